@@ -1,0 +1,229 @@
+//! The event frame: one after another on a unidirectional stream that the server opens.
+//!
+//! Only events need incremental decoding, since their stream has no end to read to: [`EventDecoder`].
+
+use bytes::{Bytes, BytesMut};
+
+use crate::{FrameError, check_exact, check_payload_len, join, payload_len, split_header};
+
+/// What comes before an event's payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EventHeader {
+    /// What happened; an open number, since clients ignore the types they do not know.
+    pub event_type: u16,
+    /// Length in bytes of the payload that follows.
+    pub payload_len: u32,
+}
+
+impl EventHeader {
+    /// Length of the header in bytes.
+    pub const LEN: usize = 6;
+
+    /// The header as sent.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes[..2].copy_from_slice(&self.event_type.to_be_bytes());
+        bytes[2..].copy_from_slice(&self.payload_len.to_be_bytes());
+        bytes
+    }
+
+    /// Reads a header. Any six bytes are one; see [`check`](Self::check).
+    #[must_use]
+    pub fn decode(bytes: &[u8; Self::LEN]) -> Self {
+        let [t0, t1, l0, l1, l2, l3] = *bytes;
+        Self { event_type: u16::from_be_bytes([t0, t1]), payload_len: u32::from_be_bytes([l0, l1, l2, l3]) }
+    }
+
+    /// Whether the announced payload may be read at all.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`].
+    pub fn check(&self) -> Result<(), FrameError> {
+        check_payload_len(self.payload_len)
+    }
+}
+
+/// A whole event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// What happened.
+    pub event_type: u16,
+    /// The event's message, serialized.
+    pub payload: Bytes,
+}
+
+impl Event {
+    /// The header that announces this event.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`].
+    pub fn header(&self) -> Result<EventHeader, FrameError> {
+        Ok(EventHeader { event_type: self.event_type, payload_len: payload_len(&self.payload)? })
+    }
+
+    /// The whole frame.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`].
+    pub fn encode(&self) -> Result<Bytes, FrameError> {
+        Ok(join(&self.header()?.encode(), &self.payload))
+    }
+
+    /// Reads a frame that is all of `frame`; the payload shares its memory.
+    ///
+    /// # Errors
+    /// Any [`FrameError`].
+    pub fn decode(mut frame: Bytes) -> Result<Self, FrameError> {
+        let header = EventHeader::decode(&split_header(&mut frame)?);
+        header.check()?;
+        check_exact(&frame, header.payload_len)?;
+        Ok(Self { event_type: header.event_type, payload: frame })
+    }
+}
+
+/// Takes the bytes of an event stream in pieces of any size and gives its events.
+///
+/// It holds what was pushed and not yet given: with [`next_event`](Self::next_event) called until `None` after
+/// each push, at most one frame and one piece.
+#[derive(Debug, Default)]
+pub struct EventDecoder {
+    buffer: BytesMut,
+}
+
+impl EventDecoder {
+    /// A decoder at the beginning of a stream.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the stream's next bytes.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next event, or `None` while it is not whole.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`], for good: where the next frame begins is unknown.
+    pub fn next_event(&mut self) -> Result<Option<Event>, FrameError> {
+        let Some(header) = self.buffer.first_chunk() else { return Ok(None) };
+        let header = EventHeader::decode(header);
+        header.check()?;
+        let frame_len = EventHeader::LEN + header.payload_len as usize;
+        if self.buffer.len() < frame_len {
+            return Ok(None);
+        }
+        let payload = self.buffer.split_to(frame_len).freeze().slice(EventHeader::LEN..);
+        Ok(Some(Event { event_type: header.event_type, payload }))
+    }
+
+    /// Says that the stream ended here.
+    ///
+    /// # Errors
+    /// [`FrameError::Truncated`] inside a frame, [`FrameError::TooLarge`] as in [`next_event`](Self::next_event),
+    /// [`FrameError::TrailingBytes`] while a whole event was not taken.
+    pub fn finish(self) -> Result<(), FrameError> {
+        if self.buffer.is_empty() {
+            return Ok(());
+        }
+        let event = Event::decode(self.buffer.freeze())?;
+        Err(FrameError::TrailingBytes { extra: EventHeader::LEN + event.payload.len() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::MAX_PAYLOAD;
+
+    fn drain(decoder: &mut EventDecoder) -> Result<Vec<Event>, FrameError> {
+        std::iter::from_fn(|| decoder.next_event().transpose()).collect()
+    }
+
+    #[test]
+    fn layout_is_that_of_the_protocol() {
+        let event = Event { event_type: 0x0102, payload: Bytes::from_static(b"ab") };
+        assert_eq!(&event.encode().unwrap()[..], [1, 2, 0, 0, 0, 2, b'a', b'b']);
+    }
+
+    #[test]
+    fn an_announced_length_above_the_maximum_is_refused_for_good() {
+        let too_large = FrameError::TooLarge { len: u64::from(u32::MAX), max: MAX_PAYLOAD };
+        let mut decoder = EventDecoder::new();
+        decoder.push(&EventHeader { event_type: 1, payload_len: u32::MAX }.encode());
+        assert_eq!(decoder.next_event(), Err(too_large));
+        decoder.push(&Event { event_type: 1, payload: Bytes::new() }.encode().unwrap());
+        assert_eq!(decoder.next_event(), Err(too_large));
+        assert_eq!(decoder.finish(), Err(too_large));
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip(event_type: u16, payload: Vec<u8>) {
+            let event = Event { event_type, payload: payload.into() };
+            prop_assert_eq!(Event::decode(event.encode().unwrap()), Ok(event));
+        }
+
+        #[test]
+        fn header_round_trip(bytes: [u8; EventHeader::LEN]) {
+            prop_assert_eq!(EventHeader::decode(&bytes).encode(), bytes);
+        }
+
+        #[test]
+        fn the_length_is_honest(payload: Vec<u8>) {
+            let event = Event { event_type: 7, payload: payload.into() };
+            let frame = event.encode().unwrap();
+            prop_assert_eq!(frame.len(), EventHeader::LEN + event.header().unwrap().payload_len as usize);
+            for cut in 1..frame.len() {
+                let missing = if cut < EventHeader::LEN { EventHeader::LEN - cut } else { frame.len() - cut };
+                prop_assert_eq!(Event::decode(frame.slice(..cut)), Err(FrameError::Truncated { missing }));
+                let mut decoder = EventDecoder::new();
+                decoder.push(&frame[..cut]);
+                prop_assert_eq!(decoder.next_event(), Ok(None));
+                prop_assert_eq!(decoder.finish(), Err(FrameError::Truncated { missing }));
+            }
+            let mut longer = frame.to_vec();
+            longer.push(0);
+            prop_assert_eq!(Event::decode(longer.into()), Err(FrameError::TrailingBytes { extra: 1 }));
+        }
+
+        #[test]
+        fn how_the_stream_is_cut_does_not_matter(
+            events in prop::collection::vec((any::<u16>(), any::<Vec<u8>>()), 0..8),
+            piece in 1usize..64,
+        ) {
+            let events: Vec<Event> =
+                events.into_iter().map(|(event_type, p)| Event { event_type, payload: p.into() }).collect();
+            let stream: Vec<u8> = events.iter().flat_map(|event| event.encode().unwrap()).collect();
+            let mut decoder = EventDecoder::new();
+            let mut seen = Vec::new();
+            for bytes in stream.chunks(piece) {
+                decoder.push(bytes);
+                seen.extend(drain(&mut decoder).unwrap());
+            }
+            prop_assert_eq!(seen, events);
+            prop_assert_eq!(decoder.finish(), Ok(()));
+        }
+
+        #[test]
+        fn any_bytes_are_frames_or_an_error(pieces in prop::collection::vec(any::<Vec<u8>>(), 0..8)) {
+            let stream = pieces.concat();
+            let mut decoder = EventDecoder::new();
+            let mut seen = Vec::new();
+            for bytes in &pieces {
+                decoder.push(bytes);
+                match drain(&mut decoder) {
+                    Ok(events) => seen.extend(events),
+                    Err(_) => break,
+                }
+            }
+            let again: Vec<u8> = seen.iter().flat_map(|event| event.encode().unwrap()).collect();
+            prop_assert!(stream.starts_with(&again));
+            let _ = Event::decode(stream.into());
+        }
+    }
+}
