@@ -1,0 +1,163 @@
+//! Usernames: what a person types, made canonical so that look-alikes of case and width are one name.
+//!
+//! The canonical form is the OPAQUE credential identifier (RFC 9807), the key of uniqueness and what the key log hashes,
+//! so it must never change for a name once registered.
+
+use std::{borrow::Cow, fmt, str::FromStr};
+
+use icu_casemap::CaseMapper;
+use precis_core::profile::PrecisFastInvocation as _;
+use precis_profiles::UsernameCaseMapped;
+use unicode_normalization::UnicodeNormalization as _;
+
+/// A username in canonical form: NFKC, case-folded, and a valid PRECIS UsernameCaseMapped string (RFC 8265 §3.3) of 1 to
+/// 64 characters without `@`, `:`, `/` and control characters.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Username(Box<str>);
+
+/// Why a string is no username.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidUsername {
+    #[error("a username has 1 to 64 characters")]
+    Length,
+    #[error("a username has no '@', ':', '/', space or control character")]
+    Forbidden,
+    #[error("a username has only letters, digits and punctuation that RFC 8265 allows")]
+    Precis,
+}
+
+impl Username {
+    /// The most characters (Unicode scalar values) of the canonical form.
+    pub const MAX_CHARS: usize = 64;
+
+    /// Makes `raw` canonical, or says why it cannot be.
+    pub fn parse(raw: &str) -> Result<Self, InvalidUsername> {
+        // No input of more than this can fold to 64 characters; the bound keeps hostile input cheap.
+        if raw.is_empty() || raw.len() > 8 * Self::MAX_CHARS {
+            return Err(InvalidUsername::Length);
+        }
+        let canonical = if is_plain(raw) { Cow::Borrowed(raw) } else { Cow::Owned(canonicalize(raw)?) };
+        if !(1..=Self::MAX_CHARS).contains(&canonical.chars().count()) {
+            return Err(InvalidUsername::Length);
+        }
+        Ok(Self(canonical.into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Whether `raw` is made of lower-case ASCII letters, digits, `.`, `-` and `_`: canonical as it stands, and most names.
+fn is_plain(raw: &str) -> bool {
+    raw.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'))
+}
+
+/// Folding can undo normalization and the other way round, so both are applied until nothing changes.
+fn canonicalize(raw: &str) -> Result<String, InvalidUsername> {
+    const ROUNDS: usize = 4;
+    let mut name = raw.to_owned();
+    for _ in 0..ROUNDS {
+        let folded: String = CaseMapper::new().fold_string(&name.nfkc().collect::<String>()).nfkc().collect();
+        if folded.chars().any(is_forbidden) {
+            return Err(InvalidUsername::Forbidden);
+        }
+        let mapped =
+            UsernameCaseMapped::enforce(folded.as_str()).map_err(|_| InvalidUsername::Precis)?.into_owned();
+        if mapped == name {
+            return Ok(name);
+        }
+        name = mapped;
+    }
+    Err(InvalidUsername::Precis)
+}
+
+fn is_forbidden(c: char) -> bool {
+    matches!(c, '@' | ':' | '/') || c.is_control() || c.is_whitespace()
+}
+
+impl FromStr for Username {
+    type Err = InvalidUsername;
+
+    fn from_str(raw: &str) -> Result<Self, InvalidUsername> {
+        Self::parse(raw)
+    }
+}
+
+impl fmt::Display for Username {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Username {
+    /// Usernames are personal: logs do not carry them by accident.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Username(redacted)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn canonical(raw: &str) -> String {
+        Username::parse(raw).unwrap_or_else(|e| panic!("{raw:?}: {e}")).as_str().to_owned()
+    }
+
+    #[test]
+    fn case_width_and_composition_do_not_make_another_name() {
+        for raw in ["alice", "Alice", "ALICE", "ａｌｉｃｅ", "ＡＬＩＣＥ"] {
+            assert_eq!(canonical(raw), "alice");
+        }
+        assert_eq!(canonical("Zoe\u{308}"), canonical("zo\u{eb}"));
+        assert_eq!(canonical("STRASSE"), canonical("straße"));
+        assert_eq!(canonical("ΣΊΣΥΦΟΣ"), canonical("Σίσυφος"));
+        assert_eq!(canonical("a.b-c_9"), "a.b-c_9");
+    }
+
+    #[test]
+    fn lengths_are_counted_in_characters_of_the_canonical_form() {
+        assert_eq!(Username::parse(""), Err(InvalidUsername::Length));
+        assert_eq!(canonical(&"x".repeat(64)), "x".repeat(64));
+        assert_eq!(Username::parse(&"x".repeat(65)), Err(InvalidUsername::Length));
+        assert_eq!(canonical(&"字".repeat(64)).chars().count(), 64);
+        assert_eq!(Username::parse(&"字".repeat(65)), Err(InvalidUsername::Length));
+        assert_eq!(Username::parse(&"x".repeat(1 << 20)), Err(InvalidUsername::Length));
+    }
+
+    #[test]
+    fn separators_controls_and_spaces_are_refused() {
+        for raw in [
+            "a@b",
+            "a:b",
+            "a/b",
+            "a\0b",
+            "a\nb",
+            "a b",
+            "a\u{7f}",
+            "\u{85}x",
+            "a＠b",
+            "a\u{200b}b",
+            "a\u{202e}b",
+        ] {
+            assert!(Username::parse(raw).is_err(), "{raw:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_canonical_form_is_canonical(raw in "\\PC{0,70}") {
+            if let Ok(name) = Username::parse(&raw) {
+                prop_assert_eq!(Username::parse(name.as_str()), Ok(name));
+            }
+        }
+
+        #[test]
+        fn no_input_panics(raw in any::<String>()) {
+            let _ = Username::parse(&raw);
+        }
+    }
+}

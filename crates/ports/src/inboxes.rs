@@ -1,0 +1,163 @@
+//! Inboxes: the queues of ciphertext, one a recipient, read in the order in which messages became durable.
+//!
+//! A read is a *lease*: it shows messages and hides them from every other read until it is settled (the client has all
+//! bytes: they are removed) or released (it has not: they are there again, unchanged). A view stops in front of the first
+//! message that is leased by someone else, so nobody ever gets a later message while an earlier one may still come back.
+//!
+//! Nobody polls. [`Wakes::subscribe`] before a read, then wait on the subscription if the read was empty: whatever is
+//! committed, settled or released after the subscription wakes it.
+
+use std::{fmt, time::Duration};
+
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
+use qpq_domain::{ChannelId, DeviceId, IdentityKey, MessageId, Seq, UnixMillis};
+
+use crate::StoreResult;
+
+/// The queues.
+#[async_trait]
+pub trait Inboxes: Send + Sync {
+    /// Accepts messages. When it returns `Accepted`, the message is durable. Each outcome stands for itself, in the order
+    /// of `messages`; messages to one inbox get their seqs in that order. An error means that none was accepted. How much an
+    /// inbox may hold and how long message ids are remembered is the backend's configuration ([`qpq_domain::Delivery`]).
+    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>>;
+
+    /// Shows the first messages of the view and hides them from other reads until the lease ends.
+    async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>>;
+
+    /// Shows the messages of the view behind `after` ([`Seq::ZERO`]: all) and leaves everything as it is. Stops, as a lease does, in front of what is leased.
+    async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page>;
+
+    /// Removes messages of the view, leased or not: an ack is the reader's own word. Answers how many went. Durable when it
+    /// returns.
+    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32>;
+}
+
+/// Subscriptions to what happens in an inbox.
+pub trait Wakes: Send + Sync {
+    /// From now on, everything that may make a read of `inbox` see more wakes the subscription.
+    fn subscribe(&self, inbox: &IdentityKey) -> Box<dyn Wake>;
+}
+
+/// One subscription. Dropping it ends it.
+pub trait Wake: Send + Sync {
+    /// Completes once something happened since the subscription or since the last completion. Cancel-safe. May complete
+    /// without cause.
+    fn woken(&mut self) -> BoxFuture<'_, ()>;
+}
+
+/// Messages that are hidden from other reads. Dropping it releases them.
+#[async_trait]
+pub trait Lease: Send + Sync {
+    fn page(&self) -> &Page;
+
+    /// Removes exactly the messages shown: the reader has them. Durable when it returns.
+    async fn settle(self: Box<Self>) -> StoreResult<()>;
+}
+
+/// A message to be accepted.
+#[derive(Clone)]
+pub struct Enqueue {
+    pub sender: IdentityKey,
+    pub recipient: IdentityKey,
+    pub channel: ChannelId,
+    pub payload: bytes::Bytes,
+    /// SHA-256 of the payload: kept, so that a repeat gets the same proof.
+    pub payload_sha256: [u8; 32],
+    pub message_id: Option<MessageId>,
+    pub now: UnixMillis,
+    pub ttl: Duration,
+}
+
+impl fmt::Debug for Enqueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Enqueue").field("bytes", &self.payload.len()).finish_non_exhaustive()
+    }
+}
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enqueued {
+    Accepted(Receipt),
+    /// The sender's message id is known for this recipient: the first message's receipt.
+    Duplicate(Receipt),
+    NoSuchRecipient,
+    QueueFull,
+}
+
+/// What the server can prove about an accepted message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    pub seq: Seq,
+    pub channel: ChannelId,
+    pub payload_sha256: [u8; 32],
+    pub enqueued_at: UnixMillis,
+}
+
+/// Whose inbox is read, and which part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Read {
+    pub inbox: IdentityKey,
+    /// Which device's position; without registered devices an inbox has one reader and this is ignored.
+    pub device: Option<DeviceId>,
+    pub view: View,
+}
+
+/// Which messages a read sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum View {
+    Channel(ChannelId),
+    All,
+}
+
+/// How much one read takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageLimit {
+    pub messages: u32,
+    /// Sum over [`Envelope::cost`]; the first message comes whatever its size.
+    pub bytes: usize,
+}
+
+/// What a read shows.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Page {
+    /// In seq order.
+    pub envelopes: Vec<Envelope>,
+    /// Whether the view has more, unexpired and visible, behind these.
+    pub more: bool,
+}
+
+/// A queued message.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Envelope {
+    pub seq: Seq,
+    pub channel: ChannelId,
+    pub payload: bytes::Bytes,
+    pub enqueued_at: UnixMillis,
+}
+
+impl Envelope {
+    /// Bytes it takes in an answer at most: the payload and 64 of framing around it.
+    pub fn cost(&self) -> usize {
+        self.payload.len() + 64
+    }
+}
+
+impl fmt::Debug for Envelope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Envelope")
+            .field("seq", &self.seq)
+            .field("bytes", &self.payload.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an ack removes.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Ack {
+    /// Everything in the view with this seq or a lower one.
+    pub up_to: Option<Seq>,
+    /// Single messages of the view besides.
+    pub seqs: Vec<Seq>,
+}

@@ -1,0 +1,73 @@
+//! Public keys that others fetch to start a conversation: KeyPackages, each given out once, and hybrid keys, which stay.
+
+use async_trait::async_trait;
+use qpq_domain::{AccountId, IdentityKey, UnixMillis};
+
+use crate::StoreResult;
+
+/// KeyPackages (RFC 9420 §10) on the server, already validated.
+#[async_trait]
+pub trait KeyPackages: Send + Sync {
+    /// Stores all of `packages` or none. One that is there already counts as stored and changes nothing; a new
+    /// last-resort package takes the place of the old one. How many one owner may have is the backend's configuration
+    /// ([`qpq_domain::KeyPackageCaps`]).
+    async fn upload(
+        &self,
+        owner: AccountId,
+        packages: Vec<NewKeyPackage>,
+        now: UnixMillis,
+    ) -> StoreResult<Upload>;
+
+    /// Takes the oldest package of `target` that is valid at `now`, for good: no two calls ever get the same one. When
+    /// none is left, the last-resort package, which stays. `None` when there is neither, or no such account.
+    async fn take(&self, target: &IdentityKey, now: UnixMillis) -> StoreResult<Option<TakenKeyPackage>>;
+
+    /// What the owner has left at `now`.
+    async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock>;
+}
+
+/// A KeyPackage to be stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewKeyPackage {
+    /// What identifies it: SHA-256 of the bytes.
+    pub fingerprint: [u8; 32],
+    /// As uploaded, byte for byte.
+    pub bytes: Vec<u8>,
+    pub last_resort: bool,
+    /// When its lifetime ends: it is not given out after, and not before then forgotten.
+    pub not_after: UnixMillis,
+}
+
+/// What became of an upload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Upload {
+    Stored(Stock),
+    /// The package with this index was given out before and may not come again; nothing was stored.
+    GivenOut(usize),
+    /// The owner has as many as allowed; nothing was stored.
+    Full,
+}
+
+/// A package that was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TakenKeyPackage {
+    pub bytes: Vec<u8>,
+    pub last_resort: bool,
+}
+
+/// What an owner has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Stock {
+    /// Packages that are given out once each.
+    pub available: u32,
+    pub has_last_resort: bool,
+}
+
+/// X25519 ‖ ML-KEM-768 public keys, one an account, replaced by the owner.
+#[async_trait]
+pub trait HybridKeys: Send + Sync {
+    async fn put(&self, owner: AccountId, key: Vec<u8>) -> StoreResult<()>;
+
+    /// The keys of `targets` in their order; `None` where there is none, or no such account.
+    async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>>;
+}
