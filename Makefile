@@ -1,0 +1,31 @@
+# Few targets, each one line of what it is for. PROFILE=release builds optimised.
+PROFILE ?= dev
+TARGET  := target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+DATA    ?= data
+LISTEN  ?= 0.0.0.0:5001
+
+.PHONY: help run demo test lint bench fuzz
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+run: ## build, start a server on the embedded store, print what to type next
+	cargo build --locked --profile $(PROFILE) -p qpq-server -p qpq-cli
+	$(TARGET)/qpq-server --listen $(LISTEN) --data-dir $(DATA)
+
+demo: ## three users register, chat and form a group, by themselves, on a server of their own
+	cargo build --locked --profile $(PROFILE) -p qpq-server -p qpq-cli
+	scripts/demo $(TARGET)
+
+test: ## everything, after installing what is missing
+	scripts/test
+
+lint: ## formatting, clippy, dependency walls and licences
+	scripts/lint
+
+bench: ## speed beside its floors, on this machine
+	cargo build --locked --release -p qpq-server -p qpq-tests --bins
+	target/release/qpq-load bench
+
+fuzz: ## each frame decoder for a minute (needs a nightly toolchain)
+	scripts/fuzz
