@@ -1,0 +1,120 @@
+//! What the server sends by itself, after Subscribe: event frames on one stream, each with a type and a message.
+
+use bytes::Bytes;
+use prost::{DecodeError, Message};
+
+use crate::v1::{DrainingEvent, KeyPackagesLowEvent, MessageEvent, SessionRevokedEvent, WakeEvent};
+
+/// The number in an event frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum EventType {
+    Wake = 1,
+    Message = 2,
+    SessionRevoked = 3,
+    Draining = 4,
+    KeyPackagesLow = 5,
+}
+
+impl EventType {
+    /// All of them, by number.
+    pub const ALL: [Self; 5] =
+        [Self::Wake, Self::Message, Self::SessionRevoked, Self::Draining, Self::KeyPackagesLow];
+
+    /// The number on the wire.
+    pub const fn code(self) -> u16 {
+        self as u16
+    }
+
+    /// The type of this number; `None` for one of a later version, which a client passes over.
+    pub fn from_code(code: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|event| event.code() == code)
+    }
+
+    /// The name in documents, logs and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Wake => "Wake",
+            Self::Message => "Message",
+            Self::SessionRevoked => "SessionRevoked",
+            Self::Draining => "Draining",
+            Self::KeyPackagesLow => "KeyPackagesLow",
+        }
+    }
+}
+
+/// An event with its message.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    Wake(WakeEvent),
+    Message(MessageEvent),
+    SessionRevoked(SessionRevokedEvent),
+    Draining(DrainingEvent),
+    KeyPackagesLow(KeyPackagesLowEvent),
+}
+
+impl Event {
+    pub const fn event_type(&self) -> EventType {
+        match self {
+            Self::Wake(_) => EventType::Wake,
+            Self::Message(_) => EventType::Message,
+            Self::SessionRevoked(_) => EventType::SessionRevoked,
+            Self::Draining(_) => EventType::Draining,
+            Self::KeyPackagesLow(_) => EventType::KeyPackagesLow,
+        }
+    }
+
+    /// The payload of the event's frame.
+    pub fn payload(&self) -> Bytes {
+        let bytes = match self {
+            Self::Wake(event) => event.encode_to_vec(),
+            Self::Message(event) => event.encode_to_vec(),
+            Self::SessionRevoked(event) => event.encode_to_vec(),
+            Self::Draining(event) => event.encode_to_vec(),
+            Self::KeyPackagesLow(event) => event.encode_to_vec(),
+        };
+        bytes.into()
+    }
+
+    /// The event in a frame; `None` for a type of a later version.
+    pub fn decode(event_type: u16, payload: Bytes) -> Result<Option<Self>, DecodeError> {
+        let Some(event_type) = EventType::from_code(event_type) else { return Ok(None) };
+        let event = match event_type {
+            EventType::Wake => Self::Wake(WakeEvent::decode(payload)?),
+            EventType::Message => Self::Message(MessageEvent::decode(payload)?),
+            EventType::SessionRevoked => Self::SessionRevoked(SessionRevokedEvent::decode(payload)?),
+            EventType::Draining => Self::Draining(DrainingEvent::decode(payload)?),
+            EventType::KeyPackagesLow => Self::KeyPackagesLow(KeyPackagesLowEvent::decode(payload)?),
+        };
+        Ok(Some(event))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::v1::Envelope;
+
+    #[test]
+    fn every_event_survives_its_frame() {
+        let envelope = Envelope { seq: 7, data: Bytes::from_static(b"hello"), ..Envelope::default() };
+        let events = [
+            Event::Wake(WakeEvent { channel_id: vec![1; 16].into(), seq: 7 }),
+            Event::Message(MessageEvent { envelope: Some(envelope) }),
+            Event::SessionRevoked(SessionRevokedEvent { reason: "logout".into() }),
+            Event::Draining(DrainingEvent { deadline_ms: 30_000 }),
+            Event::KeyPackagesLow(KeyPackagesLowEvent { available: 3 }),
+        ];
+        for (event, number) in events.into_iter().zip(1..) {
+            assert_eq!(event.event_type().code(), number);
+            assert_eq!(Event::decode(number, event.payload()), Ok(Some(event)));
+        }
+    }
+
+    #[test]
+    fn an_event_of_a_later_version_is_passed_over_and_a_broken_one_is_not() {
+        assert_eq!(Event::decode(6, Bytes::from_static(b"\xff")), Ok(None));
+        assert_eq!(Event::decode(0, Bytes::new()), Ok(None));
+        assert!(Event::decode(1, Bytes::from_static(b"\xff")).is_err());
+    }
+}

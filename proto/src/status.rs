@@ -1,0 +1,193 @@
+//! What a response says before its payload: the status byte, and the `ErrorDetail` that goes with every status but Ok.
+
+use std::time::Duration;
+
+use prost::Message;
+
+use crate::v1::ErrorDetail;
+
+/// The first byte of a response frame. 6 and 7 are reserved; a client meets what it does not know as
+/// [`Status::Unknown`], a server never sends that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Status {
+    Ok,
+    BadRequest,
+    Unauthorized,
+    Forbidden,
+    NotFound,
+    RateLimited,
+    DeadlineExceeded,
+    Unavailable,
+    Internal,
+    UnknownMethod,
+    /// A number that this version has no name for.
+    Unknown(u8),
+}
+
+impl Status {
+    /// Every status that has a name, by number.
+    pub const ALL: [Self; 10] = [
+        Self::Ok,
+        Self::BadRequest,
+        Self::Unauthorized,
+        Self::Forbidden,
+        Self::NotFound,
+        Self::RateLimited,
+        Self::DeadlineExceeded,
+        Self::Unavailable,
+        Self::Internal,
+        Self::UnknownMethod,
+    ];
+
+    /// The byte on the wire.
+    pub const fn code(self) -> u8 {
+        match self {
+            Self::Ok => 0,
+            Self::BadRequest => 1,
+            Self::Unauthorized => 2,
+            Self::Forbidden => 3,
+            Self::NotFound => 4,
+            Self::RateLimited => 5,
+            Self::DeadlineExceeded => 8,
+            Self::Unavailable => 9,
+            Self::Internal => 10,
+            Self::UnknownMethod => 11,
+            Self::Unknown(code) => code,
+        }
+    }
+
+    /// The name in documents, logs and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "Ok",
+            Self::BadRequest => "BadRequest",
+            Self::Unauthorized => "Unauthorized",
+            Self::Forbidden => "Forbidden",
+            Self::NotFound => "NotFound",
+            Self::RateLimited => "RateLimited",
+            Self::DeadlineExceeded => "DeadlineExceeded",
+            Self::Unavailable => "Unavailable",
+            Self::Internal => "Internal",
+            Self::UnknownMethod => "UnknownMethod",
+            Self::Unknown(_) => "Unknown",
+        }
+    }
+
+    /// What it tells the caller, in one sentence.
+    pub const fn doc(self) -> &'static str {
+        match self {
+            Self::Ok => "Done; the payload is the method's response.",
+            Self::BadRequest => "The request is malformed or against a rule; it will never succeed as it is.",
+            Self::Unauthorized => "No session, an ended one, or a wrong password: log in.",
+            Self::Forbidden => "The caller is known and may not do this.",
+            Self::NotFound => "What the request names does not exist.",
+            Self::RateLimited => "Too many calls, or a full inbox: wait `retry_after_ms`.",
+            Self::DeadlineExceeded => "The call took too long; it may or may not have had its effect.",
+            Self::Unavailable => "The server cannot do it now: wait `retry_after_ms`.",
+            Self::Internal => "A fault of the server.",
+            Self::UnknownMethod => "The server does not have this method.",
+            Self::Unknown(_) => "A status of a later version.",
+        }
+    }
+
+    /// Whether the same request may succeed later. Methods that change state are safe to repeat.
+    pub const fn is_retryable(self) -> bool {
+        matches!(self, Self::RateLimited | Self::DeadlineExceeded | Self::Unavailable | Self::Internal)
+    }
+}
+
+impl From<u8> for Status {
+    fn from(code: u8) -> Self {
+        match code {
+            0 => Self::Ok,
+            1 => Self::BadRequest,
+            2 => Self::Unauthorized,
+            3 => Self::Forbidden,
+            4 => Self::NotFound,
+            5 => Self::RateLimited,
+            8 => Self::DeadlineExceeded,
+            9 => Self::Unavailable,
+            10 => Self::Internal,
+            11 => Self::UnknownMethod,
+            other => Self::Unknown(other),
+        }
+    }
+}
+
+impl From<Status> for u8 {
+    fn from(status: Status) -> Self {
+        status.code()
+    }
+}
+
+impl ErrorDetail {
+    /// A detail of fixed texts: `code` dotted by area, `message` an English sentence.
+    pub fn new(code: &'static str, message: &'static str) -> Self {
+        Self { code: code.into(), message: message.into(), ..Self::default() }
+    }
+
+    /// With the time after which another try makes sense: in whole milliseconds, at least one.
+    #[must_use]
+    pub fn with_retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).max(1);
+        self
+    }
+
+    /// With the name of the request field that was refused.
+    #[must_use]
+    pub fn with_field(mut self, field: &'static str) -> Self {
+        self.field = field.into();
+        self
+    }
+
+    /// How long to wait before another try, where the server said so.
+    pub fn retry_after(&self) -> Option<Duration> {
+        (self.retry_after_ms > 0).then(|| Duration::from_millis(self.retry_after_ms.into()))
+    }
+
+    /// The detail in the payload of a refusal. A payload that is none (another implementation's) gives an empty one:
+    /// the status alone must do.
+    pub fn from_payload(payload: &[u8]) -> Self {
+        Self::decode(payload).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_is_a_status_and_comes_back_as_itself() {
+        for code in 0..=u8::MAX {
+            assert_eq!(Status::from(code).code(), code);
+            let named = !matches!(Status::from(code), Status::Unknown(_));
+            assert_eq!(named, [0, 1, 2, 3, 4, 5, 8, 9, 10, 11].contains(&code), "{code}");
+        }
+        assert_eq!(Status::ALL.map(Status::code), [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]);
+    }
+
+    #[test]
+    fn only_what_may_pass_later_is_retryable() {
+        let retryable: Vec<_> = (0..=u8::MAX).filter(|code| Status::from(*code).is_retryable()).collect();
+        assert_eq!(retryable, [5, 8, 9, 10]);
+    }
+
+    #[test]
+    fn a_detail_survives_the_wire_and_rubbish_gives_an_empty_one() {
+        let detail = ErrorDetail::new("delivery.queue_full", "The inbox is full.")
+            .with_retry_after(Duration::from_millis(1500))
+            .with_field("recipient_key");
+        let back = ErrorDetail::from_payload(&detail.encode_to_vec());
+        assert_eq!(back, detail);
+        assert_eq!(back.retry_after(), Some(Duration::from_millis(1500)));
+        assert_eq!(ErrorDetail::from_payload(b"\xff\xff"), ErrorDetail::default());
+        assert_eq!(ErrorDetail::default().retry_after(), None);
+    }
+
+    #[test]
+    fn a_wait_is_never_rounded_to_none_or_wrapped() {
+        let detail = ErrorDetail::new("c", "m");
+        assert_eq!(detail.clone().with_retry_after(Duration::ZERO).retry_after_ms, 1);
+        assert_eq!(detail.with_retry_after(Duration::MAX).retry_after_ms, u32::MAX);
+    }
+}
