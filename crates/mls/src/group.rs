@@ -1,0 +1,420 @@
+//! One group as this client sees it: openmls's state, the group's profile, and the rules that openmls leaves to us (who may
+//! commit, what a commit may change, who a sender was).
+
+use openmls::{
+    framing::errors::MessageDecryptionError,
+    group::{
+        GroupId as MlsGroupId, MlsGroup, MlsGroupCreateConfig, MlsGroupJoinConfig, ProcessMessageError,
+        StagedCommit, StagedWelcome, ValidationError,
+    },
+    prelude::{
+        ContentType, KeyPackage, LeafNodeIndex, OpenMlsProvider as _, PrivateMessageIn, ProcessedMessage,
+        ProcessedMessageContent, Proposal, ProtocolMessage, Sender, SenderRatchetConfiguration, Welcome,
+    },
+};
+use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
+
+use crate::{
+    client::Error,
+    codec::{Malformed, Reader, Writer},
+    content::Content,
+    identity::{Identity, Member},
+    packages::{self, Package},
+    profile::{GroupId, Kind, Profile},
+    receive::Ignored,
+    store::Store,
+};
+
+/// Ciphertexts are padded to a multiple of this many bytes.
+const PADDING: usize = 32;
+
+/// How many epochs back an application message may come from.
+const PAST_EPOCHS: usize = 5;
+
+/// How far back in one sender's messages a late one may be, and how many may be lost in a row: as many as fit an inbox.
+const OUT_OF_ORDER: u32 = 1_000;
+const FORWARD: u32 = 10_000;
+
+/// What the world may know of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupSummary {
+    pub id: GroupId,
+    pub kind: Kind,
+    pub channel: ChannelId,
+    /// The only one who adds and removes.
+    pub maker: IdentityKey,
+    /// By the maker's clock.
+    pub made_at: UnixMillis,
+    pub epoch: u64,
+    /// Everyone, in the order of the tree; not us once we were removed.
+    pub members: Vec<Member>,
+    /// `false` once we were removed: nothing more can be sent or read.
+    pub active: bool,
+}
+
+/// What became of one message.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Message { sender: Member, content: Content },
+    Committed { added: Vec<Member>, removed: Vec<Member> },
+    Duplicate,
+    Ignored(Ignored),
+}
+
+#[derive(Debug)]
+pub(crate) struct Group {
+    id: GroupId,
+    profile: Profile,
+    mls: MlsGroup,
+    store: Store,
+    /// SHA-256 of the Welcome that brought us in.
+    welcome: Option<[u8; 32]>,
+    departed: Vec<Departed>,
+}
+
+/// Somebody whose leaf was emptied, remembered as long as its messages of earlier epochs can be read.
+#[derive(Debug)]
+struct Departed {
+    leaf: u32,
+    last_epoch: u64,
+    member: Member,
+}
+
+impl Group {
+    /// Makes a group with nobody in it but us.
+    pub(crate) fn make(
+        identity: &Identity,
+        username: &Username,
+        profile: Profile,
+        now: UnixMillis,
+    ) -> Result<Self, Error> {
+        let id = GroupId::random(&profile.maker);
+        let store = Store::default();
+        let config = MlsGroupCreateConfig::builder()
+            .ciphersuite(packages::SUITE)
+            .capabilities(packages::capabilities())
+            .lifetime(packages::lifetime(now))
+            .padding_size(PADDING)
+            .max_past_epochs(PAST_EPOCHS)
+            .sender_ratchet_configuration(ratchet())
+            .use_ratchet_tree_extension(true)
+            .with_group_context_extensions(profile.extensions())
+            .build();
+        let mls = MlsGroup::new_with_group_id(
+            &store,
+            identity,
+            &config,
+            MlsGroupId::from_slice(id.as_bytes()),
+            identity.credential(username),
+        )
+        .map_err(Error::mls)?;
+        Ok(Self { id, profile, mls, store, welcome: None, departed: Vec::new() })
+    }
+
+    /// Joins by a Welcome made for `package`. The package is left as it was, whatever comes of it.
+    ///
+    /// Lifetimes in the tree are not judged: members that joined long ago and never committed have old ones (RFC 9420 §7.3).
+    pub(crate) fn join(
+        package: &Package,
+        welcome: Welcome,
+        digest: [u8; 32],
+        me: &IdentityKey,
+    ) -> Result<Self, Ignored> {
+        let store = package.store.copy();
+        let config = MlsGroupJoinConfig::builder()
+            .padding_size(PADDING)
+            .max_past_epochs(PAST_EPOCHS)
+            .sender_ratchet_configuration(ratchet())
+            .use_ratchet_tree_extension(true)
+            .build();
+        let staged = StagedWelcome::build_from_welcome(&store, &config, welcome)
+            .and_then(|builder| builder.skip_lifetime_validation().build())
+            .map_err(|_| Ignored::BadWelcome)?;
+        let (id, profile) = judge_welcome(&staged, me).ok_or(Ignored::BadWelcome)?;
+        let mls = staged.into_group(&store).map_err(|_| Ignored::BadWelcome)?;
+        Ok(Self { id, profile, mls, store, welcome: Some(digest), departed: Vec::new() })
+    }
+
+    pub(crate) fn id(&self) -> GroupId {
+        self.id
+    }
+
+    pub(crate) fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.mls.epoch().as_u64()
+    }
+
+    pub(crate) fn is_active(&self) -> bool {
+        self.mls.is_active()
+    }
+
+    pub(crate) fn was_joined_by(&self, digest: &[u8; 32]) -> bool {
+        self.welcome.as_ref() == Some(digest)
+    }
+
+    pub(crate) fn members(&self) -> Vec<Member> {
+        self.leaves().into_iter().map(|(_, member)| member).collect()
+    }
+
+    pub(crate) fn summary(&self) -> GroupSummary {
+        GroupSummary {
+            id: self.id,
+            kind: self.profile.kind.clone(),
+            channel: self.profile.channel,
+            maker: self.profile.maker,
+            made_at: self.profile.made_at,
+            epoch: self.epoch(),
+            members: self.members(),
+            active: self.is_active(),
+        }
+    }
+
+    /// Commits the addition of `packages`: the commit for those who are members already, the Welcome for the new ones.
+    pub(crate) fn add(
+        &mut self,
+        identity: &Identity,
+        packages: &[KeyPackage],
+    ) -> Result<(Vec<u8>, Vec<u8>), Error> {
+        let (commit, welcome, _group_info) =
+            self.mls.add_members(&self.store, identity, packages).map_err(Error::mls)?;
+        self.mls.merge_pending_commit(&self.store).map_err(Error::mls)?;
+        self.forget_departed();
+        Ok((commit.to_bytes().map_err(Error::mls)?, welcome.to_bytes().map_err(Error::mls)?))
+    }
+
+    /// Commits the removal of members, who are all in the group.
+    pub(crate) fn remove(&mut self, identity: &Identity, keys: &[IdentityKey]) -> Result<Vec<u8>, Error> {
+        let last_epoch = self.epoch();
+        let (leaves, departed): (Vec<_>, Vec<_>) = self
+            .leaves()
+            .into_iter()
+            .filter(|(_, member)| keys.contains(&member.identity))
+            .map(|(leaf, member)| (leaf, Departed { leaf: leaf.u32(), last_epoch, member }))
+            .unzip();
+        let (commit, _welcome, _group_info) =
+            self.mls.remove_members(&self.store, identity, &leaves).map_err(Error::mls)?;
+        self.mls.merge_pending_commit(&self.store).map_err(Error::mls)?;
+        self.departed.extend(departed);
+        self.forget_departed();
+        commit.to_bytes().map_err(Error::mls)
+    }
+
+    pub(crate) fn encrypt(&mut self, identity: &Identity, content: &Content) -> Result<Vec<u8>, Error> {
+        let message =
+            self.mls.create_message(&self.store, identity, &content.encode()).map_err(Error::mls)?;
+        message.to_bytes().map_err(Error::mls)
+    }
+
+    /// Processes a message of this group that is not of a future epoch.
+    pub(crate) fn process(&mut self, message: PrivateMessageIn) -> Outcome {
+        if !self.is_active() {
+            return Outcome::Ignored(Ignored::NoLongerMember);
+        }
+        let (epoch, content_type) = (message.epoch().as_u64(), message.content_type());
+        if content_type != ContentType::Application && epoch < self.epoch() {
+            // Each epoch has one commit, and the one of this epoch was applied.
+            return Outcome::Duplicate;
+        }
+        let processed = match self.mls.process_message(&self.store, ProtocolMessage::from(message)) {
+            Ok(processed) => processed,
+            Err(error) => return unreadable(&error),
+        };
+        self.apply(processed).unwrap_or_else(Outcome::Ignored)
+    }
+
+    fn apply(&mut self, processed: ProcessedMessage) -> Result<Outcome, Ignored> {
+        let epoch = processed.epoch().as_u64();
+        let Sender::Member(leaf) = *processed.sender() else { return Err(Ignored::Invalid) };
+        let sender = self.sender(leaf, epoch);
+        let credential = processed.credential().clone();
+        match processed.into_content() {
+            ProcessedMessageContent::ApplicationMessage(message) => {
+                let sender = sender
+                    .filter(|member| {
+                        Member::read(member.identity.as_bytes(), &credential).as_ref() == Some(member)
+                    })
+                    .ok_or(Ignored::Invalid)?;
+                let content = Content::decode(&message.into_bytes()).ok_or(Ignored::UnknownContent)?;
+                Ok(Outcome::Message { sender, content })
+            }
+            ProcessedMessageContent::StagedCommitMessage(commit) => {
+                if sender.map(|member| member.identity) != Some(self.profile.maker) {
+                    return Err(Ignored::NotTheMaker);
+                }
+                self.merge(*commit)
+            }
+            ProcessedMessageContent::OwnPrivateMessage => Err(Ignored::OwnMessage),
+            _ => Err(Ignored::NotTheMaker),
+        }
+    }
+
+    /// Applies the maker's commit, if it does nothing but add, remove and refresh keys.
+    fn merge(&mut self, commit: StagedCommit) -> Result<Outcome, Ignored> {
+        let before = self.leaves();
+        let mut added = Vec::new();
+        let mut removed = Vec::new();
+        for queued in commit.queued_proposals() {
+            match queued.proposal() {
+                Proposal::Add(add) => {
+                    let leaf = add.key_package().leaf_node();
+                    let member = Member::read(leaf.signature_key().as_slice(), leaf.credential())
+                        .filter(|member| self.profile.admits(&member.identity))
+                        .ok_or(Ignored::ForbiddenCommit)?;
+                    added.push(member);
+                }
+                Proposal::Remove(remove) => {
+                    let gone = before.iter().find(|(leaf, _)| *leaf == remove.removed());
+                    removed.push(gone.ok_or(Ignored::ForbiddenCommit)?.clone());
+                }
+                _ => return Err(Ignored::ForbiddenCommit),
+            }
+        }
+        let staying = before.iter().filter(|entry| !removed.contains(entry)).map(|(_, member)| member);
+        if !are_distinct(staying.chain(&added)) || !self.keeps_makers_leaf(&commit, &before) {
+            return Err(Ignored::ForbiddenCommit);
+        }
+        let last_epoch = self.epoch();
+        self.mls.merge_staged_commit(&self.store, commit).map_err(|_| Ignored::Invalid)?;
+        let departed = removed.iter().map(|(leaf, member)| Departed {
+            leaf: leaf.u32(),
+            last_epoch,
+            member: member.clone(),
+        });
+        self.departed.extend(departed);
+        self.forget_departed();
+        Ok(Outcome::Committed { added, removed: removed.into_iter().map(|(_, member)| member).collect() })
+    }
+
+    /// A commit with a path replaces the committer's leaf; key and name must stay what they were.
+    fn keeps_makers_leaf(&self, commit: &StagedCommit, before: &[(LeafNodeIndex, Member)]) -> bool {
+        let Some(leaf) = commit.update_path_leaf_node() else { return true };
+        let after = Member::read(leaf.signature_key().as_slice(), leaf.credential());
+        let maker = before.iter().map(|(_, member)| member).find(|m| m.identity == self.profile.maker);
+        maker.is_some() && after.as_ref() == maker
+    }
+
+    fn leaves(&self) -> Vec<(LeafNodeIndex, Member)> {
+        self.mls
+            .members()
+            .filter_map(|leaf| Some((leaf.index, Member::read(&leaf.signature_key, &leaf.credential)?)))
+            .collect()
+    }
+
+    /// Who had `leaf` in `epoch`.
+    fn sender(&self, leaf: LeafNodeIndex, epoch: u64) -> Option<Member> {
+        self.departed
+            .iter()
+            .filter(|departed| departed.leaf == leaf.u32() && departed.last_epoch >= epoch)
+            .min_by_key(|departed| departed.last_epoch)
+            .map(|departed| departed.member.clone())
+            .or_else(|| {
+                let now = self.mls.member_at(leaf)?;
+                Member::read(&now.signature_key, &now.credential)
+            })
+    }
+
+    fn forget_departed(&mut self) {
+        let oldest = self.epoch().saturating_sub(PAST_EPOCHS as u64);
+        self.departed.retain(|departed| departed.last_epoch >= oldest);
+    }
+
+    pub(crate) fn written_len(&self) -> usize {
+        let departed = self.departed.iter().map(|d| 52 + d.member.username.as_str().len()).sum::<usize>();
+        32 + self.store.written_len() + 33 + 8 + departed
+    }
+
+    pub(crate) fn write(&self, writer: &mut Writer) {
+        writer.raw(self.id.as_bytes());
+        self.store.write(writer);
+        writer.bytes(self.welcome.as_ref().map_or(&[], |digest| digest));
+        writer.count(self.departed.len());
+        for departed in &self.departed {
+            writer.raw(&departed.leaf.to_be_bytes());
+            writer.number(departed.last_epoch);
+            writer.raw(departed.member.identity.as_bytes());
+            writer.bytes(departed.member.username.as_str().as_bytes());
+        }
+    }
+
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        let id = GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?;
+        let store = Store::read(reader)?;
+        let welcome = match reader.bytes()? {
+            [] => None,
+            digest => Some(digest.try_into().map_err(|_| Malformed)?),
+        };
+        let departed = reader.list(|reader| {
+            Ok(Departed {
+                leaf: reader.array().map(u32::from_be_bytes)?,
+                last_epoch: reader.number()?,
+                member: Member {
+                    identity: IdentityKey::new(reader.array()?),
+                    username: read_username(reader)?,
+                },
+            })
+        })?;
+        let mls = MlsGroup::load(store.storage(), &MlsGroupId::from_slice(id.as_bytes()))
+            .ok()
+            .flatten()
+            .ok_or(Malformed)?;
+        let profile = Profile::read(&id, mls.extensions()).ok_or(Malformed)?;
+        Ok(Self { id, profile, mls, store, welcome, departed })
+    }
+}
+
+pub(crate) fn read_username(reader: &mut Reader<'_>) -> Result<Username, Malformed> {
+    let name = std::str::from_utf8(reader.bytes()?).map_err(|_| Malformed)?;
+    Username::parse(name).map_err(|_| Malformed)
+}
+
+fn ratchet() -> SenderRatchetConfiguration {
+    SenderRatchetConfiguration::new(OUT_OF_ORDER, FORWARD)
+}
+
+/// Whether a Welcome leads to a group that is true to itself: made by who sent it, with us in it, and only with members
+/// that belong there.
+fn judge_welcome(staged: &StagedWelcome, me: &IdentityKey) -> Option<(GroupId, Profile)> {
+    let context = staged.group_context();
+    let id = GroupId::try_from(context.group_id().as_slice()).ok()?;
+    let profile = Profile::read(&id, context.extensions())?;
+    // openmls has verified the group info's signature with this leaf's key.
+    let sender = staged.welcome_sender().ok()?;
+    if sender.signature_key().as_slice() != profile.maker.as_bytes() {
+        return None;
+    }
+    let members: Vec<Member> = staged
+        .members()
+        .map(|leaf| Member::read(&leaf.signature_key, &leaf.credential))
+        .collect::<Option<_>>()?;
+    let admitted = members.iter().all(|member| profile.admits(&member.identity));
+    let with_us = members.iter().any(|member| member.identity == *me);
+    (admitted && with_us && are_distinct(members.iter())).then_some((id, profile))
+}
+
+/// Whether no two members have one key or one name.
+fn are_distinct<'a>(members: impl Iterator<Item = &'a Member>) -> bool {
+    let (mut keys, mut names) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+    members.into_iter().all(|member| keys.insert(member.identity) && names.insert(&member.username))
+}
+
+fn unreadable<E>(error: &ProcessMessageError<E>) -> Outcome {
+    use MessageDecryptionError::{AeadError, SecretTreeError};
+    let ProcessMessageError::ValidationError(validation) = error else {
+        return Outcome::Ignored(Ignored::Invalid);
+    };
+    match validation {
+        // openmls does not export the inner error's type; its names are held to by tests.
+        ValidationError::UnableToDecrypt(SecretTreeError(inner)) => match format!("{inner:?}").as_str() {
+            "SecretReuseError" => Outcome::Duplicate,
+            "TooDistantInThePast" => Outcome::Ignored(Ignored::TooOld),
+            "TooDistantInTheFuture" => Outcome::Ignored(Ignored::TooFarAhead),
+            _ => Outcome::Ignored(Ignored::Invalid),
+        },
+        ValidationError::UnableToDecrypt(AeadError) => Outcome::Ignored(Ignored::Undecryptable),
+        ValidationError::NoPastEpochData => Outcome::Ignored(Ignored::TooOld),
+        _ => Outcome::Ignored(Ignored::Invalid),
+    }
+}

@@ -1,0 +1,232 @@
+//! What a server checks before it stores a KeyPackage: that the package is one, is signed, is alive, and is its owner's.
+//!
+//! The check depends on the bytes, the policy, the owner and the given time, and on nothing else.
+
+mod outline;
+#[cfg(test)]
+mod tests;
+
+use std::{sync::LazyLock, time::Duration};
+
+use openmls::prelude::{
+    Ciphersuite, KeyPackage, KeyPackageIn, KeyPackageVerifyError, OpenMlsCrypto as _, ProtocolVersion,
+};
+use openmls_rust_crypto::RustCrypto;
+use qpq_domain::{IdentityKey, UnixMillis};
+use sha2::{Digest as _, Sha256};
+use tls_codec::{DeserializeBytes as _, Serialize as _};
+
+use outline::Outline;
+
+/// The longest lifetime that MLS libraries give and accept: 84 days, and an hour for clocks that are behind.
+pub const MAX_LIFETIME: Duration = Duration::from_secs(84 * 24 * 3600 + 3600);
+
+/// What a server accepts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// The ciphersuites (RFC 9420 §17.1, by number) that may be uploaded, whether or not they can be checked here.
+    pub suites: Vec<u16>,
+    /// The most bytes of a package.
+    pub max_bytes: usize,
+    /// The longest time from `not_before` to `not_after`.
+    pub max_lifetime: Duration,
+    /// How far `not_before` may be in the future, for uploaders whose clock is ahead.
+    pub clock_skew: Duration,
+}
+
+impl Default for Policy {
+    /// The suites that sign with Ed25519, as identity keys are: 1 and 3 (checked), and the post-quantum hybrids 0x004D to
+    /// 0x004F, whose numbers are provisional (not checked).
+    fn default() -> Self {
+        Self {
+            suites: vec![0x0001, 0x0003, 0x004D, 0x004E, 0x004F],
+            max_bytes: 64 * 1024,
+            max_lifetime: MAX_LIFETIME,
+            clock_skew: Duration::from_secs(5 * 60),
+        }
+    }
+}
+
+/// A package that may be stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// Whether the signatures were verified; `false` where the suite is allowed but unknown to the crypto library.
+    pub verified: bool,
+    /// Whether the package says that it may be used more than once (extension 0x000A).
+    pub last_resort: bool,
+    /// From when on it must not be given out.
+    pub not_after: UnixMillis,
+    /// The KeyPackageRef (RFC 9420 §5.2), made with SHA-256 whatever the suite: the same for a package sent bare and
+    /// wrapped, different for any two packages.
+    pub reference: [u8; 32],
+}
+
+/// Why a package may not be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum Rejected {
+    #[error("the key package is larger than the server takes")]
+    TooLarge,
+    #[error("the bytes are not one MLS KeyPackage")]
+    Malformed,
+    #[error("the key package is not of MLS 1.0")]
+    WrongVersion,
+    #[error("the server does not take key packages of this ciphersuite")]
+    SuiteNotAllowed,
+    #[error("the key package is signed by another key than the uploader's identity key")]
+    ForeignSigner,
+    #[error("the key package's lifetime is over")]
+    Expired,
+    #[error("the key package's lifetime has not begun")]
+    NotYetValid,
+    #[error("the key package lives longer than the server allows")]
+    LifetimeTooLong,
+    #[error("a signature in the key package does not verify")]
+    BadSignature,
+    #[error("the key package contradicts itself")]
+    Inconsistent,
+}
+
+impl Rejected {
+    /// The reason in one stable word, for error codes and metrics.
+    pub const fn reason(self) -> &'static str {
+        match self {
+            Self::TooLarge => "too_large",
+            Self::Malformed => "malformed",
+            Self::WrongVersion => "wrong_version",
+            Self::SuiteNotAllowed => "suite_not_allowed",
+            Self::ForeignSigner => "foreign_signer",
+            Self::Expired => "expired",
+            Self::NotYetValid => "not_yet_valid",
+            Self::LifetimeTooLong => "lifetime_too_long",
+            Self::BadSignature => "bad_signature",
+            Self::Inconsistent => "inconsistent",
+        }
+    }
+}
+
+/// Judges an uploaded package, bare or inside an MLSMessage. Init keys may have any length.
+///
+/// # Errors
+/// The first reason found, the cheap ones being looked for first.
+pub fn check(
+    bytes: &[u8],
+    policy: &Policy,
+    owner: &IdentityKey,
+    now: UnixMillis,
+) -> Result<Checked, Rejected> {
+    if bytes.len() > policy.max_bytes {
+        return Err(Rejected::TooLarge);
+    }
+    let outline = Outline::read(bytes)?;
+    if !policy.suites.contains(&outline.suite) {
+        return Err(Rejected::SuiteNotAllowed);
+    }
+    check_lifetime(&outline, policy, now)?;
+    let verified = match checkable(outline.suite) {
+        Checkable::Yes => {
+            if outline.signature_key != owner.as_bytes() {
+                return Err(Rejected::ForeignSigner);
+            }
+            verify(outline.bare)?;
+            true
+        }
+        Checkable::No => false,
+    };
+    Ok(Checked {
+        verified,
+        last_resort: outline.last_resort,
+        not_after: UnixMillis(outline.not_after.saturating_mul(1000)),
+        reference: reference(outline.bare),
+    })
+}
+
+/// Verifies a package that `check` found good and returns it for use in a group. Its lifetime must also hold by the
+/// system's clock, which openmls reads.
+pub(crate) fn parse_verified(bytes: &[u8]) -> Result<KeyPackage, Rejected> {
+    let outline = Outline::read(bytes)?;
+    read(outline.bare)?.validate(&*CRYPTO, ProtocolVersion::Mls10).map_err(|error| match error {
+        KeyPackageVerifyError::LifetimeError(_) => Rejected::Expired,
+        other => refusal(&other),
+    })
+}
+
+/// Only its signature verification is used, which holds no state.
+static CRYPTO: LazyLock<RustCrypto> = LazyLock::new(RustCrypto::default);
+
+enum Checkable {
+    Yes,
+    No,
+}
+
+fn checkable(suite: u16) -> Checkable {
+    match Ciphersuite::try_from(suite) {
+        Ok(suite) if CRYPTO.supports(suite).is_ok() => Checkable::Yes,
+        _ => Checkable::No,
+    }
+}
+
+fn check_lifetime(outline: &Outline<'_>, policy: &Policy, now: UnixMillis) -> Result<(), Rejected> {
+    let now_secs = now.0 / 1000;
+    if outline.not_after <= now_secs {
+        return Err(Rejected::Expired);
+    }
+    if outline.not_before > now_secs.saturating_add(policy.clock_skew.as_secs()) {
+        return Err(Rejected::NotYetValid);
+    }
+    // not_before ≤ not_after holds but for the skew, within which a lifetime is short anyhow.
+    if outline.not_after.saturating_sub(outline.not_before) > policy.max_lifetime.as_secs() {
+        return Err(Rejected::LifetimeTooLong);
+    }
+    Ok(())
+}
+
+fn read(bare: &[u8]) -> Result<KeyPackageIn, Rejected> {
+    let package = KeyPackageIn::tls_deserialize_exact_bytes(bare).map_err(|_| Rejected::Malformed)?;
+    // The signatures are over what openmls would write, the fingerprint and what is given out are over what was sent.
+    match package.tls_serialize_detached() {
+        Ok(again) if again == bare => Ok(package),
+        _ => Err(Rejected::Malformed),
+    }
+}
+
+fn verify(bare: &[u8]) -> Result<(), Rejected> {
+    match read(bare)?.validate(&*CRYPTO, ProtocolVersion::Mls10) {
+        // openmls compares the lifetime with the system's clock, last of all (a test holds it to that): everything else
+        // was found good, and the lifetime has been compared with the given time already.
+        Ok(_) | Err(KeyPackageVerifyError::LifetimeError(_)) => Ok(()),
+        Err(error) => Err(refusal(&error)),
+    }
+}
+
+fn refusal(error: &KeyPackageVerifyError) -> Rejected {
+    match error {
+        KeyPackageVerifyError::InvalidSignature | KeyPackageVerifyError::InvalidLeafNodeSignature => {
+            Rejected::BadSignature
+        }
+        KeyPackageVerifyError::InvalidProtocolVersion => Rejected::WrongVersion,
+        _ => Rejected::Inconsistent,
+    }
+}
+
+/// RefHash("MLS 1.0 KeyPackage Reference", package) of RFC 9420 §5.2.
+fn reference(bare: &[u8]) -> [u8; 32] {
+    const LABEL: &[u8] = b"MLS 1.0 KeyPackage Reference";
+    let label_len = u8::try_from(LABEL.len()).expect("28");
+    let mut hash = Sha256::new();
+    hash.update([label_len]);
+    hash.update(LABEL);
+    hash.update(length(bare.len()));
+    hash.update(bare);
+    hash.finalize().into()
+}
+
+/// A vector's length in its shortest form (RFC 9420 §2.1.2).
+fn length(len: usize) -> Vec<u8> {
+    let len = u32::try_from(len).expect("a package is at most as large as the policy allows");
+    match len {
+        0..0x40 => vec![len as u8],
+        0x40..0x4000 => (len as u16 | 0x4000).to_be_bytes().to_vec(),
+        _ => (len | 0x8000_0000).to_be_bytes().to_vec(),
+    }
+}

@@ -1,0 +1,242 @@
+//! What a group is: its id, kind, channel and maker. It is part of the group's context (RFC 9420 §8.1), so every member has
+//! the same and a joiner learns it authenticated by the group's keys.
+
+use std::fmt;
+
+use openmls::prelude::{Extension, Extensions, GroupContext, UnknownExtension};
+use prost::Message as _;
+use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
+use rand::RngCore as _;
+use sha2::{Digest as _, Sha256};
+
+/// The extension that carries the profile, from the range for private use (RFC 9420 §17.3).
+pub(crate) const EXTENSION: u16 = 0xF0A1;
+
+const VERSION: u8 = 1;
+
+/// A group's id: 16 random bytes, then the first 16 of SHA-256(`"qpq/group/1"` ‖ maker's identity key ‖ random bytes).
+///
+/// The second half binds the maker. Whoever else claims the id, with a Welcome that comes before the maker's, would have
+/// to find a second preimage.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GroupId([u8; 32]);
+
+impl GroupId {
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    pub(crate) fn random(maker: &IdentityKey) -> Self {
+        let mut nonce = [0; 16];
+        rand::rngs::OsRng.fill_bytes(&mut nonce);
+        Self::bind(nonce, maker)
+    }
+
+    fn bind(nonce: [u8; 16], maker: &IdentityKey) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"qpq/group/1");
+        hash.update(maker.as_bytes());
+        hash.update(nonce);
+        let mut id = [0; 32];
+        id[..16].copy_from_slice(&nonce);
+        id[16..].copy_from_slice(&hash.finalize()[..16]);
+        Self(id)
+    }
+
+    fn is_made_by(&self, maker: &IdentityKey) -> bool {
+        let mut nonce = [0; 16];
+        nonce.copy_from_slice(&self.0[..16]);
+        Self::bind(nonce, maker) == *self
+    }
+}
+
+impl TryFrom<&[u8]> for GroupId {
+    type Error = qpq_domain::WrongLength;
+
+    fn try_from(bytes: &[u8]) -> Result<Self, Self::Error> {
+        bytes.try_into().map(Self).map_err(|_| qpq_domain::WrongLength { expected: 32, actual: bytes.len() })
+    }
+}
+
+impl fmt::Display for GroupId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for GroupId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GroupId({self})")
+    }
+}
+
+/// The two kinds of conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// Between two people; nobody else can be added. `peer` is the one who did not make the group.
+    Direct {
+        peer: IdentityKey,
+    },
+    Group {
+        name: String,
+    },
+}
+
+/// The channel of the direct conversation between two people, the same from both sides:
+/// SHA-256(`"qpq/dm/1"` ‖ smaller key ‖ larger key), its first 16 bytes.
+pub fn direct_channel(one: &IdentityKey, other: &IdentityKey) -> ChannelId {
+    let (smaller, larger) = if one < other { (one, other) } else { (other, one) };
+    let mut hash = Sha256::new();
+    hash.update(b"qpq/dm/1");
+    hash.update(smaller.as_bytes());
+    hash.update(larger.as_bytes());
+    let mut channel = [0; 16];
+    channel.copy_from_slice(&hash.finalize()[..16]);
+    ChannelId::new(channel)
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Profile {
+    pub(crate) kind: Kind,
+    pub(crate) channel: ChannelId,
+    pub(crate) maker: IdentityKey,
+    /// By the maker's clock.
+    pub(crate) made_at: UnixMillis,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Encoded {
+    #[prost(bytes = "vec", tag = "1")]
+    maker: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    made_at: u64,
+    #[prost(bytes = "vec", tag = "3")]
+    channel: Vec<u8>,
+    /// Of a direct conversation.
+    #[prost(bytes = "vec", optional, tag = "4")]
+    peer: Option<Vec<u8>>,
+    /// Of a group.
+    #[prost(string, optional, tag = "5")]
+    name: Option<String>,
+}
+
+impl Profile {
+    pub(crate) fn direct(maker: IdentityKey, peer: IdentityKey, made_at: UnixMillis) -> Self {
+        Self { kind: Kind::Direct { peer }, channel: direct_channel(&maker, &peer), maker, made_at }
+    }
+
+    /// Whether `key` may be a member at all.
+    pub(crate) fn admits(&self, key: &IdentityKey) -> bool {
+        match &self.kind {
+            Kind::Direct { peer } => *key == self.maker || key == peer,
+            Kind::Group { .. } => true,
+        }
+    }
+
+    /// In a direct conversation, who is there beside `me`.
+    pub(crate) fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
+        match &self.kind {
+            Kind::Direct { peer } if self.maker == *me => Some(*peer),
+            Kind::Direct { .. } => Some(self.maker),
+            Kind::Group { .. } => None,
+        }
+    }
+
+    pub(crate) fn extensions(&self) -> Extensions<GroupContext> {
+        let profile = Extension::Unknown(EXTENSION, UnknownExtension(self.encode()));
+        Extensions::single(profile).expect("a private-use extension is allowed in a group context")
+    }
+
+    /// The profile of a group, if it has one that is true to itself and to the group's id.
+    pub(crate) fn read(id: &GroupId, extensions: &Extensions<GroupContext>) -> Option<Self> {
+        let mut all = extensions.iter();
+        let (Some(Extension::Unknown(EXTENSION, UnknownExtension(bytes))), None) = (all.next(), all.next())
+        else {
+            return None;
+        };
+        Self::decode(bytes).filter(|profile| id.is_made_by(&profile.maker))
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let (peer, name) = match &self.kind {
+            Kind::Direct { peer } => (Some(peer.as_bytes().to_vec()), None),
+            Kind::Group { name } => (None, Some(name.clone())),
+        };
+        let encoded = Encoded {
+            maker: self.maker.as_bytes().to_vec(),
+            made_at: self.made_at.0,
+            channel: self.channel.as_bytes().to_vec(),
+            peer,
+            name,
+        };
+        let mut bytes = vec![VERSION];
+        encoded.encode(&mut bytes).expect("a Vec grows as needed");
+        bytes
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (&VERSION, protobuf) = bytes.split_first()? else { return None };
+        let encoded = Encoded::decode(protobuf).ok()?;
+        let maker = IdentityKey::try_from(&encoded.maker[..]).ok()?;
+        let channel = ChannelId::try_from(&encoded.channel[..]).ok()?;
+        let made_at = UnixMillis(encoded.made_at);
+        match (encoded.peer, encoded.name) {
+            (Some(peer), None) => {
+                let direct = Self::direct(maker, IdentityKey::try_from(&peer[..]).ok()?, made_at);
+                (direct.channel == channel).then_some(direct)
+            }
+            (None, Some(name)) => Some(Self { kind: Kind::Group { name }, channel, maker, made_at }),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use openmls::prelude::ExtensionType;
+
+    use super::*;
+
+    const ANN: IdentityKey = IdentityKey::new([1; 32]);
+    const BOB: IdentityKey = IdentityKey::new([2; 32]);
+
+    #[test]
+    fn a_group_id_is_its_makers_alone() {
+        let id = GroupId::random(&ANN);
+        assert!(id.is_made_by(&ANN));
+        assert!(!id.is_made_by(&BOB));
+        assert_ne!(id, GroupId::random(&ANN));
+    }
+
+    #[test]
+    fn the_direct_channel_is_the_same_from_both_sides() {
+        assert_eq!(direct_channel(&ANN, &BOB), direct_channel(&BOB, &ANN));
+        let digest = Sha256::digest([&b"qpq/dm/1"[..], &[1; 32], &[2; 32]].concat());
+        assert_eq!(direct_channel(&ANN, &BOB).as_bytes(), &digest[..16]);
+    }
+
+    #[test]
+    fn profiles_survive_their_encoding_and_lies_do_not() {
+        let id = GroupId::random(&ANN);
+        let direct = Profile::direct(ANN, BOB, UnixMillis(5));
+        assert_eq!(Profile::read(&id, &direct.extensions()), Some(direct.clone()));
+        let group = Profile {
+            kind: Kind::Group { name: "friends".into() },
+            channel: ChannelId::new([9; 16]),
+            maker: ANN,
+            made_at: UnixMillis(7),
+        };
+        assert_eq!(Profile::read(&id, &group.extensions()), Some(group.clone()));
+
+        let others = Profile { maker: BOB, ..group };
+        assert_eq!(Profile::read(&id, &others.extensions()), None, "not the maker the id names");
+        let elsewhere = Profile { channel: ChannelId::new([9; 16]), ..direct };
+        assert_eq!(Profile::read(&id, &elsewhere.extensions()), None, "not the two people's channel");
+        assert_eq!(Profile::read(&id, &Extensions::empty()), None);
+    }
+
+    #[test]
+    fn the_extension_number_is_one_that_openmls_does_not_interpret() {
+        assert_eq!(ExtensionType::from(EXTENSION), ExtensionType::Unknown(EXTENSION));
+    }
+}
