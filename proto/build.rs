@@ -5,7 +5,6 @@ use std::{env, error::Error, fmt::Write as _, fs, path::Path};
 
 use protox::Compiler;
 
-#[expect(clippy::print_stdout, reason = "how a build script speaks to cargo")]
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=qpq");
     let mut sources: Vec<_> =

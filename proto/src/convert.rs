@@ -110,3 +110,58 @@ where
 {
     if bytes.is_empty() { Ok(None) } else { parse(bytes, field).map(Some) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn length(expected: usize, actual: usize) -> FieldReason {
+        FieldReason::Length(WrongLength { expected, actual })
+    }
+
+    #[test]
+    fn a_refusal_names_the_field_and_the_reason() {
+        let refused = identity_key(&[7; 31], "recipient_key").expect_err("too short");
+        assert_eq!(refused, FieldError { field: "recipient_key", reason: length(32, 31) });
+        assert_eq!(refused.to_string(), "recipient_key: expected 32 bytes, got 31");
+        let refused = username("a@b", "username").expect_err("no name has an @");
+        assert_eq!(refused, FieldError::new("username", InvalidUsername::Forbidden));
+    }
+
+    #[test]
+    fn empty_means_absent_only_where_it_may() {
+        assert_eq!(device_id(&[], "f"), Ok(None));
+        assert_eq!(message_id(&[], "f"), Ok(None));
+        assert_eq!(optional_identity_key(&[], "f"), Ok(None));
+        assert_eq!(optional_exact::<64>(&[], "f"), Ok(None));
+        assert_eq!(channel_id(&[], "f"), Ok(ChannelId::DEFAULT));
+        assert_eq!(identity_key(&[], "f"), Err(FieldError::new("f", length(32, 0))));
+        assert_eq!(exact::<64>(&[], "f"), Err(FieldError::new("f", length(64, 0))));
+    }
+
+    #[test]
+    fn whatever_is_there_has_its_exact_length() {
+        assert_eq!(device_id(&[7; 16], "f"), Ok(Some(DeviceId::new([7; 16]))));
+        assert_eq!(message_id(&[7; 16], "f"), Ok(Some(MessageId::new([7; 16]))));
+        assert_eq!(channel_id(&[7; 16], "f"), Ok(ChannelId::new([7; 16])));
+        assert_eq!(optional_identity_key(&[7; 32], "f"), Ok(Some(IdentityKey::new([7; 32]))));
+        assert_eq!(optional_exact(&[7; 64], "f"), Ok(Some([7; 64])));
+        for len in [1, 15, 17, 32] {
+            let bytes = vec![0; len];
+            assert_eq!(device_id(&bytes, "f"), Err(FieldError::new("f", length(16, len))));
+            assert_eq!(message_id(&bytes, "f"), Err(FieldError::new("f", length(16, len))));
+            assert_eq!(channel_id(&bytes, "f"), Err(FieldError::new("f", length(16, len))));
+        }
+    }
+
+    #[test]
+    fn a_list_is_refused_for_its_length_or_for_one_of_its_keys() {
+        assert_eq!(identity_keys(&vec![[1; 32]; MAX_BATCH], "f").map(|keys| keys.len()), Ok(MAX_BATCH));
+        assert_eq!(
+            identity_keys(&vec![[1; 32]; MAX_BATCH + 1], "f"),
+            Err(FieldError::new("f", FieldReason::TooMany { max: MAX_BATCH })),
+        );
+        let keys: [&[u8]; 2] = [&[1; 32], &[1; 33]];
+        assert_eq!(identity_keys(&keys, "f"), Err(FieldError::new("f", length(32, 33))));
+    }
+}

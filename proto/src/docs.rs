@@ -40,7 +40,12 @@ fn methods(page: &mut String) {
             METHODS.len()
         ),
     );
-    line(page, format_args!("| id | method | who may call | limit | deadline | request → response | | |"));
+    line(
+        page,
+        format_args!(
+            "| id | method | who may call | limit | deadline | request → response | | what it does |"
+        ),
+    );
     line(page, format_args!("|---|---|---|---|---|---|---|---|"));
     for MethodInfo { id, name, doc, request, response, auth, limit, deadline, served } in METHODS {
         line(
@@ -80,13 +85,13 @@ fn limits(page: &mut String) {
     for class in LimitClass::ALL {
         for LimitDefault { subject, burst, refill, every } in class.defaults() {
             let unit = match every.as_secs() {
-                1 => "second",
-                60 => "minute",
-                3600 => "hour",
+                1 => "a second",
+                60 => "a minute",
+                3600 => "an hour",
                 other => unreachable!("no word for {other} s"),
             };
             let (name, subject, doc) = (class.name(), subject.name(), class.doc());
-            line(page, format_args!("| {name} | {subject} | {burst} | {refill} a {unit} | {doc} |"));
+            line(page, format_args!("| {name} | {subject} | {burst} | {refill} {unit} | {doc} |"));
         }
     }
 }

@@ -32,6 +32,9 @@ pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/debug.rs"));
 }
 
+#[cfg(test)]
+mod field_numbers;
+
 /// Stands for a secret in `Debug`.
 struct Redacted {
     is_set: bool,

@@ -49,3 +49,142 @@ pub fn append_session_token(payload: &mut impl BufMut, token: &[u8]) {
         .expect("a BufMut that grows, or has room for the token");
     payload.put_slice(token);
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+    use prost::Message;
+
+    use super::*;
+    use crate::{methods::for_each_request, v1};
+
+    /// What the generated message of one method makes of the bytes: `None` if it refuses them.
+    type Decode = fn(&[u8]) -> Option<Bytes>;
+
+    macro_rules! decoders {
+        ($(($auth:ident $request:ident))+) => { [$(decoder!($auth $request)),+].into_iter().flatten().collect() };
+    }
+    macro_rules! decoder {
+        (Anonymous $request:ident) => {
+            None
+        };
+        ($auth:ident $request:ident) => {{
+            let decode: Decode =
+                |bytes| v1::$request::decode(bytes).ok().map(|request| request.session_token);
+            Some((stringify!($request), decode))
+        }};
+    }
+
+    /// Every request type that has a token.
+    fn authenticated() -> Vec<(&'static str, Decode)> {
+        for_each_request!(decoders)
+    }
+
+    /// Checks that a payload which a message accepts gives that message's token. Answers how many messages accept it.
+    fn agree(payload: &[u8]) -> Result<usize, TestCaseError> {
+        let ours = session_token(payload);
+        let mut accepted = 0;
+        for (name, decode) in authenticated() {
+            if let Some(theirs) = decode(payload) {
+                accepted += 1;
+                let theirs = (!theirs.is_empty()).then_some(theirs.as_ref());
+                prop_assert_eq!(ours, Ok(theirs), "{}", name);
+            }
+        }
+        Ok(accepted)
+    }
+
+    /// A field as it is on the wire. Numbers from 16 up are in no request, so every message passes them over.
+    fn field(numbers: std::ops::Range<u32>) -> impl Strategy<Value = Vec<u8>> {
+        let value = proptest::collection::vec(any::<u8>(), 0..200);
+        (numbers, 0..4, any::<u64>(), value).prop_map(|(number, shape, varint, value)| {
+            let mut bytes = Vec::new();
+            match shape {
+                0 => prost::encoding::uint64::encode(number, &varint, &mut bytes),
+                1 => prost::encoding::fixed64::encode(number, &varint, &mut bytes),
+                2 => prost::encoding::bytes::encode(number, &value, &mut bytes),
+                _ => {
+                    // A group: deprecated, but to be passed over like everything unknown; with our number inside.
+                    encode_key(number, WireType::StartGroup, &mut bytes);
+                    append_session_token(&mut bytes, &value);
+                    encode_key(number, WireType::EndGroup, &mut bytes);
+                }
+            }
+            bytes
+        })
+    }
+
+    fn token() -> impl Strategy<Value = Vec<u8>> {
+        proptest::collection::vec(any::<u8>(), 0..40).prop_map(|token| {
+            let mut bytes = Vec::new();
+            append_session_token(&mut bytes, &token);
+            bytes
+        })
+    }
+
+    fn payload(unknown: std::ops::Range<u32>) -> impl Strategy<Value = Vec<u8>> {
+        proptest::collection::vec(prop_oneof![field(unknown), token()], 0..8)
+            .prop_map(|fields| fields.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_as_prost_reads_them(payload in proptest::collection::vec(any::<u8>(), 0..64)) {
+            agree(&payload)?;
+        }
+
+        #[test]
+        fn fields_in_any_order_are_read_as_prost_reads_them(payload in payload(1..40)) {
+            agree(&payload)?;
+        }
+
+        #[test]
+        fn unknown_fields_hide_no_token_from_any_request(payload in payload(16..5000)) {
+            prop_assert_eq!(agree(&payload)?, authenticated().len());
+        }
+
+        #[test]
+        fn a_payload_cut_short_is_never_read_past_its_end(payload in payload(1..40), cut in any::<prop::sample::Index>()) {
+            agree(&payload[..cut.index(payload.len() + 1)])?;
+        }
+
+        #[test]
+        fn an_appended_token_replaces_the_one_before(payload in payload(16..40), token in any::<[u8; 32]>()) {
+            let mut payload = payload;
+            append_session_token(&mut payload, &token);
+            prop_assert_eq!(session_token(&payload), Ok(Some(token.as_slice())));
+        }
+    }
+
+    #[test]
+    fn every_method_that_needs_a_session_is_among_them() {
+        let anonymous = crate::METHODS.iter().filter(|m| m.auth == crate::AuthKind::Anonymous).count();
+        assert_eq!(authenticated().len(), crate::METHODS.len() - anonymous);
+    }
+
+    #[test]
+    fn the_last_one_counts_even_if_empty() {
+        assert_eq!(session_token(b""), Ok(None));
+        assert_eq!(session_token(b"\x7a\x01a\x7a\x02bc"), Ok(Some(b"bc".as_slice())));
+        assert_eq!(session_token(b"\x7a\x01a\x7a\x00"), Ok(None));
+    }
+
+    #[test]
+    fn what_is_no_message_is_refused() {
+        let cases: [&[u8]; 7] = [
+            b"\x7a",                                         // no length
+            b"\x7a\x02a",                                    // shorter than it says
+            b"\x7a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", // a length beyond any memory
+            b"\x78\x01",                                     // field 15 as a number
+            b"\x00\x01",                                     // field number 0
+            b"\x0f\x01",                                     // no such wire type
+            b"\x83\x01\x7a\x01a",                            // a group that does not end
+        ];
+        for case in cases {
+            assert_eq!(session_token(case), Err(Malformed), "{case:?}");
+        }
+        let nested = b"\x83\x01".repeat(100_000);
+        assert_eq!(session_token(&nested), Err(Malformed), "groups nested without end");
+    }
+}
