@@ -1,1 +1,285 @@
+//! The check against packages that openmls made, packages signed by hand, and bytes that are neither.
 
+use ed25519_dalek::{Signer as _, SigningKey};
+use openmls::prelude::{
+    Capabilities, Extension, ExtensionType, Extensions, KeyPackage as MlsKeyPackage, Lifetime, MlsMessageOut,
+    UnknownExtension,
+};
+use proptest::prelude::*;
+use qpq_domain::Username;
+
+use super::*;
+use crate::{Identity, packages, store::Store};
+
+/// A day in 2001: openmls, which reads the system's clock, finds every lifetime around it long over.
+const NOW: UnixMillis = UnixMillis(1_000_000_000_000);
+const SECOND: Duration = Duration::from_secs(1);
+
+fn identity() -> Identity {
+    Identity::from_seed(&[7; 32])
+}
+
+fn judge(bytes: &[u8]) -> Result<Checked, Rejected> {
+    check(bytes, &Policy::default(), &identity().public(), NOW)
+}
+
+struct Recipe {
+    lifetime: Lifetime,
+    extensions: Extensions<MlsKeyPackage>,
+    capabilities: Capabilities,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            lifetime: packages::lifetime(NOW),
+            extensions: Extensions::empty(),
+            capabilities: packages::capabilities(),
+        }
+    }
+}
+
+impl Recipe {
+    fn living(from: UnixMillis, to: UnixMillis) -> Self {
+        Self { lifetime: Lifetime::init(from.0 / 1000, to.0 / 1000), ..Self::default() }
+    }
+
+    fn make(self) -> MlsKeyPackage {
+        let (store, identity) = (Store::default(), identity());
+        MlsKeyPackage::builder()
+            .key_package_lifetime(self.lifetime)
+            .key_package_extensions(self.extensions)
+            .leaf_node_capabilities(self.capabilities)
+            .build(packages::SUITE, &store, &identity, identity.credential(&Username::parse("ann").unwrap()))
+            .unwrap()
+            .key_package()
+            .clone()
+    }
+
+    fn bytes(self) -> Vec<u8> {
+        self.make().tls_serialize_detached().unwrap()
+    }
+}
+
+fn wrap(bare: &[u8]) -> Vec<u8> {
+    [&[0, 1, 0, 5], bare].concat()
+}
+
+fn with_suite(mut bare: Vec<u8>, suite: u16) -> Vec<u8> {
+    bare[2..4].copy_from_slice(&suite.to_be_bytes());
+    bare
+}
+
+#[test]
+fn a_good_package_is_taken_bare_and_wrapped() {
+    let package = Recipe::default().make();
+    let bare = package.tls_serialize_detached().unwrap();
+    let checked = judge(&bare).unwrap();
+    let expected = package.hash_ref(&RustCrypto::default()).unwrap();
+    assert_eq!(checked.reference, expected.as_slice());
+    assert!(checked.verified);
+    assert!(!checked.last_resort);
+    assert_eq!(checked.not_after, NOW.plus(84 * 24 * 3600 * SECOND));
+
+    let wrapped = MlsMessageOut::from(package).to_bytes().unwrap();
+    assert_eq!(wrapped, wrap(&bare));
+    assert_eq!(judge(&wrapped), Ok(checked));
+}
+
+#[test]
+fn a_last_resort_package_says_so() {
+    let extensions = Extensions::single(Extension::LastResort(Default::default())).unwrap();
+    let checked = judge(&Recipe { extensions, ..Recipe::default() }.bytes()).unwrap();
+    assert!(checked.last_resort);
+}
+
+/// The time is the given one. In 2001's packages openmls finds the lifetime wrong, and must have looked at all else before.
+#[test]
+fn whatever_the_systems_clock_says_a_bad_signature_is_found() {
+    let good = Recipe::default().bytes();
+    assert!(judge(&good).unwrap().verified);
+    let mut bad = good;
+    *bad.last_mut().unwrap() ^= 1;
+    assert_eq!(judge(&bad), Err(Rejected::BadSignature));
+
+    let extensions = Extensions::single(Extension::LastResort(Default::default())).unwrap();
+    let capabilities = Capabilities::new(None, Some(&[packages::SUITE]), None, None, None);
+    let unlisted = Recipe { extensions, capabilities, ..Recipe::default() };
+    assert_eq!(judge(&unlisted.bytes()), Err(Rejected::Inconsistent), "an extension that the leaf denies");
+}
+
+#[test]
+fn any_flipped_bit_is_found() {
+    let good = Recipe::default().bytes();
+    for position in 0..good.len() * 8 {
+        let mut bad = good.clone();
+        bad[position / 8] ^= 1 << (position % 8);
+        let verdict = judge(&bad);
+        assert!(verdict.is_err(), "bit {position}: {verdict:?}");
+    }
+}
+
+#[test]
+fn nothing_may_be_missing_or_left_over() {
+    let good = Recipe::default().bytes();
+    for form in [good.clone(), wrap(&good)] {
+        for len in 0..form.len() {
+            assert_eq!(judge(&form[..len]), Err(Rejected::Malformed), "cut to {len}");
+        }
+        let longer = [&form[..], &[0]].concat();
+        assert_eq!(judge(&longer), Err(Rejected::Malformed));
+    }
+    assert_eq!(judge(&wrap(&wrap(&good))), Err(Rejected::Malformed), "wrapped twice");
+}
+
+#[test]
+fn lifetimes_are_judged_at_the_given_time() {
+    let day = 24 * 3600 * SECOND;
+    for (from, to, verdict) in [
+        (NOW.minus(day), NOW, Err(Rejected::Expired)),
+        (NOW.minus(day), NOW.plus(SECOND), Ok(())),
+        (NOW.plus(5 * 60 * SECOND), NOW.plus(day), Ok(())),
+        (NOW.plus(5 * 60 * SECOND).plus(SECOND), NOW.plus(day), Err(Rejected::NotYetValid)),
+        (NOW.minus(3600 * SECOND), NOW.plus(84 * day), Ok(())),
+        (NOW.minus(3601 * SECOND), NOW.plus(84 * day), Err(Rejected::LifetimeTooLong)),
+        (NOW.minus(day), NOW.plus(3650 * day), Err(Rejected::LifetimeTooLong)),
+        (UnixMillis(0), UnixMillis(u64::MAX), Err(Rejected::LifetimeTooLong)),
+        (UnixMillis(u64::MAX), UnixMillis(u64::MAX), Err(Rejected::NotYetValid)),
+    ] {
+        let bytes = Recipe::living(from, to).bytes();
+        assert_eq!(judge(&bytes).map(drop), verdict, "{from:?} to {to:?}");
+        let unchecked = with_suite(bytes, 0x004D);
+        assert_eq!(judge(&unchecked).map(drop), verdict, "the same where signatures are not checked");
+    }
+}
+
+#[test]
+fn another_owners_package_is_refused() {
+    let other = Identity::from_seed(&[8; 32]).public();
+    let verdict = check(&Recipe::default().bytes(), &Policy::default(), &other, NOW);
+    assert_eq!(verdict, Err(Rejected::ForeignSigner));
+}
+
+#[test]
+fn size_version_and_suite_are_limited() {
+    assert_eq!(judge(&vec![0; 64 * 1024 + 1]), Err(Rejected::TooLarge));
+    assert_eq!(judge(&vec![0; 64 * 1024]), Err(Rejected::WrongVersion));
+    let good = Recipe::default().bytes();
+    let mut newer = good.clone();
+    newer[1] = 2;
+    assert_eq!(judge(&newer), Err(Rejected::WrongVersion));
+    assert_eq!(judge(&wrap(&newer)), Err(Rejected::Malformed), "read as a bare package of suite 5");
+    for suite in [0, 2, 4, 5, 6, 7, 0xffff] {
+        assert_eq!(judge(&with_suite(good.clone(), suite)), Err(Rejected::SuiteNotAllowed), "{suite}");
+    }
+}
+
+/// Suites 4 to 6 are known to openmls but not to its provider, the post-quantum ones to neither.
+#[test]
+fn a_suite_that_cannot_be_checked_is_taken_unchecked_and_never_called_badly_signed() {
+    let policy = Policy { suites: vec![1, 4, 5, 6, 0x004D, 0xF123], ..Policy::default() };
+    let owner = identity().public();
+    for suite in [4, 5, 6, 0x004D, 0xF123] {
+        let bare = with_suite(Recipe::default().bytes(), suite);
+        for form in [bare.clone(), wrap(&bare)] {
+            let checked = check(&form, &policy, &owner, NOW).unwrap();
+            assert!(!checked.verified, "{suite}");
+            assert_eq!(checked.not_after, NOW.plus(84 * 24 * 3600 * SECOND));
+        }
+    }
+}
+
+/// Clients of the original put a hybrid init key of 1216 bytes into packages of suite 1.
+#[test]
+fn init_keys_may_have_any_length() {
+    for len in [0, 1, 63, 64, 1216, 16_384] {
+        let bare = signed_by_hand(&vec![9; len]);
+        let checked = judge(&bare).unwrap_or_else(|reason| panic!("{len}: {reason}"));
+        assert!(checked.verified);
+        assert!(judge(&wrap(&bare)).unwrap().verified);
+    }
+}
+
+#[test]
+fn unknown_extensions_are_allowed_where_the_leaf_lists_them() {
+    let number = 0xF0F1;
+    let extensions = Extensions::single(Extension::Unknown(number, UnknownExtension(vec![1]))).unwrap();
+    let listed = Capabilities::new(
+        None,
+        Some(&[packages::SUITE]),
+        Some(&[ExtensionType::Unknown(number)]),
+        None,
+        None,
+    );
+    let recipe = Recipe { extensions, capabilities: listed, ..Recipe::default() };
+    assert!(judge(&recipe.bytes()).unwrap().verified);
+}
+
+/// A package of suite 1 written field by field (RFC 9420 §10) and signed with Ed25519 over RFC 9420's SignWithLabel content.
+fn signed_by_hand(init_key: &[u8]) -> Vec<u8> {
+    let key = SigningKey::from_bytes(&[7; 32]);
+    let vector = |content: &[u8]| [&length(content.len())[..], content].concat();
+    let sign = |label: &str, content: &[u8]| {
+        let labelled = [vector(format!("MLS 1.0 {label}").as_bytes()), vector(content)].concat();
+        vector(&key.sign(&labelled).to_bytes())
+    };
+    let leaf = [
+        vector(&[5; 32]),                            // encryption_key
+        vector(key.verifying_key().as_bytes()),      // signature_key
+        [&[0, 1], &vector(b"ann")[..]].concat(),     // basic credential
+        vector(&[0, 1]),                             // versions
+        vector(&[0, 1]),                             // ciphersuites
+        vector(&[]),                                 // extensions
+        vector(&[]),                                 // proposals
+        vector(&[0, 1]),                             // credentials
+        vec![1],                                     // leaf_node_source: key_package
+        (NOW.0 / 1000 - 60).to_be_bytes().to_vec(),  // not_before
+        (NOW.0 / 1000 + 600).to_be_bytes().to_vec(), // not_after
+        vector(&[]),                                 // extensions
+    ]
+    .concat();
+    let leaf = [&leaf[..], &sign("LeafNodeTBS", &leaf)].concat();
+    let package = [&[0, 1, 0, 1], &vector(init_key)[..], &leaf, &vector(&[])].concat();
+    [&package[..], &sign("KeyPackageTBS", &package)].concat()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        prop_assert!(judge(&bytes).is_err());
+    }
+
+    #[test]
+    fn no_bytes_that_begin_like_a_package_make_it_panic(tail in prop::collection::vec(any::<u8>(), 0..600)) {
+        let everything = Policy { suites: (0..=0x50).collect(), ..Policy::default() };
+        for prefix in [&[0, 1, 0, 1][..], &[0, 1, 0, 0x4D], &[0, 1, 0, 5, 0, 1, 0, 1], &[0, 1, 0, 5, 0, 1, 0, 4]] {
+            let bytes = [prefix, &tail].concat();
+            if let Ok(checked) = check(&bytes, &everything, &identity().public(), NOW) {
+                prop_assert!(!checked.verified);
+            }
+        }
+    }
+
+    #[test]
+    fn no_edited_package_passes_for_verified(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        cut in any::<prop::sample::Index>(),
+        insert in prop::collection::vec(any::<u8>(), 0..4),
+    ) {
+        let good = signed_by_hand(&[9; 32]);
+        let mut bad = good.clone();
+        for (position, byte) in edits {
+            let position = position.index(bad.len());
+            bad[position] = byte;
+        }
+        let at = cut.index(bad.len());
+        bad.splice(at..at, insert);
+        prop_assume!(bad != good);
+        for form in [bad.clone(), wrap(&bad)] {
+            let verdict = judge(&form);
+            prop_assert!(verdict.as_ref().map_or(true, |checked| !checked.verified), "{:?}", verdict);
+        }
+    }
+}
