@@ -1,0 +1,69 @@
+//! The configuration in print: the reference for `docs/`, and the effective values for `config show`.
+
+use std::fmt::Write as _;
+
+use super::{Declared, Node, Setting};
+
+/// The reference of all settings of `T` as Markdown, to go below an introduction.
+pub fn markdown<T: Node + Default>() -> String {
+    let declared = Declared::of::<T>();
+    let mut page = String::new();
+    for section in &declared.sections {
+        if section.path.is_empty() {
+            page.push_str("\n## Top level\n\n");
+        } else {
+            let _ = write!(page, "\n## `[{}]`\n\n{}\n\n", section.path, section.doc);
+        }
+        let mut settings = declared.settings.iter().filter(|s| parent(&s.path) == section.path).peekable();
+        if settings.peek().is_some() {
+            page.push_str("| key | default | meaning |\n|---|---|---|\n");
+        }
+        settings.for_each(|setting| row(&mut page, setting));
+    }
+    page
+}
+
+fn row(page: &mut String, setting: &Setting) {
+    let Setting { doc, allowed, default, variables, flag, path } = setting;
+    let key = path.rsplit('.').next().expect("split gives at least one part");
+    let others: Vec<_> = flag
+        .iter()
+        .copied()
+        .chain(variables.iter().skip(1).map(|v| &**v))
+        .map(|v| format!("`{v}`"))
+        .collect();
+    let also = if others.is_empty() { String::new() } else { format!(" Also {}.", others.join(", ")) };
+    let default = if default.contains(' ') { default.clone() } else { format!("`{default}`") };
+    let _ = writeln!(page, "| `{key}` | {default} | {doc} Must be {allowed}.{also} |");
+}
+
+/// The values in force as a TOML file, each with its origin as a comment. What is not set is commented out.
+pub(super) fn effective(
+    declared: &Declared,
+    values: &[(String, Option<String>)],
+    origin: impl Fn(&str) -> Option<String>,
+) -> String {
+    let mut file = String::new();
+    for section in &declared.sections {
+        let inside: Vec<_> = values.iter().filter(|(path, _)| parent(path) == section.path).collect();
+        if !section.path.is_empty() && !inside.is_empty() {
+            let _ = writeln!(file, "\n[{}]", section.path);
+        }
+        for (path, value) in inside {
+            let key = path.rsplit('.').next().expect("split gives at least one part");
+            let origin = origin(path).unwrap_or_else(|| "default".into());
+            let _ = match value {
+                Some(value) => writeln!(file, "{key} = {value}  # {origin}"),
+                None => {
+                    let default = declared.settings.iter().find(|s| s.path == *path).map(|s| &*s.default);
+                    writeln!(file, "# {key} =  # {}", default.unwrap_or("none"))
+                }
+            };
+        }
+    }
+    file
+}
+
+fn parent(path: &str) -> &str {
+    path.rsplit_once('.').map_or("", |(parent, _)| parent)
+}

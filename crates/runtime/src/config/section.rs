@@ -1,0 +1,220 @@
+//! The declaration of settings: a tree whose inner nodes are sections and whose leaves are values.
+
+use figment::Figment;
+
+use super::{Leaf, layers, problem::Problem};
+
+/// A section or a value: something that can be declared, read and shown at a dotted path.
+pub trait Node {
+    /// Adds to `declared` what is declared here. `self` is the default.
+    fn describe(&self, about: About, declared: &mut Declared);
+
+    /// Replaces what the layers have a value for.
+    fn read(&mut self, path: &str, reader: &mut Reader<'_>);
+
+    /// Adds path and value, as TOML; `None` where nothing is set.
+    fn show(&self, path: &str, values: &mut Vec<(String, Option<String>)>);
+}
+
+/// What a declaration says about a node, beyond its type and default.
+#[derive(Clone, Debug, Default)]
+pub struct About {
+    pub path: String,
+    /// The doc comment, one paragraph.
+    pub doc: String,
+    unset: Option<&'static str>,
+    variable: Option<&'static str>,
+    flag: Option<&'static str>,
+}
+
+impl About {
+    pub fn new(path: String, doc: &str) -> Self {
+        let doc = doc.split_whitespace().collect::<Vec<_>>().join(" ");
+        Self { path, doc, ..Self::default() }
+    }
+
+    /// What holds when nothing is set, in words, where the default depends on something else.
+    #[must_use]
+    pub fn unset(mut self, words: &'static str) -> Self {
+        self.unset = Some(words);
+        self
+    }
+
+    /// A second environment variable.
+    #[must_use]
+    pub fn variable(mut self, name: &'static str) -> Self {
+        self.variable = Some(name);
+        self
+    }
+
+    /// The command line flag.
+    #[must_use]
+    pub fn flag(mut self, name: &'static str) -> Self {
+        self.flag = Some(name);
+        self
+    }
+}
+
+/// Everything that may be set.
+#[derive(Clone, Debug, Default)]
+pub struct Declared {
+    pub sections: Vec<Section>,
+    pub settings: Vec<Setting>,
+}
+
+/// A group of settings.
+#[derive(Clone, Debug)]
+pub struct Section {
+    pub path: String,
+    pub doc: String,
+}
+
+/// One value that may be set.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// As in the file, `tls.cert`.
+    pub path: String,
+    pub doc: String,
+    /// What it may be, in words.
+    pub allowed: String,
+    /// The default, as TOML or in words.
+    pub default: String,
+    /// The environment variables that set it, the one that wins first.
+    pub variables: Vec<String>,
+    pub flag: Option<&'static str>,
+}
+
+impl Declared {
+    pub fn of<T: Node + Default>() -> Self {
+        let mut declared = Self::default();
+        T::default().describe(About::default(), &mut declared);
+        declared
+    }
+
+    /// Whether `path` is a value that may be set.
+    pub fn has_setting(&self, path: &str) -> bool {
+        self.settings.iter().any(|setting| setting.path == path)
+    }
+
+    /// Whether `path` is a section that may be written.
+    pub fn has_section(&self, path: &str) -> bool {
+        self.sections.iter().any(|section| section.path == path)
+    }
+}
+
+/// Reads values out of the merged layers and notes what is wrong with them.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    merged: &'a Figment,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(merged: &'a Figment, problems: &'a mut Vec<Problem>) -> Self {
+        Self { merged, problems }
+    }
+
+    /// The value at `path`, if a layer has one that is allowed.
+    pub fn leaf<T: Leaf>(&mut self, path: &str) -> Option<T> {
+        let value = self.merged.find_value(path).ok()?;
+        let read = T::read(&value);
+        if read.is_none() {
+            self.problems.push(Problem::NotAllowed {
+                at: layers::origin(self.merged, path).unwrap_or_default(),
+                path: path.into(),
+                given: if T::SECRET { None } else { super::leaf::text(&value) },
+                allowed: T::allowed(),
+            });
+        }
+        read
+    }
+}
+
+impl<T: Leaf> Node for T {
+    fn describe(&self, about: About, declared: &mut Declared) {
+        let long = format!("QPQ_{}", about.path.to_uppercase().replace('.', "__").replace('-', "_"));
+        declared.settings.push(Setting {
+            doc: about.doc,
+            allowed: T::allowed(),
+            default: about.unset.map_or_else(|| self.show().unwrap_or_else(|| "none".into()), Into::into),
+            variables: std::iter::once(long).chain(about.variable.map(Into::into)).collect(),
+            flag: about.flag,
+            path: about.path,
+        });
+    }
+
+    fn read(&mut self, path: &str, reader: &mut Reader<'_>) {
+        if let Some(value) = reader.leaf(path) {
+            *self = value;
+        }
+    }
+
+    fn show(&self, path: &str, values: &mut Vec<(String, Option<String>)>) {
+        values.push((path.into(), Leaf::show(self)));
+    }
+}
+
+/// `path` below `parent`, which is empty at the top.
+pub fn join(parent: &str, child: &str) -> String {
+    if parent.is_empty() { child.into() } else { format!("{parent}.{child}") }
+}
+
+/// Declares a section: a struct with a [`Default`] and all that [`Node`] wants.
+///
+/// Behind the default may stand `unset: "what holds instead"`, `variable: "ANOTHER_NAME"` and `flag: "--name"`.
+///
+/// ```
+/// qpq_runtime::section! {
+///     /// How much is kept.
+///     pub struct Keeping {
+///         /// The most that is kept.
+///         max_bytes: qpq_runtime::config::Size = qpq_runtime::config::Size(1 << 20);
+///         /// Where it is kept.
+///         place: std::path::PathBuf = "data".into(), variable: "QPQ_PLACE", flag: "--place";
+///     }
+/// }
+/// ```
+#[macro_export]
+macro_rules! section {
+    ($(#[doc = $about:literal])* $vis:vis struct $name:ident {
+        $($(#[doc = $doc:literal])* $field:ident : $type:ty = $default:expr $(, $word:ident : $value:literal)* ;)*
+    }) => {
+        $(#[doc = $about])*
+        #[derive(Clone, Debug)]
+        $vis struct $name {
+            $($(#[doc = $doc])* pub $field: $type,)*
+        }
+
+        impl ::std::default::Default for $name {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
+        }
+
+        impl $crate::config::Node for $name {
+            fn describe(&self, about: $crate::config::About, declared: &mut $crate::config::Declared) {
+                declared.sections.push($crate::config::Section { path: about.path.clone(), doc: about.doc });
+                $($crate::config::Node::describe(
+                    &self.$field,
+                    $crate::config::About::new(
+                        $crate::config::join(&about.path, stringify!($field)),
+                        concat!($($doc, "\n"),*),
+                    )$(.$word($value))*,
+                    declared,
+                );)*
+            }
+
+            fn read(&mut self, path: &str, reader: &mut $crate::config::Reader<'_>) {
+                $($crate::config::Node::read(
+                    &mut self.$field, &$crate::config::join(path, stringify!($field)), reader,
+                );)*
+            }
+
+            fn show(&self, path: &str, values: &mut Vec<(String, Option<String>)>) {
+                $($crate::config::Node::show(
+                    &self.$field, &$crate::config::join(path, stringify!($field)), values,
+                );)*
+            }
+        }
+    };
+}

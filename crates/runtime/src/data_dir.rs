@@ -1,0 +1,164 @@
+//! The directory that holds a server's secrets: readable by its owner alone, each file whole or absent.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use zeroize::Zeroizing;
+
+/// A directory that exists.
+#[derive(Clone, Debug)]
+pub struct DataDir(PathBuf);
+
+/// A secret of fixed length that lives in a file.
+#[derive(Clone, Copy, Debug)]
+pub struct SecretFile {
+    pub name: &'static str,
+    /// In bytes.
+    pub length: usize,
+    /// What a new one in its place would break, as a sentence.
+    pub if_lost: &'static str,
+}
+
+/// Why a directory or a secret in it cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataDirError {
+    #[error(
+        "the data directory {path} cannot be made: {source}. Choose one that you may write to, with --data-dir"
+    )]
+    Create { path: PathBuf, source: io::Error },
+    #[error("{path} cannot be read: {source}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error(
+        "{path} cannot be written: {source}. Check the directory's owner, its permissions and the space left"
+    )]
+    Write { path: PathBuf, source: io::Error },
+    #[error(
+        "{path} is damaged: it has {found} bytes instead of {expected}. Restore it from a backup. {if_lost}"
+    )]
+    Damaged { path: PathBuf, found: usize, expected: usize, if_lost: &'static str },
+    #[error("{path} cannot be made: {source}")]
+    Make { path: PathBuf, source: anyhow::Error },
+}
+
+impl DataDir {
+    /// Makes the directory, for its owner alone, unless it is there.
+    pub fn create(path: impl Into<PathBuf>) -> Result<Self, DataDirError> {
+        let path = path.into();
+        match DirBuilder::new().recursive(true).mode(0o700).create(&path) {
+            Ok(()) => Ok(Self(path)),
+            Err(source) => Err(DataDirError::Create { path, source }),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The secret in `file`; if there is none, one from `make`, written with mode 0600 and durable when this returns.
+    pub fn secret(
+        &self,
+        file: SecretFile,
+        make: impl FnOnce() -> anyhow::Result<Zeroizing<Vec<u8>>>,
+    ) -> Result<Zeroizing<Vec<u8>>, DataDirError> {
+        let path = self.0.join(file.name);
+        let secret = match fs::read(&path) {
+            Ok(secret) => {
+                warn_if_shared(&path);
+                Zeroizing::new(secret)
+            }
+            Err(source) if source.kind() == io::ErrorKind::NotFound => {
+                let secret = make().map_err(|source| DataDirError::Make { path: path.clone(), source })?;
+                write_secret(&path, &secret)
+                    .map_err(|source| DataDirError::Write { path: path.clone(), source })?;
+                secret
+            }
+            Err(source) => return Err(DataDirError::Read { path, source }),
+        };
+        if secret.len() == file.length {
+            return Ok(secret);
+        }
+        let SecretFile { length: expected, if_lost, .. } = file;
+        Err(DataDirError::Damaged { path, found: secret.len(), expected, if_lost })
+    }
+}
+
+/// Writes a file that only its owner may read, so that after a crash it is there whole or not at all.
+pub fn write_secret(path: &Path, contents: &[u8]) -> io::Result<()> {
+    let temporary = path.with_added_extension("new");
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+    file.write_all(contents)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(directory)?.sync_all()
+}
+
+fn warn_if_shared(path: &Path) {
+    let mode = fs::metadata(path).map_or(0, |metadata| metadata.permissions().mode());
+    if mode & 0o077 != 0 {
+        tracing::warn!(
+            file = %path.display(),
+            mode = format_args!("{:03o}", mode & 0o777),
+            "others may read this secret file; take it from them with chmod 600",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: SecretFile = SecretFile { name: "key.bin", length: 4, if_lost: "Without it all is lost." };
+
+    fn made(bytes: &[u8]) -> anyhow::Result<Zeroizing<Vec<u8>>> {
+        Ok(Zeroizing::new(bytes.to_vec()))
+    }
+
+    #[test]
+    fn a_secret_is_made_once_and_only_its_owner_may_read_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = DataDir::create(parent.path().join("a/b")).unwrap();
+        assert_eq!(*dir.secret(KEY, || made(b"abcd")).unwrap(), b"abcd");
+        assert_eq!(*dir.secret(KEY, || unreachable!("it is there")).unwrap(), b"abcd");
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(dir.path()), 0o700);
+        assert_eq!(mode(&dir.path().join("key.bin")), 0o600);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn a_damaged_secret_is_refused_and_left_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = DataDir::create(parent.path()).unwrap();
+        fs::write(dir.path().join("key.bin"), b"abc").unwrap();
+        let error = dir.secret(KEY, || unreachable!("it is there")).unwrap_err().to_string();
+        assert!(error.contains("key.bin is damaged: it has 3 bytes instead of 4"), "{error}");
+        assert!(error.ends_with("Without it all is lost."), "{error}");
+        assert_eq!(fs::read(dir.path().join("key.bin")).unwrap(), b"abc");
+    }
+
+    #[test]
+    fn what_a_crash_left_half_written_is_replaced() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = DataDir::create(parent.path()).unwrap();
+        fs::write(dir.path().join("key.bin.new"), b"a").unwrap();
+        assert_eq!(*dir.secret(KEY, || made(b"abcd")).unwrap(), b"abcd");
+        assert!(!dir.path().join("key.bin.new").exists());
+    }
+
+    #[test]
+    fn a_file_in_the_way_of_the_directory_is_named() {
+        let parent = tempfile::tempdir().unwrap();
+        fs::write(parent.path().join("file"), b"").unwrap();
+        let error = DataDir::create(parent.path().join("file")).unwrap_err().to_string();
+        assert!(error.contains("cannot be made") && error.contains("--data-dir"), "{error}");
+    }
+}

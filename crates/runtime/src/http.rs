@@ -1,0 +1,235 @@
+//! The side door for operators: `/livez`, `/readyz` and `/metrics` over plain HTTP, on loopback unless told otherwise.
+//!
+//! Liveness is a [`Probe`] of the service from the outside, readiness a probe of what it stands on. Readiness stays green
+//! while the server drains: a load balancer that saw it turn red would cut live UDP flows (the connection tells its
+//! client to move on).
+
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{Router, extract::State, http::StatusCode, routing::get};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    time::{MissedTickBehavior, interval, timeout},
+};
+
+use crate::{config::ListenOn, lifecycle::Tasks, metrics::Metrics};
+
+crate::section! {
+    /// Health and metrics over HTTP, unencrypted: keep it off public networks.
+    pub struct Http {
+        /// Where `/livez`, `/readyz` and `/metrics` are served.
+        listen: ListenOn = ListenOn::At(SocketAddr::from(([127, 0, 0, 1], 9464)));
+    }
+}
+
+/// A check that is repeated and whose last outcome is known at any time.
+#[derive(Clone, Debug)]
+pub struct Probe(watch::Receiver<Result<(), String>>);
+
+/// How a probe judges.
+#[derive(Clone, Copy, Debug)]
+pub struct Schedule {
+    pub every: Duration,
+    /// A check that takes longer has failed.
+    pub within: Duration,
+    /// Failures in a row until the probe says so.
+    pub tolerance: u32,
+}
+
+impl Probe {
+    /// Starts the checks. The probe passes until it has failed for the first time.
+    pub fn start<F, Fut>(tasks: &mut Tasks, name: &'static str, schedule: Schedule, check: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), String>> + Send,
+    {
+        let (outcome, probe) = watch::channel(Ok(()));
+        tasks.spawn(name, async move {
+            let mut ticks = interval(schedule.every);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut failures = 0;
+            loop {
+                ticks.tick().await;
+                let late = || Err(format!("no answer within {:?}", schedule.within));
+                match timeout(schedule.within, check()).await.unwrap_or_else(|_| late()) {
+                    Ok(()) => {
+                        if outcome.borrow().is_err() {
+                            tracing::info!(probe = name, "passes again");
+                        }
+                        failures = 0;
+                        let _ = outcome.send_replace(Ok(()));
+                    }
+                    Err(reason) => {
+                        failures += 1;
+                        tracing::warn!(probe = name, failures, %reason, "check failed");
+                        if failures >= schedule.tolerance {
+                            let _ = outcome.send_replace(Err(reason));
+                        }
+                    }
+                }
+            }
+        });
+        Self(probe)
+    }
+
+    /// What the last checks say, judged by the schedule.
+    pub fn passes(&self) -> bool {
+        self.0.borrow().is_ok()
+    }
+
+    /// Completes when the outcome changes. `false` once there will be no more.
+    pub async fn changed(&mut self) -> bool {
+        self.0.changed().await.is_ok()
+    }
+}
+
+/// A bound listener.
+#[derive(Debug)]
+pub struct HttpServer {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+/// Why there is no listener.
+#[derive(Debug, thiserror::Error)]
+pub enum HttpError {
+    #[error(
+        "TCP port {0} is taken by another program: choose another one with http.listen (QPQ_HTTP__LISTEN), or \"off\""
+    )]
+    Taken(SocketAddr),
+    #[error(
+        "cannot serve HTTP on {address}: {source}. Change http.listen (QPQ_HTTP__LISTEN), or set it to \"off\""
+    )]
+    Bind { address: SocketAddr, source: io::Error },
+}
+
+/// What the pages show.
+#[derive(Debug)]
+struct Pages {
+    live: Probe,
+    ready: Probe,
+    metrics: Metrics,
+}
+
+impl HttpServer {
+    pub async fn bind(address: SocketAddr) -> Result<Self, HttpError> {
+        let bound = async {
+            let listener = TcpListener::bind(address).await?;
+            Ok(Self { address: listener.local_addr()?, listener })
+        };
+        bound.await.map_err(|source: io::Error| match source.kind() {
+            io::ErrorKind::AddrInUse => HttpError::Taken(address),
+            _ => HttpError::Bind { address, source },
+        })
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until the tasks end.
+    pub fn serve(self, tasks: &mut Tasks, live: Probe, ready: Probe, metrics: Metrics) {
+        let pages = Arc::new(Pages { live, ready, metrics });
+        let router = Router::new()
+            .route("/livez", get(|pages: State<Arc<Pages>>| async move { health(&pages.live) }))
+            .route("/readyz", get(|pages: State<Arc<Pages>>| async move { health(&pages.ready) }))
+            .route("/metrics", get(|pages: State<Arc<Pages>>| async move { pages.render() }))
+            .with_state(pages);
+        tasks.try_spawn("http", async move { Ok(axum::serve(self.listener, router).await?) });
+    }
+}
+
+fn health(probe: &Probe) -> (StatusCode, &'static str) {
+    if probe.passes() { (StatusCode::OK, "ok\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "failing\n") }
+}
+
+impl Pages {
+    fn render(&self) -> String {
+        for (name, probe) in [("qpq_live", &self.live), ("qpq_ready", &self.ready)] {
+            metrics::gauge!(name).set(if probe.passes() { 1.0 } else { 0.0 });
+        }
+        self.metrics.render()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use parking_lot::Mutex;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    const SCHEDULE: Schedule =
+        Schedule { every: Duration::from_secs(10), within: Duration::from_secs(5), tolerance: 3 };
+
+    type Checked = std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+
+    /// A check whose outcomes are given one by one; it hangs when there are no more.
+    fn scripted(outcomes: &[Result<(), &str>]) -> impl Fn() -> Checked + Send + Sync + 'static + use<> {
+        let outcomes: Vec<_> = outcomes.iter().rev().map(|o| o.map_err(String::from)).collect();
+        let outcomes = Mutex::new(outcomes);
+        move || {
+            let next = outcomes.lock().pop();
+            Box::pin(async move {
+                match next {
+                    Some(outcome) => outcome,
+                    None => std::future::pending().await,
+                }
+            })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_fails_after_three_failures_in_a_row_and_recovers_with_one_success() {
+        let mut tasks = Tasks::default();
+        let script = [Err("a"), Err("b"), Ok(()), Err("c"), Err("d"), Err("e"), Ok(())];
+        let mut probe = Probe::start(&mut tasks, "test", SCHEDULE, scripted(&script));
+        let mut seen = Vec::new();
+        for _ in 0..4 {
+            probe.changed().await;
+            seen.push((tokio::time::Instant::now(), probe.passes()));
+        }
+        let verdicts: Vec<_> = seen.iter().map(|(_, passes)| *passes).collect();
+        assert_eq!(verdicts, [true, false, true, false], "the script, then three checks that hang");
+        assert_eq!(seen[1].0 - seen[0].0, Duration::from_secs(30));
+    }
+
+    async fn get(address: SocketAddr, path: &str) -> String {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn pages_answer_and_follow_the_probes() {
+        let mut tasks = Tasks::default();
+        let at_once = Schedule { tolerance: 1, ..SCHEDULE };
+        let live = Probe::start(&mut tasks, "live", at_once, scripted(&[Ok(())]));
+        let mut ready = Probe::start(&mut tasks, "ready", at_once, scripted(&[Err("disk full")]));
+        ready.changed().await;
+        let server = HttpServer::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = server.address();
+        server.serve(&mut tasks, live, ready, crate::metrics::install("1.2.3"));
+
+        assert!(get(address, "/livez").await.starts_with("HTTP/1.1 200 "));
+        let ready = get(address, "/readyz").await;
+        assert!(ready.starts_with("HTTP/1.1 503 ") && !ready.contains("disk"), "{ready}");
+        let metrics = get(address, "/metrics").await;
+        assert!(metrics.contains("qpq_live 1") && metrics.contains("qpq_ready 0"), "{metrics}");
+        assert!(get(address, "/").await.starts_with("HTTP/1.1 404 "));
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_says_what_to_change() {
+        let taken = HttpServer::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let error = HttpServer::bind(taken.address()).await.unwrap_err().to_string();
+        assert!(
+            error.contains(&taken.address().to_string()) && error.contains("QPQ_HTTP__LISTEN"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,195 @@
+//! How a process ends: on a signal, in two steps, or because one of its tasks failed.
+//!
+//! The first SIGTERM or SIGINT starts the drain, the second one ends it at once. Tasks are supervised: one that panics
+//! or gives up is an error of the whole process, never a silent loss of what it did.
+
+use std::{future::Future, io, sync::Arc};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinSet,
+};
+
+/// How far the end has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    Running,
+    /// Finish what was begun, begin nothing.
+    Draining,
+    /// End now.
+    Stopping,
+}
+
+/// Tells all parts of a process which phase it is in. Clones share it; a phase never goes back.
+#[derive(Clone, Debug)]
+pub struct Shutdown(Arc<watch::Sender<Phase>>);
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(Phase::Running)))
+    }
+}
+
+impl Shutdown {
+    pub fn phase(&self) -> Phase {
+        *self.0.borrow()
+    }
+
+    /// Goes to `phase` unless it is reached already.
+    pub fn advance(&self, phase: Phase) {
+        self.0.send_if_modified(|current| {
+            let later = *current < phase;
+            *current = phase.max(*current);
+            later
+        });
+    }
+
+    /// Completes once `phase` or a later one is reached.
+    pub async fn reached(&self, phase: Phase) {
+        let mut watched = self.0.subscribe();
+        watched.wait_for(|current| *current >= phase).await.expect("self keeps the sender");
+    }
+
+    /// From now on SIGTERM and SIGINT move this on by a phase each.
+    pub fn on_signals(&self, tasks: &mut Tasks) -> io::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let shutdown = self.clone();
+        tasks.spawn("signals", async move {
+            loop {
+                let name = tokio::select! {
+                    _ = terminate.recv() => "SIGTERM",
+                    _ = interrupt.recv() => "SIGINT",
+                };
+                let next = match shutdown.phase() {
+                    Phase::Running => Phase::Draining,
+                    Phase::Draining | Phase::Stopping => Phase::Stopping,
+                };
+                tracing::info!(signal = name, phase = ?next, "signal received");
+                shutdown.advance(next);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Tasks that run as long as the process does. Dropping this ends them.
+#[derive(Debug, Default)]
+pub struct Tasks(JoinSet<Result<(), TaskFailure>>);
+
+/// A task that ended although nobody asked it to.
+#[derive(Debug, thiserror::Error)]
+pub enum TaskFailure {
+    #[error("the {task} task panicked: {message}. This is a bug; please report it with the log")]
+    Panicked { task: &'static str, message: String },
+    #[error("the {task} task failed: {source:#}")]
+    Failed { task: &'static str, source: anyhow::Error },
+}
+
+impl Tasks {
+    /// Runs `work`, which may end at any time without harm.
+    pub fn spawn(&mut self, task: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+        self.try_spawn(task, async move {
+            work.await;
+            Ok(())
+        });
+    }
+
+    /// Runs `work`, whose error is the process's.
+    pub fn try_spawn(
+        &mut self,
+        task: &'static str,
+        work: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    ) {
+        // A task of its own, so that its panic is caught with its name.
+        let mut inner = JoinSet::new();
+        inner.spawn(work);
+        self.0.spawn(async move {
+            match inner.join_next().await.expect("one task was spawned") {
+                Ok(outcome) => outcome.map_err(|source| TaskFailure::Failed { task, source }),
+                Err(error) if error.is_panic() => {
+                    Err(TaskFailure::Panicked { task, message: panic_message(&*error.into_panic()) })
+                }
+                Err(_) => Ok(()),
+            }
+        });
+    }
+
+    /// Completes with the first failure. Waits for ever while all is well. Cancel-safe.
+    pub async fn failure(&mut self) -> TaskFailure {
+        loop {
+            match self.0.join_next().await {
+                Some(Ok(Err(failure))) => return failure,
+                Some(_) => {}
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Ends all tasks and waits until they are gone.
+    pub async fn stop(mut self) {
+        self.0.shutdown().await;
+    }
+}
+
+/// What was given to `panic!`.
+pub fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn phases_only_go_forward_and_wake_who_waits() {
+        let shutdown = Shutdown::default();
+        let waiting = tokio::spawn({
+            let shutdown = shutdown.clone();
+            async move { shutdown.reached(Phase::Draining).await }
+        });
+        shutdown.advance(Phase::Stopping);
+        waiting.await.unwrap();
+        shutdown.advance(Phase::Draining);
+        assert_eq!(shutdown.phase(), Phase::Stopping);
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_with_the_tasks_name() {
+        let mut tasks = Tasks::default();
+        tasks.spawn("quiet", async {});
+        tasks.spawn("loud", async { panic!("out of cheese") });
+        assert_eq!(
+            tasks.failure().await.to_string(),
+            "the loud task panicked: out of cheese. This is a bug; please report it with the log"
+        );
+    }
+
+    #[tokio::test]
+    async fn an_error_is_a_failure_with_its_causes() {
+        let mut tasks = Tasks::default();
+        tasks.try_spawn("upkeep", async { Err(anyhow::anyhow!("cause").context("effect")) });
+        assert_eq!(tasks.failure().await.to_string(), "the upkeep task failed: effect: cause");
+    }
+
+    #[tokio::test]
+    async fn stop_ends_what_would_run_for_ever() {
+        struct Gone(Option<tokio::sync::oneshot::Sender<()>>);
+        impl Drop for Gone {
+            fn drop(&mut self) {
+                let _ = self.0.take().unwrap().send(());
+            }
+        }
+        let (sender, gone) = tokio::sync::oneshot::channel();
+        let mut tasks = Tasks::default();
+        let guard = Gone(Some(sender));
+        tasks.spawn("endless", async move {
+            let _guard = guard;
+            std::future::pending::<()>().await;
+        });
+        tasks.stop().await;
+        gone.await.expect("the task's state was dropped");
+    }
+}

@@ -1,0 +1,114 @@
+//! Metrics: one Prometheus recorder a process, and the names that may be recorded.
+//!
+//! Each crate lists its metrics in one table of [`Metric`]s, which is what describes them in the output and in the
+//! documentation. Times are in seconds and sizes in bytes, said so by the end of the name.
+
+use std::sync::OnceLock;
+
+use metrics::{describe_counter, describe_gauge, describe_histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+/// Upper bounds for times in seconds: from a call answered out of memory to a long wait.
+const SECONDS: &[f64] =
+    &[0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+/// Upper bounds for sizes in bytes: from an empty answer to the largest frame.
+const BYTES: &[f64] =
+    &[64.0, 256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 4_194_304.0];
+
+/// One documented name.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    pub kind: Kind,
+    pub name: &'static str,
+    pub help: &'static str,
+}
+
+/// What a metric does over time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only rises.
+    Counter,
+    /// Rises and falls.
+    Gauge,
+    /// Counts observations by size.
+    Histogram,
+}
+
+/// What this crate records.
+pub const TABLE: &[Metric] = &[
+    Metric { kind: Kind::Gauge, name: "qpq_build_info", help: "Always 1; the label has the version." },
+    Metric { kind: Kind::Gauge, name: "qpq_live", help: "Whether /livez answers 200." },
+    Metric { kind: Kind::Gauge, name: "qpq_ready", help: "Whether /readyz answers 200." },
+];
+
+/// The process's metrics.
+#[derive(Clone)]
+pub struct Metrics(PrometheusHandle);
+
+static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
+
+/// The process's recorder, installed by the first call.
+pub fn install(version: &'static str) -> Metrics {
+    let handle = INSTALLED.get_or_init(|| {
+        let handle = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
+            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_bytes".into()), BYTES))
+            .and_then(PrometheusBuilder::install_recorder)
+            .expect("the bounds are not empty and nothing else in this program installs a recorder");
+        metrics::gauge!("qpq_build_info", "version" => version).set(1.0);
+        handle
+    });
+    Metrics(handle.clone())
+}
+
+/// Gives metrics their help texts. After [`install`].
+pub fn describe(table: &[Metric]) {
+    for &Metric { kind, name, help } in table {
+        match kind {
+            Kind::Counter => describe_counter!(name, help),
+            Kind::Gauge => describe_gauge!(name, help),
+            Kind::Histogram => describe_histogram!(name, help),
+        }
+    }
+}
+
+impl Metrics {
+    /// Everything recorded, in the Prometheus text format.
+    pub fn render(&self) -> String {
+        self.0.render()
+    }
+
+    /// Moves observations from the fast buffers to where `render` finds them, so that they do not pile up while nobody
+    /// scrapes. Every few seconds.
+    pub fn upkeep(&self) {
+        self.0.run_upkeep();
+    }
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_recorded_is_rendered_with_its_help_and_in_buckets() {
+        install("1.2.3");
+        describe(&[
+            Metric { kind: Kind::Counter, name: "test_calls_total", help: "Calls." },
+            Metric { kind: Kind::Histogram, name: "test_wait_seconds", help: "Waits." },
+        ]);
+        metrics::counter!("test_calls_total").increment(2);
+        metrics::histogram!("test_wait_seconds").record(0.003);
+        let text = install("4.5.6").render();
+        assert!(text.contains("qpq_build_info{version=\"1.2.3\"} 1"), "{text}");
+        assert!(text.contains("# HELP test_calls_total Calls.\n"), "{text}");
+        assert!(text.contains("test_calls_total 2"), "{text}");
+        assert!(text.contains("test_wait_seconds_bucket{le=\"0.0025\"} 0"), "{text}");
+        assert!(text.contains("test_wait_seconds_bucket{le=\"0.005\"} 1"), "{text}");
+    }
+}
