@@ -1,0 +1,129 @@
+//! One connection's life: handshake, then a task for each stream, then the news that it is gone.
+
+use std::sync::Arc;
+
+use quinn::{Incoming, crypto::rustls::HandshakeData};
+use tokio::{sync::Semaphore, time::timeout};
+
+use crate::{
+    Alpn, EventSink, Peer, Service,
+    gate::{Handshaking, Place},
+    server::Shared,
+    stream,
+};
+
+/// What the accept loop counted for a connection.
+pub(crate) struct Admission {
+    pub(crate) place: Place,
+    pub(crate) handshaking: Handshaking,
+}
+
+/// What the stream tasks of a connection share.
+pub(crate) struct Connection<S: Service> {
+    pub(crate) server: Arc<Shared<S>>,
+    pub(crate) quic: quinn::Connection,
+    pub(crate) state: Arc<S::Connection>,
+    /// Bounds the stream tasks. QUIC's own bound is on open streams, and a stream's task may outlive it: a cancelled
+    /// call that is slow to drop, a delivery being noted.
+    streams: Semaphore,
+}
+
+/// Serves a connection to its end.
+pub(crate) async fn serve<S: Service>(server: Arc<Shared<S>>, incoming: Incoming, admission: Admission) {
+    let Admission { place: _place, handshaking } = admission;
+    let Some((quic, alpn)) = shake_hands(&server, incoming).await else { return };
+    drop(handshaking);
+    server.metrics.connections_accepted.increment(1);
+    let peer = Peer { addr: quic.remote_address(), alpn };
+    let events = EventSink::new(quic.clone());
+    let open = Open {
+        connection: Arc::new(Connection {
+            state: server.service.connected(peer, events.clone()),
+            streams: Semaphore::new(server.max_streams),
+            quic,
+            server,
+        }),
+        events,
+    };
+    open.connection.server.metrics.connections_open.increment(1.0);
+    accept_streams(&open.connection).await;
+}
+
+async fn shake_hands<S: Service>(
+    server: &Shared<S>,
+    incoming: Incoming,
+) -> Option<(quinn::Connection, Alpn)> {
+    let metrics = &server.metrics;
+    metrics.handshakes.increment(1.0);
+    let connected = match incoming.accept() {
+        Ok(connecting) => timeout(server.timeouts.handshake, connecting).await,
+        Err(error) => Ok(Err(error)),
+    };
+    metrics.handshakes.decrement(1.0);
+    let connection = match connected {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            metrics.handshakes_failed.increment(1);
+            tracing::debug!(%error, "handshake failed");
+            return None;
+        }
+        Err(_) => {
+            metrics.handshakes_timed_out.increment(1);
+            return None;
+        }
+    };
+    let data = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
+    // TLS has agreed on one of ours, or failed.
+    let alpn = Alpn::by_name(data.protocol.as_deref()?)?;
+    Some((connection, alpn))
+}
+
+async fn accept_streams<S: Service>(connection: &Arc<Connection<S>>) {
+    loop {
+        // At the bound nothing is accepted, so that the client waits.
+        let Ok(permit) = connection.streams.acquire().await else { return };
+        let Ok((send, recv)) = connection.quic.accept_bi().await else { return };
+        permit.forget();
+        let stream = OpenStream::new(Arc::clone(connection));
+        tokio::spawn(async move { stream::serve(&stream.connection, send, recv).await });
+    }
+}
+
+/// An open connection; its drop tells those concerned, however the task ends.
+struct Open<S: Service> {
+    connection: Arc<Connection<S>>,
+    events: EventSink,
+}
+
+impl<S: Service> Drop for Open<S> {
+    fn drop(&mut self) {
+        let Connection { server, state, quic, .. } = &*self.connection;
+        // Of use only if this task panicked: then nobody would accept streams any more.
+        quic.close(quinn::VarInt::from_u32(0), b"");
+        self.events.close();
+        server.metrics.connections_open.decrement(1.0);
+        server.service.disconnected(state);
+    }
+}
+
+/// A stream being served; its drop counts it out, however the task ends.
+struct OpenStream<S: Service> {
+    connection: Arc<Connection<S>>,
+}
+
+impl<S: Service> OpenStream<S> {
+    fn new(connection: Arc<Connection<S>>) -> Self {
+        connection.server.in_flight.enter();
+        connection.server.metrics.streams_open.increment(1.0);
+        Self { connection }
+    }
+}
+
+impl<S: Service> Drop for OpenStream<S> {
+    fn drop(&mut self) {
+        let server = &self.connection.server;
+        self.connection.streams.add_permits(1);
+        server.metrics.streams_open.decrement(1.0);
+        server.in_flight.leave();
+    }
+}

@@ -1,0 +1,76 @@
+//! What the transport measures, through the `metrics` facade; the names are here and nowhere else.
+//!
+//! | name | kind | what |
+//! |---|---|---|
+//! | `qpq_transport_connections_open` | gauge | connections past their handshake |
+//! | `qpq_transport_connections_accepted_total` | counter | connections that finished their handshake |
+//! | `qpq_transport_connections_refused_total{reason}` | counter | `draining`, `connections`, `connections_per_ip`, `handshakes` |
+//! | `qpq_transport_handshakes` | gauge | handshakes going on |
+//! | `qpq_transport_handshakes_failed_total{reason}` | counter | `timeout`, `failed` |
+//! | `qpq_transport_retries_sent_total` | counter | clients asked to prove their address |
+//! | `qpq_transport_streams_open` | gauge | calls being read, run, answered or awaiting acknowledgement |
+//! | `qpq_transport_requests_refused_total{why}` | counter | `too_large`, `malformed`, `timeout`, `internal` |
+//! | `qpq_transport_calls_cancelled_total` | counter | calls dropped because the client stopped or went |
+//! | `qpq_transport_calls_panicked_total` | counter | calls that panicked |
+//! | `qpq_transport_replies_delivered_total` | counter | replies with a delivery that were acknowledged |
+//! | `qpq_transport_replies_lost_total` | counter | replies with a delivery that were not |
+//! | `qpq_tls_cert_not_after_seconds` | gauge | Unix time at which the served certificate expires |
+//! | `qpq_tls_cert_reloads_failed_total` | counter | certificate files that changed and could not be used |
+
+use metrics::{Counter, Gauge, counter, gauge};
+
+use crate::{Refusal, gate::Refused};
+
+/// Gauge: Unix time in seconds at which the served certificate expires.
+pub const CERT_NOT_AFTER: &str = "qpq_tls_cert_not_after_seconds";
+/// Counter: certificate files that changed and could not be used.
+pub const CERT_RELOADS_FAILED: &str = "qpq_tls_cert_reloads_failed_total";
+
+/// The handles of one server, looked up once: a look-up for each call would cost as much as its framing.
+#[derive(Clone)]
+pub(crate) struct Metrics {
+    pub(crate) connections_open: Gauge,
+    pub(crate) connections_accepted: Counter,
+    connections_refused: [Counter; Refused::ALL.len()],
+    pub(crate) handshakes: Gauge,
+    pub(crate) handshakes_timed_out: Counter,
+    pub(crate) handshakes_failed: Counter,
+    pub(crate) retries_sent: Counter,
+    pub(crate) streams_open: Gauge,
+    requests_refused: [Counter; Refusal::ALL.len()],
+    pub(crate) calls_cancelled: Counter,
+    pub(crate) calls_panicked: Counter,
+    pub(crate) replies_delivered: Counter,
+    pub(crate) replies_lost: Counter,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        Self {
+            connections_open: gauge!("qpq_transport_connections_open"),
+            connections_accepted: counter!("qpq_transport_connections_accepted_total"),
+            connections_refused: Refused::ALL.map(
+                |reason| counter!("qpq_transport_connections_refused_total", "reason" => reason.label()),
+            ),
+            handshakes: gauge!("qpq_transport_handshakes"),
+            handshakes_timed_out: counter!("qpq_transport_handshakes_failed_total", "reason" => "timeout"),
+            handshakes_failed: counter!("qpq_transport_handshakes_failed_total", "reason" => "failed"),
+            retries_sent: counter!("qpq_transport_retries_sent_total"),
+            streams_open: gauge!("qpq_transport_streams_open"),
+            requests_refused: Refusal::ALL
+                .map(|why| counter!("qpq_transport_requests_refused_total", "why" => why.label())),
+            calls_cancelled: counter!("qpq_transport_calls_cancelled_total"),
+            calls_panicked: counter!("qpq_transport_calls_panicked_total"),
+            replies_delivered: counter!("qpq_transport_replies_delivered_total"),
+            replies_lost: counter!("qpq_transport_replies_lost_total"),
+        }
+    }
+
+    pub(crate) fn connections_refused(&self, reason: Refused) -> &Counter {
+        &self.connections_refused[reason as usize]
+    }
+
+    pub(crate) fn requests_refused(&self, why: Refusal) -> &Counter {
+        &self.requests_refused[why as usize]
+    }
+}

@@ -1,0 +1,223 @@
+//! The listening end: binds, lets connections in, drains.
+//!
+//! One task accepts; each connection has its own ([`connection`]), each of its streams too.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime, ValidationTokenConfig, VarInt};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout, timeout_at},
+};
+
+use crate::{
+    Certificates, Config, Service, Timeouts, config,
+    connection::{self, Admission},
+    drain::{InFlight, Phase},
+    gate::{Address, Gate, Verdict},
+    metric::Metrics,
+    socket, tls,
+};
+
+/// Application code and reason of the close that ends a drain.
+const CLOSE_CODE: VarInt = VarInt::from_u32(0);
+const CLOSE_REASON: &[u8] = b"server shutting down";
+
+/// How long the close may take to reach the clients, and the last deliveries to be noted.
+const CLOSE_TIME: Duration = Duration::from_secs(3);
+
+/// How long a drain lets the replies travel that were written just before it began; later ones are waited for.
+const LINGER: Duration = Duration::from_millis(250);
+
+/// First packets that wait for the accept loop, and their bytes, each and together.
+const MAX_INCOMING: usize = 4096;
+const INCOMING_BUFFER: u64 = 64 * 1024;
+const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
+
+/// A server at work. Dropping it closes every connection at once; [`drain`](Self::drain) does it gently.
+#[must_use = "a dropped server closes its connections"]
+pub struct Server<S: Service> {
+    endpoint: Endpoint,
+    local_addr: SocketAddr,
+    shared: Arc<Shared<S>>,
+}
+
+/// What the tasks of a server share.
+pub(crate) struct Shared<S> {
+    pub(crate) service: Arc<S>,
+    pub(crate) timeouts: Timeouts,
+    pub(crate) max_streams: usize,
+    pub(crate) metrics: Metrics,
+    pub(crate) in_flight: InFlight,
+    pub(crate) phase: watch::Sender<Phase>,
+    gate: Arc<Gate>,
+}
+
+/// Why a server could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The address is taken, or not this machine's, or not allowed.
+    #[error("cannot listen on UDP {addr}: {source}")]
+    Socket {
+        /// Where it should have listened.
+        addr: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error("cannot set up TLS: {0}")]
+    Tls(#[from] rustls::Error),
+}
+
+impl<S: Service> Server<S> {
+    /// Listens and serves, in the background, until drained or dropped. Call it inside a tokio runtime.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind(config: Config, certificates: Arc<Certificates>, service: Arc<S>) -> Result<Self, BindError> {
+        let refused = |source| BindError::Socket { addr: config.listen, source };
+        let crypto = tls::server(certificates)?;
+        let socket = socket::bind(config.listen).map_err(refused)?;
+        let local_addr = socket.local_addr().map_err(refused)?;
+        let endpoint = Endpoint::new(
+            endpoint_config(),
+            Some(server_config(crypto, &config)),
+            socket,
+            Arc::new(TokioRuntime),
+        )
+        .map_err(refused)?;
+        let shared = Arc::new(Shared {
+            service,
+            timeouts: config.timeouts,
+            max_streams: config.limits.max_streams as usize,
+            metrics: Metrics::new(),
+            in_flight: InFlight::default(),
+            phase: watch::Sender::new(Phase::Serving),
+            gate: Gate::new(config.limits),
+        });
+        tokio::spawn(accept(endpoint.clone(), Arc::clone(&shared)));
+        Ok(Self { endpoint, local_addr, shared })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Serves until the server is drained or aborted, whoever does it.
+    pub async fn run(&self) {
+        let mut phase = self.shared.phase.subscribe();
+        // The sender lives in `self`.
+        let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
+    }
+
+    /// Stops gently: refuses new connections at once, tells the service, lets calls in flight end for up to
+    /// `deadline`, then closes all connections with code 0 and the reason `server shutting down`.
+    ///
+    /// Calls that begin meanwhile are served. A second drain closes at once.
+    pub async fn drain(&self, deadline: Duration) {
+        if self.shared.phase.send_replace(Phase::Draining) != Phase::Serving {
+            return self.abort().await;
+        }
+        self.shared.gate.shut();
+        let until = Instant::now() + deadline;
+        let mut phase = self.shared.phase.subscribe();
+        tokio::select! {
+            _ = phase.wait_for(|phase| *phase == Phase::Closed) => {}
+            ended = timeout_at(until, self.calls_ended(deadline)) => {
+                if ended.is_err() {
+                    tracing::warn!("calls were still in flight at the end of the drain");
+                }
+            }
+        }
+        self.abort().await;
+    }
+
+    /// Closes all connections now, and waits, 3 s at most, until the clients were told.
+    pub async fn abort(&self) {
+        self.close();
+        let told = async {
+            self.endpoint.wait_idle().await;
+            self.shared.in_flight.none().await;
+        };
+        if timeout(CLOSE_TIME, told).await.is_err() {
+            tracing::warn!("some clients could not be told that the server closed");
+        }
+    }
+
+    async fn calls_ended(&self, deadline: Duration) {
+        self.shared.service.draining(deadline).await;
+        self.shared.in_flight.none().await;
+        tokio::time::sleep(LINGER).await;
+        self.shared.in_flight.none().await;
+    }
+
+    fn close(&self) {
+        self.shared.gate.shut();
+        self.shared.phase.send_replace(Phase::Closed);
+        self.endpoint.close(CLOSE_CODE, CLOSE_REASON);
+    }
+}
+
+impl<S: Service> Drop for Server<S> {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl<S: Service> std::fmt::Debug for Server<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server")
+            .field("local_addr", &self.local_addr)
+            .field("phase", &*self.shared.phase.borrow())
+            .finish_non_exhaustive()
+    }
+}
+
+fn endpoint_config() -> EndpointConfig {
+    let mut config = EndpointConfig::default();
+    // Load balancers and firewalls tell QUIC by the bit that greasing would clear.
+    config.grease_quic_bit(false);
+    config
+}
+
+fn server_config(crypto: quinn::crypto::rustls::QuicServerConfig, config: &Config) -> quinn::ServerConfig {
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    // Tokens for later connections are bound to an IP address, and behind a proxy all clients have the same.
+    let mut tokens = ValidationTokenConfig::default();
+    tokens.sent(0);
+    server
+        .transport_config(config::transport(&config.limits, &config.timeouts))
+        .validation_token_config(tokens)
+        .max_incoming(MAX_INCOMING)
+        .incoming_buffer_size(INCOMING_BUFFER)
+        .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL);
+    server
+}
+
+/// Judges every attempt; it never waits for a peer.
+async fn accept<S: Service>(endpoint: Endpoint, shared: Arc<Shared<S>>) {
+    while let Some(incoming) = endpoint.accept().await {
+        let address = if incoming.remote_address_validated() { Address::Validated } else { Address::Claimed };
+        match shared.gate.judge(incoming.remote_address().ip(), address) {
+            Verdict::Accept(place, handshaking) => {
+                let admission = Admission { place, handshaking };
+                tokio::spawn(connection::serve(Arc::clone(&shared), incoming, admission));
+            }
+            Verdict::Retry => retry(incoming, &shared.metrics),
+            Verdict::Refuse(reason) => {
+                shared.metrics.connections_refused(reason).increment(1);
+                incoming.refuse();
+            }
+        }
+    }
+}
+
+fn retry(incoming: Incoming, metrics: &Metrics) {
+    metrics.retries_sent.increment(1);
+    // Possible for every address that is not validated; where it is not, the drop of the error refuses.
+    if incoming.retry().is_err() {
+        tracing::debug!("a client with a token was asked for its address again");
+    }
+}

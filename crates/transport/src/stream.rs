@@ -1,0 +1,321 @@
+//! One stream: reads a request, runs its call, writes the answer, learns what became of it.
+
+use std::{ops::ControlFlow, panic::AssertUnwindSafe, pin::pin, sync::Arc};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use qpq_wire::{Request, RequestHeader, ResponseHeader};
+use quinn::{ReadError, RecvStream, SendStream, VarInt};
+use tokio::time::{Instant, timeout};
+
+use crate::{Delivery, Refusal, Reply, Service, connection::Connection, drain::Phase};
+
+/// Stream errors carry nothing: what went wrong is in the answer, if there is one.
+const NO_CODE: VarInt = VarInt::from_u32(0);
+
+/// Memory taken for a payload before any of it has come, at most; then as much again as has come.
+const FIRST_CHUNK: usize = 4096;
+
+/// Serves one stream to its end.
+pub(crate) async fn serve<S: Service>(connection: &Connection<S>, send: SendStream, recv: RecvStream) {
+    let answer = Answer { send, state: AnswerState::Unfinished };
+    let mut incoming = Incoming { recv, rest: Bytes::new(), header: None };
+    let reply = match receive(connection, &mut incoming).await {
+        Received::Request(request) => match run(connection, &answer, incoming.header, request).await {
+            Some(reply) => reply,
+            None => return connection.server.metrics.calls_cancelled.increment(1),
+        },
+        Received::Answer(reply) => {
+            // The client need not send the rest; it still gets the answer.
+            let _ = incoming.recv.stop(NO_CODE);
+            reply
+        }
+        Received::Nothing => return,
+    };
+    let header = incoming.header;
+    drop(incoming);
+    respond(connection, answer, header, reply).await;
+}
+
+/// What came of reading.
+enum Received {
+    Request(Request),
+    /// The request is refused.
+    Answer(Reply),
+    /// The client took it back, or is gone.
+    Nothing,
+}
+
+/// The request half of a stream.
+struct Incoming {
+    recv: RecvStream,
+    /// What was read and not yet used.
+    rest: Bytes,
+    header: Option<RequestHeader>,
+}
+
+/// Why reading ended early.
+enum Stop {
+    Refused(Refusal),
+    NotAdmitted(Reply),
+    Gone,
+}
+
+impl From<ReadError> for Stop {
+    fn from(_: ReadError) -> Self {
+        Self::Gone
+    }
+}
+
+async fn receive<S: Service>(connection: &Connection<S>, incoming: &mut Incoming) -> Received {
+    // The time runs from the first byte: a stream may be open long before, if the client sent on a later one first.
+    let read = match incoming.fill().await {
+        Err(_) => return Received::Nothing,
+        Ok(ControlFlow::Break(())) => Err(Stop::Refused(Refusal::Malformed)),
+        Ok(ControlFlow::Continue(())) => {
+            match timeout(connection.server.timeouts.request, read_request(connection, incoming)).await {
+                Ok(read) => read,
+                Err(_) => Err(Stop::Refused(Refusal::Timeout)),
+            }
+        }
+    };
+    match read {
+        Ok(request) => Received::Request(request),
+        Err(Stop::Refused(why)) => Received::Answer(refuse(connection, incoming.header.as_ref(), why)),
+        Err(Stop::NotAdmitted(reply)) => Received::Answer(reply),
+        Err(Stop::Gone) => Received::Nothing,
+    }
+}
+
+async fn read_request<S: Service>(
+    connection: &Connection<S>,
+    incoming: &mut Incoming,
+) -> Result<Request, Stop> {
+    let header = incoming.read_header().await?;
+    header.check().map_err(|_| Stop::Refused(Refusal::TooLarge))?;
+    connection.server.service.admit(&connection.state, &header).map_err(Stop::NotAdmitted)?;
+    let payload = incoming.read_payload(header.payload_len as usize).await?;
+    incoming.read_end().await?;
+    Ok(Request { method_id: header.method_id, request_id: header.request_id, payload })
+}
+
+impl Incoming {
+    /// Waits for more bytes; `Break` at the end of the stream.
+    async fn fill(&mut self) -> Result<ControlFlow<()>, ReadError> {
+        Ok(match self.recv.read_chunk(usize::MAX, true).await? {
+            Some(chunk) => {
+                self.rest = chunk.bytes;
+                ControlFlow::Continue(())
+            }
+            None => ControlFlow::Break(()),
+        })
+    }
+
+    /// As [`fill`](Self::fill), where the end of the stream would be inside the frame.
+    async fn fill_more(&mut self) -> Result<(), Stop> {
+        match self.fill().await? {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Stop::Refused(Refusal::Malformed)),
+        }
+    }
+
+    async fn read_header(&mut self) -> Result<RequestHeader, Stop> {
+        let mut bytes = [0; RequestHeader::LEN];
+        let mut have = 0;
+        loop {
+            let part = self.rest.split_to(self.rest.len().min(bytes.len() - have));
+            bytes[have..have + part.len()].copy_from_slice(&part);
+            have += part.len();
+            if have == bytes.len() {
+                let header = RequestHeader::decode(&bytes);
+                self.header = Some(header);
+                return Ok(header);
+            }
+            self.fill_more().await?;
+        }
+    }
+
+    /// Copies the payload into memory of its own: what quinn hands out are slices of whole batches of datagrams, which
+    /// a parked call would keep.
+    async fn read_payload(&mut self, len: usize) -> Result<Bytes, Stop> {
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        let mut payload = Vec::with_capacity(len.min(FIRST_CHUNK.max(self.rest.len())));
+        loop {
+            let part = self.rest.split_to(self.rest.len().min(len - payload.len()));
+            if payload.capacity() - payload.len() < part.len() {
+                let wanted = (payload.len() + part.len()).max(2 * payload.capacity()).min(len);
+                payload.reserve_exact(wanted - payload.len());
+            }
+            payload.extend_from_slice(&part);
+            if payload.len() == len {
+                return Ok(payload.into());
+            }
+            self.fill_more().await?;
+        }
+    }
+
+    async fn read_end(&mut self) -> Result<(), Stop> {
+        if !self.rest.is_empty() {
+            return Err(Stop::Refused(Refusal::Malformed));
+        }
+        match self.fill().await? {
+            ControlFlow::Break(()) => Ok(()),
+            ControlFlow::Continue(()) => Err(Stop::Refused(Refusal::Malformed)),
+        }
+    }
+}
+
+fn refuse<S: Service>(connection: &Connection<S>, header: Option<&RequestHeader>, why: Refusal) -> Reply {
+    connection.server.metrics.requests_refused(why).increment(1);
+    connection.server.service.refuse(&connection.state, header, why)
+}
+
+/// Runs the call; `None` if it was cancelled.
+async fn run<S: Service>(
+    connection: &Connection<S>,
+    answer: &Answer,
+    header: Option<RequestHeader>,
+    request: Request,
+) -> Option<Reply> {
+    let service = Arc::clone(&connection.server.service);
+    let state = Arc::clone(&connection.state);
+    // Boxed, so that reading and answering do not need the room of the largest call.
+    let mut call =
+        Box::pin(AssertUnwindSafe(async move { service.call(state, request).await }).catch_unwind());
+    // Most calls end at once, and then the stream need not be watched.
+    let reply = tokio::select! {
+        biased;
+        reply = &mut call => reply,
+        _ = answer.send.stopped() => return None,
+    };
+    Some(reply.unwrap_or_else(|_| {
+        connection.server.metrics.calls_panicked.increment(1);
+        let method_id = header.map(|header| header.method_id);
+        tracing::error!(method_id, "a call panicked");
+        refuse(connection, header.as_ref(), Refusal::Internal)
+    }))
+}
+
+/// The response half of a stream. quinn ends a dropped stream cleanly, which would make half an answer look like a
+/// whole one; this resets it.
+struct Answer {
+    send: SendStream,
+    state: AnswerState,
+}
+
+#[derive(PartialEq)]
+enum AnswerState {
+    Unfinished,
+    Finished,
+}
+
+impl Answer {
+    /// Writes the frame and ends the stream. Each piece must be taken within `stalled`.
+    async fn write(&mut self, frame: &mut [Bytes], stalled: std::time::Duration) -> Result<(), Unsent> {
+        let mut frame = frame;
+        while !frame.is_empty() {
+            let written = timeout(stalled, self.send.write_chunks(frame)).await.map_err(|_| Unsent)?;
+            frame = &mut frame[written.map_err(|_| Unsent)?.chunks..];
+        }
+        self.send.finish().map_err(|_| Unsent)?;
+        self.state = AnswerState::Finished;
+        Ok(())
+    }
+
+    /// Takes back what is still on its way.
+    fn give_up(&mut self) {
+        let _ = self.send.reset(NO_CODE);
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if self.state == AnswerState::Unfinished {
+            self.give_up();
+        }
+    }
+}
+
+/// The client will not have the answer.
+struct Unsent;
+
+async fn respond<S: Service>(
+    connection: &Connection<S>,
+    mut answer: Answer,
+    header: Option<RequestHeader>,
+    reply: Reply,
+) {
+    let Reply { status, payload, on_delivery } = fitting(connection, header, reply);
+    let request_id = header.map_or(0, |header| header.request_id);
+    let header = ResponseHeader { status, request_id, payload_len: payload.len() as u32 }.encode();
+    let mut frame = [Bytes::copy_from_slice(&header), payload];
+    let written = answer.write(&mut frame, connection.server.timeouts.stalled_reply).await;
+    drop(frame);
+    match on_delivery {
+        Some(delivery) => settle(connection, answer, written, delivery).await,
+        // A close discards what is unacknowledged, so a drain waits for it.
+        None if written.is_ok() && *connection.server.phase.borrow() == Phase::Draining => {
+            let _ = acknowledged(connection, &answer.send).await;
+        }
+        None => {}
+    }
+}
+
+/// The reply, or the one that says that it does not fit a frame.
+fn fitting<S: Service>(connection: &Connection<S>, header: Option<RequestHeader>, reply: Reply) -> Reply {
+    let fits = |reply: &Reply| reply.payload.len() <= qpq_wire::MAX_PAYLOAD as usize;
+    if fits(&reply) {
+        return reply;
+    }
+    tracing::error!(len = reply.payload.len(), "a reply does not fit a frame");
+    let refusal = refuse(connection, header.as_ref(), Refusal::Internal);
+    if fits(&refusal) { refusal } else { Reply::new(refusal.status, Bytes::new()) }
+}
+
+async fn settle<S: Service>(
+    connection: &Connection<S>,
+    mut answer: Answer,
+    written: Result<(), Unsent>,
+    delivery: Box<dyn Delivery>,
+) {
+    let metrics = &connection.server.metrics;
+    let outcome = match written {
+        Ok(()) => acknowledged(connection, &answer.send).await,
+        Err(Unsent) => Err(Unsent),
+    };
+    if outcome.is_ok() {
+        metrics.replies_delivered.increment(1);
+        drop(answer);
+        delivery.delivered().await;
+    } else {
+        metrics.replies_lost.increment(1);
+        answer.give_up();
+        drop(answer);
+        delivery.lost().await;
+    }
+}
+
+/// Waits until the client's QUIC stack has every byte. A client that is not heard of for too long counts as gone,
+/// long before its connection times out.
+async fn acknowledged<S: Service>(connection: &Connection<S>, send: &SendStream) -> Result<(), Unsent> {
+    let silent_peer = connection.server.timeouts.silent_peer;
+    let mut stopped = pin!(send.stopped());
+    let mut heard = connection.quic.stats().udp_rx.datagrams;
+    let mut since = Instant::now();
+    loop {
+        match timeout(silent_peer / 4, stopped.as_mut()).await {
+            Ok(Ok(None)) => return Ok(()),
+            Ok(_) => return Err(Unsent),
+            Err(_) => {
+                let now = connection.quic.stats().udp_rx.datagrams;
+                if now != heard {
+                    (heard, since) = (now, Instant::now());
+                } else if since.elapsed() >= silent_peer {
+                    return Err(Unsent);
+                }
+            }
+        }
+    }
+}
