@@ -14,6 +14,8 @@ const SECONDS: &[f64] =
 /// Upper bounds for sizes in bytes: from an empty answer to the largest frame.
 const BYTES: &[f64] =
     &[64.0, 256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 4_194_304.0];
+/// Upper bounds for everything else that is counted: how many at once.
+const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0];
 
 /// One documented name.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +53,8 @@ static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
 pub fn install(version: &'static str) -> Metrics {
     let handle = INSTALLED.get_or_init(|| {
         let handle = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
+            .set_buckets(COUNTS)
+            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS))
             .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_bytes".into()), BYTES))
             .and_then(PrometheusBuilder::install_recorder)
             .expect("the bounds are not empty and nothing else in this program installs a recorder");

@@ -14,18 +14,22 @@ pub fn markdown<T: Node + Default>() -> String {
         } else {
             let _ = write!(page, "\n## `[{}]`\n\n{}\n\n", section.path, section.doc);
         }
-        let mut settings = declared.settings.iter().filter(|s| parent(&s.path) == section.path).peekable();
+        let mut settings = declared
+            .settings
+            .iter()
+            .map(|setting| (declared.place(&setting.path), setting))
+            .filter(|((place, _), _)| place.path == section.path)
+            .peekable();
         if settings.peek().is_some() {
             page.push_str("| key | default | meaning |\n|---|---|---|\n");
         }
-        settings.for_each(|setting| row(&mut page, setting));
+        settings.for_each(|((_, key), setting)| row(&mut page, key, setting));
     }
     page
 }
 
-fn row(page: &mut String, setting: &Setting) {
-    let Setting { doc, allowed, default, variables, flag, path } = setting;
-    let key = path.rsplit('.').next().expect("split gives at least one part");
+fn row(page: &mut String, key: &str, setting: &Setting) {
+    let Setting { doc, allowed, default, variables, flag, .. } = setting;
     let others: Vec<_> = flag
         .iter()
         .copied()
@@ -45,12 +49,13 @@ pub(super) fn effective(
 ) -> String {
     let mut file = String::new();
     for section in &declared.sections {
-        let inside: Vec<_> = values.iter().filter(|(path, _)| parent(path) == section.path).collect();
+        let inside: Vec<_> =
+            values.iter().filter(|(path, _)| declared.place(path).0.path == section.path).collect();
         if !section.path.is_empty() && !inside.is_empty() {
             let _ = writeln!(file, "\n[{}]", section.path);
         }
         for (path, value) in inside {
-            let key = path.rsplit('.').next().expect("split gives at least one part");
+            let (_, key) = declared.place(path);
             let origin = origin(path).unwrap_or_else(|| "default".into());
             let _ = match value {
                 Some(value) => writeln!(file, "{key} = {value}  # {origin}"),
@@ -62,8 +67,4 @@ pub(super) fn effective(
         }
     }
     file
-}
-
-fn parent(path: &str) -> &str {
-    path.rsplit_once('.').map_or("", |(parent, _)| parent)
 }

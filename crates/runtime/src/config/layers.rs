@@ -84,10 +84,10 @@ fn check_keys(at: &str, values: &Dict, origin: &str, declared: &Declared, proble
         let origin = origin.to_owned();
         match value {
             _ if declared.has_setting(&path) => {}
-            Value::Dict(_, inner) if declared.has_section(&path) => {
+            Value::Dict(_, inner) if declared.has_below(&path) => {
                 check_keys(&path, inner, &origin, declared, problems);
             }
-            _ if declared.has_section(&path) => {
+            _ if declared.has_below(&path) => {
                 problems.push(Problem::NotAValue { at: origin, section: path });
             }
             _ => {

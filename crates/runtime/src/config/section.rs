@@ -96,10 +96,22 @@ impl Declared {
         self.settings.iter().any(|setting| setting.path == path)
     }
 
-    /// Whether `path` is a section that may be written.
-    pub fn has_section(&self, path: &str) -> bool {
-        self.sections.iter().any(|section| section.path == path)
+    /// Whether there are settings below `path`.
+    pub fn has_below(&self, path: &str) -> bool {
+        self.settings.iter().any(|setting| below(&setting.path, path).is_some_and(|key| !key.is_empty()))
     }
+
+    /// The innermost section that `path` is in, and its key there: dotted where a group of keys has no section.
+    pub fn place<'a>(&'a self, path: &'a str) -> (&'a Section, &'a str) {
+        let inside = |section: &'a Section| Some((section, below(path, &section.path)?));
+        let places = self.sections.iter().filter_map(inside);
+        places.min_by_key(|(_, key)| key.len()).expect("the outermost section is in the list")
+    }
+}
+
+/// What remains of `path` below `ancestor`.
+fn below<'a>(path: &'a str, ancestor: &str) -> Option<&'a str> {
+    if ancestor.is_empty() { Some(path) } else { path.strip_prefix(ancestor)?.strip_prefix('.') }
 }
 
 /// Reads values out of the merged layers and notes what is wrong with them.
