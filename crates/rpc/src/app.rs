@@ -1,0 +1,144 @@
+//! What all handlers share: the stores, the server's secrets, the configuration, and whether it is about to stop.
+
+use std::{
+    collections::HashSet,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis, Username};
+use qpq_ports::{Clock, Stores};
+use tokio::sync::watch;
+
+use crate::{
+    DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes, gate::Gate, limits::Limits,
+    revocations::Revocations,
+};
+
+/// What the composition hands over.
+pub struct Parts {
+    pub stores: Stores,
+    pub clock: Arc<dyn Clock>,
+    pub opaque: OpaqueServer,
+    pub signer: DeliverySigner,
+    pub config: Config,
+}
+
+impl fmt::Debug for Parts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parts").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// What an operator may choose.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The server's own domain: what follows the `@` of its users. Lower case; may be empty.
+    pub domain: String,
+    /// What Health answers as the server's version.
+    pub version: String,
+    pub sessions: SessionLifetimes,
+    pub identity_proof: IdentityProof,
+    /// Who may call administrators' methods.
+    pub admins: HashSet<Username>,
+    pub limits: RateLimits,
+    pub delivery: Delivery,
+    pub key_packages: KeyPackageCaps,
+    /// How many logins and registrations may wait for their curve arithmetic before the next is told to come later.
+    pub waiting_logins: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            domain: String::new(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            sessions: SessionLifetimes::default(),
+            identity_proof: IdentityProof::Optional,
+            admins: HashSet::new(),
+            limits: RateLimits::default(),
+            delivery: Delivery::default(),
+            key_packages: KeyPackageCaps::default(),
+            waiting_logins: 256,
+        }
+    }
+}
+
+/// Whether a registration must show that it has the identity key's private half. What is shown is always checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum IdentityProof {
+    #[default]
+    Optional,
+    Required,
+}
+
+/// The server, as its handlers see it.
+pub struct App {
+    pub stores: Stores,
+    pub clock: Arc<dyn Clock>,
+    pub opaque: OpaqueServer,
+    pub signer: DeliverySigner,
+    pub config: Config,
+    pub(crate) limits: Limits,
+    /// Bounds the curve arithmetic of logins.
+    pub(crate) gate: Gate,
+    pub(crate) revocations: Revocations,
+    started_at: UnixMillis,
+    draining: watch::Sender<bool>,
+    store_fails: AtomicBool,
+}
+
+impl fmt::Debug for App {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("App").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl App {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Parts { stores, clock, opaque, signer, config } = parts;
+        Self {
+            started_at: clock.now(),
+            limits: Limits::new(&config.limits),
+            gate: Gate::new(config.waiting_logins),
+            revocations: Revocations::default(),
+            draining: watch::Sender::new(false),
+            store_fails: AtomicBool::new(false),
+            stores,
+            clock,
+            opaque,
+            signer,
+            config,
+        }
+    }
+
+    /// Turns true once, when the server is about to stop: whoever waits should answer.
+    pub fn draining(&self) -> watch::Receiver<bool> {
+        self.draining.subscribe()
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        *self.draining.borrow()
+    }
+
+    pub(crate) fn drain(&self) {
+        self.draining.send_replace(true);
+    }
+
+    pub(crate) fn uptime(&self) -> Duration {
+        self.clock.now().since(self.started_at)
+    }
+
+    /// Whether the last look at the store found it failing.
+    pub(crate) fn store_fails(&self) -> bool {
+        self.store_fails.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn note_store(&self, fails: bool) {
+        self.store_fails.store(fails, Ordering::Relaxed);
+    }
+}

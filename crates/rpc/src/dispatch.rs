@@ -1,0 +1,150 @@
+//! From a method id to its handler: the table, and the way of every call through it.
+//!
+//! The table is made from the rows that `qpq_proto` marks as served: a row without a handler does not compile, nor one
+//! whose handler wants a stronger caller. Each entry is the whole way of one method, so a call is one indirection and
+//! one allocation: its own future, which for a parked FetchWait is all that stays.
+
+use std::{
+    future::Future,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{future::BoxFuture, poll};
+use prost::Message as _;
+use qpq_domain::UnixMillis;
+use qpq_ports::Lease;
+use qpq_proto::{LimitClass, Method, MethodInfo};
+use tokio::time::{Instant, timeout_at};
+
+use crate::{
+    App, Connection, Error, Subject,
+    auth::{Authenticate, Principal as _},
+};
+
+/// What surrounds a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Cx<'a> {
+    pub app: &'a Arc<App>,
+    pub conn: &'a Arc<Connection>,
+    /// When the call began.
+    pub now: UnixMillis,
+}
+
+impl Cx<'_> {
+    /// Takes one call from the budget that `class` keeps for `subject`; nothing if it keeps none by that.
+    pub async fn limit(self, class: LimitClass, subject: Subject<'_>) -> Result<(), Error> {
+        self.app.limits.take(self, class, subject).await
+    }
+}
+
+/// Whom a method's handler gets.
+pub type Principal<M> = <<M as Method>::Auth as Authenticate>::Principal;
+
+/// What answers a method.
+pub trait Handler: Method<Auth: Authenticate> {
+    fn handle(
+        cx: Cx<'_>,
+        caller: Principal<Self>,
+        request: Self::Request,
+    ) -> impl Future<Output = Result<Answered<Self::Response>, Error>> + Send;
+
+    /// How long the request asks to wait; only methods of the deadline class `Wait` do. Their deadline lies behind it.
+    fn wait(_app: &App, _request: &Self::Request) -> Duration {
+        Duration::ZERO
+    }
+}
+
+/// A handler's response, and what may be waiting for its arrival.
+pub struct Answered<R> {
+    pub response: R,
+    /// Settled once the client has every byte, released otherwise.
+    pub lease: Option<Box<dyn Lease>>,
+}
+
+impl<R: std::fmt::Debug> std::fmt::Debug for Answered<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answered").field("response", &self.response).finish_non_exhaustive()
+    }
+}
+
+impl<R> From<R> for Answered<R> {
+    fn from(response: R) -> Self {
+        Self { response, lease: None }
+    }
+}
+
+/// A response as bytes.
+pub(crate) struct Done {
+    pub(crate) payload: Bytes,
+    pub(crate) lease: Option<Box<dyn Lease>>,
+}
+
+type Call = for<'a> fn(Cx<'a>, Bytes) -> BoxFuture<'a, Result<Done, Error>>;
+
+/// A served method.
+pub(crate) struct Entry {
+    pub(crate) info: MethodInfo,
+    pub(crate) call: Call,
+}
+
+macro_rules! table {
+    ($($method:path)+) => { &[$(Entry { info: <$method as Method>::INFO, call: call::<$method> }),+] };
+}
+
+/// Stands for `qpq_proto::for_each_served_method!` until every served row has its handler.
+macro_rules! served {
+    ($callback:ident) => {
+        $callback! {
+            qpq_proto::methods::OpaqueRegisterStart
+            qpq_proto::methods::OpaqueRegisterFinish
+            qpq_proto::methods::OpaqueLoginStart
+            qpq_proto::methods::OpaqueLoginFinish
+            qpq_proto::methods::Logout
+            qpq_proto::methods::ResolveUser
+            qpq_proto::methods::ResolveIdentity
+            qpq_proto::methods::Health
+        }
+    };
+}
+
+/// Every served method, by id.
+pub(crate) static TABLE: &[Entry] = served!(table);
+
+/// The place of a method in [`TABLE`]; `None` for one that is not served.
+pub(crate) fn row(method: u16) -> Option<usize> {
+    TABLE.binary_search_by_key(&method, |entry| entry.info.id).ok()
+}
+
+fn call<'a, M: Handler>(cx: Cx<'a>, payload: Bytes) -> BoxFuture<'a, Result<Done, Error>> {
+    Box::pin(async move {
+        let started = Instant::now();
+        let standard = started + M::INFO.deadline.duration(Duration::ZERO);
+        let (caller, request) = within(standard, pin!(admit::<M>(cx, payload))).await??;
+        let deadline = started + M::INFO.deadline.duration(M::wait(cx.app, &request));
+        let answered = within(deadline, pin!(M::handle(cx, caller, request))).await??;
+        Ok(Done { payload: answered.response.encode_to_vec().into(), lease: answered.lease })
+    })
+}
+
+/// Session, budgets, and the message itself: all that comes before the handler.
+async fn admit<M: Handler>(cx: Cx<'_>, payload: Bytes) -> Result<(Principal<M>, M::Request), Error> {
+    let caller = M::Auth::authenticate(cx, &payload).await?;
+    cx.limit(M::INFO.limit, Subject::Ip(cx.conn.ip())).await?;
+    if let Some(account) = caller.account() {
+        cx.limit(M::INFO.limit, Subject::Account(account)).await?;
+    }
+    Ok((caller, M::Request::decode(payload)?))
+}
+
+/// Gives `work` until `deadline`. What answers at once never touches a timer.
+async fn within<F: Future>(deadline: Instant, mut work: Pin<&mut F>) -> Result<F::Output, Error> {
+    match poll!(work.as_mut()) {
+        std::task::Poll::Ready(output) => Ok(output),
+        std::task::Poll::Pending => {
+            timeout_at(deadline, work).await.map_err(|_elapsed| Error::DeadlineExceeded)
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! From a name to a key and back (500, 501). Both need a session and draw on its account's budget: an open directory
+//! would be read out.
+
+use qpq_domain::{IdentityKey, Username};
+use qpq_proto::{
+    convert,
+    methods::{ResolveIdentity, ResolveUser},
+    v1::{ResolveIdentityRequest, ResolveIdentityResponse, ResolveUserRequest, ResolveUserResponse},
+};
+
+use crate::{Answered, Caller, Cx, Error, Handler};
+
+impl Handler for ResolveUser {
+    async fn handle(
+        cx: Cx<'_>,
+        _: Caller,
+        request: ResolveUserRequest,
+    ) -> Result<Answered<ResolveUserResponse>, Error> {
+        let name = local_part(&request.username, &cx.app.config.domain)?;
+        let username = Username::parse(name).map_err(|_| Error::InvalidUsername)?;
+        let account = cx.app.stores.accounts.by_username(&username).await?.ok_or(Error::UserNotFound)?;
+        Ok(ResolveUserResponse {
+            identity_key: account.identity.as_bytes().to_vec().into(),
+            inclusion_proof: Default::default(),
+        }
+        .into())
+    }
+}
+
+impl Handler for ResolveIdentity {
+    async fn handle(
+        cx: Cx<'_>,
+        _: Caller,
+        request: ResolveIdentityRequest,
+    ) -> Result<Answered<ResolveIdentityResponse>, Error> {
+        let identity: IdentityKey = convert::identity_key(&request.identity_key, "identity_key")?;
+        let account = cx.app.stores.accounts.by_identity(&identity).await?.ok_or(Error::UserNotFound)?;
+        Ok(ResolveIdentityResponse {
+            username: account.username.as_str().to_owned(),
+            created_at: account.created_at.0,
+            device_count: 0,
+            revoked: false,
+        }
+        .into())
+    }
+}
+
+/// What is left of `name@domain` when the domain is this server's own; a name without a domain is local as it is.
+fn local_part<'a>(name: &'a str, own_domain: &str) -> Result<&'a str, Error> {
+    match name.rsplit_once('@') {
+        None => Ok(name),
+        Some((local, domain)) if !own_domain.is_empty() && domain.eq_ignore_ascii_case(own_domain) => {
+            Ok(local)
+        }
+        Some(_) => Err(Error::UnknownDomain),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_own_domain_is_local() {
+        assert_eq!(local_part("alice", "example.org").ok(), Some("alice"));
+        assert_eq!(local_part("alice@example.org", "example.org").ok(), Some("alice"));
+        assert_eq!(local_part("alice@EXAMPLE.org", "example.org").ok(), Some("alice"));
+        for (name, own) in [
+            ("alice@elsewhere.org", "example.org"),
+            ("alice@", "example.org"),
+            ("alice@", ""),
+            ("a@b@c", "example.org"),
+        ] {
+            assert!(matches!(local_part(name, own), Err(Error::UnknownDomain)), "{name}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Rate limits: which budget a call is taken from, and what happens when counting itself fails.
+//!
+//! The classes and their defaults are one table in `qpq_proto::limits`; the configuration overrides budgets by class and
+//! key. The dispatcher takes what it can know by itself (address, account); a handler takes the rest (username, target)
+//! through [`Cx::limit`](crate::Cx::limit) as soon as it has read it.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+};
+
+use qpq_domain::{AccountId, IdentityKey, Username};
+use qpq_ports::{Bucket, LimitKey, Verdict};
+use qpq_proto::{LimitClass, LimitDefault, LimitSubject};
+use sha2::{Digest, Sha256};
+
+use crate::{Cx, Error};
+
+/// How calls are limited, as configured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RateLimits {
+    /// False lets everything through.
+    pub enabled: bool,
+    /// Budgets other than the table's. One that the table does not have is without effect.
+    pub overrides: HashMap<(LimitClass, LimitSubject), Bucket>,
+}
+
+impl Default for RateLimits {
+    fn default() -> Self {
+        Self { enabled: true, overrides: HashMap::new() }
+    }
+}
+
+/// Whom a budget counts.
+#[derive(Clone, Copy, Debug)]
+pub enum Subject<'a> {
+    Ip(IpAddr),
+    Username(&'a Username),
+    Account(AccountId),
+    /// An account, and the identity it asks for.
+    Target(AccountId, &'a IdentityKey),
+}
+
+/// The budgets in force, looked up by class without hashing.
+#[derive(Debug)]
+pub(crate) struct Limits {
+    enabled: bool,
+    budgets: Vec<Vec<(LimitSubject, Bucket)>>,
+}
+
+impl Limits {
+    pub(crate) fn new(config: &RateLimits) -> Self {
+        let budgets = LimitClass::ALL.map(|class| {
+            let bucket = |budget: &LimitDefault| {
+                let given = config.overrides.get(&(class, budget.subject)).copied();
+                (budget.subject, given.unwrap_or_else(|| default_bucket(budget)))
+            };
+            class.defaults().iter().map(bucket).collect()
+        });
+        Self { enabled: config.enabled, budgets: budgets.into() }
+    }
+
+    fn bucket(&self, class: LimitClass, per: LimitSubject) -> Option<Bucket> {
+        let budgets = if self.enabled { self.budgets.get(class as usize)? } else { return None };
+        budgets.iter().find(|(of, _)| *of == per).map(|(_, bucket)| *bucket)
+    }
+
+    /// Takes one call of `class` from `subject`'s budget, if the class has one kept by that.
+    pub(crate) async fn take(
+        &self,
+        cx: Cx<'_>,
+        class: LimitClass,
+        subject: Subject<'_>,
+    ) -> Result<(), Error> {
+        let Some(bucket) = self.bucket(class, subject.kept_per()) else { return Ok(()) };
+        let key = LimitKey { class: class.name(), subject: subject.to_bytes() };
+        match cx.app.stores.limiter.take(key, bucket, 1, cx.now).await {
+            Ok(Verdict::Allowed) => Ok(()),
+            Ok(Verdict::RetryAfter(wait)) => Err(Error::RateLimited(wait)),
+            Err(error) if stands_without_limits(class) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "rate limits could not be counted");
+                Ok(())
+            }
+            Err(error) => Err(Error::Unavailable(error)),
+        }
+    }
+}
+
+/// Where nobody can be counted, a message still gets through, but no password is guessed and no account made.
+const fn stands_without_limits(class: LimitClass) -> bool {
+    !matches!(class, LimitClass::Login | LimitClass::Register | LimitClass::Recovery)
+}
+
+fn default_bucket(budget: &LimitDefault) -> Bucket {
+    Bucket { burst: budget.burst, per_second: budget.per_second() }
+}
+
+impl Subject<'_> {
+    const fn kept_per(&self) -> LimitSubject {
+        match self {
+            Self::Ip(_) => LimitSubject::Ip,
+            Self::Username(_) => LimitSubject::Username,
+            Self::Account(_) => LimitSubject::Account,
+            Self::Target(..) => LimitSubject::FetcherAndTarget,
+        }
+    }
+
+    /// 16 bytes that stand for the subject; what is personal is hashed. Kinds never meet: each has its own first bytes.
+    fn to_bytes(self) -> [u8; 16] {
+        match self {
+            Self::Ip(ip) => prefix(ip).octets(),
+            Self::Account(AccountId(id)) => account(id),
+            Self::Username(name) => tagged(b"username", &[name.as_str().as_bytes()]),
+            Self::Target(AccountId(id), target) => tagged(b"target", &[&id.to_be_bytes(), target.as_bytes()]),
+        }
+    }
+}
+
+/// An IPv4 address as it is; of an IPv6 address the /64, which is what one customer gets at the least.
+fn prefix(ip: IpAddr) -> Ipv6Addr {
+    match ip.to_canonical() {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0)
+        }
+    }
+}
+
+/// The number behind eight bytes that no address of a client begins with (multicast, RFC 4291).
+fn account(id: i64) -> [u8; 16] {
+    let mut bytes = [0xff; 16];
+    bytes[8..].copy_from_slice(&id.to_be_bytes());
+    bytes
+}
+
+fn tagged(kind: &[u8], parts: &[&[u8]]) -> [u8; 16] {
+    let mut hash = Sha256::new();
+    hash.update(b"qpq/limit/1 ");
+    hash.update(kind);
+    for part in parts {
+        hash.update(part);
+    }
+    *hash.finalize().first_chunk().expect("SHA-256 has 32 bytes")
+}

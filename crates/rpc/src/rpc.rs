@@ -1,0 +1,128 @@
+//! The server as its embedder sees it: connections come and go, calls go in, answers come out.
+
+use std::{fmt, net::SocketAddr, sync::Arc};
+
+use bytes::Bytes;
+use qpq_ports::{Lease, StoreResult};
+use qpq_proto::Status;
+
+use crate::{
+    App, Connection, Cx, Error, Events, Parts,
+    dispatch::{self, TABLE},
+    observe::Observer,
+};
+
+/// The largest payload of a request, in bytes; the frame layer has the same bound.
+const MAX_PAYLOAD: u32 = 4 << 20;
+
+/// One server. Shared by all connections.
+#[derive(Debug)]
+pub struct Rpc {
+    app: Arc<App>,
+    observer: Observer,
+}
+
+/// What goes back to the client.
+pub struct Answer {
+    /// The response frame's status byte.
+    pub status: u8,
+    /// The method's response, or an `ErrorDetail`.
+    pub payload: Bytes,
+    /// To be settled once the client has every byte of this; dropped, it is released.
+    pub lease: Option<Box<dyn Lease>>,
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answer")
+            .field("status", &Status::from(self.status))
+            .field("bytes", &self.payload.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why the transport refuses a request by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It announced more than 4 MiB.
+    TooLarge,
+    /// The stream did not hold one frame and nothing else.
+    Malformed,
+    /// It did not arrive whole in time.
+    Timeout,
+    /// The call panicked.
+    Internal,
+}
+
+impl Rpc {
+    /// The server. Metrics go to the recorder that is installed when a method first answers, so install it before.
+    pub fn new(parts: Parts) -> Arc<Self> {
+        Arc::new(Self { app: Arc::new(App::new(parts)), observer: Observer::new(TABLE) })
+    }
+
+    /// A new connection from `addr`; its events, if it subscribes, go to `events`.
+    pub fn connected(&self, addr: SocketAddr, events: Arc<dyn Events>) -> Arc<Connection> {
+        Arc::new(Connection::new(addr, events))
+    }
+
+    /// The connection has ended, and its logins and subscription with it.
+    pub fn disconnected(&self, conn: &Connection) {
+        conn.close();
+    }
+
+    /// Judges a request by its header, before any of its payload is read.
+    pub fn admit(&self, _conn: &Connection, method: u16, payload_len: u32) -> Result<(), Answer> {
+        let row = dispatch::row(method);
+        let error = match row {
+            None => Error::UnknownMethod,
+            Some(_) if payload_len > MAX_PAYLOAD => Error::TooLarge,
+            Some(_) => return Ok(()),
+        };
+        Err(self.observer.begin(row, 0).refuse(&error))
+    }
+
+    /// One call. Dropping the future cancels it.
+    pub async fn call(self: &Arc<Self>, conn: &Arc<Connection>, method: u16, payload: Bytes) -> Answer {
+        let row = dispatch::row(method);
+        let observation = self.observer.begin(row, payload.len());
+        let Some(entry) = row.and_then(|row| TABLE.get(row)) else {
+            return observation.refuse(&Error::UnknownMethod);
+        };
+        let cx = Cx { app: &self.app, conn, now: self.app.clock.now() };
+        match (entry.call)(cx, payload).await {
+            Ok(done) => {
+                observation.succeed(done.payload.len());
+                Answer { status: Status::Ok.code(), payload: done.payload, lease: done.lease }
+            }
+            Err(error) => observation.refuse(&error),
+        }
+    }
+
+    /// The answer to what the transport refuses; `method` is known once the header was read.
+    pub fn refuse(&self, _conn: &Connection, method: Option<u16>, why: Refusal) -> Answer {
+        let error = match why {
+            Refusal::TooLarge => Error::TooLarge,
+            Refusal::Malformed => Error::MalformedFrame,
+            Refusal::Timeout => Error::SlowRequest,
+            Refusal::Internal => Error::internal("a call panicked; the panic itself is in the log"),
+        };
+        self.observer.begin(method.and_then(dispatch::row), 0).refuse(&error)
+    }
+
+    /// The server is about to stop: Health says so, waiting calls answer, subscribers are told. Calls go on being served.
+    pub fn drain(&self) {
+        self.app.drain();
+    }
+
+    /// Looks whether the store can commit, and remembers it for Health. For the embedder to call every few seconds.
+    pub async fn check_store(&self) -> StoreResult<()> {
+        let outcome = self.app.stores.upkeep.check().await;
+        self.app.note_store(outcome.is_err());
+        outcome
+    }
+
+    /// What the handlers share.
+    pub fn app(&self) -> &Arc<App> {
+        &self.app
+    }
+}

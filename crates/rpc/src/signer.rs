@@ -1,0 +1,108 @@
+//! The key with which the server signs what it promises: delivery proofs. Health publishes its public half.
+
+use std::fmt;
+
+use ed25519_dalek::{Signer as _, SigningKey};
+use qpq_domain::{IdentityKey, UnixMillis};
+use qpq_ports::Receipt;
+use qpq_proto::{
+    delivery_proof::{self, server_key_id},
+    v1::DeliveryProof,
+};
+use rand::{CryptoRng, RngCore};
+use zeroize::Zeroizing;
+
+/// An Ed25519 key (RFC 8032) with its name.
+pub struct DeliverySigner {
+    key: SigningKey,
+    public: [u8; 32],
+    id: [u8; 8],
+}
+
+impl fmt::Debug for DeliverySigner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DeliverySigner(redacted)")
+    }
+}
+
+impl DeliverySigner {
+    pub fn generate(rng: &mut (impl RngCore + CryptoRng)) -> Self {
+        Self::from_key(SigningKey::generate(rng))
+    }
+
+    /// The signer whose [`DeliverySigner::secret`] this is.
+    pub fn from_secret(secret: &[u8; 32]) -> Self {
+        Self::from_key(SigningKey::from_bytes(secret))
+    }
+
+    fn from_key(key: SigningKey) -> Self {
+        let public = key.verifying_key().to_bytes();
+        Self { key, public, id: server_key_id(&public) }
+    }
+
+    /// What to store, readable by the server's user alone.
+    pub fn secret(&self) -> Zeroizing<[u8; 32]> {
+        Zeroizing::new(self.key.to_bytes())
+    }
+
+    /// The public key, as Health gives it.
+    pub const fn public_key(&self) -> &[u8; 32] {
+        &self.public
+    }
+
+    /// The first 8 bytes of the public key's SHA-256: how proofs name it.
+    pub const fn key_id(&self) -> &[u8; 8] {
+        &self.id
+    }
+
+    /// The server's word that `recipient`'s inbox took what `receipt` says. The same receipt gives the same bytes.
+    pub fn prove(&self, recipient: &IdentityKey, receipt: &Receipt) -> DeliveryProof {
+        let UnixMillis(enqueued_at) = receipt.enqueued_at;
+        let mut proof = DeliveryProof {
+            version: delivery_proof::VERSION,
+            server_key_id: self.id.to_vec().into(),
+            recipient_key: recipient.as_bytes().to_vec().into(),
+            channel_id: receipt.channel.as_bytes().to_vec().into(),
+            seq: receipt.seq.0,
+            payload_sha256: receipt.payload_sha256.to_vec().into(),
+            enqueued_at,
+            signature: bytes::Bytes::new(),
+        };
+        let signature = self.key.sign(&delivery_proof::signed_bytes(&proof));
+        proof.signature = signature.to_bytes().to_vec().into();
+        proof
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_domain::{ChannelId, Seq};
+
+    use super::*;
+
+    #[test]
+    fn a_proof_verifies_under_the_public_key_and_comes_out_the_same_again() {
+        let signer = DeliverySigner::from_secret(&[5; 32]);
+        let receipt = Receipt {
+            seq: Seq(7),
+            channel: ChannelId::new([1; 16]),
+            payload_sha256: [2; 32],
+            enqueued_at: UnixMillis(9),
+        };
+        let recipient = IdentityKey::new([3; 32]);
+        let proof = signer.prove(&recipient, &receipt);
+        let signature: [u8; 64] = proof.signature.as_ref().try_into().expect("64 bytes");
+        IdentityKey::new(*signer.public_key())
+            .verify(&delivery_proof::signed_bytes(&proof), &signature)
+            .expect("the server's own signature");
+        assert_eq!(proof.server_key_id.as_ref(), signer.key_id());
+        assert_eq!(DeliverySigner::from_secret(&signer.secret()).prove(&recipient, &receipt), proof);
+        assert_ne!(signer.prove(&recipient, &Receipt { seq: Seq(8), ..receipt }).signature, proof.signature);
+    }
+
+    #[test]
+    fn the_secret_is_not_shown() {
+        let signer = DeliverySigner::from_secret(&[0xab; 32]);
+        assert_eq!(format!("{signer:?}"), "DeliverySigner(redacted)");
+    }
+}
