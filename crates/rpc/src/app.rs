@@ -11,12 +11,12 @@ use std::{
 };
 
 use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis, Username};
+use qpq_mls::key_package;
 use qpq_ports::{Clock, Stores};
 use tokio::sync::watch;
 
 use crate::{
-    DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes, gate::Gate, limits::Limits,
-    revocations::Revocations,
+    DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes, gate::Gate, limits::Limits, notices::Notices,
 };
 
 /// What the composition hands over.
@@ -48,6 +48,8 @@ pub struct Config {
     pub limits: RateLimits,
     pub delivery: Delivery,
     pub key_packages: KeyPackageCaps,
+    /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are taken; those that the server cannot check, unchecked.
+    pub key_package_suites: Vec<u16>,
     /// How many logins and registrations may wait for their curve arithmetic before the next is told to come later.
     pub waiting_logins: usize,
 }
@@ -63,6 +65,7 @@ impl Default for Config {
             limits: RateLimits::default(),
             delivery: Delivery::default(),
             key_packages: KeyPackageCaps::default(),
+            key_package_suites: key_package::Policy::default().suites,
             waiting_logins: 256,
         }
     }
@@ -86,7 +89,9 @@ pub struct App {
     pub(crate) limits: Limits,
     /// Bounds the curve arithmetic of logins.
     pub(crate) gate: Gate,
-    pub(crate) revocations: Revocations,
+    /// What ends or changes for an account while its calls wait.
+    pub notices: Arc<Notices>,
+    pub(crate) key_package_policy: key_package::Policy,
     started_at: UnixMillis,
     draining: watch::Sender<bool>,
     store_fails: AtomicBool,
@@ -105,7 +110,12 @@ impl App {
             started_at: clock.now(),
             limits: Limits::new(&config.limits),
             gate: Gate::new(config.waiting_logins),
-            revocations: Revocations::default(),
+            notices: Arc::default(),
+            key_package_policy: key_package::Policy {
+                suites: config.key_package_suites.clone(),
+                max_bytes: config.key_packages.max_bytes,
+                ..key_package::Policy::default()
+            },
             draining: watch::Sender::new(false),
             store_fails: AtomicBool::new(false),
             stores,
@@ -127,6 +137,10 @@ impl App {
 
     pub(crate) fn drain(&self) {
         self.draining.send_replace(true);
+    }
+
+    pub(crate) async fn nobody_watches_drain(&self) {
+        self.draining.closed().await;
     }
 
     pub(crate) fn uptime(&self) -> Duration {

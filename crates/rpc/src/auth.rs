@@ -173,9 +173,10 @@ impl Authenticate for marker::Admin {
     }
 }
 
-/// Whether the caller's session is still one: for calls that wait, which must not outlive it by more than a moment.
+/// Whether the caller's session is still one now: for calls that wait, which must not outlive it by more than a moment.
 pub async fn recheck(cx: Cx<'_>, caller: &Caller) -> Result<(), Error> {
-    live_session(cx, &caller.token).await.map(drop)
+    let now = cx.app.clock.now();
+    live_session(Cx { now, ..cx }, &caller.token).await.map(drop)
 }
 
 /// The session of field 15, or the connection's own. A token that is good becomes the connection's.

@@ -41,7 +41,7 @@ impl Cx<'_> {
 }
 
 /// Whom a method's handler gets.
-pub type Principal<M> = <<M as Method>::Auth as Authenticate>::Principal;
+pub(crate) type Principal<M> = <<M as Method>::Auth as Authenticate>::Principal;
 
 /// What answers a method.
 pub trait Handler: Method<Auth: Authenticate> {
@@ -62,6 +62,13 @@ pub struct Answered<R> {
     pub response: R,
     /// Settled once the client has every byte, released otherwise.
     pub lease: Option<Box<dyn Lease>>,
+}
+
+impl<R> Answered<R> {
+    /// A response that shows what `lease` holds.
+    pub fn with_lease(response: R, lease: Box<dyn Lease>) -> Self {
+        Self { response, lease: Some(lease) }
+    }
 }
 
 impl<R: std::fmt::Debug> std::fmt::Debug for Answered<R> {

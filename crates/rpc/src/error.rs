@@ -58,6 +58,16 @@ macro_rules! errors {
     };
 }
 
+/// A field and what was wrong with it.
+#[derive(Debug, thiserror::Error)]
+#[error("{field} was refused")]
+pub struct RefusedField {
+    /// Its name in the `.proto` file.
+    pub field: &'static str,
+    #[source]
+    pub cause: Cause,
+}
+
 struct Row {
     status: Status,
     code: &'static str,
@@ -111,7 +121,7 @@ errors! {
     CommitUnsupported => BadRequest "delivery.commit_unsupported" DEBUG "This server does not order commits: send without commit.";
 
     /// With the check that failed.
-    InvalidPackage(Cause) => BadRequest "keys.invalid_package" DEBUG "The KeyPackage is malformed, expired, of another owner, or was given out before.";
+    InvalidPackage(RefusedField) => BadRequest "keys.invalid_package" DEBUG "The KeyPackage is malformed, expired, of another owner, or was given out before.";
     KeyPackagesFull => Forbidden "keys.full" DEBUG "The account has as many KeyPackages as it may have.";
     NotKeyOwner => Forbidden "keys.not_owner" DEBUG "Only its owner uploads an identity's keys.";
     InvalidHybridKey => BadRequest "keys.invalid_hybrid_key" DEBUG "A hybrid key is an X25519 and an ML-KEM-768 public key, 1216 bytes, both valid.";
@@ -160,6 +170,11 @@ impl Error {
         Self::Internal(cause.into())
     }
 
+    /// A KeyPackage in `field` that may not be stored.
+    pub fn invalid_package(field: &'static str, cause: impl Into<Cause>) -> Self {
+        Self::InvalidPackage(RefusedField { field, cause: cause.into() })
+    }
+
     /// When another try makes sense; always there with RateLimited and Unavailable.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -172,6 +187,7 @@ impl Error {
     pub const fn field(&self) -> Option<&'static str> {
         match self {
             Self::InvalidField(error) => Some(error.field),
+            Self::InvalidPackage(refused) => Some(refused.field),
             Self::MalformedOpaque(field) => Some(field),
             Self::InvalidUsername => Some("username"),
             Self::InvalidIdentityKey => Some("identity_key"),
@@ -204,7 +220,8 @@ impl fmt::Display for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
-            Self::Malformed(cause) | Self::InvalidPackage(cause) | Self::Internal(cause) => Some(&**cause),
+            Self::Malformed(cause) | Self::Internal(cause) => Some(&**cause),
+            Self::InvalidPackage(cause) => Some(cause),
             Self::Unavailable(cause) | Self::Conflict(cause) => Some(cause),
             Self::InvalidField(cause) => Some(cause),
             _ => None,

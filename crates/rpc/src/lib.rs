@@ -12,6 +12,7 @@ pub mod auth;
 pub mod docs;
 pub mod error;
 pub mod limits;
+pub mod notices;
 pub mod opaque;
 
 mod app;
@@ -20,7 +21,6 @@ mod dispatch;
 mod gate;
 mod handlers;
 mod observe;
-mod revocations;
 mod rpc;
 mod signer;
 

@@ -114,6 +114,11 @@ impl Rpc {
         self.app.drain();
     }
 
+    /// Completes once no call waits and every subscriber has been told that the server stops. After [`Rpc::drain`].
+    pub async fn drained(&self) {
+        self.app.nobody_watches_drain().await;
+    }
+
     /// Looks whether the store can commit, and remembers it for Health. For the embedder to call every few seconds.
     pub async fn check_store(&self) -> StoreResult<()> {
         let outcome = self.app.stores.upkeep.check().await;

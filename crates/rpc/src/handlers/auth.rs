@@ -18,8 +18,8 @@ use rand::{RngCore as _, rngs::OsRng};
 use subtle::ConstantTimeEq as _;
 
 use crate::{
-    Answered, Caller, Cx, Error, Handler, IdentityProof, Subject, connection::UnfinishedLogin, opaque,
-    opaque::OpaqueError,
+    Answered, Caller, Cx, Error, Handler, IdentityProof, Subject, connection::UnfinishedLogin,
+    notices::Notice, opaque, opaque::OpaqueError,
 };
 
 impl Handler for OpaqueRegisterStart {
@@ -127,7 +127,7 @@ impl Handler for Logout {
         } else {
             sessions.revoke(&caller.token).await?
         };
-        cx.app.revocations.announce(caller.account);
+        cx.app.notices.publish(&caller.identity, Notice::SessionsEnded);
         cx.conn.unbind(&caller.token);
         Ok(LogoutResponse { revoked }.into())
     }

@@ -1,0 +1,173 @@
+//! What happens to an account that a call in progress must hear of at once: its sessions end, its KeyPackages go.
+//!
+//! A parked FetchWait and a Subscribe listen by identity key; Logout and FetchKeyPackage publish. A notice carries no
+//! state: who hears one looks the state up. So notices may be coalesced, doubled or come without cause, and a deployment
+//! of several edges need only pass on what it published here and publish here what it was passed.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+use qpq_domain::IdentityKey;
+use tokio::sync::Notify;
+
+/// Something to look up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// One or more sessions of the account were ended before their time.
+    SessionsEnded,
+    /// One of the account's KeyPackages was given out.
+    KeyPackageTaken,
+}
+
+/// Who listens to which account, in this process.
+#[derive(Default)]
+pub struct Notices {
+    topics: Mutex<HashMap<IdentityKey, Arc<Topic>>>,
+}
+
+/// How often each notice was published, and who is to be told.
+#[derive(Default)]
+struct Topic {
+    sessions_ended: AtomicU32,
+    packages_taken: AtomicU32,
+    published: Notify,
+}
+
+/// Hears the notices of one account that are published after it was made. Dropping it ends that.
+pub struct Listener {
+    notices: Arc<Notices>,
+    identity: IdentityKey,
+    topic: Arc<Topic>,
+    sessions_ended: u32,
+    packages_taken: u32,
+}
+
+impl Notices {
+    /// Listens from now on.
+    pub fn listen(self: &Arc<Self>, identity: &IdentityKey) -> Listener {
+        let topic = Arc::clone(self.topics.lock().entry(*identity).or_default());
+        Listener {
+            notices: Arc::clone(self),
+            identity: *identity,
+            sessions_ended: topic.sessions_ended.load(Ordering::Acquire),
+            packages_taken: topic.packages_taken.load(Ordering::Acquire),
+            topic,
+        }
+    }
+
+    /// Tells everybody who listens to `identity`; costs next to nothing if nobody does.
+    pub fn publish(&self, identity: &IdentityKey, notice: Notice) {
+        // Held to the end: a listener that goes meanwhile must not find the topic in use.
+        let topics = self.topics.lock();
+        let Some(topic) = topics.get(identity) else { return };
+        let count = match notice {
+            Notice::SessionsEnded => &topic.sessions_ended,
+            Notice::KeyPackageTaken => &topic.packages_taken,
+        };
+        count.fetch_add(1, Ordering::Release);
+        topic.published.notify_waiters();
+    }
+}
+
+impl fmt::Debug for Notices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Notices").field("topics", &self.topics.lock().len()).finish()
+    }
+}
+
+impl Listener {
+    /// The next notice; equal ones that were published since the last are one. Cancel-safe.
+    pub async fn next(&mut self) -> Notice {
+        let Self { topic, sessions_ended, packages_taken, .. } = self;
+        loop {
+            // Notified by whatever is published from here on, so nothing falls between the look and the wait.
+            let published = topic.published.notified();
+            if advance(sessions_ended, &topic.sessions_ended) {
+                return Notice::SessionsEnded;
+            }
+            if advance(packages_taken, &topic.packages_taken) {
+                return Notice::KeyPackageTaken;
+            }
+            published.await;
+        }
+    }
+}
+
+/// Takes over the count; whether it had moved.
+fn advance(seen: &mut u32, count: &AtomicU32) -> bool {
+    let now = count.load(Ordering::Acquire);
+    std::mem::replace(seen, now) != now
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let mut topics = self.notices.topics.lock();
+        // The map's and this one: nobody else can get at it while the map is locked.
+        if Arc::strong_count(&self.topic) == 2 {
+            topics.remove(&self.identity);
+        }
+    }
+}
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Listener").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    const ALICE: IdentityKey = IdentityKey::new([1; 32]);
+    const BOB: IdentityKey = IdentityKey::new([2; 32]);
+
+    #[tokio::test]
+    async fn a_listener_hears_its_own_account_from_then_on_and_equal_notices_once() {
+        let notices = Arc::new(Notices::default());
+        notices.publish(&ALICE, Notice::SessionsEnded);
+        let mut first = notices.listen(&ALICE);
+        let mut second = notices.listen(&ALICE);
+        notices.publish(&BOB, Notice::SessionsEnded);
+        assert_eq!(first.next().now_or_never(), None);
+        for _ in 0..3 {
+            notices.publish(&ALICE, Notice::KeyPackageTaken);
+        }
+        notices.publish(&ALICE, Notice::SessionsEnded);
+        for listener in [&mut first, &mut second] {
+            assert_eq!(listener.next().now_or_never(), Some(Notice::SessionsEnded));
+            assert_eq!(listener.next().now_or_never(), Some(Notice::KeyPackageTaken));
+            assert_eq!(listener.next().now_or_never(), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_waiting_listener_is_woken() {
+        let notices = Arc::new(Notices::default());
+        let mut listener = notices.listen(&ALICE);
+        let waiting = tokio::spawn(async move { listener.next().await });
+        tokio::task::yield_now().await;
+        notices.publish(&ALICE, Notice::SessionsEnded);
+        assert_eq!(waiting.await.expect("no panic"), Notice::SessionsEnded);
+    }
+
+    #[test]
+    fn nothing_is_kept_of_listeners_that_are_gone() {
+        let notices = Arc::new(Notices::default());
+        let first = notices.listen(&ALICE);
+        let second = notices.listen(&ALICE);
+        drop(first);
+        assert_eq!(notices.topics.lock().len(), 1);
+        drop(second);
+        assert_eq!(notices.topics.lock().len(), 0);
+    }
+}
