@@ -32,6 +32,10 @@ impl Writer {
         self.number(count as u64);
     }
 
+    pub(crate) fn written(&self) -> &[u8] {
+        &self.0
+    }
+
     pub(crate) fn finish(self) -> Zeroizing<Vec<u8>> {
         self.0
     }

@@ -52,14 +52,16 @@ impl Waiting {
         Held::New
     }
 
-    /// Takes the oldest message of `group` that needs nothing more when the group is at `epoch`.
+    /// Takes a message of `group` that needs nothing more when the group is at `epoch`: of the earliest epoch, the one that
+    /// came first.
     pub(crate) fn release(&mut self, group: &GroupId, epoch: u64) -> Option<Vec<u8>> {
         // What waited for the Welcome waits for commits from now on.
         for message in self.0.iter_mut().filter(|message| message.group == *group) {
             message.needs = Needs::Commit;
         }
-        let ready = self.0.iter().position(|message| message.group == *group && message.epoch <= epoch)?;
-        self.0.remove(ready).map(|message| message.bytes)
+        let ready = self.0.iter().enumerate().filter(|(_, m)| m.group == *group && m.epoch <= epoch);
+        let (next, _) = ready.min_by_key(|(position, message)| (message.epoch, *position))?;
+        self.0.remove(next).map(|message| message.bytes)
     }
 
     /// Drops what waits for `group`.
@@ -117,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_released_in_the_order_of_their_coming_once_their_epoch_is_there() {
+    fn messages_are_released_by_epoch_and_in_the_order_of_their_coming() {
         let (ours, other) = (group(), group());
         let mut waiting = Waiting::default();
         for (group, epoch, bytes) in [(ours, 3, b"c"), (ours, 2, b"a"), (other, 1, b"x"), (ours, 2, b"b")] {
@@ -126,7 +128,7 @@ mod tests {
         assert_eq!(waiting.hold(ours, 2, Needs::Commit, b"a"), Held::Already);
         assert_eq!(waiting.release(&ours, 1), None);
         assert_eq!(waiting.release(&ours, 2).as_deref(), Some(&b"a"[..]));
-        assert_eq!(waiting.release(&ours, 2).as_deref(), Some(&b"b"[..]));
+        assert_eq!(waiting.release(&ours, 3).as_deref(), Some(&b"b"[..]), "the earlier epoch first");
         assert_eq!(waiting.release(&ours, 2), None);
         assert_eq!(waiting.release(&ours, 3).as_deref(), Some(&b"c"[..]));
     }

@@ -1,0 +1,244 @@
+//! Clients that end at any moment and start again from what they saved.
+
+use std::collections::BTreeMap;
+
+use proptest::{prelude::*, sample::Index};
+use qpq_mls::{
+    Client, CorruptState, GroupId, Ignored, Received,
+    vault::{self, Salt, VaultKey},
+};
+
+use crate::world::{ANN, BOB, CAT, World, content, restored, texts};
+
+#[test]
+fn a_crash_between_saving_and_acknowledging_makes_a_duplicate() {
+    let mut world = World::new(3);
+    let group =
+        world.clients[ANN].create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now()).unwrap();
+    world.add(ANN, group, &[BOB]);
+    world.say(ANN, group, "one");
+    world.add(ANN, group, &[CAT]);
+    for message in world.inboxes[BOB].clone() {
+        let before = restored(&world.clients[BOB]);
+        let first = world.clients[BOB].receive(&message);
+        // Saved, not acknowledged: it comes again.
+        world.restart(BOB);
+        assert_eq!(world.clients[BOB].receive(&message), [Received::Duplicate]);
+        // Not even saved: it comes again and means the same.
+        let mut earlier = before;
+        assert_eq!(earlier.receive(&message), first);
+    }
+}
+
+#[test]
+fn a_state_that_is_no_state_is_told_apart_from_a_newer_one() {
+    let world = World::new(1);
+    let mut saved = world.clients[ANN].export_state().to_vec();
+    for len in 0..saved.len() {
+        assert_eq!(Client::import_state(&saved[..len]).err(), Some(CorruptState::Damaged), "cut to {len}");
+    }
+    saved.push(0);
+    assert_eq!(Client::import_state(&saved).err(), Some(CorruptState::Damaged));
+    saved.pop();
+    saved[4] = 2;
+    assert_eq!(Client::import_state(&saved).err(), Some(CorruptState::Newer));
+}
+
+#[test]
+fn a_state_lives_in_a_vault() {
+    let mut world = World::new(2);
+    let group = world.group(&[ANN, BOB]);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ann");
+    let key = VaultKey::derive(b"password", &[1; 64], Salt::random());
+    vault::write(&path, &key, &world.clients[ANN].export_state()).unwrap();
+
+    let salt = vault::read_salt(&path).unwrap().unwrap();
+    let key = VaultKey::derive(b"password", &[1; 64], salt);
+    world.clients[ANN] = Client::import_state(&vault::read(&path, &key).unwrap().unwrap()).unwrap();
+    world.say(ANN, group, "from the vault");
+    assert_eq!(texts(&world.deliver(BOB)), ["from the vault"]);
+    let wrong = VaultKey::derive(b"passwort", &[1; 64], salt);
+    assert!(matches!(vault::read(&path, &wrong), Err(vault::VaultError::WrongKeyOrDamaged)));
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Say(Index),
+    Add(Index),
+    Remove(Index),
+    /// Delivers one of the next few messages of an inbox, out of turn.
+    Deliver(Index, usize),
+    /// Delivers the next message, restarts from the state before, delivers it again, restarts, and once more.
+    DeliverAcrossCrashes(Index),
+    Restart(Index),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => any::<Index>().prop_map(Step::Say),
+        1 => any::<Index>().prop_map(Step::Add),
+        1 => any::<Index>().prop_map(Step::Remove),
+        6 => (any::<Index>(), 0..3_usize).prop_map(|(who, ahead)| Step::Deliver(who, ahead)),
+        2 => any::<Index>().prop_map(Step::DeliverAcrossCrashes),
+        2 => any::<Index>().prop_map(Step::Restart),
+    ]
+}
+
+/// The world, and what a plain model expects of it: everyone who is never removed reads each message sent to them once.
+struct Model {
+    world: World,
+    group: GroupId,
+    /// How many times each recipient got each message: by recipient and text.
+    got: BTreeMap<(usize, String), usize>,
+    author: BTreeMap<String, usize>,
+    was_removed: [bool; 4],
+    sent: usize,
+    /// How many epochs the slowest may be behind the maker.
+    lag: usize,
+}
+
+impl Model {
+    fn new() -> Self {
+        let mut world = World::new(4);
+        let group = world.group(&[ANN, BOB, CAT]);
+        Self {
+            world,
+            group,
+            got: BTreeMap::new(),
+            author: BTreeMap::new(),
+            was_removed: [false; 4],
+            sent: 0,
+            lag: 0,
+        }
+    }
+
+    fn run(&mut self, step: &Step) {
+        match step {
+            Step::Say(who) => self.say(who.index(4)),
+            Step::Add(who) => self.change(1 + who.index(3), false),
+            Step::Remove(who) => self.change(1 + who.index(3), true),
+            Step::Deliver(who, ahead) => self.deliver(who.index(4), *ahead),
+            Step::DeliverAcrossCrashes(who) => self.deliver_across_crashes(who.index(4)),
+            Step::Restart(who) => self.world.restart(who.index(4)),
+        }
+    }
+
+    fn say(&mut self, who: usize) {
+        let text = format!("{} by {who}", self.sent);
+        let Ok(parcel) = self.world.clients[who].encrypt(self.group, &content(&text)) else { return };
+        self.sent += 1;
+        for recipient in 0..4 {
+            if parcel.recipients.contains(&self.world.key(recipient)) {
+                self.got.insert((recipient, text.clone()), 0);
+            }
+        }
+        self.author.insert(text, who);
+        self.world.post(&parcel);
+    }
+
+    /// Adds or removes somebody, if that is a change.
+    fn change(&mut self, who: usize, remove: bool) {
+        let key = self.world.key(who);
+        let members = self.world.clients[ANN].group(&self.group).unwrap().members;
+        let is_member = members.iter().any(|member| member.identity == key);
+        if remove != is_member {
+            return;
+        }
+        // Messages are read for five epochs after theirs.
+        if self.lag == 5 {
+            self.deliver_everything();
+        }
+        self.lag += 1;
+        if remove {
+            let commit = self.world.clients[ANN].remove(self.group, &[key]).unwrap();
+            self.was_removed[who] = true;
+            self.world.post(&commit);
+        } else {
+            self.world.add(ANN, self.group, &[who]);
+        }
+    }
+
+    fn deliver(&mut self, who: usize, ahead: usize) {
+        let inbox = &mut self.world.inboxes[who];
+        let Some(message) = inbox.remove(ahead.min(inbox.len().saturating_sub(1))) else { return };
+        let received = self.world.clients[who].receive(&message);
+        self.note(who, received);
+    }
+
+    fn deliver_across_crashes(&mut self, who: usize) {
+        let Some(message) = self.world.inboxes[who].pop_front() else { return };
+        let before = restored(&self.world.clients[who]);
+        let lost = self.world.clients[who].receive(&message);
+        self.world.clients[who] = before;
+        let received = self.world.clients[who].receive(&message);
+        assert_eq!(received, lost, "the same state makes the same of the same message");
+        self.world.restart(who);
+        let again = self.world.clients[who].receive(&message);
+        // Who is out of the group does not look at its messages again.
+        assert!(
+            matches!(again[..], [Received::Duplicate])
+                || again == received
+                || again == [Received::Ignored(Ignored::NoLongerMember)],
+            "{received:?}, then {again:?}"
+        );
+        if again == received {
+            assert!(!matches!(
+                again[0],
+                Received::Joined(_) | Received::Message { .. } | Received::Committed { .. }
+            ));
+        }
+        self.note(who, received);
+    }
+
+    fn note(&mut self, who: usize, received: Vec<Received>) {
+        for result in received {
+            match result {
+                Received::Message { sender, content, group, .. } => {
+                    assert_eq!(group, self.group);
+                    assert_eq!(sender, self.world.member(self.author[&content.text]));
+                    *self.got.get_mut(&(who, content.text)).expect("it was for them") += 1;
+                }
+                Received::Ignored(reason) => {
+                    assert!(self.was_removed[who], "{who} has always been there, yet: {reason}");
+                }
+                Received::Duplicate => {
+                    assert!(self.was_removed[who], "nothing is delivered twice here");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn deliver_everything(&mut self) {
+        for who in 0..4 {
+            while !self.world.inboxes[who].is_empty() {
+                self.deliver(who, 0);
+            }
+        }
+        self.lag = 0;
+    }
+
+    fn finish(mut self) {
+        self.deliver_everything();
+        for ((recipient, text), times) in &self.got {
+            assert!(*times <= 1, "{recipient} read {text:?} {times} times");
+            assert!(*times == 1 || self.was_removed[*recipient], "{recipient} never read {text:?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn whatever_the_order_of_doings_and_crashes_everyone_reads_everything_once(
+        steps in prop::collection::vec(step(), 1..60),
+    ) {
+        let mut model = Model::new();
+        for step in &steps {
+            model.run(step);
+        }
+        model.finish();
+    }
+}

@@ -1,0 +1,139 @@
+//! Messages that come late, early, twice, or in another order.
+
+use qpq_mls::{Ignored, Received};
+
+use crate::world::{ANN, BOB, CAT, DAN, World, texts};
+
+#[test]
+fn any_order_within_an_epoch_will_do() {
+    let mut world = World::new(2);
+    let group = world.group(&[ANN, BOB]);
+    let sent: Vec<_> = (0..50).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
+    // 7 is prime to 50: every message once, neighbours far apart.
+    for step in 0..50 {
+        let number = (step * 7 + 3) % 50;
+        let received = world.clients[BOB].receive(&sent[number]);
+        assert_eq!(texts(&received), [number.to_string()]);
+        world.restart(BOB);
+    }
+    for message in &sent {
+        assert_eq!(world.clients[BOB].receive(message), [Received::Duplicate]);
+    }
+}
+
+#[test]
+fn what_is_lost_is_no_hindrance_to_what_follows() {
+    let mut world = World::new(2);
+    let group = world.group(&[ANN, BOB]);
+    for _ in 0..1_500 {
+        world.encrypt(ANN, group, "lost");
+    }
+    world.say(ANN, group, "found");
+    assert_eq!(texts(&world.deliver(BOB)), ["found"]);
+}
+
+#[test]
+fn everything_may_come_twice() {
+    let mut world = World::new(4);
+    let group =
+        world.clients[ANN].create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now()).unwrap();
+    world.add(ANN, group, &[BOB]);
+    world.say(ANN, group, "one");
+    world.add(ANN, group, &[CAT]);
+    world.say(ANN, group, "two");
+    let everything: Vec<_> = world.inboxes[BOB].drain(..).collect();
+    assert_eq!(everything.len(), 4, "Welcome, message, commit, message");
+    for message in &everything {
+        let first = world.clients[BOB].receive(message);
+        assert!(!matches!(first[..], [Received::Duplicate | Received::Ignored(_)]), "{first:?}");
+        assert_eq!(world.clients[BOB].receive(message), [Received::Duplicate]);
+    }
+    for message in &everything {
+        assert_eq!(world.clients[BOB].receive(message), [Received::Duplicate]);
+    }
+}
+
+#[test]
+fn a_message_before_its_welcome_waits() {
+    let mut world = World::new(2);
+    let group =
+        world.clients[ANN].create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now()).unwrap();
+    world.add(ANN, group, &[BOB]);
+    world.say(ANN, group, "one");
+    world.say(ANN, group, "two");
+    let welcome = world.inboxes[BOB].pop_front().unwrap();
+    assert_eq!(world.deliver_all(BOB), [Received::Buffered, Received::Buffered]);
+    world.restart(BOB);
+    let received = world.clients[BOB].receive(&welcome);
+    assert!(matches!(
+        received[..],
+        [Received::Joined(_), Received::Message { .. }, Received::Message { .. }]
+    ));
+    assert_eq!(texts(&received), ["one", "two"]);
+}
+
+#[test]
+fn messages_and_commits_of_later_epochs_wait_for_the_commits_between() {
+    let mut world = World::new(4);
+    let group = world.group(&[ANN, BOB]);
+    world.add(ANN, group, &[CAT]);
+    world.say(ANN, group, "after cat");
+    world.add(ANN, group, &[DAN]);
+    world.say(ANN, group, "after dan");
+    let mut queue: Vec<_> = world.inboxes[BOB].drain(..).collect();
+    let first_commit = queue.remove(0);
+    for message in queue.iter().rev() {
+        assert_eq!(world.clients[BOB].receive(message), [Received::Buffered]);
+        assert_eq!(world.clients[BOB].receive(message), [Received::Duplicate], "it waits already");
+        world.restart(BOB);
+    }
+    let received = world.clients[BOB].receive(&first_commit);
+    assert_eq!(texts(&received), ["after cat", "after dan"]);
+    assert_eq!(received.iter().filter(|r| matches!(r, Received::Committed { .. })).count(), 2);
+    for message in &queue {
+        assert_eq!(world.clients[BOB].receive(message), [Received::Duplicate]);
+    }
+}
+
+#[test]
+fn late_messages_are_read_for_five_epochs_and_then_no_more() {
+    let mut world = World::new(3);
+    let group = world.group(&[ANN, BOB]);
+    let late: Vec<_> = (0..7).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
+    let cat = world.key(CAT);
+    for (epochs, message) in late.iter().enumerate() {
+        let received = world.clients[BOB].receive(message);
+        match epochs {
+            0..=5 => assert_eq!(texts(&received), [epochs.to_string()], "{epochs} epochs late"),
+            _ => assert_eq!(received, [Received::Ignored(Ignored::TooOld)]),
+        }
+        if epochs % 2 == 0 {
+            world.add(ANN, group, &[CAT]);
+        } else {
+            let commit = world.clients[ANN].remove(group, &[cat]).unwrap();
+            world.post(&commit);
+        }
+        world.deliver_all(BOB);
+    }
+}
+
+/// A leaf that was emptied is given to the next one added; a late message is still its author's.
+#[test]
+fn a_late_message_of_a_removed_member_is_not_taken_for_its_successors() {
+    let mut world = World::new(4);
+    let group = world.group(&[ANN, BOB, CAT]);
+    let bobs = world.encrypt(BOB, group, "bob was here");
+    let bob = world.key(BOB);
+    let commit = world.clients[ANN].remove(group, &[bob]).unwrap();
+    world.post(&commit);
+    world.add(ANN, group, &[DAN]);
+    world.deliver_all(CAT);
+    world.restart(CAT);
+    world.deliver_all(DAN);
+    world.say(DAN, group, "dan is here");
+
+    for (received, author) in [(world.clients[CAT].receive(&bobs), BOB), (world.deliver(CAT), DAN)] {
+        let [Received::Message { sender, .. }] = &received[..] else { panic!("{received:?}") };
+        assert_eq!(*sender, world.member(author));
+    }
+}
