@@ -126,7 +126,7 @@ impl App {
         }
     }
 
-    /// Turns true once, when the server is about to stop: whoever waits should answer.
+    /// Turns true once, when the server is about to stop: whoever waits should answer, and drop this when it has.
     pub fn draining(&self) -> watch::Receiver<bool> {
         self.draining.subscribe()
     }
@@ -155,4 +155,10 @@ impl App {
     pub(crate) fn note_store(&self, fails: bool) {
         self.store_fails.store(fails, Ordering::Relaxed);
     }
+}
+
+/// Completes when the drain that `draining` watches for has begun.
+pub(crate) async fn drain_began(draining: &mut watch::Receiver<bool>) {
+    // The sender is the application's, which outlives its calls; were it gone, the server would be too.
+    let _ = draining.wait_for(|drains| *drains).await;
 }

@@ -40,6 +40,7 @@ struct State {
     session: Option<TokenHash>,
     pending: Vec<Pending>,
     subscription: Option<AbortHandle>,
+    closed: bool,
 }
 
 struct Pending {
@@ -96,15 +97,19 @@ impl Connection {
 
     /// Keeps the task that serves this connection's subscription; the one before ends.
     pub(crate) fn subscribe(&self, task: AbortHandle) {
-        let before = self.state.lock().subscription.replace(task);
-        if let Some(before) = before {
-            before.abort();
+        let mut state = self.state.lock();
+        // The call that brings it may outlive the connection by a moment.
+        let over = if state.closed { Some(task) } else { state.subscription.replace(task) };
+        drop(state);
+        if let Some(over) = over {
+            over.abort();
         }
     }
 
     /// Ends what runs for the connection and wipes what it keeps.
     pub(crate) fn close(&self) {
-        let state = std::mem::take(&mut *self.state.lock());
+        let closed = State { closed: true, ..State::default() };
+        let state = std::mem::replace(&mut *self.state.lock(), closed);
         if let Some(task) = state.subscription {
             task.abort();
         }

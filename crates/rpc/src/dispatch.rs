@@ -101,24 +101,8 @@ macro_rules! table {
     ($($method:path)+) => { &[$(Entry { info: <$method as Method>::INFO, call: call::<$method> }),+] };
 }
 
-/// Stands for `qpq_proto::for_each_served_method!` until every served row has its handler.
-macro_rules! served {
-    ($callback:ident) => {
-        $callback! {
-            qpq_proto::methods::OpaqueRegisterStart
-            qpq_proto::methods::OpaqueRegisterFinish
-            qpq_proto::methods::OpaqueLoginStart
-            qpq_proto::methods::OpaqueLoginFinish
-            qpq_proto::methods::Logout
-            qpq_proto::methods::ResolveUser
-            qpq_proto::methods::ResolveIdentity
-            qpq_proto::methods::Health
-        }
-    };
-}
-
 /// Every served method, by id.
-pub(crate) static TABLE: &[Entry] = served!(table);
+pub(crate) static TABLE: &[Entry] = qpq_proto::for_each_served_method!(table);
 
 /// The place of a method in [`TABLE`]; `None` for one that is not served.
 pub(crate) fn row(method: u16) -> Option<usize> {

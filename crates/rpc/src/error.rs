@@ -122,7 +122,7 @@ errors! {
 
     /// With the check that failed.
     InvalidPackage(RefusedField) => BadRequest "keys.invalid_package" DEBUG "The KeyPackage is malformed, expired, of another owner, or was given out before.";
-    KeyPackagesFull => Forbidden "keys.full" DEBUG "The account has as many KeyPackages as it may have.";
+    KeyPackagesFull => RateLimited "keys.too_many" DEBUG "The account has as many KeyPackages as it may have: wait until some are fetched.";
     NotKeyOwner => Forbidden "keys.not_owner" DEBUG "Only its owner uploads an identity's keys.";
     InvalidHybridKey => BadRequest "keys.invalid_hybrid_key" DEBUG "A hybrid key is an X25519 and an ML-KEM-768 public key, 1216 bytes, both valid.";
 
@@ -156,6 +156,7 @@ impl Code {
             Self::Conflict => Some(Duration::from_millis(50)),
             Self::Overloaded => Some(Duration::from_millis(500)),
             Self::QueueFull => Some(Duration::from_secs(10)),
+            Self::KeyPackagesFull => Some(Duration::from_secs(60)),
             _ => match self.status() {
                 Status::RateLimited | Status::Unavailable => Some(Duration::from_secs(1)),
                 _ => None,

@@ -1,0 +1,84 @@
+//! Pages of messages: how much fits an answer, and how an inbox's envelopes go onto the wire.
+
+use bytes::Bytes;
+use qpq_ports::{Page, PageLimit};
+use qpq_proto::{convert, v1};
+
+/// What an answer may have at most (protocol §1).
+const MAX_RESPONSE: usize = 4 << 20;
+
+/// What the envelopes of one answer may cost together; the rest is for `more`.
+const MAX_PAGE: usize = MAX_RESPONSE - 16;
+
+/// The largest payload that can be read again: alone in a page. Whatever the configuration says, nothing larger is taken.
+pub(super) const MAX_PAYLOAD: usize = MAX_PAGE - 64;
+
+/// The page for a wire `limit`: 0 is all that fits.
+pub(super) fn limit(limit: u32) -> PageLimit {
+    PageLimit { messages: convert::limit(limit).map_or(u32::MAX, u32::from), bytes: MAX_PAGE }
+}
+
+/// The envelopes as the answer carries them. The payloads are shared, not copied.
+pub(super) fn envelopes(page: &Page) -> Vec<v1::Envelope> {
+    let envelope = |envelope: &qpq_ports::Envelope| v1::Envelope {
+        seq: envelope.seq.0,
+        data: envelope.payload.clone(),
+        channel_id: Bytes::copy_from_slice(envelope.channel.as_bytes()),
+        enqueued_at: envelope.enqueued_at.0,
+        origin: String::new(),
+    };
+    page.envelopes.iter().map(envelope).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use prost::Message as _;
+    use qpq_domain::{ChannelId, Seq, UnixMillis};
+    use qpq_ports::Envelope;
+
+    use super::*;
+
+    fn largest(payload_len: usize) -> Envelope {
+        Envelope {
+            seq: Seq(u64::MAX),
+            channel: ChannelId::new([0xff; 16]),
+            payload: vec![0; payload_len].into(),
+            enqueued_at: UnixMillis(u64::MAX),
+        }
+    }
+
+    fn encoded_len(envelopes: Vec<Envelope>) -> usize {
+        let page = Page { envelopes, more: true };
+        v1::FetchResponse { payloads: super::envelopes(&page), more: page.more }.encoded_len()
+    }
+
+    #[test]
+    fn the_largest_payload_fits_one_answer() {
+        assert!(encoded_len(vec![largest(MAX_PAYLOAD)]) <= MAX_RESPONSE);
+    }
+
+    #[test]
+    fn as_many_messages_as_a_page_costs_fit_one_answer() {
+        for payload_len in [0, 1, 63, 64, 1_000, 1 << 20] {
+            let envelope = largest(payload_len);
+            let count = MAX_PAGE / envelope.cost();
+            assert!(encoded_len(vec![envelope; count]) <= MAX_RESPONSE, "{count} of {payload_len}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_envelope_never_takes_more_than_its_cost(payload_len in 0_usize..70_000) {
+            let envelope = largest(payload_len);
+            let (one, two) = (encoded_len(vec![envelope.clone()]), encoded_len(vec![envelope.clone(); 2]));
+            prop_assert!(two - one <= envelope.cost());
+        }
+    }
+
+    #[test]
+    fn zero_is_no_limit() {
+        assert_eq!(limit(0).messages, u32::MAX);
+        assert_eq!(limit(1).messages, 1);
+    }
+}

@@ -1,0 +1,150 @@
+//! Reading: destructively (201 Fetch, 202 FetchWait), without trace (203 Peek), and removing what was read (204 Ack).
+
+use std::time::Duration;
+
+use qpq_domain::{DeviceId, IdentityKey, Seq};
+use qpq_ports::{Ack, Lease, PageLimit, Read, View};
+use qpq_proto::{convert, methods, v1};
+use tokio::time::{Instant, sleep_until};
+
+use super::page;
+use crate::{Answered, App, Caller, Cx, Error, Handler, app::drain_began, auth, notices::Notice};
+
+/// The most seqs that one Ack names: as many as an inbox holds by default.
+const MAX_ACK_SEQS: usize = 10_000;
+
+impl Handler for methods::Fetch {
+    async fn handle(
+        cx: Cx<'_>,
+        caller: Caller,
+        request: v1::FetchRequest,
+    ) -> Result<Answered<v1::FetchResponse>, Error> {
+        let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
+        let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
+        let lease = cx.app.stores.inboxes.lease(read, page::limit(request.limit), cx.now).await?;
+        let response = v1::FetchResponse { payloads: page::envelopes(lease.page()), more: lease.page().more };
+        Ok(Answered { response, lease: Some(lease) })
+    }
+}
+
+impl Handler for methods::FetchWait {
+    async fn handle(
+        cx: Cx<'_>,
+        caller: Caller,
+        request: v1::FetchWaitRequest,
+    ) -> Result<Answered<v1::FetchWaitResponse>, Error> {
+        let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
+        let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
+        let limit = page::limit(request.limit);
+        let deadline = Instant::now() + Self::wait(cx.app, &request);
+        // Nothing of the request is kept while waiting.
+        drop(request);
+        let Some(lease) = wait(cx, &caller, read, limit, deadline).await? else {
+            return Ok(v1::FetchWaitResponse::default().into());
+        };
+        let response =
+            v1::FetchWaitResponse { payloads: page::envelopes(lease.page()), more: lease.page().more };
+        Ok(Answered { response, lease: Some(lease) })
+    }
+
+    fn wait(app: &App, request: &v1::FetchWaitRequest) -> Duration {
+        app.config.delivery.wait(request.timeout_ms)
+    }
+}
+
+impl Handler for methods::Peek {
+    async fn handle(
+        cx: Cx<'_>,
+        caller: Caller,
+        request: v1::PeekRequest,
+    ) -> Result<Answered<v1::PeekResponse>, Error> {
+        let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
+        let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
+        let limit = page::limit(request.limit);
+        let page = cx.app.stores.inboxes.peek(read, Seq(request.after_seq), limit, cx.now).await?;
+        Ok(v1::PeekResponse { payloads: page::envelopes(&page), more: page.more }.into())
+    }
+}
+
+impl Handler for methods::Ack {
+    async fn handle(
+        cx: Cx<'_>,
+        caller: Caller,
+        request: v1::AckRequest,
+    ) -> Result<Answered<v1::AckResponse>, Error> {
+        let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
+        let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
+        convert::at_most(request.seqs.len(), MAX_ACK_SEQS, "seqs")?;
+        let up_to = Some(Seq(request.seq_up_to)).filter(|seq| *seq > Seq::ZERO);
+        let ack = Ack { up_to, seqs: request.seqs.iter().copied().map(Seq).collect() };
+        // An ack of nothing removes nothing: an answer to a client whose page was empty.
+        let removed =
+            if ack == Ack::default() { 0 } else { cx.app.stores.inboxes.ack(read, ack, cx.now).await? };
+        Ok(v1::AckResponse { removed }.into())
+    }
+}
+
+/// Which channels a request names.
+struct Scope<'a> {
+    all_channels: bool,
+    channel_id: &'a [u8],
+}
+
+/// A read of the caller's own inbox, which `recipient_key` may name or leave out.
+fn own(caller: &Caller, recipient_key: &[u8], scope: Scope<'_>, device_id: &[u8]) -> Result<Read, Error> {
+    let named: Option<IdentityKey> = convert::optional_identity_key(recipient_key, "recipient_key")?;
+    if named.is_some_and(|named| named != caller.identity) {
+        return Err(Error::NotOwner);
+    }
+    let view = if scope.all_channels {
+        View::All
+    } else {
+        View::Channel(convert::channel_id(scope.channel_id, "channel_id")?)
+    };
+    let device: Option<DeviceId> = convert::device_id(device_id, "device_id")?;
+    Ok(Read { inbox: caller.identity, device: device.or(caller.device), view })
+}
+
+/// Leases what the view has, or the first that it gets. `None` when nothing came by the deadline or the server drains.
+///
+/// Whatever could end the wait is subscribed to before the state behind it is read, so nothing falls between. Alive while it
+/// waits are these few words: an idle client costs little more than its connection.
+async fn wait(
+    cx: Cx<'_>,
+    caller: &Caller,
+    read: Read,
+    limit: PageLimit,
+    deadline: Instant,
+) -> Result<Option<Box<dyn Lease>>, Error> {
+    let mut wake = cx.app.stores.wakes.subscribe(&read.inbox);
+    if let Some(lease) = lease(cx, read, limit).await? {
+        return Ok(Some(lease));
+    }
+    let mut notices = cx.app.notices.listen(&caller.identity);
+    // It was checked when the call came in, but a revocation since then was nobody's to hear.
+    auth::recheck(cx, caller).await?;
+    let mut draining = cx.app.draining();
+    loop {
+        tokio::select! {
+            biased;
+            () = drain_began(&mut draining) => return Ok(None),
+            notice = notices.next() => {
+                if notice == Notice::SessionsEnded {
+                    auth::recheck(cx, caller).await?;
+                }
+                continue;
+            }
+            () = wake.woken() => {}
+            () = sleep_until(deadline) => return Ok(None),
+        }
+        if let Some(lease) = lease(cx, read, limit).await? {
+            return Ok(Some(lease));
+        }
+    }
+}
+
+/// A lease of what the view has now; `None` when that is nothing.
+async fn lease(cx: Cx<'_>, read: Read, limit: PageLimit) -> Result<Option<Box<dyn Lease>>, Error> {
+    let lease = cx.app.stores.inboxes.lease(read, limit, cx.app.clock.now()).await?;
+    Ok(Some(lease).filter(|lease| !lease.page().envelopes.is_empty()))
+}

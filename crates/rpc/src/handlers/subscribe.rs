@@ -1,0 +1,294 @@
+//! 206 Subscribe: a task beside the connection that tells the client, by events, what it would otherwise poll for.
+//!
+//! The events are hints. A Wake says that a message became visible and carries none of it: the client peeks and acks, or
+//! fetches. When the client is slower than its inbox, only the newest Wake of each channel is kept for it, so a
+//! subscription costs no more memory than the inbox has channels. One connection has at most one subscription; a new one
+//! takes the place of the old, and announces again what is in the inbox.
+
+use std::{
+    collections::BTreeMap,
+    ops::ControlFlow,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use qpq_domain::{ChannelId, Seq};
+use qpq_ports::{PageLimit, Read, View, Wake};
+use qpq_proto::{
+    Event, methods,
+    v1::{self, DrainingEvent, KeyPackagesLowEvent, SessionRevokedEvent, WakeEvent},
+};
+use rand::{Rng as _, rngs::OsRng};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    Answered, App, Caller, Connection, Cx, Error, Handler,
+    app::drain_began,
+    auth,
+    notices::{Listener, Notice},
+};
+
+/// Fewer KeyPackages than this are too few.
+const LOW: u32 = 10;
+
+/// Between two KeyPackagesLow on one connection.
+const LOW_AT_MOST_EVERY: Duration = Duration::from_secs(60);
+
+/// Between two tries where the client takes no more events, or the store fails.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// How often a subscription looks whether its session has expired. (That it was revoked, it is told.)
+const RECHECK_EVERY: Duration = Duration::from_secs(10 * 60);
+
+/// Over how long a drain's events are spread, so that clients do not all reconnect at once (protocol §5).
+const DRAIN_SPREAD: Duration = Duration::from_secs(5);
+
+/// The one reason in SessionRevoked: a client is not told which, and logs in again.
+const SESSION_ENDED: &str = "session_ended";
+
+/// How long after the beginning of a drain connections are closed at the latest (protocol §5).
+const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What one look at the inbox reads: it only wants seqs and channels, but gets the messages too.
+const LOOK: PageLimit = PageLimit { messages: 256, bytes: 256 << 10 };
+
+impl Handler for methods::Subscribe {
+    async fn handle(
+        cx: Cx<'_>,
+        caller: Caller,
+        request: v1::SubscribeRequest,
+    ) -> Result<Answered<v1::SubscribeResponse>, Error> {
+        let view = if request.all_channels { View::All } else { View::Channel(ChannelId::DEFAULT) };
+        let subscription = Box::new(Subscription::new(cx, caller, view));
+        // It listens by now; what was revoked before that is seen here.
+        auth::recheck(cx, &subscription.caller).await?;
+        let task = tokio::spawn(subscription.run());
+        cx.conn.subscribe(task.abort_handle());
+        Ok(v1::SubscribeResponse { success: true }.into())
+    }
+}
+
+struct Subscription {
+    app: Arc<App>,
+    /// The connection owns the task, not the other way round.
+    conn: Weak<Connection>,
+    caller: Caller,
+    read: Read,
+    wake: Box<dyn Wake>,
+    notices: Listener,
+    /// Held until the client was told of the drain: the drain waits for that.
+    draining: Option<watch::Receiver<bool>>,
+    /// Up to which seq the inbox was looked at.
+    seen: Seq,
+    /// Once a drain began: when the connection will be closed at the latest.
+    closing_at: Instant,
+    /// The first moment for another KeyPackagesLow.
+    low_allowed: Instant,
+    due: Due,
+    outbox: Outbox,
+}
+
+/// When to do what; `None` for not at all.
+struct Due {
+    look: Option<Instant>,
+    recheck: Option<Instant>,
+    count_packages: Option<Instant>,
+    tell_of_drain: Option<Instant>,
+    flush: Option<Instant>,
+}
+
+/// What the client is still to be told.
+#[derive(Default)]
+struct Outbox {
+    session_ended: bool,
+    /// When the drain will have closed the connection at the latest.
+    closing_at: Option<Instant>,
+    packages_low: Option<u32>,
+    /// The newest seq of each channel.
+    wakes: BTreeMap<ChannelId, Seq>,
+}
+
+impl Subscription {
+    fn new(cx: Cx<'_>, caller: Caller, view: View) -> Self {
+        let now = Instant::now();
+        Self {
+            app: Arc::clone(cx.app),
+            conn: Arc::downgrade(cx.conn),
+            read: Read { inbox: caller.identity, device: caller.device, view },
+            wake: cx.app.stores.wakes.subscribe(&caller.identity),
+            notices: cx.app.notices.listen(&caller.identity),
+            draining: Some(cx.app.draining()),
+            caller,
+            seen: Seq::ZERO,
+            closing_at: now,
+            low_allowed: now,
+            due: Due {
+                look: Some(now),
+                recheck: Some(now + RECHECK_EVERY),
+                count_packages: None,
+                tell_of_drain: None,
+                flush: None,
+            },
+            outbox: Outbox::default(),
+        }
+    }
+
+    /// Until the session or the connection ends.
+    async fn run(mut self: Box<Self>) {
+        while let ControlFlow::Continue(()) = self.act().await {
+            self.wait().await;
+        }
+    }
+
+    /// Waits until something happened or is due.
+    async fn wait(&mut self) {
+        let next = self.due.next();
+        let untold = self.draining.as_mut().filter(|_| self.due.tell_of_drain.is_none());
+        tokio::select! {
+            biased;
+            notice = self.notices.next() => match notice {
+                Notice::SessionsEnded => self.due.recheck = Some(Instant::now()),
+                Notice::KeyPackageTaken => self.due.count_packages = Some(self.low_allowed),
+            },
+            () = began(untold) => {
+                let now = Instant::now();
+                self.due.tell_of_drain = Some(now + OsRng.gen_range(Duration::ZERO..DRAIN_SPREAD));
+                self.closing_at = now + DRAIN_DEADLINE;
+            }
+            () = self.wake.woken() => self.due.look = Some(Instant::now()),
+            () = sleep_until(next) => {}
+        }
+    }
+
+    /// Does what is due, and tells the client what there is to tell.
+    async fn act(&mut self) -> ControlFlow<()> {
+        let Some(conn) = self.conn.upgrade() else { return ControlFlow::Break(()) };
+        let now = Instant::now();
+        if take_due(&mut self.due.recheck, now) {
+            self.recheck(&conn, now).await;
+        }
+        if take_due(&mut self.due.look, now) {
+            self.look(now).await;
+        }
+        if take_due(&mut self.due.count_packages, now) {
+            self.count_packages(now).await;
+        }
+        if take_due(&mut self.due.tell_of_drain, now) {
+            self.outbox.closing_at = Some(self.closing_at);
+        }
+        self.due.flush = None;
+        self.flush(&conn, now)
+    }
+
+    async fn recheck(&mut self, conn: &Arc<Connection>, now: Instant) {
+        let cx = Cx { app: &self.app, conn, now: self.app.clock.now() };
+        self.due.recheck = match auth::recheck(cx, &self.caller).await {
+            Ok(()) => Some(now + RECHECK_EVERY),
+            Err(Error::SessionExpired) => {
+                self.outbox.session_ended = true;
+                None
+            }
+            Err(_) => Some(now + RETRY),
+        };
+    }
+
+    /// Reads what is new in the inbox; only which channels it is in and up to which seq.
+    async fn look(&mut self, now: Instant) {
+        let time = self.app.clock.now();
+        let page = match self.app.stores.inboxes.peek(self.read, self.seen, LOOK, time).await {
+            Ok(page) => page,
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "a subscription could not look");
+                self.due.look = Some(now + RETRY);
+                return;
+            }
+        };
+        for envelope in &page.envelopes {
+            self.outbox.wakes.insert(envelope.channel, envelope.seq);
+            self.seen = envelope.seq;
+        }
+        if page.more {
+            self.due.look = Some(now);
+        }
+    }
+
+    async fn count_packages(&mut self, now: Instant) {
+        let stock = self.app.stores.key_packages.stock(self.caller.account, self.app.clock.now()).await;
+        match stock {
+            Ok(stock) if stock.available < LOW => self.outbox.packages_low = Some(stock.available),
+            Ok(_) => {}
+            Err(_) => self.due.count_packages = Some(now + RETRY),
+        }
+    }
+
+    /// Sends what there is to tell, as far as the client takes it.
+    fn flush(&mut self, conn: &Connection, now: Instant) -> ControlFlow<()> {
+        while let Some(event) = self.outbox.first(now) {
+            if !conn.events().send(event.event_type().code(), event.payload()) {
+                self.due.flush = Some(now + RETRY);
+                break;
+            }
+            match event {
+                Event::SessionRevoked(_) => return ControlFlow::Break(()),
+                Event::Draining(_) => self.draining = None,
+                Event::KeyPackagesLow(_) => self.low_allowed = now + LOW_AT_MOST_EVERY,
+                Event::Wake(_) | Event::Message(_) => {}
+            }
+            self.outbox.remove_first();
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+impl Due {
+    /// When there is something to do next; `recheck` is always among them but when the session is over.
+    fn next(&self) -> Instant {
+        let all = [self.look, self.recheck, self.count_packages, self.tell_of_drain, self.flush];
+        all.into_iter().flatten().min().expect("a session that is over is told of, or told of again")
+    }
+}
+
+impl Outbox {
+    /// What to say next. Whose session is over learns nothing else.
+    fn first(&self, now: Instant) -> Option<Event> {
+        if self.session_ended {
+            let reason = SESSION_ENDED.to_owned();
+            return Some(Event::SessionRevoked(SessionRevokedEvent { reason }));
+        }
+        if let Some(closing_at) = self.closing_at {
+            let left = closing_at.saturating_duration_since(now).as_millis();
+            let deadline_ms = u64::try_from(left).unwrap_or(u64::MAX);
+            return Some(Event::Draining(DrainingEvent { deadline_ms }));
+        }
+        if let Some(available) = self.packages_low {
+            return Some(Event::KeyPackagesLow(KeyPackagesLowEvent { available }));
+        }
+        let (channel, seq) = self.wakes.first_key_value()?;
+        let channel_id = Bytes::copy_from_slice(channel.as_bytes());
+        Some(Event::Wake(WakeEvent { channel_id, seq: seq.0 }))
+    }
+
+    /// The first was said.
+    fn remove_first(&mut self) {
+        if self.closing_at.take().is_none() && self.packages_low.take().is_none() {
+            self.wakes.pop_first();
+        }
+    }
+}
+
+/// Completes when the server begins to drain; never for `None`.
+async fn began(draining: Option<&mut watch::Receiver<bool>>) {
+    match draining {
+        Some(draining) => drain_began(draining).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether it is due, which is noted as done.
+fn take_due(due: &mut Option<Instant>, now: Instant) -> bool {
+    due.take_if(|due| *due <= now).is_some()
+}
