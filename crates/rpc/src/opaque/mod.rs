@@ -223,3 +223,8 @@ fn exact(bytes: &[u8], len: usize) -> Result<&[u8], OpaqueError> {
 fn malformed(_: ProtocolError) -> OpaqueError {
     OpaqueError::Malformed
 }
+
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod vectors;
