@@ -1,0 +1,199 @@
+//! Inboxes in SQLite.
+//!
+//! A message is a row whose key is its inbox and seq; the inbox's head (last seq, count, bytes) is another, kept by
+//! triggers. `enqueue` accepts, `read` reads a snapshot, `remove` deletes and remembers ids, and `lease` decides which of
+//! the rows that were read may be shown.
+//!
+//! A message that has expired is gone, whether or not a sweep has come by: it is not shown, not counted as acked, and its
+//! id is remembered from the instant of its expiry. So what a caller sees never depends on when the sweeper ran.
+
+mod enqueue;
+mod lease;
+mod read;
+mod remove;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures_util::FutureExt as _;
+use qpq_domain::{Delivery, Seq, UnixMillis};
+use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreResult};
+use sqlx::SqlitePool;
+use tokio::time::Instant;
+
+pub(crate) use remove::sweep;
+
+use self::{
+    lease::{Claim, LeaseTable, Reader},
+    remove::Selection,
+};
+use crate::{
+    wakes::WakeTable,
+    writer::{Outcome, Scope, Writer},
+};
+
+/// The highest seq there can be: a message's key is its inbox and, in the 38 lower bits, its seq.
+const MAX_SEQ: u64 = (1 << 38) - 1;
+
+/// What a message takes in memory beside its payload, while it waits to be written.
+const MESSAGE_BYTES: usize = 256;
+
+/// Seqs in an ack that are looked for one by one.
+const LONG_ACK: usize = 256;
+
+#[derive(Debug)]
+pub(crate) struct EmbeddedInboxes {
+    writer: Writer,
+    readers: SqlitePool,
+    wakes: Arc<WakeTable>,
+    leases: Arc<LeaseTable>,
+    limits: Delivery,
+}
+
+impl EmbeddedInboxes {
+    pub(crate) fn new(writer: Writer, readers: SqlitePool, wakes: Arc<WakeTable>, limits: Delivery) -> Self {
+        let leases = Arc::new(LeaseTable::new(Arc::clone(&wakes)));
+        Self { writer, readers, wakes, leases, limits }
+    }
+}
+
+#[async_trait]
+impl Inboxes for EmbeddedInboxes {
+    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
+        if messages.is_empty() {
+            return Ok(Vec::new());
+        }
+        let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
+        let recipients: Vec<_> = messages.iter().map(|message| message.recipient).collect();
+        let (limits, wakes) = (self.limits, Arc::clone(&self.wakes));
+        self.writer
+            .run(
+                Scope::Batch,
+                bytes,
+                move |connection| {
+                    async move { enqueue::all(connection, messages, &limits).await.map(Outcome::Keep) }
+                        .boxed()
+                },
+                move |outcomes| {
+                    for (recipient, outcome) in recipients.iter().zip(outcomes) {
+                        if matches!(outcome, Enqueued::Accepted(_)) {
+                            wakes.wake(recipient);
+                        }
+                    }
+                },
+            )
+            .await
+    }
+
+    async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>> {
+        let taken_at = Instant::now();
+        let reader = Reader::enter(&self.leases, read.inbox);
+        loop {
+            let mark = reader.mark();
+            let snapshot = read::snapshot(&self.readers, &read, Seq::ZERO, limit, now).await?;
+            if let Some((page, claim)) = reader.claim(mark, &snapshot) {
+                return Ok(Box::new(InboxLease {
+                    claimed: claim.zip(snapshot.inbox),
+                    page,
+                    read,
+                    writer: self.writer.clone(),
+                    limits: self.limits,
+                    now,
+                    taken_at,
+                }));
+            }
+        }
+    }
+
+    async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page> {
+        let reader = Reader::enter(&self.leases, read.inbox);
+        loop {
+            let mark = reader.mark();
+            let snapshot = read::snapshot(&self.readers, &read, after, limit, now).await?;
+            if let Some(page) = reader.look(mark, &snapshot) {
+                return Ok(page);
+            }
+        }
+    }
+
+    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+        let mut ack = remove::sensible(ack);
+        if ack.seqs.len() > LONG_ACK {
+            // A list can be much longer than any inbox: the writer shall not go through it.
+            let there = read::seqs(&self.readers, &read.inbox).await?;
+            ack.seqs.retain(|seq| there.contains(seq));
+        }
+        if ack.up_to.is_none() && ack.seqs.is_empty() {
+            return Ok(0);
+        }
+        let bytes = ack.seqs.len() * size_of::<Seq>();
+        let (leases, wakes, recent_ids) =
+            (Arc::clone(&self.leases), Arc::clone(&self.wakes), self.limits.recent_ids);
+        self.writer
+            .run(
+                Scope::Batch,
+                bytes,
+                move |connection| {
+                    async move {
+                        remove::acked(connection, &read, &ack, now, recent_ids).await.map(Outcome::Keep)
+                    }
+                    .boxed()
+                },
+                move |removed| {
+                    if *removed > 0 {
+                        leases.removed(&read.inbox);
+                        wakes.wake(&read.inbox);
+                    }
+                },
+            )
+            .await
+    }
+}
+
+/// A page and, unless it is empty, the claim on its messages.
+#[derive(Debug)]
+struct InboxLease {
+    page: Page,
+    claimed: Option<(Claim, i64)>,
+    read: Read,
+    writer: Writer,
+    limits: Delivery,
+    now: UnixMillis,
+    /// The time of day of the settlement is `now` and what has passed since here.
+    taken_at: Instant,
+}
+
+#[async_trait]
+impl Lease for InboxLease {
+    fn page(&self) -> &Page {
+        &self.page
+    }
+
+    async fn settle(self: Box<Self>) -> StoreResult<()> {
+        let Self { page, claimed, read, writer, limits, now, taken_at } = *self;
+        let (Some((claim, inbox)), [first, .., last] | [first @ last]) = (claimed, &page.envelopes[..])
+        else {
+            return Ok(());
+        };
+        // All of the view between the first and the last that had not expired when they were read: what was shown.
+        let selection = Selection { inbox, view: read.view, from: first.seq, to: last.seq, alive_at: now };
+        let removed_at = now.plus(taken_at.elapsed());
+        writer
+            .run(
+                Scope::Batch,
+                0,
+                move |connection| {
+                    async move {
+                        remove::selected(connection, &selection, removed_at, limits.recent_ids)
+                            .await
+                            .map(Outcome::Keep)
+                    }
+                    .boxed()
+                },
+                // Not committed: the claim is dropped, and with it released.
+                move |_| claim.removed(),
+            )
+            .await
+            .map(drop)
+    }
+}

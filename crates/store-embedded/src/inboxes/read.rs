@@ -1,0 +1,94 @@
+//! Reading: one statement, one snapshot, rows in seq order until the page is full.
+
+use std::collections::HashSet;
+
+use futures_util::TryStreamExt as _;
+use qpq_domain::{IdentityKey, Seq, UnixMillis};
+use qpq_ports::{Envelope, PageLimit, Read, StoreResult, View};
+use sqlx::{Row as _, SqlitePool, sqlite::SqliteRow};
+
+use super::MAX_SEQ;
+use crate::{
+    error::read_failed,
+    row::{Columns as _, millis, number},
+};
+
+/// ?1 identity, ?2 after which seq, ?3 now, ?4 rows at most, ?5 the channel.
+const ALL: &str = "
+    SELECT m.inbox, m.seq, m.channel, m.enqueued_at, m.payload
+      FROM account a CROSS JOIN message m
+     WHERE a.identity = ?1 AND m.id > (a.id << 38 | ?2) AND m.id < a.id + 1 << 38 AND m.expires_at > ?3
+     ORDER BY m.id LIMIT ?4";
+const CHANNEL: &str = "
+    SELECT m.inbox, m.seq, m.channel, m.enqueued_at, m.payload
+      FROM account a CROSS JOIN message m INDEXED BY message_channel
+     WHERE a.identity = ?1 AND m.inbox = a.id AND m.channel = ?5 AND m.seq > ?2 AND m.expires_at > ?3
+     ORDER BY m.seq LIMIT ?4";
+
+/// What a view held at one instant, leased or not, as far as the limit goes.
+#[derive(Debug, Default)]
+pub(super) struct Snapshot {
+    /// The inbox's number, unless nothing was there.
+    pub(super) inbox: Option<i64>,
+    pub(super) envelopes: Vec<Envelope>,
+    /// The first message behind the limit.
+    pub(super) next: Option<Seq>,
+}
+
+/// Reads the messages of the view behind `after` that are alive at `now`.
+pub(super) async fn snapshot(
+    readers: &SqlitePool,
+    read: &Read,
+    after: Seq,
+    limit: PageLimit,
+    now: UnixMillis,
+) -> StoreResult<Snapshot> {
+    let (sql, channel) = match &read.view {
+        View::All => (ALL, None),
+        View::Channel(channel) => (CHANNEL, Some(channel.as_bytes())),
+    };
+    let mut rows = sqlx::query(sql)
+        .bind(&read.inbox.as_bytes()[..])
+        .bind(number(after.0.min(MAX_SEQ)))
+        .bind(millis(now))
+        .bind(i64::from(limit.messages) + 1)
+        .bind(channel)
+        .fetch(readers);
+    let mut snapshot = Snapshot::default();
+    let mut bytes = 0_usize;
+    while let Some(row) = rows.try_next().await.map_err(read_failed)? {
+        let envelope = envelope(&row).map_err(read_failed)?;
+        bytes = bytes.saturating_add(envelope.cost());
+        let full = snapshot.envelopes.len() >= usize::try_from(limit.messages).unwrap_or(usize::MAX)
+            || (bytes > limit.bytes && !snapshot.envelopes.is_empty());
+        if full {
+            snapshot.next = Some(envelope.seq);
+            break;
+        }
+        snapshot.inbox = Some(row.try_get("inbox").map_err(read_failed)?);
+        snapshot.envelopes.push(envelope);
+    }
+    Ok(snapshot)
+}
+
+/// Which messages are in the inbox. Reads a short index entry for each.
+pub(super) async fn seqs(readers: &SqlitePool, inbox: &IdentityKey) -> StoreResult<HashSet<Seq>> {
+    let rows = sqlx::query(
+        "SELECT m.seq FROM account a CROSS JOIN message m INDEXED BY message_channel
+          WHERE a.identity = ?1 AND m.inbox = a.id",
+    )
+    .bind(&inbox.as_bytes()[..])
+    .fetch_all(readers)
+    .await
+    .map_err(read_failed)?;
+    rows.iter().map(|row| row.seq("seq")).collect::<sqlx::Result<_>>().map_err(read_failed)
+}
+
+fn envelope(row: &SqliteRow) -> sqlx::Result<Envelope> {
+    Ok(Envelope {
+        seq: row.seq("seq")?,
+        channel: row.channel("channel")?,
+        payload: row.bytes("payload")?.into(),
+        enqueued_at: row.at("enqueued_at")?,
+    })
+}

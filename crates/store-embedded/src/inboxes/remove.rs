@@ -1,0 +1,190 @@
+//! Removing messages, and remembering their ids for a while: each removal is two statements with the same condition, in
+//! one transaction.
+
+use std::time::Duration;
+
+use qpq_domain::{Seq, UnixMillis};
+use qpq_ports::{Ack, Read, View};
+use sqlx::{SqliteConnection, query::Query, sqlite::SqliteArguments};
+
+use super::MAX_SEQ;
+use crate::{
+    row::{millis, millis_of, number},
+    upkeep::SWEEP,
+};
+
+/// The two statements for one condition. ?1 is the instant of removal and ?2 how long ids are remembered; an id of a
+/// message that expired before is remembered from then on.
+struct Removal {
+    remember: &'static str,
+    delete: &'static str,
+}
+
+macro_rules! removal {
+    ($condition:literal) => {
+        Removal {
+            remember: concat!(
+                "INSERT OR REPLACE INTO recent_id
+                     (inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, forget_at)
+                 SELECT inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at,
+                        min(?1, expires_at) + ?2
+                   FROM message WHERE message_id IS NOT NULL AND +expires_at > ?1 - ?2 AND ",
+                $condition
+            ),
+            delete: concat!("DELETE FROM message WHERE ", $condition),
+        }
+    };
+}
+
+// ?3 inbox, ?4 and ?5 first and last seq, ?6 alive at, ?7 channel.
+const RANGE: Removal = removal!("id BETWEEN ?3 << 38 | ?4 AND ?3 << 38 | ?5 AND expires_at > ?6");
+const CHANNEL_RANGE: Removal =
+    removal!("inbox = ?3 AND channel = ?7 AND seq BETWEEN ?4 AND ?5 AND expires_at > ?6");
+
+// ?3 inbox, ?4 the seqs as a JSON array, ?5 alive at, ?6 channel.
+const SINGLE: Removal = removal!("id IN (SELECT ?3 << 38 | value FROM json_each(?4)) AND expires_at > ?5");
+const CHANNEL_SINGLE: Removal =
+    removal!("id IN (SELECT ?3 << 38 | value FROM json_each(?4)) AND channel = ?6 AND expires_at > ?5");
+
+// ?3 inbox. The channel index has all that is asked for; the expiry index would walk over other inboxes.
+const EXPIRED: Removal = removal!("inbox = ?3 AND +expires_at <= ?1");
+
+// ?3 how many.
+const SWEPT: Removal =
+    removal!("id IN (SELECT id FROM message WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?3)");
+
+/// A stretch of one view.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Selection {
+    pub(super) inbox: i64,
+    pub(super) view: View,
+    pub(super) from: Seq,
+    pub(super) to: Seq,
+    /// Only messages that have not expired at this instant.
+    pub(super) alive_at: UnixMillis,
+}
+
+/// Removes the selection; how many went.
+pub(super) async fn selected(
+    connection: &mut SqliteConnection,
+    selection: &Selection,
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<u64> {
+    let Selection { inbox, view, from, to, alive_at } = *selection;
+    let (removal, channel) = match &view {
+        View::All => (RANGE, None),
+        View::Channel(channel) => (CHANNEL_RANGE, Some(channel.as_bytes())),
+    };
+    removal
+        .run(connection, now, recent_ids, |query| {
+            query
+                .bind(inbox)
+                .bind(number(from.0))
+                .bind(number(to.0.min(MAX_SEQ)))
+                .bind(millis(alive_at))
+                .bind(channel)
+        })
+        .await
+}
+
+/// An ack without what it says twice and what cannot be.
+pub(super) fn sensible(ack: Ack) -> Ack {
+    let Ack { up_to, mut seqs } = ack;
+    seqs.retain(|seq| seq.0 <= MAX_SEQ && Some(*seq) > up_to && *seq > Seq::ZERO);
+    seqs.sort_unstable();
+    seqs.dedup();
+    Ack { up_to, seqs }
+}
+
+/// Removes what the ack names; how many went.
+pub(super) async fn acked(
+    connection: &mut SqliteConnection,
+    read: &Read,
+    ack: &Ack,
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<u32> {
+    let inbox: Option<i64> = sqlx::query_scalar("SELECT id FROM account WHERE identity = ?1")
+        .bind(&read.inbox.as_bytes()[..])
+        .fetch_optional(&mut *connection)
+        .await?;
+    let Some(inbox) = inbox else { return Ok(0) };
+    let mut removed = 0;
+    if let Some(to) = ack.up_to {
+        let selection = Selection { inbox, view: read.view, from: Seq::ZERO, to, alive_at: now };
+        removed += selected(connection, &selection, now, recent_ids).await?;
+    }
+    if !ack.seqs.is_empty() {
+        let list = ack.seqs.iter().map(|seq| seq.0.to_string()).collect::<Vec<_>>().join(",");
+        let (removal, channel) = match &read.view {
+            View::All => (SINGLE, None),
+            View::Channel(channel) => (CHANNEL_SINGLE, Some(channel.as_bytes())),
+        };
+        removed += removal
+            .run(connection, now, recent_ids, |query| {
+                query.bind(inbox).bind(format!("[{list}]")).bind(millis(now)).bind(channel)
+            })
+            .await?;
+    }
+    Ok(u32::try_from(removed).unwrap_or(u32::MAX))
+}
+
+/// Removes what has expired in one inbox, and finds out when the next will.
+pub(super) async fn expired(
+    connection: &mut SqliteConnection,
+    inbox: i64,
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<()> {
+    EXPIRED.run(connection, now, recent_ids, |query| query.bind(inbox)).await?;
+    sqlx::query(
+        "UPDATE inbox SET next_expiry = coalesce(
+             (SELECT min(+expires_at) FROM message WHERE inbox = ?1), 9223372036854775807) WHERE id = ?1",
+    )
+    .bind(inbox)
+    .execute(connection)
+    .await
+    .map(drop)
+}
+
+/// Removes a bounded number of expired messages, whosever they are, and of ids that are old enough to forget.
+pub(crate) async fn sweep(
+    connection: &mut SqliteConnection,
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<u64> {
+    let messages = SWEPT.run(connection, now, recent_ids, |query| query.bind(SWEEP)).await?;
+    let ids = sqlx::query(
+        "DELETE FROM recent_id WHERE (inbox, sender, message_id) IN (
+             SELECT inbox, sender, message_id FROM recent_id
+              WHERE forget_at <= ?1 ORDER BY forget_at LIMIT ?2)",
+    )
+    .bind(millis(now))
+    .bind(SWEEP)
+    .execute(connection)
+    .await?
+    .rows_affected();
+    Ok(messages + ids)
+}
+
+type SqliteQuery = Query<'static, sqlx::Sqlite, SqliteArguments>;
+
+impl Removal {
+    async fn run(
+        &self,
+        connection: &mut SqliteConnection,
+        now: UnixMillis,
+        recent_ids: Duration,
+        condition: impl Fn(SqliteQuery) -> SqliteQuery,
+    ) -> sqlx::Result<u64> {
+        for sql in [self.remember, self.delete] {
+            let query = sqlx::query(sql).bind(millis(now)).bind(millis_of(recent_ids));
+            let done = condition(query).execute(&mut *connection).await?;
+            if sql == self.delete {
+                return Ok(done.rows_affected());
+            }
+        }
+        unreachable!("the second statement returns")
+    }
+}

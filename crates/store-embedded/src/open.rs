@@ -1,0 +1,192 @@
+//! Opening a data directory: made if missing, locked against a second server, brought to the newest schema, and tried
+//! with one real commit before anybody relies on it.
+
+use std::{
+    fs::{DirBuilder, File, OpenOptions, TryLockError},
+    io,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use sqlx::{
+    ConnectOptions as _, SqliteConnection, SqlitePool,
+    migrate::{MigrateError, Migrator},
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+};
+
+use crate::{error::Kind, upkeep};
+
+static MIGRATIONS: Migrator = sqlx::migrate!();
+
+/// "qpq1", see the first migration.
+const APPLICATION_ID: i64 = 1_903_194_417;
+
+/// Connections for reading. Each is a thread that sleeps unless it reads.
+const READERS: u32 = 4;
+
+/// Rows that a reader is ahead of whoever takes them. A row can be a MiB, and a page ends after four.
+const ROWS_AHEAD: usize = 8;
+
+const LOCK_FILE: &str = "lock";
+const DATABASE_FILE: &str = "qpq.db";
+
+/// Why a data directory cannot be used, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(
+        "{} is in use by another server: stop that one first, or give this one a directory of its own",
+        .0.display()
+    )]
+    InUse(PathBuf),
+    #[error("{} is not a directory: name one, or a path where one can be made", .0.display())]
+    NotADirectory(PathBuf),
+    #[error(
+        "{} cannot be written ({cause}): make it writable for the user that runs the server, or name another directory",
+        path.display()
+    )]
+    NotWritable { path: PathBuf, cause: String },
+    #[error("no space is left for {}: free some, then start again; nothing is lost", .0.display())]
+    Full(PathBuf),
+    #[error(
+        "{} is damaged ({cause}): keep a copy, restore the latest backup, or rescue what can be read with `sqlite3 {} .recover`",
+        path.display(),
+        path.display()
+    )]
+    Corrupt { path: PathBuf, cause: String },
+    #[error("{} is some other program's database: move it away, or name another directory", .0.display())]
+    NotOurs(PathBuf),
+    #[error(
+        "{} was written by a newer version (schema {found}, this one knows up to {known}): start that version, or restore the backup made before the upgrade",
+        path.display()
+    )]
+    NewerSchema { path: PathBuf, found: i64, known: i64 },
+    #[error("{} cannot be opened ({cause}): see to the disk, then start again", path.display())]
+    Failed { path: PathBuf, cause: String },
+}
+
+/// An open data directory.
+pub(crate) struct Opened {
+    /// Held as long as the store is open.
+    pub(crate) lock: File,
+    pub(crate) connection: SqliteConnection,
+    pub(crate) options: SqliteConnectOptions,
+    pub(crate) readers: SqlitePool,
+}
+
+pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
+    make_directory(data_dir)?;
+    let lock = lock(data_dir)?;
+    let path = data_dir.join(DATABASE_FILE);
+    make_private_file(&path)?;
+    sync_directory(data_dir)?;
+    let failed = |error: sqlx::Error| open_failed(&path, &error);
+
+    let options = SqliteConnectOptions::new()
+        .filename(&path)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .foreign_keys(true)
+        .busy_timeout(Duration::from_secs(5))
+        // Up to 64 MiB of pages in memory, a log of 16 MiB before it is written back, and not much more afterwards.
+        .pragma("cache_size", "-65536")
+        .pragma("wal_autocheckpoint", "4096")
+        .pragma("journal_size_limit", "67108864")
+        .disable_statement_logging();
+    let mut connection = options.connect().await.map_err(failed)?;
+    check_ownership(&mut connection, &path).await?;
+    MIGRATIONS.run(&mut connection).await.map_err(|error| migration_failed(&path, &error))?;
+    upkeep::beat(&mut connection).await.map_err(failed)?;
+
+    let reading =
+        options.clone().pragma("query_only", "on").pragma("cache_size", "-16384").row_buffer_size(ROWS_AHEAD);
+    let readers = SqlitePoolOptions::new()
+        .max_connections(READERS)
+        .acquire_timeout(Duration::from_secs(5))
+        .test_before_acquire(false)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .connect_with(reading)
+        .await
+        .map_err(failed)?;
+    Ok(Opened { lock, connection, options, readers })
+}
+
+fn make_directory(path: &Path) -> Result<(), OpenError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| io_failed(path, &error))
+}
+
+fn lock(data_dir: &Path) -> Result<File, OpenError> {
+    let path = data_dir.join(LOCK_FILE);
+    let file = make_private_file(&path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(data_dir.to_owned())),
+        Err(TryLockError::Error(error)) => Err(io_failed(&path, &error)),
+    }
+}
+
+/// Opens a file, made readable for its owner alone if missing. SQLite gives its log the mode of the database.
+fn make_private_file(path: &Path) -> Result<File, OpenError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| io_failed(path, &error))
+}
+
+/// Makes the directory's entries as durable as what will be in the files.
+fn sync_directory(path: &Path) -> Result<(), OpenError> {
+    File::open(path).and_then(|directory| directory.sync_all()).map_err(|error| io_failed(path, &error))
+}
+
+fn io_failed(path: &Path, error: &io::Error) -> OpenError {
+    let path = path.to_owned();
+    match error.kind() {
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => OpenError::NotADirectory(path),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            OpenError::NotWritable { path, cause: error.to_string() }
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => OpenError::Full(path),
+        _ => OpenError::Failed { path, cause: error.to_string() },
+    }
+}
+
+fn open_failed(path: &Path, error: &sqlx::Error) -> OpenError {
+    let (path, cause) = (path.to_owned(), error.to_string());
+    match Kind::of(error) {
+        Kind::Corrupt | Kind::BadRow => OpenError::Corrupt { path, cause },
+        Kind::Full => OpenError::Full(path),
+        Kind::NotWritable => OpenError::NotWritable { path, cause },
+        Kind::Refused | Kind::Other => OpenError::Failed { path, cause },
+    }
+}
+
+/// A database that has tables and not our mark is somebody else's.
+async fn check_ownership(connection: &mut SqliteConnection, path: &Path) -> Result<(), OpenError> {
+    let failed = |error: sqlx::Error| open_failed(path, &error);
+    let mark: i64 =
+        sqlx::query_scalar("PRAGMA application_id").fetch_one(&mut *connection).await.map_err(failed)?;
+    // The migrator's own table comes before the first migration, which sets the mark: a crash may leave it alone.
+    let foreign: bool = sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE tbl_name <> '_sqlx_migrations')",
+    )
+    .fetch_one(&mut *connection)
+    .await
+    .map_err(failed)?;
+    if foreign && mark != APPLICATION_ID { Err(OpenError::NotOurs(path.to_owned())) } else { Ok(()) }
+}
+
+fn migration_failed(path: &Path, error: &MigrateError) -> OpenError {
+    let known = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default();
+    match error {
+        MigrateError::VersionMissing(found) => {
+            OpenError::NewerSchema { path: path.to_owned(), found: *found, known }
+        }
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => open_failed(path, error),
+        other => OpenError::Corrupt { path: path.to_owned(), cause: other.to_string() },
+    }
+}

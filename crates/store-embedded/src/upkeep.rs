@@ -1,0 +1,99 @@
+//! The store's care for itself: a commit to see whether commits work, and the removal of what has expired.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use futures_util::FutureExt as _;
+use qpq_domain::UnixMillis;
+use qpq_ports::{StoreResult, Upkeep};
+use sqlx::SqliteConnection;
+
+use crate::{
+    inboxes,
+    row::millis,
+    sessions::{EmbeddedSessions, tokens},
+    writer::{Outcome, Scope, Writer},
+};
+
+/// Rows of each kind in one sweep: what an Enqueue may have to wait for.
+pub(crate) const SWEEP: i64 = 256;
+
+#[derive(Debug)]
+pub(crate) struct EmbeddedUpkeep {
+    writer: Writer,
+    sessions: Arc<EmbeddedSessions>,
+    recent_ids: Duration,
+}
+
+impl EmbeddedUpkeep {
+    pub(crate) fn new(writer: Writer, sessions: Arc<EmbeddedSessions>, recent_ids: Duration) -> Self {
+        Self { writer, sessions, recent_ids }
+    }
+}
+
+#[async_trait]
+impl Upkeep for EmbeddedUpkeep {
+    async fn check(&self) -> StoreResult<()> {
+        self.writer
+            .run(
+                Scope::Batch,
+                0,
+                |connection| async move { beat(connection).await.map(Outcome::Keep) }.boxed(),
+                |()| {},
+            )
+            .await
+    }
+
+    async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
+        let (recent_ids, cache) = (self.recent_ids, self.sessions.cache().clone());
+        let swept = self
+            .writer
+            .run(
+                Scope::Job,
+                0,
+                move |connection| {
+                    async move {
+                        let messages = inboxes::sweep(connection, now, recent_ids).await?;
+                        let keys = sweep_keys(connection, now).await?;
+                        let rows = sqlx::query(
+                            "DELETE FROM session WHERE token IN (
+                                 SELECT token FROM session WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)
+                             RETURNING token",
+                        )
+                        .bind(millis(now))
+                        .bind(SWEEP)
+                        .fetch_all(connection)
+                        .await?;
+                        Ok(Outcome::Keep((messages + keys, tokens(&rows)?)))
+                    }
+                    .boxed()
+                },
+                move |(_, sessions)| cache.forget(sessions),
+            )
+            .await?;
+        Ok(swept.0 + swept.1.len() as u64)
+    }
+}
+
+/// Writes the one row that exists for this.
+pub(crate) async fn beat(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    sqlx::query("UPDATE heartbeat SET beats = beats + 1").execute(connection).await.map(drop)
+}
+
+async fn sweep_keys(connection: &mut SqliteConnection, now: UnixMillis) -> sqlx::Result<u64> {
+    let mut rows = 0;
+    for sql in [
+        "DELETE FROM key_package WHERE id IN (
+             SELECT id FROM key_package WHERE not_after < ?1 ORDER BY not_after LIMIT ?2)",
+        "DELETE FROM key_package_given WHERE (owner, fingerprint) IN (
+             SELECT owner, fingerprint FROM key_package_given WHERE not_after < ?1 ORDER BY not_after LIMIT ?2)",
+    ] {
+        rows += sqlx::query(sql)
+            .bind(millis(now))
+            .bind(SWEEP)
+            .execute(&mut *connection)
+            .await?
+            .rows_affected();
+    }
+    Ok(rows)
+}

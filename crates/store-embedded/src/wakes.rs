@@ -1,0 +1,108 @@
+//! Who waits for what happens in which inbox. Everything is in this process, so a wake is one lock and a flag.
+//!
+//! A subscription keeps a permit of its own: a wake that comes while nobody looks is there at the next look. With the
+//! order *commit, then wake* on one side and *subscribe, then read* on the other, no wake is ever lost.
+
+use std::{fmt, sync::Arc};
+
+use futures_util::future::BoxFuture;
+use qpq_domain::IdentityKey;
+use qpq_ports::{Wake, Wakes};
+use tokio::sync::Notify;
+
+use crate::shards::{Shards, shrink};
+
+/// All subscriptions. An inbox without any takes no memory.
+#[derive(Debug, Default)]
+pub(crate) struct WakeTable {
+    waiting: Shards<IdentityKey, Vec<Arc<Notify>>>,
+}
+
+impl WakeTable {
+    /// Wakes everyone who is subscribed to `inbox` now.
+    pub(crate) fn wake(&self, inbox: &IdentityKey) {
+        if let Some(subscribers) = self.waiting.lock(inbox).get(inbox) {
+            subscribers.iter().for_each(|subscriber| subscriber.notify_one());
+        }
+    }
+}
+
+/// The port over the table.
+#[derive(Debug)]
+pub(crate) struct EmbeddedWakes(pub(crate) Arc<WakeTable>);
+
+impl Wakes for EmbeddedWakes {
+    fn subscribe(&self, inbox: &IdentityKey) -> Box<dyn Wake> {
+        let notify = Arc::new(Notify::new());
+        let mut waiting = self.0.waiting.lock(inbox);
+        // Nearly always the only one: room for one.
+        waiting.entry(*inbox).or_insert_with(|| Vec::with_capacity(1)).push(Arc::clone(&notify));
+        drop(waiting);
+        Box::new(Subscription { table: Arc::clone(&self.0), inbox: *inbox, notify })
+    }
+}
+
+struct Subscription {
+    table: Arc<WakeTable>,
+    inbox: IdentityKey,
+    notify: Arc<Notify>,
+}
+
+impl fmt::Debug for Subscription {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subscription").field("inbox", &self.inbox).finish_non_exhaustive()
+    }
+}
+
+impl Wake for Subscription {
+    fn woken(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(self.notify.notified())
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let mut waiting = self.table.waiting.lock(&self.inbox);
+        if let Some(subscribers) = waiting.get_mut(&self.inbox) {
+            subscribers.retain(|other| !Arc::ptr_eq(other, &self.notify));
+            if subscribers.is_empty() {
+                waiting.remove(&self.inbox);
+                shrink(&mut waiting);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    const INBOX: IdentityKey = IdentityKey::new([1; 32]);
+
+    #[tokio::test]
+    async fn a_wake_before_the_look_is_there_once() {
+        let table = Arc::new(WakeTable::default());
+        let mut wake = EmbeddedWakes(Arc::clone(&table)).subscribe(&INBOX);
+        assert!(wake.woken().now_or_never().is_none());
+        table.wake(&INBOX);
+        table.wake(&INBOX);
+        assert!(wake.woken().now_or_never().is_some());
+        assert!(wake.woken().now_or_never().is_none());
+        table.wake(&IdentityKey::new([2; 32]));
+        assert!(wake.woken().now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn the_last_subscriber_leaves_nothing_behind() {
+        let table = Arc::new(WakeTable::default());
+        let wakes = EmbeddedWakes(Arc::clone(&table));
+        let (first, second) = (wakes.subscribe(&INBOX), wakes.subscribe(&INBOX));
+        assert_eq!(table.waiting.len(), 1);
+        drop(first);
+        assert_eq!(table.waiting.len(), 1);
+        drop(second);
+        assert_eq!(table.waiting.len(), 0);
+    }
+}

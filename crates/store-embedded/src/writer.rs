@@ -1,0 +1,332 @@
+//! The one writer: a task that owns the only writing connection and commits many requests in one transaction.
+//!
+//! Whatever changes the store is a *job*. The writer takes all that wait (up to a bound), runs them one after the other
+//! in one transaction, and answers them once its `COMMIT` has returned: nothing is acknowledged before it is durable, and
+//! the price of an fsync is shared. While it commits, the next jobs gather.
+//!
+//! - A job that only concerns itself (a constraint, a row that cannot be read) fails alone, if it runs in a savepoint.
+//! - A failure of the store (full, I/O, corrupt) rolls the whole batch back; each of its jobs is told, the connection is
+//!   thrown away, and the next batch begins with a new one. So the store works again as soon as the disk does.
+//! - A caller may go away: its job is carried out or not, but the writer does not care.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
+use qpq_ports::{StoreError, StoreResult};
+use sqlx::{ConnectOptions as _, Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::{Instant, timeout},
+};
+
+use crate::{
+    error::{Kind, Shared},
+    metrics as names,
+};
+
+/// Jobs in one transaction at most, and their bytes: what the last one of a batch waits for.
+const BATCH_JOBS: usize = 1_024;
+const BATCH_BYTES: usize = 8 << 20;
+
+/// What may wait for the writer, in units of [`UNIT`] bytes; each job takes at least one.
+const ROOM: usize = 64 << 10;
+const UNIT: usize = 1 << 10;
+
+/// How long a job waits for room before the store counts as unavailable.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a failure inside a job undoes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// The job alone: it has a savepoint.
+    Job,
+    /// The batch: for jobs that no row can make fail, and that are too many to pay for a savepoint.
+    Batch,
+}
+
+/// How a job ended.
+#[derive(Debug)]
+pub(crate) enum Outcome<T> {
+    Keep(T),
+    /// What the job wrote is to be undone; needs [`Scope::Job`].
+    Undo(T),
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("the writer had no room for {PATIENCE:?}")]
+    Busy,
+    #[error("the store is closed")]
+    Closed,
+}
+
+/// Sends jobs to the writer. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Writer {
+    jobs: mpsc::UnboundedSender<Message>,
+    room: Arc<Semaphore>,
+}
+
+enum Message {
+    Job(Box<dyn Job>),
+    Close(oneshot::Sender<()>),
+}
+
+impl Writer {
+    /// Starts the writer on `connection`; `options` make a new one after a failure. `guard` is dropped when the writer has
+    /// ended and the connection is closed.
+    pub(crate) fn start<G: Send + 'static>(
+        connection: SqliteConnection,
+        options: SqliteConnectOptions,
+        guard: G,
+    ) -> Self {
+        let (jobs, waiting) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            let closed = Committer { waiting, options, connection: Some(connection) }.run().await;
+            drop(guard);
+            if let Some(closed) = closed {
+                // Whoever closed the store may be gone.
+                let _ = closed.send(());
+            }
+        });
+        Self { jobs, room: Arc::new(Semaphore::new(ROOM)) }
+    }
+
+    /// Runs `work` in a transaction. Once that is committed, calls `committed` with the result, in commit order and whether
+    /// or not the caller still waits, and returns the result. `bytes` is about what the job keeps in memory.
+    pub(crate) async fn run<T, W, C>(
+        &self,
+        scope: Scope,
+        bytes: usize,
+        work: W,
+        committed: C,
+    ) -> StoreResult<T>
+    where
+        T: Send + 'static,
+        W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<Outcome<T>>>
+            + Send
+            + 'static,
+        C: FnOnce(&T) + Send + 'static,
+    {
+        let room = self.admit(bytes).await?;
+        let (answer, result) = oneshot::channel();
+        metrics::gauge!(names::QUEUE_JOBS).increment(1);
+        let job = TypedJob { scope, bytes, work: Some(work), committed, result: None, answer, _room: room };
+        self.jobs.send(Message::Job(Box::new(job))).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
+        result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
+    }
+
+    async fn admit(&self, bytes: usize) -> StoreResult<OwnedSemaphorePermit> {
+        let units = u32::try_from(bytes.div_ceil(UNIT).clamp(1, ROOM)).expect("clamped");
+        if let Ok(permit) = Arc::clone(&self.room).try_acquire_many_owned(units) {
+            return Ok(permit);
+        }
+        match timeout(PATIENCE, Arc::clone(&self.room).acquire_many_owned(units)).await {
+            Ok(permit) => Ok(permit.expect("never closed")),
+            Err(_) => Err(StoreError::unavailable(Refusal::Busy)),
+        }
+    }
+
+    /// Lets the jobs that wait end, writes the log back into the database file and closes the connection.
+    pub(crate) async fn close(&self) {
+        let (closed, done) = oneshot::channel();
+        if self.jobs.send(Message::Close(closed)).is_ok() {
+            // An error says that the writer has ended by itself, which is as good.
+            let _ = done.await;
+        }
+    }
+}
+
+/// A job, its types hidden.
+trait Job: Send {
+    fn scope(&self) -> Scope;
+    fn bytes(&self) -> usize;
+    /// Does the work; true when it is to be kept.
+    fn run<'c>(&'c mut self, connection: &'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<bool>>;
+    fn committed(self: Box<Self>);
+    fn failed(self: Box<Self>, error: StoreError);
+}
+
+struct TypedJob<T, W, C> {
+    scope: Scope,
+    bytes: usize,
+    work: Option<W>,
+    committed: C,
+    result: Option<T>,
+    answer: oneshot::Sender<StoreResult<T>>,
+    _room: OwnedSemaphorePermit,
+}
+
+impl<T, W, C> Job for TypedJob<T, W, C>
+where
+    T: Send,
+    W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<Outcome<T>>> + Send,
+    C: FnOnce(&T) + Send,
+{
+    fn scope(&self) -> Scope {
+        self.scope
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn run<'c>(&'c mut self, connection: &'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<bool>> {
+        Box::pin(async move {
+            let work = self.work.take().expect("a job runs once");
+            let (result, keep) = match work(connection).await? {
+                Outcome::Keep(result) => (result, true),
+                Outcome::Undo(result) => (result, false),
+            };
+            self.result = Some(result);
+            Ok(keep)
+        })
+    }
+
+    fn committed(self: Box<Self>) {
+        let result = self.result.expect("it ran without an error");
+        (self.committed)(&result);
+        // Nobody there any more: the caller gave up, and that changes nothing.
+        let _ = self.answer.send(Ok(result));
+    }
+
+    fn failed(self: Box<Self>, error: StoreError) {
+        // As above.
+        let _ = self.answer.send(Err(error));
+    }
+}
+
+/// The task's state.
+struct Committer {
+    waiting: mpsc::UnboundedReceiver<Message>,
+    options: SqliteConnectOptions,
+    /// None after a failure, until the next batch.
+    connection: Option<SqliteConnection>,
+}
+
+impl Committer {
+    /// Commits until the store is closed or nobody is left who could write; then answers whom to tell.
+    async fn run(mut self) -> Option<oneshot::Sender<()>> {
+        let mut closed = None;
+        while let Some(message) = self.waiting.recv().await {
+            let mut batch = Vec::new();
+            let mut bytes = 0;
+            let mut next = Some(message);
+            while let Some(message) = next {
+                match message {
+                    Message::Job(job) => {
+                        bytes += job.bytes();
+                        batch.push(job);
+                    }
+                    Message::Close(done) => {
+                        // What was sent before is still received, then there is nothing more.
+                        self.waiting.close();
+                        closed = Some(done);
+                    }
+                }
+                let full = batch.len() >= BATCH_JOBS || bytes >= BATCH_BYTES;
+                next = if full { None } else { self.waiting.try_recv().ok() };
+            }
+            if !batch.is_empty() {
+                self.commit(batch).await;
+            }
+        }
+        if let Some(mut connection) = self.connection.take() {
+            finish(&mut connection).await;
+            if let Err(error) = connection.close().await {
+                tracing::warn!(%error, "the database was not closed in good order; nothing acknowledged is lost");
+            }
+        }
+        closed
+    }
+
+    /// Commits the batch and answers each of its jobs.
+    async fn commit(&mut self, mut batch: Vec<Box<dyn Job>>) {
+        let jobs = batch.len();
+        metrics::gauge!(names::QUEUE_JOBS).decrement(jobs as f64);
+        metrics::histogram!(names::BATCH_JOBS).record(jobs as f64);
+        let begun = Instant::now();
+        match self.transaction(&mut batch).await {
+            Ok(own) => {
+                metrics::histogram!(names::BATCH_SECONDS).record(begun.elapsed());
+                for (job, failure) in batch.into_iter().zip(own) {
+                    match failure {
+                        None => job.committed(),
+                        Some(error) => job.failed(error.into()),
+                    }
+                }
+            }
+            Err(error) => {
+                let kind = Kind::of(&error);
+                metrics::counter!(names::ERRORS, "kind" => kind.name()).increment(1);
+                tracing::error!(%error, kind = kind.name(), jobs, "nothing was committed");
+                self.start_over().await;
+                let shared = Shared::from(error);
+                batch.into_iter().for_each(|job| job.failed(shared.clone().into()));
+            }
+        }
+    }
+
+    /// Runs the jobs and commits. Answers, job by job, the failures that were a job's own.
+    async fn transaction(&mut self, batch: &mut [Box<dyn Job>]) -> sqlx::Result<Vec<Option<Shared>>> {
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            none => none.insert(self.options.connect().await?),
+        };
+        execute(connection, "BEGIN IMMEDIATE").await?;
+        let mut own = Vec::with_capacity(batch.len());
+        for job in batch {
+            own.push(match job.scope() {
+                Scope::Batch => {
+                    job.run(connection).await?;
+                    None
+                }
+                Scope::Job => in_savepoint(job.as_mut(), connection).await?,
+            });
+        }
+        let committing = Instant::now();
+        execute(connection, "COMMIT").await?;
+        metrics::histogram!(names::COMMIT_SECONDS).record(committing.elapsed());
+        Ok(own)
+    }
+
+    /// Throws the connection away, whatever state it is in.
+    async fn start_over(&mut self) {
+        if let Some(mut connection) = self.connection.take() {
+            // It may have been rolled back already, or be past any use; closing it ends the transaction in any case.
+            let _ = execute(&mut connection, "ROLLBACK").await;
+            let _ = connection.close().await;
+        }
+    }
+}
+
+/// Runs a job so that it can fail alone; answers its own failure. Any other is the store's.
+async fn in_savepoint(job: &mut dyn Job, connection: &mut SqliteConnection) -> sqlx::Result<Option<Shared>> {
+    execute(connection, "SAVEPOINT job").await?;
+    let ran = job.run(connection).await;
+    if !matches!(ran, Ok(true)) {
+        execute(connection, "ROLLBACK TO job").await?;
+    }
+    execute(connection, "RELEASE job").await?;
+    match ran {
+        Ok(_) => Ok(None),
+        Err(error) if Kind::of(&error).is_the_jobs_own() => {
+            let kind = Kind::of(&error);
+            metrics::counter!(names::ERRORS, "kind" => kind.name()).increment(1);
+            tracing::error!(%error, kind = kind.name(), "a job failed");
+            Ok(Some(error.into()))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn execute(connection: &mut SqliteConnection, sql: &'static str) -> sqlx::Result<()> {
+    sqlx::query(sql).execute(connection).await.map(drop)
+}
+
+/// Moves the write-ahead log into the database file, so that the file alone is whole.
+async fn finish(connection: &mut SqliteConnection) {
+    if let Err(error) = execute(connection, "PRAGMA wal_checkpoint(TRUNCATE)").await {
+        tracing::warn!(%error, "the write-ahead log stays; the next start reads it");
+    }
+}
