@@ -1,6 +1,9 @@
 //! One group as this client sees it: openmls's state, the group's profile, and the rules that openmls leaves to us (who may
 //! commit, what a commit may change, who a sender was).
 
+#[cfg(test)]
+mod tests;
+
 use openmls::{
     framing::errors::MessageDecryptionError,
     group::{
@@ -88,7 +91,16 @@ impl Group {
         profile: Profile,
         now: UnixMillis,
     ) -> Result<Self, Error> {
-        let id = GroupId::random(&profile.maker);
+        Self::make_as(GroupId::random(&profile.maker), identity, username, profile, now)
+    }
+
+    fn make_as(
+        id: GroupId,
+        identity: &Identity,
+        username: &Username,
+        profile: Profile,
+        now: UnixMillis,
+    ) -> Result<Self, Error> {
         let store = Store::default();
         let config = MlsGroupCreateConfig::builder()
             .ciphersuite(packages::SUITE)

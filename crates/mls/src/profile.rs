@@ -3,7 +3,9 @@
 
 use std::fmt;
 
-use openmls::prelude::{Extension, Extensions, GroupContext, UnknownExtension};
+use openmls::prelude::{
+    Extension, ExtensionType, Extensions, GroupContext, RequiredCapabilitiesExtension, UnknownExtension,
+};
 use prost::Message as _;
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
 use rand::RngCore as _;
@@ -142,19 +144,21 @@ impl Profile {
         }
     }
 
+    /// The group context's extensions: the profile, and the demand that each member understands it.
     pub(crate) fn extensions(&self) -> Extensions<GroupContext> {
         let profile = Extension::Unknown(EXTENSION, UnknownExtension(self.encode()));
-        Extensions::single(profile).expect("a private-use extension is allowed in a group context")
+        Extensions::from_vec(vec![profile, required()]).expect("both belong in a group context")
     }
 
-    /// The profile of a group, if it has one that is true to itself and to the group's id.
+    /// The profile of a group, if it has one that is true to itself and to the group's id, and nothing else that we would
+    /// have to heed.
     pub(crate) fn read(id: &GroupId, extensions: &Extensions<GroupContext>) -> Option<Self> {
-        let mut all = extensions.iter();
-        let (Some(Extension::Unknown(EXTENSION, UnknownExtension(bytes))), None) = (all.next(), all.next())
+        let [Extension::Unknown(EXTENSION, UnknownExtension(bytes)), demand] =
+            &extensions.iter().collect::<Vec<_>>()[..]
         else {
             return None;
         };
-        Self::decode(bytes).filter(|profile| id.is_made_by(&profile.maker))
+        Self::decode(bytes).filter(|profile| **demand == required() && id.is_made_by(&profile.maker))
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -191,10 +195,13 @@ impl Profile {
     }
 }
 
+fn required() -> Extension {
+    let profile = [ExtensionType::Unknown(EXTENSION)];
+    Extension::RequiredCapabilities(RequiredCapabilitiesExtension::new(&profile, &[], &[]))
+}
+
 #[cfg(test)]
 mod tests {
-    use openmls::prelude::ExtensionType;
-
     use super::*;
 
     const ANN: IdentityKey = IdentityKey::new([1; 32]);

@@ -1,0 +1,243 @@
+//! Members and outsiders who break the rules with openmls's own means: what an honest client could never be made to send.
+
+use openmls::prelude::{BasicCredential, CredentialWithKey, KeyPackageIn, ProtocolVersion};
+use openmls::prelude::{LeafNodeParameters, MlsMessageBodyIn, MlsMessageIn, NewSignerBundle};
+use tls_codec::DeserializeBytes as _;
+
+use super::*;
+use crate::{Client, Received, packages::Use};
+
+/// openmls compares lifetimes with the system's clock.
+#[expect(clippy::disallowed_methods, reason = "the clock that openmls reads cannot be another")]
+fn now() -> UnixMillis {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    UnixMillis(u64::try_from(since_epoch.as_millis()).unwrap())
+}
+
+fn client(name: &str) -> Client {
+    Client::new(Identity::generate(), Username::parse(name).unwrap())
+}
+
+/// A package of `client` as openmls wants it.
+fn package(client: &mut Client) -> KeyPackage {
+    named_package(client, client.username.clone())
+}
+
+/// The same, under any name.
+fn named_package(client: &mut Client, name: Username) -> KeyPackage {
+    let bytes = client.packages.make(&client.identity, &name, Use::Once, now());
+    let MlsMessageBodyIn::KeyPackage(package) =
+        MlsMessageIn::tls_deserialize_exact_bytes(&bytes).unwrap().extract()
+    else {
+        panic!("a key package")
+    };
+    KeyPackageIn::validate(package, Store::default().crypto(), ProtocolVersion::Mls10).unwrap()
+}
+
+/// A group of `maker` and `others`, all of whom have joined.
+fn group_of(maker: &mut Client, others: &mut [&mut Client]) -> GroupId {
+    let id = maker.create_group("g", ChannelId::DEFAULT, now()).unwrap();
+    let packages: Vec<_> = others.iter_mut().map(|other| package(other)).collect();
+    let (_commit, welcome) = maker.groups.get_mut(&id).unwrap().add(&maker.identity, &packages).unwrap();
+    for other in others {
+        assert!(matches!(other.receive(&welcome)[..], [Received::Joined(_)]));
+    }
+    id
+}
+
+fn say(from: &mut Client, group: GroupId, text: &str) -> Vec<u8> {
+    from.encrypt(group, &Content { id: [0; 16], sent_at: 0, text: text.into() }).unwrap().payload
+}
+
+/// Whether `to` still reads what `from` says.
+fn assert_hears(from: &mut Client, to: &mut Client, group: GroupId) {
+    let message = say(from, group, "still there?");
+    let received = to.receive(&message);
+    assert!(matches!(received[..], [Received::Message { .. }]), "{received:?}");
+}
+
+/// A commit built by `client` in its group, whatever it contains; its own state stays as it was.
+macro_rules! commit {
+    ($client:expr, $id:expr, |$builder:ident| $build:expr) => {{
+        let group = $client.groups.get_mut(&$id).unwrap();
+        let $builder = group.mls.commit_builder();
+        let bundle = $build
+            .load_psks(group.store.storage())
+            .unwrap()
+            .build(group.store.rand(), group.store.crypto(), &$client.identity, |_| true)
+            .unwrap()
+            .stage_commit(&group.store)
+            .unwrap();
+        let (commit, welcome, _) = bundle.into_messages();
+        group.mls.clear_pending_commit(group.store.storage()).unwrap();
+        (commit.to_bytes().unwrap(), welcome.map(|welcome| welcome.to_bytes().unwrap()))
+    }};
+}
+
+#[test]
+fn a_commit_of_another_than_the_maker_is_ignored() {
+    let (mut ann, mut bob, mut cat, mut dan) = (client("ann"), client("bob"), client("cat"), client("dan"));
+    let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
+    let dans = package(&mut dan);
+    let (added, welcome) = commit!(bob, id, |builder| builder.propose_adds([dans]));
+    let (refreshed, _) = commit!(bob, id, |builder| builder.force_self_update(true));
+    let (removed, _) = commit!(bob, id, |builder| builder.propose_removals([LeafNodeIndex::new(0)]));
+    for commit in [added, refreshed, removed] {
+        for victim in [&mut ann, &mut cat] {
+            assert_eq!(victim.receive(&commit), [Received::Ignored(Ignored::NotTheMaker)]);
+        }
+    }
+    assert_eq!(dan.receive(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
+    assert_hears(&mut ann, &mut cat, id);
+    assert_hears(&mut cat, &mut ann, id);
+    assert_hears(&mut bob, &mut ann, id);
+    // The maker's own commit for the same epoch is applied all the same.
+    let (_, _) = ann.groups.get_mut(&id).unwrap().add(&ann.identity, &[package(&mut dan)]).unwrap();
+}
+
+#[test]
+fn proposals_are_ignored() {
+    let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
+    let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
+    let group = bob.groups.get_mut(&id).unwrap();
+    let (proposal, _) =
+        group.mls.propose_remove_member(&group.store, &bob.identity, LeafNodeIndex::new(2)).unwrap();
+    let proposal = proposal.to_bytes().unwrap();
+    for victim in [&mut ann, &mut cat] {
+        assert_eq!(victim.receive(&proposal), [Received::Ignored(Ignored::NotTheMaker)]);
+    }
+    // A stored proposal would stop both from sending, and ride on the maker's next commit.
+    assert_hears(&mut cat, &mut ann, id);
+    let mut dan = client("dan");
+    ann.groups.get_mut(&id).unwrap().add(&ann.identity, &[package(&mut dan)]).unwrap();
+    assert_eq!(ann.group(&id).unwrap().members.len(), 4);
+}
+
+#[test]
+fn not_even_the_maker_changes_the_profile_the_leaf_or_a_direct_conversation() {
+    let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
+    let id = group_of(&mut ann, &mut [&mut bob]);
+    let mut profile = ann.groups[&id].profile.clone();
+    profile.channel = ChannelId::new([1; 16]);
+    let (moved, _) =
+        commit!(ann, id, |builder| builder.propose_group_context_extensions(profile.extensions()).unwrap());
+    assert_eq!(bob.receive(&moved), [Received::Ignored(Ignored::ForbiddenCommit)]);
+
+    let renamed = CredentialWithKey {
+        credential: BasicCredential::new(b"bob".to_vec()).into(),
+        ..ann.identity.credential(&ann.username)
+    };
+    let parameters = LeafNodeParameters::builder().with_credential_with_key(renamed).build();
+    let (renamed, _) = commit!(ann, id, |builder| builder.leaf_node_parameters(parameters));
+    assert_eq!(bob.receive(&renamed), [Received::Ignored(Ignored::ForbiddenCommit)]);
+
+    let bobs_name = bob.username.clone();
+    let impostor = named_package(&mut cat, bobs_name);
+    let (second_bob, _) = commit!(ann, id, |builder| builder.propose_adds([impostor]));
+    assert_eq!(bob.receive(&second_bob), [Received::Ignored(Ignored::ForbiddenCommit)]);
+    assert_hears(&mut ann, &mut bob, id);
+    assert_hears(&mut bob, &mut ann, id);
+
+    let direct = ann.create_direct(bob.identity.public(), now()).unwrap();
+    let bobs = package(&mut bob);
+    let (_, welcome) = ann.groups.get_mut(&direct).unwrap().add(&ann.identity, &[bobs]).unwrap();
+    bob.receive(&welcome);
+    let cats = package(&mut cat);
+    let (third, welcome) = commit!(ann, direct, |builder| builder.propose_adds([cats]));
+    assert_eq!(bob.receive(&third), [Received::Ignored(Ignored::ForbiddenCommit)]);
+    assert_eq!(cat.receive(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
+    assert_hears(&mut ann, &mut bob, direct);
+}
+
+/// The signature key would be another afterwards, and who signed with it unproven.
+#[test]
+fn the_maker_cannot_become_another() {
+    let (mut ann, mut bob) = (client("ann"), client("bob"));
+    let id = group_of(&mut ann, &mut [&mut bob]);
+    let other = Identity::generate();
+    let group = ann.groups.get_mut(&id).unwrap();
+    let signer = NewSignerBundle { signer: &other, credential_with_key: other.credential(&ann.username) };
+    let bundle = group
+        .mls
+        .commit_builder()
+        .load_psks(group.store.storage())
+        .unwrap()
+        .build_with_new_signer(group.store.rand(), group.store.crypto(), &ann.identity, signer, |_| true)
+        .unwrap()
+        .stage_commit(&group.store)
+        .unwrap();
+    let commit = bundle.into_messages().0.to_bytes().unwrap();
+    group.mls.clear_pending_commit(group.store.storage()).unwrap();
+    assert_eq!(bob.receive(&commit), [Received::Ignored(Ignored::ForbiddenCommit)]);
+    assert_hears(&mut ann, &mut bob, id);
+}
+
+/// The maker may refresh its keys without changing who is there.
+#[test]
+fn the_makers_key_refresh_is_followed() {
+    let (mut ann, mut bob) = (client("ann"), client("bob"));
+    let id = group_of(&mut ann, &mut [&mut bob]);
+    let group = ann.groups.get_mut(&id).unwrap();
+    let bundle = group.mls.self_update(&group.store, &ann.identity, LeafNodeParameters::default()).unwrap();
+    let commit = bundle.into_messages().0.to_bytes().unwrap();
+    group.mls.merge_pending_commit(&group.store).unwrap();
+    assert_eq!(bob.receive(&commit), [Received::Committed { group: id, added: vec![], removed: vec![] }]);
+    assert_hears(&mut ann, &mut bob, id);
+    assert_hears(&mut bob, &mut ann, id);
+}
+
+/// Makes a group as `maker` with any id and profile, and returns the Welcome for `victim`.
+fn forged_welcome(maker: &Client, id: GroupId, profile: &Profile, victim: &mut Client) -> Vec<u8> {
+    let mut group = Group::make_as(id, &maker.identity, &maker.username, profile.clone(), now()).unwrap();
+    group.add(&maker.identity, &[package(victim)]).unwrap().1
+}
+
+#[test]
+fn a_group_id_or_a_maker_cannot_be_usurped() {
+    let (mut ann, mut bob, mallory) = (client("ann"), client("bob"), client("mallory"));
+    let id = ann.create_group("g", ChannelId::DEFAULT, now()).unwrap();
+    let anns = ann.groups[&id].profile.clone();
+    let mallorys = Profile { maker: mallory.identity.public(), ..anns.clone() };
+    // Mallory knows the id and is faster: as itself, and in ann's name.
+    for profile in [&mallorys, &anns] {
+        let forged = forged_welcome(&mallory, id, profile, &mut bob);
+        assert_eq!(bob.receive(&forged), [Received::Ignored(Ignored::BadWelcome)]);
+    }
+    // Nor does it start a conversation that names ann as its maker under a fresh id.
+    let direct = Profile::direct(ann.identity.public(), bob.identity.public(), now());
+    let forged = forged_welcome(&mallory, GroupId::random(&ann.identity.public()), &direct, &mut bob);
+    assert_eq!(bob.receive(&forged), [Received::Ignored(Ignored::BadWelcome)]);
+
+    let bobs = package(&mut bob);
+    let (_, welcome) = ann.groups.get_mut(&id).unwrap().add(&ann.identity, &[bobs]).unwrap();
+    assert!(matches!(bob.receive(&welcome)[..], [Received::Joined(_)]), "the real one is not hindered");
+}
+
+#[test]
+fn our_own_message_come_back_is_ignored() {
+    let (mut ann, mut bob) = (client("ann"), client("bob"));
+    let id = group_of(&mut ann, &mut [&mut bob]);
+    let message = say(&mut ann, id, "echo");
+    assert_eq!(ann.receive(&message), [Received::Ignored(Ignored::OwnMessage)]);
+    assert!(matches!(bob.receive(&message)[..], [Received::Message { .. }]));
+}
+
+#[test]
+fn content_that_is_not_ours_is_ignored() {
+    let (mut ann, mut bob) = (client("ann"), client("bob"));
+    let id = group_of(&mut ann, &mut [&mut bob]);
+    let group = ann.groups.get_mut(&id).unwrap();
+    let message = group.mls.create_message(&group.store, &ann.identity, b"\x02newer").unwrap();
+    let received = bob.receive(&message.to_bytes().unwrap());
+    assert_eq!(received, [Received::Ignored(Ignored::UnknownContent)]);
+    assert_hears(&mut ann, &mut bob, id);
+}
+
+#[test]
+fn ciphertexts_do_not_tell_lengths_within_the_padding() {
+    let (mut ann, mut bob) = (client("ann"), client("bob"));
+    let id = group_of(&mut ann, &mut [&mut bob]);
+    let lengths: std::collections::BTreeSet<_> =
+        (10..100).map(|len| say(&mut ann, id, &"x".repeat(len)).len()).collect();
+    assert!(lengths.len() <= 1 + 90 / PADDING + 1, "{lengths:?}");
+}
