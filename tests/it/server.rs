@@ -1,0 +1,41 @@
+//! A `qpq-server` of the tests' own, as a process.
+
+use std::{net::SocketAddr, path::Path};
+
+use qpq_tests::{
+    client::{Client, Pin, endpoint},
+    process::{Server, sibling},
+};
+use tokio::process::Command;
+
+/// The server's process and how to reach it.
+pub(crate) struct Running {
+    pub(crate) process: Server,
+    pub(crate) addr: SocketAddr,
+    pub(crate) pin: Pin,
+}
+
+/// Starts a server on a free port of loopback that keeps its data in `dir`; its rate limits are off.
+pub(crate) async fn start(dir: &Path) -> Running {
+    let mut command = Command::new(sibling("qpq-server").expect("scripts/test builds the binaries first"));
+    command
+        .args(["--listen", "127.0.0.1:0", "--data-dir"])
+        .arg(dir)
+        .env("QPQ_LIMITS__ENABLED", "false")
+        .env("QPQ_HTTP__LISTEN", "off")
+        .env("RUST_LOG", "warn");
+    let process = Server::start(command, |line| line.contains(" dm bob")).await.expect("the server starts");
+    let words: Vec<&str> = process.said.iter().flat_map(|line| line.split_whitespace()).collect();
+    let after =
+        |flag: &str| words.iter().skip_while(|w| **w != flag).nth(1).copied().expect("the greeting has it");
+    let (addr, pin) =
+        (after("--server").parse().expect("an address"), after("--pin").parse().expect("a pin"));
+    Running { process, addr, pin }
+}
+
+impl Running {
+    pub(crate) async fn connect(&self) -> Client {
+        let endpoint = endpoint(self.pin).expect("a socket");
+        Client::connect(&endpoint, self.addr).await.expect("the server accepts")
+    }
+}

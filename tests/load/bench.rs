@@ -1,0 +1,398 @@
+//! `bench`: everything beside its floor, in one run, several times over, as ratios of medians with their spread.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use clap::ValueEnum;
+use tempfile::TempDir;
+use tokio::{process::Command, task::JoinSet};
+
+use qpq_tests::{
+    client::{Client, Pin, endpoint},
+    process::{Server, cpu_time, resident, sibling},
+};
+
+use crate::{
+    echo, flat, floor,
+    modes::{self, Mode, Plan, Stage},
+    open_loop::{closed_loop, open_loop},
+};
+
+#[derive(clap::Args)]
+pub(crate) struct BenchArgs {
+    /// Which parts; all if none is named.
+    parts: Vec<Part>,
+    /// How often each pair is measured.
+    #[arg(long, default_value_t = 5)]
+    repeats: usize,
+    /// Seconds each measurement lasts.
+    #[arg(long, default_value_t = 4)]
+    seconds: u64,
+    /// Inboxes of the large store in `flat`.
+    #[arg(long, default_value_t = 1_000_000)]
+    inboxes: usize,
+    /// Connections in `idle`.
+    #[arg(long, default_value_t = 1_000)]
+    connections: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Server CPU of Health beside the bare echo.
+    Health,
+    /// Memory of a connection that waits, beside the bare echo's.
+    Idle,
+    /// Server CPU of a login beside `ServerLogin::start` alone.
+    Login,
+    /// Durable messages a second beside bare SQLite inserts.
+    Enqueue,
+    /// Enqueue to FetchWait latency at half of the peak.
+    Pair,
+    /// Cost with many inboxes and long queues.
+    Flat,
+}
+
+pub(crate) async fn bench(args: BenchArgs) -> anyhow::Result<()> {
+    let wanted = |part| args.parts.is_empty() || args.parts.contains(&part);
+    println!(
+        "{} processors; each figure the median of {} [lowest to highest]\n",
+        std::thread::available_parallelism()?,
+        args.repeats
+    );
+    if wanted(Part::Health) {
+        health(&args).await?;
+    }
+    if wanted(Part::Idle) {
+        idle(&args).await?;
+    }
+    if wanted(Part::Login) {
+        login(&args).await?;
+    }
+    if wanted(Part::Enqueue) {
+        enqueue(&args).await?;
+    }
+    if wanted(Part::Pair) {
+        pair(&args).await?;
+    }
+    if wanted(Part::Flat) {
+        flatness(&args).await?;
+    }
+    Ok(())
+}
+
+// ---- servers ----------------------------------------------------------------
+
+struct Running {
+    server: Server,
+    addr: SocketAddr,
+    pin: Pin,
+    dir: TempDir,
+}
+
+/// A server as a user gets it, but that its rate limits are off and that it bears this many clients of one address.
+async fn start_server() -> anyhow::Result<Running> {
+    let dir = TempDir::new()?;
+    let mut command = Command::new(sibling("qpq-server")?);
+    command
+        .args(["--listen", "127.0.0.1:0", "--data-dir"])
+        .arg(dir.path().join("data"))
+        .env("QPQ_LIMITS__ENABLED", "false")
+        .env("QPQ_HTTP__LISTEN", "off")
+        .env("QPQ_TRANSPORT__MAX_CONNECTIONS_PER_IP", "100000")
+        .stderr(std::process::Stdio::null());
+    let server = Server::start(command, |line| line.contains(" dm bob")).await?;
+    let words: Vec<&str> = server.said.iter().flat_map(|line| line.split_whitespace()).collect();
+    let after = |flag| {
+        words.iter().skip_while(|w| **w != flag).nth(1).copied().context("no such word in its greeting")
+    };
+    let (addr, pin) = (after("--server")?.parse()?, after("--pin")?.parse()?);
+    Ok(Running { server, addr, pin, dir })
+}
+
+/// The bare echo, with the certificate of `like` and answers of so many bytes.
+async fn start_echo(like: &Running, reply_bytes: usize) -> anyhow::Result<(Server, SocketAddr)> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .arg("echo")
+        .arg("--identity")
+        .arg(like.dir.path().join("data"))
+        .args(["--reply-bytes", &reply_bytes.to_string()]);
+    let echo = Server::start(command, |line| line.starts_with("listening ")).await?;
+    let addr = echo.said[0].trim_start_matches("listening ").parse()?;
+    Ok((echo, addr))
+}
+
+// ---- the parts ----------------------------------------------------------------
+
+async fn health(args: &BenchArgs) -> anyhow::Result<()> {
+    const RATE: f64 = 4_000.0;
+    let server = start_server().await?;
+    let stage = Stage::set(server.addr, server.pin, 64, 0).await?;
+    let answer = stage.client(0).exchange(802, Bytes::new()).await?;
+    let (echo, echo_addr) = start_echo(&server, answer.payload.len()).await?;
+    let echo_stage = Stage::set(echo_addr, server.pin, 64, 0).await?;
+    let mut cpu = Series::default();
+    for _ in 0..args.repeats {
+        for (name, pid, stage, method) in [
+            ("qpq-server", server.server.pid(), &stage, 802),
+            ("bare echo", echo.pid(), &echo_stage, echo::ECHO),
+        ] {
+            let before = cpu_time(pid)?;
+            let tally = open_loop(RATE, args.duration(), |i| {
+                let client = stage.client(i).clone();
+                async move { client.exchange(method, Bytes::new()).await.map(drop).map_err(|e| e.to_string()) }
+            })
+            .await;
+            anyhow::ensure!(tally.failed.is_empty(), "{name}: {:?}", tally.failed);
+            cpu.add(name, (cpu_time(pid)? - before).as_secs_f64() * 1e6 / tally.answered as f64);
+        }
+    }
+    println!("Health at {RATE}/s over 64 connections, server CPU µs a call");
+    cpu.print("qpq-server", "bare echo", Wanted::AtMost(1.15));
+    echo.stop().await?;
+    server.server.stop().await
+}
+
+async fn idle(args: &BenchArgs) -> anyhow::Result<()> {
+    let mut memory = Series::default();
+    for _ in 0..args.repeats {
+        let server = start_server().await?;
+        let (echo, echo_addr) = start_echo(&server, 0).await?;
+        let stage = Stage::set(server.addr, server.pin, 1, args.connections).await?;
+        let tokens = stage.accounts.iter().map(|a| a.token.clone()).collect::<Vec<_>>();
+        let waits = tokens.iter().map(|token| {
+            let mut payload = Vec::new();
+            prost::Message::encode(
+                &qpq_proto::v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() },
+                &mut payload,
+            )
+            .expect("a Vec grows");
+            qpq_proto::session::append_session_token(&mut payload, token);
+            Bytes::from(payload)
+        });
+        let each = park(server.server.pid(), server.addr, server.pin, 202, waits.collect()).await?;
+        memory.add("qpq-server", each);
+        let each =
+            park(echo.pid(), echo_addr, server.pin, echo::PARK, vec![Bytes::new(); args.connections]).await?;
+        memory.add("bare echo", each);
+        echo.stop().await?;
+        server.server.stop().await?;
+    }
+    println!("{} connections, each with one call waiting, KiB each", args.connections);
+    memory.print("qpq-server", "bare echo", Wanted::AtMost(1.15));
+    Ok(())
+}
+
+/// KiB that the process grows by for each connection on which one of `calls` waits.
+async fn park(pid: i32, addr: SocketAddr, pin: Pin, method: u16, calls: Vec<Bytes>) -> anyhow::Result<f64> {
+    let endpoint = endpoint(pin)?;
+    // What a server takes for its first clients (buffers, worker threads) is not what each further one costs.
+    let warm = modes::connect_many(&endpoint, addr, 64).await?;
+    drop(warm);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let before = resident(pid)?;
+    let clients = modes::connect_many(&endpoint, addr, calls.len()).await?;
+    let mut waiting = JoinSet::new();
+    for (client, call) in clients.iter().cloned().zip(calls.iter().cloned()) {
+        waiting.spawn(async move { client.exchange(method, call).await.map(drop) });
+    }
+    // Nothing tells from outside that the last one is parked; two seconds are many times what it takes.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let grown = resident(pid)?.saturating_sub(before);
+    anyhow::ensure!(waiting.try_join_next().is_none(), "a waiting call was answered");
+    Ok(grown as f64 / calls.len() as f64 / 1024.0)
+}
+
+async fn login(args: &BenchArgs) -> anyhow::Result<()> {
+    const IN_FLIGHT: usize = 16;
+    let server = start_server().await?;
+    let stage = Stage::set(server.addr, server.pin, IN_FLIGHT * 8, IN_FLIGHT).await?;
+    let mut cpu = Series::default();
+    for _ in 0..args.repeats {
+        let before = cpu_time(server.server.pid())?;
+        let tally = closed_loop(IN_FLIGHT, args.duration(), |i| modes::login(Arc::clone(&stage), i)).await;
+        anyhow::ensure!(tally.failed.is_empty(), "logins: {:?}", tally.failed);
+        let used = cpu_time(server.server.pid())? - before;
+        cpu.add("qpq-server", used.as_secs_f64() * 1e6 / tally.answered as f64);
+        cpu.add("ServerLogin::start", floor::login_start(2_000)?);
+        cpu.add("logins/s", tally.per_second());
+    }
+    println!("Logins, {IN_FLIGHT} in flight, server CPU µs each");
+    cpu.print("qpq-server", "ServerLogin::start", Wanted::AtMost(1.3));
+    cpu.show("logins/s");
+    server.server.stop().await
+}
+
+async fn enqueue(args: &BenchArgs) -> anyhow::Result<()> {
+    const IN_FLIGHT: usize = 256;
+    let mut rate = Series::default();
+    for _ in 0..args.repeats {
+        let server = start_server().await?;
+        let stage = Stage::set(server.addr, server.pin, 64, 64).await?;
+        let payload = Bytes::from(vec![7; 1024]);
+        let before = cpu_time(server.server.pid())?;
+        let tally = closed_loop(IN_FLIGHT, args.duration(), |i| {
+            modes::enqueue(Arc::clone(&stage), i, payload.clone())
+        })
+        .await;
+        anyhow::ensure!(tally.failed.is_empty(), "enqueues: {:?}", tally.failed);
+        rate.add("qpq-server", tally.per_second());
+        rate.add(
+            "qpq-server CPU µs",
+            (cpu_time(server.server.pid())? - before).as_secs_f64() * 1e6 / tally.answered as f64,
+        );
+        let floor = floor::sqlite(server.dir.path(), IN_FLIGHT, 1024, args.duration()).await?;
+        rate.add("bare SQLite", floor.rows_per_second);
+        rate.add("bare SQLite CPU µs", floor.cpu_per_row);
+        server.server.stop().await?;
+    }
+    println!(
+        "Durable Enqueue of 1 KiB over QUIC, {IN_FLIGHT} in flight, beside inserts of {IN_FLIGHT} rows a commit, per second"
+    );
+    rate.print("qpq-server", "bare SQLite", Wanted::AtLeast(0.6));
+    rate.show("qpq-server CPU µs");
+    rate.show("bare SQLite CPU µs");
+    Ok(())
+}
+
+async fn pair(args: &BenchArgs) -> anyhow::Result<()> {
+    let server = start_server().await?;
+    let stage = Stage::set(server.addr, server.pin, 64, 64).await?;
+    let payload = Bytes::from(vec![7; 1024]);
+    // The queues are drained before the pairs begin, or the first would read what this leaves.
+    let peak =
+        closed_loop(256, args.duration(), |i| modes::enqueue(Arc::clone(&stage), i, payload.clone())).await;
+    for i in 0..stage.accounts.len() {
+        while !fetch_all(&stage, i).await? {}
+    }
+    let plan = Plan {
+        mode: Mode::Pair,
+        rate: (peak.per_second() / 4.0).floor(),
+        duration: args.duration() * 2,
+        connections: 64,
+        accounts: 64,
+        payload: 1024,
+    };
+    println!(
+        "Enqueue to FetchWait, at a quarter of the peak of {:.0}/s that Enqueue alone has",
+        peak.per_second()
+    );
+    println!("{}", modes::pair(&plan, Some(server.server.pid()), &stage).await?);
+    server.server.stop().await
+}
+
+/// Drains one page of the account's inbox; whether it was the last.
+async fn fetch_all(stage: &Stage, account: usize) -> anyhow::Result<bool> {
+    let client: &Client = stage.client(account);
+    let request = qpq_proto::v1::FetchRequest::default();
+    let response =
+        client.must::<qpq_proto::methods::Fetch>(&request, Some(&stage.accounts[account].token)).await?;
+    Ok(response.payloads.is_empty())
+}
+
+async fn flatness(args: &BenchArgs) -> anyhow::Result<()> {
+    const TIMES: usize = 4_000;
+    const FEW: usize = 1_000;
+    const READERS: usize = 8;
+    let dir = TempDir::new()?;
+    let few = flat::Subject::with_inboxes(&sub(dir.path(), "few")?, FEW).await?;
+    let many = flat::Subject::with_inboxes(&sub(dir.path(), "many")?, args.inboxes).await?;
+    let (mut enqueue, mut fetch) = (Series::default(), Series::default());
+    for _ in 0..args.repeats {
+        for (name, subject) in [("few", &few), ("many", &many)] {
+            let cost = subject.costs(TIMES, None).await?;
+            enqueue.add(name, cost.enqueue);
+            fetch.add(name, cost.fetch);
+        }
+    }
+    println!("{} inboxes beside {FEW}, CPU µs of an Enqueue", args.inboxes);
+    enqueue.print("many", "few", Wanted::AtMost(1.2));
+    println!("{} inboxes beside {FEW}, CPU µs of a Fetch of one message", args.inboxes);
+    fetch.print("many", "few", Wanted::AtMost(1.2));
+    many.close().await;
+
+    let shallow = flat::Subject::with_inboxes(&sub(dir.path(), "shallow")?, FEW).await?;
+    few.deepen(READERS, 9_400).await?;
+    let (mut enqueue, mut fetch) = (Series::default(), Series::default());
+    for _ in 0..args.repeats {
+        for (name, subject) in [("depth 1", &shallow), ("depth 10 000", &few)] {
+            let cost = subject.costs(TIMES, Some(READERS)).await?;
+            enqueue.add(name, cost.enqueue);
+            fetch.add(name, cost.fetch);
+        }
+    }
+    println!("Queues 10 000 deep beside short ones, CPU µs of an Enqueue");
+    enqueue.print("depth 10 000", "depth 1", Wanted::AtMost(1.2));
+    println!("Queues 10 000 deep beside short ones, CPU µs of a Fetch of one message");
+    fetch.print("depth 10 000", "depth 1", Wanted::AtMost(1.2));
+    few.close().await;
+    shallow.close().await;
+    Ok(())
+}
+
+fn sub(dir: &Path, name: &str) -> anyhow::Result<std::path::PathBuf> {
+    let path = dir.join(name);
+    std::fs::create_dir(&path)?;
+    Ok(path)
+}
+
+// ---- figures ------------------------------------------------------------------
+
+impl BenchArgs {
+    fn duration(&self) -> Duration {
+        Duration::from_secs(self.seconds)
+    }
+}
+
+/// What is wanted of a ratio.
+#[derive(Clone, Copy)]
+enum Wanted {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+/// Measurements by name, in the order in which they were made.
+#[derive(Default)]
+struct Series(BTreeMap<&'static str, Vec<f64>>);
+
+impl Series {
+    fn add(&mut self, name: &'static str, value: f64) {
+        self.0.entry(name).or_default().push(value);
+    }
+
+    fn show(&self, name: &str) {
+        println!("  {name:<20} {}", spread(&self.0[name]));
+    }
+
+    /// Both series and the ratio pair by pair, which holds when the machine's speed drifts.
+    fn print(&self, subject: &str, floor: &str, wanted: Wanted) {
+        self.show(subject);
+        self.show(floor);
+        let ratios: Vec<f64> = self.0[subject].iter().zip(&self.0[floor]).map(|(s, f)| s / f).collect();
+        let median = median(&ratios);
+        let (bound, met) = match wanted {
+            Wanted::AtMost(most) => (format!("≤ {most}"), median <= most),
+            Wanted::AtLeast(least) => (format!("≥ {least}"), median >= least),
+        };
+        println!(
+            "  {:<20} {}   wanted {bound}: {}\n",
+            "ratio",
+            spread(&ratios),
+            if met { "met" } else { "MISSED" }
+        );
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}
+
+fn spread(values: &[f64]) -> String {
+    let (low, high) =
+        values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
+    format!("{:>9.2} [{low:.2} to {high:.2}]", median(values))
+}

@@ -1,0 +1,175 @@
+//! The wire, from the client's side, on bare quinn: connect, and one call a stream.
+
+use std::{
+    net::SocketAddr,
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use prost::Message as _;
+use qpq_proto::{Status, methods::Method};
+use qpq_wire::{Request, Response};
+use quinn::{Connection, Endpoint};
+use rustls::{
+    DigitallySignedStruct, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+};
+use sha2::{Digest as _, Sha256};
+
+/// SHA-256 of the one certificate that is accepted.
+#[derive(Clone, Copy, Debug)]
+pub struct Pin(pub [u8; 32]);
+
+impl FromStr for Pin {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let bytes = hex::decode(text).context("a pin is hexadecimal")?;
+        Ok(Self(bytes.try_into().map_err(|_| anyhow::anyhow!("a pin is 32 bytes"))?))
+    }
+}
+
+/// One connection. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Client {
+    connection: Connection,
+    next_id: Arc<AtomicU32>,
+}
+
+/// What a call came to when it was not answered Ok.
+#[derive(Debug)]
+pub struct Refused {
+    pub status: u8,
+    pub code: String,
+}
+
+/// A UDP socket from which any number of connections go out.
+pub fn endpoint(pin: Pin) -> anyhow::Result<Endpoint> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let mut tls = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Pinned { pin, provider }))
+        .with_no_client_auth();
+    tls.alpn_protocols = vec![b"qpq".to_vec()];
+    let mut transport = quinn::TransportConfig::default();
+    transport
+        .max_concurrent_uni_streams(4_u32.into())
+        .keep_alive_interval(Some(Duration::from_secs(15)))
+        .max_idle_timeout(Some(Duration::from_secs(60).try_into()?));
+    let mut config =
+        quinn::ClientConfig::new(Arc::new(quinn::crypto::rustls::QuicClientConfig::try_from(tls)?));
+    config.transport_config(Arc::new(transport));
+    let mut endpoint = Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+    endpoint.set_default_client_config(config);
+    Ok(endpoint)
+}
+
+impl Client {
+    pub async fn connect(endpoint: &Endpoint, server: SocketAddr) -> anyhow::Result<Self> {
+        let connection = endpoint.connect(server, "localhost")?.await.context("cannot connect")?;
+        Ok(Self { connection, next_id: Arc::new(AtomicU32::new(1)) })
+    }
+
+    /// Ends the connection; answers that have arrived whole can still be read.
+    pub fn close(&self) {
+        self.connection.close(0_u32.into(), b"");
+    }
+
+    /// One frame there, one back.
+    pub async fn exchange(&self, method_id: u16, payload: Bytes) -> anyhow::Result<Response> {
+        let request_id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (mut send, mut recv) = self.connection.open_bi().await?;
+        send.write_chunk(Request { method_id, request_id, payload }.encode()?).await?;
+        send.finish()?;
+        let answer = recv.read_to_end(qpq_wire::MAX_PAYLOAD as usize + 9).await?;
+        let response = Response::decode(answer.into())?;
+        if response.request_id != request_id {
+            bail!("the answer to another request");
+        }
+        Ok(response)
+    }
+
+    /// A call of a method; with `token`, in that session.
+    pub async fn call<M: Method>(
+        &self,
+        request: &M::Request,
+        token: Option<&[u8]>,
+    ) -> anyhow::Result<Result<M::Response, Refused>> {
+        let mut payload = request.encode_to_vec();
+        if let Some(token) = token {
+            qpq_proto::session::append_session_token(&mut payload, token);
+        }
+        let response = self.exchange(M::INFO.id, payload.into()).await?;
+        if response.status == u8::from(Status::Ok) {
+            return Ok(Ok(M::Response::decode(response.payload)?));
+        }
+        let detail = qpq_proto::v1::ErrorDetail::decode(response.payload).unwrap_or_default();
+        Ok(Err(Refused { status: response.status, code: detail.code }))
+    }
+
+    /// A call that must be answered Ok.
+    pub async fn must<M: Method>(
+        &self,
+        request: &M::Request,
+        token: Option<&[u8]>,
+    ) -> anyhow::Result<M::Response> {
+        match self.call::<M>(request, token).await? {
+            Ok(response) => Ok(response),
+            Err(Refused { status, code }) => bail!("{} answered {status} {code}", M::INFO.name),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Pinned {
+    pin: Pin,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if Sha256::digest(end_entity.as_ref())[..] == self.pin.0 {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(rustls::Error::General("the certificate is not the pinned one".into()))
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
