@@ -40,8 +40,8 @@ pub enum DataDirError {
         "{path} is damaged: it has {found} bytes instead of {expected}. Restore it from a backup. {if_lost}"
     )]
     Damaged { path: PathBuf, found: usize, expected: usize, if_lost: &'static str },
-    #[error("{path} cannot be made: {source}")]
-    Make { path: PathBuf, source: anyhow::Error },
+    #[error("{path} was removed while the server was starting; start it again")]
+    Gone { path: PathBuf },
 }
 
 impl DataDir {
@@ -58,37 +58,41 @@ impl DataDir {
         &self.0
     }
 
-    /// The secret in `file`; if there is none, one from `make`, written with mode 0600 and durable when this returns.
-    pub fn secret(
-        &self,
-        file: SecretFile,
-        make: impl FnOnce() -> anyhow::Result<Zeroizing<Vec<u8>>>,
-    ) -> Result<Zeroizing<Vec<u8>>, DataDirError> {
+    /// The secret in `file`, if there is one.
+    pub fn read_secret(&self, file: SecretFile) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
         let path = self.0.join(file.name);
         let secret = match fs::read(&path) {
-            Ok(secret) => {
-                warn_if_shared(&path);
-                Zeroizing::new(secret)
-            }
-            Err(source) if source.kind() == io::ErrorKind::NotFound => {
-                let secret = make().map_err(|source| DataDirError::Make { path: path.clone(), source })?;
-                write_secret(&path, &secret)
-                    .map_err(|source| DataDirError::Write { path: path.clone(), source })?;
-                secret
-            }
+            Ok(secret) => Zeroizing::new(secret),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(DataDirError::Read { path, source }),
         };
+        warn_if_shared(&path);
         if secret.len() == file.length {
-            return Ok(secret);
+            return Ok(Some(secret));
         }
         let SecretFile { length: expected, if_lost, .. } = file;
         Err(DataDirError::Damaged { path, found: secret.len(), expected, if_lost })
     }
+
+    /// The secret in `file`; if there is none, one from `make`, written with mode 0600 and durable when this returns. Of
+    /// several processes that make one at a time all get the same.
+    pub fn secret(
+        &self,
+        file: SecretFile,
+        make: impl FnOnce() -> Zeroizing<Vec<u8>>,
+    ) -> Result<Zeroizing<Vec<u8>>, DataDirError> {
+        if let Some(secret) = self.read_secret(file)? {
+            return Ok(secret);
+        }
+        let path = self.0.join(file.name);
+        write_new(&path, &make()).map_err(|source| DataDirError::Write { path: path.clone(), source })?;
+        self.read_secret(file)?.ok_or(DataDirError::Gone { path })
+    }
 }
 
-/// Writes a file that only its owner may read, so that after a crash it is there whole or not at all.
-pub fn write_secret(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let temporary = path.with_added_extension("new");
+/// Writes a file that only its owner may read, unless one is there. After a crash it is there whole or not at all.
+fn write_new(path: &Path, contents: &[u8]) -> io::Result<()> {
+    let temporary = path.with_added_extension(format!("{}.new", std::process::id()));
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -96,7 +100,18 @@ pub fn write_secret(path: &Path, contents: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
     file.write_all(contents)?;
     file.sync_all()?;
-    fs::rename(&temporary, path)?;
+    // A link, because a rename would replace what another process has made since we looked.
+    let linked = fs::hard_link(&temporary, path);
+    let named = match linked {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(_) => fs::rename(&temporary, path),
+        Ok(()) => Ok(()),
+    };
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    named?;
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(directory)?.sync_all()
 }
@@ -118,8 +133,8 @@ mod tests {
 
     const KEY: SecretFile = SecretFile { name: "key.bin", length: 4, if_lost: "Without it all is lost." };
 
-    fn made(bytes: &[u8]) -> anyhow::Result<Zeroizing<Vec<u8>>> {
-        Ok(Zeroizing::new(bytes.to_vec()))
+    fn made(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
+        Zeroizing::new(bytes.to_vec())
     }
 
     #[test]
@@ -146,12 +161,26 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_that_came_meanwhile_is_never_replaced() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = DataDir::create(parent.path()).unwrap();
+        let meanwhile = || {
+            fs::write(dir.path().join("key.bin"), b"them").unwrap();
+            made(b"mine")
+        };
+        assert_eq!(*dir.secret(KEY, meanwhile).unwrap(), b"them");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
     fn what_a_crash_left_half_written_is_replaced() {
         let parent = tempfile::tempdir().unwrap();
         let dir = DataDir::create(parent.path()).unwrap();
-        fs::write(dir.path().join("key.bin.new"), b"a").unwrap();
+        let left = dir.path().join(format!("key.bin.{}.new", std::process::id()));
+        fs::write(&left, b"a").unwrap();
+        assert!(dir.read_secret(KEY).unwrap().is_none());
         assert_eq!(*dir.secret(KEY, || made(b"abcd")).unwrap(), b"abcd");
-        assert!(!dir.path().join("key.bin.new").exists());
+        assert!(!left.exists());
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod tests;
 use std::{ffi::OsString, fmt, path::PathBuf};
 
 use figment::Figment;
+pub use figment::value::Value;
 
 pub use docs::markdown;
 pub use leaf::{Choice, Leaf, ListenOn, Size};
