@@ -1,1 +1,52 @@
-//! (being written)
+//! The client's side of quicproquo, for programs: [`Client`] makes typed calls over a connection that it keeps up,
+//! [`Messenger`] is a whole encrypted messenger on top of it, with its state on disk.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), qpq_client::Error> {
+//! use qpq_client::{Messenger, Options, Password, Trust, Username};
+//!
+//! let options = Options::new("localhost:5001", Trust::FirstUse);
+//! let alice = Username::parse("alice").expect("a name");
+//! let messenger =
+//!     Messenger::register("profiles/alice".as_ref(), options, &alice, &Password::from("…"), None).await?;
+//! let bob = messenger.conversation_with(&Username::parse("bob").expect("a name")).await?;
+//! messenger.send(bob, "hello").await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What survives what
+//!
+//! Everything that is received or sent is on disk, encrypted, before it is acknowledged to the server or leaves the machine.
+//! A crash or a dropped future at any point loses nothing and shows nothing twice; a message that could not be sent yet is
+//! sent, under the same id, by whatever runs next ([`Messenger::flush`], [`Messenger::receive`], [`Messenger::listen`]).
+
+mod backoff;
+mod call;
+mod client;
+mod error;
+mod link;
+mod messenger;
+mod opaque;
+mod options;
+mod profile;
+mod safety;
+mod secret;
+
+pub use backoff::Backoff;
+pub use client::{Client, LogoutScope, PendingRegistration, Registered, Session};
+pub use error::{AuthError, CallError, ConnectError, Error, ProfileError, ServerError};
+pub use link::ConnectionEvent;
+pub use messenger::{
+    Conversation, ConversationId, ConversationKind, Delivery, Entry, EntryId, Event, Listener,
+    MAX_GROUP_NAME, MAX_TEXT, Membership, Messenger, Outcome, Person, Sent, Standing,
+};
+pub use options::{DEFAULT_PORT, Options, Trust};
+pub use profile::{Profile, Status as ProfileStatus};
+pub use safety::{fingerprint, safety_number};
+pub use secret::{ExportKey, Password};
+
+pub use qpq_domain::{IdentityKey, Seq, SessionToken, UnixMillis, Username};
+pub use qpq_mls::{GroupId, Identity, vault::VaultKey};
+pub use qpq_proto::{Status, methods, v1};
+pub use qpq_transport::Fingerprint;

@@ -1,0 +1,149 @@
+//! One call as bytes: the request with its session token, the answer as a message or a [`ServerError`], how long it may
+//! take, and whether it may be made twice.
+
+use std::{any::Any, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use prost::Message as _;
+use qpq_domain::SessionToken;
+use qpq_proto::{
+    AuthKind, DeadlineClass, Method, Status,
+    session::append_session_token,
+    v1::{BatchEnqueueRequest, EnqueueRequest, ErrorDetail, FetchWaitRequest, OpaqueLoginFinishRequest},
+};
+
+use crate::error::{CallError, ServerError};
+
+/// How much longer than the server the client waits, so that the server's own answer to a late call arrives.
+const GRACE: Duration = Duration::from_secs(2);
+/// What FetchWait waits when the request names no time, and the most that it waits.
+const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+const MAX_WAIT: Duration = Duration::from_secs(60);
+
+/// Room for field 15: its key, its length, the token.
+const TOKEN_ROOM: usize = 2 + SessionToken::LEN;
+
+/// The request's bytes, with the session token where the method wants a session and there is one.
+pub(crate) fn encode<M: Method>(
+    request: &M::Request,
+    token: Option<&SessionToken>,
+) -> Result<Bytes, CallError> {
+    let token = token.filter(|_| M::INFO.auth != AuthKind::Anonymous);
+    let mut payload = BytesMut::with_capacity(request.encoded_len() + TOKEN_ROOM);
+    request.encode(&mut payload).expect("the buffer grows as needed");
+    if let Some(token) = token {
+        append_session_token(&mut payload, token.expose());
+    }
+    let max = qpq_wire::MAX_PAYLOAD as usize;
+    if payload.len() > max {
+        return Err(CallError::TooLarge { size: payload.len(), max });
+    }
+    Ok(payload.freeze())
+}
+
+/// What a response frame says.
+pub(crate) fn decode<M: Method>(status: u8, payload: Bytes) -> Result<M::Response, CallError> {
+    match Status::from(status) {
+        Status::Ok => M::Response::decode(payload).map_err(|_| CallError::Malformed { method: M::INFO.name }),
+        status => Err(ServerError::new(status, ErrorDetail::from_payload(&payload)).into()),
+    }
+}
+
+/// How long the answer to one try may take.
+pub(crate) fn time_limit<M: Method>(request: &M::Request) -> Duration {
+    let asked = match (request as &dyn Any).downcast_ref::<FetchWaitRequest>() {
+        Some(FetchWaitRequest { timeout_ms: 0, .. }) => DEFAULT_WAIT,
+        Some(request) => Duration::from_millis(request.timeout_ms).min(MAX_WAIT),
+        None => Duration::ZERO,
+    };
+    debug_assert!(asked.is_zero() || M::INFO.deadline == DeadlineClass::Wait);
+    M::INFO.deadline.duration(asked) + GRACE
+}
+
+/// Whether a call that may have had its effect can be made once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Repeat {
+    Safe,
+    /// It would act twice, or is bound to the connection it was made on.
+    Unsafe,
+}
+
+/// The protocol makes every method safe to repeat, but a message needs its id for that, and a login its connection.
+pub(crate) fn repeat<R: Any>(request: &R) -> Repeat {
+    let request: &dyn Any = request;
+    let is_safe = if let Some(enqueue) = request.downcast_ref::<EnqueueRequest>() {
+        !enqueue.message_id.is_empty()
+    } else if let Some(batch) = request.downcast_ref::<BatchEnqueueRequest>() {
+        let all_named = batch.messages.iter().all(|message| !message.message_id.is_empty());
+        // A repeated commit would be refused as stale although the first was accepted.
+        let is_named = if batch.messages.is_empty() { !batch.message_id.is_empty() } else { all_named };
+        is_named && !batch.commit
+    } else {
+        !request.is::<OpaqueLoginFinishRequest>()
+    };
+    if is_safe { Repeat::Safe } else { Repeat::Unsafe }
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_proto::{methods, v1};
+
+    use super::*;
+
+    #[test]
+    fn the_token_goes_into_field_15_of_what_needs_a_session_alone() {
+        let token = SessionToken::new([9; 32]);
+        let request = v1::EnqueueRequest { payload: Bytes::from_static(b"hi"), ..Default::default() };
+        let bytes = encode::<methods::Enqueue>(&request, Some(&token)).unwrap();
+        let back = v1::EnqueueRequest::decode(bytes).unwrap();
+        assert_eq!((&back.payload[..], &back.session_token[..]), (&b"hi"[..], &[9; 32][..]));
+        assert!(encode::<methods::Health>(&v1::HealthRequest {}, Some(&token)).unwrap().is_empty());
+        assert!(!encode::<methods::Enqueue>(&request, None).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_no_frame_can_carry_is_refused_here() {
+        let max = qpq_wire::MAX_PAYLOAD as usize;
+        let of = |len| v1::EnqueueRequest { payload: vec![0; len].into(), ..Default::default() };
+        assert!(encode::<methods::Enqueue>(&of(max - 16), None).is_ok());
+        let refused = encode::<methods::Enqueue>(&of(max), None).err();
+        assert!(matches!(refused, Some(CallError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn a_refusal_keeps_what_the_server_said() {
+        let detail = ErrorDetail::new("delivery.queue_full", "The inbox is full.")
+            .with_retry_after(Duration::from_secs(1))
+            .with_field("recipient_key");
+        let answer = decode::<methods::Enqueue>(5, detail.encode_to_vec().into()).unwrap_err();
+        let CallError::Server(error) = answer else { panic!("{answer:?}") };
+        assert_eq!((error.status, error.code.as_str()), (Status::RateLimited, "delivery.queue_full"));
+        assert_eq!(error.retry_after, Some(Duration::from_secs(1)));
+        assert_eq!(error.field.as_deref(), Some("recipient_key"));
+    }
+
+    #[test]
+    fn only_a_wait_takes_the_time_it_asks_for() {
+        let wait = |timeout_ms| {
+            time_limit::<methods::FetchWait>(&v1::FetchWaitRequest { timeout_ms, ..Default::default() })
+        };
+        assert_eq!(wait(0), Duration::from_secs(37));
+        assert_eq!(wait(1_000), Duration::from_secs(8));
+        assert_eq!(wait(u64::MAX), Duration::from_secs(67));
+        assert_eq!(time_limit::<methods::Health>(&v1::HealthRequest {}), Duration::from_secs(7));
+    }
+
+    #[test]
+    fn a_message_without_an_id_is_never_sent_twice() {
+        let named = v1::EnqueueRequest { message_id: vec![1; 16].into(), ..Default::default() };
+        let unnamed = v1::EnqueueRequest::default();
+        assert_eq!(repeat(&named), Repeat::Safe);
+        assert_eq!(repeat(&unnamed), Repeat::Unsafe);
+        let list = |messages| v1::BatchEnqueueRequest { messages, ..Default::default() };
+        assert_eq!(repeat(&list(vec![named.clone()])), Repeat::Safe);
+        assert_eq!(repeat(&list(vec![named, unnamed])), Repeat::Unsafe);
+        assert_eq!(repeat(&v1::BatchEnqueueRequest::default()), Repeat::Unsafe);
+        assert_eq!(repeat(&v1::OpaqueLoginFinishRequest::default()), Repeat::Unsafe);
+        assert_eq!(repeat(&v1::PeekRequest::default()), Repeat::Safe);
+    }
+}

@@ -1,0 +1,358 @@
+//! The client without any encryption of messages: typed calls that reconnect and retry, registration, login, logout.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _};
+use parking_lot::RwLock;
+use qpq_domain::{IdentityKey, SessionToken, UnixMillis, Username};
+use qpq_mls::Identity;
+use qpq_proto::{Event, Method, Status, methods, v1};
+use qpq_transport::Fingerprint;
+use rand::rngs::OsRng;
+use tokio::{
+    sync::watch,
+    task::{JoinError, spawn_blocking},
+    time::{Instant, sleep},
+};
+
+use crate::{
+    call::{self, Repeat},
+    error::{AuthError, CallError, ConnectError},
+    link::{ConnectionEvent, Failure, Link, Live},
+    opaque::{Login, OpaqueError, Registration},
+    options::Options,
+    secret::{ExportKey, Password},
+};
+
+/// No try is given less than this, or the last one before patience ends would be in vain.
+const SHORTEST_TRY: Duration = Duration::from_secs(1);
+
+/// A connection to one server, kept up. Cheap to clone; all clones share the connection and the session.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: Options,
+    link: Link,
+    token: RwLock<Option<SessionToken>>,
+}
+
+/// What a login gives. The client it was made with uses the token by itself.
+#[derive(Debug, Clone)]
+pub struct Session {
+    pub token: SessionToken,
+    /// When the session ends unless it is used; `None` if the server does not say.
+    pub expires_at: Option<UnixMillis>,
+    pub export_key: ExportKey,
+}
+
+/// What a registration gives.
+#[derive(Debug, Clone)]
+pub struct Registered {
+    /// The same that every login will give.
+    pub export_key: ExportKey,
+}
+
+/// A registration of which nothing is on the server yet: what is derived from `export_key` can be saved before
+/// [`Client::finish_registration`] makes it final.
+#[derive(Debug)]
+pub struct PendingRegistration {
+    username: Username,
+    upload: Bytes,
+    pub export_key: ExportKey,
+}
+
+/// Which sessions a logout ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogoutScope {
+    ThisSession,
+    EverySession,
+}
+
+impl Client {
+    /// A client that connects when it is first used.
+    ///
+    /// # Errors
+    /// [`ConnectError::Misconfigured`]: the address or the trust material cannot be used.
+    pub fn new(options: Options) -> Result<Self, ConnectError> {
+        let link = Link::new(&options)?;
+        Ok(Self { shared: Arc::new(Shared { options, link, token: RwLock::default() }) })
+    }
+
+    pub fn options(&self) -> &Options {
+        &self.shared.options
+    }
+
+    /// Connects, unless there is a connection, and answers the server's fingerprint. Other calls connect by themselves.
+    pub async fn connect(&self) -> Result<Fingerprint, CallError> {
+        let live = self.shared.link.live(self.patience()).await?;
+        Ok(live.connection().fingerprint())
+    }
+
+    /// How the connection is doing, now and from now on.
+    pub fn connection_events(&self) -> watch::Receiver<ConnectionEvent> {
+        self.shared.link.events()
+    }
+
+    /// Tells the server goodbye. The client can be used again.
+    pub async fn close(&self) {
+        self.shared.link.close().await;
+    }
+
+    /// The session that calls use, if any.
+    pub fn session(&self) -> Option<SessionToken> {
+        self.shared.token.read().clone()
+    }
+
+    /// Uses this session from now on.
+    pub fn set_session(&self, token: Option<SessionToken>) {
+        *self.shared.token.write() = token;
+    }
+
+    /// Calls a method: `client.call::<methods::Health>(HealthRequest {})`.
+    ///
+    /// The session token is added to what needs a session. Lost connections are made anew and retryable refusals tried
+    /// again, for as long as [`Options::patience`] allows. What would act twice is not repeated: an Enqueue or
+    /// BatchEnqueue without message ids, a commit, OpaqueLoginFinish.
+    pub async fn call<M: Method>(&self, request: M::Request) -> Result<M::Response, CallError> {
+        let payload = call::encode::<M>(&request, self.shared.token.read().as_ref())?;
+        let repeat = call::repeat(&request);
+        let until = self.patience();
+        let mut limit = call::time_limit::<M>(&request);
+        let mut failures = 0;
+        loop {
+            let live = self.shared.link.live(until).await?;
+            let error = match exchange::<M>(&live, payload.clone(), limit).await {
+                Ok(response) => return Ok(response),
+                Err(error) => error,
+            };
+            if !may_retry(&error, repeat) {
+                return Err(error);
+            }
+            failures += 1;
+            if !self.pause(&error, failures, until).await {
+                return Err(error);
+            }
+            limit = limit.min(until.saturating_duration_since(Instant::now()).max(SHORTEST_TRY));
+        }
+    }
+
+    /// Registers an account. The password never leaves this machine; `identity` signs to prove that it is ours.
+    pub async fn register(
+        &self,
+        username: &Username,
+        password: &Password,
+        identity: &Identity,
+        invite: Option<&str>,
+    ) -> Result<Registered, AuthError> {
+        let pending = self.begin_registration(username, password).await?;
+        self.finish_registration(&pending, identity, invite).await?;
+        Ok(Registered { export_key: pending.export_key })
+    }
+
+    /// Does everything of a registration that leaves no trace on the server.
+    pub async fn begin_registration(
+        &self,
+        username: &Username,
+        password: &Password,
+    ) -> Result<PendingRegistration, AuthError> {
+        let (state, request) = Registration::start(password);
+        let answer = self
+            .call::<methods::OpaqueRegisterStart>(v1::OpaqueRegisterStartRequest {
+                username: username.to_string(),
+                request: request.into(),
+            })
+            .await
+            .map_err(AuthError::from_call)?;
+        let password = password.clone();
+        let (upload, export_key) = blocking(move || state.finish(&password, &answer.response))
+            .await
+            .map_err(|_| malformed::<methods::OpaqueRegisterStart>())?;
+        Ok(PendingRegistration { username: username.clone(), upload: upload.into(), export_key })
+    }
+
+    /// Makes the account. May be repeated with the same registration and identity.
+    pub async fn finish_registration(
+        &self,
+        pending: &PendingRegistration,
+        identity: &Identity,
+        invite: Option<&str>,
+    ) -> Result<(), AuthError> {
+        let proof = identity.sign(&IdentityKey::registration_message(&pending.username, &pending.upload));
+        self.call::<methods::OpaqueRegisterFinish>(v1::OpaqueRegisterFinishRequest {
+            username: pending.username.to_string(),
+            upload: pending.upload.clone(),
+            identity_key: identity.public().as_bytes().to_vec().into(),
+            identity_proof: proof.to_vec().into(),
+            invite: invite.unwrap_or_default().to_owned(),
+        })
+        .await
+        .map_err(AuthError::from_call)?;
+        Ok(())
+    }
+
+    /// Logs in; the client uses the session from then on.
+    pub async fn login(&self, username: &Username, password: &Password) -> Result<Session, AuthError> {
+        let until = self.patience();
+        let mut failures = 0;
+        // Both calls belong to one connection: when that is lost between them, both are made again.
+        let session = loop {
+            let live = self.shared.link.live(until).await?;
+            let error = match log_in_on(&live, username, password).await {
+                Ok(session) => break session,
+                Err(AuthError::Call(error)) if error.is_temporary() => error,
+                Err(error) => return Err(error),
+            };
+            failures += 1;
+            if !self.pause(&error, failures, until).await {
+                return Err(error.into());
+            }
+        };
+        self.set_session(Some(session.token.clone()));
+        Ok(session)
+    }
+
+    /// Ends the session, or every session of the account; answers how many ended. The client has none from then on.
+    pub async fn logout(&self, scope: LogoutScope) -> Result<u32, CallError> {
+        let request =
+            v1::LogoutRequest { all_sessions: scope == LogoutScope::EverySession, ..Default::default() };
+        let revoked = self.call::<methods::Logout>(request).await?.revoked;
+        self.set_session(None);
+        Ok(revoked)
+    }
+
+    /// Ends another session than the one in use.
+    pub(crate) async fn end_session(&self, token: SessionToken) -> Result<(), CallError> {
+        let request = v1::LogoutRequest::default();
+        let payload = call::encode::<methods::Logout>(&request, Some(&token))?;
+        let live = self.shared.link.live(self.patience()).await?;
+        exchange::<methods::Logout>(&live, payload, call::time_limit::<methods::Logout>(&request))
+            .await
+            .map(drop)
+    }
+
+    /// Moves to a new connection, if one can be had; calls under way end on the old one.
+    pub(crate) async fn renew(&self) {
+        self.shared.link.renew().await;
+    }
+
+    pub async fn health(&self) -> Result<v1::HealthResponse, CallError> {
+        self.call::<methods::Health>(v1::HealthRequest {}).await
+    }
+
+    /// Asks for the server's events and gives them as they come, until the connection is lost. `None`: the server has no
+    /// such method.
+    pub(crate) async fn subscribe(
+        &self,
+    ) -> Result<Option<impl Stream<Item = Event> + Send + use<>>, CallError> {
+        let live = self.shared.link.live(self.patience()).await?;
+        let request = v1::SubscribeRequest { all_channels: true, ..Default::default() };
+        let payload = call::encode::<methods::Subscribe>(&request, self.shared.token.read().as_ref())?;
+        let events = live.connection().events();
+        let limit = call::time_limit::<methods::Subscribe>(&request);
+        match exchange::<methods::Subscribe>(&live, payload, limit).await {
+            Ok(_) => {}
+            Err(CallError::Server(error)) if error.status == Status::UnknownMethod => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        let decoded = events
+            .take_while(|event| std::future::ready(event.is_ok()))
+            .filter_map(|event| std::future::ready(event.ok()))
+            .filter_map(|(event_type, payload)| {
+                std::future::ready(Event::decode(event_type, payload).ok().flatten())
+            });
+        Ok(Some(decoded))
+    }
+
+    fn patience(&self) -> Instant {
+        Instant::now() + self.shared.options.patience
+    }
+
+    /// Waits before another try; answers whether there is time for one.
+    async fn pause(&self, error: &CallError, failures: u32, until: Instant) -> bool {
+        let asked = error.server().and_then(|error| error.retry_after);
+        // A lost connection is not waited for here: the link does that.
+        let own = match error {
+            CallError::Lost { .. } if failures == 1 => Duration::ZERO,
+            _ => self.shared.options.backoff.delay(failures, &mut OsRng),
+        };
+        let pause = asked.unwrap_or_default() + own;
+        if Instant::now() + pause >= until {
+            return false;
+        }
+        sleep(pause).await;
+        true
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("options", &self.shared.options).finish_non_exhaustive()
+    }
+}
+
+fn may_retry(error: &CallError, repeat: Repeat) -> bool {
+    match (error, repeat) {
+        // These two say that nothing was done.
+        (CallError::Server(error), Repeat::Unsafe) => {
+            matches!(error.status, Status::RateLimited | Status::Unavailable)
+        }
+        (_, Repeat::Unsafe) => false,
+        (error, Repeat::Safe) => error.is_temporary(),
+    }
+}
+
+async fn exchange<M: Method>(live: &Live, payload: Bytes, limit: Duration) -> Result<M::Response, CallError> {
+    let method = M::INFO.name;
+    match live.exchange(M::INFO.id, payload, limit).await {
+        Ok((status, payload)) => call::decode::<M>(status, payload),
+        Err(Failure::TimedOut) => Err(CallError::TimedOut { method }),
+        Err(Failure::Lost) => Err(CallError::Lost { method }),
+        Err(Failure::Malformed) => Err(CallError::Malformed { method }),
+    }
+}
+
+async fn log_in_on(live: &Live, username: &Username, password: &Password) -> Result<Session, AuthError> {
+    let (state, request) = Login::start(password);
+    let start = v1::OpaqueLoginStartRequest { username: username.to_string(), request: request.into() };
+    let answer = once::<methods::OpaqueLoginStart>(live, &start).await?;
+    let password = password.clone();
+    let (finalization, export_key) =
+        blocking(move || state.finish(&password, &answer.response)).await.map_err(|error| match error {
+            OpaqueError::WrongPassword => AuthError::WrongPassword,
+            OpaqueError::Malformed => malformed::<methods::OpaqueLoginStart>(),
+        })?;
+    let finish = v1::OpaqueLoginFinishRequest {
+        username: username.to_string(),
+        finalization: finalization.into(),
+        ..Default::default()
+    };
+    let answer = once::<methods::OpaqueLoginFinish>(live, &finish).await?;
+    let token = SessionToken::try_from(&answer.session_token[..])
+        .map_err(|_| malformed::<methods::OpaqueLoginFinish>())?;
+    let expires_at = (answer.expires_at > 0).then_some(UnixMillis(answer.expires_at));
+    Ok(Session { token, expires_at, export_key })
+}
+
+/// One try on one connection, of a method without session.
+async fn once<M: Method>(live: &Live, request: &M::Request) -> Result<M::Response, AuthError> {
+    let payload = call::encode::<M>(request, None)?;
+    exchange::<M>(live, payload, call::time_limit::<M>(request)).await.map_err(AuthError::from_call)
+}
+
+fn malformed<M: Method>() -> AuthError {
+    CallError::Malformed { method: M::INFO.name }.into()
+}
+
+/// Runs what keeps a core busy for tens of milliseconds where it blocks nothing else.
+pub(crate) async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> R {
+    match spawn_blocking(work).await.map_err(JoinError::try_into_panic) {
+        Ok(result) => result,
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        // The runtime is shutting down, and this future with it.
+        Err(Err(_)) => std::future::pending().await,
+    }
+}

@@ -1,0 +1,218 @@
+//! Everything that can go wrong, by what the caller can do about it.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use qpq_domain::{IdentityKey, Username};
+use qpq_proto::{Status, v1::ErrorDetail};
+use qpq_transport::Fingerprint;
+
+/// Why a call gave no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CallError {
+    /// The server answered, and refused.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    /// The other side is not the server we trust, or not one that we can talk to. Trying again would not help.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// No connection for as long as [`Options::patience`](crate::Options::patience) allows.
+    #[error("no connection to {server} for {} s: {reason}", waited.as_secs())]
+    Unreachable { server: String, waited: Duration, reason: String },
+    /// Connected, but no answer in time.
+    #[error("{method} was not answered in time")]
+    TimedOut { method: &'static str },
+    /// The connection was lost, and the call may or may not have had its effect.
+    #[error("the connection was lost during {method}")]
+    Lost { method: &'static str },
+    /// The request is larger than a frame may be. Nothing was sent.
+    #[error("the request has {size} bytes, at most {max} fit")]
+    TooLarge { size: usize, max: usize },
+    /// The server's answer is not what the protocol says.
+    #[error("the server's answer to {method} is malformed")]
+    Malformed { method: &'static str },
+}
+
+impl CallError {
+    /// The server's refusal, if this is one.
+    pub fn server(&self) -> Option<&ServerError> {
+        match self {
+            Self::Server(error) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Whether the server refused with this code, e.g. `delivery.no_such_recipient`.
+    pub fn is_code(&self, code: &str) -> bool {
+        self.server().is_some_and(|error| error.code == code)
+    }
+
+    /// Whether there is no session, or it has ended: log in.
+    pub fn is_unauthorized(&self) -> bool {
+        self.server().is_some_and(|error| error.status == Status::Unauthorized)
+    }
+
+    /// Whether the same call may succeed later, without anyone changing anything.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Self::Server(error) => error.status.is_retryable(),
+            Self::Unreachable { .. } | Self::TimedOut { .. } | Self::Lost { .. } => true,
+            Self::Connect(_) | Self::TooLarge { .. } | Self::Malformed { .. } => false,
+        }
+    }
+}
+
+/// A server's refusal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerError {
+    pub status: Status,
+    /// Stable, dotted by area: what programs switch on. Empty when the server gave none.
+    pub code: String,
+    /// An English sentence. It is the server's: show it as such.
+    pub message: String,
+    /// How long to wait before another try, where the server said so.
+    pub retry_after: Option<Duration>,
+    /// The request's field that was refused, by its name in the protocol.
+    pub field: Option<String>,
+}
+
+impl ServerError {
+    pub(crate) fn new(status: Status, detail: ErrorDetail) -> Self {
+        Self {
+            status,
+            retry_after: detail.retry_after(),
+            code: detail.code,
+            message: detail.message,
+            field: Some(detail.field).filter(|field| !field.is_empty()),
+        }
+    }
+}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the server answered {}", self.status.name())?;
+        if !self.code.is_empty() {
+            write!(f, " ({})", self.code)?;
+        }
+        if !self.message.is_empty() {
+            write!(f, ": {}", self.message)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ServerError {}
+
+/// Why there can be no connection, however often it is tried.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConnectError {
+    /// The server has another certificate than the one that was pinned.
+    #[error(
+        "the server's certificate has changed: expected fingerprint {expected}, got {seen}; \
+         if its operator confirms the new one, pin it, otherwise somebody is in between"
+    )]
+    PinMismatch { expected: Fingerprint, seen: Fingerprint },
+    /// The server's certificate is not for its name, or not issued by anyone we trust.
+    #[error("the server's certificate is not trusted: {reason}")]
+    Untrusted { reason: String },
+    /// The other side does not speak our protocol.
+    #[error("the other side does not speak qpq: {reason}")]
+    NotQpq { reason: String },
+    /// The given address or trust material cannot be used.
+    #[error("{reason}")]
+    Misconfigured { reason: String },
+}
+
+/// Why a registration or a login failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum AuthError {
+    /// Login: the password is wrong or the user does not exist; the protocol does not tell which.
+    #[error("wrong username or password")]
+    WrongPassword,
+    #[error("the username is taken")]
+    UsernameTaken,
+    #[error("the identity key is already registered")]
+    IdentityTaken,
+    #[error("the account is banned")]
+    Banned,
+    #[error(transparent)]
+    Call(#[from] CallError),
+}
+
+impl AuthError {
+    /// Gives the refusals of methods 100 to 103 their names.
+    pub(crate) fn from_call(error: CallError) -> Self {
+        match error.server().map(|server| server.code.as_str()) {
+            Some("auth.failed") => Self::WrongPassword,
+            Some("auth.username_taken") => Self::UsernameTaken,
+            Some("auth.identity_taken") => Self::IdentityTaken,
+            Some("auth.banned") => Self::Banned,
+            _ => Self::Call(error),
+        }
+    }
+}
+
+/// Why the messenger could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Auth(#[from] AuthError),
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    /// The server knows nobody of this name.
+    #[error("there is no user {0}")]
+    NoSuchUser(Username),
+    /// The user has published no keys to start a conversation with.
+    #[error("{0} cannot be reached yet: no keys published; they have to log in once")]
+    NoKeys(Username),
+    /// The directory gives another key for a name than before. Compare safety numbers before going on.
+    #[error("the identity key of {username} has changed; compare safety numbers before you write to them")]
+    IdentityChanged { username: Username, known: IdentityKey, now: IdentityKey },
+    #[error("there is no such conversation")]
+    NoSuchConversation,
+    #[error("a message has at most {max} bytes, this one has {size}")]
+    TextTooLong { size: usize, max: usize },
+    #[error("a group's name has 1 to {max} bytes, this one has {size}")]
+    GroupName { size: usize, max: usize },
+    /// What MLS does not allow (only a group's maker changes its members), or a key package that cannot be used.
+    #[error(transparent)]
+    Mls(#[from] qpq_mls::Error),
+}
+
+impl Error {
+    /// The failed call, if it was one.
+    pub fn call(&self) -> Option<&CallError> {
+        match self {
+            Self::Call(error) | Self::Auth(AuthError::Call(error)) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Whether the session has ended: unlock the profile with its password again.
+    pub fn is_unauthorized(&self) -> bool {
+        self.call().is_some_and(CallError::is_unauthorized)
+    }
+}
+
+/// Why a profile on disk could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ProfileError {
+    #[error("there is no profile in {}; register first", .0.display())]
+    Missing(PathBuf),
+    #[error("there is a profile in {} already", .0.display())]
+    Exists(PathBuf),
+    /// Another process has it open. Two at once would fork the encryption state.
+    #[error("the profile {} is in use by another qpq; close that one first", .0.display())]
+    InUse(PathBuf),
+    /// A registration was interrupted: register again with the same password.
+    #[error("the registration in {} was interrupted; register again", .0.display())]
+    Unfinished(PathBuf),
+    /// The key does not open the encrypted state.
+    #[error("the password or key does not open the profile")]
+    WrongKey,
+    #[error("{} is damaged: {reason}", path.display())]
+    Damaged { path: PathBuf, reason: String },
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+}

@@ -1,0 +1,284 @@
+//! The one connection that a client has at a time: made when it is first needed, made anew when it is lost.
+//!
+//! A new connection comes from a new UDP port (the transport sees to that), so that a load balancer can send it
+//! elsewhere. After a loss the first try is at once; failures in a row wait longer and longer. A connection that
+//! was lost before it answered anything counts as a failure.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use qpq_transport::{
+    Fingerprint,
+    client::{self as transport, Connection, Dialer},
+};
+use rand::rngs::OsRng;
+use tokio::{
+    net::lookup_host,
+    sync::{Mutex, watch},
+    time::{Instant, sleep_until, timeout_at},
+};
+
+use crate::{
+    backoff::Backoff,
+    error::{CallError, ConnectError},
+    options::{Options, Trust, split_address},
+};
+
+/// How the connection is doing, for whoever shows it to a person.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConnectionEvent {
+    /// Not needed yet.
+    Idle,
+    Connected {
+        fingerprint: Fingerprint,
+    },
+    /// Lost, or never had; the next call tries again, or one is trying now.
+    Reconnecting {
+        since: Instant,
+        reason: String,
+    },
+}
+
+pub(crate) struct Link {
+    server: String,
+    host: String,
+    port: u16,
+    dialer: Dialer,
+    backoff: Backoff,
+    pin_first: bool,
+    slot: Mutex<Slot>,
+    events: watch::Sender<ConnectionEvent>,
+}
+
+#[derive(Default)]
+struct Slot {
+    live: Option<Arc<Live>>,
+    /// What the first connection showed, where that is what counts.
+    pinned: Option<Dialer>,
+    /// Connections in a row that were lost before they answered anything.
+    barren: u32,
+}
+
+/// A connection that was alive when it was handed out.
+pub(crate) struct Live {
+    connection: Connection,
+    answered: AtomicBool,
+    next_request: AtomicU32,
+}
+
+/// Why an exchange gave no answer.
+#[derive(Debug, Clone)]
+pub(crate) enum Failure {
+    TimedOut,
+    Lost,
+    Malformed,
+}
+
+impl Live {
+    /// Sends one request and waits for its answer: status and payload.
+    pub(crate) async fn exchange(
+        &self,
+        method_id: u16,
+        payload: Bytes,
+        limit: Duration,
+    ) -> Result<(u8, Bytes), Failure> {
+        let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
+        match self.connection.call(method_id, payload, request_id, limit).await {
+            Ok(answer) => {
+                self.answered.store(true, Ordering::Relaxed);
+                Ok(answer)
+            }
+            Err(transport::CallError::TimedOut) => Err(Failure::TimedOut),
+            Err(transport::CallError::Lost(_) | transport::CallError::Reset(_)) => Err(Failure::Lost),
+            Err(transport::CallError::Malformed(_) | transport::CallError::TooLarge(_)) => {
+                Err(Failure::Malformed)
+            }
+        }
+    }
+
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+}
+
+impl Link {
+    pub(crate) fn new(options: &Options) -> Result<Self, ConnectError> {
+        let (host, port) = split_address(&options.server).ok_or_else(|| ConnectError::Misconfigured {
+            reason: format!("{:?} is no server address; give host or host:port", options.server),
+        })?;
+        Ok(Self {
+            server: options.server.clone(),
+            host: host.to_owned(),
+            port,
+            dialer: dialer(&options.trust)?,
+            backoff: options.backoff,
+            pin_first: options.trust == Trust::FirstUse,
+            slot: Mutex::default(),
+            events: watch::Sender::new(ConnectionEvent::Idle),
+        })
+    }
+
+    pub(crate) fn events(&self) -> watch::Receiver<ConnectionEvent> {
+        self.events.subscribe()
+    }
+
+    /// The connection, made if there is none. Fails at `until` at the latest.
+    pub(crate) async fn live(&self, until: Instant) -> Result<Arc<Live>, CallError> {
+        let asked = Instant::now();
+        let mut reason = "the connection is still being made".to_owned();
+        let unreachable =
+            |reason| CallError::Unreachable { server: self.server.clone(), waited: asked.elapsed(), reason };
+        let Ok(mut slot) = timeout_at(until, self.slot.lock()).await else { return Err(unreachable(reason)) };
+        if let Some(live) = slot.alive() {
+            return Ok(live);
+        }
+        let mut failures = slot.barren;
+        loop {
+            let attempt = Instant::now() + self.backoff.delay(failures, &mut OsRng);
+            if attempt > until {
+                return Err(unreachable(reason));
+            }
+            sleep_until(attempt).await;
+            let dialer = slot.pinned.as_ref().unwrap_or(&self.dialer);
+            let Ok(dialled) = timeout_at(until, self.dial(dialer)).await else {
+                return Err(unreachable("the server did not answer in time".to_owned()));
+            };
+            match dialled {
+                Ok(connection) => {
+                    if self.pin_first && slot.pinned.is_none() {
+                        slot.pinned = Some(dialer_for(transport::Trust::Pin(connection.fingerprint()))?);
+                    }
+                    let live = self.adopt(connection);
+                    slot.live = Some(Arc::clone(&live));
+                    return Ok(live);
+                }
+                Err(Failed::ForGood(error)) => {
+                    self.report_loss(error.to_string());
+                    return Err(error.into());
+                }
+                Err(Failed::ForNow(why)) => {
+                    tracing::debug!(reason = %why, "no connection");
+                    self.report_loss(why.clone());
+                    reason = why;
+                    failures += 1;
+                }
+            }
+        }
+    }
+
+    /// Puts a new connection in the place of one that the server is about to end. Without one, that one serves to its end.
+    pub(crate) async fn renew(&self) {
+        let mut slot = self.slot.lock().await;
+        let dialer = slot.pinned.as_ref().unwrap_or(&self.dialer);
+        if let Ok(connection) = self.dial(dialer).await {
+            slot.live = Some(self.adopt(connection));
+        }
+    }
+
+    /// Drops the connection, if there is one, and waits until the server was told.
+    pub(crate) async fn close(&self) {
+        let live = self.slot.lock().await.live.take();
+        if let Some(live) = live {
+            live.connection.close().await;
+        }
+        self.events.send_replace(ConnectionEvent::Idle);
+    }
+
+    async fn dial(&self, dialer: &Dialer) -> Result<Connection, Failed> {
+        let addresses = lookup_host((self.host.as_str(), self.port))
+            .await
+            .map_err(|error| Failed::ForNow(format!("cannot look up {}: {error}", self.host)))?;
+        let mut last = Failed::ForNow(format!("{} has no address", self.host));
+        for address in addresses {
+            match dialer.connect(address, &self.host).await.map_err(Failed::from) {
+                Ok(connection) => return Ok(connection),
+                Err(failed @ Failed::ForGood(_)) => return Err(failed),
+                Err(failed) => last = failed,
+            }
+        }
+        Err(last)
+    }
+
+    fn adopt(&self, connection: Connection) -> Arc<Live> {
+        let fingerprint = connection.fingerprint();
+        self.events.send_replace(ConnectionEvent::Connected { fingerprint });
+        let (events, watched) = (self.events.clone(), connection.clone());
+        tokio::spawn(async move {
+            let lost = watched.closed().await;
+            if lost != transport::Lost::ClosedHere {
+                tracing::debug!(reason = %lost, "connection lost");
+                events.send_replace(ConnectionEvent::Reconnecting {
+                    since: Instant::now(),
+                    reason: lost.to_string(),
+                });
+            }
+        });
+        Arc::new(Live { connection, answered: AtomicBool::new(false), next_request: AtomicU32::new(1) })
+    }
+
+    /// Says why there is no connection; since when is only said once.
+    fn report_loss(&self, reason: String) {
+        self.events.send_modify(|event| {
+            let since = match event {
+                ConnectionEvent::Reconnecting { since, .. } => *since,
+                _ => Instant::now(),
+            };
+            *event = ConnectionEvent::Reconnecting { since, reason };
+        });
+    }
+}
+
+impl Slot {
+    /// The connection if it is alive; if it is not, it is dropped and remembered by whether it was of any use.
+    fn alive(&mut self) -> Option<Arc<Live>> {
+        let live = self.live.as_ref()?;
+        if live.connection.lost().is_none() {
+            return Some(Arc::clone(live));
+        }
+        self.barren = if live.answered.load(Ordering::Relaxed) { 0 } else { self.barren + 1 };
+        self.live = None;
+        None
+    }
+}
+
+enum Failed {
+    ForGood(ConnectError),
+    ForNow(String),
+}
+
+impl From<transport::ConnectError> for Failed {
+    fn from(error: transport::ConnectError) -> Self {
+        use transport::ConnectError as Seen;
+        let text = error.to_string();
+        match error {
+            Seen::Refused | Seen::TimedOut | Seen::Lost(_) | Seen::Socket(_) => Self::ForNow(text),
+            Seen::PinMismatch { expected, seen } => {
+                Self::ForGood(ConnectError::PinMismatch { expected, seen })
+            }
+            Seen::Untrusted(reason) => Self::ForGood(ConnectError::Untrusted { reason }),
+            Seen::WrongProtocol | Seen::NoCertificate | Seen::Tls(_) => {
+                Self::ForGood(ConnectError::NotQpq { reason: text })
+            }
+            Seen::Invalid { .. } => Self::ForGood(ConnectError::Misconfigured { reason: text }),
+        }
+    }
+}
+
+fn dialer(trust: &Trust) -> Result<Dialer, ConnectError> {
+    dialer_for(match trust {
+        Trust::FirstUse => transport::Trust::FirstUse,
+        Trust::Pinned(fingerprint) => transport::Trust::Pin(*fingerprint),
+        Trust::Authority(path) => transport::Trust::CaFile(path.clone()),
+        Trust::System => transport::Trust::SystemRoots,
+    })
+}
+
+fn dialer_for(trust: transport::Trust) -> Result<Dialer, ConnectError> {
+    Dialer::new(trust).map_err(|error| ConnectError::Misconfigured { reason: error.to_string() })
+}

@@ -1,0 +1,165 @@
+//! What the server knows about people: names to keys and back, and the key packages that start a conversation.
+
+use qpq_domain::{IdentityKey, Username};
+use qpq_proto::{Status, methods, v1};
+
+use super::{
+    Messenger,
+    log::Event,
+    now,
+    people::{Person, Standing},
+};
+use crate::error::{CallError, Error};
+
+/// Our key packages on the server are filled up to this many when fewer than [`FEW`] are left.
+const ENOUGH: usize = 20;
+const FEW: u32 = 10;
+
+impl Messenger {
+    /// Looks a user up. What the directory said before about the name must still be true.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUser`], [`Error::IdentityChanged`].
+    pub async fn resolve(&self, username: &Username) -> Result<Person, Error> {
+        let identity = self.look_up(username).await?;
+        let known = self.keeper().read(|state| state.people.confirmed(username)).await?;
+        match known {
+            Some(known) if known != identity => {
+                Err(Error::IdentityChanged { username: username.clone(), known, now: identity })
+            }
+            Some(_) => self.keeper().read(|state| state.people.person(&identity)).await,
+            None => self.confirm(identity, username.clone()).await,
+        }
+    }
+
+    /// Takes the directory's word for a user's new key, after [`Error::IdentityChanged`]: the person was asked. What the
+    /// old key says counts as somebody else's from then on.
+    pub async fn accept_new_identity(&self, username: &Username) -> Result<Person, Error> {
+        let identity = self.look_up(username).await?;
+        let name = username.clone();
+        self.keeper()
+            .change(move |state| {
+                if let Some(old) = state.people.confirmed(&name).filter(|old| *old != identity) {
+                    state.people.set(old, name, Standing::Refuted);
+                }
+                Ok(())
+            })
+            .await?;
+        self.confirm(identity, username.clone()).await
+    }
+
+    /// Fills up our key packages on the server, so that others can start conversations with us.
+    pub async fn publish_key_packages(&self) -> Result<(), Error> {
+        let client = self.client();
+        let left = client.call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default()).await?;
+        if left.available < FEW {
+            let missing = ENOUGH - left.available as usize;
+            // Saved before they are uploaded: the private halves are in the state.
+            let packages =
+                self.keeper().change(move |state| Ok(state.mls.key_packages(missing, now()))).await?;
+            let mut packages = packages.into_iter().map(Into::into);
+            client
+                .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
+                    package: packages.next().expect("at least one is missing"),
+                    more_packages: packages.collect(),
+                    ..Default::default()
+                })
+                .await?;
+        }
+        if !left.has_last_resort {
+            let package = self.keeper().change(|state| Ok(state.mls.last_resort_key_package(now()))).await?;
+            client
+                .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
+                    package: package.into(),
+                    last_resort: true,
+                    ..Default::default()
+                })
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// A key package of somebody, as the server gives it out.
+    pub(super) async fn fetch_key_package(&self, person: &Person) -> Result<bytes::Bytes, Error> {
+        let request = v1::FetchKeyPackageRequest {
+            identity_key: person.identity.as_bytes().to_vec().into(),
+            ..Default::default()
+        };
+        let answer = self.client().call::<methods::FetchKeyPackage>(request).await;
+        match answer {
+            Ok(answer) if answer.package.is_empty() => Err(Error::NoKeys(person.username.clone())),
+            Ok(answer) => Ok(answer.package),
+            Err(error) if is_not_found(&error) => Err(Error::NoKeys(person.username.clone())),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Who owns a key, by what we know or what the directory says.
+    pub(super) async fn person(&self, identity: IdentityKey) -> Result<Person, Error> {
+        let person = self.keeper().read(|state| state.people.person(&identity)).await?;
+        if matches!(person.standing, Standing::Confirmed | Standing::Own) {
+            return Ok(person);
+        }
+        match self.name_of(&identity).await? {
+            Some(name) => self.confirm(identity, name).await,
+            None => Err(Error::NoSuchUser(person.username)),
+        }
+    }
+
+    /// Asks the directory about every name that is only claimed so far.
+    pub(super) async fn check_names(&self) -> Result<(), Error> {
+        for (identity, claimed) in self.keeper().read(|state| state.people.unchecked()).await? {
+            let name = self.name_of(&identity).await?;
+            self.keeper()
+                .change(move |state| {
+                    if name.as_ref() == Some(&claimed) {
+                        state.people.set(identity, claimed, Standing::Confirmed);
+                    } else {
+                        state.people.set(identity, claimed.clone(), Standing::Refuted);
+                        state.log.push(None, now(), Event::NameRefuted { person: identity, claimed });
+                    }
+                    Ok(())
+                })
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn confirm(&self, identity: IdentityKey, username: Username) -> Result<Person, Error> {
+        self.keeper()
+            .change(move |state| {
+                if identity != state.me() {
+                    state.people.set(identity, username, Standing::Confirmed);
+                }
+                Ok(state.people.person(&identity))
+            })
+            .await
+    }
+
+    async fn look_up(&self, username: &Username) -> Result<IdentityKey, Error> {
+        let request = v1::ResolveUserRequest { username: username.to_string(), ..Default::default() };
+        match self.client().call::<methods::ResolveUser>(request).await {
+            Ok(answer) => IdentityKey::try_from(&answer.identity_key[..])
+                .map_err(|_| CallError::Malformed { method: "ResolveUser" }.into()),
+            Err(error) if is_not_found(&error) => Err(Error::NoSuchUser(username.clone())),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The directory's name for a key.
+    async fn name_of(&self, identity: &IdentityKey) -> Result<Option<Username>, Error> {
+        let request = v1::ResolveIdentityRequest {
+            identity_key: identity.as_bytes().to_vec().into(),
+            ..Default::default()
+        };
+        match self.client().call::<methods::ResolveIdentity>(request).await {
+            Ok(answer) => Ok(Username::parse(&answer.username).ok()),
+            Err(error) if is_not_found(&error) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn is_not_found(error: &CallError) -> bool {
+    error.server().is_some_and(|error| error.status == Status::NotFound)
+}

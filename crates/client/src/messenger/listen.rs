@@ -1,0 +1,155 @@
+//! The live stream: what comes in, as it comes in.
+//!
+//! The server's events only say when to look; what there is comes from Peek alone. So a lost event costs seconds, never a
+//! message: every few seconds, and after every reconnect, the inbox is looked at anyway.
+
+use std::{pin::Pin, time::Duration};
+
+use futures_util::{FutureExt as _, Stream, StreamExt as _, stream};
+use qpq_proto::Event as Signal;
+use rand::{Rng as _, rngs::OsRng};
+use tokio::{
+    sync::mpsc,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+use super::{
+    Messenger,
+    inbox::NewKeys,
+    log::{Entry, EntryId},
+};
+use crate::error::Error;
+
+/// How often to look without being told to, with half as much jitter.
+const FALLBACK: Duration = Duration::from_secs(4);
+/// The same where the server tells nothing.
+const POLL: Duration = Duration::from_secs(1);
+/// Entries that wait to be taken from the stream before it stops reading.
+const AHEAD: usize = 64;
+
+/// A stream of entries that runs until it is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    entries: mpsc::Receiver<Result<Entry, Error>>,
+    task: JoinHandle<()>,
+}
+
+impl Listener {
+    /// The next entry: first those that were not marked as seen, then what comes. Lost connections are made anew
+    /// without a word ([`Client::connection_events`](crate::Client::connection_events) tells); an error is the end, after
+    /// which comes `None`. Cancel-safe.
+    pub async fn next(&mut self) -> Option<Result<Entry, Error>> {
+        self.entries.recv().await
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Messenger {
+    /// Listens to the inbox. Entries come once; mark them as seen once they were shown.
+    pub fn listen(&self) -> Listener {
+        let (sender, entries) = mpsc::channel(AHEAD);
+        let task = tokio::spawn(Ear { messenger: self.clone(), sender, last: None }.run());
+        Listener { entries, task }
+    }
+}
+
+struct Ear {
+    messenger: Messenger,
+    sender: mpsc::Sender<Result<Entry, Error>>,
+    /// The last entry given.
+    last: Option<EntryId>,
+}
+
+/// Why a round of listening ended.
+enum Ended {
+    /// The connection was lost or is about to be: subscribe anew.
+    Connection,
+    /// Nobody listens any more.
+    Dropped,
+}
+
+type Signals = Pin<Box<dyn Stream<Item = Signal> + Send>>;
+
+impl Ear {
+    async fn run(mut self) {
+        let mut failures = 0;
+        loop {
+            let error = match self.round(&mut failures).await {
+                Ok(Ended::Connection) => continue,
+                Ok(Ended::Dropped) => return,
+                Err(error) => error,
+            };
+            if !error.call().is_some_and(crate::CallError::is_temporary) {
+                // If nobody listens any more, nobody needs the error.
+                let _ = self.sender.send(Err(error)).await;
+                return;
+            }
+            failures += 1;
+            sleep(self.messenger.client().options().backoff.delay(failures, &mut OsRng)).await;
+        }
+    }
+
+    /// Subscribes, then looks whenever there may be something.
+    async fn round(&mut self, failures: &mut u32) -> Result<Ended, Error> {
+        let (mut signals, every): (Signals, _) = match self.messenger.client().subscribe().await? {
+            Some(signals) => (Box::pin(signals), FALLBACK),
+            None => (Box::pin(stream::pending()), POLL),
+        };
+        let mut keys = NewKeys::Needed;
+        loop {
+            if self.messenger.sync().await? == NewKeys::Needed || keys == NewKeys::Needed {
+                self.messenger.publish_key_packages().await?;
+                keys = NewKeys::NotNeeded;
+            }
+            self.messenger.settle_names().await?;
+            if !self.give().await? {
+                return Ok(Ended::Dropped);
+            }
+            self.messenger.flush().await?;
+            *failures = 0;
+            let pause = every + OsRng.gen_range(Duration::ZERO..=every / 2);
+            match timeout(pause, next_signals(&mut signals)).await {
+                Err(_) => {}
+                Ok(None) => return Ok(Ended::Connection),
+                Ok(Some(heard)) => {
+                    if heard.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
+                        keys = NewKeys::Needed;
+                    }
+                    if heard.iter().any(|signal| matches!(signal, Signal::Draining(_))) {
+                        self.messenger.client().renew().await;
+                        return Ok(Ended::Connection);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives what was not given yet; answers whether anyone still listens.
+    async fn give(&mut self) -> Result<bool, Error> {
+        for entry in self.messenger.unseen().await? {
+            if self.last.is_some_and(|last| entry.id <= last) {
+                continue;
+            }
+            self.last = Some(entry.id);
+            if self.sender.send(Ok(entry)).await.is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Waits for a signal, and takes all that are there with it: one look serves them all. `None`: there will be no more.
+async fn next_signals(signals: &mut Signals) -> Option<Vec<Signal>> {
+    let mut heard = vec![signals.next().await?];
+    while let Some(Some(signal)) = signals.next().now_or_never() {
+        heard.push(signal);
+    }
+    Some(heard)
+}

@@ -1,0 +1,292 @@
+//! Sending: encrypt, save the ciphertext together with the state that made it, then send it from the outbox.
+
+use std::collections::BTreeSet;
+
+use qpq_domain::{ChannelId, IdentityKey, MAX_BATCH, Username};
+use qpq_mls::{Content, GroupId, Invitee};
+use qpq_proto::{Status, methods, v1};
+use rand::{RngCore as _, rngs::OsRng};
+
+use super::{
+    Messenger,
+    log::{ConversationId, Delivery, EntryId, Event},
+    now,
+    outbox::{Outgoing, Verdict, fresh_message_id},
+    people::Person,
+    state::State,
+};
+use crate::error::{CallError, Error};
+
+/// The most bytes of UTF-8 in one message.
+pub const MAX_TEXT: usize = 64 * 1024;
+/// The most bytes of UTF-8 in a group's name.
+pub const MAX_GROUP_NAME: usize = 256;
+
+/// A message that is safely on its way.
+#[derive(Debug)]
+pub struct Sent {
+    /// Its entry in the history.
+    pub entry: EntryId,
+    pub outcome: Outcome,
+}
+
+/// How far a message got before [`Messenger::send`] returned.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The server has it, durably, for everyone.
+    Sent,
+    /// It is saved here and will be sent by whatever runs next: the server cannot be reached (`Some`), or it has no
+    /// room for somebody now (`None`).
+    Queued(Option<CallError>),
+    /// The server will not take it for somebody; an [`Event::Undeliverable`] says for whom.
+    Refused,
+}
+
+impl Messenger {
+    /// The conversation with a user. Nothing is sent yet; the first message starts it.
+    pub async fn conversation_with(&self, username: &Username) -> Result<ConversationId, Error> {
+        let person = self.resolve(username).await?;
+        if person.identity == self.profile().identity {
+            return Err(qpq_mls::Error::Yourself.into());
+        }
+        Ok(ConversationId::Direct(person.identity))
+    }
+
+    /// Makes a group of a name (1 to [`MAX_GROUP_NAME`] bytes) with nobody in it but us.
+    pub async fn create_group(&self, name: &str) -> Result<ConversationId, Error> {
+        if !(1..=MAX_GROUP_NAME).contains(&name.len()) {
+            return Err(Error::GroupName { size: name.len(), max: MAX_GROUP_NAME });
+        }
+        let mut channel = [0; 16];
+        OsRng.fill_bytes(&mut channel);
+        let (name, channel) = (name.to_owned(), ChannelId::new(channel));
+        let id =
+            self.keeper().change(move |state| Ok(state.mls.create_group(&name, channel, now())?)).await?;
+        Ok(ConversationId::Group(id))
+    }
+
+    /// Adds a user to a group of ours.
+    pub async fn add(&self, group: ConversationId, username: &Username) -> Result<Outcome, Error> {
+        let id = group_of(group)?;
+        let person = self.resolve(username).await?;
+        // What would be refused anyway is not paid for with one of the user's key packages.
+        let is_member = self.keeper().read(move |state| check_ours(state, &id, &person.identity)).await??;
+        if is_member {
+            return Err(qpq_mls::Error::AlreadyMember(person.identity).into());
+        }
+        let package = self.fetch_key_package(&person).await?;
+        self.keeper()
+            .change(move |state| {
+                let added = Event::Added { members: vec![person.identity] };
+                add(state, id, &person, &package)?;
+                state.log.push_own(group, now(), added);
+                Ok(())
+            })
+            .await?;
+        self.outcome(self.flush().await, None).await
+    }
+
+    /// Removes a member from a group of ours.
+    pub async fn remove(&self, group: ConversationId, member: IdentityKey) -> Result<Outcome, Error> {
+        let id = group_of(group)?;
+        self.keeper()
+            .change(move |state| {
+                let commit = state.mls.remove(id, &[member])?;
+                state.outbox.push(commit, None, now());
+                state.log.push_own(group, now(), Event::Removed { members: vec![member] });
+                Ok(())
+            })
+            .await?;
+        self.outcome(self.flush().await, None).await
+    }
+
+    /// Sends a text of at most [`MAX_TEXT`] bytes to everyone in a conversation. When this returns, the message is saved,
+    /// and will be sent even if it could not be now.
+    pub async fn send(&self, conversation: ConversationId, text: &str) -> Result<Sent, Error> {
+        if text.len() > MAX_TEXT {
+            return Err(Error::TextTooLong { size: text.len(), max: MAX_TEXT });
+        }
+        if let ConversationId::Direct(peer) = conversation {
+            self.start_direct(peer).await?;
+        }
+        let text = text.to_owned();
+        let entry = self.keeper().change(move |state| encrypt(state, conversation, text)).await?;
+        let outcome = self.outcome(self.flush().await, Some(entry)).await?;
+        Ok(Sent { entry, outcome })
+    }
+
+    /// Sends everything that is still to be sent, oldest first. What the server has no room for now stays.
+    pub async fn flush(&self) -> Result<(), Error> {
+        let _alone = self.shared.flushing.lock().await;
+        let mut after = None;
+        // Whoever cannot get one message now gets none behind it either: the order matters.
+        let mut stopped = BTreeSet::new();
+        while let Some(item) = self.keeper().read(|state| state.outbox.next(after).cloned()).await? {
+            after = Some(item.message_id);
+            let recipients = item.recipients.iter().filter(|key| !stopped.contains(*key));
+            let recipients: Vec<_> = recipients.take(MAX_BATCH).copied().collect();
+            if recipients.is_empty() {
+                continue;
+            }
+            let verdicts = self.enqueue(&item, recipients).await?;
+            let later = verdicts.iter().filter(|(_, verdict)| *verdict == Verdict::Later);
+            stopped.extend(later.map(|(recipient, _)| *recipient));
+            self.keeper()
+                .change(move |state| {
+                    settle(state, &item, &verdicts);
+                    Ok(())
+                })
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that there is a group with `peer` to send to.
+    async fn start_direct(&self, peer: IdentityKey) -> Result<(), Error> {
+        if self.keeper().read(|state| state.mls.direct(&peer).is_some()).await? {
+            return Ok(());
+        }
+        let person = self.person(peer).await?;
+        let package = self.fetch_key_package(&person).await?;
+        self.keeper()
+            .change(move |state| {
+                // The peer's own may have come meanwhile.
+                if state.mls.direct(&peer).is_none() {
+                    let group = state.mls.create_direct(peer, now())?;
+                    add(state, group, &person, &package)?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    async fn enqueue(
+        &self,
+        item: &Outgoing,
+        recipients: Vec<IdentityKey>,
+    ) -> Result<Vec<(IdentityKey, Verdict)>, CallError> {
+        let request = v1::BatchEnqueueRequest {
+            recipient_keys: recipients.iter().map(|key| key.as_bytes().to_vec().into()).collect(),
+            payload: item.payload.clone().into(),
+            channel_id: item.channel.as_bytes().to_vec().into(),
+            message_id: item.message_id.as_bytes().to_vec().into(),
+            ..Default::default()
+        };
+        let results = match self.client().call::<methods::BatchEnqueue>(request).await {
+            Ok(answer) if answer.results.len() == recipients.len() => {
+                answer.results.into_iter().map(|result| verdict(result.status, &result.code)).collect()
+            }
+            Ok(_) => return Err(CallError::Malformed { method: "BatchEnqueue" }),
+            Err(error) => vec![verdict_of_all(error)?; recipients.len()],
+        };
+        Ok(recipients.into_iter().zip(results).collect())
+    }
+
+    /// How far something got, by what came of the flush behind it.
+    async fn outcome(&self, flushed: Result<(), Error>, entry: Option<EntryId>) -> Result<Outcome, Error> {
+        let reason = match flushed {
+            Ok(()) => None,
+            Err(Error::Call(error)) => Some(error),
+            Err(error) => return Err(error),
+        };
+        let delivery = match entry {
+            Some(entry) => self.keeper().read(|state| state.log.delivery(entry)).await?,
+            None if self.keeper().read(|state| state.outbox.next(None).is_none()).await? => {
+                Some(Delivery::Sent)
+            }
+            None => Some(Delivery::Queued),
+        };
+        Ok(match delivery {
+            Some(Delivery::Queued) => Outcome::Queued(reason),
+            Some(Delivery::Failed) => Outcome::Refused,
+            Some(Delivery::Sent) | None => Outcome::Sent,
+        })
+    }
+}
+
+fn group_of(conversation: ConversationId) -> Result<GroupId, Error> {
+    match conversation {
+        ConversationId::Group(id) => Ok(id),
+        ConversationId::Direct(_) => Err(qpq_mls::Error::DirectIsForTwo.into()),
+    }
+}
+
+/// Whether somebody is in a group that we may change.
+fn check_ours(state: &State, group: &GroupId, person: &IdentityKey) -> Result<bool, Error> {
+    let summary = state.mls.group(group).ok_or(Error::NoSuchConversation)?;
+    if !summary.active {
+        return Err(qpq_mls::Error::NoLongerMember.into());
+    }
+    if summary.maker != state.me() {
+        return Err(qpq_mls::Error::NotTheMaker.into());
+    }
+    Ok(summary.members.iter().any(|member| member.identity == *person))
+}
+
+/// Adds a person to a group of ours: the others learn of it before the Welcome goes out.
+fn add(state: &mut State, group: GroupId, person: &Person, key_package: &[u8]) -> Result<(), Error> {
+    let invitee = Invitee { identity: person.identity, username: &person.username, key_package };
+    let added = state.mls.add(group, &[invitee], now())?;
+    if let Some(commit) = added.commit {
+        state.outbox.push(commit, None, now());
+    }
+    state.outbox.push(added.welcome, None, now());
+    Ok(())
+}
+
+fn encrypt(state: &mut State, conversation: ConversationId, text: String) -> Result<EntryId, Error> {
+    let group = match conversation {
+        ConversationId::Direct(peer) => state.mls.direct(&peer).ok_or(Error::NoSuchConversation)?,
+        ConversationId::Group(id) => id,
+    };
+    let at = now();
+    let content = Content { id: *fresh_message_id(at).as_bytes(), sent_at: at.0, text };
+    let parcel = state.mls.encrypt(group, &content).map_err(|error| match error {
+        qpq_mls::Error::UnknownGroup => Error::NoSuchConversation,
+        other => other.into(),
+    })?;
+    let sent = Event::Sent { text: content.text, delivery: Delivery::Queued };
+    let entry = state.log.push_own(conversation, at, sent);
+    state.outbox.push(parcel, Some(entry), at);
+    Ok(entry)
+}
+
+/// Takes in what the server said about an item.
+fn settle(state: &mut State, item: &Outgoing, verdicts: &[(IdentityKey, Verdict)]) {
+    let settled = state.outbox.settle(item.message_id, verdicts);
+    let conversation = settled.entry.and_then(|entry| state.log.conversation(entry));
+    for (to, reason) in &settled.refused {
+        let refused = Event::Undeliverable { to: *to, reason: reason.clone() };
+        state.log.push(conversation, now(), refused);
+    }
+    let Some(delivery) = settled.entry.and_then(|entry| state.log.delivery_mut(entry)) else { return };
+    if !settled.refused.is_empty() {
+        *delivery = Delivery::Failed;
+    } else if settled.done && *delivery == Delivery::Queued {
+        *delivery = Delivery::Sent;
+    }
+}
+
+fn verdict(status: u32, code: &str) -> Verdict {
+    let status = u8::try_from(status).map_or(Status::Internal, Status::from);
+    match status {
+        Status::Ok => Verdict::Accepted,
+        status if status.is_retryable() || status == Status::Unauthorized => Verdict::Later,
+        status if code.is_empty() => Verdict::Refused(status.name().to_owned()),
+        _ => Verdict::Refused(code.to_owned()),
+    }
+}
+
+/// What a refusal of the whole call says about each of its recipients; an error if it says nothing about the message.
+fn verdict_of_all(error: CallError) -> Result<Verdict, CallError> {
+    match &error {
+        CallError::TooLarge { .. } => Ok(Verdict::Refused(error.to_string())),
+        CallError::Server(refusal) => match refusal.status {
+            Status::BadRequest | Status::Forbidden | Status::NotFound => {
+                Ok(Verdict::Refused(refusal.to_string()))
+            }
+            _ => Err(error),
+        },
+        _ => Err(error),
+    }
+}

@@ -1,0 +1,104 @@
+//! What a client needs to know before it connects.
+
+use std::{path::PathBuf, time::Duration};
+
+use qpq_transport::Fingerprint;
+use serde::{Deserialize, Serialize};
+
+use crate::backoff::Backoff;
+
+/// The port of a server whose address names none.
+pub const DEFAULT_PORT: u16 = 5001;
+
+/// By what we know the server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Trust {
+    /// Whatever certificate it shows at the first connection; every later one must show the same. The caller stores
+    /// [`Client::fingerprint`](crate::Client::fingerprint) and gives it as [`Trust::Pinned`] from then on.
+    FirstUse,
+    /// The certificate with this fingerprint.
+    Pinned(#[serde(with = "fingerprint_text")] Fingerprint),
+    /// A certificate for the server's name, issued by an authority in this file (PEM or DER).
+    Authority(PathBuf),
+    /// A certificate for the server's name, issued by an authority that the system trusts.
+    System,
+}
+
+/// How to connect, and how long to try.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// `host`, `host:port` or `[ipv6]:port`; the port is 5001 when none is given.
+    pub server: String,
+    pub trust: Trust,
+    /// How long a call may be tried again, with reconnects, before it fails.
+    pub patience: Duration,
+    pub backoff: Backoff,
+}
+
+impl Options {
+    /// 30 s of patience, back-off from 200 ms to 30 s.
+    pub fn new(server: impl Into<String>, trust: Trust) -> Self {
+        Self { server: server.into(), trust, patience: Duration::from_secs(30), backoff: Backoff::default() }
+    }
+}
+
+/// Splits an address into host and port.
+pub(crate) fn split_address(server: &str) -> Option<(&str, u16)> {
+    let (host, port) = match server.strip_prefix('[') {
+        Some(rest) => {
+            let (host, after) = rest.split_once(']')?;
+            (host, after.strip_prefix(':').map_or_else(|| after.is_empty().then_some(""), Some)?)
+        }
+        None => match server.split_once(':') {
+            // More than one colon outside brackets: an IPv6 address without a port.
+            Some((_, rest)) if rest.contains(':') => (server, ""),
+            Some((host, port)) if !port.is_empty() => (host, port),
+            Some(_) => return None,
+            None => (server, ""),
+        },
+    };
+    let port = if port.is_empty() { DEFAULT_PORT } else { port.parse().ok().filter(|port| *port != 0)? };
+    (!host.is_empty()).then_some((host, port))
+}
+
+mod fingerprint_text {
+    use qpq_transport::Fingerprint;
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(fingerprint: &Fingerprint, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(fingerprint)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Fingerprint, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_host_and_maybe_a_port() {
+        for (address, expected) in [
+            ("example.org", Some(("example.org", 5001))),
+            ("example.org:443", Some(("example.org", 443))),
+            ("127.0.0.1:1", Some(("127.0.0.1", 1))),
+            ("[::1]:7", Some(("::1", 7))),
+            ("[::1]", Some(("::1", 5001))),
+            ("::1", Some(("::1", 5001))),
+            ("", None),
+            (":1", None),
+            ("host:", None),
+            ("host:0", None),
+            ("host:70000", None),
+            ("host:x", None),
+            ("[::1", None),
+            ("[::1]x", None),
+            ("[]:5", None),
+        ] {
+            assert_eq!(split_address(address), expected, "{address}");
+        }
+    }
+}
