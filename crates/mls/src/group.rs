@@ -31,8 +31,9 @@ use crate::{
 /// Ciphertexts are padded to a multiple of this many bytes.
 const PADDING: usize = 32;
 
-/// How many epochs back an application message may come from.
-const PAST_EPOCHS: usize = 5;
+/// How many epochs back an application message may come from: what members wrote before they knew of so many changes. Each
+/// costs forward secrecy, and room: 2 KB in a group of four, 80 KB in one of two hundred.
+const PAST_EPOCHS: usize = 10;
 
 /// How far back in one sender's messages a late one may be, and how many may be lost in a row: as many as fit an inbox.
 const OUT_OF_ORDER: u32 = 1_000;

@@ -32,10 +32,10 @@ impl<'a> Outline<'a> {
         if cursor.u16()? != MLS_1_0 {
             return Err(Rejected::WrongVersion);
         }
-        if cursor.u16()? == WIRE_FORMAT_KEY_PACKAGE {
-            if let Ok(outline) = Self::read_bare(cursor.0) {
-                return Ok(outline);
-            }
+        if cursor.u16()? == WIRE_FORMAT_KEY_PACKAGE
+            && let Ok(outline) = Self::read_bare(cursor.0)
+        {
+            return Ok(outline);
         }
         Self::read_bare(bytes)
     }

@@ -145,8 +145,8 @@ impl Model {
         if remove != is_member {
             return;
         }
-        // Messages are read for five epochs after theirs.
-        if self.lag == 5 {
+        // Messages are read for ten epochs after theirs.
+        if self.lag == 10 {
             self.deliver_everything();
         }
         self.lag += 1;
@@ -229,11 +229,11 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
     fn whatever_the_order_of_doings_and_crashes_everyone_reads_everything_once(
-        steps in prop::collection::vec(step(), 1..60),
+        steps in prop::collection::vec(step(), 1..80),
     ) {
         let mut model = Model::new();
         for step in &steps {

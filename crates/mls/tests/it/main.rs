@@ -1,5 +1,7 @@
 //! Clients talking to each other in memory, through nothing but the bytes that they would send.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod conversations;
 mod crashes;
 mod hostile;

@@ -96,15 +96,15 @@ fn messages_and_commits_of_later_epochs_wait_for_the_commits_between() {
 }
 
 #[test]
-fn late_messages_are_read_for_five_epochs_and_then_no_more() {
+fn late_messages_are_read_for_ten_epochs_and_then_no_more() {
     let mut world = World::new(3);
     let group = world.group(&[ANN, BOB]);
-    let late: Vec<_> = (0..7).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
+    let late: Vec<_> = (0..12).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
     let cat = world.key(CAT);
     for (epochs, message) in late.iter().enumerate() {
         let received = world.clients[BOB].receive(message);
         match epochs {
-            0..=5 => assert_eq!(texts(&received), [epochs.to_string()], "{epochs} epochs late"),
+            0..=10 => assert_eq!(texts(&received), [epochs.to_string()], "{epochs} epochs late"),
             _ => assert_eq!(received, [Received::Ignored(Ignored::TooOld)]),
         }
         if epochs % 2 == 0 {

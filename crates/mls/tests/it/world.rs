@@ -5,28 +5,28 @@ use std::collections::{BTreeMap, VecDeque};
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
 use qpq_mls::{Added, Client, Content, GroupId, Identity, Invitee, Member, Parcel, Received};
 
-pub const ANN: usize = 0;
-pub const BOB: usize = 1;
-pub const CAT: usize = 2;
-pub const DAN: usize = 3;
+pub(crate) const ANN: usize = 0;
+pub(crate) const BOB: usize = 1;
+pub(crate) const CAT: usize = 2;
+pub(crate) const DAN: usize = 3;
 
 /// openmls compares lifetimes with the system's clock, so that clock it is.
 #[expect(clippy::disallowed_methods, reason = "the clock that openmls reads cannot be another")]
-pub fn now() -> UnixMillis {
+pub(crate) fn now() -> UnixMillis {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     UnixMillis(u64::try_from(since_epoch.as_millis()).unwrap())
 }
 
-pub struct World {
-    pub clients: Vec<Client>,
-    pub inboxes: Vec<VecDeque<Vec<u8>>>,
+pub(crate) struct World {
+    pub(crate) clients: Vec<Client>,
+    pub(crate) inboxes: Vec<VecDeque<Vec<u8>>>,
     names: Vec<Username>,
     packages: Vec<VecDeque<Vec<u8>>>,
     index: BTreeMap<IdentityKey, usize>,
 }
 
 impl World {
-    pub fn new(size: usize) -> Self {
+    pub(crate) fn new(size: usize) -> Self {
         let names: Vec<Username> =
             ["ann", "bob", "cat", "dan"][..size].iter().map(|name| Username::parse(name).unwrap()).collect();
         let clients: Vec<Client> =
@@ -41,27 +41,32 @@ impl World {
         }
     }
 
-    pub fn key(&self, who: usize) -> IdentityKey {
+    pub(crate) fn key(&self, who: usize) -> IdentityKey {
         self.clients[who].identity().public()
     }
 
-    pub fn name(&self, who: usize) -> &Username {
+    pub(crate) fn name(&self, who: usize) -> &Username {
         &self.names[who]
     }
 
-    pub fn member(&self, who: usize) -> Member {
+    pub(crate) fn member(&self, who: usize) -> Member {
         Member { identity: self.key(who), username: self.names[who].clone() }
     }
 
     /// A package of `who`, as the server would give it out.
-    pub fn package(&mut self, who: usize) -> Vec<u8> {
+    pub(crate) fn package(&mut self, who: usize) -> Vec<u8> {
         if self.packages[who].is_empty() {
             self.packages[who] = self.clients[who].key_packages(3, now()).into();
         }
         self.packages[who].pop_front().unwrap()
     }
 
-    pub fn try_add(&mut self, maker: usize, group: GroupId, who: &[usize]) -> Result<Added, qpq_mls::Error> {
+    pub(crate) fn try_add(
+        &mut self,
+        maker: usize,
+        group: GroupId,
+        who: &[usize],
+    ) -> Result<Added, qpq_mls::Error> {
         let packages: Vec<_> = who.iter().map(|&who| self.package(who)).collect();
         let invitees: Vec<Invitee<'_>> = who
             .iter()
@@ -76,7 +81,7 @@ impl World {
     }
 
     /// Adds people and posts what comes of it.
-    pub fn add(&mut self, maker: usize, group: GroupId, who: &[usize]) {
+    pub(crate) fn add(&mut self, maker: usize, group: GroupId, who: &[usize]) {
         let added = self.try_add(maker, group, who).unwrap();
         if let Some(commit) = added.commit {
             self.post(&commit);
@@ -85,7 +90,7 @@ impl World {
     }
 
     /// A group of `who`, made by the first of them; everyone has joined.
-    pub fn group(&mut self, who: &[usize]) -> GroupId {
+    pub(crate) fn group(&mut self, who: &[usize]) -> GroupId {
         let channel = ChannelId::new([5; 16]);
         let group = self.clients[who[0]].create_group("friends", channel, now()).unwrap();
         self.add(who[0], group, &who[1..]);
@@ -95,29 +100,29 @@ impl World {
         group
     }
 
-    pub fn encrypt(&mut self, who: usize, group: GroupId, text: &str) -> Vec<u8> {
+    pub(crate) fn encrypt(&mut self, who: usize, group: GroupId, text: &str) -> Vec<u8> {
         self.clients[who].encrypt(group, &content(text)).unwrap().payload
     }
 
-    pub fn say(&mut self, who: usize, group: GroupId, text: &str) {
+    pub(crate) fn say(&mut self, who: usize, group: GroupId, text: &str) {
         let parcel = self.clients[who].encrypt(group, &content(text)).unwrap();
         self.post(&parcel);
     }
 
-    pub fn post(&mut self, parcel: &Parcel) {
+    pub(crate) fn post(&mut self, parcel: &Parcel) {
         for recipient in &parcel.recipients {
             self.inboxes[self.index[recipient]].push_back(parcel.payload.clone());
         }
     }
 
     /// Delivers the oldest message in somebody's inbox.
-    pub fn deliver(&mut self, who: usize) -> Vec<Received> {
+    pub(crate) fn deliver(&mut self, who: usize) -> Vec<Received> {
         let message = self.inboxes[who].pop_front().expect("something is in the inbox");
         self.clients[who].receive(&message)
     }
 
     /// Delivers everything in somebody's inbox.
-    pub fn deliver_all(&mut self, who: usize) -> Vec<Received> {
+    pub(crate) fn deliver_all(&mut self, who: usize) -> Vec<Received> {
         let mut received = Vec::new();
         while !self.inboxes[who].is_empty() {
             received.extend(self.deliver(who));
@@ -126,24 +131,24 @@ impl World {
     }
 
     /// Ends the client's process and starts it anew from what it would have saved.
-    pub fn restart(&mut self, who: usize) {
+    pub(crate) fn restart(&mut self, who: usize) {
         self.clients[who] = restored(&self.clients[who]);
     }
 }
 
-pub fn restored(client: &Client) -> Client {
+pub(crate) fn restored(client: &Client) -> Client {
     let saved = client.export_state();
     let again = Client::import_state(&saved).unwrap();
     assert_eq!(*again.export_state(), *saved, "the same state is the same bytes");
     again
 }
 
-pub fn content(text: &str) -> Content {
+pub(crate) fn content(text: &str) -> Content {
     Content { id: [3; 16], sent_at: 1_234, text: text.to_owned() }
 }
 
 /// The texts among what was received, in order.
-pub fn texts(received: &[Received]) -> Vec<&str> {
+pub(crate) fn texts(received: &[Received]) -> Vec<&str> {
     received
         .iter()
         .filter_map(|received| match received {
