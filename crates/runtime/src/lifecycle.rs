@@ -157,6 +157,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_first_signal_drains_and_the_second_stops() {
+        let (shutdown, mut tasks) = (Shutdown::default(), Tasks::default());
+        shutdown.on_signals(&mut tasks).unwrap();
+        nix::sys::signal::raise(nix::sys::signal::SIGTERM).unwrap();
+        shutdown.reached(Phase::Draining).await;
+        assert_eq!(shutdown.phase(), Phase::Draining);
+        nix::sys::signal::raise(nix::sys::signal::SIGINT).unwrap();
+        shutdown.reached(Phase::Stopping).await;
+    }
+
+    #[tokio::test]
     async fn a_panic_is_a_failure_with_the_tasks_name() {
         let mut tasks = Tasks::default();
         tasks.spawn("quiet", async {});

@@ -37,6 +37,10 @@ crate::section! {
 pub struct Filter(String);
 
 impl config::Leaf for Filter {
+    fn kind() -> String {
+        "log directives".into()
+    }
+
     fn allowed() -> String {
         "log directives, as in info or warn,qpq_rpc=debug".into()
     }

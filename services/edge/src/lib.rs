@@ -1,1 +1,17 @@
-//! (being written)
+//! `qpq-server`: QUIC on the outside, the stores on the inside, the dispatcher between them.
+//!
+//! The binary is [`args`] → [`Config`] → [`compose`] → wait for a signal → [`Running::shutdown`]. Tests boot [`compose`]
+//! in their own process: what they test is what runs.
+
+pub mod args;
+pub mod banner;
+mod budgets;
+mod compose;
+mod config;
+mod probe;
+mod secrets;
+mod service;
+mod upkeep;
+
+pub use compose::{Running, StartError, compose};
+pub use config::{Config, FOREIGN_VARIABLES};

@@ -21,7 +21,7 @@ pub fn markdown<T: Node + Default>() -> String {
             .filter(|((place, _), _)| place.path == section.path)
             .peekable();
         if settings.peek().is_some() {
-            page.push_str("| key | default | meaning |\n|---|---|---|\n");
+            page.push_str("| key | kind | default | meaning |\n|---|---|---|---|\n");
         }
         settings.for_each(|((_, key), setting)| row(&mut page, key, setting));
     }
@@ -29,7 +29,7 @@ pub fn markdown<T: Node + Default>() -> String {
 }
 
 fn row(page: &mut String, key: &str, setting: &Setting) {
-    let Setting { doc, allowed, default, variables, flag, .. } = setting;
+    let Setting { doc, kind, default, variables, flag, .. } = setting;
     let others: Vec<_> = flag
         .iter()
         .copied()
@@ -37,8 +37,7 @@ fn row(page: &mut String, key: &str, setting: &Setting) {
         .map(|v| format!("`{v}`"))
         .collect();
     let also = if others.is_empty() { String::new() } else { format!(" Also {}.", others.join(", ")) };
-    let default = if default.contains(' ') { default.clone() } else { format!("`{default}`") };
-    let _ = writeln!(page, "| `{key}` | {default} | {doc} Must be {allowed}.{also} |");
+    let _ = writeln!(page, "| `{key}` | {kind} | {default} | {doc}{also} |");
 }
 
 /// The values in force as a TOML file, each with its origin as a comment. What is not set is commented out.

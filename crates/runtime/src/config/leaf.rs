@@ -12,6 +12,9 @@ pub trait Leaf: Sized {
     /// Whether values are kept out of errors.
     const SECRET: bool = false;
 
+    /// The kind in a word, for the reference.
+    fn kind() -> String;
+
     /// What is allowed, to go on from "must be".
     fn allowed() -> String;
 
@@ -85,6 +88,10 @@ fn with_unit(amount: u64, units: &[(&str, u64)]) -> String {
 }
 
 impl Leaf for bool {
+    fn kind() -> String {
+        "truth".into()
+    }
+
     fn allowed() -> String {
         "true or false".into()
     }
@@ -101,6 +108,10 @@ impl Leaf for bool {
 macro_rules! whole_numbers {
     ($($type:ty),*) => {$(
         impl Leaf for $type {
+            fn kind() -> String {
+                "number".into()
+            }
+
             fn allowed() -> String {
                 "a whole number".into()
             }
@@ -118,6 +129,10 @@ macro_rules! whole_numbers {
 whole_numbers!(u32, u64, usize);
 
 impl Leaf for String {
+    fn kind() -> String {
+        "text".into()
+    }
+
     fn allowed() -> String {
         "text".into()
     }
@@ -132,6 +147,10 @@ impl Leaf for String {
 }
 
 impl Leaf for PathBuf {
+    fn kind() -> String {
+        "path".into()
+    }
+
     fn allowed() -> String {
         "a path".into()
     }
@@ -146,6 +165,10 @@ impl Leaf for PathBuf {
 }
 
 impl Leaf for SocketAddr {
+    fn kind() -> String {
+        "address".into()
+    }
+
     fn allowed() -> String {
         "an address and port, as in 0.0.0.0:5001 or [::]:5001".into()
     }
@@ -160,6 +183,10 @@ impl Leaf for SocketAddr {
 }
 
 impl Leaf for ListenOn {
+    fn kind() -> String {
+        "address or `off`".into()
+    }
+
     fn allowed() -> String {
         "an address and port, as in 127.0.0.1:9464, or off".into()
     }
@@ -180,6 +207,10 @@ impl Leaf for ListenOn {
 }
 
 impl Leaf for Duration {
+    fn kind() -> String {
+        "duration".into()
+    }
+
     fn allowed() -> String {
         "a duration, as in 250ms, 30s, 15m, 12h or 30d, or a number of seconds".into()
     }
@@ -194,6 +225,10 @@ impl Leaf for Duration {
 }
 
 impl Leaf for Size {
+    fn kind() -> String {
+        "size".into()
+    }
+
     fn allowed() -> String {
         "a size, as in 512B, 64KiB, 4MiB or 1GiB, or a number of bytes".into()
     }
@@ -216,6 +251,10 @@ impl fmt::Display for Size {
 impl<T: Leaf> Leaf for Option<T> {
     const SECRET: bool = T::SECRET;
 
+    fn kind() -> String {
+        T::kind()
+    }
+
     fn allowed() -> String {
         T::allowed()
     }
@@ -230,6 +269,10 @@ impl<T: Leaf> Leaf for Option<T> {
 }
 
 impl Leaf for Vec<String> {
+    fn kind() -> String {
+        "list".into()
+    }
+
     fn allowed() -> String {
         "a list, as in [\"one\", \"two\"], or one,two in a variable".into()
     }
@@ -252,6 +295,10 @@ impl Leaf for Vec<String> {
 impl Leaf for Redacted<String> {
     const SECRET: bool = true;
 
+    fn kind() -> String {
+        "secret".into()
+    }
+
     fn allowed() -> String {
         "text, which is kept secret".into()
     }
@@ -266,6 +313,10 @@ impl Leaf for Redacted<String> {
 }
 
 impl<T: Choice> Leaf for T {
+    fn kind() -> String {
+        T::ALL.iter().map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(" or ")
+    }
+
     fn allowed() -> String {
         T::ALL.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" or ")
     }

@@ -75,9 +75,9 @@ pub struct Setting {
     /// As in the file, `tls.cert`.
     pub path: String,
     pub doc: String,
-    /// What it may be, in words.
-    pub allowed: String,
-    /// The default, as TOML or in words.
+    /// What kind of value it is, in Markdown.
+    pub kind: String,
+    /// The default, in Markdown: as TOML in a code span, or in words.
     pub default: String,
     /// The environment variables that set it, the one that wins first.
     pub variables: Vec<String>,
@@ -147,8 +147,12 @@ impl<T: Leaf> Node for T {
         let long = format!("QPQ_{}", about.path.to_uppercase().replace('.', "__").replace('-', "_"));
         declared.settings.push(Setting {
             doc: about.doc,
-            allowed: T::allowed(),
-            default: about.unset.map_or_else(|| self.show().unwrap_or_else(|| "none".into()), Into::into),
+            kind: T::kind(),
+            default: match (about.unset, self.show()) {
+                (Some(words), _) => words.into(),
+                (None, Some(value)) => format!("`{value}`"),
+                (None, None) => "none".into(),
+            },
             variables: std::iter::once(long).chain(about.variable.map(Into::into)).collect(),
             flag: about.flag,
             path: about.path,

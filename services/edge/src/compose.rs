@@ -1,0 +1,195 @@
+//! How the server is put together, and taken apart again. The binary and the tests start the same thing from here.
+
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use qpq_ports::{Clock, SystemClock};
+use qpq_rpc::{Parts, Rpc};
+use qpq_runtime::{
+    config::ListenOn,
+    data_dir::{DataDir, DataDirError},
+    http::{HttpError, HttpServer, Probe, Schedule},
+    lifecycle::{TaskFailure, Tasks},
+    metrics::{self, Metrics},
+};
+use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
+use qpq_transport::{BindError, Certificates, Fingerprint, IdentityError, Server};
+
+use crate::{Config, probe, secrets, secrets::SecretsError, service::Edge, upkeep};
+
+/// For /livez: the server from the outside. Three failures, because a restart ends every connection.
+const LIVENESS: Schedule =
+    Schedule { every: Duration::from_secs(10), within: Duration::from_secs(8), tolerance: 3 };
+/// For /readyz and Health: whether the store can commit.
+const READINESS: Schedule =
+    Schedule { every: Duration::from_secs(5), within: Duration::from_secs(5), tolerance: 1 };
+
+/// A server at work. Dropping it ends it abruptly; [`Running::shutdown`] does it gently.
+#[derive(Debug)]
+#[must_use = "a dropped server closes its connections"]
+pub struct Running {
+    server: Server<Edge>,
+    http: Option<SocketAddr>,
+    certificates: Arc<Certificates>,
+    store: EmbeddedStore,
+    tasks: Tasks,
+    drain: Duration,
+}
+
+/// Why the server does not start, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    Secrets(#[from] SecretsError),
+    #[error("the data directory {0}")]
+    Store(#[from] OpenError),
+    #[error("the certificate: {0}")]
+    Tls(#[from] IdentityError),
+    #[error(
+        "UDP port {} of {} is taken: stop the server that listens there, or choose another port with --listen",
+        .0.port(), .0.ip()
+    )]
+    Taken(SocketAddr),
+    #[error("{0}. Choose another address with --listen")]
+    Listen(BindError),
+    #[error(transparent)]
+    Http(#[from] HttpError),
+}
+
+impl From<BindError> for StartError {
+    fn from(error: BindError) -> Self {
+        match error {
+            BindError::Socket { addr, source } if source.kind() == io::ErrorKind::AddrInUse => {
+                Self::Taken(addr)
+            }
+            error => Self::Listen(error),
+        }
+    }
+}
+
+/// Starts a server. When this returns, clients are being served. Needs a tokio runtime.
+pub async fn compose(config: &Config) -> Result<Running, StartError> {
+    let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
+    metrics::describe(metrics::TABLE);
+    let dir = DataDir::create(&config.data_dir)?;
+    let secrets = secrets::load_or_create(&dir)?;
+    let limits = Limits { delivery: config.delivery(), key_packages: config.key_packages() };
+    let store = EmbeddedStore::open(dir.path(), limits).await?;
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let rpc = Rpc::new(Parts {
+        stores: store.stores(),
+        clock: clock.clone(),
+        opaque: secrets.opaque,
+        signer: secrets.signer,
+        config: config.rpc(),
+    });
+    match listen(config, &rpc).await {
+        Ok((http, server, certificates)) => {
+            let mut running = Running {
+                server,
+                http: http.as_ref().map(HttpServer::address),
+                certificates,
+                store,
+                tasks: Tasks::default(),
+                drain: config.drain.timeout,
+            };
+            running.look_after(config, http, rpc, clock, metrics);
+            Ok(running)
+        }
+        Err(error) => {
+            // So that the next attempt, perhaps from this process, finds the directory free.
+            store.close().await;
+            Err(error)
+        }
+    }
+}
+
+type Listening = (Option<HttpServer>, Server<Edge>, Arc<Certificates>);
+
+/// Opens the ports. QUIC comes last: once it is open, clients are served.
+async fn listen(config: &Config, rpc: &Arc<Rpc>) -> Result<Listening, StartError> {
+    let (cert, key) = config.tls_files();
+    let certificates = Certificates::load_or_create(&cert, &key, &config.tls_names())?;
+    let http = match config.http.listen {
+        ListenOn::Off => None,
+        ListenOn::At(address) => Some(HttpServer::bind(address).await?),
+    };
+    let edge = Arc::new(Edge(Arc::clone(rpc)));
+    let server = Server::bind(config.transport(), Arc::clone(&certificates), edge)?;
+    Ok((http, server, certificates))
+}
+
+impl Running {
+    /// Where clients connect.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.server.local_addr()
+    }
+
+    /// Where health and metrics are served, unless they are off.
+    pub fn http_addr(&self) -> Option<SocketAddr> {
+        self.http
+    }
+
+    /// Of the certificate that clients see, for them to pin.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.certificates.fingerprint()
+    }
+
+    /// Completes if something that should go on for ever has failed. Cancel-safe.
+    pub async fn failure(&mut self) -> TaskFailure {
+        self.tasks.failure().await
+    }
+
+    /// Stops gently: no new connections, calls in flight end, clients are told, everything is closed. Once `hurry`
+    /// completes, calls in flight are no longer waited for.
+    pub async fn shutdown(self, hurry: impl Future<Output = ()>) {
+        tracing::info!(
+            up_to = ?self.drain,
+            "draining: new connections are refused, waiting calls answer, calls in flight may end"
+        );
+        tokio::select! {
+            () = self.server.drain(self.drain) => tracing::info!("drained: all connections are closed"),
+            () = hurry => {
+                tracing::warn!("not waiting any longer for calls in flight");
+                self.server.abort().await;
+            }
+        }
+        drop(self.server);
+        self.tasks.stop().await;
+        tracing::info!("closing the store");
+        self.store.close().await;
+        tracing::info!("stopped");
+    }
+
+    fn look_after(
+        &mut self,
+        config: &Config,
+        http: Option<HttpServer>,
+        rpc: Arc<Rpc>,
+        clock: Arc<dyn Clock>,
+        metrics: Metrics,
+    ) {
+        let tasks = &mut self.tasks;
+        let (listening, certificates) = (self.server.local_addr(), Arc::clone(&self.certificates));
+        let live = Probe::start(tasks, "liveness", LIVENESS, move || {
+            probe::alive(listening, Arc::clone(&certificates))
+        });
+        let ready = Probe::start(tasks, "readiness", READINESS, move || {
+            let rpc = Arc::clone(&rpc);
+            async move { rpc.check_store().await.map_err(|error| with_causes(&error)) }
+        });
+        tasks.spawn("sweep", upkeep::sweep(self.store.stores(), clock));
+        tasks.spawn("certificates", Arc::clone(&self.certificates).watch(config.tls.reload_interval));
+        tasks.spawn("metrics", upkeep::fold(metrics.clone()));
+        if let Some(http) = http {
+            http.serve(tasks, live, ready, metrics);
+        }
+    }
+}
+
+/// An error and what it comes from, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,84 @@
+//! `docs/configuration.md`, written from the declaration.
+
+use std::fs;
+
+use qpq_runtime::config::{environment, markdown};
+
+use super::{Config, FOREIGN_VARIABLES};
+
+const INTRODUCTION: &str = "\
+# Configuration of `qpq-server`
+
+<!-- Generated from services/edge/src/config.rs: QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server -->
+
+Nothing has to be configured. What is, comes in layers; a later one wins:
+
+1. the defaults below
+2. a TOML file, named with `--config FILE` or `QPQ_CONFIG`
+3. the environment: each key has a variable, `QPQ_` and the key in capitals, with `__` where the key has a dot \
+(`tls.reload_interval` is `QPQ_TLS__RELOAD_INTERVAL`); other names are given below, and where both are set, the long one wins
+4. flags
+
+A key or a `QPQ_` variable that does not exist is refused by name; so is a value that is not allowed. \
+`qpq-server config check` says what is wrong, `qpq-server config show` prints what is in force and where it came from.
+
+| kind | in the file | in a variable |
+|---|---|---|
+| text, path | `\"/var/lib/qpq\"` | `/var/lib/qpq` |
+| truth | `true`, `false` | the same |
+| number | `64` | the same |
+| address | `\"127.0.0.1:5001\"`, `\"[::]:5001\"` | `127.0.0.1:5001` |
+| duration | `\"250ms\"`, `\"30s\"`, `\"15m\"`, `\"12h\"`, `\"30d\"`, or a number of seconds | `30s` |
+| size | `\"512B\"`, `\"64KiB\"`, `\"4MiB\"`, `\"1GiB\"`, or a number of bytes | `4MiB` |
+| list | `[\"one\", \"two\"]` | `one,two` |
+| budget | `\"20 + 60/m\"`: 20 calls at once and 60 more in every minute (`s`, `m` or `h`) | `20 + 60/m` |
+| log directives | `\"warn,qpq_rpc=debug\"`: levels, of all or by module | `warn,qpq_rpc=debug` |
+
+A file looks like this:
+
+```toml
+listen = \"[::]:5001\"
+data_dir = \"/var/lib/qpq\"
+domain = \"example.org\"
+
+[tls]
+cert = \"/etc/qpq/fullchain.pem\"
+key = \"/etc/qpq/key.pem\"
+
+[limits]
+login.ip = \"60 + 60/m\"
+```
+";
+
+fn page() -> String {
+    let foreign: Vec<_> = FOREIGN_VARIABLES.iter().map(|name| format!("`{name}`")).collect();
+    format!(
+        "{INTRODUCTION}{}\n## Other variables\n\n{} concern the client, the tests or the documentation; the server \
+         leaves them alone.\n",
+        markdown::<Config>(),
+        foreign.join(", ")
+    )
+}
+
+#[test]
+fn the_committed_reference_is_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/configuration.md");
+    if environment().contains(&("QPQ_UPDATE_DOCS".into(), "1".into())) {
+        fs::write(path, page()).expect("docs/ is writable");
+    }
+    let committed = fs::read_to_string(path).expect("docs/configuration.md is in the tree");
+    assert!(
+        committed == page(),
+        "docs/configuration.md is stale: run QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server and commit it"
+    );
+}
+
+#[test]
+fn the_example_is_valid() {
+    let example = INTRODUCTION.split("```").nth(1).and_then(|block| block.strip_prefix("toml")).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&file, example).unwrap();
+    let sources = qpq_runtime::config::Sources { file: Some(file.path().into()), ..Default::default() };
+    let config = qpq_runtime::config::load::<Config>(sources).unwrap().settings;
+    assert_eq!(config.domain, "example.org");
+}

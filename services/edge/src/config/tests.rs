@@ -1,0 +1,109 @@
+//! What the server's configuration allows, and what becomes of it.
+
+use qpq_proto::{LimitClass, LimitSubject};
+use qpq_runtime::config::{ConfigError, Sources, load};
+
+use super::*;
+
+fn with(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    let environment = variables.iter().map(|(name, value)| (name.into(), value.into())).collect();
+    let sources = Sources { environment, foreign: FOREIGN_VARIABLES, ..Sources::default() };
+    load(sources).map(|loaded| loaded.settings)
+}
+
+#[test]
+fn the_defaults_are_valid_and_those_of_the_crates_below() {
+    let config = with(&[]).unwrap();
+    assert_eq!(config.listen.to_string(), "0.0.0.0:5001");
+    assert_eq!(config.delivery(), qpq_domain::Delivery::default());
+    assert_eq!(config.key_packages(), qpq_domain::KeyPackageCaps::default());
+    let (ours, theirs) = (config.rpc(), qpq_rpc::Config::default());
+    assert_eq!(ours.domain, "localhost");
+    assert_eq!(ours.key_package_suites, theirs.key_package_suites);
+    assert_eq!(ours.waiting_logins, theirs.waiting_logins);
+    assert_eq!(
+        format!("{:?}", config.transport()),
+        format!("{:?}", qpq_transport::Config::new(config.listen))
+    );
+}
+
+#[test]
+fn the_variables_of_the_original_are_known() {
+    let config = with(&[
+        ("QPQ_LISTEN", "127.0.0.1:1"),
+        ("QPQ_DATA_DIR", "/d"),
+        ("QPQ_TLS_CERT", "/c"),
+        ("QPQ_TLS_KEY", "/k"),
+        ("RUST_LOG", "warn"),
+        ("QPQ_DRAIN_TIMEOUT", "5"),
+        ("QPQ_PASSWORD", "not ours"),
+    ])
+    .unwrap();
+    assert_eq!((config.listen.port(), config.drain.timeout.as_secs()), (1, 5));
+    assert_eq!(config.data_dir, PathBuf::from("/d"));
+    assert_eq!(config.tls_files(), ("/c".into(), "/k".into()));
+}
+
+#[test]
+fn certificate_and_key_are_in_the_data_directory_unless_named() {
+    let config = with(&[("QPQ_DATA_DIR", "/d"), ("QPQ_TLS__KEY", "/k")]).unwrap();
+    assert_eq!(config.tls_files(), ("/d/server-cert.der".into(), "/k".into()));
+}
+
+#[test]
+fn a_certificate_is_made_for_all_names_once() {
+    let config = with(&[("QPQ_DOMAIN", "example.org"), ("QPQ_TLS__NAMES", "10.0.0.1,localhost")]).unwrap();
+    assert_eq!(config.tls_names(), ["example.org", "localhost", "127.0.0.1", "::1", "10.0.0.1"]);
+}
+
+#[test]
+fn limits_can_be_turned_off_and_changed_one_by_one() {
+    let off = with(&[("QPQ_LIMITS__ENABLED", "false")]).unwrap().rpc().limits;
+    assert!(!off.enabled);
+    let changed = with(&[("QPQ_LIMITS__LOGIN__USERNAME", "3 + 6/m")]).unwrap().rpc().limits;
+    let bucket = changed.overrides[&(LimitClass::Login, LimitSubject::Username)];
+    assert_eq!((bucket.burst, bucket.per_second), (3, 0.1));
+    let unchanged = changed.overrides[&(LimitClass::Login, LimitSubject::Ip)];
+    assert_eq!(unchanged.burst, LimitClass::Login.defaults()[0].burst);
+}
+
+#[test]
+fn what_reaches_the_dispatcher_is_what_was_said() {
+    let config = with(&[
+        ("QPQ_AUTH__IDENTITY_PROOF", "required"),
+        ("QPQ_ADMIN__USERNAMES", "Alice,bob"),
+        ("QPQ_SESSION__IDLE", "1h"),
+        ("QPQ_KEYS__SUITES", "0x0001,3"),
+    ])
+    .unwrap()
+    .rpc();
+    assert_eq!(config.identity_proof, qpq_rpc::IdentityProof::Required);
+    assert_eq!(config.sessions.idle, Duration::from_secs(3_600));
+    assert_eq!(config.key_package_suites, [1, 3]);
+    assert_eq!(config.admins, ["alice", "bob"].map(|name| Username::parse(name).unwrap()).into());
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_the_setting_to_change() {
+    let refused = [
+        ("QPQ_DOMAIN", "Example.org", "domain must be a domain name in lower case"),
+        ("QPQ_DOMAIN", "", "domain must be a domain name"),
+        ("QPQ_ADMIN__USERNAMES", "a@b", "admin.usernames must be user names"),
+        ("QPQ_SESSION__IDLE", "100d", "session.idle must be at most session.absolute"),
+        ("QPQ_SESSION__IDLE", "0s", "session.idle must be more than nothing"),
+        ("QPQ_DELIVERY__MAX_WAIT", "1s", "delivery.default_wait must be at most delivery.max_wait"),
+        ("QPQ_DELIVERY__MAX_TTL", "1d", "delivery.default_ttl must be at most delivery.max_ttl"),
+        ("QPQ_DELIVERY__MAX_PAYLOAD", "4MiB", "delivery.max_payload must be between 1B and 4092KiB"),
+        ("QPQ_DELIVERY__MAX_BYTES", "1KiB", "delivery.max_bytes must be at least delivery.max_payload"),
+        ("QPQ_TRANSPORT__MAX_STREAMS", "0", "transport.max_streams must be between 1 and 65536"),
+        ("QPQ_TLS__RELOAD_INTERVAL", "0", "tls.reload_interval must be more than nothing"),
+        ("QPQ_DRAIN__TIMEOUT", "2d", "drain.timeout must be at most 1d"),
+        ("QPQ_KEYS__SUITES", "x", "keys.suites is \"x\", but must be a list of numbers"),
+        ("QPQ_LIMITS__LOGIN__IP", "many", "limits.login.ip is \"many\", but must be calls at once"),
+        ("QPQ_LIMITS__LOGIN__IPP", "1 + 1/s", "did you mean QPQ_LIMITS__LOGIN__IP?"),
+    ];
+    for (name, value, expected) in refused {
+        let text = with(&[(name, value)]).unwrap_err().to_string();
+        assert!(text.contains(expected), "{name}={value}: {text}");
+    }
+}

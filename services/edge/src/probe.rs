@@ -1,0 +1,41 @@
+//! The server's look at itself from the outside: a handshake and a call over loopback. A process whose socket task died
+//! looks alive to everything but this.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use qpq_proto::{Method as _, methods::Health};
+use qpq_transport::{
+    Certificates,
+    client::{ConnectError, Dialer, Trust},
+};
+
+/// For the handshake and for the call, each.
+const WITHIN: Duration = Duration::from_secs(4);
+
+/// Connects to the server at `listening` and asks for its health. Whatever it answers shows that it is alive, a refused
+/// connection too: that is a full or a draining server.
+pub(crate) async fn alive(listening: SocketAddr, certificates: Arc<Certificates>) -> Result<(), String> {
+    let dialer = Dialer::new(Trust::Pin(certificates.fingerprint())).map_err(|error| error.to_string())?;
+    let dialing = dialer.with_connect_timeout(WITHIN).connect(reachable(listening), "localhost").await;
+    let connection = match dialing {
+        Err(ConnectError::Refused) => return Ok(()),
+        connected => connected.map_err(|error| error.to_string())?,
+    };
+    let answer = connection.call(Health::INFO.id, Bytes::new(), 1, WITHIN).await;
+    answer.map(|_| ()).map_err(|error| error.to_string())
+}
+
+/// Where this machine reaches what listens at `address`.
+pub(crate) fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
