@@ -47,6 +47,6 @@ pub use safety::{fingerprint, safety_number};
 pub use secret::{ExportKey, Password};
 
 pub use qpq_domain::{IdentityKey, Seq, SessionToken, UnixMillis, Username};
-pub use qpq_mls::{GroupId, Identity, vault::VaultKey};
+pub use qpq_mls::{Error as MlsError, GroupId, Identity, vault::VaultKey};
 pub use qpq_proto::{Status, methods, v1};
 pub use qpq_transport::Fingerprint;

@@ -30,14 +30,18 @@ impl Messenger {
     /// Takes in everything that the inbox has.
     pub(super) async fn sync(&self) -> Result<NewKeys, Error> {
         let mut acked = self.shared.acked.lock().await;
-        let mut keys = NewKeys::NotNeeded;
+        let (mut keys, mut more) = (NewKeys::NotNeeded, true);
         loop {
             let cursor = self.keeper().read(|state| state.cursor).await?;
             if cursor > *acked {
                 self.ack(cursor).await?;
                 *acked = cursor;
             }
+            if !more {
+                return Ok(keys);
+            }
             let page = self.peek(cursor).await?;
+            more = page.more;
             if page.payloads.is_empty() {
                 return Ok(keys);
             }

@@ -53,13 +53,27 @@ impl Messenger {
     pub async fn unlock(dir: &Path, password: &Password) -> Result<Self, Error> {
         let profile = registered(dir)?;
         let locked = profile::lock(dir).await?;
-        let client = Client::new(profile.options()).map_err(CallError::from)?;
-        let session = client.login(&profile.username, password).await?;
-        let key = existing_key(dir, password, &session.export_key).await?;
-        let keeper = Keeper::open(locked, key).await?;
-        let before = adopt(&keeper, &session).await?;
-        let messenger = assemble(client, profile, keeper).await?;
-        messenger.end_session(before).await;
+        log_in(locked, profile, password).await
+    }
+
+    /// As [`Messenger::unlock`], where the server has moved or is known by another certificate: once the login has
+    /// succeeded there, the profile has the new address and trust.
+    pub async fn unlock_at(
+        dir: &Path,
+        server: String,
+        trust: Trust,
+        password: &Password,
+    ) -> Result<Self, Error> {
+        let profile = registered(dir)?;
+        let locked = profile::lock(dir).await?;
+        let mut moved = Profile { server, trust, ..profile };
+        if moved.trust == Trust::FirstUse {
+            let client = Client::new(moved.options()).map_err(CallError::from)?;
+            moved.trust = Trust::Pinned(client.connect().await?);
+            client.close().await;
+        }
+        let messenger = log_in(locked, moved, password).await?;
+        messenger.profile().write(dir)?;
         Ok(messenger)
     }
 
@@ -183,6 +197,18 @@ fn registered(dir: &Path) -> Result<Profile, ProfileError> {
         Profile { status: Status::Registering, .. } => Err(ProfileError::Unfinished(dir.to_owned())),
         profile => Ok(profile),
     }
+}
+
+/// Opens a locked profile by logging in.
+async fn log_in(locked: Locked, profile: Profile, password: &Password) -> Result<Messenger, Error> {
+    let client = Client::new(profile.options()).map_err(CallError::from)?;
+    let session = client.login(&profile.username, password).await?;
+    let key = existing_key(&locked.dir, password, &session.export_key).await?;
+    let keeper = Keeper::open(locked, key).await?;
+    let before = adopt(&keeper, &session).await?;
+    let messenger = assemble(client, profile, keeper).await?;
+    messenger.end_session(before).await;
+    Ok(messenger)
 }
 
 /// Saves a new session; answers the one used before.

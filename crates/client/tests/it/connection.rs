@@ -1,0 +1,117 @@
+//! Who the server is, and what happens when it goes away.
+
+use std::time::Duration;
+
+use qpq_client::{CallError, Client, ConnectError, ConnectionEvent, Identity, Options, Trust, methods, v1};
+
+use crate::harness::{Server, password, soon, username};
+
+#[tokio::test]
+async fn the_first_use_shows_the_fingerprint_and_pins_it() {
+    let mut server = Server::start().await;
+    let client = Client::new(Options::new(server.addr.to_string(), Trust::FirstUse)).unwrap();
+    assert_eq!(client.connect().await.unwrap(), server.fingerprint);
+    assert_eq!(client.health().await.unwrap().status, "ok");
+
+    // The same address, another certificate: the very client that trusted the first does not trust this one.
+    server.stop().await;
+    std::fs::remove_file(server.certificate()).unwrap();
+    std::fs::remove_file(server.certificate().with_file_name("server-key.der")).unwrap();
+    server.start_again().await;
+    let refused = soon(client.health()).await.unwrap_err();
+    let CallError::Connect(ConnectError::PinMismatch { expected, seen }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(expected, server.fingerprint);
+    assert_ne!(seen, expected);
+}
+
+#[tokio::test]
+async fn another_pin_is_refused_with_both_fingerprints() {
+    let server = Server::start().await;
+    let wrong = qpq_client::Fingerprint::from([7; 32]);
+    let client = Client::new(Options::new(server.addr.to_string(), Trust::Pinned(wrong))).unwrap();
+    let refused = client.health().await.unwrap_err();
+    let CallError::Connect(error) = &refused else { panic!("{refused:?}") };
+    assert_eq!(*error, ConnectError::PinMismatch { expected: wrong, seen: server.fingerprint });
+    assert!(!refused.is_temporary());
+}
+
+#[tokio::test]
+async fn an_authority_that_did_not_issue_the_certificate_is_refused() {
+    let (server, other) = (Server::start().await, Server::start().await);
+    let trust = Trust::Authority(other.certificate());
+    let client = Client::new(Options::new(server.addr.to_string(), trust)).unwrap();
+    let refused = client.health().await.unwrap_err();
+    assert!(matches!(refused, CallError::Connect(ConnectError::Untrusted { .. })), "{refused:?}");
+}
+
+#[test]
+fn what_cannot_be_used_is_said_before_anything_is_sent() {
+    for options in [
+        Options::new("host:port:", Trust::FirstUse),
+        Options::new("localhost", Trust::Authority("/nowhere/ca.pem".into())),
+    ] {
+        let error = Client::new(options).unwrap_err();
+        assert!(matches!(error, ConnectError::Misconfigured { .. }), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_restarted_server_is_found_again_with_the_same_session() {
+    let mut server = Server::start().await;
+    let client = server.client();
+    client.register(&username("alice"), &password(), &Identity::generate(), None).await.unwrap();
+    client.login(&username("alice"), &password()).await.unwrap();
+    let mut events = client.connection_events();
+    assert!(matches!(*events.borrow_and_update(), ConnectionEvent::Connected { .. }));
+
+    server.stop().await;
+    let lost = |event: &ConnectionEvent| matches!(event, ConnectionEvent::Reconnecting { .. });
+    soon(events.wait_for(lost)).await.unwrap();
+
+    // A call made while nobody is there waits for the server to come back.
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default()).await }
+    });
+    server.start_again().await;
+    soon(waiting).await.unwrap().unwrap();
+    assert!(matches!(*events.borrow_and_update(), ConnectionEvent::Connected { .. }));
+}
+
+#[tokio::test]
+async fn patience_has_an_end() {
+    let mut server = Server::start().await;
+    let mut options = server.options();
+    options.patience = Duration::from_millis(300);
+    server.stop().await;
+    let refused = Client::new(options).unwrap().health().await.unwrap_err();
+    assert!(matches!(refused, CallError::Unreachable { .. }), "{refused:?}");
+    assert!(refused.is_temporary());
+}
+
+#[tokio::test]
+async fn a_name_that_does_not_resolve_is_unreachable_for_now() {
+    let mut options = Options::new("no-such-host.invalid", Trust::FirstUse);
+    options.patience = Duration::from_millis(300);
+    let refused = Client::new(options).unwrap().health().await.unwrap_err();
+    assert!(matches!(refused, CallError::Unreachable { .. }), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_message_sent_again_under_its_id_is_recognized() {
+    let server = Server::start().await;
+    let (client, identity) = (server.client(), Identity::generate());
+    client.register(&username("alice"), &password(), &identity, None).await.unwrap();
+    client.login(&username("alice"), &password()).await.unwrap();
+    let request = v1::EnqueueRequest {
+        recipient_key: identity.public().as_bytes().to_vec().into(),
+        payload: b"once".to_vec().into(),
+        message_id: vec![7; 16].into(),
+        ..Default::default()
+    };
+    let first = client.call::<methods::Enqueue>(request.clone()).await.unwrap();
+    let second = client.call::<methods::Enqueue>(request).await.unwrap();
+    assert_eq!((first.seq, first.duplicate, second.seq, second.duplicate), (1, false, 1, true));
+}

@@ -1,0 +1,129 @@
+//! Crashes at every point where a program can stop: the future is dropped after its first poll, its second, and so on,
+//! and everything is read from disk again. Nothing may be lost, nothing may come twice.
+
+use qpq_client::{Delivery, Event, Messenger};
+
+use crate::harness::{Server, crash_after, dm, history, password, read, reopen, soon, username};
+
+/// More than any of these futures takes.
+const MANY: usize = 500;
+
+#[tokio::test]
+async fn a_crash_while_receiving_loses_and_doubles_nothing() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    let with_alice = dm(&bob, "alice").await;
+    let (dir, key) = (server.profile("bob"), bob.vault_key().await);
+    drop(bob);
+    let mut sent = Vec::new();
+    for polls in 1..MANY {
+        let text = polls.to_string();
+        alice.send(with_bob, &text).await.unwrap();
+        sent.push(format!("alice: {text}"));
+        let bob = reopen(&dir, &key).await;
+        let survived = soon(crash_after(polls, bob.receive())).await.is_some();
+        drop(bob);
+        let bob = reopen(&dir, &key).await;
+        assert_eq!(read(&bob).await, [format!("alice: {text}")], "after {polls} polls");
+        if survived {
+            assert_eq!(history(&bob, with_alice).await, sent);
+            return;
+        }
+    }
+    panic!("receiving never ended");
+}
+
+#[tokio::test]
+async fn a_crash_while_sending_loses_and_doubles_nothing() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    let with_alice = dm(&bob, "alice").await;
+    let (dir, key) = (server.profile("alice"), alice.vault_key().await);
+    alice.send(with_bob, "first").await.unwrap();
+    drop(alice);
+    for polls in 1..MANY {
+        let alice = reopen(&dir, &key).await;
+        let survived = soon(crash_after(polls, alice.send(with_bob, &polls.to_string()))).await.is_some();
+        drop(alice);
+        let alice = reopen(&dir, &key).await;
+        alice.flush().await.unwrap();
+        read(&bob).await;
+        let saved = history(&alice, with_bob).await;
+        let expected: Vec<_> = saved.iter().map(|line| line.replace("me:", "alice:")).collect();
+        assert_eq!(history(&bob, with_alice).await, expected, "after {polls} polls");
+        if survived {
+            assert!(saved.len() > 2, "some crashes came after the message was saved");
+            assert_eq!(saved.last().unwrap(), &format!("me: {polls}"));
+            return;
+        }
+    }
+    panic!("sending never ended");
+}
+
+#[tokio::test]
+async fn a_crash_while_making_a_group_leaves_it_as_its_maker_knows_it() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let (dir, key) = (server.profile("alice"), alice.vault_key().await);
+    drop(alice);
+    for polls in 1..MANY {
+        let alice = reopen(&dir, &key).await;
+        let group = alice.create_group("friends").await.unwrap();
+        let work = async {
+            alice.add(group, &username("bob")).await.unwrap();
+            alice.send(group, "hello").await.unwrap();
+        };
+        let survived = soon(crash_after(polls, work)).await.is_some();
+        drop(alice);
+        let alice = reopen(&dir, &key).await;
+        alice.flush().await.unwrap();
+        let members = alice.members(group).await.unwrap().len();
+        let sent = alice.history(group, usize::MAX).await.unwrap();
+        let sent =
+            sent.iter().any(|entry| matches!(entry.event, Event::Sent { delivery: Delivery::Sent, .. }));
+        let expected: &[&str] = match (members, sent) {
+            (1, false) => &[],
+            (2, false) => &["joined by alice"],
+            (2, true) => &["joined by alice", "alice: hello"],
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(read(&bob).await, expected, "after {polls} polls");
+        if survived {
+            assert!(sent);
+            return;
+        }
+    }
+    panic!("it never ended");
+}
+
+#[tokio::test]
+async fn a_crash_while_registering_is_mended_by_registering_again() {
+    let server = Server::start().await;
+    let bob = server.user("bob").await;
+    // Every third point: each costs three password hashes.
+    for polls in (1..MANY).step_by(3) {
+        let name = format!("alice{polls}");
+        let (dir, alice) = (server.profile(&name), username(&name));
+        let password = password();
+        let register = || Messenger::register(&dir, server.options(), &alice, &password, None);
+        let survived = soon(crash_after(polls, register())).await.is_some();
+        let messenger = match soon(register()).await {
+            Ok(messenger) => messenger,
+            // It was complete but for the key packages, or entirely.
+            Err(qpq_client::Error::Profile(qpq_client::ProfileError::Exists(_))) => {
+                Messenger::unlock(&dir, &password).await.unwrap()
+            }
+            Err(error) => panic!("after {polls} polls: {error:?}"),
+        };
+        messenger.receive().await.unwrap();
+        messenger.publish_key_packages().await.unwrap();
+        bob.send(dm(&bob, &name).await, "hi").await.unwrap();
+        assert_eq!(read(&messenger).await, ["bob: hi"], "after {polls} polls");
+        if survived {
+            return;
+        }
+    }
+    panic!("registering never ended");
+}

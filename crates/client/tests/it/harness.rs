@@ -1,0 +1,153 @@
+//! A server of one's own, people who use it, and a way to crash them.
+
+use std::{
+    future::{Future, poll_fn},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
+
+use qpq_client::{
+    Client, ConversationId, Delivery, Entry, Event, Fingerprint, Messenger, Options, Password, Trust,
+    Username,
+};
+use qpq_runtime::{config::ListenOn, http::Http};
+use qpq_server::{Config, Running, compose};
+use tempfile::TempDir;
+
+pub(crate) const PASSWORD: &str = "correct horse battery staple";
+
+/// A server that can be stopped and started again: same port, same data.
+pub(crate) struct Server {
+    config: Config,
+    running: Option<Running>,
+    pub(crate) addr: SocketAddr,
+    pub(crate) fingerprint: Fingerprint,
+    dir: TempDir,
+}
+
+impl Server {
+    pub(crate) async fn start() -> Self {
+        Self::start_with(|_| ()).await
+    }
+
+    pub(crate) async fn start_with(configure: impl FnOnce(&mut Config)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config {
+            listen: ([127, 0, 0, 1], 0).into(),
+            data_dir: dir.path().join("data"),
+            http: Http { listen: ListenOn::Off },
+            ..Config::default()
+        };
+        config.limits.enabled = false;
+        configure(&mut config);
+        let running = compose(&config).await.unwrap();
+        let (addr, fingerprint) = (running.local_addr(), running.fingerprint());
+        config.listen = addr;
+        Self { config, running: Some(running), addr, fingerprint, dir }
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
+    }
+
+    pub(crate) async fn start_again(&mut self) {
+        self.running = Some(compose(&self.config).await.unwrap());
+    }
+
+    pub(crate) fn options(&self) -> Options {
+        Options::new(self.addr.to_string(), Trust::Pinned(self.fingerprint))
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        Client::new(self.options()).unwrap()
+    }
+
+    pub(crate) fn certificate(&self) -> PathBuf {
+        self.config.data_dir.join("server-cert.der")
+    }
+
+    pub(crate) fn profile(&self, name: &str) -> PathBuf {
+        self.dir.path().join("profiles").join(name)
+    }
+
+    /// A registered user with key packages on the server.
+    pub(crate) async fn user(&self, name: &str) -> Messenger {
+        Messenger::register(&self.profile(name), self.options(), &username(name), &password(), None)
+            .await
+            .unwrap()
+    }
+}
+
+pub(crate) fn username(name: &str) -> Username {
+    Username::parse(name).unwrap()
+}
+
+pub(crate) fn password() -> Password {
+    Password::from(PASSWORD)
+}
+
+/// The direct conversation of one user with another.
+pub(crate) async fn dm(from: &Messenger, to: &str) -> ConversationId {
+    from.conversation_with(&username(to)).await.unwrap()
+}
+
+/// Receives, notes everything as seen, and gives what was received as "name: text", "+name" and the like.
+pub(crate) async fn read(messenger: &Messenger) -> Vec<String> {
+    let entries = messenger.receive().await.unwrap();
+    let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
+    messenger.mark_seen(&ids).await.unwrap();
+    entries.iter().map(line).collect()
+}
+
+pub(crate) async fn history(messenger: &Messenger, conversation: ConversationId) -> Vec<String> {
+    messenger.history(conversation, usize::MAX).await.unwrap().iter().map(line).collect()
+}
+
+pub(crate) fn line(entry: &Entry) -> String {
+    let names =
+        |people: &[qpq_client::Person]| people.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    match &entry.event {
+        Event::Sent { text, delivery: Delivery::Sent } => format!("me: {text}"),
+        Event::Sent { text, delivery } => format!("me: {text} ({delivery:?})"),
+        Event::Received { from, text, .. } => format!("{from}: {text}"),
+        Event::Joined { by } => format!("joined by {by}"),
+        Event::Added { members } => format!("+{}", names(members)),
+        Event::Removed { members } => format!("-{}", names(members)),
+        Event::Unreadable { reason } => format!("unreadable: {reason}"),
+        Event::Missing { first, last } => format!("missing {}-{}", first.0, last.0),
+        Event::NameRefuted { claimed, .. } => format!("not {claimed}"),
+        Event::Undeliverable { to, reason } => format!("undeliverable to {to}: {reason}"),
+    }
+}
+
+/// Opens a profile as after a crash: with the key, without logging in.
+pub(crate) async fn reopen(dir: &Path, key: &qpq_client::VaultKey) -> Messenger {
+    Messenger::unlock_with_key(dir, key.clone()).await.unwrap()
+}
+
+/// Drops a future after it was polled so many times; its output if it ended before.
+pub(crate) async fn crash_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    let mut left = polls;
+    poll_fn(|cx| {
+        if left == 0 {
+            return Poll::Ready(None);
+        }
+        left -= 1;
+        match future.as_mut().poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            // The last poll was in vain: the crash comes now, not when something happens.
+            Poll::Pending if left == 0 => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        }
+    })
+    .await
+}
+
+/// Fails a test that would otherwise hang.
+pub(crate) async fn soon<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(Duration::from_secs(60), future).await.expect("it takes much too long")
+}

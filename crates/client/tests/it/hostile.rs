@@ -1,0 +1,98 @@
+//! Inboxes with more in them than honest people put there.
+
+use qpq_client::{Client, Event, Identity, Messenger, Standing, methods, v1};
+
+use crate::harness::{Server, dm, password, read, username};
+
+async fn enqueue(client: &Client, to: &Messenger, payload: impl Into<Vec<u8>>) {
+    let request = v1::EnqueueRequest {
+        recipient_key: to.profile().identity.as_bytes().to_vec().into(),
+        payload: payload.into().into(),
+        ..Default::default()
+    };
+    client.call::<methods::Enqueue>(request).await.unwrap();
+}
+
+async fn drain(messenger: &Messenger) -> Vec<v1::Envelope> {
+    let request = v1::FetchRequest { all_channels: true, ..Default::default() };
+    messenger.client().call::<methods::Fetch>(request).await.unwrap().payloads
+}
+
+#[tokio::test]
+async fn rubbish_is_named_acknowledged_and_passed_over() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    alice.send(dm(&alice, "bob").await, "before").await.unwrap();
+    for rubbish in [&b""[..], b"rubbish", &[0; 100], &[0xff; 5000]] {
+        enqueue(alice.client(), &bob, rubbish).await;
+    }
+    alice.send(dm(&alice, "bob").await, "after").await.unwrap();
+    let lines = read(&bob).await;
+    assert_eq!(
+        (lines.first().unwrap().as_str(), lines.last().unwrap().as_str()),
+        ("alice: before", "alice: after")
+    );
+    assert_eq!(lines.len(), 6);
+    assert!(lines[1..5].iter().all(|line| line.starts_with("unreadable: ")), "{lines:?}");
+    assert!(drain(&bob).await.is_empty(), "everything was acknowledged");
+}
+
+#[tokio::test]
+async fn duplicates_and_the_wrong_order_do_no_harm() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    for text in ["one", "two", "three"] {
+        alice.send(with_bob, text).await.unwrap();
+    }
+    let envelopes = drain(&bob).await;
+    assert_eq!(envelopes.len(), 4);
+    // The Welcome comes last, and everything twice.
+    for envelope in envelopes.iter().rev().chain(&envelopes) {
+        enqueue(bob.client(), &bob, envelope.data.to_vec()).await;
+    }
+    let mut lines = read(&bob).await;
+    assert_eq!(lines.remove(0), "missing 1-4", "what another client took is noticed");
+    lines.sort_unstable();
+    assert_eq!(lines, ["alice: one", "alice: three", "alice: two"]);
+    assert!(drain(&bob).await.is_empty());
+}
+
+#[tokio::test]
+async fn a_name_that_is_not_ones_own_is_refuted() {
+    let server = Server::start().await;
+    let (_alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let mallory = server.client();
+    let identity = Identity::generate();
+    mallory.register(&username("mallory"), &password(), &identity, None).await.unwrap();
+    mallory.login(&username("mallory"), &password()).await.unwrap();
+
+    // Mallory's client claims to be alice.
+    let fetch = v1::FetchKeyPackageRequest {
+        identity_key: bob.profile().identity.as_bytes().to_vec().into(),
+        ..Default::default()
+    };
+    let package = mallory.call::<methods::FetchKeyPackage>(fetch).await.unwrap().package;
+    let mut mls = qpq_mls::Client::new(identity.clone(), username("alice"));
+    let now = qpq_client::UnixMillis(0);
+    let group = mls.create_direct(bob.profile().identity, now).unwrap();
+    let bobs = username("bob");
+    let invitee =
+        qpq_mls::Invitee { identity: bob.profile().identity, username: &bobs, key_package: &package };
+    let added = mls.add(group, &[invitee], system_now()).unwrap();
+    enqueue(&mallory, &bob, added.welcome.payload).await;
+    let content = qpq_mls::Content { id: [1; 16], sent_at: 0, text: "it's me, Alice".into() };
+    enqueue(&mallory, &bob, mls.encrypt(group, &content).unwrap().payload).await;
+
+    let entries = bob.receive().await.unwrap();
+    let Event::Received { from, .. } = &entries[0].event else { panic!("{entries:?}") };
+    assert_eq!((from.standing, from.identity), (Standing::Refuted, identity.public()));
+    assert_eq!(from.to_string(), format!("alice!{}", &identity.public().to_string()[..8]));
+    let Event::NameRefuted { person, claimed } = &entries[1].event else { panic!("{entries:?}") };
+    assert_eq!((person.identity, claimed.as_str()), (identity.public(), "alice"));
+}
+
+fn system_now() -> qpq_client::UnixMillis {
+    use qpq_ports::Clock as _;
+    qpq_ports::SystemClock.now()
+}

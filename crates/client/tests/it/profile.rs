@@ -1,0 +1,119 @@
+//! Profiles on disk.
+
+use std::fs;
+
+use qpq_client::{
+    AuthError, Error, LogoutScope, Messenger, Options, Password, Profile, ProfileError, Trust, VaultKey,
+};
+
+use crate::harness::{Server, dm, password, read, reopen, username};
+
+#[tokio::test]
+async fn the_first_use_is_pinned_in_the_profile() {
+    let server = Server::start().await;
+    let dir = server.profile("alice");
+    let options = Options::new(server.addr.to_string(), Trust::FirstUse);
+    let alice = Messenger::register(&dir, options, &username("alice"), &password(), None).await.unwrap();
+    let profile = Profile::read(&dir).unwrap();
+    assert_eq!(&profile, alice.profile());
+    assert_eq!(profile.trust, Trust::Pinned(server.fingerprint));
+    assert_eq!(profile.username, username("alice"));
+}
+
+#[tokio::test]
+async fn a_profile_opens_with_its_password_or_its_key_and_with_nothing_else() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let (dir, key) = (server.profile("alice"), alice.vault_key().await);
+    drop(alice);
+    let refused = Messenger::unlock(&dir, &Password::from("wrong")).await.unwrap_err();
+    assert!(matches!(refused, Error::Auth(AuthError::WrongPassword)), "{refused:?}");
+    let mut wrong = *key.to_bytes();
+    wrong[0] ^= 1;
+    let refused = Messenger::unlock_with_key(&dir, VaultKey::from_bytes(&wrong)).await.unwrap_err();
+    assert!(matches!(refused, Error::Profile(ProfileError::WrongKey)), "{refused:?}");
+    drop(reopen(&dir, &key).await);
+    Messenger::unlock(&dir, &password()).await.unwrap().receive().await.unwrap();
+}
+
+#[tokio::test]
+async fn unlocking_ends_the_session_before_and_logging_out_this_one() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let before = alice.client().session().unwrap();
+    let key = alice.vault_key().await;
+    drop(alice);
+    let dir = server.profile("alice");
+    let alice = Messenger::unlock(&dir, &password()).await.unwrap();
+    let client = server.client();
+    client.set_session(Some(before));
+    let count = async || client.call::<qpq_client::methods::CountKeyPackages>(Default::default()).await;
+    assert!(count().await.unwrap_err().is_unauthorized());
+    client.set_session(alice.client().session());
+    count().await.unwrap();
+    assert_eq!(alice.logout(LogoutScope::ThisSession).await.unwrap(), 1);
+    assert!(count().await.unwrap_err().is_unauthorized());
+    let refused = reopen(&dir, &key).await.receive().await.unwrap_err();
+    assert!(refused.is_unauthorized(), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_profile_in_use_is_refused_to_others() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let (dir, key) = (server.profile("alice"), alice.vault_key().await);
+    let refused = Messenger::unlock_with_key(&dir, key.clone()).await.unwrap_err();
+    assert!(matches!(refused, Error::Profile(ProfileError::InUse(_))), "{refused:?}");
+    drop(alice);
+    drop(reopen(&dir, &key).await);
+}
+
+#[tokio::test]
+async fn a_profile_is_made_once_and_must_be_there() {
+    let server = Server::start().await;
+    drop(server.user("alice").await);
+    let dir = server.profile("alice");
+    let again = Messenger::register(&dir, server.options(), &username("carol"), &password(), None).await;
+    assert!(matches!(again, Err(Error::Profile(ProfileError::Exists(_)))), "{again:?}");
+    let missing = Messenger::unlock(&server.profile("nobody"), &password()).await;
+    assert!(matches!(missing, Err(Error::Profile(ProfileError::Missing(_)))), "{missing:?}");
+    assert!(!server.profile("nobody").exists(), "asking leaves nothing behind");
+
+    // A refusal leaves nothing behind: the same directory takes another name.
+    let dir = server.profile("elsewhere");
+    let taken = Messenger::register(&dir, server.options(), &username("alice"), &password(), None).await;
+    assert!(matches!(taken, Err(Error::Auth(AuthError::UsernameTaken))), "{taken:?}");
+    Messenger::register(&dir, server.options(), &username("dave"), &password(), None).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_on_disk_shows_nothing() {
+    let server = Server::start().await;
+    let (alice, _bob) = (server.user("alice").await, server.user("bob").await);
+    alice.send(dm(&alice, "bob").await, "a very secret sentence").await.unwrap();
+    let token = alice.client().session().unwrap();
+    let mut files = 0;
+    for file in fs::read_dir(server.profile("alice")).unwrap() {
+        let bytes = fs::read(file.unwrap().path()).unwrap();
+        let holds = |needle: &[u8]| bytes.windows(needle.len()).any(|window| window == needle);
+        assert!(!holds(b"a very secret sentence") && !holds(b"bob") && !holds(token.expose()));
+        files += 1;
+    }
+    assert_eq!(files, 3);
+}
+
+#[tokio::test]
+async fn a_change_that_cannot_be_saved_did_not_happen() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    alice.send(with_bob, "one").await.unwrap();
+    // Where the new state is written to, there is something that cannot be written to.
+    let in_the_way = server.profile("alice").join("state.vault.new");
+    fs::create_dir(&in_the_way).unwrap();
+    let failed = alice.send(with_bob, "two").await.unwrap_err();
+    assert!(matches!(failed, Error::Profile(ProfileError::Io { .. })), "{failed:?}");
+    fs::remove_dir(&in_the_way).unwrap();
+    alice.send(with_bob, "three").await.unwrap();
+    assert_eq!(read(&bob).await, ["alice: one", "alice: three"]);
+}
