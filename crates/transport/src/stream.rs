@@ -144,11 +144,7 @@ impl Incoming {
         let mut payload = Vec::with_capacity(len.min(FIRST_CHUNK.max(self.rest.len())));
         loop {
             let part = self.rest.split_to(self.rest.len().min(len - payload.len()));
-            if payload.capacity() - payload.len() < part.len() {
-                let wanted = (payload.len() + part.len()).max(2 * payload.capacity()).min(len);
-                payload.reserve_exact(wanted - payload.len());
-            }
-            payload.extend_from_slice(&part);
+            append(&mut payload, &part, len);
             if payload.len() == len {
                 return Ok(payload.into());
             }
@@ -165,6 +161,16 @@ impl Incoming {
             ControlFlow::Continue(()) => Err(Stop::Refused(Refusal::Malformed)),
         }
     }
+}
+
+/// Adds to a payload that will have `len` bytes; at its end it has no room to spare, before that at most as much again
+/// as has come.
+fn append(payload: &mut Vec<u8>, part: &[u8], len: usize) {
+    if payload.capacity() - payload.len() < part.len() {
+        let wanted = (payload.len() + part.len()).max(2 * payload.capacity()).min(len);
+        payload.reserve_exact(wanted - payload.len());
+    }
+    payload.extend_from_slice(part);
 }
 
 fn refuse<S: Service>(connection: &Connection<S>, header: Option<&RequestHeader>, why: Refusal) -> Reply {
@@ -316,6 +322,25 @@ async fn acknowledged<S: Service>(connection: &Connection<S>, send: &SendStream)
                     return Err(Unsent);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_taken_as_bytes_come() {
+        let len = qpq_wire::MAX_PAYLOAD as usize;
+        for part in [1_200, 64 * 1024, len] {
+            let mut payload = Vec::with_capacity(FIRST_CHUNK);
+            while payload.len() < len {
+                let part = vec![7; part.min(len - payload.len())];
+                append(&mut payload, &part, len);
+                assert!(payload.capacity() <= FIRST_CHUNK.max(2 * payload.len()).min(len));
+            }
+            assert_eq!(payload.capacity(), len);
         }
     }
 }

@@ -1,0 +1,142 @@
+//! Calls: independent of each other, cancelled with their stream, and harmless when they panic.
+
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use qpq_wire::Response;
+use quinn::VarInt;
+
+use crate::support::{Harness, Raw, Report, answer, config, frame, method, status, within};
+
+#[tokio::test]
+async fn calls_on_a_connection_do_not_wait_for_each_other() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let mut parked = Vec::new();
+    for id in 0..63 {
+        parked.push(raw.ask(&frame(method::GATE, id, b"parked")).await);
+        harness.wait_for(Report::Started(id)).await;
+    }
+    assert_eq!(raw.exchange(&frame(method::ECHO, 100, b"fast")).await.request_id, 100);
+    harness.probe.gate.add_permits(63);
+    for (id, (_, recv)) in (0..).zip(parked).collect::<Vec<_>>().into_iter().rev() {
+        assert_eq!(answer(recv).await.request_id, id);
+    }
+}
+
+#[tokio::test]
+async fn more_calls_than_allowed_wait_and_are_then_served() {
+    let mut config = config();
+    config.limits.max_streams = 4;
+    let mut harness = Harness::with(config);
+    let connection = harness.connect().await;
+    let minute = Duration::from_secs(60);
+    let mut calls: FuturesUnordered<_> =
+        (0..40).map(|id| connection.call(method::GATE, "x".into(), id, minute)).collect();
+    for round in 0..40 {
+        // As many as may run do, and none more.
+        while harness.probe.gate.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        harness.probe.gate.add_permits(1);
+        let answered = within(calls.next()).await.unwrap();
+        assert_eq!(answered, Ok((status::OK, "x".into())), "round {round}");
+        let started = harness.reported().iter().filter(|r| matches!(r, Report::Started(_))).count();
+        assert!(started <= 5, "{started}");
+    }
+}
+
+#[tokio::test]
+async fn stopping_the_answer_drops_the_call() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let (_send, mut recv) = raw.ask(&frame(method::PARK, 1, b"")).await;
+    harness.wait_for(Report::Started(1)).await;
+    recv.stop(VarInt::from_u32(0)).unwrap();
+    harness.wait_for(Report::Cancelled(1)).await;
+    assert_eq!(raw.exchange(&frame(method::ECHO, 2, b"")).await.request_id, 2);
+}
+
+#[tokio::test]
+async fn the_end_of_a_connection_drops_its_calls() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let _streams = [raw.ask(&frame(method::PARK, 1, b"")).await, raw.ask(&frame(method::PARK, 2, b"")).await];
+    let (mut one, mut two) = (false, false);
+    harness.wait_for(Report::Started(2)).await;
+    raw.quic.close(VarInt::from_u32(7), b"enough");
+    let mut gone = false;
+    while !(one && two && gone) {
+        match harness.next_report().await {
+            Report::Cancelled(1) => one = true,
+            Report::Cancelled(2) => two = true,
+            Report::Disconnected => gone = true,
+            other => assert_eq!(other, Report::Started(1)),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_client_call_drops_the_servers() {
+    let mut harness = Harness::start();
+    let connection = harness.connect().await;
+    let minute = Duration::from_secs(60);
+    {
+        let call = connection.call(method::PARK, "".into(), 1, minute);
+        tokio::pin!(call);
+        tokio::select! {
+            outcome = &mut call => panic!("{outcome:?}"),
+            () = harness.wait_for(Report::Started(1)) => {}
+        }
+    }
+    harness.wait_for(Report::Cancelled(1)).await;
+    let echo = connection.call(method::ECHO, "on".into(), 2, minute);
+    assert_eq!(within(echo).await, Ok((status::OK, "on".into())));
+}
+
+#[tokio::test]
+async fn a_panic_is_answered_and_hurts_nobody_else() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let parked = raw.ask(&frame(method::GATE, 1, b"still here")).await;
+    harness.wait_for(Report::Started(1)).await;
+    // More often than there are streams: what a panic leaves behind would add up.
+    for id in 100..200 {
+        let expected =
+            Response { status: status::REFUSED, request_id: id, payload: "Internal Some(6)".into() };
+        assert_eq!(raw.exchange(&frame(method::PANIC, id, b"")).await, expected);
+    }
+    harness.probe.gate.add_permits(1);
+    assert_eq!(&answer(parked.1).await.payload[..], b"still here");
+}
+
+#[tokio::test]
+async fn a_reply_that_fits_no_frame_is_an_internal_error() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let len = qpq_wire::MAX_PAYLOAD + 1;
+    let response = raw.exchange(&frame(method::BULK, 3, &len.to_be_bytes())).await;
+    assert_eq!(&response.payload[..], b"Internal Some(5)");
+    harness.wait_for(Report::Untold(3)).await;
+}
+
+#[tokio::test]
+async fn half_an_answer_is_reset_and_never_ended() {
+    let mut config = config();
+    config.timeouts.stalled_reply = Duration::from_millis(200);
+    let mut harness = Harness::with(config);
+    let mut transport = quinn::TransportConfig::default();
+    transport.stream_receive_window(10_000u32.into());
+    let raw = Raw::connect(&harness, harness.addr(), transport).await;
+    let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &4_000_000u32.to_be_bytes())).await;
+    harness.wait_for(Report::Lost(1)).await;
+    // What was in the window may be read or not; then comes the reset.
+    let ended = loop {
+        match within(recv.read_chunk(1000, true)).await {
+            Ok(Some(_)) => {}
+            other => break other,
+        }
+    };
+    assert!(matches!(ended, Err(quinn::ReadError::Reset(_))), "{ended:?}");
+    assert_eq!(raw.exchange(&frame(method::ECHO, 2, b"")).await.request_id, 2);
+}

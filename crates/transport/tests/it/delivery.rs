@@ -1,0 +1,105 @@
+//! A reply's fate: delivered once acknowledged, lost when its client is.
+
+use std::time::Duration;
+
+use quinn::VarInt;
+
+use crate::{
+    relay::Relay,
+    support::{Harness, Raw, Report, answer, config, frame, method, within},
+};
+
+#[tokio::test]
+async fn a_reply_is_delivered_when_the_client_has_acknowledged_it_and_no_earlier() {
+    let mut harness = Harness::start();
+    let mut relay = Relay::to(harness.addr()).await;
+    let raw = Raw::connect(&harness, relay.addr, quinn::TransportConfig::default()).await;
+    let (_send, recv) = raw.ask(&frame(method::TRACKED, 1, b"kept")).await;
+    harness.wait_for(Report::Started(1)).await;
+    relay.set_up(false);
+    relay.forget_down();
+    harness.probe.gate.add_permits(1);
+    // The client has the whole answer, but its acknowledgement does not get through.
+    assert_eq!(&answer(recv).await.payload[..], b"kept");
+    // The server sends it again: it has not heard.
+    relay.forget_down();
+    relay.next_down().await;
+    assert_eq!(harness.reported(), []);
+    relay.set_up(true);
+    harness.wait_for(Report::Delivered(1)).await;
+}
+
+#[tokio::test]
+async fn a_reply_to_a_client_that_fell_silent_is_lost_long_before_the_connection() {
+    let mut config = config();
+    config.timeouts.silent_peer = Duration::from_millis(400);
+    let mut harness = Harness::with(config);
+    let relay = Relay::to(harness.addr()).await;
+    let raw = Raw::connect(&harness, relay.addr, quinn::TransportConfig::default()).await;
+    let (_send, mut recv) = raw.ask(&frame(method::TRACKED, 1, b"gone")).await;
+    harness.wait_for(Report::Started(1)).await;
+    relay.set_up(false);
+    relay.set_down(false);
+    harness.probe.gate.add_permits(1);
+    harness.wait_for(Report::Lost(1)).await;
+    // Back again, the client does not get what counts as lost.
+    relay.set_up(true);
+    relay.set_down(true);
+    let ended = within(recv.read_to_end(100)).await;
+    assert!(matches!(ended, Err(quinn::ReadToEndError::Read(quinn::ReadError::Reset(_)))), "{ended:?}");
+    assert_eq!(raw.exchange(&frame(method::ECHO, 2, b"")).await.request_id, 2);
+}
+
+#[tokio::test]
+async fn a_slow_client_that_is_heard_of_is_not_silent() {
+    let mut config = config();
+    config.timeouts.silent_peer = Duration::from_millis(400);
+    let mut harness = Harness::with(config);
+    let mut transport = quinn::TransportConfig::default();
+    transport.keep_alive_interval(Some(Duration::from_millis(20)));
+    transport.stream_receive_window(10_000u32.into());
+    let raw = Raw::connect(&harness, harness.addr(), transport).await;
+    let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &300_000u32.to_be_bytes())).await;
+    harness.wait_for(Report::Started(1)).await;
+    // Several times the silence pass, while another call runs into its deadline and the client reads nothing.
+    let connection = harness.connect().await;
+    let parked = connection.call(method::PARK, "".into(), 2, Duration::from_secs(2));
+    within(parked).await.unwrap_err();
+    assert!(!harness.reported().contains(&Report::Lost(1)));
+    within(recv.read_to_end(1 << 20)).await.unwrap();
+    harness.wait_for(Report::Delivered(1)).await;
+}
+
+#[tokio::test]
+async fn a_reply_that_is_stopped_half_way_is_lost() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &4_000_000u32.to_be_bytes())).await;
+    within(recv.read_chunk(10, true)).await.unwrap();
+    recv.stop(VarInt::from_u32(0)).unwrap();
+    harness.wait_for(Report::Lost(1)).await;
+}
+
+#[tokio::test]
+async fn a_reply_is_lost_with_its_connection() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &4_000_000u32.to_be_bytes())).await;
+    within(recv.read_chunk(10, true)).await.unwrap();
+    raw.quic.close(VarInt::from_u32(0), b"");
+    harness.wait_for(Report::Lost(1)).await;
+}
+
+#[tokio::test]
+async fn a_call_that_ends_too_late_keeps_what_it_leased_until_the_drop() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let (_send, mut recv) = raw.ask(&frame(method::TRACKED, 1, b"")).await;
+    harness.wait_for(Report::Started(1)).await;
+    recv.stop(VarInt::from_u32(0)).unwrap();
+    // Nobody is told anything: the call's own drop is where it lets go.
+    harness.wait_for(Report::Cancelled(1)).await;
+    harness.probe.gate.add_permits(1);
+    raw.exchange(&frame(method::ECHO, 2, b"")).await;
+    assert_eq!(harness.reported(), [Report::Started(2)]);
+}

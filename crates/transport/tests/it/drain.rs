@@ -1,0 +1,116 @@
+//! How a server stops.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use qpq_transport::client::{CallError, ConnectError, Lost};
+
+use crate::support::{Harness, Report, method, status, within};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn shut_down() -> Lost {
+    Lost::Closed { code: 0, reason: "server shutting down".to_owned() }
+}
+
+#[tokio::test]
+async fn a_drain_refuses_the_new_and_lets_the_old_finish() {
+    let mut harness = Harness::start();
+    let connection = harness.connect().await;
+    let call = connection.call(method::GATE, "old".into(), 1, HOUR);
+    let story = async {
+        harness.wait_for(Report::Started(1)).await;
+        let (dialer, addr) = (harness.dialer(), harness.addr());
+        let Harness { server, probe, reports, .. } = &mut harness;
+        let meanwhile = async {
+            // The service was told, so the gate is shut.
+            within(async { while reports.recv().await != Some(Report::Draining) {} }).await;
+            let refused = within(dialer.connect(addr, "localhost")).await;
+            assert!(matches!(refused, Err(ConnectError::Refused)), "{refused:?}");
+            // Who is inside is still served.
+            let echo = connection.call(method::ECHO, "new".into(), 2, HOUR);
+            assert_eq!(within(echo).await, Ok((status::OK, "new".into())));
+            assert_eq!(connection.lost(), None);
+            probe.gate.add_permits(1);
+        };
+        tokio::join!(within(server.drain(HOUR)), meanwhile);
+        within(server.run()).await;
+    };
+    let (answer, ()) = tokio::join!(within(call), story);
+    assert_eq!(answer, Ok((status::OK, "old".into())));
+    assert_eq!(within(connection.closed()).await, shut_down());
+}
+
+#[tokio::test]
+async fn calls_that_outlast_the_deadline_are_dropped() {
+    let mut harness = Harness::start();
+    let connection = harness.connect().await;
+    let call = connection.call(method::PARK, "".into(), 1, HOUR);
+    let story = async {
+        harness.wait_for(Report::Started(1)).await;
+        within(harness.server.drain(Duration::from_millis(100))).await;
+        harness.wait_for(Report::Cancelled(1)).await;
+    };
+    let (answer, ()) = tokio::join!(within(call), story);
+    assert_eq!(answer, Err(CallError::Lost(shut_down())));
+}
+
+#[tokio::test]
+async fn a_second_drain_does_not_wait() {
+    let mut harness = Harness::start();
+    let connection = harness.connect().await;
+    let call = connection.call(method::PARK, "".into(), 1, HOUR);
+    let story = async {
+        harness.wait_for(Report::Started(1)).await;
+        let server = &harness.server;
+        tokio::join!(within(server.drain(HOUR)), within(server.drain(HOUR)));
+    };
+    let (answer, ()) = tokio::join!(within(call), story);
+    assert_eq!(answer, Err(CallError::Lost(shut_down())));
+}
+
+#[tokio::test]
+async fn no_answer_given_before_the_close_is_cut_off() {
+    let mut harness = Harness::start();
+    let connection = harness.connect().await;
+    let payload = bytes::Bytes::from(vec![1; 20_000]);
+    let calls = join_all((0..64).map(|id| connection.call(method::GATE, payload.clone(), id, HOUR)));
+    let story = async {
+        let mut started = 0;
+        while started < 64 {
+            started += usize::from(matches!(harness.next_report().await, Report::Started(_)));
+        }
+        // Half of the answers are on their way when the drain begins, half are not yet.
+        harness.probe.gate.add_permits(32);
+        tokio::task::yield_now().await;
+        harness.probe.gate.add_permits(32);
+        within(harness.server.drain(HOUR)).await;
+    };
+    let (answers, ()) = tokio::join!(within(calls), story);
+    for answer in answers {
+        assert_eq!(answer, Ok((status::OK, payload.clone())));
+    }
+}
+
+#[tokio::test]
+async fn deliveries_are_noted_before_the_drain_is_over() {
+    let mut harness = Harness::start();
+    let raw = harness.raw().await;
+    let frame = crate::support::frame(method::BULK, 1, &4_000_000u32.to_be_bytes());
+    let (_send, mut recv) = raw.ask(&frame).await;
+    within(recv.read_chunk(10, true)).await.unwrap();
+    // The client reads no further, so the reply is never acknowledged.
+    within(harness.server.drain(Duration::from_millis(100))).await;
+    assert!(harness.reported().contains(&Report::Lost(1)));
+}
+
+#[tokio::test]
+async fn a_dropped_server_says_goodbye() {
+    let mut harness = Harness::start();
+    let connection = harness.connect().await;
+    // The server's side of the handshake ends a little later.
+    let connected = harness.next_report().await;
+    assert!(matches!(connected, Report::Connected(_)), "{connected:?}");
+    drop(harness);
+    assert_eq!(within(connection.closed()).await, shut_down());
+}

@@ -1,0 +1,314 @@
+//! A service whose every step is reported, a server around it, and a client that writes raw bytes.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use qpq_transport::{
+    Certificates, Config, Delivery, EventSink, Peer, Refusal, Reply, Server, Service,
+    client::{Connection, Dialer, Trust},
+};
+use qpq_wire::{Request, RequestHeader, Response};
+use quinn::{RecvStream, SendStream, crypto::rustls::QuicClientConfig};
+use rustls::pki_types::CertificateDer;
+use tempfile::TempDir;
+use tokio::sync::{Semaphore, mpsc};
+
+/// What the service's methods do.
+pub(crate) mod method {
+    /// Answers with the payload.
+    pub(crate) const ECHO: u16 = 1;
+    /// Never answers.
+    pub(crate) const PARK: u16 = 2;
+    /// Waits for a permit, then answers with the payload.
+    pub(crate) const GATE: u16 = 3;
+    /// As `GATE`, and the fate of the answer is reported.
+    pub(crate) const TRACKED: u16 = 4;
+    /// Answers with as many bytes as the payload says, and the fate of the answer is reported.
+    pub(crate) const BULK: u16 = 5;
+    /// Panics.
+    pub(crate) const PANIC: u16 = 6;
+    /// Sends the payload as event 1, and answers with the error if that fails.
+    pub(crate) const EVENT: u16 = 7;
+    /// Not known to the service.
+    pub(crate) const UNKNOWN: u16 = 999;
+}
+
+pub(crate) mod status {
+    pub(crate) const OK: u8 = 0;
+    pub(crate) const REFUSED: u8 = 1;
+    pub(crate) const UNKNOWN_METHOD: u8 = 11;
+}
+
+/// What happened in the service, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Report {
+    Connected(Peer),
+    Disconnected,
+    Started(u32),
+    /// A call was dropped before its end.
+    Cancelled(u32),
+    Delivered(u32),
+    Lost(u32),
+    /// A reply's delivery was dropped untold.
+    Untold(u32),
+    Draining,
+}
+
+pub(crate) struct Probe {
+    reports: mpsc::UnboundedSender<Report>,
+    pub(crate) gate: Semaphore,
+}
+
+pub(crate) struct Session {
+    events: EventSink,
+}
+
+impl Probe {
+    fn report(&self, report: Report) {
+        // A test that is over no longer listens.
+        let _ = self.reports.send(report);
+    }
+}
+
+impl Service for Probe {
+    type Connection = Session;
+
+    fn connected(&self, peer: Peer, events: EventSink) -> Arc<Session> {
+        self.report(Report::Connected(peer));
+        Arc::new(Session { events })
+    }
+
+    fn disconnected(&self, _conn: &Session) {
+        self.report(Report::Disconnected);
+    }
+
+    fn admit(&self, _conn: &Session, header: &RequestHeader) -> Result<(), Reply> {
+        if header.method_id == method::UNKNOWN {
+            return Err(Reply::new(status::UNKNOWN_METHOD, Bytes::new()));
+        }
+        Ok(())
+    }
+
+    async fn call(self: Arc<Self>, conn: Arc<Session>, request: Request) -> Reply {
+        let id = request.request_id;
+        let mut running = Running { probe: Arc::clone(&self), id: Some(id) };
+        self.report(Report::Started(id));
+        let reply = match request.method_id {
+            method::PARK => std::future::pending().await,
+            method::GATE => {
+                self.gate.acquire().await.unwrap().forget();
+                Reply::new(status::OK, request.payload)
+            }
+            method::TRACKED => {
+                self.gate.acquire().await.unwrap().forget();
+                self.tracked(id, request.payload)
+            }
+            method::BULK => {
+                let len = u32::from_be_bytes(request.payload[..].try_into().unwrap());
+                self.tracked(id, vec![7; len as usize].into())
+            }
+            method::PANIC => panic!("as asked"),
+            method::EVENT => match conn.events.send(1, request.payload) {
+                Ok(()) => Reply::new(status::OK, Bytes::new()),
+                Err(error) => Reply::new(status::REFUSED, error.to_string().into()),
+            },
+            _ => Reply::new(status::OK, request.payload),
+        };
+        running.id = None;
+        reply
+    }
+
+    fn refuse(&self, _conn: &Session, header: Option<&RequestHeader>, why: Refusal) -> Reply {
+        let method = header.map(|header| header.method_id);
+        Reply::new(status::REFUSED, format!("{why:?} {method:?}").into())
+    }
+
+    async fn draining(&self, _deadline: Duration) {
+        self.report(Report::Draining);
+    }
+}
+
+impl Probe {
+    fn tracked(self: &Arc<Self>, id: u32, payload: Bytes) -> Reply {
+        let delivery = Tracked { probe: Arc::clone(self), id: Some(id) };
+        Reply { on_delivery: Some(Box::new(delivery)), ..Reply::new(status::OK, payload) }
+    }
+}
+
+struct Running {
+    probe: Arc<Probe>,
+    id: Option<u32>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.probe.report(Report::Cancelled(id));
+        }
+    }
+}
+
+struct Tracked {
+    probe: Arc<Probe>,
+    id: Option<u32>,
+}
+
+impl Delivery for Tracked {
+    fn delivered(mut self: Box<Self>) -> BoxFuture<'static, ()> {
+        let id = self.id.take().unwrap();
+        Box::pin(async move { self.probe.report(Report::Delivered(id)) })
+    }
+
+    fn lost(mut self: Box<Self>) -> BoxFuture<'static, ()> {
+        let id = self.id.take().unwrap();
+        Box::pin(async move { self.probe.report(Report::Lost(id)) })
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.probe.report(Report::Untold(id));
+        }
+    }
+}
+
+/// A server with its service, and what it reports.
+pub(crate) struct Harness {
+    pub(crate) server: Server<Probe>,
+    pub(crate) probe: Arc<Probe>,
+    pub(crate) certificates: Arc<Certificates>,
+    pub(crate) directory: TempDir,
+    pub(crate) reports: mpsc::UnboundedReceiver<Report>,
+}
+
+pub(crate) fn config() -> Config {
+    Config::new((Ipv4Addr::LOCALHOST, 0).into())
+}
+
+impl Harness {
+    pub(crate) fn start() -> Self {
+        Self::with(config())
+    }
+
+    pub(crate) fn with(config: Config) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (cert, key) = (directory.path().join("cert.der"), directory.path().join("key.der"));
+        let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let certificates = Certificates::load_or_create(&cert, &key, &names).unwrap();
+        let (sender, reports) = mpsc::unbounded_channel();
+        let probe = Arc::new(Probe { reports: sender, gate: Semaphore::new(0) });
+        let server = Server::bind(config, Arc::clone(&certificates), Arc::clone(&probe)).unwrap();
+        Self { server, probe, certificates, directory, reports }
+    }
+
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.server.local_addr()
+    }
+
+    pub(crate) fn cert_path(&self) -> PathBuf {
+        self.directory.path().join("cert.der")
+    }
+
+    /// Waits for this report, over others.
+    pub(crate) async fn wait_for(&mut self, wanted: Report) {
+        while self.next_report().await != wanted {}
+    }
+
+    pub(crate) async fn next_report(&mut self) -> Report {
+        within(self.reports.recv()).await.expect("the service is alive")
+    }
+
+    /// What was reported and not yet waited for.
+    pub(crate) fn reported(&mut self) -> Vec<Report> {
+        std::iter::from_fn(|| self.reports.try_recv().ok()).collect()
+    }
+
+    pub(crate) fn dialer(&self) -> Dialer {
+        Dialer::new(Trust::Pin(self.certificates.fingerprint())).unwrap()
+    }
+
+    pub(crate) async fn connect(&self) -> Connection {
+        within(self.dialer().connect(self.addr(), "localhost")).await.unwrap()
+    }
+
+    pub(crate) async fn raw(&self) -> Raw {
+        Raw::connect(self, self.addr(), quinn::TransportConfig::default()).await
+    }
+}
+
+/// A test that hangs fails; nothing is judged by how long it takes.
+pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(60), future).await.expect("it hangs")
+}
+
+/// A client that writes what it likes.
+pub(crate) struct Raw {
+    pub(crate) quic: quinn::Connection,
+}
+
+impl Raw {
+    pub(crate) async fn connect(
+        harness: &Harness,
+        addr: SocketAddr,
+        transport: quinn::TransportConfig,
+    ) -> Self {
+        let mut config = quinn_config(raw_tls(harness));
+        config.transport_config(Arc::new(transport));
+        let endpoint = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let quic = within(endpoint.connect_with(config, addr, "localhost").unwrap()).await.unwrap();
+        Self { quic }
+    }
+
+    /// Opens a stream and writes; it stays open.
+    pub(crate) async fn open(&self, bytes: &[u8]) -> (SendStream, RecvStream) {
+        let (mut send, recv) = within(self.quic.open_bi()).await.unwrap();
+        within(send.write_all(bytes)).await.unwrap();
+        (send, recv)
+    }
+
+    /// Opens a stream, writes, ends it.
+    pub(crate) async fn ask(&self, bytes: &[u8]) -> (SendStream, RecvStream) {
+        let (mut send, recv) = self.open(bytes).await;
+        send.finish().unwrap();
+        (send, recv)
+    }
+
+    pub(crate) async fn exchange(&self, bytes: &[u8]) -> Response {
+        answer(self.ask(bytes).await.1).await
+    }
+}
+
+/// Reads one response that is all of the stream.
+pub(crate) async fn answer(mut recv: RecvStream) -> Response {
+    let bytes = within(recv.read_to_end(16 << 20)).await.unwrap();
+    Response::decode(bytes.into()).unwrap()
+}
+
+pub(crate) fn frame(method_id: u16, request_id: u32, payload: &[u8]) -> Vec<u8> {
+    let payload = Bytes::copy_from_slice(payload);
+    Request { method_id, request_id, payload }.encode().unwrap().to_vec()
+}
+
+pub(crate) fn raw_tls(harness: &Harness) -> rustls::ClientConfig {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from(std::fs::read(harness.cert_path()).unwrap())).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    tls.alpn_protocols = vec![b"qpq".to_vec()];
+    tls
+}
+
+pub(crate) fn quinn_config(tls: rustls::ClientConfig) -> quinn::ClientConfig {
+    quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()))
+}
