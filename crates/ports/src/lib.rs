@@ -6,6 +6,8 @@
 
 mod accounts;
 mod clock;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod error;
 mod inboxes;
 mod keys;

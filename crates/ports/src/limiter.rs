@@ -10,7 +10,8 @@ use crate::StoreResult;
 /// Counts.
 #[async_trait]
 pub trait RateLimiter: Send + Sync {
-    /// Takes `cost` tokens from the bucket under `key`, which is full when first seen.
+    /// Takes `cost` tokens from the bucket under `key`, which is full when first seen. A cost above the burst needs a full
+    /// bucket and leaves a debt, so that the rate is kept.
     async fn take(&self, key: LimitKey, bucket: Bucket, cost: u32, now: UnixMillis) -> StoreResult<Verdict>;
 }
 

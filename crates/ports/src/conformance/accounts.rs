@@ -1,0 +1,98 @@
+//! Rules of [`crate::Accounts`].
+
+use std::sync::Arc;
+
+use qpq_domain::{IdentityKey, Username};
+use tokio::task::JoinSet;
+
+use super::{
+    Factory,
+    bench::{Bench, NOW, account},
+};
+use crate::{NewAccount, Registration};
+
+pub async fn a_registration_is_found_by_name_and_by_key(factory: &dyn Factory) {
+    let accounts = Bench::new(factory).await.stores.accounts;
+    let new = account("alice", 1, 7);
+    let Ok(Registration::Registered(id)) = accounts.register(new.clone()).await else {
+        panic!("alice is the first");
+    };
+    let credentials = accounts.credentials(&new.username).await.expect("read").expect("there");
+    assert_eq!(
+        (credentials.account, credentials.identity, &credentials.opaque_record),
+        (id, new.identity, &new.opaque_record)
+    );
+    let by_name = accounts.by_username(&new.username).await.expect("read").expect("there");
+    assert_eq!(
+        (by_name.id, &by_name.username, by_name.identity, by_name.created_at),
+        (id, &new.username, new.identity, NOW)
+    );
+    assert_eq!(accounts.by_identity(&new.identity).await.expect("read"), Some(by_name));
+
+    let nobody = Username::parse("nobody").expect("a username");
+    assert!(accounts.credentials(&nobody).await.expect("read").is_none());
+    assert_eq!(accounts.by_username(&nobody).await.expect("read"), None);
+    assert_eq!(accounts.by_identity(&IdentityKey::new([9; 32])).await.expect("read"), None);
+}
+
+pub async fn a_registration_never_overwrites(factory: &dyn Factory) {
+    let accounts = Bench::new(factory).await.stores.accounts;
+    let first = account("alice", 1, 1);
+    accounts.register(first.clone()).await.expect("register");
+    for (attempt, expected) in [
+        (account("alice", 2, 2), Registration::UsernameTaken),
+        (account("alice", 1, 2), Registration::UsernameTaken),
+        (account("alice", 2, 1), Registration::UsernameTaken),
+        (account("bob", 1, 1), Registration::IdentityTaken),
+    ] {
+        assert_eq!(accounts.register(attempt).await.expect("register"), expected);
+    }
+    let kept = accounts.credentials(&first.username).await.expect("read").expect("there");
+    assert_eq!((kept.identity, kept.opaque_record), (first.identity, first.opaque_record));
+    assert!(accounts.by_identity(&IdentityKey::new([2; 32])).await.expect("read").is_none());
+    assert!(accounts.by_username(&account("bob", 1, 1).username).await.expect("read").is_none());
+}
+
+pub async fn a_repeated_registration_is_recognised(factory: &dyn Factory) {
+    let accounts = Bench::new(factory).await.stores.accounts;
+    let new = account("alice", 1, 1);
+    let Ok(Registration::Registered(id)) = accounts.register(new.clone()).await else {
+        panic!("alice is the first");
+    };
+    let later = NewAccount { now: NOW.plus(super::bench::MINUTE), ..new.clone() };
+    assert_eq!(accounts.register(later).await.expect("register"), Registration::Repeated(id));
+    let kept = accounts.by_identity(&new.identity).await.expect("read").expect("there");
+    assert_eq!(kept.created_at, NOW);
+}
+
+pub async fn of_concurrent_registrations_one_wins(factory: &dyn Factory) {
+    let accounts = Bench::new(factory).await.stores.accounts;
+    for (same_name, loser) in [(true, Registration::UsernameTaken), (false, Registration::IdentityTaken)] {
+        let mut attempts = JoinSet::new();
+        for n in 0..16_u8 {
+            let accounts = Arc::clone(&accounts);
+            let new = if same_name { account("same", 100 + n, n) } else { account(&format!("n{n}"), 50, n) };
+            attempts.spawn(async move { (n, accounts.register(new).await.expect("register")) });
+        }
+        let outcomes = attempts.join_all().await;
+        let (winners, losers): (Vec<_>, Vec<_>) =
+            outcomes.into_iter().partition(|(_, outcome)| matches!(outcome, Registration::Registered(_)));
+        assert_eq!(winners.len(), 1);
+        assert!(losers.iter().all(|(_, outcome)| *outcome == loser), "{losers:?}");
+        let n = winners[0].0;
+        let name = if same_name { "same".to_owned() } else { format!("n{n}") };
+        let username = Username::parse(&name).expect("a username");
+        let kept = accounts.credentials(&username).await.expect("read").expect("there");
+        assert_eq!(kept.opaque_record, vec![n; 192]);
+    }
+}
+
+pub async fn accounts_survive_a_crash(factory: &dyn Factory) {
+    let mut bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    bench.crash().await;
+    let kept = bench.stores.accounts.by_identity(&alice.identity).await.expect("read").expect("there");
+    assert_eq!(kept.id, alice.account);
+    let repeated = bench.stores.accounts.register(account("person1", 1, 1)).await.expect("register");
+    assert_eq!(repeated, Registration::Repeated(alice.account));
+}

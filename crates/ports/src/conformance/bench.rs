@@ -1,0 +1,170 @@
+//! A backend and short words for what the rules do with it.
+
+use std::time::Duration;
+
+use qpq_domain::{
+    AccountId, ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis, Username,
+};
+
+use super::{Backend, Factory};
+use crate::{
+    Ack, Enqueue, Enqueued, Lease, NewAccount, Page, PageLimit, Read, Receipt, Registration, Stores, View,
+};
+
+/// When the tests begin.
+pub(super) const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
+
+pub(super) const MINUTE: Duration = Duration::from_secs(60);
+
+/// As much as there is.
+pub(super) const EVERYTHING: PageLimit = PageLimit { messages: u32::MAX, bytes: usize::MAX };
+
+pub(super) struct Bench {
+    pub(super) backend: Box<dyn Backend>,
+    pub(super) stores: Stores,
+}
+
+/// Somebody who is registered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Person {
+    pub(super) account: AccountId,
+    pub(super) identity: IdentityKey,
+}
+
+impl Bench {
+    pub(super) async fn new(factory: &dyn Factory) -> Self {
+        Self::with(factory, Delivery::default(), KeyPackageCaps::default()).await
+    }
+
+    pub(super) async fn with(factory: &dyn Factory, delivery: Delivery, caps: KeyPackageCaps) -> Self {
+        let backend = factory.fresh(delivery, caps).await;
+        let stores = backend.stores();
+        Self { backend, stores }
+    }
+
+    pub(super) async fn crash(&mut self) {
+        self.backend.crash().await;
+        self.stores = self.backend.stores();
+    }
+
+    /// Registers the person with this number.
+    pub(super) async fn person(&self, n: u8) -> Person {
+        let account = account(&format!("person{n}"), n, n);
+        let identity = account.identity;
+        match self.stores.accounts.register(account).await.expect("register") {
+            Registration::Registered(account) => Person { account, identity },
+            other => panic!("person {n}: {other:?}"),
+        }
+    }
+
+    pub(super) async fn send(&self, message: Enqueue) -> Enqueued {
+        self.stores.inboxes.enqueue(vec![message]).await.expect("enqueue")[0]
+    }
+
+    /// Sends, and wants it accepted.
+    pub(super) async fn deliver(&self, message: Enqueue) -> Receipt {
+        match self.send(message).await {
+            Enqueued::Accepted(receipt) => receipt,
+            other => panic!("not accepted: {other:?}"),
+        }
+    }
+
+    /// Delivers messages with these texts into the default channel.
+    pub(super) async fn deliver_all(&self, from: Person, to: Person, texts: &[&str]) {
+        for text in texts {
+            self.deliver(message(from, to, text)).await;
+        }
+    }
+
+    pub(super) async fn lease(&self, read: Read, limit: PageLimit) -> Box<dyn Lease> {
+        self.stores.inboxes.lease(read, limit, NOW).await.expect("lease")
+    }
+
+    pub(super) async fn peek(&self, read: Read) -> Page {
+        self.peek_at(read, NOW).await
+    }
+
+    pub(super) async fn peek_at(&self, read: Read, now: UnixMillis) -> Page {
+        self.stores.inboxes.peek(read, Seq::ZERO, EVERYTHING, now).await.expect("peek")
+    }
+
+    pub(super) async fn ack(&self, read: Read, up_to: Option<u64>, seqs: &[u64]) -> u32 {
+        self.ack_at(read, up_to, seqs, NOW).await
+    }
+
+    pub(super) async fn ack_at(&self, read: Read, up_to: Option<u64>, seqs: &[u64], now: UnixMillis) -> u32 {
+        let ack = Ack { up_to: up_to.map(Seq), seqs: seqs.iter().copied().map(Seq).collect() };
+        self.stores.inboxes.ack(read, ack, now).await.expect("ack")
+    }
+}
+
+/// An account to be made: a name, a number for the key and one for the record.
+pub(super) fn account(name: &str, key: u8, record: u8) -> NewAccount {
+    NewAccount {
+        username: Username::parse(name).expect("a username"),
+        identity: IdentityKey::new([key; 32]),
+        opaque_record: vec![record; 192],
+        now: NOW,
+    }
+}
+
+/// A message for the default channel, without an id, that lives for a day.
+pub(super) fn message(from: Person, to: Person, text: &str) -> Enqueue {
+    let payload = bytes::Bytes::copy_from_slice(text.as_bytes());
+    let mut payload_sha256 = [0; 32];
+    payload_sha256.iter_mut().zip(text.bytes().rev()).for_each(|(to, from)| *to = from);
+    Enqueue {
+        sender: from.identity,
+        recipient: to.identity,
+        channel: ChannelId::DEFAULT,
+        payload,
+        payload_sha256,
+        message_id: None,
+        now: NOW,
+        ttl: 24 * 60 * MINUTE,
+    }
+}
+
+impl Enqueue {
+    pub(super) fn in_channel(self, n: u8) -> Self {
+        Self { channel: channel(n), ..self }
+    }
+
+    pub(super) fn with_id(self, n: u8) -> Self {
+        Self { message_id: Some(MessageId::new([n; 16])), ..self }
+    }
+
+    pub(super) fn at(self, now: UnixMillis) -> Self {
+        Self { now, ..self }
+    }
+
+    pub(super) fn living(self, ttl: Duration) -> Self {
+        Self { ttl, ..self }
+    }
+}
+
+/// The channel with this number; 0 is the default one.
+pub(super) fn channel(n: u8) -> ChannelId {
+    if n == 0 { ChannelId::DEFAULT } else { ChannelId::new([n; 16]) }
+}
+
+pub(super) fn all(person: Person) -> Read {
+    Read { inbox: person.identity, device: None, view: View::All }
+}
+
+pub(super) fn only(person: Person, n: u8) -> Read {
+    Read { inbox: person.identity, device: None, view: View::Channel(channel(n)) }
+}
+
+/// At most this many messages.
+pub(super) fn first(messages: u32) -> PageLimit {
+    PageLimit { messages, ..EVERYTHING }
+}
+
+pub(super) fn seqs(page: &Page) -> Vec<u64> {
+    page.envelopes.iter().map(|envelope| envelope.seq.0).collect()
+}
+
+pub(super) fn texts(page: &Page) -> Vec<&str> {
+    page.envelopes.iter().map(|envelope| std::str::from_utf8(&envelope.payload).expect("text")).collect()
+}

@@ -1,0 +1,192 @@
+//! Rules of [`crate::Inboxes::enqueue`]: seqs, caps, durability.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use qpq_domain::{Delivery, IdentityKey, KeyPackageCaps, Seq};
+use tokio::task::JoinSet;
+
+use super::{
+    Factory,
+    bench::{Bench, MINUTE, NOW, Person, all, message, seqs, texts},
+};
+use crate::{Enqueue, Enqueued, Receipt};
+
+pub async fn seqs_are_contiguous_under_concurrency(factory: &dyn Factory) {
+    const TASKS: u64 = 16;
+    const EACH: u64 = 25;
+    let bench = Bench::new(factory).await;
+    let people = [bench.person(1).await, bench.person(2).await];
+    let mut tasks = JoinSet::new();
+    for task in 0..TASKS {
+        let inboxes = Arc::clone(&bench.stores.inboxes);
+        tasks.spawn(async move {
+            let mut seen = [vec![], vec![]];
+            for n in 0..EACH {
+                for (to, seen) in people.iter().zip(&mut seen) {
+                    let enqueued = inboxes
+                        .enqueue(vec![message(people[0], *to, &format!("{task}/{n}"))])
+                        .await
+                        .expect("enqueue");
+                    let Enqueued::Accepted(receipt) = enqueued[0] else { panic!("{enqueued:?}") };
+                    seen.push(receipt.seq);
+                }
+            }
+            seen
+        });
+    }
+    let mut taken = [BTreeSet::new(), BTreeSet::new()];
+    for seen in tasks.join_all().await {
+        for (seen, taken) in seen.into_iter().zip(&mut taken) {
+            assert!(seen.is_sorted(), "what one task sends in order gets rising seqs");
+            taken.extend(seen);
+        }
+    }
+    let expected: BTreeSet<_> = (1..=TASKS * EACH).map(Seq).collect();
+    assert_eq!(taken, [expected.clone(), expected]);
+    for person in people {
+        assert_eq!(seqs(&bench.peek(all(person)).await), (1..=TASKS * EACH).collect::<Vec<_>>());
+    }
+}
+
+pub async fn order_is_kept_within_a_call(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let bodies: Vec<String> = (0..50).map(|n| format!("number {n}")).collect();
+    let messages = bodies.iter().map(|body| message(alice, alice, body)).collect();
+    let enqueued = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    for (n, outcome) in (1..).zip(enqueued) {
+        assert!(matches!(outcome, Enqueued::Accepted(Receipt { seq: Seq(s), .. }) if s == n), "{outcome:?}");
+    }
+    assert_eq!(texts(&bench.peek(all(alice)).await), bodies);
+    assert_eq!(bench.stores.inboxes.enqueue(vec![]).await.expect("nothing to do"), []);
+}
+
+pub async fn an_unknown_recipient_is_told(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    assert_eq!(bench.send(message(alice, nobody, "hello")).await, Enqueued::NoSuchRecipient);
+    assert_eq!(bench.send(message(alice, nobody, "hello").with_id(1)).await, Enqueued::NoSuchRecipient);
+}
+
+pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
+    let bench =
+        Bench::with(factory, Delivery { max_messages: 2, ..Delivery::default() }, KeyPackageCaps::default())
+            .await;
+    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    let messages = vec![
+        message(alice, bob, "one").with_id(1),
+        message(alice, nobody, "lost"),
+        message(alice, bob, "one").with_id(1),
+        message(alice, bob, "two"),
+        message(alice, bob, "too much"),
+        message(alice, alice, "to myself"),
+    ];
+    let outcomes = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    let kinds: Vec<_> = outcomes
+        .iter()
+        .map(|outcome| match outcome {
+            Enqueued::Accepted(receipt) => format!("accepted {}", receipt.seq.0),
+            Enqueued::Duplicate(receipt) => format!("duplicate {}", receipt.seq.0),
+            other => format!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(
+        kinds,
+        ["accepted 1", "NoSuchRecipient", "duplicate 1", "accepted 2", "QueueFull", "accepted 1"]
+    );
+    assert_eq!(texts(&bench.peek(all(bob)).await), ["one", "two"]);
+    assert_eq!(texts(&bench.peek(all(alice)).await), ["to myself"]);
+}
+
+pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) {
+    let limits = Delivery { max_messages: 3, ..Delivery::default() };
+    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let alice = bench.person(1).await;
+    bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
+    for _ in 0..3 {
+        assert_eq!(bench.send(message(alice, alice, "d")).await, Enqueued::QueueFull);
+    }
+    assert_eq!(texts(&bench.peek(all(alice)).await), ["a", "b", "c"]);
+    assert_eq!(bench.ack(all(alice), None, &[2]).await, 1);
+    assert_eq!(bench.deliver(message(alice, alice, "d")).await.seq, Seq(4), "a refusal uses no seq");
+    assert_eq!(bench.send(message(alice, alice, "e")).await, Enqueued::QueueFull);
+    assert_eq!(texts(&bench.peek(all(alice)).await), ["a", "c", "d"]);
+}
+
+pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) {
+    let limits = Delivery { max_bytes: 100, ..Delivery::default() };
+    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let alice = bench.person(1).await;
+    let sized = |n: usize| message(alice, alice, &"x".repeat(n));
+    assert_eq!(bench.send(sized(101)).await, Enqueued::QueueFull, "more than there ever is room for");
+    bench.deliver(sized(60)).await;
+    assert_eq!(bench.send(sized(41)).await, Enqueued::QueueFull);
+    bench.deliver(sized(40)).await;
+    bench.deliver(sized(0)).await;
+    assert_eq!(bench.send(sized(1)).await, Enqueued::QueueFull);
+    assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3]);
+    bench.lease(all(alice), super::bench::first(1)).await.settle().await.expect("settle");
+    bench.deliver(sized(60)).await;
+    assert_eq!(bench.send(sized(1)).await, Enqueued::QueueFull);
+}
+
+pub async fn what_has_expired_makes_room(factory: &dyn Factory) {
+    let limits = Delivery { max_messages: 3, max_bytes: 30, ..Delivery::default() };
+    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let alice = bench.person(1).await;
+    bench.deliver(message(alice, alice, "stays")).await;
+    bench.deliver(message(alice, alice, "goes").living(MINUTE)).await;
+    bench.deliver(message(alice, alice, "goes too").living(2 * MINUTE)).await;
+    let send = |text: &str, now| message(alice, alice, text).at(now);
+    assert_eq!(bench.send(send("early", NOW)).await, Enqueued::QueueFull);
+    let later = NOW.plus(MINUTE);
+    bench.deliver(send("first", later)).await;
+    assert_eq!(bench.send(send("early", later)).await, Enqueued::QueueFull);
+    let latest = NOW.plus(2 * MINUTE);
+    assert_eq!(bench.send(send(&"x".repeat(26), latest)).await, Enqueued::QueueFull, "bytes count too");
+    bench.deliver(send("second", latest)).await;
+    assert_eq!(texts(&bench.peek_at(all(alice), latest).await), ["stays", "first", "second"]);
+}
+
+pub async fn a_caller_that_goes_away_disturbs_nobody(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let mut accepted = 0;
+    for n in 0..50 {
+        let inboxes = Arc::clone(&bench.stores.inboxes);
+        let given_up: Enqueue = message(alice, alice, &format!("given up {n}"));
+        let task = tokio::spawn(async move { inboxes.enqueue(vec![given_up]).await.map(drop) });
+        if n % 2 == 0 {
+            tokio::task::yield_now().await;
+        }
+        task.abort();
+        let kept = bench.deliver(message(alice, alice, &format!("kept {n}"))).await;
+        assert!(kept.seq > Seq(accepted), "{kept:?}");
+        accepted = kept.seq.0;
+    }
+    // Who was aborted may have been accepted or not; what is there is in order and without a gap.
+    let page = bench.peek(all(alice)).await;
+    assert_eq!(seqs(&page), (1..=page.envelopes.len() as u64).collect::<Vec<_>>());
+    assert_eq!(texts(&page).iter().filter(|text| text.starts_with("kept")).count(), 50);
+}
+
+pub async fn what_was_accepted_survives_a_crash(factory: &dyn Factory) {
+    let mut bench = Bench::new(factory).await;
+    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    for round in 0..3_u64 {
+        let mut tasks = JoinSet::new();
+        for n in 0..8 {
+            let inboxes = Arc::clone(&bench.stores.inboxes);
+            tasks.spawn(async move {
+                inboxes.enqueue(vec![message(alice, bob, &format!("{round}/{n}"))]).await.expect("enqueue")
+            });
+        }
+        tasks.join_all().await;
+        let before = bench.peek(all(bob)).await;
+        bench.crash().await;
+        assert_eq!(bench.peek(all(bob)).await, before);
+        assert_eq!(seqs(&before), (1..=8 * (round + 1)).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,220 @@
+//! Rules of [`crate::KeyPackages`] and [`crate::HybridKeys`].
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use qpq_domain::{Delivery, IdentityKey, KeyPackageCaps, UnixMillis};
+use tokio::task::JoinSet;
+
+use super::{
+    Factory,
+    bench::{Bench, MINUTE, NOW, Person},
+};
+use crate::{NewKeyPackage, Stock, TakenKeyPackage, Upload};
+
+/// The package with this number, valid for an hour.
+fn package(n: u8) -> NewKeyPackage {
+    NewKeyPackage {
+        fingerprint: [n; 32],
+        bytes: vec![n; 300],
+        last_resort: false,
+        not_after: NOW.plus(60 * MINUTE),
+    }
+}
+
+fn last_resort(n: u8) -> NewKeyPackage {
+    NewKeyPackage { last_resort: true, ..package(n) }
+}
+
+fn stock(available: u32, has_last_resort: bool) -> Upload {
+    Upload::Stored(Stock { available, has_last_resort })
+}
+
+impl Bench {
+    async fn upload(&self, owner: Person, packages: Vec<NewKeyPackage>) -> Upload {
+        self.stores.key_packages.upload(owner.account, packages, NOW).await.expect("upload")
+    }
+
+    async fn take(&self, target: Person) -> Option<TakenKeyPackage> {
+        self.take_at(target, NOW).await
+    }
+
+    async fn take_at(&self, target: Person, now: UnixMillis) -> Option<TakenKeyPackage> {
+        self.stores.key_packages.take(&target.identity, now).await.expect("take")
+    }
+
+    async fn stock(&self, owner: Person) -> Upload {
+        Upload::Stored(self.stores.key_packages.stock(owner.account, NOW).await.expect("stock"))
+    }
+}
+
+fn taken(n: u8) -> Option<TakenKeyPackage> {
+    Some(TakenKeyPackage { bytes: vec![n; 300], last_resort: false })
+}
+
+fn taken_last_resort(n: u8) -> Option<TakenKeyPackage> {
+    Some(TakenKeyPackage { bytes: vec![n; 300], last_resort: true })
+}
+
+pub async fn packages_are_taken_oldest_first_and_once(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    assert_eq!(bench.stock(alice).await, stock(0, false));
+    assert_eq!(bench.upload(alice, vec![package(3), package(1)]).await, stock(2, false));
+    assert_eq!(bench.upload(alice, vec![package(2)]).await, stock(3, false));
+    for n in [3, 1, 2] {
+        assert_eq!(bench.take(alice).await, taken(n));
+    }
+    assert_eq!(bench.take(alice).await, None);
+    assert_eq!(bench.stock(alice).await, stock(0, false));
+    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    assert_eq!(bench.take(nobody).await, None);
+}
+
+pub async fn concurrent_takes_never_share_a_package(factory: &dyn Factory) {
+    const PACKAGES: u8 = 40;
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let packages = (1..=PACKAGES).map(package).chain([last_resort(200)]).collect();
+    assert_eq!(bench.upload(alice, packages).await, stock(PACKAGES.into(), true));
+    let mut tasks = JoinSet::new();
+    for _ in 0..64 {
+        let keys = Arc::clone(&bench.stores.key_packages);
+        tasks.spawn(async move { keys.take(&alice.identity, NOW).await.expect("take").expect("never dry") });
+    }
+    let (last, single): (Vec<_>, Vec<_>) =
+        tasks.join_all().await.into_iter().partition(|taken| taken.last_resort);
+    let distinct: BTreeSet<u8> = single.iter().map(|taken| taken.bytes[0]).collect();
+    assert_eq!((single.len(), distinct), (PACKAGES.into(), (1..=PACKAGES).collect()));
+    assert_eq!(last.len(), 64 - usize::from(PACKAGES));
+    assert!(last.iter().all(|taken| taken.bytes == [200; 300]));
+}
+
+pub async fn the_last_resort_stays_and_is_replaced_by_a_newer_one(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    assert_eq!(bench.upload(alice, vec![last_resort(1), package(2)]).await, stock(1, true));
+    assert_eq!(bench.take(alice).await, taken(2), "only when no other is left");
+    for _ in 0..3 {
+        assert_eq!(bench.take(alice).await, taken_last_resort(1));
+    }
+    assert_eq!(bench.upload(alice, vec![last_resort(1)]).await, stock(0, true), "it is there still");
+    assert_eq!(bench.upload(alice, vec![last_resort(3)]).await, stock(0, true));
+    assert_eq!(bench.take(alice).await, taken_last_resort(3));
+    assert_eq!(bench.upload(alice, vec![last_resort(1)]).await, Upload::GivenOut(0), "it was given out");
+    assert_eq!(bench.upload(alice, vec![last_resort(4), last_resort(5)]).await, stock(0, true));
+    assert_eq!(bench.take(alice).await, taken_last_resort(5), "the newest counts");
+}
+
+pub async fn a_package_that_is_there_may_be_uploaded_again(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    bench.upload(alice, vec![package(1), package(2)]).await;
+    let again = vec![package(2), package(1), package(3), package(3), last_resort(1)];
+    assert_eq!(bench.upload(alice, again).await, stock(3, false));
+    for n in [1, 2, 3] {
+        assert_eq!(bench.take(alice).await, taken(n), "the order is that of the first upload");
+    }
+    assert_eq!(bench.take(alice).await, None);
+}
+
+pub async fn a_package_that_was_given_out_may_not_come_again(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    bench.upload(alice, vec![package(1)]).await;
+    assert_eq!(bench.take(alice).await, taken(1));
+    assert_eq!(bench.upload(alice, vec![package(1)]).await, Upload::GivenOut(0));
+    assert_eq!(bench.upload(alice, vec![package(2), package(1)]).await, Upload::GivenOut(1));
+    assert_eq!(bench.stock(alice).await, stock(0, false), "nothing was stored");
+    let until = package(1).not_after;
+    let keys = &bench.stores.key_packages;
+    assert_eq!(
+        keys.upload(alice.account, vec![package(1)], until).await.expect("upload"),
+        Upload::GivenOut(0)
+    );
+    let renewed = NewKeyPackage { not_after: until.plus(60 * MINUTE), ..package(1) };
+    let after = until.plus(MINUTE);
+    let upload = keys.upload(alice.account, vec![renewed], after).await.expect("upload");
+    assert_eq!(upload, stock(1, false), "its lifetime had ended, so it is forgotten");
+}
+
+pub async fn an_upload_is_stored_whole_or_not_at_all(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    bench.upload(alice, vec![package(1), last_resort(2)]).await;
+    assert_eq!(bench.take(alice).await, taken(1));
+    let upload = vec![package(3), last_resort(4), package(1), package(5)];
+    assert_eq!(bench.upload(alice, upload).await, Upload::GivenOut(2));
+    assert_eq!(bench.stock(alice).await, stock(0, true));
+    assert_eq!(bench.take(alice).await, taken_last_resort(2), "the old one is still in its place");
+}
+
+pub async fn an_owner_has_no_more_than_the_cap(factory: &dyn Factory) {
+    let caps = KeyPackageCaps { max_count: 3, ..KeyPackageCaps::default() };
+    let bench = Bench::with(factory, Delivery::default(), caps).await;
+    let alice = bench.person(1).await;
+    assert_eq!(bench.upload(alice, (1..=4).map(package).collect()).await, Upload::Full);
+    assert_eq!(bench.stock(alice).await, stock(0, false), "nothing was stored");
+    assert_eq!(bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await, stock(2, true));
+    assert_eq!(bench.upload(alice, vec![package(4)]).await, Upload::Full, "the last resort counts");
+    assert_eq!(bench.upload(alice, vec![last_resort(5), package(1)]).await, stock(2, true), "it is replaced");
+    assert_eq!(bench.take(alice).await, taken(1));
+    assert_eq!(bench.upload(alice, vec![package(4)]).await, stock(2, true));
+    let later = package(1).not_after.plus(MINUTE);
+    let fresh = |n| NewKeyPackage { not_after: later.plus(MINUTE), ..package(n) };
+    let upload =
+        bench.stores.key_packages.upload(alice.account, vec![fresh(6), fresh(7), fresh(8)], later).await;
+    assert_eq!(upload.expect("upload"), stock(3, false), "what has expired does not count");
+}
+
+pub async fn an_expired_package_is_not_given_out(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let brief = |n| NewKeyPackage { not_after: NOW.plus(MINUTE), ..package(n) };
+    let brief_last = NewKeyPackage { last_resort: true, ..brief(3) };
+    bench.upload(alice, vec![brief(1), package(2), brief_last]).await;
+    let after = NOW.plus(2 * MINUTE);
+    let left = bench.stores.key_packages.stock(alice.account, after).await.expect("stock");
+    assert_eq!(left, Stock { available: 1, has_last_resort: false });
+    assert_eq!(bench.take_at(alice, after).await, taken(2));
+    assert_eq!(bench.take_at(alice, after).await, None);
+    assert_eq!(bench.take_at(alice, NOW.plus(MINUTE)).await, taken(1), "its last instant counts");
+}
+
+pub async fn owners_do_not_share_anything(factory: &dyn Factory) {
+    let caps = KeyPackageCaps { max_count: 2, ..KeyPackageCaps::default() };
+    let bench = Bench::with(factory, Delivery::default(), caps).await;
+    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    assert_eq!(bench.upload(alice, vec![package(1), last_resort(2)]).await, stock(1, true));
+    assert_eq!(bench.take(alice).await, taken(1));
+    assert_eq!(bench.upload(bob, vec![package(1), last_resort(2)]).await, stock(1, true));
+    assert_eq!(bench.take(alice).await, taken_last_resort(2));
+    assert_eq!(bench.take(bob).await, taken(1));
+}
+
+pub async fn what_was_given_out_stays_so_after_a_crash(factory: &dyn Factory) {
+    let mut bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
+    assert_eq!(bench.take(alice).await, taken(1));
+    bench.crash().await;
+    assert_eq!(bench.upload(alice, vec![package(1)]).await, Upload::GivenOut(0));
+    assert_eq!(bench.take(alice).await, taken(2));
+    assert_eq!(bench.take(alice).await, taken_last_resort(3));
+}
+
+pub async fn hybrid_keys_come_in_the_order_asked_for(factory: &dyn Factory) {
+    let mut bench = Bench::new(factory).await;
+    let (alice, bob, carol) = (bench.person(1).await, bench.person(2).await, bench.person(3).await);
+    let nobody = IdentityKey::new([9; 32]);
+    let keys = Arc::clone(&bench.stores.hybrid_keys);
+    keys.put(alice.account, vec![1; 1216]).await.expect("put");
+    keys.put(carol.account, vec![3; 1216]).await.expect("put");
+    keys.put(carol.account, vec![4; 1216]).await.expect("it replaces the old one");
+    drop(keys);
+    bench.crash().await;
+    let asked = [carol.identity, nobody, bob.identity, alice.identity, carol.identity];
+    let found = bench.stores.hybrid_keys.get(&asked).await.expect("get");
+    let carols = Some(vec![4; 1216]);
+    assert_eq!(found, [carols.clone(), None, None, Some(vec![1; 1216]), carols]);
+    assert_eq!(bench.stores.hybrid_keys.get(&[]).await.expect("get"), Vec::<Option<Vec<u8>>>::new());
+}

@@ -1,0 +1,187 @@
+//! Rules of leases: what is hidden, what comes back, what is gone.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use parking_lot::Mutex;
+use qpq_domain::Seq;
+use tokio::task::JoinSet;
+
+use super::{
+    Factory,
+    bench::{Bench, EVERYTHING, NOW, Person, all, first, message, only, seqs},
+};
+use crate::{Inboxes, Page};
+
+/// Somebody with `n` messages in the default channel.
+async fn filled(factory: &dyn Factory, n: usize) -> (Bench, Person) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    for n in 1..=n {
+        bench.deliver(message(alice, alice, &format!("m{n}"))).await;
+    }
+    (bench, alice)
+}
+
+pub async fn a_lease_hides_until_it_is_released(factory: &dyn Factory) {
+    let (bench, alice) = filled(factory, 3).await;
+    let lease = bench.lease(all(alice), EVERYTHING).await;
+    let page = lease.page().clone();
+    assert_eq!(seqs(&page), [1, 2, 3]);
+    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &Page::default());
+    drop(lease);
+    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &page, "the same, in the same order");
+}
+
+pub async fn a_settled_lease_is_gone_for_good(factory: &dyn Factory) {
+    let (mut bench, alice) = filled(factory, 3).await;
+    bench.lease(all(alice), first(2)).await.settle().await.expect("settle");
+    assert_eq!(seqs(bench.lease(all(alice), EVERYTHING).await.page()), [3]);
+    bench.crash().await;
+    assert_eq!(seqs(&bench.peek(all(alice)).await), [3]);
+    assert_eq!(bench.deliver(message(alice, alice, "next")).await.seq, Seq(4));
+}
+
+pub async fn a_settlement_takes_only_what_was_shown(factory: &dyn Factory) {
+    let (bench, alice) = filled(factory, 2).await;
+    bench.deliver(message(alice, alice, "other").in_channel(1)).await;
+    bench.deliver(message(alice, alice, "m4")).await;
+    let lease = bench.lease(only(alice, 0), EVERYTHING).await;
+    assert_eq!(seqs(lease.page()), [1, 2, 4]);
+    bench.deliver(message(alice, alice, "m5")).await;
+    lease.settle().await.expect("settle");
+    assert_eq!(seqs(&bench.peek(all(alice)).await), [3, 5]);
+}
+
+pub async fn a_view_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    for (text, n) in [("1", 1), ("2", 2), ("3", 1), ("4", 2)] {
+        bench.deliver(message(alice, alice, text).in_channel(n)).await;
+    }
+    let second = bench.lease(only(alice, 2), first(1)).await;
+    assert_eq!(seqs(second.page()), [2]);
+    let stopped = bench.lease(all(alice), EVERYTHING).await;
+    assert_eq!(
+        (seqs(stopped.page()), stopped.page().more),
+        (vec![1], false),
+        "4 is visible to nobody, 3 to 1's"
+    );
+    assert_eq!(bench.lease(only(alice, 2), EVERYTHING).await.page(), &Page::default());
+    assert_eq!(bench.lease(only(alice, 1), EVERYTHING).await.page(), &Page::default());
+    drop(stopped);
+    let first_channel = bench.lease(only(alice, 1), EVERYTHING).await;
+    assert_eq!(seqs(first_channel.page()), [1, 3], "another channel's lease is in nobody's way here");
+    second.settle().await.expect("settle");
+    assert_eq!(seqs(bench.lease(only(alice, 2), EVERYTHING).await.page()), [4]);
+    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &Page::default());
+    drop(first_channel);
+    assert_eq!(seqs(bench.lease(all(alice), EVERYTHING).await.page()), [1, 3, 4]);
+}
+
+pub async fn a_peek_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
+    let (bench, alice) = filled(factory, 4).await;
+    bench.deliver(message(alice, alice, "other").in_channel(1)).await;
+    let lease = bench.lease(all(alice), first(2)).await;
+    assert_eq!(bench.peek(all(alice)).await, Page::default());
+    let behind = bench.stores.inboxes.peek(all(alice), Seq(2), EVERYTHING, NOW).await.expect("peek");
+    assert_eq!(seqs(&behind), [3, 4, 5], "who asks for what is behind it gets that");
+    assert_eq!(seqs(&bench.peek(only(alice, 1)).await), [5]);
+    drop(lease);
+    assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3, 4, 5]);
+}
+
+pub async fn an_ack_reaches_what_is_leased(factory: &dyn Factory) {
+    let (bench, alice) = filled(factory, 3).await;
+    let lease = bench.lease(all(alice), first(2)).await;
+    assert_eq!(bench.ack(all(alice), Some(1), &[]).await, 1);
+    drop(lease);
+    let lease = bench.lease(all(alice), EVERYTHING).await;
+    assert_eq!(seqs(lease.page()), [2, 3]);
+    assert_eq!(bench.ack(all(alice), None, &[2, 3]).await, 2);
+    lease.settle().await.expect("nothing is left to remove, which is no error");
+    assert_eq!(bench.peek(all(alice)).await, Page::default());
+}
+
+pub async fn a_crash_releases_leases(factory: &dyn Factory) {
+    let (mut bench, alice) = filled(factory, 2).await;
+    let lease = bench.lease(all(alice), EVERYTHING).await;
+    let page = lease.page().clone();
+    drop(lease);
+    let forgotten = bench.lease(all(alice), EVERYTHING).await;
+    std::mem::forget(forgotten);
+    bench.crash().await;
+    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &page);
+}
+
+/// Readers that settle or release at random while messages come in. What is settled is settled once, and whatever is
+/// shown is in order: a later message never while an earlier one may still come back.
+pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn Factory) {
+    const MESSAGES: u64 = 300;
+    let (bench, alice) = filled(factory, 0).await;
+    let settled: Arc<Mutex<BTreeSet<u64>>> = Arc::default();
+    let mut tasks = JoinSet::new();
+    for reader in 0..4_u64 {
+        let (stores, settled) = (bench.stores.clone(), Arc::clone(&settled));
+        tasks.spawn(async move {
+            let mut round = reader;
+            let mut wake = stores.wakes.subscribe(&alice.identity);
+            while (settled.lock().len() as u64) < MESSAGES {
+                round += 1;
+                let limit = first(u32::try_from(round % 5 + 1).expect("small"));
+                let lease = stores.inboxes.lease(all(alice), limit, NOW).await.expect("lease");
+                let seqs = seqs(lease.page());
+                if let [lowest, ..] = seqs[..] {
+                    let before: Vec<u64> = (1..lowest).collect();
+                    assert!(
+                        settled.lock().iter().copied().take(before.len()).eq(before),
+                        "{lowest} shown while an earlier one was not settled"
+                    );
+                    if round % 3 == 0 {
+                        drop(lease);
+                    } else {
+                        // Noted before the settlement, because afterwards others may be quicker to note theirs.
+                        let new = seqs.iter().filter(|seq| settled.lock().insert(**seq)).count();
+                        assert_eq!(new, seqs.len(), "{seqs:?} shown again after it was settled");
+                        lease.settle().await.expect("settle");
+                    }
+                } else {
+                    drop(lease);
+                    if (settled.lock().len() as u64) < MESSAGES {
+                        wake.woken().await;
+                    }
+                }
+            }
+        });
+    }
+    let inboxes: Arc<dyn Inboxes> = Arc::clone(&bench.stores.inboxes);
+    for n in 0..MESSAGES {
+        inboxes.enqueue(vec![message(alice, alice, &format!("{n}"))]).await.expect("enqueue");
+    }
+    // A reader that waits is woken by the last settlement, whoever made it.
+    tasks.join_all().await;
+    assert_eq!(*settled.lock(), (1..=MESSAGES).collect());
+    assert_eq!(bench.peek(all(alice)).await, Page::default());
+}
+
+/// Reads that begin after an ack returned, while others read all the time.
+pub async fn what_was_acked_is_not_shown_by_a_later_read(factory: &dyn Factory) {
+    const MESSAGES: usize = 150;
+    let (bench, alice) = filled(factory, MESSAGES).await;
+    let inboxes = Arc::clone(&bench.stores.inboxes);
+    let reader = tokio::spawn(async move {
+        loop {
+            let lease = inboxes.lease(all(alice), first(10), NOW).await.expect("lease");
+            if lease.page().envelopes.is_empty() {
+                return;
+            }
+        }
+    });
+    for seq in 1..=MESSAGES as u64 {
+        assert_eq!(bench.ack(all(alice), None, &[seq]).await, 1);
+        let page = bench.peek(all(alice)).await;
+        assert!(page.envelopes.iter().all(|envelope| envelope.seq > Seq(seq)), "{seq} is gone");
+        let lease = bench.lease(all(alice), first(3)).await;
+        assert!(lease.page().envelopes.iter().all(|envelope| envelope.seq > Seq(seq)), "{seq} is gone");
+    }
+    reader.await.expect("no panic");
+}

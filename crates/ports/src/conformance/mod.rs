@@ -1,0 +1,197 @@
+//! What every backend must do, as tests: one function a rule, each with a backend of its own.
+//!
+//! A backend's tests name a [`Factory`] and get all of them as tests of their own:
+//! ```ignore
+//! mod conformance {
+//!     qpq_ports::conformance!(crate::backend::Postgres::from_env());
+//! }
+//! ```
+//! A rule that races runs its race many times; none of them waits for time to pass.
+
+mod bench;
+
+pub mod accounts;
+pub mod enqueue;
+pub mod idempotency;
+pub mod keys;
+pub mod leases;
+pub mod limits;
+pub mod reading;
+pub mod sessions;
+pub mod upkeep;
+pub mod wakes;
+
+use async_trait::async_trait;
+use qpq_domain::{Delivery, KeyPackageCaps};
+
+use crate::Stores;
+
+/// Makes backends.
+#[async_trait]
+pub trait Factory: Send + Sync {
+    /// An empty backend with these limits, that no other test uses.
+    async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend>;
+}
+
+/// A backend under test.
+#[async_trait]
+pub trait Backend: Send + Sync {
+    fn stores(&self) -> Stores;
+
+    /// Loses whatever is not durable, as a process that is killed does, and starts again on what is left.
+    async fn crash(&mut self);
+}
+
+/// Makes a `#[tokio::test]` of each rule for the backends of `$factory`, an expression that evaluates to a [`Factory`].
+#[macro_export]
+macro_rules! conformance {
+    ($factory:expr) => {
+        $crate::conformance_area!(
+            $factory,
+            accounts,
+            [
+                a_registration_is_found_by_name_and_by_key,
+                a_registration_never_overwrites,
+                a_repeated_registration_is_recognised,
+                of_concurrent_registrations_one_wins,
+                accounts_survive_a_crash,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            sessions,
+            [
+                a_session_is_found_until_it_is_revoked,
+                a_touch_moves_the_expiry,
+                revoking_all_spares_other_accounts,
+                a_revoked_session_never_comes_back,
+                sessions_survive_a_crash,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            enqueue,
+            [
+                seqs_are_contiguous_under_concurrency,
+                order_is_kept_within_a_call,
+                an_unknown_recipient_is_told,
+                each_outcome_of_a_batch_stands_for_itself,
+                an_inbox_is_full_by_count_and_drops_nothing,
+                an_inbox_is_full_by_bytes_and_drops_nothing,
+                what_has_expired_makes_room,
+                a_caller_that_goes_away_disturbs_nobody,
+                what_was_accepted_survives_a_crash,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            idempotency,
+            [
+                a_repeat_of_a_queued_message_gets_its_receipt,
+                a_repeat_within_one_call_is_one_too,
+                of_concurrent_repeats_one_is_accepted,
+                an_id_counts_for_one_sender_and_recipient,
+                an_id_is_remembered_after_an_ack,
+                an_id_is_remembered_after_a_settlement,
+                an_id_is_remembered_after_expiry,
+                a_forgotten_id_may_be_used_again,
+                ids_survive_a_crash,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            reading,
+            [
+                a_view_sees_one_channel_or_all,
+                an_expired_message_is_never_shown,
+                a_page_ends_at_its_limits,
+                the_first_message_comes_whatever_its_size,
+                a_peek_leaves_everything,
+                a_peek_goes_on_behind_a_seq,
+                an_ack_removes_up_to_a_seq_of_its_view,
+                an_ack_removes_single_seqs_of_its_view,
+                an_ack_of_nothing_removes_nothing,
+                an_inbox_that_is_not_there_is_empty,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            leases,
+            [
+                a_lease_hides_until_it_is_released,
+                a_settled_lease_is_gone_for_good,
+                a_settlement_takes_only_what_was_shown,
+                a_view_stops_in_front_of_what_is_leased,
+                a_peek_stops_in_front_of_what_is_leased,
+                an_ack_reaches_what_is_leased,
+                a_crash_releases_leases,
+                concurrent_readers_get_each_message_once_and_in_order,
+                what_was_acked_is_not_shown_by_a_later_read,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            wakes,
+            [
+                whatever_makes_a_read_see_more_wakes,
+                a_wait_that_is_dropped_loses_nothing,
+                no_wake_is_lost_in_a_race_with_enqueue,
+                no_wake_is_lost_in_a_race_with_release,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            keys,
+            [
+                packages_are_taken_oldest_first_and_once,
+                concurrent_takes_never_share_a_package,
+                the_last_resort_stays_and_is_replaced_by_a_newer_one,
+                a_package_that_is_there_may_be_uploaded_again,
+                a_package_that_was_given_out_may_not_come_again,
+                an_upload_is_stored_whole_or_not_at_all,
+                an_owner_has_no_more_than_the_cap,
+                an_expired_package_is_not_given_out,
+                owners_do_not_share_anything,
+                what_was_given_out_stays_so_after_a_crash,
+                hybrid_keys_come_in_the_order_asked_for,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            limits,
+            [
+                a_bucket_is_full_when_first_seen,
+                tokens_come_back_with_time,
+                a_refusal_costs_nothing_and_names_the_wait,
+                a_cost_above_the_burst_leaves_a_debt,
+                buckets_are_apart,
+                concurrent_takes_spend_no_token_twice,
+            ]
+        );
+        $crate::conformance_area!(
+            $factory,
+            upkeep,
+            [
+                a_healthy_backend_passes_its_check,
+                a_sweep_removes_what_has_expired_and_nothing_else,
+                a_sweep_changes_no_answer,
+            ]
+        );
+    };
+}
+
+/// One area of [`conformance!`].
+#[doc(hidden)]
+#[macro_export]
+macro_rules! conformance_area {
+    ($factory:expr, $area:ident, [$($rule:ident),* $(,)?]) => {
+        mod $area {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $rule() {
+                    $crate::conformance::$area::$rule(&$factory).await;
+                }
+            )*
+        }
+    };
+}

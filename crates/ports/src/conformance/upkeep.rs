@@ -1,0 +1,92 @@
+//! Rules of [`crate::Upkeep`].
+
+use qpq_domain::{TokenHash, UnixMillis};
+
+use super::{
+    Factory,
+    bench::{Bench, MINUTE, NOW, Person, all, message, seqs},
+};
+use crate::{Enqueued, NewKeyPackage, NewSession, Session, Upload};
+
+pub async fn a_healthy_backend_passes_its_check(factory: &dyn Factory) {
+    let mut bench = Bench::new(factory).await;
+    bench.stores.upkeep.check().await.expect("healthy");
+    bench.crash().await;
+    bench.stores.upkeep.check().await.expect("healthy again");
+}
+
+/// Sweeps until nothing is left to sweep; how many rows went.
+async fn sweep_all(bench: &Bench, now: UnixMillis) -> u64 {
+    let mut rows = 0;
+    loop {
+        match bench.stores.upkeep.sweep(now).await.expect("sweep") {
+            0 => return rows,
+            some => rows += some,
+        }
+    }
+}
+
+async fn open(bench: &Bench, n: u8, person: Person, expires_at: UnixMillis) -> TokenHash {
+    let token = TokenHash::new([n; 32]);
+    let session = Session {
+        account: person.account,
+        identity: person.identity,
+        device: None,
+        authenticated_at: NOW,
+        last_used_at: NOW,
+        expires_at,
+    };
+    bench.stores.sessions.create(NewSession { token, session }).await.expect("create");
+    token
+}
+
+pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Factory) {
+    const MANY: usize = 600;
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let brief = vec![message(alice, alice, "brief").living(MINUTE); MANY];
+    bench.stores.inboxes.enqueue(brief).await.expect("enqueue");
+    bench.deliver(message(alice, alice, "lasting")).await;
+    let (expired, alive) =
+        (open(&bench, 1, alice, NOW.plus(MINUTE)).await, open(&bench, 2, alice, NOW.plus(9 * MINUTE)).await);
+    bench.stores.sessions.find(&expired).await.expect("find");
+    let package =
+        |n, not_after| NewKeyPackage { fingerprint: [n; 32], bytes: vec![n], last_resort: false, not_after };
+    let packages = vec![package(1, NOW.plus(MINUTE)), package(2, NOW.plus(9 * MINUTE))];
+    let upload = bench.stores.key_packages.upload(alice.account, packages, NOW).await.expect("upload");
+    assert!(matches!(upload, Upload::Stored(_)));
+
+    assert_eq!(sweep_all(&bench, NOW).await, 0);
+    assert_eq!(sweep_all(&bench, NOW.plus(2 * MINUTE)).await, MANY as u64 + 2);
+    assert_eq!(seqs(&bench.peek(all(alice)).await), [MANY as u64 + 1]);
+    assert!(bench.stores.sessions.find(&expired).await.expect("find").is_none());
+    assert!(bench.stores.sessions.find(&alive).await.expect("find").is_some());
+    let taken =
+        bench.stores.key_packages.take(&alice.identity, NOW).await.expect("take").expect("one is left");
+    assert_eq!(taken.bytes, [2]);
+}
+
+pub async fn a_sweep_changes_no_answer(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let expiring = message(alice, alice, "expiring").with_id(1).living(MINUTE);
+    let first = bench.deliver(expiring.clone()).await;
+    let acked = bench.deliver(message(alice, alice, "acked").with_id(2)).await;
+    bench.ack(all(alice), None, &[2]).await;
+    for minutes in [2, 10, 14] {
+        let now = NOW.plus(minutes * MINUTE);
+        sweep_all(&bench, now).await;
+        assert_eq!(bench.send(expiring.clone().at(now)).await, Enqueued::Duplicate(first));
+        assert_eq!(
+            bench.send(message(alice, alice, "acked").with_id(2).at(now)).await,
+            Enqueued::Duplicate(acked)
+        );
+    }
+    let now = NOW.plus(15 * MINUTE);
+    sweep_all(&bench, now).await;
+    assert_eq!(bench.send(expiring.clone().at(now)).await, Enqueued::Duplicate(first), "for one minute more");
+    assert_eq!(bench.deliver(message(alice, alice, "acked").with_id(2).at(now)).await.seq.0, 3);
+    let now = NOW.plus(16 * MINUTE);
+    assert!(sweep_all(&bench, now).await > 0, "the id of what expired is forgotten");
+    assert_eq!(bench.deliver(expiring.at(now)).await.seq.0, 4);
+}

@@ -1,0 +1,114 @@
+//! Rules of [`crate::Wakes`]: whoever subscribes, reads nothing and waits, is woken by whatever comes.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::FutureExt as _;
+use tokio::{sync::Barrier, time::timeout};
+
+use super::{
+    Factory,
+    bench::{Bench, EVERYTHING, NOW, Person, all, first, message, seqs},
+};
+use crate::{Stores, Wake};
+
+/// When a wait counts as a lost wake: no measure of speed, only an end for a test that would hang.
+const NEVER: Duration = Duration::from_secs(60);
+
+async fn woken(wake: &mut Box<dyn Wake>, by: &str) {
+    timeout(NEVER, wake.woken()).await.unwrap_or_else(|_| panic!("{by} woke nobody"));
+}
+
+pub async fn whatever_makes_a_read_see_more_wakes(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let (mut one, mut two) =
+        (bench.stores.wakes.subscribe(&alice.identity), bench.stores.wakes.subscribe(&alice.identity));
+    bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
+    woken(&mut one, "an enqueue").await;
+    woken(&mut two, "an enqueue").await;
+
+    let lease = bench.lease(all(alice), first(1)).await;
+    let mut released = bench.stores.wakes.subscribe(&alice.identity);
+    drop(lease);
+    woken(&mut released, "a release").await;
+
+    let lease = bench.lease(all(alice), first(1)).await;
+    let mut settled = bench.stores.wakes.subscribe(&alice.identity);
+    lease.settle().await.expect("settle");
+    woken(&mut settled, "a settlement").await;
+
+    let lease = bench.lease(all(alice), first(1)).await;
+    let mut acked = bench.stores.wakes.subscribe(&alice.identity);
+    assert_eq!(bench.ack(all(alice), Some(2), &[]).await, 1);
+    woken(&mut acked, "an ack").await;
+    drop(lease);
+    assert_eq!(seqs(&bench.peek(all(alice)).await), [3]);
+}
+
+pub async fn a_wait_that_is_dropped_loses_nothing(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let mut wake = bench.stores.wakes.subscribe(&alice.identity);
+    // Polled once and dropped, as the losing branch of a select is.
+    let _ = wake.woken().now_or_never();
+    bench.deliver(message(alice, alice, "hello")).await;
+    {
+        let mut waiting = wake.woken();
+        tokio::select! {
+            biased;
+            () = std::future::ready(()) => {}
+            () = &mut waiting => {}
+        }
+    }
+    woken(&mut wake, "an enqueue").await;
+}
+
+/// Waits for a message as FetchWait does, and takes it.
+async fn fetch(stores: &Stores, person: Person) -> Vec<u64> {
+    let mut wake = stores.wakes.subscribe(&person.identity);
+    loop {
+        let lease = stores.inboxes.lease(all(person), EVERYTHING, NOW).await.expect("lease");
+        if !lease.page().envelopes.is_empty() {
+            let seqs = seqs(lease.page());
+            lease.settle().await.expect("settle");
+            return seqs;
+        }
+        drop(lease);
+        woken(&mut wake, "what was read afterwards").await;
+    }
+}
+
+pub async fn no_wake_is_lost_in_a_race_with_enqueue(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    for round in 1..=300 {
+        let barrier = Arc::new(Barrier::new(2));
+        let (stores, start) = (bench.stores.clone(), Arc::clone(&barrier));
+        let reader = tokio::spawn(async move {
+            start.wait().await;
+            fetch(&stores, alice).await
+        });
+        barrier.wait().await;
+        bench.deliver(message(alice, alice, "hello")).await;
+        assert_eq!(reader.await.expect("no panic"), [round]);
+    }
+}
+
+pub async fn no_wake_is_lost_in_a_race_with_release(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    for round in 1..=200 {
+        bench.deliver(message(alice, alice, "hello")).await;
+        let lease = bench.lease(all(alice), EVERYTHING).await;
+        let stores = bench.stores.clone();
+        let barrier = Arc::new(Barrier::new(2));
+        let start = Arc::clone(&barrier);
+        let reader = tokio::spawn(async move {
+            start.wait().await;
+            fetch(&stores, alice).await
+        });
+        barrier.wait().await;
+        drop(lease);
+        assert_eq!(reader.await.expect("no panic"), [round]);
+    }
+}
