@@ -21,7 +21,7 @@ use crate::{Cx, Error};
 pub struct RateLimits {
     /// False lets everything through.
     pub enabled: bool,
-    /// Budgets other than the table's. One that the table does not have is without effect.
+    /// Budgets in place of the table's, or besides them.
     pub overrides: HashMap<(LimitClass, LimitSubject), Bucket>,
 }
 
@@ -51,11 +51,10 @@ pub(crate) struct Limits {
 impl Limits {
     pub(crate) fn new(config: &RateLimits) -> Self {
         let budgets = LimitClass::ALL.map(|class| {
-            let bucket = |budget: &LimitDefault| {
-                let given = config.overrides.get(&(class, budget.subject)).copied();
-                (budget.subject, given.unwrap_or_else(|| default_bucket(budget)))
-            };
-            class.defaults().iter().map(bucket).collect()
+            let mut budgets: HashMap<_, _> = class.defaults().iter().map(default_budget).collect();
+            let overrides = config.overrides.iter().filter(|((of, _), _)| *of == class);
+            budgets.extend(overrides.map(|((_, per), bucket)| (*per, *bucket)));
+            budgets.into_iter().collect()
         });
         Self { enabled: config.enabled, budgets: budgets.into() }
     }
@@ -91,8 +90,8 @@ const fn stands_without_limits(class: LimitClass) -> bool {
     !matches!(class, LimitClass::Login | LimitClass::Register | LimitClass::Recovery)
 }
 
-fn default_bucket(budget: &LimitDefault) -> Bucket {
-    Bucket { burst: budget.burst, per_second: budget.per_second() }
+fn default_budget(budget: &LimitDefault) -> (LimitSubject, Bucket) {
+    (budget.subject, Bucket { burst: budget.burst, per_second: budget.per_second() })
 }
 
 impl Subject<'_> {

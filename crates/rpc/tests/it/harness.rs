@@ -1,0 +1,312 @@
+//! A whole server in a temporary directory, and clients that call it by method type as the real ones do.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use ed25519_dalek::{Signer as _, SigningKey};
+use opaque_ke::{
+    CipherSuite, ClientLogin, ClientLoginFinishParameters, ClientRegistration,
+    ClientRegistrationFinishParameters, CredentialResponse, RegistrationResponse, ksf::Identity,
+};
+use parking_lot::Mutex;
+use prost::Message as _;
+use qpq_domain::{IdentityKey, UnixMillis, Username};
+use qpq_ports::{Clock, Stores};
+use qpq_proto::{
+    Method, Status,
+    methods::{OpaqueLoginFinish, OpaqueLoginStart, OpaqueRegisterFinish, OpaqueRegisterStart},
+    session::append_session_token,
+    v1::{
+        ErrorDetail, OpaqueLoginFinishRequest, OpaqueLoginFinishResponse, OpaqueLoginStartRequest,
+        OpaqueRegisterFinishRequest, OpaqueRegisterStartRequest,
+    },
+};
+use qpq_rpc::{
+    Answer, Config, Connection, DeliverySigner, Events, OpaqueServer, Parts, RateLimits, Rpc,
+    opaque::QpqSuite,
+};
+use qpq_store_embedded::{EmbeddedStore, Limits};
+use rand::rngs::OsRng;
+use tempfile::TempDir;
+
+/// When every test begins: long after the epoch, so that it can also look back.
+pub(crate) const START: UnixMillis = UnixMillis(1_800_000_000_000);
+
+/// The suite of the real client, but for the key stretching, of which the server sees nothing.
+pub(crate) struct ClientSuite;
+
+impl CipherSuite for ClientSuite {
+    type OprfCs = <QpqSuite as CipherSuite>::OprfCs;
+    type KeyExchange = <QpqSuite as CipherSuite>::KeyExchange;
+    type Ksf = Identity;
+}
+
+/// A clock that stands still until it is moved.
+#[derive(Debug)]
+pub(crate) struct TestClock(AtomicU64);
+
+impl TestClock {
+    pub(crate) fn advance(&self, by: Duration) {
+        self.0.fetch_add(u64::try_from(by.as_millis()).expect("a test's time"), Ordering::SeqCst);
+    }
+
+    pub(crate) fn set(&self, to: UnixMillis) {
+        self.0.store(to.0, Ordering::SeqCst);
+    }
+}
+
+impl Clock for TestClock {
+    fn now(&self) -> UnixMillis {
+        UnixMillis(self.0.load(Ordering::SeqCst))
+    }
+}
+
+/// A server and all that it stands on.
+pub(crate) struct Server {
+    pub(crate) rpc: Arc<Rpc>,
+    pub(crate) clock: Arc<TestClock>,
+    pub(crate) store: EmbeddedStore,
+    _dir: TempDir,
+}
+
+impl Server {
+    /// With the default configuration, but without rate limits.
+    pub(crate) async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// With a configuration of its own.
+    pub(crate) async fn with(configure: impl FnOnce(&mut Config)) -> Self {
+        Self::with_stores(configure, |stores| stores).await
+    }
+
+    /// With ports of its own before, or in place of, the real ones.
+    pub(crate) async fn with_stores(
+        configure: impl FnOnce(&mut Config),
+        wrap: impl FnOnce(Stores) -> Stores,
+    ) -> Self {
+        let dir = TempDir::new().expect("a temporary directory");
+        let mut config = Config {
+            domain: "example.org".into(),
+            limits: RateLimits { enabled: false, ..RateLimits::default() },
+            ..Config::default()
+        };
+        configure(&mut config);
+        let limits = Limits { delivery: config.delivery, key_packages: config.key_packages };
+        let store = EmbeddedStore::open(dir.path(), limits).await.expect("an empty directory");
+        let clock = Arc::new(TestClock(AtomicU64::new(START.0)));
+        let rpc = Rpc::new(Parts {
+            stores: wrap(store.stores()),
+            clock: Arc::clone(&clock) as Arc<dyn Clock>,
+            opaque: OpaqueServer::generate(&mut OsRng),
+            signer: DeliverySigner::generate(&mut OsRng),
+            config,
+        });
+        Self { rpc, clock, store, _dir: dir }
+    }
+
+    /// A new connection.
+    pub(crate) fn connect(&self) -> Client {
+        self.connect_from((Ipv4Addr::LOCALHOST, 4433).into())
+    }
+
+    pub(crate) fn connect_from(&self, addr: SocketAddr) -> Client {
+        let events = Arc::new(Recorded::default());
+        let conn = self.rpc.connected(addr, Arc::clone(&events) as Arc<dyn Events>);
+        Client { rpc: Arc::clone(&self.rpc), conn, events }
+    }
+
+    /// A user with an account and a connection that is logged in.
+    pub(crate) async fn user(&self, name: &str) -> User {
+        let client = self.connect();
+        let signing = SigningKey::generate(&mut OsRng);
+        let identity = IdentityKey::new(signing.verifying_key().to_bytes());
+        client.register(name, "password", &identity).await.expect("a free name");
+        let session = client.log_in(name, "password").await.expect("the right password");
+        User { client, identity, signing, token: session.session_token, name: name.into() }
+    }
+}
+
+/// Somebody who has logged in.
+pub(crate) struct User {
+    pub(crate) client: Client,
+    pub(crate) identity: IdentityKey,
+    pub(crate) signing: SigningKey,
+    pub(crate) token: Bytes,
+    pub(crate) name: String,
+}
+
+/// The events of one connection, as they were sent.
+#[derive(Debug, Default)]
+pub(crate) struct Recorded {
+    pub(crate) sent: Mutex<Vec<(u16, Bytes)>>,
+}
+
+impl Events for Recorded {
+    fn send(&self, event_type: u16, payload: Bytes) -> bool {
+        self.sent.lock().push((event_type, payload));
+        true
+    }
+}
+
+/// A connection, as a client uses it.
+pub(crate) struct Client {
+    pub(crate) rpc: Arc<Rpc>,
+    pub(crate) conn: Arc<Connection>,
+    pub(crate) events: Arc<Recorded>,
+}
+
+/// What a client is told when it does not get what it asked for.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Refused {
+    pub(crate) status: Status,
+    pub(crate) code: String,
+    pub(crate) field: String,
+    pub(crate) retry_after: Option<Duration>,
+}
+
+impl Refused {
+    pub(crate) fn new(answer: &Answer) -> Self {
+        let detail = ErrorDetail::from_payload(&answer.payload);
+        Self {
+            status: Status::from(answer.status),
+            field: detail.field.clone(),
+            retry_after: detail.retry_after(),
+            code: detail.code,
+        }
+    }
+}
+
+impl Client {
+    /// The answer itself.
+    pub(crate) async fn raw(&self, method: u16, payload: impl Into<Bytes>) -> Answer {
+        self.rpc.call(&self.conn, method, payload.into()).await
+    }
+
+    /// A call whose lease, if there is one, is released: nobody says that the answer arrived.
+    pub(crate) async fn call<M: Method>(&self, request: M::Request) -> Result<M::Response, Refused> {
+        self.call_with::<M>(request, &[]).await
+    }
+
+    /// The same with a session token; none if it is empty.
+    pub(crate) async fn call_with<M: Method>(
+        &self,
+        request: M::Request,
+        token: &[u8],
+    ) -> Result<M::Response, Refused> {
+        let mut payload = request.encode_to_vec();
+        if !token.is_empty() {
+            append_session_token(&mut payload, token);
+        }
+        let answer = self.raw(M::INFO.id, payload).await;
+        if answer.status == Status::Ok.code() {
+            Ok(M::Response::decode(answer.payload).expect("the method's response"))
+        } else {
+            Err(Refused::new(&answer))
+        }
+    }
+
+    /// An upload for `name` and `password`, from the first of the two calls.
+    pub(crate) async fn upload(&self, name: &str, password: &str) -> Result<Vec<u8>, Refused> {
+        let started =
+            ClientRegistration::<ClientSuite>::start(&mut OsRng, password.as_bytes()).expect("blinded");
+        let request = OpaqueRegisterStartRequest {
+            username: name.into(),
+            request: started.message.serialize().to_vec().into(),
+        };
+        let response = self.call::<OpaqueRegisterStart>(request).await?;
+        let response = RegistrationResponse::deserialize(&response.response).expect("a response");
+        let parameters = ClientRegistrationFinishParameters::default();
+        let finished =
+            started.state.finish(&mut OsRng, password.as_bytes(), response, parameters).expect("an upload");
+        Ok(finished.message.serialize().to_vec())
+    }
+
+    pub(crate) async fn register(
+        &self,
+        name: &str,
+        password: &str,
+        identity: &IdentityKey,
+    ) -> Result<(), Refused> {
+        let upload = self.upload(name, password).await?;
+        self.call::<OpaqueRegisterFinish>(registration(name, &upload, identity)).await.map(drop)
+    }
+
+    /// The first of a login's two calls.
+    pub(crate) async fn start_login(&self, name: &str, password: &str) -> Result<StartedLogin, Refused> {
+        let started = ClientLogin::<ClientSuite>::start(&mut OsRng, password.as_bytes()).expect("blinded");
+        let request = OpaqueLoginStartRequest {
+            username: name.into(),
+            request: started.message.serialize().to_vec().into(),
+        };
+        let ke2 = self.call::<OpaqueLoginStart>(request).await?.response;
+        Ok(StartedLogin { state: started.state, ke2, password: password.into(), name: name.into() })
+    }
+
+    pub(crate) async fn log_in(
+        &self,
+        name: &str,
+        password: &str,
+    ) -> Result<OpaqueLoginFinishResponse, Refused> {
+        let finish = self.start_login(name, password).await?.finish();
+        self.call::<OpaqueLoginFinish>(finish).await
+    }
+}
+
+/// A login between its calls.
+pub(crate) struct StartedLogin {
+    state: ClientLogin<ClientSuite>,
+    pub ke2: Bytes,
+    password: String,
+    name: String,
+}
+
+impl StartedLogin {
+    /// The second call's request. With a wrong password, or a made-up KE2, the client itself finds out; an attacker would
+    /// then send what it likes, so this does.
+    pub(crate) fn finish(self) -> OpaqueLoginFinishRequest {
+        let ke2 = CredentialResponse::deserialize(&self.ke2).expect("KE2");
+        let parameters = ClientLoginFinishParameters::default();
+        let ke3 = self.state.finish(&mut OsRng, self.password.as_bytes(), ke2, parameters);
+        let finalization = ke3.map_or_else(|_| vec![7; 64], |ke3| ke3.message.serialize().to_vec());
+        OpaqueLoginFinishRequest {
+            username: self.name,
+            finalization: finalization.into(),
+            ..Default::default()
+        }
+    }
+}
+
+/// A registration's second request, without proof.
+pub(crate) fn registration(name: &str, upload: &[u8], identity: &IdentityKey) -> OpaqueRegisterFinishRequest {
+    OpaqueRegisterFinishRequest {
+        username: name.into(),
+        upload: upload.to_vec().into(),
+        identity_key: identity.as_bytes().to_vec().into(),
+        ..Default::default()
+    }
+}
+
+/// The proof that `signing` belongs to this registration.
+pub(crate) fn identity_proof(signing: &SigningKey, name: &str, upload: &[u8]) -> Bytes {
+    let username = Username::parse(name).expect("a name");
+    let message = IdentityKey::registration_message(&username, upload);
+    signing.sign(&message).to_bytes().to_vec().into()
+}
+
+pub(crate) fn new_identity() -> IdentityKey {
+    IdentityKey::new(SigningKey::generate(&mut OsRng).verifying_key().to_bytes())
+}
+
+/// A refusal's status and code.
+pub(crate) fn code<T: std::fmt::Debug>(outcome: Result<T, Refused>) -> (Status, String) {
+    let refused = outcome.expect_err("a refusal");
+    (refused.status, refused.code)
+}

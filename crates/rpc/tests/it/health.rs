@@ -1,0 +1,81 @@
+//! Health: 802.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use qpq_domain::UnixMillis;
+use qpq_ports::{StoreError, StoreResult, Upkeep};
+use qpq_proto::{
+    methods::Health,
+    v1::{HealthRequest, HealthResponse},
+};
+
+use crate::harness::{Client, Server};
+
+async fn health(client: &Client) -> HealthResponse {
+    client.call::<Health>(HealthRequest {}).await.expect("anyone may ask")
+}
+
+/// A store that fails when told to.
+struct Failing {
+    inner: Arc<dyn Upkeep>,
+    fails: Arc<AtomicBool>,
+}
+
+#[async_trait]
+impl Upkeep for Failing {
+    async fn check(&self) -> StoreResult<()> {
+        if self.fails.load(Ordering::SeqCst) {
+            return Err(StoreError::unavailable("the disk is full"));
+        }
+        self.inner.check().await
+    }
+
+    async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
+        self.inner.sweep(now).await
+    }
+}
+
+#[tokio::test]
+async fn it_says_who_the_server_is_and_since_when() {
+    let server = Server::with(|config| config.version = "1.2.3".into()).await;
+    server.clock.advance(Duration::from_millis(61_999));
+    let health = health(&server.connect()).await;
+    assert_eq!((health.status.as_str(), health.uptime_secs), ("ok", 61));
+    assert_eq!((health.version.as_str(), health.domain.as_str()), ("1.2.3", "example.org"));
+    assert_eq!(health.server_key, &server.rpc.app().signer.public_key()[..]);
+}
+
+#[tokio::test]
+async fn it_is_degraded_while_the_last_check_of_the_store_failed_and_draining_before_all() {
+    let fails = Arc::new(AtomicBool::new(false));
+    let switch = Arc::clone(&fails);
+    let server = Server::with_stores(
+        |_| {},
+        |mut stores| {
+            stores.upkeep = Arc::new(Failing { inner: stores.upkeep, fails: switch });
+            stores
+        },
+    )
+    .await;
+    let client = server.connect();
+    server.rpc.check_store().await.expect("a store that commits");
+    assert_eq!(health(&client).await.status, "ok");
+    fails.store(true, Ordering::SeqCst);
+    assert_eq!(health(&client).await.status, "ok", "it does not ask by itself");
+    server.rpc.check_store().await.expect_err("a full disk");
+    assert_eq!(health(&client).await.status, "degraded");
+    fails.store(false, Ordering::SeqCst);
+    server.rpc.check_store().await.expect("a store that commits");
+    assert_eq!(health(&client).await.status, "ok");
+    fails.store(true, Ordering::SeqCst);
+    server.rpc.check_store().await.expect_err("a full disk");
+    server.rpc.drain();
+    assert_eq!(health(&client).await.status, "draining");
+}

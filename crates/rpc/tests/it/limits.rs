@@ -1,0 +1,189 @@
+//! Rate limits: which budget a call is taken from, for whom, and what holds when nobody counts.
+
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use qpq_domain::UnixMillis;
+use qpq_ports::{Bucket, LimitKey, RateLimiter, StoreError, StoreResult, Verdict};
+use qpq_proto::{
+    LimitClass, LimitSubject, Status,
+    methods::{FetchKeyPackage, Health, ResolveUser},
+    v1::{FetchKeyPackageRequest, HealthRequest, ResolveUserRequest},
+};
+use qpq_rpc::{Config, RateLimits};
+
+use crate::harness::{Client, Refused, Server, code, new_identity};
+
+/// Limits in force, with one budget of two calls, one of them coming back each second.
+fn tight(class: LimitClass, per: LimitSubject) -> impl FnOnce(&mut Config) {
+    let two = Bucket { burst: 2, per_second: 1.0 };
+    move |config| config.limits = RateLimits { enabled: true, overrides: [((class, per), two)].into() }
+}
+
+fn limited() -> (Status, String) {
+    (Status::RateLimited, "rpc.rate_limited".into())
+}
+
+async fn health(client: &Client) -> Result<(), Refused> {
+    client.call::<Health>(HealthRequest {}).await.map(drop)
+}
+
+async fn resolve(client: &Client) -> Result<(), Refused> {
+    let request = ResolveUserRequest { username: "alice".into(), ..Default::default() };
+    client.call::<ResolveUser>(request).await.map(drop)
+}
+
+fn at(ip: &str) -> SocketAddr {
+    (ip.parse::<IpAddr>().expect("an address"), 4433).into()
+}
+
+#[tokio::test]
+async fn an_address_has_its_budget_and_the_refusal_says_when_to_come_back() {
+    let server = Server::with(tight(LimitClass::Health, LimitSubject::Ip)).await;
+    let client = server.connect_from(at("192.0.2.1"));
+    for _ in 0..2 {
+        health(&client).await.expect("within the budget");
+    }
+    let refused =
+        health(&server.connect_from(at("192.0.2.1"))).await.expect_err("another connection, same address");
+    assert_eq!((refused.status, refused.code.as_str()), (Status::RateLimited, "rpc.rate_limited"));
+    let wait = refused.retry_after.expect("always said");
+    assert!(wait > Duration::ZERO && wait <= Duration::from_secs(1), "{wait:?}");
+    health(&server.connect_from(at("192.0.2.2"))).await.expect("another address");
+    server.clock.advance(wait);
+    health(&client).await.expect("after the wait");
+    assert_eq!(code(health(&client).await), limited());
+}
+
+#[tokio::test]
+async fn a_customer_of_ipv6_is_its_64_bit_prefix_and_a_mapped_address_is_the_ipv4_one() {
+    let server = Server::with(tight(LimitClass::Health, LimitSubject::Ip)).await;
+    for ip in ["2001:db8:1:2::1", "2001:db8:1:2:ffff::"] {
+        health(&server.connect_from(at(ip))).await.expect("within the budget");
+    }
+    assert_eq!(code(health(&server.connect_from(at("2001:db8:1:2:3:4:5:6"))).await), limited());
+    health(&server.connect_from(at("2001:db8:1:3::1"))).await.expect("the next prefix");
+
+    let mapped = Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0xc000, 0x0201);
+    health(&server.connect_from((mapped, 1).into())).await.expect("within the budget");
+    health(&server.connect_from(at("192.0.2.1"))).await.expect("within the budget");
+    assert_eq!(code(health(&server.connect_from((mapped, 2).into())).await), limited());
+}
+
+#[tokio::test]
+async fn a_username_has_its_budget_whoever_asks_and_whether_or_not_it_exists() {
+    let server = Server::with(tight(LimitClass::Login, LimitSubject::Username)).await;
+    server.connect().register("alice", "password", &new_identity()).await.expect("a free name");
+    for name in ["alice", "nobody"] {
+        let mut waits = Vec::new();
+        for (n, spelled) in [name.to_owned(), name.to_uppercase(), name.to_owned()].iter().enumerate() {
+            let client = server.connect_from(at(&format!("192.0.2.{n}")));
+            waits.push(
+                client.start_login(spelled, "guess").await.err().and_then(|refused| refused.retry_after),
+            );
+        }
+        assert_eq!(waits[..2], [None, None], "{name}");
+        assert!(waits[2].is_some(), "{name}");
+    }
+    server.connect().start_login("bob", "guess").await.expect("another name");
+}
+
+#[tokio::test]
+async fn registrations_are_counted_by_name_too() {
+    let server = Server::with(tight(LimitClass::Register, LimitSubject::Username)).await;
+    let client = server.connect();
+    client.register("alice", "password", &new_identity()).await.expect("two calls");
+    assert_eq!(code(client.upload("Alice", "password").await), limited());
+    client.upload("bob", "password").await.expect("another name");
+}
+
+#[tokio::test]
+async fn an_account_has_one_budget_over_all_its_connections() {
+    let server = Server::with(tight(LimitClass::Lookup, LimitSubject::Account)).await;
+    let alice = server.user("alice").await;
+    let bob = server.user("bob").await;
+    let phone = server.connect();
+    phone.log_in("alice", "password").await.expect("the right password");
+    resolve(&alice.client).await.expect("within the budget");
+    resolve(&phone).await.expect("within the budget");
+    assert_eq!(code(resolve(&alice.client).await), limited());
+    assert_eq!(code(resolve(&phone).await), limited());
+    resolve(&bob.client).await.expect("another account");
+}
+
+#[tokio::test]
+async fn a_target_has_a_budget_for_each_who_asks() {
+    let server = Server::with(tight(LimitClass::KeyFetch, LimitSubject::FetcherAndTarget)).await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let fetch = async |client: &Client, target: &[u8]| {
+        let identity_key = target.to_vec().into();
+        client.call::<FetchKeyPackage>(FetchKeyPackageRequest { identity_key, ..Default::default() }).await
+    };
+    let (one, two) = (new_identity(), new_identity());
+    for _ in 0..2 {
+        fetch(&alice.client, one.as_bytes()).await.expect("within the budget");
+    }
+    assert_eq!(code(fetch(&alice.client, one.as_bytes()).await), limited());
+    fetch(&alice.client, two.as_bytes()).await.expect("another target");
+    fetch(&bob.client, one.as_bytes()).await.expect("another fetcher");
+}
+
+#[tokio::test]
+async fn refused_calls_do_nothing() {
+    let server = Server::with(tight(LimitClass::Register, LimitSubject::Ip)).await;
+    let client = server.connect();
+    let identity = new_identity();
+    client.register("alice", "password", &identity).await.expect("two calls");
+    assert_eq!(code(client.upload("bob", "password").await), limited());
+    let client = server.connect_from(at("192.0.2.9"));
+    client.register("bob", "password", &new_identity()).await.expect("still free");
+}
+
+#[tokio::test]
+async fn all_limits_can_be_off() {
+    let off = |config: &mut Config| {
+        let none = Bucket { burst: 1, per_second: 0.001 };
+        let overrides = [((LimitClass::Health, LimitSubject::Ip), none)].into();
+        config.limits = RateLimits { enabled: false, overrides };
+    };
+    let server = Server::with(off).await;
+    let client = server.connect();
+    for _ in 0..1_000 {
+        health(&client).await.expect("no limit");
+    }
+}
+
+/// A limiter that cannot be reached.
+struct Unreachable;
+
+#[async_trait]
+impl RateLimiter for Unreachable {
+    async fn take(&self, _: LimitKey, _: Bucket, _: u32, _: UnixMillis) -> StoreResult<Verdict> {
+        Err(StoreError::unavailable("no limiter"))
+    }
+}
+
+#[tokio::test]
+async fn without_a_limiter_nobody_logs_in_or_registers_and_the_rest_goes_on() {
+    let server = Server::with_stores(
+        |config| config.limits = RateLimits::default(),
+        |mut stores| {
+            stores.limiter = Arc::new(Unreachable);
+            stores
+        },
+    )
+    .await;
+    let client = server.connect();
+    health(&client).await.expect("Health is open");
+    for refused in
+        [client.upload("alice", "password").await.err(), client.start_login("alice", "password").await.err()]
+    {
+        let refused = refused.expect("closed");
+        assert_eq!((refused.status, refused.code.as_str()), (Status::Unavailable, "rpc.unavailable"));
+        assert!(refused.retry_after.is_some());
+    }
+}

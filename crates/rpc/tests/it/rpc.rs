@@ -1,0 +1,209 @@
+//! The way of a call: rows, refusals, deadlines, failing stores.
+
+use std::{future::pending, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use prost::Message as _;
+use qpq_domain::{IdentityKey, Username};
+use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreError, StoreResult};
+use qpq_proto::{METHODS, Status, v1::OpaqueLoginStartRequest};
+use qpq_rpc::{Answer, Code, Refusal};
+
+use crate::harness::{Refused, Server, code};
+
+#[tokio::test]
+async fn every_row_without_a_handler_and_every_id_without_a_row_is_unknown() {
+    let server = Server::start().await;
+    let client = server.connect();
+    let later = METHODS.iter().filter(|method| !method.served).map(|method| method.id);
+    for id in later.chain([0, 1, 99, 105, 6, u16::MAX]) {
+        let answers = [
+            client.raw(id, Bytes::new()).await,
+            server.rpc.admit(&client.conn, id, 10).expect_err("unknown"),
+        ];
+        for answer in answers {
+            let refused = Refused::new(&answer);
+            assert_eq!(
+                (refused.status, refused.code.as_str()),
+                (Status::UnknownMethod, "rpc.unknown_method"),
+                "{id}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_judged_by_its_header() {
+    let server = Server::start().await;
+    let client = server.connect();
+    for method in METHODS.iter().filter(|method| method.served) {
+        server.rpc.admit(&client.conn, method.id, 4 << 20).expect("the largest that is allowed");
+        let refused =
+            Refused::new(&server.rpc.admit(&client.conn, method.id, (4 << 20) + 1).expect_err("larger"));
+        assert_eq!((refused.status, refused.code.as_str()), (Status::BadRequest, "rpc.too_large"));
+    }
+}
+
+#[tokio::test]
+async fn what_the_transport_refuses_has_its_answer() {
+    let server = Server::start().await;
+    let client = server.connect();
+    for (why, status, code) in [
+        (Refusal::TooLarge, Status::BadRequest, "rpc.too_large"),
+        (Refusal::Malformed, Status::BadRequest, "rpc.malformed_frame"),
+        (Refusal::Timeout, Status::DeadlineExceeded, "rpc.slow_request"),
+        (Refusal::Internal, Status::Internal, "rpc.internal"),
+    ] {
+        for method in [None, Some(802), Some(9)] {
+            let refused = Refused::new(&server.rpc.refuse(&client.conn, method, why));
+            assert_eq!((refused.status, refused.code.as_str()), (status, code));
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_method_survives_rubbish_and_every_one_with_a_session_wants_one() {
+    let server = Server::start().await;
+    let client = server.connect();
+    for method in METHODS.iter().filter(|method| method.served) {
+        for rubbish in [&b"\xff"[..], b"\x0a\xff\xff\xff\xff\x0f", b"\x7b", &[0; 64]] {
+            let answer = client.raw(method.id, Bytes::copy_from_slice(rubbish)).await;
+            let refused = Refused::new(&answer);
+            assert_eq!(
+                (refused.status, refused.code.as_str()),
+                (Status::BadRequest, "rpc.malformed"),
+                "{method:?}"
+            );
+        }
+        if method.auth != qpq_proto::AuthKind::Anonymous {
+            let refused = Refused::new(&client.raw(method.id, Bytes::new()).await);
+            assert_eq!(
+                (refused.status, refused.code.as_str()),
+                (Status::Unauthorized, "auth.session_required")
+            );
+        }
+    }
+}
+
+/// Accounts that answer as told.
+enum Faulty {
+    Never,
+    Error(fn() -> StoreError),
+    /// A record that no registration can have stored.
+    Rubbish,
+}
+
+impl Faulty {
+    async fn answer<T>(&self) -> StoreResult<T> {
+        match self {
+            Self::Error(error) => Err(error()),
+            _ => pending().await,
+        }
+    }
+}
+
+#[async_trait]
+impl Accounts for Faulty {
+    async fn register(&self, _: NewAccount) -> StoreResult<Registration> {
+        self.answer().await
+    }
+
+    async fn credentials(&self, _: &Username) -> StoreResult<Option<Credentials>> {
+        if let Self::Rubbish = self {
+            return Ok(Some(Credentials {
+                account: qpq_domain::AccountId(1),
+                identity: IdentityKey::new([1; 32]),
+                opaque_record: vec![0; 192],
+            }));
+        }
+        self.answer().await
+    }
+
+    async fn by_username(&self, _: &Username) -> StoreResult<Option<Account>> {
+        self.answer().await
+    }
+
+    async fn by_identity(&self, _: &IdentityKey) -> StoreResult<Option<Account>> {
+        self.answer().await
+    }
+}
+
+async fn with_accounts(accounts: Faulty) -> Server {
+    Server::with_stores(
+        |_| {},
+        |mut stores| {
+            stores.accounts = Arc::new(accounts);
+            stores
+        },
+    )
+    .await
+}
+
+#[tokio::test]
+async fn a_failing_store_is_told_by_its_meaning_and_never_by_its_cause() {
+    let cases: [(fn() -> StoreError, Status, &str); 3] = [
+        (|| StoreError::unavailable("SECRET"), Status::Unavailable, "rpc.unavailable"),
+        (|| StoreError::conflict("SECRET"), Status::Unavailable, "rpc.conflict"),
+        (|| StoreError::corrupt("SECRET"), Status::Internal, "rpc.internal"),
+    ];
+    for (error, status, expected) in cases {
+        let server = with_accounts(Faulty::Error(error)).await;
+        let client = server.connect();
+        let refused = client.start_login("alice", "password").await.err().expect("a failing store");
+        assert_eq!((refused.status, refused.code.as_str()), (status, expected));
+        assert_eq!(refused.retry_after.is_some(), status == Status::Unavailable);
+        let request = OpaqueLoginStartRequest { username: "alice".into(), request: ke1() };
+        let answer = client.raw(102, request.encode_to_vec()).await;
+        assert!(!String::from_utf8_lossy(&answer.payload).contains("SECRET"));
+    }
+    let server = with_accounts(Faulty::Rubbish).await;
+    let refused = server.connect().start_login("alice", "password").await;
+    assert_eq!(code(refused.map(|_| ())), (Status::Internal, "rpc.internal".into()));
+}
+
+/// Two valid points around a nonce.
+fn ke1() -> Bytes {
+    let point = hex::decode("e2f2ae0a6abc4e71a884a961c500515f58e30b6aa582dd8db6a65945e08d2d76").expect("hex");
+    [&point[..], &[1; 32], &point].concat().into()
+}
+
+#[tokio::test]
+async fn a_call_that_takes_too_long_is_told_so_at_its_deadline_and_not_before() {
+    let server = with_accounts(Faulty::Never).await;
+    let client = server.connect();
+    tokio::time::pause();
+    let request = OpaqueLoginStartRequest { username: "alice".into(), request: ke1() };
+    let mut call = Box::pin(client.raw(102, request.encode_to_vec()));
+    assert!(call.as_mut().now_or_never().is_none());
+    tokio::time::advance(Duration::from_millis(29_999)).await;
+    assert!(call.as_mut().now_or_never().is_none());
+    tokio::time::advance(Duration::from_millis(1)).await;
+    let answer: Answer = call.await;
+    let refused = Refused::new(&answer);
+    assert_eq!((refused.status, refused.code.as_str()), (Status::DeadlineExceeded, "rpc.deadline"));
+}
+
+#[test]
+fn the_table_of_errors_holds_what_the_protocol_promises() {
+    let mut codes = std::collections::HashSet::new();
+    for code in Code::ALL {
+        assert!(codes.insert(code.as_str()), "{code:?} has another's code");
+        assert!(code.status() != Status::Ok && !matches!(code.status(), Status::Unknown(_)), "{code:?}");
+        let shape = |c: char| c.is_ascii_lowercase() || c == '_' || c == '.';
+        assert!(code.as_str().chars().all(shape) && code.as_str().matches('.').count() == 1, "{code:?}");
+        assert!(code.message().ends_with('.'), "{code:?}");
+    }
+}
+
+#[test]
+fn the_documented_errors_are_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/errors.md");
+    let current = qpq_rpc::docs::errors_md();
+    if std::env::var_os("QPQ_UPDATE_DOCS").is_some() {
+        std::fs::write(path, &current).expect("docs/ is writable");
+    }
+    let written = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(written == current, "docs/errors.md is stale: QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-rpc");
+}

@@ -1,0 +1,300 @@
+//! Sessions: whose token counts where and how long, logout, and the stronger principals.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use prost::Message as _;
+use qpq_domain::{AccountId, SessionToken, TokenHash, UnixMillis, Username};
+use qpq_ports::{Clock as _, NewSession, Session, Sessions, StoreError, StoreResult};
+use qpq_proto::{
+    Status, auth,
+    methods::{Logout, ResolveUser},
+    session::append_session_token,
+    v1::{LogoutRequest, ResolveUserRequest},
+};
+use qpq_rpc::{Cx, Error, SessionLifetimes, auth::Authenticate};
+
+use crate::harness::{Client, Refused, START, Server, User, code};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A call that needs a session and nothing else.
+async fn probe(client: &Client, token: &[u8]) -> Result<(), Refused> {
+    let request = ResolveUserRequest { username: "alice".into(), ..Default::default() };
+    client.call_with::<ResolveUser>(request, token).await.map(drop)
+}
+
+async fn logout(client: &Client, all_sessions: bool, token: &[u8]) -> Result<u32, Refused> {
+    let request = LogoutRequest { all_sessions, ..Default::default() };
+    client.call_with::<Logout>(request, token).await.map(|answer| answer.revoked)
+}
+
+fn expired() -> (Status, String) {
+    (Status::Unauthorized, "auth.session_expired".into())
+}
+
+fn required() -> (Status, String) {
+    (Status::Unauthorized, "auth.session_required".into())
+}
+
+#[tokio::test]
+async fn a_token_works_on_any_connection_and_becomes_that_connections_own() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    probe(&alice.client, &[]).await.expect("the login's connection");
+    let elsewhere = server.connect();
+    assert_eq!(code(probe(&elsewhere, &[]).await), required());
+    probe(&elsewhere, &alice.token).await.expect("the token");
+    probe(&elsewhere, &[]).await.expect("the connection has it now");
+}
+
+#[tokio::test]
+async fn a_token_that_is_no_good_is_one_answer_and_binds_nothing() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let revoked = server.user("revoked").await;
+    logout(&revoked.client, false, &[]).await.expect("a session");
+    let elsewhere = server.connect();
+    let mut answers = Vec::new();
+    for token in [&[7; 32][..], &[7; 31], &[7; 33], &revoked.token] {
+        let mut payload =
+            ResolveUserRequest { username: "alice".into(), ..Default::default() }.encode_to_vec();
+        append_session_token(&mut payload, token);
+        answers.push(elsewhere.raw(500, payload).await);
+        assert_eq!(code(probe(&elsewhere, &[]).await), required());
+    }
+    assert_eq!(Status::from(answers[0].status), Status::Unauthorized);
+    assert!(answers.iter().all(|answer| answer.payload == answers[0].payload));
+    // A bad token does not fall back on the connection's good session, nor does it end that.
+    assert_eq!(code(probe(&alice.client, &[7; 32]).await), expired());
+    probe(&alice.client, &[]).await.expect("the connection's own session");
+}
+
+#[tokio::test]
+async fn the_last_of_two_token_fields_counts_and_a_broken_one_is_malformed() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let mut payload =
+        ResolveUserRequest { username: "alice".into(), session_token: Bytes::from_static(&[7; 32]) }
+            .encode_to_vec();
+    append_session_token(&mut payload, &alice.token);
+    assert_eq!(server.connect().raw(500, payload).await.status, Status::Ok.code());
+    // Field 15 as a number; a length beyond the end.
+    for payload in [&[0x78, 1][..], &[0x7a, 32, 1]] {
+        let answer = alice.client.raw(500, Bytes::copy_from_slice(payload)).await;
+        assert_eq!(Refused::new(&answer).code, "rpc.malformed");
+    }
+}
+
+#[tokio::test]
+async fn a_session_ends_thirty_days_after_its_last_use() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    server.clock.advance(DAY * 30 - Duration::from_millis(1));
+    probe(&alice.client, &[]).await.expect("its last millisecond");
+    server.clock.advance(DAY * 30 - Duration::from_millis(1));
+    probe(&alice.client, &[]).await.expect("it was used");
+    server.clock.advance(DAY * 30);
+    assert_eq!(code(probe(&alice.client, &[]).await), expired());
+    assert_eq!(code(probe(&server.connect(), &alice.token).await), expired());
+}
+
+#[tokio::test]
+async fn a_session_ends_ninety_days_after_its_login_however_much_it_is_used() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    for _ in 0..89 {
+        server.clock.advance(DAY);
+        probe(&alice.client, &[]).await.expect("used daily");
+    }
+    server.clock.set(START.plus(DAY * 90 - Duration::from_millis(1)));
+    probe(&alice.client, &[]).await.expect("its last millisecond");
+    server.clock.set(START.plus(DAY * 90));
+    assert_eq!(code(probe(&alice.client, &[]).await), expired());
+}
+
+#[tokio::test]
+async fn lifetimes_are_configurable_and_short_ones_slide_too() {
+    let lifetimes = SessionLifetimes { idle: MINUTE, absolute: MINUTE * 5 };
+    let server = Server::with(|config| config.sessions = lifetimes).await;
+    let alice = server.user("alice").await;
+    for _ in 0..9 {
+        server.clock.advance(MINUTE / 2);
+        probe(&alice.client, &[]).await.expect("used twice a minute");
+    }
+    server.clock.advance(MINUTE / 2);
+    assert_eq!(code(probe(&alice.client, &[]).await), expired());
+    let session = alice.client.log_in("alice", "password").await.expect("the right password");
+    assert_eq!(session.expires_at, server.clock.now().plus(MINUTE).0);
+    server.clock.advance(MINUTE);
+    assert_eq!(code(probe(&alice.client, &[]).await), expired());
+}
+
+/// Counts uses being noted, and can be told to fail that.
+struct Touched {
+    inner: Arc<dyn Sessions>,
+    touches: Arc<AtomicU32>,
+    fails: bool,
+}
+
+#[async_trait]
+impl Sessions for Touched {
+    async fn create(&self, session: NewSession) -> StoreResult<()> {
+        self.inner.create(session).await
+    }
+
+    async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
+        self.inner.find(token).await
+    }
+
+    async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()> {
+        self.touches.fetch_add(1, Ordering::SeqCst);
+        if self.fails {
+            return Err(StoreError::unavailable("the disk is full"));
+        }
+        self.inner.touch(token, now, expires_at).await
+    }
+
+    async fn revoke(&self, token: &TokenHash) -> StoreResult<u32> {
+        self.inner.revoke(token).await
+    }
+
+    async fn revoke_all(&self, account: AccountId) -> StoreResult<u32> {
+        self.inner.revoke_all(account).await
+    }
+}
+
+#[tokio::test]
+async fn a_use_is_noted_once_in_ten_minutes_and_failing_to_refuses_nobody() {
+    for fails in [false, true] {
+        let touches = Arc::new(AtomicU32::new(0));
+        let counter = Arc::clone(&touches);
+        let server = Server::with_stores(
+            |_| {},
+            |mut stores| {
+                stores.sessions = Arc::new(Touched { inner: stores.sessions, touches: counter, fails });
+                stores
+            },
+        )
+        .await;
+        let alice = server.user("alice").await;
+        for _ in 0..10 {
+            probe(&alice.client, &[]).await.expect("a session");
+        }
+        assert_eq!(touches.load(Ordering::SeqCst), 0, "just made");
+        server.clock.advance(MINUTE * 10 - Duration::from_millis(1));
+        probe(&alice.client, &[]).await.expect("a session");
+        assert_eq!(touches.load(Ordering::SeqCst), 0, "not yet");
+        server.clock.advance(Duration::from_millis(1));
+        for _ in 0..10 {
+            probe(&alice.client, &[]).await.expect("a session");
+        }
+        assert_eq!(touches.load(Ordering::SeqCst), if fails { 10 } else { 1 });
+    }
+}
+
+/// Attack 7.
+#[tokio::test]
+async fn logout_ends_the_session_everywhere_and_only_that() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let phone = server.connect();
+    phone.log_in("alice", "password").await.expect("the right password");
+    let elsewhere = server.connect();
+    probe(&elsewhere, &alice.token).await.expect("a session");
+    assert_eq!(logout(&alice.client, false, &[]).await, Ok(1));
+    assert_eq!(code(probe(&alice.client, &[]).await), required(), "the connection forgot it");
+    assert_eq!(code(probe(&elsewhere, &[]).await), expired(), "bound before it ended");
+    assert_eq!(code(probe(&server.connect(), &alice.token).await), expired());
+    assert_eq!(code(logout(&elsewhere, false, &[]).await), expired());
+    probe(&phone, &[]).await.expect("another session of the same account");
+}
+
+#[tokio::test]
+async fn logout_of_all_ends_every_session_of_the_account_and_of_no_other() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let bob = server.user("bob").await;
+    let others = [server.connect(), server.connect()];
+    for other in &others {
+        other.log_in("alice", "password").await.expect("the right password");
+    }
+    // By a token that is not the connection's own: what the connection has is ended all the same.
+    assert_eq!(logout(&others[0], true, &alice.token).await, Ok(3));
+    for client in [&alice.client, &others[1]] {
+        assert_eq!(code(probe(client, &[]).await), expired());
+    }
+    probe(&bob.client, &[]).await.expect("somebody else's");
+    alice.client.log_in("alice", "password").await.expect("the account is still there");
+}
+
+fn payload(token: &Bytes) -> Vec<u8> {
+    let mut payload = Vec::new();
+    append_session_token(&mut payload, token);
+    payload
+}
+
+async fn admit<A: Authenticate>(server: &Server, user: &User) -> Result<A::Principal, Error> {
+    let cx = Cx { app: server.rpc.app(), conn: &user.client.conn, now: server.clock.now() };
+    A::authenticate(cx, &payload(&user.token)).await
+}
+
+#[tokio::test]
+async fn a_caller_is_what_its_session_says() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let caller = admit::<auth::Session>(&server, &alice).await.expect("a session");
+    let token = SessionToken::try_from(&alice.token[..]).expect("32 bytes");
+    assert_eq!((caller.identity, caller.device, caller.token), (alice.identity, None, token.hash()));
+    let shown = format!("{caller:?}");
+    assert!(
+        !shown.contains(&hex::encode(&alice.token)) && !shown.contains(&hex::encode(token.hash().as_bytes()))
+    );
+}
+
+#[tokio::test]
+async fn a_fresh_caller_logged_in_within_five_minutes() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    server.clock.advance(MINUTE * 5);
+    let fresh = admit::<auth::Fresh>(&server, &alice).await.expect("exactly five minutes");
+    assert_eq!(fresh.caller().identity, alice.identity);
+    server.clock.advance(Duration::from_millis(1));
+    let refused = admit::<auth::Fresh>(&server, &alice).await.expect_err("too old");
+    assert_eq!(refused.code().as_str(), "auth.fresh_login_required");
+    assert_eq!(refused.code().status(), Status::Unauthorized);
+    // Using a session does not make it fresh, logging in does.
+    admit::<auth::Session>(&server, &alice).await.expect("still a session");
+    admit::<auth::Fresh>(&server, &alice).await.expect_err("still too old");
+    let token = alice.client.log_in("alice", "password").await.expect("the right password").session_token;
+    admit::<auth::Fresh>(&server, &User { token, ..alice }).await.expect("just logged in");
+}
+
+#[tokio::test]
+async fn an_administrator_is_named_in_the_configuration() {
+    let root = Username::parse("Root").expect("a name");
+    let server = Server::with(|config| config.admins = [root].into()).await;
+    let (root, alice) = (server.user("ROOT").await, server.user("alice").await);
+    let admin = admit::<auth::Admin>(&server, &root).await.expect("an administrator");
+    assert_eq!(admin.caller().identity, root.identity);
+    let refused = admit::<auth::Admin>(&server, &alice).await.expect_err("somebody else");
+    assert_eq!(
+        (refused.code().status(), refused.code().as_str()),
+        (Status::Forbidden, "auth.admin_required")
+    );
+    logout(&root.client, false, &[]).await.expect("a session");
+    let refused = admit::<auth::Admin>(&server, &root).await.expect_err("no session");
+    assert_eq!(refused.code().as_str(), "auth.session_expired");
+
+    let without = Server::start().await;
+    let root = without.user("root").await;
+    admit::<auth::Admin>(&without, &root).await.expect_err("nobody is named");
+}
