@@ -1,1 +1,95 @@
-fn main() {}
+//! `qpq`, the messenger for the terminal: parses the command line, runs one command, says how it went by text and exit
+//! code. `args` has what can be typed, `commands` what it does, `compose` what every command works with.
+
+mod args;
+mod chat;
+mod commands;
+mod compose;
+mod entry;
+mod fault;
+mod output;
+mod password;
+mod progress;
+mod text;
+mod unlock;
+
+use std::{io, process::ExitCode, time::Duration};
+
+use clap::{Parser as _, error::ErrorKind};
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::{
+    args::Cli,
+    compose::{Context, Environment},
+    fault::{Exit, Fault},
+    output::{Format, Output},
+};
+
+/// How long a thread that waits for a person's input is waited for at the end.
+const GOODBYE: Duration = Duration::from_millis(200);
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misuse(&error),
+    };
+    let format = if cli.global.json { Format::Json } else { Format::Human };
+    log(cli.global.verbose);
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            Output::new(format, true).fault(&fault);
+            fault.exit.into()
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Fault> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Fault::io("cannot start", &error))?;
+    let done = runtime.block_on(async {
+        let context = Context::new(cli.global, Environment::read()?)?;
+        tokio::select! {
+            done = Box::pin(commands::run(cli.command, &context)) => done,
+            _ = tokio::signal::ctrl_c() => Err(Fault::interrupted()),
+        }
+    });
+    runtime.shutdown_timeout(GOODBYE);
+    done
+}
+
+/// Answers a command line that cannot be understood, or one that asks for help.
+fn misuse(error: &clap::Error) -> ExitCode {
+    let wants_json = std::env::args_os().any(|arg| arg == "--json");
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // Whoever closed standard output does not want to read the help.
+            error.print().ok();
+            ExitCode::SUCCESS
+        }
+        _ if wants_json => {
+            let text = error.render().to_string();
+            let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            let fault = Fault::usage(message).hint("see `qpq help`");
+            Output { format: Format::Json, style: output::Style::Plain }.fault(&fault);
+            Exit::Usage.into()
+        }
+        _ => {
+            error.print().ok();
+            Exit::Usage.into()
+        }
+    }
+}
+
+fn log(verbosity: u8) {
+    let level = match verbosity {
+        0 => LevelFilter::ERROR,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).without_time().init();
+}

@@ -1,0 +1,107 @@
+//! The line being typed, on a thread of its own, and the printer that puts other lines above it.
+
+use qpq_client::Username;
+use rustyline::{Config, DefaultEditor, ExternalPrinter, error::ReadlineError};
+use tokio::sync::mpsc;
+
+/// What stands before the line being typed; it stays before what was sent.
+const PROMPT: &str = "you: ";
+
+/// A line editor at work.
+pub(super) struct Editor {
+    lines: mpsc::UnboundedReceiver<String>,
+    printer: Box<dyn ExternalPrinter + Send>,
+}
+
+impl Editor {
+    /// Starts to read lines; the arrow keys bring back `history`. Fails where there is no terminal that can do it.
+    pub(super) fn start(history: impl IntoIterator<Item = String>) -> Result<Self, ReadlineError> {
+        let config = Config::builder().bracketed_paste(true).build();
+        let mut editor = DefaultEditor::with_config(config)?;
+        let printer = Box::new(editor.create_external_printer()?);
+        for line in history {
+            editor.add_history_entry(line)?;
+        }
+        let (typed, lines) = mpsc::unbounded_channel();
+        tokio::task::spawn_blocking(move || read(&mut editor, &typed));
+        Ok(Self { lines, printer })
+    }
+
+    /// The next line; `None` at its end: Ctrl-C, Ctrl-D, or a terminal that went away. Cancel-safe.
+    pub(super) async fn line(&mut self) -> Option<String> {
+        self.lines.recv().await
+    }
+
+    /// Prints above the line being typed.
+    pub(super) fn print(&mut self, line: &str) {
+        if let Err(error) = self.printer.print(format!("{line}\n")) {
+            tracing::debug!(%error, "a line was not shown");
+        }
+    }
+}
+
+fn read(editor: &mut DefaultEditor, typed: &mpsc::UnboundedSender<String>) {
+    // Any error is the end: there is nobody to type any more.
+    while let Ok(line) = editor.readline(PROMPT) {
+        if !line.trim().is_empty() {
+            editor.add_history_entry(line.as_str()).ok();
+        }
+        let is_last = Typed::parse(&line) == Typed::Quit;
+        if typed.send(line).is_err() || is_last {
+            return;
+        }
+    }
+}
+
+/// What a line means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Typed {
+    Nothing,
+    Text(String),
+    Help,
+    Quit,
+    Safety,
+    Unknown(String),
+}
+
+impl Typed {
+    pub(super) fn parse(line: &str) -> Self {
+        let text = line.trim_end();
+        if text.trim().is_empty() {
+            return Self::Nothing;
+        }
+        let Some(command) = text.strip_prefix('/') else { return Self::Text(text.to_owned()) };
+        match command.trim() {
+            "help" | "h" | "?" => Self::Help,
+            "quit" | "q" | "exit" => Self::Quit,
+            "safety" => Self::Safety,
+            _ if command.starts_with('/') => Self::Text(command.to_owned()),
+            other => Self::Unknown(other.to_owned()),
+        }
+    }
+}
+
+pub(super) fn help(user: &Username) -> String {
+    format!(
+        "/help    this list\n\
+         /safety  the number by which you and {user} know that nobody stands between you\n\
+         /quit    leave (also Ctrl-D)\n\
+         //text   send a text that begins with a slash"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slashes_are_commands_unless_doubled() {
+        let text = |text: &str| Typed::Text(text.to_owned());
+        assert_eq!(Typed::parse("hi /quit"), text("hi /quit"));
+        assert_eq!(Typed::parse(" hi \n"), text(" hi"));
+        assert_eq!(Typed::parse("/quit "), Typed::Quit);
+        assert_eq!(Typed::parse("//quit"), text("/quit"));
+        assert_eq!(Typed::parse("/etc/passwd"), Typed::Unknown("etc/passwd".into()));
+        assert_eq!(Typed::parse("  "), Typed::Nothing);
+    }
+}

@@ -1,0 +1,113 @@
+//! The chat in a script: each line of standard input is a message, each incoming one a line of standard output.
+
+use std::{future::pending, time::Duration};
+
+use qpq_client::{Entry, Outcome};
+use serde::Serialize;
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader, stdin},
+    time::{Instant, sleep_until},
+};
+
+use super::{Attempt, Chat, Sender};
+use crate::{
+    commands::message,
+    fault::{Exit, Fault},
+    output::{Report, Style},
+};
+
+/// What programs are told of a line of theirs.
+#[derive(Debug, Serialize)]
+struct SentLine<'a> {
+    event: &'static str,
+    id: u64,
+    text: &'a str,
+}
+
+impl Report for SentLine<'_> {
+    /// People know what they typed.
+    fn human(&self, _: &mut dyn std::io::Write, _: Style) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), Fault> {
+    let mut script = Script { chat, sender: Sender::start(chat.messenger, chat.conversation), failed: None };
+    let mut lines = BufReader::new(stdin()).lines();
+    let mut listener = chat.messenger.listen();
+    let mut input = Input::Open;
+    loop {
+        if input == Input::Ended && script.sender.is_idle() {
+            input = Input::Lingering(Instant::now() + Duration::from_secs(linger));
+        }
+        tokio::select! {
+            line = lines.next_line(), if input == Input::Open => match line {
+                Ok(Some(line)) if line.trim().is_empty() => {}
+                Ok(Some(line)) => script.sender.send(line),
+                Ok(None) => input = Input::Ended,
+                Err(error) => return Err(Fault::io("standard input", &error)),
+            },
+            attempt = script.sender.attempted() => script.attempted(attempt)?,
+            entry = listener.next() => match entry {
+                Some(entry) => script.arrived(entry?).await?,
+                None => break,
+            },
+            () = over(input) => break,
+        }
+    }
+    match script.failed {
+        Some(fault) => Err(fault),
+        None => Ok(()),
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Input {
+    Open,
+    /// All is read, and not yet all sent.
+    Ended,
+    Lingering(Instant),
+}
+
+async fn over(input: Input) {
+    match input {
+        Input::Lingering(until) => sleep_until(until).await,
+        _ => pending().await,
+    }
+}
+
+struct Script<'a> {
+    chat: &'a Chat<'a>,
+    sender: Sender,
+    /// Why the first line that was not sent was not.
+    failed: Option<Fault>,
+}
+
+impl Script<'_> {
+    fn attempted(&mut self, Attempt { text, result }: Attempt) -> Result<(), Fault> {
+        let output = &self.chat.context.output;
+        let fault = match result {
+            Ok(sent) => match sent.outcome {
+                Outcome::Sent => {
+                    return output.report(&SentLine { event: "sent", id: sent.entry.0, text: &text });
+                }
+                Outcome::Queued(why) => message::queued(why),
+                Outcome::Refused => {
+                    let message = format!("not delivered to {}", self.chat.user);
+                    Fault::new(Exit::Failure, "client.not_delivered", message)
+                }
+            },
+            Err(error) => error.into(),
+        };
+        self.failed.get_or_insert(fault);
+        Ok(())
+    }
+
+    async fn arrived(&mut self, entry: Entry) -> Result<(), Fault> {
+        if !self.chat.is_ours(&entry) {
+            return Ok(());
+        }
+        self.chat.context.output.report(&self.chat.shown(&entry))?;
+        Ok(self.chat.messenger.mark_seen(&[entry.id]).await?)
+    }
+}

@@ -1,0 +1,270 @@
+//! The account: register, login, logout, whoami.
+
+use std::io::{self, Write};
+
+use qpq_client::{
+    CallError, Error, LogoutScope, Messenger, Profile, ProfileError, ProfileStatus, Trust, Username,
+    fingerprint, methods, v1,
+};
+use serde::Serialize;
+
+use super::opened::{self, connect};
+use crate::{
+    compose::Context,
+    fault::{Exit, Fault},
+    output::{Report, Style},
+    text,
+    unlock::Kept,
+};
+
+/// What a registration and a login report.
+#[derive(Debug, Serialize)]
+struct LoggedIn {
+    event: &'static str,
+    profile: String,
+    username: String,
+    server: String,
+    /// Of the server's certificate.
+    server_fingerprint: String,
+    identity: String,
+    /// Whether other commands need no password now.
+    unlocked: bool,
+    #[serde(skip)]
+    is_pinned_now: bool,
+}
+
+impl Report for LoggedIn {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        let Self { username, server_fingerprint, .. } = self;
+        let server = text::line(&self.server);
+        match self.event {
+            "registered" => {
+                writeln!(out, "{} is registered on {server} and logged in.", style.bold(username))?
+            }
+            _ => writeln!(out, "{} is logged in on {server}.", style.bold(username))?,
+        }
+        if self.is_pinned_now {
+            writeln!(
+                out,
+                "The server's fingerprint is pinned from now on; compare it with what the server printed:"
+            )?;
+            writeln!(out, "  {server_fingerprint}")?;
+        }
+        if !self.unlocked {
+            writeln!(
+                out,
+                "There is no memory file system to keep the key in: each command will ask for the password."
+            )?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) async fn register(context: &Context, username: &Username) -> Result<(), Fault> {
+    let dir = context.dir();
+    let options = match Profile::read(&dir) {
+        Ok(Profile { status: ProfileStatus::Registered, .. }) => return Err(exists(context)),
+        // An interrupted registration goes on where it was.
+        Ok(profile) => profile.options(),
+        Err(ProfileError::Missing(_)) => context.fresh_options()?,
+        Err(error) => return Err(Error::from(error).into()),
+    };
+    let is_pinned_now = options.trust == Trust::FirstUse;
+    let password = context.password.chosen(&context.output).await?;
+    let registering = Box::pin(Messenger::register(&dir, options.clone(), username, &password, None));
+    let messenger = context.progress.during("registering", registering).await?;
+    let reported = report(context, "registered", &messenger, is_pinned_now).await;
+    messenger.client().close().await;
+    reported
+}
+
+pub(crate) async fn login(context: &Context) -> Result<(), Fault> {
+    let dir = context.dir();
+    let before = Profile::read(&dir).map_err(Error::from)?;
+    let password = context.password.known().await?;
+    let unlocking = Box::pin(unlock(context, &before, &password));
+    let messenger = context.progress.during("logging in", unlocking).await?;
+    let reported = report(context, "logged_in", &messenger, false).await;
+    messenger.client().close().await;
+    reported
+}
+
+async fn unlock(
+    context: &Context,
+    before: &Profile,
+    password: &qpq_client::Password,
+) -> Result<Messenger, Fault> {
+    let options = context.options(before);
+    let dir = context.dir();
+    if (&options.server, &options.trust) == (&before.server, &before.trust) {
+        return Ok(Messenger::unlock(&dir, password).await?);
+    }
+    Ok(Messenger::unlock_at(&dir, options.server, options.trust, password).await?)
+}
+
+async fn report(
+    context: &Context,
+    event: &'static str,
+    messenger: &Messenger,
+    is_pinned_now: bool,
+) -> Result<(), Fault> {
+    let kept = context.keyring.put(&context.dir(), &messenger.vault_key().await)?;
+    let profile = messenger.profile();
+    context.output.report(&LoggedIn {
+        event,
+        profile: context.profile.to_string(),
+        username: profile.username.to_string(),
+        server: profile.server.clone(),
+        server_fingerprint: connect(messenger.client()).await?.to_string(),
+        identity: profile.identity.to_string(),
+        unlocked: kept == Kept::Yes,
+        is_pinned_now,
+    })
+}
+
+fn exists(context: &Context) -> Fault {
+    let message = format!("the profile {} has an account already", context.profile);
+    Fault::new(Exit::Failure, "profile.exists", message)
+        .hint("log in to it with `qpq login`, or register in another profile: qpq -p NAME register …")
+}
+
+#[derive(Debug, Serialize)]
+struct LoggedOut {
+    event: &'static str,
+    profile: String,
+    username: String,
+    /// How many sessions the server has ended; null if it could not be told.
+    sessions_ended: Option<u32>,
+    /// Why it could not.
+    problem: Option<String>,
+}
+
+impl Report for LoggedOut {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        let username = style.bold(&self.username);
+        match (self.sessions_ended, &self.problem) {
+            (Some(0 | 1), _) => writeln!(out, "{username} is logged out."),
+            (Some(ended), _) => writeln!(out, "{username} is logged out; {ended} sessions were ended."),
+            (None, problem) => {
+                let problem = problem.as_deref().unwrap_or("nobody was logged in here");
+                writeln!(out, "{username} is logged out on this machine: the key is forgotten.")?;
+                writeln!(out, "The session on the server was not ended: {problem}.")?;
+                writeln!(
+                    out,
+                    "It ends at the next `qpq login`, or by itself when it has not been used for long."
+                )
+            }
+        }
+    }
+}
+
+pub(crate) async fn logout(context: &Context, all: bool) -> Result<(), Fault> {
+    let dir = context.dir();
+    let profile = Profile::read(&dir).map_err(Error::from)?;
+    let scope = if all { LogoutScope::EverySession } else { LogoutScope::ThisSession };
+    let ended = match opened::open(context).await {
+        Ok(messenger) => context.progress.during("logging out", end(messenger, scope)).await,
+        // Another process would go on working with the key.
+        Err(fault) if fault.exit == Exit::InUse => return Err(fault),
+        Err(fault) => Err(fault),
+    };
+    context.keyring.remove(&dir)?;
+    match ended {
+        Err(fault) if all => Err(fault),
+        ended => context.output.report(&LoggedOut {
+            event: "logged_out",
+            profile: context.profile.to_string(),
+            username: profile.username.to_string(),
+            sessions_ended: ended.as_ref().ok().copied(),
+            problem: ended.err().map(|fault| fault.message),
+        }),
+    }
+}
+
+/// Ends the session, or every one of the account.
+async fn end(messenger: Messenger, scope: LogoutScope) -> Result<u32, Fault> {
+    connect(messenger.client()).await?;
+    match Box::pin(messenger.logout(scope)).await {
+        Ok(ended) => Ok(ended),
+        Err(error) if error.is_unauthorized() && scope == LogoutScope::ThisSession => Ok(0),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Whoami {
+    profile: String,
+    username: String,
+    server: String,
+    /// `pinned`, `authority` or `system`.
+    trust: &'static str,
+    server_fingerprint: Option<String>,
+    identity: String,
+    fingerprint: String,
+    /// `valid`, `ended`, `none` (logged out) or `unknown` (the server cannot be asked).
+    session: &'static str,
+    /// Why it is unknown.
+    problem: Option<String>,
+}
+
+impl Report for Whoami {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        let Self { username, fingerprint, identity, .. } = self;
+        let session = match (self.session, &self.problem) {
+            ("valid", _) => "logged in".to_owned(),
+            ("ended", _) => "the session has ended; run `qpq login`".to_owned(),
+            ("none", _) => "logged out; run `qpq login`".to_owned(),
+            (_, problem) => format!("logged in, but unchecked: {}", problem.as_deref().unwrap_or_default()),
+        };
+        let known_by = match &self.server_fingerprint {
+            Some(fingerprint) => format!("pinned to {fingerprint}"),
+            None if self.trust == "authority" => "by a certificate authority of your choice".to_owned(),
+            None => "by the system's certificate authorities".to_owned(),
+        };
+        writeln!(out, "{} on {}", style.bold(username), text::line(&self.server))?;
+        writeln!(out, "  session      {session}")?;
+        writeln!(out, "  profile      {}", self.profile)?;
+        writeln!(out, "  server       known {known_by}")?;
+        writeln!(out, "  identity     {identity}")?;
+        writeln!(out, "  fingerprint  {fingerprint}")
+    }
+}
+
+pub(crate) async fn whoami(context: &Context) -> Result<(), Fault> {
+    let profile = Profile::read(&context.dir()).map_err(Error::from)?;
+    let (session, problem) = match Box::pin(check_session(context)).await {
+        Ok(()) => ("valid", None),
+        Err(fault) if fault == Fault::not_logged_in() => ("none", None),
+        Err(fault) if fault.exit == Exit::NotLoggedIn => ("ended", None),
+        Err(fault) if fault.exit == Exit::Usage => return Err(fault),
+        Err(fault) => ("unknown", Some(fault.message)),
+    };
+    let (trust, server_fingerprint) = match &profile.trust {
+        Trust::FirstUse => ("first-use", None),
+        Trust::Pinned(fingerprint) => ("pinned", Some(fingerprint.to_string())),
+        Trust::Authority(_) => ("authority", None),
+        Trust::System => ("system", None),
+    };
+    context.output.report(&Whoami {
+        profile: context.profile.to_string(),
+        username: profile.username.to_string(),
+        server: profile.server.clone(),
+        trust,
+        server_fingerprint,
+        identity: profile.identity.to_string(),
+        fingerprint: fingerprint(&profile.identity),
+        session,
+        problem,
+    })
+}
+
+/// Makes a call that needs the session.
+async fn check_session(context: &Context) -> Result<(), Fault> {
+    opened::with(context, async |messenger| {
+        let count = v1::CountKeyPackagesRequest::default();
+        let answer: Result<_, CallError> = messenger.client().call::<methods::CountKeyPackages>(count).await;
+        answer?;
+        Ok(())
+    })
+    .await
+}

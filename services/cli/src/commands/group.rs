@@ -1,0 +1,265 @@
+//! Groups: make them, add to them, list them, and find the one that is meant.
+
+use std::io::{self, Write};
+
+use qpq_client::{
+    Conversation, ConversationId, ConversationKind, Error, Membership, Messenger, MlsError, Outcome, Username,
+};
+use serde::Serialize;
+
+use super::{message, opened};
+use crate::{
+    compose::Context,
+    entry::{self, PersonObject},
+    fault::{Exit, Fault},
+    output::{Report, Style},
+    text,
+};
+
+/// The fewest digits by which a group's id can be given.
+const SHORTEST_ID: usize = 6;
+
+#[derive(Debug, Serialize)]
+struct Changed {
+    event: &'static str,
+    name: String,
+    id: String,
+    /// Whom this command added.
+    added: Vec<String>,
+}
+
+impl Report for Changed {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        let name = style.bold(text::line(&self.name));
+        let added = self.added.join(", ");
+        match (self.event, self.added.is_empty()) {
+            ("group_created", true) => {
+                writeln!(out, "The group {name} is made. Add people: qpq group add {name} USER…")
+            }
+            ("group_created", false) => writeln!(out, "The group {name} is made, with {added}."),
+            _ => writeln!(out, "{added} added to {name}."),
+        }
+    }
+}
+
+pub(crate) async fn create(context: &Context, name: &str, members: &[Username]) -> Result<(), Fault> {
+    opened::with_news(context, async |messenger| {
+        // A name that nobody has is found before there is a group.
+        for member in members {
+            messenger.conversation_with(member).await?;
+        }
+        let group = messenger.create_group(name).await?;
+        add_all(messenger, group, name, members).await?;
+        report(context, "group_created", group, name, members)
+    })
+    .await
+}
+
+pub(crate) async fn add(context: &Context, group: &str, members: &[Username]) -> Result<(), Fault> {
+    opened::with_news(context, async |messenger| {
+        let (id, name) = find(&messenger.conversations().await?, group)?;
+        add_all(messenger, id, &name, members).await?;
+        report(context, "members_added", id, &name, members)
+    })
+    .await
+}
+
+async fn add_all(
+    messenger: &Messenger,
+    group: ConversationId,
+    name: &str,
+    members: &[Username],
+) -> Result<(), Fault> {
+    for member in members {
+        let added = match Box::pin(messenger.add(group, member)).await {
+            Ok(outcome) => outcome,
+            Err(Error::Mls(MlsError::AlreadyMember(_))) => {
+                let message = format!("{member} is in the group {} already", text::line(name));
+                return Err(Fault::new(Exit::Failure, "client.already_member", message));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        match added {
+            Outcome::Sent => {}
+            Outcome::Queued(why) => return Err(message::queued(why)),
+            Outcome::Refused => {
+                let message = format!("the server does not take messages for {member}");
+                return Err(Fault::new(Exit::Failure, "client.not_delivered", message));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn report(
+    context: &Context,
+    event: &'static str,
+    group: ConversationId,
+    name: &str,
+    members: &[Username],
+) -> Result<(), Fault> {
+    let added = members.iter().map(ToString::to_string).collect();
+    context.output.report(&Changed { event, name: name.to_owned(), id: group.to_string(), added })
+}
+
+pub(crate) async fn send(context: &Context, group: &str, given: Option<String>) -> Result<(), Fault> {
+    let body = message::body(context, given)?;
+    opened::with_news(context, async |messenger| {
+        let (id, name) = find(&messenger.conversations().await?, group)?;
+        message::deliver(context, messenger, id, &name, &body).await
+    })
+    .await
+}
+
+#[derive(Debug, Serialize)]
+struct Listed {
+    name: String,
+    id: String,
+    maker: String,
+    members: usize,
+    unseen: usize,
+    /// Whether one is still in it.
+    member: bool,
+}
+
+impl Report for Listed {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        let Self { id, maker, members, unseen, .. } = self;
+        let name = style.bold(text::line(&self.name));
+        let news = match unseen {
+            0 => String::new(),
+            many => format!(", {many} new"),
+        };
+        let gone = if self.member { "" } else { ", you are no longer in it" };
+        writeln!(
+            out,
+            "{name}  {members} members, made by {maker}{news}{gone}  {}",
+            style.dim(format_args!("{id:.8}"))
+        )
+    }
+}
+
+pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
+    opened::with_news(context, async |messenger| {
+        let mut found = false;
+        for Conversation { id, kind, unseen, .. } in messenger.conversations().await? {
+            let ConversationKind::Group { name, maker, members, membership } = kind else { continue };
+            found = true;
+            context.output.report(&Listed {
+                name,
+                id: id.to_string(),
+                maker: entry::name(&maker),
+                members,
+                unseen,
+                member: membership == Membership::Member,
+            })?;
+        }
+        if !found {
+            context.output.note("You are in no group. Make one: qpq group create NAME USER…");
+        }
+        Ok(())
+    })
+    .await
+}
+
+#[derive(Debug, Serialize)]
+struct Member<'a> {
+    #[serde(flatten)]
+    person: PersonObject<'a>,
+    maker: bool,
+    #[serde(skip)]
+    shown: String,
+}
+
+impl Report for Member<'_> {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        let made = if self.maker { style.dim("  made the group") } else { String::new() };
+        writeln!(out, "{}{made}", self.shown)
+    }
+}
+
+pub(crate) async fn members(context: &Context, group: &str) -> Result<(), Fault> {
+    opened::with_news(context, async |messenger| {
+        let conversations = messenger.conversations().await?;
+        let (id, _) = find(&conversations, group)?;
+        let maker = conversations.iter().find(|conversation| conversation.id == id).map(|found| &found.kind);
+        for person in messenger.members(id).await? {
+            let is_maker = matches!(maker, Some(ConversationKind::Group { maker, .. }) if maker.identity == person.identity);
+            let shown = entry::name(&person);
+            context.output.report(&Member { person: (&person).into(), maker: is_maker, shown })?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// The group of this name or id, and its name. Anybody can make a group of any name and add us, so a name that several
+/// groups have is never guessed at.
+pub(crate) fn find(conversations: &[Conversation], meant: &str) -> Result<(ConversationId, String), Fault> {
+    let found = matching(conversations, meant);
+    match &found[..] {
+        [(id, name)] => Ok((*id, (*name).to_owned())),
+        [] => Err(Fault::new(
+            Exit::Failure,
+            "client.no_such_group",
+            format_args!("you are in no group {}", text::line(meant)),
+        )
+        .hint("see `qpq group list`")),
+        several => {
+            let ids: Vec<_> = several.iter().map(|(id, _)| format!("{:.12}", id.to_string())).collect();
+            let message = format!("several groups are called {}: {}", text::line(meant), ids.join(", "));
+            Err(Fault::new(Exit::Failure, "client.ambiguous_group", message)
+                .hint("give the id instead of the name"))
+        }
+    }
+}
+
+/// Every group of this name, or whose id begins so.
+pub(crate) fn matching<'a>(conversations: &'a [Conversation], meant: &str) -> Vec<(ConversationId, &'a str)> {
+    let is_id = meant.len() >= SHORTEST_ID && meant.bytes().all(|b| b.is_ascii_hexdigit());
+    let id_start = meant.to_ascii_lowercase();
+    conversations
+        .iter()
+        .filter_map(|conversation| match &conversation.kind {
+            ConversationKind::Group { name, .. } => Some((conversation.id, name.as_str())),
+            ConversationKind::Direct { .. } => None,
+        })
+        .filter(|(id, name)| *name == meant || is_id && id.to_string().starts_with(&id_start))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_client::{GroupId, IdentityKey, Person, Standing};
+
+    use super::*;
+
+    fn group(byte: u8, name: &str) -> Conversation {
+        let identity = IdentityKey::new([9; 32]);
+        let maker =
+            Person { identity, username: Username::parse("eve").unwrap(), standing: Standing::Confirmed };
+        Conversation {
+            id: ConversationId::Group(GroupId::try_from(&[byte; 32][..]).unwrap()),
+            kind: ConversationKind::Group {
+                name: name.into(),
+                maker,
+                members: 2,
+                membership: Membership::Member,
+            },
+            unseen: 0,
+            last: None,
+        }
+    }
+
+    #[test]
+    fn a_group_is_found_by_name_or_id_and_never_guessed() {
+        let groups =
+            [group(0xaa, "friends"), group(0xbb, "work"), group(0xcc, "work"), group(0xdd, "aaaaaa")];
+        assert_eq!(find(&groups, "friends").unwrap().0, groups[0].id);
+        assert_eq!(find(&groups, "CCCCCCC").unwrap(), (groups[2].id, "work".into()));
+        assert_eq!(find(&groups, "work").unwrap_err().code, "client.ambiguous_group");
+        assert_eq!(find(&groups, "aaaaaa").unwrap_err().code, "client.ambiguous_group", "an id and a name");
+        assert_eq!(find(&groups, "aa").unwrap_err().code, "client.no_such_group");
+        assert_eq!(find(&groups, "Friends").unwrap_err().code, "client.no_such_group");
+    }
+}

@@ -1,0 +1,240 @@
+//! Single messages: send one, show those that came.
+
+use std::{
+    io::{self, IsTerminal as _, Read as _, Write},
+    time::Duration,
+};
+
+use qpq_client::{
+    CallError, ConversationId, Entry, EntryId, Error, Event, Listener, Messenger, Outcome, Sent, Username,
+};
+use qpq_ports::{Clock as _, SystemClock};
+use serde::Serialize;
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    group::{self, matching},
+    opened,
+};
+use crate::{
+    args::Recipient,
+    compose::Context,
+    entry::{GroupNames, Place, Shown},
+    fault::{Exit, Fault},
+    output::{Report, Style},
+    text,
+};
+
+#[derive(Debug, Serialize)]
+struct Delivered<'a> {
+    event: &'static str,
+    id: u64,
+    to: &'a str,
+    conversation: String,
+}
+
+impl Report for Delivered<'_> {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        writeln!(out, "{}", style.dim(format_args!("Sent to {}.", text::line(self.to))))
+    }
+}
+
+pub(crate) async fn send(context: &Context, to: &Recipient, given: Option<String>) -> Result<(), Fault> {
+    let body = body(context, given)?;
+    opened::with_news(context, async |messenger| {
+        let (conversation, name) = resolve(messenger, to).await?;
+        deliver(context, messenger, conversation, &name, &body).await
+    })
+    .await
+}
+
+/// The text given on the command line or on standard input, without the line end that closes it.
+pub(crate) fn body(context: &Context, given: Option<String>) -> Result<String, Fault> {
+    let mut text = match given {
+        Some(text) if text != "-" => text,
+        _ => {
+            if io::stdin().is_terminal() {
+                context.output.note("Type the message; Ctrl-D on a line of its own ends it.");
+            }
+            let mut text = String::new();
+            io::stdin().read_to_string(&mut text).map_err(|error| Fault::io("standard input", &error))?;
+            text
+        }
+    };
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    if text.trim().is_empty() {
+        return Err(
+            Fault::usage("there is nothing to send").hint("give a text, or `-` and a text on standard input")
+        );
+    }
+    Ok(text)
+}
+
+/// Sends, and reports how it went.
+pub(crate) async fn deliver(
+    context: &Context,
+    messenger: &Messenger,
+    conversation: ConversationId,
+    to: &str,
+    body: &str,
+) -> Result<(), Fault> {
+    let Sent { entry, outcome } =
+        context.progress.during("sending", Box::pin(messenger.send(conversation, body))).await?;
+    match outcome {
+        Outcome::Sent => context.output.report(&Delivered {
+            event: "sent",
+            id: entry.0,
+            to,
+            conversation: conversation.to_string(),
+        }),
+        Outcome::Queued(why) => Err(queued(why)),
+        Outcome::Refused => Err(refused(messenger, conversation).await?),
+    }
+}
+
+/// Something is saved and not yet sent.
+pub(crate) fn queued(why: Option<CallError>) -> Fault {
+    let (exit, why) = match why {
+        Some(error) => {
+            let fault = Fault::from(error);
+            (fault.exit, fault.message)
+        }
+        None => (Exit::Failure, "the server has no room for it now".to_owned()),
+    };
+    Fault::new(exit, "client.queued", format_args!("saved, but not sent yet: {why}"))
+        .hint("whatever qpq command you run next sends it; do not send it again")
+}
+
+async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<Fault, Error> {
+    let unseen = messenger.unseen().await?;
+    let reasons: Vec<_> = unseen
+        .iter()
+        .filter(|entry| entry.conversation == Some(conversation))
+        .filter_map(|entry| match &entry.event {
+            Event::Undeliverable { to, reason } => {
+                Some((entry.id, format!("to {to}: {}", text::line(reason))))
+            }
+            _ => None,
+        })
+        .collect();
+    let (ids, reasons): (Vec<EntryId>, Vec<String>) = reasons.into_iter().unzip();
+    messenger.mark_seen(&ids).await?;
+    Ok(Fault::new(
+        Exit::Failure,
+        "client.not_delivered",
+        format_args!("not delivered {}", reasons.join("; ")),
+    ))
+}
+
+/// Who or which group is meant. A group that somebody else has named like a user must not receive what is meant for the user.
+async fn resolve(messenger: &Messenger, to: &Recipient) -> Result<(ConversationId, String), Fault> {
+    let name = match to {
+        Recipient::User(user) => return Ok((messenger.conversation_with(user).await?, user.to_string())),
+        Recipient::Either(name) => name,
+    };
+    let conversations = messenger.conversations().await?;
+    let user = Username::parse(name);
+    if matching(&conversations, name).is_empty() {
+        let user = user.map_err(|error| {
+            Fault::usage(format_args!(
+                "{} is no group of yours and cannot be a user: {error}",
+                text::line(name)
+            ))
+        })?;
+        return Ok((messenger.conversation_with(&user).await?, user.to_string()));
+    }
+    let Ok(user) = user else { return group::find(&conversations, name) };
+    match messenger.resolve(&user).await {
+        Err(Error::NoSuchUser(_)) => group::find(&conversations, name),
+        Err(error) => Err(error.into()),
+        Ok(_) => Err(Fault::new(
+            Exit::Failure,
+            "client.ambiguous_recipient",
+            format_args!("{user} is a user, and you are in a group of that name"),
+        )
+        .hint(format!(
+            "write to the user with `qpq send @{user}`, to the group with `qpq group send {user}`"
+        ))),
+    }
+}
+
+pub(crate) async fn recv(context: &Context, follow: bool, seconds: Option<u64>) -> Result<(), Fault> {
+    let until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    opened::with(context, async |messenger| {
+        let mut reader = Reader { context, messenger, groups: GroupNames::default() };
+        let there = context.progress.during("looking for news", Box::pin(messenger.receive())).await?;
+        let found = !there.is_empty();
+        reader.show(&there).await?;
+        match (follow, until) {
+            (true, until) => reader.follow(until).await,
+            (false, Some(until)) if !found => reader.wait(until).await,
+            (false, _) => {
+                if !found {
+                    context.output.note("No new messages.");
+                }
+                Ok(())
+            }
+        }
+    })
+    .await
+}
+
+/// Shows entries and remembers that they were shown.
+struct Reader<'a> {
+    context: &'a Context,
+    messenger: &'a Messenger,
+    groups: GroupNames,
+}
+
+impl Reader<'_> {
+    /// Shows what comes until the time is over, or for ever.
+    async fn follow(&mut self, until: Option<Instant>) -> Result<(), Fault> {
+        let mut listener = self.messenger.listen();
+        while let Some(entry) = next(&mut listener, until).await? {
+            self.show(&[entry]).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the first entries.
+    async fn wait(&mut self, until: Instant) -> Result<(), Fault> {
+        let mut listener = self.messenger.listen();
+        match next(&mut listener, Some(until)).await? {
+            Some(entry) => self.show(&[entry]).await,
+            None => Err(Fault::new(Exit::Nothing, "client.nothing", "nothing arrived in time")),
+        }
+    }
+
+    async fn show(&mut self, entries: &[Entry]) -> Result<(), Fault> {
+        if !entries.iter().all(|entry| self.groups.knows(entry.conversation)) {
+            self.groups = GroupNames::of(&self.messenger.conversations().await?);
+        }
+        let now = SystemClock.now();
+        for entry in entries {
+            self.context.output.report(&Shown {
+                entry,
+                groups: &self.groups,
+                place: Place::Anywhere,
+                now,
+            })?;
+        }
+        let shown: Vec<_> = entries.iter().map(|entry| entry.id).collect();
+        Ok(self.messenger.mark_seen(&shown).await?)
+    }
+}
+
+/// The next entry, or `None` when the time is over.
+async fn next(listener: &mut Listener, until: Option<Instant>) -> Result<Option<Entry>, Fault> {
+    let over = async {
+        match until {
+            Some(until) => sleep_until(until).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        entry = listener.next() => Ok(entry.transpose()?),
+        () = over => Ok(None),
+    }
+}

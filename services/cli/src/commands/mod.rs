@@ -1,0 +1,50 @@
+//! What each command does. A command opens what it needs, acts, reports and closes.
+
+mod account;
+mod group;
+mod keys;
+mod local;
+pub(crate) mod message;
+pub(crate) mod opened;
+mod server;
+
+use clap::CommandFactory as _;
+
+use self::keys::Changed;
+use crate::{
+    args::{Cli, Command, GroupCommand},
+    chat,
+    compose::Context,
+    fault::Fault,
+};
+
+/// Runs one command.
+pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault> {
+    match command {
+        Command::Register { username } => account::register(context, &username).await,
+        Command::Login => account::login(context).await,
+        Command::Logout { all } => account::logout(context, all).await,
+        Command::Whoami => account::whoami(context).await,
+        Command::Health => server::health(context).await,
+        Command::Dm { user, linger } => chat::dm(context, &user, linger).await,
+        Command::Send { to, text } => message::send(context, &to, text).await,
+        Command::Recv { follow, timeout } => message::recv(context, follow, timeout).await,
+        Command::Group(GroupCommand::Create { name, members }) => {
+            group::create(context, &name, &members).await
+        }
+        Command::Group(GroupCommand::Add { group, members }) => group::add(context, &group, &members).await,
+        Command::Group(GroupCommand::Send { group, text }) => group::send(context, &group, text).await,
+        Command::Group(GroupCommand::List) => group::list(context).await,
+        Command::Group(GroupCommand::Members { group }) => group::members(context, &group).await,
+        Command::Keys { user, accept } => {
+            let changed = if accept { Changed::Accept } else { Changed::Refuse };
+            keys::show(context, user.as_ref(), changed).await
+        }
+        Command::Profiles => local::profiles(context),
+        Command::Completions { shell } => {
+            let mut command = Cli::command();
+            clap_complete::generate(shell, &mut command, "qpq", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}

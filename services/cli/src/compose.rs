@@ -1,0 +1,144 @@
+//! What every command works with, made of the command line and the environment in one place.
+
+use std::{env, ffi::OsString, path::PathBuf};
+
+use qpq_client::{Options, Profile, Trust};
+use zeroize::Zeroizing;
+
+use crate::{
+    args::{Global, ProfileName, TrustArgs},
+    fault::Fault,
+    output::{Format, Output},
+    password::Source,
+    progress::Progress,
+    unlock::Keyring,
+};
+
+/// What is read from the environment beside what the command line names itself.
+#[derive(Default)]
+pub(crate) struct Environment {
+    pub(crate) password: Option<Zeroizing<String>>,
+    pub(crate) runtime_dir: Option<OsString>,
+    pub(crate) data_home: Option<PathBuf>,
+    pub(crate) user_home: Option<PathBuf>,
+    /// The server of accounts to be made.
+    pub(crate) server: Option<String>,
+    pub(crate) no_color: bool,
+}
+
+impl Environment {
+    /// The process's own.
+    pub(crate) fn read() -> Result<Self, Fault> {
+        let set = |name| env::var_os(name).filter(|value| !value.is_empty());
+        let password = set("QPQ_PASSWORD")
+            .map(|password| password.into_string().map_err(|_| Fault::usage("QPQ_PASSWORD is not UTF-8")))
+            .transpose()?;
+        Ok(Self {
+            password: password.map(Zeroizing::new),
+            runtime_dir: set("XDG_RUNTIME_DIR"),
+            data_home: set("XDG_DATA_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute()),
+            user_home: set("HOME").map(PathBuf::from),
+            server: set("QPQ_SERVER").and_then(|server| server.into_string().ok()),
+            no_color: set("NO_COLOR").is_some(),
+        })
+    }
+}
+
+/// What a command works with.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) output: Output,
+    pub(crate) progress: Progress,
+    pub(crate) password: Source,
+    pub(crate) keyring: Keyring,
+    pub(crate) profile: ProfileName,
+    profiles: PathBuf,
+    server: Option<String>,
+    default_server: Option<String>,
+    trust: Option<Trust>,
+}
+
+impl Context {
+    pub(crate) fn new(global: Global, environment: Environment) -> Result<Self, Fault> {
+        let format = if global.json { Format::Json } else { Format::Human };
+        let password = match (global.password_file, environment.password) {
+            (Some(path), _) => Source::File(path),
+            (None, Some(password)) => Source::Environment(password),
+            (None, None) => Source::Terminal,
+        };
+        let data_home = environment.data_home.or(environment.user_home.map(|home| home.join(".local/share")));
+        let home = global.home.or(data_home.map(|dir| dir.join("qpq"))).ok_or_else(|| {
+            Fault::usage("there is no home directory to keep profiles in").hint("name one with --home")
+        })?;
+        Ok(Self {
+            output: Output::new(format, environment.no_color),
+            progress: Progress::new(format),
+            password,
+            keyring: Keyring::find(environment.runtime_dir.as_deref()),
+            profile: global.profile,
+            profiles: home.join("profiles"),
+            server: global.server,
+            default_server: environment.server,
+            trust: trust(global.trust),
+        })
+    }
+
+    /// Where all profiles are, each in a directory of its name.
+    pub(crate) fn profiles(&self) -> &std::path::Path {
+        &self.profiles
+    }
+
+    /// Where the chosen profile is.
+    pub(crate) fn dir(&self) -> PathBuf {
+        self.profiles.join(self.profile.as_str())
+    }
+
+    /// How to reach the server of a profile that is to be made.
+    pub(crate) fn fresh_options(&self) -> Result<Options, Fault> {
+        let server = self.server.clone().or_else(|| self.default_server.clone()).ok_or_else(|| {
+            Fault::usage("which server?").hint("name it with --server HOST:PORT or QPQ_SERVER")
+        })?;
+        Ok(Options::new(server, self.trust.clone().unwrap_or(Trust::FirstUse)))
+    }
+
+    /// The server that the command line names.
+    pub(crate) fn named_server(&self) -> Option<&String> {
+        self.server.as_ref()
+    }
+
+    /// The proof of the server that the command line names.
+    pub(crate) fn named_trust(&self) -> Option<&Trust> {
+        self.trust.as_ref()
+    }
+
+    /// How to reach whichever server is meant: the one named, else the profile's.
+    pub(crate) fn any_options(&self) -> Result<Options, Fault> {
+        match Profile::read(&self.dir()) {
+            Ok(profile) if self.server.as_ref().is_none_or(|server| *server == profile.server) => {
+                Ok(self.options(&profile))
+            }
+            _ => self.fresh_options(),
+        }
+    }
+
+    /// How to reach the profile's server: as the profile has it, unless the command line says otherwise.
+    pub(crate) fn options(&self, profile: &Profile) -> Options {
+        let mut options = profile.options();
+        if let Some(server) = &self.server {
+            options.server.clone_from(server);
+        }
+        if let Some(trust) = &self.trust {
+            options.trust = trust.clone();
+        }
+        options
+    }
+}
+
+fn trust(args: TrustArgs) -> Option<Trust> {
+    match args {
+        TrustArgs { pin: Some(fingerprint), .. } => Some(Trust::Pinned(fingerprint)),
+        TrustArgs { ca: Some(file), .. } => Some(Trust::Authority(file)),
+        TrustArgs { system_roots: true, .. } => Some(Trust::System),
+        TrustArgs { .. } => None,
+    }
+}

@@ -1,0 +1,334 @@
+//! How what happened in conversations is shown: a line for people, an object for programs.
+
+use std::{
+    collections::HashMap,
+    io::{self, Write},
+    time::Duration,
+};
+
+use qpq_client::{
+    Conversation, ConversationId, ConversationKind, Delivery, Entry, Event, Person, Standing, UnixMillis,
+};
+use serde::Serialize;
+
+use crate::{
+    output::{Report, Style},
+    text,
+};
+
+/// Entries younger than this need no age.
+const FRESH: Duration = Duration::from_secs(60);
+
+/// The groups' names, for entries that name them by id alone.
+#[derive(Debug, Default)]
+pub(crate) struct GroupNames(HashMap<ConversationId, String>);
+
+impl GroupNames {
+    pub(crate) fn of(conversations: &[Conversation]) -> Self {
+        let named = conversations.iter().filter_map(|conversation| match &conversation.kind {
+            ConversationKind::Group { name, .. } => Some((conversation.id, name.clone())),
+            ConversationKind::Direct { .. } => None,
+        });
+        Self(named.collect())
+    }
+
+    pub(crate) fn knows(&self, conversation: Option<ConversationId>) -> bool {
+        !matches!(conversation, Some(id @ ConversationId::Group(_)) if !self.0.contains_key(&id))
+    }
+}
+
+/// Where an entry is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Among those of all conversations: which one it belongs to is said.
+    Anywhere,
+    /// Among those of its own conversation.
+    Chat,
+}
+
+/// An entry on its way to the reader.
+#[derive(Debug)]
+pub(crate) struct Shown<'a> {
+    pub(crate) entry: &'a Entry,
+    pub(crate) groups: &'a GroupNames,
+    pub(crate) place: Place,
+    pub(crate) now: UnixMillis,
+}
+
+/// The object for programs. Keys that do not apply are left out.
+#[derive(Debug, Default, Serialize)]
+#[serde(default)]
+struct Object<'a> {
+    event: &'static str,
+    id: u64,
+    /// Unix milliseconds, by the server's clock.
+    at: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    conversation: Option<ConversationObject<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    from: Option<PersonObject<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    /// Unix milliseconds, by the sender's clock.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sent_at: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delivery: Option<&'static str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    people: Vec<PersonObject<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct ConversationObject<'a> {
+    kind: &'static str,
+    id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+}
+
+/// A person, as every command's JSON has them.
+#[derive(Debug, Serialize)]
+pub(crate) struct PersonObject<'a> {
+    username: &'a str,
+    identity: String,
+    /// Whether the name can be relied on: `own`, `confirmed`, `claimed` or `refuted`.
+    standing: &'static str,
+}
+
+impl<'a> From<&'a Person> for PersonObject<'a> {
+    fn from(person: &'a Person) -> Self {
+        let standing = match person.standing {
+            Standing::Own => "own",
+            Standing::Claimed => "claimed",
+            Standing::Confirmed => "confirmed",
+            Standing::Refuted => "refuted",
+        };
+        Self { username: person.username.as_str(), identity: person.identity.to_string(), standing }
+    }
+}
+
+impl Serialize for Shown<'_> {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut object = Object {
+            id: self.entry.id.0,
+            at: self.entry.at.0,
+            conversation: self.entry.conversation.map(|id| self.conversation(id)),
+            ..Object::default()
+        };
+        match &self.entry.event {
+            Event::Sent { text, delivery } => {
+                object.event = "sent";
+                (object.text, object.delivery) = (Some(text.as_str()), Some(delivery_name(*delivery)));
+            }
+            Event::Received { from, text, sent_at } => {
+                (object.event, object.from) = ("message", Some(from.into()));
+                (object.text, object.sent_at) = (Some(text.as_str()), Some(sent_at.0));
+            }
+            Event::Joined { by } => (object.event, object.from) = ("joined", Some(by.into())),
+            Event::Added { members } => {
+                (object.event, object.people) = ("added", members.iter().map(Into::into).collect());
+            }
+            Event::Removed { members } => {
+                (object.event, object.people) = ("removed", members.iter().map(Into::into).collect());
+            }
+            Event::Unreadable { reason } => {
+                (object.event, object.reason) = ("unreadable", Some(reason.as_str()))
+            }
+            Event::Missing { first, last } => {
+                (object.event, object.first, object.last) = ("missing", Some(first.0), Some(last.0));
+            }
+            Event::NameRefuted { person, claimed } => {
+                (object.event, object.people, object.text) =
+                    ("name_refuted", vec![person.into()], Some(claimed.as_str()));
+            }
+            Event::Undeliverable { to, reason } => {
+                (object.event, object.people) = ("undeliverable", vec![to.into()]);
+                object.reason = Some(reason.as_str());
+            }
+        }
+        object.serialize(to)
+    }
+}
+
+impl Report for Shown<'_> {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        writeln!(out, "{}", self.line(style))
+    }
+}
+
+impl Shown<'_> {
+    /// The entry as people read it; several lines if its text has several.
+    pub(crate) fn line(&self, style: Style) -> String {
+        let place = match (self.place, self.entry.conversation) {
+            (Place::Anywhere, Some(id @ ConversationId::Group(_))) => format!("[{}] ", self.group_name(id)),
+            _ => String::new(),
+        };
+        match &self.entry.event {
+            Event::Sent { text, delivery } => {
+                let mark = match delivery {
+                    Delivery::Sent => "",
+                    Delivery::Queued => " (not sent yet)",
+                    Delivery::Failed => " (not delivered)",
+                };
+                self.said(&place, "you", text, mark, style)
+            }
+            Event::Received { from, text, .. } => self.said(&place, &name(from), text, "", style),
+            Event::Joined { by } => {
+                let group = self.entry.conversation.map(|id| self.group_name(id)).unwrap_or_default();
+                style.dim(format_args!("* {} added you to the group {group}", name(by)))
+            }
+            Event::Added { members } => style.dim(format_args!("* {place}{} joined", names(members))),
+            Event::Removed { members } => style.dim(format_args!("* {place}{} left", names(members))),
+            Event::Unreadable { reason } => {
+                style.dim(format_args!("* a message could not be read: {}", text::line(reason)))
+            }
+            Event::Missing { first, last } => {
+                let many = last.0.saturating_sub(first.0) + 1;
+                style.dim(format_args!(
+                    "* {many} of the messages to you never came: expired, or read elsewhere"
+                ))
+            }
+            Event::NameRefuted { person, claimed } => {
+                let (claimed, person) = (text::line(claimed.as_str()), name(person));
+                style.bold(format_args!(
+                    "* Careful: somebody poses as {claimed} and is not; shown as {person}"
+                ))
+            }
+            Event::Undeliverable { to, reason } => {
+                style.dim(format_args!("* {place}not delivered to {}: {}", name(to), text::line(reason)))
+            }
+        }
+    }
+
+    fn said(&self, place: &str, who: &str, text: &str, mark: &str, style: Style) -> String {
+        let age = self.now.since(self.entry.at);
+        let age = if age < FRESH { String::new() } else { style.dim(format_args!(" ({} ago)", span(age))) };
+        format!("{place}{}{age}: {}{mark}", style.bold(who), text::message(text))
+    }
+
+    fn group_name(&self, id: ConversationId) -> String {
+        self.groups
+            .0
+            .get(&id)
+            .map_or_else(|| format!("{:.8}", id.to_string()), |name| text::line(name).to_string())
+    }
+
+    fn conversation(&self, id: ConversationId) -> ConversationObject<'_> {
+        let (kind, name) = match id {
+            ConversationId::Direct(_) => ("direct", None),
+            ConversationId::Group(_) => ("group", self.groups.0.get(&id).map(String::as_str)),
+        };
+        ConversationObject { kind, id: id.to_string(), name }
+    }
+}
+
+/// How far a message got, as the JSON of every command says it.
+pub(crate) fn delivery_name(delivery: Delivery) -> &'static str {
+    match delivery {
+        Delivery::Queued => "queued",
+        Delivery::Sent => "sent",
+        Delivery::Failed => "failed",
+    }
+}
+
+/// A person's name, with a mark if it cannot be relied on.
+pub(crate) fn name(person: &Person) -> String {
+    text::line(&person.to_string()).to_string()
+}
+
+/// Several people's names.
+pub(crate) fn names(people: &[Person]) -> String {
+    people.iter().map(name).collect::<Vec<_>>().join(", ")
+}
+
+/// A time span as people say it.
+pub(crate) fn span(span: Duration) -> String {
+    match span.as_secs() {
+        secs @ 0..120 => format!("{secs} s"),
+        secs @ 120..7_200 => format!("{} min", secs / 60),
+        secs @ 7_200..172_800 => format!("{} h", secs / 3_600),
+        secs => format!("{} days", secs / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_client::{EntryId, IdentityKey, Seq, Username};
+    use serde_json::json;
+
+    use super::*;
+
+    const KEY: IdentityKey = IdentityKey::new([0xab; 32]);
+
+    fn bob(standing: Standing) -> Person {
+        Person { identity: KEY, username: Username::parse("bob").unwrap(), standing }
+    }
+
+    fn entry(event: Event) -> Entry {
+        Entry {
+            id: EntryId(7),
+            conversation: Some(ConversationId::Direct(KEY)),
+            at: UnixMillis(1_000),
+            event,
+        }
+    }
+
+    fn line(event: Event, now: u64) -> String {
+        let groups = GroupNames::default();
+        let entry = entry(event);
+        Shown { entry: &entry, groups: &groups, place: Place::Anywhere, now: UnixMillis(now) }
+            .line(Style::Plain)
+    }
+
+    fn received(text: &str) -> Event {
+        Event::Received { from: bob(Standing::Confirmed), text: text.into(), sent_at: UnixMillis(900) }
+    }
+
+    #[test]
+    fn a_message_is_a_line_with_its_age_when_it_is_old() {
+        assert_eq!(line(received("hi"), 2_000), "bob: hi");
+        assert_eq!(line(received("hi"), 181_000), "bob (3 min ago): hi");
+        assert_eq!(line(received("hi"), 0), "bob: hi", "a clock that is behind");
+        assert_eq!(line(received("a\nb\x1b"), 2_000), "bob: a\n  | b\\u{1b}");
+        let queued = Event::Sent { text: "hi".into(), delivery: Delivery::Queued };
+        assert_eq!(line(queued, 2_000), "you: hi (not sent yet)");
+        assert_eq!(
+            line(Event::Missing { first: Seq(3), last: Seq(4) }, 0).split_whitespace().nth(1),
+            Some("2")
+        );
+    }
+
+    #[test]
+    fn a_false_name_is_never_shown_bare() {
+        let from = bob(Standing::Refuted);
+        let event = Event::Received { from, text: "pay me".into(), sent_at: UnixMillis(900) };
+        assert_eq!(line(event, 2_000), "bob!abababab: pay me");
+    }
+
+    #[test]
+    fn the_object_has_the_documented_keys() {
+        let (entry, groups) = (entry(received("hi")), GroupNames::default());
+        let shown = Shown { entry: &entry, groups: &groups, place: Place::Anywhere, now: UnixMillis(0) };
+        let key = "ab".repeat(32);
+        assert_eq!(
+            serde_json::to_value(&shown).unwrap(),
+            json!({
+                "event": "message", "id": 7, "at": 1000, "sent_at": 900, "text": "hi",
+                "conversation": { "kind": "direct", "id": key },
+                "from": { "username": "bob", "identity": key, "standing": "confirmed" },
+            })
+        );
+    }
+
+    #[test]
+    fn spans_are_said_in_one_unit() {
+        let said = [0, 119, 120, 7_199, 7_200, 172_799, 172_800].map(|secs| span(Duration::from_secs(secs)));
+        assert_eq!(said, ["0 s", "119 s", "2 min", "119 min", "2 h", "47 h", "2 days"]);
+    }
+}

@@ -1,0 +1,272 @@
+//! Whatever goes wrong, as people and programs are told: one line what it is, one line what to do, a stable code, an exit code.
+
+use std::{borrow::Cow, fmt, process::ExitCode};
+
+use qpq_client::{AuthError, CallError, ConnectError, Error, MlsError, ProfileError};
+
+use crate::text;
+
+/// How the process ends; listed in `qpq help`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    Failure = 1,
+    Usage = 2,
+    NotLoggedIn = 3,
+    Unreachable = 4,
+    Untrusted = 5,
+    InUse = 6,
+    Nothing = 7,
+    Interrupted = 130,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Why a command ends without having done its work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub(crate) exit: Exit,
+    /// Stable: the server's (`delivery.queue_full`) or one of ours (`client.unreachable`).
+    pub(crate) code: Cow<'static, str>,
+    pub(crate) message: String,
+    /// What to do next, where there is something to do.
+    pub(crate) hint: Option<Cow<'static, str>>,
+}
+
+impl Fault {
+    pub(crate) fn new(exit: Exit, code: &'static str, message: impl fmt::Display) -> Self {
+        Self { exit, code: code.into(), message: message.to_string(), hint: None }
+    }
+
+    #[must_use]
+    pub(crate) fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// A file or directory could not be used.
+    pub(crate) fn io(what: impl fmt::Display, error: &std::io::Error) -> Self {
+        Self::new(Exit::Failure, "client.io", format_args!("{what}: {error}"))
+    }
+
+    pub(crate) fn usage(message: impl fmt::Display) -> Self {
+        Self::new(Exit::Usage, "client.usage", message)
+    }
+
+    pub(crate) fn interrupted() -> Self {
+        Self::new(Exit::Interrupted, "client.interrupted", "interrupted")
+    }
+
+    pub(crate) fn not_logged_in() -> Self {
+        Self::new(Exit::NotLoggedIn, "client.not_logged_in", "you are not logged in").hint("run `qpq login`")
+    }
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        let failure = |code, hint: &'static str| Self::new(Exit::Failure, code, &error).hint(hint);
+        match error {
+            Error::Auth(error) => error.into(),
+            Error::Call(error) => error.into(),
+            Error::Profile(error) => error.into(),
+            Error::NoSuchUser(_) => {
+                failure("client.no_such_user", "check the spelling; usernames are case-insensitive")
+            }
+            Error::NoKeys(_) => failure("client.no_keys", "ask them to run `qpq login`, then try again"),
+            Error::IdentityChanged { ref username, .. } => {
+                let hint = format!(
+                    "ask {username} in person or by phone, and compare `qpq keys {username}` on both sides"
+                );
+                Self::new(Exit::Failure, "client.identity_changed", &error).hint(hint)
+            }
+            Error::NoSuchConversation => failure("client.no_such_conversation", "see `qpq group list`"),
+            Error::TextTooLong { .. } => failure("client.text_too_long", "send it in several messages"),
+            Error::GroupName { .. } => failure("client.group_name", "choose another name"),
+            Error::Mls(error) => error.into(),
+        }
+    }
+}
+
+impl From<MlsError> for Fault {
+    fn from(error: MlsError) -> Self {
+        let (code, hint) = match error {
+            MlsError::UnknownGroup => ("client.no_such_conversation", "see `qpq group list`"),
+            MlsError::NotTheMaker => ("client.not_the_maker", "`qpq group members GROUP` shows who made it"),
+            MlsError::NoLongerMember => ("client.not_a_member", "the group's history can still be read"),
+            MlsError::Alone => ("client.alone", "run `qpq group add GROUP USER`"),
+            MlsError::Yourself => ("client.yourself", "name somebody else"),
+            MlsError::AlreadyMember(_) => {
+                ("client.already_member", "`qpq group members GROUP` shows who is in it")
+            }
+            MlsError::NotAMember(_) => {
+                ("client.not_a_member", "`qpq group members GROUP` shows who is in it")
+            }
+            MlsError::DirectIsForTwo => ("client.direct", "run `qpq group create NAME USER…`"),
+            MlsError::BadPackage { .. } | MlsError::WrongName(_) | MlsError::Incompatible(_) => {
+                ("client.bad_keys", "ask them to update their client and run `qpq login`")
+            }
+            _ => ("client.mls", "try again; if it stays so, start a new group"),
+        };
+        Self::new(Exit::Failure, code, error).hint(hint)
+    }
+}
+
+impl From<AuthError> for Fault {
+    fn from(error: AuthError) -> Self {
+        match error {
+            AuthError::WrongPassword => Self::new(Exit::NotLoggedIn, "auth.failed", error)
+                .hint("try again; nobody can reset a password"),
+            AuthError::UsernameTaken => {
+                Self::new(Exit::Failure, "auth.username_taken", error).hint("choose another name")
+            }
+            AuthError::IdentityTaken => Self::new(Exit::Failure, "auth.identity_taken", error)
+                .hint("register with a new profile (-p NAME)"),
+            AuthError::Banned => {
+                Self::new(Exit::Failure, "auth.banned", error).hint("ask the server's operator")
+            }
+            AuthError::Call(error) => error.into(),
+        }
+    }
+}
+
+impl From<CallError> for Fault {
+    fn from(error: CallError) -> Self {
+        let unreachable = |code, hint: &'static str| Self::new(Exit::Unreachable, code, &error).hint(hint);
+        match error {
+            CallError::Server(ref refusal) if error.is_unauthorized() => {
+                Self { code: or(&refusal.code, "client.not_logged_in"), ..session_ended() }
+            }
+            CallError::Server(refusal) => refused(&refusal),
+            CallError::Connect(error) => error.into(),
+            CallError::Unreachable { .. } => unreachable(
+                "client.unreachable",
+                "check that the server runs and that its address (--server) and UDP port are right",
+            ),
+            CallError::TimedOut { .. } => unreachable("client.timed_out", "try again"),
+            CallError::Lost { .. } => unreachable("client.connection_lost", "try again"),
+            CallError::TooLarge { .. } => Self::new(Exit::Failure, "client.too_large", error),
+            CallError::Malformed { .. } => Self::new(Exit::Failure, "client.malformed_answer", error)
+                .hint("client and server may be of versions that do not go together"),
+        }
+    }
+}
+
+fn session_ended() -> Fault {
+    Fault::new(Exit::NotLoggedIn, "client.session_ended", "your session has ended").hint("run `qpq login`")
+}
+
+fn refused(refusal: &qpq_client::ServerError) -> Fault {
+    let fault = Fault {
+        exit: Exit::Failure,
+        code: or(&refusal.code, "client.refused"),
+        message: text::line(&refusal.to_string()).to_string(),
+        hint: None,
+    };
+    match refusal.retry_after {
+        Some(wait) => fault.hint(format!("try again in {} s", wait.as_secs().max(1))),
+        None => fault,
+    }
+}
+
+/// The server's code if it looks like one.
+fn or(code: &str, fallback: &'static str) -> Cow<'static, str> {
+    let is_code =
+        !code.is_empty() && code.bytes().all(|b| b.is_ascii_lowercase() || matches!(b, b'.' | b'_'));
+    if is_code { code.to_owned().into() } else { fallback.into() }
+}
+
+impl From<ConnectError> for Fault {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::PinMismatch { expected, seen } => {
+                let message = format!(
+                    "the server's certificate is not the pinned one\n  pinned: {expected}\n  seen:   {seen}"
+                );
+                Self::new(Exit::Untrusted, "client.pin_mismatch", message).hint(
+                    "either the operator has changed it, or somebody is in between: ask the operator for the fingerprint \
+                     and, only if it is the one seen, run `qpq login --pin FINGERPRINT`",
+                )
+            }
+            ConnectError::Untrusted { .. } => Self::new(Exit::Untrusted, "client.untrusted", error)
+                .hint("if the operator confirms this fingerprint, give it with --pin"),
+            ConnectError::NotQpq { .. } => Self::new(Exit::Unreachable, "client.not_qpq", error)
+                .hint("check the address and the port (--server)"),
+            ConnectError::Misconfigured { .. } => Self::new(Exit::Usage, "client.misconfigured", error),
+        }
+    }
+}
+
+impl From<ProfileError> for Fault {
+    fn from(error: ProfileError) -> Self {
+        let failure = |code, hint: &'static str| Self::new(Exit::Failure, code, &error).hint(hint);
+        match error {
+            ProfileError::Missing(_) => Self::new(Exit::NotLoggedIn, "profile.missing", error).hint(
+                "run `qpq register USERNAME --server HOST:PORT`, or choose another profile (`qpq profiles`)",
+            ),
+            ProfileError::Exists(_) => {
+                failure("profile.exists", "use another profile: qpq -p NAME register …")
+            }
+            ProfileError::InUse(_) => {
+                Self::new(Exit::InUse, "profile.in_use", "another qpq is using this profile")
+                    .hint("close that one first")
+            }
+            ProfileError::Unfinished(_) => {
+                failure("profile.unfinished", "run `qpq register` again with the same password")
+            }
+            ProfileError::WrongKey => {
+                Self::new(Exit::NotLoggedIn, "profile.wrong_key", "the profile does not open")
+                    .hint("run `qpq login`")
+            }
+            ProfileError::Damaged { .. } => {
+                failure("profile.damaged", "restore the profile's directory from a backup")
+            }
+            ProfileError::Io { .. } => {
+                failure("profile.io", "check that the directory is yours and the disk has space")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use qpq_client::Status;
+    use qpq_client::{Fingerprint, ServerError};
+
+    use super::*;
+
+    fn server(status: Status, code: &str) -> Fault {
+        let (message, field) = ("No.\x1b[2J".to_owned(), None);
+        let retry_after = Some(Duration::from_millis(2500));
+        CallError::Server(ServerError { status, code: code.into(), message, retry_after, field }).into()
+    }
+
+    #[test]
+    fn a_refusal_keeps_its_code_and_cannot_drive_the_terminal() {
+        let fault = server(Status::RateLimited, "delivery.queue_full");
+        assert_eq!((fault.exit, &*fault.code), (Exit::Failure, "delivery.queue_full"));
+        assert!(fault.message.contains("No.\\u{1b}[2J"), "{}", fault.message);
+        assert_eq!(fault.hint.as_deref(), Some("try again in 2 s"));
+        assert_eq!(server(Status::Internal, "not a code\n").code, "client.refused");
+    }
+
+    #[test]
+    fn an_ended_session_says_to_log_in() {
+        let fault = server(Status::Unauthorized, "auth.session_expired");
+        assert_eq!((fault.exit, &*fault.code), (Exit::NotLoggedIn, "auth.session_expired"));
+        assert_eq!(fault.hint.as_deref(), Some("run `qpq login`"));
+    }
+
+    #[test]
+    fn a_changed_certificate_shows_both_fingerprints() {
+        let (expected, seen) = (Fingerprint::from([1; 32]), Fingerprint::from([2; 32]));
+        let fault = Fault::from(ConnectError::PinMismatch { expected, seen });
+        assert_eq!(fault.exit, Exit::Untrusted);
+        assert!(fault.message.contains(&expected.to_string()) && fault.message.contains(&seen.to_string()));
+        assert!(fault.hint.unwrap().contains("in between"));
+    }
+}

@@ -1,0 +1,101 @@
+//! What is shown: text for people or JSON for programs on standard output, everything else on standard error.
+
+use std::io::{self, IsTerminal as _, Write};
+
+use serde::Serialize;
+use serde_json::json;
+
+use crate::fault::Fault;
+
+/// Something a command has to say. Its JSON form is the derived one: the keys are an interface and stay.
+pub(crate) trait Report: Serialize {
+    /// The same for people; whole lines.
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()>;
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    Human,
+    Json,
+}
+
+/// Whether the terminal shows colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Style {
+    Plain,
+    Ansi,
+}
+
+impl Style {
+    pub(crate) fn dim(self, text: impl std::fmt::Display) -> String {
+        self.wrap("2", text)
+    }
+
+    pub(crate) fn bold(self, text: impl std::fmt::Display) -> String {
+        self.wrap("1", text)
+    }
+
+    fn wrap(self, code: &str, text: impl std::fmt::Display) -> String {
+        match self {
+            Self::Plain => text.to_string(),
+            Self::Ansi => format!("\x1b[{code}m{text}\x1b[0m"),
+        }
+    }
+}
+
+/// Where a command's words go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    pub(crate) format: Format,
+    /// Of standard output.
+    pub(crate) style: Style,
+}
+
+impl Output {
+    pub(crate) fn new(format: Format, no_color: bool) -> Self {
+        let style = if io::stdout().is_terminal() && !no_color { Style::Ansi } else { Style::Plain };
+        Self { format, style }
+    }
+
+    /// Puts a report on standard output, at once.
+    pub(crate) fn report(&self, report: &impl Report) -> Result<(), Fault> {
+        let mut out = Vec::new();
+        let written = match self.format {
+            Format::Human => report.human(&mut out, self.style),
+            Format::Json => {
+                serde_json::to_writer(&mut out, report).map_err(Into::into).and_then(|()| writeln!(out))
+            }
+        };
+        written
+            .and_then(|()| {
+                let mut stdout = io::stdout().lock();
+                stdout.write_all(&out)?;
+                stdout.flush()
+            })
+            .map_err(|error| Fault::io("cannot write to standard output", &error))
+    }
+
+    /// A word to a person, on standard error; programs are spared.
+    pub(crate) fn note(&self, text: impl std::fmt::Display) {
+        if self.format == Format::Human {
+            // Nobody is left to be told that standard error is closed.
+            writeln!(io::stderr(), "{text}").ok();
+        }
+    }
+
+    /// Why the command ends, on standard error.
+    pub(crate) fn fault(&self, fault: &Fault) {
+        let Fault { code, message, hint, .. } = fault;
+        let mut lines = match self.format {
+            Format::Json => {
+                json!({ "error": { "code": code, "message": message, "hint": hint } }).to_string()
+            }
+            Format::Human => format!("qpq: {message}"),
+        };
+        if let (Format::Human, Some(hint)) = (self.format, hint) {
+            lines.push_str("\n     ");
+            lines.push_str(hint);
+        }
+        writeln!(io::stderr(), "{lines}").ok();
+    }
+}

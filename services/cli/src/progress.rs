@@ -1,0 +1,51 @@
+//! Tells a waiting person what is being waited for, once it has taken a second.
+
+use std::{future::Future, io::IsTerminal as _, time::Duration};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::output::Format;
+
+/// How long nobody needs to be told.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Whether to show anything: to a person at a terminal alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    Shown,
+    Silent,
+}
+
+impl Progress {
+    pub(crate) fn new(format: Format) -> Self {
+        if format == Format::Human && std::io::stderr().is_terminal() { Self::Shown } else { Self::Silent }
+    }
+
+    /// Runs `work`; when it takes long, a spinner with `what` turns on standard error and vanishes at the end.
+    pub(crate) async fn during<T>(self, what: &'static str, work: impl Future<Output = T>) -> T {
+        if self == Self::Silent {
+            return work.await;
+        }
+        let mut work = std::pin::pin!(work);
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(PATIENCE) => {}
+        }
+        let spinner = ProgressBar::new_spinner().with_message(what);
+        spinner.set_style(
+            ProgressStyle::with_template("{spinner} {msg}… {elapsed}").expect("the template is valid"),
+        );
+        spinner.enable_steady_tick(Duration::from_millis(100));
+        let _cleared = Cleared(spinner);
+        work.await
+    }
+}
+
+/// Removes the spinner, also when the work is given up.
+struct Cleared(ProgressBar);
+
+impl Drop for Cleared {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}

@@ -1,0 +1,92 @@
+//! Other people's text on our terminal. A message must not be able to move the cursor, change colours, set the title,
+//! reorder what is read or look like a line of somebody else.
+
+use std::fmt::{self, Write as _};
+
+/// What goes before each further line of a message, so that no line of it passes for a message of its own.
+const CONTINUATION: &str = "\n  | ";
+
+/// Shows a text on one line or, for a message of several lines, with each further one marked.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Safe<'a> {
+    text: &'a str,
+    lines: Lines,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lines {
+    One,
+    Many,
+}
+
+/// For names and everything else that is one line.
+pub(crate) fn line(text: &str) -> Safe<'_> {
+    Safe { text, lines: Lines::One }
+}
+
+/// For messages.
+pub(crate) fn message(text: &str) -> Safe<'_> {
+    Safe { text, lines: Lines::Many }
+}
+
+impl fmt::Display for Safe<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut chars = self.text.chars().peekable();
+        while let Some(c) = chars.next() {
+            match c {
+                '\r' if self.lines == Lines::Many && chars.peek() == Some(&'\n') => {}
+                '\n' if self.lines == Lines::Many => f.write_str(CONTINUATION)?,
+                '\t' if self.lines == Lines::Many => f.write_char(c)?,
+                c if is_dangerous(c) => write!(f, "{}", c.escape_unicode())?,
+                c => f.write_char(c)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Control characters (C0, DEL, C1), line and paragraph separators, and the invisible characters that change the order or
+/// the identity of what is read (Unicode Technical Report 36). The joiners stay: emoji and several scripts need them.
+fn is_dangerous(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{061c}' | '\u{200b}' | '\u{200e}' | '\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}'
+            | '\u{e0000}'..='\u{e007f}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ordinary_text_of_any_script_stays_as_it_is() {
+        for text in ["hi", "grüß dich", "שלום", "日本語", "👩‍👩‍👧", "a\\nb", "می‌خواهم"]
+        {
+            assert_eq!(line(text).to_string(), text);
+            assert_eq!(message(text).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn nothing_drives_the_terminal() {
+        assert_eq!(message("\x1b[2J\x07").to_string(), "\\u{1b}[2J\\u{7}");
+        assert_eq!(message("\x1b]0;title\x1b\\").to_string(), "\\u{1b}]0;title\\u{1b}\\");
+        assert_eq!(message("a\rb").to_string(), "a\\u{d}b");
+        assert_eq!(message("\u{9b}31m\u{7f}").to_string(), "\\u{9b}31m\\u{7f}");
+        assert_eq!(message("\u{202e}evil\u{2066}").to_string(), "\\u{202e}evil\\u{2066}");
+        for c in ('\0'..='\u{9f}').filter(|c| c.is_control()) {
+            let shown = line(&c.to_string()).to_string();
+            assert!(!shown.chars().any(char::is_control), "{shown:?}");
+        }
+    }
+
+    #[test]
+    fn the_lines_of_a_message_cannot_pass_for_other_messages_and_a_name_has_one() {
+        assert_eq!(message("hi\nbob: yes\r\nend").to_string(), "hi\n  | bob: yes\n  | end");
+        assert_eq!(line("friends\nbob").to_string(), "friends\\u{a}bob");
+    }
+}
