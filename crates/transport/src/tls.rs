@@ -90,7 +90,7 @@ mod tests {
         // Ours and most others send shares for both, and the server chooses.
         assert_eq!(key_exchange_with(vec![X25519MLKEM768, X25519]), NamedGroup::X25519MLKEM768);
         assert_eq!(key_exchange_with(provider().kx_groups.clone()), NamedGroup::X25519MLKEM768);
-        assert_eq!(key_exchange_with(vec![SECP256R1, X25519]), NamedGroup::X25519);
+        assert_eq!(key_exchange_with(vec![X25519, SECP256R1]), NamedGroup::X25519);
         assert_eq!(key_exchange_with(vec![SECP256R1]), NamedGroup::secp256r1);
     }
 
