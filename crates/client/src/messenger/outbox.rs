@@ -62,12 +62,13 @@ impl Outbox {
         self.0.iter()
     }
 
-    /// The first item behind `after`, or the first of all.
-    pub(crate) fn next(&self, after: Option<MessageId>) -> Option<&Outgoing> {
-        match after {
-            None => self.0.front(),
-            Some(id) => self.0.iter().skip_while(|item| item.message_id != id).nth(1),
-        }
+    /// What is in it, oldest first.
+    pub(crate) fn ids(&self) -> Vec<MessageId> {
+        self.0.iter().map(|item| item.message_id).collect()
+    }
+
+    pub(crate) fn get(&self, id: MessageId) -> Option<&Outgoing> {
+        self.0.iter().find(|item| item.message_id == id)
     }
 
     /// Takes in what the server said about the recipients of an item, in their order.
@@ -124,25 +125,21 @@ mod tests {
             Parcel { recipients: people.to_vec(), channel: ChannelId::new([9; 16]), payload: vec![7; 3] };
         outbox.push(parcel.clone(), Some(EntryId(4)), UnixMillis(1));
         outbox.push(parcel, None, UnixMillis(2));
-        let first = outbox.next(None).unwrap().clone();
-        let second = outbox.next(Some(first.message_id)).unwrap().clone();
-        assert!(outbox.next(Some(second.message_id)).is_none());
+        let [first, second] = outbox.ids()[..] else { panic!("two were put in") };
 
-        let settled = outbox.settle(
-            first.message_id,
-            &[
-                (people[0], Verdict::Accepted),
-                (people[1], Verdict::Later),
-                (people[2], Verdict::Refused("gone".into())),
-            ],
-        );
+        let verdicts = [
+            (people[0], Verdict::Accepted),
+            (people[1], Verdict::Later),
+            (people[2], Verdict::Refused("gone".into())),
+        ];
+        let settled = outbox.settle(first, &verdicts);
         assert_eq!(settled.refused, [(people[2], "gone".to_owned())]);
         assert!(!settled.done);
-        let left = outbox.next(None).unwrap();
-        assert_eq!((left.message_id, &left.recipients[..]), (first.message_id, &people[1..2]));
+        assert_eq!(outbox.get(first).unwrap().recipients, people[1..2]);
+        assert_eq!(outbox.ids(), [first, second]);
 
-        let settled = outbox.settle(first.message_id, &[(people[1], Verdict::Accepted)]);
+        let settled = outbox.settle(first, &[(people[1], Verdict::Accepted)]);
         assert_eq!((settled.entry, settled.done), (Some(EntryId(4)), true));
-        assert_eq!(outbox.next(None).unwrap().message_id, second.message_id);
+        assert_eq!((outbox.ids(), outbox.get(first)), (vec![second], None));
     }
 }

@@ -118,11 +118,12 @@ impl Messenger {
     /// Sends everything that is still to be sent, oldest first. What the server has no room for now stays.
     pub async fn flush(&self) -> Result<(), Error> {
         let _alone = self.shared.flushing.lock().await;
-        let mut after = None;
         // Whoever cannot get one message now gets none behind it either: the order matters.
         let mut stopped = BTreeSet::new();
-        while let Some(item) = self.keeper().read(|state| state.outbox.next(after).cloned()).await? {
-            after = Some(item.message_id);
+        for id in self.keeper().read(|state| state.outbox.ids()).await? {
+            let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await? else {
+                continue;
+            };
             let recipients = item.recipients.iter().filter(|key| !stopped.contains(*key));
             let recipients: Vec<_> = recipients.take(MAX_BATCH).copied().collect();
             if recipients.is_empty() {
@@ -191,9 +192,7 @@ impl Messenger {
         };
         let delivery = match entry {
             Some(entry) => self.keeper().read(|state| state.log.delivery(entry)).await?,
-            None if self.keeper().read(|state| state.outbox.next(None).is_none()).await? => {
-                Some(Delivery::Sent)
-            }
+            None if self.keeper().read(|state| state.outbox.ids().is_empty()).await? => Some(Delivery::Sent),
             None => Some(Delivery::Queued),
         };
         Ok(match delivery {

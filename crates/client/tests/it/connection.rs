@@ -49,7 +49,7 @@ async fn an_authority_that_did_not_issue_the_certificate_is_refused() {
 #[test]
 fn what_cannot_be_used_is_said_before_anything_is_sent() {
     for options in [
-        Options::new("host:port:", Trust::FirstUse),
+        Options::new("host:port", Trust::FirstUse),
         Options::new("localhost", Trust::Authority("/nowhere/ca.pem".into())),
     ] {
         let error = Client::new(options).unwrap_err();
