@@ -4,6 +4,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    fmt,
 };
 
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
@@ -19,13 +20,19 @@ use crate::{
 };
 
 /// All that one account's client knows of MLS. See the crate's documentation for when to save it.
-#[derive(Debug)]
 pub struct Client {
     pub(crate) identity: Identity,
     pub(crate) username: Username,
     pub(crate) packages: Packages,
     pub(crate) groups: BTreeMap<GroupId, Group>,
     pub(crate) waiting: Waiting,
+}
+
+impl fmt::Debug for Client {
+    /// Whose it is, and nothing that it holds.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("identity", &self.identity).finish_non_exhaustive()
+    }
 }
 
 /// Bytes to be enqueued, the same for each recipient.

@@ -6,7 +6,6 @@
 use zeroize::Zeroizing;
 
 /// Writes into memory reserved beforehand, so that growing leaves no copies of secrets behind.
-#[derive(Debug)]
 pub(crate) struct Writer(Zeroizing<Vec<u8>>);
 
 impl Writer {
@@ -15,6 +14,7 @@ impl Writer {
     }
 
     pub(crate) fn raw(&mut self, bytes: &[u8]) {
+        debug_assert!(self.0.len() + bytes.len() <= self.0.capacity(), "what is written was counted before");
         self.0.extend_from_slice(bytes);
     }
 
@@ -45,7 +45,6 @@ impl Writer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Malformed;
 
-#[derive(Debug)]
 pub(crate) struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {

@@ -1,18 +1,30 @@
 //! What a chat message says, and its bytes inside an MLS application message: one version byte, then protobuf.
 
+use std::fmt;
+
 use prost::Message as _;
 
 /// The only version so far. A message of another is left to newer clients.
 const VERSION: u8 = 1;
 
 /// One chat message.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Content {
     /// The sender's own id for the message, unique among its messages.
     pub id: [u8; 16],
     /// When it was sent by the sender's clock, in Unix milliseconds: a claim.
     pub sent_at: u64,
     pub text: String,
+}
+
+impl fmt::Debug for Content {
+    /// All but what was said: that is between the members.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Content")
+            .field("id", &self.id)
+            .field("sent_at", &self.sent_at)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

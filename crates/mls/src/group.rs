@@ -8,12 +8,14 @@ use openmls::{
     framing::errors::MessageDecryptionError,
     group::{
         GroupId as MlsGroupId, MlsGroup, MlsGroupCreateConfig, MlsGroupJoinConfig, ProcessMessageError,
-        StagedCommit, StagedWelcome, ValidationError,
+        ProposalValidationError, StageCommitError, StagedCommit, StagedWelcome, ValidationError,
     },
     prelude::{
-        ContentType, KeyPackage, LeafNodeIndex, OpenMlsProvider as _, PrivateMessageIn, ProcessedMessage,
-        ProcessedMessageContent, Proposal, ProtocolMessage, Sender, SenderRatchetConfiguration, Welcome,
+        ContentType, KeyPackage, KeyPackageVerifyError, LeafNodeIndex, OpenMlsProvider as _,
+        PrivateMessageIn, ProcessedMessage, ProcessedMessageContent, Proposal, ProtocolMessage, Sender,
+        SenderRatchetConfiguration, Welcome,
     },
+    treesync::errors::LeafNodeValidationError,
 };
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
 
@@ -65,7 +67,6 @@ pub(crate) enum Outcome {
     Ignored(Ignored),
 }
 
-#[derive(Debug)]
 pub(crate) struct Group {
     id: GroupId,
     profile: Profile,
@@ -77,7 +78,6 @@ pub(crate) struct Group {
 }
 
 /// Somebody whose leaf was emptied, remembered as long as its messages of earlier epochs can be read.
-#[derive(Debug)]
 struct Departed {
     leaf: u32,
     last_epoch: u64,
@@ -335,8 +335,8 @@ impl Group {
     }
 
     pub(crate) fn written_len(&self) -> usize {
-        let departed = self.departed.iter().map(|d| 52 + d.member.username.as_str().len()).sum::<usize>();
-        32 + self.store.written_len() + 33 + 8 + departed
+        let departed = self.departed.iter().map(|d| 48 + d.member.username.as_str().len()).sum::<usize>();
+        32 + self.store.written_len() + 4 + self.welcome.map_or(0, |digest| digest.len()) + 8 + departed
     }
 
     pub(crate) fn write(&self, writer: &mut Writer) {
@@ -414,11 +414,20 @@ fn are_distinct<'a>(members: impl Iterator<Item = &'a Member>) -> bool {
 }
 
 fn unreadable<E>(error: &ProcessMessageError<E>) -> Outcome {
+    use LeafNodeValidationError::Lifetime;
     use MessageDecryptionError::{AeadError, SecretTreeError};
-    let ProcessMessageError::ValidationError(validation) = error else {
-        return Outcome::Ignored(Ignored::Invalid);
+    use ProposalValidationError::LeafNodeValidation;
+    let validation = match error {
+        ProcessMessageError::ValidationError(validation) => validation,
+        ProcessMessageError::InvalidCommit(StageCommitError::ProposalValidationError(
+            LeafNodeValidation(Lifetime(_)),
+        )) => return Outcome::Ignored(Ignored::LifetimeOver),
+        _ => return Outcome::Ignored(Ignored::Invalid),
     };
     match validation {
+        ValidationError::KeyPackageVerifyError(KeyPackageVerifyError::LifetimeError(_)) => {
+            Outcome::Ignored(Ignored::LifetimeOver)
+        }
         // openmls does not export the inner error's type; its names are held to by tests.
         ValidationError::UnableToDecrypt(SecretTreeError(inner)) => match format!("{inner:?}").as_str() {
             "SecretReuseError" => Outcome::Duplicate,

@@ -27,8 +27,9 @@
 //!
 //! Every function that needs the time is given it. openmls itself reads the system clock in two places that cannot be
 //! given another: whether a package's lifetime has begun and not ended when a commit adds it, on the side that makes
-//! the commit and on the sides that receive it. A client must therefore be given the system's time. The server's check
-//! depends on the given time alone.
+//! the commit and on the sides that receive it. A client must therefore be given the system's time, and one that reads
+//! such a commit only after the package's end cannot follow ([`Ignored::LifetimeOver`]). The server's check depends on the
+//! given time alone.
 
 mod client;
 mod codec;

@@ -46,7 +46,6 @@ pub(crate) enum Use {
     LastResort,
 }
 
-#[derive(Debug)]
 pub(crate) struct Package {
     reference: Vec<u8>,
     not_after: UnixMillis,
@@ -55,7 +54,7 @@ pub(crate) struct Package {
     pub(crate) store: Store,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Packages(Vec<Package>);
 
 impl Packages {

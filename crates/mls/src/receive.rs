@@ -55,6 +55,11 @@ pub enum Ignored {
     NotTheMaker,
     #[error("a change to the group that not even its maker may make")]
     ForbiddenCommit,
+    /// openmls compares lifetimes with the time of reading, not of sending. The group goes on without us from here.
+    #[error(
+        "a change to the group, read after the added member's key package ran out: ask its maker to add us again"
+    )]
+    LifetimeOver,
     #[error("we are not in the group any more")]
     NoLongerMember,
     #[error("our own message")]

@@ -10,7 +10,7 @@ use crate::codec::{Malformed, Reader, Writer};
 const UNPOISONED: &str = "no code panics while it holds the map";
 
 /// A provider of cryptography and storage to openmls. What it holds is overwritten when it is dropped.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Store(OpenMlsRustCrypto);
 
 impl Store {

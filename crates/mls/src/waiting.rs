@@ -21,7 +21,6 @@ pub(crate) enum Needs {
     Commit,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
 struct Message {
     group: GroupId,
     epoch: u64,
@@ -29,7 +28,7 @@ struct Message {
     bytes: Vec<u8>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Waiting(VecDeque<Message>);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

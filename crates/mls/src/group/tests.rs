@@ -241,3 +241,26 @@ fn ciphertexts_do_not_tell_lengths_within_the_padding() {
         (10..100).map(|len| say(&mut ann, id, &"x".repeat(len)).len()).collect();
     assert!(lengths.len() <= 1 + 90 / PADDING + 1, "{lengths:?}");
 }
+
+#[test]
+fn a_commit_read_too_late_is_told_apart() {
+    use openmls::treesync::errors::LifetimeError::Expired;
+    let over = || Expired { not_after: 1, now: 2 };
+    let errors: [ProcessMessageError<()>; 2] = [
+        ValidationError::from(KeyPackageVerifyError::from(over())).into(),
+        StageCommitError::from(ProposalValidationError::from(LeafNodeValidationError::from(over()))).into(),
+    ];
+    for error in errors {
+        assert!(matches!(unreadable(&error), Outcome::Ignored(Ignored::LifetimeOver)), "{error:?}");
+    }
+}
+
+#[test]
+fn nothing_held_or_said_is_shown() {
+    let (mut ann, mut bob) = (client("ann"), client("bob"));
+    let id = group_of(&mut ann, &mut [&mut bob]);
+    let message = say(&mut ann, id, "secret words");
+    let shown = format!("{ann:?} {bob:?} {:?}", bob.receive(&message));
+    assert!(!shown.contains("secret words"), "{shown}");
+    assert!(shown.len() < 700, "{shown}");
+}
