@@ -21,7 +21,9 @@ impl Handler for methods::Fetch {
     ) -> Result<Answered<v1::FetchResponse>, Error> {
         let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
         let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
-        let lease = cx.app.stores.inboxes.lease(read, page::limit(request.limit), cx.now).await?;
+        let Some(lease) = lease(cx, read, page::limit(request.limit)).await? else {
+            return Ok(v1::FetchResponse::default().into());
+        };
         let response = v1::FetchResponse { payloads: page::envelopes(lease.page()), more: lease.page().more };
         Ok(Answered { response, lease: Some(lease) })
     }

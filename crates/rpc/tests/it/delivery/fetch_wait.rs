@@ -1,0 +1,231 @@
+//! 202 FetchWait: nothing is missed, nothing is kept waiting, nothing is left behind.
+
+use std::time::Duration;
+
+use qpq_proto::{
+    Status, methods,
+    v1::{self, EnqueueRequest, FetchWaitRequest, LogoutRequest},
+};
+use tokio::task::JoinHandle;
+
+use super::{CHANNEL, bodies, fetch, peek_all};
+use crate::{
+    harness::{Refused, Server, User},
+    user::{Answered, message},
+    waiters::Waiters,
+};
+
+type Waited = Result<Answered<v1::FetchWaitResponse>, Refused>;
+
+/// Waits for the default channel, as long as one may.
+fn wait(user: User) -> JoinHandle<Waited> {
+    wait_for(user, FetchWaitRequest { timeout_ms: u64::MAX, ..Default::default() })
+}
+
+fn wait_for(user: User, request: FetchWaitRequest) -> JoinHandle<Waited> {
+    tokio::spawn(async move { user.ask::<methods::FetchWait>(request).await })
+}
+
+async fn answered(waiting: JoinHandle<Waited>) -> Answered<v1::FetchWaitResponse> {
+    waiting.await.expect("no panic").expect("an answer")
+}
+
+#[tokio::test]
+async fn what_is_there_is_answered_at_once() {
+    let server = Server::start().await;
+    let user = server.user("reader").await;
+    user.send(&user, b"one").await;
+    let request = FetchWaitRequest::default();
+    assert_eq!(bodies(&user.ok::<methods::FetchWait>(request).await.payloads), [b"one"]);
+    assert!(peek_all(&user).await.payloads.is_empty());
+}
+
+#[tokio::test]
+async fn what_comes_while_waiting_is_answered_and_kept_until_it_arrived() {
+    let (server, waiters) = Waiters::server().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let waiting = wait(bob.elsewhere(&server));
+    waiters.waited(1).await;
+    alice.send(&bob, b"one").await;
+    let lost = answered(waiting).await;
+    assert_eq!(bodies(&lost.response.payloads), [b"one"]);
+    drop(lost);
+    assert_eq!(bodies(&fetch(&bob).await.arrived().await.payloads), [b"one"]);
+    waiters.subscribed(0).await;
+}
+
+#[tokio::test]
+async fn other_channels_do_not_end_the_wait() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    let waiting = wait(user.elsewhere(&server));
+    waiters.waited(1).await;
+    let elsewhere = EnqueueRequest { channel_id: CHANNEL, ..message(&user, b"elsewhere") };
+    user.ok::<methods::Enqueue>(elsewhere).await;
+    // It looked, found nothing of its own, and waits again.
+    waiters.waited(2).await;
+    user.send(&user, b"here").await;
+    assert_eq!(bodies(&answered(waiting).await.arrived().await.payloads), [b"here"]);
+}
+
+#[tokio::test]
+async fn a_lost_answer_wakes_who_waits_behind_it() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    user.send(&user, b"one").await;
+    let under_way = fetch(&user).await;
+    let waiting = wait(user.elsewhere(&server));
+    waiters.waited(1).await;
+    drop(under_way);
+    assert_eq!(bodies(&answered(waiting).await.response.payloads), [b"one"]);
+}
+
+#[tokio::test]
+async fn of_two_that_wait_one_gets_a_message_and_the_other_the_next() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    let (first, second) = (wait(user.elsewhere(&server)), wait(user.elsewhere(&server)));
+    waiters.waited(2).await;
+    user.send(&user, b"one").await;
+    let (one, rest) = futures_util::future::select(first, second).await.factor_first();
+    let one = one.expect("no panic").expect("an answer");
+    assert_eq!(bodies(&one.response.payloads), [b"one"]);
+    assert!(one.arrived().await.payloads.len() == 1);
+    user.send(&user, b"two").await;
+    assert_eq!(bodies(&answered(rest.into_inner()).await.response.payloads), [b"two"]);
+}
+
+#[tokio::test]
+async fn nothing_comes_so_the_answer_is_empty() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    let briefly = FetchWaitRequest { timeout_ms: 1, ..Default::default() };
+    let answer = answered(wait_for(user.elsewhere(&server), briefly)).await;
+    assert_eq!(answer.response, v1::FetchWaitResponse::default());
+    assert!(answer.lease.is_none());
+    waiters.subscribed(0).await;
+}
+
+#[tokio::test]
+async fn a_drain_ends_every_wait_empty_and_no_other_begins() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    let waiting: Vec<_> = (0..5).map(|_| wait(user.elsewhere(&server))).collect();
+    waiters.waited(5).await;
+    server.rpc.drain();
+    for waiting in waiting {
+        assert_eq!(answered(waiting).await.response, v1::FetchWaitResponse::default());
+    }
+    server.rpc.drained().await;
+    assert_eq!(answered(wait(user.elsewhere(&server))).await.response, v1::FetchWaitResponse::default());
+    // What is there is still given.
+    user.send(&user, b"one").await;
+    assert_eq!(bodies(&answered(wait(user)).await.response.payloads), [b"one"]);
+}
+
+#[tokio::test]
+async fn who_goes_away_leaves_nothing_behind() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    let waiting = wait(user.elsewhere(&server));
+    waiters.waited(1).await;
+    waiting.abort();
+    assert!(waiting.await.expect_err("it waited").is_cancelled());
+    waiters.subscribed(0).await;
+    user.send(&user, b"one").await;
+    assert_eq!(bodies(&fetch(&user).await.arrived().await.payloads), [b"one"]);
+}
+
+#[tokio::test]
+async fn who_goes_away_between_message_and_answer_loses_nothing() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    for round in 0..50 {
+        let waiting = wait(user.elsewhere(&server));
+        waiters.waited(round + 1).await;
+        let seq = user.send(&user, b"one").await.seq;
+        // Somewhere between the wake and the answer, or after it.
+        for _ in 0..round % 5 {
+            tokio::task::yield_now().await;
+        }
+        waiting.abort();
+        drop(waiting.await);
+        let fetched = fetch(&user).await.arrived().await;
+        assert_eq!(fetched.payloads.iter().map(|e| e.seq).collect::<Vec<_>>(), [seq]);
+        waiters.subscribed(0).await;
+    }
+}
+
+#[tokio::test]
+async fn a_revoked_session_stops_waiting_and_others_do_not() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    let mut other = user.elsewhere(&server);
+    other.token = other.client.log_in("reader", "password").await.expect("the right password").session_token;
+
+    let waiting = wait(user.elsewhere(&server));
+    waiters.waited(1).await;
+    let stays = wait(other.elsewhere(&server));
+    waiters.waited(2).await;
+    user.ok::<methods::Logout>(LogoutRequest::default()).await;
+    let refused = waiting.await.expect("no panic").expect_err("the session is over");
+    refused.assert(Status::Unauthorized, "auth.session_expired");
+
+    other.send(&other, b"for who stays").await;
+    assert_eq!(bodies(&answered(stays).await.arrived().await.payloads), [b"for who stays"]);
+    waiters.subscribed(0).await;
+
+    // All of them, from a session that is not the waiting one.
+    let another = user.client.log_in("reader", "password").await.expect("the right password").session_token;
+    let waiting = wait(other.elsewhere(&server));
+    waiters.subscribed(1).await;
+    let everywhere = LogoutRequest { all_sessions: true, ..Default::default() };
+    user.client.call_with::<methods::Logout>(everywhere, &another).await.expect("a session");
+    let refused = waiting.await.expect("no panic").expect_err("the session is over");
+    refused.assert(Status::Unauthorized, "auth.session_expired");
+}
+
+#[tokio::test]
+async fn a_session_that_ends_beside_a_message_gets_none() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    let mut other = user.elsewhere(&server);
+    other.token = other.client.log_in("reader", "password").await.expect("the right password").session_token;
+    let waiting = wait(user.elsewhere(&server));
+    waiters.waited(1).await;
+    user.ok::<methods::Logout>(LogoutRequest::default()).await;
+    other.send(&other, b"too late").await;
+    waiting.await.expect("no panic").expect_err("the session is over");
+    assert_eq!(bodies(&fetch(&other).await.response.payloads), [b"too late"]);
+}
+
+#[tokio::test]
+async fn a_message_that_expires_before_the_look_is_not_given() {
+    let (server, waiters) = Waiters::server().await;
+    let user = server.user("reader").await;
+    user.ok::<methods::Enqueue>(EnqueueRequest { ttl_secs: 1, ..message(&user, b"short-lived") }).await;
+    let under_way = fetch(&user).await;
+    let waiting = wait(user.elsewhere(&server));
+    waiters.waited(1).await;
+    server.clock.advance(Duration::from_secs(1));
+    drop(under_way);
+    waiters.waited(2).await;
+    user.send(&user, b"fresh").await;
+    assert_eq!(bodies(&answered(waiting).await.response.payloads), [b"fresh"]);
+}
+
+/// A wake-up that gets lost would leave the wait to its timeout of a minute, and its answer empty.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn no_wake_up_is_lost_however_message_and_wait_meet() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    for round in 0..200 {
+        let waiting = wait(bob.elsewhere(&server));
+        if round % 2 == 0 {
+            tokio::task::yield_now().await;
+        }
+        let seq = alice.send(&bob, b"ping").await.seq;
+        let answer = answered(waiting).await.arrived().await;
+        assert_eq!(answer.payloads.iter().map(|e| e.seq).collect::<Vec<_>>(), [seq], "round {round}");
+    }
+}

@@ -1,0 +1,112 @@
+//! 302 UploadHybridKey, 303 FetchHybridKey and 304 FetchHybridKeys.
+
+use bytes::Bytes;
+use libcrux_ml_kem::mlkem768;
+use qpq_proto::{
+    Status, methods,
+    v1::{FetchHybridKeyRequest, FetchHybridKeysRequest, UploadHybridKeyRequest},
+};
+use x25519_dalek::{PublicKey, StaticSecret};
+
+use crate::harness::{Server, User, new_identity};
+
+fn hybrid_key(seed: u8) -> Bytes {
+    let x25519 = PublicKey::from(&StaticSecret::from([seed; 32]));
+    let ml_kem = mlkem768::generate_key_pair([seed; 64]);
+    [x25519.as_bytes().as_slice(), ml_kem.pk()].concat().into()
+}
+
+async fn upload(user: &User, hybrid_public_key: Bytes) {
+    let request = UploadHybridKeyRequest { hybrid_public_key, ..Default::default() };
+    user.ok::<methods::UploadHybridKey>(request).await;
+}
+
+async fn fetch(user: &User, identity_key: Bytes) -> Bytes {
+    let request = FetchHybridKeyRequest { identity_key, ..Default::default() };
+    user.ok::<methods::FetchHybridKey>(request).await.hybrid_public_key
+}
+
+async fn fetch_many(user: &User, identity_keys: Vec<Bytes>) -> Vec<Bytes> {
+    let request = FetchHybridKeysRequest { identity_keys, ..Default::default() };
+    user.ok::<methods::FetchHybridKeys>(request).await.keys
+}
+
+#[tokio::test]
+async fn a_key_is_found_by_all_until_its_owner_replaces_it() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    assert!(fetch(&bob, alice.key()).await.is_empty());
+    for seed in [1, 2] {
+        upload(&alice, hybrid_key(seed)).await;
+        for _ in 0..2 {
+            assert_eq!(fetch(&bob, alice.key()).await, hybrid_key(seed));
+        }
+    }
+    assert!(fetch(&alice, bob.key()).await.is_empty());
+    assert!(fetch(&alice, Bytes::copy_from_slice(new_identity().as_bytes())).await.is_empty());
+}
+
+#[tokio::test]
+async fn only_the_owner_uploads() {
+    let server = Server::start().await;
+    let (alice, mallory) = (server.user("alice").await, server.user("mallory").await);
+    let named = |identity_key| UploadHybridKeyRequest {
+        identity_key,
+        hybrid_public_key: hybrid_key(6),
+        ..Default::default()
+    };
+    let refused = mallory.refused::<methods::UploadHybridKey>(named(alice.key())).await;
+    refused.assert(Status::Forbidden, "keys.not_owner");
+    assert!(fetch(&alice, alice.key()).await.is_empty());
+    mallory.refused::<methods::UploadHybridKey>(named("short".into())).await.assert_field("identity_key");
+    mallory.ok::<methods::UploadHybridKey>(named(mallory.key())).await;
+}
+
+#[tokio::test]
+async fn a_key_that_would_not_keep_a_secret_is_refused() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let good = hybrid_key(1).to_vec();
+    let small_order = [&[0; 32], &good[32..]].concat();
+    let mut not_reduced = good.clone();
+    (not_reduced[32], not_reduced[33]) = (0xff, 0xff);
+    let swapped = [&good[32..], &good[..32]].concat();
+    let longer = [&good[..], &[0]].concat();
+    for key in [Vec::new(), good[..1215].to_vec(), longer, small_order, not_reduced, swapped] {
+        let request = UploadHybridKeyRequest { hybrid_public_key: key.into(), ..Default::default() };
+        let refused = alice.refused::<methods::UploadHybridKey>(request).await;
+        refused.assert(Status::BadRequest, "keys.invalid_hybrid_key");
+        assert_eq!(refused.field, "hybrid_public_key");
+    }
+    assert!(fetch(&alice, alice.key()).await.is_empty());
+}
+
+#[tokio::test]
+async fn many_come_in_the_order_asked_for_with_gaps() {
+    let server = Server::start().await;
+    let (alice, bob, carol) =
+        (server.user("alice").await, server.user("bob").await, server.user("carol").await);
+    upload(&alice, hybrid_key(1)).await;
+    upload(&carol, hybrid_key(3)).await;
+    let nobody = Bytes::copy_from_slice(new_identity().as_bytes());
+    let asked = vec![carol.key(), nobody, alice.key(), bob.key(), carol.key()];
+    let keys = fetch_many(&bob, asked).await;
+    assert_eq!(keys, [hybrid_key(3), Bytes::new(), hybrid_key(1), Bytes::new(), hybrid_key(3)]);
+    assert!(fetch_many(&bob, Vec::new()).await.is_empty());
+}
+
+#[tokio::test]
+async fn a_thousand_fit_one_answer_and_more_are_refused() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    upload(&alice, hybrid_key(1)).await;
+    let keys = fetch_many(&alice, vec![alice.key(); 1_000]).await;
+    assert_eq!(keys, vec![hybrid_key(1); 1_000]);
+    let request = FetchHybridKeysRequest { identity_keys: vec![alice.key(); 1_001], ..Default::default() };
+    alice.refused::<methods::FetchHybridKeys>(request).await.assert_field("identity_keys");
+    let request =
+        FetchHybridKeysRequest { identity_keys: vec![alice.key(), "short".into()], ..Default::default() };
+    alice.refused::<methods::FetchHybridKeys>(request).await.assert_field("identity_keys");
+    let request = FetchHybridKeyRequest { identity_key: "short".into(), ..Default::default() };
+    alice.refused::<methods::FetchHybridKey>(request).await.assert_field("identity_key");
+}

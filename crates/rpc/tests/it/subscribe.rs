@@ -1,0 +1,361 @@
+//! 206 Subscribe: each event, when it comes and when it does not. That an event does *not* come is shown by one that is
+//! made to come after it.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use qpq_domain::Username;
+use qpq_mls::Identity;
+use qpq_ports::Clock as _;
+use qpq_proto::{
+    Event, Status, methods,
+    v1::{
+        EnqueueRequest, FetchKeyPackageRequest, FetchRequest, LogoutRequest, SubscribeRequest,
+        UploadKeyPackageRequest, WakeEvent,
+    },
+};
+use qpq_rpc::Events;
+use tokio::sync::Notify;
+
+use crate::{
+    harness::{Server, User},
+    user::message,
+    waiters::Waiters,
+};
+
+const CHANNEL: Bytes = Bytes::from_static(&[0xc1; 16]);
+const OTHER_CHANNEL: Bytes = Bytes::from_static(&[0xc2; 16]);
+
+/// What a client was sent, or would have been had it taken more.
+struct Inbound {
+    takes: AtomicBool,
+    taken: Mutex<VecDeque<Event>>,
+    refused: Mutex<Option<Event>>,
+    changed: Notify,
+}
+
+impl Default for Inbound {
+    fn default() -> Self {
+        Self {
+            takes: AtomicBool::new(true),
+            taken: Mutex::default(),
+            refused: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+}
+
+impl Events for Inbound {
+    fn send(&self, event_type: u16, payload: Bytes) -> bool {
+        let event = Event::decode(event_type, payload).expect("well-formed").expect("a known type");
+        let takes = self.takes.load(Ordering::SeqCst);
+        if takes {
+            self.taken.lock().push_back(event);
+        } else {
+            *self.refused.lock() = Some(event);
+        }
+        self.changed.notify_one();
+        takes
+    }
+}
+
+impl Inbound {
+    async fn next(&self) -> Event {
+        loop {
+            if let Some(event) = self.taken.lock().pop_front() {
+                return event;
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    async fn refused(&self, event: &Event) {
+        while self.refused.lock().as_ref() != Some(event) {
+            self.changed.notified().await;
+        }
+    }
+}
+
+/// `user` on a connection of its own that shows its events.
+fn listen(server: &Server, user: &User) -> (User, Arc<Inbound>) {
+    let inbound = Arc::new(Inbound::default());
+    let mut user = user.elsewhere(server);
+    user.client = server.connect_with(Arc::clone(&inbound) as Arc<dyn Events>);
+    (user, inbound)
+}
+
+async fn subscribe(user: &User) {
+    assert!(user.ok::<methods::Subscribe>(SubscribeRequest::default()).await.success);
+}
+
+async fn subscribe_to_all(user: &User) {
+    let request = SubscribeRequest { all_channels: true, ..Default::default() };
+    assert!(user.ok::<methods::Subscribe>(request).await.success);
+}
+
+async fn send_in(user: &User, channel_id: Bytes) {
+    user.ok::<methods::Enqueue>(EnqueueRequest { channel_id, ..message(user, b"hello") }).await;
+}
+
+fn wake(channel_id: Bytes, seq: u64) -> Event {
+    Event::Wake(WakeEvent { channel_id, seq })
+}
+
+/// Moves the runtime's time, and lets everyone see it.
+async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    settle().await;
+    tokio::time::resume();
+}
+
+/// Lets everyone do what they can do without waiting.
+async fn settle() {
+    for _ in 0..16 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn each_message_wakes_and_none_is_pushed() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    subscribe(&bob).await;
+    for seq in 1..=3 {
+        alice.send(&bob, b"hello").await;
+        assert_eq!(inbound.next().await, wake(Bytes::new(), seq));
+    }
+}
+
+#[tokio::test]
+async fn what_is_there_already_is_announced_by_its_newest_in_each_channel() {
+    let server = Server::start().await;
+    let bob = server.user("bob").await;
+    for channel in [Bytes::new(), CHANNEL, OTHER_CHANNEL, Bytes::new(), CHANNEL] {
+        send_in(&bob, channel).await;
+    }
+    let (all, inbound) = listen(&server, &bob);
+    subscribe_to_all(&all).await;
+    for expected in [wake(Bytes::new(), 4), wake(CHANNEL, 5), wake(OTHER_CHANNEL, 3)] {
+        assert_eq!(inbound.next().await, expected);
+    }
+    let (one, inbound) = listen(&server, &bob);
+    subscribe(&one).await;
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 4));
+    send_in(&bob, CHANNEL).await;
+    send_in(&bob, Bytes::new()).await;
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 7));
+}
+
+#[tokio::test]
+async fn a_long_inbox_is_announced_to_its_end() {
+    let server = Server::start().await;
+    let bob = server.user("bob").await;
+    let batch = qpq_proto::v1::BatchEnqueueRequest {
+        messages: vec![message(&bob, b"hello"); 700],
+        ..Default::default()
+    };
+    bob.ok::<methods::BatchEnqueue>(batch).await;
+    let (bob, inbound) = listen(&server, &bob);
+    subscribe(&bob).await;
+    while inbound.next().await != wake(Bytes::new(), 700) {}
+}
+
+#[tokio::test]
+async fn a_client_that_is_behind_gets_the_newest_of_each_channel() {
+    let server = Server::start().await;
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    inbound.takes.store(false, Ordering::SeqCst);
+    subscribe_to_all(&bob).await;
+    for channel in [CHANNEL, Bytes::new(), Bytes::new(), CHANNEL, OTHER_CHANNEL, Bytes::new()] {
+        send_in(&bob, channel).await;
+    }
+    inbound.refused(&wake(Bytes::new(), 6)).await;
+    inbound.takes.store(true, Ordering::SeqCst);
+    for expected in [wake(Bytes::new(), 6), wake(CHANNEL, 4), wake(OTHER_CHANNEL, 5)] {
+        assert_eq!(inbound.next().await, expected);
+    }
+    send_in(&bob, CHANNEL).await;
+    assert_eq!(inbound.next().await, wake(CHANNEL, 7));
+}
+
+#[tokio::test]
+async fn what_comes_back_from_a_lost_answer_is_announced() {
+    let server = Server::start().await;
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    bob.send(&bob, b"hello").await;
+    let under_way = bob.ask::<methods::Fetch>(FetchRequest::default()).await.expect("one message");
+    subscribe_to_all(&bob).await;
+    // Behind what is on its way nothing is visible.
+    send_in(&bob, CHANNEL).await;
+    drop(under_way);
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.next().await, wake(CHANNEL, 2));
+}
+
+#[tokio::test]
+async fn a_second_subscription_takes_the_place_of_the_first() {
+    let (server, waiters) = Waiters::server().await;
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    subscribe_to_all(&bob).await;
+    bob.send(&bob, b"hello").await;
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    subscribe(&bob).await;
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    waiters.subscribed(1).await;
+    send_in(&bob, CHANNEL).await;
+    for seq in [3, 4] {
+        send_in(&bob, Bytes::new()).await;
+        assert_eq!(inbound.next().await, wake(Bytes::new(), seq));
+    }
+}
+
+#[tokio::test]
+async fn it_ends_with_the_connection() {
+    let (server, waiters) = Waiters::server().await;
+    let bob = server.user("bob").await;
+    let (first, _) = listen(&server, &bob);
+    let (second, inbound) = listen(&server, &bob);
+    subscribe(&first).await;
+    subscribe(&second).await;
+    waiters.subscribed(2).await;
+    server.rpc.disconnected(&first.client.conn);
+    waiters.subscribed(1).await;
+    // One that comes when its connection has gone already is not begun.
+    subscribe(&first).await;
+    waiters.subscribed(1).await;
+    bob.send(&bob, b"hello").await;
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    server.rpc.disconnected(&second.client.conn);
+    waiters.subscribed(0).await;
+}
+
+#[tokio::test]
+async fn it_takes_a_session() {
+    let server = Server::start().await;
+    let refused = server.connect().call::<methods::Subscribe>(SubscribeRequest::default()).await;
+    refused.expect_err("no session").assert(Status::Unauthorized, "auth.session_required");
+}
+
+#[tokio::test]
+async fn who_is_logged_out_is_told_so_and_nothing_more() {
+    let (server, waiters) = Waiters::server().await;
+    let bob = server.user("bob").await;
+    let (first, first_inbound) = listen(&server, &bob);
+    let (second, second_inbound) = listen(&server, &bob.elsewhere(&server).again().await);
+    subscribe(&first).await;
+    subscribe(&second).await;
+    bob.ok::<methods::Logout>(LogoutRequest::default()).await;
+    assert!(matches!(first_inbound.next().await, Event::SessionRevoked(_)));
+    waiters.subscribed(1).await;
+    // The other session goes on.
+    second.send(&second, b"hello").await;
+    assert_eq!(second_inbound.next().await, wake(Bytes::new(), 1));
+    assert!(first_inbound.taken.lock().is_empty());
+
+    // One that takes nothing now is told later, and of nothing that happened meanwhile.
+    second_inbound.takes.store(false, Ordering::SeqCst);
+    second.ok::<methods::Logout>(LogoutRequest::default()).await;
+    bob.again().await.send(&second, b"too late").await;
+    settle().await;
+    second_inbound.takes.store(true, Ordering::SeqCst);
+    assert!(matches!(second_inbound.next().await, Event::SessionRevoked(_)));
+    waiters.subscribed(0).await;
+    assert!(second_inbound.taken.lock().is_empty());
+}
+
+#[tokio::test]
+async fn a_session_that_expired_is_found_within_minutes() {
+    let (server, waiters) = Waiters::server().await;
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    subscribe(&bob).await;
+    waiters.waited(1).await;
+    server.clock.advance(Duration::from_secs(31 * 24 * 3600));
+    pass(Duration::from_secs(10 * 60)).await;
+    assert!(matches!(inbound.next().await, Event::SessionRevoked(_)));
+    waiters.subscribed(0).await;
+}
+
+#[tokio::test]
+async fn a_drain_is_told_to_all_over_five_seconds() {
+    let (server, waiters) = Waiters::server().await;
+    let bob = server.user("bob").await;
+    let listeners: Vec<_> = (0..40).map(|_| listen(&server, &bob)).collect();
+    for (listener, _) in &listeners {
+        subscribe(listener).await;
+    }
+    waiters.waited(40).await;
+    server.rpc.drain();
+    let drained = tokio::spawn({
+        let rpc = Arc::clone(&server.rpc);
+        async move { rpc.drained().await }
+    });
+    settle().await;
+    let told = || listeners.iter().filter(|(_, inbound)| !inbound.taken.lock().is_empty()).count();
+    pass(Duration::from_secs(1)).await;
+    assert!(told() < 40, "all were told in the first second");
+    assert!(!drained.is_finished());
+    pass(Duration::from_secs(4)).await;
+    drained.await.expect("no panic");
+    for (_, inbound) in &listeners {
+        let Event::Draining(event) = inbound.next().await else { panic!("another event") };
+        assert!((20_000..=30_000).contains(&event.deadline_ms), "{event:?}");
+    }
+    // Until the connection is closed everything goes on.
+    bob.send(&bob, b"hello").await;
+    for (_, inbound) in &listeners {
+        assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    }
+}
+
+/// Uploads so many packages for `user`.
+async fn stock(server: &Server, user: &User, count: usize) {
+    let name = Username::parse(&user.name).expect("a username");
+    let mut mls = qpq_mls::Client::new(Identity::from_seed(&user.signing.to_bytes()), name);
+    let more_packages = mls.key_packages(count, server.clock.now()).into_iter().map(Bytes::from).collect();
+    let request = UploadKeyPackageRequest { more_packages, ..Default::default() };
+    user.ok::<methods::UploadKeyPackage>(request).await;
+}
+
+async fn take(user: &User, target: &User) {
+    let request = FetchKeyPackageRequest { identity_key: target.key(), ..Default::default() };
+    assert!(!user.ok::<methods::FetchKeyPackage>(request).await.package.is_empty());
+}
+
+#[tokio::test]
+async fn an_owner_whose_packages_run_low_is_told_once_a_minute() {
+    let server = Server::start().await;
+    let (alice, other) = (server.user("alice").await, server.user("other").await);
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    let (_, not_concerned) = listen(&server, &other);
+    subscribe(&bob).await;
+    stock(&server, &bob, 11).await;
+
+    // Ten are enough.
+    take(&alice, &bob).await;
+    bob.send(&bob, b"hello").await;
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    // Nine are not.
+    take(&alice, &bob).await;
+    let Event::KeyPackagesLow(low) = inbound.next().await else { panic!("another event") };
+    assert_eq!(low.available, 9);
+    // That was said.
+    take(&alice, &bob).await;
+    take(&alice, &bob).await;
+    bob.send(&bob, b"hello").await;
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 2));
+    // A minute later it is said again, with what is left by then.
+    pass(Duration::from_secs(60)).await;
+    let Event::KeyPackagesLow(low) = inbound.next().await else { panic!("another event") };
+    assert_eq!(low.available, 7);
+    assert!(not_concerned.taken.lock().is_empty());
+}

@@ -1,0 +1,125 @@
+//! What users do in the tests of delivery and keys: calls with the user's token, whose answers arrive or get lost.
+
+use std::{fmt, future::Future, panic::Location};
+
+use bytes::Bytes;
+use prost::Message as _;
+use qpq_ports::Lease;
+use qpq_proto::{Method, Status, methods, session::append_session_token, v1};
+
+use crate::harness::{Refused, Server, User};
+
+/// An answer that is Ok: the response, and what waits for its arrival.
+pub(crate) struct Answered<R> {
+    pub(crate) response: R,
+    pub(crate) lease: Option<Box<dyn Lease>>,
+}
+
+impl<R> Answered<R> {
+    /// What the transport does once the client has every byte.
+    pub(crate) async fn arrived(self) -> R {
+        if let Some(lease) = self.lease {
+            lease.settle().await.expect("a store that works");
+        }
+        self.response
+    }
+}
+
+impl<R: fmt::Debug> fmt::Debug for Answered<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answered").field("response", &self.response).finish_non_exhaustive()
+    }
+}
+
+impl User {
+    /// The identity key, as it stands in requests.
+    pub(crate) fn key(&self) -> Bytes {
+        Bytes::copy_from_slice(self.identity.as_bytes())
+    }
+
+    /// The same user on a connection of its own.
+    pub(crate) fn elsewhere(&self, server: &Server) -> Self {
+        Self {
+            client: server.connect(),
+            identity: self.identity,
+            signing: self.signing.clone(),
+            token: self.token.clone(),
+            name: self.name.clone(),
+        }
+    }
+
+    /// The user with a new session, on a connection that was there.
+    pub(crate) async fn again(self) -> Self {
+        let session = self.client.log_in(&self.name, "password").await.expect("the right password");
+        Self { token: session.session_token, ..self }
+    }
+
+    /// A call; dropping its answer's lease is what happens when the connection dies before it arrived.
+    pub(crate) async fn ask<M: Method>(&self, request: M::Request) -> Result<Answered<M::Response>, Refused> {
+        let mut payload = request.encode_to_vec();
+        append_session_token(&mut payload, &self.token);
+        let answer = self.client.raw(M::INFO.id, payload).await;
+        assert!(answer.payload.len() <= 4 << 20, "an answer of {} bytes", answer.payload.len());
+        if answer.status != Status::Ok.code() {
+            assert!(answer.lease.is_none(), "a refusal holds no messages");
+            return Err(Refused::new(&answer));
+        }
+        let response = M::Response::decode(answer.payload).expect("the method's response");
+        Ok(Answered { response, lease: answer.lease })
+    }
+
+    /// The response of a call that must be Ok; it arrives.
+    #[track_caller]
+    pub(crate) fn ok<M: Method>(&self, request: M::Request) -> impl Future<Output = M::Response> {
+        let caller = Location::caller();
+        async move {
+            match self.ask::<M>(request).await {
+                Ok(answered) => answered.arrived().await,
+                Err(refused) => panic!("{} at {caller}: {refused:?}", M::INFO.name),
+            }
+        }
+    }
+
+    /// The refusal of a call that must not be Ok.
+    #[track_caller]
+    pub(crate) fn refused<M: Method>(&self, request: M::Request) -> impl Future<Output = Refused> {
+        let caller = Location::caller();
+        async move {
+            match self.ask::<M>(request).await {
+                Ok(_) => panic!("{} at {caller} was answered Ok", M::INFO.name),
+                Err(refused) => refused,
+            }
+        }
+    }
+
+    /// Sends to `recipient`'s default channel.
+    pub(crate) async fn send(&self, recipient: &Self, payload: &'static [u8]) -> v1::EnqueueResponse {
+        self.ok::<methods::Enqueue>(message(recipient, payload)).await
+    }
+}
+
+impl Refused {
+    /// Asserts what clients switch on, and that a time to wait is there exactly where the protocol wants one.
+    #[track_caller]
+    pub(crate) fn assert(&self, status: Status, code: &str) {
+        assert_eq!((self.status, self.code.as_str()), (status, code), "{self:?}");
+        let waits = matches!(status, Status::RateLimited | Status::Unavailable);
+        assert_eq!(self.retry_after.is_some(), waits, "{self:?}");
+    }
+
+    /// Asserts that `field` was refused for its length or value.
+    #[track_caller]
+    pub(crate) fn assert_field(&self, field: &str) {
+        self.assert(Status::BadRequest, "rpc.invalid_field");
+        assert_eq!(self.field, field);
+    }
+}
+
+/// A message to `recipient`'s default channel with nothing else set.
+pub(crate) fn message(recipient: &User, payload: &'static [u8]) -> v1::EnqueueRequest {
+    v1::EnqueueRequest {
+        recipient_key: recipient.key(),
+        payload: Bytes::from_static(payload),
+        ..Default::default()
+    }
+}
