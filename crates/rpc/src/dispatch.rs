@@ -110,14 +110,16 @@ pub(crate) fn row(method: u16) -> Option<usize> {
 }
 
 fn call<'a, M: Handler>(cx: Cx<'a>, payload: Bytes) -> BoxFuture<'a, Result<Done, Error>> {
-    Box::pin(async move {
-        let started = Instant::now();
-        let standard = started + M::INFO.deadline.duration(Duration::ZERO);
-        let (caller, request) = within(standard, pin!(admit::<M>(cx, payload))).await??;
-        let deadline = started + M::INFO.deadline.duration(M::wait(cx.app, &request));
-        let answered = within(deadline, pin!(M::handle(cx, caller, request))).await??;
-        Ok(Done { payload: answered.response.encode_to_vec().into(), lease: answered.lease })
-    })
+    Box::pin(serve::<M>(cx, payload))
+}
+
+async fn serve<M: Handler>(cx: Cx<'_>, payload: Bytes) -> Result<Done, Error> {
+    let started = Instant::now();
+    let standard = started + M::INFO.deadline.duration(Duration::ZERO);
+    let (caller, request) = within(standard, pin!(admit::<M>(cx, payload))).await??;
+    let deadline = started + M::INFO.deadline.duration(M::wait(cx.app, &request));
+    let answered = within(deadline, pin!(M::handle(cx, caller, request))).await??;
+    Ok(Done { payload: answered.response.encode_to_vec().into(), lease: answered.lease })
 }
 
 /// Session, budgets, and the message itself: all that comes before the handler.
@@ -137,5 +139,32 @@ async fn within<F: Future>(deadline: Instant, mut work: Pin<&mut F>) -> Result<F
         std::task::Poll::Pending => {
             timeout_at(deadline, work).await.map_err(|_elapsed| Error::DeadlineExceeded)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_proto::methods::{Enqueue, FetchWait, Health};
+
+    use super::*;
+
+    fn size<'a, F: Future>(_: impl Fn(Cx<'a>, Bytes) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// A parked FetchWait is what an idle client costs, besides its connection.
+    #[test]
+    fn futures_are_small() {
+        let sizes = [size(serve::<Health>), size(serve::<Enqueue>), size(serve::<FetchWait>)];
+        assert!(sizes.iter().all(|size| *size <= 2_048), "{sizes:?}");
+    }
+
+    #[test]
+    fn every_served_method_is_found_by_its_id() {
+        for (place, entry) in TABLE.iter().enumerate() {
+            assert_eq!(row(entry.info.id), Some(place));
+        }
+        let served: Vec<_> = qpq_proto::METHODS.iter().filter(|method| method.served).collect();
+        assert_eq!(served.len(), TABLE.len());
     }
 }

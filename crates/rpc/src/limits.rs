@@ -142,3 +142,57 @@ fn tagged(kind: &[u8], parts: &[&[u8]]) -> [u8; 16] {
     }
     *hash.finalize().first_chunk().expect("SHA-256 has 32 bytes")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn budgets_are_found_by_their_class() {
+        let limits = Limits::new(&RateLimits::default());
+        for class in LimitClass::ALL {
+            for budget in class.defaults() {
+                let (per, bucket) = default_budget(budget);
+                assert_eq!(limits.bucket(class, per), Some(bucket), "{class:?}");
+            }
+        }
+        let off = Limits::new(&RateLimits { enabled: false, ..RateLimits::default() });
+        assert_eq!(off.bucket(LimitClass::Health, LimitSubject::Ip), None);
+    }
+
+    #[test]
+    fn an_override_replaces_a_budget_or_adds_one() {
+        let bucket = Bucket { burst: 1, per_second: 2.0 };
+        let places = [(LimitClass::Health, LimitSubject::Ip), (LimitClass::Health, LimitSubject::Account)];
+        let config = RateLimits { enabled: true, overrides: places.map(|place| (place, bucket)).into() };
+        let limits = Limits::new(&config);
+        for (class, per) in places {
+            assert_eq!(limits.bucket(class, per), Some(bucket));
+        }
+        assert_ne!(limits.bucket(LimitClass::Login, LimitSubject::Ip), Some(bucket));
+    }
+
+    #[test]
+    fn no_two_subjects_share_a_budget() {
+        let ip = |text: &str| Subject::Ip(text.parse().expect("an address")).to_bytes();
+        let name = Username::parse("1").expect("a name");
+        let (one, two) = (IdentityKey::new([1; 32]), IdentityKey::new([2; 32]));
+        let subjects = [
+            ip("0.0.0.1"),
+            ip("0.0.0.2"),
+            ip("::"),
+            ip("2001:db8::1"),
+            ip("2001:db8:0:1::1"),
+            Subject::Account(AccountId(1)).to_bytes(),
+            Subject::Account(AccountId(2)).to_bytes(),
+            Subject::Username(&name).to_bytes(),
+            Subject::Target(AccountId(1), &one).to_bytes(),
+            Subject::Target(AccountId(1), &two).to_bytes(),
+            Subject::Target(AccountId(2), &one).to_bytes(),
+        ];
+        assert_eq!(HashSet::from(subjects).len(), subjects.len());
+        assert_eq!(ip("2001:db8::1"), ip("2001:db8::2"));
+    }
+}

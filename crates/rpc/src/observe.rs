@@ -12,11 +12,15 @@
 
 use std::{fmt, sync::OnceLock};
 
-use metrics::{Counter, Histogram};
+use metrics::{Counter, Histogram, Unit};
+use qpq_proto::{Method as _, methods::Health};
 use tokio::time::Instant;
 use tracing::Level;
 
 use crate::{Answer, Code, Error, dispatch::Entry};
+
+const CALLS: &str = "qpq_rpc_calls_total";
+const SECONDS: &str = "qpq_rpc_seconds";
 
 /// The label of calls to methods that are not served: what the peer sent instead is its own.
 const UNKNOWN: &str = "unknown";
@@ -29,7 +33,7 @@ pub(crate) struct Observer {
 
 struct MethodMetrics {
     name: &'static str,
-    /// The level of the access-log line.
+    /// Asked so often that its lines are for debugging.
     is_health: bool,
     seconds: OnceLock<Histogram>,
     /// By outcome, see [`Outcome::index`].
@@ -73,6 +77,8 @@ impl fmt::Debug for Observer {
 
 impl Observer {
     pub(crate) fn new(table: &[Entry]) -> Self {
+        metrics::describe_counter!(CALLS, "Calls answered, by method and code.");
+        metrics::describe_histogram!(SECONDS, Unit::Seconds, "Time from the whole request to its answer.");
         let named = table.iter().map(|entry| entry.info.name).chain([UNKNOWN]);
         Self { methods: named.map(MethodMetrics::new).collect() }
     }
@@ -134,20 +140,19 @@ impl MethodMetrics {
     fn new(name: &'static str) -> Self {
         Self {
             name,
-            is_health: name == "Health",
+            is_health: name == Health::INFO.name,
             seconds: OnceLock::new(),
             calls: (0..Outcome::COUNT).map(|_| OnceLock::new()).collect(),
         }
     }
 
     fn count(&self, outcome: Outcome) {
-        let resolve =
-            || metrics::counter!("qpq_rpc_calls_total", "method" => self.name, "code" => outcome.as_str());
+        let resolve = || metrics::counter!(CALLS, "method" => self.name, "code" => outcome.as_str());
         self.calls[outcome.index()].get_or_init(resolve).increment(1);
     }
 
     fn seconds(&self) -> &Histogram {
-        self.seconds.get_or_init(|| metrics::histogram!("qpq_rpc_seconds", "method" => self.name))
+        self.seconds.get_or_init(|| metrics::histogram!(SECONDS, "method" => self.name))
     }
 }
 

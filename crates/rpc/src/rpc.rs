@@ -5,6 +5,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 use bytes::Bytes;
 use qpq_ports::{Lease, StoreResult};
 use qpq_proto::Status;
+use tracing::Instrument as _;
 
 use crate::{
     App, Connection, Cx, Error, Events, Parts,
@@ -89,7 +90,8 @@ impl Rpc {
             return observation.refuse(&Error::UnknownMethod);
         };
         let cx = Cx { app: &self.app, conn, now: self.app.clock.now() };
-        match (entry.call)(cx, payload).await {
+        let span = tracing::debug_span!(target: "qpq::rpc", "call", method = entry.info.name);
+        match (entry.call)(cx, payload).instrument(span).await {
             Ok(done) => {
                 observation.succeed(done.payload.len());
                 Answer { status: Status::Ok.code(), payload: done.payload, lease: done.lease }

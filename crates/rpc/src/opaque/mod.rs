@@ -15,7 +15,7 @@ use opaque_ke::{
 use qpq_domain::Username;
 use rand::{CryptoRng, RngCore};
 use sha2::Sha512;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 /// Lengths of the messages, in bytes (RFC 9807 §5.1 and §6.1 with this suite).
 pub mod len {
@@ -103,7 +103,10 @@ impl OpaqueServer {
 
     /// What to store, readable by the server's user alone.
     pub fn serialize(&self) -> Zeroizing<Vec<u8>> {
-        Zeroizing::new(self.setup.serialize().to_vec())
+        let mut bytes = self.setup.serialize();
+        let kept = Zeroizing::new(bytes.to_vec());
+        bytes.as_mut_slice().zeroize();
+        kept
     }
 
     fn new(setup: ServerSetup<QpqSuite>) -> Self {

@@ -2,7 +2,10 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -11,8 +14,8 @@ use qpq_domain::UnixMillis;
 use qpq_ports::{Bucket, LimitKey, RateLimiter, StoreError, StoreResult, Verdict};
 use qpq_proto::{
     LimitClass, LimitSubject, Status,
-    methods::{FetchKeyPackage, Health, ResolveUser},
-    v1::{FetchKeyPackageRequest, HealthRequest, ResolveUserRequest},
+    methods::{Enqueue, FetchKeyPackage, Health, ResolveUser},
+    v1::{EnqueueRequest, FetchKeyPackageRequest, HealthRequest, ResolveUserRequest},
 };
 use qpq_rpc::{Config, RateLimits};
 
@@ -157,30 +160,46 @@ async fn all_limits_can_be_off() {
     }
 }
 
-/// A limiter that cannot be reached.
-struct Unreachable;
+/// A limiter that cannot be reached once it is told so.
+struct Unreachable {
+    inner: Arc<dyn RateLimiter>,
+    gone: Arc<AtomicBool>,
+}
 
 #[async_trait]
 impl RateLimiter for Unreachable {
-    async fn take(&self, _: LimitKey, _: Bucket, _: u32, _: UnixMillis) -> StoreResult<Verdict> {
-        Err(StoreError::unavailable("no limiter"))
+    async fn take(&self, key: LimitKey, bucket: Bucket, cost: u32, now: UnixMillis) -> StoreResult<Verdict> {
+        if self.gone.load(Ordering::SeqCst) {
+            return Err(StoreError::unavailable("no limiter"));
+        }
+        self.inner.take(key, bucket, cost, now).await
     }
 }
 
 #[tokio::test]
 async fn without_a_limiter_nobody_logs_in_or_registers_and_the_rest_goes_on() {
+    let gone = Arc::new(AtomicBool::new(false));
+    let switch = Arc::clone(&gone);
     let server = Server::with_stores(
         |config| config.limits = RateLimits::default(),
         |mut stores| {
-            stores.limiter = Arc::new(Unreachable);
+            stores.limiter = Arc::new(Unreachable { inner: stores.limiter, gone: switch });
             stores
         },
     )
     .await;
-    let client = server.connect();
-    health(&client).await.expect("Health is open");
+    let alice = server.user("alice").await;
+    gone.store(true, Ordering::SeqCst);
+    let client = &alice.client;
+    health(client).await.expect("open");
+    resolve(client).await.expect("open");
+    let recipient_key = alice.identity.as_bytes().to_vec().into();
+    client
+        .call::<Enqueue>(EnqueueRequest { recipient_key, ..Default::default() })
+        .await
+        .expect("a message still gets through");
     for refused in
-        [client.upload("alice", "password").await.err(), client.start_login("alice", "password").await.err()]
+        [client.upload("bob", "password").await.err(), client.start_login("alice", "password").await.err()]
     {
         let refused = refused.expect("closed");
         assert_eq!((refused.status, refused.code.as_str()), (Status::Unavailable, "rpc.unavailable"));

@@ -5,6 +5,7 @@ use std::{future::pending, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use proptest::{collection::vec, prelude::*, sample::select, test_runner::TestRunner};
 use prost::Message as _;
 use qpq_domain::{IdentityKey, Username};
 use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreError, StoreResult};
@@ -87,10 +88,49 @@ async fn every_method_survives_rubbish_and_every_one_with_a_session_wants_one() 
     }
 }
 
+/// Whatever a client with a session sends, it gets an answer that is no fault of the server, and a refusal says why.
+#[test]
+fn no_payload_is_a_fault() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let (_server, alice) = runtime.block_on(async {
+        let server = Server::start().await;
+        let alice = server.user("alice").await;
+        // So that nothing waits.
+        server.rpc.drain();
+        (server, alice)
+    });
+    let methods: Vec<_> = METHODS.iter().filter(|method| method.served && method.name != "Logout").collect();
+    // Fields that exist, with rubbish in them, are likelier than rubbish that is a field.
+    let field = (1u8..12, prop_oneof![Just(0u8), Just(2)], vec(any::<u8>(), 0..40)).prop_map(
+        |(number, wire_type, bytes)| match wire_type {
+            0 => vec![number << 3, bytes.len() as u8],
+            _ => [&[number << 3 | 2, bytes.len() as u8][..], &bytes].concat(),
+        },
+    );
+    let payload = prop_oneof![vec(field, 0..6).prop_map(|fields| fields.concat()), vec(any::<u8>(), 0..64)];
+    let mut runner = TestRunner::new(ProptestConfig::with_cases(2_000));
+    runner
+        .run(&(select(methods), payload), |(method, payload)| {
+            let answer = runtime.block_on(alice.client.raw(method.id, payload));
+            let status = Status::from(answer.status);
+            prop_assert!(!matches!(status, Status::Internal | Status::Unavailable), "{method:?}: {answer:?}");
+            if status != Status::Ok {
+                let code = Refused::new(&answer).code;
+                prop_assert!(
+                    Code::ALL.iter().any(|known| known.as_str() == code && known.status() == status)
+                );
+            }
+            Ok(())
+        })
+        .expect("an answer to everything");
+}
+
+type Fault = fn() -> StoreError;
+
 /// Accounts that answer as told.
 enum Faulty {
     Never,
-    Error(fn() -> StoreError),
+    Error(Fault),
     /// A record that no registration can have stored.
     Rubbish,
 }
@@ -143,7 +183,7 @@ async fn with_accounts(accounts: Faulty) -> Server {
 
 #[tokio::test]
 async fn a_failing_store_is_told_by_its_meaning_and_never_by_its_cause() {
-    let cases: [(fn() -> StoreError, Status, &str); 3] = [
+    let cases: [(Fault, Status, &str); 3] = [
         (|| StoreError::unavailable("SECRET"), Status::Unavailable, "rpc.unavailable"),
         (|| StoreError::conflict("SECRET"), Status::Unavailable, "rpc.conflict"),
         (|| StoreError::corrupt("SECRET"), Status::Internal, "rpc.internal"),
