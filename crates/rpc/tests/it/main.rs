@@ -2,10 +2,15 @@
 //! set by hand.
 
 mod auth;
+mod delivery;
 mod harness;
 mod health;
+mod keys;
 mod limits;
 mod observe;
 mod rpc;
 mod sessions;
+mod subscribe;
+mod user;
 mod users;
+mod waiters;
