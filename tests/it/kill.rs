@@ -132,7 +132,7 @@ async fn write(
             break;
         }
         let inbox = (writer + i) % INBOXES;
-        let payload = Bytes::copy_from_slice(&rand::random::<[u8; 40]>());
+        let payload = Bytes::copy_from_slice(&rand::random::<[u8; 32]>());
         if i % 4 == 3 {
             let recipient_keys = accounts.iter().map(|a| a.identity.clone()).collect();
             let request =
@@ -228,7 +228,6 @@ async fn verify(running: &Running, history: &History, accounts: &[Account]) {
         assert!(missing.is_empty(), "inbox {inbox}: numbers {missing:?} of {last} are skipped");
     }
     assert!(checked > ROUNDS * 10, "only {checked} messages were acknowledged in all: this proved nothing");
-    println!("{checked} acknowledged messages over {ROUNDS} kills: none lost, none doubled, none back");
 }
 
 /// All that is in the account's inbox, by number.

@@ -17,7 +17,7 @@ pub(crate) struct Running {
 
 /// Starts a server on a free port of loopback that keeps its data in `dir`; its rate limits are off.
 pub(crate) async fn start(dir: &Path) -> Running {
-    let mut command = Command::new(sibling("qpq-server").expect("scripts/test builds the binaries first"));
+    let mut command = Command::new(sibling("qpq-server").expect("the server's binary"));
     command
         .args(["--listen", "127.0.0.1:0", "--data-dir"])
         .arg(dir)

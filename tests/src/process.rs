@@ -70,9 +70,15 @@ pub fn resident(pid: i32) -> anyhow::Result<u64> {
     Ok(kib * 1024)
 }
 
-/// The binaries of this build: the one that runs, and those beside it.
+/// A binary of this build, beside the one that runs (test binaries lie in a folder of their own, `deps`).
 pub fn sibling(name: &str) -> anyhow::Result<PathBuf> {
-    let path = std::env::current_exe()?.parent().unwrap_or(Path::new(".")).join(name);
-    anyhow::ensure!(path.exists(), "{} is missing: build it with the same profile", path.display());
+    let own = std::env::current_exe()?;
+    let dir = own.ancestors().skip(1).find(|dir| !dir.ends_with("deps")).unwrap_or(Path::new("."));
+    let path = dir.join(name);
+    anyhow::ensure!(
+        path.exists(),
+        "{} is missing: `cargo build --workspace --bins` makes it",
+        path.display()
+    );
     Ok(path)
 }
