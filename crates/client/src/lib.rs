@@ -24,6 +24,7 @@
 mod backoff;
 mod call;
 mod client;
+mod dial;
 mod error;
 mod link;
 mod messenger;

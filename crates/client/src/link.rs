@@ -19,15 +19,15 @@ use qpq_transport::{
 };
 use rand::rngs::OsRng;
 use tokio::{
-    net::lookup_host,
     sync::{Mutex, watch},
     time::{Instant, sleep_until, timeout_at},
 };
 
 use crate::{
     backoff::Backoff,
+    dial::{Failed, Target, dialer},
     error::{CallError, ConnectError},
-    options::{Options, Trust, split_address},
+    options::{Options, Trust},
 };
 
 /// How the connection is doing, for whoever shows it to a person.
@@ -47,8 +47,7 @@ pub enum ConnectionEvent {
 
 pub(crate) struct Link {
     server: String,
-    host: String,
-    port: u16,
+    target: Target,
     dialer: Dialer,
     backoff: Backoff,
     pin_first: bool,
@@ -109,13 +108,9 @@ impl Live {
 
 impl Link {
     pub(crate) fn new(options: &Options) -> Result<Self, ConnectError> {
-        let (host, port) = split_address(&options.server).ok_or_else(|| ConnectError::Misconfigured {
-            reason: format!("{:?} is no server address; give host or host:port", options.server),
-        })?;
         Ok(Self {
             server: options.server.clone(),
-            host: host.to_owned(),
-            port,
+            target: Target::new(options)?,
             dialer: dialer(&options.trust)?,
             backoff: options.backoff,
             pin_first: options.trust == Trust::FirstUse,
@@ -145,14 +140,14 @@ impl Link {
                 return Err(unreachable(reason));
             }
             sleep_until(attempt).await;
-            let dialer = slot.pinned.as_ref().unwrap_or(&self.dialer);
-            let Ok(dialled) = timeout_at(until, self.dial(dialer)).await else {
+            let pinned = slot.pinned.as_ref().unwrap_or(&self.dialer);
+            let Ok(dialled) = timeout_at(until, self.target.dial(pinned)).await else {
                 return Err(unreachable("the server did not answer in time".to_owned()));
             };
             match dialled {
                 Ok(connection) => {
                     if self.pin_first && slot.pinned.is_none() {
-                        slot.pinned = Some(dialer_for(transport::Trust::Pin(connection.fingerprint()))?);
+                        slot.pinned = Some(dialer(&Trust::Pinned(connection.fingerprint()))?);
                     }
                     let live = self.adopt(connection);
                     slot.live = Some(Arc::clone(&live));
@@ -176,7 +171,7 @@ impl Link {
     pub(crate) async fn renew(&self) {
         let mut slot = self.slot.lock().await;
         let dialer = slot.pinned.as_ref().unwrap_or(&self.dialer);
-        if let Ok(connection) = self.dial(dialer).await {
+        if let Ok(connection) = self.target.dial(dialer).await {
             slot.live = Some(self.adopt(connection));
         }
     }
@@ -188,21 +183,6 @@ impl Link {
             live.connection.close().await;
         }
         self.events.send_replace(ConnectionEvent::Idle);
-    }
-
-    async fn dial(&self, dialer: &Dialer) -> Result<Connection, Failed> {
-        let addresses = lookup_host((self.host.as_str(), self.port))
-            .await
-            .map_err(|error| Failed::ForNow(format!("cannot look up {}: {error}", self.host)))?;
-        let mut last = Failed::ForNow(format!("{} has no address", self.host));
-        for address in addresses {
-            match dialer.connect(address, &self.host).await.map_err(Failed::from) {
-                Ok(connection) => return Ok(connection),
-                Err(failed @ Failed::ForGood(_)) => return Err(failed),
-                Err(failed) => last = failed,
-            }
-        }
-        Err(last)
     }
 
     fn adopt(&self, connection: Connection) -> Arc<Live> {
@@ -245,40 +225,4 @@ impl Slot {
         self.live = None;
         None
     }
-}
-
-enum Failed {
-    ForGood(ConnectError),
-    ForNow(String),
-}
-
-impl From<transport::ConnectError> for Failed {
-    fn from(error: transport::ConnectError) -> Self {
-        use transport::ConnectError as Seen;
-        let text = error.to_string();
-        match error {
-            Seen::Refused | Seen::TimedOut | Seen::Lost(_) | Seen::Socket(_) => Self::ForNow(text),
-            Seen::PinMismatch { expected, seen } => {
-                Self::ForGood(ConnectError::PinMismatch { expected, seen })
-            }
-            Seen::Untrusted(reason) => Self::ForGood(ConnectError::Untrusted { reason }),
-            Seen::WrongProtocol | Seen::NoCertificate | Seen::Tls(_) => {
-                Self::ForGood(ConnectError::NotQpq { reason: text })
-            }
-            Seen::Invalid { .. } => Self::ForGood(ConnectError::Misconfigured { reason: text }),
-        }
-    }
-}
-
-fn dialer(trust: &Trust) -> Result<Dialer, ConnectError> {
-    dialer_for(match trust {
-        Trust::FirstUse => transport::Trust::FirstUse,
-        Trust::Pinned(fingerprint) => transport::Trust::Pin(*fingerprint),
-        Trust::Authority(path) => transport::Trust::CaFile(path.clone()),
-        Trust::System => transport::Trust::SystemRoots,
-    })
-}
-
-fn dialer_for(trust: transport::Trust) -> Result<Dialer, ConnectError> {
-    Dialer::new(trust).map_err(|error| ConnectError::Misconfigured { reason: error.to_string() })
 }

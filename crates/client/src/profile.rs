@@ -68,6 +68,16 @@ impl Profile {
         Options::new(&self.server, self.trust.clone())
     }
 
+    /// Notes another address of the server, or another way to know it: it moved, or its operator confirmed its new
+    /// certificate.
+    pub async fn relocate(dir: &Path, server: &str, trust: Trust) -> Result<Self, ProfileError> {
+        let before = Self::read(dir)?;
+        let _locked = lock(dir).await?;
+        let profile = Self { server: server.to_owned(), trust, ..before };
+        profile.write(dir)?;
+        Ok(profile)
+    }
+
     /// Replaces the profile in `dir`, whole or not at all.
     pub(crate) fn write(&self, dir: &Path) -> Result<(), ProfileError> {
         let mut json = serde_json::to_vec_pretty(self).expect("strings and enums");

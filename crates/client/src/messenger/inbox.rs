@@ -19,12 +19,23 @@ impl Messenger {
     /// Takes in what the inbox has and answers everything that was not marked as seen, oldest first. Sends what is still
     /// to be sent, fills up our key packages and asks the directory about new names on the way.
     pub async fn receive(&self) -> Result<Vec<Entry>, Error> {
-        if self.sync().await? == NewKeys::Needed {
-            self.publish_key_packages().await?;
-        }
+        let keys = self.sync().await?;
         self.settle_names().await?;
-        self.flush().await?;
+        self.settle_rest(keys).await?;
         self.unseen().await
+    }
+
+    /// Asks the directory about new names.
+    pub(super) async fn settle_names(&self) -> Result<(), Error> {
+        unless_final("names", self.check_names().await)
+    }
+
+    /// Does what there is to do besides reading: key packages and the outbox.
+    pub(super) async fn settle_rest(&self, keys: NewKeys) -> Result<(), Error> {
+        if keys == NewKeys::Needed {
+            unless_final("key packages", self.publish_key_packages().await)?;
+        }
+        unless_final("outbox", self.flush().await)
     }
 
     /// Takes in everything that the inbox has.
@@ -56,14 +67,6 @@ impl Messenger {
         }
     }
 
-    /// Asks about new names. That the server does not answer now is no reason to hold messages back.
-    pub(super) async fn settle_names(&self) -> Result<(), Error> {
-        match self.check_names().await {
-            Err(Error::Call(error)) if error.is_temporary() => Ok(()),
-            settled => settled,
-        }
-    }
-
     async fn peek(&self, after: Seq) -> Result<v1::PeekResponse, CallError> {
         self.client()
             .call::<methods::Peek>(v1::PeekRequest {
@@ -84,6 +87,18 @@ impl Messenger {
             })
             .await
             .map(drop)
+    }
+}
+
+/// Passes over what failed, unless nothing at all will work until somebody does something. What the server does not do
+/// now is no reason to hold messages back; it is tried again the next time.
+fn unless_final(what: &'static str, done: Result<(), Error>) -> Result<(), Error> {
+    match done {
+        Err(Error::Call(error)) if !error.is_unauthorized() && !matches!(error, CallError::Connect(_)) => {
+            tracing::warn!(%error, what, "not now");
+            Ok(())
+        }
+        done => done,
     }
 }
 

@@ -103,15 +103,19 @@ impl Ear {
         };
         let mut keys = NewKeys::Needed;
         loop {
-            if self.messenger.sync().await? == NewKeys::Needed || keys == NewKeys::Needed {
-                self.messenger.publish_key_packages().await?;
-                keys = NewKeys::NotNeeded;
+            if self.messenger.sync().await? == NewKeys::Needed {
+                keys = NewKeys::Needed;
             }
             self.messenger.settle_names().await?;
+            // Messages come before everything that can wait.
             if !self.give().await? {
                 return Ok(Ended::Dropped);
             }
-            self.messenger.flush().await?;
+            self.messenger.settle_rest(keys).await?;
+            keys = NewKeys::NotNeeded;
+            if !self.give().await? {
+                return Ok(Ended::Dropped);
+            }
             *failures = 0;
             let pause = every + OsRng.gen_range(Duration::ZERO..=every / 2);
             match timeout(pause, next_signals(&mut signals)).await {

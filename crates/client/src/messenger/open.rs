@@ -38,10 +38,12 @@ impl Messenger {
         let locked = profile::lock(dir).await?;
         match Profile::read(dir) {
             Ok(profile) if profile.status == Status::Registering && profile.username == *username => {
-                resume(locked, options, profile, password, invite).await
+                Box::pin(resume(locked, options, profile, password, invite)).await
             }
             Ok(_) => Err(ProfileError::Exists(dir.to_owned()).into()),
-            Err(ProfileError::Missing(_)) => begin(locked, options, username, password, invite).await,
+            Err(ProfileError::Missing(_)) => {
+                Box::pin(begin(locked, options, username, password, invite)).await
+            }
             Err(error) => Err(error.into()),
         }
     }

@@ -1,5 +1,7 @@
 //! The SDK against the real server, which every test starts for itself in its own process.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod auth;
 mod chat;
 mod connection;

@@ -1,0 +1,114 @@
+//! From a server's name to a connection: looks the name up, and tries its addresses one after the other, each a little
+//! later than the one before, without waiting for that to fail (as RFC 8305 has it).
+
+use std::{net::SocketAddr, time::Duration};
+
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use qpq_transport::client::{self as transport, Connection, Dialer};
+use tokio::{net::lookup_host, time::sleep};
+
+use crate::{
+    error::ConnectError,
+    options::{Options, Trust, split_address},
+};
+
+/// How long an address is given before the next one is tried beside it.
+const HEAD_START: Duration = Duration::from_millis(250);
+/// More addresses than this are not tried.
+const MOST: usize = 8;
+
+/// A server by its name.
+#[derive(Debug)]
+pub(crate) struct Target {
+    host: String,
+    port: u16,
+}
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub(crate) enum Failed {
+    /// And never will be.
+    ForGood(ConnectError),
+    ForNow(String),
+}
+
+impl Target {
+    pub(crate) fn new(options: &Options) -> Result<Self, ConnectError> {
+        let (host, port) = split_address(&options.server).ok_or_else(|| ConnectError::Misconfigured {
+            reason: format!("{:?} is no server address; give host or host:port", options.server),
+        })?;
+        Ok(Self { host: host.to_owned(), port })
+    }
+
+    /// A connection from a new UDP port, to whichever address answers first.
+    pub(crate) async fn dial(&self, dialer: &Dialer) -> Result<Connection, Failed> {
+        let found = lookup_host((self.host.as_str(), self.port))
+            .await
+            .map_err(|error| Failed::ForNow(format!("cannot look up {}: {error}", self.host)))?;
+        let addresses: Vec<_> = found.take(MOST).collect();
+        let head_start = head_start(&addresses);
+        let mut attempts: FuturesUnordered<_> = (0..)
+            .zip(addresses)
+            .map(|(place, address)| async move {
+                sleep(head_start * place).await;
+                dialer.connect(address, &self.host).await
+            })
+            .collect();
+        let mut failure = Failed::ForNow(format!("{} has no address", self.host));
+        while let Some(outcome) = attempts.next().await {
+            match outcome.map_err(Failed::from) {
+                Ok(connection) => return Ok(connection),
+                Err(failed) if !matches!(failure, Failed::ForGood(_)) => failure = failed,
+                Err(_) => {}
+            }
+        }
+        Err(failure)
+    }
+}
+
+/// On this machine a server listens on one address or the other, and no network is to be spared.
+fn head_start(addresses: &[SocketAddr]) -> Duration {
+    let is_here = addresses.iter().all(|address| address.ip().is_loopback());
+    if is_here { Duration::ZERO } else { HEAD_START }
+}
+
+impl From<transport::ConnectError> for Failed {
+    fn from(error: transport::ConnectError) -> Self {
+        use transport::ConnectError as Seen;
+        let text = error.to_string();
+        match error {
+            Seen::Refused | Seen::TimedOut | Seen::Lost(_) | Seen::Socket(_) => Self::ForNow(text),
+            Seen::PinMismatch { expected, seen } => {
+                Self::ForGood(ConnectError::PinMismatch { expected, seen })
+            }
+            Seen::Untrusted(reason) => Self::ForGood(ConnectError::Untrusted { reason }),
+            Seen::WrongProtocol | Seen::NoCertificate | Seen::Tls(_) => {
+                Self::ForGood(ConnectError::NotQpq { reason: text })
+            }
+            Seen::Invalid { .. } => Self::ForGood(ConnectError::Misconfigured { reason: text }),
+        }
+    }
+}
+
+/// What makes connections to servers that are known in this way.
+pub(crate) fn dialer(trust: &Trust) -> Result<Dialer, ConnectError> {
+    let trust = match trust {
+        Trust::FirstUse => transport::Trust::FirstUse,
+        Trust::Pinned(fingerprint) => transport::Trust::Pin(*fingerprint),
+        Trust::Authority(path) => transport::Trust::CaFile(path.clone()),
+        Trust::System => transport::Trust::SystemRoots,
+    };
+    Dialer::new(trust).map_err(|error| ConnectError::Misconfigured { reason: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_this_machine_are_tried_at_once_and_others_in_turn() {
+        let [v4, v6, far] = ["127.0.0.1:1", "[::1]:1", "192.0.2.1:1"].map(|text| text.parse().unwrap());
+        assert_eq!(head_start(&[v4, v6]), Duration::ZERO);
+        assert_eq!(head_start(&[v4, far]), HEAD_START);
+    }
+}
