@@ -39,3 +39,26 @@ pub(crate) fn reachable(address: SocketAddr) -> SocketAddr {
     };
     SocketAddr::new(ip, address.port())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unspecified_address_is_reached_over_loopback_and_others_as_they_are() {
+        let reached = |address: &str| reachable(address.parse().unwrap()).to_string();
+        assert_eq!(reached("0.0.0.0:5001"), "127.0.0.1:5001");
+        assert_eq!(reached("[::]:5001"), "[::1]:5001");
+        assert_eq!(reached("10.0.0.1:5001"), "10.0.0.1:5001");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_socket_that_nobody_serves_is_not_alive() {
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (cert, key) = (dir.path().join("cert.der"), dir.path().join("key.der"));
+        let certificates = Certificates::load_or_create(&cert, &key, &["localhost".into()]).unwrap();
+        let outcome = alive(silent.local_addr().unwrap(), certificates).await;
+        assert_eq!(outcome, Err("the server did not answer in time".into()));
+    }
+}

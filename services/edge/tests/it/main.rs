@@ -1,0 +1,11 @@
+//! The server from the outside: the binary with its arguments, files, signals and ports, and `compose` for what needs two
+//! servers in one process.
+
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
+
+mod composed;
+mod configuration;
+mod harness;
+mod refusals;
+mod running;
+mod stopping;

@@ -1,0 +1,125 @@
+//! A server that runs: what it prints, what it makes, what it answers.
+
+use std::{fs, os::unix::fs::PermissionsExt as _};
+
+use nix::sys::signal::Signal;
+
+use crate::harness::{Data, ServerProcess, page, secrets_in};
+
+#[tokio::test]
+async fn it_prints_where_it_is_and_three_lines_to_type() {
+    let data = Data::new();
+    let server = data.start().await;
+    let (address, fingerprint) = (server.address, server.fingerprint);
+    let banner: Vec<_> = server.banner.lines().collect();
+    assert_eq!(banner[0], concat!("qpq-server ", env!("CARGO_PKG_VERSION"), " is ready"));
+    assert_eq!(banner[1], format!("  listening on  {address} (UDP)"));
+    assert_eq!(banner[2], format!("  health        http://{}/livez /readyz /metrics", server.http));
+    let place = fs::canonicalize(data.path()).unwrap();
+    assert_eq!(banner[3], format!("  data in       {}", place.display()));
+    assert_eq!(banner[4], format!("  fingerprint   {fingerprint}"));
+    let lines: Vec<_> = banner[7..].iter().map(|line| line.trim().split_once("qpq ").unwrap().1).collect();
+    assert_eq!(lines[0], format!("-p alice register alice --server {address} --pin {fingerprint}"));
+    assert_eq!(lines[1], format!("-p bob   register bob   --server {address} --pin {fingerprint}"));
+    assert!(lines[2].starts_with("-p alice dm bob        # and in another terminal: "), "{}", lines[2]);
+    assert_eq!(lines.len(), 3);
+    assert_ne!(address.port(), 0, "the real port is printed");
+}
+
+#[tokio::test]
+async fn it_answers_health_over_quic() {
+    let data = Data::new();
+    let server = ServerProcess::start(data.path(), &[("QPQ_DOMAIN", "example.org")]).await;
+    let health = server.health().await;
+    assert_eq!((&*health.status, &*health.domain), ("ok", "example.org"));
+    assert_eq!(health.version, env!("CARGO_PKG_VERSION"));
+    assert_eq!(health.server_key.len(), 32);
+}
+
+#[tokio::test]
+async fn what_it_makes_is_its_owners_alone() {
+    let data = Data::new();
+    let made = data.file("deeper/data");
+    let _server = ServerProcess::start(made.to_str().unwrap(), &[]).await;
+    let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&made), 0o700);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&made).unwrap() {
+        let path = entry.unwrap().path();
+        assert_eq!(mode(&path), 0o600, "{}", path.display());
+        names.push(path.file_name().unwrap().to_str().unwrap().to_owned());
+    }
+    for expected in ["delivery-key.bin", "opaque-setup.bin", "qpq.db", "server-cert.der", "server-key.der"] {
+        assert!(names.iter().any(|name| name == expected), "{expected} not in {names:?}");
+    }
+}
+
+#[tokio::test]
+async fn its_pages_answer() {
+    let data = Data::new();
+    let server = data.start().await;
+    server.health().await;
+    assert_eq!(server.page("/livez").await, ("HTTP/1.1 200 OK".into(), "ok\n".into()));
+    assert_eq!(server.page("/readyz").await, ("HTTP/1.1 200 OK".into(), "ok\n".into()));
+    let (status, metrics) = server.page("/metrics").await;
+    assert_eq!(status, "HTTP/1.1 200 OK");
+    for expected in [
+        concat!("qpq_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
+        "qpq_rpc_calls_total{method=\"Health\",code=\"ok\"} ",
+        "qpq_transport_connections_accepted_total ",
+        "qpq_tls_cert_not_after_seconds ",
+        "qpq_live 1",
+        "qpq_ready 1",
+    ] {
+        assert!(metrics.contains(expected), "{expected} not in {metrics}");
+    }
+}
+
+#[tokio::test]
+async fn after_a_kill_it_starts_again_as_the_same_server() {
+    let data = Data::new();
+    let first = data.start().await;
+    let (fingerprint, key) = (first.fingerprint, first.health().await.server_key);
+    let secrets = secrets_in(std::path::Path::new(data.path()));
+    first.kill().await;
+
+    let second = data.start().await;
+    assert_eq!(second.fingerprint, fingerprint);
+    let health = second.health().await;
+    assert_eq!((&*health.status, health.server_key), ("ok", key));
+    assert_eq!(secrets_in(std::path::Path::new(data.path())), secrets);
+}
+
+#[tokio::test]
+async fn a_secret_that_others_may_read_is_warned_of() {
+    let data = Data::new();
+    data.start().await.kill().await;
+    let shared = fs::Permissions::from_mode(0o640);
+    fs::set_permissions(data.file("opaque-setup.bin"), shared).unwrap();
+    let server = data.start().await;
+    server.signal(Signal::SIGTERM);
+    let (_, log) = server.ended().await;
+    let warning = log.lines().find(|line| line.contains(" WARN ")).unwrap_or_else(|| panic!("{log}"));
+    assert!(warning.contains("opaque-setup.bin mode=640") && warning.contains("chmod 600"), "{warning}");
+}
+
+#[tokio::test]
+async fn its_log_can_be_json_and_has_no_colours_in_a_file() {
+    for format in ["json", "text"] {
+        let data = Data::new();
+        let server = ServerProcess::start(data.path(), &[("QPQ_LOG__FORMAT", format)]).await;
+        page(server.http, "/readyz").await;
+        server.signal(Signal::SIGTERM);
+        let (_, log) = server.ended().await;
+        assert!(log.lines().count() > 3 && !log.contains('\x1b'), "{log}");
+        assert!(log.lines().all(|line| line.starts_with('{') == (format == "json")), "{log}");
+    }
+}
+
+#[tokio::test]
+async fn a_terse_filter_silences_the_log() {
+    let data = Data::new();
+    let server = ServerProcess::start(data.path(), &[("RUST_LOG", "error")]).await;
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.ended().await, (Some(0), String::new()));
+}
