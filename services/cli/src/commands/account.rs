@@ -217,14 +217,14 @@ impl Report for Whoami {
             (_, problem) => format!("logged in, but unchecked: {}", problem.as_deref().unwrap_or_default()),
         };
         let known_by = match &self.server_fingerprint {
-            Some(fingerprint) => format!("pinned to {fingerprint}"),
-            None if self.trust == "authority" => "by a certificate authority of your choice".to_owned(),
-            None => "by the system's certificate authorities".to_owned(),
+            Some(fingerprint) => format!("pinned, {fingerprint}"),
+            None if self.trust == "authority" => "from an authority of your choice".to_owned(),
+            None => "from one of the system's authorities".to_owned(),
         };
         writeln!(out, "{} on {}", style.bold(username), text::line(&self.server))?;
         writeln!(out, "  session      {session}")?;
         writeln!(out, "  profile      {}", self.profile)?;
-        writeln!(out, "  server       known {known_by}")?;
+        writeln!(out, "  certificate  {known_by}")?;
         writeln!(out, "  identity     {identity}")?;
         writeln!(out, "  fingerprint  {fingerprint}")
     }

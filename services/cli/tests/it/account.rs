@@ -1,0 +1,162 @@
+//! Registering, logging in and out, and who one is.
+
+use std::os::unix::fs::PermissionsExt as _;
+
+use serde_json::json;
+
+use crate::harness::{PASSWORD, World};
+
+#[tokio::test]
+async fn who_registers_is_logged_in_and_the_server_is_pinned() {
+    let world = World::new().await;
+    let alice = world.person("alice");
+    let said = alice.ok(&["register", "Alice"]).await;
+    assert!(
+        said.starts_with(&format!("alice is registered on {} and logged in.\n", world.address)),
+        "{said}"
+    );
+    assert!(said.contains(&world.fingerprint), "{said}");
+
+    let whoami = &alice.json(&["whoami"]).await[0];
+    for (key, value) in [
+        ("username", "alice"),
+        ("profile", "default"),
+        ("server", &world.address),
+        ("trust", "pinned"),
+        ("server_fingerprint", &world.fingerprint),
+        ("session", "valid"),
+    ] {
+        assert_eq!(whoami[key], value);
+    }
+    assert!(alice.ok(&["whoami"]).await.contains("logged in"));
+    let listed = alice.json(&["profiles"]).await;
+    let expected = json!({
+        "profile": "default", "username": "alice", "server": world.address, "unlocked": true, "registered": true
+    });
+    assert_eq!(listed, [expected]);
+    for kept in alice.kept_keys() {
+        assert_eq!(std::fs::metadata(kept).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+}
+
+#[tokio::test]
+async fn a_name_and_a_profile_are_taken_once() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    alice.fails(&["register", "alice2"], 1, "profile.exists").await;
+    let other = world.person("other");
+    other.fails(&["register", "ALICE"], 1, "auth.username_taken").await;
+    other.fails(&["whoami"], 3, "profile.missing").await;
+    assert!(other.json(&["profiles"]).await.is_empty());
+    other.ok(&["register", "other"]).await;
+}
+
+#[tokio::test]
+async fn one_machine_has_several_profiles() {
+    let world = World::new().await;
+    let home = world.person("home");
+    for name in ["alice", "bob"] {
+        home.ok(&["register", name, "-p", name]).await;
+    }
+    home.ok(&["-p", "alice", "send", "bob", "hi"]).await;
+    assert_eq!(home.ok(&["-p", "bob", "recv"]).await, "alice: hi\n");
+    assert_eq!(home.json(&["profiles"]).await.len(), 2);
+    home.fails(&["whoami"], 3, "profile.missing").await;
+}
+
+#[tokio::test]
+async fn logging_out_ends_the_session_and_forgets_the_key() {
+    let world = World::new().await;
+    let (alice, _bob) = (world.user("alice").await, world.user("bob").await);
+    let thief = alice.thief();
+    assert_eq!(thief.json(&["whoami"]).await[0]["session"], "valid");
+
+    let out = &alice.json(&["logout"]).await[0];
+    assert_eq!((&out["event"], &out["sessions_ended"]), (&json!("logged_out"), &json!(1)));
+    assert!(alice.kept_keys().is_empty());
+    assert_eq!(alice.json(&["whoami"]).await[0]["session"], "none");
+    let error = alice.fails(&["send", "bob", "hi"], 3, "client.not_logged_in").await;
+    assert_eq!(error["hint"], "run `qpq login`");
+    let ran = thief.run(&["send", "bob", "hi", "--json"]).await;
+    assert_eq!((ran.code, &ran.error()["hint"]), (Some(3), &json!("run `qpq login`")), "{ran:?}");
+    assert_eq!(thief.json(&["whoami"]).await[0]["session"], "ended");
+
+    // Once more is no error.
+    assert_eq!(alice.json(&["logout"]).await[0]["sessions_ended"], json!(null));
+    alice.ok(&["login"]).await;
+    alice.ok(&["send", "bob", "hi"]).await;
+}
+
+#[tokio::test]
+async fn logging_out_everywhere_ends_every_session() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    let thief = alice.thief();
+    thief.ok(&["login"]).await;
+    alice.ok(&["login"]).await;
+    assert_eq!(thief.json(&["whoami"]).await[0]["session"], "valid");
+    assert_eq!(alice.json(&["logout", "--all"]).await[0]["sessions_ended"], 2);
+    assert_eq!(thief.json(&["whoami"]).await[0]["session"], "ended");
+    alice.fails(&["logout", "--all"], 3, "client.not_logged_in").await;
+}
+
+#[tokio::test]
+async fn only_the_right_password_logs_in() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    alice.ok(&["logout"]).await;
+    let login = |password: &str| {
+        let mut command = alice.command(&["login", "--json"]);
+        command.env("QPQ_PASSWORD", password);
+        async move {
+            let child = command.stdin(std::process::Stdio::piped()).spawn().unwrap();
+            crate::harness::finish(child, "").await
+        }
+    };
+    login("correct horse battery stapl").await.fails(3, "auth.failed");
+    assert!(alice.kept_keys().is_empty());
+    assert_eq!(login(PASSWORD).await.json()[0]["event"], "logged_in");
+    assert_eq!(alice.kept_keys().len(), 1);
+}
+
+#[tokio::test]
+async fn a_password_comes_from_a_file_or_the_environment_or_is_asked_for() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    alice.ok(&["logout"]).await;
+    let file = alice.home.join("password");
+    std::fs::write(&file, format!("{PASSWORD}\nnot this line\n")).unwrap();
+    let file = file.to_str().unwrap();
+
+    // The file goes before the environment, and whoever gives a password needs no login first.
+    let logged_out = alice.ok(&["keys", "--password-file", file]).await;
+    assert!(logged_out.starts_with("alice\n"));
+    assert!(alice.kept_keys().is_empty());
+    alice.ok(&["login", "--password-file", file]).await;
+    std::fs::write(file, "").unwrap();
+    alice.fails(&["login", "--password-file", file], 1, "client.password").await;
+    alice.fails(&["login", "--password-file", "/nowhere"], 1, "client.io").await;
+
+    // With neither, and without a terminal to ask at, it says so.
+    let mut bare = tokio::process::Command::new("setsid");
+    bare.args(["--wait", env!("CARGO_BIN_EXE_qpq"), "login", "--json"]).env_clear();
+    bare.env("QPQ_HOME", &alice.home).env("XDG_RUNTIME_DIR", &alice.runtime);
+    let output = bare.stdin(std::process::Stdio::null()).output().await.unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("client.password_needed"));
+}
+
+#[tokio::test]
+async fn two_people_see_the_same_safety_number() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let own = &alice.json(&["keys"]).await[0];
+    assert_eq!((&own["username"], &own["last_resort"]), (&json!("alice"), &json!(true)));
+    assert!(own["key_packages"].as_u64().unwrap() >= 10, "{own}");
+    let (seen_by_alice, seen_by_bob) =
+        (alice.json(&["keys", "bob"]).await, bob.json(&["keys", "alice"]).await);
+    assert_eq!(seen_by_alice[0]["safety_number"], seen_by_bob[0]["safety_number"]);
+    assert_eq!(seen_by_bob[0]["identity"], own["identity"]);
+    assert!(seen_by_bob[0]["safety_number"].as_str().unwrap().contains(own["fingerprint"].as_str().unwrap()));
+    alice.fails(&["keys", "alice"], 1, "client.yourself").await;
+}

@@ -1,0 +1,63 @@
+//! `qpq dm` in scripts.
+
+use serde_json::{Value, json};
+
+use crate::harness::World;
+
+#[tokio::test]
+async fn two_scripts_talk() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let (mut a, mut b) = (alice.start(&["dm", "bob"]), bob.start(&["dm", "alice"]));
+    for round in 0..5 {
+        a.say(&format!("ping {round}")).await;
+        assert_eq!(b.hear().await, format!("alice: ping {round}"));
+        b.say(&format!("pong {round}")).await;
+        assert_eq!(a.hear().await, format!("bob: pong {round}"));
+    }
+    // What is given before the end is sent before the end; /quit is a text like any other here.
+    a.say("/quit").await;
+    a.say("").await;
+    a.say("bye").await;
+    assert_eq!(a.end().await.code(), Some(0));
+    assert_eq!((b.hear().await, b.hear().await), ("alice: /quit".into(), "alice: bye".into()));
+    assert_eq!(b.end().await.code(), Some(0));
+    assert_eq!(bob.ok(&["recv", "--json"]).await, "", "all was seen");
+}
+
+#[tokio::test]
+async fn objects_for_what_is_sent_and_what_comes() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    bob.ok(&["send", "alice", "waiting"]).await;
+    let mut talk = alice.start(&["dm", "bob", "--json"]);
+    let first: Value = serde_json::from_str(&talk.hear().await).unwrap();
+    assert_eq!((&first["event"], &first["text"]), (&json!("message"), &json!("waiting")));
+    talk.say("hello").await;
+    let sent: Value = serde_json::from_str(&talk.hear().await).unwrap();
+    assert_eq!((&sent["event"], &sent["text"]), (&json!("sent"), &json!("hello")));
+    assert_eq!(talk.end().await.code(), Some(0));
+    assert_eq!(bob.ok(&["recv"]).await, "alice: hello\n");
+}
+
+#[tokio::test]
+async fn a_script_that_lingers_hears_the_answer() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let asking = alice.run_with(&["dm", "bob", "--linger", "5"], "how are you?\n");
+    let answering = async {
+        assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: how are you?\n");
+        bob.ok(&["send", "alice", "fine"]).await;
+    };
+    let (asked, ()) = tokio::join!(asking, answering);
+    assert_eq!((asked.code, asked.out.as_str(), asked.err.as_str()), (Some(0), "bob: fine\n", ""));
+}
+
+#[tokio::test]
+async fn a_chat_with_nobody_or_with_oneself_is_refused() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    alice.fails(&["dm", "nobody"], 1, "client.no_such_user").await;
+    alice.fails(&["dm", "alice"], 1, "client.yourself").await;
+    alice.fails(&["dm", "a@b"], 2, "client.usage").await;
+}

@@ -1,0 +1,65 @@
+//! Groups.
+
+use serde_json::json;
+
+use crate::harness::World;
+
+#[tokio::test]
+async fn a_group_of_three_reads_alike() {
+    let world = World::new().await;
+    let (alice, bob, carol) = (world.user("alice").await, world.user("bob").await, world.user("carol").await);
+    let made = &alice.json(&["group", "create", "friends", "bob"]).await[0];
+    assert_eq!((&made["event"], &made["added"]), (&json!("group_created"), &json!(["bob"])));
+    let id = made["id"].as_str().unwrap();
+    assert_eq!(alice.ok(&["group", "send", "friends", "hi"]).await, "Sent to friends.\n");
+    assert_eq!(bob.ok(&["recv"]).await, "* alice added you to the group friends\n[friends] alice: hi\n");
+
+    assert_eq!(alice.ok(&["group", "add", &id[..8], "carol"]).await, "carol added to friends.\n");
+    bob.ok(&["send", "friends", "welcome"]).await;
+    assert_eq!(bob.ok(&["recv"]).await, "* [friends] carol joined\n");
+    assert_eq!(carol.ok(&["recv"]).await, "* alice added you to the group friends\n[friends] bob: welcome\n");
+    carol.ok(&["group", "send", "friends", "thanks"]).await;
+    assert_eq!(alice.ok(&["recv"]).await, "[friends] bob: welcome\n[friends] carol: thanks\n");
+    assert_eq!(bob.ok(&["recv"]).await, "[friends] carol: thanks\n");
+
+    let listed = &carol.json(&["group", "list"]).await[0];
+    assert_eq!(
+        *listed,
+        json!({
+            "name": "friends", "id": id, "maker": "alice", "members": 3, "unseen": 0, "member": true
+        })
+    );
+    let members = carol.json(&["group", "members", "friends"]).await;
+    let mut names: Vec<_> = members.iter().map(|member| (&member["username"], &member["maker"])).collect();
+    names.sort_by_key(|(name, _)| name.as_str());
+    assert_eq!(
+        names,
+        [(&json!("alice"), &json!(true)), (&json!("bob"), &json!(false)), (&json!("carol"), &json!(false))]
+    );
+}
+
+#[tokio::test]
+async fn only_the_maker_adds_and_nobody_twice() {
+    let world = World::new().await;
+    let (alice, bob, _carol) =
+        (world.user("alice").await, world.user("bob").await, world.user("carol").await);
+    alice.ok(&["group", "create", "friends", "bob"]).await;
+    alice.fails(&["group", "add", "friends", "bob"], 1, "client.already_member").await;
+    bob.fails(&["group", "add", "friends", "carol"], 1, "client.not_the_maker").await;
+    alice.fails(&["group", "create", "others", "bob", "nobody"], 1, "client.no_such_user").await;
+    assert_eq!(alice.json(&["group", "list"]).await.len(), 1, "no half-made group");
+    alice.fails(&["group", "create", ""], 1, "client.group_name").await;
+}
+
+#[tokio::test]
+async fn a_group_named_like_a_user_gets_nothing_that_is_meant_for_the_user() {
+    let world = World::new().await;
+    let (alice, bob, mallory) =
+        (world.user("alice").await, world.user("bob").await, world.user("mallory").await);
+    mallory.ok(&["group", "create", "bob", "alice"]).await;
+    alice.fails(&["send", "bob", "secret"], 1, "client.ambiguous_recipient").await;
+    alice.ok(&["send", "@bob", "for you"]).await;
+    alice.ok(&["group", "send", "bob", "for all"]).await;
+    assert_eq!(bob.ok(&["recv"]).await, "alice: for you\n");
+    assert_eq!(mallory.ok(&["recv"]).await, "[bob] alice: for all\n");
+}

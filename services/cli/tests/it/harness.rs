@@ -1,0 +1,267 @@
+//! A real server in this process, and people who use the real `qpq` on it.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use qpq_runtime::{config::ListenOn, http::Http};
+use qpq_server::{Config, Running, compose};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
+    process::{Child, ChildStdin, ChildStdout, Command},
+    time::timeout,
+};
+
+pub(crate) const PASSWORD: &str = "correct horse battery staple";
+/// After this a test is stuck.
+const STUCK: Duration = Duration::from_secs(60);
+
+/// A server with the homes of its users.
+pub(crate) struct World {
+    config: Config,
+    running: Option<Running>,
+    pub(crate) address: String,
+    pub(crate) fingerprint: String,
+    dir: TempDir,
+    /// Stands for `$XDG_RUNTIME_DIR`, so it is in memory.
+    memory: TempDir,
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config {
+            listen: ([127, 0, 0, 1], 0).into(),
+            data_dir: dir.path().join("data"),
+            http: Http { listen: ListenOn::Off },
+            ..Config::default()
+        };
+        config.limits.enabled = false;
+        let running = compose(&config).await.unwrap();
+        config.listen = running.local_addr();
+        Self {
+            address: running.local_addr().to_string(),
+            fingerprint: running.fingerprint().to_string(),
+            running: Some(running),
+            config,
+            dir,
+            memory: tempfile::tempdir_in("/dev/shm").unwrap(),
+        }
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
+    }
+
+    /// Starts again on the same port and the same accounts, with a new certificate.
+    pub(crate) async fn start_with_another_certificate(&mut self) {
+        for name in ["server-cert.der", "server-key.der"] {
+            std::fs::remove_file(self.config.data_dir.join(name)).unwrap();
+        }
+        let running = compose(&self.config).await.unwrap();
+        self.fingerprint = running.fingerprint().to_string();
+        self.running = Some(running);
+    }
+
+    /// Somebody without an account yet.
+    pub(crate) fn person(&self, name: &str) -> Person {
+        Person {
+            name: name.to_owned(),
+            home: self.dir.path().join(name),
+            runtime: self.memory.path().join(name),
+            server: self.address.clone(),
+        }
+    }
+
+    /// Somebody with an account, logged in.
+    pub(crate) async fn user(&self, name: &str) -> Person {
+        let person = self.person(name);
+        person.ok(&["register", name, "--pin", &self.fingerprint]).await;
+        person
+    }
+}
+
+/// One person at a machine of their own.
+pub(crate) struct Person {
+    pub(crate) name: String,
+    pub(crate) home: PathBuf,
+    pub(crate) runtime: PathBuf,
+    server: String,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+impl Ran {
+    /// The error that `--json` wrote.
+    #[track_caller]
+    pub(crate) fn error(&self) -> Value {
+        let lines: Vec<_> = self.err.lines().collect();
+        let [line] = lines[..] else { panic!("one line of JSON is expected: {self:?}") };
+        serde_json::from_str::<Value>(line).unwrap()["error"].take()
+    }
+
+    /// Checks exit code and error code of a `--json` command that is to fail.
+    #[track_caller]
+    pub(crate) fn fails(&self, exit: i32, code: &str) {
+        assert_eq!((self.code, self.error()["code"].as_str()), (Some(exit), Some(code)), "{self:?}");
+        assert!(self.out.is_empty(), "{self:?}");
+    }
+
+    /// Each line of standard output as JSON.
+    #[track_caller]
+    pub(crate) fn json(&self) -> Vec<Value> {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        self.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+impl Person {
+    /// The bare command, in an environment that has nothing but what is said here.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        std::fs::create_dir_all(&self.runtime).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qpq"));
+        command
+            .args(args)
+            .env_clear()
+            .env("QPQ_HOME", &self.home)
+            .env("QPQ_SERVER", &self.server)
+            .env("XDG_RUNTIME_DIR", &self.runtime)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        if matches!(args.first(), Some(&("register" | "login"))) {
+            command.env("QPQ_PASSWORD", PASSWORD);
+        }
+        command
+    }
+
+    /// Runs a command to its end.
+    pub(crate) async fn run(&self, args: &[&str]) -> Ran {
+        self.run_with(args, "").await
+    }
+
+    /// Runs a command with `input` on standard input.
+    pub(crate) async fn run_with(&self, args: &[&str], input: &str) -> Ran {
+        let child = self.command(args).stdin(Stdio::piped()).spawn().unwrap();
+        finish(child, input).await
+    }
+
+    /// Runs a command that must succeed without a word on standard error; gives its standard output.
+    pub(crate) async fn ok(&self, args: &[&str]) -> String {
+        let ran = self.run(args).await;
+        assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""), "{} {args:?}: {ran:?}", self.name);
+        ran.out
+    }
+
+    /// Runs a command with `--json` that must succeed.
+    pub(crate) async fn json(&self, args: &[&str]) -> Vec<Value> {
+        self.run(&[args, &["--json"]].concat()).await.json()
+    }
+
+    /// Runs a command with `--json` that must fail.
+    pub(crate) async fn fails(&self, args: &[&str], exit: i32, code: &str) -> Value {
+        let ran = self.run(&[args, &["--json"]].concat()).await;
+        ran.fails(exit, code);
+        ran.error()
+    }
+
+    /// Starts a command that goes on until its input ends or it is interrupted.
+    pub(crate) fn start(&self, args: &[&str]) -> Talk {
+        let mut child = self.command(args).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
+        let stdin = child.stdin.take().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Talk { child, stdin, lines }
+    }
+
+    /// Where the key is kept, if it is.
+    pub(crate) fn kept_keys(&self) -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(self.runtime.join("qpq")) else { return Vec::new() };
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// The same person, everything copied to another machine.
+    pub(crate) fn thief(&self) -> Person {
+        let of = |path: &Path| path.with_extension("stolen");
+        copy(&self.home, &of(&self.home));
+        copy(&self.runtime, &of(&self.runtime));
+        let thief = Person {
+            name: self.name.clone(),
+            home: of(&self.home),
+            runtime: of(&self.runtime),
+            server: self.server.clone(),
+        };
+        // The key's file is named after the profile's place.
+        let profile = thief.home.join("profiles/default");
+        let name = hex::encode(&<sha2::Sha256 as sha2::Digest>::digest(profile.to_str().unwrap())[..16]);
+        let kept = thief.kept_keys().pop().unwrap();
+        std::fs::rename(&kept, kept.with_file_name(format!("{name}.key"))).unwrap();
+        thief
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    let copied = std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap();
+    assert!(copied.success());
+}
+
+/// A command at work, line by line.
+pub(crate) struct Talk {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Talk {
+    pub(crate) async fn say(&mut self, line: &str) {
+        self.stdin.write_all(format!("{line}\n").as_bytes()).await.unwrap();
+    }
+
+    pub(crate) async fn hear(&mut self) -> String {
+        soon(self.lines.next_line()).await.unwrap().expect("it ended instead of saying something")
+    }
+
+    /// Ends its input and waits for its end.
+    pub(crate) async fn end(mut self) -> ExitStatus {
+        drop(self.stdin);
+        soon(self.child.wait()).await.unwrap()
+    }
+
+    /// Ctrl-C.
+    pub(crate) async fn interrupt(mut self) -> ExitStatus {
+        let pid = i32::try_from(self.child.id().unwrap()).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT).unwrap();
+        soon(self.child.wait()).await.unwrap()
+    }
+}
+
+/// Gives a command its input and waits for its end.
+pub(crate) async fn finish(mut child: Child, input: &str) -> Ran {
+    let mut stdin = child.stdin.take().unwrap();
+    // A command that does not read its input may be gone before it is written.
+    let _ = stdin.write_all(input.as_bytes()).await;
+    drop(stdin);
+    let (mut out, mut err) = (String::new(), String::new());
+    let (mut stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let (read_out, read_err, status) = soon(async {
+        tokio::join!(stdout.read_to_string(&mut out), stderr.read_to_string(&mut err), child.wait())
+    })
+    .await;
+    (read_out.unwrap(), read_err.unwrap());
+    Ran { code: status.unwrap().code(), out, err }
+}
+
+/// Fails a test that would otherwise hang.
+pub(crate) async fn soon<F: Future>(future: F) -> F::Output {
+    timeout(STUCK, future).await.expect("it takes much too long")
+}

@@ -1,0 +1,87 @@
+//! Sending one message and showing what came.
+
+use serde_json::json;
+
+use crate::harness::World;
+
+#[tokio::test]
+async fn what_one_sends_the_other_receives_once_and_in_order() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    assert_eq!(alice.ok(&["send", "bob", "one"]).await, "Sent to bob.\n");
+    assert_eq!(alice.run_with(&["send", "bob", "-"], "two\n").await.out, "Sent to bob.\n");
+    alice.ok(&["send", "@Bob", "-3"]).await;
+    assert_eq!(bob.ok(&["recv"]).await, "alice: one\nalice: two\nalice: -3\n");
+    let again = bob.run(&["recv"]).await;
+    assert_eq!((again.code, again.out.as_str(), again.err.as_str()), (Some(0), "", "No new messages.\n"));
+    assert_eq!(bob.run_with(&["send", "alice"], "back").await.code, Some(0));
+    assert_eq!(alice.ok(&["recv"]).await, "bob: back\n");
+}
+
+#[tokio::test]
+async fn programs_get_objects() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let sent = &alice.json(&["send", "bob", "grüße\n\u{1b}[2J"]).await[0];
+    let identity = &alice.json(&["whoami"]).await[0]["identity"];
+    assert_eq!((&sent["event"], &sent["to"]), (&json!("sent"), &json!("bob")));
+    let ran = bob.run(&["recv", "--json"]).await;
+    assert!(!ran.out.contains('\u{1b}'));
+    let [message] = &ran.json()[..] else { panic!("{ran:?}") };
+    assert_eq!(message["event"], "message");
+    assert_eq!(message["text"], "grüße\n\u{1b}[2J");
+    assert_eq!(
+        message["from"],
+        json!({ "username": "alice", "identity": identity, "standing": "confirmed" })
+    );
+    assert_eq!(message["conversation"], json!({ "kind": "direct", "id": identity }));
+    assert!(message["at"].as_u64().unwrap() > 0 && message["sent_at"].as_u64().unwrap() > 0);
+}
+
+#[tokio::test]
+async fn a_message_cannot_drive_the_terminal_or_pass_for_another() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    alice.run_with(&["send", "bob", "-"], "hi\x1b]0;x\x07\nmallory: pay\u{9b}31m\u{202e}\n").await;
+    assert_eq!(bob.ok(&["recv"]).await, "alice: hi\\u{1b}]0;x\\u{7}\n  | mallory: pay\\u{9b}31m\\u{202e}\n");
+}
+
+#[tokio::test]
+async fn what_cannot_be_sent_is_refused_with_a_reason() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    let error = alice.fails(&["send", "nobody", "hi"], 1, "client.no_such_user").await;
+    assert_eq!(error["message"], "there is no user nobody");
+    alice.fails(&["send", "alice", "hi"], 1, "client.yourself").await;
+    alice.fails(&["send", "nobody", " "], 2, "client.usage").await;
+    alice.fails(&["send", "a/b", "hi"], 2, "client.usage").await;
+    alice.fails(&["group", "send", "nothing", "hi"], 1, "client.no_such_group").await;
+    let bob = world.user("bob").await;
+    let long = "x".repeat(64 * 1024 + 1);
+    let ran = alice.run_with(&["send", "bob", "-", "--json"], &long).await;
+    ran.fails(1, "client.text_too_long");
+    assert_eq!(bob.ok(&["send", "alice", "still works"]).await, "Sent to alice.\n");
+}
+
+#[tokio::test]
+async fn receiving_waits_as_long_as_it_was_told_to() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    bob.fails(&["recv", "--timeout", "1"], 7, "client.nothing").await;
+
+    let mut waiting = bob.start(&["recv", "--timeout", "50"]);
+    let mut following = alice.start(&["recv", "--follow"]);
+    alice.fails(&["send", "bob", "hi"], 6, "profile.in_use").await;
+    let carol = world.user("carol").await;
+    for name in ["alice", "bob"] {
+        carol.ok(&["send", name, "one"]).await;
+    }
+    assert_eq!(waiting.hear().await, "carol: one");
+    assert_eq!(waiting.end().await.code(), Some(0));
+    assert_eq!(following.hear().await, "carol: one");
+    carol.ok(&["send", "alice", "two"]).await;
+    assert_eq!(following.hear().await, "carol: two");
+    assert_eq!(following.interrupt().await.code(), Some(130));
+    // What was shown is not shown again.
+    assert_eq!(alice.ok(&["recv", "--follow", "--timeout", "1"]).await, "");
+}

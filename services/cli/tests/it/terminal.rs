@@ -1,0 +1,101 @@
+//! `qpq dm` at a terminal: lines appear while another is being typed.
+
+use std::{
+    fs::File,
+    io::{Read as _, Write as _},
+    process::Stdio,
+};
+
+use nix::pty::{OpenptyResult, Winsize, openpty};
+use tokio::{process::Child, sync::mpsc};
+
+use crate::harness::{Person, World, soon};
+
+/// A command at a terminal, and what the terminal got to show.
+struct Terminal {
+    child: Child,
+    keyboard: File,
+    screen: mpsc::UnboundedReceiver<Vec<u8>>,
+    shown: String,
+}
+
+impl Terminal {
+    fn start(person: &Person, args: &[&str]) -> Self {
+        let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+        let OpenptyResult { master, slave } = openpty(&size, None).unwrap();
+        let mut command = person.command(args);
+        command.env("TERM", "xterm");
+        command.stdin(Stdio::from(slave.try_clone().unwrap()));
+        command.stdout(Stdio::from(slave.try_clone().unwrap())).stderr(Stdio::from(slave));
+        let child = command.spawn().unwrap();
+        drop(command);
+        let keyboard = File::from(master);
+        let mut output = keyboard.try_clone().unwrap();
+        let (got, screen) = mpsc::unbounded_channel();
+        tokio::task::spawn_blocking(move || {
+            let mut buffer = [0; 4096];
+            // The terminal reports an error once nobody has it open any more.
+            while let Ok(read @ 1..) = output.read(&mut buffer) {
+                if got.send(buffer[..read].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, keyboard, screen, shown: String::new() }
+    }
+
+    fn types(&mut self, keys: &str) {
+        self.keyboard.write_all(keys.as_bytes()).unwrap();
+    }
+
+    /// Waits until `text` was shown, and forgets everything up to it.
+    async fn shows(&mut self, text: &str) {
+        loop {
+            if let Some(at) = self.shown.find(text) {
+                self.shown.drain(..at + text.len());
+                return;
+            }
+            let more = soon(self.screen.recv()).await;
+            let Some(more) = more else { panic!("it ended without {text:?}: {:?}", self.shown) };
+            self.shown.push_str(&String::from_utf8_lossy(&more));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_line_that_comes_while_another_is_typed_disturbs_nothing() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    bob.ok(&["send", "alice", "before"]).await;
+    let mut terminal = Terminal::start(&alice, &["dm", "bob"]);
+    terminal.shows("Chat with bob").await;
+    terminal.shows("before").await;
+    terminal.shows("you: ").await;
+
+    terminal.types("hel");
+    terminal.shows("hel").await;
+    bob.ok(&["send", "alice", "interrupting\x1b[2J"]).await;
+    terminal.shows("interrupting\\u{1b}[2J").await;
+    terminal.shows("you: hel").await;
+    terminal.types("lo\r");
+    assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: hello\n");
+
+    // The arrow key brings the line back; it is edited and sent again.
+    terminal.types("\x1b[A!\r");
+    assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: hello!\n");
+    terminal.types("/help\r");
+    terminal.shows("/quit").await;
+    terminal.types("/quit\r");
+    assert_eq!(soon(terminal.child.wait()).await.unwrap().code(), Some(0));
+    assert_eq!(alice.ok(&["recv", "--json"]).await, "", "all was seen");
+}
+
+#[tokio::test]
+async fn ctrl_c_leaves() {
+    let world = World::new().await;
+    let (alice, _bob) = (world.user("alice").await, world.user("bob").await);
+    let mut terminal = Terminal::start(&alice, &["dm", "bob"]);
+    terminal.shows("you: ").await;
+    terminal.types("half a line\x03");
+    assert_eq!(soon(terminal.child.wait()).await.unwrap().code(), Some(0));
+}

@@ -1,0 +1,103 @@
+//! What goes wrong, and what is said about it.
+
+use serde_json::json;
+
+use crate::harness::World;
+
+#[tokio::test]
+async fn a_server_that_is_down_is_named_and_logging_out_works_without_it() {
+    let mut world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    world.stop().await;
+    let sending = alice.run(&["send", "bob", "hi", "--json"]);
+    let (sent, out) = tokio::join!(sending, bob.json(&["logout"]));
+    sent.fails(4, "client.unreachable");
+    assert!(sent.error()["message"].as_str().unwrap().contains(&world.address));
+    assert_eq!(out[0]["sessions_ended"], json!(null));
+    assert!(out[0]["problem"].as_str().unwrap().contains(&world.address));
+    assert!(bob.kept_keys().is_empty());
+    assert_eq!(alice.kept_keys().len(), 1);
+}
+
+#[tokio::test]
+async fn a_server_with_another_certificate_is_refused_until_the_new_one_is_pinned() {
+    let mut world = World::new().await;
+    let wrong = "ab".repeat(32);
+    let carol = world.person("carol");
+    carol.fails(&["register", "carol", "--pin", &wrong], 5, "client.pin_mismatch").await;
+    carol.fails(&["health", "--pin", &wrong], 5, "client.pin_mismatch").await;
+    carol.fails(&["health", "--system-roots"], 5, "client.untrusted").await;
+
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let before = world.fingerprint.clone();
+    world.stop().await;
+    world.start_with_another_certificate().await;
+    let ran = alice.run(&["send", "bob", "hi"]).await;
+    assert_eq!(ran.code, Some(5));
+    assert!(ran.err.contains(&before) && ran.err.contains(&world.fingerprint), "{}", ran.err);
+    // A pin for one command is no way around it.
+    alice.fails(&["send", "bob", "hi", "--pin", &world.fingerprint], 2, "client.other_server").await;
+    for person in [&alice, &bob] {
+        person.ok(&["login", "--pin", &world.fingerprint]).await;
+    }
+    alice.ok(&["send", "bob", "hi"]).await;
+    assert_eq!(bob.ok(&["recv"]).await, "alice: hi\n");
+}
+
+#[tokio::test]
+async fn a_profile_is_used_by_one_at_a_time() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let mut chat = alice.start(&["dm", "bob"]);
+    bob.ok(&["send", "alice", "hi"]).await;
+    assert_eq!(chat.hear().await, "bob: hi");
+    let error = alice.fails(&["recv"], 6, "profile.in_use").await;
+    assert_eq!(error["hint"], "close that one first");
+    alice.fails(&["logout"], 6, "profile.in_use").await;
+    assert_eq!(alice.kept_keys().len(), 1);
+    assert_eq!(alice.json(&["whoami"]).await[0]["session"], "unknown");
+    assert_eq!(chat.end().await.code(), Some(0));
+    alice.ok(&["logout"]).await;
+}
+
+#[tokio::test]
+async fn a_damaged_profile_is_named() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    let dir = alice.home.join("profiles/default");
+    let vault = std::fs::read(dir.join("state.vault")).unwrap();
+    std::fs::write(dir.join("state.vault"), &vault[..vault.len() / 2]).unwrap();
+    alice.fails(&["recv"], 3, "profile.wrong_key").await;
+    std::fs::write(dir.join("state.vault"), b"rubbish").unwrap();
+    alice.fails(&["recv"], 1, "profile.damaged").await;
+    std::fs::write(dir.join("profile.json"), b"{").unwrap();
+    alice.fails(&["recv"], 1, "profile.damaged").await;
+    std::fs::write(dir.join("state.vault"), vault).unwrap();
+}
+
+#[tokio::test]
+async fn a_wrong_command_line_says_what_is_wrong() {
+    let world = World::new().await;
+    let alice = world.person("alice");
+    alice.fails(&["send"], 2, "client.usage").await;
+    alice.fails(&["register", "alice", "--server", "host:port"], 2, "client.misconfigured").await;
+    alice.fails(&["health", "--pin", "abc"], 2, "client.usage").await;
+    alice.fails(&["-p", "../x", "whoami"], 2, "client.usage").await;
+    alice.fails(&["whoami"], 3, "profile.missing").await;
+    let plain = alice.run(&["dance"]).await;
+    assert_eq!((plain.code, plain.out.as_str()), (Some(2), ""));
+    assert!(plain.err.contains("dance"));
+    let help = alice.ok(&["help"]).await;
+    assert!(help.contains("Exit codes:") && help.contains("Examples:"), "{help}");
+    assert!(alice.ok(&["completions", "bash"]).await.contains("_qpq()"));
+}
+
+#[tokio::test]
+async fn health_needs_no_account() {
+    let world = World::new().await;
+    let nobody = world.person("nobody");
+    let health = &nobody.json(&["health"]).await[0];
+    assert_eq!((&health["status"], &health["server"]), (&json!("ok"), &json!(world.address)));
+    assert_eq!(health["fingerprint"], json!(world.fingerprint));
+    assert!(nobody.ok(&["health", "--pin", &world.fingerprint]).await.contains(" is ok: version "));
+}
