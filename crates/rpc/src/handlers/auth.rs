@@ -82,6 +82,9 @@ impl Handler for OpaqueLoginStart {
 }
 
 impl Handler for OpaqueLoginFinish {
+    /// Counted by address alone: guesses are bounded by the starts, which are counted by name, and who has started must be
+    /// able to finish whatever others do to the name's budget.
+    ///
     /// The session is bound to the account's own key and to the device that the client names. The device need not be
     /// registered yet (registering one takes a session): the name gives no right that the session has not, it only says
     /// whose position a read that names no device is meant to move, and reads check it.

@@ -14,7 +14,7 @@ use qpq_domain::UnixMillis;
 use qpq_ports::{Bucket, LimitKey, RateLimiter, StoreError, StoreResult, Verdict};
 use qpq_proto::{
     LimitClass, LimitSubject, Status,
-    methods::{Enqueue, FetchKeyPackage, Health, ResolveUser},
+    methods::{Enqueue, FetchKeyPackage, Health, OpaqueLoginFinish, ResolveUser},
     v1::{EnqueueRequest, FetchKeyPackageRequest, HealthRequest, ResolveUserRequest},
 };
 use qpq_rpc::{Config, RateLimits};
@@ -93,6 +93,18 @@ async fn a_username_has_its_budget_whoever_asks_and_whether_or_not_it_exists() {
         assert!(waits[2].is_some(), "{name}");
     }
     server.connect().start_login("bob", "guess").await.expect("another name");
+}
+
+#[tokio::test]
+async fn who_has_started_a_login_finishes_it_though_others_use_up_the_names_budget() {
+    let server = Server::with(tight(LimitClass::Login, LimitSubject::Username)).await;
+    let alice = server.connect();
+    alice.register("alice", "password", &new_identity()).await.expect("a free name");
+    let started = alice.start_login("alice", "password").await.expect("within the budget");
+    let mallory = server.connect();
+    mallory.start_login("alice", "guess").await.expect("within the budget");
+    assert_eq!(code(mallory.start_login("alice", "guess").await.map(|_| ())), limited());
+    alice.call::<OpaqueLoginFinish>(started.finish()).await.expect("hers");
 }
 
 #[tokio::test]
