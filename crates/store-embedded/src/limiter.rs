@@ -58,7 +58,7 @@ fn spend(bucket: Bucket, cost: u32, full_at: f64, now: f64) -> Result<f64, Durat
     if lacking * millis_per_token < 1e-3 {
         Ok(full_at + f64::from(cost) * millis_per_token)
     } else {
-        Err(Duration::from_millis((lacking * millis_per_token).ceil() as u64))
+        Err(Duration::from_millis((lacking * millis_per_token - 1e-3).ceil() as u64))
     }
 }
 

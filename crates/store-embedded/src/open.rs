@@ -95,7 +95,11 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .disable_statement_logging();
     let mut connection = options.connect().await.map_err(failed)?;
     check_ownership(&mut connection, &path).await?;
-    MIGRATIONS.run(&mut connection).await.map_err(|error| migration_failed(&path, &error))?;
+    // `run` does the same behind a trait that hides from the compiler that the future is `Send`.
+    MIGRATIONS
+        .run_direct(None, &mut connection, false)
+        .await
+        .map_err(|error| migration_failed(&path, &error))?;
     upkeep::beat(&mut connection).await.map_err(failed)?;
 
     let reading =

@@ -12,7 +12,8 @@ use super::{
 use crate::{NewAccount, Registration};
 
 pub async fn a_registration_is_found_by_name_and_by_key(factory: &dyn Factory) {
-    let accounts = Bench::new(factory).await.stores.accounts;
+    let bench = Bench::new(factory).await;
+    let accounts = &bench.stores.accounts;
     let new = account("alice", 1, 7);
     let Ok(Registration::Registered(id)) = accounts.register(new.clone()).await else {
         panic!("alice is the first");
@@ -36,7 +37,8 @@ pub async fn a_registration_is_found_by_name_and_by_key(factory: &dyn Factory) {
 }
 
 pub async fn a_registration_never_overwrites(factory: &dyn Factory) {
-    let accounts = Bench::new(factory).await.stores.accounts;
+    let bench = Bench::new(factory).await;
+    let accounts = &bench.stores.accounts;
     let first = account("alice", 1, 1);
     accounts.register(first.clone()).await.expect("register");
     for (attempt, expected) in [
@@ -54,7 +56,8 @@ pub async fn a_registration_never_overwrites(factory: &dyn Factory) {
 }
 
 pub async fn a_repeated_registration_is_recognised(factory: &dyn Factory) {
-    let accounts = Bench::new(factory).await.stores.accounts;
+    let bench = Bench::new(factory).await;
+    let accounts = &bench.stores.accounts;
     let new = account("alice", 1, 1);
     let Ok(Registration::Registered(id)) = accounts.register(new.clone()).await else {
         panic!("alice is the first");
@@ -66,11 +69,12 @@ pub async fn a_repeated_registration_is_recognised(factory: &dyn Factory) {
 }
 
 pub async fn of_concurrent_registrations_one_wins(factory: &dyn Factory) {
-    let accounts = Bench::new(factory).await.stores.accounts;
+    let bench = Bench::new(factory).await;
+    let accounts = &bench.stores.accounts;
     for (same_name, loser) in [(true, Registration::UsernameTaken), (false, Registration::IdentityTaken)] {
         let mut attempts = JoinSet::new();
         for n in 0..16_u8 {
-            let accounts = Arc::clone(&accounts);
+            let accounts = Arc::clone(accounts);
             let new = if same_name { account("same", 100 + n, n) } else { account(&format!("n{n}"), 50, n) };
             attempts.spawn(async move { (n, accounts.register(new).await.expect("register")) });
         }

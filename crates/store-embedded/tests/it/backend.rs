@@ -1,0 +1,72 @@
+//! The embedded store as a backend under test. Its crash is the loss of its runtime: tasks, leases and caches are gone
+//! wherever they were, and nothing is closed. (That the process is really killed is in `kill` and `model`.)
+
+use async_trait::async_trait;
+use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_ports::{
+    Stores,
+    conformance::{Backend, Factory},
+};
+use qpq_store_embedded::{EmbeddedStore, Limits};
+use tempfile::TempDir;
+use tokio::runtime::{Builder, Runtime};
+
+#[derive(Debug)]
+pub(crate) struct Embedded;
+
+#[async_trait]
+impl Factory for Embedded {
+    async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend> {
+        let directory = tempfile::tempdir().expect("a directory");
+        let limits = Limits { delivery, key_packages };
+        Box::new(Running { process: Some(Process::start(&directory, limits).await), directory, limits })
+    }
+}
+
+struct Running {
+    process: Option<Process>,
+    directory: TempDir,
+    limits: Limits,
+}
+
+#[async_trait]
+impl Backend for Running {
+    fn stores(&self) -> Stores {
+        self.process.as_ref().expect("running").store.stores()
+    }
+
+    async fn crash(&mut self) {
+        self.process.take().expect("running").crash().await;
+        self.process = Some(Process::start(&self.directory, self.limits).await);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.runtime.shutdown_background();
+        }
+    }
+}
+
+/// What a process is to the store: a runtime.
+pub(crate) struct Process {
+    pub(crate) store: EmbeddedStore,
+    runtime: Runtime,
+}
+
+impl Process {
+    pub(crate) async fn start(directory: &TempDir, limits: Limits) -> Self {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let path = directory.path().to_owned();
+        let opening = runtime.spawn(async move { EmbeddedStore::open(&path, limits).await });
+        let store = opening.await.expect("no panic").unwrap_or_else(|error| panic!("{error}"));
+        Self { store, runtime }
+    }
+
+    pub(crate) async fn crash(self) {
+        // A runtime must not be dropped by a task; its end is waited for, as a dead process holds no lock.
+        let runtime = self.runtime;
+        tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");
+    }
+}

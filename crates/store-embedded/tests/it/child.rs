@@ -1,0 +1,328 @@
+//! A store in a process of its own, which can be killed, limited and starved. The child is this test binary again, running
+//! the one ignored test below: it takes commands on its standard input, a line of JSON each, and answers on its output.
+
+use std::{
+    io::{BufRead as _, BufReader, Lines, Write as _},
+    path::{Path, PathBuf},
+    process::{ChildStdin, ChildStdout, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use qpq_domain::{ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis};
+use qpq_ports::{Enqueue, Enqueued, PageLimit, Read, StoreError, View};
+use qpq_store_embedded::{EmbeddedStore, Limits};
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+
+use crate::ops::{Machine, Op, START, key};
+
+/// What begins an answer: the test harness writes to the same output.
+const MARK: char = '\u{2}';
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Order {
+    /// Opens the store.
+    Open {
+        directory: PathBuf,
+        max_messages: u64,
+        max_bytes: u64,
+        recent_secs: u64,
+        max_packages: u32,
+    },
+    Apply {
+        op: Op,
+        now: u64,
+    },
+    /// Enqueues messages to person 1 from several tasks at once; answers each as it is answered.
+    Burst {
+        from: u64,
+        count: u64,
+        size: usize,
+        tasks: u64,
+    },
+    /// All messages of person 1.
+    Inbox,
+    Check,
+    /// How large files may become.
+    FileLimit {
+        bytes: Option<u64>,
+    },
+    /// Fills what is left of the file system, in a file.
+    Fill {
+        path: PathBuf,
+    },
+    Remove {
+        path: PathBuf,
+    },
+}
+
+/// What a burst came to: what was acknowledged, as (number, seq), and the errors of the rest.
+#[derive(Debug, Default)]
+pub(crate) struct Burst {
+    pub(crate) accepted: Vec<(u64, u64)>,
+    pub(crate) errors: Vec<String>,
+}
+
+/// The parent's end.
+pub(crate) struct Child {
+    process: std::process::Child,
+    orders: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl Child {
+    pub(crate) fn spawn() -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("this binary"));
+        command.args(ARGUMENTS);
+        Self::start(command)
+    }
+
+    /// As [`Child::spawn`], by a shell that first runs `script`, which has a directory as `$1`.
+    pub(crate) fn spawn_after(wrapper: &[&str], script: &str, directory: &Path) -> Self {
+        let words = wrapper.iter().chain(&["sh", "-c"]);
+        let mut words = words.copied();
+        let mut command = Command::new(words.next().expect("at least the shell"));
+        command.args(words).arg(format!("set -e; {script}; shift; exec \"$@\"")).arg("sh").arg(directory);
+        command.arg(std::env::current_exe().expect("this binary")).args(ARGUMENTS);
+        Self::start(command)
+    }
+
+    /// As [`Child::spawn`], as a user who may do nothing in particular; `binary` is a copy that this user can reach.
+    pub(crate) fn spawn_as_nobody(binary: &Path) -> Self {
+        use std::os::unix::process::CommandExt as _;
+        let mut command = Command::new(binary);
+        command.args(ARGUMENTS).uid(65_534).gid(65_534);
+        Self::start(command)
+    }
+
+    fn start(mut command: Command) -> Self {
+        let mut process =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the child starts");
+        let orders = process.stdin.take().expect("piped");
+        let answers = BufReader::new(process.stdout.take().expect("piped")).lines();
+        Self { process, orders, answers }
+    }
+
+    fn order(&mut self, order: &Order) {
+        let line = serde_json::to_string(order).expect("plain data");
+        writeln!(self.orders, "{line}").expect("the child listens");
+    }
+
+    fn answer(&mut self) -> String {
+        loop {
+            let line = self.answers.next().expect("the child is alive").expect("text");
+            if let Some((_, answer)) = line.split_once(MARK) {
+                return serde_json::from_str(answer).expect("what the child wrote");
+            }
+        }
+    }
+
+    fn ask(&mut self, order: &Order) -> String {
+        self.order(order);
+        self.answer()
+    }
+
+    fn ask_result(&mut self, order: &Order) -> Result<(), String> {
+        let answer = self.ask(order);
+        if answer == "ok" { Ok(()) } else { Err(answer) }
+    }
+
+    /// Opens the store; the error is the text of the `OpenError`.
+    pub(crate) fn open(&mut self, directory: &Path, limits: Limits) -> Result<(), String> {
+        self.ask_result(&Order::Open {
+            directory: directory.to_owned(),
+            max_messages: limits.delivery.max_messages,
+            max_bytes: limits.delivery.max_bytes,
+            recent_secs: limits.delivery.recent_ids.as_secs(),
+            max_packages: limits.key_packages.max_count,
+        })
+    }
+
+    pub(crate) fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
+        self.ask(&Order::Apply { op: op.clone(), now: now.0 })
+    }
+
+    /// Messages number `from` and up to person 1, `size` bytes each; until all are answered, or `most` were acknowledged.
+    pub(crate) fn burst(&mut self, from: u64, count: u64, size: usize, most: usize) -> Burst {
+        self.order(&Order::Burst { from, count, size, tasks: 16 });
+        let mut burst = Burst::default();
+        while burst.accepted.len() < most {
+            let answer = self.answer();
+            match answer.split(' ').collect::<Vec<_>>()[..] {
+                ["done"] => break,
+                ["accepted", n, seq] => {
+                    burst.accepted.push((n.parse().expect("a number"), seq.parse().expect("a number")));
+                }
+                _ => burst.errors.push(answer),
+            }
+        }
+        burst
+    }
+
+    /// The inbox of person 1: (number, seq) of each message.
+    pub(crate) fn inbox(&mut self) -> Vec<(u64, u64)> {
+        serde_json::from_str(&self.ask(&Order::Inbox)).expect("what the child wrote")
+    }
+
+    pub(crate) fn check(&mut self) -> Result<(), String> {
+        self.ask_result(&Order::Check)
+    }
+
+    pub(crate) fn file_limit(&mut self, bytes: Option<u64>) {
+        self.ask_result(&Order::FileLimit { bytes }).expect("a limit");
+    }
+
+    pub(crate) fn fill(&mut self, path: &Path) {
+        self.ask_result(&Order::Fill { path: path.to_owned() }).expect("a file");
+    }
+
+    pub(crate) fn remove(&mut self, path: &Path) {
+        self.ask_result(&Order::Remove { path: path.to_owned() }).expect("a file");
+    }
+
+    /// Kills it, and waits until it is dead.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill().expect("it runs");
+        self.process.wait().expect("it ends");
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // It may have been killed already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+const ARGUMENTS: [&str; 6] = ["--exact", "child::serve", "--ignored", "--nocapture", "--test-threads", "1"];
+
+#[test]
+#[ignore = "not a test: what the child process runs; without orders it does nothing"]
+fn serve() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.expect("a runtime").block_on(async {
+        let mut opened: Option<(EmbeddedStore, Machine)> = None;
+        for line in std::io::stdin().lines() {
+            let order: Order = serde_json::from_str(&line.expect("text")).expect("what the parent wrote");
+            match order {
+                Order::Open { directory, max_messages, max_bytes, recent_secs, max_packages } => {
+                    let delivery = Delivery {
+                        max_messages,
+                        max_bytes,
+                        recent_ids: Duration::from_secs(recent_secs),
+                        ..Delivery::default()
+                    };
+                    let key_packages =
+                        KeyPackageCaps { max_count: max_packages, ..KeyPackageCaps::default() };
+                    answer(&match EmbeddedStore::open(&directory, Limits { delivery, key_packages }).await {
+                        Err(error) => error.to_string(),
+                        Ok(store) => {
+                            let machine = Machine::new(store.stores());
+                            opened = Some((store, machine));
+                            "ok".to_owned()
+                        }
+                    });
+                }
+                Order::FileLimit { bytes } => {
+                    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).expect("a limit");
+                    setrlimit(Resource::RLIMIT_FSIZE, bytes.unwrap_or(hard), hard).expect("a lower limit");
+                    answer("ok");
+                }
+                Order::Fill { path } => answer(&fill(&path)),
+                Order::Remove { path } => {
+                    std::fs::remove_file(path).expect("there");
+                    answer("ok");
+                }
+                other => {
+                    let (store, machine) = opened.as_mut().expect("opened first");
+                    serve_store(store, machine, other).await;
+                }
+            }
+        }
+    });
+}
+
+async fn serve_store(store: &EmbeddedStore, machine: &mut Machine, order: Order) {
+    match order {
+        Order::Apply { op, now } => answer(&machine.apply(op, UnixMillis(now)).await),
+        Order::Burst { from, count, size, tasks } => burst(store, from, count, size, tasks).await,
+        Order::Inbox => answer(&serde_json::to_string(&inbox(store).await).expect("plain data")),
+        Order::Check => {
+            answer(&store.stores().upkeep.check().await.map_or_else(describe, |()| "ok".to_owned()));
+        }
+        other => unreachable!("{other:?}"),
+    }
+}
+
+fn answer(text: &str) {
+    // Under one lock, because tasks answer at the same time; on a line of its own, because the harness writes there too.
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "\n{MARK}{}", serde_json::to_string(text).expect("text")).expect("the parent listens");
+}
+
+fn describe(error: StoreError) -> String {
+    match error {
+        StoreError::Conflict(source) => format!("conflict: {source}"),
+        StoreError::Unavailable(source) => format!("unavailable: {source}"),
+        StoreError::Corrupt(source) => format!("corrupt: {source}"),
+    }
+}
+
+/// Writes zeros until there is no room for one more.
+fn fill(path: &Path) -> String {
+    let mut file = std::fs::File::create(path).expect("a file");
+    for size in [1 << 20, 1 << 12, 1] {
+        while file.write_all(&vec![0; size]).is_ok() {}
+    }
+    "ok".to_owned()
+}
+
+async fn burst(store: &EmbeddedStore, from: u64, count: u64, size: usize, tasks: u64) {
+    let inboxes = store.stores().inboxes;
+    let mut running = JoinSet::new();
+    for task in 0..tasks {
+        let inboxes = Arc::clone(&inboxes);
+        running.spawn(async move {
+            for n in (from..from + count).filter(|n| n % tasks == task) {
+                answer(&match inboxes.enqueue(vec![numbered(n, size)]).await {
+                    Err(error) => describe(error),
+                    Ok(outcomes) => match outcomes[0] {
+                        Enqueued::Accepted(receipt) => format!("accepted {n} {}", receipt.seq.0),
+                        other => format!("{other:?}"),
+                    },
+                });
+            }
+        });
+    }
+    running.join_all().await;
+    answer("done");
+}
+
+/// A message whose first eight bytes are its number, and its id.
+fn numbered(n: u64, size: usize) -> Enqueue {
+    let mut payload = vec![0; size.max(8)];
+    payload[..8].copy_from_slice(&n.to_be_bytes());
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&n.to_be_bytes());
+    Enqueue {
+        sender: key(2),
+        recipient: key(1),
+        channel: ChannelId::DEFAULT,
+        payload: payload.into(),
+        payload_sha256: [0; 32],
+        message_id: Some(MessageId::new(id)),
+        now: START,
+        ttl: Duration::from_secs(24 * 60 * 60),
+    }
+}
+
+async fn inbox(store: &EmbeddedStore) -> Vec<(u64, u64)> {
+    let read = Read { inbox: IdentityKey::new([1; 32]), device: None, view: View::All };
+    let everything = PageLimit { messages: u32::MAX, bytes: usize::MAX };
+    let page = store.stores().inboxes.peek(read, Seq::ZERO, everything, START).await.expect("peek");
+    let number = |payload: &[u8]| u64::from_be_bytes(payload[..8].try_into().expect("eight bytes"));
+    page.envelopes.iter().map(|envelope| (number(&envelope.payload), envelope.seq.0)).collect()
+}

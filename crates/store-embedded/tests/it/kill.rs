@@ -1,0 +1,45 @@
+//! A process that is killed while it accepts messages as fast as it can: whatever it acknowledged is there afterwards,
+//! under the seq it said, and nothing is missing or twice in between.
+
+use std::collections::HashMap;
+
+use qpq_domain::Delivery;
+use qpq_store_embedded::Limits;
+
+use crate::{
+    child::Child,
+    ops::{Op, START},
+};
+
+#[test]
+fn what_was_acknowledged_outlives_a_kill() {
+    const ROUNDS: u64 = 15;
+    const COUNT: u64 = 4_000;
+    let directory = tempfile::tempdir().expect("a directory");
+    let delivery = Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..Delivery::default() };
+    let limits = Limits { delivery, ..Limits::default() };
+    let mut acknowledged: HashMap<u64, u64> = HashMap::new();
+    for round in 0..ROUNDS {
+        let mut child = Child::spawn();
+        child.open(directory.path(), limits).expect("whatever the last one left");
+        child.apply(&Op::Register { name: 1, key: 1, record: 1 }, START);
+        // At another point each time, and always while most of the burst is still under way.
+        let most = usize::try_from(1 + round * 37).expect("small");
+        let burst = child.burst(round * COUNT, COUNT, 300, most);
+        child.kill();
+        assert_eq!(burst.errors, Vec::<String>::new());
+        assert_eq!(burst.accepted.len(), most);
+        acknowledged.extend(burst.accepted);
+
+        let mut child = Child::spawn();
+        child.open(directory.path(), limits).expect("what a killed process left");
+        let inbox = child.inbox();
+        let seqs: Vec<u64> = inbox.iter().map(|(_, seq)| *seq).collect();
+        assert_eq!(seqs, (1..=inbox.len() as u64).collect::<Vec<_>>(), "no gap, nothing twice");
+        let there: HashMap<u64, u64> = inbox.into_iter().collect();
+        assert_eq!(there.len(), seqs.len(), "no message under two seqs");
+        for (number, seq) in &acknowledged {
+            assert_eq!(there.get(number), Some(seq), "message {number}, round {round}");
+        }
+    }
+}

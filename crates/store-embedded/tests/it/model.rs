@@ -1,0 +1,503 @@
+//! Random histories on the store and on a model that is nothing but maps in memory. Every answer is compared. Among the
+//! words are crashes: in one test the store loses its runtime, in the other its process is killed.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestCaseError},
+};
+use qpq_domain::UnixMillis;
+
+use crate::{
+    backend::Process,
+    child::Child,
+    ops::{
+        MINUTE, Machine, Message, Op, Package, START, channel, limits, page_text, receipt_text, session_text,
+    },
+};
+
+// The model ---------------------------------------------------------------------------------------------------------
+
+#[derive(Default)]
+struct Model {
+    accounts: Vec<Account>,
+    inboxes: BTreeMap<u8, Inbox>,
+    leases: HashMap<u8, Leased>,
+    packages: BTreeMap<u8, Packages>,
+    hybrid: BTreeMap<u8, u8>,
+    sessions: BTreeMap<u8, (u8, Option<u8>, [UnixMillis; 3])>,
+}
+
+struct Account {
+    name: u8,
+    key: u8,
+    record: u8,
+    at: UnixMillis,
+}
+
+#[derive(Default)]
+struct Inbox {
+    last_seq: u64,
+    queue: BTreeMap<u64, Queued>,
+    /// By sender and id: what is gone, and until when that is known.
+    gone: HashMap<(u8, u8), (u64, Queued, UnixMillis)>,
+}
+
+#[derive(Clone)]
+struct Queued {
+    from: u8,
+    id: Option<u8>,
+    channel: u8,
+    size: usize,
+    at: UnixMillis,
+    expires: UnixMillis,
+}
+
+struct Leased {
+    inbox: u8,
+    at: UnixMillis,
+    seqs: Vec<u64>,
+}
+
+#[derive(Default)]
+struct Packages {
+    /// In order of upload: number, last resort, last valid instant.
+    there: Vec<(u8, bool, UnixMillis)>,
+    given: HashMap<u8, UnixMillis>,
+}
+
+impl Inbox {
+    fn remove(&mut self, seq: u64, at: UnixMillis) {
+        if let Some(queued) = self.queue.remove(&seq)
+            && let Some(id) = queued.id
+        {
+            let until = at.plus(limits().delivery.recent_ids);
+            self.gone.insert((queued.from, id), (seq, queued, until));
+        }
+    }
+
+    /// What has expired goes when it expires.
+    fn expire(&mut self, now: UnixMillis) {
+        let expired: Vec<_> =
+            self.queue.iter().filter(|(_, q)| q.expires <= now).map(|(seq, q)| (*seq, q.expires)).collect();
+        expired.into_iter().for_each(|(seq, at)| self.remove(seq, at));
+    }
+
+    fn known(&self, from: u8, id: u8, now: UnixMillis) -> Option<(u64, &Queued)> {
+        let queued = self.queue.iter().find(|(_, q)| (q.from, q.id) == (from, Some(id)));
+        queued.map(|(seq, q)| (*seq, q)).or_else(|| {
+            self.gone.get(&(from, id)).filter(|(.., until)| *until > now).map(|(seq, q, _)| (*seq, q))
+        })
+    }
+}
+
+impl Model {
+    fn crash(&mut self) {
+        self.leases.clear();
+    }
+
+    fn exists(&self, key: u8) -> bool {
+        self.accounts.iter().any(|account| account.key == key)
+    }
+
+    fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
+        self.inboxes.values_mut().for_each(|inbox| inbox.expire(now));
+        match op {
+            Op::Register { name, key, record } => self.register(*name, *key, *record, now).to_owned(),
+            Op::Who { key } => self.accounts.iter().find(|account| account.key == *key).map_or_else(
+                || "nobody".to_owned(),
+                |account| format!("user{} {} {}", account.name, account.record, account.at.0),
+            ),
+            Op::Enqueue(messages) => {
+                messages.iter().map(|message| self.enqueue(message, now)).collect::<Vec<_>>().join(", ")
+            }
+            Op::Upload { owner, .. }
+            | Op::PutHybrid { owner, .. }
+            | Op::Open { owner, .. }
+            | Op::RevokeAll { owner }
+                if !self.exists(*owner) =>
+            {
+                "nobody".to_owned()
+            }
+            Op::Upload { owner, packages } => self.upload(*owner, packages, now),
+            Op::Take { target } => self.take(*target, now),
+            Op::PutHybrid { owner, key } => {
+                self.hybrid.insert(*owner, *key);
+                "put".to_owned()
+            }
+            Op::GetHybrid { targets } => {
+                format!("{:?}", targets.iter().map(|n| self.hybrid.get(n).copied()).collect::<Vec<_>>())
+            }
+            Op::Lease { .. } | Op::Settle { .. } | Op::Release { .. } | Op::Peek { .. } | Op::Ack { .. } => {
+                self.read(op, now)
+            }
+            Op::Sweep => {
+                self.sessions.retain(|_, (_, _, [.., expires])| *expires > now);
+                "swept".to_owned()
+            }
+            _ => self.session(op, now),
+        }
+    }
+
+    fn register(&mut self, name: u8, key: u8, record: u8, now: UnixMillis) -> &'static str {
+        if let Some(held) = self.accounts.iter().find(|account| account.name == name) {
+            let same = held.key == key && held.record == record;
+            return if same { "repeated" } else { "UsernameTaken" };
+        }
+        if self.exists(key) {
+            return "IdentityTaken";
+        }
+        self.accounts.push(Account { name, key, record, at: now });
+        self.inboxes.insert(key, Inbox::default());
+        "registered"
+    }
+
+    fn enqueue(&mut self, message: &Message, now: UnixMillis) -> String {
+        let Some(inbox) = self.inboxes.get_mut(&message.to) else { return "NoSuchRecipient".to_owned() };
+        let receipt = |what, seq, q: &Queued| {
+            let hash = u8::try_from(q.size % 251).expect("small");
+            receipt_text(what, seq, channel(q.channel).as_bytes(), hash, q.at.0)
+        };
+        // What arrives with no life left is accepted, and gone.
+        inbox.expire(now);
+        if let Some((seq, q)) = message.id.and_then(|id| inbox.known(message.from, id, now)) {
+            return receipt("duplicate", seq, q);
+        }
+        let limits = limits().delivery;
+        let bytes: usize = inbox.queue.values().map(|q| q.size).sum();
+        if inbox.queue.len() as u64 >= limits.max_messages || (bytes + message.size) as u64 > limits.max_bytes
+        {
+            return "QueueFull".to_owned();
+        }
+        inbox.last_seq += 1;
+        let expires = now.plus(MINUTE * message.minutes.into());
+        let Message { from, id, channel, size, .. } = *message;
+        let queued = Queued { from, id, channel, size, at: now, expires };
+        let text = receipt("accepted", inbox.last_seq, &queued);
+        inbox.queue.insert(inbox.last_seq, queued);
+        text
+    }
+
+    fn leased(&self, inbox: u8) -> BTreeSet<u64> {
+        let leases = self.leases.values().filter(|lease| lease.inbox == inbox);
+        leases.flat_map(|lease| lease.seqs.iter().copied()).collect()
+    }
+
+    /// The page, and its seqs.
+    fn page(
+        &self,
+        inbox: u8,
+        view: Option<u8>,
+        after: u64,
+        messages: u32,
+        bytes: usize,
+    ) -> (String, Vec<u64>) {
+        let leased = self.leased(inbox);
+        let none = BTreeMap::new();
+        let queue = self.inboxes.get(&inbox).map_or(&none, |inbox| &inbox.queue);
+        let visible: Vec<_> = queue
+            .iter()
+            .filter(|(seq, q)| **seq > after && view.is_none_or(|n| n == q.channel))
+            .take_while(|(seq, _)| !leased.contains(seq))
+            .collect();
+        let mut cost = 0;
+        let shown: Vec<_> = visible
+            .iter()
+            .enumerate()
+            .take_while(|(index, (_, q))| {
+                cost += q.size + 64;
+                *index < messages as usize && (*index == 0 || cost <= bytes)
+            })
+            .map(|(_, (seq, q))| (**seq, channel(q.channel), q.size, q.at.0))
+            .collect();
+        let text = page_text(
+            shown.iter().map(|(seq, channel, size, at)| (*seq, channel.as_bytes(), *size, *at)),
+            shown.len() < visible.len(),
+        );
+        (text, shown.iter().map(|(seq, ..)| *seq).collect())
+    }
+
+    fn read(&mut self, op: &Op, now: UnixMillis) -> String {
+        match op {
+            Op::Lease { inbox, view, messages, bytes, slot } => {
+                self.leases.remove(slot);
+                let (text, seqs) = self.page(*inbox, *view, 0, *messages, *bytes);
+                self.leases.insert(*slot, Leased { inbox: *inbox, at: now, seqs });
+                text
+            }
+            Op::Settle { slot } => match self.leases.remove(slot) {
+                None => "no lease".to_owned(),
+                Some(lease) => {
+                    if let Some(inbox) = self.inboxes.get_mut(&lease.inbox) {
+                        lease.seqs.into_iter().for_each(|seq| inbox.remove(seq, lease.at));
+                    }
+                    "settled".to_owned()
+                }
+            },
+            Op::Release { slot } => self.leases.remove(slot).map_or("no lease", |_| "released").to_owned(),
+            Op::Peek { inbox, view, after, messages } => {
+                self.page(*inbox, *view, *after, *messages, usize::MAX).0
+            }
+            Op::Ack { inbox, view, up_to, seqs } => {
+                let Some(inbox) = self.inboxes.get_mut(inbox) else { return "acked 0".to_owned() };
+                let acked: Vec<u64> = inbox
+                    .queue
+                    .iter()
+                    .filter(|(seq, q)| {
+                        view.is_none_or(|n| n == q.channel) && (Some(**seq) <= *up_to || seqs.contains(seq))
+                    })
+                    .map(|(seq, _)| *seq)
+                    .collect();
+                acked.iter().for_each(|seq| inbox.remove(*seq, now));
+                format!("acked {}", acked.len())
+            }
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    fn upload(&mut self, owner: u8, packages: &[Package], now: UnixMillis) -> String {
+        let kept = self.packages.entry(owner).or_default();
+        let mut there: Vec<_> = kept.there.iter().copied().filter(|(.., until)| *until >= now).collect();
+        for (index, package) in packages.iter().enumerate() {
+            if there.iter().any(|(n, ..)| *n == package.n) {
+                continue;
+            }
+            if kept.given.get(&package.n).is_some_and(|until| *until >= now) {
+                return format!("GivenOut({index})");
+            }
+            if package.last_resort {
+                there.retain(|(_, last_resort, _)| !last_resort);
+            }
+            there.push((package.n, package.last_resort, now.plus(MINUTE * package.minutes.into())));
+        }
+        if there.len() > limits().key_packages.max_count as usize {
+            return "Full".to_owned();
+        }
+        kept.there = there;
+        let last = kept.there.iter().filter(|(_, last_resort, _)| *last_resort).count();
+        format!("stored {} {}", kept.there.len() - last, last > 0)
+    }
+
+    fn take(&mut self, target: u8, now: UnixMillis) -> String {
+        let Some(kept) = self.packages.get_mut(&target) else { return "none".to_owned() };
+        let pick = |wanted| kept.there.iter().position(|(_, last, until)| *last == wanted && *until >= now);
+        let Some(index) = pick(false).or_else(|| pick(true)) else { return "none".to_owned() };
+        let (n, last_resort, until) = kept.there[index];
+        if !last_resort {
+            kept.there.remove(index);
+        }
+        kept.given.insert(n, until);
+        format!("took {n} {last_resort}")
+    }
+
+    fn session(&mut self, op: &Op, now: UnixMillis) -> String {
+        let after = |minutes: u8| now.plus(MINUTE * minutes.into());
+        match op {
+            Op::Open { token, owner, minutes } => {
+                let device = (token % 2 == 0).then_some(*token);
+                self.sessions.entry(*token).or_insert((*owner, device, [now, now, after(*minutes)]));
+                "opened".to_owned()
+            }
+            Op::Find { token } => self
+                .sessions
+                .get(token)
+                .map_or_else(|| "none".to_owned(), |(owner, device, at)| session_text(*owner, *device, *at)),
+            Op::Touch { token, minutes } => {
+                if let Some((_, _, [_, used, expires])) = self.sessions.get_mut(token) {
+                    (*used, *expires) = (now, after(*minutes));
+                }
+                "touched".to_owned()
+            }
+            Op::Revoke { token } => format!("revoked {}", u8::from(self.sessions.remove(token).is_some())),
+            Op::RevokeAll { owner } => {
+                let before = self.sessions.len();
+                self.sessions.retain(|_, (of, ..)| of != owner);
+                format!("revoked {}", before - self.sessions.len())
+            }
+            other => unreachable!("{other:?}"),
+        }
+    }
+}
+
+// Histories -----------------------------------------------------------------------------------------------------------
+
+#[derive(Clone, Debug)]
+enum Step {
+    Do(Op),
+    Pass { minutes: u8 },
+    Crash,
+}
+
+/// Four people of whom most soon exist, three channels, five ids: few enough to meet again and again.
+fn op() -> impl Strategy<Value = Op> {
+    let person = || 1..=4_u8;
+    let view = || prop::option::of(0..=2_u8);
+    let slot = || 0..=2_u8;
+    let message = (person(), person(), 0..=2_u8, prop::option::of(1..=5_u8), 0..=150_usize, 0..=20_u8)
+        .prop_map(|(from, to, channel, id, size, minutes)| Message { from, to, channel, id, size, minutes });
+    let package = (1..=8_u8, any::<bool>(), 0..=20_u8).prop_map(|(n, last_resort, minutes)| Package {
+        n,
+        last_resort,
+        minutes,
+    });
+    let inboxes = prop_oneof![
+        6 => prop::collection::vec(message, 1..4).prop_map(Op::Enqueue),
+        3 => (person(), view(), 0..=5_u32, 0..=600_usize, slot()).prop_map(
+            |(inbox, view, messages, bytes, slot)| Op::Lease { inbox, view, messages, bytes, slot }
+        ),
+        2 => slot().prop_map(|slot| Op::Settle { slot }),
+        1 => slot().prop_map(|slot| Op::Release { slot }),
+        3 => (person(), view(), 0..=8_u64, 0..=8_u32)
+            .prop_map(|(inbox, view, after, messages)| Op::Peek { inbox, view, after, messages }),
+        2 => (person(), view(), prop::option::of(0..=20_u64), prop::collection::vec(0..=20_u64, 0..4))
+            .prop_map(|(inbox, view, up_to, seqs)| Op::Ack { inbox, view, up_to, seqs }),
+    ];
+    let keys = prop_oneof![
+        3 => (person(), prop::collection::vec(package, 1..4))
+            .prop_map(|(owner, packages)| Op::Upload { owner, packages }),
+        3 => person().prop_map(|target| Op::Take { target }),
+        1 => (person(), any::<u8>()).prop_map(|(owner, key)| Op::PutHybrid { owner, key }),
+        1 => prop::collection::vec(person(), 0..4).prop_map(|targets| Op::GetHybrid { targets }),
+    ];
+    let sessions = prop_oneof![
+        2 => (1..=4_u8, person(), 0..=20_u8)
+            .prop_map(|(token, owner, minutes)| Op::Open { token, owner, minutes }),
+        3 => (1..=4_u8).prop_map(|token| Op::Find { token }),
+        1 => (1..=4_u8, 0..=20_u8).prop_map(|(token, minutes)| Op::Touch { token, minutes }),
+        1 => (1..=4_u8).prop_map(|token| Op::Revoke { token }),
+        1 => person().prop_map(|owner| Op::RevokeAll { owner }),
+    ];
+    let accounts = prop_oneof![
+        3 => (person(), person(), 1..=2_u8)
+            .prop_map(|(name, key, record)| Op::Register { name, key, record }),
+        1 => person().prop_map(|key| Op::Who { key }),
+    ];
+    prop_oneof![12 => inboxes, 4 => keys, 3 => sessions, 2 => accounts, 1 => Just(Op::Sweep)]
+}
+
+fn history(steps: usize, crashes: u32) -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        40 => op().prop_map(Step::Do),
+        5 => (1..=8_u8).prop_map(|minutes| Step::Pass { minutes }),
+        crashes => Just(Step::Crash),
+    ];
+    prop::collection::vec(step, steps / 2..steps).prop_map(|steps| {
+        let people = (1..=3).map(|n| Step::Do(Op::Register { name: n, key: n, record: 1 }));
+        people.chain(steps).collect()
+    })
+}
+
+/// What carries histories out.
+trait Driver {
+    fn apply(&mut self, op: &Op, now: UnixMillis) -> String;
+    fn crash(&mut self);
+}
+
+fn compare(driver: &mut impl Driver, steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let mut model = Model::default();
+    let mut now = START;
+    for (index, step) in steps.into_iter().enumerate() {
+        match step {
+            Step::Do(op) => {
+                let answer = driver.apply(&op, now);
+                prop_assert_eq!(answer, model.apply(&op, now), "step {}: {:?}", index, op);
+            }
+            Step::Pass { minutes } => now = now.plus(MINUTE * minutes.into()),
+            Step::Crash => {
+                driver.crash();
+                model.crash();
+            }
+        }
+    }
+    Ok(())
+}
+
+fn config(cases: u32) -> Config {
+    Config { cases, failure_persistence: None, max_shrink_iters: 200, ..Config::default() }
+}
+
+// In this process -------------------------------------------------------------------------------------------------------
+
+struct InProcess {
+    runtime: tokio::runtime::Runtime,
+    directory: tempfile::TempDir,
+    running: Option<(Process, Machine)>,
+}
+
+impl InProcess {
+    fn new() -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut this = Self { runtime, directory, running: None };
+        this.start();
+        this
+    }
+
+    fn start(&mut self) {
+        let process = self.runtime.block_on(Process::start(&self.directory, limits()));
+        let machine = Machine::new(process.store.stores());
+        self.running = Some((process, machine));
+    }
+}
+
+impl Driver for InProcess {
+    fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
+        let (_, machine) = self.running.as_mut().expect("running");
+        self.runtime.block_on(machine.apply(op.clone(), now))
+    }
+
+    fn crash(&mut self) {
+        let (process, machine) = self.running.take().expect("running");
+        self.runtime.block_on(process.crash());
+        // Only now, so that no lease is released in good order before.
+        drop(machine);
+        self.start();
+    }
+}
+
+proptest! {
+    #![proptest_config(config(24))]
+
+    #[test]
+    fn histories_with_lost_runtimes_are_those_of_the_model(steps in history(120, 2)) {
+        compare(&mut InProcess::new(), steps)?;
+    }
+}
+
+// In a process that is killed ---------------------------------------------------------------------------------------------
+
+struct Killed {
+    directory: tempfile::TempDir,
+    child: Child,
+}
+
+impl Killed {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut child = Child::spawn();
+        child.open(directory.path(), limits()).expect("a new directory");
+        Self { directory, child }
+    }
+}
+
+impl Driver for Killed {
+    fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
+        self.child.apply(op, now)
+    }
+
+    fn crash(&mut self) {
+        self.child.kill();
+        self.child = Child::spawn();
+        self.child.open(self.directory.path(), limits()).expect("what a killed process left");
+    }
+}
+
+proptest! {
+    #![proptest_config(config(5))]
+
+    #[test]
+    fn histories_with_killed_processes_are_those_of_the_model(steps in history(100, 3)) {
+        compare(&mut Killed::new(), steps)?;
+    }
+}

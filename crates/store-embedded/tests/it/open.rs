@@ -1,0 +1,195 @@
+//! Directories that can be used, and those that cannot: each refusal has its own error, which says what to do.
+
+use std::{
+    fs::{self, OpenOptions, Permissions},
+    os::unix::fs::{FileExt as _, PermissionsExt as _},
+    path::Path,
+};
+
+use qpq_domain::Seq;
+use qpq_ports::{PageLimit, Read, StoreError, View};
+use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
+use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
+
+use crate::{
+    child::Child,
+    ops::{Machine, Message, Op, START, key},
+};
+
+async fn refused(path: &Path) -> OpenError {
+    EmbeddedStore::open(path, Limits::default()).await.expect_err("not usable")
+}
+
+async fn open(path: &Path) -> EmbeddedStore {
+    EmbeddedStore::open(path, Limits::default()).await.unwrap_or_else(|error| panic!("{error}"))
+}
+
+async fn sql(path: &Path, statement: &'static str) {
+    let options = SqliteConnectOptions::new().filename(path.join("qpq.db")).create_if_missing(true);
+    let mut connection = options.connect().await.expect("connect");
+    sqlx::query(statement).execute(&mut connection).await.expect("execute");
+    connection.close().await.expect("close");
+}
+
+#[tokio::test]
+async fn a_missing_directory_is_made_for_its_owner_alone() {
+    let parent = tempfile::tempdir().expect("a directory");
+    let path = parent.path().join("some/where");
+    let store = open(&path).await;
+    let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+    assert_eq!(mode(&path), 0o700);
+    let files: Vec<_> =
+        fs::read_dir(&path).expect("readable").map(|entry| entry.expect("entry").path()).collect();
+    assert!(files.len() >= 3, "the lock, the database and its log: {files:?}");
+    for file in files {
+        assert_eq!(mode(&file), 0o600, "{}", file.display());
+    }
+    store.close().await;
+    let left: Vec<_> =
+        fs::read_dir(&path).expect("readable").map(|e| e.expect("entry").file_name()).collect();
+    assert!(
+        left.iter().all(|name| name == "lock" || name == "qpq.db"),
+        "a closed store is one file: {left:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_second_server_is_refused_until_the_first_has_closed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let first = open(directory.path()).await;
+    let error = refused(directory.path()).await;
+    assert!(matches!(error, OpenError::InUse(_)), "{error}");
+    let mut child = Child::spawn();
+    let told = child.open(directory.path(), Limits::default()).expect_err("in use");
+    assert!(told.contains("in use by another server: stop that one first"), "{told}");
+    first.stores().upkeep.check().await.expect("undisturbed");
+
+    let stores = first.stores();
+    first.close().await;
+    assert!(matches!(stores.upkeep.check().await, Err(StoreError::Unavailable(_))), "closed is closed");
+    child.open(directory.path(), Limits::default()).expect("now it is free");
+    assert!(matches!(refused(directory.path()).await, OpenError::InUse(_)));
+    child.kill();
+    open(directory.path()).await.close().await;
+}
+
+#[tokio::test]
+async fn what_is_no_directory_is_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("file");
+    fs::write(&file, "hello").expect("write");
+    for path in [file.clone(), file.join("below")] {
+        let error = refused(&path).await;
+        assert!(matches!(error, OpenError::NotADirectory(_)), "{error}");
+    }
+    assert_eq!(fs::read(&file).expect("read"), b"hello");
+}
+
+/// The superuser may write everywhere, so a child does it as somebody who may not.
+#[test]
+fn a_read_only_directory_is_refused() {
+    let parent = tempfile::tempdir().expect("a directory");
+    fs::set_permissions(parent.path(), Permissions::from_mode(0o755)).expect("own directory");
+    let path = parent.path().join("data");
+    fs::create_dir(&path).expect("a directory");
+    fs::set_permissions(&path, Permissions::from_mode(0o555)).expect("own directory");
+    let mut child = if nix::unistd::geteuid().is_root() {
+        let binary = parent.path().join("it");
+        fs::copy(std::env::current_exe().expect("this binary"), &binary).expect("copy");
+        Child::spawn_as_nobody(&binary)
+    } else {
+        Child::spawn()
+    };
+    let error = child.open(&path, Limits::default()).expect_err("read-only");
+    assert!(error.contains("make it writable for the user that runs the server"), "{error}");
+    let error = child.open(&path.join("below"), Limits::default()).expect_err("read-only");
+    assert!(error.contains("make it writable for the user that runs the server"), "{error}");
+    fs::set_permissions(&path, Permissions::from_mode(0o777)).expect("own directory");
+    child.open(&path, Limits::default()).expect("now it can be written");
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_database_is_refused_and_left_alone() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("qpq.db");
+    let text = "no database, whatever its name says. ".repeat(1_000);
+    fs::write(&file, &text).expect("write");
+    let error = refused(directory.path()).await;
+    assert!(matches!(error, OpenError::Corrupt { .. }), "{error}");
+    assert_eq!(fs::read_to_string(&file).expect("read"), text);
+}
+
+#[tokio::test]
+async fn another_programs_database_is_refused_and_left_alone() {
+    let directory = tempfile::tempdir().expect("a directory");
+    sql(directory.path(), "CREATE TABLE somebody (elses INTEGER)").await;
+    let error = refused(directory.path()).await;
+    assert!(matches!(error, OpenError::NotOurs(_)), "{error}");
+    sql(directory.path(), "INSERT INTO somebody VALUES (1)").await;
+}
+
+#[tokio::test]
+async fn a_newer_schema_is_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    open(directory.path()).await.close().await;
+    sql(
+        directory.path(),
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+         VALUES (9999, 'from the future', 1, x'00', 0)",
+    )
+    .await;
+    let error = refused(directory.path()).await;
+    assert!(matches!(error, OpenError::NewerSchema { found: 9999, known: 1, .. }), "{error}");
+    sql(directory.path(), "DELETE FROM _sqlx_migrations WHERE version = 9999").await;
+    open(directory.path()).await.close().await;
+}
+
+/// A directory with a few hundred messages, closed in good order.
+async fn filled() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = open(directory.path()).await;
+    let mut machine = Machine::new(store.stores());
+    machine.apply(Op::Register { name: 1, key: 1, record: 1 }, START).await;
+    for n in 0..20 {
+        let message = Message { from: 1, to: 1, channel: n % 2, id: None, size: 3_000, minutes: 200 };
+        machine.apply(Op::Enqueue(vec![message; 20]), START).await;
+    }
+    drop(machine);
+    store.close().await;
+    directory
+}
+
+#[tokio::test]
+async fn a_damaged_header_is_found_at_the_start() {
+    let directory = filled().await;
+    let file = OpenOptions::new().write(true).open(directory.path().join("qpq.db")).expect("open");
+    file.write_all_at(&[0xa5; 100], 0).expect("write");
+    let error = refused(directory.path()).await;
+    assert!(matches!(error, OpenError::Corrupt { .. }), "{error}");
+    assert!(error.to_string().contains("restore the latest backup"), "{error}");
+}
+
+#[tokio::test]
+async fn damage_in_the_middle_is_told_when_it_is_met() {
+    let directory = filled().await;
+    let path = directory.path().join("qpq.db");
+    let pages = fs::metadata(&path).expect("there").len() / 4_096;
+    assert!(pages > 300);
+    let file = OpenOptions::new().write(true).open(&path).expect("open");
+    // All of the second half: pages of messages, whatever else is there.
+    for page in pages / 2..pages {
+        file.write_all_at(&[0xa5; 4_096], page * 4_096).expect("write");
+    }
+    let store = open(directory.path()).await;
+    let inboxes = store.stores().inboxes;
+    let read = Read { inbox: key(1), device: None, view: View::All };
+    let everything = PageLimit { messages: u32::MAX, bytes: usize::MAX };
+    let error = inboxes.peek(read, Seq::ZERO, everything, START).await.expect_err("damaged");
+    assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
+    let ack = qpq_ports::Ack { up_to: Some(Seq(400)), seqs: vec![] };
+    let error = inboxes.ack(read, ack, START).await.expect_err("damaged");
+    assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
+    store.stores().upkeep.check().await.expect("what does not meet the damage still works");
+    let account = store.stores().accounts.by_identity(&key(1)).await.expect("read");
+    assert!(account.is_some(), "so does reading");
+}
