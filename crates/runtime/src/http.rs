@@ -13,7 +13,11 @@ use tokio::{
     time::{MissedTickBehavior, interval, timeout},
 };
 
-use crate::{config::ListenOn, lifecycle::Tasks, metrics::Metrics};
+use crate::{
+    config::ListenOn,
+    lifecycle::Tasks,
+    metrics::{LIVE, Metrics, READY},
+};
 
 crate::section! {
     /// Health and metrics over HTTP, unencrypted: keep it off public networks.
@@ -146,7 +150,7 @@ fn health(probe: &Probe) -> (StatusCode, &'static str) {
 
 impl Pages {
     fn render(&self) -> String {
-        for (name, probe) in [("qpq_live", &self.live), ("qpq_ready", &self.ready)] {
+        for (name, probe) in [(LIVE, &self.live), (READY, &self.ready)] {
             metrics::gauge!(name).set(if probe.passes() { 1.0 } else { 0.0 });
         }
         self.metrics.render()

@@ -1,11 +1,15 @@
-//! Metrics: one Prometheus recorder a process, and the names that may be recorded.
+//! Metrics: one Prometheus recorder a process. Each crate documents and describes its own names; times are in seconds and
+//! sizes in bytes, said so by the end of the name, which is what chooses a histogram's bounds.
 //!
-//! Each crate lists its metrics in one table of [`Metric`]s, which is what describes them in the output and in the
-//! documentation. Times are in seconds and sizes in bytes, said so by the end of the name.
+//! | name | kind | what |
+//! |---|---|---|
+//! | `qpq_build_info{version}` | gauge | always 1; the label has the version |
+//! | `qpq_live` | gauge | 1 while `/livez` answers 200, else 0 |
+//! | `qpq_ready` | gauge | 1 while `/readyz` answers 200, else 0 |
 
 use std::sync::OnceLock;
 
-use metrics::{describe_counter, describe_gauge, describe_histogram};
+use metrics::{describe_gauge, gauge};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// Upper bounds for times in seconds: from a call answered out of memory to a long wait.
@@ -17,31 +21,9 @@ const BYTES: &[f64] =
 /// Upper bounds for everything else that is counted: how many at once.
 const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0];
 
-/// One documented name.
-#[derive(Clone, Copy, Debug)]
-pub struct Metric {
-    pub kind: Kind,
-    pub name: &'static str,
-    pub help: &'static str,
-}
-
-/// What a metric does over time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Only rises.
-    Counter,
-    /// Rises and falls.
-    Gauge,
-    /// Counts observations by size.
-    Histogram,
-}
-
-/// What this crate records.
-pub const TABLE: &[Metric] = &[
-    Metric { kind: Kind::Gauge, name: "qpq_build_info", help: "Always 1; the label has the version." },
-    Metric { kind: Kind::Gauge, name: "qpq_live", help: "Whether /livez answers 200." },
-    Metric { kind: Kind::Gauge, name: "qpq_ready", help: "Whether /readyz answers 200." },
-];
+const BUILD_INFO: &str = "qpq_build_info";
+pub(crate) const LIVE: &str = "qpq_live";
+pub(crate) const READY: &str = "qpq_ready";
 
 /// The process's metrics.
 #[derive(Clone)]
@@ -58,21 +40,13 @@ pub fn install(version: &'static str) -> Metrics {
             .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_bytes".into()), BYTES))
             .and_then(PrometheusBuilder::install_recorder)
             .expect("the bounds are not empty and nothing else in this program installs a recorder");
-        metrics::gauge!("qpq_build_info", "version" => version).set(1.0);
+        describe_gauge!(BUILD_INFO, "Always 1; the label has the version");
+        describe_gauge!(LIVE, "1 while /livez answers 200, else 0");
+        describe_gauge!(READY, "1 while /readyz answers 200, else 0");
+        gauge!(BUILD_INFO, "version" => version).set(1.0);
         handle
     });
     Metrics(handle.clone())
-}
-
-/// Gives metrics their help texts. After [`install`].
-pub fn describe(table: &[Metric]) {
-    for &Metric { kind, name, help } in table {
-        match kind {
-            Kind::Counter => describe_counter!(name, help),
-            Kind::Gauge => describe_gauge!(name, help),
-            Kind::Histogram => describe_histogram!(name, help),
-        }
-    }
 }
 
 impl Metrics {
@@ -99,17 +73,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_recorded_is_rendered_with_its_help_and_in_buckets() {
+    fn what_is_recorded_is_rendered_with_help_and_in_buckets() {
         install("1.2.3");
-        describe(&[
-            Metric { kind: Kind::Counter, name: "test_calls_total", help: "Calls." },
-            Metric { kind: Kind::Histogram, name: "test_wait_seconds", help: "Waits." },
-        ]);
         metrics::counter!("test_calls_total").increment(2);
         metrics::histogram!("test_wait_seconds").record(0.003);
         let text = install("4.5.6").render();
         assert!(text.contains("qpq_build_info{version=\"1.2.3\"} 1"), "{text}");
-        assert!(text.contains("# HELP test_calls_total Calls.\n"), "{text}");
+        assert!(text.contains("# HELP qpq_build_info Always 1; the label has the version\n"), "{text}");
         assert!(text.contains("test_calls_total 2"), "{text}");
         assert!(text.contains("test_wait_seconds_bucket{le=\"0.0025\"} 0"), "{text}");
         assert!(text.contains("test_wait_seconds_bucket{le=\"0.005\"} 1"), "{text}");

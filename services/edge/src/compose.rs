@@ -71,7 +71,6 @@ impl From<BindError> for StartError {
 /// Starts a server. When this returns, clients are being served. Needs a tokio runtime.
 pub async fn compose(config: &Config) -> Result<Running, StartError> {
     let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
-    metrics::describe(metrics::TABLE);
     let dir = DataDir::create(&config.data_dir)?;
     let secrets = secrets::load_or_create(&dir)?;
     let limits = Limits { delivery: config.delivery(), key_packages: config.key_packages() };
