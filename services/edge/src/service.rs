@@ -84,3 +84,72 @@ impl Events for Sink {
         self.0.send(event_type, payload).is_ok()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis, Username};
+    use qpq_ports::{Enqueue, NewAccount, PageLimit, Read, Stores, View};
+    use qpq_store_embedded::{EmbeddedStore, Limits};
+
+    use super::*;
+
+    const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
+    const ALL: PageLimit = PageLimit { messages: 10, bytes: 1 << 20 };
+
+    /// A store in a directory of its own, with one message in one inbox.
+    async fn one_message() -> (tempfile::TempDir, EmbeddedStore, Read) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = EmbeddedStore::open(dir.path(), Limits::default()).await.unwrap();
+        let stores = store.stores();
+        let inbox = IdentityKey::new([7; 32]);
+        let username = Username::parse("alice").unwrap();
+        let account = NewAccount { username, identity: inbox, opaque_record: vec![0; 192], now: NOW };
+        stores.accounts.register(account).await.unwrap();
+        let message = Enqueue {
+            sender: inbox,
+            recipient: inbox,
+            channel: ChannelId::default(),
+            payload: Bytes::from_static(b"hello"),
+            payload_sha256: [0; 32],
+            message_id: None,
+            now: NOW,
+            ttl: Duration::from_secs(60),
+        };
+        stores.inboxes.enqueue(vec![message]).await.unwrap();
+        (dir, store, Read { inbox, device: None, view: View::All })
+    }
+
+    /// The reply to a Fetch, and how many messages it shows.
+    async fn fetched(stores: &Stores, read: Read) -> (Reply, usize) {
+        let lease = stores.inboxes.lease(read, ALL, NOW).await.unwrap();
+        let shown = lease.page().envelopes.len();
+        (reply(Answer { status: 0, payload: Bytes::new(), lease: Some(lease) }), shown)
+    }
+
+    #[tokio::test]
+    async fn what_was_delivered_is_removed() {
+        let (_dir, store, read) = one_message().await;
+        let stores = store.stores();
+        let (reply, shown) = fetched(&stores, read).await;
+        assert_eq!(shown, 1);
+        reply.on_delivery.unwrap().delivered().await;
+        let left = stores.inboxes.peek(read, Seq::ZERO, ALL, NOW).await.unwrap();
+        assert_eq!(left.envelopes.len(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_was_lost_or_never_sent_is_there_again() {
+        let (_dir, store, read) = one_message().await;
+        let stores = store.stores();
+        let (lost, shown) = fetched(&stores, read).await;
+        assert_eq!(shown, 1);
+        assert_eq!(fetched(&stores, read).await.1, 0, "leased");
+        lost.on_delivery.unwrap().lost().await;
+        let (unsent, shown) = fetched(&stores, read).await;
+        assert_eq!(shown, 1);
+        drop(unsent);
+        assert_eq!(fetched(&stores, read).await.1, 1);
+    }
+}
