@@ -25,14 +25,11 @@ pub(crate) async fn serve<S: Service>(connection: &Connection<S>, send: SendStre
             Some(reply) => reply,
             None => return connection.server.metrics.calls_cancelled.increment(1),
         },
-        Received::Answer(reply) => {
-            // The client need not send the rest; it still gets the answer.
-            let _ = incoming.recv.stop(NO_CODE);
-            reply
-        }
+        Received::Answer(reply) => reply,
         Received::Nothing => return,
     };
     let header = incoming.header;
+    // Dropped before its end, quinn tells the client not to send the rest. The answer is another matter.
     drop(incoming);
     respond(connection, answer, header, reply).await;
 }

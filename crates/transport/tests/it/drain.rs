@@ -5,7 +5,10 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use qpq_transport::client::{CallError, ConnectError, Lost};
 
-use crate::support::{Harness, Report, method, status, within};
+use crate::{
+    relay::Relay,
+    support::{Harness, Report, method, status, within},
+};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -90,6 +93,32 @@ async fn no_answer_given_before_the_close_is_cut_off() {
     for answer in answers {
         assert_eq!(answer, Ok((status::OK, payload.clone())));
     }
+}
+
+#[tokio::test]
+async fn a_drain_waits_until_its_answers_have_arrived() {
+    let mut harness = Harness::start();
+    let mut relay = Relay::to(harness.addr()).await;
+    let connection = within(harness.dialer().connect(relay.addr, "localhost")).await.unwrap();
+    let call = connection.call(method::GATE, "late".into(), 1, HOUR);
+    let story = async {
+        harness.wait_for(Report::Started(1)).await;
+        let Harness { server, probe, reports, .. } = &mut harness;
+        let meanwhile = async {
+            within(async { while reports.recv().await != Some(Report::Draining) {} }).await;
+            relay.set_down(false);
+            relay.forget_down();
+            probe.gate.add_permits(1);
+            // The answer gets lost again and again; each time the server waits twice as long.
+            for _ in 0..10 {
+                relay.next_down().await;
+            }
+            relay.set_down(true);
+        };
+        tokio::join!(within(server.drain(HOUR)), meanwhile);
+    };
+    let (answer, ()) = tokio::join!(within(call), story);
+    assert_eq!(answer, Ok((status::OK, "late".into())));
 }
 
 #[tokio::test]
