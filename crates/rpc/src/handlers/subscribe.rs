@@ -2,7 +2,8 @@
 //!
 //! The events are hints. A Wake says that a message became visible and carries none of it: the client peeks and acks, or
 //! fetches. When the client is slower than its inbox, only the newest Wake of each channel is kept for it, so a
-//! subscription costs no more memory than the inbox has channels. One connection has at most one subscription; a new one
+//! subscription costs no more memory than the inbox has channels. A Wake may come twice, or for what has gone meanwhile:
+//! it is cheaper to look in vain than to miss something. One connection has at most one subscription; a new one
 //! takes the place of the old, and announces again what is in the inbox.
 
 use std::{
@@ -14,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use qpq_domain::{ChannelId, Seq};
-use qpq_ports::{PageLimit, Read, View, Wake};
+use qpq_ports::{Page, PageLimit, Read, StoreResult, View, Wake};
 use qpq_proto::{
     Event, methods,
     v1::{self, DrainingEvent, KeyPackagesLowEvent, SessionRevokedEvent, WakeEvent},
@@ -56,6 +57,9 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 /// What one look at the inbox reads: it only wants seqs and channels, but gets the messages too.
 const LOOK: PageLimit = PageLimit { messages: 256, bytes: 256 << 10 };
 
+/// One message, whatever its size.
+const FIRST: PageLimit = PageLimit { messages: 1, bytes: 0 };
+
 impl Handler for methods::Subscribe {
     async fn handle(
         cx: Cx<'_>,
@@ -85,7 +89,7 @@ struct Subscription {
     /// Up to which seq the inbox was looked at.
     seen: Seq,
     /// Once a drain began: when the connection will be closed at the latest.
-    closing_at: Instant,
+    closing_at: Option<Instant>,
     /// The first moment for another KeyPackagesLow.
     low_allowed: Instant,
     due: Due,
@@ -124,7 +128,7 @@ impl Subscription {
             draining: Some(cx.app.draining()),
             caller,
             seen: Seq::ZERO,
-            closing_at: now,
+            closing_at: None,
             low_allowed: now,
             due: Due {
                 look: Some(now),
@@ -147,17 +151,17 @@ impl Subscription {
     /// Waits until something happened or is due.
     async fn wait(&mut self) {
         let next = self.due.next();
-        let untold = self.draining.as_mut().filter(|_| self.due.tell_of_drain.is_none());
+        let draining = self.draining.as_mut().filter(|_| self.closing_at.is_none());
         tokio::select! {
             biased;
             notice = self.notices.next() => match notice {
                 Notice::SessionsEnded => self.due.recheck = Some(Instant::now()),
                 Notice::KeyPackageTaken => self.due.count_packages = Some(self.low_allowed),
             },
-            () = began(untold) => {
+            () = began(draining) => {
                 let now = Instant::now();
                 self.due.tell_of_drain = Some(now + OsRng.gen_range(Duration::ZERO..DRAIN_SPREAD));
-                self.closing_at = now + DRAIN_DEADLINE;
+                self.closing_at = Some(now + DRAIN_DEADLINE);
             }
             () = self.wake.woken() => self.due.look = Some(Instant::now()),
             () = sleep_until(next) => {}
@@ -171,14 +175,14 @@ impl Subscription {
         if take_due(&mut self.due.recheck, now) {
             self.recheck(&conn, now).await;
         }
-        if take_due(&mut self.due.look, now) {
+        if take_due(&mut self.due.look, now) && !self.outbox.session_ended {
             self.look(now).await;
         }
         if take_due(&mut self.due.count_packages, now) {
             self.count_packages(now).await;
         }
         if take_due(&mut self.due.tell_of_drain, now) {
-            self.outbox.closing_at = Some(self.closing_at);
+            self.outbox.closing_at = self.closing_at;
         }
         self.due.flush = None;
         self.flush(&conn, now)
@@ -196,10 +200,16 @@ impl Subscription {
         };
     }
 
-    /// Reads what is new in the inbox; only which channels it is in and up to which seq.
+    /// Looks what is new in the inbox. If nothing is, something that was announced before may have been on its way to
+    /// another reader and come back: then the first that is there is announced again.
     async fn look(&mut self, now: Instant) {
-        let time = self.app.clock.now();
-        let page = match self.app.stores.inboxes.peek(self.read, self.seen, LOOK, time).await {
+        let looked = match self.peek(self.seen, LOOK).await {
+            Ok(page) if page.envelopes.is_empty() && self.seen > Seq::ZERO => {
+                self.peek(Seq::ZERO, FIRST).await
+            }
+            other => other,
+        };
+        let page = match looked {
             Ok(page) => page,
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a subscription could not look");
@@ -207,13 +217,19 @@ impl Subscription {
                 return;
             }
         };
+        let news = page.envelopes.last().is_some_and(|last| last.seq > self.seen);
         for envelope in &page.envelopes {
-            self.outbox.wakes.insert(envelope.channel, envelope.seq);
-            self.seen = envelope.seq;
+            let newest = self.outbox.wakes.entry(envelope.channel).or_default();
+            *newest = envelope.seq.max(*newest);
+            self.seen = envelope.seq.max(self.seen);
         }
-        if page.more {
+        if news && page.more {
             self.due.look = Some(now);
         }
+    }
+
+    async fn peek(&self, after: Seq, limit: PageLimit) -> StoreResult<Page> {
+        self.app.stores.inboxes.peek(self.read, after, limit, self.app.clock.now()).await
     }
 
     async fn count_packages(&mut self, now: Instant) {

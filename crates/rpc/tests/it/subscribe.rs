@@ -2,7 +2,7 @@
 //! made to come after it.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -18,7 +18,7 @@ use qpq_ports::Clock as _;
 use qpq_proto::{
     Event, Status, methods,
     v1::{
-        EnqueueRequest, FetchKeyPackageRequest, FetchRequest, LogoutRequest, SubscribeRequest,
+        EnqueueRequest, FetchKeyPackageRequest, FetchRequest, LogoutRequest, PeekRequest, SubscribeRequest,
         UploadKeyPackageRequest, WakeEvent,
     },
 };
@@ -38,6 +38,8 @@ const OTHER_CHANNEL: Bytes = Bytes::from_static(&[0xc2; 16]);
 struct Inbound {
     takes: AtomicBool,
     taken: Mutex<VecDeque<Event>>,
+    /// The newest seq of each channel that `news` has shown.
+    known: Mutex<HashMap<Bytes, u64>>,
     refused: Mutex<Option<Event>>,
     changed: Notify,
 }
@@ -47,6 +49,7 @@ impl Default for Inbound {
         Self {
             takes: AtomicBool::new(true),
             taken: Mutex::default(),
+            known: Mutex::default(),
             refused: Mutex::default(),
             changed: Notify::new(),
         }
@@ -74,6 +77,18 @@ impl Inbound {
                 return event;
             }
             self.changed.notified().await;
+        }
+    }
+
+    /// The next event that says something: a Wake may come twice.
+    async fn news(&self) -> Event {
+        loop {
+            let event = self.next().await;
+            let Event::Wake(WakeEvent { channel_id, seq }) = &event else { return event };
+            let known = self.known.lock().insert(channel_id.clone(), *seq);
+            if known.is_none_or(|known| known < *seq) {
+                return event;
+            }
         }
     }
 
@@ -132,7 +147,7 @@ async fn each_message_wakes_and_none_is_pushed() {
     subscribe(&bob).await;
     for seq in 1..=3 {
         alice.send(&bob, b"hello").await;
-        assert_eq!(inbound.next().await, wake(Bytes::new(), seq));
+        assert_eq!(inbound.news().await, wake(Bytes::new(), seq));
     }
 }
 
@@ -146,14 +161,14 @@ async fn what_is_there_already_is_announced_by_its_newest_in_each_channel() {
     let (all, inbound) = listen(&server, &bob);
     subscribe_to_all(&all).await;
     for expected in [wake(Bytes::new(), 4), wake(CHANNEL, 5), wake(OTHER_CHANNEL, 3)] {
-        assert_eq!(inbound.next().await, expected);
+        assert_eq!(inbound.news().await, expected);
     }
     let (one, inbound) = listen(&server, &bob);
     subscribe(&one).await;
-    assert_eq!(inbound.next().await, wake(Bytes::new(), 4));
+    assert_eq!(inbound.news().await, wake(Bytes::new(), 4));
     send_in(&bob, CHANNEL).await;
     send_in(&bob, Bytes::new()).await;
-    assert_eq!(inbound.next().await, wake(Bytes::new(), 7));
+    assert_eq!(inbound.news().await, wake(Bytes::new(), 7));
 }
 
 #[tokio::test]
@@ -167,7 +182,7 @@ async fn a_long_inbox_is_announced_to_its_end() {
     bob.ok::<methods::BatchEnqueue>(batch).await;
     let (bob, inbound) = listen(&server, &bob);
     subscribe(&bob).await;
-    while inbound.next().await != wake(Bytes::new(), 700) {}
+    while inbound.news().await != wake(Bytes::new(), 700) {}
 }
 
 #[tokio::test]
@@ -182,10 +197,10 @@ async fn a_client_that_is_behind_gets_the_newest_of_each_channel() {
     inbound.refused(&wake(Bytes::new(), 6)).await;
     inbound.takes.store(true, Ordering::SeqCst);
     for expected in [wake(Bytes::new(), 6), wake(CHANNEL, 4), wake(OTHER_CHANNEL, 5)] {
-        assert_eq!(inbound.next().await, expected);
+        assert_eq!(inbound.news().await, expected);
     }
     send_in(&bob, CHANNEL).await;
-    assert_eq!(inbound.next().await, wake(CHANNEL, 7));
+    assert_eq!(inbound.news().await, wake(CHANNEL, 7));
 }
 
 #[tokio::test]
@@ -198,8 +213,43 @@ async fn what_comes_back_from_a_lost_answer_is_announced() {
     // Behind what is on its way nothing is visible.
     send_in(&bob, CHANNEL).await;
     drop(under_way);
+    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.news().await, wake(CHANNEL, 2));
+}
+
+#[tokio::test]
+async fn what_was_announced_and_looked_for_in_vain_is_announced_again() {
+    let server = Server::start().await;
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    subscribe(&bob).await;
+    bob.send(&bob, b"hello").await;
     assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
-    assert_eq!(inbound.next().await, wake(CHANNEL, 2));
+    // Another connection is faster, and dies with the answer.
+    let under_way = bob.elsewhere(&server).ask::<methods::Fetch>(FetchRequest::default()).await;
+    assert!(bob.ok::<methods::Peek>(PeekRequest::default()).await.payloads.is_empty());
+    drop(under_way.expect("one message"));
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    assert_eq!(bob.ok::<methods::Peek>(PeekRequest::default()).await.payloads.len(), 1);
+}
+
+#[tokio::test]
+async fn a_client_that_is_behind_is_told_of_a_drain_once() {
+    let (server, waiters) = Waiters::server().await;
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    inbound.takes.store(false, Ordering::SeqCst);
+    subscribe(&bob).await;
+    waiters.waited(1).await;
+    server.rpc.drain();
+    settle().await;
+    pass(Duration::from_secs(5)).await;
+    assert!(matches!(*inbound.refused.lock(), Some(Event::Draining(_))));
+    inbound.takes.store(true, Ordering::SeqCst);
+    pass(Duration::from_secs(10)).await;
+    assert!(matches!(inbound.news().await, Event::Draining(_)));
+    server.rpc.drained().await;
+    pass(Duration::from_secs(10)).await;
+    bob.send(&bob, b"hello").await;
+    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
 }
 
 #[tokio::test]
@@ -208,14 +258,14 @@ async fn a_second_subscription_takes_the_place_of_the_first() {
     let (bob, inbound) = listen(&server, &server.user("bob").await);
     subscribe_to_all(&bob).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
     subscribe(&bob).await;
-    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 1), "announced again");
     waiters.subscribed(1).await;
     send_in(&bob, CHANNEL).await;
     for seq in [3, 4] {
         send_in(&bob, Bytes::new()).await;
-        assert_eq!(inbound.next().await, wake(Bytes::new(), seq));
+        assert_eq!(inbound.news().await, wake(Bytes::new(), seq));
     }
 }
 
@@ -234,7 +284,7 @@ async fn it_ends_with_the_connection() {
     subscribe(&first).await;
     waiters.subscribed(1).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
     server.rpc.disconnected(&second.client.conn);
     waiters.subscribed(0).await;
 }
@@ -255,11 +305,11 @@ async fn who_is_logged_out_is_told_so_and_nothing_more() {
     subscribe(&first).await;
     subscribe(&second).await;
     bob.ok::<methods::Logout>(LogoutRequest::default()).await;
-    assert!(matches!(first_inbound.next().await, Event::SessionRevoked(_)));
+    assert!(matches!(first_inbound.news().await, Event::SessionRevoked(_)));
     waiters.subscribed(1).await;
     // The other session goes on.
     second.send(&second, b"hello").await;
-    assert_eq!(second_inbound.next().await, wake(Bytes::new(), 1));
+    assert_eq!(second_inbound.news().await, wake(Bytes::new(), 1));
     assert!(first_inbound.taken.lock().is_empty());
 
     // One that takes nothing now is told later, and of nothing that happened meanwhile.
@@ -268,7 +318,7 @@ async fn who_is_logged_out_is_told_so_and_nothing_more() {
     bob.again().await.send(&second, b"too late").await;
     settle().await;
     second_inbound.takes.store(true, Ordering::SeqCst);
-    assert!(matches!(second_inbound.next().await, Event::SessionRevoked(_)));
+    assert!(matches!(second_inbound.news().await, Event::SessionRevoked(_)));
     waiters.subscribed(0).await;
     assert!(second_inbound.taken.lock().is_empty());
 }
@@ -281,7 +331,7 @@ async fn a_session_that_expired_is_found_within_minutes() {
     waiters.waited(1).await;
     server.clock.advance(Duration::from_secs(31 * 24 * 3600));
     pass(Duration::from_secs(10 * 60)).await;
-    assert!(matches!(inbound.next().await, Event::SessionRevoked(_)));
+    assert!(matches!(inbound.news().await, Event::SessionRevoked(_)));
     waiters.subscribed(0).await;
 }
 
@@ -307,13 +357,13 @@ async fn a_drain_is_told_to_all_over_five_seconds() {
     pass(Duration::from_secs(4)).await;
     drained.await.expect("no panic");
     for (_, inbound) in &listeners {
-        let Event::Draining(event) = inbound.next().await else { panic!("another event") };
+        let Event::Draining(event) = inbound.news().await else { panic!("another event") };
         assert!((20_000..=30_000).contains(&event.deadline_ms), "{event:?}");
     }
     // Until the connection is closed everything goes on.
     bob.send(&bob, b"hello").await;
     for (_, inbound) in &listeners {
-        assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+        assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
     }
 }
 
@@ -343,19 +393,19 @@ async fn an_owner_whose_packages_run_low_is_told_once_a_minute() {
     // Ten are enough.
     take(&alice, &bob).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
     // Nine are not.
     take(&alice, &bob).await;
-    let Event::KeyPackagesLow(low) = inbound.next().await else { panic!("another event") };
+    let Event::KeyPackagesLow(low) = inbound.news().await else { panic!("another event") };
     assert_eq!(low.available, 9);
     // That was said.
     take(&alice, &bob).await;
     take(&alice, &bob).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.next().await, wake(Bytes::new(), 2));
+    assert_eq!(inbound.news().await, wake(Bytes::new(), 2));
     // A minute later it is said again, with what is left by then.
     pass(Duration::from_secs(60)).await;
-    let Event::KeyPackagesLow(low) = inbound.next().await else { panic!("another event") };
+    let Event::KeyPackagesLow(low) = inbound.news().await else { panic!("another event") };
     assert_eq!(low.available, 7);
     assert!(not_concerned.taken.lock().is_empty());
 }
