@@ -7,7 +7,7 @@ use futures_util::{Stream, StreamExt as _};
 use parking_lot::RwLock;
 use qpq_domain::{IdentityKey, SessionToken, UnixMillis, Username};
 use qpq_mls::Identity;
-use qpq_proto::{Event, Method, Status, methods, v1};
+use qpq_proto::{DeadlineClass, Event, Method, Status, methods, v1};
 use qpq_transport::Fingerprint;
 use rand::rngs::OsRng;
 use tokio::{
@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     call::{self, Repeat},
     error::{AuthError, CallError, ConnectError},
-    link::{ConnectionEvent, Failure, Link, Live},
+    link::{ConnectionEvent, Failure, Link, Live, Renewed},
     opaque::{Login, OpaqueError, Registration},
     options::Options,
     secret::{ExportKey, Password},
@@ -121,11 +121,11 @@ impl Client {
         let payload = call::encode::<M>(&request, self.shared.token.read().as_ref())?;
         let repeat = call::repeat(&request);
         let until = self.patience();
-        let mut limit = call::time_limit::<M>(&request);
+        let mut limit = self.try_limit::<M>(&request);
         let mut failures = 0;
         loop {
             let live = self.shared.link.live(until).await?;
-            let error = match exchange::<M>(&live, payload.clone(), limit).await {
+            let error = match self.exchange::<M>(&live, payload.clone(), limit).await {
                 Ok(response) => return Ok(response),
                 Err(error) => error,
             };
@@ -201,7 +201,7 @@ impl Client {
         // Both calls belong to one connection: when that is lost between them, both are made again.
         let session = loop {
             let live = self.shared.link.live(until).await?;
-            let error = match log_in_on(&live, username, password).await {
+            let error = match self.log_in_on(&live, username, password).await {
                 Ok(session) => break session,
                 Err(AuthError::Call(error)) if error.is_temporary() => error,
                 Err(error) => return Err(error),
@@ -229,31 +229,30 @@ impl Client {
         let request = v1::LogoutRequest::default();
         let payload = call::encode::<methods::Logout>(&request, Some(&token))?;
         let live = self.shared.link.live(self.patience()).await?;
-        exchange::<methods::Logout>(&live, payload, call::time_limit::<methods::Logout>(&request))
-            .await
-            .map(drop)
+        let limit = self.try_limit::<methods::Logout>(&request);
+        self.exchange::<methods::Logout>(&live, payload, limit).await.map(drop)
     }
 
     /// Moves to a new connection, if one can be had; calls under way end on the old one.
-    pub(crate) async fn renew(&self) {
-        self.shared.link.renew().await;
+    pub(crate) async fn renew(&self) -> Renewed {
+        self.shared.link.renew().await
     }
 
     pub async fn health(&self) -> Result<v1::HealthResponse, CallError> {
         self.call::<methods::Health>(v1::HealthRequest {}).await
     }
 
-    /// Asks for the server's events and gives them as they come, until the connection is lost. `None`: the server has no
-    /// such method.
-    pub(crate) async fn subscribe(
+    /// Asks for the server's events and gives them as they come, until the connection is lost. They are hints: one may
+    /// come without cause or not at all. `None`: the server has no such method.
+    pub async fn subscribe(
         &self,
-    ) -> Result<Option<impl Stream<Item = Event> + Send + use<>>, CallError> {
-        let live = self.shared.link.live(self.patience()).await?;
+    ) -> Result<Option<impl Stream<Item = Event> + Send + Unpin + use<>>, CallError> {
+        let live = self.shared.link.with_events(self.patience()).await?;
         let request = v1::SubscribeRequest { all_channels: true, ..Default::default() };
         let payload = call::encode::<methods::Subscribe>(&request, self.shared.token.read().as_ref())?;
         let events = live.connection().events();
-        let limit = call::time_limit::<methods::Subscribe>(&request);
-        match exchange::<methods::Subscribe>(&live, payload, limit).await {
+        let limit = self.try_limit::<methods::Subscribe>(&request);
+        match self.exchange::<methods::Subscribe>(&live, payload, limit).await {
             Ok(_) => {}
             Err(CallError::Server(error)) if error.status == Status::UnknownMethod => return Ok(None),
             Err(error) => return Err(error),
@@ -264,7 +263,7 @@ impl Client {
             .filter_map(|(event_type, payload)| {
                 std::future::ready(Event::decode(event_type, payload).ok().flatten())
             });
-        Ok(Some(decoded))
+        Ok(Some(Box::pin(decoded)))
     }
 
     fn patience(&self) -> Instant {
@@ -288,6 +287,74 @@ impl Client {
     }
 }
 
+impl Client {
+    /// One try on one connection. One that does not answer is used no more: it may be dead without anyone having said so.
+    async fn exchange<M: Method>(
+        &self,
+        live: &Arc<Live>,
+        payload: Bytes,
+        limit: Duration,
+    ) -> Result<M::Response, CallError> {
+        let method = M::INFO.name;
+        match live.exchange(M::INFO.id, payload, limit).await {
+            Ok((status, payload)) => call::decode::<M>(status, payload),
+            Err(Failure::TimedOut) => {
+                self.shared.link.retire(live).await;
+                Err(CallError::TimedOut { method })
+            }
+            Err(Failure::Lost) => Err(CallError::Lost { method }),
+            Err(Failure::Malformed) => Err(CallError::Malformed { method }),
+        }
+    }
+
+    /// How long one try may take: for ordinary calls so long that patience is enough for a second one.
+    fn try_limit<M: Method>(&self, request: &M::Request) -> Duration {
+        let limit = call::time_limit::<M>(request);
+        match M::INFO.deadline {
+            DeadlineClass::Wait | DeadlineClass::Blob => limit,
+            DeadlineClass::Health | DeadlineClass::Standard => limit.min(self.shared.options.patience / 2),
+        }
+    }
+
+    async fn log_in_on(
+        &self,
+        live: &Arc<Live>,
+        username: &Username,
+        password: &Password,
+    ) -> Result<Session, AuthError> {
+        let (state, request) = Login::start(password);
+        let start = v1::OpaqueLoginStartRequest { username: username.to_string(), request: request.into() };
+        let answer = self.once::<methods::OpaqueLoginStart>(live, &start).await?;
+        let password = password.clone();
+        let (finalization, export_key) = blocking(move || state.finish(&password, &answer.response))
+            .await
+            .map_err(|error| match error {
+                OpaqueError::WrongPassword => AuthError::WrongPassword,
+                OpaqueError::Malformed => malformed::<methods::OpaqueLoginStart>(),
+            })?;
+        let finish = v1::OpaqueLoginFinishRequest {
+            username: username.to_string(),
+            finalization: finalization.into(),
+            ..Default::default()
+        };
+        let answer = self.once::<methods::OpaqueLoginFinish>(live, &finish).await?;
+        let token = SessionToken::try_from(&answer.session_token[..])
+            .map_err(|_| malformed::<methods::OpaqueLoginFinish>())?;
+        let expires_at = (answer.expires_at > 0).then_some(UnixMillis(answer.expires_at));
+        Ok(Session { token, expires_at, export_key })
+    }
+
+    /// One try on one connection, of a method without session.
+    async fn once<M: Method>(
+        &self,
+        live: &Arc<Live>,
+        request: &M::Request,
+    ) -> Result<M::Response, AuthError> {
+        let payload = call::encode::<M>(request, None)?;
+        self.exchange::<M>(live, payload, self.try_limit::<M>(request)).await.map_err(AuthError::from_call)
+    }
+}
+
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("options", &self.shared.options).finish_non_exhaustive()
@@ -303,44 +370,6 @@ fn may_retry(error: &CallError, repeat: Repeat) -> bool {
         (_, Repeat::Unsafe) => false,
         (error, Repeat::Safe) => error.is_temporary(),
     }
-}
-
-async fn exchange<M: Method>(live: &Live, payload: Bytes, limit: Duration) -> Result<M::Response, CallError> {
-    let method = M::INFO.name;
-    match live.exchange(M::INFO.id, payload, limit).await {
-        Ok((status, payload)) => call::decode::<M>(status, payload),
-        Err(Failure::TimedOut) => Err(CallError::TimedOut { method }),
-        Err(Failure::Lost) => Err(CallError::Lost { method }),
-        Err(Failure::Malformed) => Err(CallError::Malformed { method }),
-    }
-}
-
-async fn log_in_on(live: &Live, username: &Username, password: &Password) -> Result<Session, AuthError> {
-    let (state, request) = Login::start(password);
-    let start = v1::OpaqueLoginStartRequest { username: username.to_string(), request: request.into() };
-    let answer = once::<methods::OpaqueLoginStart>(live, &start).await?;
-    let password = password.clone();
-    let (finalization, export_key) =
-        blocking(move || state.finish(&password, &answer.response)).await.map_err(|error| match error {
-            OpaqueError::WrongPassword => AuthError::WrongPassword,
-            OpaqueError::Malformed => malformed::<methods::OpaqueLoginStart>(),
-        })?;
-    let finish = v1::OpaqueLoginFinishRequest {
-        username: username.to_string(),
-        finalization: finalization.into(),
-        ..Default::default()
-    };
-    let answer = once::<methods::OpaqueLoginFinish>(live, &finish).await?;
-    let token = SessionToken::try_from(&answer.session_token[..])
-        .map_err(|_| malformed::<methods::OpaqueLoginFinish>())?;
-    let expires_at = (answer.expires_at > 0).then_some(UnixMillis(answer.expires_at));
-    Ok(Session { token, expires_at, export_key })
-}
-
-/// One try on one connection, of a method without session.
-async fn once<M: Method>(live: &Live, request: &M::Request) -> Result<M::Response, AuthError> {
-    let payload = call::encode::<M>(request, None)?;
-    exchange::<M>(live, payload, call::time_limit::<M>(request)).await.map_err(AuthError::from_call)
 }
 
 fn malformed<M: Method>() -> AuthError {

@@ -7,7 +7,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -19,7 +19,7 @@ use qpq_transport::{
 };
 use rand::rngs::OsRng;
 use tokio::{
-    sync::{Mutex, watch},
+    sync::{Mutex, oneshot, watch},
     time::{Instant, sleep_until, timeout_at},
 };
 
@@ -53,6 +53,8 @@ pub(crate) struct Link {
     pin_first: bool,
     slot: Mutex<Slot>,
     events: watch::Sender<ConnectionEvent>,
+    /// How many connections there were: only the last one's loss is told.
+    made: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
@@ -64,11 +66,21 @@ struct Slot {
     barren: u32,
 }
 
-/// A connection that was alive when it was handed out.
+/// A connection that was alive when it was handed out. It closes with the last call on it.
 pub(crate) struct Live {
     connection: Connection,
     answered: AtomicBool,
+    events_taken: AtomicBool,
     next_request: AtomicU32,
+    /// Dropped with it: ends the task that watches the connection, and with it the connection.
+    _watched: oneshot::Sender<()>,
+}
+
+/// Whether there is a new connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Renewed {
+    Yes,
+    No,
 }
 
 /// Why an exchange gave no answer.
@@ -104,6 +116,11 @@ impl Live {
     pub(crate) fn connection(&self) -> &Connection {
         &self.connection
     }
+
+    /// How many connections in a row were of no use, this one among them if it was not.
+    fn barren_after(&self, before: u32) -> u32 {
+        if self.answered.load(Ordering::Relaxed) { 0 } else { before + 1 }
+    }
 }
 
 impl Link {
@@ -116,6 +133,7 @@ impl Link {
             pin_first: options.trust == Trust::FirstUse,
             slot: Mutex::default(),
             events: watch::Sender::new(ConnectionEvent::Idle),
+            made: Arc::default(),
         })
     }
 
@@ -167,12 +185,35 @@ impl Link {
         }
     }
 
-    /// Puts a new connection in the place of one that the server is about to end. Without one, that one serves to its end.
-    pub(crate) async fn renew(&self) {
+    /// A connection whose events nobody has taken yet; the caller has them from now on.
+    pub(crate) async fn with_events(&self, until: Instant) -> Result<Arc<Live>, CallError> {
+        loop {
+            let live = self.live(until).await?;
+            if !live.events_taken.swap(true, Ordering::Relaxed) {
+                return Ok(live);
+            }
+            self.retire(&live).await;
+        }
+    }
+
+    /// Uses this connection for no further call; those on it may end.
+    pub(crate) async fn retire(&self, live: &Arc<Live>) {
         let mut slot = self.slot.lock().await;
-        let dialer = slot.pinned.as_ref().unwrap_or(&self.dialer);
-        if let Ok(connection) = self.target.dial(dialer).await {
-            slot.live = Some(self.adopt(connection));
+        if slot.live.as_ref().is_some_and(|current| Arc::ptr_eq(current, live)) {
+            slot.barren = live.barren_after(slot.barren);
+            slot.live = None;
+        }
+    }
+
+    /// Puts a new connection in the place of one that the server is about to end. Without one, that one serves to its end.
+    pub(crate) async fn renew(&self) -> Renewed {
+        let dialer = self.slot.lock().await.pinned.clone().unwrap_or_else(|| self.dialer.clone());
+        match self.target.dial(&dialer).await {
+            Ok(connection) => {
+                self.slot.lock().await.live = Some(self.adopt(connection));
+                Renewed::Yes
+            }
+            Err(_) => Renewed::No,
         }
     }
 
@@ -188,18 +229,27 @@ impl Link {
     fn adopt(&self, connection: Connection) -> Arc<Live> {
         let fingerprint = connection.fingerprint();
         self.events.send_replace(ConnectionEvent::Connected { fingerprint });
-        let (events, watched) = (self.events.clone(), connection.clone());
+        let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
+        let (events, made, watched) = (self.events.clone(), Arc::clone(&self.made), connection.clone());
+        let (watching, dropped) = oneshot::channel::<()>();
         tokio::spawn(async move {
-            let lost = watched.closed().await;
-            if lost != transport::Lost::ClosedHere {
+            let lost = tokio::select! {
+                lost = watched.closed() => lost,
+                _ = dropped => return,
+            };
+            if lost != transport::Lost::ClosedHere && made.load(Ordering::Relaxed) == number {
                 tracing::debug!(reason = %lost, "connection lost");
-                events.send_replace(ConnectionEvent::Reconnecting {
-                    since: Instant::now(),
-                    reason: lost.to_string(),
-                });
+                let (since, reason) = (Instant::now(), lost.to_string());
+                events.send_replace(ConnectionEvent::Reconnecting { since, reason });
             }
         });
-        Arc::new(Live { connection, answered: AtomicBool::new(false), next_request: AtomicU32::new(1) })
+        Arc::new(Live {
+            connection,
+            answered: AtomicBool::new(false),
+            events_taken: AtomicBool::new(false),
+            next_request: AtomicU32::new(1),
+            _watched: watching,
+        })
     }
 
     /// Says why there is no connection; since when is only said once.
@@ -221,7 +271,7 @@ impl Slot {
         if live.connection.lost().is_none() {
             return Some(Arc::clone(live));
         }
-        self.barren = if live.answered.load(Ordering::Relaxed) { 0 } else { self.barren + 1 };
+        self.barren = live.barren_after(self.barren);
         self.live = None;
         None
     }

@@ -19,7 +19,7 @@ use super::{
     inbox::NewKeys,
     log::{Entry, EntryId},
 };
-use crate::error::Error;
+use crate::{error::Error, link::Renewed};
 
 /// How often to look without being told to, with half as much jitter.
 const FALLBACK: Duration = Duration::from_secs(4);
@@ -125,8 +125,8 @@ impl Ear {
                     if heard.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
                         keys = NewKeys::Needed;
                     }
-                    if heard.iter().any(|signal| matches!(signal, Signal::Draining(_))) {
-                        self.messenger.client().renew().await;
+                    let is_draining = heard.iter().any(|signal| matches!(signal, Signal::Draining(_)));
+                    if is_draining && self.messenger.client().renew().await == Renewed::Yes {
                         return Ok(Ended::Connection);
                     }
                 }

@@ -2,9 +2,15 @@
 
 use std::time::Duration;
 
-use qpq_client::{CallError, Client, ConnectError, ConnectionEvent, Identity, Options, Trust, methods, v1};
+use futures_util::StreamExt as _;
+use qpq_client::{
+    CallError, Client, ConnectError, ConnectionEvent, Identity, Options, ServerEvent, Trust, methods, v1,
+};
 
-use crate::harness::{Server, password, soon, username};
+use crate::{
+    harness::{Server, password, soon, username},
+    network::Network,
+};
 
 #[tokio::test]
 async fn the_first_use_shows_the_fingerprint_and_pins_it() {
@@ -99,19 +105,64 @@ async fn a_name_that_does_not_resolve_is_unreachable_for_now() {
     assert!(matches!(refused, CallError::Unreachable { .. }), "{refused:?}");
 }
 
-#[tokio::test]
-async fn a_message_sent_again_under_its_id_is_recognized() {
-    let server = Server::start().await;
-    let (client, identity) = (server.client(), Identity::generate());
-    client.register(&username("alice"), &password(), &identity, None).await.unwrap();
-    client.login(&username("alice"), &password()).await.unwrap();
-    let request = v1::EnqueueRequest {
+fn to_oneself(identity: &Identity, message_id: &[u8]) -> v1::EnqueueRequest {
+    v1::EnqueueRequest {
         recipient_key: identity.public().as_bytes().to_vec().into(),
         payload: b"once".to_vec().into(),
-        message_id: vec![7; 16].into(),
+        message_id: message_id.to_vec().into(),
         ..Default::default()
-    };
-    let first = client.call::<methods::Enqueue>(request.clone()).await.unwrap();
-    let second = client.call::<methods::Enqueue>(request).await.unwrap();
-    assert_eq!((first.seq, first.duplicate, second.seq, second.duplicate), (1, false, 1, true));
+    }
+}
+
+async fn logged_in(client: &Client) -> Identity {
+    let identity = Identity::generate();
+    client.register(&username("alice"), &password(), &identity, None).await.unwrap();
+    client.login(&username("alice"), &password()).await.unwrap();
+    identity
+}
+
+#[tokio::test]
+async fn a_lost_answer_is_asked_for_again_from_a_new_port_and_the_message_is_there_once() {
+    let server = Server::start().await;
+    let network = Network::before(server.addr).await;
+    let mut options = server.options();
+    options.server = network.addr.to_string();
+    options.patience = Duration::from_secs(4);
+    let client = Client::new(options).unwrap();
+    let identity = logged_in(&client).await;
+    assert_eq!(network.ports(), 1);
+
+    network.swallow_answers();
+    let answer = client.call::<methods::Enqueue>(to_oneself(&identity, &[7; 16])).await.unwrap();
+    assert_eq!((answer.seq, answer.duplicate), (1, true), "the first try had arrived");
+    assert_eq!(network.ports(), 2);
+
+    // Without an id it might be there twice, so it is left to the caller.
+    network.swallow_answers();
+    let unknown = client.call::<methods::Enqueue>(to_oneself(&identity, &[])).await.unwrap_err();
+    assert!(matches!(unknown, CallError::TimedOut { .. }), "{unknown:?}");
+    assert!(unknown.is_temporary());
+
+    // The next call does not go to the dead connection.
+    let page = client.call::<methods::Peek>(v1::PeekRequest::default()).await.unwrap();
+    assert_eq!(page.payloads.len(), 2);
+    assert_eq!(network.ports(), 3);
+}
+
+#[tokio::test]
+async fn events_come_to_every_subscriber() {
+    let server = Server::start().await;
+    let client = server.client();
+    let identity = logged_in(&client).await;
+    let mut first = client.subscribe().await.unwrap().expect("the server has events");
+    let mut second = client.subscribe().await.unwrap().expect("the server has events");
+    client.call::<methods::Enqueue>(to_oneself(&identity, &[1; 16])).await.unwrap();
+    for events in [&mut first, &mut second] {
+        let wake = loop {
+            if let ServerEvent::Wake(wake) = soon(events.next()).await.unwrap() {
+                break wake;
+            }
+        };
+        assert_eq!(wake.seq, 1);
+    }
 }

@@ -8,4 +8,5 @@ mod connection;
 mod crash;
 mod harness;
 mod hostile;
+mod network;
 mod profile;
