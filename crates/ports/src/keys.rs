@@ -29,7 +29,7 @@ pub trait KeyPackages: Send + Sync {
 /// A KeyPackage to be stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewKeyPackage {
-    /// What identifies it: SHA-256 of the bytes.
+    /// What identifies it, however it is wrapped: its reference (RFC 9420 §5.2) where that can be computed.
     pub fingerprint: [u8; 32],
     /// As uploaded, byte for byte.
     pub bytes: Vec<u8>,

@@ -3,6 +3,8 @@
 //! What a login answers depends on nothing that tells whether the user exists: both starts look alike in content and in
 //! work done, a finish without a right password is one refusal, and budgets are kept by the name as typed.
 
+use std::sync::Arc;
+
 use qpq_domain::{IdentityKey, SessionToken, Username};
 use qpq_ports::{Credentials, NewAccount, NewSession, Registration, Session};
 use qpq_proto::{
@@ -124,13 +126,19 @@ impl Handler for Logout {
         caller: Caller,
         request: LogoutRequest,
     ) -> Result<Answered<LogoutResponse>, Error> {
-        let sessions = &cx.app.stores.sessions;
-        let revoked = if request.all_sessions {
-            sessions.revoke_all(caller.account).await?
-        } else {
-            sessions.revoke(&caller.token).await?
-        };
-        cx.app.notices.publish(&caller.identity, Notice::SessionsEnded);
+        let (app, all) = (Arc::clone(cx.app), request.all_sessions);
+        // In a task: a client that resets the call between the commit and the notice must not keep its waits alive.
+        let ended = tokio::spawn(async move {
+            let sessions = &app.stores.sessions;
+            let revoked = if all {
+                sessions.revoke_all(caller.account).await
+            } else {
+                sessions.revoke(&caller.token).await
+            };
+            app.notices.publish(&caller.identity, Notice::SessionsEnded);
+            revoked
+        });
+        let revoked = ended.await.map_err(Error::internal)??;
         cx.conn.unbind(&caller.token);
         Ok(LogoutResponse { revoked }.into())
     }
