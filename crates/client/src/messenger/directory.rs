@@ -1,5 +1,6 @@
 //! What the server knows about people: names to keys and back, and the key packages that start a conversation.
 
+use futures_util::future::join_all;
 use qpq_domain::{IdentityKey, Username};
 use qpq_proto::{Status, methods, v1};
 
@@ -8,12 +9,16 @@ use super::{
     log::Event,
     now,
     people::{Person, Standing},
+    state::State,
 };
 use crate::error::{CallError, Error};
 
 /// Our key packages on the server are filled up to this many when fewer than [`FEW`] are left.
 const ENOUGH: usize = 20;
 const FEW: u32 = 10;
+
+/// Names asked about at once: whoever takes us into a group of thousands cannot make us ask for thousands.
+const NAMES_AT_ONCE: usize = 32;
 
 impl Messenger {
     /// Looks a user up. What the directory said before about the name must still be true.
@@ -106,23 +111,27 @@ impl Messenger {
         }
     }
 
-    /// Asks the directory about every name that is only claimed so far.
+    /// Asks the directory about names that are only claimed so far, some at a time.
     pub(super) async fn check_names(&self) -> Result<(), Error> {
-        for (identity, claimed) in self.keeper().read(|state| state.people.unchecked()).await? {
-            let name = self.name_of(&identity).await?;
+        let mut unchecked = self.keeper().read(|state| state.people.unchecked()).await?;
+        unchecked.truncate(NAMES_AT_ONCE);
+        let asked = unchecked.into_iter().map(async |(identity, claimed)| {
+            self.name_of(&identity).await.map(|name| (identity, claimed, name))
+        });
+        let (checked, mut failed): (Vec<_>, Vec<_>) =
+            join_all(asked).await.into_iter().partition(Result::is_ok);
+        let checked: Vec<_> = checked.into_iter().flatten().collect();
+        if !checked.is_empty() {
             self.keeper()
                 .change(move |state| {
-                    if name.as_ref() == Some(&claimed) {
-                        state.people.set(identity, claimed, Standing::Confirmed);
-                    } else {
-                        state.people.set(identity, claimed.clone(), Standing::Refuted);
-                        state.log.push(None, now(), Event::NameRefuted { person: identity, claimed });
+                    for (identity, claimed, name) in checked {
+                        judge(state, identity, claimed, name);
                     }
                     Ok(())
                 })
                 .await?;
         }
-        Ok(())
+        failed.pop().map_or(Ok(()), |failed| failed.map(drop))
     }
 
     async fn confirm(&self, identity: IdentityKey, username: Username) -> Result<Person, Error> {
@@ -157,6 +166,16 @@ impl Messenger {
             Err(error) if is_not_found(&error) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Notes what the directory says about a claim.
+fn judge(state: &mut State, identity: IdentityKey, claimed: Username, name: Option<Username>) {
+    if name.as_ref() == Some(&claimed) {
+        state.people.set(identity, claimed, Standing::Confirmed);
+    } else {
+        state.people.set(identity, claimed.clone(), Standing::Refuted);
+        state.log.push(None, now(), Event::NameRefuted { person: identity, claimed });
     }
 }
 

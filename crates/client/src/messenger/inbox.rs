@@ -1,6 +1,8 @@
 //! Reading the inbox: Peek, take in, save, then Ack. Whatever happens in between, the next read goes on where the saved
 //! state is: what was taken in is not peeked again, what was not is still there.
 
+use std::sync::atomic::Ordering;
+
 use qpq_domain::{Seq, UnixMillis};
 use qpq_mls::{Ignored, Received};
 use qpq_proto::{methods, v1};
@@ -8,6 +10,7 @@ use qpq_proto::{methods, v1};
 use super::{
     Messenger,
     log::{ConversationId, Entry, Event},
+    send::MAX_TEXT,
     state::State,
 };
 use crate::error::{CallError, Error};
@@ -19,7 +22,10 @@ impl Messenger {
     /// Takes in what the inbox has and answers everything that was not marked as seen, oldest first. Sends what is still
     /// to be sent, fills up our key packages and asks the directory about new names on the way.
     pub async fn receive(&self) -> Result<Vec<Entry>, Error> {
-        let keys = self.sync().await?;
+        let mut keys = self.sync().await?;
+        if !self.shared.keys_checked.swap(true, Ordering::Relaxed) {
+            keys = NewKeys::Needed;
+        }
         self.settle_names().await?;
         self.settle_rest(keys).await?;
         self.unseen().await
@@ -146,12 +152,15 @@ fn note(state: &mut State, received: Received, at: UnixMillis) {
         }
         Received::Message { group, sender, content, .. } => {
             state.people.claim(sender.identity, &sender.username);
-            let received = Event::Received {
-                from: sender.identity,
-                text: content.text,
-                sent_at: UnixMillis(content.sent_at),
+            let size = content.text.len();
+            let event = if size <= MAX_TEXT {
+                let sent_at = UnixMillis(content.sent_at);
+                Event::Received { from: sender.identity, text: content.text, sent_at }
+            } else {
+                let name = state.people.person(&sender.identity);
+                Event::Unreadable { reason: format!("{name} sent {size} bytes, the most is {MAX_TEXT}") }
             };
-            state.log.push(state.conversation_of(&group), at, received);
+            state.log.push(state.conversation_of(&group), at, event);
         }
         Received::Committed { group, added, removed } => {
             let conversation = state.conversation_of(&group);

@@ -11,8 +11,11 @@ use qpq_mls::{GroupId, GroupSummary, Kind};
 
 use super::people::Person;
 
-/// Entries kept of one conversation. What was not seen yet is kept beyond that.
+/// Entries kept of one conversation once they were seen.
 const KEPT: usize = 1_000;
+/// Entries, and bytes of text, kept of one conversation at all: nobody can fill the disk.
+const MOST: usize = 10_000;
+const MOST_BYTES: usize = 16 << 20;
 /// Entries kept that belong to no conversation, seen or not: whoever knows our key can make such.
 const KEPT_NOTICES: usize = 200;
 
@@ -137,7 +140,45 @@ pub(crate) struct Kept {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Log {
     next: u64,
-    conversations: BTreeMap<Option<ConversationId>, VecDeque<Kept>>,
+    conversations: BTreeMap<Option<ConversationId>, Entries>,
+}
+
+/// The entries of one conversation.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Entries {
+    kept: VecDeque<Kept>,
+    bytes: usize,
+}
+
+impl Entries {
+    fn push(&mut self, entry: Kept) {
+        self.bytes += entry.text_len();
+        self.kept.push_back(entry);
+    }
+
+    fn has_too_many(&self) -> bool {
+        let Some(first) = self.kept.front() else { return false };
+        let len = self.kept.len();
+        match first.entry.conversation {
+            None => len > KEPT_NOTICES,
+            Some(_) => len > MOST || self.bytes > MOST_BYTES || (len > KEPT && first.seen),
+        }
+    }
+
+    fn drop_first(&mut self) {
+        if let Some(first) = self.kept.pop_front() {
+            self.bytes -= first.text_len();
+        }
+    }
+}
+
+impl Kept {
+    fn text_len(&self) -> usize {
+        match &self.entry.event {
+            Event::Sent { text, .. } | Event::Received { text, .. } => text.len(),
+            _ => 0,
+        }
+    }
 }
 
 impl Log {
@@ -170,21 +211,20 @@ impl Log {
         self.next = self.next.max(kept.entry.id.0 + 1);
         let conversation = kept.entry.conversation;
         let entries = self.conversations.entry(conversation).or_default();
-        entries.push_back(kept);
-        let most = if conversation.is_some() { KEPT } else { KEPT_NOTICES };
-        while entries.len() > most && (entries[0].seen || conversation.is_none()) {
-            entries.pop_front();
+        entries.push(kept);
+        while entries.has_too_many() {
+            entries.drop_first();
         }
     }
 
     /// Every entry, in the order in which they came to each conversation.
     pub(crate) fn all(&self) -> impl Iterator<Item = &Kept> {
-        self.conversations.values().flatten()
+        self.conversations.values().flat_map(|entries| &entries.kept)
     }
 
     /// A conversation's entries, oldest first.
     pub(crate) fn of(&self, conversation: &ConversationId) -> impl DoubleEndedIterator<Item = &Kept> {
-        self.conversations.get(&Some(*conversation)).into_iter().flatten()
+        self.conversations.get(&Some(*conversation)).into_iter().flat_map(|entries| &entries.kept)
     }
 
     /// What was not seen yet, oldest first.
@@ -197,7 +237,7 @@ impl Log {
     /// Marks entries as seen; answers whether anything changed.
     pub(crate) fn mark_seen(&mut self, ids: &[EntryId]) -> bool {
         let mut changed = false;
-        for kept in self.conversations.values_mut().flatten() {
+        for kept in self.conversations.values_mut().flat_map(|entries| &mut entries.kept) {
             if !kept.seen && ids.contains(&kept.entry.id) {
                 kept.seen = true;
                 changed = true;
@@ -221,7 +261,7 @@ impl Log {
 
     /// The same, to be changed.
     pub(crate) fn delivery_mut(&mut self, id: EntryId) -> Option<&mut Delivery> {
-        let mut entries = self.conversations.values_mut().flatten();
+        let mut entries = self.conversations.values_mut().flat_map(|entries| &mut entries.kept);
         match &mut entries.find(|kept| kept.entry.id == id)?.entry.event {
             Event::Sent { delivery, .. } => Some(delivery),
             _ => None,
@@ -268,6 +308,26 @@ mod tests {
         log.push(Some(other), UnixMillis(0), received(0));
         assert_eq!(log.of(&other).count(), KEPT);
         assert_eq!(log.unseen().len(), 1);
+    }
+
+    #[test]
+    fn nobody_can_fill_the_disk() {
+        let mut log = Log::default();
+        let one = ConversationId::Direct(IdentityKey::new([1; 32]));
+        for n in 0..MOST + 5 {
+            log.push(Some(one), UnixMillis(0), received(n));
+        }
+        assert_eq!(log.of(&one).count(), MOST);
+        let text = "x".repeat(MOST_BYTES / 4);
+        for _ in 0..9 {
+            let event = Event::Received {
+                from: IdentityKey::new([1; 32]),
+                text: text.clone(),
+                sent_at: UnixMillis(0),
+            };
+            log.push(Some(one), UnixMillis(0), event);
+        }
+        assert_eq!(log.of(&one).count(), 4);
     }
 
     #[test]

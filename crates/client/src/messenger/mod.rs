@@ -20,7 +20,11 @@ mod people;
 mod send;
 mod state;
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use qpq_domain::{Seq, UnixMillis};
 use qpq_mls::{GroupSummary, Kind, vault::VaultKey};
@@ -50,6 +54,8 @@ struct Shared {
     acked: Mutex<Seq>,
     /// Held while the outbox is sent.
     flushing: Mutex<()>,
+    /// Whether our key packages were counted since the profile was opened: they also run out by growing old.
+    keys_checked: AtomicBool,
 }
 
 /// A conversation, as a list shows it.

@@ -3,7 +3,11 @@
 //! Registration saves the profile before it reaches the server: an identity key that is registered is never lost. If it is
 //! interrupted, registering again with the same password goes on where it was.
 
-use std::{fs, io, path::Path, sync::Arc};
+use std::{
+    fs, io,
+    path::Path,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use qpq_domain::{Seq, SessionToken, Username};
 use qpq_mls::{
@@ -225,7 +229,14 @@ async fn assemble(client: Client, profile: Profile, keeper: Keeper) -> Result<Me
         let reason = "the encrypted state is another account's".to_owned();
         return Err(ProfileError::Damaged { path: "profile.json".into(), reason }.into());
     }
-    let shared = Shared { client, profile, keeper, acked: Mutex::new(Seq::ZERO), flushing: Mutex::default() };
+    let shared = Shared {
+        client,
+        profile,
+        keeper,
+        acked: Mutex::new(Seq::ZERO),
+        flushing: Mutex::default(),
+        keys_checked: AtomicBool::default(),
+    };
     Ok(Messenger { shared: Arc::new(shared) })
 }
 
