@@ -22,12 +22,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `command` and waits for a line of its output that `ready` accepts.
+    /// Starts `command` (whose stderr is the caller's choice) and waits for a line of its output that `ready` accepts.
     pub async fn start(mut command: Command, ready: impl Fn(&str) -> bool) -> anyhow::Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("cannot start {command:?}"))?;
