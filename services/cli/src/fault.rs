@@ -1,6 +1,6 @@
 //! Whatever goes wrong, as people and programs are told: one line what it is, one line what to do, a stable code, an exit code.
 
-use std::{borrow::Cow, fmt, process::ExitCode};
+use std::{borrow::Cow, fmt, io, process::ExitCode};
 
 use qpq_client::{AuthError, CallError, ConnectError, Error, MlsError, ProfileError};
 
@@ -17,6 +17,8 @@ pub(crate) enum Exit {
     InUse = 6,
     Nothing = 7,
     Interrupted = 130,
+    /// What a shell gives for SIGPIPE: the reader of standard output has gone away, and knows it.
+    PipeClosed = 141,
 }
 
 impl From<Exit> for ExitCode {
@@ -48,8 +50,17 @@ impl Fault {
     }
 
     /// A file or directory could not be used.
-    pub(crate) fn io(what: impl fmt::Display, error: &std::io::Error) -> Self {
+    pub(crate) fn io(what: impl fmt::Display, error: &io::Error) -> Self {
         Self::new(Exit::Failure, "client.io", format_args!("{what}: {error}"))
+    }
+
+    /// Standard output could not be written.
+    pub(crate) fn output(error: &io::Error) -> Self {
+        let fault = Self::io("cannot write to standard output", error);
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Self { exit: Exit::PipeClosed, ..fault },
+            _ => fault,
+        }
     }
 
     pub(crate) fn usage(message: impl fmt::Display) -> Self {

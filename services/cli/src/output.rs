@@ -5,7 +5,10 @@ use std::io::{self, IsTerminal as _, Write};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::fault::Fault;
+use crate::{
+    fault::{Exit, Fault},
+    text,
+};
 
 /// Something a command has to say. Its JSON form is the derived one: the keys are an interface and stay.
 pub(crate) trait Report: Serialize {
@@ -60,19 +63,21 @@ impl Output {
     /// Puts a report on standard output, at once.
     pub(crate) fn report(&self, report: &impl Report) -> Result<(), Fault> {
         let mut out = Vec::new();
-        let written = match self.format {
-            Format::Human => report.human(&mut out, self.style),
+        match self.format {
+            Format::Human => report.human(&mut out, self.style).map_err(|error| Fault::output(&error))?,
             Format::Json => {
-                serde_json::to_writer(&mut out, report).map_err(Into::into).and_then(|()| writeln!(out))
+                let object = serde_json::to_string(report).expect("reports have only string keys");
+                out.extend_from_slice(text::json(&object).as_bytes());
+                out.push(b'\n');
             }
-        };
-        written
-            .and_then(|()| {
-                let mut stdout = io::stdout().lock();
-                stdout.write_all(&out)?;
-                stdout.flush()
-            })
-            .map_err(|error| Fault::io("cannot write to standard output", &error))
+        }
+        self.print(&out)
+    }
+
+    /// Puts bytes on standard output as they are.
+    pub(crate) fn print(&self, bytes: &[u8]) -> Result<(), Fault> {
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(|error| Fault::output(&error))
     }
 
     /// A word to a person, on standard error; programs are spared.
@@ -85,7 +90,10 @@ impl Output {
 
     /// Why the command ends, on standard error.
     pub(crate) fn fault(&self, fault: &Fault) {
-        let Fault { code, message, hint, .. } = fault;
+        let Fault { exit, code, message, hint } = fault;
+        if *exit == Exit::PipeClosed {
+            return;
+        }
         let mut lines = match self.format {
             Format::Json => {
                 json!({ "error": { "code": code, "message": message, "hint": hint } }).to_string()

@@ -1,7 +1,10 @@
 //! Other people's text on our terminal. A message must not be able to move the cursor, change colours, set the title,
 //! reorder what is read or look like a line of somebody else.
 
-use std::fmt::{self, Write as _};
+use std::{
+    borrow::Cow,
+    fmt::{self, Write as _},
+};
 
 /// What goes before each further line of a message, so that no line of it passes for a message of its own.
 const CONTINUATION: &str = "\n  | ";
@@ -27,6 +30,25 @@ pub(crate) fn line(text: &str) -> Safe<'_> {
 /// For messages.
 pub(crate) fn message(text: &str) -> Safe<'_> {
     Safe { text, lines: Lines::Many }
+}
+
+/// JSON with everything that [`message`] would escape written as `\u` sequences, which mean the same there.
+pub(crate) fn json(object: &str) -> Cow<'_, str> {
+    // Outside of strings JSON has none of these characters, and inside any may be written so.
+    if !object.contains(is_dangerous) {
+        return Cow::Borrowed(object);
+    }
+    let mut safe = String::with_capacity(object.len() + 16);
+    for c in object.chars() {
+        if is_dangerous(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                write!(safe, "\\u{unit:04x}").expect("a String grows as needed");
+            }
+        } else {
+            safe.push(c);
+        }
+    }
+    Cow::Owned(safe)
 }
 
 impl fmt::Display for Safe<'_> {
@@ -82,6 +104,16 @@ mod tests {
             let shown = line(&c.to_string()).to_string();
             assert!(!shown.chars().any(char::is_control), "{shown:?}");
         }
+    }
+
+    #[test]
+    fn json_says_the_same_and_drives_no_terminal_either() {
+        let text = "a\u{9b}\u{7f}\u{202e}\u{e0041}\x1b\nü";
+        let object = serde_json::to_string(text).unwrap();
+        let safe = json(&object);
+        assert!(!safe.contains(is_dangerous), "{safe}");
+        assert_eq!(serde_json::from_str::<String>(&safe).unwrap(), text);
+        assert!(matches!(json("{\"a\":\"ü\"}"), Cow::Borrowed(_)));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use qpq_client::{ConnectionEvent, ConversationId, Entry, Event, Outcome, safety_number};
+use qpq_client::{ConnectionEvent, ConversationId, Delivery, Entry, Error, Event, Outcome, safety_number};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
@@ -39,6 +39,12 @@ async fn recent(chat: &Chat<'_>) -> Result<Vec<Entry>, Fault> {
     let unseen = chat.messenger.unseen().await?;
     let new = unseen.iter().filter(|entry| entry.conversation == Some(chat.conversation)).count();
     Ok(chat.messenger.history(chat.conversation, RECENT.max(new)).await?)
+}
+
+/// Whether something that was written here lately is still to be sent.
+async fn is_unsent(chat: &Chat<'_>) -> Result<bool, Error> {
+    let recent = chat.messenger.history(chat.conversation, RECENT).await?;
+    Ok(recent.iter().any(|entry| matches!(entry.event, Event::Sent { delivery: Delivery::Queued, .. })))
 }
 
 struct Screen<'a> {
@@ -158,25 +164,22 @@ impl Screen<'_> {
         Err(fault)
     }
 
+    /// Leaves once all is sent, or says that it is not.
     async fn leave(&mut self) -> Result<(), Fault> {
+        let chat = self.chat;
         let until = Instant::now() + GOODBYE;
         let rest = async {
             while !self.sender.is_idle() {
-                let attempt = self.sender.attempted().await;
-                if let Ok(sent) = &attempt.result
-                    && let Outcome::Queued(_) = sent.outcome
-                {
-                    return false;
-                }
+                self.sender.attempted().await;
             }
-            true
+            if is_unsent(chat).await? {
+                chat.messenger.flush().await?;
+            }
+            Ok::<_, Error>(())
         };
-        let all_sent = self.chat.context.progress.during("sending", timeout_at(until, rest)).await;
-        if all_sent != Ok(true) {
-            self.chat
-                .context
-                .output
-                .note("Something is saved but not sent yet; the next qpq command sends it.");
+        let ended = chat.context.progress.during("sending", timeout_at(until, rest)).await;
+        if !matches!(ended, Ok(Ok(()))) || is_unsent(chat).await? {
+            chat.context.output.note("Something is saved but not sent yet; the next qpq command sends it.");
         }
         Ok(())
     }

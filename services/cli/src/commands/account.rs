@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 
 use qpq_client::{
-    CallError, Error, LogoutScope, Messenger, Profile, ProfileError, ProfileStatus, Trust, Username,
-    fingerprint, methods, v1,
+    CallError, Client, Error, Fingerprint, LogoutScope, Messenger, Options, Profile, ProfileError,
+    ProfileStatus, Trust, Username, fingerprint, methods, v1,
 };
 use serde::Serialize;
 
@@ -62,16 +62,20 @@ impl Report for LoggedIn {
 
 pub(crate) async fn register(context: &Context, username: &Username) -> Result<(), Fault> {
     let dir = context.dir();
-    let options = match Profile::read(&dir) {
+    let mut options = match Profile::read(&dir) {
         Ok(Profile { status: ProfileStatus::Registered, .. }) => return Err(exists(context)),
         // An interrupted registration goes on where it was.
         Ok(profile) => profile.options(),
         Err(ProfileError::Missing(_)) => context.fresh_options()?,
         Err(error) => return Err(Error::from(error).into()),
     };
+    let seen = meet(context, &options).await?;
     let is_pinned_now = options.trust == Trust::FirstUse;
+    if is_pinned_now {
+        options.trust = Trust::Pinned(seen);
+    }
     let password = context.password.chosen(&context.output).await?;
-    let registering = Box::pin(Messenger::register(&dir, options.clone(), username, &password, None));
+    let registering = Box::pin(Messenger::register(&dir, options, username, &password, None));
     let messenger = context.progress.during("registering", registering).await?;
     let reported = report(context, "registered", &messenger, is_pinned_now).await;
     messenger.client().close().await;
@@ -80,26 +84,29 @@ pub(crate) async fn register(context: &Context, username: &Username) -> Result<(
 
 pub(crate) async fn login(context: &Context) -> Result<(), Fault> {
     let dir = context.dir();
-    let before = Profile::read(&dir).map_err(Error::from)?;
+    let profile = Profile::read(&dir).map_err(Error::from)?;
+    let options = context.options(&profile);
+    meet(context, &options).await?;
     let password = context.password.known().await?;
-    let unlocking = Box::pin(unlock(context, &before, &password));
-    let messenger = context.progress.during("logging in", unlocking).await?;
+    let unlocking = async {
+        if (&options.server, &options.trust) == (&profile.server, &profile.trust) {
+            Messenger::unlock(&dir, &password).await
+        } else {
+            Messenger::unlock_at(&dir, options.server, options.trust, &password).await
+        }
+    };
+    let messenger = context.progress.during("logging in", Box::pin(unlocking)).await?;
     let reported = report(context, "logged_in", &messenger, false).await;
     messenger.client().close().await;
     reported
 }
 
-async fn unlock(
-    context: &Context,
-    before: &Profile,
-    password: &qpq_client::Password,
-) -> Result<Messenger, Fault> {
-    let options = context.options(before);
-    let dir = context.dir();
-    if (&options.server, &options.trust) == (&before.server, &before.trust) {
-        return Ok(Messenger::unlock(&dir, password).await?);
-    }
-    Ok(Messenger::unlock_at(&dir, options.server, options.trust, password).await?)
+/// Makes sure, before anybody is asked for a password, that the server is there and is the one that is trusted.
+async fn meet(context: &Context, options: &Options) -> Result<Fingerprint, Fault> {
+    let client = Client::new(options.clone()).map_err(CallError::from)?;
+    let seen = context.progress.during("connecting", connect(&client)).await?;
+    client.close().await;
+    Ok(seen)
 }
 
 async fn report(

@@ -103,7 +103,7 @@ fn report(
 }
 
 pub(crate) async fn send(context: &Context, group: &str, given: Option<String>) -> Result<(), Fault> {
-    let body = message::body(context, given)?;
+    let body = message::body(context, given).await?;
     opened::with_news(context, async |messenger| {
         let (id, name) = find(&messenger.conversations().await?, group)?;
         message::deliver(context, messenger, id, &name, &body).await

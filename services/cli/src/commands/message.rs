@@ -1,7 +1,7 @@
 //! Single messages: send one, show those that came.
 
 use std::{
-    io::{self, IsTerminal as _, Read as _, Write},
+    io::{self, IsTerminal as _, Write},
     time::Duration,
 };
 
@@ -40,7 +40,7 @@ impl Report for Delivered<'_> {
 }
 
 pub(crate) async fn send(context: &Context, to: &Recipient, given: Option<String>) -> Result<(), Fault> {
-    let body = body(context, given)?;
+    let body = body(context, given).await?;
     opened::with_news(context, async |messenger| {
         let (conversation, name) = resolve(messenger, to).await?;
         deliver(context, messenger, conversation, &name, &body).await
@@ -49,16 +49,18 @@ pub(crate) async fn send(context: &Context, to: &Recipient, given: Option<String
 }
 
 /// The text given on the command line or on standard input, without the line end that closes it.
-pub(crate) fn body(context: &Context, given: Option<String>) -> Result<String, Fault> {
+pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<String, Fault> {
     let mut text = match given {
         Some(text) if text != "-" => text,
         _ => {
             if io::stdin().is_terminal() {
                 context.output.note("Type the message; Ctrl-D on a line of its own ends it.");
             }
-            let mut text = String::new();
-            io::stdin().read_to_string(&mut text).map_err(|error| Fault::io("standard input", &error))?;
-            text
+            // On a thread of its own, so that Ctrl-C is heard.
+            tokio::task::spawn_blocking(|| io::read_to_string(io::stdin()))
+                .await
+                .expect("reading does not panic")
+                .map_err(|error| Fault::io("standard input", &error))?
         }
     };
     if text.ends_with('\n') {

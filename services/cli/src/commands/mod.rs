@@ -42,9 +42,9 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault
         }
         Command::Profiles => local::profiles(context),
         Command::Completions { shell } => {
-            let mut command = Cli::command();
-            clap_complete::generate(shell, &mut command, "qpq", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "qpq", &mut script);
+            context.output.print(&script)
         }
     }
 }

@@ -44,13 +44,15 @@ async fn objects_for_what_is_sent_and_what_comes() {
 async fn a_script_that_lingers_hears_the_answer() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
-    let asking = alice.run_with(&["dm", "bob", "--linger", "5"], "how are you?\n");
-    let answering = async {
-        assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: how are you?\n");
-        bob.ok(&["send", "alice", "fine"]).await;
-    };
-    let (asked, ()) = tokio::join!(asking, answering);
-    assert_eq!((asked.code, asked.out.as_str(), asked.err.as_str()), (Some(0), "bob: fine\n", ""));
+    let mut asking = alice.start(&["dm", "bob", "--linger", "600"]);
+    asking.say("how are you?").await;
+    asking.end_input();
+    assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: how are you?\n");
+    bob.ok(&["send", "alice", "fine"]).await;
+    assert_eq!(asking.hear().await, "bob: fine");
+    assert_eq!(asking.interrupt().await.code(), Some(130));
+    let ended = alice.run_with(&["dm", "bob", "--linger", "1"], "good\n").await;
+    assert_eq!((ended.code, ended.out.as_str(), ended.err.as_str()), (Some(0), "", ""));
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! A real server in this process, and people who use the real `qpq` on it.
 
 use std::{
+    ffi::OsString,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::Duration,
@@ -128,14 +129,11 @@ impl Ran {
 impl Person {
     /// The bare command, in an environment that has nothing but what is said here.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        std::fs::create_dir_all(&self.runtime).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_qpq"));
         command
             .args(args)
             .env_clear()
-            .env("QPQ_HOME", &self.home)
-            .env("QPQ_SERVER", &self.server)
-            .env("XDG_RUNTIME_DIR", &self.runtime)
+            .envs(self.environment())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -144,6 +142,16 @@ impl Person {
             command.env("QPQ_PASSWORD", PASSWORD);
         }
         command
+    }
+
+    /// The environment of every command.
+    pub(crate) fn environment(&self) -> [(&'static str, OsString); 3] {
+        std::fs::create_dir_all(&self.runtime).unwrap();
+        [
+            ("QPQ_HOME", self.home.clone().into()),
+            ("QPQ_SERVER", self.server.clone().into()),
+            ("XDG_RUNTIME_DIR", self.runtime.clone().into()),
+        ]
     }
 
     /// Runs a command to its end.
@@ -179,7 +187,7 @@ impl Person {
     /// Starts a command that goes on until its input ends or it is interrupted.
     pub(crate) fn start(&self, args: &[&str]) -> Talk {
         let mut child = self.command(args).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
-        let stdin = child.stdin.take().unwrap();
+        let stdin = child.stdin.take();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         Talk { child, stdin, lines }
     }
@@ -218,22 +226,26 @@ fn copy(from: &Path, to: &Path) {
 /// A command at work, line by line.
 pub(crate) struct Talk {
     child: Child,
-    stdin: ChildStdin,
+    stdin: Option<ChildStdin>,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
 impl Talk {
     pub(crate) async fn say(&mut self, line: &str) {
-        self.stdin.write_all(format!("{line}\n").as_bytes()).await.unwrap();
+        self.stdin.as_mut().unwrap().write_all(format!("{line}\n").as_bytes()).await.unwrap();
     }
 
     pub(crate) async fn hear(&mut self) -> String {
         soon(self.lines.next_line()).await.unwrap().expect("it ended instead of saying something")
     }
 
+    pub(crate) fn end_input(&mut self) {
+        self.stdin = None;
+    }
+
     /// Ends its input and waits for its end.
     pub(crate) async fn end(mut self) -> ExitStatus {
-        drop(self.stdin);
+        self.end_input();
         soon(self.child.wait()).await.unwrap()
     }
 
@@ -257,7 +269,7 @@ pub(crate) async fn finish(mut child: Child, input: &str) -> Ran {
         tokio::join!(stdout.read_to_string(&mut out), stderr.read_to_string(&mut err), child.wait())
     })
     .await;
-    (read_out.unwrap(), read_err.unwrap());
+    read_out.and(read_err).unwrap();
     Ran { code: status.unwrap().code(), out, err }
 }
 

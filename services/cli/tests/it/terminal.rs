@@ -7,9 +7,12 @@ use std::{
 };
 
 use nix::pty::{OpenptyResult, Winsize, openpty};
-use tokio::{process::Child, sync::mpsc};
+use tokio::{
+    process::{Child, Command},
+    sync::mpsc,
+};
 
-use crate::harness::{Person, World, soon};
+use crate::harness::{PASSWORD, Person, World, soon};
 
 /// A command at a terminal, and what the terminal got to show.
 struct Terminal {
@@ -23,11 +26,13 @@ impl Terminal {
     fn start(person: &Person, args: &[&str]) -> Self {
         let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
         let OpenptyResult { master, slave } = openpty(&size, None).unwrap();
-        let mut command = person.command(args);
-        command.env("TERM", "xterm");
+        // setsid makes the terminal the one of the command: /dev/tty, where passwords are asked for.
+        let mut command = Command::new("setsid");
+        command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_qpq")]).args(args).env_clear();
+        command.envs(person.environment()).env("TERM", "xterm");
         command.stdin(Stdio::from(slave.try_clone().unwrap()));
         command.stdout(Stdio::from(slave.try_clone().unwrap())).stderr(Stdio::from(slave));
-        let child = command.spawn().unwrap();
+        let child = command.kill_on_drop(true).spawn().unwrap();
         drop(command);
         let keyboard = File::from(master);
         let mut output = keyboard.try_clone().unwrap();
@@ -46,6 +51,15 @@ impl Terminal {
 
     fn types(&mut self, keys: &str) {
         self.keyboard.write_all(keys.as_bytes()).unwrap();
+    }
+
+    /// Waits for the end; its exit code and what was shown last.
+    async fn ends(mut self) -> (Option<i32>, String) {
+        let status = soon(self.child.wait()).await.unwrap();
+        while let Some(more) = soon(self.screen.recv()).await {
+            self.shown.push_str(&String::from_utf8_lossy(&more));
+        }
+        (status.code(), self.shown)
     }
 
     /// Waits until `text` was shown, and forgets everything up to it.
@@ -86,7 +100,7 @@ async fn a_line_that_comes_while_another_is_typed_disturbs_nothing() {
     terminal.types("/help\r");
     terminal.shows("/quit").await;
     terminal.types("/quit\r");
-    assert_eq!(soon(terminal.child.wait()).await.unwrap().code(), Some(0));
+    assert_eq!(terminal.ends().await.0, Some(0));
     assert_eq!(alice.ok(&["recv", "--json"]).await, "", "all was seen");
 }
 
@@ -97,5 +111,35 @@ async fn ctrl_c_leaves() {
     let mut terminal = Terminal::start(&alice, &["dm", "bob"]);
     terminal.shows("you: ").await;
     terminal.types("half a line\x03");
-    assert_eq!(soon(terminal.child.wait()).await.unwrap().code(), Some(0));
+    assert_eq!(terminal.ends().await.0, Some(0));
+}
+
+#[tokio::test]
+async fn passwords_are_asked_for_unseen_and_twice_for_a_new_account() {
+    let world = World::new().await;
+    let alice = world.person("alice");
+    let mut terminal = Terminal::start(&alice, &["register", "alice"]);
+    terminal.shows("Password: ").await;
+    terminal.types(&format!("{PASSWORD}\r"));
+    terminal.shows("Again: ").await;
+    terminal.types(&format!("{PASSWORD}x\r"));
+    let (code, shown) = terminal.ends().await;
+    assert_eq!(code, Some(1));
+    assert!(shown.contains("the two passwords differ") && !shown.contains(PASSWORD), "{shown}");
+
+    let mut terminal = Terminal::start(&alice, &["register", "alice"]);
+    for prompt in ["Password: ", "Again: "] {
+        terminal.shows(prompt).await;
+        terminal.types(&format!("{PASSWORD}\r"));
+    }
+    let (code, shown) = terminal.ends().await;
+    assert_eq!(code, Some(0), "{shown}");
+    assert!(shown.contains("is registered on") && !shown.contains(PASSWORD), "{shown}");
+
+    let mut terminal = Terminal::start(&alice, &["login"]);
+    terminal.shows("Password: ").await;
+    terminal.types("half\x03");
+    let (code, shown) = terminal.ends().await;
+    assert_eq!(code, Some(130), "{shown}");
+    assert!(shown.contains("interrupted") && !shown.contains("half"), "{shown}");
 }
