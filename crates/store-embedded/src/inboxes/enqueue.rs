@@ -34,6 +34,9 @@ const WHY: &str = "
       LEFT JOIN recent_id r ON r.inbox = i.id AND r.sender = ?2 AND r.message_id = ?3 AND r.forget_at > ?4
      WHERE a.identity = ?1";
 
+#[cfg(test)]
+pub(super) const STATEMENTS: [&str; 2] = [INSERT, WHY];
+
 /// Accepts each message or says why not, in order.
 pub(super) async fn all(
     connection: &mut SqliteConnection,

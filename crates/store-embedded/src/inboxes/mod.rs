@@ -9,6 +9,8 @@
 
 mod enqueue;
 mod lease;
+#[cfg(test)]
+mod plans;
 mod read;
 mod remove;
 

@@ -25,6 +25,13 @@ const CHANNEL: &str = "
      WHERE a.identity = ?1 AND m.inbox = a.id AND m.channel = ?5 AND m.seq > ?2 AND m.expires_at > ?3
      ORDER BY m.seq LIMIT ?4";
 
+const SEQS: &str = "
+    SELECT m.seq FROM account a CROSS JOIN message m INDEXED BY message_channel
+     WHERE a.identity = ?1 AND m.inbox = a.id";
+
+#[cfg(test)]
+pub(super) const STATEMENTS: [&str; 3] = [ALL, CHANNEL, SEQS];
+
 /// What a view held at one instant, leased or not, as far as the limit goes.
 #[derive(Debug, Default)]
 pub(super) struct Snapshot {
@@ -73,14 +80,7 @@ pub(super) async fn snapshot(
 
 /// Which messages are in the inbox. Reads a short index entry for each.
 pub(super) async fn seqs(readers: &SqlitePool, inbox: &IdentityKey) -> StoreResult<HashSet<Seq>> {
-    let rows = sqlx::query(
-        "SELECT m.seq FROM account a CROSS JOIN message m INDEXED BY message_channel
-          WHERE a.identity = ?1 AND m.inbox = a.id",
-    )
-    .bind(&inbox.as_bytes()[..])
-    .fetch_all(readers)
-    .await
-    .map_err(read_failed)?;
+    let rows = sqlx::query(SEQS).bind(&inbox.as_bytes()[..]).fetch_all(readers).await.map_err(read_failed)?;
     rows.iter().map(|row| row.seq("seq")).collect::<sqlx::Result<_>>().map_err(read_failed)
 }
 

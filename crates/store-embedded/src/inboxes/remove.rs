@@ -53,6 +53,22 @@ const EXPIRED: Removal = removal!("inbox = ?3 AND +expires_at <= ?1");
 const SWEPT: Removal =
     removal!("id IN (SELECT id FROM message WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?3)");
 
+const NEXT_EXPIRY: &str = "
+    UPDATE inbox SET next_expiry = coalesce(
+        (SELECT min(+expires_at) FROM message WHERE inbox = ?1), 9223372036854775807) WHERE id = ?1";
+
+const FORGET: &str = "
+    DELETE FROM recent_id WHERE (inbox, sender, message_id) IN (
+        SELECT inbox, sender, message_id FROM recent_id WHERE forget_at <= ?1 ORDER BY forget_at LIMIT ?2)";
+
+#[cfg(test)]
+pub(super) fn statements() -> impl Iterator<Item = &'static str> {
+    [RANGE, CHANNEL_RANGE, SINGLE, CHANNEL_SINGLE, EXPIRED, SWEPT]
+        .into_iter()
+        .flat_map(|removal| [removal.remember, removal.delete])
+        .chain([NEXT_EXPIRY, FORGET])
+}
+
 /// A stretch of one view.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Selection {
@@ -138,14 +154,7 @@ pub(super) async fn expired(
     recent_ids: Duration,
 ) -> sqlx::Result<()> {
     EXPIRED.run(connection, now, recent_ids, |query| query.bind(inbox)).await?;
-    sqlx::query(
-        "UPDATE inbox SET next_expiry = coalesce(
-             (SELECT min(+expires_at) FROM message WHERE inbox = ?1), 9223372036854775807) WHERE id = ?1",
-    )
-    .bind(inbox)
-    .execute(connection)
-    .await
-    .map(drop)
+    sqlx::query(NEXT_EXPIRY).bind(inbox).execute(connection).await.map(drop)
 }
 
 /// Removes a bounded number of expired messages, whosever they are, and of ids that are old enough to forget.
@@ -155,16 +164,7 @@ pub(crate) async fn sweep(
     recent_ids: Duration,
 ) -> sqlx::Result<u64> {
     let messages = SWEPT.run(connection, now, recent_ids, |query| query.bind(SWEEP)).await?;
-    let ids = sqlx::query(
-        "DELETE FROM recent_id WHERE (inbox, sender, message_id) IN (
-             SELECT inbox, sender, message_id FROM recent_id
-              WHERE forget_at <= ?1 ORDER BY forget_at LIMIT ?2)",
-    )
-    .bind(millis(now))
-    .bind(SWEEP)
-    .execute(connection)
-    .await?
-    .rows_affected();
+    let ids = sqlx::query(FORGET).bind(millis(now)).bind(SWEEP).execute(connection).await?.rows_affected();
     Ok(messages + ids)
 }
 

@@ -1,0 +1,318 @@
+//! What an Enqueue costs, beside the least that it could: bare inserts with the same group commit, through the same
+//! sqlx, in the same run and directory, round about. Prints rates, CPU time and their ratios; asserts nothing.
+//!
+//! `cargo run --release -p qpq-store-embedded --example enqueue_floor [floor|inboxes|depth]`
+//! - `floor` (default): bare inserts against `Inboxes::enqueue`, without and with message ids;
+//! - `inboxes`: enqueue and fetch with 10³ to 10⁶ inboxes; `depth`: with 1 to 10 000 messages in the inbox.
+
+#![allow(clippy::print_stdout, reason = "it is what the program is for")]
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike as _;
+use qpq_domain::{ChannelId, Delivery, IdentityKey, MessageId, Seq, UnixMillis};
+use qpq_ports::{Ack, Enqueue, Enqueued, PageLimit, Read, Stores, View};
+use qpq_store_embedded::{EmbeddedStore, Limits};
+use sqlx::{
+    ConnectOptions as _, Connection as _, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+    time::Instant,
+};
+
+const PAYLOAD: usize = 1_024;
+const IN_FLIGHT: u64 = 256;
+const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
+
+#[tokio::main]
+async fn main() {
+    match std::env::args().nth(1).as_deref() {
+        None | Some("floor") => floor().await,
+        Some("inboxes") => inboxes().await,
+        Some("depth") => depth().await,
+        Some(other) => println!("{other}: neither floor nor inboxes nor depth"),
+    }
+}
+
+// Measuring -----------------------------------------------------------------------------------------------------------
+
+/// Operations, and what they took.
+struct Cost {
+    per_second: f64,
+    cpu_micros: f64,
+}
+
+fn cpu() -> Duration {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("it always answers");
+    let micros = (usage.user_time() + usage.system_time()).num_microseconds();
+    Duration::from_micros(u64::try_from(micros).expect("time passes"))
+}
+
+/// Runs `count` operations, [`IN_FLIGHT`] at a time.
+async fn measure<F, O>(count: u64, operation: F) -> Cost
+where
+    F: Fn(u64) -> O + Clone + Send + 'static,
+    O: Future<Output = ()> + Send,
+{
+    let (begun, cpu_before) = (Instant::now(), cpu());
+    let mut tasks = JoinSet::new();
+    for task in 0..IN_FLIGHT {
+        let operation = operation.clone();
+        tasks.spawn(async move {
+            for n in (task..count).step_by(usize::try_from(IN_FLIGHT).expect("small")) {
+                operation(n).await;
+            }
+        });
+    }
+    tasks.join_all().await;
+    let (elapsed, cpu_used) = (begun.elapsed(), cpu() - cpu_before);
+    Cost {
+        per_second: count as f64 / elapsed.as_secs_f64(),
+        cpu_micros: cpu_used.as_secs_f64() * 1e6 / count as f64,
+    }
+}
+
+impl Cost {
+    fn print(&self, what: &str, floor: &Self) {
+        println!(
+            "{what:<34} {:>8.0}/s {:>7.1} µs CPU   rate × {:.2}, CPU × {:.2}",
+            self.per_second,
+            self.cpu_micros,
+            self.per_second / floor.per_second,
+            self.cpu_micros / floor.cpu_micros
+        );
+    }
+}
+
+// The floor -------------------------------------------------------------------------------------------------------------
+
+type BareJob = (Vec<u8>, oneshot::Sender<()>);
+
+/// A writer with group commit and nothing else: append a row, commit, answer.
+async fn bare_writer(path: &Path) -> mpsc::UnboundedSender<BareJob> {
+    let mut connection = SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .pragma("cache_size", "-65536")
+        .pragma("wal_autocheckpoint", "4096")
+        .disable_statement_logging()
+        .connect()
+        .await
+        .expect("connect");
+    run(&mut connection, "CREATE TABLE IF NOT EXISTS bare (id INTEGER PRIMARY KEY, payload BLOB)").await;
+    let (jobs, mut waiting) = mpsc::unbounded_channel::<BareJob>();
+    tokio::spawn(async move {
+        while let Some(first) = waiting.recv().await {
+            let mut batch = vec![first];
+            while batch.len() < 1_024
+                && let Ok(job) = waiting.try_recv()
+            {
+                batch.push(job);
+            }
+            run(&mut connection, "BEGIN IMMEDIATE").await;
+            let mut answers = Vec::with_capacity(batch.len());
+            for (payload, answer) in batch {
+                sqlx::query("INSERT INTO bare (payload) VALUES (?1)")
+                    .bind(payload)
+                    .execute(&mut connection)
+                    .await
+                    .expect("insert");
+                answers.push(answer);
+            }
+            run(&mut connection, "COMMIT").await;
+            answers.into_iter().for_each(|answer| answer.send(()).expect("it waits"));
+        }
+    });
+    jobs
+}
+
+async fn run(connection: &mut SqliteConnection, sql: &'static str) {
+    sqlx::query(sql).execute(connection).await.expect("execute");
+}
+
+async fn floor() {
+    const COUNT: u64 = 40_000;
+    const INBOXES: u64 = 1_000;
+    let directory = tempfile::tempdir_in(".").expect("a directory");
+    let bare = bare_writer(&directory.path().join("bare.db")).await;
+    let store = store_with(&directory.path().join("data"), INBOXES).await;
+    let stores = store.stores();
+    println!("{PAYLOAD} byte payloads, {IN_FLIGHT} in flight, {INBOXES} inboxes");
+    for round in 0..4 {
+        let jobs = bare.clone();
+        let floor = measure(COUNT, move |_| {
+            let jobs = jobs.clone();
+            async move {
+                let (answer, done) = oneshot::channel();
+                jobs.send((vec![7; PAYLOAD], answer)).expect("the writer runs");
+                done.await.expect("answered");
+            }
+        })
+        .await;
+        floor.print("bare inserts", &floor);
+        for (what, ids) in [("enqueue", None), ("enqueue with message ids", Some(round * COUNT))] {
+            enqueues(&stores, COUNT, INBOXES, ids).await.print(what, &floor);
+            // So that the next round finds the inboxes as this one did.
+            empty(&stores, INBOXES).await;
+        }
+    }
+    drop(stores);
+    store.close().await;
+}
+
+// The store -------------------------------------------------------------------------------------------------------------
+
+/// A store with this many accounts, made past the ports because a million take a while.
+async fn store_with(path: &Path, accounts: u64) -> EmbeddedStore {
+    let delivery = Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..Delivery::default() };
+    let limits = Limits { delivery, ..Limits::default() };
+    EmbeddedStore::open(path, limits).await.unwrap_or_else(|error| panic!("{error}")).close().await;
+    let mut connection =
+        SqliteConnectOptions::new().filename(path.join("qpq.db")).connect().await.expect("connect");
+    for sql in [
+        "WITH RECURSIVE n (id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n WHERE id < ?1)
+         INSERT INTO account SELECT id, 'user' || id, unhex(printf('%064x', id)), zeroblob(192), 0 FROM n",
+        "INSERT INTO inbox (id) SELECT id FROM account WHERE id <= ?1",
+    ] {
+        let bound = i64::try_from(accounts).expect("few enough");
+        sqlx::query(sql).bind(bound).execute(&mut connection).await.expect("execute");
+    }
+    connection.close().await.expect("close");
+    EmbeddedStore::open(path, limits).await.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The identity that [`store_with`] gave this account, counted from 0.
+fn identity(n: u64) -> IdentityKey {
+    let mut bytes = [0; 32];
+    bytes[24..].copy_from_slice(&(n + 1).to_be_bytes());
+    IdentityKey::new(bytes)
+}
+
+fn message(to: u64, id: Option<u64>) -> Enqueue {
+    Enqueue {
+        sender: identity(0),
+        recipient: identity(to),
+        channel: ChannelId::DEFAULT,
+        payload: vec![7; PAYLOAD].into(),
+        payload_sha256: [7; 32],
+        message_id: id.map(|id| MessageId::new((u128::from(id) << 64).to_be_bytes())),
+        now: NOW,
+        ttl: Duration::from_secs(30 * 24 * 60 * 60),
+    }
+}
+
+/// Spreads `n` over the inboxes as if at random.
+fn recipient(n: u64, inboxes: u64) -> u64 {
+    n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31) % inboxes
+}
+
+async fn enqueues(stores: &Stores, count: u64, inboxes: u64, ids: Option<u64>) -> Cost {
+    let port = Arc::clone(&stores.inboxes);
+    measure(count, move |n| {
+        let port = Arc::clone(&port);
+        async move {
+            let message = message(recipient(n, inboxes), ids.map(|first| first + n));
+            let outcomes = port.enqueue(vec![message]).await.expect("enqueue");
+            assert!(matches!(outcomes[..], [Enqueued::Accepted(_)]), "{outcomes:?}");
+        }
+    })
+    .await
+}
+
+fn all(n: u64) -> Read {
+    Read { inbox: identity(n), device: None, view: View::All }
+}
+
+async fn empty(stores: &Stores, inboxes: u64) {
+    for n in 0..inboxes {
+        let everything = Ack { up_to: Some(Seq(u64::MAX)), seqs: vec![] };
+        stores.inboxes.ack(all(n), everything, NOW).await.expect("ack");
+    }
+}
+
+/// Leases and settles one message.
+async fn fetches(stores: &Stores, count: u64, inboxes: u64) -> Cost {
+    let port = Arc::clone(&stores.inboxes);
+    measure(count, move |n| {
+        let port = Arc::clone(&port);
+        async move {
+            let limit = PageLimit { messages: 1, bytes: 4 << 20 };
+            let lease = port.lease(all(recipient(n, inboxes)), limit, NOW).await.expect("lease");
+            lease.settle().await.expect("settle");
+        }
+    })
+    .await
+}
+
+async fn inboxes() {
+    const COUNT: u64 = 40_000;
+    let directory = tempfile::tempdir_in(".").expect("a directory");
+    let mut floors: Option<(Cost, Cost, Cost)> = None;
+    for inboxes in [1_000, 10_000, 100_000, 1_000_000] {
+        let store = store_with(&directory.path().join(inboxes.to_string()), inboxes).await;
+        let stores = store.stores();
+        println!("{inboxes} inboxes");
+        let active = enqueues(&stores, COUNT, 1_000, None).await;
+        let spread = enqueues(&stores, COUNT, inboxes, None).await;
+        let fetch = fetches(&stores, COUNT, inboxes).await;
+        let (a, s, f) = floors.get_or_insert(copies(&active, &spread, &fetch));
+        active.print("  enqueue to the same 1 000", a);
+        spread.print("  enqueue to any", s);
+        fetch.print("  fetch and settle one, of any", f);
+        drop(stores);
+        store.close().await;
+    }
+}
+
+fn copies(a: &Cost, b: &Cost, c: &Cost) -> (Cost, Cost, Cost) {
+    let copy = |cost: &Cost| Cost { ..*cost };
+    (copy(a), copy(b), copy(c))
+}
+
+async fn depth() {
+    const COUNT: u64 = 4_000;
+    let directory = tempfile::tempdir_in(".").expect("a directory");
+    let store = store_with(&directory.path().join("data"), 1_000).await;
+    let stores = store.stores();
+    let mut floors: Option<(Cost, Cost, Cost)> = None;
+    let mut there = 0;
+    for depth in [1, 10, 100, 1_000, 10_000] {
+        let filling = vec![message(0, None); usize::try_from(depth - there).expect("small")];
+        for part in filling.chunks(500) {
+            stores.inboxes.enqueue(part.to_vec()).await.expect("enqueue");
+        }
+        there = depth;
+        println!("{depth} messages deep");
+        let port = Arc::clone(&stores.inboxes);
+        let peek = measure(COUNT, move |_| {
+            let port = Arc::clone(&port);
+            async move {
+                let limit = PageLimit { messages: 1, bytes: 4 << 20 };
+                port.peek(all(0), Seq::ZERO, limit, NOW).await.expect("peek");
+            }
+        })
+        .await;
+        let enqueue = enqueues(&stores, COUNT, 1, None).await;
+        let fetch = fetches(&stores, COUNT, 1).await;
+        let (p, e, f) = floors.get_or_insert(copies(&peek, &enqueue, &fetch));
+        peek.print("  peek at one", p);
+        enqueue.print("  enqueue", e);
+        fetch.print("  fetch and settle one", f);
+        // Concurrent fetches of one inbox often find the one message leased; remove what they left.
+        let page = PageLimit { messages: u32::MAX, bytes: usize::MAX };
+        let left = stores.inboxes.peek(all(0), Seq::ZERO, page, NOW).await.expect("peek").envelopes;
+        if let Some(last) = left.len().checked_sub(usize::try_from(depth).expect("small")).filter(|n| *n > 0)
+        {
+            let ack = Ack { up_to: Some(left[last - 1].seq), seqs: vec![] };
+            stores.inboxes.ack(all(0), ack, NOW).await.expect("ack");
+        }
+    }
+    drop(stores);
+    store.close().await;
+}

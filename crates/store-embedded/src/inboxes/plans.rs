@@ -1,0 +1,30 @@
+//! That no hot statement scans a table or sorts: what SQLite says it would do, read and judged.
+
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _, sqlite::SqliteConnectOptions};
+
+use super::{enqueue, read, remove};
+
+#[tokio::test]
+async fn hot_statements_go_by_index_and_sort_nothing() {
+    let mut connection = SqliteConnectOptions::new().connect().await.expect("in memory");
+    sqlx::raw_sql(include_str!("../../migrations/0001_init.sql"))
+        .execute(&mut connection)
+        .await
+        .expect("schema");
+    let statements = enqueue::STATEMENTS.iter().chain(&read::STATEMENTS).copied().chain(remove::statements());
+    for sql in statements {
+        let plan: Vec<String> = sqlx::query(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}")))
+            .fetch_all(&mut connection)
+            .await
+            .unwrap_or_else(|error| panic!("{sql}: {error}"))
+            .iter()
+            .map(|row| row.get("detail"))
+            .collect();
+        for step in &plan {
+            // The list of an ack is read from end to end, whatever the plan calls it.
+            let scans = step.starts_with("SCAN") && !step.starts_with("SCAN json_each");
+            assert!(!scans && !step.contains("TEMP B-TREE"), "{sql}\n{plan:#?}");
+        }
+        assert!(!plan.iter().any(|step| step.contains("AUTOMATIC")), "{sql}\n{plan:#?}");
+    }
+}
