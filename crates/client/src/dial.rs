@@ -106,6 +106,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_what_may_pass_is_tried_again() {
+        use transport::{ConnectError as Seen, Lost};
+        for passing in [Seen::Refused, Seen::TimedOut, Seen::Lost(Lost::Reset)] {
+            assert!(matches!(Failed::from(passing), Failed::ForNow(_)));
+        }
+        let strangers = [Seen::WrongProtocol, Seen::NoCertificate, Seen::Tls("alert".into())];
+        for stranger in strangers {
+            let failed = Failed::from(stranger);
+            assert!(matches!(failed, Failed::ForGood(ConnectError::NotQpq { .. })), "{failed:?}");
+        }
+        let [expected, seen] = [1, 2].map(|n| qpq_transport::Fingerprint::from([n; 32]));
+        let failed = Failed::from(Seen::PinMismatch { expected, seen });
+        let Failed::ForGood(error) = failed else { panic!("{failed:?}") };
+        assert_eq!(error, ConnectError::PinMismatch { expected, seen });
+    }
+
+    #[test]
     fn addresses_of_this_machine_are_tried_at_once_and_others_in_turn() {
         let [v4, v6, far] = ["127.0.0.1:1", "[::1]:1", "192.0.2.1:1"].map(|text| text.parse().unwrap());
         assert_eq!(head_start(&[v4, v6]), Duration::ZERO);

@@ -159,7 +159,7 @@ impl Link {
             }
             sleep_until(attempt).await;
             let pinned = slot.pinned.as_ref().unwrap_or(&self.dialer);
-            let Ok(dialled) = timeout_at(until, self.target.dial(pinned)).await else {
+            let Ok(dialled) = timeout_at(until, Box::pin(self.target.dial(pinned))).await else {
                 return Err(unreachable("the server did not answer in time".to_owned()));
             };
             match dialled {
@@ -208,7 +208,7 @@ impl Link {
     /// Puts a new connection in the place of one that the server is about to end. Without one, that one serves to its end.
     pub(crate) async fn renew(&self) -> Renewed {
         let dialer = self.slot.lock().await.pinned.clone().unwrap_or_else(|| self.dialer.clone());
-        match self.target.dial(&dialer).await {
+        match Box::pin(self.target.dial(&dialer)).await {
             Ok(connection) => {
                 self.slot.lock().await.live = Some(self.adopt(connection));
                 Renewed::Yes

@@ -103,6 +103,14 @@ impl Messenger {
     /// Sends a text of at most [`MAX_TEXT`] bytes to everyone in a conversation. When this returns, the message is saved,
     /// and will be sent even if it could not be now.
     pub async fn send(&self, conversation: ConversationId, text: &str) -> Result<Sent, Error> {
+        let entry = self.queue(conversation, text).await?;
+        let outcome = self.outcome(self.flush().await, Some(entry)).await?;
+        Ok(Sent { entry, outcome })
+    }
+
+    /// Saves a text that is to be sent, and leaves the sending to [`Messenger::flush`]: for those who cannot wait for the
+    /// server. Only a conversation's first message asks the server for something.
+    pub async fn queue(&self, conversation: ConversationId, text: &str) -> Result<EntryId, Error> {
         if text.len() > MAX_TEXT {
             return Err(Error::TextTooLong { size: text.len(), max: MAX_TEXT });
         }
@@ -110,9 +118,12 @@ impl Messenger {
             self.start_direct(peer).await?;
         }
         let text = text.to_owned();
-        let entry = self.keeper().change(move |state| encrypt(state, conversation, text)).await?;
-        let outcome = self.outcome(self.flush().await, Some(entry)).await?;
-        Ok(Sent { entry, outcome })
+        self.keeper().change(move |state| encrypt(state, conversation, text)).await
+    }
+
+    /// How far a message of ours got; `None` once its entry is gone.
+    pub async fn delivery(&self, entry: EntryId) -> Result<Option<Delivery>, Error> {
+        self.keeper().read(|state| state.log.delivery(entry)).await
     }
 
     /// Sends everything that is still to be sent, oldest first. What the server has no room for now stays.
@@ -121,23 +132,22 @@ impl Messenger {
         // Whoever cannot get one message now gets none behind it either: the order matters.
         let mut stopped = BTreeSet::new();
         for id in self.keeper().read(|state| state.outbox.ids()).await? {
-            let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await? else {
-                continue;
-            };
-            let recipients = item.recipients.iter().filter(|key| !stopped.contains(*key));
-            let recipients: Vec<_> = recipients.take(MAX_BATCH).copied().collect();
-            if recipients.is_empty() {
-                continue;
+            while let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await? {
+                let recipients = item.recipients.iter().filter(|key| !stopped.contains(*key));
+                let recipients: Vec<_> = recipients.take(MAX_BATCH).copied().collect();
+                if recipients.is_empty() {
+                    break;
+                }
+                let verdicts = self.enqueue(&item, recipients).await?;
+                let later = verdicts.iter().filter(|(_, verdict)| *verdict == Verdict::Later);
+                stopped.extend(later.map(|(recipient, _)| *recipient));
+                self.keeper()
+                    .change(move |state| {
+                        settle(state, &item, &verdicts);
+                        Ok(())
+                    })
+                    .await?;
             }
-            let verdicts = self.enqueue(&item, recipients).await?;
-            let later = verdicts.iter().filter(|(_, verdict)| *verdict == Verdict::Later);
-            stopped.extend(later.map(|(recipient, _)| *recipient));
-            self.keeper()
-                .change(move |state| {
-                    settle(state, &item, &verdicts);
-                    Ok(())
-                })
-                .await?;
         }
         Ok(())
     }
@@ -191,7 +201,7 @@ impl Messenger {
             Err(error) => return Err(error),
         };
         let delivery = match entry {
-            Some(entry) => self.keeper().read(|state| state.log.delivery(entry)).await?,
+            Some(entry) => self.delivery(entry).await?,
             None if self.keeper().read(|state| state.outbox.ids().is_empty()).await? => Some(Delivery::Sent),
             None => Some(Delivery::Queued),
         };

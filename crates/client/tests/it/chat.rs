@@ -172,6 +172,34 @@ async fn a_listener_hears_what_comes_and_survives_a_restart_of_the_server() {
 }
 
 #[tokio::test]
+async fn a_listener_outlives_a_drain() {
+    let mut server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    let mut listener = bob.listen();
+    soon(server.drain()).await;
+    server.start_again().await;
+    alice.send(with_bob, "after").await.unwrap();
+    let heard = soon(listener.next()).await.unwrap().unwrap();
+    assert_eq!(crate::harness::line(&heard), "alice: after");
+}
+
+#[tokio::test]
+async fn what_the_server_will_never_take_is_told_and_holds_nothing_up() {
+    let server = Server::start_with(|config| config.delivery.max_payload.0 = 4096).await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    let large = "x".repeat(5000);
+    let sent = alice.send(with_bob, &large).await.unwrap();
+    assert!(matches!(sent.outcome, Outcome::Refused), "{sent:?}");
+    let told = read(&alice).await;
+    assert!(told.len() == 1 && told[0].starts_with("undeliverable to bob: "), "{told:?}");
+    assert!(matches!(alice.send(with_bob, "small").await.unwrap().outcome, Outcome::Sent));
+    assert_eq!(read(&bob).await, ["alice: small"]);
+    assert_eq!(history(&alice, with_bob).await[0], format!("me: {large} (Failed)"));
+}
+
+#[tokio::test]
 async fn a_listener_ends_with_the_session() {
     let server = Server::start().await;
     let alice = server.user("alice").await;

@@ -4,7 +4,6 @@ use std::{
     future::{Future, poll_fn},
     net::SocketAddr,
     path::{Path, PathBuf},
-    pin::pin,
     task::Poll,
     time::Duration,
 };
@@ -51,6 +50,11 @@ impl Server {
 
     pub(crate) async fn stop(&mut self) {
         self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
+    }
+
+    /// As on SIGTERM: clients are told, calls in flight end.
+    pub(crate) async fn drain(&mut self) {
+        self.running.take().expect("it runs").shutdown(std::future::pending()).await;
     }
 
     pub(crate) async fn start_again(&mut self) {
@@ -129,10 +133,10 @@ pub(crate) async fn reopen(dir: &Path, key: &qpq_client::VaultKey) -> Messenger 
 }
 
 /// Drops a future after it was polled so many times; its output if it ended before.
-pub(crate) async fn crash_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
-    let mut future = pin!(future);
+pub(crate) fn crash_after<F: Future>(polls: usize, future: F) -> impl Future<Output = Option<F::Output>> {
+    let mut future = Box::pin(future);
     let mut left = polls;
-    poll_fn(|cx| {
+    poll_fn(move |cx| {
         if left == 0 {
             return Poll::Ready(None);
         }
@@ -144,7 +148,6 @@ pub(crate) async fn crash_after<F: Future>(polls: usize, future: F) -> Option<F:
             Poll::Pending => Poll::Pending,
         }
     })
-    .await
 }
 
 /// Fails a test that would otherwise hang.
