@@ -15,7 +15,7 @@ pub const DEFAULT_PORT: u16 = 5001;
 #[serde(rename_all = "kebab-case")]
 pub enum Trust {
     /// Whatever certificate it shows at the first connection; every later one must show the same. The caller stores
-    /// [`Client::fingerprint`](crate::Client::fingerprint) and gives it as [`Trust::Pinned`] from then on.
+    /// what [`Client::connect`](crate::Client::connect) answers and gives it as [`Trust::Pinned`] from then on.
     FirstUse,
     /// The certificate with this fingerprint.
     Pinned(#[serde(with = "fingerprint_text")] Fingerprint),
