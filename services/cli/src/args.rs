@@ -19,23 +19,27 @@ Two people on one machine, each with a profile:
   qpq -p alice dm bob
 
 Exit codes:
-  0  done
-  1  refused or failed; the message says why
-  2  the command line is wrong
-  3  not logged in, or the password is wrong
-  4  the server cannot be reached
-  5  the server is not the one that is trusted
-  6  the profile is in use by another qpq
-  7  nothing arrived in time (recv --timeout)
-  130  interrupted";
+  0    done
+  1    refused or failed; the message says why
+  2    the command line is wrong
+  3    not logged in, or the password is wrong
+  4    the server cannot be reached
+  5    the server is not the one that is trusted
+  6    the profile is in use by another qpq
+  7    nothing arrived in time (recv --timeout)
+  130  interrupted
+  141  nobody reads standard output any more";
 
-/// End-to-end encrypted chat over QUIC.
+// Help is shown as it stands here: no line is longer than a terminal is wide, and the first one, which lists show,
+// has no full stop.
+
+/// End-to-end encrypted chat over QUIC
 ///
-/// Messages are encrypted with MLS between you and whom you write to: the server passes them on and cannot read them. Your
-/// password never leaves this machine.
+/// Messages are encrypted with MLS between you and whom you write to: the server
+/// passes them on and cannot read them. Your password never leaves this machine.
 #[derive(Debug, Parser)]
-#[command(name = "qpq", version, after_help = AFTER_HELP, max_term_width = 100)]
-#[command(arg_required_else_help = true, disable_help_subcommand = false)]
+#[command(name = "qpq", version, after_help = AFTER_HELP, verbatim_doc_comment)]
+#[command(arg_required_else_help = true)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -46,26 +50,26 @@ pub(crate) struct Cli {
 /// Options of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
-    /// Whose account to use, where one machine has several.
+    /// Which account to use [env: QPQ_PROFILE]
     #[arg(short, long, global = true, value_name = "NAME", env = "QPQ_PROFILE", default_value = "default")]
-    #[arg(help_heading = "Account")]
+    #[arg(hide_env = true, hide_default_value = true, help_heading = "Account")]
     pub(crate) profile: ProfileName,
-    /// Where profiles are kept [default: $XDG_DATA_HOME/qpq or ~/.local/share/qpq].
-    #[arg(long, global = true, value_name = "DIR", env = "QPQ_HOME", help_heading = "Account")]
+    /// Where profiles are [env: QPQ_HOME]
+    #[arg(long, global = true, value_name = "DIR", env = "QPQ_HOME", hide_env = true)]
+    #[arg(help_heading = "Account")]
     pub(crate) home: Option<PathBuf>,
-    /// Read the password from the first line of this file instead of asking for it (see also QPQ_PASSWORD).
+    /// Where the password is [env: QPQ_PASSWORD, itself]
     #[arg(long, global = true, value_name = "FILE", help_heading = "Account")]
     pub(crate) password_file: Option<PathBuf>,
-    /// The server; the port is 5001 unless given. Remembered by the profile, so `register` needs it (or QPQ_SERVER),
-    /// `health` may, and `login` when the server has moved.
+    /// Server to register with [env: QPQ_SERVER]
     #[arg(long, global = true, value_name = "HOST:PORT", help_heading = "Server")]
     pub(crate) server: Option<String>,
     #[command(flatten)]
     pub(crate) trust: TrustArgs,
-    /// Write one JSON object per line, and errors as JSON on standard error.
+    /// One JSON object per line; errors so on standard error
     #[arg(long, global = true, help_heading = "Output")]
     pub(crate) json: bool,
-    /// Say more about what happens, on standard error; -vv says much more.
+    /// Say more, on standard error; -vv says much more
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Output")]
     pub(crate) verbose: u8,
 }
@@ -73,11 +77,11 @@ pub(crate) struct Global {
 /// How the server proves who it is. Without any of these its certificate is pinned at first use.
 #[derive(Debug, Args)]
 pub(crate) struct TrustArgs {
-    /// Trust the server whose certificate has this SHA-256 fingerprint, which the server prints when it starts.
+    /// Trust the server whose certificate has this SHA-256
     #[arg(long, global = true, value_name = "FINGERPRINT", conflicts_with_all = ["ca", "system_roots"])]
     #[arg(help_heading = "Server")]
     pub(crate) pin: Option<Fingerprint>,
-    /// Trust a server whose certificate the authorities in this file (PEM or DER) have issued.
+    /// Trust the authorities in this file (PEM or DER)
     #[arg(
         long,
         global = true,
@@ -86,132 +90,161 @@ pub(crate) struct TrustArgs {
         help_heading = "Server"
     )]
     pub(crate) ca: Option<PathBuf>,
-    /// Trust a server whose certificate the system's authorities have issued.
+    /// Trust the authorities that the system trusts
     #[arg(long, global = true, help_heading = "Server")]
     pub(crate) system_roots: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Make an account on a server, and log in.
+    /// Make an account on a server, and log in
     ///
-    /// The account lives in a profile on this machine, encrypted with your password. Nobody can reset that password.
-    /// The server's certificate is pinned: compare the fingerprint with the one that the server printed, or give it with
-    /// --pin.
+    /// The account lives in a profile on this machine, encrypted with your password.
+    /// Nobody can reset that password.
     ///
-    /// Example: qpq register alice --server 127.0.0.1:5001
+    /// The server's certificate is pinned. Compare the fingerprint that is shown with
+    /// the one that the server printed at its start, or give that one with --pin.
+    ///
+    /// Example:
+    ///   qpq register alice --server 127.0.0.1:5001
+    #[command(verbatim_doc_comment)]
     Register {
-        /// 1 to 64 letters, digits and punctuation marks; case does not matter.
+        /// 1 to 64 letters, digits and marks; case does not matter
         username: Username,
     },
-    /// Log in, and stay logged in until `qpq logout` or the next reboot.
+    /// Log in, until `qpq logout` or the next reboot
     ///
-    /// Asks for the password once. The key that opens the profile is then kept in memory ($XDG_RUNTIME_DIR or /dev/shm,
-    /// readable by you alone), so that other commands need no password.
+    /// Asks for the password once. The key that opens the profile is then kept in
+    /// memory ($XDG_RUNTIME_DIR or /dev/shm, readable by you alone), so that other
+    /// commands need no password.
+    ///
+    /// If the server has moved or has a new certificate, name it once:
+    ///   qpq login --server HOST:PORT --pin FINGERPRINT
+    #[command(verbatim_doc_comment)]
     Login,
-    /// Log out: end the session on the server and forget the key that opens the profile.
+    /// End the session and forget the key
     ///
-    /// Account and messages stay on this machine, encrypted. Without a connection the key is forgotten all the same,
-    /// and it says that the session could not be ended.
+    /// Account and messages stay on this machine, encrypted. Without a connection the
+    /// key is forgotten all the same, and it says that the session was not ended.
+    #[command(verbatim_doc_comment)]
     Logout {
-        /// End every session of the account, on other machines too.
+        /// End every session of the account, on other machines too
         #[arg(long)]
         all: bool,
     },
-    /// Show who you are, on which server, and whether you are logged in.
+    /// Show who you are, where, and whether you are logged in
     Whoami,
-    /// Ask the server how it is. Needs no account.
+    /// Ask the server how it is; needs no account
     Health,
-    /// Chat with somebody: type lines, see theirs as they come.
+    /// Chat with somebody: type lines, see theirs as they come
     ///
-    /// Arrow keys edit and bring back earlier lines; /help lists what else can be typed; /quit or Ctrl-D ends. When
-    /// standard input is not a terminal its lines are sent and incoming ones printed, until it ends.
+    /// Arrow keys edit, and bring back earlier lines. /help lists what else can be
+    /// typed, /quit or Ctrl-D ends.
+    ///
+    /// In scripts, when standard input or output is no terminal, each line of standard
+    /// input is sent and each incoming message printed, until the input ends.
+    #[command(verbatim_doc_comment)]
     Dm {
-        /// Whom to chat with.
+        /// Whom to chat with
         user: Username,
-        /// Stay this many seconds after standard input has ended (when it is not a terminal), for answers.
-        #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+        /// In scripts: stay so long after the input has ended
+        #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
         linger: u64,
     },
-    /// Send one message to a user or a group.
+    /// Send one message to a user or a group
     ///
     /// Examples:
     ///   qpq send bob 'see you at eight'
     ///   date | qpq send bob -
     #[command(verbatim_doc_comment)]
     Send {
-        /// A user, or a group that you are in. `@bob` is always the user.
+        /// A user, or a group that you are in; @bob is always the user
         to: Recipient,
-        /// The text; `-`, or nothing, reads it from standard input.
+        /// The text; `-`, or nothing, reads it from standard input
         #[arg(allow_hyphen_values = true)]
         text: Option<String>,
     },
-    /// Show messages that have come and were not shown before.
+    /// Show messages that have come and were not shown before
+    ///
+    /// Examples:
+    ///   qpq recv                  what is there
+    ///   qpq recv --timeout 60     what is there, or the first that comes in a minute
+    ///   qpq recv --follow --json  everything from now on, for a program
+    #[command(verbatim_doc_comment)]
     Recv {
-        /// Go on showing messages as they come, until interrupted.
+        /// Go on as messages come, until interrupted
         #[arg(short, long)]
         follow: bool,
-        /// Wait at most this long for a message. With --follow: end after this time.
+        /// Wait at most so long; with --follow: end after it
         #[arg(short, long, value_name = "SECONDS")]
         timeout: Option<u64>,
     },
-    /// Make and use groups.
+    /// Make and use groups
     #[command(subcommand)]
     Group(GroupCommand),
-    /// Show your keys, or compare them with somebody's.
+    /// Show your keys, or compare them with somebody's
     ///
-    /// A safety number is the same on both sides if and only if no server stands between you: read it to each other on
-    /// the phone.
+    /// A safety number is the same on both sides if and only if nobody, not even the
+    /// server, stands between you: read it to each other on the phone.
     ///
     /// Examples:
-    ///   qpq keys        your fingerprint, and how many key packages the server still has of you
+    ///   qpq keys        your fingerprint, and your stock of key packages
     ///   qpq keys bob    the safety number between you and bob
     #[command(verbatim_doc_comment)]
     Keys {
-        /// With whom to compare.
+        /// With whom to compare
         user: Option<Username>,
-        /// Take the server's word for a key of theirs that has changed: only after you have asked them.
+        /// Accept a new key of theirs; only after you have asked them
         #[arg(long, requires = "user")]
         accept: bool,
     },
-    /// List the profiles on this machine.
+    /// List the profiles on this machine
     Profiles,
-    /// Print the completions for a shell.
+    /// Print the completions for bash, zsh, fish, elvish or powershell
     ///
-    /// Example: qpq completions bash > ~/.local/share/bash-completion/completions/qpq
-    Completions { shell: Shell },
+    /// Example:
+    ///   qpq completions bash > ~/.local/share/bash-completion/completions/qpq
+    #[command(verbatim_doc_comment)]
+    Completions {
+        /// Which one
+        #[arg(hide_possible_values = true)]
+        shell: Shell,
+    },
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum GroupCommand {
-    /// Make a group, with yourself as its maker: the one who can add members.
+    /// Make a group; only you, its maker, can add to it
     ///
-    /// Example: qpq group create friends bob carol
+    /// Example:
+    ///   qpq group create friends bob carol
+    #[command(verbatim_doc_comment)]
     Create {
+        /// What to call it
         name: String,
-        /// Whom to add at once.
+        /// Whom to add at once
         members: Vec<Username>,
     },
-    /// Add people to a group that you made.
+    /// Add people to a group that you made
     Add {
-        /// The group's name, or the beginning of its id.
+        /// The group's name, or the beginning of its id
         group: String,
         #[arg(required = true)]
         members: Vec<Username>,
     },
-    /// Send one message to a group.
+    /// Send one message to a group
     Send {
-        /// The group's name, or the beginning of its id.
+        /// The group's name, or the beginning of its id
         group: String,
-        /// The text; `-`, or nothing, reads it from standard input.
+        /// The text; `-`, or nothing, reads it from standard input
         #[arg(allow_hyphen_values = true)]
         text: Option<String>,
     },
-    /// List your groups.
+    /// List your groups
     List,
-    /// List a group's members.
+    /// List a group's members
     Members {
-        /// The group's name, or the beginning of its id.
+        /// The group's name, or the beginning of its id
         group: String,
     },
 }
@@ -281,6 +314,21 @@ mod tests {
     #[test]
     fn the_commands_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_help_is_wider_than_a_terminal() {
+        fn check(command: &mut clap::Command) {
+            for help in [command.render_help(), command.render_long_help()] {
+                for line in help.to_string().lines() {
+                    assert!(line.chars().count() <= 80, "{}: {line}", command.get_name());
+                }
+            }
+            command.get_subcommands_mut().for_each(check);
+        }
+        let mut command = Cli::command();
+        command.build();
+        check(&mut command);
     }
 
     #[test]

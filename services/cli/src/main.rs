@@ -13,10 +13,19 @@ mod progress;
 mod text;
 mod unlock;
 
-use std::{io, process::ExitCode, time::Duration};
+use std::{
+    io::{self, IsTerminal as _},
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{Parser as _, error::ErrorKind};
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::{
+    Layer as _,
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
+};
 
 use crate::{
     args::Cli,
@@ -84,6 +93,7 @@ fn misuse(error: &clap::Error) -> ExitCode {
     }
 }
 
+/// Our own words alone: what the libraries under us say is not checked for secrets.
 fn log(verbosity: u8) {
     let level = match verbosity {
         0 => LevelFilter::ERROR,
@@ -91,5 +101,10 @@ fn log(verbosity: u8) {
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).without_time().init();
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .without_time()
+        .with_filter(Targets::new().with_target("qpq", level));
+    tracing_subscriber::registry().with(lines).init();
 }

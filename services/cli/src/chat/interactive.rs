@@ -2,14 +2,20 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use qpq_client::{ConnectionEvent, ConversationId, Delivery, Entry, Error, Event, Outcome, safety_number};
+use qpq_client::{ConnectionEvent, ConversationId, Delivery, Entry, Error, Event, safety_number};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    Attempt, Chat, Sender,
+    Chat, Progress, Sender,
     editor::{self, Editor, Typed},
 };
-use crate::{commands::message, entry, fault::Fault, output::Style, text};
+use crate::{
+    commands::message,
+    entry,
+    fault::{Exit, Fault},
+    output::Style,
+    text,
+};
 
 /// Entries shown at the start, unless more are new.
 const RECENT: usize = 20;
@@ -25,7 +31,8 @@ pub(super) async fn run(chat: &Chat<'_>) -> Result<(), Fault> {
     let Ok(editor) = Editor::start(own) else { return super::piped::run(chat, 0).await };
     let style = chat.context.output.style;
     let sender = Sender::start(chat.messenger, chat.conversation);
-    let mut screen = Screen { chat, editor, sender, style, others: BTreeSet::new(), is_connected: true };
+    let mut screen =
+        Screen { chat, editor, sender, style, others: BTreeSet::new(), is_connected: true, is_stuck: false };
     screen.dim(format_args!(
         "Chat with {}, encrypted end to end. /help lists commands, /quit leaves.",
         chat.user
@@ -55,6 +62,8 @@ struct Screen<'a> {
     /// Who was already said to have written elsewhere.
     others: BTreeSet<ConversationId>,
     is_connected: bool,
+    /// Whether it was said that what is typed is not sent for now.
+    is_stuck: bool,
 }
 
 impl Screen<'_> {
@@ -67,7 +76,7 @@ impl Screen<'_> {
                     None | Some(Typed::Quit) => return self.leave().await,
                     Some(typed) => self.typed(typed),
                 },
-                attempt = self.sender.attempted() => self.attempted(attempt),
+                progress = self.sender.progress() => self.progressed(progress),
                 entry = listener.next() => match entry {
                     Some(Ok(entry)) => self.arrived(entry).await?,
                     Some(Err(error)) => return self.give_up(error.into()).await,
@@ -101,22 +110,22 @@ impl Screen<'_> {
         }
     }
 
-    fn attempted(&mut self, attempt: Attempt) {
-        let fault = match attempt.result {
+    fn progressed(&mut self, progress: Progress) {
+        match progress {
             // A refusal comes as an entry of its own.
-            Ok(sent) if matches!(sent.outcome, Outcome::Sent | Outcome::Refused) => return,
-            Ok(sent) => match sent.outcome {
-                Outcome::Queued(Some(error)) if error.is_temporary() => {
-                    return self.dim("Not sent yet; it will be as soon as the server can be reached.");
+            Progress::Saved | Progress::Tried { delivery: Delivery::Failed, .. } => {}
+            Progress::Tried { delivery: Delivery::Sent, .. } => self.is_stuck = false,
+            Progress::Tried { delivery: Delivery::Queued, why, .. } => {
+                let why = message::queued(why).message;
+                if !std::mem::replace(&mut self.is_stuck, true) {
+                    self.dim(format_args!("* {why}"));
                 }
-                Outcome::Queued(why) => message::queued(why),
-                Outcome::Sent | Outcome::Refused => return,
-            },
-            Err(error) => error.into(),
-        };
-        let said = text::line(&attempt.text).to_string();
-        let start: String = said.chars().take(20).collect();
-        self.dim(format_args!("Not sent ({start}…): {}", fault.message));
+            }
+            Progress::Unsaved { text, why } => {
+                let start: String = text::line(&text).to_string().chars().take(20).collect();
+                self.dim(format_args!("* not sent ({start}…): {}", why.message));
+            }
+        }
     }
 
     async fn arrived(&mut self, entry: Entry) -> Result<(), Fault> {
@@ -170,18 +179,28 @@ impl Screen<'_> {
         let until = Instant::now() + GOODBYE;
         let rest = async {
             while !self.sender.is_idle() {
-                self.sender.attempted().await;
+                self.sender.progress().await;
             }
             if is_unsent(chat).await? {
                 chat.messenger.flush().await?;
             }
             Ok::<_, Error>(())
         };
-        let ended = chat.context.progress.during("sending", timeout_at(until, rest)).await;
-        if !matches!(ended, Ok(Ok(()))) || is_unsent(chat).await? {
-            chat.context.output.note("Something is saved but not sent yet; the next qpq command sends it.");
+        // How it went is seen by what is left.
+        let _ = chat.context.progress.during("sending", timeout_at(until, Box::pin(rest))).await;
+        match self.sender.unsaved {
+            0 if is_unsent(chat).await? => Err(message::queued(Some(Fault::new(
+                Exit::Unreachable,
+                "client.unreachable",
+                "the server cannot be reached",
+            )))),
+            0 => Ok(()),
+            lost => {
+                let message = format!("the last {lost} lines were neither sent nor saved");
+                Err(Fault::new(Exit::Unreachable, "client.unreachable", message)
+                    .hint("type them again later"))
+            }
         }
-        Ok(())
     }
 
     fn dim(&mut self, line: impl std::fmt::Display) {

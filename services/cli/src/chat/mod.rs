@@ -1,5 +1,5 @@
-//! `qpq dm`: a conversation as it happens. What is typed is sent by a task of its own, in order, so that neither a slow
-//! server nor a lost connection keeps the person from typing or reading.
+//! `qpq dm`: a conversation as it happens. What is typed is saved and sent by tasks of their own, in order, so that
+//! neither a slow server nor a lost connection keeps the person from typing or reading.
 //!
 //! | file | what |
 //! |---|---|
@@ -13,9 +13,9 @@ mod piped;
 
 use std::io::{self, IsTerminal as _};
 
-use qpq_client::{ConversationId, Entry, Error, Messenger, Sent, Username};
+use qpq_client::{ConversationId, Delivery, Entry, EntryId, Messenger, Username};
 use qpq_ports::{Clock as _, SystemClock};
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::{
     commands::opened,
@@ -59,62 +59,97 @@ impl Chat<'_> {
     }
 }
 
-/// What became of a text that was to be sent.
-struct Attempt {
-    text: String,
-    result: Result<Sent, Error>,
+/// Something that happened to a text that was to be sent.
+enum Progress {
+    /// It is on this machine's disk and will be sent, whatever happens.
+    Saved,
+    /// It was not even saved.
+    Unsaved { text: String, why: Fault },
+    /// An attempt to send it has ended; `why` it is still queued, if that is known.
+    Tried { text: String, entry: EntryId, delivery: Delivery, why: Option<Fault> },
 }
 
-/// Sends texts one after another.
+/// Saves texts as they come and sends them in their order, each by a task of its own: a text is safe at once even while
+/// the one before it waits for the server.
 struct Sender {
     texts: mpsc::UnboundedSender<String>,
-    attempts: mpsc::UnboundedReceiver<Attempt>,
-    task: JoinHandle<()>,
-    pending: usize,
+    progress: mpsc::UnboundedReceiver<Progress>,
+    /// End with this.
+    _tasks: JoinSet<()>,
+    unsaved: usize,
+    untried: usize,
 }
 
 impl Sender {
     fn start(messenger: &Messenger, conversation: ConversationId) -> Self {
-        let (texts, mut given) = mpsc::unbounded_channel::<String>();
-        let (tried, attempts) = mpsc::unbounded_channel();
-        let messenger = messenger.clone();
-        let task = tokio::spawn(async move {
-            while let Some(text) = given.recv().await {
-                let result = Box::pin(messenger.send(conversation, &text)).await;
-                if tried.send(Attempt { text, result }).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { texts, attempts, task, pending: 0 }
+        let (texts, given) = mpsc::unbounded_channel();
+        let (saved, to_send) = mpsc::unbounded_channel();
+        let (tell, progress) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(save(messenger.clone(), conversation, given, saved, tell.clone()));
+        tasks.spawn(send(messenger.clone(), to_send, tell));
+        Self { texts, progress, _tasks: tasks, unsaved: 0, untried: 0 }
     }
 
     fn send(&mut self, text: String) {
-        // The task ends only after this sender is gone.
+        // The tasks end only after this sender is gone.
         if self.texts.send(text).is_ok() {
-            self.pending += 1;
+            self.unsaved += 1;
         }
     }
 
-    /// The next attempt that came to its end; waits for ever while none is under way. Cancel-safe.
-    async fn attempted(&mut self) -> Attempt {
-        match self.attempts.recv().await {
-            Some(attempt) => {
-                self.pending -= 1;
-                attempt
+    /// What happens next; waits for ever while nothing is under way. Cancel-safe.
+    async fn progress(&mut self) -> Progress {
+        let Some(progress) = self.progress.recv().await else { return std::future::pending().await };
+        match &progress {
+            Progress::Saved => {
+                self.unsaved -= 1;
+                self.untried += 1;
             }
-            None => std::future::pending().await,
+            Progress::Unsaved { .. } => self.unsaved -= 1,
+            Progress::Tried { .. } => self.untried -= 1,
         }
+        progress
     }
 
     fn is_idle(&self) -> bool {
-        self.pending == 0
+        self.unsaved == 0 && self.untried == 0
     }
 }
 
-impl Drop for Sender {
-    /// What is not saved by now was never shown as sent.
-    fn drop(&mut self) {
-        self.task.abort();
+type Saved = (String, EntryId);
+
+async fn save(
+    messenger: Messenger,
+    conversation: ConversationId,
+    mut given: mpsc::UnboundedReceiver<String>,
+    saved: mpsc::UnboundedSender<Saved>,
+    tell: mpsc::UnboundedSender<Progress>,
+) {
+    while let Some(text) = given.recv().await {
+        // Nobody is left to be told once the chat is over.
+        let _ = match Box::pin(messenger.queue(conversation, &text)).await {
+            Ok(entry) => {
+                let _ = tell.send(Progress::Saved);
+                saved.send((text, entry)).is_ok()
+            }
+            Err(error) => tell.send(Progress::Unsaved { text, why: error.into() }).is_ok(),
+        };
+    }
+}
+
+async fn send(
+    messenger: Messenger,
+    mut saved: mpsc::UnboundedReceiver<Saved>,
+    tell: mpsc::UnboundedSender<Progress>,
+) {
+    let mut batch = Vec::new();
+    while saved.recv_many(&mut batch, usize::MAX).await > 0 {
+        let failed = Box::pin(messenger.flush()).await.err().map(Fault::from);
+        for (text, entry) in batch.drain(..) {
+            let delivery = messenger.delivery(entry).await.ok().flatten().unwrap_or(Delivery::Sent);
+            let why = failed.clone().filter(|_| delivery == Delivery::Queued);
+            let _ = tell.send(Progress::Tried { text, entry, delivery, why });
+        }
     }
 }

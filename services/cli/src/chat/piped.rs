@@ -2,14 +2,14 @@
 
 use std::{future::pending, time::Duration};
 
-use qpq_client::{Entry, Outcome};
+use qpq_client::{Delivery, Entry};
 use serde::Serialize;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader, stdin},
     time::{Instant, sleep_until},
 };
 
-use super::{Attempt, Chat, Sender};
+use super::{Chat, Progress, Sender};
 use crate::{
     commands::message,
     fault::{Exit, Fault},
@@ -47,7 +47,7 @@ pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), Fault> {
                 Ok(None) => input = Input::Ended,
                 Err(error) => return Err(Fault::io("standard input", &error)),
             },
-            attempt = script.sender.attempted() => script.attempted(attempt)?,
+            progress = script.sender.progress() => script.progressed(progress)?,
             entry = listener.next() => match entry {
                 Some(entry) => script.arrived(entry?).await?,
                 None => break,
@@ -84,20 +84,19 @@ struct Script<'a> {
 }
 
 impl Script<'_> {
-    fn attempted(&mut self, Attempt { text, result }: Attempt) -> Result<(), Fault> {
-        let output = &self.chat.context.output;
-        let fault = match result {
-            Ok(sent) => match sent.outcome {
-                Outcome::Sent => {
-                    return output.report(&SentLine { event: "sent", id: sent.entry.0, text: &text });
-                }
-                Outcome::Queued(why) => message::queued(why),
-                Outcome::Refused => {
-                    let message = format!("not delivered to {}", self.chat.user);
-                    Fault::new(Exit::Failure, "client.not_delivered", message)
-                }
-            },
-            Err(error) => error.into(),
+    fn progressed(&mut self, progress: Progress) -> Result<(), Fault> {
+        let fault = match progress {
+            Progress::Saved => return Ok(()),
+            Progress::Tried { text, entry, delivery: Delivery::Sent, .. } => {
+                let sent = SentLine { event: "sent", id: entry.0, text: &text };
+                return self.chat.context.output.report(&sent);
+            }
+            Progress::Tried { delivery: Delivery::Queued, why, .. } => message::queued(why),
+            Progress::Tried { delivery: Delivery::Failed, .. } => {
+                let message = format!("not delivered to {}", self.chat.user);
+                Fault::new(Exit::Failure, "client.not_delivered", message)
+            }
+            Progress::Unsaved { why, .. } => why,
         };
         self.failed.get_or_insert(fault);
         Ok(())

@@ -81,7 +81,7 @@ async fn add_all(
         };
         match added {
             Outcome::Sent => {}
-            Outcome::Queued(why) => return Err(message::queued(why)),
+            Outcome::Queued(why) => return Err(message::queued(why.map(Fault::from))),
             Outcome::Refused => {
                 let message = format!("the server does not take messages for {member}");
                 return Err(Fault::new(Exit::Failure, "client.not_delivered", message));

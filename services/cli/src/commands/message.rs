@@ -6,7 +6,7 @@ use std::{
 };
 
 use qpq_client::{
-    CallError, ConversationId, Entry, EntryId, Error, Event, Listener, Messenger, Outcome, Sent, Username,
+    ConversationId, Entry, EntryId, Error, Event, Listener, Messenger, Outcome, Sent, Username,
 };
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
@@ -91,18 +91,15 @@ pub(crate) async fn deliver(
             to,
             conversation: conversation.to_string(),
         }),
-        Outcome::Queued(why) => Err(queued(why)),
+        Outcome::Queued(why) => Err(queued(why.map(Fault::from))),
         Outcome::Refused => Err(refused(messenger, conversation).await?),
     }
 }
 
 /// Something is saved and not yet sent.
-pub(crate) fn queued(why: Option<CallError>) -> Fault {
+pub(crate) fn queued(why: Option<Fault>) -> Fault {
     let (exit, why) = match why {
-        Some(error) => {
-            let fault = Fault::from(error);
-            (fault.exit, fault.message)
-        }
+        Some(fault) => (fault.exit, fault.message),
         None => (Exit::Failure, "the server has no room for it now".to_owned()),
     };
     Fault::new(exit, "client.queued", format_args!("saved, but not sent yet: {why}"))

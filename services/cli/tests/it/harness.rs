@@ -58,6 +58,11 @@ impl World {
         self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
     }
 
+    /// Starts again where it was.
+    pub(crate) async fn start_again(&mut self) {
+        self.running = Some(compose(&self.config).await.unwrap());
+    }
+
     /// Starts again on the same port and the same accounts, with a new certificate.
     pub(crate) async fn start_with_another_certificate(&mut self) {
         for name in ["server-cert.der", "server-key.der"] {

@@ -4,6 +4,7 @@
 
 mod account;
 mod chat;
+mod docs;
 mod group;
 mod harness;
 mod message;

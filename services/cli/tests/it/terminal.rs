@@ -105,6 +105,26 @@ async fn a_line_that_comes_while_another_is_typed_disturbs_nothing() {
 }
 
 #[tokio::test]
+async fn what_is_typed_while_the_server_is_away_is_saved_and_sent_later() {
+    let mut world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let mut terminal = Terminal::start(&alice, &["dm", "bob"]);
+    terminal.shows("you: ").await;
+    terminal.types("one\r");
+    assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: one\n");
+    world.stop().await;
+    terminal.shows("connection lost").await;
+    terminal.types("two\rthree\r/quit\r");
+    let (code, shown) = terminal.ends().await;
+    assert_eq!(code, Some(4), "{shown}");
+    assert!(shown.contains("saved, but not sent yet"), "{shown}");
+
+    world.start_again().await;
+    alice.ok(&["send", "bob", "four"]).await;
+    assert_eq!(bob.ok(&["recv"]).await, "alice: two\nalice: three\nalice: four\n");
+}
+
+#[tokio::test]
 async fn ctrl_c_leaves() {
     let world = World::new().await;
     let (alice, _bob) = (world.user("alice").await, world.user("bob").await);
