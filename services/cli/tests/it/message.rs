@@ -71,7 +71,6 @@ async fn receiving_waits_as_long_as_it_was_told_to() {
 
     let mut waiting = bob.start(&["recv", "--timeout", "50"]);
     let mut following = alice.start(&["recv", "--follow"]);
-    alice.fails(&["send", "bob", "hi"], 6, "profile.in_use").await;
     let carol = world.user("carol").await;
     for name in ["alice", "bob"] {
         carol.ok(&["send", name, "one"]).await;
@@ -79,6 +78,7 @@ async fn receiving_waits_as_long_as_it_was_told_to() {
     assert_eq!(waiting.hear().await, "carol: one");
     assert_eq!(waiting.end().await.code(), Some(0));
     assert_eq!(following.hear().await, "carol: one");
+    alice.fails(&["send", "bob", "hi"], 6, "profile.in_use").await;
     carol.ok(&["send", "alice", "two"]).await;
     assert_eq!(following.hear().await, "carol: two");
     assert_eq!(following.interrupt().await.code(), Some(130));
