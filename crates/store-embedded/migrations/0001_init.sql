@@ -3,8 +3,7 @@
 PRAGMA application_id = 1903194417; -- "qpq1": what the file is, so that nobody's other database is taken for ours.
 
 CREATE TABLE account (
-    -- Never reused. Below 2^25, because it is the upper part of message.id.
-    id            INTEGER PRIMARY KEY AUTOINCREMENT CHECK (id BETWEEN 1 AND 33554431),
+    id            INTEGER PRIMARY KEY AUTOINCREMENT, -- never reused
     username      TEXT    NOT NULL UNIQUE,
     identity      BLOB    NOT NULL UNIQUE CHECK (length(identity) = 32),
     opaque_record BLOB    NOT NULL,
@@ -32,9 +31,9 @@ CREATE TABLE inbox (
     next_expiry INTEGER NOT NULL DEFAULT 9223372036854775807
 ) STRICT;
 
+-- In order of arrival, so that what is committed together lies together: payloads of many inboxes share pages and only
+-- short index entries are spread.
 CREATE TABLE message (
-    -- inbox << 38 | seq: the table itself is ordered as inboxes are read. 2^38 messages an inbox are enough for 400 years
-    -- of 20 a second.
     id             INTEGER PRIMARY KEY,
     inbox          INTEGER NOT NULL,
     seq            INTEGER NOT NULL,
@@ -47,10 +46,16 @@ CREATE TABLE message (
     payload_sha256 BLOB    NOT NULL,
     payload        BLOB    NOT NULL  -- last, so that nothing before it waits for its overflow pages
 ) STRICT;
+CREATE UNIQUE INDEX message_inbox ON message (inbox, seq);
 -- One channel in seq order; expires_at besides, so that expired ones are found without touching a payload.
 CREATE INDEX message_channel ON message (inbox, channel, seq, expires_at);
-CREATE INDEX message_expiry ON message (expires_at);
 CREATE UNIQUE INDEX message_once ON message (inbox, sender, message_id) WHERE message_id IS NOT NULL;
+CREATE INDEX message_expiry ON message (expires_at);
+
+-- No seq is skipped or used twice: a row whose turn it is not is left out, and nothing is said.
+CREATE TRIGGER message_next BEFORE INSERT ON message BEGIN
+    SELECT RAISE (IGNORE) WHERE NEW.seq <> (SELECT last_seq + 1 FROM inbox WHERE id = NEW.inbox);
+END;
 
 CREATE TRIGGER message_in AFTER INSERT ON message BEGIN
     UPDATE inbox

@@ -54,7 +54,7 @@ impl EmbeddedStore {
         metrics::describe();
         let opened = open::open(data_dir).await?;
         let readers = opened.readers;
-        let writer = Writer::start(opened.connection, opened.options, opened.lock);
+        let writer = Writer::start(opened.connection, opened.options, limits.delivery, opened.lock);
         let wakes = Arc::default();
         let sessions = Arc::new(EmbeddedSessions::new(writer.clone(), readers.clone()));
         let keys = Arc::new(EmbeddedKeys::new(writer.clone(), readers.clone(), limits.key_packages));

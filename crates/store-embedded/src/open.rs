@@ -61,6 +61,11 @@ pub enum OpenError {
         path.display()
     )]
     NewerSchema { path: PathBuf, found: i64, known: i64 },
+    #[error(
+        "{} was written by an unreleased version whose schema {version} was another: start that version, or use a new directory",
+        path.display()
+    )]
+    OtherSchema { path: PathBuf, version: i64 },
     #[error("{} cannot be opened ({cause}): see to the disk, then start again", path.display())]
     Failed { path: PathBuf, cause: String },
 }
@@ -92,6 +97,8 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .pragma("cache_size", "-65536")
         .pragma("wal_autocheckpoint", "4096")
         .pragma("journal_size_limit", "67108864")
+        // What a statement puts aside while it inserts.
+        .pragma("temp_store", "memory")
         .disable_statement_logging();
     let mut connection = options.connect().await.map_err(failed)?;
     check_ownership(&mut connection, &path).await?;
@@ -189,6 +196,9 @@ fn migration_failed(path: &Path, error: &MigrateError) -> OpenError {
     match error {
         MigrateError::VersionMissing(found) => {
             OpenError::NewerSchema { path: path.to_owned(), found: *found, known }
+        }
+        MigrateError::VersionMismatch(version) => {
+            OpenError::OtherSchema { path: path.to_owned(), version: *version }
         }
         MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => open_failed(path, error),
         other => OpenError::Corrupt { path: path.to_owned(), cause: other.to_string() },

@@ -4,6 +4,7 @@
 //! in one transaction, and answers them once its `COMMIT` has returned: nothing is acknowledged before it is durable, and
 //! the price of an fsync is shared. While it commits, the next jobs gather.
 //!
+//! - Messages to be enqueued are no jobs of their own: all that wait go to the database together, after the jobs.
 //! - A job that only concerns itself (a constraint, a row that cannot be read) fails alone, if it runs in a savepoint.
 //! - A failure of the store (full, I/O, corrupt) rolls the whole batch back; each of its jobs is told, the connection is
 //!   thrown away, and the next batch begins with a new one. So the store works again as soon as the disk does.
@@ -12,7 +13,8 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
-use qpq_ports::{StoreError, StoreResult};
+use qpq_domain::Delivery;
+use qpq_ports::{Enqueue, Enqueued, StoreError, StoreResult};
 use sqlx::{ConnectOptions as _, Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
@@ -21,6 +23,7 @@ use tokio::{
 
 use crate::{
     error::{Kind, Shared},
+    inboxes::enqueue,
     metrics as names,
 };
 
@@ -35,12 +38,15 @@ const UNIT: usize = 1 << 10;
 /// How long a job waits for room before the store counts as unavailable.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// What a message takes in memory beside its payload, while it waits.
+const MESSAGE_BYTES: usize = 256;
+
 /// What a failure inside a job undoes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
     /// The job alone: it has a savepoint.
     Job,
-    /// The batch: for jobs that no row can make fail, and that are too many to pay for a savepoint.
+    /// The batch: for jobs that no row can make fail, and that are many.
     Batch,
 }
 
@@ -69,6 +75,7 @@ pub(crate) struct Writer {
 
 enum Message {
     Job(Box<dyn Job>),
+    Enqueue(EnqueueCall),
     Close(oneshot::Sender<()>),
 }
 
@@ -78,11 +85,12 @@ impl Writer {
     pub(crate) fn start<G: Send + 'static>(
         connection: SqliteConnection,
         options: SqliteConnectOptions,
+        limits: Delivery,
         guard: G,
     ) -> Self {
         let (jobs, waiting) = mpsc::unbounded_channel();
         tokio::spawn(async move {
-            let closed = Committer { waiting, options, connection: Some(connection) }.run().await;
+            let closed = Committer { waiting, options, limits, connection: Some(connection) }.run().await;
             drop(guard);
             if let Some(closed) = closed {
                 // Whoever closed the store may be gone.
@@ -113,6 +121,20 @@ impl Writer {
         metrics::gauge!(names::QUEUE_JOBS).increment(1);
         let job = TypedJob { scope, bytes, work: Some(work), committed, result: None, answer, _room: room };
         self.jobs.send(Message::Job(Box::new(job))).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
+        result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
+    }
+
+    /// Accepts messages; `committed` as for [`Writer::run`].
+    pub(crate) async fn enqueue<C>(&self, messages: Vec<Enqueue>, committed: C) -> StoreResult<Vec<Enqueued>>
+    where
+        C: FnOnce(&[Enqueue], &[Enqueued]) + Send + 'static,
+    {
+        let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
+        let room = self.admit(bytes).await?;
+        let (answer, result) = oneshot::channel();
+        metrics::gauge!(names::QUEUE_JOBS).increment(1);
+        let call = EnqueueCall { messages, bytes, committed: Box::new(committed), answer, _room: room };
+        self.jobs.send(Message::Enqueue(call)).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
         result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
     }
 
@@ -196,10 +218,66 @@ where
     }
 }
 
+/// Who is told, after the commit, what became of a call's messages.
+type Told = dyn FnOnce(&[Enqueue], &[Enqueued]) + Send;
+
+/// One call's messages.
+struct EnqueueCall {
+    messages: Vec<Enqueue>,
+    bytes: usize,
+    committed: Box<Told>,
+    answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,
+    _room: OwnedSemaphorePermit,
+}
+
+/// What becomes one transaction.
+#[derive(Default)]
+struct Batch {
+    jobs: Vec<Box<dyn Job>>,
+    calls: Vec<EnqueueCall>,
+    bytes: usize,
+}
+
+impl Batch {
+    fn len(&self) -> usize {
+        self.jobs.len() + self.calls.len()
+    }
+
+    fn is_full(&self) -> bool {
+        self.len() >= BATCH_JOBS || self.bytes >= BATCH_BYTES
+    }
+
+    /// Answers everyone. `own` are the jobs' own failures, `outcomes` those of all messages in order.
+    fn committed(self, own: Vec<Option<Shared>>, outcomes: Vec<Enqueued>) {
+        for (job, failure) in self.jobs.into_iter().zip(own) {
+            match failure {
+                None => job.committed(),
+                Some(error) => job.failed(error.into()),
+            }
+        }
+        let mut outcomes = outcomes.into_iter();
+        for call in self.calls {
+            let own: Vec<_> = outcomes.by_ref().take(call.messages.len()).collect();
+            (call.committed)(&call.messages, &own);
+            // Whoever gave up changes nothing.
+            let _ = call.answer.send(Ok(own));
+        }
+    }
+
+    fn failed(self, error: &Shared) {
+        self.jobs.into_iter().for_each(|job| job.failed(error.clone().into()));
+        for call in self.calls {
+            // As above.
+            let _ = call.answer.send(Err(error.clone().into()));
+        }
+    }
+}
+
 /// The task's state.
 struct Committer {
     waiting: mpsc::UnboundedReceiver<Message>,
     options: SqliteConnectOptions,
+    limits: Delivery,
     /// None after a failure, until the next batch.
     connection: Option<SqliteConnection>,
 }
@@ -209,14 +287,17 @@ impl Committer {
     async fn run(mut self) -> Option<oneshot::Sender<()>> {
         let mut closed = None;
         while let Some(message) = self.waiting.recv().await {
-            let mut batch = Vec::new();
-            let mut bytes = 0;
+            let mut batch = Batch::default();
             let mut next = Some(message);
             while let Some(message) = next {
                 match message {
                     Message::Job(job) => {
-                        bytes += job.bytes();
-                        batch.push(job);
+                        batch.bytes += job.bytes();
+                        batch.jobs.push(job);
+                    }
+                    Message::Enqueue(call) => {
+                        batch.bytes += call.bytes;
+                        batch.calls.push(call);
                     }
                     Message::Close(done) => {
                         // What was sent before is still received, then there is nothing more.
@@ -224,10 +305,9 @@ impl Committer {
                         closed = Some(done);
                     }
                 }
-                let full = batch.len() >= BATCH_JOBS || bytes >= BATCH_BYTES;
-                next = if full { None } else { self.waiting.try_recv().ok() };
+                next = if batch.is_full() { None } else { self.waiting.try_recv().ok() };
             }
-            if !batch.is_empty() {
+            if batch.len() > 0 {
                 self.commit(batch).await;
             }
         }
@@ -240,42 +320,37 @@ impl Committer {
         closed
     }
 
-    /// Commits the batch and answers each of its jobs.
-    async fn commit(&mut self, mut batch: Vec<Box<dyn Job>>) {
+    /// Commits the batch and answers everyone in it.
+    async fn commit(&mut self, mut batch: Batch) {
         let jobs = batch.len();
         metrics::gauge!(names::QUEUE_JOBS).decrement(jobs as f64);
         metrics::histogram!(names::BATCH_JOBS).record(jobs as f64);
         let begun = Instant::now();
         match self.transaction(&mut batch).await {
-            Ok(own) => {
+            Ok((own, outcomes)) => {
                 metrics::histogram!(names::BATCH_SECONDS).record(begun.elapsed());
-                for (job, failure) in batch.into_iter().zip(own) {
-                    match failure {
-                        None => job.committed(),
-                        Some(error) => job.failed(error.into()),
-                    }
-                }
+                batch.committed(own, outcomes);
             }
             Err(error) => {
                 let kind = Kind::of(&error);
                 metrics::counter!(names::ERRORS, "kind" => kind.name()).increment(1);
                 tracing::error!(%error, kind = kind.name(), jobs, "nothing was committed");
                 self.start_over().await;
-                let shared = Shared::from(error);
-                batch.into_iter().for_each(|job| job.failed(shared.clone().into()));
+                batch.failed(&error.into());
             }
         }
     }
 
-    /// Runs the jobs and commits. Answers, job by job, the failures that were a job's own.
-    async fn transaction(&mut self, batch: &mut [Box<dyn Job>]) -> sqlx::Result<Vec<Option<Shared>>> {
+    /// Runs the jobs, inserts the messages and commits. Answers the failures that were a job's own, job by job, and what
+    /// became of each message.
+    async fn transaction(&mut self, batch: &mut Batch) -> sqlx::Result<(Vec<Option<Shared>>, Vec<Enqueued>)> {
         let connection = match &mut self.connection {
             Some(connection) => connection,
             none => none.insert(self.options.connect().await?),
         };
         execute(connection, "BEGIN IMMEDIATE").await?;
-        let mut own = Vec::with_capacity(batch.len());
-        for job in batch {
+        let mut own = Vec::with_capacity(batch.jobs.len());
+        for job in &mut batch.jobs {
             own.push(match job.scope() {
                 Scope::Batch => {
                     job.run(connection).await?;
@@ -284,10 +359,16 @@ impl Committer {
                 Scope::Job => in_savepoint(job.as_mut(), connection).await?,
             });
         }
+        let messages: Vec<_> = batch.calls.iter().flat_map(|call| &call.messages).collect();
+        let outcomes = if messages.is_empty() {
+            Vec::new()
+        } else {
+            enqueue::all(connection, &messages, &self.limits).await?
+        };
         let committing = Instant::now();
         execute(connection, "COMMIT").await?;
         metrics::histogram!(names::COMMIT_SECONDS).record(committing.elapsed());
-        Ok(own)
+        Ok((own, outcomes))
     }
 
     /// Throws the connection away, whatever state it is in.

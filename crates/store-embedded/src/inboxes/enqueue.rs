@@ -1,26 +1,48 @@
-//! Accepting messages: one statement for each that is accepted, and only for one that is not a second, to find out why.
+//! Accepting messages: many in one statement, and only for one that is not accepted a few more, to find out why.
+//!
+//! The way to SQLite's thread and back costs more than an insert, so the writer hands over the messages of all calls that
+//! it found waiting, and they are inserted up to [`ROWS`] at a time. Each row says how many messages to its inbox are ahead
+//! of it in the same statement. If one of those is not accepted after all, a trigger leaves out the ones behind it, as
+//! their seqs would not be the next; what was left out for whatever reason is then looked at by itself, in order.
 
-use std::time::Duration;
+use std::{collections::HashMap, sync::LazyLock, time::Duration};
 
-use qpq_domain::Delivery;
+use qpq_domain::{Delivery, IdentityKey, Seq};
 use qpq_ports::{Enqueue, Enqueued, Receipt};
 use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 
 use super::remove;
 use crate::row::{Columns as _, millis, millis_of, number};
 
-/// Looks the inbox up, checks caps and recent ids, gives the next seq and inserts, all in one go; the trigger moves the
-/// head. Returns nothing when there is no such inbox, no room, or the message id is known.
-const INSERT: &str = "
-    INSERT INTO message (id, inbox, seq, expires_at, enqueued_at, size, channel, sender, message_id,
-                         payload_sha256, payload)
-    SELECT i.id << 38 | i.last_seq + 1, i.id, i.last_seq + 1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9
-      FROM account a CROSS JOIN inbox i ON i.id = a.id
-     WHERE a.identity = ?1 AND i.messages < ?10 AND i.bytes + ?4 <= ?11 AND i.last_seq < (1 << 38) - 1
-       AND NOT EXISTS (SELECT 1 FROM recent_id r
-                        WHERE r.inbox = i.id AND r.sender = ?6 AND r.message_id = ?7 AND r.forget_at > ?3)
-        ON CONFLICT DO NOTHING
- RETURNING seq";
+/// Rows in one statement at most.
+const ROWS: usize = 32;
+
+/// The statement for each number of rows, from none.
+static INSERTS: LazyLock<Vec<String>> = LazyLock::new(|| (0..=ROWS).map(insert_sql).collect());
+
+/// Looks the inboxes up, checks caps and recent ids, gives the next seqs and inserts, all in one go; a trigger moves the
+/// heads. A row is left out when there is no such inbox, no room, its message id is known, or it is not its turn.
+fn insert_sql(rows: usize) -> String {
+    let values = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; rows].join(", ");
+    format!(
+        "WITH new (id, recipient, ahead, bytes_ahead, expires_at, enqueued_at, size, channel, sender, message_id,
+                   payload_sha256, payload) AS (VALUES {values})
+         INSERT INTO message (id, inbox, seq, expires_at, enqueued_at, size, channel, sender, message_id,
+                              payload_sha256, payload)
+         SELECT n.id, i.id, i.last_seq + n.ahead + 1, n.expires_at, n.enqueued_at, n.size, n.channel, n.sender,
+                n.message_id, n.payload_sha256, n.payload
+           FROM new n CROSS JOIN account a ON a.identity = n.recipient CROSS JOIN inbox i ON i.id = a.id
+          WHERE i.messages + n.ahead < ? AND i.bytes + n.bytes_ahead + n.size <= ?
+            AND NOT EXISTS (SELECT 1 FROM recent_id r
+                             WHERE r.inbox = i.id AND r.sender = n.sender AND r.message_id = n.message_id
+                               AND r.forget_at > n.enqueued_at)
+             ON CONFLICT DO NOTHING
+      RETURNING id, seq"
+    )
+}
+
+/// Where to go on numbering rows. The numbers tell apart what comes back from an insert, and mean nothing else.
+const NEXT_ROW: &str = "SELECT coalesce(max(id), 0) + 1 FROM message";
 
 /// Why nothing was inserted: no row, no such recipient; `seq`, the receipt of a message that is still known, queued or
 /// gone; else the inbox is full, or an expired message is in the way.
@@ -35,78 +57,112 @@ const WHY: &str = "
      WHERE a.identity = ?1";
 
 #[cfg(test)]
-pub(super) const STATEMENTS: [&str; 2] = [INSERT, WHY];
+pub(super) fn statements() -> impl Iterator<Item = &'static str> {
+    [INSERTS[1].as_str(), INSERTS[ROWS].as_str(), NEXT_ROW, WHY].into_iter()
+}
 
 /// Accepts each message or says why not, in order.
-pub(super) async fn all(
+pub(crate) async fn all(
     connection: &mut SqliteConnection,
-    messages: Vec<Enqueue>,
+    messages: &[&Enqueue],
     limits: &Delivery,
 ) -> sqlx::Result<Vec<Enqueued>> {
+    let next_row = sqlx::query_scalar(NEXT_ROW).fetch_one(&mut *connection).await?;
+    let mut inserting = Inserting { connection, limits, next_row };
     let mut outcomes = Vec::with_capacity(messages.len());
-    for message in messages {
-        outcomes.push(one(connection, &message, limits).await?);
+    for chunk in messages.chunks(ROWS) {
+        let seqs = inserting.insert(chunk).await?;
+        for (message, seq) in chunk.iter().zip(seqs) {
+            outcomes.push(match seq {
+                Some(seq) => accepted(message, seq),
+                None => inserting.one(message).await?,
+            });
+        }
     }
     Ok(outcomes)
 }
 
-async fn one(
-    connection: &mut SqliteConnection,
-    message: &Enqueue,
-    limits: &Delivery,
-) -> sqlx::Result<Enqueued> {
-    if let Some(accepted) = insert(connection, message, limits).await? {
-        return Ok(accepted);
-    }
-    let Some(row) = why(connection, message, limits.recent_ids).await? else {
-        return Ok(Enqueued::NoSuchRecipient);
-    };
-    if row.try_get::<Option<i64>, _>("seq")?.is_some() {
-        return Ok(Enqueued::Duplicate(Receipt {
-            seq: row.seq("seq")?,
-            channel: row.channel("channel")?,
-            payload_sha256: row.hash("payload_sha256")?,
-            enqueued_at: row.at("enqueued_at")?,
-        }));
-    }
-    if row.try_get("stale")? {
-        remove::expired(connection, row.try_get("inbox")?, message.now, limits.recent_ids).await?;
-        if let Some(accepted) = insert(connection, message, limits).await? {
-            return Ok(accepted);
-        }
-    }
-    Ok(Enqueued::QueueFull)
+struct Inserting<'a> {
+    connection: &'a mut SqliteConnection,
+    limits: &'a Delivery,
+    next_row: i64,
 }
 
-async fn insert(
-    connection: &mut SqliteConnection,
-    message: &Enqueue,
-    limits: &Delivery,
-) -> sqlx::Result<Option<Enqueued>> {
-    let Enqueue { sender, recipient, channel, payload, payload_sha256, message_id, now, ttl } = message;
-    let inserted = sqlx::query(INSERT)
-        .bind(&recipient.as_bytes()[..])
-        .bind(millis(now.plus(*ttl)))
-        .bind(millis(*now))
-        .bind(number(payload.len() as u64))
-        .bind(channel.as_bytes())
-        .bind(&sender.as_bytes()[..])
-        .bind(message_id.as_ref().map(|id| &id.as_bytes()[..]))
-        .bind(&payload_sha256[..])
-        .bind(&payload[..])
-        .bind(number(limits.max_messages))
-        .bind(number(limits.max_bytes))
-        .fetch_optional(connection)
-        .await?;
-    let receipt = |row: SqliteRow| {
-        Ok(Enqueued::Accepted(Receipt {
-            seq: row.seq("seq")?,
-            channel: *channel,
-            payload_sha256: *payload_sha256,
-            enqueued_at: *now,
-        }))
-    };
-    inserted.map(receipt).transpose()
+impl Inserting<'_> {
+    /// The seq of each message that was accepted. Of those to one inbox, these are the first ones.
+    async fn insert(&mut self, messages: &[&Enqueue]) -> sqlx::Result<Vec<Option<Seq>>> {
+        let first_row = self.next_row;
+        let mut ahead: HashMap<IdentityKey, (i64, i64)> = HashMap::with_capacity(messages.len());
+        let mut query = sqlx::query(INSERTS[messages.len()].as_str());
+        for message in messages {
+            let Enqueue { sender, recipient, channel, payload, payload_sha256, message_id, now, ttl } =
+                message;
+            let size = number(payload.len() as u64);
+            let (count, bytes) = ahead.entry(*recipient).or_default();
+            query = query
+                .bind(self.next_row)
+                .bind(&recipient.as_bytes()[..])
+                .bind(*count)
+                .bind(*bytes)
+                .bind(millis(now.plus(*ttl)))
+                .bind(millis(*now))
+                .bind(size)
+                .bind(channel.as_bytes())
+                .bind(&sender.as_bytes()[..])
+                .bind(message_id.as_ref().map(|id| &id.as_bytes()[..]))
+                .bind(&payload_sha256[..])
+                .bind(&payload[..]);
+            *count += 1;
+            *bytes += size;
+            self.next_row += 1;
+        }
+        let inserted = query
+            .bind(number(self.limits.max_messages))
+            .bind(number(self.limits.max_bytes))
+            .fetch_all(&mut *self.connection)
+            .await?;
+        let mut seqs = vec![None; messages.len()];
+        for row in inserted {
+            let index = usize::try_from(row.try_get::<i64, _>("id")? - first_row).expect("one of the above");
+            seqs[index] = Some(row.seq("seq")?);
+        }
+        Ok(seqs)
+    }
+
+    /// A message that was left out: tried by itself, and if it is left out again, that has a reason.
+    async fn one(&mut self, message: &Enqueue) -> sqlx::Result<Enqueued> {
+        if let [Some(seq)] = self.insert(&[message]).await?[..] {
+            return Ok(accepted(message, seq));
+        }
+        let recent_ids = self.limits.recent_ids;
+        let Some(row) = why(self.connection, message, recent_ids).await? else {
+            return Ok(Enqueued::NoSuchRecipient);
+        };
+        if row.try_get::<Option<i64>, _>("seq")?.is_some() {
+            return Ok(Enqueued::Duplicate(Receipt {
+                seq: row.seq("seq")?,
+                channel: row.channel("channel")?,
+                payload_sha256: row.hash("payload_sha256")?,
+                enqueued_at: row.at("enqueued_at")?,
+            }));
+        }
+        if row.try_get("stale")? {
+            remove::expired(self.connection, row.try_get("inbox")?, message.now, recent_ids).await?;
+            if let [Some(seq)] = self.insert(&[message]).await?[..] {
+                return Ok(accepted(message, seq));
+            }
+        }
+        Ok(Enqueued::QueueFull)
+    }
+}
+
+fn accepted(message: &Enqueue, seq: Seq) -> Enqueued {
+    Enqueued::Accepted(Receipt {
+        seq,
+        channel: message.channel,
+        payload_sha256: message.payload_sha256,
+        enqueued_at: message.now,
+    })
 }
 
 async fn why(

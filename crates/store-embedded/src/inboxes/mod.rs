@@ -1,13 +1,12 @@
 //! Inboxes in SQLite.
 //!
-//! A message is a row whose key is its inbox and seq; the inbox's head (last seq, count, bytes) is another, kept by
-//! triggers. `enqueue` accepts, `read` reads a snapshot, `remove` deletes and remembers ids, and `lease` decides which of
+//! A message is a row, found by its inbox and seq; the inbox's head (last seq, count, bytes) is another, kept by triggers. `enqueue` accepts, `read` reads a snapshot, `remove` deletes and remembers ids, and `lease` decides which of
 //! the rows that were read may be shown.
 //!
 //! A message that has expired is gone, whether or not a sweep has come by: it is not shown, not counted as acked, and its
 //! id is remembered from the instant of its expiry. So what a caller sees never depends on when the sweeper ran.
 
-mod enqueue;
+pub(crate) mod enqueue;
 mod lease;
 #[cfg(test)]
 mod plans;
@@ -34,12 +33,6 @@ use crate::{
     writer::{Outcome, Scope, Writer},
 };
 
-/// The highest seq there can be: a message's key is its inbox and, in the 38 lower bits, its seq.
-const MAX_SEQ: u64 = (1 << 38) - 1;
-
-/// What a message takes in memory beside its payload, while it waits to be written.
-const MESSAGE_BYTES: usize = 256;
-
 /// Seqs in an ack that are looked for one by one.
 const LONG_ACK: usize = 256;
 
@@ -65,25 +58,15 @@ impl Inboxes for EmbeddedInboxes {
         if messages.is_empty() {
             return Ok(Vec::new());
         }
-        let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
-        let recipients: Vec<_> = messages.iter().map(|message| message.recipient).collect();
-        let (limits, wakes) = (self.limits, Arc::clone(&self.wakes));
+        let wakes = Arc::clone(&self.wakes);
         self.writer
-            .run(
-                Scope::Batch,
-                bytes,
-                move |connection| {
-                    async move { enqueue::all(connection, messages, &limits).await.map(Outcome::Keep) }
-                        .boxed()
-                },
-                move |outcomes| {
-                    for (recipient, outcome) in recipients.iter().zip(outcomes) {
-                        if matches!(outcome, Enqueued::Accepted(_)) {
-                            wakes.wake(recipient);
-                        }
+            .enqueue(messages, move |messages, outcomes| {
+                for (message, outcome) in messages.iter().zip(outcomes) {
+                    if matches!(outcome, Enqueued::Accepted(_)) {
+                        wakes.wake(&message.recipient);
                     }
-                },
-            )
+                }
+            })
             .await
     }
 

@@ -11,7 +11,7 @@ async fn hot_statements_go_by_index_and_sort_nothing() {
         .execute(&mut connection)
         .await
         .expect("schema");
-    let statements = enqueue::STATEMENTS.iter().chain(&read::STATEMENTS).copied().chain(remove::statements());
+    let statements = enqueue::statements().chain(read::STATEMENTS).chain(remove::statements());
     for sql in statements {
         let plan: Vec<String> = sqlx::query(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}")))
             .fetch_all(&mut connection)
@@ -21,8 +21,9 @@ async fn hot_statements_go_by_index_and_sort_nothing() {
             .map(|row| row.get("detail"))
             .collect();
         for step in &plan {
-            // The list of an ack is read from end to end, whatever the plan calls it.
-            let scans = step.starts_with("SCAN") && !step.starts_with("SCAN json_each");
+            // Read from end to end, as they should be: the list of an ack, and the rows of an insert.
+            let given = ["SCAN json_each", "SCAN CONSTANT ROW", "SCAN n", "SCAN 32 CONSTANT ROWS"];
+            let scans = step.starts_with("SCAN") && !given.iter().any(|given| step.starts_with(given));
             assert!(!scans && !step.contains("TEMP B-TREE"), "{sql}\n{plan:#?}");
         }
         assert!(!plan.iter().any(|step| step.contains("AUTOMATIC")), "{sql}\n{plan:#?}");

@@ -7,7 +7,6 @@ use qpq_domain::{IdentityKey, Seq, UnixMillis};
 use qpq_ports::{Envelope, PageLimit, Read, StoreResult, View};
 use sqlx::{Row as _, SqlitePool, sqlite::SqliteRow};
 
-use super::MAX_SEQ;
 use crate::{
     error::read_failed,
     row::{Columns as _, millis, number},
@@ -16,9 +15,9 @@ use crate::{
 /// ?1 identity, ?2 after which seq, ?3 now, ?4 rows at most, ?5 the channel.
 const ALL: &str = "
     SELECT m.inbox, m.seq, m.channel, m.enqueued_at, m.payload
-      FROM account a CROSS JOIN message m
-     WHERE a.identity = ?1 AND m.id > (a.id << 38 | ?2) AND m.id < a.id + 1 << 38 AND m.expires_at > ?3
-     ORDER BY m.id LIMIT ?4";
+      FROM account a CROSS JOIN message m INDEXED BY message_inbox
+     WHERE a.identity = ?1 AND m.inbox = a.id AND m.seq > ?2 AND m.expires_at > ?3
+     ORDER BY m.seq LIMIT ?4";
 const CHANNEL: &str = "
     SELECT m.inbox, m.seq, m.channel, m.enqueued_at, m.payload
       FROM account a CROSS JOIN message m INDEXED BY message_channel
@@ -26,7 +25,7 @@ const CHANNEL: &str = "
      ORDER BY m.seq LIMIT ?4";
 
 const SEQS: &str = "
-    SELECT m.seq FROM account a CROSS JOIN message m INDEXED BY message_channel
+    SELECT m.seq FROM account a CROSS JOIN message m INDEXED BY message_inbox
      WHERE a.identity = ?1 AND m.inbox = a.id";
 
 #[cfg(test)]
@@ -56,7 +55,7 @@ pub(super) async fn snapshot(
     };
     let mut rows = sqlx::query(sql)
         .bind(&read.inbox.as_bytes()[..])
-        .bind(number(after.0.min(MAX_SEQ)))
+        .bind(number(after.0))
         .bind(millis(now))
         .bind(i64::from(limit.messages) + 1)
         .bind(channel)

@@ -7,7 +7,6 @@ use qpq_domain::{Seq, UnixMillis};
 use qpq_ports::{Ack, Read, View};
 use sqlx::{SqliteConnection, query::Query, sqlite::SqliteArguments};
 
-use super::MAX_SEQ;
 use crate::{
     row::{millis, millis_of, number},
     upkeep::SWEEP,
@@ -37,14 +36,15 @@ macro_rules! removal {
 }
 
 // ?3 inbox, ?4 and ?5 first and last seq, ?6 alive at, ?7 channel.
-const RANGE: Removal = removal!("id BETWEEN ?3 << 38 | ?4 AND ?3 << 38 | ?5 AND expires_at > ?6");
+const RANGE: Removal = removal!("inbox = ?3 AND seq BETWEEN ?4 AND ?5 AND +expires_at > ?6");
 const CHANNEL_RANGE: Removal =
-    removal!("inbox = ?3 AND channel = ?7 AND seq BETWEEN ?4 AND ?5 AND expires_at > ?6");
+    removal!("inbox = ?3 AND channel = ?7 AND seq BETWEEN ?4 AND ?5 AND +expires_at > ?6");
 
 // ?3 inbox, ?4 the seqs as a JSON array, ?5 alive at, ?6 channel.
-const SINGLE: Removal = removal!("id IN (SELECT ?3 << 38 | value FROM json_each(?4)) AND expires_at > ?5");
+const SINGLE: Removal =
+    removal!("inbox = ?3 AND seq IN (SELECT value FROM json_each(?4)) AND +expires_at > ?5");
 const CHANNEL_SINGLE: Removal =
-    removal!("id IN (SELECT ?3 << 38 | value FROM json_each(?4)) AND channel = ?6 AND expires_at > ?5");
+    removal!("inbox = ?3 AND channel = ?6 AND seq IN (SELECT value FROM json_each(?4)) AND +expires_at > ?5");
 
 // ?3 inbox. The channel index has all that is asked for; the expiry index would walk over other inboxes.
 const EXPIRED: Removal = removal!("inbox = ?3 AND +expires_at <= ?1");
@@ -94,12 +94,7 @@ pub(super) async fn selected(
     };
     removal
         .run(connection, now, recent_ids, |query| {
-            query
-                .bind(inbox)
-                .bind(number(from.0))
-                .bind(number(to.0.min(MAX_SEQ)))
-                .bind(millis(alive_at))
-                .bind(channel)
+            query.bind(inbox).bind(number(from.0)).bind(number(to.0)).bind(millis(alive_at)).bind(channel)
         })
         .await
 }
@@ -107,7 +102,7 @@ pub(super) async fn selected(
 /// An ack without what it says twice and what cannot be.
 pub(super) fn sensible(ack: Ack) -> Ack {
     let Ack { up_to, mut seqs } = ack;
-    seqs.retain(|seq| seq.0 <= MAX_SEQ && Some(*seq) > up_to && *seq > Seq::ZERO);
+    seqs.retain(|seq| Some(*seq) > up_to && i64::try_from(seq.0).is_ok());
     seqs.sort_unstable();
     seqs.dedup();
     Ack { up_to, seqs }
