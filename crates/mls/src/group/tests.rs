@@ -264,3 +264,69 @@ fn nothing_held_or_said_is_shown() {
     assert!(!shown.contains("secret words"), "{shown}");
     assert!(shown.len() < 700, "{shown}");
 }
+
+/// A group's maker that never committed with a path still has the leaf that it began with.
+#[test]
+fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
+    let (ann, mut bob) = (client("ann"), client("bob"));
+    let maker = ann.identity.public();
+    let profile = Profile {
+        kind: Kind::Group { name: "old".into() },
+        channel: ChannelId::DEFAULT,
+        maker,
+        made_at: UnixMillis(0),
+    };
+    let year = std::time::Duration::from_secs(365 * 24 * 3600);
+    let mut group = Group::make(&ann.identity, &ann.username, profile, now().minus(year)).unwrap();
+    let bobs = package(&mut bob);
+    let (_commit, welcome, _) =
+        group.mls.add_members_without_update(&group.store, &ann.identity, &[bobs]).unwrap();
+    let received = bob.receive(&welcome.to_bytes().unwrap());
+    assert!(matches!(received[..], [Received::Joined(_)]), "{received:?}");
+}
+
+/// A Welcome's list of recipients is not authenticated, so whoever stores it can make many of one. With a package that may
+/// be used again, each of them would set the group back to where it was joined, and let old messages pass for new.
+#[test]
+fn no_welcome_sets_a_group_back() {
+    let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
+    let id = ann.create_group("g", ChannelId::DEFAULT, now()).unwrap();
+    let last_resort = bob.last_resort_key_package(now());
+    let cats = cat.key_packages(1, now()).remove(0);
+    let (bobs_name, cats_name) = (bob.username.clone(), cat.username.clone());
+    let invitees = [
+        crate::Invitee { identity: bob.identity.public(), username: &bobs_name, key_package: &last_resort },
+        crate::Invitee { identity: cat.identity.public(), username: &cats_name, key_package: &cats },
+    ];
+    let welcome = ann.add(id, &invitees, now()).unwrap().welcome.payload;
+    let for_bob_alone = without_the_second_recipient(&welcome);
+    assert!(matches!(bob.receive(&welcome)[..], [Received::Joined(_)]));
+    let message = say(&mut ann, id, "once");
+    assert!(matches!(bob.receive(&message)[..], [Received::Message { .. }]));
+    assert_eq!(bob.receive(&for_bob_alone), [Received::Duplicate]);
+    assert_eq!(bob.receive(&message), [Received::Duplicate]);
+
+    // Removed and added again by the same package: the first Welcome is past now, though another one brought us in.
+    let removal = ann.remove(id, &[bob.identity.public()]).unwrap().payload;
+    bob.receive(&removal);
+    let again = ann.add(id, &invitees[..1], now()).unwrap().welcome.payload;
+    assert!(matches!(bob.receive(&again)[..], [Received::Joined(_)]));
+    for old in [&welcome, &for_bob_alone] {
+        assert_eq!(bob.receive(old), [Received::Duplicate]);
+    }
+    assert_hears(&mut ann, &mut bob, id);
+}
+
+fn without_the_second_recipient(message: &[u8]) -> Vec<u8> {
+    use tls_codec::{Serialize as _, Size as _};
+    let MlsMessageBodyIn::Welcome(welcome) =
+        MlsMessageIn::tls_deserialize_exact_bytes(message).unwrap().extract()
+    else {
+        panic!("a Welcome")
+    };
+    let all = welcome.secrets().to_vec();
+    let first = vec![all[0].clone()];
+    // Version, wire format and suite; the recipients; the group info.
+    let rest = &message[6 + all.tls_serialized_len()..];
+    [&message[..6], &first.tls_serialize_detached().unwrap(), rest].concat()
+}

@@ -14,7 +14,7 @@ use openmls::prelude::{
 use openmls_rust_crypto::RustCrypto;
 use qpq_domain::{IdentityKey, UnixMillis};
 use sha2::{Digest as _, Sha256};
-use tls_codec::{DeserializeBytes as _, Serialize as _};
+use tls_codec::DeserializeBytes as _;
 
 use outline::Outline;
 
@@ -182,12 +182,7 @@ fn check_lifetime(outline: &Outline<'_>, policy: &Policy, now: UnixMillis) -> Re
 }
 
 fn read(bare: &[u8]) -> Result<KeyPackageIn, Rejected> {
-    let package = KeyPackageIn::tls_deserialize_exact_bytes(bare).map_err(|_| Rejected::Malformed)?;
-    // The signatures are over what openmls would write, the fingerprint and what is given out are over what was sent.
-    match package.tls_serialize_detached() {
-        Ok(again) if again == bare => Ok(package),
-        _ => Err(Rejected::Malformed),
-    }
+    KeyPackageIn::tls_deserialize_exact_bytes(bare).map_err(|_| Rejected::Malformed)
 }
 
 fn verify(bare: &[u8]) -> Result<(), Rejected> {

@@ -7,6 +7,7 @@ use openmls::prelude::{
 };
 use proptest::prelude::*;
 use qpq_domain::Username;
+use tls_codec::Serialize as _;
 
 use super::*;
 use crate::{Identity, packages, store::Store};
@@ -186,6 +187,23 @@ fn a_suite_that_cannot_be_checked_is_taken_unchecked_and_never_called_badly_sign
             assert!(!checked.verified, "{suite}");
             assert_eq!(checked.not_after, NOW.plus(84 * 24 * 3600 * SECOND));
         }
+    }
+}
+
+/// Where openmls does not read along, the outline alone keeps one package from having two forms.
+#[test]
+fn an_unchecked_package_has_one_form() {
+    let good = with_suite(Recipe::default().bytes(), 0x004D);
+    assert!(judge(&good).is_ok());
+    for len in 0..good.len() {
+        assert_eq!(judge(&good[..len]), Err(Rejected::Malformed), "cut to {len}");
+    }
+    assert_eq!(judge(&[&good[..], &[0]].concat()), Err(Rejected::Malformed));
+    // The init key's length, 32, in two and in four bytes.
+    assert_eq!(good[4], 32);
+    for longer in [&[0x40, 32][..], &[0x80, 0, 0, 32]] {
+        let padded = [&good[..4], longer, &good[5..]].concat();
+        assert_eq!(judge(&padded), Err(Rejected::Malformed));
     }
 }
 
