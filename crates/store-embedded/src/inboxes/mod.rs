@@ -29,6 +29,7 @@ use self::{
     remove::Selection,
 };
 use crate::{
+    error::read_failed,
     wakes::WakeTable,
     writer::{Outcome, Scope, Writer},
 };
@@ -73,9 +74,11 @@ impl Inboxes for EmbeddedInboxes {
     async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>> {
         let taken_at = Instant::now();
         let reader = Reader::enter(&self.leases, read.inbox);
+        // Before the mark, so that whoever waits for a connection does not read in vain.
+        let mut connection = self.readers.acquire().await.map_err(read_failed)?;
         loop {
             let mark = reader.mark();
-            let snapshot = read::snapshot(&self.readers, &read, Seq::ZERO, limit, now).await?;
+            let snapshot = read::snapshot(&mut connection, &read, Seq::ZERO, limit, now).await?;
             if let Some((page, claim)) = reader.claim(mark, &snapshot) {
                 return Ok(Box::new(InboxLease {
                     claimed: claim.zip(snapshot.inbox),
@@ -92,9 +95,10 @@ impl Inboxes for EmbeddedInboxes {
 
     async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page> {
         let reader = Reader::enter(&self.leases, read.inbox);
+        let mut connection = self.readers.acquire().await.map_err(read_failed)?;
         loop {
             let mark = reader.mark();
-            let snapshot = read::snapshot(&self.readers, &read, after, limit, now).await?;
+            let snapshot = read::snapshot(&mut connection, &read, after, limit, now).await?;
             if let Some(page) = reader.look(mark, &snapshot) {
                 return Ok(page);
             }

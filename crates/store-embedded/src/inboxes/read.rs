@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use futures_util::TryStreamExt as _;
 use qpq_domain::{IdentityKey, Seq, UnixMillis};
 use qpq_ports::{Envelope, PageLimit, Read, StoreResult, View};
-use sqlx::{Row as _, SqlitePool, sqlite::SqliteRow};
+use sqlx::{Row as _, SqliteConnection, SqlitePool, sqlite::SqliteRow};
 
 use crate::{
     error::read_failed,
@@ -43,7 +43,7 @@ pub(super) struct Snapshot {
 
 /// Reads the messages of the view behind `after` that are alive at `now`.
 pub(super) async fn snapshot(
-    readers: &SqlitePool,
+    connection: &mut SqliteConnection,
     read: &Read,
     after: Seq,
     limit: PageLimit,
@@ -59,7 +59,7 @@ pub(super) async fn snapshot(
         .bind(millis(now))
         .bind(i64::from(limit.messages) + 1)
         .bind(channel)
-        .fetch(readers);
+        .fetch(connection);
     let mut snapshot = Snapshot::default();
     let mut bytes = 0_usize;
     while let Some(row) = rows.try_next().await.map_err(read_failed)? {
