@@ -204,3 +204,22 @@ fn migration_failed(path: &Path, error: &MigrateError) -> OpenError {
         other => OpenError::Corrupt { path: path.to_owned(), cause: other.to_string() },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No test can cut the power, so this one reads what SQLite promises to do about it.
+    #[tokio::test]
+    async fn commits_are_synced_to_a_log() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut opened = open(directory.path()).await.unwrap_or_else(|error| panic!("{error}"));
+        let synchronous: i64 =
+            sqlx::query_scalar("PRAGMA synchronous").fetch_one(&mut opened.connection).await.expect("read");
+        let journal: String =
+            sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut opened.connection).await.expect("read");
+        assert_eq!((synchronous, journal.as_str()), (2, "wal"));
+        let write = sqlx::query("UPDATE heartbeat SET beats = 0").execute(&opened.readers).await;
+        write.expect_err("readers only read");
+    }
+}

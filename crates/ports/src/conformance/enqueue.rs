@@ -100,6 +100,32 @@ pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
     assert_eq!(texts(&bench.peek(all(alice)).await), ["to myself"]);
 }
 
+pub async fn a_refusal_in_the_middle_leaves_no_gap(factory: &dyn Factory) {
+    let limits = Delivery { max_bytes: 100, ..Delivery::default() };
+    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let known = bench.deliver(message(alice, bob, "one").with_id(1)).await;
+    let messages = vec![
+        message(alice, bob, "two"),
+        message(alice, bob, "one").with_id(1),
+        message(alice, bob, "three"),
+        message(alice, bob, &"x".repeat(101)),
+        message(alice, alice, "to myself"),
+        message(alice, bob, "four"),
+    ];
+    let outcomes = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    let seqs: Vec<_> = outcomes
+        .iter()
+        .map(|outcome| match outcome {
+            Enqueued::Accepted(receipt) => Some(receipt.seq.0),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(seqs, [Some(2), None, Some(3), None, Some(1), Some(4)]);
+    assert_eq!((outcomes[1], outcomes[3]), (Enqueued::Duplicate(known), Enqueued::QueueFull));
+    assert_eq!(texts(&bench.peek(all(bob)).await), ["one", "two", "three", "four"]);
+}
+
 pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) {
     let limits = Delivery { max_messages: 3, ..Delivery::default() };
     let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;

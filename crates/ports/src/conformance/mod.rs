@@ -76,6 +76,7 @@ macro_rules! conformance {
                 order_is_kept_within_a_call,
                 an_unknown_recipient_is_told,
                 each_outcome_of_a_batch_stands_for_itself,
+                a_refusal_in_the_middle_leaves_no_gap,
                 an_inbox_is_full_by_count_and_drops_nothing,
                 an_inbox_is_full_by_bytes_and_drops_nothing,
                 what_has_expired_makes_room,
