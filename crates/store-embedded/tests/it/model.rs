@@ -417,8 +417,6 @@ fn config(cases: u32) -> Config {
     Config { cases, failure_persistence: None, max_shrink_iters: 200, ..Config::default() }
 }
 
-// In this process -------------------------------------------------------------------------------------------------------
-
 struct InProcess {
     runtime: tokio::runtime::Runtime,
     directory: tempfile::TempDir,
@@ -457,15 +455,13 @@ impl Driver for InProcess {
 }
 
 proptest! {
-    #![proptest_config(config(24))]
+    #![proptest_config(config(40))]
 
     #[test]
     fn histories_with_lost_runtimes_are_those_of_the_model(steps in history(120, 2)) {
         compare(&mut InProcess::new(), steps)?;
     }
 }
-
-// In a process that is killed ---------------------------------------------------------------------------------------------
 
 struct Killed {
     directory: tempfile::TempDir,
@@ -494,7 +490,7 @@ impl Driver for Killed {
 }
 
 proptest! {
-    #![proptest_config(config(5))]
+    #![proptest_config(config(8))]
 
     #[test]
     fn histories_with_killed_processes_are_those_of_the_model(steps in history(100, 3)) {
