@@ -5,7 +5,7 @@
 //!
 //! row by id · session from field 15 · rate-limit class · deadline · log → handler → [`Answer`]
 //!
-//! which is [`dispatch`] from top to bottom. To add an RPC: its messages and its row in `proto`, then `impl Handler` in
+//! which is `dispatch` from top to bottom. To add an RPC: its messages and its row in `proto`, then `impl Handler` in
 //! the file of its area under `handlers/`; nothing is registered anywhere.
 
 pub mod auth;
