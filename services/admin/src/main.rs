@@ -1,0 +1,2 @@
+//! qpq-admin
+fn main() {}
