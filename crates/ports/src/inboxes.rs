@@ -13,11 +13,16 @@ use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use qpq_domain::{ChannelId, DeviceId, IdentityKey, MessageId, Seq, UnixMillis};
 
-use crate::StoreResult;
+use crate::{Shard, StoreResult};
 
 /// The queues.
 #[async_trait]
 pub trait Inboxes: Send + Sync {
+    /// Which slice of the store keeps an inbox. Work that is grouped by it stays in one place.
+    fn shard_of(&self, inbox: &IdentityKey) -> Shard {
+        Shard::of(inbox)
+    }
+
     /// Accepts messages. When it returns `Accepted`, the message is durable. Each outcome stands for itself, in the order
     /// of `messages`; messages to one inbox get their seqs in that order. An error means that none was accepted. How much an
     /// inbox may hold and how long message ids are remembered is the backend's configuration ([`qpq_domain::Delivery`]).

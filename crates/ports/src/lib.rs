@@ -12,7 +12,9 @@ mod error;
 mod inboxes;
 mod keys;
 mod limiter;
+mod notices;
 mod sessions;
+mod shard;
 
 use std::{fmt, sync::Arc};
 
@@ -27,7 +29,9 @@ pub use inboxes::{
 };
 pub use keys::{HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload};
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
+pub use notices::{Alone, Notice, Notices};
 pub use sessions::{NewSession, Session, Sessions};
+pub use shard::Shard;
 
 /// Everything that keeps state, as the server's composition hands it to the handlers.
 #[derive(Clone)]
@@ -39,6 +43,7 @@ pub struct Stores {
     pub key_packages: Arc<dyn KeyPackages>,
     pub hybrid_keys: Arc<dyn HybridKeys>,
     pub limiter: Arc<dyn RateLimiter>,
+    pub notices: Arc<dyn Notices>,
     pub upkeep: Arc<dyn Upkeep>,
 }
 

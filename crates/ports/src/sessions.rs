@@ -15,6 +15,9 @@ pub trait Sessions: Send + Sync {
     /// The session with this token. May come from a cache that a revocation reaches within a second.
     async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>>;
 
+    /// The session with this token as it is now, past every cache: for what a revoked session must not do even once more.
+    async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>>;
+
     /// Notes that the session was used at `now`, and that it now ends at `expires_at` unless used again.
     async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()>;
 

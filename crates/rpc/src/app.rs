@@ -110,7 +110,7 @@ impl App {
             started_at: clock.now(),
             limits: Limits::new(&config.limits),
             gate: Gate::new(config.waiting_logins),
-            notices: Arc::default(),
+            notices: Arc::new(Notices::new(Arc::clone(&stores.notices))),
             key_package_policy: key_package::Policy {
                 suites: config.key_package_suites.clone(),
                 max_bytes: config.key_packages.max_bytes,

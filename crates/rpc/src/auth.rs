@@ -153,6 +153,10 @@ impl Authenticate for marker::Fresh {
         if cx.now.since(caller.proof.authenticated_at) > FRESH {
             return Err(Error::FreshLoginRequired);
         }
+        // What such calls do is done for good, so a cache that has not heard of a revocation is not good enough.
+        if cx.app.stores.sessions.confirm(&caller.token).await?.is_none() {
+            return Err(Error::SessionExpired);
+        }
         Ok(FreshCaller(caller))
     }
 }

@@ -1,8 +1,8 @@
 //! What happens to an account that a call in progress must hear of at once: its sessions end, its KeyPackages go.
 //!
 //! A parked FetchWait and a Subscribe listen by identity key; Logout and FetchKeyPackage publish. A notice carries no
-//! state: who hears one looks the state up. So notices may be coalesced, doubled or come without cause, and a deployment
-//! of several edges need only pass on what it published here and publish here what it was passed.
+//! state: who hears one looks the state up. So notices may be coalesced, doubled or come without cause. What is published
+//! here goes to the deployment's other edges too, and what they publish is heard here.
 
 use std::{
     collections::HashMap,
@@ -13,23 +13,16 @@ use std::{
     },
 };
 
+use futures_util::StreamExt as _;
 use parking_lot::Mutex;
 use qpq_domain::IdentityKey;
+pub use qpq_ports::Notice;
 use tokio::sync::Notify;
 
-/// Something to look up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// One or more sessions of the account were ended before their time.
-    SessionsEnded,
-    /// One of the account's KeyPackages was given out.
-    KeyPackageTaken,
-}
-
 /// Who listens to which account, in this process.
-#[derive(Default)]
 pub struct Notices {
     topics: Mutex<HashMap<IdentityKey, Arc<Topic>>>,
+    others: Arc<dyn qpq_ports::Notices>,
 }
 
 /// How often each notice was published, and who is to be told.
@@ -50,6 +43,10 @@ pub struct Listener {
 }
 
 impl Notices {
+    pub(crate) fn new(others: Arc<dyn qpq_ports::Notices>) -> Self {
+        Self { topics: Mutex::default(), others }
+    }
+
     /// Listens from now on.
     pub fn listen(self: &Arc<Self>, identity: &IdentityKey) -> Listener {
         let topic = Arc::clone(self.topics.lock().entry(*identity).or_default());
@@ -62,8 +59,22 @@ impl Notices {
         }
     }
 
-    /// Tells everybody who listens to `identity`; costs next to nothing if nobody does.
+    /// Tells everybody who listens to `identity`, here and on every other edge.
     pub fn publish(&self, identity: &IdentityKey, notice: Notice) {
+        self.others.publish(identity, notice);
+        self.tell(identity, notice);
+    }
+
+    /// Passes on what other edges publish, for as long as there is somebody to pass it on to.
+    pub(crate) async fn pass_on(&self) {
+        let mut heard = self.others.listen();
+        while let Some((identity, notice)) = heard.next().await {
+            self.tell(&identity, notice);
+        }
+    }
+
+    /// Tells everybody here who listens to `identity`; costs next to nothing if nobody does.
+    fn tell(&self, identity: &IdentityKey, notice: Notice) {
         // Held to the end: a listener that goes meanwhile must not find the topic in use.
         let topics = self.topics.lock();
         let Some(topic) = topics.get(identity) else { return };
@@ -133,7 +144,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_listener_hears_its_own_account_from_then_on_and_equal_notices_once() {
-        let notices = Arc::new(Notices::default());
+        let notices = Arc::new(Notices::new(Arc::new(qpq_ports::Alone)));
         notices.publish(&ALICE, Notice::SessionsEnded);
         let mut first = notices.listen(&ALICE);
         let mut second = notices.listen(&ALICE);
@@ -152,7 +163,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_waiting_listener_is_woken() {
-        let notices = Arc::new(Notices::default());
+        let notices = Arc::new(Notices::new(Arc::new(qpq_ports::Alone)));
         let mut listener = notices.listen(&ALICE);
         let waiting = tokio::spawn(async move { listener.next().await });
         tokio::task::yield_now().await;
@@ -162,7 +173,7 @@ mod tests {
 
     #[test]
     fn nothing_is_kept_of_listeners_that_are_gone() {
-        let notices = Arc::new(Notices::default());
+        let notices = Arc::new(Notices::new(Arc::new(qpq_ports::Alone)));
         let first = notices.listen(&ALICE);
         let second = notices.listen(&ALICE);
         drop(first);

@@ -128,6 +128,11 @@ impl Rpc {
         outcome
     }
 
+    /// Passes on to waiting calls what other edges tell. For the embedder to run for as long as it serves.
+    pub async fn hear_other_edges(self: Arc<Self>) {
+        self.app.notices.pass_on().await;
+    }
+
     /// What the handlers share.
     pub fn app(&self) -> &Arc<App> {
         &self.app

@@ -24,7 +24,7 @@ mod writer;
 use std::{fmt, path::Path, sync::Arc};
 
 use qpq_domain::{Delivery, KeyPackageCaps};
-use qpq_ports::Stores;
+use qpq_ports::{Alone, Stores};
 use sqlx::SqlitePool;
 
 pub use open::OpenError;
@@ -70,6 +70,7 @@ impl EmbeddedStore {
             key_packages: Arc::clone(&keys) as _,
             hybrid_keys: keys,
             limiter: Arc::new(EmbeddedLimiter::default()),
+            notices: Arc::new(Alone),
             upkeep: Arc::new(EmbeddedUpkeep::new(
                 writer.clone(),
                 Arc::clone(&sessions),

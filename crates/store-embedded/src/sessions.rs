@@ -79,19 +79,23 @@ impl Sessions for EmbeddedSessions {
             return Ok(Some(session));
         }
         let generation = self.cache.generation();
-        let row = sqlx::query(
+        let found = self.confirm(token).await?;
+        if let Some(session) = &found {
+            self.cache.keep(*token, session.clone(), generation);
+        }
+        Ok(found)
+    }
+
+    async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
+        sqlx::query(
             "SELECT s.account, a.identity, s.device, s.authenticated_at, s.last_used_at, s.expires_at
                FROM session s JOIN account a ON a.id = s.account WHERE s.token = ?1",
         )
         .bind(&token.as_bytes()[..])
         .fetch_optional(&self.readers)
         .await
-        .map_err(read_failed)?;
-        let found = row.as_ref().map(session).transpose().map_err(read_failed)?;
-        if let Some(session) = &found {
-            self.cache.keep(*token, session.clone(), generation);
-        }
-        Ok(found)
+        .and_then(|row| row.as_ref().map(session).transpose())
+        .map_err(read_failed)
     }
 
     async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()> {

@@ -174,10 +174,12 @@ impl Running {
         let live = Probe::start(tasks, "liveness", LIVENESS, move || {
             probe::alive(listening, Arc::clone(&certificates))
         });
+        let checked = Arc::clone(&rpc);
         let ready = Probe::start(tasks, "readiness", READINESS, move || {
-            let rpc = Arc::clone(&rpc);
+            let rpc = Arc::clone(&checked);
             async move { rpc.check_store().await.map_err(|error| with_causes(&error)) }
         });
+        tasks.spawn("other edges", Arc::clone(&rpc).hear_other_edges());
         tasks.spawn("sweep", upkeep::sweep(self.store.stores(), clock));
         tasks.spawn("certificates", Arc::clone(&self.certificates).watch(config.tls.reload_interval));
         tasks.spawn("metrics", upkeep::fold(metrics.clone()));

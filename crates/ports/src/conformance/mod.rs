@@ -6,6 +6,10 @@
 //!     qpq_ports::conformance!(crate::backend::Postgres::from_env());
 //! }
 //! ```
+//! A backend whose factory is dear (servers to be started) gets one test an area, whose rules share a factory:
+//! ```ignore
+//! qpq_ports::conformance!(together: crate::backend::Cluster::start());
+//! ```
 //! A rule that races runs its race many times; none of them waits for time to pass.
 
 mod bench;
@@ -45,9 +49,12 @@ pub trait Backend: Send + Sync {
 /// Makes a `#[tokio::test]` of each rule for the backends of `$factory`, an expression that evaluates to a [`Factory`].
 #[macro_export]
 macro_rules! conformance {
-    ($factory:expr) => {
+    (together: $factory:expr) => {
+        $crate::conformance!(@areas [together] $factory);
+    };
+    (@areas [$($how:ident)?] $factory:expr) => {
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             accounts,
             [
                 a_registration_is_found_by_name_and_by_key,
@@ -58,7 +65,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             sessions,
             [
                 a_session_is_found_until_it_is_revoked,
@@ -69,7 +76,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             enqueue,
             [
                 seqs_are_contiguous_under_concurrency,
@@ -85,7 +92,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             idempotency,
             [
                 a_repeat_of_a_queued_message_gets_its_receipt,
@@ -100,7 +107,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             reading,
             [
                 a_view_sees_one_channel_or_all,
@@ -116,7 +123,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             leases,
             [
                 a_lease_hides_until_it_is_released,
@@ -131,7 +138,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             wakes,
             [
                 whatever_makes_a_read_see_more_wakes,
@@ -141,7 +148,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             keys,
             [
                 packages_are_taken_oldest_first_and_once,
@@ -158,7 +165,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             limits,
             [
                 a_bucket_is_full_when_first_seen,
@@ -170,7 +177,7 @@ macro_rules! conformance {
             ]
         );
         $crate::conformance_area!(
-            $factory,
+            [$($how)?] $factory,
             upkeep,
             [
                 a_healthy_backend_passes_its_check,
@@ -179,13 +186,27 @@ macro_rules! conformance {
             ]
         );
     };
+    ($factory:expr) => {
+        $crate::conformance!(@areas [] $factory);
+    };
 }
 
 /// One area of [`conformance!`].
 #[doc(hidden)]
 #[macro_export]
 macro_rules! conformance_area {
-    ($factory:expr, $area:ident, [$($rule:ident),* $(,)?]) => {
+    ([together] $factory:expr, $area:ident, [$($rule:ident),* $(,)?]) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $area() {
+            let factory = $factory.await;
+            $(
+                // A rule that fails is the last one named.
+                eprintln!(concat!("rule ", stringify!($rule)));
+                $crate::conformance::$area::$rule(&factory).await;
+            )*
+        }
+    };
+    ([] $factory:expr, $area:ident, [$($rule:ident),* $(,)?]) => {
         mod $area {
             $(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

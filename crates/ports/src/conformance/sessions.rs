@@ -43,10 +43,12 @@ pub async fn a_session_is_found_until_it_is_revoked(factory: &dyn Factory) {
     for _ in 0..2 {
         assert_eq!(sessions.find(&token(1)).await.expect("find"), Some(bound.clone()));
         assert_eq!(sessions.find(&token(2)).await.expect("find"), Some(free.clone()));
+        assert_eq!(sessions.confirm(&token(2)).await.expect("confirm"), Some(free.clone()));
     }
     assert_eq!(sessions.revoke(&token(1)).await.expect("revoke"), 1);
     assert_eq!(sessions.revoke(&token(1)).await.expect("revoke"), 0);
     assert_eq!(sessions.find(&token(1)).await.expect("find"), None);
+    assert_eq!(sessions.confirm(&token(1)).await.expect("confirm"), None);
     assert_eq!(sessions.find(&token(2)).await.expect("find"), Some(free));
 }
 

@@ -155,6 +155,10 @@ impl Sessions for Touched {
         self.inner.find(token).await
     }
 
+    async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
+        self.inner.confirm(token).await
+    }
+
     async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()> {
         self.touches.fetch_add(1, Ordering::SeqCst);
         if self.fails {
