@@ -1,0 +1,120 @@
+//! A NATS server of a test's own: core NATS, no JetStream, one generated user.
+
+use std::{
+    fs::{self, Permissions},
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    process::Command,
+};
+
+use anyhow::{Context as _, ensure};
+use nix::sys::signal::Signal;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    net::TcpStream,
+};
+
+use crate::{
+    port::Port,
+    process::{Home, Service, new_password},
+    program::Program,
+};
+
+const USER: &str = "qpq";
+
+/// A running NATS server. Dropping it stops it.
+#[derive(Debug)]
+pub struct Nats {
+    service: Service,
+    port: Port,
+    password: String,
+}
+
+impl Nats {
+    pub async fn start() -> anyhow::Result<Self> {
+        let program = Program::Nats.find()?;
+        let port = Port::reserve()?;
+        let password = new_password();
+        let home = Home::new("nats", Signal::SIGKILL)?;
+        let file = home.path().join("nats.conf");
+        // Quoted: NATS would take a password that begins like a number for one.
+        let configuration = format!(
+            "host: \"127.0.0.1\"\nport: {}\nauthorization {{ user: \"{USER}\", password: \"{password}\" }}\n",
+            port.number()
+        );
+        fs::write(&file, configuration)?;
+        fs::set_permissions(&file, Permissions::from_mode(0o600))?;
+
+        let mut command = Command::new(program);
+        command.arg("-c").arg(file);
+        let nats = Self { service: Service::new(home, command)?, port, password };
+        nats.start_again().await?;
+        Ok(nats)
+    }
+
+    /// How a client connects.
+    pub fn url(&self) -> String {
+        format!("nats://{USER}:{}@127.0.0.1:{}", self.password, self.port())
+    }
+
+    pub const fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.port.addr()
+    }
+
+    pub const fn user(&self) -> &str {
+        USER
+    }
+
+    pub fn password(&self) -> &str {
+        &self.password
+    }
+
+    /// Whether it takes our password and answers.
+    pub async fn ping(&self) -> anyhow::Result<()> {
+        let mut stream = BufReader::new(TcpStream::connect(self.addr()).await?);
+        let mut line = String::new();
+        stream.read_line(&mut line).await?;
+        ensure!(line.starts_with("INFO "), "no NATS greets so: {line}");
+        let hello = format!(
+            "CONNECT {{\"verbose\":false,\"user\":\"{USER}\",\"pass\":\"{}\"}}\r\nPING\r\n",
+            self.password
+        );
+        stream.write_all(hello.as_bytes()).await?;
+        line.clear();
+        stream.read_line(&mut line).await.context("NATS closed the connection")?;
+        ensure!(line == "PONG\r\n", "NATS refused: {line}");
+        Ok(())
+    }
+
+    /// Ends it as an operator would.
+    pub async fn stop(&self) -> anyhow::Result<()> {
+        self.service.end(Signal::SIGTERM).await
+    }
+
+    pub async fn kill9(&self) -> anyhow::Result<()> {
+        self.service.end(Signal::SIGKILL).await
+    }
+
+    /// After `stop` or `kill9`: on the same port, with the same user.
+    pub async fn start_again(&self) -> anyhow::Result<()> {
+        self.service.start(async || self.ping().await.is_ok()).await
+    }
+
+    pub async fn restart(&self) -> anyhow::Result<()> {
+        self.stop().await?;
+        self.start_again().await
+    }
+
+    /// Stops it without ending it: connections stay open and nothing answers.
+    pub fn freeze(&self) {
+        self.service.signal_all(Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&self) {
+        self.service.signal_all(Signal::SIGCONT);
+    }
+}

@@ -1,0 +1,281 @@
+//! A Postgres server of a test's own.
+//!
+//! `initdb` takes most of a second, so it is run once: the cluster it makes is kept in the target directory, by version, and
+//! copied for each server. The superuser's generated password is kept beside it, readable by its owner alone. Postgres
+//! refuses to run as root; under root it runs as the user `postgres`, or as `nobody`.
+
+use std::{
+    fs::{self, File, Permissions},
+    os::unix::{
+        fs::{PermissionsExt as _, chown},
+        process::CommandExt as _,
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, ensure};
+use nix::{
+    sys::signal::Signal,
+    unistd::{Uid, User},
+};
+
+use crate::{
+    port::Port,
+    process::{Home, Service, new_password},
+    program::{self, Program},
+};
+
+const USER: &str = "qpq";
+const DATABASE: &str = "qpq";
+/// Part of the kept cluster's name: to be raised when `make_template` makes another one.
+const TEMPLATE_REVISION: u32 = 1;
+
+/// A running Postgres with one empty database. Dropping it stops it and removes its data.
+#[derive(Debug)]
+pub struct Postgres {
+    service: Service,
+    port: Port,
+    password: String,
+    programs: PathBuf,
+}
+
+impl Postgres {
+    /// A server with Postgres's own settings, as durable as in production.
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::start_with(&[]).await
+    }
+
+    /// A server with `settings` over the defaults, such as `("fsync", "off")` where speed counts and durability does not.
+    pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let program = Program::Postgres.find()?;
+        let port = Port::reserve()?;
+        // An immediate shutdown: no checkpoint, but shared memory is given back.
+        let home = Home::new("postgres", Signal::SIGQUIT)?;
+        let owner = Owner::find()?;
+        let (home, password) = tokio::task::spawn_blocking({
+            let program = program.clone();
+            move || {
+                owner.take(home.path())?;
+                let password = copy_template(&program, owner, home.path())?;
+                anyhow::Ok((home, password))
+            }
+        })
+        .await??;
+
+        let mut command = owner.command(&program);
+        command.arg("-D").arg(home.path().join("data"));
+        let number = port.number().to_string();
+        let own = [
+            ("listen_addresses", "127.0.0.1"),
+            ("port", &number),
+            ("unix_socket_directories", ""),
+            ("max_connections", "200"),
+            // In the data directory, so that it goes with it.
+            ("dynamic_shared_memory_type", "mmap"),
+        ];
+        for (name, value) in own.iter().chain(settings) {
+            command.arg("-c").arg(format!("{name}={value}"));
+        }
+        let programs = program.parent().context("a program lies in a folder")?.to_owned();
+        let postgres = Self { service: Service::new(home, command)?, port, password, programs };
+        postgres.start_again().await?;
+        Ok(postgres)
+    }
+
+    /// How a client connects: as superuser, over TCP, with a password (SCRAM).
+    pub fn url(&self) -> String {
+        self.url_of(DATABASE)
+    }
+
+    pub const fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    /// Makes another empty database on this server; the answer is its URL.
+    pub async fn create_database(&self, name: &str) -> anyhow::Result<String> {
+        self.sql(&format!("CREATE DATABASE \"{name}\"")).await?;
+        Ok(self.url_of(name))
+    }
+
+    /// What `psql` prints for `sql`: a line for each row, columns separated by `|`.
+    pub async fn sql(&self, sql: &str) -> anyhow::Result<String> {
+        // Debian's wrapper lies on the PATH; the program itself beside the server or there too.
+        let own = self.programs.join("psql");
+        let output = tokio::process::Command::new(if own.is_file() { own } else { "psql".into() })
+            .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", USER, "-d", DATABASE])
+            .args(["-p", &self.port().to_string(), "-c", sql])
+            .env("PGPASSWORD", &self.password)
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .context("cannot run psql: `apt-get install postgresql-client`")?;
+        ensure!(output.status.success(), "psql: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?.trim_end().to_owned())
+    }
+
+    /// Ends it as an operator would: clients are disconnected, a checkpoint is written.
+    pub async fn stop(&self) -> anyhow::Result<()> {
+        self.service.end(Signal::SIGINT).await
+    }
+
+    /// `kill -9` of the server and all its children at once.
+    pub async fn kill9(&self) -> anyhow::Result<()> {
+        self.service.end(Signal::SIGKILL).await
+    }
+
+    /// After `stop` or `kill9`: the same data on the same port. Returns when recovery is done and it takes connections.
+    pub async fn start_again(&self) -> anyhow::Result<()> {
+        let pid_file = self.service.path().join("data/postmaster.pid");
+        // One that was killed has left its file.
+        match fs::remove_file(&pid_file) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+            _ => {}
+        }
+        // The eighth line is what `pg_ctl start` waits for, too.
+        self.service
+            .start(async || {
+                fs::read_to_string(&pid_file).is_ok_and(|s| s.lines().nth(7).map(str::trim) == Some("ready"))
+            })
+            .await
+    }
+
+    pub async fn restart(&self) -> anyhow::Result<()> {
+        self.stop().await?;
+        self.start_again().await
+    }
+
+    /// Stops all its processes without ending them: connections stay open and nothing answers.
+    pub fn freeze(&self) {
+        self.service.signal_all(Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&self) {
+        self.service.signal_all(Signal::SIGCONT);
+    }
+
+    fn url_of(&self, database: &str) -> String {
+        format!("postgres://{USER}:{}@127.0.0.1:{}/{database}", self.password, self.port())
+    }
+}
+
+/// Whom Postgres runs as.
+#[derive(Debug, Clone, Copy)]
+enum Owner {
+    /// Whoever runs the tests.
+    Oneself,
+    /// Somebody with fewer rights, because root runs them.
+    Other { uid: u32, gid: u32 },
+}
+
+impl Owner {
+    fn find() -> anyhow::Result<Self> {
+        if !Uid::effective().is_root() {
+            return Ok(Self::Oneself);
+        }
+        let user = match User::from_name("postgres")? {
+            Some(user) => user,
+            None => {
+                User::from_name("nobody")?.context("no user `postgres` or `nobody` for Postgres to run as")?
+            }
+        };
+        Ok(Self::Other { uid: user.uid.as_raw(), gid: user.gid.as_raw() })
+    }
+
+    fn take(self, path: &Path) -> anyhow::Result<()> {
+        match self {
+            Self::Oneself => Ok(()),
+            Self::Other { uid, gid } => Ok(chown(path, Some(uid), Some(gid))?),
+        }
+    }
+
+    /// As `program` of that user, with no groups but its own.
+    fn command(self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        if let Self::Other { uid, gid } = self {
+            command.uid(uid).gid(gid);
+        }
+        command
+    }
+}
+
+/// Puts a fresh cluster into `home/data`; the answer is its superuser's password.
+fn copy_template(program: &Path, owner: Owner, home: &Path) -> anyhow::Result<String> {
+    let data = home.join("data");
+    let Some(target) = target_directory()? else {
+        return make_template(program, owner, home, &data);
+    };
+    let version: String = program::version(program)?
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' })
+        .collect();
+    let uid = match owner {
+        Owner::Oneself => Uid::effective().as_raw(),
+        Owner::Other { uid, .. } => uid,
+    };
+    let kept = target.join("test-services").join(format!("{version}-{uid}-{TEMPLATE_REVISION}"));
+    fs::create_dir_all(&kept)?;
+    let (cluster, password_file) = (kept.join("data"), kept.join("password"));
+    // One test makes it, the others of this moment wait for it. It appears by a rename, so it is whole or absent.
+    let lock = File::create(kept.join("lock"))?;
+    lock.lock()?;
+    if !cluster.exists() {
+        let password = make_template(program, owner, home, &data)?;
+        let half = kept.join("half");
+        let _leftover = fs::remove_dir_all(&half);
+        copy(&data, &half)?;
+        fs::write(&password_file, &password)?;
+        fs::set_permissions(&password_file, Permissions::from_mode(0o600))?;
+        fs::rename(&half, &cluster)?;
+        return Ok(password);
+    }
+    drop(lock);
+    copy(&cluster, &data)?;
+    Ok(fs::read_to_string(&password_file)?)
+}
+
+/// `initdb` and one empty database; the answer is the password that it generated.
+fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyhow::Result<String> {
+    let password = new_password();
+    let password_file = home.join("password");
+    fs::write(&password_file, &password)?;
+    fs::set_permissions(&password_file, Permissions::from_mode(0o600))?;
+    owner.take(&password_file)?;
+    let mut initdb = owner.command(&program.with_file_name("initdb"));
+    initdb
+        .args(["--no-sync", "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--username", USER])
+        .arg("--pwfile")
+        .arg(&password_file)
+        .arg("-D")
+        .arg(data)
+        .current_dir(home);
+    run(initdb)?;
+    fs::remove_file(&password_file)?;
+
+    let sql = home.join("create.sql");
+    fs::write(&sql, format!("CREATE DATABASE {DATABASE}\n"))?;
+    let mut single = owner.command(program);
+    single.args(["--single", "-D"]).arg(data).arg("postgres").stdin(File::open(&sql)?).current_dir(home);
+    run(single)?;
+    fs::remove_file(&sql)?;
+    Ok(password)
+}
+
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let mut cp = Command::new("cp");
+    cp.arg("-a").arg(from).arg(to);
+    run(cp)
+}
+
+fn run(mut command: Command) -> anyhow::Result<()> {
+    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Cargo's, which it marks as a cache; a test binary that was copied elsewhere has none.
+fn target_directory() -> anyhow::Result<Option<PathBuf>> {
+    let own = std::env::current_exe()?;
+    Ok(own.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file()).map(Path::to_owned))
+}

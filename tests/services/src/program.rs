@@ -1,0 +1,119 @@
+//! Where the servers' programs are, and which Debian package has one that is missing.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, bail, ensure};
+
+/// A server program that tests need, at least in the version named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Program {
+    Postgres,
+    Redis,
+    Nats,
+}
+
+impl Program {
+    const fn file(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgres",
+            Self::Redis => "redis-server",
+            Self::Nats => "nats-server",
+        }
+    }
+
+    const fn debian_package(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgresql",
+            Self::Redis => "redis-server",
+            Self::Nats => "nats-server",
+        }
+    }
+
+    /// Major and minor: older ones lack what the store uses.
+    const fn oldest(self) -> (u32, u32) {
+        match self {
+            Self::Postgres => (15, 0),
+            Self::Redis => (7, 0),
+            Self::Nats => (2, 9),
+        }
+    }
+
+    /// The program's path, once it has said that it is new enough.
+    pub(crate) fn find(self) -> anyhow::Result<PathBuf> {
+        let Some(path) = folders().into_iter().map(|dir| dir.join(self.file())).find(|path| path.is_file())
+        else {
+            bail!(
+                "{} is not installed and tests run on the real one: `apt-get install {}` (scripts/test does it)",
+                self.file(),
+                self.debian_package()
+            );
+        };
+        let said = version(&path)?;
+        let found = major_and_minor(&said)
+            .with_context(|| format!("no version in what {} says: {said}", path.display()))?;
+        let (major, minor) = self.oldest();
+        ensure!(
+            found >= (major, minor),
+            "{} is {}.{}, tests need {major}.{minor} or newer: install a newer `{}`",
+            path.display(),
+            found.0,
+            found.1,
+            self.debian_package()
+        );
+        Ok(path)
+    }
+}
+
+/// What a program says to `--version`.
+pub(crate) fn version(program: &Path) -> anyhow::Result<String> {
+    let output = Command::new(program)
+        .arg("--version")
+        .output()
+        .with_context(|| format!("cannot run {}", program.display()))?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// The PATH's folders, those of system programs, and Debian's for Postgres with the newest version first.
+fn folders() -> Vec<PathBuf> {
+    let mut folders: Vec<_> =
+        env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
+    folders.extend(["/usr/sbin", "/usr/local/bin", "/usr/local/sbin"].map(PathBuf::from));
+    let mut versions: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
+        .collect();
+    versions.sort_unstable_by(|a, b| b.cmp(a));
+    folders.extend(versions.into_iter().map(|(_, bin)| bin));
+    folders
+}
+
+/// The first `N.N` in a text such as `Redis server v=7.0.15 sha=...` or `postgres (PostgreSQL) 15.18 (Debian ...)`.
+fn major_and_minor(said: &str) -> Option<(u32, u32)> {
+    said.split(|c: char| !(c.is_ascii_digit() || c == '.')).find_map(|word| {
+        let mut numbers = word.split('.').map(str::parse);
+        Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_the_programs_say_them() {
+        for (said, version) in [
+            ("postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)", (15, 18)),
+            ("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64", (7, 0)),
+            ("nats-server: v2.9.10", (2, 9)),
+        ] {
+            assert_eq!(major_and_minor(said), Some(version), "{said}");
+        }
+        assert_eq!(major_and_minor("no version here."), None);
+    }
+}

@@ -1,0 +1,161 @@
+//! A Redis server of a test's own. It keeps nothing on disk unless told to: killed or restarted, it comes back empty.
+
+use std::{
+    fmt::{self, Write as _},
+    fs::{self, Permissions},
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    process::Command,
+};
+
+use anyhow::Context as _;
+use nix::sys::signal::Signal;
+
+use crate::{
+    port::Port,
+    process::{Home, Service, new_password},
+    program::Program,
+    resp::{Connection, Reply},
+};
+
+/// A running Redis. Dropping it stops it and removes its data.
+#[derive(Debug)]
+pub struct Redis {
+    service: Service,
+    port: Port,
+    password: String,
+}
+
+/// What a Redis had in it at some moment.
+#[derive(Clone)]
+pub struct Snapshot(Vec<u8>);
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Snapshot({} bytes)", self.0.len())
+    }
+}
+
+impl Redis {
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::start_with(&[]).await
+    }
+
+    /// A server with `settings` (as in redis.conf) over the defaults, such as `("appendonly", "yes")`.
+    pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let password = new_password();
+        let common = [("save", "\"\""), ("masterauth", &password)];
+        Self::launch(&password, &[&common[..], settings].concat(), &[]).await
+    }
+
+    /// Starts a server or, by `arguments`, a sentinel. Several may share a password.
+    pub(crate) async fn launch(
+        password: &str,
+        settings: &[(&str, &str)],
+        arguments: &[&str],
+    ) -> anyhow::Result<Self> {
+        let program = Program::Redis.find()?;
+        let port = Port::reserve()?;
+        let home = Home::new("redis", Signal::SIGKILL)?;
+        let mut configuration = format!(
+            "port {}\nbind 127.0.0.1\nrequirepass {password}\ndir \"{}\"\n",
+            port.number(),
+            home.path().display()
+        );
+        for (name, value) in settings {
+            writeln!(configuration, "{name} {value}")?;
+        }
+        let file = home.path().join("redis.conf");
+        fs::write(&file, configuration)?;
+        fs::set_permissions(&file, Permissions::from_mode(0o600))?;
+
+        let mut command = Command::new(program);
+        command.arg(file).args(arguments);
+        let redis = Self { service: Service::new(home, command)?, port, password: password.to_owned() };
+        redis.start_again().await?;
+        Ok(redis)
+    }
+
+    /// How a client connects.
+    pub fn url(&self) -> String {
+        format!("redis://:{}@127.0.0.1:{}/", self.password, self.port())
+    }
+
+    pub const fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.port.addr()
+    }
+
+    pub fn password(&self) -> &str {
+        &self.password
+    }
+
+    /// A connection of the caller's own.
+    pub async fn connect(&self) -> anyhow::Result<Connection> {
+        Connection::open(self.addr(), &self.password).await
+    }
+
+    /// One command on a connection of its own.
+    pub async fn command<A: AsRef<[u8]>>(&self, parts: impl IntoIterator<Item = A>) -> anyhow::Result<Reply> {
+        self.connect().await?.command(parts).await
+    }
+
+    /// Everything is gone, the server stays.
+    pub async fn flush_all(&self) -> anyhow::Result<()> {
+        self.command(["FLUSHALL", "SYNC"]).await.map(drop)
+    }
+
+    pub async fn snapshot(&self) -> anyhow::Result<Snapshot> {
+        self.command(["SAVE"]).await?;
+        let dump = self.dump();
+        let bytes = fs::read(&dump).context("SAVE left no dump")?;
+        fs::remove_file(dump)?;
+        Ok(Snapshot(bytes))
+    }
+
+    /// Kills the server and starts it with what it had in it then, as a failover to a replica that lags does.
+    pub async fn roll_back_to(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
+        self.kill9().await?;
+        fs::write(self.dump(), &snapshot.0)?;
+        self.start_again().await?;
+        // The next start is an empty one again.
+        fs::remove_file(self.dump())?;
+        Ok(())
+    }
+
+    /// Ends it as an operator would.
+    pub async fn stop(&self) -> anyhow::Result<()> {
+        self.service.end(Signal::SIGTERM).await
+    }
+
+    pub async fn kill9(&self) -> anyhow::Result<()> {
+        self.service.end(Signal::SIGKILL).await
+    }
+
+    /// After `stop` or `kill9`: on the same port; empty, unless its settings keep what it had.
+    pub async fn start_again(&self) -> anyhow::Result<()> {
+        // While it loads, it refuses the command.
+        self.service.start(async || self.command(["PING"]).await.is_ok()).await
+    }
+
+    pub async fn restart(&self) -> anyhow::Result<()> {
+        self.stop().await?;
+        self.start_again().await
+    }
+
+    /// Stops it without ending it: connections stay open and nothing answers.
+    pub fn freeze(&self) {
+        self.service.signal_all(Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&self) {
+        self.service.signal_all(Signal::SIGCONT);
+    }
+
+    fn dump(&self) -> std::path::PathBuf {
+        self.service.path().join("dump.rdb")
+    }
+}
