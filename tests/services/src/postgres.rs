@@ -274,8 +274,9 @@ fn run(mut command: Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Cargo's, which it marks as a cache; a test binary that was copied elsewhere has none.
+/// Cargo's: the folder above the profile's, which is known by its fingerprints. A binary that was copied elsewhere has none.
 fn target_directory() -> anyhow::Result<Option<PathBuf>> {
     let own = std::env::current_exe()?;
-    Ok(own.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file()).map(Path::to_owned))
+    let profile = own.ancestors().find(|dir| dir.join(".fingerprint").is_dir());
+    Ok(profile.and_then(Path::parent).map(Path::to_owned))
 }
