@@ -29,7 +29,7 @@ use crate::{
 const USER: &str = "qpq";
 const DATABASE: &str = "qpq";
 /// Part of the kept cluster's name: to be raised when `make_template` makes another one.
-const TEMPLATE_REVISION: u32 = 1;
+const TEMPLATE_REVISION: u32 = 2;
 
 /// A running Postgres with one empty database. Dropping it stops it and removes its data.
 #[derive(Debug)]
@@ -48,7 +48,8 @@ impl Postgres {
 
     /// A server with `settings` over the defaults, such as `("fsync", "off")` where speed counts and durability does not.
     pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let program = Program::Postgres.find()?;
+        // Not a link to it: its other programs are beside it.
+        let program = Program::Postgres.find()?.canonicalize()?;
         let port = Port::reserve()?;
         // An immediate shutdown: no checkpoint, but shared memory is given back.
         let home = Home::new("postgres", Signal::SIGQUIT)?;
@@ -100,7 +101,7 @@ impl Postgres {
 
     /// What `psql` prints for `sql`: a line for each row, columns separated by `|`.
     pub async fn sql(&self, sql: &str) -> anyhow::Result<String> {
-        // Debian's wrapper lies on the PATH; the program itself beside the server or there too.
+        // Beside the server, or Debian's wrapper on the PATH.
         let own = self.programs.join("psql");
         let output = tokio::process::Command::new(if own.is_file() { own } else { "psql".into() })
             .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", USER, "-d", DATABASE])
@@ -235,7 +236,7 @@ fn copy_template(program: &Path, owner: Owner, home: &Path) -> anyhow::Result<St
     Ok(fs::read_to_string(&password_file)?)
 }
 
-/// `initdb` and one empty database; the answer is the password that it generated.
+/// `initdb` with one empty database; the answer is the password that it generated.
 fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyhow::Result<String> {
     let password = new_password();
     let password_file = home.join("password");
@@ -254,9 +255,15 @@ fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyh
     fs::remove_file(&password_file)?;
 
     let sql = home.join("create.sql");
-    fs::write(&sql, format!("CREATE DATABASE {DATABASE}\n"))?;
+    // What is copied for every server is mostly databases: one and its template are enough. Each line is a statement.
+    let statements = [
+        &format!("ALTER DATABASE postgres RENAME TO {DATABASE}"),
+        "UPDATE pg_database SET datistemplate = false WHERE datname = 'template0'",
+        "DROP DATABASE template0",
+    ];
+    fs::write(&sql, statements.join("\n") + "\n")?;
     let mut single = owner.command(program);
-    single.args(["--single", "-D"]).arg(data).arg("postgres").stdin(File::open(&sql)?).current_dir(home);
+    single.args(["--single", "-D"]).arg(data).arg("template1").stdin(File::open(&sql)?).current_dir(home);
     run(single)?;
     fs::remove_file(&sql)?;
     Ok(password)
