@@ -55,6 +55,14 @@ impl Certificates {
     pub fn load_or_create(cert: &Path, key: &Path, names: &[String]) -> Result<Arc<Self>, IdentityError> {
         Identity::load_or_create(cert, key, names)?;
         // Once more, so that what is compared later is what is served now.
+        Self::load(cert, key)
+    }
+
+    /// Reads them, and makes none.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub fn load(cert: &Path, key: &Path) -> Result<Arc<Self>, IdentityError> {
         let files = Files::read(cert, key)?;
         let identity = Identity::from_files(&files, cert, key)?;
         note_expiry(&identity);

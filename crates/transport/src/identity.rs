@@ -16,6 +16,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
 
 use crate::{Fingerprint, der, tls};
 
@@ -28,6 +29,14 @@ pub struct Identity {
     certified: Arc<CertifiedKey>,
     fingerprint: Fingerprint,
     not_after: Option<i64>,
+}
+
+/// A new certificate that signs itself, and its key, both in DER.
+pub struct SelfSigned {
+    /// The certificate.
+    pub cert: Vec<u8>,
+    /// The private key, PKCS #8.
+    pub key: Zeroizing<Vec<u8>>,
 }
 
 /// Why there is no usable identity.
@@ -100,6 +109,14 @@ impl Identity {
         if Files::exist(cert, key)? == Existing::None {
             create(cert, key, names)?;
         }
+        Self::load(cert, key)
+    }
+
+    /// Reads certificate and key, and makes none.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub fn load(cert: &Path, key: &Path) -> Result<Self, IdentityError> {
         Self::from_files(&Files::read(cert, key)?, cert, key)
     }
 
@@ -139,6 +156,23 @@ impl fmt::Debug for Identity {
             .field("fingerprint", &self.fingerprint)
             .field("not_after", &self.not_after)
             .finish_non_exhaustive()
+    }
+}
+
+impl SelfSigned {
+    /// Makes one as [`Identity::load_or_create`] does, but writes nothing.
+    ///
+    /// # Errors
+    /// [`IdentityError::Make`]: a name is none.
+    pub fn generate(names: &[String]) -> Result<Self, IdentityError> {
+        let (certificate, pair) = self_signed(names)?;
+        Ok(Self { cert: certificate.der().to_vec(), key: Zeroizing::new(pair.serialize_der()) })
+    }
+}
+
+impl fmt::Debug for SelfSigned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SelfSigned").field("cert", &Fingerprint::of(&self.cert)).finish_non_exhaustive()
     }
 }
 
@@ -198,7 +232,7 @@ fn parse_key(bytes: &[u8]) -> Option<PrivateKeyDer<'static>> {
     }
 }
 
-fn create(cert: &Path, key: &Path, names: &[String]) -> Result<(), IdentityError> {
+fn self_signed(names: &[String]) -> Result<(rcgen::Certificate, rcgen::KeyPair), IdentityError> {
     let make = |error: rcgen::Error| IdentityError::Make(error.to_string());
     let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(make)?;
     let mut params = rcgen::CertificateParams::new(names).map_err(make)?;
@@ -206,6 +240,11 @@ fn create(cert: &Path, key: &Path, names: &[String]) -> Result<(), IdentityError
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.distinguished_name.push(rcgen::DnType::CommonName, name);
     let certificate = params.self_signed(&pair).map_err(make)?;
+    Ok((certificate, pair))
+}
+
+fn create(cert: &Path, key: &Path, names: &[String]) -> Result<(), IdentityError> {
+    let (certificate, pair) = self_signed(names)?;
     let wants_pem = |path: &Path| path.extension().is_some_and(|extension| extension == "pem");
     let key_bytes = if wants_pem(key) { pair.serialize_pem().into_bytes() } else { pair.serialize_der() };
     let cert_bytes =

@@ -6,7 +6,8 @@
 //! a clean end. On the client's side [`client::Dialer`] makes connections and [`client::Connection`] makes calls.
 //!
 //! Where to read on: [`Service`] for the contract, [`Config`] for the limits and their defaults, [`metric`] for what
-//! is measured, [`Certificates`] for the server's identity.
+//! is measured, [`Certificates`] for the server's identity, [`FleetKeys`] for what servers share that stand in for each
+//! other.
 
 mod certificates;
 pub mod client;
@@ -16,6 +17,7 @@ mod der;
 mod drain;
 mod events;
 mod fingerprint;
+mod fleet;
 mod gate;
 mod identity;
 pub mod metric;
@@ -29,6 +31,7 @@ pub use certificates::{Certificates, RELOAD_INTERVAL, Reload};
 pub use config::{Config, DRAIN_DEADLINE, Limits, Timeouts};
 pub use events::{EventError, EventSink};
 pub use fingerprint::{Fingerprint, ParseFingerprintError};
-pub use identity::{Identity, IdentityError};
+pub use fleet::{FleetFiles, FleetKeys, FleetKeysError, KeyReload, KeyRing, Member, RESET_KEY_LEN};
+pub use identity::{Identity, IdentityError, SelfSigned};
 pub use server::{BindError, Server};
 pub use service::{Alpn, Delivery, Peer, Refusal, Reply, Service};

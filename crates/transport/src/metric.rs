@@ -16,6 +16,7 @@
 //! | `qpq_transport_replies_lost_total` | counter | replies with a delivery that were not |
 //! | `qpq_tls_cert_not_after_seconds` | gauge | Unix time at which the served certificate expires |
 //! | `qpq_tls_cert_reloads_failed_total` | counter | certificate files that changed and could not be used |
+//! | `qpq_fleet_key_reloads_failed_total` | counter | files of ticket and token keys that changed and could not be used |
 
 use metrics::{Counter, Gauge, counter, gauge};
 
@@ -25,6 +26,8 @@ use crate::{Refusal, gate::Refused};
 pub const CERT_NOT_AFTER: &str = "qpq_tls_cert_not_after_seconds";
 /// Counter: certificate files that changed and could not be used.
 pub const CERT_RELOADS_FAILED: &str = "qpq_tls_cert_reloads_failed_total";
+/// Counter: files of ticket and token keys that changed and could not be used.
+pub const FLEET_KEY_RELOADS_FAILED: &str = "qpq_fleet_key_reloads_failed_total";
 
 /// The handles of one server, looked up once: a look-up for each call would cost as much as its framing.
 #[derive(Clone)]

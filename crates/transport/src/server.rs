@@ -11,13 +11,18 @@ use tokio::{
 };
 
 use crate::{
-    Certificates, Config, Service, Timeouts, config,
+    Certificates, Config, Member, Service, Timeouts, config,
     connection::{self, Admission},
     drain::{InFlight, Phase},
+    fleet::{self, Recognised},
     gate::{Address, Gate, Verdict},
     metric::Metrics,
     socket, tls,
 };
+
+/// Resets answer only ids that this edge has made and are smaller than what they answer, so they need no more of a limit
+/// than keeps a flood of old packets cheap; an edge that is back has thousands of clients to tell.
+const MIN_RESET_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Application code and reason of the close that ends a drain.
 const CLOSE_CODE: VarInt = VarInt::from_u32(0);
@@ -75,13 +80,37 @@ impl<S: Service> Server<S> {
     /// # Errors
     /// [`BindError`].
     pub fn bind(config: Config, certificates: Arc<Certificates>, service: Arc<S>) -> Result<Self, BindError> {
+        Self::bind_as(None, config, certificates, service)
+    }
+
+    /// As [`bind`](Self::bind), as one of several that a client may be taken to in turn. The caller has
+    /// [`FleetKeys::watch`](crate::FleetKeys::watch) run beside it.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind_in_fleet(
+        member: Member,
+        config: Config,
+        certificates: Arc<Certificates>,
+        service: Arc<S>,
+    ) -> Result<Self, BindError> {
+        Self::bind_as(Some(member), config, certificates, service)
+    }
+
+    fn bind_as(
+        member: Option<Member>,
+        config: Config,
+        certificates: Arc<Certificates>,
+        service: Arc<S>,
+    ) -> Result<Self, BindError> {
         let refused = |source| BindError::Socket { addr: config.listen, source };
-        let crypto = tls::server(certificates)?;
+        let member = member.as_ref();
+        let crypto = tls::server(certificates, member.map(|member| Arc::clone(&member.keys.tickets) as _))?;
         let socket = socket::bind(config.listen).map_err(refused)?;
         let local_addr = socket.local_addr().map_err(refused)?;
         let endpoint = Endpoint::new(
-            endpoint_config(),
-            Some(server_config(crypto, &config)),
+            endpoint_config(member),
+            Some(server_config(crypto, &config, member)),
             socket,
             Arc::new(TokioRuntime),
         )
@@ -175,15 +204,29 @@ impl<S: Service> std::fmt::Debug for Server<S> {
     }
 }
 
-fn endpoint_config() -> EndpointConfig {
+fn endpoint_config(member: Option<&Member>) -> EndpointConfig {
+    // Its own reset key is random.
     let mut config = EndpointConfig::default();
+    if let Some(member) = member {
+        config.reset_key(Arc::new(member.keys.reset.clone()));
+    }
+    let recognised = member.map_or_else(Recognised::while_running, Member::recognised);
+    config.cid_generator(move || fleet::generator(&recognised));
+    config.min_reset_interval(MIN_RESET_INTERVAL);
     // Load balancers and firewalls tell QUIC by the bit that greasing would clear.
     config.grease_quic_bit(false);
     config
 }
 
-fn server_config(crypto: quinn::crypto::rustls::QuicServerConfig, config: &Config) -> quinn::ServerConfig {
+fn server_config(
+    crypto: quinn::crypto::rustls::QuicServerConfig,
+    config: &Config,
+    member: Option<&Member>,
+) -> quinn::ServerConfig {
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    if let Some(member) = member {
+        server.token_key(Arc::clone(&member.keys.tokens) as _);
+    }
     // Tokens for later connections are bound to an IP address, and behind a proxy all clients have the same.
     let mut tokens = ValidationTokenConfig::default();
     tokens.sent(0);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use quinn::crypto::rustls::QuicServerConfig;
 use rustls::{
     crypto::{CryptoProvider, aws_lc_rs},
-    server::ResolvesServerCert,
+    server::{ProducesTickets, ResolvesServerCert},
     version::TLS13,
 };
 
@@ -23,15 +23,22 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
-/// The server's side of the handshake.
-pub(crate) fn server(certificates: Arc<dyn ResolvesServerCert>) -> Result<QuicServerConfig, rustls::Error> {
-    QuicServerConfig::try_from(server_tls(certificates)?)
+/// The server's side of the handshake. Without a ticketer, the tickets are this process's own.
+pub(crate) fn server(
+    certificates: Arc<dyn ResolvesServerCert>,
+    ticketer: Option<Arc<dyn ProducesTickets>>,
+) -> Result<QuicServerConfig, rustls::Error> {
+    let ticketer = ticketer.map_or_else(aws_lc_rs::Ticketer::new, Ok)?;
+    QuicServerConfig::try_from(server_tls(certificates, ticketer)?)
         .map_err(|_| rustls::Error::General("the provider lacks TLS13_AES_128_GCM_SHA256".into()))
 }
 
 /// Built by hand, because quinn's own constructor turns 0-RTT on: a replayed call would act twice. Tickets are
 /// stateless, so 0-RTT is also out by structure: rustls takes early data only with stateful resumption.
-fn server_tls(certificates: Arc<dyn ResolvesServerCert>) -> Result<rustls::ServerConfig, rustls::Error> {
+fn server_tls(
+    certificates: Arc<dyn ResolvesServerCert>,
+    ticketer: Arc<dyn ProducesTickets>,
+) -> Result<rustls::ServerConfig, rustls::Error> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .with_no_client_auth()
@@ -39,7 +46,7 @@ fn server_tls(certificates: Arc<dyn ResolvesServerCert>) -> Result<rustls::Serve
     config.alpn_protocols = Alpn::ALL.iter().map(|alpn| alpn.name().to_vec()).collect();
     config.max_early_data_size = 0;
     config.send_tls13_tickets = 1;
-    config.ticketer = aws_lc_rs::Ticketer::new()?;
+    config.ticketer = ticketer;
     Ok(config)
 }
 
@@ -55,7 +62,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (cert, key) = (directory.path().join("cert"), directory.path().join("key"));
         let certificates = Certificates::load_or_create(&cert, &key, &["localhost".to_owned()]).unwrap();
-        let config = server_tls(certificates).unwrap();
+        let config = server_tls(certificates, aws_lc_rs::Ticketer::new().unwrap()).unwrap();
         (ServerConnection::new(Arc::new(config)).unwrap(), std::fs::read(cert).unwrap())
     }
 
@@ -86,7 +93,7 @@ mod tests {
 
     #[test]
     fn the_hybrid_key_exchange_is_preferred_and_the_classic_ones_are_kept() {
-        use aws_lc_rs::kx_group::{SECP256R1, X25519, X25519MLKEM768};
+        use super::aws_lc_rs::kx_group::{SECP256R1, X25519, X25519MLKEM768};
         // Ours and most others send shares for both, and the server chooses.
         assert_eq!(key_exchange_with(vec![X25519MLKEM768, X25519]), NamedGroup::X25519MLKEM768);
         assert_eq!(key_exchange_with(provider().kx_groups.clone()), NamedGroup::X25519MLKEM768);

@@ -12,6 +12,7 @@ mod certificates;
 mod client;
 mod delivery;
 mod drain;
+mod fleet;
 mod frames;
 mod metrics;
 mod relay;

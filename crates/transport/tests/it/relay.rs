@@ -1,4 +1,5 @@
-//! A UDP relay between one client and the server that can go deaf in either direction and shows what passes.
+//! A UDP relay between one client and a server that can go deaf in either direction, turn to another server, and shows
+//! what passes.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -8,60 +9,62 @@ use std::{
     },
 };
 
+use parking_lot::Mutex;
 use tokio::{net::UdpSocket, sync::mpsc};
 
 use crate::support::within;
 
 pub(crate) struct Relay {
     pub(crate) addr: SocketAddr,
-    open_up: Arc<AtomicBool>,
-    open_down: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+    up: mpsc::UnboundedReceiver<Vec<u8>>,
     down: mpsc::UnboundedReceiver<Vec<u8>>,
+}
+
+struct Shared {
+    client_side: UdpSocket,
+    server_side: UdpSocket,
+    client: Mutex<Option<SocketAddr>>,
+    server: Mutex<SocketAddr>,
+    open_up: AtomicBool,
+    open_down: AtomicBool,
 }
 
 impl Relay {
     pub(crate) async fn to(server: SocketAddr) -> Self {
-        let client_side = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let server_side = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        server_side.connect(server).await.unwrap();
-        let addr = client_side.local_addr().unwrap();
-        let (open_up, open_down) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(true)));
-        let (sender, down) = mpsc::unbounded_channel();
-        let (up, down_too) = (Arc::clone(&open_up), Arc::clone(&open_down));
-        tokio::spawn(async move {
-            let (mut up_buffer, mut down_buffer) = (vec![0; 1 << 16], vec![0; 1 << 16]);
-            let mut client = None;
-            loop {
-                tokio::select! {
-                    Ok((len, from)) = client_side.recv_from(&mut up_buffer) => {
-                        client = Some(from);
-                        if up.load(Ordering::SeqCst) {
-                            let _ = server_side.send(&up_buffer[..len]).await;
-                        }
-                    }
-                    Ok(len) = server_side.recv(&mut down_buffer) => {
-                        let datagram = &down_buffer[..len];
-                        if sender.send(datagram.to_vec()).is_err() {
-                            return;
-                        }
-                        if let (true, Some(client)) = (down_too.load(Ordering::SeqCst), client) {
-                            let _ = client_side.send_to(datagram, client).await;
-                        }
-                    }
-                }
-            }
+        let shared = Arc::new(Shared {
+            client_side: UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap(),
+            server_side: UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap(),
+            client: Mutex::new(None),
+            server: Mutex::new(server),
+            open_up: AtomicBool::new(true),
+            open_down: AtomicBool::new(true),
         });
-        Self { addr, open_up, open_down, down }
+        let addr = shared.client_side.local_addr().unwrap();
+        let (ups, up) = mpsc::unbounded_channel();
+        let (downs, down) = mpsc::unbounded_channel();
+        tokio::spawn(pass(Arc::clone(&shared), ups, downs));
+        Self { addr, shared, up, down }
     }
 
     /// What the client sends is dropped, or not.
     pub(crate) fn set_up(&self, open: bool) {
-        self.open_up.store(open, Ordering::SeqCst);
+        self.shared.open_up.store(open, Ordering::SeqCst);
     }
 
     /// What the server sends is dropped, or not.
     pub(crate) fn set_down(&self, open: bool) {
-        self.open_down.store(open, Ordering::SeqCst);
+        self.shared.open_down.store(open, Ordering::SeqCst);
+    }
+
+    /// What the client sends goes to this server from now on, from the same address as before.
+    pub(crate) fn turn_to(&self, server: SocketAddr) {
+        *self.shared.server.lock() = server;
+    }
+
+    /// The client's next datagram, passed on or dropped.
+    pub(crate) async fn next_up(&mut self) -> Vec<u8> {
+        within(self.up.recv()).await.unwrap()
     }
 
     /// The server's next datagram, passed on or dropped.
@@ -72,5 +75,55 @@ impl Relay {
     /// Forgets the server's datagrams until now.
     pub(crate) fn forget_down(&mut self) {
         while self.down.try_recv().is_ok() {}
+    }
+
+    /// Forgets the client's datagrams until now.
+    pub(crate) fn forget_up(&mut self) {
+        while self.up.try_recv().is_ok() {}
+    }
+
+    /// Sends to the server as if the client had.
+    pub(crate) async fn send_up(&self, datagram: &[u8]) {
+        let server = *self.shared.server.lock();
+        self.shared.server_side.send_to(datagram, server).await.unwrap();
+    }
+
+    /// Sends to the client as if the server had.
+    pub(crate) async fn send_down(&self, datagram: &[u8]) {
+        let client = self.shared.client.lock().expect("the client has sent something");
+        self.shared.client_side.send_to(datagram, client).await.unwrap();
+    }
+}
+
+async fn pass(
+    shared: Arc<Shared>,
+    ups: mpsc::UnboundedSender<Vec<u8>>,
+    downs: mpsc::UnboundedSender<Vec<u8>>,
+) {
+    let (mut up_buffer, mut down_buffer) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+    loop {
+        tokio::select! {
+            Ok((len, from)) = shared.client_side.recv_from(&mut up_buffer) => {
+                *shared.client.lock() = Some(from);
+                let datagram = &up_buffer[..len];
+                let server = *shared.server.lock();
+                if shared.open_up.load(Ordering::SeqCst) {
+                    let _ = shared.server_side.send_to(datagram, server).await;
+                }
+                if ups.send(datagram.to_vec()).is_err() {
+                    return;
+                }
+            }
+            Ok((len, _)) = shared.server_side.recv_from(&mut down_buffer) => {
+                let datagram = &down_buffer[..len];
+                if downs.send(datagram.to_vec()).is_err() {
+                    return;
+                }
+                let client = *shared.client.lock();
+                if let (true, Some(client)) = (shared.open_down.load(Ordering::SeqCst), client) {
+                    let _ = shared.client_side.send_to(datagram, client).await;
+                }
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use qpq_transport::{
-    Certificates, Config, Delivery, EventSink, Peer, Refusal, Reply, Server, Service,
+    Certificates, Config, Delivery, EventSink, Member, Peer, Refusal, Reply, Server, Service,
     client::{Connection, Dialer, Trust},
 };
 use qpq_wire::{Request, RequestHeader, Response};
@@ -70,6 +70,11 @@ pub(crate) struct Session {
 }
 
 impl Probe {
+    fn new() -> (Arc<Self>, mpsc::UnboundedReceiver<Report>) {
+        let (sender, reports) = mpsc::unbounded_channel();
+        (Arc::new(Self { reports: sender, gate: Semaphore::new(0) }), reports)
+    }
+
     fn report(&self, report: Report) {
         // A test that is over no longer listens.
         let _ = self.reports.send(report);
@@ -188,6 +193,11 @@ pub(crate) struct Harness {
     pub(crate) reports: mpsc::UnboundedReceiver<Report>,
 }
 
+fn certificates_in(directory: &Path) -> Arc<Certificates> {
+    let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+    Certificates::load_or_create(&directory.join("cert.der"), &directory.join("key.der"), &names).unwrap()
+}
+
 pub(crate) fn config() -> Config {
     Config::new((Ipv4Addr::LOCALHOST, 0).into())
 }
@@ -199,12 +209,23 @@ impl Harness {
 
     pub(crate) fn with(config: Config) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let (cert, key) = (directory.path().join("cert.der"), directory.path().join("key.der"));
-        let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
-        let certificates = Certificates::load_or_create(&cert, &key, &names).unwrap();
-        let (sender, reports) = mpsc::unbounded_channel();
-        let probe = Arc::new(Probe { reports: sender, gate: Semaphore::new(0) });
+        let certificates = certificates_in(directory.path());
+        let (probe, reports) = Probe::new();
         let server = Server::bind(config, Arc::clone(&certificates), Arc::clone(&probe)).unwrap();
+        Self { server, probe, certificates, directory, reports }
+    }
+
+    /// One of several that show the certificate in `shared`, where the first puts it.
+    pub(crate) fn in_fleet(member: Member, config: Config, shared: &Path) -> Self {
+        certificates_in(shared);
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["cert.der", "key.der"] {
+            std::fs::copy(shared.join(name), directory.path().join(name)).unwrap();
+        }
+        let certificates = certificates_in(directory.path());
+        let (probe, reports) = Probe::new();
+        let server =
+            Server::bind_in_fleet(member, config, Arc::clone(&certificates), Arc::clone(&probe)).unwrap();
         Self { server, probe, certificates, directory, reports }
     }
 

@@ -1,0 +1,104 @@
+//! The tokens of Retry, by which a client proves its address, made on one edge and taken on any.
+//!
+//! A token that cannot be opened counts as none, but after a Retry that is fatal: the client checks which connection id
+//! the Retry answered, and a server that did not understand the token tells another. So all three keys are tried.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use aws_lc_rs::hkdf::{HKDF_SHA256, Prk, Salt};
+use quinn::crypto::{AeadKey, CryptoError, HandshakeTokenKey};
+
+use super::KeyRing;
+
+pub(crate) struct Tokens {
+    keys: ArcSwap<[Prk; 3]>,
+}
+
+/// The keys for one token, which quinn derives from what is random in it.
+struct TokenKey {
+    keys: Arc<[Prk; 3]>,
+    random: Vec<u8>,
+}
+
+impl Tokens {
+    pub(super) fn new(ring: &KeyRing) -> Self {
+        Self { keys: ArcSwap::from_pointee(extract(ring)) }
+    }
+
+    pub(super) fn exchange(&self, ring: &KeyRing) {
+        self.keys.store(extract(ring).into());
+    }
+}
+
+fn extract(ring: &KeyRing) -> [Prk; 3] {
+    let salt = Salt::new(HKDF_SHA256, b"qpq address token v1");
+    ring.keys().map(|key| salt.extract(key))
+}
+
+impl HandshakeTokenKey for Tokens {
+    fn aead_from_hkdf(&self, random_bytes: &[u8]) -> Box<dyn AeadKey> {
+        Box::new(TokenKey { keys: self.keys.load_full(), random: random_bytes.to_vec() })
+    }
+}
+
+impl AeadKey for TokenKey {
+    fn seal(&self, data: &mut Vec<u8>, additional_data: &[u8]) -> Result<(), CryptoError> {
+        let [current, ..] = &*self.keys;
+        current.aead_from_hkdf(&self.random).seal(data, additional_data)
+    }
+
+    fn open<'a>(&self, data: &'a mut [u8], additional_data: &[u8]) -> Result<&'a mut [u8], CryptoError> {
+        for key in &*self.keys {
+            // An attempt with the wrong key leaves nothing to try again with.
+            let mut attempt = data.to_vec();
+            if let Ok(opened) = key.aead_from_hkdf(&self.random).open(&mut attempt, additional_data) {
+                let data = &mut data[..opened.len()];
+                data.copy_from_slice(opened);
+                return Ok(data);
+            }
+        }
+        Err(CryptoError)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sealed(tokens: &Tokens) -> Vec<u8> {
+        let mut data = b"an address".to_vec();
+        tokens.aead_from_hkdf(b"random").seal(&mut data, b"").unwrap();
+        data
+    }
+
+    fn opens(tokens: &Tokens, mut data: Vec<u8>) -> bool {
+        let opened = tokens.aead_from_hkdf(b"random");
+        opened.open(&mut data, b"").is_ok_and(|opened| opened == b"an address")
+    }
+
+    #[test]
+    fn edges_on_either_side_of_a_rotation_take_each_others_tokens() {
+        let ring = KeyRing::generate();
+        let (old, new) = (Tokens::new(&ring), Tokens::new(&ring.rotated()));
+        assert!(opens(&old, sealed(&old)));
+        assert!(opens(&old, sealed(&new)));
+        assert!(opens(&new, sealed(&old)));
+        let ring = ring.rotated().rotated();
+        let newest = Tokens::new(&ring);
+        assert!(!opens(&newest, sealed(&old)));
+        new.exchange(&ring);
+        assert!(!opens(&new, sealed(&old)));
+        assert!(opens(&new, sealed(&newest)));
+    }
+
+    #[test]
+    fn strangers_and_the_damaged_are_refused() {
+        let tokens = Tokens::new(&KeyRing::generate());
+        assert!(!opens(&tokens, sealed(&Tokens::new(&KeyRing::generate()))));
+        let token = sealed(&tokens);
+        for len in 0..token.len() {
+            assert!(!opens(&tokens, token[..len].to_vec()), "{len}");
+        }
+    }
+}
