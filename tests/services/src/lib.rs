@@ -4,6 +4,7 @@
 //! in a temporary directory of its own on a port of 127.0.0.1 that nobody else uses. A test starts what it needs, may kill
 //! it and start it again on the same port and data, and leaves nothing behind when it ends or dies.
 
+mod cluster;
 mod nats;
 mod port;
 mod postgres;
@@ -11,7 +12,10 @@ mod process;
 mod program;
 mod redis;
 pub mod resp;
+mod sentinel;
 
+pub use cluster::RedisCluster;
 pub use nats::Nats;
 pub use postgres::Postgres;
 pub use redis::{Redis, Snapshot};
+pub use sentinel::RedisSentinel;

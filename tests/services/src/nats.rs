@@ -101,7 +101,7 @@ impl Nats {
 
     /// After `stop` or `kill9`: on the same port, with the same user.
     pub async fn start_again(&self) -> anyhow::Result<()> {
-        self.service.start(async || self.ping().await.is_ok()).await
+        self.service.start(|| async { self.ping().await.is_ok() }).await
     }
 
     pub async fn restart(&self) -> anyhow::Result<()> {

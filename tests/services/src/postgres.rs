@@ -136,7 +136,7 @@ impl Postgres {
         }
         // The eighth line is what `pg_ctl start` waits for, too.
         self.service
-            .start(async || {
+            .start(|| async {
                 fs::read_to_string(&pid_file).is_ok_and(|s| s.lines().nth(7).map(str::trim) == Some("ready"))
             })
             .await

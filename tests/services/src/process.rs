@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
 /// How long a server may take to start or stop before the test fails: far more than a busy machine needs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How often to look whether it has.
 const LOOK_EVERY: Duration = Duration::from_millis(4);
 

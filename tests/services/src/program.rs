@@ -44,7 +44,11 @@ impl Program {
 
     /// The program's path, once it has said that it is new enough.
     pub(crate) fn find(self) -> anyhow::Result<PathBuf> {
-        let Some(path) = folders().into_iter().map(|dir| dir.join(self.file())).find(|path| path.is_file())
+        self.find_in(folders())
+    }
+
+    fn find_in(self, folders: Vec<PathBuf>) -> anyhow::Result<PathBuf> {
+        let Some(path) = folders.into_iter().map(|dir| dir.join(self.file())).find(|path| path.is_file())
         else {
             bail!(
                 "{} is not installed and tests run on the real one: `apt-get install {}` (scripts/test does it)",
@@ -115,5 +119,29 @@ mod tests {
             assert_eq!(major_and_minor(said), Some(version), "{said}");
         }
         assert_eq!(major_and_minor("no version here."), None);
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_its_package() {
+        for (program, package) in [
+            (Program::Postgres, "apt-get install postgresql "),
+            (Program::Redis, "apt-get install redis-server "),
+            (Program::Nats, "apt-get install nats-server "),
+        ] {
+            program.find().expect("scripts/test installs it");
+            let missing = program.find_in(vec!["/nonexistent".into()]).unwrap_err().to_string();
+            assert!(missing.replace('`', " ").contains(package), "{missing}");
+        }
+    }
+
+    #[test]
+    fn what_is_too_old_is_refused() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let old = dir.path().join("redis-server");
+        std::fs::write(&old, "#!/bin/sh\necho Redis server v=6.0.16 sha=0\n").unwrap();
+        std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let refused = Program::Redis.find_in(vec![dir.path().to_owned()]).unwrap_err();
+        assert!(refused.to_string().contains("is 6.0, tests need 7.0"), "{refused}");
     }
 }

@@ -138,7 +138,7 @@ impl Redis {
     /// After `stop` or `kill9`: on the same port; empty, unless its settings keep what it had.
     pub async fn start_again(&self) -> anyhow::Result<()> {
         // While it loads, it refuses the command.
-        self.service.start(async || self.command(["PING"]).await.is_ok()).await
+        self.service.start(|| async { self.command(["PING"]).await.is_ok() }).await
     }
 
     pub async fn restart(&self) -> anyhow::Result<()> {

@@ -1,0 +1,103 @@
+//! A Redis Cluster of a test's own: primaries that share the slots, without replicas.
+
+use std::time::Duration;
+
+use anyhow::{bail, ensure};
+use tokio::time::{Instant, sleep};
+
+use crate::{
+    port::Port,
+    process::{PATIENCE, new_password},
+    redis::Redis,
+};
+
+const SLOTS: usize = 16_384;
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// A running Redis Cluster, complete and taking commands. Dropping it stops all its nodes.
+#[derive(Debug)]
+pub struct RedisCluster {
+    nodes: Vec<Redis>,
+    /// Where the nodes speak with each other.
+    buses: Vec<Port>,
+}
+
+impl RedisCluster {
+    /// As many nodes as asked for, each with an equal part of the slots.
+    pub async fn start(count: usize) -> anyhow::Result<Self> {
+        ensure!(count > 0, "a cluster has nodes");
+        let password = new_password();
+        let mut nodes = Vec::new();
+        let mut buses = Vec::new();
+        for _ in 0..count {
+            let bus = Port::reserve()?;
+            let number = bus.number().to_string();
+            let settings = [
+                ("save", "\"\""),
+                ("masterauth", &password),
+                ("cluster-enabled", "yes"),
+                ("cluster-port", &number),
+                ("cluster-announce-ip", "127.0.0.1"),
+                ("cluster-node-timeout", "2000"),
+            ];
+            nodes.push(Redis::launch(&password, &settings, &[]).await?);
+            buses.push(bus);
+        }
+        let cluster = Self { nodes, buses };
+        cluster.join().await?;
+        cluster.wait_until_complete().await?;
+        Ok(cluster)
+    }
+
+    pub fn nodes(&self) -> &[Redis] {
+        &self.nodes
+    }
+
+    /// How a client connects: any of these leads to all.
+    pub fn urls(&self) -> Vec<String> {
+        self.nodes.iter().map(Redis::url).collect()
+    }
+
+    /// Returns once every node sees every other and all slots are served, at the start or after a node came back.
+    pub async fn wait_until_complete(&self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let all = format!("cluster_size:{}\r\n", self.nodes.len());
+        for node in &self.nodes {
+            loop {
+                let reply = node.command(["CLUSTER", "INFO"]).await?;
+                let info = reply.text()?;
+                if info.contains("cluster_state:ok") && info.contains(&all) {
+                    break;
+                }
+                if Instant::now() > deadline {
+                    bail!("the cluster is not complete after {PATIENCE:?}: {info}");
+                }
+                sleep(LOOK_EVERY).await;
+            }
+        }
+        Ok(())
+    }
+
+    pub async fn flush_all(&self) -> anyhow::Result<()> {
+        for node in &self.nodes {
+            node.flush_all().await?;
+        }
+        Ok(())
+    }
+
+    /// What `redis-cli --cluster create` does: slots and epochs for each, then all meet the first.
+    async fn join(&self) -> anyhow::Result<()> {
+        let count = self.nodes.len();
+        for (i, node) in self.nodes.iter().enumerate() {
+            let (first, last) = (i * SLOTS / count, (i + 1) * SLOTS / count - 1);
+            node.command(["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &last.to_string()]).await?;
+            node.command(["CLUSTER", "SET-CONFIG-EPOCH", &(i + 1).to_string()]).await?;
+        }
+        let port = self.nodes[0].port().to_string();
+        let bus = self.buses[0].number().to_string();
+        for node in &self.nodes[1..] {
+            node.command(["CLUSTER", "MEET", "127.0.0.1", &port, &bus]).await?;
+        }
+        Ok(())
+    }
+}
