@@ -1,5 +1,7 @@
 //! The directory that holds a server's secrets: readable by its owner alone, each file whole or absent.
 
+pub mod fleet;
+
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write as _},
@@ -7,7 +9,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
+
+const GROUP_OR_OTHERS: u32 = 0o077;
+const OTHERS: u32 = 0o007;
 
 /// A directory that exists.
 #[derive(Clone, Debug)]
@@ -60,13 +66,18 @@ impl DataDir {
 
     /// The secret in `file`, if there is one.
     pub fn read_secret(&self, file: SecretFile) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
+        self.read(file, GROUP_OR_OTHERS)
+    }
+
+    /// As [`Self::read_secret`]; warns if those may read it whom `strangers` has in its mode bits.
+    fn read(&self, file: SecretFile, strangers: u32) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
         let path = self.0.join(file.name);
         let secret = match fs::read(&path) {
             Ok(secret) => Zeroizing::new(secret),
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(DataDirError::Read { path, source }),
         };
-        warn_if_shared(&path);
+        warn_if_shared(&path, strangers);
         if secret.len() == file.length {
             return Ok(Some(secret));
         }
@@ -88,18 +99,30 @@ impl DataDir {
         write_new(&path, &make()).map_err(|source| DataDirError::Write { path: path.clone(), source })?;
         self.read_secret(file)?.ok_or(DataDirError::Gone { path })
     }
+
+    /// Writes the file `name` for its owner alone, whatever there was before. After a crash it has the old contents or the
+    /// new ones, and the new ones once this has returned.
+    pub fn replace(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
+        let path = self.0.join(name);
+        let replaced = write_aside(&path, contents)
+            .and_then(|aside| fs::rename(aside, &path))
+            .and_then(|()| File::open(&self.0)?.sync_all());
+        replaced.map_err(|source| DataDirError::Write { path, source })
+    }
+}
+
+impl SecretFile {
+    /// What tells this secret from another of its kind and says nothing else about it, for as long as it has more than
+    /// 128 bits that nobody can guess. The same in every version.
+    pub fn fingerprint(&self, secret: &[u8]) -> [u8; 32] {
+        let domain = Sha256::new().chain_update(b"qpq secret fingerprint v1\0").chain_update(self.name);
+        domain.chain_update(b"\0").chain_update(secret).finalize().into()
+    }
 }
 
 /// Writes a file that only its owner may read, unless one is there. After a crash it is there whole or not at all.
 fn write_new(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let temporary = path.with_added_extension(format!("{}.new", std::process::id()));
-    match fs::remove_file(&temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    file.write_all(contents)?;
-    file.sync_all()?;
+    let temporary = write_aside(path, contents)?;
     // A link, because a rename would replace what another process has made since we looked.
     let linked = fs::hard_link(&temporary, path);
     let named = match linked {
@@ -116,9 +139,22 @@ fn write_new(path: &Path, contents: &[u8]) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-fn warn_if_shared(path: &Path) {
+/// Writes and syncs what is to get the name `path`, under another name in the same directory; that name.
+fn write_aside(path: &Path, contents: &[u8]) -> io::Result<PathBuf> {
+    let aside = path.with_added_extension(format!("{}.new", std::process::id()));
+    match fs::remove_file(&aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
+    file.write_all(contents)?;
+    file.sync_all()?;
+    Ok(aside)
+}
+
+fn warn_if_shared(path: &Path, strangers: u32) {
     let mode = fs::metadata(path).map_or(0, |metadata| metadata.permissions().mode());
-    if mode & 0o077 != 0 {
+    if mode & strangers != 0 {
         tracing::warn!(
             file = %path.display(),
             mode = format_args!("{:03o}", mode & 0o777),
@@ -181,6 +217,28 @@ mod tests {
         assert!(dir.read_secret(KEY).unwrap().is_none());
         assert_eq!(*dir.secret(KEY, || made(b"abcd")).unwrap(), b"abcd");
         assert!(!left.exists());
+    }
+
+    #[test]
+    fn a_secret_can_be_replaced_and_only_its_owner_may_read_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = DataDir::create(parent.path()).unwrap();
+        let path = dir.path().join("key.bin");
+        fs::write(&path, b"old!").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        dir.replace("key.bin", b"new!").unwrap();
+        assert_eq!(*dir.read_secret(KEY).unwrap().unwrap(), b"new!");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_same_in_every_version_and_another_for_every_secret_and_kind() {
+        let print = KEY.fingerprint(b"abcd");
+        let expected = "e5584ed77b2d263c";
+        assert_eq!(print[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>(), expected);
+        assert_ne!(print, KEY.fingerprint(b"abce"));
+        assert_ne!(print, SecretFile { name: "other", ..KEY }.fingerprint(b"abcd"));
     }
 
     #[test]

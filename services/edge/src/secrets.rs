@@ -1,25 +1,32 @@
-//! The server's long-term secrets: made at the first start, before there is a database, and never again.
+//! The server's long-term secrets, from where it keeps them.
 //!
-//! A secret that is missing beside a database was lost, not never made. Making another one would lock out every account
-//! without a word, so the server refuses to start.
+//! A server alone makes them at the first start, before there is a database, and never again. A secret that is missing
+//! beside a database was lost, not never made. Making another one would lock out every account without a word, so the
+//! server refuses to start.
+//!
+//! An edge of a cluster makes none: it reads the directory that all edges share ([`load_fleet`]).
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use qpq_rpc::{DeliverySigner, OpaqueServer, opaque};
-use qpq_runtime::data_dir::{DataDir, DataDirError, SecretFile};
+use qpq_runtime::data_dir::{
+    DataDir, DataDirError, SecretFile,
+    fleet::{self, ClusterId, DELIVERY_KEY, FleetDir, FleetDirError, OPAQUE_SETUP},
+};
+use qpq_transport::{
+    Certificates, FleetFiles, FleetKeys, FleetKeysError, IdentityError, KeyRing, RESET_KEY_LEN,
+};
 use rand::rngs::OsRng;
 use zeroize::Zeroizing;
 
-const OPAQUE_SETUP: SecretFile = SecretFile {
-    name: "opaque-setup.bin",
-    length: opaque::len::SETUP,
-    if_lost: "Without it no account can log in again.",
-};
-const DELIVERY_KEY: SecretFile = SecretFile {
-    name: "delivery-key.bin",
-    length: 32,
-    if_lost: "Without it the delivery proofs signed so far can no longer be checked against this server.",
-};
+// The runtime knows the files by their lengths and not by what is in them.
+const _: () = assert!(OPAQUE_SETUP.length == opaque::len::SETUP);
+const _: () = assert!(fleet::TICKET_KEYS.length == KeyRing::LEN && fleet::TOKEN_KEY.length == KeyRing::LEN);
+const _: () = assert!(fleet::RESET_KEY.length == RESET_KEY_LEN);
+
 /// The database that the embedded store makes in the data directory.
 const DATABASE: &str = "qpq.db";
 
@@ -27,6 +34,17 @@ const DATABASE: &str = "qpq.db";
 pub(crate) struct Secrets {
     pub(crate) opaque: OpaqueServer,
     pub(crate) signer: DeliverySigner,
+}
+
+/// What an edge has in common with the others of its cluster.
+pub(crate) struct Fleet {
+    pub(crate) secrets: Secrets,
+    /// For [`qpq_transport::Member`]; to be watched, as the certificates are.
+    pub(crate) keys: Arc<FleetKeys>,
+    pub(crate) certificates: Arc<Certificates>,
+    pub(crate) cluster: ClusterId,
+    /// The same on every edge, or an account of one edge could not log in at another. Tells nothing of the setup.
+    pub(crate) opaque_fingerprint: [u8; 32],
 }
 
 /// Why the secrets cannot be used.
@@ -41,6 +59,19 @@ pub enum SecretsError {
     Lost { path: PathBuf, if_lost: &'static str },
     #[error("{path} is damaged: {source}")]
     Opaque { path: PathBuf, source: opaque::InvalidSetup },
+    #[error(transparent)]
+    Fleet(#[from] FleetDirError),
+    #[error(
+        "{source}. All edges share the directory that `qpq-admin init` made: bring this file from another edge or a backup"
+    )]
+    FleetKeys { source: FleetKeysError },
+    #[error(
+        "the cluster's certificate: {source}. All edges share the directory that `qpq-admin init` made: bring certificate \
+         and key from another edge or a backup"
+    )]
+    FleetCertificate { source: IdentityError },
+    #[error("{path} is damaged: {source}; it was made by `qpq-admin init` and is the same on every edge")]
+    FleetOpaque { path: PathBuf, source: opaque::InvalidSetup },
 }
 
 /// Reads the secrets, or makes them where there is no database yet. Call it before the store is opened.
@@ -50,8 +81,35 @@ pub(crate) fn load_or_create(dir: &DataDir) -> Result<Secrets, SecretsError> {
         .map_err(|source| SecretsError::Opaque { path: dir.path().join(OPAQUE_SETUP.name), source })?;
     let seed =
         one(dir, DELIVERY_KEY, || Zeroizing::new(DeliverySigner::generate(&mut OsRng).secret().to_vec()))?;
-    let seed = seed.first_chunk().expect("the length was checked");
-    Ok(Secrets { opaque, signer: DeliverySigner::from_secret(seed) })
+    Ok(Secrets { opaque, signer: signer(&seed) })
+}
+
+/// Reads what all edges share, and makes nothing. Whatever is missing or damaged is named in the error.
+pub(crate) fn load_fleet(dir: &Path) -> Result<Fleet, SecretsError> {
+    let dir = FleetDir::open(dir)?;
+    let cluster = dir.cluster_id()?;
+    let setup = dir.secret(OPAQUE_SETUP)?;
+    let opaque = OpaqueServer::parse(&setup)
+        .map_err(|source| SecretsError::FleetOpaque { path: dir.file(OPAQUE_SETUP.name), source })?;
+    let signer = signer(&dir.secret(DELIVERY_KEY)?);
+    for file in [fleet::TICKET_KEYS, fleet::TOKEN_KEY, fleet::RESET_KEY] {
+        // For its length and its mode; the transport reads it again, and again while the server runs.
+        dir.secret(file)?;
+    }
+    let keys = FleetKeys::load(FleetFiles {
+        tickets: dir.file(fleet::TICKET_KEYS.name),
+        tokens: dir.file(fleet::TOKEN_KEY.name),
+        reset: dir.file(fleet::RESET_KEY.name),
+    })
+    .map_err(|source| SecretsError::FleetKeys { source })?;
+    let certificates = Certificates::load(&dir.file(fleet::CERTIFICATE), &dir.file(fleet::CERTIFICATE_KEY))
+        .map_err(|source| SecretsError::FleetCertificate { source })?;
+    let opaque_fingerprint = OPAQUE_SETUP.fingerprint(&setup);
+    Ok(Fleet { secrets: Secrets { opaque, signer }, keys, certificates, cluster, opaque_fingerprint })
+}
+
+fn signer(seed: &[u8]) -> DeliverySigner {
+    DeliverySigner::from_secret(seed.first_chunk().expect("the length was checked"))
 }
 
 fn one(
@@ -64,4 +122,92 @@ fn one(
         return dir.read_secret(file)?.ok_or_else(lost);
     }
     Ok(dir.secret(file, make)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use qpq_transport::SelfSigned;
+
+    use super::*;
+
+    /// What `qpq-admin init` makes; its tests have the binary itself make it.
+    fn fleet_dir() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |name: &str, contents: &[u8]| fs::write(dir.path().join(name), contents).unwrap();
+        put(OPAQUE_SETUP.name, &OpaqueServer::generate(&mut OsRng).serialize());
+        put(DELIVERY_KEY.name, &DeliverySigner::generate(&mut OsRng).secret()[..]);
+        put(fleet::TICKET_KEYS.name, &KeyRing::generate().to_bytes());
+        put(fleet::TOKEN_KEY.name, &KeyRing::generate().to_bytes());
+        put(fleet::RESET_KEY.name, &b"a key of exactly 32 bytes' length"[..32]);
+        let certificate = SelfSigned::generate(&["localhost".to_owned()]).unwrap();
+        put(fleet::CERTIFICATE, &certificate.cert);
+        put(fleet::CERTIFICATE_KEY, &certificate.key);
+        put(fleet::CLUSTER_ID, ClusterId::new([1; 16]).to_string().as_bytes());
+        dir
+    }
+
+    fn refusal(dir: &Path) -> String {
+        load_fleet(dir).err().expect("it is refused").to_string()
+    }
+
+    #[test]
+    fn every_edge_reads_the_same_and_writes_nothing() {
+        let dir = fleet_dir();
+        let listing = || {
+            let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+            names.sort();
+            names.into_iter().map(|path| (fs::read(&path).unwrap(), path)).collect::<Vec<_>>()
+        };
+        let before = listing();
+        let (one, two) = (load_fleet(dir.path()).unwrap(), load_fleet(dir.path()).unwrap());
+        assert_eq!(listing(), before);
+        assert_eq!(one.opaque_fingerprint, two.opaque_fingerprint);
+        assert_eq!(one.secrets.signer.public_key(), two.secrets.signer.public_key());
+        assert_eq!(one.certificates.fingerprint(), two.certificates.fingerprint());
+        assert_eq!(one.cluster, two.cluster);
+        let other = load_fleet(fleet_dir().path()).unwrap();
+        assert_ne!(one.opaque_fingerprint, other.opaque_fingerprint);
+    }
+
+    #[test]
+    fn whatever_is_missing_is_named_and_nothing_is_made() {
+        let dir = fleet_dir();
+        let paths: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(paths.len(), 8);
+        for path in paths {
+            let good = fs::read(&path).unwrap();
+            fs::remove_file(&path).unwrap();
+            let said = refusal(dir.path());
+            assert!(said.contains(&format!("{} is missing", path.display())), "{said}");
+            assert!(said.contains("qpq-admin init"), "{said}");
+            assert!(!path.exists());
+            fs::write(&path, good).unwrap();
+        }
+        let none = dir.path().join("none");
+        let said = refusal(&none);
+        assert!(said.contains(none.to_str().unwrap()) && said.contains("qpq-admin init"), "{said}");
+        assert!(!none.exists());
+    }
+
+    #[test]
+    fn whatever_is_damaged_is_named() {
+        let dir = fleet_dir();
+        for entry in fs::read_dir(dir.path()).unwrap() {
+            let path = entry.unwrap().path();
+            let good = fs::read(&path).unwrap();
+            // Too short, and of the right length with nothing in it. Any 32 bytes are a delivery key.
+            let blank = vec![0; good.len()];
+            let damages =
+                if path.ends_with(DELIVERY_KEY.name) { vec![&b"x"[..]] } else { vec![&b"x"[..], &blank] };
+            for damage in damages {
+                fs::write(&path, damage).unwrap();
+                let said = refusal(dir.path());
+                assert!(said.contains(path.to_str().unwrap()) && said.contains("qpq-admin init"), "{said}");
+            }
+            fs::write(&path, good).unwrap();
+        }
+        assert!(load_fleet(dir.path()).is_ok());
+    }
 }
