@@ -10,6 +10,7 @@ mod port;
 mod postgres;
 mod process;
 mod program;
+pub mod proxy;
 mod redis;
 pub mod resp;
 mod sentinel;

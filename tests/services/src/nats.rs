@@ -1,11 +1,6 @@
 //! A NATS server of a test's own: core NATS, no JetStream, one generated user.
 
-use std::{
-    fs::{self, Permissions},
-    net::SocketAddr,
-    os::unix::fs::PermissionsExt as _,
-    process::Command,
-};
+use std::{net::SocketAddr, process::Command};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::Signal;
@@ -16,7 +11,7 @@ use tokio::{
 
 use crate::{
     port::Port,
-    process::{Home, Service, new_password},
+    process::{Home, Service, new_password, write_private},
     program::Program,
 };
 
@@ -42,8 +37,7 @@ impl Nats {
             "host: \"127.0.0.1\"\nport: {}\nauthorization {{ user: \"{USER}\", password: \"{password}\" }}\n",
             port.number()
         );
-        fs::write(&file, configuration)?;
-        fs::set_permissions(&file, Permissions::from_mode(0o600))?;
+        write_private(&file, &configuration)?;
 
         let mut command = Command::new(program);
         command.arg("-c").arg(file);

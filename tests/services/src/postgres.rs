@@ -5,11 +5,8 @@
 //! refuses to run as root; under root it runs as the user `postgres`, or as `nobody`.
 
 use std::{
-    fs::{self, File, Permissions},
-    os::unix::{
-        fs::{PermissionsExt as _, chown},
-        process::CommandExt as _,
-    },
+    fs::{self, File},
+    os::unix::{fs::chown, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -22,7 +19,7 @@ use nix::{
 
 use crate::{
     port::Port,
-    process::{Home, Service, new_password},
+    process::{Home, Service, new_password, write_private},
     program::{self, Program},
 };
 
@@ -226,8 +223,7 @@ fn copy_template(program: &Path, owner: Owner, home: &Path) -> anyhow::Result<St
         let half = kept.join("half");
         let _leftover = fs::remove_dir_all(&half);
         copy(&data, &half)?;
-        fs::write(&password_file, &password)?;
-        fs::set_permissions(&password_file, Permissions::from_mode(0o600))?;
+        write_private(&password_file, &password)?;
         fs::rename(&half, &cluster)?;
         return Ok(password);
     }
@@ -240,8 +236,7 @@ fn copy_template(program: &Path, owner: Owner, home: &Path) -> anyhow::Result<St
 fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyhow::Result<String> {
     let password = new_password();
     let password_file = home.join("password");
-    fs::write(&password_file, &password)?;
-    fs::set_permissions(&password_file, Permissions::from_mode(0o600))?;
+    write_private(&password_file, &password)?;
     owner.take(&password_file)?;
     let mut initdb = owner.command(&program.with_file_name("initdb"));
     initdb

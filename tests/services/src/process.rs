@@ -7,8 +7,8 @@
 
 use std::{
     fs::{self, OpenOptions},
-    future::Future,
-    os::unix::process::CommandExt as _,
+    io::Write as _,
+    os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
@@ -242,4 +242,10 @@ impl Drop for Service {
 pub(crate) fn new_password() -> String {
     use rand::{Rng as _, distributions::Alphanumeric, rngs::OsRng};
     OsRng.sample_iter(&Alphanumeric).take(32).map(char::from).collect()
+}
+
+/// A file that only its owner may read, from its first byte on: passwords are in it.
+pub(crate) fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+    Ok(file.write_all(text.as_bytes())?)
 }

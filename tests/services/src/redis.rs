@@ -2,9 +2,8 @@
 
 use std::{
     fmt::{self, Write as _},
-    fs::{self, Permissions},
+    fs,
     net::SocketAddr,
-    os::unix::fs::PermissionsExt as _,
     process::Command,
 };
 
@@ -13,7 +12,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     port::Port,
-    process::{Home, Service, new_password},
+    process::{Home, Service, new_password, write_private},
     program::Program,
     resp::{Connection, Reply},
 };
@@ -66,8 +65,7 @@ impl Redis {
             writeln!(configuration, "{name} {value}")?;
         }
         let file = home.path().join("redis.conf");
-        fs::write(&file, configuration)?;
-        fs::set_permissions(&file, Permissions::from_mode(0o600))?;
+        write_private(&file, &configuration)?;
 
         let mut command = Command::new(program);
         command.arg(file).args(arguments);
