@@ -95,9 +95,17 @@ impl DataDir {
         if let Some(secret) = self.read_secret(file)? {
             return Ok(secret);
         }
-        let path = self.0.join(file.name);
-        write_new(&path, &make()).map_err(|source| DataDirError::Write { path: path.clone(), source })?;
-        self.read_secret(file)?.ok_or(DataDirError::Gone { path })
+        self.add(file.name, &make())?;
+        self.read_secret(file)?.ok_or_else(|| DataDirError::Gone { path: self.0.join(file.name) })
+    }
+
+    /// Writes the file `name` for its owner alone, unless there is one. After a crash it is there whole or not at all.
+    pub fn add(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
+        let path = self.0.join(name);
+        if path.exists() {
+            return Ok(());
+        }
+        write_new(&path, contents).map_err(|source| DataDirError::Write { path, source })
     }
 
     /// Writes the file `name` for its owner alone, whatever there was before. After a crash it has the old contents or the

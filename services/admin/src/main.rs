@@ -1,2 +1,91 @@
-//! qpq-admin
-fn main() {}
+//! The `qpq-admin` binary: what an operator does to a cluster from outside its edges. One file per command.
+//!
+//! Exit codes, as `qpq-server`'s: 0 done, 1 failed, 2 the command line is wrong.
+
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, reason = "the exception for tests does not reach their helpers")
+)]
+
+mod init;
+mod rotate;
+
+use std::{
+    fmt::Display,
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+use nix::sys::stat::{Mode, umask};
+
+const FAILED: u8 = 1;
+const MISUSED: u8 = 2;
+
+/// Administers a qpq cluster: makes what its edges share, and looks after it.
+#[derive(Debug, Parser)]
+#[command(name = "qpq-admin", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What to do. To add a command: a line here, a file beside this one, an arm in [`run`].
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make what all edges of a new cluster share: keys and a certificate.
+    Init(init::Args),
+    /// Take the next key for TLS session tickets; what the last one made stays good. To be run every 6 hours.
+    RotateTicketKeys(rotate::Args),
+    /// Take the next key for the tokens by which clients prove their address.
+    RotateTokenKey(rotate::Args),
+}
+
+fn main() -> ExitCode {
+    // Whatever is made from now on is its owner's alone.
+    umask(Mode::from_bits_truncate(0o077));
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(usage) => {
+            let _ = usage.print();
+            return if usage.use_stderr() { ExitCode::from(MISUSED) } else { ExitCode::SUCCESS };
+        }
+    };
+    match run(&args.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "qpq-admin: {error:#}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn run(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Init(args) => init::run(args),
+        Command::RotateTicketKeys(args) => rotate::ticket_keys(args),
+        Command::RotateTokenKey(args) => rotate::token_key(args),
+    }
+}
+
+/// On standard output. It may be a file on a full disk, and then what was to be kept there is lost.
+fn say(text: impl Display) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    write!(out, "{text}").and_then(|()| out.flush()).map_err(|error| {
+        anyhow::anyhow!(
+            "cannot write to standard output: {error}. Nothing that was to be printed is kept anywhere"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Args::command().debug_assert();
+    }
+}

@@ -1,0 +1,7 @@
+//! `qpq-admin` from the outside: the binary with its arguments, what it prints and what it leaves on disk.
+
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
+
+mod harness;
+mod init;
+mod rotate;
