@@ -22,7 +22,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// With --out: do nothing, successfully, if the directory is there and whole.
-    #[arg(long, conflicts_with = "kubernetes_secret")]
+    #[arg(long, conflicts_with_all = ["kubernetes_secret", "from"])]
     if_missing: bool,
     /// Print a manifest of a Secret of this name instead. It is the only copy: keep it as you keep passwords.
     #[arg(long, value_name = "NAME")]

@@ -254,6 +254,8 @@ fn it_must_be_said_where_and_only_once() {
     assert!(refusal(2, &["init", "--out", "x", "--namespace", "y"]).contains("cannot be used with"));
     let both = ["init", "--kubernetes-secret", "x", "--if-missing"];
     assert!(refusal(2, &both).contains("cannot be used with"));
+    let both = ["init", "--out", "x", "--if-missing", "--from", "y"];
+    assert!(refusal(2, &both).contains("cannot be used with"));
     assert!(refusal(2, &[]).contains("init"));
 }
 
