@@ -51,7 +51,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// Which account to use [env: QPQ_PROFILE]
-    #[arg(short, long, global = true, value_name = "NAME", env = "QPQ_PROFILE", default_value = "default")]
+    #[arg(short, long, global = true, value_name = "NAME", env = "QPQ_PROFILE", default_value = ProfileName::DEFAULT)]
     #[arg(hide_env = true, hide_default_value = true, help_heading = "Account")]
     pub(crate) profile: ProfileName,
     /// Where profiles are [env: QPQ_HOME]
@@ -276,8 +276,19 @@ impl FromStr for Recipient {
 pub(crate) struct ProfileName(String);
 
 impl ProfileName {
+    /// The one that is used when none is named.
+    pub(crate) const DEFAULT: &str = "default";
+
     pub(crate) fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// What to type to log in to it.
+    pub(crate) fn login(&self) -> String {
+        match self.as_str() {
+            Self::DEFAULT => "qpq login".to_owned(),
+            name => format!("qpq -p {name} login"),
+        }
     }
 }
 

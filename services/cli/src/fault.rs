@@ -4,7 +4,7 @@ use std::{borrow::Cow, fmt, io, process::ExitCode};
 
 use qpq_client::{AuthError, CallError, ConnectError, Error, MlsError, ProfileError};
 
-use crate::text;
+use crate::{args::ProfileName, text};
 
 /// How the process ends; listed in `qpq help`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +71,13 @@ impl Fault {
         Self::new(Exit::Interrupted, "client.interrupted", "interrupted")
     }
 
+    /// Puts the profile into the command that the hint tells to run: typed as it is shown, it must not reach another.
+    #[must_use]
+    pub(crate) fn in_profile(mut self, profile: &ProfileName) -> Self {
+        self.hint = self.hint.map(|hint| hint.replace("`qpq login", &format!("`{}", profile.login())).into());
+        self
+    }
+
     pub(crate) fn not_logged_in() -> Self {
         Self::new(Exit::NotLoggedIn, "client.not_logged_in", "you are not logged in").hint("run `qpq login`")
     }
@@ -86,7 +93,7 @@ impl From<Error> for Fault {
             Error::NoSuchUser(_) => {
                 failure("client.no_such_user", "check the spelling; usernames are case-insensitive")
             }
-            Error::NoKeys(_) => failure("client.no_keys", "ask them to run `qpq login`, then try again"),
+            Error::NoKeys(_) => failure("client.no_keys", "ask them to log in, then try again"),
             Error::IdentityChanged { ref username, .. } => {
                 let hint = format!(
                     "ask {username} in person or by phone, and compare `qpq keys {username}` on both sides"
@@ -117,7 +124,7 @@ impl From<MlsError> for Fault {
             }
             MlsError::DirectIsForTwo => ("client.direct", "run `qpq group create NAME USER…`"),
             MlsError::BadPackage { .. } | MlsError::WrongName(_) | MlsError::Incompatible(_) => {
-                ("client.bad_keys", "ask them to update their client and run `qpq login`")
+                ("client.bad_keys", "ask them to update their client and log in")
             }
             _ => ("client.mls", "try again; if it stays so, start a new group"),
         };
@@ -198,11 +205,17 @@ impl From<ConnectError> for Fault {
                 );
                 Self::new(Exit::Untrusted, "client.pin_mismatch", message).hint(
                     "either the operator has changed it, or somebody is in between: ask the operator for the fingerprint \
-                     and, only if it is the one seen, run `qpq login --pin FINGERPRINT`",
+                     and, only if it is the one seen, give it with --pin (with an account: run `qpq login --pin FINGERPRINT`)",
                 )
             }
-            ConnectError::Untrusted { .. } => Self::new(Exit::Untrusted, "client.untrusted", error)
-                .hint("if the operator confirms this fingerprint, give it with --pin"),
+            ConnectError::Untrusted { reason } => {
+                // Of some reasons the library tells the insides: nobody can use those.
+                let reason = reason.split(" {").next().unwrap_or_default();
+                let message = format!("the server's certificate is not trusted: {}", text::line(reason));
+                Self::new(Exit::Untrusted, "client.untrusted", message).hint(
+                    "trust it by --pin and the fingerprint that its operator tells you, or by --ca and a file",
+                )
+            }
             ConnectError::NotQpq { .. } => Self::new(Exit::Unreachable, "client.not_qpq", error)
                 .hint("check the address and the port (--server)"),
             ConnectError::Misconfigured { .. } => Self::new(Exit::Usage, "client.misconfigured", error),
@@ -270,6 +283,13 @@ mod tests {
         let fault = server(Status::Unauthorized, "auth.session_expired");
         assert_eq!((fault.exit, &*fault.code), (Exit::NotLoggedIn, "auth.session_expired"));
         assert_eq!(fault.hint.as_deref(), Some("run `qpq login`"));
+    }
+
+    #[test]
+    fn a_hint_names_the_profile_that_was_chosen() {
+        let hint = |profile: &str| Fault::not_logged_in().in_profile(&profile.parse().unwrap()).hint.unwrap();
+        assert_eq!(hint("alice"), "run `qpq -p alice login`");
+        assert_eq!(hint(ProfileName::DEFAULT), "run `qpq login`");
     }
 
     #[test]

@@ -42,13 +42,15 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return misuse(&error),
     };
+    let profile = cli.global.profile.clone();
     let format = if cli.global.json { Format::Json } else { Format::Human };
     log(cli.global.verbose);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(fault) => {
-            Output::new(format, true).fault(&fault);
-            fault.exit.into()
+            let exit = fault.exit;
+            Output::new(format, true).fault(&fault.in_profile(&profile));
+            exit.into()
         }
     }
 }

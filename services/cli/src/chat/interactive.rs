@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use qpq_client::{ConnectionEvent, ConversationId, Delivery, Entry, Error, Event, safety_number};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
     Chat, Progress, Sender,
@@ -21,6 +21,8 @@ use crate::{
 const RECENT: usize = 20;
 /// How long leaving waits for what is still being sent.
 const GOODBYE: Duration = Duration::from_secs(10);
+/// After how long a line that the server has not acknowledged is spoken of.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 pub(super) async fn run(chat: &Chat<'_>) -> Result<(), Fault> {
     let recent = recent(chat).await?;
@@ -71,12 +73,17 @@ impl Screen<'_> {
         let mut listener = self.chat.messenger.listen();
         let mut connection = self.chat.messenger.client().connection_events();
         loop {
+            let overdue = self.sender.overdue_at(PATIENCE).filter(|_| !self.is_stuck);
             tokio::select! {
                 line = self.editor.line() => match line.map(|line| Typed::parse(&line)) {
                     None | Some(Typed::Quit) => return self.leave().await,
                     Some(typed) => self.typed(typed),
                 },
                 progress = self.sender.progress() => self.progressed(progress),
+                () = sleep_until(overdue.unwrap_or_else(Instant::now)), if overdue.is_some() => {
+                    self.is_stuck = true;
+                    self.dim("* saved, but not sent yet: the server does not answer");
+                }
                 entry = listener.next() => match entry {
                     Some(Ok(entry)) => self.arrived(entry).await?,
                     Some(Err(error)) => return self.give_up(error.into()).await,
@@ -114,7 +121,11 @@ impl Screen<'_> {
         match progress {
             // A refusal comes as an entry of its own.
             Progress::Saved | Progress::Tried { delivery: Delivery::Failed, .. } => {}
-            Progress::Tried { delivery: Delivery::Sent, .. } => self.is_stuck = false,
+            Progress::Tried { delivery: Delivery::Sent, .. } => {
+                if std::mem::take(&mut self.is_stuck) {
+                    self.dim("* sent");
+                }
+            }
             Progress::Tried { delivery: Delivery::Queued, why, .. } => {
                 let why = message::queued(why).message;
                 if !std::mem::replace(&mut self.is_stuck, true) {

@@ -11,11 +11,14 @@ mod editor;
 mod interactive;
 mod piped;
 
-use std::io::{self, IsTerminal as _};
+use std::{
+    io::{self, IsTerminal as _},
+    time::Duration,
+};
 
 use qpq_client::{ConversationId, Delivery, Entry, EntryId, Messenger, Username};
 use qpq_ports::{Clock as _, SystemClock};
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
 use crate::{
     commands::opened,
@@ -78,6 +81,8 @@ struct Sender {
     _tasks: JoinSet<()>,
     unsaved: usize,
     untried: usize,
+    /// When something last happened to what is under way, or it was given.
+    moved: Instant,
 }
 
 impl Sender {
@@ -88,10 +93,13 @@ impl Sender {
         let mut tasks = JoinSet::new();
         tasks.spawn(save(messenger.clone(), conversation, given, saved, tell.clone()));
         tasks.spawn(send(messenger.clone(), to_send, tell));
-        Self { texts, progress, _tasks: tasks, unsaved: 0, untried: 0 }
+        Self { texts, progress, _tasks: tasks, unsaved: 0, untried: 0, moved: Instant::now() }
     }
 
     fn send(&mut self, text: String) {
+        if self.is_idle() {
+            self.moved = Instant::now();
+        }
         // The tasks end only after this sender is gone.
         if self.texts.send(text).is_ok() {
             self.unsaved += 1;
@@ -101,6 +109,7 @@ impl Sender {
     /// What happens next; waits for ever while nothing is under way. Cancel-safe.
     async fn progress(&mut self) -> Progress {
         let Some(progress) = self.progress.recv().await else { return std::future::pending().await };
+        self.moved = Instant::now();
         match &progress {
             Progress::Saved => {
                 self.unsaved -= 1;
@@ -110,6 +119,11 @@ impl Sender {
             Progress::Tried { .. } => self.untried -= 1,
         }
         progress
+    }
+
+    /// When something will have been on its way for so long without a word, if anything is.
+    fn overdue_at(&self, patience: Duration) -> Option<Instant> {
+        (self.untried > 0).then(|| self.moved + patience)
     }
 
     fn is_idle(&self) -> bool {

@@ -212,6 +212,8 @@ struct Whoami {
     session: &'static str,
     /// Why it is unknown.
     problem: Option<String>,
+    #[serde(skip)]
+    login: String,
 }
 
 impl Report for Whoami {
@@ -219,8 +221,8 @@ impl Report for Whoami {
         let Self { username, fingerprint, identity, .. } = self;
         let session = match (self.session, &self.problem) {
             ("valid", _) => "logged in".to_owned(),
-            ("ended", _) => "the session has ended; run `qpq login`".to_owned(),
-            ("none", _) => "logged out; run `qpq login`".to_owned(),
+            ("ended", _) => format!("the session has ended; run `{}`", self.login),
+            ("none", _) => format!("logged out; run `{}`", self.login),
             (_, problem) => format!("logged in, but unchecked: {}", problem.as_deref().unwrap_or_default()),
         };
         let known_by = match &self.server_fingerprint {
@@ -262,6 +264,7 @@ pub(crate) async fn whoami(context: &Context) -> Result<(), Fault> {
         fingerprint: fingerprint(&profile.identity),
         session,
         problem,
+        login: context.profile.login(),
     })
 }
 

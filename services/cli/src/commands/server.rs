@@ -9,6 +9,7 @@ use qpq_client::{Client, Fingerprint};
 use serde::Serialize;
 use tokio::time::Instant;
 
+use super::opened;
 use crate::{
     compose::Context,
     entry,
@@ -64,7 +65,7 @@ pub(crate) async fn health(context: &Context) -> Result<(), Fault> {
 }
 
 async fn ask(client: &Client, server: String) -> Result<Health, Fault> {
-    let fingerprint: Fingerprint = client.connect().await?;
+    let fingerprint: Fingerprint = opened::connect(client).await?;
     let asked = Instant::now();
     let answer = client.health().await?;
     let rtt_ms = (asked.elapsed().as_secs_f64() * 10_000.0).round() / 10.0;

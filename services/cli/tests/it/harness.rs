@@ -96,7 +96,7 @@ pub(crate) struct Person {
     pub(crate) name: String,
     pub(crate) home: PathBuf,
     pub(crate) runtime: PathBuf,
-    server: String,
+    pub(crate) server: String,
 }
 
 /// How a command ended.

@@ -1,18 +1,63 @@
 //! `qpq dm` at a terminal: lines appear while another is being typed.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io::{Read as _, Write as _},
+    net::SocketAddr,
     process::Stdio,
+    sync::Arc,
 };
 
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use tokio::{
+    net::UdpSocket,
     process::{Child, Command},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 
 use crate::harness::{PASSWORD, Person, World, soon};
+
+/// A way to a server that can be cut without either side being told.
+struct Wire {
+    address: String,
+    is_cut: watch::Sender<bool>,
+}
+
+impl Wire {
+    async fn to(server: &str) -> Self {
+        let near = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let address = near.local_addr().unwrap().to_string();
+        let server = server.to_owned();
+        let (is_cut, cut) = watch::channel(false);
+        tokio::spawn(async move {
+            // One socket to the server for each of the client's, or its answers could not be told apart.
+            let mut far = HashMap::<SocketAddr, Arc<UdpSocket>>::new();
+            let mut buffer = vec![0; 65_536];
+            while let Ok((length, from)) = near.recv_from(&mut buffer).await {
+                if !far.contains_key(&from) {
+                    let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                    socket.connect(&server).await.unwrap();
+                    tokio::spawn(answers(Arc::clone(&socket), Arc::clone(&near), from, cut.clone()));
+                    far.insert(from, socket);
+                }
+                if !*cut.borrow() {
+                    far[&from].send(&buffer[..length]).await.unwrap();
+                }
+            }
+        });
+        Self { address, is_cut }
+    }
+}
+
+async fn answers(far: Arc<UdpSocket>, near: Arc<UdpSocket>, to: SocketAddr, cut: watch::Receiver<bool>) {
+    let mut buffer = vec![0; 65_536];
+    while let Ok(length) = far.recv(&mut buffer).await {
+        if !*cut.borrow() {
+            near.send_to(&buffer[..length], to).await.unwrap();
+        }
+    }
+}
 
 /// A command at a terminal, and what the terminal got to show.
 struct Terminal {
@@ -122,6 +167,29 @@ async fn what_is_typed_while_the_server_is_away_is_saved_and_sent_later() {
     world.start_again().await;
     alice.ok(&["send", "bob", "four"]).await;
     assert_eq!(bob.ok(&["recv"]).await, "alice: two\nalice: three\nalice: four\n");
+}
+
+#[tokio::test]
+async fn a_server_that_falls_silent_is_spoken_of_and_what_was_typed_arrives_when_it_answers() {
+    let world = World::new().await;
+    let bob = world.user("bob").await;
+    let wire = Wire::to(&world.address).await;
+    let mut alice = world.person("alice");
+    alice.server.clone_from(&wire.address);
+    alice.ok(&["register", "alice", "--pin", &world.fingerprint]).await;
+
+    let mut terminal = Terminal::start(&alice, &["dm", "bob"]);
+    terminal.shows("you: ").await;
+    terminal.types("one\r");
+    assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: one\n");
+    wire.is_cut.send_replace(true);
+    terminal.types("two\r");
+    terminal.shows("saved, but not sent yet: the server does not answer").await;
+    wire.is_cut.send_replace(false);
+    terminal.shows("* sent").await;
+    assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: two\n");
+    terminal.types("/quit\r");
+    assert_eq!(terminal.ends().await.0, Some(0));
 }
 
 #[tokio::test]
