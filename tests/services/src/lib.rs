@@ -5,6 +5,7 @@
 //! it and start it again on the same port and data, and leaves nothing behind when it ends or dies.
 
 mod cluster;
+pub mod history;
 mod nats;
 mod port;
 mod postgres;

@@ -1,0 +1,533 @@
+//! The judge is judged: histories of a correct inbox are accepted, and each breach that is planted into one is named, and
+//! nothing but it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::{collection::vec, prelude::*, sample::Index};
+
+use super::*;
+use crate::history::{History, Send};
+
+const INBOXES: u32 = 3;
+const READERS: u32 = 3;
+/// The party that sends everything, and the one that reads what is left.
+const SENDER: u32 = READERS;
+const LAST_READER: u32 = READERS + 1;
+/// A party that only planted breaches have.
+const STRANGER: Party = Party(99);
+/// Before the first call: room for something that is too early.
+const START: u64 = 1_000;
+const AFTER_ALL: u64 = 1_000_000;
+
+/// What a call is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    Given,
+    /// It took effect, and the answer was lost.
+    LostAfter,
+    /// It never took effect.
+    LostBefore,
+    Refused,
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    /// A new message, or one of those before once more.
+    Send { inbox: u32, again: Option<Index>, answer: Answer },
+    /// Shows the first `limit`; what is drained goes when the answer arrives.
+    Read { inbox: u32, reader: u32, limit: usize, drains: bool, answer: Answer },
+    /// Acks messages that were delivered: all from the first on, or every other one.
+    Ack { inbox: u32, reader: u32, through: bool, answer: Answer },
+}
+
+/// An act, and how long before and after its effect its call began and ended.
+type Timed = (Act, u64, u64);
+
+fn acts() -> impl Strategy<Value = Vec<Timed>> {
+    let answer = prop_oneof![
+        6 => Just(Answer::Given),
+        1 => Just(Answer::LostAfter),
+        1 => Just(Answer::LostBefore),
+        1 => Just(Answer::Refused),
+    ];
+    let inbox = 0..INBOXES;
+    let reader = 0..READERS;
+    let act = prop_oneof![
+        5 => (inbox.clone(), proptest::option::weighted(0.3, any::<Index>()), answer.clone())
+            .prop_map(|(inbox, again, answer)| Act::Send { inbox, again, answer }),
+        3 => (inbox.clone(), reader.clone(), 1..6_usize, any::<bool>(), answer.clone())
+            .prop_map(|(inbox, reader, limit, drains, answer)| Act::Read { inbox, reader, limit, drains, answer }),
+        2 => (inbox, reader, any::<bool>(), answer)
+            .prop_map(|(inbox, reader, through, answer)| Act::Ack { inbox, reader, through, answer }),
+    ];
+    vec((act, 0..45_u64, 0..45_u64), 1..120)
+}
+
+/// A correct inbox, and the logs of its users.
+struct Model {
+    logs: Vec<Log>,
+    sent: Vec<(Inbox, MessageId, Tag)>,
+    numbers: BTreeMap<(Inbox, MessageId), Seq>,
+    given: BTreeMap<Inbox, u64>,
+    queued: BTreeMap<Inbox, BTreeMap<Seq, Tag>>,
+    delivered: BTreeSet<(Inbox, Seq)>,
+}
+
+/// Lets the acts happen one after the other, each within the time of its call; calls overlap.
+fn logs_of(acts: &[Timed]) -> Vec<Log> {
+    let mut model = Model {
+        logs: (0..=LAST_READER).map(|party| Log::of(Party(party))).collect(),
+        sent: Vec::new(),
+        numbers: BTreeMap::new(),
+        given: BTreeMap::new(),
+        queued: BTreeMap::new(),
+        delivered: BTreeSet::new(),
+    };
+    let mut at = START;
+    for (act, before, after) in acts {
+        at += 10;
+        model.happen(act, Moment(at - before), Moment(at + after));
+    }
+    for inbox in (0..INBOXES).map(Inbox) {
+        let left: Vec<_> = model.queued.entry(inbox).or_default().iter().map(|(s, t)| (*s, *t)).collect();
+        let log = &mut model.logs[LAST_READER as usize];
+        let read = log.read(inbox, Moment(at + 100));
+        log.show(read, Moment(at + 101), left);
+    }
+    model.logs
+}
+
+impl Model {
+    fn happen(&mut self, act: &Act, begun: Moment, ended: Moment) {
+        match *act {
+            Act::Send { inbox, again, answer } => self.send(Inbox(inbox), again, answer, begun),
+            Act::Read { inbox, reader, limit, drains, answer } => {
+                self.read(
+                    Inbox(inbox),
+                    reader,
+                    limit,
+                    drains && answer == Answer::Given,
+                    answer,
+                    begun,
+                    ended,
+                );
+            }
+            Act::Ack { inbox, reader, through, answer } => {
+                self.ack(Inbox(inbox), reader, through, answer, ended);
+            }
+        }
+    }
+
+    fn send(&mut self, inbox: Inbox, again: Option<Index>, answer: Answer, begun: Moment) {
+        let new = u128::try_from(self.sent.len()).expect("few");
+        let new = (inbox, MessageId::new(new.to_be_bytes()), Tag(self.sent.len() as u64));
+        let (inbox, id, tag) = match again {
+            Some(index) if !self.sent.is_empty() => *index.get(&self.sent),
+            _ => {
+                self.sent.push(new);
+                new
+            }
+        };
+        let outcome = match answer {
+            Answer::Refused => Outcome::Refused,
+            Answer::LostBefore => Outcome::Unknown,
+            Answer::Given => Outcome::Acknowledged(self.store(inbox, id, tag)),
+            Answer::LostAfter => {
+                self.store(inbox, id, tag);
+                Outcome::Unknown
+            }
+        };
+        self.logs[SENDER as usize].send(Send { inbox, id, tag, edge: Edge(0), begun, outcome });
+    }
+
+    fn store(&mut self, inbox: Inbox, id: MessageId, tag: Tag) -> Seq {
+        *self.numbers.entry((inbox, id)).or_insert_with(|| {
+            let last = self.given.entry(inbox).or_default();
+            *last += 1;
+            self.queued.entry(inbox).or_default().insert(Seq(*last), tag);
+            Seq(*last)
+        })
+    }
+
+    fn read(
+        &mut self,
+        inbox: Inbox,
+        reader: u32,
+        limit: usize,
+        drains: bool,
+        answer: Answer,
+        (begun, ended): (Moment, Moment),
+    ) {
+        let log = &mut self.logs[reader as usize];
+        let read = log.read(inbox, begun);
+        if answer != Answer::Given {
+            return;
+        }
+        let queued = self.queued.entry(inbox).or_default();
+        let shown: Vec<_> = queued.iter().take(limit).map(|(seq, tag)| (*seq, *tag)).collect();
+        self.delivered.extend(shown.iter().map(|(seq, _)| (inbox, *seq)));
+        if drains {
+            queued.retain(|seq, _| !shown.iter().any(|(s, _)| s == seq));
+        }
+        log.show(read, ended, shown);
+    }
+
+    fn ack(&mut self, inbox: Inbox, reader: u32, through: bool, answer: Answer, ended: Moment) {
+        let queued = self.queued.entry(inbox).or_default();
+        let known = |seq: &Seq| self.delivered.contains(&(inbox, *seq));
+        let log = &mut self.logs[reader as usize];
+        let gone: Vec<_> = if through {
+            queued.keys().copied().take_while(known).collect()
+        } else {
+            queued.keys().copied().filter(known).step_by(2).collect()
+        };
+        let Some(&last) = gone.last() else { return };
+        let settle =
+            if through { log.settle_through(inbox, last) } else { log.settle(inbox, gone.iter().copied()) };
+        if matches!(answer, Answer::Given | Answer::LostAfter) {
+            queued.retain(|seq, _| !gone.contains(seq));
+        }
+        if answer == Answer::Given {
+            log.settles[settle].ended = Some(ended);
+        }
+    }
+}
+
+/// A message that was acknowledged.
+#[derive(Debug, Clone, Copy)]
+struct Acked {
+    inbox: Inbox,
+    id: MessageId,
+    tag: Tag,
+    edge: Edge,
+    seq: Seq,
+}
+
+fn acked(logs: &[Log]) -> Vec<Acked> {
+    let mut acked = BTreeMap::new();
+    for send in logs.iter().flat_map(|log| &log.sends) {
+        if let Outcome::Acknowledged(seq) = send.outcome {
+            let Send { inbox, id, tag, edge, .. } = *send;
+            acked.insert((inbox, id), Acked { inbox, id, tag, edge, seq });
+        }
+    }
+    acked.into_values().collect()
+}
+
+/// The highest number of an inbox that anybody saw.
+fn highest(logs: &[Log], inbox: Inbox) -> Seq {
+    let shown = logs.iter().flat_map(|log| {
+        log.reads
+            .iter()
+            .filter(|r| r.inbox == inbox)
+            .flat_map(|r| &log.shown[r.shown.clone()])
+            .map(|(s, _)| *s)
+    });
+    let acked = acked(logs).into_iter().filter(|a| a.inbox == inbox).map(|a| a.seq);
+    shown.chain(acked).max().unwrap_or(Seq::ZERO)
+}
+
+/// Rewrites what every read of an inbox has shown.
+fn rewrite(logs: &mut [Log], inbox: Inbox, change: impl Fn(Vec<(Seq, Tag)>) -> Vec<(Seq, Tag)>) {
+    for log in logs {
+        let mut shown = Vec::new();
+        for read in &mut log.reads {
+            let mut own = log.shown[read.shown.clone()].to_vec();
+            if read.inbox == inbox {
+                own = change(own);
+            }
+            let from = shown.len();
+            shown.append(&mut own);
+            read.shown = from..shown.len();
+        }
+        log.shown = shown;
+    }
+}
+
+/// Gives the messages of an inbox other numbers, everywhere.
+fn renumber(logs: &mut [Log], inbox: Inbox, number: impl Fn(Seq) -> Seq) {
+    rewrite(logs, inbox, |shown| shown.into_iter().map(|(seq, tag)| (number(seq), tag)).collect());
+    for log in logs {
+        for send in log.sends.iter_mut().filter(|send| send.inbox == inbox) {
+            if let Outcome::Acknowledged(seq) = &mut send.outcome {
+                *seq = number(*seq);
+            }
+        }
+        for settle in log.settles.iter_mut().filter(|settle| settle.inbox == inbox) {
+            match &mut settle.what {
+                Settled::Named(range) => log.named[range.clone()].iter_mut().for_each(|s| *s = number(*s)),
+                Settled::Through(seq) => *seq = number(*seq),
+            }
+        }
+    }
+}
+
+/// A stranger's log with one read in it.
+fn one_read(inbox: Inbox, at: u64, shown: &[(Seq, Tag)]) -> Log {
+    let mut log = Log::of(STRANGER);
+    let read = log.read(inbox, Moment(at));
+    log.show(read, Moment(at), shown.iter().copied());
+    log
+}
+
+fn stranger_sends(inbox: Inbox, id: MessageId, tag: Tag, outcome: Outcome) -> Log {
+    let mut log = Log::of(STRANGER);
+    log.send(Send { inbox, id, tag, edge: Edge(1), begun: Moment(START), outcome });
+    log
+}
+
+fn violations(logs: &[Log]) -> Vec<Violation> {
+    check(logs).violations
+}
+
+proptest! {
+    #[test]
+    fn what_a_correct_inbox_does_is_accepted(acts in acts()) {
+        let logs = logs_of(&acts);
+        let report = check(&logs);
+        prop_assert_eq!(&report.violations, &[], "{}", report);
+        prop_assert_eq!(report.acknowledged, acked(&logs).len());
+        prop_assert_eq!(report.deliveries, logs.iter().map(|log| log.shown.len()).sum::<usize>());
+    }
+
+    #[test]
+    fn a_lost_message_is_named(acts in acts(), pick: Index) {
+        let mut logs = logs_of(&acts);
+        let acked = acked(&logs);
+        prop_assume!(!acked.is_empty());
+        let Acked { inbox, id, tag, edge, seq } = *pick.get(&acked);
+        rewrite(&mut logs, inbox, |shown| shown.into_iter().filter(|(_, t)| *t != tag).collect());
+        prop_assert_eq!(violations(&logs), [Violation::Lost { inbox, seq, id, edge }]);
+    }
+
+    #[test]
+    fn a_message_that_comes_back_after_its_ack_is_named(acts in acts(), pick: Index) {
+        let mut logs = logs_of(&acts);
+        let known = acks(&logs);
+        let settled: Vec<_> =
+            acked(&logs).into_iter().filter_map(|a| Some((a, known.ended(a.inbox, a.seq)?))).collect();
+        prop_assume!(!settled.is_empty());
+        let (Acked { inbox, tag, seq, .. }, ended) = *pick.get(&settled);
+        // In the very moment of the answer nothing is wrong yet.
+        logs.push(one_read(inbox, ended.0, &[(seq, tag)]));
+        prop_assert_eq!(violations(&logs), []);
+        logs.push(one_read(inbox, ended.0 + 1, &[(seq, tag)]));
+        let read_begun = Moment(ended.0 + 1);
+        let expected = Violation::DeliveredAfterAck { inbox, seq, reader: STRANGER, acked: ended, read_begun };
+        prop_assert_eq!(violations(&logs), [expected]);
+    }
+
+    #[test]
+    fn a_skipped_number_is_named(acts in acts(), pick: Index, skipped in 1..4_u64) {
+        let mut logs = logs_of(&acts);
+        let acked = acked(&logs);
+        prop_assume!(!acked.is_empty());
+        let Acked { inbox, seq, .. } = *pick.get(&acked);
+        renumber(&mut logs, inbox, |s| if s >= seq { Seq(s.0 + skipped) } else { s });
+        let last = Seq(seq.0 + skipped - 1);
+        prop_assert_eq!(violations(&logs), [Violation::Gap { inbox, first: seq, last }]);
+    }
+
+    #[test]
+    fn a_number_for_two_messages_is_named(acts in acts(), pick: Index) {
+        let mut logs = logs_of(&acts);
+        let later: Vec<_> = acked(&logs).into_iter().filter(|a| a.seq > Seq(1)).collect();
+        prop_assume!(!later.is_empty());
+        let Acked { inbox, id, seq, .. } = *pick.get(&later);
+        renumber(&mut logs, inbox, |s| if s >= seq { Seq(s.0 - 1) } else { s });
+        let twice = Seq(seq.0 - 1);
+        let named = violations(&logs).into_iter().any(|v| {
+            matches!(v, Violation::SeqUsedTwice { inbox: i, seq: s, ids } if (i, s) == (inbox, twice) && ids.contains(&id))
+        });
+        prop_assert!(named);
+    }
+
+    #[test]
+    fn an_id_with_two_numbers_is_named(acts in acts(), pick: Index) {
+        let mut logs = logs_of(&acts);
+        let acked = acked(&logs);
+        prop_assume!(!acked.is_empty());
+        let Acked { inbox, id, tag, seq, .. } = *pick.get(&acked);
+        let second = highest(&logs, inbox).next();
+        logs.push(stranger_sends(inbox, id, tag, Outcome::Acknowledged(second)));
+        prop_assert_eq!(violations(&logs), [Violation::TwoSeqs { inbox, id, seqs: [seq, second] }]);
+    }
+
+    #[test]
+    fn a_second_copy_is_named(acts in acts(), pick: Index) {
+        let mut logs = logs_of(&acts);
+        let acked = acked(&logs);
+        prop_assume!(!acked.is_empty());
+        let Acked { inbox, id, tag, seq, .. } = *pick.get(&acked);
+        let second = highest(&logs, inbox).next();
+        logs.push(one_read(inbox, AFTER_ALL, &[(second, tag)]));
+        prop_assert_eq!(violations(&logs), [Violation::TwoSeqs { inbox, id, seqs: [seq, second] }]);
+    }
+
+    #[test]
+    fn two_that_changed_places_are_named(acts in acts(), pick: Index) {
+        let mut logs = logs_of(&acts);
+        let reads: Vec<_> = logs
+            .iter()
+            .enumerate()
+            .flat_map(|(log, l)| l.reads.iter().filter(|r| r.shown.len() > 1).map(move |r| (log, r.inbox, r.shown.start)))
+            .collect();
+        prop_assume!(!reads.is_empty());
+        let (log, inbox, first) = *pick.get(&reads);
+        logs[log].shown.swap(first, first + 1);
+        let (before, after) = (logs[log].shown[first].0, logs[log].shown[first + 1].0);
+        let reader = logs[log].party;
+        prop_assert_eq!(violations(&logs), [Violation::OutOfOrder { inbox, reader, before, after }]);
+    }
+
+    #[test]
+    fn what_was_refused_or_never_sent_or_not_yet_sent_is_named(acts in acts(), pick: Index) {
+        let logs = logs_of(&acts);
+        let inbox = Inbox(0);
+        let seq = highest(&logs, inbox).next();
+        let (id, tag) = (MessageId::new([0xff; 16]), Tag(u64::MAX));
+        let read = one_read(inbox, AFTER_ALL, &[(seq, tag)]);
+
+        let mut with = logs.clone();
+        with.push(read.clone());
+        prop_assert_eq!(violations(&with), [Violation::Invented { inbox, seq, tag }]);
+        with.push(stranger_sends(inbox, id, tag, Outcome::Refused));
+        prop_assert_eq!(violations(&with), [Violation::DeliveredThoughRefused { inbox, seq, id }]);
+        // One attempt that may have happened is enough.
+        with.push(stranger_sends(inbox, id, tag, Outcome::Unknown));
+        prop_assert_eq!(violations(&with), []);
+
+        let acked = acked(&logs);
+        prop_assume!(!acked.is_empty());
+        let Acked { inbox, id, tag, seq, .. } = *pick.get(&acked);
+        let mut with = logs;
+        with.push(one_read(inbox, 1, &[(seq, tag)]));
+        prop_assert_eq!(violations(&with), [Violation::DeliveredBeforeSent { inbox, seq, id }]);
+    }
+}
+
+#[test]
+fn number_zero_is_named() {
+    let (inbox, id, tag) = (Inbox(1), MessageId::new([1; 16]), Tag(1));
+    let sent = stranger_sends(inbox, id, tag, Outcome::Acknowledged(Seq::ZERO));
+    let logs = [sent, one_read(inbox, AFTER_ALL, &[(Seq::ZERO, tag)])];
+    assert_eq!(violations(&logs), [Violation::NumberZero { inbox }]);
+}
+
+/// One reader and three messages, shown in the calls that are given with their beginnings and ends.
+fn order_of(calls: &[(u64, u64, &[u64])]) -> Vec<Violation> {
+    let inbox = Inbox(0);
+    let mut sender = Log::of(Party(0));
+    for i in 1..=3 {
+        let id = MessageId::new(u128::from(i).to_be_bytes());
+        let outcome = Outcome::Acknowledged(Seq(i));
+        sender.send(Send { inbox, id, tag: Tag(i), edge: Edge(0), begun: Moment(0), outcome });
+    }
+    let mut reader = Log::of(Party(1));
+    for &(begun, ended, seqs) in calls {
+        let read = reader.read(inbox, Moment(begun));
+        reader.show(read, Moment(ended), seqs.iter().map(|&seq| (Seq(seq), Tag(seq))));
+    }
+    violations(&[sender, reader])
+}
+
+#[test]
+fn a_readers_order_holds_over_calls_that_follow_each_other() {
+    let late = Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(3), after: Seq(2) };
+    assert_eq!(order_of(&[(1, 2, &[1, 3]), (3, 4, &[2])]), [late]);
+    assert_eq!(order_of(&[(1, 2, &[1, 2, 3]), (3, 4, &[2, 3])]), [], "what was seen may come again");
+    assert_eq!(order_of(&[(1, 4, &[1, 3]), (3, 6, &[2])]), [], "side by side, either may have been first");
+}
+
+#[tokio::test]
+async fn recorders_keep_what_an_aborted_task_had_begun() {
+    let history = History::new();
+    let (inbox, id) = (Inbox(0), MessageId::new([7; 16]));
+    let mut recorder = history.recorder();
+    let (began, has_begun) = tokio::sync::oneshot::channel();
+    let task = tokio::spawn(async move {
+        let sending = recorder.sending(inbox, id, Tag(7), Edge(1));
+        began.send(()).unwrap();
+        std::future::pending::<()>().await;
+        recorder.refused(sending);
+    });
+    has_begun.await.unwrap();
+    task.abort();
+    assert!(task.await.unwrap_err().is_cancelled());
+
+    let mut reader = history.recorder();
+    let reading = reader.reading(inbox);
+    reader.delivered(reading, [(Seq(1), Tag(7))]);
+    let settling = reader.settling(inbox, [Seq(1)]);
+    reader.settled(settling);
+    let reading = reader.reading(inbox);
+    reader.delivered(reading, []);
+    drop(reader);
+    let report = history.check();
+    report.assert_clean();
+    assert_eq!((report.messages, report.unknown, report.acknowledged, report.delivered), (1, 1, 0, 1));
+
+    // Some time later, so that the next read begins after the ack was answered whatever the clock's grain.
+    let mut reader = history.recorder();
+    let mut reading = reader.reading(inbox);
+    while reader.log.reads[reading.0].begun <= history.0.logs.lock()[1].settles[0].ended.unwrap() {
+        reading = reader.reading(inbox);
+    }
+    reader.delivered(reading, [(Seq(1), Tag(7))]);
+    drop(reader);
+    let violations = history.check().violations;
+    assert!(matches!(violations[..], [Violation::DeliveredAfterAck { seq: Seq(1), .. }]), "{violations:?}");
+}
+
+#[test]
+#[should_panic(expected = "record still")]
+fn a_history_is_not_judged_while_somebody_records() {
+    let history = History::new();
+    let _recorder = history.recorder();
+    history.check();
+}
+
+#[test]
+#[should_panic(expected = "names two messages")]
+fn a_tag_names_one_message() {
+    let history = History::new();
+    let mut recorder = history.recorder();
+    for id in [1, 2] {
+        let _unknown = recorder.sending(Inbox(0), MessageId::new([id; 16]), Tag(1), Edge(0));
+    }
+    drop(recorder);
+    history.check();
+}
+
+#[test]
+fn a_million_messages_are_judged() {
+    const EACH: u64 = 10_000;
+    let history = History::new();
+    for inbox in 0..100 {
+        let (mut sender, mut reader) = (history.recorder(), history.recorder());
+        for seq in 1..=EACH {
+            let tag = Tag(u64::from(inbox) * EACH + seq);
+            let id = MessageId::new(u128::from(tag.0).to_be_bytes());
+            let sending = sender.sending(Inbox(inbox), id, tag, Edge(0));
+            sender.acknowledged(sending, Seq(seq));
+            if seq % 100 == 0 {
+                let reading = reader.reading(Inbox(inbox));
+                // One of them all stays away.
+                let shown = (seq - 99..=seq).filter(|s| (inbox, *s) != (42, 4_242));
+                let tag = |s| Tag(u64::from(inbox) * EACH + s);
+                reader.delivered(reading, shown.map(|s| (Seq(s), tag(s))));
+                let settling = reader.settling_through(Inbox(inbox), Seq(seq));
+                reader.settled(settling);
+            }
+        }
+    }
+    let report = history.check();
+    assert_eq!((report.acknowledged, report.delivered), (1_000_000, 999_999));
+    let lost = Violation::Lost {
+        inbox: Inbox(42),
+        seq: Seq(4_242),
+        id: MessageId::new(u128::from(42 * EACH + 4_242).to_be_bytes()),
+        edge: Edge(0),
+    };
+    assert_eq!(report.violations, [lost]);
+}
