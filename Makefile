@@ -1,6 +1,7 @@
 # Few targets, each one line of what it is for. PROFILE=release builds optimised.
 PROFILE ?= dev
-TARGET  := target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+BUILT   := $(or $(CARGO_TARGET_DIR),target)
+TARGET  := $(BUILT)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 DATA    ?= data
 LISTEN  ?= 0.0.0.0:5001
 
@@ -25,7 +26,7 @@ lint: ## formatting, clippy, dependency walls and licences
 
 bench: ## speed beside its floors, on this machine
 	cargo build --locked --release -p qpq-server -p qpq-tests --bins
-	target/release/qpq-load bench
+	$(BUILT)/release/qpq-load bench
 
 fuzz: ## each frame decoder for a minute (needs a nightly toolchain)
 	scripts/fuzz
