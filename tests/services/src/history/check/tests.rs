@@ -108,8 +108,7 @@ impl Model {
                     limit,
                     drains && answer == Answer::Given,
                     answer,
-                    begun,
-                    ended,
+                    (begun, ended),
                 );
             }
             Act::Ack { inbox, reader, through, answer } => {
