@@ -435,7 +435,36 @@ fn a_readers_order_holds_over_calls_that_follow_each_other() {
     let late = Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(3), after: Seq(2) };
     assert_eq!(order_of(&[(1, 2, &[1, 3]), (3, 4, &[2])]), [late]);
     assert_eq!(order_of(&[(1, 2, &[1, 2, 3]), (3, 4, &[2, 3])]), [], "what was seen may come again");
+    let twice = Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(1), after: Seq(1) };
+    assert_eq!(order_of(&[(1, 2, &[1, 1, 2, 3])]), [twice], "but not in one answer");
     assert_eq!(order_of(&[(1, 4, &[1, 3]), (3, 6, &[2])]), [], "side by side, either may have been first");
+}
+
+#[test]
+fn the_first_answered_ack_that_covers_a_message_counts() {
+    let inbox = Inbox(0);
+    let mut log = Log::of(Party(0));
+    for i in 1..=6 {
+        let id = MessageId::new(u128::from(i).to_be_bytes());
+        let outcome = Outcome::Acknowledged(Seq(i));
+        log.send(Send { inbox, id, tag: Tag(i), edge: Edge(0), begun: Moment(0), outcome });
+    }
+    let read = log.read(inbox, Moment(1));
+    log.show(read, Moment(1), (1..=6).map(|i| (Seq(i), Tag(i))));
+    for (through, ended) in [(2, Some(30)), (3, Some(10)), (5, Some(20)), (6, None)] {
+        let settle = log.settle_through(inbox, Seq(through));
+        log.settles[settle].ended = ended.map(Moment);
+    }
+    for (named, ended) in [(4, 12), (4, 8), (5, 25)] {
+        let settle = log.settle(inbox, [Seq(named)]);
+        log.settles[settle].ended = Some(Moment(ended));
+    }
+    for (seq, last_allowed) in [(1, 10), (2, 10), (3, 10), (4, 8), (5, 20), (6, AFTER_ALL)] {
+        let at = |moment| violations(&[log.clone(), one_read(inbox, moment, &[(Seq(seq), Tag(seq))])]);
+        assert_eq!(at(last_allowed), [], "{seq}");
+        let too_late = at(last_allowed + 1);
+        assert_eq!(too_late.len(), usize::from(seq != 6), "{seq}: {too_late:?}");
+    }
 }
 
 #[tokio::test]
