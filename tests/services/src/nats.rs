@@ -48,7 +48,12 @@ impl Nats {
 
     /// How a client connects.
     pub fn url(&self) -> String {
-        format!("nats://{USER}:{}@127.0.0.1:{}", self.password, self.port())
+        self.url_via(self.addr())
+    }
+
+    /// The same by another way, such as a proxy's address.
+    pub fn url_via(&self, addr: SocketAddr) -> String {
+        format!("nats://{USER}:{}@{addr}", self.password)
     }
 
     pub const fn port(&self) -> u16 {

@@ -6,6 +6,7 @@
 
 use std::{
     fs::{self, File},
+    net::SocketAddr,
     os::unix::{fs::chown, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -83,17 +84,26 @@ impl Postgres {
 
     /// How a client connects: as superuser, over TCP, with a password (SCRAM).
     pub fn url(&self) -> String {
-        self.url_of(DATABASE)
+        self.url_of(DATABASE, self.port.addr())
+    }
+
+    /// The same by another way, such as a proxy's address.
+    pub fn url_via(&self, addr: SocketAddr) -> String {
+        self.url_of(DATABASE, addr)
     }
 
     pub const fn port(&self) -> u16 {
         self.port.number()
     }
 
+    pub fn addr(&self) -> SocketAddr {
+        self.port.addr()
+    }
+
     /// Makes another empty database on this server; the answer is its URL.
     pub async fn create_database(&self, name: &str) -> anyhow::Result<String> {
         self.sql(&format!("CREATE DATABASE \"{name}\"")).await?;
-        Ok(self.url_of(name))
+        Ok(self.url_of(name, self.port.addr()))
     }
 
     /// What `psql` prints for `sql`: a line for each row, columns separated by `|`.
@@ -153,8 +163,8 @@ impl Postgres {
         self.service.signal_all(Signal::SIGCONT);
     }
 
-    fn url_of(&self, database: &str) -> String {
-        format!("postgres://{USER}:{}@127.0.0.1:{}/{database}", self.password, self.port())
+    fn url_of(&self, database: &str, addr: SocketAddr) -> String {
+        format!("postgres://{USER}:{}@{addr}/{database}", self.password)
     }
 }
 

@@ -76,7 +76,12 @@ impl Redis {
 
     /// How a client connects.
     pub fn url(&self) -> String {
-        format!("redis://:{}@127.0.0.1:{}/", self.password, self.port())
+        self.url_via(self.addr())
+    }
+
+    /// The same by another way, such as a proxy's address.
+    pub fn url_via(&self, addr: SocketAddr) -> String {
+        format!("redis://:{}@{addr}/", self.password)
     }
 
     pub const fn port(&self) -> u16 {

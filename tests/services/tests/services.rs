@@ -7,7 +7,12 @@ use std::{
     time::Duration,
 };
 
-use qpq_test_services::{Nats, Postgres, Redis, resp::Reply};
+use qpq_test_services::{
+    Nats, Postgres, Redis,
+    proxy::{Link, TcpProxy, Way},
+    resp::{Connection, Reply},
+};
+use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     net::TcpStream,
@@ -114,7 +119,7 @@ async fn redis_answers_forgets_and_goes_back() {
         redis.restart().await.unwrap();
         assert_eq!(redis.command(["DBSIZE"]).await.unwrap(), Reply::Integer(0), "nothing is kept");
     }
-    let stranger = qpq_test_services::resp::Connection::open(redis.addr(), "wrong").await;
+    let stranger = Connection::open(redis.addr(), "wrong").await;
     assert!(stranger.unwrap_err().to_string().contains("WRONGPASS"));
 }
 
@@ -229,4 +234,27 @@ async fn nothing_is_left_when_the_process_that_started_it_is_killed() {
     })
     .await
     .expect("the servers and their directories go with the process");
+}
+
+#[tokio::test]
+async fn services_are_reached_through_proxies() {
+    let (postgres, redis) = tokio::try_join!(Postgres::start(), Redis::start()).unwrap();
+    let random = || StdRng::seed_from_u64(1);
+    let to_postgres = TcpProxy::start(postgres.addr(), random()).await.unwrap();
+    let to_redis = TcpProxy::start(redis.addr(), random()).await.unwrap();
+    let output = tokio::process::Command::new("psql")
+        .args(["-XqAtw", "-c", "SELECT 1", &postgres.url_via(to_postgres.addr())])
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(output.stdout, b"1\n", "{output:?}");
+    assert_eq!(to_postgres.switch().tally().begun, 1);
+
+    let mut connection = Connection::open(to_redis.addr(), redis.password()).await.unwrap();
+    to_redis.switch().change(|f| f.link = Link::Blackhole(Way::Both));
+    assert!(timeout(Duration::from_millis(100), connection.command(["PING"])).await.is_err());
+    to_redis.switch().cut_all();
+    to_redis.switch().heal();
+    assert!(connection.command(["PING"]).await.is_err(), "it was cut");
+    assert!(redis.url_via(to_redis.addr()).ends_with(&format!("@{}/", to_redis.addr())));
 }
