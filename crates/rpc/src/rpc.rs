@@ -5,7 +5,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 use bytes::Bytes;
 use qpq_ports::{Lease, StoreResult};
 use qpq_proto::Status;
-use tracing::Instrument as _;
+use tracing::{Instrument as _, Level, Span, field::Empty};
 
 use crate::{
     App, Connection, Cx, Error, Events, Parts,
@@ -90,13 +90,17 @@ impl Rpc {
             return observation.refuse(&Error::UnknownMethod);
         };
         let cx = Cx { app: &self.app, conn, now: self.app.clock.now() };
-        let span = tracing::debug_span!(target: "qpq::rpc", "call", method = entry.info.name);
-        match (entry.call)(cx, payload).instrument(span).await {
+        let span = call_span(entry.info.name);
+        match (entry.call)(cx, payload).instrument(span.clone()).await {
             Ok(done) => {
+                span.record("code", "ok");
                 observation.succeed(done.payload.len());
                 Answer { status: Status::Ok.code(), payload: done.payload, lease: done.lease }
             }
-            Err(error) => observation.refuse(&error),
+            Err(error) => {
+                note_refusal(&span, &error);
+                observation.refuse(&error)
+            }
         }
     }
 
@@ -136,5 +140,27 @@ impl Rpc {
     /// What the handlers share.
     pub fn app(&self) -> &Arc<App> {
         &self.app
+    }
+}
+
+/// Around all that a call does. The fields with a dot are for traces, see `qpq_runtime::trace`.
+fn call_span(method: &'static str) -> Span {
+    tracing::debug_span!(
+        target: "qpq::rpc",
+        "call",
+        otel.name = method,
+        otel.kind = "server",
+        otel.status_code = Empty,
+        method,
+        code = Empty
+    )
+}
+
+/// A refusal is what the client did wrong; only what the server did wrong is an error of the call.
+fn note_refusal(span: &Span, error: &Error) {
+    let code = error.code();
+    span.record("code", code.as_str());
+    if code.level() <= Level::WARN {
+        span.record("otel.status_code", "ERROR");
     }
 }

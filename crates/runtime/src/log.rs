@@ -15,9 +15,13 @@ use std::{
 };
 
 use figment::value::Value;
-use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
+use tracing::Subscriber;
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry, fmt::MakeWriter, layer::SubscriberExt as _, registry::LookupSpan,
+    util::SubscriberInitExt as _,
+};
 
-use crate::{config, lifecycle::panic_message};
+use crate::{config, lifecycle::panic_message, trace::Traces};
 
 /// Lines that wait for the writing thread.
 const QUEUE: usize = 4_096;
@@ -79,21 +83,22 @@ enum Line {
     End,
 }
 
-/// Starts logging for the whole process, panics included. Call it once, before anything logs.
-pub fn init(log: &Log) -> io::Result<LogGuard> {
+/// Starts logging for the whole process, panics included, and tracing where `traces` are wanted. Call it once, before anything
+/// logs.
+pub fn init(log: &Log, traces: &Traces) -> io::Result<LogGuard> {
     let (lines, queued) = sync_channel(QUEUE);
     let dropped = Arc::new(AtomicU64::new(0));
     let writer = thread::Builder::new().name("log".into()).spawn({
         let dropped = dropped.clone();
         move || write_lines(&queued, &dropped)
     })?;
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(&log.filter.0))
-        .with_ansi(log.format == Format::Text && io::stderr().is_terminal())
-        .with_writer(Queue { lines: lines.clone(), dropped });
-    let installed = match log.format {
-        Format::Text => subscriber.try_init(),
-        Format::Json => subscriber.json().flatten_event(true).with_current_span(true).try_init(),
+    let (filter, queue) = (EnvFilter::new(&log.filter.0), Queue { lines: lines.clone(), dropped });
+    // Alone, the filter is everybody's, and what it refuses costs nothing. Beside traces it is the log's own.
+    let installed = match traces.layer() {
+        None => Registry::default().with(filter).with(layer(log.format, queue)).try_init(),
+        Some(spans) => {
+            Registry::default().with(spans).with(layer(log.format, queue).with_filter(filter)).try_init()
+        }
     };
     installed.map_err(io::Error::other)?;
     panic::set_hook(Box::new(|info| {
@@ -109,6 +114,19 @@ impl Drop for LogGuard {
         if let Some(writer) = self.writer.take() {
             let _ = writer.join();
         }
+    }
+}
+
+fn layer<S>(format: Format, queue: Queue) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    let lines = tracing_subscriber::fmt::layer()
+        .with_ansi(format == Format::Text && io::stderr().is_terminal())
+        .with_writer(queue);
+    match format {
+        Format::Text => lines.boxed(),
+        Format::Json => lines.json().flatten_event(true).with_current_span(true).boxed(),
     }
 }
 

@@ -11,6 +11,7 @@ use qpq_runtime::{
     http::Http,
     log::Log,
     section,
+    trace::Trace,
 };
 use qpq_transport::{Limits as TransportLimits, Timeouts};
 
@@ -41,6 +42,8 @@ section! {
         http: Http = Http::default();
         /// Logging, to standard error.
         log: Log = Log::default();
+        /// Traces of calls, for an OpenTelemetry collector.
+        trace: Trace = Trace::default();
         /// How much the server bears from the network, and for how long. What is above is refused, never queued.
         transport: Transport = Transport::default();
         /// How often things may be asked for. [rpc.md](rpc.md) says which methods share a budget.
@@ -335,6 +338,7 @@ impl Config {
         let (transport, delivery, session) = (&self.transport, &self.delivery, &self.session);
         let times = [
             ("tls.reload_interval", self.tls.reload_interval),
+            ("trace.timeout", self.trace.timeout),
             ("transport.handshake_timeout", transport.handshake_timeout),
             ("transport.idle_timeout", transport.idle_timeout),
             ("transport.request_timeout", transport.request_timeout),

@@ -14,6 +14,7 @@ use nix::sys::stat::{Mode, umask};
 use qpq_runtime::{
     lifecycle::{Phase, Shutdown, Tasks},
     log,
+    trace::Traces,
 };
 use qpq_server::{
     Config,
@@ -50,15 +51,23 @@ fn main() -> ExitCode {
 }
 
 fn start(config: &Config) -> ExitCode {
-    let _log = match log::init(&config.log) {
-        Ok(guard) => guard,
-        Err(error) => return complain(FAILED, format_args!("cannot start logging: {error}")),
-    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return complain(FAILED, format_args!("cannot start threads: {error}")),
     };
+    let inside = runtime.enter();
+    let traces = match Traces::start(&config.trace, env!("CARGO_PKG_VERSION")) {
+        Ok(traces) => traces,
+        Err(error) => return complain(FAILED, error),
+    };
+    let _log = match log::init(&config.log, &traces) {
+        Ok(guard) => guard,
+        Err(error) => return complain(FAILED, format_args!("cannot start logging: {error}")),
+    };
     let code = runtime.block_on(run(config));
+    // The last spans leave over the runtime.
+    drop(traces);
+    drop(inside);
     runtime.shutdown_timeout(LEFTOVERS);
     code
 }

@@ -30,6 +30,7 @@ A key or a `QPQ_` variable that does not exist is refused by name; so is a value
 | address | `\"127.0.0.1:5001\"`, `\"[::]:5001\"` | `127.0.0.1:5001` |
 | duration | `\"250ms\"`, `\"30s\"`, `\"15m\"`, `\"12h\"`, `\"30d\"`, or a number of seconds | `30s` |
 | size | `\"512B\"`, `\"64KiB\"`, `\"4MiB\"`, `\"1GiB\"`, or a number of bytes | `4MiB` |
+| share | `0.01` | the same |
 | list | `[\"one\", \"two\"]` | `one,two` |
 | budget | `\"20 + 60/m\"`: 20 calls at once and 60 more in every minute (`s`, `m` or `h`) | `20 + 60/m` |
 | log directives | `\"warn,qpq_rpc=debug\"`: levels, of all or by module | `warn,qpq_rpc=debug` |

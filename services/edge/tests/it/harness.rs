@@ -28,7 +28,7 @@ use tokio::{
 };
 
 /// Ends a test that would hang; nothing is expected to take anywhere near as long.
-const HANGS: Duration = Duration::from_secs(60);
+pub(crate) const HANGS: Duration = Duration::from_secs(60);
 
 /// The program with nothing of the test's own environment.
 pub(crate) fn program(arguments: &[&str], variables: &[(&str, &str)]) -> Command {

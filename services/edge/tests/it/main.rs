@@ -3,9 +3,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
 
+mod collector;
 mod composed;
 mod configuration;
 mod harness;
 mod refusals;
 mod running;
 mod stopping;
+mod traces;

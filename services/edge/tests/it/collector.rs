@@ -1,0 +1,119 @@
+//! An OpenTelemetry collector that keeps what it is sent: the real protocol, so what it understands any other does.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::{
+        ExportTraceServiceRequest, ExportTraceServiceResponse,
+        trace_service_server::{TraceService, TraceServiceServer},
+    },
+    common::v1::{KeyValue, any_value::Value},
+    trace::v1,
+};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
+use tonic::{Request, Response, Status, transport::server::TcpIncoming};
+
+const HANGS: Duration = Duration::from_secs(60);
+
+/// One span, as the collector got it.
+#[derive(Clone, Debug)]
+pub(crate) struct Span {
+    pub(crate) service: String,
+    pub(crate) inner: v1::Span,
+}
+
+impl Span {
+    pub(crate) fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    pub(crate) fn get(&self, key: &str) -> Option<String> {
+        self.inner.attributes.iter().find(|attribute| attribute.key == key).map(text)
+    }
+
+    pub(crate) fn keys(&self) -> Vec<&str> {
+        let mut keys: Vec<_> = self.inner.attributes.iter().map(|attribute| &*attribute.key).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    pub(crate) fn is_error(&self) -> bool {
+        self.inner.status.as_ref().is_some_and(|status| status.code() == v1::status::StatusCode::Error)
+    }
+}
+
+fn text(attribute: &KeyValue) -> String {
+    match attribute.value.as_ref().and_then(|value| value.value.as_ref()) {
+        Some(Value::StringValue(text)) => text.clone(),
+        Some(Value::IntValue(number)) => number.to_string(),
+        other => format!("{other:?}"),
+    }
+}
+
+/// A collector on a port of its own.
+pub(crate) struct Collector {
+    address: SocketAddr,
+    spans: watch::Receiver<Vec<Span>>,
+    server: JoinHandle<()>,
+}
+
+impl Collector {
+    pub(crate) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (kept, spans) = watch::channel(Vec::new());
+        let service = TraceServiceServer::new(Keeper(Arc::new(kept)));
+        let server = tokio::spawn(async move {
+            let incoming = TcpIncoming::from(listener);
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(incoming)
+                .await
+                .unwrap();
+        });
+        Self { address, spans, server }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// All spans so far.
+    pub(crate) fn spans(&self) -> Vec<Span> {
+        self.spans.borrow().clone()
+    }
+
+    /// All spans, once `enough` says so.
+    pub(crate) async fn until(&mut self, enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
+        let arrived = timeout(HANGS, self.spans.wait_for(|spans| enough(spans))).await.is_ok();
+        assert!(arrived, "what was waited for is not in {:#?}", self.spans());
+        self.spans()
+    }
+}
+
+impl Drop for Collector {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+struct Keeper(Arc<watch::Sender<Vec<Span>>>);
+
+#[tonic::async_trait]
+impl TraceService for Keeper {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        let mut got = Vec::new();
+        for resource in request.into_inner().resource_spans {
+            let attributes = resource.resource.map(|resource| resource.attributes).unwrap_or_default();
+            let service = attributes.iter().find(|attribute| attribute.key == "service.name").map(text);
+            let service = service.unwrap_or_default();
+            let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
+            got.extend(spans.map(|inner| Span { service: service.clone(), inner }));
+        }
+        self.0.send_modify(|spans| spans.extend(got));
+        Ok(Response::new(ExportTraceServiceResponse { partial_success: None }))
+    }
+}

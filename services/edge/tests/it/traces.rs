@@ -1,0 +1,105 @@
+//! Traces of calls at a collector: there when asked for, with nothing in them that is a user's, and never in the way.
+
+use bytes::Bytes;
+use nix::sys::signal::Signal;
+use qpq_proto::{Method as _, methods::OpaqueLoginStart};
+use qpq_transport::client::Connection;
+use tokio::net::TcpListener;
+
+use crate::{
+    collector::{Collector, Span},
+    harness::{Data, HANGS, ServerProcess, health},
+};
+
+/// What no method is.
+const UNKNOWN: u16 = 0xfffe;
+
+async fn call(connection: &Connection, method: u16, payload: &'static [u8]) -> u8 {
+    connection.call(method, Bytes::from_static(payload), 9, HANGS).await.unwrap().0
+}
+
+/// The spans of a server that was called, and then ended at once: what it had not sent yet came with its end.
+async fn spans_of(variables: &[(&str, &str)]) -> (Vec<Span>, String) {
+    let collector = Collector::start().await;
+    let (data, url) = (Data::new(), collector.url());
+    let variables: Vec<_> = [("QPQ_TRACE__ENDPOINT", &*url)].iter().chain(variables).copied().collect();
+    let server = ServerProcess::start(data.path(), &variables).await;
+    let connection = server.connect().await;
+    health(&connection).await;
+    assert_ne!(call(&connection, OpaqueLoginStart::INFO.id, b"not protobuf, alice@example.org").await, 0);
+    assert_ne!(call(&connection, UNKNOWN, b"").await, 0);
+    server.signal(Signal::SIGTERM);
+    let (code, log) = server.ended().await;
+    assert_eq!(code, Some(0), "{log}");
+    (collector.spans(), log)
+}
+
+#[tokio::test]
+async fn every_sampled_call_is_a_span_with_its_method_and_code_whatever_is_logged() {
+    let asked = [("QPQ_TRACE__SAMPLE", "1"), ("QPQ_TRACE__SERVICE", "edge-of-a-test"), ("RUST_LOG", "off")];
+    let (spans, log) = spans_of(&asked).await;
+    assert_eq!(log, "", "the filter of the log is the log's alone");
+    let named = |name| spans.iter().filter(|span| span.name() == name).collect::<Vec<_>>();
+    let (health, login) = (named("Health"), named("OpaqueLoginStart"));
+    assert!(!health.is_empty() && login.len() == 1, "{spans:#?}");
+    assert_eq!(health[0].get("code").as_deref(), Some("ok"));
+    assert_eq!(login[0].get("code").as_deref(), Some("rpc.malformed"));
+    for span in &spans {
+        assert_eq!(span.service, "edge-of-a-test");
+        assert_eq!(span.keys(), ["code", "method"], "nothing else is told of a call");
+        assert!(span.inner.events.is_empty() && span.inner.parent_span_id.is_empty() && !span.is_error());
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_sent_where_nothing_is_sampled_or_no_collector_is_named() {
+    let (spans, _) = spans_of(&[("QPQ_TRACE__SAMPLE", "0")]).await;
+    assert!(spans.is_empty(), "{spans:#?}");
+    let data = Data::new();
+    let server =
+        ServerProcess::start(data.path(), &[("QPQ_TRACE__SAMPLE", "1"), ("RUST_LOG", "debug")]).await;
+    server.health().await;
+    server.signal(Signal::SIGTERM);
+    let (code, log) = server.ended().await;
+    assert_eq!(code, Some(0));
+    assert!(!log.contains("opentelemetry"), "{log}");
+}
+
+#[tokio::test]
+async fn a_collector_that_is_away_or_silent_costs_spans_and_nothing_else() {
+    // One that refuses connections, and one that takes them and never says a word.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let away = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    for collector in [away, silent.local_addr().unwrap()] {
+        let (data, url) = (Data::new(), format!("http://{collector}"));
+        let variables = [
+            ("QPQ_TRACE__ENDPOINT", &*url),
+            ("QPQ_TRACE__SAMPLE", "1"),
+            ("QPQ_TRACE__TIMEOUT", "1s"),
+            // Small and hasty, so that it is full and failing while the calls go on.
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "8"),
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "1"),
+        ];
+        let server = ServerProcess::start(data.path(), &variables).await;
+        let connection = server.connect().await;
+        for _ in 0..200 {
+            health(&connection).await;
+        }
+        server.signal(Signal::SIGTERM);
+        let (code, log) = server.ended().await;
+        assert_eq!(code, Some(0), "{log}");
+        assert!(log.contains("opentelemetry"), "the operator is told: {log}");
+    }
+}
+
+#[tokio::test]
+async fn spans_arrive_while_the_server_runs() {
+    let mut collector = Collector::start().await;
+    let (data, url) = (Data::new(), collector.url());
+    let variables = [("QPQ_TRACE__ENDPOINT", &*url), ("QPQ_TRACE__SAMPLE", "1")];
+    let server = ServerProcess::start(data.path(), &variables).await;
+    server.health().await;
+    let spans = collector.until(|spans| spans.iter().any(|span| span.name() == "Health")).await;
+    assert_eq!(spans[0].service, "qpq-server");
+}
