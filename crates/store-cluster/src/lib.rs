@@ -1,1 +1,159 @@
-//! The cluster store.
+//! The store of a cluster: any number of edges over one Postgres, one Redis and one NATS.
+//!
+//! **Postgres commits, Redis serves, NATS wakes.** Whatever is acknowledged is committed in Postgres first. Redis has copies
+//! that are compared with Postgres before they are shown, and state that may be lost at any moment: leases, waiters, rate
+//! limits. NATS carries word from edge to edge, every bit of which may get lost.
+//!
+//! - `postgres`: transactions, the schema; `redis`: one connection, the queues' scripts; `nats`: the bus.
+//! - `inboxes`, `wakes`: the way of a message. `accounts`, `sessions`, `keys`, `limiter`, `upkeep`: one port each.
+
+mod accounts;
+mod config;
+mod error;
+mod inboxes;
+mod keys;
+mod limiter;
+mod metrics;
+mod nats;
+mod notices;
+mod postgres;
+mod redis;
+mod sessions;
+mod upkeep;
+mod wakes;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use qpq_ports::Stores;
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+
+pub use config::{Config, Endpoint, Limits, Migrate, Timing};
+pub use error::ConnectError;
+pub use inboxes::COMMITTERS;
+pub use postgres::migrate;
+
+use crate::{
+    accounts::ClusterAccounts,
+    inboxes::ClusterInboxes,
+    keys::ClusterKeys,
+    limiter::ClusterLimiter,
+    nats::{Bus, EdgeId},
+    notices::ClusterNotices,
+    postgres::Database,
+    redis::Redis,
+    sessions::ClusterSessions,
+    upkeep::ClusterUpkeep,
+    wakes::{ClusterWakes, Waking},
+};
+
+/// Between two looks at the pool of connections.
+const OBSERVE: Duration = Duration::from_secs(5);
+
+/// This edge's connection to the cluster's state. What [`ClusterStore::stores`] gives keeps it open too.
+pub struct ClusterStore {
+    database: Database,
+    bus: Bus,
+    stores: Stores,
+    tasks: JoinSet<()>,
+}
+
+impl ClusterStore {
+    /// Connects to all three servers, waiting for those that are not there yet, and checks that they are this cluster's. Needs
+    /// a tokio runtime, and uses it as long as the store is open.
+    pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
+        metrics::describe();
+        let edge = EdgeId::random();
+        let options = postgres::options(config)?;
+        waiting(config, || postgres::prepare(&options, config.migrate)).await?;
+        postgres::check_cluster(&options, &config.opaque_setup).await?;
+        let redis = waiting(config, || Redis::connect(config)).await?;
+        let bus = waiting(config, || Bus::connect(config, &edge)).await?;
+        let database = Database::new(options, config.postgres_connections, config.postgres_timeout);
+        let waking = Waking::new(redis.clone(), bus.clone(), edge.clone());
+        let sessions = Arc::new(ClusterSessions::new(
+            database.clone(),
+            redis.clone(),
+            bus.clone(),
+            config.timing.session_cache,
+        ));
+        let keys = Arc::new(ClusterKeys::new(database.clone(), config.limits.key_packages));
+        let delivery = config.limits.delivery;
+        let stores = Stores {
+            accounts: Arc::new(ClusterAccounts::new(database.clone())),
+            inboxes: Arc::new(ClusterInboxes::start(
+                database.clone(),
+                waking.clone(),
+                edge,
+                delivery,
+                &config.timing,
+            )),
+            wakes: Arc::new(ClusterWakes(waking.clone())),
+            key_packages: Arc::clone(&keys) as _,
+            hybrid_keys: keys,
+            limiter: Arc::new(ClusterLimiter::new(redis.clone())),
+            notices: Arc::new(ClusterNotices(bus.clone())),
+            upkeep: Arc::new(ClusterUpkeep::new(
+                database.clone(),
+                redis,
+                Arc::clone(&sessions),
+                delivery.recent_ids,
+            )),
+            sessions: Arc::clone(&sessions) as _,
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(waking.clone().listen());
+        tasks.spawn(waking.poll(database.clone(), config.timing.poll));
+        tasks.spawn(sessions.listen());
+        tasks.spawn(observe(database.clone()));
+        Ok(Self { database, bus, stores, tasks })
+    }
+
+    /// The ports.
+    pub fn stores(&self) -> Stores {
+        self.stores.clone()
+    }
+
+    /// Says what other edges are still to be told, and lets go of the servers. A store that is dropped instead loses nothing;
+    /// what it held is free a few seconds later.
+    pub async fn close(mut self) {
+        self.tasks.abort_all();
+        self.bus.close().await;
+        self.database.close().await;
+    }
+}
+
+impl fmt::Debug for ClusterStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClusterStore").finish_non_exhaustive()
+    }
+}
+
+/// Tries until it succeeds, fails for good, or the start has taken too long.
+async fn waiting<T, F>(config: &Config, mut connect: impl FnMut() -> F) -> Result<T, ConnectError>
+where
+    F: Future<Output = Result<T, ConnectError>>,
+{
+    let until = Instant::now() + config.start_timeout;
+    let mut pause = Duration::from_millis(100);
+    loop {
+        match connect().await {
+            Err(error @ ConnectError::Unreachable { .. }) if Instant::now() + pause < until => {
+                tracing::warn!(%error, "waiting for it");
+                sleep(pause.mul_f64(0.5 + 0.5 * rand::random::<f64>())).await;
+                pause = (pause * 2).min(Duration::from_secs(5));
+            }
+            done => return done,
+        }
+    }
+}
+
+async fn observe(database: Database) {
+    let mut ticks = tokio::time::interval(OBSERVE);
+    loop {
+        ticks.tick().await;
+        database.observe();
+    }
+}

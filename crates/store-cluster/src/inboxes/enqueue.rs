@@ -1,0 +1,237 @@
+//! Accepting messages: those of many calls in one transaction.
+//!
+//! The heads of all inboxes concerned are locked, in the order of their numbers, before anything is looked at; so what is
+//! then decided about seqs, caps and repeated message ids stays true until the commit, and no two transactions wait for each
+//! other in a circle. Deciding is plain code over what two statements read; one statement writes it all.
+
+use std::collections::{HashMap, HashSet};
+
+use qpq_domain::{Delivery, IdentityKey, MessageId, Seq};
+use qpq_ports::{Enqueue, Enqueued, Receipt};
+use sqlx::{PgConnection, Row as _};
+
+use super::remove;
+use crate::postgres::row::{Columns as _, millis, millis_of, number};
+
+const LOCK: &str = "
+    SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry
+      FROM account a JOIN inbox i ON i.id = a.id
+     WHERE a.identity = ANY ($1) ORDER BY i.id FOR NO KEY UPDATE OF i";
+
+/// Receipts of messages that are queued, or gone but remembered. $6: how long ids are remembered.
+const KNOWN: &str = "
+    SELECT k.n, x.seq, x.channel, x.payload_sha256, x.enqueued_at
+      FROM unnest($1::int4[], $2::int8[], $3::bytea[], $4::bytea[], $5::int8[]) AS k (n, inbox, sender, id, now)
+     CROSS JOIN LATERAL (
+        SELECT m.seq, m.channel, m.payload_sha256, m.enqueued_at FROM message m
+         WHERE m.inbox = k.inbox AND m.sender = k.sender AND m.message_id = k.id AND m.expires_at > k.now - $6
+        UNION ALL
+        SELECT r.seq, r.channel, r.payload_sha256, r.enqueued_at FROM recent_id r
+         WHERE r.inbox = k.inbox AND r.sender = k.sender AND r.message_id = k.id AND r.forget_at > k.now
+         LIMIT 1) x";
+
+const WRITE: &str = "
+    WITH moved AS (
+        UPDATE inbox i
+           SET last_seq = i.last_seq + h.added, messages = i.messages + h.added, bytes = i.bytes + h.bytes,
+               next_expiry = least(i.next_expiry, h.expiry)
+          FROM unnest($1::int8[], $2::int8[], $3::int8[], $4::int8[]) AS h (id, added, bytes, expiry)
+         WHERE i.id = h.id)
+    INSERT INTO message (inbox, seq, expires_at, enqueued_at, channel, sender, message_id, payload_sha256, payload)
+    SELECT * FROM unnest($5::int8[], $6::int8[], $7::int8[], $8::int8[], $9::bytea[], $10::bytea[], $11::bytea[],
+                         $12::bytea[], $13::bytea[])";
+
+/// An inbox whose head is locked, and what is decided about it.
+struct Head {
+    id: i64,
+    next: Seq,
+    messages: u64,
+    bytes: u64,
+    next_expiry: i64,
+    added: i64,
+    added_bytes: i64,
+}
+
+/// Accepts each message or says why not, in order. In a transaction, which it ends neither way.
+pub(super) async fn all(
+    connection: &mut PgConnection,
+    messages: &[Enqueue],
+    limits: &Delivery,
+) -> sqlx::Result<Vec<Enqueued>> {
+    let mut heads = lock(connection, messages).await?;
+    make_room(connection, &mut heads, messages, limits).await?;
+    let mut known = known(connection, &heads, messages, limits).await?;
+    let mut ids: HashMap<(IdentityKey, IdentityKey, MessageId), Receipt> = HashMap::new();
+    let mut outcomes = Vec::with_capacity(messages.len());
+    for (n, message) in messages.iter().enumerate() {
+        let Some(head) = heads.get_mut(&message.recipient) else {
+            outcomes.push(Enqueued::NoSuchRecipient);
+            continue;
+        };
+        let id = message.message_id.map(|id| (message.recipient, message.sender, id));
+        let before = known.remove(&n).or_else(|| ids.get(&id?).copied());
+        outcomes.push(match before {
+            Some(receipt) => Enqueued::Duplicate(receipt),
+            None => match head.accept(message, limits) {
+                None => Enqueued::QueueFull,
+                Some(receipt) => {
+                    ids.extend(id.map(|id| (id, receipt)));
+                    Enqueued::Accepted(receipt)
+                }
+            },
+        });
+    }
+    write(connection, &heads, messages, &outcomes).await?;
+    Ok(outcomes)
+}
+
+impl Head {
+    /// The next place in the inbox, unless it is full.
+    fn accept(&mut self, message: &Enqueue, limits: &Delivery) -> Option<Receipt> {
+        let size = message.payload.len() as u64;
+        if self.messages >= limits.max_messages || self.bytes + size > limits.max_bytes {
+            return None;
+        }
+        let receipt = Receipt {
+            seq: self.next,
+            channel: message.channel,
+            payload_sha256: message.payload_sha256,
+            enqueued_at: message.now,
+        };
+        self.next = self.next.next();
+        self.messages += 1;
+        self.bytes += size;
+        self.added += 1;
+        self.added_bytes += number(size);
+        self.next_expiry = self.next_expiry.min(millis(message.now.plus(message.ttl)));
+        Some(receipt)
+    }
+}
+
+async fn lock(
+    connection: &mut PgConnection,
+    messages: &[Enqueue],
+) -> sqlx::Result<HashMap<IdentityKey, Head>> {
+    let recipients: HashSet<_> = messages.iter().map(|message| message.recipient).collect();
+    let keys: Vec<&[u8]> = recipients.iter().map(|key| &key.as_bytes()[..]).collect();
+    let rows = sqlx::query(LOCK).bind(keys).fetch_all(connection).await?;
+    let head = |row: &sqlx::postgres::PgRow| {
+        let head = Head {
+            id: row.try_get("id")?,
+            next: row.seq("last_seq")?.next(),
+            messages: row.unsigned("messages")?,
+            bytes: row.unsigned("bytes")?,
+            next_expiry: row.try_get("next_expiry")?,
+            added: 0,
+            added_bytes: 0,
+        };
+        Ok((row.identity("identity")?, head))
+    };
+    rows.iter().map(head).collect()
+}
+
+/// Takes away what has expired, where anything has: it may fill an inbox, or hold a message id longer than it may.
+async fn make_room(
+    connection: &mut PgConnection,
+    heads: &mut HashMap<IdentityKey, Head>,
+    messages: &[Enqueue],
+    limits: &Delivery,
+) -> sqlx::Result<()> {
+    for message in messages {
+        let Some(head) = heads.get_mut(&message.recipient) else { continue };
+        if head.next_expiry <= millis(message.now) {
+            let left = remove::expired(connection, head.id, message.now, limits.recent_ids).await?;
+            (head.messages, head.bytes, head.next_expiry) = (left.messages, left.bytes, left.next_expiry);
+        }
+    }
+    Ok(())
+}
+
+/// The receipts of those messages that came before, by their place.
+async fn known(
+    connection: &mut PgConnection,
+    heads: &HashMap<IdentityKey, Head>,
+    messages: &[Enqueue],
+    limits: &Delivery,
+) -> sqlx::Result<HashMap<usize, Receipt>> {
+    let (mut places, mut inboxes, mut senders) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut ids, mut nows): (Vec<&[u8]>, Vec<i64>) = (Vec::new(), Vec::new());
+    for (n, message) in messages.iter().enumerate() {
+        let (Some(head), Some(id)) = (heads.get(&message.recipient), &message.message_id) else { continue };
+        places.push(i32::try_from(n).expect("a batch is small"));
+        inboxes.push(head.id);
+        senders.push(&message.sender.as_bytes()[..]);
+        ids.push(id.as_bytes());
+        nows.push(millis(message.now));
+    }
+    if places.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = sqlx::query(KNOWN)
+        .bind(places)
+        .bind(inboxes)
+        .bind(senders)
+        .bind(ids)
+        .bind(nows)
+        .bind(millis_of(limits.recent_ids))
+        .fetch_all(connection)
+        .await?;
+    rows.iter()
+        .map(|row| {
+            let receipt = Receipt {
+                seq: row.seq("seq")?,
+                channel: row.channel("channel")?,
+                payload_sha256: row.hash("payload_sha256")?,
+                enqueued_at: row.at("enqueued_at")?,
+            };
+            Ok((usize::try_from(row.try_get::<i32, _>("n")?).expect("one of the above"), receipt))
+        })
+        .collect()
+}
+
+async fn write(
+    connection: &mut PgConnection,
+    heads: &HashMap<IdentityKey, Head>,
+    messages: &[Enqueue],
+    outcomes: &[Enqueued],
+) -> sqlx::Result<()> {
+    let moved: Vec<&Head> = heads.values().filter(|head| head.added > 0).collect();
+    if moved.is_empty() {
+        return Ok(());
+    }
+    let accepted: Vec<(&Enqueue, &Receipt)> = messages
+        .iter()
+        .zip(outcomes)
+        .filter_map(|(message, outcome)| match outcome {
+            Enqueued::Accepted(receipt) => Some((message, receipt)),
+            _ => None,
+        })
+        .collect();
+    macro_rules! of_heads {
+        ($value:expr) => {
+            moved.iter().map($value).collect::<Vec<_>>()
+        };
+    }
+    macro_rules! of_messages {
+        ($value:expr) => {
+            accepted.iter().map($value).collect::<Vec<_>>()
+        };
+    }
+    sqlx::query(WRITE)
+        .bind(of_heads!(|head| head.id))
+        .bind(of_heads!(|head| head.added))
+        .bind(of_heads!(|head| head.added_bytes))
+        .bind(of_heads!(|head| head.next_expiry))
+        .bind(of_messages!(|(message, _)| heads[&message.recipient].id))
+        .bind(of_messages!(|(_, receipt)| number(receipt.seq.0)))
+        .bind(of_messages!(|(message, _)| millis(message.now.plus(message.ttl))))
+        .bind(of_messages!(|(message, _)| millis(message.now)))
+        .bind(of_messages!(|(message, _)| message.channel.as_bytes()))
+        .bind(of_messages!(|(message, _)| &message.sender.as_bytes()[..]))
+        .bind(of_messages!(|(message, _)| message.message_id.as_ref().map(|id| &id.as_bytes()[..])))
+        .bind(of_messages!(|(message, _)| &message.payload_sha256[..]))
+        .bind(of_messages!(|(message, _)| &message.payload[..]))
+        .execute(connection)
+        .await
+        .map(drop)
+}

@@ -1,0 +1,247 @@
+//! Inboxes of the cluster: messages are accepted by Postgres (`committer`, `enqueue`), shown by Redis where it can be relied
+//! on and by Postgres where not, and removed in Postgres first.
+//!
+//! A read begins with the inbox's head in Postgres, which says which state is the present one. A queue in Redis that shows
+//! that state, or a later one, is shown; one that does not is loaded anew. Inboxes that are too large for a queue are read
+//! page by page from Postgres, and only leased in Redis.
+
+mod committer;
+mod enqueue;
+mod leases;
+pub(crate) mod page;
+mod remove;
+
+use std::fmt;
+
+use async_trait::async_trait;
+use qpq_domain::{Delivery, Seq, UnixMillis};
+use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreError, StoreResult};
+use tokio::time::Instant;
+
+pub use committer::COMMITTERS;
+pub(crate) use remove::{SWEEP, sweep};
+
+use self::{
+    committer::Committers,
+    leases::{Held, Leases},
+    page::{Head, Heads},
+};
+use crate::{
+    config::Timing,
+    metrics as names,
+    nats::EdgeId,
+    postgres::{Database, Repeat},
+    redis::queue::{Found, LeaseId, MOST_BYTES, MOST_MESSAGES, Shown},
+    wakes::Waking,
+};
+
+/// How often a read begins anew, because what it had read was removed meanwhile.
+const TRIES: usize = 16;
+
+#[derive(Debug, thiserror::Error)]
+#[error("the inbox changed {TRIES} times while it was read")]
+struct Restless;
+
+/// The queues.
+#[derive(Clone, Debug)]
+pub(crate) struct ClusterInboxes {
+    database: Database,
+    heads: Heads,
+    committers: Committers,
+    leases: Leases,
+    waking: Waking,
+    limits: Delivery,
+}
+
+/// What is read, and how much of it.
+#[derive(Clone, Copy)]
+struct Request<'a> {
+    read: &'a Read,
+    after: Seq,
+    limit: PageLimit,
+    now: UnixMillis,
+    /// Of a lease to be; none for a peek.
+    lease: Option<&'a LeaseId>,
+}
+
+impl ClusterInboxes {
+    pub(crate) fn start(
+        database: Database,
+        waking: Waking,
+        edge: EdgeId,
+        limits: Delivery,
+        timing: &Timing,
+    ) -> Self {
+        Self {
+            heads: Heads::start(&database),
+            committers: Committers::start(&database, limits, &waking),
+            leases: Leases::start(edge, timing.lease, waking.clone()),
+            database,
+            waking,
+            limits,
+        }
+    }
+
+    /// What may be shown now; held if that is asked for.
+    async fn look(&self, request: Request<'_>) -> StoreResult<Page> {
+        let inbox = &request.read.inbox;
+        self.leases.settled(inbox).await;
+        let mut registered = false;
+        for _ in 0..TRIES {
+            let Some(head) = self.heads.get(inbox).await? else { return Ok(Page::default()) };
+            let shown = if head.messages <= MOST_MESSAGES && head.bytes <= MOST_BYTES {
+                self.from_queue(request, head).await?
+            } else {
+                if !registered {
+                    self.register(request).await?;
+                    registered = true;
+                    // What was committed before the registration is in a head that is read after it.
+                    continue;
+                }
+                self.from_postgres(request, head).await?
+            };
+            if let Some(shown) = shown {
+                self.waking.looked(inbox, shown.head, shown.stopped_for);
+                return Ok(shown.page);
+            }
+        }
+        Err(StoreError::conflict(Restless))
+    }
+
+    /// From the queue in Redis, which is loaded if it is not there. `None` when the inbox outgrew it meanwhile.
+    async fn from_queue(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
+        let Request { read, after, limit, now, lease } = request;
+        let (hold, edge) = (lease.map(|id| self.leases.hold(id)), self.waking.waiting_edge(&read.inbox));
+        let (mut state, mut from) = (head.state, "redis");
+        for _ in 0..TRIES {
+            let redis = self.waking.redis();
+            if let Found::Page(shown) = redis.read(read, state, after, limit, now, hold, edge).await? {
+                metrics::counter!(names::HOT_READS, "from" => from).increment(1);
+                return Ok(Some(shown));
+            }
+            let Some(whole) = page::whole(&self.database, head.inbox).await? else { return Ok(None) };
+            redis.load(&read.inbox, whole.state, &whole.messages).await?;
+            (state, from) = (whole.state, "reloaded");
+        }
+        Err(StoreError::conflict(Restless))
+    }
+
+    /// From Postgres, leased in Redis. `None` when something of it was removed meanwhile, perhaps by a reader that had it.
+    async fn from_postgres(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
+        let Request { read, after, limit, now, lease } = request;
+        let inbox = &read.inbox;
+        let snapshot = page::page(&self.database, &head, read, after, limit, now).await?;
+        let mut envelopes: Vec<_> = snapshot.messages.into_iter().map(|queued| queued.envelope).collect();
+        let mut seqs: Vec<_> = envelopes.iter().map(|envelope| envelope.seq).chain(snapshot.next).collect();
+        let hold = lease.map(|id| self.leases.hold(id));
+        let free = self.waking.redis().claim(inbox, &seqs, envelopes.len(), hold).await?;
+        let more = free.seqs > envelopes.len();
+        envelopes.truncate(free.seqs);
+        seqs.truncate(envelopes.len());
+        // Whoever had leased and removed some of it in between has counted that by now.
+        let present = self.heads.get(inbox).await?;
+        if present.is_none_or(|present| present.state.removals != snapshot.state.removals) {
+            if let Some(id) = lease {
+                self.waking.release(inbox, id, &seqs).await;
+            }
+            return Ok(None);
+        }
+        metrics::counter!(names::HOT_READS, "from" => "postgres").increment(1);
+        Ok(Some(Shown {
+            page: Page { envelopes, more },
+            head: snapshot.state.head,
+            stopped_for: free.stopped_for,
+        }))
+    }
+
+    async fn register(&self, request: Request<'_>) -> StoreResult<()> {
+        match self.waking.waiting_edge(&request.read.inbox) {
+            Some(edge) => self.waking.redis().register(&request.read.inbox, edge).await,
+            None => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl Inboxes for ClusterInboxes {
+    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
+        self.committers.enqueue(messages).await
+    }
+
+    async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>> {
+        let mut held = self.leases.taking(read.inbox);
+        let request = Request { read: &read, after: Seq::ZERO, limit, now, lease: Some(&held.id) };
+        let page = self.look(request).await?;
+        held.seqs = page.envelopes.iter().map(|envelope| envelope.seq).collect();
+        let held = if held.seqs.is_empty() {
+            held.ended();
+            None
+        } else {
+            Some(held)
+        };
+        Ok(Box::new(InboxLease { page, held, read, inboxes: self.clone(), now, taken_at: Instant::now() }))
+    }
+
+    async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page> {
+        self.look(Request { read: &read, after, limit, now, lease: None }).await
+    }
+
+    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+        let recent_ids = self.limits.recent_ids;
+        let removed = self
+            .database
+            .once("ack", Repeat::Harmless, |connection| {
+                let ack = ack.clone();
+                Box::pin(async move {
+                    remove::acked(connection, &read.inbox, read.view, &ack, now, recent_ids).await
+                })
+            })
+            .await?;
+        let Some(removed) = removed else { return Ok(0) };
+        self.waking.removed(&read.inbox, removed.removal, None, &removed.seqs).await;
+        Ok(u32::try_from(removed.seqs.len()).unwrap_or(u32::MAX))
+    }
+}
+
+/// A page and, unless it is empty, the hold on its messages.
+struct InboxLease {
+    page: Page,
+    held: Option<Held>,
+    read: Read,
+    inboxes: ClusterInboxes,
+    now: UnixMillis,
+    /// The time of day of the settlement is `now` and what has passed since here.
+    taken_at: Instant,
+}
+
+impl fmt::Debug for InboxLease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InboxLease").field("page", &self.page).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Lease for InboxLease {
+    fn page(&self) -> &Page {
+        &self.page
+    }
+
+    async fn settle(self: Box<Self>) -> StoreResult<()> {
+        let Self { held, read, inboxes, now, taken_at, .. } = *self;
+        let Some(held) = held else { return Ok(()) };
+        let (removed_at, recent_ids) = (now.plus(taken_at.elapsed()), inboxes.limits.recent_ids);
+        let removed = inboxes
+            .database
+            .once("settle", Repeat::Harmless, |connection| {
+                let seqs = held.seqs.clone();
+                Box::pin(async move {
+                    remove::shown(connection, &read.inbox, &seqs, removed_at, recent_ids).await
+                })
+            })
+            .await?;
+        let removal = removed.map_or(0, |removed| removed.removal);
+        inboxes.waking.removed(&read.inbox, removal, Some(&held.id), &held.seqs).await;
+        held.ended();
+        Ok(())
+    }
+}

@@ -1,0 +1,252 @@
+//! Reading inboxes in Postgres: heads, many in one statement, and messages, each page one snapshot with its head.
+
+use std::sync::Arc;
+
+use qpq_domain::{IdentityKey, Seq, UnixMillis};
+use qpq_ports::{Envelope, PageLimit, Read, StoreError, StoreResult, View};
+use sqlx::{Row as _, postgres::PgRow};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    error::Shared,
+    postgres::{
+        Database, Repeat,
+        row::{Columns as _, millis, number},
+    },
+    redis::queue::{MOST_MESSAGES, Queued, State},
+};
+
+/// Heads in one statement.
+pub(super) const HEADS: usize = 512;
+/// Statements for heads at a time.
+const READERS: usize = 2;
+
+const HEAD: &str = "
+    SELECT a.identity, i.id, i.last_seq, i.removals, i.messages, i.bytes
+      FROM account a JOIN inbox i ON i.id = a.id WHERE a.identity = ANY ($1)";
+
+/// $1 inbox, $2 after which seq, $3 now, $4 rows.
+const ALL: &str = "
+    SELECT seq, channel, enqueued_at, expires_at, payload FROM message
+     WHERE inbox = $1 AND seq > $2 AND expires_at > $3 ORDER BY seq LIMIT $4";
+const CHANNEL: &str = "
+    SELECT seq, channel, enqueued_at, expires_at, payload FROM message
+     WHERE inbox = $1 AND seq > $2 AND expires_at > $3 AND channel = $5 ORDER BY seq LIMIT $4";
+
+/// $1 inbox, $2 rows. The head stands alone where there is no message.
+const WHOLE: &str = "
+    SELECT i.last_seq, i.removals, m.seq, m.channel, m.enqueued_at, m.expires_at, m.payload
+      FROM inbox i LEFT JOIN LATERAL (
+        SELECT seq, channel, enqueued_at, expires_at, payload FROM message WHERE inbox = $1 ORDER BY seq LIMIT $2) m
+        ON true
+     WHERE i.id = $1";
+
+/// Rows in one statement.
+const MOST_ROWS: u64 = 1_024;
+
+/// An inbox's head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) inbox: i64,
+    pub(crate) state: State,
+    pub(crate) messages: u64,
+    pub(crate) bytes: u64,
+}
+
+/// Looks heads up, those that are asked for at a time together.
+#[derive(Clone, Debug)]
+pub(crate) struct Heads {
+    ask: mpsc::UnboundedSender<Asked>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    inbox: IdentityKey,
+    answer: oneshot::Sender<StoreResult<Option<Head>>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the store is closed")]
+struct Closed;
+
+impl Heads {
+    /// Needs a tokio runtime, on which it works as long as somebody has it.
+    pub(super) fn start(database: &Database) -> Self {
+        let (ask, asked) = mpsc::unbounded_channel();
+        let asked = Arc::new(tokio::sync::Mutex::new(asked));
+        for _ in 0..READERS {
+            tokio::spawn(look_up(database.clone(), Arc::clone(&asked)));
+        }
+        Self { ask }
+    }
+
+    /// The head of the inbox; `None` if there is no such inbox.
+    pub(super) async fn get(&self, inbox: &IdentityKey) -> StoreResult<Option<Head>> {
+        let (answer, head) = oneshot::channel();
+        self.ask.send(Asked { inbox: *inbox, answer }).map_err(|_| StoreError::unavailable(Closed))?;
+        head.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+    }
+}
+
+async fn look_up(database: Database, asked: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>) {
+    let mut batch = Vec::with_capacity(HEADS);
+    loop {
+        // Held while it waits: the other reader is then at work, or has nothing to do either.
+        if asked.lock().await.recv_many(&mut batch, HEADS).await == 0 {
+            return;
+        }
+        let inboxes: Vec<_> = batch.iter().map(|asked| asked.inbox).collect();
+        let found = heads(&database, &inboxes).await;
+        for Asked { inbox, answer } in batch.drain(..) {
+            let head = match &found {
+                Ok(heads) => Ok(heads.iter().find(|(key, _)| *key == inbox).map(|(_, head)| *head)),
+                Err(error) => Err(error.clone().into()),
+            };
+            // Whoever gave up changes nothing.
+            let _ = answer.send(head);
+        }
+    }
+}
+
+/// The heads of those inboxes that exist.
+pub(crate) async fn heads(
+    database: &Database,
+    inboxes: &[IdentityKey],
+) -> Result<Vec<(IdentityKey, Head)>, Shared> {
+    let keys: Vec<Vec<u8>> = inboxes.iter().map(|key| key.as_bytes().to_vec()).collect();
+    let keys = Arc::new(keys);
+    let rows = database
+        .once_shared("heads", Repeat::Harmless, move |connection| {
+            let keys = Arc::clone(&keys);
+            Box::pin(async move { sqlx::query(HEAD).bind(&keys[..]).fetch_all(connection).await })
+        })
+        .await?;
+    rows.iter()
+        .map(|row| {
+            let head = Head {
+                inbox: row.try_get("id")?,
+                state: state(row)?,
+                messages: row.unsigned("messages")?,
+                bytes: row.unsigned("bytes")?,
+            };
+            Ok((row.identity("identity")?, head))
+        })
+        .collect::<sqlx::Result<_>>()
+        .map_err(Into::into)
+}
+
+/// What a view held in one state of its inbox, leased or not, as far as the limit goes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Snapshot {
+    pub(super) state: State,
+    pub(super) messages: Vec<Queued>,
+    /// The first message behind the limit.
+    pub(super) next: Option<Seq>,
+}
+
+/// The messages of the view behind `after` that are alive at `now`. The state is the one before all of them: what was removed
+/// since may be among them.
+pub(super) async fn page(
+    database: &Database,
+    head: &Head,
+    read: &Read,
+    after: Seq,
+    limit: PageLimit,
+    now: UnixMillis,
+) -> StoreResult<Snapshot> {
+    let rows = chunk(head, limit);
+    let mut page = Snapshot { state: head.state, ..Snapshot::default() };
+    let (mut bytes, mut after) = (0_usize, after);
+    loop {
+        let messages = messages(database, head.inbox, read.view, after, now, rows).await?;
+        let last = (messages.len() as u64) < rows;
+        for queued in messages {
+            bytes = bytes.saturating_add(queued.envelope.cost());
+            let shown = page.messages.len();
+            if shown >= usize::try_from(limit.messages).unwrap_or(usize::MAX)
+                || (bytes > limit.bytes && shown > 0)
+            {
+                page.next = Some(queued.envelope.seq);
+                return Ok(page);
+            }
+            after = queued.envelope.seq;
+            page.messages.push(queued);
+        }
+        if last {
+            return Ok(page);
+        }
+    }
+}
+
+/// About as many rows as the page will have: an inbox holds ten thousand messages, and a page ends after four of a MiB.
+fn chunk(head: &Head, limit: PageLimit) -> u64 {
+    let size = head.bytes / head.messages.max(1) + 64;
+    let fit = limit.bytes as u64 / size + 2;
+    fit.min(u64::from(limit.messages) + 1).clamp(2, MOST_ROWS)
+}
+
+async fn messages(
+    database: &Database,
+    inbox: i64,
+    view: View,
+    after: Seq,
+    now: UnixMillis,
+    rows: u64,
+) -> StoreResult<Vec<Queued>> {
+    database
+        .once("page", Repeat::Harmless, move |connection| {
+            Box::pin(async move {
+                let (sql, channel) = match &view {
+                    View::All => (ALL, None),
+                    View::Channel(channel) => (CHANNEL, Some(channel.as_bytes())),
+                };
+                let mut query =
+                    sqlx::query(sql).bind(inbox).bind(number(after.0)).bind(millis(now)).bind(number(rows));
+                if let Some(channel) = channel {
+                    query = query.bind(channel);
+                }
+                query.fetch_all(connection).await?.iter().map(queued).collect()
+            })
+        })
+        .await
+}
+
+/// A whole inbox, expired messages and all, if it is small enough to be a queue.
+pub(super) async fn whole(database: &Database, inbox: i64) -> StoreResult<Option<Snapshot>> {
+    let snapshot: Snapshot = database
+        .once("load", Repeat::Harmless, move |connection| {
+            Box::pin(async move {
+                let rows = sqlx::query(WHOLE)
+                    .bind(inbox)
+                    .bind(number(MOST_MESSAGES) + 1)
+                    .fetch_all(connection)
+                    .await?;
+                let mut snapshot = Snapshot::default();
+                for row in &rows {
+                    snapshot.state = state(row)?;
+                    if row.try_get::<Option<i64>, _>("seq")?.is_some() {
+                        snapshot.messages.push(queued(row)?);
+                    }
+                }
+                Ok(snapshot)
+            })
+        })
+        .await?;
+    Ok(Some(snapshot).filter(|snapshot| snapshot.messages.len() as u64 <= MOST_MESSAGES))
+}
+
+fn state(row: &PgRow) -> sqlx::Result<State> {
+    Ok(State { head: row.unsigned("last_seq")?, removals: row.unsigned("removals")? })
+}
+
+fn queued(row: &PgRow) -> sqlx::Result<Queued> {
+    Ok(Queued {
+        envelope: Envelope {
+            seq: row.seq("seq")?,
+            channel: row.channel("channel")?,
+            payload: row.bytes("payload")?.into(),
+            enqueued_at: row.at("enqueued_at")?,
+        },
+        expires_at: row.at("expires_at")?,
+    })
+}

@@ -1,0 +1,194 @@
+//! Removing messages and remembering their ids for a while, in one statement each. The inbox's head is locked first, as by
+//! everybody who changes an inbox.
+
+use std::time::Duration;
+
+use qpq_domain::{IdentityKey, Seq, UnixMillis};
+use qpq_ports::{Ack, View};
+use sqlx::{PgConnection, Row as _};
+
+use crate::postgres::row::{Columns as _, millis, millis_of, number};
+
+/// Rows in one sweep, so that it holds no lock for long.
+pub(crate) const SWEEP: i64 = 256;
+
+/// $1 identity, $2 now, $3 how long ids are remembered.
+macro_rules! removal {
+    ($condition:literal) => {
+        concat!(
+            "WITH head AS MATERIALIZED (
+                SELECT i.id FROM account a JOIN inbox i ON i.id = a.id WHERE a.identity = $1 FOR NO KEY UPDATE OF i),
+             gone AS (
+                DELETE FROM message m USING head h WHERE m.inbox = h.id AND ",
+            $condition,
+            "RETURNING m.inbox, m.seq, m.sender, m.message_id, m.channel, m.payload_sha256, m.enqueued_at, m.expires_at,
+                           octet_length(m.payload) AS size),
+             remembered AS (
+                INSERT INTO recent_id (inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, forget_at)
+                SELECT inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, least($2, expires_at) + $3
+                  FROM gone WHERE message_id IS NOT NULL
+                ON CONFLICT (inbox, sender, message_id) DO UPDATE
+                   SET seq = excluded.seq, channel = excluded.channel, payload_sha256 = excluded.payload_sha256,
+                       enqueued_at = excluded.enqueued_at, forget_at = excluded.forget_at),
+             counted AS (
+                UPDATE inbox i
+                   SET removals = i.removals + 1, messages = i.messages - g.n, bytes = i.bytes - g.size,
+                       next_expiry = CASE i.messages - g.n WHEN 0 THEN 9223372036854775807 ELSE i.next_expiry END
+                  FROM head h, (SELECT count(*) AS n, coalesce(sum(size), 0)::int8 AS size FROM gone) g
+                 WHERE i.id = h.id AND g.n > 0
+                RETURNING i.removals)
+             SELECT (SELECT removals FROM counted) AS removal, ARRAY (SELECT seq FROM gone) AS seqs"
+        )
+    };
+}
+
+const SHOWN: &str = removal!("m.seq = ANY ($4) ");
+// $4 up to which seq, $5 single seqs.
+const ACKED: &str = removal!("(m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2 ");
+const ACKED_IN_CHANNEL: &str =
+    removal!("m.channel = $6 AND (m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2 ");
+
+/// What has expired in one inbox, whose head is locked. $1 inbox, $2 now, $3 how long ids are remembered.
+const EXPIRED: &str = "
+    WITH gone AS (
+        DELETE FROM message WHERE inbox = $1 AND expires_at <= $2
+        RETURNING inbox, seq, sender, message_id, channel, payload_sha256, enqueued_at, expires_at,
+                  octet_length(payload) AS size),
+    remembered AS (
+        INSERT INTO recent_id (inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, forget_at)
+        SELECT inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, expires_at + $3
+          FROM gone WHERE message_id IS NOT NULL AND expires_at + $3 > $2
+        ON CONFLICT (inbox, sender, message_id) DO UPDATE
+           SET seq = excluded.seq, channel = excluded.channel, payload_sha256 = excluded.payload_sha256,
+               enqueued_at = excluded.enqueued_at, forget_at = excluded.forget_at)
+    SELECT count(*) AS n, coalesce(sum(size), 0)::int8 AS size FROM gone";
+
+const COUNT: &str = "
+    UPDATE inbox
+       SET messages = messages - $2, bytes = bytes - $3,
+           next_expiry = coalesce((SELECT min(expires_at) FROM message WHERE inbox = $1), 9223372036854775807)
+     WHERE id = $1 RETURNING messages, bytes, next_expiry";
+
+/// The inboxes of the oldest expired messages, locked; those that somebody is busy with have their turn next time.
+const DUE: &str = "
+    SELECT id FROM inbox
+     WHERE id IN (SELECT inbox FROM message WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)
+     ORDER BY id FOR NO KEY UPDATE SKIP LOCKED";
+
+const FORGET: &str = "
+    DELETE FROM recent_id WHERE ctid = ANY (ARRAY (
+        SELECT ctid FROM recent_id WHERE forget_at <= $1 ORDER BY forget_at LIMIT $2 FOR UPDATE SKIP LOCKED))";
+
+/// What a removal took, if anything: by the inbox's removal of that number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Removed {
+    pub(super) removal: u64,
+    pub(super) seqs: Vec<Seq>,
+}
+
+/// Removes the messages that were shown, as far as they are there.
+pub(super) async fn shown(
+    connection: &mut PgConnection,
+    inbox: &IdentityKey,
+    seqs: &[Seq],
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<Option<Removed>> {
+    let row = sqlx::query(SHOWN)
+        .bind(&inbox.as_bytes()[..])
+        .bind(millis(now))
+        .bind(millis_of(recent_ids))
+        .bind(numbers(seqs))
+        .fetch_one(connection)
+        .await?;
+    removed(&row)
+}
+
+/// Removes what the reader says it has.
+pub(super) async fn acked(
+    connection: &mut PgConnection,
+    inbox: &IdentityKey,
+    view: View,
+    ack: &Ack,
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<Option<Removed>> {
+    let (sql, channel) = match &view {
+        View::All => (ACKED, None),
+        View::Channel(channel) => (ACKED_IN_CHANNEL, Some(channel.as_bytes())),
+    };
+    let mut query = sqlx::query(sql)
+        .bind(&inbox.as_bytes()[..])
+        .bind(millis(now))
+        .bind(millis_of(recent_ids))
+        .bind(number(ack.up_to.unwrap_or(Seq::ZERO).0))
+        .bind(numbers(&ack.seqs));
+    if let Some(channel) = channel {
+        query = query.bind(channel);
+    }
+    removed(&query.fetch_one(connection).await?)
+}
+
+/// What an inbox has left.
+pub(super) struct Left {
+    pub(super) messages: u64,
+    pub(super) bytes: u64,
+    pub(super) next_expiry: i64,
+}
+
+/// Removes what has expired in an inbox whose head the transaction holds. To a reader that changes nothing, so it is no
+/// removal that a queue would have to show.
+pub(super) async fn expired(
+    connection: &mut PgConnection,
+    inbox: i64,
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<Left> {
+    let (n, size): (i64, i64) = sqlx::query_as(EXPIRED)
+        .bind(inbox)
+        .bind(millis(now))
+        .bind(millis_of(recent_ids))
+        .fetch_one(&mut *connection)
+        .await?;
+    let row = sqlx::query(COUNT).bind(inbox).bind(n).bind(size).fetch_one(connection).await?;
+    Ok(Left {
+        messages: row.unsigned("messages")?,
+        bytes: row.unsigned("bytes")?,
+        next_expiry: row.try_get("next_expiry")?,
+    })
+}
+
+/// Removes what has expired in some inboxes, and forgets some ids; how many rows went.
+pub(crate) async fn sweep(
+    connection: &mut PgConnection,
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<u64> {
+    let inboxes: Vec<i64> =
+        sqlx::query_scalar(DUE).bind(millis(now)).bind(SWEEP).fetch_all(&mut *connection).await?;
+    let mut rows = 0;
+    for inbox in inboxes {
+        let before: i64 = sqlx::query_scalar("SELECT messages FROM inbox WHERE id = $1")
+            .bind(inbox)
+            .fetch_one(&mut *connection)
+            .await?;
+        let left = expired(connection, inbox, now, recent_ids).await?;
+        rows += u64::try_from(before).unwrap_or_default().saturating_sub(left.messages);
+    }
+    let forgotten = sqlx::query(FORGET).bind(millis(now)).bind(SWEEP).execute(connection).await?;
+    Ok(rows + forgotten.rows_affected())
+}
+
+fn removed(row: &sqlx::postgres::PgRow) -> sqlx::Result<Option<Removed>> {
+    let seqs: Vec<i64> = row.try_get("seqs")?;
+    if seqs.is_empty() {
+        return Ok(None);
+    }
+    let seqs = seqs.into_iter().map(|seq| Seq(u64::try_from(seq).unwrap_or_default())).collect();
+    Ok(Some(Removed { removal: row.unsigned("removal")?, seqs }))
+}
+
+fn numbers(seqs: &[Seq]) -> Vec<i64> {
+    // A seq that no column can hold is nobody's.
+    seqs.iter().filter_map(|seq| i64::try_from(seq.0).ok()).collect()
+}

@@ -1,0 +1,69 @@
+//! Rate limits, counted in Redis for all edges together.
+//!
+//! A bucket is one number: when it will be full again (the generic cell rate algorithm), with the arithmetic of the embedded
+//! store in `redis/scripts/spend.lua`. A Redis that was flushed has full buckets, which is what it costs to lose it.
+
+use std::{sync::LazyLock, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use qpq_domain::UnixMillis;
+use qpq_ports::{Bucket, LimitKey, RateLimiter, StoreResult, Verdict};
+use redis::Script;
+
+use crate::{metrics as names, redis::Redis};
+
+/// A key outlives its bucket by this, in which the edges' clocks may differ.
+const SLACK: Duration = Duration::from_secs(60);
+/// No debt is remembered for longer.
+const LONGEST: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+static SPEND: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("redis/scripts/spend.lua")));
+
+#[derive(Debug)]
+pub(crate) struct ClusterLimiter {
+    redis: Redis,
+}
+
+impl ClusterLimiter {
+    pub(crate) fn new(redis: Redis) -> Self {
+        Self { redis }
+    }
+}
+
+#[async_trait]
+impl RateLimiter for ClusterLimiter {
+    async fn take(&self, key: LimitKey, bucket: Bucket, cost: u32, now: UnixMillis) -> StoreResult<Verdict> {
+        let Some(millis_per_token) = millis_per_token(bucket) else {
+            return Ok(Verdict::RetryAfter(Duration::MAX));
+        };
+        let LimitKey { class, subject } = key;
+        let key = self.redis.key(format_args!("r:{class}:{:032x}", u128::from_be_bytes(subject)));
+        let args = [
+            text(bucket.burst),
+            // As Rust prints a float, it is read as the very same one.
+            text(millis_per_token),
+            text(cost),
+            text(now.0),
+            text(SLACK.as_millis()),
+            text(LONGEST.as_millis()),
+        ];
+        match self.redis.script::<Option<f64>>("spend", &SPEND, &[key], &args).await {
+            Ok(None) => Ok(Verdict::Allowed),
+            Ok(Some(wait)) => Ok(Verdict::RetryAfter(Duration::from_millis(wait as u64))),
+            Err(error) => {
+                metrics::counter!(names::LIMIT_FAILURES).increment(1);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// None if the bucket never has a token.
+fn millis_per_token(bucket: Bucket) -> Option<f64> {
+    (bucket.burst > 0 && bucket.per_second > 0.0).then(|| 1_000.0 / bucket.per_second)
+}
+
+fn text(n: impl ToString) -> Bytes {
+    n.to_string().into()
+}

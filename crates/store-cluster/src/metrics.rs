@@ -1,0 +1,64 @@
+//! What the cluster store counts, all names in one place.
+//!
+//! | name | kind | unit | what |
+//! |---|---|---|---|
+//! | `qpq_pg_seconds{op}` | histogram | seconds | a transaction or statement, waiting for a connection included |
+//! | `qpq_pg_retries_total{op}` | counter | retries | transactions that were done again because another was in the way |
+//! | `qpq_pg_errors_total{op,kind}` | counter | failures | transactions and statements that failed for good |
+//! | `qpq_pg_connections{state}` | gauge | connections | this edge's, `busy` and `idle` |
+//! | `qpq_enqueue_queue_messages` | gauge | messages | messages that wait for a committer |
+//! | `qpq_enqueue_batch_messages` | histogram | messages | messages that were committed together |
+//! | `qpq_redis_seconds{op}` | histogram | seconds | a script or command |
+//! | `qpq_redis_errors_total{op}` | counter | failures | scripts and commands that failed |
+//! | `qpq_hot_reads_total{from}` | counter | reads | reads by what answered them: `redis`, `reloaded`, `postgres` |
+//! | `qpq_leases` | gauge | leases | messages of this edge on their way to a client, by page |
+//! | `qpq_waiters` | gauge | subscriptions | calls and subscriptions of this edge that wait for an inbox |
+//! | `qpq_wakes_total{way}` | counter | wakes | inboxes that were woken: `local`, `sent`, `received`, `found` by looking |
+//! | `qpq_bus_dropped_total` | counter | messages | what NATS did not take in time; whoever waits finds it by looking |
+//! | `qpq_bus_connected` | gauge | 0 or 1 | whether NATS is connected |
+//! | `qpq_cluster_edges` | gauge | edges | edges that gave a sign of life lately, this one included |
+//! | `qpq_session_lookups_total{from}` | counter | lookups | sessions by where they were found: `process`, `redis`, `postgres` |
+//! | `qpq_limit_failures_total` | counter | failures | calls that could not be counted against their budget |
+
+pub(crate) const PG_SECONDS: &str = "qpq_pg_seconds";
+pub(crate) const PG_RETRIES: &str = "qpq_pg_retries_total";
+pub(crate) const PG_ERRORS: &str = "qpq_pg_errors_total";
+pub(crate) const PG_CONNECTIONS: &str = "qpq_pg_connections";
+pub(crate) const ENQUEUE_QUEUE: &str = "qpq_enqueue_queue_messages";
+pub(crate) const ENQUEUE_BATCH: &str = "qpq_enqueue_batch_messages";
+pub(crate) const REDIS_SECONDS: &str = "qpq_redis_seconds";
+pub(crate) const REDIS_ERRORS: &str = "qpq_redis_errors_total";
+pub(crate) const HOT_READS: &str = "qpq_hot_reads_total";
+pub(crate) const LEASES: &str = "qpq_leases";
+pub(crate) const WAITERS: &str = "qpq_waiters";
+pub(crate) const WAKES: &str = "qpq_wakes_total";
+pub(crate) const BUS_DROPPED: &str = "qpq_bus_dropped_total";
+pub(crate) const BUS_CONNECTED: &str = "qpq_bus_connected";
+pub(crate) const EDGES: &str = "qpq_cluster_edges";
+pub(crate) const SESSION_LOOKUPS: &str = "qpq_session_lookups_total";
+pub(crate) const LIMIT_FAILURES: &str = "qpq_limit_failures_total";
+
+/// Tells the recorder what the names mean.
+pub(crate) fn describe() {
+    use metrics::{
+        Unit::{Count, Seconds},
+        describe_counter, describe_gauge, describe_histogram,
+    };
+    describe_histogram!(PG_SECONDS, Seconds, "A transaction or statement, waiting for a connection included");
+    describe_counter!(PG_RETRIES, Count, "Transactions that were done again because another was in the way");
+    describe_counter!(PG_ERRORS, Count, "Transactions and statements that failed for good");
+    describe_gauge!(PG_CONNECTIONS, Count, "This edge's connections to Postgres");
+    describe_gauge!(ENQUEUE_QUEUE, Count, "Messages that wait for a committer");
+    describe_histogram!(ENQUEUE_BATCH, Count, "Messages that were committed together");
+    describe_histogram!(REDIS_SECONDS, Seconds, "A script or command");
+    describe_counter!(REDIS_ERRORS, Count, "Scripts and commands that failed");
+    describe_counter!(HOT_READS, Count, "Reads by what answered them");
+    describe_gauge!(LEASES, Count, "Pages of this edge on their way to a client");
+    describe_gauge!(WAITERS, Count, "Calls and subscriptions of this edge that wait for an inbox");
+    describe_counter!(WAKES, Count, "Inboxes that were woken, by the way the word took");
+    describe_counter!(BUS_DROPPED, Count, "Messages that NATS did not take in time");
+    describe_gauge!(BUS_CONNECTED, Count, "Whether NATS is connected");
+    describe_gauge!(EDGES, Count, "Edges that gave a sign of life lately, this one included");
+    describe_counter!(SESSION_LOOKUPS, Count, "Sessions by where they were found");
+    describe_counter!(LIMIT_FAILURES, Count, "Calls that could not be counted against their budget");
+}

@@ -1,0 +1,281 @@
+//! NATS: word from edge to edge. Every message may be lost, doubled or late, and nothing is wrong then but a delay.
+//!
+//! An edge listens to two subjects: its own, where it is told which inboxes to look at, and the one of all edges, for
+//! sessions that have ended, notices and signs of life. Publishing is putting something into a bounded queue, which never
+//! waits: what NATS does not take in time is dropped and counted.
+
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+
+use async_nats::{Client, ConnectOptions, Event, ServerAddr, Subscriber};
+use bytes::{BufMut as _, Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use qpq_domain::{IdentityKey, TokenHash};
+use qpq_ports::Notice;
+use tokio::{
+    sync::{Notify, broadcast, mpsc},
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
+
+use crate::{Config, ConnectError, metrics as names};
+
+/// Words that wait to be published.
+const QUEUE: usize = 64 << 10;
+/// What one message carries at most, in inboxes.
+const INBOXES: usize = 1_024;
+/// How long NATS may take one message.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// Between two signs of life, and how long after the last one an edge counts as gone.
+const SIGN: Duration = Duration::from_secs(2);
+const GONE: Duration = Duration::from_secs(7);
+/// What a slow listener may be behind.
+const HEARD: usize = 4_096;
+
+/// One edge, from its start to its end.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct EdgeId(pub(crate) Arc<str>);
+
+impl EdgeId {
+    pub(crate) fn random() -> Self {
+        Self(format!("{:016x}", rand::random::<u64>()).into())
+    }
+}
+
+impl fmt::Debug for EdgeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "EdgeId({})", self.0)
+    }
+}
+
+/// What other edges say.
+#[derive(Clone, Debug)]
+pub(crate) enum Heard {
+    /// Something came into the inbox, or became visible in it.
+    Wake(IdentityKey),
+    SessionEnded(TokenHash),
+    Notice(IdentityKey, Notice),
+}
+
+#[derive(Debug)]
+enum Say {
+    Wake(Arc<str>, IdentityKey),
+    SessionEnded(TokenHash),
+    Notice(IdentityKey, Notice),
+}
+
+/// The way to the other edges. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Bus {
+    say: mpsc::Sender<Say>,
+    heard: broadcast::Sender<Heard>,
+    back: Arc<Notify>,
+    client: Client,
+}
+
+impl Bus {
+    /// Connects and listens as `edge`. Needs a tokio runtime, on which it goes on until [`close`](Self::close).
+    pub(crate) async fn connect(config: &Config, edge: &EdgeId) -> Result<Self, ConnectError> {
+        let unreachable =
+            |cause: String| ConnectError::Unreachable { server: "NATS", setting: "nats.url", cause };
+        let back = Arc::new(Notify::new());
+        let options = options(config, Arc::clone(&back))?;
+        let client =
+            options.connect(servers(config)?).await.map_err(|error| unreachable(error.to_string()))?;
+        metrics::gauge!(names::BUS_CONNECTED).set(1.0);
+        let subjects = Subjects { namespace: config.namespace.as_str().into() };
+        let own =
+            client.subscribe(subjects.of(&edge.0)).await.map_err(|error| unreachable(error.to_string()))?;
+        let all = client.subscribe(subjects.all()).await.map_err(|error| unreachable(error.to_string()))?;
+        let (say, said) = mpsc::channel(QUEUE);
+        let (heard, _) = broadcast::channel(HEARD);
+        tokio::spawn(listen(own, all, heard.clone()));
+        tokio::spawn(publish(client.clone(), subjects, edge.clone(), said));
+        Ok(Self { say, heard, back, client })
+    }
+
+    /// Has `edge` look at the inbox.
+    pub(crate) fn wake(&self, edge: &str, inbox: IdentityKey) {
+        self.put(Say::Wake(edge.into(), inbox));
+    }
+
+    /// Has every other edge forget the session.
+    pub(crate) fn session_ended(&self, token: TokenHash) {
+        self.put(Say::SessionEnded(token));
+    }
+
+    pub(crate) fn notice(&self, identity: IdentityKey, notice: Notice) {
+        self.put(Say::Notice(identity, notice));
+    }
+
+    /// What is heard from now on.
+    pub(crate) fn hear(&self) -> broadcast::Receiver<Heard> {
+        self.heard.subscribe()
+    }
+
+    /// Completes when NATS was away and is back: what was said meanwhile is lost. Cancel-safe.
+    pub(crate) async fn back(&self) {
+        self.back.notified().await;
+    }
+
+    /// Says what is still to be said, and no more.
+    pub(crate) async fn close(&self) {
+        // An error says that there is no connection to end.
+        let _ = timeout(PATIENCE, self.client.drain()).await;
+    }
+
+    fn put(&self, say: Say) {
+        if self.say.try_send(say).is_err() {
+            metrics::counter!(names::BUS_DROPPED).increment(1);
+        }
+    }
+}
+
+fn options(config: &Config, back: Arc<Notify>) -> Result<ConnectOptions, ConnectError> {
+    let mut options = ConnectOptions::new()
+        .name("qpq-server")
+        .connection_timeout(config.start_timeout.min(Duration::from_secs(5)))
+        .ping_interval(Duration::from_secs(10))
+        .event_callback(move |event| {
+            let back = Arc::clone(&back);
+            async move {
+                match event {
+                    Event::Connected => {
+                        metrics::gauge!(names::BUS_CONNECTED).set(1.0);
+                        back.notify_one();
+                    }
+                    Event::Disconnected | Event::Closed => {
+                        metrics::gauge!(names::BUS_CONNECTED).set(0.0);
+                        tracing::warn!("NATS is away: messages arrive a little later until it is back");
+                    }
+                    // Something was dropped: as if it had been away.
+                    Event::SlowConsumer(_) => back.notify_one(),
+                    other => tracing::debug!(event = %other, "NATS"),
+                }
+            }
+        });
+    if let Some(ca) = &config.nats.ca {
+        options = options.add_root_certificates(ca.clone()).require_tls(true);
+    }
+    let servers = servers(config)?;
+    let first = servers.first().expect("at least one");
+    let user = first.username().map(str::to_owned).unwrap_or_default();
+    let password = config.nats.password.clone().or_else(|| first.password().map(str::to_owned));
+    Ok(match (user.is_empty(), password) {
+        (false, Some(password)) => options.user_and_password(user, password),
+        (true, Some(token)) => options.token(token),
+        (_, None) => options,
+    })
+}
+
+fn servers(config: &Config) -> Result<Vec<ServerAddr>, ConnectError> {
+    config.nats.url.split(',').map(|url| url.trim().parse()).collect::<Result<_, _>>().map_err(
+        |error: std::io::Error| ConnectError::Url {
+            setting: "nats.url",
+            cause: error.kind().to_string(),
+            expected: "it must be like nats://host:4222 or tls://host:4222, several separated by commas",
+        },
+    )
+}
+
+struct Subjects {
+    namespace: Arc<str>,
+}
+
+impl Subjects {
+    fn of(&self, edge: &str) -> String {
+        format!("{}.edge.{edge}", self.namespace)
+    }
+
+    fn all(&self) -> String {
+        format!("{}.edges", self.namespace)
+    }
+}
+
+/// First bytes of what goes to all edges.
+mod tag {
+    pub(super) const ALIVE: u8 = b'A';
+    pub(super) const SESSION_ENDED: u8 = b'S';
+    pub(super) const SESSIONS_ENDED: u8 = b'E';
+    pub(super) const KEY_PACKAGE_TAKEN: u8 = b'K';
+}
+
+async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mpsc::Receiver<Say>) {
+    let mut signs = interval(SIGN);
+    signs.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut words = Vec::with_capacity(INBOXES);
+    loop {
+        tokio::select! {
+            count = said.recv_many(&mut words, INBOXES) => if count == 0 { return },
+            _ = signs.tick() => {
+                let sign = [&[tag::ALIVE][..], edge.0.as_bytes()].concat();
+                send(&client, subjects.all(), sign.into(), 1).await;
+                continue;
+            }
+        }
+        let mut wakes: HashMap<Arc<str>, BytesMut> = HashMap::new();
+        for word in words.drain(..) {
+            match word {
+                Say::Wake(edge, inbox) => wakes.entry(edge).or_default().put_slice(inbox.as_bytes()),
+                Say::SessionEnded(token) => {
+                    let word = [&[tag::SESSION_ENDED][..], token.as_bytes()].concat();
+                    send(&client, subjects.all(), word.into(), 1).await;
+                }
+                Say::Notice(identity, notice) => {
+                    let tag = match notice {
+                        Notice::SessionsEnded => tag::SESSIONS_ENDED,
+                        Notice::KeyPackageTaken => tag::KEY_PACKAGE_TAKEN,
+                    };
+                    send(&client, subjects.all(), [&[tag][..], identity.as_bytes()].concat().into(), 1).await;
+                }
+            }
+        }
+        for (edge, inboxes) in wakes {
+            let count = inboxes.len() / IdentityKey::LEN;
+            metrics::counter!(names::WAKES, "way" => "sent").increment(count as u64);
+            send(&client, subjects.of(&edge), inboxes.freeze(), count).await;
+        }
+    }
+}
+
+/// While NATS is away its client takes a few thousand messages and then none, for ever: hence the patience.
+async fn send(client: &Client, subject: String, payload: Bytes, count: usize) {
+    if !matches!(timeout(PATIENCE, client.publish(subject, payload)).await, Ok(Ok(()))) {
+        metrics::counter!(names::BUS_DROPPED).increment(count as u64);
+    }
+}
+
+async fn listen(mut own: Subscriber, mut all: Subscriber, heard: broadcast::Sender<Heard>) {
+    let mut edges: HashMap<Bytes, Instant> = HashMap::new();
+    loop {
+        let (message, to_all) = tokio::select! {
+            message = own.next() => (message, false),
+            message = all.next() => (message, true),
+        };
+        let Some(message) = message else { return };
+        let payload = message.payload;
+        if !to_all {
+            for inbox in payload.chunks_exact(IdentityKey::LEN).filter_map(|key| key.try_into().ok()) {
+                // Nobody to tell is no error.
+                let _ = heard.send(Heard::Wake(inbox));
+            }
+            continue;
+        }
+        let Some((&tag, rest)) = payload.split_first() else { continue };
+        if tag == tag::ALIVE {
+            let now = Instant::now();
+            edges.insert(payload.slice(1..), now);
+            edges.retain(|_, seen| now.duration_since(*seen) < GONE);
+            metrics::gauge!(names::EDGES).set(edges.len() as f64);
+            continue;
+        }
+        let word = match (tag, rest.try_into()) {
+            (tag::SESSION_ENDED, Ok(token)) => Heard::SessionEnded(TokenHash::new(token)),
+            (tag::SESSIONS_ENDED, Ok(key)) => Heard::Notice(IdentityKey::new(key), Notice::SessionsEnded),
+            (tag::KEY_PACKAGE_TAKEN, Ok(key)) => {
+                Heard::Notice(IdentityKey::new(key), Notice::KeyPackageTaken)
+            }
+            // Of a newer release.
+            _ => continue,
+        };
+        let _ = heard.send(word);
+    }
+}

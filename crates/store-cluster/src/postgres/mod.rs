@@ -1,0 +1,225 @@
+//! Postgres: the one place where anything is durable.
+//!
+//! Every operation is a named transaction ([`Database::run`]) or a single statement ([`Database::once`]), measured by its name,
+//! and done again where another transaction was in its way. What was lost *before* its commit was sent changed nothing, so
+//! it is tried once more on another connection; what was lost *while* it committed may have happened, so it is tried again
+//! only where that does no harm ([`Repeat`]).
+
+pub(crate) mod row;
+mod schema;
+
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use qpq_ports::StoreResult;
+use sqlx::{
+    Connection as _, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
+};
+use tokio::time::Instant;
+use tracing::{Instrument as _, field::Empty};
+
+use crate::{
+    Config, ConnectError,
+    error::{Kind, Shared},
+    metrics as names,
+};
+
+pub use schema::migrate;
+pub(crate) use schema::{check_cluster, prepare};
+
+/// How often an operation is tried that others are in the way of.
+const TRIES: u32 = 6;
+
+/// Whether an operation of unknown outcome may be done again by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Repeat {
+    /// Twice is as good as once.
+    Harmless,
+    /// It gives something away, or tells apart first and second: the caller decides.
+    Never,
+}
+
+/// A pool of connections and how work is done on them. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Database {
+    pool: PgPool,
+}
+
+/// What an operation does with its connection. It may be done several times.
+pub(crate) trait Work<T>: for<'c> Fn(&'c mut PgConnection) -> BoxFuture<'c, sqlx::Result<T>> {}
+
+impl<T, W: for<'c> Fn(&'c mut PgConnection) -> BoxFuture<'c, sqlx::Result<T>>> Work<T> for W {}
+
+impl Database {
+    /// A pool that connects when it is needed.
+    pub(crate) fn new(options: PgConnectOptions, connections: u32, timeout: Duration) -> Self {
+        let pool = PgPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(timeout)
+            // A ping before every use would be a round trip each; a dead connection is noticed by its first statement.
+            .test_before_acquire(false)
+            .idle_timeout(Some(Duration::from_secs(600)))
+            .max_lifetime(Some(Duration::from_secs(3_600)))
+            .connect_lazy_with(options);
+        Self { pool }
+    }
+
+    /// Does `work` in a transaction.
+    pub(crate) async fn run<T>(
+        &self,
+        name: &'static str,
+        repeat: Repeat,
+        work: impl Work<T> + Send + Sync,
+    ) -> StoreResult<T> {
+        self.measured(name, repeat, true, &work).await.map_err(Into::into)
+    }
+
+    /// As [`run`](Self::run), for who has to tell many callers of one failure.
+    pub(crate) async fn run_shared<T>(
+        &self,
+        name: &'static str,
+        repeat: Repeat,
+        work: impl Work<T> + Send + Sync,
+    ) -> Result<T, Shared> {
+        self.measured(name, repeat, true, &work).await
+    }
+
+    /// Does `work`, which is a single statement, or reads alone.
+    pub(crate) async fn once<T>(
+        &self,
+        name: &'static str,
+        repeat: Repeat,
+        work: impl Work<T> + Send + Sync,
+    ) -> StoreResult<T> {
+        self.measured(name, repeat, false, &work).await.map_err(Into::into)
+    }
+
+    /// As [`once`](Self::once), for who has to tell many callers of one failure.
+    pub(crate) async fn once_shared<T>(
+        &self,
+        name: &'static str,
+        repeat: Repeat,
+        work: impl Work<T> + Send + Sync,
+    ) -> Result<T, Shared> {
+        self.measured(name, repeat, false, &work).await
+    }
+
+    /// Notes how many connections there are.
+    pub(crate) fn observe(&self) {
+        let (all, idle) = (self.pool.size() as usize, self.pool.num_idle());
+        metrics::gauge!(names::PG_CONNECTIONS, "state" => "idle").set(idle as f64);
+        metrics::gauge!(names::PG_CONNECTIONS, "state" => "busy").set(all.saturating_sub(idle) as f64);
+    }
+
+    pub(crate) async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    async fn measured<T>(
+        &self,
+        name: &'static str,
+        repeat: Repeat,
+        transaction: bool,
+        work: &(impl Work<T> + Send + Sync),
+    ) -> Result<T, Shared> {
+        let begun = Instant::now();
+        let span = tracing::debug_span!(
+            target: "qpq::store",
+            "postgres",
+            otel.name = name,
+            otel.kind = "client",
+            otel.status_code = Empty,
+            db.system.name = "postgresql",
+            retries = Empty
+        );
+        let mut tries = 0;
+        let outcome = loop {
+            tries += 1;
+            let sql = tracing::debug_span!(target: "qpq::store", parent: &span, "sql", attempt = tries);
+            match self.attempt(transaction, work).instrument(sql).await {
+                Ok(done) => break Ok(done),
+                Err(Failed { error, happened }) => {
+                    let again = match Kind::of(&error) {
+                        Kind::Contention => tries < TRIES,
+                        Kind::Unreachable => {
+                            tries == 1 && (happened == Happened::No || repeat == Repeat::Harmless)
+                        }
+                        Kind::Refused | Kind::Corrupt => false,
+                    };
+                    if !again {
+                        break Err(error);
+                    }
+                    metrics::counter!(names::PG_RETRIES, "op" => name).increment(1);
+                    tokio::time::sleep(wait(tries, rand::random())).await;
+                }
+            }
+        };
+        metrics::histogram!(names::PG_SECONDS, "op" => name).record(begun.elapsed());
+        span.record("retries", tries - 1);
+        outcome.map_err(|error| {
+            let kind = Kind::of(&error);
+            span.record("otel.status_code", "ERROR");
+            metrics::counter!(names::PG_ERRORS, "op" => name, "kind" => kind.name()).increment(1);
+            tracing::warn!(%error, kind = kind.name(), op = name, "Postgres did not do it");
+            error.into()
+        })
+    }
+
+    async fn attempt<T>(&self, transaction: bool, work: &(impl Work<T> + Send + Sync)) -> Result<T, Failed> {
+        let no = |error| Failed { error, happened: Happened::No };
+        let perhaps = |error| Failed { error, happened: Happened::Perhaps };
+        let mut connection = self.pool.acquire().await.map_err(no)?;
+        if !transaction {
+            return work(&mut connection).await.map_err(perhaps);
+        }
+        let mut open = connection.begin().await.map_err(no)?;
+        let done = work(&mut open).await.map_err(no)?;
+        open.commit().await.map_err(perhaps)?;
+        Ok(done)
+    }
+}
+
+struct Failed {
+    error: sqlx::Error,
+    happened: Happened,
+}
+
+/// Whether what failed may have happened all the same.
+#[derive(PartialEq, Eq)]
+enum Happened {
+    No,
+    Perhaps,
+}
+
+/// Before the next try: up to 5 ms, doubled each time, with full jitter.
+fn wait(tries: u32, random: u64) -> Duration {
+    Duration::from_millis(5 << tries.min(6)).mul_f64(random as f64 / u64::MAX as f64)
+}
+
+/// How to connect, from the configuration.
+pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError> {
+    const SETTING: &str = "postgres.url";
+    let endpoint = &config.postgres;
+    let mut options: PgConnectOptions =
+        endpoint.url.parse().map_err(|error: sqlx::Error| ConnectError::Url {
+            setting: SETTING,
+            cause: error.to_string(),
+            expected: "it must be like postgres://user@host:5432/database",
+        })?;
+    if let Some(password) = &endpoint.password {
+        options = options.password(password);
+    }
+    if let Some(ca) = &endpoint.ca {
+        options = options.ssl_root_cert(ca).ssl_mode(PgSslMode::VerifyFull);
+    }
+    let timeout = config.postgres_timeout.as_millis().to_string();
+    Ok(options.application_name("qpq-server").options([
+        // Acknowledged means durable, whatever the server's default is.
+        ("synchronous_commit", "on"),
+        ("statement_timeout", timeout.as_str()),
+        ("lock_timeout", timeout.as_str()),
+        ("idle_in_transaction_session_timeout", timeout.as_str()),
+        ("timezone", "UTC"),
+    ]))
+}

@@ -1,0 +1,80 @@
+//! Between domain types and columns. What does not fit its type was never written by this program: the row is bad.
+
+use std::time::Duration;
+
+use qpq_domain::{AccountId, ChannelId, DeviceId, IdentityKey, Seq, UnixMillis, Username};
+use sqlx::{Row as _, postgres::PgRow};
+
+use crate::error::NeverWritten;
+
+/// An instant as a column; the end of time is what an `i64` holds.
+pub(crate) fn millis(at: UnixMillis) -> i64 {
+    i64::try_from(at.0).unwrap_or(i64::MAX)
+}
+
+/// A duration as a column.
+pub(crate) fn millis_of(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// A seq, count or size as a column.
+pub(crate) fn number(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+/// Reads columns as domain types.
+pub(crate) trait Columns {
+    fn account(&self, column: &'static str) -> sqlx::Result<AccountId>;
+    fn unsigned(&self, column: &'static str) -> sqlx::Result<u64>;
+    fn at(&self, column: &'static str) -> sqlx::Result<UnixMillis>;
+    fn seq(&self, column: &'static str) -> sqlx::Result<Seq>;
+    fn hash(&self, column: &'static str) -> sqlx::Result<[u8; 32]>;
+    fn identity(&self, column: &'static str) -> sqlx::Result<IdentityKey>;
+    fn channel(&self, column: &'static str) -> sqlx::Result<ChannelId>;
+    fn device(&self, column: &'static str) -> sqlx::Result<Option<DeviceId>>;
+    fn username(&self, column: &'static str) -> sqlx::Result<Username>;
+    fn bytes(&self, column: &'static str) -> sqlx::Result<Vec<u8>>;
+}
+
+impl Columns for PgRow {
+    fn account(&self, column: &'static str) -> sqlx::Result<AccountId> {
+        self.try_get(column).map(AccountId)
+    }
+
+    fn unsigned(&self, column: &'static str) -> sqlx::Result<u64> {
+        Ok(u64::try_from(self.try_get::<i64, _>(column)?).map_err(|_| NeverWritten(column))?)
+    }
+
+    fn at(&self, column: &'static str) -> sqlx::Result<UnixMillis> {
+        self.unsigned(column).map(UnixMillis)
+    }
+
+    fn seq(&self, column: &'static str) -> sqlx::Result<Seq> {
+        self.unsigned(column).map(Seq)
+    }
+
+    fn hash(&self, column: &'static str) -> sqlx::Result<[u8; 32]> {
+        Ok(self.try_get::<&[u8], _>(column)?.try_into().map_err(|_| NeverWritten(column))?)
+    }
+
+    fn identity(&self, column: &'static str) -> sqlx::Result<IdentityKey> {
+        self.hash(column).map(IdentityKey::new)
+    }
+
+    fn channel(&self, column: &'static str) -> sqlx::Result<ChannelId> {
+        Ok(self.try_get::<&[u8], _>(column)?.try_into().map_err(|_| NeverWritten(column))?)
+    }
+
+    fn device(&self, column: &'static str) -> sqlx::Result<Option<DeviceId>> {
+        let bytes = self.try_get::<Option<&[u8]>, _>(column)?;
+        Ok(bytes.map(DeviceId::try_from).transpose().map_err(|_| NeverWritten(column))?)
+    }
+
+    fn username(&self, column: &'static str) -> sqlx::Result<Username> {
+        Ok(Username::parse(self.try_get(column)?).map_err(|_| NeverWritten(column))?)
+    }
+
+    fn bytes(&self, column: &'static str) -> sqlx::Result<Vec<u8>> {
+        self.try_get(column)
+    }
+}

@@ -1,0 +1,315 @@
+//! One connection to whatever kind of Redis there is: a single server, a Sentinel's primary, or a Cluster. Each finds its way
+//! back by itself after it was lost.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use redis::{
+    Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo as _, Pipeline, RedisError,
+    RedisFuture, RedisResult, ServerErrorKind, TlsCertificates, Value,
+    aio::{ConnectionLike, ConnectionManager, ConnectionManagerConfig, MultiplexedConnection},
+    cluster::ClusterClientBuilder,
+    cluster_async::ClusterConnection,
+    io::tcp::TcpSettings,
+    sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
+};
+
+use crate::{Config, ConnectError};
+
+const SETTING: &str = "redis.url";
+const EXPECTED: &str = "it must be like redis://host:6379, rediss://host:6379, redis+cluster://a:6379,b:6379 or redis+sentinel://a:26379,b:26379/primary";
+
+#[derive(Clone)]
+pub(super) enum Link {
+    Single(ConnectionManager),
+    Cluster(ClusterConnection),
+    Sentinel(Arc<Primary>),
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Single(_) => "Single",
+            Self::Cluster(_) => "Cluster",
+            Self::Sentinel(_) => "Sentinel",
+        })
+    }
+}
+
+impl Link {
+    pub(super) async fn connect(config: &Config) -> Result<Self, ConnectError> {
+        let address = Address::parse(&config.redis.url)?;
+        let tls = match &config.redis.ca {
+            None => None,
+            Some(path) => {
+                let root_cert = std::fs::read(path).map_err(|error| ConnectError::File {
+                    setting: "redis.ca",
+                    path: path.clone(),
+                    cause: error.to_string(),
+                })?;
+                Some(TlsCertificates { client_tls: None, root_cert: Some(root_cert) })
+            }
+        };
+        let nodes = address.nodes(config.redis.password.as_deref())?;
+        let opened = match address.kind {
+            Kind::Single => single(nodes, tls, config.redis_timeout).await,
+            Kind::Cluster => cluster(nodes, tls, config.redis_timeout).await,
+            Kind::Sentinel => sentinel(nodes, &address.path, tls).await,
+        };
+        opened.map_err(|error| ConnectError::Unreachable {
+            server: "Redis",
+            setting: SETTING,
+            cause: error.to_string(),
+        })
+    }
+}
+
+async fn single(
+    mut nodes: Vec<ConnectionInfo>,
+    tls: Option<TlsCertificates>,
+    timeout: Duration,
+) -> RedisResult<Link> {
+    let node = nodes.swap_remove(0);
+    let client = match tls {
+        Some(tls) => Client::build_with_tls(node, tls)?,
+        None => Client::open(node)?,
+    };
+    let config = ConnectionManagerConfig::new()
+        .set_min_delay(Duration::from_millis(50))
+        .set_max_delay(Duration::from_millis(500))
+        .set_number_of_retries(3)
+        .set_connection_timeout(Some(timeout))
+        // Every call has its own deadline, which also bounds the wait for a new connection.
+        .set_response_timeout(Some(timeout));
+    ConnectionManager::new_with_config(client, config).await.map(Link::Single)
+}
+
+async fn cluster(
+    nodes: Vec<ConnectionInfo>,
+    tls: Option<TlsCertificates>,
+    timeout: Duration,
+) -> RedisResult<Link> {
+    let mut builder = ClusterClientBuilder::new(nodes)
+        .retries(4)
+        .connection_timeout(timeout)
+        .response_timeout(timeout)
+        .tcp_settings(tcp());
+    if let Some(tls) = tls {
+        builder = builder.certs(tls);
+    }
+    builder.build()?.get_async_connection().await.map(Link::Cluster)
+}
+
+async fn sentinel(nodes: Vec<ConnectionInfo>, name: &str, tls: Option<TlsCertificates>) -> RedisResult<Link> {
+    let (addresses, settings): (Vec<ConnectionAddr>, Vec<_>) =
+        nodes.iter().map(|node| (node.addr().clone(), node.redis_settings().clone())).unzip();
+    let mut builder = SentinelClientBuilder::new(addresses, name, SentinelServerType::Master)?
+        .set_client_to_redis_tcp_settings(tcp())
+        .set_client_to_sentinel_tcp_settings(tcp());
+    if let Some(username) = settings[0].username() {
+        builder = builder.set_client_to_redis_username(username);
+    }
+    if let Some(password) = settings[0].password() {
+        builder = builder.set_client_to_redis_password(password);
+    }
+    if let Some(tls) = tls {
+        builder = builder
+            .set_client_to_redis_tls_mode(redis::TlsMode::Secure)
+            .set_client_to_redis_certificates(tls);
+    }
+    let primary = Primary { sentinels: tokio::sync::Mutex::new(builder.build()?), current: Mutex::default() };
+    primary.connection().await?;
+    Ok(Link::Sentinel(Arc::new(primary)))
+}
+
+/// Small requests that wait for nothing to be added to them.
+fn tcp() -> TcpSettings {
+    TcpSettings::default().set_nodelay(true)
+}
+
+/// The primary, as the Sentinels last named it.
+pub(super) struct Primary {
+    sentinels: tokio::sync::Mutex<SentinelClient>,
+    current: Mutex<Option<MultiplexedConnection>>,
+}
+
+impl Primary {
+    async fn connection(&self) -> RedisResult<MultiplexedConnection> {
+        if let Some(current) = &*self.current.lock() {
+            return Ok(current.clone());
+        }
+        let mut sentinels = self.sentinels.lock().await;
+        // Whoever was here first has it by now.
+        if let Some(current) = &*self.current.lock() {
+            return Ok(current.clone());
+        }
+        let new = sentinels.get_async_connection().await?;
+        *self.current.lock() = Some(new.clone());
+        Ok(new)
+    }
+
+    /// After a failure that says the primary is gone or is none any more, the Sentinels are asked again.
+    fn judge<T>(&self, outcome: RedisResult<T>) -> RedisResult<T> {
+        if outcome.as_ref().is_err_and(lost_primary) {
+            *self.current.lock() = None;
+        }
+        outcome
+    }
+}
+
+fn lost_primary(error: &RedisError) -> bool {
+    error.is_unrecoverable_error()
+        || error.is_io_error()
+        || error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
+        || error.kind() == ErrorKind::Server(ServerErrorKind::MasterDown)
+}
+
+impl ConnectionLike for Link {
+    fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
+        match self {
+            Self::Single(link) => link.req_packed_command(cmd),
+            Self::Cluster(link) => link.req_packed_command(cmd),
+            Self::Sentinel(primary) => Box::pin(async move {
+                let mut connection = primary.connection().await?;
+                primary.judge(connection.req_packed_command(cmd).await)
+            }),
+        }
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        match self {
+            Self::Single(link) => link.req_packed_commands(pipeline, offset, count),
+            Self::Cluster(link) => link.req_packed_commands(pipeline, offset, count),
+            Self::Sentinel(primary) => Box::pin(async move {
+                let mut connection = primary.connection().await?;
+                primary.judge(connection.req_packed_commands(pipeline, offset, count).await)
+            }),
+        }
+    }
+
+    fn get_db(&self) -> i64 {
+        0
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Single,
+    Cluster,
+    Sentinel,
+}
+
+/// A URL, taken apart as far as the client library does not do it.
+#[derive(Debug, PartialEq, Eq)]
+struct Address {
+    kind: Kind,
+    /// `redis` or `rediss`.
+    scheme: String,
+    /// With the `@` behind it, or nothing.
+    user_info: String,
+    hosts: Vec<String>,
+    /// Without the `/` in front.
+    path: String,
+}
+
+impl Address {
+    fn parse(url: &str) -> Result<Self, ConnectError> {
+        let wrong =
+            |cause: &str| ConnectError::Url { setting: SETTING, cause: cause.into(), expected: EXPECTED };
+        let (scheme, rest) = url.split_once("://").ok_or_else(|| wrong("it has no scheme"))?;
+        let (scheme, kind) = match scheme.split_once('+') {
+            None => (scheme, Kind::Single),
+            Some((scheme, "cluster")) => (scheme, Kind::Cluster),
+            Some((scheme, "sentinel")) => (scheme, Kind::Sentinel),
+            Some(_) => return Err(wrong("that kind of Redis is unknown")),
+        };
+        if !["redis", "rediss"].contains(&scheme) {
+            return Err(wrong("the scheme is neither redis nor rediss"));
+        }
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let (user_info, hosts) = match authority.rsplit_once('@') {
+            Some((user_info, hosts)) => (format!("{user_info}@"), hosts),
+            None => (String::new(), authority),
+        };
+        let hosts: Vec<_> = hosts.split(',').map(str::to_owned).collect();
+        if hosts.iter().any(String::is_empty) {
+            return Err(wrong("it names no host"));
+        }
+        if kind == Kind::Single && hosts.len() > 1 {
+            return Err(wrong("several hosts are a cluster or sentinels, and it does not say which"));
+        }
+        if kind == Kind::Sentinel && path.is_empty() {
+            return Err(wrong("it does not name the primary behind the hosts"));
+        }
+        Ok(Self { kind, scheme: scheme.into(), user_info, hosts, path: path.into() })
+    }
+
+    fn nodes(&self, password: Option<&str>) -> Result<Vec<ConnectionInfo>, ConnectError> {
+        // Behind Sentinels and in a Cluster the path is no database.
+        let path = if self.kind == Kind::Single { self.path.as_str() } else { "" };
+        let node = |host: &String| {
+            let node = format!("{}://{}{host}/{path}", self.scheme, self.user_info).into_connection_info()?;
+            let settings = match password {
+                Some(password) => node.redis_settings().clone().set_password(password),
+                None => node.redis_settings().clone(),
+            };
+            Ok(node.set_redis_settings(settings).set_tcp_settings(tcp()))
+        };
+        self.hosts.iter().map(node).collect::<RedisResult<_>>().map_err(|error| ConnectError::Url {
+            setting: SETTING,
+            // The library's own words may quote the URL.
+            cause: format!("{:?}", error.kind()),
+            expected: EXPECTED,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(url: &str) -> Address {
+        Address::parse(url).unwrap_or_else(|error| panic!("{url}: {error}"))
+    }
+
+    #[test]
+    fn each_kind_of_address_is_understood() {
+        assert_eq!(parse("redis://localhost:6379/2").kind, Kind::Single);
+        let cluster = parse("rediss+cluster://:p%40ss@a:1,b:2");
+        assert_eq!(
+            (cluster.kind, cluster.scheme.as_str(), cluster.hosts.len()),
+            (Kind::Cluster, "rediss", 2)
+        );
+        let nodes = cluster.nodes(None).expect("two nodes");
+        assert_eq!(nodes[1].redis_settings().password(), Some("p@ss"));
+        let sentinel = parse("redis+sentinel://a:26379,b:26379/primary");
+        assert_eq!((sentinel.kind, sentinel.path.as_str()), (Kind::Sentinel, "primary"));
+    }
+
+    #[test]
+    fn a_password_of_its_own_replaces_the_one_in_the_url() {
+        let nodes = parse("redis://user:old@localhost:6379").nodes(Some("new")).expect("a node");
+        assert_eq!(nodes[0].redis_settings().password(), Some("new"));
+        assert_eq!(nodes[0].redis_settings().username(), Some("user"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_without_the_password() {
+        for url in [
+            "localhost:6379",
+            "http://:secret@localhost",
+            "redis://:secret@a,b",
+            "redis+sentinel://:secret@a:1",
+            "redis+ring://:secret@a:1",
+            "redis://:secret@",
+        ] {
+            let said = Address::parse(url).expect_err(url).to_string();
+            assert!(said.starts_with("redis.url cannot be understood") && !said.contains("secret"), "{said}");
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Redis: what is quick and may be lost. Inboxes that are being read, who waits for them, what is on its way to a client,
+//! rate limits, sessions in use. Everything here can be flushed, evicted or rolled back at any moment; what that breaks is
+//! noticed by comparing with Postgres, or costs a delay.
+
+mod link;
+pub(crate) mod queue;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use qpq_ports::{StoreError, StoreResult};
+use redis::{Cmd, FromRedisValue, RedisError, Script, aio::ConnectionLike as _};
+use tokio::time::{Instant, timeout};
+use tracing::{Instrument as _, field::Empty};
+
+use crate::{Config, ConnectError, metrics as names};
+use link::Link;
+
+/// The connection that everything shares: commands of many callers go out one behind the other, without waiting for each
+/// other's answers. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Redis {
+    link: Link,
+    namespace: Arc<str>,
+    timeout: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("Redis did not answer within {0:?}")]
+struct NoAnswer(Duration);
+
+impl Redis {
+    /// Connects, and asks for the version.
+    pub(crate) async fn connect(config: &Config) -> Result<Self, ConnectError> {
+        let link = Link::connect(config).await?;
+        let redis = Self { link, namespace: config.namespace.as_str().into(), timeout: config.redis_timeout };
+        redis.check_version().await?;
+        Ok(redis)
+    }
+
+    /// The key for `name`, which has a `{hash tag}` where several keys must lie together.
+    pub(crate) fn key(&self, name: std::fmt::Arguments<'_>) -> String {
+        format!("{}:{name}", self.namespace)
+    }
+
+    /// Runs a script; `op` is what metrics call it.
+    pub(crate) async fn script<T: FromRedisValue>(
+        &self,
+        op: &'static str,
+        script: &Script,
+        keys: &[String],
+        args: &[Bytes],
+    ) -> StoreResult<T> {
+        let mut invocation = script.prepare_invoke();
+        for key in keys {
+            invocation.key(key.as_str());
+        }
+        for arg in args {
+            invocation.arg(&arg[..]);
+        }
+        let mut link = self.link.clone();
+        self.measured(op, invocation.invoke_async(&mut link)).await
+    }
+
+    /// Runs one command.
+    pub(crate) async fn command<T: FromRedisValue>(&self, op: &'static str, command: &Cmd) -> StoreResult<T> {
+        let mut link = self.link.clone();
+        self.measured(op, async {
+            redis::from_redis_value(link.req_packed_command(command).await?).map_err(Into::into)
+        })
+        .await
+    }
+
+    async fn measured<T>(
+        &self,
+        op: &'static str,
+        work: impl Future<Output = Result<T, RedisError>>,
+    ) -> StoreResult<T> {
+        let begun = Instant::now();
+        let span = tracing::debug_span!(
+            target: "qpq::store",
+            "redis",
+            otel.name = op,
+            otel.kind = "client",
+            otel.status_code = Empty,
+            db.system.name = "redis"
+        );
+        let outcome = match timeout(self.timeout, work).instrument(span.clone()).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) => Err(StoreError::unavailable(error)),
+            Err(_) => Err(StoreError::unavailable(NoAnswer(self.timeout))),
+        };
+        metrics::histogram!(names::REDIS_SECONDS, "op" => op).record(begun.elapsed());
+        if outcome.is_err() {
+            span.record("otel.status_code", "ERROR");
+            metrics::counter!(names::REDIS_ERRORS, "op" => op).increment(1);
+        }
+        outcome
+    }
+
+    async fn check_version(&self) -> Result<(), ConnectError> {
+        let unreachable = |error: StoreError| ConnectError::Unreachable {
+            server: "Redis",
+            setting: "redis.url",
+            cause: std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string),
+        };
+        // Answers with the version on every kind of deployment, where INFO would have to be asked node by node.
+        let script = Script::new("return redis.REDIS_VERSION or '6'");
+        let key = self.key(format_args!("version"));
+        let found: String = self.script("version", &script, &[key], &[]).await.map_err(unreachable)?;
+        let major: u32 = found.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
+        if major >= 7 { Ok(()) } else { Err(ConnectError::TooOld { server: "Redis", found, needed: "7.0" }) }
+    }
+}

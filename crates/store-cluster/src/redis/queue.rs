@@ -1,0 +1,319 @@
+//! Inboxes that are being read, as queues in Redis: what the scripts beside this file do, with types around it.
+//!
+//! A queue is a copy of one inbox in one state: everything up to seq `head`, after the first `removals` removals. It is only
+//! shown to a reader who knows, from Postgres, that the inbox has not gone beyond that state; so whatever Redis lost, evicted
+//! or rolled back makes a queue that is not shown, and it is loaded anew. Only small inboxes are loaded: the many that a
+//! connected client keeps nearly empty. The others are read from Postgres, and Redis has their leases and waiters alone.
+//!
+//! Keys, all with the inbox as hash tag: `m` the state, `q` the members by seq, `l` leases (seq → lease, `e`lease → end), `w`
+//! edges that wait.
+
+use std::{sync::LazyLock, time::Duration};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis};
+use qpq_ports::{Envelope, Page, PageLimit, Read, StoreError, StoreResult, View};
+use redis::{Cmd, Script, Value};
+
+use super::Redis;
+use crate::error::NeverWritten;
+
+/// What an inbox may hold to be loaded, in messages and in bytes of members.
+pub(crate) const MOST_MESSAGES: u64 = 256;
+pub(crate) const MOST_BYTES: u64 = 512 << 10;
+/// Bytes pushed to a queue before it is dropped, to be loaded with a new count: nothing is taken off it when messages go.
+const BYTES_PUSHED: u64 = 4 << 20;
+/// How long a queue stays loaded after the last read.
+const LOADED: Duration = Duration::from_secs(15 * 60);
+/// How long an edge stays registered as waiting. Whoever waits longer looks again before.
+pub(crate) const REGISTERED: Duration = Duration::from_secs(90);
+
+static PUSH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/push.lua")));
+static READ: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/read.lua")));
+static LOAD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/load.lua")));
+static CLAIM: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/claim.lua")));
+static REMOVE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/remove.lua")));
+static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
+
+/// Which of its states an inbox is in. Both only ever grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct State {
+    /// The seq of the newest message there ever was.
+    pub(crate) head: u64,
+    /// How often something was removed.
+    pub(crate) removals: u64,
+}
+
+/// A message as a queue keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Queued {
+    pub(crate) envelope: Envelope,
+    pub(crate) expires_at: UnixMillis,
+}
+
+/// A lease's name, which tells it from every other there ever was.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct LeaseId(pub(crate) String);
+
+/// Whether a read hides what it shows, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hold<'a> {
+    pub(crate) lease: &'a LeaseId,
+    pub(crate) lasts: Duration,
+}
+
+/// What a read of a queue found.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// It is not loaded, or behind.
+    NotLoaded,
+    Page(Shown),
+}
+
+/// A page that may be shown.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    pub(crate) page: Page,
+    pub(crate) head: u64,
+    /// When the lease ends that the page stops at.
+    pub(crate) stopped_for: Option<Duration>,
+}
+
+/// How far a page from Postgres may be shown.
+#[derive(Debug)]
+pub(crate) struct Free {
+    pub(crate) seqs: usize,
+    pub(crate) stopped_for: Option<Duration>,
+}
+
+impl Redis {
+    /// Adds committed messages to the queue, if it is loaded. Answers who waits for the inbox.
+    pub(crate) async fn push(&self, inbox: &IdentityKey, messages: &[Queued]) -> StoreResult<Vec<String>> {
+        let mut args = vec![number(MOST_MESSAGES), number(BYTES_PUSHED)];
+        for message in messages {
+            args.push(number(message.envelope.seq.0));
+            args.push(message.encode());
+        }
+        self.script("push", &PUSH, &self.keys(inbox, ["m", "q", "w"]), &args).await
+    }
+
+    /// The first messages of the view, if the queue shows `state` or a later one; held if asked for. `edge` is registered as
+    /// waiting first.
+    pub(crate) async fn read(
+        &self,
+        read: &Read,
+        state: State,
+        after: Seq,
+        limit: PageLimit,
+        now: UnixMillis,
+        hold: Option<Hold<'_>>,
+        edge: Option<&str>,
+    ) -> StoreResult<Found> {
+        let (view, channel) = match &read.view {
+            View::All => ("all", Bytes::new()),
+            View::Channel(channel) => ("channel", Bytes::copy_from_slice(channel.as_bytes())),
+        };
+        let args = [
+            number(state.head),
+            number(state.removals),
+            number(after.0),
+            Bytes::from_static(view.as_bytes()),
+            channel,
+            number(limit.messages.into()),
+            number(limit.bytes as u64),
+            number(now.0),
+            text(hold.map_or("", |hold| &hold.lease.0)),
+            millis(hold.map_or(Duration::ZERO, |hold| hold.lasts)),
+            text(edge.unwrap_or_default()),
+            millis(REGISTERED),
+            millis(LOADED),
+        ];
+        let keys = self.keys(&read.inbox, ["m", "q", "l", "w"]);
+        found(self.script("read", &READ, &keys, &args).await?)
+    }
+
+    /// Makes the queue from what Postgres had in `state`.
+    pub(crate) async fn load(
+        &self,
+        inbox: &IdentityKey,
+        state: State,
+        messages: &[Queued],
+    ) -> StoreResult<()> {
+        let members: Vec<_> =
+            messages.iter().map(|message| (message.envelope.seq, message.encode())).collect();
+        let bytes = members.iter().map(|(_, member)| member.len() as u64).sum();
+        let mut args = vec![number(state.head), number(state.removals), number(bytes), millis(LOADED)];
+        for (seq, member) in members {
+            args.push(number(seq.0));
+            args.push(member);
+        }
+        self.script("load", &LOAD, &self.keys(inbox, ["m", "q"]), &args).await
+    }
+
+    /// Holds the first `page` of `seqs` as far as they are free; one more may follow, to know whether it is.
+    pub(crate) async fn claim(
+        &self,
+        inbox: &IdentityKey,
+        seqs: &[Seq],
+        page: usize,
+        hold: Option<Hold<'_>>,
+    ) -> StoreResult<Free> {
+        let mut args = vec![
+            text(hold.map_or("", |hold| &hold.lease.0)),
+            millis(hold.map_or(Duration::ZERO, |hold| hold.lasts)),
+            number(page as u64),
+        ];
+        args.extend(seqs.iter().map(|seq| number(seq.0)));
+        let (seqs, stopped): (usize, u64) =
+            self.script("claim", &CLAIM, &self.keys(inbox, ["l"]), &args).await?;
+        Ok(Free { seqs, stopped_for: stopped_for(stopped) })
+    }
+
+    /// Says that `edge` waits for the inbox, before it is read from Postgres.
+    pub(crate) async fn register(&self, inbox: &IdentityKey, edge: &str) -> StoreResult<()> {
+        let [key] = self.keys(inbox, ["w"]);
+        let mut add = Cmd::new();
+        add.arg("HSET").arg(&key).arg(edge).arg("1");
+        self.command::<u64>("register", &add).await?;
+        let mut expire = Cmd::new();
+        expire.arg("PEXPIRE").arg(&key).arg(REGISTERED.as_millis() as u64);
+        self.command::<u64>("register", &expire).await.map(drop)
+    }
+
+    /// The messages are gone by the inbox's removal of that number, and so is `lease`. Answers who waits for the inbox.
+    pub(crate) async fn removed(
+        &self,
+        inbox: &IdentityKey,
+        removal: u64,
+        lease: Option<&LeaseId>,
+        seqs: &[Seq],
+    ) -> StoreResult<Vec<String>> {
+        let mut args = vec![number(removal), text(lease.map_or("", |lease| &lease.0))];
+        args.extend(seqs.iter().map(|seq| number(seq.0)));
+        self.script("remove", &REMOVE, &self.keys(inbox, ["m", "q", "l", "w"]), &args).await
+    }
+
+    /// Nothing is gone, but the lease is. Answers who waits for the inbox.
+    pub(crate) async fn released(
+        &self,
+        inbox: &IdentityKey,
+        lease: &LeaseId,
+        seqs: &[Seq],
+    ) -> StoreResult<Vec<String>> {
+        self.removed(inbox, 0, Some(lease), seqs).await
+    }
+
+    /// The lease lasts on from now.
+    pub(crate) async fn renew(&self, inbox: &IdentityKey, hold: Hold<'_>) -> StoreResult<()> {
+        let args = [text(&hold.lease.0), millis(hold.lasts)];
+        self.script::<u64>("renew", &RENEW, &self.keys(inbox, ["l"]), &args).await.map(drop)
+    }
+
+    fn keys<const N: usize>(&self, inbox: &IdentityKey, names: [&str; N]) -> [String; N] {
+        names.map(|name| self.key(format_args!("{{{inbox}}}{name}")))
+    }
+}
+
+fn found(answer: Value) -> StoreResult<Found> {
+    let wrong = || StoreError::corrupt(NeverWritten("the answer of read.lua"));
+    let Value::Array(fields) = answer else { return Err(wrong()) };
+    match &fields[..] {
+        [_] => Ok(Found::NotLoaded),
+        [_, head, more, stopped, Value::Array(members)] => {
+            let number = |value: &Value| redis::from_redis_value::<u64>(value.clone()).map_err(|_| wrong());
+            let envelope = |member: &Value| match member {
+                Value::BulkString(bytes) => {
+                    Queued::decode(bytes).map(|queued| queued.envelope).ok_or_else(wrong)
+                }
+                _ => Err(wrong()),
+            };
+            let envelopes = members.iter().map(envelope).collect::<StoreResult<_>>()?;
+            Ok(Found::Page(Shown {
+                page: Page { envelopes, more: number(more)? == 1 },
+                head: number(head)?,
+                stopped_for: stopped_for(number(stopped)?),
+            }))
+        }
+        _ => Err(wrong()),
+    }
+}
+
+fn stopped_for(millis: u64) -> Option<Duration> {
+    (millis > 0).then(|| Duration::from_millis(millis))
+}
+
+impl Queued {
+    /// seq (8) ‖ expires_at (8) ‖ enqueued_at (8) ‖ length of channel (1) ‖ channel ‖ payload, big-endian. `read.lua` reads
+    /// all but the payload.
+    fn encode(&self) -> Bytes {
+        let Envelope { seq, channel, payload, enqueued_at } = &self.envelope;
+        let channel = channel.as_bytes();
+        let mut member = BytesMut::with_capacity(25 + channel.len() + payload.len());
+        member.put_u64(seq.0);
+        // Beyond what Lua's numbers can tell apart; and the year 287 396 is as good as any later one.
+        member.put_u64(self.expires_at.0.min(1 << 53));
+        member.put_u64(enqueued_at.0);
+        member.put_u8(u8::try_from(channel.len()).expect("0 or 16"));
+        member.put_slice(channel);
+        member.put_slice(payload);
+        member.freeze()
+    }
+
+    fn decode(member: &[u8]) -> Option<Self> {
+        let (seq, rest) = member.split_first_chunk()?;
+        let (expires_at, rest) = rest.split_first_chunk()?;
+        let (enqueued_at, rest) = rest.split_first_chunk()?;
+        let (&length, rest) = rest.split_first()?;
+        let (channel, payload) = rest.split_at_checked(length.into())?;
+        Some(Self {
+            envelope: Envelope {
+                seq: Seq(u64::from_be_bytes(*seq)),
+                channel: ChannelId::try_from(channel).ok()?,
+                payload: Bytes::copy_from_slice(payload),
+                enqueued_at: UnixMillis(u64::from_be_bytes(*enqueued_at)),
+            },
+            expires_at: UnixMillis(u64::from_be_bytes(*expires_at)),
+        })
+    }
+}
+
+fn number(n: u64) -> Bytes {
+    n.to_string().into()
+}
+
+fn text(text: &str) -> Bytes {
+    Bytes::copy_from_slice(text.as_bytes())
+}
+
+fn millis(duration: Duration) -> Bytes {
+    number(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_is_read_as_it_was_written() {
+        for (channel, payload) in [(ChannelId::DEFAULT, ""), (ChannelId::new([0xff; 16]), "\0text")] {
+            let envelope =
+                Envelope { seq: Seq(7), channel, payload: payload.into(), enqueued_at: UnixMillis(5) };
+            let queued = Queued { envelope, expires_at: UnixMillis(9) };
+            assert_eq!(Queued::decode(&queued.encode()), Some(queued));
+        }
+    }
+
+    #[test]
+    fn no_other_bytes_are_a_member() {
+        let envelope = Envelope {
+            seq: Seq(1),
+            channel: ChannelId::new([1; 16]),
+            payload: Bytes::new(),
+            enqueued_at: UnixMillis(1),
+        };
+        let whole = Queued { envelope, expires_at: UnixMillis(1) }.encode();
+        for length in 0..whole.len() {
+            assert_eq!(Queued::decode(&whole[..length]), None, "{length} bytes");
+        }
+    }
+}

@@ -1,0 +1,22 @@
+-- An inbox as it was in Postgres at one instant becomes its queue, unless the queue shows a later state.
+-- KEYS: state, queue
+-- ARGV: head, removals, bytes, how long it stays loaded in ms, (seq, member)*
+local state = redis.call('HMGET', KEYS[1], 'h', 'r')
+local head, removals = tonumber(ARGV[1]), tonumber(ARGV[2])
+if state[1] then
+  -- A queue with a part missing is loaded anew whatever it says.
+  local whole = redis.call('ZCARD', KEYS[2]) == tonumber(redis.call('HGET', KEYS[1], 'n'))
+  if whole and tonumber(state[1]) >= head and tonumber(state[2]) >= removals then return 0 end
+  -- Later messages that were pushed already are kept; whether they are all, a read finds out.
+  redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', head)
+else
+  redis.call('DEL', KEYS[2])
+end
+for i = 5, #ARGV, 2 do redis.call('ZADD', KEYS[2], ARGV[i], ARGV[i + 1]) end
+while redis.call('ZCOUNT', KEYS[2], head + 1, head + 1) == 1 do head = head + 1 end
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], 'h', head, 'r', removals, 'n', redis.call('ZCARD', KEYS[2]), 'b', ARGV[3])
+if redis.call('ZCOUNT', KEYS[2], '(' .. head, '+inf') > 0 then redis.call('HSET', KEYS[1], 'g', '1') end
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+return 1

@@ -1,0 +1,35 @@
+-- Messages that Postgres has committed go to their inbox's queue, if that is loaded. Any order, any number of times.
+-- KEYS: state, queue, waiters
+-- ARGV: most messages, most bytes, (seq, member)*
+-- Answers the edges that wait, which are forgotten here: they register again when they have looked.
+local state = redis.call('HMGET', KEYS[1], 'h', 'n', 'b', 'g')
+if state[1] then
+  local head, count, bytes, gap = tonumber(state[1]), tonumber(state[2]), tonumber(state[3]), state[4]
+  local before = count
+  for i = 3, #ARGV, 2 do
+    local seq = tonumber(ARGV[i])
+    if seq > head then -- else it came with a load
+      local new = redis.call('ZADD', KEYS[2], seq, ARGV[i + 1])
+      count = count + new
+      bytes = bytes + new * #ARGV[i + 1]
+      if seq == head + 1 then head = seq else gap = '1' end
+    end
+  end
+  if gap then -- those that came too early follow, once the ones before them are there
+    while redis.call('ZCOUNT', KEYS[2], head + 1, head + 1) == 1 do head = head + 1 end
+    if redis.call('ZCOUNT', KEYS[2], '(' .. head, '+inf') == 0 then
+      redis.call('HDEL', KEYS[1], 'g')
+      gap = nil
+    end
+  end
+  if count > tonumber(ARGV[1]) or bytes > tonumber(ARGV[2]) then
+    redis.call('DEL', KEYS[1], KEYS[2])
+  else
+    redis.call('HSET', KEYS[1], 'h', head, 'n', count, 'b', bytes)
+    if gap then redis.call('HSET', KEYS[1], 'g', '1') end
+    if before == 0 and count > 0 then redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[1])) end
+  end
+end
+local waiters = redis.call('HKEYS', KEYS[3])
+if #waiters > 0 then redis.call('DEL', KEYS[3]) end
+return waiters
