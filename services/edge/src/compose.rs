@@ -6,15 +6,24 @@ use qpq_ports::{Clock, SystemClock};
 use qpq_rpc::{Parts, Rpc};
 use qpq_runtime::{
     config::ListenOn,
-    data_dir::{DataDir, DataDirError},
+    data_dir::DataDirError,
     http::{HttpError, HttpServer, Probe, Schedule},
     lifecycle::{TaskFailure, Tasks},
     metrics::{self, Metrics},
 };
-use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
-use qpq_transport::{BindError, Certificates, Fingerprint, IdentityError, Server};
+use qpq_store_cluster::ConnectError;
+use qpq_store_embedded::OpenError;
+use qpq_transport::{BindError, Certificates, Fingerprint, IdentityError, Member, Server};
 
-use crate::{Config, probe, secrets, secrets::SecretsError, service::Edge, upkeep};
+use crate::{
+    Config,
+    cluster::PasswordFileError,
+    probe,
+    secrets::SecretsError,
+    service::Edge,
+    store::{Opened, Store},
+    upkeep,
+};
 
 /// For /livez: the server from the outside. Three failures, because a restart ends every connection.
 const LIVENESS: Schedule =
@@ -30,7 +39,8 @@ pub struct Running {
     server: Server<Edge>,
     http: Option<SocketAddr>,
     certificates: Arc<Certificates>,
-    store: EmbeddedStore,
+    member: Option<Member>,
+    store: Store,
     tasks: Tasks,
     drain: Duration,
 }
@@ -44,6 +54,10 @@ pub enum StartError {
     Secrets(#[from] SecretsError),
     #[error("the data directory {0}")]
     Store(#[from] OpenError),
+    #[error(transparent)]
+    Cluster(#[from] ConnectError),
+    #[error(transparent)]
+    PasswordFile(#[from] PasswordFileError),
     #[error("the certificate: {0}")]
     Tls(#[from] IdentityError),
     #[error(
@@ -71,10 +85,7 @@ impl From<BindError> for StartError {
 /// Starts a server. When this returns, clients are being served. Needs a tokio runtime.
 pub async fn compose(config: &Config) -> Result<Running, StartError> {
     let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
-    let dir = DataDir::create(&config.data_dir)?;
-    let secrets = secrets::load_or_create(&dir)?;
-    let limits = Limits { delivery: config.delivery(), key_packages: config.key_packages() };
-    let store = EmbeddedStore::open(dir.path(), limits).await?;
+    let Opened { store, secrets, certificates, member } = Store::open(config).await?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let rpc = Rpc::new(Parts {
         stores: store.stores(),
@@ -83,12 +94,13 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
         signer: secrets.signer,
         config: config.rpc(),
     });
-    match listen(config, &rpc).await {
-        Ok((http, server, certificates)) => {
+    match listen(config, &rpc, &certificates, member.clone()).await {
+        Ok((http, server)) => {
             let mut running = Running {
                 server,
                 http: http.as_ref().map(HttpServer::address),
                 certificates,
+                member,
                 store,
                 tasks: Tasks::default(),
                 drain: config.drain.timeout,
@@ -97,26 +109,31 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
             Ok(running)
         }
         Err(error) => {
-            // So that the next attempt, perhaps from this process, finds the directory free.
+            // So that the next attempt, perhaps from this process, finds the store free.
             store.close().await;
             Err(error)
         }
     }
 }
 
-type Listening = (Option<HttpServer>, Server<Edge>, Arc<Certificates>);
-
 /// Opens the ports. QUIC comes last: once it is open, clients are served.
-async fn listen(config: &Config, rpc: &Arc<Rpc>) -> Result<Listening, StartError> {
-    let (cert, key) = config.tls_files();
-    let certificates = Certificates::load_or_create(&cert, &key, &config.tls_names())?;
+async fn listen(
+    config: &Config,
+    rpc: &Arc<Rpc>,
+    certificates: &Arc<Certificates>,
+    member: Option<Member>,
+) -> Result<(Option<HttpServer>, Server<Edge>), StartError> {
     let http = match config.http.listen {
         ListenOn::Off => None,
         ListenOn::At(address) => Some(HttpServer::bind(address).await?),
     };
+    let (transport, certificates) = (config.transport(), Arc::clone(certificates));
     let edge = Arc::new(Edge(Arc::clone(rpc)));
-    let server = Server::bind(config.transport(), Arc::clone(&certificates), edge)?;
-    Ok((http, server, certificates))
+    let server = match member {
+        Some(member) => Server::bind_in_fleet(member, transport, certificates, edge)?,
+        None => Server::bind(transport, certificates, edge)?,
+    };
+    Ok((http, server))
 }
 
 impl Running {
@@ -182,6 +199,10 @@ impl Running {
         tasks.spawn("other edges", Arc::clone(&rpc).hear_other_edges());
         tasks.spawn("sweep", upkeep::sweep(self.store.stores(), clock));
         tasks.spawn("certificates", Arc::clone(&self.certificates).watch(config.tls.reload_interval));
+        if let Some(member) = &self.member {
+            let watching = Arc::clone(&member.keys).watch(config.tls.reload_interval);
+            tasks.spawn("shared keys", watching);
+        }
         tasks.spawn("metrics", upkeep::fold(metrics.clone()));
         if let Some(http) = http {
             http.serve(tasks, live, ready, metrics);

@@ -15,7 +15,10 @@ use qpq_runtime::{
 };
 use qpq_transport::{Limits as TransportLimits, Timeouts};
 
-use crate::budgets::Limits;
+use crate::{
+    budgets::Limits,
+    cluster::{Cluster, Nats, Postgres, Redis, Sections},
+};
 
 /// Variables with our prefix that the client, the tests or the documentation read, and that we therefore leave alone.
 pub const FOREIGN_VARIABLES: &[&str] =
@@ -60,6 +63,16 @@ section! {
         admin: Admin = Admin::default();
         /// How the server stops.
         drain: Drain = Drain::default();
+        /// Postgres, version 15 or newer, where a cluster keeps everything that is durable.
+        postgres: Postgres = Postgres::default();
+        /// Redis, version 7.0 or newer: queues that are being read, leases, waiters, rate limits. It may lose everything it
+        /// holds.
+        redis: Redis = Redis::default();
+        /// NATS: word from edge to edge. All of it may get lost.
+        nats: Nats = Nats::default();
+        /// What this edge shares with the others of its cluster. A cluster needs `postgres.url`, `redis.url`, `nats.url` and
+        /// `cluster.secrets_dir`; without all four the server runs alone, on its data directory.
+        cluster: Cluster = Cluster::default();
     }
 }
 
@@ -247,15 +260,26 @@ impl Settings for Config {
             "delivery.default_wait",
             "at most delivery.max_wait",
         );
+        broken.extend(self.cluster_sections().broken());
         broken
     }
 }
 
 impl Config {
+    /// What makes an edge one of a cluster.
+    pub(crate) fn cluster_sections(&self) -> Sections<'_> {
+        Sections { postgres: &self.postgres, redis: &self.redis, nats: &self.nats, cluster: &self.cluster }
+    }
+
     /// Where certificate and key are.
     pub fn tls_files(&self) -> (PathBuf, PathBuf) {
         let place = |given: &Option<PathBuf>, name| given.clone().unwrap_or_else(|| self.data_dir.join(name));
         (place(&self.tls.cert, "server-cert.der"), place(&self.tls.key, "server-key.der"))
+    }
+
+    /// Certificate and key, if both are named.
+    pub(crate) fn own_tls_files(&self) -> Option<(PathBuf, PathBuf)> {
+        Some((self.tls.cert.clone()?, self.tls.key.clone()?))
     }
 
     /// What a certificate that is made is good for.
@@ -350,6 +374,12 @@ impl Config {
             ("delivery.max_wait", delivery.max_wait),
             ("session.idle", session.idle),
             ("session.absolute", session.absolute),
+            ("postgres.timeout", self.postgres.timeout),
+            ("redis.timeout", self.redis.timeout),
+            ("cluster.start_timeout", self.cluster.start_timeout),
+            ("cluster.poll", self.cluster.poll),
+            ("cluster.lease", self.cluster.lease),
+            ("cluster.session_cache", self.cluster.session_cache),
         ];
         for (path, time) in times {
             must(!time.is_zero() && time <= LONGEST, path, "more than nothing and at most 3650d");
@@ -379,6 +409,18 @@ impl Config {
         must(transport.max_handshakes > 0, "transport.max_handshakes", "at least 1");
         must((1..=65_536).contains(&transport.max_streams), "transport.max_streams", "between 1 and 65536");
         must(self.auth.waiting_logins > 0, "auth.waiting_logins", "at least 1");
+        must(
+            self.postgres.connections as usize > qpq_store_cluster::COMMITTERS,
+            "postgres.connections",
+            "at least 5: four commit messages, and others must get through",
+        );
+        let namespace = &self.cluster.namespace;
+        must(
+            !namespace.is_empty()
+                && namespace.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b)),
+            "cluster.namespace",
+            "letters, digits, - and _",
+        );
     }
 }
 

@@ -6,11 +6,13 @@
 pub mod args;
 pub mod banner;
 mod budgets;
+mod cluster;
 mod compose;
 mod config;
 mod probe;
 mod secrets;
 mod service;
+mod store;
 mod upkeep;
 
 pub use compose::{Running, StartError, compose};
