@@ -12,6 +12,7 @@ mod error;
 mod inboxes;
 mod keys;
 mod limiter;
+pub mod moving;
 mod notices;
 mod sessions;
 mod shard;

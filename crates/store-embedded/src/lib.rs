@@ -9,6 +9,7 @@
 
 mod accounts;
 mod error;
+mod export;
 mod inboxes;
 mod keys;
 mod limiter;
@@ -27,7 +28,8 @@ use qpq_domain::{Delivery, KeyPackageCaps};
 use qpq_ports::{Alone, Stores};
 use sqlx::SqlitePool;
 
-pub use open::OpenError;
+pub use export::{Export, ExportError};
+pub use open::{MOVED_FILE, OpenError};
 
 use crate::{
     accounts::EmbeddedAccounts, inboxes::EmbeddedInboxes, keys::EmbeddedKeys, limiter::EmbeddedLimiter,

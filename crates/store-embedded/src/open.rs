@@ -2,6 +2,7 @@
 //! with one real commit before anybody relies on it.
 
 use std::{
+    cmp::Ordering,
     fs::{DirBuilder, File, OpenOptions, TryLockError},
     io,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -26,10 +27,13 @@ const APPLICATION_ID: i64 = 1_903_194_417;
 const READERS: u32 = 4;
 
 /// Rows that a reader is ahead of whoever takes them. A row can be a MiB, and a page ends after four.
-const ROWS_AHEAD: usize = 8;
+pub(crate) const ROWS_AHEAD: usize = 8;
 
 const LOCK_FILE: &str = "lock";
-const DATABASE_FILE: &str = "qpq.db";
+pub(crate) const DATABASE_FILE: &str = "qpq.db";
+
+/// The file in a data directory that says where everything in it has gone: whoever finds it starts no server there.
+pub const MOVED_FILE: &str = "moved-to-cluster";
 
 /// Why a data directory cannot be used, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +70,16 @@ pub enum OpenError {
         path.display()
     )]
     OtherSchema { path: PathBuf, version: i64 },
+    #[error(
+        "{} was moved into a cluster, and what is here is no longer kept up: start that cluster's edges. {} says which one it is",
+        .0.display(), .0.join(MOVED_FILE).display()
+    )]
+    Moved(PathBuf),
+    #[error(
+        "{} was written by an older version (schema {found}, this one has {known}): start this version's qpq-server on it once and stop it",
+        path.display()
+    )]
+    OlderSchema { path: PathBuf, found: i64, known: i64 },
     #[error("{} cannot be opened ({cause}): see to the disk, then start again", path.display())]
     Failed { path: PathBuf, cause: String },
 }
@@ -82,10 +96,14 @@ pub(crate) struct Opened {
 pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
     make_directory(data_dir)?;
     let lock = lock(data_dir)?;
+    // What is sent here would never reach those who read in the cluster.
+    if data_dir.join(MOVED_FILE).exists() {
+        return Err(OpenError::Moved(data_dir.to_owned()));
+    }
     let path = data_dir.join(DATABASE_FILE);
     make_private_file(&path)?;
     sync_directory(data_dir)?;
-    let failed = |error: sqlx::Error| open_failed(&path, &error);
+    let failed = |error: sqlx::Error| failed(&path, &error);
 
     let options = SqliteConnectOptions::new()
         .filename(&path)
@@ -127,7 +145,8 @@ fn make_directory(path: &Path) -> Result<(), OpenError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| io_failed(path, &error))
 }
 
-fn lock(data_dir: &Path) -> Result<File, OpenError> {
+/// Takes the directory for this process, until the file is closed.
+pub(crate) fn lock(data_dir: &Path) -> Result<File, OpenError> {
     let path = data_dir.join(LOCK_FILE);
     let file = make_private_file(&path)?;
     match file.try_lock() {
@@ -166,7 +185,23 @@ fn io_failed(path: &Path, error: &io::Error) -> OpenError {
     }
 }
 
-fn open_failed(path: &Path, error: &sqlx::Error) -> OpenError {
+/// Checks that the database is one of ours and just as new as this program.
+pub(crate) async fn check_current(connection: &mut SqliteConnection, path: &Path) -> Result<(), OpenError> {
+    check_ownership(connection, path).await?;
+    let found: Option<i64> = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
+        .fetch_one(connection)
+        .await
+        .map_err(|error| failed(path, &error))?;
+    let (found, known, path) = (found.unwrap_or_default(), newest(), path.to_owned());
+    match found.cmp(&known) {
+        Ordering::Less => Err(OpenError::OlderSchema { path, found, known }),
+        Ordering::Equal => Ok(()),
+        Ordering::Greater => Err(OpenError::NewerSchema { path, found, known }),
+    }
+}
+
+/// What went wrong with the database file.
+pub(crate) fn failed(path: &Path, error: &sqlx::Error) -> OpenError {
     let (path, cause) = (path.to_owned(), error.to_string());
     match Kind::of(error) {
         Kind::Corrupt | Kind::BadRow => OpenError::Corrupt { path, cause },
@@ -178,7 +213,7 @@ fn open_failed(path: &Path, error: &sqlx::Error) -> OpenError {
 
 /// A database that has tables and not our mark is somebody else's.
 async fn check_ownership(connection: &mut SqliteConnection, path: &Path) -> Result<(), OpenError> {
-    let failed = |error: sqlx::Error| open_failed(path, &error);
+    let failed = |error: sqlx::Error| failed(path, &error);
     let mark: i64 =
         sqlx::query_scalar("PRAGMA application_id").fetch_one(&mut *connection).await.map_err(failed)?;
     // The migrator's own table comes before the first migration, which sets the mark: a crash may leave it alone.
@@ -191,8 +226,12 @@ async fn check_ownership(connection: &mut SqliteConnection, path: &Path) -> Resu
     if foreign && mark != APPLICATION_ID { Err(OpenError::NotOurs(path.to_owned())) } else { Ok(()) }
 }
 
+fn newest() -> i64 {
+    MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default()
+}
+
 fn migration_failed(path: &Path, error: &MigrateError) -> OpenError {
-    let known = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default();
+    let known = newest();
     match error {
         MigrateError::VersionMissing(found) => {
             OpenError::NewerSchema { path: path.to_owned(), found: *found, known }
@@ -200,7 +239,7 @@ fn migration_failed(path: &Path, error: &MigrateError) -> OpenError {
         MigrateError::VersionMismatch(version) => {
             OpenError::OtherSchema { path: path.to_owned(), version: *version }
         }
-        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => open_failed(path, error),
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => failed(path, error),
         other => OpenError::Corrupt { path: path.to_owned(), cause: other.to_string() },
     }
 }

@@ -1,0 +1,215 @@
+//! Reading a whole data directory, for moving it into a cluster. Nothing in it is changed; while it is being read no server can
+//! start on it, and if one runs on it, it is not read.
+//!
+//! Rows come in the order of their keys, a bounded number at a time, each batch from where the last one ended: whoever reads
+//! may stop anywhere and go on later.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+use futures_util::TryStreamExt as _;
+use qpq_ports::moving::{Cell, Digest, Digests, Row, Table, sha256};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions as _, Row as _, SqliteConnection, TypeInfo as _, ValueRef as _,
+    query::Query,
+    sqlite::{SqliteArguments, SqliteConnectOptions, SqliteRow},
+};
+
+use crate::{
+    OpenError,
+    open::{self, DATABASE_FILE, MOVED_FILE, ROWS_AHEAD},
+};
+
+/// Rows in one batch, and the bytes after which it ends.
+const BATCH_ROWS: i64 = 1_024;
+const BATCH_BYTES: usize = 4 << 20;
+
+/// A data directory that is being read.
+#[derive(Debug)]
+pub struct Export {
+    connection: SqliteConnection,
+    data_dir: PathBuf,
+    /// Keeps servers away.
+    _lock: File,
+}
+
+/// Why it cannot be read, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    #[error("{} holds no server's data: there is no {DATABASE_FILE} in it. Name the data directory of the server that is to be moved", .0.display())]
+    NoData(PathBuf),
+    #[error("the data directory {0}")]
+    Open(#[from] OpenError),
+    #[error("{} cannot be read ({source}): see to the disk, then run this again", path.display())]
+    Read { path: PathBuf, source: sqlx::Error },
+}
+
+impl Export {
+    /// Takes the directory for itself. Its schema must be this version's.
+    pub async fn open(data_dir: &Path) -> Result<Self, ExportError> {
+        let path = data_dir.join(DATABASE_FILE);
+        if !path.is_file() {
+            return Err(ExportError::NoData(data_dir.to_owned()));
+        }
+        let lock = open::lock(data_dir)?;
+        let mut connection = SqliteConnectOptions::new()
+            .filename(&path)
+            .read_only(true)
+            .pragma("query_only", "on")
+            .row_buffer_size(ROWS_AHEAD)
+            .disable_statement_logging()
+            .connect()
+            .await
+            .map_err(|error| open::failed(&path, &error))?;
+        open::check_current(&mut connection, &path).await?;
+        Ok(Self { connection, data_dir: data_dir.to_owned(), _lock: lock })
+    }
+
+    /// What was written down when it was moved, if it was.
+    pub fn moved(&self) -> Result<Option<String>, ExportError> {
+        let path = self.data_dir.join(MOVED_FILE);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(ExportError::Read { path, source: error.into() }),
+        }
+    }
+
+    /// The rows behind `after`, or the first ones: a batch of them, none at the end.
+    pub async fn rows(&mut self, table: Table, after: Option<&[Cell]>) -> Result<Vec<Row>, ExportError> {
+        let failed = failed(&self.data_dir);
+        let (name, columns, key) = (table.name(), table.column_list(), table.key_list());
+        let behind = after.map_or(String::new(), |after| {
+            format!("WHERE ({key}) > ({})", vec!["?"; after.len()].join(", "))
+        });
+        let sql = format!("SELECT {columns} FROM {name} {behind} ORDER BY {key} LIMIT {BATCH_ROWS}");
+        let query = after.into_iter().flatten().fold(sqlx::query(AssertSqlSafe(sql)), bind);
+        let mut found = query.fetch(&mut self.connection);
+        let (mut rows, mut bytes) = (Vec::new(), 0);
+        while bytes < BATCH_BYTES {
+            let Some(row) = found.try_next().await.map_err(&failed)? else { break };
+            let row = cells(&row).map_err(&failed)?;
+            bytes += row.iter().map(Cell::len).sum::<usize>();
+            rows.push(row);
+        }
+        Ok(rows)
+    }
+
+    /// What all of it comes to, in canonical rows. `seen` is told of every row.
+    pub async fn digests(&mut self, mut seen: impl FnMut()) -> Result<Digests, ExportError> {
+        let failed = failed(&self.data_dir);
+        let mut digests = Digests::default();
+        for table in Table::ALL {
+            let mut digest = Digest::default();
+            let mut rows = sqlx::query(canonical(table)).fetch(&mut self.connection);
+            while let Some(row) = rows.try_next().await.map_err(&failed)? {
+                let mut row = cells(&row).map_err(&failed)?;
+                if let (Table::Message, Some(Cell::Bytes(payload))) = (table, row.last_mut()) {
+                    *payload = sha256(payload);
+                }
+                digest.add(&row);
+                seen();
+            }
+            digests.set(table, digest);
+        }
+        Ok(digests)
+    }
+}
+
+/// The canonical rows of a table. The importer of the other store has the same columns in the same order.
+fn canonical(table: Table) -> &'static str {
+    match table {
+        Table::Account => "SELECT username, identity, opaque_record, created_at FROM account",
+        Table::Session => {
+            "SELECT t.token, a.identity, t.device, t.authenticated_at, t.last_used_at, t.expires_at
+               FROM session t JOIN account a ON a.id = t.account"
+        }
+        Table::Inbox => {
+            "SELECT a.identity, t.last_seq, t.messages, t.bytes, t.next_expiry
+               FROM inbox t JOIN account a ON a.id = t.id"
+        }
+        // The payload itself: what the row says of its hash is not taken for granted.
+        Table::Message => {
+            "SELECT a.identity, t.seq, t.expires_at, t.enqueued_at, t.channel, t.sender, t.message_id, t.payload_sha256,
+                    t.payload
+               FROM message t JOIN account a ON a.id = t.inbox"
+        }
+        Table::RecentId => {
+            "SELECT a.identity, t.sender, t.message_id, t.seq, t.channel, t.payload_sha256, t.enqueued_at, t.forget_at
+               FROM recent_id t JOIN account a ON a.id = t.inbox"
+        }
+        // They are given out in the order of their upload, so each has its place.
+        Table::KeyPackage => {
+            "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), t.fingerprint, t.last_resort,
+                    t.not_after, t.bytes
+               FROM key_package t JOIN account a ON a.id = t.owner"
+        }
+        Table::KeyPackageGiven => {
+            "SELECT a.identity, t.fingerprint, t.not_after FROM key_package_given t JOIN account a ON a.id = t.owner"
+        }
+        Table::HybridKey => "SELECT a.identity, t.key FROM hybrid_key t JOIN account a ON a.id = t.owner",
+    }
+}
+
+fn failed(data_dir: &Path) -> impl Fn(sqlx::Error) -> ExportError + use<> {
+    let path = data_dir.join(DATABASE_FILE);
+    move |source| ExportError::Read { path: path.clone(), source }
+}
+
+type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
+
+fn bind<'q>(query: SqliteQuery<'q>, cell: &'q Cell) -> SqliteQuery<'q> {
+    match cell {
+        Cell::Nothing => query.bind(None::<i64>),
+        Cell::Number(number) => query.bind(number),
+        Cell::Text(text) => query.bind(text),
+        Cell::Bytes(bytes) => query.bind(bytes),
+    }
+}
+
+/// Columns are typed strictly, so each value is what its column says.
+fn cells(row: &SqliteRow) -> sqlx::Result<Row> {
+    (0..row.len())
+        .map(|column| {
+            let value = row.try_get_raw(column)?;
+            let (nothing, kind) = (value.is_null(), value.type_info().name().to_owned());
+            Ok(match kind.as_str() {
+                _ if nothing => Cell::Nothing,
+                "TEXT" => Cell::Text(row.try_get(column)?),
+                "BLOB" => Cell::Bytes(row.try_get(column)?),
+                _ => Cell::Number(row.try_get(column)?),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A table of the schema that is not moved would be lost without a word.
+    #[tokio::test]
+    async fn all_that_is_durable_is_moved() {
+        let directory = tempfile::tempdir().expect("a directory");
+        drop(open::open(directory.path()).await.unwrap_or_else(|error| panic!("{error}")));
+        let mut export = Export::open(directory.path()).await.expect("it is free");
+        let rows = sqlx::query(
+            "SELECT t.name AS tab, c.name AS col FROM sqlite_schema t JOIN pragma_table_info(t.name) c
+              WHERE t.type = 'table' AND t.name NOT IN ('_sqlx_migrations', 'sqlite_sequence', 'heartbeat')",
+        )
+        .fetch_all(&mut export.connection)
+        .await
+        .expect("read");
+        for row in &rows {
+            let (table, column): (String, String) = (row.get("tab"), row.get("col"));
+            let moved = Table::ALL.into_iter().find(|moved| moved.name() == table);
+            let moved = moved.unwrap_or_else(|| panic!("{table} is not moved"));
+            // The size is the payload's.
+            let has = moved.columns().iter().any(|moved| moved.name == column) || column == "size";
+            assert!(has, "{table}.{column} is not moved");
+        }
+        assert!(rows.len() > 40);
+    }
+}
