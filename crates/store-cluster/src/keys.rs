@@ -1,8 +1,15 @@
 //! KeyPackages and hybrid keys in Postgres.
 //!
 //! A KeyPackage leaves its table in the statement that gives it out, and its fingerprint goes into another, where it stays
-//! until its lifetime ends: so it is given out once over all edges, and cannot come back. Whoever uploads holds the owner's
-//! account row, so that two edges do not both find room for the last package.
+//! until its lifetime ends: so it is given out once, by whichever edge, and cannot come back. Whether a package has expired is
+//! judged by the caller's instant in every statement, never by whether a sweep has already come by.
+//!
+//! Uploads of one owner go one after the other, by a lock on the account; takes wait for nobody.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, KeyPackageCaps, UnixMillis};
@@ -14,9 +21,9 @@ use crate::postgres::{
     row::{Columns as _, millis},
 };
 
-/// The oldest package, which is deleted and noted as given out. A row that somebody else is taking is passed over: if all
-/// that are left are being taken, none is left, and the last resort is in its place. `=` and not `IN`, whose subquery may be
-/// run again for another row.
+/// The oldest package that nobody else is just taking. One that is locked is as good as gone: whoever locked it commits next.
+/// (If that fails instead, it was there all the time, and somebody got a later one or the last resort, which is no harm.)
+/// `=` and not IN: a sub-select that is planned as a join may lock and take more than one row.
 const TAKE: &str = "
     WITH taken AS (
         DELETE FROM key_package WHERE id = (
@@ -29,23 +36,50 @@ const TAKE: &str = "
         SELECT owner, fingerprint, not_after FROM taken ON CONFLICT DO NOTHING)
     SELECT bytes FROM taken";
 
-/// The last-resort package stays; but once a newer one has taken its place, it may not come back.
-const LAST_RESORT: &str = "
+/// It is noted as given, too: once a newer one has taken its place, it may not come back. Locked, so that it is not replaced,
+/// and uploaded again, before that is noted; if it is just being replaced, this waits and gets the newer one.
+const TAKE_LAST_RESORT: &str = "
     WITH shown AS (
         SELECT k.owner, k.fingerprint, k.not_after, k.bytes FROM account a JOIN key_package k ON k.owner = a.id
-         WHERE a.identity = $1 AND k.last_resort AND k.not_after >= $2),
+         WHERE a.identity = $1 AND k.last_resort AND k.not_after >= $2 FOR KEY SHARE OF k),
     given AS (
         INSERT INTO key_package_given (owner, fingerprint, not_after)
         SELECT owner, fingerprint, not_after FROM shown ON CONFLICT DO NOTHING)
     SELECT bytes FROM shown";
 
+/// Whoever inserts a package locks its owner's key alone, which this leaves free.
+const LOCK: &str = "SELECT FROM account WHERE id = $1 FOR NO KEY UPDATE";
+
+const EXPIRE: &str = "
+    WITH packages AS (DELETE FROM key_package WHERE owner = $1 AND not_after < $2)
+    DELETE FROM key_package_given WHERE owner = $1 AND not_after < $2";
+
+/// One snapshot, in which a package is in one of the two or in neither.
+const KNOWN: &str = "
+    SELECT fingerprint, last_resort, false AS given FROM key_package WHERE owner = $1 AND fingerprint = ANY ($2)
+    UNION ALL
+    SELECT fingerprint, false, true FROM key_package_given WHERE owner = $1 AND fingerprint = ANY ($2)";
+
 const STOCK: &str = "
     SELECT count(*) FILTER (WHERE NOT last_resort) AS available, coalesce(bool_or(last_resort), false) AS last_resort
       FROM key_package WHERE owner = $1 AND not_after >= $2";
 
-const HYBRID: &str = "
-    SELECT h.key FROM unnest($1::bytea[]) WITH ORDINALITY AS t (identity, n)
-      LEFT JOIN account a ON a.identity = t.identity LEFT JOIN hybrid_key h ON h.owner = a.id ORDER BY t.n";
+/// In its place, so that whoever waits for the old one finds the new one.
+const REPLACE_LAST_RESORT: &str = "
+    UPDATE key_package SET fingerprint = $2, not_after = $3, bytes = $4 WHERE owner = $1 AND last_resort";
+
+const STORE: &str = "
+    INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes)
+    SELECT $1, n.fingerprint, n.last_resort, n.not_after, n.bytes
+      FROM unnest($2::bytea[], $3::bool[], $4::int8[], $5::bytea[])
+      WITH ORDINALITY AS n (fingerprint, last_resort, not_after, bytes, place) ORDER BY n.place";
+
+const PUT_HYBRID: &str = "
+    INSERT INTO hybrid_key (owner, key) VALUES ($1, $2) ON CONFLICT (owner) DO UPDATE SET key = excluded.key";
+
+const GET_HYBRID: &str = "
+    SELECT h.key FROM unnest($1::bytea[]) WITH ORDINALITY AS t (identity, place)
+      LEFT JOIN account a ON a.identity = t.identity LEFT JOIN hybrid_key h ON h.owner = a.id ORDER BY t.place";
 
 #[derive(Debug)]
 pub(crate) struct ClusterKeys {
@@ -67,30 +101,42 @@ impl KeyPackages for ClusterKeys {
         packages: Vec<NewKeyPackage>,
         now: UnixMillis,
     ) -> StoreResult<Upload> {
-        let most = self.caps.max_count;
-        let outcome = self
-            .database
-            .run("upload", Repeat::Harmless, |connection| {
-                let packages = packages.clone();
-                Box::pin(async move { upload(connection, owner, packages, now, most).await })
+        let (packages, most) = (Arc::new(packages), self.caps.max_count);
+        // A repeat finds the packages there. One of them may have been taken meanwhile, which is then what it says.
+        self.database
+            .run("upload_key_packages", Repeat::Harmless, |connection| {
+                let packages = Arc::clone(&packages);
+                Box::pin(async move { upload(connection, owner, &packages, now, most).await })
             })
-            .await?;
-        Ok(outcome)
+            .await
     }
 
     async fn take(&self, target: &IdentityKey, now: UnixMillis) -> StoreResult<Option<TakenKeyPackage>> {
         let target = *target;
+        // In a transaction, so that a dead connection is noticed before anything can have been taken.
         self.database
-            .run("take", Repeat::Never, |connection| {
-                Box::pin(async move { take(connection, &target, now).await })
+            .run("take_key_package", Repeat::Never, move |connection| {
+                Box::pin(async move {
+                    for (sql, last_resort) in [(TAKE, false), (TAKE_LAST_RESORT, true)] {
+                        let bytes: Option<Vec<u8>> = sqlx::query_scalar(sql)
+                            .bind(&target.as_bytes()[..])
+                            .bind(millis(now))
+                            .fetch_optional(&mut *connection)
+                            .await?;
+                        if let Some(bytes) = bytes {
+                            return Ok(Some(TakenKeyPackage { bytes, last_resort }));
+                        }
+                    }
+                    Ok(None)
+                })
             })
             .await
     }
 
     async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock> {
         self.database
-            .once("stock", Repeat::Harmless, |connection| {
-                Box::pin(async move { stock(connection, owner, now).await })
+            .once("key_package_stock", Repeat::Harmless, move |connection| {
+                Box::pin(stock(connection, owner, now))
             })
             .await
     }
@@ -99,145 +145,164 @@ impl KeyPackages for ClusterKeys {
 #[async_trait]
 impl HybridKeys for ClusterKeys {
     async fn put(&self, owner: AccountId, key: Vec<u8>) -> StoreResult<()> {
+        let key = Arc::new(key);
         self.database
-            .once("put_hybrid", Repeat::Harmless, |connection| {
-                let key = key.clone();
+            .once("put_hybrid_key", Repeat::Harmless, |connection| {
+                let key = Arc::clone(&key);
                 Box::pin(async move {
-                    sqlx::query(
-                        "INSERT INTO hybrid_key (owner, key) VALUES ($1, $2)
-                         ON CONFLICT (owner) DO UPDATE SET key = excluded.key",
-                    )
-                    .bind(owner.0)
-                    .bind(key)
-                    .execute(connection)
-                    .await
-                    .map(drop)
+                    sqlx::query(PUT_HYBRID).bind(owner.0).bind(&key[..]).execute(connection).await.map(drop)
                 })
             })
             .await
     }
 
     async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>> {
-        let targets: Vec<Vec<u8>> = targets.iter().map(|key| key.as_bytes().to_vec()).collect();
+        let targets: Arc<[Vec<u8>]> = targets.iter().map(|target| target.as_bytes().to_vec()).collect();
         self.database
-            .once("get_hybrid", Repeat::Harmless, |connection| {
-                let targets = targets.clone();
-                Box::pin(async move { sqlx::query_scalar(HYBRID).bind(targets).fetch_all(connection).await })
+            .once("get_hybrid_keys", Repeat::Harmless, |connection| {
+                let targets = Arc::clone(&targets);
+                Box::pin(async move {
+                    sqlx::query_scalar(GET_HYBRID).bind(&targets[..]).fetch_all(connection).await
+                })
             })
             .await
     }
 }
 
-/// Stores the packages, or finds out before anything is written why not.
+async fn stock(connection: &mut PgConnection, owner: AccountId, now: UnixMillis) -> sqlx::Result<Stock> {
+    let row = sqlx::query(STOCK).bind(owner.0).bind(millis(now)).fetch_one(connection).await?;
+    let available = row.unsigned("available")?;
+    Ok(Stock {
+        available: u32::try_from(available).unwrap_or(u32::MAX),
+        has_last_resort: row.try_get("last_resort")?,
+    })
+}
+
+/// Decides first and then stores all or nothing. Nobody else stores anything for this owner meanwhile; what others take
+/// makes room that was not needed, and the answer is of the moment before that.
 async fn upload(
     connection: &mut PgConnection,
     owner: AccountId,
-    packages: Vec<NewKeyPackage>,
+    packages: &[NewKeyPackage],
     now: UnixMillis,
     most: u32,
 ) -> sqlx::Result<Upload> {
-    sqlx::query("SELECT FROM account WHERE id = $1 FOR NO KEY UPDATE")
-        .bind(owner.0)
-        .execute(&mut *connection)
-        .await?;
-    for sql in [
-        "DELETE FROM key_package WHERE owner = $1 AND not_after < $2",
-        "DELETE FROM key_package_given WHERE owner = $1 AND not_after < $2",
-    ] {
-        sqlx::query(sql).bind(owner.0).bind(millis(now)).execute(&mut *connection).await?;
+    sqlx::query(LOCK).bind(owner.0).execute(&mut *connection).await?;
+    sqlx::query(EXPIRE).bind(owner.0).bind(millis(now)).execute(&mut *connection).await?;
+    let known = Known::of(connection, owner, packages).await?;
+    let new = match known.choose(packages) {
+        Ok(new) => new,
+        Err(index) => return Ok(Upload::GivenOut(index)),
+    };
+    let mut stock = stock(connection, owner, now).await?;
+    let singles = new.iter().filter(|package| !package.last_resort && package.not_after >= now).count();
+    stock.available = stock.available.saturating_add(u32::try_from(singles).unwrap_or(u32::MAX));
+    let last_resort = new.iter().rfind(|package| package.last_resort);
+    if let Some(package) = last_resort {
+        stock.has_last_resort = package.not_after >= now;
     }
-    let fingerprints: Vec<&[u8]> = packages.iter().map(|package| &package.fingerprint[..]).collect();
-    let given: Vec<Vec<u8>> = sqlx::query_scalar(
-        "SELECT fingerprint FROM key_package_given g WHERE owner = $1 AND fingerprint = ANY ($2)
-            AND NOT EXISTS (SELECT FROM key_package k WHERE k.owner = g.owner AND k.fingerprint = g.fingerprint)",
-    )
-    .bind(owner.0)
-    .bind(&fingerprints)
-    .fetch_all(&mut *connection)
-    .await?;
-    if let Some(index) = fingerprints.iter().position(|known| given.iter().any(|given| given == known)) {
-        return Ok(Upload::GivenOut(index));
-    }
-    let there: Vec<Vec<u8>> =
-        sqlx::query_scalar("SELECT fingerprint FROM key_package WHERE owner = $1 AND fingerprint = ANY ($2)")
-            .bind(owner.0)
-            .bind(&fingerprints)
-            .fetch_all(&mut *connection)
-            .await?;
-    let mut new: Vec<NewKeyPackage> = Vec::with_capacity(packages.len());
-    for package in packages {
-        let known = there.iter().any(|there| there[..] == package.fingerprint)
-            || new.iter().any(|new| new.fingerprint == package.fingerprint);
-        if !known {
-            if package.last_resort {
-                // The newest one alone.
-                new.retain(|new| !new.last_resort);
-            }
-            new.push(package);
-        }
-    }
-    let before = stock(connection, owner, now).await?;
-    let replaces = new.iter().any(|package| package.last_resort);
-    let singles = new.iter().filter(|package| !package.last_resort).count();
-    let available = before.available.saturating_add(u32::try_from(singles).unwrap_or(u32::MAX));
-    let after = Stock { available, has_last_resort: before.has_last_resort || replaces };
-    if available.saturating_add(after.has_last_resort.into()) > most {
+    if stock.available.saturating_add(stock.has_last_resort.into()) > most {
         return Ok(Upload::Full);
     }
-    if replaces {
-        sqlx::query("DELETE FROM key_package WHERE owner = $1 AND last_resort")
-            .bind(owner.0)
-            .execute(&mut *connection)
-            .await?;
-    }
-    if !new.is_empty() {
-        insert(connection, owner, &new).await?;
-    }
-    Ok(Upload::Stored(after))
+    let replaced = match last_resort {
+        Some(package) => replace_last_resort(connection, owner, package).await?,
+        None => false,
+    };
+    store(connection, owner, new.iter().filter(|package| !(replaced && package.last_resort))).await?;
+    Ok(Upload::Stored(stock))
 }
 
-async fn insert(
+/// What the store knows of the packages of an upload.
+struct Known {
+    /// Which are there, and whether as last resort.
+    there: HashMap<[u8; 32], bool>,
+    given: HashSet<[u8; 32]>,
+}
+
+impl Known {
+    async fn of(
+        connection: &mut PgConnection,
+        owner: AccountId,
+        packages: &[NewKeyPackage],
+    ) -> sqlx::Result<Self> {
+        let fingerprints: Vec<&[u8]> = packages.iter().map(|package| &package.fingerprint[..]).collect();
+        let rows = sqlx::query(KNOWN).bind(owner.0).bind(fingerprints).fetch_all(connection).await?;
+        let mut known = Self { there: HashMap::new(), given: HashSet::new() };
+        for row in &rows {
+            known.add(row)?;
+        }
+        Ok(known)
+    }
+
+    fn add(&mut self, row: &PgRow) -> sqlx::Result<()> {
+        let fingerprint = row.hash("fingerprint")?;
+        if row.try_get("given")? {
+            self.given.insert(fingerprint);
+        } else {
+            self.there.insert(fingerprint, row.try_get("last_resort")?);
+        }
+        Ok(())
+    }
+
+    /// Which packages are to be stored, at most one of them a last resort; or the first that was given out before.
+    fn choose(mut self, packages: &[NewKeyPackage]) -> Result<Vec<&NewKeyPackage>, usize> {
+        let mut new: Vec<&NewKeyPackage> = Vec::new();
+        for (index, package) in packages.iter().enumerate() {
+            if self.there.contains_key(&package.fingerprint) {
+                continue;
+            }
+            if self.given.contains(&package.fingerprint) {
+                return Err(index);
+            }
+            if package.last_resort {
+                // It takes the place of any before it, stored or of this upload.
+                self.there.retain(|_, last_resort| !*last_resort);
+                new.retain(|package| !package.last_resort);
+            }
+            self.there.insert(package.fingerprint, package.last_resort);
+            new.push(package);
+        }
+        Ok(new)
+    }
+}
+
+/// Whether there was one to be replaced.
+async fn replace_last_resort(
     connection: &mut PgConnection,
     owner: AccountId,
-    packages: &[NewKeyPackage],
-) -> sqlx::Result<()> {
-    sqlx::query(
-        "INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes)
-         SELECT $1, p.* FROM ROWS FROM (unnest($2::bytea[]), unnest($3::bool[]), unnest($4::int8[]), unnest($5::bytea[]))
-                               AS p (fingerprint, last_resort, not_after, bytes)",
-    )
-    .bind(owner.0)
-    .bind(packages.iter().map(|package| &package.fingerprint[..]).collect::<Vec<_>>())
-    .bind(packages.iter().map(|package| package.last_resort).collect::<Vec<_>>())
-    .bind(packages.iter().map(|package| millis(package.not_after)).collect::<Vec<_>>())
-    .bind(packages.iter().map(|package| &package.bytes[..]).collect::<Vec<_>>())
-    .execute(connection)
-    .await
-    .map(drop)
+    package: &NewKeyPackage,
+) -> sqlx::Result<bool> {
+    let done = sqlx::query(REPLACE_LAST_RESORT)
+        .bind(owner.0)
+        .bind(&package.fingerprint[..])
+        .bind(millis(package.not_after))
+        .bind(&package.bytes[..])
+        .execute(connection)
+        .await?;
+    Ok(done.rows_affected() > 0)
 }
 
-async fn take(
+async fn store<'a>(
     connection: &mut PgConnection,
-    target: &IdentityKey,
-    now: UnixMillis,
-) -> sqlx::Result<Option<TakenKeyPackage>> {
-    for (sql, last_resort) in [(TAKE, false), (LAST_RESORT, true)] {
-        let bytes: Option<Vec<u8>> = sqlx::query_scalar(sql)
-            .bind(&target.as_bytes()[..])
-            .bind(millis(now))
-            .fetch_optional(&mut *connection)
-            .await?;
-        if let Some(bytes) = bytes {
-            return Ok(Some(TakenKeyPackage { bytes, last_resort }));
-        }
+    owner: AccountId,
+    packages: impl Iterator<Item = &'a &'a NewKeyPackage>,
+) -> sqlx::Result<()> {
+    let packages: Vec<_> = packages.collect();
+    if packages.is_empty() {
+        return Ok(());
     }
-    Ok(None)
-}
-
-async fn stock(connection: &mut PgConnection, owner: AccountId, now: UnixMillis) -> sqlx::Result<Stock> {
-    let row: PgRow = sqlx::query(STOCK).bind(owner.0).bind(millis(now)).fetch_one(connection).await?;
-    Ok(Stock {
-        available: u32::try_from(row.unsigned("available")?).unwrap_or(u32::MAX),
-        has_last_resort: row.try_get("last_resort")?,
-    })
+    macro_rules! of_packages {
+        ($value:expr) => {
+            packages.iter().map($value).collect::<Vec<_>>()
+        };
+    }
+    sqlx::query(STORE)
+        .bind(owner.0)
+        .bind(of_packages!(|package| &package.fingerprint[..]))
+        .bind(of_packages!(|package| package.last_resort))
+        .bind(of_packages!(|package| millis(package.not_after)))
+        .bind(of_packages!(|package| &package.bytes[..]))
+        .execute(connection)
+        .await
+        .map(drop)
 }

@@ -12,7 +12,7 @@ use futures_util::StreamExt as _;
 use qpq_domain::{IdentityKey, TokenHash};
 use qpq_ports::Notice;
 use tokio::{
-    sync::{Notify, broadcast, mpsc},
+    sync::{broadcast, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
@@ -67,7 +67,7 @@ enum Say {
 pub(crate) struct Bus {
     say: mpsc::Sender<Say>,
     heard: broadcast::Sender<Heard>,
-    back: Arc<Notify>,
+    back: watch::Sender<()>,
     client: Client,
 }
 
@@ -76,8 +76,8 @@ impl Bus {
     pub(crate) async fn connect(config: &Config, edge: &EdgeId) -> Result<Self, ConnectError> {
         let unreachable =
             |cause: String| ConnectError::Unreachable { server: "NATS", setting: "nats.url", cause };
-        let back = Arc::new(Notify::new());
-        let options = options(config, Arc::clone(&back))?;
+        let back = watch::Sender::new(());
+        let options = options(config, back.clone())?;
         let client =
             options.connect(servers(config)?).await.map_err(|error| unreachable(error.to_string()))?;
         metrics::gauge!(names::BUS_CONNECTED).set(1.0);
@@ -111,9 +111,9 @@ impl Bus {
         self.heard.subscribe()
     }
 
-    /// Completes when NATS was away and is back: what was said meanwhile is lost. Cancel-safe.
-    pub(crate) async fn back(&self) {
-        self.back.notified().await;
+    /// Changes whenever NATS was away and is back: what was said meanwhile is lost.
+    pub(crate) fn back(&self) -> watch::Receiver<()> {
+        self.back.subscribe()
     }
 
     /// Says what is still to be said, and no more.
@@ -129,25 +129,25 @@ impl Bus {
     }
 }
 
-fn options(config: &Config, back: Arc<Notify>) -> Result<ConnectOptions, ConnectError> {
+fn options(config: &Config, back: watch::Sender<()>) -> Result<ConnectOptions, ConnectError> {
     let mut options = ConnectOptions::new()
         .name("qpq-server")
         .connection_timeout(config.start_timeout.min(Duration::from_secs(5)))
         .ping_interval(Duration::from_secs(10))
         .event_callback(move |event| {
-            let back = Arc::clone(&back);
+            let back = back.clone();
             async move {
                 match event {
                     Event::Connected => {
                         metrics::gauge!(names::BUS_CONNECTED).set(1.0);
-                        back.notify_one();
+                        back.send_replace(());
                     }
                     Event::Disconnected | Event::Closed => {
                         metrics::gauge!(names::BUS_CONNECTED).set(0.0);
                         tracing::warn!("NATS is away: messages arrive a little later until it is back");
                     }
                     // Something was dropped: as if it had been away.
-                    Event::SlowConsumer(_) => back.notify_one(),
+                    Event::SlowConsumer(_) => back.send_replace(()),
                     other => tracing::debug!(event = %other, "NATS"),
                 }
             }

@@ -1,4 +1,5 @@
-//! The store's care for itself: a commit and an answer, to see whether both work, and the removal of what has expired.
+//! The store's care for itself: a commit and a write to see whether both are possible, and the removal of what has expired,
+//! by one edge at a time.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,11 +13,26 @@ use crate::{
     inboxes::{self, SWEEP},
     postgres::{Database, Repeat, row::millis},
     redis::Redis,
-    sessions::{self, ClusterSessions},
+    sessions::{ClusterSessions, tokens},
 };
 
-/// Whoever holds this advisory lock sweeps; the others leave it at that.
-const SWEEPER: i64 = 0x7170_7173_7765_6570; // "qpqsweep"
+/// How long Redis keeps what a check wrote.
+const CHECKED: Duration = Duration::from_secs(60);
+
+/// Any number that nothing else in this database uses: "qpqsweep".
+const SWEEPER: i64 = i64::from_be_bytes(*b"qpqsweep");
+
+/// What somebody is busy with has its turn next time, so a sweep waits for nobody.
+const SESSIONS: &str = "
+    DELETE FROM session WHERE token = ANY (ARRAY (
+        SELECT token FROM session WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED))
+    RETURNING token";
+const PACKAGES: &str = "
+    DELETE FROM key_package WHERE id = ANY (ARRAY (
+        SELECT id FROM key_package WHERE not_after < $1 ORDER BY not_after LIMIT $2 FOR UPDATE SKIP LOCKED))";
+const GIVEN: &str = "
+    DELETE FROM key_package_given WHERE ctid = ANY (ARRAY (
+        SELECT ctid FROM key_package_given WHERE not_after < $1 ORDER BY not_after LIMIT $2 FOR UPDATE SKIP LOCKED))";
 
 #[derive(Debug)]
 pub(crate) struct ClusterUpkeep {
@@ -35,68 +51,66 @@ impl ClusterUpkeep {
     ) -> Self {
         Self { database, redis, sessions, recent_ids }
     }
-}
 
-#[async_trait]
-impl Upkeep for ClusterUpkeep {
-    async fn check(&self) -> StoreResult<()> {
+    async fn commit(&self) -> StoreResult<()> {
         self.database
             .once("check", Repeat::Harmless, |connection| {
                 Box::pin(async move {
                     sqlx::query("UPDATE heartbeat SET beats = beats + 1").execute(connection).await.map(drop)
                 })
             })
-            .await?;
-        let mut beat = Cmd::new();
-        beat.arg("INCR").arg(self.redis.key(format_args!("heartbeat")));
-        self.redis.command::<u64>("check", &beat).await.map(drop)
+            .await
+    }
+
+    async fn write(&self) -> StoreResult<()> {
+        let mut set = Cmd::new();
+        set.arg("SET").arg(self.redis.key(format_args!("check"))).arg("1");
+        set.arg("PX").arg(CHECKED.as_millis() as u64);
+        self.redis.command("check", &set).await
+    }
+}
+
+/// What a sweep removed.
+#[derive(Debug, Default)]
+struct Swept {
+    rows: u64,
+    sessions: Vec<TokenHash>,
+}
+
+#[async_trait]
+impl Upkeep for ClusterUpkeep {
+    async fn check(&self) -> StoreResult<()> {
+        tokio::try_join!(self.commit(), self.write()).map(drop)
     }
 
     async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
         let recent_ids = self.recent_ids;
-        let (rows, tokens) = self
+        let swept = self
             .database
-            .run("sweep", Repeat::Harmless, |connection| {
-                Box::pin(async move { sweep(connection, now, recent_ids).await })
-            })
+            .run("sweep", Repeat::Harmless, move |connection| Box::pin(sweep(connection, now, recent_ids)))
             .await?;
-        self.sessions.ended(&tokens).await;
-        Ok(rows + tokens.len() as u64)
+        self.sessions.ended(&swept.sessions).await;
+        Ok(swept.rows)
     }
 }
 
-/// One bounded batch of each kind; how many rows went, besides the sessions.
-async fn sweep(
-    connection: &mut PgConnection,
-    now: UnixMillis,
-    recent_ids: Duration,
-) -> sqlx::Result<(u64, Vec<TokenHash>)> {
-    let ours: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
+async fn sweep(connection: &mut PgConnection, now: UnixMillis, recent_ids: Duration) -> sqlx::Result<Swept> {
+    // Until the end of the transaction; who does not get it leaves the work to who has it.
+    let mine: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
         .bind(SWEEPER)
         .fetch_one(&mut *connection)
         .await?;
-    if !ours {
-        return Ok((0, Vec::new()));
+    if !mine {
+        return Ok(Swept::default());
     }
-    let mut rows = inboxes::sweep(connection, now, recent_ids).await?;
-    for sql in [
-        "DELETE FROM key_package WHERE id = ANY (ARRAY (
-             SELECT id FROM key_package WHERE not_after < $1 ORDER BY not_after LIMIT $2 FOR UPDATE SKIP LOCKED))",
-        "DELETE FROM key_package_given WHERE ctid = ANY (ARRAY (
-             SELECT ctid FROM key_package_given WHERE not_after < $1 ORDER BY not_after LIMIT $2
-                FOR UPDATE SKIP LOCKED))",
-    ] {
-        let swept = sqlx::query(sql).bind(millis(now)).bind(SWEEP).execute(&mut *connection).await?;
-        rows += swept.rows_affected();
+    let expired = sqlx::query(SESSIONS).bind(millis(now)).bind(SWEEP).fetch_all(&mut *connection).await?;
+    let sessions = tokens(&expired)?;
+    let mut rows = sessions.len() as u64;
+    for sql in [PACKAGES, GIVEN] {
+        let done = sqlx::query(sql).bind(millis(now)).bind(SWEEP).execute(&mut *connection).await?;
+        rows += done.rows_affected();
     }
-    let ended = sqlx::query(
-        "DELETE FROM session WHERE token = ANY (ARRAY (
-             SELECT token FROM session WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED))
-         RETURNING token",
-    )
-    .bind(millis(now))
-    .bind(SWEEP)
-    .fetch_all(connection)
-    .await?;
-    Ok((rows, ended.iter().map(sessions::token).collect::<sqlx::Result<_>>()?))
+    // Last, because these locks are in the way of messages.
+    rows += inboxes::sweep(connection, now, recent_ids).await?;
+    Ok(Swept { rows, sessions })
 }

@@ -177,12 +177,13 @@ impl Waking {
 
     /// Looks every `every`, and after each time that NATS was away, whether an inbox has something that nobody told.
     pub(crate) async fn poll(self, database: Database, every: Duration) {
+        let mut back = self.bus.back();
         loop {
             // Edges that started together do not look together for ever.
             let pause = every.mul_f64(0.8 + 0.4 * rand::random::<f64>());
             tokio::select! {
                 () = sleep(pause) => {}
-                () = self.bus.back() => {}
+                Ok(()) = back.changed() => {}
             }
             self.look(&database).await;
         }

@@ -1,0 +1,14 @@
+-- A session's copy, if it is young enough. A copy is 'S', when Postgres was asked (8 bytes, ms), the session.
+-- KEYS: copy
+-- ARGV: how long a copy is believed in ms
+-- Answers {'found', its age in ms, session}, {'ended', 0, ''}, or {'absent', the time in ms, ''}.
+local time = redis.call('TIME')
+local clock = time[1] * 1000 + math.floor(time[2] / 1000)
+local copy = redis.call('GET', KEYS[1])
+if copy == 'E' then return {'ended', 0, ''} end
+if copy and #copy > 9 then
+  local age = clock - struct.unpack('>I8', copy, 2)
+  -- A clock that was put back makes it as good as too old.
+  if age >= 0 and age < tonumber(ARGV[1]) then return {'found', age, string.sub(copy, 10)} end
+end
+return {'absent', clock, ''}

@@ -1,0 +1,275 @@
+//! Sessions: Postgres knows them, and those in use are in Redis and in each edge's process too, because every call looks its
+//! session up and hardly any changes it.
+//!
+//! **No copy is believed for longer than `ttl` after Postgres was asked**, whatever happens to Redis and NATS. A revocation
+//! that all goes well for is quicker: it is committed, then Redis is told so, and that mark stays until every lookup that
+//! may have read the row before is too old to be believed; then the other edges are told through NATS to forget their own
+//! copy. `confirm` asks Postgres, always.
+
+mod process;
+mod shared;
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use qpq_domain::{AccountId, TokenHash, UnixMillis};
+use qpq_ports::{NewSession, Session, Sessions, StoreError, StoreResult};
+use sqlx::postgres::PgRow;
+use tokio::{sync::broadcast::error::RecvError, time::Instant};
+
+use self::{
+    process::InProcess,
+    shared::{Copy, ENDED, Fill, InRedis},
+};
+use crate::{
+    metrics as names,
+    nats::{Bus, Heard},
+    postgres::{
+        Database, Repeat, Work,
+        row::{Columns as _, millis},
+    },
+    redis::Redis,
+};
+
+// A token is 256 random bits: one that is there already is this very session, made twice.
+const CREATE: &str = "
+    INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
+    VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
+
+const FIND: &str = "
+    SELECT s.account, a.identity, s.device, s.authenticated_at, s.last_used_at, s.expires_at
+      FROM session s JOIN account a ON a.id = s.account WHERE s.token = $1";
+
+/// Of two edges that note a use at a time, the later use counts.
+const TOUCH: &str =
+    "UPDATE session SET last_used_at = $2, expires_at = $3 WHERE token = $1 AND last_used_at <= $2";
+
+const REVOKE: &str = "DELETE FROM session WHERE token = $1 RETURNING token";
+const REVOKE_ALL: &str = "DELETE FROM session WHERE account = $1 RETURNING token";
+
+#[derive(Debug)]
+pub(crate) struct ClusterSessions {
+    database: Database,
+    copies: Copies,
+    ttl: Duration,
+}
+
+/// Where copies of sessions are. Cheap to clone.
+#[derive(Clone, Debug)]
+struct Copies {
+    process: InProcess,
+    redis: InRedis,
+    bus: Bus,
+}
+
+impl ClusterSessions {
+    pub(crate) fn new(database: Database, redis: Redis, bus: Bus, ttl: Duration) -> Self {
+        let ttl = ttl.min(ENDED);
+        let copies = Copies { process: InProcess::new(ttl), redis: InRedis::new(redis, ttl), bus };
+        Self { database, copies, ttl }
+    }
+
+    /// Forgets what other edges say has ended, as long as there is a bus; and everything, when something may have been missed.
+    pub(crate) async fn listen(self: Arc<Self>) {
+        let mut heard = self.copies.bus.hear();
+        let mut back = self.copies.bus.back();
+        loop {
+            let word = tokio::select! {
+                word = heard.recv() => word,
+                // It ends with the bus, which the other branch notices.
+                Ok(()) = back.changed() => Err(RecvError::Lagged(0)),
+            };
+            match word {
+                Ok(Heard::SessionEnded(token)) => self.copies.process.forget(&[token]),
+                Ok(_) => {}
+                Err(RecvError::Lagged(_)) => self.copies.process.clear(),
+                Err(RecvError::Closed) => return,
+            }
+        }
+    }
+
+    /// For who has removed sessions past this port.
+    pub(crate) async fn ended(&self, tokens: &[TokenHash]) {
+        self.copies.ended(tokens).await;
+    }
+
+    /// Removes sessions and tells everybody, to the end, even if who waits for it goes away.
+    async fn remove(
+        &self,
+        token: Option<TokenHash>,
+        delete: impl Work<Vec<TokenHash>> + Send + Sync + 'static,
+    ) -> StoreResult<u32> {
+        let (database, copies) = (self.database.clone(), self.copies.clone());
+        let removing = tokio::spawn(async move {
+            // Of all tries: one whose commit was not answered may have been the one.
+            let gone: Arc<Mutex<HashSet<TokenHash>>> = Arc::default();
+            let delete = Arc::new(delete);
+            let removed = database
+                .run("revoke", Repeat::Harmless, |connection| {
+                    let (gone, deleting) = (Arc::clone(&gone), delete(connection));
+                    Box::pin(async move {
+                        let tokens = deleting.await?;
+                        gone.lock().extend(tokens);
+                        Ok(())
+                    })
+                })
+                .await;
+            let gone = std::mem::take(&mut *gone.lock());
+            let tokens: Vec<_> = gone.iter().copied().chain(token).collect();
+            match removed {
+                Ok(()) => copies.ended(&tokens).await,
+                Err(_) => copies.doubted(&tokens).await,
+            }
+            removed.map(|()| u32::try_from(gone.len()).unwrap_or(u32::MAX))
+        });
+        removing.await.unwrap_or_else(|error| Err(StoreError::unavailable(error)))
+    }
+}
+
+#[async_trait]
+impl Sessions for ClusterSessions {
+    async fn create(&self, new: NewSession) -> StoreResult<()> {
+        self.database
+            .once("create_session", Repeat::Harmless, |connection| {
+                let NewSession { token, session } = new.clone();
+                Box::pin(async move {
+                    sqlx::query(CREATE)
+                        .bind(&token.as_bytes()[..])
+                        .bind(session.account.0)
+                        .bind(session.device.as_ref().map(|device| &device.as_bytes()[..]))
+                        .bind(millis(session.authenticated_at))
+                        .bind(millis(session.last_used_at))
+                        .bind(millis(session.expires_at))
+                        .execute(connection)
+                        .await
+                        .map(drop)
+                })
+            })
+            .await
+    }
+
+    async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
+        let Copies { process, redis, .. } = &self.copies;
+        if let Some(session) = process.get(token) {
+            found_in("process");
+            return Ok(Some(session));
+        }
+        let (generation, begun) = (process.generation(), Instant::now());
+        let asked_at = match redis.find(token).await {
+            Ok(Copy::Ended) => {
+                found_in("redis");
+                return Ok(None);
+            }
+            Ok(Copy::Found { session, age }) => {
+                found_in("redis");
+                process.keep(*token, session.clone(), begun + self.ttl.saturating_sub(age), generation);
+                return Ok(Some(session));
+            }
+            Ok(Copy::Absent(now)) => Some(now),
+            // Noted where it happens; Postgres knows too.
+            Err(_) => None,
+        };
+        found_in("postgres");
+        let Some(session) = self.confirm(token).await? else { return Ok(None) };
+        if let Some(asked_at) = asked_at
+            && matches!(redis.fill(token, &session, asked_at).await, Ok(Fill::Ended))
+        {
+            return Ok(None);
+        }
+        process.keep(*token, session.clone(), begun + self.ttl, generation);
+        Ok(Some(session))
+    }
+
+    async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
+        let token = *token;
+        self.database
+            .once("session", Repeat::Harmless, move |connection| {
+                Box::pin(async move {
+                    let query = sqlx::query(FIND).bind(&token.as_bytes()[..]);
+                    query.fetch_optional(connection).await?.as_ref().map(session).transpose()
+                })
+            })
+            .await
+    }
+
+    async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()> {
+        let key = *token;
+        self.database
+            .once("touch", Repeat::Harmless, move |connection| {
+                Box::pin(async move {
+                    sqlx::query(TOUCH)
+                        .bind(&key.as_bytes()[..])
+                        .bind(millis(now))
+                        .bind(millis(expires_at))
+                        .execute(connection)
+                        .await
+                        .map(drop)
+                })
+            })
+            .await?;
+        self.copies.process.touch(token, now, expires_at);
+        // A copy that does not know is looked at by somebody who notes the use again; and Redis notes its failures.
+        let _ = self.copies.redis.touch(token, now, expires_at).await;
+        Ok(())
+    }
+
+    async fn revoke(&self, token: &TokenHash) -> StoreResult<u32> {
+        let token = *token;
+        self.remove(Some(token), move |connection| {
+            Box::pin(async move {
+                let query = sqlx::query(REVOKE).bind(&token.as_bytes()[..]);
+                tokens(&query.fetch_all(connection).await?)
+            })
+        })
+        .await
+    }
+
+    async fn revoke_all(&self, account: AccountId) -> StoreResult<u32> {
+        self.remove(None, move |connection| {
+            Box::pin(
+                async move { tokens(&sqlx::query(REVOKE_ALL).bind(account.0).fetch_all(connection).await?) },
+            )
+        })
+        .await
+    }
+}
+
+impl Copies {
+    /// The sessions are no more. The mark in Redis comes first: whoever forgets afterwards reads nothing old from there.
+    async fn ended(&self, tokens: &[TokenHash]) {
+        self.redis.ended(tokens).await;
+        self.forget(tokens);
+    }
+
+    /// Whether the sessions are any more is for Postgres to say.
+    async fn doubted(&self, tokens: &[TokenHash]) {
+        self.redis.drop(tokens).await;
+        self.forget(tokens);
+    }
+
+    fn forget(&self, tokens: &[TokenHash]) {
+        self.process.forget(tokens);
+        tokens.iter().for_each(|token| self.bus.session_ended(*token));
+    }
+}
+
+/// The column `token` of each row.
+pub(crate) fn tokens(rows: &[PgRow]) -> sqlx::Result<Vec<TokenHash>> {
+    rows.iter().map(|row| row.hash("token").map(TokenHash::new)).collect()
+}
+
+fn session(row: &PgRow) -> sqlx::Result<Session> {
+    Ok(Session {
+        account: row.account("account")?,
+        identity: row.identity("identity")?,
+        device: row.device("device")?,
+        authenticated_at: row.at("authenticated_at")?,
+        last_used_at: row.at("last_used_at")?,
+        expires_at: row.at("expires_at")?,
+    })
+}
+
+fn found_in(place: &'static str) {
+    metrics::counter!(names::SESSION_LOOKUPS, "from" => place).increment(1);
+}

@@ -1,0 +1,128 @@
+//! Sessions in use, in this process.
+//!
+//! What could make a copy wrong is a lookup that reads, is overtaken by a change, and only then keeps what it read; so each
+//! change counts up a generation, and a lookup keeps nothing when the generation is not the one it began with.
+
+use std::{sync::Arc, time::Duration};
+
+use moka::sync::Cache;
+use parking_lot::Mutex;
+use qpq_domain::{TokenHash, UnixMillis};
+use qpq_ports::Session;
+use tokio::time::Instant;
+
+/// Sessions at most, about 300 bytes each.
+const MOST: u64 = 100_000;
+
+/// Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct InProcess {
+    entries: Cache<TokenHash, Entry>,
+    generation: Arc<Mutex<u64>>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    session: Session,
+    /// How long it is believed.
+    until: Instant,
+}
+
+impl InProcess {
+    /// Nothing is kept for longer than `ttl`.
+    pub(super) fn new(ttl: Duration) -> Self {
+        let entries = Cache::builder().max_capacity(MOST).time_to_live(ttl).build();
+        Self { entries, generation: Arc::default() }
+    }
+
+    pub(super) fn get(&self, token: &TokenHash) -> Option<Session> {
+        let entry = self.entries.get(token)?;
+        (Instant::now() < entry.until).then_some(entry.session)
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        *self.generation.lock()
+    }
+
+    /// Keeps what was read, unless something changed since `generation` was noted.
+    pub(super) fn keep(&self, token: TokenHash, session: Session, until: Instant, generation: u64) {
+        let current = self.generation.lock();
+        if *current == generation {
+            self.entries.insert(token, Entry { session, until });
+        }
+    }
+
+    pub(super) fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) {
+        let mut current = self.generation.lock();
+        *current += 1;
+        if let Some(Entry { session, until }) = self.entries.get(token)
+            && session.last_used_at <= now
+        {
+            let session = Session { last_used_at: now, expires_at, ..session };
+            self.entries.insert(*token, Entry { session, until });
+        }
+    }
+
+    pub(super) fn forget(&self, tokens: &[TokenHash]) {
+        let mut current = self.generation.lock();
+        *current += 1;
+        tokens.iter().for_each(|token| self.entries.invalidate(token));
+    }
+
+    pub(super) fn clear(&self) {
+        let mut current = self.generation.lock();
+        *current += 1;
+        self.entries.invalidate_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_domain::{AccountId, IdentityKey};
+
+    use super::*;
+
+    const TOKEN: TokenHash = TokenHash::new([1; 32]);
+    const TTL: Duration = Duration::from_secs(15);
+
+    fn session() -> Session {
+        Session {
+            account: AccountId(1),
+            identity: IdentityKey::new([2; 32]),
+            device: None,
+            authenticated_at: UnixMillis(1),
+            last_used_at: UnixMillis(1),
+            expires_at: UnixMillis(9),
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_that_was_read_before_a_change() {
+        let changes: [fn(&InProcess); 3] = [
+            |copies| copies.forget(&[TOKEN]),
+            InProcess::clear,
+            |copies| copies.touch(&TOKEN, UnixMillis(2), UnixMillis(10)),
+        ];
+        for change in changes {
+            let copies = InProcess::new(TTL);
+            let (generation, until) = (copies.generation(), Instant::now() + TTL);
+            change(&copies);
+            copies.keep(TOKEN, session(), until, generation);
+            assert_eq!(copies.get(&TOKEN), None);
+            copies.keep(TOKEN, session(), until, copies.generation());
+            assert_eq!(copies.get(&TOKEN), Some(session()));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_copy_is_as_old_as_what_it_was_made_from() {
+        let copies = InProcess::new(TTL);
+        copies.keep(TOKEN, session(), Instant::now() + TTL / 3, copies.generation());
+        tokio::time::advance(TTL / 4).await;
+        copies.touch(&TOKEN, UnixMillis(2), UnixMillis(10));
+        let touched = Session { last_used_at: UnixMillis(2), expires_at: UnixMillis(10), ..session() };
+        assert_eq!(copies.get(&TOKEN), Some(touched));
+        tokio::time::advance(TTL / 4).await;
+        assert_eq!(copies.get(&TOKEN), None, "a touch makes nothing younger");
+    }
+}

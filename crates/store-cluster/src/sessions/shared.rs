@@ -1,0 +1,203 @@
+//! Sessions in use, in Redis, where all edges find them.
+//!
+//! A copy says when Postgres was asked, by Redis's own clock, and every reader judges its age by that: so one that comes back
+//! with an old dump, or that an edge with other settings made, counts for no longer than any other. What takes a session's
+//! place when it ends is a mark that no copy overwrites. It stays for longer than a copy is believed, so a copy made from
+//! what was read before the end comes either before the mark or too late.
+
+use std::{sync::LazyLock, time::Duration};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use futures_util::{StreamExt as _, stream};
+use qpq_domain::{AccountId, DeviceId, IdentityKey, TokenHash, UnixMillis};
+use qpq_ports::{Session, StoreResult};
+use redis::{Cmd, Script};
+
+use crate::redis::Redis;
+
+/// How long a session's end is remembered; and no edge may believe in a copy for longer.
+pub(super) const ENDED: Duration = Duration::from_secs(10 * 60);
+/// Keys written at a time.
+const KEYS: usize = 64;
+
+static FIND: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("../redis/scripts/session_find.lua")));
+static FILL: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("../redis/scripts/session_fill.lua")));
+static TOUCH: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("../redis/scripts/session_touch.lua")));
+
+/// Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct InRedis {
+    redis: Redis,
+    ttl: Duration,
+}
+
+/// Redis's clock, when it was asked for a copy.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AskedAt(u64);
+
+/// What Redis knows of a session.
+#[derive(Debug)]
+pub(super) enum Copy {
+    Found { session: Session, age: Duration },
+    Ended,
+    Absent(AskedAt),
+}
+
+/// What became of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fill {
+    /// It is there, or it was too old to be.
+    Done,
+    /// The session has ended since Postgres was asked.
+    Ended,
+}
+
+impl InRedis {
+    pub(super) fn new(redis: Redis, ttl: Duration) -> Self {
+        Self { redis, ttl }
+    }
+
+    pub(super) async fn find(&self, token: &TokenHash) -> StoreResult<Copy> {
+        let (kind, millis, copy): (String, u64, Vec<u8>) =
+            self.redis.script("session_find", &FIND, &[self.key(token)], &[millis(self.ttl)]).await?;
+        Ok(match &kind[..] {
+            "ended" => Copy::Ended,
+            "found" if let Some(session) = decode(&copy) => {
+                Copy::Found { session, age: Duration::from_millis(millis) }
+            }
+            _ => Copy::Absent(AskedAt(millis)),
+        })
+    }
+
+    /// Makes a copy of what Postgres said after `asked_at`.
+    pub(super) async fn fill(
+        &self,
+        token: &TokenHash,
+        session: &Session,
+        asked_at: AskedAt,
+    ) -> StoreResult<Fill> {
+        let args = [asked_at.0.to_string().into(), millis(self.ttl), encode(session)];
+        let ended: bool = self.redis.script("session_fill", &FILL, &[self.key(token)], &args).await?;
+        Ok(if ended { Fill::Ended } else { Fill::Done })
+    }
+
+    /// Notes the use in the copy, if there is one.
+    pub(super) async fn touch(
+        &self,
+        token: &TokenHash,
+        now: UnixMillis,
+        expires_at: UnixMillis,
+    ) -> StoreResult<()> {
+        let mut used = BytesMut::with_capacity(16);
+        used.put_u64(now.0);
+        used.put_u64(expires_at.0);
+        self.redis
+            .script::<u64>("session_touch", &TOUCH, &[self.key(token)], &[used.freeze()])
+            .await
+            .map(drop)
+    }
+
+    /// Marks the sessions as ended. One that cannot be marked is believed for as long as its copy is.
+    pub(super) async fn ended(&self, tokens: &[TokenHash]) {
+        self.each(tokens, |key| {
+            let mut set = Cmd::new();
+            set.arg("SET").arg(key).arg("E").arg("PX").arg(ENDED.as_millis() as u64);
+            set
+        })
+        .await;
+    }
+
+    /// Removes the copies.
+    pub(super) async fn drop(&self, tokens: &[TokenHash]) {
+        self.each(tokens, |key| {
+            let mut unlink = Cmd::new();
+            unlink.arg("UNLINK").arg(key);
+            unlink
+        })
+        .await;
+    }
+
+    async fn each(&self, tokens: &[TokenHash], command: impl Fn(String) -> Cmd) {
+        stream::iter(tokens)
+            .for_each_concurrent(KEYS, |token| {
+                let command = command(self.key(token));
+                async move {
+                    // Redis notes its failures.
+                    let _ = self.redis.command::<redis::Value>("session_end", &command).await;
+                }
+            })
+            .await;
+    }
+
+    fn key(&self, token: &TokenHash) -> String {
+        let (high, low) = token.as_bytes().split_at(16);
+        let half = |bytes: &[u8]| u128::from_be_bytes(bytes.try_into().expect("16 bytes"));
+        self.redis.key(format_args!("s:{:032x}{:032x}", half(high), half(low)))
+    }
+}
+
+/// last_used_at (8) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8) ‖ identity (32) ‖ device (0 or 16), big-endian.
+/// `session_touch.lua` writes the first two.
+fn encode(session: &Session) -> Bytes {
+    let Session { account, identity, device, authenticated_at, last_used_at, expires_at } = session;
+    let mut copy = BytesMut::with_capacity(80);
+    copy.put_u64(last_used_at.0);
+    copy.put_u64(expires_at.0);
+    copy.put_u64(authenticated_at.0);
+    copy.put_i64(account.0);
+    copy.put_slice(identity.as_bytes());
+    if let Some(device) = device {
+        copy.put_slice(device.as_bytes());
+    }
+    copy.freeze()
+}
+
+fn decode(copy: &[u8]) -> Option<Session> {
+    let (last_used_at, rest) = copy.split_first_chunk()?;
+    let (expires_at, rest) = rest.split_first_chunk()?;
+    let (authenticated_at, rest) = rest.split_first_chunk()?;
+    let (account, rest) = rest.split_first_chunk()?;
+    let (identity, device) = rest.split_first_chunk()?;
+    let at = |bytes: &[u8; 8]| UnixMillis(u64::from_be_bytes(*bytes));
+    Some(Session {
+        account: AccountId(i64::from_be_bytes(*account)),
+        identity: IdentityKey::new(*identity),
+        device: if device.is_empty() { None } else { Some(DeviceId::try_from(device).ok()?) },
+        authenticated_at: at(authenticated_at),
+        last_used_at: at(last_used_at),
+        expires_at: at(expires_at),
+    })
+}
+
+fn millis(duration: Duration) -> Bytes {
+    duration.as_millis().to_string().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_is_read_as_it_was_written_and_nothing_else_is() {
+        for device in [None, Some(DeviceId::new([0xff; 16]))] {
+            let session = Session {
+                account: AccountId(7),
+                identity: IdentityKey::new([3; 32]),
+                device,
+                authenticated_at: UnixMillis(1),
+                last_used_at: UnixMillis(u64::MAX),
+                expires_at: UnixMillis(2),
+            };
+            let copy = encode(&session);
+            assert_eq!(decode(&copy), Some(session));
+            let longer = [&copy[..], b"x"].concat();
+            assert_eq!(decode(&longer), None);
+            for length in (0..copy.len()).filter(|length| *length != 64) {
+                assert_eq!(decode(&copy[..length]), None, "{length} bytes");
+            }
+        }
+    }
+}
