@@ -94,7 +94,8 @@ pub(crate) async fn connect_many(
 ) -> anyhow::Result<Vec<Client>> {
     stream::iter(0..count)
         .map(|_| Client::connect(endpoint, server))
-        .buffer_unordered(64)
+        // More at a time overrun the socket's buffer where the processors are few, and handshakes fail of that.
+        .buffer_unordered(16)
         .try_collect()
         .await
         .context("connecting")

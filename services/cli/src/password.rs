@@ -6,6 +6,7 @@ use std::{
     path::PathBuf,
 };
 
+use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use qpq_client::Password;
 use zeroize::Zeroizing;
 
@@ -39,7 +40,10 @@ impl Source {
     /// The password of an account that exists.
     pub(crate) async fn known(&self) -> Result<Password, Fault> {
         let password = match self {
-            Self::Terminal => ask("Password: ").await?,
+            Self::Terminal => {
+                let [password] = ask(["Password: "]).await?;
+                password
+            }
             other => other.given()?,
         };
         Ok(Password::new(password))
@@ -50,8 +54,8 @@ impl Source {
         let password = match self {
             Self::Terminal => {
                 output.note("Choose a password. Nobody can reset it, so write it down somewhere safe.");
-                let password = ask("Password: ").await?;
-                if *ask("Again:    ").await? != *password {
+                let [password, again] = ask(["Password: ", "Again:    "]).await?;
+                if *again != *password {
                     return Err(Fault::new(Exit::Failure, "client.password", "the two passwords differ")
                         .hint("start again"));
                 }
@@ -73,28 +77,71 @@ impl Source {
                 let content = fs::read_to_string(path).map(Zeroizing::new).map_err(|error| {
                     Fault::io(format_args!("the password file {}", path.display()), &error)
                 })?;
-                checked(Zeroizing::new(content.lines().next().unwrap_or_default().to_owned()))
+                let password = Zeroizing::new(content.lines().next().unwrap_or_default().to_owned());
+                checked(&password)?;
+                Ok(password)
             }
-            Self::Environment(password) => checked(password.clone()),
+            Self::Environment(password) => {
+                checked(password)?;
+                Ok(password.clone())
+            }
             Self::Terminal => unreachable!("asked for by the callers"),
         }
     }
 }
 
-fn checked(password: Zeroizing<String>) -> Result<Zeroizing<String>, Fault> {
+fn checked(password: &str) -> Result<(), Fault> {
     if password.is_empty() {
         return Err(Fault::new(Exit::Failure, "client.password", "the password is empty").hint("give one"));
     }
-    Ok(password)
+    Ok(())
 }
 
-/// Reads a line from the terminal without showing it, wherever standard input comes from.
-async fn ask(prompt: &'static str) -> Result<Zeroizing<String>, Fault> {
-    let typed = tokio::task::spawn_blocking(move || rpassword::prompt_password(prompt))
-        .await
-        .expect("reading a line does not panic");
+/// While it lives, the terminal shows nothing of what is typed.
+struct Unseen {
+    terminal: fs::File,
+    before: Termios,
+}
+
+impl Unseen {
+    fn begin() -> io::Result<Self> {
+        let terminal = fs::OpenOptions::new().read(true).write(true).open("/dev/tty")?;
+        let before = tcgetattr(&terminal)?;
+        let mut unseen = before.clone();
+        unseen.local_flags.remove(LocalFlags::ECHO);
+        tcsetattr(&terminal, SetArg::TCSANOW, &unseen)?;
+        Ok(Self { terminal, before })
+    }
+}
+
+impl Drop for Unseen {
+    fn drop(&mut self) {
+        // A terminal that is gone needs no restoring.
+        let _ = tcsetattr(&self.terminal, SetArg::TCSANOW, &self.before);
+    }
+}
+
+/// Reads a line for each prompt from the terminal without showing it, wherever standard input comes from.
+async fn ask<const N: usize>(prompts: [&'static str; N]) -> Result<[Zeroizing<String>; N], Fault> {
+    let typed = tokio::task::spawn_blocking(move || {
+        // Before the first prompt and between them too: what is typed or pasted early must not be shown either.
+        let _unseen = Unseen::begin()?;
+        let mut typed = prompts.map(|_| Zeroizing::default());
+        for (line, prompt) in typed.iter_mut().zip(prompts) {
+            *line = Zeroizing::new(rpassword::prompt_password(prompt)?);
+            if line.is_empty() {
+                break;
+            }
+        }
+        Ok::<_, io::Error>(typed)
+    })
+    .await
+    .expect("reading a line does not panic");
     match typed {
-        Ok(password) => checked(Zeroizing::new(password)),
+        Ok(typed) => {
+            checked(&typed[0])?;
+            Ok(typed)
+        }
         Err(error) if error.kind() == ErrorKind::Interrupted => Err(Fault::interrupted()),
         Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(Fault::interrupted()),
         Err(_) if !io::stdin().is_terminal() => Err(Fault::new(
