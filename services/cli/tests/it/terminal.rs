@@ -1,7 +1,7 @@
 //! `qpq dm` at a terminal: lines appear while another is being typed.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fs::File,
     io::{Read as _, Write as _},
     net::SocketAddr,
@@ -35,14 +35,17 @@ impl Wire {
             let mut far = HashMap::<SocketAddr, Arc<UdpSocket>>::new();
             let mut buffer = vec![0; 65_536];
             while let Ok((length, from)) = near.recv_from(&mut buffer).await {
-                if !far.contains_key(&from) {
-                    let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-                    socket.connect(&server).await.unwrap();
-                    tokio::spawn(answers(Arc::clone(&socket), Arc::clone(&near), from, cut.clone()));
-                    far.insert(from, socket);
-                }
+                let socket = match far.entry(from) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(new) => {
+                        let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                        socket.connect(&server).await.unwrap();
+                        tokio::spawn(answers(Arc::clone(&socket), Arc::clone(&near), from, cut.clone()));
+                        new.insert(socket)
+                    }
+                };
                 if !*cut.borrow() {
-                    far[&from].send(&buffer[..length]).await.unwrap();
+                    socket.send(&buffer[..length]).await.unwrap();
                 }
             }
         });
