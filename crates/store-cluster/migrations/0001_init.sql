@@ -3,7 +3,7 @@
 
 -- What the cluster is, in one row: an edge whose OPAQUE setup has another fingerprint belongs to another cluster.
 CREATE TABLE cluster (
-    only         boolean PRIMARY KEY DEFAULT true CHECK (only),
+    singleton    boolean PRIMARY KEY DEFAULT true CHECK (singleton),
     opaque_setup bytea   NOT NULL CHECK (octet_length(opaque_setup) = 32)
 );
 
@@ -125,7 +125,7 @@ CREATE TABLE hybrid_key (
 
 -- What Upkeep::check writes, to know that a commit is possible.
 CREATE TABLE heartbeat (
-    only  boolean PRIMARY KEY DEFAULT true CHECK (only),
-    beats bigint  NOT NULL
+    singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+    beats     bigint  NOT NULL
 ) WITH (fillfactor = 50);
 INSERT INTO heartbeat (beats) VALUES (0);

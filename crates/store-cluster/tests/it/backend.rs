@@ -1,0 +1,183 @@
+//! Postgres, Redis and NATS of a test's own, and edges on them. A backend under test is one edge with a database and a
+//! namespace for itself. Its crash is the loss of its runtime: tasks, leases and caches are gone wherever they were, and
+//! nothing is closed. Then another edge takes its place.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_ports::{
+    Stores,
+    conformance::{Backend, Factory},
+};
+use qpq_store_cluster::{ClusterStore, Config, Endpoint, Limits, Migrate, Timing};
+use qpq_test_services::{Nats, Postgres, Redis, resp::Reply};
+use tokio::{
+    runtime::{Builder, Runtime},
+    time::{Instant, sleep},
+};
+
+/// When waiting for something counts as waiting in vain.
+pub(crate) const NEVER: Duration = Duration::from_secs(60);
+/// Between two looks at what is waited for.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// A database with the schema in it, which others are copied from.
+const TEMPLATE: &str = "template";
+
+/// The three servers.
+#[derive(Debug)]
+pub(crate) struct Servers {
+    pub(crate) postgres: Postgres,
+    pub(crate) redis: Redis,
+    pub(crate) nats: Nats,
+    clusters: AtomicU32,
+}
+
+impl Servers {
+    pub(crate) async fn start() -> Arc<Self> {
+        // No test here takes the power away, so nothing waits for a disk.
+        let postgres = Postgres::start_with(&[("fsync", "off")]);
+        let (postgres, redis, nats) = tokio::join!(postgres, Redis::start(), Nats::start());
+        let servers = Self {
+            postgres: postgres.expect("Postgres"),
+            redis: redis.expect("Redis"),
+            nats: nats.expect("NATS"),
+            clusters: AtomicU32::new(0),
+        };
+        let template = servers.postgres.create_database(TEMPLATE).await.expect("a database");
+        qpq_store_cluster::migrate(&servers.config(template, Limits::default())).await.expect("the schema");
+        Arc::new(servers)
+    }
+
+    /// A cluster that nobody uses yet, on a database and a namespace of its own.
+    pub(crate) async fn cluster(&self, limits: Limits) -> Config {
+        let name = format!("cluster{}", self.clusters.fetch_add(1, Ordering::Relaxed));
+        let create = format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}");
+        self.postgres.sql(&create).await.expect("a database");
+        let url = self.postgres.url();
+        let (server, _) = url.rsplit_once('/').expect("it names a database");
+        Config { namespace: name.clone(), ..self.config(format!("{server}/{name}"), limits) }
+    }
+
+    fn config(&self, database: String, limits: Limits) -> Config {
+        let endpoint = |url: String| Endpoint { url, password: None, ca: None };
+        Config {
+            postgres: endpoint(database),
+            redis: endpoint(self.redis.url()),
+            nats: endpoint(self.nats.url()),
+            postgres_connections: 12,
+            postgres_timeout: Duration::from_secs(20),
+            redis_timeout: Duration::from_secs(5),
+            start_timeout: NEVER,
+            namespace: String::new(),
+            migrate: Migrate::Never,
+            opaque_setup: [7; 32],
+            limits,
+            timing: Timing {
+                poll: Duration::from_millis(200),
+                lease: Duration::from_secs(1),
+                session_cache: Duration::from_secs(15),
+            },
+        }
+    }
+
+    /// Completes when nothing of the cluster is leased: its edges are dead, so nobody renews anything.
+    async fn leases_have_run_out(&self, config: &Config) {
+        let keys = format!("{}:*l", config.namespace);
+        eventually("the leases of a dead edge to run out", || async {
+            let mut redis = self.redis.connect().await.expect("Redis");
+            let now = redis.command(["TIME"]).await.expect("TIME");
+            let second: u64 = number(&now.array().expect("a list")[0]);
+            let leases = redis.command(["KEYS", &keys]).await.expect("KEYS");
+            for key in leases.array().expect("a list") {
+                let fields = redis.command(["HGETALL", key.text().expect("text")]).await.expect("HGETALL");
+                for pair in fields.array().expect("a list").chunks(2) {
+                    let ends = pair[0].text().expect("text").starts_with('e');
+                    // In ms; and the second that is passing counts as not over.
+                    if ends && number::<u64>(&pair[1]) >= second * 1_000 {
+                        return false;
+                    }
+                }
+            }
+            true
+        })
+        .await;
+    }
+}
+
+fn number<T: std::str::FromStr>(reply: &Reply) -> T {
+    reply.text().ok().and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{reply:?} is no number"))
+}
+
+/// Waits for what must come to be so.
+pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut is_so: impl FnMut() -> F) {
+    let deadline = Instant::now() + NEVER;
+    while !is_so().await {
+        assert!(Instant::now() < deadline, "waited {NEVER:?} for {what}");
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+#[async_trait]
+impl Factory for Arc<Servers> {
+    async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend> {
+        let config = self.cluster(Limits { delivery, key_packages }).await;
+        Box::new(Running { process: Some(Process::start(&config).await), config, servers: Arc::clone(self) })
+    }
+}
+
+struct Running {
+    process: Option<Process>,
+    config: Config,
+    servers: Arc<Servers>,
+}
+
+#[async_trait]
+impl Backend for Running {
+    fn stores(&self) -> Stores {
+        self.process.as_ref().expect("running").store.stores()
+    }
+
+    async fn crash(&mut self) {
+        self.process.take().expect("running").crash().await;
+        self.servers.leases_have_run_out(&self.config).await;
+        self.process = Some(Process::start(&self.config).await);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.runtime.shutdown_background();
+        }
+    }
+}
+
+/// What a process is to the store: a runtime.
+pub(crate) struct Process {
+    pub(crate) store: ClusterStore,
+    runtime: Runtime,
+}
+
+impl Process {
+    pub(crate) async fn start(config: &Config) -> Self {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let config = config.clone();
+        let connecting = runtime.spawn(async move { ClusterStore::connect(&config).await });
+        let store = connecting.await.expect("no panic").unwrap_or_else(|error| panic!("{error}"));
+        Self { store, runtime }
+    }
+
+    pub(crate) async fn crash(self) {
+        // A runtime must not be dropped by a task; its end is waited for, as a dead process does nothing more.
+        let runtime = self.runtime;
+        tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");
+    }
+}

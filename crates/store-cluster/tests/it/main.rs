@@ -1,0 +1,4 @@
+//! The cluster store from outside, on real servers: the rules of every backend, and what edges owe each other.
+
+mod backend;
+mod conformance;
