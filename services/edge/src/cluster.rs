@@ -144,16 +144,27 @@ impl<'a> Sections<'a> {
         delivery: Delivery,
         key_packages: KeyPackageCaps,
     ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
-        let Self { postgres, redis, nats, cluster } = self;
+        let Self { redis, nats, .. } = self;
         Ok(qpq_store_cluster::Config {
-            postgres: endpoint(
-                &postgres.url,
-                "postgres.password_file",
-                &postgres.password_file,
-                &postgres.ca,
-            )?,
             redis: endpoint(&redis.url, "redis.password_file", &redis.password_file, &redis.ca)?,
             nats: endpoint(&nats.url, "nats.password_file", &nats.password_file, &nats.ca)?,
+            ..self.database(opaque_setup, delivery, key_packages)?
+        })
+    }
+
+    /// What Postgres alone needs; the other two are nowhere, and their passwords are not looked for.
+    pub(crate) fn database(
+        &self,
+        opaque_setup: [u8; 32],
+        delivery: Delivery,
+        key_packages: KeyPackageCaps,
+    ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
+        let Self { postgres, redis, cluster, .. } = self;
+        let nowhere = || Endpoint { url: String::new(), password: None, ca: None };
+        Ok(qpq_store_cluster::Config {
+            postgres: endpoint(&postgres.url, "postgres.password_file", &postgres.password_file, &postgres.ca)?,
+            redis: nowhere(),
+            nats: nowhere(),
             postgres_connections: postgres.connections,
             postgres_timeout: postgres.timeout,
             redis_timeout: redis.timeout,
@@ -165,7 +176,11 @@ impl<'a> Sections<'a> {
             },
             opaque_setup,
             limits: Limits { delivery, key_packages },
-            timing: Timing { poll: cluster.poll, lease: cluster.lease, session_cache: cluster.session_cache },
+            timing: Timing {
+                poll: cluster.poll,
+                lease: cluster.lease,
+                session_cache: cluster.session_cache,
+            },
         })
     }
 }

@@ -17,7 +17,7 @@ use qpq_transport::{Limits as TransportLimits, Timeouts};
 
 use crate::{
     budgets::Limits,
-    cluster::{Cluster, Nats, Postgres, Redis, Sections},
+    cluster::{Cluster, Nats, PasswordFileError, Postgres, Redis, Sections},
 };
 
 /// Variables with our prefix that the client, the tests or the documentation read, and that we therefore leave alone.
@@ -231,6 +231,15 @@ impl Choice for IdentityProof {
 
 impl Settings for Config {
     fn validate(&self) -> Vec<Broken> {
+        let mut broken = self.broken_values();
+        broken.extend(self.cluster_sections().broken());
+        broken
+    }
+}
+
+impl Config {
+    /// All rules but the one that a cluster is given whole or not at all: for programs that need only a part of it.
+    pub fn broken_values(&self) -> Vec<Broken> {
         let mut broken = Vec::new();
         let mut must = |holds: bool, path, be: &str| {
             if !holds {
@@ -260,12 +269,17 @@ impl Settings for Config {
             "delivery.default_wait",
             "at most delivery.max_wait",
         );
-        broken.extend(self.cluster_sections().broken());
         broken
     }
-}
 
-impl Config {
+    /// What the cluster's database alone needs, for programs that are no edges. `opaque_setup` tells the cluster from others.
+    pub fn cluster_database(
+        &self,
+        opaque_setup: [u8; 32],
+    ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
+        self.cluster_sections().database(opaque_setup, self.delivery(), self.key_packages())
+    }
+
     /// What makes an edge one of a cluster.
     pub(crate) fn cluster_sections(&self) -> Sections<'_> {
         Sections { postgres: &self.postgres, redis: &self.redis, nats: &self.nats, cluster: &self.cluster }

@@ -15,5 +15,6 @@ mod service;
 mod store;
 mod upkeep;
 
+pub use cluster::PasswordFileError;
 pub use compose::{Running, StartError, compose};
 pub use config::{Config, FOREIGN_VARIABLES};
