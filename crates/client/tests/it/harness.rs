@@ -42,7 +42,7 @@ impl Server {
         };
         config.limits.enabled = false;
         configure(&mut config);
-        let running = compose(&config).await.unwrap();
+        let running = Box::pin(compose(&config)).await.unwrap();
         let (addr, fingerprint) = (running.local_addr(), running.fingerprint());
         config.listen = addr;
         Self { config, running: Some(running), addr, fingerprint, dir }
@@ -58,7 +58,7 @@ impl Server {
     }
 
     pub(crate) async fn start_again(&mut self) {
-        self.running = Some(compose(&self.config).await.unwrap());
+        self.running = Some(Box::pin(compose(&self.config)).await.unwrap());
     }
 
     pub(crate) fn options(&self) -> Options {

@@ -42,7 +42,7 @@ impl World {
             ..Config::default()
         };
         config.limits.enabled = false;
-        let running = compose(&config).await.unwrap();
+        let running = Box::pin(compose(&config)).await.unwrap();
         config.listen = running.local_addr();
         Self {
             address: running.local_addr().to_string(),
@@ -60,7 +60,7 @@ impl World {
 
     /// Starts again where it was.
     pub(crate) async fn start_again(&mut self) {
-        self.running = Some(compose(&self.config).await.unwrap());
+        self.running = Some(Box::pin(compose(&self.config)).await.unwrap());
     }
 
     /// Starts again on the same port and the same accounts, with a new certificate.
@@ -68,7 +68,7 @@ impl World {
         for name in ["server-cert.der", "server-key.der"] {
             std::fs::remove_file(self.config.data_dir.join(name)).unwrap();
         }
-        let running = compose(&self.config).await.unwrap();
+        let running = Box::pin(compose(&self.config)).await.unwrap();
         self.fingerprint = running.fingerprint().to_string();
         self.running = Some(running);
     }
