@@ -1,9 +1,9 @@
 //! What operators see of each call: one access-log line and two metrics, none with a token, key, name or address in it.
 //!
-//! | metric | labels | what |
-//! |---|---|---|
-//! | `qpq_rpc_calls_total` | `method`, `code` | calls answered; `code` is `ok`, a code of `docs/errors.md`, or `cancelled` |
-//! | `qpq_rpc_seconds` | `method` | time from the whole request to its answer, a histogram |
+//! | name | kind | unit | what |
+//! |---|---|---|---|
+//! | `qpq_rpc_calls_total{method,code}` | counter | calls | calls answered; `code` is `ok`, a code of `docs/errors.md`, or `cancelled` |
+//! | `qpq_rpc_seconds{method}` | histogram | seconds | time from the whole request to its answer |
 //!
 //! The access log is the target `qpq::access` at info (Health at debug), with `method`, `code`, `us`, `bytes_in` and
 //! `bytes_out`. Errors of the server's own making get a second event, at their level, with the cause.

@@ -1,11 +1,11 @@
 //! Metrics: one Prometheus recorder a process. Each crate documents and describes its own names; times are in seconds and
 //! sizes in bytes, said so by the end of the name, which is what chooses a histogram's bounds.
 //!
-//! | name | kind | what |
-//! |---|---|---|
-//! | `qpq_build_info{version}` | gauge | always 1; the label has the version |
-//! | `qpq_live` | gauge | 1 while `/livez` answers 200, else 0 |
-//! | `qpq_ready` | gauge | 1 while `/readyz` answers 200, else 0 |
+//! | name | kind | unit | what |
+//! |---|---|---|---|
+//! | `qpq_build_info{version}` | gauge | 1 | always 1; the label has the version |
+//! | `qpq_live` | gauge | 0 or 1 | 1 while `/livez` answers 200, else 0 |
+//! | `qpq_ready` | gauge | 0 or 1 | 1 while `/readyz` answers 200, else 0 |
 
 use std::sync::OnceLock;
 

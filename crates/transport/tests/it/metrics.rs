@@ -116,8 +116,7 @@ async fn the_documented_names_are_the_true_ones() {
             assert!(row.contains(&format!("`{value}`")), "{name}: {value} is not documented");
         }
     }
-    // They have no server to belong to, and so appear when they count.
     let missing: Vec<_> =
         documented.keys().filter(|name| !registered.keys().any(|key| key.starts_with(*name))).collect();
-    assert_eq!(missing, ["qpq_fleet_key_reloads_failed_total", "qpq_tls_cert_reloads_failed_total"]);
+    assert!(missing.is_empty(), "{missing:?}");
 }

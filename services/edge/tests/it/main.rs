@@ -7,6 +7,7 @@ mod collector;
 mod composed;
 mod configuration;
 mod harness;
+mod metrics;
 mod refusals;
 mod running;
 mod stopping;
