@@ -5,10 +5,10 @@ TARGET  := $(BUILT)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 DATA    ?= data
 LISTEN  ?= 0.0.0.0:5001
 
-.PHONY: help run demo test lint bench fuzz
+.PHONY: help run demo test lint bench bench-cluster fuzz
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 run: ## build, start a server on the embedded store, print what to type next
 	cargo build --locked --profile $(PROFILE) -p qpq-server -p qpq-cli
@@ -27,6 +27,10 @@ lint: ## formatting, clippy, dependency walls and licences
 bench: ## speed beside its floors, on this machine
 	cargo build --locked --release -p qpq-server -p qpq-tests --bins
 	$(BUILT)/release/qpq-load bench
+
+bench-cluster: ## the same for a cluster: edges, Postgres, Redis and NATS on this machine
+	cargo build --locked --release -p qpq-server -p qpq-admin -p qpq-tests --bins
+	$(BUILT)/release/qpq-load bench-cluster
 
 fuzz: ## each frame decoder for a minute (needs a nightly toolchain)
 	scripts/fuzz

@@ -112,15 +112,22 @@ async fn start_server() -> anyhow::Result<Running> {
 
 /// The bare echo, with the certificate of `like` and answers of so many bytes.
 async fn start_echo(like: &Running, reply_bytes: usize) -> anyhow::Result<(Server, SocketAddr)> {
+    let echo = start_echo_of(&like.dir.path().join("data"), reply_bytes).await?;
+    Ok((echo.server, echo.addr))
+}
+
+pub(crate) struct Echo {
+    pub(crate) server: Server,
+    pub(crate) addr: SocketAddr,
+}
+
+/// The bare echo, with the certificate in `identity` and answers of so many bytes.
+pub(crate) async fn start_echo_of(identity: &Path, reply_bytes: usize) -> anyhow::Result<Echo> {
     let mut command = Command::new(std::env::current_exe()?);
-    command
-        .arg("echo")
-        .arg("--identity")
-        .arg(like.dir.path().join("data"))
-        .args(["--reply-bytes", &reply_bytes.to_string()]);
-    let echo = Server::start(command, |line| line.starts_with("listening ")).await?;
-    let addr = echo.said[0].trim_start_matches("listening ").parse()?;
-    Ok((echo, addr))
+    command.arg("echo").arg("--identity").arg(identity).args(["--reply-bytes", &reply_bytes.to_string()]);
+    let server = Server::start(command, |line| line.starts_with("listening ")).await?;
+    let addr = server.said[0].trim_start_matches("listening ").parse()?;
+    Ok(Echo { server, addr })
 }
 
 // ---- the parts ----------------------------------------------------------------
@@ -283,7 +290,7 @@ async fn pair(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 /// Drains one page of the account's inbox; whether it was the last.
-async fn fetch_all(stage: &Stage, account: usize) -> anyhow::Result<bool> {
+pub(crate) async fn fetch_all(stage: &Stage, account: usize) -> anyhow::Result<bool> {
     let client: &Client = stage.client(account);
     let request = qpq_proto::v1::FetchRequest::default();
     let response =
@@ -347,26 +354,26 @@ impl BenchArgs {
 
 /// What is wanted of a ratio.
 #[derive(Clone, Copy)]
-enum Wanted {
+pub(crate) enum Wanted {
     AtMost(f64),
     AtLeast(f64),
 }
 
 /// Measurements by name, in the order in which they were made.
 #[derive(Default)]
-struct Series(BTreeMap<&'static str, Vec<f64>>);
+pub(crate) struct Series(BTreeMap<&'static str, Vec<f64>>);
 
 impl Series {
-    fn add(&mut self, name: &'static str, value: f64) {
+    pub(crate) fn add(&mut self, name: &'static str, value: f64) {
         self.0.entry(name).or_default().push(value);
     }
 
-    fn show(&self, name: &str) {
+    pub(crate) fn show(&self, name: &str) {
         println!("  {name:<20} {}", spread(&self.0[name]));
     }
 
     /// Both series and the ratio pair by pair, which holds when the machine's speed drifts.
-    fn print(&self, subject: &str, floor: &str, wanted: Wanted) {
+    pub(crate) fn print(&self, subject: &str, floor: &str, wanted: Wanted) {
         self.show(subject);
         self.show(floor);
         let ratios: Vec<f64> = self.0[subject].iter().zip(&self.0[floor]).map(|(s, f)| s / f).collect();

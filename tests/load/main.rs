@@ -11,6 +11,7 @@
 #![allow(clippy::print_stdout, reason = "a command whose output is its result")]
 
 mod bench;
+mod cluster;
 mod echo;
 mod flat;
 mod floor;
@@ -39,6 +40,8 @@ enum Command {
     Run(RunArgs),
     /// Start servers on loopback and measure each beside its floor.
     Bench(bench::BenchArgs),
+    /// Start a cluster on loopback and measure it beside its floors.
+    BenchCluster(cluster::ClusterArgs),
     /// The yardstick: a bare quinn server that answers every frame.
     #[command(hide = true)]
     Echo(echo::EchoArgs),
@@ -79,6 +82,7 @@ async fn main() -> ExitCode {
     let outcome = match Args::parse().command {
         Command::Run(args) => run(args).await,
         Command::Bench(args) => bench::bench(args).await,
+        Command::BenchCluster(args) => cluster::bench(args).await,
         Command::Echo(args) => echo::serve(args).await,
     };
     match outcome {

@@ -10,9 +10,12 @@
 mod accounts;
 mod config;
 mod error;
+mod import;
 mod inboxes;
 mod keys;
 mod limiter;
+#[cfg(feature = "measure")]
+pub mod measure;
 mod metrics;
 mod nats;
 mod notices;
@@ -32,6 +35,7 @@ use tokio::{
 
 pub use config::{Config, Endpoint, Limits, Migrate, Timing};
 pub use error::ConnectError;
+pub use import::{Import, ImportError};
 pub use inboxes::COMMITTERS;
 pub use postgres::migrate;
 

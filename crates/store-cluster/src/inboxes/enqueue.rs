@@ -53,7 +53,7 @@ struct Head {
 }
 
 /// Accepts each message or says why not, in order. In a transaction, which it ends neither way.
-pub(super) async fn all(
+pub(crate) async fn all(
     connection: &mut PgConnection,
     messages: &[Enqueue],
     limits: &Delivery,

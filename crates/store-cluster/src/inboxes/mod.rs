@@ -19,6 +19,8 @@ use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, S
 use tokio::time::Instant;
 
 pub use committer::COMMITTERS;
+#[cfg(feature = "measure")]
+pub(crate) use enqueue::all as commit;
 pub(crate) use remove::{SWEEP, sweep};
 
 use self::{

@@ -1,6 +1,6 @@
 //! Reading inboxes in Postgres: heads, many in one statement, and messages, each page one snapshot with its head.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use qpq_domain::{IdentityKey, Seq, UnixMillis};
 use qpq_ports::{Envelope, PageLimit, Read, StoreError, StoreResult, View};
@@ -96,10 +96,10 @@ async fn look_up(database: Database, asked: Arc<tokio::sync::Mutex<mpsc::Unbound
             return;
         }
         let inboxes: Vec<_> = batch.iter().map(|asked| asked.inbox).collect();
-        let found = heads(&database, &inboxes).await;
+        let found = heads(&database, &inboxes).await.map(HashMap::<_, _>::from_iter);
         for Asked { inbox, answer } in batch.drain(..) {
             let head = match &found {
-                Ok(heads) => Ok(heads.iter().find(|(key, _)| *key == inbox).map(|(_, head)| *head)),
+                Ok(heads) => Ok(heads.get(&inbox).copied()),
                 Err(error) => Err(error.clone().into()),
             };
             // Whoever gave up changes nothing.

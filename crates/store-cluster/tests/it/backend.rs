@@ -94,14 +94,14 @@ impl Servers {
         eventually("the leases of a dead edge to run out", || async {
             let mut redis = self.redis.connect().await.expect("Redis");
             let now = redis.command(["TIME"]).await.expect("TIME");
-            let second: u64 = number(&now.array().expect("a list")[0]);
+            let [seconds, micros] = now.array().expect("a list") else { panic!("{now:?} is no time") };
+            let clock = number::<u64>(seconds) * 1_000 + number::<u64>(micros) / 1_000;
             let leases = redis.command(["KEYS", &keys]).await.expect("KEYS");
             for key in leases.array().expect("a list") {
                 let fields = redis.command(["HGETALL", key.text().expect("text")]).await.expect("HGETALL");
                 for pair in fields.array().expect("a list").chunks(2) {
-                    let ends = pair[0].text().expect("text").starts_with('e');
-                    // In ms; and the second that is passing counts as not over.
-                    if ends && number::<u64>(&pair[1]) >= second * 1_000 {
+                    let is_end = pair[0].text().expect("text").starts_with('e');
+                    if is_end && number::<u64>(&pair[1]) > clock {
                         return false;
                     }
                 }
@@ -110,6 +110,11 @@ impl Servers {
         })
         .await;
     }
+}
+
+/// An edge in this runtime.
+pub(crate) async fn edge(config: &Config) -> ClusterStore {
+    ClusterStore::connect(config).await.unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn number<T: std::str::FromStr>(reply: &Reply) -> T {
@@ -125,11 +130,22 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut is_so: 
     }
 }
 
+/// Clusters of one edge each, on the same servers.
+#[derive(Debug)]
+pub(crate) struct Clusters(Arc<Servers>);
+
+impl Clusters {
+    pub(crate) async fn start() -> Self {
+        Self(Servers::start().await)
+    }
+}
+
 #[async_trait]
-impl Factory for Arc<Servers> {
+impl Factory for Clusters {
     async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend> {
-        let config = self.cluster(Limits { delivery, key_packages }).await;
-        Box::new(Running { process: Some(Process::start(&config).await), config, servers: Arc::clone(self) })
+        let config = self.0.cluster(Limits { delivery, key_packages }).await;
+        let servers = Arc::clone(&self.0);
+        Box::new(Running { process: Some(Process::start(&config).await), config, servers })
     }
 }
 

@@ -1,3 +1,3 @@
 //! The rules that every backend keeps.
 
-qpq_ports::conformance!(together: crate::backend::Servers::start());
+qpq_ports::conformance!(together: crate::backend::Clusters::start());

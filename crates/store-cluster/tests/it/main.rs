@@ -2,3 +2,6 @@
 
 mod backend;
 mod conformance;
+mod edges;
+mod people;
+mod sessions;

@@ -1,0 +1,133 @@
+//! The floors that the cluster's speed is measured beside: the very transaction that commits messages, and the very script
+//! that pushes them, each alone. For the load generator; nothing else enables it.
+
+use std::{sync::Arc, time::Duration};
+
+use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, UnixMillis};
+use qpq_ports::{Enqueue, Envelope, NewAccount, StoreResult};
+use tokio::{task::JoinSet, time::Instant};
+
+use crate::{
+    COMMITTERS, Config, ConnectError,
+    inboxes::commit,
+    postgres::{self, Database, Repeat},
+    redis::{
+        Redis,
+        queue::{Queued, State},
+    },
+};
+
+/// What a floor came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Floor {
+    pub messages: u64,
+    pub elapsed: Duration,
+}
+
+/// Who the messages are for: inboxes that exist.
+pub async fn inboxes(
+    stores: &qpq_ports::Stores,
+    count: u8,
+    now: UnixMillis,
+) -> StoreResult<Vec<IdentityKey>> {
+    let mut inboxes = Vec::new();
+    for n in 0..count {
+        let mut key = [n; 32];
+        // Spread over the committers as real keys are.
+        key[0] = n.reverse_bits();
+        let identity = IdentityKey::new(key);
+        let username = qpq_domain::Username::parse(&format!("floor{n}")).expect("a username");
+        stores.accounts.register(NewAccount { username, identity, opaque_record: vec![0; 192], now }).await?;
+        inboxes.push(identity);
+    }
+    Ok(inboxes)
+}
+
+/// Commits batches of `batch` messages of `payload` bytes, as many at a time as an edge has committers.
+pub async fn transactions(
+    config: &Config,
+    inboxes: &[IdentityKey],
+    batch: usize,
+    payload: usize,
+    duration: Duration,
+) -> Result<StoreResult<Floor>, ConnectError> {
+    let database =
+        Database::new(postgres::options(config)?, config.postgres_connections, config.postgres_timeout);
+    let (start, limits) = (Instant::now(), config.limits.delivery);
+    let mut tasks = JoinSet::new();
+    for committer in 0..COMMITTERS {
+        let (database, inboxes) = (database.clone(), inboxes.to_vec());
+        tasks.spawn(async move {
+            let mut messages = 0;
+            while start.elapsed() < duration {
+                let batch: Arc<[Enqueue]> =
+                    (0..batch).map(|n| message(&inboxes, committer + COMMITTERS * n, payload)).collect();
+                database
+                    .run("floor", Repeat::Never, |connection| {
+                        let batch = Arc::clone(&batch);
+                        Box::pin(async move { commit(connection, &batch, &limits).await })
+                    })
+                    .await?;
+                messages += batch.len() as u64;
+            }
+            Ok(messages)
+        });
+    }
+    let messages = tasks.join_all().await.into_iter().sum::<StoreResult<u64>>();
+    Ok(messages.map(|messages| Floor { messages, elapsed: start.elapsed() }))
+}
+
+/// Pushes messages one by one to queues that are loaded, `in_flight` at a time.
+pub async fn pushes(
+    config: &Config,
+    inboxes: &[IdentityKey],
+    in_flight: usize,
+    payload: usize,
+    duration: Duration,
+) -> Result<StoreResult<Floor>, ConnectError> {
+    let redis = Redis::connect(config).await?;
+    let start = Instant::now();
+    let mut tasks = JoinSet::new();
+    for task in 0..in_flight {
+        let (redis, inbox) = (redis.clone(), inboxes[task % inboxes.len()]);
+        tasks.spawn(async move {
+            let mut messages = 0;
+            while start.elapsed() < duration {
+                // A queue is dropped when it is full, as in use, and loaded anew now and then.
+                if messages % 128 == 0 {
+                    redis.load(&inbox, State { head: messages, removals: messages }, &[]).await?;
+                }
+                messages += 1;
+                redis.push(&inbox, &[queued(messages, payload)]).await?;
+            }
+            Ok(messages)
+        });
+    }
+    let messages = tasks.join_all().await.into_iter().sum::<StoreResult<u64>>();
+    Ok(messages.map(|messages| Floor { messages, elapsed: start.elapsed() }))
+}
+
+fn message(inboxes: &[IdentityKey], n: usize, payload: usize) -> Enqueue {
+    Enqueue {
+        sender: inboxes[(n + 1) % inboxes.len()],
+        recipient: inboxes[n % inboxes.len()],
+        channel: ChannelId::DEFAULT,
+        payload: vec![7; payload].into(),
+        payload_sha256: [7; 32],
+        message_id: Some(MessageId::new(rand::random())),
+        now: UnixMillis(1_800_000_000_000),
+        ttl: Duration::from_secs(86_400),
+    }
+}
+
+fn queued(seq: u64, payload: usize) -> Queued {
+    Queued {
+        envelope: Envelope {
+            seq: Seq(seq),
+            channel: ChannelId::DEFAULT,
+            payload: vec![7; payload].into(),
+            enqueued_at: UnixMillis(1_800_000_000_000),
+        },
+        expires_at: UnixMillis(1_800_086_400_000),
+    }
+}

@@ -1,0 +1,463 @@
+//! `bench-cluster`: edges and their stores on this machine, beside the floors they stand on: the same transactions alone, the
+//! same script alone, a bare quinn echo. All in one run, several times; what counts are ratios and medians.
+
+use std::{collections::BTreeMap, fs, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use nix::unistd::{SysconfVar, sysconf};
+use qpq_ports::{Clock as _, SystemClock};
+use qpq_store_cluster::{ClusterStore, Config, Endpoint, Limits, Migrate, Timing, measure};
+use tokio::task::JoinSet;
+
+use qpq_tests::{
+    client::{self, Client},
+    cluster::{Cluster, Place, Plan},
+    process::resident,
+};
+
+use crate::{
+    bench::{Series, Wanted},
+    floor::own_cpu,
+    modes::{self, Stage},
+    open_loop::closed_loop,
+};
+
+#[derive(clap::Args)]
+pub(crate) struct ClusterArgs {
+    /// Only these parts.
+    #[arg(value_enum)]
+    parts: Vec<Part>,
+    /// How often each is measured.
+    #[arg(long, default_value_t = 5)]
+    repeats: usize,
+    /// Seconds each measurement lasts.
+    #[arg(long, default_value_t = 4)]
+    seconds: u64,
+    /// Connections in `parked` and `drain`.
+    #[arg(long, default_value_t = 10_000)]
+    connections: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Durable messages a second and CPU of each, at 64, 256 and 1 024 in flight, beside the floors.
+    Enqueue,
+    /// From an Enqueue at one edge to the FetchWait at another, at half of the peak.
+    Pair,
+    /// CPU of a call with four edges beside one.
+    Edges,
+    /// Memory of parked FetchWaits.
+    Parked,
+    /// How long the drain of many connections takes.
+    Drain,
+}
+
+const PAYLOAD: usize = 1_024;
+const ACCOUNTS: usize = 64;
+/// Messages in one transaction of the floor: what the committers have under load.
+const BATCH: usize = 64;
+
+pub(crate) async fn bench(args: ClusterArgs) -> anyhow::Result<()> {
+    let wanted = |part| args.parts.is_empty() || args.parts.contains(&part);
+    println!(
+        "{} processors for edges, Postgres, Redis, NATS and the load together; each figure the median of {} [lowest to highest]\n",
+        std::thread::available_parallelism()?,
+        args.repeats
+    );
+    if wanted(Part::Enqueue) {
+        enqueue(&args).await?;
+    }
+    if wanted(Part::Pair) {
+        pair(&args).await?;
+    }
+    if wanted(Part::Edges) {
+        edges(&args).await?;
+    }
+    if wanted(Part::Parked) {
+        parked(&args).await?;
+    }
+    if wanted(Part::Drain) {
+        drain(&args).await?;
+    }
+    Ok(())
+}
+
+impl ClusterArgs {
+    fn duration(&self) -> Duration {
+        Duration::from_secs(self.seconds)
+    }
+}
+
+/// Edges as processes, as they are in use but that there are no rate limits.
+async fn cluster(edges: usize) -> anyhow::Result<Cluster> {
+    let plan = Plan { edges, place: Place::Apart, ..Plan::default() }
+        .with("QPQ_CLUSTER__POLL", "5s")
+        .with("QPQ_CLUSTER__LEASE", "10s")
+        .with("QPQ_CLUSTER__SESSION_CACHE", "15s")
+        .with("QPQ_TRANSPORT__SILENT_PEER_TIMEOUT", "10s")
+        .with("QPQ_TRANSPORT__MAX_CONNECTIONS", "100000")
+        .with("QPQ_TRANSPORT__MAX_CONNECTIONS_PER_IP", "100000");
+    Cluster::start(plan).await
+}
+
+async fn enqueue(args: &ClusterArgs) -> anyhow::Result<()> {
+    for in_flight in [64, 256, 1_024] {
+        let mut figures = Series::default();
+        for _ in 0..args.repeats {
+            let cluster = cluster(1).await?;
+            let fleet = cluster.fleet();
+            let stage = Stage::set(fleet.addrs[0], fleet.pin, 64, ACCOUNTS).await?;
+            let payload = Bytes::from(vec![7; PAYLOAD]);
+            let before = Cpu::now(&cluster).await?;
+            let tally = closed_loop(in_flight, args.duration(), |i| {
+                modes::enqueue(Arc::clone(&stage), i, payload.clone())
+            })
+            .await;
+            anyhow::ensure!(tally.failed.is_empty(), "enqueues: {:?}", tally.failed);
+            let used = Cpu::now(&cluster).await?.since(&before);
+            let messages = tally.answered as f64;
+            figures.add("messages/s", tally.per_second());
+            figures.add("p50 ms", tally.latency.value_at_quantile(0.5) as f64 / 1e3);
+            figures.add("p99 ms", tally.latency.value_at_quantile(0.99) as f64 / 1e3);
+            for (name, cpu) in used.each() {
+                figures.add(name, cpu / messages);
+            }
+            figures.add("all, CPU µs", used.total() / messages);
+            drop(stage);
+            let floor = floors(&cluster, in_flight, args.duration(), &mut figures).await?;
+            figures.add("floors, CPU µs", floor);
+        }
+        println!("Durable Enqueue of 1 KiB, {in_flight} in flight");
+        for name in ["messages/s", "p50 ms", "p99 ms", "edge", "postgres", "redis", "nats"] {
+            figures.show(name);
+        }
+        for name in ["transactions/s alone", "transactions", "scripts", "echo"] {
+            figures.show(name);
+        }
+        figures.print("all, CPU µs", "floors, CPU µs", Wanted::AtMost(1.5));
+    }
+    Ok(())
+}
+
+/// CPU microseconds a message of the transactions, the scripts and the echo, each alone; their sum.
+async fn floors(
+    cluster: &Cluster,
+    in_flight: usize,
+    duration: Duration,
+    figures: &mut Series,
+) -> anyhow::Result<f64> {
+    let config = store(cluster, "floor").await?;
+    let stores = ClusterStore::connect(&config).await?;
+    let inboxes =
+        measure::inboxes(&stores.stores(), ACCOUNTS as u8, SystemClock.now()).await.context("inboxes")?;
+    stores.close().await;
+
+    let (before, own) = (Cpu::now(cluster).await?, own_cpu());
+    let floor = measure::transactions(&config, &inboxes, BATCH, PAYLOAD, duration).await??;
+    let used = Cpu::now(cluster).await?.since(&before).postgres + micros(own_cpu() - own);
+    let transactions = used / floor.messages as f64;
+    figures.add("transactions/s alone", floor.messages as f64 / floor.elapsed.as_secs_f64());
+    figures.add("transactions", transactions);
+
+    let (before, own) = (Cpu::now(cluster).await?, own_cpu());
+    let floor = measure::pushes(&config, &inboxes, in_flight, PAYLOAD, duration).await??;
+    let used = Cpu::now(cluster).await?.since(&before).redis + micros(own_cpu() - own);
+    let scripts = used / floor.messages as f64;
+    figures.add("scripts", scripts);
+
+    let echo = crate::bench::start_echo_of(&cluster.fleet_dir(), 120).await?;
+    let stage = Stage::set(echo.addr, cluster.fleet().pin, 64, 0).await?;
+    let request = Bytes::from(vec![7; PAYLOAD + 100]);
+    let before = qpq_tests::process::cpu_time(echo.server.pid())?;
+    let tally = closed_loop(in_flight, duration, |i| {
+        let (client, request) = (stage.client(i).clone(), request.clone());
+        async move { client.exchange(crate::echo::ECHO, request).await.map(drop).map_err(|e| e.to_string()) }
+    })
+    .await;
+    let used = qpq_tests::process::cpu_time(echo.server.pid())? - before;
+    echo.server.stop().await?;
+    let echo = micros(used) / tally.answered as f64;
+    figures.add("echo", echo);
+    Ok(transactions + scripts + echo)
+}
+
+/// The cluster's stores as a store of this process, on a database of its own.
+async fn store(cluster: &Cluster, namespace: &str) -> anyhow::Result<Config> {
+    let endpoint = |url: String| Endpoint { url, password: None, ca: None };
+    Ok(Config {
+        postgres: endpoint(cluster.postgres.create_database(namespace).await?),
+        redis: endpoint(cluster.redis.url()),
+        nats: endpoint(cluster.nats.url()),
+        postgres_connections: 16,
+        postgres_timeout: Duration::from_secs(20),
+        redis_timeout: Duration::from_secs(5),
+        start_timeout: Duration::from_secs(20),
+        namespace: namespace.into(),
+        migrate: Migrate::AtStart,
+        opaque_setup: [7; 32],
+        limits: Limits {
+            delivery: qpq_domain::Delivery {
+                max_messages: u64::MAX / 4,
+                max_bytes: u64::MAX / 4,
+                ..qpq_domain::Delivery::default()
+            },
+            ..Limits::default()
+        },
+        timing: Timing::default(),
+    })
+}
+
+async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
+    let cluster = cluster(2).await?;
+    let fleet = cluster.fleet();
+    let stage = Stage::set(fleet.addrs[0], fleet.pin, 64, ACCOUNTS).await?;
+    let payload = Bytes::from(vec![7; PAYLOAD]);
+    let peak =
+        closed_loop(256, args.duration(), |i| modes::enqueue(Arc::clone(&stage), i, payload.clone())).await;
+    for account in 0..stage.accounts.len() {
+        while !crate::bench::fetch_all(&stage, account).await? {}
+    }
+    // Those who wait are on the other edge.
+    let apart = Arc::new(Stage {
+        endpoint: stage.endpoint.clone(),
+        server: fleet.addrs[1],
+        clients: stage.clients.clone(),
+        accounts: stage.accounts.clone(),
+    });
+    println!(
+        "Enqueue at one edge to FetchWait at another; Enqueue alone has its peak at {:.0}/s",
+        peak.per_second()
+    );
+    for share in [0.5, 0.25, 0.1] {
+        let plan = modes::Plan {
+            mode: modes::Mode::Pair,
+            rate: (peak.per_second() * share).floor(),
+            duration: args.duration() * 2,
+            connections: 64,
+            accounts: ACCOUNTS,
+            payload: PAYLOAD,
+        };
+        println!("{}", modes::pair(&plan, None, &apart).await?);
+    }
+    Ok(())
+}
+
+async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
+    const IN_FLIGHT: usize = 256;
+    let mut figures = Series::default();
+    for _ in 0..args.repeats {
+        for (name, count) in [("one edge", 1), ("four edges", 4)] {
+            let cluster = cluster(count).await?;
+            let fleet = cluster.fleet();
+            let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, ACCOUNTS).await?;
+            let mut clients = Vec::new();
+            for addr in fleet.addrs.iter() {
+                clients.extend(modes::connect_many(&stage.endpoint, *addr, 64 / count).await?);
+            }
+            let stage = Arc::new(Stage {
+                endpoint: stage.endpoint.clone(),
+                server: stage.server,
+                clients,
+                accounts: stage.accounts.clone(),
+            });
+            let payload = Bytes::from(vec![7; PAYLOAD]);
+            let before = Cpu::now(&cluster).await?;
+            let tally = closed_loop(IN_FLIGHT, args.duration(), |i| {
+                modes::enqueue(Arc::clone(&stage), i, payload.clone())
+            })
+            .await;
+            anyhow::ensure!(tally.failed.is_empty(), "enqueues: {:?}", tally.failed);
+            figures.add(name, Cpu::now(&cluster).await?.since(&before).total() / tally.answered as f64);
+        }
+    }
+    println!("Enqueue, {IN_FLIGHT} in flight, CPU µs of everything each");
+    figures.print("four edges", "one edge", Wanted::AtMost(1.1));
+    Ok(())
+}
+
+async fn parked(args: &ClusterArgs) -> anyhow::Result<()> {
+    let cluster = cluster(1).await?;
+    let fleet = cluster.fleet();
+    let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, 200).await?;
+    let pid = edge_pids()?[0];
+    // What an edge takes for its first clients is not what each further one costs.
+    drop(modes::connect_many(&stage.endpoint, fleet.addrs[0], 64).await?);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let before = resident(pid)?;
+    let clients = connections(&cluster, args.connections).await?;
+    let mut waiting = park(&clients, &stage);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let grown = resident(pid)?.saturating_sub(before) as f64;
+    anyhow::ensure!(waiting.try_join_next().is_none(), "a waiting call was answered");
+    let cpu = Cpu::now(&cluster).await?;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let used = Cpu::now(&cluster).await?.since(&cpu);
+    println!(
+        "{} connections with a parked FetchWait: {:.1} KiB each, {:.1} MiB in all; {:.1}% of a processor for them (edge {:.1}%, postgres {:.1}%, redis {:.1}%)\n",
+        clients.len(),
+        grown / clients.len() as f64 / 1024.0,
+        grown / 1024.0 / 1024.0,
+        used.total() / 1e5,
+        used.edge / 1e5,
+        used.postgres / 1e5,
+        used.redis / 1e5,
+    );
+    Ok(())
+}
+
+async fn drain(args: &ClusterArgs) -> anyhow::Result<()> {
+    let cluster = cluster(2).await?;
+    let fleet = cluster.fleet();
+    let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, 200).await?;
+    let clients = connections(&cluster, args.connections).await?;
+    let mut waiting = park(&clients, &stage);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let start = tokio::time::Instant::now();
+    cluster.drain_edge(0).await?;
+    let took = start.elapsed();
+    let (mut answered, mut lost) = (0, 0);
+    while let Some(ended) = waiting.join_next().await {
+        if ended? { answered += 1 } else { lost += 1 }
+    }
+    println!(
+        "Drain of {} connections, each with a parked FetchWait: {:.1} s (wanted ≤ 15); {answered} calls were answered, {lost} were not\n",
+        clients.len(),
+        took.as_secs_f64()
+    );
+    Ok(())
+}
+
+/// Connections to the first edge, from several sockets: one has not enough ports' worth of buffer for so many handshakes.
+async fn connections(cluster: &Cluster, count: usize) -> anyhow::Result<Vec<Client>> {
+    let fleet = cluster.fleet();
+    let mut clients = Vec::with_capacity(count);
+    while clients.len() < count {
+        let endpoint = client::endpoint(fleet.pin)?;
+        let more = (count - clients.len()).min(1_000);
+        clients.extend(modes::connect_many(&endpoint, fleet.addrs[0], more).await?);
+    }
+    Ok(clients)
+}
+
+/// Has each connection wait for one of the accounts; true where it was answered.
+fn park(clients: &[Client], stage: &Arc<Stage>) -> JoinSet<bool> {
+    let mut waiting = JoinSet::new();
+    for (n, client) in clients.iter().cloned().enumerate() {
+        let token = stage.accounts[n % stage.accounts.len()].token.clone();
+        waiting.spawn(async move {
+            let request = qpq_proto::v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() };
+            matches!(client.call::<qpq_proto::methods::FetchWait>(&request, Some(&token)).await, Ok(Ok(_)))
+        });
+    }
+    waiting
+}
+
+/// CPU microseconds that each part of a cluster has used.
+#[derive(Clone, Copy, Debug, Default)]
+struct Cpu {
+    edge: f64,
+    postgres: f64,
+    redis: f64,
+    nats: f64,
+}
+
+impl Cpu {
+    async fn now(cluster: &Cluster) -> anyhow::Result<Self> {
+        let pid =
+            cluster.postgres.sql("SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)").await?;
+        let own = i32::try_from(std::process::id())?;
+        let processes = processes()?;
+        let named = |name: &str| -> f64 {
+            processes.values().filter(|p| p.name == name && p.is_below(own, &processes)).map(|p| p.cpu).sum()
+        };
+        let postmaster: i32 = pid.trim().parse()?;
+        let backends: f64 = processes
+            .iter()
+            .filter(|(id, p)| **id == postmaster || p.parent == postmaster)
+            .map(|(_, p)| p.cpu)
+            .sum();
+        let ended = processes.get(&postmaster).map_or(0.0, |p| p.cpu_of_ended);
+        Ok(Self {
+            edge: named("qpq-server"),
+            postgres: backends + ended,
+            redis: named("redis-server"),
+            nats: named("nats-server"),
+        })
+    }
+
+    fn since(self, before: &Self) -> Self {
+        Self {
+            edge: self.edge - before.edge,
+            postgres: self.postgres - before.postgres,
+            redis: self.redis - before.redis,
+            nats: self.nats - before.nats,
+        }
+    }
+
+    fn each(&self) -> [(&'static str, f64); 4] {
+        [("edge", self.edge), ("postgres", self.postgres), ("redis", self.redis), ("nats", self.nats)]
+    }
+
+    fn total(&self) -> f64 {
+        self.each().iter().map(|(_, cpu)| cpu).sum()
+    }
+}
+
+struct Process {
+    name: String,
+    parent: i32,
+    cpu: f64,
+    cpu_of_ended: f64,
+}
+
+impl Process {
+    fn is_below(&self, ancestor: i32, all: &BTreeMap<i32, Process>) -> bool {
+        let mut parent = self.parent;
+        while parent > 1 {
+            if parent == ancestor {
+                return true;
+            }
+            parent = all.get(&parent).map_or(0, |process| process.parent);
+        }
+        false
+    }
+}
+
+/// All processes of this machine, from `/proc/*/stat` (proc(5)).
+fn processes() -> anyhow::Result<BTreeMap<i32, Process>> {
+    let ticks = sysconf(SysconfVar::CLK_TCK)?.context("a clock that ticks")? as f64;
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir("/proc")? {
+        let Ok(pid) = entry?.file_name().to_string_lossy().parse::<i32>() else { continue };
+        // It may have ended meanwhile.
+        let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
+        let fields: Vec<&str> = stat[close + 1..].split_whitespace().collect();
+        let number = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or_default();
+        all.insert(
+            pid,
+            Process {
+                name: stat[open + 1..close].into(),
+                parent: number(1) as i32,
+                cpu: (number(11) + number(12)) / ticks * 1e6,
+                cpu_of_ended: (number(13) + number(14)) / ticks * 1e6,
+            },
+        );
+    }
+    Ok(all)
+}
+
+fn edge_pids() -> anyhow::Result<Vec<i32>> {
+    let own = i32::try_from(std::process::id())?;
+    let all = processes()?;
+    Ok(all
+        .iter()
+        .filter(|(_, p)| p.name == "qpq-server" && p.is_below(own, &all))
+        .map(|(pid, _)| *pid)
+        .collect())
+}
+
+fn micros(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
+}
