@@ -1,0 +1,234 @@
+//! Sessions over several edges: what one ends is over on all, whatever becomes of Redis and NATS.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::StreamExt as _;
+use qpq_domain::TokenHash;
+use qpq_ports::{Notice, Session, Stores};
+use qpq_store_cluster::{Config, Limits, Timing};
+use qpq_test_services::resp::Reply;
+use tokio::time::timeout;
+
+use crate::{
+    backend::{Process, Servers, edge, eventually},
+    people::{HOUR, NOW, Person, open, person, token},
+};
+
+/// So long that a copy which is gone was not merely too old.
+const FOR_EVER: Duration = Duration::from_secs(10 * 60);
+/// So short that a test can wait until a copy is too old.
+const BRIEF: Duration = Duration::from_secs(2);
+
+/// A cluster whose edges believe in copies of sessions for that long.
+async fn cluster(session_cache: Duration) -> (Arc<Servers>, Config) {
+    let servers = Servers::start().await;
+    let config = servers.cluster(Limits::default()).await;
+    let timing = Timing { session_cache, ..config.timing };
+    (servers, Config { timing, ..config })
+}
+
+async fn find(stores: &Stores, n: u8) -> Option<Session> {
+    stores.sessions.find(&token(n)).await.expect("find")
+}
+
+async fn revoke(stores: &Stores, n: u8) -> u32 {
+    stores.sessions.revoke(&token(n)).await.expect("revoke")
+}
+
+async fn is_over(stores: &Stores, n: u8) {
+    eventually("a session to be over", || async { find(stores, n).await.is_none() }).await;
+}
+
+/// Completes when `to` hears what `from` says: a subscription takes a moment.
+async fn hear_each_other(from: &Stores, to: &Stores, person: Person) {
+    let mut heard = to.notices.listen();
+    loop {
+        from.notices.publish(&person.identity, Notice::KeyPackageTaken);
+        if let Ok(notice) = timeout(Duration::from_millis(100), heard.next()).await {
+            assert_eq!(notice, Some((person.identity, Notice::KeyPackageTaken)));
+            return;
+        }
+    }
+}
+
+/// Where Redis keeps the copy of the session with this number.
+fn copy_of(config: &Config, n: u8) -> String {
+    let hex: String = token(n).as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}:s:{hex}", config.namespace)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_edge_revokes_the_others_forget() {
+    let (_servers, config) = cluster(FOR_EVER).await;
+    let (one, two) = (edge(&config).await, edge(&config).await);
+    let (a, b) = (one.stores(), two.stores());
+    let alice = person(&a, 1).await;
+    hear_each_other(&a, &b, alice).await;
+    let mut opened = Vec::new();
+    for n in 1..=3 {
+        opened.push(open(&a, n, alice).await);
+        assert_eq!(find(&b, n).await.as_ref(), opened.last(), "B has a copy now");
+    }
+    assert_eq!(revoke(&a, 1).await, 1);
+    is_over(&b, 1).await;
+    assert_eq!(find(&b, 2).await.as_ref(), Some(&opened[1]));
+
+    assert_eq!(a.sessions.revoke_all(alice.account).await.expect("revoke"), 2);
+    is_over(&b, 2).await;
+    is_over(&b, 3).await;
+    assert_eq!(b.sessions.revoke_all(alice.account).await.expect("revoke"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_nats_a_copy_is_believed_for_a_while() {
+    let (servers, config) = cluster(BRIEF).await;
+    let (one, two) = (edge(&config).await, edge(&config).await);
+    let (a, b) = (one.stores(), two.stores());
+    let alice = person(&a, 1).await;
+    let opened = open(&a, 1, alice).await;
+    servers.nats.kill9().await.expect("NATS");
+    assert_eq!(find(&b, 1).await, Some(opened));
+    assert_eq!(revoke(&a, 1).await, 1);
+    assert_eq!(find(&a, 1).await, None);
+    assert_eq!(b.sessions.confirm(&token(1)).await.expect("confirm"), None, "that asks Postgres");
+    is_over(&b, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edge_forgets_all_copies_when_nats_comes_back() {
+    let (servers, config) = cluster(FOR_EVER).await;
+    let one = Process::start(&config).await;
+    let two = edge(&config).await;
+    let (a, b) = (one.store.stores(), two.stores());
+    let alice = person(&a, 1).await;
+    let opened = open(&a, 1, alice).await;
+    assert_eq!(find(&b, 1).await, Some(opened.clone()));
+    servers.nats.kill9().await.expect("NATS");
+    assert_eq!(revoke(&a, 1).await, 1);
+    // With it goes the word that it could not send.
+    one.crash().await;
+    assert_eq!(find(&b, 1).await, Some(opened), "nobody has told it");
+    servers.nats.start_again().await.expect("NATS");
+    is_over(&b, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lookups_that_race_with_a_revocation_leave_no_copy() {
+    let (_servers, config) = cluster(FOR_EVER).await;
+    let (one, two, three) = (edge(&config).await, edge(&config).await, edge(&config).await);
+    let (a, b, c) = (one.stores(), two.stores(), three.stores());
+    let alice = person(&a, 1).await;
+    hear_each_other(&a, &b, alice).await;
+    for n in 0..100 {
+        open(&a, n, alice).await;
+        let finders: Vec<_> = [&a, &b, &b, &a, &b]
+            .into_iter()
+            .map(|stores| {
+                let sessions = Arc::clone(&stores.sessions);
+                tokio::spawn(async move { sessions.find(&token(n)).await.expect("find") })
+            })
+            .collect();
+        assert_eq!(revoke(&a, n).await, 1);
+        assert_eq!(find(&a, n).await, None, "round {n}");
+        assert_eq!(find(&c, n).await, None, "round {n}: nor does Redis have it");
+        for finder in finders {
+            finder.await.expect("no panic");
+        }
+        is_over(&b, n).await;
+        assert_eq!(find(&a, n).await, None, "round {n}");
+        assert_eq!(find(&c, n).await, None, "round {n}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flushed_redis_ends_no_session_and_brings_none_back() {
+    let (servers, config) = cluster(FOR_EVER).await;
+    let (one, two) = (edge(&config).await, edge(&config).await);
+    let (a, b) = (one.stores(), two.stores());
+    let alice = person(&a, 1).await;
+    hear_each_other(&a, &b, alice).await;
+    let (kept, _) = (open(&a, 1, alice).await, open(&a, 2, alice).await);
+    find(&b, 2).await.expect("B has a copy now");
+    servers.redis.flush_all().await.expect("Redis");
+    assert_eq!(find(&a, 1).await, Some(kept.clone()));
+    assert_eq!(revoke(&a, 2).await, 1);
+    // The mark that it has ended goes, too.
+    servers.redis.flush_all().await.expect("Redis");
+    is_over(&b, 2).await;
+    let three = edge(&config).await;
+    assert_eq!(find(&three.stores(), 2).await, None);
+    assert_eq!(find(&three.stores(), 1).await, Some(kept));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_was_rolled_back_brings_no_session_back() {
+    let (servers, config) = cluster(BRIEF).await;
+    let one = edge(&config).await;
+    let a = one.stores();
+    let alice = person(&a, 1).await;
+    let opened = open(&a, 1, alice).await;
+    assert_eq!(find(&a, 1).await, Some(opened), "and Redis has a copy");
+    // So that it is not Redis who finds it too old.
+    let copy = copy_of(&config, 1);
+    assert_eq!(servers.redis.command(["PERSIST", &copy]).await.expect("Redis"), Reply::Integer(1));
+    let before = servers.redis.snapshot().await.expect("a dump");
+    assert_eq!(revoke(&a, 1).await, 1);
+    assert_eq!(find(&a, 1).await, None);
+    servers.redis.roll_back_to(&before).await.expect("the dump");
+
+    let two = edge(&config).await;
+    let b = two.stores();
+    is_over(&b, 1).await;
+    assert_eq!(servers.redis.command(["EXISTS", &copy]).await.expect("Redis"), Reply::Integer(1));
+    assert_eq!(find(&edge(&config).await.stores(), 1).await, None, "it is there, and nobody believes it");
+    let alive = open(&b, 2, alice).await;
+    assert_eq!(find(&b, 2).await, Some(alive));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_is_away_fails_no_lookup_and_no_revocation() {
+    let (servers, config) = cluster(BRIEF).await;
+    let config = Config { redis_timeout: Duration::from_millis(200), ..config };
+    let (one, two) = (edge(&config).await, edge(&config).await);
+    let (a, b) = (one.stores(), two.stores());
+    let alice = person(&a, 1).await;
+    let kept = open(&a, 1, alice).await;
+    open(&a, 2, alice).await;
+    find(&b, 2).await.expect("B has a copy now");
+    servers.redis.freeze();
+    assert_eq!(find(&a, 1).await, Some(kept.clone()), "it hangs");
+    servers.redis.thaw();
+    servers.redis.kill9().await.expect("Redis");
+    assert_eq!(find(&b, 1).await, Some(kept.clone()), "it is dead");
+    assert_eq!(revoke(&a, 2).await, 1);
+    assert_eq!(find(&a, 2).await, None);
+    is_over(&b, 2).await;
+    servers.redis.start_again().await.expect("Redis");
+    let copy = copy_of(&config, 1);
+    eventually("a copy in the new Redis", || async {
+        assert_eq!(find(&a, 1).await, Some(kept.clone()));
+        servers.redis.command(["EXISTS", &copy]).await.expect("Redis") == Reply::Integer(1)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_use_that_one_edge_notes_the_others_know() {
+    let (_servers, config) = cluster(FOR_EVER).await;
+    let (one, two) = (edge(&config).await, edge(&config).await);
+    let (a, b) = (one.stores(), two.stores());
+    let alice = person(&a, 1).await;
+    let opened = open(&a, 1, alice).await;
+    assert_eq!(find(&a, 1).await, Some(opened.clone()), "and Redis has a copy");
+    let (used, expires_at) = (NOW.plus(HOUR / 2), NOW.plus(2 * HOUR));
+    let touch = |stores: Stores, token: TokenHash, now| async move {
+        stores.sessions.touch(&token, now, expires_at).await.expect("touch");
+    };
+    touch(a.clone(), token(1), used).await;
+    let touched = Session { last_used_at: used, expires_at, ..opened };
+    for stores in [&a, &b] {
+        assert_eq!(find(stores, 1).await, Some(touched.clone()));
+    }
+    touch(b.clone(), token(1), NOW.plus(HOUR / 4)).await;
+    assert_eq!(b.sessions.confirm(&token(1)).await.expect("confirm"), Some(touched), "the later use counts");
+}
