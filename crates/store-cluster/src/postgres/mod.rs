@@ -142,6 +142,8 @@ impl Database {
                 Err(Failed { error, happened }) => {
                     let again = match Kind::of(&error) {
                         Kind::Contention => tries < TRIES,
+                        // Who has waited for a connection in vain has waited long enough.
+                        Kind::Unreachable if matches!(error, sqlx::Error::PoolTimedOut) => false,
                         Kind::Unreachable => {
                             tries == 1 && (happened == Happened::No || repeat == Repeat::Harmless)
                         }
