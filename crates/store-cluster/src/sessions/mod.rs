@@ -70,21 +70,23 @@ impl ClusterSessions {
         Self { database, copies, ttl }
     }
 
-    /// Forgets what other edges say has ended, as long as there is a bus; and everything, when something may have been missed.
-    pub(crate) async fn listen(self: Arc<Self>) {
-        let mut heard = self.copies.bus.hear();
-        let mut back = self.copies.bus.back();
-        loop {
-            let word = tokio::select! {
-                word = heard.recv() => word,
-                // It ends with the bus, which the other branch notices.
-                Ok(()) = back.changed() => Err(RecvError::Lagged(0)),
-            };
-            match word {
-                Ok(Heard::SessionEnded(token)) => self.copies.process.forget(&[token]),
-                Ok(_) => {}
-                Err(RecvError::Lagged(_)) => self.copies.process.clear(),
-                Err(RecvError::Closed) => return,
+    /// Forgets what other edges say has ended, from now on and as long as there is a bus; and everything, when something may
+    /// have been missed.
+    pub(crate) fn listen(self: Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
+        let (mut heard, mut back) = (self.copies.bus.hear(), self.copies.bus.back());
+        async move {
+            loop {
+                let word = tokio::select! {
+                    word = heard.recv() => word,
+                    // It ends with the bus, which the other branch notices.
+                    Ok(()) = back.changed() => Err(RecvError::Lagged(0)),
+                };
+                match word {
+                    Ok(Heard::SessionEnded(token)) => self.copies.process.forget(&[token]),
+                    Ok(_) => {}
+                    Err(RecvError::Lagged(_)) => self.copies.process.clear(),
+                    Err(RecvError::Closed) => return,
+                }
             }
         }
     }
@@ -115,13 +117,15 @@ impl ClusterSessions {
                     })
                 })
                 .await;
-            let gone = std::mem::take(&mut *gone.lock());
-            let tokens: Vec<_> = gone.iter().copied().chain(token).collect();
+            let mut tokens = std::mem::take(&mut *gone.lock());
+            let count = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+            tokens.extend(token);
+            let tokens: Vec<_> = tokens.into_iter().collect();
             match removed {
                 Ok(()) => copies.ended(&tokens).await,
                 Err(_) => copies.doubted(&tokens).await,
             }
-            removed.map(|()| u32::try_from(gone.len()).unwrap_or(u32::MAX))
+            removed.map(|()| count)
         });
         removing.await.unwrap_or_else(|error| Err(StoreError::unavailable(error)))
     }
