@@ -94,7 +94,7 @@ pub(crate) async fn connect_many(
 ) -> anyhow::Result<Vec<Client>> {
     stream::iter(0..count)
         .map(|_| Client::connect(endpoint, server))
-        // More at a time overrun the socket's buffer where the processors are few, and handshakes fail of that.
+        // With 64, a machine busy with other work dropped datagrams for want of buffer, and handshakes ran out of time.
         .buffer_unordered(16)
         .try_collect()
         .await
