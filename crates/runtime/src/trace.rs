@@ -12,7 +12,10 @@ use std::{fmt, time::Duration};
 
 use figment::value::Value;
 use opentelemetry::{KeyValue, trace::TracerProvider as _};
-use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig as _};
+use opentelemetry_otlp::{
+    ExporterBuildError, SpanExporter, WithExportConfig as _, WithTonicConfig as _,
+    tonic_types::transport::ClientTlsConfig,
+};
 use opentelemetry_sdk::{
     Resource,
     trace::{Sampler, SdkTracerProvider},
@@ -115,11 +118,13 @@ impl Traces {
     pub fn start(trace: &Trace, version: &'static str) -> Result<Self, TraceError> {
         let provider = match &trace.endpoint {
             Some(Endpoint(endpoint)) => {
-                let exporter = SpanExporter::builder()
-                    .with_tonic()
-                    .with_endpoint(endpoint)
-                    .with_timeout(trace.timeout)
-                    .build()?;
+                let mut exporter =
+                    SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(trace.timeout);
+                if endpoint.starts_with("https:") {
+                    // By itself it would trust nobody.
+                    exporter = exporter.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
+                }
+                let exporter = exporter.build()?;
                 let resource = Resource::builder()
                     .with_service_name(trace.service.clone())
                     .with_attribute(KeyValue::new("service.version", version))

@@ -162,7 +162,12 @@ impl<'a> Sections<'a> {
         let Self { postgres, redis, cluster, .. } = self;
         let nowhere = || Endpoint { url: String::new(), password: None, ca: None };
         Ok(qpq_store_cluster::Config {
-            postgres: endpoint(&postgres.url, "postgres.password_file", &postgres.password_file, &postgres.ca)?,
+            postgres: endpoint(
+                &postgres.url,
+                "postgres.password_file",
+                &postgres.password_file,
+                &postgres.ca,
+            )?,
             redis: nowhere(),
             nats: nowhere(),
             postgres_connections: postgres.connections,
@@ -176,11 +181,7 @@ impl<'a> Sections<'a> {
             },
             opaque_setup,
             limits: Limits { delivery, key_packages },
-            timing: Timing {
-                poll: cluster.poll,
-                lease: cluster.lease,
-                session_cache: cluster.session_cache,
-            },
+            timing: Timing { poll: cluster.poll, lease: cluster.lease, session_cache: cluster.session_cache },
         })
     }
 }

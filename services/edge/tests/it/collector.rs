@@ -11,7 +11,10 @@ use opentelemetry_proto::tonic::{
     trace::v1,
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
-use tonic::{Request, Response, Status, transport::server::TcpIncoming};
+use tonic::{
+    Request, Response, Status,
+    transport::{Identity, ServerTlsConfig, server::TcpIncoming},
+};
 
 const HANGS: Duration = Duration::from_secs(60);
 
@@ -59,23 +62,33 @@ pub(crate) struct Collector {
 
 impl Collector {
     pub(crate) async fn start() -> Self {
+        Self::serve(tonic::transport::Server::builder()).await
+    }
+
+    /// One that is reached as `localhost`, with this certificate.
+    pub(crate) async fn start_tls(identity: Identity) -> Self {
+        let tls = ServerTlsConfig::new().identity(identity);
+        Self::serve(tonic::transport::Server::builder().tls_config(tls).unwrap()).await
+    }
+
+    async fn serve(mut builder: tonic::transport::Server) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (kept, spans) = watch::channel(Vec::new());
         let service = TraceServiceServer::new(Keeper(Arc::new(kept)));
         let server = tokio::spawn(async move {
             let incoming = TcpIncoming::from(listener);
-            tonic::transport::Server::builder()
-                .add_service(service)
-                .serve_with_incoming(incoming)
-                .await
-                .unwrap();
+            builder.add_service(service).serve_with_incoming(incoming).await.unwrap();
         });
         Self { address, spans, server }
     }
 
     pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    pub(crate) fn tls_url(&self) -> String {
+        format!("https://localhost:{}", self.address.port())
     }
 
     /// All spans so far.

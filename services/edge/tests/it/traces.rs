@@ -1,10 +1,14 @@
 //! Traces of calls at a collector: there when asked for, with nothing in them that is a user's, and never in the way.
 
+use std::fs;
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use nix::sys::signal::Signal;
 use qpq_proto::{Method as _, methods::OpaqueLoginStart};
-use qpq_transport::client::Connection;
+use qpq_transport::{Certificates, client::Connection};
 use tokio::net::TcpListener;
+use tonic::transport::Identity;
 
 use crate::{
     collector::{Collector, Span},
@@ -102,4 +106,34 @@ async fn spans_arrive_while_the_server_runs() {
     server.health().await;
     let spans = collector.until(|spans| spans.iter().any(|span| span.name() == "Health")).await;
     assert_eq!(spans[0].service, "qpq-server");
+}
+
+#[tokio::test]
+async fn they_travel_encrypted_where_the_system_trusts_the_collector() {
+    let data = Data::new();
+    let (cert, key, roots) =
+        (data.file("collector.der"), data.file("collector-key.der"), data.file("roots.pem"));
+    Certificates::load_or_create(&cert, &key, &["localhost".into()]).unwrap();
+    let pem = |file, label| {
+        let text = BASE64_STANDARD.encode(fs::read(file).unwrap());
+        format!("-----BEGIN {label}-----\n{text}\n-----END {label}-----\n")
+    };
+    fs::write(&roots, pem(&cert, "CERTIFICATE")).unwrap();
+    let identity = Identity::from_pem(pem(&cert, "CERTIFICATE"), pem(&key, "PRIVATE KEY"));
+    let collector = Collector::start_tls(identity).await;
+    let url = collector.tls_url();
+    for trusted in [true, false] {
+        let mut variables = vec![("QPQ_TRACE__ENDPOINT", &*url), ("QPQ_TRACE__SAMPLE", "1")];
+        if trusted {
+            variables.push(("SSL_CERT_FILE", roots.to_str().unwrap()));
+        }
+        let own = Data::new();
+        let server = ServerProcess::start(own.path(), &variables).await;
+        server.health().await;
+        let before = collector.spans().len();
+        server.signal(Signal::SIGTERM);
+        let (code, log) = server.ended().await;
+        assert_eq!(code, Some(0), "{log}");
+        assert_eq!(collector.spans().len() > before, trusted, "{log}");
+    }
 }
