@@ -15,7 +15,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use qpq_proto::{Status, methods::Method};
 use qpq_wire::{Request, Response};
-use quinn::{Connection, Endpoint};
+use quinn::{Connection, ConnectionError, Endpoint};
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -45,14 +45,35 @@ pub struct Client {
 }
 
 /// What a call came to when it was not answered Ok.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
     pub status: u8,
     pub code: String,
+    /// When to try again; 0 where the answer does not say.
+    pub retry_after_ms: u32,
+}
+
+/// When a connection is given up, and how often it gives a sign of life so that the server does not.
+#[derive(Clone, Copy, Debug)]
+pub struct Silence {
+    pub keep_alive: Duration,
+    pub idle: Duration,
+}
+
+/// As a client in production.
+impl Default for Silence {
+    fn default() -> Self {
+        Self { keep_alive: Duration::from_secs(15), idle: Duration::from_secs(60) }
+    }
 }
 
 /// A UDP socket from which any number of connections go out.
 pub fn endpoint(pin: Pin) -> anyhow::Result<Endpoint> {
+    endpoint_with(pin, Silence::default())
+}
+
+/// The same, for clients that are sooner or later to notice that the server is gone.
+pub fn endpoint_with(pin: Pin, silence: Silence) -> anyhow::Result<Endpoint> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut tls = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -63,8 +84,8 @@ pub fn endpoint(pin: Pin) -> anyhow::Result<Endpoint> {
     let mut transport = quinn::TransportConfig::default();
     transport
         .max_concurrent_uni_streams(4_u32.into())
-        .keep_alive_interval(Some(Duration::from_secs(15)))
-        .max_idle_timeout(Some(Duration::from_secs(60).try_into()?));
+        .keep_alive_interval(Some(silence.keep_alive))
+        .max_idle_timeout(Some(silence.idle.try_into()?));
     let mut config =
         quinn::ClientConfig::new(Arc::new(quinn::crypto::rustls::QuicClientConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport));
@@ -82,6 +103,16 @@ impl Client {
     /// Ends the connection; answers that have arrived whole can still be read.
     pub fn close(&self) {
         self.connection.close(0_u32.into(), b"");
+    }
+
+    /// Why the connection has ended, if it has.
+    pub fn ended(&self) -> Option<ConnectionError> {
+        self.connection.close_reason()
+    }
+
+    /// Completes when the connection has ended.
+    pub async fn closed(&self) -> ConnectionError {
+        self.connection.closed().await
     }
 
     /// One frame there, one back.
@@ -113,7 +144,7 @@ impl Client {
             return Ok(Ok(M::Response::decode(response.payload)?));
         }
         let detail = qpq_proto::v1::ErrorDetail::decode(response.payload).unwrap_or_default();
-        Ok(Err(Refused { status: response.status, code: detail.code }))
+        Ok(Err(Refused { status: response.status, code: detail.code, retry_after_ms: detail.retry_after_ms }))
     }
 
     /// A call that must be answered Ok.
@@ -124,7 +155,7 @@ impl Client {
     ) -> anyhow::Result<M::Response> {
         match self.call::<M>(request, token).await? {
             Ok(response) => Ok(response),
-            Err(Refused { status, code }) => bail!("{} answered {status} {code}", M::INFO.name),
+            Err(Refused { status, code, .. }) => bail!("{} answered {status} {code}", M::INFO.name),
         }
     }
 }

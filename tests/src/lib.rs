@@ -5,4 +5,8 @@
 
 pub mod accounts;
 pub mod client;
+pub mod cluster;
+pub mod havoc;
 pub mod process;
+pub mod roaming;
+pub mod traffic;

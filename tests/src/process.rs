@@ -2,12 +2,16 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     time::Duration,
 };
 
 use anyhow::Context as _;
-use nix::{time::clock_getcpuclockid, unistd::Pid};
+use nix::{
+    sys::signal::{Signal, kill},
+    time::clock_getcpuclockid,
+    unistd::Pid,
+};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::{Child, Command},
@@ -49,6 +53,17 @@ impl Server {
         i32::try_from(self.child.id().expect("it runs")).expect("a pid")
     }
 
+    /// Asks it to end, as an operator does.
+    pub fn terminate(&self) -> anyhow::Result<()> {
+        Ok(kill(Pid::from_raw(self.pid()), Signal::SIGTERM)?)
+    }
+
+    /// Returns when it has ended by itself; how.
+    pub async fn ended(mut self) -> anyhow::Result<ExitStatus> {
+        Ok(self.child.wait().await?)
+    }
+
+    /// `kill -9`.
     pub async fn stop(mut self) -> anyhow::Result<()> {
         self.child.kill().await?;
         Ok(())

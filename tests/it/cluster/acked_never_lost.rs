@@ -1,0 +1,19 @@
+//! *Acked, never lost*: a hundred thousand acknowledged messages while edges, Redis, NATS and Postgres are killed, Redis is
+//! flushed and rolled back, and the readers' connections are cut. `make chaos` does a million.
+
+use qpq_tests::{havoc::Campaign, traffic::Plan};
+
+const MESSAGES: u64 = 100_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn acked_never_lost() {
+    let traffic =
+        Plan { inboxes: 18, writers: 48, messages: MESSAGES, payload: 256, batches: 5, seed: 0xacced };
+    let outcome = Campaign { traffic, every: 2_500 }.run().await.unwrap();
+    println!("{outcome}");
+    let report = &outcome.summary.report;
+    report.assert_clean();
+    assert!(report.acknowledged as u64 >= MESSAGES, "{report}");
+    assert!(outcome.strikes.len() > 20, "it was too quiet: {outcome}");
+    assert!(outcome.summary.lost > 0, "no call was ever interrupted: {outcome}");
+}

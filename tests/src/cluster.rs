@@ -1,0 +1,348 @@
+//! A cluster of a test's own: real Postgres, Redis and NATS, what `qpq-admin init` makes, and any number of edges.
+//!
+//! Edges run as processes, or in the test's own process by their own `compose()`; each on a port that stays its own while it
+//! is down. On request proxies stand between everything: clients, edges and stores.
+
+use std::{
+    ffi::OsString,
+    fs::{self, OpenOptions},
+    io::Write as _,
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::Arc,
+};
+
+use anyhow::{Context as _, ensure};
+use qpq_runtime::config::{self, Sources};
+use qpq_server::{Config, FOREIGN_VARIABLES, Running, compose};
+use qpq_test_services::{
+    Nats, Postgres, Redis,
+    proxy::{TcpProxy, UdpProxy},
+};
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use sha2::{Digest as _, Sha256};
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use crate::{
+    accounts::{self, Account},
+    client::{Pin, endpoint},
+    process::{Server, sibling},
+};
+
+/// Where edges listen: below the ports that Linux gives out by itself, and apart from those of the stores.
+const PORTS: std::ops::Range<u16> = 12_000..20_000;
+
+/// Where the edges of a cluster run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In this process.
+    Here,
+    /// Each as a process, which can be killed.
+    Apart,
+}
+
+/// What stands between clients, edges and stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wiring {
+    Direct,
+    /// A proxy on each way, of which each edge has its own.
+    Proxied,
+}
+
+/// What cluster to start.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub edges: usize,
+    pub place: Place,
+    pub wiring: Wiring,
+    /// Decides what the proxies do.
+    pub seed: u64,
+    /// Settings of all edges, over those of [`Cluster::variables`].
+    pub variables: Vec<(&'static str, String)>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self { edges: 3, place: Place::Here, wiring: Wiring::Direct, seed: 0, variables: Vec::new() }
+    }
+}
+
+impl Plan {
+    pub fn with(mut self, variable: &'static str, value: impl Into<String>) -> Self {
+        self.variables.push((variable, value.into()));
+        self
+    }
+}
+
+/// A running cluster. Dropping it ends everything; if the test has failed, its directory with the edges' logs is kept.
+#[derive(Debug)]
+pub struct Cluster {
+    pub postgres: Postgres,
+    pub redis: Redis,
+    pub nats: Nats,
+    edges: Vec<Edge>,
+    pin: Pin,
+    plan: Plan,
+    dir: Option<TempDir>,
+}
+
+/// Where clients find the edges.
+#[derive(Clone, Debug)]
+pub struct Fleet {
+    pub pin: Pin,
+    pub addrs: Arc<[SocketAddr]>,
+}
+
+/// The proxies of one edge.
+#[derive(Debug)]
+pub struct Links {
+    pub clients: UdpProxy,
+    pub postgres: TcpProxy,
+    pub redis: TcpProxy,
+    pub nats: TcpProxy,
+}
+
+#[derive(Debug)]
+struct Edge {
+    port: Port,
+    links: Option<Links>,
+    life: tokio::sync::Mutex<Life>,
+}
+
+#[derive(Debug)]
+enum Life {
+    Down,
+    Here(Box<Running>),
+    Apart(Server),
+}
+
+impl Cluster {
+    /// Starts stores and edges. When this returns, every edge serves.
+    pub async fn start(plan: Plan) -> anyhow::Result<Self> {
+        let (postgres, redis, nats) = tokio::try_join!(Postgres::start(), Redis::start(), Nats::start())?;
+        let dir = tempfile::Builder::new().prefix("qpq-cluster-").tempdir()?;
+        init(&dir.path().join("fleet")).await?;
+        let certificate = fs::read(dir.path().join("fleet/server-cert.der"))?;
+        let pin = Pin(Sha256::digest(certificate).into());
+        let mut random = StdRng::seed_from_u64(plan.seed);
+        let mut edges = Vec::new();
+        for _ in 0..plan.edges {
+            let port = Port::reserve()?;
+            let links = match plan.wiring {
+                Wiring::Direct => None,
+                Wiring::Proxied => {
+                    let mut own = || StdRng::seed_from_u64(random.r#gen());
+                    let store = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+                    Some(Links {
+                        clients: UdpProxy::start(port.addr(), own()).await?,
+                        postgres: TcpProxy::start(store(postgres.port()), own()).await?,
+                        redis: TcpProxy::start(store(redis.port()), own()).await?,
+                        nats: TcpProxy::start(store(nats.port()), own()).await?,
+                    })
+                }
+            };
+            edges.push(Edge { port, links, life: tokio::sync::Mutex::new(Life::Down) });
+        }
+        let cluster = Self { postgres, redis, nats, edges, pin, plan, dir: Some(dir) };
+        for n in 0..cluster.edges.len() {
+            cluster.start_edge(n).await?;
+        }
+        Ok(cluster)
+    }
+
+    pub fn fleet(&self) -> Fleet {
+        let addr = |edge: &Edge| match &edge.links {
+            Some(links) => links.clients.addr(),
+            None => edge.port.addr(),
+        };
+        Fleet { pin: self.pin, addrs: self.edges.iter().map(addr).collect() }
+    }
+
+    /// The proxies of an edge.
+    ///
+    /// # Panics
+    /// If the cluster was not planned with them.
+    pub fn links(&self, edge: usize) -> &Links {
+        self.edges[edge].links.as_ref().expect("planned with Wiring::Proxied")
+    }
+
+    /// A place for a test's own files, gone with the cluster unless the test fails.
+    pub fn dir(&self) -> &Path {
+        self.dir.as_ref().expect("taken by drop alone").path()
+    }
+
+    /// What all edges share.
+    pub fn fleet_dir(&self) -> PathBuf {
+        self.dir().join("fleet")
+    }
+
+    /// Makes accounts, each with a session, through the first edge.
+    pub async fn accounts(&self, count: usize) -> anyhow::Result<Vec<Account>> {
+        accounts::make(&endpoint(self.pin)?, self.fleet().addrs[0], count).await
+    }
+
+    /// How many messages Postgres has.
+    pub async fn messages_left(&self) -> anyhow::Result<u64> {
+        Ok(self.postgres.sql("SELECT count(*) FROM message").await?.parse()?)
+    }
+
+    /// Starts an edge that is down; it serves when this returns.
+    pub async fn start_edge(&self, n: usize) -> anyhow::Result<()> {
+        let mut life = self.edges[n].life.lock().await;
+        ensure!(matches!(*life, Life::Down), "edge {n} runs already");
+        *life = match self.plan.place {
+            Place::Here => Life::Here(Box::new(Box::pin(compose(&self.config(n)?)).await?)),
+            Place::Apart => Life::Apart(
+                Server::start(self.command(n)?, |line| line.contains(" dm bob"))
+                    .await
+                    .with_context(|| format!("edge {n} said: {}", self.log(n)))?,
+            ),
+        };
+        Ok(())
+    }
+
+    /// `kill -9`, or as near to it as an edge in this process can be brought.
+    pub async fn kill_edge(&self, n: usize) -> anyhow::Result<()> {
+        match std::mem::replace(&mut *self.edges[n].life.lock().await, Life::Down) {
+            Life::Down => anyhow::bail!("edge {n} is down"),
+            Life::Here(running) => drop(running),
+            Life::Apart(server) => server.stop().await?,
+        }
+        Ok(())
+    }
+
+    /// Ends an edge as an orchestrator does, by SIGTERM, and returns when it has ended by itself.
+    pub async fn drain_edge(&self, n: usize) -> anyhow::Result<()> {
+        match std::mem::replace(&mut *self.edges[n].life.lock().await, Life::Down) {
+            Life::Down => anyhow::bail!("edge {n} is down"),
+            Life::Here(running) => running.shutdown(std::future::pending()).await,
+            Life::Apart(server) => {
+                server.terminate()?;
+                let status = server.ended().await?;
+                ensure!(status.success(), "edge {n} ended with {status}");
+            }
+        }
+        Ok(())
+    }
+
+    /// The settings of an edge, as environment variables.
+    pub fn variables(&self, n: usize) -> Vec<(&'static str, String)> {
+        let edge = &self.edges[n];
+        let through = |url: String, own: u16, proxy: Option<&TcpProxy>| match proxy {
+            Some(proxy) => url.replace(&format!("127.0.0.1:{own}"), &proxy.addr().to_string()),
+            None => url,
+        };
+        let links = edge.links.as_ref();
+        let mut variables = vec![
+            ("QPQ_LISTEN", edge.port.addr().to_string()),
+            ("QPQ_DATA_DIR", self.dir().join(format!("data-{n}")).display().to_string()),
+            ("QPQ_HTTP__LISTEN", "off".into()),
+            ("QPQ_LIMITS__ENABLED", "false".into()),
+            ("QPQ_TRANSPORT__SILENT_PEER_TIMEOUT", "3s".into()),
+            ("QPQ_DELIVERY__MAX_MESSAGES", "10000000".into()),
+            ("QPQ_DELIVERY__MAX_BYTES", "100GiB".into()),
+            (
+                "QPQ_POSTGRES__URL",
+                through(self.postgres.url(), self.postgres.port(), links.map(|l| &l.postgres)),
+            ),
+            ("QPQ_REDIS__URL", through(self.redis.url(), self.redis.port(), links.map(|l| &l.redis))),
+            ("QPQ_NATS__URL", through(self.nats.url(), self.nats.port(), links.map(|l| &l.nats))),
+            ("QPQ_CLUSTER__SECRETS_DIR", self.fleet_dir().display().to_string()),
+            ("QPQ_CLUSTER__EDGE", format!("edge-{n}")),
+            ("QPQ_CLUSTER__MIGRATE", "at_start".into()),
+            ("QPQ_CLUSTER__POLL", "500ms".into()),
+            ("QPQ_CLUSTER__LEASE", "2s".into()),
+            ("QPQ_CLUSTER__SESSION_CACHE", "2s".into()),
+        ];
+        variables.retain(|(name, _)| self.plan.variables.iter().all(|(other, _)| other != name));
+        variables.extend(self.plan.variables.iter().cloned());
+        variables
+    }
+
+    /// What an edge that is a process has logged.
+    pub fn log(&self, n: usize) -> String {
+        fs::read_to_string(self.log_file(n)).unwrap_or_default()
+    }
+
+    fn log_file(&self, n: usize) -> PathBuf {
+        self.dir().join(format!("edge-{n}.log"))
+    }
+
+    /// The program of an edge, with nothing of the test's own environment.
+    pub fn command(&self, n: usize) -> anyhow::Result<Command> {
+        let log = OpenOptions::new().create(true).append(true).open(self.log_file(n))?;
+        let mut command = Command::new(sibling("qpq-server")?);
+        command
+            .env_clear()
+            .envs(self.variables(n))
+            .env("RUST_LOG", "warn")
+            .current_dir(self.dir())
+            .stderr(log)
+            .kill_on_drop(true);
+        Ok(command)
+    }
+
+    /// The same settings, for `compose()`.
+    pub fn config(&self, n: usize) -> anyhow::Result<Config> {
+        configuration(&self.variables(n))
+    }
+}
+
+/// What an edge makes of environment variables.
+pub fn configuration(variables: &[(&str, String)]) -> anyhow::Result<Config> {
+    let environment =
+        variables.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))).collect();
+    let loaded = config::load(Sources { environment, foreign: FOREIGN_VARIABLES, ..Sources::default() })?;
+    Ok(loaded.settings)
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let Some(dir) = self.dir.take() else { return };
+        // Whoever would read it may be gone.
+        if std::thread::panicking() {
+            let _ = writeln!(std::io::stderr(), "the cluster's directory is kept: {}", dir.keep().display());
+        }
+    }
+}
+
+/// Makes what the edges of a cluster share.
+pub async fn init(fleet: &Path) -> anyhow::Result<()> {
+    let output = Command::new(sibling("qpq-admin")?)
+        .args(["init", "--out"])
+        .arg(fleet)
+        .env_clear()
+        .stdin(Stdio::null())
+        .output()
+        .await?;
+    ensure!(output.status.success(), "qpq-admin init: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// A UDP port that is an edge's own among all tests of this machine, also while the edge is down. The claim is the TCP socket
+/// of the same number.
+#[derive(Debug)]
+struct Port {
+    _claim: TcpListener,
+    number: u16,
+}
+
+impl Port {
+    fn reserve() -> anyhow::Result<Self> {
+        let mut random = rand::rngs::OsRng;
+        (0..1_000).find_map(|_| Self::claim(random.gen_range(PORTS))).context("no free port of 127.0.0.1")
+    }
+
+    fn claim(number: u16) -> Option<Self> {
+        let claim = TcpListener::bind((Ipv4Addr::LOCALHOST, number)).ok()?;
+        // A server that is none of ours may listen there.
+        drop(UdpSocket::bind((Ipv4Addr::LOCALHOST, number)).ok()?);
+        Some(Self { _claim: claim, number })
+    }
+
+    fn addr(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.number).into()
+    }
+}

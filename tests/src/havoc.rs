@@ -1,0 +1,168 @@
+//! What may happen to a cluster at any moment: edges and stores are killed, Redis forgets or falls back, connections break.
+//! Which of it and when is decided by a seed, and by how far the traffic has come: time decides nothing.
+
+use std::{fmt, time::Duration};
+
+use qpq_test_services::Snapshot;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
+use tokio::time::sleep;
+
+use crate::{
+    cluster::{Cluster, Place, Plan},
+    traffic::{self, Summary, Traffic},
+};
+
+/// One thing that happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strike {
+    KillEdge,
+    KillRedis,
+    FlushRedis,
+    /// To what was in it at the strike before, as a failover to a replica that lags does.
+    RollRedisBack,
+    KillNats,
+    KillPostgres,
+    RestartPostgres,
+    CutReaders,
+    /// Redis and an edge at once: its leases are nobody's then.
+    KillEdgeAndRedis,
+    /// Everything that may lose what it holds.
+    KillRedisAndNats,
+}
+
+const ALL: [Strike; 10] = [
+    Strike::KillEdge,
+    Strike::KillRedis,
+    Strike::FlushRedis,
+    Strike::RollRedisBack,
+    Strike::KillNats,
+    Strike::KillPostgres,
+    Strike::RestartPostgres,
+    Strike::CutReaders,
+    Strike::KillEdgeAndRedis,
+    Strike::KillRedisAndNats,
+];
+
+/// How long a store stays down at most.
+const DOWN: Duration = Duration::from_millis(500);
+
+/// A source of strikes: every kind in turn, in a random order that is another each time.
+#[derive(Debug)]
+pub struct Havoc {
+    random: StdRng,
+    deck: Vec<Strike>,
+    snapshot: Snapshot,
+    struck: Vec<Strike>,
+}
+
+impl Havoc {
+    pub async fn new(cluster: &Cluster, seed: u64) -> anyhow::Result<Self> {
+        Ok(Self {
+            random: StdRng::seed_from_u64(seed),
+            deck: Vec::new(),
+            snapshot: cluster.redis.snapshot().await?,
+            struck: Vec::new(),
+        })
+    }
+
+    /// Does the next one. Everything runs again when this returns.
+    pub async fn strike(&mut self, cluster: &Cluster, traffic: &Traffic) -> anyhow::Result<()> {
+        if self.deck.is_empty() {
+            self.deck = ALL.to_vec();
+            self.deck.shuffle(&mut self.random);
+        }
+        let strike = self.deck.pop().expect("it was filled");
+        let edge = self.random.gen_range(0..cluster.fleet().addrs.len());
+        let down = DOWN.mul_f64(self.random.r#gen());
+        match strike {
+            Strike::KillEdge => {
+                cluster.kill_edge(edge).await?;
+                cluster.start_edge(edge).await?;
+            }
+            Strike::KillRedis => {
+                cluster.redis.kill9().await?;
+                sleep(down).await;
+                cluster.redis.start_again().await?;
+            }
+            Strike::FlushRedis => cluster.redis.flush_all().await?,
+            Strike::RollRedisBack => cluster.redis.roll_back_to(&self.snapshot).await?,
+            Strike::KillNats => {
+                cluster.nats.kill9().await?;
+                sleep(down).await;
+                cluster.nats.start_again().await?;
+            }
+            Strike::KillPostgres => {
+                cluster.postgres.kill9().await?;
+                sleep(down).await;
+                cluster.postgres.start_again().await?;
+            }
+            Strike::RestartPostgres => cluster.postgres.restart().await?,
+            Strike::CutReaders => traffic.cut_readers(),
+            Strike::KillEdgeAndRedis => {
+                tokio::try_join!(cluster.kill_edge(edge), cluster.redis.kill9())?;
+                sleep(down).await;
+                cluster.redis.start_again().await?;
+                cluster.start_edge(edge).await?;
+            }
+            Strike::KillRedisAndNats => {
+                tokio::try_join!(cluster.nats.kill9(), cluster.redis.kill9())?;
+                sleep(down).await;
+                tokio::try_join!(cluster.nats.start_again(), cluster.redis.start_again())?;
+            }
+        }
+        self.snapshot = cluster.redis.snapshot().await?;
+        self.struck.push(strike);
+        Ok(())
+    }
+}
+
+/// A run of traffic through a cluster that has no rest.
+#[derive(Clone, Copy, Debug)]
+pub struct Campaign {
+    pub traffic: traffic::Plan,
+    /// Messages that are acknowledged between two strikes, on average.
+    pub every: u64,
+}
+
+/// How it went.
+#[derive(Debug)]
+pub struct Outcome {
+    pub summary: Summary,
+    pub strikes: Vec<Strike>,
+}
+
+impl Campaign {
+    /// Three edges as processes, and everything that can happen to them.
+    pub async fn run(self) -> anyhow::Result<Outcome> {
+        let plan = Plan { place: Place::Apart, seed: self.traffic.seed, ..Plan::default() };
+        let cluster = Cluster::start(plan).await?;
+        let mut havoc = Havoc::new(&cluster, self.traffic.seed).await?;
+        let traffic = Traffic::start(&cluster, self.traffic).await?;
+        let mut next = 0;
+        loop {
+            next += havoc.random.gen_range(1..=2 * self.every);
+            if next >= self.traffic.messages {
+                break;
+            }
+            traffic.acknowledged(next).await;
+            havoc.strike(&cluster, &traffic).await?;
+        }
+        let summary = traffic.finish(&cluster).await?;
+        Ok(Outcome { summary, strikes: havoc.struck })
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { summary: Summary { report, calls, refused, lost }, strikes } = self;
+        write!(
+            f,
+            "{report}{calls} calls, {refused} told to try again, {lost} without an answer; {} strikes:",
+            strikes.len()
+        )?;
+        for kind in ALL {
+            write!(f, " {kind:?} {}", strikes.iter().filter(|strike| **strike == kind).count())?;
+        }
+        writeln!(f)
+    }
+}
