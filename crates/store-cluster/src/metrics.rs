@@ -62,6 +62,10 @@ pub(crate) fn describe() {
     describe_counter!(SESSION_LOOKUPS, Count, "Sessions by where they were found");
     describe_counter!(LIMIT_FAILURES, Count, "Calls that could not be counted against their budget");
     // From the start at zero, so that a rate sees the first.
-    [BUS_DROPPED, LIMIT_FAILURES].map(|name| metrics::counter!(name).increment(0));
-    [ENQUEUE_QUEUE, LEASES, WAITERS].map(|name| metrics::gauge!(name).increment(0));
+    for name in [BUS_DROPPED, LIMIT_FAILURES] {
+        metrics::counter!(name).increment(0);
+    }
+    for name in [ENQUEUE_QUEUE, LEASES, WAITERS] {
+        metrics::gauge!(name).increment(0);
+    }
 }
