@@ -41,9 +41,15 @@ pub enum ExportError {
     #[error("{} holds no server's data: there is no {DATABASE_FILE} in it. Name the data directory of the server that is to be moved", .0.display())]
     NoData(PathBuf),
     #[error("the data directory {0}")]
-    Open(#[from] OpenError),
-    #[error("{} cannot be read ({source}): see to the disk, then run this again", path.display())]
-    Read { path: PathBuf, source: sqlx::Error },
+    Open(OpenError),
+    #[error("{} cannot be read ({cause}): see to the disk, then run this again", path.display())]
+    Read { path: PathBuf, cause: String },
+}
+
+impl From<OpenError> for ExportError {
+    fn from(error: OpenError) -> Self {
+        Self::Open(error)
+    }
 }
 
 impl Export {
@@ -73,7 +79,7 @@ impl Export {
         match std::fs::read_to_string(&path) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(ExportError::Read { path, source: error.into() }),
+            Err(error) => Err(ExportError::Read { path, cause: error.to_string() }),
         }
     }
 
@@ -155,7 +161,7 @@ fn canonical(table: Table) -> &'static str {
 
 fn failed(data_dir: &Path) -> impl Fn(sqlx::Error) -> ExportError + use<> {
     let path = data_dir.join(DATABASE_FILE);
-    move |source| ExportError::Read { path: path.clone(), source }
+    move |error| ExportError::Read { path: path.clone(), cause: error.to_string() }
 }
 
 type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
@@ -187,7 +193,42 @@ fn cells(row: &SqliteRow) -> sqlx::Result<Row> {
 
 #[cfg(test)]
 mod tests {
+    use qpq_domain::{IdentityKey, UnixMillis, Username};
+    use qpq_ports::NewAccount;
+
     use super::*;
+    use crate::{EmbeddedStore, Limits};
+
+    /// A server that was killed leaves its last commits in the log beside the database.
+    #[tokio::test]
+    async fn what_is_only_in_the_log_is_read_too() {
+        let (directory, copy) = (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("two"));
+        let store = EmbeddedStore::open(directory.path(), Limits::default()).await.expect("it opens");
+        let account = NewAccount {
+            username: Username::parse("alice").expect("a name"),
+            identity: IdentityKey::new([1; 32]),
+            opaque_record: vec![2; 192],
+            now: UnixMillis(3),
+        };
+        store.stores().accounts.register(account).await.expect("registered");
+        for name in ["qpq.db", "qpq.db-wal"] {
+            std::fs::copy(directory.path().join(name), copy.path().join(name)).expect("copied");
+        }
+        let mut export = Export::open(copy.path()).await.expect("it is free");
+        let rows = export.rows(Table::Account, None).await.expect("read");
+        let expected = [
+            Cell::Number(1),
+            Cell::Text("alice".into()),
+            Cell::Bytes(vec![1; 32]),
+            Cell::Bytes(vec![2; 192]),
+            Cell::Number(3),
+        ];
+        assert_eq!(rows, [expected]);
+        assert!(export.rows(Table::Account, Some(&rows[0][..1])).await.expect("read").is_empty());
+        assert_eq!(export.digests(|| {}).await.expect("read").rows(), 2);
+        let refused = Export::open(directory.path()).await.expect_err("a server runs there");
+        assert!(matches!(refused, ExportError::Open(OpenError::InUse(_))), "{refused}");
+    }
 
     /// A table of the schema that is not moved would be lost without a word.
     #[tokio::test]
