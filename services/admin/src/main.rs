@@ -1,6 +1,6 @@
 //! The `qpq-admin` binary: what an operator does to a cluster from outside its edges. One file per command.
 //!
-//! Exit codes, as `qpq-server`'s: 0 done, 1 failed, 2 the command line is wrong.
+//! Exit codes, as `qpq-server`'s: 0 done, 1 failed, 2 the command line or the configuration is wrong.
 
 #![cfg_attr(
     test,
@@ -8,7 +8,10 @@
 )]
 
 mod init;
+mod migrate;
+mod migrate_to_cluster;
 mod rotate;
+mod settings;
 
 use std::{
     fmt::Display,
@@ -18,6 +21,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use nix::sys::stat::{Mode, umask};
+use qpq_runtime::config::ConfigError;
 
 const FAILED: u8 = 1;
 const MISUSED: u8 = 2;
@@ -35,6 +39,10 @@ struct Args {
 enum Command {
     /// Make what all edges of a new cluster share: keys and a certificate.
     Init(init::Args),
+    /// Bring the schema in the cluster's Postgres up to date. To be run before edges of a new version start.
+    Migrate(migrate::Args),
+    /// Move everything that a server without a cluster holds into a cluster: accounts, keys, queued messages.
+    MigrateToCluster(migrate_to_cluster::Args),
     /// Take the next key for TLS session tickets; what the last one made stays good. To be run every 6 hours.
     RotateTicketKeys(rotate::Args),
     /// Take the next key for the tokens by which clients prove their address.
@@ -54,8 +62,8 @@ fn main() -> ExitCode {
     match run(&args.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(io::stderr(), "qpq-admin: {error:#}");
-            ExitCode::from(FAILED)
+            note(format_args!("{error:#}"));
+            ExitCode::from(if error.is::<ConfigError>() { MISUSED } else { FAILED })
         }
     }
 }
@@ -63,9 +71,22 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Init(args) => init::run(args),
+        Command::Migrate(args) => migrate::run(args),
+        Command::MigrateToCluster(args) => migrate_to_cluster::run(args),
         Command::RotateTicketKeys(args) => rotate::ticket_keys(args),
         Command::RotateTokenKey(args) => rotate::token_key(args),
     }
+}
+
+/// For commands that speak with servers.
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(work)
+}
+
+/// On standard error. Nobody may be reading, which is no reason to stop.
+fn note(text: impl Display) {
+    let _ = writeln!(io::stderr(), "qpq-admin: {text}");
 }
 
 /// On standard output. It may be a file on a full disk, and then what was to be kept there is lost.

@@ -4,4 +4,6 @@
 
 mod harness;
 mod init;
+mod migrate;
+mod moving;
 mod rotate;

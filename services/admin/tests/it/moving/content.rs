@@ -1,0 +1,347 @@
+//! A store's content, made at random through its ports, and the question whether two stores answer the same to whatever can be
+//! asked about it.
+
+use std::{collections::HashMap, time::Duration};
+
+use bytes::Bytes;
+use qpq_domain::{
+    AccountId, ChannelId, DeviceId, IdentityKey, MessageId, Seq, TokenHash, UnixMillis, Username,
+};
+use qpq_ports::{
+    Ack, Enqueue, Enqueued, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read, Registration,
+    Session, Stores, View,
+};
+use rand::{Rng as _, RngCore as _, rngs::StdRng};
+use sha2::{Digest as _, Sha256};
+
+const HOUR: Duration = Duration::from_secs(60 * 60);
+
+/// How much there is.
+#[derive(Clone, Copy)]
+pub(crate) struct Amount {
+    pub(crate) people: usize,
+    /// Things that people do.
+    pub(crate) acts: usize,
+    /// Bytes of the largest payload.
+    pub(crate) payload: usize,
+}
+
+/// What was put into a store, as far as one can ask about it.
+pub(crate) struct Content {
+    people: Vec<(NewAccount, AccountId)>,
+    tokens: Vec<TokenHash>,
+    messages: Vec<Enqueue>,
+    packages: Vec<(usize, NewKeyPackage)>,
+    now: UnixMillis,
+    random: StdRng,
+}
+
+impl Content {
+    /// Registers people and lets them do things.
+    pub(crate) async fn fill(stores: &Stores, amount: Amount, random: StdRng) -> Self {
+        let now = UnixMillis(1_800_000_000_000);
+        let (people, tokens, messages, packages) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut content = Self { people, tokens, messages, packages, now, random };
+        for number in 0..amount.people {
+            content.register(stores, number).await;
+        }
+        for _ in 0..amount.acts {
+            content.now = content.now.plus(Duration::from_millis(content.random.gen_range(0..5_000)));
+            match content.random.gen_range(0..10) {
+                0..=4 => content.send(stores, amount).await,
+                5 | 6 => content.read(stores).await,
+                7 => content.log_in(stores).await,
+                8 => content.upload(stores).await,
+                _ => content.take(stores).await,
+            }
+        }
+        content
+    }
+
+    /// The user names.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.people.iter().map(|(person, _)| person.username.as_str())
+    }
+
+    pub(crate) fn identities(&self) -> impl Iterator<Item = IdentityKey> {
+        self.people.iter().map(|(person, _)| person.identity)
+    }
+
+    pub(crate) fn tokens(&self) -> &[TokenHash] {
+        &self.tokens
+    }
+
+    pub(crate) fn now(&self) -> UnixMillis {
+        self.now
+    }
+
+    async fn register(&mut self, stores: &Stores, number: usize) {
+        let account = NewAccount {
+            username: Username::parse(&format!("person{number}")).unwrap(),
+            identity: IdentityKey::new(self.random.r#gen()),
+            opaque_record: self.bytes(192),
+            now: self.now,
+        };
+        let registered = stores.accounts.register(account.clone()).await.unwrap();
+        let Registration::Registered(id) = registered else { panic!("{registered:?}") };
+        self.people.push((account, id));
+    }
+
+    async fn send(&mut self, stores: &Stores, amount: Amount) {
+        let count = self.random.gen_range(1..40);
+        let messages: Vec<_> = (0..count).map(|_| self.message(amount.payload)).collect();
+        for outcome in stores.inboxes.enqueue(messages.clone()).await.unwrap() {
+            assert!(matches!(outcome, Enqueued::Accepted(_) | Enqueued::QueueFull), "{outcome:?}");
+        }
+        self.messages.extend(messages);
+    }
+
+    fn message(&mut self, largest: usize) -> Enqueue {
+        let sender = self.somebody();
+        let recipient = self.people[sender].0.identity;
+        let sender = self.somebody();
+        let size = self.random.gen_range(0..=largest);
+        let payload = self.bytes(size);
+        Enqueue {
+            sender: self.people[sender].0.identity,
+            recipient,
+            channel: self.channel(),
+            payload_sha256: Sha256::digest(&payload).into(),
+            payload: Bytes::from(payload),
+            message_id: self.random.gen_bool(0.6).then(|| MessageId::new(self.random.r#gen())),
+            now: self.now,
+            ttl: [Duration::from_secs(10), HOUR, 7 * 24 * HOUR][self.random.gen_range(0..3)],
+        }
+    }
+
+    async fn read(&mut self, stores: &Stores) {
+        let inbox = self.people[self.random.gen_range(0..self.people.len())].0.identity;
+        let view = if self.random.r#gen() { View::All } else { View::Channel(self.channel()) };
+        let read = Read { inbox, device: None, view };
+        let limit = PageLimit { messages: self.random.gen_range(1..20), bytes: 1 << 20 };
+        let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
+        let seen: Vec<Seq> = lease.page().envelopes.iter().map(|envelope| envelope.seq).collect();
+        if self.random.r#gen() {
+            lease.settle().await.unwrap();
+        } else {
+            drop(lease);
+            let seqs = seen.into_iter().filter(|_| self.random.r#gen()).collect();
+            stores.inboxes.ack(read, Ack { up_to: None, seqs }, self.now).await.unwrap();
+        }
+    }
+
+    async fn log_in(&mut self, stores: &Stores) {
+        let person = self.somebody();
+        let token = TokenHash::new(self.random.r#gen());
+        let session = Session {
+            account: self.people[person].1,
+            identity: self.people[person].0.identity,
+            device: self.random.r#gen::<bool>().then(|| DeviceId::new(self.random.r#gen())),
+            authenticated_at: self.now,
+            last_used_at: self.now,
+            expires_at: self.now.plus(HOUR),
+        };
+        stores.sessions.create(NewSession { token, session }).await.unwrap();
+        self.tokens.push(token);
+        let other = self.tokens[self.random.gen_range(0..self.tokens.len())];
+        match self.random.gen_range(0..3) {
+            0 => stores.sessions.touch(&other, self.now, self.now.plus(2 * HOUR)).await.unwrap(),
+            1 => drop(stores.sessions.revoke(&other).await.unwrap()),
+            _ => {}
+        }
+        let key = self.bytes(1_184);
+        stores.hybrid_keys.put(self.people[person].1, key).await.unwrap();
+    }
+
+    async fn upload(&mut self, stores: &Stores) {
+        let person = self.somebody();
+        let packages: Vec<_> = (0..self.random.gen_range(1..6))
+            .map(|_| NewKeyPackage {
+                fingerprint: self.random.r#gen(),
+                bytes: self.bytes(300),
+                last_resort: self.random.gen_bool(0.2),
+                not_after: self.now.plus(self.random.gen_range(1..200) * HOUR / 10),
+            })
+            .collect();
+        stores.key_packages.upload(self.people[person].1, packages.clone(), self.now).await.unwrap();
+        self.packages.extend(packages.into_iter().map(|package| (person, package)));
+    }
+
+    async fn take(&mut self, stores: &Stores) {
+        let person = self.somebody();
+        stores.key_packages.take(&self.people[person].0.identity, self.now).await.unwrap();
+    }
+
+    fn somebody(&mut self) -> usize {
+        // Some are more popular than others.
+        let most = self.random.gen_range(0..self.people.len());
+        self.random.gen_range(0..=most)
+    }
+
+    fn channel(&mut self) -> ChannelId {
+        match self.random.gen_range(0..3_u8) {
+            0 => ChannelId::DEFAULT,
+            n => ChannelId::new([n; 16]),
+        }
+    }
+
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.random.fill_bytes(&mut bytes);
+        bytes
+    }
+
+    /// Asks both stores the same, first what changes nothing, then what does.
+    pub(crate) async fn compare(&self, one: &Stores, two: &Stores) {
+        self.compare_accounts(one, two).await;
+        for at in [self.now, self.now.plus(2 * HOUR)] {
+            self.compare_inboxes(one, two, at).await;
+        }
+        self.compare_keys(one, two).await;
+        self.compare_reading(one, two).await;
+        self.compare_repeats(one, two).await;
+        self.compare_sessions(one, two).await;
+    }
+
+    async fn compare_accounts(&self, one: &Stores, two: &Stores) {
+        for (person, _) in &self.people {
+            let known = async |stores: &Stores| {
+                let (name, identity) = (&person.username, &person.identity);
+                let credentials = stores.accounts.credentials(name).await.unwrap().unwrap();
+                let by_name = stores.accounts.by_username(name).await.unwrap().unwrap();
+                let by_identity = stores.accounts.by_identity(identity).await.unwrap().unwrap();
+                assert_eq!(by_name, by_identity);
+                assert_eq!(by_name.id, credentials.account);
+                (credentials.identity, credentials.opaque_record, by_name.username, by_name.created_at)
+            };
+            assert_eq!(known(one).await, known(two).await);
+        }
+    }
+
+    async fn compare_inboxes(&self, one: &Stores, two: &Stores, at: UnixMillis) {
+        let channels = [ChannelId::DEFAULT, ChannelId::new([1; 16]), ChannelId::new([2; 16])];
+        let views: Vec<View> = channels.map(View::Channel).into_iter().chain([View::All]).collect();
+        for (person, _) in &self.people {
+            for view in &views {
+                let read = Read { inbox: person.identity, device: None, view: *view };
+                let (mut pages, mut after) = (0, Seq::ZERO);
+                loop {
+                    let limit = PageLimit { messages: 50, bytes: 100_000 };
+                    let peek =
+                        async |stores: &Stores| stores.inboxes.peek(read, after, limit, at).await.unwrap();
+                    let page: Page = peek(one).await;
+                    assert_eq!(page, peek(two).await, "{view:?} behind {after:?}, page {pages}");
+                    pages += 1;
+                    match page.envelopes.last() {
+                        Some(last) if page.more => after = last.seq,
+                        _ => break,
+                    }
+                }
+            }
+        }
+    }
+
+    async fn compare_keys(&self, one: &Stores, two: &Stores) {
+        let identities: Vec<_> = self.identities().collect();
+        let hybrid = async |stores: &Stores| stores.hybrid_keys.get(&identities).await.unwrap();
+        assert_eq!(hybrid(one).await, hybrid(two).await);
+        let (first, second) = (self.accounts(one).await, self.accounts(two).await);
+        for (n, (person, _)) in self.people.iter().enumerate() {
+            let now = self.now;
+            let stock = async |stores: &Stores, id| stores.key_packages.stock(id, now).await.unwrap();
+            assert_eq!(stock(one, first[n]).await, stock(two, second[n]).await);
+            // What was given out may not come back, what is there is there already, what has expired may.
+            for (_, package) in self.packages.iter().filter(|(owner, _)| *owner == n) {
+                let upload = async |stores: &Stores, id| {
+                    stores.key_packages.upload(id, vec![package.clone()], now).await.unwrap()
+                };
+                assert_eq!(upload(one, first[n]).await, upload(two, second[n]).await);
+            }
+            loop {
+                let take =
+                    async |stores: &Stores| stores.key_packages.take(&person.identity, now).await.unwrap();
+                let taken = take(one).await;
+                assert_eq!(taken, take(two).await);
+                if taken.is_none_or(|taken| taken.last_resort) {
+                    break;
+                }
+            }
+        }
+    }
+
+    async fn compare_reading(&self, one: &Stores, two: &Stores) {
+        for (person, _) in &self.people {
+            let read = Read { inbox: person.identity, device: None, view: View::All };
+            let fetch = async |stores: &Stores| {
+                let limit = PageLimit { messages: 5, bytes: 1 << 20 };
+                let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
+                let page = lease.page().clone();
+                lease.settle().await.unwrap();
+                let up_to = page.envelopes.last().map(|last| Seq(last.seq.0 + 3));
+                (page, stores.inboxes.ack(read, Ack { up_to, seqs: vec![] }, self.now).await.unwrap())
+            };
+            assert_eq!(fetch(one).await, fetch(two).await);
+        }
+        self.compare_inboxes(one, two, self.now).await;
+    }
+
+    /// Every message once more, those that are gone included; and each inbox goes on with the next seq.
+    async fn compare_repeats(&self, one: &Stores, two: &Stores) {
+        let mut duplicates = 0;
+        for messages in self.messages.chunks(100) {
+            let again: Vec<_> = messages
+                .iter()
+                .cloned()
+                .map(|message| Enqueue { now: self.now, ttl: HOUR, ..message })
+                .collect();
+            let outcomes = one.inboxes.enqueue(again.clone()).await.unwrap();
+            assert_eq!(outcomes, two.inboxes.enqueue(again).await.unwrap());
+            duplicates += outcomes.iter().filter(|outcome| matches!(outcome, Enqueued::Duplicate(_))).count();
+        }
+        assert!(duplicates > 0, "none was known");
+        for (person, _) in &self.people {
+            let again = async |stores: &Stores| match stores.accounts.register(person.clone()).await.unwrap()
+            {
+                Registration::Repeated(_) => true,
+                other => panic!("{other:?}"),
+            };
+            assert!(again(one).await && again(two).await);
+        }
+    }
+
+    async fn compare_sessions(&self, one: &Stores, two: &Stores) {
+        let mut there = 0;
+        for token in &self.tokens {
+            let look = async |stores: &Stores| {
+                let found = stores.sessions.find(token).await.unwrap();
+                assert_eq!(found, stores.sessions.confirm(token).await.unwrap());
+                if let Some(session) = &found {
+                    let account = stores.accounts.by_identity(&session.identity).await.unwrap();
+                    assert_eq!(account.map(|account| account.id), Some(session.account));
+                }
+                // Whose it is both have been asked; the number is each store's own.
+                found.map(|session| Session { account: AccountId(0), ..session })
+            };
+            let session = look(one).await;
+            assert_eq!(session, look(two).await);
+            there += usize::from(session.is_some());
+        }
+        assert!(there > 0, "nobody was logged in");
+        let mut ended: HashMap<&str, [u32; 2]> = HashMap::new();
+        for (place, stores) in [one, two].into_iter().enumerate() {
+            for (name, id) in self.names().zip(self.accounts(stores).await) {
+                ended.entry(name).or_default()[place] = stores.sessions.revoke_all(id).await.unwrap();
+            }
+        }
+        assert!(ended.values().all(|[first, second]| first == second), "{ended:?}");
+    }
+
+    /// The numbers that a store has given.
+    async fn accounts(&self, stores: &Stores) -> Vec<AccountId> {
+        let mut accounts = Vec::new();
+        for identity in self.identities() {
+            accounts.push(stores.accounts.by_identity(&identity).await.unwrap().unwrap().id);
+        }
+        accounts
+    }
+}
