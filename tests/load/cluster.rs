@@ -66,7 +66,7 @@ pub(crate) async fn bench(args: ClusterArgs) -> anyhow::Result<()> {
         args.repeats
     );
     if wanted(Part::Enqueue) {
-        enqueue(&args).await?;
+        Box::pin(enqueue(&args)).await?;
     }
     if wanted(Part::Pair) {
         pair(&args).await?;
@@ -125,7 +125,7 @@ async fn enqueue(args: &ClusterArgs) -> anyhow::Result<()> {
             }
             figures.add("all, CPU µs", used.total() / messages);
             drop(stage);
-            let floor = floors(&cluster, in_flight, args.duration(), &mut figures).await?;
+            let floor = Box::pin(floors(&cluster, in_flight, args.duration(), &mut figures)).await?;
             figures.add("floors, CPU µs", floor);
         }
         println!("Durable Enqueue of 1 KiB, {in_flight} in flight");

@@ -82,7 +82,7 @@ async fn main() -> ExitCode {
     let outcome = match Args::parse().command {
         Command::Run(args) => run(args).await,
         Command::Bench(args) => bench::bench(args).await,
-        Command::BenchCluster(args) => cluster::bench(args).await,
+        Command::BenchCluster(args) => Box::pin(cluster::bench(args)).await,
         Command::Echo(args) => echo::serve(args).await,
     };
     match outcome {

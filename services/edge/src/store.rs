@@ -33,8 +33,8 @@ impl Store {
     /// The cluster's, if the configuration names one; else the embedded one, made if missing.
     pub(crate) async fn open(config: &Config) -> Result<Opened, StartError> {
         match config.cluster_sections().secrets_dir() {
-            Some(_) => Self::cluster(config).await,
-            None => Self::embedded(config).await,
+            Some(_) => Box::pin(Self::cluster(config)).await,
+            None => Box::pin(Self::embedded(config)).await,
         }
     }
 

@@ -33,7 +33,7 @@ use crate::{
     metrics as names,
     nats::EdgeId,
     postgres::{Database, Repeat},
-    redis::queue::{Found, LeaseId, MOST_BYTES, MOST_MESSAGES, Shown},
+    redis::queue::{Found, LeaseId, Look, MOST_BYTES, MOST_MESSAGES, Shown},
     wakes::Waking,
 };
 
@@ -92,7 +92,7 @@ impl ClusterInboxes {
         for _ in 0..TRIES {
             let Some(head) = self.heads.get(inbox).await? else { return Ok(Page::default()) };
             let shown = if head.messages <= MOST_MESSAGES && head.bytes <= MOST_BYTES {
-                self.from_queue(request, head).await?
+                self.read_queue(request, head).await?
             } else {
                 if !registered {
                     self.register(request).await?;
@@ -100,7 +100,7 @@ impl ClusterInboxes {
                     // What was committed before the registration is in a head that is read after it.
                     continue;
                 }
-                self.from_postgres(request, head).await?
+                self.read_postgres(request, head).await?
             };
             if let Some(shown) = shown {
                 self.waking.looked(inbox, shown.head, shown.stopped_for);
@@ -111,13 +111,15 @@ impl ClusterInboxes {
     }
 
     /// From the queue in Redis, which is loaded if it is not there. `None` when the inbox outgrew it meanwhile.
-    async fn from_queue(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
+    async fn read_queue(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
         let Request { read, after, limit, now, lease } = request;
         let (hold, edge) = (lease.map(|id| self.leases.hold(id)), self.waking.waiting_edge(&read.inbox));
         let (mut state, mut from) = (head.state, "redis");
         for _ in 0..TRIES {
             let redis = self.waking.redis();
-            if let Found::Page(shown) = redis.read(read, state, after, limit, now, hold, edge).await? {
+            if let Found::Page(shown) =
+                redis.read(Look { read, state, after, limit, now, hold, edge }).await?
+            {
                 metrics::counter!(names::HOT_READS, "from" => from).increment(1);
                 return Ok(Some(shown));
             }
@@ -129,7 +131,7 @@ impl ClusterInboxes {
     }
 
     /// From Postgres, leased in Redis. `None` when something of it was removed meanwhile, perhaps by a reader that had it.
-    async fn from_postgres(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
+    async fn read_postgres(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
         let Request { read, after, limit, now, lease } = request;
         let inbox = &read.inbox;
         let snapshot = page::page(&self.database, &head, read, after, limit, now).await?;

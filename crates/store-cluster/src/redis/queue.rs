@@ -62,6 +62,20 @@ pub(crate) struct Hold<'a> {
     pub(crate) lasts: Duration,
 }
 
+/// A read of a queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Look<'a> {
+    pub(crate) read: &'a Read,
+    /// What it must show at least.
+    pub(crate) state: State,
+    pub(crate) after: Seq,
+    pub(crate) limit: PageLimit,
+    pub(crate) now: UnixMillis,
+    pub(crate) hold: Option<Hold<'a>>,
+    /// Who is registered as waiting, first of all.
+    pub(crate) edge: Option<&'a str>,
+}
+
 /// What a read of a queue found.
 #[derive(Debug)]
 pub(crate) enum Found {
@@ -97,18 +111,9 @@ impl Redis {
         self.script("push", &PUSH, &self.keys(inbox, ["m", "q", "w"]), &args).await
     }
 
-    /// The first messages of the view, if the queue shows `state` or a later one; held if asked for. `edge` is registered as
-    /// waiting first.
-    pub(crate) async fn read(
-        &self,
-        read: &Read,
-        state: State,
-        after: Seq,
-        limit: PageLimit,
-        now: UnixMillis,
-        hold: Option<Hold<'_>>,
-        edge: Option<&str>,
-    ) -> StoreResult<Found> {
+    /// The first messages of the view, if the queue shows the state or a later one.
+    pub(crate) async fn read(&self, look: Look<'_>) -> StoreResult<Found> {
+        let Look { read, state, after, limit, now, hold, edge } = look;
         let (view, channel) = match &read.view {
             View::All => ("all", Bytes::new()),
             View::Channel(channel) => ("channel", Bytes::copy_from_slice(channel.as_bytes())),
