@@ -26,7 +26,6 @@ impl<const N: usize> Edges<N> {
     async fn start(key_packages: KeyPackageCaps) -> Self {
         let servers = Servers::start().await;
         let config = servers.cluster(Limits { key_packages, ..Limits::default() }).await;
-        let config = Config { redis_timeout: Duration::from_millis(500), ..config };
         let running = futures_util::future::join_all((0..N).map(|_| edge(&config))).await;
         let running = running.try_into().expect("as many");
         Self { servers, config, running }
