@@ -1,6 +1,6 @@
 //! Traces: where the time of a call went, sent to an OpenTelemetry collector (OTLP over gRPC). Off unless a collector is named.
 //!
-//! The code marks its steps with `tracing` spans of the targets in [`TARGETS`], at debug: a call in `rpc`, what it asks of
+//! The code marks its steps with `tracing` spans of the targets `qpq::rpc` and `qpq::store`, at debug: a call in `rpc`, what it asks of
 //! Postgres and Redis in the stores. They hold names, counts and codes; never a user, a key, an address or a payload. This
 //! layer takes these spans and nothing else, whatever the log's filter says. Without it they are disabled where they are
 //! made and cost a comparison.
