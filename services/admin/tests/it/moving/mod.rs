@@ -18,7 +18,7 @@ use scene::{Edge, Scene, embedded};
 
 const SMALL: Amount = Amount { people: 12, acts: 150, payload: 3_000 };
 /// Enough to be interrupted in.
-const LARGE: Amount = Amount { people: 60, acts: 600, payload: 3_000 };
+const LARGE: Amount = Amount { people: 40, acts: 300, payload: 3_000 };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_the_node_answers_the_cluster_answers() {

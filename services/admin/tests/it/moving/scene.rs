@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -31,7 +32,8 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) async fn new(amount: Amount) -> Self {
         let seed = rand::random();
-        eprintln!("seed {seed}");
+        // For whoever wants to see a failure again.
+        writeln!(io::stderr(), "seed {seed}").unwrap();
         let mut random = StdRng::seed_from_u64(seed);
         // What a server keeps beside its database is what a cluster shares.
         let (place, made) = Place::with_fleet();
