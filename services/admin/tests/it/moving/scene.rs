@@ -33,7 +33,7 @@ impl Scene {
     pub(crate) async fn new(amount: Amount) -> Self {
         let seed = rand::random();
         // For whoever wants to see a failure again.
-        writeln!(io::stderr(), "seed {seed}").unwrap();
+        io::stderr().write_all(format!("seed {seed}\n").as_bytes()).unwrap();
         let mut random = StdRng::seed_from_u64(seed);
         // What a server keeps beside its database is what a cluster shares.
         let (place, made) = Place::with_fleet();
