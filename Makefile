@@ -5,7 +5,7 @@ TARGET  := $(BUILT)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 DATA    ?= data
 LISTEN  ?= 0.0.0.0:5001
 
-.PHONY: help run demo test lint bench bench-cluster fuzz
+.PHONY: help run demo test lint bench bench-cluster compose-test fuzz
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,6 +31,10 @@ bench: ## speed beside its floors, on this machine
 bench-cluster: ## the same for a cluster: edges, Postgres, Redis and NATS on this machine
 	cargo build --locked --release -p qpq-server -p qpq-admin -p qpq-tests --bins
 	$(BUILT)/release/qpq-load bench-cluster
+
+compose-test: ## docker compose up in a real engine, and a chat through kills of everything in it
+	cargo build --locked --profile $(PROFILE) -p qpq-server -p qpq-admin -p qpq-cli
+	tests/compose/run $(TARGET)
 
 fuzz: ## each frame decoder for a minute (needs a nightly toolchain)
 	scripts/fuzz
