@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use nix::unistd::{SysconfVar, sysconf};
 use qpq_ports::{Clock as _, SystemClock};
-use qpq_store_cluster::{ClusterStore, Config, Endpoint, Limits, Migrate, Timing, measure};
+use qpq_store_cluster::{COMMITTERS, ClusterStore, Config, Endpoint, Limits, Migrate, Timing, measure};
 use tokio::task::JoinSet;
 
 use qpq_tests::{
@@ -55,8 +55,8 @@ enum Part {
 
 const PAYLOAD: usize = 1_024;
 const ACCOUNTS: usize = 64;
-/// Messages in one transaction of the floor: what the committers have under load.
-const BATCH: usize = 64;
+/// Messages in one transaction at most, in the store as in the floor.
+const BATCH: usize = 256;
 
 pub(crate) async fn bench(args: ClusterArgs) -> anyhow::Result<()> {
     let wanted = |part| args.parts.is_empty() || args.parts.contains(&part);
@@ -153,8 +153,10 @@ async fn floors(
         measure::inboxes(&stores.stores(), ACCOUNTS as u8, SystemClock.now()).await.context("inboxes")?;
     stores.close().await;
 
+    // As many as each transaction can have with so many in flight.
+    let batch = (in_flight / COMMITTERS).min(BATCH);
     let (before, own) = (Cpu::now(cluster).await?, own_cpu());
-    let floor = measure::transactions(&config, &inboxes, BATCH, PAYLOAD, duration).await??;
+    let floor = measure::transactions(&config, &inboxes, batch, PAYLOAD, duration).await??;
     let used = Cpu::now(cluster).await?.since(&before).postgres + micros(own_cpu() - own);
     let transactions = used / floor.messages as f64;
     figures.add("transactions/s alone", floor.messages as f64 / floor.elapsed.as_secs_f64());

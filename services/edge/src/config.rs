@@ -426,7 +426,7 @@ impl Config {
         must(
             self.postgres.connections as usize > qpq_store_cluster::COMMITTERS,
             "postgres.connections",
-            "at least 5: four commit messages, and others must get through",
+            "at least 3: two commit messages, and others must get through",
         );
         let namespace = &self.cluster.namespace;
         must(

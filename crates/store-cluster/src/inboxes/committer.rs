@@ -23,10 +23,11 @@ use crate::{
     wakes::Waking,
 };
 
-/// Transactions at a time: one commits while the next is filled and another waits for its rows.
-pub const COMMITTERS: usize = 4;
+/// Transactions at a time: one is on its way to the disk while the other is at work. With more, each has fewer messages, and what
+/// a transaction costs by itself is most of what a message costs when few are in flight.
+pub const COMMITTERS: usize = 2;
 /// Messages and bytes in one transaction, from which on no more calls are added.
-const BATCH: usize = 128;
+const BATCH: usize = 256;
 const BATCH_BYTES: usize = 8 << 20;
 /// What may wait, in units of [`UNIT`] bytes; each call takes at least one.
 const ROOM: usize = 64 << 10;
