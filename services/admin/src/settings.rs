@@ -137,7 +137,7 @@ mod tests {
         assert!(said.contains("postgres.url must be given"), "{said}");
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__CONNECTIONS", "1")]).unwrap_err();
         assert!(
-            said.contains("QPQ_POSTGRES__CONNECTIONS: postgres.connections must be at least 5"),
+            said.contains("QPQ_POSTGRES__CONNECTIONS: postgres.connections must be at least"),
             "{said}"
         );
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__PASSWORT_FILE", "x")]).unwrap_err();
