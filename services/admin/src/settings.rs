@@ -136,10 +136,7 @@ mod tests {
         let said = read(&[("QPQ_REDIS__URL", "redis://localhost")]).unwrap_err();
         assert!(said.contains("postgres.url must be given"), "{said}");
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__CONNECTIONS", "1")]).unwrap_err();
-        assert!(
-            said.contains("QPQ_POSTGRES__CONNECTIONS: postgres.connections must be at least"),
-            "{said}"
-        );
+        assert!(said.contains("QPQ_POSTGRES__CONNECTIONS: postgres.connections must be at least"), "{said}");
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__PASSWORT_FILE", "x")]).unwrap_err();
         assert!(said.contains("did you mean QPQ_POSTGRES__PASSWORD_FILE?"), "{said}");
         let given = read(&[POSTGRES, ("QPQ_POSTGRES__PASSWORD_FILE", "/not/here")]).unwrap();
