@@ -8,6 +8,7 @@
 //! | `qpq_pg_connections{state}` | gauge | connections | this edge's, `busy` and `idle` |
 //! | `qpq_enqueue_queue_messages` | gauge | messages | messages that wait for a committer |
 //! | `qpq_enqueue_batch_messages` | histogram | messages | messages that were committed together |
+//! | `qpq_settle_batch_pages` | histogram | pages | pages that clients have got and that were removed together |
 //! | `qpq_redis_seconds{op}` | histogram | seconds | a script or command |
 //! | `qpq_redis_errors_total{op}` | counter | failures | scripts and commands that failed |
 //! | `qpq_hot_reads_total{from}` | counter | reads | reads by what answered them: `redis`, `reloaded`, `postgres` |
@@ -26,6 +27,7 @@ pub(crate) const PG_ERRORS: &str = "qpq_pg_errors_total";
 pub(crate) const PG_CONNECTIONS: &str = "qpq_pg_connections";
 pub(crate) const ENQUEUE_QUEUE: &str = "qpq_enqueue_queue_messages";
 pub(crate) const ENQUEUE_BATCH: &str = "qpq_enqueue_batch_messages";
+pub(crate) const SETTLE_BATCH: &str = "qpq_settle_batch_pages";
 pub(crate) const REDIS_SECONDS: &str = "qpq_redis_seconds";
 pub(crate) const REDIS_ERRORS: &str = "qpq_redis_errors_total";
 pub(crate) const HOT_READS: &str = "qpq_hot_reads_total";
@@ -50,6 +52,7 @@ pub(crate) fn describe() {
     describe_gauge!(PG_CONNECTIONS, Count, "This edge's connections to Postgres");
     describe_gauge!(ENQUEUE_QUEUE, Count, "Messages that wait for a committer");
     describe_histogram!(ENQUEUE_BATCH, Count, "Messages that were committed together");
+    describe_histogram!(SETTLE_BATCH, Count, "Pages that clients have got and that were removed together");
     describe_histogram!(REDIS_SECONDS, Seconds, "A script or command");
     describe_counter!(REDIS_ERRORS, Count, "Scripts and commands that failed");
     describe_counter!(HOT_READS, Count, "Reads by what answered them");

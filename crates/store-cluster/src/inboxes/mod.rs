@@ -10,6 +10,7 @@ mod enqueue;
 mod leases;
 pub(crate) mod page;
 mod remove;
+mod settler;
 
 use std::fmt;
 
@@ -27,6 +28,7 @@ use self::{
     committer::Committers,
     leases::{Held, Leases},
     page::{Head, Heads},
+    settler::Settlers,
 };
 use crate::{
     config::Timing,
@@ -40,6 +42,9 @@ use crate::{
 /// How often a read begins anew, because what it had read was removed meanwhile.
 const TRIES: usize = 16;
 
+/// The number of an inbox that is not there.
+const NOBODY: i64 = 0;
+
 #[derive(Debug, thiserror::Error)]
 #[error("the inbox changed {TRIES} times while it was read")]
 struct Restless;
@@ -50,6 +55,7 @@ pub(crate) struct ClusterInboxes {
     database: Database,
     heads: Heads,
     committers: Committers,
+    settlers: Settlers,
     leases: Leases,
     waking: Waking,
     limits: Delivery,
@@ -77,6 +83,7 @@ impl ClusterInboxes {
         Self {
             heads: Heads::start(&database),
             committers: Committers::start(&database, limits, &waking),
+            settlers: Settlers::start(&database, limits.recent_ids),
             leases: Leases::start(edge, timing.lease, waking.clone()),
             database,
             waking,
@@ -84,13 +91,13 @@ impl ClusterInboxes {
         }
     }
 
-    /// What may be shown now; held if that is asked for.
-    async fn look(&self, request: Request<'_>) -> StoreResult<Page> {
+    /// What may be shown now, held if that is asked for, and the inbox's number.
+    async fn look(&self, request: Request<'_>) -> StoreResult<(Page, i64)> {
         let inbox = &request.read.inbox;
         self.leases.settled(inbox).await;
         let mut registered = false;
         for _ in 0..TRIES {
-            let Some(head) = self.heads.get(inbox).await? else { return Ok(Page::default()) };
+            let Some(head) = self.heads.get(inbox).await? else { return Ok((Page::default(), NOBODY)) };
             let shown = if head.messages <= MOST_MESSAGES && head.bytes <= MOST_BYTES {
                 self.read_queue(request, head).await?
             } else {
@@ -104,7 +111,7 @@ impl ClusterInboxes {
             };
             if let Some(shown) = shown {
                 self.waking.looked(inbox, shown.head, shown.stopped_for);
-                return Ok(shown.page);
+                return Ok((shown.page, head.inbox));
             }
         }
         Err(StoreError::conflict(Restless))
@@ -175,7 +182,7 @@ impl Inboxes for ClusterInboxes {
     async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>> {
         let mut held = self.leases.taking(read.inbox);
         let request = Request { read: &read, after: Seq::ZERO, limit, now, lease: Some(&held.id) };
-        let page = self.look(request).await?;
+        let (page, inbox) = self.look(request).await?;
         held.seqs = page.envelopes.iter().map(|envelope| envelope.seq).collect();
         let held = if held.seqs.is_empty() {
             held.ended();
@@ -183,11 +190,20 @@ impl Inboxes for ClusterInboxes {
         } else {
             Some(held)
         };
-        Ok(Box::new(InboxLease { page, held, read, inboxes: self.clone(), now, taken_at: Instant::now() }))
+        Ok(Box::new(InboxLease {
+            page,
+            held,
+            read,
+            inbox,
+            inboxes: self.clone(),
+            now,
+            taken_at: Instant::now(),
+        }))
     }
 
     async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page> {
-        self.look(Request { read: &read, after, limit, now, lease: None }).await
+        let (page, _) = self.look(Request { read: &read, after, limit, now, lease: None }).await?;
+        Ok(page)
     }
 
     async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
@@ -212,6 +228,8 @@ struct InboxLease {
     page: Page,
     held: Option<Held>,
     read: Read,
+    /// The inbox's number.
+    inbox: i64,
     inboxes: ClusterInboxes,
     now: UnixMillis,
     /// The time of day of the settlement is `now` and what has passed since here.
@@ -231,19 +249,10 @@ impl Lease for InboxLease {
     }
 
     async fn settle(self: Box<Self>) -> StoreResult<()> {
-        let Self { held, read, inboxes, now, taken_at, .. } = *self;
+        let Self { held, read, inbox, inboxes, now, taken_at, .. } = *self;
         let Some(held) = held else { return Ok(()) };
-        let (removed_at, recent_ids) = (now.plus(taken_at.elapsed()), inboxes.limits.recent_ids);
-        let removed = inboxes
-            .database
-            .once("settle", Repeat::Harmless, |connection| {
-                let seqs = held.seqs.clone();
-                Box::pin(async move {
-                    remove::shown(connection, &read.inbox, &seqs, removed_at, recent_ids).await
-                })
-            })
-            .await?;
-        let removal = removed.map_or(0, |removed| removed.removal);
+        let removed_at = now.plus(taken_at.elapsed());
+        let removal = inboxes.settlers.settle(inbox, held.seqs.clone(), removed_at).await?;
         inboxes.waking.removed(&read.inbox, removal, Some(&held.id), &held.seqs).await;
         held.ended();
         Ok(())

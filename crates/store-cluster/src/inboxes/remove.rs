@@ -1,7 +1,7 @@
 //! Removing messages and remembering their ids for a while, in one statement each. The inbox's head is locked first, as by
 //! everybody who changes an inbox.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use qpq_domain::{IdentityKey, Seq, UnixMillis};
 use qpq_ports::{Ack, View};
@@ -11,6 +11,30 @@ use crate::postgres::row::{Columns as _, millis, millis_of, number};
 
 /// Rows in one sweep, so that it holds no lock for long.
 pub(crate) const SWEEP: i64 = 256;
+
+/// What was shown, of many inboxes. $1 and $2 inboxes and seqs, $3 now, $4 how long ids are remembered.
+const SHOWN: &str = "
+    WITH shown AS MATERIALIZED (SELECT * FROM unnest($1::int8[], $2::int8[]) AS s (inbox, seq)),
+    head AS MATERIALIZED (
+        SELECT id FROM inbox WHERE id IN (SELECT inbox FROM shown) ORDER BY id FOR NO KEY UPDATE),
+    gone AS (
+        DELETE FROM message m USING shown s JOIN head h ON h.id = s.inbox
+         WHERE m.inbox = s.inbox AND m.seq = s.seq
+        RETURNING m.inbox, m.seq, m.sender, m.message_id, m.channel, m.payload_sha256, m.enqueued_at, m.expires_at,
+                  octet_length(m.payload) AS size),
+    remembered AS (
+        INSERT INTO recent_id (inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, forget_at)
+        SELECT inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, least($3, expires_at) + $4
+          FROM gone WHERE message_id IS NOT NULL
+        ON CONFLICT (inbox, sender, message_id) DO UPDATE
+           SET seq = excluded.seq, channel = excluded.channel, payload_sha256 = excluded.payload_sha256,
+               enqueued_at = excluded.enqueued_at, forget_at = excluded.forget_at)
+    UPDATE inbox i
+       SET removals = i.removals + 1, messages = i.messages - g.n, bytes = i.bytes - g.size,
+           next_expiry = CASE i.messages - g.n WHEN 0 THEN 9223372036854775807 ELSE i.next_expiry END
+      FROM (SELECT inbox, count(*) AS n, coalesce(sum(size), 0)::int8 AS size FROM gone GROUP BY inbox) g
+     WHERE i.id = g.inbox
+    RETURNING i.id, i.removals";
 
 /// $1 identity, $2 now, $3 how long ids are remembered.
 macro_rules! removal {
@@ -42,7 +66,6 @@ macro_rules! removal {
     };
 }
 
-const SHOWN: &str = removal!("m.seq = ANY ($4) ");
 // $4 up to which seq, $5 single seqs.
 const ACKED: &str = removal!("(m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2 ");
 const ACKED_IN_CHANNEL: &str =
@@ -86,22 +109,22 @@ pub(super) struct Removed {
     pub(super) seqs: Vec<Seq>,
 }
 
-/// Removes the messages that were shown, as far as they are there.
+/// Removes the messages that were shown, as far as they are there: pairs of an inbox and a seq. Answers which removal it was of
+/// each inbox that lost any.
 pub(super) async fn shown(
     connection: &mut PgConnection,
-    inbox: &IdentityKey,
-    seqs: &[Seq],
+    shown: &[(i64, Seq)],
     now: UnixMillis,
     recent_ids: Duration,
-) -> sqlx::Result<Option<Removed>> {
-    let row = sqlx::query(SHOWN)
-        .bind(&inbox.as_bytes()[..])
+) -> sqlx::Result<HashMap<i64, u64>> {
+    let rows = sqlx::query(SHOWN)
+        .bind(shown.iter().map(|(inbox, _)| *inbox).collect::<Vec<_>>())
+        .bind(shown.iter().map(|(_, seq)| number(seq.0)).collect::<Vec<_>>())
         .bind(millis(now))
         .bind(millis_of(recent_ids))
-        .bind(numbers(seqs))
-        .fetch_one(connection)
+        .fetch_all(connection)
         .await?;
-    removed(&row)
+    rows.iter().map(|row| Ok((row.try_get("id")?, row.unsigned("removals")?))).collect()
 }
 
 /// Removes what the reader says it has.

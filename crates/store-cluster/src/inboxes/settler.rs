@@ -1,0 +1,104 @@
+//! Group settlement: pages that clients have got are removed many at a time, as messages are committed many at a time. A
+//! settlement by itself would cost a transaction, which is many times what removing its rows costs.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use qpq_domain::{Seq, UnixMillis};
+use qpq_ports::{StoreError, StoreResult};
+use tokio::sync::{Mutex, mpsc, oneshot};
+
+use super::remove;
+use crate::{
+    error::Shared,
+    metrics as names,
+    postgres::{Database, Repeat},
+};
+
+/// Transactions at a time.
+const SETTLERS: usize = 2;
+/// Pages in one transaction at most.
+const BATCH: usize = 256;
+
+#[derive(Debug, thiserror::Error)]
+#[error("the store is closed")]
+struct Closed;
+
+/// Takes pages to be removed. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Settlers {
+    pages: mpsc::UnboundedSender<Settled>,
+}
+
+/// A page that its client has.
+#[derive(Debug)]
+struct Settled {
+    inbox: i64,
+    seqs: Vec<Seq>,
+    now: UnixMillis,
+    answer: oneshot::Sender<StoreResult<u64>>,
+}
+
+impl Settlers {
+    /// Needs a tokio runtime, on which they work as long as somebody has them.
+    pub(super) fn start(database: &Database, recent_ids: Duration) -> Self {
+        let (pages, waiting) = mpsc::unbounded_channel();
+        let waiting = Arc::new(Mutex::new(waiting));
+        for _ in 0..SETTLERS {
+            tokio::spawn(settle(database.clone(), recent_ids, Arc::clone(&waiting)));
+        }
+        Self { pages }
+    }
+
+    /// Removes the messages of a page, durably. Answers which removal of the inbox it was, 0 if nothing of it was left.
+    pub(super) async fn settle(&self, inbox: i64, seqs: Vec<Seq>, now: UnixMillis) -> StoreResult<u64> {
+        let (answer, settled) = oneshot::channel();
+        self.pages.send(Settled { inbox, seqs, now, answer }).map_err(|_| StoreError::unavailable(Closed))?;
+        settled.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+    }
+}
+
+async fn settle(
+    database: Database,
+    recent_ids: Duration,
+    waiting: Arc<Mutex<mpsc::UnboundedReceiver<Settled>>>,
+) {
+    let mut pages = Vec::with_capacity(BATCH);
+    loop {
+        // Held while it waits: the other is then at work, or has nothing to do either.
+        if waiting.lock().await.recv_many(&mut pages, BATCH).await == 0 {
+            return;
+        }
+        while !pages.is_empty() {
+            // One page of an inbox at a time, so that each removal stands for one page.
+            let mut inboxes = HashSet::new();
+            let (batch, later) = pages.drain(..).partition(|page| inboxes.insert(page.inbox));
+            pages = later;
+            remove_all(&database, recent_ids, batch).await;
+        }
+    }
+}
+
+async fn remove_all(database: &Database, recent_ids: Duration, batch: Vec<Settled>) {
+    metrics::histogram!(names::SETTLE_BATCH).record(batch.len() as f64);
+    let now = batch.iter().map(|page| page.now).max().unwrap_or_default();
+    let shown: Arc<[(i64, Seq)]> =
+        batch.iter().flat_map(|page| page.seqs.iter().map(|seq| (page.inbox, *seq))).collect();
+    let removed: Result<HashMap<i64, u64>, Shared> = database
+        .once_shared("settle", Repeat::Harmless, |connection| {
+            let shown = Arc::clone(&shown);
+            Box::pin(async move { remove::shown(connection, &shown, now, recent_ids).await })
+        })
+        .await;
+    for page in batch {
+        let outcome = match &removed {
+            Ok(removed) => Ok(removed.get(&page.inbox).copied().unwrap_or_default()),
+            Err(error) => Err(error.clone().into()),
+        };
+        // Whoever gave up changes nothing.
+        let _ = page.answer.send(outcome);
+    }
+}
