@@ -21,7 +21,7 @@ use qpq_proto::{
 };
 use quinn::Endpoint;
 
-use crate::client::Client;
+use crate::client::{Client, Refused};
 
 /// The server's suite with no key stretching.
 #[derive(Debug)]
@@ -78,7 +78,16 @@ pub async fn make(endpoint: &Endpoint, server: SocketAddr, count: usize) -> anyh
 }
 
 async fn register(client: &Client, username: &str, identity: &Bytes) -> anyhow::Result<()> {
-    let start = ClientRegistration::<Suite>::start(&mut OsRng, PASSWORD)?;
+    let upload = upload(client, username, PASSWORD).await?;
+    let request = registration(username, upload, identity);
+    client.must::<OpaqueRegisterFinish>(&request, None).await?;
+    Ok(())
+}
+
+/// The first half of a registration: what the second half uploads. It is for this username alone, and may be sent by any
+/// connection, any number of times.
+pub async fn upload(client: &Client, username: &str, password: &[u8]) -> anyhow::Result<Bytes> {
+    let start = ClientRegistration::<Suite>::start(&mut OsRng, password)?;
     let request = v1::OpaqueRegisterStartRequest {
         username: username.into(),
         request: start.message.serialize().to_vec().into(),
@@ -86,40 +95,67 @@ async fn register(client: &Client, username: &str, identity: &Bytes) -> anyhow::
     let response = client.must::<OpaqueRegisterStart>(&request, None).await?;
     let finish = start.state.finish(
         &mut OsRng,
-        PASSWORD,
+        password,
         RegistrationResponse::deserialize(&response.response)?,
         ClientRegistrationFinishParameters::default(),
     )?;
-    let request = v1::OpaqueRegisterFinishRequest {
+    Ok(finish.message.serialize().to_vec().into())
+}
+
+/// The second half.
+pub fn registration(username: &str, upload: Bytes, identity: &Bytes) -> v1::OpaqueRegisterFinishRequest {
+    v1::OpaqueRegisterFinishRequest {
         username: username.into(),
-        upload: finish.message.serialize().to_vec().into(),
+        upload,
         identity_key: identity.clone(),
         ..Default::default()
-    };
-    client.must::<OpaqueRegisterFinish>(&request, None).await?;
-    Ok(())
+    }
 }
 
 /// One whole login; its session token.
 pub async fn login(client: &Client, username: &str) -> anyhow::Result<Bytes> {
-    let start = ClientLogin::<Suite>::start(&mut OsRng, PASSWORD)?;
+    match login_with(client, username, PASSWORD).await? {
+        Ok(token) => Ok(token),
+        Err(refused) => anyhow::bail!("the login is refused: {refused:?}"),
+    }
+}
+
+/// One whole login with that password: its session token, or how it was refused. A password that is wrong is noticed by the
+/// client itself, which then sends what cannot be right.
+pub async fn login_with(
+    client: &Client,
+    username: &str,
+    password: &[u8],
+) -> anyhow::Result<Result<Bytes, Refused>> {
+    let start = ClientLogin::<Suite>::start(&mut OsRng, password)?;
     let request = v1::OpaqueLoginStartRequest {
         username: username.into(),
         request: start.message.serialize().to_vec().into(),
     };
-    let response = client.must::<OpaqueLoginStart>(&request, None).await?;
-    let finish = start.state.finish(
+    let response = match client.call::<OpaqueLoginStart>(&request, None).await? {
+        Ok(response) => response,
+        Err(refused) => return Ok(Err(refused)),
+    };
+    let finalization = match start.state.finish(
         &mut OsRng,
-        PASSWORD,
+        password,
         CredentialResponse::deserialize(&response.response)?,
         ClientLoginFinishParameters::default(),
-    )?;
+    ) {
+        Ok(finish) => finish.message.serialize().to_vec(),
+        Err(_) => vec![0; 64],
+    };
     let request = v1::OpaqueLoginFinishRequest {
         username: username.into(),
-        finalization: finish.message.serialize().to_vec().into(),
+        finalization: finalization.into(),
         ..Default::default()
     };
-    Ok(client.must::<OpaqueLoginFinish>(&request, None).await?.session_token)
+    Ok(client.call::<OpaqueLoginFinish>(&request, None).await?.map(|response| response.session_token))
+}
+
+/// A fresh identity key.
+pub fn identity() -> Bytes {
+    Bytes::copy_from_slice(SigningKey::from_bytes(&rand::random()).verifying_key().as_bytes())
 }
 
 /// Uploads `count` fresh KeyPackages of the account.

@@ -154,7 +154,7 @@ impl Campaign {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { summary: Summary { report, calls, refused, lost }, strikes } = self;
+        let Self { summary: Summary { report, calls, refused, lost, .. }, strikes } = self;
         write!(
             f,
             "{report}{calls} calls, {refused} told to try again, {lost} without an answer; {} strikes:",

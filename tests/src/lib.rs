@@ -4,6 +4,7 @@
 //! agree on is the protocol.
 
 pub mod accounts;
+pub mod balancer;
 pub mod client;
 pub mod cluster;
 pub mod havoc;

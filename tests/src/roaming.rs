@@ -5,6 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use qpq_proto::methods::Method;
+use quinn::ConnectionError;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -23,6 +24,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// For [`Roamer::must`]: far more than any fault that a test makes lasts.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+/// How an edge closes at the end of a drain.
+const SHUTTING_DOWN: &str = "server shutting down";
+
 /// Statuses that say: try again.
 const RATE_LIMITED: u8 = 5;
 const DEADLINE_EXCEEDED: u8 = 8;
@@ -32,6 +36,7 @@ const UNAVAILABLE: u8 = 9;
 #[derive(Debug)]
 pub struct Roamer {
     fleet: Fleet,
+    silence: Silence,
     random: StdRng,
     edge: usize,
     client: Option<Client>,
@@ -45,7 +50,15 @@ pub enum Outcome<T> {
     Ok(T),
     Refused(Refused),
     /// No answer: it may or may not have happened.
-    Lost,
+    Lost(Loss),
+}
+
+/// Why there is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// The edge said that it shuts down, which is the end of a drain.
+    Drained,
+    Otherwise,
 }
 
 impl Refused {
@@ -60,12 +73,17 @@ impl Roamer {
     pub fn new(fleet: &Fleet, seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let edge = random.gen_range(0..fleet.addrs.len());
-        Self { fleet: fleet.clone(), random, edge, client: None, connects: 0 }
+        Self { fleet: fleet.clone(), silence: SILENCE, random, edge, client: None, connects: 0 }
     }
 
     /// One that begins at this edge.
     pub fn at(fleet: &Fleet, edge: usize) -> Self {
         Self { edge, ..Self::new(fleet, edge as u64) }
+    }
+
+    /// The same, but for what it takes for a dead connection: a busy edge is not to be left for its silence.
+    pub fn patient(self) -> Self {
+        Self { silence: Silence::default(), ..self }
     }
 
     /// At which edge it is, or was last.
@@ -109,7 +127,7 @@ impl Roamer {
         match client.call::<M>(request, token.map(|token| &token[..])).await {
             Ok(Ok(response)) => Outcome::Ok(response),
             Ok(Err(refused)) => Outcome::Refused(refused),
-            Err(_) => Outcome::Lost,
+            Err(_) => Outcome::Lost(loss(&client)),
         }
     }
 
@@ -124,7 +142,7 @@ impl Roamer {
                 Outcome::Ok(response) => return response,
                 Outcome::Refused(refused) if refused.is_temporary() => self.pause().await,
                 Outcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
-                Outcome::Lost => {}
+                Outcome::Lost(_) => {}
             }
             assert!(Instant::now() < deadline, "{} was not answered in {PATIENCE:?}", M::INFO.name);
         }
@@ -137,7 +155,7 @@ impl Roamer {
 
     async fn connect(&mut self, addr: SocketAddr) -> Option<Client> {
         self.connects += 1;
-        let endpoint = endpoint_with(self.fleet.pin, SILENCE).expect("a socket");
+        let endpoint = endpoint_with(self.fleet.pin, self.silence).expect("a socket");
         timeout(CONNECTING, Client::connect(&endpoint, addr)).await.ok()?.ok()
     }
 
@@ -147,5 +165,12 @@ impl Roamer {
         if others > 1 {
             self.edge = (self.edge + self.random.gen_range(1..others)) % others;
         }
+    }
+}
+
+fn loss(client: &Client) -> Loss {
+    match client.ended() {
+        Some(ConnectionError::ApplicationClosed(close)) if close.reason == SHUTTING_DOWN => Loss::Drained,
+        _ => Loss::Otherwise,
     }
 }

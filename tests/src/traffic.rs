@@ -9,7 +9,7 @@ use std::{
     io::{BufWriter, Write as _},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -34,7 +34,7 @@ use crate::{
     accounts::Account,
     client::Client,
     cluster::Cluster,
-    roaming::{Outcome, PATIENCE, Roamer},
+    roaming::{Loss, Outcome, PATIENCE, Roamer},
 };
 
 /// How much traffic, of which kind.
@@ -48,12 +48,30 @@ pub struct Plan {
     pub payload: usize,
     /// Of ten calls of a writer, how many are a batch.
     pub batches: u32,
+    pub temper: Temper,
     pub seed: u64,
+}
+
+/// When clients take their edge for dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Temper {
+    /// When it was silent for a few seconds.
+    Hasty,
+    /// As in production.
+    Patient,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { inboxes: 12, writers: 24, messages: 5_000, payload: 512, batches: 3, seed: 1 }
+        Self {
+            inboxes: 12,
+            writers: 24,
+            messages: 5_000,
+            payload: 512,
+            batches: 3,
+            temper: Temper::Hasty,
+            seed: 1,
+        }
     }
 }
 
@@ -79,12 +97,14 @@ struct Shared {
     plan: Plan,
     acknowledged: watch::Sender<u64>,
     next_tag: AtomicU64,
+    enough: AtomicBool,
     stop: watch::Sender<bool>,
     /// The connections of the readers, for whoever cuts them.
     connections: Mutex<Vec<Client>>,
     calls: AtomicU64,
     refused: AtomicU64,
     lost: AtomicU64,
+    drained: AtomicU64,
 }
 
 /// How a run went, beside the judgement.
@@ -96,6 +116,8 @@ pub struct Summary {
     pub refused: u64,
     /// Calls whose connection ended before they were answered.
     pub lost: u64,
+    /// The same, because a drain was over.
+    pub drained: u64,
 }
 
 /// A message on its way.
@@ -115,17 +137,22 @@ impl Traffic {
             plan,
             acknowledged: watch::Sender::new(0),
             next_tag: AtomicU64::new(1),
+            enough: AtomicBool::new(false),
             stop: watch::Sender::new(false),
             connections: Mutex::default(),
             calls: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             lost: AtomicU64::new(0),
+            drained: AtomicU64::new(0),
         });
         let fleet = cluster.fleet();
         let mut random = StdRng::seed_from_u64(plan.seed);
         let mut party = || Party {
             recorder: shared.history.recorder(),
-            roamer: Roamer::new(&fleet, random.r#gen()),
+            roamer: match plan.temper {
+                Temper::Hasty => Roamer::new(&fleet, random.r#gen()),
+                Temper::Patient => Roamer::new(&fleet, random.r#gen()).patient(),
+            },
             random: StdRng::seed_from_u64(random.r#gen()),
             shared: Arc::clone(&shared),
         };
@@ -159,6 +186,11 @@ impl Traffic {
                 .unwrap_or_else(|_| panic!("nothing is acknowledged any more; {now} were"))
                 .expect("the sender is here");
         }
+    }
+
+    /// Lets the writers end, however many messages are acknowledged.
+    pub fn enough(&self) {
+        self.shared.enough.store(true, Ordering::Relaxed);
     }
 
     /// Ends the connections of all readers, whatever they wait for.
@@ -202,13 +234,19 @@ impl Traffic {
         while let Some(done) = sweepers.join_next().await {
             done?;
         }
-        let Shared { history, plan, calls, refused, lost, .. } = &*self.shared;
+        let Shared { history, plan, calls, refused, lost, drained, .. } = &*self.shared;
         let report = history.check();
         if !report.violations.is_empty() {
             keep(history, &report, plan)?;
         }
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Ok(Summary { report, calls: read(calls), refused: read(refused), lost: read(lost) })
+        Ok(Summary {
+            report,
+            calls: read(calls),
+            refused: read(refused),
+            lost: read(lost),
+            drained: read(drained),
+        })
     }
 }
 
@@ -224,7 +262,7 @@ impl Shared {
     }
 
     fn is_enough(&self) -> bool {
-        *self.acknowledged.borrow() >= self.plan.messages
+        *self.acknowledged.borrow() >= self.plan.messages || self.enough.load(Ordering::Relaxed)
     }
 
     fn outgoing(&self, inbox: usize, random: &mut StdRng) -> Outgoing {
@@ -319,9 +357,8 @@ impl Party {
                 self.roamer.pause().await;
             }
             Outcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
-            Outcome::Lost => {
-                self.shared.lost.fetch_add(1, Ordering::Relaxed);
-            }
+            Outcome::Lost(Loss::Drained) => drop(self.shared.drained.fetch_add(1, Ordering::Relaxed)),
+            Outcome::Lost(Loss::Otherwise) => drop(self.shared.lost.fetch_add(1, Ordering::Relaxed)),
         }
         None
     }

@@ -7,8 +7,15 @@ const MESSAGES: u64 = 100_000;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn acked_never_lost() {
-    let traffic =
-        Plan { inboxes: 18, writers: 48, messages: MESSAGES, payload: 256, batches: 5, seed: 0xacced };
+    let traffic = Plan {
+        inboxes: 18,
+        writers: 48,
+        messages: MESSAGES,
+        payload: 256,
+        batches: 5,
+        seed: 0xacced,
+        ..Plan::default()
+    };
     let outcome = Campaign { traffic, every: 2_500 }.run().await.unwrap();
     println!("{outcome}");
     let report = &outcome.summary.report;

@@ -1,4 +1,31 @@
 //! The promises of a cluster, each a test by its name, on real stores: what every call was answered is recorded and judged.
 
+mod accounts;
 mod acked_never_lost;
+mod clients;
+mod configuration;
+mod drain;
+mod faults;
 mod inboxes;
+mod key_packages;
+mod wakes;
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// After this a test is stuck.
+const STUCK: Duration = Duration::from_secs(60);
+
+/// Returns how long it took until `holds`, looking often.
+///
+/// # Panics
+/// If that never comes.
+async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) -> Duration {
+    let begun = Instant::now();
+    while !holds().await {
+        assert!(begun.elapsed() < STUCK, "not after {STUCK:?}: {what}");
+        sleep(Duration::from_millis(10)).await;
+    }
+    begun.elapsed()
+}

@@ -1,0 +1,107 @@
+//! *One login, one account*: whoever registers a name or a key first has it, whatever others do at other edges at that moment.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use qpq_proto::{
+    methods::{OpaqueRegisterFinish, ResolveUser},
+    v1,
+};
+use qpq_tests::{
+    accounts::{identity, login_with, registration, upload},
+    cluster::{Cluster, Fleet, Plan},
+    roaming::{Outcome, Roamer},
+};
+use tokio::{sync::Barrier, task::JoinSet};
+
+const EDGES: usize = 2;
+const RIVALS: usize = 6;
+const NAMES: usize = 25;
+
+/// Finishes all registrations at once, at the edges in turn: what each is answered, in order.
+async fn race(fleet: &Fleet, requests: &[v1::OpaqueRegisterFinishRequest]) -> Vec<Result<(), String>> {
+    let at_once = Arc::new(Barrier::new(requests.len()));
+    let mut racing = JoinSet::new();
+    for (place, request) in requests.iter().enumerate() {
+        let (mut roamer, request) = (Roamer::at(fleet, place % EDGES).patient(), request.clone());
+        let at_once = Arc::clone(&at_once);
+        racing.spawn(async move {
+            roamer.connected().await;
+            at_once.wait().await;
+            let answer = match roamer.call::<OpaqueRegisterFinish>(&request, None).await {
+                Outcome::Ok(response) => {
+                    assert!(response.success);
+                    Ok(())
+                }
+                Outcome::Refused(refused) => Err(refused.code),
+                Outcome::Lost(_) => panic!("a registration was not answered"),
+            };
+            (place, answer)
+        });
+    }
+    let mut answers = racing.join_all().await;
+    answers.sort_by_key(|(place, _)| *place);
+    answers.into_iter().map(|(_, answer)| answer).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_login_one_account() {
+    let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
+    let fleet = cluster.fleet();
+    let mut clients = Vec::new();
+    for edge in 0..EDGES {
+        clients.push(Roamer::at(&fleet, edge).patient().connected().await);
+    }
+    for n in 0..NAMES {
+        let name = format!("name-{n}");
+        let mut requests = Vec::new();
+        for rival in 0..RIVALS {
+            let password = format!("{name} {rival}");
+            let upload = upload(&clients[rival % EDGES], &name, password.as_bytes()).await.unwrap();
+            requests.push(registration(&name, upload, &identity()));
+        }
+        let answers = race(&fleet, &requests).await;
+        let winners: Vec<usize> = (0..RIVALS).filter(|rival| answers[*rival].is_ok()).collect();
+        let [winner] = winners[..] else { panic!("{name} has {} accounts: {answers:?}", winners.len()) };
+        let taken = Err("auth.username_taken".to_owned());
+        assert_eq!(answers.iter().filter(|answer| **answer == taken).count(), RIVALS - 1, "{answers:?}");
+
+        for rival in 0..RIVALS {
+            let password = format!("{name} {rival}");
+            for client in &clients {
+                let login = login_with(client, &name, password.as_bytes()).await.unwrap();
+                assert_eq!(login.is_ok(), rival == winner, "{name}: {login:?}");
+                if let Ok(token) = login {
+                    let request = v1::ResolveUserRequest { username: name.clone(), ..Default::default() };
+                    let resolved = client.must::<ResolveUser>(&request, Some(&token)).await.unwrap();
+                    assert_eq!(resolved.identity_key, requests[winner].identity_key);
+                }
+            }
+        }
+        let again = race(&fleet, &[requests[winner].clone(), requests[winner].clone()]).await;
+        assert_eq!(again, [Ok(()), Ok(())], "a repeat of the very same registration");
+    }
+    let rows = cluster.postgres.sql("SELECT count(*), count(DISTINCT username) FROM account").await.unwrap();
+    assert_eq!(rows, format!("{NAMES}|{NAMES}"));
+    assert_eq!(cluster.postgres.sql("SELECT count(*) FROM inbox").await.unwrap(), NAMES.to_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_identity_one_account() {
+    let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
+    let fleet = cluster.fleet();
+    let client = Roamer::at(&fleet, 0).patient().connected().await;
+    for n in 0..NAMES {
+        let key: Bytes = identity();
+        let mut requests = Vec::new();
+        for rival in 0..RIVALS {
+            let name = format!("name-{n}-{rival}");
+            requests.push(registration(&name, upload(&client, &name, b"password").await.unwrap(), &key));
+        }
+        let answers = race(&fleet, &requests).await;
+        assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 1, "{answers:?}");
+        let taken = Err("auth.identity_taken".to_owned());
+        assert_eq!(answers.iter().filter(|answer| **answer == taken).count(), RIVALS - 1, "{answers:?}");
+    }
+    assert_eq!(cluster.postgres.sql("SELECT count(*) FROM account").await.unwrap(), NAMES.to_string());
+}

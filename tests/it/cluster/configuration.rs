@@ -1,0 +1,71 @@
+//! Edges that must not start, and say why: of another cluster, or half configured.
+
+use std::process::Stdio;
+
+use qpq_tests::cluster::{Cluster, Place, Plan, init};
+
+const FAILED: Option<i32> = Some(1);
+const MISUSED: Option<i32> = Some(2);
+
+/// Runs an edge that must end by itself: its exit code and what it said.
+async fn refusal(
+    cluster: &Cluster,
+    change: impl FnOnce(&mut tokio::process::Command),
+) -> (Option<i32>, String) {
+    let mut command = cluster.command(0).expect("the program");
+    // Beside the one that runs.
+    command.env("QPQ_LISTEN", "127.0.0.1:0").stdin(Stdio::null()).stderr(Stdio::piped());
+    change(&mut command);
+    let output = command.output().await.expect("it ends");
+    (output.status.code(), String::from_utf8(output.stderr).expect("text"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edge_with_another_opaque_setup_does_not_start() {
+    let plan = Plan { edges: 1, place: Place::Apart, ..Plan::default() };
+    let cluster = Cluster::start(plan).await.unwrap();
+    let other = cluster.dir().join("other-fleet");
+    init(&other).await.unwrap();
+    let (code, said) = refusal(&cluster, |command| {
+        command.env("QPQ_CLUSTER__SECRETS_DIR", &other);
+    })
+    .await;
+    assert_eq!(code, FAILED, "{said}");
+    assert!(said.contains("OPAQUE setup is not the cluster's") && said.contains("qpq-admin init"), "{said}");
+    // The cluster is none the worse for it.
+    cluster.kill_edge(0).await.unwrap();
+    cluster.start_edge(0).await.unwrap();
+    cluster.accounts(1).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_half_given_configuration_is_refused_by_name() {
+    let plan = Plan { edges: 1, place: Place::Apart, ..Plan::default() };
+    let cluster = Cluster::start(plan).await.unwrap();
+    let needed = [
+        ("QPQ_POSTGRES__URL", "postgres.url"),
+        ("QPQ_REDIS__URL", "redis.url"),
+        ("QPQ_NATS__URL", "nats.url"),
+        ("QPQ_CLUSTER__SECRETS_DIR", "cluster.secrets_dir"),
+    ];
+    for (missing, setting) in needed {
+        let (code, said) = refusal(&cluster, |command| {
+            command.env_remove(missing);
+        })
+        .await;
+        assert_eq!(code, MISUSED, "without {missing}: {said}");
+        assert!(said.contains(&format!("{setting} is missing")), "without {missing}: {said}");
+    }
+    for (given, setting) in needed {
+        let (code, said) = refusal(&cluster, |command| {
+            needed.iter().filter(|(other, _)| *other != given).for_each(|(other, _)| {
+                command.env_remove(other);
+            });
+        })
+        .await;
+        assert_eq!(code, MISUSED, "with {given} alone: {said}");
+        let others = needed.iter().filter(|(_, other)| *other != setting);
+        assert!(others.clone().all(|(_, other)| said.contains(other)), "with {given} alone: {said}");
+        assert!(!said.contains(":1234"), "{said}");
+    }
+}

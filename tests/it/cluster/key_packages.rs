@@ -1,0 +1,85 @@
+//! *Claimed once*: a KeyPackage is given to one claimer, whichever edges the claims come in at, and the last resort never
+//! runs dry.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use qpq_domain::Username;
+use qpq_ports::{Clock as _, SystemClock};
+use qpq_proto::{
+    methods::{CountKeyPackages, FetchKeyPackage, UploadKeyPackage},
+    v1,
+};
+use qpq_tests::{
+    accounts::Account,
+    cluster::{Cluster, Plan},
+    roaming::Roamer,
+};
+use tokio::{sync::Barrier, task::JoinSet};
+
+const CLAIMS: usize = 64;
+const EDGES: usize = 3;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn claimed_once() {
+    let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
+    let fleet = cluster.fleet();
+    let accounts = cluster.accounts(9).await.unwrap();
+    let (owner, claimers) = accounts.split_first().unwrap();
+    let mut roamer = Roamer::at(&fleet, 0);
+    let mut mls = client_of(owner);
+    // Too few, just enough, more than enough, none.
+    for stock in [40, CLAIMS, CLAIMS + 10, 0] {
+        let now = SystemClock.now();
+        let packages: Vec<Bytes> = mls.key_packages(stock, now).into_iter().map(Bytes::from).collect();
+        let last_resort = Bytes::from(mls.last_resort_key_package(now));
+        let request = v1::UploadKeyPackageRequest {
+            package: last_resort.clone(),
+            last_resort: true,
+            more_packages: packages.clone(),
+            ..Default::default()
+        };
+        let uploaded = roamer.must::<UploadKeyPackage>(&request, Some(&owner.token)).await;
+        assert_eq!(uploaded.available as usize, stock);
+
+        let at_once = Arc::new(Barrier::new(CLAIMS));
+        let mut claims = JoinSet::new();
+        for claim in 0..CLAIMS {
+            let (mut roamer, at_once) = (Roamer::at(&fleet, claim % EDGES), Arc::clone(&at_once));
+            let (token, target) = (claimers[claim % claimers.len()].token.clone(), owner.identity.clone());
+            claims.spawn(async move {
+                roamer.connected().await;
+                at_once.wait().await;
+                let request = v1::FetchKeyPackageRequest { identity_key: target, ..Default::default() };
+                roamer.must::<FetchKeyPackage>(&request, Some(&token)).await
+            });
+        }
+        let claimed = claims.join_all().await;
+        let (last, own): (Vec<_>, Vec<_>) = claimed.into_iter().partition(|claim| claim.last_resort);
+        assert!(last.iter().all(|claim| claim.package == last_resort), "of {stock}: another last resort");
+        let distinct: HashSet<&Bytes> = own.iter().map(|claim| &claim.package).collect();
+        assert_eq!(distinct.len(), own.len(), "of {stock}: one was given twice");
+        assert_eq!(own.len(), stock.min(CLAIMS), "of {stock}: so many were given");
+        // The oldest are given first.
+        let given: BTreeSet<usize> =
+            own.iter().map(|claim| packages.iter().position(|p| *p == claim.package).unwrap()).collect();
+        assert!(given.into_iter().eq(0..stock.min(CLAIMS)), "of {stock}: not the oldest ones");
+
+        let left = roamer.must::<CountKeyPackages>(&Default::default(), Some(&owner.token)).await;
+        assert_eq!((left.available as usize, left.has_last_resort), (stock.saturating_sub(CLAIMS), true));
+        for _ in 0..left.available {
+            let request =
+                v1::FetchKeyPackageRequest { identity_key: owner.identity.clone(), ..Default::default() };
+            let claim = roamer.must::<FetchKeyPackage>(&request, Some(&claimers[0].token)).await;
+            assert!(!claim.last_resort && !distinct.contains(&claim.package));
+        }
+    }
+}
+
+pub(super) fn client_of(account: &Account) -> qpq_mls::Client {
+    let username = Username::parse(&account.username).expect("it is registered");
+    qpq_mls::Client::new(qpq_mls::Identity::from_seed(&account.seed), username)
+}

@@ -1,0 +1,84 @@
+//! *Wakes all dropped*: every word from edge to edge gets lost, and every message arrives all the same, because each edge
+//! looks after the inboxes that somebody waits for.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use qpq_proto::{
+    methods::{Enqueue, FetchWait},
+    v1,
+};
+use qpq_test_services::proxy::{Link, Way};
+use qpq_tests::{
+    accounts::Account,
+    client::Client,
+    cluster::{Cluster, Plan, Wiring},
+    roaming::Roamer,
+};
+use tokio::{task::JoinSet, time::timeout};
+
+use super::until;
+
+const EDGES: usize = 3;
+const WAITERS: usize = 12;
+/// Far longer than the poll takes, and far shorter than any other reason to look again.
+const SOON: Duration = Duration::from_secs(25);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wakes_all_dropped() {
+    let plan = Plan { edges: EDGES, wiring: Wiring::Proxied, seed: 6, ..Plan::default() };
+    let cluster = Cluster::start(plan).await.unwrap();
+    let accounts = cluster.accounts(WAITERS).await.unwrap();
+    for edge in 0..EDGES {
+        cluster.links(edge).nats.switch().change(|faults| faults.link = Link::Blackhole(Way::Both));
+    }
+    for round in ["every word is swallowed", "once more"] {
+        all_arrive(&cluster, &accounts, round).await;
+    }
+    for edge in 0..EDGES {
+        cluster.links(edge).nats.switch().heal();
+    }
+    cluster.nats.kill9().await.unwrap();
+    all_arrive(&cluster, &accounts, "NATS is gone").await;
+    cluster.nats.start_again().await.unwrap();
+    all_arrive(&cluster, &accounts, "NATS is back").await;
+}
+
+/// Everybody waits at an edge; then everybody is sent something through another.
+async fn all_arrive(cluster: &Cluster, accounts: &[Account], when: &'static str) {
+    let fleet = cluster.fleet();
+    let mut waits = JoinSet::new();
+    for (n, account) in accounts.iter().enumerate() {
+        let client: Client = Roamer::at(&fleet, 1 + n % (EDGES - 1)).patient().connected().await;
+        let token = account.token.clone();
+        waits.spawn(async move {
+            let request = v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() };
+            let wait = client.must::<FetchWait>(&request, Some(&token));
+            let page = timeout(2 * SOON, wait).await.expect("it waits for ever").expect("an answer");
+            (n, page.payloads.into_iter().map(|envelope| envelope.data).collect::<Vec<_>>())
+        });
+    }
+    until("all wait", || async { waiting(cluster).await == WAITERS }).await;
+    let mut sender = Roamer::at(&fleet, 0);
+    for (n, account) in accounts.iter().enumerate() {
+        let request = v1::EnqueueRequest {
+            recipient_key: account.identity.clone(),
+            payload: Bytes::from(format!("{when} {n}")),
+            ..Default::default()
+        };
+        sender.must::<Enqueue>(&request, Some(&account.token)).await;
+    }
+    let arrived = timeout(SOON, waits.join_all()).await.unwrap_or_else(|_| panic!("{when}: not all arrive"));
+    for (n, page) in arrived {
+        assert_eq!(page, [Bytes::from(format!("{when} {n}"))], "{when}");
+    }
+}
+
+/// For how many inboxes an edge is registered in Redis as waiting.
+async fn waiting(cluster: &Cluster) -> usize {
+    let count = cluster.redis.command(["EVAL", "return #redis.call('KEYS', '*}w')", "0"]).await;
+    match count.expect("Redis counts") {
+        qpq_test_services::resp::Reply::Integer(count) => usize::try_from(count).expect("a count"),
+        other => panic!("no count: {other:?}"),
+    }
+}
