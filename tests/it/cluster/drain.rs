@@ -13,7 +13,8 @@ const BETWEEN: u64 = 600;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lossless_drain() {
-    let plan = Plan { edges: EDGES, place: Place::Apart, ..Plan::default() };
+    // Under load that never pauses a drain lasts as long as it may.
+    let plan = Plan { edges: EDGES, place: Place::Apart, ..Plan::default() }.with("QPQ_DRAIN__TIMEOUT", "8s");
     let cluster = Cluster::start(plan).await.unwrap();
     let load = traffic::Plan {
         // They end after the last restart.
