@@ -5,7 +5,7 @@ TARGET  := $(BUILT)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 DATA    ?= data
 LISTEN  ?= 0.0.0.0:5001
 
-.PHONY: help run demo test lint bench bench-cluster compose-test chaos fuzz
+.PHONY: help run demo test lint bench bench-cluster compose-test metrics-check chaos fuzz
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -35,6 +35,10 @@ bench-cluster: ## the same for a cluster: edges, Postgres, Redis and NATS on thi
 compose-test: ## docker compose up in a real engine, and a chat through kills of everything in it
 	cargo build --locked --profile $(PROFILE) -p qpq-server -p qpq-admin -p qpq-cli
 	tests/compose/run $(TARGET)
+
+metrics-check: ## dashboard, alerts and docs/metrics.md against what running servers expose
+	cargo build --locked --profile $(PROFILE) --workspace --bins
+	tests/observability/check $(TARGET)
 
 chaos: ## a million messages through a cluster while everything in it is killed; nothing may be lost
 	cargo build --locked --release -p qpq-server -p qpq-admin -p qpq-tests --bins

@@ -127,6 +127,10 @@ class Fleet:
                     "QPQ_CLUSTER__SECRETS_DIR": str(secrets), "QPQ_CLUSTER__MIGRATE": "at_start"}
         edges = [self.server(name, **settings) for name in ("edge-1", "edge-2")]
         self.chat(*edges, "alice", "bob")
+        # The client peeks and acknowledges; others fetch.
+        subprocess.run([self.bin / "qpq-load", "run", "drain", "--server", edges[0].address, "--pin", edges[0].pin,
+                        "--rate", "5", "--seconds", "1", "--connections", "1", "--accounts", "2"],
+                       check=True, stdout=subprocess.DEVNULL)
         programs = {name: pid for pid in children(services.pid) if (name := comm(pid))}
         waiting = self.qpq("bob", "recv", "--follow", background=True)
         until("somebody who waits", lambda: edges[1].counted("qpq_waiters"))
