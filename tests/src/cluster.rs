@@ -115,7 +115,7 @@ struct Edge {
 enum Life {
     Down,
     Here(Box<Running>),
-    Apart(Server),
+    Apart(Box<Server>),
 }
 
 impl Cluster {
