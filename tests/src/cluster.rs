@@ -194,11 +194,10 @@ impl Cluster {
         ensure!(matches!(*life, Life::Down), "edge {n} runs already");
         *life = match self.plan.place {
             Place::Here => Life::Here(Box::new(Box::pin(compose(&self.config(n)?)).await?)),
-            Place::Apart => Life::Apart(
-                Server::start(self.command(n)?, |line| line.contains(" dm bob"))
-                    .await
-                    .with_context(|| format!("edge {n} said: {}", self.log(n)))?,
-            ),
+            Place::Apart => {
+                let started = Server::start(self.command(n)?, |line| line.contains(" dm bob")).await;
+                Life::Apart(Box::new(started.with_context(|| format!("edge {n} said: {}", self.log(n)))?))
+            }
         };
         Ok(())
     }
