@@ -54,13 +54,9 @@ impl Scenario {
         }
     }
 
-    async fn is_clean(self) {
+    async fn ends_clean(self) {
         self.all(Faults::default());
         let summary = self.traffic.finish(&self.cluster).await.expect("it comes to its end");
-        println!(
-            "{}{} told to try again, {} without an answer",
-            summary.report, summary.refused, summary.lost
-        );
         summary.report.assert_clean();
         assert!(summary.report.acknowledged as u64 >= MESSAGES);
     }
@@ -79,7 +75,7 @@ async fn node_down() {
         sleep(Duration::from_millis(down)).await;
         scenario.cluster.start_edge(edge).await.unwrap();
     }
-    scenario.is_clean().await;
+    scenario.ends_clean().await;
 }
 
 /// One edge loses sight of its clients or of one store, in one direction or both.
@@ -94,7 +90,7 @@ async fn network_partition() {
         sleep(CUT_OFF.mul_f64(share)).await;
         switch.heal();
     }
-    scenario.is_clean().await;
+    scenario.ends_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -105,7 +101,7 @@ async fn latency() {
         let jitter = Duration::from_millis(scenario.random.gen_range(0..30));
         scenario.all(Faults { latency, jitter, ..Faults::default() });
     }
-    scenario.is_clean().await;
+    scenario.ends_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -115,7 +111,7 @@ async fn bandwidth_throttle() {
         let rate = NonZeroU64::new(scenario.random.gen_range(20_000..400_000));
         scenario.all(Faults { throttle: rate, ..Faults::default() });
     }
-    scenario.is_clean().await;
+    scenario.ends_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,7 +133,7 @@ async fn connection_reset() {
     }
     let cut: u64 = (0..EDGES).flat_map(|edge| switches(scenario.links(edge)).map(|s| s.tally().cut)).sum();
     assert!(cut > 100, "only {cut} connections were cut");
-    scenario.is_clean().await;
+    scenario.ends_clean().await;
 }
 
 /// Datagrams get lost, doubled and out of order while stores are slow, connections are cut and edges die.
@@ -162,5 +158,5 @@ async fn compound_fault() {
         }
         scenario.cluster.start_edge(edge).await.unwrap();
     }
-    scenario.is_clean().await;
+    scenario.ends_clean().await;
 }
