@@ -8,7 +8,7 @@
 pub(crate) mod row;
 mod schema;
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use futures_util::future::BoxFuture;
 use qpq_ports::StoreResult;
@@ -16,7 +16,7 @@ use sqlx::{
     Connection as _, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tracing::{Instrument as _, field::Empty};
 
 use crate::{
@@ -44,7 +44,14 @@ pub(crate) enum Repeat {
 #[derive(Clone, Debug)]
 pub(crate) struct Database {
     pool: PgPool,
+    /// How long an attempt may take with a connection: a server that is there ends it sooner, by its own timeouts.
+    patience: Duration,
 }
+
+/// Postgres is silent: it hangs, or the way to it is cut without anybody having been told.
+#[derive(Debug, thiserror::Error)]
+#[error("Postgres did not answer within {0:?}")]
+struct Silent(Duration);
 
 /// What an operation does with its connection. It may be done several times.
 pub(crate) trait Work<T>: for<'c> Fn(&'c mut PgConnection) -> BoxFuture<'c, sqlx::Result<T>> {}
@@ -62,7 +69,7 @@ impl Database {
             .idle_timeout(Some(Duration::from_secs(600)))
             .max_lifetime(Some(Duration::from_secs(3_600)))
             .connect_lazy_with(options);
-        Self { pool }
+        Self { pool, patience: 2 * timeout }
     }
 
     /// Does `work` in a transaction.
@@ -142,8 +149,8 @@ impl Database {
                 Err(Failed { error, happened }) => {
                     let again = match Kind::of(&error) {
                         Kind::Contention => tries < TRIES,
-                        // Who has waited for a connection in vain has waited long enough.
-                        Kind::Unreachable if matches!(error, sqlx::Error::PoolTimedOut) => false,
+                        // Who has waited in vain has waited long enough.
+                        Kind::Unreachable if is_timeout(&error) => false,
                         Kind::Unreachable => {
                             tries == 1 && (happened == Happened::No || repeat == Repeat::Harmless)
                         }
@@ -172,13 +179,31 @@ impl Database {
         let no = |error| Failed { error, happened: Happened::No };
         let perhaps = |error| Failed { error, happened: Happened::Perhaps };
         let mut connection = self.pool.acquire().await.map_err(no)?;
-        if !transaction {
-            return work(&mut connection).await.map_err(perhaps);
+        let attempt = async {
+            if !transaction {
+                return work(&mut connection).await.map_err(perhaps);
+            }
+            let mut open = connection.begin().await.map_err(no)?;
+            let done = work(&mut open).await.map_err(no)?;
+            open.commit().await.map_err(perhaps)?;
+            Ok(done)
+        };
+        match timeout(self.patience, attempt).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                // In the pool it would keep its place until the kernel gives the connection up, which takes minutes.
+                drop(connection.detach());
+                Err(perhaps(sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, Silent(self.patience)))))
+            }
         }
-        let mut open = connection.begin().await.map_err(no)?;
-        let done = work(&mut open).await.map_err(no)?;
-        open.commit().await.map_err(perhaps)?;
-        Ok(done)
+    }
+}
+
+fn is_timeout(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::PoolTimedOut => true,
+        sqlx::Error::Io(error) => error.kind() == io::ErrorKind::TimedOut,
+        _ => false,
     }
 }
 
