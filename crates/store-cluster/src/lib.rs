@@ -98,7 +98,12 @@ impl ClusterStore {
             key_packages: Arc::clone(&keys) as _,
             hybrid_keys: keys,
             limiter: Arc::new(ClusterLimiter::new(redis.clone())),
-            notices: Arc::new(ClusterNotices(bus.clone())),
+            notices: Arc::new(ClusterNotices {
+                bus: bus.clone(),
+                sessions: Arc::clone(&sessions),
+                waking: waking.clone(),
+                every: (config.timing.session_cache / 3).max(Duration::from_millis(100)),
+            }),
             upkeep: Arc::new(ClusterUpkeep::new(
                 database.clone(),
                 redis,

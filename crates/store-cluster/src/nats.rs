@@ -6,9 +6,10 @@
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
-use async_nats::{Client, ConnectOptions, Event, ServerAddr, Subscriber};
+use async_nats::{Client, ConnectOptions, Event, ServerAddr, Subscriber, connection::State};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::StreamExt as _;
+use parking_lot::Mutex;
 use qpq_domain::{IdentityKey, TokenHash};
 use qpq_ports::Notice;
 use tokio::{
@@ -68,6 +69,8 @@ pub(crate) struct Bus {
     say: mpsc::Sender<Say>,
     heard: broadcast::Sender<Heard>,
     back: watch::Sender<()>,
+    /// When the last sign of life came through, of whatever edge: this one's own if there is no other.
+    signed_at: Arc<Mutex<Instant>>,
     client: Client,
 }
 
@@ -87,9 +90,10 @@ impl Bus {
         let all = client.subscribe(subjects.all()).await.map_err(|error| unreachable(error.to_string()))?;
         let (say, said) = mpsc::channel(QUEUE);
         let (heard, _) = broadcast::channel(HEARD);
-        tokio::spawn(listen(own, all, heard.clone()));
+        let signed_at = Arc::new(Mutex::new(Instant::now()));
+        tokio::spawn(listen(own, all, heard.clone(), Arc::clone(&signed_at)));
         tokio::spawn(publish(client.clone(), subjects, edge.clone(), said));
-        Ok(Self { say, heard, back, client })
+        Ok(Self { say, heard, back, signed_at, client })
     }
 
     /// Has `edge` look at the inbox.
@@ -114,6 +118,11 @@ impl Bus {
     /// Changes whenever NATS was away and is back: what was said meanwhile is lost.
     pub(crate) fn back(&self) -> watch::Receiver<()> {
         self.back.subscribe()
+    }
+
+    /// Whether nothing comes through now, as far as can be told.
+    pub(crate) fn is_deaf(&self) -> bool {
+        self.client.connection_state() != State::Connected || self.signed_at.lock().elapsed() > GONE
     }
 
     /// Says what is still to be said, and no more.
@@ -243,7 +252,12 @@ async fn send(client: &Client, subject: String, payload: Bytes, count: usize) {
     }
 }
 
-async fn listen(mut own: Subscriber, mut all: Subscriber, heard: broadcast::Sender<Heard>) {
+async fn listen(
+    mut own: Subscriber,
+    mut all: Subscriber,
+    heard: broadcast::Sender<Heard>,
+    signed_at: Arc<Mutex<Instant>>,
+) {
     let mut edges: HashMap<Bytes, Instant> = HashMap::new();
     loop {
         let (message, to_all) = tokio::select! {
@@ -262,6 +276,7 @@ async fn listen(mut own: Subscriber, mut all: Subscriber, heard: broadcast::Send
         let Some((&tag, rest)) = payload.split_first() else { continue };
         if tag == tag::ALIVE {
             let now = Instant::now();
+            *signed_at.lock() = now;
             edges.insert(payload.slice(1..), now);
             edges.retain(|_, seen| now.duration_since(*seen) < GONE);
             metrics::gauge!(names::EDGES).set(edges.len() as f64);

@@ -1,31 +1,102 @@
-//! Notices between edges, over NATS.
+//! Notices between edges, over NATS. While nothing is heard through it, whoever waits here is told every now and then that
+//! sessions may have ended; each then looks its own up, which no copy of stands in the way of for long.
+
+use std::{mem, sync::Arc, time::Duration};
 
 use futures_util::stream::{self, BoxStream};
 use qpq_domain::IdentityKey;
 use qpq_ports::{Notice, Notices};
-use tokio::sync::broadcast::error::RecvError;
+use tokio::{
+    sync::broadcast::{Receiver, error::RecvError},
+    time::{Instant, sleep_until},
+};
 
-use crate::nats::{Bus, Heard};
+use crate::{
+    nats::{Bus, Heard},
+    sessions::ClusterSessions,
+    wakes::Waking,
+};
 
 /// The port over the bus.
-#[derive(Debug)]
-pub(crate) struct ClusterNotices(pub(crate) Bus);
+#[derive(Clone, Debug)]
+pub(crate) struct ClusterNotices {
+    pub(crate) bus: Bus,
+    pub(crate) sessions: Arc<ClusterSessions>,
+    pub(crate) waking: Waking,
+    /// Between two such looks.
+    pub(crate) every: Duration,
+}
 
 impl Notices for ClusterNotices {
     fn publish(&self, identity: &IdentityKey, notice: Notice) {
-        self.0.notice(*identity, notice);
+        self.bus.notice(*identity, notice);
     }
 
     fn listen(&self) -> BoxStream<'static, (IdentityKey, Notice)> {
-        Box::pin(stream::unfold(self.0.hear(), |mut heard| async {
-            loop {
-                match heard.recv().await {
-                    Ok(Heard::Notice(identity, notice)) => return Some(((identity, notice), heard)),
-                    // Whoever should have heard one that was missed finds out by its own checks.
-                    Ok(_) | Err(RecvError::Lagged(_)) => {}
-                    Err(RecvError::Closed) => return None,
-                }
-            }
+        let listener = Listener {
+            heard: self.bus.hear(),
+            to_look: Vec::new(),
+            missed: Missed::Nothing,
+            next_look: Instant::now() + self.every,
+            notices: self.clone(),
+        };
+        Box::pin(stream::unfold(listener, |mut listener| async {
+            let notice = listener.next().await?;
+            Some((notice, listener))
         }))
+    }
+}
+
+/// Whether other edges may have said something that was not heard here.
+#[derive(PartialEq, Eq)]
+enum Missed {
+    Nothing,
+    Something,
+}
+
+struct Listener {
+    heard: Receiver<Heard>,
+    /// Who is still to be told to look.
+    to_look: Vec<IdentityKey>,
+    missed: Missed,
+    next_look: Instant,
+    notices: ClusterNotices,
+}
+
+impl Listener {
+    async fn next(&mut self) -> Option<(IdentityKey, Notice)> {
+        loop {
+            if let Some(identity) = self.to_look.pop() {
+                return Some((identity, Notice::SessionsEnded));
+            }
+            tokio::select! {
+                word = self.heard.recv() => match word {
+                    Ok(Heard::Notice(identity, notice)) => return Some((identity, notice)),
+                    // Comes before the notice of it, and whoever hears that looks the session up at once: the copy here must be
+                    // gone by then, whether or not anybody else who forgets it has had a turn.
+                    Ok(Heard::SessionEnded(token)) => self.notices.sessions.forget(&token),
+                    Ok(Heard::Wake(_)) => {}
+                    Err(RecvError::Lagged(_)) => self.look_anew(),
+                    Err(RecvError::Closed) => return None,
+                },
+                () = sleep_until(self.next_look) => self.look(),
+            }
+        }
+    }
+
+    fn look(&mut self) {
+        self.next_look = Instant::now() + self.notices.every;
+        if self.notices.bus.is_deaf() {
+            self.missed = Missed::Something;
+            self.to_look = self.notices.waking.waiting();
+        } else if mem::replace(&mut self.missed, Missed::Nothing) == Missed::Something {
+            self.look_anew();
+        }
+    }
+
+    /// Something was missed and nothing more is: believing no copy once is enough.
+    fn look_anew(&mut self) {
+        self.notices.sessions.forget_all();
+        self.to_look = self.notices.waking.waiting();
     }
 }

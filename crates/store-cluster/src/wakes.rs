@@ -79,6 +79,11 @@ impl Waking {
         &self.redis
     }
 
+    /// The inboxes that somebody here waits for.
+    pub(crate) fn waiting(&self) -> Vec<IdentityKey> {
+        self.table.inboxes.lock().keys().copied().collect()
+    }
+
     /// This edge, if it is to be told of what happens in the inbox.
     pub(crate) fn waiting_edge(&self, inbox: &IdentityKey) -> Option<&str> {
         self.table.inboxes.lock().contains_key(inbox).then_some(&*self.edge.0)
@@ -190,8 +195,7 @@ impl Waking {
     }
 
     async fn look(&self, database: &Database) {
-        let waiting: Vec<_> = self.table.inboxes.lock().keys().copied().collect();
-        for inboxes in waiting.chunks(POLLED) {
+        for inboxes in self.waiting().chunks(POLLED) {
             // A failure is noted where it happens; the next poll looks again.
             let Ok(heads) = page::heads(database, inboxes).await else { return };
             for (inbox, head) in heads {

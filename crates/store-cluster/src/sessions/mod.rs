@@ -9,7 +9,7 @@
 mod process;
 mod shared;
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, slice, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -82,13 +82,23 @@ impl ClusterSessions {
                     Ok(()) = back.changed() => Err(RecvError::Lagged(0)),
                 };
                 match word {
-                    Ok(Heard::SessionEnded(token)) => self.copies.process.forget(&[token]),
+                    Ok(Heard::SessionEnded(token)) => self.forget(&token),
                     Ok(_) => {}
-                    Err(RecvError::Lagged(_)) => self.copies.process.clear(),
+                    Err(RecvError::Lagged(_)) => self.forget_all(),
                     Err(RecvError::Closed) => return,
                 }
             }
         }
+    }
+
+    /// Believes this process's copy of the session no more.
+    pub(crate) fn forget(&self, token: &TokenHash) {
+        self.copies.process.forget(slice::from_ref(token));
+    }
+
+    /// Believes none of this process's copies any more.
+    pub(crate) fn forget_all(&self) {
+        self.copies.process.clear();
     }
 
     /// For who has removed sessions past this port.
