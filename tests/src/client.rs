@@ -14,8 +14,8 @@ use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use prost::Message as _;
 use qpq_proto::{Status, methods::Method};
-use qpq_wire::{Request, Response};
-use quinn::{Connection, ConnectionError, Endpoint};
+use qpq_wire::{Event, EventDecoder, Request, Response};
+use quinn::{Connection, ConnectionError, Endpoint, RecvStream};
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -129,6 +129,11 @@ impl Client {
         Ok(response)
     }
 
+    /// The next stream of events that the server opens.
+    pub async fn events(&self) -> anyhow::Result<Events> {
+        Ok(Events { stream: self.connection.accept_uni().await?, decoder: EventDecoder::new() })
+    }
+
     /// A call of a method; with `token`, in that session.
     pub async fn call<M: Method>(
         &self,
@@ -156,6 +161,28 @@ impl Client {
         match self.call::<M>(request, token).await? {
             Ok(response) => Ok(response),
             Err(Refused { status, code, .. }) => bail!("{} answered {status} {code}", M::INFO.name),
+        }
+    }
+}
+
+/// Events as they come.
+#[derive(Debug)]
+pub struct Events {
+    stream: RecvStream,
+    decoder: EventDecoder,
+}
+
+impl Events {
+    /// The next one; `None` when no more come.
+    pub async fn next(&mut self) -> anyhow::Result<Option<Event>> {
+        loop {
+            if let Some(event) = self.decoder.next_event()? {
+                return Ok(Some(event));
+            }
+            match self.stream.read_chunk(usize::MAX, true).await? {
+                Some(chunk) => self.decoder.push(&chunk.bytes),
+                None => return Ok(None),
+            }
         }
     }
 }

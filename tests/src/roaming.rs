@@ -1,10 +1,20 @@
 //! A client that does not mind which edge it has: when its connection ends, it goes on from a new socket at another edge, in
 //! the same session.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
-use qpq_proto::methods::Method;
+use qpq_proto::{
+    methods::{Method, Subscribe},
+    v1,
+};
 use quinn::ConnectionError;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::time::{Instant, sleep, timeout};
@@ -27,6 +37,9 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 /// How an edge closes at the end of a drain.
 const SHUTTING_DOWN: &str = "server shutting down";
 
+/// The event that an edge sends when it begins to drain.
+const DRAINING: u16 = 4;
+
 /// Statuses that say: try again.
 const RATE_LIMITED: u8 = 5;
 const DEADLINE_EXCEEDED: u8 = 8;
@@ -40,6 +53,10 @@ pub struct Roamer {
     random: StdRng,
     edge: usize,
     client: Option<Client>,
+    /// The session in which it listens for events, if it does.
+    listening: Option<Bytes>,
+    /// Set when the edge has said that it drains.
+    told: Arc<AtomicBool>,
     /// How often it had to connect.
     pub connects: u64,
 }
@@ -73,7 +90,16 @@ impl Roamer {
     pub fn new(fleet: &Fleet, seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let edge = random.gen_range(0..fleet.addrs.len());
-        Self { fleet: fleet.clone(), silence: SILENCE, random, edge, client: None, connects: 0 }
+        Self {
+            fleet: fleet.clone(),
+            silence: SILENCE,
+            random,
+            edge,
+            client: None,
+            listening: None,
+            told: Arc::default(),
+            connects: 0,
+        }
     }
 
     /// One that begins at this edge.
@@ -86,6 +112,11 @@ impl Roamer {
         Self { silence: Silence::default(), ..self }
     }
 
+    /// The same, but it listens for events and leaves an edge when that says it drains, as the SDK does.
+    pub fn attentive(self, token: &Bytes) -> Self {
+        Self { listening: Some(token.clone()), ..self }
+    }
+
     /// At which edge it is, or was last.
     pub const fn edge(&self) -> usize {
         self.edge
@@ -95,12 +126,17 @@ impl Roamer {
     pub async fn connected(&mut self) -> Client {
         loop {
             match &self.client {
-                Some(client) if client.ended().is_none() => return client.clone(),
+                Some(client) if client.ended().is_none() && !self.told.load(Ordering::Relaxed) => {
+                    return client.clone();
+                }
                 Some(_) => self.move_on(),
                 None => {}
             }
             match self.connect(self.fleet.addrs[self.edge]).await {
-                Some(client) => self.client = Some(client),
+                Some(client) => {
+                    self.listen(&client);
+                    self.client = Some(client);
+                }
                 None => {
                     self.move_on();
                     sleep(PAUSE.mul_f64(self.random.r#gen())).await;
@@ -159,13 +195,36 @@ impl Roamer {
         timeout(CONNECTING, Client::connect(&endpoint, addr)).await.ok()?.ok()
     }
 
+    /// Listens on the new connection for the word that its edge drains.
+    fn listen(&mut self, client: &Client) {
+        self.told = Arc::default();
+        let Some(token) = self.listening.clone() else { return };
+        let (client, told) = (client.clone(), Arc::clone(&self.told));
+        tokio::spawn(async move {
+            // Any failure is the connection's, which is noticed otherwise.
+            let _ended = until_told(&client, &token, &told).await;
+        });
+    }
+
     fn move_on(&mut self) {
         self.client = None;
+        self.told = Arc::default();
         let others = self.fleet.addrs.len();
         if others > 1 {
             self.edge = (self.edge + self.random.gen_range(1..others)) % others;
         }
     }
+}
+
+async fn until_told(client: &Client, token: &Bytes, told: &AtomicBool) -> anyhow::Result<()> {
+    client.must::<Subscribe>(&v1::SubscribeRequest::default(), Some(token)).await?;
+    let mut events = client.events().await?;
+    while let Some(event) = events.next().await? {
+        if event.event_type == DRAINING {
+            told.store(true, Ordering::Relaxed);
+        }
+    }
+    Ok(())
 }
 
 fn loss(client: &Client) -> Loss {

@@ -57,7 +57,7 @@ pub struct Plan {
 pub enum Temper {
     /// When it was silent for a few seconds.
     Hasty,
-    /// As in production.
+    /// As in production. Every other one listens for events and leaves an edge that drains.
     Patient,
 }
 
@@ -147,11 +147,16 @@ impl Traffic {
         });
         let fleet = cluster.fleet();
         let mut random = StdRng::seed_from_u64(plan.seed);
+        let mut count = 0;
         let mut party = || Party {
             recorder: shared.history.recorder(),
             roamer: match plan.temper {
                 Temper::Hasty => Roamer::new(&fleet, random.r#gen()),
-                Temper::Patient => Roamer::new(&fleet, random.r#gen()).patient(),
+                Temper::Patient => {
+                    count += 1;
+                    let roamer = Roamer::new(&fleet, random.r#gen()).patient();
+                    if count % 2 == 0 { roamer.attentive(&shared.accounts[0].token) } else { roamer }
+                }
             },
             random: StdRng::seed_from_u64(random.r#gen()),
             shared: Arc::clone(&shared),

@@ -108,7 +108,7 @@ async fn latency() {
 async fn bandwidth_throttle() {
     let mut scenario = Scenario::new(Place::Here, 0x7b).await;
     while scenario.next_edge().await.is_some() {
-        let rate = NonZeroU64::new(scenario.random.gen_range(20_000..400_000));
+        let rate = NonZeroU64::new(scenario.random.gen_range(60_000..400_000));
         scenario.all(Faults { throttle: rate, ..Faults::default() });
     }
     scenario.ends_clean().await;

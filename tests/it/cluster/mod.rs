@@ -8,6 +8,9 @@ mod drain;
 mod faults;
 mod inboxes;
 mod key_packages;
+mod lost_connections;
+mod outage;
+mod revocation;
 mod wakes;
 
 use std::time::Duration;

@@ -1,0 +1,437 @@
+//! *Two lost connections*: the connections to Postgres are lost in the middle of every kind of transaction. Each call is
+//! answered Ok, and then it is so, or by the words "try again"; and repeated, it is so exactly once.
+//!
+//! Each operation goes through two storms. In the first the table that it writes is locked, so it stands in the middle of its
+//! statement for sure, and two backends that stand there are terminated. In the second the answers of Postgres take a while
+//! and all connections are cut again and again, so that some are lost while a commit is on its way.
+
+use std::{collections::HashSet, future::Future, time::Duration};
+
+use bytes::Bytes;
+use qpq_domain::{MessageId, Seq};
+use qpq_proto::{
+    methods::{
+        Ack, CountKeyPackages, Enqueue, Fetch, FetchHybridKey, FetchKeyPackage, Logout, OpaqueRegisterFinish,
+        Peek, UploadHybridKey, UploadKeyPackage,
+    },
+    v1,
+};
+use qpq_test_services::{
+    history::{Edge, History, Inbox, Tag},
+    proxy::Faults,
+};
+use qpq_tests::{
+    accounts::{self, Account, identity, login_with, registration, upload},
+    client::Client,
+    cluster::{Cluster, Fleet, Plan, Wiring},
+    roaming::{Outcome, Roamer},
+    traffic::{keep, payload, seen},
+};
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use sqlx::{Connection as _, PgConnection};
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use super::{STUCK, key_packages::client_of, until};
+
+const EDGES: usize = 2;
+const SEED: u64 = 0x2c0;
+const UNAUTHORIZED: u8 = 2;
+/// How often each operation is done in a storm; at both edges, all at once.
+const TIMES: usize = 12;
+
+/// After so many cuts a storm is over; and so many come quickly.
+const CUTS: usize = 40;
+const EARLY: usize = 6;
+
+/// Backends of edges that wait for a lock, two at most.
+const TERMINATE: &str = "
+    SELECT count(pg_terminate_backend(pid)) FROM (
+        SELECT pid FROM pg_stat_activity
+         WHERE application_name = 'qpq-server' AND wait_event_type = 'Lock' LIMIT 2) AS waiting";
+
+#[derive(Clone, Copy, Debug)]
+enum Storm {
+    /// Two are terminated in the middle of what they do to this table.
+    Terminated { table: &'static str },
+    /// All are cut, again and again.
+    Cut,
+}
+
+struct World {
+    cluster: Cluster,
+    fleet: Fleet,
+    account: Account,
+    seed: u64,
+}
+
+impl World {
+    async fn new() -> Self {
+        let plan = Plan { edges: EDGES, wiring: Wiring::Proxied, seed: SEED, ..Plan::default() }
+            // So that each call finds its session in Postgres, and a use is noted when it is due.
+            .with("QPQ_CLUSTER__SESSION_CACHE", "1ms");
+        let cluster = Cluster::start(plan).await.expect("a cluster");
+        let fleet = cluster.fleet();
+        let account = cluster.accounts(1).await.expect("an account").remove(0);
+        Self { cluster, fleet, account, seed: SEED }
+    }
+
+    /// Does the work in that storm.
+    async fn weather<T>(&mut self, storm: Storm, work: impl Future<Output = T>) -> T {
+        self.seed += 1;
+        match storm {
+            Storm::Terminated { table } => self.terminate(table, work).await,
+            Storm::Cut => self.cut(work).await,
+        }
+    }
+
+    async fn terminate<T>(&self, table: &str, work: impl Future<Output = T>) -> T {
+        let mut operator = PgConnection::connect(&self.cluster.postgres.url()).await.expect("a connection");
+        let mut locker = PgConnection::connect(&self.cluster.postgres.url()).await.expect("a connection");
+        let mut lock = locker.begin().await.expect("a transaction");
+        let sql = sqlx::AssertSqlSafe(format!("LOCK TABLE {table} IN SHARE MODE"));
+        sqlx::query(sql).execute(&mut *lock).await.expect("the lock");
+        let strike = async {
+            let mut terminated = 0;
+            while terminated < 2 {
+                let more: i64 =
+                    sqlx::query_scalar(TERMINATE).fetch_one(&mut operator).await.expect("it is done");
+                terminated += more;
+                sleep(Duration::from_millis(5)).await;
+            }
+            lock.rollback().await.expect("unlocked");
+        };
+        tokio::join!(work, async { timeout(STUCK, strike).await.expect("nothing waits for the table") }).0
+    }
+
+    async fn cut<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut random = StdRng::seed_from_u64(self.seed);
+        let slow = Faults { latency: Duration::from_millis(3), ..Faults::default() };
+        let before = self.cuts();
+        (0..EDGES).for_each(|edge| self.cluster.links(edge).postgres.switch().set(slow));
+        let mut work = std::pin::pin!(work);
+        let mut cuts = 0;
+        let done = loop {
+            // At first while something is going on for sure, then now and then long enough for a new connection and a whole
+            // operation on it.
+            let most = if cuts < EARLY { 20 } else { 250 };
+            let calm = Duration::from_millis(random.gen_range(5..most));
+            tokio::select! {
+                done = &mut work => break done,
+                () = sleep(calm), if cuts < CUTS => {
+                    let edge = random.gen_range(0..EDGES);
+                    self.cluster.links(edge).postgres.switch().cut_all();
+                    cuts += 1;
+                }
+            }
+        };
+        (0..EDGES).for_each(|edge| self.cluster.links(edge).postgres.switch().heal());
+        assert!(self.cuts() >= before + 2, "no connection was lost");
+        done
+    }
+
+    fn cuts(&self) -> u64 {
+        (0..EDGES).map(|edge| self.cluster.links(edge).postgres.switch().tally().cut).sum()
+    }
+
+    async fn client(&self, edge: usize) -> Client {
+        Roamer::at(&self.fleet, edge).patient().connected().await
+    }
+
+    async fn number(&self, sql: &str) -> u64 {
+        self.cluster.postgres.sql(sql).await.expect("an answer").parse().expect("a number")
+    }
+
+    /// Both storms, for what writes this table.
+    fn storms(table: &'static str) -> [Storm; 2] {
+        [Storm::Terminated { table }, Storm::Cut]
+    }
+}
+
+/// Does it [`TIMES`] times, at all edges, all at once.
+async fn many<T, F>(fleet: &Fleet, work: impl Fn(usize, Roamer) -> F) -> Vec<T>
+where
+    F: Future<Output = T> + Send + 'static,
+    T: Send + 'static,
+{
+    let mut all = JoinSet::new();
+    for n in 0..TIMES {
+        all.spawn(work(n, Roamer::at(fleet, n % EDGES).patient()));
+    }
+    all.join_all().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registrations_and_logins_with_lost_connections() {
+    let mut world = World::new().await;
+    for (run, storm) in World::storms("account").into_iter().enumerate() {
+        let client = world.client(0).await;
+        let mut requests = Vec::new();
+        for n in 0..TIMES {
+            let name = format!("name-{run}-{n}");
+            requests.push(registration(
+                &name,
+                upload(&client, &name, b"password").await.unwrap(),
+                &identity(),
+            ));
+        }
+        let before = world.number("SELECT count(*) FROM account").await;
+        let fleet = world.fleet.clone();
+        let registering = many(&fleet, |n, mut roamer| {
+            let request = requests[n].clone();
+            async move { roamer.must::<OpaqueRegisterFinish>(&request, None).await.success }
+        });
+        assert_eq!(world.weather(storm, registering).await, [true; TIMES], "{storm:?}");
+        assert_eq!(world.number("SELECT count(*) FROM account").await, before + TIMES as u64, "{storm:?}");
+        assert_eq!(world.number("SELECT count(*) FROM inbox").await, before + TIMES as u64, "{storm:?}");
+    }
+    for (run, storm) in World::storms("session").into_iter().enumerate() {
+        let fleet = world.fleet.clone();
+        let logins = many(&fleet, |n, mut roamer| async move {
+            let name = format!("name-{run}-{n}");
+            let deadline = tokio::time::Instant::now() + STUCK;
+            loop {
+                match login_with(&roamer.connected().await, &name, b"password").await {
+                    Ok(Ok(token)) => return token,
+                    Ok(Err(refused)) => assert!(refused.is_temporary(), "{name}: {refused:?}"),
+                    Err(_) => {}
+                }
+                assert!(tokio::time::Instant::now() < deadline, "{name} does not get in");
+            }
+        });
+        let tokens = world.weather(storm, logins).await;
+        let mut other = Roamer::at(&world.fleet, 1).patient();
+        for token in &tokens {
+            other.must::<Peek>(&v1::PeekRequest::default(), Some(token)).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uses_and_ends_of_sessions_with_lost_connections() {
+    let mut world = World::new().await;
+    // A use that is to be noted.
+    for storm in World::storms("session") {
+        let aged = "UPDATE session SET last_used_at = last_used_at - 3600000";
+        world.cluster.postgres.sql(aged).await.unwrap();
+        world.cluster.redis.flush_all().await.unwrap();
+        let (fleet, token) = (world.fleet.clone(), world.account.token.clone());
+        let uses = many(&fleet, |_, mut roamer| {
+            let token = token.clone();
+            async move { drop(roamer.must::<Peek>(&v1::PeekRequest::default(), Some(&token)).await) }
+        });
+        world.weather(storm, uses).await;
+        // What failed to be noted is due again at the next use.
+        let mut roamer = Roamer::at(&world.fleet, 0).patient();
+        roamer.must::<Peek>(&v1::PeekRequest::default(), Some(&world.account.token)).await;
+        let age = "SELECT (extract(epoch FROM now()) * 1000)::int8 - last_used_at FROM session LIMIT 1";
+        assert!(world.number(age).await < 3_600_000, "{storm:?}: the use was not noted");
+    }
+    for storm in World::storms("session") {
+        let client = world.client(0).await;
+        let mut tokens = Vec::new();
+        for _ in 0..TIMES {
+            tokens.push(accounts::login(&client, &world.account.username).await.unwrap());
+        }
+        let before = world.number("SELECT count(*) FROM session").await;
+        let fleet = world.fleet.clone();
+        let logouts = many(&fleet, |n, mut roamer| {
+            let token = tokens[n].clone();
+            async move {
+                loop {
+                    match roamer.call::<Logout>(&v1::LogoutRequest::default(), Some(&token)).await {
+                        Outcome::Ok(_) => return,
+                        // It had happened, and was not answered.
+                        Outcome::Refused(refused) if refused.status == UNAUTHORIZED => return,
+                        Outcome::Refused(refused) => assert!(refused.is_temporary(), "{refused:?}"),
+                        Outcome::Lost(_) => {}
+                    }
+                    roamer.pause().await;
+                }
+            }
+        });
+        world.weather(storm, logouts).await;
+        assert_eq!(world.number("SELECT count(*) FROM session").await, before - TIMES as u64, "{storm:?}");
+        for edge in 0..EDGES {
+            let client = world.client(edge).await;
+            for token in &tokens {
+                until("it is dead", || async {
+                    let peek = client.call::<Peek>(&v1::PeekRequest::default(), Some(token)).await;
+                    peek.expect("an answer").is_err_and(|refused| refused.status == UNAUTHORIZED)
+                })
+                .await;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_with_lost_connections() {
+    let mut world = World::new().await;
+    let history = History::new();
+    let (fleet, account) = (world.fleet.clone(), world.account.clone());
+    let mut random = StdRng::seed_from_u64(SEED);
+    let mut next_tag = 0;
+    // Accepting, delivering, acking; each after the other and each in its storms.
+    for round in 0..2 {
+        for storm in World::storms("message") {
+            let mut messages = Vec::new();
+            for _ in 0..TIMES {
+                next_tag += 1;
+                let id = MessageId::new(random.r#gen());
+                let request = v1::EnqueueRequest {
+                    recipient_key: account.identity.clone(),
+                    payload: payload(Tag(next_tag), 100, &mut random),
+                    message_id: Bytes::copy_from_slice(id.as_bytes()),
+                    ..Default::default()
+                };
+                messages.push((id, Tag(next_tag), request));
+            }
+            let sending = many(&fleet, |n, mut roamer| {
+                let (mut recorder, token) = (history.recorder(), account.token.clone());
+                let (id, tag, request) = messages[n].clone();
+                async move {
+                    let sending = recorder.sending(Inbox(0), id, tag, Edge((n % EDGES) as u16));
+                    let response = roamer.must::<Enqueue>(&request, Some(&token)).await;
+                    recorder.acknowledged(sending, Seq(response.seq));
+                }
+            });
+            world.weather(storm, sending).await;
+            if round == 0 {
+                let draining = many(&fleet, |_, mut roamer| {
+                    let (mut recorder, token) = (history.recorder(), account.token.clone());
+                    async move {
+                        let request = v1::FetchRequest { limit: 2, ..Default::default() };
+                        let reading = recorder.reading(Inbox(0));
+                        let page = roamer.must::<Fetch>(&request, Some(&token)).await.payloads;
+                        recorder.delivered(reading, seen(&page));
+                    }
+                });
+                world.weather(storm, draining).await;
+            } else {
+                let (mut reader, mut recorder) = (Roamer::at(&fleet, 0).patient(), history.recorder());
+                let reading = recorder.reading(Inbox(0));
+                let page =
+                    reader.must::<Peek>(&v1::PeekRequest::default(), Some(&account.token)).await.payloads;
+                recorder.delivered(reading, seen(&page));
+                let seqs: Vec<u64> = page.iter().map(|envelope| envelope.seq).collect();
+                let acking = many(&fleet, |n, mut roamer| {
+                    let (mut recorder, token) = (history.recorder(), account.token.clone());
+                    let seqs: Vec<u64> =
+                        seqs.iter().copied().filter(|seq| *seq as usize % TIMES == n).collect();
+                    async move {
+                        let settling = recorder.settling(Inbox(0), seqs.iter().copied().map(Seq));
+                        let request = v1::AckRequest { seqs, ..Default::default() };
+                        roamer.must::<Ack>(&request, Some(&token)).await;
+                        recorder.settled(settling);
+                    }
+                });
+                world.weather(storm, acking).await;
+            }
+            empty(&world, &history).await;
+        }
+    }
+    let report = history.check();
+    if !report.violations.is_empty() {
+        keep(&history, &report, &format!("seed {SEED:#x}")).unwrap();
+    }
+    report.assert_clean();
+    assert_eq!((report.messages, report.acknowledged), (4 * TIMES, 4 * TIMES));
+}
+
+/// Drains the inbox until Postgres says that nothing is left.
+async fn empty(world: &World, history: &History) {
+    let (mut roamer, mut recorder) = (Roamer::at(&world.fleet, 0).patient(), history.recorder());
+    while world.cluster.messages_left().await.expect("a count") > 0 {
+        let reading = recorder.reading(Inbox(0));
+        let page =
+            roamer.must::<Fetch>(&v1::FetchRequest::default(), Some(&world.account.token)).await.payloads;
+        recorder.delivered(reading, seen(&page));
+        roamer.pause().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_with_lost_connections() {
+    let mut world = World::new().await;
+    let (fleet, owner) = (world.fleet.clone(), world.account.clone());
+    let mut mls = client_of(&owner);
+    for storm in World::storms("key_package") {
+        let now = qpq_ports::Clock::now(&qpq_ports::SystemClock);
+        let packages: Vec<Bytes> = mls.key_packages(2 * TIMES, now).into_iter().map(Bytes::from).collect();
+        let last_resort = Bytes::from(mls.last_resort_key_package(now));
+        let uploading = many(&fleet, |n, mut roamer| {
+            let request = v1::UploadKeyPackageRequest {
+                package: last_resort.clone(),
+                last_resort: true,
+                more_packages: packages[2 * n..2 * n + 2].to_vec(),
+                ..Default::default()
+            };
+            let token = owner.token.clone();
+            async move { drop(roamer.must::<UploadKeyPackage>(&request, Some(&token)).await) }
+        });
+        world.weather(storm, uploading).await;
+        let mut roamer = Roamer::at(&fleet, 0).patient();
+        let stock = roamer.must::<CountKeyPackages>(&Default::default(), Some(&owner.token)).await;
+        assert_eq!((stock.available as usize, stock.has_last_resort), (2 * TIMES, true), "{storm:?}");
+
+        let taking = many(&fleet, |_, mut roamer| {
+            let (token, identity_key) = (owner.token.clone(), owner.identity.clone());
+            async move {
+                let request = v1::FetchKeyPackageRequest { identity_key, ..Default::default() };
+                roamer.must::<FetchKeyPackage>(&request, Some(&token)).await
+            }
+        });
+        let mut given: Vec<_> = world.weather(storm, taking).await;
+        // The rest in calm weather, until only the last resort is left.
+        let request =
+            v1::FetchKeyPackageRequest { identity_key: owner.identity.clone(), ..Default::default() };
+        while !given.last().is_some_and(|claim| claim.last_resort) {
+            given.push(roamer.must::<FetchKeyPackage>(&request, Some(&owner.token)).await);
+        }
+        assert!(given.iter().all(|claim| !claim.package.is_empty()), "{storm:?}: the last resort ran dry");
+        let own: Vec<&Bytes> = given.iter().filter(|c| !c.last_resort).map(|c| &c.package).collect();
+        let distinct: HashSet<&Bytes> = own.iter().copied().collect();
+        assert_eq!(distinct.len(), own.len(), "{storm:?}: one was given twice");
+        assert!(own.iter().all(|package| packages.contains(package)), "{storm:?}: nobody uploaded that");
+        // One that was taken while the answer got lost is nobody's, which is better than two people's.
+        assert!(!own.is_empty(), "{storm:?}: none was given");
+    }
+    for storm in World::storms("hybrid_key") {
+        let keys: Vec<Bytes> = (0..TIMES).map(|_| hybrid_key()).collect();
+        let putting = many(&fleet, |n, mut roamer| {
+            let request =
+                v1::UploadHybridKeyRequest { hybrid_public_key: keys[n].clone(), ..Default::default() };
+            let token = owner.token.clone();
+            async move {
+                roamer.must::<UploadHybridKey>(&request, Some(&token)).await;
+            }
+        });
+        world.weather(storm, putting).await;
+        let request =
+            v1::FetchHybridKeyRequest { identity_key: owner.identity.clone(), ..Default::default() };
+        let mut roamer = Roamer::at(&fleet, 1).patient();
+        let got = roamer.must::<FetchHybridKey>(&request, Some(&owner.token)).await.hybrid_public_key;
+        assert!(keys.contains(&got), "{storm:?}");
+        // Of several in a row the last one stays.
+        let last = hybrid_key();
+        let put = v1::UploadHybridKeyRequest { hybrid_public_key: last.clone(), ..Default::default() };
+        roamer.must::<UploadHybridKey>(&put, Some(&owner.token)).await;
+        assert_eq!(roamer.must::<FetchHybridKey>(&request, Some(&owner.token)).await.hybrid_public_key, last);
+    }
+}
+
+/// X25519 ‖ ML-KEM-768: any point, and a matrix of nothing with a random seed, which is a valid key that nobody could use.
+fn hybrid_key() -> Bytes {
+    let point = curve_point();
+    let (nothing, seed) = ([0_u8; 1_152], rand::random::<[u8; 32]>());
+    [&point[..], &nothing[..], &seed[..]].concat().into()
+}
+
+fn curve_point() -> [u8; 32] {
+    let mut point = rand::random::<[u8; 32]>();
+    point[31] &= 0x7f;
+    point
+}

@@ -1,0 +1,154 @@
+//! A store that goes away: calls that need it say "try again" and when, Health says `degraded`, and when the store is back
+//! so is the cluster, without anybody's doing.
+
+use bytes::Bytes;
+use qpq_proto::{
+    methods::{Enqueue, FetchWait, Health, Peek},
+    v1,
+};
+use qpq_tests::{
+    accounts::Account,
+    client::{Client, Refused},
+    cluster::{Cluster, Plan},
+    roaming::Roamer,
+};
+
+use super::until;
+
+const EDGES: usize = 2;
+const UNAVAILABLE: u8 = 9;
+
+struct World {
+    cluster: Cluster,
+    clients: Vec<Client>,
+    account: Account,
+}
+
+impl World {
+    async fn new() -> Self {
+        let plan = Plan { edges: EDGES, ..Plan::default() }
+            .with("QPQ_POSTGRES__TIMEOUT", "1s")
+            .with("QPQ_REDIS__TIMEOUT", "1s");
+        let cluster = Cluster::start(plan).await.expect("a cluster");
+        let fleet = cluster.fleet();
+        let mut clients = Vec::new();
+        for edge in 0..EDGES {
+            clients.push(Roamer::at(&fleet, edge).patient().connected().await);
+        }
+        let account = cluster.accounts(1).await.expect("an account").remove(0);
+        Self { cluster, clients, account }
+    }
+
+    async fn health(&self, edge: usize) -> String {
+        self.clients[edge].must::<Health>(&v1::HealthRequest {}, None).await.expect("Health answers").status
+    }
+
+    async fn peek(&self, edge: usize) -> Result<v1::PeekResponse, Refused> {
+        let request = v1::PeekRequest::default();
+        self.clients[edge].call::<Peek>(&request, Some(&self.account.token)).await.expect("an answer")
+    }
+
+    async fn send(&self, edge: usize, text: &'static str) -> Result<v1::EnqueueResponse, Refused> {
+        let request = v1::EnqueueRequest {
+            recipient_key: self.account.identity.clone(),
+            payload: Bytes::from_static(text.as_bytes()),
+            message_id: Bytes::copy_from_slice(&rand::random::<[u8; 16]>()),
+            ..Default::default()
+        };
+        self.clients[edge].call::<Enqueue>(&request, Some(&self.account.token)).await.expect("an answer")
+    }
+
+    async fn becomes(&self, status: &'static str) {
+        for edge in 0..EDGES {
+            until(status, || async { self.health(edge).await == status }).await;
+        }
+    }
+
+    /// What was sent at one edge arrives at the other.
+    async fn serves(&self) {
+        for edge in 0..EDGES {
+            until("a message is accepted", || async { self.send(edge, "hello").await.is_ok() }).await;
+            let other = (edge + 1) % EDGES;
+            let request = v1::FetchWaitRequest { timeout_ms: 30_000, ..Default::default() };
+            let mut arrived = false;
+            while !arrived {
+                let call = self.clients[other].call::<FetchWait>(&request, Some(&self.account.token)).await;
+                match call.expect("an answer") {
+                    Ok(page) => arrived = page.payloads.iter().any(|envelope| envelope.data == "hello"),
+                    Err(refused) => assert!(refused.is_temporary(), "{refused:?}"),
+                }
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn says_when<T: std::fmt::Debug>(outcome: Result<T, Refused>, what: &str) {
+    let refused = outcome.expect_err(what);
+    assert_eq!(refused.status, UNAVAILABLE, "{what}: {refused:?}");
+    assert!(refused.retry_after_ms > 0, "{what}: {refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_postgres_calls_say_when_to_try_again_and_it_heals() {
+    let world = World::new().await;
+    world.becomes("ok").await;
+    world.cluster.postgres.kill9().await.unwrap();
+    for edge in 0..EDGES {
+        says_when(world.peek(edge).await, "a read");
+        says_when(world.send(edge, "lost?").await, "a message");
+    }
+    world.becomes("degraded").await;
+    world.cluster.postgres.start_again().await.unwrap();
+    world.becomes("ok").await;
+    world.serves().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_redis_messages_are_accepted_reads_say_when_to_try_again_and_it_heals() {
+    let world = World::new().await;
+    world.cluster.redis.kill9().await.unwrap();
+    for edge in 0..EDGES {
+        world.send(edge, "kept").await.expect("Postgres is enough to accept it");
+        says_when(world.peek(edge).await, "a read");
+    }
+    world.becomes("degraded").await;
+    world.cluster.redis.start_again().await.unwrap();
+    world.becomes("ok").await;
+    let kept = world.peek(0).await.expect("a read").payloads;
+    assert_eq!(kept.len(), EDGES);
+    world.serves().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stores_that_hang_do_not_hang_calls() {
+    let world = World::new().await;
+    world.cluster.redis.freeze();
+    says_when(world.peek(0).await, "a read, Redis hangs");
+    world.becomes("degraded").await;
+    world.cluster.redis.thaw();
+    world.becomes("ok").await;
+    world.cluster.nats.freeze();
+    world.serves().await;
+    world.cluster.nats.thaw();
+    world.cluster.postgres.freeze();
+    says_when(world.send(1, "hangs").await, "a message, Postgres hangs");
+    says_when(world.peek(0).await, "a read, Postgres hangs");
+    world.becomes("degraded").await;
+    world.cluster.postgres.thaw();
+    world.becomes("ok").await;
+    world.serves().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_nats_everything_goes_on() {
+    let world = World::new().await;
+    world.cluster.nats.kill9().await.unwrap();
+    world.serves().await;
+    for edge in 0..EDGES {
+        world.peek(edge).await.expect("a read");
+    }
+    world.cluster.nats.start_again().await.unwrap();
+    world.serves().await;
+    world.becomes("ok").await;
+}

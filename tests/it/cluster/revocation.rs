@@ -1,0 +1,162 @@
+//! *Revoked means dead everywhere*: a session that was ended at one edge is refused at all others, soon by word through NATS,
+//! and without NATS once no copy of it is believed any more. What waits in that session ends too, and shows nothing first.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use qpq_proto::{
+    methods::{FetchWait, Logout, Peek},
+    v1,
+};
+use qpq_tests::{
+    accounts::{Account, login},
+    client::{Client, Refused},
+    cluster::{Cluster, Plan},
+    roaming::Roamer,
+};
+use tokio::task::JoinSet;
+
+use super::until;
+
+const EDGES: usize = 3;
+/// The protocol says one second. This is for a machine that does much else; what it took is printed.
+const WITHIN: Duration = Duration::from_secs(10);
+/// How long an edge may believe a copy, as the cluster is configured.
+const CACHED: Duration = Duration::from_secs(2);
+const UNAUTHORIZED: u8 = 2;
+
+struct World {
+    cluster: Cluster,
+    clients: Vec<Client>,
+    account: Account,
+}
+
+impl World {
+    async fn new() -> Self {
+        let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.expect("a cluster");
+        let fleet = cluster.fleet();
+        let mut clients = Vec::new();
+        for edge in 0..EDGES {
+            clients.push(Roamer::at(&fleet, edge).patient().connected().await);
+        }
+        let account = cluster.accounts(1).await.expect("an account").remove(0);
+        Self { cluster, clients, account }
+    }
+
+    /// A session that every edge has in use.
+    async fn session(&self) -> Bytes {
+        let token = login(&self.clients[0], &self.account.username).await.expect("a session");
+        for client in &self.clients {
+            client.must::<Peek>(&v1::PeekRequest::default(), Some(&token)).await.expect("it is good");
+        }
+        token
+    }
+
+    /// Waits in the session at every edge but the first.
+    async fn park(&self, token: &Bytes) -> JoinSet<Result<v1::FetchWaitResponse, Refused>> {
+        let mut parked = JoinSet::new();
+        for client in &self.clients[1..] {
+            let (client, token) = (client.clone(), token.clone());
+            parked.spawn(async move {
+                let request = v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() };
+                client.call::<FetchWait>(&request, Some(&token)).await.expect("an answer")
+            });
+        }
+        until("both edges wait", || async { self.waiting_edges().await == EDGES - 1 }).await;
+        parked
+    }
+
+    async fn waiting_edges(&self) -> usize {
+        const COUNT: &str = "local n = 0; for _, key in ipairs(redis.call('KEYS', '*}w')) do n = n + redis.call('HLEN', key) end; return n";
+        match self.cluster.redis.command(["EVAL", COUNT, "0"]).await.expect("Redis counts") {
+            qpq_test_services::resp::Reply::Integer(count) => usize::try_from(count).expect("a count"),
+            other => panic!("no count: {other:?}"),
+        }
+    }
+
+    /// Logs out at the first edge.
+    async fn revoke(&self, token: &Bytes, all_sessions: bool) -> u32 {
+        let request = v1::LogoutRequest { all_sessions, ..Default::default() };
+        self.clients[0].must::<Logout>(&request, Some(token)).await.expect("logged out").revoked
+    }
+
+    async fn is_dead(&self, edge: usize, token: &Bytes) -> bool {
+        match self.clients[edge]
+            .call::<Peek>(&v1::PeekRequest::default(), Some(token))
+            .await
+            .expect("an answer")
+        {
+            Ok(_) => false,
+            Err(refused) => {
+                assert_eq!(refused.status, UNAUTHORIZED, "{refused:?}");
+                true
+            }
+        }
+    }
+
+    /// How long after now the session is dead at every edge. It stays so.
+    async fn dies(&self, token: &Bytes) -> Duration {
+        let mut longest = Duration::ZERO;
+        for edge in 0..EDGES {
+            longest += until("the session is dead", || self.is_dead(edge, token)).await;
+        }
+        self.cluster.redis.flush_all().await.expect("FLUSHALL");
+        for edge in (0..EDGES).cycle().take(30) {
+            assert!(self.is_dead(edge, token).await, "edge {edge} lets a session live again");
+        }
+        longest
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revoked_means_dead_everywhere() {
+    let world = World::new().await;
+    let mut longest = Duration::ZERO;
+    for _ in 0..10 {
+        let (token, other) = (world.session().await, world.session().await);
+        assert_eq!(world.revoke(&token, false).await, 1);
+        longest = longest.max(world.dies(&token).await);
+        assert!(!world.is_dead(1, &other).await, "another session of the account goes on");
+        assert!(world.revoke(&other, true).await >= 1);
+        longest = longest.max(world.dies(&other).await);
+    }
+    println!("dead everywhere within {longest:?}");
+    assert!(longest < WITHIN, "it took {longest:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_in_a_revoked_session_ends() {
+    let world = World::new().await;
+    for _ in 0..3 {
+        let token = world.session().await;
+        let parked = world.park(&token).await;
+        world.revoke(&token, false).await;
+        let ended = tokio::time::timeout(WITHIN, parked.join_all()).await.expect("they end soon");
+        for answer in ended {
+            let refused = answer.expect_err("an answer to a revoked session");
+            assert_eq!(refused.status, UNAUTHORIZED, "{refused:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revoked_means_dead_everywhere_without_nats() {
+    let world = World::new().await;
+    world.cluster.nats.kill9().await.unwrap();
+    for all_sessions in [false, true] {
+        let token = world.session().await;
+        world.revoke(&token, all_sessions).await;
+        let longest = world.dies(&token).await;
+        println!("without NATS dead everywhere within {longest:?}");
+        assert!(longest < CACHED + WITHIN, "it took {longest:?}");
+    }
+    // What waits in it is not told of its end, and ends all the same.
+    let token = world.session().await;
+    let parked = world.park(&token).await;
+    world.revoke(&token, false).await;
+    let ended = tokio::time::timeout(CACHED + WITHIN, parked.join_all()).await.expect("they end soon");
+    for answer in ended {
+        let refused = answer.expect_err("an answer to a revoked session");
+        assert_eq!(refused.status, UNAUTHORIZED, "{refused:?}");
+    }
+}
