@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use ed25519_dalek::{Signer as _, SigningKey};
+use aws_lc_rs::signature::Ed25519KeyPair;
+use ed25519_dalek::SigningKey;
 use qpq_domain::{IdentityKey, UnixMillis};
 use qpq_ports::Receipt;
 use qpq_proto::{
@@ -15,6 +16,8 @@ use zeroize::Zeroizing;
 /// An Ed25519 key (RFC 8032) with its name.
 pub struct DeliverySigner {
     key: SigningKey,
+    /// The same key for the provider that signs more than twice as fast: each accepted message takes a signature.
+    signing: Ed25519KeyPair,
     public: [u8; 32],
     id: [u8; 8],
 }
@@ -37,7 +40,9 @@ impl DeliverySigner {
 
     fn from_key(key: SigningKey) -> Self {
         let public = key.verifying_key().to_bytes();
-        Self { key, public, id: server_key_id(&public) }
+        let signing = Ed25519KeyPair::from_seed_and_public_key(key.as_bytes(), &public)
+            .expect("a key and its own public half");
+        Self { key, signing, public, id: server_key_id(&public) }
     }
 
     /// What to store, readable by the server's user alone.
@@ -68,8 +73,8 @@ impl DeliverySigner {
             enqueued_at,
             signature: bytes::Bytes::new(),
         };
-        let signature = self.key.sign(&delivery_proof::signed_bytes(&proof));
-        proof.signature = signature.to_bytes().to_vec().into();
+        let signature = self.signing.sign(&delivery_proof::signed_bytes(&proof));
+        proof.signature = signature.as_ref().to_vec().into();
         proof
     }
 }
@@ -98,6 +103,16 @@ mod tests {
         assert_eq!(proof.server_key_id.as_ref(), signer.key_id());
         assert_eq!(DeliverySigner::from_secret(&signer.secret()).prove(&recipient, &receipt), proof);
         assert_ne!(signer.prove(&recipient, &Receipt { seq: Seq(8), ..receipt }).signature, proof.signature);
+    }
+
+    #[test]
+    fn both_providers_sign_alike() {
+        use ed25519_dalek::Signer as _;
+        for seed in 0..=u8::MAX {
+            let signer = DeliverySigner::from_secret(&[seed; 32]);
+            let message = vec![seed; seed.into()];
+            assert_eq!(signer.signing.sign(&message).as_ref(), signer.key.sign(&message).to_bytes());
+        }
     }
 
     #[test]
