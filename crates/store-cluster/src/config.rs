@@ -1,8 +1,14 @@
 //! What the cluster store is given: where its three servers are, how long to wait for them, what the deployment allows.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{fmt, fs, path::PathBuf, time::Duration};
 
 use qpq_domain::{Delivery, KeyPackageCaps};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
+
+use crate::{ConnectError, error::Server};
 
 /// Everything [`ClusterStore::connect`](crate::ClusterStore::connect) needs.
 #[derive(Clone, Debug)]
@@ -16,7 +22,7 @@ pub struct Config {
     pub postgres_timeout: Duration,
     /// How long Redis may take to answer.
     pub redis_timeout: Duration,
-    /// How long the servers are waited for at the start, before that is an error.
+    /// How long each of the servers is waited for at the start, before that is an error.
     pub start_timeout: Duration,
     /// In front of every key in Redis and every subject in NATS, so that several clusters can share those.
     pub namespace: String,
@@ -36,8 +42,24 @@ pub struct Endpoint {
     pub url: String,
     /// In place of the one in the URL.
     pub password: Option<String>,
-    /// PEM file with the certificates that the server's must come from, in place of the system's.
+    /// PEM file with the certificates that the server's must come from: for Redis and NATS in place of the system's, for
+    /// Postgres beside the public ones.
     pub ca: Option<PathBuf>,
+}
+
+impl Endpoint {
+    /// What is in the file of `ca`, once it is known to be of use: a client library may take one without certificates for none.
+    pub(crate) fn authorities(&self, server: Server) -> Result<Option<Vec<u8>>, ConnectError> {
+        let Some(path) = &self.ca else { return Ok(None) };
+        let unusable = |cause: String| ConnectError::File { setting: server.ca(), path: path.clone(), cause };
+        let pem = fs::read(path).map_err(|error| unusable(error.to_string()))?;
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(&pem) {
+            let certificate = certificate.map_err(|error| unusable(error.to_string()))?;
+            roots.add(certificate).map_err(|error| unusable(error.to_string()))?;
+        }
+        if roots.is_empty() { Err(unusable("there is no certificate in it".into())) } else { Ok(Some(pem)) }
+    }
 }
 
 impl fmt::Debug for Endpoint {

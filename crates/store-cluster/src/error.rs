@@ -1,8 +1,14 @@
 //! What the failures of Postgres, Redis and NATS mean, for whoever asked and for whoever would try again.
+//!
+//! When an edge starts, a server that is not there yet is waited for; one that is there and refuses, or whose certificate is
+//! not to be trusted, is a mistake in somebody's settings, which waiting does not mend. Which of the two it is, each server
+//! says in its own way; what is said of it is the same for all three ([`Server`]).
 
-use std::sync::Arc;
+use std::{error::Error, io, sync::Arc, time::Duration};
 
 use qpq_ports::StoreError;
+use rustls::AlertDescription;
+use tokio::time::timeout;
 
 /// What kind of failure it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +91,106 @@ impl From<NeverWritten> for sqlx::Error {
     }
 }
 
+/// One of the three servers, as errors name it and its settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Server {
+    Postgres,
+    Redis,
+    Nats,
+}
+
+impl Server {
+    /// It is not there, or not yet: worth another try.
+    pub(crate) fn unreachable(self, cause: impl ToString) -> ConnectError {
+        let (server, setting) = (self.name(), self.url());
+        ConnectError::Unreachable { server, setting, cause: cause.to_string() }
+    }
+
+    /// It is there and lets nobody in with these credentials.
+    pub(crate) fn refuses(self, cause: impl ToString) -> ConnectError {
+        let (url, password) = (self.url(), self.password());
+        ConnectError::Refused { server: self.name(), url, password, cause: cause.to_string() }
+    }
+
+    /// There is no encryption with it, or nothing says that it is who it should be.
+    pub(crate) fn untrusted(self, cause: impl ToString) -> ConnectError {
+        let (url, ca) = (self.url(), self.ca());
+        ConnectError::Untrusted { server: self.name(), url, ca, cause: cause.to_string() }
+    }
+
+    /// [`untrusted`](Self::untrusted) if it was TLS that failed.
+    pub(crate) fn tls_failure(self, error: &(dyn Error + 'static)) -> Option<ConnectError> {
+        use AlertDescription::{CloseNotify, InternalError, UserCanceled};
+        match tls_error(error)? {
+            // Something is amiss over there, which may pass.
+            rustls::Error::AlertReceived(CloseNotify | InternalError | UserCanceled) => None,
+            error => Some(self.untrusted(error)),
+        }
+    }
+
+    /// What comes of `work`, unless that takes too long.
+    pub(crate) async fn answers<T>(
+        self,
+        within: Duration,
+        work: impl Future<Output = Result<T, ConnectError>>,
+    ) -> Result<T, ConnectError> {
+        timeout(within, work)
+            .await
+            .unwrap_or_else(|_| Err(self.unreachable(format_args!("no answer within {within:.1?}"))))
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Postgres => "Postgres",
+            Self::Redis => "Redis",
+            Self::Nats => "NATS",
+        }
+    }
+
+    const fn url(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgres.url",
+            Self::Redis => "redis.url",
+            Self::Nats => "nats.url",
+        }
+    }
+
+    const fn password(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgres.password_file",
+            Self::Redis => "redis.password_file",
+            Self::Nats => "nats.password_file",
+        }
+    }
+
+    pub(crate) const fn ca(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgres.ca",
+            Self::Redis => "redis.ca",
+            Self::Nats => "nats.ca",
+        }
+    }
+}
+
+/// The error of TLS among the causes of a failure, however the client libraries wrap it.
+fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        next = if let Some(io) = error.downcast_ref::<io::Error>() {
+            // Its `source` is that of what is in it, not that itself.
+            io.get_ref().map(|inner| inner as &(dyn Error + 'static))
+        } else if let Some(shared) = error.downcast_ref::<Arc<dyn Error + Send + Sync>>() {
+            Some(&**shared as &(dyn Error + 'static))
+        } else {
+            error.source()
+        };
+    }
+    None
+}
+
 /// Why the store cannot be used, and what to do about it. No URL is in it: it may hold a password.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -94,6 +200,14 @@ pub enum ConnectError {
     File { setting: &'static str, path: std::path::PathBuf, cause: String },
     #[error("{server} cannot be reached ({cause}): see that it runs and that {setting} is right")]
     Unreachable { server: &'static str, setting: &'static str, cause: String },
+    #[error(
+        "{server} does not let this program in ({cause}): correct the user, the password or what else {url} and {password} say, or the rights that it has there"
+    )]
+    Refused { server: &'static str, url: &'static str, password: &'static str, cause: String },
+    #[error(
+        "the connection to {server} cannot be encrypted and trusted ({cause}): see that it has TLS on, that its certificate is for the name in {url}, and that {ca} names the authority which that is from"
+    )]
+    Untrusted { server: &'static str, url: &'static str, ca: &'static str, cause: String },
     #[error("{server} is version {found}, and at least {needed} is needed")]
     TooOld { server: &'static str, found: String, needed: &'static str },
     #[error(

@@ -72,19 +72,19 @@ impl Import {
     /// setup, if it is of one. Writes nothing.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         let options = postgres::options(config)?;
-        postgres::prepare(&options, config.migrate).await?;
+        postgres::prepare(&options, config.migrate, config.start_timeout).await?;
         // A table that is moved takes longer than a call may.
         let patient = options.options([
             ("statement_timeout", "0"),
             ("lock_timeout", "0"),
             ("idle_in_transaction_session_timeout", "0"),
         ]);
-        let connection = patient.connect().await.map_err(unreachable)?;
+        let connection = patient.connect().await.map_err(|error| postgres::failed(&error))?;
         let mut import = Self { connection, opaque_setup: config.opaque_setup };
         let setup: Option<Vec<u8>> = sqlx::query_scalar("SELECT opaque_setup FROM cluster")
             .fetch_optional(&mut import.connection)
             .await
-            .map_err(unreachable)?;
+            .map_err(|error| postgres::failed(&error))?;
         match setup {
             Some(setup) if setup != import.opaque_setup => Err(ConnectError::OtherCluster),
             _ => Ok(import),
@@ -427,8 +427,4 @@ fn cells(row: &PgRow) -> sqlx::Result<Row> {
             })
         })
         .collect()
-}
-
-fn unreachable(error: sqlx::Error) -> ConnectError {
-    ConnectError::Unreachable { server: "Postgres", setting: "postgres.url", cause: error.to_string() }
 }

@@ -41,6 +41,7 @@ pub use postgres::migrate;
 
 use crate::{
     accounts::ClusterAccounts,
+    error::Server,
     inboxes::ClusterInboxes,
     keys::ClusterKeys,
     limiter::ClusterLimiter,
@@ -55,6 +56,10 @@ use crate::{
 
 /// Between two looks at the pool of connections.
 const OBSERVE: Duration = Duration::from_secs(5);
+/// How long one attempt at a server may take, so that one which got stuck is not the last.
+const ATTEMPT: Duration = Duration::from_secs(10);
+/// Before the second attempt.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// This edge's connection to the cluster's state. What [`ClusterStore::stores`] gives keeps it open too.
 pub struct ClusterStore {
@@ -71,10 +76,13 @@ impl ClusterStore {
         metrics::describe();
         let edge = EdgeId::random();
         let options = postgres::options(config)?;
-        waiting(config, || postgres::prepare(&options, config.migrate)).await?;
-        postgres::check_cluster(&options, &config.opaque_setup).await?;
-        let redis = waiting(config, || Redis::connect(config)).await?;
-        let bus = waiting(config, || Bus::connect(config, &edge)).await?;
+        let may_take = config.start_timeout;
+        waiting(may_take, |within| postgres::prepare(&options, config.migrate, within)).await?;
+        let check = || postgres::check_cluster(&options, &config.opaque_setup);
+        waiting(may_take, |within| Server::Postgres.answers(within, check())).await?;
+        let redis = waiting(may_take, |within| Server::Redis.answers(within, Redis::connect(config))).await?;
+        let bus =
+            waiting(may_take, |within| Server::Nats.answers(within, Bus::connect(config, &edge))).await?;
         let database = Database::new(options, config.postgres_connections, config.postgres_timeout);
         let waking = Waking::new(redis.clone(), bus.clone(), edge.clone());
         let sessions = Arc::new(ClusterSessions::new(
@@ -140,22 +148,25 @@ impl fmt::Debug for ClusterStore {
     }
 }
 
-/// Tries until it succeeds, fails for good, or the start has taken too long.
-async fn waiting<T, F>(config: &Config, mut connect: impl FnMut() -> F) -> Result<T, ConnectError>
+/// Tries until it succeeds, fails for good, or has taken too long. Each attempt is told how long it may take.
+async fn waiting<T, F>(may_take: Duration, mut connect: impl FnMut(Duration) -> F) -> Result<T, ConnectError>
 where
     F: Future<Output = Result<T, ConnectError>>,
 {
-    let until = Instant::now() + config.start_timeout;
-    let mut pause = Duration::from_millis(100);
+    let until = Instant::now() + may_take;
+    let left = || until.saturating_duration_since(Instant::now());
+    let mut pause = PAUSE;
     loop {
-        match connect().await {
-            Err(error @ ConnectError::Unreachable { .. }) if Instant::now() + pause < until => {
-                tracing::warn!(%error, "waiting for it");
-                sleep(pause.mul_f64(0.5 + 0.5 * rand::random::<f64>())).await;
-                pause = (pause * 2).min(Duration::from_secs(5));
-            }
-            done => return done,
+        let outcome = connect(left().min(ATTEMPT)).await;
+        let Err(ConnectError::Unreachable { server, setting, cause }) = outcome else { return outcome };
+        if left() < PAUSE {
+            let cause = format!("{cause}; cluster.start_timeout, {may_take:?}, is over");
+            return Err(ConnectError::Unreachable { server, setting, cause });
         }
+        tracing::warn!(error = %ConnectError::Unreachable { server, setting, cause }, "waiting for it");
+        // The last attempts come closer to each other, and none of them has no time at all.
+        sleep(pause.mul_f64(0.5 + 0.5 * rand::random::<f64>()).min(left() / 2)).await;
+        pause = (pause * 2).min(Duration::from_secs(5));
     }
 }
 

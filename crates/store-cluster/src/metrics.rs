@@ -17,7 +17,7 @@
 //! | `qpq_wakes_total{way}` | counter | wakes | inboxes that were woken: `local`, `sent`, `received`, `found` by looking |
 //! | `qpq_bus_dropped_total` | counter | messages | what NATS did not take in time; whoever waits finds it by looking |
 //! | `qpq_bus_connected` | gauge | 0 or 1 | whether NATS is connected |
-//! | `qpq_cluster_edges` | gauge | edges | edges that gave a sign of life lately, this one included |
+//! | `qpq_cluster_edges` | gauge | edges | edges that this one has had a sign of life from through NATS in the last seconds, itself always included: 1 while NATS is away |
 //! | `qpq_session_lookups_total{from}` | counter | lookups | sessions by where they were found: `process`, `redis`, `postgres` |
 //! | `qpq_limit_failures_total` | counter | failures | calls that could not be counted against their budget |
 
@@ -61,7 +61,11 @@ pub(crate) fn describe() {
     describe_counter!(WAKES, Count, "Inboxes that were woken, by the way the word took");
     describe_counter!(BUS_DROPPED, Count, "Messages that NATS did not take in time");
     describe_gauge!(BUS_CONNECTED, Count, "Whether NATS is connected");
-    describe_gauge!(EDGES, Count, "Edges that gave a sign of life lately, this one included");
+    describe_gauge!(
+        EDGES,
+        Count,
+        "Edges that this one has had a sign of life from lately, itself included: 1 while NATS is away"
+    );
     describe_counter!(SESSION_LOOKUPS, Count, "Sessions by where they were found");
     describe_counter!(LIMIT_FAILURES, Count, "Calls that could not be counted against their budget");
     // From the start at zero, so that a rate sees the first.

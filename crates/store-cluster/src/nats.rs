@@ -6,7 +6,9 @@
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
-use async_nats::{Client, ConnectOptions, Event, ServerAddr, Subscriber, connection::State};
+use async_nats::{
+    Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr, Subscriber, connection::State,
+};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use parking_lot::Mutex;
@@ -17,7 +19,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
-use crate::{Config, ConnectError, metrics as names};
+use crate::{Config, ConnectError, error::Server, metrics as names};
 
 /// Words that wait to be published.
 const QUEUE: usize = 64 << 10;
@@ -77,21 +79,20 @@ pub(crate) struct Bus {
 impl Bus {
     /// Connects and listens as `edge`. Needs a tokio runtime, on which it goes on until [`close`](Self::close).
     pub(crate) async fn connect(config: &Config, edge: &EdgeId) -> Result<Self, ConnectError> {
-        let unreachable =
-            |cause: String| ConnectError::Unreachable { server: "NATS", setting: "nats.url", cause };
+        config.nats.authorities(Server::Nats)?;
         let back = watch::Sender::new(());
         let options = options(config, back.clone())?;
-        let client =
-            options.connect(servers(config)?).await.map_err(|error| unreachable(error.to_string()))?;
+        let client = options.connect(servers(config)?).await.map_err(|error| failed(&error))?;
         metrics::gauge!(names::BUS_CONNECTED).set(1.0);
         let subjects = Subjects { namespace: config.namespace.as_str().into() };
-        let own =
-            client.subscribe(subjects.of(&edge.0)).await.map_err(|error| unreachable(error.to_string()))?;
-        let all = client.subscribe(subjects.all()).await.map_err(|error| unreachable(error.to_string()))?;
+        let subscribe =
+            async |subject| client.subscribe(subject).await.map_err(|error| Server::Nats.unreachable(error));
+        let own = subscribe(subjects.of(&edge.0)).await?;
+        let all = subscribe(subjects.all()).await?;
         let (say, said) = mpsc::channel(QUEUE);
         let (heard, _) = broadcast::channel(HEARD);
         let signed_at = Arc::new(Mutex::new(Instant::now()));
-        tokio::spawn(listen(own, all, heard.clone(), Arc::clone(&signed_at)));
+        tokio::spawn(listen(own, all, heard.clone(), Neighbours::new(edge, Arc::clone(&signed_at))));
         tokio::spawn(publish(client.clone(), subjects, edge.clone(), said));
         Ok(Self { say, heard, back, signed_at, client })
     }
@@ -135,6 +136,15 @@ impl Bus {
         if self.say.try_send(say).is_err() {
             metrics::counter!(names::BUS_DROPPED).increment(1);
         }
+    }
+}
+
+fn failed(error: &async_nats::ConnectError) -> ConnectError {
+    let server = Server::Nats;
+    match error.kind() {
+        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => server.refuses(error),
+        ConnectErrorKind::Tls => server.untrusted(error),
+        _ => server.tls_failure(error).unwrap_or_else(|| server.unreachable(error)),
     }
 }
 
@@ -252,17 +262,49 @@ async fn send(client: &Client, subject: String, payload: Bytes, count: usize) {
     }
 }
 
+/// The edges whose signs of life come through. Without NATS none do, and what is left is this one.
+struct Neighbours {
+    own: Bytes,
+    others: HashMap<Bytes, Instant>,
+    signed_at: Arc<Mutex<Instant>>,
+}
+
+impl Neighbours {
+    fn new(own: &EdgeId, signed_at: Arc<Mutex<Instant>>) -> Self {
+        Self { own: Bytes::copy_from_slice(own.0.as_bytes()), others: HashMap::new(), signed_at }
+    }
+
+    fn signed(&mut self, edge: Bytes) {
+        let now = Instant::now();
+        *self.signed_at.lock() = now;
+        if edge != self.own {
+            self.others.insert(edge, now);
+        }
+    }
+
+    /// Forgets those that are silent, and says how many there are.
+    fn count(&mut self) {
+        self.others.retain(|_, seen| seen.elapsed() < GONE);
+        metrics::gauge!(names::EDGES).set((1 + self.others.len()) as f64);
+    }
+}
+
 async fn listen(
     mut own: Subscriber,
     mut all: Subscriber,
     heard: broadcast::Sender<Heard>,
-    signed_at: Arc<Mutex<Instant>>,
+    mut neighbours: Neighbours,
 ) {
-    let mut edges: HashMap<Bytes, Instant> = HashMap::new();
+    let mut counts = interval(SIGN);
+    counts.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let (message, to_all) = tokio::select! {
             message = own.next() => (message, false),
             message = all.next() => (message, true),
+            _ = counts.tick() => {
+                neighbours.count();
+                continue;
+            }
         };
         let Some(message) = message else { return };
         let payload = message.payload;
@@ -275,11 +317,8 @@ async fn listen(
         }
         let Some((&tag, rest)) = payload.split_first() else { continue };
         if tag == tag::ALIVE {
-            let now = Instant::now();
-            *signed_at.lock() = now;
-            edges.insert(payload.slice(1..), now);
-            edges.retain(|_, seen| now.duration_since(*seen) < GONE);
-            metrics::gauge!(names::EDGES).set(edges.len() as f64);
+            neighbours.signed(payload.slice(1..));
+            neighbours.count();
             continue;
         }
         let word = match (tag, rest.try_into()) {

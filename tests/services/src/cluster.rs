@@ -53,6 +53,12 @@ impl RedisCluster {
         &self.nodes
     }
 
+    /// All of them in one, as the store takes it.
+    pub fn url(&self) -> String {
+        let hosts: Vec<_> = self.nodes.iter().map(|node| node.addr().to_string()).collect();
+        format!("redis+cluster://:{}@{}", self.nodes[0].password(), hosts.join(","))
+    }
+
     /// How a client connects: any of these leads to all.
     pub fn urls(&self) -> Vec<String> {
         self.nodes.iter().map(Redis::url).collect()

@@ -2,11 +2,13 @@
 //!
 //! [`Postgres`], [`Redis`] (alone, as [`RedisCluster`], or under [`RedisSentinel`]) and [`Nats`] are the real programs, each
 //! in a temporary directory of its own on a port of 127.0.0.1 that nobody else uses. A test starts what it needs, may kill
-//! it and start it again on the same port and data, and leaves nothing behind when it ends or dies.
+//! it and start it again on the same port and data, and leaves nothing behind when it ends or dies. With an [`Authority`] they
+//! speak TLS.
 //!
 //! [`proxy`] stands between a program and such a server, or between two programs, and does to their packets what networks do.
 //! [`history`] records what every call was answered, and says at the end whether an inbox may have answered so.
 
+mod authority;
 mod cluster;
 pub mod history;
 mod nats;
@@ -19,6 +21,7 @@ mod redis;
 pub mod resp;
 mod sentinel;
 
+pub use authority::Authority;
 pub use cluster::RedisCluster;
 pub use nats::Nats;
 pub use postgres::Postgres;

@@ -1,6 +1,6 @@
 //! A NATS server of a test's own: core NATS, no JetStream, one generated user.
 
-use std::{net::SocketAddr, process::Command};
+use std::{fmt::Write as _, net::SocketAddr, process::Command};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::Signal;
@@ -10,6 +10,7 @@ use tokio::{
 };
 
 use crate::{
+    authority::Authority,
     port::Port,
     process::{Home, Service, new_password, write_private},
     program::Program,
@@ -23,25 +24,41 @@ pub struct Nats {
     service: Service,
     port: Port,
     password: String,
+    scheme: &'static str,
 }
 
 impl Nats {
     pub async fn start() -> anyhow::Result<Self> {
+        Self::launch(None).await
+    }
+
+    /// One that only speaks TLS.
+    pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
+        Self::launch(Some(authority)).await
+    }
+
+    async fn launch(authority: Option<&Authority>) -> anyhow::Result<Self> {
         let program = Program::Nats.find()?;
         let port = Port::reserve()?;
         let password = new_password();
         let home = Home::new("nats", Signal::SIGKILL)?;
         let file = home.path().join("nats.conf");
         // Quoted: NATS would take a password that begins like a number for one.
-        let configuration = format!(
+        let mut configuration = format!(
             "host: \"127.0.0.1\"\nport: {}\nauthorization {{ user: \"{USER}\", password: \"{password}\" }}\n",
             port.number()
         );
+        if let Some(authority) = authority {
+            let issued = authority.issue(home.path())?;
+            let (certificate, key) = (issued.certificate.display(), issued.key.display());
+            writeln!(configuration, "tls {{ cert_file: \"{certificate}\", key_file: \"{key}\" }}")?;
+        }
         write_private(&file, &configuration)?;
 
         let mut command = Command::new(program);
         command.arg("-c").arg(file);
-        let nats = Self { service: Service::new(home, command)?, port, password };
+        let scheme = if authority.is_some() { "tls" } else { "nats" };
+        let nats = Self { service: Service::new(home, command)?, port, password, scheme };
         nats.start_again().await?;
         Ok(nats)
     }
@@ -53,7 +70,7 @@ impl Nats {
 
     /// The same by another way, such as a proxy's address.
     pub fn url_via(&self, addr: SocketAddr) -> String {
-        format!("nats://{USER}:{}@{addr}", self.password)
+        format!("{}://{USER}:{}@{addr}", self.scheme, self.password)
     }
 
     pub const fn port(&self) -> u16 {
@@ -72,12 +89,16 @@ impl Nats {
         &self.password
     }
 
-    /// Whether it takes our password and answers.
+    /// Whether it takes our password and answers; with TLS, whether it asks for that.
     pub async fn ping(&self) -> anyhow::Result<()> {
         let mut stream = BufReader::new(TcpStream::connect(self.addr()).await?);
         let mut line = String::new();
         stream.read_line(&mut line).await?;
         ensure!(line.starts_with("INFO "), "no NATS greets so: {line}");
+        if self.scheme == "tls" {
+            ensure!(line.contains("\"tls_required\":true"), "it does not want TLS: {line}");
+            return Ok(());
+        }
         let hello = format!(
             "CONNECT {{\"verbose\":false,\"user\":\"{USER}\",\"pass\":\"{}\"}}\r\nPING\r\n",
             self.password

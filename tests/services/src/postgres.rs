@@ -19,6 +19,7 @@ use nix::{
 };
 
 use crate::{
+    authority::Authority,
     port::Port,
     process::{Home, Service, new_password, write_private},
     program::{self, Program},
@@ -46,6 +47,15 @@ impl Postgres {
 
     /// A server with `settings` over the defaults, such as `("fsync", "off")` where speed counts and durability does not.
     pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
+        Self::launch(settings, None).await
+    }
+
+    /// The same with TLS for those who ask for it.
+    pub async fn start_encrypted(settings: &[(&str, &str)], authority: &Authority) -> anyhow::Result<Self> {
+        Self::launch(settings, Some(authority)).await
+    }
+
+    async fn launch(settings: &[(&str, &str)], authority: Option<&Authority>) -> anyhow::Result<Self> {
         // Not a link to it: its other programs are beside it.
         let program = Program::Postgres.find()?.canonicalize()?;
         let port = Port::reserve()?;
@@ -75,6 +85,14 @@ impl Postgres {
         ];
         for (name, value) in own.iter().chain(settings) {
             command.arg("-c").arg(format!("{name}={value}"));
+        }
+        if let Some(authority) = authority {
+            let issued = authority.issue(home.path())?;
+            owner.take(&issued.key)?;
+            command
+                .args(["-c", "ssl=on", "-c"])
+                .arg(format!("ssl_cert_file={}", issued.certificate.display()));
+            command.arg("-c").arg(format!("ssl_key_file={}", issued.key.display()));
         }
         let programs = program.parent().context("a program lies in a folder")?.to_owned();
         let postgres = Self { service: Service::new(home, command)?, port, password, programs };

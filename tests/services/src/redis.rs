@@ -4,6 +4,7 @@ use std::{
     fmt::{self, Write as _},
     fs,
     net::SocketAddr,
+    path::Path,
     process::Command,
 };
 
@@ -11,6 +12,7 @@ use anyhow::Context as _;
 use nix::sys::signal::Signal;
 
 use crate::{
+    authority::Authority,
     port::Port,
     process::{Home, Service, new_password, write_private},
     program::Program,
@@ -22,6 +24,8 @@ use crate::{
 pub struct Redis {
     service: Service,
     port: Port,
+    /// For those who speak TLS.
+    encrypted: Option<Port>,
     password: String,
 }
 
@@ -47,15 +51,42 @@ impl Redis {
         Self::launch(&password, &[&common[..], settings].concat(), &[]).await
     }
 
+    /// A server whose [`url`](Self::url) is that of a second port, with TLS. The first is still there for the test.
+    pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
+        let port = Port::reserve()?;
+        let home = Home::new("redis", Signal::SIGKILL)?;
+        let issued = authority.issue(home.path())?;
+        let (certificate, key) = (quoted(&issued.certificate), quoted(&issued.key));
+        let number = port.number().to_string();
+        let ca = quoted(&authority.file());
+        let settings = [
+            ("save", "\"\""),
+            ("tls-port", number.as_str()),
+            ("tls-cert-file", certificate.as_str()),
+            ("tls-key-file", key.as_str()),
+            ("tls-ca-cert-file", ca.as_str()),
+            ("tls-auth-clients", "no"),
+        ];
+        Ok(Self { encrypted: Some(port), ..Self::launch_in(home, &new_password(), &settings, &[]).await? })
+    }
+
     /// Starts a server or, by `arguments`, a sentinel. Several may share a password.
     pub(crate) async fn launch(
         password: &str,
         settings: &[(&str, &str)],
         arguments: &[&str],
     ) -> anyhow::Result<Self> {
+        Self::launch_in(Home::new("redis", Signal::SIGKILL)?, password, settings, arguments).await
+    }
+
+    async fn launch_in(
+        home: Home,
+        password: &str,
+        settings: &[(&str, &str)],
+        arguments: &[&str],
+    ) -> anyhow::Result<Self> {
         let program = Program::Redis.find()?;
         let port = Port::reserve()?;
-        let home = Home::new("redis", Signal::SIGKILL)?;
         let mut configuration = format!(
             "port {}\nbind 127.0.0.1\nrequirepass {password}\ndir \"{}\"\n",
             port.number(),
@@ -69,14 +100,18 @@ impl Redis {
 
         let mut command = Command::new(program);
         command.arg(file).args(arguments);
-        let redis = Self { service: Service::new(home, command)?, port, password: password.to_owned() };
+        let service = Service::new(home, command)?;
+        let redis = Self { service, port, encrypted: None, password: password.to_owned() };
         redis.start_again().await?;
         Ok(redis)
     }
 
     /// How a client connects.
     pub fn url(&self) -> String {
-        self.url_via(self.addr())
+        match &self.encrypted {
+            Some(port) => format!("rediss://:{}@{}/", self.password, port.addr()),
+            None => self.url_via(self.addr()),
+        }
     }
 
     /// The same by another way, such as a proxy's address.
@@ -161,4 +196,9 @@ impl Redis {
     fn dump(&self) -> std::path::PathBuf {
         self.service.path().join("dump.rdb")
     }
+}
+
+/// A path as redis.conf takes it.
+fn quoted(path: &Path) -> String {
+    format!("\"{}\"", path.display())
 }

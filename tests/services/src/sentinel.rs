@@ -63,6 +63,16 @@ impl RedisSentinel {
         &self.sentinel
     }
 
+    /// The Sentinel and the name in one, as the store takes it.
+    pub fn url(&self) -> String {
+        format!("redis+sentinel://:{}@{}/{SERVICE}", self.sentinel.password(), self.sentinel.addr())
+    }
+
+    /// The two that change places.
+    pub const fn pair(&self) -> &[Redis; 2] {
+        &self.pair
+    }
+
     /// The one that the Sentinel names as primary now.
     pub async fn primary(&self) -> anyhow::Result<&Redis> {
         let addr = self.primary_addr().await?;

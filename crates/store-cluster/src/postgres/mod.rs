@@ -21,12 +21,12 @@ use tracing::{Instrument as _, field::Empty};
 
 use crate::{
     Config, ConnectError,
-    error::{Kind, Shared},
+    error::{Kind, Server, Shared},
     metrics as names,
 };
 
 pub use schema::migrate;
-pub(crate) use schema::{check_cluster, prepare};
+pub(crate) use schema::{check_cluster, failed, prepare};
 
 /// How often an operation is tried that others are in the way of.
 const TRIES: u32 = 6;
@@ -237,6 +237,7 @@ pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError>
     if let Some(password) = &endpoint.password {
         options = options.password(password);
     }
+    endpoint.authorities(Server::Postgres)?;
     if let Some(ca) = &endpoint.ca {
         options = options.ssl_root_cert(ca).ssl_mode(PgSslMode::VerifyFull);
     }

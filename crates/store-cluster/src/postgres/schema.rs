@@ -1,42 +1,38 @@
 //! The schema: brought up to date by `qpq-admin migrate` (or at the start, where that is configured), and checked by every
 //! edge. A schema that is newer than this program is fine: a release only adds what its predecessor can live with.
 
+use std::time::Duration;
+
 use sqlx::{
     ConnectOptions as _, Connection as _, PgConnection,
     migrate::{Migrate as _, MigrateError, Migrator},
     postgres::PgConnectOptions,
 };
 
-use crate::{Config, ConnectError, Migrate};
+use crate::{Config, ConnectError, Migrate, error::Server};
 
 /// The oldest Postgres that will do, as `server_version_num` has it.
 const OLDEST: i32 = 150_000;
 
 /// Brings the schema up to date; to which version. Of several at a time, one does it and the others wait.
 pub async fn migrate(config: &Config) -> Result<i64, ConnectError> {
-    let mut connection = connect(&super::options(config)?).await?;
-    let version = run(&mut connection).await?;
-    // The work is done and committed; how the connection ends changes nothing.
-    let _ = connection.close().await;
-    Ok(version)
+    bring_up(&super::options(config)?, config.start_timeout).await
 }
 
 /// Checks server and schema, and migrates if that is wanted.
-pub(crate) async fn prepare(options: &PgConnectOptions, migrate: Migrate) -> Result<(), ConnectError> {
-    let mut connection = connect(options).await?;
-    match migrate {
-        Migrate::AtStart => run(&mut connection).await.map(drop)?,
-        Migrate::Never => {
-            let found = version(&mut connection).await?;
-            let needed = newest();
-            if found < needed {
-                return Err(ConnectError::Behind { found, needed });
-            }
-        }
+pub(crate) async fn prepare(
+    options: &PgConnectOptions,
+    migrate: Migrate,
+    within: Duration,
+) -> Result<(), ConnectError> {
+    if migrate == Migrate::AtStart {
+        return bring_up(options, within).await.map(drop);
     }
-    // As above.
+    let (connection, found) = Server::Postgres.answers(within, look(options)).await?;
+    // How the connection ends changes nothing.
     let _ = connection.close().await;
-    Ok(())
+    let needed = newest();
+    if found < needed { Err(ConnectError::Behind { found, needed }) } else { Ok(()) }
 }
 
 /// Writes down which OPAQUE setup the cluster has, or compares it with what is written.
@@ -52,20 +48,56 @@ pub(crate) async fn check_cluster(
     .bind(&opaque_setup[..])
     .fetch_one(&mut connection)
     .await
-    .map_err(unreachable)?;
+    .map_err(|error| failed(&error))?;
     let _ = connection.close().await;
     if written == opaque_setup { Ok(()) } else { Err(ConnectError::OtherCluster) }
+}
+
+/// What it means for an edge that Postgres cannot be used.
+pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
+    let server = Server::Postgres;
+    match error {
+        sqlx::Error::Database(refusal) => match refusal.code().as_deref() {
+            // Wrong credentials, no entry in pg_hba.conf; no such database; no right to it or in it.
+            Some(code) if code.starts_with("28") || code == "3D000" || code == "42501" => {
+                server.refuses(refusal.message())
+            }
+            _ => server.unreachable(error),
+        },
+        sqlx::Error::Tls(cause) => server.untrusted(cause),
+        _ => server.tls_failure(error).unwrap_or_else(|| server.unreachable(error)),
+    }
+}
+
+/// Connecting is bounded. The work itself is not: nobody knows how long an index takes, or another who migrates already.
+async fn bring_up(options: &PgConnectOptions, within: Duration) -> Result<i64, ConnectError> {
+    let (mut connection, found) = Server::Postgres.answers(within, look(options)).await?;
+    let version = if found < newest() {
+        tracing::info!(found, needed = newest(), "bringing the schema up to date, however long that takes");
+        run(&mut connection).await?
+    } else {
+        Server::Postgres.answers(within, run(&mut connection)).await?
+    };
+    // The work is done and committed.
+    let _ = connection.close().await;
+    Ok(version)
+}
+
+async fn look(options: &PgConnectOptions) -> Result<(PgConnection, i64), ConnectError> {
+    let mut connection = connect(options).await?;
+    let version = version(&mut connection).await?;
+    Ok((connection, version))
 }
 
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, ConnectError> {
     // Building an index may take longer than a call may.
     let patient = options.clone().options([("statement_timeout", "0"), ("lock_timeout", "0")]);
-    let mut connection = patient.connect().await.map_err(unreachable)?;
+    let mut connection = patient.connect().await.map_err(|error| failed(&error))?;
     let (number, name): (String, String) =
         sqlx::query_as("SELECT current_setting('server_version_num'), current_setting('server_version')")
             .fetch_one(&mut connection)
             .await
-            .map_err(unreachable)?;
+            .map_err(|error| failed(&error))?;
     if number.parse::<i32>().is_ok_and(|number| number >= OLDEST) {
         Ok(connection)
     } else {
@@ -74,21 +106,17 @@ async fn connect(options: &PgConnectOptions) -> Result<PgConnection, ConnectErro
 }
 
 async fn run(connection: &mut PgConnection) -> Result<i64, ConnectError> {
-    migrations().run_direct(None, connection, false).await.map_err(|error| match error {
-        MigrateError::VersionMismatch(version) => ConnectError::OtherSchema(version),
-        other => ConnectError::Migration(other.to_string()),
-    })?;
+    migrations().run_direct(None, connection, false).await.map_err(unmigrated)?;
     version(connection).await
 }
 
 /// The version of the schema; 0 before the first migration.
 async fn version(connection: &mut PgConnection) -> Result<i64, ConnectError> {
-    let migration = |error: MigrateError| ConnectError::Migration(error.to_string());
-    connection.ensure_migrations_table("_sqlx_migrations").await.map_err(migration)?;
-    if let Some(version) = connection.dirty_version("_sqlx_migrations").await.map_err(migration)? {
+    connection.ensure_migrations_table("_sqlx_migrations").await.map_err(unmigrated)?;
+    if let Some(version) = connection.dirty_version("_sqlx_migrations").await.map_err(unmigrated)? {
         return Err(ConnectError::Migration(format!("migration {version} was interrupted")));
     }
-    let applied = connection.list_applied_migrations("_sqlx_migrations").await.map_err(migration)?;
+    let applied = connection.list_applied_migrations("_sqlx_migrations").await.map_err(unmigrated)?;
     Ok(applied.iter().map(|migration| migration.version).max().unwrap_or_default())
 }
 
@@ -103,6 +131,22 @@ fn newest() -> i64 {
     migrations().iter().map(|migration| migration.version).max().unwrap_or_default()
 }
 
-fn unreachable(error: sqlx::Error) -> ConnectError {
-    ConnectError::Unreachable { server: "Postgres", setting: "postgres.url", cause: error.to_string() }
+/// What was lost on the way was rolled back, and may be done again.
+fn unmigrated(error: MigrateError) -> ConnectError {
+    match &error {
+        MigrateError::VersionMismatch(version) => ConnectError::OtherSchema(*version),
+        MigrateError::Execute(lost) | MigrateError::ExecuteMigration(lost, _) if is_lost(lost) => {
+            failed(lost)
+        }
+        _ => ConnectError::Migration(error.to_string()),
+    }
+}
+
+fn is_lost(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) => true,
+        // The server is going away, or coming.
+        sqlx::Error::Database(database) => database.code().is_some_and(|code| code.starts_with("57P")),
+        _ => false,
+    }
 }

@@ -3,18 +3,17 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
 use redis::{
-    Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo as _, Pipeline, RedisError,
-    RedisFuture, RedisResult, ServerErrorKind, TlsCertificates, Value,
-    aio::{ConnectionLike, ConnectionManager, ConnectionManagerConfig, MultiplexedConnection},
+    Client, Cmd, ConnectionInfo, IntoConnectionInfo as _, Pipeline, RedisFuture, RedisResult,
+    TlsCertificates, Value,
+    aio::{ConnectionLike, ConnectionManager, ConnectionManagerConfig},
     cluster::ClusterClientBuilder,
     cluster_async::ClusterConnection,
     io::tcp::TcpSettings,
-    sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
 };
 
-use crate::{Config, ConnectError};
+use super::{node::Access, sentinel::Primary};
+use crate::{Config, ConnectError, error::Server};
 
 const SETTING: &str = "redis.url";
 const EXPECTED: &str = "it must be like redis://host:6379, rediss://host:6379, redis+cluster://a:6379,b:6379 or redis+sentinel://a:26379,b:26379/primary";
@@ -39,37 +38,27 @@ impl fmt::Debug for Link {
 impl Link {
     pub(super) async fn connect(config: &Config) -> Result<Self, ConnectError> {
         let address = Address::parse(&config.redis.url)?;
-        let tls = match &config.redis.ca {
-            None => None,
-            Some(path) => {
-                let root_cert = std::fs::read(path).map_err(|error| ConnectError::File {
-                    setting: "redis.ca",
-                    path: path.clone(),
-                    cause: error.to_string(),
-                })?;
-                Some(TlsCertificates { client_tls: None, root_cert: Some(root_cert) })
+        let tls = config.redis.authorities(Server::Redis)?.map(|ca| address.trusting(ca)).transpose()?;
+        let nodes = address.nodes(config.redis.password.as_deref())?;
+        let timeout = config.redis_timeout;
+        let opened = match address.kind {
+            Kind::Single => single(nodes[0].clone(), tls.clone(), timeout).await,
+            Kind::Cluster => cluster(nodes.clone(), tls.clone(), timeout).await,
+            Kind::Sentinel => {
+                // Within the deadline of a call, so that the call learns of it and the Sentinels are asked.
+                let access = Access { tls: tls.clone(), timeout: timeout.mul_f64(0.8) };
+                let primary = Primary::find(nodes.clone(), address.path, access).await;
+                primary.map(|primary| Self::Sentinel(Arc::new(primary)))
             }
         };
-        let nodes = address.nodes(config.redis.password.as_deref())?;
-        let opened = match address.kind {
-            Kind::Single => single(nodes, tls, config.redis_timeout).await,
-            Kind::Cluster => cluster(nodes, tls, config.redis_timeout).await,
-            Kind::Sentinel => sentinel(nodes, &address.path, tls).await,
-        };
-        opened.map_err(|error| ConnectError::Unreachable {
-            server: "Redis",
-            setting: SETTING,
-            cause: error.to_string(),
-        })
+        match opened {
+            Ok(link) => Ok(link),
+            Err(error) => Err(Access { tls, timeout }.why(&error, &nodes).await),
+        }
     }
 }
 
-async fn single(
-    mut nodes: Vec<ConnectionInfo>,
-    tls: Option<TlsCertificates>,
-    timeout: Duration,
-) -> RedisResult<Link> {
-    let node = nodes.swap_remove(0);
+async fn single(node: ConnectionInfo, tls: Option<TlsCertificates>, timeout: Duration) -> RedisResult<Link> {
     let client = match tls {
         Some(tls) => Client::build_with_tls(node, tls)?,
         None => Client::open(node)?,
@@ -100,68 +89,9 @@ async fn cluster(
     builder.build()?.get_async_connection().await.map(Link::Cluster)
 }
 
-async fn sentinel(nodes: Vec<ConnectionInfo>, name: &str, tls: Option<TlsCertificates>) -> RedisResult<Link> {
-    let (addresses, settings): (Vec<ConnectionAddr>, Vec<_>) =
-        nodes.iter().map(|node| (node.addr().clone(), node.redis_settings().clone())).unzip();
-    let mut builder = SentinelClientBuilder::new(addresses, name, SentinelServerType::Master)?
-        .set_client_to_redis_tcp_settings(tcp())
-        .set_client_to_sentinel_tcp_settings(tcp());
-    if let Some(username) = settings[0].username() {
-        builder = builder.set_client_to_redis_username(username);
-    }
-    if let Some(password) = settings[0].password() {
-        builder = builder.set_client_to_redis_password(password);
-    }
-    if let Some(tls) = tls {
-        builder = builder
-            .set_client_to_redis_tls_mode(redis::TlsMode::Secure)
-            .set_client_to_redis_certificates(tls);
-    }
-    let primary = Primary { sentinels: tokio::sync::Mutex::new(builder.build()?), current: Mutex::default() };
-    primary.connection().await?;
-    Ok(Link::Sentinel(Arc::new(primary)))
-}
-
 /// Small requests that wait for nothing to be added to them.
 fn tcp() -> TcpSettings {
     TcpSettings::default().set_nodelay(true)
-}
-
-/// The primary, as the Sentinels last named it.
-pub(super) struct Primary {
-    sentinels: tokio::sync::Mutex<SentinelClient>,
-    current: Mutex<Option<MultiplexedConnection>>,
-}
-
-impl Primary {
-    async fn connection(&self) -> RedisResult<MultiplexedConnection> {
-        if let Some(current) = &*self.current.lock() {
-            return Ok(current.clone());
-        }
-        let mut sentinels = self.sentinels.lock().await;
-        // Whoever was here first has it by now.
-        if let Some(current) = &*self.current.lock() {
-            return Ok(current.clone());
-        }
-        let new = sentinels.get_async_connection().await?;
-        *self.current.lock() = Some(new.clone());
-        Ok(new)
-    }
-
-    /// After a failure that says the primary is gone or is none any more, the Sentinels are asked again.
-    fn judge<T>(&self, outcome: RedisResult<T>) -> RedisResult<T> {
-        if outcome.as_ref().is_err_and(lost_primary) {
-            *self.current.lock() = None;
-        }
-        outcome
-    }
-}
-
-fn lost_primary(error: &RedisError) -> bool {
-    error.is_unrecoverable_error()
-        || error.is_io_error()
-        || error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
-        || error.kind() == ErrorKind::Server(ServerErrorKind::MasterDown)
 }
 
 impl ConnectionLike for Link {
@@ -170,8 +100,9 @@ impl ConnectionLike for Link {
             Self::Single(link) => link.req_packed_command(cmd),
             Self::Cluster(link) => link.req_packed_command(cmd),
             Self::Sentinel(primary) => Box::pin(async move {
-                let mut connection = primary.connection().await?;
-                primary.judge(connection.req_packed_command(cmd).await)
+                let mut current = primary.current().await?;
+                let outcome = current.connection.req_packed_command(cmd).await;
+                primary.judge(&current, outcome)
             }),
         }
     }
@@ -186,8 +117,9 @@ impl ConnectionLike for Link {
             Self::Single(link) => link.req_packed_commands(pipeline, offset, count),
             Self::Cluster(link) => link.req_packed_commands(pipeline, offset, count),
             Self::Sentinel(primary) => Box::pin(async move {
-                let mut connection = primary.connection().await?;
-                primary.judge(connection.req_packed_commands(pipeline, offset, count).await)
+                let mut current = primary.current().await?;
+                let outcome = current.connection.req_packed_commands(pipeline, offset, count).await;
+                primary.judge(&current, outcome)
             }),
         }
     }
@@ -247,6 +179,15 @@ impl Address {
             return Err(wrong("it does not name the primary behind the hosts"));
         }
         Ok(Self { kind, scheme: scheme.into(), user_info, hosts, path: path.into() })
+    }
+
+    /// A connection that is not encrypted has no use for authorities, and whoever named them thinks that it is.
+    fn trusting(&self, root_cert: Vec<u8>) -> Result<TlsCertificates, ConnectError> {
+        if self.scheme != "rediss" {
+            let cause = "redis.ca is given, but the scheme asks for no encryption".into();
+            return Err(ConnectError::Url { setting: SETTING, cause, expected: "it must begin with rediss" });
+        }
+        Ok(TlsCertificates { client_tls: None, root_cert: Some(root_cert) })
     }
 
     fn nodes(&self, password: Option<&str>) -> Result<Vec<ConnectionInfo>, ConnectError> {

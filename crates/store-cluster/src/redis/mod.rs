@@ -3,7 +3,9 @@
 //! noticed by comparing with Postgres, or costs a delay.
 
 mod link;
+mod node;
 pub(crate) mod queue;
+mod sentinel;
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +15,7 @@ use redis::{Cmd, FromRedisValue, RedisError, Script, aio::ConnectionLike as _};
 use tokio::time::{Instant, timeout};
 use tracing::{Instrument as _, field::Empty};
 
-use crate::{Config, ConnectError, metrics as names};
+use crate::{Config, ConnectError, error::Server, metrics as names};
 use link::Link;
 
 /// The connection that everything shares: commands of many callers go out one behind the other, without waiting for each
@@ -99,15 +101,16 @@ impl Redis {
     }
 
     async fn check_version(&self) -> Result<(), ConnectError> {
-        let unreachable = |error: StoreError| ConnectError::Unreachable {
-            server: "Redis",
-            setting: "redis.url",
-            cause: std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string),
-        };
         // Answers with the version on every kind of deployment, where INFO would have to be asked node by node.
         let script = Script::new("return redis.REDIS_VERSION or '6'");
-        let key = self.key(format_args!("version"));
-        let found: String = self.script("version", &script, &[key], &[]).await.map_err(unreachable)?;
+        let mut invocation = script.prepare_invoke();
+        invocation.key(self.key(format_args!("version")));
+        let mut link = self.link.clone();
+        let found: String = match timeout(self.timeout, invocation.invoke_async(&mut link)).await {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => return Err(node::failed(&error)),
+            Err(_) => return Err(Server::Redis.unreachable(NoAnswer(self.timeout))),
+        };
         let major: u32 = found.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
         if major >= 7 { Ok(()) } else { Err(ConnectError::TooOld { server: "Redis", found, needed: "7.0" }) }
     }

@@ -1,0 +1,84 @@
+//! One node among those that make a Redis: the way in, and what it means not to get in.
+
+use std::time::Duration;
+
+use redis::{
+    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, ErrorKind, RedisConnectionInfo, RedisError,
+    RedisResult, TlsCertificates, aio::MultiplexedConnection,
+};
+
+use crate::{ConnectError, error::Server};
+
+/// What is the same for all nodes.
+#[derive(Clone)]
+pub(super) struct Access {
+    pub(super) tls: Option<TlsCertificates>,
+    /// How long connecting may take, and how long each answer.
+    pub(super) timeout: Duration,
+}
+
+impl Access {
+    /// A connection to this node alone. The password is shown by a command of ours, so that a refusal comes in the server's
+    /// words: the client library's own are the same whatever the server said, that it has no room left included.
+    pub(super) async fn open(&self, node: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
+        let mut connection = self.open_anonymously(node).await?;
+        let credentials = node.redis_settings();
+        if let Some(password) = credentials.password() {
+            let mut auth = Cmd::new();
+            auth.arg("AUTH").arg(credentials.username()).arg(password);
+            auth.exec_async(&mut connection).await?;
+        }
+        Ok(connection)
+    }
+
+    /// The same without a password.
+    pub(super) async fn open_anonymously(&self, node: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
+        let node = node.clone().set_redis_settings(RedisConnectionInfo::default());
+        let client = match &self.tls {
+            Some(tls) => Client::build_with_tls(node, tls.clone())?,
+            None => Client::open(node)?,
+        };
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(self.timeout))
+            .set_response_timeout(Some(self.timeout));
+        client.get_multiplexed_async_connection_with_config(&config).await
+    }
+
+    /// Why none of the nodes could be used, given what the client library made of it: that says little, so they are asked.
+    pub(super) async fn why(&self, error: &RedisError, nodes: &[ConnectionInfo]) -> ConnectError {
+        let mut why = failed(error);
+        for node in nodes {
+            if !matches!(why, ConnectError::Unreachable { .. }) {
+                break;
+            }
+            if let Err(error) = self.try_out(node).await {
+                why = failed(&error);
+            }
+        }
+        why
+    }
+
+    async fn try_out(&self, node: &ConnectionInfo) -> RedisResult<()> {
+        Cmd::new().arg("PING").exec_async(&mut self.open(node).await?).await
+    }
+}
+
+/// Whether it is the credentials that the server does not take, or not for this.
+pub(super) fn is_refusal(error: &RedisError) -> bool {
+    match error.code() {
+        Some("WRONGPASS" | "NOAUTH" | "NOPERM" | "DENIED") => true,
+        _ => error.detail().is_some_and(|said| said.contains("without any password configured")),
+    }
+}
+
+/// What it means for an edge that a Redis cannot be used.
+pub(super) fn failed(error: &RedisError) -> ConnectError {
+    let server = Server::Redis;
+    if is_refusal(error) {
+        return server.refuses([error.code(), error.detail()].map(Option::unwrap_or_default).join(" "));
+    }
+    match error.kind() {
+        ErrorKind::InvalidClientConfig => server.untrusted(error),
+        _ => server.tls_failure(error).unwrap_or_else(|| server.unreachable(error)),
+    }
+}

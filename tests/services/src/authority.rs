@@ -1,0 +1,58 @@
+//! A certificate authority of a test's own, for servers with TLS. What it issues is for 127.0.0.1 and no other name.
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+
+use crate::process::write_private;
+
+/// Who vouches for servers. Dropping it removes its file.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    /// Where its certificate lies for clients.
+    dir: tempfile::TempDir,
+}
+
+/// A server's certificate with its key, as PEM files.
+#[derive(Debug)]
+pub(crate) struct Issued {
+    pub(crate) certificate: PathBuf,
+    pub(crate) key: PathBuf,
+}
+
+impl Authority {
+    pub fn new() -> anyhow::Result<Self> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "an authority for tests");
+        let dir = tempfile::tempdir().context("no temporary directory can be made")?;
+        fs::write(dir.path().join("ca.pem"), params.self_signed(&key)?.pem())?;
+        Ok(Self { issuer: Issuer::new(params, key), dir })
+    }
+
+    /// Its certificate, which clients are to trust.
+    pub fn file(&self) -> PathBuf {
+        self.dir.path().join("ca.pem")
+    }
+
+    /// Puts a new certificate into `dir`.
+    pub(crate) fn issue(&self, dir: &Path) -> anyhow::Result<Issued> {
+        let pair = KeyPair::generate()?;
+        let params = CertificateParams::new(["127.0.0.1".to_owned()])?;
+        let issued = Issued { certificate: dir.join("server.pem"), key: dir.join("server.key") };
+        fs::write(&issued.certificate, params.signed_by(&pair, &self.issuer)?.pem())?;
+        write_private(&issued.key, &pair.serialize_pem())?;
+        Ok(issued)
+    }
+}
+
+impl fmt::Debug for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Authority").field("dir", &self.dir.path()).finish_non_exhaustive()
+    }
+}
