@@ -27,8 +27,15 @@ impl Messenger {
             keys = NewKeys::Needed;
         }
         self.settle_names().await?;
-        self.settle_rest(keys).await?;
+        self.settle_keys(keys).await?;
+        unless_final("outbox", self.flush().await)?;
         self.unseen().await
+    }
+
+    /// Takes in what the inbox has, and leaves everything else to a [`Listener`](super::Listener) that is to follow.
+    pub async fn catch_up(&self) -> Result<(), Error> {
+        self.sync().await?;
+        self.settle_names().await
     }
 
     /// Asks the directory about new names.
@@ -36,12 +43,12 @@ impl Messenger {
         unless_final("names", self.check_names().await)
     }
 
-    /// Does what there is to do besides reading: key packages and the outbox.
-    pub(super) async fn settle_rest(&self, keys: NewKeys) -> Result<(), Error> {
-        if keys == NewKeys::Needed {
-            unless_final("key packages", self.publish_key_packages().await)?;
+    /// Fills up our key packages.
+    pub(super) async fn settle_keys(&self, keys: NewKeys) -> Result<(), Error> {
+        match keys {
+            NewKeys::Needed => unless_final("key packages", self.publish_key_packages().await),
+            NewKeys::NotNeeded => Ok(()),
         }
-        unless_final("outbox", self.flush().await)
     }
 
     /// Takes in everything that the inbox has.
@@ -98,7 +105,7 @@ impl Messenger {
 
 /// Passes over what failed, unless nothing at all will work until somebody does something. What the server does not do
 /// now is no reason to hold messages back; it is tried again the next time.
-fn unless_final(what: &'static str, done: Result<(), Error>) -> Result<(), Error> {
+pub(super) fn unless_final(what: &'static str, done: Result<(), Error>) -> Result<(), Error> {
     match done {
         Err(Error::Call(error)) if !error.is_unauthorized() && !matches!(error, CallError::Connect(_)) => {
             tracing::warn!(%error, what, "not now");

@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{
     Messenger,
-    inbox::NewKeys,
+    inbox::{NewKeys, unless_final},
     log::{Entry, EntryId},
 };
 use crate::{error::Error, link::Renewed};
@@ -32,6 +32,8 @@ const AHEAD: usize = 64;
 #[derive(Debug)]
 pub struct Listener {
     entries: mpsc::Receiver<Result<Entry, Error>>,
+    /// The error after the entries that were given last.
+    failed: Option<Error>,
     task: JoinHandle<()>,
 }
 
@@ -40,7 +42,28 @@ impl Listener {
     /// without a word ([`Client::connection_events`](crate::Client::connection_events) tells); an error is the end, after
     /// which comes `None`. Cancel-safe.
     pub async fn next(&mut self) -> Option<Result<Entry, Error>> {
-        self.entries.recv().await
+        match self.failed.take() {
+            Some(error) => Some(Err(error)),
+            None => self.entries.recv().await,
+        }
+    }
+
+    /// As [`Listener::next`], together with all that has come already, at least one: to be marked as seen together, at the
+    /// price of one. Cancel-safe.
+    pub async fn next_all(&mut self) -> Option<Result<Vec<Entry>, Error>> {
+        if let Some(error) = self.failed.take() {
+            return Some(Err(error));
+        }
+        let mut taken = Vec::new();
+        self.entries.recv_many(&mut taken, AHEAD).await;
+        let mut entries = Vec::with_capacity(taken.len());
+        for entry in taken {
+            match entry {
+                Ok(entry) => entries.push(entry),
+                Err(error) => self.failed = Some(error),
+            }
+        }
+        if entries.is_empty() { self.failed.take().map(Err) } else { Some(Ok(entries)) }
     }
 }
 
@@ -55,7 +78,7 @@ impl Messenger {
     pub fn listen(&self) -> Listener {
         let (sender, entries) = mpsc::channel(AHEAD);
         let task = tokio::spawn(Ear { messenger: self.clone(), sender, last: None }.run());
-        Listener { entries, task }
+        Listener { entries, failed: None, task }
     }
 }
 
@@ -103,19 +126,10 @@ impl Ear {
         };
         let mut keys = NewKeys::Needed;
         loop {
-            if self.messenger.sync().await? == NewKeys::Needed {
-                keys = NewKeys::Needed;
-            }
-            self.messenger.settle_names().await?;
-            // Messages come before everything that can wait.
-            if !self.give().await? {
+            if !self.read(keys).await? || !self.send().await? {
                 return Ok(Ended::Dropped);
             }
-            self.messenger.settle_rest(keys).await?;
             keys = NewKeys::NotNeeded;
-            if !self.give().await? {
-                return Ok(Ended::Dropped);
-            }
             *failures = 0;
             let pause = every + OsRng.gen_range(Duration::ZERO..=every / 2);
             match timeout(pause, next_signals(&mut signals)).await {
@@ -132,6 +146,36 @@ impl Ear {
                 }
             }
         }
+    }
+
+    /// Takes in what has come and gives it; answers whether anyone still listens.
+    async fn read(&mut self, mut keys: NewKeys) -> Result<bool, Error> {
+        if self.messenger.sync().await? == NewKeys::Needed {
+            keys = NewKeys::Needed;
+        }
+        self.messenger.settle_names().await?;
+        // Messages come before everything that can wait.
+        if !self.give().await? {
+            return Ok(false);
+        }
+        self.messenger.settle_keys(keys).await?;
+        Ok(true)
+    }
+
+    /// Sends what is to be sent, some at a time, and reads in between: nobody who has much to say is deaf meanwhile.
+    async fn send(&mut self) -> Result<bool, Error> {
+        let mut backlog = self.messenger.backlog().await?;
+        while backlog.is_left() {
+            let sent = self.messenger.send_some(&mut backlog).await;
+            if sent.is_err() {
+                unless_final("outbox", sent)?;
+                return self.give().await;
+            }
+            if !self.read(NewKeys::NotNeeded).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Gives what was not given yet; answers whether anyone still listens.

@@ -67,6 +67,12 @@ impl Outbox {
         self.0.iter().map(|item| item.message_id).collect()
     }
 
+    /// What is in it up to a message of ours; nothing if that is not.
+    pub(crate) fn ids_until(&self, entry: EntryId) -> Vec<MessageId> {
+        let last = self.0.iter().position(|item| item.entry == Some(entry));
+        self.0.iter().take(last.map_or(0, |last| last + 1)).map(|item| item.message_id).collect()
+    }
+
     pub(crate) fn get(&self, id: MessageId) -> Option<&Outgoing> {
         self.0.iter().find(|item| item.message_id == id)
     }
@@ -137,6 +143,8 @@ mod tests {
         assert!(!settled.done);
         assert_eq!(outbox.get(first).unwrap().recipients, people[1..2]);
         assert_eq!(outbox.ids(), [first, second]);
+        assert_eq!(outbox.ids_until(EntryId(4)), [first]);
+        assert_eq!(outbox.ids_until(EntryId(5)), []);
 
         let settled = outbox.settle(first, &[(people[1], Verdict::Accepted)]);
         assert_eq!((settled.entry, settled.done), (Some(EntryId(4)), true));

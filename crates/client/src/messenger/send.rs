@@ -1,8 +1,8 @@
 //! Sending: encrypt, save the ciphertext together with the state that made it, then send it from the outbox.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
-use qpq_domain::{ChannelId, IdentityKey, MAX_BATCH, Username};
+use qpq_domain::{ChannelId, IdentityKey, MAX_BATCH, MessageId, Username};
 use qpq_mls::{Content, GroupId, Invitee};
 use qpq_proto::{Status, methods, v1};
 use rand::{RngCore as _, rngs::OsRng};
@@ -21,6 +21,10 @@ use crate::error::{CallError, Error};
 pub const MAX_TEXT: usize = 64 * 1024;
 /// The most bytes of UTF-8 in a group's name.
 pub const MAX_GROUP_NAME: usize = 256;
+
+/// Messages sent before what the server said of them is saved. Each that a crash leaves unsaved is sent again under its
+/// message id, which the server recognizes.
+const SENT_AT_ONCE: usize = 16;
 
 /// A message that is safely on its way.
 #[derive(Debug)]
@@ -111,14 +115,25 @@ impl Messenger {
     /// Saves a text that is to be sent, and leaves the sending to [`Messenger::flush`]: for those who cannot wait for the
     /// server. Only a conversation's first message asks the server for something.
     pub async fn queue(&self, conversation: ConversationId, text: &str) -> Result<EntryId, Error> {
-        if text.len() > MAX_TEXT {
+        let entries = self.queue_all(conversation, vec![text.to_owned()]).await?;
+        Ok(entries[0])
+    }
+
+    /// As [`Messenger::queue`], for many texts at the price of one: all are saved, or none is. Answers their entries.
+    pub async fn queue_all(
+        &self,
+        conversation: ConversationId,
+        texts: Vec<String>,
+    ) -> Result<Vec<EntryId>, Error> {
+        if let Some(text) = texts.iter().find(|text| text.len() > MAX_TEXT) {
             return Err(Error::TextTooLong { size: text.len(), max: MAX_TEXT });
         }
         if let ConversationId::Direct(peer) = conversation {
             self.start_direct(peer).await?;
         }
-        let text = text.to_owned();
-        self.keeper().change(move |state| encrypt(state, conversation, text)).await
+        self.keeper()
+            .change(move |state| texts.into_iter().map(|text| encrypt(state, conversation, text)).collect())
+            .await
     }
 
     /// How far a message of ours got; `None` once its entry is gone.
@@ -128,28 +143,74 @@ impl Messenger {
 
     /// Sends everything that is still to be sent, oldest first. What the server has no room for now stays.
     pub async fn flush(&self) -> Result<(), Error> {
-        let _alone = self.shared.flushing.lock().await;
-        // Whoever cannot get one message now gets none behind it either: the order matters.
-        let mut stopped = BTreeSet::new();
-        for id in self.keeper().read(|state| state.outbox.ids()).await? {
-            while let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await? {
-                let recipients = item.recipients.iter().filter(|key| !stopped.contains(*key));
-                let recipients: Vec<_> = recipients.take(MAX_BATCH).copied().collect();
-                if recipients.is_empty() {
-                    break;
-                }
-                let verdicts = self.enqueue(&item, recipients).await?;
-                let later = verdicts.iter().filter(|(_, verdict)| *verdict == Verdict::Later);
-                stopped.extend(later.map(|(recipient, _)| *recipient));
-                self.keeper()
-                    .change(move |state| {
-                        settle(state, &item, &verdicts);
-                        Ok(())
-                    })
-                    .await?;
-            }
+        self.work_off(self.backlog().await?).await
+    }
+
+    /// As [`Messenger::flush`], but nothing that was written after this message of ours.
+    pub async fn flush_until(&self, entry: EntryId) -> Result<(), Error> {
+        let left = self.keeper().read(|state| state.outbox.ids_until(entry)).await?;
+        self.work_off(Backlog { left: left.into(), stopped: BTreeSet::new() }).await
+    }
+
+    async fn work_off(&self, mut backlog: Backlog) -> Result<(), Error> {
+        while backlog.is_left() {
+            self.send_some(&mut backlog).await?;
         }
         Ok(())
+    }
+
+    /// What is to be sent now.
+    pub(super) async fn backlog(&self) -> Result<Backlog, Error> {
+        let left = self.keeper().read(|state| state.outbox.ids()).await?;
+        Ok(Backlog { left: left.into(), stopped: BTreeSet::new() })
+    }
+
+    /// Sends the first of a backlog, few enough that others may wait for it, and saves what came of them. Backlogs may be
+    /// worked off beside each other: each begins with the oldest that is left.
+    pub(super) async fn send_some(&self, backlog: &mut Backlog) -> Result<(), Error> {
+        let _alone = self.shared.flushing.lock().await;
+        let mut answers = Vec::new();
+        let mut sent = Ok(());
+        while sent.is_ok() && answers.len() < SENT_AT_ONCE {
+            let Some(id) = backlog.left.pop_front() else { break };
+            let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await? else {
+                continue;
+            };
+            let (verdicts, outcome) = self.send_item(&item, &mut backlog.stopped).await;
+            if !verdicts.is_empty() {
+                answers.push((id, verdicts));
+            }
+            sent = outcome;
+        }
+        if !answers.is_empty() {
+            self.keeper()
+                .change(move |state| {
+                    answers.iter().for_each(|(id, verdicts)| settle(state, *id, verdicts));
+                    Ok(())
+                })
+                .await?;
+        }
+        Ok(sent?)
+    }
+
+    /// Sends one thing to everyone who is not `stopped`; answers what was said before it failed, if it did.
+    async fn send_item(
+        &self,
+        item: &Outgoing,
+        stopped: &mut BTreeSet<IdentityKey>,
+    ) -> (Vec<(IdentityKey, Verdict)>, Result<(), CallError>) {
+        let recipients = item.recipients.iter().filter(|key| !stopped.contains(*key));
+        let recipients: Vec<_> = recipients.copied().collect();
+        let mut verdicts = Vec::with_capacity(recipients.len());
+        for some in recipients.chunks(MAX_BATCH) {
+            match self.enqueue(item, some).await {
+                Ok(said) => verdicts.extend(said),
+                Err(error) => return (verdicts, Err(error)),
+            }
+        }
+        let later = verdicts.iter().filter(|(_, verdict)| *verdict == Verdict::Later);
+        stopped.extend(later.map(|(recipient, _)| *recipient));
+        (verdicts, Ok(()))
     }
 
     /// Makes sure that there is a group with `peer` to send to.
@@ -174,7 +235,7 @@ impl Messenger {
     async fn enqueue(
         &self,
         item: &Outgoing,
-        recipients: Vec<IdentityKey>,
+        recipients: &[IdentityKey],
     ) -> Result<Vec<(IdentityKey, Verdict)>, CallError> {
         let request = v1::BatchEnqueueRequest {
             recipient_keys: recipients.iter().map(|key| key.as_bytes().to_vec().into()).collect(),
@@ -190,7 +251,7 @@ impl Messenger {
             Ok(_) => return Err(CallError::Malformed { method: "BatchEnqueue" }),
             Err(error) => vec![verdict_of_all(error)?; recipients.len()],
         };
-        Ok(recipients.into_iter().zip(results).collect())
+        Ok(recipients.iter().copied().zip(results).collect())
     }
 
     /// How far something got, by what came of the flush behind it.
@@ -210,6 +271,19 @@ impl Messenger {
             Some(Delivery::Failed) => Outcome::Refused,
             Some(Delivery::Sent) | None => Outcome::Sent,
         })
+    }
+}
+
+/// What was to be sent when somebody set out to send it, as far as that has not come to it.
+pub(super) struct Backlog {
+    left: VecDeque<MessageId>,
+    /// Whoever cannot get one message now gets none behind it either: the order matters.
+    stopped: BTreeSet<IdentityKey>,
+}
+
+impl Backlog {
+    pub(super) fn is_left(&self) -> bool {
+        !self.left.is_empty()
     }
 }
 
@@ -261,8 +335,8 @@ fn encrypt(state: &mut State, conversation: ConversationId, text: String) -> Res
 }
 
 /// Takes in what the server said about an item.
-fn settle(state: &mut State, item: &Outgoing, verdicts: &[(IdentityKey, Verdict)]) {
-    let settled = state.outbox.settle(item.message_id, verdicts);
+fn settle(state: &mut State, id: MessageId, verdicts: &[(IdentityKey, Verdict)]) {
+    let settled = state.outbox.settle(id, verdicts);
     let conversation = settled.entry.and_then(|entry| state.log.conversation(entry));
     for (to, reason) in &settled.refused {
         let refused = Event::Undeliverable { to: *to, reason: reason.clone() };

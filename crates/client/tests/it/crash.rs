@@ -62,6 +62,34 @@ async fn a_crash_while_sending_loses_and_doubles_nothing() {
     panic!("sending never ended");
 }
 
+/// More than are sent before anything of it is saved.
+#[tokio::test]
+async fn a_crash_while_working_off_a_backlog_loses_and_doubles_nothing() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    let with_alice = dm(&bob, "alice").await;
+    let (dir, key) = (server.profile("alice"), alice.vault_key().await);
+    drop(alice);
+    for polls in (1..MANY).step_by(7) {
+        let alice = reopen(&dir, &key).await;
+        let texts = (0..20).map(|n| format!("{polls}, {n}")).collect();
+        alice.queue_all(with_bob, texts).await.unwrap();
+        let survived = soon(crash_after(polls, alice.flush())).await.is_some();
+        drop(alice);
+        let alice = reopen(&dir, &key).await;
+        alice.flush().await.unwrap();
+        assert_eq!(read(&bob).await.len(), 20, "after {polls} polls");
+        if survived {
+            let saved = history(&alice, with_bob).await;
+            let expected: Vec<_> = saved.iter().map(|line| line.replace("me:", "alice:")).collect();
+            assert_eq!(history(&bob, with_alice).await, expected);
+            return;
+        }
+    }
+    panic!("sending never ended");
+}
+
 #[tokio::test]
 async fn a_crash_while_making_a_group_leaves_it_as_its_maker_knows_it() {
     let server = Server::start().await;

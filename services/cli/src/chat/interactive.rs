@@ -84,8 +84,8 @@ impl Screen<'_> {
                     self.is_stuck = true;
                     self.dim("* saved, but not sent yet: the server does not answer");
                 }
-                entry = listener.next() => match entry {
-                    Some(Ok(entry)) => self.arrived(entry).await?,
+                entries = listener.next_all() => match entries {
+                    Some(Ok(entries)) => self.arrived(entries).await?,
                     Some(Err(error)) => return self.give_up(error.into()).await,
                     None => return self.leave().await,
                 },
@@ -139,10 +139,15 @@ impl Screen<'_> {
         }
     }
 
-    async fn arrived(&mut self, entry: Entry) -> Result<(), Fault> {
-        if self.chat.is_ours(&entry) {
-            return self.show(&[entry]).await;
-        }
+    async fn arrived(&mut self, entries: Vec<Entry>) -> Result<(), Fault> {
+        let (ours, others): (Vec<_>, Vec<_>) =
+            entries.into_iter().partition(|entry| self.chat.is_ours(entry));
+        others.iter().for_each(|entry| self.elsewhere(entry));
+        self.show(&ours).await
+    }
+
+    /// Says once that somebody has written elsewhere.
+    fn elsewhere(&mut self, entry: &Entry) {
         if let (Event::Received { from, .. }, Some(elsewhere)) = (&entry.event, entry.conversation)
             && self.others.insert(elsewhere)
         {
@@ -153,7 +158,6 @@ impl Screen<'_> {
             let name = entry::name(from);
             self.dim(format_args!("* {name} has written {place}; `qpq recv` shows it"));
         }
-        Ok(())
     }
 
     async fn show(&mut self, entries: &[Entry]) -> Result<(), Fault> {

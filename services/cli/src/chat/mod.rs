@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use qpq_client::{ConversationId, Delivery, Entry, EntryId, Messenger, Username};
+use qpq_client::{ConversationId, Delivery, Entry, EntryId, Error, Messenger, Username};
 use qpq_ports::{Clock as _, SystemClock};
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
@@ -38,11 +38,18 @@ struct Chat<'a> {
 }
 
 pub(crate) async fn dm(context: &Context, user: &Username, linger: u64) -> Result<(), Fault> {
-    opened::with_news(context, async |messenger| {
+    let at_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
+    let is_interactive = at_terminal && context.output.format == Format::Human;
+    opened::with(context, async |messenger| {
+        // So that a conversation is gone on with which the other has begun. A person does not wait for what is still to
+        // be sent: it goes out while they read.
+        let news = async {
+            if is_interactive { messenger.catch_up().await } else { messenger.receive().await.map(drop) }
+        };
+        context.progress.during("looking for news", Box::pin(news)).await?;
         let conversation = messenger.conversation_with(user).await?;
         let chat = Chat { context, messenger, conversation, user, groups: GroupNames::default() };
-        let at_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
-        if at_terminal && context.output.format == Format::Human {
+        if is_interactive {
             Box::pin(interactive::run(&chat)).await
         } else {
             Box::pin(piped::run(&chat, linger)).await
@@ -133,6 +140,9 @@ impl Sender {
 
 type Saved = (String, EntryId);
 
+/// Texts saved, or sent, before the person is told.
+const TOGETHER: usize = 32;
+
 async fn save(
     messenger: Messenger,
     conversation: ConversationId,
@@ -140,15 +150,27 @@ async fn save(
     saved: mpsc::UnboundedSender<Saved>,
     tell: mpsc::UnboundedSender<Progress>,
 ) {
-    while let Some(text) = given.recv().await {
-        // Nobody is left to be told once the chat is over.
-        let _ = match Box::pin(messenger.queue(conversation, &text)).await {
-            Ok(entry) => {
-                let _ = tell.send(Progress::Saved);
-                saved.send((text, entry)).is_ok()
-            }
-            Err(error) => tell.send(Progress::Unsaved { text, why: error.into() }).is_ok(),
-        };
+    // Nobody is left to be told once the chat is over.
+    let note = |text, outcome: Result<EntryId, Error>| match outcome {
+        Ok(entry) => {
+            let _ = tell.send(Progress::Saved);
+            let _ = saved.send((text, entry));
+        }
+        Err(error) => {
+            let _ = tell.send(Progress::Unsaved { text, why: error.into() });
+        }
+    };
+    let mut texts = Vec::new();
+    while given.recv_many(&mut texts, TOGETHER).await > 0 {
+        if let Ok(entries) = Box::pin(messenger.queue_all(conversation, texts.clone())).await {
+            texts.drain(..).zip(entries).for_each(|(text, entry)| note(text, Ok(entry)));
+            continue;
+        }
+        // One of them may be the reason, such as a text that is too long; the others are sent.
+        for text in texts.drain(..) {
+            let outcome = Box::pin(messenger.queue(conversation, &text)).await;
+            note(text, outcome);
+        }
     }
 }
 
@@ -159,11 +181,18 @@ async fn send(
 ) {
     let mut batch = Vec::new();
     while saved.recv_many(&mut batch, usize::MAX).await > 0 {
-        let failed = Box::pin(messenger.flush()).await.err().map(Fault::from);
-        for (text, entry) in batch.drain(..) {
-            let delivery = messenger.delivery(entry).await.ok().flatten().unwrap_or(Delivery::Sent);
-            let why = failed.clone().filter(|_| delivery == Delivery::Queued);
-            let _ = tell.send(Progress::Tried { text, entry, delivery, why });
+        let mut failed: Option<Fault> = None;
+        // Some at a time, so that one sees it going on; what keeps these keeps those behind them.
+        for some in batch.chunks(TOGETHER) {
+            if let (None, Some((_, last))) = (&failed, some.last()) {
+                failed = Box::pin(messenger.flush_until(*last)).await.err().map(Fault::from);
+            }
+            for (text, entry) in some {
+                let delivery = messenger.delivery(*entry).await.ok().flatten().unwrap_or(Delivery::Sent);
+                let why = failed.clone().filter(|_| delivery == Delivery::Queued);
+                let _ = tell.send(Progress::Tried { text: text.clone(), entry: *entry, delivery, why });
+            }
         }
+        batch.clear();
     }
 }

@@ -48,8 +48,8 @@ pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), Fault> {
                 Err(error) => return Err(Fault::io("standard input", &error)),
             },
             progress = script.sender.progress() => script.progressed(progress)?,
-            entry = listener.next() => match entry {
-                Some(entry) => script.arrived(entry?).await?,
+            entries = listener.next_all() => match entries {
+                Some(entries) => script.arrived(&entries?).await?,
                 None => break,
             },
             () = over(input) => break,
@@ -102,11 +102,12 @@ impl Script<'_> {
         Ok(())
     }
 
-    async fn arrived(&mut self, entry: Entry) -> Result<(), Fault> {
-        if !self.chat.is_ours(&entry) {
-            return Ok(());
+    async fn arrived(&mut self, entries: &[Entry]) -> Result<(), Fault> {
+        let mut shown = Vec::new();
+        for entry in entries.iter().filter(|entry| self.chat.is_ours(entry)) {
+            self.chat.context.output.report(&self.chat.shown(entry))?;
+            shown.push(entry.id);
         }
-        self.chat.context.output.report(&self.chat.shown(&entry))?;
-        Ok(self.chat.messenger.mark_seen(&[entry.id]).await?)
+        Ok(self.chat.messenger.mark_seen(&shown).await?)
     }
 }

@@ -191,8 +191,8 @@ impl Reader<'_> {
     /// Shows what comes until the time is over, or for ever.
     async fn follow(&mut self, until: Option<Instant>) -> Result<(), Fault> {
         let mut listener = self.messenger.listen();
-        while let Some(entry) = next(&mut listener, until).await? {
-            self.show(&[entry]).await?;
+        while let Some(entries) = next(&mut listener, until).await? {
+            self.show(&entries).await?;
         }
         Ok(())
     }
@@ -201,7 +201,7 @@ impl Reader<'_> {
     async fn wait(&mut self, until: Instant) -> Result<(), Fault> {
         let mut listener = self.messenger.listen();
         match next(&mut listener, Some(until)).await? {
-            Some(entry) => self.show(&[entry]).await,
+            Some(entries) => self.show(&entries).await,
             None => Err(Fault::new(Exit::Nothing, "client.nothing", "nothing arrived in time")),
         }
     }
@@ -224,8 +224,8 @@ impl Reader<'_> {
     }
 }
 
-/// The next entry, or `None` when the time is over.
-async fn next(listener: &mut Listener, until: Option<Instant>) -> Result<Option<Entry>, Fault> {
+/// The next entries, or `None` when the time is over.
+async fn next(listener: &mut Listener, until: Option<Instant>) -> Result<Option<Vec<Entry>>, Fault> {
     let over = async {
         match until {
             Some(until) => sleep_until(until).await,
@@ -233,7 +233,7 @@ async fn next(listener: &mut Listener, until: Option<Instant>) -> Result<Option<
         }
     };
     tokio::select! {
-        entry = listener.next() => Ok(entry.transpose()?),
+        entries = listener.next_all() => Ok(entries.transpose()?),
         () = over => Ok(None),
     }
 }

@@ -1,0 +1,92 @@
+//! Much to send at once: whoever sends still reads, and nothing of the backlog is lost, doubled or out of order.
+
+use qpq_client::{ConversationId, Delivery, Error, Event, MAX_TEXT, Messenger};
+
+use crate::harness::{Server, dm, history, read, soon};
+
+/// Messages that each has still to send.
+const BACKLOG: usize = 240;
+
+fn texts(from: &str) -> impl Iterator<Item = String> {
+    (0..BACKLOG).map(move |n| format!("{from} {n}"))
+}
+
+/// How many messages of ours are still to be sent.
+async fn unsent(messenger: &Messenger, conversation: ConversationId) -> usize {
+    let entries = messenger.history(conversation, usize::MAX).await.unwrap();
+    let is_queued = |event: &Event| matches!(event, Event::Sent { delivery: Delivery::Queued, .. });
+    entries.iter().filter(|entry| is_queued(&entry.event)).count()
+}
+
+/// Listens until all of `from`'s messages are there and ours are sent; answers the texts that came, each with how many of
+/// ours were still to be sent then.
+async fn chat(messenger: &Messenger, conversation: ConversationId) -> Vec<(String, usize)> {
+    let mut listener = messenger.listen();
+    let mut heard = Vec::new();
+    while heard.len() < BACKLOG {
+        let entries = listener.next_all().await.unwrap().unwrap();
+        let left = unsent(messenger, conversation).await;
+        let shown: Vec<_> = entries.iter().map(|entry| entry.id).collect();
+        messenger.mark_seen(&shown).await.unwrap();
+        heard.extend(entries.into_iter().filter_map(|entry| match entry.event {
+            Event::Received { text, .. } => Some((text, left)),
+            _ => None,
+        }));
+    }
+    messenger.flush().await.unwrap();
+    heard
+}
+
+#[tokio::test]
+async fn two_who_have_much_to_send_read_each_other_meanwhile() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
+    for (messenger, conversation, name) in [(&alice, with_bob, "alice"), (&bob, with_alice, "bob")] {
+        let entries = messenger.queue_all(conversation, texts(name).collect()).await.unwrap();
+        assert_eq!(entries.len(), BACKLOG);
+    }
+    let (alice_heard, bob_heard) = soon(async {
+        // A program that sends of its own accord, besides the listener.
+        let (_, _, alice_heard, bob_heard) =
+            tokio::join!(alice.flush(), bob.flush(), chat(&alice, with_bob), chat(&bob, with_alice));
+        (alice_heard, bob_heard)
+    })
+    .await;
+    for (heard, from) in [(alice_heard, "bob"), (bob_heard, "alice")] {
+        assert!(heard.iter().map(|(text, _)| text.clone()).eq(texts(from)), "{heard:?}");
+        assert!(heard[0].1 > BACKLOG / 2, "the first of {from} came when {} were left", heard[0].1);
+    }
+    for (messenger, conversation, name) in [(&alice, with_bob, "alice"), (&bob, with_alice, "bob")] {
+        let lines = history(messenger, conversation).await;
+        let own = lines.into_iter().filter_map(|line| Some(line.strip_prefix("me: ")?.to_owned()));
+        assert!(own.eq(texts(name)), "all are sent, in order");
+    }
+}
+
+#[tokio::test]
+async fn a_backlog_is_sent_as_far_as_one_asks() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    let entries = alice.queue_all(with_bob, texts("alice").take(40).collect()).await.unwrap();
+    alice.flush_until(entries[19]).await.unwrap();
+    assert_eq!(read(&bob).await.len(), 20);
+    assert_eq!(unsent(&alice, with_bob).await, 20);
+    alice.flush_until(entries[0]).await.unwrap();
+    assert_eq!(unsent(&alice, with_bob).await, 20, "what is sent already is no reason to send more");
+    alice.flush().await.unwrap();
+    assert_eq!(read(&bob).await.len(), 20);
+}
+
+#[tokio::test]
+async fn many_texts_are_saved_all_or_none() {
+    let server = Server::start().await;
+    let (alice, _bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    let texts = vec!["short".to_owned(), "x".repeat(MAX_TEXT + 1)];
+    let refused = alice.queue_all(with_bob, texts).await.unwrap_err();
+    assert!(matches!(refused, Error::TextTooLong { .. }), "{refused:?}");
+    assert!(history(&alice, with_bob).await.is_empty());
+    assert!(alice.queue_all(with_bob, Vec::new()).await.unwrap().is_empty());
+}
