@@ -1,4 +1,7 @@
 //! The store's care for itself: a commit to see whether commits work, and the removal of what has expired.
+//!
+//! A few bytes may well be committed on a disk that has no room for a message: the log keeps its length and is written
+//! from the start again. So once a batch was refused, the commit that is tried is larger than that batch.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,6 +21,9 @@ use crate::{
 /// Rows of each kind in one sweep: what an Enqueue may have to wait for.
 pub(crate) const SWEEP: i64 = 256;
 
+/// Bytes that a few rows can take beyond their own: each touches pages of an index or two.
+const LOAD: usize = 64 << 10;
+
 #[derive(Debug)]
 pub(crate) struct EmbeddedUpkeep {
     writer: Writer,
@@ -34,6 +40,9 @@ impl EmbeddedUpkeep {
 #[async_trait]
 impl Upkeep for EmbeddedUpkeep {
     async fn check(&self) -> StoreResult<()> {
+        if let Some(refused) = self.writer.refused() {
+            self.lift(refused).await?;
+        }
         self.writer
             .run(
                 Scope::Batch,
@@ -75,9 +84,33 @@ impl Upkeep for EmbeddedUpkeep {
     }
 }
 
+impl EmbeddedUpkeep {
+    /// Commits something that needs more room than a batch of so many bytes; the next beat lets go of it.
+    async fn lift(&self, refused: usize) -> StoreResult<()> {
+        let load = i64::try_from(refused.saturating_mul(2).saturating_add(LOAD)).unwrap_or(i64::MAX);
+        self.writer
+            .run(
+                Scope::Alone,
+                refused,
+                move |connection| {
+                    async move {
+                        sqlx::query("UPDATE heartbeat SET load = zeroblob(?1)")
+                            .bind(load)
+                            .execute(connection)
+                            .await
+                            .map(|_| Outcome::Keep(()))
+                    }
+                    .boxed()
+                },
+                |()| {},
+            )
+            .await
+    }
+}
+
 /// Writes the one row that exists for this.
 pub(crate) async fn beat(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-    sqlx::query("UPDATE heartbeat SET beats = beats + 1").execute(connection).await.map(drop)
+    sqlx::query("UPDATE heartbeat SET beats = beats + 1, load = NULL").execute(connection).await.map(drop)
 }
 
 async fn sweep_keys(connection: &mut SqliteConnection, now: UnixMillis) -> sqlx::Result<u64> {

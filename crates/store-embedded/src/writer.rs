@@ -7,10 +7,17 @@
 //! - Messages to be enqueued are no jobs of their own: all that wait go to the database together, after the jobs.
 //! - A job that only concerns itself (a constraint, a row that cannot be read) fails alone, if it runs in a savepoint.
 //! - A failure of the store (full, I/O, corrupt) rolls the whole batch back; each of its jobs is told, the connection is
-//!   thrown away, and the next batch begins with a new one. So the store works again as soon as the disk does.
+//!   thrown away, and the next batch begins with a new one. So the store works again as soon as the disk does. How large
+//!   the batch was is remembered until one as large is committed: a small one may fit where that did not.
 //! - A caller may go away: its job is carried out or not, but the writer does not care.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
 use qpq_domain::Delivery;
@@ -48,6 +55,8 @@ pub(crate) enum Scope {
     Job,
     /// The batch: for jobs that no row can make fail, and that are many.
     Batch,
+    /// The job alone: it has a transaction of its own, for what may well fail and should take nobody with it.
+    Alone,
 }
 
 /// How a job ended.
@@ -71,10 +80,32 @@ enum Refusal {
 pub(crate) struct Writer {
     jobs: mpsc::UnboundedSender<Message>,
     room: Arc<Semaphore>,
+    refused: Arc<Refused>,
+}
+
+/// The bytes of the largest batch that was refused since one as large was committed; 0 for none.
+#[derive(Debug, Default)]
+struct Refused(AtomicUsize);
+
+impl Refused {
+    fn bytes(&self) -> Option<usize> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0)
+    }
+
+    fn refused(&self, bytes: usize) {
+        self.0.fetch_max(bytes.max(1), Ordering::Relaxed);
+    }
+
+    fn committed(&self, bytes: usize) {
+        if self.bytes().is_some_and(|refused| refused <= bytes) {
+            self.0.store(0, Ordering::Relaxed);
+        }
+    }
 }
 
 enum Message {
     Job(Box<dyn Job>),
+    Alone(Box<dyn Job>),
     Enqueue(EnqueueCall),
     Close(oneshot::Sender<()>),
 }
@@ -89,15 +120,28 @@ impl Writer {
         guard: G,
     ) -> Self {
         let (jobs, waiting) = mpsc::unbounded_channel();
+        let refused = Arc::<Refused>::default();
+        let committer = Committer {
+            waiting,
+            options,
+            limits,
+            connection: Some(connection),
+            refused: Arc::clone(&refused),
+        };
         tokio::spawn(async move {
-            let closed = Committer { waiting, options, limits, connection: Some(connection) }.run().await;
+            let closed = committer.run().await;
             drop(guard);
             if let Some(closed) = closed {
                 // Whoever closed the store may be gone.
                 let _ = closed.send(());
             }
         });
-        Self { jobs, room: Arc::new(Semaphore::new(ROOM)) }
+        Self { jobs, room: Arc::new(Semaphore::new(ROOM)), refused }
+    }
+
+    /// About how much a commit must hold to show that what was refused last would be taken now; `None` if nothing was.
+    pub(crate) fn refused(&self) -> Option<usize> {
+        self.refused.bytes()
     }
 
     /// Runs `work` in a transaction. Once that is committed, calls `committed` with the result, in commit order and whether
@@ -120,7 +164,8 @@ impl Writer {
         let (answer, result) = oneshot::channel();
         metrics::gauge!(names::QUEUE_JOBS).increment(1);
         let job = TypedJob { scope, bytes, work: Some(work), committed, result: None, answer, _room: room };
-        self.jobs.send(Message::Job(Box::new(job))).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
+        let message = if scope == Scope::Alone { Message::Alone } else { Message::Job };
+        self.jobs.send(message(Box::new(job))).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
         result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
     }
 
@@ -280,6 +325,7 @@ struct Committer {
     limits: Delivery,
     /// None after a failure, until the next batch.
     connection: Option<SqliteConnection>,
+    refused: Arc<Refused>,
 }
 
 impl Committer {
@@ -287,7 +333,7 @@ impl Committer {
     async fn run(mut self) -> Option<oneshot::Sender<()>> {
         let mut closed = None;
         while let Some(message) = self.waiting.recv().await {
-            let mut batch = Batch::default();
+            let (mut batch, mut alone) = (Batch::default(), None);
             let mut next = Some(message);
             while let Some(message) = next {
                 match message {
@@ -299,16 +345,21 @@ impl Committer {
                         batch.bytes += call.bytes;
                         batch.calls.push(call);
                     }
+                    Message::Alone(job) => alone = Some(job),
                     Message::Close(done) => {
                         // What was sent before is still received, then there is nothing more.
                         self.waiting.close();
                         closed = Some(done);
                     }
                 }
-                next = if batch.is_full() { None } else { self.waiting.try_recv().ok() };
+                let is_whole = batch.is_full() || alone.is_some();
+                next = if is_whole { None } else { self.waiting.try_recv().ok() };
             }
             if batch.len() > 0 {
                 self.commit(batch).await;
+            }
+            if let Some(job) = alone {
+                self.commit(Batch { bytes: job.bytes(), jobs: vec![job], ..Batch::default() }).await;
             }
         }
         if let Some(mut connection) = self.connection.take() {
@@ -322,19 +373,21 @@ impl Committer {
 
     /// Commits the batch and answers everyone in it.
     async fn commit(&mut self, mut batch: Batch) {
-        let jobs = batch.len();
+        let (jobs, bytes) = (batch.len(), batch.bytes);
         metrics::gauge!(names::QUEUE_JOBS).decrement(jobs as f64);
         metrics::histogram!(names::BATCH_JOBS).record(jobs as f64);
         let begun = Instant::now();
         match self.transaction(&mut batch).await {
             Ok((own, outcomes)) => {
                 metrics::histogram!(names::BATCH_SECONDS).record(begun.elapsed());
+                self.refused.committed(bytes);
                 batch.committed(own, outcomes);
             }
             Err(error) => {
                 let kind = Kind::of(&error);
                 metrics::counter!(names::ERRORS, "kind" => kind.name()).increment(1);
                 tracing::error!(%error, kind = kind.name(), jobs, "nothing was committed");
+                self.refused.refused(bytes);
                 self.start_over().await;
                 batch.failed(&error.into());
             }
@@ -352,7 +405,7 @@ impl Committer {
         let mut own = Vec::with_capacity(batch.jobs.len());
         for job in &mut batch.jobs {
             own.push(match job.scope() {
-                Scope::Batch => {
+                Scope::Batch | Scope::Alone => {
                     job.run(connection).await?;
                     None
                 }
