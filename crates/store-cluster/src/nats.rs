@@ -151,7 +151,7 @@ fn failed(error: &async_nats::ConnectError) -> ConnectError {
 fn options(config: &Config, back: watch::Sender<()>) -> Result<ConnectOptions, ConnectError> {
     let mut options = ConnectOptions::new()
         .name("qpq-server")
-        .connection_timeout(config.start_timeout.min(Duration::from_secs(5)))
+        .connection_timeout(Duration::from_secs(5))
         .ping_interval(Duration::from_secs(10))
         .event_callback(move |event| {
             let back = back.clone();

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context as _;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
-use crate::process::write_private;
+use crate::process::{new_password, write_private};
 
 /// Who vouches for servers. Dropping it removes its file.
 pub struct Authority {
@@ -29,7 +29,10 @@ impl Authority {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "an authority for tests");
+        // A name of its own: two of the same name would be told apart by their signatures alone.
+        params
+            .distinguished_name
+            .push(DnType::CommonName, format!("an authority for tests {}", new_password()));
         let dir = tempfile::tempdir().context("no temporary directory can be made")?;
         fs::write(dir.path().join("ca.pem"), params.self_signed(&key)?.pem())?;
         Ok(Self { issuer: Issuer::new(params, key), dir })

@@ -36,21 +36,26 @@ impl RedisSentinel {
                 ("sentinel monitor", &format!("{SERVICE} 127.0.0.1 {} 1", first.port())),
                 ("sentinel auth-pass", &format!("{SERVICE} {password}")),
                 ("sentinel down-after-milliseconds", &format!("{SERVICE} 500")),
-                ("sentinel failover-timeout", &format!("{SERVICE} 5000")),
+                ("sentinel failover-timeout", &format!("{SERVICE} 2000")),
             ],
             &["--sentinel"],
         )
         .await?;
         let all = Self { pair: [first, second], sentinel };
-        all.wait_for("the Sentinel to know a replica that follows", || async {
-            let replicas = all.sentinel.command(["SENTINEL", "REPLICAS", SERVICE]).await?;
-            Ok(replicas
-                .array()?
-                .first()
-                .is_some_and(|fields| field(fields, "master-link-status") == Some("ok")))
-        })
-        .await?;
+        all.wait_for_replica().await?;
         Ok(all)
+    }
+
+    /// Returns once the Sentinel knows a replica that follows, so that it can take the primary's place.
+    pub async fn wait_for_replica(&self) -> anyhow::Result<()> {
+        self.wait_for("the Sentinel to know a replica that follows", || async {
+            let replicas = self.sentinel.command(["SENTINEL", "REPLICAS", SERVICE]).await?;
+            Ok(replicas.array()?.first().is_some_and(|fields| {
+                // One that is down has further flags, and the link as it last was.
+                field(fields, "flags") == Some("slave") && field(fields, "master-link-status") == Some("ok")
+            }))
+        })
+        .await
     }
 
     /// What clients ask the Sentinel for.

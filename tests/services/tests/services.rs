@@ -167,21 +167,23 @@ async fn a_frozen_server_answers_once_it_is_thawed() {
     let mut waits = JoinSet::new();
     waits.spawn({
         let redis = Arc::clone(&redis);
-        async move { redis.command(["PING"]).await.is_ok() }
+        async move { redis.command(["PING"]).await.map(drop) }
     });
     waits.spawn({
         let nats = Arc::clone(&nats);
-        async move { nats.ping().await.is_ok() }
+        async move { nats.ping().await }
     });
     waits.spawn({
         let postgres = Arc::clone(&postgres);
-        async move { postgres.sql("SELECT 1").await.is_ok() }
+        async move { postgres.sql("SELECT 1").await.map(drop) }
     });
     assert!(timeout(Duration::from_millis(300), waits.join_next()).await.is_err(), "none answers");
     redis.thaw();
     nats.thaw();
     postgres.thaw();
-    assert_eq!(waits.join_all().await, [true; 3]);
+    for answer in waits.join_all().await {
+        answer.expect("each answers");
+    }
     redis.freeze();
     redis.restart().await.expect("a frozen one can be stopped");
 }

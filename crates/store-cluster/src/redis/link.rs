@@ -41,19 +41,24 @@ impl Link {
         let tls = config.redis.authorities(Server::Redis)?.map(|ca| address.trusting(ca)).transpose()?;
         let nodes = address.nodes(config.redis.password.as_deref())?;
         let timeout = config.redis_timeout;
+        let access = Access { tls: tls.clone(), timeout };
         let opened = match address.kind {
-            Kind::Single => single(nodes[0].clone(), tls.clone(), timeout).await,
-            Kind::Cluster => cluster(nodes.clone(), tls.clone(), timeout).await,
+            Kind::Single => match access.try_out(&nodes[0]).await {
+                Ok(()) => single(nodes[0].clone(), tls, timeout).await,
+                // The client would try again by itself, and say nothing for so long.
+                Err(error) => Err(error),
+            },
+            Kind::Cluster => cluster(nodes.clone(), tls, timeout).await,
             Kind::Sentinel => {
                 // Within the deadline of a call, so that the call learns of it and the Sentinels are asked.
-                let access = Access { tls: tls.clone(), timeout: timeout.mul_f64(0.8) };
+                let access = Access { tls, timeout: timeout.mul_f64(0.8) };
                 let primary = Primary::find(nodes.clone(), address.path, access).await;
                 primary.map(|primary| Self::Sentinel(Arc::new(primary)))
             }
         };
         match opened {
             Ok(link) => Ok(link),
-            Err(error) => Err(Access { tls, timeout }.why(&error, &nodes).await),
+            Err(error) => Err(access.why(&error, &nodes).await),
         }
     }
 }

@@ -58,7 +58,8 @@ impl Access {
         why
     }
 
-    async fn try_out(&self, node: &ConnectionInfo) -> RedisResult<()> {
+    /// Whether this node lets us in and answers.
+    pub(super) async fn try_out(&self, node: &ConnectionInfo) -> RedisResult<()> {
         Cmd::new().arg("PING").exec_async(&mut self.open(node).await?).await
     }
 }

@@ -90,14 +90,20 @@ impl Primary {
 
     /// The primary that this Sentinel names, if it is one.
     async fn ask(&self, sentinel: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
-        let mut connection = match self.access.open(sentinel).await {
+        let (mut connection, refusal) = match self.access.open(sentinel).await {
             // Many a Sentinel knows no password where the servers behind it want one.
-            Err(refusal) if is_refusal(&refusal) => self.access.open_anonymously(sentinel).await?,
-            opened => opened?,
+            Err(refusal) if is_refusal(&refusal) => {
+                (self.access.open_anonymously(sentinel).await?, Some(refusal))
+            }
+            opened => (opened?, None),
         };
         let mut ask = Cmd::new();
         ask.arg("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(&self.name);
-        let named: Option<(String, u16)> = ask.query_async(&mut connection).await?;
+        let answer = ask.query_async(&mut connection).await;
+        let named: Option<(String, u16)> = answer.map_err(|error| match refusal {
+            Some(refusal) if is_refusal(&error) => refusal,
+            _ => error,
+        })?;
         let (host, port) = named.ok_or((
             ErrorKind::MasterNameNotFoundBySentinel,
             "the Sentinel knows no primary of this name",

@@ -3,6 +3,8 @@
 //! nothing is closed. Then another edge takes its place.
 
 use std::{
+    fmt,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -17,7 +19,7 @@ use qpq_ports::{
     conformance::{Backend, Factory},
 };
 use qpq_store_cluster::{ClusterStore, Config, Endpoint, Limits, Migrate, Timing};
-use qpq_test_services::{Nats, Postgres, Redis, resp::Reply};
+use qpq_test_services::{Authority, Nats, Postgres, Redis, RedisCluster, RedisSentinel, resp::Reply};
 use tokio::{
     runtime::{Builder, Runtime},
     time::{Instant, sleep},
@@ -31,26 +33,86 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A database with the schema in it, which others are copied from.
 const TEMPLATE: &str = "template";
 
+/// No test here takes the power away, so nothing waits for a disk.
+pub(crate) const QUICK: &[(&str, &str)] = &[("fsync", "off")];
+
+/// Whatever kind of Redis.
+pub(crate) trait AnyRedis: fmt::Debug + Send + Sync + 'static {
+    fn url(&self) -> String;
+
+    /// Where its keys lie, all of them together.
+    fn nodes(&self) -> &[Redis];
+}
+
+impl AnyRedis for Redis {
+    fn url(&self) -> String {
+        self.url()
+    }
+
+    fn nodes(&self) -> &[Redis] {
+        std::slice::from_ref(self)
+    }
+}
+
+impl AnyRedis for RedisCluster {
+    fn url(&self) -> String {
+        self.url()
+    }
+
+    fn nodes(&self) -> &[Redis] {
+        self.nodes()
+    }
+}
+
+impl AnyRedis for RedisSentinel {
+    fn url(&self) -> String {
+        self.url()
+    }
+
+    fn nodes(&self) -> &[Redis] {
+        self.pair()
+    }
+}
+
 /// The three servers.
 #[derive(Debug)]
-pub(crate) struct Servers {
+pub(crate) struct Servers<R = Redis> {
     pub(crate) postgres: Postgres,
-    pub(crate) redis: Redis,
+    pub(crate) redis: R,
     pub(crate) nats: Nats,
+    /// Who vouches for them, where they are encrypted.
+    authority: Option<Authority>,
     clusters: AtomicU32,
 }
 
 impl Servers {
     pub(crate) async fn start() -> Arc<Self> {
-        // No test here takes the power away, so nothing waits for a disk.
-        let postgres = Postgres::start_with(&[("fsync", "off")]);
-        let (postgres, redis, nats) = tokio::join!(postgres, Redis::start(), Nats::start());
-        let servers = Self {
-            postgres: postgres.expect("Postgres"),
-            redis: redis.expect("Redis"),
-            nats: nats.expect("NATS"),
-            clusters: AtomicU32::new(0),
-        };
+        Self::with(Redis::start()).await
+    }
+
+    /// All of them with TLS, by an authority that nobody knows.
+    pub(crate) async fn start_encrypted() -> Arc<Self> {
+        let authority = Authority::new().expect("an authority");
+        let (postgres, redis, nats) = tokio::join!(
+            Postgres::start_encrypted(QUICK, &authority),
+            Redis::start_encrypted(&authority),
+            Nats::start_encrypted(&authority)
+        );
+        let postgres = postgres.expect("Postgres");
+        let (redis, nats) = (redis.expect("Redis"), nats.expect("NATS"));
+        Self::prepared(postgres, redis, nats, Some(authority)).await
+    }
+}
+
+impl<R: AnyRedis> Servers<R> {
+    pub(crate) async fn with(redis: impl Future<Output = anyhow::Result<R>>) -> Arc<Self> {
+        let (postgres, redis, nats) = tokio::join!(Postgres::start_with(QUICK), redis, Nats::start());
+        let postgres = postgres.expect("Postgres");
+        Self::prepared(postgres, redis.expect("Redis"), nats.expect("NATS"), None).await
+    }
+
+    async fn prepared(postgres: Postgres, redis: R, nats: Nats, authority: Option<Authority>) -> Arc<Self> {
+        let servers = Self { postgres, redis, nats, authority, clusters: AtomicU32::new(0) };
         let template = servers.postgres.create_database(TEMPLATE).await.expect("a database");
         qpq_store_cluster::migrate(&servers.config(template, Limits::default())).await.expect("the schema");
         Arc::new(servers)
@@ -67,7 +129,8 @@ impl Servers {
     }
 
     fn config(&self, database: String, limits: Limits) -> Config {
-        let endpoint = |url: String| Endpoint { url, password: None, ca: None };
+        let ca: Option<PathBuf> = self.authority.as_ref().map(Authority::file);
+        let endpoint = |url: String| Endpoint { url, password: None, ca: ca.clone() };
         Config {
             postgres: endpoint(database),
             redis: endpoint(self.redis.url()),
@@ -90,26 +153,35 @@ impl Servers {
 
     /// Completes when nothing of the cluster is leased: its edges are dead, so nobody renews anything.
     async fn leases_have_run_out(&self, config: &Config) {
-        let keys = format!("{}:*l", config.namespace);
         eventually("the leases of a dead edge to run out", || async {
-            let mut redis = self.redis.connect().await.expect("Redis");
-            let now = redis.command(["TIME"]).await.expect("TIME");
-            let [seconds, micros] = now.array().expect("a list") else { panic!("{now:?} is no time") };
-            let clock = number::<u64>(seconds) * 1_000 + number::<u64>(micros) / 1_000;
-            let leases = redis.command(["KEYS", &keys]).await.expect("KEYS");
-            for key in leases.array().expect("a list") {
-                let fields = redis.command(["HGETALL", key.text().expect("text")]).await.expect("HGETALL");
-                for pair in fields.array().expect("a list").chunks(2) {
-                    let is_end = pair[0].text().expect("text").starts_with('e');
-                    if is_end && number::<u64>(&pair[1]) > clock {
-                        return false;
-                    }
+            for node in self.redis.nodes() {
+                if has_leases(node, &config.namespace).await {
+                    return false;
                 }
             }
             true
         })
         .await;
     }
+}
+
+/// Whether something is leased at this node. One that is down has nothing.
+async fn has_leases(node: &Redis, namespace: &str) -> bool {
+    let Ok(mut redis) = node.connect().await else { return false };
+    let now = redis.command(["TIME"]).await.expect("TIME");
+    let [seconds, micros] = now.array().expect("a list") else { panic!("{now:?} is no time") };
+    let clock = number::<u64>(seconds) * 1_000 + number::<u64>(micros) / 1_000;
+    let leases = redis.command(["KEYS", &format!("{namespace}:*l")]).await.expect("KEYS");
+    for key in leases.array().expect("a list") {
+        let fields = redis.command(["HGETALL", key.text().expect("text")]).await.expect("HGETALL");
+        for pair in fields.array().expect("a list").chunks(2) {
+            let is_end = pair[0].text().expect("text").starts_with('e');
+            if is_end && number::<u64>(&pair[1]) > clock {
+                return true;
+            }
+        }
+    }
+    false
 }
 
 /// An edge in this runtime.
@@ -132,7 +204,7 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut is_so: 
 
 /// Clusters of one edge each, on the same servers.
 #[derive(Debug)]
-pub(crate) struct Clusters(Arc<Servers>);
+pub(crate) struct Clusters<R = Redis>(pub(crate) Arc<Servers<R>>);
 
 impl Clusters {
     pub(crate) async fn start() -> Self {
@@ -141,7 +213,7 @@ impl Clusters {
 }
 
 #[async_trait]
-impl Factory for Clusters {
+impl<R: AnyRedis> Factory for Clusters<R> {
     async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend> {
         let config = self.0.cluster(Limits { delivery, key_packages }).await;
         let servers = Arc::clone(&self.0);
@@ -149,14 +221,14 @@ impl Factory for Clusters {
     }
 }
 
-struct Running {
+struct Running<R> {
     process: Option<Process>,
     config: Config,
-    servers: Arc<Servers>,
+    servers: Arc<Servers<R>>,
 }
 
 #[async_trait]
-impl Backend for Running {
+impl<R: AnyRedis> Backend for Running<R> {
     fn stores(&self) -> Stores {
         self.process.as_ref().expect("running").store.stores()
     }
@@ -168,7 +240,7 @@ impl Backend for Running {
     }
 }
 
-impl Drop for Running {
+impl<R> Drop for Running<R> {
     fn drop(&mut self) {
         if let Some(process) = self.process.take() {
             process.runtime.shutdown_background();

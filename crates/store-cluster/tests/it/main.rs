@@ -3,5 +3,8 @@
 mod backend;
 mod conformance;
 mod edges;
+mod failover;
+mod metrics;
 mod people;
 mod sessions;
+mod start;
