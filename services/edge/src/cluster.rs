@@ -18,7 +18,8 @@ section! {
         url: Option<Redacted<String>> = None;
         /// A file with the password, which then need not be in the URL.
         password_file: Option<PathBuf> = None;
-        /// A PEM file with the authorities of its certificate; the connection is encrypted and the certificate checked.
+        /// A PEM file with the authorities of its certificate, beside the public ones; the connection is encrypted and the
+        /// certificate checked.
         ca: Option<PathBuf> = None, unset: "the URL's `sslmode` decides";
         /// Connections of this edge at most.
         connections: u32 = 16;
@@ -31,11 +32,11 @@ section! {
     /// Redis, version 7.0 or newer: queues that are being read, leases, waiters, rate limits. It may lose everything it holds.
     pub struct Redis {
         /// Where it is: `redis://host:6379`, `redis+cluster://a:6379,b:6379` or `redis+sentinel://a:26379,b:26379/primary`;
-        /// with `rediss` in place of `redis` encrypted.
+        /// with `rediss` in place of `redis` encrypted. Sentinels may want the password too, or none.
         url: Option<Redacted<String>> = None;
         /// A file with the password, which then need not be in the URL.
         password_file: Option<PathBuf> = None;
-        /// A PEM file with the authorities of its certificate.
+        /// A PEM file with the authorities of its certificate; only where the URL says `rediss`.
         ca: Option<PathBuf> = None, unset: "the system's";
         /// How long it may take to answer.
         timeout: Duration = Duration::from_secs(2);
@@ -66,7 +67,8 @@ section! {
         namespace: String = "qpq".into();
         /// Whether an edge brings the schema up to date when it starts. Else `qpq-admin migrate` does, before.
         migrate: MigrateWhen = MigrateWhen::Never;
-        /// How long the servers are waited for when an edge starts.
+        /// How long an edge that starts waits for each of the servers, be it that it is not there or that it hangs. One that
+        /// refuses the edge is not waited for.
         start_timeout: Duration = Duration::from_secs(60);
         /// Between two looks at the inboxes that somebody waits for: the delay of a message when word of it got lost.
         poll: Duration = Timing::default().poll;

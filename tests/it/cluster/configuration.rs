@@ -1,4 +1,4 @@
-//! Edges that must not start, and say why: of another cluster, or half configured.
+//! Edges that must not start, and say why: of another cluster, half configured, or not let in.
 
 use std::process::Stdio;
 
@@ -67,5 +67,26 @@ async fn a_half_given_configuration_is_refused_by_name() {
         let others = needed.iter().filter(|(_, other)| *other != setting);
         assert!(others.clone().all(|(_, other)| said.contains(other)), "with {given} alone: {said}");
         assert!(!said.contains(":1234"), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edge_that_a_server_does_not_let_in_says_which_and_by_what_settings() {
+    let plan = Plan { edges: 1, place: Place::Apart, ..Plan::default() };
+    let cluster = Cluster::start(plan).await.unwrap();
+    let file = cluster.dir().join("wrong-password");
+    std::fs::write(&file, "not-the-password\n").unwrap();
+    for section in ["postgres", "redis", "nats"] {
+        let (code, said) = refusal(&cluster, |command| {
+            command.env(format!("QPQ_{}__PASSWORD_FILE", section.to_uppercase()), &file);
+            // Whoever waits for that long never ends.
+            command.env("QPQ_CLUSTER__START_TIMEOUT", "1d");
+        })
+        .await;
+        assert_eq!(code, FAILED, "{section}: {said}");
+        assert!(said.contains("does not let this program in"), "{section}: {said}");
+        let settings = [format!("{section}.url"), format!("{section}.password_file")];
+        assert!(settings.iter().all(|setting| said.contains(setting)), "{section}: {said}");
+        assert!(!said.contains("not-the-password"), "{said}");
     }
 }
