@@ -144,6 +144,9 @@ struct LoggedOut {
     sessions_ended: Option<u32>,
     /// Why it could not.
     problem: Option<String>,
+    /// Whether there was no key to forget.
+    #[serde(skip)]
+    was_locked: bool,
 }
 
 impl Report for LoggedOut {
@@ -152,8 +155,15 @@ impl Report for LoggedOut {
         match (self.sessions_ended, &self.problem) {
             (Some(0 | 1), _) => writeln!(out, "{username} is logged out."),
             (Some(ended), _) => writeln!(out, "{username} is logged out; {ended} sessions were ended."),
+            (None, _) if self.was_locked => {
+                writeln!(out, "{username} is not logged in on this machine.")?;
+                writeln!(
+                    out,
+                    "A session from before a reboot, if there is one, ends at the next `qpq login`, or by itself when it has not been used for long."
+                )
+            }
             (None, problem) => {
-                let problem = problem.as_deref().unwrap_or("nobody was logged in here");
+                let problem = problem.as_deref().unwrap_or("it is not known why");
                 writeln!(out, "{username} is logged out on this machine: the key is forgotten.")?;
                 writeln!(out, "The session on the server was not ended: {problem}.")?;
                 writeln!(
@@ -183,6 +193,7 @@ pub(crate) async fn logout(context: &Context, all: bool) -> Result<(), Fault> {
             profile: context.profile.to_string(),
             username: profile.username.to_string(),
             sessions_ended: ended.as_ref().ok().copied(),
+            was_locked: matches!(&ended, Err(fault) if fault.code == Fault::not_logged_in().code),
             problem: ended.err().map(|fault| fault.message),
         }),
     }

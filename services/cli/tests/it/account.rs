@@ -83,6 +83,8 @@ async fn logging_out_ends_the_session_and_forgets_the_key() {
 
     // Once more is no error.
     assert_eq!(alice.json(&["logout"]).await[0]["sessions_ended"], json!(null));
+    let said = alice.ok(&["logout"]).await;
+    assert!(said.starts_with("alice is not logged in on this machine.\n"), "{said}");
     alice.ok(&["login"]).await;
     alice.ok(&["send", "bob", "hi"]).await;
 }
