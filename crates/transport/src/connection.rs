@@ -28,11 +28,24 @@ pub(crate) struct Connection<S: Service> {
     streams: Semaphore,
 }
 
-/// Serves a connection to its end.
-pub(crate) async fn serve<S: Service>(server: Arc<Shared<S>>, incoming: Incoming, admission: Admission) {
-    let Admission { place: _place, handshaking } = admission;
-    let Some((quic, alpn)) = shake_hands(&server, incoming).await else { return };
-    drop(handshaking);
+/// Serves a connection to its end. What only the handshake needs is a box that goes with it: the task lives as long as its
+/// client, which may be silent for days.
+pub(crate) fn serve<S: Service>(
+    server: Arc<Shared<S>>,
+    incoming: Incoming,
+    admission: Admission,
+) -> impl Future<Output = ()> + Send {
+    let shaking = Box::pin(shake_hands(Arc::clone(&server), incoming));
+    async move {
+        let Admission { place, handshaking } = admission;
+        let Some((quic, alpn)) = shaking.await else { return };
+        drop(handshaking);
+        serve_open(server, quic, alpn).await;
+        drop(place);
+    }
+}
+
+async fn serve_open<S: Service>(server: Arc<Shared<S>>, quic: quinn::Connection, alpn: Alpn) {
     server.metrics.connections_accepted.increment(1);
     let peer = Peer { addr: quic.remote_address(), alpn };
     let events = EventSink::new(quic.clone());
@@ -50,7 +63,7 @@ pub(crate) async fn serve<S: Service>(server: Arc<Shared<S>>, incoming: Incoming
 }
 
 async fn shake_hands<S: Service>(
-    server: &Shared<S>,
+    server: Arc<Shared<S>>,
     incoming: Incoming,
 ) -> Option<(quinn::Connection, Alpn)> {
     let metrics = &server.metrics;
@@ -84,8 +97,7 @@ async fn accept_streams<S: Service>(connection: &Arc<Connection<S>>) {
         let Ok(permit) = connection.streams.acquire().await else { return };
         let Ok((send, recv)) = connection.quic.accept_bi().await else { return };
         permit.forget();
-        let stream = OpenStream::new(Arc::clone(connection));
-        tokio::spawn(async move { stream::serve(&stream.connection, send, recv).await });
+        tokio::spawn(stream::serve(OpenStream::new(Arc::clone(connection)), send, recv));
     }
 }
 
@@ -107,8 +119,8 @@ impl<S: Service> Drop for Open<S> {
 }
 
 /// A stream being served; its drop counts it out, however the task ends.
-struct OpenStream<S: Service> {
-    connection: Arc<Connection<S>>,
+pub(crate) struct OpenStream<S: Service> {
+    pub(crate) connection: Arc<Connection<S>>,
 }
 
 impl<S: Service> OpenStream<S> {

@@ -8,7 +8,11 @@ use qpq_wire::{Request, RequestHeader, ResponseHeader};
 use quinn::{ReadError, RecvStream, SendStream, VarInt};
 use tokio::time::{Instant, timeout};
 
-use crate::{Delivery, Refusal, Reply, Service, connection::Connection, drain::Phase};
+use crate::{
+    Delivery, Refusal, Reply, Service,
+    connection::{Connection, OpenStream},
+    drain::Phase,
+};
 
 /// Stream errors carry nothing: what went wrong is in the answer, if there is one.
 const NO_CODE: VarInt = VarInt::from_u32(0);
@@ -17,21 +21,31 @@ const NO_CODE: VarInt = VarInt::from_u32(0);
 const FIRST_CHUNK: usize = 4096;
 
 /// Serves one stream to its end.
-pub(crate) async fn serve<S: Service>(connection: &Connection<S>, send: SendStream, recv: RecvStream) {
+///
+/// No `async fn`, which would keep room for its arguments and once more for what they become, and a parked call is one of
+/// these futures.
+pub(crate) fn serve<S: Service>(
+    stream: OpenStream<S>,
+    send: SendStream,
+    recv: RecvStream,
+) -> impl Future<Output = ()> + Send {
     let answer = Answer { send, state: AnswerState::Unfinished };
     let mut incoming = Incoming { recv, rest: Bytes::new(), header: None };
-    let reply = match receive(connection, &mut incoming).await {
-        Received::Request(request) => match run(connection, &answer, incoming.header, request).await {
-            Some(reply) => reply,
-            None => return connection.server.metrics.calls_cancelled.increment(1),
-        },
-        Received::Answer(reply) => reply,
-        Received::Nothing => return,
-    };
-    let header = incoming.header;
-    // Dropped before its end, quinn tells the client not to send the rest. The answer is another matter.
-    drop(incoming);
-    respond(connection, answer, header, reply).await;
+    async move {
+        let connection = &*stream.connection;
+        let reply = match receive(connection, &mut incoming).await {
+            Received::Request(request) => match run(connection, &answer, incoming.header, request).await {
+                Some(reply) => reply,
+                None => return connection.server.metrics.calls_cancelled.increment(1),
+            },
+            Received::Answer(reply) => reply,
+            Received::Nothing => return,
+        };
+        let header = incoming.header;
+        // Dropped before its end, quinn tells the client not to send the rest. The answer is another matter.
+        drop(incoming);
+        respond(connection, answer, header, reply).await;
+    }
 }
 
 /// What came of reading.
@@ -257,7 +271,7 @@ async fn respond<S: Service>(
     let written = answer.write(&mut frame, connection.server.timeouts.stalled_reply).await;
     drop(frame);
     match on_delivery {
-        Some(delivery) => settle(connection, answer, written, delivery).await,
+        Some(delivery) => Box::pin(settle(connection, answer, written, delivery)).await,
         // A close discards what is unacknowledged, so a drain waits for it.
         None if written.is_ok() && *connection.server.phase.borrow() == Phase::Draining => {
             let _ = acknowledged(connection, &answer.send).await;

@@ -30,23 +30,24 @@ impl Handler for methods::Fetch {
 }
 
 impl Handler for methods::FetchWait {
-    async fn handle(
+    // No `async fn`: what the future keeps while it waits is a few words, not the request and the caller twice.
+    fn handle(
         cx: Cx<'_>,
         caller: Caller,
         request: v1::FetchWaitRequest,
-    ) -> Result<Answered<v1::FetchWaitResponse>, Error> {
+    ) -> impl Future<Output = Result<Answered<v1::FetchWaitResponse>, Error>> + Send {
         let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
-        let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
+        let read = own(&caller, &request.recipient_key, scope, &request.device_id);
         let limit = page::limit(request.limit);
         let deadline = Instant::now() + Self::wait(cx.app, &request);
-        // Nothing of the request is kept while waiting.
-        drop(request);
-        let Some(lease) = wait(cx, &caller, read, limit, deadline).await? else {
-            return Ok(v1::FetchWaitResponse::default().into());
-        };
-        let response =
-            v1::FetchWaitResponse { payloads: page::envelopes(lease.page()), more: lease.page().more };
-        Ok(Answered { response, lease: Some(lease) })
+        async move {
+            let Some(lease) = wait(cx, &caller, &read?, limit, deadline).await? else {
+                return Ok(v1::FetchWaitResponse::default().into());
+            };
+            let response =
+                v1::FetchWaitResponse { payloads: page::envelopes(lease.page()), more: lease.page().more };
+            Ok(Answered { response, lease: Some(lease) })
+        }
     }
 
     fn wait(app: &App, request: &v1::FetchWaitRequest) -> Duration {
@@ -114,12 +115,12 @@ fn own(caller: &Caller, recipient_key: &[u8], scope: Scope<'_>, device_id: &[u8]
 async fn wait(
     cx: Cx<'_>,
     caller: &Caller,
-    read: Read,
+    read: &Read,
     limit: PageLimit,
     deadline: Instant,
 ) -> Result<Option<Box<dyn Lease>>, Error> {
     let mut wake = cx.app.stores.wakes.subscribe(&read.inbox);
-    if let Some(lease) = lease(cx, read, limit).await? {
+    if let Some(lease) = lease(cx, *read, limit).await? {
         return Ok(Some(lease));
     }
     let mut notices = cx.app.notices.listen(&caller.identity);
@@ -139,7 +140,7 @@ async fn wait(
             () = wake.woken() => {}
             () = sleep_until(deadline) => return Ok(None),
         }
-        if let Some(lease) = lease(cx, read, limit).await? {
+        if let Some(lease) = lease(cx, *read, limit).await? {
             return Ok(Some(lease));
         }
     }
