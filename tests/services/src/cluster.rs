@@ -6,6 +6,7 @@ use anyhow::{bail, ensure};
 use tokio::time::{Instant, sleep};
 
 use crate::{
+    authority::Authority,
     port::Port,
     process::{PATIENCE, new_password},
     redis::Redis,
@@ -25,6 +26,15 @@ pub struct RedisCluster {
 impl RedisCluster {
     /// As many nodes as asked for, each with an equal part of the slots.
     pub async fn start(count: usize) -> anyhow::Result<Self> {
+        Self::launch(count, None).await
+    }
+
+    /// The same with TLS, for clients and among themselves.
+    pub async fn start_encrypted(count: usize, authority: &Authority) -> anyhow::Result<Self> {
+        Self::launch(count, Some(authority)).await
+    }
+
+    async fn launch(count: usize, authority: Option<&Authority>) -> anyhow::Result<Self> {
         ensure!(count > 0, "a cluster has nodes");
         let password = new_password();
         let mut nodes = Vec::new();
@@ -33,14 +43,13 @@ impl RedisCluster {
             let bus = Port::reserve()?;
             let number = bus.number().to_string();
             let settings = [
-                ("save", "\"\""),
-                ("masterauth", &password),
+                ("tls-cluster", if authority.is_some() { "yes" } else { "no" }),
                 ("cluster-enabled", "yes"),
                 ("cluster-port", &number),
                 ("cluster-announce-ip", "127.0.0.1"),
                 ("cluster-node-timeout", "2000"),
             ];
-            nodes.push(Redis::launch(&password, &settings, &[]).await?);
+            nodes.push(Redis::launch(&password, &settings, &[], authority).await?);
             buses.push(bus);
         }
         let cluster = Self { nodes, buses };
@@ -55,8 +64,9 @@ impl RedisCluster {
 
     /// All of them in one, as the store takes it.
     pub fn url(&self) -> String {
-        let hosts: Vec<_> = self.nodes.iter().map(|node| node.addr().to_string()).collect();
-        format!("redis+cluster://:{}@{}", self.nodes[0].password(), hosts.join(","))
+        let hosts: Vec<_> = self.nodes.iter().map(|node| node.served_at().to_string()).collect();
+        let first = &self.nodes[0];
+        format!("{}+cluster://:{}@{}", first.scheme(), first.password(), hosts.join(","))
     }
 
     /// How a client connects: any of these leads to all.
@@ -99,7 +109,7 @@ impl RedisCluster {
             node.command(["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &last.to_string()]).await?;
             node.command(["CLUSTER", "SET-CONFIG-EPOCH", &(i + 1).to_string()]).await?;
         }
-        let port = self.nodes[0].port().to_string();
+        let port = self.nodes[0].served_at().port().to_string();
         let bus = self.buses[0].number().to_string();
         for node in &self.nodes[1..] {
             node.command(["CLUSTER", "MEET", "127.0.0.1", &port, &bus]).await?;

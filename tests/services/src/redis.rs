@@ -19,6 +19,9 @@ use crate::{
     resp::{Connection, Reply},
 };
 
+/// Makes a sentinel of it.
+pub(crate) const SENTINEL: &str = "--sentinel";
+
 /// A running Redis. Dropping it stops it and removes its data.
 #[derive(Debug)]
 pub struct Redis {
@@ -46,52 +49,34 @@ impl Redis {
 
     /// A server with `settings` (as in redis.conf) over the defaults, such as `("appendonly", "yes")`.
     pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let password = new_password();
-        let common = [("save", "\"\""), ("masterauth", &password)];
-        Self::launch(&password, &[&common[..], settings].concat(), &[]).await
+        Self::launch(&new_password(), settings, &[], None).await
     }
 
     /// A server whose [`url`](Self::url) is that of a second port, with TLS. The first is still there for the test.
     pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
-        let port = Port::reserve()?;
-        let home = Home::new("redis", Signal::SIGKILL)?;
-        let issued = authority.issue(home.path())?;
-        let (certificate, key) = (quoted(&issued.certificate), quoted(&issued.key));
-        let number = port.number().to_string();
-        let ca = quoted(&authority.file());
-        let settings = [
-            ("save", "\"\""),
-            ("tls-port", number.as_str()),
-            ("tls-cert-file", certificate.as_str()),
-            ("tls-key-file", key.as_str()),
-            ("tls-ca-cert-file", ca.as_str()),
-            ("tls-auth-clients", "no"),
-        ];
-        Ok(Self { encrypted: Some(port), ..Self::launch_in(home, &new_password(), &settings, &[]).await? })
+        Self::launch(&new_password(), &[], &[], Some(authority)).await
     }
 
-    /// Starts a server or, by `arguments`, a sentinel. Several may share a password.
+    /// Starts a server or, by `arguments`, a sentinel. Several may share a password, and speak with each other by TLS.
     pub(crate) async fn launch(
         password: &str,
         settings: &[(&str, &str)],
         arguments: &[&str],
-    ) -> anyhow::Result<Self> {
-        Self::launch_in(Home::new("redis", Signal::SIGKILL)?, password, settings, arguments).await
-    }
-
-    async fn launch_in(
-        home: Home,
-        password: &str,
-        settings: &[(&str, &str)],
-        arguments: &[&str],
+        authority: Option<&Authority>,
     ) -> anyhow::Result<Self> {
         let program = Program::Redis.find()?;
         let port = Port::reserve()?;
+        let home = Home::new("redis", Signal::SIGKILL)?;
         let mut configuration = format!(
             "port {}\nbind 127.0.0.1\nrequirepass {password}\ndir \"{}\"\n",
             port.number(),
             home.path().display()
         );
+        if !arguments.contains(&SENTINEL) {
+            writeln!(configuration, "save \"\"\nmasterauth {password}")?;
+        }
+        let encrypted =
+            authority.map(|authority| encrypt(&mut configuration, home.path(), authority)).transpose()?;
         for (name, value) in settings {
             writeln!(configuration, "{name} {value}")?;
         }
@@ -101,22 +86,19 @@ impl Redis {
         let mut command = Command::new(program);
         command.arg(file).args(arguments);
         let service = Service::new(home, command)?;
-        let redis = Self { service, port, encrypted: None, password: password.to_owned() };
+        let redis = Self { service, port, encrypted, password: password.to_owned() };
         redis.start_again().await?;
         Ok(redis)
     }
 
     /// How a client connects.
     pub fn url(&self) -> String {
-        match &self.encrypted {
-            Some(port) => format!("rediss://:{}@{}/", self.password, port.addr()),
-            None => self.url_via(self.addr()),
-        }
+        self.url_via(self.served_at())
     }
 
     /// The same by another way, such as a proxy's address.
     pub fn url_via(&self, addr: SocketAddr) -> String {
-        format!("redis://:{}@{addr}/", self.password)
+        format!("{}://:{}@{addr}/", self.scheme(), self.password)
     }
 
     pub const fn port(&self) -> u16 {
@@ -125,6 +107,15 @@ impl Redis {
 
     pub fn addr(&self) -> SocketAddr {
         self.port.addr()
+    }
+
+    /// Where clients are to connect: the port with TLS, if there is one.
+    pub(crate) fn served_at(&self) -> SocketAddr {
+        self.encrypted.as_ref().unwrap_or(&self.port).addr()
+    }
+
+    pub(crate) const fn scheme(&self) -> &'static str {
+        if self.encrypted.is_some() { "rediss" } else { "redis" }
     }
 
     pub fn password(&self) -> &str {
@@ -198,7 +189,18 @@ impl Redis {
     }
 }
 
-/// A path as redis.conf takes it.
-fn quoted(path: &Path) -> String {
-    format!("\"{}\"", path.display())
+/// Adds a port with TLS, which is also how this server speaks with others like it.
+fn encrypt(configuration: &mut String, home: &Path, authority: &Authority) -> anyhow::Result<Port> {
+    let port = Port::reserve()?;
+    let issued = authority.issue(home)?;
+    writeln!(configuration, "tls-port {}\ntls-auth-clients no\ntls-replication yes", port.number())?;
+    let files = [
+        ("tls-cert-file", &issued.certificate),
+        ("tls-key-file", &issued.key),
+        ("tls-ca-cert-file", &authority.file()),
+    ];
+    for (name, file) in files {
+        writeln!(configuration, "{name} \"{}\"", file.display())?;
+    }
+    Ok(port)
 }

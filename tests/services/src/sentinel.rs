@@ -6,8 +6,9 @@ use anyhow::{Context as _, bail};
 use tokio::time::{Instant, sleep};
 
 use crate::{
+    authority::Authority,
     process::{PATIENCE, new_password},
-    redis::Redis,
+    redis::{Redis, SENTINEL},
     resp::Reply,
 };
 
@@ -24,21 +25,31 @@ pub struct RedisSentinel {
 
 impl RedisSentinel {
     pub async fn start() -> anyhow::Result<Self> {
+        Self::launch(None).await
+    }
+
+    /// All three with TLS, for clients and among themselves.
+    pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
+        Self::launch(Some(authority)).await
+    }
+
+    async fn launch(authority: Option<&Authority>) -> anyhow::Result<Self> {
         let password = new_password();
-        let common = [("save", "\"\""), ("masterauth", &password), ("repl-diskless-sync-delay", "0")];
-        let first = Redis::launch(&password, &common, &[]).await?;
-        let replicaof = format!("127.0.0.1 {}", first.port());
-        let second =
-            Redis::launch(&password, &[&common[..], &[("replicaof", &replicaof)]].concat(), &[]).await?;
+        let quick = ("repl-diskless-sync-delay", "0");
+        let first = Redis::launch(&password, &[quick], &[], authority).await?;
+        let port = first.served_at().port();
+        let replicaof = format!("127.0.0.1 {port}");
+        let second = Redis::launch(&password, &[quick, ("replicaof", &replicaof)], &[], authority).await?;
         let sentinel = Redis::launch(
             &password,
             &[
-                ("sentinel monitor", &format!("{SERVICE} 127.0.0.1 {} 1", first.port())),
+                ("sentinel monitor", &format!("{SERVICE} 127.0.0.1 {port} 1")),
                 ("sentinel auth-pass", &format!("{SERVICE} {password}")),
                 ("sentinel down-after-milliseconds", &format!("{SERVICE} 500")),
                 ("sentinel failover-timeout", &format!("{SERVICE} 2000")),
             ],
-            &["--sentinel"],
+            &[SENTINEL],
+            authority,
         )
         .await?;
         let all = Self { pair: [first, second], sentinel };
@@ -70,7 +81,13 @@ impl RedisSentinel {
 
     /// The Sentinel and the name in one, as the store takes it.
     pub fn url(&self) -> String {
-        format!("redis+sentinel://:{}@{}/{SERVICE}", self.sentinel.password(), self.sentinel.addr())
+        let sentinel = &self.sentinel;
+        format!(
+            "{}+sentinel://:{}@{}/{SERVICE}",
+            sentinel.scheme(),
+            sentinel.password(),
+            sentinel.served_at()
+        )
     }
 
     /// The two that change places.
@@ -81,13 +98,13 @@ impl RedisSentinel {
     /// The one that the Sentinel names as primary now.
     pub async fn primary(&self) -> anyhow::Result<&Redis> {
         let addr = self.primary_addr().await?;
-        self.pair.iter().find(|redis| redis.addr() == addr).context("the Sentinel names a stranger")
+        self.pair.iter().find(|redis| redis.served_at() == addr).context("the Sentinel names a stranger")
     }
 
     /// The other one: it follows the primary, or it is down.
     pub async fn replica(&self) -> anyhow::Result<&Redis> {
         let addr = self.primary_addr().await?;
-        self.pair.iter().find(|redis| redis.addr() != addr).context("there are two")
+        self.pair.iter().find(|redis| redis.served_at() != addr).context("there are two")
     }
 
     /// Lets the two change places; returns once the new primary is named and takes writes.
@@ -105,14 +122,14 @@ impl RedisSentinel {
     pub async fn lose_primary(&self) -> anyhow::Result<()> {
         let old = self.primary().await?;
         old.kill9().await?;
-        self.wait_for_other_than(old.addr()).await
+        self.wait_for_other_than(old.served_at()).await
     }
 
     async fn wait_for_other_than(&self, old: SocketAddr) -> anyhow::Result<()> {
         self.wait_for("another primary", || async {
             let primary = self.primary().await?;
             let role = primary.command(["ROLE"]).await?;
-            Ok(primary.addr() != old && role.array()?.first() == Some(&Reply::Bulk(b"master".to_vec())))
+            Ok(primary.served_at() != old && role.array()?.first() == Some(&Reply::Bulk(b"master".to_vec())))
         })
         .await
     }

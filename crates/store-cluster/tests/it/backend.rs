@@ -93,18 +93,19 @@ impl Servers {
     /// All of them with TLS, by an authority that nobody knows.
     pub(crate) async fn start_encrypted() -> Arc<Self> {
         let authority = Authority::new().expect("an authority");
-        let (postgres, redis, nats) = tokio::join!(
-            Postgres::start_encrypted(QUICK, &authority),
-            Redis::start_encrypted(&authority),
-            Nats::start_encrypted(&authority)
-        );
-        let postgres = postgres.expect("Postgres");
-        let (redis, nats) = (redis.expect("Redis"), nats.expect("NATS"));
-        Self::prepared(postgres, redis, nats, Some(authority)).await
+        let redis = Redis::start_encrypted(&authority).await;
+        Self::encrypted(redis.expect("Redis"), authority).await
     }
 }
 
 impl<R: AnyRedis> Servers<R> {
+    /// Around a Redis that is encrypted, the other two encrypted by the same authority.
+    pub(crate) async fn encrypted(redis: R, authority: Authority) -> Arc<Self> {
+        let (postgres, nats) =
+            tokio::join!(Postgres::start_encrypted(QUICK, &authority), Nats::start_encrypted(&authority));
+        Self::prepared(postgres.expect("Postgres"), redis, nats.expect("NATS"), Some(authority)).await
+    }
+
     pub(crate) async fn with(redis: impl Future<Output = anyhow::Result<R>>) -> Arc<Self> {
         let (postgres, redis, nats) = tokio::join!(Postgres::start_with(QUICK), redis, Nats::start());
         let postgres = postgres.expect("Postgres");

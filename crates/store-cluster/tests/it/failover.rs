@@ -1,4 +1,5 @@
-//! A Redis that changes its primary while messages pass: by order, and because the primary is killed or hangs.
+//! A Redis that changes while messages pass: a primary by order, or because it is killed or hangs; a Cluster whose nodes come
+//! and go and change their slots.
 
 use std::{
     sync::{
@@ -11,7 +12,7 @@ use std::{
 use qpq_domain::{ChannelId, IdentityKey, Seq};
 use qpq_ports::{Ack, Enqueue, Enqueued, PageLimit, Read, StoreError, Stores, View};
 use qpq_store_cluster::{Config, Limits};
-use qpq_test_services::RedisSentinel;
+use qpq_test_services::{RedisCluster, RedisSentinel};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -52,21 +53,25 @@ async fn persist<T, F: Future<Output = Result<T, StoreError>>>(
     }
 }
 
+/// The message with this number, from somebody to oneself.
+fn message(to: Person, n: u64) -> Enqueue {
+    Enqueue {
+        sender: to.identity,
+        recipient: to.identity,
+        channel: ChannelId::DEFAULT,
+        payload: n.to_string().into(),
+        payload_sha256: [0; 32],
+        message_id: None,
+        now: NOW,
+        ttl: HOUR,
+    }
+}
+
 /// One message after the other, numbered. Redis is no part of accepting one, so none is ever refused.
 async fn send(stores: Stores, to: Person, progress: Arc<Progress>) {
     for n in 1..=ALL {
         eventually("the next lap", || async { progress.open.load(Ordering::Acquire) >= n }).await;
-        let message = Enqueue {
-            sender: to.identity,
-            recipient: to.identity,
-            channel: ChannelId::DEFAULT,
-            payload: n.to_string().into(),
-            payload_sha256: [0; 32],
-            message_id: None,
-            now: NOW,
-            ttl: HOUR,
-        };
-        let outcome = stores.inboxes.enqueue(vec![message]).await.expect("Postgres is there");
+        let outcome = stores.inboxes.enqueue(vec![message(to, n)]).await.expect("Postgres is there");
         let [Enqueued::Accepted(receipt)] = outcome[..] else { panic!("{outcome:?}") };
         assert_eq!(receipt.seq, Seq(n));
     }
@@ -136,7 +141,10 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
     comes_to(&progress.acked, 2 * LAP + 1).await;
     redis.lose_primary().await.expect("the Sentinel");
     comes_to(&progress.acked, 3 * LAP).await;
-    redis.replica().await.expect("the Sentinel").start_again().await.expect("Redis");
+    let (primary, killed) = (redis.primary().await.expect("one"), redis.replica().await.expect("the other"));
+    killed.start_again().await.expect("Redis");
+    // The Sentinel would order the same, some ten seconds later.
+    killed.command(["REPLICAOF", "127.0.0.1", &primary.port().to_string()]).await.expect("Redis");
     redis.wait_for_replica().await.expect("the replica");
 
     // It hangs: connections to it stay open.
@@ -166,5 +174,77 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
             )
         });
         assert!(rest.await.envelopes.is_empty(), "all of it is acknowledged");
+    }
+}
+
+/// Sends the message with this number, takes it, and has it removed; it is the only one that is there.
+async fn pass(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
+    stores.inboxes.enqueue(vec![message(who, n)]).await.expect("Postgres is there");
+    take(stores, who, n).await
+}
+
+async fn take(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
+    let limit = PageLimit { messages: 7, bytes: 1 << 20 };
+    let lease = stores.inboxes.lease(everything(who.identity), limit, NOW).await?;
+    let texts: Vec<_> = lease.page().envelopes.iter().map(|envelope| envelope.payload.clone()).collect();
+    assert_eq!(texts, [n.to_string()]);
+    lease.settle().await.expect("Postgres is there");
+    Ok(())
+}
+
+/// Gives a slot to another node, when nothing is in it: what clients knew of it is then wrong.
+async fn move_slot(cluster: &RedisCluster, key: &str) {
+    let nodes = cluster.nodes();
+    let slot = nodes[0].command(["CLUSTER", "KEYSLOT", key]).await.expect("Redis").integer().expect("a slot");
+    let mut owner = None;
+    for (n, node) in nodes.iter().enumerate() {
+        // The others say where to go.
+        if node.command(["EXISTS", key]).await.is_ok() {
+            owner = Some(n);
+        }
+    }
+    let next = &nodes[(owner.expect("somebody has it") + 1) % nodes.len()];
+    cluster.flush_all().await.expect("Redis");
+    let id = next.command(["CLUSTER", "MYID"]).await.expect("Redis");
+    let set = ["CLUSTER", "SETSLOT", &slot.to_string(), "NODE", id.text().expect("text")];
+    next.command(set).await.expect("the new owner");
+    for node in nodes.iter().filter(|node| node.port() != next.port()) {
+        node.command(set).await.expect("the others");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_cluster_is_followed_wherever_slots_and_scripts_go() {
+    let servers = Servers::with(RedisCluster::start(3)).await;
+    let config = servers.cluster(Limits::default()).await;
+    let store = edge(&config).await;
+    let stores = store.stores();
+    let mut people = Vec::new();
+    for n in 1..=9 {
+        people.push(person(&stores, n).await);
+    }
+    for who in &people {
+        pass(&stores, *who, 1).await.expect("it is there");
+    }
+    for node in servers.redis.nodes() {
+        node.command(["SCRIPT", "FLUSH", "SYNC"]).await.expect("Redis");
+    }
+    for who in &people {
+        pass(&stores, *who, 2).await.expect("a script is loaded again");
+    }
+    let alice = people[0];
+    move_slot(&servers.redis, &format!("{}:{{{}}}m", config.namespace, alice.identity)).await;
+    for who in &people {
+        pass(&stores, *who, 3).await.expect("the new owner is found");
+    }
+    let lost = &servers.redis.nodes()[0];
+    lost.kill9().await.expect("Redis");
+    for who in &people {
+        stores.inboxes.enqueue(vec![message(*who, 4)]).await.expect("Postgres is there");
+    }
+    lost.start_again().await.expect("Redis");
+    servers.redis.wait_until_complete().await.expect("the cluster");
+    for who in &people {
+        persist("a read", || take(&stores, *who, 4)).await;
     }
 }

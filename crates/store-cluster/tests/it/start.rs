@@ -3,6 +3,7 @@
 
 use std::{fs, sync::Arc, time::Duration};
 
+use qpq_ports::{Bucket, LimitKey, Verdict};
 use qpq_store_cluster::{ClusterStore, Config, ConnectError, Limits, Migrate};
 use qpq_test_services::{
     Authority, Redis, RedisCluster, RedisSentinel,
@@ -10,7 +11,10 @@ use qpq_test_services::{
 };
 use rand::{SeedableRng as _, rngs::StdRng};
 
-use crate::backend::{AnyRedis, Servers, edge, eventually};
+use crate::{
+    backend::{AnyRedis, Servers, edge, eventually},
+    people::NOW,
+};
 
 /// Whoever waits for that long in one of these tests never ends.
 const FOR_EVER: Duration = Duration::from_secs(24 * 60 * 60);
@@ -193,6 +197,41 @@ async fn a_certificate_of_another_authority_or_for_another_name_is_said_at_once(
     config.postgres.url =
         config.postgres.url.replace(&ca.display().to_string(), &other.file().display().to_string());
     is_untrusted(&config, "Postgres", "postgres", "UnknownIssuer").await;
+}
+
+/// Good for an edge that knows the authority, and for no other.
+async fn trusts_its_authority<R: AnyRedis>(servers: &Servers<R>) {
+    let mut config = ready(servers).await;
+    let store = edge(&config).await;
+    let limiter = store.stores().limiter;
+    for n in 0..30 {
+        // Each lies somewhere else in a Redis Cluster.
+        let (key, bucket) =
+            (LimitKey { class: "start", subject: [n; 16] }, Bucket { burst: 1, per_second: 0.001 });
+        assert_eq!(limiter.take(key, bucket, 1, NOW).await.expect("take"), Verdict::Allowed);
+    }
+    store.close().await;
+    let other = Authority::new().expect("an authority");
+    config.redis.ca = Some(other.file());
+    is_untrusted(&config, "Redis", "redis", "UnknownIssuer").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_encrypted_redis_cluster_is_trusted_by_its_authority() {
+    let authority = Authority::new().expect("an authority");
+    let redis = RedisCluster::start_encrypted(3, &authority).await.expect("Redis");
+    trusts_its_authority(&*Servers::encrypted(redis, authority).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_encrypted_sentinel_and_what_is_behind_it_are_trusted_by_their_authority() {
+    let authority = Authority::new().expect("an authority");
+    let redis = RedisSentinel::start_encrypted(&authority).await.expect("Redis");
+    let servers = Servers::encrypted(redis, authority).await;
+    trusts_its_authority(&*servers).await;
+    let store = edge(&ready(&*servers).await).await;
+    servers.redis.lose_primary().await.expect("the Sentinel");
+    eventually("the new primary to be found", || async { store.stores().upkeep.check().await.is_ok() }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
