@@ -10,8 +10,8 @@ use qpq_proto::Event as Signal;
 use rand::{Rng as _, rngs::OsRng};
 use tokio::{
     sync::mpsc,
-    task::JoinHandle,
-    time::{sleep, timeout},
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{
@@ -77,7 +77,8 @@ impl Messenger {
     /// Listens to the inbox. Entries come once; mark them as seen once they were shown.
     pub fn listen(&self) -> Listener {
         let (sender, entries) = mpsc::channel(AHEAD);
-        let task = tokio::spawn(Ear { messenger: self.clone(), sender, last: None }.run());
+        let ear = Ear { messenger: self.clone(), sender, last: None, sending: JoinSet::new() };
+        let task = tokio::spawn(ear.run());
         Listener { entries, failed: None, task }
     }
 }
@@ -87,12 +88,26 @@ struct Ear {
     sender: mpsc::Sender<Result<Entry, Error>>,
     /// The last entry given.
     last: Option<EntryId>,
+    /// The outbox being sent, if it is: beside reading, so that nobody who has much to say, or whom the server lets say
+    /// little at a time, is deaf meanwhile.
+    sending: JoinSet<Result<(), Error>>,
 }
 
 /// Why a round of listening ended.
 enum Ended {
     /// The connection was lost or is about to be: subscribe anew.
     Connection,
+    /// Nobody listens any more.
+    Dropped,
+}
+
+/// What waiting for signals came to.
+enum Heard {
+    Signals(Vec<Signal>),
+    /// It is time to look without one.
+    Nothing,
+    /// There will be no more.
+    End,
     /// Nobody listens any more.
     Dropped,
 }
@@ -126,16 +141,18 @@ impl Ear {
         };
         let mut keys = NewKeys::Needed;
         loop {
-            if !self.read(keys).await? || !self.send().await? {
+            if !self.read(keys).await? {
                 return Ok(Ended::Dropped);
             }
+            self.send().await?;
             keys = NewKeys::NotNeeded;
             *failures = 0;
-            let pause = every + OsRng.gen_range(Duration::ZERO..=every / 2);
-            match timeout(pause, next_signals(&mut signals)).await {
-                Err(_) => {}
-                Ok(None) => return Ok(Ended::Connection),
-                Ok(Some(heard)) => {
+            let until = Instant::now() + every + OsRng.gen_range(Duration::ZERO..=every / 2);
+            match self.wait(&mut signals, until).await? {
+                Heard::Nothing => {}
+                Heard::Dropped => return Ok(Ended::Dropped),
+                Heard::End => return Ok(Ended::Connection),
+                Heard::Signals(heard) => {
                     if heard.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
                         keys = NewKeys::Needed;
                     }
@@ -162,20 +179,32 @@ impl Ear {
         Ok(true)
     }
 
-    /// Sends what is to be sent, some at a time, and reads in between: nobody who has much to say is deaf meanwhile.
-    async fn send(&mut self) -> Result<bool, Error> {
-        let mut backlog = self.messenger.backlog().await?;
-        while backlog.is_left() {
-            let sent = self.messenger.send_some(&mut backlog).await;
-            if sent.is_err() {
-                unless_final("outbox", sent)?;
-                return self.give().await;
-            }
-            if !self.read(NewKeys::NotNeeded).await? {
-                return Ok(false);
+    /// Starts to send what is to be sent, unless that is under way.
+    async fn send(&mut self) -> Result<(), Error> {
+        if self.sending.is_empty() && self.messenger.has_unsent().await? {
+            let messenger = self.messenger.clone();
+            self.sending.spawn(async move { messenger.flush().await });
+        }
+        Ok(())
+    }
+
+    /// Waits for signals, and gives what came of sending when that ends.
+    async fn wait(&mut self, signals: &mut Signals, until: Instant) -> Result<Heard, Error> {
+        loop {
+            tokio::select! {
+                heard = timeout_at(until, next_signals(signals)) => return Ok(match heard {
+                    Err(_) => Heard::Nothing,
+                    Ok(None) => Heard::End,
+                    Ok(Some(heard)) => Heard::Signals(heard),
+                }),
+                Some(sent) = self.sending.join_next() => {
+                    unless_final("outbox", sent.expect("sending does not panic"))?;
+                    if !self.give().await? {
+                        return Ok(Heard::Dropped);
+                    }
+                }
             }
         }
-        Ok(true)
     }
 
     /// Gives what was not given yet; answers whether anyone still listens.
@@ -194,6 +223,7 @@ impl Ear {
 }
 
 /// Waits for a signal, and takes all that are there with it: one look serves them all. `None`: there will be no more.
+/// Cancel-safe.
 async fn next_signals(signals: &mut Signals) -> Option<Vec<Signal>> {
     let mut heard = vec![signals.next().await?];
     while let Some(Some(signal)) = signals.next().now_or_never() {

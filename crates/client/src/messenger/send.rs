@@ -1,11 +1,15 @@
 //! Sending: encrypt, save the ciphertext together with the state that made it, then send it from the outbox.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    time::Duration,
+};
 
 use qpq_domain::{ChannelId, IdentityKey, MAX_BATCH, MessageId, Username};
 use qpq_mls::{Content, GroupId, Invitee};
 use qpq_proto::{Status, methods, v1};
 use rand::{RngCore as _, rngs::OsRng};
+use tokio::time::Instant;
 
 use super::{
     Messenger,
@@ -25,6 +29,8 @@ pub const MAX_GROUP_NAME: usize = 256;
 /// Messages sent before what the server said of them is saved. Each that a crash leaves unsaved is sent again under its
 /// message id, which the server recognizes.
 const SENT_AT_ONCE: usize = 16;
+/// How long it may take until that is saved, unless a single one takes longer: a server may let us send little at a time.
+const SAVED_WITHIN: Duration = Duration::from_secs(1);
 
 /// A message that is safely on its way.
 #[derive(Debug)]
@@ -143,35 +149,36 @@ impl Messenger {
 
     /// Sends everything that is still to be sent, oldest first. What the server has no room for now stays.
     pub async fn flush(&self) -> Result<(), Error> {
-        self.work_off(self.backlog().await?).await
+        let left = self.keeper().read(|state| state.outbox.ids()).await?;
+        self.work_off(left).await
     }
 
     /// As [`Messenger::flush`], but nothing that was written after this message of ours.
     pub async fn flush_until(&self, entry: EntryId) -> Result<(), Error> {
         let left = self.keeper().read(|state| state.outbox.ids_until(entry)).await?;
-        self.work_off(Backlog { left: left.into(), stopped: BTreeSet::new() }).await
+        self.work_off(left).await
     }
 
-    async fn work_off(&self, mut backlog: Backlog) -> Result<(), Error> {
-        while backlog.is_left() {
+    async fn work_off(&self, left: Vec<MessageId>) -> Result<(), Error> {
+        let mut backlog = Backlog { left: left.into(), stopped: BTreeSet::new() };
+        while !backlog.left.is_empty() {
             self.send_some(&mut backlog).await?;
         }
         Ok(())
     }
 
-    /// What is to be sent now.
-    pub(super) async fn backlog(&self) -> Result<Backlog, Error> {
-        let left = self.keeper().read(|state| state.outbox.ids()).await?;
-        Ok(Backlog { left: left.into(), stopped: BTreeSet::new() })
+    /// Whether something is still to be sent.
+    pub(super) async fn has_unsent(&self) -> Result<bool, Error> {
+        self.keeper().read(|state| !state.outbox.ids().is_empty()).await
     }
 
     /// Sends the first of a backlog, few enough that others may wait for it, and saves what came of them. Backlogs may be
     /// worked off beside each other: each begins with the oldest that is left.
-    pub(super) async fn send_some(&self, backlog: &mut Backlog) -> Result<(), Error> {
+    async fn send_some(&self, backlog: &mut Backlog) -> Result<(), Error> {
         let _alone = self.shared.flushing.lock().await;
-        let mut answers = Vec::new();
-        let mut sent = Ok(());
-        while sent.is_ok() && answers.len() < SENT_AT_ONCE {
+        let (mut answers, mut sent) = (Vec::new(), Ok(()));
+        let until = Instant::now() + SAVED_WITHIN;
+        while sent.is_ok() && answers.len() < SENT_AT_ONCE && Instant::now() < until {
             let Some(id) = backlog.left.pop_front() else { break };
             let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await? else {
                 continue;
@@ -263,7 +270,7 @@ impl Messenger {
         };
         let delivery = match entry {
             Some(entry) => self.delivery(entry).await?,
-            None if self.keeper().read(|state| state.outbox.ids().is_empty()).await? => Some(Delivery::Sent),
+            None if !self.has_unsent().await? => Some(Delivery::Sent),
             None => Some(Delivery::Queued),
         };
         Ok(match delivery {
@@ -275,16 +282,10 @@ impl Messenger {
 }
 
 /// What was to be sent when somebody set out to send it, as far as that has not come to it.
-pub(super) struct Backlog {
+struct Backlog {
     left: VecDeque<MessageId>,
     /// Whoever cannot get one message now gets none behind it either: the order matters.
     stopped: BTreeSet<IdentityKey>,
-}
-
-impl Backlog {
-    pub(super) fn is_left(&self) -> bool {
-        !self.left.is_empty()
-    }
 }
 
 fn group_of(conversation: ConversationId) -> Result<GroupId, Error> {

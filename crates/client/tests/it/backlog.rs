@@ -1,11 +1,13 @@
 //! Much to send at once: whoever sends still reads, and nothing of the backlog is lost, doubled or out of order.
 
 use qpq_client::{ConversationId, Delivery, Error, Event, MAX_TEXT, Messenger};
+use qpq_runtime::config::{Flag, Sources, load};
+use qpq_server::Config;
 
-use crate::harness::{Server, dm, history, read, soon};
+use crate::harness::{Server, dm, history, line, read, soon};
 
 /// Messages that each has still to send.
-const BACKLOG: usize = 240;
+const BACKLOG: usize = 120;
 
 fn texts(from: &str) -> impl Iterator<Item = String> {
     (0..BACKLOG).map(move |n| format!("{from} {n}"))
@@ -62,6 +64,29 @@ async fn two_who_have_much_to_send_read_each_other_meanwhile() {
         let own = lines.into_iter().filter_map(|line| Some(line.strip_prefix("me: ")?.to_owned()));
         assert!(own.eq(texts(name)), "all are sent, in order");
     }
+}
+
+#[tokio::test]
+async fn whoever_may_send_little_at_a_time_still_reads() {
+    let limit = Flag { name: "--limit", path: "limits.send.account", value: "20 + 4/m".into() };
+    let limited = load::<Config>(Sources { flags: vec![limit], ..Sources::default() }).unwrap().settings;
+    let server = Server::start_with(|config| config.limits = limited.limits).await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
+    alice.queue_all(with_bob, texts("alice").take(60).collect()).await.unwrap();
+    let mut listener = alice.listen();
+    soon(async {
+        while unsent(&alice, with_bob).await == 60 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    // Her sending waits for minutes now.
+    bob.receive().await.unwrap();
+    bob.send(with_alice, "hello").await.unwrap();
+    let heard = soon(listener.next()).await.unwrap().unwrap();
+    assert_eq!(line(&heard), "bob: hello");
+    assert!(unsent(&alice, with_bob).await >= 30);
 }
 
 #[tokio::test]
