@@ -81,8 +81,8 @@ impl ClusterStore {
         let check = || postgres::check_cluster(&options, &config.opaque_setup);
         waiting(may_take, |within| Server::Postgres.answers(within, check())).await?;
         let redis = waiting(may_take, |within| Server::Redis.answers(within, Redis::connect(config))).await?;
-        let bus =
-            waiting(may_take, |within| Server::Nats.answers(within, Bus::connect(config, &edge))).await?;
+        let join = || Bus::connect(config, &edge);
+        let bus = waiting(may_take, |within| Server::Nats.answers(within, join())).await?;
         let database = Database::new(options, config.postgres_connections, config.postgres_timeout);
         let waking = Waking::new(redis.clone(), bus.clone(), edge.clone());
         let sessions = Arc::new(ClusterSessions::new(
@@ -157,7 +157,8 @@ where
     let left = || until.saturating_duration_since(Instant::now());
     let mut pause = PAUSE;
     loop {
-        let outcome = connect(left().min(ATTEMPT)).await;
+        // What the client libraries need in order to connect is large.
+        let outcome = Box::pin(connect(left().min(ATTEMPT))).await;
         let Err(ConnectError::Unreachable { server, setting, cause }) = outcome else { return outcome };
         if left() < PAUSE {
             let cause = format!("{cause}; cluster.start_timeout, {may_take:?}, is over");

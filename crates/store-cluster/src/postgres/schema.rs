@@ -28,7 +28,7 @@ pub(crate) async fn prepare(
     if migrate == Migrate::AtStart {
         return bring_up(options, within).await.map(drop);
     }
-    let (connection, found) = Server::Postgres.answers(within, look(options)).await?;
+    let (connection, found) = Server::Postgres.answers(within, Box::pin(look(options))).await?;
     // How the connection ends changes nothing.
     let _ = connection.close().await;
     let needed = newest();
@@ -71,12 +71,12 @@ pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
 
 /// Connecting is bounded. The work itself is not: nobody knows how long an index takes, or another who migrates already.
 async fn bring_up(options: &PgConnectOptions, within: Duration) -> Result<i64, ConnectError> {
-    let (mut connection, found) = Server::Postgres.answers(within, look(options)).await?;
+    let (mut connection, found) = Server::Postgres.answers(within, Box::pin(look(options))).await?;
     let version = if found < newest() {
         tracing::info!(found, needed = newest(), "bringing the schema up to date, however long that takes");
         run(&mut connection).await?
     } else {
-        Server::Postgres.answers(within, run(&mut connection)).await?
+        Server::Postgres.answers(within, Box::pin(run(&mut connection))).await?
     };
     // The work is done and committed.
     let _ = connection.close().await;

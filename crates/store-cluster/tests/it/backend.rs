@@ -13,6 +13,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use qpq_domain::{Delivery, KeyPackageCaps};
 use qpq_ports::{
     Stores,
@@ -85,31 +86,40 @@ pub(crate) struct Servers<R = Redis> {
     clusters: AtomicU32,
 }
 
+// Starting servers takes large futures, which none of the many tests is to carry.
 impl Servers {
-    pub(crate) async fn start() -> Arc<Self> {
-        Self::with(Redis::start()).await
+    pub(crate) fn start() -> BoxFuture<'static, Arc<Self>> {
+        Self::with(Redis::start())
     }
 
     /// All of them with TLS, by an authority that nobody knows.
-    pub(crate) async fn start_encrypted() -> Arc<Self> {
-        let authority = Authority::new().expect("an authority");
-        let redis = Redis::start_encrypted(&authority).await;
-        Self::encrypted(redis.expect("Redis"), authority).await
+    pub(crate) fn start_encrypted() -> BoxFuture<'static, Arc<Self>> {
+        Box::pin(async {
+            let authority = Authority::new().expect("an authority");
+            let redis = Redis::start_encrypted(&authority).await;
+            Self::encrypted(redis.expect("Redis"), authority).await
+        })
     }
 }
 
 impl<R: AnyRedis> Servers<R> {
     /// Around a Redis that is encrypted, the other two encrypted by the same authority.
-    pub(crate) async fn encrypted(redis: R, authority: Authority) -> Arc<Self> {
-        let (postgres, nats) =
-            tokio::join!(Postgres::start_encrypted(QUICK, &authority), Nats::start_encrypted(&authority));
-        Self::prepared(postgres.expect("Postgres"), redis, nats.expect("NATS"), Some(authority)).await
+    pub(crate) fn encrypted(redis: R, authority: Authority) -> BoxFuture<'static, Arc<Self>> {
+        Box::pin(async {
+            let postgres = Postgres::start_encrypted(QUICK, &authority).await.expect("Postgres");
+            let nats = Nats::start_encrypted(&authority).await.expect("NATS");
+            Self::prepared(postgres, redis, nats, Some(authority)).await
+        })
     }
 
-    pub(crate) async fn with(redis: impl Future<Output = anyhow::Result<R>>) -> Arc<Self> {
-        let (postgres, redis, nats) = tokio::join!(Postgres::start_with(QUICK), redis, Nats::start());
-        let postgres = postgres.expect("Postgres");
-        Self::prepared(postgres, redis.expect("Redis"), nats.expect("NATS"), None).await
+    pub(crate) fn with<'a>(
+        redis: impl Future<Output = anyhow::Result<R>> + Send + 'a,
+    ) -> BoxFuture<'a, Arc<Self>> {
+        Box::pin(async {
+            let (postgres, redis, nats) = tokio::join!(Postgres::start_with(QUICK), redis, Nats::start());
+            let postgres = postgres.expect("Postgres");
+            Self::prepared(postgres, redis.expect("Redis"), nats.expect("NATS"), None).await
+        })
     }
 
     async fn prepared(postgres: Postgres, redis: R, nats: Nats, authority: Option<Authority>) -> Arc<Self> {
