@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use tokio::{process::Command, task::JoinSet};
 
 use qpq_tests::{
-    client::{Client, Pin, endpoint},
+    client::{Pin, endpoint},
     process::{Server, cpu_time, resident, sibling},
 };
 
@@ -264,38 +264,21 @@ async fn enqueue(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 async fn pair(args: &BenchArgs) -> anyhow::Result<()> {
+    const PAYLOAD: usize = 1_024;
     let server = start_server().await?;
     let stage = Stage::set(server.addr, server.pin, 64, 64).await?;
-    let payload = Bytes::from(vec![7; 1024]);
-    // The queues are drained before the pairs begin, or the first would read what this leaves.
-    let peak =
-        closed_loop(256, args.duration(), |i| modes::enqueue(Arc::clone(&stage), i, payload.clone())).await;
-    for i in 0..stage.accounts.len() {
-        while !fetch_all(&stage, i).await? {}
-    }
+    let peak = modes::pair_peak(&stage, 256, args.duration(), PAYLOAD).await?;
     let plan = Plan {
         mode: Mode::Pair,
-        rate: (peak.per_second() / 4.0).floor(),
+        rate: (peak / 2.0).floor(),
         duration: args.duration() * 2,
         connections: 64,
         accounts: 64,
-        payload: 1024,
+        payload: PAYLOAD,
     };
-    println!(
-        "Enqueue to FetchWait, at a quarter of the peak of {:.0}/s that Enqueue alone has",
-        peak.per_second()
-    );
+    println!("Enqueue to FetchWait, at half of the {peak:.0}/s that are accepted and read at most");
     println!("{}", modes::pair(&plan, Some(server.server.pid()), &stage).await?);
     server.server.stop().await
-}
-
-/// Drains one page of the account's inbox; whether it was the last.
-pub(crate) async fn fetch_all(stage: &Stage, account: usize) -> anyhow::Result<bool> {
-    let client: &Client = stage.client(account);
-    let request = qpq_proto::v1::FetchRequest::default();
-    let response =
-        client.must::<qpq_proto::methods::Fetch>(&request, Some(&stage.accounts[account].token)).await?;
-    Ok(response.payloads.is_empty())
 }
 
 async fn flatness(args: &BenchArgs) -> anyhow::Result<()> {

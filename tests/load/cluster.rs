@@ -45,7 +45,7 @@ enum Part {
     Enqueue,
     /// From an Enqueue at one edge to the FetchWait at another, at half of the peak.
     Pair,
-    /// CPU of a call with four edges beside one.
+    /// CPU of a call with four edges beside one, under the same load each and under the same load in all.
     Edges,
     /// Memory of parked FetchWaits.
     Parked,
@@ -214,12 +214,6 @@ async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
     let cluster = cluster(2).await?;
     let fleet = cluster.fleet();
     let stage = Stage::set(fleet.addrs[0], fleet.pin, 64, ACCOUNTS).await?;
-    let payload = Bytes::from(vec![7; PAYLOAD]);
-    let peak =
-        closed_loop(256, args.duration(), |i| modes::enqueue(Arc::clone(&stage), i, payload.clone())).await;
-    for account in 0..stage.accounts.len() {
-        while !crate::bench::fetch_all(&stage, account).await? {}
-    }
     // Those who wait are on the other edge.
     let apart = Arc::new(Stage {
         endpoint: stage.endpoint.clone(),
@@ -227,29 +221,38 @@ async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
         clients: stage.clients.clone(),
         accounts: stage.accounts.clone(),
     });
-    println!(
-        "Enqueue at one edge to FetchWait at another; Enqueue alone has its peak at {:.0}/s",
-        peak.per_second()
-    );
+    let peak = modes::pair_peak(&apart, 256, args.duration(), PAYLOAD).await?;
+    println!("Enqueue at one edge to FetchWait at another; at most {peak:.0}/s are accepted and read");
     for share in [0.5, 0.25, 0.1] {
         let plan = modes::Plan {
             mode: modes::Mode::Pair,
-            rate: (peak.per_second() * share).floor(),
+            rate: (peak * share).floor(),
             duration: args.duration() * 2,
             connections: 64,
             accounts: ACCOUNTS,
             payload: PAYLOAD,
         };
-        println!("{}", modes::pair(&plan, None, &apart).await?);
+        let before = Cpu::now(&cluster).await?;
+        let report = modes::pair(&plan, None, &apart).await?;
+        let used = Cpu::now(&cluster).await?.since(&before);
+        print!("{report}  CPU µs each:");
+        for (name, cpu) in used.each() {
+            print!(" {name} {:.0}", cpu / report.tally.answered as f64);
+        }
+        println!("\n");
     }
     Ok(())
 }
 
 async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
     const IN_FLIGHT: usize = 256;
+    const ONE: &str = "one edge";
+    // A fleet grows because its load does; the same load cut in four makes smaller batches of everything.
+    let fleets =
+        [(ONE, 1, IN_FLIGHT), ("four, as many each", 4, 4 * IN_FLIGHT), ("four, as many", 4, IN_FLIGHT)];
     let mut figures = Series::default();
     for _ in 0..args.repeats {
-        for (name, count) in [("one edge", 1), ("four edges", 4)] {
+        for (name, count, in_flight) in fleets {
             let cluster = cluster(count).await?;
             let fleet = cluster.fleet();
             let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, ACCOUNTS).await?;
@@ -265,7 +268,7 @@ async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
             });
             let payload = Bytes::from(vec![7; PAYLOAD]);
             let before = Cpu::now(&cluster).await?;
-            let tally = closed_loop(IN_FLIGHT, args.duration(), |i| {
+            let tally = closed_loop(in_flight, args.duration(), |i| {
                 modes::enqueue(Arc::clone(&stage), i, payload.clone())
             })
             .await;
@@ -273,8 +276,12 @@ async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
             figures.add(name, Cpu::now(&cluster).await?.since(&before).total() / tally.answered as f64);
         }
     }
-    println!("Enqueue, {IN_FLIGHT} in flight, CPU µs of everything each");
-    figures.print("four edges", "one edge", Wanted::AtMost(1.1));
+    println!(
+        "Enqueue, {IN_FLIGHT} in flight at one edge beside as many at each of four, CPU µs of everything each"
+    );
+    figures.print("four, as many each", ONE, Wanted::AtMost(1.1));
+    println!("The same {IN_FLIGHT} in flight at one edge and spread over four");
+    figures.print("four, as many", ONE, Wanted::AtMost(1.1));
     Ok(())
 }
 

@@ -23,7 +23,7 @@ use qpq_tests::{
 };
 
 use crate::{
-    open_loop::{Ending, Tally, open_loop},
+    open_loop::{Ending, Tally, closed_loop, open_loop},
     report::Report,
 };
 
@@ -231,52 +231,99 @@ async fn stock_up(stage: &Arc<Stage>, count: usize) -> anyhow::Result<()> {
 }
 
 /// Each account waits on a connection of its own; messages carry the moment at which they were due.
-pub(crate) async fn pair(plan: &Plan, pid: Option<i32>, stage: &Arc<Stage>) -> anyhow::Result<Report> {
-    let start = Instant::now();
-    let seen = Arc::new(Mutex::new(Histogram::<u64>::new_with_bounds(1, 120_000_000, 3)?));
-    let mut readers = JoinSet::new();
-    for account in stage.accounts.clone() {
-        let connection = Client::connect(&stage.endpoint, stage.server).await?;
-        let seen = Arc::clone(&seen);
-        readers.spawn(async move {
-            loop {
-                let request = v1::FetchWaitRequest { timeout_ms: 30_000, ..Default::default() };
-                let Ok(response) = connection.must::<FetchWait>(&request, Some(&account.token)).await else {
-                    return;
-                };
-                let now = start.elapsed();
-                for envelope in response.payloads {
-                    let due = envelope.data.first_chunk::<8>().map_or(0, |b| u64::from_be_bytes(*b));
-                    let waited = now.saturating_sub(Duration::from_micros(due));
-                    seen.lock()
-                        .saturating_record(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX).max(1));
+struct Readers {
+    start: Instant,
+    /// Microseconds from when each message was due until it was read.
+    seen: Arc<Mutex<Histogram<u64>>>,
+    waiting: JoinSet<()>,
+}
+
+impl Readers {
+    async fn start(stage: &Stage) -> anyhow::Result<Self> {
+        let start = Instant::now();
+        let seen = Arc::new(Mutex::new(Histogram::new_with_bounds(1, 120_000_000, 3)?));
+        let mut waiting = JoinSet::new();
+        for account in stage.accounts.clone() {
+            let connection = Client::connect(&stage.endpoint, stage.server).await?;
+            let seen = Arc::clone(&seen);
+            waiting.spawn(async move {
+                loop {
+                    let request = v1::FetchWaitRequest { timeout_ms: 30_000, ..Default::default() };
+                    let Ok(response) = connection.must::<FetchWait>(&request, Some(&account.token)).await
+                    else {
+                        return;
+                    };
+                    let now = start.elapsed();
+                    for envelope in response.payloads {
+                        let due = envelope.data.first_chunk::<8>().map_or(0, |b| u64::from_be_bytes(*b));
+                        let waited = now.saturating_sub(Duration::from_micros(due));
+                        seen.lock()
+                            .saturating_record(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX).max(1));
+                    }
                 }
-            }
-        });
+            });
+        }
+        Ok(Self { start, seen, waiting })
     }
-    let rate = plan.rate;
-    let size = plan.payload.max(8);
-    let begun = start.elapsed();
+
+    /// A message that is due so long after the start.
+    fn payload(size: usize, due: Duration) -> Bytes {
+        let mut payload = vec![7; size.max(8)];
+        payload[..8].copy_from_slice(&u64::try_from(due.as_micros()).unwrap_or(u64::MAX).to_be_bytes());
+        payload.into()
+    }
+
+    /// Waits until so many are read, at most as long as a FetchWait lasts.
+    async fn read(mut self, count: u64) -> anyhow::Result<Histogram<u64>> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.seen.lock().len() < count && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.waiting.abort_all();
+        let read = std::mem::replace(&mut *self.seen.lock(), Histogram::new(3)?);
+        Ok(read)
+    }
+}
+
+/// How many messages a second are both accepted and read, at most.
+pub(crate) async fn pair_peak(
+    stage: &Arc<Stage>,
+    in_flight: usize,
+    duration: Duration,
+    payload: usize,
+) -> anyhow::Result<f64> {
+    let readers = Readers::start(stage).await?;
+    let (start, begun) = (readers.start, Instant::now());
+    let tally = closed_loop(in_flight, duration, |i| {
+        enqueue(Arc::clone(stage), i, Readers::payload(payload, start.elapsed()))
+    })
+    .await;
+    let read = readers.read(tally.answered).await?;
+    anyhow::ensure!(read.len() >= tally.answered, "{} acknowledged, {} read", tally.answered, read.len());
+    Ok(tally.answered as f64 / begun.elapsed().as_secs_f64())
+}
+
+pub(crate) async fn pair(plan: &Plan, pid: Option<i32>, stage: &Arc<Stage>) -> anyhow::Result<Report> {
+    let readers = Readers::start(stage).await?;
+    let (rate, size) = (plan.rate, plan.payload);
+    let begun = readers.start.elapsed();
     let mut report = offer(plan, pid, stage, move |stage, i| {
         let due = begun + Duration::from_secs_f64(i as f64 / rate);
-        let mut payload = vec![7; size];
-        payload[..8].copy_from_slice(&u64::try_from(due.as_micros()).unwrap_or(u64::MAX).to_be_bytes());
-        enqueue(stage, i, payload.into())
+        enqueue(stage, i, Readers::payload(size, due))
     })
     .await?;
-    // What was acknowledged must be read; the readers have as long as a FetchWait lasts.
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while seen.lock().len() < report.tally.answered && Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    readers.abort_all();
-    let read = std::mem::replace(&mut *seen.lock(), Histogram::new(3)?);
+    // What was acknowledged must be read.
+    let read = readers.read(report.tally.answered).await?;
     let missing = report.tally.answered.saturating_sub(read.len());
     if missing > 0 {
         report.tally.failed.insert("acknowledged but never read".into(), missing);
     }
-    report.notes.push("latency: from when it was due until its FetchWait answered".into());
-    report.tally.latency = read;
+    let acknowledged = std::mem::replace(&mut report.tally.latency, read);
+    report.notes.push(format!(
+        "latency: from when it was due until its FetchWait answered; until it was acknowledged p50 {:.2}, p99 {:.2}",
+        acknowledged.value_at_quantile(0.5) as f64 / 1e3,
+        acknowledged.value_at_quantile(0.99) as f64 / 1e3
+    ));
     Ok(report)
 }
 
