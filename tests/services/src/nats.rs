@@ -43,9 +43,10 @@ impl Nats {
         let password = new_password();
         let home = Home::new("nats", Signal::SIGKILL)?;
         let file = home.path().join("nats.conf");
-        // Quoted: NATS would take a password that begins like a number for one.
+        // Quoted: NATS would take a password that begins like a number for one. Who was held up on a busy machine is not to be
+        // refused: a client has two seconds to log in, unless told otherwise.
         let mut configuration = format!(
-            "host: \"127.0.0.1\"\nport: {}\nauthorization {{ user: \"{USER}\", password: \"{password}\" }}\n",
+            "host: \"127.0.0.1\"\nport: {}\nauthorization {{ user: \"{USER}\", password: \"{password}\", timeout: 60 }}\n",
             port.number()
         );
         if let Some(authority) = authority {
