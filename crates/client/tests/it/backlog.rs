@@ -48,13 +48,12 @@ async fn two_who_have_much_to_send_read_each_other_meanwhile() {
         let entries = messenger.queue_all(conversation, texts(name).collect()).await.unwrap();
         assert_eq!(entries.len(), BACKLOG);
     }
-    let (alice_heard, bob_heard) = soon(async {
-        // A program that sends of its own accord, besides the listener.
-        let (_, _, alice_heard, bob_heard) =
-            tokio::join!(alice.flush(), bob.flush(), chat(&alice, with_bob), chat(&bob, with_alice));
-        (alice_heard, bob_heard)
-    })
-    .await;
+    // A program that sends of its own accord, besides the listener.
+    let (flushed_a, flushed_b) = (Box::pin(alice.flush()), Box::pin(bob.flush()));
+    let (chat_a, chat_b) = (Box::pin(chat(&alice, with_bob)), Box::pin(chat(&bob, with_alice)));
+    let (sent_a, sent_b, alice_heard, bob_heard) =
+        soon(async { tokio::join!(flushed_a, flushed_b, chat_a, chat_b) }).await;
+    sent_a.and(sent_b).expect("all are sent");
     for (heard, from) in [(alice_heard, "bob"), (bob_heard, "alice")] {
         assert!(heard.iter().map(|(text, _)| text.clone()).eq(texts(from)), "{heard:?}");
         assert!(heard[0].1 > BACKLOG / 2, "the first of {from} came when {} were left", heard[0].1);
