@@ -4,6 +4,8 @@
 //! by FetchWait, alone or two at a time, or peek and ack. Everybody goes on at another edge when theirs is gone. At the end
 //! what is left is read, until Postgres itself says that nothing is.
 
+mod party;
+
 use std::{
     fs::File,
     io::{BufWriter, Write as _},
@@ -18,23 +20,21 @@ use anyhow::Context as _;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use parking_lot::Mutex;
 use qpq_domain::{MessageId, Seq};
-use qpq_proto::{
-    methods::{Ack, BatchEnqueue, Enqueue, FetchWait, Peek},
-    v1,
-};
-use qpq_test_services::history::{Edge, History, Inbox, Recorder, Report, Tag};
-use rand::{Rng as _, RngCore as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
+use qpq_proto::v1;
+use qpq_test_services::history::{History, Report, Tag};
+use rand::{Rng as _, RngCore as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
     sync::watch,
     task::JoinSet,
     time::{Instant, sleep},
 };
 
+use self::party::Party;
 use crate::{
     accounts::Account,
     client::Client,
     cluster::Cluster,
-    roaming::{Loss, Outcome, PATIENCE, Roamer},
+    roaming::{PATIENCE, Roamer},
 };
 
 /// How much traffic, of which kind.
@@ -303,233 +303,4 @@ pub fn keep(history: &History, report: &Report, about: &dyn std::fmt::Debug) -> 
     file.flush()?;
     writeln!(std::io::stderr(), "the history is in {} ({about:?})", path.display())?;
     Ok(())
-}
-
-/// One that takes part.
-struct Party {
-    recorder: Recorder,
-    roamer: Roamer,
-    random: StdRng,
-    shared: Arc<Shared>,
-}
-
-impl Party {
-    async fn write(mut self) {
-        while !self.shared.is_enough() {
-            if self.random.gen_range(0..10) >= self.shared.plan.batches {
-                let inbox = self.some_inbox();
-                let message = self.shared.outgoing(inbox, &mut self.random);
-                self.send_one(message).await;
-            } else if self.random.r#gen() {
-                let count = self.random.gen_range(LIST);
-                let inboxes: Vec<usize> = (0..count).map(|_| self.some_inbox()).collect();
-                let messages =
-                    inboxes.into_iter().map(|inbox| self.shared.outgoing(inbox, &mut self.random)).collect();
-                self.send_list(messages).await;
-            } else {
-                self.fan_out().await;
-            }
-            if self.random.gen_ratio(1, 300) {
-                self.roamer.leave();
-            }
-        }
-    }
-
-    fn some_inbox(&mut self) -> usize {
-        self.random.gen_range(0..self.shared.accounts.len())
-    }
-
-    fn token(&mut self) -> Bytes {
-        let any = self.some_inbox();
-        self.shared.accounts[any].token.clone()
-    }
-
-    fn edge(&self) -> Edge {
-        Edge(u16::try_from(self.roamer.edge()).unwrap_or(u16::MAX))
-    }
-
-    /// A call of which nothing but an answer, a refusal for now, and a lost connection may come.
-    async fn call<M: qpq_proto::Method>(
-        &mut self,
-        request: &M::Request,
-        token: &Bytes,
-    ) -> Option<M::Response> {
-        self.shared.calls.fetch_add(1, Ordering::Relaxed);
-        match self.roamer.call::<M>(request, Some(token)).await {
-            Outcome::Ok(response) => return Some(response),
-            Outcome::Refused(refused) if refused.is_temporary() => {
-                self.shared.refused.fetch_add(1, Ordering::Relaxed);
-                self.roamer.pause().await;
-            }
-            Outcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
-            Outcome::Lost(Loss::Drained) => drop(self.shared.drained.fetch_add(1, Ordering::Relaxed)),
-            Outcome::Lost(Loss::Otherwise) => drop(self.shared.lost.fetch_add(1, Ordering::Relaxed)),
-        }
-        None
-    }
-
-    async fn send_one(&mut self, message: Outgoing) {
-        let token = self.token();
-        let request = request(&message, &self.shared.accounts);
-        loop {
-            self.roamer.connected().await;
-            let sending =
-                self.recorder.sending(Inbox(message.inbox as u32), message.id, message.tag, self.edge());
-            if let Some(response) = self.call::<Enqueue>(&request, &token).await {
-                self.recorder.acknowledged(sending, Seq(response.seq));
-                self.shared.acknowledged.send_modify(|count| *count += 1);
-                return;
-            }
-        }
-    }
-
-    async fn send_list(&mut self, mut messages: Vec<Outgoing>) {
-        let token = self.token();
-        while !messages.is_empty() {
-            let request = v1::BatchEnqueueRequest {
-                messages: messages.iter().map(|message| request(message, &self.shared.accounts)).collect(),
-                ..Default::default()
-            };
-            let inboxes: Vec<usize> = messages.iter().map(|message| message.inbox).collect();
-            let ids: Vec<_> = messages.iter().map(|message| (message.id, message.tag)).collect();
-            let accepted = self.send_batch(request, &token, inboxes.into_iter().zip(ids).collect()).await;
-            let mut accepted = accepted.into_iter();
-            messages.retain(|_| !accepted.next().unwrap_or(false));
-        }
-    }
-
-    /// One payload to every inbox.
-    async fn fan_out(&mut self) {
-        let token = self.token();
-        let Outgoing { id, tag, payload, .. } = self.shared.outgoing(0, &mut self.random);
-        let mut inboxes: Vec<usize> = (0..self.shared.accounts.len()).collect();
-        inboxes.shuffle(&mut self.random);
-        while !inboxes.is_empty() {
-            let request = v1::BatchEnqueueRequest {
-                recipient_keys: inboxes.iter().map(|i| self.shared.accounts[*i].identity.clone()).collect(),
-                payload: payload.clone(),
-                message_id: Bytes::copy_from_slice(id.as_bytes()),
-                ..Default::default()
-            };
-            let messages = inboxes.iter().map(|inbox| (*inbox, (id, tag))).collect();
-            let mut accepted = self.send_batch(request, &token, messages).await.into_iter();
-            inboxes.retain(|_| !accepted.next().unwrap_or(false));
-        }
-    }
-
-    /// Which of the batch's messages were acknowledged.
-    async fn send_batch(
-        &mut self,
-        request: v1::BatchEnqueueRequest,
-        token: &Bytes,
-        messages: Vec<(usize, (MessageId, Tag))>,
-    ) -> Vec<bool> {
-        self.roamer.connected().await;
-        let edge = self.edge();
-        let sendings: Vec<_> = messages
-            .into_iter()
-            .map(|(inbox, (id, tag))| self.recorder.sending(Inbox(inbox as u32), id, tag, edge))
-            .collect();
-        let Some(response) = self.call::<BatchEnqueue>(&request, token).await else {
-            return vec![false; sendings.len()];
-        };
-        assert_eq!(response.results.len(), sendings.len(), "a result for each message");
-        let mut accepted = Vec::new();
-        for (sending, result) in sendings.into_iter().zip(&response.results) {
-            accepted.push(result.status == 0);
-            if result.status == 0 {
-                self.recorder.acknowledged(sending, Seq(result.seq));
-            } else {
-                assert!(result.status == 9, "a message of a batch is refused: {result:?}");
-            }
-        }
-        let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
-        self.shared.acknowledged.send_modify(|all| *all += count);
-        accepted
-    }
-
-    async fn drain(mut self, inbox: usize) {
-        let token = self.shared.accounts[inbox].token.clone();
-        while !self.shared.stopped() {
-            let request = v1::FetchWaitRequest {
-                timeout_ms: WAIT.as_millis() as u64,
-                limit: self.random.gen_range(0..150),
-                all_channels: true,
-                ..Default::default()
-            };
-            let client = self.roamer.connected().await;
-            self.shared.note_reader(client);
-            let reading = self.recorder.reading(Inbox(inbox as u32));
-            if let Some(response) = self.call::<FetchWait>(&request, &token).await {
-                self.recorder.delivered(reading, seen(&response.payloads));
-            }
-            // So that more than the first message is there next time.
-            sleep(IDLE.mul_f64(self.random.r#gen())).await;
-        }
-    }
-
-    async fn peek_and_ack(mut self, inbox: usize) {
-        let token = self.shared.accounts[inbox].token.clone();
-        while !self.shared.stopped() {
-            let limit = self.random.gen_range(1..150);
-            let page = self.peek(inbox, limit, &token).await;
-            let Some(last) = page.last() else {
-                sleep(IDLE.mul_f64(self.random.r#gen())).await;
-                continue;
-            };
-            let request = if self.random.r#gen() {
-                v1::AckRequest { seq_up_to: last.seq, all_channels: true, ..Default::default() }
-            } else {
-                let seqs = page.iter().map(|e| e.seq).filter(|_| self.random.r#gen()).collect();
-                v1::AckRequest { seqs, all_channels: true, ..Default::default() }
-            };
-            self.ack(inbox, &request, &token).await;
-            sleep(IDLE.mul_f64(self.random.r#gen())).await;
-        }
-    }
-
-    async fn peek(&mut self, inbox: usize, limit: u32, token: &Bytes) -> Vec<v1::Envelope> {
-        let request = v1::PeekRequest { limit, all_channels: true, ..Default::default() };
-        let reading = self.recorder.reading(Inbox(inbox as u32));
-        let Some(response) = self.call::<Peek>(&request, token).await else { return Vec::new() };
-        self.recorder.delivered(reading, seen(&response.payloads));
-        response.payloads
-    }
-
-    /// Acks until that is answered.
-    async fn ack(&mut self, inbox: usize, request: &v1::AckRequest, token: &Bytes) {
-        loop {
-            let settling = match request.seq_up_to {
-                0 => self.recorder.settling(Inbox(inbox as u32), request.seqs.iter().copied().map(Seq)),
-                seq => self.recorder.settling_through(Inbox(inbox as u32), Seq(seq)),
-            };
-            if self.call::<Ack>(request, token).await.is_some() {
-                return self.recorder.settled(settling);
-            }
-        }
-    }
-
-    /// Reads and acks everything until told that nothing is left.
-    async fn sweep(mut self, inbox: usize, emptied: watch::Receiver<bool>) {
-        let token = self.shared.accounts[inbox].token.clone();
-        while !*emptied.borrow() {
-            match self.peek(inbox, 0, &token).await.last() {
-                Some(last) => {
-                    let request =
-                        v1::AckRequest { seq_up_to: last.seq, all_channels: true, ..Default::default() };
-                    self.ack(inbox, &request, &token).await;
-                }
-                None => sleep(IDLE).await,
-            }
-        }
-    }
-}
-
-fn request(message: &Outgoing, accounts: &[Account]) -> v1::EnqueueRequest {
-    v1::EnqueueRequest {
-        recipient_key: accounts[message.inbox].identity.clone(),
-        payload: message.payload.clone(),
-        message_id: Bytes::copy_from_slice(message.id.as_bytes()),
-        ..Default::default()
-    }
 }

@@ -105,7 +105,6 @@ impl Refused {
 
 enum Message {
     Job(Box<dyn Job>),
-    Alone(Box<dyn Job>),
     Enqueue(EnqueueCall),
     Close(oneshot::Sender<()>),
 }
@@ -164,8 +163,7 @@ impl Writer {
         let (answer, result) = oneshot::channel();
         metrics::gauge!(names::QUEUE_JOBS).increment(1);
         let job = TypedJob { scope, bytes, work: Some(work), committed, result: None, answer, _room: room };
-        let message = if scope == Scope::Alone { Message::Alone } else { Message::Job };
-        self.jobs.send(message(Box::new(job))).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
+        self.jobs.send(Message::Job(Box::new(job))).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
         result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
     }
 
@@ -337,6 +335,7 @@ impl Committer {
             let mut next = Some(message);
             while let Some(message) = next {
                 match message {
+                    Message::Job(job) if job.scope() == Scope::Alone => alone = Some(job),
                     Message::Job(job) => {
                         batch.bytes += job.bytes();
                         batch.jobs.push(job);
@@ -345,7 +344,6 @@ impl Committer {
                         batch.bytes += call.bytes;
                         batch.calls.push(call);
                     }
-                    Message::Alone(job) => alone = Some(job),
                     Message::Close(done) => {
                         // What was sent before is still received, then there is nothing more.
                         self.waiting.close();

@@ -300,35 +300,9 @@ async fn messages_with_lost_connections() {
             });
             world.weather(storm, sending).await;
             if round == 0 {
-                let draining = many(&fleet, |_, mut roamer| {
-                    let (mut recorder, token) = (history.recorder(), account.token.clone());
-                    async move {
-                        let request = v1::FetchRequest { limit: 2, ..Default::default() };
-                        let reading = recorder.reading(Inbox(0));
-                        let page = roamer.must::<Fetch>(&request, Some(&token)).await.payloads;
-                        recorder.delivered(reading, seen(&page));
-                    }
-                });
-                world.weather(storm, draining).await;
+                drain(&mut world, storm, &history).await
             } else {
-                let (mut reader, mut recorder) = (Roamer::at(&fleet, 0).patient(), history.recorder());
-                let reading = recorder.reading(Inbox(0));
-                let page =
-                    reader.must::<Peek>(&v1::PeekRequest::default(), Some(&account.token)).await.payloads;
-                recorder.delivered(reading, seen(&page));
-                let seqs: Vec<u64> = page.iter().map(|envelope| envelope.seq).collect();
-                let acking = many(&fleet, |n, mut roamer| {
-                    let (mut recorder, token) = (history.recorder(), account.token.clone());
-                    let seqs: Vec<u64> =
-                        seqs.iter().copied().filter(|seq| *seq as usize % TIMES == n).collect();
-                    async move {
-                        let settling = recorder.settling(Inbox(0), seqs.iter().copied().map(Seq));
-                        let request = v1::AckRequest { seqs, ..Default::default() };
-                        roamer.must::<Ack>(&request, Some(&token)).await;
-                        recorder.settled(settling);
-                    }
-                });
-                world.weather(storm, acking).await;
+                ack(&mut world, storm, &history).await
             }
             empty(&world, &history).await;
         }
@@ -339,6 +313,41 @@ async fn messages_with_lost_connections() {
     }
     report.assert_clean();
     assert_eq!((report.messages, report.acknowledged), (4 * TIMES, 4 * TIMES));
+}
+
+async fn drain(world: &mut World, storm: Storm, history: &History) {
+    let (fleet, account) = (world.fleet.clone(), world.account.clone());
+    let draining = many(&fleet, |_, mut roamer| {
+        let (mut recorder, token) = (history.recorder(), account.token.clone());
+        async move {
+            let request = v1::FetchRequest { limit: 2, ..Default::default() };
+            let reading = recorder.reading(Inbox(0));
+            let page = roamer.must::<Fetch>(&request, Some(&token)).await.payloads;
+            recorder.delivered(reading, seen(&page));
+        }
+    });
+    world.weather(storm, draining).await;
+}
+
+/// Looks at the inbox in calm weather, and acks what is there in a storm.
+async fn ack(world: &mut World, storm: Storm, history: &History) {
+    let (fleet, account) = (world.fleet.clone(), world.account.clone());
+    let (mut reader, mut recorder) = (Roamer::at(&fleet, 0).patient(), history.recorder());
+    let reading = recorder.reading(Inbox(0));
+    let page = reader.must::<Peek>(&v1::PeekRequest::default(), Some(&account.token)).await.payloads;
+    recorder.delivered(reading, seen(&page));
+    let seqs: Vec<u64> = page.iter().map(|envelope| envelope.seq).collect();
+    let acking = many(&fleet, |n, mut roamer| {
+        let (mut recorder, token) = (history.recorder(), account.token.clone());
+        let seqs: Vec<u64> = seqs.iter().copied().filter(|seq| *seq as usize % TIMES == n).collect();
+        async move {
+            let settling = recorder.settling(Inbox(0), seqs.iter().copied().map(Seq));
+            let request = v1::AckRequest { seqs, ..Default::default() };
+            roamer.must::<Ack>(&request, Some(&token)).await;
+            recorder.settled(settling);
+        }
+    });
+    world.weather(storm, acking).await;
 }
 
 /// Drains the inbox until Postgres says that nothing is left.
@@ -354,7 +363,7 @@ async fn empty(world: &World, history: &History) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_with_lost_connections() {
+async fn key_packages_with_lost_connections() {
     let mut world = World::new().await;
     let (fleet, owner) = (world.fleet.clone(), world.account.clone());
     let mut mls = client_of(&owner);
@@ -399,6 +408,12 @@ async fn keys_with_lost_connections() {
         // One that was taken while the answer got lost is nobody's, which is better than two people's.
         assert!(!own.is_empty(), "{storm:?}: none was given");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hybrid_keys_with_lost_connections() {
+    let mut world = World::new().await;
+    let (fleet, owner) = (world.fleet.clone(), world.account.clone());
     for storm in World::storms("hybrid_key") {
         let keys: Vec<Bytes> = (0..TIMES).map(|_| hybrid_key()).collect();
         let putting = many(&fleet, |n, mut roamer| {

@@ -15,6 +15,7 @@ mod wakes;
 
 use std::time::Duration;
 
+use qpq_tests::{client::Client, cluster::Cluster, roaming::Roamer};
 use tokio::time::{Instant, sleep};
 
 /// After this a test is stuck.
@@ -31,4 +32,14 @@ async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> 
         sleep(Duration::from_millis(10)).await;
     }
     begun.elapsed()
+}
+
+/// A connection to each of the first `edges` edges, which stays there.
+async fn client_at_each(cluster: &Cluster, edges: usize) -> Vec<Client> {
+    let fleet = cluster.fleet();
+    let mut clients = Vec::new();
+    for edge in 0..edges {
+        clients.push(Roamer::at(&fleet, edge).patient().connected().await);
+    }
+    clients
 }

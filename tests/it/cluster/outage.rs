@@ -10,10 +10,9 @@ use qpq_tests::{
     accounts::Account,
     client::{Client, Refused},
     cluster::{Cluster, Plan},
-    roaming::Roamer,
 };
 
-use super::until;
+use super::{client_at_each, until};
 
 const EDGES: usize = 2;
 const UNAVAILABLE: u8 = 9;
@@ -30,11 +29,7 @@ impl World {
             .with("QPQ_POSTGRES__TIMEOUT", "1s")
             .with("QPQ_REDIS__TIMEOUT", "1s");
         let cluster = Cluster::start(plan).await.expect("a cluster");
-        let fleet = cluster.fleet();
-        let mut clients = Vec::new();
-        for edge in 0..EDGES {
-            clients.push(Roamer::at(&fleet, edge).patient().connected().await);
-        }
+        let clients = client_at_each(&cluster, EDGES).await;
         let account = cluster.accounts(1).await.expect("an account").remove(0);
         Self { cluster, clients, account }
     }

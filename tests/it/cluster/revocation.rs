@@ -12,11 +12,10 @@ use qpq_tests::{
     accounts::{Account, login},
     client::{Client, Refused},
     cluster::{Cluster, Plan},
-    roaming::Roamer,
 };
 use tokio::task::JoinSet;
 
-use super::until;
+use super::{client_at_each, until};
 
 const EDGES: usize = 3;
 /// The protocol says one second. This is for a machine that does much else; what it took is printed.
@@ -34,11 +33,7 @@ struct World {
 impl World {
     async fn new() -> Self {
         let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.expect("a cluster");
-        let fleet = cluster.fleet();
-        let mut clients = Vec::new();
-        for edge in 0..EDGES {
-            clients.push(Roamer::at(&fleet, edge).patient().connected().await);
-        }
+        let clients = client_at_each(&cluster, EDGES).await;
         let account = cluster.accounts(1).await.expect("an account").remove(0);
         Self { cluster, clients, account }
     }

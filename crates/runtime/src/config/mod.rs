@@ -83,7 +83,7 @@ pub fn load<T: Settings>(sources: Sources) -> Result<Loaded<T>, ConfigError> {
     settings.read("", &mut reader);
     if problems.is_empty() {
         problems.extend(settings.validate().into_iter().map(|broken| Problem::Broken {
-            at: layers::origin(&merged, broken.path).unwrap_or_else(|| "default".into()),
+            at: layers::origin(&merged, broken.path).unwrap_or_else(|| "not given".into()),
             path: broken.path.into(),
             must_be: broken.must_be,
         }));

@@ -161,20 +161,18 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
     sender.await.expect("every message was accepted");
     receiver.await.expect("every message came");
 
-    // And Redis serves again, on both edges.
     for store in [&one, &two] {
-        let stores = store.stores();
-        persist("the check", || stores.upkeep.check()).await;
-        let rest = persist("a read", || {
-            stores.inboxes.peek(
-                everything(alice.identity),
-                Seq::ZERO,
-                PageLimit { messages: 7, bytes: 1 << 20 },
-                NOW,
-            )
-        });
-        assert!(rest.await.envelopes.is_empty(), "all of it is acknowledged");
+        serves_again(&store.stores(), alice).await;
     }
+}
+
+/// Redis answers again, and nothing is left in the inbox.
+async fn serves_again(stores: &Stores, who: Person) {
+    persist("the check", || stores.upkeep.check()).await;
+    let limit = PageLimit { messages: 7, bytes: 1 << 20 };
+    let rest =
+        persist("a read", || stores.inboxes.peek(everything(who.identity), Seq::ZERO, limit, NOW)).await;
+    assert!(rest.envelopes.is_empty(), "all of it is acknowledged");
 }
 
 /// Sends the message with this number, takes it, and has it removed; it is the only one that is there.
