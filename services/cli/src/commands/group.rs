@@ -109,6 +109,7 @@ pub(crate) async fn send(context: &Context, group: &str, given: Option<String>) 
         message::deliver(context, messenger, id, &name, &body).await
     })
     .await
+    .map_err(message::unsaved)
 }
 
 #[derive(Debug, Serialize)]

@@ -46,6 +46,7 @@ pub(crate) async fn send(context: &Context, to: &Recipient, given: Option<String
         deliver(context, messenger, conversation, &name, &body).await
     })
     .await
+    .map_err(unsaved)
 }
 
 /// The text given on the command line or on standard input, without the line end that closes it.
@@ -96,13 +97,24 @@ pub(crate) async fn deliver(
     }
 }
 
+/// The code of what is saved and not yet sent.
+const QUEUED: &str = "client.queued";
+
+/// Says of a message that it has to be given again, where the server was out of reach before anything was saved.
+pub(crate) fn unsaved(mut fault: Fault) -> Fault {
+    if fault.exit == Exit::Unreachable && fault.code != QUEUED {
+        fault.message += "; the message is neither sent nor saved";
+    }
+    fault
+}
+
 /// Something is saved and not yet sent.
 pub(crate) fn queued(why: Option<Fault>) -> Fault {
     let (exit, why) = match why {
         Some(fault) => (fault.exit, fault.message),
         None => (Exit::Failure, "the server has no room for it now".to_owned()),
     };
-    Fault::new(exit, "client.queued", format_args!("saved, but not sent yet: {why}"))
+    Fault::new(exit, QUEUED, format_args!("saved, but not sent yet: {why}"))
         .hint("whatever qpq command you run next sends it; do not send it again")
 }
 

@@ -12,7 +12,9 @@ async fn a_server_that_is_down_is_named_and_logging_out_works_without_it() {
     let sending = alice.run(&["send", "bob", "hi", "--json"]);
     let (sent, out) = tokio::join!(sending, bob.json(&["logout"]));
     sent.fails(4, "client.unreachable");
-    assert!(sent.error()["message"].as_str().unwrap().contains(&world.address));
+    let error = sent.error();
+    let said = error["message"].as_str().unwrap();
+    assert!(said.contains(&world.address) && said.ends_with("neither sent nor saved"), "{said}");
     assert_eq!(out[0]["sessions_ended"], json!(null));
     assert!(out[0]["problem"].as_str().unwrap().contains(&world.address));
     assert!(bob.kept_keys().is_empty());
