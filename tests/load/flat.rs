@@ -113,7 +113,7 @@ impl Subject {
                     lease.page().envelopes.len() <= 1
                         && lease.page().envelopes.iter().all(|e| e.seq > Seq::ZERO)
                 );
-                lease.settle().await?;
+                lease.settle(NOW).await?;
                 anyhow::Ok(())
             })
             .buffer_unordered(if readers.is_some() { 1 } else { AT_A_TIME })

@@ -57,8 +57,9 @@ pub trait Wake: Send + Sync {
 pub trait Lease: Send + Sync {
     fn page(&self) -> &Page;
 
-    /// Removes exactly the messages shown: the reader has them. Durable when it returns.
-    async fn settle(self: Box<Self>) -> StoreResult<()>;
+    /// Removes exactly the messages shown: the reader has them. Durable when it returns. Their ids are remembered from `now`
+    /// on, or from their expiry if that came before.
+    async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
 }
 
 /// A message to be accepted.

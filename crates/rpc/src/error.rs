@@ -208,7 +208,11 @@ impl Error {
         if let Some(field) = self.field() {
             detail = detail.with_field(field);
         }
-        Answer { status: code.status().code(), payload: Bytes::from(detail.encode_to_vec()), lease: None }
+        Answer {
+            status: code.status().code(),
+            payload: Bytes::from(detail.encode_to_vec()),
+            settlement: None,
+        }
     }
 }
 

@@ -31,5 +31,5 @@ pub use dispatch::{Answered, Cx, Handler};
 pub use error::{Code, Error};
 pub use limits::{RateLimits, Subject};
 pub use opaque::OpaqueServer;
-pub use rpc::{Answer, Refusal, Rpc};
+pub use rpc::{Answer, Refusal, Rpc, Settlement};
 pub use signer::DeliverySigner;

@@ -3,7 +3,7 @@
 use std::{fmt, net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
-use qpq_ports::{Lease, StoreResult};
+use qpq_ports::{Clock, Lease, StoreResult};
 use qpq_proto::Status;
 use tracing::{Instrument as _, Level, Span, field::Empty};
 
@@ -29,8 +29,33 @@ pub struct Answer {
     pub status: u8,
     /// The method's response, or an `ErrorDetail`.
     pub payload: Bytes,
-    /// To be settled once the client has every byte of this; dropped, it is released.
-    pub lease: Option<Box<dyn Lease>>,
+    /// To be settled once the client has every byte of this; dropped, the messages that it shows are there again.
+    pub settlement: Option<Settlement>,
+}
+
+/// What is to be done about the messages that an answer shows. Dropping it gives them back.
+pub struct Settlement {
+    lease: Box<dyn Lease>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Settlement {
+    /// Of what `lease` shows, at `clock`'s time.
+    pub fn new(lease: Box<dyn Lease>, clock: Arc<dyn Clock>) -> Self {
+        Self { lease, clock }
+    }
+
+    /// Removes the messages: the client has every byte of the answer.
+    pub async fn settle(self) -> StoreResult<()> {
+        let now = self.clock.now();
+        self.lease.settle(now).await
+    }
+}
+
+impl fmt::Debug for Settlement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settlement").finish_non_exhaustive()
+    }
 }
 
 impl fmt::Debug for Answer {
@@ -95,7 +120,8 @@ impl Rpc {
             Ok(done) => {
                 span.record("code", "ok");
                 observation.succeed(done.payload.len());
-                Answer { status: Status::Ok.code(), payload: done.payload, lease: done.lease }
+                let settlement = done.lease.map(|lease| Settlement::new(lease, Arc::clone(&self.app.clock)));
+                Answer { status: Status::Ok.code(), payload: done.payload, settlement }
             }
             Err(error) => {
                 note_refusal(&span, &error);

@@ -244,7 +244,7 @@ async fn fetches(stores: &Stores, count: u64, inboxes: u64) -> Cost {
         async move {
             let limit = PageLimit { messages: 1, bytes: 4 << 20 };
             let lease = port.lease(all(recipient(n, inboxes)), limit, NOW).await.expect("lease");
-            lease.settle().await.expect("settle");
+            lease.settle(NOW).await.expect("settle");
         }
     })
     .await

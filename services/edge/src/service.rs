@@ -4,8 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use qpq_ports::Lease;
-use qpq_rpc::{Answer, Connection, Events, Rpc};
+use qpq_rpc::{Answer, Connection, Events, Rpc, Settlement};
 use qpq_transport::{Delivery, EventSink, Peer, Refusal, Reply, Service};
 use qpq_wire::{Request, RequestHeader};
 
@@ -48,15 +47,15 @@ impl Service for Edge {
     }
 }
 
-fn reply(Answer { status, payload, lease }: Answer) -> Reply {
-    let on_delivery = lease.map(|lease| Box::new(Settlement(lease)) as Box<dyn Delivery>);
+fn reply(Answer { status, payload, settlement }: Answer) -> Reply {
+    let on_delivery = settlement.map(|settlement| Box::new(Shown(settlement)) as Box<dyn Delivery>);
     Reply { status, payload, on_delivery }
 }
 
 /// Removes the messages that a client has got, and gives back those that it may not have.
-struct Settlement(Box<dyn Lease>);
+struct Shown(Settlement);
 
-impl Delivery for Settlement {
+impl Delivery for Shown {
     fn delivered(self: Box<Self>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             if let Err(error) = self.0.settle().await {
@@ -70,7 +69,7 @@ impl Delivery for Settlement {
     }
 
     fn lost(self: Box<Self>) -> BoxFuture<'static, ()> {
-        // The drop of a lease releases it.
+        // The drop of a settlement gives them back.
         drop(self);
         Box::pin(std::future::ready(()))
     }
@@ -90,7 +89,7 @@ mod tests {
     use std::time::Duration;
 
     use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis, Username};
-    use qpq_ports::{Enqueue, NewAccount, PageLimit, Read, Stores, View};
+    use qpq_ports::{Enqueue, NewAccount, PageLimit, Read, Stores, SystemClock, View};
     use qpq_store_embedded::{EmbeddedStore, Limits};
 
     use super::*;
@@ -125,7 +124,8 @@ mod tests {
     async fn fetched(stores: &Stores, read: Read) -> (Reply, usize) {
         let lease = stores.inboxes.lease(read, ALL, NOW).await.unwrap();
         let shown = lease.page().envelopes.len();
-        (reply(Answer { status: 0, payload: Bytes::new(), lease: Some(lease) }), shown)
+        let settlement = Settlement::new(lease, Arc::new(SystemClock));
+        (reply(Answer { status: 0, payload: Bytes::new(), settlement: Some(settlement) }), shown)
     }
 
     #[tokio::test]

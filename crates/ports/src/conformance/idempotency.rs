@@ -16,9 +16,6 @@ fn window() -> Duration {
     Delivery::default().recent_ids
 }
 
-/// A little less and more than that: settling may take a moment.
-const MOMENT: Duration = Duration::from_secs(30);
-
 pub async fn a_repeat_of_a_queued_message_gets_its_receipt(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
@@ -106,10 +103,36 @@ pub async fn an_id_is_remembered_after_a_settlement(factory: &dyn Factory) {
     let alice = bench.person(1).await;
     let hello = message(alice, alice, "hello").with_id(1);
     let receipt = bench.deliver(hello.clone()).await;
-    bench.lease(all(alice), EVERYTHING).await.settle().await.expect("settle");
-    let before = hello.clone().at(NOW.plus(window() - MOMENT));
-    assert_eq!(bench.send(before).await, Enqueued::Duplicate(receipt));
-    assert_eq!(bench.deliver(hello.at(NOW.plus(window() + MOMENT))).await.seq, Seq(2));
+    let lease = bench.lease(all(alice), EVERYTHING).await;
+    let settled = NOW.plus(60 * MINUTE);
+    lease.settle(settled).await.expect("settle");
+    let just_before = settled.plus(window() - Duration::from_millis(1));
+    for now in [settled, just_before] {
+        assert_eq!(bench.send(hello.clone().at(now)).await, Enqueued::Duplicate(receipt));
+    }
+    assert_eq!(bench.deliver(hello.at(settled.plus(window()))).await.seq, Seq(2));
+}
+
+/// Whether the settlement or a sweep comes first makes no difference.
+pub async fn an_id_that_expires_under_a_lease_is_remembered_after_expiry(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let expired = NOW.plus(4 * MINUTE);
+    let settled = expired.plus(5 * MINUTE);
+    for (person, swept) in [(alice, false), (bob, true)] {
+        let hello = message(person, person, "hello").with_id(1).living(4 * MINUTE);
+        let receipt = bench.deliver(hello.clone()).await;
+        let lease = bench.lease(all(person), EVERYTHING).await;
+        if swept {
+            while bench.stores.upkeep.sweep(settled).await.expect("sweep") > 0 {}
+        }
+        lease.settle(settled).await.expect("settle");
+        let just_before = expired.plus(window() - Duration::from_millis(1));
+        for now in [settled, just_before] {
+            assert_eq!(bench.send(hello.clone().at(now)).await, Enqueued::Duplicate(receipt));
+        }
+        assert_eq!(bench.deliver(hello.at(expired.plus(window()))).await.seq, Seq(2));
+    }
 }
 
 pub async fn an_id_is_remembered_after_expiry(factory: &dyn Factory) {

@@ -34,7 +34,7 @@ pub async fn a_lease_hides_until_it_is_released(factory: &dyn Factory) {
 
 pub async fn a_settled_lease_is_gone_for_good(factory: &dyn Factory) {
     let (mut bench, alice) = filled(factory, 3).await;
-    bench.lease(all(alice), first(2)).await.settle().await.expect("settle");
+    bench.lease(all(alice), first(2)).await.settle(NOW).await.expect("settle");
     assert_eq!(seqs(bench.lease(all(alice), EVERYTHING).await.page()), [3]);
     bench.crash().await;
     assert_eq!(seqs(&bench.peek(all(alice)).await), [3]);
@@ -48,7 +48,7 @@ pub async fn a_settlement_takes_only_what_was_shown(factory: &dyn Factory) {
     let lease = bench.lease(only(alice, 0), EVERYTHING).await;
     assert_eq!(seqs(lease.page()), [1, 2, 4]);
     bench.deliver(message(alice, alice, "m5")).await;
-    lease.settle().await.expect("settle");
+    lease.settle(NOW).await.expect("settle");
     assert_eq!(seqs(&bench.peek(all(alice)).await), [3, 5]);
 }
 
@@ -71,7 +71,7 @@ pub async fn a_view_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
     drop(stopped);
     let first_channel = bench.lease(only(alice, 1), EVERYTHING).await;
     assert_eq!(seqs(first_channel.page()), [1, 3], "another channel's lease is in nobody's way here");
-    second.settle().await.expect("settle");
+    second.settle(NOW).await.expect("settle");
     assert_eq!(seqs(bench.lease(only(alice, 2), EVERYTHING).await.page()), [4]);
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &Page::default());
     drop(first_channel);
@@ -98,7 +98,7 @@ pub async fn an_ack_reaches_what_is_leased(factory: &dyn Factory) {
     let lease = bench.lease(all(alice), EVERYTHING).await;
     assert_eq!(seqs(lease.page()), [2, 3]);
     assert_eq!(bench.ack(all(alice), None, &[2, 3]).await, 2);
-    lease.settle().await.expect("nothing is left to remove, which is no error");
+    lease.settle(NOW).await.expect("nothing is left to remove, which is no error");
     assert_eq!(bench.peek(all(alice)).await, Page::default());
 }
 
@@ -142,7 +142,7 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
                         // Noted before the settlement, because afterwards others may be quicker to note theirs.
                         let new = seqs.iter().filter(|seq| settled.lock().insert(**seq)).count();
                         assert_eq!(new, seqs.len(), "{seqs:?} shown again after it was settled");
-                        lease.settle().await.expect("settle");
+                        lease.settle(NOW).await.expect("settle");
                     }
                 } else {
                     drop(lease);

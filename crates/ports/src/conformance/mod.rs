@@ -101,6 +101,7 @@ macro_rules! conformance {
                 an_id_counts_for_one_sender_and_recipient,
                 an_id_is_remembered_after_an_ack,
                 an_id_is_remembered_after_a_settlement,
+                an_id_that_expires_under_a_lease_is_remembered_after_expiry,
                 an_id_is_remembered_after_expiry,
                 a_forgotten_id_may_be_used_again,
                 ids_survive_a_crash,

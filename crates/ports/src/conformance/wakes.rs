@@ -34,7 +34,7 @@ pub async fn whatever_makes_a_read_see_more_wakes(factory: &dyn Factory) {
 
     let lease = bench.lease(all(alice), first(1)).await;
     let mut settled = bench.stores.wakes.subscribe(&alice.identity);
-    lease.settle().await.expect("settle");
+    lease.settle(NOW).await.expect("settle");
     woken(&mut settled, "a settlement").await;
 
     let lease = bench.lease(all(alice), first(1)).await;
@@ -70,7 +70,7 @@ async fn fetch(stores: &Stores, person: Person) -> Vec<u64> {
         let lease = stores.inboxes.lease(all(person), EVERYTHING, NOW).await.expect("lease");
         if !lease.page().envelopes.is_empty() {
             let seqs = seqs(lease.page());
-            lease.settle().await.expect("settle");
+            lease.settle(NOW).await.expect("settle");
             return seqs;
         }
         drop(lease);

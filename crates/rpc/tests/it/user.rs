@@ -4,22 +4,22 @@ use std::{fmt, future::Future, panic::Location};
 
 use bytes::Bytes;
 use prost::Message as _;
-use qpq_ports::Lease;
 use qpq_proto::{Method, Status, methods, session::append_session_token, v1};
+use qpq_rpc::Settlement;
 
 use crate::harness::{Refused, Server, User};
 
 /// An answer that is Ok: the response, and what waits for its arrival.
 pub(crate) struct Answered<R> {
     pub(crate) response: R,
-    pub(crate) lease: Option<Box<dyn Lease>>,
+    pub(crate) settlement: Option<Settlement>,
 }
 
 impl<R> Answered<R> {
     /// What the transport does once the client has every byte.
     pub(crate) async fn arrived(self) -> R {
-        if let Some(lease) = self.lease {
-            lease.settle().await.expect("a store that works");
+        if let Some(settlement) = self.settlement {
+            settlement.settle().await.expect("a store that works");
         }
         self.response
     }
@@ -54,18 +54,18 @@ impl User {
         Self { token: session.session_token, ..self }
     }
 
-    /// A call; dropping its answer's lease is what happens when the connection dies before it arrived.
+    /// A call; dropping its answer's settlement is what happens when the connection dies before it arrived.
     pub(crate) async fn ask<M: Method>(&self, request: M::Request) -> Result<Answered<M::Response>, Refused> {
         let mut payload = request.encode_to_vec();
         append_session_token(&mut payload, &self.token);
         let answer = self.client.raw(M::INFO.id, payload).await;
         assert!(answer.payload.len() <= 4 << 20, "an answer of {} bytes", answer.payload.len());
         if answer.status != Status::Ok.code() {
-            assert!(answer.lease.is_none(), "a refusal holds no messages");
+            assert!(answer.settlement.is_none(), "a refusal holds no messages");
             return Err(Refused::new(&answer));
         }
         let response = M::Response::decode(answer.payload).expect("the method's response");
-        Ok(Answered { response, lease: answer.lease })
+        Ok(Answered { response, settlement: answer.settlement })
     }
 
     /// The response of a call that must be Ok; it arrives.

@@ -17,7 +17,6 @@ use std::fmt;
 use async_trait::async_trait;
 use qpq_domain::{Delivery, Seq, UnixMillis};
 use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreError, StoreResult};
-use tokio::time::Instant;
 
 pub use committer::COMMITTERS;
 #[cfg(feature = "measure")]
@@ -190,15 +189,7 @@ impl Inboxes for ClusterInboxes {
         } else {
             Some(held)
         };
-        Ok(Box::new(InboxLease {
-            page,
-            held,
-            read,
-            inbox,
-            inboxes: self.clone(),
-            now,
-            taken_at: Instant::now(),
-        }))
+        Ok(Box::new(InboxLease { page, held, read, inbox, inboxes: self.clone() }))
     }
 
     async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page> {
@@ -231,9 +222,6 @@ struct InboxLease {
     /// The inbox's number.
     inbox: i64,
     inboxes: ClusterInboxes,
-    now: UnixMillis,
-    /// The time of day of the settlement is `now` and what has passed since here.
-    taken_at: Instant,
 }
 
 impl fmt::Debug for InboxLease {
@@ -248,11 +236,10 @@ impl Lease for InboxLease {
         &self.page
     }
 
-    async fn settle(self: Box<Self>) -> StoreResult<()> {
-        let Self { held, read, inbox, inboxes, now, taken_at, .. } = *self;
+    async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
+        let Self { held, read, inbox, inboxes, .. } = *self;
         let Some(held) = held else { return Ok(()) };
-        let removed_at = now.plus(taken_at.elapsed());
-        let removal = inboxes.settlers.settle(inbox, held.seqs.clone(), removed_at).await?;
+        let removal = inboxes.settlers.settle(inbox, held.seqs.clone(), now).await?;
         inboxes.waking.removed(&read.inbox, removal, Some(&held.id), &held.seqs).await;
         held.ended();
         Ok(())

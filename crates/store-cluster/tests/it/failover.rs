@@ -100,7 +100,7 @@ async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
         }
         pages += 1;
         if pages % 2 == 0 {
-            lease.settle().await.expect("Postgres is there");
+            lease.settle(NOW).await.expect("Postgres is there");
         } else {
             let ack = Ack { up_to: Some(Seq(last)), seqs: Vec::new() };
             let gone = stores.inboxes.ack(read, ack, NOW).await.expect("Postgres is there");
@@ -186,7 +186,7 @@ async fn take(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
     let lease = stores.inboxes.lease(everything(who.identity), limit, NOW).await?;
     let texts: Vec<_> = lease.page().envelopes.iter().map(|envelope| envelope.payload.clone()).collect();
     assert_eq!(texts, [n.to_string()]);
-    lease.settle().await.expect("Postgres is there");
+    lease.settle(NOW).await.expect("Postgres is there");
     Ok(())
 }
 

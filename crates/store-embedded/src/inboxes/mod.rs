@@ -20,7 +20,6 @@ use futures_util::FutureExt as _;
 use qpq_domain::{Delivery, Seq, UnixMillis};
 use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreResult};
 use sqlx::SqlitePool;
-use tokio::time::Instant;
 
 pub(crate) use remove::sweep;
 
@@ -72,7 +71,6 @@ impl Inboxes for EmbeddedInboxes {
     }
 
     async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>> {
-        let taken_at = Instant::now();
         let reader = Reader::enter(&self.leases, read.inbox);
         // Before the mark, so that whoever waits for a connection does not read in vain.
         let mut connection = self.readers.acquire().await.map_err(read_failed)?;
@@ -86,8 +84,7 @@ impl Inboxes for EmbeddedInboxes {
                     read,
                     writer: self.writer.clone(),
                     limits: self.limits,
-                    now,
-                    taken_at,
+                    shown_at: now,
                 }));
             }
         }
@@ -147,9 +144,7 @@ struct InboxLease {
     read: Read,
     writer: Writer,
     limits: Delivery,
-    now: UnixMillis,
-    /// The time of day of the settlement is `now` and what has passed since here.
-    taken_at: Instant,
+    shown_at: UnixMillis,
 }
 
 #[async_trait]
@@ -158,22 +153,22 @@ impl Lease for InboxLease {
         &self.page
     }
 
-    async fn settle(self: Box<Self>) -> StoreResult<()> {
-        let Self { page, claimed, read, writer, limits, now, taken_at } = *self;
+    async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
+        let Self { page, claimed, read, writer, limits, shown_at } = *self;
         let (Some((claim, inbox)), [first, .., last] | [first @ last]) = (claimed, &page.envelopes[..])
         else {
             return Ok(());
         };
         // All of the view between the first and the last that had not expired when they were read: what was shown.
-        let selection = Selection { inbox, view: read.view, from: first.seq, to: last.seq, alive_at: now };
-        let removed_at = now.plus(taken_at.elapsed());
+        let selection =
+            Selection { inbox, view: read.view, from: first.seq, to: last.seq, alive_at: shown_at };
         writer
             .run(
                 Scope::Batch,
                 0,
                 move |connection| {
                     async move {
-                        remove::selected(connection, &selection, removed_at, limits.recent_ids)
+                        remove::selected(connection, &selection, now, limits.recent_ids)
                             .await
                             .map(Outcome::Keep)
                     }

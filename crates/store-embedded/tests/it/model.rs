@@ -56,7 +56,6 @@ struct Queued {
 
 struct Leased {
     inbox: u8,
-    at: UnixMillis,
     seqs: Vec<u64>,
 }
 
@@ -223,14 +222,14 @@ impl Model {
             Op::Lease { inbox, view, messages, bytes, slot } => {
                 self.leases.remove(slot);
                 let (text, seqs) = self.page(*inbox, *view, 0, *messages, *bytes);
-                self.leases.insert(*slot, Leased { inbox: *inbox, at: now, seqs });
+                self.leases.insert(*slot, Leased { inbox: *inbox, seqs });
                 text
             }
             Op::Settle { slot } => match self.leases.remove(slot) {
                 None => "no lease".to_owned(),
                 Some(lease) => {
                     if let Some(inbox) = self.inboxes.get_mut(&lease.inbox) {
-                        lease.seqs.into_iter().for_each(|seq| inbox.remove(seq, lease.at));
+                        lease.seqs.into_iter().for_each(|seq| inbox.remove(seq, now));
                     }
                     "settled".to_owned()
                 }

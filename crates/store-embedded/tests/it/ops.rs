@@ -18,14 +18,13 @@ use serde::{Deserialize, Serialize};
 pub(crate) const START: UnixMillis = UnixMillis(1_800_000_000_000);
 pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 
-/// Small, so that histories meet them. Ids are remembered for no whole number of minutes: a settlement is stamped with the
-/// real time since its lease, and no instant of a history may lie in between.
+/// Small, so that histories meet them.
 pub(crate) fn limits() -> Limits {
     Limits {
         delivery: Delivery {
             max_messages: 6,
             max_bytes: 400,
-            recent_ids: Duration::from_secs(15 * 60 + 30),
+            recent_ids: 15 * MINUTE,
             ..Delivery::default()
         },
         key_packages: KeyPackageCaps { max_count: 4, ..KeyPackageCaps::default() },
@@ -207,7 +206,7 @@ impl Machine {
             Op::Settle { slot } => match self.leases.remove(&slot) {
                 None => "no lease".to_owned(),
                 Some(lease) => {
-                    lease.settle().await.expect("settle");
+                    lease.settle(now).await.expect("settle");
                     "settled".to_owned()
                 }
             },

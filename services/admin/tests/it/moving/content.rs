@@ -122,7 +122,7 @@ impl Content {
         let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
         let seen: Vec<Seq> = lease.page().envelopes.iter().map(|envelope| envelope.seq).collect();
         if self.random.r#gen() {
-            lease.settle().await.unwrap();
+            lease.settle(self.now).await.unwrap();
         } else {
             drop(lease);
             let seqs = seen.into_iter().filter(|_| self.random.r#gen()).collect();
@@ -276,7 +276,7 @@ impl Content {
                 let limit = PageLimit { messages: 5, bytes: 1 << 20 };
                 let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
                 let page = lease.page().clone();
-                lease.settle().await.unwrap();
+                lease.settle(self.now).await.unwrap();
                 let up_to = page.envelopes.last().map(|last| Seq(last.seq.0 + 3));
                 (page, stores.inboxes.ack(read, Ack { up_to, seqs: vec![] }, self.now).await.unwrap())
             };
