@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, UnixMillis};
-use qpq_ports::{Enqueue, Envelope, NewAccount, StoreResult};
+use qpq_ports::{Enqueue, Envelope, NewAccount, PageLimit, Read, StoreResult, View};
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
     postgres::{self, Database, Repeat},
     redis::{
         Redis,
-        queue::{Queued, State},
+        queue::{Found, Look, Queued, State},
     },
 };
 
@@ -95,7 +95,7 @@ pub async fn pushes(
             while start.elapsed() < duration {
                 // A queue is dropped when it is full, as in use, and loaded anew now and then.
                 if messages % 128 == 0 {
-                    redis.load(&inbox, State { head: messages, removals: messages }, &[]).await?;
+                    load_empty(&redis, inbox, State { head: messages, removals: messages }).await?;
                 }
                 messages += 1;
                 redis.push(&inbox, &[queued(messages, payload)]).await?;
@@ -105,6 +105,24 @@ pub async fn pushes(
     }
     let messages = tasks.join_all().await.into_iter().sum::<StoreResult<u64>>();
     Ok(messages.map(|messages| Floor { messages, elapsed: start.elapsed() }))
+}
+
+async fn load_empty(redis: &Redis, inbox: IdentityKey, state: State) -> StoreResult<()> {
+    let read = Read { inbox, device: None, view: View::All };
+    let limit = PageLimit { messages: 0, bytes: 0 };
+    let look = Look {
+        read: &read,
+        state,
+        after: Seq::ZERO,
+        limit,
+        now: UnixMillis::default(),
+        hold: None,
+        edge: None,
+    };
+    match redis.read(look).await? {
+        Found::NotLoaded(permit) => redis.load(&inbox, permit, state, &[]).await,
+        Found::Page(_) => Ok(()),
+    }
 }
 
 fn message(inboxes: &[IdentityKey], n: usize, payload: usize) -> Enqueue {

@@ -123,14 +123,15 @@ impl ClusterInboxes {
         let (mut state, mut from) = (head.state, "redis");
         for _ in 0..TRIES {
             let redis = self.waking.redis();
-            if let Found::Page(shown) =
-                redis.read(Look { read, state, after, limit, now, hold, edge }).await?
-            {
-                metrics::counter!(names::HOT_READS, "from" => from).increment(1);
-                return Ok(Some(shown));
-            }
+            let permit = match redis.read(Look { read, state, after, limit, now, hold, edge }).await? {
+                Found::Page(shown) => {
+                    metrics::counter!(names::HOT_READS, "from" => from).increment(1);
+                    return Ok(Some(shown));
+                }
+                Found::NotLoaded(permit) => permit,
+            };
             let Some(whole) = page::whole(&self.database, head.inbox).await? else { return Ok(None) };
-            redis.load(&read.inbox, whole.state, &whole.messages).await?;
+            redis.load(&read.inbox, permit, whole.state, &whole.messages).await?;
             (state, from) = (whole.state, "reloaded");
         }
         Err(StoreError::conflict(Restless))

@@ -5,7 +5,10 @@
 //! or rolled back makes a queue that is not shown, and it is loaded anew. Only small inboxes are loaded: the many that a
 //! connected client keeps nearly empty. The others are read from Postgres, and Redis has their leases and waiters alone.
 //!
-//! Keys, all with the inbox as hash tag: `m` the state, `q` the members by seq, `l` leases (seq → lease, `e`lease → end), `w`
+//! A removal goes to Postgres first and then here, where it also ends the lease. So a load must not come from before a removal
+//! that has been here: whoever is turned away gets a [`Permit`], which the next removal ends.
+//!
+//! Keys, all with the inbox as hash tag: `m` the state and the permit, `q` the members by seq, `l` leases (seq → lease, `e`lease → end), `w`
 //! edges that wait.
 
 use std::{sync::LazyLock, time::Duration};
@@ -79,10 +82,15 @@ pub(crate) struct Look<'a> {
 /// What a read of a queue found.
 #[derive(Debug)]
 pub(crate) enum Found {
-    /// It is not loaded, or behind.
-    NotLoaded,
+    /// It is not loaded, or behind. Who reads the inbox in Postgres from now on may load it.
+    NotLoaded(Permit),
     Page(Shown),
 }
+
+/// Leave to load a queue with what is read in Postgres after this was given. It ends with the next removal, and when Redis
+/// loses it: what was removed meanwhile cannot come back.
+#[derive(Debug)]
+pub(crate) struct Permit(Bytes);
 
 /// A page that may be shown.
 #[derive(Debug)]
@@ -137,17 +145,19 @@ impl Redis {
         found(self.script("read", &READ, &keys, &args).await?)
     }
 
-    /// Makes the queue from what Postgres had in `state`.
+    /// Makes the queue from what Postgres had in `state`, read after the permit was given; nothing, if that has ended.
     pub(crate) async fn load(
         &self,
         inbox: &IdentityKey,
+        permit: Permit,
         state: State,
         messages: &[Queued],
     ) -> StoreResult<()> {
         let members: Vec<_> =
             messages.iter().map(|message| (message.envelope.seq, message.encode())).collect();
         let bytes = members.iter().map(|(_, member)| member.len() as u64).sum();
-        let mut args = vec![number(state.head), number(state.removals), number(bytes), millis(LOADED)];
+        let mut args =
+            vec![number(state.head), number(state.removals), number(bytes), millis(LOADED), permit.0];
         for (seq, member) in members {
             args.push(number(seq.0));
             args.push(member);
@@ -223,7 +233,7 @@ fn found(answer: Value) -> StoreResult<Found> {
     let wrong = || StoreError::corrupt(NeverWritten("the answer of read.lua"));
     let Value::Array(fields) = answer else { return Err(wrong()) };
     match &fields[..] {
-        [_] => Ok(Found::NotLoaded),
+        [_, Value::BulkString(permit)] => Ok(Found::NotLoaded(Permit(permit.clone().into()))),
         [_, head, more, stopped, Value::Array(members)] => {
             let number = |value: &Value| redis::from_redis_value::<u64>(value.clone()).map_err(|_| wrong());
             let envelope = |member: &Value| match member {
@@ -296,7 +306,112 @@ fn millis(duration: Duration) -> Bytes {
 
 #[cfg(test)]
 mod tests {
+    use qpq_test_services::Redis as Server;
+
     use super::*;
+    use crate::config::{Config, Endpoint, Limits, Migrate, Timing};
+
+    const INBOX: IdentityKey = IdentityKey::new([1; 32]);
+    const READ: Read = Read { inbox: INBOX, device: None, view: View::All };
+    const NOW: UnixMillis = UnixMillis(1);
+
+    async fn redis() -> (Server, Redis) {
+        let server = Server::start().await.unwrap();
+        let nowhere = || Endpoint { url: String::new(), password: None, ca: None };
+        let config = Config {
+            postgres: nowhere(),
+            redis: Endpoint { url: server.url(), ..nowhere() },
+            nats: nowhere(),
+            postgres_connections: 0,
+            postgres_timeout: Duration::ZERO,
+            redis_timeout: Duration::from_secs(60),
+            start_timeout: Duration::from_secs(60),
+            namespace: "test".to_owned(),
+            migrate: Migrate::Never,
+            opaque_setup: [0; 32],
+            limits: Limits::default(),
+            timing: Timing::default(),
+        };
+        let redis = Redis::connect(&config).await.unwrap();
+        (server, redis)
+    }
+
+    impl Redis {
+        async fn found(&self, head: u64, removals: u64) -> Found {
+            let limit = PageLimit { messages: 10, bytes: 1 << 20 };
+            let state = State { head, removals };
+            let look = Look { read: &READ, state, after: Seq::ZERO, limit, now: NOW, hold: None, edge: None };
+            self.read(look).await.unwrap()
+        }
+
+        /// What is shown to a reader who knows of that state.
+        async fn shown(&self, head: u64, removals: u64) -> Vec<u64> {
+            match self.found(head, removals).await {
+                Found::Page(shown) => shown.page.envelopes.iter().map(|envelope| envelope.seq.0).collect(),
+                Found::NotLoaded(_) => panic!("not loaded"),
+            }
+        }
+
+        async fn permit(&self, head: u64, removals: u64) -> Permit {
+            match self.found(head, removals).await {
+                Found::NotLoaded(permit) => permit,
+                Found::Page(shown) => panic!("{shown:?}"),
+            }
+        }
+
+        async fn load_seqs(&self, permit: Permit, head: u64, removals: u64, seqs: &[u64]) {
+            let messages: Vec<_> = seqs.iter().map(|seq| queued(*seq)).collect();
+            self.load(&INBOX, permit, State { head, removals }, &messages).await.unwrap();
+        }
+    }
+
+    fn queued(seq: u64) -> Queued {
+        let payload = Bytes::from_static(b"hello");
+        let envelope =
+            Envelope { seq: Seq(seq), channel: ChannelId::DEFAULT, payload, enqueued_at: UnixMillis(0) };
+        Queued { envelope, expires_at: UnixMillis(2) }
+    }
+
+    /// One reader has read message 1 in Postgres and is slow to load it, while another removes it, and a third comes who had
+    /// asked for the inbox's state before.
+    #[tokio::test]
+    async fn a_slow_load_brings_nothing_back() {
+        let (_server, redis) = redis().await;
+        let permit = redis.permit(1, 0).await;
+        redis.load_seqs(permit, 1, 0, &[1]).await;
+        assert_eq!(redis.shown(1, 0).await, [1]);
+
+        // Message 2 is committed; who wants to see it must load, for it has not been pushed yet.
+        let slow = redis.permit(2, 0).await;
+        redis.removed(&INBOX, 1, None, &[Seq(1)]).await.unwrap();
+        redis.load_seqs(slow, 2, 0, &[1, 2]).await;
+        assert_eq!(redis.shown(1, 0).await, [0; 0], "it has been removed");
+
+        let permit = redis.permit(2, 0).await;
+        redis.load_seqs(permit, 2, 1, &[2]).await;
+        assert_eq!(redis.shown(2, 1).await, [2]);
+    }
+
+    #[tokio::test]
+    async fn a_slow_load_into_an_empty_place_brings_nothing_back() {
+        let (server, redis) = redis().await;
+        let slow = redis.permit(1, 0).await;
+        redis.removed(&INBOX, 1, None, &[Seq(1)]).await.unwrap();
+        redis.load_seqs(slow, 1, 0, &[1]).await;
+        let slow = redis.permit(1, 0).await;
+
+        // Nor does it when Redis has lost everything, and with it that something was removed.
+        redis.removed(&INBOX, 1, None, &[Seq(1)]).await.unwrap();
+        server.flush_all().await.unwrap();
+        redis.load_seqs(slow, 1, 0, &[1]).await;
+        let permit = redis.permit(1, 0).await;
+
+        // Two who load at a time have one permit, and whoever is later finds it done.
+        let same = redis.permit(1, 0).await;
+        redis.load_seqs(permit, 1, 1, &[]).await;
+        redis.load_seqs(same, 1, 1, &[]).await;
+        assert_eq!(redis.shown(1, 1).await, [0; 0]);
+    }
 
     #[test]
     fn a_member_is_read_as_it_was_written() {

@@ -1,9 +1,10 @@
--- Shows the first messages of a view, and leases them unless it is a peek.
+-- Shows the first messages of a view, and leases them unless it is a peek. A reader that is turned away gets a permit to load
+-- what it then reads in Postgres.
 -- KEYS: state, queue, leases, waiters
 -- ARGV: 1 the least head and 2 the least removals that the queue must show, 3 after which seq, 4 'all' or 'channel', 5 the
 --   channel, 6 most messages, 7 most bytes, 8 now, 9 lease id or '' for a peek, 10 how long it lasts, 11 edge that wants to be
---   woken or '', 12 how long it wants that, 13 how long the queue stays loaded; all times in ms
--- Answers {'C'} when the queue is not loaded, or shows an older state than it must; else
+--   woken or '', 12 how long it wants that, and how long a permit lasts, 13 how long the queue stays loaded; all times in ms
+-- Answers {'C', permit to load} when the queue is not loaded, or shows an older state than it must; else
 --   {'M', head, 1 if the view has more, ms until the lease ends that the view stops at or 0, members}.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -15,7 +16,13 @@ end
 local state = redis.call('HMGET', KEYS[1], 'h', 'r', 'n')
 if not state[1] or tonumber(state[1]) < tonumber(ARGV[1]) or tonumber(state[2]) < tonumber(ARGV[2])
     or redis.call('ZCARD', KEYS[2]) ~= tonumber(state[3]) then
-  return {'C'}
+  local permit = redis.call('HGET', KEYS[1], 'p')
+  if not permit then
+    permit = time[1] .. '.' .. time[2]
+    redis.call('HSET', KEYS[1], 'p', permit)
+  end
+  if not state[1] then redis.call('PEXPIRE', KEYS[1], ARGV[12]) end
+  return {'C', permit}
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[13])
 redis.call('PEXPIRE', KEYS[2], ARGV[13])

@@ -4,6 +4,8 @@
 -- Answers the edges that wait, which are forgotten here.
 local removal = tonumber(ARGV[1])
 if removal > 0 then
+  -- Who is loading may have read them before they were removed, and reads again.
+  redis.call('HDEL', KEYS[1], 'p')
   local state = redis.call('HMGET', KEYS[1], 'r', 'n')
   if state[1] and tonumber(state[1]) == removal - 1 then
     local count = tonumber(state[2])
