@@ -4,7 +4,7 @@
 //! sessions that have ended, notices and signs of life. Publishing is putting something into a bounded queue, which never
 //! waits: what NATS does not take in time is dropped and counted.
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::HashMap, fmt, io, sync::Arc, time::Duration};
 
 use async_nats::{
     Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr, Subscriber, connection::State,
@@ -176,23 +176,34 @@ fn options(config: &Config, back: watch::Sender<()>) -> Result<ConnectOptions, C
     }
     let servers = servers(config)?;
     let first = servers.first().expect("at least one");
-    let user = first.username().map(str::to_owned).unwrap_or_default();
-    let password = config.nats.password.clone().or_else(|| first.password().map(str::to_owned));
-    Ok(match (user.is_empty(), password) {
-        (false, Some(password)) => options.user_and_password(user, password),
-        (true, Some(token)) => options.token(token),
-        (_, None) => options,
+    let user = first.username().map(unescaped).transpose()?;
+    let password = first.password().map(unescaped).transpose()?;
+    Ok(match (user, config.nats.password.clone().or(password)) {
+        (Some(user), Some(password)) => options.user_and_password(user, password),
+        // One word alone is a token, as everywhere with NATS.
+        (Some(token), None) | (None, Some(token)) => options.token(token),
+        (None, None) => options,
     })
 }
 
+/// A user, password or token as it is meant; the URL has it percent-encoded (RFC 3986, section 2.1).
+fn unescaped(part: &str) -> Result<String, ConnectError> {
+    let text = percent_encoding::percent_decode_str(part).decode_utf8();
+    text.map(Cow::into_owned).map_err(|error| bad_url(error.to_string()))
+}
+
 fn servers(config: &Config) -> Result<Vec<ServerAddr>, ConnectError> {
-    config.nats.url.split(',').map(|url| url.trim().parse()).collect::<Result<_, _>>().map_err(
-        |error: std::io::Error| ConnectError::Url {
-            setting: "nats.url",
-            cause: error.kind().to_string(),
-            expected: "it must be like nats://host:4222 or tls://host:4222, several separated by commas",
-        },
-    )
+    let parse = |url: &str| url.trim().parse().map_err(|error: io::Error| bad_url(error.kind().to_string()));
+    config.nats.url.split(',').map(parse).collect()
+}
+
+fn bad_url(cause: String) -> ConnectError {
+    ConnectError::Url {
+        setting: "nats.url",
+        cause,
+        expected: "it must be like nats://host:4222 or tls://host:4222, several separated by commas; what is special in a \
+                   user or password is percent-encoded",
+    }
 }
 
 struct Subjects {

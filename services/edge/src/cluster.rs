@@ -46,7 +46,8 @@ section! {
 section! {
     /// NATS: word from edge to edge. All of it may get lost.
     pub struct Nats {
-        /// Where it is, as in `nats://a:4222,nats://b:4222`; with `tls` in place of `nats` encrypted.
+        /// Where it is, as in `nats://a:4222,nats://b:4222` or `nats://user:password@a`; with `tls` in place of `nats`
+        /// encrypted. One word in front of `@` is a token.
         url: Option<Redacted<String>> = None;
         /// A file with the password, or with the token where the URL names no user.
         password_file: Option<PathBuf> = None;

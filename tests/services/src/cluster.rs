@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 use crate::{
     authority::Authority,
     port::Port,
-    process::{PATIENCE, new_password},
+    process::{PATIENCE, in_url, new_password},
     redis::Redis,
 };
 
@@ -66,7 +66,7 @@ impl RedisCluster {
     pub fn url(&self) -> String {
         let hosts: Vec<_> = self.nodes.iter().map(|node| node.served_at().to_string()).collect();
         let first = &self.nodes[0];
-        format!("{}+cluster://:{}@{}", first.scheme(), first.password(), hosts.join(","))
+        format!("{}+cluster://:{}@{}", first.scheme(), in_url(first.password()), hosts.join(","))
     }
 
     /// How a client connects: any of these leads to all.

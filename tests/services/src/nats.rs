@@ -12,7 +12,7 @@ use tokio::{
 use crate::{
     authority::Authority,
     port::Port,
-    process::{Home, Service, new_password, write_private},
+    process::{Home, Service, in_url, new_password, write_private},
     program::Program,
 };
 
@@ -23,21 +23,28 @@ const USER: &str = "qpq";
 pub struct Nats {
     service: Service,
     port: Port,
+    /// None: the password is a token.
+    user: Option<&'static str>,
     password: String,
     scheme: &'static str,
 }
 
 impl Nats {
     pub async fn start() -> anyhow::Result<Self> {
-        Self::launch(None).await
+        Self::launch(Some(USER), None).await
+    }
+
+    /// One that knows no users: whoever has its password may come in.
+    pub async fn start_with_token() -> anyhow::Result<Self> {
+        Self::launch(None, None).await
     }
 
     /// One that only speaks TLS.
     pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
-        Self::launch(Some(authority)).await
+        Self::launch(Some(USER), Some(authority)).await
     }
 
-    async fn launch(authority: Option<&Authority>) -> anyhow::Result<Self> {
+    async fn launch(user: Option<&'static str>, authority: Option<&Authority>) -> anyhow::Result<Self> {
         let program = Program::Nats.find()?;
         let port = Port::reserve()?;
         let password = new_password();
@@ -45,8 +52,12 @@ impl Nats {
         let file = home.path().join("nats.conf");
         // Quoted: NATS would take a password that begins like a number for one. Who was held up on a busy machine is not to be
         // refused: a client has two seconds to log in, unless told otherwise.
+        let login = match user {
+            Some(user) => format!("user: \"{user}\", password: \"{password}\""),
+            None => format!("token: \"{password}\""),
+        };
         let mut configuration = format!(
-            "host: \"127.0.0.1\"\nport: {}\nauthorization {{ user: \"{USER}\", password: \"{password}\", timeout: 60 }}\n",
+            "host: \"127.0.0.1\"\nport: {}\nauthorization {{ {login}, timeout: 60 }}\n",
             port.number()
         );
         if let Some(authority) = authority {
@@ -59,7 +70,7 @@ impl Nats {
         let mut command = Command::new(program);
         command.arg("-c").arg(file);
         let scheme = if authority.is_some() { "tls" } else { "nats" };
-        let nats = Self { service: Service::new(home, command)?, port, password, scheme };
+        let nats = Self { service: Service::new(home, command)?, port, user, password, scheme };
         nats.start_again().await?;
         Ok(nats)
     }
@@ -71,7 +82,8 @@ impl Nats {
 
     /// The same by another way, such as a proxy's address.
     pub fn url_via(&self, addr: SocketAddr) -> String {
-        format!("{}://{USER}:{}@{addr}", self.scheme, self.password)
+        let user = self.user.map(|user| format!("{user}:")).unwrap_or_default();
+        format!("{}://{user}{}@{addr}", self.scheme, in_url(&self.password))
     }
 
     pub const fn port(&self) -> u16 {
@@ -80,10 +92,6 @@ impl Nats {
 
     pub fn addr(&self) -> SocketAddr {
         self.port.addr()
-    }
-
-    pub const fn user(&self) -> &str {
-        USER
     }
 
     pub fn password(&self) -> &str {
@@ -100,10 +108,12 @@ impl Nats {
             ensure!(line.contains("\"tls_required\":true"), "it does not want TLS: {line}");
             return Ok(());
         }
-        let hello = format!(
-            "CONNECT {{\"verbose\":false,\"user\":\"{USER}\",\"pass\":\"{}\"}}\r\nPING\r\n",
-            self.password
-        );
+        let password = &self.password;
+        let login = match self.user {
+            Some(user) => format!("\"user\":\"{user}\",\"pass\":\"{password}\""),
+            None => format!("\"auth_token\":\"{password}\""),
+        };
+        let hello = format!("CONNECT {{\"verbose\":false,{login}}}\r\nPING\r\n");
         stream.write_all(hello.as_bytes()).await?;
         line.clear();
         stream.read_line(&mut line).await.context("NATS closed the connection")?;

@@ -21,14 +21,14 @@ use nix::{
 use crate::{
     authority::Authority,
     port::Port,
-    process::{Home, Service, new_password, write_private},
+    process::{Home, Service, in_url, new_password, write_private},
     program::{self, Program},
 };
 
 const USER: &str = "qpq";
 const DATABASE: &str = "qpq";
 /// Part of the kept cluster's name: to be raised when `make_template` makes another one.
-const TEMPLATE_REVISION: u32 = 2;
+const TEMPLATE_REVISION: u32 = 3;
 
 /// A running Postgres with one empty database. Dropping it stops it and removes its data.
 #[derive(Debug)]
@@ -182,7 +182,7 @@ impl Postgres {
     }
 
     fn url_of(&self, database: &str, addr: SocketAddr) -> String {
-        format!("postgres://{USER}:{}@{addr}/{database}", self.password)
+        format!("postgres://{USER}:{}@{addr}/{database}", in_url(&self.password))
     }
 }
 

@@ -6,6 +6,7 @@
 //! it fires when the *thread* that started the child ends, and runtimes end threads at will.)
 
 use std::{
+    fmt::Display,
     fs::{self, OpenOptions},
     io::Write as _,
     os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
@@ -238,10 +239,16 @@ impl Drop for Service {
     }
 }
 
-/// A password that nobody else knows, of letters and digits only, so that it needs no escaping anywhere.
+/// A password that nobody else knows. Everything that a URL has a meaning for is in it, so that whoever takes one from there
+/// must read it as it is meant; no configuration file minds.
 pub(crate) fn new_password() -> String {
     use rand::{Rng as _, distributions::Alphanumeric, rngs::OsRng};
-    OsRng.sample_iter(&Alphanumeric).take(32).map(char::from).collect()
+    "p@:/?#[]%&=+".chars().chain(OsRng.sample_iter(&Alphanumeric).take(32).map(char::from)).collect()
+}
+
+/// A password as it stands in a URL.
+pub(crate) fn in_url(password: &str) -> impl Display {
+    percent_encoding::utf8_percent_encode(password, percent_encoding::NON_ALPHANUMERIC)
 }
 
 /// A file that only its owner may read, from its first byte on: passwords are in it.

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use crate::{
     authority::Authority,
     port::Port,
-    process::{Home, Service, new_password, write_private},
+    process::{Home, Service, in_url, new_password, write_private},
     program::Program,
     resp::{Connection, Reply},
 };
@@ -98,7 +98,7 @@ impl Redis {
 
     /// The same by another way, such as a proxy's address.
     pub fn url_via(&self, addr: SocketAddr) -> String {
-        format!("{}://:{}@{addr}/", self.scheme(), self.password)
+        format!("{}://:{}@{addr}/", self.scheme(), in_url(&self.password))
     }
 
     pub const fn port(&self) -> u16 {

@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     authority::Authority,
-    process::{PATIENCE, new_password},
+    process::{PATIENCE, in_url, new_password},
     redis::{Redis, SENTINEL},
     resp::Reply,
 };
@@ -85,7 +85,7 @@ impl RedisSentinel {
         format!(
             "{}+sentinel://:{}@{}/{SERVICE}",
             sentinel.scheme(),
-            sentinel.password(),
+            in_url(sentinel.password()),
             sentinel.served_at()
         )
     }

@@ -8,8 +8,8 @@
 //! A removal goes to Postgres first and then here, where it also ends the lease. So a load must not come from before a removal
 //! that has been here: whoever is turned away gets a [`Permit`], which the next removal ends.
 //!
-//! Keys, all with the inbox as hash tag: `m` the state and the permit, `q` the members by seq, `l` leases (seq → lease, `e`lease → end), `w`
-//! edges that wait.
+//! Keys, all with the inbox as hash tag: `m` the state and the permit, `q` the members by seq, `l` leases (seq → lease,
+//! `e`lease → end), `w` edges that wait.
 
 use std::{sync::LazyLock, time::Duration};
 

@@ -6,7 +6,7 @@ use std::{fs, sync::Arc, time::Duration};
 use qpq_ports::{Bucket, LimitKey, Verdict};
 use qpq_store_cluster::{ClusterStore, Config, ConnectError, Limits, Migrate};
 use qpq_test_services::{
-    Authority, Redis, RedisCluster, RedisSentinel,
+    Authority, Nats, Redis, RedisCluster, RedisSentinel,
     proxy::{Link, TcpProxy, Way},
 };
 use rand::{SeedableRng as _, rngs::StdRng};
@@ -160,6 +160,24 @@ async fn a_nats_that_refuses_says_why_at_once() {
     config.nats.password = None;
     config.nats.url = format!("nats://{}", servers.nats.addr());
     is_refused(&config, "NATS", "nats", "authorization violation").await;
+}
+
+/// By a token in the URL or in a file; users and passwords are what all other tests come with.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_nats_that_wants_a_token_gets_it() {
+    let servers = Servers::start().await;
+    let nats = Nats::start_with_token().await.expect("NATS");
+    let mut config = ready(&servers).await;
+    config.nats.url = nats.url();
+    edge(&config).await.close().await;
+    config.nats.url = format!("nats://{}", nats.addr());
+    config.nats.password = Some(nats.password().to_owned());
+    edge(&config).await.close().await;
+    config.nats.password = Some(WRONG.into());
+    is_refused(&config, "NATS", "nats", "authorization violation").await;
+    config.nats.url = "nats://%ff@127.0.0.1".to_owned();
+    let error = ClusterStore::connect(&config).await.expect_err("no text");
+    assert!(matches!(error, ConnectError::Url { setting: "nats.url", .. }), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
