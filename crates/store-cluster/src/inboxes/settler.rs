@@ -16,6 +16,7 @@ use crate::{
     error::Shared,
     metrics as names,
     postgres::{Database, Repeat},
+    redis::queue::UNKNOWN_REMOVAL,
 };
 
 /// Transactions at a time.
@@ -53,7 +54,8 @@ impl Settlers {
         Self { pages }
     }
 
-    /// Removes the messages of a page, durably. Answers which removal of the inbox it was, 0 if nothing of it was left.
+    /// Removes the messages of a page, durably. Answers which removal of the inbox it was. That is unknown if nothing of it was
+    /// left: others removed it, or we did and Postgres's answer was lost.
     pub(super) async fn settle(&self, inbox: i64, seqs: Vec<Seq>, now: UnixMillis) -> StoreResult<u64> {
         let (answer, settled) = oneshot::channel();
         self.pages.send(Settled { inbox, seqs, now, answer }).map_err(|_| StoreError::unavailable(Closed))?;
@@ -95,7 +97,7 @@ async fn remove_all(database: &Database, recent_ids: Duration, batch: Vec<Settle
         .await;
     for page in batch {
         let outcome = match &removed {
-            Ok(removed) => Ok(removed.get(&page.inbox).copied().unwrap_or_default()),
+            Ok(removed) => Ok(removed.get(&page.inbox).copied().unwrap_or(UNKNOWN_REMOVAL)),
             Err(error) => Err(error.clone().into()),
         };
         // Whoever gave up changes nothing.

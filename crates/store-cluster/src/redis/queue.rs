@@ -38,6 +38,9 @@ static CLAIM: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scri
 static REMOVE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/remove.lua")));
 static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
 
+/// In place of a removal's number: messages are gone, and nobody can say by which. Whatever queue there is goes too.
+pub(crate) const UNKNOWN_REMOVAL: u64 = u64::MAX;
+
 /// Which of its states an inbox is in. Both only ever grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(crate) struct State {
@@ -390,6 +393,19 @@ mod tests {
         let permit = redis.permit(2, 0).await;
         redis.load_seqs(permit, 2, 1, &[2]).await;
         assert_eq!(redis.shown(2, 1).await, [2]);
+    }
+
+    #[tokio::test]
+    async fn a_removal_without_a_number_shows_nothing_that_may_be_gone() {
+        let (_server, redis) = redis().await;
+        let permit = redis.permit(2, 0).await;
+        redis.load_seqs(permit, 2, 0, &[1, 2]).await;
+        let slow = redis.permit(3, 0).await;
+        redis.removed(&INBOX, UNKNOWN_REMOVAL, None, &[Seq(1)]).await.unwrap();
+        redis.load_seqs(slow, 3, 0, &[1, 2, 3]).await;
+        let permit = redis.permit(1, 0).await;
+        redis.load_seqs(permit, 3, 1, &[2, 3]).await;
+        assert_eq!(redis.shown(3, 1).await, [2, 3]);
     }
 
     #[tokio::test]
