@@ -110,6 +110,10 @@ impl Postgres {
         self.url_of(DATABASE, addr)
     }
 
+    pub fn password(&self) -> &str {
+        &self.password
+    }
+
     pub const fn port(&self) -> u16 {
         self.port.number()
     }

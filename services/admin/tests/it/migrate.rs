@@ -18,9 +18,9 @@ async fn the_schema_is_brought_up_to_date_and_again_changes_nothing() {
     // The edges' own file, with the password in a file beside it; Redis' is not asked for.
     let (before, after) = url.split_once("://").unwrap();
     let (user, host) = after.split_once('@').unwrap();
-    let (user, password) = user.split_once(':').unwrap();
+    let (user, _) = user.split_once(':').unwrap();
     let (config, secret) = (place.path("qpq.toml"), place.path("password"));
-    fs::write(&secret, format!("{password}\n")).unwrap();
+    fs::write(&secret, format!("{}\n", postgres.password())).unwrap();
     let settings = format!(
         "[postgres]\nurl = \"{before}://{user}@{host}\"\npassword_file = \"{}\"\n\
          [redis]\nurl = \"redis://127.0.0.1:1\"\npassword_file = \"/not/here\"\n",
