@@ -2,14 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use qpq_domain::{Delivery, Seq};
+use qpq_domain::{Delivery, Seq, UnixMillis};
 use tokio::task::JoinSet;
 
 use super::{
     Factory,
     bench::{Bench, EVERYTHING, MINUTE, NOW, all, message, only, seqs, texts},
 };
-use crate::{Enqueued, Receipt};
+use crate::{Enqueue, Enqueued, Receipt};
 
 /// How long ids are remembered by default.
 fn window() -> Duration {
@@ -83,6 +83,16 @@ pub async fn an_id_counts_for_one_sender_and_recipient(factory: &dyn Factory) {
     assert_eq!(texts(&bench.peek(all(carol)).await), ["a to c"]);
 }
 
+/// `hello`, the inbox's only message so far, went at `gone`: its repeats are known from `now` on until the window has passed, to
+/// the millisecond, and then it is another message.
+async fn is_remembered(bench: &Bench, hello: Enqueue, receipt: Receipt, gone: UnixMillis, now: UnixMillis) {
+    let just_before = gone.plus(window() - Duration::from_millis(1));
+    for now in [now, just_before] {
+        assert_eq!(bench.send(hello.clone().at(now)).await, Enqueued::Duplicate(receipt));
+    }
+    assert_eq!(bench.deliver(hello.at(gone.plus(window()))).await.seq, Seq(2));
+}
+
 pub async fn an_id_is_remembered_after_an_ack(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
@@ -90,12 +100,7 @@ pub async fn an_id_is_remembered_after_an_ack(factory: &dyn Factory) {
     let receipt = bench.deliver(hello.clone()).await;
     let acked = NOW.plus(60 * MINUTE);
     assert_eq!(bench.ack_at(only(alice, 3), Some(1), &[], acked).await, 1);
-    let just_before = acked.plus(window() - Duration::from_millis(1));
-    for now in [acked, just_before] {
-        assert_eq!(bench.send(hello.clone().at(now)).await, Enqueued::Duplicate(receipt));
-    }
-    let after = bench.deliver(hello.at(acked.plus(window()))).await;
-    assert_eq!(after.seq, Seq(2), "then it is another message");
+    is_remembered(&bench, hello, receipt, acked, acked).await;
 }
 
 pub async fn an_id_is_remembered_after_a_settlement(factory: &dyn Factory) {
@@ -106,11 +111,7 @@ pub async fn an_id_is_remembered_after_a_settlement(factory: &dyn Factory) {
     let lease = bench.lease(all(alice), EVERYTHING).await;
     let settled = NOW.plus(60 * MINUTE);
     lease.settle(settled).await.expect("settle");
-    let just_before = settled.plus(window() - Duration::from_millis(1));
-    for now in [settled, just_before] {
-        assert_eq!(bench.send(hello.clone().at(now)).await, Enqueued::Duplicate(receipt));
-    }
-    assert_eq!(bench.deliver(hello.at(settled.plus(window()))).await.seq, Seq(2));
+    is_remembered(&bench, hello, receipt, settled, settled).await;
 }
 
 /// Whether the settlement or a sweep comes first makes no difference.
@@ -127,11 +128,7 @@ pub async fn an_id_that_expires_under_a_lease_is_remembered_after_expiry(factory
             while bench.stores.upkeep.sweep(settled).await.expect("sweep") > 0 {}
         }
         lease.settle(settled).await.expect("settle");
-        let just_before = expired.plus(window() - Duration::from_millis(1));
-        for now in [settled, just_before] {
-            assert_eq!(bench.send(hello.clone().at(now)).await, Enqueued::Duplicate(receipt));
-        }
-        assert_eq!(bench.deliver(hello.at(expired.plus(window()))).await.seq, Seq(2));
+        is_remembered(&bench, hello, receipt, expired, settled).await;
     }
 }
 
