@@ -1,5 +1,6 @@
-//! Compiles `qpq/v1/*.proto` without `protoc`, and gives every message that has a field marked `debug_redact` a
-//! `Debug` that leaves the field's value out, so that no log line can carry a token.
+//! Compiles `qpq/v1/*.proto` without `protoc`, and gives every message that has a field marked
+//! `debug_redact` a `Debug` that leaves the field's value out, so that no log line can carry a
+//! token.
 
 use std::{env, error::Error, fmt::Write as _, fs, path::Path};
 
@@ -16,7 +17,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let mut redacted = Vec::new();
     let mut debug_impls = String::new();
-    for message in compiler.descriptor_pool().all_messages().filter(|m| m.package_name() == "qpq.v1") {
+    for message in
+        compiler.descriptor_pool().all_messages().filter(|m| m.package_name() == "qpq.v1")
+    {
         let fields: Vec<_> = message
             .fields()
             .map(|field| {
@@ -49,7 +52,10 @@ fn write_debug(out: &mut String, message: &str, fields: &[(String, bool)]) -> st
     writeln!(out, "f.debug_struct({message:?})")?;
     for (name, secret) in fields {
         if *secret {
-            writeln!(out, ".field({name:?}, &super::Redacted {{ is_set: !self.{name}.is_empty() }})")?;
+            writeln!(
+                out,
+                ".field({name:?}, &super::Redacted {{ is_set: !self.{name}.is_empty() }})"
+            )?;
         } else {
             writeln!(out, ".field({name:?}, &self.{name})")?;
         }

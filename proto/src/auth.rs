@@ -1,5 +1,6 @@
-//! Who may call a method, as types: a row of the method table names one of these, and `qpq-rpc` gives the method's
-//! handler the caller that belongs to it. A handler that takes a stronger caller than its row gives does not compile.
+//! Who may call a method, as types: a row of the method table names one of these, and `qpq-rpc`
+//! gives the method's handler the caller that belongs to it. A handler that takes a stronger caller
+//! than its row gives does not compile.
 
 /// Who may call, as a value (for tables and documents).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,5 +1,5 @@
-//! Bytes become types at the door: parsers for the fields of requests, each saying which field it refused and why.
-//! Handlers call them first; what they get they need not check again.
+//! Bytes become types at the door: parsers for the fields of requests, each saying which field it
+//! refused and why. Handlers call them first; what they get they need not check again.
 
 use std::num::NonZeroU32;
 
@@ -7,7 +7,8 @@ use qpq_domain::{
     ChannelId, DeviceId, IdentityKey, InvalidUsername, MAX_BATCH, MessageId, Username, WrongLength,
 };
 
-/// A field of a request was refused. The field's name goes back to the client, the reason is for the log.
+/// A field of a request was refused. The field's name goes back to the client, the reason is for
+/// the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
 pub struct FieldError {
@@ -41,7 +42,10 @@ pub fn identity_key(bytes: &[u8], field: &'static str) -> Result<IdentityKey, Fi
 }
 
 /// An identity key that may be left out.
-pub fn optional_identity_key(bytes: &[u8], field: &'static str) -> Result<Option<IdentityKey>, FieldError> {
+pub fn optional_identity_key(
+    bytes: &[u8],
+    field: &'static str,
+) -> Result<Option<IdentityKey>, FieldError> {
     optional(bytes, field)
 }
 
@@ -76,7 +80,9 @@ pub fn username(raw: &str, field: &'static str) -> Result<Username, FieldError> 
 
 /// Exactly `N` bytes of no further type: a signature, a hash.
 pub fn exact<const N: usize>(bytes: &[u8], field: &'static str) -> Result<[u8; N], FieldError> {
-    bytes.try_into().map_err(|_| FieldError::new(field, WrongLength { expected: N, actual: bytes.len() }))
+    bytes
+        .try_into()
+        .map_err(|_| FieldError::new(field, WrongLength { expected: N, actual: bytes.len() }))
 }
 
 /// Exactly `N` bytes, or empty for none.
@@ -156,7 +162,10 @@ mod tests {
 
     #[test]
     fn a_list_is_refused_for_its_length_or_for_one_of_its_keys() {
-        assert_eq!(identity_keys(&vec![[1; 32]; MAX_BATCH], "f").map(|keys| keys.len()), Ok(MAX_BATCH));
+        assert_eq!(
+            identity_keys(&vec![[1; 32]; MAX_BATCH], "f").map(|keys| keys.len()),
+            Ok(MAX_BATCH)
+        );
         assert_eq!(
             identity_keys(&vec![[1; 32]; MAX_BATCH + 1], "f"),
             Err(FieldError::new("f", FieldReason::TooMany { max: MAX_BATCH })),

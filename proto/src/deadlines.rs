@@ -1,5 +1,5 @@
-//! How long a call may take before it is answered `DeadlineExceeded`. A row of the method table names its class; the
-//! server stops the handler by it, the client stops waiting a little later.
+//! How long a call may take before it is answered `DeadlineExceeded`. A row of the method table
+//! names its class; the server stops the handler by it, the client stops waiting a little later.
 
 use std::time::Duration;
 
@@ -23,8 +23,8 @@ impl DeadlineClass {
     /// All of them, in the order of the documentation.
     pub const ALL: [Self; 4] = [Self::Health, Self::Standard, Self::Blob, Self::Wait];
 
-    /// The time limit of a call. `asked` is how long the request itself asks to wait: zero for all but
-    /// [`DeadlineClass::Wait`], where it is added.
+    /// The time limit of a call. `asked` is how long the request itself asks to wait: zero for all
+    /// but [`DeadlineClass::Wait`], where it is added.
     pub const fn duration(self, asked: Duration) -> Duration {
         match self {
             Self::Health => Duration::from_secs(5),

@@ -1,21 +1,24 @@
-//! The server's signed word that it took a message: which bytes are signed. Who signs and who checks is elsewhere
-//! (the server has the key, the client its public half from Health); both take the bytes from here.
+//! The server's signed word that it took a message: which bytes are signed. Who signs and who
+//! checks is elsewhere (the server has the key, the client its public half from Health); both take
+//! the bytes from here.
 
 use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::v1::DeliveryProof;
 
-/// Goes before the signed bytes, so that a signature made for something else never passes for a proof.
+/// Goes before the signed bytes, so that a signature made for something else never passes for a
+/// proof.
 const CONTEXT: &[u8] = b"qpq/delivery/1";
 
 /// The version of the proofs described here.
 pub const VERSION: u32 = 1;
 
-/// The bytes that the server signs with Ed25519: `"qpq/delivery/1"` and the serialization of fields 1 to 7 in order.
-/// The proof's signature is not looked at.
+/// The bytes that the server signs with Ed25519: `"qpq/delivery/1"` and the serialization of fields
+/// 1 to 7 in order. The proof's signature is not looked at.
 pub fn signed_bytes(proof: &DeliveryProof) -> Vec<u8> {
-    // Prost writes fields in the order of their numbers and leaves defaults out, which is the canonical form.
+    // Prost writes fields in the order of their numbers and leaves defaults out, which is the
+    // canonical form.
     let unsigned = DeliveryProof { signature: Default::default(), ..proof.clone() };
     let mut bytes = CONTEXT.to_vec();
     unsigned.encode(&mut bytes).expect("a Vec grows");

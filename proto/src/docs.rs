@@ -1,4 +1,5 @@
-//! Makes `docs/rpc.md` from the tables of this crate, so that the document cannot say anything else than the code.
+//! Makes `docs/rpc.md` from the tables of this crate, so that the document cannot say anything else
+//! than the code.
 
 use std::fmt::Write as _;
 
@@ -80,7 +81,9 @@ fn limits(page: &mut String) {
     );
     line(
         page,
-        format_args!("\n| class | kept per | burst | refill | what it bounds |\n|---|---|---|---|---|"),
+        format_args!(
+            "\n| class | kept per | burst | refill | what it bounds |\n|---|---|---|---|---|"
+        ),
     );
     for class in LimitClass::ALL {
         for LimitDefault { subject, burst, refill, every } in class.defaults() {
@@ -116,7 +119,10 @@ fn statuses(page: &mut String) {
     line(page, format_args!("| byte | name | try again | meaning |\n|---|---|---|---|"));
     for status in Status::ALL {
         let retry = if status.is_retryable() { "yes" } else { "" };
-        line(page, format_args!("| {} | {} | {retry} | {} |", status.code(), status.name(), status.doc()));
+        line(
+            page,
+            format_args!("| {} | {} | {retry} | {} |", status.code(), status.name(), status.doc()),
+        );
     }
 }
 
@@ -136,7 +142,10 @@ mod tests {
     use super::*;
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "a switch for whoever changes a table, not configuration")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a switch for whoever changes a table, not configuration"
+    )]
     fn the_committed_document_is_current() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/rpc.md");
         if std::env::var("QPQ_UPDATE_DOCS").is_ok_and(|value| value == "1") {

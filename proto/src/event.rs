@@ -1,4 +1,5 @@
-//! What the server sends by itself, after Subscribe: event frames on one stream, each with a type and a message.
+//! What the server sends by itself, after Subscribe: event frames on one stream, each with a type
+//! and a message.
 
 use bytes::Bytes;
 use prost::{DecodeError, Message};
@@ -82,9 +83,13 @@ impl Event {
         let event = match event_type {
             EventType::Wake => Self::Wake(WakeEvent::decode(payload)?),
             EventType::Message => Self::Message(MessageEvent::decode(payload)?),
-            EventType::SessionRevoked => Self::SessionRevoked(SessionRevokedEvent::decode(payload)?),
+            EventType::SessionRevoked => {
+                Self::SessionRevoked(SessionRevokedEvent::decode(payload)?)
+            }
             EventType::Draining => Self::Draining(DrainingEvent::decode(payload)?),
-            EventType::KeyPackagesLow => Self::KeyPackagesLow(KeyPackagesLowEvent::decode(payload)?),
+            EventType::KeyPackagesLow => {
+                Self::KeyPackagesLow(KeyPackagesLowEvent::decode(payload)?)
+            }
         };
         Ok(Some(event))
     }
@@ -97,7 +102,8 @@ mod tests {
 
     #[test]
     fn every_event_survives_its_frame() {
-        let envelope = Envelope { seq: 7, data: Bytes::from_static(b"hello"), ..Envelope::default() };
+        let envelope =
+            Envelope { seq: 7, data: Bytes::from_static(b"hello"), ..Envelope::default() };
         let events = [
             Event::Wake(WakeEvent { channel_id: vec![1; 16].into(), seq: 7 }),
             Event::Message(MessageEvent { envelope: Some(envelope) }),

@@ -1,5 +1,6 @@
-//! Pins the bytes of the areas that the original server documents (auth, delivery, moderation): messages with known
-//! values against bytes put together by hand, without prost. A field that changes its number or type fails here.
+//! Pins the bytes of the areas that the original server documents (auth, delivery, moderation):
+//! messages with known values against bytes put together by hand, without prost. A field that
+//! changes its number or type fails here.
 
 use std::fmt::Debug;
 
@@ -26,7 +27,8 @@ fn b(text: &'static str) -> Bytes {
     Bytes::from_static(text.as_bytes())
 }
 
-/// Both ways: the message is written as these fields in this order, and they are read as the message.
+/// Both ways: the message is written as these fields in this order, and they are read as the
+/// message.
 #[track_caller]
 fn pinned<M: Message + Default + PartialEq + Debug>(message: M, fields: &[Vec<u8>]) {
     let bytes = fields.concat();
@@ -52,7 +54,10 @@ fn auth() {
         &[data(1, "u"), data(2, "up"), data(3, "ik"), data(4, "ip"), data(5, "inv")],
     );
     pinned(OpaqueRegisterFinishResponse { success: true }, &[number(1, 1)]);
-    pinned(OpaqueLoginStartRequest { username: "u".into(), request: b("r") }, &[data(1, "u"), data(2, "r")]);
+    pinned(
+        OpaqueLoginStartRequest { username: "u".into(), request: b("r") },
+        &[data(1, "u"), data(2, "r")],
+    );
     pinned(OpaqueLoginStartResponse { response: b("r") }, &[data(1, "r")]);
     pinned(
         OpaqueLoginFinishRequest {
@@ -63,8 +68,14 @@ fn auth() {
         },
         &[data(1, "u"), data(2, "f"), data(3, "ik"), data(4, "d")],
     );
-    pinned(OpaqueLoginFinishResponse { session_token: b("t"), expires_at: 9 }, &[data(1, "t"), number(2, 9)]);
-    pinned(LogoutRequest { all_sessions: true, session_token: b("t") }, &[number(1, 1), data(15, "t")]);
+    pinned(
+        OpaqueLoginFinishResponse { session_token: b("t"), expires_at: 9 },
+        &[data(1, "t"), number(2, 9)],
+    );
+    pinned(
+        LogoutRequest { all_sessions: true, session_token: b("t") },
+        &[number(1, 1), data(15, "t")],
+    );
     pinned(LogoutResponse { revoked: 2 }, &[number(1, 2)]);
 }
 
@@ -78,7 +89,8 @@ fn sending() {
         message_id: b("m"),
         session_token: b("t"),
     };
-    let fields = [data(1, "rk"), data(2, "p"), data(3, "c"), number(4, 4), data(5, "m"), data(15, "t")];
+    let fields =
+        [data(1, "rk"), data(2, "p"), data(3, "c"), number(4, 4), data(5, "m"), data(15, "t")];
     pinned(request.clone(), &fields);
     pinned(
         EnqueueResponse { seq: 1, delivery_proof: b("dp"), duplicate: true },
@@ -109,14 +121,22 @@ fn sending() {
             data(15, "t"),
         ],
     );
-    let result =
-        BatchResult { seq: 1, status: 3, code: "x".into(), delivery_proof: b("dp"), duplicate: true };
+    let result = BatchResult {
+        seq: 1,
+        status: 3,
+        code: "x".into(),
+        delivery_proof: b("dp"),
+        duplicate: true,
+    };
     let result_fields = [number(1, 1), number(2, 3), data(3, "x"), data(4, "dp"), number(5, 1)];
     pinned(
         BatchEnqueueResponse { seqs: vec![1, 2], results: vec![result], epoch: 8 },
         &[data(1, [1, 2]), data(2, result_fields.concat()), number(3, 8)],
     );
-    pinned(SubscribeRequest { all_channels: true, session_token: b("t") }, &[number(1, 1), data(15, "t")]);
+    pinned(
+        SubscribeRequest { all_channels: true, session_token: b("t") },
+        &[number(1, 1), data(15, "t")],
+    );
     pinned(SubscribeResponse { success: true }, &[number(1, 1)]);
 }
 
@@ -143,7 +163,15 @@ fn reading() {
             all_channels: true,
             session_token: b("t"),
         },
-        &[data(1, "rk"), data(2, "c"), number(3, 3), number(4, 4), data(5, "d"), number(6, 1), data(15, "t")],
+        &[
+            data(1, "rk"),
+            data(2, "c"),
+            number(3, 3),
+            number(4, 4),
+            data(5, "d"),
+            number(6, 1),
+            data(15, "t"),
+        ],
     );
     pinned(
         PeekRequest {
@@ -155,7 +183,15 @@ fn reading() {
             after_seq: 6,
             session_token: b("t"),
         },
-        &[data(1, "rk"), data(2, "c"), number(3, 3), data(4, "d"), number(5, 1), number(6, 6), data(15, "t")],
+        &[
+            data(1, "rk"),
+            data(2, "c"),
+            number(3, 3),
+            data(4, "d"),
+            number(5, 1),
+            number(6, 6),
+            data(15, "t"),
+        ],
     );
     pinned(
         AckRequest {
@@ -182,21 +218,27 @@ fn reading() {
 
 #[test]
 fn what_a_read_answers() {
-    let envelope = Envelope { seq: 1, data: b("d"), channel_id: b("c"), enqueued_at: 4, origin: "o".into() };
+    let envelope =
+        Envelope { seq: 1, data: b("d"), channel_id: b("c"), enqueued_at: 4, origin: "o".into() };
     let fields = [
         data(1, [number(1, 1), data(2, "d"), data(3, "c"), number(4, 4), data(5, "o")].concat()),
         number(2, 1),
+        data(3, "s"),
     ];
     let payloads = vec![envelope];
-    pinned(FetchResponse { payloads: payloads.clone(), more: true }, &fields);
-    pinned(FetchWaitResponse { payloads: payloads.clone(), more: true }, &fields);
-    pinned(PeekResponse { payloads, more: true }, &fields);
+    pinned(FetchResponse { payloads: payloads.clone(), more: true, store_id: b("s") }, &fields);
+    pinned(FetchWaitResponse { payloads: payloads.clone(), more: true, store_id: b("s") }, &fields);
+    pinned(PeekResponse { payloads, more: true, store_id: b("s") }, &fields);
 }
 
 #[test]
 fn moderation() {
     pinned(
-        ReportMessageRequest { encrypted_report: b("er"), conversation_id: b("ci"), session_token: b("t") },
+        ReportMessageRequest {
+            encrypted_report: b("er"),
+            conversation_id: b("ci"),
+            session_token: b("t"),
+        },
         &[data(1, "er"), data(2, "ci"), data(15, "t")],
     );
     pinned(
@@ -222,7 +264,8 @@ fn moderation() {
     };
     let report_fields = [number(1, 1), data(2, "er"), data(3, "ci"), data(4, "ri"), number(5, 5)];
     pinned(ListReportsResponse { reports: vec![report] }, &[data(1, report_fields.concat())]);
-    let banned = BannedUserEntry { identity_key: b("ik"), reason: "r".into(), banned_at: 3, expires_at: 4 };
+    let banned =
+        BannedUserEntry { identity_key: b("ik"), reason: "r".into(), banned_at: 3, expires_at: 4 };
     let banned_fields = [data(1, "ik"), data(2, "r"), number(3, 3), number(4, 4)];
     pinned(ListBannedResponse { users: vec![banned] }, &[data(1, banned_fields.concat())]);
 }
@@ -240,15 +283,19 @@ fn refusals_and_health() {
             version: "v".into(),
             server_key: b("k"),
             domain: "d".into(),
+            store_id: b("s"),
         },
-        &[data(1, "ok"), number(2, 2), data(3, "v"), data(4, "k"), data(5, "d")],
+        &[data(1, "ok"), number(2, 2), data(3, "v"), data(4, "k"), data(5, "d"), data(6, "s")],
     );
 }
 
 #[test]
 fn a_secret_is_not_shown() {
     let login = OpaqueLoginFinishResponse { session_token: b("hunter2"), expires_at: 9 };
-    assert_eq!(format!("{login:?}"), "OpaqueLoginFinishResponse { session_token: redacted, expires_at: 9 }");
+    assert_eq!(
+        format!("{login:?}"),
+        "OpaqueLoginFinishResponse { session_token: redacted, expires_at: 9 }"
+    );
     let request = ListDevicesRequest { session_token: Bytes::new() };
     assert_eq!(format!("{request:?}"), "ListDevicesRequest { session_token: unset }");
     let push = RegisterPushTokenRequest { token: "hunter2".into(), ..Default::default() };

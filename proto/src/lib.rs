@@ -1,9 +1,10 @@
-//! Everything on the wire, for both sides: the messages ([`v1`], compiled from `qpq/v1/*.proto`), the method table
-//! ([`methods`]) from which server, client, metrics and `docs/rpc.md` know each RPC, status and events, and the parsers
-//! that make domain types of the messages' bytes ([`convert`]).
+//! Everything on the wire, for both sides: the messages ([`v1`], compiled from `qpq/v1/*.proto`),
+//! the method table ([`methods`]) from which server, client, metrics and `docs/rpc.md` know each
+//! RPC, status and events, and the parsers that make domain types of the messages' bytes
+//! ([`convert`]).
 //!
-//! Frames are not here: `qpq-wire` has them. To add an RPC: its messages in a `.proto` file, a row in `methods.rs`, its
-//! handler in `qpq-rpc`.
+//! Frames are not here: `qpq-wire` has them. To add an RPC: its messages in a `.proto` file, a row
+//! in `methods.rs`, its handler in `qpq-rpc`.
 
 pub mod auth;
 pub mod convert;
@@ -24,8 +25,9 @@ pub use limits::{LimitClass, LimitDefault, LimitSubject};
 pub use methods::{METHODS, Method, MethodInfo};
 pub use status::Status;
 
-/// The messages, as the `.proto` files have them; their comments are there. A message with a secret in it shows only
-/// whether the secret is set. `bytes` fields are slices of the buffer that they were decoded from, and keep it alive.
+/// The messages, as the `.proto` files have them; their comments are there. A message with a secret
+/// in it shows only whether the secret is set. `bytes` fields are slices of the buffer that they
+/// were decoded from, and keep it alive.
 pub mod v1 {
     #![allow(clippy::all, missing_docs, rustdoc::all, reason = "generated")]
     include!(concat!(env!("OUT_DIR"), "/qpq.v1.rs"));

@@ -1,10 +1,10 @@
-//! Rate-limit classes: which methods share a budget, what the budget is kept per, and how large it is unless the
-//! configuration says otherwise. A row of the method table names its class; this file is the one table of defaults,
-//! read by the configuration, the server and `docs/rpc.md`.
+//! Rate-limit classes: which methods share a budget, what the budget is kept per, and how large it
+//! is unless the configuration says otherwise. A row of the method table names its class; this file
+//! is the one table of defaults, read by the configuration, the server and `docs/rpc.md`.
 //!
-//! A budget is a token bucket: `burst` tokens when full, `refill` more in every `every`, one for each call. The defaults
-//! are far above what a person's clients do and only stop floods; everything dear (a password guess, a registration,
-//! somebody's KeyPackages) is bounded tighter.
+//! A budget is a token bucket: `burst` tokens when full, `refill` more in every `every`, one for
+//! each call. The defaults are far above what a person's clients do and only stop floods;
+//! everything dear (a password guess, a registration, somebody's KeyPackages) is bounded tighter.
 
 use std::time::Duration;
 
@@ -12,7 +12,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// What a budget is kept per. A call that has no such thing (no account before the login) is not counted there.
+/// What a budget is kept per. A call that has no such thing (no account before the login) is not
+/// counted there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum LimitSubject {
     /// The caller's IP address (IPv6: its /64).
@@ -134,9 +135,11 @@ impl LimitClass {
     const fn row(self) -> Row {
         use LimitSubject::{Account, FetcherAndTarget, Ip, Peer, Username};
         match self {
-            Self::Health => {
-                row("health", "Load balancers and curious clients.", const { &[budget(Ip, 600, 20, SECOND)] })
-            }
+            Self::Health => row(
+                "health",
+                "Load balancers and curious clients.",
+                const { &[budget(Ip, 600, 20, SECOND)] },
+            ),
             Self::Register => row(
                 "register",
                 "New accounts; a registration is two calls.",
@@ -147,10 +150,14 @@ impl LimitClass {
                 "Password guesses, by one address and against one name; a login is two calls.",
                 const { &[budget(Ip, 120, 120, MINUTE), budget(Username, 20, 20, MINUTE)] },
             ),
-            Self::Logout => row("logout", "Ending sessions.", const { &[budget(Account, 60, 60, MINUTE)] }),
-            Self::Send => {
-                row("send", "Messages into inboxes.", const { &[budget(Account, 2_000, 6_000, MINUTE)] })
+            Self::Logout => {
+                row("logout", "Ending sessions.", const { &[budget(Account, 60, 60, MINUTE)] })
             }
+            Self::Send => row(
+                "send",
+                "Messages into inboxes.",
+                const { &[budget(Account, 2_000, 6_000, MINUTE)] },
+            ),
             Self::Receive => row(
                 "receive",
                 "Reading and clearing the caller's inbox.",
@@ -164,7 +171,9 @@ impl LimitClass {
             Self::KeyFetch => row(
                 "key_fetch",
                 "KeyPackages taken away: draining somebody's is an attack.",
-                const { &[budget(FetcherAndTarget, 20, 20, HOUR), budget(Account, 2_000, 1_000, MINUTE)] },
+                const {
+                    &[budget(FetcherAndTarget, 20, 20, HOUR), budget(Account, 2_000, 1_000, MINUTE)]
+                },
             ),
             Self::Lookup => row(
                 "lookup",
@@ -186,9 +195,11 @@ impl LimitClass {
                 "Chunks of up to 1 MiB, both ways.",
                 const { &[budget(Account, 600, 1_200, MINUTE)] },
             ),
-            Self::Device => {
-                row("device", "Devices and push tokens.", const { &[budget(Account, 60, 60, MINUTE)] })
-            }
+            Self::Device => row(
+                "device",
+                "Devices and push tokens.",
+                const { &[budget(Account, 60, 60, MINUTE)] },
+            ),
             Self::Recovery => {
                 row("recovery", "The recovery bundle.", const { &[budget(Account, 30, 60, HOUR)] })
             }
@@ -202,12 +213,16 @@ impl LimitClass {
                 "Relays and questions, from a client to another server and from another server to this one.",
                 const { &[budget(Account, 2_000, 6_000, MINUTE), budget(Peer, 20_000, 60_000, MINUTE)] },
             ),
-            Self::Report => {
-                row("report", "Reports to the administrators.", const { &[budget(Account, 20, 60, HOUR)] })
-            }
-            Self::Admin => {
-                row("admin", "Moderation by administrators.", const { &[budget(Account, 600, 600, MINUTE)] })
-            }
+            Self::Report => row(
+                "report",
+                "Reports to the administrators.",
+                const { &[budget(Account, 20, 60, HOUR)] },
+            ),
+            Self::Admin => row(
+                "admin",
+                "Moderation by administrators.",
+                const { &[budget(Account, 600, 600, MINUTE)] },
+            ),
             Self::Account => {
                 row("account", "The end of an account.", const { &[budget(Account, 10, 10, HOUR)] })
             }
@@ -236,10 +251,18 @@ mod tests {
         for class in LimitClass::ALL {
             assert!(!class.defaults().is_empty(), "{class:?} has no budget");
             for budget in class.defaults() {
-                assert!(budget.burst > 0 && budget.refill > 0 && budget.every > Duration::ZERO, "{class:?}");
+                assert!(
+                    budget.burst > 0 && budget.refill > 0 && budget.every > Duration::ZERO,
+                    "{class:?}"
+                );
             }
-            let subjects: HashSet<_> = class.defaults().iter().map(|budget| budget.subject).collect();
-            assert_eq!(subjects.len(), class.defaults().len(), "{class:?} has two budgets for one subject");
+            let subjects: HashSet<_> =
+                class.defaults().iter().map(|budget| budget.subject).collect();
+            assert_eq!(
+                subjects.len(),
+                class.defaults().len(),
+                "{class:?} has two budgets for one subject"
+            );
         }
     }
 

@@ -253,9 +253,9 @@ mod tests {
 
     /// The methods of the original server.
     const DOCUMENTED: [u16; 49] = [
-        100, 101, 102, 103, 200, 201, 202, 203, 204, 205, 300, 301, 302, 303, 304, 400, 410, 411, 412, 413,
-        420, 421, 422, 423, 424, 500, 501, 510, 511, 520, 600, 601, 700, 701, 702, 710, 750, 751, 752, 800,
-        801, 802, 900, 901, 902, 903, 904, 905, 950,
+        100, 101, 102, 103, 200, 201, 202, 203, 204, 205, 300, 301, 302, 303, 304, 400, 410, 411,
+        412, 413, 420, 421, 422, 423, 424, 500, 501, 510, 511, 520, 600, 601, 700, 701, 702, 710,
+        750, 751, 752, 800, 801, 802, 900, 901, 902, 903, 904, 905, 950,
     ];
     /// Ours beside them.
     const EXTENSIONS: [u16; 4] = [104, 206, 305, 414];
@@ -275,8 +275,8 @@ mod tests {
     #[test]
     fn these_rows_still_wait_for_their_handlers() {
         let later = [
-            400, 410, 411, 412, 413, 414, 420, 421, 422, 423, 424, 510, 511, 520, 600, 601, 700, 701, 702,
-            710, 750, 751, 752, 800, 801, 900, 901, 902, 903, 904, 905, 950,
+            400, 410, 411, 412, 413, 414, 420, 421, 422, 423, 424, 510, 511, 520, 600, 601, 700,
+            701, 702, 710, 750, 751, 752, 800, 801, 900, 901, 902, 903, 904, 905, 950,
         ];
         assert_eq!(ids(METHODS.iter().filter(|method| !method.served)), later);
     }
@@ -301,7 +301,8 @@ mod tests {
     fn anonymous_calls_are_limited_by_what_an_anonymous_caller_has() {
         use crate::limits::LimitSubject;
         for method in METHODS.iter().filter(|method| method.auth == AuthKind::Anonymous) {
-            let by_ip = method.limit.defaults().iter().any(|budget| budget.subject == LimitSubject::Ip);
+            let by_ip =
+                method.limit.defaults().iter().any(|budget| budget.subject == LimitSubject::Ip);
             assert!(by_ip, "{} is not limited for anyone", method.name);
         }
     }

@@ -1,5 +1,6 @@
-//! The session token of a request, read and written without knowing the request's type: field 15 of every message
-//! that needs a session. The server reads it before it decodes the message, the client appends it after encoding.
+//! The session token of a request, read and written without knowing the request's type: field 15 of
+//! every message that needs a session. The server reads it before it decodes the message, the
+//! client appends it after encoding.
 
 use bytes::BufMut;
 use prost::encoding::{
@@ -20,10 +21,12 @@ impl From<prost::DecodeError> for Malformed {
     }
 }
 
-/// Finds the session token in a serialized request. `None` when there is none or it is empty, which protobuf does not
-/// tell apart. Where the field is repeated the last one counts, as in protobuf. Nothing is copied.
+/// Finds the session token in a serialized request. `None` when there is none or it is empty, which
+/// protobuf does not tell apart. Where the field is repeated the last one counts, as in protobuf.
+/// Nothing is copied.
 ///
-/// It accepts whatever a generated message would accept, so a request is never refused for what stands beside the token.
+/// It accepts whatever a generated message would accept, so a request is never refused for what
+/// stands beside the token.
 pub fn session_token(payload: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     let mut rest = payload;
     let mut token = None;
@@ -42,7 +45,8 @@ pub fn session_token(payload: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     Ok(token.filter(|token| !token.is_empty()))
 }
 
-/// Appends the session token to a serialized request of any type. It counts even if the message had one already.
+/// Appends the session token to a serialized request of any type. It counts even if the message had
+/// one already.
 pub fn append_session_token(payload: &mut impl BufMut, token: &[u8]) {
     encode_key(SESSION_TOKEN_FIELD, WireType::LengthDelimited, payload);
     prost::encode_length_delimiter(token.len(), payload)
@@ -81,7 +85,8 @@ mod tests {
         for_each_request!(decoders)
     }
 
-    /// Checks that a payload which a message accepts gives that message's token. Answers how many messages accept it.
+    /// Checks that a payload which a message accepts gives that message's token. Answers how many
+    /// messages accept it.
     fn agree(payload: &[u8]) -> Result<usize, TestCaseError> {
         let ours = session_token(payload);
         let mut accepted = 0;
@@ -95,7 +100,8 @@ mod tests {
         Ok(accepted)
     }
 
-    /// A field as it is on the wire. Numbers from 16 up are in no request, so every message passes them over.
+    /// A field as it is on the wire. Numbers from 16 up are in no request, so every message passes
+    /// them over.
     fn field(numbers: std::ops::Range<u32>) -> impl Strategy<Value = Vec<u8>> {
         let value = proptest::collection::vec(any::<u8>(), 0..200);
         (numbers, 0..4, any::<u64>(), value).prop_map(|(number, shape, varint, value)| {
@@ -105,7 +111,8 @@ mod tests {
                 1 => prost::encoding::fixed64::encode(number, &varint, &mut bytes),
                 2 => prost::encoding::bytes::encode(number, &value, &mut bytes),
                 _ => {
-                    // A group: deprecated, but to be passed over like everything unknown; with our number inside.
+                    // A group: deprecated, but to be passed over like everything unknown; with our
+                    // number inside.
                     encode_key(number, WireType::StartGroup, &mut bytes);
                     append_session_token(&mut bytes, &value);
                     encode_key(number, WireType::EndGroup, &mut bytes);
@@ -159,7 +166,8 @@ mod tests {
 
     #[test]
     fn every_method_that_needs_a_session_is_among_them() {
-        let anonymous = crate::METHODS.iter().filter(|m| m.auth == crate::AuthKind::Anonymous).count();
+        let anonymous =
+            crate::METHODS.iter().filter(|m| m.auth == crate::AuthKind::Anonymous).count();
         assert_eq!(authenticated().len(), crate::METHODS.len() - anonymous);
     }
 

@@ -1,4 +1,5 @@
-//! What a response says before its payload: the status byte, and the `ErrorDetail` that goes with every status but Ok.
+//! What a response says before its payload: the status byte, and the `ErrorDetail` that goes with
+//! every status but Ok.
 
 use std::time::Duration;
 
@@ -6,8 +7,8 @@ use prost::Message;
 
 use crate::v1::ErrorDetail;
 
-/// The first byte of a response frame. 6 and 7 are reserved; a client meets what it does not know as
-/// [`Status::Unknown`], a server never sends that.
+/// The first byte of a response frame. 6 and 7 are reserved; a client meets what it does not know
+/// as [`Status::Unknown`], a server never sends that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Status {
     Ok,
@@ -77,12 +78,16 @@ impl Status {
     pub const fn doc(self) -> &'static str {
         match self {
             Self::Ok => "Done; the payload is the method's response.",
-            Self::BadRequest => "The request is malformed or against a rule; it will never succeed as it is.",
+            Self::BadRequest => {
+                "The request is malformed or against a rule; it will never succeed as it is."
+            }
             Self::Unauthorized => "No session, an ended one, or a wrong password: log in.",
             Self::Forbidden => "The caller is known and may not do this.",
             Self::NotFound => "What the request names does not exist.",
             Self::RateLimited => "Too many calls, or a full inbox: wait `retry_after_ms`.",
-            Self::DeadlineExceeded => "The call took too long; it may or may not have had its effect.",
+            Self::DeadlineExceeded => {
+                "The call took too long; it may or may not have had its effect."
+            }
             Self::Unavailable => "The server cannot do it now: wait `retry_after_ms`.",
             Self::Internal => "A fault of the server.",
             Self::UnknownMethod => "The server does not have this method.",
@@ -92,7 +97,10 @@ impl Status {
 
     /// Whether the same request may succeed later. Methods that change state are safe to repeat.
     pub const fn is_retryable(self) -> bool {
-        matches!(self, Self::RateLimited | Self::DeadlineExceeded | Self::Unavailable | Self::Internal)
+        matches!(
+            self,
+            Self::RateLimited | Self::DeadlineExceeded | Self::Unavailable | Self::Internal
+        )
     }
 }
 
@@ -145,8 +153,8 @@ impl ErrorDetail {
         (self.retry_after_ms > 0).then(|| Duration::from_millis(self.retry_after_ms.into()))
     }
 
-    /// The detail in the payload of a refusal. A payload that is none (another implementation's) gives an empty one:
-    /// the status alone must do.
+    /// The detail in the payload of a refusal. A payload that is none (another implementation's)
+    /// gives an empty one: the status alone must do.
     pub fn from_payload(payload: &[u8]) -> Self {
         Self::decode(payload).unwrap_or_default()
     }
@@ -168,7 +176,8 @@ mod tests {
 
     #[test]
     fn only_what_may_pass_later_is_retryable() {
-        let retryable: Vec<_> = (0..=u8::MAX).filter(|code| Status::from(*code).is_retryable()).collect();
+        let retryable: Vec<_> =
+            (0..=u8::MAX).filter(|code| Status::from(*code).is_retryable()).collect();
         assert_eq!(retryable, [5, 8, 9, 10]);
     }
 

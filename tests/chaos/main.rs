@@ -1,5 +1,5 @@
-//! `make chaos`: traffic through a cluster that has no rest, as the test *acked, never lost* has it, for as many messages as
-//! are asked for.
+//! `make chaos`: traffic through a cluster that has no rest, as the test *acked, never lost* has
+//! it, for as many messages as are asked for.
 //!
 //! Exit codes: 0 nothing was lost, 1 something was or the run did not come to its end.
 
@@ -32,9 +32,20 @@ async fn main() -> anyhow::Result<ExitCode> {
     let seed = seed.unwrap_or_else(rand::random);
     let mut out = io::stdout();
     writeln!(out, "{messages} messages, seed {seed}")?;
-    let traffic =
-        Plan { inboxes: 18, writers: 48, messages, payload: 256, batches: 5, seed, ..Plan::default() };
+    let traffic = Plan {
+        inboxes: 18,
+        writers: 48,
+        messages,
+        payload: 256,
+        batches: 5,
+        seed,
+        ..Plan::default()
+    };
     let outcome = Campaign { traffic, every }.run().await?;
     writeln!(out, "{outcome}")?;
-    Ok(if outcome.summary.report.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if outcome.summary.report.violations.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

@@ -1,8 +1,9 @@
-//! `kill -9` at any moment under load loses no acknowledged message, gives no number twice, skips none, and brings nothing
-//! back that a reader's Ack was answered for.
+//! `kill -9` at any moment under load loses no acknowledged message, gives no number twice, skips
+//! none, and brings nothing back that a reader's Ack was answered for.
 //!
-//! Writers and readers go on while the server is killed and started again on the same data, fifty times, each time after
-//! another number of answers. What every call was answered is kept and held against what is there at the end.
+//! Writers and readers go on while the server is killed and started again on the same data, fifty
+//! times, each time after another number of answers. What every call was answered is kept and held
+//! against what is there at the end.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,7 +30,8 @@ use crate::server::{self, Running};
 
 const ROUNDS: usize = 50;
 const WRITERS: usize = 12;
-/// Inboxes that are only ever written to; the last has a reader that peeks and acks, the one before one that drains.
+/// Inboxes that are only ever written to; the last has a reader that peeks and acks, the one before
+/// one that drains.
 const INBOXES: usize = 6;
 const PEEKED: usize = INBOXES - 1;
 const DRAINED: usize = INBOXES - 2;
@@ -39,8 +41,8 @@ const DRAINED: usize = INBOXES - 2;
 struct History {
     /// For each inbox: what was acknowledged, by number.
     acknowledged: Mutex<[BTreeMap<u64, Bytes>; INBOXES]>,
-    /// Numbers whose removal by Ack was answered, and those for which it was asked: an ack that was not answered may or
-    /// may not have happened.
+    /// Numbers whose removal by Ack was answered, and those for which it was asked: an ack that was
+    /// not answered may or may not have happened.
     acked: Mutex<BTreeSet<u64>>,
     ack_asked: Mutex<BTreeSet<u64>>,
     /// What the drained inbox has shown, by number.
@@ -87,7 +89,8 @@ async fn fifty_kills_under_load_lose_nothing() {
         }
         history.stop.store(true, Ordering::SeqCst);
         running.process.stop().await.expect("kill -9");
-        // An answer that the client's QUIC stack has is still read; what was in flight fails and does not count.
+        // An answer that the client's QUIC stack has is still read; what was in flight fails and
+        // does not count.
         clients.iter().for_each(Client::close);
         tasks.join_all().await;
         history.stop.store(false, Ordering::SeqCst);
@@ -135,8 +138,11 @@ async fn write(
         let payload = Bytes::copy_from_slice(&rand::random::<[u8; 32]>());
         if i % 4 == 3 {
             let recipient_keys = accounts.iter().map(|a| a.identity.clone()).collect();
-            let request =
-                v1::BatchEnqueueRequest { recipient_keys, payload: payload.clone(), ..Default::default() };
+            let request = v1::BatchEnqueueRequest {
+                recipient_keys,
+                payload: payload.clone(),
+                ..Default::default()
+            };
             let response = client.must::<BatchEnqueue>(&request, Some(token)).await?;
             for (inbox, result) in response.results.iter().enumerate() {
                 assert_eq!(result.status, 0, "a batch's message is refused: {result:?}");
@@ -171,7 +177,8 @@ async fn peek_and_ack(client: &Client, history: &History, account: &Account) -> 
             );
         }
         if let Some(middle) = page.get(page.len() / 2) {
-            let covered: Vec<u64> = page.iter().map(|e| e.seq).filter(|seq| *seq <= middle.seq).collect();
+            let covered: Vec<u64> =
+                page.iter().map(|e| e.seq).filter(|seq| *seq <= middle.seq).collect();
             history.ack_asked.lock().extend(&covered);
             let request = v1::AckRequest { seq_up_to: middle.seq, ..Default::default() };
             client.must::<Ack>(&request, Some(&account.token)).await?;
@@ -190,7 +197,11 @@ async fn drain(client: &Client, history: &History, account: &Account) -> anyhow:
         let mut drained = history.drained.lock();
         for envelope in page {
             let before = drained.insert(envelope.seq, envelope.data.clone());
-            assert!(before.is_none_or(|b| b == envelope.data), "number {} names two messages", envelope.seq);
+            assert!(
+                before.is_none_or(|b| b == envelope.data),
+                "number {} names two messages",
+                envelope.seq
+            );
         }
         drop(drained);
         history.answered();
@@ -204,15 +215,20 @@ async fn verify(running: &Running, history: &History, accounts: &[Account]) {
     let mut checked = 0;
     for (inbox, account) in accounts.iter().enumerate() {
         let left = everything(&client, account).await;
-        let drained = if inbox == DRAINED { history.drained.lock().clone() } else { BTreeMap::new() };
-        let ack_asked = if inbox == PEEKED { history.ack_asked.lock().clone() } else { BTreeSet::new() };
+        let drained =
+            if inbox == DRAINED { history.drained.lock().clone() } else { BTreeMap::new() };
+        let ack_asked =
+            if inbox == PEEKED { history.ack_asked.lock().clone() } else { BTreeSet::new() };
         for (seq, payload) in &acknowledged[inbox] {
             let there = left.get(seq).or_else(|| drained.get(seq));
             assert!(
                 there.is_some() || ack_asked.contains(seq),
                 "inbox {inbox}: acknowledged number {seq} is lost"
             );
-            assert!(there.is_none_or(|p| p == payload), "inbox {inbox}: number {seq} is another message");
+            assert!(
+                there.is_none_or(|p| p == payload),
+                "inbox {inbox}: number {seq} is another message"
+            );
             checked += 1;
         }
         if inbox == PEEKED {
@@ -220,14 +236,18 @@ async fn verify(running: &Running, history: &History, accounts: &[Account]) {
                 history.acked.lock().iter().filter(|seq| left.contains_key(seq)).copied().collect();
             assert!(back.is_empty(), "back after their Ack was answered: {back:?}");
         }
-        // What is left and what was taken away make an unbroken run of numbers from 1 on. (An unanswered Enqueue may
-        // have happened, so there can be more than was acknowledged.)
-        let known: BTreeSet<u64> = left.keys().chain(drained.keys()).chain(&ack_asked).copied().collect();
+        // What is left and what was taken away make an unbroken run of numbers from 1 on. (An
+        // unanswered Enqueue may have happened, so there can be more than was acknowledged.)
+        let known: BTreeSet<u64> =
+            left.keys().chain(drained.keys()).chain(&ack_asked).copied().collect();
         let last = known.last().copied().unwrap_or(0);
         let missing: Vec<u64> = (1..=last).filter(|seq| !known.contains(seq)).collect();
         assert!(missing.is_empty(), "inbox {inbox}: numbers {missing:?} of {last} are skipped");
     }
-    assert!(checked > ROUNDS * 10, "only {checked} messages were acknowledged in all: this proved nothing");
+    assert!(
+        checked > ROUNDS * 10,
+        "only {checked} messages were acknowledged in all: this proved nothing"
+    );
 }
 
 /// All that is in the account's inbox, by number.
@@ -236,7 +256,8 @@ async fn everything(client: &Client, account: &Account) -> BTreeMap<u64, Bytes> 
     let mut after_seq = 0;
     loop {
         let request = v1::PeekRequest { after_seq, all_channels: true, ..Default::default() };
-        let page = client.must::<Peek>(&request, Some(&account.token)).await.expect("a peek").payloads;
+        let page =
+            client.must::<Peek>(&request, Some(&account.token)).await.expect("a peek").payloads;
         let Some(last) = page.last() else { return all };
         after_seq = last.seq;
         all.extend(page.into_iter().map(|e| (e.seq, e.data)));

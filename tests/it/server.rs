@@ -15,7 +15,8 @@ pub(crate) struct Running {
     pub(crate) pin: Pin,
 }
 
-/// Starts a server on a free port of loopback that keeps its data in `dir`; its rate limits are off.
+/// Starts a server on a free port of loopback that keeps its data in `dir`; its rate limits are
+/// off.
 pub(crate) async fn start(dir: &Path) -> Running {
     let mut command = Command::new(sibling("qpq-server").expect("the server's binary"));
     command
@@ -24,10 +25,12 @@ pub(crate) async fn start(dir: &Path) -> Running {
         .env("QPQ_LIMITS__ENABLED", "false")
         .env("QPQ_HTTP__LISTEN", "off")
         .env("RUST_LOG", "warn");
-    let process = Server::start(command, |line| line.contains(" dm bob")).await.expect("the server starts");
+    let process =
+        Server::start(command, |line| line.contains(" dm bob")).await.expect("the server starts");
     let words: Vec<&str> = process.said.iter().flat_map(|line| line.split_whitespace()).collect();
-    let after =
-        |flag: &str| words.iter().skip_while(|w| **w != flag).nth(1).copied().expect("the greeting has it");
+    let after = |flag: &str| {
+        words.iter().skip_while(|w| **w != flag).nth(1).copied().expect("the greeting has it")
+    };
     let (addr, pin) =
         (after("--server").parse().expect("an address"), after("--pin").parse().expect("a pin"));
     Running { process, addr, pin }

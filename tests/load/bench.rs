@@ -1,4 +1,5 @@
-//! `bench`: everything beside its floor, in one run, several times over, as ratios of medians with their spread.
+//! `bench`: everything beside its floor, in one run, several times over, as ratios of medians with
+//! their spread.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
@@ -90,7 +91,8 @@ struct Running {
     dir: TempDir,
 }
 
-/// A server as a user gets it, but that its rate limits are off and that it bears this many clients of one address.
+/// A server as a user gets it, but that its rate limits are off and that it bears this many clients
+/// of one address.
 async fn start_server() -> anyhow::Result<Running> {
     let dir = TempDir::new()?;
     let mut command = Command::new(sibling("qpq-server")?);
@@ -104,7 +106,12 @@ async fn start_server() -> anyhow::Result<Running> {
     let server = Server::start(command, |line| line.contains(" dm bob")).await?;
     let words: Vec<&str> = server.said.iter().flat_map(|line| line.split_whitespace()).collect();
     let after = |flag| {
-        words.iter().skip_while(|w| **w != flag).nth(1).copied().context("no such word in its greeting")
+        words
+            .iter()
+            .skip_while(|w| **w != flag)
+            .nth(1)
+            .copied()
+            .context("no such word in its greeting")
     };
     let (addr, pin) = (after("--server")?.parse()?, after("--pin")?.parse()?);
     Ok(Running { server, addr, pin, dir })
@@ -124,7 +131,11 @@ pub(crate) struct Echo {
 /// The bare echo, with the certificate in `identity` and answers of so many bytes.
 pub(crate) async fn start_echo_of(identity: &Path, reply_bytes: usize) -> anyhow::Result<Echo> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("echo").arg("--identity").arg(identity).args(["--reply-bytes", &reply_bytes.to_string()]);
+    command
+        .arg("echo")
+        .arg("--identity")
+        .arg(identity)
+        .args(["--reply-bytes", &reply_bytes.to_string()]);
     let server = Server::start(command, |line| line.starts_with("listening ")).await?;
     let addr = server.said[0].trim_start_matches("listening ").parse()?;
     Ok(Echo { server, addr })
@@ -148,7 +159,9 @@ async fn health(args: &BenchArgs) -> anyhow::Result<()> {
             let before = cpu_time(pid)?;
             let tally = open_loop(RATE, args.duration(), |i| {
                 let client = stage.client(i).clone();
-                async move { client.exchange(method, Bytes::new()).await.map(drop).map_err(|e| e.to_string()) }
+                async move {
+                    client.exchange(method, Bytes::new()).await.map(drop).map_err(|e| e.to_string())
+                }
             })
             .await;
             anyhow::ensure!(tally.failed.is_empty(), "{name}: {:?}", tally.failed);
@@ -180,8 +193,14 @@ async fn idle(args: &BenchArgs) -> anyhow::Result<()> {
         });
         let each = park(server.server.pid(), server.addr, server.pin, 202, waits.collect()).await?;
         memory.add("qpq-server", each);
-        let each =
-            park(echo.pid(), echo_addr, server.pin, echo::PARK, vec![Bytes::new(); args.connections]).await?;
+        let each = park(
+            echo.pid(),
+            echo_addr,
+            server.pin,
+            echo::PARK,
+            vec![Bytes::new(); args.connections],
+        )
+        .await?;
         memory.add("bare echo", each);
         echo.stop().await?;
         server.server.stop().await?;
@@ -192,9 +211,16 @@ async fn idle(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 /// KiB that the process grows by for each connection on which one of `calls` waits.
-async fn park(pid: i32, addr: SocketAddr, pin: Pin, method: u16, calls: Vec<Bytes>) -> anyhow::Result<f64> {
+async fn park(
+    pid: i32,
+    addr: SocketAddr,
+    pin: Pin,
+    method: u16,
+    calls: Vec<Bytes>,
+) -> anyhow::Result<f64> {
     let endpoint = endpoint(pin)?;
-    // What a server takes for its first clients (buffers, worker threads) is not what each further one costs.
+    // What a server takes for its first clients (buffers, worker threads) is not what each further
+    // one costs.
     let warm = modes::connect_many(&endpoint, addr, 64).await?;
     drop(warm);
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -204,7 +230,8 @@ async fn park(pid: i32, addr: SocketAddr, pin: Pin, method: u16, calls: Vec<Byte
     for (client, call) in clients.iter().cloned().zip(calls.iter().cloned()) {
         waiting.spawn(async move { client.exchange(method, call).await.map(drop) });
     }
-    // Nothing tells from outside that the last one is parked; two seconds are many times what it takes.
+    // Nothing tells from outside that the last one is parked; two seconds are many times what it
+    // takes.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let grown = resident(pid)?.saturating_sub(before);
     anyhow::ensure!(waiting.try_join_next().is_none(), "a waiting call was answered");
@@ -218,7 +245,8 @@ async fn login(args: &BenchArgs) -> anyhow::Result<()> {
     let mut cpu = Series::default();
     for _ in 0..args.repeats {
         let before = cpu_time(server.server.pid())?;
-        let tally = closed_loop(IN_FLIGHT, args.duration(), |i| modes::login(Arc::clone(&stage), i)).await;
+        let tally =
+            closed_loop(IN_FLIGHT, args.duration(), |i| modes::login(Arc::clone(&stage), i)).await;
         anyhow::ensure!(tally.failed.is_empty(), "logins: {:?}", tally.failed);
         let used = cpu_time(server.server.pid())? - before;
         cpu.add("qpq-server", used.as_secs_f64() * 1e6 / tally.answered as f64);
@@ -359,7 +387,8 @@ impl Series {
     pub(crate) fn print(&self, subject: &str, floor: &str, wanted: Wanted) {
         self.show(subject);
         self.show(floor);
-        let ratios: Vec<f64> = self.0[subject].iter().zip(&self.0[floor]).map(|(s, f)| s / f).collect();
+        let ratios: Vec<f64> =
+            self.0[subject].iter().zip(&self.0[floor]).map(|(s, f)| s / f).collect();
         let median = median(&ratios);
         let (bound, met) = match wanted {
             Wanted::AtMost(most) => (format!("≤ {most}"), median <= most),

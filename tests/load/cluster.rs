@@ -1,5 +1,6 @@
-//! `bench-cluster`: edges and their stores on this machine, beside the floors they stand on: the same transactions alone, the
-//! same script alone, a bare quinn echo. All in one run, several times; what counts are ratios and medians.
+//! `bench-cluster`: edges and their stores on this machine, beside the floors they stand on: the
+//! same transactions alone, the same script alone, a bare quinn echo. All in one run, several
+//! times; what counts are ratios and medians.
 
 use std::{collections::BTreeMap, fs, sync::Arc, time::Duration};
 
@@ -7,7 +8,9 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use nix::unistd::{SysconfVar, sysconf};
 use qpq_ports::{Clock as _, SystemClock};
-use qpq_store_cluster::{COMMITTERS, ClusterStore, Config, Endpoint, Limits, Migrate, Timing, measure};
+use qpq_store_cluster::{
+    COMMITTERS, ClusterStore, Config, Endpoint, Limits, Migrate, Timing, measure,
+};
 use tokio::task::JoinSet;
 
 use qpq_tests::{
@@ -41,11 +44,13 @@ pub(crate) struct ClusterArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Part {
-    /// Durable messages a second and CPU of each, at 64, 256 and 1 024 in flight, beside the floors.
+    /// Durable messages a second and CPU of each, at 64, 256 and 1 024 in flight, beside the
+    /// floors.
     Enqueue,
     /// From an Enqueue at one edge to the FetchWait at another, at half of the peak.
     Pair,
-    /// CPU of a call with four edges beside one, under the same load each and under the same load in all.
+    /// CPU of a call with four edges beside one, under the same load each and under the same load
+    /// in all.
     Edges,
     /// Memory of parked FetchWaits.
     Parked,
@@ -125,7 +130,8 @@ async fn enqueue(args: &ClusterArgs) -> anyhow::Result<()> {
             }
             figures.add("all, CPU µs", used.total() / messages);
             drop(stage);
-            let floor = Box::pin(floors(&cluster, in_flight, args.duration(), &mut figures)).await?;
+            let floor =
+                Box::pin(floors(&cluster, in_flight, args.duration(), &mut figures)).await?;
             figures.add("floors, CPU µs", floor);
         }
         println!("Durable Enqueue of 1 KiB, {in_flight} in flight");
@@ -149,8 +155,9 @@ async fn floors(
 ) -> anyhow::Result<f64> {
     let config = store(cluster, "floor").await?;
     let stores = ClusterStore::connect(&config).await?;
-    let inboxes =
-        measure::inboxes(&stores.stores(), ACCOUNTS as u8, SystemClock.now()).await.context("inboxes")?;
+    let inboxes = measure::inboxes(&stores.stores(), ACCOUNTS as u8, SystemClock.now())
+        .await
+        .context("inboxes")?;
     stores.close().await;
 
     // As many as each transaction can have with so many in flight.
@@ -174,7 +181,9 @@ async fn floors(
     let before = qpq_tests::process::cpu_time(echo.server.pid())?;
     let tally = closed_loop(in_flight, duration, |i| {
         let (client, request) = (stage.client(i).clone(), request.clone());
-        async move { client.exchange(crate::echo::ECHO, request).await.map(drop).map_err(|e| e.to_string()) }
+        async move {
+            client.exchange(crate::echo::ECHO, request).await.map(drop).map_err(|e| e.to_string())
+        }
     })
     .await;
     let used = qpq_tests::process::cpu_time(echo.server.pid())? - before;
@@ -222,7 +231,9 @@ async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
         accounts: stage.accounts.clone(),
     });
     let peak = modes::pair_peak(&apart, 256, args.duration(), PAYLOAD).await?;
-    println!("Enqueue at one edge to FetchWait at another; at most {peak:.0}/s are accepted and read");
+    println!(
+        "Enqueue at one edge to FetchWait at another; at most {peak:.0}/s are accepted and read"
+    );
     for share in [0.5, 0.25, 0.1] {
         let plan = modes::Plan {
             mode: modes::Mode::Pair,
@@ -247,9 +258,13 @@ async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
 async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
     const IN_FLIGHT: usize = 256;
     const ONE: &str = "one edge";
-    // A fleet grows because its load does; the same load cut in four makes smaller batches of everything.
-    let fleets =
-        [(ONE, 1, IN_FLIGHT), ("four, as many each", 4, 4 * IN_FLIGHT), ("four, as many", 4, IN_FLIGHT)];
+    // A fleet grows because its load does; the same load cut in four makes smaller batches of
+    // everything.
+    let fleets = [
+        (ONE, 1, IN_FLIGHT),
+        ("four, as many each", 4, 4 * IN_FLIGHT),
+        ("four, as many", 4, IN_FLIGHT),
+    ];
     let mut figures = Series::default();
     for _ in 0..args.repeats {
         for (name, count, in_flight) in fleets {
@@ -273,7 +288,10 @@ async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
             })
             .await;
             anyhow::ensure!(tally.failed.is_empty(), "enqueues: {:?}", tally.failed);
-            figures.add(name, Cpu::now(&cluster).await?.since(&before).total() / tally.answered as f64);
+            figures.add(
+                name,
+                Cpu::now(&cluster).await?.since(&before).total() / tally.answered as f64,
+            );
         }
     }
     println!(
@@ -337,7 +355,8 @@ async fn drain(args: &ClusterArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Connections to the first edge, from several sockets: one has not enough ports' worth of buffer for so many handshakes.
+/// Connections to the first edge, from several sockets: one has not enough ports' worth of buffer
+/// for so many handshakes.
 async fn connections(cluster: &Cluster, count: usize) -> anyhow::Result<Vec<Client>> {
     let fleet = cluster.fleet();
     let mut clients = Vec::with_capacity(count);
@@ -355,8 +374,12 @@ fn park(clients: &[Client], stage: &Arc<Stage>) -> JoinSet<bool> {
     for (n, client) in clients.iter().cloned().enumerate() {
         let token = stage.accounts[n % stage.accounts.len()].token.clone();
         waiting.spawn(async move {
-            let request = qpq_proto::v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() };
-            matches!(client.call::<qpq_proto::methods::FetchWait>(&request, Some(&token)).await, Ok(Ok(_)))
+            let request =
+                qpq_proto::v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() };
+            matches!(
+                client.call::<qpq_proto::methods::FetchWait>(&request, Some(&token)).await,
+                Ok(Ok(_))
+            )
         });
     }
     waiting
@@ -373,12 +396,18 @@ struct Cpu {
 
 impl Cpu {
     async fn now(cluster: &Cluster) -> anyhow::Result<Self> {
-        let pid =
-            cluster.postgres.sql("SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)").await?;
+        let pid = cluster
+            .postgres
+            .sql("SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)")
+            .await?;
         let own = i32::try_from(std::process::id())?;
         let processes = processes()?;
         let named = |name: &str| -> f64 {
-            processes.values().filter(|p| p.name == name && p.is_below(own, &processes)).map(|p| p.cpu).sum()
+            processes
+                .values()
+                .filter(|p| p.name == name && p.is_below(own, &processes))
+                .map(|p| p.cpu)
+                .sum()
         };
         let postmaster: i32 = pid.trim().parse()?;
         let backends: f64 = processes
@@ -405,7 +434,12 @@ impl Cpu {
     }
 
     fn each(&self) -> [(&'static str, f64); 4] {
-        [("edge", self.edge), ("postgres", self.postgres), ("redis", self.redis), ("nats", self.nats)]
+        [
+            ("edge", self.edge),
+            ("postgres", self.postgres),
+            ("redis", self.redis),
+            ("nats", self.nats),
+        ]
     }
 
     fn total(&self) -> f64 {
@@ -443,7 +477,8 @@ fn processes() -> anyhow::Result<BTreeMap<i32, Process>> {
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
         let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
         let fields: Vec<&str> = stat[close + 1..].split_whitespace().collect();
-        let number = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or_default();
+        let number =
+            |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or_default();
         all.insert(
             pid,
             Process {

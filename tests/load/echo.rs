@@ -1,5 +1,5 @@
-//! The yardstick: what quinn alone costs for the same frames. Same transport settings, same kind of certificate, same
-//! frame headers; no session, no log, no limits, no dispatch.
+//! The yardstick: what quinn alone costs for the same frames. Same transport settings, same kind of
+//! certificate, same frame headers; no session, no log, no limits, no dispatch.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -10,7 +10,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 /// A frame with this method is never answered: what a parked FetchWait costs at the least.
 pub(crate) const PARK: u16 = 1;
-/// A frame with any other method is answered at once with so many zero bytes as the server was started with.
+/// A frame with any other method is answered at once with so many zero bytes as the server was
+/// started with.
 pub(crate) const ECHO: u16 = 2;
 
 #[derive(clap::Args)]
@@ -25,8 +26,9 @@ pub(crate) struct EchoArgs {
 
 pub(crate) async fn serve(args: EchoArgs) -> anyhow::Result<()> {
     let certificate = CertificateDer::from(std::fs::read(args.identity.join("server-cert.der"))?);
-    let key =
-        PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(std::fs::read(args.identity.join("server-key.der"))?));
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(std::fs::read(
+        args.identity.join("server-key.der"),
+    )?));
     let endpoint = bind(certificate, key)?;
     println!("listening {}", endpoint.local_addr()?);
     let reply = Bytes::from(vec![0; args.reply_bytes]);
@@ -59,13 +61,18 @@ async fn answer(
     Ok(())
 }
 
-/// An endpoint with the settings of `qpq-server` (docs/architecture.md has no secret here: they are its defaults).
-fn bind(certificate: CertificateDer<'static>, key: PrivateKeyDer<'static>) -> anyhow::Result<Endpoint> {
-    let mut tls =
-        rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)?;
+/// An endpoint with the settings of `qpq-server` (docs/architecture.md has no secret here: they are
+/// its defaults).
+fn bind(
+    certificate: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+) -> anyhow::Result<Endpoint> {
+    let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(
+        rustls::crypto::aws_lc_rs::default_provider(),
+    ))
+    .with_protocol_versions(&[&rustls::version::TLS13])?
+    .with_no_client_auth()
+    .with_single_cert(vec![certificate], key)?;
     tls.alpn_protocols = vec![b"qpq".to_vec()];
     tls.send_tls13_tickets = 1;
     let mut transport = quinn::TransportConfig::default();
@@ -79,8 +86,9 @@ fn bind(certificate: CertificateDer<'static>, key: PrivateKeyDer<'static>) -> an
         .datagram_receive_buffer_size(None)
         .crypto_buffer_size(16 * 1024)
         .send_fairness(false);
-    let mut config =
-        quinn::ServerConfig::with_crypto(Arc::new(quinn::crypto::rustls::QuicServerConfig::try_from(tls)?));
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(
+        quinn::crypto::rustls::QuicServerConfig::try_from(tls)?,
+    ));
     config.transport_config(Arc::new(transport));
     let socket = std::net::UdpSocket::bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
     Ok(Endpoint::new(EndpointConfig::default(), Some(config), socket, Arc::new(TokioRuntime))?)

@@ -1,11 +1,14 @@
-//! Whether cost grows with what is stored: CPU time of an Enqueue and of a Fetch, through the embedded store's ports in this
-//! process, with few and with many inboxes, and with short and with long queues.
+//! Whether cost grows with what is stored: CPU time of an Enqueue and of a Fetch, through the
+//! embedded store's ports in this process, with few and with many inboxes, and with short and with
+//! long queues.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use qpq_domain::{ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis, Username};
+use qpq_domain::{
+    ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis, Username,
+};
 use qpq_ports::{Enqueue, NewAccount, PageLimit, Read, Stores, View};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 use sha2::{Digest as _, Sha256};
@@ -35,7 +38,8 @@ fn identity(i: usize) -> IdentityKey {
 
 impl Subject {
     pub(crate) async fn with_inboxes(dir: &Path, inboxes: usize) -> anyhow::Result<Self> {
-        let limits = Limits { delivery: Delivery::default(), key_packages: KeyPackageCaps::default() };
+        let limits =
+            Limits { delivery: Delivery::default(), key_packages: KeyPackageCaps::default() };
         let store = EmbeddedStore::open(dir, limits).await?;
         let stores = store.stores();
         stream::iter(0..inboxes)
@@ -83,17 +87,19 @@ impl Subject {
     pub(crate) async fn deepen(&self, readers: usize, depth: usize) -> anyhow::Result<()> {
         for reader in 0..readers {
             for from in (0..depth).step_by(500) {
-                let batch = (from..depth.min(from + 500)).map(|i| self.message(i, reader)).collect();
+                let batch =
+                    (from..depth.min(from + 500)).map(|i| self.message(i, reader)).collect();
                 self.stores.inboxes.enqueue(batch).await?;
             }
         }
         Ok(())
     }
 
-    /// `times` enqueues, `AT_A_TIME` at a time, spread over the inboxes (or over the first `readers`), then as many
-    /// one-message fetches of the same inboxes.
+    /// `times` enqueues, `AT_A_TIME` at a time, spread over the inboxes (or over the first
+    /// `readers`), then as many one-message fetches of the same inboxes.
     pub(crate) async fn costs(&self, times: usize, readers: Option<usize>) -> anyhow::Result<Cost> {
-        // A stride that is prime to the number of inboxes visits them all in an order that no cache foresees.
+        // A stride that is prime to the number of inboxes visits them all in an order that no cache
+        // foresees.
         let inbox = |i: usize| readers.map_or((i * 7_919) % self.inboxes, |r| i % r);
         let before = own_cpu();
         stream::iter(0..times)
@@ -107,8 +113,11 @@ impl Subject {
         stream::iter(0..times)
             .map(|i| async move {
                 let read = Read { inbox: identity(inbox(i)), device: None, view: View::All };
-                let lease =
-                    self.stores.inboxes.lease(read, PageLimit { messages: 1, bytes: 4 << 20 }, NOW).await?;
+                let lease = self
+                    .stores
+                    .inboxes
+                    .lease(read, PageLimit { messages: 1, bytes: 4 << 20 }, NOW)
+                    .await?;
                 anyhow::ensure!(
                     lease.page().envelopes.len() <= 1
                         && lease.page().envelopes.iter().all(|e| e.seq > Seq::ZERO)

@@ -4,8 +4,8 @@ use std::{path::Path, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 use opaque_ke::{
-    ClientLogin, ClientRegistration, ClientRegistrationFinishParameters, ServerLogin, ServerLoginParameters,
-    ServerRegistration, ServerSetup, rand::rngs::OsRng,
+    ClientLogin, ClientRegistration, ClientRegistrationFinishParameters, ServerLogin,
+    ServerLoginParameters, ServerRegistration, ServerSetup, rand::rngs::OsRng,
 };
 use sqlx::{
     Connection as _, Executor as _,
@@ -20,18 +20,26 @@ pub(crate) fn own_cpu() -> Duration {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).expect("a clock that every process has").into()
 }
 
-/// CPU microseconds of one `ServerLogin::start`, parsing the record and the request as a server must.
+/// CPU microseconds of one `ServerLogin::start`, parsing the record and the request as a server
+/// must.
 pub(crate) fn login_start(times: usize) -> anyhow::Result<f64> {
     let setup = ServerSetup::<Suite>::new(&mut OsRng);
     let registration = ClientRegistration::<Suite>::start(&mut OsRng, b"floor")?;
     let response = ServerRegistration::start(&setup, registration.message, b"floor")?;
     let upload = registration
         .state
-        .finish(&mut OsRng, b"floor", response.message, ClientRegistrationFinishParameters::default())?
+        .finish(
+            &mut OsRng,
+            b"floor",
+            response.message,
+            ClientRegistrationFinishParameters::default(),
+        )?
         .message;
     let record = ServerRegistration::finish(upload).serialize();
     let requests: Vec<_> = (0..times)
-        .map(|_| ClientLogin::<Suite>::start(&mut OsRng, b"floor").map(|login| login.message.serialize()))
+        .map(|_| {
+            ClientLogin::<Suite>::start(&mut OsRng, b"floor").map(|login| login.message.serialize())
+        })
         .collect::<Result<_, _>>()?;
     let before = own_cpu();
     for request in &requests {

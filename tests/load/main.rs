@@ -1,12 +1,13 @@
 //! `qpq-load`: what a server costs and how long it takes, measured beside the floor it stands on.
 //!
-//! `run` offers a load to a server that is there; `bench` starts everything itself (a server, a bare quinn echo that answers
-//! the same frames, the cryptography and SQLite alone), runs each pair in turn, several times, and prints ratios. Arrivals
-//! are *open-loop*: they come at a fixed rate whether or not earlier calls are answered, and latency counts from the
-//! moment a call was due, so waiting is counted (Schroeder et al., "Open versus closed", NSDI 2006).
+//! `run` offers a load to a server that is there; `bench` starts everything itself (a server, a
+//! bare quinn echo that answers the same frames, the cryptography and SQLite alone), runs each pair
+//! in turn, several times, and prints ratios. Arrivals are *open-loop*: they come at a fixed rate
+//! whether or not earlier calls are answered, and latency counts from the moment a call was due, so
+//! waiting is counted (Schroeder et al., "Open versus closed", NSDI 2006).
 //!
-//! The client here is its own small implementation of the wire on bare quinn: the same code drives the server and the
-//! echo, and it shares nothing with the SDK.
+//! The client here is its own small implementation of the wire on bare quinn: the same code drives
+//! the server and the echo, and it shares nothing with the SDK.
 
 #![allow(clippy::print_stdout, reason = "a command whose output is its result")]
 

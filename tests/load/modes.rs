@@ -94,7 +94,8 @@ pub(crate) async fn connect_many(
 ) -> anyhow::Result<Vec<Client>> {
     stream::iter(0..count)
         .map(|_| Client::connect(endpoint, server))
-        // With 64, a machine busy with other work dropped datagrams for want of buffer, and handshakes ran out of time.
+        // With 64, a machine busy with other work dropped datagrams for want of buffer, and
+        // handshakes ran out of time.
         .buffer_unordered(16)
         .try_collect()
         .await
@@ -122,7 +123,8 @@ pub(crate) async fn run(
         }
         Mode::Pair => pair(plan, pid, &stage).await,
         Mode::Drain => {
-            fill(&stage, (plan.rate * plan.duration.as_secs_f64()) as usize * 10, plan.payload).await?;
+            fill(&stage, (plan.rate * plan.duration.as_secs_f64()) as usize * 10, plan.payload)
+                .await?;
             offer(plan, pid, &stage, drain).await
         }
         Mode::Idle => idle(plan, pid, &stage).await,
@@ -134,7 +136,12 @@ pub(crate) async fn run(
     }
 }
 
-async fn offer<F, Fut>(plan: &Plan, pid: Option<i32>, stage: &Arc<Stage>, act: F) -> anyhow::Result<Report>
+async fn offer<F, Fut>(
+    plan: &Plan,
+    pid: Option<i32>,
+    stage: &Arc<Stage>,
+    act: F,
+) -> anyhow::Result<Report>
 where
     F: Fn(Arc<Stage>, usize) -> Fut,
     Fut: Future<Output = Ending> + Send + 'static,
@@ -182,13 +189,18 @@ pub(crate) async fn drain(stage: Arc<Stage>, i: usize) -> Ending {
 pub(crate) async fn login(stage: Arc<Stage>, i: usize) -> Ending {
     // A connection holds at most four pending logins, so the connections take turns.
     let (account, _) = stage.pair(i);
-    accounts::login(stage.client(i), &account.username).await.map(drop).map_err(|e| format!("{e:#}"))
+    accounts::login(stage.client(i), &account.username)
+        .await
+        .map(drop)
+        .map_err(|e| format!("{e:#}"))
 }
 
 pub(crate) async fn take_key_package(stage: Arc<Stage>, i: usize) -> Ending {
     let (fetcher, target) = stage.pair(i);
-    let request = v1::FetchKeyPackageRequest { identity_key: target.identity.clone(), ..Default::default() };
-    let response = ending(stage.client(i).call::<FetchKeyPackage>(&request, Some(&fetcher.token)).await)?;
+    let request =
+        v1::FetchKeyPackageRequest { identity_key: target.identity.clone(), ..Default::default() };
+    let response =
+        ending(stage.client(i).call::<FetchKeyPackage>(&request, Some(&fetcher.token)).await)?;
     if response.package.is_empty() { Err("no package left".into()) } else { Ok(()) }
 }
 
@@ -203,8 +215,10 @@ pub(crate) async fn fill(stage: &Arc<Stage>, count: usize, payload: usize) -> an
                 payload: payload.clone(),
                 ..Default::default()
             };
-            let response =
-                stage.client(0).must::<BatchEnqueue>(&request, Some(&stage.accounts[0].token)).await?;
+            let response = stage
+                .client(0)
+                .must::<BatchEnqueue>(&request, Some(&stage.accounts[0].token))
+                .await?;
             anyhow::ensure!(
                 response.results.iter().all(|r| r.status == 0),
                 "filling: {:?}",
@@ -218,7 +232,10 @@ pub(crate) async fn fill(stage: &Arc<Stage>, count: usize, payload: usize) -> an
 async fn stock_up(stage: &Arc<Stage>, count: usize) -> anyhow::Result<()> {
     const AT_A_TIME: usize = 200;
     let each = count.div_ceil(stage.accounts.len());
-    anyhow::ensure!(each <= 1_000, "an account holds 1000 packages: more --accounts, or a lower --rate");
+    anyhow::ensure!(
+        each <= 1_000,
+        "an account holds 1000 packages: more --accounts, or a lower --rate"
+    );
     for account in &stage.accounts {
         let mut left = each;
         while left > 0 {
@@ -249,16 +266,19 @@ impl Readers {
             waiting.spawn(async move {
                 loop {
                     let request = v1::FetchWaitRequest { timeout_ms: 30_000, ..Default::default() };
-                    let Ok(response) = connection.must::<FetchWait>(&request, Some(&account.token)).await
+                    let Ok(response) =
+                        connection.must::<FetchWait>(&request, Some(&account.token)).await
                     else {
                         return;
                     };
                     let now = start.elapsed();
                     for envelope in response.payloads {
-                        let due = envelope.data.first_chunk::<8>().map_or(0, |b| u64::from_be_bytes(*b));
+                        let due =
+                            envelope.data.first_chunk::<8>().map_or(0, |b| u64::from_be_bytes(*b));
                         let waited = now.saturating_sub(Duration::from_micros(due));
-                        seen.lock()
-                            .saturating_record(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX).max(1));
+                        seen.lock().saturating_record(
+                            u64::try_from(waited.as_micros()).unwrap_or(u64::MAX).max(1),
+                        );
                     }
                 }
             });
@@ -269,7 +289,8 @@ impl Readers {
     /// A message that is due so long after the start.
     fn payload(size: usize, due: Duration) -> Bytes {
         let mut payload = vec![7; size.max(8)];
-        payload[..8].copy_from_slice(&u64::try_from(due.as_micros()).unwrap_or(u64::MAX).to_be_bytes());
+        payload[..8]
+            .copy_from_slice(&u64::try_from(due.as_micros()).unwrap_or(u64::MAX).to_be_bytes());
         payload.into()
     }
 
@@ -299,11 +320,20 @@ pub(crate) async fn pair_peak(
     })
     .await;
     let read = readers.read(tally.answered).await?;
-    anyhow::ensure!(read.len() >= tally.answered, "{} acknowledged, {} read", tally.answered, read.len());
+    anyhow::ensure!(
+        read.len() >= tally.answered,
+        "{} acknowledged, {} read",
+        tally.answered,
+        read.len()
+    );
     Ok(tally.answered as f64 / begun.elapsed().as_secs_f64())
 }
 
-pub(crate) async fn pair(plan: &Plan, pid: Option<i32>, stage: &Arc<Stage>) -> anyhow::Result<Report> {
+pub(crate) async fn pair(
+    plan: &Plan,
+    pid: Option<i32>,
+    stage: &Arc<Stage>,
+) -> anyhow::Result<Report> {
     let readers = Readers::start(stage).await?;
     let (rate, size) = (plan.rate, plan.payload);
     let begun = readers.start.elapsed();
@@ -341,7 +371,8 @@ async fn idle(plan: &Plan, pid: Option<i32>, stage: &Arc<Stage>) -> anyhow::Resu
     tokio::time::sleep(plan.duration).await;
     let mut notes = Vec::new();
     if let Some((before, pid)) = before.zip(pid) {
-        let each = process::resident(pid)?.saturating_sub(before) as f64 / clients.len() as f64 / 1024.0;
+        let each =
+            process::resident(pid)?.saturating_sub(before) as f64 / clients.len() as f64 / 1024.0;
         notes.push(format!("{} connections, {each:.1} KiB each", clients.len()));
     }
     let mut tally = Tally { elapsed: plan.duration, ..Tally::default() };

@@ -9,7 +9,8 @@ use tokio::{
     time::{Instant, interval},
 };
 
-/// Arrivals that may be unanswered at a time; more are counted as dropped rather than piled up without end.
+/// Arrivals that may be unanswered at a time; more are counted as dropped rather than piled up
+/// without end.
 const MOST_IN_FLIGHT: usize = 20_000;
 
 /// How one arrival ended: nothing, or the code of what went wrong.
@@ -17,7 +18,8 @@ pub(crate) type Ending = Result<(), String>;
 
 /// What a run came to.
 pub(crate) struct Tally {
-    /// From the moment a call was due to its answer, in microseconds; only calls that were answered Ok.
+    /// From the moment a call was due to its answer, in microseconds; only calls that were answered
+    /// Ok.
     pub(crate) latency: Histogram<u64>,
     pub(crate) answered: u64,
     /// Calls that were not answered Ok, by code.
@@ -54,7 +56,8 @@ impl Tally {
     }
 }
 
-/// Starts `act(i)` for the i-th arrival at its time, `rate` a second for `duration`, and waits for all of them.
+/// Starts `act(i)` for the i-th arrival at its time, `rate` a second for `duration`, and waits for
+/// all of them.
 pub(crate) async fn open_loop<F, Fut>(rate: f64, duration: Duration, act: F) -> Tally
 where
     F: Fn(usize) -> Fut,

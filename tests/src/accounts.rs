@@ -1,5 +1,6 @@
-//! Accounts for a measurement. The server cannot tell how a client stretches a password, so these clients do not: an
-//! account costs its server what any account costs, and the generator next to nothing.
+//! Accounts for a measurement. The server cannot tell how a client stretches a password, so these
+//! clients do not: an account costs its server what any account costs, and the generator next to
+//! nothing.
 
 use std::{fmt, net::SocketAddr};
 
@@ -9,13 +10,14 @@ use ed25519_dalek::SigningKey;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use opaque_ke::{
     CipherSuite, ClientLogin, ClientLoginFinishParameters, ClientRegistration,
-    ClientRegistrationFinishParameters, CredentialResponse, RegistrationResponse, Ristretto255, TripleDh,
-    ksf::Identity, rand::rngs::OsRng,
+    ClientRegistrationFinishParameters, CredentialResponse, RegistrationResponse, Ristretto255,
+    TripleDh, ksf::Identity, rand::rngs::OsRng,
 };
 use qpq_domain::UnixMillis;
 use qpq_proto::{
     methods::{
-        OpaqueLoginFinish, OpaqueLoginStart, OpaqueRegisterFinish, OpaqueRegisterStart, UploadKeyPackage,
+        OpaqueLoginFinish, OpaqueLoginStart, OpaqueRegisterFinish, OpaqueRegisterStart,
+        UploadKeyPackage,
     },
     v1,
 };
@@ -54,7 +56,11 @@ impl fmt::Debug for Account {
 }
 
 /// Registers `count` accounts and logs them in.
-pub async fn make(endpoint: &Endpoint, server: SocketAddr, count: usize) -> anyhow::Result<Vec<Account>> {
+pub async fn make(
+    endpoint: &Endpoint,
+    server: SocketAddr,
+    count: usize,
+) -> anyhow::Result<Vec<Account>> {
     let client = Client::connect(endpoint, server).await?;
     let run = hex::encode(rand::random::<[u8; 6]>());
     stream::iter(0..count)
@@ -62,8 +68,9 @@ pub async fn make(endpoint: &Endpoint, server: SocketAddr, count: usize) -> anyh
             let (client, username) = (client.clone(), format!("load-{run}-{i}"));
             async move {
                 let seed: [u8; 32] = rand::random();
-                let identity =
-                    Bytes::copy_from_slice(SigningKey::from_bytes(&seed).verifying_key().as_bytes());
+                let identity = Bytes::copy_from_slice(
+                    SigningKey::from_bytes(&seed).verifying_key().as_bytes(),
+                );
                 register(&client, &username, &identity).await?;
                 // A connection has at most four logins pending: each has one of its own.
                 let own = Client::connect(endpoint, server).await?;
@@ -84,8 +91,8 @@ async fn register(client: &Client, username: &str, identity: &Bytes) -> anyhow::
     Ok(())
 }
 
-/// The first half of a registration: what the second half uploads. It is for this username alone, and may be sent by any
-/// connection, any number of times.
+/// The first half of a registration: what the second half uploads. It is for this username alone,
+/// and may be sent by any connection, any number of times.
 pub async fn upload(client: &Client, username: &str, password: &[u8]) -> anyhow::Result<Bytes> {
     let start = ClientRegistration::<Suite>::start(&mut OsRng, password)?;
     let request = v1::OpaqueRegisterStartRequest {
@@ -103,7 +110,11 @@ pub async fn upload(client: &Client, username: &str, password: &[u8]) -> anyhow:
 }
 
 /// The second half.
-pub fn registration(username: &str, upload: Bytes, identity: &Bytes) -> v1::OpaqueRegisterFinishRequest {
+pub fn registration(
+    username: &str,
+    upload: Bytes,
+    identity: &Bytes,
+) -> v1::OpaqueRegisterFinishRequest {
     v1::OpaqueRegisterFinishRequest {
         username: username.into(),
         upload,
@@ -120,8 +131,8 @@ pub async fn login(client: &Client, username: &str) -> anyhow::Result<Bytes> {
     }
 }
 
-/// One whole login with that password: its session token, or how it was refused. A password that is wrong is noticed by the
-/// client itself, which then sends what cannot be right.
+/// One whole login with that password: its session token, or how it was refused. A password that is
+/// wrong is noticed by the client itself, which then sends what cannot be right.
 pub async fn login_with(
     client: &Client,
     username: &str,
@@ -150,7 +161,10 @@ pub async fn login_with(
         finalization: finalization.into(),
         ..Default::default()
     };
-    Ok(client.call::<OpaqueLoginFinish>(&request, None).await?.map(|response| response.session_token))
+    Ok(client
+        .call::<OpaqueLoginFinish>(&request, None)
+        .await?
+        .map(|response| response.session_token))
 }
 
 /// A fresh identity key.

@@ -1,5 +1,5 @@
-//! The least that a UDP load balancer does: a new flow goes to one of the edges that are to have new flows, in turn, and stays
-//! there, whether or not that edge lives.
+//! The least that a UDP load balancer does: a new flow goes to one of the edges that are to have
+//! new flows, in turn, and stays there, whether or not that edge lives.
 
 use std::{
     collections::HashMap,

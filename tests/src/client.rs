@@ -53,7 +53,8 @@ pub struct Refused {
     pub retry_after_ms: u32,
 }
 
-/// When a connection is given up, and how often it gives a sign of life so that the server does not.
+/// When a connection is given up, and how often it gives a sign of life so that the server does
+/// not.
 #[derive(Clone, Copy, Debug)]
 pub struct Silence {
     pub keep_alive: Duration,
@@ -149,7 +150,11 @@ impl Client {
             return Ok(Ok(M::Response::decode(response.payload)?));
         }
         let detail = qpq_proto::v1::ErrorDetail::decode(response.payload).unwrap_or_default();
-        Ok(Err(Refused { status: response.status, code: detail.code, retry_after_ms: detail.retry_after_ms }))
+        Ok(Err(Refused {
+            status: response.status,
+            code: detail.code,
+            retry_after_ms: detail.retry_after_ms,
+        }))
     }
 
     /// A call that must be answered Ok.

@@ -1,7 +1,9 @@
-//! A cluster of a test's own: real Postgres, Redis and NATS, what `qpq-admin init` makes, and any number of edges.
+//! A cluster of a test's own: real Postgres, Redis and NATS, what `qpq-admin init` makes, and any
+//! number of edges.
 //!
-//! Edges run as processes, or in the test's own process by their own `compose()`; each on a port that stays its own while it
-//! is down. On request proxies stand between everything: clients, edges and stores.
+//! Edges run as processes, or in the test's own process by their own `compose()`; each on a port
+//! that stays its own while it is down. On request proxies stand between everything: clients, edges
+//! and stores.
 
 use std::{
     ffi::OsString,
@@ -31,7 +33,8 @@ use crate::{
     process::{Server, sibling},
 };
 
-/// Where edges listen: below the ports that Linux gives out by itself, and apart from those of the stores.
+/// Where edges listen: below the ports that Linux gives out by itself, and apart from those of the
+/// stores.
 const PORTS: std::ops::Range<u16> = 12_000..20_000;
 
 /// Where the edges of a cluster run.
@@ -65,7 +68,13 @@ pub struct Plan {
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { edges: 3, place: Place::Here, wiring: Wiring::Direct, seed: 0, variables: Vec::new() }
+        Self {
+            edges: 3,
+            place: Place::Here,
+            wiring: Wiring::Direct,
+            seed: 0,
+            variables: Vec::new(),
+        }
     }
 }
 
@@ -76,7 +85,8 @@ impl Plan {
     }
 }
 
-/// A running cluster. Dropping it ends everything; if the test has failed, its directory with the edges' logs is kept.
+/// A running cluster. Dropping it ends everything; if the test has failed, its directory with the
+/// edges' logs is kept.
 #[derive(Debug)]
 pub struct Cluster {
     pub postgres: Postgres,
@@ -121,7 +131,8 @@ enum Life {
 impl Cluster {
     /// Starts stores and edges. When this returns, every edge serves.
     pub async fn start(plan: Plan) -> anyhow::Result<Self> {
-        let (postgres, redis, nats) = tokio::try_join!(Postgres::start(), Redis::start(), Nats::start())?;
+        let (postgres, redis, nats) =
+            tokio::try_join!(Postgres::start(), Redis::start(), Nats::start())?;
         let dir = tempfile::Builder::new().prefix("qpq-cluster-").tempdir()?;
         init(&dir.path().join("fleet")).await?;
         let certificate = fs::read(dir.path().join("fleet/server-cert.der"))?;
@@ -195,8 +206,11 @@ impl Cluster {
         *life = match self.plan.place {
             Place::Here => Life::Here(Box::new(Box::pin(compose(&self.config(n)?)).await?)),
             Place::Apart => {
-                let started = Server::start(self.command(n)?, |line| line.contains(" dm bob")).await;
-                Life::Apart(Box::new(started.with_context(|| format!("edge {n} said: {}", self.log(n)))?))
+                let started =
+                    Server::start(self.command(n)?, |line| line.contains(" dm bob")).await;
+                Life::Apart(Box::new(
+                    started.with_context(|| format!("edge {n} said: {}", self.log(n)))?,
+                ))
             }
         };
         Ok(())
@@ -246,7 +260,10 @@ impl Cluster {
                 "QPQ_POSTGRES__URL",
                 through(self.postgres.url(), self.postgres.port(), links.map(|l| &l.postgres)),
             ),
-            ("QPQ_REDIS__URL", through(self.redis.url(), self.redis.port(), links.map(|l| &l.redis))),
+            (
+                "QPQ_REDIS__URL",
+                through(self.redis.url(), self.redis.port(), links.map(|l| &l.redis)),
+            ),
             ("QPQ_NATS__URL", through(self.nats.url(), self.nats.port(), links.map(|l| &l.nats))),
             ("QPQ_CLUSTER__SECRETS_DIR", self.fleet_dir().display().to_string()),
             ("QPQ_CLUSTER__EDGE", format!("edge-{n}")),
@@ -291,9 +308,12 @@ impl Cluster {
 
 /// What an edge makes of environment variables.
 pub fn configuration(variables: &[(&str, String)]) -> anyhow::Result<Config> {
-    let environment =
-        variables.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))).collect();
-    let loaded = config::load(Sources { environment, foreign: FOREIGN_VARIABLES, ..Sources::default() })?;
+    let environment = variables
+        .iter()
+        .map(|(name, value)| (OsString::from(name), OsString::from(value)))
+        .collect();
+    let loaded =
+        config::load(Sources { environment, foreign: FOREIGN_VARIABLES, ..Sources::default() })?;
     Ok(loaded.settings)
 }
 
@@ -302,7 +322,11 @@ impl Drop for Cluster {
         let Some(dir) = self.dir.take() else { return };
         // Whoever would read it may be gone.
         if std::thread::panicking() {
-            let _ = writeln!(std::io::stderr(), "the cluster's directory is kept: {}", dir.keep().display());
+            let _ = writeln!(
+                std::io::stderr(),
+                "the cluster's directory is kept: {}",
+                dir.keep().display()
+            );
         }
     }
 }
@@ -320,8 +344,8 @@ pub async fn init(fleet: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A UDP port that is an edge's own among all tests of this machine, also while the edge is down. The claim is the TCP socket
-/// of the same number.
+/// A UDP port that is an edge's own among all tests of this machine, also while the edge is down.
+/// The claim is the TCP socket of the same number.
 #[derive(Debug)]
 struct Port {
     _claim: TcpListener,
@@ -331,7 +355,9 @@ struct Port {
 impl Port {
     fn reserve() -> anyhow::Result<Self> {
         let mut random = rand::rngs::OsRng;
-        (0..1_000).find_map(|_| Self::claim(random.gen_range(PORTS))).context("no free port of 127.0.0.1")
+        (0..1_000)
+            .find_map(|_| Self::claim(random.gen_range(PORTS)))
+            .context("no free port of 127.0.0.1")
     }
 
     fn claim(number: u16) -> Option<Self> {

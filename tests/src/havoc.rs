@@ -1,5 +1,6 @@
-//! What may happen to a cluster at any moment: edges and stores are killed, Redis forgets or falls back, connections break.
-//! Which of it and when is decided by a seed, and by how far the traffic has come: time decides nothing.
+//! What may happen to a cluster at any moment: edges and stores are killed, Redis forgets or falls
+//! back, connections break. Which of it and when is decided by a seed, and by how far the traffic
+//! has come: time decides nothing.
 
 use std::{fmt, time::Duration};
 

@@ -26,7 +26,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `command` (whose stderr is the caller's choice) and waits for a line of its output that `ready` accepts.
+    /// Starts `command` (whose stderr is the caller's choice) and waits for a line of its output
+    /// that `ready` accepts.
     pub async fn start(mut command: Command, ready: impl Fn(&str) -> bool) -> anyhow::Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
@@ -84,7 +85,8 @@ pub fn resident(pid: i32) -> anyhow::Result<u64> {
     Ok(kib * 1024)
 }
 
-/// A binary of this build, beside the one that runs (test binaries lie in a folder of their own, `deps`).
+/// A binary of this build, beside the one that runs (test binaries lie in a folder of their own,
+/// `deps`).
 pub fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let dir = own.ancestors().skip(1).find(|dir| !dir.ends_with("deps")).unwrap_or(Path::new("."));

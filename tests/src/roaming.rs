@@ -1,5 +1,5 @@
-//! A client that does not mind which edge it has: when its connection ends, it goes on from a new socket at another edge, in
-//! the same session.
+//! A client that does not mind which edge it has: when its connection ends, it goes on from a new
+//! socket at another edge, in the same session.
 
 use std::{
     net::SocketAddr,
@@ -107,12 +107,14 @@ impl Roamer {
         Self { edge, ..Self::new(fleet, edge as u64) }
     }
 
-    /// The same, but for what it takes for a dead connection: a busy edge is not to be left for its silence.
+    /// The same, but for what it takes for a dead connection: a busy edge is not to be left for its
+    /// silence.
     pub fn patient(self) -> Self {
         Self { silence: Silence::default(), ..self }
     }
 
-    /// The same, but it listens for events and leaves an edge when that says it drains, as the SDK does.
+    /// The same, but it listens for events and leaves an edge when that says it drains, as the SDK
+    /// does.
     pub fn attentive(self, token: &Bytes) -> Self {
         Self { listening: Some(token.clone()), ..self }
     }
@@ -153,7 +155,8 @@ impl Roamer {
         self.move_on();
     }
 
-    /// One call, once. There is no time limit but the connection's: an answer that is on its way is never given up.
+    /// One call, once. There is no time limit but the connection's: an answer that is on its way is
+    /// never given up.
     pub async fn call<M: Method>(
         &mut self,
         request: &M::Request,
@@ -171,7 +174,11 @@ impl Roamer {
     ///
     /// # Panics
     /// If it is refused for good, or not answered in [`PATIENCE`].
-    pub async fn must<M: Method>(&mut self, request: &M::Request, token: Option<&Bytes>) -> M::Response {
+    pub async fn must<M: Method>(
+        &mut self,
+        request: &M::Request,
+        token: Option<&Bytes>,
+    ) -> M::Response {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.call::<M>(request, token).await {
@@ -229,7 +236,9 @@ async fn until_told(client: &Client, token: &Bytes, told: &AtomicBool) -> anyhow
 
 fn loss(client: &Client) -> Loss {
     match client.ended() {
-        Some(ConnectionError::ApplicationClosed(close)) if close.reason == SHUTTING_DOWN => Loss::Drained,
+        Some(ConnectionError::ApplicationClosed(close)) if close.reason == SHUTTING_DOWN => {
+            Loss::Drained
+        }
         _ => Loss::Otherwise,
     }
 }

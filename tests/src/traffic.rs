@@ -1,8 +1,10 @@
-//! Traffic over inboxes, through whatever edges are up, all of it recorded for the judge of [`qpq_test_services::history`].
+//! Traffic over inboxes, through whatever edges are up, all of it recorded for the judge of
+//! [`qpq_test_services::history`].
 //!
-//! Writers send one message or many, to one inbox or to all, and repeat each until it is acknowledged. Readers drain inboxes
-//! by FetchWait, alone or two at a time, or peek and ack. Everybody goes on at another edge when theirs is gone. At the end
-//! what is left is read, until Postgres itself says that nothing is.
+//! Writers send one message or many, to one inbox or to all, and repeat each until it is
+//! acknowledged. Readers drain inboxes by FetchWait, alone or two at a time, or peek and ack.
+//! Everybody goes on at another edge when theirs is gone. At the end what is left is read, until
+//! Postgres itself says that nothing is.
 
 mod party;
 
@@ -155,7 +157,11 @@ impl Traffic {
                 Temper::Patient => {
                     count += 1;
                     let roamer = Roamer::new(&fleet, random.r#gen()).patient();
-                    if count % 2 == 0 { roamer.attentive(&shared.accounts[0].token) } else { roamer }
+                    if count % 2 == 0 {
+                        roamer.attentive(&shared.accounts[0].token)
+                    } else {
+                        roamer
+                    }
                 }
             },
             random: StdRng::seed_from_u64(random.r#gen()),
@@ -203,7 +209,8 @@ impl Traffic {
         self.shared.connections.lock().drain(..).for_each(|client| client.close());
     }
 
-    /// Waits for the writers, reads what is left, and has it all judged. A history with violations is written to a file.
+    /// Waits for the writers, reads what is left, and has it all judged. A history with violations
+    /// is written to a file.
     pub async fn finish(mut self, cluster: &Cluster) -> anyhow::Result<Summary> {
         while let Some(done) = self.writers.join_next().await {
             done?;
@@ -273,7 +280,12 @@ impl Shared {
     fn outgoing(&self, inbox: usize, random: &mut StdRng) -> Outgoing {
         let tag = Tag(self.next_tag.fetch_add(1, Ordering::Relaxed));
         let length = random.gen_range(8..=self.plan.payload.max(8));
-        Outgoing { inbox, id: MessageId::new(random.r#gen()), tag, payload: payload(tag, length, random) }
+        Outgoing {
+            inbox,
+            id: MessageId::new(random.r#gen()),
+            tag,
+            payload: payload(tag, length, random),
+        }
     }
 }
 
@@ -297,7 +309,8 @@ pub fn seen(envelopes: &[v1::Envelope]) -> impl Iterator<Item = (Seq, Tag)> + '_
 
 /// Puts a history where it can be looked at after the test.
 pub fn keep(history: &History, report: &Report, about: &dyn std::fmt::Debug) -> anyhow::Result<()> {
-    let path = std::env::temp_dir().join(format!("qpq-history-{:016x}.txt", rand::rngs::OsRng.next_u64()));
+    let path =
+        std::env::temp_dir().join(format!("qpq-history-{:016x}.txt", rand::rngs::OsRng.next_u64()));
     let mut file = BufWriter::new(File::create(&path).with_context(|| path.display().to_string())?);
     writeln!(file, "{about:?}\n{report}\n{history:#?}")?;
     file.flush()?;

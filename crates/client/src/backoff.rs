@@ -1,5 +1,5 @@
-//! How long to wait before another try: exponential with full jitter, so that the clients of an edge that went away do
-//! not come back to the next one all at once.
+//! How long to wait before another try: exponential with full jitter, so that the clients of an
+//! edge that went away do not come back to the next one all at once.
 
 use std::time::Duration;
 
@@ -21,7 +21,8 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// The wait before the try after `failures` failures in a row: anything between nothing and the bound.
+    /// The wait before the try after `failures` failures in a row: anything between nothing and the
+    /// bound.
     pub(crate) fn delay(&self, failures: u32, rng: &mut impl Rng) -> Duration {
         rng.gen_range(Duration::ZERO..=self.bound(failures))
     }

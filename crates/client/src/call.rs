@@ -1,5 +1,5 @@
-//! One call as bytes: the request with its session token, the answer as a message or a [`ServerError`], how long it may
-//! take, and whether it may be made twice.
+//! One call as bytes: the request with its session token, the answer as a message or a
+//! [`ServerError`], how long it may take, and whether it may be made twice.
 
 use std::{any::Any, time::Duration};
 
@@ -9,12 +9,16 @@ use qpq_domain::SessionToken;
 use qpq_proto::{
     AuthKind, DeadlineClass, Method, Status,
     session::append_session_token,
-    v1::{BatchEnqueueRequest, EnqueueRequest, ErrorDetail, FetchWaitRequest, OpaqueLoginFinishRequest},
+    v1::{
+        BatchEnqueueRequest, EnqueueRequest, ErrorDetail, FetchWaitRequest,
+        OpaqueLoginFinishRequest,
+    },
 };
 
 use crate::error::{CallError, ServerError};
 
-/// How much longer than the server the client waits, so that the server's own answer to a late call arrives.
+/// How much longer than the server the client waits, so that the server's own answer to a late call
+/// arrives.
 const GRACE: Duration = Duration::from_secs(2);
 /// What FetchWait waits when the request names no time, and the most that it waits.
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
@@ -44,7 +48,9 @@ pub(crate) fn encode<M: Method>(
 /// What a response frame says.
 pub(crate) fn decode<M: Method>(status: u8, payload: Bytes) -> Result<M::Response, CallError> {
     match Status::from(status) {
-        Status::Ok => M::Response::decode(payload).map_err(|_| CallError::Malformed { method: M::INFO.name }),
+        Status::Ok => {
+            M::Response::decode(payload).map_err(|_| CallError::Malformed { method: M::INFO.name })
+        }
         status => Err(ServerError::new(status, ErrorDetail::from_payload(&payload)).into()),
     }
 }
@@ -68,7 +74,8 @@ pub(crate) enum Repeat {
     Unsafe,
 }
 
-/// The protocol makes every method safe to repeat, but a message needs its id for that, and a login its connection.
+/// The protocol makes every method safe to repeat, but a message needs its id for that, and a login
+/// its connection.
 pub(crate) fn repeat<R: Any>(request: &R) -> Repeat {
     let request: &dyn Any = request;
     let is_safe = if let Some(enqueue) = request.downcast_ref::<EnqueueRequest>() {
@@ -76,7 +83,8 @@ pub(crate) fn repeat<R: Any>(request: &R) -> Repeat {
     } else if let Some(batch) = request.downcast_ref::<BatchEnqueueRequest>() {
         let all_named = batch.messages.iter().all(|message| !message.message_id.is_empty());
         // A repeated commit would be refused as stale although the first was accepted.
-        let is_named = if batch.messages.is_empty() { !batch.message_id.is_empty() } else { all_named };
+        let is_named =
+            if batch.messages.is_empty() { !batch.message_id.is_empty() } else { all_named };
         is_named && !batch.commit
     } else {
         !request.is::<OpaqueLoginFinishRequest>()
@@ -93,7 +101,8 @@ mod tests {
     #[test]
     fn the_token_goes_into_field_15_of_what_needs_a_session_alone() {
         let token = SessionToken::new([9; 32]);
-        let request = v1::EnqueueRequest { payload: Bytes::from_static(b"hi"), ..Default::default() };
+        let request =
+            v1::EnqueueRequest { payload: Bytes::from_static(b"hi"), ..Default::default() };
         let bytes = encode::<methods::Enqueue>(&request, Some(&token)).unwrap();
         let back = v1::EnqueueRequest::decode(bytes).unwrap();
         assert_eq!((&back.payload[..], &back.session_token[..]), (&b"hi"[..], &[9; 32][..]));
@@ -117,7 +126,10 @@ mod tests {
             .with_field("recipient_key");
         let answer = decode::<methods::Enqueue>(5, detail.encode_to_vec().into()).unwrap_err();
         let CallError::Server(error) = answer else { panic!("{answer:?}") };
-        assert_eq!((error.status, error.code.as_str()), (Status::RateLimited, "delivery.queue_full"));
+        assert_eq!(
+            (error.status, error.code.as_str()),
+            (Status::RateLimited, "delivery.queue_full")
+        );
         assert_eq!(error.retry_after, Some(Duration::from_secs(1)));
         assert_eq!(error.field.as_deref(), Some("recipient_key"));
     }
@@ -125,7 +137,10 @@ mod tests {
     #[test]
     fn only_a_wait_takes_the_time_it_asks_for() {
         let wait = |timeout_ms| {
-            time_limit::<methods::FetchWait>(&v1::FetchWaitRequest { timeout_ms, ..Default::default() })
+            time_limit::<methods::FetchWait>(&v1::FetchWaitRequest {
+                timeout_ms,
+                ..Default::default()
+            })
         };
         assert_eq!(wait(0), Duration::from_secs(37));
         assert_eq!(wait(1_000), Duration::from_secs(8));

@@ -1,4 +1,5 @@
-//! The client without any encryption of messages: typed calls that reconnect and retry, registration, login, logout.
+//! The client without any encryption of messages: typed calls that reconnect and retry,
+//! registration, login, logout.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -28,7 +29,8 @@ use crate::{
 /// No try is given less than this, or the last one before patience ends would be in vain.
 const SHORTEST_TRY: Duration = Duration::from_secs(1);
 
-/// A connection to one server, kept up. Cheap to clone; all clones share the connection and the session.
+/// A connection to one server, kept up. Cheap to clone; all clones share the connection and the
+/// session.
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -56,8 +58,8 @@ pub struct Registered {
     pub export_key: ExportKey,
 }
 
-/// A registration of which nothing is on the server yet: what is derived from `export_key` can be saved before
-/// [`Client::finish_registration`] makes it final.
+/// A registration of which nothing is on the server yet: what is derived from `export_key` can be
+/// saved before [`Client::finish_registration`] makes it final.
 #[derive(Debug)]
 pub struct PendingRegistration {
     username: Username,
@@ -86,7 +88,8 @@ impl Client {
         &self.shared.options
     }
 
-    /// Connects, unless there is a connection, and answers the server's fingerprint. Other calls connect by themselves.
+    /// Connects, unless there is a connection, and answers the server's fingerprint. Other calls
+    /// connect by themselves.
     pub async fn connect(&self) -> Result<Fingerprint, CallError> {
         let live = self.shared.link.live(self.patience()).await?;
         Ok(live.connection().fingerprint())
@@ -114,9 +117,10 @@ impl Client {
 
     /// Calls a method: `client.call::<methods::Health>(HealthRequest {})`.
     ///
-    /// The session token is added to what needs a session. Lost connections are made anew and retryable refusals tried
-    /// again, for as long as [`Options::patience`] allows. What would act twice is not repeated: an Enqueue or
-    /// BatchEnqueue without message ids, a commit, OpaqueLoginFinish.
+    /// The session token is added to what needs a session. Lost connections are made anew and
+    /// retryable refusals tried again, for as long as [`Options::patience`] allows. What would act
+    /// twice is not repeated: an Enqueue or BatchEnqueue without message ids, a commit,
+    /// OpaqueLoginFinish.
     pub async fn call<M: Method>(&self, request: M::Request) -> Result<M::Response, CallError> {
         let payload = call::encode::<M>(&request, self.shared.token.read().as_ref())?;
         let repeat = call::repeat(&request);
@@ -140,7 +144,8 @@ impl Client {
         }
     }
 
-    /// Registers an account. The password never leaves this machine; `identity` signs to prove that it is ours.
+    /// Registers an account. The password never leaves this machine; `identity` signs to prove that
+    /// it is ours.
     pub async fn register(
         &self,
         username: &Username,
@@ -181,7 +186,8 @@ impl Client {
         identity: &Identity,
         invite: Option<&str>,
     ) -> Result<(), AuthError> {
-        let proof = identity.sign(&IdentityKey::registration_message(&pending.username, &pending.upload));
+        let proof =
+            identity.sign(&IdentityKey::registration_message(&pending.username, &pending.upload));
         self.call::<methods::OpaqueRegisterFinish>(v1::OpaqueRegisterFinishRequest {
             username: pending.username.to_string(),
             upload: pending.upload.clone(),
@@ -195,7 +201,11 @@ impl Client {
     }
 
     /// Logs in; the client uses the session from then on.
-    pub async fn login(&self, username: &Username, password: &Password) -> Result<Session, AuthError> {
+    pub async fn login(
+        &self,
+        username: &Username,
+        password: &Password,
+    ) -> Result<Session, AuthError> {
         let until = self.patience();
         let mut failures = 0;
         // Both calls belong to one connection: when that is lost between them, both are made again.
@@ -215,10 +225,13 @@ impl Client {
         Ok(session)
     }
 
-    /// Ends the session, or every session of the account; answers how many ended. The client has none from then on.
+    /// Ends the session, or every session of the account; answers how many ended. The client has
+    /// none from then on.
     pub async fn logout(&self, scope: LogoutScope) -> Result<u32, CallError> {
-        let request =
-            v1::LogoutRequest { all_sessions: scope == LogoutScope::EverySession, ..Default::default() };
+        let request = v1::LogoutRequest {
+            all_sessions: scope == LogoutScope::EverySession,
+            ..Default::default()
+        };
         let revoked = self.call::<methods::Logout>(request).await?.revoked;
         self.set_session(None);
         Ok(revoked)
@@ -242,19 +255,22 @@ impl Client {
         self.call::<methods::Health>(v1::HealthRequest {}).await
     }
 
-    /// Asks for the server's events and gives them as they come, until the connection is lost. They are hints: one may
-    /// come without cause or not at all. `None`: the server has no such method.
+    /// Asks for the server's events and gives them as they come, until the connection is lost. They
+    /// are hints: one may come without cause or not at all. `None`: the server has no such method.
     pub async fn subscribe(
         &self,
     ) -> Result<Option<impl Stream<Item = Event> + Send + Unpin + use<>>, CallError> {
         let live = self.shared.link.with_events(self.patience()).await?;
         let request = v1::SubscribeRequest { all_channels: true, ..Default::default() };
-        let payload = call::encode::<methods::Subscribe>(&request, self.shared.token.read().as_ref())?;
+        let payload =
+            call::encode::<methods::Subscribe>(&request, self.shared.token.read().as_ref())?;
         let events = live.connection().events();
         let limit = self.try_limit::<methods::Subscribe>(&request);
         match self.exchange::<methods::Subscribe>(&live, payload, limit).await {
             Ok(_) => {}
-            Err(CallError::Server(error)) if error.status == Status::UnknownMethod => return Ok(None),
+            Err(CallError::Server(error)) if error.status == Status::UnknownMethod => {
+                return Ok(None);
+            }
             Err(error) => return Err(error),
         }
         let decoded = events
@@ -288,7 +304,8 @@ impl Client {
 }
 
 impl Client {
-    /// One try on one connection. One that does not answer is used no more: it may be dead without anyone having said so.
+    /// One try on one connection. One that does not answer is used no more: it may be dead without
+    /// anyone having said so.
     async fn exchange<M: Method>(
         &self,
         live: &Arc<Live>,
@@ -307,12 +324,15 @@ impl Client {
         }
     }
 
-    /// How long one try may take: for ordinary calls so long that patience is enough for a second one.
+    /// How long one try may take: for ordinary calls so long that patience is enough for a second
+    /// one.
     fn try_limit<M: Method>(&self, request: &M::Request) -> Duration {
         let limit = call::time_limit::<M>(request);
         match M::INFO.deadline {
             DeadlineClass::Wait | DeadlineClass::Blob => limit,
-            DeadlineClass::Health | DeadlineClass::Standard => limit.min(self.shared.options.patience / 2),
+            DeadlineClass::Health | DeadlineClass::Standard => {
+                limit.min(self.shared.options.patience / 2)
+            }
         }
     }
 
@@ -323,14 +343,16 @@ impl Client {
         password: &Password,
     ) -> Result<Session, AuthError> {
         let (state, request) = Login::start(password);
-        let start = v1::OpaqueLoginStartRequest { username: username.to_string(), request: request.into() };
+        let start =
+            v1::OpaqueLoginStartRequest { username: username.to_string(), request: request.into() };
         let answer = self.once::<methods::OpaqueLoginStart>(live, &start).await?;
         let password = password.clone();
-        let (finalization, export_key) = blocking(move || state.finish(&password, &answer.response))
-            .await
-            .map_err(|error| match error {
-                OpaqueError::WrongPassword => AuthError::WrongPassword,
-                OpaqueError::Malformed => malformed::<methods::OpaqueLoginStart>(),
+        let (finalization, export_key) =
+            blocking(move || state.finish(&password, &answer.response)).await.map_err(|error| {
+                match error {
+                    OpaqueError::WrongPassword => AuthError::WrongPassword,
+                    OpaqueError::Malformed => malformed::<methods::OpaqueLoginStart>(),
+                }
             })?;
         let finish = v1::OpaqueLoginFinishRequest {
             username: username.to_string(),
@@ -351,7 +373,9 @@ impl Client {
         request: &M::Request,
     ) -> Result<M::Response, AuthError> {
         let payload = call::encode::<M>(request, None)?;
-        self.exchange::<M>(live, payload, self.try_limit::<M>(request)).await.map_err(AuthError::from_call)
+        self.exchange::<M>(live, payload, self.try_limit::<M>(request))
+            .await
+            .map_err(AuthError::from_call)
     }
 }
 

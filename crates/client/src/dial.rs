@@ -1,5 +1,6 @@
-//! From a server's name to a connection: looks the name up, and tries its addresses one after the other, each a little
-//! later than the one before, without waiting for that to fail (as RFC 8305 has it).
+//! From a server's name to a connection: looks the name up, and tries its addresses one after the
+//! other, each a little later than the one before, without waiting for that to fail (as RFC 8305
+//! has it).
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -34,9 +35,13 @@ pub(crate) enum Failed {
 
 impl Target {
     pub(crate) fn new(options: &Options) -> Result<Self, ConnectError> {
-        let (host, port) = split_address(&options.server).ok_or_else(|| ConnectError::Misconfigured {
-            reason: format!("{:?} is no server address; give host or host:port", options.server),
-        })?;
+        let (host, port) =
+            split_address(&options.server).ok_or_else(|| ConnectError::Misconfigured {
+                reason: format!(
+                    "{:?} is no server address; give host or host:port",
+                    options.server
+                ),
+            })?;
         Ok(Self { host: host.to_owned(), port })
     }
 
@@ -124,7 +129,8 @@ mod tests {
 
     #[test]
     fn addresses_of_this_machine_are_tried_at_once_and_others_in_turn() {
-        let [v4, v6, far] = ["127.0.0.1:1", "[::1]:1", "192.0.2.1:1"].map(|text| text.parse().unwrap());
+        let [v4, v6, far] =
+            ["127.0.0.1:1", "[::1]:1", "192.0.2.1:1"].map(|text| text.parse().unwrap());
         assert_eq!(head_start(&[v4, v6]), Duration::ZERO);
         assert_eq!(head_start(&[v4, far]), HEAD_START);
     }

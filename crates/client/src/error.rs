@@ -12,7 +12,8 @@ pub enum CallError {
     /// The server answered, and refused.
     #[error(transparent)]
     Server(#[from] ServerError),
-    /// The other side is not the server we trust, or not one that we can talk to. Trying again would not help.
+    /// The other side is not the server we trust, or not one that we can talk to. Trying again
+    /// would not help.
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// No connection for as long as [`Options::patience`](crate::Options::patience) allows.
@@ -166,8 +167,11 @@ pub enum Error {
     /// The user has published no keys to start a conversation with.
     #[error("{0} cannot be reached yet: no keys published; they have to log in once")]
     NoKeys(Username),
-    /// The directory gives another key for a name than before. Compare safety numbers before going on.
-    #[error("the identity key of {username} has changed; compare safety numbers before you write to them")]
+    /// The directory gives another key for a name than before. Compare safety numbers before going
+    /// on.
+    #[error(
+        "the identity key of {username} has changed; compare safety numbers before you write to them"
+    )]
     IdentityChanged { username: Username, known: IdentityKey, now: IdentityKey },
     #[error("there is no such conversation")]
     NoSuchConversation,
@@ -175,7 +179,8 @@ pub enum Error {
     TextTooLong { size: usize, max: usize },
     #[error("a group's name has 1 to {max} bytes, this one has {size}")]
     GroupName { size: usize, max: usize },
-    /// What MLS does not allow (only a group's maker changes its members), or a key package that cannot be used.
+    /// What MLS does not allow (only a group's maker changes its members), or a key package that
+    /// cannot be used.
     #[error(transparent)]
     Mls(#[from] qpq_mls::Error),
 }

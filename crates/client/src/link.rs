@@ -1,8 +1,9 @@
-//! The one connection that a client has at a time: made when it is first needed, made anew when it is lost.
+//! The one connection that a client has at a time: made when it is first needed, made anew when it
+//! is lost.
 //!
-//! A new connection comes from a new UDP port (the transport sees to that), so that a load balancer can send it
-//! elsewhere. After a loss the first try is at once; failures in a row wait longer and longer. A connection that
-//! was lost before it answered anything counts as a failure.
+//! A new connection comes from a new UDP port (the transport sees to that), so that a load balancer
+//! can send it elsewhere. After a loss the first try is at once; failures in a row wait longer and
+//! longer. A connection that was lost before it answered anything counts as a failure.
 
 use std::{
     sync::{
@@ -106,7 +107,9 @@ impl Live {
                 Ok(answer)
             }
             Err(transport::CallError::TimedOut) => Err(Failure::TimedOut),
-            Err(transport::CallError::Lost(_) | transport::CallError::Reset(_)) => Err(Failure::Lost),
+            Err(transport::CallError::Lost(_) | transport::CallError::Reset(_)) => {
+                Err(Failure::Lost)
+            }
             Err(transport::CallError::Malformed(_) | transport::CallError::TooLarge(_)) => {
                 Err(Failure::Malformed)
             }
@@ -145,9 +148,14 @@ impl Link {
     pub(crate) async fn live(&self, until: Instant) -> Result<Arc<Live>, CallError> {
         let asked = Instant::now();
         let mut reason = "the connection is still being made".to_owned();
-        let unreachable =
-            |reason| CallError::Unreachable { server: self.server.clone(), waited: asked.elapsed(), reason };
-        let Ok(mut slot) = timeout_at(until, self.slot.lock()).await else { return Err(unreachable(reason)) };
+        let unreachable = |reason| CallError::Unreachable {
+            server: self.server.clone(),
+            waited: asked.elapsed(),
+            reason,
+        };
+        let Ok(mut slot) = timeout_at(until, self.slot.lock()).await else {
+            return Err(unreachable(reason));
+        };
         if let Some(live) = slot.alive() {
             return Ok(live);
         }
@@ -205,7 +213,8 @@ impl Link {
         }
     }
 
-    /// Puts a new connection in the place of one that the server is about to end. Without one, that one serves to its end.
+    /// Puts a new connection in the place of one that the server is about to end. Without one, that
+    /// one serves to its end.
     pub(crate) async fn renew(&self) -> Renewed {
         let dialer = self.slot.lock().await.pinned.clone().unwrap_or_else(|| self.dialer.clone());
         match Box::pin(self.target.dial(&dialer)).await {
@@ -230,7 +239,8 @@ impl Link {
         let fingerprint = connection.fingerprint();
         self.events.send_replace(ConnectionEvent::Connected { fingerprint });
         let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
-        let (events, made, watched) = (self.events.clone(), Arc::clone(&self.made), connection.clone());
+        let (events, made, watched) =
+            (self.events.clone(), Arc::clone(&self.made), connection.clone());
         let (watching, dropped) = oneshot::channel::<()>();
         tokio::spawn(async move {
             let lost = tokio::select! {
@@ -265,7 +275,8 @@ impl Link {
 }
 
 impl Slot {
-    /// The connection if it is alive; if it is not, it is dropped and remembered by whether it was of any use.
+    /// The connection if it is alive; if it is not, it is dropped and remembered by whether it was
+    /// of any use.
     fn alive(&mut self) -> Option<Arc<Live>> {
         let live = self.live.as_ref()?;
         if live.connection.lost().is_none() {

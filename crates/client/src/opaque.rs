@@ -1,13 +1,14 @@
-//! The client's side of OPAQUE-3DH (RFC 9807), without network: what to send, and what comes of the answers.
+//! The client's side of OPAQUE-3DH (RFC 9807), without network: what to send, and what comes of the
+//! answers.
 //!
-//! Suite: ristretto255 and SHA-512, no context, no explicit identities; Argon2id with 19 MiB, 2 passes and 1 lane stretches
-//! the password. The stretching costs tens of milliseconds and memory, so the finishing steps are blocking: call them
-//! on a thread made for that.
+//! Suite: ristretto255 and SHA-512, no context, no explicit identities; Argon2id with 19 MiB, 2
+//! passes and 1 lane stretches the password. The stretching costs tens of milliseconds and memory,
+//! so the finishing steps are blocking: call them on a thread made for that.
 
 use opaque_ke::{
     CipherSuite, ClientLogin, ClientLoginFinishParameters, ClientRegistration,
-    ClientRegistrationFinishParameters, CredentialResponse, RegistrationResponse, Ristretto255, TripleDh,
-    errors::ProtocolError,
+    ClientRegistrationFinishParameters, CredentialResponse, RegistrationResponse, Ristretto255,
+    TripleDh, errors::ProtocolError,
 };
 use rand::rngs::OsRng;
 use zeroize::Zeroizing;
@@ -30,7 +31,8 @@ const LOGIN_RESPONSE: usize = 320;
 /// Why an answer could not be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum OpaqueError {
-    /// The password is not the account's, or the account does not exist: nobody can tell the two apart.
+    /// The password is not the account's, or the account does not exist: nobody can tell the two
+    /// apart.
     #[error("wrong username or password")]
     WrongPassword,
     #[error("the server's answer is no OPAQUE message")]
@@ -98,8 +100,12 @@ impl Login {
             return Err(OpaqueError::Malformed);
         }
         let response = CredentialResponse::deserialize(response)?;
-        let finished =
-            self.0.finish(&mut OsRng, password.expose(), response, ClientLoginFinishParameters::default())?;
+        let finished = self.0.finish(
+            &mut OsRng,
+            password.expose(),
+            response,
+            ClientLoginFinishParameters::default(),
+        )?;
         Ok((finished.message.serialize().to_vec(), export_key(&finished.export_key)))
     }
 }
@@ -113,16 +119,20 @@ fn export_key(bytes: &[u8]) -> ExportKey {
 #[cfg(test)]
 mod tests {
     use opaque_ke::{
-        CredentialFinalization, CredentialRequest, RegistrationRequest, RegistrationUpload, ServerLogin,
-        ServerLoginParameters, ServerRegistration, ServerSetup,
+        CredentialFinalization, CredentialRequest, RegistrationRequest, RegistrationUpload,
+        ServerLogin, ServerLoginParameters, ServerRegistration, ServerSetup,
     };
 
     use super::*;
 
-    fn register(setup: &ServerSetup<Suite>, password: &Password) -> (ServerRegistration<Suite>, ExportKey) {
+    fn register(
+        setup: &ServerSetup<Suite>,
+        password: &Password,
+    ) -> (ServerRegistration<Suite>, ExportKey) {
         let (state, request) = Registration::start(password);
         let request = RegistrationRequest::deserialize(&request).unwrap();
-        let answer = ServerRegistration::start(setup, request, b"alice").unwrap().message.serialize();
+        let answer =
+            ServerRegistration::start(setup, request, b"alice").unwrap().message.serialize();
         let (upload, export_key) = state.finish(password, &answer).unwrap();
         assert_eq!(upload.len(), 192);
         (ServerRegistration::finish(RegistrationUpload::deserialize(&upload).unwrap()), export_key)
@@ -143,7 +153,8 @@ mod tests {
             ServerLoginParameters::default(),
         )
         .unwrap();
-        let (finalization, logged_in) = state.finish(&password, &started.message.serialize()).unwrap();
+        let (finalization, logged_in) =
+            state.finish(&password, &started.message.serialize()).unwrap();
         assert_eq!(registered.expose(), logged_in.expose());
         let finalization = CredentialFinalization::deserialize(&finalization).unwrap();
         started.state.finish(finalization, ServerLoginParameters::default()).unwrap();

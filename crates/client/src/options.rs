@@ -14,8 +14,9 @@ pub const DEFAULT_PORT: u16 = 5001;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Trust {
-    /// Whatever certificate it shows at the first connection; every later one must show the same. The caller stores
-    /// what [`Client::connect`](crate::Client::connect) answers and gives it as [`Trust::Pinned`] from then on.
+    /// Whatever certificate it shows at the first connection; every later one must show the same.
+    /// The caller stores what [`Client::connect`](crate::Client::connect) answers and gives it as
+    /// [`Trust::Pinned`] from then on.
     FirstUse,
     /// The certificate with this fingerprint.
     Pinned(#[serde(with = "fingerprint_text")] Fingerprint),
@@ -39,7 +40,12 @@ pub struct Options {
 impl Options {
     /// 30 s of patience, back-off from 200 ms to 30 s.
     pub fn new(server: impl Into<String>, trust: Trust) -> Self {
-        Self { server: server.into(), trust, patience: Duration::from_secs(30), backoff: Backoff::default() }
+        Self {
+            server: server.into(),
+            trust,
+            patience: Duration::from_secs(30),
+            backoff: Backoff::default(),
+        }
     }
 }
 
@@ -58,7 +64,8 @@ pub(crate) fn split_address(server: &str) -> Option<(&str, u16)> {
             None => (server, ""),
         },
     };
-    let port = if port.is_empty() { DEFAULT_PORT } else { port.parse().ok().filter(|port| *port != 0)? };
+    let port =
+        if port.is_empty() { DEFAULT_PORT } else { port.parse().ok().filter(|port| *port != 0)? };
     (!host.is_empty()).then_some((host, port))
 }
 
@@ -66,7 +73,10 @@ mod fingerprint_text {
     use qpq_transport::Fingerprint;
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
-    pub(super) fn serialize<S: Serializer>(fingerprint: &Fingerprint, to: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        fingerprint: &Fingerprint,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
         to.collect_str(fingerprint)
     }
 

@@ -68,8 +68,8 @@ impl Profile {
         Options::new(&self.server, self.trust.clone())
     }
 
-    /// Notes another address of the server, or another way to know it: it moved, or its operator confirmed its new
-    /// certificate.
+    /// Notes another address of the server, or another way to know it: it moved, or its operator
+    /// confirmed its new certificate.
     pub async fn relocate(dir: &Path, server: &str, trust: Trust) -> Result<Self, ProfileError> {
         let before = Self::read(dir)?;
         let _locked = lock(dir).await?;
@@ -128,7 +128,8 @@ pub(crate) async fn lock(dir: &Path) -> Result<Locked, ProfileError> {
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), ProfileError> {
     let new = path.with_extension("new");
     let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
@@ -154,7 +155,10 @@ mod identity_hex {
     use qpq_domain::IdentityKey;
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
-    pub(super) fn serialize<S: Serializer>(identity: &IdentityKey, to: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        identity: &IdentityKey,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
         to.collect_str(identity)
     }
 

@@ -1,4 +1,5 @@
-//! Safety numbers: what two people compare, by voice or in person, to know that no server stands between their keys.
+//! Safety numbers: what two people compare, by voice or in person, to know that no server stands
+//! between their keys.
 
 use qpq_domain::IdentityKey;
 use sha2::{Digest as _, Sha512};
@@ -8,8 +9,9 @@ const ITERATIONS: u32 = 4096;
 /// Groups of five digits for each of the two keys.
 const GROUPS: usize = 6;
 
-/// The safety number of two people: 12 groups of 5 digits, the same from both sides. Each half is one key's fingerprint
-/// (iterated SHA-512, 30 digits, about 99 bits); the smaller key's comes first.
+/// The safety number of two people: 12 groups of 5 digits, the same from both sides. Each half is
+/// one key's fingerprint (iterated SHA-512, 30 digits, about 99 bits); the smaller key's comes
+/// first.
 pub fn safety_number(one: &IdentityKey, other: &IdentityKey) -> String {
     let (smaller, larger) = if one < other { (one, other) } else { (other, one) };
     format!("{} {}", fingerprint(smaller), fingerprint(larger))
@@ -17,7 +19,8 @@ pub fn safety_number(one: &IdentityKey, other: &IdentityKey) -> String {
 
 /// One key's half of a safety number: 6 groups of 5 digits.
 pub fn fingerprint(key: &IdentityKey) -> String {
-    let mut hash = Sha512::new().chain_update(b"qpq/safety/1").chain_update(key.as_bytes()).finalize();
+    let mut hash =
+        Sha512::new().chain_update(b"qpq/safety/1").chain_update(key.as_bytes()).finalize();
     for _ in 1..ITERATIONS {
         hash = Sha512::new().chain_update(hash).chain_update(key.as_bytes()).finalize();
     }
@@ -49,6 +52,9 @@ mod tests {
         let number = safety_number(&IdentityKey::new([4; 32]), &IdentityKey::new([5; 32]));
         let groups: Vec<_> = number.split(' ').collect();
         assert_eq!(groups.len(), 12);
-        assert!(groups.iter().all(|g| g.len() == 5 && g.bytes().all(|b| b.is_ascii_digit())), "{number}");
+        assert!(
+            groups.iter().all(|g| g.len() == 5 && g.bytes().all(|b| b.is_ascii_digit())),
+            "{number}"
+        );
     }
 }

@@ -37,8 +37,9 @@ impl fmt::Debug for Password {
     }
 }
 
-/// What OPAQUE gives the client and never the server: 64 bytes that depend on the password and on the server's record
-/// (RFC 9807 §3), the same at registration and at every login. The profile's encryption key comes from it.
+/// What OPAQUE gives the client and never the server: 64 bytes that depend on the password and on
+/// the server's record (RFC 9807 §3), the same at registration and at every login. The profile's
+/// encryption key comes from it.
 #[derive(Clone)]
 pub struct ExportKey(Zeroizing<[u8; Self::LEN]>);
 

@@ -10,8 +10,8 @@ use crate::{
     ids::{WrongLength, exact, write_hex},
 };
 
-/// 32 bytes that name an account. As an *address* any 32 bytes will do (an unknown one is simply not found); what may be
-/// *registered* is narrower, see [`IdentityKey::check_enrollable`].
+/// 32 bytes that name an account. As an *address* any 32 bytes will do (an unknown one is simply
+/// not found); what may be *registered* is narrower, see [`IdentityKey::check_enrollable`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IdentityKey([u8; 32]);
 
@@ -37,10 +37,12 @@ impl IdentityKey {
         &self.0
     }
 
-    /// Whether the key may be registered: a canonical encoding of a point that is not of small order.
+    /// Whether the key may be registered: a canonical encoding of a point that is not of small
+    /// order.
     ///
-    /// Decompression alone accepts non-canonical encodings (y ≥ p), so the bytes must also be what the point encodes to
-    /// (RFC 8032 §5.1.3); a key of small order would accept one signature for every message.
+    /// Decompression alone accepts non-canonical encodings (y ≥ p), so the bytes must also be what
+    /// the point encodes to (RFC 8032 §5.1.3); a key of small order would accept one signature for
+    /// every message.
     pub fn check_enrollable(&self) -> Result<(), InvalidIdentity> {
         self.verifying_key().map(drop)
     }
@@ -64,7 +66,8 @@ impl IdentityKey {
     }
 
     /// What the holder of the key signs to prove, when registering, that it has the private half:
-    /// `"qpq/register/1" ‖ u16 len ‖ username ‖ SHA-256(upload)`, the username canonical, its length big-endian.
+    /// `"qpq/register/1" ‖ u16 len ‖ username ‖ SHA-256(upload)`, the username canonical, its
+    /// length big-endian.
     pub fn registration_message(username: &Username, upload: &[u8]) -> Vec<u8> {
         let name = username.as_str().as_bytes();
         let len = u16::try_from(name.len()).expect("a username is at most 64 characters");
@@ -117,7 +120,8 @@ mod tests {
 
     #[test]
     fn points_of_small_order_are_refused() {
-        // The neutral element, the point of order two and one of order four (RFC 7748 §7, y = 1, -1 and 0).
+        // The neutral element, the point of order two and one of order four (RFC 7748 §7, y = 1, -1
+        // and 0).
         let mut neutral = [0; 32];
         neutral[0] = 1;
         let mut order_two = [0xff; 32];
@@ -134,7 +138,8 @@ mod tests {
 
     #[test]
     fn non_canonical_encodings_are_refused() {
-        // y = p + 1 encodes the neutral element a second time; y = p + 3 a point of large order, if one at all.
+        // y = p + 1 encodes the neutral element a second time; y = p + 3 a point of large order, if
+        // one at all.
         for low in [0xed_u8, 0xee, 0xf0] {
             let mut bytes = [0xff; 32];
             bytes[0] = low;

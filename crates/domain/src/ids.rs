@@ -1,4 +1,5 @@
-//! Identifiers that are nothing but bytes or a number. Each has its own type, so that none can stand in for another.
+//! Identifiers that are nothing but bytes or a number. Each has its own type, so that none can
+//! stand in for another.
 
 use std::fmt;
 
@@ -111,7 +112,8 @@ impl fmt::Debug for ChannelId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AccountId(pub i64);
 
-/// A message's place in its inbox: 1 for the first, rising by exactly one for each message accepted.
+/// A message's place in its inbox: 1 for the first, rising by exactly one for each message
+/// accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Seq(pub u64);
 

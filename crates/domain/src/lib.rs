@@ -1,7 +1,9 @@
-//! What the server speaks about: identifiers, names, and the rules that need nothing but themselves.
+//! What the server speaks about: identifiers, names, and the rules that need nothing but
+//! themselves.
 //!
-//! Every other crate stands on this one, so it knows no runtime, no wire format and no database. Bytes become these
-//! types at the door (`proto::convert`) and stay these types until they leave again.
+//! Every other crate stands on this one, so it knows no runtime, no wire format and no database.
+//! Bytes become these types at the door (`proto::convert`) and stay these types until they leave
+//! again.
 
 mod identity;
 mod ids;

@@ -1,5 +1,6 @@
-//! The sizes and lifetimes that users of the protocol can count on, with their defaults. Rates are elsewhere (`proto`'s
-//! limit classes): these bound what one thing may be, those how often it may be asked for.
+//! The sizes and lifetimes that users of the protocol can count on, with their defaults. Rates are
+//! elsewhere (`proto`'s limit classes): these bound what one thing may be, those how often it may
+//! be asked for.
 
 use std::time::Duration;
 
@@ -46,12 +47,21 @@ impl Default for Delivery {
 impl Delivery {
     /// The lifetime for a wire `ttl_secs`: 0 means the default, and nothing outlives the maximum.
     pub fn ttl(&self, ttl_secs: u32) -> Duration {
-        if ttl_secs == 0 { self.default_ttl } else { Duration::from_secs(ttl_secs.into()).min(self.max_ttl) }
+        if ttl_secs == 0 {
+            self.default_ttl
+        } else {
+            Duration::from_secs(ttl_secs.into()).min(self.max_ttl)
+        }
     }
 
-    /// How long to wait for a wire `timeout_ms`: 0 means the default, and nothing waits longer than the maximum.
+    /// How long to wait for a wire `timeout_ms`: 0 means the default, and nothing waits longer than
+    /// the maximum.
     pub fn wait(&self, timeout_ms: u64) -> Duration {
-        if timeout_ms == 0 { self.default_wait } else { Duration::from_millis(timeout_ms).min(self.max_wait) }
+        if timeout_ms == 0 {
+            self.default_wait
+        } else {
+            Duration::from_millis(timeout_ms).min(self.max_wait)
+        }
     }
 }
 

@@ -43,7 +43,8 @@ impl fmt::Debug for SessionToken {
     }
 }
 
-/// SHA-256 of a [`SessionToken`]: the key under which a session is kept. Looking it up leaks nothing about the token.
+/// SHA-256 of a [`SessionToken`]: the key under which a session is kept. Looking it up leaks
+/// nothing about the token.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TokenHash([u8; 32]);
 

@@ -1,7 +1,8 @@
-//! Usernames: what a person types, made canonical so that look-alikes of case and width are one name.
+//! Usernames: what a person types, made canonical so that look-alikes of case and width are one
+//! name.
 //!
-//! The canonical form is the OPAQUE credential identifier (RFC 9807), the key of uniqueness and what the key log hashes,
-//! so it must never change for a name once registered.
+//! The canonical form is the OPAQUE credential identifier (RFC 9807), the key of uniqueness and
+//! what the key log hashes, so it must never change for a name once registered.
 
 use std::{borrow::Cow, fmt, str::FromStr};
 
@@ -10,8 +11,8 @@ use precis_core::profile::PrecisFastInvocation as _;
 use precis_profiles::UsernameCaseMapped;
 use unicode_normalization::UnicodeNormalization as _;
 
-/// A username in canonical form: NFKC, case-folded, and a valid PRECIS UsernameCaseMapped string (RFC 8265 §3.3) of 1 to
-/// 64 characters without `@`, `:`, `/` and control characters.
+/// A username in canonical form: NFKC, case-folded, and a valid PRECIS UsernameCaseMapped string
+/// (RFC 8265 §3.3) of 1 to 64 characters without `@`, `:`, `/` and control characters.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Username(Box<str>);
 
@@ -32,11 +33,13 @@ impl Username {
 
     /// Makes `raw` canonical, or says why it cannot be.
     pub fn parse(raw: &str) -> Result<Self, InvalidUsername> {
-        // No input of more than this can fold to 64 characters; the bound keeps hostile input cheap.
+        // No input of more than this can fold to 64 characters; the bound keeps hostile input
+        // cheap.
         if raw.is_empty() || raw.len() > 8 * Self::MAX_CHARS {
             return Err(InvalidUsername::Length);
         }
-        let canonical = if is_plain(raw) { Cow::Borrowed(raw) } else { Cow::Owned(canonicalize(raw)?) };
+        let canonical =
+            if is_plain(raw) { Cow::Borrowed(raw) } else { Cow::Owned(canonicalize(raw)?) };
         if !(1..=Self::MAX_CHARS).contains(&canonical.chars().count()) {
             return Err(InvalidUsername::Length);
         }
@@ -48,22 +51,26 @@ impl Username {
     }
 }
 
-/// Whether `raw` is made of lower-case ASCII letters, digits, `.`, `-` and `_`: canonical as it stands, and most names.
+/// Whether `raw` is made of lower-case ASCII letters, digits, `.`, `-` and `_`: canonical as it
+/// stands, and most names.
 fn is_plain(raw: &str) -> bool {
     raw.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'))
 }
 
-/// Folding can undo normalization and the other way round, so both are applied until nothing changes.
+/// Folding can undo normalization and the other way round, so both are applied until nothing
+/// changes.
 fn canonicalize(raw: &str) -> Result<String, InvalidUsername> {
     const ROUNDS: usize = 4;
     let mut name = raw.to_owned();
     for _ in 0..ROUNDS {
-        let folded: String = CaseMapper::new().fold_string(&name.nfkc().collect::<String>()).nfkc().collect();
+        let folded: String =
+            CaseMapper::new().fold_string(&name.nfkc().collect::<String>()).nfkc().collect();
         if folded.chars().any(is_forbidden) {
             return Err(InvalidUsername::Forbidden);
         }
-        let mapped =
-            UsernameCaseMapped::enforce(folded.as_str()).map_err(|_| InvalidUsername::Precis)?.into_owned();
+        let mapped = UsernameCaseMapped::enforce(folded.as_str())
+            .map_err(|_| InvalidUsername::Precis)?
+            .into_owned();
         if mapped == name {
             return Ok(name);
         }

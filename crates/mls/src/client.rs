@@ -1,5 +1,5 @@
-//! A client's whole MLS state, and what it does of its own accord: publish key packages, start groups, add, remove, send.
-//! What it does with what it is sent is in [`crate::receive`].
+//! A client's whole MLS state, and what it does of its own accord: publish key packages, start
+//! groups, add, remove, send. What it does with what it is sent is in [`crate::receive`].
 
 use std::{
     cmp::Reverse,
@@ -119,17 +119,21 @@ impl Client {
 
     /// Makes `count` key packages to be uploaded, each for one use, good for 84 days.
     pub fn key_packages(&mut self, count: usize, now: UnixMillis) -> Vec<Vec<u8>> {
-        (0..count).map(|_| self.packages.make(&self.identity, &self.username, Use::Once, now)).collect()
+        (0..count)
+            .map(|_| self.packages.make(&self.identity, &self.username, Use::Once, now))
+            .collect()
     }
 
-    /// Makes the package that the server gives out when no other is left, good for 84 days. Earlier ones keep working.
+    /// Makes the package that the server gives out when no other is left, good for 84 days. Earlier
+    /// ones keep working.
     pub fn last_resort_key_package(&mut self, now: UnixMillis) -> Vec<u8> {
         self.packages.make(&self.identity, &self.username, Use::LastResort, now)
     }
 
     /// Makes a direct conversation with `peer`, who is to be added next.
     ///
-    /// Look for one with [`Client::direct`] first; a second one is right when the peer has lost the first.
+    /// Look for one with [`Client::direct`] first; a second one is right when the peer has lost the
+    /// first.
     pub fn create_direct(&mut self, peer: IdentityKey, now: UnixMillis) -> Result<GroupId, Error> {
         let me = self.identity.public();
         if peer == me {
@@ -146,7 +150,10 @@ impl Client {
         now: UnixMillis,
     ) -> Result<GroupId, Error> {
         let maker = self.identity.public();
-        self.create(Profile { kind: Kind::Group { name: name.into() }, channel, maker, made_at: now }, now)
+        self.create(
+            Profile { kind: Kind::Group { name: name.into() }, channel, maker, made_at: now },
+            now,
+        )
     }
 
     fn create(&mut self, profile: Profile, now: UnixMillis) -> Result<GroupId, Error> {
@@ -160,7 +167,12 @@ impl Client {
     ///
     /// # Errors
     /// Whatever is wrong with any of them; then none is added.
-    pub fn add(&mut self, group: GroupId, invitees: &[Invitee<'_>], now: UnixMillis) -> Result<Added, Error> {
+    pub fn add(
+        &mut self,
+        group: GroupId,
+        invitees: &[Invitee<'_>],
+        now: UnixMillis,
+    ) -> Result<Added, Error> {
         let me = self.identity.public();
         let group = made_by_us(&mut self.groups, group, &me)?;
         if invitees.is_empty() {
@@ -182,7 +194,11 @@ impl Client {
         let channel = group.profile().channel;
         let others = others(&before, &me);
         Ok(Added {
-            commit: (!others.is_empty()).then_some(Parcel { recipients: others, channel, payload: commit }),
+            commit: (!others.is_empty()).then_some(Parcel {
+                recipients: others,
+                channel,
+                payload: commit,
+            }),
             welcome: Parcel {
                 recipients: invitees.iter().map(|invitee| invitee.identity).collect(),
                 channel,
@@ -191,7 +207,8 @@ impl Client {
         })
     }
 
-    /// Removes people from a group that we made. The commit is for everyone, those removed too: they learn of it so.
+    /// Removes people from a group that we made. The commit is for everyone, those removed too:
+    /// they learn of it so.
     pub fn remove(&mut self, group: GroupId, members: &[IdentityKey]) -> Result<Parcel, Error> {
         let me = self.identity.public();
         let group = made_by_us(&mut self.groups, group, &me)?;
@@ -211,7 +228,8 @@ impl Client {
         Ok(Parcel { recipients: others(&before, &me), channel: group.profile().channel, payload })
     }
 
-    /// Encrypts a message to everyone in a group. See the crate's documentation on saving before sending.
+    /// Encrypts a message to everyone in a group. See the crate's documentation on saving before
+    /// sending.
     pub fn encrypt(&mut self, group: GroupId, content: &Content) -> Result<Parcel, Error> {
         let group = active(&mut self.groups, group)?;
         let recipients = others(&group.members(), &self.identity.public());
@@ -224,13 +242,16 @@ impl Client {
 
     /// The direct conversation to use with `peer`, if there is one that both are in.
     ///
-    /// If both started one at the same time there are two, which both can be read; each side finds the same one here: the
-    /// one made last, or of the smaller id. A peer that has lost its state makes a new one, which wins so.
+    /// If both started one at the same time there are two, which both can be read; each side finds
+    /// the same one here: the one made last, or of the smaller id. A peer that has lost its state
+    /// makes a new one, which wins so.
     pub fn direct(&self, peer: &IdentityKey) -> Option<GroupId> {
         let me = self.identity.public();
         self.groups
             .values()
-            .filter(|group| group.is_active() && group.profile().peer_of(&me).as_ref() == Some(peer))
+            .filter(|group| {
+                group.is_active() && group.profile().peer_of(&me).as_ref() == Some(peer)
+            })
             .filter(|group| group.members().iter().any(|member| member.identity == *peer))
             .max_by_key(|group| (group.profile().made_at, Reverse(group.id())))
             .map(Group::id)

@@ -1,7 +1,8 @@
-//! Length-prefixed bytes for what this crate saves: simple enough to hold secrets without copying them about.
+//! Length-prefixed bytes for what this crate saves: simple enough to hold secrets without copying
+//! them about.
 //!
-//! Numbers are big-endian, byte strings carry a `u32` length. [`Reader`] never reads past its input and never trusts a
-//! count for an allocation.
+//! Numbers are big-endian, byte strings carry a `u32` length. [`Reader`] never reads past its input
+//! and never trusts a count for an allocation.
 
 use zeroize::Zeroizing;
 
@@ -14,7 +15,10 @@ impl Writer {
     }
 
     pub(crate) fn raw(&mut self, bytes: &[u8]) {
-        debug_assert!(self.0.len() + bytes.len() <= self.0.capacity(), "what is written was counted before");
+        debug_assert!(
+            self.0.len() + bytes.len() <= self.0.capacity(),
+            "what is written was counted before"
+        );
         self.0.extend_from_slice(bytes);
     }
 

@@ -1,4 +1,5 @@
-//! What a chat message says, and its bytes inside an MLS application message: one version byte, then protobuf.
+//! What a chat message says, and its bytes inside an MLS application message: one version byte,
+//! then protobuf.
 
 use std::fmt;
 
@@ -39,7 +40,8 @@ struct Encoded {
 
 impl Content {
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let encoded = Encoded { text: self.text.clone(), sent_at: self.sent_at, id: self.id.to_vec() };
+        let encoded =
+            Encoded { text: self.text.clone(), sent_at: self.sent_at, id: self.id.to_vec() };
         let mut bytes = vec![VERSION];
         encoded.encode(&mut bytes).expect("a Vec grows as needed");
         bytes

@@ -1,5 +1,5 @@
-//! One group as this client sees it: openmls's state, the group's profile, and the rules that openmls leaves to us (who may
-//! commit, what a commit may change, who a sender was).
+//! One group as this client sees it: openmls's state, the group's profile, and the rules that
+//! openmls leaves to us (who may commit, what a commit may change, who a sender was).
 
 #[cfg(test)]
 mod tests;
@@ -7,13 +7,14 @@ mod tests;
 use openmls::{
     framing::errors::MessageDecryptionError,
     group::{
-        GroupId as MlsGroupId, MlsGroup, MlsGroupCreateConfig, MlsGroupJoinConfig, ProcessMessageError,
-        ProposalValidationError, StageCommitError, StagedCommit, StagedWelcome, ValidationError,
+        GroupId as MlsGroupId, MlsGroup, MlsGroupCreateConfig, MlsGroupJoinConfig,
+        ProcessMessageError, ProposalValidationError, StageCommitError, StagedCommit,
+        StagedWelcome, ValidationError,
     },
     prelude::{
         ContentType, KeyPackage, KeyPackageVerifyError, LeafNodeIndex, OpenMlsProvider as _,
-        PrivateMessageIn, ProcessedMessage, ProcessedMessageContent, Proposal, ProtocolMessage, Sender,
-        SenderRatchetConfiguration, Welcome,
+        PrivateMessageIn, ProcessedMessage, ProcessedMessageContent, Proposal, ProtocolMessage,
+        Sender, SenderRatchetConfiguration, Welcome,
     },
     treesync::errors::LeafNodeValidationError,
 };
@@ -33,11 +34,13 @@ use crate::{
 /// Ciphertexts are padded to a multiple of this many bytes.
 const PADDING: usize = 32;
 
-/// How many epochs back an application message may come from: what members wrote before they knew of so many changes. Each
-/// costs forward secrecy, and room: 2 KB in a group of four, 80 KB in one of two hundred.
+/// How many epochs back an application message may come from: what members wrote before they knew
+/// of so many changes. Each costs forward secrecy, and room: 2 KB in a group of four, 80 KB in one
+/// of two hundred.
 const PAST_EPOCHS: usize = 10;
 
-/// How far back in one sender's messages a late one may be, and how many may be lost in a row: as many as fit an inbox.
+/// How far back in one sender's messages a late one may be, and how many may be lost in a row: as
+/// many as fit an inbox.
 const OUT_OF_ORDER: u32 = 1_000;
 const FORWARD: u32 = 10_000;
 
@@ -77,7 +80,8 @@ pub(crate) struct Group {
     departed: Vec<Departed>,
 }
 
-/// Somebody whose leaf was emptied, remembered as long as its messages of earlier epochs can be read.
+/// Somebody whose leaf was emptied, remembered as long as its messages of earlier epochs can be
+/// read.
 struct Departed {
     leaf: u32,
     last_epoch: u64,
@@ -126,7 +130,8 @@ impl Group {
 
     /// Joins by a Welcome made for `package`. The package is left as it was, whatever comes of it.
     ///
-    /// Lifetimes in the tree are not judged: members that joined long ago and never committed have old ones (RFC 9420 §7.3).
+    /// Lifetimes in the tree are not judged: members that joined long ago and never committed have
+    /// old ones (RFC 9420 §7.3).
     pub(crate) fn join(
         package: &Package,
         welcome: Welcome,
@@ -185,7 +190,8 @@ impl Group {
         }
     }
 
-    /// Commits the addition of `packages`: the commit for those who are members already, the Welcome for the new ones.
+    /// Commits the addition of `packages`: the commit for those who are members already, the
+    /// Welcome for the new ones.
     pub(crate) fn add(
         &mut self,
         identity: &Identity,
@@ -199,7 +205,11 @@ impl Group {
     }
 
     /// Commits the removal of members, who are all in the group.
-    pub(crate) fn remove(&mut self, identity: &Identity, keys: &[IdentityKey]) -> Result<Vec<u8>, Error> {
+    pub(crate) fn remove(
+        &mut self,
+        identity: &Identity,
+        keys: &[IdentityKey],
+    ) -> Result<Vec<u8>, Error> {
         let last_epoch = self.epoch();
         let (leaves, departed): (Vec<_>, Vec<_>) = self
             .leaves()
@@ -215,9 +225,15 @@ impl Group {
         commit.to_bytes().map_err(Error::mls)
     }
 
-    pub(crate) fn encrypt(&mut self, identity: &Identity, content: &Content) -> Result<Vec<u8>, Error> {
-        let message =
-            self.mls.create_message(&self.store, identity, &content.encode()).map_err(Error::mls)?;
+    pub(crate) fn encrypt(
+        &mut self,
+        identity: &Identity,
+        content: &Content,
+    ) -> Result<Vec<u8>, Error> {
+        let message = self
+            .mls
+            .create_message(&self.store, identity, &content.encode())
+            .map_err(Error::mls)?;
         message.to_bytes().map_err(Error::mls)
     }
 
@@ -231,7 +247,8 @@ impl Group {
             // Each epoch has one commit, and the one of this epoch was applied.
             return Outcome::Duplicate;
         }
-        let processed = match self.mls.process_message(&self.store, ProtocolMessage::from(message)) {
+        let processed = match self.mls.process_message(&self.store, ProtocolMessage::from(message))
+        {
             Ok(processed) => processed,
             Err(error) => return unreadable(&error),
         };
@@ -247,10 +264,12 @@ impl Group {
             ProcessedMessageContent::ApplicationMessage(message) => {
                 let sender = sender
                     .filter(|member| {
-                        Member::read(member.identity.as_bytes(), &credential).as_ref() == Some(member)
+                        Member::read(member.identity.as_bytes(), &credential).as_ref()
+                            == Some(member)
                     })
                     .ok_or(Ignored::Invalid)?;
-                let content = Content::decode(&message.into_bytes()).ok_or(Ignored::UnknownContent)?;
+                let content =
+                    Content::decode(&message.into_bytes()).ok_or(Ignored::UnknownContent)?;
                 Ok(Outcome::Message { sender, content })
             }
             ProcessedMessageContent::StagedCommitMessage(commit) => {
@@ -285,7 +304,8 @@ impl Group {
                 _ => return Err(Ignored::ForbiddenCommit),
             }
         }
-        let staying = before.iter().filter(|entry| !removed.contains(entry)).map(|(_, member)| member);
+        let staying =
+            before.iter().filter(|entry| !removed.contains(entry)).map(|(_, member)| member);
         if !are_distinct(staying.chain(&added)) || !self.keeps_makers_leaf(&commit, &before) {
             return Err(Ignored::ForbiddenCommit);
         }
@@ -298,21 +318,27 @@ impl Group {
         });
         self.departed.extend(departed);
         self.forget_departed();
-        Ok(Outcome::Committed { added, removed: removed.into_iter().map(|(_, member)| member).collect() })
+        Ok(Outcome::Committed {
+            added,
+            removed: removed.into_iter().map(|(_, member)| member).collect(),
+        })
     }
 
     /// A commit with a path replaces the committer's leaf; key and name must stay what they were.
     fn keeps_makers_leaf(&self, commit: &StagedCommit, before: &[(LeafNodeIndex, Member)]) -> bool {
         let Some(leaf) = commit.update_path_leaf_node() else { return true };
         let after = Member::read(leaf.signature_key().as_slice(), leaf.credential());
-        let maker = before.iter().map(|(_, member)| member).find(|m| m.identity == self.profile.maker);
+        let maker =
+            before.iter().map(|(_, member)| member).find(|m| m.identity == self.profile.maker);
         maker.is_some() && after.as_ref() == maker
     }
 
     fn leaves(&self) -> Vec<(LeafNodeIndex, Member)> {
         self.mls
             .members()
-            .filter_map(|leaf| Some((leaf.index, Member::read(&leaf.signature_key, &leaf.credential)?)))
+            .filter_map(|leaf| {
+                Some((leaf.index, Member::read(&leaf.signature_key, &leaf.credential)?))
+            })
             .collect()
     }
 
@@ -335,8 +361,13 @@ impl Group {
     }
 
     pub(crate) fn written_len(&self) -> usize {
-        let departed = self.departed.iter().map(|d| 48 + d.member.username.as_str().len()).sum::<usize>();
-        32 + self.store.written_len() + 4 + self.welcome.map_or(0, |digest| digest.len()) + 8 + departed
+        let departed =
+            self.departed.iter().map(|d| 48 + d.member.username.as_str().len()).sum::<usize>();
+        32 + self.store.written_len()
+            + 4
+            + self.welcome.map_or(0, |digest| digest.len())
+            + 8
+            + departed
     }
 
     pub(crate) fn write(&self, writer: &mut Writer) {
@@ -387,8 +418,8 @@ fn ratchet() -> SenderRatchetConfiguration {
     SenderRatchetConfiguration::new(OUT_OF_ORDER, FORWARD)
 }
 
-/// Whether a Welcome leads to a group that is true to itself: made by who sent it, with us in it, and only with members
-/// that belong there.
+/// Whether a Welcome leads to a group that is true to itself: made by who sent it, with us in it,
+/// and only with members that belong there.
 fn judge_welcome(staged: &StagedWelcome, me: &IdentityKey) -> Option<(GroupId, Profile)> {
     let context = staged.group_context();
     let id = GroupId::try_from(context.group_id().as_slice()).ok()?;
@@ -409,7 +440,8 @@ fn judge_welcome(staged: &StagedWelcome, me: &IdentityKey) -> Option<(GroupId, P
 
 /// Whether no two members have one key or one name.
 fn are_distinct<'a>(members: impl Iterator<Item = &'a Member>) -> bool {
-    let (mut keys, mut names) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+    let (mut keys, mut names) =
+        (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
     members.into_iter().all(|member| keys.insert(member.identity) && names.insert(&member.username))
 }
 
@@ -429,12 +461,14 @@ fn unreadable<E>(error: &ProcessMessageError<E>) -> Outcome {
             Outcome::Ignored(Ignored::LifetimeOver)
         }
         // openmls does not export the inner error's type; its names are held to by tests.
-        ValidationError::UnableToDecrypt(SecretTreeError(inner)) => match format!("{inner:?}").as_str() {
-            "SecretReuseError" => Outcome::Duplicate,
-            "TooDistantInThePast" => Outcome::Ignored(Ignored::TooOld),
-            "TooDistantInTheFuture" => Outcome::Ignored(Ignored::TooFarAhead),
-            _ => Outcome::Ignored(Ignored::Invalid),
-        },
+        ValidationError::UnableToDecrypt(SecretTreeError(inner)) => {
+            match format!("{inner:?}").as_str() {
+                "SecretReuseError" => Outcome::Duplicate,
+                "TooDistantInThePast" => Outcome::Ignored(Ignored::TooOld),
+                "TooDistantInTheFuture" => Outcome::Ignored(Ignored::TooFarAhead),
+                _ => Outcome::Ignored(Ignored::Invalid),
+            }
+        }
         ValidationError::UnableToDecrypt(AeadError) => Outcome::Ignored(Ignored::Undecryptable),
         ValidationError::NoPastEpochData => Outcome::Ignored(Ignored::TooOld),
         _ => Outcome::Ignored(Ignored::Invalid),

@@ -1,7 +1,7 @@
 //! Who speaks in a group: our own signing key, and what is known of the other members.
 //!
-//! A member's MLS signature key is its account's identity key, and its credential (RFC 9420 §5.3) is the canonical
-//! username. The key is proven by every message; the name is a claim.
+//! A member's MLS signature key is its account's identity key, and its credential (RFC 9420 §5.3)
+//! is the canonical username. The key is proven by every message; the name is a claim.
 
 use std::fmt;
 
@@ -10,7 +10,8 @@ use openmls::prelude::{BasicCredential, Credential, CredentialWithKey, Signature
 use openmls_traits::signatures::{Signer, SignerError};
 use qpq_domain::{IdentityKey, Username};
 
-/// An account's identity: the Ed25519 key by which its inbox is addressed and with which it signs in groups.
+/// An account's identity: the Ed25519 key by which its inbox is addressed and with which it signs
+/// in groups.
 #[derive(Clone)]
 pub struct Identity(SigningKey);
 

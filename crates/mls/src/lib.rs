@@ -1,35 +1,42 @@
-//! MLS (RFC 9420) for both sides of quicproquo; the only crate that knows openmls, which is slow to compile.
+//! MLS (RFC 9420) for both sides of quicproquo; the only crate that knows openmls, which is slow to
+//! compile.
 //!
-//! The server uses [`key_package::check`] to judge what clients upload, and nothing else: it takes no part in any
-//! group. Clients use [`Client`], a state machine without network or disk: it makes key packages, starts conversations,
-//! encrypts, and turns received bytes into [`Received`] values. [`vault`] keeps its state encrypted on disk.
+//! The server uses [`key_package::check`] to judge what clients upload, and nothing else: it takes
+//! no part in any group. Clients use [`Client`], a state machine without network or disk: it makes
+//! key packages, starts conversations, encrypts, and turns received bytes into [`Received`] values.
+//! [`vault`] keeps its state encrypted on disk.
 //!
 //! # The crash rule
 //!
-//! MLS keys are used once and then deleted, so the order in which a caller saves and sends is what makes it safe:
+//! MLS keys are used once and then deleted, so the order in which a caller saves and sends is what
+//! makes it safe:
 //!
-//! - **Sending**: call [`Client::encrypt`], [`Client::add`] or [`Client::remove`]; save [`Client::export_state`] *together
-//!   with the returned [`Parcel`]s*; then send them, again after a crash, until the server has them. A parcel that is sent
-//!   from a state that was never saved would reuse a key; one that is saved but never sent (a commit above all) leaves
-//!   the other members behind.
-//! - **Receiving**: call [`Client::receive`]; save the state *together with what it returned*, until it has been shown;
-//!   then acknowledge the message to the server. A message that comes again after a crash between the two is
-//!   [`Received::Duplicate`].
-//! - **Key packages**: save the state before uploading what [`Client::key_packages`] returned: the private halves are in it.
+//! - **Sending**: call [`Client::encrypt`], [`Client::add`] or [`Client::remove`]; save
+//!   [`Client::export_state`] *together with the returned [`Parcel`]s*; then send them, again after
+//!   a crash, until the server has them. A parcel that is sent from a state that was never saved
+//!   would reuse a key; one that is saved but never sent (a commit above all) leaves the other
+//!   members behind.
+//! - **Receiving**: call [`Client::receive`]; save the state *together with what it returned*,
+//!   until it has been shown; then acknowledge the message to the server. A message that comes
+//!   again after a crash between the two is [`Received::Duplicate`].
+//! - **Key packages**: save the state before uploading what [`Client::key_packages`] returned: the
+//!   private halves are in it.
 //!
 //! # Who may do what
 //!
-//! Only a group's maker commits (adds and removes members), until the server orders commits. The maker is bound into
-//! the group's id, see [`GroupId`], so nobody else can pass for it. Usernames in groups are their owners' claims: compare
-//! every [`Member`] of [`Received::Joined`] and [`Received::Committed`] with the directory before showing its name.
+//! Only a group's maker commits (adds and removes members), until the server orders commits. The
+//! maker is bound into the group's id, see [`GroupId`], so nobody else can pass for it. Usernames
+//! in groups are their owners' claims: compare every [`Member`] of [`Received::Joined`] and
+//! [`Received::Committed`] with the directory before showing its name.
 //!
 //! # Time
 //!
-//! Every function that needs the time is given it. openmls itself reads the system clock in two places that cannot be
-//! given another: whether a package's lifetime has begun and not ended when a commit adds it, on the side that makes
-//! the commit and on the sides that receive it. A client must therefore be given the system's time, and one that reads
-//! such a commit only after the package's end cannot follow ([`Ignored::LifetimeOver`]). The server's check depends on the
-//! given time alone.
+//! Every function that needs the time is given it. openmls itself reads the system clock in two
+//! places that cannot be given another: whether a package's lifetime has begun and not ended when a
+//! commit adds it, on the side that makes the commit and on the sides that receive it. A client
+//! must therefore be given the system's time, and one that reads such a commit only after the
+//! package's end cannot follow ([`Ignored::LifetimeOver`]). The server's check depends on the given
+//! time alone.
 
 mod client;
 mod codec;

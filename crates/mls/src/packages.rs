@@ -22,10 +22,12 @@ pub(crate) const SUITE: Ciphersuite = Ciphersuite::MLS_128_DHKEMX25519_AES128GCM
 const LIFETIME: Duration = Duration::from_secs(84 * 24 * 3600);
 const MARGIN: Duration = Duration::from_secs(3600);
 
-/// How long a private half outlives its package: a Welcome may lie in the inbox for the longest time to live.
+/// How long a private half outlives its package: a Welcome may lie in the inbox for the longest
+/// time to live.
 const AFTERLIFE: Duration = Duration::from_secs(90 * 24 * 3600);
 
-/// What our clients can do, said in every leaf. openmls wants last-resort listed here, or nobody takes such a package.
+/// What our clients can do, said in every leaf. openmls wants last-resort listed here, or nobody
+/// takes such a package.
 pub(crate) fn capabilities() -> Capabilities {
     Capabilities::new(
         None,
@@ -68,8 +70,9 @@ impl Packages {
     ) -> Vec<u8> {
         self.0.retain(|package| package.not_after.plus(AFTERLIFE) > now);
         let store = Store::default();
-        let mut builder =
-            KeyPackage::builder().leaf_node_capabilities(capabilities()).key_package_lifetime(lifetime(now));
+        let mut builder = KeyPackage::builder()
+            .leaf_node_capabilities(capabilities())
+            .key_package_lifetime(lifetime(now));
         if kind == Use::LastResort {
             builder = builder.mark_as_last_resort();
         }

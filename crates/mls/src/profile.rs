@@ -1,10 +1,11 @@
-//! What a group is: its id, kind, channel and maker. It is part of the group's context (RFC 9420 §8.1), so every member has
-//! the same and a joiner learns it authenticated by the group's keys.
+//! What a group is: its id, kind, channel and maker. It is part of the group's context (RFC 9420
+//! §8.1), so every member has the same and a joiner learns it authenticated by the group's keys.
 
 use std::fmt;
 
 use openmls::prelude::{
-    Extension, ExtensionType, Extensions, GroupContext, RequiredCapabilitiesExtension, UnknownExtension,
+    Extension, ExtensionType, Extensions, GroupContext, RequiredCapabilitiesExtension,
+    UnknownExtension,
 };
 use prost::Message as _;
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
@@ -16,10 +17,11 @@ pub(crate) const EXTENSION: u16 = 0xF0A1;
 
 const VERSION: u8 = 1;
 
-/// A group's id: 16 random bytes, then the first 16 of SHA-256(`"qpq/group/1"` ‖ maker's identity key ‖ random bytes).
+/// A group's id: 16 random bytes, then the first 16 of SHA-256(`"qpq/group/1"` ‖ maker's identity
+/// key ‖ random bytes).
 ///
-/// The second half binds the maker. Whoever else claims the id, with a Welcome that comes before the maker's, would have
-/// to find a second preimage.
+/// The second half binds the maker. Whoever else claims the id, with a Welcome that comes before
+/// the maker's, would have to find a second preimage.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupId([u8; 32]);
 
@@ -56,7 +58,10 @@ impl TryFrom<&[u8]> for GroupId {
     type Error = qpq_domain::WrongLength;
 
     fn try_from(bytes: &[u8]) -> Result<Self, Self::Error> {
-        bytes.try_into().map(Self).map_err(|_| qpq_domain::WrongLength { expected: 32, actual: bytes.len() })
+        bytes
+            .try_into()
+            .map(Self)
+            .map_err(|_| qpq_domain::WrongLength { expected: 32, actual: bytes.len() })
     }
 }
 
@@ -150,15 +155,16 @@ impl Profile {
         Extensions::from_vec(vec![profile, required()]).expect("both belong in a group context")
     }
 
-    /// The profile of a group, if it has one that is true to itself and to the group's id, and nothing else that we would
-    /// have to heed.
+    /// The profile of a group, if it has one that is true to itself and to the group's id, and
+    /// nothing else that we would have to heed.
     pub(crate) fn read(id: &GroupId, extensions: &Extensions<GroupContext>) -> Option<Self> {
         let [Extension::Unknown(EXTENSION, UnknownExtension(bytes)), demand] =
             &extensions.iter().collect::<Vec<_>>()[..]
         else {
             return None;
         };
-        Self::decode(bytes).filter(|profile| **demand == required() && id.is_made_by(&profile.maker))
+        Self::decode(bytes)
+            .filter(|profile| **demand == required() && id.is_made_by(&profile.maker))
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -189,7 +195,9 @@ impl Profile {
                 let direct = Self::direct(maker, IdentityKey::try_from(&peer[..]).ok()?, made_at);
                 (direct.channel == channel).then_some(direct)
             }
-            (None, Some(name)) => Some(Self { kind: Kind::Group { name }, channel, maker, made_at }),
+            (None, Some(name)) => {
+                Some(Self { kind: Kind::Group { name }, channel, maker, made_at })
+            }
             _ => None,
         }
     }
@@ -238,7 +246,11 @@ mod tests {
         let others = Profile { maker: BOB, ..group };
         assert_eq!(Profile::read(&id, &others.extensions()), None, "not the maker the id names");
         let elsewhere = Profile { channel: ChannelId::new([9; 16]), ..direct };
-        assert_eq!(Profile::read(&id, &elsewhere.extensions()), None, "not the two people's channel");
+        assert_eq!(
+            Profile::read(&id, &elsewhere.extensions()),
+            None,
+            "not the two people's channel"
+        );
         assert_eq!(Profile::read(&id, &Extensions::empty()), None);
     }
 

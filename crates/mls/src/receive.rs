@@ -1,4 +1,5 @@
-//! What a client does with bytes that it is sent. Whatever they are, it neither panics nor loses what it had.
+//! What a client does with bytes that it is sent. Whatever they are, it neither panics nor loses
+//! what it had.
 
 use openmls::prelude::{MlsMessageBodyIn, MlsMessageIn, PrivateMessageIn, Welcome};
 use qpq_domain::ChannelId;
@@ -18,8 +19,8 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Received {
-    /// We are in a group: a new one, or one that its maker added us to again. `members` are to be compared with the
-    /// directory; the inviter is `maker`.
+    /// We are in a group: a new one, or one that its maker added us to again. `members` are to be
+    /// compared with the directory; the inviter is `maker`.
     Joined(GroupSummary),
     Message {
         group: GroupId,
@@ -33,7 +34,8 @@ pub enum Received {
         added: Vec<Member>,
         removed: Vec<Member>,
     },
-    /// It came too early and is kept until what it needs is there. It may be acknowledged once the state is saved.
+    /// It came too early and is kept until what it needs is there. It may be acknowledged once the
+    /// state is saved.
     Buffered,
     /// It was here before. It may be acknowledged.
     Duplicate,
@@ -55,7 +57,8 @@ pub enum Ignored {
     NotTheMaker,
     #[error("a change to the group that not even its maker may make")]
     ForbiddenCommit,
-    /// openmls compares lifetimes with the time of reading, not of sending. The group goes on without us from here.
+    /// openmls compares lifetimes with the time of reading, not of sending. The group goes on
+    /// without us from here.
     #[error(
         "a change to the group, read after the added member's key package ran out: ask its maker to add us again"
     )]
@@ -77,7 +80,8 @@ pub enum Ignored {
 }
 
 impl Client {
-    /// Takes in one message. The first result is about it; further ones are about messages that waited for it.
+    /// Takes in one message. The first result is about it; further ones are about messages that
+    /// waited for it.
     ///
     /// See the crate's documentation on saving before acknowledging.
     pub fn receive(&mut self, bytes: &[u8]) -> Vec<Received> {
@@ -87,7 +91,8 @@ impl Client {
         match message.extract() {
             MlsMessageBodyIn::PrivateMessage(message) => self.receive_private(message, bytes),
             MlsMessageBodyIn::Welcome(welcome) => self.receive_welcome(welcome, bytes),
-            // Everything else travels in the open, where our groups say nothing; an external commit above all.
+            // Everything else travels in the open, where our groups say nothing; an external commit
+            // above all.
             _ => vec![Received::Ignored(Ignored::NotMls)],
         }
     }
@@ -130,7 +135,8 @@ impl Client {
         };
         let reference = package.reference().to_vec();
         let id = group.id();
-        // The id binds the maker, so this is the same maker's word about the same group; the later epoch is the newer.
+        // The id binds the maker, so this is the same maker's word about the same group; the later
+        // epoch is the newer.
         if self.groups.get(&id).is_some_and(|known| known.epoch() >= group.epoch()) {
             return vec![Received::Duplicate];
         }
@@ -141,11 +147,13 @@ impl Client {
         results
     }
 
-    /// Processes what waited for the state that `id` is in now, and for the states that this leads to.
+    /// Processes what waited for the state that `id` is in now, and for the states that this leads
+    /// to.
     fn retry(&mut self, id: GroupId, results: &mut Vec<Received>) {
         while let Some(epoch) = self.groups.get(&id).map(Group::epoch) {
             let Some(bytes) = self.waiting.release(&id, epoch) else { break };
-            let parsed = MlsMessageIn::tls_deserialize_exact_bytes(&bytes).map(MlsMessageIn::extract);
+            let parsed =
+                MlsMessageIn::tls_deserialize_exact_bytes(&bytes).map(MlsMessageIn::extract);
             let Ok(MlsMessageBodyIn::PrivateMessage(message)) = parsed else { continue };
             results.push(self.process(id, message));
         }
@@ -157,7 +165,9 @@ impl Client {
             Outcome::Message { sender, content } => {
                 Received::Message { group: id, channel: group.profile().channel, sender, content }
             }
-            Outcome::Committed { added, removed } => Received::Committed { group: id, added, removed },
+            Outcome::Committed { added, removed } => {
+                Received::Committed { group: id, added, removed }
+            }
             Outcome::Duplicate => Received::Duplicate,
             Outcome::Ignored(reason) => Received::Ignored(reason),
         }

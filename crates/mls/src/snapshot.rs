@@ -1,7 +1,8 @@
-//! A client's state as bytes and back: one snapshot, the same bytes for the same state, to be sealed by [`crate::vault`].
+//! A client's state as bytes and back: one snapshot, the same bytes for the same state, to be
+//! sealed by [`crate::vault`].
 //!
-//! A SHA-256 at the end finds damage where the bytes were kept without a vault: openmls panics on a store that it did not
-//! write.
+//! A SHA-256 at the end finds damage where the bytes were kept without a vault: openmls panics on a
+//! store that it did not write.
 
 use qpq_domain::IdentityKey;
 use sha2::{Digest as _, Sha256};
@@ -79,7 +80,8 @@ impl Client {
         }
         let username = read_username(&mut reader)?;
         let packages = Packages::read(&mut reader)?;
-        let groups = reader.list(Group::read)?.into_iter().map(|group| (group.id(), group)).collect();
+        let groups =
+            reader.list(Group::read)?.into_iter().map(|group| (group.id(), group)).collect();
         let waiting = Waiting::read(&mut reader)?;
         reader.end()?;
         Ok(Self { identity, username, packages, groups, waiting })

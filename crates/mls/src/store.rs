@@ -1,5 +1,5 @@
-//! openmls's key-value storage, one for each group and each unused key package, so that a failed Welcome is undone by
-//! dropping what it touched and a snapshot is a plain copy.
+//! openmls's key-value storage, one for each group and each unused key package, so that a failed
+//! Welcome is undone by dropping what it touched and a snapshot is a plain copy.
 
 use openmls::prelude::OpenMlsProvider;
 use openmls_rust_crypto::{MemoryStorage, OpenMlsRustCrypto, RustCrypto};
@@ -9,7 +9,8 @@ use crate::codec::{Malformed, Reader, Writer};
 
 const UNPOISONED: &str = "no code panics while it holds the map";
 
-/// A provider of cryptography and storage to openmls. What it holds is overwritten when it is dropped.
+/// A provider of cryptography and storage to openmls. What it holds is overwritten when it is
+/// dropped.
 #[derive(Default)]
 pub(crate) struct Store(OpenMlsRustCrypto);
 
@@ -40,7 +41,8 @@ impl Store {
     }
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
-        let entries = reader.list(|reader| Ok((reader.bytes()?.to_vec(), reader.bytes()?.to_vec())))?;
+        let entries =
+            reader.list(|reader| Ok((reader.bytes()?.to_vec(), reader.bytes()?.to_vec())))?;
         let store = Self::default();
         store.0.storage().values.write().expect(UNPOISONED).extend(entries);
         Ok(store)

@@ -1,8 +1,9 @@
-//! One encrypted file: a client's secrets on disk, under a key made of the account's password and what OPAQUE gives its
-//! owner alone.
+//! One encrypted file: a client's secrets on disk, under a key made of the account's password and
+//! what OPAQUE gives its owner alone.
 //!
-//! Layout: `"QPQV"` · version (1 byte, 1) · salt (16) · nonce (24) · XChaCha20-Poly1305 of the content, with all that
-//! precedes the nonce as associated data. A file is replaced whole or not at all.
+//! Layout: `"QPQV"` · version (1 byte, 1) · salt (16) · nonce (24) · XChaCha20-Poly1305 of the
+//! content, with all that precedes the nonce as associated data. A file is replaced whole or not at
+//! all.
 
 use std::{
     fmt,
@@ -53,13 +54,15 @@ pub struct VaultKey {
 }
 
 impl VaultKey {
-    /// HKDF-SHA-256 of Argon2id(password, salt) ‖ `export_key`, the 64 bytes that an OPAQUE login gives.
+    /// HKDF-SHA-256 of Argon2id(password, salt) ‖ `export_key`, the 64 bytes that an OPAQUE login
+    /// gives.
     ///
-    /// Takes some 30 ms of one core and 19 MiB. Whoever has the file alone needs the server's help for each guess at the
-    /// password; whoever has the server's record too needs this much work for each.
+    /// Takes some 30 ms of one core and 19 MiB. Whoever has the file alone needs the server's help
+    /// for each guess at the password; whoever has the server's record too needs this much work for
+    /// each.
     pub fn derive(password: &[u8], export_key: &[u8; 64], salt: Salt) -> Self {
-        let params =
-            Params::new(ARGON2_MEMORY_KIB, ARGON2_PASSES, 1, Some(32)).expect("the parameters are valid");
+        let params = Params::new(ARGON2_MEMORY_KIB, ARGON2_PASSES, 1, Some(32))
+            .expect("the parameters are valid");
         let mut input = Zeroizing::new([0; 32 + 64]);
         Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
             .hash_password_into(password, &salt.0, &mut input[..32])
@@ -162,14 +165,15 @@ pub fn read(path: &Path, key: &VaultKey) -> Result<Option<Zeroizing<Vec<u8>>>, V
     read_file(path)?.map(|sealed| open(key, &sealed)).transpose()
 }
 
-/// Replaces the vault at `path`. When this returns, the new content is on the disk; if it fails or the machine does, the
-/// old is. One process at a time may write one vault.
+/// Replaces the vault at `path`. When this returns, the new content is on the disk; if it fails or
+/// the machine does, the old is. One process at a time may write one vault.
 pub fn write(path: &Path, key: &VaultKey, content: &[u8]) -> Result<(), VaultError> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput).map_err(io::Error::from)?.to_owned();
+    let mut name =
+        path.file_name().ok_or(io::ErrorKind::InvalidInput).map_err(io::Error::from)?.to_owned();
     name.push(".new");
     let new = directory.join(name);
     let written = write_new(&new, &seal(key, content)).and_then(|()| fs::rename(&new, path));
@@ -230,7 +234,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
         write(&path, &key(1), b"old").unwrap();
-        // A crash between writing and renaming leaves a file; something that cannot be replaced makes the write fail.
+        // A crash between writing and renaming leaves a file; something that cannot be replaced
+        // makes the write fail.
         fs::write(directory.path().join("state.new"), b"half").unwrap();
         write(&path, &key(1), b"new").unwrap();
         assert_eq!(&**read(&path, &key(1)).unwrap().unwrap(), b"new");

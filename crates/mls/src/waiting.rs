@@ -1,5 +1,6 @@
-//! Messages that came before what they need: for a group whose Welcome is still on its way, or for an epoch whose commit
-//! is. They are kept in the order of their coming, within bounds, and tried again when something arrives.
+//! Messages that came before what they need: for a group whose Welcome is still on its way, or for
+//! an epoch whose commit is. They are kept in the order of their coming, within bounds, and tried
+//! again when something arrives.
 
 use std::collections::VecDeque;
 
@@ -8,8 +9,8 @@ use crate::{
     profile::GroupId,
 };
 
-/// The most messages that wait for groups unknown here, and the most that wait for epochs of known groups. Apart, so that
-/// whoever invents groups cannot push out what a real one needs.
+/// The most messages that wait for groups unknown here, and the most that wait for epochs of known
+/// groups. Apart, so that whoever invents groups cannot push out what a real one needs.
 const MAX_MESSAGES: usize = 256;
 
 /// The most bytes that wait, for each of the two.
@@ -51,14 +52,15 @@ impl Waiting {
         Held::New
     }
 
-    /// Takes a message of `group` that needs nothing more when the group is at `epoch`: of the earliest epoch, the one that
-    /// came first.
+    /// Takes a message of `group` that needs nothing more when the group is at `epoch`: of the
+    /// earliest epoch, the one that came first.
     pub(crate) fn release(&mut self, group: &GroupId, epoch: u64) -> Option<Vec<u8>> {
         // What waited for the Welcome waits for commits from now on.
         for message in self.0.iter_mut().filter(|message| message.group == *group) {
             message.needs = Needs::Commit;
         }
-        let ready = self.0.iter().enumerate().filter(|(_, m)| m.group == *group && m.epoch <= epoch);
+        let ready =
+            self.0.iter().enumerate().filter(|(_, m)| m.group == *group && m.epoch <= epoch);
         let (next, _) = ready.min_by_key(|(position, message)| (message.epoch, *position))?;
         self.0.remove(next).map(|message| message.bytes)
     }
@@ -70,7 +72,8 @@ impl Waiting {
 
     fn is_over(&self, needs: Needs) -> bool {
         let same = || self.0.iter().filter(|message| message.needs == needs);
-        same().count() > MAX_MESSAGES || same().map(|message| message.bytes.len()).sum::<usize>() > MAX_BYTES
+        same().count() > MAX_MESSAGES
+            || same().map(|message| message.bytes.len()).sum::<usize>() > MAX_BYTES
     }
 
     pub(crate) fn written_len(&self) -> usize {
@@ -121,13 +124,19 @@ mod tests {
     fn messages_are_released_by_epoch_and_in_the_order_of_their_coming() {
         let (ours, other) = (group(), group());
         let mut waiting = Waiting::default();
-        for (group, epoch, bytes) in [(ours, 3, b"c"), (ours, 2, b"a"), (other, 1, b"x"), (ours, 2, b"b")] {
+        for (group, epoch, bytes) in
+            [(ours, 3, b"c"), (ours, 2, b"a"), (other, 1, b"x"), (ours, 2, b"b")]
+        {
             assert_eq!(waiting.hold(group, epoch, Needs::Welcome, bytes), Held::New);
         }
         assert_eq!(waiting.hold(ours, 2, Needs::Commit, b"a"), Held::Already);
         assert_eq!(waiting.release(&ours, 1), None);
         assert_eq!(waiting.release(&ours, 2).as_deref(), Some(&b"a"[..]));
-        assert_eq!(waiting.release(&ours, 3).as_deref(), Some(&b"b"[..]), "the earlier epoch first");
+        assert_eq!(
+            waiting.release(&ours, 3).as_deref(),
+            Some(&b"b"[..]),
+            "the earlier epoch first"
+        );
         assert_eq!(waiting.release(&ours, 2), None);
         assert_eq!(waiting.release(&ours, 3).as_deref(), Some(&b"c"[..]));
     }

@@ -10,7 +10,8 @@ use crate::StoreResult;
 /// Who exists.
 #[async_trait]
 pub trait Accounts: Send + Sync {
-    /// Inserts an account, its inbox with it. Never replaces anything: a username or key once taken stays taken.
+    /// Inserts an account, its inbox with it. Never replaces anything: a username or key once taken
+    /// stays taken.
     async fn register(&self, account: NewAccount) -> StoreResult<Registration>;
 
     /// What a login needs to know about `username`.

@@ -12,7 +12,10 @@ pub trait Clock: Send + Sync + 'static {
 pub struct SystemClock;
 
 impl Clock for SystemClock {
-    #[expect(clippy::disallowed_methods, reason = "the one place where the time of day is asked for")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place where the time of day is asked for"
+    )]
     fn now(&self) -> UnixMillis {
         let since_epoch =
             std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();

@@ -5,7 +5,8 @@ pub type StoreResult<T> = Result<T, StoreError>;
 
 type Source = Box<dyn std::error::Error + Send + Sync>;
 
-/// Why a store could not do what was asked. The source is for the log alone: it never goes to a client.
+/// Why a store could not do what was asked. The source is for the log alone: it never goes to a
+/// client.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// Another writer was first; nothing was changed, and the same call may be made again.

@@ -1,11 +1,13 @@
-//! Inboxes: the queues of ciphertext, one a recipient, read in the order in which messages became durable.
+//! Inboxes: the queues of ciphertext, one a recipient, read in the order in which messages became
+//! durable.
 //!
-//! A read is a *lease*: it shows messages and hides them from every other read until it is settled (the client has all
-//! bytes: they are removed) or released (it has not: they are there again, unchanged). A view stops in front of the first
-//! message that is leased by someone else, so nobody ever gets a later message while an earlier one may still come back.
+//! A read is a *lease*: it shows messages and hides them from every other read until it is settled
+//! (the client has all bytes: they are removed) or released (it has not: they are there again,
+//! unchanged). A view stops in front of the first message that is leased by someone else, so nobody
+//! ever gets a later message while an earlier one may still come back.
 //!
-//! Nobody polls. [`Wakes::subscribe`] before a read, then wait on the subscription if the read was empty: whatever is
-//! committed, settled or released after the subscription wakes it.
+//! Nobody polls. [`Wakes::subscribe`] before a read, then wait on the subscription if the read was
+//! empty: whatever is committed, settled or released after the subscription wakes it.
 
 use std::{fmt, time::Duration};
 
@@ -23,19 +25,32 @@ pub trait Inboxes: Send + Sync {
         Shard::of(inbox)
     }
 
-    /// Accepts messages. When it returns `Accepted`, the message is durable. Each outcome stands for itself, in the order
-    /// of `messages`; messages to one inbox get their seqs in that order. An error means that none was accepted. How much an
-    /// inbox may hold and how long message ids are remembered is the backend's configuration ([`qpq_domain::Delivery`]).
+    /// Accepts messages. When it returns `Accepted`, the message is durable. Each outcome stands
+    /// for itself, in the order of `messages`; messages to one inbox get their seqs in that order.
+    /// An error means that none was accepted. How much an inbox may hold and how long message ids
+    /// are remembered is the backend's configuration ([`qpq_domain::Delivery`]).
     async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>>;
 
     /// Shows the first messages of the view and hides them from other reads until the lease ends.
-    async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>>;
+    async fn lease(
+        &self,
+        read: Read,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Box<dyn Lease>>;
 
-    /// Shows the messages of the view behind `after` ([`Seq::ZERO`]: all) and leaves everything as it is. Stops, as a lease does, in front of what is leased.
-    async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page>;
+    /// Shows the messages of the view behind `after` ([`Seq::ZERO`]: all) and leaves everything as
+    /// it is. Stops, as a lease does, in front of what is leased.
+    async fn peek(
+        &self,
+        read: Read,
+        after: Seq,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Page>;
 
-    /// Removes messages of the view, leased or not: an ack is the reader's own word. Answers how many went. Durable when it
-    /// returns.
+    /// Removes messages of the view, leased or not: an ack is the reader's own word. Answers how
+    /// many went. Durable when it returns.
     async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32>;
 }
 
@@ -47,8 +62,8 @@ pub trait Wakes: Send + Sync {
 
 /// One subscription. Dropping it ends it.
 pub trait Wake: Send + Sync {
-    /// Completes once something happened since the subscription or since the last completion. Cancel-safe. May complete
-    /// without cause.
+    /// Completes once something happened since the subscription or since the last completion.
+    /// Cancel-safe. May complete without cause.
     fn woken(&mut self) -> BoxFuture<'_, ()>;
 }
 
@@ -57,8 +72,8 @@ pub trait Wake: Send + Sync {
 pub trait Lease: Send + Sync {
     fn page(&self) -> &Page;
 
-    /// Removes exactly the messages shown: the reader has them. Durable when it returns. Their ids are remembered from `now`
-    /// on, or from their expiry if that came before.
+    /// Removes exactly the messages shown: the reader has them. Durable when it returns. Their ids
+    /// are remembered from `now` on, or from their expiry if that came before.
     async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
 }
 
@@ -105,7 +120,8 @@ pub struct Receipt {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Read {
     pub inbox: IdentityKey,
-    /// Which device's position; without registered devices an inbox has one reader and this is ignored.
+    /// Which device's position; without registered devices an inbox has one reader and this is
+    /// ignored.
     pub device: Option<DeviceId>,
     pub view: View,
 }

@@ -1,4 +1,5 @@
-//! Public keys that others fetch to start a conversation: KeyPackages, each given out once, and hybrid keys, which stay.
+//! Public keys that others fetch to start a conversation: KeyPackages, each given out once, and
+//! hybrid keys, which stay.
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, UnixMillis};
@@ -8,9 +9,9 @@ use crate::StoreResult;
 /// KeyPackages (RFC 9420 §10) on the server, already validated.
 #[async_trait]
 pub trait KeyPackages: Send + Sync {
-    /// Stores all of `packages` or none. One that is there already counts as stored and changes nothing; a new
-    /// last-resort package takes the place of the old one. How many one owner may have is the backend's configuration
-    /// ([`qpq_domain::KeyPackageCaps`]).
+    /// Stores all of `packages` or none. One that is there already counts as stored and changes
+    /// nothing; a new last-resort package takes the place of the old one. How many one owner may
+    /// have is the backend's configuration ([`qpq_domain::KeyPackageCaps`]).
     async fn upload(
         &self,
         owner: AccountId,
@@ -18,9 +19,14 @@ pub trait KeyPackages: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Upload>;
 
-    /// Takes the oldest package of `target` that is valid at `now`, for good: no two calls ever get the same one. When
-    /// none is left, the last-resort package, which stays. `None` when there is neither, or no such account.
-    async fn take(&self, target: &IdentityKey, now: UnixMillis) -> StoreResult<Option<TakenKeyPackage>>;
+    /// Takes the oldest package of `target` that is valid at `now`, for good: no two calls ever get
+    /// the same one. When none is left, the last-resort package, which stays. `None` when there is
+    /// neither, or no such account.
+    async fn take(
+        &self,
+        target: &IdentityKey,
+        now: UnixMillis,
+    ) -> StoreResult<Option<TakenKeyPackage>>;
 
     /// What the owner has left at `now`.
     async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock>;
@@ -29,7 +35,8 @@ pub trait KeyPackages: Send + Sync {
 /// A KeyPackage to be stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewKeyPackage {
-    /// What identifies it, however it is wrapped: its reference (RFC 9420 §5.2) where that can be computed.
+    /// What identifies it, however it is wrapped: its reference (RFC 9420 §5.2) where that can be
+    /// computed.
     pub fingerprint: [u8; 32],
     /// As uploaded, byte for byte.
     pub bytes: Vec<u8>,

@@ -1,8 +1,9 @@
 //! What the server needs from the world: storage, counting, waking and time, as small traits.
 //!
-//! Each trait keeps one kind of state and each of its methods is one atomic operation in the words of its use, so a
-//! backend is free to make it a transaction, a script or a lock. Absence is an `Option`, what may happen is an enum, and
-//! what may fail is a [`StoreError`]. Instants come in as arguments ([`UnixMillis`]): a backend never asks what time it is.
+//! Each trait keeps one kind of state and each of its methods is one atomic operation in the words
+//! of its use, so a backend is free to make it a transaction, a script or a lock. Absence is an
+//! `Option`, what may happen is an enum, and what may fail is a [`StoreError`]. Instants come in as
+//! arguments ([`UnixMillis`]): a backend never asks what time it is.
 
 mod accounts;
 mod clock;
@@ -26,7 +27,8 @@ pub use accounts::{Account, Accounts, Credentials, NewAccount, Registration};
 pub use clock::{Clock, SystemClock};
 pub use error::{StoreError, StoreResult};
 pub use inboxes::{
-    Ack, Enqueue, Enqueued, Envelope, Inboxes, Lease, Page, PageLimit, Read, Receipt, View, Wake, Wakes,
+    Ack, Enqueue, Enqueued, Envelope, Inboxes, Lease, Page, PageLimit, Read, Receipt, View, Wake,
+    Wakes,
 };
 pub use keys::{HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload};
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
@@ -60,7 +62,8 @@ pub trait Upkeep: Send + Sync {
     /// Whether the backend can commit right now: a real write, made durable, or the reason why not.
     async fn check(&self) -> StoreResult<()>;
 
-    /// Removes what has expired by `now`: messages, forgotten message ids, sessions, KeyPackages. At most one bounded
-    /// batch of each; answers how many rows went, so that the caller repeats while it is worth it.
+    /// Removes what has expired by `now`: messages, forgotten message ids, sessions, KeyPackages.
+    /// At most one bounded batch of each; answers how many rows went, so that the caller repeats
+    /// while it is worth it.
     async fn sweep(&self, now: UnixMillis) -> StoreResult<u64>;
 }

@@ -10,13 +10,19 @@ use crate::StoreResult;
 /// Counts.
 #[async_trait]
 pub trait RateLimiter: Send + Sync {
-    /// Takes `cost` tokens from the bucket under `key`, which is full when first seen. A cost above the burst needs a full
-    /// bucket and leaves a debt, so that the rate is kept.
-    async fn take(&self, key: LimitKey, bucket: Bucket, cost: u32, now: UnixMillis) -> StoreResult<Verdict>;
+    /// Takes `cost` tokens from the bucket under `key`, which is full when first seen. A cost above
+    /// the burst needs a full bucket and leaves a debt, so that the rate is kept.
+    async fn take(
+        &self,
+        key: LimitKey,
+        bucket: Bucket,
+        cost: u32,
+        now: UnixMillis,
+    ) -> StoreResult<Verdict>;
 }
 
-/// Whose bucket: a class name (fixed, from the table of limits) and whom it counts, hashed by the caller where it is
-/// personal.
+/// Whose bucket: a class name (fixed, from the table of limits) and whom it counts, hashed by the
+/// caller where it is personal.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct LimitKey {
     pub class: &'static str,

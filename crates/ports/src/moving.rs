@@ -1,8 +1,9 @@
 //! What a store holds, as plain rows: for moving all of it into a store of another kind.
 //!
-//! A row is moved as it is, column by column, and nobody on its way interprets it; so nothing is lost that only the store
-//! itself understands. Accounts have numbers that differ from store to store, so two stores are compared by *canonical* rows, in
-//! which the account's identity stands in place of its number, and a [`Digest`] over them that does not depend on their order.
+//! A row is moved as it is, column by column, and nobody on its way interprets it; so nothing is
+//! lost that only the store itself understands. Accounts have numbers that differ from store to
+//! store, so two stores are compared by *canonical* rows, in which the account's identity stands in
+//! place of its number, and a [`Digest`] over them that does not depend on their order.
 
 use std::fmt;
 
@@ -165,7 +166,9 @@ impl Table {
                     ]
                 }
             }
-            Self::KeyPackageGiven => &const { [number("owner"), bytes("fingerprint"), number("not_after")] },
+            Self::KeyPackageGiven => {
+                &const { [number("owner"), bytes("fingerprint"), number("not_after")] }
+            }
             Self::HybridKey => &const { [number("owner"), bytes("key")] },
         }
     }
@@ -235,8 +238,8 @@ impl fmt::Debug for Cell {
     }
 }
 
-/// How many rows there are, and the sum of their SHA-256 as 256-bit numbers: the same for the same rows in any order, another
-/// when one is missing, doubled or changed.
+/// How many rows there are, and the sum of their SHA-256 as 256-bit numbers: the same for the same
+/// rows in any order, another when one is missing, doubled or changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Digest {
     pub rows: u64,
@@ -287,7 +290,9 @@ impl Digests {
 /// A line for each table, for people to read and for stores to keep.
 impl fmt::Display for Digests {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Table::ALL.iter().try_for_each(|table| writeln!(f, "  {:<18}{}", table.name(), self.of(*table)))
+        Table::ALL
+            .iter()
+            .try_for_each(|table| writeln!(f, "  {:<18}{}", table.name(), self.of(*table)))
     }
 }
 

@@ -3,8 +3,8 @@
 use futures_util::stream::BoxStream;
 use qpq_domain::IdentityKey;
 
-/// Something about an account that is to be looked up again. It carries no state, so it may be lost, doubled or late: then a
-/// call in progress learns of it a little later, by its own checks.
+/// Something about an account that is to be looked up again. It carries no state, so it may be
+/// lost, doubled or late: then a call in progress learns of it a little later, by its own checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Notice {
     /// One or more sessions of the account were ended before their time.
@@ -18,7 +18,8 @@ pub trait Notices: Send + Sync {
     /// Tells every other edge, soon and without waiting for it.
     fn publish(&self, identity: &IdentityKey, notice: Notice);
 
-    /// What other edges publish from now on. A deployment of one edge has nothing to hear: its stream never yields.
+    /// What other edges publish from now on. A deployment of one edge has nothing to hear: its
+    /// stream never yields.
     fn listen(&self) -> BoxStream<'static, (IdentityKey, Notice)>;
 }
 

@@ -5,21 +5,31 @@ use qpq_domain::{AccountId, DeviceId, IdentityKey, TokenHash, UnixMillis};
 
 use crate::StoreResult;
 
-/// The sessions that were opened by a login and not yet ended. Only hashes of tokens are ever seen here.
+/// The sessions that were opened by a login and not yet ended. Only hashes of tokens are ever seen
+/// here.
 ///
-/// Expiry by time is the caller's to judge (it knows the configured lifetimes); a store only forgets what `Upkeep` sweeps.
+/// Expiry by time is the caller's to judge (it knows the configured lifetimes); a store only
+/// forgets what `Upkeep` sweeps.
 #[async_trait]
 pub trait Sessions: Send + Sync {
     async fn create(&self, session: NewSession) -> StoreResult<()>;
 
-    /// The session with this token. May come from a cache that a revocation reaches within a second.
+    /// The session with this token. May come from a cache that a revocation reaches within a
+    /// second.
     async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>>;
 
-    /// The session with this token as it is now, past every cache: for what a revoked session must not do even once more.
+    /// The session with this token as it is now, past every cache: for what a revoked session must
+    /// not do even once more.
     async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>>;
 
-    /// Notes that the session was used at `now`, and that it now ends at `expires_at` unless used again.
-    async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()>;
+    /// Notes that the session was used at `now`, and that it now ends at `expires_at` unless used
+    /// again.
+    async fn touch(
+        &self,
+        token: &TokenHash,
+        now: UnixMillis,
+        expires_at: UnixMillis,
+    ) -> StoreResult<()>;
 
     /// Ends one session; how many were there (0 or 1).
     async fn revoke(&self, token: &TokenHash) -> StoreResult<u32>;

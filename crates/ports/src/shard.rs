@@ -2,8 +2,9 @@
 
 use qpq_domain::IdentityKey;
 
-/// One of 65 536 slices of all inboxes, evenly filled, because identity keys are. A store that spreads over databases or
-/// tasks gives each a range of shards; which shard an inbox is in never changes, so growing means moving whole shards.
+/// One of 65 536 slices of all inboxes, evenly filled, because identity keys are. A store that
+/// spreads over databases or tasks gives each a range of shards; which shard an inbox is in never
+/// changes, so growing means moving whole shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Shard(pub u16);
 

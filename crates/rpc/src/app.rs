@@ -1,4 +1,5 @@
-//! What all handlers share: the stores, the server's secrets, the configuration, and whether it is about to stop.
+//! What all handlers share: the stores, the server's secrets, the configuration, and whether it is
+//! about to stop.
 
 use std::{
     collections::HashSet,
@@ -16,7 +17,8 @@ use qpq_ports::{Clock, Stores};
 use tokio::sync::watch;
 
 use crate::{
-    DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes, gate::Gate, limits::Limits, notices::Notices,
+    DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes, gate::Gate, limits::Limits,
+    notices::Notices,
 };
 
 /// What the composition hands over.
@@ -48,9 +50,11 @@ pub struct Config {
     pub limits: RateLimits,
     pub delivery: Delivery,
     pub key_packages: KeyPackageCaps,
-    /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are taken; those that the server cannot check, unchecked.
+    /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are taken; those that the server
+    /// cannot check, unchecked.
     pub key_package_suites: Vec<u16>,
-    /// How many logins and registrations may wait for their curve arithmetic before the next is told to come later.
+    /// How many logins and registrations may wait for their curve arithmetic before the next is
+    /// told to come later.
     pub waiting_logins: usize,
 }
 
@@ -71,7 +75,8 @@ impl Default for Config {
     }
 }
 
-/// Whether a registration must show that it has the identity key's private half. What is shown is always checked.
+/// Whether a registration must show that it has the identity key's private half. What is shown is
+/// always checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum IdentityProof {
     #[default]
@@ -126,7 +131,8 @@ impl App {
         }
     }
 
-    /// Turns true once, when the server is about to stop: whoever waits should answer, and drop this when it has.
+    /// Turns true once, when the server is about to stop: whoever waits should answer, and drop
+    /// this when it has.
     pub fn draining(&self) -> watch::Receiver<bool> {
         self.draining.subscribe()
     }
@@ -159,6 +165,7 @@ impl App {
 
 /// Completes when the drain that `draining` watches for has begun.
 pub(crate) async fn drain_began(draining: &mut watch::Receiver<bool>) {
-    // The sender is the application's, which outlives its calls; were it gone, the server would be too.
+    // The sender is the application's, which outlives its calls; were it gone, the server would be
+    // too.
     let _ = draining.wait_for(|drains| *drains).await;
 }

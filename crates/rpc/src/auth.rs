@@ -1,6 +1,7 @@
-//! Who calls, as a type. A handler's signature says whom it serves (`()`, [`Caller`], [`FreshCaller`], [`Admin`]), the
-//! method's row says whom the dispatcher admits, and only this file makes these values: a handler that takes a stronger
-//! caller than its row gives does not compile.
+//! Who calls, as a type. A handler's signature says whom it serves (`()`, [`Caller`],
+//! [`FreshCaller`], [`Admin`]), the method's row says whom the dispatcher admits, and only this
+//! file makes these values: a handler that takes a stronger caller than its row gives does not
+//! compile.
 
 use std::{future::Future, time::Duration};
 
@@ -13,7 +14,8 @@ use crate::{Cx, Error};
 /// How old a login may be where a fresh one is asked for.
 pub const FRESH: Duration = Duration::from_secs(5 * 60);
 
-/// The longest time between two notes that a session is in use: a write for each call would be one too many.
+/// The longest time between two notes that a session is in use: a write for each call would be one
+/// too many.
 const TOUCH_AT_MOST_EVERY: Duration = Duration::from_secs(10 * 60);
 
 /// How long sessions last.
@@ -38,10 +40,12 @@ impl SessionLifetimes {
         used_at.plus(self.idle).min(made_at.plus(self.absolute))
     }
 
-    /// Whether the session has ended by `now`: by what was promised when it was last noted, and by what is configured
-    /// now, so that shorter lifetimes hold at once.
+    /// Whether the session has ended by `now`: by what was promised when it was last noted, and by
+    /// what is configured now, so that shorter lifetimes hold at once.
     fn has_ended(&self, session: &Session, now: UnixMillis) -> bool {
-        now >= session.expires_at.min(self.expires_at(session.authenticated_at, session.last_used_at))
+        now >= session
+            .expires_at
+            .min(self.expires_at(session.authenticated_at, session.last_used_at))
     }
 
     fn needs_touch(&self, session: &Session, now: UnixMillis) -> bool {
@@ -54,8 +58,8 @@ impl SessionLifetimes {
 pub struct Caller {
     pub account: AccountId,
     pub identity: IdentityKey,
-    /// The device the session is bound to, if any. The client named it at its login; whether it is registered is for the
-    /// reader of an inbox to check.
+    /// The device the session is bound to, if any. The client named it at its login; whether it is
+    /// registered is for the reader of an inbox to check.
     pub device: Option<DeviceId>,
     /// What the session is stored under.
     pub token: TokenHash,
@@ -153,7 +157,8 @@ impl Authenticate for marker::Fresh {
         if cx.now.since(caller.proof.authenticated_at) > FRESH {
             return Err(Error::FreshLoginRequired);
         }
-        // What such calls do is done for good, so a cache that has not heard of a revocation is not good enough.
+        // What such calls do is done for good, so a cache that has not heard of a revocation is not
+        // good enough.
         if cx.app.stores.sessions.confirm(&caller.token).await?.is_none() {
             return Err(Error::SessionExpired);
         }
@@ -177,7 +182,8 @@ impl Authenticate for marker::Admin {
     }
 }
 
-/// Whether the caller's session is still one now: for calls that wait, which must not outlive it by more than a moment.
+/// Whether the caller's session is still one now: for calls that wait, which must not outlive it by
+/// more than a moment.
 pub async fn recheck(cx: Cx<'_>, caller: &Caller) -> Result<(), Error> {
     let now = cx.app.clock.now();
     live_session(Cx { now, ..cx }, &caller.token).await.map(drop)
@@ -187,7 +193,9 @@ pub async fn recheck(cx: Cx<'_>, caller: &Caller) -> Result<(), Error> {
 async fn caller(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
     let named = match qpq_proto::session::session_token(payload)? {
         // A token of another length is one that nobody was given.
-        Some(token) => Some(SessionToken::try_from(token).map_err(|_| Error::SessionExpired)?.hash()),
+        Some(token) => {
+            Some(SessionToken::try_from(token).map_err(|_| Error::SessionExpired)?.hash())
+        }
         None => None,
     };
     let token = named.or_else(|| cx.conn.session()).ok_or(Error::SessionRequired)?;
@@ -214,7 +222,8 @@ async fn live_session(cx: Cx<'_>, token: &TokenHash) -> Result<Session, Error> {
     Ok(session)
 }
 
-/// Notes the use, if the last note is old. A store that cannot write must not keep anyone from reading.
+/// Notes the use, if the last note is old. A store that cannot write must not keep anyone from
+/// reading.
 async fn touch(cx: Cx<'_>, token: &TokenHash, session: &Session) {
     let lifetimes = &cx.app.config.sessions;
     if !lifetimes.needs_touch(session, cx.now) {
@@ -222,6 +231,9 @@ async fn touch(cx: Cx<'_>, token: &TokenHash, session: &Session) {
     }
     let expires_at = lifetimes.expires_at(session.authenticated_at, cx.now);
     if let Err(error) = cx.app.stores.sessions.touch(token, cx.now, expires_at).await {
-        tracing::warn!(error = &error as &dyn std::error::Error, "the use of a session could not be noted");
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "the use of a session could not be noted"
+        );
     }
 }

@@ -1,6 +1,6 @@
-//! What the server knows of one client connection: where it comes from, which session it uses, which logins are under
-//! way on it. Nothing here outlives the connection, and no other connection can touch it: that is what makes a login
-//! undisturbable and lets any edge be killed.
+//! What the server knows of one client connection: where it comes from, which session it uses,
+//! which logins are under way on it. Nothing here outlives the connection, and no other connection
+//! can touch it: that is what makes a login undisturbable and lets any edge be killed.
 
 use std::{
     fmt,
@@ -115,7 +115,8 @@ impl Connection {
         }
     }
 
-    /// Keeps a login until its second call. It replaces one of the same name, and the oldest where there are too many.
+    /// Keeps a login until its second call. It replaces one of the same name, and the oldest where
+    /// there are too many.
     pub(crate) fn start_login(&self, username: Username, login: UnfinishedLogin, now: UnixMillis) {
         let mut state = self.state.lock();
         let pending = &mut state.pending;
@@ -127,7 +128,11 @@ impl Connection {
     }
 
     /// The login under way for `username`, once.
-    pub(crate) fn take_login(&self, username: &Username, now: UnixMillis) -> Option<UnfinishedLogin> {
+    pub(crate) fn take_login(
+        &self,
+        username: &Username,
+        now: UnixMillis,
+    ) -> Option<UnfinishedLogin> {
         let mut state = self.state.lock();
         state.pending.retain(|pending| pending.is_alive(now));
         let index = state.pending.iter().position(|pending| pending.username == *username)?;

@@ -1,8 +1,9 @@
 //! From a method id to its handler: the table, and the way of every call through it.
 //!
-//! The table is made from the rows that `qpq_proto` marks as served: a row without a handler does not compile, nor one
-//! whose handler wants a stronger caller. Each entry is the whole way of one method, so a call is one indirection and
-//! one allocation: its own future, which for a parked FetchWait is all that stays.
+//! The table is made from the rows that `qpq_proto` marks as served: a row without a handler does
+//! not compile, nor one whose handler wants a stronger caller. Each entry is the whole way of one
+//! method, so a call is one indirection and one allocation: its own future, which for a parked
+//! FetchWait is all that stays.
 
 use std::{
     future::Future,
@@ -34,7 +35,8 @@ pub struct Cx<'a> {
 }
 
 impl Cx<'_> {
-    /// Takes one call from the budget that `class` keeps for `subject`; nothing if it keeps none by that.
+    /// Takes one call from the budget that `class` keeps for `subject`; nothing if it keeps none by
+    /// that.
     pub async fn limit(self, class: LimitClass, subject: Subject<'_>) -> Result<(), Error> {
         self.app.limits.take(self, class, subject).await
     }
@@ -51,7 +53,8 @@ pub trait Handler: Method<Auth: Authenticate> {
         request: Self::Request,
     ) -> impl Future<Output = Result<Answered<Self::Response>, Error>> + Send;
 
-    /// How long the request asks to wait; only methods of the deadline class `Wait` do. Their deadline lies behind it.
+    /// How long the request asks to wait; only methods of the deadline class `Wait` do. Their
+    /// deadline lies behind it.
     fn wait(_app: &App, _request: &Self::Request) -> Duration {
         Duration::ZERO
     }
@@ -123,7 +126,10 @@ async fn serve<M: Handler>(cx: Cx<'_>, payload: Bytes) -> Result<Done, Error> {
 }
 
 /// Session, budgets, and the message itself: all that comes before the handler.
-async fn admit<M: Handler>(cx: Cx<'_>, payload: Bytes) -> Result<(Principal<M>, M::Request), Error> {
+async fn admit<M: Handler>(
+    cx: Cx<'_>,
+    payload: Bytes,
+) -> Result<(Principal<M>, M::Request), Error> {
     let caller = M::Auth::authenticate(cx, &payload).await?;
     cx.limit(M::INFO.limit, Subject::Ip(cx.conn.ip())).await?;
     if let Some(account) = caller.account() {

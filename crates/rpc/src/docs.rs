@@ -1,4 +1,5 @@
-//! Writes `docs/errors.md`: every code that a client may meet, from the table in `error.rs`. A test keeps the file current.
+//! Writes `docs/errors.md`: every code that a client may meet, from the table in `error.rs`. A test
+//! keeps the file current.
 
 use std::fmt::Write as _;
 
@@ -16,8 +17,15 @@ pub fn errors_md() -> String {
     );
     for code in Code::ALL {
         let status = code.status();
-        writeln!(page, "| `{}` | {} {} | {} |", code.as_str(), status.code(), status.name(), code.message())
-            .expect("a String grows");
+        writeln!(
+            page,
+            "| `{}` | {} {} | {} |",
+            code.as_str(),
+            status.code(),
+            status.name(),
+            code.message()
+        )
+        .expect("a String grows");
     }
     page
 }

@@ -1,9 +1,11 @@
-//! Bounds the curve arithmetic of registrations and logins, the dearest thing an anonymous request can ask for.
+//! Bounds the curve arithmetic of registrations and logins, the dearest thing an anonymous request
+//! can ask for.
 //!
-//! A login costs 0.3 ms of a core. That is too short for a thread of its own (`spawn_blocking` would add two context
-//! switches and, under a flood, hundreds of threads that fight with the runtime's for the same cores) and too long to be
-//! done on every worker at once: the others' calls would wait behind a flood. So it is done where it is asked for, by at
-//! most half of the cores at a time; the rest queue in order, and when the queue is full the next is told to come later.
+//! A login costs 0.3 ms of a core. That is too short for a thread of its own (`spawn_blocking`
+//! would add two context switches and, under a flood, hundreds of threads that fight with the
+//! runtime's for the same cores) and too long to be done on every worker at once: the others' calls
+//! would wait behind a flood. So it is done where it is asked for, by at most half of the cores at
+//! a time; the rest queue in order, and when the queue is full the next is told to come later.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},

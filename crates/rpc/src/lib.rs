@@ -1,12 +1,14 @@
-//! The server between the wire and the stores: who may call what and how often, one handler a method, and every answer.
+//! The server between the wire and the stores: who may call what and how often, one handler a
+//! method, and every answer.
 //!
-//! It knows neither QUIC nor a database. `services/edge` gives it connections and requests ([`Rpc`]) and the stores
-//! behind `qpq_ports`; the method table of `qpq_proto` says which [`Handler`] answers which id. A call goes
+//! It knows neither QUIC nor a database. `services/edge` gives it connections and requests
+//! ([`Rpc`]) and the stores behind `qpq_ports`; the method table of `qpq_proto` says which
+//! [`Handler`] answers which id. A call goes
 //!
 //! row by id · session from field 15 · rate-limit class · deadline · log → handler → [`Answer`]
 //!
-//! which is `dispatch` from top to bottom. To add an RPC: its messages and its row in `proto`, then `impl Handler` in
-//! the file of its area under `handlers/`; nothing is registered anywhere.
+//! which is `dispatch` from top to bottom. To add an RPC: its messages and its row in `proto`, then
+//! `impl Handler` in the file of its area under `handlers/`; nothing is registered anywhere.
 
 pub mod auth;
 pub mod docs;

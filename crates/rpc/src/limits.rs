@@ -1,8 +1,9 @@
 //! Rate limits: which budget a call is taken from, and what happens when counting itself fails.
 //!
-//! The classes and their defaults are one table in `qpq_proto::limits`; the configuration overrides budgets by class and
-//! key. The dispatcher takes what it can know by itself (address, account); a handler takes the rest (username, target)
-//! through [`Cx::limit`](crate::Cx::limit) as soon as it has read it.
+//! The classes and their defaults are one table in `qpq_proto::limits`; the configuration overrides
+//! budgets by class and key. The dispatcher takes what it can know by itself (address, account); a
+//! handler takes the rest (username, target) through [`Cx::limit`](crate::Cx::limit) as soon as it
+//! has read it.
 
 use std::{
     collections::HashMap,
@@ -77,7 +78,10 @@ impl Limits {
             Ok(Verdict::Allowed) => Ok(()),
             Ok(Verdict::RetryAfter(wait)) => Err(Error::RateLimited(wait)),
             Err(error) if stands_without_limits(class) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "rate limits could not be counted");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "rate limits could not be counted"
+                );
                 Ok(())
             }
             Err(error) => Err(Error::Unavailable(error)),
@@ -85,7 +89,8 @@ impl Limits {
     }
 }
 
-/// Where nobody can be counted, a message still gets through, but no password is guessed and no account made.
+/// Where nobody can be counted, a message still gets through, but no password is guessed and no
+/// account made.
 const fn stands_without_limits(class: LimitClass) -> bool {
     !matches!(class, LimitClass::Login | LimitClass::Register | LimitClass::Recovery)
 }
@@ -104,18 +109,22 @@ impl Subject<'_> {
         }
     }
 
-    /// 16 bytes that stand for the subject; what is personal is hashed. Kinds never meet: each has its own first bytes.
+    /// 16 bytes that stand for the subject; what is personal is hashed. Kinds never meet: each has
+    /// its own first bytes.
     fn to_bytes(self) -> [u8; 16] {
         match self {
             Self::Ip(ip) => prefix(ip).octets(),
             Self::Account(AccountId(id)) => account(id),
             Self::Username(name) => tagged(b"username", &[name.as_str().as_bytes()]),
-            Self::Target(AccountId(id), target) => tagged(b"target", &[&id.to_be_bytes(), target.as_bytes()]),
+            Self::Target(AccountId(id), target) => {
+                tagged(b"target", &[&id.to_be_bytes(), target.as_bytes()])
+            }
         }
     }
 }
 
-/// An IPv4 address as it is; of an IPv6 address the /64, which is what one customer gets at the least.
+/// An IPv4 address as it is; of an IPv6 address the /64, which is what one customer gets at the
+/// least.
 fn prefix(ip: IpAddr) -> Ipv6Addr {
     match ip.to_canonical() {
         IpAddr::V4(v4) => v4.to_ipv6_mapped(),
@@ -165,8 +174,10 @@ mod tests {
     #[test]
     fn an_override_replaces_a_budget_or_adds_one() {
         let bucket = Bucket { burst: 1, per_second: 2.0 };
-        let places = [(LimitClass::Health, LimitSubject::Ip), (LimitClass::Health, LimitSubject::Account)];
-        let config = RateLimits { enabled: true, overrides: places.map(|place| (place, bucket)).into() };
+        let places =
+            [(LimitClass::Health, LimitSubject::Ip), (LimitClass::Health, LimitSubject::Account)];
+        let config =
+            RateLimits { enabled: true, overrides: places.map(|place| (place, bucket)).into() };
         let limits = Limits::new(&config);
         for (class, per) in places {
             assert_eq!(limits.bucket(class, per), Some(bucket));

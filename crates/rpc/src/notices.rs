@@ -1,8 +1,10 @@
-//! What happens to an account that a call in progress must hear of at once: its sessions end, its KeyPackages go.
+//! What happens to an account that a call in progress must hear of at once: its sessions end, its
+//! KeyPackages go.
 //!
-//! A parked FetchWait and a Subscribe listen by identity key; Logout and FetchKeyPackage publish. A notice carries no
-//! state: who hears one looks the state up. So notices may be coalesced, doubled or come without cause. What is published
-//! here goes to the deployment's other edges too, and what they publish is heard here.
+//! A parked FetchWait and a Subscribe listen by identity key; Logout and FetchKeyPackage publish. A
+//! notice carries no state: who hears one looks the state up. So notices may be coalesced, doubled
+//! or come without cause. What is published here goes to the deployment's other edges too, and what
+//! they publish is heard here.
 
 use std::{
     collections::HashMap,
@@ -98,7 +100,8 @@ impl Listener {
     pub async fn next(&mut self) -> Notice {
         let Self { topic, sessions_ended, packages_taken, .. } = self;
         loop {
-            // Notified by whatever is published from here on, so nothing falls between the look and the wait.
+            // Notified by whatever is published from here on, so nothing falls between the look and
+            // the wait.
             let published = topic.published.notified();
             if advance(sessions_ended, &topic.sessions_ended) {
                 return Notice::SessionsEnded;

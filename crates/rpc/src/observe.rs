@@ -1,14 +1,17 @@
-//! What operators see of each call: one access-log line and two metrics, none with a token, key, name or address in it.
+//! What operators see of each call: one access-log line and two metrics, none with a token, key,
+//! name or address in it.
 //!
 //! | name | kind | unit | what |
 //! |---|---|---|---|
 //! | `qpq_rpc_calls_total{method,code}` | counter | calls | calls answered; `code` is `ok`, a code of `docs/errors.md`, or `cancelled` |
 //! | `qpq_rpc_seconds{method}` | histogram | seconds | time from the whole request to its answer |
 //!
-//! The access log is the target `qpq::access` at info (Health at debug), with `method`, `code`, `us`, `bytes_in` and
-//! `bytes_out`. Errors of the server's own making get a second event, at their level, with the cause.
+//! The access log is the target `qpq::access` at info (Health at debug), with `method`, `code`,
+//! `us`, `bytes_in` and `bytes_out`. Errors of the server's own making get a second event, at their
+//! level, with the cause.
 //!
-//! Metric handles are resolved once each, so a call formats and allocates nothing here unless its line is wanted.
+//! Metric handles are resolved once each, so a call formats and allocates nothing here unless its
+//! line is wanted.
 
 use std::{fmt, sync::OnceLock};
 
@@ -78,12 +81,17 @@ impl fmt::Debug for Observer {
 impl Observer {
     pub(crate) fn new(table: &[Entry]) -> Self {
         metrics::describe_counter!(CALLS, "Calls answered, by method and code.");
-        metrics::describe_histogram!(SECONDS, Unit::Seconds, "Time from the whole request to its answer.");
+        metrics::describe_histogram!(
+            SECONDS,
+            Unit::Seconds,
+            "Time from the whole request to its answer."
+        );
         let named = table.iter().map(|entry| entry.info.name).chain([UNKNOWN]);
         Self { methods: named.map(MethodMetrics::new).collect() }
     }
 
-    /// A call of the method at `row` with so many bytes. Dropped without an end, it counts as cancelled.
+    /// A call of the method at `row` with so many bytes. Dropped without an end, it counts as
+    /// cancelled.
     pub(crate) fn begin(&self, row: Option<usize>, bytes_in: usize) -> Observation<'_> {
         let last = self.methods.len() - 1;
         let method = &self.methods[row.unwrap_or(last)];
@@ -147,7 +155,8 @@ impl MethodMetrics {
     }
 
     fn count(&self, outcome: Outcome) {
-        let resolve = || metrics::counter!(CALLS, "method" => self.name, "code" => outcome.as_str());
+        let resolve =
+            || metrics::counter!(CALLS, "method" => self.name, "code" => outcome.as_str());
         self.calls[outcome.index()].get_or_init(resolve).increment(1);
     }
 
@@ -162,7 +171,9 @@ fn log_cause(method: &'static str, error: &Error) {
     let cause = std::error::Error::source(error);
     match error.code().level() {
         Level::ERROR => tracing::error!(target: "qpq::rpc", method, code, cause, "a call failed"),
-        Level::WARN => tracing::warn!(target: "qpq::rpc", method, code, cause, "a call could not be served"),
+        Level::WARN => {
+            tracing::warn!(target: "qpq::rpc", method, code, cause, "a call could not be served")
+        }
         _ => tracing::debug!(target: "qpq::rpc", method, code, cause, "a call was refused"),
     }
 }

@@ -29,7 +29,8 @@ pub struct Answer {
     pub status: u8,
     /// The method's response, or an `ErrorDetail`.
     pub payload: Bytes,
-    /// To be settled once the client has every byte of this; dropped, the messages that it shows are there again.
+    /// To be settled once the client has every byte of this; dropped, the messages that it shows
+    /// are there again.
     pub settlement: Option<Settlement>,
 }
 
@@ -81,7 +82,8 @@ pub enum Refusal {
 }
 
 impl Rpc {
-    /// The server. Metrics go to the recorder that is installed when a method first answers, so install it before.
+    /// The server. Metrics go to the recorder that is installed when a method first answers, so
+    /// install it before.
     pub fn new(parts: Parts) -> Arc<Self> {
         Arc::new(Self { app: Arc::new(App::new(parts)), observer: Observer::new(TABLE) })
     }
@@ -108,7 +110,12 @@ impl Rpc {
     }
 
     /// One call. Dropping the future cancels it.
-    pub async fn call(self: &Arc<Self>, conn: &Arc<Connection>, method: u16, payload: Bytes) -> Answer {
+    pub async fn call(
+        self: &Arc<Self>,
+        conn: &Arc<Connection>,
+        method: u16,
+        payload: Bytes,
+    ) -> Answer {
         let row = dispatch::row(method);
         let observation = self.observer.begin(row, payload.len());
         let Some(entry) = row.and_then(|row| TABLE.get(row)) else {
@@ -120,7 +127,8 @@ impl Rpc {
             Ok(done) => {
                 span.record("code", "ok");
                 observation.succeed(done.payload.len());
-                let settlement = done.lease.map(|lease| Settlement::new(lease, Arc::clone(&self.app.clock)));
+                let settlement =
+                    done.lease.map(|lease| Settlement::new(lease, Arc::clone(&self.app.clock)));
                 Answer { status: Status::Ok.code(), payload: done.payload, settlement }
             }
             Err(error) => {
@@ -141,24 +149,28 @@ impl Rpc {
         self.observer.begin(method.and_then(dispatch::row), 0).refuse(&error)
     }
 
-    /// The server is about to stop: Health says so, waiting calls answer, subscribers are told. Calls go on being served.
+    /// The server is about to stop: Health says so, waiting calls answer, subscribers are told.
+    /// Calls go on being served.
     pub fn drain(&self) {
         self.app.drain();
     }
 
-    /// Completes once no call waits and every subscriber has been told that the server stops. After [`Rpc::drain`].
+    /// Completes once no call waits and every subscriber has been told that the server stops. After
+    /// [`Rpc::drain`].
     pub async fn drained(&self) {
         self.app.nobody_watches_drain().await;
     }
 
-    /// Looks whether the store can commit, and remembers it for Health. For the embedder to call every few seconds.
+    /// Looks whether the store can commit, and remembers it for Health. For the embedder to call
+    /// every few seconds.
     pub async fn check_store(&self) -> StoreResult<()> {
         let outcome = self.app.stores.upkeep.check().await;
         self.app.note_store(outcome.is_err());
         outcome
     }
 
-    /// Passes on to waiting calls what other edges tell. For the embedder to run for as long as it serves.
+    /// Passes on to waiting calls what other edges tell. For the embedder to run for as long as it
+    /// serves.
     pub async fn hear_other_edges(self: Arc<Self>) {
         self.app.notices.pass_on().await;
     }

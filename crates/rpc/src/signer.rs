@@ -1,4 +1,5 @@
-//! The key with which the server signs what it promises: delivery proofs. Health publishes its public half.
+//! The key with which the server signs what it promises: delivery proofs. Health publishes its
+//! public half.
 
 use std::fmt;
 
@@ -16,7 +17,8 @@ use zeroize::Zeroizing;
 /// An Ed25519 key (RFC 8032) with its name.
 pub struct DeliverySigner {
     key: SigningKey,
-    /// The same key for the provider that signs more than twice as fast: each accepted message takes a signature.
+    /// The same key for the provider that signs more than twice as fast: each accepted message
+    /// takes a signature.
     signing: Ed25519KeyPair,
     public: [u8; 32],
     id: [u8; 8],
@@ -60,7 +62,8 @@ impl DeliverySigner {
         &self.id
     }
 
-    /// The server's word that `recipient`'s inbox took what `receipt` says. The same receipt gives the same bytes.
+    /// The server's word that `recipient`'s inbox took what `receipt` says. The same receipt gives
+    /// the same bytes.
     pub fn prove(&self, recipient: &IdentityKey, receipt: &Receipt) -> DeliveryProof {
         let UnixMillis(enqueued_at) = receipt.enqueued_at;
         let mut proof = DeliveryProof {
@@ -101,8 +104,14 @@ mod tests {
             .verify(&delivery_proof::signed_bytes(&proof), &signature)
             .expect("the server's own signature");
         assert_eq!(proof.server_key_id.as_ref(), signer.key_id());
-        assert_eq!(DeliverySigner::from_secret(&signer.secret()).prove(&recipient, &receipt), proof);
-        assert_ne!(signer.prove(&recipient, &Receipt { seq: Seq(8), ..receipt }).signature, proof.signature);
+        assert_eq!(
+            DeliverySigner::from_secret(&signer.secret()).prove(&recipient, &receipt),
+            proof
+        );
+        assert_ne!(
+            signer.prove(&recipient, &Receipt { seq: Seq(8), ..receipt }).signature,
+            proof.signature
+        );
     }
 
     #[test]
@@ -111,7 +120,10 @@ mod tests {
         for seed in 0..=u8::MAX {
             let signer = DeliverySigner::from_secret(&[seed; 32]);
             let message = vec![seed; seed.into()];
-            assert_eq!(signer.signing.sign(&message).as_ref(), signer.key.sign(&message).to_bytes());
+            assert_eq!(
+                signer.signing.sign(&message).as_ref(),
+                signer.key.sign(&message).to_bytes()
+            );
         }
     }
 

@@ -1,5 +1,5 @@
-//! The one way to wait before trying again: exponential, with full jitter, so that many who failed together do not
-//! come back together.
+//! The one way to wait before trying again: exponential, with full jitter, so that many who failed
+//! together do not come back together.
 
 use std::time::Duration;
 
@@ -16,7 +16,8 @@ impl Backoff {
         Self { base, cap, attempt: 0 }
     }
 
-    /// The next wait. `random` is uniform over all of u64: randomness is given in, so that tests repeat.
+    /// The next wait. `random` is uniform over all of u64: randomness is given in, so that tests
+    /// repeat.
     pub fn next(&mut self, random: u64) -> Duration {
         let ceiling = self.base.saturating_mul(1 << self.attempt.min(31)).min(self.cap);
         self.attempt = self.attempt.saturating_add(1);

@@ -1,4 +1,5 @@
-//! The directory that holds a server's secrets: readable by its owner alone, each file whole or absent.
+//! The directory that holds a server's secrets: readable by its owner alone, each file whole or
+//! absent.
 
 pub mod fleet;
 
@@ -65,12 +66,19 @@ impl DataDir {
     }
 
     /// The secret in `file`, if there is one.
-    pub fn read_secret(&self, file: SecretFile) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
+    pub fn read_secret(
+        &self,
+        file: SecretFile,
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
         self.read(file, GROUP_OR_OTHERS)
     }
 
     /// As [`Self::read_secret`]; warns if those may read it whom `strangers` has in its mode bits.
-    fn read(&self, file: SecretFile, strangers: u32) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
+    fn read(
+        &self,
+        file: SecretFile,
+        strangers: u32,
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
         let path = self.0.join(file.name);
         let secret = match fs::read(&path) {
             Ok(secret) => Zeroizing::new(secret),
@@ -85,8 +93,8 @@ impl DataDir {
         Err(DataDirError::Damaged { path, found: secret.len(), expected, if_lost })
     }
 
-    /// The secret in `file`; if there is none, one from `make`, written with mode 0600 and durable when this returns. Of
-    /// several processes that make one at a time all get the same.
+    /// The secret in `file`; if there is none, one from `make`, written with mode 0600 and durable
+    /// when this returns. Of several processes that make one at a time all get the same.
     pub fn secret(
         &self,
         file: SecretFile,
@@ -99,7 +107,8 @@ impl DataDir {
         self.read_secret(file)?.ok_or_else(|| DataDirError::Gone { path: self.0.join(file.name) })
     }
 
-    /// Writes the file `name` for its owner alone, unless there is one. After a crash it is there whole or not at all.
+    /// Writes the file `name` for its owner alone, unless there is one. After a crash it is there
+    /// whole or not at all.
     pub fn add(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
         let path = self.0.join(name);
         if path.exists() {
@@ -108,8 +117,8 @@ impl DataDir {
         write_new(&path, contents).map_err(|source| DataDirError::Write { path, source })
     }
 
-    /// Writes the file `name` for its owner alone, whatever there was before. After a crash it has the old contents or the
-    /// new ones, and the new ones once this has returned.
+    /// Writes the file `name` for its owner alone, whatever there was before. After a crash it has
+    /// the old contents or the new ones, and the new ones once this has returned.
     pub fn replace(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
         let path = self.0.join(name);
         let replaced = write_aside(&path, contents)
@@ -120,15 +129,17 @@ impl DataDir {
 }
 
 impl SecretFile {
-    /// What tells this secret from another of its kind and says nothing else about it, for as long as it has more than
-    /// 128 bits that nobody can guess. The same in every version.
+    /// What tells this secret from another of its kind and says nothing else about it, for as long
+    /// as it has more than 128 bits that nobody can guess. The same in every version.
     pub fn fingerprint(&self, secret: &[u8]) -> [u8; 32] {
-        let domain = Sha256::new().chain_update(b"qpq secret fingerprint v1\0").chain_update(self.name);
+        let domain =
+            Sha256::new().chain_update(b"qpq secret fingerprint v1\0").chain_update(self.name);
         domain.chain_update(b"\0").chain_update(secret).finalize().into()
     }
 }
 
-/// Writes a file that only its owner may read, unless one is there. After a crash it is there whole or not at all.
+/// Writes a file that only its owner may read, unless one is there. After a crash it is there whole
+/// or not at all.
 fn write_new(path: &Path, contents: &[u8]) -> io::Result<()> {
     let temporary = write_aside(path, contents)?;
     // A link, because a rename would replace what another process has made since we looked.
@@ -143,11 +154,13 @@ fn write_new(path: &Path, contents: &[u8]) -> io::Result<()> {
         _ => {}
     }
     named?;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory =
+        path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(directory)?.sync_all()
 }
 
-/// Writes and syncs what is to get the name `path`, under another name in the same directory; that name.
+/// Writes and syncs what is to get the name `path`, under another name in the same directory; that
+/// name.
 fn write_aside(path: &Path, contents: &[u8]) -> io::Result<PathBuf> {
     let aside = path.with_added_extension(format!("{}.new", std::process::id()));
     match fs::remove_file(&aside) {
@@ -175,7 +188,8 @@ fn warn_if_shared(path: &Path, strangers: u32) {
 mod tests {
     use super::*;
 
-    const KEY: SecretFile = SecretFile { name: "key.bin", length: 4, if_lost: "Without it all is lost." };
+    const KEY: SecretFile =
+        SecretFile { name: "key.bin", length: 4, if_lost: "Without it all is lost." };
 
     fn made(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
         Zeroizing::new(bytes.to_vec())
@@ -244,7 +258,10 @@ mod tests {
     fn a_fingerprint_is_the_same_in_every_version_and_another_for_every_secret_and_kind() {
         let print = KEY.fingerprint(b"abcd");
         let expected = "e5584ed77b2d263c";
-        assert_eq!(print[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>(), expected);
+        assert_eq!(
+            print[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>(),
+            expected
+        );
         assert_ne!(print, KEY.fingerprint(b"abce"));
         assert_ne!(print, SecretFile { name: "other", ..KEY }.fingerprint(b"abcd"));
     }

@@ -1,8 +1,9 @@
-//! The side door for operators: `/livez`, `/readyz` and `/metrics` over plain HTTP, on loopback unless told otherwise.
+//! The side door for operators: `/livez`, `/readyz` and `/metrics` over plain HTTP, on loopback
+//! unless told otherwise.
 //!
-//! Liveness is a [`Probe`] of the service from the outside, readiness a probe of what it stands on. Readiness stays green
-//! while the server drains: a load balancer that saw it turn red would cut live UDP flows (the connection tells its
-//! client to move on).
+//! Liveness is a [`Probe`] of the service from the outside, readiness a probe of what it stands on.
+//! Readiness stays green while the server drains: a load balancer that saw it turn red would cut
+//! live UDP flows (the connection tells its client to move on).
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -43,7 +44,12 @@ pub struct Schedule {
 
 impl Probe {
     /// Starts the checks. The probe passes until it has failed for the first time.
-    pub fn start<F, Fut>(tasks: &mut Tasks, name: &'static str, schedule: Schedule, check: F) -> Self
+    pub fn start<F, Fut>(
+        tasks: &mut Tasks,
+        name: &'static str,
+        schedule: Schedule,
+        check: F,
+    ) -> Self
     where
         F: Fn() -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<(), String>> + Send,
@@ -145,7 +151,11 @@ impl HttpServer {
 }
 
 fn health(probe: &Probe) -> (StatusCode, &'static str) {
-    if probe.passes() { (StatusCode::OK, "ok\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "failing\n") }
+    if probe.passes() {
+        (StatusCode::OK, "ok\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "failing\n")
+    }
 }
 
 impl Pages {
@@ -170,7 +180,9 @@ mod tests {
     type Checked = std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
     /// A check whose outcomes are given one by one; it hangs when there are no more.
-    fn scripted(outcomes: &[Result<(), &str>]) -> impl Fn() -> Checked + Send + Sync + 'static + use<> {
+    fn scripted(
+        outcomes: &[Result<(), &str>],
+    ) -> impl Fn() -> Checked + Send + Sync + 'static + use<> {
         let outcomes: Vec<_> = outcomes.iter().rev().map(|o| o.map_err(String::from)).collect();
         let outcomes = Mutex::new(outcomes);
         move || {
@@ -201,7 +213,8 @@ mod tests {
 
     async fn get(address: SocketAddr, path: &str) -> String {
         let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+        let request =
+            format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();

@@ -1,7 +1,8 @@
 //! How a process ends: on a signal, in two steps, or because one of its tasks failed.
 //!
-//! The first SIGTERM or SIGINT starts the drain, the second one ends it at once. Tasks are supervised: one that panics
-//! or gives up is an error of the whole process, never a silent loss of what it did.
+//! The first SIGTERM or SIGINT starts the drain, the second one ends it at once. Tasks are
+//! supervised: one that panics or gives up is an error of the whole process, never a silent loss of
+//! what it did.
 
 use std::{future::Future, io, sync::Arc};
 
@@ -108,9 +109,10 @@ impl Tasks {
         self.0.spawn(async move {
             match inner.join_next().await.expect("one task was spawned") {
                 Ok(outcome) => outcome.map_err(|source| TaskFailure::Failed { task, source }),
-                Err(error) if error.is_panic() => {
-                    Err(TaskFailure::Panicked { task, message: panic_message(&*error.into_panic()) })
-                }
+                Err(error) if error.is_panic() => Err(TaskFailure::Panicked {
+                    task,
+                    message: panic_message(&*error.into_panic()),
+                }),
                 Err(_) => Ok(()),
             }
         });
@@ -136,7 +138,8 @@ impl Tasks {
 /// What was given to `panic!`.
 pub fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+    text.or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".into())
 }
 
 #[cfg(test)]

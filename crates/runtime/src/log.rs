@@ -1,7 +1,7 @@
 //! Logs: lines on standard error, as text for people or JSON for machines.
 //!
-//! Lines go through a bounded queue to a thread of their own, so that a terminal or a pipe that nobody reads never stops
-//! the server; what does not fit is dropped and counted.
+//! Lines go through a bounded queue to a thread of their own, so that a terminal or a pipe that
+//! nobody reads never stops the server; what does not fit is dropped and counted.
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -83,8 +83,8 @@ enum Line {
     End,
 }
 
-/// Starts logging for the whole process, panics included, and tracing where `traces` are wanted. Call it once, before anything
-/// logs.
+/// Starts logging for the whole process, panics included, and tracing where `traces` are wanted.
+/// Call it once, before anything logs.
 pub fn init(log: &Log, traces: &Traces) -> io::Result<LogGuard> {
     let (lines, queued) = sync_channel(QUEUE);
     let dropped = Arc::new(AtomicU64::new(0));
@@ -93,12 +93,14 @@ pub fn init(log: &Log, traces: &Traces) -> io::Result<LogGuard> {
         move || write_lines(&queued, &dropped)
     })?;
     let (filter, queue) = (EnvFilter::new(&log.filter.0), Queue { lines: lines.clone(), dropped });
-    // Alone, the filter is everybody's, and what it refuses costs nothing. Beside traces it is the log's own.
+    // Alone, the filter is everybody's, and what it refuses costs nothing. Beside traces it is the
+    // log's own.
     let installed = match traces.layer() {
         None => Registry::default().with(filter).with(layer(log.format, queue)).try_init(),
-        Some(spans) => {
-            Registry::default().with(spans).with(layer(log.format, queue).with_filter(filter)).try_init()
-        }
+        Some(spans) => Registry::default()
+            .with(spans)
+            .with(layer(log.format, queue).with_filter(filter))
+            .try_init(),
     };
     installed.map_err(io::Error::other)?;
     panic::set_hook(Box::new(|info| {

@@ -1,5 +1,6 @@
-//! Metrics: one Prometheus recorder a process. Each crate documents and describes its own names; times are in seconds and
-//! sizes in bytes, said so by the end of the name, which is what chooses a histogram's bounds.
+//! Metrics: one Prometheus recorder a process. Each crate documents and describes its own names;
+//! times are in seconds and sizes in bytes, said so by the end of the name, which is what chooses a
+//! histogram's bounds.
 //!
 //! | name | kind | unit | what |
 //! |---|---|---|---|
@@ -13,8 +14,10 @@ use metrics::{describe_gauge, gauge};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// Upper bounds for times in seconds: from a call answered out of memory to a long wait.
-const SECONDS: &[f64] =
-    &[0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+const SECONDS: &[f64] = &[
+    0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    60.0,
+];
 /// Upper bounds for sizes in bytes: from an empty answer to the largest frame.
 const BYTES: &[f64] =
     &[64.0, 256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 4_194_304.0];
@@ -36,10 +39,16 @@ pub fn install(version: &'static str) -> Metrics {
     let handle = INSTALLED.get_or_init(|| {
         let handle = PrometheusBuilder::new()
             .set_buckets(COUNTS)
-            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS))
-            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_bytes".into()), BYTES))
+            .and_then(|builder| {
+                builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
+            })
+            .and_then(|builder| {
+                builder.set_buckets_for_metric(Matcher::Suffix("_bytes".into()), BYTES)
+            })
             .and_then(PrometheusBuilder::install_recorder)
-            .expect("the bounds are not empty and nothing else in this program installs a recorder");
+            .expect(
+                "the bounds are not empty and nothing else in this program installs a recorder",
+            );
         describe_gauge!(BUILD_INFO, "Always 1; the label has the version");
         describe_gauge!(LIVE, "1 while /livez answers 200, else 0");
         describe_gauge!(READY, "1 while /readyz answers 200, else 0");
@@ -55,8 +64,8 @@ impl Metrics {
         self.0.render()
     }
 
-    /// Moves observations from the fast buffers to where `render` finds them, so that they do not pile up while nobody
-    /// scrapes. Every few seconds.
+    /// Moves observations from the fast buffers to where `render` finds them, so that they do not
+    /// pile up while nobody scrapes. Every few seconds.
     pub fn upkeep(&self) {
         self.0.run_upkeep();
     }
@@ -79,7 +88,10 @@ mod tests {
         metrics::histogram!("test_wait_seconds").record(0.003);
         let text = install("4.5.6").render();
         assert!(text.contains("qpq_build_info{version=\"1.2.3\"} 1"), "{text}");
-        assert!(text.contains("# HELP qpq_build_info Always 1; the label has the version\n"), "{text}");
+        assert!(
+            text.contains("# HELP qpq_build_info Always 1; the label has the version\n"),
+            "{text}"
+        );
         assert!(text.contains("test_calls_total 2"), "{text}");
         assert!(text.contains("test_wait_seconds_bucket{le=\"0.0025\"} 0"), "{text}");
         assert!(text.contains("test_wait_seconds_bucket{le=\"0.005\"} 1"), "{text}");

@@ -4,7 +4,8 @@ use std::fmt;
 
 use zeroize::Zeroize;
 
-/// Prints as `[redacted]` and is wiped from memory when dropped. [`Redacted::reveal`] is the only way in.
+/// Prints as `[redacted]` and is wiped from memory when dropped. [`Redacted::reveal`] is the only
+/// way in.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Redacted<T: Zeroize>(T);
 

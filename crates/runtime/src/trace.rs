@@ -1,12 +1,14 @@
-//! Traces: where the time of a call went, sent to an OpenTelemetry collector (OTLP over gRPC). Off unless a collector is named.
+//! Traces: where the time of a call went, sent to an OpenTelemetry collector (OTLP over gRPC). Off
+//! unless a collector is named.
 //!
-//! The code marks its steps with `tracing` spans of the targets `qpq::rpc` and `qpq::store`, at debug: a call in `rpc`, what it asks of
-//! Postgres and Redis in the stores. They hold names, counts and codes; never a user, a key, an address or a payload. This
-//! layer takes these spans and nothing else, whatever the log's filter says. Without it they are disabled where they are
-//! made and cost a comparison.
+//! The code marks its steps with `tracing` spans of the targets `qpq::rpc` and `qpq::store`, at
+//! debug: a call in `rpc`, what it asks of Postgres and Redis in the stores. They hold names,
+//! counts and codes; never a user, a key, an address or a payload. This layer takes these spans and
+//! nothing else, whatever the log's filter says. Without it they are disabled where they are made
+//! and cost a comparison.
 //!
-//! Few calls are sampled, each with everything below it. Spans leave in batches, from a thread of their own and out of a
-//! bounded queue: a collector that is slow or away costs spans, never time.
+//! Few calls are sampled, each with everything below it. Spans leave in batches, from a thread of
+//! their own and out of a bounded queue: a collector that is slow or away costs spans, never time.
 
 use std::{fmt, time::Duration};
 
@@ -34,9 +36,9 @@ const TARGETS: [&str; 2] = ["qpq::rpc", "qpq::store"];
 crate::section! {
     /// Traces of calls, for an OpenTelemetry collector.
     pub struct Trace {
-        /// Where the collector takes OTLP over gRPC, as in `http://127.0.0.1:4317`; `https` trusts the system's certificate
-        /// authorities. The variables of OpenTelemetry that begin with `OTEL_EXPORTER_OTLP_` and `OTEL_BSP_` hold too, as for
-        /// headers with credentials.
+        /// Where the collector takes OTLP over gRPC, as in `http://127.0.0.1:4317`; `https` trusts
+        /// the system's certificate authorities. The variables of OpenTelemetry that begin with
+        /// `OTEL_EXPORTER_OTLP_` and `OTEL_BSP_` hold too, as for headers with credentials.
         endpoint: Option<Endpoint> = None, unset: "none: nothing is traced";
         /// The share of calls that are traced, from 0 to 1.
         sample: Ratio = Ratio(0.01);
@@ -95,7 +97,8 @@ impl config::Leaf for Ratio {
     }
 }
 
-/// Where spans go. Dropping it sends what is left, within the configured time, and needs the runtime to be alive.
+/// Where spans go. Dropping it sends what is left, within the configured time, and needs the
+/// runtime to be alive.
 pub struct Traces {
     provider: Option<SdkTracerProvider>,
     timeout: Duration,
@@ -113,23 +116,27 @@ impl fmt::Debug for Traces {
 }
 
 impl Traces {
-    /// Prepares what the configuration asks for. The collector is called once there is something to send. Needs a tokio
-    /// runtime.
+    /// Prepares what the configuration asks for. The collector is called once there is something to
+    /// send. Needs a tokio runtime.
     pub fn start(trace: &Trace, version: &'static str) -> Result<Self, TraceError> {
         let provider = match &trace.endpoint {
             Some(Endpoint(endpoint)) => {
-                let mut exporter =
-                    SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(trace.timeout);
+                let mut exporter = SpanExporter::builder()
+                    .with_tonic()
+                    .with_endpoint(endpoint)
+                    .with_timeout(trace.timeout);
                 if endpoint.starts_with("https:") {
                     // By itself it would trust nobody.
-                    exporter = exporter.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
+                    exporter =
+                        exporter.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
                 }
                 let exporter = exporter.build()?;
                 let resource = Resource::builder()
                     .with_service_name(trace.service.clone())
                     .with_attribute(KeyValue::new("service.version", version))
                     .build();
-                let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(trace.sample.0)));
+                let sampler =
+                    Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(trace.sample.0)));
                 let provider = SdkTracerProvider::builder()
                     .with_sampler(sampler)
                     .with_resource(resource)

@@ -1,5 +1,6 @@
-//! Accounts in Postgres. An insert is all there is: no statement here updates or replaces one, so of two edges that register
-//! the same name or key at a time, the unique indexes let one through, and the other is told what is there.
+//! Accounts in Postgres. An insert is all there is: no statement here updates or replaces one, so
+//! of two edges that register the same name or key at a time, the unique indexes let one through,
+//! and the other is told what is there.
 
 use std::sync::Arc;
 
@@ -13,7 +14,8 @@ use crate::postgres::{
     row::{Columns as _, millis},
 };
 
-/// An account and its inbox. Waits for whoever is inserting the same name or key, and gives way if that is committed.
+/// An account and its inbox. Waits for whoever is inserting the same name or key, and gives way if
+/// that is committed.
 const INSERT: &str = "
     WITH new AS (
         INSERT INTO account (username, identity, opaque_record, created_at) VALUES ($1, $2, $3, $4)
@@ -22,8 +24,10 @@ const INSERT: &str = "
     SELECT id FROM new";
 
 const CREDENTIALS: &str = "SELECT id, identity, opaque_record FROM account WHERE username = $1";
-const BY_USERNAME: &str = "SELECT id, username, identity, created_at FROM account WHERE username = $1";
-const BY_IDENTITY: &str = "SELECT id, username, identity, created_at FROM account WHERE identity = $1";
+const BY_USERNAME: &str =
+    "SELECT id, username, identity, created_at FROM account WHERE username = $1";
+const BY_IDENTITY: &str =
+    "SELECT id, username, identity, created_at FROM account WHERE identity = $1";
 
 #[derive(Debug)]
 pub(crate) struct ClusterAccounts {
@@ -63,8 +67,10 @@ impl Accounts for ClusterAccounts {
             .once("account", Repeat::Harmless, |connection| {
                 let username = username.clone();
                 Box::pin(async move {
-                    let row =
-                        sqlx::query(BY_USERNAME).bind(username.as_str()).fetch_optional(connection).await?;
+                    let row = sqlx::query(BY_USERNAME)
+                        .bind(username.as_str())
+                        .fetch_optional(connection)
+                        .await?;
                     row.as_ref().map(account).transpose()
                 })
             })

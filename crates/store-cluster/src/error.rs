@@ -1,8 +1,10 @@
-//! What the failures of Postgres, Redis and NATS mean, for whoever asked and for whoever would try again.
+//! What the failures of Postgres, Redis and NATS mean, for whoever asked and for whoever would try
+//! again.
 //!
-//! When an edge starts, a server that is not there yet is waited for; one that is there and refuses, or whose certificate is
-//! not to be trusted, is a mistake in somebody's settings, which waiting does not mend. Which of the two it is, each server
-//! says in its own way; what is said of it is the same for all three ([`Server`]).
+//! When an edge starts, a server that is not there yet is waited for; one that is there and
+//! refuses, or whose certificate is not to be trusted, is a mistake in somebody's settings, which
+//! waiting does not mend. Which of the two it is, each server says in its own way; what is said of
+//! it is the same for all three ([`Server`]).
 
 use std::{error::Error, io, sync::Arc, time::Duration};
 
@@ -13,7 +15,8 @@ use tokio::time::timeout;
 /// What kind of failure it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Another transaction was in the way and this one was rolled back: the same again may well succeed.
+    /// Another transaction was in the way and this one was rolled back: the same again may well
+    /// succeed.
     Contention,
     /// A rule of the schema refused a row.
     Refused,
@@ -134,9 +137,9 @@ impl Server {
         within: Duration,
         work: impl Future<Output = Result<T, ConnectError>>,
     ) -> Result<T, ConnectError> {
-        timeout(within, work)
-            .await
-            .unwrap_or_else(|_| Err(self.unreachable(format_args!("no answer within {within:.1?}"))))
+        timeout(within, work).await.unwrap_or_else(|_| {
+            Err(self.unreachable(format_args!("no answer within {within:.1?}")))
+        })
     }
 
     const fn name(self) -> &'static str {

@@ -1,24 +1,27 @@
 //! Taking in what an embedded node held: accounts, sessions, keys, inboxes with their messages.
 //!
-//! Rows are first laid out in tables beside the cluster's own, where no edge looks; that may be interrupted at any moment, and
-//! goes on behind the last row that was committed. Then one transaction moves them all to where they belong, reads them back
-//! there, and commits if they come to exactly what the node's come to. So users of the cluster see all of the node or
-//! nothing of it, however often this is killed, and what is compared nobody can have changed meanwhile.
+//! Rows are first laid out in tables beside the cluster's own, where no edge looks; that may be
+//! interrupted at any moment, and goes on behind the last row that was committed. Then one
+//! transaction moves them all to where they belong, reads them back there, and commits if they come
+//! to exactly what the node's come to. So users of the cluster see all of the node or nothing of
+//! it, however often this is killed, and what is compared nobody can have changed meanwhile.
 //!
-//! Redis needs nothing. Edges show a queue in Redis if it shows the state that the inbox's head in Postgres has, and load it from
-//! Postgres otherwise. An inbox that is moved belongs to an account that the cluster has never had (an identity that it has is
-//! refused), so nobody has read it here and no queue of it was loaded; and no edge waits for it, as there was no session to wait
-//! with. What could be in Redis all the same, from another database that used it under the same namespace, shows a state that
-//! inbox was in *there*. Therefore a moved head does not begin with 0 removals but with 2⁴⁰, in the transaction that makes it
-//! visible: no inbox that began in a cluster gets that far.
+//! Redis needs nothing. Edges show a queue in Redis if it shows the state that the inbox's head in
+//! Postgres has, and load it from Postgres otherwise. An inbox that is moved belongs to an account
+//! that the cluster has never had (an identity that it has is refused), so nobody has read it here
+//! and no queue of it was loaded; and no edge waits for it, as there was no session to wait with.
+//! What could be in Redis all the same, from another database that used it under the same
+//! namespace, shows a state that inbox was in *there*. Therefore a moved head does not begin with 0
+//! removals but with 2⁴⁰, in the transaction that makes it visible: no inbox that began in a
+//! cluster gets that far.
 
 use std::fmt::Write as _;
 
 use futures_util::TryStreamExt as _;
 use qpq_ports::moving::{Cell, Column, Digest, Digests, Kind, Row, Table};
 use sqlx::{
-    AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, Postgres, Row as _, TypeInfo as _,
-    ValueRef as _,
+    AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, Postgres, Row as _,
+    TypeInfo as _, ValueRef as _,
     postgres::{PgArguments, PgRow},
     query::Query,
 };
@@ -57,7 +60,9 @@ pub enum ImportError {
     Differs(Vec<Table>),
     #[error(transparent)]
     Cluster(#[from] ConnectError),
-    #[error("Postgres did not do it ({0}): see to it, then run this again; it goes on where it stopped")]
+    #[error(
+        "Postgres did not do it ({0}): see to it, then run this again; it goes on where it stopped"
+    )]
     Postgres(Box<sqlx::Error>),
 }
 
@@ -68,8 +73,8 @@ impl From<sqlx::Error> for ImportError {
 }
 
 impl Import {
-    /// Connects to the cluster's Postgres, whose schema must be there, and checks that it is of the cluster with this OPAQUE
-    /// setup, if it is of one. Writes nothing.
+    /// Connects to the cluster's Postgres, whose schema must be there, and checks that it is of the
+    /// cluster with this OPAQUE setup, if it is of one. Writes nothing.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         let options = postgres::options(config)?;
         postgres::prepare(&options, config.migrate, config.start_timeout).await?;
@@ -91,8 +96,8 @@ impl Import {
         }
     }
 
-    /// Keeps other runs out as long as this is connected. The connection of one that was killed may live on until it has
-    /// noticed, and then what it did is decided.
+    /// Keeps other runs out as long as this is connected. The connection of one that was killed may
+    /// live on until it has noticed, and then what it did is decided.
     pub async fn lock(&mut self, patience: Duration) -> Result<(), ImportError> {
         let until = Instant::now() + patience;
         loop {
@@ -135,15 +140,16 @@ impl Import {
         if names.is_empty() { Ok(()) } else { Err(clash(names)) }
     }
 
-    /// Prepares to take rows in, or to go on doing so, from the node that comes to this. What there is of another one, whose
-    /// move was given up, is dropped.
+    /// Prepares to take rows in, or to go on doing so, from the node that comes to this. What there
+    /// is of another one, whose move was given up, is dropped.
     pub async fn begin(&mut self, digests: &Digests) -> Result<(), ImportError> {
         let mut open = self.connection.begin().await?;
         sqlx::raw_sql("CREATE TABLE IF NOT EXISTS import_begun (digests text NOT NULL)")
             .execute(&mut *open)
             .await?;
-        let begun: Option<String> =
-            sqlx::query_scalar("SELECT digests FROM import_begun").fetch_optional(&mut *open).await?;
+        let begun: Option<String> = sqlx::query_scalar("SELECT digests FROM import_begun")
+            .fetch_optional(&mut *open)
+            .await?;
         if begun.as_deref() == Some(digests.to_string().as_str()) {
             return Ok(open.commit().await?);
         }
@@ -163,7 +169,8 @@ impl Import {
         let sql = format!("SELECT {key} FROM import_{name} ORDER BY {descending} DESC LIMIT 1");
         let last = sqlx::query(AssertSqlSafe(sql)).fetch_optional(&mut self.connection).await?;
         let sql = format!("SELECT count(*) FROM import_{name}");
-        let rows: i64 = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut self.connection).await?;
+        let rows: i64 =
+            sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut self.connection).await?;
         Ok((last.as_ref().map(cells).transpose()?, u64::try_from(rows).unwrap_or_default()))
     }
 
@@ -177,14 +184,19 @@ impl Import {
         let (name, columns) = (table.name(), table.column_list());
         let sql = format!("INSERT INTO import_{name} ({columns}) SELECT * FROM unnest({arrays})");
         let values = table.columns().iter().map(|column| Values::of(rows, column.name, table));
-        let query = values.fold(sqlx::query(AssertSqlSafe(sql)), |query, values| values.bind(query));
+        let query =
+            values.fold(sqlx::query(AssertSqlSafe(sql)), |query, values| values.bind(query));
         query.execute(&mut self.connection).await?;
         Ok(())
     }
 
-    /// Moves everything to where it belongs, if it comes to `expected` there, and then what it was laid out in is gone. `seen` is
-    /// told of every row that is read back.
-    pub async fn finish(&mut self, expected: &Digests, seen: impl FnMut()) -> Result<(), ImportError> {
+    /// Moves everything to where it belongs, if it comes to `expected` there, and then what it was
+    /// laid out in is gone. `seen` is told of every row that is read back.
+    pub async fn finish(
+        &mut self,
+        expected: &Digests,
+        seen: impl FnMut(),
+    ) -> Result<(), ImportError> {
         let mut open = self.connection.begin().await?;
         let clashes: Vec<String> = sqlx::query_scalar(CLASHES).fetch_all(&mut *open).await?;
         if !clashes.is_empty() {
@@ -203,8 +215,10 @@ impl Import {
             sqlx::raw_sql(*step).execute(&mut *open).await?;
         }
         let arrived = digests(&mut open, seen).await?;
-        let differs: Vec<Table> =
-            Table::ALL.into_iter().filter(|table| arrived.of(*table) != expected.of(*table)).collect();
+        let differs: Vec<Table> = Table::ALL
+            .into_iter()
+            .filter(|table| arrived.of(*table) != expected.of(*table))
+            .collect();
         if !differs.is_empty() {
             open.rollback().await?;
             sqlx::raw_sql(AssertSqlSafe(drop_tables())).execute(&mut self.connection).await?;
@@ -251,7 +265,8 @@ const CLASHES: &str = "
         OR EXISTS (SELECT 1 FROM account a WHERE a.identity = s.identity)
      ORDER BY 1 LIMIT 11";
 
-/// From the tables beside to the cluster's own. Accounts get new numbers; whose is what is found by their identities.
+/// From the tables beside to the cluster's own. Accounts get new numbers; whose is what is found by
+/// their identities.
 const MOVE: &[&str] = &[
     "INSERT INTO account (username, identity, opaque_record, created_at)
      SELECT username, identity, opaque_record, created_at FROM import_account ORDER BY id",
@@ -283,8 +298,8 @@ const MOVE: &[&str] = &[
      SELECT s.moved, t.key FROM import_hybrid_key t JOIN import_account s ON s.id = t.owner",
 ];
 
-/// The canonical rows of what was moved, read from the cluster's own tables. The exporter of the other store has the same columns
-/// in the same order.
+/// The canonical rows of what was moved, read from the cluster's own tables. The exporter of the
+/// other store has the same columns in the same order.
 fn canonical(table: Table) -> &'static str {
     match table {
         Table::Account => {
@@ -337,8 +352,8 @@ async fn digests(connection: &mut PgConnection, mut seen: impl FnMut()) -> sqlx:
     Ok(digests)
 }
 
-/// The tables beside the cluster's own: the same columns, and of accounts their new number. They are no part of the schema: only who
-/// moves a node needs them, and only for as long.
+/// The tables beside the cluster's own: the same columns, and of accounts their new number. They
+/// are no part of the schema: only who moves a node needs them, and only for as long.
 fn create_tables() -> String {
     let mut sql = String::new();
     for table in Table::ALL {
@@ -381,7 +396,8 @@ type PgQuery<'q> = Query<'q, Postgres, PgArguments>;
 impl<'a> Values<'a> {
     fn of(rows: &'a [Row], name: &str, table: Table) -> Self {
         let columns = table.columns();
-        let place = columns.iter().position(|column| column.name == name).expect("a column of the table");
+        let place =
+            columns.iter().position(|column| column.name == name).expect("a column of the table");
         let cells = rows.iter().map(|row| &row[place]);
         match columns[place].kind {
             Kind::Number => Self::Numbers(
@@ -391,7 +407,9 @@ impl<'a> Values<'a> {
             ),
             Kind::Text => Self::Texts(
                 cells
-                    .map(|cell| if let Cell::Text(text) = cell { Some(text.as_str()) } else { None })
+                    .map(
+                        |cell| if let Cell::Text(text) = cell { Some(text.as_str()) } else { None },
+                    )
                     .collect(),
             ),
             Kind::Bytes => Self::Bytes(

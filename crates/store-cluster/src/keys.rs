@@ -1,8 +1,9 @@
 //! KeyPackages and hybrid keys in Postgres.
 //!
-//! A KeyPackage leaves its table in the statement that gives it out, and its fingerprint goes into another, where it stays
-//! until its lifetime ends: so it is given out once, by whichever edge, and cannot come back. Whether a package has expired is
-//! judged by the caller's instant in every statement, never by whether a sweep has already come by.
+//! A KeyPackage leaves its table in the statement that gives it out, and its fingerprint goes into
+//! another, where it stays until its lifetime ends: so it is given out once, by whichever edge, and
+//! cannot come back. Whether a package has expired is judged by the caller's instant in every
+//! statement, never by whether a sweep has already come by.
 //!
 //! Uploads of one owner go one after the other, by a lock on the account; takes wait for nobody.
 
@@ -13,7 +14,9 @@ use std::{
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, KeyPackageCaps, UnixMillis};
-use qpq_ports::{HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload};
+use qpq_ports::{
+    HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload,
+};
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
 use crate::postgres::{
@@ -21,9 +24,10 @@ use crate::postgres::{
     row::{Columns as _, millis},
 };
 
-/// The oldest package that nobody else is just taking. One that is locked is as good as gone: whoever locked it commits next.
-/// (If that fails instead, it was there all the time, and somebody got a later one or the last resort, which is no harm.)
-/// `=` and not IN: a sub-select that is planned as a join may lock and take more than one row.
+/// The oldest package that nobody else is just taking. One that is locked is as good as gone:
+/// whoever locked it commits next. (If that fails instead, it was there all the time, and somebody
+/// got a later one or the last resort, which is no harm.) `=` and not IN: a sub-select that is
+/// planned as a join may lock and take more than one row.
 const TAKE: &str = "
     WITH taken AS (
         DELETE FROM key_package WHERE id = (
@@ -36,8 +40,9 @@ const TAKE: &str = "
         SELECT owner, fingerprint, not_after FROM taken ON CONFLICT DO NOTHING)
     SELECT bytes FROM taken";
 
-/// It is noted as given, too: once a newer one has taken its place, it may not come back. Locked, so that it is not replaced,
-/// and uploaded again, before that is noted; if it is just being replaced, this waits and gets the newer one.
+/// It is noted as given, too: once a newer one has taken its place, it may not come back. Locked,
+/// so that it is not replaced, and uploaded again, before that is noted; if it is just being
+/// replaced, this waits and gets the newer one.
 const TAKE_LAST_RESORT: &str = "
     WITH shown AS (
         SELECT k.owner, k.fingerprint, k.not_after, k.bytes FROM account a JOIN key_package k ON k.owner = a.id
@@ -102,7 +107,8 @@ impl KeyPackages for ClusterKeys {
         now: UnixMillis,
     ) -> StoreResult<Upload> {
         let (packages, most) = (Arc::new(packages), self.caps.max_count);
-        // A repeat finds the packages there. One of them may have been taken meanwhile, which is then what it says.
+        // A repeat finds the packages there. One of them may have been taken meanwhile, which is
+        // then what it says.
         self.database
             .run("upload_key_packages", Repeat::Harmless, |connection| {
                 let packages = Arc::clone(&packages);
@@ -111,9 +117,14 @@ impl KeyPackages for ClusterKeys {
             .await
     }
 
-    async fn take(&self, target: &IdentityKey, now: UnixMillis) -> StoreResult<Option<TakenKeyPackage>> {
+    async fn take(
+        &self,
+        target: &IdentityKey,
+        now: UnixMillis,
+    ) -> StoreResult<Option<TakenKeyPackage>> {
         let target = *target;
-        // In a transaction, so that a dead connection is noticed before anything can have been taken.
+        // In a transaction, so that a dead connection is noticed before anything can have been
+        // taken.
         self.database
             .run("take_key_package", Repeat::Never, move |connection| {
                 Box::pin(async move {
@@ -150,14 +161,20 @@ impl HybridKeys for ClusterKeys {
             .once("put_hybrid_key", Repeat::Harmless, |connection| {
                 let key = Arc::clone(&key);
                 Box::pin(async move {
-                    sqlx::query(PUT_HYBRID).bind(owner.0).bind(&key[..]).execute(connection).await.map(drop)
+                    sqlx::query(PUT_HYBRID)
+                        .bind(owner.0)
+                        .bind(&key[..])
+                        .execute(connection)
+                        .await
+                        .map(drop)
                 })
             })
             .await
     }
 
     async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>> {
-        let targets: Arc<[Vec<u8>]> = targets.iter().map(|target| target.as_bytes().to_vec()).collect();
+        let targets: Arc<[Vec<u8>]> =
+            targets.iter().map(|target| target.as_bytes().to_vec()).collect();
         self.database
             .once("get_hybrid_keys", Repeat::Harmless, |connection| {
                 let targets = Arc::clone(&targets);
@@ -169,7 +186,11 @@ impl HybridKeys for ClusterKeys {
     }
 }
 
-async fn stock(connection: &mut PgConnection, owner: AccountId, now: UnixMillis) -> sqlx::Result<Stock> {
+async fn stock(
+    connection: &mut PgConnection,
+    owner: AccountId,
+    now: UnixMillis,
+) -> sqlx::Result<Stock> {
     let row = sqlx::query(STOCK).bind(owner.0).bind(millis(now)).fetch_one(connection).await?;
     let available = row.unsigned("available")?;
     Ok(Stock {
@@ -178,8 +199,9 @@ async fn stock(connection: &mut PgConnection, owner: AccountId, now: UnixMillis)
     })
 }
 
-/// Decides first and then stores all or nothing. Nobody else stores anything for this owner meanwhile; what others take
-/// makes room that was not needed, and the answer is of the moment before that.
+/// Decides first and then stores all or nothing. Nobody else stores anything for this owner
+/// meanwhile; what others take makes room that was not needed, and the answer is of the moment
+/// before that.
 async fn upload(
     connection: &mut PgConnection,
     owner: AccountId,
@@ -195,7 +217,8 @@ async fn upload(
         Err(index) => return Ok(Upload::GivenOut(index)),
     };
     let mut stock = stock(connection, owner, now).await?;
-    let singles = new.iter().filter(|package| !package.last_resort && package.not_after >= now).count();
+    let singles =
+        new.iter().filter(|package| !package.last_resort && package.not_after >= now).count();
     stock.available = stock.available.saturating_add(u32::try_from(singles).unwrap_or(u32::MAX));
     let last_resort = new.iter().rfind(|package| package.last_resort);
     if let Some(package) = last_resort {
@@ -208,7 +231,8 @@ async fn upload(
         Some(package) => replace_last_resort(connection, owner, package).await?,
         None => false,
     };
-    store(connection, owner, new.iter().filter(|package| !(replaced && package.last_resort))).await?;
+    store(connection, owner, new.iter().filter(|package| !(replaced && package.last_resort)))
+        .await?;
     Ok(Upload::Stored(stock))
 }
 
@@ -225,8 +249,10 @@ impl Known {
         owner: AccountId,
         packages: &[NewKeyPackage],
     ) -> sqlx::Result<Self> {
-        let fingerprints: Vec<&[u8]> = packages.iter().map(|package| &package.fingerprint[..]).collect();
-        let rows = sqlx::query(KNOWN).bind(owner.0).bind(fingerprints).fetch_all(connection).await?;
+        let fingerprints: Vec<&[u8]> =
+            packages.iter().map(|package| &package.fingerprint[..]).collect();
+        let rows =
+            sqlx::query(KNOWN).bind(owner.0).bind(fingerprints).fetch_all(connection).await?;
         let mut known = Self { there: HashMap::new(), given: HashSet::new() };
         for row in &rows {
             known.add(row)?;
@@ -244,7 +270,8 @@ impl Known {
         Ok(())
     }
 
-    /// Which packages are to be stored, at most one of them a last resort; or the first that was given out before.
+    /// Which packages are to be stored, at most one of them a last resort; or the first that was
+    /// given out before.
     fn choose(mut self, packages: &[NewKeyPackage]) -> Result<Vec<&NewKeyPackage>, usize> {
         let mut new: Vec<&NewKeyPackage> = Vec::new();
         for (index, package) in packages.iter().enumerate() {

@@ -1,11 +1,14 @@
 //! The store of a cluster: any number of edges over one Postgres, one Redis and one NATS.
 //!
-//! **Postgres commits, Redis serves, NATS wakes.** Whatever is acknowledged is committed in Postgres first. Redis has copies
-//! that are compared with Postgres before they are shown, and state that may be lost at any moment: leases, waiters, rate
-//! limits. NATS carries word from edge to edge, every bit of which may get lost.
+//! **Postgres commits, Redis serves, NATS wakes.** Whatever is acknowledged is committed in
+//! Postgres first. Redis has copies that are compared with Postgres before they are shown, and
+//! state that may be lost at any moment: leases, waiters, rate limits. NATS carries word from edge
+//! to edge, every bit of which may get lost.
 //!
-//! - `postgres`: transactions, the schema; `redis`: one connection, the queues' scripts; `nats`: the bus.
-//! - `inboxes`, `wakes`: the way of a message. `accounts`, `sessions`, `keys`, `limiter`, `upkeep`: one port each.
+//! - `postgres`: transactions, the schema; `redis`: one connection, the queues' scripts; `nats`:
+//!   the bus.
+//! - `inboxes`, `wakes`: the way of a message. `accounts`, `sessions`, `keys`, `limiter`, `upkeep`:
+//!   one port each.
 
 mod accounts;
 mod config;
@@ -61,7 +64,8 @@ const ATTEMPT: Duration = Duration::from_secs(10);
 /// Before the second attempt.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// This edge's connection to the cluster's state. What [`ClusterStore::stores`] gives keeps it open too.
+/// This edge's connection to the cluster's state. What [`ClusterStore::stores`] gives keeps it open
+/// too.
 pub struct ClusterStore {
     database: Database,
     bus: Bus,
@@ -70,8 +74,8 @@ pub struct ClusterStore {
 }
 
 impl ClusterStore {
-    /// Connects to all three servers, waiting for those that are not there yet, and checks that they are this cluster's. Needs
-    /// a tokio runtime, and uses it as long as the store is open.
+    /// Connects to all three servers, waiting for those that are not there yet, and checks that
+    /// they are this cluster's. Needs a tokio runtime, and uses it as long as the store is open.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         metrics::describe();
         let edge = EdgeId::random();
@@ -80,7 +84,9 @@ impl ClusterStore {
         waiting(may_take, |within| postgres::prepare(&options, config.migrate, within)).await?;
         let check = || postgres::check_cluster(&options, &config.opaque_setup);
         waiting(may_take, |within| Server::Postgres.answers(within, check())).await?;
-        let redis = waiting(may_take, |within| Server::Redis.answers(within, Redis::connect(config))).await?;
+        let redis =
+            waiting(may_take, |within| Server::Redis.answers(within, Redis::connect(config)))
+                .await?;
         let join = || Bus::connect(config, &edge);
         let bus = waiting(may_take, |within| Server::Nats.answers(within, join())).await?;
         let database = Database::new(options, config.postgres_connections, config.postgres_timeout);
@@ -133,8 +139,8 @@ impl ClusterStore {
         self.stores.clone()
     }
 
-    /// Says what other edges are still to be told, and lets go of the servers. A store that is dropped instead loses nothing;
-    /// what it held is free a few seconds later.
+    /// Says what other edges are still to be told, and lets go of the servers. A store that is
+    /// dropped instead loses nothing; what it held is free a few seconds later.
     pub async fn close(mut self) {
         self.tasks.abort_all();
         self.bus.close().await;
@@ -148,8 +154,12 @@ impl fmt::Debug for ClusterStore {
     }
 }
 
-/// Tries until it succeeds, fails for good, or has taken too long. Each attempt is told how long it may take.
-async fn waiting<T, F>(may_take: Duration, mut connect: impl FnMut(Duration) -> F) -> Result<T, ConnectError>
+/// Tries until it succeeds, fails for good, or has taken too long. Each attempt is told how long it
+/// may take.
+async fn waiting<T, F>(
+    may_take: Duration,
+    mut connect: impl FnMut(Duration) -> F,
+) -> Result<T, ConnectError>
 where
     F: Future<Output = Result<T, ConnectError>>,
 {
@@ -159,7 +169,9 @@ where
     loop {
         // What the client libraries need in order to connect is large.
         let outcome = Box::pin(connect(left().min(ATTEMPT))).await;
-        let Err(ConnectError::Unreachable { server, setting, cause }) = outcome else { return outcome };
+        let Err(ConnectError::Unreachable { server, setting, cause }) = outcome else {
+            return outcome;
+        };
         if left() < PAUSE {
             let cause = format!("{cause}; cluster.start_timeout, {may_take:?}, is over");
             return Err(ConnectError::Unreachable { server, setting, cause });

@@ -1,7 +1,8 @@
 //! Rate limits, counted in Redis for all edges together.
 //!
-//! A bucket is one number: when it will be full again (the generic cell rate algorithm), with the arithmetic of the embedded
-//! store in `redis/scripts/spend.lua`. A Redis that was flushed has full buckets, which is what it costs to lose it.
+//! A bucket is one number: when it will be full again (the generic cell rate algorithm), with the
+//! arithmetic of the embedded store in `redis/scripts/spend.lua`. A Redis that was flushed has full
+//! buckets, which is what it costs to lose it.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -18,7 +19,8 @@ const SLACK: Duration = Duration::from_secs(60);
 /// No debt is remembered for longer.
 const LONGEST: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-static SPEND: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("redis/scripts/spend.lua")));
+static SPEND: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("redis/scripts/spend.lua")));
 
 #[derive(Debug)]
 pub(crate) struct ClusterLimiter {
@@ -33,7 +35,13 @@ impl ClusterLimiter {
 
 #[async_trait]
 impl RateLimiter for ClusterLimiter {
-    async fn take(&self, key: LimitKey, bucket: Bucket, cost: u32, now: UnixMillis) -> StoreResult<Verdict> {
+    async fn take(
+        &self,
+        key: LimitKey,
+        bucket: Bucket,
+        cost: u32,
+        now: UnixMillis,
+    ) -> StoreResult<Verdict> {
         let Some(millis_per_token) = millis_per_token(bucket) else {
             return Ok(Verdict::RetryAfter(Duration::MAX));
         };

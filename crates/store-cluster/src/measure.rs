@@ -1,5 +1,6 @@
-//! The floors that the cluster's speed is measured beside: the very transaction that commits messages, and the very script
-//! that pushes them, each alone. For the load generator; nothing else enables it.
+//! The floors that the cluster's speed is measured beside: the very transaction that commits
+//! messages, and the very script that pushes them, each alone. For the load generator; nothing else
+//! enables it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,13 +38,17 @@ pub async fn inboxes(
         key[0] = n.reverse_bits();
         let identity = IdentityKey::new(key);
         let username = qpq_domain::Username::parse(&format!("floor{n}")).expect("a username");
-        stores.accounts.register(NewAccount { username, identity, opaque_record: vec![0; 192], now }).await?;
+        stores
+            .accounts
+            .register(NewAccount { username, identity, opaque_record: vec![0; 192], now })
+            .await?;
         inboxes.push(identity);
     }
     Ok(inboxes)
 }
 
-/// Commits batches of `batch` messages of `payload` bytes, as many at a time as an edge has committers.
+/// Commits batches of `batch` messages of `payload` bytes, as many at a time as an edge has
+/// committers.
 pub async fn transactions(
     config: &Config,
     inboxes: &[IdentityKey],
@@ -51,8 +56,11 @@ pub async fn transactions(
     payload: usize,
     duration: Duration,
 ) -> Result<StoreResult<Floor>, ConnectError> {
-    let database =
-        Database::new(postgres::options(config)?, config.postgres_connections, config.postgres_timeout);
+    let database = Database::new(
+        postgres::options(config)?,
+        config.postgres_connections,
+        config.postgres_timeout,
+    );
     let (start, limits) = (Instant::now(), config.limits.delivery);
     let mut tasks = JoinSet::new();
     for committer in 0..COMMITTERS {
@@ -60,8 +68,9 @@ pub async fn transactions(
         tasks.spawn(async move {
             let mut messages = 0;
             while start.elapsed() < duration {
-                let batch: Arc<[Enqueue]> =
-                    (0..batch).map(|n| message(&inboxes, committer + COMMITTERS * n, payload)).collect();
+                let batch: Arc<[Enqueue]> = (0..batch)
+                    .map(|n| message(&inboxes, committer + COMMITTERS * n, payload))
+                    .collect();
                 database
                     .run("floor", Repeat::Never, |connection| {
                         let batch = Arc::clone(&batch);

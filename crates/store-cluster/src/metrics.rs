@@ -46,13 +46,25 @@ pub(crate) fn describe() {
         Unit::{Count, Seconds},
         describe_counter, describe_gauge, describe_histogram,
     };
-    describe_histogram!(PG_SECONDS, Seconds, "A transaction or statement, waiting for a connection included");
-    describe_counter!(PG_RETRIES, Count, "Transactions that were done again because another was in the way");
+    describe_histogram!(
+        PG_SECONDS,
+        Seconds,
+        "A transaction or statement, waiting for a connection included"
+    );
+    describe_counter!(
+        PG_RETRIES,
+        Count,
+        "Transactions that were done again because another was in the way"
+    );
     describe_counter!(PG_ERRORS, Count, "Transactions and statements that failed for good");
     describe_gauge!(PG_CONNECTIONS, Count, "This edge's connections to Postgres");
     describe_gauge!(ENQUEUE_QUEUE, Count, "Messages that wait for a committer");
     describe_histogram!(ENQUEUE_BATCH, Count, "Messages that were committed together");
-    describe_histogram!(SETTLE_BATCH, Count, "Pages that clients have got and that were removed together");
+    describe_histogram!(
+        SETTLE_BATCH,
+        Count,
+        "Pages that clients have got and that were removed together"
+    );
     describe_histogram!(REDIS_SECONDS, Seconds, "A script or command");
     describe_counter!(REDIS_ERRORS, Count, "Scripts and commands that failed");
     describe_counter!(HOT_READS, Count, "Reads by what answered them");
@@ -67,7 +79,11 @@ pub(crate) fn describe() {
         "Edges that this one has had a sign of life from lately, itself included: 1 while NATS is away"
     );
     describe_counter!(SESSION_LOOKUPS, Count, "Sessions by where they were found");
-    describe_counter!(LIMIT_FAILURES, Count, "Calls that could not be counted against their budget");
+    describe_counter!(
+        LIMIT_FAILURES,
+        Count,
+        "Calls that could not be counted against their budget"
+    );
     // From the start at zero, so that a rate sees the first.
     for name in [BUS_DROPPED, LIMIT_FAILURES] {
         metrics::counter!(name).increment(0);

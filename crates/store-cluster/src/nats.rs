@@ -1,8 +1,10 @@
-//! NATS: word from edge to edge. Every message may be lost, doubled or late, and nothing is wrong then but a delay.
+//! NATS: word from edge to edge. Every message may be lost, doubled or late, and nothing is wrong
+//! then but a delay.
 //!
-//! An edge listens to two subjects: its own, where it is told which inboxes to look at, and the one of all edges, for
-//! sessions that have ended, notices and signs of life. Publishing is putting something into a bounded queue, which never
-//! waits: what NATS does not take in time is dropped and counted.
+//! An edge listens to two subjects: its own, where it is told which inboxes to look at, and the one
+//! of all edges, for sessions that have ended, notices and signs of life. Publishing is putting
+//! something into a bounded queue, which never waits: what NATS does not take in time is dropped
+//! and counted.
 
 use std::{borrow::Cow, collections::HashMap, fmt, io, sync::Arc, time::Duration};
 
@@ -71,13 +73,15 @@ pub(crate) struct Bus {
     say: mpsc::Sender<Say>,
     heard: broadcast::Sender<Heard>,
     back: watch::Sender<()>,
-    /// When the last sign of life came through, of whatever edge: this one's own if there is no other.
+    /// When the last sign of life came through, of whatever edge: this one's own if there is no
+    /// other.
     signed_at: Arc<Mutex<Instant>>,
     client: Client,
 }
 
 impl Bus {
-    /// Connects and listens as `edge`. Needs a tokio runtime, on which it goes on until [`close`](Self::close).
+    /// Connects and listens as `edge`. Needs a tokio runtime, on which it goes on until
+    /// [`close`](Self::close).
     pub(crate) async fn connect(config: &Config, edge: &EdgeId) -> Result<Self, ConnectError> {
         config.nats.authorities(Server::Nats)?;
         let back = watch::Sender::new(());
@@ -85,14 +89,20 @@ impl Bus {
         let client = options.connect(servers(config)?).await.map_err(|error| failed(&error))?;
         metrics::gauge!(names::BUS_CONNECTED).set(1.0);
         let subjects = Subjects { namespace: config.namespace.as_str().into() };
-        let subscribe =
-            async |subject| client.subscribe(subject).await.map_err(|error| Server::Nats.unreachable(error));
+        let subscribe = async |subject| {
+            client.subscribe(subject).await.map_err(|error| Server::Nats.unreachable(error))
+        };
         let own = subscribe(subjects.of(&edge.0)).await?;
         let all = subscribe(subjects.all()).await?;
         let (say, said) = mpsc::channel(QUEUE);
         let (heard, _) = broadcast::channel(HEARD);
         let signed_at = Arc::new(Mutex::new(Instant::now()));
-        tokio::spawn(listen(own, all, heard.clone(), Neighbours::new(edge, Arc::clone(&signed_at))));
+        tokio::spawn(listen(
+            own,
+            all,
+            heard.clone(),
+            Neighbours::new(edge, Arc::clone(&signed_at)),
+        ));
         tokio::spawn(publish(client.clone(), subjects, edge.clone(), said));
         Ok(Self { say, heard, back, signed_at, client })
     }
@@ -142,7 +152,9 @@ impl Bus {
 fn failed(error: &async_nats::ConnectError) -> ConnectError {
     let server = Server::Nats;
     match error.kind() {
-        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => server.refuses(error),
+        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
+            server.refuses(error)
+        }
         ConnectErrorKind::Tls => server.untrusted(error),
         _ => server.tls_failure(error).unwrap_or_else(|| server.unreachable(error)),
     }
@@ -163,7 +175,9 @@ fn options(config: &Config, back: watch::Sender<()>) -> Result<ConnectOptions, C
                     }
                     Event::Disconnected | Event::Closed => {
                         metrics::gauge!(names::BUS_CONNECTED).set(0.0);
-                        tracing::warn!("NATS is away: messages arrive a little later until it is back");
+                        tracing::warn!(
+                            "NATS is away: messages arrive a little later until it is back"
+                        );
                     }
                     // Something was dropped: as if it had been away.
                     Event::SlowConsumer(_) => back.send_replace(()),
@@ -186,14 +200,17 @@ fn options(config: &Config, back: watch::Sender<()>) -> Result<ConnectOptions, C
     })
 }
 
-/// A user, password or token as it is meant; the URL has it percent-encoded (RFC 3986, section 2.1).
+/// A user, password or token as it is meant; the URL has it percent-encoded (RFC 3986, section
+/// 2.1).
 fn unescaped(part: &str) -> Result<String, ConnectError> {
     let text = percent_encoding::percent_decode_str(part).decode_utf8();
     text.map(Cow::into_owned).map_err(|error| bad_url(error.to_string()))
 }
 
 fn servers(config: &Config) -> Result<Vec<ServerAddr>, ConnectError> {
-    let parse = |url: &str| url.trim().parse().map_err(|error: io::Error| bad_url(error.kind().to_string()));
+    let parse = |url: &str| {
+        url.trim().parse().map_err(|error: io::Error| bad_url(error.kind().to_string()))
+    };
     config.nats.url.split(',').map(parse).collect()
 }
 
@@ -244,7 +261,9 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
         let mut wakes: HashMap<Arc<str>, BytesMut> = HashMap::new();
         for word in words.drain(..) {
             match word {
-                Say::Wake(edge, inbox) => wakes.entry(edge).or_default().put_slice(inbox.as_bytes()),
+                Say::Wake(edge, inbox) => {
+                    wakes.entry(edge).or_default().put_slice(inbox.as_bytes())
+                }
                 Say::SessionEnded(token) => {
                     let word = [&[tag::SESSION_ENDED][..], token.as_bytes()].concat();
                     send(&client, subjects.all(), word.into(), 1).await;
@@ -254,7 +273,13 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
                         Notice::SessionsEnded => tag::SESSIONS_ENDED,
                         Notice::KeyPackageTaken => tag::KEY_PACKAGE_TAKEN,
                     };
-                    send(&client, subjects.all(), [&[tag][..], identity.as_bytes()].concat().into(), 1).await;
+                    send(
+                        &client,
+                        subjects.all(),
+                        [&[tag][..], identity.as_bytes()].concat().into(),
+                        1,
+                    )
+                    .await;
                 }
             }
         }
@@ -266,7 +291,8 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
     }
 }
 
-/// While NATS is away its client takes a few thousand messages and then none, for ever: hence the patience.
+/// While NATS is away its client takes a few thousand messages and then none, for ever: hence the
+/// patience.
 async fn send(client: &Client, subject: String, payload: Bytes, count: usize) {
     if !matches!(timeout(PATIENCE, client.publish(subject, payload)).await, Ok(Ok(()))) {
         metrics::counter!(names::BUS_DROPPED).increment(count as u64);
@@ -320,7 +346,9 @@ async fn listen(
         let Some(message) = message else { return };
         let payload = message.payload;
         if !to_all {
-            for inbox in payload.chunks_exact(IdentityKey::LEN).filter_map(|key| key.try_into().ok()) {
+            for inbox in
+                payload.chunks_exact(IdentityKey::LEN).filter_map(|key| key.try_into().ok())
+            {
                 // Nobody to tell is no error.
                 let _ = heard.send(Heard::Wake(inbox));
             }
@@ -334,7 +362,9 @@ async fn listen(
         }
         let word = match (tag, rest.try_into()) {
             (tag::SESSION_ENDED, Ok(token)) => Heard::SessionEnded(TokenHash::new(token)),
-            (tag::SESSIONS_ENDED, Ok(key)) => Heard::Notice(IdentityKey::new(key), Notice::SessionsEnded),
+            (tag::SESSIONS_ENDED, Ok(key)) => {
+                Heard::Notice(IdentityKey::new(key), Notice::SessionsEnded)
+            }
             (tag::KEY_PACKAGE_TAKEN, Ok(key)) => {
                 Heard::Notice(IdentityKey::new(key), Notice::KeyPackageTaken)
             }

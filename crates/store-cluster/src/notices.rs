@@ -1,5 +1,6 @@
-//! Notices between edges, over NATS. While nothing is heard through it, whoever waits here is told every now and then that
-//! sessions may have ended; each then looks its own up, which no copy of stands in the way of for long.
+//! Notices between edges, over NATS. While nothing is heard through it, whoever waits here is told
+//! every now and then that sessions may have ended; each then looks its own up, which no copy of
+//! stands in the way of for long.
 
 use std::{mem, sync::Arc, time::Duration};
 
@@ -72,8 +73,9 @@ impl Listener {
             tokio::select! {
                 word = self.heard.recv() => match word {
                     Ok(Heard::Notice(identity, notice)) => return Some((identity, notice)),
-                    // Comes before the notice of it, and whoever hears that looks the session up at once: the copy here must be
-                    // gone by then, whether or not anybody else who forgets it has had a turn.
+                    // Comes before the notice of it, and whoever hears that looks the session up at
+                    // once: the copy here must be gone by then, whether or not anybody else who
+                    // forgets it has had a turn.
                     Ok(Heard::SessionEnded(token)) => self.notices.sessions.forget(&token),
                     Ok(Heard::Wake(_)) => {}
                     Err(RecvError::Lagged(_)) => self.look_anew(),

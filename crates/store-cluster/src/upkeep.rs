@@ -1,5 +1,5 @@
-//! The store's care for itself: a commit and a write to see whether both are possible, and the removal of what has expired,
-//! by one edge at a time.
+//! The store's care for itself: a commit and a write to see whether both are possible, and the
+//! removal of what has expired, by one edge at a time.
 
 use std::{sync::Arc, time::Duration};
 
@@ -56,7 +56,10 @@ impl ClusterUpkeep {
         self.database
             .once("check", Repeat::Harmless, |connection| {
                 Box::pin(async move {
-                    sqlx::query("UPDATE heartbeat SET beats = beats + 1").execute(connection).await.map(drop)
+                    sqlx::query("UPDATE heartbeat SET beats = beats + 1")
+                        .execute(connection)
+                        .await
+                        .map(drop)
                 })
             })
             .await
@@ -87,14 +90,20 @@ impl Upkeep for ClusterUpkeep {
         let recent_ids = self.recent_ids;
         let swept = self
             .database
-            .run("sweep", Repeat::Harmless, move |connection| Box::pin(sweep(connection, now, recent_ids)))
+            .run("sweep", Repeat::Harmless, move |connection| {
+                Box::pin(sweep(connection, now, recent_ids))
+            })
             .await?;
         self.sessions.ended(&swept.sessions).await;
         Ok(swept.rows)
     }
 }
 
-async fn sweep(connection: &mut PgConnection, now: UnixMillis, recent_ids: Duration) -> sqlx::Result<Swept> {
+async fn sweep(
+    connection: &mut PgConnection,
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<Swept> {
     // Until the end of the transaction; who does not get it leaves the work to who has it.
     let mine: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
         .bind(SWEEPER)
@@ -103,7 +112,8 @@ async fn sweep(connection: &mut PgConnection, now: UnixMillis, recent_ids: Durat
     if !mine {
         return Ok(Swept::default());
     }
-    let expired = sqlx::query(SESSIONS).bind(millis(now)).bind(SWEEP).fetch_all(&mut *connection).await?;
+    let expired =
+        sqlx::query(SESSIONS).bind(millis(now)).bind(SWEEP).fetch_all(&mut *connection).await?;
     let sessions = tokens(&expired)?;
     let mut rows = sessions.len() as u64;
     for sql in [PACKAGES, GIVEN] {

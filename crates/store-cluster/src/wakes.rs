@@ -1,9 +1,10 @@
 //! Who of this edge waits for which inbox, and how word of something new gets there.
 //!
-//! A read of an inbox that somebody here waits for registers this edge with the inbox in Redis, in the same script that
-//! looks; whatever changes the inbox takes the registrations away, in the same script that makes the change, and sends each
-//! of those edges one word through NATS. So either the read sees the message, or the message sees the reader. Every part of
-//! that may fail: then a poll of the heads, every few seconds for all that wait here together, finds what nobody told.
+//! A read of an inbox that somebody here waits for registers this edge with the inbox in Redis, in
+//! the same script that looks; whatever changes the inbox takes the registrations away, in the same
+//! script that makes the change, and sends each of those edges one word through NATS. So either the
+//! read sees the message, or the message sees the reader. Every part of that may fail: then a poll
+//! of the heads, every few seconds for all that wait here together, finds what nobody told.
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
@@ -27,7 +28,8 @@ use crate::{
     },
 };
 
-/// How long a subscription waits at most before it looks again by itself, which renews its registration.
+/// How long a subscription waits at most before it looks again by itself, which renews its
+/// registration.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 const _: () = assert!(LOOK_AGAIN.as_secs() < REGISTERED.as_secs());
 
@@ -89,7 +91,8 @@ impl Waking {
         self.table.inboxes.lock().contains_key(inbox).then_some(&*self.edge.0)
     }
 
-    /// Somebody here has looked at the inbox up to `head`, and was stopped by a lease that ends by itself in that time.
+    /// Somebody here has looked at the inbox up to `head`, and was stopped by a lease that ends by
+    /// itself in that time.
     pub(crate) fn looked(&self, inbox: &IdentityKey, head: u64, stopped_for: Option<Duration>) {
         let mut inboxes = self.table.inboxes.lock();
         let Some(entry) = inboxes.get_mut(inbox) else { return };
@@ -180,7 +183,8 @@ impl Waking {
         }
     }
 
-    /// Looks every `every`, and after each time that NATS was away, whether an inbox has something that nobody told.
+    /// Looks every `every`, and after each time that NATS was away, whether an inbox has something
+    /// that nobody told.
     pub(crate) async fn poll(self, database: Database, every: Duration) {
         let mut back = self.bus.back();
         loop {
@@ -222,8 +226,9 @@ impl Wakes for ClusterWakes {
         let subscriber = Arc::<Subscriber>::default();
         let table = Arc::clone(&self.0.table);
         let mut inboxes = table.inboxes.lock();
-        let entry =
-            inboxes.entry(*inbox).or_insert_with(|| Entry { subscribers: Vec::with_capacity(1), seen: None });
+        let entry = inboxes
+            .entry(*inbox)
+            .or_insert_with(|| Entry { subscribers: Vec::with_capacity(1), seen: None });
         entry.subscribers.push(Arc::clone(&subscriber));
         drop(inboxes);
         metrics::gauge!(names::WAITERS).increment(1);

@@ -1,9 +1,11 @@
-//! What an Enqueue costs, beside the least that it could: bare inserts with the same group commit, through the same
-//! sqlx, in the same run and directory, round about. Prints rates, CPU time and their ratios; asserts nothing.
+//! What an Enqueue costs, beside the least that it could: bare inserts with the same group commit,
+//! through the same sqlx, in the same run and directory, round about. Prints rates, CPU time and
+//! their ratios; asserts nothing.
 //!
 //! `cargo run --release -p qpq-store-embedded --example enqueue_floor [floor|inboxes|depth]`
 //! - `floor` (default): bare inserts against `Inboxes::enqueue`, without and with message ids;
-//! - `inboxes`: enqueue and fetch with 10³ to 10⁶ inboxes; `depth`: with 1 to 10 000 messages in the inbox.
+//! - `inboxes`: enqueue and fetch with 10³ to 10⁶ inboxes; `depth`: with 1 to 10 000 messages in
+//!   the inbox.
 
 #![allow(clippy::print_stdout, reason = "it is what the program is for")]
 
@@ -38,7 +40,8 @@ async fn main() {
     }
 }
 
-// Measuring -----------------------------------------------------------------------------------------------------------
+// Measuring
+// -----------------------------------------------------------------------------------------------------------
 
 /// Operations, and what they took.
 struct Cost {
@@ -88,7 +91,8 @@ impl Cost {
     }
 }
 
-// The floor -------------------------------------------------------------------------------------------------------------
+// The floor
+// -------------------------------------------------------------------------------------------------------------
 
 type BareJob = (Vec<u8>, oneshot::Sender<()>);
 
@@ -105,7 +109,8 @@ async fn bare_writer(path: &Path) -> mpsc::UnboundedSender<BareJob> {
         .connect()
         .await
         .expect("connect");
-    run(&mut connection, "CREATE TABLE IF NOT EXISTS bare (id INTEGER PRIMARY KEY, payload BLOB)").await;
+    run(&mut connection, "CREATE TABLE IF NOT EXISTS bare (id INTEGER PRIMARY KEY, payload BLOB)")
+        .await;
     let (jobs, mut waiting) = mpsc::unbounded_channel::<BareJob>();
     tokio::spawn(async move {
         while let Some(first) = waiting.recv().await {
@@ -166,7 +171,8 @@ async fn floor() {
     store.close().await;
 }
 
-// The store -------------------------------------------------------------------------------------------------------------
+// The store
+// -------------------------------------------------------------------------------------------------------------
 
 /// A store with this many accounts, made past the ports because a million take a while.
 async fn store_with(path: &Path, accounts: u64) -> EmbeddedStore {
@@ -307,7 +313,8 @@ async fn depth() {
         // Concurrent fetches of one inbox often find the one message leased; remove what they left.
         let page = PageLimit { messages: u32::MAX, bytes: usize::MAX };
         let left = stores.inboxes.peek(all(0), Seq::ZERO, page, NOW).await.expect("peek").envelopes;
-        if let Some(last) = left.len().checked_sub(usize::try_from(depth).expect("small")).filter(|n| *n > 0)
+        if let Some(last) =
+            left.len().checked_sub(usize::try_from(depth).expect("small")).filter(|n| *n > 0)
         {
             let ack = Ack { up_to: Some(left[last - 1].seq), seqs: vec![] };
             stores.inboxes.ack(all(0), ack, NOW).await.expect("ack");

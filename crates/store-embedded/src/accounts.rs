@@ -32,7 +32,9 @@ impl Accounts for EmbeddedAccounts {
             .run(
                 Scope::Job,
                 bytes,
-                |connection| async move { register(connection, account).await.map(Outcome::Keep) }.boxed(),
+                |connection| {
+                    async move { register(connection, account).await.map(Outcome::Keep) }.boxed()
+                },
                 |_| {},
             )
             .await
@@ -66,7 +68,10 @@ impl Accounts for EmbeddedAccounts {
     }
 }
 
-async fn register(connection: &mut SqliteConnection, new: NewAccount) -> sqlx::Result<Registration> {
+async fn register(
+    connection: &mut SqliteConnection,
+    new: NewAccount,
+) -> sqlx::Result<Registration> {
     let inserted: Option<i64> = sqlx::query_scalar(
         "INSERT INTO account (username, identity, opaque_record, created_at) VALUES (?1, ?2, ?3, ?4)
          ON CONFLICT DO NOTHING RETURNING id",
@@ -78,7 +83,10 @@ async fn register(connection: &mut SqliteConnection, new: NewAccount) -> sqlx::R
     .fetch_optional(&mut *connection)
     .await?;
     if let Some(id) = inserted {
-        sqlx::query("INSERT INTO inbox (id) VALUES (?1)").bind(id).execute(&mut *connection).await?;
+        sqlx::query("INSERT INTO inbox (id) VALUES (?1)")
+            .bind(id)
+            .execute(&mut *connection)
+            .await?;
         return Ok(Registration::Registered(AccountId(id)));
     }
     let holder = sqlx::query("SELECT id, identity, opaque_record FROM account WHERE username = ?1")

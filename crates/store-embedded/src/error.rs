@@ -1,4 +1,5 @@
-//! What SQLite's failures mean: for the one job that met them, for its batch, and for whoever asked.
+//! What SQLite's failures mean: for the one job that met them, for its batch, and for whoever
+//! asked.
 
 use std::sync::Arc;
 
@@ -45,9 +46,9 @@ impl Kind {
                     _ => Self::Other,
                 }
             }
-            sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::RowNotFound => {
-                Self::BadRow
-            }
+            sqlx::Error::ColumnDecode { .. }
+            | sqlx::Error::Decode(_)
+            | sqlx::Error::RowNotFound => Self::BadRow,
             _ => Self::Other,
         }
     }

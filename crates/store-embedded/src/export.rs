@@ -1,8 +1,8 @@
-//! Reading a whole data directory, for moving it into a cluster. Nothing in it is changed; while it is being read no server can
-//! start on it, and if one runs on it, it is not read.
+//! Reading a whole data directory, for moving it into a cluster. Nothing in it is changed; while it
+//! is being read no server can start on it, and if one runs on it, it is not read.
 //!
-//! Rows come in the order of their keys, a bounded number at a time, each batch from where the last one ended: whoever reads
-//! may stop anywhere and go on later.
+//! Rows come in the order of their keys, a bounded number at a time, each batch from where the last
+//! one ended: whoever reads may stop anywhere and go on later.
 
 use std::{
     fs::File,
@@ -84,13 +84,18 @@ impl Export {
     }
 
     /// The rows behind `after`, or the first ones: a batch of them, none at the end.
-    pub async fn rows(&mut self, table: Table, after: Option<&[Cell]>) -> Result<Vec<Row>, ExportError> {
+    pub async fn rows(
+        &mut self,
+        table: Table,
+        after: Option<&[Cell]>,
+    ) -> Result<Vec<Row>, ExportError> {
         let failed = failed(&self.data_dir);
         let (name, columns, key) = (table.name(), table.column_list(), table.key_list());
         let behind = after.map_or(String::new(), |after| {
             format!("WHERE ({key}) > ({})", vec!["?"; after.len()].join(", "))
         });
-        let sql = format!("SELECT {columns} FROM {name} {behind} ORDER BY {key} LIMIT {BATCH_ROWS}");
+        let sql =
+            format!("SELECT {columns} FROM {name} {behind} ORDER BY {key} LIMIT {BATCH_ROWS}");
         let query = after.into_iter().flatten().fold(sqlx::query(AssertSqlSafe(sql)), bind);
         let mut found = query.fetch(&mut self.connection);
         let (mut rows, mut bytes) = (Vec::new(), 0);
@@ -124,7 +129,8 @@ impl Export {
     }
 }
 
-/// The canonical rows of a table. The importer of the other store has the same columns in the same order.
+/// The canonical rows of a table. The importer of the other store has the same columns in the same
+/// order.
 fn canonical(table: Table) -> &'static str {
     match table {
         Table::Account => "SELECT username, identity, opaque_record, created_at FROM account",
@@ -202,8 +208,10 @@ mod tests {
     /// A server that was killed leaves its last commits in the log beside the database.
     #[tokio::test]
     async fn what_is_only_in_the_log_is_read_too() {
-        let (directory, copy) = (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("two"));
-        let store = EmbeddedStore::open(directory.path(), Limits::default()).await.expect("it opens");
+        let (directory, copy) =
+            (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("two"));
+        let store =
+            EmbeddedStore::open(directory.path(), Limits::default()).await.expect("it opens");
         let account = NewAccount {
             username: Username::parse("alice").expect("a name"),
             identity: IdentityKey::new([1; 32]),

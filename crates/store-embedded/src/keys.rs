@@ -1,13 +1,16 @@
 //! KeyPackages and hybrid keys in SQLite.
 //!
-//! A KeyPackage leaves its table in the transaction that gives it out, and its fingerprint goes into another, where it
-//! stays until its lifetime ends: so it is given out once, and cannot come back. Whether a package has expired is judged
-//! by the caller's instant in every statement, never by whether a sweep has already come by.
+//! A KeyPackage leaves its table in the transaction that gives it out, and its fingerprint goes
+//! into another, where it stays until its lifetime ends: so it is given out once, and cannot come
+//! back. Whether a package has expired is judged by the caller's instant in every statement, never
+//! by whether a sweep has already come by.
 
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use qpq_domain::{AccountId, IdentityKey, KeyPackageCaps, UnixMillis};
-use qpq_ports::{HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload};
+use qpq_ports::{
+    HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload,
+};
 use sqlx::{Row as _, SqliteConnection, SqlitePool, sqlite::SqliteRow};
 
 use crate::{
@@ -61,7 +64,11 @@ impl KeyPackages for EmbeddedKeys {
             .await
     }
 
-    async fn take(&self, target: &IdentityKey, now: UnixMillis) -> StoreResult<Option<TakenKeyPackage>> {
+    async fn take(
+        &self,
+        target: &IdentityKey,
+        now: UnixMillis,
+    ) -> StoreResult<Option<TakenKeyPackage>> {
         let target = *target;
         self.writer
             .run(
@@ -95,11 +102,13 @@ impl HybridKeys for EmbeddedKeys {
                 key.len() + JOB_BYTES,
                 move |connection| {
                     async move {
-                        sqlx::query("INSERT OR REPLACE INTO hybrid_key (owner, key) VALUES (?1, ?2)")
-                            .bind(owner.0)
-                            .bind(key)
-                            .execute(connection)
-                            .await?;
+                        sqlx::query(
+                            "INSERT OR REPLACE INTO hybrid_key (owner, key) VALUES (?1, ?2)",
+                        )
+                        .bind(owner.0)
+                        .bind(key)
+                        .execute(connection)
+                        .await?;
                         Ok(Outcome::Keep(()))
                     }
                     .boxed()
@@ -158,7 +167,8 @@ async fn upload(
             return Ok(Upload::GivenOut(index));
         }
     }
-    let row = sqlx::query(STOCK).bind(owner.0).bind(millis(now)).fetch_one(&mut *connection).await?;
+    let row =
+        sqlx::query(STOCK).bind(owner.0).bind(millis(now)).fetch_one(&mut *connection).await?;
     let stock = stock(&row)?;
     let count = stock.available.saturating_add(stock.has_last_resort.into());
     Ok(if count > most { Upload::Full } else { Upload::Stored(stock) })
@@ -242,5 +252,8 @@ async fn take(
     .bind(millis(row.at("not_after")?))
     .execute(connection)
     .await?;
-    Ok(Some(TakenKeyPackage { bytes: row.bytes("bytes")?, last_resort: row.try_get("last_resort")? }))
+    Ok(Some(TakenKeyPackage {
+        bytes: row.bytes("bytes")?,
+        last_resort: row.try_get("last_resort")?,
+    }))
 }

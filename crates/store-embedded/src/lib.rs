@@ -1,11 +1,14 @@
-//! The store that needs nothing installed: everything durable in one SQLite file, everything else in this process.
+//! The store that needs nothing installed: everything durable in one SQLite file, everything else
+//! in this process.
 //!
-//! [`EmbeddedStore::open`] takes a data directory for itself and gives the ports of `qpq_ports`. Inside:
-//! - one writer commits many requests in one transaction (`writer`), readers beside it see the last commit (WAL);
-//! - an inbox is a range of one table, its head kept by triggers, so neither enqueue nor read ever counts or scans
-//!   (`migrations/0001_init.sql`, `inboxes`);
-//! - leases, wakes, rate limits and the session cache are in memory: this process is the only one, and who has died
-//!   holds none of them.
+//! [`EmbeddedStore::open`] takes a data directory for itself and gives the ports of `qpq_ports`.
+//! Inside:
+//! - one writer commits many requests in one transaction (`writer`), readers beside it see the last
+//!   commit (WAL);
+//! - an inbox is a range of one table, its head kept by triggers, so neither enqueue nor read ever
+//!   counts or scans (`migrations/0001_init.sql`, `inboxes`);
+//! - leases, wakes, rate limits and the session cache are in memory: this process is the only one,
+//!   and who has died holds none of them.
 
 mod accounts;
 mod error;
@@ -32,8 +35,9 @@ pub use export::{Export, ExportError};
 pub use open::{MOVED_FILE, OpenError};
 
 use crate::{
-    accounts::EmbeddedAccounts, inboxes::EmbeddedInboxes, keys::EmbeddedKeys, limiter::EmbeddedLimiter,
-    sessions::EmbeddedSessions, upkeep::EmbeddedUpkeep, wakes::EmbeddedWakes, writer::Writer,
+    accounts::EmbeddedAccounts, inboxes::EmbeddedInboxes, keys::EmbeddedKeys,
+    limiter::EmbeddedLimiter, sessions::EmbeddedSessions, upkeep::EmbeddedUpkeep,
+    wakes::EmbeddedWakes, writer::Writer,
 };
 
 /// What the deployment allows.
@@ -51,7 +55,8 @@ pub struct EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Opens `data_dir`, made if missing. Needs a tokio runtime, and uses it as long as the store is open.
+    /// Opens `data_dir`, made if missing. Needs a tokio runtime, and uses it as long as the store
+    /// is open.
     pub async fn open(data_dir: &Path, limits: Limits) -> Result<Self, OpenError> {
         metrics::describe();
         let opened = open::open(data_dir).await?;
@@ -59,7 +64,8 @@ impl EmbeddedStore {
         let writer = Writer::start(opened.connection, opened.options, limits.delivery, opened.lock);
         let wakes = Arc::default();
         let sessions = Arc::new(EmbeddedSessions::new(writer.clone(), readers.clone()));
-        let keys = Arc::new(EmbeddedKeys::new(writer.clone(), readers.clone(), limits.key_packages));
+        let keys =
+            Arc::new(EmbeddedKeys::new(writer.clone(), readers.clone(), limits.key_packages));
         let stores = Stores {
             accounts: Arc::new(EmbeddedAccounts::new(writer.clone(), readers.clone())),
             inboxes: Arc::new(EmbeddedInboxes::new(
@@ -88,9 +94,9 @@ impl EmbeddedStore {
         self.stores.clone()
     }
 
-    /// Ends what waits to be written, writes the log back into the database file and gives the directory free. Whoever
-    /// still has ports gets `Unavailable` from them. A store that is dropped instead loses nothing; its next start reads the
-    /// log.
+    /// Ends what waits to be written, writes the log back into the database file and gives the
+    /// directory free. Whoever still has ports gets `Unavailable` from them. A store that is
+    /// dropped instead loses nothing; its next start reads the log.
     pub async fn close(self) {
         self.readers.close().await;
         self.writer.close().await;

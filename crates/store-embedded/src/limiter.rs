@@ -1,7 +1,8 @@
 //! Rate limits, counted in this process.
 //!
-//! A bucket is one number: when it will be full again (the generic cell rate algorithm). One that is full says nothing
-//! that an absent one does not, so it is forgotten, and memory is bounded by what was spent lately.
+//! A bucket is one number: when it will be full again (the generic cell rate algorithm). One that
+//! is full says nothing that an absent one does not, so it is forgotten, and memory is bounded by
+//! what was spent lately.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -25,7 +26,13 @@ pub(crate) struct EmbeddedLimiter {
 
 #[async_trait]
 impl RateLimiter for EmbeddedLimiter {
-    async fn take(&self, key: LimitKey, bucket: Bucket, cost: u32, now: UnixMillis) -> StoreResult<Verdict> {
+    async fn take(
+        &self,
+        key: LimitKey,
+        bucket: Bucket,
+        cost: u32,
+        now: UnixMillis,
+    ) -> StoreResult<Verdict> {
         let now = now.0 as f64;
         let mut buckets = self.buckets.lock(&key);
         if buckets.len() >= MOST && !buckets.contains_key(&key) {
@@ -54,7 +61,8 @@ fn spend(bucket: Bucket, cost: u32, full_at: f64, now: f64) -> Result<f64, Durat
     let needed = f64::from(cost.min(bucket.burst));
     let missing = (full_at - now) / millis_per_token;
     let lacking = missing + needed - f64::from(bucket.burst);
-    // An instant is a whole millisecond, so less than what comes back in one is no reason to refuse.
+    // An instant is a whole millisecond, so less than what comes back in one is no reason to
+    // refuse.
     if lacking * millis_per_token < 1e-3 {
         Ok(full_at + f64::from(cost) * millis_per_token)
     } else {
@@ -92,7 +100,10 @@ mod tests {
         let spent = limiter.take(key(u64::MAX), slow, 1, UnixMillis(0)).await.expect("in memory");
         assert_eq!(spent, Verdict::Allowed);
         for n in 0..2 * 64 * MOST as u64 {
-            limiter.take(key(n), quick, 1, UnixMillis(10 + 2 * n / MOST as u64)).await.expect("in memory");
+            limiter
+                .take(key(n), quick, 1, UnixMillis(10 + 2 * n / MOST as u64))
+                .await
+                .expect("in memory");
         }
         assert!(limiter.buckets.len() <= 64 * MOST);
         let again = limiter.take(key(u64::MAX), slow, 1, UnixMillis(10)).await.expect("in memory");

@@ -1,5 +1,5 @@
-//! Opening a data directory: made if missing, locked against a second server, brought to the newest schema, and tried
-//! with one real commit before anybody relies on it.
+//! Opening a data directory: made if missing, locked against a second server, brought to the newest
+//! schema, and tried with one real commit before anybody relies on it.
 
 use std::{
     cmp::Ordering,
@@ -26,13 +26,15 @@ const APPLICATION_ID: i64 = 1_903_194_417;
 /// Connections for reading. Each is a thread that sleeps unless it reads.
 const READERS: u32 = 4;
 
-/// Rows that a reader is ahead of whoever takes them. A row can be a MiB, and a page ends after four.
+/// Rows that a reader is ahead of whoever takes them. A row can be a MiB, and a page ends after
+/// four.
 pub(crate) const ROWS_AHEAD: usize = 8;
 
 const LOCK_FILE: &str = "lock";
 pub(crate) const DATABASE_FILE: &str = "qpq.db";
 
-/// The file in a data directory that says where everything in it has gone: whoever finds it starts no server there.
+/// The file in a data directory that says where everything in it has gone: whoever finds it starts
+/// no server there.
 pub const MOVED_FILE: &str = "moved-to-cluster";
 
 /// Why a data directory cannot be used, and what to do about it.
@@ -111,7 +113,8 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(Duration::from_secs(5))
-        // Up to 64 MiB of pages in memory, a log of 16 MiB before it is written back, and not much more afterwards.
+        // Up to 64 MiB of pages in memory, a log of 16 MiB before it is written back, and not much
+        // more afterwards.
         .pragma("cache_size", "-65536")
         .pragma("wal_autocheckpoint", "4096")
         .pragma("journal_size_limit", "67108864")
@@ -127,8 +130,11 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .map_err(|error| migration_failed(&path, &error))?;
     upkeep::beat(&mut connection).await.map_err(failed)?;
 
-    let reading =
-        options.clone().pragma("query_only", "on").pragma("cache_size", "-16384").row_buffer_size(ROWS_AHEAD);
+    let reading = options
+        .clone()
+        .pragma("query_only", "on")
+        .pragma("cache_size", "-16384")
+        .row_buffer_size(ROWS_AHEAD);
     let readers = SqlitePoolOptions::new()
         .max_connections(READERS)
         .acquire_timeout(Duration::from_secs(5))
@@ -142,7 +148,11 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
 }
 
 fn make_directory(path: &Path) -> Result<(), OpenError> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| io_failed(path, &error))
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| io_failed(path, &error))
 }
 
 /// Takes the directory for this process, until the file is closed.
@@ -156,7 +166,8 @@ pub(crate) fn lock(data_dir: &Path) -> Result<File, OpenError> {
     }
 }
 
-/// Opens a file, made readable for its owner alone if missing. SQLite gives its log the mode of the database.
+/// Opens a file, made readable for its owner alone if missing. SQLite gives its log the mode of the
+/// database.
 fn make_private_file(path: &Path) -> Result<File, OpenError> {
     OpenOptions::new()
         .read(true)
@@ -170,13 +181,17 @@ fn make_private_file(path: &Path) -> Result<File, OpenError> {
 
 /// Makes the directory's entries as durable as what will be in the files.
 fn sync_directory(path: &Path) -> Result<(), OpenError> {
-    File::open(path).and_then(|directory| directory.sync_all()).map_err(|error| io_failed(path, &error))
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|error| io_failed(path, &error))
 }
 
 fn io_failed(path: &Path, error: &io::Error) -> OpenError {
     let path = path.to_owned();
     match error.kind() {
-        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => OpenError::NotADirectory(path),
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            OpenError::NotADirectory(path)
+        }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             OpenError::NotWritable { path, cause: error.to_string() }
         }
@@ -186,12 +201,16 @@ fn io_failed(path: &Path, error: &io::Error) -> OpenError {
 }
 
 /// Checks that the database is one of ours and just as new as this program.
-pub(crate) async fn check_current(connection: &mut SqliteConnection, path: &Path) -> Result<(), OpenError> {
+pub(crate) async fn check_current(
+    connection: &mut SqliteConnection,
+    path: &Path,
+) -> Result<(), OpenError> {
     check_ownership(connection, path).await?;
-    let found: Option<i64> = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
-        .fetch_one(connection)
-        .await
-        .map_err(|error| failed(path, &error))?;
+    let found: Option<i64> =
+        sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
+            .fetch_one(connection)
+            .await
+            .map_err(|error| failed(path, &error))?;
     let (found, known, path) = (found.unwrap_or_default(), newest(), path.to_owned());
     match found.cmp(&known) {
         Ordering::Less => Err(OpenError::OlderSchema { path, found, known }),
@@ -214,16 +233,23 @@ pub(crate) fn failed(path: &Path, error: &sqlx::Error) -> OpenError {
 /// A database that has tables and not our mark is somebody else's.
 async fn check_ownership(connection: &mut SqliteConnection, path: &Path) -> Result<(), OpenError> {
     let failed = |error: sqlx::Error| failed(path, &error);
-    let mark: i64 =
-        sqlx::query_scalar("PRAGMA application_id").fetch_one(&mut *connection).await.map_err(failed)?;
-    // The migrator's own table comes before the first migration, which sets the mark: a crash may leave it alone.
+    let mark: i64 = sqlx::query_scalar("PRAGMA application_id")
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(failed)?;
+    // The migrator's own table comes before the first migration, which sets the mark: a crash may
+    // leave it alone.
     let foreign: bool = sqlx::query_scalar(
         "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE tbl_name <> '_sqlx_migrations')",
     )
     .fetch_one(&mut *connection)
     .await
     .map_err(failed)?;
-    if foreign && mark != APPLICATION_ID { Err(OpenError::NotOurs(path.to_owned())) } else { Ok(()) }
+    if foreign && mark != APPLICATION_ID {
+        Err(OpenError::NotOurs(path.to_owned()))
+    } else {
+        Ok(())
+    }
 }
 
 fn newest() -> i64 {
@@ -239,7 +265,9 @@ fn migration_failed(path: &Path, error: &MigrateError) -> OpenError {
         MigrateError::VersionMismatch(version) => {
             OpenError::OtherSchema { path: path.to_owned(), version: *version }
         }
-        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => failed(path, error),
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => {
+            failed(path, error)
+        }
         other => OpenError::Corrupt { path: path.to_owned(), cause: other.to_string() },
     }
 }
@@ -253,10 +281,14 @@ mod tests {
     async fn commits_are_synced_to_a_log() {
         let directory = tempfile::tempdir().expect("a directory");
         let mut opened = open(directory.path()).await.unwrap_or_else(|error| panic!("{error}"));
-        let synchronous: i64 =
-            sqlx::query_scalar("PRAGMA synchronous").fetch_one(&mut opened.connection).await.expect("read");
-        let journal: String =
-            sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut opened.connection).await.expect("read");
+        let synchronous: i64 = sqlx::query_scalar("PRAGMA synchronous")
+            .fetch_one(&mut opened.connection)
+            .await
+            .expect("read");
+        let journal: String = sqlx::query_scalar("PRAGMA journal_mode")
+            .fetch_one(&mut opened.connection)
+            .await
+            .expect("read");
         assert_eq!((synchronous, journal.as_str()), (2, "wal"));
         let write = sqlx::query("UPDATE heartbeat SET beats = 0").execute(&opened.readers).await;
         write.expect_err("readers only read");

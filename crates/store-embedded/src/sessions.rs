@@ -1,8 +1,10 @@
-//! Sessions in SQLite, with those in use in memory: every call looks its session up, and hardly any changes it.
+//! Sessions in SQLite, with those in use in memory: every call looks its session up, and hardly any
+//! changes it.
 //!
-//! The cache is exact, because this process is the only writer. What could make it wrong is a lookup that reads a row,
-//! is overtaken by a revocation, and only then caches what it read; so each change counts up a generation, and a lookup
-//! caches nothing when the generation is not the one it began with.
+//! The cache is exact, because this process is the only writer. What could make it wrong is a
+//! lookup that reads a row, is overtaken by a revocation, and only then caches what it read; so
+//! each change counts up a generation, and a lookup caches nothing when the generation is not the
+//! one it began with.
 
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
@@ -52,7 +54,8 @@ impl Sessions for EmbeddedSessions {
                 JOB_BYTES,
                 move |connection| {
                     async move {
-                        // A token is 256 random bits: one that is there already is this very session, made twice.
+                        // A token is 256 random bits: one that is there already is this very
+                        // session, made twice.
                         sqlx::query(
                             "INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
                              VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
@@ -98,7 +101,12 @@ impl Sessions for EmbeddedSessions {
         .map_err(read_failed)
     }
 
-    async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()> {
+    async fn touch(
+        &self,
+        token: &TokenHash,
+        now: UnixMillis,
+        expires_at: UnixMillis,
+    ) -> StoreResult<()> {
         let (token, cache) = (*token, self.cache.clone());
         self.writer
             .run(
@@ -151,10 +159,11 @@ impl Sessions for EmbeddedSessions {
                 JOB_BYTES,
                 move |connection| {
                     async move {
-                        let rows = sqlx::query("DELETE FROM session WHERE account = ?1 RETURNING token")
-                            .bind(account.0)
-                            .fetch_all(connection)
-                            .await?;
+                        let rows =
+                            sqlx::query("DELETE FROM session WHERE account = ?1 RETURNING token")
+                                .bind(account.0)
+                                .fetch_all(connection)
+                                .await?;
                         Ok(Outcome::Keep(tokens(&rows)?))
                     }
                     .boxed()

@@ -9,7 +9,8 @@ use parking_lot::{Mutex, MutexGuard};
 
 const SHARDS: usize = 64;
 
-/// Which shard a key falls into is decided with a random seed: nobody can choose keys that all meet.
+/// Which shard a key falls into is decided with a random seed: nobody can choose keys that all
+/// meet.
 #[derive(Debug)]
 pub(crate) struct Shards<K, V> {
     hasher: RandomState,

@@ -1,7 +1,9 @@
-//! The store's care for itself: a commit to see whether commits work, and the removal of what has expired.
+//! The store's care for itself: a commit to see whether commits work, and the removal of what has
+//! expired.
 //!
-//! A few bytes may well be committed on a disk that has no room for a message: the log keeps its length and is written
-//! from the start again. So once a batch was refused, the commit that is tried is larger than that batch.
+//! A few bytes may well be committed on a disk that has no room for a message: the log keeps its
+//! length and is written from the start again. So once a batch was refused, the commit that is
+//! tried is larger than that batch.
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,7 +34,11 @@ pub(crate) struct EmbeddedUpkeep {
 }
 
 impl EmbeddedUpkeep {
-    pub(crate) fn new(writer: Writer, sessions: Arc<EmbeddedSessions>, recent_ids: Duration) -> Self {
+    pub(crate) fn new(
+        writer: Writer,
+        sessions: Arc<EmbeddedSessions>,
+        recent_ids: Duration,
+    ) -> Self {
         Self { writer, sessions, recent_ids }
     }
 }
@@ -85,9 +91,11 @@ impl Upkeep for EmbeddedUpkeep {
 }
 
 impl EmbeddedUpkeep {
-    /// Commits something that needs more room than a batch of so many bytes; the next beat lets go of it.
+    /// Commits something that needs more room than a batch of so many bytes; the next beat lets go
+    /// of it.
     async fn lift(&self, refused: usize) -> StoreResult<()> {
-        let load = i64::try_from(refused.saturating_mul(2).saturating_add(LOAD)).unwrap_or(i64::MAX);
+        let load =
+            i64::try_from(refused.saturating_mul(2).saturating_add(LOAD)).unwrap_or(i64::MAX);
         self.writer
             .run(
                 Scope::Alone,
@@ -110,7 +118,10 @@ impl EmbeddedUpkeep {
 
 /// Writes the one row that exists for this.
 pub(crate) async fn beat(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-    sqlx::query("UPDATE heartbeat SET beats = beats + 1, load = NULL").execute(connection).await.map(drop)
+    sqlx::query("UPDATE heartbeat SET beats = beats + 1, load = NULL")
+        .execute(connection)
+        .await
+        .map(drop)
 }
 
 async fn sweep_keys(connection: &mut SqliteConnection, now: UnixMillis) -> sqlx::Result<u64> {

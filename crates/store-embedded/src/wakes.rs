@@ -1,7 +1,9 @@
-//! Who waits for what happens in which inbox. Everything is in this process, so a wake is one lock and a flag.
+//! Who waits for what happens in which inbox. Everything is in this process, so a wake is one lock
+//! and a flag.
 //!
-//! A subscription keeps a permit of its own: a wake that comes while nobody looks is there at the next look. With the
-//! order *commit, then wake* on one side and *subscribe, then read* on the other, no wake is ever lost.
+//! A subscription keeps a permit of its own: a wake that comes while nobody looks is there at the
+//! next look. With the order *commit, then wake* on one side and *subscribe, then read* on the
+//! other, no wake is ever lost.
 
 use std::{fmt, sync::Arc};
 

@@ -1,14 +1,19 @@
-//! The one writer: a task that owns the only writing connection and commits many requests in one transaction.
+//! The one writer: a task that owns the only writing connection and commits many requests in one
+//! transaction.
 //!
-//! Whatever changes the store is a *job*. The writer takes all that wait (up to a bound), runs them one after the other
-//! in one transaction, and answers them once its `COMMIT` has returned: nothing is acknowledged before it is durable, and
-//! the price of an fsync is shared. While it commits, the next jobs gather.
+//! Whatever changes the store is a *job*. The writer takes all that wait (up to a bound), runs them
+//! one after the other in one transaction, and answers them once its `COMMIT` has returned: nothing
+//! is acknowledged before it is durable, and the price of an fsync is shared. While it commits, the
+//! next jobs gather.
 //!
-//! - Messages to be enqueued are no jobs of their own: all that wait go to the database together, after the jobs.
-//! - A job that only concerns itself (a constraint, a row that cannot be read) fails alone, if it runs in a savepoint.
-//! - A failure of the store (full, I/O, corrupt) rolls the whole batch back; each of its jobs is told, the connection is
-//!   thrown away, and the next batch begins with a new one. So the store works again as soon as the disk does. How large
-//!   the batch was is remembered until one as large is committed: a small one may fit where that did not.
+//! - Messages to be enqueued are no jobs of their own: all that wait go to the database together,
+//!   after the jobs.
+//! - A job that only concerns itself (a constraint, a row that cannot be read) fails alone, if it
+//!   runs in a savepoint.
+//! - A failure of the store (full, I/O, corrupt) rolls the whole batch back; each of its jobs is
+//!   told, the connection is thrown away, and the next batch begins with a new one. So the store
+//!   works again as soon as the disk does. How large the batch was is remembered until one as large
+//!   is committed: a small one may fit where that did not.
 //! - A caller may go away: its job is carried out or not, but the writer does not care.
 
 use std::{
@@ -55,7 +60,8 @@ pub(crate) enum Scope {
     Job,
     /// The batch: for jobs that no row can make fail, and that are many.
     Batch,
-    /// The job alone: it has a transaction of its own, for what may well fail and should take nobody with it.
+    /// The job alone: it has a transaction of its own, for what may well fail and should take
+    /// nobody with it.
     Alone,
 }
 
@@ -110,8 +116,8 @@ enum Message {
 }
 
 impl Writer {
-    /// Starts the writer on `connection`; `options` make a new one after a failure. `guard` is dropped when the writer has
-    /// ended and the connection is closed.
+    /// Starts the writer on `connection`; `options` make a new one after a failure. `guard` is
+    /// dropped when the writer has ended and the connection is closed.
     pub(crate) fn start<G: Send + 'static>(
         connection: SqliteConnection,
         options: SqliteConnectOptions,
@@ -138,13 +144,15 @@ impl Writer {
         Self { jobs, room: Arc::new(Semaphore::new(ROOM)), refused }
     }
 
-    /// About how much a commit must hold to show that what was refused last would be taken now; `None` if nothing was.
+    /// About how much a commit must hold to show that what was refused last would be taken now;
+    /// `None` if nothing was.
     pub(crate) fn refused(&self) -> Option<usize> {
         self.refused.bytes()
     }
 
-    /// Runs `work` in a transaction. Once that is committed, calls `committed` with the result, in commit order and whether
-    /// or not the caller still waits, and returns the result. `bytes` is about what the job keeps in memory.
+    /// Runs `work` in a transaction. Once that is committed, calls `committed` with the result, in
+    /// commit order and whether or not the caller still waits, and returns the result. `bytes` is
+    /// about what the job keeps in memory.
     pub(crate) async fn run<T, W, C>(
         &self,
         scope: Scope,
@@ -162,13 +170,27 @@ impl Writer {
         let room = self.admit(bytes).await?;
         let (answer, result) = oneshot::channel();
         metrics::gauge!(names::QUEUE_JOBS).increment(1);
-        let job = TypedJob { scope, bytes, work: Some(work), committed, result: None, answer, _room: room };
-        self.jobs.send(Message::Job(Box::new(job))).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
+        let job = TypedJob {
+            scope,
+            bytes,
+            work: Some(work),
+            committed,
+            result: None,
+            answer,
+            _room: room,
+        };
+        self.jobs
+            .send(Message::Job(Box::new(job)))
+            .map_err(|_| StoreError::unavailable(Refusal::Closed))?;
         result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
     }
 
     /// Accepts messages; `committed` as for [`Writer::run`].
-    pub(crate) async fn enqueue<C>(&self, messages: Vec<Enqueue>, committed: C) -> StoreResult<Vec<Enqueued>>
+    pub(crate) async fn enqueue<C>(
+        &self,
+        messages: Vec<Enqueue>,
+        committed: C,
+    ) -> StoreResult<Vec<Enqueued>>
     where
         C: FnOnce(&[Enqueue], &[Enqueued]) + Send + 'static,
     {
@@ -176,8 +198,11 @@ impl Writer {
         let room = self.admit(bytes).await?;
         let (answer, result) = oneshot::channel();
         metrics::gauge!(names::QUEUE_JOBS).increment(1);
-        let call = EnqueueCall { messages, bytes, committed: Box::new(committed), answer, _room: room };
-        self.jobs.send(Message::Enqueue(call)).map_err(|_| StoreError::unavailable(Refusal::Closed))?;
+        let call =
+            EnqueueCall { messages, bytes, committed: Box::new(committed), answer, _room: room };
+        self.jobs
+            .send(Message::Enqueue(call))
+            .map_err(|_| StoreError::unavailable(Refusal::Closed))?;
         result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
     }
 
@@ -192,7 +217,8 @@ impl Writer {
         }
     }
 
-    /// Lets the jobs that wait end, writes the log back into the database file and closes the connection.
+    /// Lets the jobs that wait end, writes the log back into the database file and closes the
+    /// connection.
     pub(crate) async fn close(&self) {
         let (closed, done) = oneshot::channel();
         if self.jobs.send(Message::Close(closed)).is_ok() {
@@ -207,7 +233,10 @@ trait Job: Send {
     fn scope(&self) -> Scope;
     fn bytes(&self) -> usize;
     /// Does the work; true when it is to be kept.
-    fn run<'c>(&'c mut self, connection: &'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<bool>>;
+    fn run<'c>(
+        &'c mut self,
+        connection: &'c mut SqliteConnection,
+    ) -> BoxFuture<'c, sqlx::Result<bool>>;
     fn committed(self: Box<Self>);
     fn failed(self: Box<Self>, error: StoreError);
 }
@@ -236,7 +265,10 @@ where
         self.bytes
     }
 
-    fn run<'c>(&'c mut self, connection: &'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<bool>> {
+    fn run<'c>(
+        &'c mut self,
+        connection: &'c mut SqliteConnection,
+    ) -> BoxFuture<'c, sqlx::Result<bool>> {
         Box::pin(async move {
             let work = self.work.take().expect("a job runs once");
             let (result, keep) = match work(connection).await? {
@@ -290,7 +322,8 @@ impl Batch {
         self.len() >= BATCH_JOBS || self.bytes >= BATCH_BYTES
     }
 
-    /// Answers everyone. `own` are the jobs' own failures, `outcomes` those of all messages in order.
+    /// Answers everyone. `own` are the jobs' own failures, `outcomes` those of all messages in
+    /// order.
     fn committed(self, own: Vec<Option<Shared>>, outcomes: Vec<Enqueued>) {
         for (job, failure) in self.jobs.into_iter().zip(own) {
             match failure {
@@ -327,7 +360,8 @@ struct Committer {
 }
 
 impl Committer {
-    /// Commits until the store is closed or nobody is left who could write; then answers whom to tell.
+    /// Commits until the store is closed or nobody is left who could write; then answers whom to
+    /// tell.
     async fn run(mut self) -> Option<oneshot::Sender<()>> {
         let mut closed = None;
         while let Some(message) = self.waiting.recv().await {
@@ -357,7 +391,8 @@ impl Committer {
                 self.commit(batch).await;
             }
             if let Some(job) = alone {
-                self.commit(Batch { bytes: job.bytes(), jobs: vec![job], ..Batch::default() }).await;
+                self.commit(Batch { bytes: job.bytes(), jobs: vec![job], ..Batch::default() })
+                    .await;
             }
         }
         if let Some(mut connection) = self.connection.take() {
@@ -392,9 +427,12 @@ impl Committer {
         }
     }
 
-    /// Runs the jobs, inserts the messages and commits. Answers the failures that were a job's own, job by job, and what
-    /// became of each message.
-    async fn transaction(&mut self, batch: &mut Batch) -> sqlx::Result<(Vec<Option<Shared>>, Vec<Enqueued>)> {
+    /// Runs the jobs, inserts the messages and commits. Answers the failures that were a job's own,
+    /// job by job, and what became of each message.
+    async fn transaction(
+        &mut self,
+        batch: &mut Batch,
+    ) -> sqlx::Result<(Vec<Option<Shared>>, Vec<Enqueued>)> {
         let connection = match &mut self.connection {
             Some(connection) => connection,
             none => none.insert(self.options.connect().await?),
@@ -425,7 +463,8 @@ impl Committer {
     /// Throws the connection away, whatever state it is in.
     async fn start_over(&mut self) {
         if let Some(mut connection) = self.connection.take() {
-            // It may have been rolled back already, or be past any use; closing it ends the transaction in any case.
+            // It may have been rolled back already, or be past any use; closing it ends the
+            // transaction in any case.
             let _ = execute(&mut connection, "ROLLBACK").await;
             let _ = connection.close().await;
         }
@@ -433,7 +472,10 @@ impl Committer {
 }
 
 /// Runs a job so that it can fail alone; answers its own failure. Any other is the store's.
-async fn in_savepoint(job: &mut dyn Job, connection: &mut SqliteConnection) -> sqlx::Result<Option<Shared>> {
+async fn in_savepoint(
+    job: &mut dyn Job,
+    connection: &mut SqliteConnection,
+) -> sqlx::Result<Option<Shared>> {
     execute(connection, "SAVEPOINT job").await?;
     let ran = job.run(connection).await;
     if !matches!(ran, Ok(true)) {

@@ -1,4 +1,5 @@
-//! The certificate that new connections are shown: the one that its files hold, also after they changed.
+//! The certificate that new connections are shown: the one that its files hold, also after they
+//! changed.
 
 use std::{
     path::{Path, PathBuf},
@@ -52,7 +53,11 @@ impl Certificates {
     ///
     /// # Errors
     /// [`IdentityError`].
-    pub fn load_or_create(cert: &Path, key: &Path, names: &[String]) -> Result<Arc<Self>, IdentityError> {
+    pub fn load_or_create(
+        cert: &Path,
+        key: &Path,
+        names: &[String],
+    ) -> Result<Arc<Self>, IdentityError> {
         Identity::load_or_create(cert, key, names)?;
         // Once more, so that what is compared later is what is served now.
         Self::load(cert, key)
@@ -86,10 +91,12 @@ impl Certificates {
         self.current.load().fingerprint()
     }
 
-    /// Looks at the files and takes what they hold, if that is new and certificate and key belong together.
+    /// Looks at the files and takes what they hold, if that is new and certificate and key belong
+    /// together.
     ///
     /// # Errors
-    /// [`IdentityError`]; the old identity stays. The same bad content is an error once, then `Unchanged`.
+    /// [`IdentityError`]; the old identity stays. The same bad content is an error once, then
+    /// `Unchanged`.
     pub fn reload(&self) -> Result<Reload, IdentityError> {
         let files = Files::read(&self.cert, &self.key)?;
         let mut seen = self.seen.lock();
@@ -103,8 +110,8 @@ impl Certificates {
         Ok(Reload::Changed(fingerprint))
     }
 
-    /// Looks at the files again and again, by content, since Kubernetes swaps them under unchanged names; for a
-    /// background task. Failures are logged and counted.
+    /// Looks at the files again and again, by content, since Kubernetes swaps them under unchanged
+    /// names; for a background task. Failures are logged and counted.
     pub async fn watch(self: Arc<Self>, every: Duration) {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -142,7 +149,9 @@ impl ResolvesServerCert for Certificates {
 
 impl std::fmt::Debug for Certificates {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Certificates").field("current", &self.current.load()).finish_non_exhaustive()
+        f.debug_struct("Certificates")
+            .field("current", &self.current.load())
+            .finish_non_exhaustive()
     }
 }
 
@@ -154,7 +163,9 @@ fn note_expiry(identity: &Identity) {
     let Some(now) = DefaultTimeProvider.current_time() else { return };
     let left = not_after - i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
     if left < 0 {
-        tracing::warn!("the certificate has expired: clients that check it refuse to connect; renew it");
+        tracing::warn!(
+            "the certificate has expired: clients that check it refuse to connect; renew it"
+        );
     } else if left < EXPIRY_WARNING {
         tracing::warn!(days = left / (24 * 60 * 60), "the certificate expires soon: renew it");
     }

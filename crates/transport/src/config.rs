@@ -38,18 +38,19 @@ impl Config {
 /// How much a server bears. What is above is refused, never queued and never ignored.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections, those in their handshake included. An idle one costs about 45 KiB. Default 16 384.
+    /// Connections, those in their handshake included. An idle one costs about 45 KiB. Default 16
+    /// 384.
     pub max_connections: usize,
-    /// Connections from one IP address. Above the number of clients that may be behind one address: a NAT, or a load
-    /// balancer that hides its clients. Default 1 024.
+    /// Connections from one IP address. Above the number of clients that may be behind one address:
+    /// a NAT, or a load balancer that hides its clients. Default 1 024.
     pub max_connections_per_ip: usize,
     /// Handshakes at a time. Default 2 048, one second's worth on one core.
     pub max_handshakes: usize,
-    /// From so many handshakes at a time on, clients must prove their address (Retry, one round trip more), until
-    /// there are half as many. 0: always. Default 256.
+    /// From so many handshakes at a time on, clients must prove their address (Retry, one round
+    /// trip more), until there are half as many. 0: always. Default 256.
     pub retry_above: usize,
-    /// Calls in flight on one connection; a client that opens more waits. Default 64: each allowed stream costs 83
-    /// bytes on every connection, used or not.
+    /// Calls in flight on one connection; a client that opens more waits. Default 64: each allowed
+    /// stream costs 83 bytes on every connection, used or not.
     pub max_streams: u32,
 }
 
@@ -74,11 +75,11 @@ pub struct Timeouts {
     pub idle: Duration,
     /// For the whole request, from its first byte. Default 10 s.
     pub request: Duration,
-    /// For any datagram while a reply with a [`Delivery`](crate::Delivery) is unacknowledged; then the reply is lost.
-    /// Default 10 s.
+    /// For any datagram while a reply with a [`Delivery`](crate::Delivery) is unacknowledged; then
+    /// the reply is lost. Default 10 s.
     pub silent_peer: Duration,
-    /// For the client to take any more of a reply; then the reply is reset, so that nobody pins memory by not
-    /// reading. Default 30 s.
+    /// For the client to take any more of a reply; then the reply is reset, so that nobody pins
+    /// memory by not reading. Default 30 s.
     pub stalled_reply: Duration,
 }
 

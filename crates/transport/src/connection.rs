@@ -23,13 +23,13 @@ pub(crate) struct Connection<S: Service> {
     pub(crate) server: Arc<Shared<S>>,
     pub(crate) quic: quinn::Connection,
     pub(crate) state: Arc<S::Connection>,
-    /// Bounds the stream tasks. QUIC's own bound is on open streams, and a stream's task may outlive it: a cancelled
-    /// call that is slow to drop, a delivery being noted.
+    /// Bounds the stream tasks. QUIC's own bound is on open streams, and a stream's task may
+    /// outlive it: a cancelled call that is slow to drop, a delivery being noted.
     streams: Semaphore,
 }
 
-/// Serves a connection to its end. What only the handshake needs is a box that goes with it: the task lives as long as its
-/// client, which may be silent for days.
+/// Serves a connection to its end. What only the handshake needs is a box that goes with it: the
+/// task lives as long as its client, which may be silent for days.
 pub(crate) fn serve<S: Service>(
     server: Arc<Shared<S>>,
     incoming: Incoming,

@@ -1,7 +1,7 @@
 //! Events to a client: frame after frame on one unidirectional stream, opened with the first event.
 //!
-//! Most connections never get one, so a sink costs nothing until then: there is no channel and no task, only a queue
-//! that a writer task empties while there is something in it.
+//! Most connections never get one, so a sink costs nothing until then: there is no channel and no
+//! task, only a queue that a writer task empties while there is something in it.
 
 use std::{collections::VecDeque, fmt, sync::Arc};
 

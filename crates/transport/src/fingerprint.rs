@@ -36,10 +36,12 @@ impl From<[u8; 32]> for Fingerprint {
 impl FromStr for Fingerprint {
     type Err = ParseFingerprintError;
 
-    /// Reads what [`Display`](fmt::Display) writes, and the colons that other tools put between the bytes.
+    /// Reads what [`Display`](fmt::Display) writes, and the colons that other tools put between the
+    /// bytes.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut hash = [0; 32];
-        hex::decode_to_slice(text.replace(':', ""), &mut hash).map_err(|_| ParseFingerprintError)?;
+        hex::decode_to_slice(text.replace(':', ""), &mut hash)
+            .map_err(|_| ParseFingerprintError)?;
         Ok(Self(hash))
     }
 }
@@ -66,8 +68,12 @@ mod tests {
         let text = fingerprint.to_string();
         assert_eq!(text, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
         assert_eq!(text.parse(), Ok(fingerprint));
-        let colons: Vec<String> =
-            text.to_uppercase().as_bytes().chunks(2).map(|b| String::from_utf8_lossy(b).into()).collect();
+        let colons: Vec<String> = text
+            .to_uppercase()
+            .as_bytes()
+            .chunks(2)
+            .map(|b| String::from_utf8_lossy(b).into())
+            .collect();
         assert_eq!(colons.join(":").parse(), Ok(fingerprint));
         assert_eq!(text[2..].parse::<Fingerprint>(), Err(ParseFingerprintError));
     }

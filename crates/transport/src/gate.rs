@@ -1,7 +1,8 @@
 //! Who is let in: the decision on each connection attempt, and the counts that it rests on.
 //!
-//! The decision is cheap, takes no allocation but for a new address, and never waits, because the accept loop asks it
-//! about every attempt of a flood. A place in the house is held by a [`Place`] and given back by its drop.
+//! The decision is cheap, takes no allocation but for a new address, and never waits, because the
+//! accept loop asks it about every attempt of a flood. A place in the house is held by a [`Place`]
+//! and given back by its drop.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -209,7 +210,11 @@ mod tests {
 
     #[test]
     fn caps_hold_and_places_come_back() {
-        let gate = Gate::new(Limits { max_connections: 2, max_connections_per_ip: 1, ..Limits::default() });
+        let gate = Gate::new(Limits {
+            max_connections: 2,
+            max_connections_per_ip: 1,
+            ..Limits::default()
+        });
         let first = accept(&gate, IP);
         assert_eq!(refused(&gate, IP), Refused::ConnectionsPerIp);
         let second = accept(&gate, "10.0.0.1".parse().unwrap());
@@ -238,7 +243,9 @@ mod tests {
         let mut inside: Vec<_> = (0..4).map(|_| accept(&gate, IP)).collect();
         assert!(matches!(gate.judge(IP, Address::Claimed), Verdict::Retry));
         for _ in 0..2 {
-            let Verdict::Accept(place, handshaking) = gate.judge(IP, Address::Validated) else { panic!() };
+            let Verdict::Accept(place, handshaking) = gate.judge(IP, Address::Validated) else {
+                panic!()
+            };
             inside.push((place, handshaking));
         }
         assert_eq!(refused(&gate, IP), Refused::Handshakes);

@@ -1,7 +1,8 @@
 //! A server's certificate chain and private key: read from files, or made where there are none.
 //!
-//! DER and PEM are told apart by their content. What is made is a self-signed ECDSA P-256 certificate, which foreign
-//! QUIC stacks take too; it does not expire, because clients trust it by its [`Fingerprint`].
+//! DER and PEM are told apart by their content. What is made is a self-signed ECDSA P-256
+//! certificate, which foreign QUIC stacks take too; it does not expire, because clients trust it by
+//! its [`Fingerprint`].
 
 use std::{
     fmt, fs,
@@ -51,7 +52,9 @@ pub enum IdentityError {
         source: io::Error,
     },
     /// Of certificate and key one is there: making a new pair would throw it away.
-    #[error("{present} is there but {missing} is not: restore it, or remove both to have new ones made")]
+    #[error(
+        "{present} is there but {missing} is not: restore it, or remove both to have new ones made"
+    )]
     HalfMissing {
         /// The file that is there.
         present: PathBuf,
@@ -100,12 +103,16 @@ pub(crate) struct Files {
 }
 
 impl Identity {
-    /// Reads certificate and key; where neither file is there, makes them for `names` (DNS names and IP addresses),
-    /// in PEM if the file's name ends in `.pem`, else in DER.
+    /// Reads certificate and key; where neither file is there, makes them for `names` (DNS names
+    /// and IP addresses), in PEM if the file's name ends in `.pem`, else in DER.
     ///
     /// # Errors
     /// [`IdentityError`].
-    pub fn load_or_create(cert: &Path, key: &Path, names: &[String]) -> Result<Self, IdentityError> {
+    pub fn load_or_create(
+        cert: &Path,
+        key: &Path,
+        names: &[String],
+    ) -> Result<Self, IdentityError> {
         if Files::exist(cert, key)? == Existing::None {
             create(cert, key, names)?;
         }
@@ -121,13 +128,19 @@ impl Identity {
     }
 
     /// The paths are for the errors.
-    pub(crate) fn from_files(files: &Files, cert: &Path, key: &Path) -> Result<Self, IdentityError> {
-        let chain =
-            parse_chain(&files.cert).ok_or_else(|| IdentityError::Certificate { path: cert.to_owned() })?;
-        let private = parse_key(&files.key).ok_or_else(|| IdentityError::Key { path: key.to_owned() })?;
+    pub(crate) fn from_files(
+        files: &Files,
+        cert: &Path,
+        key: &Path,
+    ) -> Result<Self, IdentityError> {
+        let chain = parse_chain(&files.cert)
+            .ok_or_else(|| IdentityError::Certificate { path: cert.to_owned() })?;
+        let private =
+            parse_key(&files.key).ok_or_else(|| IdentityError::Key { path: key.to_owned() })?;
         let unusable =
             |source| IdentityError::Unusable { cert: cert.to_owned(), key: key.to_owned(), source };
-        let certified = CertifiedKey::from_der(chain, private, &tls::provider()).map_err(unusable)?;
+        let certified =
+            CertifiedKey::from_der(chain, private, &tls::provider()).map_err(unusable)?;
         let leaf = certified.end_entity_cert().map_err(unusable)?;
         let (fingerprint, not_after) = (Fingerprint::of(leaf), der::not_after(leaf));
         Ok(Self { certified: Arc::new(certified), fingerprint, not_after })
@@ -172,7 +185,9 @@ impl SelfSigned {
 
 impl fmt::Debug for SelfSigned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SelfSigned").field("cert", &Fingerprint::of(&self.cert)).finish_non_exhaustive()
+        f.debug_struct("SelfSigned")
+            .field("cert", &Fingerprint::of(&self.cert))
+            .finish_non_exhaustive()
     }
 }
 
@@ -198,10 +213,14 @@ impl Files {
 
     fn exist(cert: &Path, key: &Path) -> Result<Existing, IdentityError> {
         let exists = |path: &Path| {
-            path.try_exists().map_err(|source| IdentityError::Read { path: path.to_owned(), source })
+            path.try_exists()
+                .map_err(|source| IdentityError::Read { path: path.to_owned(), source })
         };
         let half = |present: &Path, missing: &Path| {
-            Err(IdentityError::HalfMissing { present: present.to_owned(), missing: missing.to_owned() })
+            Err(IdentityError::HalfMissing {
+                present: present.to_owned(),
+                missing: missing.to_owned(),
+            })
         };
         match (exists(cert)?, exists(key)?) {
             (false, false) => Ok(Existing::None),
@@ -246,7 +265,8 @@ fn self_signed(names: &[String]) -> Result<(rcgen::Certificate, rcgen::KeyPair),
 fn create(cert: &Path, key: &Path, names: &[String]) -> Result<(), IdentityError> {
     let (certificate, pair) = self_signed(names)?;
     let wants_pem = |path: &Path| path.extension().is_some_and(|extension| extension == "pem");
-    let key_bytes = if wants_pem(key) { pair.serialize_pem().into_bytes() } else { pair.serialize_der() };
+    let key_bytes =
+        if wants_pem(key) { pair.serialize_pem().into_bytes() } else { pair.serialize_der() };
     let cert_bytes =
         if wants_pem(cert) { certificate.pem().into_bytes() } else { certificate.der().to_vec() };
     // Both are on disk before either has its name, so that a crash leaves none or both.

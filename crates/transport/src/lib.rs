@@ -1,13 +1,14 @@
 //! QUIC for qpq: the only crate that knows quinn and rustls.
 //!
-//! On the server's side a [`Server`] accepts connections and turns each client-opened stream into one call of a
-//! [`Service`]; what the calls mean is the service's business. A request is judged by its header before its payload
-//! is buffered, a reply knows whether it arrived ([`Delivery`]), and a dropped half-written answer is a reset, never
-//! a clean end. On the client's side [`client::Dialer`] makes connections and [`client::Connection`] makes calls.
+//! On the server's side a [`Server`] accepts connections and turns each client-opened stream into
+//! one call of a [`Service`]; what the calls mean is the service's business. A request is judged by
+//! its header before its payload is buffered, a reply knows whether it arrived ([`Delivery`]), and
+//! a dropped half-written answer is a reset, never a clean end. On the client's side
+//! [`client::Dialer`] makes connections and [`client::Connection`] makes calls.
 //!
-//! Where to read on: [`Service`] for the contract, [`Config`] for the limits and their defaults, [`metric`] for what
-//! is measured, [`Certificates`] for the server's identity, [`FleetKeys`] for what servers share that stand in for each
-//! other.
+//! Where to read on: [`Service`] for the contract, [`Config`] for the limits and their defaults,
+//! [`metric`] for what is measured, [`Certificates`] for the server's identity, [`FleetKeys`] for
+//! what servers share that stand in for each other.
 
 mod certificates;
 pub mod client;

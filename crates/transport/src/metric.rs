@@ -33,7 +33,8 @@ pub const CERT_RELOADS_FAILED: &str = "qpq_tls_cert_reloads_failed_total";
 /// Counter: files of ticket and token keys that changed and could not be used.
 pub const FLEET_KEY_RELOADS_FAILED: &str = "qpq_fleet_key_reloads_failed_total";
 
-/// The handles of one server, looked up once: a look-up for each call would cost as much as its framing.
+/// The handles of one server, looked up once: a look-up for each call would cost as much as its
+/// framing.
 #[derive(Clone)]
 pub(crate) struct Metrics {
     pub(crate) connections_open: Gauge,
@@ -94,10 +95,22 @@ fn describe() {
         Count,
         "Connections that finished their handshake"
     );
-    describe_counter!("qpq_transport_connections_refused_total", Count, "Connections refused, by reason");
+    describe_counter!(
+        "qpq_transport_connections_refused_total",
+        Count,
+        "Connections refused, by reason"
+    );
     describe_gauge!("qpq_transport_handshakes", Count, "Handshakes going on");
-    describe_counter!("qpq_transport_handshakes_failed_total", Count, "Handshakes that came to nothing");
-    describe_counter!("qpq_transport_retries_sent_total", Count, "Clients asked to prove their address");
+    describe_counter!(
+        "qpq_transport_handshakes_failed_total",
+        Count,
+        "Handshakes that came to nothing"
+    );
+    describe_counter!(
+        "qpq_transport_retries_sent_total",
+        Count,
+        "Clients asked to prove their address"
+    );
     describe_gauge!(
         "qpq_transport_streams_open",
         Count,
@@ -119,9 +132,17 @@ fn describe() {
         Count,
         "Replies with a delivery that were acknowledged"
     );
-    describe_counter!("qpq_transport_replies_lost_total", Count, "Replies with a delivery that were not");
+    describe_counter!(
+        "qpq_transport_replies_lost_total",
+        Count,
+        "Replies with a delivery that were not"
+    );
     describe_gauge!(CERT_NOT_AFTER, Seconds, "Unix time at which the served certificate expires");
-    describe_counter!(CERT_RELOADS_FAILED, Count, "Certificate files that changed and could not be used");
+    describe_counter!(
+        CERT_RELOADS_FAILED,
+        Count,
+        "Certificate files that changed and could not be used"
+    );
     describe_counter!(
         FLEET_KEY_RELOADS_FAILED,
         Count,

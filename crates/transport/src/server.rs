@@ -20,8 +20,9 @@ use crate::{
     socket, tls,
 };
 
-/// Resets answer only ids that this edge has made and are smaller than what they answer, so they need no more of a limit
-/// than keeps a flood of old packets cheap; an edge that is back has thousands of clients to tell.
+/// Resets answer only ids that this edge has made and are smaller than what they answer, so they
+/// need no more of a limit than keeps a flood of old packets cheap; an edge that is back has
+/// thousands of clients to tell.
 const MIN_RESET_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Application code and reason of the close that ends a drain.
@@ -31,7 +32,8 @@ const CLOSE_REASON: &[u8] = b"server shutting down";
 /// How long the close may take to reach the clients, and the last deliveries to be noted.
 const CLOSE_TIME: Duration = Duration::from_secs(3);
 
-/// How long a drain lets the replies travel that were written just before it began; later ones are waited for.
+/// How long a drain lets the replies travel that were written just before it began; later ones are
+/// waited for.
 const LINGER: Duration = Duration::from_millis(250);
 
 /// First packets that wait for the accept loop, and their bytes, each and together.
@@ -39,7 +41,8 @@ const MAX_INCOMING: usize = 4096;
 const INCOMING_BUFFER: u64 = 64 * 1024;
 const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
 
-/// A server at work. Dropping it closes every connection at once; [`drain`](Self::drain) does it gently.
+/// A server at work. Dropping it closes every connection at once; [`drain`](Self::drain) does it
+/// gently.
 #[must_use = "a dropped server closes its connections"]
 pub struct Server<S: Service> {
     endpoint: Endpoint,
@@ -75,16 +78,21 @@ pub enum BindError {
 }
 
 impl<S: Service> Server<S> {
-    /// Listens and serves, in the background, until drained or dropped. Call it inside a tokio runtime.
+    /// Listens and serves, in the background, until drained or dropped. Call it inside a tokio
+    /// runtime.
     ///
     /// # Errors
     /// [`BindError`].
-    pub fn bind(config: Config, certificates: Arc<Certificates>, service: Arc<S>) -> Result<Self, BindError> {
+    pub fn bind(
+        config: Config,
+        certificates: Arc<Certificates>,
+        service: Arc<S>,
+    ) -> Result<Self, BindError> {
         Self::bind_as(None, config, certificates, service)
     }
 
-    /// As [`bind`](Self::bind), as one of several that a client may be taken to in turn. The caller has
-    /// [`FleetKeys::watch`](crate::FleetKeys::watch) run beside it.
+    /// As [`bind`](Self::bind), as one of several that a client may be taken to in turn. The caller
+    /// has [`FleetKeys::watch`](crate::FleetKeys::watch) run beside it.
     ///
     /// # Errors
     /// [`BindError`].
@@ -105,7 +113,8 @@ impl<S: Service> Server<S> {
     ) -> Result<Self, BindError> {
         let refused = |source| BindError::Socket { addr: config.listen, source };
         let member = member.as_ref();
-        let crypto = tls::server(certificates, member.map(|member| Arc::clone(&member.keys.tickets) as _))?;
+        let crypto =
+            tls::server(certificates, member.map(|member| Arc::clone(&member.keys.tickets) as _))?;
         let socket = socket::bind(config.listen).map_err(refused)?;
         let local_addr = socket.local_addr().map_err(refused)?;
         let endpoint = Endpoint::new(
@@ -141,8 +150,9 @@ impl<S: Service> Server<S> {
         let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
     }
 
-    /// Stops gently: refuses new connections at once, tells the service, lets calls in flight end for up to
-    /// `deadline`, then closes all connections with code 0 and the reason `server shutting down`.
+    /// Stops gently: refuses new connections at once, tells the service, lets calls in flight end
+    /// for up to `deadline`, then closes all connections with code 0 and the reason `server
+    /// shutting down`.
     ///
     /// Calls that begin meanwhile are served. A second drain closes at once.
     pub async fn drain(&self, deadline: Duration) {
@@ -227,7 +237,8 @@ fn server_config(
     if let Some(member) = member {
         server.token_key(Arc::clone(&member.keys.tokens) as _);
     }
-    // Tokens for later connections are bound to an IP address, and behind a proxy all clients have the same.
+    // Tokens for later connections are bound to an IP address, and behind a proxy all clients have
+    // the same.
     let mut tokens = ValidationTokenConfig::default();
     tokens.sent(0);
     server
@@ -242,7 +253,8 @@ fn server_config(
 /// Judges every attempt; it never waits for a peer.
 async fn accept<S: Service>(endpoint: Endpoint, shared: Arc<Shared<S>>) {
     while let Some(incoming) = endpoint.accept().await {
-        let address = if incoming.remote_address_validated() { Address::Validated } else { Address::Claimed };
+        let address =
+            if incoming.remote_address_validated() { Address::Validated } else { Address::Claimed };
         match shared.gate.judge(incoming.remote_address().ip(), address) {
             Verdict::Accept(place, handshaking) => {
                 let admission = Admission { place, handshaking };
@@ -259,7 +271,8 @@ async fn accept<S: Service>(endpoint: Endpoint, shared: Arc<Shared<S>>) {
 
 fn retry(incoming: Incoming, metrics: &Metrics) {
     metrics.retries_sent.increment(1);
-    // Possible for every address that is not validated; where it is not, the drop of the error refuses.
+    // Possible for every address that is not validated; where it is not, the drop of the error
+    // refuses.
     if incoming.retry().is_err() {
         tracing::debug!("a client with a token was asked for its address again");
     }

@@ -1,7 +1,7 @@
 //! The contract between the transport and what it serves.
 //!
-//! `services/edge` implements [`Service`] over the RPC dispatch; the tests here over a few lines. Nothing in it
-//! names quinn, so that neither do the crates above.
+//! `services/edge` implements [`Service`] over the RPC dispatch; the tests here over a few lines.
+//! Nothing in it names quinn, so that neither do the crates above.
 
 use std::{fmt, future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -13,8 +13,8 @@ use crate::EventSink;
 
 /// What the transport serves: one value per process, shared by all connections.
 ///
-/// No method but [`call`](Self::call) and [`draining`](Self::draining) may block or take long: they run on the
-/// connection's own tasks.
+/// No method but [`call`](Self::call) and [`draining`](Self::draining) may block or take long: they
+/// run on the connection's own tasks.
 pub trait Service: Send + Sync + 'static {
     /// What is remembered of a connection as long as it lives: its session, its pending logins.
     type Connection: Send + Sync + 'static;
@@ -31,8 +31,8 @@ pub trait Service: Send + Sync + 'static {
     /// The answer, if the request is not worth reading: an unknown method.
     fn admit(&self, conn: &Self::Connection, header: &RequestHeader) -> Result<(), Reply>;
 
-    /// One call. The future is dropped, and so the call cancelled, when the client stops or resets the stream or the
-    /// connection ends.
+    /// One call. The future is dropped, and so the call cancelled, when the client stops or resets
+    /// the stream or the connection ends.
     fn call(
         self: Arc<Self>,
         conn: Arc<Self::Connection>,
@@ -40,11 +40,16 @@ pub trait Service: Send + Sync + 'static {
     ) -> impl Future<Output = Reply> + Send;
 
     /// The answer to a request that the transport itself refuses; `header` as far as it was read.
-    fn refuse(&self, conn: &Self::Connection, header: Option<&RequestHeader>, why: Refusal) -> Reply;
+    fn refuse(
+        &self,
+        conn: &Self::Connection,
+        header: Option<&RequestHeader>,
+        why: Refusal,
+    ) -> Reply;
 
-    /// The server stops: new connections are already refused, and all others are closed `deadline` from now. The
-    /// transport waits for this future, for so long at most, before it looks whether calls are still in flight; so a
-    /// service ends its long waits here and tells its clients.
+    /// The server stops: new connections are already refused, and all others are closed `deadline`
+    /// from now. The transport waits for this future, for so long at most, before it looks whether
+    /// calls are still in flight; so a service ends its long waits here and tells its clients.
     fn draining(&self, _deadline: Duration) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
@@ -100,7 +105,8 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    pub(crate) const ALL: [Self; 4] = [Self::TooLarge, Self::Malformed, Self::Timeout, Self::Internal];
+    pub(crate) const ALL: [Self; 4] =
+        [Self::TooLarge, Self::Malformed, Self::Timeout, Self::Internal];
 
     pub(crate) fn label(self) -> &'static str {
         match self {
@@ -118,8 +124,8 @@ pub struct Reply {
     pub status: u8,
     /// The serialized message, [`qpq_wire::MAX_PAYLOAD`] bytes at most.
     pub payload: Bytes,
-    /// Told what became of the reply, where that matters. A reply that was never sent drops it untold: what it
-    /// holds is then released in its `Drop`.
+    /// Told what became of the reply, where that matters. A reply that was never sent drops it
+    /// untold: what it holds is then released in its `Drop`.
     pub on_delivery: Option<Box<dyn Delivery>>,
 }
 
@@ -148,7 +154,8 @@ pub trait Delivery: Send {
     /// The client's QUIC stack has acknowledged every byte.
     fn delivered(self: Box<Self>) -> BoxFuture<'static, ()>;
 
-    /// The client stopped the stream, the connection ended, or nothing was heard from the client for
-    /// [`Timeouts::silent_peer`](crate::Timeouts::silent_peer) while bytes were unacknowledged. It may still have them.
+    /// The client stopped the stream, the connection ended, or nothing was heard from the client
+    /// for [`Timeouts::silent_peer`](crate::Timeouts::silent_peer) while bytes were unacknowledged.
+    /// It may still have them.
     fn lost(self: Box<Self>) -> BoxFuture<'static, ()>;
 }

@@ -8,11 +8,12 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// The kernel drops what does not fit; its default of about 200 KiB is a few milliseconds of a busy edge.
+/// The kernel drops what does not fit; its default of about 200 KiB is a few milliseconds of a busy
+/// edge.
 const BUFFER: usize = 4 * 1024 * 1024;
 
-/// Binds a server's socket. An IPv6 one takes no IPv4: quinn forgets its path estimates at each rebinding of a
-/// v4-mapped client.
+/// Binds a server's socket. An IPv6 one takes no IPv4: quinn forgets its path estimates at each
+/// rebinding of a v4-mapped client.
 pub(crate) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
     if addr.is_ipv6() {

@@ -22,8 +22,8 @@ const FIRST_CHUNK: usize = 4096;
 
 /// Serves one stream to its end.
 ///
-/// No `async fn`, which would keep room for its arguments and once more for what they become, and a parked call is one of
-/// these futures.
+/// No `async fn`, which would keep room for its arguments and once more for what they become, and a
+/// parked call is one of these futures.
 pub(crate) fn serve<S: Service>(
     stream: OpenStream<S>,
     send: SendStream,
@@ -34,15 +34,18 @@ pub(crate) fn serve<S: Service>(
     async move {
         let connection = &*stream.connection;
         let reply = match receive(connection, &mut incoming).await {
-            Received::Request(request) => match run(connection, &answer, incoming.header, request).await {
-                Some(reply) => reply,
-                None => return connection.server.metrics.calls_cancelled.increment(1),
-            },
+            Received::Request(request) => {
+                match run(connection, &answer, incoming.header, request).await {
+                    Some(reply) => reply,
+                    None => return connection.server.metrics.calls_cancelled.increment(1),
+                }
+            }
             Received::Answer(reply) => reply,
             Received::Nothing => return,
         };
         let header = incoming.header;
-        // Dropped before its end, quinn tells the client not to send the rest. The answer is another matter.
+        // Dropped before its end, quinn tells the client not to send the rest. The answer is
+        // another matter.
         drop(incoming);
         respond(connection, answer, header, reply).await;
     }
@@ -79,12 +82,15 @@ impl From<ReadError> for Stop {
 }
 
 async fn receive<S: Service>(connection: &Connection<S>, incoming: &mut Incoming) -> Received {
-    // The time runs from the first byte: a stream may be open long before, if the client sent on a later one first.
+    // The time runs from the first byte: a stream may be open long before, if the client sent on a
+    // later one first.
     let read = match incoming.fill().await {
         Err(_) => return Received::Nothing,
         Ok(ControlFlow::Break(())) => Err(Stop::Refused(Refusal::Malformed)),
         Ok(ControlFlow::Continue(())) => {
-            match timeout(connection.server.timeouts.request, read_request(connection, incoming)).await {
+            match timeout(connection.server.timeouts.request, read_request(connection, incoming))
+                .await
+            {
                 Ok(read) => read,
                 Err(_) => Err(Stop::Refused(Refusal::Timeout)),
             }
@@ -92,7 +98,9 @@ async fn receive<S: Service>(connection: &Connection<S>, incoming: &mut Incoming
     };
     match read {
         Ok(request) => Received::Request(request),
-        Err(Stop::Refused(why)) => Received::Answer(refuse(connection, incoming.header.as_ref(), why)),
+        Err(Stop::Refused(why)) => {
+            Received::Answer(refuse(connection, incoming.header.as_ref(), why))
+        }
         Err(Stop::NotAdmitted(reply)) => Received::Answer(reply),
         Err(Stop::Gone) => Received::Nothing,
     }
@@ -146,8 +154,8 @@ impl Incoming {
         }
     }
 
-    /// Copies the payload into memory of its own: what quinn hands out are slices of whole batches of datagrams, which
-    /// a parked call would keep.
+    /// Copies the payload into memory of its own: what quinn hands out are slices of whole batches
+    /// of datagrams, which a parked call would keep.
     async fn read_payload(&mut self, len: usize) -> Result<Bytes, Stop> {
         if len == 0 {
             return Ok(Bytes::new());
@@ -174,8 +182,8 @@ impl Incoming {
     }
 }
 
-/// Adds to a payload that will have `len` bytes; at its end it has no room to spare, before that at most as much again
-/// as has come.
+/// Adds to a payload that will have `len` bytes; at its end it has no room to spare, before that at
+/// most as much again as has come.
 fn append(payload: &mut Vec<u8>, part: &[u8], len: usize) {
     if payload.capacity() - payload.len() < part.len() {
         let wanted = (payload.len() + part.len()).max(2 * payload.capacity()).min(len);
@@ -184,7 +192,11 @@ fn append(payload: &mut Vec<u8>, part: &[u8], len: usize) {
     payload.extend_from_slice(part);
 }
 
-fn refuse<S: Service>(connection: &Connection<S>, header: Option<&RequestHeader>, why: Refusal) -> Reply {
+fn refuse<S: Service>(
+    connection: &Connection<S>,
+    header: Option<&RequestHeader>,
+    why: Refusal,
+) -> Reply {
     connection.server.metrics.requests_refused(why).increment(1);
     connection.server.service.refuse(&connection.state, header, why)
 }
@@ -199,8 +211,9 @@ async fn run<S: Service>(
     let service = Arc::clone(&connection.server.service);
     let state = Arc::clone(&connection.state);
     // Boxed, so that reading and answering do not need the room of the largest call.
-    let mut call =
-        Box::pin(AssertUnwindSafe(async move { service.call(state, request).await }).catch_unwind());
+    let mut call = Box::pin(
+        AssertUnwindSafe(async move { service.call(state, request).await }).catch_unwind(),
+    );
     // Most calls end at once, and then the stream need not be watched.
     let reply = tokio::select! {
         biased;
@@ -215,8 +228,8 @@ async fn run<S: Service>(
     }))
 }
 
-/// The response half of a stream. quinn ends a dropped stream cleanly, which would make half an answer look like a
-/// whole one; this resets it.
+/// The response half of a stream. quinn ends a dropped stream cleanly, which would make half an
+/// answer look like a whole one; this resets it.
 struct Answer {
     send: SendStream,
     state: AnswerState,
@@ -230,10 +243,15 @@ enum AnswerState {
 
 impl Answer {
     /// Writes the frame and ends the stream. Each piece must be taken within `stalled`.
-    async fn write(&mut self, frame: &mut [Bytes], stalled: std::time::Duration) -> Result<(), Unsent> {
+    async fn write(
+        &mut self,
+        frame: &mut [Bytes],
+        stalled: std::time::Duration,
+    ) -> Result<(), Unsent> {
         let mut frame = frame;
         while !frame.is_empty() {
-            let written = timeout(stalled, self.send.write_chunks(frame)).await.map_err(|_| Unsent)?;
+            let written =
+                timeout(stalled, self.send.write_chunks(frame)).await.map_err(|_| Unsent)?;
             frame = &mut frame[written.map_err(|_| Unsent)?.chunks..];
         }
         self.send.finish().map_err(|_| Unsent)?;
@@ -281,7 +299,11 @@ async fn respond<S: Service>(
 }
 
 /// The reply, or the one that says that it does not fit a frame.
-fn fitting<S: Service>(connection: &Connection<S>, header: Option<RequestHeader>, reply: Reply) -> Reply {
+fn fitting<S: Service>(
+    connection: &Connection<S>,
+    header: Option<RequestHeader>,
+    reply: Reply,
+) -> Reply {
     let fits = |reply: &Reply| reply.payload.len() <= qpq_wire::MAX_PAYLOAD as usize;
     if fits(&reply) {
         return reply;
@@ -314,9 +336,12 @@ async fn settle<S: Service>(
     }
 }
 
-/// Waits until the client's QUIC stack has every byte. A client that is not heard of for too long counts as gone,
-/// long before its connection times out.
-async fn acknowledged<S: Service>(connection: &Connection<S>, send: &SendStream) -> Result<(), Unsent> {
+/// Waits until the client's QUIC stack has every byte. A client that is not heard of for too long
+/// counts as gone, long before its connection times out.
+async fn acknowledged<S: Service>(
+    connection: &Connection<S>,
+    send: &SendStream,
+) -> Result<(), Unsent> {
     let silent_peer = connection.server.timeouts.silent_peer;
     let mut stopped = pin!(send.stopped());
     let mut heard = connection.quic.stats().udp_rx.datagrams;

@@ -11,8 +11,8 @@ use rustls::{
 
 use crate::service::Alpn;
 
-/// aws-lc-rs with the key exchanges that we want: X25519MLKEM768 against whoever records today's traffic for a later
-/// quantum computer, X25519 and P-256 for stacks that have no ML-KEM.
+/// aws-lc-rs with the key exchanges that we want: X25519MLKEM768 against whoever records today's
+/// traffic for a later quantum computer, X25519 and P-256 for stacks that have no ML-KEM.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     let mut provider = aws_lc_rs::default_provider();
     provider.kx_groups = vec![
@@ -33,8 +33,9 @@ pub(crate) fn server(
         .map_err(|_| rustls::Error::General("the provider lacks TLS13_AES_128_GCM_SHA256".into()))
 }
 
-/// Built by hand, because quinn's own constructor turns 0-RTT on: a replayed call would act twice. Tickets are
-/// stateless, so 0-RTT is also out by structure: rustls takes early data only with stateful resumption.
+/// Built by hand, because quinn's own constructor turns 0-RTT on: a replayed call would act twice.
+/// Tickets are stateless, so 0-RTT is also out by structure: rustls takes early data only with
+/// stateful resumption.
 fn server_tls(
     certificates: Arc<dyn ResolvesServerCert>,
     ticketer: Arc<dyn ProducesTickets>,
@@ -61,7 +62,8 @@ mod tests {
     fn serving() -> (ServerConnection, Vec<u8>) {
         let directory = tempfile::tempdir().unwrap();
         let (cert, key) = (directory.path().join("cert"), directory.path().join("key"));
-        let certificates = Certificates::load_or_create(&cert, &key, &["localhost".to_owned()]).unwrap();
+        let certificates =
+            Certificates::load_or_create(&cert, &key, &["localhost".to_owned()]).unwrap();
         let config = server_tls(certificates, aws_lc_rs::Ticketer::new().unwrap()).unwrap();
         (ServerConnection::new(Arc::new(config)).unwrap(), std::fs::read(cert).unwrap())
     }
@@ -77,7 +79,8 @@ mod tests {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![b"qpq".to_vec()];
-        let mut client = ClientConnection::new(Arc::new(config), "localhost".try_into().unwrap()).unwrap();
+        let mut client =
+            ClientConnection::new(Arc::new(config), "localhost".try_into().unwrap()).unwrap();
         while client.is_handshaking() || server.is_handshaking() {
             let mut bytes = Vec::new();
             client.write_tls(&mut bytes).unwrap();

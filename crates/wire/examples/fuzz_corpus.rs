@@ -1,6 +1,8 @@
-//! Writes the seeds of the fuzz targets: `cargo run -p qpq-wire --example fuzz_corpus -- crates/wire/fuzz/corpus`.
+//! Writes the seeds of the fuzz targets: `cargo run -p qpq-wire --example fuzz_corpus --
+//! crates/wire/fuzz/corpus`.
 //!
-//! The seeds are real frames, so that the fuzzer starts from what peers send, and the shortest wrong ones.
+//! The seeds are real frames, so that the fuzzer starts from what peers send, and the shortest
+//! wrong ones.
 
 use std::{env, fs, io, path::Path};
 
@@ -8,12 +10,20 @@ use bytes::Bytes;
 use qpq_wire::{Event, EventHeader, MAX_PAYLOAD, Request, RequestHeader, Response, ResponseHeader};
 
 fn main() -> io::Result<()> {
-    let directory = env::args_os().nth(1).ok_or_else(|| io::Error::other("name the corpus directory"))?;
+    let directory =
+        env::args_os().nth(1).ok_or_else(|| io::Error::other("name the corpus directory"))?;
     let directory = Path::new(&directory);
-    // Health without a body; an Enqueue for a recipient (field 1, 32 bytes) with a payload (field 2).
+    // Health without a body; an Enqueue for a recipient (field 1, 32 bytes) with a payload (field
+    // 2).
     let enqueue: Bytes = [&[0x0a, 32][..], &[7; 32], &[0x12, 5], b"hello"].concat().into();
-    let request = |method_id, request_id, payload| Request { method_id, request_id, payload }.encode();
-    write(directory, "request", "health", &request(802, 1, Bytes::new()).map_err(io::Error::other)?)?;
+    let request =
+        |method_id, request_id, payload| Request { method_id, request_id, payload }.encode();
+    write(
+        directory,
+        "request",
+        "health",
+        &request(802, 1, Bytes::new()).map_err(io::Error::other)?,
+    )?;
     let frame = request(200, 2, enqueue).map_err(io::Error::other)?;
     write(directory, "request", "enqueue", &frame)?;
     write(directory, "request", "truncated", &frame[..frame.len() - 1])?;
@@ -22,7 +32,12 @@ fn main() -> io::Result<()> {
     write(directory, "request", "too_large", &header.encode())?;
 
     let response = |status, request_id, payload| Response { status, request_id, payload }.encode();
-    write(directory, "response", "ok", &response(0, 2, vec![8, 1].into()).map_err(io::Error::other)?)?;
+    write(
+        directory,
+        "response",
+        "ok",
+        &response(0, 2, vec![8, 1].into()).map_err(io::Error::other)?,
+    )?;
     let detail: Bytes = [&[0x0a, 19][..], b"delivery.queue_full", &[0x18, 100]].concat().into();
     let frame = response(5, 2, detail).map_err(io::Error::other)?;
     write(directory, "response", "rate_limited", &frame)?;

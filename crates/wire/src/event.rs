@@ -1,6 +1,7 @@
 //! The event frame: one after another on a unidirectional stream that the server opens.
 //!
-//! Only events need incremental decoding, since their stream has no end to read to: [`EventDecoder`].
+//! Only events need incremental decoding, since their stream has no end to read to:
+//! [`EventDecoder`].
 
 use bytes::{Bytes, BytesMut};
 
@@ -32,7 +33,10 @@ impl EventHeader {
     #[must_use]
     pub fn decode(bytes: &[u8; Self::LEN]) -> Self {
         let [t0, t1, l0, l1, l2, l3] = *bytes;
-        Self { event_type: u16::from_be_bytes([t0, t1]), payload_len: u32::from_be_bytes([l0, l1, l2, l3]) }
+        Self {
+            event_type: u16::from_be_bytes([t0, t1]),
+            payload_len: u32::from_be_bytes([l0, l1, l2, l3]),
+        }
     }
 
     /// Whether the announced payload may be read at all.
@@ -84,8 +88,8 @@ impl Event {
 
 /// Takes the bytes of an event stream in pieces of any size and gives its events.
 ///
-/// It holds what was pushed and not yet given: with [`next_event`](Self::next_event) called until `None` after
-/// each push, at most one frame and one piece.
+/// It holds what was pushed and not yet given: with [`next_event`](Self::next_event) called until
+/// `None` after each push, at most one frame and one piece.
 #[derive(Debug, Default)]
 pub struct EventDecoder {
     buffer: BytesMut,
@@ -122,8 +126,9 @@ impl EventDecoder {
     /// Says that the stream ended here.
     ///
     /// # Errors
-    /// [`FrameError::Truncated`] inside a frame, [`FrameError::TooLarge`] as in [`next_event`](Self::next_event),
-    /// [`FrameError::TrailingBytes`] while a whole event was not taken.
+    /// [`FrameError::Truncated`] inside a frame, [`FrameError::TooLarge`] as in
+    /// [`next_event`](Self::next_event), [`FrameError::TrailingBytes`] while a whole event was not
+    /// taken.
     pub fn finish(self) -> Result<(), FrameError> {
         if self.buffer.is_empty() {
             return Ok(());

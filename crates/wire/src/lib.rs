@@ -1,12 +1,14 @@
-//! Framing of the qpq v1 wire protocol, without I/O: how requests, responses and events lie on a QUIC stream.
+//! Framing of the qpq v1 wire protocol, without I/O: how requests, responses and events lie on a
+//! QUIC stream.
 //!
-//! One call is one request frame and one response frame, each alone on its half of a stream; events follow one
-//! another on a stream of the server's. A frame is a fixed header of big-endian integers and a payload whose
-//! length the header gives. `qpq-transport` reads and writes frames with the types here; nothing else needs
-//! to know the layout.
+//! One call is one request frame and one response frame, each alone on its half of a stream; events
+//! follow one another on a stream of the server's. A frame is a fixed header of big-endian integers
+//! and a payload whose length the header gives. `qpq-transport` reads and writes frames with the
+//! types here; nothing else needs to know the layout.
 //!
-//! A header decodes whatever its bytes are, because a peer that announces too much must still be answered by its
-//! request id. Whether the announced length is acceptable is the header's `check`, asked before any memory is taken.
+//! A header decodes whatever its bytes are, because a peer that announces too much must still be
+//! answered by its request id. Whether the announced length is acceptable is the header's `check`,
+//! asked before any memory is taken.
 //!
 //! | frame | layout | header |
 //! |---|---|---|

@@ -102,14 +102,21 @@ mod tests {
 
     #[test]
     fn layout_is_that_of_the_protocol() {
-        let request =
-            Request { method_id: 0x0102, request_id: 0x0304_0506, payload: Bytes::from_static(b"ab") };
+        let request = Request {
+            method_id: 0x0102,
+            request_id: 0x0304_0506,
+            payload: Bytes::from_static(b"ab"),
+        };
         assert_eq!(&request.encode().unwrap()[..], [1, 2, 3, 4, 5, 6, 0, 0, 0, 2, b'a', b'b']);
     }
 
     #[test]
     fn the_largest_payload_passes_and_one_more_byte_does_not() {
-        let of = |len: u32| Request { method_id: 1, request_id: 2, payload: vec![0; len as usize].into() };
+        let of = |len: u32| Request {
+            method_id: 1,
+            request_id: 2,
+            payload: vec![0; len as usize].into(),
+        };
         assert_eq!(Request::decode(of(MAX_PAYLOAD).encode().unwrap()), Ok(of(MAX_PAYLOAD)));
         let too_large = FrameError::TooLarge { len: u64::from(MAX_PAYLOAD) + 1, max: MAX_PAYLOAD };
         assert_eq!(of(MAX_PAYLOAD + 1).encode(), Err(too_large));

@@ -1,4 +1,5 @@
-//! The response frame: alone, followed by FIN, on the server's half of the stream that the request came on.
+//! The response frame: alone, followed by FIN, on the server's half of the stream that the request
+//! came on.
 
 use bytes::Bytes;
 
@@ -102,13 +103,15 @@ mod tests {
 
     #[test]
     fn layout_is_that_of_the_protocol() {
-        let response = Response { status: 2, request_id: 0x0304_0506, payload: Bytes::from_static(b"ab") };
+        let response =
+            Response { status: 2, request_id: 0x0304_0506, payload: Bytes::from_static(b"ab") };
         assert_eq!(&response.encode().unwrap()[..], [2, 3, 4, 5, 6, 0, 0, 0, 2, b'a', b'b']);
     }
 
     #[test]
     fn the_largest_payload_passes_and_one_more_byte_does_not() {
-        let of = |len: u32| Response { status: 1, request_id: 2, payload: vec![0; len as usize].into() };
+        let of =
+            |len: u32| Response { status: 1, request_id: 2, payload: vec![0; len as usize].into() };
         assert_eq!(Response::decode(of(MAX_PAYLOAD).encode().unwrap()), Ok(of(MAX_PAYLOAD)));
         let too_large = FrameError::TooLarge { len: u64::from(MAX_PAYLOAD) + 1, max: MAX_PAYLOAD };
         assert_eq!(of(MAX_PAYLOAD + 1).encode(), Err(too_large));

@@ -1,6 +1,8 @@
-//! The `qpq-admin` binary: what an operator does to a cluster from outside its edges. One file per command.
+//! The `qpq-admin` binary: what an operator does to a cluster from outside its edges. One file per
+//! command.
 //!
-//! Exit codes, as `qpq-server`'s: 0 done, 1 failed, 2 the command line or the configuration is wrong.
+//! Exit codes, as `qpq-server`'s: 0 done, 1 failed, 2 the command line or the configuration is
+//! wrong.
 
 #![cfg_attr(
     test,
@@ -39,11 +41,14 @@ struct Args {
 enum Command {
     /// Make what all edges of a new cluster share: keys and a certificate.
     Init(init::Args),
-    /// Bring the schema in the cluster's Postgres up to date. To be run before edges of a new version start.
+    /// Bring the schema in the cluster's Postgres up to date. To be run before edges of a new
+    /// version start.
     Migrate(migrate::Args),
-    /// Move everything that a server without a cluster holds into a cluster: accounts, keys, queued messages.
+    /// Move everything that a server without a cluster holds into a cluster: accounts, keys, queued
+    /// messages.
     MigrateToCluster(migrate_to_cluster::Args),
-    /// Take the next key for TLS session tickets; what the last one made stays good. To be run every 6 hours.
+    /// Take the next key for TLS session tickets; what the last one made stays good. To be run
+    /// every 6 hours.
     RotateTicketKeys(rotate::Args),
     /// Take the next key for the tokens by which clients prove their address.
     RotateTokenKey(rotate::Args),

@@ -1,5 +1,6 @@
-//! `qpq-admin migrate`: brings the schema in the cluster's Postgres up to date, before edges of a new version start. Those of the
-//! old version go on running: a release only adds what its predecessor can live with.
+//! `qpq-admin migrate`: brings the schema in the cluster's Postgres up to date, before edges of a
+//! new version start. Those of the old version go on running: a release only adds what its
+//! predecessor can live with.
 
 use crate::{
     block_on, say,

@@ -1,12 +1,15 @@
 //! `qpq-admin migrate-to-cluster`: moves everything that an embedded node holds into a cluster.
 //!
-//! 1. The data directory is taken, so that no server starts on it, and read once: what it comes to is the measure of the rest.
-//! 2. It must be this cluster's: made with the node's secrets, without other users of the same names.
+//! 1. The data directory is taken, so that no server starts on it, and read once: what it comes to
+//!    is the measure of the rest.
+//! 2. It must be this cluster's: made with the node's secrets, without other users of the same
+//!    names.
 //! 3. Its rows are laid out in the cluster's Postgres, from where an earlier run stopped.
 //! 4. One transaction makes them part of the cluster, if they come to the same there.
 //! 5. The data directory is marked, so that no server starts on it again.
 //!
-//! It may be stopped anywhere. Whoever runs it again comes through the same steps, and finds done what was done.
+//! It may be stopped anywhere. Whoever runs it again comes through the same steps, and finds done
+//! what was done.
 
 mod progress;
 
@@ -90,8 +93,8 @@ async fn move_all(from: &Path, given: &Given, fleet: &FleetDir) -> anyhow::Resul
     Ok(Some(digests))
 }
 
-/// Who registered with the node shall log in at the cluster, and what the node signed shall be checked against it. The fingerprint
-/// of what they have in common.
+/// Who registered with the node shall log in at the cluster, and what the node signed shall be
+/// checked against it. The fingerprint of what they have in common.
 fn compare_secrets(from: &Path, fleet: &FleetDir) -> anyhow::Result<[u8; 32]> {
     let node = DataDir::create(from)?;
     let secret = |file: SecretFile| {
@@ -139,7 +142,8 @@ async fn copy(export: &mut Export, import: &mut Import, digests: &Digests) -> an
 }
 
 fn mark(from: &Path, cluster: ClusterId, digests: &Digests) -> anyhow::Result<()> {
-    let note = format!("moved into the cluster {cluster}, with so many rows of such hashes:\n{digests}");
+    let note =
+        format!("moved into the cluster {cluster}, with so many rows of such hashes:\n{digests}");
     DataDir::create(from)?.add(MOVED_FILE, note.as_bytes()).with_context(|| {
         format!(
             "everything was moved, but {} is not marked as moved: see to the disk, then run this again",

@@ -1,12 +1,13 @@
-//! The configuration as `qpq-server` has it, same file and same variables, for commands that need a cluster's Postgres and
-//! little else of it.
+//! The configuration as `qpq-server` has it, same file and same variables, for commands that need a
+//! cluster's Postgres and little else of it.
 
 use std::{path::PathBuf, time::Duration};
 
 use qpq_runtime::{
     backoff::Backoff,
     config::{
-        About, Broken, ConfigError, Declared, Node, Problem, Reader, Settings, Sources, environment, load,
+        About, Broken, ConfigError, Declared, Node, Problem, Reader, Settings, Sources,
+        environment, load,
     },
 };
 use qpq_server::{Config, FOREIGN_VARIABLES};
@@ -43,7 +44,10 @@ impl Location {
 
 impl Given {
     /// The cluster's database.
-    pub(crate) fn database(&self, opaque_setup: [u8; 32]) -> anyhow::Result<qpq_store_cluster::Config> {
+    pub(crate) fn database(
+        &self,
+        opaque_setup: [u8; 32],
+    ) -> anyhow::Result<qpq_store_cluster::Config> {
         Ok(self.0.cluster_database(opaque_setup)?)
     }
 
@@ -76,7 +80,8 @@ impl Settings for Given {
     fn validate(&self) -> Vec<Broken> {
         let mut broken = self.0.broken_values();
         if self.0.postgres.url.is_none() {
-            let must_be = "given: the cluster's database, as in postgres://qpq@db.example.org:5432/qpq";
+            let must_be =
+                "given: the cluster's database, as in postgres://qpq@db.example.org:5432/qpq";
             broken.push(Broken { path: "postgres.url", must_be: must_be.into() });
         }
         broken
@@ -136,7 +141,10 @@ mod tests {
         let said = read(&[("QPQ_REDIS__URL", "redis://localhost")]).unwrap_err();
         assert!(said.contains("postgres.url must be given"), "{said}");
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__CONNECTIONS", "1")]).unwrap_err();
-        assert!(said.contains("QPQ_POSTGRES__CONNECTIONS: postgres.connections must be at least"), "{said}");
+        assert!(
+            said.contains("QPQ_POSTGRES__CONNECTIONS: postgres.connections must be at least"),
+            "{said}"
+        );
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__PASSWORT_FILE", "x")]).unwrap_err();
         assert!(said.contains("did you mean QPQ_POSTGRES__PASSWORD_FILE?"), "{said}");
         let given = read(&[POSTGRES, ("QPQ_POSTGRES__PASSWORD_FILE", "/not/here")]).unwrap();
@@ -162,7 +170,8 @@ mod tests {
         assert!(begun.elapsed() >= Duration::from_secs(60));
         let begun = Instant::now();
         let other =
-            patiently(Duration::from_secs(60), async || Err::<(), _>(ConnectError::OtherCluster)).await;
+            patiently(Duration::from_secs(60), async || Err::<(), _>(ConnectError::OtherCluster))
+                .await;
         assert!(matches!(other, Err(ConnectError::OtherCluster)));
         assert_eq!(begun.elapsed(), Duration::ZERO);
     }

@@ -1,4 +1,5 @@
-//! What can be typed: every command, option and environment variable, with the help that `qpq help` shows.
+//! What can be typed: every command, option and environment variable, with the help that `qpq help`
+//! shows.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
@@ -30,8 +31,8 @@ Exit codes:
   130  interrupted
   141  nobody reads standard output any more";
 
-// Help is shown as it stands here: no line is longer than a terminal is wide, and the first one, which lists show,
-// has no full stop.
+// Help is shown as it stands here: no line is longer than a terminal is wide, and the first one,
+// which lists show, has no full stop.
 
 /// End-to-end encrypted chat over QUIC
 ///
@@ -263,9 +264,10 @@ impl FromStr for Recipient {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.strip_prefix('@') {
-            Some(name) => {
-                name.parse().map(Self::User).map_err(|error: <Username as FromStr>::Err| error.to_string())
-            }
+            Some(name) => name
+                .parse()
+                .map(Self::User)
+                .map_err(|error: <Username as FromStr>::Err| error.to_string()),
             None => Ok(Self::Either(text.to_owned())),
         }
     }
@@ -297,7 +299,11 @@ impl FromStr for ProfileName {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if text.is_empty() || text.len() > 64 || text.starts_with('.') || !text.chars().all(is_plain) {
+        if text.is_empty()
+            || text.len() > 64
+            || text.starts_with('.')
+            || !text.chars().all(is_plain)
+        {
             return Err(
                 "a profile's name has 1 to 64 letters, digits, '-', '_' and '.', and no '.' in front",
             );
@@ -344,7 +350,8 @@ mod tests {
 
     #[test]
     fn global_options_go_before_and_behind_the_command() {
-        for line in ["qpq -p bob --server a:1 send carol -", "qpq send carol - --server a:1 -p bob"] {
+        for line in ["qpq -p bob --server a:1 send carol -", "qpq send carol - --server a:1 -p bob"]
+        {
             let cli = parse(line).unwrap();
             assert_eq!(cli.global.profile.as_str(), "bob");
             assert_eq!(cli.global.server.as_deref(), Some("a:1"));
@@ -355,7 +362,9 @@ mod tests {
 
     #[test]
     fn a_text_may_begin_with_a_hyphen_and_a_recipient_be_surely_a_user() {
-        let Command::Send { to, text } = parse("qpq send @Bob -5").unwrap().command else { panic!() };
+        let Command::Send { to, text } = parse("qpq send @Bob -5").unwrap().command else {
+            panic!()
+        };
         assert_eq!(to, Recipient::User("bob".parse().unwrap()));
         assert_eq!(text.as_deref(), Some("-5"));
     }

@@ -31,7 +31,9 @@ impl Environment {
     pub(crate) fn read() -> Result<Self, Fault> {
         let set = |name| env::var_os(name).filter(|value| !value.is_empty());
         let password = set("QPQ_PASSWORD")
-            .map(|password| password.into_string().map_err(|_| Fault::usage("QPQ_PASSWORD is not UTF-8")))
+            .map(|password| {
+                password.into_string().map_err(|_| Fault::usage("QPQ_PASSWORD is not UTF-8"))
+            })
             .transpose()?;
         Ok(Self {
             password: password.map(Zeroizing::new),
@@ -66,9 +68,11 @@ impl Context {
             (None, Some(password)) => Source::Environment(password),
             (None, None) => Source::Terminal,
         };
-        let data_home = environment.data_home.or(environment.user_home.map(|home| home.join(".local/share")));
+        let data_home =
+            environment.data_home.or(environment.user_home.map(|home| home.join(".local/share")));
         let home = global.home.or(data_home.map(|dir| dir.join("qpq"))).ok_or_else(|| {
-            Fault::usage("there is no home directory to keep profiles in").hint("name one with --home")
+            Fault::usage("there is no home directory to keep profiles in")
+                .hint("name one with --home")
         })?;
         Ok(Self {
             output: Output::new(format, environment.no_color),
@@ -95,9 +99,10 @@ impl Context {
 
     /// How to reach the server of a profile that is to be made.
     pub(crate) fn fresh_options(&self) -> Result<Options, Fault> {
-        let server = self.server.clone().or_else(|| self.default_server.clone()).ok_or_else(|| {
-            Fault::usage("which server?").hint("name it with --server HOST:PORT or QPQ_SERVER")
-        })?;
+        let server =
+            self.server.clone().or_else(|| self.default_server.clone()).ok_or_else(|| {
+                Fault::usage("which server?").hint("name it with --server HOST:PORT or QPQ_SERVER")
+            })?;
         Ok(Options::new(server, self.trust.clone().unwrap_or(Trust::FirstUse)))
     }
 
@@ -121,7 +126,8 @@ impl Context {
         }
     }
 
-    /// How to reach the profile's server: as the profile has it, unless the command line says otherwise.
+    /// How to reach the profile's server: as the profile has it, unless the command line says
+    /// otherwise.
     pub(crate) fn options(&self, profile: &Profile) -> Options {
         let mut options = profile.options();
         if let Some(server) = &self.server {

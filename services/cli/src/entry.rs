@@ -7,7 +7,8 @@ use std::{
 };
 
 use qpq_client::{
-    Conversation, ConversationId, ConversationKind, Delivery, Entry, Event, Person, Standing, UnixMillis,
+    Conversation, ConversationId, ConversationKind, Delivery, Entry, Event, Person, Standing,
+    UnixMillis,
 };
 use serde::Serialize;
 
@@ -124,7 +125,8 @@ impl Serialize for Shown<'_> {
         match &self.entry.event {
             Event::Sent { text, delivery } => {
                 object.event = "sent";
-                (object.text, object.delivery) = (Some(text.as_str()), Some(delivery_name(*delivery)));
+                (object.text, object.delivery) =
+                    (Some(text.as_str()), Some(delivery_name(*delivery)));
             }
             Event::Received { from, text, sent_at } => {
                 (object.event, object.from) = ("message", Some(from.into()));
@@ -135,13 +137,15 @@ impl Serialize for Shown<'_> {
                 (object.event, object.people) = ("added", members.iter().map(Into::into).collect());
             }
             Event::Removed { members } => {
-                (object.event, object.people) = ("removed", members.iter().map(Into::into).collect());
+                (object.event, object.people) =
+                    ("removed", members.iter().map(Into::into).collect());
             }
             Event::Unreadable { reason } => {
                 (object.event, object.reason) = ("unreadable", Some(reason.as_str()))
             }
             Event::Missing { first, last } => {
-                (object.event, object.first, object.last) = ("missing", Some(first.0), Some(last.0));
+                (object.event, object.first, object.last) =
+                    ("missing", Some(first.0), Some(last.0));
             }
             Event::NameRefuted { person, claimed } => {
                 (object.event, object.people, object.text) =
@@ -166,7 +170,9 @@ impl Shown<'_> {
     /// The entry as people read it; several lines if its text has several.
     pub(crate) fn line(&self, style: Style) -> String {
         let place = match (self.place, self.entry.conversation) {
-            (Place::Anywhere, Some(id @ ConversationId::Group(_))) => format!("[{}] ", self.group_name(id)),
+            (Place::Anywhere, Some(id @ ConversationId::Group(_))) => {
+                format!("[{}] ", self.group_name(id))
+            }
             _ => String::new(),
         };
         match &self.entry.event {
@@ -180,11 +186,16 @@ impl Shown<'_> {
             }
             Event::Received { from, text, .. } => self.said(&place, &name(from), text, "", style),
             Event::Joined { by } => {
-                let group = self.entry.conversation.map(|id| self.group_name(id)).unwrap_or_default();
+                let group =
+                    self.entry.conversation.map(|id| self.group_name(id)).unwrap_or_default();
                 style.dim(format_args!("* {} added you to the group {group}", name(by)))
             }
-            Event::Added { members } => style.dim(format_args!("* {place}{} joined", names(members))),
-            Event::Removed { members } => style.dim(format_args!("* {place}{} left", names(members))),
+            Event::Added { members } => {
+                style.dim(format_args!("* {place}{} joined", names(members)))
+            }
+            Event::Removed { members } => {
+                style.dim(format_args!("* {place}{} left", names(members)))
+            }
             Event::Unreadable { reason } => {
                 style.dim(format_args!("* a message could not be read: {}", text::line(reason)))
             }
@@ -200,15 +211,21 @@ impl Shown<'_> {
                     "* Careful: somebody poses as {claimed} and is not; shown as {person}"
                 ))
             }
-            Event::Undeliverable { to, reason } => {
-                style.dim(format_args!("* {place}not delivered to {}: {}", name(to), text::line(reason)))
-            }
+            Event::Undeliverable { to, reason } => style.dim(format_args!(
+                "* {place}not delivered to {}: {}",
+                name(to),
+                text::line(reason)
+            )),
         }
     }
 
     fn said(&self, place: &str, who: &str, text: &str, mark: &str, style: Style) -> String {
         let age = self.now.since(self.entry.at);
-        let age = if age < FRESH { String::new() } else { style.dim(format_args!(" ({} ago)", span(age))) };
+        let age = if age < FRESH {
+            String::new()
+        } else {
+            style.dim(format_args!(" ({} ago)", span(age)))
+        };
         format!("{place}{}{age}: {}{mark}", style.bold(who), text::message(text))
     }
 
@@ -287,7 +304,11 @@ mod tests {
     }
 
     fn received(text: &str) -> Event {
-        Event::Received { from: bob(Standing::Confirmed), text: text.into(), sent_at: UnixMillis(900) }
+        Event::Received {
+            from: bob(Standing::Confirmed),
+            text: text.into(),
+            sent_at: UnixMillis(900),
+        }
     }
 
     #[test]
@@ -314,7 +335,8 @@ mod tests {
     #[test]
     fn the_object_has_the_documented_keys() {
         let (entry, groups) = (entry(received("hi")), GroupNames::default());
-        let shown = Shown { entry: &entry, groups: &groups, place: Place::Anywhere, now: UnixMillis(0) };
+        let shown =
+            Shown { entry: &entry, groups: &groups, place: Place::Anywhere, now: UnixMillis(0) };
         let key = "ab".repeat(32);
         assert_eq!(
             serde_json::to_value(&shown).unwrap(),
@@ -328,7 +350,8 @@ mod tests {
 
     #[test]
     fn spans_are_said_in_one_unit() {
-        let said = [0, 119, 120, 7_199, 7_200, 172_799, 172_800].map(|secs| span(Duration::from_secs(secs)));
+        let said = [0, 119, 120, 7_199, 7_200, 172_799, 172_800]
+            .map(|secs| span(Duration::from_secs(secs)));
         assert_eq!(said, ["0 s", "119 s", "2 min", "119 min", "2 h", "47 h", "2 days"]);
     }
 }

@@ -1,4 +1,5 @@
-//! Whatever goes wrong, as people and programs are told: one line what it is, one line what to do, a stable code, an exit code.
+//! Whatever goes wrong, as people and programs are told: one line what it is, one line what to do,
+//! a stable code, an exit code.
 
 use std::{borrow::Cow, fmt, io, process::ExitCode};
 
@@ -71,15 +72,19 @@ impl Fault {
         Self::new(Exit::Interrupted, "client.interrupted", "interrupted")
     }
 
-    /// Puts the profile into the command that the hint tells to run: typed as it is shown, it must not reach another.
+    /// Puts the profile into the command that the hint tells to run: typed as it is shown, it must
+    /// not reach another.
     #[must_use]
     pub(crate) fn in_profile(mut self, profile: &ProfileName) -> Self {
-        self.hint = self.hint.map(|hint| hint.replace("`qpq login", &format!("`{}", profile.login())).into());
+        self.hint = self
+            .hint
+            .map(|hint| hint.replace("`qpq login", &format!("`{}", profile.login())).into());
         self
     }
 
     pub(crate) fn not_logged_in() -> Self {
-        Self::new(Exit::NotLoggedIn, "client.not_logged_in", "you are not logged in").hint("run `qpq login`")
+        Self::new(Exit::NotLoggedIn, "client.not_logged_in", "you are not logged in")
+            .hint("run `qpq login`")
     }
 }
 
@@ -100,8 +105,12 @@ impl From<Error> for Fault {
                 );
                 Self::new(Exit::Failure, "client.identity_changed", &error).hint(hint)
             }
-            Error::NoSuchConversation => failure("client.no_such_conversation", "see `qpq group list`"),
-            Error::TextTooLong { .. } => failure("client.text_too_long", "send it in several messages"),
+            Error::NoSuchConversation => {
+                failure("client.no_such_conversation", "see `qpq group list`")
+            }
+            Error::TextTooLong { .. } => {
+                failure("client.text_too_long", "send it in several messages")
+            }
             Error::GroupName { .. } => failure("client.group_name", "choose another name"),
             Error::Mls(error) => error.into(),
         }
@@ -112,8 +121,12 @@ impl From<MlsError> for Fault {
     fn from(error: MlsError) -> Self {
         let (code, hint) = match error {
             MlsError::UnknownGroup => ("client.no_such_conversation", "see `qpq group list`"),
-            MlsError::NotTheMaker => ("client.not_the_maker", "`qpq group members GROUP` shows who made it"),
-            MlsError::NoLongerMember => ("client.not_a_member", "the group's history can still be read"),
+            MlsError::NotTheMaker => {
+                ("client.not_the_maker", "`qpq group members GROUP` shows who made it")
+            }
+            MlsError::NoLongerMember => {
+                ("client.not_a_member", "the group's history can still be read")
+            }
             MlsError::Alone => ("client.alone", "run `qpq group add GROUP USER`"),
             MlsError::Yourself => ("client.yourself", "name somebody else"),
             MlsError::AlreadyMember(_) => {
@@ -152,7 +165,8 @@ impl From<AuthError> for Fault {
 
 impl From<CallError> for Fault {
     fn from(error: CallError) -> Self {
-        let unreachable = |code, hint: &'static str| Self::new(Exit::Unreachable, code, &error).hint(hint);
+        let unreachable =
+            |code, hint: &'static str| Self::new(Exit::Unreachable, code, &error).hint(hint);
         match error {
             CallError::Server(ref refusal) if error.is_unauthorized() => {
                 Self { code: or(&refusal.code, "client.not_logged_in"), ..session_ended() }
@@ -166,14 +180,17 @@ impl From<CallError> for Fault {
             CallError::TimedOut { .. } => unreachable("client.timed_out", "try again"),
             CallError::Lost { .. } => unreachable("client.connection_lost", "try again"),
             CallError::TooLarge { .. } => Self::new(Exit::Failure, "client.too_large", error),
-            CallError::Malformed { .. } => Self::new(Exit::Failure, "client.malformed_answer", error)
-                .hint("client and server may be of versions that do not go together"),
+            CallError::Malformed { .. } => {
+                Self::new(Exit::Failure, "client.malformed_answer", error)
+                    .hint("client and server may be of versions that do not go together")
+            }
         }
     }
 }
 
 fn session_ended() -> Fault {
-    Fault::new(Exit::NotLoggedIn, "client.session_ended", "your session has ended").hint("run `qpq login`")
+    Fault::new(Exit::NotLoggedIn, "client.session_ended", "your session has ended")
+        .hint("run `qpq login`")
 }
 
 fn refused(refusal: &qpq_client::ServerError) -> Fault {
@@ -191,8 +208,8 @@ fn refused(refusal: &qpq_client::ServerError) -> Fault {
 
 /// The server's code if it looks like one.
 fn or(code: &str, fallback: &'static str) -> Cow<'static, str> {
-    let is_code =
-        !code.is_empty() && code.bytes().all(|b| b.is_ascii_lowercase() || matches!(b, b'.' | b'_'));
+    let is_code = !code.is_empty()
+        && code.bytes().all(|b| b.is_ascii_lowercase() || matches!(b, b'.' | b'_'));
     if is_code { code.to_owned().into() } else { fallback.into() }
 }
 
@@ -211,14 +228,17 @@ impl From<ConnectError> for Fault {
             ConnectError::Untrusted { reason } => {
                 // Of some reasons the library tells the insides: nobody can use those.
                 let reason = reason.split(" {").next().unwrap_or_default();
-                let message = format!("the server's certificate is not trusted: {}", text::line(reason));
+                let message =
+                    format!("the server's certificate is not trusted: {}", text::line(reason));
                 Self::new(Exit::Untrusted, "client.untrusted", message).hint(
                     "trust it by --pin and the fingerprint that its operator tells you, or by --ca and a file",
                 )
             }
             ConnectError::NotQpq { .. } => Self::new(Exit::Unreachable, "client.not_qpq", error)
                 .hint("check the address and the port (--server)"),
-            ConnectError::Misconfigured { .. } => Self::new(Exit::Usage, "client.misconfigured", error),
+            ConnectError::Misconfigured { .. } => {
+                Self::new(Exit::Usage, "client.misconfigured", error)
+            }
         }
     }
 }
@@ -266,7 +286,8 @@ mod tests {
     fn server(status: Status, code: &str) -> Fault {
         let (message, field) = ("No.\x1b[2J".to_owned(), None);
         let retry_after = Some(Duration::from_millis(2500));
-        CallError::Server(ServerError { status, code: code.into(), message, retry_after, field }).into()
+        CallError::Server(ServerError { status, code: code.into(), message, retry_after, field })
+            .into()
     }
 
     #[test]
@@ -287,7 +308,9 @@ mod tests {
 
     #[test]
     fn a_hint_names_the_profile_that_was_chosen() {
-        let hint = |profile: &str| Fault::not_logged_in().in_profile(&profile.parse().unwrap()).hint.unwrap();
+        let hint = |profile: &str| {
+            Fault::not_logged_in().in_profile(&profile.parse().unwrap()).hint.unwrap()
+        };
         assert_eq!(hint("alice"), "run `qpq -p alice login`");
         assert_eq!(hint(ProfileName::DEFAULT), "run `qpq login`");
     }
@@ -297,7 +320,10 @@ mod tests {
         let (expected, seen) = (Fingerprint::from([1; 32]), Fingerprint::from([2; 32]));
         let fault = Fault::from(ConnectError::PinMismatch { expected, seen });
         assert_eq!(fault.exit, Exit::Untrusted);
-        assert!(fault.message.contains(&expected.to_string()) && fault.message.contains(&seen.to_string()));
+        assert!(
+            fault.message.contains(&expected.to_string())
+                && fault.message.contains(&seen.to_string())
+        );
         assert!(fault.hint.unwrap().contains("in between"));
     }
 }

@@ -1,5 +1,6 @@
-//! `qpq`, the messenger for the terminal: parses the command line, runs one command, says how it went by text and exit
-//! code. `args` has what can be typed, `commands` what it does, `compose` what every command works with.
+//! `qpq`, the messenger for the terminal: parses the command line, runs one command, says how it
+//! went by text and exit code. `args` has what can be typed, `commands` what it does, `compose`
+//! what every command works with.
 
 mod args;
 mod chat;

@@ -1,4 +1,5 @@
-//! What is shown: text for people or JSON for programs on standard output, everything else on standard error.
+//! What is shown: text for people or JSON for programs on standard output, everything else on
+//! standard error.
 
 use std::io::{self, IsTerminal as _, Write};
 
@@ -10,7 +11,8 @@ use crate::{
     text,
 };
 
-/// Something a command has to say. Its JSON form is the derived one: the keys are an interface and stay.
+/// Something a command has to say. Its JSON form is the derived one: the keys are an interface and
+/// stay.
 pub(crate) trait Report: Serialize {
     /// The same for people; whole lines.
     fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()>;
@@ -56,7 +58,8 @@ pub(crate) struct Output {
 
 impl Output {
     pub(crate) fn new(format: Format, no_color: bool) -> Self {
-        let style = if io::stdout().is_terminal() && !no_color { Style::Ansi } else { Style::Plain };
+        let style =
+            if io::stdout().is_terminal() && !no_color { Style::Ansi } else { Style::Plain };
         Self { format, style }
     }
 
@@ -64,7 +67,9 @@ impl Output {
     pub(crate) fn report(&self, report: &impl Report) -> Result<(), Fault> {
         let mut out = Vec::new();
         match self.format {
-            Format::Human => report.human(&mut out, self.style).map_err(|error| Fault::output(&error))?,
+            Format::Human => {
+                report.human(&mut out, self.style).map_err(|error| Fault::output(&error))?
+            }
             Format::Json => {
                 let object = serde_json::to_string(report).expect("reports have only string keys");
                 out.extend_from_slice(text::json(&object).as_bytes());

@@ -53,11 +53,17 @@ impl Source {
     pub(crate) async fn chosen(&self, output: &Output) -> Result<Password, Fault> {
         let password = match self {
             Self::Terminal => {
-                output.note("Choose a password. Nobody can reset it, so write it down somewhere safe.");
+                output.note(
+                    "Choose a password. Nobody can reset it, so write it down somewhere safe.",
+                );
                 let [password, again] = ask(["Password: ", "Again:    "]).await?;
                 if *again != *password {
-                    return Err(Fault::new(Exit::Failure, "client.password", "the two passwords differ")
-                        .hint("start again"));
+                    return Err(Fault::new(
+                        Exit::Failure,
+                        "client.password",
+                        "the two passwords differ",
+                    )
+                    .hint("start again"));
                 }
                 password
             }
@@ -77,7 +83,8 @@ impl Source {
                 let content = fs::read_to_string(path).map(Zeroizing::new).map_err(|error| {
                     Fault::io(format_args!("the password file {}", path.display()), &error)
                 })?;
-                let password = Zeroizing::new(content.lines().next().unwrap_or_default().to_owned());
+                let password =
+                    Zeroizing::new(content.lines().next().unwrap_or_default().to_owned());
                 checked(&password)?;
                 Ok(password)
             }
@@ -92,7 +99,9 @@ impl Source {
 
 fn checked(password: &str) -> Result<(), Fault> {
     if password.is_empty() {
-        return Err(Fault::new(Exit::Failure, "client.password", "the password is empty").hint("give one"));
+        return Err(
+            Fault::new(Exit::Failure, "client.password", "the password is empty").hint("give one")
+        );
     }
     Ok(())
 }
@@ -121,10 +130,12 @@ impl Drop for Unseen {
     }
 }
 
-/// Reads a line for each prompt from the terminal without showing it, wherever standard input comes from.
+/// Reads a line for each prompt from the terminal without showing it, wherever standard input comes
+/// from.
 async fn ask<const N: usize>(prompts: [&'static str; N]) -> Result<[Zeroizing<String>; N], Fault> {
     let typed = tokio::task::spawn_blocking(move || {
-        // Before the first prompt and between them too: what is typed or pasted early must not be shown either.
+        // Before the first prompt and between them too: what is typed or pasted early must not be
+        // shown either.
         let _unseen = Unseen::begin()?;
         let mut typed = prompts.map(|_| Zeroizing::default());
         for (line, prompt) in typed.iter_mut().zip(prompts) {
@@ -149,7 +160,9 @@ async fn ask<const N: usize>(prompts: [&'static str; N]) -> Result<[Zeroizing<St
             "client.password_needed",
             "a password is needed, and there is no terminal to ask at",
         )
-        .hint("give it with --password-file or QPQ_PASSWORD, or run `qpq login` at a terminal first")),
+        .hint(
+            "give it with --password-file or QPQ_PASSWORD, or run `qpq login` at a terminal first",
+        )),
         Err(error) => Err(Fault::io("cannot read the password", &error)),
     }
 }

@@ -18,10 +18,15 @@ pub(crate) enum Progress {
 
 impl Progress {
     pub(crate) fn new(format: Format) -> Self {
-        if format == Format::Human && std::io::stderr().is_terminal() { Self::Shown } else { Self::Silent }
+        if format == Format::Human && std::io::stderr().is_terminal() {
+            Self::Shown
+        } else {
+            Self::Silent
+        }
     }
 
-    /// Runs `work`; when it takes long, a spinner with `what` turns on standard error and vanishes at the end.
+    /// Runs `work`; when it takes long, a spinner with `what` turns on standard error and vanishes
+    /// at the end.
     pub(crate) async fn during<T>(self, what: &'static str, work: impl Future<Output = T>) -> T {
         if self == Self::Silent {
             return work.await;
@@ -33,7 +38,8 @@ impl Progress {
         }
         let spinner = ProgressBar::new_spinner().with_message(what);
         spinner.set_style(
-            ProgressStyle::with_template("{spinner} {msg}… {elapsed}").expect("the template is valid"),
+            ProgressStyle::with_template("{spinner} {msg}… {elapsed}")
+                .expect("the template is valid"),
         );
         spinner.enable_steady_tick(Duration::from_millis(100));
         let _cleared = Cleared(spinner);

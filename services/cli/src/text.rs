@@ -1,12 +1,13 @@
-//! Other people's text on our terminal. A message must not be able to move the cursor, change colours, set the title,
-//! reorder what is read or look like a line of somebody else.
+//! Other people's text on our terminal. A message must not be able to move the cursor, change
+//! colours, set the title, reorder what is read or look like a line of somebody else.
 
 use std::{
     borrow::Cow,
     fmt::{self, Write as _},
 };
 
-/// What goes before each further line of a message, so that no line of it passes for a message of its own.
+/// What goes before each further line of a message, so that no line of it passes for a message of
+/// its own.
 const CONTINUATION: &str = "\n  | ";
 
 /// Shows a text on one line or, for a message of several lines, with each further one marked.
@@ -32,7 +33,8 @@ pub(crate) fn message(text: &str) -> Safe<'_> {
     Safe { text, lines: Lines::Many }
 }
 
-/// JSON with everything that [`message`] would escape written as `\u` sequences, which mean the same there.
+/// JSON with everything that [`message`] would escape written as `\u` sequences, which mean the
+/// same there.
 pub(crate) fn json(object: &str) -> Cow<'_, str> {
     // Outside of strings JSON has none of these characters, and inside any may be written so.
     if !object.contains(is_dangerous) {
@@ -67,8 +69,9 @@ impl fmt::Display for Safe<'_> {
     }
 }
 
-/// Control characters (C0, DEL, C1), line and paragraph separators, and the invisible characters that change the order or
-/// the identity of what is read (Unicode Technical Report 36). The joiners stay: emoji and several scripts need them.
+/// Control characters (C0, DEL, C1), line and paragraph separators, and the invisible characters
+/// that change the order or the identity of what is read (Unicode Technical Report 36). The joiners
+/// stay: emoji and several scripts need them.
 fn is_dangerous(c: char) -> bool {
     c.is_control()
         || matches!(c,

@@ -1,8 +1,9 @@
-//! The key that opens a profile, kept between `qpq login` and `qpq logout` where it goes with the machine's power: in a
-//! file of a memory file system that its owner alone can read.
+//! The key that opens a profile, kept between `qpq login` and `qpq logout` where it goes with the
+//! machine's power: in a file of a memory file system that its owner alone can read.
 //!
-//! Places, in this order: `$XDG_RUNTIME_DIR/qpq`, `/run/user/UID/qpq`, `/dev/shm/qpq-UID`. One that is not in memory, or
-//! that somebody else could read or has made, is not used. With none, commands ask for the password each time.
+//! Places, in this order: `$XDG_RUNTIME_DIR/qpq`, `/run/user/UID/qpq`, `/dev/shm/qpq-UID`. One that
+//! is not in memory, or that somebody else could read or has made, is not used. With none, commands
+//! ask for the password each time.
 
 use std::{
     ffi::OsStr,
@@ -44,7 +45,8 @@ impl Keyring {
         let session = runtime_dir.map(PathBuf::from).filter(|dir| dir.is_absolute());
         let places = [
             session.map(|dir| (dir.clone(), dir.join("qpq"))),
-            Some(PathBuf::from(format!("/run/user/{uid}"))).map(|dir| (dir.clone(), dir.join("qpq"))),
+            Some(PathBuf::from(format!("/run/user/{uid}")))
+                .map(|dir| (dir.clone(), dir.join("qpq"))),
             Some((PathBuf::from("/dev/shm"), PathBuf::from(format!("/dev/shm/qpq-{uid}")))),
         ];
         let usable = places.into_iter().flatten().find(|(parent, dir)| match usable(parent, dir) {
@@ -65,8 +67,11 @@ impl Keyring {
     /// The key of a profile, if one is kept.
     pub(crate) fn get(&self, profile: &Path) -> Option<VaultKey> {
         let path = self.path(profile)?;
-        let mut file =
-            OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&path).ok()?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlag::O_NOFOLLOW.bits())
+            .open(&path)
+            .ok()?;
         let metadata = file.metadata().ok()?;
         if metadata.uid() != Uid::current().as_raw() || metadata.mode() & 0o077 != 0 {
             tracing::warn!(path = %path.display(), "the kept key is not used: others can read it");
@@ -80,9 +85,9 @@ impl Keyring {
     /// Keeps the key of a profile; answers whether there was a place for it.
     pub(crate) fn put(&self, profile: &Path, key: &VaultKey) -> Result<Kept, Fault> {
         let (Some(dir), Some(path)) = (&self.dir, self.path(profile)) else { return Ok(Kept::No) };
-        write(dir, &path, &*key.to_bytes())
-            .map(|()| Kept::Yes)
-            .map_err(|error| Fault::io(format_args!("cannot keep the key in {}", dir.display()), &error))
+        write(dir, &path, &*key.to_bytes()).map(|()| Kept::Yes).map_err(|error| {
+            Fault::io(format_args!("cannot keep the key in {}", dir.display()), &error)
+        })
     }
 
     /// Forgets the key of a profile.
@@ -123,8 +128,9 @@ fn usable(parent: &Path, dir: &Path) -> Result<(), String> {
         _ => {}
     }
     let metadata = fs::symlink_metadata(dir).map_err(|error| error.to_string())?;
-    let is_ours =
-        metadata.is_dir() && metadata.uid() == Uid::current().as_raw() && metadata.mode() & 0o077 == 0;
+    let is_ours = metadata.is_dir()
+        && metadata.uid() == Uid::current().as_raw()
+        && metadata.mode() & 0o077 == 0;
     if is_ours { Ok(()) } else { Err("it is not a directory of ours alone".to_owned()) }
 }
 
@@ -171,7 +177,8 @@ mod tests {
 
         let dir = memory.path().join("qpq");
         assert_eq!(fs::metadata(&dir).unwrap().mode() & 0o7777, 0o700);
-        let files: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let files: Vec<_> =
+            fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert_eq!(files.len(), 1, "nothing is left beside it");
         assert_eq!(fs::metadata(&files[0]).unwrap().mode() & 0o7777, 0o600);
 

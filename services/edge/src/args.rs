@@ -1,4 +1,5 @@
-//! The command line. It stays thin: flags are one more layer of the configuration, so values are checked there.
+//! The command line. It stays thin: flags are one more layer of the configuration, so values are
+//! checked there.
 
 use std::path::PathBuf;
 
@@ -9,8 +10,9 @@ use crate::{Config, FOREIGN_VARIABLES};
 
 /// The quicproquo server: end-to-end encrypted messages over QUIC.
 ///
-/// Without a command it runs. Everything it keeps is in the data directory; whatever is missing there is made at the
-/// first start. All settings, also as environment variables: docs/configuration.md.
+/// Without a command it runs. Everything it keeps is in the data directory; whatever is missing
+/// there is made at the first start. All settings, also as environment variables:
+/// docs/configuration.md.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "qpq-server", version, max_term_width = 100)]
 pub struct Args {
@@ -23,7 +25,8 @@ pub struct Args {
     /// The certificate chain, in DER or PEM [default: server-cert.der in the data directory].
     #[arg(long, global = true, value_name = "FILE")]
     tls_cert: Option<String>,
-    /// The certificate's private key, in DER or PEM [default: server-key.der in the data directory].
+    /// The certificate's private key, in DER or PEM [default: server-key.der in the data
+    /// directory].
     #[arg(long, global = true, value_name = "FILE")]
     tls_key: Option<String>,
     /// A TOML file with settings [env: QPQ_CONFIG].
@@ -67,8 +70,9 @@ impl Args {
             ("--tls-cert", "tls.cert", &self.tls_cert),
             ("--tls-key", "tls.key", &self.tls_key),
         ];
-        let flag =
-            |(name, path, value): (_, _, &Option<String>)| Some(Flag { name, path, value: value.clone()? });
+        let flag = |(name, path, value): (_, _, &Option<String>)| {
+            Some(Flag { name, path, value: value.clone()? })
+        };
         load(Sources {
             file: self.config.clone(),
             environment: environment(),
@@ -92,8 +96,11 @@ mod tests {
 
     #[test]
     fn flags_and_declaration_agree() {
-        let mut declared: Vec<_> =
-            Declared::of::<Config>().settings.into_iter().filter_map(|setting| setting.flag).collect();
+        let mut declared: Vec<_> = Declared::of::<Config>()
+            .settings
+            .into_iter()
+            .filter_map(|setting| setting.flag)
+            .collect();
         let command = Args::command();
         let mut typed: Vec<_> = command
             .get_arguments()

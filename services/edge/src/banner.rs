@@ -44,21 +44,28 @@ impl fmt::Display for Banner {
         writeln!(f, "\nTwo people can chat now; type in other terminals:")?;
         writeln!(f, "  {client} -p alice register alice --server {server} --pin {fingerprint}")?;
         writeln!(f, "  {client} -p bob   register bob   --server {server} --pin {fingerprint}")?;
-        writeln!(f, "  {client} -p alice dm bob        # and in another terminal: {client} -p bob dm alice")
+        writeln!(
+            f,
+            "  {client} -p alice dm bob        # and in another terminal: {client} -p bob dm alice"
+        )
     }
 }
 
-/// How `qpq` is called from here: by its path if it sits beside this program and is not found without, else by its name.
+/// How `qpq` is called from here: by its path if it sits beside this program and is not found
+/// without, else by its name.
 fn client() -> String {
     let name = "qpq".to_owned();
-    let beside =
-        env::current_exe().ok().map(|program| program.with_file_name(&name)).filter(|path| path.is_file());
+    let beside = env::current_exe()
+        .ok()
+        .map(|program| program.with_file_name(&name))
+        .filter(|path| path.is_file());
     let Some(beside) = beside else { return name };
     let searched = env::var_os("PATH").unwrap_or_default();
     if env::split_paths(&searched).any(|dir| dir.join(&name).is_file()) {
         return name;
     }
     let here = env::current_dir().unwrap_or_default();
-    let path = beside.strip_prefix(&here).map(|inside| Path::new(".").join(inside)).unwrap_or(beside);
+    let path =
+        beside.strip_prefix(&here).map(|inside| Path::new(".").join(inside)).unwrap_or(beside);
     path.display().to_string()
 }

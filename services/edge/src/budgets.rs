@@ -1,5 +1,5 @@
-//! The `[limits]` section: one budget for each class and subject of `qpq_proto`'s table, which also has the defaults. It is
-//! not declared by the `section!` macro because its keys are that table's.
+//! The `[limits]` section: one budget for each class and subject of `qpq_proto`'s table, which also
+//! has the defaults. It is not declared by the `section!` macro because its keys are that table's.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -34,7 +34,10 @@ impl From<&LimitDefault> for Budget {
 impl Default for Limits {
     fn default() -> Self {
         let of_class = |class: LimitClass| {
-            class.defaults().iter().map(move |default| (class, default.subject, Budget::from(default)))
+            class
+                .defaults()
+                .iter()
+                .map(move |default| (class, default.subject, Budget::from(default)))
         };
         Self { enabled: true, budgets: LimitClass::ALL.into_iter().flat_map(of_class).collect() }
     }
@@ -47,8 +50,11 @@ impl Limits {
             burst: budget.burst,
             per_second: f64::from(budget.refill) / budget.per.as_secs_f64(),
         };
-        let overrides: HashMap<_, _> =
-            self.budgets.iter().map(|&(class, subject, budget)| ((class, subject), bucket(budget))).collect();
+        let overrides: HashMap<_, _> = self
+            .budgets
+            .iter()
+            .map(|&(class, subject, budget)| ((class, subject), bucket(budget)))
+            .collect();
         RateLimits { enabled: self.enabled, overrides }
     }
 }
@@ -97,7 +103,11 @@ impl Leaf for Budget {
         let (refill, unit) = rate.split_once('/')?;
         let (_, seconds) = UNITS.iter().find(|(name, _)| *name == unit.trim())?;
         let (burst, refill) = (burst.trim().parse().ok()?, refill.trim().parse().ok()?);
-        (burst > 0 && refill > 0).then_some(Self { burst, refill, per: Duration::from_secs(*seconds) })
+        (burst > 0 && refill > 0).then_some(Self {
+            burst,
+            refill,
+            per: Duration::from_secs(*seconds),
+        })
     }
 
     fn show(&self) -> Option<String> {
@@ -117,7 +127,10 @@ mod tests {
         for class in LimitClass::ALL {
             for default in class.defaults() {
                 let bucket = rates.overrides[&(class, default.subject)];
-                assert_eq!((bucket.burst, bucket.per_second), (default.burst, default.per_second()));
+                assert_eq!(
+                    (bucket.burst, bucket.per_second),
+                    (default.burst, default.per_second())
+                );
             }
         }
     }
@@ -129,7 +142,10 @@ mod tests {
             let shown = Leaf::show(&budget).unwrap();
             assert_eq!(read(shown.trim_matches('"')), Some(budget), "{shown}");
         }
-        assert_eq!(read("7+3/h"), Some(Budget { burst: 7, refill: 3, per: Duration::from_secs(3_600) }));
+        assert_eq!(
+            read("7+3/h"),
+            Some(Budget { burst: 7, refill: 3, per: Duration::from_secs(3_600) })
+        );
         for wrong in ["", "7", "7 + 3", "7 + 3/d", "0 + 3/m", "7 + 0/m", "-7 + 3/m", "7 + 3.5/m"] {
             assert_eq!(read(wrong), None, "{wrong}");
         }

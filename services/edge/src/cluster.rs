@@ -1,5 +1,6 @@
-//! The settings that make an edge one of a cluster. All three servers and the directory of shared secrets → a cluster; none of
-//! them → the embedded store; some of them → refused, with the missing names.
+//! The settings that make an edge one of a cluster. All three servers and the directory of shared
+//! secrets → a cluster; none of them → the embedded store; some of them → refused, with the missing
+//! names.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -14,25 +15,29 @@ use qpq_store_cluster::{Endpoint, Limits, Migrate, Timing};
 section! {
     /// Postgres, version 15 or newer, where a cluster keeps everything that is durable.
     pub struct Postgres {
-        /// Where it is, as in `postgres://qpq@db.example.org:5432/qpq`. Several hosts' addresses are for a proxy to hide.
+        /// Where it is, as in `postgres://qpq@db.example.org:5432/qpq`. Several hosts' addresses
+        /// are for a proxy to hide.
         url: Option<Redacted<String>> = None;
         /// A file with the password, which then need not be in the URL.
         password_file: Option<PathBuf> = None;
-        /// A PEM file with the authorities of its certificate, beside the public ones; the connection is encrypted and the
-        /// certificate checked.
+        /// A PEM file with the authorities of its certificate, beside the public ones; the
+        /// connection is encrypted and the certificate checked.
         ca: Option<PathBuf> = None, unset: "the URL's `sslmode` decides";
         /// Connections of this edge at most.
         connections: u32 = 16;
-        /// How long a statement may take, a lock be waited for, and a free connection be waited for.
+        /// How long a statement may take, a lock be waited for, and a free connection be waited
+        /// for.
         timeout: Duration = Duration::from_secs(5);
     }
 }
 
 section! {
-    /// Redis, version 7.0 or newer: queues that are being read, leases, waiters, rate limits. It may lose everything it holds.
+    /// Redis, version 7.0 or newer: queues that are being read, leases, waiters, rate limits. It
+    /// may lose everything it holds.
     pub struct Redis {
-        /// Where it is: `redis://host:6379`, `redis+cluster://a:6379,b:6379` or `redis+sentinel://a:26379,b:26379/primary`;
-        /// with `rediss` in place of `redis` encrypted. Sentinels may want the password too, or none.
+        /// Where it is: `redis://host:6379`, `redis+cluster://a:6379,b:6379` or
+        /// `redis+sentinel://a:26379,b:26379/primary`; with `rediss` in place of `redis` encrypted.
+        /// Sentinels may want the password too, or none.
         url: Option<Redacted<String>> = None;
         /// A file with the password, which then need not be in the URL.
         password_file: Option<PathBuf> = None;
@@ -46,8 +51,8 @@ section! {
 section! {
     /// NATS: word from edge to edge. All of it may get lost.
     pub struct Nats {
-        /// Where it is, as in `nats://a:4222,nats://b:4222` or `nats://user:password@a`; with `tls` in place of `nats`
-        /// encrypted. One word in front of `@` is a token.
+        /// Where it is, as in `nats://a:4222,nats://b:4222` or `nats://user:password@a`; with `tls`
+        /// in place of `nats` encrypted. One word in front of `@` is a token.
         url: Option<Redacted<String>> = None;
         /// A file with the password, or with the token where the URL names no user.
         password_file: Option<PathBuf> = None;
@@ -59,23 +64,28 @@ section! {
 section! {
     /// What this edge shares with the others of its cluster.
     pub struct Cluster {
-        /// The directory that `qpq-admin init` made, the same for every edge: secrets, keys, the certificate.
+        /// The directory that `qpq-admin init` made, the same for every edge: secrets, keys, the
+        /// certificate.
         secrets_dir: Option<PathBuf> = None;
-        /// This edge's name, which no other running edge has. One that is started again under its name can tell the clients of
-        /// its predecessor at once that their connections are gone.
+        /// This edge's name, which no other running edge has. One that is started again under its
+        /// name can tell the clients of its predecessor at once that their connections are gone.
         edge: Option<String> = None, unset: "clients notice it by silence";
-        /// In front of every key in Redis and every subject in NATS, where several clusters share those.
+        /// In front of every key in Redis and every subject in NATS, where several clusters share
+        /// those.
         namespace: String = "qpq".into();
-        /// Whether an edge brings the schema up to date when it starts. Else `qpq-admin migrate` does, before.
+        /// Whether an edge brings the schema up to date when it starts. Else `qpq-admin migrate`
+        /// does, before.
         migrate: MigrateWhen = MigrateWhen::Never;
-        /// How long an edge that starts waits for each of the servers, be it that it is not there or that it hangs. One that
-        /// refuses the edge is not waited for.
+        /// How long an edge that starts waits for each of the servers, be it that it is not there
+        /// or that it hangs. One that refuses the edge is not waited for.
         start_timeout: Duration = Duration::from_secs(60);
-        /// Between two looks at the inboxes that somebody waits for: the delay of a message when word of it got lost.
+        /// Between two looks at the inboxes that somebody waits for: the delay of a message when
+        /// word of it got lost.
         poll: Duration = Timing::default().poll;
         /// How long messages that an edge was delivering stay hidden when it dies.
         lease: Duration = Timing::default().lease;
-        /// How long an edge and Redis may each believe in a session: how long an end of it can go unnoticed while NATS is away.
+        /// How long an edge and Redis may each believe in a session: how long an end of it can go
+        /// unnoticed while NATS is away.
         session_cache: Duration = Timing::default().session_cache;
     }
 }
@@ -88,7 +98,8 @@ pub enum MigrateWhen {
 }
 
 impl Choice for MigrateWhen {
-    const ALL: &'static [(&'static str, Self)] = &[("never", Self::Never), ("at_start", Self::AtStart)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("never", Self::Never), ("at_start", Self::AtStart)];
 }
 
 /// The four sections.
@@ -155,7 +166,8 @@ impl<'a> Sections<'a> {
         })
     }
 
-    /// What Postgres alone needs; the other two are nowhere, and their passwords are not looked for.
+    /// What Postgres alone needs; the other two are nowhere, and their passwords are not looked
+    /// for.
     pub(crate) fn database(
         &self,
         opaque_setup: [u8; 32],
@@ -184,7 +196,11 @@ impl<'a> Sections<'a> {
             },
             opaque_setup,
             limits: Limits { delivery, key_packages },
-            timing: Timing { poll: cluster.poll, lease: cluster.lease, session_cache: cluster.session_cache },
+            timing: Timing {
+                poll: cluster.poll,
+                lease: cluster.lease,
+                session_cache: cluster.session_cache,
+            },
         })
     }
 }

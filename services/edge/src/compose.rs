@@ -1,4 +1,5 @@
-//! How the server is put together, and taken apart again. The binary and the tests start the same thing from here.
+//! How the server is put together, and taken apart again. The binary and the tests start the same
+//! thing from here.
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -25,7 +26,8 @@ use crate::{
     upkeep,
 };
 
-/// For /livez: the server from the outside. Three failures, because a restart ends every connection.
+/// For /livez: the server from the outside. Three failures, because a restart ends every
+/// connection.
 const LIVENESS: Schedule =
     Schedule { every: Duration::from_secs(10), within: Duration::from_secs(8), tolerance: 3 };
 /// For /readyz and Health: whether the store can commit.
@@ -157,8 +159,8 @@ impl Running {
         self.tasks.failure().await
     }
 
-    /// Stops gently: no new connections, calls in flight end, clients are told, everything is closed. Once `hurry`
-    /// completes, calls in flight are no longer waited for.
+    /// Stops gently: no new connections, calls in flight end, clients are told, everything is
+    /// closed. Once `hurry` completes, calls in flight are no longer waited for.
     pub async fn shutdown(self, hurry: impl Future<Output = ()>) {
         tracing::info!(
             up_to = ?self.drain,
@@ -198,7 +200,10 @@ impl Running {
         });
         tasks.spawn("other edges", Arc::clone(&rpc).hear_other_edges());
         tasks.spawn("sweep", upkeep::sweep(self.store.stores(), clock));
-        tasks.spawn("certificates", Arc::clone(&self.certificates).watch(config.tls.reload_interval));
+        tasks.spawn(
+            "certificates",
+            Arc::clone(&self.certificates).watch(config.tls.reload_interval),
+        );
         if let Some(member) = &self.member {
             let watching = Arc::clone(&member.keys).watch(config.tls.reload_interval);
             tasks.spawn("shared keys", watching);

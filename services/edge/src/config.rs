@@ -1,6 +1,6 @@
-//! Every setting of the server, declared once: `docs/configuration.md`, the environment variables and `config show` come
-//! from here. To add one: a line in its section with a doc comment, its use below or in `compose`, and
-//! `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
+//! Every setting of the server, declared once: `docs/configuration.md`, the environment variables
+//! and `config show` come from here. To add one: a line in its section with a doc comment, its use
+//! below or in `compose`, and `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
 
 use std::{collections::HashSet, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -20,7 +20,8 @@ use crate::{
     cluster::{Cluster, Nats, PasswordFileError, Postgres, Redis, Sections},
 };
 
-/// Variables with our prefix that the client, the tests or the documentation read, and that we therefore leave alone.
+/// Variables with our prefix that the client, the tests or the documentation read, and that we
+/// therefore leave alone.
 pub const FOREIGN_VARIABLES: &[&str] =
     &["QPQ_HOME", "QPQ_PASSWORD", "QPQ_PROFILE", "QPQ_SERVER", "QPQ_UPDATE_DOCS"];
 
@@ -35,7 +36,8 @@ section! {
     pub struct Config {
         /// The UDP address that clients connect to.
         listen: SocketAddr = SocketAddr::from(([0, 0, 0, 0], 5001)), flag: "--listen";
-        /// The directory that holds everything: database, certificate, keys. Made, for its owner alone, if missing.
+        /// The directory that holds everything: database, certificate, keys. Made, for its owner
+        /// alone, if missing.
         data_dir: PathBuf = "data".into(), flag: "--data-dir";
         /// The server's own domain, what follows the `@` in its users' addresses. In lower case.
         domain: String = "localhost".into();
@@ -47,7 +49,8 @@ section! {
         log: Log = Log::default();
         /// Traces of calls, for an OpenTelemetry collector.
         trace: Trace = Trace::default();
-        /// How much the server bears from the network, and for how long. What is above is refused, never queued.
+        /// How much the server bears from the network, and for how long. What is above is refused,
+        /// never queued.
         transport: Transport = Transport::default();
         /// How often things may be asked for. [rpc.md](rpc.md) says which methods share a budget.
         limits: Limits = Limits::default();
@@ -65,13 +68,14 @@ section! {
         drain: Drain = Drain::default();
         /// Postgres, version 15 or newer, where a cluster keeps everything that is durable.
         postgres: Postgres = Postgres::default();
-        /// Redis, version 7.0 or newer: queues that are being read, leases, waiters, rate limits. It may lose everything it
-        /// holds.
+        /// Redis, version 7.0 or newer: queues that are being read, leases, waiters, rate limits.
+        /// It may lose everything it holds.
         redis: Redis = Redis::default();
         /// NATS: word from edge to edge. All of it may get lost.
         nats: Nats = Nats::default();
-        /// What this edge shares with the others of its cluster. A cluster needs `postgres.url`, `redis.url`, `nats.url` and
-        /// `cluster.secrets_dir`; without all four the server runs alone, on its data directory.
+        /// What this edge shares with the others of its cluster. A cluster needs `postgres.url`,
+        /// `redis.url`, `nats.url` and `cluster.secrets_dir`; without all four the server runs
+        /// alone, on its data directory.
         cluster: Cluster = Cluster::default();
     }
 }
@@ -79,13 +83,15 @@ section! {
 section! {
     /// The certificate that clients see.
     pub struct Tls {
-        /// The certificate chain, in DER or PEM. Made, self-signed, together with the key, if neither is there.
+        /// The certificate chain, in DER or PEM. Made, self-signed, together with the key, if
+        /// neither is there.
         cert: Option<PathBuf> = None,
             unset: "`server-cert.der` in the data directory", variable: "QPQ_TLS_CERT", flag: "--tls-cert";
         /// The private key, in DER or PEM.
         key: Option<PathBuf> = None,
             unset: "`server-key.der` in the data directory", variable: "QPQ_TLS_KEY", flag: "--tls-key";
-        /// Names and IP addresses in a certificate that is made, besides the domain and `localhost`.
+        /// Names and IP addresses in a certificate that is made, besides the domain and
+        /// `localhost`.
         names: Vec<String> = Vec::new();
         /// How often the files are looked at for a renewed certificate.
         reload_interval: Duration = qpq_transport::RELOAD_INTERVAL;
@@ -101,17 +107,20 @@ section! {
         max_connections_per_ip: usize = TransportLimits::default().max_connections_per_ip;
         /// Handshakes at a time.
         max_handshakes: usize = TransportLimits::default().max_handshakes;
-        /// From so many handshakes at a time on, clients must first prove their address, which costs them a round trip.
+        /// From so many handshakes at a time on, clients must first prove their address, which
+        /// costs them a round trip.
         retry_above: usize = TransportLimits::default().retry_above;
         /// Calls in flight on one connection. Each takes 83 bytes on every connection, used or not.
         max_streams: u32 = TransportLimits::default().max_streams;
         /// How long a handshake may take.
         handshake_timeout: Duration = Timeouts::default().handshake;
-        /// How long a client may be silent until its connection is dropped. Clients give a sign of life every 15 s.
+        /// How long a client may be silent until its connection is dropped. Clients give a sign of
+        /// life every 15 s.
         idle_timeout: Duration = Timeouts::default().idle;
         /// How long a request may take to arrive, from its first byte.
         request_timeout: Duration = Timeouts::default().request;
-        /// How long a client may be silent until messages that it fetched and did not acknowledge are back in its inbox.
+        /// How long a client may be silent until messages that it fetched and did not acknowledge
+        /// are back in its inbox.
         silent_peer_timeout: Duration = Timeouts::default().silent_peer;
         /// How long a client may take nothing of its answer until that is taken back.
         stalled_reply_timeout: Duration = Timeouts::default().stalled_reply;
@@ -131,7 +140,8 @@ section! {
         default_ttl: Duration = qpq_domain::Delivery::default().default_ttl;
         /// The longest lifetime that a sender may ask for.
         max_ttl: Duration = qpq_domain::Delivery::default().max_ttl;
-        /// How long a message id is remembered once its message is gone, so that a repeat is not delivered twice.
+        /// How long a message id is remembered once its message is gone, so that a repeat is not
+        /// delivered twice.
         recent_ids: Duration = qpq_domain::Delivery::default().recent_ids;
         /// How long FetchWait waits where the client names no time.
         default_wait: Duration = qpq_domain::Delivery::default().default_wait;
@@ -147,8 +157,8 @@ section! {
         max_package: Size = Size(qpq_domain::KeyPackageCaps::default().max_bytes as u64);
         /// KeyPackages that one identity may have on the server.
         max_packages: u32 = qpq_domain::KeyPackageCaps::default().max_count;
-        /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are taken. Of the defaults 0x0001 and 0x0003 are checked
-        /// in full; of others the signature is not.
+        /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are taken. Of the defaults
+        /// 0x0001 and 0x0003 are checked in full; of others the signature is not.
         suites: Suites = Suites(qpq_rpc::Config::default().key_package_suites);
     }
 }
@@ -166,10 +176,11 @@ section! {
 section! {
     /// Registration and login.
     pub struct Auth {
-        /// Whether a registration must prove that it has the identity key's private half. A proof that is given is
-        /// always checked.
+        /// Whether a registration must prove that it has the identity key's private half. A proof
+        /// that is given is always checked.
         identity_proof: IdentityProof = IdentityProof::Optional;
-        /// Logins and registrations that may wait for the processor before the next is told to come later.
+        /// Logins and registrations that may wait for the processor before the next is told to come
+        /// later.
         waiting_logins: usize = 256;
     }
 }
@@ -185,7 +196,8 @@ section! {
 section! {
     /// How the server stops.
     pub struct Drain {
-        /// How long calls in flight may go on after the first SIGTERM or SIGINT. A second one stops at once.
+        /// How long calls in flight may go on after the first SIGTERM or SIGINT. A second one stops
+        /// at once.
         timeout: Duration = qpq_transport::DRAIN_DEADLINE, variable: "QPQ_DRAIN_TIMEOUT";
     }
 }
@@ -208,7 +220,8 @@ impl Leaf for Suites {
             Some(hex) => u16::from_str_radix(hex, 16).ok(),
             None => text.parse().ok(),
         };
-        let suites: Vec<_> = Vec::<String>::read(value)?.iter().map(number).collect::<Option<_>>()?;
+        let suites: Vec<_> =
+            Vec::<String>::read(value)?.iter().map(number).collect::<Option<_>>()?;
         (!suites.is_empty()).then_some(Self(suites))
     }
 
@@ -238,7 +251,8 @@ impl Settings for Config {
 }
 
 impl Config {
-    /// All rules but the one that a cluster is given whole or not at all: for programs that need only a part of it.
+    /// All rules but the one that a cluster is given whole or not at all: for programs that need
+    /// only a part of it.
     pub fn broken_values(&self) -> Vec<Broken> {
         let mut broken = Vec::new();
         let mut must = |holds: bool, path, be: &str| {
@@ -258,7 +272,11 @@ impl Config {
             "a domain name in lower case, as in example.org",
         );
         must(self.admins().is_ok(), "admin.usernames", "user names as they may be registered");
-        must(self.session.idle <= self.session.absolute, "session.idle", "at most session.absolute");
+        must(
+            self.session.idle <= self.session.absolute,
+            "session.idle",
+            "at most session.absolute",
+        );
         must(
             self.delivery.default_ttl <= self.delivery.max_ttl,
             "delivery.default_ttl",
@@ -272,7 +290,8 @@ impl Config {
         broken
     }
 
-    /// What the cluster's database alone needs, for programs that are no edges. `opaque_setup` tells the cluster from others.
+    /// What the cluster's database alone needs, for programs that are no edges. `opaque_setup`
+    /// tells the cluster from others.
     pub fn cluster_database(
         &self,
         opaque_setup: [u8; 32],
@@ -282,12 +301,19 @@ impl Config {
 
     /// What makes an edge one of a cluster.
     pub(crate) fn cluster_sections(&self) -> Sections<'_> {
-        Sections { postgres: &self.postgres, redis: &self.redis, nats: &self.nats, cluster: &self.cluster }
+        Sections {
+            postgres: &self.postgres,
+            redis: &self.redis,
+            nats: &self.nats,
+            cluster: &self.cluster,
+        }
     }
 
     /// Where certificate and key are.
     pub fn tls_files(&self) -> (PathBuf, PathBuf) {
-        let place = |given: &Option<PathBuf>, name| given.clone().unwrap_or_else(|| self.data_dir.join(name));
+        let place = |given: &Option<PathBuf>, name| {
+            given.clone().unwrap_or_else(|| self.data_dir.join(name))
+        };
         (place(&self.tls.cert, "server-cert.der"), place(&self.tls.key, "server-key.der"))
     }
 
@@ -410,7 +436,11 @@ impl Config {
             "delivery.max_payload",
             "between 1B and 4092KiB, so that it fits a frame",
         );
-        must(fits(keys.max_package), "keys.max_package", "between 1B and 4092KiB, so that it fits a frame");
+        must(
+            fits(keys.max_package),
+            "keys.max_package",
+            "between 1B and 4092KiB, so that it fits a frame",
+        );
         must(delivery.max_messages > 0, "delivery.max_messages", "at least 1");
         must(
             delivery.max_bytes >= delivery.max_payload,
@@ -419,9 +449,17 @@ impl Config {
         );
         must(keys.max_packages > 0, "keys.max_packages", "at least 1");
         must(transport.max_connections > 0, "transport.max_connections", "at least 1");
-        must(transport.max_connections_per_ip > 0, "transport.max_connections_per_ip", "at least 1");
+        must(
+            transport.max_connections_per_ip > 0,
+            "transport.max_connections_per_ip",
+            "at least 1",
+        );
         must(transport.max_handshakes > 0, "transport.max_handshakes", "at least 1");
-        must((1..=65_536).contains(&transport.max_streams), "transport.max_streams", "between 1 and 65536");
+        must(
+            (1..=65_536).contains(&transport.max_streams),
+            "transport.max_streams",
+            "between 1 and 65536",
+        );
         must(self.auth.waiting_logins > 0, "auth.waiting_logins", "at least 1");
         must(
             self.postgres.connections as usize > qpq_store_cluster::COMMITTERS,

@@ -1,7 +1,7 @@
 //! `qpq-server`: QUIC on the outside, the stores on the inside, the dispatcher between them.
 //!
-//! The binary is [`args`] → [`Config`] → [`compose()`] → wait for a signal → [`Running::shutdown`]. Tests boot
-//! [`compose()`] in their own process: what they test is what runs.
+//! The binary is [`args`] → [`Config`] → [`compose()`] → wait for a signal → [`Running::shutdown`].
+//! Tests boot [`compose()`] in their own process: what they test is what runs.
 
 pub mod args;
 pub mod banner;

@@ -1,6 +1,8 @@
-//! The `qpq-server` binary: reads the configuration, starts the server, waits for a reason to stop it.
+//! The `qpq-server` binary: reads the configuration, starts the server, waits for a reason to stop
+//! it.
 //!
-//! Exit codes: 0 stopped as asked, 1 could not start or failed, 2 the command line or the configuration is wrong.
+//! Exit codes: 0 stopped as asked, 1 could not start or failed, 2 the command line or the
+//! configuration is wrong.
 
 use std::{
     fmt::Display,

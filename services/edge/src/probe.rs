@@ -1,5 +1,5 @@
-//! The server's look at itself from the outside: a handshake and a call over loopback. A process whose socket task died
-//! looks alive to everything but this.
+//! The server's look at itself from the outside: a handshake and a call over loopback. A process
+//! whose socket task died looks alive to everything but this.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -17,11 +17,16 @@ use qpq_transport::{
 /// For the handshake and for the call, each.
 const WITHIN: Duration = Duration::from_secs(4);
 
-/// Connects to the server at `listening` and asks for its health. Whatever it answers shows that it is alive, a refused
-/// connection too: that is a full or a draining server.
-pub(crate) async fn alive(listening: SocketAddr, certificates: Arc<Certificates>) -> Result<(), String> {
-    let dialer = Dialer::new(Trust::Pin(certificates.fingerprint())).map_err(|error| error.to_string())?;
-    let dialing = dialer.with_connect_timeout(WITHIN).connect(reachable(listening), "localhost").await;
+/// Connects to the server at `listening` and asks for its health. Whatever it answers shows that it
+/// is alive, a refused connection too: that is a full or a draining server.
+pub(crate) async fn alive(
+    listening: SocketAddr,
+    certificates: Arc<Certificates>,
+) -> Result<(), String> {
+    let dialer =
+        Dialer::new(Trust::Pin(certificates.fingerprint())).map_err(|error| error.to_string())?;
+    let dialing =
+        dialer.with_connect_timeout(WITHIN).connect(reachable(listening), "localhost").await;
     let connection = match dialing {
         Err(ConnectError::Refused) => return Ok(()),
         connected => connected.map_err(|error| error.to_string())?,
@@ -57,7 +62,8 @@ mod tests {
         let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (cert, key) = (dir.path().join("cert.der"), dir.path().join("key.der"));
-        let certificates = Certificates::load_or_create(&cert, &key, &["localhost".into()]).unwrap();
+        let certificates =
+            Certificates::load_or_create(&cert, &key, &["localhost".into()]).unwrap();
         let outcome = alive(silent.local_addr().unwrap(), certificates).await;
         assert_eq!(outcome, Err("the server did not answer in time".into()));
     }

@@ -1,8 +1,8 @@
 //! The server's long-term secrets, from where it keeps them.
 //!
-//! A server alone makes them at the first start, before there is a database, and never again. A secret that is missing
-//! beside a database was lost, not never made. Making another one would lock out every account without a word, so the
-//! server refuses to start.
+//! A server alone makes them at the first start, before there is a database, and never again. A
+//! secret that is missing beside a database was lost, not never made. Making another one would lock
+//! out every account without a word, so the server refuses to start.
 //!
 //! An edge of a cluster makes none: it reads the directory that all edges share ([`load_fleet`]).
 
@@ -24,7 +24,8 @@ use zeroize::Zeroizing;
 
 // The runtime knows the files by their lengths and not by what is in them.
 const _: () = assert!(OPAQUE_SETUP.length == opaque::len::SETUP);
-const _: () = assert!(fleet::TICKET_KEYS.length == KeyRing::LEN && fleet::TOKEN_KEY.length == KeyRing::LEN);
+const _: () =
+    assert!(fleet::TICKET_KEYS.length == KeyRing::LEN && fleet::TOKEN_KEY.length == KeyRing::LEN);
 const _: () = assert!(fleet::RESET_KEY.length == RESET_KEY_LEN);
 
 /// The database that the embedded store makes in the data directory.
@@ -43,7 +44,8 @@ pub(crate) struct Fleet {
     pub(crate) keys: Arc<FleetKeys>,
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) cluster: ClusterId,
-    /// The same on every edge, or an account of one edge could not log in at another. Tells nothing of the setup.
+    /// The same on every edge, or an account of one edge could not log in at another. Tells nothing
+    /// of the setup.
     pub(crate) opaque_fingerprint: [u8; 32],
 }
 
@@ -70,30 +72,40 @@ pub enum SecretsError {
          and key from another edge or a backup"
     )]
     FleetCertificate { source: IdentityError },
-    #[error("{path} is damaged: {source}; it was made by `qpq-admin init` and is the same on every edge")]
+    #[error(
+        "{path} is damaged: {source}; it was made by `qpq-admin init` and is the same on every edge"
+    )]
     FleetOpaque { path: PathBuf, source: opaque::InvalidSetup },
 }
 
-/// Reads the secrets, or makes them where there is no database yet. Call it before the store is opened.
+/// Reads the secrets, or makes them where there is no database yet. Call it before the store is
+/// opened.
 pub(crate) fn load_or_create(dir: &DataDir) -> Result<Secrets, SecretsError> {
     let setup = one(dir, OPAQUE_SETUP, || OpaqueServer::generate(&mut OsRng).serialize())?;
-    let opaque = OpaqueServer::parse(&setup)
-        .map_err(|source| SecretsError::Opaque { path: dir.path().join(OPAQUE_SETUP.name), source })?;
-    let seed =
-        one(dir, DELIVERY_KEY, || Zeroizing::new(DeliverySigner::generate(&mut OsRng).secret().to_vec()))?;
+    let opaque = OpaqueServer::parse(&setup).map_err(|source| SecretsError::Opaque {
+        path: dir.path().join(OPAQUE_SETUP.name),
+        source,
+    })?;
+    let seed = one(dir, DELIVERY_KEY, || {
+        Zeroizing::new(DeliverySigner::generate(&mut OsRng).secret().to_vec())
+    })?;
     Ok(Secrets { opaque, signer: signer(&seed) })
 }
 
-/// Reads what all edges share, and makes nothing. Whatever is missing or damaged is named in the error.
+/// Reads what all edges share, and makes nothing. Whatever is missing or damaged is named in the
+/// error.
 pub(crate) fn load_fleet(dir: &Path) -> Result<Fleet, SecretsError> {
     let dir = FleetDir::open(dir)?;
     let cluster = dir.cluster_id()?;
     let setup = dir.secret(OPAQUE_SETUP)?;
-    let opaque = OpaqueServer::parse(&setup)
-        .map_err(|source| SecretsError::FleetOpaque { path: dir.file(OPAQUE_SETUP.name), source })?;
+    let opaque = OpaqueServer::parse(&setup).map_err(|source| SecretsError::FleetOpaque {
+        path: dir.file(OPAQUE_SETUP.name),
+        source,
+    })?;
     let signer = signer(&dir.secret(DELIVERY_KEY)?);
     for file in [fleet::TICKET_KEYS, fleet::TOKEN_KEY, fleet::RESET_KEY] {
-        // For its length and its mode; the transport reads it again, and again while the server runs.
+        // For its length and its mode; the transport reads it again, and again while the server
+        // runs.
         dir.secret(file)?;
     }
     let keys = FleetKeys::load(FleetFiles {
@@ -102,10 +114,17 @@ pub(crate) fn load_fleet(dir: &Path) -> Result<Fleet, SecretsError> {
         reset: dir.file(fleet::RESET_KEY.name),
     })
     .map_err(|source| SecretsError::FleetKeys { source })?;
-    let certificates = Certificates::load(&dir.file(fleet::CERTIFICATE), &dir.file(fleet::CERTIFICATE_KEY))
-        .map_err(|source| SecretsError::FleetCertificate { source })?;
+    let certificates =
+        Certificates::load(&dir.file(fleet::CERTIFICATE), &dir.file(fleet::CERTIFICATE_KEY))
+            .map_err(|source| SecretsError::FleetCertificate { source })?;
     let opaque_fingerprint = OPAQUE_SETUP.fingerprint(&setup);
-    Ok(Fleet { secrets: Secrets { opaque, signer }, keys, certificates, cluster, opaque_fingerprint })
+    Ok(Fleet {
+        secrets: Secrets { opaque, signer },
+        keys,
+        certificates,
+        cluster,
+        opaque_fingerprint,
+    })
 }
 
 fn signer(seed: &[u8]) -> DeliverySigner {
@@ -118,7 +137,8 @@ fn one(
     make: impl FnOnce() -> Zeroizing<Vec<u8>>,
 ) -> Result<Zeroizing<Vec<u8>>, SecretsError> {
     if dir.path().join(DATABASE).exists() {
-        let lost = || SecretsError::Lost { path: dir.path().join(file.name), if_lost: file.if_lost };
+        let lost =
+            || SecretsError::Lost { path: dir.path().join(file.name), if_lost: file.if_lost };
         return dir.read_secret(file)?.ok_or_else(lost);
     }
     Ok(dir.secret(file, make)?)
@@ -156,7 +176,8 @@ mod tests {
     fn every_edge_reads_the_same_and_writes_nothing() {
         let dir = fleet_dir();
         let listing = || {
-            let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+            let mut names: Vec<_> =
+                fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
             names.sort();
             names.into_iter().map(|path| (fs::read(&path).unwrap(), path)).collect::<Vec<_>>()
         };
@@ -174,7 +195,8 @@ mod tests {
     #[test]
     fn whatever_is_missing_is_named_and_nothing_is_made() {
         let dir = fleet_dir();
-        let paths: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let paths: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert_eq!(paths.len(), 8);
         for path in paths {
             let good = fs::read(&path).unwrap();
@@ -197,14 +219,21 @@ mod tests {
         for entry in fs::read_dir(dir.path()).unwrap() {
             let path = entry.unwrap().path();
             let good = fs::read(&path).unwrap();
-            // Too short, and of the right length with nothing in it. Any 32 bytes are a delivery key.
+            // Too short, and of the right length with nothing in it. Any 32 bytes are a delivery
+            // key.
             let blank = vec![0; good.len()];
-            let damages =
-                if path.ends_with(DELIVERY_KEY.name) { vec![&b"x"[..]] } else { vec![&b"x"[..], &blank] };
+            let damages = if path.ends_with(DELIVERY_KEY.name) {
+                vec![&b"x"[..]]
+            } else {
+                vec![&b"x"[..], &blank]
+            };
             for damage in damages {
                 fs::write(&path, damage).unwrap();
                 let said = refusal(dir.path());
-                assert!(said.contains(path.to_str().unwrap()) && said.contains("qpq-admin init"), "{said}");
+                assert!(
+                    said.contains(path.to_str().unwrap()) && said.contains("qpq-admin init"),
+                    "{said}"
+                );
             }
             fs::write(&path, good).unwrap();
         }

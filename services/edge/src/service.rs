@@ -1,4 +1,5 @@
-//! The dispatcher as the transport wants it: calls become calls, leases become deliveries, events find their stream.
+//! The dispatcher as the transport wants it: calls become calls, leases become deliveries, events
+//! find their stream.
 
 use std::{sync::Arc, time::Duration};
 
@@ -104,7 +105,8 @@ mod tests {
         let stores = store.stores();
         let inbox = IdentityKey::new([7; 32]);
         let username = Username::parse("alice").unwrap();
-        let account = NewAccount { username, identity: inbox, opaque_record: vec![0; 192], now: NOW };
+        let account =
+            NewAccount { username, identity: inbox, opaque_record: vec![0; 192], now: NOW };
         stores.accounts.register(account).await.unwrap();
         let message = Enqueue {
             sender: inbox,

@@ -41,8 +41,10 @@ impl Store {
     async fn embedded(config: &Config) -> Result<Opened, StartError> {
         let dir = DataDir::create(&config.data_dir)?;
         let secrets = secrets::load_or_create(&dir)?;
-        let limits =
-            qpq_store_embedded::Limits { delivery: config.delivery(), key_packages: config.key_packages() };
+        let limits = qpq_store_embedded::Limits {
+            delivery: config.delivery(),
+            key_packages: config.key_packages(),
+        };
         let store = EmbeddedStore::open(dir.path(), limits).await?;
         let (cert, key) = config.tls_files();
         match Certificates::load_or_create(&cert, &key, &config.tls_names()) {
@@ -64,11 +66,17 @@ impl Store {
             Some((cert, key)) => Certificates::load(&cert, &key)?,
             None => fleet.certificates,
         };
-        let store = sections.store(fleet.opaque_fingerprint, config.delivery(), config.key_packages())?;
+        let store =
+            sections.store(fleet.opaque_fingerprint, config.delivery(), config.key_packages())?;
         let store = ClusterStore::connect(&store).await?;
         tracing::info!(cluster = %fleet.cluster, "this edge is one of a cluster");
         let member = Member { keys: fleet.keys, edge: config.cluster.edge.clone() };
-        Ok(Opened { store: Self::Cluster(store), secrets: fleet.secrets, certificates, member: Some(member) })
+        Ok(Opened {
+            store: Self::Cluster(store),
+            secrets: fleet.secrets,
+            certificates,
+            member: Some(member),
+        })
     }
 
     /// The ports.

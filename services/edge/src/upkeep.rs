@@ -1,4 +1,5 @@
-//! What the server does by itself: expired rows are swept, the store is checked, metrics are folded.
+//! What the server does by itself: expired rows are swept, the store is checked, metrics are
+//! folded.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,7 +25,10 @@ pub(crate) async fn sweep(stores: Stores, clock: Arc<dyn Clock>) {
                 Ok(rows) => removed += rows,
                 Err(error) => {
                     let cause = &error as &dyn std::error::Error;
-                    tracing::warn!(cause, "expired rows could not be removed; the next sweep tries again");
+                    tracing::warn!(
+                        cause,
+                        "expired rows could not be removed; the next sweep tries again"
+                    );
                     break;
                 }
             }

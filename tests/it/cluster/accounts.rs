@@ -1,4 +1,5 @@
-//! *One login, one account*: whoever registers a name or a key first has it, whatever others do at other edges at that moment.
+//! *One login, one account*: whoever registers a name or a key first has it, whatever others do at
+//! other edges at that moment.
 
 use std::sync::Arc;
 
@@ -19,7 +20,10 @@ const RIVALS: usize = 6;
 const NAMES: usize = 25;
 
 /// Finishes all registrations at once, at the edges in turn: what each is answered, in order.
-async fn race(fleet: &Fleet, requests: &[v1::OpaqueRegisterFinishRequest]) -> Vec<Result<(), String>> {
+async fn race(
+    fleet: &Fleet,
+    requests: &[v1::OpaqueRegisterFinishRequest],
+) -> Vec<Result<(), String>> {
     let at_once = Arc::new(Barrier::new(requests.len()));
     let mut racing = JoinSet::new();
     for (place, request) in requests.iter().enumerate() {
@@ -62,9 +66,15 @@ async fn one_login_one_account() {
         }
         let answers = race(&fleet, &requests).await;
         let winners: Vec<usize> = (0..RIVALS).filter(|rival| answers[*rival].is_ok()).collect();
-        let [winner] = winners[..] else { panic!("{name} has {} accounts: {answers:?}", winners.len()) };
+        let [winner] = winners[..] else {
+            panic!("{name} has {} accounts: {answers:?}", winners.len())
+        };
         let taken = Err("auth.username_taken".to_owned());
-        assert_eq!(answers.iter().filter(|answer| **answer == taken).count(), RIVALS - 1, "{answers:?}");
+        assert_eq!(
+            answers.iter().filter(|answer| **answer == taken).count(),
+            RIVALS - 1,
+            "{answers:?}"
+        );
 
         for rival in 0..RIVALS {
             let password = format!("{name} {rival}");
@@ -72,8 +82,10 @@ async fn one_login_one_account() {
                 let login = login_with(client, &name, password.as_bytes()).await.unwrap();
                 assert_eq!(login.is_ok(), rival == winner, "{name}: {login:?}");
                 if let Ok(token) = login {
-                    let request = v1::ResolveUserRequest { username: name.clone(), ..Default::default() };
-                    let resolved = client.must::<ResolveUser>(&request, Some(&token)).await.unwrap();
+                    let request =
+                        v1::ResolveUserRequest { username: name.clone(), ..Default::default() };
+                    let resolved =
+                        client.must::<ResolveUser>(&request, Some(&token)).await.unwrap();
                     assert_eq!(resolved.identity_key, requests[winner].identity_key);
                 }
             }
@@ -81,9 +93,16 @@ async fn one_login_one_account() {
         let again = race(&fleet, &[requests[winner].clone(), requests[winner].clone()]).await;
         assert_eq!(again, [Ok(()), Ok(())], "a repeat of the very same registration");
     }
-    let rows = cluster.postgres.sql("SELECT count(*), count(DISTINCT username) FROM account").await.unwrap();
+    let rows = cluster
+        .postgres
+        .sql("SELECT count(*), count(DISTINCT username) FROM account")
+        .await
+        .unwrap();
     assert_eq!(rows, format!("{NAMES}|{NAMES}"));
-    assert_eq!(cluster.postgres.sql("SELECT count(*) FROM inbox").await.unwrap(), NAMES.to_string());
+    assert_eq!(
+        cluster.postgres.sql("SELECT count(*) FROM inbox").await.unwrap(),
+        NAMES.to_string()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -96,12 +115,23 @@ async fn one_identity_one_account() {
         let mut requests = Vec::new();
         for rival in 0..RIVALS {
             let name = format!("name-{n}-{rival}");
-            requests.push(registration(&name, upload(&client, &name, b"password").await.unwrap(), &key));
+            requests.push(registration(
+                &name,
+                upload(&client, &name, b"password").await.unwrap(),
+                &key,
+            ));
         }
         let answers = race(&fleet, &requests).await;
         assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 1, "{answers:?}");
         let taken = Err("auth.identity_taken".to_owned());
-        assert_eq!(answers.iter().filter(|answer| **answer == taken).count(), RIVALS - 1, "{answers:?}");
+        assert_eq!(
+            answers.iter().filter(|answer| **answer == taken).count(),
+            RIVALS - 1,
+            "{answers:?}"
+        );
     }
-    assert_eq!(cluster.postgres.sql("SELECT count(*) FROM account").await.unwrap(), NAMES.to_string());
+    assert_eq!(
+        cluster.postgres.sql("SELECT count(*) FROM account").await.unwrap(),
+        NAMES.to_string()
+    );
 }

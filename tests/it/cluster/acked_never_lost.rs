@@ -1,5 +1,6 @@
-//! *Acked, never lost*: a hundred thousand acknowledged messages while edges, Redis, NATS and Postgres are killed, Redis is
-//! flushed and rolled back, and the readers' connections are cut. `make chaos` does a million.
+//! *Acked, never lost*: a hundred thousand acknowledged messages while edges, Redis, NATS and
+//! Postgres are killed, Redis is flushed and rolled back, and the readers' connections are cut.
+//! `make chaos` does a million.
 
 use qpq_tests::{havoc::Campaign, traffic::Plan};
 

@@ -1,4 +1,5 @@
-//! A client whose edge dies goes on at another, in the same session: the SDK and `qpq` show it as a blink, not as an error.
+//! A client whose edge dies goes on at another, in the same session: the SDK and `qpq` show it as a
+//! blink, not as an error.
 
 use std::{net::SocketAddr, path::Path, process::Stdio, time::Duration};
 
@@ -20,7 +21,8 @@ use tokio::{
 };
 
 const PASSWORD: &str = "correct horse battery staple";
-/// For what a client does by itself; it takes an edge for dead after a minute of silence at the latest.
+/// For what a client does by itself; it takes an edge for dead after a minute of silence at the
+/// latest.
 const STUCK: Duration = Duration::from_secs(150);
 
 struct World {
@@ -54,7 +56,8 @@ impl World {
 async fn the_sdk_goes_on_at_another_edge_with_the_same_token() {
     let world = World::new().await;
     let account = world.cluster.accounts(1).await.unwrap().remove(0);
-    let mut options = Options::new(world.balancer.addr().to_string(), Trust::Pinned(world.fingerprint()));
+    let mut options =
+        Options::new(world.balancer.addr().to_string(), Trust::Pinned(world.fingerprint()));
     // As much as it takes; by default a call gives up after half a minute.
     options.patience = STUCK;
     let client = Client::new(options).unwrap();
@@ -70,7 +73,8 @@ async fn the_sdk_goes_on_at_another_edge_with_the_same_token() {
     }
     world.first_dies().await;
     for n in 4..=6 {
-        let receipt = timeout(STUCK, client.call::<Enqueue>(send(n))).await.expect("it goes on").unwrap();
+        let receipt =
+            timeout(STUCK, client.call::<Enqueue>(send(n))).await.expect("it goes on").unwrap();
         assert_eq!((receipt.seq, receipt.duplicate), (u64::from(n), false));
     }
     let page = client.call::<Peek>(v1::PeekRequest::default()).await.unwrap().payloads;
@@ -106,8 +110,10 @@ impl Person<'_> {
     }
 
     async fn ok(&self, arguments: &[&str]) {
-        let output =
-            timeout(STUCK, self.command(arguments).output()).await.expect("it ends").expect("it runs");
+        let output = timeout(STUCK, self.command(arguments).output())
+            .await
+            .expect("it ends")
+            .expect("it runs");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{} {arguments:?}: {said}", self.name);
     }
@@ -125,14 +131,17 @@ impl Person<'_> {
 }
 
 async fn hears(lines: &mut Lines<BufReader<ChildStdout>>, expected: &str) {
-    let line = timeout(STUCK, lines.next_line()).await.unwrap_or_else(|_| panic!("{expected} does not come"));
+    let line = timeout(STUCK, lines.next_line())
+        .await
+        .unwrap_or_else(|_| panic!("{expected} does not come"));
     assert_eq!(line.expect("it can be read").expect("it ended instead"), expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qpq_goes_on_at_another_edge_without_an_error() {
     let world = World::new().await;
-    let (alice, bob) = (Person { world: &world, name: "alice" }, Person { world: &world, name: "bob" });
+    let (alice, bob) =
+        (Person { world: &world, name: "alice" }, Person { world: &world, name: "bob" });
     alice.registered().await;
     bob.registered().await;
     let (mut following, mut lines) = bob.follow();

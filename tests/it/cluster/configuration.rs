@@ -31,7 +31,10 @@ async fn an_edge_with_another_opaque_setup_does_not_start() {
     })
     .await;
     assert_eq!(code, FAILED, "{said}");
-    assert!(said.contains("OPAQUE setup is not the cluster's") && said.contains("qpq-admin init"), "{said}");
+    assert!(
+        said.contains("OPAQUE setup is not the cluster's") && said.contains("qpq-admin init"),
+        "{said}"
+    );
     // The cluster is none the worse for it.
     cluster.kill_edge(0).await.unwrap();
     cluster.start_edge(0).await.unwrap();
@@ -65,7 +68,10 @@ async fn a_half_given_configuration_is_refused_by_name() {
         .await;
         assert_eq!(code, MISUSED, "with {given} alone: {said}");
         let others = needed.iter().filter(|(_, other)| *other != setting);
-        assert!(others.clone().all(|(_, other)| said.contains(other)), "with {given} alone: {said}");
+        assert!(
+            others.clone().all(|(_, other)| said.contains(other)),
+            "with {given} alone: {said}"
+        );
         assert!(!said.contains(":1234"), "{said}");
     }
 }

@@ -1,5 +1,6 @@
-//! *Lossless drain*: all edges are restarted one after the other, twice, by SIGTERM and under load. No call fails but by the
-//! words "try again" or by the close that ends a drain, and nothing that was acknowledged is lost.
+//! *Lossless drain*: all edges are restarted one after the other, twice, by SIGTERM and under load.
+//! No call fails but by the words "try again" or by the close that ends a drain, and nothing that
+//! was acknowledged is lost.
 
 use qpq_tests::{
     cluster::{Cluster, Place, Plan},
@@ -14,7 +15,8 @@ const BETWEEN: u64 = 600;
 #[tokio::test(flavor = "multi_thread")]
 async fn lossless_drain() {
     // Under load that never pauses a drain lasts as long as it may.
-    let plan = Plan { edges: EDGES, place: Place::Apart, ..Plan::default() }.with("QPQ_DRAIN__TIMEOUT", "8s");
+    let plan = Plan { edges: EDGES, place: Place::Apart, ..Plan::default() }
+        .with("QPQ_DRAIN__TIMEOUT", "8s");
     let cluster = Cluster::start(plan).await.unwrap();
     let load = traffic::Plan {
         // They end after the last restart.

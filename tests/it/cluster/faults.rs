@@ -1,5 +1,6 @@
-//! The faults of a network, each a scenario of its own: an edge down, a partition, latency, a throttle, resets, all at once.
-//! Traffic flows meanwhile, and the judge finds nothing lost, doubled after its ack, left out or late.
+//! The faults of a network, each a scenario of its own: an edge down, a partition, latency, a
+//! throttle, resets, all at once. Traffic flows meanwhile, and the judge finds nothing lost,
+//! doubled after its ack, left out or late.
 
 use std::{num::NonZeroU64, time::Duration};
 
@@ -29,7 +30,8 @@ impl Scenario {
     async fn new(place: Place, seed: u64) -> Self {
         let plan = Plan { edges: EDGES, place, wiring: Wiring::Proxied, seed, ..Plan::default() };
         let cluster = Cluster::start(plan).await.expect("a cluster");
-        let load = traffic::Plan { messages: MESSAGES, batches: 2, seed, ..traffic::Plan::default() };
+        let load =
+            traffic::Plan { messages: MESSAGES, batches: 2, seed, ..traffic::Plan::default() };
         let traffic = Traffic::start(&cluster, load).await.expect("traffic");
         Self { cluster, traffic, random: StdRng::seed_from_u64(seed), next: 0 }
     }
@@ -131,12 +133,14 @@ async fn connection_reset() {
         sleep(Duration::from_millis(refused)).await;
         switch.heal();
     }
-    let cut: u64 = (0..EDGES).flat_map(|edge| switches(scenario.links(edge)).map(|s| s.tally().cut)).sum();
+    let cut: u64 =
+        (0..EDGES).flat_map(|edge| switches(scenario.links(edge)).map(|s| s.tally().cut)).sum();
     assert!(cut > 100, "only {cut} connections were cut");
     scenario.ends_clean().await;
 }
 
-/// Datagrams get lost, doubled and out of order while stores are slow, connections are cut and edges die.
+/// Datagrams get lost, doubled and out of order while stores are slow, connections are cut and
+/// edges die.
 #[tokio::test(flavor = "multi_thread")]
 async fn compound_fault() {
     let mut scenario = Scenario::new(Place::Apart, 0xc0).await;

@@ -1,4 +1,5 @@
-//! What an inbox promises, over several edges at once: *never after ack*, *gap-free and in order*, *idempotent*.
+//! What an inbox promises, over several edges at once: *never after ack*, *gap-free and in order*,
+//! *idempotent*.
 
 use std::{
     sync::{
@@ -87,10 +88,16 @@ impl Sender {
         let mut request = v1::BatchEnqueueRequest::default();
         for _ in 0..count {
             let (id, tag, message) = self.message();
-            sendings.push(self.recorder.sending(Inbox(0), id, tag, Edge(self.roamer.edge() as u16)));
+            sendings.push(self.recorder.sending(
+                Inbox(0),
+                id,
+                tag,
+                Edge(self.roamer.edge() as u16),
+            ));
             request.messages.push(message);
         }
-        let stranger = v1::EnqueueRequest { recipient_key: vec![2; 32].into(), ..Default::default() };
+        let stranger =
+            v1::EnqueueRequest { recipient_key: vec![2; 32].into(), ..Default::default() };
         request.messages.insert(count / 2, stranger);
         let response = self.roamer.must::<BatchEnqueue>(&request, Some(&self.account.token)).await;
         let mut results = response.results;
@@ -103,8 +110,8 @@ impl Sender {
     }
 }
 
-/// Peeks and acks at all edges at once, in random bits, while Redis forgets, is rolled back and evicts: what an ack was
-/// answered for is shown by no read that begins later, at whatever edge.
+/// Peeks and acks at all edges at once, in random bits, while Redis forgets, is rolled back and
+/// evicts: what an ack was answered for is shown by no read that begins later, at whatever edge.
 #[tokio::test(flavor = "multi_thread")]
 async fn never_after_ack() {
     const SENT: u64 = 3_000;
@@ -159,10 +166,14 @@ async fn never_after_ack() {
     }
     let report = judge(&history);
     assert_eq!((report.acknowledged as u64, report.delivered as u64), (SENT, SENT));
-    assert!(report.deliveries > report.delivered, "nothing was shown twice, so no ack was put to the test");
+    assert!(
+        report.deliveries > report.delivered,
+        "nothing was shown twice, so no ack was put to the test"
+    );
 }
 
-const EVICT: &str = "local key = redis.call('RANDOMKEY'); if key then redis.call('DEL', key) end; return 1";
+const EVICT: &str =
+    "local key = redis.call('RANDOMKEY'); if key then redis.call('DEL', key) end; return 1";
 
 async fn peek_and_ack(
     mut roamer: Roamer,
@@ -197,8 +208,9 @@ async fn peek_and_ack(
     }
 }
 
-/// Senders at every edge fill one inbox, one by one and in batches with a refusal inside, while readers at every edge walk
-/// through it: each sees 1, 2, 3 and so on, with nothing left out and nothing late.
+/// Senders at every edge fill one inbox, one by one and in batches with a refusal inside, while
+/// readers at every edge walk through it: each sees 1, 2, 3 and so on, with nothing left out and
+/// nothing late.
 #[tokio::test(flavor = "multi_thread")]
 async fn gap_free_and_in_order() {
     const SENDERS: usize = 9;
@@ -255,8 +267,8 @@ async fn gap_free_and_in_order() {
     assert_eq!(lasts, vec![report.acknowledged as u64; EDGES], "every reader has seen all");
 }
 
-/// The same message goes to every edge at once, and again while it is queued, after it was drained, after it was acked, and
-/// after Redis forgot everything: one number, accepted once.
+/// The same message goes to every edge at once, and again while it is queued, after it was drained,
+/// after it was acked, and after Redis forgot everything: one number, accepted once.
 #[tokio::test(flavor = "multi_thread")]
 async fn idempotent() {
     const MESSAGES: usize = 40;
@@ -277,8 +289,10 @@ async fn idempotent() {
         match round % 4 {
             0 => {
                 let reading = reads.reading(Inbox(0));
-                let page =
-                    reader.must::<Fetch>(&v1::FetchRequest::default(), Some(&account.token)).await.payloads;
+                let page = reader
+                    .must::<Fetch>(&v1::FetchRequest::default(), Some(&account.token))
+                    .await
+                    .payloads;
                 reads.delivered(reading, seen(&page));
             }
             1 => {
@@ -298,14 +312,19 @@ async fn idempotent() {
         assert!(again.iter().all(|answer| *answer == (seq, true)), "{again:?}");
     }
     let reading = reads.reading(Inbox(0));
-    let page = reader.must::<Peek>(&v1::PeekRequest::default(), Some(&account.token)).await.payloads;
+    let page =
+        reader.must::<Peek>(&v1::PeekRequest::default(), Some(&account.token)).await.payloads;
     reads.delivered(reading, seen(&page));
     drop((reads, author));
     let report = judge(&history);
-    assert_eq!((report.messages, report.acknowledged, report.delivered), (MESSAGES, MESSAGES, MESSAGES));
+    assert_eq!(
+        (report.messages, report.acknowledged, report.delivered),
+        (MESSAGES, MESSAGES, MESSAGES)
+    );
 }
 
-/// Sends the message twice through each edge, all at once: numbers, and whether it was there already.
+/// Sends the message twice through each edge, all at once: numbers, and whether it was there
+/// already.
 async fn everywhere(
     fleet: &Fleet,
     history: &History,

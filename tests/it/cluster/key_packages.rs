@@ -1,5 +1,5 @@
-//! *Claimed once*: a KeyPackage is given to one claimer, whichever edges the claims come in at, and the last resort never
-//! runs dry.
+//! *Claimed once*: a KeyPackage is given to one claimer, whichever edges the claims come in at, and
+//! the last resort never runs dry.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -34,7 +34,8 @@ async fn claimed_once() {
     // Too few, just enough, more than enough, none.
     for stock in [40, CLAIMS, CLAIMS + 10, 0] {
         let now = SystemClock.now();
-        let packages: Vec<Bytes> = mls.key_packages(stock, now).into_iter().map(Bytes::from).collect();
+        let packages: Vec<Bytes> =
+            mls.key_packages(stock, now).into_iter().map(Bytes::from).collect();
         let last_resort = Bytes::from(mls.last_resort_key_package(now));
         let request = v1::UploadKeyPackageRequest {
             package: last_resort.clone(),
@@ -49,30 +50,43 @@ async fn claimed_once() {
         let mut claims = JoinSet::new();
         for claim in 0..CLAIMS {
             let (mut roamer, at_once) = (Roamer::at(&fleet, claim % EDGES), Arc::clone(&at_once));
-            let (token, target) = (claimers[claim % claimers.len()].token.clone(), owner.identity.clone());
+            let (token, target) =
+                (claimers[claim % claimers.len()].token.clone(), owner.identity.clone());
             claims.spawn(async move {
                 roamer.connected().await;
                 at_once.wait().await;
-                let request = v1::FetchKeyPackageRequest { identity_key: target, ..Default::default() };
+                let request =
+                    v1::FetchKeyPackageRequest { identity_key: target, ..Default::default() };
                 roamer.must::<FetchKeyPackage>(&request, Some(&token)).await
             });
         }
         let claimed = claims.join_all().await;
-        let (last, own): (Vec<_>, Vec<_>) = claimed.into_iter().partition(|claim| claim.last_resort);
-        assert!(last.iter().all(|claim| claim.package == last_resort), "of {stock}: another last resort");
+        let (last, own): (Vec<_>, Vec<_>) =
+            claimed.into_iter().partition(|claim| claim.last_resort);
+        assert!(
+            last.iter().all(|claim| claim.package == last_resort),
+            "of {stock}: another last resort"
+        );
         let distinct: HashSet<&Bytes> = own.iter().map(|claim| &claim.package).collect();
         assert_eq!(distinct.len(), own.len(), "of {stock}: one was given twice");
         assert_eq!(own.len(), stock.min(CLAIMS), "of {stock}: so many were given");
         // The oldest are given first.
-        let given: BTreeSet<usize> =
-            own.iter().map(|claim| packages.iter().position(|p| *p == claim.package).unwrap()).collect();
+        let given: BTreeSet<usize> = own
+            .iter()
+            .map(|claim| packages.iter().position(|p| *p == claim.package).unwrap())
+            .collect();
         assert!(given.into_iter().eq(0..stock.min(CLAIMS)), "of {stock}: not the oldest ones");
 
         let left = roamer.must::<CountKeyPackages>(&Default::default(), Some(&owner.token)).await;
-        assert_eq!((left.available as usize, left.has_last_resort), (stock.saturating_sub(CLAIMS), true));
+        assert_eq!(
+            (left.available as usize, left.has_last_resort),
+            (stock.saturating_sub(CLAIMS), true)
+        );
         for _ in 0..left.available {
-            let request =
-                v1::FetchKeyPackageRequest { identity_key: owner.identity.clone(), ..Default::default() };
+            let request = v1::FetchKeyPackageRequest {
+                identity_key: owner.identity.clone(),
+                ..Default::default()
+            };
             let claim = roamer.must::<FetchKeyPackage>(&request, Some(&claimers[0].token)).await;
             assert!(!claim.last_resort && !distinct.contains(&claim.package));
         }

@@ -1,9 +1,11 @@
-//! *Two lost connections*: the connections to Postgres are lost in the middle of every kind of transaction. Each call is
-//! answered Ok, and then it is so, or by the words "try again"; and repeated, it is so exactly once.
+//! *Two lost connections*: the connections to Postgres are lost in the middle of every kind of
+//! transaction. Each call is answered Ok, and then it is so, or by the words "try again"; and
+//! repeated, it is so exactly once.
 //!
-//! Each operation goes through two storms. In the first the table that it writes is locked, so it stands in the middle of its
-//! statement for sure, and two backends that stand there are terminated. In the second the answers of Postgres take a while
-//! and all connections are cut again and again, so that some are lost while a commit is on its way.
+//! Each operation goes through two storms. In the first the table that it writes is locked, so it
+//! stands in the middle of its statement for sure, and two backends that stand there are
+//! terminated. In the second the answers of Postgres take a while and all connections are cut again
+//! and again, so that some are lost while a commit is on its way.
 
 use std::{collections::HashSet, future::Future, time::Duration};
 
@@ -11,8 +13,8 @@ use bytes::Bytes;
 use qpq_domain::{MessageId, Seq};
 use qpq_proto::{
     methods::{
-        Ack, CountKeyPackages, Enqueue, Fetch, FetchHybridKey, FetchKeyPackage, Logout, OpaqueRegisterFinish,
-        Peek, UploadHybridKey, UploadKeyPackage,
+        Ack, CountKeyPackages, Enqueue, Fetch, FetchHybridKey, FetchKeyPackage, Logout,
+        OpaqueRegisterFinish, Peek, UploadHybridKey, UploadKeyPackage,
     },
     v1,
 };
@@ -88,22 +90,29 @@ impl World {
     }
 
     async fn terminate<T>(&self, table: &str, work: impl Future<Output = T>) -> T {
-        let mut operator = PgConnection::connect(&self.cluster.postgres.url()).await.expect("a connection");
-        let mut locker = PgConnection::connect(&self.cluster.postgres.url()).await.expect("a connection");
+        let mut operator =
+            PgConnection::connect(&self.cluster.postgres.url()).await.expect("a connection");
+        let mut locker =
+            PgConnection::connect(&self.cluster.postgres.url()).await.expect("a connection");
         let mut lock = locker.begin().await.expect("a transaction");
         let sql = sqlx::AssertSqlSafe(format!("LOCK TABLE {table} IN SHARE MODE"));
         sqlx::query(sql).execute(&mut *lock).await.expect("the lock");
         let strike = async {
             let mut terminated = 0;
             while terminated < 2 {
-                let more: i64 =
-                    sqlx::query_scalar(TERMINATE).fetch_one(&mut operator).await.expect("it is done");
+                let more: i64 = sqlx::query_scalar(TERMINATE)
+                    .fetch_one(&mut operator)
+                    .await
+                    .expect("it is done");
                 terminated += more;
                 sleep(Duration::from_millis(5)).await;
             }
             lock.rollback().await.expect("unlocked");
         };
-        tokio::join!(work, async { timeout(STUCK, strike).await.expect("nothing waits for the table") }).0
+        tokio::join!(work, async {
+            timeout(STUCK, strike).await.expect("nothing waits for the table")
+        })
+        .0
     }
 
     async fn cut<T>(&self, work: impl Future<Output = T>) -> T {
@@ -114,8 +123,8 @@ impl World {
         let mut work = std::pin::pin!(work);
         let mut cuts = 0;
         let done = loop {
-            // At first while something is going on for sure, then now and then long enough for a new connection and a whole
-            // operation on it.
+            // At first while something is going on for sure, then now and then long enough for a
+            // new connection and a whole operation on it.
             let most = if cuts < EARLY { 20 } else { 250 };
             let calm = Duration::from_millis(random.gen_range(5..most));
             tokio::select! {
@@ -184,8 +193,16 @@ async fn registrations_and_logins_with_lost_connections() {
             async move { roamer.must::<OpaqueRegisterFinish>(&request, None).await.success }
         });
         assert_eq!(world.weather(storm, registering).await, [true; TIMES], "{storm:?}");
-        assert_eq!(world.number("SELECT count(*) FROM account").await, before + TIMES as u64, "{storm:?}");
-        assert_eq!(world.number("SELECT count(*) FROM inbox").await, before + TIMES as u64, "{storm:?}");
+        assert_eq!(
+            world.number("SELECT count(*) FROM account").await,
+            before + TIMES as u64,
+            "{storm:?}"
+        );
+        assert_eq!(
+            world.number("SELECT count(*) FROM inbox").await,
+            before + TIMES as u64,
+            "{storm:?}"
+        );
     }
     for (run, storm) in World::storms("session").into_iter().enumerate() {
         let fleet = world.fleet.clone();
@@ -226,7 +243,8 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
         // What failed to be noted is due again at the next use.
         let mut roamer = Roamer::at(&world.fleet, 0).patient();
         roamer.must::<Peek>(&v1::PeekRequest::default(), Some(&world.account.token)).await;
-        let age = "SELECT (extract(epoch FROM now()) * 1000)::int8 - last_used_at FROM session LIMIT 1";
+        let age =
+            "SELECT (extract(epoch FROM now()) * 1000)::int8 - last_used_at FROM session LIMIT 1";
         assert!(world.number(age).await < 3_600_000, "{storm:?}: the use was not noted");
     }
     for storm in World::storms("session") {
@@ -253,7 +271,11 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
             }
         });
         world.weather(storm, logouts).await;
-        assert_eq!(world.number("SELECT count(*) FROM session").await, before - TIMES as u64, "{storm:?}");
+        assert_eq!(
+            world.number("SELECT count(*) FROM session").await,
+            before - TIMES as u64,
+            "{storm:?}"
+        );
         for edge in 0..EDGES {
             let client = world.client(edge).await;
             for token in &tokens {
@@ -334,12 +356,14 @@ async fn ack(world: &mut World, storm: Storm, history: &History) {
     let (fleet, account) = (world.fleet.clone(), world.account.clone());
     let (mut reader, mut recorder) = (Roamer::at(&fleet, 0).patient(), history.recorder());
     let reading = recorder.reading(Inbox(0));
-    let page = reader.must::<Peek>(&v1::PeekRequest::default(), Some(&account.token)).await.payloads;
+    let page =
+        reader.must::<Peek>(&v1::PeekRequest::default(), Some(&account.token)).await.payloads;
     recorder.delivered(reading, seen(&page));
     let seqs: Vec<u64> = page.iter().map(|envelope| envelope.seq).collect();
     let acking = many(&fleet, |n, mut roamer| {
         let (mut recorder, token) = (history.recorder(), account.token.clone());
-        let seqs: Vec<u64> = seqs.iter().copied().filter(|seq| *seq as usize % TIMES == n).collect();
+        let seqs: Vec<u64> =
+            seqs.iter().copied().filter(|seq| *seq as usize % TIMES == n).collect();
         async move {
             let settling = recorder.settling(Inbox(0), seqs.iter().copied().map(Seq));
             let request = v1::AckRequest { seqs, ..Default::default() };
@@ -355,8 +379,10 @@ async fn empty(world: &World, history: &History) {
     let (mut roamer, mut recorder) = (Roamer::at(&world.fleet, 0).patient(), history.recorder());
     while world.cluster.messages_left().await.expect("a count") > 0 {
         let reading = recorder.reading(Inbox(0));
-        let page =
-            roamer.must::<Fetch>(&v1::FetchRequest::default(), Some(&world.account.token)).await.payloads;
+        let page = roamer
+            .must::<Fetch>(&v1::FetchRequest::default(), Some(&world.account.token))
+            .await
+            .payloads;
         recorder.delivered(reading, seen(&page));
         roamer.pause().await;
     }
@@ -369,7 +395,8 @@ async fn key_packages_with_lost_connections() {
     let mut mls = client_of(&owner);
     for storm in World::storms("key_package") {
         let now = qpq_ports::Clock::now(&qpq_ports::SystemClock);
-        let packages: Vec<Bytes> = mls.key_packages(2 * TIMES, now).into_iter().map(Bytes::from).collect();
+        let packages: Vec<Bytes> =
+            mls.key_packages(2 * TIMES, now).into_iter().map(Bytes::from).collect();
         let last_resort = Bytes::from(mls.last_resort_key_package(now));
         let uploading = many(&fleet, |n, mut roamer| {
             let request = v1::UploadKeyPackageRequest {
@@ -384,7 +411,11 @@ async fn key_packages_with_lost_connections() {
         world.weather(storm, uploading).await;
         let mut roamer = Roamer::at(&fleet, 0).patient();
         let stock = roamer.must::<CountKeyPackages>(&Default::default(), Some(&owner.token)).await;
-        assert_eq!((stock.available as usize, stock.has_last_resort), (2 * TIMES, true), "{storm:?}");
+        assert_eq!(
+            (stock.available as usize, stock.has_last_resort),
+            (2 * TIMES, true),
+            "{storm:?}"
+        );
 
         let taking = many(&fleet, |_, mut roamer| {
             let (token, identity_key) = (owner.token.clone(), owner.identity.clone());
@@ -395,17 +426,27 @@ async fn key_packages_with_lost_connections() {
         });
         let mut given: Vec<_> = world.weather(storm, taking).await;
         // The rest in calm weather, until only the last resort is left.
-        let request =
-            v1::FetchKeyPackageRequest { identity_key: owner.identity.clone(), ..Default::default() };
+        let request = v1::FetchKeyPackageRequest {
+            identity_key: owner.identity.clone(),
+            ..Default::default()
+        };
         while !given.last().is_some_and(|claim| claim.last_resort) {
             given.push(roamer.must::<FetchKeyPackage>(&request, Some(&owner.token)).await);
         }
-        assert!(given.iter().all(|claim| !claim.package.is_empty()), "{storm:?}: the last resort ran dry");
-        let own: Vec<&Bytes> = given.iter().filter(|c| !c.last_resort).map(|c| &c.package).collect();
+        assert!(
+            given.iter().all(|claim| !claim.package.is_empty()),
+            "{storm:?}: the last resort ran dry"
+        );
+        let own: Vec<&Bytes> =
+            given.iter().filter(|c| !c.last_resort).map(|c| &c.package).collect();
         let distinct: HashSet<&Bytes> = own.iter().copied().collect();
         assert_eq!(distinct.len(), own.len(), "{storm:?}: one was given twice");
-        assert!(own.iter().all(|package| packages.contains(package)), "{storm:?}: nobody uploaded that");
-        // One that was taken while the answer got lost is nobody's, which is better than two people's.
+        assert!(
+            own.iter().all(|package| packages.contains(package)),
+            "{storm:?}: nobody uploaded that"
+        );
+        // One that was taken while the answer got lost is nobody's, which is better than two
+        // people's.
         assert!(!own.is_empty(), "{storm:?}: none was given");
     }
 }
@@ -417,28 +458,38 @@ async fn hybrid_keys_with_lost_connections() {
     for storm in World::storms("hybrid_key") {
         let keys: Vec<Bytes> = (0..TIMES).map(|_| hybrid_key()).collect();
         let putting = many(&fleet, |n, mut roamer| {
-            let request =
-                v1::UploadHybridKeyRequest { hybrid_public_key: keys[n].clone(), ..Default::default() };
+            let request = v1::UploadHybridKeyRequest {
+                hybrid_public_key: keys[n].clone(),
+                ..Default::default()
+            };
             let token = owner.token.clone();
             async move {
                 roamer.must::<UploadHybridKey>(&request, Some(&token)).await;
             }
         });
         world.weather(storm, putting).await;
-        let request =
-            v1::FetchHybridKeyRequest { identity_key: owner.identity.clone(), ..Default::default() };
+        let request = v1::FetchHybridKeyRequest {
+            identity_key: owner.identity.clone(),
+            ..Default::default()
+        };
         let mut roamer = Roamer::at(&fleet, 1).patient();
-        let got = roamer.must::<FetchHybridKey>(&request, Some(&owner.token)).await.hybrid_public_key;
+        let got =
+            roamer.must::<FetchHybridKey>(&request, Some(&owner.token)).await.hybrid_public_key;
         assert!(keys.contains(&got), "{storm:?}");
         // Of several in a row the last one stays.
         let last = hybrid_key();
-        let put = v1::UploadHybridKeyRequest { hybrid_public_key: last.clone(), ..Default::default() };
+        let put =
+            v1::UploadHybridKeyRequest { hybrid_public_key: last.clone(), ..Default::default() };
         roamer.must::<UploadHybridKey>(&put, Some(&owner.token)).await;
-        assert_eq!(roamer.must::<FetchHybridKey>(&request, Some(&owner.token)).await.hybrid_public_key, last);
+        assert_eq!(
+            roamer.must::<FetchHybridKey>(&request, Some(&owner.token)).await.hybrid_public_key,
+            last
+        );
     }
 }
 
-/// X25519 ‖ ML-KEM-768: any point, and a matrix of nothing with a random seed, which is a valid key that nobody could use.
+/// X25519 ‖ ML-KEM-768: any point, and a matrix of nothing with a random seed, which is a valid key
+/// that nobody could use.
 fn hybrid_key() -> Bytes {
     let point = curve_point();
     let (nothing, seed) = ([0_u8; 1_152], rand::random::<[u8; 32]>());

@@ -1,4 +1,5 @@
-//! The promises of a cluster, each a test by its name, on real stores: what every call was answered is recorded and judged.
+//! The promises of a cluster, each a test by its name, on real stores: what every call was answered
+//! is recorded and judged.
 
 mod accounts;
 mod acked_never_lost;

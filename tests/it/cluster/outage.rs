@@ -1,5 +1,5 @@
-//! A store that goes away: calls that need it say "try again" and when, Health says `degraded`, and when the store is back
-//! so is the cluster, without anybody's doing.
+//! A store that goes away: calls that need it say "try again" and when, Health says `degraded`, and
+//! when the store is back so is the cluster, without anybody's doing.
 
 use bytes::Bytes;
 use qpq_proto::{
@@ -35,12 +35,19 @@ impl World {
     }
 
     async fn health(&self, edge: usize) -> String {
-        self.clients[edge].must::<Health>(&v1::HealthRequest {}, None).await.expect("Health answers").status
+        self.clients[edge]
+            .must::<Health>(&v1::HealthRequest {}, None)
+            .await
+            .expect("Health answers")
+            .status
     }
 
     async fn peek(&self, edge: usize) -> Result<v1::PeekResponse, Refused> {
         let request = v1::PeekRequest::default();
-        self.clients[edge].call::<Peek>(&request, Some(&self.account.token)).await.expect("an answer")
+        self.clients[edge]
+            .call::<Peek>(&request, Some(&self.account.token))
+            .await
+            .expect("an answer")
     }
 
     async fn send(&self, edge: usize, text: &'static str) -> Result<v1::EnqueueResponse, Refused> {
@@ -50,7 +57,10 @@ impl World {
             message_id: Bytes::copy_from_slice(&rand::random::<[u8; 16]>()),
             ..Default::default()
         };
-        self.clients[edge].call::<Enqueue>(&request, Some(&self.account.token)).await.expect("an answer")
+        self.clients[edge]
+            .call::<Enqueue>(&request, Some(&self.account.token))
+            .await
+            .expect("an answer")
     }
 
     async fn becomes(&self, status: &'static str) {
@@ -62,14 +72,19 @@ impl World {
     /// What was sent at one edge arrives at the other.
     async fn serves(&self) {
         for edge in 0..EDGES {
-            until("a message is accepted", || async { self.send(edge, "hello").await.is_ok() }).await;
+            until("a message is accepted", || async { self.send(edge, "hello").await.is_ok() })
+                .await;
             let other = (edge + 1) % EDGES;
             let request = v1::FetchWaitRequest { timeout_ms: 30_000, ..Default::default() };
             let mut arrived = false;
             while !arrived {
-                let call = self.clients[other].call::<FetchWait>(&request, Some(&self.account.token)).await;
+                let call = self.clients[other]
+                    .call::<FetchWait>(&request, Some(&self.account.token))
+                    .await;
                 match call.expect("an answer") {
-                    Ok(page) => arrived = page.payloads.iter().any(|envelope| envelope.data == "hello"),
+                    Ok(page) => {
+                        arrived = page.payloads.iter().any(|envelope| envelope.data == "hello")
+                    }
                     Err(refused) => assert!(refused.is_temporary(), "{refused:?}"),
                 }
             }

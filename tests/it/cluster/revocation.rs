@@ -1,5 +1,6 @@
-//! *Revoked means dead everywhere*: a session that was ended at one edge is refused at all others, soon by word through NATS,
-//! and without NATS once no copy of it is believed any more. What waits in that session ends too, and shows nothing first.
+//! *Revoked means dead everywhere*: a session that was ended at one edge is refused at all others,
+//! soon by word through NATS, and without NATS once no copy of it is believed any more. What waits
+//! in that session ends too, and shows nothing first.
 
 use std::time::Duration;
 
@@ -18,7 +19,8 @@ use tokio::task::JoinSet;
 use super::{client_at_each, until};
 
 const EDGES: usize = 3;
-/// The protocol says one second. This is for a machine that does much else; what it took is printed.
+/// The protocol says one second. This is for a machine that does much else; what it took is
+/// printed.
 const WITHIN: Duration = Duration::from_secs(10);
 /// How long an edge may believe a copy, as the cluster is configured.
 const CACHED: Duration = Duration::from_secs(2);
@@ -32,7 +34,8 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.expect("a cluster");
+        let cluster =
+            Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.expect("a cluster");
         let clients = client_at_each(&cluster, EDGES).await;
         let account = cluster.accounts(1).await.expect("an account").remove(0);
         Self { cluster, clients, account }
@@ -42,7 +45,10 @@ impl World {
     async fn session(&self) -> Bytes {
         let token = login(&self.clients[0], &self.account.username).await.expect("a session");
         for client in &self.clients {
-            client.must::<Peek>(&v1::PeekRequest::default(), Some(&token)).await.expect("it is good");
+            client
+                .must::<Peek>(&v1::PeekRequest::default(), Some(&token))
+                .await
+                .expect("it is good");
         }
         token
     }
@@ -64,7 +70,9 @@ impl World {
     async fn waiting_edges(&self) -> usize {
         const COUNT: &str = "local n = 0; for _, key in ipairs(redis.call('KEYS', '*}w')) do n = n + redis.call('HLEN', key) end; return n";
         match self.cluster.redis.command(["EVAL", COUNT, "0"]).await.expect("Redis counts") {
-            qpq_test_services::resp::Reply::Integer(count) => usize::try_from(count).expect("a count"),
+            qpq_test_services::resp::Reply::Integer(count) => {
+                usize::try_from(count).expect("a count")
+            }
             other => panic!("no count: {other:?}"),
         }
     }
@@ -149,7 +157,8 @@ async fn revoked_means_dead_everywhere_without_nats() {
     let token = world.session().await;
     let parked = world.park(&token).await;
     world.revoke(&token, false).await;
-    let ended = tokio::time::timeout(CACHED + WITHIN, parked.join_all()).await.expect("they end soon");
+    let ended =
+        tokio::time::timeout(CACHED + WITHIN, parked.join_all()).await.expect("they end soon");
     for answer in ended {
         let refused = answer.expect_err("an answer to a revoked session");
         assert_eq!(refused.status, UNAUTHORIZED, "{refused:?}");

@@ -1,5 +1,5 @@
-//! *Wakes all dropped*: every word from edge to edge gets lost, and every message arrives all the same, because each edge
-//! looks after the inboxes that somebody waits for.
+//! *Wakes all dropped*: every word from edge to edge gets lost, and every message arrives all the
+//! same, because each edge looks after the inboxes that somebody waits for.
 
 use std::time::Duration;
 
@@ -54,7 +54,8 @@ async fn all_arrive(cluster: &Cluster, accounts: &[Account], when: &'static str)
         waits.spawn(async move {
             let request = v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() };
             let wait = client.must::<FetchWait>(&request, Some(&token));
-            let page = timeout(2 * SOON, wait).await.expect("it waits for ever").expect("an answer");
+            let page =
+                timeout(2 * SOON, wait).await.expect("it waits for ever").expect("an answer");
             (n, page.payloads.into_iter().map(|envelope| envelope.data).collect::<Vec<_>>())
         });
     }
@@ -68,7 +69,8 @@ async fn all_arrive(cluster: &Cluster, accounts: &[Account], when: &'static str)
         };
         sender.must::<Enqueue>(&request, Some(&account.token)).await;
     }
-    let arrived = timeout(SOON, waits.join_all()).await.unwrap_or_else(|_| panic!("{when}: not all arrive"));
+    let arrived =
+        timeout(SOON, waits.join_all()).await.unwrap_or_else(|_| panic!("{when}: not all arrive"));
     for (n, page) in arrived {
         assert_eq!(page, [Bytes::from(format!("{when} {n}"))], "{when}");
     }

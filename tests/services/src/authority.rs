@@ -1,4 +1,5 @@
-//! A certificate authority of a test's own, for servers with TLS. What it issues is for 127.0.0.1 and no other name.
+//! A certificate authority of a test's own, for servers with TLS. What it issues is for 127.0.0.1
+//! and no other name.
 
 use std::{
     fmt, fs,

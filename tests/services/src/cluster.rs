@@ -74,7 +74,8 @@ impl RedisCluster {
         self.nodes.iter().map(Redis::url).collect()
     }
 
-    /// Returns once every node sees every other and all slots are served, at the start or after a node came back.
+    /// Returns once every node sees every other and all slots are served, at the start or after a
+    /// node came back.
     pub async fn wait_until_complete(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let all = format!("cluster_size:{}\r\n", self.nodes.len());
@@ -106,7 +107,8 @@ impl RedisCluster {
         let count = self.nodes.len();
         for (i, node) in self.nodes.iter().enumerate() {
             let (first, last) = (i * SLOTS / count, (i + 1) * SLOTS / count - 1);
-            node.command(["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &last.to_string()]).await?;
+            node.command(["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &last.to_string()])
+                .await?;
             node.command(["CLUSTER", "SET-CONFIG-EPOCH", &(i + 1).to_string()]).await?;
         }
         let port = self.nodes[0].served_at().port().to_string();

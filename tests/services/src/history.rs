@@ -1,16 +1,22 @@
-//! What happened in a run, as its clients saw it, and a judge of whether an inbox may have behaved so.
+//! What happened in a run, as its clients saw it, and a judge of whether an inbox may have behaved
+//! so.
 //!
-//! Each task of a test has a [`Recorder`] and writes down every call: when it began, and what it was answered, if it was. A
-//! call that was never answered may or may not have happened. At the end, when all recorders are gone, [`History::check`]
-//! holds the whole against the promises of an inbox and names each breach (see [`Violation`]).
+//! Each task of a test has a [`Recorder`] and writes down every call: when it began, and what it
+//! was answered, if it was. A call that was never answered may or may not have happened. At the
+//! end, when all recorders are gone, [`History::check`] holds the whole against the promises of an
+//! inbox and names each breach (see [`Violation`]).
 //!
-//! Recording takes no lock: a recorder owns its log, and hands it over when it is dropped, also when its task was aborted.
+//! Recording takes no lock: a recorder owns its log, and hands it over when it is dropped, also
+//! when its task was aborted.
 //!
 //! Three duties of who records, without which the judgement is worth nothing:
-//! - **Every read counts.** What the server may take for delivered must be recorded as delivered; an answer that reached the
-//!   client's QUIC stack is read to its end, even when the test is stopping.
-//! - **What is left is read.** At the end one last read per inbox records everything that is still queued.
-//! - **A tag names one message of an inbox.** It is what the payload carries, so that a delivery says which message it is.
+//! - **Every read counts.** What the server may take for delivered must be recorded as delivered;
+//!   an answer that reached the client's QUIC stack is read to its end, even when the test is
+//!   stopping.
+//! - **What is left is read.** At the end one last read per inbox records everything that is still
+//!   queued.
+//! - **A tag names one message of an inbox.** It is what the payload carries, so that a delivery
+//!   says which message it is.
 
 mod check;
 
@@ -77,8 +83,9 @@ impl History {
         }))
     }
 
-    /// For one more party. A reader whose order is to be judged over several connections keeps its recorder; one that reads
-    /// several channels of an inbox takes one for each, since order holds within a channel only.
+    /// For one more party. A reader whose order is to be judged over several connections keeps its
+    /// recorder; one that reads several channels of an inbox takes one for each, since order holds
+    /// within a channel only.
     pub fn recorder(&self) -> Recorder {
         self.0.recording.fetch_add(1, Ordering::Relaxed);
         let party = Party(self.0.parties.fetch_add(1, Ordering::Relaxed));
@@ -88,10 +95,14 @@ impl History {
     /// Judges what was recorded.
     ///
     /// # Panics
-    /// If somebody records still: what it has would be missing. If a tag names two messages of an inbox.
+    /// If somebody records still: what it has would be missing. If a tag names two messages of an
+    /// inbox.
     pub fn check(&self) -> Report {
         let recording = self.0.recording.load(Ordering::Acquire);
-        assert_eq!(recording, 0, "recorders that record still: join their tasks and drop them first");
+        assert_eq!(
+            recording, 0,
+            "recorders that record still: join their tasks and drop them first"
+        );
         check::check(&self.0.logs.lock())
     }
 

@@ -44,14 +44,18 @@ impl Nats {
         Self::launch(Some(USER), Some(authority)).await
     }
 
-    async fn launch(user: Option<&'static str>, authority: Option<&Authority>) -> anyhow::Result<Self> {
+    async fn launch(
+        user: Option<&'static str>,
+        authority: Option<&Authority>,
+    ) -> anyhow::Result<Self> {
         let program = Program::Nats.find()?;
         let port = Port::reserve()?;
         let password = new_password();
         let home = Home::new("nats", Signal::SIGKILL)?;
         let file = home.path().join("nats.conf");
-        // Quoted: NATS would take a password that begins like a number for one. Who was held up on a busy machine is not to be
-        // refused: a client has two seconds to log in, unless told otherwise.
+        // Quoted: NATS would take a password that begins like a number for one. Who was held up on
+        // a busy machine is not to be refused: a client has two seconds to log in, unless told
+        // otherwise.
         let login = match user {
             Some(user) => format!("user: \"{user}\", password: \"{password}\""),
             None => format!("token: \"{password}\""),

@@ -5,13 +5,15 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use anyhow::Context as _;
 use rand::Rng as _;
 
-/// Below the ports that Linux gives to outgoing connections, which could take the port of a server that is down.
+/// Below the ports that Linux gives to outgoing connections, which could take the port of a server
+/// that is down.
 const RANGE: std::ops::Range<u16> = 20_000..32_000;
 const TRIES: usize = 1_000;
 
 /// A TCP port that is reserved among all tests of this machine until this is dropped.
 ///
-/// The claim is the UDP socket of the same number: the kernel gives it to one process, and takes it back when that dies.
+/// The claim is the UDP socket of the same number: the kernel gives it to one process, and takes it
+/// back when that dies.
 #[derive(Debug)]
 pub(crate) struct Port {
     _claim: UdpSocket,

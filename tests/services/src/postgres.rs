@@ -1,8 +1,9 @@
 //! A Postgres server of a test's own.
 //!
-//! `initdb` takes most of a second, so it is run once: the cluster it makes is kept in the target directory, by version, and
-//! copied for each server. The superuser's generated password is kept beside it, readable by its owner alone. Postgres
-//! refuses to run as root; under root it runs as the user `postgres`, or as `nobody`.
+//! `initdb` takes most of a second, so it is run once: the cluster it makes is kept in the target
+//! directory, by version, and copied for each server. The superuser's generated password is kept
+//! beside it, readable by its owner alone. Postgres refuses to run as root; under root it runs as
+//! the user `postgres`, or as `nobody`.
 
 use std::{
     fs::{self, File},
@@ -45,17 +46,24 @@ impl Postgres {
         Self::start_with(&[]).await
     }
 
-    /// A server with `settings` over the defaults, such as `("fsync", "off")` where speed counts and durability does not.
+    /// A server with `settings` over the defaults, such as `("fsync", "off")` where speed counts
+    /// and durability does not.
     pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
         Self::launch(settings, None).await
     }
 
     /// The same with TLS for those who ask for it.
-    pub async fn start_encrypted(settings: &[(&str, &str)], authority: &Authority) -> anyhow::Result<Self> {
+    pub async fn start_encrypted(
+        settings: &[(&str, &str)],
+        authority: &Authority,
+    ) -> anyhow::Result<Self> {
         Self::launch(settings, Some(authority)).await
     }
 
-    async fn launch(settings: &[(&str, &str)], authority: Option<&Authority>) -> anyhow::Result<Self> {
+    async fn launch(
+        settings: &[(&str, &str)],
+        authority: Option<&Authority>,
+    ) -> anyhow::Result<Self> {
         // Not a link to it: its other programs are beside it.
         let program = Program::Postgres.find()?.canonicalize()?;
         let port = Port::reserve()?;
@@ -155,7 +163,8 @@ impl Postgres {
         self.service.end(Signal::SIGKILL).await
     }
 
-    /// After `stop` or `kill9`: the same data on the same port. Returns when recovery is done and it takes connections.
+    /// After `stop` or `kill9`: the same data on the same port. Returns when recovery is done and
+    /// it takes connections.
     pub async fn start_again(&self) -> anyhow::Result<()> {
         let pid_file = self.service.path().join("data/postmaster.pid");
         // One that was killed has left its file.
@@ -166,7 +175,8 @@ impl Postgres {
         // The eighth line is what `pg_ctl start` waits for, too.
         self.service
             .start(|| async {
-                fs::read_to_string(&pid_file).is_ok_and(|s| s.lines().nth(7).map(str::trim) == Some("ready"))
+                fs::read_to_string(&pid_file)
+                    .is_ok_and(|s| s.lines().nth(7).map(str::trim) == Some("ready"))
             })
             .await
     }
@@ -206,9 +216,8 @@ impl Owner {
         }
         let user = match User::from_name("postgres")? {
             Some(user) => user,
-            None => {
-                User::from_name("nobody")?.context("no user `postgres` or `nobody` for Postgres to run as")?
-            }
+            None => User::from_name("nobody")?
+                .context("no user `postgres` or `nobody` for Postgres to run as")?,
         };
         Ok(Self::Other { uid: user.uid.as_raw(), gid: user.gid.as_raw() })
     }
@@ -247,7 +256,8 @@ fn copy_template(program: &Path, owner: Owner, home: &Path) -> anyhow::Result<St
     let kept = target.join("test-services").join(format!("{version}-{uid}-{TEMPLATE_REVISION}"));
     fs::create_dir_all(&kept)?;
     let (cluster, password_file) = (kept.join("data"), kept.join("password"));
-    // One test makes it, the others of this moment wait for it. It appears by a rename, so it is whole or absent.
+    // One test makes it, the others of this moment wait for it. It appears by a rename, so it is
+    // whole or absent.
     let lock = File::create(kept.join("lock"))?;
     lock.lock()?;
     if !cluster.exists() {
@@ -272,7 +282,14 @@ fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyh
     owner.take(&password_file)?;
     let mut initdb = owner.command(&program.with_file_name("initdb"));
     initdb
-        .args(["--no-sync", "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--username", USER])
+        .args([
+            "--no-sync",
+            "--auth=scram-sha-256",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--username",
+            USER,
+        ])
         .arg("--pwfile")
         .arg(&password_file)
         .arg("-D")
@@ -282,7 +299,8 @@ fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyh
     fs::remove_file(&password_file)?;
 
     let sql = home.join("create.sql");
-    // What is copied for every server is mostly databases: one and its template are enough. Each line is a statement.
+    // What is copied for every server is mostly databases: one and its template are enough. Each
+    // line is a statement.
     let statements = [
         &format!("ALTER DATABASE postgres RENAME TO {DATABASE}"),
         "UPDATE pg_database SET datistemplate = false WHERE datname = 'template0'",
@@ -290,7 +308,12 @@ fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyh
     ];
     fs::write(&sql, statements.join("\n") + "\n")?;
     let mut single = owner.command(program);
-    single.args(["--single", "-D"]).arg(data).arg("template1").stdin(File::open(&sql)?).current_dir(home);
+    single
+        .args(["--single", "-D"])
+        .arg(data)
+        .arg("template1")
+        .stdin(File::open(&sql)?)
+        .current_dir(home);
     run(single)?;
     fs::remove_file(&sql)?;
     Ok(password)
@@ -308,7 +331,8 @@ fn run(mut command: Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Cargo's: the folder above the profile's, which is known by its fingerprints. A binary that was copied elsewhere has none.
+/// Cargo's: the folder above the profile's, which is known by its fingerprints. A binary that was
+/// copied elsewhere has none.
 fn target_directory() -> anyhow::Result<Option<PathBuf>> {
     let own = std::env::current_exe()?;
     let profile = own.ancestors().find(|dir| dir.join(".fingerprint").is_dir());

@@ -1,9 +1,11 @@
-//! A server as a child process in a directory of its own, both gone when the test ends, however it ends.
+//! A server as a child process in a directory of its own, both gone when the test ends, however it
+//! ends.
 //!
-//! A test may be killed, so it cannot be trusted to clean up. Each directory has a watchdog: a shell that reads a pipe whose
-//! other end only this process holds. When the pipe ends - the [`Service`] was dropped, or this process died - the watchdog
-//! stops every process whose working directory is inside and removes the directory. (`PR_SET_PDEATHSIG` would be shorter, but
-//! it fires when the *thread* that started the child ends, and runtimes end threads at will.)
+//! A test may be killed, so it cannot be trusted to clean up. Each directory has a watchdog: a
+//! shell that reads a pipe whose other end only this process holds. When the pipe ends - the
+//! [`Service`] was dropped, or this process died - the watchdog stops every process whose working
+//! directory is inside and removes the directory. (`PR_SET_PDEATHSIG` would be shorter, but it
+//! fires when the *thread* that started the child ends, and runtimes end threads at will.)
 
 use std::{
     fmt::Display,
@@ -23,12 +25,14 @@ use nix::{
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
-/// How long a server may take to start or stop before the test fails: far more than a busy machine needs.
+/// How long a server may take to start or stop before the test fails: far more than a busy machine
+/// needs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How often to look whether it has.
 const LOOK_EVERY: Duration = Duration::from_millis(4);
 
-/// Arguments: the directory, and the signal to try first. `find` shows no link for a zombie, so those do not count.
+/// Arguments: the directory, and the signal to try first. `find` shows no link for a zombie, so
+/// those do not count.
 const WATCHDOG: &str = r#"
 trap '' HUP INT TERM
 cat >/dev/null
@@ -59,7 +63,8 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// `last_signal` is how a server that lives here is stopped for good: the quickest that leaves nothing behind.
+    /// `last_signal` is how a server that lives here is stopped for good: the quickest that leaves
+    /// nothing behind.
     pub(crate) fn new(name: &str, last_signal: Signal) -> anyhow::Result<Self> {
         let path = tempfile::Builder::new()
             .prefix(&format!("qpq-{name}-"))
@@ -110,7 +115,8 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// `command` is run in `home`, each time anew; what it prints is kept there for the message of a failure.
+    /// `command` is run in `home`, each time anew; what it prints is kept there for the message of
+    /// a failure.
     pub(crate) fn new(home: Home, mut command: Command) -> anyhow::Result<Self> {
         let log = OpenOptions::new().create(true).append(true).open(home.path().join("log"))?;
         command
@@ -134,9 +140,16 @@ impl Service {
     {
         {
             let mut child = self.child.lock();
-            anyhow::ensure!(child.is_none(), "{} runs already: stop or kill it first", self.program());
+            anyhow::ensure!(
+                child.is_none(),
+                "{} runs already: stop or kill it first",
+                self.program()
+            );
             *child = Some(
-                self.command.lock().spawn().with_context(|| format!("cannot start {}", self.program()))?,
+                self.command
+                    .lock()
+                    .spawn()
+                    .with_context(|| format!("cannot start {}", self.program()))?,
             );
         }
         let deadline = Instant::now() + PATIENCE;
@@ -145,7 +158,11 @@ impl Service {
                 bail!("{} ended at once ({status}); it said:\n{}", self.program(), self.said());
             }
             if Instant::now() > deadline {
-                bail!("{} was not ready after {PATIENCE:?}; it said:\n{}", self.program(), self.said());
+                bail!(
+                    "{} was not ready after {PATIENCE:?}; it said:\n{}",
+                    self.program(),
+                    self.said()
+                );
             }
             sleep(LOOK_EVERY).await;
         }
@@ -239,11 +256,14 @@ impl Drop for Service {
     }
 }
 
-/// A password that nobody else knows. Everything that a URL has a meaning for is in it, so that whoever takes one from there
-/// must read it as it is meant; no configuration file minds.
+/// A password that nobody else knows. Everything that a URL has a meaning for is in it, so that
+/// whoever takes one from there must read it as it is meant; no configuration file minds.
 pub(crate) fn new_password() -> String {
     use rand::{Rng as _, distributions::Alphanumeric, rngs::OsRng};
-    "p@:/?#[]%&=+".chars().chain(OsRng.sample_iter(&Alphanumeric).take(32).map(char::from)).collect()
+    "p@:/?#[]%&=+"
+        .chars()
+        .chain(OsRng.sample_iter(&Alphanumeric).take(32).map(char::from))
+        .collect()
 }
 
 /// A password as it stands in a URL.
@@ -253,6 +273,7 @@ pub(crate) fn in_url(password: &str) -> impl Display {
 
 /// A file that only its owner may read, from its first byte on: passwords are in it.
 pub(crate) fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
-    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+    let mut file =
+        OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
     Ok(file.write_all(text.as_bytes())?)
 }

@@ -48,7 +48,8 @@ impl Program {
     }
 
     fn find_in(self, folders: Vec<PathBuf>) -> anyhow::Result<PathBuf> {
-        let Some(path) = folders.into_iter().map(|dir| dir.join(self.file())).find(|path| path.is_file())
+        let Some(path) =
+            folders.into_iter().map(|dir| dir.join(self.file())).find(|path| path.is_file())
         else {
             bail!(
                 "{} is not installed and tests run on the real one: `apt-get install {}` (scripts/test does it)",
@@ -81,7 +82,8 @@ pub(crate) fn version(program: &Path) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// The PATH's folders, those of system programs, and Debian's for Postgres with the newest version first.
+/// The PATH's folders, those of system programs, and Debian's for Postgres with the newest version
+/// first.
 fn folders() -> Vec<PathBuf> {
     let mut folders: Vec<_> =
         env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
@@ -90,14 +92,17 @@ fn folders() -> Vec<PathBuf> {
         .into_iter()
         .flatten()
         .flatten()
-        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
+        .filter_map(|entry| {
+            Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin")))
+        })
         .collect();
     versions.sort_unstable_by(|a, b| b.cmp(a));
     folders.extend(versions.into_iter().map(|(_, bin)| bin));
     folders
 }
 
-/// The first `N.N` in a text such as `Redis server v=7.0.15 sha=...` or `postgres (PostgreSQL) 15.18 (Debian ...)`.
+/// The first `N.N` in a text such as `Redis server v=7.0.15 sha=...` or `postgres (PostgreSQL)
+/// 15.18 (Debian ...)`.
 fn major_and_minor(said: &str) -> Option<(u32, u32)> {
     said.split(|c: char| !(c.is_ascii_digit() || c == '.')).find_map(|word| {
         let mut numbers = word.split('.').map(str::parse);

@@ -1,9 +1,11 @@
-//! Faults between two programs: a proxy on loopback that delays, throttles, holds, loses, doubles and cuts.
+//! Faults between two programs: a proxy on loopback that delays, throttles, holds, loses, doubles
+//! and cuts.
 //!
-//! [`TcpProxy`] and [`UdpProxy`] listen on a port of their own and pass everything to one target. What they do to it is
-//! switched while they run, through a [`Switch`] that any task may hold. Every decision comes from the random numbers given
-//! in: the n-th datagram of the k-th flow meets the same fate in every run with the same seed and faults, whatever the
-//! timing. A link that is faultless passes all of it as it came.
+//! [`TcpProxy`] and [`UdpProxy`] listen on a port of their own and pass everything to one target.
+//! What they do to it is switched while they run, through a [`Switch`] that any task may hold.
+//! Every decision comes from the random numbers given in: the n-th datagram of the k-th flow meets
+//! the same fate in every run with the same seed and faults, whatever the timing. A link that is
+//! faultless passes all of it as it came.
 
 mod lane;
 mod tcp;
@@ -40,7 +42,8 @@ pub struct Faults {
     pub loss: f64,
     /// UDP: the probability that a datagram arrives twice.
     pub duplication: f64,
-    /// UDP: the probability that a datagram is held back by [`Faults::held_back`], so that later ones pass it.
+    /// UDP: the probability that a datagram is held back by [`Faults::held_back`], so that later
+    /// ones pass it.
     pub reordering: f64,
     pub held_back: Duration,
 }
@@ -50,10 +53,12 @@ pub struct Faults {
 pub enum Link {
     #[default]
     Up,
-    /// A partition: nothing passes this way and nobody is told. Datagrams are lost; a TCP connection stays open and what it
-    /// carries waits, as the kernel would repeat it, until the link is up again.
+    /// A partition: nothing passes this way and nobody is told. Datagrams are lost; a TCP
+    /// connection stays open and what it carries waits, as the kernel would repeat it, until the
+    /// link is up again.
     Blackhole(Way),
-    /// TCP: every connection is reset, those that are open and each that is made. UDP: every flow is forgotten, nothing passes.
+    /// TCP: every connection is reset, those that are open and each that is made. UDP: every flow
+    /// is forgotten, nothing passes.
     Reset,
 }
 
@@ -83,7 +88,8 @@ pub struct Tally {
     pub cut: u64,
     /// Datagrams that went on, copies included.
     pub passed: u64,
-    /// Datagrams that did not: lost by chance, held by a partition, or too many at once for the throttle.
+    /// Datagrams that did not: lost by chance, held by a partition, or too many at once for the
+    /// throttle.
     pub lost: u64,
     pub doubled: u64,
     pub held_back: u64,
@@ -130,8 +136,9 @@ impl Switch {
         self.set(Faults::default());
     }
 
-    /// TCP: resets every connection that the proxy has accepted. UDP: forgets every flow, so that the target sees clients come
-    /// from new ports, as after a NAT that lost its table. New ones are carried as before.
+    /// TCP: resets every connection that the proxy has accepted. UDP: forgets every flow, so that
+    /// the target sees clients come from new ports, as after a NAT that lost its table. New ones
+    /// are carried as before.
     pub fn cut_all(&self) {
         self.0.cuts.send_modify(|cuts| *cuts += 1);
     }

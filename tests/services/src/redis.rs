@@ -1,4 +1,5 @@
-//! A Redis server of a test's own. It keeps nothing on disk unless told to: killed or restarted, it comes back empty.
+//! A Redis server of a test's own. It keeps nothing on disk unless told to: killed or restarted, it
+//! comes back empty.
 
 use std::{
     fmt::{self, Write as _},
@@ -47,17 +48,20 @@ impl Redis {
         Self::start_with(&[]).await
     }
 
-    /// A server with `settings` (as in redis.conf) over the defaults, such as `("appendonly", "yes")`.
+    /// A server with `settings` (as in redis.conf) over the defaults, such as `("appendonly",
+    /// "yes")`.
     pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
         Self::launch(&new_password(), settings, &[], None).await
     }
 
-    /// A server whose [`url`](Self::url) is that of a second port, with TLS. The first is still there for the test.
+    /// A server whose [`url`](Self::url) is that of a second port, with TLS. The first is still
+    /// there for the test.
     pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
         Self::launch(&new_password(), &[], &[], Some(authority)).await
     }
 
-    /// Starts a server or, by `arguments`, a sentinel. Several may share a password, and speak with each other by TLS.
+    /// Starts a server or, by `arguments`, a sentinel. Several may share a password, and speak with
+    /// each other by TLS.
     pub(crate) async fn launch(
         password: &str,
         settings: &[(&str, &str)],
@@ -75,8 +79,9 @@ impl Redis {
         if !arguments.contains(&SENTINEL) {
             writeln!(configuration, "save \"\"\nmasterauth {password}")?;
         }
-        let encrypted =
-            authority.map(|authority| encrypt(&mut configuration, home.path(), authority)).transpose()?;
+        let encrypted = authority
+            .map(|authority| encrypt(&mut configuration, home.path(), authority))
+            .transpose()?;
         for (name, value) in settings {
             writeln!(configuration, "{name} {value}")?;
         }
@@ -128,7 +133,10 @@ impl Redis {
     }
 
     /// One command on a connection of its own.
-    pub async fn command<A: AsRef<[u8]>>(&self, parts: impl IntoIterator<Item = A>) -> anyhow::Result<Reply> {
+    pub async fn command<A: AsRef<[u8]>>(
+        &self,
+        parts: impl IntoIterator<Item = A>,
+    ) -> anyhow::Result<Reply> {
         self.connect().await?.command(parts).await
     }
 
@@ -145,7 +153,8 @@ impl Redis {
         Ok(Snapshot(bytes))
     }
 
-    /// Kills the server and starts it with what it had in it then, as a failover to a replica that lags does.
+    /// Kills the server and starts it with what it had in it then, as a failover to a replica that
+    /// lags does.
     pub async fn roll_back_to(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
         self.kill9().await?;
         fs::write(self.dump(), &snapshot.0)?;
@@ -193,7 +202,11 @@ impl Redis {
 fn encrypt(configuration: &mut String, home: &Path, authority: &Authority) -> anyhow::Result<Port> {
     let port = Port::reserve()?;
     let issued = authority.issue(home)?;
-    writeln!(configuration, "tls-port {}\ntls-auth-clients no\ntls-replication yes", port.number())?;
+    writeln!(
+        configuration,
+        "tls-port {}\ntls-auth-clients no\ntls-replication yes",
+        port.number()
+    )?;
     let files = [
         ("tls-cert-file", &issued.certificate),
         ("tls-key-file", &issued.key),

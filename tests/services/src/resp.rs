@@ -1,5 +1,5 @@
-//! A Redis client of a few lines: one connection, one command at a time. For tests that look at or into a Redis directly;
-//! it shares nothing with the client that the store uses.
+//! A Redis client of a few lines: one connection, one command at a time. For tests that look at or
+//! into a Redis directly; it shares nothing with the client that the store uses.
 
 use std::net::SocketAddr;
 
@@ -53,7 +53,8 @@ pub struct Connection {
 
 impl Connection {
     pub async fn open(addr: SocketAddr, password: &str) -> anyhow::Result<Self> {
-        let stream = TcpStream::connect(addr).await.with_context(|| format!("no Redis at {addr}"))?;
+        let stream =
+            TcpStream::connect(addr).await.with_context(|| format!("no Redis at {addr}"))?;
         stream.set_nodelay(true)?;
         let mut connection = Self { stream: BufReader::new(stream) };
         connection.command(["AUTH", password]).await?;

@@ -1,4 +1,5 @@
-//! A Redis with a replica and a Sentinel that makes the replica primary, by order or when the primary is gone.
+//! A Redis with a replica and a Sentinel that makes the replica primary, by order or when the
+//! primary is gone.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -39,7 +40,8 @@ impl RedisSentinel {
         let first = Redis::launch(&password, &[quick], &[], authority).await?;
         let port = first.served_at().port();
         let replicaof = format!("127.0.0.1 {port}");
-        let second = Redis::launch(&password, &[quick, ("replicaof", &replicaof)], &[], authority).await?;
+        let second =
+            Redis::launch(&password, &[quick, ("replicaof", &replicaof)], &[], authority).await?;
         let sentinel = Redis::launch(
             &password,
             &[
@@ -57,13 +59,15 @@ impl RedisSentinel {
         Ok(all)
     }
 
-    /// Returns once the Sentinel knows a replica that follows, so that it can take the primary's place.
+    /// Returns once the Sentinel knows a replica that follows, so that it can take the primary's
+    /// place.
     pub async fn wait_for_replica(&self) -> anyhow::Result<()> {
         self.wait_for("the Sentinel to know a replica that follows", || async {
             let replicas = self.sentinel.command(["SENTINEL", "REPLICAS", SERVICE]).await?;
             Ok(replicas.array()?.first().is_some_and(|fields| {
                 // One that is down has further flags, and the link as it last was.
-                field(fields, "flags") == Some("slave") && field(fields, "master-link-status") == Some("ok")
+                field(fields, "flags") == Some("slave")
+                    && field(fields, "master-link-status") == Some("ok")
             }))
         })
         .await
@@ -98,7 +102,10 @@ impl RedisSentinel {
     /// The one that the Sentinel names as primary now.
     pub async fn primary(&self) -> anyhow::Result<&Redis> {
         let addr = self.primary_addr().await?;
-        self.pair.iter().find(|redis| redis.served_at() == addr).context("the Sentinel names a stranger")
+        self.pair
+            .iter()
+            .find(|redis| redis.served_at() == addr)
+            .context("the Sentinel names a stranger")
     }
 
     /// The other one: it follows the primary, or it is down.
@@ -118,7 +125,8 @@ impl RedisSentinel {
         self.wait_for_other_than(old).await
     }
 
-    /// Kills the primary; returns once the replica has taken its place. The killed one may be started again: it follows.
+    /// Kills the primary; returns once the replica has taken its place. The killed one may be
+    /// started again: it follows.
     pub async fn lose_primary(&self) -> anyhow::Result<()> {
         let old = self.primary().await?;
         old.kill9().await?;
@@ -129,14 +137,17 @@ impl RedisSentinel {
         self.wait_for("another primary", || async {
             let primary = self.primary().await?;
             let role = primary.command(["ROLE"]).await?;
-            Ok(primary.served_at() != old && role.array()?.first() == Some(&Reply::Bulk(b"master".to_vec())))
+            Ok(primary.served_at() != old
+                && role.array()?.first() == Some(&Reply::Bulk(b"master".to_vec())))
         })
         .await
     }
 
     async fn primary_addr(&self) -> anyhow::Result<SocketAddr> {
         let reply = self.sentinel.command(["SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE]).await?;
-        let [host, port] = reply.array()? else { bail!("the Sentinel names no primary: {reply:?}") };
+        let [host, port] = reply.array()? else {
+            bail!("the Sentinel names no primary: {reply:?}")
+        };
         Ok(format!("{}:{}", host.text()?, port.text()?).parse()?)
     }
 

@@ -1,4 +1,5 @@
-//! The fault proxy between real sockets: it carries what it should, and each fault does what its name says.
+//! The fault proxy between real sockets: it carries what it should, and each fault does what its
+//! name says.
 
 use std::{
     collections::BTreeMap,
@@ -31,20 +32,25 @@ fn seed(seed: u64) -> StdRng {
 /// A listener and a proxy before it.
 async fn tcp() -> (TcpListener, TcpProxy) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
-    let proxy = TcpProxy::start(listener.local_addr().expect("an address"), seed(1)).await.expect("a port");
+    let proxy =
+        TcpProxy::start(listener.local_addr().expect("an address"), seed(1)).await.expect("a port");
     (listener, proxy)
 }
 
 /// Both ends of a connection through the proxy.
 async fn pair(listener: &TcpListener, proxy: &TcpProxy) -> (TcpStream, TcpStream) {
     let client = TcpStream::connect(proxy.addr()).await.expect("the proxy listens");
-    let (server, _) = timeout(PATIENCE, listener.accept()).await.expect("it comes").expect("a connection");
+    let (server, _) =
+        timeout(PATIENCE, listener.accept()).await.expect("it comes").expect("a connection");
     (client, server)
 }
 
 async fn read(stream: &mut TcpStream, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
-    timeout(PATIENCE, stream.read_exact(&mut bytes)).await.expect("it comes").expect("the connection stands");
+    timeout(PATIENCE, stream.read_exact(&mut bytes))
+        .await
+        .expect("it comes")
+        .expect("the connection stands");
     bytes
 }
 
@@ -183,7 +189,8 @@ struct Got {
 /// A target that keeps what it gets and sends it back, and a proxy before it.
 async fn udp(random: StdRng) -> (Arc<Mutex<Got>>, UdpProxy, JoinHandle<()>) {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
-    let proxy = UdpProxy::start(socket.local_addr().expect("an address"), random).await.expect("a port");
+    let proxy =
+        UdpProxy::start(socket.local_addr().expect("an address"), random).await.expect("a port");
     let got = Arc::new(Mutex::new(Got::default()));
     let keep = Arc::clone(&got);
     let task = tokio::spawn(async move {
@@ -216,7 +223,8 @@ async fn until(what: &str, is_so: impl Fn() -> bool) {
     .unwrap_or_else(|_| panic!("waited for {what}"));
 }
 
-/// Sends numbers one way and no faster than the proxy takes them, so that no kernel buffer loses one.
+/// Sends numbers one way and no faster than the proxy takes them, so that no kernel buffer loses
+/// one.
 async fn send_numbers(client: &UdpSocket, switch: &Switch, numbers: std::ops::Range<u32>) {
     for number in numbers {
         let decided = |t: qpq_test_services::proxy::Tally| t.passed + t.lost - t.doubled;
@@ -245,12 +253,18 @@ async fn udp_is_carried_there_and_back_for_each_client() {
     assert_ne!(got.from[0], got.from[1], "each has a port of its own");
 }
 
-/// How often each of 400 numbers reached the target. The way back is closed, so that only one way is decided upon.
+/// How often each of 400 numbers reached the target. The way back is closed, so that only one way
+/// is decided upon.
 async fn fates(random: StdRng) -> BTreeMap<u32, usize> {
     let (got, proxy, _target) = udp(random).await;
     let client = client_of(&proxy).await;
     let blocked_back = Link::Blackhole(Way::ToClient);
-    proxy.switch().set(Faults { link: blocked_back, loss: 0.3, duplication: 0.2, ..Faults::default() });
+    proxy.switch().set(Faults {
+        link: blocked_back,
+        loss: 0.3,
+        duplication: 0.2,
+        ..Faults::default()
+    });
     for number in 0..400_u32 {
         client.send(&number.to_be_bytes()).await.expect("loopback");
         // Each copy that arrives is one more that is lost on its way back.
@@ -284,7 +298,11 @@ async fn udp_loses_and_doubles_as_its_seed_says() {
 async fn udp_that_is_held_back_is_passed_by_later_ones() {
     let (got, proxy, _target) = udp(seed(1)).await;
     let client = client_of(&proxy).await;
-    proxy.switch().set(Faults { reordering: 0.2, held_back: Duration::from_millis(30), ..Faults::default() });
+    proxy.switch().set(Faults {
+        reordering: 0.2,
+        held_back: Duration::from_millis(30),
+        ..Faults::default()
+    });
     for number in 0..200_u32 {
         client.send(&number.to_be_bytes()).await.unwrap();
         tokio::task::yield_now().await;

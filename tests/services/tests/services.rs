@@ -37,7 +37,8 @@ fn home_of(port: u16) -> std::path::PathBuf {
         .find(|path| {
             let of_redis = fs::read_to_string(path.join("redis.conf")).unwrap_or_default();
             let of_nats = fs::read_to_string(path.join("nats.conf")).unwrap_or_default();
-            let of_postgres = fs::read_to_string(path.join("data/postmaster.pid")).unwrap_or_default();
+            let of_postgres =
+                fs::read_to_string(path.join("data/postmaster.pid")).unwrap_or_default();
             of_redis.contains(&format!("port {port}\n"))
                 || of_nats.contains(&format!("port: {port}\n"))
                 || of_postgres.lines().nth(3) == Some(&port.to_string())
@@ -78,13 +79,17 @@ async fn postgres_keeps_what_it_committed_through_restarts_and_kills() {
 
 #[tokio::test]
 async fn postgres_wants_its_password_and_gives_databases() {
-    let postgres = Postgres::start_with(&[("fsync", "off"), ("max_connections", "20")]).await.unwrap();
+    let postgres =
+        Postgres::start_with(&[("fsync", "off"), ("max_connections", "20")]).await.unwrap();
     assert_eq!(postgres.sql("SHOW fsync; SHOW max_connections").await.unwrap(), "off\n20");
     assert_eq!(postgres.sql("SHOW password_encryption").await.unwrap(), "scram-sha-256");
     let other = postgres.create_database("another").await.unwrap();
     assert!(postgres.create_database("another").await.is_err(), "there is one");
     let psql = |url: &str| {
-        Command::new("psql").args(["-XqAtw", "-c", "SELECT current_database()", url]).output().unwrap()
+        Command::new("psql")
+            .args(["-XqAtw", "-c", "SELECT current_database()", url])
+            .output()
+            .unwrap()
     };
     assert_eq!(psql(&postgres.url()).stdout, b"qpq\n");
     assert_eq!(psql(&other).stdout, b"another\n");
@@ -97,7 +102,10 @@ async fn postgres_wants_its_password_and_gives_databases() {
 async fn redis_answers_forgets_and_goes_back() {
     let redis = Redis::start().await.unwrap();
     let mut connection = redis.connect().await.unwrap();
-    assert_eq!(connection.command(["SET", "a", "1\r\n2"]).await.unwrap(), Reply::Status("OK".into()));
+    assert_eq!(
+        connection.command(["SET", "a", "1\r\n2"]).await.unwrap(),
+        Reply::Status("OK".into())
+    );
     assert_eq!(connection.command(["GET", "a"]).await.unwrap(), Reply::Bulk(b"1\r\n2".to_vec()));
     assert_eq!(connection.command(["GET", "none"]).await.unwrap(), Reply::Nil);
     assert_eq!(connection.command(["RPUSH", "l", "x", ""]).await.unwrap().integer().unwrap(), 2);
@@ -125,7 +133,8 @@ async fn redis_answers_forgets_and_goes_back() {
 
 #[tokio::test]
 async fn redis_keeps_what_its_settings_say() {
-    let redis = Redis::start_with(&[("appendonly", "yes"), ("appendfsync", "always")]).await.unwrap();
+    let redis =
+        Redis::start_with(&[("appendonly", "yes"), ("appendfsync", "always")]).await.unwrap();
     redis.command(["SET", "a", "1"]).await.unwrap();
     redis.kill9().await.unwrap();
     redis.start_again().await.unwrap();
@@ -159,7 +168,8 @@ async fn nats_answers_after_every_restart() {
 
 #[tokio::test]
 async fn a_frozen_server_answers_once_it_is_thawed() {
-    let (redis, nats, postgres) = tokio::try_join!(Redis::start(), Nats::start(), Postgres::start()).unwrap();
+    let (redis, nats, postgres) =
+        tokio::try_join!(Redis::start(), Nats::start(), Postgres::start()).unwrap();
     redis.freeze();
     nats.freeze();
     postgres.freeze();
@@ -190,7 +200,8 @@ async fn a_frozen_server_answers_once_it_is_thawed() {
 
 #[tokio::test]
 async fn nothing_is_left_of_a_service_that_was_dropped() {
-    let (postgres, redis, nats) = tokio::try_join!(Postgres::start(), Redis::start(), Nats::start()).unwrap();
+    let (postgres, redis, nats) =
+        tokio::try_join!(Postgres::start(), Redis::start(), Nats::start()).unwrap();
     let ports = [postgres.port(), redis.port(), nats.port()];
     let homes = ports.map(home_of);
     let killed = Postgres::start().await.unwrap();

@@ -1,4 +1,5 @@
-//! Redis as a cluster and under a Sentinel: complete when started, whole again after nodes were lost.
+//! Redis as a cluster and under a Sentinel: complete when started, whole again after nodes were
+//! lost.
 
 use qpq_test_services::{RedisCluster, RedisSentinel, resp::Reply};
 

@@ -36,8 +36,10 @@ impl Party {
             } else if self.random.r#gen() {
                 let count = self.random.gen_range(LIST);
                 let inboxes: Vec<usize> = (0..count).map(|_| self.some_inbox()).collect();
-                let messages =
-                    inboxes.into_iter().map(|inbox| self.shared.outgoing(inbox, &mut self.random)).collect();
+                let messages = inboxes
+                    .into_iter()
+                    .map(|inbox| self.shared.outgoing(inbox, &mut self.random))
+                    .collect();
                 self.send_list(messages).await;
             } else {
                 self.fan_out().await;
@@ -75,8 +77,12 @@ impl Party {
                 self.roamer.pause().await;
             }
             Outcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
-            Outcome::Lost(Loss::Drained) => drop(self.shared.drained.fetch_add(1, Ordering::Relaxed)),
-            Outcome::Lost(Loss::Otherwise) => drop(self.shared.lost.fetch_add(1, Ordering::Relaxed)),
+            Outcome::Lost(Loss::Drained) => {
+                self.shared.drained.fetch_add(1, Ordering::Relaxed);
+            }
+            Outcome::Lost(Loss::Otherwise) => {
+                self.shared.lost.fetch_add(1, Ordering::Relaxed);
+            }
         }
         None
     }
@@ -86,8 +92,12 @@ impl Party {
         let request = request(&message, &self.shared.accounts);
         loop {
             self.roamer.connected().await;
-            let sending =
-                self.recorder.sending(Inbox(message.inbox as u32), message.id, message.tag, self.edge());
+            let sending = self.recorder.sending(
+                Inbox(message.inbox as u32),
+                message.id,
+                message.tag,
+                self.edge(),
+            );
             if let Some(response) = self.call::<Enqueue>(&request, &token).await {
                 self.recorder.acknowledged(sending, Seq(response.seq));
                 self.shared.acknowledged.send_modify(|count| *count += 1);
@@ -100,12 +110,16 @@ impl Party {
         let token = self.token();
         while !messages.is_empty() {
             let request = v1::BatchEnqueueRequest {
-                messages: messages.iter().map(|message| request(message, &self.shared.accounts)).collect(),
+                messages: messages
+                    .iter()
+                    .map(|message| request(message, &self.shared.accounts))
+                    .collect(),
                 ..Default::default()
             };
             let inboxes: Vec<usize> = messages.iter().map(|message| message.inbox).collect();
             let ids: Vec<_> = messages.iter().map(|message| (message.id, message.tag)).collect();
-            let accepted = self.send_batch(request, &token, inboxes.into_iter().zip(ids).collect()).await;
+            let accepted =
+                self.send_batch(request, &token, inboxes.into_iter().zip(ids).collect()).await;
             let mut accepted = accepted.into_iter();
             messages.retain(|_| !accepted.next().unwrap_or(false));
         }
@@ -119,7 +133,10 @@ impl Party {
         inboxes.shuffle(&mut self.random);
         while !inboxes.is_empty() {
             let request = v1::BatchEnqueueRequest {
-                recipient_keys: inboxes.iter().map(|i| self.shared.accounts[*i].identity.clone()).collect(),
+                recipient_keys: inboxes
+                    .iter()
+                    .map(|i| self.shared.accounts[*i].identity.clone())
+                    .collect(),
                 payload: payload.clone(),
                 message_id: Bytes::copy_from_slice(id.as_bytes()),
                 ..Default::default()
@@ -213,7 +230,9 @@ impl Party {
     async fn ack(&mut self, inbox: usize, request: &v1::AckRequest, token: &Bytes) {
         loop {
             let settling = match request.seq_up_to {
-                0 => self.recorder.settling(Inbox(inbox as u32), request.seqs.iter().copied().map(Seq)),
+                0 => self
+                    .recorder
+                    .settling(Inbox(inbox as u32), request.seqs.iter().copied().map(Seq)),
                 seq => self.recorder.settling_through(Inbox(inbox as u32), Seq(seq)),
             };
             if self.call::<Ack>(request, token).await.is_some() {
@@ -228,8 +247,11 @@ impl Party {
         while !*emptied.borrow() {
             match self.peek(inbox, 0, &token).await.last() {
                 Some(last) => {
-                    let request =
-                        v1::AckRequest { seq_up_to: last.seq, all_channels: true, ..Default::default() };
+                    let request = v1::AckRequest {
+                        seq_up_to: last.seq,
+                        all_channels: true,
+                        ..Default::default()
+                    };
                     self.ack(inbox, &request, &token).await;
                 }
                 None => sleep(IDLE).await,

@@ -1,4 +1,5 @@
-//! What the server knows about people: names to keys and back, and the key packages that start a conversation.
+//! What the server knows about people: names to keys and back, and the key packages that start a
+//! conversation.
 
 use futures_util::future::join_all;
 use qpq_domain::{IdentityKey, Username};
@@ -17,7 +18,8 @@ use crate::error::{CallError, Error};
 const ENOUGH: usize = 20;
 const FEW: u32 = 10;
 
-/// Names asked about at once: whoever takes us into a group of thousands cannot make us ask for thousands.
+/// Names asked about at once: whoever takes us into a group of thousands cannot make us ask for
+/// thousands.
 const NAMES_AT_ONCE: usize = 32;
 
 impl Messenger {
@@ -37,8 +39,8 @@ impl Messenger {
         }
     }
 
-    /// Takes the directory's word for a user's new key, after [`Error::IdentityChanged`]: the person was asked. What the
-    /// old key says counts as somebody else's from then on.
+    /// Takes the directory's word for a user's new key, after [`Error::IdentityChanged`]: the
+    /// person was asked. What the old key says counts as somebody else's from then on.
     pub async fn accept_new_identity(&self, username: &Username) -> Result<Person, Error> {
         let identity = self.look_up(username).await?;
         let name = username.clone();
@@ -56,12 +58,16 @@ impl Messenger {
     /// Fills up our key packages on the server, so that others can start conversations with us.
     pub async fn publish_key_packages(&self) -> Result<(), Error> {
         let client = self.client();
-        let left = client.call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default()).await?;
+        let left = client
+            .call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default())
+            .await?;
         if left.available < FEW {
             let missing = ENOUGH - left.available as usize;
             // Saved before they are uploaded: the private halves are in the state.
-            let packages =
-                self.keeper().change(move |state| Ok(state.mls.key_packages(missing, now()))).await?;
+            let packages = self
+                .keeper()
+                .change(move |state| Ok(state.mls.key_packages(missing, now())))
+                .await?;
             let mut packages = packages.into_iter().map(Into::into);
             client
                 .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
@@ -72,7 +78,8 @@ impl Messenger {
                 .await?;
         }
         if !left.has_last_resort {
-            let package = self.keeper().change(|state| Ok(state.mls.last_resort_key_package(now()))).await?;
+            let package =
+                self.keeper().change(|state| Ok(state.mls.last_resort_key_package(now()))).await?;
             client
                 .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
                     package: package.into(),
@@ -146,7 +153,8 @@ impl Messenger {
     }
 
     async fn look_up(&self, username: &Username) -> Result<IdentityKey, Error> {
-        let request = v1::ResolveUserRequest { username: username.to_string(), ..Default::default() };
+        let request =
+            v1::ResolveUserRequest { username: username.to_string(), ..Default::default() };
         match self.client().call::<methods::ResolveUser>(request).await {
             Ok(answer) => IdentityKey::try_from(&answer.identity_key[..])
                 .map_err(|_| CallError::Malformed { method: "ResolveUser" }.into()),

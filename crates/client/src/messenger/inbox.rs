@@ -1,5 +1,6 @@
-//! Reading the inbox: Peek, take in, save, then Ack. Whatever happens in between, the next read goes on where the saved
-//! state is: what was taken in is not peeked again, what was not is still there.
+//! Reading the inbox: Peek, take in, save, then Ack. Whatever happens in between, the next read
+//! goes on where the saved state is: what was taken in is not peeked again, what was not is still
+//! there.
 
 use std::sync::atomic::Ordering;
 
@@ -19,8 +20,9 @@ use crate::error::{CallError, Error};
 const PAGE: u32 = 200;
 
 impl Messenger {
-    /// Takes in what the inbox has and answers everything that was not marked as seen, oldest first. Sends what is still
-    /// to be sent, fills up our key packages and asks the directory about new names on the way.
+    /// Takes in what the inbox has and answers everything that was not marked as seen, oldest
+    /// first. Sends what is still to be sent, fills up our key packages and asks the directory
+    /// about new names on the way.
     pub async fn receive(&self) -> Result<Vec<Entry>, Error> {
         let mut keys = self.sync().await?;
         if !self.shared.keys_checked.swap(true, Ordering::Relaxed) {
@@ -32,7 +34,8 @@ impl Messenger {
         self.unseen().await
     }
 
-    /// Takes in what the inbox has, and leaves everything else to a [`Listener`](super::Listener) that is to follow.
+    /// Takes in what the inbox has, and leaves everything else to a [`Listener`](super::Listener)
+    /// that is to follow.
     pub async fn catch_up(&self) -> Result<(), Error> {
         self.sync().await?;
         self.settle_names().await
@@ -73,7 +76,8 @@ impl Messenger {
             if page.payloads.iter().all(|envelope| envelope.seq <= cursor.0) {
                 return Err(CallError::Malformed { method: "Peek" }.into());
             }
-            let joined = self.keeper().change(move |state| Ok(take_in(state, page.payloads))).await?;
+            let joined =
+                self.keeper().change(move |state| Ok(take_in(state, page.payloads))).await?;
             if joined == NewKeys::Needed {
                 keys = NewKeys::Needed;
             }
@@ -103,11 +107,13 @@ impl Messenger {
     }
 }
 
-/// Passes over what failed, unless nothing at all will work until somebody does something. What the server does not do
-/// now is no reason to hold messages back; it is tried again the next time.
+/// Passes over what failed, unless nothing at all will work until somebody does something. What the
+/// server does not do now is no reason to hold messages back; it is tried again the next time.
 pub(super) fn unless_final(what: &'static str, done: Result<(), Error>) -> Result<(), Error> {
     match done {
-        Err(Error::Call(error)) if !error.is_unauthorized() && !matches!(error, CallError::Connect(_)) => {
+        Err(Error::Call(error))
+            if !error.is_unauthorized() && !matches!(error, CallError::Connect(_)) =>
+        {
             tracing::warn!(%error, what, "not now");
             Ok(())
         }
@@ -153,7 +159,9 @@ fn note(state: &mut State, received: Received, at: UnixMillis) {
                 state.people.claim(member.identity, &member.username);
             }
             // A direct conversation begins with its first message.
-            if let conversation @ ConversationId::Group(_) = ConversationId::of(&summary, &state.me()) {
+            if let conversation @ ConversationId::Group(_) =
+                ConversationId::of(&summary, &state.me())
+            {
                 state.log.push(Some(conversation), at, Event::Joined { by: summary.maker });
             }
         }
@@ -165,7 +173,9 @@ fn note(state: &mut State, received: Received, at: UnixMillis) {
                 Event::Received { from: sender.identity, text: content.text, sent_at }
             } else {
                 let name = state.people.person(&sender.identity);
-                Event::Unreadable { reason: format!("{name} sent {size} bytes, the most is {MAX_TEXT}") }
+                Event::Unreadable {
+                    reason: format!("{name} sent {size} bytes, the most is {MAX_TEXT}"),
+                }
             };
             state.log.push(state.conversation_of(&group), at, event);
         }
@@ -174,8 +184,9 @@ fn note(state: &mut State, received: Received, at: UnixMillis) {
             for member in &added {
                 state.people.claim(member.identity, &member.username);
             }
-            let keys =
-                |members: Vec<qpq_mls::Member>| members.into_iter().map(|member| member.identity).collect();
+            let keys = |members: Vec<qpq_mls::Member>| {
+                members.into_iter().map(|member| member.identity).collect()
+            };
             if !added.is_empty() {
                 state.log.push(conversation, at, Event::Added { members: keys(added) });
             }

@@ -26,7 +26,11 @@ struct Held {
 
 impl Keeper {
     /// Saves a new state.
-    pub(crate) async fn create(locked: Locked, key: VaultKey, state: State) -> Result<Self, ProfileError> {
+    pub(crate) async fn create(
+        locked: Locked,
+        key: VaultKey,
+        state: State,
+    ) -> Result<Self, ProfileError> {
         let held = blocking(move || {
             let mut held = Held { locked, key, state: Some(state) };
             held.save()?;
@@ -47,8 +51,8 @@ impl Keeper {
         Ok(Self { held: Arc::new(Mutex::new(held)) })
     }
 
-    /// Changes the state and saves it. If `change` or the saving fails, nothing has changed. Once begun it ends even
-    /// if the future is dropped.
+    /// Changes the state and saves it. If `change` or the saving fails, nothing has changed. Once
+    /// begun it ends even if the future is dropped.
     pub(crate) async fn change<R: Send + 'static>(
         &self,
         change: impl FnOnce(&mut State) -> Result<R, Error> + Send + 'static,
@@ -99,7 +103,8 @@ impl Held {
 
     fn save(&mut self) -> Result<(), ProfileError> {
         let content = self.state.as_ref().expect("only what is there is saved").encode();
-        vault::write(&vault_path(&self.locked.dir), &self.key, &content).map_err(|error| self.explain(error))
+        vault::write(&vault_path(&self.locked.dir), &self.key, &content)
+            .map_err(|error| self.explain(error))
     }
 
     fn explain(&self, error: VaultError) -> ProfileError {

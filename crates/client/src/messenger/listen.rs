@@ -1,7 +1,8 @@
 //! The live stream: what comes in, as it comes in.
 //!
-//! The server's events only say when to look; what there is comes from Peek alone. So a lost event costs seconds, never a
-//! message: every few seconds, and after every reconnect, the inbox is looked at anyway.
+//! The server's events only say when to look; what there is comes from Peek alone. So a lost event
+//! costs seconds, never a message: every few seconds, and after every reconnect, the inbox is
+//! looked at anyway.
 
 use std::{pin::Pin, time::Duration};
 
@@ -38,9 +39,10 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// The next entry: first those that were not marked as seen, then what comes. Lost connections are made anew
-    /// without a word ([`Client::connection_events`](crate::Client::connection_events) tells); an error is the end, after
-    /// which comes `None`. Cancel-safe.
+    /// The next entry: first those that were not marked as seen, then what comes. Lost connections
+    /// are made anew without a word
+    /// ([`Client::connection_events`](crate::Client::connection_events) tells); an error is the
+    /// end, after which comes `None`. Cancel-safe.
     pub async fn next(&mut self) -> Option<Result<Entry, Error>> {
         match self.failed.take() {
             Some(error) => Some(Err(error)),
@@ -48,8 +50,8 @@ impl Listener {
         }
     }
 
-    /// As [`Listener::next`], together with all that has come already, at least one: to be marked as seen together, at the
-    /// price of one. Cancel-safe.
+    /// As [`Listener::next`], together with all that has come already, at least one: to be marked
+    /// as seen together, at the price of one. Cancel-safe.
     pub async fn next_all(&mut self) -> Option<Result<Vec<Entry>, Error>> {
         if let Some(error) = self.failed.take() {
             return Some(Err(error));
@@ -88,8 +90,8 @@ struct Ear {
     sender: mpsc::Sender<Result<Entry, Error>>,
     /// The last entry given.
     last: Option<EntryId>,
-    /// The outbox being sent, if it is: beside reading, so that nobody who has much to say, or whom the server lets say
-    /// little at a time, is deaf meanwhile.
+    /// The outbox being sent, if it is: beside reading, so that nobody who has much to say, or whom
+    /// the server lets say little at a time, is deaf meanwhile.
     sending: JoinSet<Result<(), Error>>,
 }
 
@@ -156,7 +158,8 @@ impl Ear {
                     if heard.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
                         keys = NewKeys::Needed;
                     }
-                    let is_draining = heard.iter().any(|signal| matches!(signal, Signal::Draining(_)));
+                    let is_draining =
+                        heard.iter().any(|signal| matches!(signal, Signal::Draining(_)));
                     if is_draining && self.messenger.client().renew().await == Renewed::Yes {
                         return Ok(Ended::Connection);
                     }
@@ -222,8 +225,8 @@ impl Ear {
     }
 }
 
-/// Waits for a signal, and takes all that are there with it: one look serves them all. `None`: there will be no more.
-/// Cancel-safe.
+/// Waits for a signal, and takes all that are there with it: one look serves them all. `None`:
+/// there will be no more. Cancel-safe.
 async fn next_signals(signals: &mut Signals) -> Option<Vec<Signal>> {
     let mut heard = vec![signals.next().await?];
     while let Some(Some(signal)) = signals.next().now_or_never() {

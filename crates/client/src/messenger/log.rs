@@ -1,5 +1,6 @@
-//! What happened in the conversations: messages sent and received, members coming and going, and what the reader of an
-//! inbox must know (something was missing, something could not be read). Kept inside the profile's encrypted state.
+//! What happened in the conversations: messages sent and received, members coming and going, and
+//! what the reader of an inbox must know (something was missing, something could not be read). Kept
+//! inside the profile's encrypted state.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -89,7 +90,8 @@ pub enum Event<P = Person> {
     Unreadable { reason: String },
     /// These messages of the inbox never came: they expired, or another client took them.
     Missing { first: Seq, last: Seq },
-    /// Somebody in a conversation of ours claims a name that the directory does not give to its key.
+    /// Somebody in a conversation of ours claims a name that the directory does not give to its
+    /// key.
     NameRefuted { person: P, claimed: Username },
     /// The server will not take a message of ours for this person.
     Undeliverable { to: P, reason: String },
@@ -110,13 +112,17 @@ impl<P> Event<P> {
     /// The same event with its people seen in another way.
     pub(crate) fn map<Q>(&self, mut see: impl FnMut(&P) -> Q) -> Event<Q> {
         match self {
-            Self::Sent { text, delivery } => Event::Sent { text: text.clone(), delivery: *delivery },
+            Self::Sent { text, delivery } => {
+                Event::Sent { text: text.clone(), delivery: *delivery }
+            }
             Self::Received { from, text, sent_at } => {
                 Event::Received { from: see(from), text: text.clone(), sent_at: *sent_at }
             }
             Self::Joined { by } => Event::Joined { by: see(by) },
             Self::Added { members } => Event::Added { members: members.iter().map(see).collect() },
-            Self::Removed { members } => Event::Removed { members: members.iter().map(see).collect() },
+            Self::Removed { members } => {
+                Event::Removed { members: members.iter().map(see).collect() }
+            }
             Self::Unreadable { reason } => Event::Unreadable { reason: reason.clone() },
             Self::Missing { first, last } => Event::Missing { first: *first, last: *last },
             Self::NameRefuted { person, claimed } => {
@@ -223,13 +229,17 @@ impl Log {
     }
 
     /// A conversation's entries, oldest first.
-    pub(crate) fn of(&self, conversation: &ConversationId) -> impl DoubleEndedIterator<Item = &Kept> {
+    pub(crate) fn of(
+        &self,
+        conversation: &ConversationId,
+    ) -> impl DoubleEndedIterator<Item = &Kept> {
         self.conversations.get(&Some(*conversation)).into_iter().flat_map(|entries| &entries.kept)
     }
 
     /// What was not seen yet, oldest first.
     pub(crate) fn unseen(&self) -> Vec<&Entry<IdentityKey>> {
-        let mut unseen: Vec<_> = self.all().filter(|kept| !kept.seen).map(|kept| &kept.entry).collect();
+        let mut unseen: Vec<_> =
+            self.all().filter(|kept| !kept.seen).map(|kept| &kept.entry).collect();
         unseen.sort_unstable_by_key(|entry| entry.id);
         unseen
     }
@@ -295,7 +305,8 @@ mod tests {
     #[test]
     fn old_entries_go_but_what_was_not_seen_stays() {
         let mut log = Log::default();
-        let (one, other) = ([1, 2].map(|n| ConversationId::Direct(IdentityKey::new([n; 32])))).into();
+        let (one, other) =
+            ([1, 2].map(|n| ConversationId::Direct(IdentityKey::new([n; 32])))).into();
         for n in 0..KEPT + 5 {
             log.push_own(one, UnixMillis(0), sent(n));
             log.push(Some(other), UnixMillis(0), received(n));

@@ -1,4 +1,5 @@
-//! A whole messenger: one account's conversations, end to end encrypted, with all its state in a profile on disk.
+//! A whole messenger: one account's conversations, end to end encrypted, with all its state in a
+//! profile on disk.
 //!
 //! | file | what |
 //! |---|---|
@@ -40,7 +41,8 @@ pub use self::{
 };
 use crate::{client::Client, error::Error, profile::Profile};
 
-/// An account at work. Cheap to clone; all clones are the same one. While one lives, its profile is locked.
+/// An account at work. Cheap to clone; all clones are the same one. While one lives, its profile is
+/// locked.
 #[derive(Clone)]
 pub struct Messenger {
     shared: Arc<Shared>,
@@ -54,7 +56,8 @@ struct Shared {
     acked: Mutex<Seq>,
     /// Held while the outbox is sent.
     flushing: Mutex<()>,
-    /// Whether our key packages were counted since the profile was opened: they also run out by growing old.
+    /// Whether our key packages were counted since the profile was opened: they also run out by
+    /// growing old.
     keys_checked: AtomicBool,
 }
 
@@ -104,8 +107,8 @@ impl Messenger {
         &self.shared.client
     }
 
-    /// The key of the profile's encrypted state, to open it next time with [`Messenger::unlock_with_key`]. As secret as
-    /// the account.
+    /// The key of the profile's encrypted state, to open it next time with
+    /// [`Messenger::unlock_with_key`]. As secret as the account.
     pub async fn vault_key(&self) -> VaultKey {
         self.shared.keeper.key().await
     }
@@ -126,14 +129,22 @@ impl Messenger {
                 }
                 ConversationId::Group(id) => {
                     let summary = state.mls.group(&id).ok_or(Error::NoSuchConversation)?;
-                    Ok(summary.members.iter().map(|member| state.people.person(&member.identity)).collect())
+                    Ok(summary
+                        .members
+                        .iter()
+                        .map(|member| state.people.person(&member.identity))
+                        .collect())
                 }
             })
             .await?
     }
 
     /// The last `limit` entries of a conversation, oldest first.
-    pub async fn history(&self, conversation: ConversationId, limit: usize) -> Result<Vec<Entry>, Error> {
+    pub async fn history(
+        &self,
+        conversation: ConversationId,
+        limit: usize,
+    ) -> Result<Vec<Entry>, Error> {
         self.keeper()
             .read(|state| {
                 let last = state.log.of(&conversation).rev().take(limit);
@@ -195,7 +206,9 @@ fn conversations(state: &State) -> Vec<Conversation> {
     // Those with whom nothing but queued or past messages is left.
     for kept in state.log.all() {
         if let Some(id @ ConversationId::Direct(peer)) = kept.entry.conversation {
-            kinds.entry(id).or_insert_with(|| ConversationKind::Direct { peer: state.people.person(&peer) });
+            kinds
+                .entry(id)
+                .or_insert_with(|| ConversationKind::Direct { peer: state.people.person(&peer) });
         }
     }
     kinds
@@ -217,7 +230,9 @@ fn kind(state: &State, summary: GroupSummary) -> ConversationKind {
             members: summary.members.len(),
             membership: if summary.active { Membership::Member } else { Membership::Removed },
         },
-        (ConversationId::Direct(peer), _) => ConversationKind::Direct { peer: state.people.person(&peer) },
+        (ConversationId::Direct(peer), _) => {
+            ConversationKind::Direct { peer: state.people.person(&peer) }
+        }
         (ConversationId::Group(_), Kind::Direct { .. }) => {
             unreachable!("a direct group is no group conversation")
         }

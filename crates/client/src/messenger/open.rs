@@ -1,7 +1,8 @@
 //! Making a profile, opening one, and logging out.
 //!
-//! Registration saves the profile before it reaches the server: an identity key that is registered is never lost. If it is
-//! interrupted, registering again with the same password goes on where it was.
+//! Registration saves the profile before it reaches the server: an identity key that is registered
+//! is never lost. If it is interrupted, registering again with the same password goes on where it
+//! was.
 
 use std::{
     fs, io,
@@ -26,12 +27,13 @@ use crate::{
 };
 
 impl Messenger {
-    /// Registers an account and makes its profile in `dir`, which must hold none yet. With [`Trust::FirstUse`] the
-    /// server's certificate is pinned in the profile.
+    /// Registers an account and makes its profile in `dir`, which must hold none yet. With
+    /// [`Trust::FirstUse`] the server's certificate is pinned in the profile.
     ///
     /// # Errors
-    /// [`AuthError::UsernameTaken`] and whatever else the server refuses with leave no profile behind; where the
-    /// server cannot be reached, the profile stays unfinished, and calling this again goes on.
+    /// [`AuthError::UsernameTaken`] and whatever else the server refuses with leave no profile
+    /// behind; where the server cannot be reached, the profile stays unfinished, and calling this
+    /// again goes on.
     pub async fn register(
         dir: &Path,
         options: Options,
@@ -41,7 +43,9 @@ impl Messenger {
     ) -> Result<Self, Error> {
         let locked = profile::lock(dir).await?;
         match Profile::read(dir) {
-            Ok(profile) if profile.status == Status::Registering && profile.username == *username => {
+            Ok(profile)
+                if profile.status == Status::Registering && profile.username == *username =>
+            {
                 Box::pin(resume(locked, options, profile, password, invite)).await
             }
             Ok(_) => Err(ProfileError::Exists(dir.to_owned()).into()),
@@ -55,15 +59,16 @@ impl Messenger {
     /// Opens the profile in `dir` by logging in. The session that was used before ends.
     ///
     /// # Errors
-    /// [`AuthError::WrongPassword`], [`ProfileError`], and whatever keeps the server from being reached.
+    /// [`AuthError::WrongPassword`], [`ProfileError`], and whatever keeps the server from being
+    /// reached.
     pub async fn unlock(dir: &Path, password: &Password) -> Result<Self, Error> {
         let profile = registered(dir)?;
         let locked = profile::lock(dir).await?;
         log_in(locked, profile, password).await
     }
 
-    /// As [`Messenger::unlock`], where the server has moved or is known by another certificate: once the login has
-    /// succeeded there, the profile has the new address and trust.
+    /// As [`Messenger::unlock`], where the server has moved or is known by another certificate:
+    /// once the login has succeeded there, the profile has the new address and trust.
     pub async fn unlock_at(
         dir: &Path,
         server: String,
@@ -83,8 +88,8 @@ impl Messenger {
         Ok(messenger)
     }
 
-    /// Opens the profile in `dir` with a key that [`Messenger::vault_key`] gave, and goes on with the saved session. Asks
-    /// the server nothing.
+    /// Opens the profile in `dir` with a key that [`Messenger::vault_key`] gave, and goes on with
+    /// the saved session. Asks the server nothing.
     pub async fn unlock_with_key(dir: &Path, key: VaultKey) -> Result<Self, Error> {
         let profile = registered(dir)?;
         let locked = profile::lock(dir).await?;
@@ -94,7 +99,8 @@ impl Messenger {
         assemble(client, profile, keeper).await
     }
 
-    /// Ends the session, or all of the account's. The profile stays; unlock it with the password to use it again.
+    /// Ends the session, or all of the account's. The profile stays; unlock it with the password to
+    /// use it again.
     pub async fn logout(self, scope: LogoutScope) -> Result<u32, Error> {
         let revoked = self.client().logout(scope).await?;
         self.keeper()
@@ -139,7 +145,8 @@ async fn begin(
     let pending = client.begin_registration(username, password).await?;
     let key = derive(password, &pending.export_key, Salt::random()).await;
     let dir = locked.dir.clone();
-    let keeper = Keeper::create(locked, key, State::new(identity.clone(), username.clone())).await?;
+    let keeper =
+        Keeper::create(locked, key, State::new(identity.clone(), username.clone())).await?;
     profile.write(&dir)?;
     if let Err(error) = client.finish_registration(&pending, &identity, invite).await {
         // Unless it is certain that there is no account with this identity, the profile is needed.
@@ -170,7 +177,8 @@ async fn resume(
     let client = Client::new(profile.options()).map_err(CallError::from)?;
     let session = match client.login(&profile.username, password).await {
         Ok(session) => session,
-        // Either it did not reach the server, or this is another password: then the name turns out to be taken.
+        // Either it did not reach the server, or this is another password: then the name turns out
+        // to be taken.
         Err(AuthError::WrongPassword) => {
             let set_aside = vault_path(&dir).with_extension("unfinished");
             rename(&vault_path(&dir), &set_aside)?;
@@ -181,7 +189,8 @@ async fn resume(
                 return Err(AuthError::WrongPassword.into());
             }
             if begun.is_ok() {
-                fs::remove_file(&set_aside).map_err(|source| ProfileError::Io { path: set_aside, source })?;
+                fs::remove_file(&set_aside)
+                    .map_err(|source| ProfileError::Io { path: set_aside, source })?;
             }
             return begun;
         }
@@ -200,7 +209,9 @@ async fn resume(
 /// The profile in `dir`, if its registration is complete.
 fn registered(dir: &Path) -> Result<Profile, ProfileError> {
     match Profile::read(dir)? {
-        Profile { status: Status::Registering, .. } => Err(ProfileError::Unfinished(dir.to_owned())),
+        Profile { status: Status::Registering, .. } => {
+            Err(ProfileError::Unfinished(dir.to_owned()))
+        }
         profile => Ok(profile),
     }
 }
@@ -240,7 +251,11 @@ async fn assemble(client: Client, profile: Profile, keeper: Keeper) -> Result<Me
     Ok(Messenger { shared: Arc::new(shared) })
 }
 
-async fn existing_key(dir: &Path, password: &Password, export_key: &ExportKey) -> Result<VaultKey, Error> {
+async fn existing_key(
+    dir: &Path,
+    password: &Password,
+    export_key: &ExportKey,
+) -> Result<VaultKey, Error> {
     let path = vault_path(dir);
     let salt = match vault::read_salt(&path) {
         Ok(Some(salt)) => salt,

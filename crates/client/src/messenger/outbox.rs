@@ -1,6 +1,6 @@
-//! What is still to be sent. An item is put here, and saved, together with the encryption state that made it; it goes once the
-//! server has it for everyone. A crash in between sends the same bytes under the same message id again, which the
-//! server recognizes.
+//! What is still to be sent. An item is put here, and saved, together with the encryption state
+//! that made it; it goes once the server has it for everyone. A crash in between sends the same
+//! bytes under the same message id again, which the server recognizes.
 
 use std::collections::VecDeque;
 
@@ -50,7 +50,13 @@ pub(crate) struct Settled {
 impl Outbox {
     pub(crate) fn push(&mut self, parcel: Parcel, entry: Option<EntryId>, now: UnixMillis) {
         let Parcel { recipients, channel, payload } = parcel;
-        self.restore(Outgoing { message_id: fresh_message_id(now), recipients, channel, payload, entry });
+        self.restore(Outgoing {
+            message_id: fresh_message_id(now),
+            recipients,
+            channel,
+            payload,
+            entry,
+        });
     }
 
     /// Puts back an item that was saved.
@@ -127,8 +133,11 @@ mod tests {
     fn an_item_stays_for_those_who_do_not_have_it_under_the_same_id() {
         let people = [1, 2, 3].map(|n| IdentityKey::new([n; 32]));
         let mut outbox = Outbox::default();
-        let parcel =
-            Parcel { recipients: people.to_vec(), channel: ChannelId::new([9; 16]), payload: vec![7; 3] };
+        let parcel = Parcel {
+            recipients: people.to_vec(),
+            channel: ChannelId::new([9; 16]),
+            payload: vec![7; 3],
+        };
         outbox.push(parcel.clone(), Some(EntryId(4)), UnixMillis(1));
         outbox.push(parcel, None, UnixMillis(2));
         let [first, second] = outbox.ids()[..] else { panic!("two were put in") };

@@ -1,7 +1,8 @@
 //! Whom we know: keys with names, and whether the server's directory agrees on them.
 //!
-//! A name in an MLS group is its owner's claim. The directory (ResolveIdentity) is asked about every key that appears in a
-//! conversation of ours; what it says is kept. Against a lying directory only safety numbers help.
+//! A name in an MLS group is its owner's claim. The directory (ResolveIdentity) is asked about
+//! every key that appears in a conversation of ours; what it says is kept. Against a lying
+//! directory only safety numbers help.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -31,7 +32,8 @@ pub enum Standing {
 }
 
 impl fmt::Display for Person {
-    /// The name; one that cannot be relied on is followed by a question mark or, if it is false, by the key.
+    /// The name; one that cannot be relied on is followed by a question mark or, if it is false, by
+    /// the key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.standing {
             Standing::Own | Standing::Confirmed => self.username.fmt(f),
@@ -57,7 +59,8 @@ impl People {
         self.0.insert(identity, Known { username, standing });
     }
 
-    /// Notes a claim, unless something better is known. A second, different claim is asked about anew.
+    /// Notes a claim, unless something better is known. A second, different claim is asked about
+    /// anew.
     pub(crate) fn claim(&mut self, identity: IdentityKey, username: &Username) {
         let known = self
             .0
@@ -112,8 +115,11 @@ mod tests {
     #[test]
     fn a_claim_never_replaces_what_is_certain_but_another_name_is_asked_about() {
         let mut people = People::default();
-        let (key, alice, eve) =
-            (IdentityKey::new([1; 32]), Username::parse("alice").unwrap(), Username::parse("eve").unwrap());
+        let (key, alice, eve) = (
+            IdentityKey::new([1; 32]),
+            Username::parse("alice").unwrap(),
+            Username::parse("eve").unwrap(),
+        );
         people.claim(key, &alice);
         assert_eq!(people.unchecked(), [(key, alice.clone())]);
         people.set(key, alice.clone(), Standing::Confirmed);

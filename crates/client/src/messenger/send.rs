@@ -1,4 +1,5 @@
-//! Sending: encrypt, save the ciphertext together with the state that made it, then send it from the outbox.
+//! Sending: encrypt, save the ciphertext together with the state that made it, then send it from
+//! the outbox.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -26,10 +27,11 @@ pub const MAX_TEXT: usize = 64 * 1024;
 /// The most bytes of UTF-8 in a group's name.
 pub const MAX_GROUP_NAME: usize = 256;
 
-/// Messages sent before what the server said of them is saved. Each that a crash leaves unsaved is sent again under its
-/// message id, which the server recognizes.
+/// Messages sent before what the server said of them is saved. Each that a crash leaves unsaved is
+/// sent again under its message id, which the server recognizes.
 const SENT_AT_ONCE: usize = 16;
-/// How long it may take until that is saved, unless a single one takes longer: a server may let us send little at a time.
+/// How long it may take until that is saved, unless a single one takes longer: a server may let us
+/// send little at a time.
 const SAVED_WITHIN: Duration = Duration::from_secs(1);
 
 /// A message that is safely on its way.
@@ -45,8 +47,8 @@ pub struct Sent {
 pub enum Outcome {
     /// The server has it, durably, for everyone.
     Sent,
-    /// It is saved here and will be sent by whatever runs next: the server cannot be reached (`Some`), or it has no
-    /// room for somebody now (`None`).
+    /// It is saved here and will be sent by whatever runs next: the server cannot be reached
+    /// (`Some`), or it has no room for somebody now (`None`).
     Queued(Option<CallError>),
     /// The server will not take it for somebody; an [`Event::Undeliverable`] says for whom.
     Refused,
@@ -70,8 +72,10 @@ impl Messenger {
         let mut channel = [0; 16];
         OsRng.fill_bytes(&mut channel);
         let (name, channel) = (name.to_owned(), ChannelId::new(channel));
-        let id =
-            self.keeper().change(move |state| Ok(state.mls.create_group(&name, channel, now())?)).await?;
+        let id = self
+            .keeper()
+            .change(move |state| Ok(state.mls.create_group(&name, channel, now())?))
+            .await?;
         Ok(ConversationId::Group(id))
     }
 
@@ -80,7 +84,8 @@ impl Messenger {
         let id = group_of(group)?;
         let person = self.resolve(username).await?;
         // What would be refused anyway is not paid for with one of the user's key packages.
-        let is_member = self.keeper().read(move |state| check_ours(state, &id, &person.identity)).await??;
+        let is_member =
+            self.keeper().read(move |state| check_ours(state, &id, &person.identity)).await??;
         if is_member {
             return Err(qpq_mls::Error::AlreadyMember(person.identity).into());
         }
@@ -97,7 +102,11 @@ impl Messenger {
     }
 
     /// Removes a member from a group of ours.
-    pub async fn remove(&self, group: ConversationId, member: IdentityKey) -> Result<Outcome, Error> {
+    pub async fn remove(
+        &self,
+        group: ConversationId,
+        member: IdentityKey,
+    ) -> Result<Outcome, Error> {
         let id = group_of(group)?;
         self.keeper()
             .change(move |state| {
@@ -110,22 +119,24 @@ impl Messenger {
         self.outcome(self.flush().await, None).await
     }
 
-    /// Sends a text of at most [`MAX_TEXT`] bytes to everyone in a conversation. When this returns, the message is saved,
-    /// and will be sent even if it could not be now.
+    /// Sends a text of at most [`MAX_TEXT`] bytes to everyone in a conversation. When this returns,
+    /// the message is saved, and will be sent even if it could not be now.
     pub async fn send(&self, conversation: ConversationId, text: &str) -> Result<Sent, Error> {
         let entry = self.queue(conversation, text).await?;
         let outcome = self.outcome(self.flush().await, Some(entry)).await?;
         Ok(Sent { entry, outcome })
     }
 
-    /// Saves a text that is to be sent, and leaves the sending to [`Messenger::flush`]: for those who cannot wait for the
-    /// server. Only a conversation's first message asks the server for something.
+    /// Saves a text that is to be sent, and leaves the sending to [`Messenger::flush`]: for those
+    /// who cannot wait for the server. Only a conversation's first message asks the server for
+    /// something.
     pub async fn queue(&self, conversation: ConversationId, text: &str) -> Result<EntryId, Error> {
         let entries = self.queue_all(conversation, vec![text.to_owned()]).await?;
         Ok(entries[0])
     }
 
-    /// As [`Messenger::queue`], for many texts at the price of one: all are saved, or none is. Answers their entries.
+    /// As [`Messenger::queue`], for many texts at the price of one: all are saved, or none is.
+    /// Answers their entries.
     pub async fn queue_all(
         &self,
         conversation: ConversationId,
@@ -138,7 +149,9 @@ impl Messenger {
             self.start_direct(peer).await?;
         }
         self.keeper()
-            .change(move |state| texts.into_iter().map(|text| encrypt(state, conversation, text)).collect())
+            .change(move |state| {
+                texts.into_iter().map(|text| encrypt(state, conversation, text)).collect()
+            })
             .await
     }
 
@@ -147,7 +160,8 @@ impl Messenger {
         self.keeper().read(|state| state.log.delivery(entry)).await
     }
 
-    /// Sends everything that is still to be sent, oldest first. What the server has no room for now stays.
+    /// Sends everything that is still to be sent, oldest first. What the server has no room for now
+    /// stays.
     pub async fn flush(&self) -> Result<(), Error> {
         let left = self.keeper().read(|state| state.outbox.ids()).await?;
         self.work_off(left).await
@@ -172,15 +186,17 @@ impl Messenger {
         self.keeper().read(|state| !state.outbox.ids().is_empty()).await
     }
 
-    /// Sends the first of a backlog, few enough that others may wait for it, and saves what came of them. Backlogs may be
-    /// worked off beside each other: each begins with the oldest that is left.
+    /// Sends the first of a backlog, few enough that others may wait for it, and saves what came of
+    /// them. Backlogs may be worked off beside each other: each begins with the oldest that is
+    /// left.
     async fn send_some(&self, backlog: &mut Backlog) -> Result<(), Error> {
         let _alone = self.shared.flushing.lock().await;
         let (mut answers, mut sent) = (Vec::new(), Ok(()));
         let until = Instant::now() + SAVED_WITHIN;
         while sent.is_ok() && answers.len() < SENT_AT_ONCE && Instant::now() < until {
             let Some(id) = backlog.left.pop_front() else { break };
-            let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await? else {
+            let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await?
+            else {
                 continue;
             };
             let (verdicts, outcome) = self.send_item(&item, &mut backlog.stopped).await;
@@ -200,7 +216,8 @@ impl Messenger {
         Ok(sent?)
     }
 
-    /// Sends one thing to everyone who is not `stopped`; answers what was said before it failed, if it did.
+    /// Sends one thing to everyone who is not `stopped`; answers what was said before it failed, if
+    /// it did.
     async fn send_item(
         &self,
         item: &Outgoing,
@@ -252,9 +269,11 @@ impl Messenger {
             ..Default::default()
         };
         let results = match self.client().call::<methods::BatchEnqueue>(request).await {
-            Ok(answer) if answer.results.len() == recipients.len() => {
-                answer.results.into_iter().map(|result| verdict(result.status, &result.code)).collect()
-            }
+            Ok(answer) if answer.results.len() == recipients.len() => answer
+                .results
+                .into_iter()
+                .map(|result| verdict(result.status, &result.code))
+                .collect(),
             Ok(_) => return Err(CallError::Malformed { method: "BatchEnqueue" }),
             Err(error) => vec![verdict_of_all(error)?; recipients.len()],
         };
@@ -262,7 +281,11 @@ impl Messenger {
     }
 
     /// How far something got, by what came of the flush behind it.
-    async fn outcome(&self, flushed: Result<(), Error>, entry: Option<EntryId>) -> Result<Outcome, Error> {
+    async fn outcome(
+        &self,
+        flushed: Result<(), Error>,
+        entry: Option<EntryId>,
+    ) -> Result<Outcome, Error> {
         let reason = match flushed {
             Ok(()) => None,
             Err(Error::Call(error)) => Some(error),
@@ -308,7 +331,12 @@ fn check_ours(state: &State, group: &GroupId, person: &IdentityKey) -> Result<bo
 }
 
 /// Adds a person to a group of ours: the others learn of it before the Welcome goes out.
-fn add(state: &mut State, group: GroupId, person: &Person, key_package: &[u8]) -> Result<(), Error> {
+fn add(
+    state: &mut State,
+    group: GroupId,
+    person: &Person,
+    key_package: &[u8],
+) -> Result<(), Error> {
     let invitee = Invitee { identity: person.identity, username: &person.username, key_package };
     let added = state.mls.add(group, &[invitee], now())?;
     if let Some(commit) = added.commit {
@@ -318,7 +346,11 @@ fn add(state: &mut State, group: GroupId, person: &Person, key_package: &[u8]) -
     Ok(())
 }
 
-fn encrypt(state: &mut State, conversation: ConversationId, text: String) -> Result<EntryId, Error> {
+fn encrypt(
+    state: &mut State,
+    conversation: ConversationId,
+    text: String,
+) -> Result<EntryId, Error> {
     let group = match conversation {
         ConversationId::Direct(peer) => state.mls.direct(&peer).ok_or(Error::NoSuchConversation)?,
         ConversationId::Group(id) => id,
@@ -343,7 +375,9 @@ fn settle(state: &mut State, id: MessageId, verdicts: &[(IdentityKey, Verdict)])
         let refused = Event::Undeliverable { to: *to, reason: reason.clone() };
         state.log.push(conversation, now(), refused);
     }
-    let Some(delivery) = settled.entry.and_then(|entry| state.log.delivery_mut(entry)) else { return };
+    let Some(delivery) = settled.entry.and_then(|entry| state.log.delivery_mut(entry)) else {
+        return;
+    };
     if !settled.refused.is_empty() {
         *delivery = Delivery::Failed;
     } else if settled.done && *delivery == Delivery::Queued {
@@ -361,7 +395,8 @@ fn verdict(status: u32, code: &str) -> Verdict {
     }
 }
 
-/// What a refusal of the whole call says about each of its recipients; an error if it says nothing about the message.
+/// What a refusal of the whole call says about each of its recipients; an error if it says nothing
+/// about the message.
 fn verdict_of_all(error: CallError) -> Result<Verdict, CallError> {
     match &error {
         CallError::TooLarge { .. } => Ok(Verdict::Refused(error.to_string())),

@@ -11,7 +11,8 @@ use super::{
     people::{People, Standing},
 };
 
-/// A profile's state in memory. What is changed here is saved before anything of it leaves the machine.
+/// A profile's state in memory. What is changed here is saved before anything of it leaves the
+/// machine.
 #[derive(Debug)]
 pub(crate) struct State {
     /// The session to use until it ends.
@@ -254,15 +255,22 @@ impl SavedEntry {
         let conversation = match (&self.conversation[..], self.is_group) {
             ([], _) => None,
             (bytes, false) => Some(ConversationId::Direct(key(bytes)?)),
-            (bytes, true) => Some(ConversationId::Group(GroupId::try_from(bytes).map_err(Corrupt::new)?)),
+            (bytes, true) => {
+                Some(ConversationId::Group(GroupId::try_from(bytes).map_err(Corrupt::new)?))
+            }
         };
-        let entry =
-            Entry { id: EntryId(self.id), conversation, at: UnixMillis(self.at), event: self.event()? };
+        let entry = Entry {
+            id: EntryId(self.id),
+            conversation,
+            at: UnixMillis(self.at),
+            event: self.event()?,
+        };
         Ok(Kept { entry, seen: self.seen })
     }
 
     fn event(&self) -> Result<Event<IdentityKey>, Corrupt> {
-        let people: Vec<_> = self.people.iter().map(|bytes| key(bytes)).collect::<Result<_, _>>()?;
+        let people: Vec<_> =
+            self.people.iter().map(|bytes| key(bytes)).collect::<Result<_, _>>()?;
         let text = self.text.clone();
         Ok(match (self.kind, &people[..], &self.numbers[..]) {
             (1, [], &[code]) => Event::Sent { text, delivery: delivery(code)? },
@@ -272,9 +280,10 @@ impl SavedEntry {
             (5, _, []) => Event::Removed { members: people },
             (6, [], []) => Event::Unreadable { reason: text },
             (7, [], &[first, last]) => Event::Missing { first: Seq(first), last: Seq(last) },
-            (8, &[person], []) => {
-                Event::NameRefuted { person, claimed: Username::parse(&text).map_err(Corrupt::new)? }
-            }
+            (8, &[person], []) => Event::NameRefuted {
+                person,
+                claimed: Username::parse(&text).map_err(Corrupt::new)?,
+            },
             (9, &[to], []) => Event::Undeliverable { to, reason: text },
             _ => return Err(Corrupt::new("an entry of a kind that this version does not know")),
         })
@@ -327,7 +336,8 @@ mod tests {
         state.token = Some(SessionToken::new([5; 32]));
         state.cursor = Seq(12);
         state.people.claim(peer, &eve);
-        let group = state.mls.create_group("friends", ChannelId::new([1; 16]), UnixMillis(1)).unwrap();
+        let group =
+            state.mls.create_group("friends", ChannelId::new([1; 16]), UnixMillis(1)).unwrap();
         let at = UnixMillis(9);
         let events = [
             Event::Sent { text: "hi".into(), delivery: Delivery::Failed },

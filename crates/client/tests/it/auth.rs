@@ -9,7 +9,8 @@ async fn who_registers_can_log_in_and_gets_the_same_export_key() {
     let server = Server::start().await;
     let client = server.client();
     let identity = Identity::generate();
-    let registered = client.register(&username("alice"), &password(), &identity, None).await.unwrap();
+    let registered =
+        client.register(&username("alice"), &password(), &identity, None).await.unwrap();
     let session = server.client().login(&username("Alice"), &password()).await.unwrap();
     assert_eq!(registered.export_key.expose(), session.export_key.expose());
     assert!(session.expires_at.is_some());
@@ -34,7 +35,8 @@ async fn a_name_and_a_key_are_registered_once() {
     let client = server.client();
     let (alice, identity) = (username("alice"), Identity::generate());
     client.register(&alice, &password(), &identity, None).await.unwrap();
-    let taken = client.register(&alice, &password(), &Identity::generate(), None).await.unwrap_err();
+    let taken =
+        client.register(&alice, &password(), &Identity::generate(), None).await.unwrap_err();
     assert!(matches!(taken, AuthError::UsernameTaken), "{taken:?}");
     let taken = client.register(&username("bob"), &password(), &identity, None).await.unwrap_err();
     assert!(matches!(taken, AuthError::IdentityTaken), "{taken:?}");

@@ -1,4 +1,5 @@
-//! Much to send at once: whoever sends still reads, and nothing of the backlog is lost, doubled or out of order.
+//! Much to send at once: whoever sends still reads, and nothing of the backlog is lost, doubled or
+//! out of order.
 
 use qpq_client::{ConversationId, Delivery, Error, Event, MAX_TEXT, Messenger};
 use qpq_runtime::config::{Flag, Sources, load};
@@ -20,8 +21,8 @@ async fn unsent(messenger: &Messenger, conversation: ConversationId) -> usize {
     entries.iter().filter(|entry| is_queued(&entry.event)).count()
 }
 
-/// Listens until all of `from`'s messages are there and ours are sent; answers the texts that came, each with how many of
-/// ours were still to be sent then.
+/// Listens until all of `from`'s messages are there and ours are sent; answers the texts that came,
+/// each with how many of ours were still to be sent then.
 async fn chat(messenger: &Messenger, conversation: ConversationId) -> Vec<(String, usize)> {
     let mut listener = messenger.listen();
     let mut heard = Vec::new();
@@ -44,7 +45,8 @@ async fn two_who_have_much_to_send_read_each_other_meanwhile() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
-    for (messenger, conversation, name) in [(&alice, with_bob, "alice"), (&bob, with_alice, "bob")] {
+    for (messenger, conversation, name) in [(&alice, with_bob, "alice"), (&bob, with_alice, "bob")]
+    {
         let entries = messenger.queue_all(conversation, texts(name).collect()).await.unwrap();
         assert_eq!(entries.len(), BACKLOG);
     }
@@ -58,7 +60,8 @@ async fn two_who_have_much_to_send_read_each_other_meanwhile() {
         assert!(heard.iter().map(|(text, _)| text.clone()).eq(texts(from)), "{heard:?}");
         assert!(heard[0].1 > BACKLOG / 2, "the first of {from} came when {} were left", heard[0].1);
     }
-    for (messenger, conversation, name) in [(&alice, with_bob, "alice"), (&bob, with_alice, "bob")] {
+    for (messenger, conversation, name) in [(&alice, with_bob, "alice"), (&bob, with_alice, "bob")]
+    {
         let lines = history(messenger, conversation).await;
         let own = lines.into_iter().filter_map(|line| Some(line.strip_prefix("me: ")?.to_owned()));
         assert!(own.eq(texts(name)), "all are sent, in order");
@@ -68,7 +71,8 @@ async fn two_who_have_much_to_send_read_each_other_meanwhile() {
 #[tokio::test]
 async fn whoever_may_send_little_at_a_time_still_reads() {
     let limit = Flag { name: "--limit", path: "limits.send.account", value: "20 + 4/m".into() };
-    let limited = load::<Config>(Sources { flags: vec![limit], ..Sources::default() }).unwrap().settings;
+    let limited =
+        load::<Config>(Sources { flags: vec![limit], ..Sources::default() }).unwrap().settings;
     let server = Server::start_with(|config| config.limits = limited.limits).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
@@ -98,7 +102,11 @@ async fn a_backlog_is_sent_as_far_as_one_asks() {
     assert_eq!(read(&bob).await.len(), 20);
     assert_eq!(unsent(&alice, with_bob).await, 20);
     alice.flush_until(entries[0]).await.unwrap();
-    assert_eq!(unsent(&alice, with_bob).await, 20, "what is sent already is no reason to send more");
+    assert_eq!(
+        unsent(&alice, with_bob).await,
+        20,
+        "what is sent already is no reason to send more"
+    );
     alice.flush().await.unwrap();
     assert_eq!(read(&bob).await.len(), 20);
 }

@@ -1,7 +1,8 @@
 //! People talking.
 
 use qpq_client::{
-    ConversationKind, Error, MAX_GROUP_NAME, MAX_TEXT, Membership, MlsError, Outcome, Standing, methods, v1,
+    ConversationKind, Error, MAX_GROUP_NAME, MAX_TEXT, Membership, MlsError, Outcome, Standing,
+    methods, v1,
 };
 
 use crate::harness::{Server, dm, history, read, soon, username};
@@ -20,7 +21,10 @@ async fn two_people_chat_both_ways() {
     let with_alice = dm(&bob, "alice").await;
     bob.send(with_alice, "yes").await.unwrap();
     assert_eq!(read(&alice).await, ["bob: yes"]);
-    assert_eq!(history(&alice, with_bob).await, ["me: hello Bob", "me: are you there?", "bob: yes"]);
+    assert_eq!(
+        history(&alice, with_bob).await,
+        ["me: hello Bob", "me: are you there?", "bob: yes"]
+    );
     assert_eq!(alice.history(with_bob, 1).await.unwrap().len(), 1);
 
     let conversations = alice.conversations().await.unwrap();
@@ -55,7 +59,10 @@ async fn three_people_in_a_group() {
     alice.send(group, "before Carol").await.unwrap();
     alice.add(group, &username("carol")).await.unwrap();
     alice.send(group, "welcome").await.unwrap();
-    assert_eq!(read(&bob).await, ["joined by alice", "alice: before Carol", "+carol", "alice: welcome"]);
+    assert_eq!(
+        read(&bob).await,
+        ["joined by alice", "alice: before Carol", "+carol", "alice: welcome"]
+    );
     assert_eq!(read(&carol).await, ["joined by alice", "alice: welcome"]);
 
     bob.send(group, "hi Carol").await.unwrap();
@@ -109,7 +116,10 @@ async fn what_cannot_be_sent_is_refused_with_the_reason() {
 
     let refused = alice.conversation_with(&username("nobody")).await.unwrap_err();
     assert_eq!(refused.to_string(), "there is no user nobody");
-    assert!(matches!(alice.conversation_with(&username("alice")).await, Err(Error::Mls(MlsError::Yourself))));
+    assert!(matches!(
+        alice.conversation_with(&username("alice")).await,
+        Err(Error::Mls(MlsError::Yourself))
+    ));
     for name in ["", &"x".repeat(MAX_GROUP_NAME + 1)] {
         assert!(matches!(alice.create_group(name).await, Err(Error::GroupName { .. })));
     }
@@ -124,7 +134,12 @@ async fn someone_without_key_packages_cannot_be_reached_yet() {
     let alice = server.user("alice").await;
     server
         .client()
-        .register(&username("bob"), &crate::harness::password(), &qpq_client::Identity::generate(), None)
+        .register(
+            &username("bob"),
+            &crate::harness::password(),
+            &qpq_client::Identity::generate(),
+            None,
+        )
         .await
         .unwrap();
     let with_bob = dm(&alice, "bob").await;
@@ -136,7 +151,8 @@ async fn someone_without_key_packages_cannot_be_reached_yet() {
 async fn key_packages_are_filled_up_when_few_are_left() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
-    let count = || bob.client().call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default());
+    let count =
+        || bob.client().call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default());
     let left = count().await.unwrap();
     assert_eq!((left.available, left.has_last_resort), (20, true));
     for _ in 0..11 {

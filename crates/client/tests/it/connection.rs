@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use qpq_client::{
-    CallError, Client, ConnectError, ConnectionEvent, Identity, Options, ServerEvent, Trust, methods, v1,
+    CallError, Client, ConnectError, ConnectionEvent, Identity, Options, ServerEvent, Trust,
+    methods, v1,
 };
 
 use crate::{
@@ -19,7 +20,8 @@ async fn the_first_use_shows_the_fingerprint_and_pins_it() {
     assert_eq!(client.connect().await.unwrap(), server.fingerprint);
     assert_eq!(client.health().await.unwrap().status, "ok");
 
-    // The same address, another certificate: the very client that trusted the first does not trust this one.
+    // The same address, another certificate: the very client that trusted the first does not trust
+    // this one.
     server.stop().await;
     std::fs::remove_file(server.certificate()).unwrap();
     std::fs::remove_file(server.certificate().with_file_name("server-key.der")).unwrap();
@@ -79,7 +81,9 @@ async fn a_restarted_server_is_found_again_with_the_same_session() {
     // A call made while nobody is there waits for the server to come back.
     let waiting = tokio::spawn({
         let client = client.clone();
-        async move { client.call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default()).await }
+        async move {
+            client.call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default()).await
+        }
     });
     server.start_again().await;
     soon(waiting).await.unwrap().unwrap();

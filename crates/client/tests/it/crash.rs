@@ -1,5 +1,6 @@
-//! Crashes at every point where a program can stop: the future is dropped after its first poll, its second, and so on,
-//! and everything is read from disk again. Nothing may be lost, nothing may come twice.
+//! Crashes at every point where a program can stop: the future is dropped after its first poll, its
+//! second, and so on, and everything is read from disk again. Nothing may be lost, nothing may come
+//! twice.
 
 use qpq_client::{Delivery, Event, Messenger};
 
@@ -45,7 +46,8 @@ async fn a_crash_while_sending_loses_and_doubles_nothing() {
     drop(alice);
     for polls in 1..MANY {
         let alice = reopen(&dir, &key).await;
-        let survived = soon(crash_after(polls, alice.send(with_bob, &polls.to_string()))).await.is_some();
+        let survived =
+            soon(crash_after(polls, alice.send(with_bob, &polls.to_string()))).await.is_some();
         drop(alice);
         let alice = reopen(&dir, &key).await;
         alice.flush().await.unwrap();
@@ -109,8 +111,9 @@ async fn a_crash_while_making_a_group_leaves_it_as_its_maker_knows_it() {
         alice.flush().await.unwrap();
         let members = alice.members(group).await.unwrap().len();
         let sent = alice.history(group, usize::MAX).await.unwrap();
-        let sent =
-            sent.iter().any(|entry| matches!(entry.event, Event::Sent { delivery: Delivery::Sent, .. }));
+        let sent = sent
+            .iter()
+            .any(|entry| matches!(entry.event, Event::Sent { delivery: Delivery::Sent, .. }));
         let expected: &[&str] = match (members, sent) {
             (1, false) => &[],
             (2, false) => &["joined by alice"],

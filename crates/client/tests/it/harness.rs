@@ -9,8 +9,8 @@ use std::{
 };
 
 use qpq_client::{
-    Client, ConversationId, Delivery, Entry, Event, Fingerprint, Messenger, Options, Password, Trust,
-    Username,
+    Client, ConversationId, Delivery, Entry, Event, Fingerprint, Messenger, Options, Password,
+    Trust, Username,
 };
 use qpq_runtime::{config::ListenOn, http::Http};
 use qpq_server::{Config, Running, compose};
@@ -98,7 +98,8 @@ pub(crate) async fn dm(from: &Messenger, to: &str) -> ConversationId {
     from.conversation_with(&username(to)).await.unwrap()
 }
 
-/// Receives, notes everything as seen, and gives what was received as "name: text", "+name" and the like.
+/// Receives, notes everything as seen, and gives what was received as "name: text", "+name" and the
+/// like.
 pub(crate) async fn read(messenger: &Messenger) -> Vec<String> {
     let entries = messenger.receive().await.unwrap();
     let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
@@ -111,8 +112,9 @@ pub(crate) async fn history(messenger: &Messenger, conversation: ConversationId)
 }
 
 pub(crate) fn line(entry: &Entry) -> String {
-    let names =
-        |people: &[qpq_client::Person]| people.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let names = |people: &[qpq_client::Person]| {
+        people.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+    };
     match &entry.event {
         Event::Sent { text, delivery: Delivery::Sent } => format!("me: {text}"),
         Event::Sent { text, delivery } => format!("me: {text} ({delivery:?})"),
@@ -133,7 +135,10 @@ pub(crate) async fn reopen(dir: &Path, key: &qpq_client::VaultKey) -> Messenger 
 }
 
 /// Drops a future after it was polled so many times; its output if it ended before.
-pub(crate) fn crash_after<F: Future>(polls: usize, future: F) -> impl Future<Output = Option<F::Output>> {
+pub(crate) fn crash_after<F: Future>(
+    polls: usize,
+    future: F,
+) -> impl Future<Output = Option<F::Output>> {
     let mut future = Box::pin(future);
     let mut left = polls;
     poll_fn(move |cx| {

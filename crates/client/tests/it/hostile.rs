@@ -77,8 +77,11 @@ async fn a_name_that_is_not_ones_own_is_refuted() {
     let now = qpq_client::UnixMillis(0);
     let group = mls.create_direct(bob.profile().identity, now).unwrap();
     let bobs = username("bob");
-    let invitee =
-        qpq_mls::Invitee { identity: bob.profile().identity, username: &bobs, key_package: &package };
+    let invitee = qpq_mls::Invitee {
+        identity: bob.profile().identity,
+        username: &bobs,
+        key_package: &package,
+    };
     let added = mls.add(group, &[invitee], system_now()).unwrap();
     enqueue(&mallory, &bob, added.welcome.payload).await;
     let content = qpq_mls::Content { id: [1; 16], sent_at: 0, text: "it's me, Alice".into() };

@@ -9,7 +9,8 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{net::UdpSocket, task::JoinHandle};
 
-/// Passes datagrams on, each client port from a port of its own, until told to swallow the answers to some.
+/// Passes datagrams on, each client port from a port of its own, until told to swallow the answers
+/// to some.
 pub(crate) struct Network {
     pub(crate) addr: SocketAddr,
     flows: Arc<Mutex<Flows>>,
@@ -31,7 +32,8 @@ impl Network {
         Self { addr, flows, task }
     }
 
-    /// From now on no answer reaches the ports that clients have used so far; what they send still arrives.
+    /// From now on no answer reaches the ports that clients have used so far; what they send still
+    /// arrives.
     pub(crate) fn swallow_answers(&self) {
         let mut flows = self.flows.lock();
         flows.deaf = flows.sockets.keys().copied().collect();
@@ -60,7 +62,12 @@ async fn forward(front: Arc<UdpSocket>, server: SocketAddr, flows: Arc<Mutex<Flo
                 let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
                 back.connect(server).await.unwrap();
                 flows.lock().sockets.insert(client, Arc::clone(&back));
-                tokio::spawn(answer(Arc::clone(&front), Arc::clone(&back), client, Arc::clone(&flows)));
+                tokio::spawn(answer(
+                    Arc::clone(&front),
+                    Arc::clone(&back),
+                    client,
+                    Arc::clone(&flows),
+                ));
                 back
             }
         };
@@ -69,7 +76,12 @@ async fn forward(front: Arc<UdpSocket>, server: SocketAddr, flows: Arc<Mutex<Flo
     }
 }
 
-async fn answer(front: Arc<UdpSocket>, back: Arc<UdpSocket>, client: SocketAddr, flows: Arc<Mutex<Flows>>) {
+async fn answer(
+    front: Arc<UdpSocket>,
+    back: Arc<UdpSocket>,
+    client: SocketAddr,
+    flows: Arc<Mutex<Flows>>,
+) {
     let mut datagram = vec![0; 65_536];
     while let Ok(len) = back.recv(&mut datagram).await {
         if !flows.lock().deaf.contains(&client) {

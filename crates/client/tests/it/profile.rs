@@ -3,7 +3,8 @@
 use std::fs;
 
 use qpq_client::{
-    AuthError, Error, LogoutScope, Messenger, Options, Password, Profile, ProfileError, Trust, VaultKey,
+    AuthError, Error, LogoutScope, Messenger, Options, Password, Profile, ProfileError, Trust,
+    VaultKey,
 };
 
 use crate::harness::{Server, dm, password, read, reopen, username};
@@ -13,7 +14,8 @@ async fn the_first_use_is_pinned_in_the_profile() {
     let server = Server::start().await;
     let dir = server.profile("alice");
     let options = Options::new(server.addr.to_string(), Trust::FirstUse);
-    let alice = Messenger::register(&dir, options, &username("alice"), &password(), None).await.unwrap();
+    let alice =
+        Messenger::register(&dir, options, &username("alice"), &password(), None).await.unwrap();
     let profile = Profile::read(&dir).unwrap();
     assert_eq!(&profile, alice.profile());
     assert_eq!(profile.trust, Trust::Pinned(server.fingerprint));
@@ -47,7 +49,8 @@ async fn unlocking_ends_the_session_before_and_logging_out_this_one() {
     let alice = Messenger::unlock(&dir, &password()).await.unwrap();
     let client = server.client();
     client.set_session(Some(before));
-    let count = async || client.call::<qpq_client::methods::CountKeyPackages>(Default::default()).await;
+    let count =
+        async || client.call::<qpq_client::methods::CountKeyPackages>(Default::default()).await;
     assert!(count().await.unwrap_err().is_unauthorized());
     client.set_session(alice.client().session());
     count().await.unwrap();
@@ -73,7 +76,8 @@ async fn a_profile_is_made_once_and_must_be_there() {
     let server = Server::start().await;
     drop(server.user("alice").await);
     let dir = server.profile("alice");
-    let again = Messenger::register(&dir, server.options(), &username("carol"), &password(), None).await;
+    let again =
+        Messenger::register(&dir, server.options(), &username("carol"), &password(), None).await;
     assert!(matches!(again, Err(Error::Profile(ProfileError::Exists(_)))), "{again:?}");
     let missing = Messenger::unlock(&server.profile("nobody"), &password()).await;
     assert!(matches!(missing, Err(Error::Profile(ProfileError::Missing(_)))), "{missing:?}");
@@ -81,9 +85,12 @@ async fn a_profile_is_made_once_and_must_be_there() {
 
     // A refusal leaves nothing behind: the same directory takes another name.
     let dir = server.profile("elsewhere");
-    let taken = Messenger::register(&dir, server.options(), &username("alice"), &password(), None).await;
+    let taken =
+        Messenger::register(&dir, server.options(), &username("alice"), &password(), None).await;
     assert!(matches!(taken, Err(Error::Auth(AuthError::UsernameTaken))), "{taken:?}");
-    Messenger::register(&dir, server.options(), &username("dave"), &password(), None).await.unwrap();
+    Messenger::register(&dir, server.options(), &username("dave"), &password(), None)
+        .await
+        .unwrap();
 }
 
 #[tokio::test]

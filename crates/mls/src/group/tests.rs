@@ -1,4 +1,5 @@
-//! Members and outsiders who break the rules with openmls's own means: what an honest client could never be made to send.
+//! Members and outsiders who break the rules with openmls's own means: what an honest client could
+//! never be made to send.
 
 use openmls::prelude::{BasicCredential, CredentialWithKey, KeyPackageIn, ProtocolVersion};
 use openmls::prelude::{LeafNodeParameters, MlsMessageBodyIn, MlsMessageIn, NewSignerBundle};
@@ -38,7 +39,8 @@ fn named_package(client: &mut Client, name: Username) -> KeyPackage {
 fn group_of(maker: &mut Client, others: &mut [&mut Client]) -> GroupId {
     let id = maker.create_group("g", ChannelId::DEFAULT, now()).unwrap();
     let packages: Vec<_> = others.iter_mut().map(|other| package(other)).collect();
-    let (_commit, welcome) = maker.groups.get_mut(&id).unwrap().add(&maker.identity, &packages).unwrap();
+    let (_commit, welcome) =
+        maker.groups.get_mut(&id).unwrap().add(&maker.identity, &packages).unwrap();
     for other in others {
         assert!(matches!(other.receive(&welcome)[..], [Received::Joined(_)]));
     }
@@ -76,12 +78,14 @@ macro_rules! commit {
 
 #[test]
 fn a_commit_of_another_than_the_maker_is_ignored() {
-    let (mut ann, mut bob, mut cat, mut dan) = (client("ann"), client("bob"), client("cat"), client("dan"));
+    let (mut ann, mut bob, mut cat, mut dan) =
+        (client("ann"), client("bob"), client("cat"), client("dan"));
     let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
     let dans = package(&mut dan);
     let (added, welcome) = commit!(bob, id, |builder| builder.propose_adds([dans]));
     let (refreshed, _) = commit!(bob, id, |builder| builder.force_self_update(true));
-    let (removed, _) = commit!(bob, id, |builder| builder.propose_removals([LeafNodeIndex::new(0)]));
+    let (removed, _) =
+        commit!(bob, id, |builder| builder.propose_removals([LeafNodeIndex::new(0)]));
     for commit in [added, refreshed, removed] {
         for victim in [&mut ann, &mut cat] {
             assert_eq!(victim.receive(&commit), [Received::Ignored(Ignored::NotTheMaker)]);
@@ -100,8 +104,10 @@ fn proposals_are_ignored() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
     let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
     let group = bob.groups.get_mut(&id).unwrap();
-    let (proposal, _) =
-        group.mls.propose_remove_member(&group.store, &bob.identity, LeafNodeIndex::new(2)).unwrap();
+    let (proposal, _) = group
+        .mls
+        .propose_remove_member(&group.store, &bob.identity, LeafNodeIndex::new(2))
+        .unwrap();
     let proposal = proposal.to_bytes().unwrap();
     for victim in [&mut ann, &mut cat] {
         assert_eq!(victim.receive(&proposal), [Received::Ignored(Ignored::NotTheMaker)]);
@@ -119,8 +125,9 @@ fn not_even_the_maker_changes_the_profile_the_leaf_or_a_direct_conversation() {
     let id = group_of(&mut ann, &mut [&mut bob]);
     let mut profile = ann.groups[&id].profile.clone();
     profile.channel = ChannelId::new([1; 16]);
-    let (moved, _) =
-        commit!(ann, id, |builder| builder.propose_group_context_extensions(profile.extensions()).unwrap());
+    let (moved, _) = commit!(ann, id, |builder| builder
+        .propose_group_context_extensions(profile.extensions())
+        .unwrap());
     assert_eq!(bob.receive(&moved), [Received::Ignored(Ignored::ForbiddenCommit)]);
 
     let renamed = CredentialWithKey {
@@ -156,13 +163,20 @@ fn the_maker_cannot_become_another() {
     let id = group_of(&mut ann, &mut [&mut bob]);
     let other = Identity::generate();
     let group = ann.groups.get_mut(&id).unwrap();
-    let signer = NewSignerBundle { signer: &other, credential_with_key: other.credential(&ann.username) };
+    let signer =
+        NewSignerBundle { signer: &other, credential_with_key: other.credential(&ann.username) };
     let bundle = group
         .mls
         .commit_builder()
         .load_psks(group.store.storage())
         .unwrap()
-        .build_with_new_signer(group.store.rand(), group.store.crypto(), &ann.identity, signer, |_| true)
+        .build_with_new_signer(
+            group.store.rand(),
+            group.store.crypto(),
+            &ann.identity,
+            signer,
+            |_| true,
+        )
         .unwrap()
         .stage_commit(&group.store)
         .unwrap();
@@ -178,17 +192,22 @@ fn the_makers_key_refresh_is_followed() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let id = group_of(&mut ann, &mut [&mut bob]);
     let group = ann.groups.get_mut(&id).unwrap();
-    let bundle = group.mls.self_update(&group.store, &ann.identity, LeafNodeParameters::default()).unwrap();
+    let bundle =
+        group.mls.self_update(&group.store, &ann.identity, LeafNodeParameters::default()).unwrap();
     let commit = bundle.into_messages().0.to_bytes().unwrap();
     group.mls.merge_pending_commit(&group.store).unwrap();
-    assert_eq!(bob.receive(&commit), [Received::Committed { group: id, added: vec![], removed: vec![] }]);
+    assert_eq!(
+        bob.receive(&commit),
+        [Received::Committed { group: id, added: vec![], removed: vec![] }]
+    );
     assert_hears(&mut ann, &mut bob, id);
     assert_hears(&mut bob, &mut ann, id);
 }
 
 /// Makes a group as `maker` with any id and profile, and returns the Welcome for `victim`.
 fn forged_welcome(maker: &Client, id: GroupId, profile: &Profile, victim: &mut Client) -> Vec<u8> {
-    let mut group = Group::make_as(id, &maker.identity, &maker.username, profile.clone(), now()).unwrap();
+    let mut group =
+        Group::make_as(id, &maker.identity, &maker.username, profile.clone(), now()).unwrap();
     group.add(&maker.identity, &[package(victim)]).unwrap().1
 }
 
@@ -205,12 +224,16 @@ fn a_group_id_or_a_maker_cannot_be_usurped() {
     }
     // Nor does it start a conversation that names ann as its maker under a fresh id.
     let direct = Profile::direct(ann.identity.public(), bob.identity.public(), now());
-    let forged = forged_welcome(&mallory, GroupId::random(&ann.identity.public()), &direct, &mut bob);
+    let forged =
+        forged_welcome(&mallory, GroupId::random(&ann.identity.public()), &direct, &mut bob);
     assert_eq!(bob.receive(&forged), [Received::Ignored(Ignored::BadWelcome)]);
 
     let bobs = package(&mut bob);
     let (_, welcome) = ann.groups.get_mut(&id).unwrap().add(&ann.identity, &[bobs]).unwrap();
-    assert!(matches!(bob.receive(&welcome)[..], [Received::Joined(_)]), "the real one is not hindered");
+    assert!(
+        matches!(bob.receive(&welcome)[..], [Received::Joined(_)]),
+        "the real one is not hindered"
+    );
 }
 
 #[test]
@@ -248,7 +271,10 @@ fn a_commit_read_too_late_is_told_apart() {
     let over = || Expired { not_after: 1, now: 2 };
     let errors: [ProcessMessageError<()>; 2] = [
         ValidationError::from(KeyPackageVerifyError::from(over())).into(),
-        StageCommitError::from(ProposalValidationError::from(LeafNodeValidationError::from(over()))).into(),
+        StageCommitError::from(ProposalValidationError::from(
+            LeafNodeValidationError::from(over()),
+        ))
+        .into(),
     ];
     for error in errors {
         assert!(matches!(unreadable(&error), Outcome::Ignored(Ignored::LifetimeOver)), "{error:?}");
@@ -285,8 +311,9 @@ fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
     assert!(matches!(received[..], [Received::Joined(_)]), "{received:?}");
 }
 
-/// A Welcome's list of recipients is not authenticated, so whoever stores it can make many of one. With a package that may
-/// be used again, each of them would set the group back to where it was joined, and let old messages pass for new.
+/// A Welcome's list of recipients is not authenticated, so whoever stores it can make many of one.
+/// With a package that may be used again, each of them would set the group back to where it was
+/// joined, and let old messages pass for new.
 #[test]
 fn no_welcome_sets_a_group_back() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
@@ -295,8 +322,16 @@ fn no_welcome_sets_a_group_back() {
     let cats = cat.key_packages(1, now()).remove(0);
     let (bobs_name, cats_name) = (bob.username.clone(), cat.username.clone());
     let invitees = [
-        crate::Invitee { identity: bob.identity.public(), username: &bobs_name, key_package: &last_resort },
-        crate::Invitee { identity: cat.identity.public(), username: &cats_name, key_package: &cats },
+        crate::Invitee {
+            identity: bob.identity.public(),
+            username: &bobs_name,
+            key_package: &last_resort,
+        },
+        crate::Invitee {
+            identity: cat.identity.public(),
+            username: &cats_name,
+            key_package: &cats,
+        },
     ];
     let welcome = ann.add(id, &invitees, now()).unwrap().welcome.payload;
     let for_bob_alone = without_the_second_recipient(&welcome);
@@ -306,7 +341,8 @@ fn no_welcome_sets_a_group_back() {
     assert_eq!(bob.receive(&for_bob_alone), [Received::Duplicate]);
     assert_eq!(bob.receive(&message), [Received::Duplicate]);
 
-    // Removed and added again by the same package: the first Welcome is past now, though another one brought us in.
+    // Removed and added again by the same package: the first Welcome is past now, though another
+    // one brought us in.
     let removal = ann.remove(id, &[bob.identity.public()]).unwrap().payload;
     bob.receive(&removal);
     let again = ann.add(id, &invitees[..1], now()).unwrap().welcome.payload;

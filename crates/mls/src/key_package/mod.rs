@@ -1,4 +1,5 @@
-//! What a server checks before it stores a KeyPackage: that the package is one, is signed, is alive, and is its owner's.
+//! What a server checks before it stores a KeyPackage: that the package is one, is signed, is
+//! alive, and is its owner's.
 //!
 //! The check depends on the bytes, the policy, the owner and the given time, and on nothing else.
 
@@ -9,7 +10,8 @@ mod tests;
 use std::{sync::LazyLock, time::Duration};
 
 use openmls::prelude::{
-    Ciphersuite, KeyPackage, KeyPackageIn, KeyPackageVerifyError, OpenMlsCrypto as _, ProtocolVersion,
+    Ciphersuite, KeyPackage, KeyPackageIn, KeyPackageVerifyError, OpenMlsCrypto as _,
+    ProtocolVersion,
 };
 use openmls_rust_crypto::RustCrypto;
 use qpq_domain::{IdentityKey, UnixMillis};
@@ -18,13 +20,15 @@ use tls_codec::DeserializeBytes as _;
 
 use outline::Outline;
 
-/// The longest lifetime that MLS libraries give and accept: 84 days, and an hour for clocks that are behind.
+/// The longest lifetime that MLS libraries give and accept: 84 days, and an hour for clocks that
+/// are behind.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(84 * 24 * 3600 + 3600);
 
 /// What a server accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// The ciphersuites (RFC 9420 §17.1, by number) that may be uploaded, whether or not they can be checked here.
+    /// The ciphersuites (RFC 9420 §17.1, by number) that may be uploaded, whether or not they can
+    /// be checked here.
     pub suites: Vec<u16>,
     /// The most bytes of a package.
     pub max_bytes: usize,
@@ -35,8 +39,8 @@ pub struct Policy {
 }
 
 impl Default for Policy {
-    /// The suites that sign with Ed25519, as identity keys are: 1 and 3 (checked), and the post-quantum hybrids 0x004D to
-    /// 0x004F, whose numbers are provisional (not checked).
+    /// The suites that sign with Ed25519, as identity keys are: 1 and 3 (checked), and the
+    /// post-quantum hybrids 0x004D to 0x004F, whose numbers are provisional (not checked).
     fn default() -> Self {
         Self {
             suites: vec![0x0001, 0x0003, 0x004D, 0x004E, 0x004F],
@@ -50,14 +54,15 @@ impl Default for Policy {
 /// A package that may be stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checked {
-    /// Whether the signatures were verified; `false` where the suite is allowed but unknown to the crypto library.
+    /// Whether the signatures were verified; `false` where the suite is allowed but unknown to the
+    /// crypto library.
     pub verified: bool,
     /// Whether the package says that it may be used more than once (extension 0x000A).
     pub last_resort: bool,
     /// From when on it must not be given out.
     pub not_after: UnixMillis,
-    /// The KeyPackageRef (RFC 9420 §5.2), made with SHA-256 whatever the suite: the same for a package sent bare and
-    /// wrapped, different for any two packages.
+    /// The KeyPackageRef (RFC 9420 §5.2), made with SHA-256 whatever the suite: the same for a
+    /// package sent bare and wrapped, different for any two packages.
     pub reference: [u8; 32],
 }
 
@@ -141,8 +146,8 @@ pub fn check(
     })
 }
 
-/// Verifies a package that `check` found good and returns it for use in a group. Its lifetime must also hold by the
-/// system's clock, which openmls reads.
+/// Verifies a package that `check` found good and returns it for use in a group. Its lifetime must
+/// also hold by the system's clock, which openmls reads.
 pub(crate) fn parse_verified(bytes: &[u8]) -> Result<KeyPackage, Rejected> {
     let outline = Outline::read(bytes)?;
     read(outline.bare)?.validate(&*CRYPTO, ProtocolVersion::Mls10).map_err(|error| match error {
@@ -187,8 +192,9 @@ fn read(bare: &[u8]) -> Result<KeyPackageIn, Rejected> {
 
 fn verify(bare: &[u8]) -> Result<(), Rejected> {
     match read(bare)?.validate(&*CRYPTO, ProtocolVersion::Mls10) {
-        // openmls compares the lifetime with the system's clock, last of all (a test holds it to that): everything else
-        // was found good, and the lifetime has been compared with the given time already.
+        // openmls compares the lifetime with the system's clock, last of all (a test holds it to
+        // that): everything else was found good, and the lifetime has been compared with the given
+        // time already.
         Ok(_) | Err(KeyPackageVerifyError::LifetimeError(_)) => Ok(()),
         Err(error) => Err(refusal(&error)),
     }
@@ -196,9 +202,8 @@ fn verify(bare: &[u8]) -> Result<(), Rejected> {
 
 fn refusal(error: &KeyPackageVerifyError) -> Rejected {
     match error {
-        KeyPackageVerifyError::InvalidSignature | KeyPackageVerifyError::InvalidLeafNodeSignature => {
-            Rejected::BadSignature
-        }
+        KeyPackageVerifyError::InvalidSignature
+        | KeyPackageVerifyError::InvalidLeafNodeSignature => Rejected::BadSignature,
         KeyPackageVerifyError::InvalidProtocolVersion => Rejected::WrongVersion,
         _ => Rejected::Inconsistent,
     }

@@ -1,5 +1,6 @@
-//! Reads the shape of a KeyPackage (RFC 9420 §10) without knowing its ciphersuite: what the server must judge even where
-//! it cannot check a signature. Strict: minimal lengths, nothing missing, nothing left over.
+//! Reads the shape of a KeyPackage (RFC 9420 §10) without knowing its ciphersuite: what the server
+//! must judge even where it cannot check a signature. Strict: minimal lengths, nothing missing,
+//! nothing left over.
 
 use super::Rejected;
 
@@ -25,8 +26,9 @@ pub(super) struct Outline<'a> {
 impl<'a> Outline<'a> {
     /// Reads a bare KeyPackage or one inside an MLSMessage.
     ///
-    /// Both begin with the version; then comes the wire format of the one or the suite of the other, and 5 is both a wire
-    /// format and a suite. The wrapped reading is tried first: after it the bare one would need an empty init key.
+    /// Both begin with the version; then comes the wire format of the one or the suite of the
+    /// other, and 5 is both a wire format and a suite. The wrapped reading is tried first: after it
+    /// the bare one would need an empty init key.
     pub(super) fn read(bytes: &'a [u8]) -> Result<Self, Rejected> {
         let mut cursor = Cursor(bytes);
         if cursor.u16()? != MLS_1_0 {
@@ -96,7 +98,8 @@ impl<'a> Cursor<'a> {
         self.array().map(u64::from_be_bytes)
     }
 
-    /// A vector with a length of 1, 2 or 4 bytes (RFC 9420 §2.1.2), which must be the shortest that will do.
+    /// A vector with a length of 1, 2 or 4 bytes (RFC 9420 §2.1.2), which must be the shortest that
+    /// will do.
     fn vector(&mut self) -> Result<&'a [u8], Rejected> {
         let first = self.u8()?;
         let low = usize::from(first & 0x3f);

@@ -1,9 +1,10 @@
-//! The check against packages that openmls made, packages signed by hand, and bytes that are neither.
+//! The check against packages that openmls made, packages signed by hand, and bytes that are
+//! neither.
 
 use ed25519_dalek::{Signer as _, SigningKey};
 use openmls::prelude::{
-    Capabilities, Extension, ExtensionType, Extensions, KeyPackage as MlsKeyPackage, Lifetime, MlsMessageOut,
-    UnknownExtension,
+    Capabilities, Extension, ExtensionType, Extensions, KeyPackage as MlsKeyPackage, Lifetime,
+    MlsMessageOut, UnknownExtension,
 };
 use proptest::prelude::*;
 use qpq_domain::Username;
@@ -12,7 +13,8 @@ use tls_codec::Serialize as _;
 use super::*;
 use crate::{Identity, packages, store::Store};
 
-/// A day in 2001: openmls, which reads the system's clock, finds every lifetime around it long over.
+/// A day in 2001: openmls, which reads the system's clock, finds every lifetime around it long
+/// over.
 const NOW: UnixMillis = UnixMillis(1_000_000_000_000);
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -51,7 +53,12 @@ impl Recipe {
             .key_package_lifetime(self.lifetime)
             .key_package_extensions(self.extensions)
             .leaf_node_capabilities(self.capabilities)
-            .build(packages::SUITE, &store, &identity, identity.credential(&Username::parse("ann").unwrap()))
+            .build(
+                packages::SUITE,
+                &store,
+                &identity,
+                identity.credential(&Username::parse("ann").unwrap()),
+            )
             .unwrap()
             .key_package()
             .clone()
@@ -94,7 +101,8 @@ fn a_last_resort_package_says_so() {
     assert!(checked.last_resort);
 }
 
-/// The time is the given one. In 2001's packages openmls finds the lifetime wrong, and must have looked at all else before.
+/// The time is the given one. In 2001's packages openmls finds the lifetime wrong, and must have
+/// looked at all else before.
 #[test]
 fn whatever_the_systems_clock_says_a_bad_signature_is_found() {
     let good = Recipe::default().bytes();
@@ -106,7 +114,11 @@ fn whatever_the_systems_clock_says_a_bad_signature_is_found() {
     let extensions = Extensions::single(Extension::LastResort(Default::default())).unwrap();
     let capabilities = Capabilities::new(None, Some(&[packages::SUITE]), None, None, None);
     let unlisted = Recipe { extensions, capabilities, ..Recipe::default() };
-    assert_eq!(judge(&unlisted.bytes()), Err(Rejected::Inconsistent), "an extension that the leaf denies");
+    assert_eq!(
+        judge(&unlisted.bytes()),
+        Err(Rejected::Inconsistent),
+        "an extension that the leaf denies"
+    );
 }
 
 #[test]
@@ -150,7 +162,11 @@ fn lifetimes_are_judged_at_the_given_time() {
         let bytes = Recipe::living(from, to).bytes();
         assert_eq!(judge(&bytes).map(drop), verdict, "{from:?} to {to:?}");
         let unchecked = with_suite(bytes, 0x004D);
-        assert_eq!(judge(&unchecked).map(drop), verdict, "the same where signatures are not checked");
+        assert_eq!(
+            judge(&unchecked).map(drop),
+            verdict,
+            "the same where signatures are not checked"
+        );
     }
 }
 
@@ -171,7 +187,11 @@ fn size_version_and_suite_are_limited() {
     assert_eq!(judge(&newer), Err(Rejected::WrongVersion));
     assert_eq!(judge(&wrap(&newer)), Err(Rejected::Malformed), "read as a bare package of suite 5");
     for suite in [0, 2, 4, 5, 6, 7, 0xffff] {
-        assert_eq!(judge(&with_suite(good.clone(), suite)), Err(Rejected::SuiteNotAllowed), "{suite}");
+        assert_eq!(
+            judge(&with_suite(good.clone(), suite)),
+            Err(Rejected::SuiteNotAllowed),
+            "{suite}"
+        );
     }
 }
 
@@ -221,7 +241,8 @@ fn init_keys_may_have_any_length() {
 #[test]
 fn unknown_extensions_are_allowed_where_the_leaf_lists_them() {
     let number = 0xF0F1;
-    let extensions = Extensions::single(Extension::Unknown(number, UnknownExtension(vec![1]))).unwrap();
+    let extensions =
+        Extensions::single(Extension::Unknown(number, UnknownExtension(vec![1]))).unwrap();
     let listed = Capabilities::new(
         None,
         Some(&[packages::SUITE]),
@@ -233,7 +254,8 @@ fn unknown_extensions_are_allowed_where_the_leaf_lists_them() {
     assert!(judge(&recipe.bytes()).unwrap().verified);
 }
 
-/// A package of suite 1 written field by field (RFC 9420 §10) and signed with Ed25519 over RFC 9420's SignWithLabel content.
+/// A package of suite 1 written field by field (RFC 9420 §10) and signed with Ed25519 over RFC
+/// 9420's SignWithLabel content.
 fn signed_by_hand(init_key: &[u8]) -> Vec<u8> {
     let key = SigningKey::from_bytes(&[7; 32]);
     let vector = |content: &[u8]| [&length(content.len())[..], content].concat();

@@ -1,7 +1,9 @@
 //! What people do: direct conversations, groups, adding and removing, and what is refused.
 
 use qpq_domain::{ChannelId, Username};
-use qpq_mls::{Client, Error, Identity, Ignored, Invitee, Kind, Received, direct_channel, key_package};
+use qpq_mls::{
+    Client, Error, Identity, Ignored, Invitee, Kind, Received, direct_channel, key_package,
+};
 
 use crate::world::{ANN, BOB, CAT, DAN, World, content, now, texts};
 
@@ -67,7 +69,10 @@ fn a_group_grows_and_shrinks() {
     let removed = Received::Committed { group, added: vec![], removed: vec![world.member(CAT)] };
     assert_eq!(world.deliver_all(CAT).last(), Some(&removed));
     assert!(!world.clients[CAT].group(&group).unwrap().active);
-    assert_eq!(world.clients[CAT].encrypt(group, &content("still here?")), Err(Error::NoLongerMember));
+    assert_eq!(
+        world.clients[CAT].encrypt(group, &content("still here?")),
+        Err(Error::NoLongerMember)
+    );
 
     // What ann says now does not even go to cat, and would be of no use to it.
     let secret = world.encrypt(ANN, group, "secret");
@@ -122,7 +127,9 @@ fn a_package_that_is_not_its_invitees_is_refused() {
     *broken.last_mut().unwrap() ^= 1;
     let (bobs_name, cats_name) = (world.name(BOB).clone(), world.name(CAT).clone());
     let mut add = |identity, username: &Username, key_package: &[u8]| {
-        world.clients[ANN].add(group, &[Invitee { identity, username, key_package }], now()).unwrap_err()
+        world.clients[ANN]
+            .add(group, &[Invitee { identity, username, key_package }], now())
+            .unwrap_err()
     };
 
     let foreign = Error::BadPackage { identity: cat, reason: key_package::Rejected::ForeignSigner };

@@ -13,8 +13,9 @@ use crate::world::{ANN, BOB, CAT, World, content, restored, texts};
 #[test]
 fn a_crash_between_saving_and_acknowledging_makes_a_duplicate() {
     let mut world = World::new(3);
-    let group =
-        world.clients[ANN].create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now()).unwrap();
+    let group = world.clients[ANN]
+        .create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now())
+        .unwrap();
     world.add(ANN, group, &[BOB]);
     world.say(ANN, group, "one");
     world.add(ANN, group, &[CAT]);
@@ -35,7 +36,11 @@ fn a_state_that_is_no_state_is_told_apart_from_a_newer_one() {
     let world = World::new(1);
     let mut saved = world.clients[ANN].export_state().to_vec();
     for len in 0..saved.len() {
-        assert_eq!(Client::import_state(&saved[..len]).err(), Some(CorruptState::Damaged), "cut to {len}");
+        assert_eq!(
+            Client::import_state(&saved[..len]).err(),
+            Some(CorruptState::Damaged),
+            "cut to {len}"
+        );
     }
     saved.push(0);
     assert_eq!(Client::import_state(&saved).err(), Some(CorruptState::Damaged));
@@ -69,7 +74,8 @@ enum Step {
     Remove(Index),
     /// Delivers one of the next few messages of an inbox, out of turn.
     Deliver(Index, usize),
-    /// Delivers the next message, restarts from the state before, delivers it again, restarts, and once more.
+    /// Delivers the next message, restarts from the state before, delivers it again, restarts, and
+    /// once more.
     DeliverAcrossCrashes(Index),
     Restart(Index),
 }
@@ -85,7 +91,8 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// The world, and what a plain model expects of it: everyone who is never removed reads each message sent to them once.
+/// The world, and what a plain model expects of it: everyone who is never removed reads each
+/// message sent to them once.
 struct Model {
     world: World,
     group: GroupId,
@@ -126,7 +133,9 @@ impl Model {
 
     fn say(&mut self, who: usize) {
         let text = format!("{} by {who}", self.sent);
-        let Ok(parcel) = self.world.clients[who].encrypt(self.group, &content(&text)) else { return };
+        let Ok(parcel) = self.world.clients[who].encrypt(self.group, &content(&text)) else {
+            return;
+        };
         self.sent += 1;
         for recipient in 0..4 {
             if parcel.recipients.contains(&self.world.key(recipient)) {

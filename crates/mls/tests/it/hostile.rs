@@ -1,4 +1,5 @@
-//! Bytes that nobody honest sent: whatever they are, nothing panics, nothing is believed, nothing is lost.
+//! Bytes that nobody honest sent: whatever they are, nothing panics, nothing is believed, nothing
+//! is lost.
 
 use proptest::{prelude::*, sample::Index};
 use qpq_mls::{Client, Received};
@@ -8,8 +9,9 @@ use crate::world::{ANN, BOB, CAT, World, restored, texts};
 /// Bob, and four messages for him that need one another: a Welcome, a message, a commit, a message.
 fn bob_and_his_inbox() -> (Client, Vec<Vec<u8>>) {
     let mut world = World::new(3);
-    let group =
-        world.clients[ANN].create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now()).unwrap();
+    let group = world.clients[ANN]
+        .create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now())
+        .unwrap();
     world.add(ANN, group, &[BOB]);
     world.say(ANN, group, "one");
     world.add(ANN, group, &[CAT]);
@@ -86,7 +88,8 @@ proptest! {
         prop_assert_eq!(texts(&received), ["one"]);
     }
 
-    /// The heart of it: damaged copies of every message before, between and after the real ones change nothing.
+    /// The heart of it: damaged copies of every message before, between and after the real ones
+    /// change nothing.
     #[test]
     fn damaged_messages_do_not_get_in_the_way(
         damages in prop::collection::vec((any::<Index>(), damage()), 4 * 3),

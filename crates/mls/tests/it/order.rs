@@ -8,7 +8,8 @@ use crate::world::{ANN, BOB, CAT, DAN, World, texts};
 fn any_order_within_an_epoch_will_do() {
     let mut world = World::new(2);
     let group = world.group(&[ANN, BOB]);
-    let sent: Vec<_> = (0..50).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
+    let sent: Vec<_> =
+        (0..50).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
     // 7 is prime to 50: every message once, neighbours far apart.
     for step in 0..50 {
         let number = (step * 7 + 3) % 50;
@@ -35,8 +36,9 @@ fn what_is_lost_is_no_hindrance_to_what_follows() {
 #[test]
 fn everything_may_come_twice() {
     let mut world = World::new(4);
-    let group =
-        world.clients[ANN].create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now()).unwrap();
+    let group = world.clients[ANN]
+        .create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now())
+        .unwrap();
     world.add(ANN, group, &[BOB]);
     world.say(ANN, group, "one");
     world.add(ANN, group, &[CAT]);
@@ -56,8 +58,9 @@ fn everything_may_come_twice() {
 #[test]
 fn a_message_before_its_welcome_waits() {
     let mut world = World::new(2);
-    let group =
-        world.clients[ANN].create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now()).unwrap();
+    let group = world.clients[ANN]
+        .create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now())
+        .unwrap();
     world.add(ANN, group, &[BOB]);
     world.say(ANN, group, "one");
     world.say(ANN, group, "two");
@@ -99,7 +102,8 @@ fn messages_and_commits_of_later_epochs_wait_for_the_commits_between() {
 fn late_messages_are_read_for_ten_epochs_and_then_no_more() {
     let mut world = World::new(3);
     let group = world.group(&[ANN, BOB]);
-    let late: Vec<_> = (0..12).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
+    let late: Vec<_> =
+        (0..12).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
     let cat = world.key(CAT);
     for (epochs, message) in late.iter().enumerate() {
         let received = world.clients[BOB].receive(message);
@@ -132,7 +136,8 @@ fn a_late_message_of_a_removed_member_is_not_taken_for_its_successors() {
     world.deliver_all(DAN);
     world.say(DAN, group, "dan is here");
 
-    for (received, author) in [(world.clients[CAT].receive(&bobs), BOB), (world.deliver(CAT), DAN)] {
+    for (received, author) in [(world.clients[CAT].receive(&bobs), BOB), (world.deliver(CAT), DAN)]
+    {
         let [Received::Message { sender, .. }] = &received[..] else { panic!("{received:?}") };
         assert_eq!(*sender, world.member(author));
     }

@@ -27,8 +27,10 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(size: usize) -> Self {
-        let names: Vec<Username> =
-            ["ann", "bob", "cat", "dan"][..size].iter().map(|name| Username::parse(name).unwrap()).collect();
+        let names: Vec<Username> = ["ann", "bob", "cat", "dan"][..size]
+            .iter()
+            .map(|name| Username::parse(name).unwrap())
+            .collect();
         let clients: Vec<Client> =
             names.iter().map(|name| Client::new(Identity::generate(), name.clone())).collect();
         let index = clients.iter().enumerate().map(|(at, c)| (c.identity().public(), at)).collect();

@@ -71,16 +71,23 @@ pub async fn a_repeated_registration_is_recognised(factory: &dyn Factory) {
 pub async fn of_concurrent_registrations_one_wins(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let accounts = &bench.stores.accounts;
-    for (same_name, loser) in [(true, Registration::UsernameTaken), (false, Registration::IdentityTaken)] {
+    for (same_name, loser) in
+        [(true, Registration::UsernameTaken), (false, Registration::IdentityTaken)]
+    {
         let mut attempts = JoinSet::new();
         for n in 0..16_u8 {
             let accounts = Arc::clone(accounts);
-            let new = if same_name { account("same", 100 + n, n) } else { account(&format!("n{n}"), 50, n) };
+            let new = if same_name {
+                account("same", 100 + n, n)
+            } else {
+                account(&format!("n{n}"), 50, n)
+            };
             attempts.spawn(async move { (n, accounts.register(new).await.expect("register")) });
         }
         let outcomes = attempts.join_all().await;
-        let (winners, losers): (Vec<_>, Vec<_>) =
-            outcomes.into_iter().partition(|(_, outcome)| matches!(outcome, Registration::Registered(_)));
+        let (winners, losers): (Vec<_>, Vec<_>) = outcomes
+            .into_iter()
+            .partition(|(_, outcome)| matches!(outcome, Registration::Registered(_)));
         assert_eq!(winners.len(), 1);
         assert!(losers.iter().all(|(_, outcome)| *outcome == loser), "{losers:?}");
         let n = winners[0].0;
@@ -95,8 +102,10 @@ pub async fn accounts_survive_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     bench.crash().await;
-    let kept = bench.stores.accounts.by_identity(&alice.identity).await.expect("read").expect("there");
+    let kept =
+        bench.stores.accounts.by_identity(&alice.identity).await.expect("read").expect("there");
     assert_eq!(kept.id, alice.account);
-    let repeated = bench.stores.accounts.register(account("person1", 1, 1)).await.expect("register");
+    let repeated =
+        bench.stores.accounts.register(account("person1", 1, 1)).await.expect("register");
     assert_eq!(repeated, Registration::Repeated(alice.account));
 }

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use qpq_domain::{
-    AccountId, ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis, Username,
+    AccountId, ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis,
+    Username,
 };
 
 use super::{Backend, Factory};
 use crate::{
-    Ack, Enqueue, Enqueued, Lease, NewAccount, Page, PageLimit, Read, Receipt, Registration, Stores, View,
+    Ack, Enqueue, Enqueued, Lease, NewAccount, Page, PageLimit, Read, Receipt, Registration,
+    Stores, View,
 };
 
 /// When the tests begin.
@@ -36,7 +38,11 @@ impl Bench {
         Self::with(factory, Delivery::default(), KeyPackageCaps::default()).await
     }
 
-    pub(super) async fn with(factory: &dyn Factory, delivery: Delivery, caps: KeyPackageCaps) -> Self {
+    pub(super) async fn with(
+        factory: &dyn Factory,
+        delivery: Delivery,
+        caps: KeyPackageCaps,
+    ) -> Self {
         let backend = factory.fresh(delivery, caps).await;
         let stores = backend.stores();
         Self { backend, stores }
@@ -92,7 +98,13 @@ impl Bench {
         self.ack_at(read, up_to, seqs, NOW).await
     }
 
-    pub(super) async fn ack_at(&self, read: Read, up_to: Option<u64>, seqs: &[u64], now: UnixMillis) -> u32 {
+    pub(super) async fn ack_at(
+        &self,
+        read: Read,
+        up_to: Option<u64>,
+        seqs: &[u64],
+        now: UnixMillis,
+    ) -> u32 {
         let ack = Ack { up_to: up_to.map(Seq), seqs: seqs.iter().copied().map(Seq).collect() };
         self.stores.inboxes.ack(read, ack, now).await.expect("ack")
     }
@@ -166,5 +178,8 @@ pub(super) fn seqs(page: &Page) -> Vec<u64> {
 }
 
 pub(super) fn texts(page: &Page) -> Vec<&str> {
-    page.envelopes.iter().map(|envelope| std::str::from_utf8(&envelope.payload).expect("text")).collect()
+    page.envelopes
+        .iter()
+        .map(|envelope| std::str::from_utf8(&envelope.payload).expect("text"))
+        .collect()
 }

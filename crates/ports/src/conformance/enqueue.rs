@@ -55,7 +55,10 @@ pub async fn order_is_kept_within_a_call(factory: &dyn Factory) {
     let messages = bodies.iter().map(|body| message(alice, alice, body)).collect();
     let enqueued = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
     for (n, outcome) in (1..).zip(enqueued) {
-        assert!(matches!(outcome, Enqueued::Accepted(Receipt { seq: Seq(s), .. }) if s == n), "{outcome:?}");
+        assert!(
+            matches!(outcome, Enqueued::Accepted(Receipt { seq: Seq(s), .. }) if s == n),
+            "{outcome:?}"
+        );
     }
     assert_eq!(texts(&bench.peek(all(alice)).await), bodies);
     assert_eq!(bench.stores.inboxes.enqueue(vec![]).await.expect("nothing to do"), []);
@@ -66,13 +69,19 @@ pub async fn an_unknown_recipient_is_told(factory: &dyn Factory) {
     let alice = bench.person(1).await;
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
     assert_eq!(bench.send(message(alice, nobody, "hello")).await, Enqueued::NoSuchRecipient);
-    assert_eq!(bench.send(message(alice, nobody, "hello").with_id(1)).await, Enqueued::NoSuchRecipient);
+    assert_eq!(
+        bench.send(message(alice, nobody, "hello").with_id(1)).await,
+        Enqueued::NoSuchRecipient
+    );
 }
 
 pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
-    let bench =
-        Bench::with(factory, Delivery { max_messages: 2, ..Delivery::default() }, KeyPackageCaps::default())
-            .await;
+    let bench = Bench::with(
+        factory,
+        Delivery { max_messages: 2, ..Delivery::default() },
+        KeyPackageCaps::default(),
+    )
+    .await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
     let messages = vec![
@@ -136,7 +145,11 @@ pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) 
     }
     assert_eq!(texts(&bench.peek(all(alice)).await), ["a", "b", "c"]);
     assert_eq!(bench.ack(all(alice), None, &[2]).await, 1);
-    assert_eq!(bench.deliver(message(alice, alice, "d")).await.seq, Seq(4), "a refusal uses no seq");
+    assert_eq!(
+        bench.deliver(message(alice, alice, "d")).await.seq,
+        Seq(4),
+        "a refusal uses no seq"
+    );
     assert_eq!(bench.send(message(alice, alice, "e")).await, Enqueued::QueueFull);
     assert_eq!(texts(&bench.peek(all(alice)).await), ["a", "c", "d"]);
 }
@@ -146,7 +159,11 @@ pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) 
     let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
     let alice = bench.person(1).await;
     let sized = |n: usize| message(alice, alice, &"x".repeat(n));
-    assert_eq!(bench.send(sized(101)).await, Enqueued::QueueFull, "more than there ever is room for");
+    assert_eq!(
+        bench.send(sized(101)).await,
+        Enqueued::QueueFull,
+        "more than there ever is room for"
+    );
     bench.deliver(sized(60)).await;
     assert_eq!(bench.send(sized(41)).await, Enqueued::QueueFull);
     bench.deliver(sized(40)).await;
@@ -171,7 +188,11 @@ pub async fn what_has_expired_makes_room(factory: &dyn Factory) {
     bench.deliver(send("first", later)).await;
     assert_eq!(bench.send(send("early", later)).await, Enqueued::QueueFull);
     let latest = NOW.plus(2 * MINUTE);
-    assert_eq!(bench.send(send(&"x".repeat(26), latest)).await, Enqueued::QueueFull, "bytes count too");
+    assert_eq!(
+        bench.send(send(&"x".repeat(26), latest)).await,
+        Enqueued::QueueFull,
+        "bytes count too"
+    );
     bench.deliver(send("second", latest)).await;
     assert_eq!(texts(&bench.peek_at(all(alice), latest).await), ["stays", "first", "second"]);
 }
@@ -206,7 +227,10 @@ pub async fn what_was_accepted_survives_a_crash(factory: &dyn Factory) {
         for n in 0..8 {
             let inboxes = Arc::clone(&bench.stores.inboxes);
             tasks.spawn(async move {
-                inboxes.enqueue(vec![message(alice, bob, &format!("{round}/{n}"))]).await.expect("enqueue")
+                inboxes
+                    .enqueue(vec![message(alice, bob, &format!("{round}/{n}"))])
+                    .await
+                    .expect("enqueue")
             });
         }
         tasks.join_all().await;

@@ -31,7 +31,11 @@ pub async fn a_repeat_of_a_queued_message_gets_its_receipt(factory: &dyn Factory
     ] {
         assert_eq!(bench.send(repeat).await, Enqueued::Duplicate(receipt));
     }
-    assert_eq!(bench.deliver(message(alice, bob, "after")).await.seq, Seq(3), "a repeat uses no seq");
+    assert_eq!(
+        bench.deliver(message(alice, bob, "after")).await.seq,
+        Seq(3),
+        "a repeat uses no seq"
+    );
     assert_eq!(texts(&bench.peek(all(bob)).await), ["before", "hello", "after"]);
 }
 
@@ -55,15 +59,19 @@ pub async fn of_concurrent_repeats_one_is_accepted(factory: &dyn Factory) {
         for _ in 0..8 {
             let inboxes = Arc::clone(&bench.stores.inboxes);
             tasks.spawn(async move {
-                inboxes.enqueue(vec![message(alice, alice, "hello").with_id(round)]).await.expect("enqueue")
+                inboxes
+                    .enqueue(vec![message(alice, alice, "hello").with_id(round)])
+                    .await
+                    .expect("enqueue")
             });
         }
         let outcomes: Vec<_> = tasks.join_all().await.into_iter().flatten().collect();
-        let accepted = outcomes.iter().filter(|outcome| matches!(outcome, Enqueued::Accepted(_))).count();
+        let accepted =
+            outcomes.iter().filter(|outcome| matches!(outcome, Enqueued::Accepted(_))).count();
         assert_eq!(accepted, 1);
         for outcome in outcomes {
-            let (Enqueued::Accepted(Receipt { seq, .. }) | Enqueued::Duplicate(Receipt { seq, .. })) =
-                outcome
+            let (Enqueued::Accepted(Receipt { seq, .. })
+            | Enqueued::Duplicate(Receipt { seq, .. })) = outcome
             else {
                 panic!("{outcome:?}");
             };
@@ -83,9 +91,15 @@ pub async fn an_id_counts_for_one_sender_and_recipient(factory: &dyn Factory) {
     assert_eq!(texts(&bench.peek(all(carol)).await), ["a to c"]);
 }
 
-/// `hello`, the inbox's only message so far, went at `gone`: its repeats are known from `now` on until the window has passed, to
-/// the millisecond, and then it is another message.
-async fn is_remembered(bench: &Bench, hello: Enqueue, receipt: Receipt, gone: UnixMillis, now: UnixMillis) {
+/// `hello`, the inbox's only message so far, went at `gone`: its repeats are known from `now` on
+/// until the window has passed, to the millisecond, and then it is another message.
+async fn is_remembered(
+    bench: &Bench,
+    hello: Enqueue,
+    receipt: Receipt,
+    gone: UnixMillis,
+    now: UnixMillis,
+) {
     let just_before = gone.plus(window() - Duration::from_millis(1));
     for now in [now, just_before] {
         assert_eq!(bench.send(hello.clone().at(now)).await, Enqueued::Duplicate(receipt));
@@ -168,7 +182,13 @@ pub async fn ids_survive_a_crash(factory: &dyn Factory) {
     bench.ack(all(alice), Some(1), &[]).await;
     let queued = bench.deliver(message(alice, alice, "queued").with_id(2)).await;
     bench.crash().await;
-    assert_eq!(bench.send(message(alice, alice, "gone").with_id(1)).await, Enqueued::Duplicate(gone));
-    assert_eq!(bench.send(message(alice, alice, "queued").with_id(2)).await, Enqueued::Duplicate(queued));
+    assert_eq!(
+        bench.send(message(alice, alice, "gone").with_id(1)).await,
+        Enqueued::Duplicate(gone)
+    );
+    assert_eq!(
+        bench.send(message(alice, alice, "queued").with_id(2)).await,
+        Enqueued::Duplicate(queued)
+    );
     assert_eq!(bench.deliver(message(alice, alice, "new").with_id(3)).await.seq, Seq(3));
 }

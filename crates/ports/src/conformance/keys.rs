@@ -79,7 +79,9 @@ pub async fn concurrent_takes_never_share_a_package(factory: &dyn Factory) {
     let mut tasks = JoinSet::new();
     for _ in 0..64 {
         let keys = Arc::clone(&bench.stores.key_packages);
-        tasks.spawn(async move { keys.take(&alice.identity, NOW).await.expect("take").expect("never dry") });
+        tasks.spawn(async move {
+            keys.take(&alice.identity, NOW).await.expect("take").expect("never dry")
+        });
     }
     let (last, single): (Vec<_>, Vec<_>) =
         tasks.join_all().await.into_iter().partition(|taken| taken.last_resort);
@@ -97,10 +99,18 @@ pub async fn the_last_resort_stays_and_is_replaced_by_a_newer_one(factory: &dyn 
     for _ in 0..3 {
         assert_eq!(bench.take(alice).await, taken_last_resort(1));
     }
-    assert_eq!(bench.upload(alice, vec![last_resort(1)]).await, stock(0, true), "it is there still");
+    assert_eq!(
+        bench.upload(alice, vec![last_resort(1)]).await,
+        stock(0, true),
+        "it is there still"
+    );
     assert_eq!(bench.upload(alice, vec![last_resort(3)]).await, stock(0, true));
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
-    assert_eq!(bench.upload(alice, vec![last_resort(1)]).await, Upload::GivenOut(0), "it was given out");
+    assert_eq!(
+        bench.upload(alice, vec![last_resort(1)]).await,
+        Upload::GivenOut(0),
+        "it was given out"
+    );
     assert_eq!(bench.upload(alice, vec![last_resort(4), last_resort(5)]).await, stock(0, true));
     assert_eq!(bench.take(alice).await, taken_last_resort(5), "the newest counts");
 }
@@ -154,15 +164,25 @@ pub async fn an_owner_has_no_more_than_the_cap(factory: &dyn Factory) {
     let alice = bench.person(1).await;
     assert_eq!(bench.upload(alice, (1..=4).map(package).collect()).await, Upload::Full);
     assert_eq!(bench.stock(alice).await, stock(0, false), "nothing was stored");
-    assert_eq!(bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await, stock(2, true));
+    assert_eq!(
+        bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await,
+        stock(2, true)
+    );
     assert_eq!(bench.upload(alice, vec![package(4)]).await, Upload::Full, "the last resort counts");
-    assert_eq!(bench.upload(alice, vec![last_resort(5), package(1)]).await, stock(2, true), "it is replaced");
+    assert_eq!(
+        bench.upload(alice, vec![last_resort(5), package(1)]).await,
+        stock(2, true),
+        "it is replaced"
+    );
     assert_eq!(bench.take(alice).await, taken(1));
     assert_eq!(bench.upload(alice, vec![package(4)]).await, stock(2, true));
     let later = package(1).not_after.plus(MINUTE);
     let fresh = |n| NewKeyPackage { not_after: later.plus(MINUTE), ..package(n) };
-    let upload =
-        bench.stores.key_packages.upload(alice.account, vec![fresh(6), fresh(7), fresh(8)], later).await;
+    let upload = bench
+        .stores
+        .key_packages
+        .upload(alice.account, vec![fresh(6), fresh(7), fresh(8)], later)
+        .await;
     assert_eq!(upload.expect("upload"), stock(3, false), "what has expired does not count");
 }
 
@@ -216,5 +236,8 @@ pub async fn hybrid_keys_come_in_the_order_asked_for(factory: &dyn Factory) {
     let found = bench.stores.hybrid_keys.get(&asked).await.expect("get");
     let carols = Some(vec![4; 1216]);
     assert_eq!(found, [carols.clone(), None, None, Some(vec![1; 1216]), carols]);
-    assert_eq!(bench.stores.hybrid_keys.get(&[]).await.expect("get"), Vec::<Option<Vec<u8>>>::new());
+    assert_eq!(
+        bench.stores.hybrid_keys.get(&[]).await.expect("get"),
+        Vec::<Option<Vec<u8>>>::new()
+    );
 }

@@ -29,7 +29,11 @@ pub async fn a_lease_hides_until_it_is_released(factory: &dyn Factory) {
     assert_eq!(seqs(&page), [1, 2, 3]);
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &Page::default());
     drop(lease);
-    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &page, "the same, in the same order");
+    assert_eq!(
+        bench.lease(all(alice), EVERYTHING).await.page(),
+        &page,
+        "the same, in the same order"
+    );
 }
 
 pub async fn a_settled_lease_is_gone_for_good(factory: &dyn Factory) {
@@ -70,7 +74,11 @@ pub async fn a_view_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
     assert_eq!(bench.lease(only(alice, 1), EVERYTHING).await.page(), &Page::default());
     drop(stopped);
     let first_channel = bench.lease(only(alice, 1), EVERYTHING).await;
-    assert_eq!(seqs(first_channel.page()), [1, 3], "another channel's lease is in nobody's way here");
+    assert_eq!(
+        seqs(first_channel.page()),
+        [1, 3],
+        "another channel's lease is in nobody's way here"
+    );
     second.settle(NOW).await.expect("settle");
     assert_eq!(seqs(bench.lease(only(alice, 2), EVERYTHING).await.page()), [4]);
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &Page::default());
@@ -83,7 +91,8 @@ pub async fn a_peek_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
     bench.deliver(message(alice, alice, "other").in_channel(1)).await;
     let lease = bench.lease(all(alice), first(2)).await;
     assert_eq!(bench.peek(all(alice)).await, Page::default());
-    let behind = bench.stores.inboxes.peek(all(alice), Seq(2), EVERYTHING, NOW).await.expect("peek");
+    let behind =
+        bench.stores.inboxes.peek(all(alice), Seq(2), EVERYTHING, NOW).await.expect("peek");
     assert_eq!(seqs(&behind), [3, 4, 5], "who asks for what is behind it gets that");
     assert_eq!(seqs(&bench.peek(only(alice, 1)).await), [5]);
     drop(lease);
@@ -113,8 +122,9 @@ pub async fn a_crash_releases_leases(factory: &dyn Factory) {
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &page);
 }
 
-/// Readers that settle or release at random while messages come in. What is settled is settled once, and whatever is
-/// shown is in order: a later message never while an earlier one may still come back.
+/// Readers that settle or release at random while messages come in. What is settled is settled
+/// once, and whatever is shown is in order: a later message never while an earlier one may still
+/// come back.
 pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn Factory) {
     const MESSAGES: u64 = 300;
     let (bench, alice) = filled(factory, 0).await;
@@ -139,7 +149,8 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
                     if round % 3 == 0 {
                         drop(lease);
                     } else {
-                        // Noted before the settlement, because afterwards others may be quicker to note theirs.
+                        // Noted before the settlement, because afterwards others may be quicker to
+                        // note theirs.
                         let new = seqs.iter().filter(|seq| settled.lock().insert(**seq)).count();
                         assert_eq!(new, seqs.len(), "{seqs:?} shown again after it was settled");
                         lease.settle(NOW).await.expect("settle");
@@ -181,7 +192,10 @@ pub async fn what_was_acked_is_not_shown_by_a_later_read(factory: &dyn Factory) 
         let page = bench.peek(all(alice)).await;
         assert!(page.envelopes.iter().all(|envelope| envelope.seq > Seq(seq)), "{seq} is gone");
         let lease = bench.lease(all(alice), first(3)).await;
-        assert!(lease.page().envelopes.iter().all(|envelope| envelope.seq > Seq(seq)), "{seq} is gone");
+        assert!(
+            lease.page().envelopes.iter().all(|envelope| envelope.seq > Seq(seq)),
+            "{seq} is gone"
+        );
     }
     reader.await.expect("no panic");
 }

@@ -62,7 +62,11 @@ pub async fn a_refusal_costs_nothing_and_names_the_wait(factory: &dyn Factory) {
     }
     assert_eq!(bench.spend(1, 2, NOW).await, Verdict::Allowed);
     assert_eq!(bench.spend(1, 5, NOW).await, retry(2_500));
-    assert_eq!(bench.spend(1, 5, after(2_500)).await, Verdict::Allowed, "after the wait there is enough");
+    assert_eq!(
+        bench.spend(1, 5, after(2_500)).await,
+        Verdict::Allowed,
+        "after the wait there is enough"
+    );
 }
 
 pub async fn a_cost_above_the_burst_leaves_a_debt(factory: &dyn Factory) {
@@ -70,7 +74,11 @@ pub async fn a_cost_above_the_burst_leaves_a_debt(factory: &dyn Factory) {
     assert_eq!(bench.spend(1, 1, NOW).await, Verdict::Allowed);
     assert_eq!(bench.spend(1, 30, NOW).await, retry(500), "it needs a full bucket");
     assert_eq!(bench.spend(1, 30, after(500)).await, Verdict::Allowed);
-    assert_eq!(bench.spend(1, 1, after(500)).await, retry(10_500), "and 20 more than that are owed");
+    assert_eq!(
+        bench.spend(1, 1, after(500)).await,
+        retry(10_500),
+        "and 20 more than that are owed"
+    );
     assert_eq!(bench.spend(1, 1, after(11_000)).await, Verdict::Allowed);
 }
 
@@ -79,7 +87,10 @@ pub async fn buckets_are_apart(factory: &dyn Factory) {
     assert_eq!(bench.spend(1, 10, NOW).await, Verdict::Allowed);
     assert_eq!(bench.spend(2, 10, NOW).await, Verdict::Allowed);
     let other = LimitKey { class: "another", ..key(1) };
-    assert_eq!(bench.stores.limiter.take(other, BUCKET, 10, NOW).await.expect("take"), Verdict::Allowed);
+    assert_eq!(
+        bench.stores.limiter.take(other, BUCKET, 10, NOW).await.expect("take"),
+        Verdict::Allowed
+    );
     assert_eq!(bench.spend(1, 1, NOW).await, retry(500));
 }
 

@@ -6,7 +6,8 @@
 //!     qpq_ports::conformance!(crate::backend::Postgres::from_env());
 //! }
 //! ```
-//! A backend whose factory is dear (servers to be started) gets one test an area, whose rules share a factory:
+//! A backend whose factory is dear (servers to be started) gets one test an area, whose rules share
+//! a factory:
 //! ```ignore
 //! qpq_ports::conformance!(together: crate::backend::Cluster::start());
 //! ```
@@ -42,11 +43,13 @@ pub trait Factory: Send + Sync {
 pub trait Backend: Send + Sync {
     fn stores(&self) -> Stores;
 
-    /// Loses whatever is not durable, as a process that is killed does, and starts again on what is left.
+    /// Loses whatever is not durable, as a process that is killed does, and starts again on what is
+    /// left.
     async fn crash(&mut self);
 }
 
-/// Makes a `#[tokio::test]` of each rule for the backends of `$factory`, an expression that evaluates to a [`Factory`].
+/// Makes a `#[tokio::test]` of each rule for the backends of `$factory`, an expression that
+/// evaluates to a [`Factory`].
 #[macro_export]
 macro_rules! conformance {
     (together: $factory:expr) => {

@@ -29,7 +29,11 @@ pub async fn a_view_sees_one_channel_or_all(factory: &dyn Factory) {
     assert_eq!(bench.peek(only(alice, 2)).await, Page::default());
     assert_eq!(texts(&bench.peek(all(bob)).await), ["for bob"]);
     let page = bench.peek(only(alice, 1)).await;
-    assert!(page.envelopes.iter().all(|e| e.channel == super::bench::channel(1) && e.enqueued_at == NOW));
+    assert!(
+        page.envelopes
+            .iter()
+            .all(|e| e.channel == super::bench::channel(1) && e.enqueued_at == NOW)
+    );
     assert_eq!(bench.lease(only(alice, 1), EVERYTHING).await.page(), &page);
 }
 
@@ -51,7 +55,11 @@ pub async fn an_expired_message_is_never_shown(factory: &dyn Factory) {
     let now = NOW.plus(2 * MINUTE);
     let one = bench.stores.inboxes.peek(all(alice), Seq::ZERO, first(1), now).await.expect("peek");
     assert!(!one.more, "what has expired is not more");
-    assert_eq!(bench.ack_at(all(alice), Some(3), &[], now).await, 1, "what has expired is gone already");
+    assert_eq!(
+        bench.ack_at(all(alice), Some(3), &[], now).await,
+        1,
+        "what has expired is gone already"
+    );
 }
 
 pub async fn a_page_ends_at_its_limits(factory: &dyn Factory) {
@@ -60,8 +68,9 @@ pub async fn a_page_ends_at_its_limits(factory: &dyn Factory) {
     for n in 0..6 {
         bench.deliver(message(alice, alice, &"x".repeat(100 + n))).await;
     }
-    let peek =
-        async |limit| bench.stores.inboxes.peek(all(alice), Seq::ZERO, limit, NOW).await.expect("peek");
+    let peek = async |limit| {
+        bench.stores.inboxes.peek(all(alice), Seq::ZERO, limit, NOW).await.expect("peek")
+    };
     for (limit, count, more) in [
         (first(2), 2, true),
         (first(5), 5, true),
@@ -128,7 +137,11 @@ pub async fn an_ack_removes_single_seqs_of_its_view(factory: &dyn Factory) {
     let (bench, alice) = mixed(factory).await;
     let bob = bench.person(2).await;
     bench.deliver(message(alice, bob, "for bob")).await;
-    assert_eq!(bench.ack(only(alice, 1), None, &[1, 2, 3]).await, 1, "the others are of another channel");
+    assert_eq!(
+        bench.ack(only(alice, 1), None, &[1, 2, 3]).await,
+        1,
+        "the others are of another channel"
+    );
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 3, 4, 5]);
     assert_eq!(bench.ack(all(alice), None, &[5, 3, 3, 77, u64::MAX, 0]).await, 2);
     assert_eq!(bench.ack(all(alice), Some(1), &[1, 4]).await, 2, "both kinds at once");

@@ -63,7 +63,12 @@ pub async fn a_touch_moves_the_expiry(factory: &dyn Factory) {
     assert_eq!(bench.stores.sessions.find(&token(1)).await.expect("find"), Some(touched.clone()));
     bench.crash().await;
     assert_eq!(bench.stores.sessions.find(&token(1)).await.expect("find"), Some(touched));
-    bench.stores.sessions.touch(&token(9), used, expires).await.expect("no such session is no error");
+    bench
+        .stores
+        .sessions
+        .touch(&token(9), used, expires)
+        .await
+        .expect("no such session is no error");
     assert_eq!(bench.stores.sessions.find(&token(9)).await.expect("find"), None);
 }
 

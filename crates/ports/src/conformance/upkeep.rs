@@ -47,13 +47,20 @@ pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Fac
     let brief = vec![message(alice, alice, "brief").living(MINUTE); MANY];
     bench.stores.inboxes.enqueue(brief).await.expect("enqueue");
     bench.deliver(message(alice, alice, "lasting")).await;
-    let (expired, alive) =
-        (open(&bench, 1, alice, NOW.plus(MINUTE)).await, open(&bench, 2, alice, NOW.plus(9 * MINUTE)).await);
+    let (expired, alive) = (
+        open(&bench, 1, alice, NOW.plus(MINUTE)).await,
+        open(&bench, 2, alice, NOW.plus(9 * MINUTE)).await,
+    );
     bench.stores.sessions.find(&expired).await.expect("find");
-    let package =
-        |n, not_after| NewKeyPackage { fingerprint: [n; 32], bytes: vec![n], last_resort: false, not_after };
+    let package = |n, not_after| NewKeyPackage {
+        fingerprint: [n; 32],
+        bytes: vec![n],
+        last_resort: false,
+        not_after,
+    };
     let packages = vec![package(1, NOW.plus(MINUTE)), package(2, NOW.plus(9 * MINUTE))];
-    let upload = bench.stores.key_packages.upload(alice.account, packages, NOW).await.expect("upload");
+    let upload =
+        bench.stores.key_packages.upload(alice.account, packages, NOW).await.expect("upload");
     assert!(matches!(upload, Upload::Stored(_)));
 
     assert_eq!(sweep_all(&bench, NOW).await, 0);
@@ -61,8 +68,13 @@ pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Fac
     assert_eq!(seqs(&bench.peek(all(alice)).await), [MANY as u64 + 1]);
     assert!(bench.stores.sessions.find(&expired).await.expect("find").is_none());
     assert!(bench.stores.sessions.find(&alive).await.expect("find").is_some());
-    let taken =
-        bench.stores.key_packages.take(&alice.identity, NOW).await.expect("take").expect("one is left");
+    let taken = bench
+        .stores
+        .key_packages
+        .take(&alice.identity, NOW)
+        .await
+        .expect("take")
+        .expect("one is left");
     assert_eq!(taken.bytes, [2]);
 }
 
@@ -84,7 +96,11 @@ pub async fn a_sweep_changes_no_answer(factory: &dyn Factory) {
     }
     let now = NOW.plus(15 * MINUTE);
     sweep_all(&bench, now).await;
-    assert_eq!(bench.send(expiring.clone().at(now)).await, Enqueued::Duplicate(first), "for one minute more");
+    assert_eq!(
+        bench.send(expiring.clone().at(now)).await,
+        Enqueued::Duplicate(first),
+        "for one minute more"
+    );
     assert_eq!(bench.deliver(message(alice, alice, "acked").with_id(2).at(now)).await.seq.0, 3);
     let now = NOW.plus(16 * MINUTE);
     assert!(sweep_all(&bench, now).await > 0, "the id of what expired is forgotten");

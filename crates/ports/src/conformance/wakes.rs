@@ -1,4 +1,5 @@
-//! Rules of [`crate::Wakes`]: whoever subscribes, reads nothing and waits, is woken by whatever comes.
+//! Rules of [`crate::Wakes`]: whoever subscribes, reads nothing and waits, is woken by whatever
+//! comes.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,8 +22,10 @@ async fn woken(wake: &mut Box<dyn Wake>, by: &str) {
 pub async fn whatever_makes_a_read_see_more_wakes(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
-    let (mut one, mut two) =
-        (bench.stores.wakes.subscribe(&alice.identity), bench.stores.wakes.subscribe(&alice.identity));
+    let (mut one, mut two) = (
+        bench.stores.wakes.subscribe(&alice.identity),
+        bench.stores.wakes.subscribe(&alice.identity),
+    );
     bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
     woken(&mut one, "an enqueue").await;
     woken(&mut two, "an enqueue").await;

@@ -1,5 +1,5 @@
-//! What the compiler cannot say of the conformance suite: a rule that the list in `conformance!` leaves out compiles, binds
-//! nobody, and would be missed by nobody.
+//! What the compiler cannot say of the conformance suite: a rule that the list in `conformance!`
+//! leaves out compiles, binds nobody, and would be missed by nobody.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -7,7 +7,8 @@ use std::{collections::BTreeSet, fs, path::Path};
 fn every_rule_of_the_conformance_suite_is_in_its_list() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/conformance");
     let list = fs::read_to_string(directory.join("mod.rs")).expect("the list");
-    let listed: BTreeSet<&str> = list.lines().filter_map(|line| line.trim().strip_suffix(',')).collect();
+    let listed: BTreeSet<&str> =
+        list.lines().filter_map(|line| line.trim().strip_suffix(',')).collect();
     let mut rules = 0;
     for entry in fs::read_dir(&directory).expect("the areas") {
         let path = entry.expect("an area").path();
@@ -17,7 +18,11 @@ fn every_rule_of_the_conformance_suite_is_in_its_list() {
         let area = fs::read_to_string(&path).expect("an area");
         for rule in area.lines().filter_map(|line| line.strip_prefix("pub async fn ")) {
             let name = rule.split('(').next().expect("a name");
-            assert!(listed.contains(name), "{name} of {} is not in the list in mod.rs", path.display());
+            assert!(
+                listed.contains(name),
+                "{name} of {} is not in the list in mod.rs",
+                path.display()
+            );
             rules += 1;
         }
     }

@@ -1,7 +1,8 @@
 //! Registration, login and logout (100 to 104): OPAQUE on the outside, sessions on the inside.
 //!
-//! What a login answers depends on nothing that tells whether the user exists: both starts look alike in content and in
-//! work done, a finish without a right password is one refusal, and budgets are kept by the name as typed.
+//! What a login answers depends on nothing that tells whether the user exists: both starts look
+//! alike in content and in work done, a finish without a right password is one refusal, and budgets
+//! are kept by the name as typed.
 
 use std::sync::Arc;
 
@@ -9,7 +10,9 @@ use qpq_domain::{IdentityKey, SessionToken, Username};
 use qpq_ports::{Credentials, NewAccount, NewSession, Registration, Session};
 use qpq_proto::{
     LimitClass, convert,
-    methods::{Logout, OpaqueLoginFinish, OpaqueLoginStart, OpaqueRegisterFinish, OpaqueRegisterStart},
+    methods::{
+        Logout, OpaqueLoginFinish, OpaqueLoginStart, OpaqueRegisterFinish, OpaqueRegisterStart,
+    },
     v1::{
         LogoutRequest, LogoutResponse, OpaqueLoginFinishRequest, OpaqueLoginFinishResponse,
         OpaqueLoginStartRequest, OpaqueLoginStartResponse, OpaqueRegisterFinishRequest,
@@ -51,7 +54,8 @@ impl Handler for OpaqueRegisterFinish {
         cx.limit(LimitClass::Register, Subject::Username(&username)).await?;
         let identity = enrollable(&request.identity_key)?;
         check_proof(cx, &identity, &username, &request)?;
-        let opaque_record = cx.app.opaque.finish_registration(&request.upload).map_err(refused("upload"))?;
+        let opaque_record =
+            cx.app.opaque.finish_registration(&request.upload).map_err(refused("upload"))?;
         let account = NewAccount { username, identity, opaque_record, now: cx.now };
         match cx.app.stores.accounts.register(account).await? {
             Registration::Registered(_) | Registration::Repeated(_) => {
@@ -64,7 +68,8 @@ impl Handler for OpaqueRegisterFinish {
 }
 
 impl Handler for OpaqueLoginStart {
-    /// One look-up, one record parsed and one 3DH done, for a user that exists and for one that does not.
+    /// One look-up, one record parsed and one 3DH done, for a user that exists and for one that
+    /// does not.
     async fn handle(
         cx: Cx<'_>,
         (): (),
@@ -84,12 +89,13 @@ impl Handler for OpaqueLoginStart {
 }
 
 impl Handler for OpaqueLoginFinish {
-    /// Counted by address alone: guesses are bounded by the starts, which are counted by name, and who has started must be
-    /// able to finish whatever others do to the name's budget.
+    /// Counted by address alone: guesses are bounded by the starts, which are counted by name, and
+    /// who has started must be able to finish whatever others do to the name's budget.
     ///
-    /// The session is bound to the account's own key and to the device that the client names. The device need not be
-    /// registered yet (registering one takes a session): the name gives no right that the session has not, it only says
-    /// whose position a read that names no device is meant to move, and reads check it.
+    /// The session is bound to the account's own key and to the device that the client names. The
+    /// device need not be registered yet (registering one takes a session): the name gives no right
+    /// that the session has not, it only says whose position a read that names no device is meant
+    /// to move, and reads check it.
     async fn handle(
         cx: Cx<'_>,
         (): (),
@@ -102,14 +108,21 @@ impl Handler for OpaqueLoginFinish {
         let login = cx.conn.take_login(&username, cx.now).ok_or(Error::LoginFailed)?;
         login.opaque.finish(&request.finalization).map_err(refused("finalization"))?;
         let (account, identity) = login.account.ok_or(Error::LoginFailed)?;
-        if claimed.is_some_and(|claimed| !bool::from(claimed.as_bytes().ct_eq(identity.as_bytes()))) {
+        if claimed.is_some_and(|claimed| !bool::from(claimed.as_bytes().ct_eq(identity.as_bytes())))
+        {
             return Err(Error::LoginFailed);
         }
 
         let token = new_token()?;
         let expires_at = cx.app.config.sessions.expires_at(cx.now, cx.now);
-        let session =
-            Session { account, identity, device, authenticated_at: cx.now, last_used_at: cx.now, expires_at };
+        let session = Session {
+            account,
+            identity,
+            device,
+            authenticated_at: cx.now,
+            last_used_at: cx.now,
+            expires_at,
+        };
         cx.app.stores.sessions.create(NewSession { token: token.hash(), session }).await?;
         cx.conn.bind(token.hash());
         Ok(OpaqueLoginFinishResponse {
@@ -127,7 +140,8 @@ impl Handler for Logout {
         request: LogoutRequest,
     ) -> Result<Answered<LogoutResponse>, Error> {
         let (app, all) = (Arc::clone(cx.app), request.all_sessions);
-        // In a task: a client that resets the call between the commit and the notice must not keep its waits alive.
+        // In a task: a client that resets the call between the commit and the notice must not keep
+        // its waits alive.
         let ended = tokio::spawn(async move {
             let sessions = &app.stores.sessions;
             let revoked = if all {

@@ -1,5 +1,5 @@
-//! Health (802): whether this server serves, and the key that its delivery proofs are signed with. It touches nothing:
-//! load balancers ask it often.
+//! Health (802): whether this server serves, and the key that its delivery proofs are signed with.
+//! It touches nothing: load balancers ask it often.
 
 use qpq_proto::{
     methods::Health,
@@ -9,13 +9,18 @@ use qpq_proto::{
 use crate::{Answered, App, Cx, Error, Handler};
 
 impl Handler for Health {
-    async fn handle(cx: Cx<'_>, (): (), _: HealthRequest) -> Result<Answered<HealthResponse>, Error> {
+    async fn handle(
+        cx: Cx<'_>,
+        (): (),
+        _: HealthRequest,
+    ) -> Result<Answered<HealthResponse>, Error> {
         Ok(HealthResponse {
             status: status(cx.app).into(),
             uptime_secs: cx.app.uptime().as_secs(),
             version: cx.app.config.version.clone(),
             server_key: cx.app.signer.public_key().to_vec().into(),
             domain: cx.app.config.domain.clone(),
+            ..HealthResponse::default()
         }
         .into())
     }

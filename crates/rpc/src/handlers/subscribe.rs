@@ -1,10 +1,12 @@
-//! 206 Subscribe: a task beside the connection that tells the client, by events, what it would otherwise poll for.
+//! 206 Subscribe: a task beside the connection that tells the client, by events, what it would
+//! otherwise poll for.
 //!
-//! The events are hints. A Wake says that a message became visible and carries none of it: the client peeks and acks, or
-//! fetches. When the client is slower than its inbox, only the newest Wake of each channel is kept for it, so a
-//! subscription costs no more memory than the inbox has channels. A Wake may come twice, or for what has gone meanwhile:
-//! it is cheaper to look in vain than to miss something. One connection has at most one subscription; a new one
-//! takes the place of the old, and announces again what is in the inbox.
+//! The events are hints. A Wake says that a message became visible and carries none of it: the
+//! client peeks and acks, or fetches. When the client is slower than its inbox, only the newest
+//! Wake of each channel is kept for it, so a subscription costs no more memory than the inbox has
+//! channels. A Wake may come twice, or for what has gone meanwhile: it is cheaper to look in vain
+//! than to miss something. One connection has at most one subscription; a new one takes the place
+//! of the old, and announces again what is in the inbox.
 
 use std::{
     collections::BTreeMap,
@@ -42,10 +44,12 @@ const LOW_AT_MOST_EVERY: Duration = Duration::from_secs(60);
 /// Between two tries where the client takes no more events, or the store fails.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// How often a subscription looks whether its session has expired. (That it was revoked, it is told.)
+/// How often a subscription looks whether its session has expired. (That it was revoked, it is
+/// told.)
 const RECHECK_EVERY: Duration = Duration::from_secs(10 * 60);
 
-/// Over how long a drain's events are spread, so that clients do not all reconnect at once (protocol §5).
+/// Over how long a drain's events are spread, so that clients do not all reconnect at once
+/// (protocol §5).
 const DRAIN_SPREAD: Duration = Duration::from_secs(5);
 
 /// The one reason in SessionRevoked: a client is not told which, and logs in again.
@@ -200,8 +204,9 @@ impl Subscription {
         };
     }
 
-    /// Looks what is new in the inbox. If nothing is, something that was announced before may have been on its way to
-    /// another reader and come back: then the first that is there is announced again.
+    /// Looks what is new in the inbox. If nothing is, something that was announced before may have
+    /// been on its way to another reader and come back: then the first that is there is announced
+    /// again.
     async fn look(&mut self, now: Instant) {
         let looked = match self.peek(self.seen, LOOK).await {
             Ok(page) if page.envelopes.is_empty() && self.seen > Seq::ZERO => {
@@ -212,7 +217,10 @@ impl Subscription {
         let page = match looked {
             Ok(page) => page,
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "a subscription could not look");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "a subscription could not look"
+                );
                 self.due.look = Some(now + RETRY);
                 return;
             }
@@ -233,7 +241,8 @@ impl Subscription {
     }
 
     async fn count_packages(&mut self, now: Instant) {
-        let stock = self.app.stores.key_packages.stock(self.caller.account, self.app.clock.now()).await;
+        let stock =
+            self.app.stores.key_packages.stock(self.caller.account, self.app.clock.now()).await;
         match stock {
             Ok(stock) if stock.available < LOW => self.outbox.packages_low = Some(stock.available),
             Ok(_) => {}
@@ -261,10 +270,14 @@ impl Subscription {
 }
 
 impl Due {
-    /// When there is something to do next; `recheck` is always among them but when the session is over.
+    /// When there is something to do next; `recheck` is always among them but when the session is
+    /// over.
     fn next(&self) -> Instant {
         let all = [self.look, self.recheck, self.count_packages, self.tell_of_drain, self.flush];
-        all.into_iter().flatten().min().expect("a session that is over is told of, or told of again")
+        all.into_iter()
+            .flatten()
+            .min()
+            .expect("a session that is over is told of, or told of again")
     }
 }
 

@@ -1,11 +1,13 @@
-//! From a name to a key and back (500, 501). Both need a session and draw on its account's budget: an open directory
-//! would be read out.
+//! From a name to a key and back (500, 501). Both need a session and draw on its account's budget:
+//! an open directory would be read out.
 
 use qpq_domain::{IdentityKey, Username};
 use qpq_proto::{
     convert,
     methods::{ResolveIdentity, ResolveUser},
-    v1::{ResolveIdentityRequest, ResolveIdentityResponse, ResolveUserRequest, ResolveUserResponse},
+    v1::{
+        ResolveIdentityRequest, ResolveIdentityResponse, ResolveUserRequest, ResolveUserResponse,
+    },
 };
 
 use crate::{Answered, Caller, Cx, Error, Handler};
@@ -18,7 +20,8 @@ impl Handler for ResolveUser {
     ) -> Result<Answered<ResolveUserResponse>, Error> {
         let name = local_part(&request.username, &cx.app.config.domain)?;
         let username = Username::parse(name).map_err(|_| Error::InvalidUsername)?;
-        let account = cx.app.stores.accounts.by_username(&username).await?.ok_or(Error::UserNotFound)?;
+        let account =
+            cx.app.stores.accounts.by_username(&username).await?.ok_or(Error::UserNotFound)?;
         Ok(ResolveUserResponse {
             identity_key: account.identity.as_bytes().to_vec().into(),
             inclusion_proof: Default::default(),
@@ -34,7 +37,8 @@ impl Handler for ResolveIdentity {
         request: ResolveIdentityRequest,
     ) -> Result<Answered<ResolveIdentityResponse>, Error> {
         let identity: IdentityKey = convert::identity_key(&request.identity_key, "identity_key")?;
-        let account = cx.app.stores.accounts.by_identity(&identity).await?.ok_or(Error::UserNotFound)?;
+        let account =
+            cx.app.stores.accounts.by_identity(&identity).await?.ok_or(Error::UserNotFound)?;
         Ok(ResolveIdentityResponse {
             username: account.username.as_str().to_owned(),
             created_at: account.created_at.0,
@@ -45,11 +49,14 @@ impl Handler for ResolveIdentity {
     }
 }
 
-/// What is left of `name@domain` when the domain is this server's own; a name without a domain is local as it is.
+/// What is left of `name@domain` when the domain is this server's own; a name without a domain is
+/// local as it is.
 fn local_part<'a>(name: &'a str, own_domain: &str) -> Result<&'a str, Error> {
     match name.rsplit_once('@') {
         None => Ok(name),
-        Some((local, domain)) if !own_domain.is_empty() && domain.eq_ignore_ascii_case(own_domain) => {
+        Some((local, domain))
+            if !own_domain.is_empty() && domain.eq_ignore_ascii_case(own_domain) =>
+        {
             Ok(local)
         }
         Some(_) => Err(Error::UnknownDomain),

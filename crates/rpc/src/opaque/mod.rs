@@ -1,16 +1,19 @@
-//! The server's side of OPAQUE-3DH (RFC 9807): registration and login by password, the password never seen.
+//! The server's side of OPAQUE-3DH (RFC 9807): registration and login by password, the password
+//! never seen.
 //!
-//! [`OpaqueServer`] owns the deployment's long-term secrets and is the only code that touches `opaque-ke`. It checks the
-//! exact length of every message first, because the library's parsers let trailing bytes through, and it does the same
-//! work for a user that does not exist as for one that does (RFC 9807 §6.3.2.2).
+//! [`OpaqueServer`] owns the deployment's long-term secrets and is the only code that touches
+//! `opaque-ke`. It checks the exact length of every message first, because the library's parsers
+//! let trailing bytes through, and it does the same work for a user that does not exist as for one
+//! that does (RFC 9807 §6.3.2.2).
 
 use std::fmt;
 
 use opaque_ke::{
     CipherSuite, ClientLogin, ClientLoginFinishParameters, ClientRegistration,
-    ClientRegistrationFinishParameters, CredentialFinalization, CredentialRequest, CredentialResponse,
-    Identifiers, RegistrationRequest, RegistrationResponse, RegistrationUpload, Ristretto255, ServerLogin,
-    ServerLoginParameters, ServerRegistration, ServerSetup, TripleDh, errors::ProtocolError,
+    ClientRegistrationFinishParameters, CredentialFinalization, CredentialRequest,
+    CredentialResponse, Identifiers, RegistrationRequest, RegistrationResponse, RegistrationUpload,
+    Ristretto255, ServerLogin, ServerLoginParameters, ServerRegistration, ServerSetup, TripleDh,
+    errors::ProtocolError,
 };
 use qpq_domain::Username;
 use rand::{CryptoRng, RngCore};
@@ -30,8 +33,9 @@ pub mod len {
     pub const SETUP: usize = 128;
 }
 
-/// The suite: ristretto255-SHA512, HKDF- and HMAC-SHA-512, 3DH over ristretto255. The key stretching function is the
-/// client's alone; it is named here because the library's type wants one and because one client must match another.
+/// The suite: ristretto255-SHA512, HKDF- and HMAC-SHA-512, 3DH over ristretto255. The key
+/// stretching function is the client's alone; it is named here because the library's type wants one
+/// and because one client must match another.
 #[derive(Debug)]
 pub struct QpqSuite;
 
@@ -64,8 +68,8 @@ pub enum InvalidSetup {
     SelfCheck,
 }
 
-/// What the server keeps between LoginStart and LoginFinish. As good as a session to whoever reads it: it stays in memory
-/// and is wiped when dropped.
+/// What the server keeps between LoginStart and LoginFinish. As good as a session to whoever reads
+/// it: it stays in memory and is wiped when dropped.
 pub struct PendingLogin(Box<ServerLogin<QpqSuite>>);
 
 impl fmt::Debug for PendingLogin {
@@ -74,7 +78,8 @@ impl fmt::Debug for PendingLogin {
     }
 }
 
-/// The deployment's OPAQUE secrets. One for all edges and for ever: without them no password works again.
+/// The deployment's OPAQUE secrets. One for all edges and for ever: without them no password works
+/// again.
 pub struct OpaqueServer {
     setup: ServerSetup<QpqSuite>,
     /// A valid record that belongs to nobody, parsed where there is no real one.
@@ -111,17 +116,23 @@ impl OpaqueServer {
 
     fn new(setup: ServerSetup<QpqSuite>) -> Self {
         let mut nobody = [0; len::RECORD];
-        // client_public_key 32 ‖ masking_key 64 ‖ envelope 96: any valid point makes the whole a valid record.
+        // client_public_key 32 ‖ masking_key 64 ‖ envelope 96: any valid point makes the whole a
+        // valid record.
         nobody[..32].copy_from_slice(&setup.keypair().public().serialize());
         Self { setup, nobody }
     }
 
     /// RegistrationResponse, 64 bytes. Depends on the name and the request alone.
-    pub fn start_registration(&self, username: &Username, request: &[u8]) -> Result<Vec<u8>, OpaqueError> {
+    pub fn start_registration(
+        &self,
+        username: &Username,
+        request: &[u8],
+    ) -> Result<Vec<u8>, OpaqueError> {
         exact(request, len::REGISTRATION_REQUEST)?;
         let request = RegistrationRequest::deserialize(request).map_err(malformed)?;
-        let started = ServerRegistration::<QpqSuite>::start(&self.setup, request, credential_id(username))
-            .map_err(malformed)?;
+        let started =
+            ServerRegistration::<QpqSuite>::start(&self.setup, request, credential_id(username))
+                .map_err(malformed)?;
         Ok(started.message.serialize().to_vec())
     }
 
@@ -132,8 +143,9 @@ impl OpaqueServer {
         Ok(ServerRegistration::finish(upload).serialize().to_vec())
     }
 
-    /// KE2, 320 bytes, and what LoginFinish needs. `record` is `None` for a user that does not exist: the work is the
-    /// same, the answer is made up, and no KE3 will match it. About 0.3 ms of one core.
+    /// KE2, 320 bytes, and what LoginFinish needs. `record` is `None` for a user that does not
+    /// exist: the work is the same, the answer is made up, and no KE3 will match it. About 0.3 ms
+    /// of one core.
     pub fn start_login(
         &self,
         rng: &mut (impl RngCore + CryptoRng),
@@ -144,7 +156,8 @@ impl OpaqueServer {
         self.start_login_in(ServerLoginParameters::default(), rng, username, record, ke1)
     }
 
-    /// The context and identities are parts of the transcript: the protocol has none, the RFC's vectors have.
+    /// The context and identities are parts of the transcript: the protocol has none, the RFC's
+    /// vectors have.
     fn start_login_in(
         &self,
         parameters: ServerLoginParameters<'_, '_>,
@@ -159,13 +172,14 @@ impl OpaqueServer {
             .and_then(|bytes| ServerRegistration::<QpqSuite>::deserialize(bytes).map_err(malformed))
             .map_err(|_| OpaqueError::CorruptRecord)?;
         let record = record.is_some().then_some(parsed);
-        let started = ServerLogin::start(rng, &self.setup, record, ke1, credential_id(username), parameters)
-            .map_err(malformed)?;
+        let started =
+            ServerLogin::start(rng, &self.setup, record, ke1, credential_id(username), parameters)
+                .map_err(malformed)?;
         Ok((started.message.serialize().to_vec(), PendingLogin(Box::new(started.state))))
     }
 
-    /// Registers and logs in a user that is never stored, with the server's own secrets: whether a password would work.
-    /// Cheap, as the client in it does not stretch its password.
+    /// Registers and logs in a user that is never stored, with the server's own secrets: whether a
+    /// password would work. Cheap, as the client in it does not stretch its password.
     pub fn self_check(&self, rng: &mut (impl RngCore + CryptoRng)) -> Result<(), InvalidSetup> {
         self.log_in_once(rng).ok_or(InvalidSetup::SelfCheck)
     }
@@ -173,14 +187,15 @@ impl OpaqueServer {
     fn log_in_once(&self, rng: &mut (impl RngCore + CryptoRng)) -> Option<()> {
         let username = Username::parse("self-check").expect("a plain name");
         let password = b"of no account";
-        let quick =
-            argon2::Params::new(argon2::Params::MIN_M_COST, 1, 1, None).expect("the lowest that is allowed");
+        let quick = argon2::Params::new(argon2::Params::MIN_M_COST, 1, 1, None)
+            .expect("the lowest that is allowed");
         let ksf = argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, quick);
 
         let client = ClientRegistration::<QpqSuite>::start(rng, password).ok()?;
         let response = self.start_registration(&username, &client.message.serialize()).ok()?;
         let response = RegistrationResponse::deserialize(&response).ok()?;
-        let parameters = ClientRegistrationFinishParameters::new(Identifiers::default(), Some(&ksf));
+        let parameters =
+            ClientRegistrationFinishParameters::new(Identifiers::default(), Some(&ksf));
         let registered = client.state.finish(rng, password, response, parameters).ok()?;
         let record = self.finish_registration(&registered.message.serialize()).ok()?;
 
@@ -200,7 +215,8 @@ impl PendingLogin {
         self.finish_in(ServerLoginParameters::default(), ke3).map(drop)
     }
 
-    /// The session key that both sides now have; the protocol does not use it (tokens are random instead).
+    /// The session key that both sides now have; the protocol does not use it (tokens are random
+    /// instead).
     fn finish_in(
         self,
         parameters: ServerLoginParameters<'_, '_>,
@@ -213,7 +229,8 @@ impl PendingLogin {
     }
 }
 
-/// The canonical name is what the password is bound to: it must be the same at registration and at every login.
+/// The canonical name is what the password is bound to: it must be the same at registration and at
+/// every login.
 fn credential_id(username: &Username) -> &[u8] {
     username.as_str().as_bytes()
 }

@@ -114,8 +114,12 @@ fn play(vector: &Real) {
     let ke1 = client.message.serialize();
     assert_eq!(hex::encode(ke1), common::KE1);
     let unused = "00".repeat(64);
-    let mut rng =
-        Script::new(&[&unused, common::MASKING_NONCE, common::SERVER_KEYSHARE_SEED, common::SERVER_NONCE]);
+    let mut rng = Script::new(&[
+        &unused,
+        common::MASKING_NONCE,
+        common::SERVER_KEYSHARE_SEED,
+        common::SERVER_NONCE,
+    ]);
     let (ke2, pending) = server
         .start_login_in(parameters(vector.identifiers), &mut rng, &user(), Some(&record), &ke1)
         .expect("KE2");
@@ -133,7 +137,8 @@ fn play(vector: &Real) {
     assert_eq!(hex::encode(ke3), vector.ke3);
     assert_eq!(hex::encode(logged_in.session_key), vector.session_key);
     assert_eq!(hex::encode(logged_in.export_key), common::EXPORT_KEY);
-    let session_key = pending.finish_in(parameters(vector.identifiers), &ke3).expect("the right password");
+    let session_key =
+        pending.finish_in(parameters(vector.identifiers), &ke3).expect("the right password");
     assert_eq!(hex::encode(&*session_key), vector.session_key);
 }
 
@@ -205,7 +210,11 @@ fn a_byte_more_or_less_is_refused() {
     let request = unhex(common::REGISTRATION_REQUEST);
     let ke1 = ke1();
     let changed = |bytes: &[u8]| {
-        [&bytes[1..], &[]].into_iter().map(<[u8]>::to_vec).chain([[bytes, &[0]].concat()]).collect::<Vec<_>>()
+        [&bytes[1..], &[]]
+            .into_iter()
+            .map(<[u8]>::to_vec)
+            .chain([[bytes, &[0]].concat()])
+            .collect::<Vec<_>>()
     };
     for request in changed(&request) {
         assert_eq!(server.start_registration(&user(), &request), Err(OpaqueError::Malformed));
@@ -214,7 +223,8 @@ fn a_byte_more_or_less_is_refused() {
         assert_eq!(server.finish_registration(&upload), Err(OpaqueError::Malformed));
     }
     for ke1 in changed(&ke1) {
-        let refused = server.start_login(&mut OsRng, &user(), Some(&record), &ke1).expect_err("length");
+        let refused =
+            server.start_login(&mut OsRng, &user(), Some(&record), &ke1).expect_err("length");
         assert_eq!(refused, OpaqueError::Malformed);
     }
     for ke3 in changed(&[0; len::KE3]) {
@@ -222,7 +232,8 @@ fn a_byte_more_or_less_is_refused() {
         assert_eq!(pending.finish(&ke3), Err(OpaqueError::Malformed));
     }
     for record in changed(&record) {
-        let refused = server.start_login(&mut OsRng, &user(), Some(&record), &ke1).expect_err("length");
+        let refused =
+            server.start_login(&mut OsRng, &user(), Some(&record), &ke1).expect_err("length");
         assert_eq!(refused, OpaqueError::CorruptRecord);
     }
 }
@@ -253,7 +264,10 @@ fn a_setup_is_kept_whole_and_a_damaged_one_is_found_out() {
     assert_eq!(again.serialize(), stored);
     again.self_check(&mut OsRng).expect("a login");
     assert_eq!(OpaqueServer::parse(&stored[1..]).expect_err("short"), InvalidSetup::Length);
-    assert_eq!(OpaqueServer::parse(&[&stored[..], &[0]].concat()).expect_err("long"), InvalidSetup::Length);
+    assert_eq!(
+        OpaqueServer::parse(&[&stored[..], &[0]].concat()).expect_err("long"),
+        InvalidSetup::Length
+    );
     for part in [64..96, 96..128] {
         let mut damaged = stored.clone();
         damaged[part].fill(0xff);

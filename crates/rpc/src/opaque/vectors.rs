@@ -1,5 +1,6 @@
-//! Test vectors of RFC 9807, Appendix C: the numbers, as the RFC prints them in hexadecimal. All are for the group
-//! ristretto255, hash SHA-512, context "OPAQUE-POC", credential identifier "1234" and no key stretching.
+//! Test vectors of RFC 9807, Appendix C: the numbers, as the RFC prints them in hexadecimal. All
+//! are for the group ristretto255, hash SHA-512, context "OPAQUE-POC", credential identifier "1234"
+//! and no key stretching.
 
 /// What C.1.1 and C.1.2 share.
 pub(crate) mod common {
@@ -9,20 +10,24 @@ pub(crate) mod common {
     pub(crate) const PASSWORD: &str = "436f7272656374486f72736542617474657279537461706c65";
     pub(crate) const ENVELOPE_NONCE: &str =
         "ac13171b2f17bc2c74997f0fce1e1f35bec6b91fe2e12dbd323d23ba7a38dfec";
-    pub(crate) const MASKING_NONCE: &str = "38fe59af0df2c79f57b8780278f5ae47355fe1f817119041951c80f612fdfc6d";
+    pub(crate) const MASKING_NONCE: &str =
+        "38fe59af0df2c79f57b8780278f5ae47355fe1f817119041951c80f612fdfc6d";
     pub(crate) const SERVER_PRIVATE_KEY: &str = "\
         47451a85372f8b3537e249d7b54188091fb18edde78094b43e2ba42b5eb89f0d";
     pub(crate) const SERVER_PUBLIC_KEY: &str = "\
         b2fe7af9f48cc502d016729d2fe25cdd433f2c4bc904660b2a382c9b79df1a78";
-    pub(crate) const SERVER_NONCE: &str = "71cd9960ecef2fe0d0f7494986fa3d8b2bb01963537e60efb13981e138e3d4a1";
-    pub(crate) const CLIENT_NONCE: &str = "da7e07376d6d6f034cfa9bb537d11b8c6b4238c334333d1f0aebb380cae6a6cc";
+    pub(crate) const SERVER_NONCE: &str =
+        "71cd9960ecef2fe0d0f7494986fa3d8b2bb01963537e60efb13981e138e3d4a1";
+    pub(crate) const CLIENT_NONCE: &str =
+        "da7e07376d6d6f034cfa9bb537d11b8c6b4238c334333d1f0aebb380cae6a6cc";
     pub(crate) const CLIENT_KEYSHARE_SEED: &str = "\
         82850a697b42a505f5b68fcdafce8c31f0af2b581f063cf1091933541936304b";
     pub(crate) const SERVER_KEYSHARE_SEED: &str = "\
         05a4f54206eef1ba2f615bc0aa285cb22f26d1153b5b40a1e85ff80da12f982f";
     pub(crate) const BLIND_REGISTRATION: &str = "\
         76cfbfe758db884bebb33582331ba9f159720ca8784a2a070a265d9c2d6abe01";
-    pub(crate) const BLIND_LOGIN: &str = "6ecc102d2e7a7cf49617aad7bbe188556792d4acd60a1a8a8d2b65d4b0790308";
+    pub(crate) const BLIND_LOGIN: &str =
+        "6ecc102d2e7a7cf49617aad7bbe188556792d4acd60a1a8a8d2b65d4b0790308";
     pub(crate) const REGISTRATION_REQUEST: &str = "\
         5059ff249eb1551b7ce4991f3336205bde44a105a032e747d21bf382e75f7a71";
     pub(crate) const REGISTRATION_RESPONSE: &str = "\
@@ -87,12 +92,14 @@ pub(crate) mod fake_1 {
     pub(crate) const OPRF_SEED: &str = "\
         743fc168d1f826ad43738933e5adb23da6fb95f95a1b069f0daa0522d0a78b617f701fc6aa46d3e7981e70de7765dfcd\
         6b1e13e3369a582eb8dc456b10aa53b0";
-    pub(crate) const MASKING_NONCE: &str = "9c035896a043e70f897d87180c543e7a063b83c1bb728fbd189c619e27b6e5a6";
+    pub(crate) const MASKING_NONCE: &str =
+        "9c035896a043e70f897d87180c543e7a063b83c1bb728fbd189c619e27b6e5a6";
     pub(crate) const CLIENT_PUBLIC_KEY: &str = "\
         84f43f9492e19c22d8bdaa4447cc3d4db1cdb5427a9f852c4707921212c36251";
     pub(crate) const SERVER_PRIVATE_KEY: &str = "\
         c788585ae8b5ba2942b693b849be0c0426384e41977c18d2e81fbe30fd7c9f06";
-    pub(crate) const SERVER_NONCE: &str = "1e10f6eeab2a7a420bf09da9b27a4639645622c46358de9cf7ae813055ae2d12";
+    pub(crate) const SERVER_NONCE: &str =
+        "1e10f6eeab2a7a420bf09da9b27a4639645622c46358de9cf7ae813055ae2d12";
     pub(crate) const SERVER_KEYSHARE_SEED: &str = "\
         360b0937f47d45f6123a4d8f0d0c0814b6120d840ebb8bc5b4f6b62df07f78c2";
     pub(crate) const MASKING_KEY: &str = "\

@@ -11,8 +11,13 @@ use qpq_domain::{IdentityKey, Username};
 use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreResult};
 use qpq_proto::{
     Status,
-    methods::{OpaqueLoginFinish, OpaqueLoginStart, OpaqueRegisterFinish, OpaqueRegisterStart, ResolveUser},
-    v1::{OpaqueLoginFinishRequest, OpaqueLoginStartRequest, OpaqueRegisterStartRequest, ResolveUserRequest},
+    methods::{
+        OpaqueLoginFinish, OpaqueLoginStart, OpaqueRegisterFinish, OpaqueRegisterStart, ResolveUser,
+    },
+    v1::{
+        OpaqueLoginFinishRequest, OpaqueLoginStartRequest, OpaqueRegisterStartRequest,
+        ResolveUserRequest,
+    },
 };
 use qpq_rpc::IdentityProof;
 use rand::rngs::OsRng;
@@ -53,7 +58,10 @@ async fn a_wrong_password_and_an_unknown_user_are_one_answer() {
     }
     assert_eq!(finishes[0].status, Status::Unauthorized.code());
     assert_eq!(finishes[0].payload, finishes[1].payload);
-    assert_eq!(code(client.log_in("alice", "wrong").await), (Status::Unauthorized, "auth.failed".into()));
+    assert_eq!(
+        code(client.log_in("alice", "wrong").await),
+        (Status::Unauthorized, "auth.failed".into())
+    );
 }
 
 /// Counts what logins ask the store, in order.
@@ -85,7 +93,8 @@ impl Accounts for Counted {
     }
 }
 
-/// Attack 5. That the curve work is the same is shown beside `OpaqueServer`, by the randomness it draws.
+/// Attack 5. That the curve work is the same is shown beside `OpaqueServer`, by the randomness it
+/// draws.
 #[tokio::test]
 async fn a_login_asks_the_store_the_same_whether_or_not_the_user_exists() {
     let asked = Arc::new(Mutex::new(Vec::new()));
@@ -117,11 +126,13 @@ async fn the_starts_tell_nothing_of_whether_a_name_is_taken() {
     let client = server.connect();
     client.register("alice", "password", &new_identity()).await.expect("a free name");
     for name in ["alice", "nobody"] {
-        // Not a secret's blinding, but a valid point: what an answer depends on must be the name alone.
-        let point =
-            hex::decode("e2f2ae0a6abc4e71a884a961c500515f58e30b6aa582dd8db6a65945e08d2d76").expect("hex");
+        // Not a secret's blinding, but a valid point: what an answer depends on must be the name
+        // alone.
+        let point = hex::decode("e2f2ae0a6abc4e71a884a961c500515f58e30b6aa582dd8db6a65945e08d2d76")
+            .expect("hex");
         let request = OpaqueRegisterStartRequest { username: name.into(), request: point.into() };
-        let first = client.call::<OpaqueRegisterStart>(request.clone()).await.expect("an answer").response;
+        let first =
+            client.call::<OpaqueRegisterStart>(request.clone()).await.expect("an answer").response;
         let second = client.call::<OpaqueRegisterStart>(request).await.expect("an answer").response;
         assert_eq!((first.len(), &first), (64, &second), "{name}");
         let once = client.start_login(name, "password").await.expect("an answer").ke2;
@@ -172,7 +183,8 @@ async fn what_is_no_point_or_the_identity_is_malformed() {
     let client = server.connect();
     let malformed = || (Status::BadRequest, "auth.malformed".to_owned());
     for point in [[0; 32], [0xff; 32]] {
-        let request = OpaqueRegisterStartRequest { username: "alice".into(), request: point.to_vec().into() };
+        let request =
+            OpaqueRegisterStartRequest { username: "alice".into(), request: point.to_vec().into() };
         assert_eq!(code(client.call::<OpaqueRegisterStart>(request).await), malformed());
         let mut upload = client.upload("alice", "password").await.expect("an upload");
         upload[..32].copy_from_slice(&point);
@@ -206,8 +218,11 @@ async fn names_are_one_whatever_their_case_and_width_and_bad_ones_are_refused() 
             ..Default::default()
         };
         assert_eq!(code(client.call::<OpaqueLoginFinish>(finish).await), invalid(), "{bad:?}");
-        let finish =
-            registration(bad, &client.upload("zoe", "password").await.expect("an upload"), &identity);
+        let finish = registration(
+            bad,
+            &client.upload("zoe", "password").await.expect("an upload"),
+            &identity,
+        );
         assert_eq!(code(client.call::<OpaqueRegisterFinish>(finish).await), invalid(), "{bad:?}");
     }
 }
@@ -220,10 +235,12 @@ async fn a_registration_only_ever_inserts() {
     let upload = client.upload("alice", "password").await.expect("an upload");
     let request = registration("alice", &upload, &identity);
     for _ in 0..2 {
-        let done = client.call::<OpaqueRegisterFinish>(request.clone()).await.expect("a repeat is Ok");
+        let done =
+            client.call::<OpaqueRegisterFinish>(request.clone()).await.expect("a repeat is Ok");
         assert!(done.success);
     }
-    // The same name and key with another password, the name with another key: both would take the account over.
+    // The same name and key with another password, the name with another key: both would take the
+    // account over.
     for (password, key) in [("other", &identity), ("password", &new_identity())] {
         let refused = client.register("alice", password, key).await;
         assert_eq!(code(refused), (Status::Forbidden, "auth.username_taken".into()));
@@ -320,12 +337,16 @@ async fn a_proof_is_checked_when_it_is_there_and_asked_for_where_required() {
         client.call::<OpaqueRegisterFinish>(request).await.expect("a valid proof");
     }
     let client = optional.connect();
-    client.register("bob", "password", &new_identity()).await.expect("no proof where it is optional");
+    client
+        .register("bob", "password", &new_identity())
+        .await
+        .expect("no proof where it is optional");
 }
 
 /// Adds the order of the Ed25519 group to a little-endian scalar.
 fn add_group_order(scalar: &mut [u8]) {
-    let order = hex::decode("edd3f55c1a631258d69cf7a2def9de1400000000000000000000000000000010").expect("hex");
+    let order = hex::decode("edd3f55c1a631258d69cf7a2def9de1400000000000000000000000000000010")
+        .expect("hex");
     let mut carry = 0;
     for (byte, add) in scalar.iter_mut().zip(order) {
         let sum = u16::from(*byte) + u16::from(add) + carry;
@@ -398,7 +419,8 @@ async fn four_logins_wait_on_a_connection_and_a_fifth_pushes_the_oldest_out() {
         client.register(&name, "password", &new_identity()).await.expect("a free name");
         started.push(client.start_login(&name, "password").await.expect("an answer").finish());
     }
-    let outcomes = join_all(started.into_iter().map(|finish| client.call::<OpaqueLoginFinish>(finish))).await;
+    let outcomes =
+        join_all(started.into_iter().map(|finish| client.call::<OpaqueLoginFinish>(finish))).await;
     let succeeded: Vec<_> = outcomes.iter().map(Result::is_ok).collect();
     assert_eq!(succeeded, [false, true, true, true, true]);
 }
@@ -421,11 +443,15 @@ async fn a_session_is_never_bound_to_a_key_because_the_client_named_it() {
     let alice = server.user("alice").await;
     let bob = server.user("bob").await;
     let finish = async |key: &[u8]| {
-        let mut finish = bob.client.start_login("bob", "password").await.expect("an answer").finish();
+        let mut finish =
+            bob.client.start_login("bob", "password").await.expect("an answer").finish();
         finish.identity_key = Bytes::copy_from_slice(key);
         bob.client.call::<OpaqueLoginFinish>(finish).await
     };
-    assert_eq!(code(finish(alice.identity.as_bytes()).await), (Status::Unauthorized, "auth.failed".into()));
+    assert_eq!(
+        code(finish(alice.identity.as_bytes()).await),
+        (Status::Unauthorized, "auth.failed".into())
+    );
     assert_eq!(code(finish(&[1; 31]).await), (Status::BadRequest, "rpc.invalid_field".into()));
     finish(bob.identity.as_bytes()).await.expect("his own key");
     finish(&[]).await.expect("no key named");
@@ -435,8 +461,11 @@ async fn a_session_is_never_bound_to_a_key_because_the_client_named_it() {
 async fn a_device_id_is_empty_or_sixteen_bytes() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
-    for (device, good) in [(vec![], true), (vec![5; 16], true), (vec![5; 15], false), (vec![5; 17], false)] {
-        let mut finish = alice.client.start_login("alice", "password").await.expect("an answer").finish();
+    for (device, good) in
+        [(vec![], true), (vec![5; 16], true), (vec![5; 15], false), (vec![5; 17], false)]
+    {
+        let mut finish =
+            alice.client.start_login("alice", "password").await.expect("an answer").finish();
         finish.device_id = device.into();
         let outcome = alice.client.call::<OpaqueLoginFinish>(finish).await;
         match outcome {

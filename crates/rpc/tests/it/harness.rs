@@ -1,4 +1,5 @@
-//! A whole server in a temporary directory, and clients that call it by method type as the real ones do.
+//! A whole server in a temporary directory, and clients that call it by method type as the real
+//! ones do.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -189,7 +190,10 @@ impl Client {
     }
 
     /// A call whose lease, if there is one, is released: nobody says that the answer arrived.
-    pub(crate) async fn call<M: Method>(&self, request: M::Request) -> Result<M::Response, Refused> {
+    pub(crate) async fn call<M: Method>(
+        &self,
+        request: M::Request,
+    ) -> Result<M::Response, Refused> {
         self.call_with::<M>(request, &[]).await
     }
 
@@ -213,8 +217,8 @@ impl Client {
 
     /// An upload for `name` and `password`, from the first of the two calls.
     pub(crate) async fn upload(&self, name: &str, password: &str) -> Result<Vec<u8>, Refused> {
-        let started =
-            ClientRegistration::<ClientSuite>::start(&mut OsRng, password.as_bytes()).expect("blinded");
+        let started = ClientRegistration::<ClientSuite>::start(&mut OsRng, password.as_bytes())
+            .expect("blinded");
         let request = OpaqueRegisterStartRequest {
             username: name.into(),
             request: started.message.serialize().to_vec().into(),
@@ -222,8 +226,10 @@ impl Client {
         let response = self.call::<OpaqueRegisterStart>(request).await?;
         let response = RegistrationResponse::deserialize(&response.response).expect("a response");
         let parameters = ClientRegistrationFinishParameters::default();
-        let finished =
-            started.state.finish(&mut OsRng, password.as_bytes(), response, parameters).expect("an upload");
+        let finished = started
+            .state
+            .finish(&mut OsRng, password.as_bytes(), response, parameters)
+            .expect("an upload");
         Ok(finished.message.serialize().to_vec())
     }
 
@@ -238,8 +244,13 @@ impl Client {
     }
 
     /// The first of a login's two calls.
-    pub(crate) async fn start_login(&self, name: &str, password: &str) -> Result<StartedLogin, Refused> {
-        let started = ClientLogin::<ClientSuite>::start(&mut OsRng, password.as_bytes()).expect("blinded");
+    pub(crate) async fn start_login(
+        &self,
+        name: &str,
+        password: &str,
+    ) -> Result<StartedLogin, Refused> {
+        let started =
+            ClientLogin::<ClientSuite>::start(&mut OsRng, password.as_bytes()).expect("blinded");
         let request = OpaqueLoginStartRequest {
             username: name.into(),
             request: started.message.serialize().to_vec().into(),
@@ -267,8 +278,8 @@ pub(crate) struct StartedLogin {
 }
 
 impl StartedLogin {
-    /// The second call's request. With a wrong password, or a made-up KE2, the client itself finds out; an attacker would
-    /// then send what it likes, so this does.
+    /// The second call's request. With a wrong password, or a made-up KE2, the client itself finds
+    /// out; an attacker would then send what it likes, so this does.
     pub(crate) fn finish(self) -> OpaqueLoginFinishRequest {
         let ke2 = CredentialResponse::deserialize(&self.ke2).expect("KE2");
         let parameters = ClientLoginFinishParameters::default();
@@ -283,7 +294,11 @@ impl StartedLogin {
 }
 
 /// A registration's second request, without proof.
-pub(crate) fn registration(name: &str, upload: &[u8], identity: &IdentityKey) -> OpaqueRegisterFinishRequest {
+pub(crate) fn registration(
+    name: &str,
+    upload: &[u8],
+    identity: &IdentityKey,
+) -> OpaqueRegisterFinishRequest {
     OpaqueRegisterFinishRequest {
         username: name.into(),
         upload: upload.to_vec().into(),

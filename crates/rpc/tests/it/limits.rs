@@ -24,7 +24,9 @@ use crate::harness::{Client, Refused, Server, code, new_identity};
 /// Limits in force, with one budget of two calls, one of them coming back each second.
 fn tight(class: LimitClass, per: LimitSubject) -> impl FnOnce(&mut Config) {
     let two = Bucket { burst: 2, per_second: 1.0 };
-    move |config| config.limits = RateLimits { enabled: true, overrides: [((class, per), two)].into() }
+    move |config| {
+        config.limits = RateLimits { enabled: true, overrides: [((class, per), two)].into() }
+    }
 }
 
 fn limited() -> (Status, String) {
@@ -51,8 +53,9 @@ async fn an_address_has_its_budget_and_the_refusal_says_when_to_come_back() {
     for _ in 0..2 {
         health(&client).await.expect("within the budget");
     }
-    let refused =
-        health(&server.connect_from(at("192.0.2.1"))).await.expect_err("another connection, same address");
+    let refused = health(&server.connect_from(at("192.0.2.1")))
+        .await
+        .expect_err("another connection, same address");
     assert_eq!((refused.status, refused.code.as_str()), (Status::RateLimited, "rpc.rate_limited"));
     let wait = refused.retry_after.expect("always said");
     assert!(wait > Duration::ZERO && wait <= Duration::from_secs(1), "{wait:?}");
@@ -83,10 +86,16 @@ async fn a_username_has_its_budget_whoever_asks_and_whether_or_not_it_exists() {
     server.connect().register("alice", "password", &new_identity()).await.expect("a free name");
     for name in ["alice", "nobody"] {
         let mut waits = Vec::new();
-        for (n, spelled) in [name.to_owned(), name.to_uppercase(), name.to_owned()].iter().enumerate() {
+        for (n, spelled) in
+            [name.to_owned(), name.to_uppercase(), name.to_owned()].iter().enumerate()
+        {
             let client = server.connect_from(at(&format!("192.0.2.{n}")));
             waits.push(
-                client.start_login(spelled, "guess").await.err().and_then(|refused| refused.retry_after),
+                client
+                    .start_login(spelled, "guess")
+                    .await
+                    .err()
+                    .and_then(|refused| refused.retry_after),
             );
         }
         assert_eq!(waits[..2], [None, None], "{name}");
@@ -136,7 +145,9 @@ async fn a_target_has_a_budget_for_each_who_asks() {
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let fetch = async |client: &Client, target: &[u8]| {
         let identity_key = target.to_vec().into();
-        client.call::<FetchKeyPackage>(FetchKeyPackageRequest { identity_key, ..Default::default() }).await
+        client
+            .call::<FetchKeyPackage>(FetchKeyPackageRequest { identity_key, ..Default::default() })
+            .await
     };
     let (one, two) = (new_identity(), new_identity());
     for _ in 0..2 {
@@ -180,7 +191,13 @@ struct Unreachable {
 
 #[async_trait]
 impl RateLimiter for Unreachable {
-    async fn take(&self, key: LimitKey, bucket: Bucket, cost: u32, now: UnixMillis) -> StoreResult<Verdict> {
+    async fn take(
+        &self,
+        key: LimitKey,
+        bucket: Bucket,
+        cost: u32,
+        now: UnixMillis,
+    ) -> StoreResult<Verdict> {
         if self.gone.load(Ordering::SeqCst) {
             return Err(StoreError::unavailable("no limiter"));
         }
@@ -210,11 +227,15 @@ async fn without_a_limiter_nobody_logs_in_or_registers_and_the_rest_goes_on() {
         .call::<Enqueue>(EnqueueRequest { recipient_key, ..Default::default() })
         .await
         .expect("a message still gets through");
-    for refused in
-        [client.upload("bob", "password").await.err(), client.start_login("alice", "password").await.err()]
-    {
+    for refused in [
+        client.upload("bob", "password").await.err(),
+        client.start_login("alice", "password").await.err(),
+    ] {
         let refused = refused.expect("closed");
-        assert_eq!((refused.status, refused.code.as_str()), (Status::Unavailable, "rpc.unavailable"));
+        assert_eq!(
+            (refused.status, refused.code.as_str()),
+            (Status::Unavailable, "rpc.unavailable")
+        );
         assert!(refused.retry_after.is_some());
     }
 }

@@ -1,5 +1,5 @@
-//! The server as its clients meet it: every call goes through `Rpc::call` to the real embedded store, under a clock that is
-//! set by hand.
+//! The server as its clients meet it: every call goes through `Rpc::call` to the real embedded
+//! store, under a clock that is set by hand.
 
 mod auth;
 mod delivery;

@@ -1,4 +1,5 @@
-//! What operators see: every call once, in the log and in the metrics, and nothing that is a secret or personal.
+//! What operators see: every call once, in the log and in the metrics, and nothing that is a secret
+//! or personal.
 
 use std::{
     collections::BTreeMap,
@@ -13,12 +14,17 @@ use std::{
 use base64::Engine as _;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
-use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+use metrics::{
+    Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, Recorder, SharedString, Unit,
+};
 use parking_lot::Mutex;
 use qpq_domain::SessionToken;
 use qpq_proto::{
     methods::{Enqueue, Fetch, FetchWait, Health, Logout, OpaqueLoginFinish, ResolveUser},
-    v1::{EnqueueRequest, FetchRequest, FetchWaitRequest, HealthRequest, LogoutRequest, ResolveUserRequest},
+    v1::{
+        EnqueueRequest, FetchRequest, FetchWaitRequest, HealthRequest, LogoutRequest,
+        ResolveUserRequest,
+    },
 };
 use qpq_rpc::Refusal;
 use tracing_subscriber::fmt::MakeWriter;
@@ -69,7 +75,9 @@ impl Log {
         let text = self.text();
         let lines = text.lines().filter_map(|line| line.split_once(" qpq::access: "));
         lines
-            .map(|(head, line)| format!("{} {line}", head.split_whitespace().last().expect("a level")))
+            .map(|(head, line)| {
+                format!("{} {line}", head.split_whitespace().last().expect("a level"))
+            })
             .collect()
     }
 }
@@ -91,7 +99,8 @@ impl HistogramFn for Samples {
 }
 
 fn series(key: &Key) -> String {
-    let labels: Vec<_> = key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
+    let labels: Vec<_> =
+        key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
     format!("{}{{{}}}", key.name(), labels.join(","))
 }
 
@@ -135,7 +144,8 @@ impl Metrics {
 /// Runs a story under a recorder of its own.
 fn recorded<F: Future<Output = ()>>(story: impl FnOnce() -> F) -> Metrics {
     let metrics = Metrics::default();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     metrics::with_local_recorder(&metrics, || runtime.block_on(story()));
     metrics
 }
@@ -197,9 +207,17 @@ async fn every_call_has_one_line_and_health_is_quieter() {
     assert_eq!(lines.len(), 3, "{lines:#?}");
     assert!(lines[0].starts_with("DEBUG method=\"Health\" code=\"ok\" us="), "{}", lines[0]);
     assert!(lines[0].contains(" bytes_in=0 bytes_out="), "{}", lines[0]);
-    assert!(lines[1].starts_with("INFO method=\"ResolveUser\" code=\"users.not_found\" us="), "{}", lines[1]);
+    assert!(
+        lines[1].starts_with("INFO method=\"ResolveUser\" code=\"users.not_found\" us="),
+        "{}",
+        lines[1]
+    );
     assert!(lines[1].contains(" bytes_in=8 bytes_out="), "{}", lines[1]);
-    assert!(lines[2].starts_with("INFO method=\"unknown\" code=\"rpc.unknown_method\" us="), "{}", lines[2]);
+    assert!(
+        lines[2].starts_with("INFO method=\"unknown\" code=\"rpc.unknown_method\" us="),
+        "{}",
+        lines[2]
+    );
 
     let (log, _guard) = Log::capture("info");
     alice.client.call::<Health>(HealthRequest {}).await.expect("anyone may ask");
@@ -227,8 +245,10 @@ fn forms(secret: &[u8]) -> Vec<String> {
         base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(secret),
     ];
     let hex = [hex::encode(secret), hex::encode_upper(secret)];
-    let lists =
-        [list.trim_matches(['[', ']']).to_owned(), list.replace(' ', "").trim_matches(['[', ']']).to_owned()];
+    let lists = [
+        list.trim_matches(['[', ']']).to_owned(),
+        list.replace(' ', "").trim_matches(['[', ']']).to_owned(),
+    ];
     [base64, hex, lists].into_iter().flatten().chain([secret.escape_ascii().to_string()]).collect()
 }
 
@@ -242,17 +262,26 @@ fn no_token_key_name_or_address_is_in_any_log_line_or_label() {
         let ip: IpAddr = "203.0.113.77".parse().expect("an address");
         let client = server.connect_from((ip, 54_321).into());
         let user = server.user("zaphod-beeblebrox").await;
-        let upload = client.upload("zaphod-beeblebrox", "passw0rd-of-zaphod").await.expect("an upload");
-        client.register("zaphod-beeblebrox", "passw0rd-of-zaphod", &user.identity).await.expect_err("taken");
-        let finish =
-            client.start_login("zaphod-beeblebrox", "passw0rd-of-zaphod").await.expect("KE2").finish();
+        let upload =
+            client.upload("zaphod-beeblebrox", "passw0rd-of-zaphod").await.expect("an upload");
+        client
+            .register("zaphod-beeblebrox", "passw0rd-of-zaphod", &user.identity)
+            .await
+            .expect_err("taken");
+        let finish = client
+            .start_login("zaphod-beeblebrox", "passw0rd-of-zaphod")
+            .await
+            .expect("KE2")
+            .finish();
         client.call::<OpaqueLoginFinish>(finish.clone()).await.expect_err("a wrong password");
-        let request = ResolveUserRequest { username: "zaphod-beeblebrox".into(), ..Default::default() };
+        let request =
+            ResolveUserRequest { username: "zaphod-beeblebrox".into(), ..Default::default() };
         client.call_with::<ResolveUser>(request.clone(), &user.token).await.expect("a session");
         client.call_with::<ResolveUser>(request, &[0xa7; 32]).await.expect_err("no session");
         let payload = Bytes::from_static(b"ciphertext of a private matter");
         let recipient_key = Bytes::copy_from_slice(user.identity.as_bytes());
-        let enqueue = EnqueueRequest { recipient_key, payload: payload.clone(), ..Default::default() };
+        let enqueue =
+            EnqueueRequest { recipient_key, payload: payload.clone(), ..Default::default() };
         client.call::<Enqueue>(enqueue).await.expect("a session");
         client.call::<Fetch>(FetchRequest::default()).await.expect("a session");
         let bad = registration("zaphod@beeblebrox", &upload, &user.identity);

@@ -8,7 +8,9 @@ use futures_util::FutureExt as _;
 use proptest::{collection::vec, prelude::*, sample::select, test_runner::TestRunner};
 use prost::Message as _;
 use qpq_domain::{IdentityKey, Username};
-use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreError, StoreResult};
+use qpq_ports::{
+    Account, Accounts, Credentials, NewAccount, Registration, StoreError, StoreResult,
+};
 use qpq_proto::{METHODS, Status, v1::OpaqueLoginStartRequest};
 use qpq_rpc::{Answer, Code, Refusal};
 
@@ -41,8 +43,9 @@ async fn a_request_is_judged_by_its_header() {
     let client = server.connect();
     for method in METHODS.iter().filter(|method| method.served) {
         server.rpc.admit(&client.conn, method.id, 4 << 20).expect("the largest that is allowed");
-        let refused =
-            Refused::new(&server.rpc.admit(&client.conn, method.id, (4 << 20) + 1).expect_err("larger"));
+        let refused = Refused::new(
+            &server.rpc.admit(&client.conn, method.id, (4 << 20) + 1).expect_err("larger"),
+        );
         assert_eq!((refused.status, refused.code.as_str()), (Status::BadRequest, "rpc.too_large"));
     }
 }
@@ -88,10 +91,12 @@ async fn every_method_survives_rubbish_and_every_one_with_a_session_wants_one() 
     }
 }
 
-/// Whatever a client with a session sends, it gets an answer that is no fault of the server, and a refusal says why.
+/// Whatever a client with a session sends, it gets an answer that is no fault of the server, and a
+/// refusal says why.
 #[test]
 fn no_payload_is_a_fault() {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (_server, alice) = runtime.block_on(async {
         let server = Server::start().await;
         let alice = server.user("alice").await;
@@ -99,7 +104,8 @@ fn no_payload_is_a_fault() {
         server.rpc.drain();
         (server, alice)
     });
-    let methods: Vec<_> = METHODS.iter().filter(|method| method.served && method.name != "Logout").collect();
+    let methods: Vec<_> =
+        METHODS.iter().filter(|method| method.served && method.name != "Logout").collect();
     // Fields that exist, with rubbish in them, are likelier than rubbish that is a field.
     let field = (1u8..12, prop_oneof![Just(0u8), Just(2)], vec(any::<u8>(), 0..40)).prop_map(
         |(number, wire_type, bytes)| match wire_type {
@@ -107,17 +113,23 @@ fn no_payload_is_a_fault() {
             _ => [&[number << 3 | 2, bytes.len() as u8][..], &bytes].concat(),
         },
     );
-    let payload = prop_oneof![vec(field, 0..6).prop_map(|fields| fields.concat()), vec(any::<u8>(), 0..64)];
+    let payload =
+        prop_oneof![vec(field, 0..6).prop_map(|fields| fields.concat()), vec(any::<u8>(), 0..64)];
     let mut runner = TestRunner::new(ProptestConfig::with_cases(2_000));
     runner
         .run(&(select(methods), payload), |(method, payload)| {
             let answer = runtime.block_on(alice.client.raw(method.id, payload));
             let status = Status::from(answer.status);
-            prop_assert!(!matches!(status, Status::Internal | Status::Unavailable), "{method:?}: {answer:?}");
+            prop_assert!(
+                !matches!(status, Status::Internal | Status::Unavailable),
+                "{method:?}: {answer:?}"
+            );
             if status != Status::Ok {
                 let code = Refused::new(&answer).code;
                 prop_assert!(
-                    Code::ALL.iter().any(|known| known.as_str() == code && known.status() == status)
+                    Code::ALL
+                        .iter()
+                        .any(|known| known.as_str() == code && known.status() == status)
                 );
             }
             Ok(())
@@ -205,7 +217,8 @@ async fn a_failing_store_is_told_by_its_meaning_and_never_by_its_cause() {
 
 /// Two valid points around a nonce.
 fn ke1() -> Bytes {
-    let point = hex::decode("e2f2ae0a6abc4e71a884a961c500515f58e30b6aa582dd8db6a65945e08d2d76").expect("hex");
+    let point = hex::decode("e2f2ae0a6abc4e71a884a961c500515f58e30b6aa582dd8db6a65945e08d2d76")
+        .expect("hex");
     [&point[..], &[1; 32], &point].concat().into()
 }
 
@@ -230,9 +243,15 @@ fn the_table_of_errors_holds_what_the_protocol_promises() {
     let mut codes = std::collections::HashSet::new();
     for code in Code::ALL {
         assert!(codes.insert(code.as_str()), "{code:?} has another's code");
-        assert!(code.status() != Status::Ok && !matches!(code.status(), Status::Unknown(_)), "{code:?}");
+        assert!(
+            code.status() != Status::Ok && !matches!(code.status(), Status::Unknown(_)),
+            "{code:?}"
+        );
         let shape = |c: char| c.is_ascii_lowercase() || c == '_' || c == '.';
-        assert!(code.as_str().chars().all(shape) && code.as_str().matches('.').count() == 1, "{code:?}");
+        assert!(
+            code.as_str().chars().all(shape) && code.as_str().matches('.').count() == 1,
+            "{code:?}"
+        );
         assert!(code.message().ends_with('.'), "{code:?}");
     }
 }
@@ -245,5 +264,8 @@ fn the_documented_errors_are_current() {
         std::fs::write(path, &current).expect("docs/ is writable");
     }
     let written = std::fs::read_to_string(path).unwrap_or_default();
-    assert!(written == current, "docs/errors.md is stale: QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-rpc");
+    assert!(
+        written == current,
+        "docs/errors.md is stale: QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-rpc"
+    );
 }

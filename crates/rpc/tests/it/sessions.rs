@@ -82,9 +82,11 @@ async fn a_token_that_is_no_good_is_one_answer_and_binds_nothing() {
 async fn the_last_of_two_token_fields_counts_and_a_broken_one_is_malformed() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
-    let mut payload =
-        ResolveUserRequest { username: "alice".into(), session_token: Bytes::from_static(&[7; 32]) }
-            .encode_to_vec();
+    let mut payload = ResolveUserRequest {
+        username: "alice".into(),
+        session_token: Bytes::from_static(&[7; 32]),
+    }
+    .encode_to_vec();
     append_session_token(&mut payload, &alice.token);
     assert_eq!(server.connect().raw(500, payload).await.status, Status::Ok.code());
     // Field 15 as a number; a length beyond the end.
@@ -159,7 +161,12 @@ impl Sessions for Touched {
         self.inner.confirm(token).await
     }
 
-    async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()> {
+    async fn touch(
+        &self,
+        token: &TokenHash,
+        now: UnixMillis,
+        expires_at: UnixMillis,
+    ) -> StoreResult<()> {
         self.touches.fetch_add(1, Ordering::SeqCst);
         if self.fails {
             return Err(StoreError::unavailable("the disk is full"));
@@ -184,7 +191,8 @@ async fn a_use_is_noted_once_in_ten_minutes_and_failing_to_refuses_nobody() {
         let server = Server::with_stores(
             |_| {},
             |mut stores| {
-                stores.sessions = Arc::new(Touched { inner: stores.sessions, touches: counter, fails });
+                stores.sessions =
+                    Arc::new(Touched { inner: stores.sessions, touches: counter, fails });
                 stores
             },
         )
@@ -257,10 +265,14 @@ async fn a_caller_is_what_its_session_says() {
     let alice = server.user("alice").await;
     let caller = admit::<auth::Session>(&server, &alice).await.expect("a session");
     let token = SessionToken::try_from(&alice.token[..]).expect("32 bytes");
-    assert_eq!((caller.identity, caller.device, caller.token), (alice.identity, None, token.hash()));
+    assert_eq!(
+        (caller.identity, caller.device, caller.token),
+        (alice.identity, None, token.hash())
+    );
     let shown = format!("{caller:?}");
     assert!(
-        !shown.contains(&hex::encode(&alice.token)) && !shown.contains(&hex::encode(token.hash().as_bytes()))
+        !shown.contains(&hex::encode(&alice.token))
+            && !shown.contains(&hex::encode(token.hash().as_bytes()))
     );
 }
 
@@ -278,7 +290,8 @@ async fn a_fresh_caller_logged_in_within_five_minutes() {
     // Using a session does not make it fresh, logging in does.
     admit::<auth::Session>(&server, &alice).await.expect("still a session");
     admit::<auth::Fresh>(&server, &alice).await.expect_err("still too old");
-    let token = alice.client.log_in("alice", "password").await.expect("the right password").session_token;
+    let token =
+        alice.client.log_in("alice", "password").await.expect("the right password").session_token;
     admit::<auth::Fresh>(&server, &User { token, ..alice }).await.expect("just logged in");
 }
 

@@ -1,5 +1,5 @@
-//! 206 Subscribe: each event, when it comes and when it does not. That an event does *not* come is shown by one that is
-//! made to come after it.
+//! 206 Subscribe: each event, when it comes and when it does not. That an event does *not* come is
+//! shown by one that is made to come after it.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -18,8 +18,8 @@ use qpq_ports::Clock as _;
 use qpq_proto::{
     Event, Status, methods,
     v1::{
-        EnqueueRequest, FetchKeyPackageRequest, FetchRequest, LogoutRequest, PeekRequest, SubscribeRequest,
-        UploadKeyPackageRequest, WakeEvent,
+        EnqueueRequest, FetchKeyPackageRequest, FetchRequest, LogoutRequest, PeekRequest,
+        SubscribeRequest, UploadKeyPackageRequest, WakeEvent,
     },
 };
 use qpq_rpc::Events;
@@ -371,7 +371,8 @@ async fn a_drain_is_told_to_all_over_five_seconds() {
 async fn stock(server: &Server, user: &User, count: usize) {
     let name = Username::parse(&user.name).expect("a username");
     let mut mls = qpq_mls::Client::new(Identity::from_seed(&user.signing.to_bytes()), name);
-    let more_packages = mls.key_packages(count, server.clock.now()).into_iter().map(Bytes::from).collect();
+    let more_packages =
+        mls.key_packages(count, server.clock.now()).into_iter().map(Bytes::from).collect();
     let request = UploadKeyPackageRequest { more_packages, ..Default::default() };
     user.ok::<methods::UploadKeyPackage>(request).await;
 }

@@ -1,4 +1,5 @@
-//! What users do in the tests of delivery and keys: calls with the user's token, whose answers arrive or get lost.
+//! What users do in the tests of delivery and keys: calls with the user's token, whose answers
+//! arrive or get lost.
 
 use std::{fmt, future::Future, panic::Location};
 
@@ -54,8 +55,12 @@ impl User {
         Self { token: session.session_token, ..self }
     }
 
-    /// A call; dropping its answer's settlement is what happens when the connection dies before it arrived.
-    pub(crate) async fn ask<M: Method>(&self, request: M::Request) -> Result<Answered<M::Response>, Refused> {
+    /// A call; dropping its answer's settlement is what happens when the connection dies before it
+    /// arrived.
+    pub(crate) async fn ask<M: Method>(
+        &self,
+        request: M::Request,
+    ) -> Result<Answered<M::Response>, Refused> {
         let mut payload = request.encode_to_vec();
         append_session_token(&mut payload, &self.token);
         let answer = self.client.raw(M::INFO.id, payload).await;
@@ -93,13 +98,18 @@ impl User {
     }
 
     /// Sends to `recipient`'s default channel.
-    pub(crate) async fn send(&self, recipient: &Self, payload: &'static [u8]) -> v1::EnqueueResponse {
+    pub(crate) async fn send(
+        &self,
+        recipient: &Self,
+        payload: &'static [u8],
+    ) -> v1::EnqueueResponse {
         self.ok::<methods::Enqueue>(message(recipient, payload)).await
     }
 }
 
 impl Refused {
-    /// Asserts what clients switch on, and that a time to wait is there exactly where the protocol wants one.
+    /// Asserts what clients switch on, and that a time to wait is there exactly where the protocol
+    /// wants one.
     #[track_caller]
     pub(crate) fn assert(&self, status: Status, code: &str) {
         assert_eq!((self.status, self.code.as_str()), (status, code), "{self:?}");

@@ -4,7 +4,9 @@ use bytes::Bytes;
 use qpq_proto::{
     Status,
     methods::{ResolveIdentity, ResolveUser},
-    v1::{ResolveIdentityRequest, ResolveIdentityResponse, ResolveUserRequest, ResolveUserResponse},
+    v1::{
+        ResolveIdentityRequest, ResolveIdentityResponse, ResolveUserRequest, ResolveUserResponse,
+    },
 };
 
 use crate::harness::{Client, Refused, START, Server, code, new_identity};
@@ -15,7 +17,8 @@ async fn user(client: &Client, username: &str) -> Result<ResolveUserResponse, Re
 }
 
 async fn identity(client: &Client, key: &[u8]) -> Result<ResolveIdentityResponse, Refused> {
-    let request = ResolveIdentityRequest { identity_key: Bytes::copy_from_slice(key), ..Default::default() };
+    let request =
+        ResolveIdentityRequest { identity_key: Bytes::copy_from_slice(key), ..Default::default() };
     client.call::<ResolveIdentity>(request).await
 }
 
@@ -62,12 +65,18 @@ async fn what_is_no_name_or_key_is_a_bad_request() {
     let alice = server.user("alice").await;
     for name in ["", "a b", "@example.org", "a/b"] {
         let refused = user(&alice.client, name).await.expect_err("no name");
-        assert_eq!((refused.status, refused.code.as_str()), (Status::BadRequest, "auth.invalid_username"));
+        assert_eq!(
+            (refused.status, refused.code.as_str()),
+            (Status::BadRequest, "auth.invalid_username")
+        );
         assert_eq!(refused.field, "username");
     }
     for key in [&[][..], &[1; 31], &[1; 33]] {
         let refused = identity(&alice.client, key).await.expect_err("no key");
-        assert_eq!((refused.code.as_str(), refused.field.as_str()), ("rpc.invalid_field", "identity_key"));
+        assert_eq!(
+            (refused.code.as_str(), refused.field.as_str()),
+            ("rpc.invalid_field", "identity_key")
+        );
     }
 }
 

@@ -1,4 +1,5 @@
-//! The store's wakes, counted: so that a test knows when a call waits, and that nothing is left of one that has gone.
+//! The store's wakes, counted: so that a test knows when a call waits, and that nothing is left of
+//! one that has gone.
 
 use std::{
     mem,

@@ -1,4 +1,5 @@
-//! The configuration in print: the reference for `docs/`, and the effective values for `config show`.
+//! The configuration in print: the reference for `docs/`, and the effective values for `config
+//! show`.
 
 use std::fmt::Write as _;
 
@@ -36,11 +37,13 @@ fn row(page: &mut String, key: &str, setting: &Setting) {
         .chain(variables.iter().skip(1).map(|v| &**v))
         .map(|v| format!("`{v}`"))
         .collect();
-    let also = if others.is_empty() { String::new() } else { format!(" Also {}.", others.join(", ")) };
+    let also =
+        if others.is_empty() { String::new() } else { format!(" Also {}.", others.join(", ")) };
     let _ = writeln!(page, "| `{key}` | {kind} | {default} | {doc}{also} |");
 }
 
-/// The values in force as a TOML file, each with its origin as a comment. What is not set is commented out.
+/// The values in force as a TOML file, each with its origin as a comment. What is not set is
+/// commented out.
 pub(super) fn effective(
     declared: &Declared,
     values: &[(String, Option<String>)],
@@ -59,7 +62,8 @@ pub(super) fn effective(
             let _ = match value {
                 Some(value) => writeln!(file, "{key} = {value}  # {origin}"),
                 None => {
-                    let default = declared.settings.iter().find(|s| s.path == *path).map(|s| &*s.default);
+                    let default =
+                        declared.settings.iter().find(|s| s.path == *path).map(|s| &*s.default);
                     writeln!(file, "# {key} =  # {}", default.unwrap_or("none"))
                 }
             };

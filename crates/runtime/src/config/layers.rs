@@ -35,7 +35,8 @@ impl Provider for Layer {
 impl Layer {
     /// One value, at a dotted path.
     fn single(origin: &str, path: &str, value: String) -> Self {
-        let values = nest(path, Value::from(value)).into_dict().expect("a path has at least one component");
+        let values =
+            nest(path, Value::from(value)).into_dict().expect("a path has at least one component");
         Self { origin: origin.into(), values }
     }
 }
@@ -43,12 +44,18 @@ impl Layer {
 /// All layers, later ones over earlier ones. What cannot be accepted is left out and noted.
 pub(super) fn merge(declared: &Declared, sources: Sources, problems: &mut Vec<Problem>) -> Figment {
     let variables = text_of(sources.environment, declared, problems);
-    let named = variables.iter().find(|(name, _)| name == FILE_VARIABLE).map(|(_, file)| file.into());
+    let named =
+        variables.iter().find(|(name, _)| name == FILE_VARIABLE).map(|(_, file)| file.into());
     let file = sources.file.or(named).and_then(|file| from_file(file, declared, problems));
     refuse_unknown(&variables, declared, sources.foreign, problems);
     file.into_iter()
         .chain(from_variables(&variables, declared))
-        .chain(sources.flags.into_iter().map(|Flag { name, path, value }| Layer::single(name, path, value)))
+        .chain(
+            sources
+                .flags
+                .into_iter()
+                .map(|Flag { name, path, value }| Layer::single(name, path, value)),
+        )
         .fold(Figment::new(), Figment::merge)
 }
 
@@ -78,7 +85,13 @@ fn from_file(file: PathBuf, declared: &Declared, problems: &mut Vec<Problem>) ->
     }
 }
 
-fn check_keys(at: &str, values: &Dict, origin: &str, declared: &Declared, problems: &mut Vec<Problem>) {
+fn check_keys(
+    at: &str,
+    values: &Dict,
+    origin: &str,
+    declared: &Declared,
+    problems: &mut Vec<Problem>,
+) {
     for (key, value) in values {
         let path = super::join(at, key);
         let origin = origin.to_owned();
@@ -107,11 +120,14 @@ fn text_of(
     problems: &mut Vec<Problem>,
 ) -> Vec<(String, String)> {
     let ours = |name: &str| {
-        name.starts_with(PREFIX) || declared.settings.iter().any(|s| s.variables.iter().any(|v| v == name))
+        name.starts_with(PREFIX)
+            || declared.settings.iter().any(|s| s.variables.iter().any(|v| v == name))
     };
     environment
         .into_iter()
-        .filter_map(|(name, value)| Some((name.into_string().ok().filter(|name| ours(name))?, value)))
+        .filter_map(|(name, value)| {
+            Some((name.into_string().ok().filter(|name| ours(name))?, value))
+        })
         .filter_map(|(name, value)| match value.into_string() {
             Ok(value) => Some((name, value)),
             Err(_) => {
@@ -124,10 +140,13 @@ fn text_of(
 }
 
 fn from_variables(variables: &[(String, String)], declared: &Declared) -> Vec<Layer> {
-    let value_of = |name: &str| variables.iter().find(|(given, _)| given == name).map(|(_, value)| value);
+    let value_of =
+        |name: &str| variables.iter().find(|(given, _)| given == name).map(|(_, value)| value);
     let of_setting = |setting: &super::Setting| -> Vec<Layer> {
         let names = setting.variables.iter().rev();
-        names.filter_map(|name| Some(Layer::single(name, &setting.path, value_of(name)?.clone()))).collect()
+        names
+            .filter_map(|name| Some(Layer::single(name, &setting.path, value_of(name)?.clone())))
+            .collect()
     };
     declared.settings.iter().flat_map(of_setting).collect()
 }
@@ -138,10 +157,12 @@ fn refuse_unknown(
     foreign: &[&str],
     problems: &mut Vec<Problem>,
 ) {
-    let settable = || declared.settings.iter().flat_map(|setting| &setting.variables).map(|name| &**name);
+    let settable =
+        || declared.settings.iter().flat_map(|setting| &setting.variables).map(|name| &**name);
     for (name, _) in variables {
-        let known =
-            name == FILE_VARIABLE || foreign.contains(&&**name) || settable().any(|known| known == name);
+        let known = name == FILE_VARIABLE
+            || foreign.contains(&&**name)
+            || settable().any(|known| known == name);
         if !known {
             let nearest = nearest(name, settable().chain([FILE_VARIABLE]));
             problems.push(Problem::Unknown {
@@ -161,7 +182,8 @@ fn nearest<'a>(given: &str, candidates: impl Iterator<Item = &'a str> + Clone) -
         .map(|candidate| (distance(given, candidate), candidate))
         .min()
         .filter(|(distance, candidate)| *distance <= 2.max(candidate.len() / 4));
-    let elsewhere = || candidates.clone().find(|candidate| given.rsplit('.').next() == Some(last(candidate)));
+    let elsewhere =
+        || candidates.clone().find(|candidate| given.rsplit('.').next() == Some(last(candidate)));
     near.map(|(_, candidate)| candidate).or_else(elsewhere).map(Into::into)
 }
 

@@ -1,5 +1,5 @@
-//! The kinds of values that settings have. Each is read from TOML of its natural type or from text, because
-//! environment variables and flags are text.
+//! The kinds of values that settings have. Each is read from TOML of its natural type or from text,
+//! because environment variables and flags are text.
 
 use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -44,7 +44,8 @@ pub enum ListenOn {
 
 const UNITS_OF_TIME: [(&str, u64); 5] =
     [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
-const UNITS_OF_SIZE: [(&str, u64); 4] = [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
+const UNITS_OF_SIZE: [(&str, u64); 4] =
+    [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
 
 /// A scalar as the text that one would have written.
 pub(super) fn text(value: &Value) -> Option<String> {
@@ -281,7 +282,11 @@ impl Leaf for Vec<String> {
         match value {
             Value::Array(_, items) => items.iter().map(text).collect(),
             _ => text(value).map(|list| {
-                list.split(',').map(str::trim).filter(|item| !item.is_empty()).map(Into::into).collect()
+                list.split(',')
+                    .map(str::trim)
+                    .filter(|item| !item.is_empty())
+                    .map(Into::into)
+                    .collect()
             }),
         }
     }

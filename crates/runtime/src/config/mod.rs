@@ -1,11 +1,14 @@
-//! Configuration in layers: defaults, then a TOML file, then the environment, then flags; the later one wins.
+//! Configuration in layers: defaults, then a TOML file, then the environment, then flags; the later
+//! one wins.
 //!
-//! A setting is declared once, by [`section!`](crate::section): name, type, default and doc comment. From the declaration come the
-//! struct that the program uses, the names of the environment variables, `config show`, the reference in `docs/`, and the
-//! list of what exists, outside of which nothing is accepted: a misspelt key or variable is refused by name, with the
+//! A setting is declared once, by [`section!`](crate::section): name, type, default and doc
+//! comment. From the declaration come the struct that the program uses, the names of the
+//! environment variables, `config show`, the reference in `docs/`, and the list of what exists,
+//! outside of which nothing is accepted: a misspelt key or variable is refused by name, with the
 //! nearest one that exists.
 //!
-//! figment merges the layers and remembers where each value came from; the types in `leaf` read the values.
+//! figment merges the layers and remembers where each value came from; the types in `leaf` read the
+//! values.
 
 mod docs;
 mod layers;
@@ -27,7 +30,8 @@ pub use section::{About, Declared, Node, Reader, Section, Setting, join};
 
 /// The settings of a program: its outermost section.
 pub trait Settings: Node + Default {
-    /// The rules that need more than one value, or a bound on one. Each broken one is a [`Broken`] rule.
+    /// The rules that need more than one value, or a bound on one. Each broken one is a [`Broken`]
+    /// rule.
     fn validate(&self) -> Vec<Broken>;
 }
 
@@ -96,7 +100,8 @@ pub fn load<T: Settings>(sources: Sources) -> Result<Loaded<T>, ConfigError> {
 }
 
 impl<T: Settings> Loaded<T> {
-    /// What is in force, as a TOML file with each value's origin as a comment. Secrets are redacted.
+    /// What is in force, as a TOML file with each value's origin as a comment. Secrets are
+    /// redacted.
     pub fn show(&self) -> String {
         let mut values = Vec::new();
         self.settings.show("", &mut values);

@@ -22,15 +22,21 @@ pub enum Problem {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unreadable { file, why } => write!(f, "file {}: cannot be read: {why}", file.display()),
-            Self::Malformed { file, why } => write!(f, "file {}: is not TOML: {why}", file.display()),
+            Self::Unreadable { file, why } => {
+                write!(f, "file {}: cannot be read: {why}", file.display())
+            }
+            Self::Malformed { file, why } => {
+                write!(f, "file {}: is not TOML: {why}", file.display())
+            }
             Self::Unknown { at, name, nearest: Some(nearest) } => {
                 write!(f, "{at}: there is no {name}; did you mean {nearest}?")
             }
             Self::Unknown { at, name, nearest: None } => {
                 write!(f, "{at}: there is no {name}; see docs/configuration.md")
             }
-            Self::NotAValue { at, section } => write!(f, "{at}: {section} is a section: write [{section}]"),
+            Self::NotAValue { at, section } => {
+                write!(f, "{at}: {section} is a section: write [{section}]")
+            }
             Self::NotAllowed { at, path, given: Some(given), allowed } => {
                 write!(f, "{at}: {path} is {given:?}, but must be {allowed}")
             }

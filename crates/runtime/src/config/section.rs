@@ -98,10 +98,13 @@ impl Declared {
 
     /// Whether there are settings below `path`.
     pub fn has_below(&self, path: &str) -> bool {
-        self.settings.iter().any(|setting| below(&setting.path, path).is_some_and(|key| !key.is_empty()))
+        self.settings
+            .iter()
+            .any(|setting| below(&setting.path, path).is_some_and(|key| !key.is_empty()))
     }
 
-    /// The innermost section that `path` is in, and its key there: dotted where a group of keys has no section.
+    /// The innermost section that `path` is in, and its key there: dotted where a group of keys has
+    /// no section.
     pub fn place<'a>(&'a self, path: &'a str) -> (&'a Section, &'a str) {
         let inside = |section: &'a Section| Some((section, below(path, &section.path)?));
         let places = self.sections.iter().filter_map(inside);
@@ -144,7 +147,8 @@ impl<'a> Reader<'a> {
 
 impl<T: Leaf> Node for T {
     fn describe(&self, about: About, declared: &mut Declared) {
-        let long = format!("QPQ_{}", about.path.to_uppercase().replace('.', "__").replace('-', "_"));
+        let long =
+            format!("QPQ_{}", about.path.to_uppercase().replace('.', "__").replace('-', "_"));
         declared.settings.push(Setting {
             doc: about.doc,
             kind: T::kind(),
@@ -177,7 +181,8 @@ pub fn join(parent: &str, child: &str) -> String {
 
 /// Declares a section: a struct with a [`Default`] and all that [`Node`] wants.
 ///
-/// Behind the default may stand `unset: "what holds instead"`, `variable: "ANOTHER_NAME"` and `flag: "--name"`.
+/// Behind the default may stand `unset: "what holds instead"`, `variable: "ANOTHER_NAME"` and
+/// `flag: "--name"`.
 ///
 /// ```
 /// qpq_runtime::section! {

@@ -51,11 +51,18 @@ impl Settings for Root {
     }
 }
 
-fn sources(file: &Path, variables: &[(&str, &str)], flags: &[(&'static str, &'static str, &str)]) -> Sources {
+fn sources(
+    file: &Path,
+    variables: &[(&str, &str)],
+    flags: &[(&'static str, &'static str, &str)],
+) -> Sources {
     Sources {
         file: Some(file.into()),
         environment: variables.iter().map(|(name, value)| (name.into(), value.into())).collect(),
-        flags: flags.iter().map(|(name, path, value)| Flag { name, path, value: (*value).into() }).collect(),
+        flags: flags
+            .iter()
+            .map(|(name, path, value)| Flag { name, path, value: (*value).into() })
+            .collect(),
         foreign: &["QPQ_ELSEWHERE"],
     }
 }
@@ -150,8 +157,14 @@ fn an_unknown_key_is_refused_by_name_with_the_nearest() {
 fn an_unknown_variable_is_refused_by_name_with_the_nearest() {
     let text = problems("", &[("QPQ_LISTN", "x"), ("QPQ_TLS_CERT", "x"), ("QPQ_WHATEVER", "x")]);
     assert!(text.contains("there is no variable QPQ_LISTN; did you mean QPQ_LISTEN?"), "{text}");
-    assert!(text.contains("there is no variable QPQ_TLS_CERT; did you mean QPQ_TLS__CERT?"), "{text}");
-    assert!(text.contains("there is no variable QPQ_WHATEVER; see docs/configuration.md"), "{text}");
+    assert!(
+        text.contains("there is no variable QPQ_TLS_CERT; did you mean QPQ_TLS__CERT?"),
+        "{text}"
+    );
+    assert!(
+        text.contains("there is no variable QPQ_WHATEVER; see docs/configuration.md"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -162,16 +175,25 @@ fn a_value_that_is_not_allowed_is_named_with_its_origin_and_what_is() {
     assert!(text.contains(": queue.ttl is \"soon\", but must be a duration, as in"), "{text}");
     assert!(text.contains(": queue.enabled is \"perhaps\", but must be true or false"), "{text}");
     assert!(text.contains(": queue.max_payload is \"-1\", but must be a size"), "{text}");
-    assert!(text.contains("\n  QPQ_LISTEN: listen is \"5001\", but must be an address and port"), "{text}");
+    assert!(
+        text.contains("\n  QPQ_LISTEN: listen is \"5001\", but must be an address and port"),
+        "{text}"
+    );
     for overflow in ["999999999999d", "d", "1.5h", "1 week"] {
-        assert!(problems("", &[("QPQ_QUEUE__TTL", overflow)]).contains("must be a duration"), "{overflow}");
+        assert!(
+            problems("", &[("QPQ_QUEUE__TTL", overflow)]).contains("must be a duration"),
+            "{overflow}"
+        );
     }
 }
 
 #[test]
 fn a_broken_rule_names_the_origin_of_the_value() {
     let text = problems("", &[("QPQ_QUEUE__MAX_PAYLOAD", "1")]);
-    assert!(text.ends_with("\n  QPQ_QUEUE__MAX_PAYLOAD: queue.max_payload must be at least 16B"), "{text}");
+    assert!(
+        text.ends_with("\n  QPQ_QUEUE__MAX_PAYLOAD: queue.max_payload must be at least 16B"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -187,7 +209,8 @@ fn a_file_that_cannot_be_read_or_parsed_is_named() {
 fn show_is_toml_with_origins_and_without_secrets() {
     let file = "[tls]\npassphrase = 'hunter2'\n";
     let file = file_of(file);
-    let mut sources = sources(&file, &[("QPQ_QUEUE__TTL", "90s")], &[("--listen", "listen", "[::]:5")]);
+    let mut sources =
+        sources(&file, &[("QPQ_QUEUE__TTL", "90s")], &[("--listen", "listen", "[::]:5")]);
     let origin = format!("file {}", file.display());
     let loaded = load::<Root>(sources.clone()).unwrap();
     let shown = loaded.show();
@@ -203,7 +226,11 @@ fn show_is_toml_with_origins_and_without_secrets() {
     sources.environment.clear();
     sources.flags.clear();
     let again = load::<Root>(sources).unwrap();
-    assert_eq!(again.settings.queue.ttl, Duration::from_secs(90), "what is shown can be used as a file");
+    assert_eq!(
+        again.settings.queue.ttl,
+        Duration::from_secs(90),
+        "what is shown can be used as a file"
+    );
 }
 
 #[test]
@@ -215,9 +242,12 @@ fn a_secret_of_the_wrong_kind_is_not_in_the_error() {
 #[test]
 fn the_reference_lists_every_setting_with_its_default() {
     let page = markdown::<Root>();
-    let row =
-        "| `listen` | address | `\"0.0.0.0:5001\"` | Where to listen. Also `--listen`, `SHORT_LISTEN`. |";
+    let row = "| `listen` | address | `\"0.0.0.0:5001\"` | Where to listen. Also `--listen`, `SHORT_LISTEN`. |";
     assert!(page.contains(row), "{page}");
     assert!(page.contains("## `[queue]`\n\nAnother part.\n"), "{page}");
-    assert!(page.contains("| `cert` | path | server-cert.der in the data directory | The certificate. |"));
+    assert!(
+        page.contains(
+            "| `cert` | path | server-cert.der in the data directory | The certificate. |"
+        )
+    );
 }

@@ -1,4 +1,5 @@
-//! The directory that all edges of a cluster share: made once by `qpq-admin init`, the same on every edge, only read here.
+//! The directory that all edges of a cluster share: made once by `qpq-admin init`, the same on
+//! every edge, only read here.
 //!
 //! | file | what | rotated |
 //! |---|---|---|
@@ -23,8 +24,11 @@ use zeroize::Zeroizing;
 use super::{DataDir, DataDirError, OTHERS, SecretFile};
 
 /// What passwords are checked with.
-pub const OPAQUE_SETUP: SecretFile =
-    SecretFile { name: "opaque-setup.bin", length: 128, if_lost: "Without it no account can log in again." };
+pub const OPAQUE_SETUP: SecretFile = SecretFile {
+    name: "opaque-setup.bin",
+    length: 128,
+    if_lost: "Without it no account can log in again.",
+};
 /// What delivery proofs are signed with.
 pub const DELIVERY_KEY: SecretFile = SecretFile {
     name: "delivery-key.bin",
@@ -50,7 +54,8 @@ pub const RESET_KEY: SecretFile = SecretFile {
     if_lost: "With another key clients of edges that died wait until their connections time out.",
 };
 /// All of fixed length.
-pub const SECRETS: [SecretFile; 5] = [OPAQUE_SETUP, DELIVERY_KEY, TICKET_KEYS, TOKEN_KEY, RESET_KEY];
+pub const SECRETS: [SecretFile; 5] =
+    [OPAQUE_SETUP, DELIVERY_KEY, TICKET_KEYS, TOKEN_KEY, RESET_KEY];
 
 /// The certificate chain, in DER or PEM.
 pub const CERTIFICATE: &str = "server-cert.der";
@@ -130,7 +135,8 @@ impl FleetDir {
 
     /// The secret in `file`.
     pub fn secret(&self, file: SecretFile) -> Result<Zeroizing<Vec<u8>>, FleetDirError> {
-        // Kubernetes gives the files of a Secret to a group, of which the server's user is made a member.
+        // Kubernetes gives the files of a Secret to a group, of which the server's user is made a
+        // member.
         match self.0.read(file, OTHERS) {
             Ok(Some(secret)) => Ok(secret),
             Ok(None) => Err(FleetDirError::Missing { path: self.file(file.name) }),
@@ -138,15 +144,17 @@ impl FleetDir {
                 Err(FleetDirError::Damaged { path, found, expected, if_lost })
             }
             Err(DataDirError::Read { path, source }) => Err(FleetDirError::Read { path, source }),
-            Err(other) => {
-                Err(FleetDirError::Read { path: self.file(file.name), source: io::Error::other(other) })
-            }
+            Err(other) => Err(FleetDirError::Read {
+                path: self.file(file.name),
+                source: io::Error::other(other),
+            }),
         }
     }
 
     pub fn cluster_id(&self) -> Result<ClusterId, FleetDirError> {
         let path = self.file(CLUSTER_ID);
-        let text = fs::read(&path).map_err(|source| FleetDirError::Read { path: path.clone(), source })?;
+        let text =
+            fs::read(&path).map_err(|source| FleetDirError::Read { path: path.clone(), source })?;
         let text = String::from_utf8_lossy(&text);
         text.trim_end().parse().map_err(|source| FleetDirError::Id { path, source })
     }
@@ -174,7 +182,8 @@ impl FromStr for ClusterId {
     type Err = ParseClusterIdError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let is_hex = text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let is_hex =
+            text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         let number = u128::from_str_radix(text, 16).map_err(|_| ParseClusterIdError)?;
         if is_hex { Ok(Self(number.to_be_bytes())) } else { Err(ParseClusterIdError) }
     }
@@ -209,7 +218,8 @@ mod tests {
     #[test]
     fn every_missing_file_is_named_with_what_to_do() {
         let dir = whole();
-        let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let names: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert_eq!(names.len(), 8);
         for path in names {
             let away = fs::read(&path).unwrap();
@@ -220,7 +230,10 @@ mod tests {
             fs::write(&path, away).unwrap();
         }
         let said = FleetDir::open(dir.path().join("none")).unwrap_err().to_string();
-        assert!(said.contains("there is no directory") && said.contains("qpq-admin init --out"), "{said}");
+        assert!(
+            said.contains("there is no directory") && said.contains("qpq-admin init --out"),
+            "{said}"
+        );
     }
 
     #[test]
@@ -230,14 +243,21 @@ mod tests {
         for file in SECRETS {
             fs::write(fleet.file(file.name), b"short").unwrap();
             let said = fleet.secret(file).unwrap_err().to_string();
-            let expected =
-                format!("{} is damaged: it has 5 bytes instead of", fleet.file(file.name).display());
+            let expected = format!(
+                "{} is damaged: it has 5 bytes instead of",
+                fleet.file(file.name).display()
+            );
             assert!(said.starts_with(&expected) && said.contains("qpq-admin init"), "{said}");
         }
-        for bad in ["", "01", "0101010101010101010101010101010G", "+1010101010101010101010101010101"] {
+        for bad in
+            ["", "01", "0101010101010101010101010101010G", "+1010101010101010101010101010101"]
+        {
             fs::write(fleet.file(CLUSTER_ID), bad).unwrap();
             let said = fleet.cluster_id().unwrap_err().to_string();
-            assert!(said.contains("cluster-id is damaged") && said.contains("qpq-admin init"), "{said}");
+            assert!(
+                said.contains("cluster-id is damaged") && said.contains("qpq-admin init"),
+                "{said}"
+            );
         }
     }
 }

@@ -1,8 +1,10 @@
-//! Group commit: a few tasks, each of which commits the messages of all calls that it finds waiting in one transaction,
-//! and then answers them. While one commits, the next calls gather; the more there are, the cheaper each becomes.
+//! Group commit: a few tasks, each of which commits the messages of all calls that it finds waiting
+//! in one transaction, and then answers them. While one commits, the next calls gather; the more
+//! there are, the cheaper each becomes.
 //!
-//! Which task a call goes to is its inbox's shard, so the messages to an inbox that come in here are committed in the order
-//! in which they came, and two tasks of an edge rarely want the same head.
+//! Which task a call goes to is its inbox's shard, so the messages to an inbox that come in here
+//! are committed in the order in which they came, and two tasks of an edge rarely want the same
+//! head.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -23,8 +25,9 @@ use crate::{
     wakes::Waking,
 };
 
-/// Transactions at a time: one is on its way to the disk while the other is at work. With more, each has fewer messages, and what
-/// a transaction costs by itself is most of what a message costs when few are in flight.
+/// Transactions at a time: one is on its way to the disk while the other is at work. With more,
+/// each has fewer messages, and what a transaction costs by itself is most of what a message costs
+/// when few are in flight.
 pub const COMMITTERS: usize = 2;
 /// Messages and bytes in one transaction, from which on no more calls are added.
 const BATCH: usize = 256;
@@ -36,7 +39,8 @@ const UNIT: usize = 1 << 10;
 const MESSAGE_BYTES: usize = 256;
 /// How long a call waits for room.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Batches at a time whose messages are on their way to Redis, of one committer: while Redis is slow, committing is too.
+/// Batches at a time whose messages are on their way to Redis, of one committer: while Redis is
+/// slow, committing is too.
 const PUSHES: usize = 32;
 
 #[derive(Debug, thiserror::Error)]
@@ -141,7 +145,8 @@ impl Committer {
         drop(shares);
         match outcome {
             Ok(outcomes) => self.committed(calls, &sizes, &messages, outcomes).await,
-            // Something in the batch is refused by the schema, which no message should be: the others are not to suffer.
+            // Something in the batch is refused by the schema, which no message should be: the
+            // others are not to suffer.
             Err(error) if error.kind() == Kind::Refused && calls.len() > 1 => {
                 let mut messages = &messages[..];
                 for (call, size) in calls.into_iter().zip(sizes) {
@@ -168,7 +173,8 @@ impl Committer {
             .await
     }
 
-    /// Answers, and only then tells Redis: what is durable is true whether or not anybody hears of it.
+    /// Answers, and only then tells Redis: what is durable is true whether or not anybody hears of
+    /// it.
     async fn committed(
         &self,
         calls: Vec<Call>,
@@ -211,7 +217,9 @@ impl Call {
     /// A span of this call's trace, if it is traced, for the commit of a batch of so many messages.
     fn share(&self, messages: usize) -> Option<Span> {
         let traced = !self.span.is_none();
-        traced.then(|| tracing::debug_span!(target: "qpq::store", parent: &self.span, "commit", messages))
+        traced.then(
+            || tracing::debug_span!(target: "qpq::store", parent: &self.span, "commit", messages),
+        )
     }
 
     fn failed(self, error: &Shared) {

@@ -1,8 +1,9 @@
 //! Accepting messages: those of many calls in one transaction.
 //!
-//! The heads of all inboxes concerned are locked, in the order of their numbers, before anything is looked at; so what is
-//! then decided about seqs, caps and repeated message ids stays true until the commit, and no two transactions wait for each
-//! other in a circle. Deciding is plain code over what two statements read; one statement writes it all.
+//! The heads of all inboxes concerned are locked, in the order of their numbers, before anything is
+//! looked at; so what is then decided about seqs, caps and repeated message ids stays true until
+//! the commit, and no two transactions wait for each other in a circle. Deciding is plain code over
+//! what two statements read; one statement writes it all.
 
 use std::collections::{HashMap, HashSet};
 
@@ -130,7 +131,8 @@ async fn lock(
     rows.iter().map(head).collect()
 }
 
-/// Takes away what has expired, where anything has: it may fill an inbox, or hold a message id longer than it may.
+/// Takes away what has expired, where anything has: it may fill an inbox, or hold a message id
+/// longer than it may.
 async fn make_room(
     connection: &mut PgConnection,
     heads: &mut HashMap<IdentityKey, Head>,
@@ -141,7 +143,8 @@ async fn make_room(
         let Some(head) = heads.get_mut(&message.recipient) else { continue };
         if head.next_expiry <= millis(message.now) {
             let left = remove::expired(connection, head.id, message.now, limits.recent_ids).await?;
-            (head.messages, head.bytes, head.next_expiry) = (left.messages, left.bytes, left.next_expiry);
+            (head.messages, head.bytes, head.next_expiry) =
+                (left.messages, left.bytes, left.next_expiry);
         }
     }
     Ok(())
@@ -157,7 +160,9 @@ async fn known(
     let (mut places, mut inboxes, mut senders) = (Vec::new(), Vec::new(), Vec::new());
     let (mut ids, mut nows): (Vec<&[u8]>, Vec<i64>) = (Vec::new(), Vec::new());
     for (n, message) in messages.iter().enumerate() {
-        let (Some(head), Some(id)) = (heads.get(&message.recipient), &message.message_id) else { continue };
+        let (Some(head), Some(id)) = (heads.get(&message.recipient), &message.message_id) else {
+            continue;
+        };
         places.push(i32::try_from(n).expect("a batch is small"));
         inboxes.push(head.id);
         senders.push(&message.sender.as_bytes()[..]);

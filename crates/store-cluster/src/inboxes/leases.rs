@@ -1,5 +1,6 @@
-//! What this edge has on its way to clients. A lease lives in Redis, where all edges see it, for a few seconds; as long as its
-//! page is on its way it is renewed from here, and if this edge dies it runs out.
+//! What this edge has on its way to clients. A lease lives in Redis, where all edges see it, for a
+//! few seconds; as long as its page is on its way it is renewed from here, and if this edge dies it
+//! runs out.
 
 use std::{
     collections::HashMap,
@@ -42,8 +43,8 @@ struct Shared {
     lasts: Duration,
     waking: Waking,
     live: Mutex<HashMap<LeaseId, IdentityKey>>,
-    /// Inboxes with leases that are being released: whoever reads one of those here waits for that, so that a read after a
-    /// release sees what was released.
+    /// Inboxes with leases that are being released: whoever reads one of those here waits for that,
+    /// so that a read after a release sees what was released.
     releasing: Mutex<HashMap<IdentityKey, Releasing>>,
 }
 
@@ -93,7 +94,8 @@ impl Leases {
         Hold { lease: id, lasts: self.shared.lasts }
     }
 
-    /// Looks after a lease that is about to be taken, so that it is released even if who takes it goes away meanwhile.
+    /// Looks after a lease that is about to be taken, so that it is released even if who takes it
+    /// goes away meanwhile.
     pub(super) fn taking(&self, inbox: IdentityKey) -> Held {
         let n = self.shared.next.fetch_add(1, Ordering::Relaxed);
         let id = LeaseId(format!("{}.{n}", self.shared.edge.0));
@@ -116,11 +118,13 @@ impl Leases {
 
 impl Shared {
     async fn renew(&self) {
-        let live: Vec<_> = self.live.lock().iter().map(|(id, inbox)| (id.clone(), *inbox)).collect();
+        let live: Vec<_> =
+            self.live.lock().iter().map(|(id, inbox)| (id.clone(), *inbox)).collect();
         stream::iter(live)
             .for_each_concurrent(RENEWALS, |(id, inbox)| async move {
                 // A failure may cost the lease, and then its messages are read again.
-                let _ = self.waking.redis().renew(&inbox, Hold { lease: &id, lasts: self.lasts }).await;
+                let _ =
+                    self.waking.redis().renew(&inbox, Hold { lease: &id, lasts: self.lasts }).await;
             })
             .await;
     }

@@ -1,9 +1,10 @@
-//! Inboxes of the cluster: messages are accepted by Postgres (`committer`, `enqueue`), shown by Redis where it can be relied
-//! on and by Postgres where not, and removed in Postgres first.
+//! Inboxes of the cluster: messages are accepted by Postgres (`committer`, `enqueue`), shown by
+//! Redis where it can be relied on and by Postgres where not, and removed in Postgres first.
 //!
-//! A read begins with the inbox's head in Postgres, which says which state is the present one. A queue in Redis that shows
-//! that state, or a later one, is shown; one that does not is loaded anew. Inboxes that are too large for a queue are read
-//! page by page from Postgres, and only leased in Redis.
+//! A read begins with the inbox's head in Postgres, which says which state is the present one. A
+//! queue in Redis that shows that state, or a later one, is shown; one that does not is loaded
+//! anew. Inboxes that are too large for a queue are read page by page from Postgres, and only
+//! leased in Redis.
 
 mod committer;
 mod enqueue;
@@ -16,7 +17,9 @@ use std::fmt;
 
 use async_trait::async_trait;
 use qpq_domain::{Delivery, Seq, UnixMillis};
-use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreError, StoreResult};
+use qpq_ports::{
+    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreError, StoreResult,
+};
 
 pub use committer::COMMITTERS;
 #[cfg(feature = "measure")]
@@ -96,14 +99,17 @@ impl ClusterInboxes {
         self.leases.settled(inbox).await;
         let mut registered = false;
         for _ in 0..TRIES {
-            let Some(head) = self.heads.get(inbox).await? else { return Ok((Page::default(), NOBODY)) };
+            let Some(head) = self.heads.get(inbox).await? else {
+                return Ok((Page::default(), NOBODY));
+            };
             let shown = if head.messages <= MOST_MESSAGES && head.bytes <= MOST_BYTES {
                 self.read_queue(request, head).await?
             } else {
                 if !registered {
                     self.register(request).await?;
                     registered = true;
-                    // What was committed before the registration is in a head that is read after it.
+                    // What was committed before the registration is in a head that is read after
+                    // it.
                     continue;
                 }
                 self.read_postgres(request, head).await?
@@ -116,34 +122,42 @@ impl ClusterInboxes {
         Err(StoreError::conflict(Restless))
     }
 
-    /// From the queue in Redis, which is loaded if it is not there. `None` when the inbox outgrew it meanwhile.
+    /// From the queue in Redis, which is loaded if it is not there. `None` when the inbox outgrew
+    /// it meanwhile.
     async fn read_queue(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
         let Request { read, after, limit, now, lease } = request;
-        let (hold, edge) = (lease.map(|id| self.leases.hold(id)), self.waking.waiting_edge(&read.inbox));
+        let (hold, edge) =
+            (lease.map(|id| self.leases.hold(id)), self.waking.waiting_edge(&read.inbox));
         let (mut state, mut from) = (head.state, "redis");
         for _ in 0..TRIES {
             let redis = self.waking.redis();
-            let permit = match redis.read(Look { read, state, after, limit, now, hold, edge }).await? {
-                Found::Page(shown) => {
-                    metrics::counter!(names::HOT_READS, "from" => from).increment(1);
-                    return Ok(Some(shown));
-                }
-                Found::NotLoaded(permit) => permit,
+            let permit =
+                match redis.read(Look { read, state, after, limit, now, hold, edge }).await? {
+                    Found::Page(shown) => {
+                        metrics::counter!(names::HOT_READS, "from" => from).increment(1);
+                        return Ok(Some(shown));
+                    }
+                    Found::NotLoaded(permit) => permit,
+                };
+            let Some(whole) = page::whole(&self.database, head.inbox).await? else {
+                return Ok(None);
             };
-            let Some(whole) = page::whole(&self.database, head.inbox).await? else { return Ok(None) };
             redis.load(&read.inbox, permit, whole.state, &whole.messages).await?;
             (state, from) = (whole.state, "reloaded");
         }
         Err(StoreError::conflict(Restless))
     }
 
-    /// From Postgres, leased in Redis. `None` when something of it was removed meanwhile, perhaps by a reader that had it.
+    /// From Postgres, leased in Redis. `None` when something of it was removed meanwhile, perhaps
+    /// by a reader that had it.
     async fn read_postgres(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
         let Request { read, after, limit, now, lease } = request;
         let inbox = &read.inbox;
         let snapshot = page::page(&self.database, &head, read, after, limit, now).await?;
-        let mut envelopes: Vec<_> = snapshot.messages.into_iter().map(|queued| queued.envelope).collect();
-        let mut seqs: Vec<_> = envelopes.iter().map(|envelope| envelope.seq).chain(snapshot.next).collect();
+        let mut envelopes: Vec<_> =
+            snapshot.messages.into_iter().map(|queued| queued.envelope).collect();
+        let mut seqs: Vec<_> =
+            envelopes.iter().map(|envelope| envelope.seq).chain(snapshot.next).collect();
         let hold = lease.map(|id| self.leases.hold(id));
         let free = self.waking.redis().claim(inbox, &seqs, envelopes.len(), hold).await?;
         let more = free.seqs > envelopes.len();
@@ -179,7 +193,12 @@ impl Inboxes for ClusterInboxes {
         self.committers.enqueue(messages).await
     }
 
-    async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>> {
+    async fn lease(
+        &self,
+        read: Read,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Box<dyn Lease>> {
         let mut held = self.leases.taking(read.inbox);
         let request = Request { read: &read, after: Seq::ZERO, limit, now, lease: Some(&held.id) };
         let (page, inbox) = self.look(request).await?;
@@ -193,7 +212,13 @@ impl Inboxes for ClusterInboxes {
         Ok(Box::new(InboxLease { page, held, read, inbox, inboxes: self.clone() }))
     }
 
-    async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page> {
+    async fn peek(
+        &self,
+        read: Read,
+        after: Seq,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Page> {
         let (page, _) = self.look(Request { read: &read, after, limit, now, lease: None }).await?;
         Ok(page)
     }

@@ -1,4 +1,5 @@
-//! Reading inboxes in Postgres: heads, many in one statement, and messages, each page one snapshot with its head.
+//! Reading inboxes in Postgres: heads, many in one statement, and messages, each page one snapshot
+//! with its head.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -83,12 +84,17 @@ impl Heads {
     /// The head of the inbox; `None` if there is no such inbox.
     pub(super) async fn get(&self, inbox: &IdentityKey) -> StoreResult<Option<Head>> {
         let (answer, head) = oneshot::channel();
-        self.ask.send(Asked { inbox: *inbox, answer }).map_err(|_| StoreError::unavailable(Closed))?;
+        self.ask
+            .send(Asked { inbox: *inbox, answer })
+            .map_err(|_| StoreError::unavailable(Closed))?;
         head.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
     }
 }
 
-async fn look_up(database: Database, asked: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>) {
+async fn look_up(
+    database: Database,
+    asked: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>,
+) {
     let mut batch = Vec::with_capacity(HEADS);
     loop {
         // Held while it waits: the other reader is then at work, or has nothing to do either.
@@ -144,8 +150,8 @@ pub(super) struct Snapshot {
     pub(super) next: Option<Seq>,
 }
 
-/// The messages of the view behind `after` that are alive at `now`. The state is the one before all of them: what was removed
-/// since may be among them.
+/// The messages of the view behind `after` that are alive at `now`. The state is the one before all
+/// of them: what was removed since may be among them.
 pub(super) async fn page(
     database: &Database,
     head: &Head,
@@ -178,7 +184,8 @@ pub(super) async fn page(
     }
 }
 
-/// About as many rows as the page will have: an inbox holds ten thousand messages, and a page ends after four of a MiB.
+/// About as many rows as the page will have: an inbox holds ten thousand messages, and a page ends
+/// after four of a MiB.
 fn chunk(head: &Head, limit: PageLimit) -> u64 {
     let size = head.bytes / head.messages.max(1) + 64;
     let fit = limit.bytes as u64 / size + 2;
@@ -200,8 +207,11 @@ async fn messages(
                     View::All => (ALL, None),
                     View::Channel(channel) => (CHANNEL, Some(channel.as_bytes())),
                 };
-                let mut query =
-                    sqlx::query(sql).bind(inbox).bind(number(after.0)).bind(millis(now)).bind(number(rows));
+                let mut query = sqlx::query(sql)
+                    .bind(inbox)
+                    .bind(number(after.0))
+                    .bind(millis(now))
+                    .bind(number(rows));
                 if let Some(channel) = channel {
                     query = query.bind(channel);
                 }

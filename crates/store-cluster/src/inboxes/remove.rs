@@ -1,5 +1,5 @@
-//! Removing messages and remembering their ids for a while, in one statement each. The inbox's head is locked first, as by
-//! everybody who changes an inbox.
+//! Removing messages and remembering their ids for a while, in one statement each. The inbox's head
+//! is locked first, as by everybody who changes an inbox.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -12,7 +12,8 @@ use crate::postgres::row::{Columns as _, millis, millis_of, number};
 /// Rows in one sweep, so that it holds no lock for long.
 pub(crate) const SWEEP: i64 = 256;
 
-/// What was shown, of many inboxes. $1 and $2 inboxes and seqs, $3 now, $4 how long ids are remembered.
+/// What was shown, of many inboxes. $1 and $2 inboxes and seqs, $3 now, $4 how long ids are
+/// remembered.
 const SHOWN: &str = "
     WITH shown AS MATERIALIZED (SELECT * FROM unnest($1::int8[], $2::int8[]) AS s (inbox, seq)),
     head AS MATERIALIZED (
@@ -71,7 +72,8 @@ const ACKED: &str = removal!("(m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at
 const ACKED_IN_CHANNEL: &str =
     removal!("m.channel = $6 AND (m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2 ");
 
-/// What has expired in one inbox, whose head is locked. $1 inbox, $2 now, $3 how long ids are remembered.
+/// What has expired in one inbox, whose head is locked. $1 inbox, $2 now, $3 how long ids are
+/// remembered.
 const EXPIRED: &str = "
     WITH gone AS (
         DELETE FROM message WHERE inbox = $1 AND expires_at <= $2
@@ -92,7 +94,8 @@ const COUNT: &str = "
            next_expiry = coalesce((SELECT min(expires_at) FROM message WHERE inbox = $1), 9223372036854775807)
      WHERE id = $1 RETURNING messages, bytes, next_expiry";
 
-/// The inboxes of the oldest expired messages, locked; those that somebody is busy with have their turn next time.
+/// The inboxes of the oldest expired messages, locked; those that somebody is busy with have their
+/// turn next time.
 const DUE: &str = "
     SELECT id FROM inbox
      WHERE id IN (SELECT inbox FROM message WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)
@@ -109,8 +112,8 @@ pub(super) struct Removed {
     pub(super) seqs: Vec<Seq>,
 }
 
-/// Removes the messages that were shown, as far as they are there: pairs of an inbox and a seq. Answers which removal it was of
-/// each inbox that lost any.
+/// Removes the messages that were shown, as far as they are there: pairs of an inbox and a seq.
+/// Answers which removal it was of each inbox that lost any.
 pub(super) async fn shown(
     connection: &mut PgConnection,
     shown: &[(i64, Seq)],
@@ -159,8 +162,8 @@ pub(super) struct Left {
     pub(super) next_expiry: i64,
 }
 
-/// Removes what has expired in an inbox whose head the transaction holds. To a reader that changes nothing, so it is no
-/// removal that a queue would have to show.
+/// Removes what has expired in an inbox whose head the transaction holds. To a reader that changes
+/// nothing, so it is no removal that a queue would have to show.
 pub(super) async fn expired(
     connection: &mut PgConnection,
     inbox: i64,

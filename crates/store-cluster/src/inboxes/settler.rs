@@ -1,5 +1,6 @@
-//! Group settlement: pages that clients have got are removed many at a time, as messages are committed many at a time. A
-//! settlement by itself would cost a transaction, which is many times what removing its rows costs.
+//! Group settlement: pages that clients have got are removed many at a time, as messages are
+//! committed many at a time. A settlement by itself would cost a transaction, which is many times
+//! what removing its rows costs.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -54,11 +55,19 @@ impl Settlers {
         Self { pages }
     }
 
-    /// Removes the messages of a page, durably. Answers which removal of the inbox it was. That is unknown if nothing of it was
-    /// left: others removed it, or we did and Postgres's answer was lost.
-    pub(super) async fn settle(&self, inbox: i64, seqs: Vec<Seq>, now: UnixMillis) -> StoreResult<u64> {
+    /// Removes the messages of a page, durably. Answers which removal of the inbox it was. That is
+    /// unknown if nothing of it was left: others removed it, or we did and Postgres's answer was
+    /// lost.
+    pub(super) async fn settle(
+        &self,
+        inbox: i64,
+        seqs: Vec<Seq>,
+        now: UnixMillis,
+    ) -> StoreResult<u64> {
         let (answer, settled) = oneshot::channel();
-        self.pages.send(Settled { inbox, seqs, now, answer }).map_err(|_| StoreError::unavailable(Closed))?;
+        self.pages
+            .send(Settled { inbox, seqs, now, answer })
+            .map_err(|_| StoreError::unavailable(Closed))?;
         settled.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
     }
 }

@@ -1,8 +1,9 @@
 //! Postgres: the one place where anything is durable.
 //!
-//! Every operation is a named transaction ([`Database::run`]) or a single statement ([`Database::once`]), measured by its name,
-//! and done again where another transaction was in its way. What was lost *before* its commit was sent changed nothing, so
-//! it is tried once more on another connection; what was lost *while* it committed may have happened, so it is tried again
+//! Every operation is a named transaction ([`Database::run`]) or a single statement
+//! ([`Database::once`]), measured by its name, and done again where another transaction was in its
+//! way. What was lost *before* its commit was sent changed nothing, so it is tried once more on
+//! another connection; what was lost *while* it committed may have happened, so it is tried again
 //! only where that does no harm ([`Repeat`]).
 
 pub(crate) mod row;
@@ -44,7 +45,8 @@ pub(crate) enum Repeat {
 #[derive(Clone, Debug)]
 pub(crate) struct Database {
     pool: PgPool,
-    /// How long an attempt may take with a connection: a server that is there ends it sooner, by its own timeouts.
+    /// How long an attempt may take with a connection: a server that is there ends it sooner, by
+    /// its own timeouts.
     patience: Duration,
 }
 
@@ -54,7 +56,10 @@ pub(crate) struct Database {
 struct Silent(Duration);
 
 /// What an operation does with its connection. It may be done several times.
-pub(crate) trait Work<T>: for<'c> Fn(&'c mut PgConnection) -> BoxFuture<'c, sqlx::Result<T>> {}
+pub(crate) trait Work<T>:
+    for<'c> Fn(&'c mut PgConnection) -> BoxFuture<'c, sqlx::Result<T>>
+{
+}
 
 impl<T, W: for<'c> Fn(&'c mut PgConnection) -> BoxFuture<'c, sqlx::Result<T>>> Work<T> for W {}
 
@@ -64,7 +69,8 @@ impl Database {
         let pool = PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(timeout)
-            // A ping before every use would be a round trip each; a dead connection is noticed by its first statement.
+            // A ping before every use would be a round trip each; a dead connection is noticed by
+            // its first statement.
             .test_before_acquire(false)
             .idle_timeout(Some(Duration::from_secs(600)))
             .max_lifetime(Some(Duration::from_secs(3_600)))
@@ -116,7 +122,8 @@ impl Database {
     pub(crate) fn observe(&self) {
         let (all, idle) = (self.pool.size() as usize, self.pool.num_idle());
         metrics::gauge!(names::PG_CONNECTIONS, "state" => "idle").set(idle as f64);
-        metrics::gauge!(names::PG_CONNECTIONS, "state" => "busy").set(all.saturating_sub(idle) as f64);
+        metrics::gauge!(names::PG_CONNECTIONS, "state" => "busy")
+            .set(all.saturating_sub(idle) as f64);
     }
 
     pub(crate) async fn close(&self) {
@@ -143,7 +150,8 @@ impl Database {
         let mut tries = 0;
         let outcome = loop {
             tries += 1;
-            let sql = tracing::debug_span!(target: "qpq::store", parent: &span, "sql", attempt = tries);
+            let sql =
+                tracing::debug_span!(target: "qpq::store", parent: &span, "sql", attempt = tries);
             match self.attempt(transaction, work).instrument(sql).await {
                 Ok(done) => break Ok(done),
                 Err(Failed { error, happened }) => {
@@ -175,7 +183,11 @@ impl Database {
         })
     }
 
-    async fn attempt<T>(&self, transaction: bool, work: &(impl Work<T> + Send + Sync)) -> Result<T, Failed> {
+    async fn attempt<T>(
+        &self,
+        transaction: bool,
+        work: &(impl Work<T> + Send + Sync),
+    ) -> Result<T, Failed> {
         let no = |error| Failed { error, happened: Happened::No };
         let perhaps = |error| Failed { error, happened: Happened::Perhaps };
         let mut connection = self.pool.acquire().await.map_err(no)?;
@@ -191,9 +203,13 @@ impl Database {
         match timeout(self.patience, attempt).await {
             Ok(outcome) => outcome,
             Err(_) => {
-                // In the pool it would keep its place until the kernel gives the connection up, which takes minutes.
+                // In the pool it would keep its place until the kernel gives the connection up,
+                // which takes minutes.
                 drop(connection.detach());
-                Err(perhaps(sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, Silent(self.patience)))))
+                Err(perhaps(sqlx::Error::Io(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    Silent(self.patience),
+                ))))
             }
         }
     }

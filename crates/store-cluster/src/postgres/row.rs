@@ -1,4 +1,5 @@
-//! Between domain types and columns. What does not fit its type was never written by this program: the row is bad.
+//! Between domain types and columns. What does not fit its type was never written by this program:
+//! the row is bad.
 
 use std::time::Duration;
 

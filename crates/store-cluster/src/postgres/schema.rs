@@ -1,5 +1,6 @@
-//! The schema: brought up to date by `qpq-admin migrate` (or at the start, where that is configured), and checked by every
-//! edge. A schema that is newer than this program is fine: a release only adds what its predecessor can live with.
+//! The schema: brought up to date by `qpq-admin migrate` (or at the start, where that is
+//! configured), and checked by every edge. A schema that is newer than this program is fine: a
+//! release only adds what its predecessor can live with.
 
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use crate::{Config, ConnectError, Migrate, error::Server};
 /// The oldest Postgres that will do, as `server_version_num` has it.
 const OLDEST: i32 = 150_000;
 
-/// Brings the schema up to date; to which version. Of several at a time, one does it and the others wait.
+/// Brings the schema up to date; to which version. Of several at a time, one does it and the others
+/// wait.
 pub async fn migrate(config: &Config) -> Result<i64, ConnectError> {
     bring_up(&super::options(config)?, config.start_timeout).await
 }
@@ -58,7 +60,8 @@ pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
     let server = Server::Postgres;
     match error {
         sqlx::Error::Database(refusal) => match refusal.code().as_deref() {
-            // Wrong credentials, no entry in pg_hba.conf; no such database; no right to it or in it.
+            // Wrong credentials, no entry in pg_hba.conf; no such database; no right to it or in
+            // it.
             Some(code) if code.starts_with("28") || code == "3D000" || code == "42501" => {
                 server.refuses(refusal.message())
             }
@@ -69,11 +72,16 @@ pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
     }
 }
 
-/// Connecting is bounded. The work itself is not: nobody knows how long an index takes, or another who migrates already.
+/// Connecting is bounded. The work itself is not: nobody knows how long an index takes, or another
+/// who migrates already.
 async fn bring_up(options: &PgConnectOptions, within: Duration) -> Result<i64, ConnectError> {
     let (mut connection, found) = Server::Postgres.answers(within, Box::pin(look(options))).await?;
     let version = if found < newest() {
-        tracing::info!(found, needed = newest(), "bringing the schema up to date, however long that takes");
+        tracing::info!(
+            found,
+            needed = newest(),
+            "bringing the schema up to date, however long that takes"
+        );
         run(&mut connection).await?
     } else {
         Server::Postgres.answers(within, Box::pin(run(&mut connection))).await?
@@ -93,11 +101,12 @@ async fn connect(options: &PgConnectOptions) -> Result<PgConnection, ConnectErro
     // Building an index may take longer than a call may.
     let patient = options.clone().options([("statement_timeout", "0"), ("lock_timeout", "0")]);
     let mut connection = patient.connect().await.map_err(|error| failed(&error))?;
-    let (number, name): (String, String) =
-        sqlx::query_as("SELECT current_setting('server_version_num'), current_setting('server_version')")
-            .fetch_one(&mut connection)
-            .await
-            .map_err(|error| failed(&error))?;
+    let (number, name): (String, String) = sqlx::query_as(
+        "SELECT current_setting('server_version_num'), current_setting('server_version')",
+    )
+    .fetch_one(&mut connection)
+    .await
+    .map_err(|error| failed(&error))?;
     if number.parse::<i32>().is_ok_and(|number| number >= OLDEST) {
         Ok(connection)
     } else {
@@ -116,7 +125,8 @@ async fn version(connection: &mut PgConnection) -> Result<i64, ConnectError> {
     if let Some(version) = connection.dirty_version("_sqlx_migrations").await.map_err(unmigrated)? {
         return Err(ConnectError::Migration(format!("migration {version} was interrupted")));
     }
-    let applied = connection.list_applied_migrations("_sqlx_migrations").await.map_err(unmigrated)?;
+    let applied =
+        connection.list_applied_migrations("_sqlx_migrations").await.map_err(unmigrated)?;
     Ok(applied.iter().map(|migration| migration.version).max().unwrap_or_default())
 }
 
@@ -146,7 +156,9 @@ fn is_lost(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) => true,
         // The server is going away, or coming.
-        sqlx::Error::Database(database) => database.code().is_some_and(|code| code.starts_with("57P")),
+        sqlx::Error::Database(database) => {
+            database.code().is_some_and(|code| code.starts_with("57P"))
+        }
         _ => false,
     }
 }

@@ -1,5 +1,5 @@
-//! One connection to whatever kind of Redis there is: a single server, a Sentinel's primary, or a Cluster. Each finds its way
-//! back by itself after it was lost.
+//! One connection to whatever kind of Redis there is: a single server, a Sentinel's primary, or a
+//! Cluster. Each finds its way back by itself after it was lost.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -38,7 +38,8 @@ impl fmt::Debug for Link {
 impl Link {
     pub(super) async fn connect(config: &Config) -> Result<Self, ConnectError> {
         let address = Address::parse(&config.redis.url)?;
-        let tls = config.redis.authorities(Server::Redis)?.map(|ca| address.trusting(ca)).transpose()?;
+        let tls =
+            config.redis.authorities(Server::Redis)?.map(|ca| address.trusting(ca)).transpose()?;
         let nodes = address.nodes(config.redis.password.as_deref())?;
         let timeout = config.redis_timeout;
         let access = Access { tls: tls.clone(), timeout };
@@ -50,7 +51,8 @@ impl Link {
             },
             Kind::Cluster => cluster(nodes.clone(), tls, timeout).await,
             Kind::Sentinel => {
-                // Within the deadline of a call, so that the call learns of it and the Sentinels are asked.
+                // Within the deadline of a call, so that the call learns of it and the Sentinels
+                // are asked.
                 let access = Access { tls, timeout: timeout.mul_f64(0.8) };
                 let primary = Primary::find(nodes.clone(), address.path, access).await;
                 primary.map(|primary| Self::Sentinel(Arc::new(primary)))
@@ -63,7 +65,11 @@ impl Link {
     }
 }
 
-async fn single(node: ConnectionInfo, tls: Option<TlsCertificates>, timeout: Duration) -> RedisResult<Link> {
+async fn single(
+    node: ConnectionInfo,
+    tls: Option<TlsCertificates>,
+    timeout: Duration,
+) -> RedisResult<Link> {
     let client = match tls {
         Some(tls) => Client::build_with_tls(node, tls)?,
         None => Client::open(node)?,
@@ -156,8 +162,11 @@ struct Address {
 
 impl Address {
     fn parse(url: &str) -> Result<Self, ConnectError> {
-        let wrong =
-            |cause: &str| ConnectError::Url { setting: SETTING, cause: cause.into(), expected: EXPECTED };
+        let wrong = |cause: &str| ConnectError::Url {
+            setting: SETTING,
+            cause: cause.into(),
+            expected: EXPECTED,
+        };
         let (scheme, rest) = url.split_once("://").ok_or_else(|| wrong("it has no scheme"))?;
         let (scheme, kind) = match scheme.split_once('+') {
             None => (scheme, Kind::Single),
@@ -178,7 +187,9 @@ impl Address {
             return Err(wrong("it names no host"));
         }
         if kind == Kind::Single && hosts.len() > 1 {
-            return Err(wrong("several hosts are a cluster or sentinels, and it does not say which"));
+            return Err(wrong(
+                "several hosts are a cluster or sentinels, and it does not say which",
+            ));
         }
         if kind == Kind::Sentinel && path.is_empty() {
             return Err(wrong("it does not name the primary behind the hosts"));
@@ -186,11 +197,16 @@ impl Address {
         Ok(Self { kind, scheme: scheme.into(), user_info, hosts, path: path.into() })
     }
 
-    /// A connection that is not encrypted has no use for authorities, and whoever named them thinks that it is.
+    /// A connection that is not encrypted has no use for authorities, and whoever named them thinks
+    /// that it is.
     fn trusting(&self, root_cert: Vec<u8>) -> Result<TlsCertificates, ConnectError> {
         if self.scheme != "rediss" {
             let cause = "redis.ca is given, but the scheme asks for no encryption".into();
-            return Err(ConnectError::Url { setting: SETTING, cause, expected: "it must begin with rediss" });
+            return Err(ConnectError::Url {
+                setting: SETTING,
+                cause,
+                expected: "it must begin with rediss",
+            });
         }
         Ok(TlsCertificates { client_tls: None, root_cert: Some(root_cert) })
     }
@@ -199,7 +215,8 @@ impl Address {
         // Behind Sentinels and in a Cluster the path is no database.
         let path = if self.kind == Kind::Single { self.path.as_str() } else { "" };
         let node = |host: &String| {
-            let node = format!("{}://{}{host}/{path}", self.scheme, self.user_info).into_connection_info()?;
+            let node = format!("{}://{}{host}/{path}", self.scheme, self.user_info)
+                .into_connection_info()?;
             let settings = match password {
                 Some(password) => node.redis_settings().clone().set_password(password),
                 None => node.redis_settings().clone(),
@@ -255,7 +272,10 @@ mod tests {
             "redis://:secret@",
         ] {
             let said = Address::parse(url).expect_err(url).to_string();
-            assert!(said.starts_with("redis.url cannot be understood") && !said.contains("secret"), "{said}");
+            assert!(
+                said.starts_with("redis.url cannot be understood") && !said.contains("secret"),
+                "{said}"
+            );
         }
     }
 }

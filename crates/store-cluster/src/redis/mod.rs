@@ -1,6 +1,7 @@
-//! Redis: what is quick and may be lost. Inboxes that are being read, who waits for them, what is on its way to a client,
-//! rate limits, sessions in use. Everything here can be flushed, evicted or rolled back at any moment; what that breaks is
-//! noticed by comparing with Postgres, or costs a delay.
+//! Redis: what is quick and may be lost. Inboxes that are being read, who waits for them, what is
+//! on its way to a client, rate limits, sessions in use. Everything here can be flushed, evicted or
+//! rolled back at any moment; what that breaks is noticed by comparing with Postgres, or costs a
+//! delay.
 
 mod link;
 mod node;
@@ -18,8 +19,8 @@ use tracing::{Instrument as _, field::Empty};
 use crate::{Config, ConnectError, error::Server, metrics as names};
 use link::Link;
 
-/// The connection that everything shares: commands of many callers go out one behind the other, without waiting for each
-/// other's answers. Cheap to clone.
+/// The connection that everything shares: commands of many callers go out one behind the other,
+/// without waiting for each other's answers. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Redis {
     link: Link,
@@ -35,7 +36,11 @@ impl Redis {
     /// Connects, and asks for the version.
     pub(crate) async fn connect(config: &Config) -> Result<Self, ConnectError> {
         let link = Link::connect(config).await?;
-        let redis = Self { link, namespace: config.namespace.as_str().into(), timeout: config.redis_timeout };
+        let redis = Self {
+            link,
+            namespace: config.namespace.as_str().into(),
+            timeout: config.redis_timeout,
+        };
         redis.check_version().await?;
         Ok(redis)
     }
@@ -65,7 +70,11 @@ impl Redis {
     }
 
     /// Runs one command.
-    pub(crate) async fn command<T: FromRedisValue>(&self, op: &'static str, command: &Cmd) -> StoreResult<T> {
+    pub(crate) async fn command<T: FromRedisValue>(
+        &self,
+        op: &'static str,
+        command: &Cmd,
+    ) -> StoreResult<T> {
         let mut link = self.link.clone();
         self.measured(op, async {
             redis::from_redis_value(link.req_packed_command(command).await?).map_err(Into::into)
@@ -101,7 +110,8 @@ impl Redis {
     }
 
     async fn check_version(&self) -> Result<(), ConnectError> {
-        // Answers with the version on every kind of deployment, where INFO would have to be asked node by node.
+        // Answers with the version on every kind of deployment, where INFO would have to be asked
+        // node by node.
         let script = Script::new("return redis.REDIS_VERSION or '6'");
         let mut invocation = script.prepare_invoke();
         invocation.key(self.key(format_args!("version")));
@@ -111,7 +121,12 @@ impl Redis {
             Ok(Err(error)) => return Err(node::failed(&error)),
             Err(_) => return Err(Server::Redis.unreachable(NoAnswer(self.timeout))),
         };
-        let major: u32 = found.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
-        if major >= 7 { Ok(()) } else { Err(ConnectError::TooOld { server: "Redis", found, needed: "7.0" }) }
+        let major: u32 =
+            found.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
+        if major >= 7 {
+            Ok(())
+        } else {
+            Err(ConnectError::TooOld { server: "Redis", found, needed: "7.0" })
+        }
     }
 }

@@ -18,8 +18,9 @@ pub(super) struct Access {
 }
 
 impl Access {
-    /// A connection to this node alone. The password is shown by a command of ours, so that a refusal comes in the server's
-    /// words: the client library's own are the same whatever the server said, that it has no room left included.
+    /// A connection to this node alone. The password is shown by a command of ours, so that a
+    /// refusal comes in the server's words: the client library's own are the same whatever the
+    /// server said, that it has no room left included.
     pub(super) async fn open(&self, node: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
         let mut connection = self.open_anonymously(node).await?;
         let credentials = node.redis_settings();
@@ -32,7 +33,10 @@ impl Access {
     }
 
     /// The same without a password.
-    pub(super) async fn open_anonymously(&self, node: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
+    pub(super) async fn open_anonymously(
+        &self,
+        node: &ConnectionInfo,
+    ) -> RedisResult<MultiplexedConnection> {
         let node = node.clone().set_redis_settings(RedisConnectionInfo::default());
         let client = match &self.tls {
             Some(tls) => Client::build_with_tls(node, tls.clone())?,
@@ -44,7 +48,8 @@ impl Access {
         client.get_multiplexed_async_connection_with_config(&config).await
     }
 
-    /// Why none of the nodes could be used, given what the client library made of it: that says little, so they are asked.
+    /// Why none of the nodes could be used, given what the client library made of it: that says
+    /// little, so they are asked.
     pub(super) async fn why(&self, error: &RedisError, nodes: &[ConnectionInfo]) -> ConnectError {
         let mut why = failed(error);
         for node in nodes {
@@ -76,7 +81,8 @@ pub(super) fn is_refusal(error: &RedisError) -> bool {
 pub(super) fn failed(error: &RedisError) -> ConnectError {
     let server = Server::Redis;
     if is_refusal(error) {
-        return server.refuses([error.code(), error.detail()].map(Option::unwrap_or_default).join(" "));
+        return server
+            .refuses([error.code(), error.detail()].map(Option::unwrap_or_default).join(" "));
     }
     match error.kind() {
         ErrorKind::InvalidClientConfig => server.untrusted(error),

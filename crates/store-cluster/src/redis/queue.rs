@@ -1,15 +1,19 @@
-//! Inboxes that are being read, as queues in Redis: what the scripts beside this file do, with types around it.
+//! Inboxes that are being read, as queues in Redis: what the scripts beside this file do, with
+//! types around it.
 //!
-//! A queue is a copy of one inbox in one state: everything up to seq `head`, after the first `removals` removals. It is only
-//! shown to a reader who knows, from Postgres, that the inbox has not gone beyond that state; so whatever Redis lost, evicted
-//! or rolled back makes a queue that is not shown, and it is loaded anew. Only small inboxes are loaded: the many that a
-//! connected client keeps nearly empty. The others are read from Postgres, and Redis has their leases and waiters alone.
+//! A queue is a copy of one inbox in one state: everything up to seq `head`, after the first
+//! `removals` removals. It is only shown to a reader who knows, from Postgres, that the inbox has
+//! not gone beyond that state; so whatever Redis lost, evicted or rolled back makes a queue that is
+//! not shown, and it is loaded anew. Only small inboxes are loaded: the many that a connected
+//! client keeps nearly empty. The others are read from Postgres, and Redis has their leases and
+//! waiters alone.
 //!
-//! A removal goes to Postgres first and then here, where it also ends the lease. So a load must not come from before a removal
-//! that has been here: whoever is turned away gets a [`Permit`], which the next removal ends.
+//! A removal goes to Postgres first and then here, where it also ends the lease. So a load must not
+//! come from before a removal that has been here: whoever is turned away gets a [`Permit`], which
+//! the next removal ends.
 //!
-//! Keys, all with the inbox as hash tag: `m` the state and the permit, `q` the members by seq, `l` leases (seq → lease,
-//! `e`lease → end), `w` edges that wait.
+//! Keys, all with the inbox as hash tag: `m` the state and the permit, `q` the members by seq, `l`
+//! leases (seq → lease, `e`lease → end), `w` edges that wait.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -24,7 +28,8 @@ use crate::error::NeverWritten;
 /// What an inbox may hold to be loaded, in messages and in bytes of members.
 pub(crate) const MOST_MESSAGES: u64 = 256;
 pub(crate) const MOST_BYTES: u64 = 512 << 10;
-/// Bytes pushed to a queue before it is dropped, to be loaded with a new count: nothing is taken off it when messages go.
+/// Bytes pushed to a queue before it is dropped, to be loaded with a new count: nothing is taken
+/// off it when messages go.
 const BYTES_PUSHED: u64 = 4 << 20;
 /// How long a queue stays loaded after the last read.
 const LOADED: Duration = Duration::from_secs(15 * 60);
@@ -38,7 +43,8 @@ static CLAIM: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scri
 static REMOVE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/remove.lua")));
 static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
 
-/// In place of a removal's number: messages are gone, and nobody can say by which. Whatever queue there is goes too.
+/// In place of a removal's number: messages are gone, and nobody can say by which. Whatever queue
+/// there is goes too.
 pub(crate) const UNKNOWN_REMOVAL: u64 = u64::MAX;
 
 /// Which of its states an inbox is in. Both only ever grow.
@@ -90,8 +96,8 @@ pub(crate) enum Found {
     Page(Shown),
 }
 
-/// Leave to load a queue with what is read in Postgres after this was given. It ends with the next removal, and when Redis
-/// loses it: what was removed meanwhile cannot come back.
+/// Leave to load a queue with what is read in Postgres after this was given. It ends with the next
+/// removal, and when Redis loses it: what was removed meanwhile cannot come back.
 #[derive(Debug)]
 pub(crate) struct Permit(Bytes);
 
@@ -113,7 +119,11 @@ pub(crate) struct Free {
 
 impl Redis {
     /// Adds committed messages to the queue, if it is loaded. Answers who waits for the inbox.
-    pub(crate) async fn push(&self, inbox: &IdentityKey, messages: &[Queued]) -> StoreResult<Vec<String>> {
+    pub(crate) async fn push(
+        &self,
+        inbox: &IdentityKey,
+        messages: &[Queued],
+    ) -> StoreResult<Vec<String>> {
         let mut args = vec![number(MOST_MESSAGES), number(BYTES_PUSHED)];
         for message in messages {
             args.push(number(message.envelope.seq.0));
@@ -148,7 +158,8 @@ impl Redis {
         found(self.script("read", &READ, &keys, &args).await?)
     }
 
-    /// Makes the queue from what Postgres had in `state`, read after the permit was given; nothing, if that has ended.
+    /// Makes the queue from what Postgres had in `state`, read after the permit was given; nothing,
+    /// if that has ended.
     pub(crate) async fn load(
         &self,
         inbox: &IdentityKey,
@@ -159,8 +170,13 @@ impl Redis {
         let members: Vec<_> =
             messages.iter().map(|message| (message.envelope.seq, message.encode())).collect();
         let bytes = members.iter().map(|(_, member)| member.len() as u64).sum();
-        let mut args =
-            vec![number(state.head), number(state.removals), number(bytes), millis(LOADED), permit.0];
+        let mut args = vec![
+            number(state.head),
+            number(state.removals),
+            number(bytes),
+            millis(LOADED),
+            permit.0,
+        ];
         for (seq, member) in members {
             args.push(number(seq.0));
             args.push(member);
@@ -168,7 +184,8 @@ impl Redis {
         self.script("load", &LOAD, &self.keys(inbox, ["m", "q"]), &args).await
     }
 
-    /// Holds the first `page` of `seqs` as far as they are free; one more may follow, to know whether it is.
+    /// Holds the first `page` of `seqs` as far as they are free; one more may follow, to know
+    /// whether it is.
     pub(crate) async fn claim(
         &self,
         inbox: &IdentityKey,
@@ -198,7 +215,8 @@ impl Redis {
         self.command::<u64>("register", &expire).await.map(drop)
     }
 
-    /// The messages are gone by the inbox's removal of that number, and so is `lease`. Answers who waits for the inbox.
+    /// The messages are gone by the inbox's removal of that number, and so is `lease`. Answers who
+    /// waits for the inbox.
     pub(crate) async fn removed(
         &self,
         inbox: &IdentityKey,
@@ -238,7 +256,8 @@ fn found(answer: Value) -> StoreResult<Found> {
     match &fields[..] {
         [_, Value::BulkString(permit)] => Ok(Found::NotLoaded(Permit(permit.clone().into()))),
         [_, head, more, stopped, Value::Array(members)] => {
-            let number = |value: &Value| redis::from_redis_value::<u64>(value.clone()).map_err(|_| wrong());
+            let number =
+                |value: &Value| redis::from_redis_value::<u64>(value.clone()).map_err(|_| wrong());
             let envelope = |member: &Value| match member {
                 Value::BulkString(bytes) => {
                     Queued::decode(bytes).map(|queued| queued.envelope).ok_or_else(wrong)
@@ -261,14 +280,15 @@ fn stopped_for(millis: u64) -> Option<Duration> {
 }
 
 impl Queued {
-    /// seq (8) ‖ expires_at (8) ‖ enqueued_at (8) ‖ length of channel (1) ‖ channel ‖ payload, big-endian. `read.lua` reads
-    /// all but the payload.
+    /// seq (8) ‖ expires_at (8) ‖ enqueued_at (8) ‖ length of channel (1) ‖ channel ‖ payload,
+    /// big-endian. `read.lua` reads all but the payload.
     fn encode(&self) -> Bytes {
         let Envelope { seq, channel, payload, enqueued_at } = &self.envelope;
         let channel = channel.as_bytes();
         let mut member = BytesMut::with_capacity(25 + channel.len() + payload.len());
         member.put_u64(seq.0);
-        // Beyond what Lua's numbers can tell apart; and the year 287 396 is as good as any later one.
+        // Beyond what Lua's numbers can tell apart; and the year 287 396 is as good as any later
+        // one.
         member.put_u64(self.expires_at.0.min(1 << 53));
         member.put_u64(enqueued_at.0);
         member.put_u8(u8::try_from(channel.len()).expect("0 or 16"));
@@ -343,14 +363,24 @@ mod tests {
         async fn found(&self, head: u64, removals: u64) -> Found {
             let limit = PageLimit { messages: 10, bytes: 1 << 20 };
             let state = State { head, removals };
-            let look = Look { read: &READ, state, after: Seq::ZERO, limit, now: NOW, hold: None, edge: None };
+            let look = Look {
+                read: &READ,
+                state,
+                after: Seq::ZERO,
+                limit,
+                now: NOW,
+                hold: None,
+                edge: None,
+            };
             self.read(look).await.unwrap()
         }
 
         /// What is shown to a reader who knows of that state.
         async fn shown(&self, head: u64, removals: u64) -> Vec<u64> {
             match self.found(head, removals).await {
-                Found::Page(shown) => shown.page.envelopes.iter().map(|envelope| envelope.seq.0).collect(),
+                Found::Page(shown) => {
+                    shown.page.envelopes.iter().map(|envelope| envelope.seq.0).collect()
+                }
                 Found::NotLoaded(_) => panic!("not loaded"),
             }
         }
@@ -370,13 +400,17 @@ mod tests {
 
     fn queued(seq: u64) -> Queued {
         let payload = Bytes::from_static(b"hello");
-        let envelope =
-            Envelope { seq: Seq(seq), channel: ChannelId::DEFAULT, payload, enqueued_at: UnixMillis(0) };
+        let envelope = Envelope {
+            seq: Seq(seq),
+            channel: ChannelId::DEFAULT,
+            payload,
+            enqueued_at: UnixMillis(0),
+        };
         Queued { envelope, expires_at: UnixMillis(2) }
     }
 
-    /// One reader has read message 1 in Postgres and is slow to load it, while another removes it, and a third comes who had
-    /// asked for the inbox's state before.
+    /// One reader has read message 1 in Postgres and is slow to load it, while another removes it,
+    /// and a third comes who had asked for the inbox's state before.
     #[tokio::test]
     async fn a_slow_load_brings_nothing_back() {
         let (_server, redis) = redis().await;
@@ -431,9 +465,14 @@ mod tests {
 
     #[test]
     fn a_member_is_read_as_it_was_written() {
-        for (channel, payload) in [(ChannelId::DEFAULT, ""), (ChannelId::new([0xff; 16]), "\0text")] {
-            let envelope =
-                Envelope { seq: Seq(7), channel, payload: payload.into(), enqueued_at: UnixMillis(5) };
+        for (channel, payload) in [(ChannelId::DEFAULT, ""), (ChannelId::new([0xff; 16]), "\0text")]
+        {
+            let envelope = Envelope {
+                seq: Seq(7),
+                channel,
+                payload: payload.into(),
+                enqueued_at: UnixMillis(5),
+            };
             let queued = Queued { envelope, expires_at: UnixMillis(9) };
             assert_eq!(Queued::decode(&queued.encode()), Some(queued));
         }

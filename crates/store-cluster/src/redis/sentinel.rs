@@ -1,12 +1,12 @@
-//! A Redis behind Sentinels: the primary, as they name it. They are asked when the connection is made, and again when what
-//! happens to it says that the primary is gone or is none any more. All of them are asked at once and the first good answer
-//! counts, so one that hangs holds nobody up.
+//! A Redis behind Sentinels: the primary, as they name it. They are asked when the connection is
+//! made, and again when what happens to it says that the primary is gone or is none any more. All
+//! of them are asked at once and the first good answer counts, so one that hangs holds nobody up.
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use parking_lot::Mutex;
 use redis::{
-    Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value,
-    aio::MultiplexedConnection,
+    Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult, ServerErrorKind,
+    Value, aio::MultiplexedConnection,
 };
 
 use super::node::{Access, is_refusal};
@@ -61,11 +61,13 @@ impl Primary {
         Ok(new)
     }
 
-    /// Looks at what came of a command on `used`, and lets go of that if the primary is another by now.
+    /// Looks at what came of a command on `used`, and lets go of that if the primary is another by
+    /// now.
     pub(super) fn judge<T>(&self, used: &Current, outcome: RedisResult<T>) -> RedisResult<T> {
         if outcome.as_ref().is_err_and(lost_primary) {
             let mut current = self.current.lock();
-            // Many calls share a connection and fail together; the last of them must not take the new one away.
+            // Many calls share a connection and fail together; the last of them must not take the
+            // new one away.
             if current.as_ref().is_some_and(|current| current.number == used.number) {
                 *current = None;
             }
@@ -122,10 +124,11 @@ impl Primary {
         match role.first() {
             Some(Value::BulkString(role)) if role == b"master" => Ok(primary),
             // The Sentinel is behind: it will know better in a moment.
-            _ => {
-                Err((ErrorKind::Server(ServerErrorKind::MasterDown), "what the Sentinel names is no primary")
-                    .into())
-            }
+            _ => Err((
+                ErrorKind::Server(ServerErrorKind::MasterDown),
+                "what the Sentinel names is no primary",
+            )
+                .into()),
         }
     }
 }

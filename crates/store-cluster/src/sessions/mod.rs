@@ -1,10 +1,11 @@
-//! Sessions: Postgres knows them, and those in use are in Redis and in each edge's process too, because every call looks its
-//! session up and hardly any changes it.
+//! Sessions: Postgres knows them, and those in use are in Redis and in each edge's process too,
+//! because every call looks its session up and hardly any changes it.
 //!
-//! **No copy is believed for longer than `ttl` after Postgres was asked**, whatever happens to Redis and NATS. A revocation
-//! that all goes well for is quicker: it is committed, then Redis is told so, and that mark stays until every lookup that
-//! may have read the row before is too old to be believed; then the other edges are told through NATS to forget their own
-//! copy. `confirm` asks Postgres, always.
+//! **No copy is believed for longer than `ttl` after Postgres was asked**, whatever happens to
+//! Redis and NATS. A revocation that all goes well for is quicker: it is committed, then Redis is
+//! told so, and that mark stays until every lookup that may have read the row before is too old to
+//! be believed; then the other edges are told through NATS to forget their own copy. `confirm` asks
+//! Postgres, always.
 
 mod process;
 mod shared;
@@ -70,8 +71,8 @@ impl ClusterSessions {
         Self { database, copies, ttl }
     }
 
-    /// Forgets what other edges say has ended, from now on and as long as there is a bus; and everything, when something may
-    /// have been missed.
+    /// Forgets what other edges say has ended, from now on and as long as there is a bus; and
+    /// everything, when something may have been missed.
     pub(crate) fn listen(self: Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
         let (mut heard, mut back) = (self.copies.bus.hear(), self.copies.bus.back());
         async move {
@@ -177,7 +178,12 @@ impl Sessions for ClusterSessions {
             }
             Ok(Copy::Found { session, age }) => {
                 found_in("redis");
-                process.keep(*token, session.clone(), begun + self.ttl.saturating_sub(age), generation);
+                process.keep(
+                    *token,
+                    session.clone(),
+                    begun + self.ttl.saturating_sub(age),
+                    generation,
+                );
                 return Ok(Some(session));
             }
             Ok(Copy::Absent(now)) => Some(now),
@@ -207,7 +213,12 @@ impl Sessions for ClusterSessions {
             .await
     }
 
-    async fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) -> StoreResult<()> {
+    async fn touch(
+        &self,
+        token: &TokenHash,
+        now: UnixMillis,
+        expires_at: UnixMillis,
+    ) -> StoreResult<()> {
         let key = *token;
         self.database
             .once("touch", Repeat::Harmless, move |connection| {
@@ -223,7 +234,8 @@ impl Sessions for ClusterSessions {
             })
             .await?;
         self.copies.process.touch(token, now, expires_at);
-        // A copy that does not know is looked at by somebody who notes the use again; and Redis notes its failures.
+        // A copy that does not know is looked at by somebody who notes the use again; and Redis
+        // notes its failures.
         let _ = self.copies.redis.touch(token, now, expires_at).await;
         Ok(())
     }
@@ -241,16 +253,17 @@ impl Sessions for ClusterSessions {
 
     async fn revoke_all(&self, account: AccountId) -> StoreResult<u32> {
         self.remove(None, move |connection| {
-            Box::pin(
-                async move { tokens(&sqlx::query(REVOKE_ALL).bind(account.0).fetch_all(connection).await?) },
-            )
+            Box::pin(async move {
+                tokens(&sqlx::query(REVOKE_ALL).bind(account.0).fetch_all(connection).await?)
+            })
         })
         .await
     }
 }
 
 impl Copies {
-    /// The sessions are no more. The mark in Redis comes first: whoever forgets afterwards reads nothing old from there.
+    /// The sessions are no more. The mark in Redis comes first: whoever forgets afterwards reads
+    /// nothing old from there.
     async fn ended(&self, tokens: &[TokenHash]) {
         self.redis.ended(tokens).await;
         self.forget(tokens);

@@ -1,7 +1,8 @@
 //! Sessions in use, in this process.
 //!
-//! What could make a copy wrong is a lookup that reads, is overtaken by a change, and only then keeps what it read; so each
-//! change counts up a generation, and a lookup keeps nothing when the generation is not the one it began with.
+//! What could make a copy wrong is a lookup that reads, is overtaken by a change, and only then
+//! keeps what it read; so each change counts up a generation, and a lookup keeps nothing when the
+//! generation is not the one it began with.
 
 use std::{sync::Arc, time::Duration};
 
@@ -120,7 +121,8 @@ mod tests {
         copies.keep(TOKEN, session(), Instant::now() + TTL / 3, copies.generation());
         tokio::time::advance(TTL / 4).await;
         copies.touch(&TOKEN, UnixMillis(2), UnixMillis(10));
-        let touched = Session { last_used_at: UnixMillis(2), expires_at: UnixMillis(10), ..session() };
+        let touched =
+            Session { last_used_at: UnixMillis(2), expires_at: UnixMillis(10), ..session() };
         assert_eq!(copies.get(&TOKEN), Some(touched));
         tokio::time::advance(TTL / 4).await;
         assert_eq!(copies.get(&TOKEN), None, "a touch makes nothing younger");

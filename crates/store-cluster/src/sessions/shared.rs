@@ -1,9 +1,10 @@
 //! Sessions in use, in Redis, where all edges find them.
 //!
-//! A copy says when Postgres was asked, by Redis's own clock, and every reader judges its age by that: so one that comes back
-//! with an old dump, or that an edge with other settings made, counts for no longer than any other. What takes a session's
-//! place when it ends is a mark that no copy overwrites. It stays for longer than a copy is believed, so a copy made from
-//! what was read before the end comes either before the mark or too late.
+//! A copy says when Postgres was asked, by Redis's own clock, and every reader judges its age by
+//! that: so one that comes back with an old dump, or that an edge with other settings made, counts
+//! for no longer than any other. What takes a session's place when it ends is a mark that no copy
+//! overwrites. It stays for longer than a copy is believed, so a copy made from what was read
+//! before the end comes either before the mark or too late.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -61,8 +62,10 @@ impl InRedis {
     }
 
     pub(super) async fn find(&self, token: &TokenHash) -> StoreResult<Copy> {
-        let (kind, millis, copy): (String, u64, Vec<u8>) =
-            self.redis.script("session_find", &FIND, &[self.key(token)], &[millis(self.ttl)]).await?;
+        let (kind, millis, copy): (String, u64, Vec<u8>) = self
+            .redis
+            .script("session_find", &FIND, &[self.key(token)], &[millis(self.ttl)])
+            .await?;
         Ok(match &kind[..] {
             "ended" => Copy::Ended,
             "found" if let Some(session) = decode(&copy) => {
@@ -80,7 +83,8 @@ impl InRedis {
         asked_at: AskedAt,
     ) -> StoreResult<Fill> {
         let args = [asked_at.0.to_string().into(), millis(self.ttl), encode(session)];
-        let ended: bool = self.redis.script("session_fill", &FILL, &[self.key(token)], &args).await?;
+        let ended: bool =
+            self.redis.script("session_fill", &FILL, &[self.key(token)], &args).await?;
         Ok(if ended { Fill::Ended } else { Fill::Done })
     }
 
@@ -100,7 +104,8 @@ impl InRedis {
             .map(drop)
     }
 
-    /// Marks the sessions as ended. One that cannot be marked is believed for as long as its copy is.
+    /// Marks the sessions as ended. One that cannot be marked is believed for as long as its copy
+    /// is.
     pub(super) async fn ended(&self, tokens: &[TokenHash]) {
         self.each(tokens, |key| {
             let mut set = Cmd::new();
@@ -139,8 +144,8 @@ impl InRedis {
     }
 }
 
-/// last_used_at (8) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8) ‖ identity (32) ‖ device (0 or 16), big-endian.
-/// `session_touch.lua` writes the first two.
+/// last_used_at (8) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8) ‖ identity (32) ‖ device
+/// (0 or 16), big-endian. `session_touch.lua` writes the first two.
 fn encode(session: &Session) -> Bytes {
     let Session { account, identity, device, authenticated_at, last_used_at, expires_at } = session;
     let mut copy = BytesMut::with_capacity(80);

@@ -1,6 +1,7 @@
-//! Postgres, Redis and NATS of a test's own, and edges on them. A backend under test is one edge with a database and a
-//! namespace for itself. Its crash is the loss of its runtime: tasks, leases and caches are gone wherever they were, and
-//! nothing is closed. Then another edge takes its place.
+//! Postgres, Redis and NATS of a test's own, and edges on them. A backend under test is one edge
+//! with a database and a namespace for itself. Its crash is the loss of its runtime: tasks, leases
+//! and caches are gone wherever they were, and nothing is closed. Then another edge takes its
+//! place.
 
 use std::{
     fmt,
@@ -20,7 +21,9 @@ use qpq_ports::{
     conformance::{Backend, Factory},
 };
 use qpq_store_cluster::{ClusterStore, Config, Endpoint, Limits, Migrate, Timing};
-use qpq_test_services::{Authority, Nats, Postgres, Redis, RedisCluster, RedisSentinel, resp::Reply};
+use qpq_test_services::{
+    Authority, Nats, Postgres, Redis, RedisCluster, RedisSentinel, resp::Reply,
+};
 use tokio::{
     runtime::{Builder, Runtime},
     time::{Instant, sleep},
@@ -116,16 +119,24 @@ impl<R: AnyRedis> Servers<R> {
         redis: impl Future<Output = anyhow::Result<R>> + Send + 'a,
     ) -> BoxFuture<'a, Arc<Self>> {
         Box::pin(async {
-            let (postgres, redis, nats) = tokio::join!(Postgres::start_with(QUICK), redis, Nats::start());
+            let (postgres, redis, nats) =
+                tokio::join!(Postgres::start_with(QUICK), redis, Nats::start());
             let postgres = postgres.expect("Postgres");
             Self::prepared(postgres, redis.expect("Redis"), nats.expect("NATS"), None).await
         })
     }
 
-    async fn prepared(postgres: Postgres, redis: R, nats: Nats, authority: Option<Authority>) -> Arc<Self> {
+    async fn prepared(
+        postgres: Postgres,
+        redis: R,
+        nats: Nats,
+        authority: Option<Authority>,
+    ) -> Arc<Self> {
         let servers = Self { postgres, redis, nats, authority, clusters: AtomicU32::new(0) };
         let template = servers.postgres.create_database(TEMPLATE).await.expect("a database");
-        qpq_store_cluster::migrate(&servers.config(template, Limits::default())).await.expect("the schema");
+        qpq_store_cluster::migrate(&servers.config(template, Limits::default()))
+            .await
+            .expect("the schema");
         Arc::new(servers)
     }
 
@@ -162,7 +173,8 @@ impl<R: AnyRedis> Servers<R> {
         }
     }
 
-    /// Completes when nothing of the cluster is leased: its edges are dead, so nobody renews anything.
+    /// Completes when nothing of the cluster is leased: its edges are dead, so nobody renews
+    /// anything.
     async fn leases_have_run_out(&self, config: &Config) {
         eventually("the leases of a dead edge to run out", || async {
             for node in self.redis.nodes() {
@@ -201,7 +213,11 @@ pub(crate) async fn edge(config: &Config) -> ClusterStore {
 }
 
 fn number<T: std::str::FromStr>(reply: &Reply) -> T {
-    reply.text().ok().and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{reply:?} is no number"))
+    reply
+        .text()
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or_else(|| panic!("{reply:?} is no number"))
 }
 
 /// Waits for what must come to be so.
@@ -267,7 +283,8 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) async fn start(config: &Config) -> Self {
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let runtime =
+            Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let config = config.clone();
         let connecting = runtime.spawn(async move { ClusterStore::connect(&config).await });
         let store = connecting.await.expect("no panic").unwrap_or_else(|error| panic!("{error}"));
@@ -275,7 +292,8 @@ impl Process {
     }
 
     pub(crate) async fn crash(self) {
-        // A runtime must not be dropped by a task; its end is waited for, as a dead process does nothing more.
+        // A runtime must not be dropped by a task; its end is waited for, as a dead process does
+        // nothing more.
         let runtime = self.runtime;
         tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");
     }

@@ -1,4 +1,5 @@
-//! The rules that every backend keeps, on each kind of Redis there is, and with everything encrypted.
+//! The rules that every backend keeps, on each kind of Redis there is, and with everything
+//! encrypted.
 
 use crate::backend::Clusters;
 

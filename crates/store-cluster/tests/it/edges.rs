@@ -49,27 +49,35 @@ async fn of_two_registrations_on_two_edges_one_wins() {
     let [a, b] = edges.stores();
     for n in 0..60_u8 {
         let (name, other) = (format!("name{n}"), format!("other{n}"));
-        let outcomes = register(&a, &b, new_account(&name, 3 * n), new_account(&name, 3 * n + 1)).await;
+        let outcomes =
+            register(&a, &b, new_account(&name, 3 * n), new_account(&name, 3 * n + 1)).await;
         assert!(
             matches!(outcomes, [Registered(_), UsernameTaken] | [UsernameTaken, Registered(_)]),
             "one name: {outcomes:?}"
         );
-        let outcomes =
-            register(&a, &b, new_account(&other, 3 * n + 2), new_account(&format!("third{n}"), 3 * n + 2));
+        let outcomes = register(
+            &a,
+            &b,
+            new_account(&other, 3 * n + 2),
+            new_account(&format!("third{n}"), 3 * n + 2),
+        );
         let outcomes = outcomes.await;
         assert!(
             matches!(outcomes, [Registered(_), IdentityTaken] | [IdentityTaken, Registered(_)]),
             "one key: {outcomes:?}"
         );
-        let same = NewAccount { identity: IdentityKey::new([200 + n % 50; 32]), ..new_account("same", 0) };
+        let same =
+            NewAccount { identity: IdentityKey::new([200 + n % 50; 32]), ..new_account("same", 0) };
         let same = NewAccount { username: new_account(&format!("same{n}"), 0).username, ..same };
         if n < 50 {
             let outcomes = register(&a, &b, same.clone(), same.clone()).await;
-            let ([Registered(one), Repeated(two)] | [Repeated(two), Registered(one)]) = outcomes else {
+            let ([Registered(one), Repeated(two)] | [Repeated(two), Registered(one)]) = outcomes
+            else {
                 panic!("the very same: {outcomes:?}");
             };
             assert_eq!(one, two);
-            let found = b.accounts.by_identity(&same.identity).await.expect("find").expect("it is there");
+            let found =
+                b.accounts.by_identity(&same.identity).await.expect("find").expect("it is there");
             assert_eq!((found.id, found.username), (one, same.username));
         }
     }
@@ -93,15 +101,18 @@ async fn claims_on_three_edges_never_share_a_package_and_never_run_dry() {
         let mut tasks = JoinSet::new();
         for n in 0..CLAIMS {
             let keys = Arc::clone(&stores[n % 3].key_packages);
-            tasks.spawn(
-                async move { keys.take(&alice.identity, NOW).await.expect("take").expect("never dry") },
-            );
+            tasks.spawn(async move {
+                keys.take(&alice.identity, NOW).await.expect("take").expect("never dry")
+            });
         }
         let (last, single): (Vec<_>, Vec<_>) =
             tasks.join_all().await.into_iter().partition(|taken| taken.last_resort);
         let distinct: BTreeSet<u8> = single.iter().map(|taken| taken.bytes[0]).collect();
         assert_eq!((single.len(), distinct), (PACKAGES.into(), (1..=PACKAGES).collect()));
-        assert_eq!(last, vec![TakenKeyPackage { bytes: vec![200; 300], last_resort: true }; CLAIMS - 40]);
+        assert_eq!(
+            last,
+            vec![TakenKeyPackage { bytes: vec![200; 300], last_resort: true }; CLAIMS - 40]
+        );
         for n in [1, PACKAGES, 200] {
             let again = if n == 200 { package(n) } else { last_resort(n) };
             let there = Upload::Stored(Stock { available: 0, has_last_resort: true });
@@ -124,7 +135,8 @@ async fn a_last_resort_that_is_replaced_is_never_missing() {
         claims.spawn(async move {
             let mut seen = BTreeSet::new();
             while !*replaced.borrow() {
-                let taken = keys.take(&alice.identity, NOW).await.expect("take").expect("never dry");
+                let taken =
+                    keys.take(&alice.identity, NOW).await.expect("take").expect("never dry");
                 assert!(taken.last_resort);
                 seen.insert(taken.bytes[0]);
             }
@@ -149,7 +161,8 @@ async fn a_last_resort_that_is_replaced_is_never_missing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn uploads_on_two_edges_keep_the_cap() {
-    let edges = Edges::<2>::start(KeyPackageCaps { max_count: 10, ..KeyPackageCaps::default() }).await;
+    let edges =
+        Edges::<2>::start(KeyPackageCaps { max_count: 10, ..KeyPackageCaps::default() }).await;
     let [a, b] = edges.stores();
     for n in 1..=30 {
         let alice = person(&a, n).await;
@@ -196,7 +209,10 @@ async fn edges_count_one_budget() {
     // A third of a token is lost on nobody's way.
     let thirds = Bucket { burst: 3, per_second: 0.3 };
     for stores in [&a, &b, &a] {
-        assert_eq!(stores.limiter.take(budget(2), thirds, 1, NOW).await.expect("take"), Verdict::Allowed);
+        assert_eq!(
+            stores.limiter.take(budget(2), thirds, 1, NOW).await.expect("take"),
+            Verdict::Allowed
+        );
     }
     assert_eq!(b.limiter.take(budget(2), thirds, 1, NOW).await.expect("take"), retry(3_334));
     assert_eq!(b.limiter.take(budget(2), thirds, 3, NOW).await.expect("take"), retry(10_000));
@@ -205,9 +221,11 @@ async fn edges_count_one_budget() {
     let then = NOW.plus(Duration::from_millis(3_334));
     assert_eq!(a.limiter.take(budget(2), thirds, 1, then).await.expect("take"), Verdict::Allowed);
 
-    let keys = edges.servers.redis.command(["KEYS", &format!("{}:r:*", edges.config.namespace)]).await;
+    let keys =
+        edges.servers.redis.command(["KEYS", &format!("{}:r:*", edges.config.namespace)]).await;
     for key in keys.expect("Redis").array().expect("a list") {
-        let left = edges.servers.redis.command(["PTTL", key.text().expect("text")]).await.expect("Redis");
+        let left =
+            edges.servers.redis.command(["PTTL", key.text().expect("text")]).await.expect("Redis");
         assert!(left.integer().expect("a number") > 0, "{key:?} goes by itself");
     }
 }
@@ -268,7 +286,8 @@ async fn edges_that_sweep_at_a_time_remove_each_row_once() {
     let stores = edges.stores();
     for n in 1..=PEOPLE {
         let somebody = person(&stores[0], n).await;
-        let outcomes = stores[0].inboxes.enqueue(vec![brief(somebody); EACH]).await.expect("enqueue");
+        let outcomes =
+            stores[0].inboxes.enqueue(vec![brief(somebody); EACH]).await.expect("enqueue");
         assert!(outcomes.iter().all(|outcome| matches!(outcome, Enqueued::Accepted(_))));
         open(&stores[0], n, somebody).await;
         upload(&stores[0], somebody, vec![package(n)]).await;
@@ -278,7 +297,8 @@ async fn edges_that_sweep_at_a_time_remove_each_row_once() {
     for upkeep in stores.iter().map(|stores| Arc::clone(&stores.upkeep)) {
         tasks.spawn(async move {
             let mut rows = 0;
-            // Who finds another at it answers 0 as well, so each looks more often than there are batches.
+            // Who finds another at it answers 0 as well, so each looks more often than there are
+            // batches.
             for _ in 0..20 {
                 rows += upkeep.sweep(after).await.expect("sweep");
             }

@@ -1,5 +1,5 @@
-//! A Redis that changes while messages pass: a primary by order, or because it is killed or hangs; a Cluster whose nodes come
-//! and go and change their slots.
+//! A Redis that changes while messages pass: a primary by order, or because it is killed or hangs;
+//! a Cluster whose nodes come and go and change their slots.
 
 use std::{
     sync::{
@@ -35,7 +35,8 @@ struct Progress {
     open: AtomicU64,
 }
 
-/// Does it until it is done; what a Redis that is away may make of a call is Unavailable and nothing else.
+/// Does it until it is done; what a Redis that is away may make of a call is Unavailable and
+/// nothing else.
 async fn persist<T, F: Future<Output = Result<T, StoreError>>>(
     what: &str,
     mut attempt: impl FnMut() -> F,
@@ -67,11 +68,13 @@ fn message(to: Person, n: u64) -> Enqueue {
     }
 }
 
-/// One message after the other, numbered. Redis is no part of accepting one, so none is ever refused.
+/// One message after the other, numbered. Redis is no part of accepting one, so none is ever
+/// refused.
 async fn send(stores: Stores, to: Person, progress: Arc<Progress>) {
     for n in 1..=ALL {
         eventually("the next lap", || async { progress.open.load(Ordering::Acquire) >= n }).await;
-        let outcome = stores.inboxes.enqueue(vec![message(to, n)]).await.expect("Postgres is there");
+        let outcome =
+            stores.inboxes.enqueue(vec![message(to, n)]).await.expect("Postgres is there");
         let [Enqueued::Accepted(receipt)] = outcome[..] else { panic!("{outcome:?}") };
         assert_eq!(receipt.seq, Seq(n));
     }
@@ -81,8 +84,8 @@ fn everything(inbox: IdentityKey) -> Read {
     Read { inbox, device: None, view: View::All }
 }
 
-/// Takes what is there, page by page: every message comes in its turn, and what was acknowledged never again. Half of the
-/// pages are settled, the other half acknowledged.
+/// Takes what is there, page by page: every message comes in its turn, and what was acknowledged
+/// never again. Half of the pages are settled, the other half acknowledged.
 async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
     let (read, limit) = (everything(who.identity), PageLimit { messages: 7, bytes: 1 << 20 });
     let mut acked = 0;
@@ -123,7 +126,10 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
     let receiver = tokio::spawn(receive(two.stores(), alice, Arc::clone(&progress)));
     let comes_to = async |what: &AtomicU64, n: u64| {
         eventually("messages to pass", || async {
-            assert!(!receiver.is_finished() || progress.acked.load(Ordering::Acquire) == ALL, "it failed");
+            assert!(
+                !receiver.is_finished() || progress.acked.load(Ordering::Acquire) == ALL,
+                "it failed"
+            );
             what.load(Ordering::Acquire) >= n
         })
         .await;
@@ -141,7 +147,8 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
     comes_to(&progress.acked, 2 * LAP + 1).await;
     redis.lose_primary().await.expect("the Sentinel");
     comes_to(&progress.acked, 3 * LAP).await;
-    let (primary, killed) = (redis.primary().await.expect("one"), redis.replica().await.expect("the other"));
+    let (primary, killed) =
+        (redis.primary().await.expect("one"), redis.replica().await.expect("the other"));
     killed.start_again().await.expect("Redis");
     // The Sentinel would order the same, some ten seconds later.
     killed.command(["REPLICAOF", "127.0.0.1", &primary.port().to_string()]).await.expect("Redis");
@@ -171,11 +178,13 @@ async fn serves_again(stores: &Stores, who: Person) {
     persist("the check", || stores.upkeep.check()).await;
     let limit = PageLimit { messages: 7, bytes: 1 << 20 };
     let rest =
-        persist("a read", || stores.inboxes.peek(everything(who.identity), Seq::ZERO, limit, NOW)).await;
+        persist("a read", || stores.inboxes.peek(everything(who.identity), Seq::ZERO, limit, NOW))
+            .await;
     assert!(rest.envelopes.is_empty(), "all of it is acknowledged");
 }
 
-/// Sends the message with this number, takes it, and has it removed; it is the only one that is there.
+/// Sends the message with this number, takes it, and has it removed; it is the only one that is
+/// there.
 async fn pass(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
     stores.inboxes.enqueue(vec![message(who, n)]).await.expect("Postgres is there");
     take(stores, who, n).await
@@ -184,7 +193,8 @@ async fn pass(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
 async fn take(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
     let limit = PageLimit { messages: 7, bytes: 1 << 20 };
     let lease = stores.inboxes.lease(everything(who.identity), limit, NOW).await?;
-    let texts: Vec<_> = lease.page().envelopes.iter().map(|envelope| envelope.payload.clone()).collect();
+    let texts: Vec<_> =
+        lease.page().envelopes.iter().map(|envelope| envelope.payload.clone()).collect();
     assert_eq!(texts, [n.to_string()]);
     lease.settle(NOW).await.expect("Postgres is there");
     Ok(())
@@ -193,7 +203,12 @@ async fn take(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
 /// Gives a slot to another node, when nothing is in it: what clients knew of it is then wrong.
 async fn move_slot(cluster: &RedisCluster, key: &str) {
     let nodes = cluster.nodes();
-    let slot = nodes[0].command(["CLUSTER", "KEYSLOT", key]).await.expect("Redis").integer().expect("a slot");
+    let slot = nodes[0]
+        .command(["CLUSTER", "KEYSLOT", key])
+        .await
+        .expect("Redis")
+        .integer()
+        .expect("a slot");
     let mut owner = None;
     for (n, node) in nodes.iter().enumerate() {
         // The others say where to go.

@@ -1,4 +1,5 @@
-//! The cluster store from outside, on real servers: the rules of every backend, and what edges owe each other.
+//! The cluster store from outside, on real servers: the rules of every backend, and what edges owe
+//! each other.
 
 mod backend;
 mod conformance;

@@ -55,7 +55,12 @@ pub(crate) async fn open(stores: &Stores, n: u8, person: Person) -> Session {
 
 /// The package with this number, valid for an hour.
 pub(crate) fn package(n: u8) -> NewKeyPackage {
-    NewKeyPackage { fingerprint: [n; 32], bytes: vec![n; 300], last_resort: false, not_after: NOW.plus(HOUR) }
+    NewKeyPackage {
+        fingerprint: [n; 32],
+        bytes: vec![n; 300],
+        last_resort: false,
+        not_after: NOW.plus(HOUR),
+    }
 }
 
 pub(crate) fn last_resort(n: u8) -> NewKeyPackage {

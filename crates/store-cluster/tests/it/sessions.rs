@@ -180,7 +180,11 @@ async fn a_redis_that_was_rolled_back_brings_no_session_back() {
     let b = two.stores();
     is_over(&b, 1).await;
     assert_eq!(servers.redis.command(["EXISTS", &copy]).await.expect("Redis"), Reply::Integer(1));
-    assert_eq!(find(&edge(&config).await.stores(), 1).await, None, "it is there, and nobody believes it");
+    assert_eq!(
+        find(&edge(&config).await.stores(), 1).await,
+        None,
+        "it is there, and nobody believes it"
+    );
     let alive = open(&b, 2, alice).await;
     assert_eq!(find(&b, 2).await, Some(alive));
 }
@@ -230,5 +234,9 @@ async fn a_use_that_one_edge_notes_the_others_know() {
         assert_eq!(find(stores, 1).await, Some(touched.clone()));
     }
     touch(b.clone(), token(1), NOW.plus(HOUR / 4)).await;
-    assert_eq!(b.sessions.confirm(&token(1)).await.expect("confirm"), Some(touched), "the later use counts");
+    assert_eq!(
+        b.sessions.confirm(&token(1)).await.expect("confirm"),
+        Some(touched),
+        "the later use counts"
+    );
 }

@@ -1,5 +1,5 @@
-//! An edge that starts: servers that are not there yet are waited for, servers that hang only so long; and what waiting does
-//! not mend is said at once, for all three in the same words.
+//! An edge that starts: servers that are not there yet are waited for, servers that hang only so
+//! long; and what waiting does not mend is said at once, for all three in the same words.
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -37,7 +37,9 @@ async fn failure(config: &Config) -> ConnectError {
 async fn is_refused(config: &Config, name: &str, section: &str, why: &str) {
     let error = failure(config).await;
     let said = error.to_string();
-    let ConnectError::Refused { server, url, password, cause } = error else { panic!("{why}: {said}") };
+    let ConnectError::Refused { server, url, password, cause } = error else {
+        panic!("{why}: {said}")
+    };
     let settings = (format!("{section}.url"), format!("{section}.password_file"));
     assert_eq!((server, url, password), (name, settings.0.as_str(), settings.1.as_str()));
     assert!(cause.contains(why), "{cause}");
@@ -249,7 +251,10 @@ async fn an_encrypted_sentinel_and_what_is_behind_it_are_trusted_by_their_author
     trusts_its_authority(&*servers).await;
     let store = edge(&ready(&*servers).await).await;
     servers.redis.lose_primary().await.expect("the Sentinel");
-    eventually("the new primary to be found", || async { store.stores().upkeep.check().await.is_ok() }).await;
+    eventually("the new primary to be found", || async {
+        store.stores().upkeep.check().await.is_ok()
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -299,7 +304,10 @@ async fn a_file_without_authorities_is_refused_by_name() {
 /// The edge must give up on `server`, and say how long it has waited by which setting.
 async fn is_given_up_on(config: &Config, name: &str, setting: &str, why: &str) {
     let said = failure(config).await.to_string();
-    assert!(said.contains(&format!("{name} cannot be reached")) && said.contains(setting), "{said}");
+    assert!(
+        said.contains(&format!("{name} cannot be reached")) && said.contains(setting),
+        "{said}"
+    );
     assert!(said.contains(why) && said.contains("cluster.start_timeout, 1s, is over"), "{said}");
 }
 

@@ -1,9 +1,11 @@
-//! Accepting messages: many in one statement, and only for one that is not accepted a few more, to find out why.
+//! Accepting messages: many in one statement, and only for one that is not accepted a few more, to
+//! find out why.
 //!
-//! The way to SQLite's thread and back costs more than an insert, so the writer hands over the messages of all calls that
-//! it found waiting, and they are inserted up to [`ROWS`] at a time. Each row says how many messages to its inbox are ahead
-//! of it in the same statement. If one of those is not accepted after all, a trigger leaves out the ones behind it, as
-//! their seqs would not be the next; what was left out for whatever reason is then looked at by itself, in order.
+//! The way to SQLite's thread and back costs more than an insert, so the writer hands over the
+//! messages of all calls that it found waiting, and they are inserted up to [`ROWS`] at a time.
+//! Each row says how many messages to its inbox are ahead of it in the same statement. If one of
+//! those is not accepted after all, a trigger leaves out the ones behind it, as their seqs would
+//! not be the next; what was left out for whatever reason is then looked at by itself, in order.
 
 use std::{collections::HashMap, sync::LazyLock, time::Duration};
 
@@ -20,8 +22,9 @@ const ROWS: usize = 32;
 /// The statement for each number of rows, from none.
 static INSERTS: LazyLock<Vec<String>> = LazyLock::new(|| (0..=ROWS).map(insert_sql).collect());
 
-/// Looks the inboxes up, checks caps and recent ids, gives the next seqs and inserts, all in one go; a trigger moves the
-/// heads. A row is left out when there is no such inbox, no room, its message id is known, or it is not its turn.
+/// Looks the inboxes up, checks caps and recent ids, gives the next seqs and inserts, all in one
+/// go; a trigger moves the heads. A row is left out when there is no such inbox, no room, its
+/// message id is known, or it is not its turn.
 fn insert_sql(rows: usize) -> String {
     let values = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; rows].join(", ");
     format!(
@@ -41,11 +44,12 @@ fn insert_sql(rows: usize) -> String {
     )
 }
 
-/// Where to go on numbering rows. The numbers tell apart what comes back from an insert, and mean nothing else.
+/// Where to go on numbering rows. The numbers tell apart what comes back from an insert, and mean
+/// nothing else.
 const NEXT_ROW: &str = "SELECT coalesce(max(id), 0) + 1 FROM message";
 
-/// Why nothing was inserted: no row, no such recipient; `seq`, the receipt of a message that is still known, queued or
-/// gone; else the inbox is full, or an expired message is in the way.
+/// Why nothing was inserted: no row, no such recipient; `seq`, the receipt of a message that is
+/// still known, queued or gone; else the inbox is full, or an expired message is in the way.
 const WHY: &str = "
     SELECT i.id AS inbox, i.next_expiry <= ?4 AS stale,
            coalesce(m.seq, r.seq) AS seq, coalesce(m.channel, r.channel) AS channel,
@@ -95,8 +99,16 @@ impl Inserting<'_> {
         let mut ahead: HashMap<IdentityKey, (i64, i64)> = HashMap::with_capacity(messages.len());
         let mut query = sqlx::query(INSERTS[messages.len()].as_str());
         for message in messages {
-            let Enqueue { sender, recipient, channel, payload, payload_sha256, message_id, now, ttl } =
-                message;
+            let Enqueue {
+                sender,
+                recipient,
+                channel,
+                payload,
+                payload_sha256,
+                message_id,
+                now,
+                ttl,
+            } = message;
             let size = number(payload.len() as u64);
             let (count, bytes) = ahead.entry(*recipient).or_default();
             query = query
@@ -123,13 +135,15 @@ impl Inserting<'_> {
             .await?;
         let mut seqs = vec![None; messages.len()];
         for row in inserted {
-            let index = usize::try_from(row.try_get::<i64, _>("id")? - first_row).expect("one of the above");
+            let index = usize::try_from(row.try_get::<i64, _>("id")? - first_row)
+                .expect("one of the above");
             seqs[index] = Some(row.seq("seq")?);
         }
         Ok(seqs)
     }
 
-    /// A message that was left out: tried by itself, and if it is left out again, that has a reason.
+    /// A message that was left out: tried by itself, and if it is left out again, that has a
+    /// reason.
     async fn one(&mut self, message: &Enqueue) -> sqlx::Result<Enqueued> {
         if let [Some(seq)] = self.insert(&[message]).await?[..] {
             return Ok(accepted(message, seq));
@@ -147,7 +161,8 @@ impl Inserting<'_> {
             }));
         }
         if row.try_get("stale")? {
-            remove::expired(self.connection, row.try_get("inbox")?, message.now, recent_ids).await?;
+            remove::expired(self.connection, row.try_get("inbox")?, message.now, recent_ids)
+                .await?;
             if let [Some(seq)] = self.insert(&[message]).await?[..] {
                 return Ok(accepted(message, seq));
             }

@@ -1,9 +1,11 @@
-//! Which messages are leased, and what a reader may therefore show. In memory: a process that has died leases nothing.
+//! Which messages are leased, and what a reader may therefore show. In memory: a process that has
+//! died leases nothing.
 //!
-//! A reader's snapshot is older than the moment at which it decides what to show, and in between another reader may have
-//! settled what the snapshot still holds. So removals are counted for as long as anybody reads: a reader enters first,
-//! notes the count, takes its snapshot, and then, under the lock, either claims what it may or, if the count has moved,
-//! reads again. Who removes commits first and counts after: a message that is gone from the table can only be shown by a
+//! A reader's snapshot is older than the moment at which it decides what to show, and in between
+//! another reader may have settled what the snapshot still holds. So removals are counted for as
+//! long as anybody reads: a reader enters first, notes the count, takes its snapshot, and then,
+//! under the lock, either claims what it may or, if the count has moved, reads again. Who removes
+//! commits first and counts after: a message that is gone from the table can only be shown by a
 //! reader whose note is older, and that one reads again.
 
 use std::{
@@ -101,7 +103,8 @@ impl<'t> Reader<'t> {
     }
 
     fn entry<T>(&self, look: impl FnOnce(&mut Entry) -> T) -> T {
-        let mut inboxes: parking_lot::MutexGuard<'_, HashMap<_, _>> = self.table.inboxes.lock(&self.inbox);
+        let mut inboxes: parking_lot::MutexGuard<'_, HashMap<_, _>> =
+            self.table.inboxes.lock(&self.inbox);
         look(inboxes.get_mut(&self.inbox).expect("it lives as long as its readers"))
     }
 }

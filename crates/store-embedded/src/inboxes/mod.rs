@@ -1,10 +1,12 @@
 //! Inboxes in SQLite.
 //!
-//! A message is a row, found by its inbox and seq; the inbox's head (last seq, count, bytes) is another, kept by triggers. `enqueue` accepts, `read` reads a snapshot, `remove` deletes and remembers ids, and `lease` decides which of
-//! the rows that were read may be shown.
+//! A message is a row, found by its inbox and seq; the inbox's head (last seq, count, bytes) is
+//! another, kept by triggers. `enqueue` accepts, `read` reads a snapshot, `remove` deletes and
+//! remembers ids, and `lease` decides which of the rows that were read may be shown.
 //!
-//! A message that has expired is gone, whether or not a sweep has come by: it is not shown, not counted as acked, and its
-//! id is remembered from the instant of its expiry. So what a caller sees never depends on when the sweeper ran.
+//! A message that has expired is gone, whether or not a sweep has come by: it is not shown, not
+//! counted as acked, and its id is remembered from the instant of its expiry. So what a caller sees
+//! never depends on when the sweeper ran.
 
 pub(crate) mod enqueue;
 mod lease;
@@ -46,7 +48,12 @@ pub(crate) struct EmbeddedInboxes {
 }
 
 impl EmbeddedInboxes {
-    pub(crate) fn new(writer: Writer, readers: SqlitePool, wakes: Arc<WakeTable>, limits: Delivery) -> Self {
+    pub(crate) fn new(
+        writer: Writer,
+        readers: SqlitePool,
+        wakes: Arc<WakeTable>,
+        limits: Delivery,
+    ) -> Self {
         let leases = Arc::new(LeaseTable::new(Arc::clone(&wakes)));
         Self { writer, readers, wakes, leases, limits }
     }
@@ -70,7 +77,12 @@ impl Inboxes for EmbeddedInboxes {
             .await
     }
 
-    async fn lease(&self, read: Read, limit: PageLimit, now: UnixMillis) -> StoreResult<Box<dyn Lease>> {
+    async fn lease(
+        &self,
+        read: Read,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Box<dyn Lease>> {
         let reader = Reader::enter(&self.leases, read.inbox);
         // Before the mark, so that whoever waits for a connection does not read in vain.
         let mut connection = self.readers.acquire().await.map_err(read_failed)?;
@@ -90,7 +102,13 @@ impl Inboxes for EmbeddedInboxes {
         }
     }
 
-    async fn peek(&self, read: Read, after: Seq, limit: PageLimit, now: UnixMillis) -> StoreResult<Page> {
+    async fn peek(
+        &self,
+        read: Read,
+        after: Seq,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Page> {
         let reader = Reader::enter(&self.leases, read.inbox);
         let mut connection = self.readers.acquire().await.map_err(read_failed)?;
         loop {
@@ -121,7 +139,9 @@ impl Inboxes for EmbeddedInboxes {
                 bytes,
                 move |connection| {
                     async move {
-                        remove::acked(connection, &read, &ack, now, recent_ids).await.map(Outcome::Keep)
+                        remove::acked(connection, &read, &ack, now, recent_ids)
+                            .await
+                            .map(Outcome::Keep)
                     }
                     .boxed()
                 },
@@ -155,11 +175,13 @@ impl Lease for InboxLease {
 
     async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
         let Self { page, claimed, read, writer, limits, shown_at } = *self;
-        let (Some((claim, inbox)), [first, .., last] | [first @ last]) = (claimed, &page.envelopes[..])
+        let (Some((claim, inbox)), [first, .., last] | [first @ last]) =
+            (claimed, &page.envelopes[..])
         else {
             return Ok(());
         };
-        // All of the view between the first and the last that had not expired when they were read: what was shown.
+        // All of the view between the first and the last that had not expired when they were read:
+        // what was shown.
         let selection =
             Selection { inbox, view: read.view, from: first.seq, to: last.seq, alive_at: shown_at };
         writer

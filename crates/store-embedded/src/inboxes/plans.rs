@@ -21,9 +21,11 @@ async fn hot_statements_go_by_index_and_sort_nothing() {
             .map(|row| row.get("detail"))
             .collect();
         for step in &plan {
-            // Read from end to end, as they should be: the list of an ack, and the rows of an insert.
+            // Read from end to end, as they should be: the list of an ack, and the rows of an
+            // insert.
             let given = ["SCAN json_each", "SCAN CONSTANT ROW", "SCAN n", "SCAN 32 CONSTANT ROWS"];
-            let scans = step.starts_with("SCAN") && !given.iter().any(|given| step.starts_with(given));
+            let scans =
+                step.starts_with("SCAN") && !given.iter().any(|given| step.starts_with(given));
             assert!(!scans && !step.contains("TEMP B-TREE"), "{sql}\n{plan:#?}");
         }
         assert!(!plan.iter().any(|step| step.contains("AUTOMATIC")), "{sql}\n{plan:#?}");

@@ -65,7 +65,8 @@ pub(super) async fn snapshot(
     while let Some(row) = rows.try_next().await.map_err(read_failed)? {
         let envelope = envelope(&row).map_err(read_failed)?;
         bytes = bytes.saturating_add(envelope.cost());
-        let full = snapshot.envelopes.len() >= usize::try_from(limit.messages).unwrap_or(usize::MAX)
+        let full = snapshot.envelopes.len()
+            >= usize::try_from(limit.messages).unwrap_or(usize::MAX)
             || (bytes > limit.bytes && !snapshot.envelopes.is_empty());
         if full {
             snapshot.next = Some(envelope.seq);
@@ -79,7 +80,11 @@ pub(super) async fn snapshot(
 
 /// Which messages are in the inbox. Reads a short index entry for each.
 pub(super) async fn seqs(readers: &SqlitePool, inbox: &IdentityKey) -> StoreResult<HashSet<Seq>> {
-    let rows = sqlx::query(SEQS).bind(&inbox.as_bytes()[..]).fetch_all(readers).await.map_err(read_failed)?;
+    let rows = sqlx::query(SEQS)
+        .bind(&inbox.as_bytes()[..])
+        .fetch_all(readers)
+        .await
+        .map_err(read_failed)?;
     rows.iter().map(|row| row.seq("seq")).collect::<sqlx::Result<_>>().map_err(read_failed)
 }
 

@@ -1,5 +1,5 @@
-//! Removing messages, and remembering their ids for a while: each removal is two statements with the same condition, in
-//! one transaction.
+//! Removing messages, and remembering their ids for a while: each removal is two statements with
+//! the same condition, in one transaction.
 
 use std::time::Duration;
 
@@ -12,8 +12,8 @@ use crate::{
     upkeep::SWEEP,
 };
 
-/// The two statements for one condition. ?1 is the instant of removal and ?2 how long ids are remembered; an id of a
-/// message that expired before is remembered from then on.
+/// The two statements for one condition. ?1 is the instant of removal and ?2 how long ids are
+/// remembered; an id of a message that expired before is remembered from then on.
 struct Removal {
     remember: &'static str,
     delete: &'static str,
@@ -43,10 +43,12 @@ const CHANNEL_RANGE: Removal =
 // ?3 inbox, ?4 the seqs as a JSON array, ?5 alive at, ?6 channel.
 const SINGLE: Removal =
     removal!("inbox = ?3 AND seq IN (SELECT value FROM json_each(?4)) AND +expires_at > ?5");
-const CHANNEL_SINGLE: Removal =
-    removal!("inbox = ?3 AND channel = ?6 AND seq IN (SELECT value FROM json_each(?4)) AND +expires_at > ?5");
+const CHANNEL_SINGLE: Removal = removal!(
+    "inbox = ?3 AND channel = ?6 AND seq IN (SELECT value FROM json_each(?4)) AND +expires_at > ?5"
+);
 
-// ?3 inbox. The channel index has all that is asked for; the expiry index would walk over other inboxes.
+// ?3 inbox. The channel index has all that is asked for; the expiry index would walk over other
+// inboxes.
 const EXPIRED: Removal = removal!("inbox = ?3 AND +expires_at <= ?1");
 
 // ?3 how many.
@@ -94,7 +96,12 @@ pub(super) async fn selected(
     };
     removal
         .run(connection, now, recent_ids, |query| {
-            query.bind(inbox).bind(number(from.0)).bind(number(to.0)).bind(millis(alive_at)).bind(channel)
+            query
+                .bind(inbox)
+                .bind(number(from.0))
+                .bind(number(to.0))
+                .bind(millis(alive_at))
+                .bind(channel)
         })
         .await
 }
@@ -152,14 +159,20 @@ pub(super) async fn expired(
     sqlx::query(NEXT_EXPIRY).bind(inbox).execute(connection).await.map(drop)
 }
 
-/// Removes a bounded number of expired messages, whosever they are, and of ids that are old enough to forget.
+/// Removes a bounded number of expired messages, whosever they are, and of ids that are old enough
+/// to forget.
 pub(crate) async fn sweep(
     connection: &mut SqliteConnection,
     now: UnixMillis,
     recent_ids: Duration,
 ) -> sqlx::Result<u64> {
     let messages = SWEPT.run(connection, now, recent_ids, |query| query.bind(SWEEP)).await?;
-    let ids = sqlx::query(FORGET).bind(millis(now)).bind(SWEEP).execute(connection).await?.rows_affected();
+    let ids = sqlx::query(FORGET)
+        .bind(millis(now))
+        .bind(SWEEP)
+        .execute(connection)
+        .await?
+        .rows_affected();
     Ok(messages + ids)
 }
 

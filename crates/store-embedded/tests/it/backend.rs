@@ -1,5 +1,6 @@
-//! The embedded store as a backend under test. Its crash is the loss of its runtime: tasks, leases and caches are gone
-//! wherever they were, and nothing is closed. (That the process is really killed is in `kill` and `model`.)
+//! The embedded store as a backend under test. Its crash is the loss of its runtime: tasks, leases
+//! and caches are gone wherever they were, and nothing is closed. (That the process is really
+//! killed is in `kill` and `model`.)
 
 use async_trait::async_trait;
 use qpq_domain::{Delivery, KeyPackageCaps};
@@ -19,7 +20,11 @@ impl Factory for Embedded {
     async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend> {
         let directory = tempfile::tempdir().expect("a directory");
         let limits = Limits { delivery, key_packages };
-        Box::new(Running { process: Some(Process::start(&directory, limits).await), directory, limits })
+        Box::new(Running {
+            process: Some(Process::start(&directory, limits).await),
+            directory,
+            limits,
+        })
     }
 }
 
@@ -57,7 +62,8 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) async fn start(directory: &TempDir, limits: Limits) -> Self {
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let runtime =
+            Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let path = directory.path().to_owned();
         let opening = runtime.spawn(async move { EmbeddedStore::open(&path, limits).await });
         let store = opening.await.expect("no panic").unwrap_or_else(|error| panic!("{error}"));
@@ -65,7 +71,8 @@ impl Process {
     }
 
     pub(crate) async fn crash(self) {
-        // A runtime must not be dropped by a task; its end is waited for, as a dead process holds no lock.
+        // A runtime must not be dropped by a task; its end is waited for, as a dead process holds
+        // no lock.
         let runtime = self.runtime;
         tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");
     }

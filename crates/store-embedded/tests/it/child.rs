@@ -1,5 +1,6 @@
-//! A store in a process of its own, which can be killed, limited and starved. The child is this test binary again, running
-//! the one ignored test below: it takes commands on its standard input, a line of JSON each, and answers on its output.
+//! A store in a process of its own, which can be killed, limited and starved. The child is this
+//! test binary again, running the one ignored test below: it takes commands on its standard input,
+//! a line of JSON each, and answers on its output.
 
 use std::{
     io::{BufRead as _, BufReader, Lines, Write as _},
@@ -84,12 +85,17 @@ impl Child {
         let words = wrapper.iter().chain(&["sh", "-c"]);
         let mut words = words.copied();
         let mut command = Command::new(words.next().expect("at least the shell"));
-        command.args(words).arg(format!("set -e; {script}; shift; exec \"$@\"")).arg("sh").arg(directory);
+        command
+            .args(words)
+            .arg(format!("set -e; {script}; shift; exec \"$@\""))
+            .arg("sh")
+            .arg(directory);
         command.arg(std::env::current_exe().expect("this binary")).args(ARGUMENTS);
         Self::start(command)
     }
 
-    /// As [`Child::spawn`], as a user who may do nothing in particular; `binary` is a copy that this user can reach.
+    /// As [`Child::spawn`], as a user who may do nothing in particular; `binary` is a copy that
+    /// this user can reach.
     pub(crate) fn spawn_as_nobody(binary: &Path) -> Self {
         use std::os::unix::process::CommandExt as _;
         let mut command = Command::new(binary);
@@ -144,7 +150,8 @@ impl Child {
         self.ask(&Order::Apply { op: op.clone(), now: now.0 })
     }
 
-    /// Messages number `from` and up to person 1, `size` bytes each; until all are answered, or `most` were acknowledged.
+    /// Messages number `from` and up to person 1, `size` bytes each; until all are answered, or
+    /// `most` were acknowledged.
     pub(crate) fn burst(&mut self, from: u64, count: u64, size: usize, most: usize) -> Burst {
         self.order(&Order::Burst { from, count, size, tasks: 16 });
         let mut burst = Burst::default();
@@ -153,7 +160,9 @@ impl Child {
             match answer.split(' ').collect::<Vec<_>>()[..] {
                 ["done"] => break,
                 ["accepted", n, seq] => {
-                    burst.accepted.push((n.parse().expect("a number"), seq.parse().expect("a number")));
+                    burst
+                        .accepted
+                        .push((n.parse().expect("a number"), seq.parse().expect("a number")));
                 }
                 _ => burst.errors.push(answer),
             }
@@ -197,16 +206,19 @@ impl Drop for Child {
     }
 }
 
-const ARGUMENTS: [&str; 6] = ["--exact", "child::serve", "--ignored", "--nocapture", "--test-threads", "1"];
+const ARGUMENTS: [&str; 6] =
+    ["--exact", "child::serve", "--ignored", "--nocapture", "--test-threads", "1"];
 
 #[test]
 #[ignore = "not a test: what the child process runs; without orders it does nothing"]
 fn serve() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime").block_on(async {
         let mut opened: Option<(EmbeddedStore, Machine)> = None;
         for line in std::io::stdin().lines() {
-            let order: Order = serde_json::from_str(&line.expect("text")).expect("what the parent wrote");
+            let order: Order =
+                serde_json::from_str(&line.expect("text")).expect("what the parent wrote");
             match order {
                 Order::Open { directory, max_messages, max_bytes, recent_secs, max_packages } => {
                     let delivery = Delivery {
@@ -217,18 +229,23 @@ fn serve() {
                     };
                     let key_packages =
                         KeyPackageCaps { max_count: max_packages, ..KeyPackageCaps::default() };
-                    answer(&match EmbeddedStore::open(&directory, Limits { delivery, key_packages }).await {
-                        Err(error) => error.to_string(),
-                        Ok(store) => {
-                            let machine = Machine::new(store.stores());
-                            opened = Some((store, machine));
-                            "ok".to_owned()
-                        }
-                    });
+                    answer(
+                        &match EmbeddedStore::open(&directory, Limits { delivery, key_packages })
+                            .await
+                        {
+                            Err(error) => error.to_string(),
+                            Ok(store) => {
+                                let machine = Machine::new(store.stores());
+                                opened = Some((store, machine));
+                                "ok".to_owned()
+                            }
+                        },
+                    );
                 }
                 Order::FileLimit { bytes } => {
                     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).expect("a limit");
-                    setrlimit(Resource::RLIMIT_FSIZE, bytes.unwrap_or(hard), hard).expect("a lower limit");
+                    setrlimit(Resource::RLIMIT_FSIZE, bytes.unwrap_or(hard), hard)
+                        .expect("a lower limit");
                     answer("ok");
                 }
                 Order::Fill { path } => answer(&fill(&path)),
@@ -251,16 +268,20 @@ async fn serve_store(store: &EmbeddedStore, machine: &mut Machine, order: Order)
         Order::Burst { from, count, size, tasks } => burst(store, from, count, size, tasks).await,
         Order::Inbox => answer(&serde_json::to_string(&inbox(store).await).expect("plain data")),
         Order::Check => {
-            answer(&store.stores().upkeep.check().await.map_or_else(describe, |()| "ok".to_owned()));
+            answer(
+                &store.stores().upkeep.check().await.map_or_else(describe, |()| "ok".to_owned()),
+            );
         }
         other => unreachable!("{other:?}"),
     }
 }
 
 fn answer(text: &str) {
-    // Under one lock, because tasks answer at the same time; on a line of its own, because the harness writes there too.
+    // Under one lock, because tasks answer at the same time; on a line of its own, because the
+    // harness writes there too.
     let mut output = std::io::stdout().lock();
-    writeln!(output, "\n{MARK}{}", serde_json::to_string(text).expect("text")).expect("the parent listens");
+    writeln!(output, "\n{MARK}{}", serde_json::to_string(text).expect("text"))
+        .expect("the parent listens");
 }
 
 fn describe(error: StoreError) -> String {

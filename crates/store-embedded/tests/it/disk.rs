@@ -1,5 +1,6 @@
-//! Disks without room: files that may not grow, and a file system that is full. What was acknowledged stays, what is not
-//! is refused, and once there is room again the same process goes on.
+//! Disks without room: files that may not grow, and a file system that is full. What was
+//! acknowledged stays, what is not is refused, and once there is room again the same process goes
+//! on.
 
 use std::{collections::HashMap, path::Path};
 
@@ -51,7 +52,8 @@ fn fill_and_free(
     assert!(errors.len() > 200, "8 MB do not fit: {errors:?}");
     assert!(errors.iter().all(|error| error.starts_with("unavailable")), "{errors:?}");
     verify(&mut child, &acknowledged);
-    // A commit of a few bytes may still find room in what the log has already; that says nothing of what was refused.
+    // A commit of a few bytes may still find room in what the log has already; that says nothing of
+    // what was refused.
     acknowledged.extend(child.burst(1_900, 1, 8, usize::MAX).accepted);
     for _ in 0..20 {
         let error = child.check().expect_err("there is no room for what was refused");
@@ -118,7 +120,8 @@ fn a_full_file_system_is_named_at_the_start() {
         return;
     };
     let directory = tempfile::tempdir().expect("a directory");
-    let mut child = Child::spawn_after(way, "mount -t tmpfs -o size=4m none \"$1\"", directory.path());
+    let mut child =
+        Child::spawn_after(way, "mount -t tmpfs -o size=4m none \"$1\"", directory.path());
     let ballast = directory.path().join("ballast");
     let data = directory.path().join("data");
     child.fill(&ballast);

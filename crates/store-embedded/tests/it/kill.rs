@@ -1,5 +1,5 @@
-//! A process that is killed while it accepts messages as fast as it can: whatever it acknowledged is there afterwards,
-//! under the seq it said, and nothing is missing or twice in between.
+//! A process that is killed while it accepts messages as fast as it can: whatever it acknowledged
+//! is there afterwards, under the seq it said, and nothing is missing or twice in between.
 
 use std::collections::HashMap;
 

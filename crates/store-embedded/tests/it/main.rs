@@ -1,5 +1,5 @@
-//! The embedded store from outside: the rules of every backend, random histories against a model, processes that are
-//! killed, disks that fill up, and directories that cannot be used.
+//! The embedded store from outside: the rules of every backend, random histories against a model,
+//! processes that are killed, disks that fill up, and directories that cannot be used.
 
 mod backend;
 mod child;

@@ -1,5 +1,6 @@
-//! Random histories on the store and on a model that is nothing but maps in memory. Every answer is compared. Among the
-//! words are crashes: in one test the store loses its runtime, in the other its process is killed.
+//! Random histories on the store and on a model that is nothing but maps in memory. Every answer is
+//! compared. Among the words are crashes: in one test the store loses its runtime, in the other its
+//! process is killed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -13,11 +14,13 @@ use crate::{
     backend::Process,
     child::Child,
     ops::{
-        MINUTE, Machine, Message, Op, Package, START, channel, limits, page_text, receipt_text, session_text,
+        MINUTE, Machine, Message, Op, Package, START, channel, limits, page_text, receipt_text,
+        session_text,
     },
 };
 
-// The model ---------------------------------------------------------------------------------------------------------
+// The model
+// ---------------------------------------------------------------------------------------------------------
 
 #[derive(Default)]
 struct Model {
@@ -78,15 +81,22 @@ impl Inbox {
 
     /// What has expired goes when it expires.
     fn expire(&mut self, now: UnixMillis) {
-        let expired: Vec<_> =
-            self.queue.iter().filter(|(_, q)| q.expires <= now).map(|(seq, q)| (*seq, q.expires)).collect();
+        let expired: Vec<_> = self
+            .queue
+            .iter()
+            .filter(|(_, q)| q.expires <= now)
+            .map(|(seq, q)| (*seq, q.expires))
+            .collect();
         expired.into_iter().for_each(|(seq, at)| self.remove(seq, at));
     }
 
     fn known(&self, from: u8, id: u8, now: UnixMillis) -> Option<(u64, &Queued)> {
         let queued = self.queue.iter().find(|(_, q)| (q.from, q.id) == (from, Some(id)));
         queued.map(|(seq, q)| (*seq, q)).or_else(|| {
-            self.gone.get(&(from, id)).filter(|(.., until)| *until > now).map(|(seq, q, _)| (*seq, q))
+            self.gone
+                .get(&(from, id))
+                .filter(|(.., until)| *until > now)
+                .map(|(seq, q, _)| (*seq, q))
         })
     }
 }
@@ -103,14 +113,20 @@ impl Model {
     fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
         self.inboxes.values_mut().for_each(|inbox| inbox.expire(now));
         match op {
-            Op::Register { name, key, record } => self.register(*name, *key, *record, now).to_owned(),
-            Op::Who { key } => self.accounts.iter().find(|account| account.key == *key).map_or_else(
-                || "nobody".to_owned(),
-                |account| format!("user{} {} {}", account.name, account.record, account.at.0),
-            ),
-            Op::Enqueue(messages) => {
-                messages.iter().map(|message| self.enqueue(message, now)).collect::<Vec<_>>().join(", ")
+            Op::Register { name, key, record } => {
+                self.register(*name, *key, *record, now).to_owned()
             }
+            Op::Who { key } => {
+                self.accounts.iter().find(|account| account.key == *key).map_or_else(
+                    || "nobody".to_owned(),
+                    |account| format!("user{} {} {}", account.name, account.record, account.at.0),
+                )
+            }
+            Op::Enqueue(messages) => messages
+                .iter()
+                .map(|message| self.enqueue(message, now))
+                .collect::<Vec<_>>()
+                .join(", "),
             Op::Upload { owner, .. }
             | Op::PutHybrid { owner, .. }
             | Op::Open { owner, .. }
@@ -126,11 +142,16 @@ impl Model {
                 "put".to_owned()
             }
             Op::GetHybrid { targets } => {
-                format!("{:?}", targets.iter().map(|n| self.hybrid.get(n).copied()).collect::<Vec<_>>())
+                format!(
+                    "{:?}",
+                    targets.iter().map(|n| self.hybrid.get(n).copied()).collect::<Vec<_>>()
+                )
             }
-            Op::Lease { .. } | Op::Settle { .. } | Op::Release { .. } | Op::Peek { .. } | Op::Ack { .. } => {
-                self.read(op, now)
-            }
+            Op::Lease { .. }
+            | Op::Settle { .. }
+            | Op::Release { .. }
+            | Op::Peek { .. }
+            | Op::Ack { .. } => self.read(op, now),
             Op::Sweep => {
                 self.sessions.retain(|_, (_, _, [.., expires])| *expires > now);
                 "swept".to_owned()
@@ -153,7 +174,9 @@ impl Model {
     }
 
     fn enqueue(&mut self, message: &Message, now: UnixMillis) -> String {
-        let Some(inbox) = self.inboxes.get_mut(&message.to) else { return "NoSuchRecipient".to_owned() };
+        let Some(inbox) = self.inboxes.get_mut(&message.to) else {
+            return "NoSuchRecipient".to_owned();
+        };
         let receipt = |what, seq, q: &Queued| {
             let hash = u8::try_from(q.size % 251).expect("small");
             receipt_text(what, seq, channel(q.channel).as_bytes(), hash, q.at.0)
@@ -165,7 +188,8 @@ impl Model {
         }
         let limits = limits().delivery;
         let bytes: usize = inbox.queue.values().map(|q| q.size).sum();
-        if inbox.queue.len() as u64 >= limits.max_messages || (bytes + message.size) as u64 > limits.max_bytes
+        if inbox.queue.len() as u64 >= limits.max_messages
+            || (bytes + message.size) as u64 > limits.max_bytes
         {
             return "QueueFull".to_owned();
         }
@@ -234,7 +258,9 @@ impl Model {
                     "settled".to_owned()
                 }
             },
-            Op::Release { slot } => self.leases.remove(slot).map_or("no lease", |_| "released").to_owned(),
+            Op::Release { slot } => {
+                self.leases.remove(slot).map_or("no lease", |_| "released").to_owned()
+            }
             Op::Peek { inbox, view, after, messages } => {
                 self.page(*inbox, *view, *after, *messages, usize::MAX).0
             }
@@ -244,7 +270,8 @@ impl Model {
                     .queue
                     .iter()
                     .filter(|(seq, q)| {
-                        view.is_none_or(|n| n == q.channel) && (Some(**seq) <= *up_to || seqs.contains(seq))
+                        view.is_none_or(|n| n == q.channel)
+                            && (Some(**seq) <= *up_to || seqs.contains(seq))
                     })
                     .map(|(seq, _)| *seq)
                     .collect();
@@ -257,7 +284,8 @@ impl Model {
 
     fn upload(&mut self, owner: u8, packages: &[Package], now: UnixMillis) -> String {
         let kept = self.packages.entry(owner).or_default();
-        let mut there: Vec<_> = kept.there.iter().copied().filter(|(.., until)| *until >= now).collect();
+        let mut there: Vec<_> =
+            kept.there.iter().copied().filter(|(.., until)| *until >= now).collect();
         for (index, package) in packages.iter().enumerate() {
             if there.iter().any(|(n, ..)| *n == package.n) {
                 continue;
@@ -280,7 +308,9 @@ impl Model {
 
     fn take(&mut self, target: u8, now: UnixMillis) -> String {
         let Some(kept) = self.packages.get_mut(&target) else { return "none".to_owned() };
-        let pick = |wanted| kept.there.iter().position(|(_, last, until)| *last == wanted && *until >= now);
+        let pick = |wanted| {
+            kept.there.iter().position(|(_, last, until)| *last == wanted && *until >= now)
+        };
         let Some(index) = pick(false).or_else(|| pick(true)) else { return "none".to_owned() };
         let (n, last_resort, until) = kept.there[index];
         if !last_resort {
@@ -295,20 +325,26 @@ impl Model {
         match op {
             Op::Open { token, owner, minutes } => {
                 let device = (token % 2 == 0).then_some(*token);
-                self.sessions.entry(*token).or_insert((*owner, device, [now, now, after(*minutes)]));
+                self.sessions.entry(*token).or_insert((
+                    *owner,
+                    device,
+                    [now, now, after(*minutes)],
+                ));
                 "opened".to_owned()
             }
-            Op::Find { token } => self
-                .sessions
-                .get(token)
-                .map_or_else(|| "none".to_owned(), |(owner, device, at)| session_text(*owner, *device, *at)),
+            Op::Find { token } => self.sessions.get(token).map_or_else(
+                || "none".to_owned(),
+                |(owner, device, at)| session_text(*owner, *device, *at),
+            ),
             Op::Touch { token, minutes } => {
                 if let Some((_, _, [_, used, expires])) = self.sessions.get_mut(token) {
                     (*used, *expires) = (now, after(*minutes));
                 }
                 "touched".to_owned()
             }
-            Op::Revoke { token } => format!("revoked {}", u8::from(self.sessions.remove(token).is_some())),
+            Op::Revoke { token } => {
+                format!("revoked {}", u8::from(self.sessions.remove(token).is_some()))
+            }
             Op::RevokeAll { owner } => {
                 let before = self.sessions.len();
                 self.sessions.retain(|_, (of, ..)| of != owner);
@@ -319,7 +355,8 @@ impl Model {
     }
 }
 
-// Histories -----------------------------------------------------------------------------------------------------------
+// Histories
+// -----------------------------------------------------------------------------------------------------------
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -328,18 +365,24 @@ enum Step {
     Crash,
 }
 
-/// Four people of whom most soon exist, three channels, five ids: few enough to meet again and again.
+/// Four people of whom most soon exist, three channels, five ids: few enough to meet again and
+/// again.
 fn op() -> impl Strategy<Value = Op> {
     let person = || 1..=4_u8;
     let view = || prop::option::of(0..=2_u8);
     let slot = || 0..=2_u8;
-    let message = (person(), person(), 0..=2_u8, prop::option::of(1..=5_u8), 0..=150_usize, 0..=20_u8)
-        .prop_map(|(from, to, channel, id, size, minutes)| Message { from, to, channel, id, size, minutes });
-    let package = (1..=8_u8, any::<bool>(), 0..=20_u8).prop_map(|(n, last_resort, minutes)| Package {
-        n,
-        last_resort,
-        minutes,
-    });
+    let message =
+        (person(), person(), 0..=2_u8, prop::option::of(1..=5_u8), 0..=150_usize, 0..=20_u8)
+            .prop_map(|(from, to, channel, id, size, minutes)| Message {
+                from,
+                to,
+                channel,
+                id,
+                size,
+                minutes,
+            });
+    let package = (1..=8_u8, any::<bool>(), 0..=20_u8)
+        .prop_map(|(n, last_resort, minutes)| Package { n, last_resort, minutes });
     let inboxes = prop_oneof![
         6 => prop::collection::vec(message, 1..4).prop_map(Op::Enqueue),
         3 => (person(), view(), 0..=5_u32, 0..=600_usize, slot()).prop_map(
@@ -424,7 +467,8 @@ struct InProcess {
 
 impl InProcess {
     fn new() -> Self {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let directory = tempfile::tempdir().expect("a directory");
         let mut this = Self { runtime, directory, running: None };
         this.start();

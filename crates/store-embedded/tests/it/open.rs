@@ -1,4 +1,5 @@
-//! Directories that can be used, and those that cannot: each refusal has its own error, which says what to do.
+//! Directories that can be used, and those that cannot: each refusal has its own error, which says
+//! what to do.
 
 use std::{
     fs::{self, OpenOptions, Permissions},
@@ -66,7 +67,10 @@ async fn a_second_server_is_refused_until_the_first_has_closed() {
 
     let stores = first.stores();
     first.close().await;
-    assert!(matches!(stores.upkeep.check().await, Err(StoreError::Unavailable(_))), "closed is closed");
+    assert!(
+        matches!(stores.upkeep.check().await, Err(StoreError::Unavailable(_))),
+        "closed is closed"
+    );
     child.open(directory.path(), Limits::default()).expect("now it is free");
     assert!(matches!(refused(directory.path()).await, OpenError::InUse(_)));
     child.kill();
@@ -151,7 +155,8 @@ async fn filled() -> tempfile::TempDir {
     let mut machine = Machine::new(store.stores());
     machine.apply(Op::Register { name: 1, key: 1, record: 1 }, START).await;
     for n in 0..20 {
-        let message = Message { from: 1, to: 1, channel: n % 2, id: None, size: 3_000, minutes: 200 };
+        let message =
+            Message { from: 1, to: 1, channel: n % 2, id: None, size: 3_000, minutes: 200 };
         machine.apply(Op::Enqueue(vec![message; 20]), START).await;
     }
     drop(machine);

@@ -1,15 +1,15 @@
-//! The words of a random history, and a machine that does on the real store what they say. Words and answers are text on
-//! their way to a child process, so both sides compare the same strings.
+//! The words of a random history, and a machine that does on the real store what they say. Words
+//! and answers are text on their way to a child process, so both sides compare the same strings.
 
 use std::{collections::HashMap, time::Duration};
 
 use qpq_domain::{
-    AccountId, ChannelId, Delivery, DeviceId, IdentityKey, KeyPackageCaps, MessageId, Seq, TokenHash,
-    UnixMillis, Username,
+    AccountId, ChannelId, Delivery, DeviceId, IdentityKey, KeyPackageCaps, MessageId, Seq,
+    TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Lease, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read, Receipt,
-    Registration, Session, Stores, Upload, View,
+    Ack, Enqueue, Enqueued, Lease, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read,
+    Receipt, Registration, Session, Stores, Upload, View,
 };
 use qpq_store_embedded::Limits;
 use serde::{Deserialize, Serialize};
@@ -71,7 +71,8 @@ pub(crate) struct Package {
     pub(crate) minutes: u8,
 }
 
-/// Does words on a store. It knows nothing that a crash must not lose but the leases, which it does lose.
+/// Does words on a store. It knows nothing that a crash must not lose but the leases, which it does
+/// lose.
 pub(crate) struct Machine {
     stores: Stores,
     leases: HashMap<u8, Box<dyn Lease>>,
@@ -109,10 +110,15 @@ pub(crate) fn receipt_text(what: &str, seq: u64, channel: &[u8], hash: u8, at: u
 fn page(page: &Page) -> String {
     for envelope in &page.envelopes {
         let filling = u8::try_from(envelope.payload.len() % 251).expect("small");
-        assert!(envelope.payload.iter().all(|byte| *byte == filling), "payloads come back as they went");
+        assert!(
+            envelope.payload.iter().all(|byte| *byte == filling),
+            "payloads come back as they went"
+        );
     }
-    let envelopes =
-        page.envelopes.iter().map(|e| (e.seq.0, e.channel.as_bytes(), e.payload.len(), e.enqueued_at.0));
+    let envelopes = page
+        .envelopes
+        .iter()
+        .map(|e| (e.seq.0, e.channel.as_bytes(), e.payload.len(), e.enqueued_at.0));
     page_text(envelopes, page.more)
 }
 
@@ -126,9 +132,11 @@ impl Machine {
         match op {
             Op::Register { .. } | Op::Who { .. } => self.accounts(op, now).await,
             Op::Enqueue(messages) => self.enqueue(messages, now).await,
-            Op::Lease { .. } | Op::Settle { .. } | Op::Release { .. } | Op::Peek { .. } | Op::Ack { .. } => {
-                self.inboxes(op, now).await
-            }
+            Op::Lease { .. }
+            | Op::Settle { .. }
+            | Op::Release { .. }
+            | Op::Peek { .. }
+            | Op::Ack { .. } => self.inboxes(op, now).await,
             Op::Upload { .. } | Op::Take { .. } | Op::PutHybrid { .. } | Op::GetHybrid { .. } => {
                 self.keys(op, now).await
             }
@@ -148,7 +156,12 @@ impl Machine {
         match op {
             Op::Register { name, key: k, record } => {
                 let username = Username::parse(&format!("user{name}")).expect("a username");
-                let new = NewAccount { username, identity: key(k), opaque_record: vec![record; 192], now };
+                let new = NewAccount {
+                    username,
+                    identity: key(k),
+                    opaque_record: vec![record; 192],
+                    now,
+                };
                 match self.stores.accounts.register(new).await.expect("register") {
                     Registration::Registered(id) => {
                         assert_eq!(self.account(k).await, Some(id));
@@ -161,15 +174,21 @@ impl Machine {
                     other => format!("{other:?}"),
                 }
             }
-            Op::Who { key: k } => match self.stores.accounts.by_identity(&key(k)).await.expect("read") {
-                None => "nobody".to_owned(),
-                Some(account) => {
-                    let credentials =
-                        self.stores.accounts.credentials(&account.username).await.expect("read");
-                    let record = credentials.expect("there").opaque_record[0];
-                    format!("{} {record} {}", account.username, account.created_at.0)
+            Op::Who { key: k } => {
+                match self.stores.accounts.by_identity(&key(k)).await.expect("read") {
+                    None => "nobody".to_owned(),
+                    Some(account) => {
+                        let credentials = self
+                            .stores
+                            .accounts
+                            .credentials(&account.username)
+                            .await
+                            .expect("read");
+                        let record = credentials.expect("there").opaque_record[0];
+                        format!("{} {record} {}", account.username, account.created_at.0)
+                    }
                 }
-            },
+            }
             other => unreachable!("{other:?}"),
         }
     }
@@ -210,7 +229,9 @@ impl Machine {
                     "settled".to_owned()
                 }
             },
-            Op::Release { slot } => self.leases.remove(&slot).map_or("no lease", |_| "released").to_owned(),
+            Op::Release { slot } => {
+                self.leases.remove(&slot).map_or("no lease", |_| "released").to_owned()
+            }
             Op::Peek { inbox, view, after, messages } => {
                 let limit = PageLimit { messages, bytes: usize::MAX };
                 page(&inboxes.peek(read(inbox, view), Seq(after), limit, now).await.expect("peek"))
@@ -276,7 +297,10 @@ impl Machine {
             Op::Find { token: n } => match sessions.find(&token(n)).await.expect("find") {
                 None => "none".to_owned(),
                 Some(found) => {
-                    assert_eq!(self.account(found.identity.as_bytes()[0]).await, Some(found.account));
+                    assert_eq!(
+                        self.account(found.identity.as_bytes()[0]).await,
+                        Some(found.account)
+                    );
                     let device = found.device.map(|device| device.as_bytes()[0]);
                     session_text(
                         found.identity.as_bytes()[0],

@@ -29,7 +29,11 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(endpoint: Endpoint, quic: quinn::Connection, fingerprint: Fingerprint) -> Self {
+    pub(super) fn new(
+        endpoint: Endpoint,
+        quic: quinn::Connection,
+        fingerprint: Fingerprint,
+    ) -> Self {
         Self { quic, endpoint, fingerprint }
     }
 
@@ -39,8 +43,8 @@ impl Connection {
         self.fingerprint
     }
 
-    /// Calls a method, and gives the answer's status and payload. Dropping the future cancels the call: the server
-    /// stops working on it.
+    /// Calls a method, and gives the answer's status and payload. Dropping the future cancels the
+    /// call: the server stops working on it.
     ///
     /// # Errors
     /// [`CallError`]. An answer with another status than Ok is no error here.
@@ -70,8 +74,8 @@ impl Connection {
         read_answer(&mut recv, header.request_id).await
     }
 
-    /// The server's events, as type and payload: those of one stream, which the server opens with the first. It ends
-    /// with an error when the connection does.
+    /// The server's events, as type and payload: those of one stream, which the server opens with
+    /// the first. It ends with an error when the connection does.
     pub fn events(&self) -> impl Stream<Item = Result<(u16, Bytes), CallError>> + Send + use<> {
         let events = Events { quic: self.quic.clone(), recv: None, decoder: EventDecoder::new() };
         stream::try_unfold(events, |mut events| async {
@@ -118,7 +122,8 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// The request half of a stream; its drop takes back what is not yet sent, where quinn would end it as if whole.
+/// The request half of a stream; its drop takes back what is not yet sent, where quinn would end it
+/// as if whole.
 struct Question {
     send: SendStream,
 }
@@ -154,7 +159,9 @@ async fn read_answer(recv: &mut RecvStream, request_id: u32) -> Result<(u8, Byte
 
 async fn read_exact(recv: &mut RecvStream, bytes: &mut [u8]) -> Result<(), CallError> {
     recv.read_exact(bytes).await.map_err(|error| match error {
-        quinn::ReadExactError::FinishedEarly(_) => CallError::Malformed("it ends inside the header"),
+        quinn::ReadExactError::FinishedEarly(_) => {
+            CallError::Malformed("it ends inside the header")
+        }
         quinn::ReadExactError::ReadError(error) => error.into(),
     })
 }

@@ -1,4 +1,5 @@
-//! What can go wrong between a client and a server, in the terms in which a client decides what to do next.
+//! What can go wrong between a client and a server, in the terms in which a client decides what to
+//! do next.
 
 use std::{io, net::SocketAddr};
 
@@ -121,7 +122,11 @@ impl From<ConnectionError> for Lost {
 }
 
 impl ConnectError {
-    pub(super) fn from_start(error: quinn::ConnectError, addr: SocketAddr, server_name: &str) -> Self {
+    pub(super) fn from_start(
+        error: quinn::ConnectError,
+        addr: SocketAddr,
+        server_name: &str,
+    ) -> Self {
         Self::Invalid { addr, server_name: server_name.to_owned(), reason: error.to_string() }
     }
 

@@ -1,8 +1,10 @@
-//! The client's end: a [`Dialer`] makes connections, a [`Connection`] makes calls and receives events.
+//! The client's end: a [`Dialer`] makes connections, a [`Connection`] makes calls and receives
+//! events.
 //!
-//! Each connection has a UDP port of its own. A client that reconnected from the same port would be sent to the same
-//! server by every load balancer that goes by addresses, also while that one drains. Reconnecting and retrying are
-//! the caller's business; the errors say what it needs for that.
+//! Each connection has a UDP port of its own. A client that reconnected from the same port would be
+//! sent to the same server by every load balancer that goes by addresses, also while that one
+//! drains. Reconnecting and retrying are the caller's business; the errors say what it needs for
+//! that.
 
 mod connection;
 mod error;
@@ -72,12 +74,17 @@ impl Dialer {
         self
     }
 
-    /// Connects from a new UDP port. `server_name` is a DNS name or an IP address: what the certificate is checked
-    /// for where [`Trust`] has it checked, and what is asked for in the handshake.
+    /// Connects from a new UDP port. `server_name` is a DNS name or an IP address: what the
+    /// certificate is checked for where [`Trust`] has it checked, and what is asked for in the
+    /// handshake.
     ///
     /// # Errors
     /// [`ConnectError`].
-    pub async fn connect(&self, addr: SocketAddr, server_name: &str) -> Result<Connection, ConnectError> {
+    pub async fn connect(
+        &self,
+        addr: SocketAddr,
+        server_name: &str,
+    ) -> Result<Connection, ConnectError> {
         let certifier = Arc::new(self.roots.certifier());
         let config = self.config(&certifier)?;
         let endpoint = endpoint(addr).map_err(ConnectError::Socket)?;
@@ -105,8 +112,9 @@ impl Dialer {
         tls.alpn_protocols = vec![self.alpn.clone()];
         // Resumption saves bytes and no time, and the next connection may go to another server.
         tls.resumption = rustls::client::Resumption::disabled();
-        let crypto = QuicClientConfig::try_from(tls)
-            .map_err(|_| rustls::Error::General("the provider lacks TLS13_AES_128_GCM_SHA256".into()))?;
+        let crypto = QuicClientConfig::try_from(tls).map_err(|_| {
+            rustls::Error::General("the provider lacks TLS13_AES_128_GCM_SHA256".into())
+        })?;
         let mut transport = TransportConfig::default();
         transport
             .keep_alive_interval(Some(KEEP_ALIVE))

@@ -8,7 +8,8 @@ use std::{
 
 use parking_lot::Mutex;
 use rustls::{
-    CertificateError, DigitallySignedStruct, Error, PeerIncompatible, RootCertStore, SignatureScheme,
+    CertificateError, DigitallySignedStruct, Error, PeerIncompatible, RootCertStore,
+    SignatureScheme,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -24,8 +25,8 @@ use crate::{Fingerprint, tls};
 pub enum Trust {
     /// By its certificate, whatever that says: name, issuer and dates are not looked at.
     Pin(Fingerprint),
-    /// Whoever answers. The caller remembers [`Connection::fingerprint`](super::Connection::fingerprint) and pins it
-    /// from then on.
+    /// Whoever answers. The caller remembers
+    /// [`Connection::fingerprint`](super::Connection::fingerprint) and pins it from then on.
     FirstUse,
     /// By the certificate authorities in a file, in PEM or DER.
     CaFile(PathBuf),
@@ -95,11 +96,15 @@ impl fmt::Debug for Roots {
     }
 }
 
-fn from_file(path: &Path, provider: &Arc<CryptoProvider>) -> Result<Arc<WebPkiServerVerifier>, String> {
+fn from_file(
+    path: &Path,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<WebPkiServerVerifier>, String> {
     let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
     let from_pem: Vec<_> =
         CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().unwrap_or_default();
-    let certificates = if from_pem.is_empty() { vec![CertificateDer::from(bytes)] } else { from_pem };
+    let certificates =
+        if from_pem.is_empty() { vec![CertificateDer::from(bytes)] } else { from_pem };
     verifier(certificates, provider)
 }
 
@@ -124,7 +129,8 @@ fn verifier(
         .map_err(|error| error.to_string())
 }
 
-/// Checks one server, and remembers what it saw: rustls gives only text to those who ask why a handshake failed.
+/// Checks one server, and remembers what it saw: rustls gives only text to those who ask why a
+/// handshake failed.
 pub(super) struct Certifier {
     roots: Roots,
     outcome: Mutex<Outcome>,
@@ -175,7 +181,8 @@ impl ServerCertVerifier for Certifier {
                 let checked = verifier
                     .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
                     .map(drop);
-                let rejected = checked.as_ref().err().map(|error| Rejected::Check(error.to_string()));
+                let rejected =
+                    checked.as_ref().err().map(|error| Rejected::Check(error.to_string()));
                 (checked, rejected)
             }
         };
@@ -199,7 +206,12 @@ impl ServerCertVerifier for Certifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.roots.provider.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.roots.provider.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -1,11 +1,13 @@
 //! Connection ids that the edge which made them recognises, and no other.
 //!
-//! A packet for a connection that an edge does not know is answered with a stateless reset, which ends the connection at
-//! the client. Behind a balancer that goes by addresses, such packets are often for a connection of *another* edge,
-//! strayed since the client's address changed; and with a reset key that all edges share, every edge could end every
-//! connection, for everybody who has seen one of its packets (RFC 9000 §21.11). So an id is `random 8 ‖ MAC 4`, the MAC
-//! under a key of the one edge, and only ids whose MAC is right are answered: connections that this edge has had and has
-//! no more. For the others there is silence: the connection is where it was, and goes on when packets find it again.
+//! A packet for a connection that an edge does not know is answered with a stateless reset, which
+//! ends the connection at the client. Behind a balancer that goes by addresses, such packets are
+//! often for a connection of *another* edge, strayed since the client's address changed; and with a
+//! reset key that all edges share, every edge could end every connection, for everybody who has
+//! seen one of its packets (RFC 9000 §21.11). So an id is `random 8 ‖ MAC 4`, the MAC under a key
+//! of the one edge, and only ids whose MAC is right are answered: connections that this edge has
+//! had and has no more. For the others there is silence: the connection is where it was, and goes
+//! on when packets find it again.
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,8 +34,8 @@ impl Recognised {
         Self { key: Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &key)) }
     }
 
-    /// Also after a restart under the same name. Reset tokens are made with the same key from 12 bytes, which the label
-    /// is not.
+    /// Also after a restart under the same name. Reset tokens are made with the same key from 12
+    /// bytes, which the label is not.
     pub(crate) fn by_name(reset: &hmac::Key, edge: &str) -> Self {
         let label = [b"qpq connection ids v1 of ", edge.as_bytes()].concat();
         let key = hmac::sign(reset, &label);
@@ -55,7 +57,8 @@ struct Ids(Recognised);
 impl ConnectionIdGenerator for Ids {
     fn generate_cid(&mut self) -> ConnectionId {
         let mut id = [0; LEN];
-        aws_lc_rs::rand::fill(&mut id[..RANDOM_LEN]).expect("the operating system gives randomness");
+        aws_lc_rs::rand::fill(&mut id[..RANDOM_LEN])
+            .expect("the operating system gives randomness");
         let mac = self.0.mac(&id[..RANDOM_LEN]);
         id[RANDOM_LEN..].copy_from_slice(&mac);
         ConnectionId::new(&id)

@@ -1,9 +1,11 @@
-//! What all edges of a fleet share below the calls, so that a client may be taken from one to another: the keys of
-//! session tickets, of the tokens that prove an address, and of stateless resets.
+//! What all edges of a fleet share below the calls, so that a client may be taken from one to
+//! another: the keys of session tickets, of the tokens that prove an address, and of stateless
+//! resets.
 //!
-//! Ticket and token keys are [`KeyRing`]s and are exchanged while the server runs, when their files change. The reset
-//! key is not: the reset tokens of every open connection were made with it and sent, and a reset under another key
-//! would be taken for noise. It is replaced by restarting the edges, one after the other.
+//! Ticket and token keys are [`KeyRing`]s and are exchanged while the server runs, when their files
+//! change. The reset key is not: the reset tokens of every open connection were made with it and
+//! sent, and a reset under another key would be taken for noise. It is replaced by restarting the
+//! edges, one after the other.
 
 mod connection_ids;
 mod ring;
@@ -37,8 +39,8 @@ pub const RESET_KEY_LEN: usize = 32;
 /// Where the keys are.
 #[derive(Debug, Clone)]
 pub struct FleetFiles {
-    /// The [`KeyRing`] of session tickets. As precious as the certificate's key: whoever has it can stand in for the
-    /// server towards clients that resume, and tickets are readable on the wire.
+    /// The [`KeyRing`] of session tickets. As precious as the certificate's key: whoever has it can
+    /// stand in for the server towards clients that resume, and tickets are readable on the wire.
     pub tickets: PathBuf,
     /// The [`KeyRing`] of the tokens by which a client proves its address (Retry).
     pub tokens: PathBuf,
@@ -52,7 +54,8 @@ pub struct FleetKeys {
     pub(crate) tickets: Arc<Tickets>,
     pub(crate) tokens: Arc<Tokens>,
     pub(crate) reset: hmac::Key,
-    /// Digest of the rings that were last read, good or bad, so that bad ones are complained of once.
+    /// Digest of the rings that were last read, good or bad, so that bad ones are complained of
+    /// once.
     seen: Mutex<[u8; 32]>,
 }
 
@@ -61,8 +64,9 @@ pub struct FleetKeys {
 pub struct Member {
     /// What it shares with the others.
     pub keys: Arc<FleetKeys>,
-    /// A name that no other running edge has. An edge that is started again under its name tells the clients of its
-    /// predecessor at their next packet that their connections are gone; without a name they learn it by silence.
+    /// A name that no other running edge has. An edge that is started again under its name tells
+    /// the clients of its predecessor at their next packet that their connections are gone; without
+    /// a name they learn it by silence.
     pub edge: Option<String>,
 }
 
@@ -119,7 +123,8 @@ impl FleetKeys {
     /// Looks at the files of the rings and takes what they hold, if that is new and whole.
     ///
     /// # Errors
-    /// [`FleetKeysError`]; the old keys stay. The same bad content is an error once, then `Unchanged`.
+    /// [`FleetKeysError`]; the old keys stay. The same bad content is an error once, then
+    /// `Unchanged`.
     pub fn reload(&self) -> Result<KeyReload, FleetKeysError> {
         let rings = Rings::read(&self.files)?;
         let mut seen = self.seen.lock();
@@ -132,7 +137,8 @@ impl FleetKeys {
         Ok(KeyReload::Changed)
     }
 
-    /// Looks at the files again and again, by content, as [`Certificates::watch`](crate::Certificates::watch) does.
+    /// Looks at the files again and again, by content, as
+    /// [`Certificates::watch`](crate::Certificates::watch) does.
     pub async fn watch(self: Arc<Self>, every: Duration) {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -196,7 +202,8 @@ impl Rings {
 }
 
 fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, FleetKeysError> {
-    let read = fs::read(path).map_err(|source| FleetKeysError::Read { path: path.to_owned(), source })?;
+    let read =
+        fs::read(path).map_err(|source| FleetKeysError::Read { path: path.to_owned(), source })?;
     Ok(Zeroizing::new(read))
 }
 

@@ -1,8 +1,10 @@
-//! Three generations of a key, so that it can be exchanged on all edges without a moment at which all change at once.
+//! Three generations of a key, so that it can be exchanged on all edges without a moment at which
+//! all change at once.
 //!
-//! Edges look at their files at different times. One that has seen the new ring makes things with a key that the others
-//! hold as `next`, and still takes what they make with a key that it holds as `previous`. So two rotations must be
-//! further apart than the slowest edge is slow; within that, nothing that one makes is refused by another.
+//! Edges look at their files at different times. One that has seen the new ring makes things with a
+//! key that the others hold as `next`, and still takes what they make with a key that it holds as
+//! `previous`. So two rotations must be further apart than the slowest edge is slow; within that,
+//! nothing that one makes is refused by another.
 
 use zeroize::Zeroizing;
 
@@ -10,7 +12,8 @@ const KEY_LEN: usize = 32;
 
 type Key = Zeroizing<[u8; KEY_LEN]>;
 
-/// A key of 32 bytes with the one before and the one after it. Its file is `previous ‖ current ‖ next`.
+/// A key of 32 bytes with the one before and the one after it. Its file is `previous ‖ current ‖
+/// next`.
 pub struct KeyRing {
     previous: Key,
     current: Key,
@@ -27,8 +30,8 @@ impl KeyRing {
         Self { previous: random(), current: random(), next: random() }
     }
 
-    /// The ring whose [`to_bytes`](Self::to_bytes) these are; `None` if they are not a ring's, as those of a file that a
-    /// crash left full of zeros.
+    /// The ring whose [`to_bytes`](Self::to_bytes) these are; `None` if they are not a ring's, as
+    /// those of a file that a crash left full of zeros.
     #[must_use]
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let (keys, []) = bytes.as_chunks::<KEY_LEN>() else { return None };
@@ -43,7 +46,8 @@ impl KeyRing {
         })
     }
 
-    /// The ring one step on: what was next is used, what was used is still taken, what was previous is forgotten.
+    /// The ring one step on: what was next is used, what was used is still taken, what was previous
+    /// is forgotten.
     #[must_use]
     pub fn rotated(&self) -> Self {
         Self { previous: self.current.clone(), current: self.next.clone(), next: random() }

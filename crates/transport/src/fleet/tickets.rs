@@ -1,8 +1,9 @@
 //! Session tickets that every edge of the fleet makes and takes.
 //!
-//! A ticket is `key id 8 ‖ nonce 12 ‖ ciphertext ‖ tag 16`, AES-256-GCM with the key id as associated data. rustls's own
-//! ticketer cannot be given a key. 0-RTT is out of reach with any ticketer: rustls takes early data only with sessions
-//! that it remembers itself, so a call cannot be replayed to another edge.
+//! A ticket is `key id 8 ‖ nonce 12 ‖ ciphertext ‖ tag 16`, AES-256-GCM with the key id as
+//! associated data. rustls's own ticketer cannot be given a key. 0-RTT is out of reach with any
+//! ticketer: rustls takes early data only with sessions that it remembers itself, so a call cannot
+//! be replayed to another edge.
 
 use arc_swap::ArcSwap;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
@@ -11,8 +12,8 @@ use sha2::{Digest, Sha256};
 
 use super::KeyRing;
 
-/// What clients are told. A ticket is really good for two rotations of the ring, so this is twice the time between them
-/// that the documentation asks for.
+/// What clients are told. A ticket is really good for two rotations of the ring, so this is twice
+/// the time between them that the documentation asks for.
 const LIFETIME_SECONDS: u32 = 12 * 60 * 60;
 
 const ID_LEN: usize = 8;
@@ -58,7 +59,8 @@ impl ProducesTickets for Tickets {
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
         let [current, ..] = &**self.keys.load();
         let mut sealed = plain.to_vec();
-        let nonce = current.key.seal_in_place_append_tag(Aad::from(&current.id), &mut sealed).ok()?;
+        let nonce =
+            current.key.seal_in_place_append_tag(Aad::from(&current.id), &mut sealed).ok()?;
         Some([&current.id[..], nonce.as_ref(), &sealed].concat())
     }
 

@@ -1,7 +1,8 @@
 //! The tokens of Retry, by which a client proves its address, made on one edge and taken on any.
 //!
-//! A token that cannot be opened counts as none, but after a Retry that is fatal: the client checks which connection id
-//! the Retry answered, and a server that did not understand the token tells another. So all three keys are tried.
+//! A token that cannot be opened counts as none, but after a Retry that is fatal: the client checks
+//! which connection id the Retry answered, and a server that did not understand the token tells
+//! another. So all three keys are tried.
 
 use std::sync::Arc;
 
@@ -48,11 +49,16 @@ impl AeadKey for TokenKey {
         current.aead_from_hkdf(&self.random).seal(data, additional_data)
     }
 
-    fn open<'a>(&self, data: &'a mut [u8], additional_data: &[u8]) -> Result<&'a mut [u8], CryptoError> {
+    fn open<'a>(
+        &self,
+        data: &'a mut [u8],
+        additional_data: &[u8],
+    ) -> Result<&'a mut [u8], CryptoError> {
         for key in &*self.keys {
             // An attempt with the wrong key leaves nothing to try again with.
             let mut attempt = data.to_vec();
-            if let Ok(opened) = key.aead_from_hkdf(&self.random).open(&mut attempt, additional_data) {
+            if let Ok(opened) = key.aead_from_hkdf(&self.random).open(&mut attempt, additional_data)
+            {
                 let data = &mut data[..opened.len()];
                 data.copy_from_slice(opened);
                 return Ok(data);

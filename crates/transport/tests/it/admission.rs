@@ -58,7 +58,8 @@ async fn under_pressure_clients_prove_their_address_and_get_in() {
         config.limits.retry_above = retry_above;
         let harness = Harness::with(config);
         let mut relay = Relay::to(harness.addr()).await;
-        let connecting = async { within(harness.dialer().connect(relay.addr, "localhost")).await.unwrap() };
+        let connecting =
+            async { within(harness.dialer().connect(relay.addr, "localhost")).await.unwrap() };
         let connection = connecting.await;
         let call = connection.call(method::ECHO, "in".into(), 1, Duration::from_secs(60));
         assert_eq!(within(call).await.unwrap().1, "in");

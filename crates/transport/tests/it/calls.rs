@@ -61,7 +61,8 @@ async fn stopping_the_answer_drops_the_call() {
 async fn the_end_of_a_connection_drops_its_calls() {
     let mut harness = Harness::start();
     let raw = harness.raw().await;
-    let _streams = [raw.ask(&frame(method::PARK, 1, b"")).await, raw.ask(&frame(method::PARK, 2, b"")).await];
+    let _streams =
+        [raw.ask(&frame(method::PARK, 1, b"")).await, raw.ask(&frame(method::PARK, 2, b"")).await];
     let (mut one, mut two) = (false, false);
     harness.wait_for(Report::Started(2)).await;
     raw.quic.close(VarInt::from_u32(7), b"enough");
@@ -102,8 +103,11 @@ async fn a_panic_is_answered_and_hurts_nobody_else() {
     harness.wait_for(Report::Started(1)).await;
     // More often than there are streams: what a panic leaves behind would add up.
     for id in 100..200 {
-        let expected =
-            Response { status: status::REFUSED, request_id: id, payload: "Internal Some(6)".into() };
+        let expected = Response {
+            status: status::REFUSED,
+            request_id: id,
+            payload: "Internal Some(6)".into(),
+        };
         assert_eq!(raw.exchange(&frame(method::PANIC, id, b"")).await, expected);
     }
     harness.probe.gate.add_permits(1);

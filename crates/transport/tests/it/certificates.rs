@@ -35,7 +35,9 @@ async fn a_client_that_pins_takes_this_server_and_no_other() {
     assert_eq!(dial(&harness, Trust::Pin(own), "another.example").await.unwrap(), own);
     let expected = Fingerprint::from([7; 32]);
     match dial(&harness, Trust::Pin(expected), "localhost").await.unwrap_err() {
-        ConnectError::PinMismatch { expected: pinned, seen } => assert_eq!((pinned, seen), (expected, own)),
+        ConnectError::PinMismatch { expected: pinned, seen } => {
+            assert_eq!((pinned, seen), (expected, own))
+        }
         other => panic!("{other}"),
     }
 }
@@ -65,7 +67,8 @@ async fn an_authority_vouches_for_the_name() {
 #[tokio::test]
 async fn an_authority_file_must_hold_one() {
     let harness = Harness::start();
-    for path in [harness.directory.path().join("absent"), harness.directory.path().join("key.der")] {
+    for path in [harness.directory.path().join("absent"), harness.directory.path().join("key.der")]
+    {
         let error = Dialer::new(Trust::CaFile(path)).unwrap_err();
         assert!(matches!(error, TrustError::CaFile { .. }), "{error}");
     }
@@ -83,7 +86,9 @@ async fn another_protocol_is_refused() {
     let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     let connecting = endpoint.connect_with(quinn_config(tls), harness.addr(), "localhost").unwrap();
     match within(connecting).await.unwrap_err() {
-        quinn::ConnectionError::ConnectionClosed(close) => assert_eq!(u64::from(close.error_code), 0x178),
+        quinn::ConnectionError::ConnectionClosed(close) => {
+            assert_eq!(u64::from(close.error_code), 0x178)
+        }
         other => panic!("{other}"),
     }
 }
@@ -110,7 +115,8 @@ async fn each_of_the_key_exchanges_works_alone() {
             .with_no_client_auth();
         tls.alpn_protocols = vec![b"qpq".to_vec()];
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-        let connecting = endpoint.connect_with(quinn_config(tls), harness.addr(), "localhost").unwrap();
+        let connecting =
+            endpoint.connect_with(quinn_config(tls), harness.addr(), "localhost").unwrap();
         within(connecting).await.unwrap();
     }
 }
@@ -142,12 +148,19 @@ impl ClientSessionStore for Tickets {
 
     fn remove_tls12_session(&self, _: &ServerName<'static>) {}
 
-    fn insert_tls13_ticket(&self, server_name: ServerName<'static>, value: Tls13ClientSessionValue) {
+    fn insert_tls13_ticket(
+        &self,
+        server_name: ServerName<'static>,
+        value: Tls13ClientSessionValue,
+    ) {
         self.received.fetch_add(1, Ordering::SeqCst);
         self.store.insert_tls13_ticket(server_name, value);
     }
 
-    fn take_tls13_ticket(&self, server_name: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
+    fn take_tls13_ticket(
+        &self,
+        server_name: &ServerName<'static>,
+    ) -> Option<Tls13ClientSessionValue> {
         let ticket = self.store.take_tls13_ticket(server_name);
         self.used.fetch_add(usize::from(ticket.is_some()), Ordering::SeqCst);
         ticket
@@ -174,7 +187,10 @@ async fn a_resumed_connection_may_not_send_early() {
     send.write_all(&frame(method::ECHO, 1, b"")).await.unwrap();
     send.finish().unwrap();
     within(recv.read_to_end(100)).await.unwrap();
-    assert_eq!((tickets.received.load(Ordering::SeqCst), tickets.used.load(Ordering::SeqCst)), (1, 0));
+    assert_eq!(
+        (tickets.received.load(Ordering::SeqCst), tickets.used.load(Ordering::SeqCst)),
+        (1, 0)
+    );
     let Err(second) = connect().into_0rtt() else { panic!("the ticket allows early data") };
     within(second).await.unwrap();
     assert_eq!(tickets.used.load(Ordering::SeqCst), 1);
@@ -184,7 +200,8 @@ async fn a_resumed_connection_may_not_send_early() {
 fn replace(harness: &Harness, parts: &[&str]) -> Fingerprint {
     let other = tempfile::tempdir().unwrap();
     let path = |name: &str| other.path().join(name);
-    let made = Identity::load_or_create(&path("cert.der"), &path("key.der"), &["localhost".to_owned()]);
+    let made =
+        Identity::load_or_create(&path("cert.der"), &path("key.der"), &["localhost".to_owned()]);
     for part in parts {
         fs::rename(path(part), harness.directory.path().join(part)).unwrap();
     }

@@ -60,7 +60,8 @@ async fn a_client_that_reads_no_events_fills_its_queue_and_no_more() {
     let payload = Bytes::from(vec![0; 256 * 1024]);
     let refused = within(async {
         loop {
-            let (status, reason) = connection.call(method::EVENT, payload.clone(), 1, MINUTE).await.unwrap();
+            let (status, reason) =
+                connection.call(method::EVENT, payload.clone(), 1, MINUTE).await.unwrap();
             if status != status::OK {
                 return reason;
             }
@@ -86,7 +87,8 @@ async fn events_end_with_their_connection() {
 #[tokio::test]
 async fn nobody_at_the_address_is_a_timeout() {
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let dialer = Dialer::new(Trust::FirstUse).unwrap().with_connect_timeout(Duration::from_millis(200));
+    let dialer =
+        Dialer::new(Trust::FirstUse).unwrap().with_connect_timeout(Duration::from_millis(200));
     let outcome = within(dialer.connect(silent.local_addr().unwrap(), "localhost")).await;
     assert!(matches!(outcome, Err(ConnectError::TimedOut)), "{outcome:?}");
 }
@@ -165,7 +167,10 @@ async fn call_to(mischief: Mischief) -> (Result<(u8, Bytes), CallError>, Option<
     let connection = within(dialer.connect(addr, "localhost")).await.unwrap();
     let outcome = within(connection.call(1, "hi".into(), 1, MINUTE)).await;
     let events = match outcome {
-        Ok(_) => within(connection.events().filter_map(|event| async { event.err() }).boxed().next()).await,
+        Ok(_) => {
+            within(connection.events().filter_map(|event| async { event.err() }).boxed().next())
+                .await
+        }
         Err(_) => None,
     };
     within(connection.close()).await;
@@ -181,12 +186,19 @@ fn ok(request_id: u32, payload: &'static str) -> Vec<u8> {
 async fn malformed_answers_are_told_apart() {
     let mut trailing = ok(1, "yes");
     trailing.push(0);
-    let too_long = ResponseHeader { status: 0, request_id: 1, payload_len: u32::MAX }.encode().to_vec();
+    let too_long =
+        ResponseHeader { status: 0, request_id: 1, payload_len: u32::MAX }.encode().to_vec();
     let too_large = FrameError::TooLarge { len: u64::from(u32::MAX), max: MAX_PAYLOAD };
     for (mischief, expected) in [
         (Mischief::Answer(ok(2, "yes")), CallError::Malformed("it is to another request")),
-        (Mischief::Answer(ok(1, "yes")[..11].to_vec()), CallError::Malformed("it ends inside the frame")),
-        (Mischief::Answer(ok(1, "yes")[..5].to_vec()), CallError::Malformed("it ends inside the header")),
+        (
+            Mischief::Answer(ok(1, "yes")[..11].to_vec()),
+            CallError::Malformed("it ends inside the frame"),
+        ),
+        (
+            Mischief::Answer(ok(1, "yes")[..5].to_vec()),
+            CallError::Malformed("it ends inside the header"),
+        ),
         (Mischief::Answer(Vec::new()), CallError::Malformed("it ends inside the header")),
         (Mischief::Answer(trailing), CallError::Malformed("bytes follow the frame")),
         (Mischief::Answer(too_long), CallError::TooLarge(too_large)),

@@ -46,7 +46,10 @@ async fn a_reply_to_a_client_that_fell_silent_is_lost_long_before_the_connection
     relay.set_up(true);
     relay.set_down(true);
     let ended = within(recv.read_to_end(100)).await;
-    assert!(matches!(ended, Err(quinn::ReadToEndError::Read(quinn::ReadError::Reset(_)))), "{ended:?}");
+    assert!(
+        matches!(ended, Err(quinn::ReadToEndError::Read(quinn::ReadError::Reset(_)))),
+        "{ended:?}"
+    );
     assert_eq!(raw.exchange(&frame(method::ECHO, 2, b"")).await.request_id, 2);
 }
 
@@ -61,7 +64,8 @@ async fn a_slow_client_that_is_heard_of_is_not_silent() {
     let raw = Raw::connect(&harness, harness.addr(), transport).await;
     let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &300_000u32.to_be_bytes())).await;
     harness.wait_for(Report::Started(1)).await;
-    // Several times the silence pass, while another call runs into its deadline and the client reads nothing.
+    // Several times the silence pass, while another call runs into its deadline and the client
+    // reads nothing.
     let connection = harness.connect().await;
     let parked = connection.call(method::PARK, "".into(), 2, Duration::from_secs(2));
     within(parked).await.unwrap_err();

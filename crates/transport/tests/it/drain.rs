@@ -77,7 +77,8 @@ async fn no_answer_given_before_the_close_is_cut_off() {
     let mut harness = Harness::start();
     let connection = harness.connect().await;
     let payload = bytes::Bytes::from(vec![1; 20_000]);
-    let calls = join_all((0..64).map(|id| connection.call(method::GATE, payload.clone(), id, HOUR)));
+    let calls =
+        join_all((0..64).map(|id| connection.call(method::GATE, payload.clone(), id, HOUR)));
     let story = async {
         let mut started = 0;
         while started < 64 {

@@ -1,5 +1,5 @@
-//! Several servers with the same keys, as behind one balancer: what a client got from one is good at another, and none
-//! ends a connection of another.
+//! Several servers with the same keys, as behind one balancer: what a client got from one is good
+//! at another, and none ends a connection of another.
 
 use std::{
     fs,
@@ -145,7 +145,8 @@ impl Resuming {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(fs::read(edge.harness.cert_path()).unwrap().into()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let verifier = WebPkiServerVerifier::builder_with_provider(roots.into(), provider).build().unwrap();
+        let verifier =
+            WebPkiServerVerifier::builder_with_provider(roots.into(), provider).build().unwrap();
         let verifier = Arc::new(Counting { verifier, checked: AtomicUsize::new(0) });
         let mut tls = raw_tls(&edge.harness);
         tls.dangerous().set_certificate_verifier(Arc::clone(&verifier) as _);
@@ -157,7 +158,8 @@ impl Resuming {
     /// Connects, makes a call, by whose answer a ticket has come, and leaves.
     async fn visit(&self, edge: &Edge) -> Handshake {
         let before = self.verifier.checked.load(Ordering::SeqCst);
-        let connecting = self.endpoint.connect_with(self.config.clone(), edge.harness.addr(), "localhost");
+        let connecting =
+            self.endpoint.connect_with(self.config.clone(), edge.harness.addr(), "localhost");
         let connection = within(connecting.unwrap()).await.unwrap();
         let (mut send, recv) = within(connection.open_bi()).await.unwrap();
         send.write_all(&frame(method::ECHO, 1, b"here")).await.unwrap();
@@ -238,7 +240,9 @@ async fn damaged_files_are_refused_at_the_start_and_change_nothing_later() {
         for bad in [&[7; 5][..], &vec![0; good.len()], &[&good[..], b"\n"].concat()] {
             fs::write(fleet.path(name), bad).unwrap();
             let error = FleetKeys::load(fleet.files()).unwrap_err();
-            assert!(matches!(error, FleetKeysError::Damaged { path, .. } if path == fleet.path(name)));
+            assert!(
+                matches!(error, FleetKeysError::Damaged { path, .. } if path == fleet.path(name))
+            );
             if name != "reset" {
                 edge.keys.reload().unwrap_err();
                 assert_eq!(edge.keys.reload().unwrap(), KeyReload::Unchanged, "complained of once");
@@ -257,8 +261,8 @@ fn is_retry(datagram: &[u8]) -> bool {
     datagram[0] & 0xf0 == 0xf0 && datagram[1..5] == [0, 0, 0, 1]
 }
 
-/// Has a client connect to `first`, which asks for its address, and takes its answer to `second`: whether that believes it
-/// and serves the client, or asks again.
+/// Has a client connect to `first`, which asks for its address, and takes its answer to `second`:
+/// whether that believes it and serves the client, or asks again.
 async fn believed(first: &Edge, second: &Edge) -> bool {
     let mut relay = Relay::to(first.harness.addr()).await;
     relay.set_down(false);
@@ -303,8 +307,9 @@ async fn an_address_proved_to_one_edge_is_proved_to_all() {
     assert!(!believed(&one, &two).await);
 }
 
-/// Has the server say something that it says to everybody, so that whatever it had to say before has been said; that it
-/// said. RFC 9000 §6: a version that nobody speaks is answered with those that are spoken.
+/// Has the server say something that it says to everybody, so that whatever it had to say before
+/// has been said; that it said. RFC 9000 §6: a version that nobody speaks is answered with those
+/// that are spoken.
 async fn nothing_more_from(relay: &mut Relay) -> Vec<Vec<u8>> {
     let mut unspoken = vec![0; 1200];
     unspoken[..5].copy_from_slice(&[0xc0, 0x0a, 0x1a, 0x2a, 0x3a]);
@@ -321,7 +326,9 @@ async fn nothing_more_from(relay: &mut Relay) -> Vec<Vec<u8>> {
     }
 }
 
-async fn echo(connection: &Connection) -> Result<(u8, bytes::Bytes), qpq_transport::client::CallError> {
+async fn echo(
+    connection: &Connection,
+) -> Result<(u8, bytes::Bytes), qpq_transport::client::CallError> {
     within(connection.call(method::ECHO, vec![7; 64].into(), 1, MINUTE)).await
 }
 
@@ -335,7 +342,8 @@ async fn short_packet(relay: &mut Relay) -> Vec<u8> {
     }
 }
 
-/// RFC 9000 §10.3: a reset ends with a token that only the key's owner can make, here from the 12 bytes of our ids.
+/// RFC 9000 §10.3: a reset ends with a token that only the key's owner can make, here from the 12
+/// bytes of our ids.
 fn is_reset(datagram: &[u8], incited_by: &[u8]) -> bool {
     let key = hmac::Key::new(hmac::HMAC_SHA256, &RESET_KEY);
     let token = hmac::sign(&key, &incited_by[1..13]);

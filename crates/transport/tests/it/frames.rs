@@ -57,7 +57,8 @@ async fn the_largest_payload_passes_both_ways() {
 async fn too_large_a_payload_is_refused_before_any_of_it_is_sent() {
     let harness = Harness::start();
     let raw = harness.raw().await;
-    let header = RequestHeader { method_id: method::ECHO, request_id: 5, payload_len: MAX_PAYLOAD + 1 };
+    let header =
+        RequestHeader { method_id: method::ECHO, request_id: 5, payload_len: MAX_PAYLOAD + 1 };
     let (send, recv) = raw.open(&header.encode()).await;
     assert_eq!(answer(recv).await, refused(5, "TooLarge Some(1)"));
     assert_eq!(within(send.stopped()).await, Ok(Some(0u32.into())));

@@ -10,7 +10,8 @@ use std::{
 };
 
 use metrics::{
-    Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit, with_local_recorder,
+    Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit,
+    with_local_recorder,
 };
 use parking_lot::Mutex;
 use qpq_transport::client::ConnectError;
@@ -25,7 +26,8 @@ struct Notebook {
 
 impl Notebook {
     fn value(&self, key: &Key) -> Arc<AtomicU64> {
-        let labels: Vec<_> = key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
+        let labels: Vec<_> =
+            key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
         let name = [key.name().to_owned(), labels.join(",")].join(" ").trim().to_owned();
         Arc::clone(self.values.lock().entry(name).or_default())
     }
@@ -116,7 +118,9 @@ async fn the_documented_names_are_the_true_ones() {
             assert!(row.contains(&format!("`{value}`")), "{name}: {value} is not documented");
         }
     }
-    let missing: Vec<_> =
-        documented.keys().filter(|name| !registered.keys().any(|key| key.starts_with(*name))).collect();
+    let missing: Vec<_> = documented
+        .keys()
+        .filter(|name| !registered.keys().any(|key| key.starts_with(*name)))
+        .collect();
     assert!(missing.is_empty(), "{missing:?}");
 }

@@ -1,5 +1,5 @@
-//! A UDP relay between one client and a server that can go deaf in either direction, turn to another server, and shows
-//! what passes.
+//! A UDP relay between one client and a server that can go deaf in either direction, turn to
+//! another server, and shows what passes.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},

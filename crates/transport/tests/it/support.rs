@@ -195,7 +195,8 @@ pub(crate) struct Harness {
 
 fn certificates_in(directory: &Path) -> Arc<Certificates> {
     let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
-    Certificates::load_or_create(&directory.join("cert.der"), &directory.join("key.der"), &names).unwrap()
+    Certificates::load_or_create(&directory.join("cert.der"), &directory.join("key.der"), &names)
+        .unwrap()
 }
 
 pub(crate) fn config() -> Config {
@@ -225,7 +226,8 @@ impl Harness {
         let certificates = certificates_in(directory.path());
         let (probe, reports) = Probe::new();
         let server =
-            Server::bind_in_fleet(member, config, Arc::clone(&certificates), Arc::clone(&probe)).unwrap();
+            Server::bind_in_fleet(member, config, Arc::clone(&certificates), Arc::clone(&probe))
+                .unwrap();
         Self { server, probe, certificates, directory, reports }
     }
 

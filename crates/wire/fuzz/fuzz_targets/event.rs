@@ -1,4 +1,5 @@
-//! Any bytes are event frames or an error, however they are cut: the first byte says into what pieces.
+//! Any bytes are event frames or an error, however they are cut: the first byte says into what
+//! pieces.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

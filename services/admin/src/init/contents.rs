@@ -94,9 +94,11 @@ fn taken_or(
     Ok(taken)
 }
 
-/// The given pair, else that of the server that grows up, unless it had its elsewhere; else a new one.
+/// The given pair, else that of the server that grows up, unless it had its elsewhere; else a new
+/// one.
 fn certificate(given: &Given) -> anyhow::Result<(File, File)> {
-    let taken = given.from.as_ref().map(|from| (from.join(CERTIFICATE), from.join(CERTIFICATE_KEY)));
+    let taken =
+        given.from.as_ref().map(|from| (from.join(CERTIFICATE), from.join(CERTIFICATE_KEY)));
     let taken = taken.filter(|(cert, key)| cert.exists() || key.exists());
     let named = given.tls_cert.clone().zip(given.tls_key.clone());
     if let Some((cert, key)) = named.or(taken) {

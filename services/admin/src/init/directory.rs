@@ -1,5 +1,5 @@
-//! A cluster's files in a directory: written one after the other, looked at as an edge will look at them, and only then
-//! finished.
+//! A cluster's files in a directory: written one after the other, looked at as an edge will look at
+//! them, and only then finished.
 
 use std::{
     ffi::OsStr,
@@ -32,7 +32,11 @@ impl fmt::Display for Made {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "  cluster       {}", self.cluster)?;
         writeln!(f, "  opaque setup  {}", hex::encode(self.opaque))?;
-        writeln!(f, "  fingerprint   {}   (of the certificate, for clients to pin)", self.fingerprint)
+        writeln!(
+            f,
+            "  fingerprint   {}   (of the certificate, for clients to pin)",
+            self.fingerprint
+        )
     }
 }
 
@@ -98,14 +102,16 @@ pub(super) fn prepare(dir: &Path) -> Result<(), Refused> {
     Ok(())
 }
 
-/// One of a cluster's files, or what a stopped run left of one; or what file systems put into an empty volume.
+/// One of a cluster's files, or what a stopped run left of one; or what file systems put into an
+/// empty volume.
 fn is_ours(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     let files = SECRETS.iter().map(|file| file.name).chain([CERTIFICATE, CERTIFICATE_KEY]);
     name == "lost+found"
         || files.chain([CLUSTER_ID]).any(|file| {
-            name.strip_prefix(file)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with('.') && rest.ends_with(".new"))
+            name.strip_prefix(file).is_some_and(|rest| {
+                rest.is_empty() || rest.starts_with('.') && rest.ends_with(".new")
+            })
         })
 }
 
@@ -131,7 +137,8 @@ fn put(dir: &DataDir, file: &File) -> Result<(), Refused> {
     Ok(())
 }
 
-/// The certificate goes first, so that a run which is stopped between the two leaves nothing that would be missed.
+/// The certificate goes first, so that a run which is stopped between the two leaves nothing that
+/// would be missed.
 fn put_pair(dir: &DataDir, contents: &Contents) -> Result<(), Refused> {
     let (cert, key) = (dir.path().join(CERTIFICATE), dir.path().join(CERTIFICATE_KEY));
     match (cert.exists(), key.exists()) {
@@ -151,7 +158,8 @@ pub(super) fn verify(dir: &Path) -> Result<Made, Refused> {
     Ok(Made { cluster, fingerprint, opaque })
 }
 
-/// Whether all but the cluster's id can be used; how certificate and OPAQUE setup are told from others.
+/// Whether all but the cluster's id can be used; how certificate and OPAQUE setup are told from
+/// others.
 fn check(dir: &Path) -> Result<(Fingerprint, [u8; 32]), Refused> {
     let data = DataDir::create(dir)?;
     let secret = |file: SecretFile| {

@@ -1,4 +1,5 @@
-//! A cluster's files as the manifest of a Kubernetes Secret, in JSON, which is YAML too: `kubectl apply -f -` takes it.
+//! A cluster's files as the manifest of a Kubernetes Secret, in JSON, which is YAML too: `kubectl
+//! apply -f -` takes it.
 
 use std::{collections::BTreeMap, str::FromStr};
 
@@ -58,7 +59,8 @@ mod tests {
         for good in ["a", "qpq-fleet", "qpq.fleet.1", &"a".repeat(63)] {
             assert!(good.parse::<Name>().is_ok(), "{good}");
         }
-        for bad in ["", "Qpq", "-a", "a-", "a..b", ".a", "a_b", "a b", "a\n", "ä", &"a".repeat(64)] {
+        for bad in ["", "Qpq", "-a", "a-", "a..b", ".a", "a_b", "a b", "a\n", "ä", &"a".repeat(64)]
+        {
             assert!(bad.parse::<Name>().is_err(), "{bad}");
         }
     }

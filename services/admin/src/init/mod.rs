@@ -1,7 +1,8 @@
-//! `qpq-admin init`: makes what all edges of a new cluster share, as a directory or as a Kubernetes Secret.
+//! `qpq-admin init`: makes what all edges of a new cluster share, as a directory or as a Kubernetes
+//! Secret.
 //!
-//! Nothing that is there is ever overwritten. A directory is finished by its `cluster-id`, which is written last; what a
-//! run left behind that was stopped before, the next one completes.
+//! Nothing that is there is ever overwritten. A directory is finished by its `cluster-id`, which is
+//! written last; what a run left behind that was stopped before, the next one completes.
 
 mod contents;
 mod directory;
@@ -24,7 +25,8 @@ pub(crate) struct Args {
     /// With --out: do nothing, successfully, if the directory is there and whole.
     #[arg(long, conflicts_with_all = ["kubernetes_secret", "from"])]
     if_missing: bool,
-    /// Print a manifest of a Secret of this name instead. It is the only copy: keep it as you keep passwords.
+    /// Print a manifest of a Secret of this name instead. It is the only copy: keep it as you keep
+    /// passwords.
     #[arg(long, value_name = "NAME")]
     kubernetes_secret: Option<Name>,
     /// The Secret's namespace.
@@ -37,14 +39,15 @@ pub(crate) struct Args {
 /// What is not to be made but taken, and what a certificate is made for.
 #[derive(Debug, clap::Args)]
 struct Given {
-    /// The data directory of a server that ran alone and whose accounts are to live on: its OPAQUE setup and delivery
-    /// key are taken, and its certificate.
+    /// The data directory of a server that ran alone and whose accounts are to live on: its OPAQUE
+    /// setup and delivery key are taken, and its certificate.
     #[arg(long, value_name = "DATA_DIR")]
     from: Option<PathBuf>,
     /// The cluster's domain, what follows the `@` in its users' addresses.
     #[arg(long, value_name = "D", env = "QPQ_DOMAIN", default_value = "localhost", value_parser = domain)]
     domain: String,
-    /// Further names and IP addresses in the certificate that is made, besides the domain and `localhost`.
+    /// Further names and IP addresses in the certificate that is made, besides the domain and
+    /// `localhost`.
     #[arg(long = "name", value_name = "N", env = "QPQ_TLS__NAMES", value_delimiter = ',', num_args = 1..)]
     names: Vec<String>,
     /// A certificate chain to take instead of making one, in DER or PEM.
@@ -60,7 +63,9 @@ impl Given {
     fn certificate_names(&self) -> Vec<String> {
         let mut names = vec![self.domain.clone()];
         let others = ["localhost", "127.0.0.1", "::1"].map(String::from);
-        for name in others.into_iter().chain(self.names.iter().filter(|name| !name.is_empty()).cloned()) {
+        for name in
+            others.into_iter().chain(self.names.iter().filter(|name| !name.is_empty()).cloned())
+        {
             if !names.contains(&name) {
                 names.push(name);
             }
@@ -95,8 +100,9 @@ fn in_directory(out: &std::path::Path, args: &Args) -> anyhow::Result<()> {
 }
 
 fn domain(text: &str) -> Result<String, String> {
-    let is_plain =
-        text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-'));
+    let is_plain = text
+        .chars()
+        .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-'));
     if is_plain && !text.is_empty() {
         Ok(text.to_owned())
     } else {

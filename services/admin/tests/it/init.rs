@@ -21,7 +21,8 @@ fn as_an_edge_reads_it(dir: &Path) -> String {
     })
     .unwrap();
     drop(keys);
-    let identity = Identity::load(&dir.join("server-cert.der"), &dir.join("server-key.der")).unwrap();
+    let identity =
+        Identity::load(&dir.join("server-cert.der"), &dir.join("server-key.der")).unwrap();
     identity.fingerprint().to_string()
 }
 
@@ -152,7 +153,8 @@ fn the_certificate_is_for_the_names_that_were_asked_for() {
     }
     assert!(!holds(&fleet, "example.net"));
     let fleet = place.path("variables");
-    let variables = [("QPQ_DOMAIN", "example.net"), ("QPQ_TLS__NAMES", "a.example.net,b.example.net")];
+    let variables =
+        [("QPQ_DOMAIN", "example.net"), ("QPQ_TLS__NAMES", "a.example.net,b.example.net")];
     let end = run_with(&["init", "--out", text(&fleet)], &variables);
     assert_eq!(end.code, Some(0), "{end:?}");
     for name in ["example.net", "a.example.net", "b.example.net"] {
@@ -216,7 +218,8 @@ fn a_server_that_ran_alone_can_grow_up() {
     assert!(said.contains("opaque-setup.bin is there already and is another"), "{said}");
     for damage in [&b"short"[..], &[0xff; 128]] {
         fs::write(alone.join("opaque-setup.bin"), damage).unwrap();
-        let said = refusal(1, &["init", "--out", text(&place.path("none")), "--from", text(&alone)]);
+        let said =
+            refusal(1, &["init", "--out", text(&place.path("none")), "--from", text(&alone)]);
         assert!(said.contains("damaged") || said.contains("cannot be used"), "{said}");
     }
     fs::remove_file(alone.join("opaque-setup.bin")).unwrap();
@@ -237,7 +240,8 @@ fn a_manifest_holds_the_same_files() {
     let mounted = place.path("mounted");
     fs::create_dir(&mounted).unwrap();
     for (name, value) in data {
-        fs::write(mounted.join(name), BASE64_STANDARD.decode(value.as_str().unwrap()).unwrap()).unwrap();
+        fs::write(mounted.join(name), BASE64_STANDARD.decode(value.as_str().unwrap()).unwrap())
+            .unwrap();
     }
     as_an_edge_reads_it(&mounted);
     let without = run(&["init", "--kubernetes-secret", "qpq-fleet"]);
@@ -249,9 +253,14 @@ fn a_manifest_holds_the_same_files() {
 #[test]
 fn it_must_be_said_where_and_only_once() {
     assert!(refusal(2, &["init"]).contains("--out"));
-    assert!(refusal(2, &["init", "--out", "x", "--kubernetes-secret", "y"]).contains("cannot be used with"));
+    assert!(
+        refusal(2, &["init", "--out", "x", "--kubernetes-secret", "y"])
+            .contains("cannot be used with")
+    );
     assert!(refusal(2, &["init", "--kubernetes-secret", "Not_A_Name"]).contains("lower-case"));
-    assert!(refusal(2, &["init", "--out", "x", "--namespace", "y"]).contains("cannot be used with"));
+    assert!(
+        refusal(2, &["init", "--out", "x", "--namespace", "y"]).contains("cannot be used with")
+    );
     let both = ["init", "--kubernetes-secret", "x", "--if-missing"];
     assert!(refusal(2, &both).contains("cannot be used with"));
     let both = ["init", "--out", "x", "--if-missing", "--from", "y"];

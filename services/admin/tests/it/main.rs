@@ -1,4 +1,5 @@
-//! `qpq-admin` from the outside: the binary with its arguments, what it prints and what it leaves on disk.
+//! `qpq-admin` from the outside: the binary with its arguments, what it prints and what it leaves
+//! on disk.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
 

@@ -52,7 +52,10 @@ async fn a_postgres_that_is_starting_is_waited_for() {
     let mut said = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
     said.read_line(&mut line).unwrap();
-    assert!(line.contains("Postgres cannot be reached") && line.contains("Waiting for it"), "{line}");
+    assert!(
+        line.contains("Postgres cannot be reached") && line.contains("Waiting for it"),
+        "{line}"
+    );
     postgres.start_again().await.unwrap();
     let mut printed = String::new();
     child.stdout.take().unwrap().read_to_string(&mut printed).unwrap();

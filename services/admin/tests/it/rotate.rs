@@ -40,7 +40,8 @@ fn a_rotation_keeps_the_key_that_was_current_and_takes_the_next() {
 fn whoever_reads_meanwhile_finds_whole_keys() {
     let (_place, fleet) = Place::with_fleet();
     let path = fleet.join("ticket-keys");
-    // An edge's file, opened before: it stays whole, because the new one comes under its name and not into its place.
+    // An edge's file, opened before: it stays whole, because the new one comes under its name and
+    // not into its place.
     let first = fs::read(&path).unwrap();
     let mut open = fs::File::open(&path).unwrap();
     run(&["rotate-ticket-keys", "--dir", text(&fleet)]);
@@ -73,7 +74,10 @@ fn what_is_missing_or_damaged_is_named_and_nothing_is_made() {
         }
         let none = place.path("none");
         let said = refusal(1, &[command, "--dir", text(&none)]);
-        assert!(said.contains("there is no directory") && said.contains("qpq-admin init --out"), "{said}");
+        assert!(
+            said.contains("there is no directory") && said.contains("qpq-admin init --out"),
+            "{said}"
+        );
         assert!(!none.exists());
         assert!(refusal(2, &[command]).contains("--dir"));
     }

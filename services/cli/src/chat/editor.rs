@@ -14,7 +14,8 @@ pub(super) struct Editor {
 }
 
 impl Editor {
-    /// Starts to read lines; the arrow keys bring back `history`. Fails where there is no terminal that can do it.
+    /// Starts to read lines; the arrow keys bring back `history`. Fails where there is no terminal
+    /// that can do it.
     pub(super) fn start(history: impl IntoIterator<Item = String>) -> Result<Self, ReadlineError> {
         let config = Config::builder().bracketed_paste(true).build();
         let mut editor = DefaultEditor::with_config(config)?;

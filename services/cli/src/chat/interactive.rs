@@ -33,8 +33,15 @@ pub(super) async fn run(chat: &Chat<'_>) -> Result<(), Fault> {
     let Ok(editor) = Editor::start(own) else { return super::piped::run(chat, 0).await };
     let style = chat.context.output.style;
     let sender = Sender::start(chat.messenger, chat.conversation);
-    let mut screen =
-        Screen { chat, editor, sender, style, others: BTreeSet::new(), is_connected: true, is_stuck: false };
+    let mut screen = Screen {
+        chat,
+        editor,
+        sender,
+        style,
+        others: BTreeSet::new(),
+        is_connected: true,
+        is_stuck: false,
+    };
     screen.dim(format_args!(
         "Chat with {}, encrypted end to end. /help lists commands, /quit leaves.",
         chat.user
@@ -53,7 +60,9 @@ async fn recent(chat: &Chat<'_>) -> Result<Vec<Entry>, Fault> {
 /// Whether something that was written here lately is still to be sent.
 async fn is_unsent(chat: &Chat<'_>) -> Result<bool, Error> {
     let recent = chat.messenger.history(chat.conversation, RECENT).await?;
-    Ok(recent.iter().any(|entry| matches!(entry.event, Event::Sent { delivery: Delivery::Queued, .. })))
+    Ok(recent
+        .iter()
+        .any(|entry| matches!(entry.event, Event::Sent { delivery: Delivery::Queued, .. })))
 }
 
 struct Screen<'a> {
@@ -176,7 +185,11 @@ impl Screen<'_> {
             ConnectionEvent::Idle => return,
         };
         if self.is_connected != is_connected {
-            self.dim(if is_connected { "· connected again" } else { "· connection lost, reconnecting…" });
+            self.dim(if is_connected {
+                "· connected again"
+            } else {
+                "· connection lost, reconnecting…"
+            });
         }
         self.is_connected = is_connected;
     }

@@ -1,5 +1,6 @@
-//! `qpq dm`: a conversation as it happens. What is typed is saved and sent by tasks of their own, in order, so that
-//! neither a slow server nor a lost connection keeps the person from typing or reading.
+//! `qpq dm`: a conversation as it happens. What is typed is saved and sent by tasks of their own,
+//! in order, so that neither a slow server nor a lost connection keeps the person from typing or
+//! reading.
 //!
 //! | file | what |
 //! |---|---|
@@ -41,10 +42,14 @@ pub(crate) async fn dm(context: &Context, user: &Username, linger: u64) -> Resul
     let at_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
     let is_interactive = at_terminal && context.output.format == Format::Human;
     opened::with(context, async |messenger| {
-        // So that a conversation is gone on with which the other has begun. A person does not wait for what is still to
-        // be sent: it goes out while they read.
+        // So that a conversation is gone on with which the other has begun. A person does not wait
+        // for what is still to be sent: it goes out while they read.
         let news = async {
-            if is_interactive { messenger.catch_up().await } else { messenger.receive().await.map(drop) }
+            if is_interactive {
+                messenger.catch_up().await
+            } else {
+                messenger.receive().await.map(drop)
+            }
         };
         context.progress.during("looking for news", Box::pin(news)).await?;
         let conversation = messenger.conversation_with(user).await?;
@@ -79,8 +84,8 @@ enum Progress {
     Tried { text: String, entry: EntryId, delivery: Delivery, why: Option<Fault> },
 }
 
-/// Saves texts as they come and sends them in their order, each by a task of its own: a text is safe at once even while
-/// the one before it waits for the server.
+/// Saves texts as they come and sends them in their order, each by a task of its own: a text is
+/// safe at once even while the one before it waits for the server.
 struct Sender {
     texts: mpsc::UnboundedSender<String>,
     progress: mpsc::UnboundedReceiver<Progress>,
@@ -115,7 +120,9 @@ impl Sender {
 
     /// What happens next; waits for ever while nothing is under way. Cancel-safe.
     async fn progress(&mut self) -> Progress {
-        let Some(progress) = self.progress.recv().await else { return std::future::pending().await };
+        let Some(progress) = self.progress.recv().await else {
+            return std::future::pending().await;
+        };
         self.moved = Instant::now();
         match &progress {
             Progress::Saved => {
@@ -188,9 +195,11 @@ async fn send(
                 failed = Box::pin(messenger.flush_until(*last)).await.err().map(Fault::from);
             }
             for (text, entry) in some {
-                let delivery = messenger.delivery(*entry).await.ok().flatten().unwrap_or(Delivery::Sent);
+                let delivery =
+                    messenger.delivery(*entry).await.ok().flatten().unwrap_or(Delivery::Sent);
                 let why = failed.clone().filter(|_| delivery == Delivery::Queued);
-                let _ = tell.send(Progress::Tried { text: text.clone(), entry: *entry, delivery, why });
+                let _ =
+                    tell.send(Progress::Tried { text: text.clone(), entry: *entry, delivery, why });
             }
         }
         batch.clear();

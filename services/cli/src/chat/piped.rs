@@ -1,4 +1,5 @@
-//! The chat in a script: each line of standard input is a message, each incoming one a line of standard output.
+//! The chat in a script: each line of standard input is a message, each incoming one a line of
+//! standard output.
 
 use std::{future::pending, time::Duration};
 
@@ -32,7 +33,8 @@ impl Report for SentLine<'_> {
 }
 
 pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), Fault> {
-    let mut script = Script { chat, sender: Sender::start(chat.messenger, chat.conversation), failed: None };
+    let mut script =
+        Script { chat, sender: Sender::start(chat.messenger, chat.conversation), failed: None };
     let mut lines = BufReader::new(stdin()).lines();
     let mut listener = chat.messenger.listen();
     let mut input = Input::Open;

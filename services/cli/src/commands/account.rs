@@ -101,7 +101,8 @@ pub(crate) async fn login(context: &Context) -> Result<(), Fault> {
     reported
 }
 
-/// Makes sure, before anybody is asked for a password, that the server is there and is the one that is trusted.
+/// Makes sure, before anybody is asked for a password, that the server is there and is the one that
+/// is trusted.
 async fn meet(context: &Context, options: &Options) -> Result<Fingerprint, Fault> {
     let client = Client::new(options.clone()).map_err(CallError::from)?;
     let seen = context.progress.during("connecting", connect(&client)).await?;
@@ -131,8 +132,9 @@ async fn report(
 
 fn exists(context: &Context) -> Fault {
     let message = format!("the profile {} has an account already", context.profile);
-    Fault::new(Exit::Failure, "profile.exists", message)
-        .hint("log in to it with `qpq login`, or register in another profile: qpq -p NAME register …")
+    Fault::new(Exit::Failure, "profile.exists", message).hint(
+        "log in to it with `qpq login`, or register in another profile: qpq -p NAME register …",
+    )
 }
 
 #[derive(Debug, Serialize)]
@@ -154,7 +156,9 @@ impl Report for LoggedOut {
         let username = style.bold(&self.username);
         match (self.sessions_ended, &self.problem) {
             (Some(0 | 1), _) => writeln!(out, "{username} is logged out."),
-            (Some(ended), _) => writeln!(out, "{username} is logged out; {ended} sessions were ended."),
+            (Some(ended), _) => {
+                writeln!(out, "{username} is logged out; {ended} sessions were ended.")
+            }
             (None, _) if self.was_locked => {
                 writeln!(out, "{username} is not logged in on this machine.")?;
                 writeln!(
@@ -234,7 +238,9 @@ impl Report for Whoami {
             ("valid", _) => "logged in".to_owned(),
             ("ended", _) => format!("the session has ended; run `{}`", self.login),
             ("none", _) => format!("logged out; run `{}`", self.login),
-            (_, problem) => format!("logged in, but unchecked: {}", problem.as_deref().unwrap_or_default()),
+            (_, problem) => {
+                format!("logged in, but unchecked: {}", problem.as_deref().unwrap_or_default())
+            }
         };
         let known_by = match &self.server_fingerprint {
             Some(fingerprint) => format!("pinned, {fingerprint}"),
@@ -283,7 +289,8 @@ pub(crate) async fn whoami(context: &Context) -> Result<(), Fault> {
 async fn check_session(context: &Context) -> Result<(), Fault> {
     opened::with(context, async |messenger| {
         let count = v1::CountKeyPackagesRequest::default();
-        let answer: Result<_, CallError> = messenger.client().call::<methods::CountKeyPackages>(count).await;
+        let answer: Result<_, CallError> =
+            messenger.client().call::<methods::CountKeyPackages>(count).await;
         answer?;
         Ok(())
     })

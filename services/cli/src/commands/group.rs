@@ -3,7 +3,8 @@
 use std::io::{self, Write};
 
 use qpq_client::{
-    Conversation, ConversationId, ConversationKind, Error, Membership, Messenger, MlsError, Outcome, Username,
+    Conversation, ConversationId, ConversationKind, Error, Membership, Messenger, MlsError,
+    Outcome, Username,
 };
 use serde::Serialize;
 
@@ -42,7 +43,11 @@ impl Report for Changed {
     }
 }
 
-pub(crate) async fn create(context: &Context, name: &str, members: &[Username]) -> Result<(), Fault> {
+pub(crate) async fn create(
+    context: &Context,
+    name: &str,
+    members: &[Username],
+) -> Result<(), Fault> {
     opened::with_news(context, async |messenger| {
         // A name that nobody has is found before there is a group.
         for member in members {
@@ -102,7 +107,11 @@ fn report(
     context.output.report(&Changed { event, name: name.to_owned(), id: group.to_string(), added })
 }
 
-pub(crate) async fn send(context: &Context, group: &str, given: Option<String>) -> Result<(), Fault> {
+pub(crate) async fn send(
+    context: &Context,
+    group: &str,
+    given: Option<String>,
+) -> Result<(), Fault> {
     let body = message::body(context, given).await?;
     opened::with_news(context, async |messenger| {
         let (id, name) = find(&messenger.conversations().await?, group)?;
@@ -144,7 +153,9 @@ pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
     opened::with_news(context, async |messenger| {
         let mut found = false;
         for Conversation { id, kind, unseen, .. } in messenger.conversations().await? {
-            let ConversationKind::Group { name, maker, members, membership } = kind else { continue };
+            let ConversationKind::Group { name, maker, members, membership } = kind else {
+                continue;
+            };
             found = true;
             context.output.report(&Listed {
                 name,
@@ -194,9 +205,12 @@ pub(crate) async fn members(context: &Context, group: &str) -> Result<(), Fault>
     .await
 }
 
-/// The group of this name or id, and its name. Anybody can make a group of any name and add us, so a name that several
-/// groups have is never guessed at.
-pub(crate) fn find(conversations: &[Conversation], meant: &str) -> Result<(ConversationId, String), Fault> {
+/// The group of this name or id, and its name. Anybody can make a group of any name and add us, so
+/// a name that several groups have is never guessed at.
+pub(crate) fn find(
+    conversations: &[Conversation],
+    meant: &str,
+) -> Result<(ConversationId, String), Fault> {
     let found = matching(conversations, meant);
     match &found[..] {
         [(id, name)] => Ok((*id, (*name).to_owned())),
@@ -207,8 +221,10 @@ pub(crate) fn find(conversations: &[Conversation], meant: &str) -> Result<(Conve
         )
         .hint("see `qpq group list`")),
         several => {
-            let ids: Vec<_> = several.iter().map(|(id, _)| format!("{:.12}", id.to_string())).collect();
-            let message = format!("several groups are called {}: {}", text::line(meant), ids.join(", "));
+            let ids: Vec<_> =
+                several.iter().map(|(id, _)| format!("{:.12}", id.to_string())).collect();
+            let message =
+                format!("several groups are called {}: {}", text::line(meant), ids.join(", "));
             Err(Fault::new(Exit::Failure, "client.ambiguous_group", message)
                 .hint("give the id instead of the name"))
         }
@@ -216,7 +232,10 @@ pub(crate) fn find(conversations: &[Conversation], meant: &str) -> Result<(Conve
 }
 
 /// Every group of this name, or whose id begins so.
-pub(crate) fn matching<'a>(conversations: &'a [Conversation], meant: &str) -> Vec<(ConversationId, &'a str)> {
+pub(crate) fn matching<'a>(
+    conversations: &'a [Conversation],
+    meant: &str,
+) -> Vec<(ConversationId, &'a str)> {
     let is_id = meant.len() >= SHORTEST_ID && meant.bytes().all(|b| b.is_ascii_hexdigit());
     let id_start = meant.to_ascii_lowercase();
     conversations
@@ -237,8 +256,11 @@ mod tests {
 
     fn group(byte: u8, name: &str) -> Conversation {
         let identity = IdentityKey::new([9; 32]);
-        let maker =
-            Person { identity, username: Username::parse("eve").unwrap(), standing: Standing::Confirmed };
+        let maker = Person {
+            identity,
+            username: Username::parse("eve").unwrap(),
+            standing: Standing::Confirmed,
+        };
         Conversation {
             id: ConversationId::Group(GroupId::try_from(&[byte; 32][..]).unwrap()),
             kind: ConversationKind::Group {
@@ -254,12 +276,20 @@ mod tests {
 
     #[test]
     fn a_group_is_found_by_name_or_id_and_never_guessed() {
-        let groups =
-            [group(0xaa, "friends"), group(0xbb, "work"), group(0xcc, "work"), group(0xdd, "aaaaaa")];
+        let groups = [
+            group(0xaa, "friends"),
+            group(0xbb, "work"),
+            group(0xcc, "work"),
+            group(0xdd, "aaaaaa"),
+        ];
         assert_eq!(find(&groups, "friends").unwrap().0, groups[0].id);
         assert_eq!(find(&groups, "CCCCCCC").unwrap(), (groups[2].id, "work".into()));
         assert_eq!(find(&groups, "work").unwrap_err().code, "client.ambiguous_group");
-        assert_eq!(find(&groups, "aaaaaa").unwrap_err().code, "client.ambiguous_group", "an id and a name");
+        assert_eq!(
+            find(&groups, "aaaaaa").unwrap_err().code,
+            "client.ambiguous_group",
+            "an id and a name"
+        );
         assert_eq!(find(&groups, "aa").unwrap_err().code, "client.no_such_group");
         assert_eq!(find(&groups, "Friends").unwrap_err().code, "client.no_such_group");
     }

@@ -1,4 +1,5 @@
-//! `qpq keys`: one's own key, and the numbers by which two people know that nobody stands between them.
+//! `qpq keys`: one's own key, and the numbers by which two people know that nobody stands between
+//! them.
 
 use std::io::{self, Write};
 
@@ -49,7 +50,10 @@ impl Report for Comparison {
         for row in groups.chunks(4) {
             writeln!(out, "  {}", row.join(" "))?;
         }
-        writeln!(out, "It must be the same where {username} runs `qpq keys` with your name. If it is not,")?;
+        writeln!(
+            out,
+            "It must be the same where {username} runs `qpq keys` with your name. If it is not,"
+        )?;
         writeln!(out, "somebody stands between you: do not trust the server.")
     }
 }
@@ -61,7 +65,11 @@ pub(crate) enum Changed {
     Accept,
 }
 
-pub(crate) async fn show(context: &Context, user: Option<&Username>, changed: Changed) -> Result<(), Fault> {
+pub(crate) async fn show(
+    context: &Context,
+    user: Option<&Username>,
+    changed: Changed,
+) -> Result<(), Fault> {
     opened::with(context, async |messenger| match user {
         None => context.output.report(&own(messenger).await?),
         Some(user) => context.output.report(&compare(messenger, user, changed).await?),
@@ -82,9 +90,15 @@ async fn own(messenger: &Messenger) -> Result<OwnKeys, Error> {
     })
 }
 
-async fn compare(messenger: &Messenger, user: &Username, changed: Changed) -> Result<Comparison, Error> {
+async fn compare(
+    messenger: &Messenger,
+    user: &Username,
+    changed: Changed,
+) -> Result<Comparison, Error> {
     let person = match (messenger.resolve(user).await, changed) {
-        (Err(Error::IdentityChanged { .. }), Changed::Accept) => messenger.accept_new_identity(user).await?,
+        (Err(Error::IdentityChanged { .. }), Changed::Accept) => {
+            messenger.accept_new_identity(user).await?
+        }
         (resolved, _) => resolved?,
     };
     if person.identity == messenger.profile().identity {

@@ -41,8 +41,9 @@ impl Report for Listed {
 }
 
 pub(crate) fn profiles(context: &Context) -> Result<(), Fault> {
-    let names = names(context.profiles())
-        .map_err(|error| Fault::io(format_args!("cannot list {}", context.profiles().display()), &error))?;
+    let names = names(context.profiles()).map_err(|error| {
+        Fault::io(format_args!("cannot list {}", context.profiles().display()), &error)
+    })?;
     let mut found = false;
     for name in names {
         let dir = context.profiles().join(&name);
@@ -63,7 +64,9 @@ pub(crate) fn profiles(context: &Context) -> Result<(), Fault> {
         }
     }
     if !found {
-        context.output.note("There are no profiles yet. Make one: qpq register USERNAME --server HOST:PORT");
+        context
+            .output
+            .note("There are no profiles yet. Make one: qpq register USERNAME --server HOST:PORT");
     }
     Ok(())
 }

@@ -39,7 +39,11 @@ impl Report for Delivered<'_> {
     }
 }
 
-pub(crate) async fn send(context: &Context, to: &Recipient, given: Option<String>) -> Result<(), Fault> {
+pub(crate) async fn send(
+    context: &Context,
+    to: &Recipient,
+    given: Option<String>,
+) -> Result<(), Fault> {
     let body = body(context, given).await?;
     opened::with_news(context, async |messenger| {
         let (conversation, name) = resolve(messenger, to).await?;
@@ -68,9 +72,8 @@ pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<Str
         text.pop();
     }
     if text.trim().is_empty() {
-        return Err(
-            Fault::usage("there is nothing to send").hint("give a text, or `-` and a text on standard input")
-        );
+        return Err(Fault::usage("there is nothing to send")
+            .hint("give a text, or `-` and a text on standard input"));
     }
     Ok(text)
 }
@@ -100,7 +103,8 @@ pub(crate) async fn deliver(
 /// The code of what is saved and not yet sent.
 const QUEUED: &str = "client.queued";
 
-/// Says of a message that it has to be given again, where the server was out of reach before anything was saved.
+/// Says of a message that it has to be given again, where the server was out of reach before
+/// anything was saved.
 pub(crate) fn unsaved(mut fault: Fault) -> Fault {
     if fault.exit == Exit::Unreachable && fault.code != QUEUED {
         fault.message += "; the message is neither sent nor saved";
@@ -139,10 +143,13 @@ async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<
     ))
 }
 
-/// Who or which group is meant. A group that somebody else has named like a user must not receive what is meant for the user.
+/// Who or which group is meant. A group that somebody else has named like a user must not receive
+/// what is meant for the user.
 async fn resolve(messenger: &Messenger, to: &Recipient) -> Result<(ConversationId, String), Fault> {
     let name = match to {
-        Recipient::User(user) => return Ok((messenger.conversation_with(user).await?, user.to_string())),
+        Recipient::User(user) => {
+            return Ok((messenger.conversation_with(user).await?, user.to_string()));
+        }
         Recipient::Either(name) => name,
     };
     let conversations = messenger.conversations().await?;
@@ -171,11 +178,16 @@ async fn resolve(messenger: &Messenger, to: &Recipient) -> Result<(ConversationI
     }
 }
 
-pub(crate) async fn recv(context: &Context, follow: bool, seconds: Option<u64>) -> Result<(), Fault> {
+pub(crate) async fn recv(
+    context: &Context,
+    follow: bool,
+    seconds: Option<u64>,
+) -> Result<(), Fault> {
     let until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     opened::with(context, async |messenger| {
         let mut reader = Reader { context, messenger, groups: GroupNames::default() };
-        let there = context.progress.during("looking for news", Box::pin(messenger.receive())).await?;
+        let there =
+            context.progress.during("looking for news", Box::pin(messenger.receive())).await?;
         let found = !there.is_empty();
         reader.show(&there).await?;
         match (follow, until) {
@@ -237,7 +249,10 @@ impl Reader<'_> {
 }
 
 /// The next entries, or `None` when the time is over.
-async fn next(listener: &mut Listener, until: Option<Instant>) -> Result<Option<Vec<Entry>>, Fault> {
+async fn next(
+    listener: &mut Listener,
+    until: Option<Instant>,
+) -> Result<Option<Vec<Entry>>, Fault> {
     let over = async {
         match until {
             Some(until) => sleep_until(until).await,

@@ -32,8 +32,12 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault
         Command::Group(GroupCommand::Create { name, members }) => {
             group::create(context, &name, &members).await
         }
-        Command::Group(GroupCommand::Add { group, members }) => group::add(context, &group, &members).await,
-        Command::Group(GroupCommand::Send { group, text }) => group::send(context, &group, text).await,
+        Command::Group(GroupCommand::Add { group, members }) => {
+            group::add(context, &group, &members).await
+        }
+        Command::Group(GroupCommand::Send { group, text }) => {
+            group::send(context, &group, text).await
+        }
         Command::Group(GroupCommand::List) => group::list(context).await,
         Command::Group(GroupCommand::Members { group }) => group::members(context, &group).await,
         Command::Keys { user, accept } => {

@@ -11,7 +11,8 @@ use crate::{
     password::Source,
 };
 
-/// How long a command tries to reach the server. A person waits, so this is shorter than what the library allows.
+/// How long a command tries to reach the server. A person waits, so this is shorter than what the
+/// library allows.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Opens the chosen profile, connects, lets `work` work with it, and says goodbye to the server.
@@ -29,7 +30,8 @@ pub(crate) async fn with<T>(
     done
 }
 
-/// As [`with`], after what has come to the inbox was taken in: groups and conversations that others have begun are known.
+/// As [`with`], after what has come to the inbox was taken in: groups and conversations that others
+/// have begun are known.
 pub(crate) async fn with_news<T>(
     context: &Context,
     work: impl AsyncFnOnce(&Messenger) -> Result<T, Fault>,
@@ -41,7 +43,8 @@ pub(crate) async fn with_news<T>(
     .await
 }
 
-/// Opens the chosen profile with the key kept since the login or, if the password is at hand, with that.
+/// Opens the chosen profile with the key kept since the login or, if the password is at hand, with
+/// that.
 pub(crate) async fn open(context: &Context) -> Result<Messenger, Fault> {
     let dir = context.dir();
     context.agree_with(&Profile::read(&dir).map_err(Error::from)?)?;

@@ -159,6 +159,11 @@ async fn two_people_see_the_same_safety_number() {
         (alice.json(&["keys", "bob"]).await, bob.json(&["keys", "alice"]).await);
     assert_eq!(seen_by_alice[0]["safety_number"], seen_by_bob[0]["safety_number"]);
     assert_eq!(seen_by_bob[0]["identity"], own["identity"]);
-    assert!(seen_by_bob[0]["safety_number"].as_str().unwrap().contains(own["fingerprint"].as_str().unwrap()));
+    assert!(
+        seen_by_bob[0]["safety_number"]
+            .as_str()
+            .unwrap()
+            .contains(own["fingerprint"].as_str().unwrap())
+    );
     alice.fails(&["keys", "alice"], 1, "client.yourself").await;
 }

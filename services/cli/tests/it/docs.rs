@@ -31,7 +31,8 @@ fn every_code_is_documented_and_no_other() {
 
 #[test]
 fn every_exit_code_is_documented_and_shown_by_help() {
-    let help = std::process::Command::new(env!("CARGO_BIN_EXE_qpq")).arg("help").output().unwrap().stdout;
+    let help =
+        std::process::Command::new(env!("CARGO_BIN_EXE_qpq")).arg("help").output().unwrap().stdout;
     let help = String::from_utf8(help).unwrap();
     let (_, shown) = help.split_once("Exit codes:\n").unwrap();
     let shown: Vec<_> = shown.lines().filter_map(|line| line.split_whitespace().next()).collect();

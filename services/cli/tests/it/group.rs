@@ -7,17 +7,24 @@ use crate::harness::World;
 #[tokio::test]
 async fn a_group_of_three_reads_alike() {
     let world = World::new().await;
-    let (alice, bob, carol) = (world.user("alice").await, world.user("bob").await, world.user("carol").await);
+    let (alice, bob, carol) =
+        (world.user("alice").await, world.user("bob").await, world.user("carol").await);
     let made = &alice.json(&["group", "create", "friends", "bob"]).await[0];
     assert_eq!((&made["event"], &made["added"]), (&json!("group_created"), &json!(["bob"])));
     let id = made["id"].as_str().unwrap();
     assert_eq!(alice.ok(&["group", "send", "friends", "hi"]).await, "Sent to friends.\n");
-    assert_eq!(bob.ok(&["recv"]).await, "* alice added you to the group friends\n[friends] alice: hi\n");
+    assert_eq!(
+        bob.ok(&["recv"]).await,
+        "* alice added you to the group friends\n[friends] alice: hi\n"
+    );
 
     assert_eq!(alice.ok(&["group", "add", &id[..8], "carol"]).await, "carol added to friends.\n");
     bob.ok(&["send", "friends", "welcome"]).await;
     assert_eq!(bob.ok(&["recv"]).await, "* [friends] carol joined\n");
-    assert_eq!(carol.ok(&["recv"]).await, "* alice added you to the group friends\n[friends] bob: welcome\n");
+    assert_eq!(
+        carol.ok(&["recv"]).await,
+        "* alice added you to the group friends\n[friends] bob: welcome\n"
+    );
     carol.ok(&["group", "send", "friends", "thanks"]).await;
     assert_eq!(alice.ok(&["recv"]).await, "[friends] bob: welcome\n[friends] carol: thanks\n");
     assert_eq!(bob.ok(&["recv"]).await, "[friends] carol: thanks\n");
@@ -30,11 +37,16 @@ async fn a_group_of_three_reads_alike() {
         })
     );
     let members = carol.json(&["group", "members", "friends"]).await;
-    let mut names: Vec<_> = members.iter().map(|member| (&member["username"], &member["maker"])).collect();
+    let mut names: Vec<_> =
+        members.iter().map(|member| (&member["username"], &member["maker"])).collect();
     names.sort_by_key(|(name, _)| name.as_str());
     assert_eq!(
         names,
-        [(&json!("alice"), &json!(true)), (&json!("bob"), &json!(false)), (&json!("carol"), &json!(false))]
+        [
+            (&json!("alice"), &json!(true)),
+            (&json!("bob"), &json!(false)),
+            (&json!("carol"), &json!(false))
+        ]
     );
 }
 

@@ -119,7 +119,11 @@ impl Ran {
     /// Checks exit code and error code of a `--json` command that is to fail.
     #[track_caller]
     pub(crate) fn fails(&self, exit: i32, code: &str) {
-        assert_eq!((self.code, self.error()["code"].as_str()), (Some(exit), Some(code)), "{self:?}");
+        assert_eq!(
+            (self.code, self.error()["code"].as_str()),
+            (Some(exit), Some(code)),
+            "{self:?}"
+        );
         assert!(self.out.is_empty(), "{self:?}");
     }
 
@@ -170,7 +174,8 @@ impl Person {
         finish(child, input).await
     }
 
-    /// Runs a command that must succeed without a word on standard error; gives its standard output.
+    /// Runs a command that must succeed without a word on standard error; gives its standard
+    /// output.
     pub(crate) async fn ok(&self, args: &[&str]) -> String {
         let ran = self.run(args).await;
         assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""), "{} {args:?}: {ran:?}", self.name);
@@ -191,7 +196,8 @@ impl Person {
 
     /// Starts a command that goes on until its input ends or it is interrupted.
     pub(crate) fn start(&self, args: &[&str]) -> Talk {
-        let mut child = self.command(args).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
+        let mut child =
+            self.command(args).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
         let stdin = child.stdin.take();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         Talk { child, stdin, lines }
@@ -216,7 +222,8 @@ impl Person {
         };
         // The key's file is named after the profile's place.
         let profile = thief.home.join("profiles/default");
-        let name = hex::encode(&<sha2::Sha256 as sha2::Digest>::digest(profile.to_str().unwrap())[..16]);
+        let name =
+            hex::encode(&<sha2::Sha256 as sha2::Digest>::digest(profile.to_str().unwrap())[..16]);
         let kept = thief.kept_keys().pop().unwrap();
         std::fs::rename(&kept, kept.with_file_name(format!("{name}.key"))).unwrap();
         thief
@@ -257,7 +264,8 @@ impl Talk {
     /// Ctrl-C.
     pub(crate) async fn interrupt(mut self) -> ExitStatus {
         let pid = i32::try_from(self.child.id().unwrap()).unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT)
+            .unwrap();
         soon(self.child.wait()).await.unwrap()
     }
 }

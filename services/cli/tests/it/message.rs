@@ -13,7 +13,10 @@ async fn what_one_sends_the_other_receives_once_and_in_order() {
     alice.ok(&["send", "@Bob", "-3"]).await;
     assert_eq!(bob.ok(&["recv"]).await, "alice: one\nalice: two\nalice: -3\n");
     let again = bob.run(&["recv"]).await;
-    assert_eq!((again.code, again.out.as_str(), again.err.as_str()), (Some(0), "", "No new messages.\n"));
+    assert_eq!(
+        (again.code, again.out.as_str(), again.err.as_str()),
+        (Some(0), "", "No new messages.\n")
+    );
     assert_eq!(bob.run_with(&["send", "alice"], "back").await.code, Some(0));
     assert_eq!(alice.ok(&["recv"]).await, "bob: back\n");
 }
@@ -43,7 +46,10 @@ async fn a_message_cannot_drive_the_terminal_or_pass_for_another() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.run_with(&["send", "bob", "-"], "hi\x1b]0;x\x07\nmallory: pay\u{9b}31m\u{202e}\n").await;
-    assert_eq!(bob.ok(&["recv"]).await, "alice: hi\\u{1b}]0;x\\u{7}\n  | mallory: pay\\u{9b}31m\\u{202e}\n");
+    assert_eq!(
+        bob.ok(&["recv"]).await,
+        "alice: hi\\u{1b}]0;x\\u{7}\n  | mallory: pay\\u{9b}31m\\u{202e}\n"
+    );
 }
 
 #[tokio::test]

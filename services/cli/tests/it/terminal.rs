@@ -31,7 +31,8 @@ impl Wire {
         let server = server.to_owned();
         let (is_cut, cut) = watch::channel(false);
         tokio::spawn(async move {
-            // One socket to the server for each of the client's, or its answers could not be told apart.
+            // One socket to the server for each of the client's, or its answers could not be told
+            // apart.
             let mut far = HashMap::<SocketAddr, Arc<UdpSocket>>::new();
             let mut buffer = vec![0; 65_536];
             while let Ok((length, from)) = near.recv_from(&mut buffer).await {
@@ -40,7 +41,12 @@ impl Wire {
                     Entry::Vacant(new) => {
                         let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
                         socket.connect(&server).await.unwrap();
-                        tokio::spawn(answers(Arc::clone(&socket), Arc::clone(&near), from, cut.clone()));
+                        tokio::spawn(answers(
+                            Arc::clone(&socket),
+                            Arc::clone(&near),
+                            from,
+                            cut.clone(),
+                        ));
                         new.insert(socket)
                     }
                 };
@@ -53,7 +59,12 @@ impl Wire {
     }
 }
 
-async fn answers(far: Arc<UdpSocket>, near: Arc<UdpSocket>, to: SocketAddr, cut: watch::Receiver<bool>) {
+async fn answers(
+    far: Arc<UdpSocket>,
+    near: Arc<UdpSocket>,
+    to: SocketAddr,
+    cut: watch::Receiver<bool>,
+) {
     let mut buffer = vec![0; 65_536];
     while let Ok(length) = far.recv(&mut buffer).await {
         if !*cut.borrow() {
@@ -74,7 +85,8 @@ impl Terminal {
     fn start(person: &Person, args: &[&str]) -> Self {
         let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
         let OpenptyResult { master, slave } = openpty(&size, None).unwrap();
-        // setsid makes the terminal the one of the command: /dev/tty, where passwords are asked for.
+        // setsid makes the terminal the one of the command: /dev/tty, where passwords are asked
+        // for.
         let mut command = Command::new("setsid");
         command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_qpq")]).args(args).env_clear();
         command.envs(person.environment()).env("TERM", "xterm");

@@ -39,7 +39,9 @@ async fn a_server_with_another_certificate_is_refused_until_the_new_one_is_pinne
     assert_eq!(ran.code, Some(5));
     assert!(ran.err.contains(&before) && ran.err.contains(&world.fingerprint), "{}", ran.err);
     // A pin for one command is no way around it.
-    alice.fails(&["send", "bob", "hi", "--pin", &world.fingerprint], 2, "client.other_server").await;
+    alice
+        .fails(&["send", "bob", "hi", "--pin", &world.fingerprint], 2, "client.other_server")
+        .await;
     for person in [&alice, &bob] {
         person.ok(&["login", "--pin", &world.fingerprint]).await;
     }

@@ -76,10 +76,12 @@ fn the_committed_reference_is_current() {
 
 #[test]
 fn the_example_is_valid() {
-    let example = INTRODUCTION.split("```").nth(1).and_then(|block| block.strip_prefix("toml")).unwrap();
+    let example =
+        INTRODUCTION.split("```").nth(1).and_then(|block| block.strip_prefix("toml")).unwrap();
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(&file, example).unwrap();
-    let sources = qpq_runtime::config::Sources { file: Some(file.path().into()), ..Default::default() };
+    let sources =
+        qpq_runtime::config::Sources { file: Some(file.path().into()), ..Default::default() };
     let config = qpq_runtime::config::load::<Config>(sources).unwrap().settings;
     assert_eq!(config.domain, "example.org");
 }

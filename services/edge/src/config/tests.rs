@@ -52,7 +52,8 @@ fn certificate_and_key_are_in_the_data_directory_unless_named() {
 
 #[test]
 fn a_certificate_is_made_for_all_names_once() {
-    let config = with(&[("QPQ_DOMAIN", "example.org"), ("QPQ_TLS__NAMES", "10.0.0.1,localhost")]).unwrap();
+    let config =
+        with(&[("QPQ_DOMAIN", "example.org"), ("QPQ_TLS__NAMES", "10.0.0.1,localhost")]).unwrap();
     assert_eq!(config.tls_names(), ["example.org", "localhost", "127.0.0.1", "::1", "10.0.0.1"]);
 }
 
@@ -93,8 +94,16 @@ fn what_makes_no_sense_is_refused_with_the_setting_to_change() {
         ("QPQ_SESSION__IDLE", "0s", "session.idle must be more than nothing"),
         ("QPQ_DELIVERY__MAX_WAIT", "1s", "delivery.default_wait must be at most delivery.max_wait"),
         ("QPQ_DELIVERY__MAX_TTL", "1d", "delivery.default_ttl must be at most delivery.max_ttl"),
-        ("QPQ_DELIVERY__MAX_PAYLOAD", "4MiB", "delivery.max_payload must be between 1B and 4092KiB"),
-        ("QPQ_DELIVERY__MAX_BYTES", "1KiB", "delivery.max_bytes must be at least delivery.max_payload"),
+        (
+            "QPQ_DELIVERY__MAX_PAYLOAD",
+            "4MiB",
+            "delivery.max_payload must be between 1B and 4092KiB",
+        ),
+        (
+            "QPQ_DELIVERY__MAX_BYTES",
+            "1KiB",
+            "delivery.max_bytes must be at least delivery.max_payload",
+        ),
         ("QPQ_TRANSPORT__MAX_STREAMS", "0", "transport.max_streams must be between 1 and 65536"),
         ("QPQ_TLS__RELOAD_INTERVAL", "0", "tls.reload_interval must be more than nothing"),
         ("QPQ_DRAIN__TIMEOUT", "2d", "drain.timeout must be at most 1d"),

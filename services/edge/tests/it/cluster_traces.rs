@@ -17,7 +17,11 @@ const USERNAME: &str = "somebody-with-a-name";
 /// A binary of this build.
 fn built(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_qpq-server")).with_file_name(name);
-    assert!(path.exists(), "{} is missing: `cargo build --workspace --bins` makes it", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing: `cargo build --workspace --bins` makes it",
+        path.display()
+    );
     path
 }
 
@@ -42,8 +46,10 @@ async fn use_it(server: &ServerProcess, identity: &Identity) {
 
 /// The spans of the trace with the call of this name, which is its root.
 fn trace<'a>(spans: &'a [Span], call: &str) -> (&'a Span, Vec<&'a Span>) {
-    let root =
-        spans.iter().find(|span| span.name() == call).unwrap_or_else(|| panic!("no {call} in {spans:#?}"));
+    let root = spans
+        .iter()
+        .find(|span| span.name() == call)
+        .unwrap_or_else(|| panic!("no {call} in {spans:#?}"));
     assert!(root.inner.parent_span_id.is_empty());
     let below = |span: &&Span| span.inner.trace_id == root.inner.trace_id && span.name() != call;
     (root, spans.iter().filter(below).collect())
@@ -56,19 +62,29 @@ fn child<'a>(spans: &[&'a Span], parent: &Span, name: &str) -> &'a Span {
         .find(|span| span.name() == name && span.inner.parent_span_id == parent.inner.span_id)
         .unwrap_or_else(|| panic!("no {name} below {} in {spans:#?}", parent.name()));
     assert!(found.inner.start_time_unix_nano >= parent.inner.start_time_unix_nano);
-    assert!(found.inner.end_time_unix_nano <= parent.inner.end_time_unix_nano, "{found:#?} {parent:#?}");
+    assert!(
+        found.inner.end_time_unix_nano <= parent.inner.end_time_unix_nano,
+        "{found:#?} {parent:#?}"
+    );
     found
 }
 
 #[tokio::test]
 async fn a_trace_shows_a_call_what_it_asked_of_the_stores_and_the_sql() {
-    let (postgres, redis, nats) = tokio::try_join!(Postgres::start(), Redis::start(), Nats::start()).unwrap();
+    let (postgres, redis, nats) =
+        tokio::try_join!(Postgres::start(), Redis::start(), Nats::start()).unwrap();
     let (data, collector) = (Data::new(), Collector::start().await);
     let secrets = data.file("secrets");
-    let made =
-        Command::new(built("qpq-admin")).arg("init").arg("--out").arg(&secrets).output().await.unwrap();
+    let made = Command::new(built("qpq-admin"))
+        .arg("init")
+        .arg("--out")
+        .arg(&secrets)
+        .output()
+        .await
+        .unwrap();
     assert!(made.status.success(), "{made:?}");
-    let (postgres_url, redis_url, nats_url, url) = (postgres.url(), redis.url(), nats.url(), collector.url());
+    let (postgres_url, redis_url, nats_url, url) =
+        (postgres.url(), redis.url(), nats.url(), collector.url());
     let server = ServerProcess::start(
         data.path(),
         &[
@@ -102,10 +118,14 @@ async fn a_trace_shows_a_call_what_it_asked_of_the_stores_and_the_sql() {
     child(&below, child(&below, commit, "enqueue"), "sql");
 
     let (_, below) = trace(&spans, "Fetch");
-    assert!(below.iter().any(|span| span.get("db.system.name").as_deref() == Some("redis")), "{below:#?}");
+    assert!(
+        below.iter().any(|span| span.get("db.system.name").as_deref() == Some("redis")),
+        "{below:#?}"
+    );
 
     let told = format!("{spans:?}");
-    let key: Vec<_> = identity.public().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let key: Vec<_> =
+        identity.public().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
     for secret in [USERNAME, "127.0.0.1", "a payload", &key.concat()] {
         assert!(!told.contains(secret), "{secret} is in a trace");
     }

@@ -1,4 +1,5 @@
-//! An OpenTelemetry collector that keeps what it is sent: the real protocol, so what it understands any other does.
+//! An OpenTelemetry collector that keeps what it is sent: the real protocol, so what it understands
+//! any other does.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -35,13 +36,17 @@ impl Span {
     }
 
     pub(crate) fn keys(&self) -> Vec<&str> {
-        let mut keys: Vec<_> = self.inner.attributes.iter().map(|attribute| &*attribute.key).collect();
+        let mut keys: Vec<_> =
+            self.inner.attributes.iter().map(|attribute| &*attribute.key).collect();
         keys.sort_unstable();
         keys
     }
 
     pub(crate) fn is_error(&self) -> bool {
-        self.inner.status.as_ref().is_some_and(|status| status.code() == v1::status::StatusCode::Error)
+        self.inner
+            .status
+            .as_ref()
+            .is_some_and(|status| status.code() == v1::status::StatusCode::Error)
     }
 }
 
@@ -120,8 +125,10 @@ impl TraceService for Keeper {
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         let mut got = Vec::new();
         for resource in request.into_inner().resource_spans {
-            let attributes = resource.resource.map(|resource| resource.attributes).unwrap_or_default();
-            let service = attributes.iter().find(|attribute| attribute.key == "service.name").map(text);
+            let attributes =
+                resource.resource.map(|resource| resource.attributes).unwrap_or_default();
+            let service =
+                attributes.iter().find(|attribute| attribute.key == "service.name").map(text);
             let service = service.unwrap_or_default();
             let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
             got.extend(spans.map(|inner| Span { service: service.clone(), inner }));

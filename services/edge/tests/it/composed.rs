@@ -80,5 +80,7 @@ async fn another_certificate_is_not_taken_for_this_one() {
     let running = compose(&config(&data)).await.unwrap();
     let dialer = Dialer::new(Trust::Pin([7; 32].into())).unwrap();
     let refused = dialer.connect(running.local_addr(), "localhost").await;
-    assert!(matches!(refused, Err(ConnectError::PinMismatch { seen, .. }) if seen == running.fingerprint()));
+    assert!(
+        matches!(refused, Err(ConnectError::PinMismatch { seen, .. }) if seen == running.fingerprint())
+    );
 }

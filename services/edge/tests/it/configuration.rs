@@ -66,7 +66,9 @@ async fn what_does_not_exist_is_refused_wherever_it_is() {
         let said = refusal(2, &arguments, &variables).await;
         for expected in [
             &*format!("file {file}: there is no lissten; did you mean listen?"),
-            &*format!("file {file}: there is no delivery.max_paylod; did you mean delivery.max_payload?"),
+            &*format!(
+                "file {file}: there is no delivery.max_paylod; did you mean delivery.max_payload?"
+            ),
             "there is no variable QPQ_LISTN; did you mean QPQ_LISTEN?",
             "there is no variable QPQ_TLS__CRET; did you mean QPQ_TLS__CERT?",
         ] {
@@ -86,7 +88,10 @@ async fn a_wrong_command_line_is_refused_with_the_usage() {
     let said = refusal(2, &["--lisen", "127.0.0.1:1"], &[]).await;
     assert!(said.contains("--listen") && said.contains("Usage: "), "{said}");
     let said = refusal(2, &["--listen", "nowhere"], &[]).await;
-    assert!(said.contains("--listen: listen is \"nowhere\", but must be an address and port"), "{said}");
+    assert!(
+        said.contains("--listen: listen is \"nowhere\", but must be an address and port"),
+        "{said}"
+    );
 }
 
 #[tokio::test]
@@ -96,7 +101,8 @@ async fn version_and_help_are_told() {
     let help = output(&["--help"], &[]).await;
     assert!(help.status.success());
     let help = String::from_utf8(help.stdout).unwrap();
-    for expected in ["--listen", "--data-dir", "--tls-cert", "--tls-key", "--config", "docs/configuration.md"]
+    for expected in
+        ["--listen", "--data-dir", "--tls-cert", "--tls-key", "--config", "docs/configuration.md"]
     {
         assert!(help.contains(expected), "{expected} not in {help}");
     }

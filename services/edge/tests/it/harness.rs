@@ -45,7 +45,8 @@ pub(crate) async fn output(arguments: &[&str], variables: &[(&str, &str)]) -> Ou
 
 /// Runs the program, which must fail with `code`, print nothing, and say why; that it says.
 pub(crate) async fn refusal(code: i32, arguments: &[&str], variables: &[(&str, &str)]) -> String {
-    let with_backtraces: Vec<_> = variables.iter().copied().chain([("RUST_BACKTRACE", "1")]).collect();
+    let with_backtraces: Vec<_> =
+        variables.iter().copied().chain([("RUST_BACKTRACE", "1")]).collect();
     let output = output(arguments, &with_backtraces).await;
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(code), "{said}");
@@ -112,10 +113,16 @@ impl ServerProcess {
             }
         }
         let after = |label: &str| {
-            let rest = banner.split(label).nth(1).unwrap_or_else(|| panic!("no {label} in {banner}"));
+            let rest =
+                banner.split(label).nth(1).unwrap_or_else(|| panic!("no {label} in {banner}"));
             rest.split_whitespace().next().unwrap().to_owned()
         };
-        let http = after("health ").strip_prefix("http://").unwrap().strip_suffix("/livez").unwrap().parse();
+        let http = after("health ")
+            .strip_prefix("http://")
+            .unwrap()
+            .strip_suffix("/livez")
+            .unwrap()
+            .parse();
         let (address, fingerprint) = (after("listening on").parse(), after("fingerprint").parse());
         Self {
             child,
@@ -136,7 +143,11 @@ impl ServerProcess {
     /// Waits for the end: exit code (`None` after a signal), and what was logged.
     pub(crate) async fn ended(mut self) -> (Option<i32>, String) {
         let status = timeout(HANGS, self.child.wait()).await.expect("it ends").unwrap();
-        assert_eq!(self.stdout.next_line().await.unwrap(), None, "nothing is printed after the banner");
+        assert_eq!(
+            self.stdout.next_line().await.unwrap(),
+            None,
+            "nothing is printed after the banner"
+        );
         (status.code(), self.stderr.await.unwrap())
     }
 

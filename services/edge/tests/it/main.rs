@@ -1,5 +1,5 @@
-//! The server from the outside: the binary with its arguments, files, signals and ports, and `compose` for what needs two
-//! servers in one process.
+//! The server from the outside: the binary with its arguments, files, signals and ports, and
+//! `compose` for what needs two servers in one process.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
 

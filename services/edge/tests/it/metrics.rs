@@ -1,4 +1,5 @@
-//! `docs/metrics.md`, written from the tables at the head of each crate's metrics, and held against a running server.
+//! `docs/metrics.md`, written from the tables at the head of each crate's metrics, and held against
+//! a running server.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -52,7 +53,8 @@ struct Metric<'a> {
 }
 
 fn rows(source: &str) -> Vec<Metric<'_>> {
-    let table = source.lines().filter_map(|line| line.strip_prefix("//! | `qpq_")?.strip_suffix(" |"));
+    let table =
+        source.lines().filter_map(|line| line.strip_prefix("//! | `qpq_")?.strip_suffix(" |"));
     table
         .map(|row| {
             let [name, kind, unit, meaning] = row.splitn(4, " | ").collect::<Vec<_>>()[..] else {
@@ -60,7 +62,8 @@ fn rows(source: &str) -> Vec<Metric<'_>> {
             };
             let name = name.strip_suffix('`').unwrap();
             let (name, labels) = name.split_once('{').unwrap_or((name, ""));
-            let labels = labels.trim_end_matches('}').split(',').filter(|label| !label.is_empty()).collect();
+            let labels =
+                labels.trim_end_matches('}').split(',').filter(|label| !label.is_empty()).collect();
             Metric { name, labels, kind, unit, meaning }
         })
         .collect()
@@ -76,7 +79,10 @@ fn page() -> String {
             let labels: Vec<_> = labels.iter().map(|label| format!("`{label}`")).collect();
             let mut meaning = meaning.to_owned();
             meaning[..1].make_ascii_uppercase();
-            page += &format!("| `qpq_{name}` | {kind} | {unit} | {} | {meaning} |\n", labels.join(", "));
+            page += &format!(
+                "| `qpq_{name}` | {kind} | {unit} | {} | {meaning} |\n",
+                labels.join(", ")
+            );
         }
     }
     page
@@ -105,9 +111,13 @@ struct Exposed<'a> {
 fn exposed(page: &str) -> BTreeMap<&str, Exposed<'_>> {
     let mut all: BTreeMap<&str, Exposed<'_>> = BTreeMap::new();
     for line in page.lines().filter(|line| !line.is_empty()) {
-        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+        if let Some((name, kind)) =
+            line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
+        {
             all.entry(name).or_default().kind = kind;
-        } else if let Some((name, _)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
+        } else if let Some((name, _)) =
+            line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' '))
+        {
             all.entry(name).or_default().has_help = true;
         } else {
             let (series, _) = line.rsplit_once(' ').unwrap();

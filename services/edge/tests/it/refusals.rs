@@ -1,4 +1,5 @@
-//! Starts that cannot succeed: one line that says why and what to do, an exit code, and nothing destroyed.
+//! Starts that cannot succeed: one line that says why and what to do, an exit code, and nothing
+//! destroyed.
 
 use std::{fs, path::Path};
 
@@ -52,20 +53,32 @@ async fn a_taken_http_port_is_named() {
 async fn an_address_of_another_machine_is_refused() {
     let data = Data::new();
     // TEST-NET-1 (RFC 5737): nobody has it.
-    let said = refusal(1, &["--listen", "192.0.2.1:5001", "--data-dir", data.path()], &[QUIET]).await;
-    assert!(said.contains("cannot listen on UDP 192.0.2.1:5001") && said.contains("--listen"), "{said}");
+    let said =
+        refusal(1, &["--listen", "192.0.2.1:5001", "--data-dir", data.path()], &[QUIET]).await;
+    assert!(
+        said.contains("cannot listen on UDP 192.0.2.1:5001") && said.contains("--listen"),
+        "{said}"
+    );
 }
 
 #[tokio::test]
 async fn damaged_secrets_are_refused_and_left_alone() {
     let damages: [(&str, &[u8], &str); 4] = [
-        ("opaque-setup.bin", b"short", "opaque-setup.bin is damaged: it has 5 bytes instead of 128"),
+        (
+            "opaque-setup.bin",
+            b"short",
+            "opaque-setup.bin is damaged: it has 5 bytes instead of 128",
+        ),
         (
             "opaque-setup.bin",
             &[0xff; 128],
             "opaque-setup.bin is damaged: the OPAQUE setup holds no valid key",
         ),
-        ("delivery-key.bin", &[1; 33], "delivery-key.bin is damaged: it has 33 bytes instead of 32"),
+        (
+            "delivery-key.bin",
+            &[1; 33],
+            "delivery-key.bin is damaged: it has 33 bytes instead of 32",
+        ),
         ("server-key.der", b"noise", "server-key.der holds no private key"),
     ];
     let data = Data::new();
@@ -89,7 +102,10 @@ async fn a_secret_that_was_lost_is_not_made_anew() {
     for name in ["opaque-setup.bin", "delivery-key.bin"] {
         fs::rename(data.file(name), data.file("away")).unwrap();
         let said = refused(data.path(), &[]).await;
-        assert!(said.contains(&format!("{name} is missing although there is a database")), "{said}");
+        assert!(
+            said.contains(&format!("{name} is missing although there is a database")),
+            "{said}"
+        );
         assert!(!data.file(name).exists());
         fs::rename(data.file("away"), data.file(name)).unwrap();
     }
@@ -117,7 +133,10 @@ async fn a_named_certificate_that_is_no_certificate_is_refused() {
     fs::write(&key, "-----BEGIN NONSENSE-----").unwrap();
     let files = [("QPQ_TLS_CERT", cert.to_str().unwrap()), ("QPQ_TLS_KEY", key.to_str().unwrap())];
     let said = refused(data.path(), &files).await;
-    assert!(said.contains(&format!("the certificate: {} holds no certificate", cert.display())), "{said}");
+    assert!(
+        said.contains(&format!("the certificate: {} holds no certificate", cert.display())),
+        "{said}"
+    );
 }
 
 #[tokio::test]

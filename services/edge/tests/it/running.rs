@@ -18,10 +18,15 @@ async fn it_prints_where_it_is_and_three_lines_to_type() {
     let place = fs::canonicalize(data.path()).unwrap();
     assert_eq!(banner[3], format!("  data in       {}", place.display()));
     assert_eq!(banner[4], format!("  fingerprint   {fingerprint}"));
-    let lines: Vec<_> = banner[7..].iter().map(|line| line.trim().split_once("qpq ").unwrap().1).collect();
+    let lines: Vec<_> =
+        banner[7..].iter().map(|line| line.trim().split_once("qpq ").unwrap().1).collect();
     assert_eq!(lines[0], format!("-p alice register alice --server {address} --pin {fingerprint}"));
     assert_eq!(lines[1], format!("-p bob   register bob   --server {address} --pin {fingerprint}"));
-    assert!(lines[2].starts_with("-p alice dm bob        # and in another terminal: "), "{}", lines[2]);
+    assert!(
+        lines[2].starts_with("-p alice dm bob        # and in another terminal: "),
+        "{}",
+        lines[2]
+    );
     assert_eq!(lines.len(), 3);
     assert_ne!(address.port(), 0, "the real port is printed");
 }
@@ -49,7 +54,9 @@ async fn what_it_makes_is_its_owners_alone() {
         assert_eq!(mode(&path), 0o600, "{}", path.display());
         names.push(path.file_name().unwrap().to_str().unwrap().to_owned());
     }
-    for expected in ["delivery-key.bin", "opaque-setup.bin", "qpq.db", "server-cert.der", "server-key.der"] {
+    for expected in
+        ["delivery-key.bin", "opaque-setup.bin", "qpq.db", "server-cert.der", "server-key.der"]
+    {
         assert!(names.iter().any(|name| name == expected), "{expected} not in {names:?}");
     }
 }
@@ -99,8 +106,12 @@ async fn a_secret_that_others_may_read_is_warned_of() {
     let server = data.start().await;
     server.signal(Signal::SIGTERM);
     let (_, log) = server.ended().await;
-    let warning = log.lines().find(|line| line.contains(" WARN ")).unwrap_or_else(|| panic!("{log}"));
-    assert!(warning.contains("opaque-setup.bin mode=640") && warning.contains("chmod 600"), "{warning}");
+    let warning =
+        log.lines().find(|line| line.contains(" WARN ")).unwrap_or_else(|| panic!("{log}"));
+    assert!(
+        warning.contains("opaque-setup.bin mode=640") && warning.contains("chmod 600"),
+        "{warning}"
+    );
 }
 
 #[tokio::test]

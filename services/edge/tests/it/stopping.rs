@@ -17,7 +17,8 @@ async fn a_sigterm_tells_the_clients_and_ends_with_zero() {
     let (code, log) = server.ended().await;
     assert_eq!(code, Some(0), "{log}");
     let step = |text| log.find(text).unwrap_or_else(|| panic!("no {text:?} in {log}"));
-    let steps = ["serving", "SIGTERM", "draining: ", "drained: ", "closing the store", "stopped"].map(step);
+    let steps =
+        ["serving", "SIGTERM", "draining: ", "drained: ", "closing the store", "stopped"].map(step);
     assert!(steps.is_sorted(), "{log}");
 }
 

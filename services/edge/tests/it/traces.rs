@@ -1,4 +1,5 @@
-//! Traces of calls at a collector: there when asked for, with nothing in them that is a user's, and never in the way.
+//! Traces of calls at a collector: there when asked for, with nothing in them that is a user's, and
+//! never in the way.
 
 use std::fs;
 
@@ -22,15 +23,20 @@ async fn call(connection: &Connection, method: u16, payload: &'static [u8]) -> u
     connection.call(method, Bytes::from_static(payload), 9, HANGS).await.unwrap().0
 }
 
-/// The spans of a server that was called, and then ended at once: what it had not sent yet came with its end.
+/// The spans of a server that was called, and then ended at once: what it had not sent yet came
+/// with its end.
 async fn spans_of(variables: &[(&str, &str)]) -> (Vec<Span>, String) {
     let collector = Collector::start().await;
     let (data, url) = (Data::new(), collector.url());
-    let variables: Vec<_> = [("QPQ_TRACE__ENDPOINT", &*url)].iter().chain(variables).copied().collect();
+    let variables: Vec<_> =
+        [("QPQ_TRACE__ENDPOINT", &*url)].iter().chain(variables).copied().collect();
     let server = ServerProcess::start(data.path(), &variables).await;
     let connection = server.connect().await;
     health(&connection).await;
-    assert_ne!(call(&connection, OpaqueLoginStart::INFO.id, b"not protobuf, alice@example.org").await, 0);
+    assert_ne!(
+        call(&connection, OpaqueLoginStart::INFO.id, b"not protobuf, alice@example.org").await,
+        0
+    );
     assert_ne!(call(&connection, UNKNOWN, b"").await, 0);
     server.signal(Signal::SIGTERM);
     let (code, log) = server.ended().await;
@@ -40,7 +46,8 @@ async fn spans_of(variables: &[(&str, &str)]) -> (Vec<Span>, String) {
 
 #[tokio::test]
 async fn every_sampled_call_is_a_span_with_its_method_and_code_whatever_is_logged() {
-    let asked = [("QPQ_TRACE__SAMPLE", "1"), ("QPQ_TRACE__SERVICE", "edge-of-a-test"), ("RUST_LOG", "off")];
+    let asked =
+        [("QPQ_TRACE__SAMPLE", "1"), ("QPQ_TRACE__SERVICE", "edge-of-a-test"), ("RUST_LOG", "off")];
     let (spans, log) = spans_of(&asked).await;
     assert_eq!(log, "", "the filter of the log is the log's alone");
     let named = |name| spans.iter().filter(|span| span.name() == name).collect::<Vec<_>>();
@@ -51,7 +58,11 @@ async fn every_sampled_call_is_a_span_with_its_method_and_code_whatever_is_logge
     for span in &spans {
         assert_eq!(span.service, "edge-of-a-test");
         assert_eq!(span.keys(), ["code", "method"], "nothing else is told of a call");
-        assert!(span.inner.events.is_empty() && span.inner.parent_span_id.is_empty() && !span.is_error());
+        assert!(
+            span.inner.events.is_empty()
+                && span.inner.parent_span_id.is_empty()
+                && !span.is_error()
+        );
     }
 }
 
@@ -61,7 +72,8 @@ async fn nothing_is_sent_where_nothing_is_sampled_or_no_collector_is_named() {
     assert!(spans.is_empty(), "{spans:#?}");
     let data = Data::new();
     let server =
-        ServerProcess::start(data.path(), &[("QPQ_TRACE__SAMPLE", "1"), ("RUST_LOG", "debug")]).await;
+        ServerProcess::start(data.path(), &[("QPQ_TRACE__SAMPLE", "1"), ("RUST_LOG", "debug")])
+            .await;
     server.health().await;
     server.signal(Signal::SIGTERM);
     let (code, log) = server.ended().await;

@@ -1,4 +1,5 @@
-//! Starts Postgres, Redis and NATS for trying things out by hand, prints how to reach each, and ends them with itself.
+//! Starts Postgres, Redis and NATS for trying things out by hand, prints how to reach each, and
+//! ends them with itself.
 
 use std::io::Write as _;
 

@@ -1,5 +1,5 @@
-//! The judgement over a history: every promise of an inbox, looked for its breaches over all logs at once. Sorting does most
-//! of the work, so a million messages take seconds.
+//! The judgement over a history: every promise of an inbox, looked for its breaches over all logs
+//! at once. Sorting does most of the work, so a million messages take seconds.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -121,7 +121,11 @@ fn messages(logs: &[Log]) -> Messages {
             messages.all.len() - 1
         });
         let named = *messages.by_tag.entry((send.inbox, send.tag)).or_insert(index);
-        assert_eq!(named, index, "{:?} names two messages to {:?}: give each its own", send.tag, send.inbox);
+        assert_eq!(
+            named, index,
+            "{:?} names two messages to {:?}: give each its own",
+            send.tag, send.inbox
+        );
         let message = &mut messages.all[index];
         message.first_begun = message.first_begun.min(send.begun);
         message.answered |= send.outcome != Outcome::Unknown;
@@ -165,7 +169,9 @@ fn acks(logs: &[Log]) -> Acks {
                         *earliest = ended.min(*earliest);
                     }
                 }
-                Settled::Through(seq) => acks.through.entry(settle.inbox).or_default().push((*seq, ended)),
+                Settled::Through(seq) => {
+                    acks.through.entry(settle.inbox).or_default().push((*seq, ended))
+                }
             }
         }
     }
@@ -206,7 +212,13 @@ impl Check {
                     && acked < read.begun
                 {
                     let read_begun = read.begun;
-                    self.breach(Violation::DeliveredAfterAck { inbox, seq, reader, acked, read_begun });
+                    self.breach(Violation::DeliveredAfterAck {
+                        inbox,
+                        seq,
+                        reader,
+                        acked,
+                        read_begun,
+                    });
                 }
                 let Some(index) = index else {
                     self.breach(Violation::Invented { inbox, seq, tag });
@@ -236,11 +248,13 @@ impl Check {
             let mut by_end = reads.clone();
             by_end.sort_unstable_by_key(|read| read.ended);
             let mut by_end = by_end.into_iter().peekable();
-            // What reads have shown that had ended when the one at hand began: calls side by side have no order.
+            // What reads have shown that had ended when the one at hand began: calls side by side
+            // have no order.
             let mut shown = HashSet::new();
             let mut highest = Seq::ZERO;
             for read in reads {
-                while let Some(earlier) = by_end.next_if(|earlier| earlier.ended < Some(read.begun)) {
+                while let Some(earlier) = by_end.next_if(|earlier| earlier.ended < Some(read.begun))
+                {
                     for &(seq, _) in &log.shown[earlier.shown.clone()] {
                         shown.insert(seq);
                         highest = highest.max(seq);
@@ -253,7 +267,12 @@ impl Check {
                         _ => (seq < highest && !shown.contains(&seq)).then_some(highest),
                     };
                     if let Some(before) = before {
-                        self.breach(Violation::OutOfOrder { inbox, reader: log.party, before, after: seq });
+                        self.breach(Violation::OutOfOrder {
+                            inbox,
+                            reader: log.party,
+                            before,
+                            after: seq,
+                        });
                     }
                     last = Some(seq);
                 }
@@ -261,7 +280,8 @@ impl Check {
         }
     }
 
-    /// The numbers of each inbox: from 1 on, none left out, one for each message and one message for each.
+    /// The numbers of each inbox: from 1 on, none left out, one for each message and one message
+    /// for each.
     fn numbers(&mut self, logs: &[Log]) {
         for send in logs.iter().flat_map(|log| &log.sends) {
             if let Outcome::Acknowledged(seq) = send.outcome {
@@ -276,7 +296,9 @@ impl Check {
             self.contiguous(inbox);
         }
         for pair in sightings.windows(2) {
-            let [(inbox, seq, Some(one)), (other_inbox, other_seq, Some(other))] = *pair else { continue };
+            let [(inbox, seq, Some(one)), (other_inbox, other_seq, Some(other))] = *pair else {
+                continue;
+            };
             if (inbox, seq) == (other_inbox, other_seq) {
                 let ids = [one, other].map(|index| self.messages.all[index].id);
                 self.breach(Violation::SeqUsedTwice { inbox, seq, ids });

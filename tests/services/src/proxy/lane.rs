@@ -1,5 +1,5 @@
-//! One direction of one connection or flow: the fate of each thing that it carries. No sockets, no clock, so that what a
-//! seed leads to can be tested.
+//! One direction of one connection or flow: the fate of each thing that it carries. No sockets, no
+//! clock, so that what a seed leads to can be tested.
 
 use std::time::Duration;
 
@@ -38,7 +38,8 @@ impl Lane {
         self.delayed(now, jitter, faults)
     }
 
-    /// Takes as many random numbers for each datagram whatever the faults are, so that switching one leaves the others.
+    /// Takes as many random numbers for each datagram whatever the faults are, so that switching
+    /// one leaves the others.
     pub(super) fn fate(&mut self, now: Instant, bytes: usize, faults: &Faults) -> Fate {
         let [lost, twice, held_back, jitter]: [f64; 4] = self.random.r#gen();
         let queue_full = faults.throttle.is_some() && self.throttle.free > now + LONGEST_QUEUE;
@@ -75,12 +76,14 @@ impl Throttle {
     pub(super) fn after(&mut self, now: Instant, bytes: usize, faults: &Faults) -> Instant {
         let Some(rate) = faults.throttle else { return now };
         let nanos = bytes as u128 * 1_000_000_000 / u128::from(rate.get());
-        self.free = self.free.max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        self.free =
+            self.free.max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
         self.free
     }
 }
 
-/// Waits, if there is something to wait for: a timer would round what is due at once up to a millisecond.
+/// Waits, if there is something to wait for: a timer would round what is due at once up to a
+/// millisecond.
 pub(super) async fn until(at: Instant) {
     if at > Instant::now() {
         sleep_until(at).await;
@@ -116,7 +119,8 @@ mod tests {
         };
         assert_eq!(fates(1, &faults, start), fates(1, &faults, start));
         assert_ne!(fates(1, &faults, start), fates(2, &faults, start));
-        let without = Faults { duplication: 0.0, reordering: 0.0, jitter: Duration::ZERO, ..faults };
+        let without =
+            Faults { duplication: 0.0, reordering: 0.0, jitter: Duration::ZERO, ..faults };
         let lost = |fates: &[Fate]| fates.iter().map(|f| *f == Fate::Lost).collect::<Vec<_>>();
         assert_eq!(
             lost(&fates(1, &faults, start)),
@@ -128,8 +132,13 @@ mod tests {
     #[test]
     fn each_fault_strikes_as_often_as_it_says() {
         let start = Instant::now();
-        let faults =
-            Faults { loss: 0.2, duplication: 0.3, reordering: 0.1, held_back: MS, ..Faults::default() };
+        let faults = Faults {
+            loss: 0.2,
+            duplication: 0.3,
+            reordering: 0.1,
+            held_back: MS,
+            ..Faults::default()
+        };
         let fates = fates(7, &faults, start);
         let lost = fates.iter().filter(|f| **f == Fate::Lost).count();
         let twice = fates.iter().filter(|f| matches!(f, Fate::Goes { twice: true, .. })).count();
@@ -174,7 +183,11 @@ mod tests {
             assert_eq!(throttle.after(start, 100, &faults), start + i * 100 * MS);
         }
         let later = start + 10_000 * MS;
-        assert_eq!(throttle.after(later, 100, &faults), later + 100 * MS, "what was not used is gone");
+        assert_eq!(
+            throttle.after(later, 100, &faults),
+            later + 100 * MS,
+            "what was not used is gone"
+        );
     }
 
     #[test]

@@ -84,7 +84,12 @@ enum Ended {
     Cut,
 }
 
-async fn carry(client: TcpStream, target: SocketAddr, random: StdRng, watched: Watched) -> io::Result<Ended> {
+async fn carry(
+    client: TcpStream,
+    target: SocketAddr,
+    random: StdRng,
+    watched: Watched,
+) -> io::Result<Ended> {
     let (mut faults, mut cuts) = watched;
     let (mut to_target, for_pumps) = (faults.clone(), faults.clone());
     let mut cut = pin!(async {
@@ -143,8 +148,13 @@ async fn relay(
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
     let now = Instant::now();
-    let mut lane =
-        |way| io::Result::Ok(Lane::new(way, StdRng::from_rng(&mut random).map_err(io::Error::other)?, now));
+    let mut lane = |way| {
+        io::Result::Ok(Lane::new(
+            way,
+            StdRng::from_rng(&mut random).map_err(io::Error::other)?,
+            now,
+        ))
+    };
     let (there, back) = (lane(Way::ToTarget)?, lane(Way::ToClient)?);
     tokio::try_join!(
         pump(from_client, to_server, there, faults.clone()),

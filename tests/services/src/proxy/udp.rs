@@ -1,4 +1,5 @@
-//! The proxy for UDP: one task for each client's flow, which has a socket of its own towards the target.
+//! The proxy for UDP: one task for each client's flow, which has a socket of its own towards the
+//! target.
 
 use std::{
     cmp::Reverse,
@@ -82,8 +83,14 @@ struct Flows {
 }
 
 impl Flows {
-    /// Gives a datagram to its client's flow, and begins one for a client that has none. None: there was no way to.
-    async fn give(&mut self, client: SocketAddr, front: &Arc<UdpSocket>, datagram: Vec<u8>) -> Option<()> {
+    /// Gives a datagram to its client's flow, and begins one for a client that has none. None:
+    /// there was no way to.
+    async fn give(
+        &mut self,
+        client: SocketAddr,
+        front: &Arc<UdpSocket>,
+        datagram: Vec<u8>,
+    ) -> Option<()> {
         let flow = match self.open.entry(client) {
             Entry::Occupied(flow) => flow.into_mut(),
             Entry::Vacant(place) => {
@@ -147,7 +154,11 @@ impl Flow {
         switch.count(|s| &s.begun);
         let now = Instant::now();
         let mut lane = |way| {
-            io::Result::Ok(Lane::new(way, StdRng::from_rng(&mut random).map_err(io::Error::other)?, now))
+            io::Result::Ok(Lane::new(
+                way,
+                StdRng::from_rng(&mut random).map_err(io::Error::other)?,
+                now,
+            ))
         };
         Ok(Self {
             client,

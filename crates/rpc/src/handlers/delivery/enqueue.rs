@@ -1,7 +1,8 @@
 //! Sending: one message (200) or many in one commit (205).
 //!
-//! A payload may be empty: the server does not look into it. The proof is signed when the store has committed, never
-//! before, from what the store kept; so a repeated request is answered with the first one's seq and proof.
+//! A payload may be empty: the server does not look into it. The proof is signed when the store has
+//! committed, never before, from what the store kept; so a repeated request is answered with the
+//! first one's seq and proof.
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -49,11 +50,18 @@ impl Handler for methods::BatchEnqueue {
                 recipient
             }));
         }
-        let outcomes =
-            if messages.is_empty() { Vec::new() } else { cx.app.stores.inboxes.enqueue(messages).await? };
+        let outcomes = if messages.is_empty() {
+            Vec::new()
+        } else {
+            cx.app.stores.inboxes.enqueue(messages).await?
+        };
         let results = results(cx.app, places, outcomes).await;
-        Ok(v1::BatchEnqueueResponse { seqs: results.iter().map(|r| r.seq).collect(), results, epoch: 0 }
-            .into())
+        Ok(v1::BatchEnqueueResponse {
+            seqs: results.iter().map(|r| r.seq).collect(),
+            results,
+            epoch: 0,
+        }
+        .into())
     }
 }
 
@@ -83,8 +91,8 @@ fn parse(
     })
 }
 
-/// The messages of either form of a batch, each good or refused for itself. What all share (the form, and in a fan-out
-/// everything but the recipient) fails the whole.
+/// The messages of either form of a batch, each good or refused for itself. What all share (the
+/// form, and in a fan-out everything but the recipient) fails the whole.
 async fn parse_batch(
     app: &App,
     sender: &IdentityKey,
@@ -180,8 +188,9 @@ async fn results(
     let mut results = Vec::with_capacity(places.len());
     for place in places {
         let result = place.and_then(|recipient| {
-            let outcome =
-                outcomes.next().ok_or_else(|| Error::internal("the store answered too few outcomes"))?;
+            let outcome = outcomes
+                .next()
+                .ok_or_else(|| Error::internal("the store answered too few outcomes"))?;
             accepted(app, &recipient, outcome)
         });
         results.push(batch_result(result));

@@ -10,7 +10,8 @@ const MAX_RESPONSE: usize = 4 << 20;
 /// What the envelopes of one answer may cost together; the rest is for `more`.
 const MAX_PAGE: usize = MAX_RESPONSE - 16;
 
-/// The largest payload that can be read again: alone in a page. Whatever the configuration says, nothing larger is taken.
+/// The largest payload that can be read again: alone in a page. Whatever the configuration says,
+/// nothing larger is taken.
 pub(super) const MAX_PAYLOAD: usize = MAX_PAGE - 64;
 
 /// The page for a wire `limit`: 0 is all that fits.
@@ -50,7 +51,12 @@ mod tests {
 
     fn encoded_len(envelopes: Vec<Envelope>) -> usize {
         let page = Page { envelopes, more: true };
-        v1::FetchResponse { payloads: super::envelopes(&page), more: page.more }.encoded_len()
+        v1::FetchResponse {
+            payloads: super::envelopes(&page),
+            more: page.more,
+            ..Default::default()
+        }
+        .encoded_len()
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Reading: destructively (201 Fetch, 202 FetchWait), without trace (203 Peek), and removing what was read (204 Ack).
+//! Reading: destructively (201 Fetch, 202 FetchWait), without trace (203 Peek), and removing what
+//! was read (204 Ack).
 
 use std::time::Duration;
 
@@ -24,13 +25,18 @@ impl Handler for methods::Fetch {
         let Some(lease) = lease(cx, read, page::limit(request.limit)).await? else {
             return Ok(v1::FetchResponse::default().into());
         };
-        let response = v1::FetchResponse { payloads: page::envelopes(lease.page()), more: lease.page().more };
+        let response = v1::FetchResponse {
+            payloads: page::envelopes(lease.page()),
+            more: lease.page().more,
+            ..Default::default()
+        };
         Ok(Answered { response, lease: Some(lease) })
     }
 }
 
 impl Handler for methods::FetchWait {
-    // No `async fn`: what the future keeps while it waits is a few words, not the request and the caller twice.
+    // No `async fn`: what the future keeps while it waits is a few words, not the request and the
+    // caller twice.
     fn handle(
         cx: Cx<'_>,
         caller: Caller,
@@ -44,8 +50,11 @@ impl Handler for methods::FetchWait {
             let Some(lease) = wait(cx, &caller, &read?, limit, deadline).await? else {
                 return Ok(v1::FetchWaitResponse::default().into());
             };
-            let response =
-                v1::FetchWaitResponse { payloads: page::envelopes(lease.page()), more: lease.page().more };
+            let response = v1::FetchWaitResponse {
+                payloads: page::envelopes(lease.page()),
+                more: lease.page().more,
+                ..Default::default()
+            };
             Ok(Answered { response, lease: Some(lease) })
         }
     }
@@ -65,7 +74,12 @@ impl Handler for methods::Peek {
         let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
         let limit = page::limit(request.limit);
         let page = cx.app.stores.inboxes.peek(read, Seq(request.after_seq), limit, cx.now).await?;
-        Ok(v1::PeekResponse { payloads: page::envelopes(&page), more: page.more }.into())
+        Ok(v1::PeekResponse {
+            payloads: page::envelopes(&page),
+            more: page.more,
+            ..Default::default()
+        }
+        .into())
     }
 }
 
@@ -81,8 +95,11 @@ impl Handler for methods::Ack {
         let up_to = Some(Seq(request.seq_up_to)).filter(|seq| *seq > Seq::ZERO);
         let ack = Ack { up_to, seqs: request.seqs.iter().copied().map(Seq).collect() };
         // An ack of nothing removes nothing: an answer to a client whose page was empty.
-        let removed =
-            if ack == Ack::default() { 0 } else { cx.app.stores.inboxes.ack(read, ack, cx.now).await? };
+        let removed = if ack == Ack::default() {
+            0
+        } else {
+            cx.app.stores.inboxes.ack(read, ack, cx.now).await?
+        };
         Ok(v1::AckResponse { removed }.into())
     }
 }
@@ -94,8 +111,14 @@ struct Scope<'a> {
 }
 
 /// A read of the caller's own inbox, which `recipient_key` may name or leave out.
-fn own(caller: &Caller, recipient_key: &[u8], scope: Scope<'_>, device_id: &[u8]) -> Result<Read, Error> {
-    let named: Option<IdentityKey> = convert::optional_identity_key(recipient_key, "recipient_key")?;
+fn own(
+    caller: &Caller,
+    recipient_key: &[u8],
+    scope: Scope<'_>,
+    device_id: &[u8],
+) -> Result<Read, Error> {
+    let named: Option<IdentityKey> =
+        convert::optional_identity_key(recipient_key, "recipient_key")?;
     if named.is_some_and(|named| named != caller.identity) {
         return Err(Error::NotOwner);
     }
@@ -108,10 +131,12 @@ fn own(caller: &Caller, recipient_key: &[u8], scope: Scope<'_>, device_id: &[u8]
     Ok(Read { inbox: caller.identity, device: device.or(caller.device), view })
 }
 
-/// Leases what the view has, or the first that it gets. `None` when nothing came by the deadline or the server drains.
+/// Leases what the view has, or the first that it gets. `None` when nothing came by the deadline or
+/// the server drains.
 ///
-/// Whatever could end the wait is subscribed to before the state behind it is read, so nothing falls between. Alive while it
-/// waits are these few words: an idle client costs little more than its connection.
+/// Whatever could end the wait is subscribed to before the state behind it is read, so nothing
+/// falls between. Alive while it waits are these few words: an idle client costs little more than
+/// its connection.
 async fn wait(
     cx: Cx<'_>,
     caller: &Caller,

@@ -1,7 +1,7 @@
 //! Hybrid public keys: X25519 (32 bytes) ‖ ML-KEM-768 encapsulation key (1184 bytes).
 //!
-//! The server never uses one. It refuses those with which a sender's share of the secret would be known to everybody or
-//! whose use would fail, so that a sender may rely on what it fetches.
+//! The server never uses one. It refuses those with which a sender's share of the secret would be
+//! known to everybody or whose use would fail, so that a sender may rely on what it fetches.
 
 use libcrux_ml_kem::mlkem768::{MlKem768PublicKey, validate_public_key};
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -36,8 +36,8 @@ pub(super) fn check(key: &[u8]) -> Result<(), InvalidHybridKey> {
     Ok(())
 }
 
-/// A clamped scalar is a multiple of the cofactor, so it takes every point of small order, in every encoding and on the
-/// twist too, to zero (RFC 7748 §6.1), and no other.
+/// A clamped scalar is a multiple of the cofactor, so it takes every point of small order, in every
+/// encoding and on the twist too, to zero (RFC 7748 §6.1), and no other.
 fn has_large_order(x25519: [u8; X25519_LEN]) -> bool {
     StaticSecret::from([1; X25519_LEN]).diffie_hellman(&PublicKey::from(x25519)).was_contributory()
 }
@@ -71,7 +71,8 @@ mod tests {
 
     #[test]
     fn every_encoding_of_a_point_of_small_order_is_refused() {
-        // u = 0, 1, the two of order eight, -1, and p and p + 1, which are 0 and 1 again. The high bit is not looked at.
+        // u = 0, 1, the two of order eight, -1, and p and p + 1, which are 0 and 1 again. The high
+        // bit is not looked at.
         for u in [
             "0000000000000000000000000000000000000000000000000000000000000000",
             "0100000000000000000000000000000000000000000000000000000000000000",
@@ -92,7 +93,8 @@ mod tests {
     #[test]
     fn a_coefficient_that_is_not_reduced_and_swapped_halves_are_refused() {
         let mut key = good();
-        // Two coefficients of twelve bits in three bytes: the first becomes 0xfff, which is above q = 3329.
+        // Two coefficients of twelve bits in three bytes: the first becomes 0xfff, which is above q
+        // = 3329.
         key[32] = 0xff;
         key[33] |= 0x0f;
         assert_eq!(check(&key), Err(InvalidHybridKey::Modulus));

@@ -1,4 +1,5 @@
-//! Public keys for starting conversations: KeyPackages (300, 301, 305), each given out once, and hybrid keys (302 to 304).
+//! Public keys for starting conversations: KeyPackages (300, 301, 305), each given out once, and
+//! hybrid keys (302 to 304).
 
 mod hybrid;
 mod hybrid_keys;

@@ -1,4 +1,5 @@
-//! KeyPackages: uploading them, checked one by one (300), taking somebody's (301), counting one's own (305).
+//! KeyPackages: uploading them, checked one by one (300), taking somebody's (301), counting one's
+//! own (305).
 
 use bytes::Bytes;
 use qpq_domain::{IdentityKey, UnixMillis};
@@ -10,7 +11,8 @@ use sha2::{Digest as _, Sha256};
 use super::check_owner;
 use crate::{Answered, App, Caller, Cx, Error, Handler, Subject, notices::Notice};
 
-/// KeyPackages between two chances for others on this worker: two signatures and a hash each, about a millisecond.
+/// KeyPackages between two chances for others on this worker: two signatures and a hash each, about
+/// a millisecond.
 const STRIDE: usize = 8;
 
 impl Handler for methods::UploadKeyPackage {
@@ -53,7 +55,11 @@ impl Handler for methods::FetchKeyPackage {
             return Ok(v1::FetchKeyPackageResponse::default().into());
         };
         cx.app.notices.publish(&target, Notice::KeyPackageTaken);
-        Ok(v1::FetchKeyPackageResponse { package: taken.bytes.into(), last_resort: taken.last_resort }.into())
+        Ok(v1::FetchKeyPackageResponse {
+            package: taken.bytes.into(),
+            last_resort: taken.last_resort,
+        }
+        .into())
     }
 }
 
@@ -82,9 +88,17 @@ struct Uploaded<'a> {
 struct GivenOut;
 
 /// All packages of a request, at least one. The flag speaks of `package` alone.
-fn uploads<'a>(app: &App, request: &'a v1::UploadKeyPackageRequest) -> Result<Vec<Uploaded<'a>>, Error> {
-    let one = (!request.package.is_empty() || request.last_resort || request.more_packages.is_empty())
-        .then_some(Uploaded { bytes: &request.package, field: "package", last_resort: request.last_resort });
+fn uploads<'a>(
+    app: &App,
+    request: &'a v1::UploadKeyPackageRequest,
+) -> Result<Vec<Uploaded<'a>>, Error> {
+    let one =
+        (!request.package.is_empty() || request.last_resort || request.more_packages.is_empty())
+            .then_some(Uploaded {
+                bytes: &request.package,
+                field: "package",
+                last_resort: request.last_resort,
+            });
     let more = request.more_packages.iter();
     let more = more.map(|bytes| Uploaded { bytes, field: "more_packages", last_resort: false });
     let uploads: Vec<_> = one.into_iter().chain(more).collect();
@@ -92,7 +106,8 @@ fn uploads<'a>(app: &App, request: &'a v1::UploadKeyPackageRequest) -> Result<Ve
     Ok(uploads)
 }
 
-/// Checks every package, or says which is bad. The work is done a few at a time, so that others get their turn.
+/// Checks every package, or says which is bad. The work is done a few at a time, so that others get
+/// their turn.
 async fn check(
     app: &App,
     owner: &IdentityKey,

@@ -72,7 +72,11 @@ async fn commits_are_refused_until_the_server_orders_them() {
     for request in [
         BatchEnqueueRequest { commit: true, ..fan_out(&[&alice], b"hello") },
         BatchEnqueueRequest { expected_epoch: 1, ..fan_out(&[&alice], b"hello") },
-        BatchEnqueueRequest { commit: true, expected_epoch: 1, ..list(vec![message(&alice, b"hello")]) },
+        BatchEnqueueRequest {
+            commit: true,
+            expected_epoch: 1,
+            ..list(vec![message(&alice, b"hello")])
+        },
     ] {
         let refused = alice.refused::<methods::BatchEnqueue>(request).await;
         refused.assert(Status::BadRequest, "delivery.commit_unsupported");
@@ -186,8 +190,10 @@ async fn a_recipient_named_twice_gets_one_message_for_each_time_or_one_for_each_
     let twice = send(&alice, fan_out(&[&bob, &alice, &bob], b"hello")).await;
     assert_eq!(twice.seqs, [1, 1, 2]);
 
-    let request =
-        BatchEnqueueRequest { message_id: message_id(1), ..fan_out(&[&bob, &alice, &bob], b"once") };
+    let request = BatchEnqueueRequest {
+        message_id: message_id(1),
+        ..fan_out(&[&bob, &alice, &bob], b"once")
+    };
     let once = send(&alice, request.clone()).await;
     assert_eq!(once.seqs, [3, 2, 3]);
     assert_eq!(once.results.iter().map(|r| r.duplicate).collect::<Vec<_>>(), [false, false, true]);
@@ -216,7 +222,8 @@ async fn an_enqueue_and_a_batch_know_each_others_message_ids() {
 async fn a_thousand_messages_arrive_in_their_order() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
-    let numbered = |n: u32| EnqueueRequest { payload: n.to_be_bytes().to_vec().into(), ..message(&bob, b"") };
+    let numbered =
+        |n: u32| EnqueueRequest { payload: n.to_be_bytes().to_vec().into(), ..message(&bob, b"") };
     let response = send(&alice, list((1..=1_000).map(numbered).collect())).await;
     assert_eq!(response.seqs, (1..=1_000).collect::<Vec<_>>());
     let fetched = fetch(&bob).await.arrived().await;

@@ -77,7 +77,10 @@ async fn a_payload_is_empty_at_the_least_and_as_configured_at_the_most() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     enqueue(&alice, message(&alice, b"")).await;
-    let of = |user: &User, len: usize| EnqueueRequest { payload: vec![7; len].into(), ..message(user, b"") };
+    let of = |user: &User, len: usize| EnqueueRequest {
+        payload: vec![7; len].into(),
+        ..message(user, b"")
+    };
     enqueue(&alice, of(&alice, 1 << 20)).await;
     let refused = alice.refused::<methods::Enqueue>(of(&alice, (1 << 20) + 1)).await;
     refused.assert(Status::BadRequest, "delivery.payload_too_large");
@@ -117,7 +120,10 @@ async fn a_recipient_without_account_is_not_found() {
     let alice = server.user("alice").await;
     let nobody = Bytes::copy_from_slice(new_identity().as_bytes());
     let request = EnqueueRequest { recipient_key: nobody, ..message(&alice, b"hello") };
-    alice.refused::<methods::Enqueue>(request).await.assert(Status::NotFound, "delivery.no_such_recipient");
+    alice
+        .refused::<methods::Enqueue>(request)
+        .await
+        .assert(Status::NotFound, "delivery.no_such_recipient");
 }
 
 #[tokio::test]
@@ -185,7 +191,8 @@ async fn without_a_commit_there_is_no_proof() {
     alice.send(&alice, b"before").await;
     let rpc_outlives_the_store = alice.elsewhere(&server);
     server.store.close().await;
-    let refused = rpc_outlives_the_store.refused::<methods::Enqueue>(message(&alice, b"after")).await;
+    let refused =
+        rpc_outlives_the_store.refused::<methods::Enqueue>(message(&alice, b"after")).await;
     refused.assert(Status::Unavailable, "rpc.unavailable");
 }
 
@@ -199,9 +206,15 @@ async fn a_repeated_message_id_is_answered_with_the_first_ones_seq_and_proof() {
     server.clock.advance(Duration::from_secs(3));
 
     // Whatever else it says, and on whatever connection it comes.
-    let other =
-        EnqueueRequest { payload: "changed".into(), channel_id: CHANNEL, ttl_secs: 9, ..request.clone() };
-    for (repeat, sender) in [(request.clone(), alice.elsewhere(&server)), (other, alice.elsewhere(&server))] {
+    let other = EnqueueRequest {
+        payload: "changed".into(),
+        channel_id: CHANNEL,
+        ttl_secs: 9,
+        ..request.clone()
+    };
+    for (repeat, sender) in
+        [(request.clone(), alice.elsewhere(&server)), (other, alice.elsewhere(&server))]
+    {
         let again = enqueue(&sender, repeat).await;
         assert!(again.duplicate);
         assert_eq!((again.seq, &again.delivery_proof), (first.seq, &first.delivery_proof));
@@ -218,7 +231,11 @@ async fn a_message_id_is_its_senders_for_one_recipient() {
     assert!(!enqueue(&alice, with_id(&bob)).await.duplicate);
     assert!(!enqueue(&carol, with_id(&bob)).await.duplicate);
     assert!(!enqueue(&alice, with_id(&carol)).await.duplicate);
-    assert!(!enqueue(&alice, EnqueueRequest { message_id: message_id(2), ..with_id(&bob) }).await.duplicate);
+    assert!(
+        !enqueue(&alice, EnqueueRequest { message_id: message_id(2), ..with_id(&bob) })
+            .await
+            .duplicate
+    );
     for _ in 0..2 {
         assert!(!alice.send(&bob, b"no id").await.duplicate);
     }
@@ -233,18 +250,36 @@ async fn a_message_id_is_remembered_for_a_quarter_of_an_hour_after_the_message_w
     let first = enqueue(&alice, request.clone()).await;
     // As long as it is queued, however long that is.
     server.clock.advance(DAY);
-    server.store.stores().upkeep.sweep(server.rpc.app().clock.now()).await.expect("a store that works");
+    server
+        .store
+        .stores()
+        .upkeep
+        .sweep(server.rpc.app().clock.now())
+        .await
+        .expect("a store that works");
     assert!(enqueue(&alice, request.clone()).await.duplicate);
     fetch(&bob).await.arrived().await;
 
     server.clock.advance(Duration::from_secs(14 * 60));
-    server.store.stores().upkeep.sweep(server.rpc.app().clock.now()).await.expect("a store that works");
+    server
+        .store
+        .stores()
+        .upkeep
+        .sweep(server.rpc.app().clock.now())
+        .await
+        .expect("a store that works");
     let again = enqueue(&alice, request.clone()).await;
     assert_eq!((again.seq, again.delivery_proof, again.duplicate), (1, first.delivery_proof, true));
     assert!(peek_all(&bob).await.payloads.is_empty(), "a repeat brings nothing back");
 
     server.clock.advance(Duration::from_secs(2 * 60));
-    server.store.stores().upkeep.sweep(server.rpc.app().clock.now()).await.expect("a store that works");
+    server
+        .store
+        .stores()
+        .upkeep
+        .sweep(server.rpc.app().clock.now())
+        .await
+        .expect("a store that works");
     let later = enqueue(&alice, request).await;
     assert_eq!((later.seq, later.duplicate), (2, false));
 }

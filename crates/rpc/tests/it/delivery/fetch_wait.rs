@@ -117,7 +117,10 @@ async fn a_drain_ends_every_wait_empty_and_no_other_begins() {
         assert_eq!(answered(waiting).await.response, v1::FetchWaitResponse::default());
     }
     server.rpc.drained().await;
-    assert_eq!(answered(wait(user.elsewhere(&server))).await.response, v1::FetchWaitResponse::default());
+    assert_eq!(
+        answered(wait(user.elsewhere(&server))).await.response,
+        v1::FetchWaitResponse::default()
+    );
     // What is there is still given.
     user.send(&user, b"one").await;
     assert_eq!(bodies(&answered(wait(user)).await.response.payloads), [b"one"]);
@@ -161,7 +164,8 @@ async fn a_revoked_session_stops_waiting_and_others_do_not() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let mut other = user.elsewhere(&server);
-    other.token = other.client.log_in("reader", "password").await.expect("the right password").session_token;
+    other.token =
+        other.client.log_in("reader", "password").await.expect("the right password").session_token;
 
     let waiting = wait(user.elsewhere(&server));
     waiters.waited(1).await;
@@ -176,7 +180,8 @@ async fn a_revoked_session_stops_waiting_and_others_do_not() {
     waiters.subscribed(0).await;
 
     // All of them, from a session that is not the waiting one.
-    let another = user.client.log_in("reader", "password").await.expect("the right password").session_token;
+    let another =
+        user.client.log_in("reader", "password").await.expect("the right password").session_token;
     let waiting = wait(other.elsewhere(&server));
     waiters.subscribed(1).await;
     let everywhere = LogoutRequest { all_sessions: true, ..Default::default() };
@@ -190,7 +195,8 @@ async fn a_session_that_ends_beside_a_message_gets_none() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let mut other = user.elsewhere(&server);
-    other.token = other.client.log_in("reader", "password").await.expect("the right password").session_token;
+    other.token =
+        other.client.log_in("reader", "password").await.expect("the right password").session_token;
     let waiting = wait(user.elsewhere(&server));
     waiters.waited(1).await;
     user.ok::<methods::Logout>(LogoutRequest::default()).await;
@@ -203,7 +209,8 @@ async fn a_session_that_ends_beside_a_message_gets_none() {
 async fn a_message_that_expires_before_the_look_is_not_given() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
-    user.ok::<methods::Enqueue>(EnqueueRequest { ttl_secs: 1, ..message(&user, b"short-lived") }).await;
+    user.ok::<methods::Enqueue>(EnqueueRequest { ttl_secs: 1, ..message(&user, b"short-lived") })
+        .await;
     let under_way = fetch(&user).await;
     let waiting = wait(user.elsewhere(&server));
     waiters.waited(1).await;
@@ -226,6 +233,10 @@ async fn no_wake_up_is_lost_however_message_and_wait_meet() {
         }
         let seq = alice.send(&bob, b"ping").await.seq;
         let answer = answered(waiting).await.arrived().await;
-        assert_eq!(answer.payloads.iter().map(|e| e.seq).collect::<Vec<_>>(), [seq], "round {round}");
+        assert_eq!(
+            answer.payloads.iter().map(|e| e.seq).collect::<Vec<_>>(),
+            [seq],
+            "round {round}"
+        );
     }
 }

@@ -17,7 +17,8 @@ async fn three_channels(server: &Server) -> User {
     let user = server.user("reader").await;
     for body in [&b"one"[..], b"four"] {
         for channel_id in [Bytes::new(), CHANNEL, OTHER_CHANNEL] {
-            let request = EnqueueRequest { channel_id, payload: body.into(), ..message(&user, b"") };
+            let request =
+                EnqueueRequest { channel_id, payload: body.into(), ..message(&user, b"") };
             user.ok::<methods::Enqueue>(request).await;
         }
     }
@@ -37,12 +38,18 @@ async fn a_fetch_whose_answer_arrived_removes_what_it_gave() {
     }
     let first = FetchRequest { limit: 2, ..Default::default() };
     let first = bob.ok::<methods::Fetch>(first).await;
-    assert_eq!((bodies(&first.payloads), seqs(&first.payloads)), (vec![&b"one"[..], b"two"], vec![1, 2]));
+    assert_eq!(
+        (bodies(&first.payloads), seqs(&first.payloads)),
+        (vec![&b"one"[..], b"two"], vec![1, 2])
+    );
     assert!(first.more);
     let rest = bob.ok::<methods::Fetch>(FetchRequest::default()).await;
     assert_eq!(bodies(&rest.payloads), [b"three"]);
     assert!(!rest.more);
-    assert_eq!(bob.ok::<methods::Fetch>(FetchRequest::default()).await, v1::FetchResponse::default());
+    assert_eq!(
+        bob.ok::<methods::Fetch>(FetchRequest::default()).await,
+        v1::FetchResponse::default()
+    );
 }
 
 #[tokio::test]
@@ -126,16 +133,22 @@ async fn an_ack_removes_up_to_a_seq_and_single_ones_of_its_view() {
     assert_eq!(ack(&user, AckRequest { seq_up_to: 3, ..Default::default() }).await, 1);
     assert_eq!(ack(&user, AckRequest { seqs: vec![2, 3], ..Default::default() }).await, 0);
     assert_eq!(
-        ack(&user, AckRequest { channel_id: CHANNEL, seqs: vec![5, 5, 99, 0], ..Default::default() }).await,
+        ack(
+            &user,
+            AckRequest { channel_id: CHANNEL, seqs: vec![5, 5, 99, 0], ..Default::default() }
+        )
+        .await,
         1
     );
     assert_eq!(seqs(&peek_all(&user).await.payloads), [2, 3, 4, 6]);
-    let all = AckRequest { all_channels: true, seq_up_to: 3, seqs: vec![6, 1], ..Default::default() };
+    let all =
+        AckRequest { all_channels: true, seq_up_to: 3, seqs: vec![6, 1], ..Default::default() };
     assert_eq!(ack(&user, all.clone()).await, 3);
     assert_eq!(ack(&user, all).await, 0, "a repeat changes nothing");
     assert_eq!(seqs(&peek_all(&user).await.payloads), [4]);
     assert_eq!(
-        ack(&user, AckRequest { all_channels: true, seq_up_to: u64::MAX, ..Default::default() }).await,
+        ack(&user, AckRequest { all_channels: true, seq_up_to: u64::MAX, ..Default::default() })
+            .await,
         1
     );
     assert_eq!(user.send(&user, b"next").await.seq, 7, "removing does not bring numbers back");
@@ -147,7 +160,10 @@ async fn an_ack_is_the_readers_own_word_even_for_what_is_on_its_way() {
     let user = server.user("reader").await;
     user.send(&user, b"one").await;
     let under_way = fetch(&user).await;
-    assert_eq!(ack(&user.elsewhere(&server), AckRequest { seq_up_to: 1, ..Default::default() }).await, 1);
+    assert_eq!(
+        ack(&user.elsewhere(&server), AckRequest { seq_up_to: 1, ..Default::default() }).await,
+        1
+    );
     drop(under_way);
     assert!(peek_all(&user).await.payloads.is_empty());
 }
@@ -157,7 +173,10 @@ async fn an_ack_names_ten_thousand_seqs_at_the_most() {
     let server = Server::start().await;
     let user = server.user("reader").await;
     user.send(&user, b"one").await;
-    assert_eq!(ack(&user, AckRequest { seqs: (1..=10_000).collect(), ..Default::default() }).await, 1);
+    assert_eq!(
+        ack(&user, AckRequest { seqs: (1..=10_000).collect(), ..Default::default() }).await,
+        1
+    );
     let too_many = AckRequest { seqs: vec![1; 10_001], ..Default::default() };
     user.refused::<methods::Ack>(too_many).await.assert_field("seqs");
 }
@@ -189,7 +208,10 @@ async fn only_the_owner_reads_an_inbox() {
     let victim = alice.key();
     let refusals: [Refused; 4] = [
         mallory
-            .refused::<methods::Fetch>(FetchRequest { recipient_key: victim.clone(), ..Default::default() })
+            .refused::<methods::Fetch>(FetchRequest {
+                recipient_key: victim.clone(),
+                ..Default::default()
+            })
             .await,
         mallory
             .refused::<methods::FetchWait>(FetchWaitRequest {
@@ -198,10 +220,17 @@ async fn only_the_owner_reads_an_inbox() {
             })
             .await,
         mallory
-            .refused::<methods::Peek>(PeekRequest { recipient_key: victim.clone(), ..Default::default() })
+            .refused::<methods::Peek>(PeekRequest {
+                recipient_key: victim.clone(),
+                ..Default::default()
+            })
             .await,
         mallory
-            .refused::<methods::Ack>(AckRequest { recipient_key: victim, seq_up_to: 9, ..Default::default() })
+            .refused::<methods::Ack>(AckRequest {
+                recipient_key: victim,
+                seq_up_to: 9,
+                ..Default::default()
+            })
             .await,
     ];
     for refused in refusals {
@@ -250,7 +279,8 @@ async fn without_registered_devices_any_device_reads_the_one_stream() {
 async fn reading_takes_a_session() {
     let server = Server::start().await;
     let stranger = server.connect();
-    let refused = stranger.call::<methods::Fetch>(FetchRequest::default()).await.expect_err("no session");
+    let refused =
+        stranger.call::<methods::Fetch>(FetchRequest::default()).await.expect_err("no session");
     refused.assert(Status::Unauthorized, "auth.session_required");
     let refused = stranger.call_with::<methods::Peek>(PeekRequest::default(), &[7; 32]).await;
     refused.expect_err("no such session").assert(Status::Unauthorized, "auth.session_expired");

@@ -40,7 +40,8 @@ async fn nobody_nothing_and_not_yet_anything_look_the_same() {
         assert_eq!(response, FetchKeyPackageResponse::default());
     }
     for len in [0, 31, 33] {
-        let request = FetchKeyPackageRequest { identity_key: vec![1; len].into(), ..Default::default() };
+        let request =
+            FetchKeyPackageRequest { identity_key: vec![1; len].into(), ..Default::default() };
         bob.refused::<methods::FetchKeyPackage>(request).await.assert_field("identity_key");
     }
 }
@@ -63,8 +64,11 @@ async fn the_last_resort_comes_when_no_other_is_left_and_stays() {
     assert_eq!(stock(&alice).await, (0, true));
 
     // A new one takes its place: here one that says nothing of itself, by the request's flag.
-    let by_flag =
-        UploadKeyPackageRequest { package: once[1].clone(), last_resort: true, ..Default::default() };
+    let by_flag = UploadKeyPackageRequest {
+        package: once[1].clone(),
+        last_resort: true,
+        ..Default::default()
+    };
     alice.ok::<methods::UploadKeyPackage>(by_flag).await;
     for _ in 0..3 {
         assert_eq!(take(&bob, &alice).await, Some((once[1].clone(), true)));

@@ -58,7 +58,10 @@ async fn only_the_owner_uploads() {
     let refused = mallory.refused::<methods::UploadHybridKey>(named(alice.key())).await;
     refused.assert(Status::Forbidden, "keys.not_owner");
     assert!(fetch(&alice, alice.key()).await.is_empty());
-    mallory.refused::<methods::UploadHybridKey>(named("short".into())).await.assert_field("identity_key");
+    mallory
+        .refused::<methods::UploadHybridKey>(named("short".into()))
+        .await
+        .assert_field("identity_key");
     mallory.ok::<methods::UploadHybridKey>(named(mallory.key())).await;
 }
 
@@ -73,7 +76,8 @@ async fn a_key_that_would_not_keep_a_secret_is_refused() {
     let swapped = [&good[32..], &good[..32]].concat();
     let longer = [&good[..], &[0]].concat();
     for key in [Vec::new(), good[..1215].to_vec(), longer, small_order, not_reduced, swapped] {
-        let request = UploadHybridKeyRequest { hybrid_public_key: key.into(), ..Default::default() };
+        let request =
+            UploadHybridKeyRequest { hybrid_public_key: key.into(), ..Default::default() };
         let refused = alice.refused::<methods::UploadHybridKey>(request).await;
         refused.assert(Status::BadRequest, "keys.invalid_hybrid_key");
         assert_eq!(refused.field, "hybrid_public_key");
@@ -102,10 +106,13 @@ async fn a_thousand_fit_one_answer_and_more_are_refused() {
     upload(&alice, hybrid_key(1)).await;
     let keys = fetch_many(&alice, vec![alice.key(); 1_000]).await;
     assert_eq!(keys, vec![hybrid_key(1); 1_000]);
-    let request = FetchHybridKeysRequest { identity_keys: vec![alice.key(); 1_001], ..Default::default() };
-    alice.refused::<methods::FetchHybridKeys>(request).await.assert_field("identity_keys");
     let request =
-        FetchHybridKeysRequest { identity_keys: vec![alice.key(), "short".into()], ..Default::default() };
+        FetchHybridKeysRequest { identity_keys: vec![alice.key(); 1_001], ..Default::default() };
+    alice.refused::<methods::FetchHybridKeys>(request).await.assert_field("identity_keys");
+    let request = FetchHybridKeysRequest {
+        identity_keys: vec![alice.key(), "short".into()],
+        ..Default::default()
+    };
     alice.refused::<methods::FetchHybridKeys>(request).await.assert_field("identity_keys");
     let request = FetchHybridKeyRequest { identity_key: "short".into(), ..Default::default() };
     alice.refused::<methods::FetchHybridKey>(request).await.assert_field("identity_key");

@@ -46,7 +46,8 @@ fn fetch_of(target: &User) -> v1::FetchKeyPackageRequest {
     v1::FetchKeyPackageRequest { identity_key: target.key(), ..Default::default() }
 }
 
-/// What `user` gets of `target`: the package, and whether it is the last-resort one. `None` where nothing is left.
+/// What `user` gets of `target`: the package, and whether it is the last-resort one. `None` where
+/// nothing is left.
 async fn take(user: &User, target: &User) -> Option<(Bytes, bool)> {
     let v1::FetchKeyPackageResponse { package, last_resort } =
         user.ok::<methods::FetchKeyPackage>(fetch_of(target)).await;

@@ -101,7 +101,8 @@ async fn one_that_was_given_out_is_refused() {
     take(&bob, &alice).await.expect("the only one");
     assert_invalid(&alice, one(&packages[0]), "package").await;
     assert_invalid(&alice, one(&bare(&packages[0])), "package").await;
-    let among_others = UploadKeyPackageRequest { package: packages[1].clone(), ..upload(&packages[..1]) };
+    let among_others =
+        UploadKeyPackageRequest { package: packages[1].clone(), ..upload(&packages[..1]) };
     assert_invalid(&alice, among_others, "more_packages").await;
     assert_eq!(stock(&alice).await, (0, false), "all or none");
 }
@@ -122,7 +123,10 @@ async fn there_are_as_many_as_configured_at_the_most() {
     let server = Server::with(|config| config.key_packages.max_count = 3).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let packages = packages(&server, &alice, 5);
-    alice.refused::<methods::UploadKeyPackage>(upload(&packages[..4])).await.assert_field("more_packages");
+    alice
+        .refused::<methods::UploadKeyPackage>(upload(&packages[..4]))
+        .await
+        .assert_field("more_packages");
     assert_eq!(available(&alice, upload(&packages[..2])).await, 2);
     let refused = alice.refused::<methods::UploadKeyPackage>(upload(&packages[2..4])).await;
     refused.assert(Status::RateLimited, "keys.too_many");
@@ -141,7 +145,10 @@ async fn a_thousand_come_in_one_call() {
     let alice = server.user("alice").await;
     let packages = packages(&server, &alice, 1_001);
     assert_eq!(available(&alice, upload(&packages[..1_000])).await, 1_000);
-    alice.refused::<methods::UploadKeyPackage>(upload(&packages)).await.assert_field("more_packages");
+    alice
+        .refused::<methods::UploadKeyPackage>(upload(&packages))
+        .await
+        .assert_field("more_packages");
     let refused = alice.refused::<methods::UploadKeyPackage>(one(&packages[1_000])).await;
     refused.assert(Status::RateLimited, "keys.too_many");
 }
@@ -176,7 +183,8 @@ async fn every_flipped_bit_is_found() {
 
 #[test]
 fn no_bytes_are_stored_that_are_no_package() {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (_server, alice, package) = runtime.block_on(async {
         let server = Server::start().await;
         let alice = server.user("alice").await;

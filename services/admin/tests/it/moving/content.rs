@@ -1,5 +1,5 @@
-//! A store's content, made at random through its ports, and the question whether two stores answer the same to whatever can be
-//! asked about it.
+//! A store's content, made at random through its ports, and the question whether two stores answer
+//! the same to whatever can be asked about it.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -8,8 +8,8 @@ use qpq_domain::{
     AccountId, ChannelId, DeviceId, IdentityKey, MessageId, Seq, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read, Registration,
-    Session, Stores, View,
+    Ack, Enqueue, Enqueued, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read,
+    Registration, Session, Stores, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
@@ -46,7 +46,8 @@ impl Content {
             content.register(stores, number).await;
         }
         for _ in 0..amount.acts {
-            content.now = content.now.plus(Duration::from_millis(content.random.gen_range(0..5_000)));
+            content.now =
+                content.now.plus(Duration::from_millis(content.random.gen_range(0..5_000)));
             match content.random.gen_range(0..10) {
                 0..=4 => content.send(stores, amount).await,
                 5 | 6 => content.read(stores).await,
@@ -163,7 +164,11 @@ impl Content {
                 not_after: self.now.plus(self.random.gen_range(1..200) * HOUR / 10),
             })
             .collect();
-        stores.key_packages.upload(self.people[person].1, packages.clone(), self.now).await.unwrap();
+        stores
+            .key_packages
+            .upload(self.people[person].1, packages.clone(), self.now)
+            .await
+            .unwrap();
         self.packages.extend(packages.into_iter().map(|package| (person, package)));
     }
 
@@ -212,7 +217,12 @@ impl Content {
                 let by_identity = stores.accounts.by_identity(identity).await.unwrap().unwrap();
                 assert_eq!(by_name, by_identity);
                 assert_eq!(by_name.id, credentials.account);
-                (credentials.identity, credentials.opaque_record, by_name.username, by_name.created_at)
+                (
+                    credentials.identity,
+                    credentials.opaque_record,
+                    by_name.username,
+                    by_name.created_at,
+                )
             };
             assert_eq!(known(one).await, known(two).await);
         }
@@ -227,8 +237,9 @@ impl Content {
                 let (mut pages, mut after) = (0, Seq::ZERO);
                 loop {
                     let limit = PageLimit { messages: 50, bytes: 100_000 };
-                    let peek =
-                        async |stores: &Stores| stores.inboxes.peek(read, after, limit, at).await.unwrap();
+                    let peek = async |stores: &Stores| {
+                        stores.inboxes.peek(read, after, limit, at).await.unwrap()
+                    };
                     let page: Page = peek(one).await;
                     assert_eq!(page, peek(two).await, "{view:?} behind {after:?}, page {pages}");
                     pages += 1;
@@ -248,9 +259,11 @@ impl Content {
         let (first, second) = (self.accounts(one).await, self.accounts(two).await);
         for (n, (person, _)) in self.people.iter().enumerate() {
             let now = self.now;
-            let stock = async |stores: &Stores, id| stores.key_packages.stock(id, now).await.unwrap();
+            let stock =
+                async |stores: &Stores, id| stores.key_packages.stock(id, now).await.unwrap();
             assert_eq!(stock(one, first[n]).await, stock(two, second[n]).await);
-            // What was given out may not come back, what is there is there already, what has expired may.
+            // What was given out may not come back, what is there is there already, what has
+            // expired may.
             for (_, package) in self.packages.iter().filter(|(owner, _)| *owner == n) {
                 let upload = async |stores: &Stores, id| {
                     stores.key_packages.upload(id, vec![package.clone()], now).await.unwrap()
@@ -258,8 +271,9 @@ impl Content {
                 assert_eq!(upload(one, first[n]).await, upload(two, second[n]).await);
             }
             loop {
-                let take =
-                    async |stores: &Stores| stores.key_packages.take(&person.identity, now).await.unwrap();
+                let take = async |stores: &Stores| {
+                    stores.key_packages.take(&person.identity, now).await.unwrap()
+                };
                 let taken = take(one).await;
                 assert_eq!(taken, take(two).await);
                 if taken.is_none_or(|taken| taken.last_resort) {
@@ -278,14 +292,18 @@ impl Content {
                 let page = lease.page().clone();
                 lease.settle(self.now).await.unwrap();
                 let up_to = page.envelopes.last().map(|last| Seq(last.seq.0 + 3));
-                (page, stores.inboxes.ack(read, Ack { up_to, seqs: vec![] }, self.now).await.unwrap())
+                (
+                    page,
+                    stores.inboxes.ack(read, Ack { up_to, seqs: vec![] }, self.now).await.unwrap(),
+                )
             };
             assert_eq!(fetch(one).await, fetch(two).await);
         }
         self.compare_inboxes(one, two, self.now).await;
     }
 
-    /// Every message once more, those that are gone included; and each inbox goes on with the next seq.
+    /// Every message once more, those that are gone included; and each inbox goes on with the next
+    /// seq.
     async fn compare_repeats(&self, one: &Stores, two: &Stores) {
         let mut duplicates = 0;
         for messages in self.messages.chunks(100) {
@@ -296,11 +314,16 @@ impl Content {
                 .collect();
             let outcomes = one.inboxes.enqueue(again.clone()).await.unwrap();
             assert_eq!(outcomes, two.inboxes.enqueue(again).await.unwrap());
-            duplicates += outcomes.iter().filter(|outcome| matches!(outcome, Enqueued::Duplicate(_))).count();
+            duplicates +=
+                outcomes.iter().filter(|outcome| matches!(outcome, Enqueued::Duplicate(_))).count();
         }
         assert!(duplicates > 0, "none was known");
         for (person, _) in &self.people {
-            let again = async |stores: &Stores| match stores.accounts.register(person.clone()).await.unwrap()
+            let again = async |stores: &Stores| match stores
+                .accounts
+                .register(person.clone())
+                .await
+                .unwrap()
             {
                 Registration::Repeated(_) => true,
                 other => panic!("{other:?}"),
@@ -330,7 +353,8 @@ impl Content {
         let mut ended: HashMap<&str, [u32; 2]> = HashMap::new();
         for (place, stores) in [one, two].into_iter().enumerate() {
             for (name, id) in self.names().zip(self.accounts(stores).await) {
-                ended.entry(name).or_default()[place] = stores.sessions.revoke_all(id).await.unwrap();
+                ended.entry(name).or_default()[place] =
+                    stores.sessions.revoke_all(id).await.unwrap();
             }
         }
         assert!(ended.values().all(|[first, second]| first == second), "{ended:?}");

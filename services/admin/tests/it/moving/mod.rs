@@ -1,5 +1,5 @@
-//! `migrate-to-cluster`: whatever a node's store answers, the cluster's answers after the move, and the move may be interrupted
-//! anywhere.
+//! `migrate-to-cluster`: whatever a node's store answers, the cluster's answers after the move, and
+//! the move may be interrupted anywhere.
 
 mod content;
 mod scene;
@@ -49,8 +49,7 @@ async fn whatever_the_node_answers_the_cluster_answers() {
     scene.content.compare(&node.stores(), &cluster).await;
     node.close().await;
     edge.close().await;
-    let left =
-        "SELECT count(*) FROM pg_class WHERE relname LIKE 'import\\_%' AND relname NOT LIKE 'import\\_done%'";
+    let left = "SELECT count(*) FROM pg_class WHERE relname LIKE 'import\\_%' AND relname NOT LIKE 'import\\_done%'";
     assert_eq!(scene.sql(left).await, "0");
 }
 
@@ -86,7 +85,8 @@ async fn interrupted_anywhere_it_goes_on_and_nothing_is_lost_or_doubled() {
             child.wait().unwrap();
             kills += 1;
         }
-        // No such table: nothing had begun, or what the killed process had asked for last was the end, and Postgres did it.
+        // No such table: nothing had begun, or what the killed process had asked for last was the
+        // end, and Postgres did it.
         let waiting = scene.postgres.sql("SELECT count(*) FROM import_message").await;
         if waiting.is_ok_and(|count| count != "0") {
             resumed += 1;
@@ -121,7 +121,8 @@ async fn assert_moved(scene: &Scene, child: Child, digests: &str) {
         "hybrid_key",
     ] {
         let there = scene.sql(&format!("SELECT count(*) FROM {table}")).await;
-        let expected = digests.lines().find(|line| line.split_whitespace().next() == Some(table)).unwrap();
+        let expected =
+            digests.lines().find(|line| line.split_whitespace().next() == Some(table)).unwrap();
         assert_eq!(Some(there.as_str()), expected.split_whitespace().nth(1), "{table}");
     }
 }
@@ -163,7 +164,8 @@ async fn a_node_that_was_moved_stays_moved() {
     let elsewhere = scene.place.path("elsewhere");
     run(&["init", "--out", text(&elsewhere), "--from", text(&unmarked)]);
     let url = scene.postgres.url();
-    let variables = [("QPQ_POSTGRES__URL", url.as_str()), ("QPQ_CLUSTER__SECRETS_DIR", text(&elsewhere))];
+    let variables =
+        [("QPQ_POSTGRES__URL", url.as_str()), ("QPQ_CLUSTER__SECRETS_DIR", text(&elsewhere))];
     let end = run_with(&["migrate-to-cluster", "--from", text(&scene.node)], &variables);
     assert_eq!(end.code, Some(1), "{end:?}");
     assert!(end.said.contains("moved into another cluster"), "{end:?}");
@@ -218,7 +220,10 @@ async fn what_arrives_otherwise_than_it_was_sent_is_not_kept() {
         stumble(&scene, table, fault).await;
         let end = scene.move_node();
         assert_eq!((end.code, end.printed.as_str()), (Some(1), ""), "{table}: {end:?}");
-        assert!(end.said.contains(&format!("what arrived is not what was sent ({table})")), "{end:?}");
+        assert!(
+            end.said.contains(&format!("what arrived is not what was sent ({table})")),
+            "{end:?}"
+        );
         assert!(!scene.is_marked());
         assert_eq!(scene.sql("SELECT count(*) FROM account").await, "0");
         scene.sql(&format!("DROP TRIGGER stumble ON {table}")).await;
@@ -245,7 +250,9 @@ async fn a_node_that_cannot_be_moved_is_refused_before_anything_is_written() {
 
     let account = "INSERT INTO account (username, identity, opaque_record, created_at)";
     let name = scene.content.names().nth(3).unwrap().to_owned();
-    scene.sql(&format!("{account} VALUES ('{name}', decode(repeat('ab', 32), 'hex'), '', 0)")).await;
+    scene
+        .sql(&format!("{account} VALUES ('{name}', decode(repeat('ab', 32), 'hex'), '', 0)"))
+        .await;
     let said = scene.refused().await;
     assert!(said.contains(&format!("same name or identity: {name}.")), "{said}");
     scene.sql("DELETE FROM account").await;
@@ -266,7 +273,10 @@ async fn a_node_that_cannot_be_moved_is_refused_before_anything_is_written() {
     run(&["init", "--out", text(&stranger)]);
     scene.fleet = stranger.clone();
     let said = scene.refused().await;
-    assert!(said.contains("opaque-setup.bin is another than") && said.contains("init --out"), "{said}");
+    assert!(
+        said.contains("opaque-setup.bin is another than") && said.contains("init --out"),
+        "{said}"
+    );
     fs::copy(right.join("opaque-setup.bin"), stranger.join("opaque-setup.bin")).unwrap();
     assert!(scene.refused().await.contains("delivery-key.bin is another than"));
     scene.fleet = right;

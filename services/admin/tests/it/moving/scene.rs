@@ -43,11 +43,19 @@ impl Scene {
             fs::copy(made.join(name), node.join(name)).unwrap();
         }
         let store = embedded(&node).await;
-        let content = Content::fill(&store.stores(), amount, StdRng::from_seed(random.r#gen())).await;
+        let content =
+            Content::fill(&store.stores(), amount, StdRng::from_seed(random.r#gen())).await;
         store.close().await;
         let fleet = place.path("cluster");
         run(&["init", "--out", text(&fleet), "--from", text(&node)]);
-        let scene = Self { place, node, fleet, postgres: Postgres::start().await.unwrap(), content, random };
+        let scene = Self {
+            place,
+            node,
+            fleet,
+            postgres: Postgres::start().await.unwrap(),
+            content,
+            random,
+        };
         scene.migrate();
         scene
     }
@@ -71,7 +79,10 @@ impl Scene {
     /// Runs a command with the cluster's settings.
     pub(crate) fn run(&self, arguments: &[&str]) -> End {
         let url = self.postgres.url();
-        run_with(arguments, &[("QPQ_POSTGRES__URL", &url), ("QPQ_CLUSTER__SECRETS_DIR", text(&self.fleet))])
+        run_with(
+            arguments,
+            &[("QPQ_POSTGRES__URL", &url), ("QPQ_CLUSTER__SECRETS_DIR", text(&self.fleet))],
+        )
     }
 
     /// Moves the node.
@@ -83,7 +94,10 @@ impl Scene {
     pub(crate) async fn refused(&self) -> String {
         let end = self.move_node();
         assert_eq!((end.code, end.printed.as_str()), (Some(1), ""), "{end:?}");
-        assert_eq!(self.sql("SELECT count(*) FROM pg_class WHERE relname LIKE 'import\\_%'").await, "0");
+        assert_eq!(
+            self.sql("SELECT count(*) FROM pg_class WHERE relname LIKE 'import\\_%'").await,
+            "0"
+        );
         assert!(!self.is_marked());
         end.said
     }

@@ -1,5 +1,5 @@
-//! The judge is judged: histories of a correct inbox are accepted, and each breach that is planted into one is named, and
-//! nothing but it.
+//! The judge is judged: histories of a correct inbox are accepted, and each breach that is planted
+//! into one is named, and nothing but it.
 
 mod model;
 
@@ -76,7 +76,9 @@ fn renumber(logs: &mut [Log], inbox: Inbox, number: impl Fn(Seq) -> Seq) {
         }
         for settle in log.settles.iter_mut().filter(|settle| settle.inbox == inbox) {
             match &mut settle.what {
-                Settled::Named(range) => log.named[range.clone()].iter_mut().for_each(|s| *s = number(*s)),
+                Settled::Named(range) => {
+                    log.named[range.clone()].iter_mut().for_each(|s| *s = number(*s))
+                }
                 Settled::Through(seq) => *seq = number(*seq),
             }
         }
@@ -254,12 +256,22 @@ fn order_of(calls: &[(u64, u64, &[u64])]) -> Vec<Violation> {
 
 #[test]
 fn a_readers_order_holds_over_calls_that_follow_each_other() {
-    let late = Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(3), after: Seq(2) };
+    let late =
+        Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(3), after: Seq(2) };
     assert_eq!(order_of(&[(1, 2, &[1, 3]), (3, 4, &[2])]), [late]);
-    assert_eq!(order_of(&[(1, 2, &[1, 2, 3]), (3, 4, &[2, 3])]), [], "what was seen may come again");
-    let twice = Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(1), after: Seq(1) };
+    assert_eq!(
+        order_of(&[(1, 2, &[1, 2, 3]), (3, 4, &[2, 3])]),
+        [],
+        "what was seen may come again"
+    );
+    let twice =
+        Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(1), after: Seq(1) };
     assert_eq!(order_of(&[(1, 2, &[1, 1, 2, 3])]), [twice], "but not in one answer");
-    assert_eq!(order_of(&[(1, 4, &[1, 3]), (3, 6, &[2])]), [], "side by side, either may have been first");
+    assert_eq!(
+        order_of(&[(1, 4, &[1, 3]), (3, 6, &[2])]),
+        [],
+        "side by side, either may have been first"
+    );
 }
 
 #[test]
@@ -282,7 +294,8 @@ fn the_first_answered_ack_that_covers_a_message_counts() {
         log.settles[settle].ended = Some(Moment(ended));
     }
     for (seq, last_allowed) in [(1, 10), (2, 10), (3, 10), (4, 8), (5, 20), (6, AFTER_ALL)] {
-        let at = |moment| violations(&[log.clone(), one_read(inbox, moment, &[(Seq(seq), Tag(seq))])]);
+        let at =
+            |moment| violations(&[log.clone(), one_read(inbox, moment, &[(Seq(seq), Tag(seq))])]);
         assert_eq!(at(last_allowed), [], "{seq}");
         let too_late = at(last_allowed + 1);
         assert_eq!(too_late.len(), usize::from(seq != 6), "{seq}: {too_late:?}");
@@ -315,9 +328,13 @@ async fn recorders_keep_what_an_aborted_task_had_begun() {
     drop(reader);
     let report = history.check();
     report.assert_clean();
-    assert_eq!((report.messages, report.unknown, report.acknowledged, report.delivered), (1, 1, 0, 1));
+    assert_eq!(
+        (report.messages, report.unknown, report.acknowledged, report.delivered),
+        (1, 1, 0, 1)
+    );
 
-    // Some time later, so that the next read begins after the ack was answered whatever the clock's grain.
+    // Some time later, so that the next read begins after the ack was answered whatever the clock's
+    // grain.
     let mut reader = history.recorder();
     let mut reading = reader.reading(inbox);
     while reader.log.reads[reading.0].begun <= history.0.logs.lock()[1].settles[0].ended.unwrap() {
@@ -326,7 +343,10 @@ async fn recorders_keep_what_an_aborted_task_had_begun() {
     reader.delivered(reading, [(Seq(1), Tag(7))]);
     drop(reader);
     let violations = history.check().violations;
-    assert!(matches!(violations[..], [Violation::DeliveredAfterAck { seq: Seq(1), .. }]), "{violations:?}");
+    assert!(
+        matches!(violations[..], [Violation::DeliveredAfterAck { seq: Seq(1), .. }]),
+        "{violations:?}"
+    );
 }
 
 #[test]

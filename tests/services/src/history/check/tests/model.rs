@@ -1,4 +1,5 @@
-//! A correct inbox, and random users of it: what they record is a history that the judge must accept.
+//! A correct inbox, and random users of it: what they record is a history that the judge must
+//! accept.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -86,7 +87,8 @@ pub(super) fn logs_of(acts: &[Timed]) -> Vec<Log> {
         model.happen(act, Moment(at - before), Moment(at + after));
     }
     for inbox in (0..INBOXES).map(Inbox) {
-        let left: Vec<_> = model.queued.entry(inbox).or_default().iter().map(|(s, t)| (*s, *t)).collect();
+        let left: Vec<_> =
+            model.queued.entry(inbox).or_default().iter().map(|(s, t)| (*s, *t)).collect();
         let log = &mut model.logs[LAST_READER as usize];
         let read = log.read(inbox, Moment(at + 100));
         log.show(read, Moment(at + 101), left);
@@ -178,8 +180,11 @@ impl Model {
             queued.keys().copied().filter(known).step_by(2).collect()
         };
         let Some(&last) = gone.last() else { return };
-        let settle =
-            if through { log.settle_through(inbox, last) } else { log.settle(inbox, gone.iter().copied()) };
+        let settle = if through {
+            log.settle_through(inbox, last)
+        } else {
+            log.settle(inbox, gone.iter().copied())
+        };
         if matches!(answer, Answer::Given | Answer::LostAfter) {
             queued.retain(|seq, _| !gone.contains(seq));
         }
