@@ -21,7 +21,7 @@ demo: ## three users register, chat and form a group, by themselves, on a server
 test: ## everything, after installing what is missing
 	scripts/test
 
-lint: ## formatting, clippy, dependency walls and licences
+lint: ## formatting, clippy, dependency walls, licences, known vulnerabilities
 	scripts/lint
 
 bench: ## speed beside its floors, on this machine

@@ -127,7 +127,9 @@ impl Observation<'_> {
         self.method.count(outcome);
         self.method.seconds().record(elapsed.as_secs_f64());
         let (method, code) = (self.method.name, outcome.as_str());
-        let (us, bytes_in) = (elapsed.as_micros(), self.bytes_in);
+        // A `u64`: the JSON format writes a `u128` as text.
+        let us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
+        let bytes_in = self.bytes_in;
         if self.method.is_health {
             tracing::debug!(target: "qpq::access", method, code, us, bytes_in, bytes_out);
         } else {

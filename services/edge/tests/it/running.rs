@@ -128,6 +128,21 @@ async fn its_log_can_be_json_and_has_no_colours_in_a_file() {
 }
 
 #[tokio::test]
+async fn every_number_of_an_access_line_is_a_number_in_json() {
+    let data = Data::new();
+    let variables = [("QPQ_LOG__FORMAT", "json"), ("RUST_LOG", "qpq::access=debug")];
+    let server = ServerProcess::start(data.path(), &variables).await;
+    server.health().await;
+    server.signal(Signal::SIGTERM);
+    let (_, log) = server.ended().await;
+    let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let health = lines.filter(|line| line["method"] == "Health").last().expect("it was called");
+    for field in ["us", "bytes_in", "bytes_out"] {
+        assert!(health[field].is_u64(), "{field} in {health}");
+    }
+}
+
+#[tokio::test]
 async fn a_terse_filter_silences_the_log() {
     let data = Data::new();
     let server = ServerProcess::start(data.path(), &[("RUST_LOG", "error")]).await;
