@@ -70,6 +70,14 @@ id16! {
     MessageId
 }
 
+id16! {
+    /// The history that seqs belong to. Seqs of two histories cannot be compared.
+    ///
+    /// A store that was restored, or whose standby was promoted, begins another history: seqs that
+    /// were in use before may be assigned again, to other messages.
+    StoreId
+}
+
 /// Which of an inbox's channels a message belongs to: the default one, or one named by 16 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ChannelId(Option<[u8; 16]>);

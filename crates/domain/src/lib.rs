@@ -13,7 +13,7 @@ mod time;
 mod username;
 
 pub use identity::{IdentityKey, InvalidIdentity};
-pub use ids::{AccountId, ChannelId, DeviceId, MessageId, Seq, WrongLength};
+pub use ids::{AccountId, ChannelId, DeviceId, MessageId, Seq, StoreId, WrongLength};
 pub use limits::{Delivery, KeyPackageCaps, MAX_BATCH};
 pub use session::{SessionToken, TokenHash};
 pub use time::UnixMillis;

@@ -13,7 +13,7 @@ use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use qpq_domain::{ChannelId, DeviceId, IdentityKey, MessageId, Seq, UnixMillis};
+use qpq_domain::{ChannelId, DeviceId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
 
 use crate::{Shard, StoreResult};
 
@@ -49,8 +49,9 @@ pub trait Inboxes: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Page>;
 
-    /// Removes messages of the view, leased or not: an ack is the reader's own word. Answers how
-    /// many went. Durable when it returns.
+    /// Removes messages of the view, leased or not: an ack is the reader's own word. Returns how many
+    /// were removed: none if the ack names another history than the present one. Durable when it
+    /// returns.
     async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32>;
 }
 
@@ -74,6 +75,9 @@ pub trait Lease: Send + Sync {
 
     /// Removes exactly the messages shown: the reader has them. Durable when it returns. Their ids
     /// are remembered from `now` on, or from their expiry if that came before.
+    ///
+    /// Removes nothing if the store has begun another history since the page was read: the seqs may
+    /// belong to other messages now.
     async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
 }
 
@@ -142,8 +146,10 @@ pub struct PageLimit {
 }
 
 /// What a read shows.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Page {
+    /// The history that the seqs belong to.
+    pub store_id: StoreId,
     /// In seq order.
     pub envelopes: Vec<Envelope>,
     /// Whether the view has more, unexpired and visible, behind these.
@@ -157,6 +163,13 @@ pub struct Envelope {
     pub channel: ChannelId,
     pub payload: bytes::Bytes,
     pub enqueued_at: UnixMillis,
+}
+
+impl Page {
+    /// Creates a page without messages.
+    pub const fn empty(store_id: StoreId) -> Self {
+        Self { store_id, envelopes: Vec::new(), more: false }
+    }
 }
 
 impl Envelope {
@@ -182,4 +195,13 @@ pub struct Ack {
     pub up_to: Option<Seq>,
     /// Single messages of the view besides.
     pub seqs: Vec<Seq>,
+    /// The history that the seqs belong to, where the reader says so.
+    pub store_id: Option<StoreId>,
+}
+
+impl Ack {
+    /// Whether the ack names no message.
+    pub fn is_empty(&self) -> bool {
+        self.up_to.is_none() && self.seqs.is_empty()
+    }
 }

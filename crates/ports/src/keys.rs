@@ -12,10 +12,16 @@ pub trait KeyPackages: Send + Sync {
     /// Stores all of `packages` or none. One that is there already counts as stored and changes
     /// nothing; a new last-resort package takes the place of the old one. How many one owner may
     /// have is the backend's configuration ([`qpq_domain::KeyPackageCaps`]).
+    ///
+    /// [`UploadMode::Replace`] first removes what the owner has stored, the last-resort package
+    /// included. Removing and storing are one step: a concurrent [`take`](Self::take) gets a package
+    /// of before or of after, and an upload that is refused removes nothing. A removed package that
+    /// was not given out may be uploaded again.
     async fn upload(
         &self,
         owner: AccountId,
         packages: Vec<NewKeyPackage>,
+        mode: UploadMode,
         now: UnixMillis,
     ) -> StoreResult<Upload>;
 
@@ -32,6 +38,15 @@ pub trait KeyPackages: Send + Sync {
     async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock>;
 }
 
+/// What an upload does with the packages that are stored already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UploadMode {
+    /// Keeps them.
+    Add,
+    /// Removes them.
+    Replace,
+}
+
 /// A KeyPackage to be stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewKeyPackage {
@@ -41,6 +56,8 @@ pub struct NewKeyPackage {
     /// As uploaded, byte for byte.
     pub bytes: Vec<u8>,
     pub last_resort: bool,
+    /// When its lifetime begins: it is neither counted nor given out before.
+    pub not_before: UnixMillis,
     /// When its lifetime ends: it is not given out after, and not before then forgotten.
     pub not_after: UnixMillis,
 }

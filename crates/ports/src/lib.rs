@@ -21,7 +21,7 @@ mod shard;
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
-use qpq_domain::UnixMillis;
+use qpq_domain::{StoreId, UnixMillis};
 
 pub use accounts::{Account, Accounts, Credentials, NewAccount, Registration};
 pub use clock::{Clock, SystemClock};
@@ -30,7 +30,9 @@ pub use inboxes::{
     Ack, Enqueue, Enqueued, Envelope, Inboxes, Lease, Page, PageLimit, Read, Receipt, View, Wake,
     Wakes,
 };
-pub use keys::{HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload};
+pub use keys::{
+    HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload, UploadMode,
+};
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
 pub use notices::{Alone, Notice, Notices};
 pub use sessions::{NewSession, Session, Sessions};
@@ -66,4 +68,25 @@ pub trait Upkeep: Send + Sync {
     /// At most one bounded batch of each; answers how many rows went, so that the caller repeats
     /// while it is worth it.
     async fn sweep(&self, now: UnixMillis) -> StoreResult<u64>;
+
+    /// Returns the history that the store is in, as far as this process has noticed. Reads nothing.
+    /// A page has the id that is exact for its seqs.
+    fn store_id(&self) -> StoreId;
+
+    /// Begins another history, after the store was replaced by an older copy of itself. In one
+    /// atomic step:
+    /// - the store gets another id;
+    /// - every one-time KeyPackage is removed, since any of them may have been given out after the
+    ///   copy was made, and none of them may be uploaded again.
+    ///
+    /// Safe to repeat. Another process that uses the same store notices with its next read.
+    async fn begin_history(&self) -> StoreResult<NewHistory>;
+}
+
+/// What [`Upkeep::begin_history`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewHistory {
+    pub store_id: StoreId,
+    /// One-time KeyPackages removed.
+    pub removed_packages: u64,
 }

@@ -163,6 +163,7 @@ impl Table {
                         number("last_resort"),
                         number("not_after"),
                         bytes("bytes"),
+                        number("not_before"),
                     ]
                 }
             }

@@ -288,8 +288,8 @@ const MOVE: &[&str] = &[
      SELECT s.moved, t.sender, t.message_id, t.seq, t.channel, t.payload_sha256, t.enqueued_at, t.forget_at
        FROM import_recent_id t JOIN import_account s ON s.id = t.inbox",
     // Numbered in this order, which is that of their upload.
-    "INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes)
-     SELECT s.moved, t.fingerprint, t.last_resort <> 0, t.not_after, t.bytes
+    "INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes, not_before)
+     SELECT s.moved, t.fingerprint, t.last_resort <> 0, t.not_after, t.bytes, t.not_before
        FROM import_key_package t JOIN import_account s ON s.id = t.owner ORDER BY t.id",
     "INSERT INTO key_package_given (owner, fingerprint, not_after)
      SELECT s.moved, t.fingerprint, t.not_after
@@ -325,7 +325,7 @@ fn canonical(table: Table) -> &'static str {
         }
         Table::KeyPackage => {
             "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), t.fingerprint,
-                    t.last_resort::int::bigint, t.not_after, t.bytes
+                    t.last_resort::int::bigint, t.not_after, t.bytes, t.not_before
                FROM key_package t JOIN import_account a ON a.moved = t.owner"
         }
         Table::KeyPackageGiven => {

@@ -15,7 +15,7 @@ use std::{
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, KeyPackageCaps, UnixMillis};
 use qpq_ports::{
-    HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload,
+    HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload, UploadMode,
 };
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
@@ -24,33 +24,49 @@ use crate::postgres::{
     row::{Columns as _, millis},
 };
 
+/// The condition for a package whose lifetime contains $2. Where the beginning is not known, the
+/// package was stored by a release that did not keep it.
+macro_rules! alive {
+    () => {
+        "not_after >= $2 AND coalesce(not_before, 0) <= $2"
+    };
+}
+
 /// The oldest package that nobody else is just taking. One that is locked is as good as gone:
 /// whoever locked it commits next. (If that fails instead, it was there all the time, and somebody
 /// got a later one or the last resort, which is no harm.) `=` and not IN: a sub-select that is
 /// planned as a join may lock and take more than one row.
-const TAKE: &str = "
-    WITH taken AS (
+const TAKE: &str = concat!(
+    "WITH taken AS (
         DELETE FROM key_package WHERE id = (
             SELECT k.id FROM account a JOIN key_package k ON k.owner = a.id
-             WHERE a.identity = $1 AND NOT k.last_resort AND k.not_after >= $2
-             ORDER BY k.id LIMIT 1 FOR UPDATE OF k SKIP LOCKED)
+             WHERE a.identity = $1 AND NOT k.last_resort AND ",
+    alive!(),
+    "        ORDER BY k.id LIMIT 1 FOR UPDATE OF k SKIP LOCKED)
         RETURNING owner, fingerprint, not_after, bytes),
     given AS (
         INSERT INTO key_package_given (owner, fingerprint, not_after)
         SELECT owner, fingerprint, not_after FROM taken ON CONFLICT DO NOTHING)
-    SELECT bytes FROM taken";
+    SELECT bytes FROM taken"
+);
 
 /// It is noted as given, too: once a newer one has taken its place, it may not come back. Locked,
 /// so that it is not replaced, and uploaded again, before that is noted; if it is just being
 /// replaced, this waits and gets the newer one.
-const TAKE_LAST_RESORT: &str = "
-    WITH shown AS (
+const TAKE_LAST_RESORT: &str = concat!(
+    "WITH shown AS (
         SELECT k.owner, k.fingerprint, k.not_after, k.bytes FROM account a JOIN key_package k ON k.owner = a.id
-         WHERE a.identity = $1 AND k.last_resort AND k.not_after >= $2 FOR KEY SHARE OF k),
+         WHERE a.identity = $1 AND k.last_resort AND ",
+    alive!(),
+    "    FOR KEY SHARE OF k),
     given AS (
         INSERT INTO key_package_given (owner, fingerprint, not_after)
         SELECT owner, fingerprint, not_after FROM shown ON CONFLICT DO NOTHING)
-    SELECT bytes FROM shown";
+    SELECT bytes FROM shown"
+);
+
+/// Waits for an upload of $1 that is not committed yet.
+const AFTER_UPLOAD: &str = "SELECT FROM account WHERE identity = $1 FOR SHARE";
 
 /// Whoever inserts a package locks its owner's key alone, which this leaves free.
 const LOCK: &str = "SELECT FROM account WHERE id = $1 FOR NO KEY UPDATE";
@@ -65,19 +81,25 @@ const KNOWN: &str = "
     UNION ALL
     SELECT fingerprint, false, true FROM key_package_given WHERE owner = $1 AND fingerprint = ANY ($2)";
 
-const STOCK: &str = "
-    SELECT count(*) FILTER (WHERE NOT last_resort) AS available, coalesce(bool_or(last_resort), false) AS last_resort
-      FROM key_package WHERE owner = $1 AND not_after >= $2";
+const STOCK: &str = concat!(
+    "SELECT count(*) FILTER (WHERE NOT last_resort) AS available, coalesce(bool_or(last_resort), false) AS last_resort
+       FROM key_package WHERE owner = $1 AND ",
+    alive!()
+);
+
+/// $2: whether the last-resort package is removed, too.
+const REMOVE: &str = "DELETE FROM key_package WHERE owner = $1 AND ($2 OR NOT last_resort)";
 
 /// In its place, so that whoever waits for the old one finds the new one.
 const REPLACE_LAST_RESORT: &str = "
-    UPDATE key_package SET fingerprint = $2, not_after = $3, bytes = $4 WHERE owner = $1 AND last_resort";
+    UPDATE key_package SET fingerprint = $2, not_after = $3, bytes = $4, not_before = $5
+     WHERE owner = $1 AND last_resort";
 
 const STORE: &str = "
-    INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes)
-    SELECT $1, n.fingerprint, n.last_resort, n.not_after, n.bytes
-      FROM unnest($2::bytea[], $3::bool[], $4::int8[], $5::bytea[])
-      WITH ORDINALITY AS n (fingerprint, last_resort, not_after, bytes, place) ORDER BY n.place";
+    INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes, not_before)
+    SELECT $1, n.fingerprint, n.last_resort, n.not_after, n.bytes, n.not_before
+      FROM unnest($2::bytea[], $3::bool[], $4::int8[], $5::bytea[], $6::int8[])
+      WITH ORDINALITY AS n (fingerprint, last_resort, not_after, bytes, not_before, place) ORDER BY n.place";
 
 const PUT_HYBRID: &str = "
     INSERT INTO hybrid_key (owner, key) VALUES ($1, $2) ON CONFLICT (owner) DO UPDATE SET key = excluded.key";
@@ -104,6 +126,7 @@ impl KeyPackages for ClusterKeys {
         &self,
         owner: AccountId,
         packages: Vec<NewKeyPackage>,
+        mode: UploadMode,
         now: UnixMillis,
     ) -> StoreResult<Upload> {
         let (packages, most) = (Arc::new(packages), self.caps.max_count);
@@ -112,7 +135,7 @@ impl KeyPackages for ClusterKeys {
         self.database
             .run("upload_key_packages", Repeat::Harmless, |connection| {
                 let packages = Arc::clone(&packages);
-                Box::pin(async move { upload(connection, owner, &packages, now, most).await })
+                Box::pin(async move { upload(connection, owner, &packages, mode, now, most).await })
             })
             .await
     }
@@ -128,17 +151,16 @@ impl KeyPackages for ClusterKeys {
         self.database
             .run("take_key_package", Repeat::Never, move |connection| {
                 Box::pin(async move {
-                    for (sql, last_resort) in [(TAKE, false), (TAKE_LAST_RESORT, true)] {
-                        let bytes: Option<Vec<u8>> = sqlx::query_scalar(sql)
-                            .bind(&target.as_bytes()[..])
-                            .bind(millis(now))
-                            .fetch_optional(&mut *connection)
-                            .await?;
-                        if let Some(bytes) = bytes {
-                            return Ok(Some(TakenKeyPackage { bytes, last_resort }));
-                        }
+                    if let Some(taken) = take(connection, &target, now).await? {
+                        return Ok(Some(taken));
                     }
-                    Ok(None)
+                    // All of them may just be replaced: the new ones are seen once that is
+                    // committed.
+                    sqlx::query(AFTER_UPLOAD)
+                        .bind(&target.as_bytes()[..])
+                        .execute(&mut *connection)
+                        .await?;
+                    take(connection, &target, now).await
                 })
             })
             .await
@@ -186,6 +208,24 @@ impl HybridKeys for ClusterKeys {
     }
 }
 
+async fn take(
+    connection: &mut PgConnection,
+    target: &IdentityKey,
+    now: UnixMillis,
+) -> sqlx::Result<Option<TakenKeyPackage>> {
+    for (sql, last_resort) in [(TAKE, false), (TAKE_LAST_RESORT, true)] {
+        let bytes: Option<Vec<u8>> = sqlx::query_scalar(sql)
+            .bind(&target.as_bytes()[..])
+            .bind(millis(now))
+            .fetch_optional(&mut *connection)
+            .await?;
+        if let Some(bytes) = bytes {
+            return Ok(Some(TakenKeyPackage { bytes, last_resort }));
+        }
+    }
+    Ok(None)
+}
+
 async fn stock(
     connection: &mut PgConnection,
     owner: AccountId,
@@ -206,26 +246,41 @@ async fn upload(
     connection: &mut PgConnection,
     owner: AccountId,
     packages: &[NewKeyPackage],
+    mode: UploadMode,
     now: UnixMillis,
     most: u32,
 ) -> sqlx::Result<Upload> {
     sqlx::query(LOCK).bind(owner.0).execute(&mut *connection).await?;
     sqlx::query(EXPIRE).bind(owner.0).bind(millis(now)).execute(&mut *connection).await?;
-    let known = Known::of(connection, owner, packages).await?;
+    let mut known = Known::of(connection, owner, packages).await?;
+    if mode == UploadMode::Replace {
+        known.there.clear();
+    }
     let new = match known.choose(packages) {
         Ok(new) => new,
         Err(index) => return Ok(Upload::GivenOut(index)),
     };
-    let mut stock = stock(connection, owner, now).await?;
-    let singles =
-        new.iter().filter(|package| !package.last_resort && package.not_after >= now).count();
+    let mut stock = match mode {
+        UploadMode::Add => stock(connection, owner, now).await?,
+        UploadMode::Replace => Stock::default(),
+    };
+    let is_alive = |package: &NewKeyPackage| package.not_before <= now && now <= package.not_after;
+    let singles = new.iter().filter(|package| !package.last_resort && is_alive(package)).count();
     stock.available = stock.available.saturating_add(u32::try_from(singles).unwrap_or(u32::MAX));
     let last_resort = new.iter().rfind(|package| package.last_resort);
     if let Some(package) = last_resort {
-        stock.has_last_resort = package.not_after >= now;
+        stock.has_last_resort = is_alive(package);
     }
     if stock.available.saturating_add(stock.has_last_resort.into()) > most {
         return Ok(Upload::Full);
+    }
+    if mode == UploadMode::Replace {
+        // A last resort is replaced in its place, as below.
+        sqlx::query(REMOVE)
+            .bind(owner.0)
+            .bind(last_resort.is_none())
+            .execute(&mut *connection)
+            .await?;
     }
     let replaced = match last_resort {
         Some(package) => replace_last_resort(connection, owner, package).await?,
@@ -304,6 +359,7 @@ async fn replace_last_resort(
         .bind(&package.fingerprint[..])
         .bind(millis(package.not_after))
         .bind(&package.bytes[..])
+        .bind(millis(package.not_before))
         .execute(connection)
         .await?;
     Ok(done.rows_affected() > 0)
@@ -329,6 +385,7 @@ async fn store<'a>(
         .bind(of_packages!(|package| package.last_resort))
         .bind(of_packages!(|package| millis(package.not_after)))
         .bind(of_packages!(|package| &package.bytes[..]))
+        .bind(of_packages!(|package| millis(package.not_before)))
         .execute(connection)
         .await
         .map(drop)

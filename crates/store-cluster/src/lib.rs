@@ -13,6 +13,7 @@
 mod accounts;
 mod config;
 mod error;
+mod history;
 mod import;
 mod inboxes;
 mod keys;
@@ -38,6 +39,7 @@ use tokio::{
 
 pub use config::{Config, Endpoint, Limits, Migrate, Timing};
 pub use error::ConnectError;
+pub use history::begin_history;
 pub use import::{Import, ImportError};
 pub use inboxes::COMMITTERS;
 pub use postgres::migrate;
@@ -45,6 +47,7 @@ pub use postgres::migrate;
 use crate::{
     accounts::ClusterAccounts,
     error::Server,
+    history::History,
     inboxes::ClusterInboxes,
     keys::ClusterKeys,
     limiter::ClusterLimiter,
@@ -90,9 +93,14 @@ impl ClusterStore {
         let join = || Bus::connect(config, &edge);
         let bus = waiting(may_take, |within| Server::Nats.answers(within, join())).await?;
         let database = Database::new(options, config.postgres_connections, config.postgres_timeout);
+        let read = || async {
+            History::read(&database).await.map_err(|error| Server::Postgres.unreachable(error))
+        };
+        let history = waiting(may_take, |within| Server::Postgres.answers(within, read())).await?;
         let waking = Waking::new(redis.clone(), bus.clone(), edge.clone());
         let sessions = Arc::new(ClusterSessions::new(
             database.clone(),
+            history.clone(),
             redis.clone(),
             bus.clone(),
             config.timing.session_cache,
@@ -103,6 +111,7 @@ impl ClusterStore {
             accounts: Arc::new(ClusterAccounts::new(database.clone())),
             inboxes: Arc::new(ClusterInboxes::start(
                 database.clone(),
+                history.clone(),
                 waking.clone(),
                 edge,
                 delivery,
@@ -122,13 +131,14 @@ impl ClusterStore {
                 database.clone(),
                 redis,
                 Arc::clone(&sessions),
+                history.clone(),
                 delivery.recent_ids,
             )),
             sessions: Arc::clone(&sessions) as _,
         };
         let mut tasks = JoinSet::new();
         tasks.spawn(waking.clone().listen());
-        tasks.spawn(waking.poll(database.clone(), config.timing.poll));
+        tasks.spawn(waking.poll(database.clone(), history.clone(), config.timing.poll));
         tasks.spawn(sessions.listen());
         tasks.spawn(observe(database.clone()));
         Ok(Self { database, bus, stores, tasks })

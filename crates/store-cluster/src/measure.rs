@@ -4,7 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, UnixMillis};
+use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
 use qpq_ports::{Enqueue, Envelope, NewAccount, PageLimit, Read, StoreResult, View};
 use tokio::{task::JoinSet, time::Instant};
 
@@ -104,7 +104,16 @@ pub async fn pushes(
             while start.elapsed() < duration {
                 // A queue is dropped when it is full, as in use, and loaded anew now and then.
                 if messages % 128 == 0 {
-                    load_empty(&redis, inbox, State { head: messages, removals: messages }).await?;
+                    load_empty(
+                        &redis,
+                        inbox,
+                        State {
+                            store_id: StoreId::new([0; 16]),
+                            head: messages,
+                            removals: messages,
+                        },
+                    )
+                    .await?;
                 }
                 messages += 1;
                 redis.push(&inbox, &[queued(messages, payload)]).await?;

@@ -19,6 +19,7 @@
 //! | `qpq_bus_connected` | gauge | 0 or 1 | whether NATS is connected |
 //! | `qpq_cluster_edges` | gauge | edges | edges that this one has had a sign of life from through NATS in the last seconds, itself always included: 1 while NATS is away |
 //! | `qpq_session_lookups_total{from}` | counter | lookups | sessions by where they were found: `process`, `redis`, `postgres` |
+//! | `qpq_histories_total` | counter | histories | times that this edge found the store in another history: after a promotion or a restore |
 //! | `qpq_limit_failures_total` | counter | failures | calls that could not be counted against their budget |
 
 pub(crate) const PG_SECONDS: &str = "qpq_pg_seconds";
@@ -38,6 +39,7 @@ pub(crate) const BUS_DROPPED: &str = "qpq_bus_dropped_total";
 pub(crate) const BUS_CONNECTED: &str = "qpq_bus_connected";
 pub(crate) const EDGES: &str = "qpq_cluster_edges";
 pub(crate) const SESSION_LOOKUPS: &str = "qpq_session_lookups_total";
+pub(crate) const HISTORIES: &str = "qpq_histories_total";
 pub(crate) const LIMIT_FAILURES: &str = "qpq_limit_failures_total";
 
 /// Tells the recorder what the names mean.
@@ -80,12 +82,17 @@ pub(crate) fn describe() {
     );
     describe_counter!(SESSION_LOOKUPS, Count, "Sessions by where they were found");
     describe_counter!(
+        HISTORIES,
+        Count,
+        "Times that this edge found the store in another history: after a promotion or a restore"
+    );
+    describe_counter!(
         LIMIT_FAILURES,
         Count,
         "Calls that could not be counted against their budget"
     );
     // From the start at zero, so that a rate sees the first.
-    for name in [BUS_DROPPED, LIMIT_FAILURES] {
+    for name in [BUS_DROPPED, HISTORIES, LIMIT_FAILURES] {
         metrics::counter!(name).increment(0);
     }
     for name in [ENQUEUE_QUEUE, LEASES, WAITERS] {

@@ -4,14 +4,18 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use qpq_domain::{TokenHash, UnixMillis};
-use qpq_ports::{StoreResult, Upkeep};
+use qpq_domain::{StoreId, TokenHash, UnixMillis};
+use qpq_ports::{NewHistory, StoreResult, Upkeep};
 use redis::Cmd;
 use sqlx::PgConnection;
 
 use crate::{
+    history::{History, store_id},
     inboxes::{self, SWEEP},
-    postgres::{Database, Repeat, row::millis},
+    postgres::{
+        Database, Repeat,
+        row::{Columns as _, millis},
+    },
     redis::Redis,
     sessions::{ClusterSessions, tokens},
 };
@@ -21,6 +25,9 @@ const CHECKED: Duration = Duration::from_secs(60);
 
 /// Any number that nothing else in this database uses: "qpqsweep".
 const SWEEPER: i64 = i64::from_be_bytes(*b"qpqsweep");
+
+const BEAT: &str =
+    concat!("UPDATE heartbeat SET beats = beats + 1 RETURNING ", store_id!(), " AS store_id");
 
 /// What somebody is busy with has its turn next time, so a sweep waits for nobody.
 const SESSIONS: &str = "
@@ -39,6 +46,7 @@ pub(crate) struct ClusterUpkeep {
     database: Database,
     redis: Redis,
     sessions: Arc<ClusterSessions>,
+    history: History,
     recent_ids: Duration,
 }
 
@@ -47,22 +55,23 @@ impl ClusterUpkeep {
         database: Database,
         redis: Redis,
         sessions: Arc<ClusterSessions>,
+        history: History,
         recent_ids: Duration,
     ) -> Self {
-        Self { database, redis, sessions, recent_ids }
+        Self { database, redis, sessions, history, recent_ids }
     }
 
     async fn commit(&self) -> StoreResult<()> {
-        self.database
+        let store_id = self
+            .database
             .once("check", Repeat::Harmless, |connection| {
                 Box::pin(async move {
-                    sqlx::query("UPDATE heartbeat SET beats = beats + 1")
-                        .execute(connection)
-                        .await
-                        .map(drop)
+                    sqlx::query(BEAT).fetch_one(connection).await?.store_id("store_id")
                 })
             })
-            .await
+            .await?;
+        self.history.note(store_id);
+        Ok(())
     }
 
     async fn write(&self) -> StoreResult<()> {
@@ -96,6 +105,14 @@ impl Upkeep for ClusterUpkeep {
             .await?;
         self.sessions.ended(&swept.sessions).await;
         Ok(swept.rows)
+    }
+
+    fn store_id(&self) -> StoreId {
+        self.history.id()
+    }
+
+    async fn begin_history(&self) -> StoreResult<NewHistory> {
+        self.history.begin(&self.database).await
     }
 }
 

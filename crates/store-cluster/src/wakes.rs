@@ -18,6 +18,7 @@ use tokio::{
 };
 
 use crate::{
+    history::History,
     inboxes::page,
     metrics as names,
     nats::{Bus, EdgeId, Heard},
@@ -185,7 +186,7 @@ impl Waking {
 
     /// Looks every `every`, and after each time that NATS was away, whether an inbox has something
     /// that nobody told.
-    pub(crate) async fn poll(self, database: Database, every: Duration) {
+    pub(crate) async fn poll(self, database: Database, history: History, every: Duration) {
         let mut back = self.bus.back();
         loop {
             // Edges that started together do not look together for ever.
@@ -194,14 +195,14 @@ impl Waking {
                 () = sleep(pause) => {}
                 Ok(()) = back.changed() => {}
             }
-            self.look(&database).await;
+            self.look(&database, &history).await;
         }
     }
 
-    async fn look(&self, database: &Database) {
+    async fn look(&self, database: &Database, history: &History) {
         for inboxes in self.waiting().chunks(POLLED) {
             // A failure is noted where it happens; the next poll looks again.
-            let Ok(heads) = page::heads(database, inboxes).await else { return };
+            let Ok((_, heads)) = page::heads(database, history, inboxes).await else { return };
             for (inbox, head) in heads {
                 let news = {
                     let inboxes = self.table.inboxes.lock();

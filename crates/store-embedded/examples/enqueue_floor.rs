@@ -237,7 +237,7 @@ fn all(n: u64) -> Read {
 
 async fn empty(stores: &Stores, inboxes: u64) {
     for n in 0..inboxes {
-        let everything = Ack { up_to: Some(Seq(u64::MAX)), seqs: vec![] };
+        let everything = Ack { up_to: Some(Seq(u64::MAX)), ..Ack::default() };
         stores.inboxes.ack(all(n), everything, NOW).await.expect("ack");
     }
 }
@@ -316,7 +316,7 @@ async fn depth() {
         if let Some(last) =
             left.len().checked_sub(usize::try_from(depth).expect("small")).filter(|n| *n > 0)
         {
-            let ack = Ack { up_to: Some(left[last - 1].seq), seqs: vec![] };
+            let ack = Ack { up_to: Some(left[last - 1].seq), ..Ack::default() };
             stores.inboxes.ack(all(0), ack, NOW).await.expect("ack");
         }
     }

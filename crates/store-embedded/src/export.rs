@@ -155,7 +155,7 @@ fn canonical(table: Table) -> &'static str {
         // They are given out in the order of their upload, so each has its place.
         Table::KeyPackage => {
             "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), t.fingerprint, t.last_resort,
-                    t.not_after, t.bytes
+                    t.not_after, t.bytes, t.not_before
                FROM key_package t JOIN account a ON a.id = t.owner"
         }
         Table::KeyPackageGiven => {
@@ -246,7 +246,7 @@ mod tests {
         let mut export = Export::open(directory.path()).await.expect("it is free");
         let rows = sqlx::query(
             "SELECT t.name AS tab, c.name AS col FROM sqlite_schema t JOIN pragma_table_info(t.name) c
-              WHERE t.type = 'table' AND t.name NOT IN ('_sqlx_migrations', 'sqlite_sequence', 'heartbeat')",
+              WHERE t.type = 'table' AND t.name NOT IN ('_sqlx_migrations', 'sqlite_sequence', 'heartbeat', 'store')",
         )
         .fetch_all(&mut export.connection)
         .await

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use qpq_domain::{AccountId, IdentityKey, KeyPackageCaps, UnixMillis};
 use qpq_ports::{
-    HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload,
+    HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload, UploadMode,
 };
 use sqlx::{Row as _, SqliteConnection, SqlitePool, sqlite::SqliteRow};
 
@@ -41,6 +41,7 @@ impl KeyPackages for EmbeddedKeys {
         &self,
         owner: AccountId,
         packages: Vec<NewKeyPackage>,
+        mode: UploadMode,
         now: UnixMillis,
     ) -> StoreResult<Upload> {
         let bytes = packages.iter().map(|package| package.bytes.len() + JOB_BYTES).sum();
@@ -51,7 +52,7 @@ impl KeyPackages for EmbeddedKeys {
                 bytes,
                 move |connection| {
                     async move {
-                        let upload = upload(connection, owner, packages, now, most).await?;
+                        let upload = upload(connection, owner, packages, mode, now, most).await?;
                         Ok(match upload {
                             Upload::Stored(_) => Outcome::Keep(upload),
                             Upload::GivenOut(_) | Upload::Full => Outcome::Undo(upload),
@@ -135,10 +136,42 @@ impl HybridKeys for EmbeddedKeys {
     }
 }
 
-/// What ?1 has at ?2: a walk over at most the cap of short index entries.
-const STOCK: &str = "SELECT
-        (SELECT count(*) FROM key_package WHERE owner = ?1 AND last_resort = 0 AND not_after >= ?2) AS available,
-        EXISTS (SELECT 1 FROM key_package WHERE owner = ?1 AND last_resort = 1 AND not_after >= ?2) AS last_resort";
+/// The condition for a package whose lifetime contains ?2. Where the beginning is not known, the
+/// package was stored by a release that did not keep it.
+macro_rules! alive {
+    () => {
+        "not_after >= ?2 AND coalesce(not_before, 0) <= ?2"
+    };
+}
+
+/// Counts what ?1 has at ?2: a walk over at most the cap of short index entries.
+const STOCK: &str = concat!(
+    "SELECT
+        (SELECT count(*) FROM key_package WHERE owner = ?1 AND last_resort = 0 AND ",
+    alive!(),
+    ") AS available,
+        EXISTS (SELECT 1 FROM key_package WHERE owner = ?1 AND last_resort = 1 AND ",
+    alive!(),
+    ") AS last_resort"
+);
+
+/// Removes the oldest package of ?1 that is alive at ?2.
+const TAKE: &str = concat!(
+    "DELETE FROM key_package WHERE id = (
+        SELECT k.id FROM account a JOIN key_package k ON k.owner = a.id
+         WHERE a.identity = ?1 AND k.last_resort = 0 AND ",
+    alive!(),
+    " ORDER BY k.id LIMIT 1)
+     RETURNING owner, fingerprint, last_resort, not_after, bytes"
+);
+
+/// Shows the last-resort package of ?1, if it is alive at ?2.
+const LAST_RESORT: &str = concat!(
+    "SELECT k.owner, k.fingerprint, k.last_resort, k.not_after, k.bytes
+       FROM account a JOIN key_package k ON k.owner = a.id
+      WHERE a.identity = ?1 AND k.last_resort = 1 AND ",
+    alive!()
+);
 
 fn stock(row: &SqliteRow) -> sqlx::Result<Stock> {
     let available = row.unsigned("available")?;
@@ -153,6 +186,7 @@ async fn upload(
     connection: &mut SqliteConnection,
     owner: AccountId,
     packages: Vec<NewKeyPackage>,
+    mode: UploadMode,
     now: UnixMillis,
     most: u32,
 ) -> sqlx::Result<Upload> {
@@ -161,6 +195,12 @@ async fn upload(
         "DELETE FROM key_package_given WHERE owner = ?1 AND not_after < ?2",
     ] {
         sqlx::query(sql).bind(owner.0).bind(millis(now)).execute(&mut *connection).await?;
+    }
+    if mode == UploadMode::Replace {
+        sqlx::query("DELETE FROM key_package WHERE owner = ?1")
+            .bind(owner.0)
+            .execute(&mut *connection)
+            .await?;
     }
     for (index, package) in packages.into_iter().enumerate() {
         if !store(connection, owner, package).await? {
@@ -201,11 +241,13 @@ async fn store(
             .await?;
     }
     sqlx::query(
-        "INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes) VALUES (?1, ?2, ?3, ?4, ?5)",
+        "INSERT INTO key_package (owner, fingerprint, last_resort, not_before, not_after, bytes)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
     )
     .bind(owner.0)
     .bind(&package.fingerprint[..])
     .bind(package.last_resort)
+    .bind(millis(package.not_before))
     .bind(millis(package.not_after))
     .bind(package.bytes)
     .execute(connection)
@@ -218,30 +260,17 @@ async fn take(
     target: IdentityKey,
     now: UnixMillis,
 ) -> sqlx::Result<Option<TakenKeyPackage>> {
-    let single = sqlx::query(
-        "DELETE FROM key_package WHERE id = (
-             SELECT k.id FROM account a JOIN key_package k ON k.owner = a.id
-              WHERE a.identity = ?1 AND k.last_resort = 0 AND k.not_after >= ?2 ORDER BY k.id LIMIT 1)
-         RETURNING owner, fingerprint, last_resort, not_after, bytes",
-    )
-    .bind(&target.as_bytes()[..])
-    .bind(millis(now))
-    .fetch_optional(&mut *connection)
-    .await?;
-    let taken = match single {
-        Some(row) => Some(row),
-        None => {
-            sqlx::query(
-                "SELECT k.owner, k.fingerprint, k.last_resort, k.not_after, k.bytes
-                   FROM account a JOIN key_package k ON k.owner = a.id
-                  WHERE a.identity = ?1 AND k.last_resort = 1 AND k.not_after >= ?2",
-            )
+    let mut taken = None;
+    for sql in [TAKE, LAST_RESORT] {
+        taken = sqlx::query(sql)
             .bind(&target.as_bytes()[..])
             .bind(millis(now))
             .fetch_optional(&mut *connection)
-            .await?
+            .await?;
+        if taken.is_some() {
+            break;
         }
-    };
+    }
     let Some(row) = taken else { return Ok(None) };
     // The last-resort package too: once a newer one has taken its place, it may not come back.
     sqlx::query(

@@ -13,6 +13,7 @@
 mod accounts;
 mod error;
 mod export;
+mod history;
 mod inboxes;
 mod keys;
 mod limiter;
@@ -35,7 +36,7 @@ pub use export::{Export, ExportError};
 pub use open::{MOVED_FILE, OpenError};
 
 use crate::{
-    accounts::EmbeddedAccounts, inboxes::EmbeddedInboxes, keys::EmbeddedKeys,
+    accounts::EmbeddedAccounts, history::History, inboxes::EmbeddedInboxes, keys::EmbeddedKeys,
     limiter::EmbeddedLimiter, sessions::EmbeddedSessions, upkeep::EmbeddedUpkeep,
     wakes::EmbeddedWakes, writer::Writer,
 };
@@ -61,6 +62,9 @@ impl EmbeddedStore {
         metrics::describe();
         let opened = open::open(data_dir).await?;
         let readers = opened.readers;
+        let history = History::read(&readers)
+            .await
+            .map_err(|error| open::failed(&data_dir.join(open::DATABASE_FILE), &error))?;
         let writer = Writer::start(opened.connection, opened.options, limits.delivery, opened.lock);
         let wakes = Arc::default();
         let sessions = Arc::new(EmbeddedSessions::new(writer.clone(), readers.clone()));
@@ -72,6 +76,7 @@ impl EmbeddedStore {
                 writer.clone(),
                 readers.clone(),
                 Arc::clone(&wakes),
+                history.clone(),
                 limits.delivery,
             )),
             wakes: Arc::new(EmbeddedWakes(wakes)),
@@ -82,6 +87,7 @@ impl EmbeddedStore {
             upkeep: Arc::new(EmbeddedUpkeep::new(
                 writer.clone(),
                 Arc::clone(&sessions),
+                history,
                 limits.delivery.recent_ids,
             )),
             sessions,

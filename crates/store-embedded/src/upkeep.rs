@@ -9,11 +9,12 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
-use qpq_domain::UnixMillis;
-use qpq_ports::{StoreResult, Upkeep};
+use qpq_domain::{StoreId, UnixMillis};
+use qpq_ports::{NewHistory, StoreResult, Upkeep};
 use sqlx::SqliteConnection;
 
 use crate::{
+    history::History,
     inboxes,
     row::millis,
     sessions::{EmbeddedSessions, tokens},
@@ -30,6 +31,7 @@ const LOAD: usize = 64 << 10;
 pub(crate) struct EmbeddedUpkeep {
     writer: Writer,
     sessions: Arc<EmbeddedSessions>,
+    history: History,
     recent_ids: Duration,
 }
 
@@ -37,9 +39,10 @@ impl EmbeddedUpkeep {
     pub(crate) fn new(
         writer: Writer,
         sessions: Arc<EmbeddedSessions>,
+        history: History,
         recent_ids: Duration,
     ) -> Self {
-        Self { writer, sessions, recent_ids }
+        Self { writer, sessions, history, recent_ids }
     }
 }
 
@@ -87,6 +90,14 @@ impl Upkeep for EmbeddedUpkeep {
             )
             .await?;
         Ok(swept.0 + swept.1.len() as u64)
+    }
+
+    fn store_id(&self) -> StoreId {
+        self.history.id()
+    }
+
+    async fn begin_history(&self) -> StoreResult<NewHistory> {
+        self.history.begin(&self.writer).await
     }
 }
 

@@ -34,8 +34,6 @@ pub struct Policy {
     pub max_bytes: usize,
     /// The longest time from `not_before` to `not_after`.
     pub max_lifetime: Duration,
-    /// How far `not_before` may be in the future, for uploaders whose clock is ahead.
-    pub clock_skew: Duration,
 }
 
 impl Default for Policy {
@@ -46,7 +44,6 @@ impl Default for Policy {
             suites: vec![0x0001, 0x0003, 0x004D, 0x004E, 0x004F],
             max_bytes: 64 * 1024,
             max_lifetime: MAX_LIFETIME,
-            clock_skew: Duration::from_secs(5 * 60),
         }
     }
 }
@@ -59,6 +56,8 @@ pub struct Checked {
     pub verified: bool,
     /// Whether the package says that it may be used more than once (extension 0x000A).
     pub last_resort: bool,
+    /// From when on it may be given out.
+    pub not_before: UnixMillis,
     /// From when on it must not be given out.
     pub not_after: UnixMillis,
     /// The KeyPackageRef (RFC 9420 §5.2), made with SHA-256 whatever the suite: the same for a
@@ -141,6 +140,7 @@ pub fn check(
     Ok(Checked {
         verified,
         last_resort: outline.last_resort,
+        not_before: UnixMillis(outline.not_before.saturating_mul(1000)),
         not_after: UnixMillis(outline.not_after.saturating_mul(1000)),
         reference: reference(outline.bare),
     })
@@ -176,10 +176,9 @@ fn check_lifetime(outline: &Outline<'_>, policy: &Policy, now: UnixMillis) -> Re
     if outline.not_after <= now_secs {
         return Err(Rejected::Expired);
     }
-    if outline.not_before > now_secs.saturating_add(policy.clock_skew.as_secs()) {
+    if outline.not_before > now_secs {
         return Err(Rejected::NotYetValid);
     }
-    // not_before ≤ not_after holds but for the skew, within which a lifetime is short anyhow.
     if outline.not_after.saturating_sub(outline.not_before) > policy.max_lifetime.as_secs() {
         return Err(Rejected::LifetimeTooLong);
     }

@@ -94,6 +94,11 @@ impl Bench {
         self.stores.inboxes.peek(read, Seq::ZERO, EVERYTHING, now).await.expect("peek")
     }
 
+    /// The page of a view that has nothing.
+    pub(super) fn nothing(&self) -> Page {
+        Page::empty(self.stores.upkeep.store_id())
+    }
+
     pub(super) async fn ack(&self, read: Read, up_to: Option<u64>, seqs: &[u64]) -> u32 {
         self.ack_at(read, up_to, seqs, NOW).await
     }
@@ -105,7 +110,11 @@ impl Bench {
         seqs: &[u64],
         now: UnixMillis,
     ) -> u32 {
-        let ack = Ack { up_to: up_to.map(Seq), seqs: seqs.iter().copied().map(Seq).collect() };
+        let ack = Ack {
+            up_to: up_to.map(Seq),
+            seqs: seqs.iter().copied().map(Seq).collect(),
+            store_id: None,
+        };
         self.stores.inboxes.ack(read, ack, now).await.expect("ack")
     }
 }

@@ -9,7 +9,7 @@ use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, Person},
 };
-use crate::{NewKeyPackage, Stock, TakenKeyPackage, Upload};
+use crate::{NewKeyPackage, Stock, TakenKeyPackage, Upload, UploadMode};
 
 /// The package with this number, valid for an hour.
 fn package(n: u8) -> NewKeyPackage {
@@ -17,6 +17,7 @@ fn package(n: u8) -> NewKeyPackage {
         fingerprint: [n; 32],
         bytes: vec![n; 300],
         last_resort: false,
+        not_before: NOW.minus(60 * MINUTE),
         not_after: NOW.plus(60 * MINUTE),
     }
 }
@@ -31,7 +32,11 @@ fn stock(available: u32, has_last_resort: bool) -> Upload {
 
 impl Bench {
     async fn upload(&self, owner: Person, packages: Vec<NewKeyPackage>) -> Upload {
-        self.stores.key_packages.upload(owner.account, packages, NOW).await.expect("upload")
+        self.stores
+            .key_packages
+            .upload(owner.account, packages, UploadMode::Add, NOW)
+            .await
+            .expect("upload")
     }
 
     async fn take(&self, target: Person) -> Option<TakenKeyPackage> {
@@ -138,12 +143,13 @@ pub async fn a_package_that_was_given_out_may_not_come_again(factory: &dyn Facto
     let until = package(1).not_after;
     let keys = &bench.stores.key_packages;
     assert_eq!(
-        keys.upload(alice.account, vec![package(1)], until).await.expect("upload"),
+        keys.upload(alice.account, vec![package(1)], UploadMode::Add, until).await.expect("upload"),
         Upload::GivenOut(0)
     );
     let renewed = NewKeyPackage { not_after: until.plus(60 * MINUTE), ..package(1) };
     let after = until.plus(MINUTE);
-    let upload = keys.upload(alice.account, vec![renewed], after).await.expect("upload");
+    let upload =
+        keys.upload(alice.account, vec![renewed], UploadMode::Add, after).await.expect("upload");
     assert_eq!(upload, stock(1, false), "its lifetime had ended, so it is forgotten");
 }
 
@@ -181,7 +187,7 @@ pub async fn an_owner_has_no_more_than_the_cap(factory: &dyn Factory) {
     let upload = bench
         .stores
         .key_packages
-        .upload(alice.account, vec![fresh(6), fresh(7), fresh(8)], later)
+        .upload(alice.account, vec![fresh(6), fresh(7), fresh(8)], UploadMode::Add, later)
         .await;
     assert_eq!(upload.expect("upload"), stock(3, false), "what has expired does not count");
 }

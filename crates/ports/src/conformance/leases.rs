@@ -10,7 +10,7 @@ use super::{
     Factory,
     bench::{Bench, EVERYTHING, NOW, Person, all, first, message, only, seqs},
 };
-use crate::{Inboxes, Page};
+use crate::Inboxes;
 
 /// Somebody with `n` messages in the default channel.
 async fn filled(factory: &dyn Factory, n: usize) -> (Bench, Person) {
@@ -27,7 +27,7 @@ pub async fn a_lease_hides_until_it_is_released(factory: &dyn Factory) {
     let lease = bench.lease(all(alice), EVERYTHING).await;
     let page = lease.page().clone();
     assert_eq!(seqs(&page), [1, 2, 3]);
-    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &Page::default());
+    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &bench.nothing());
     drop(lease);
     assert_eq!(
         bench.lease(all(alice), EVERYTHING).await.page(),
@@ -70,8 +70,8 @@ pub async fn a_view_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
         (vec![1], false),
         "4 is visible to nobody, 3 to 1's"
     );
-    assert_eq!(bench.lease(only(alice, 2), EVERYTHING).await.page(), &Page::default());
-    assert_eq!(bench.lease(only(alice, 1), EVERYTHING).await.page(), &Page::default());
+    assert_eq!(bench.lease(only(alice, 2), EVERYTHING).await.page(), &bench.nothing());
+    assert_eq!(bench.lease(only(alice, 1), EVERYTHING).await.page(), &bench.nothing());
     drop(stopped);
     let first_channel = bench.lease(only(alice, 1), EVERYTHING).await;
     assert_eq!(
@@ -81,7 +81,7 @@ pub async fn a_view_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
     );
     second.settle(NOW).await.expect("settle");
     assert_eq!(seqs(bench.lease(only(alice, 2), EVERYTHING).await.page()), [4]);
-    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &Page::default());
+    assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &bench.nothing());
     drop(first_channel);
     assert_eq!(seqs(bench.lease(all(alice), EVERYTHING).await.page()), [1, 3, 4]);
 }
@@ -90,7 +90,7 @@ pub async fn a_peek_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
     let (bench, alice) = filled(factory, 4).await;
     bench.deliver(message(alice, alice, "other").in_channel(1)).await;
     let lease = bench.lease(all(alice), first(2)).await;
-    assert_eq!(bench.peek(all(alice)).await, Page::default());
+    assert_eq!(bench.peek(all(alice)).await, bench.nothing());
     let behind =
         bench.stores.inboxes.peek(all(alice), Seq(2), EVERYTHING, NOW).await.expect("peek");
     assert_eq!(seqs(&behind), [3, 4, 5], "who asks for what is behind it gets that");
@@ -108,7 +108,7 @@ pub async fn an_ack_reaches_what_is_leased(factory: &dyn Factory) {
     assert_eq!(seqs(lease.page()), [2, 3]);
     assert_eq!(bench.ack(all(alice), None, &[2, 3]).await, 2);
     lease.settle(NOW).await.expect("nothing is left to remove, which is no error");
-    assert_eq!(bench.peek(all(alice)).await, Page::default());
+    assert_eq!(bench.peek(all(alice)).await, bench.nothing());
 }
 
 pub async fn a_crash_releases_leases(factory: &dyn Factory) {
@@ -171,7 +171,7 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
     // A reader that waits is woken by the last settlement, whoever made it.
     tasks.join_all().await;
     assert_eq!(*settled.lock(), (1..=MESSAGES).collect());
-    assert_eq!(bench.peek(all(alice)).await, Page::default());
+    assert_eq!(bench.peek(all(alice)).await, bench.nothing());
 }
 
 /// Reads that begin after an ack returned, while others read all the time.

@@ -6,7 +6,7 @@ use super::{
     Factory,
     bench::{Bench, EVERYTHING, MINUTE, NOW, Person, all, first, message, only, seqs, texts},
 };
-use crate::{Page, PageLimit};
+use crate::PageLimit;
 
 /// Five messages, the odd ones in the default channel and the even ones in channel 1.
 async fn mixed(factory: &dyn Factory) -> (Bench, Person) {
@@ -26,7 +26,7 @@ pub async fn a_view_sees_one_channel_or_all(factory: &dyn Factory) {
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3, 4, 5]);
     assert_eq!(texts(&bench.peek(only(alice, 0)).await), ["m1", "m3", "m5"]);
     assert_eq!(texts(&bench.peek(only(alice, 1)).await), ["m2", "m4"]);
-    assert_eq!(bench.peek(only(alice, 2)).await, Page::default());
+    assert_eq!(bench.peek(only(alice, 2)).await, bench.nothing());
     assert_eq!(texts(&bench.peek(all(bob)).await), ["for bob"]);
     let page = bench.peek(only(alice, 1)).await;
     assert!(
@@ -117,8 +117,8 @@ pub async fn a_peek_goes_on_behind_a_seq(factory: &dyn Factory) {
     let page = peek(only(alice, 0), 2, first(1)).await;
     assert_eq!((seqs(&page), page.more), (vec![3], true));
     for after in [5, 6, 1 << 38, (1 << 38) + 1, u64::MAX] {
-        assert_eq!(peek(all(alice), after, EVERYTHING).await, Page::default(), "{after}");
-        assert_eq!(peek(only(alice, 0), after, EVERYTHING).await, Page::default(), "{after}");
+        assert_eq!(peek(all(alice), after, EVERYTHING).await, bench.nothing(), "{after}");
+        assert_eq!(peek(only(alice, 0), after, EVERYTHING).await, bench.nothing(), "{after}");
     }
 }
 
@@ -145,7 +145,7 @@ pub async fn an_ack_removes_single_seqs_of_its_view(factory: &dyn Factory) {
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 3, 4, 5]);
     assert_eq!(bench.ack(all(alice), None, &[5, 3, 3, 77, u64::MAX, 0]).await, 2);
     assert_eq!(bench.ack(all(alice), Some(1), &[1, 4]).await, 2, "both kinds at once");
-    assert_eq!(bench.peek(all(alice)).await, Page::default());
+    assert_eq!(bench.peek(all(alice)).await, bench.nothing());
     assert_eq!(seqs(&bench.peek(all(bob)).await), [1]);
     let many: Vec<u64> = (1..5_000).collect();
     assert_eq!(bench.ack(all(bob), None, &many).await, 1);
@@ -162,9 +162,9 @@ pub async fn an_inbox_that_is_not_there_is_empty(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
-    assert_eq!(bench.peek(all(nobody)).await, Page::default());
+    assert_eq!(bench.peek(all(nobody)).await, bench.nothing());
     let lease = bench.lease(all(nobody), EVERYTHING).await;
-    assert_eq!(lease.page(), &Page::default());
+    assert_eq!(lease.page(), &bench.nothing());
     lease.settle(NOW).await.expect("nothing to settle");
     assert_eq!(bench.ack(all(nobody), Some(9), &[1]).await, 0);
 }

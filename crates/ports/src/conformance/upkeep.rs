@@ -6,7 +6,7 @@ use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, Person, all, message, seqs},
 };
-use crate::{Enqueued, NewKeyPackage, NewSession, Session, Upload};
+use crate::{Enqueued, NewKeyPackage, NewSession, Session, Upload, UploadMode};
 
 pub async fn a_healthy_backend_passes_its_check(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
@@ -56,11 +56,12 @@ pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Fac
         fingerprint: [n; 32],
         bytes: vec![n],
         last_resort: false,
+        not_before: NOW,
         not_after,
     };
     let packages = vec![package(1, NOW.plus(MINUTE)), package(2, NOW.plus(9 * MINUTE))];
-    let upload =
-        bench.stores.key_packages.upload(alice.account, packages, NOW).await.expect("upload");
+    let keys = &bench.stores.key_packages;
+    let upload = keys.upload(alice.account, packages, UploadMode::Add, NOW).await.expect("upload");
     assert!(matches!(upload, Upload::Stored(_)));
 
     assert_eq!(sweep_all(&bench, NOW).await, 0);

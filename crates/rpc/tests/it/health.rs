@@ -9,8 +9,8 @@ use std::{
 };
 
 use async_trait::async_trait;
-use qpq_domain::UnixMillis;
-use qpq_ports::{StoreError, StoreResult, Upkeep};
+use qpq_domain::{StoreId, UnixMillis};
+use qpq_ports::{NewHistory, StoreError, StoreResult, Upkeep};
 use qpq_proto::{
     methods::Health,
     v1::{HealthRequest, HealthResponse},
@@ -39,6 +39,14 @@ impl Upkeep for Failing {
 
     async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
         self.inner.sweep(now).await
+    }
+
+    fn store_id(&self) -> StoreId {
+        self.inner.store_id()
+    }
+
+    async fn begin_history(&self) -> StoreResult<NewHistory> {
+        self.inner.begin_history().await
     }
 }
 

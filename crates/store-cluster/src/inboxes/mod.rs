@@ -29,15 +29,16 @@ pub(crate) use remove::{SWEEP, sweep};
 use self::{
     committer::Committers,
     leases::{Held, Leases},
-    page::{Head, Heads},
+    page::{Head, Heads, Present},
     settler::Settlers,
 };
 use crate::{
     config::Timing,
+    history::History,
     metrics as names,
     nats::EdgeId,
     postgres::{Database, Repeat},
-    redis::queue::{Found, LeaseId, Look, MOST_BYTES, MOST_MESSAGES, Shown},
+    redis::queue::{Found, LeaseId, Look, MOST_BYTES, MOST_MESSAGES, Shown, State},
     wakes::Waking,
 };
 
@@ -77,13 +78,14 @@ struct Request<'a> {
 impl ClusterInboxes {
     pub(crate) fn start(
         database: Database,
+        history: History,
         waking: Waking,
         edge: EdgeId,
         limits: Delivery,
         timing: &Timing,
     ) -> Self {
         Self {
-            heads: Heads::start(&database),
+            heads: Heads::start(&database, &history),
             committers: Committers::start(&database, limits, &waking),
             settlers: Settlers::start(&database, limits.recent_ids),
             leases: Leases::start(edge, timing.lease, waking.clone()),
@@ -99,9 +101,8 @@ impl ClusterInboxes {
         self.leases.settled(inbox).await;
         let mut registered = false;
         for _ in 0..TRIES {
-            let Some(head) = self.heads.get(inbox).await? else {
-                return Ok((Page::default(), NOBODY));
-            };
+            let Present { store_id, head } = self.heads.get(inbox).await?;
+            let Some(head) = head else { return Ok((Page::empty(store_id), NOBODY)) };
             let shown = if head.messages <= MOST_MESSAGES && head.bytes <= MOST_BYTES {
                 self.read_queue(request, head).await?
             } else {
@@ -164,8 +165,11 @@ impl ClusterInboxes {
         envelopes.truncate(free.seqs);
         seqs.truncate(envelopes.len());
         // Whoever had leased and removed some of it in between has counted that by now.
-        let present = self.heads.get(inbox).await?;
-        if present.is_none_or(|present| present.state.removals != snapshot.state.removals) {
+        let present = self.heads.get(inbox).await?.head.map(|head| head.state);
+        let is_present = |state: State| {
+            (state.store_id, state.removals) == (snapshot.state.store_id, snapshot.state.removals)
+        };
+        if !present.is_some_and(is_present) {
             if let Some(id) = lease {
                 self.waking.release(inbox, id, &seqs).await;
             }
@@ -173,7 +177,7 @@ impl ClusterInboxes {
         }
         metrics::counter!(names::HOT_READS, "from" => "postgres").increment(1);
         Ok(Some(Shown {
-            page: Page { envelopes, more },
+            page: Page { store_id: snapshot.state.store_id, envelopes, more },
             head: snapshot.state.head,
             stopped_for: free.stopped_for,
         }))

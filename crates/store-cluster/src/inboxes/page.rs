@@ -3,13 +3,14 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use qpq_domain::{IdentityKey, Seq, UnixMillis};
+use qpq_domain::{IdentityKey, Seq, StoreId, UnixMillis};
 use qpq_ports::{Envelope, PageLimit, Read, StoreError, StoreResult, View};
 use sqlx::{Row as _, postgres::PgRow};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     error::Shared,
+    history::{History, store_id},
     postgres::{
         Database, Repeat,
         row::{Columns as _, millis, number},
@@ -22,25 +23,42 @@ pub(super) const HEADS: usize = 512;
 /// Statements for heads at a time.
 const READERS: usize = 2;
 
-const HEAD: &str = "
-    SELECT a.identity, i.id, i.last_seq, i.removals, i.messages, i.bytes
-      FROM account a JOIN inbox i ON i.id = a.id WHERE a.identity = ANY ($1)";
+/// The store id stands alone where there is no such inbox.
+const HEAD: &str = concat!(
+    "SELECT s.store_id, h.identity, h.id, h.last_seq, h.removals, h.messages, h.bytes
+       FROM (SELECT ",
+    store_id!(),
+    " AS store_id) s LEFT JOIN (
+        SELECT a.identity, i.id, i.last_seq, i.removals, i.messages, i.bytes
+          FROM account a JOIN inbox i ON i.id = a.id WHERE a.identity = ANY ($1)) h ON true"
+);
 
-/// $1 inbox, $2 after which seq, $3 now, $4 rows.
-const ALL: &str = "
-    SELECT seq, channel, enqueued_at, expires_at, payload FROM message
-     WHERE inbox = $1 AND seq > $2 AND expires_at > $3 ORDER BY seq LIMIT $4";
-const CHANNEL: &str = "
-    SELECT seq, channel, enqueued_at, expires_at, payload FROM message
-     WHERE inbox = $1 AND seq > $2 AND expires_at > $3 AND channel = $5 ORDER BY seq LIMIT $4";
+/// $1 inbox, $2 after which seq, $3 now, $4 rows, $5 the store id, $6 the channel. Of another
+/// history there are no rows.
+macro_rules! messages {
+    ($condition:literal) => {
+        concat!(
+            "SELECT seq, channel, enqueued_at, expires_at, payload FROM message
+              WHERE inbox = $1 AND seq > $2 AND expires_at > $3 AND $5 = ",
+            store_id!(),
+            $condition,
+            " ORDER BY seq LIMIT $4"
+        )
+    };
+}
+const ALL: &str = messages!("");
+const CHANNEL: &str = messages!(" AND channel = $6");
 
 /// $1 inbox, $2 rows. The head stands alone where there is no message.
-const WHOLE: &str = "
-    SELECT i.last_seq, i.removals, m.seq, m.channel, m.enqueued_at, m.expires_at, m.payload
+const WHOLE: &str = concat!(
+    "SELECT ",
+    store_id!(),
+    " AS store_id, i.last_seq, i.removals, m.seq, m.channel, m.enqueued_at, m.expires_at, m.payload
       FROM inbox i LEFT JOIN LATERAL (
         SELECT seq, channel, enqueued_at, expires_at, payload FROM message WHERE inbox = $1 ORDER BY seq LIMIT $2) m
         ON true
-     WHERE i.id = $1";
+     WHERE i.id = $1"
+);
 
 /// Rows in one statement.
 const MOST_ROWS: u64 = 1_024;
@@ -63,7 +81,15 @@ pub(crate) struct Heads {
 #[derive(Debug)]
 struct Asked {
     inbox: IdentityKey,
-    answer: oneshot::Sender<StoreResult<Option<Head>>>,
+    answer: oneshot::Sender<StoreResult<Present>>,
+}
+
+/// An inbox's head, and the history that it was read in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Present {
+    pub(super) store_id: StoreId,
+    /// None if there is no such inbox.
+    pub(super) head: Option<Head>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -72,17 +98,17 @@ struct Closed;
 
 impl Heads {
     /// Needs a tokio runtime, on which it works as long as somebody has it.
-    pub(super) fn start(database: &Database) -> Self {
+    pub(super) fn start(database: &Database, history: &History) -> Self {
         let (ask, asked) = mpsc::unbounded_channel();
         let asked = Arc::new(tokio::sync::Mutex::new(asked));
         for _ in 0..READERS {
-            tokio::spawn(look_up(database.clone(), Arc::clone(&asked)));
+            tokio::spawn(look_up(database.clone(), history.clone(), Arc::clone(&asked)));
         }
         Self { ask }
     }
 
-    /// The head of the inbox; `None` if there is no such inbox.
-    pub(super) async fn get(&self, inbox: &IdentityKey) -> StoreResult<Option<Head>> {
+    /// Returns the head of the inbox.
+    pub(super) async fn get(&self, inbox: &IdentityKey) -> StoreResult<Present> {
         let (answer, head) = oneshot::channel();
         self.ask
             .send(Asked { inbox: *inbox, answer })
@@ -93,6 +119,7 @@ impl Heads {
 
 async fn look_up(
     database: Database,
+    history: History,
     asked: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>,
 ) {
     let mut batch = Vec::with_capacity(HEADS);
@@ -102,10 +129,12 @@ async fn look_up(
             return;
         }
         let inboxes: Vec<_> = batch.iter().map(|asked| asked.inbox).collect();
-        let found = heads(&database, &inboxes).await.map(HashMap::<_, _>::from_iter);
+        let found = heads(&database, &history, &inboxes).await;
         for Asked { inbox, answer } in batch.drain(..) {
             let head = match &found {
-                Ok(heads) => Ok(heads.get(&inbox).copied()),
+                Ok((store_id, heads)) => {
+                    Ok(Present { store_id: *store_id, head: heads.get(&inbox).copied() })
+                }
                 Err(error) => Err(error.clone().into()),
             };
             // Whoever gave up changes nothing.
@@ -114,11 +143,12 @@ async fn look_up(
     }
 }
 
-/// The heads of those inboxes that exist.
+/// Returns the heads of those inboxes that exist, and the history that they were read in.
 pub(crate) async fn heads(
     database: &Database,
+    history: &History,
     inboxes: &[IdentityKey],
-) -> Result<Vec<(IdentityKey, Head)>, Shared> {
+) -> Result<(StoreId, HashMap<IdentityKey, Head>), Shared> {
     let keys: Vec<Vec<u8>> = inboxes.iter().map(|key| key.as_bytes().to_vec()).collect();
     let keys = Arc::new(keys);
     let rows = database
@@ -127,22 +157,26 @@ pub(crate) async fn heads(
             Box::pin(async move { sqlx::query(HEAD).bind(&keys[..]).fetch_all(connection).await })
         })
         .await?;
-    rows.iter()
-        .map(|row| {
-            let head = Head {
-                inbox: row.try_get("id")?,
-                state: state(row)?,
-                messages: row.unsigned("messages")?,
-                bytes: row.unsigned("bytes")?,
-            };
-            Ok((row.identity("identity")?, head))
-        })
-        .collect::<sqlx::Result<_>>()
-        .map_err(Into::into)
+    let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let store_id = first.store_id("store_id")?;
+    history.note(store_id);
+    let heads = rows.iter().filter_map(|row| head(row).transpose()).collect::<sqlx::Result<_>>()?;
+    Ok((store_id, heads))
+}
+
+fn head(row: &PgRow) -> sqlx::Result<Option<(IdentityKey, Head)>> {
+    let Some(inbox) = row.try_get("id")? else { return Ok(None) };
+    let head = Head {
+        inbox,
+        state: state(row)?,
+        messages: row.unsigned("messages")?,
+        bytes: row.unsigned("bytes")?,
+    };
+    Ok(Some((row.identity("identity")?, head)))
 }
 
 /// What a view held in one state of its inbox, leased or not, as far as the limit goes.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Snapshot {
     pub(super) state: State,
     pub(super) messages: Vec<Queued>,
@@ -161,10 +195,10 @@ pub(super) async fn page(
     now: UnixMillis,
 ) -> StoreResult<Snapshot> {
     let rows = chunk(head, limit);
-    let mut page = Snapshot { state: head.state, ..Snapshot::default() };
+    let mut page = Snapshot { state: head.state, messages: Vec::new(), next: None };
     let (mut bytes, mut after) = (0_usize, after);
     loop {
-        let messages = messages(database, head.inbox, read.view, after, now, rows).await?;
+        let messages = messages(database, head, read.view, after, now, rows).await?;
         let last = (messages.len() as u64) < rows;
         for queued in messages {
             bytes = bytes.saturating_add(queued.envelope.cost());
@@ -194,12 +228,13 @@ fn chunk(head: &Head, limit: PageLimit) -> u64 {
 
 async fn messages(
     database: &Database,
-    inbox: i64,
+    head: &Head,
     view: View,
     after: Seq,
     now: UnixMillis,
     rows: u64,
 ) -> StoreResult<Vec<Queued>> {
+    let (inbox, store_id) = (head.inbox, head.state.store_id);
     database
         .once("page", Repeat::Harmless, move |connection| {
             Box::pin(async move {
@@ -211,7 +246,8 @@ async fn messages(
                     .bind(inbox)
                     .bind(number(after.0))
                     .bind(millis(now))
-                    .bind(number(rows));
+                    .bind(number(rows))
+                    .bind(&store_id.as_bytes()[..]);
                 if let Some(channel) = channel {
                     query = query.bind(channel);
                 }
@@ -221,9 +257,9 @@ async fn messages(
         .await
 }
 
-/// A whole inbox, expired messages and all, if it is small enough to be a queue.
+/// Returns a whole inbox, expired messages and all, if it is there and small enough to be a queue.
 pub(super) async fn whole(database: &Database, inbox: i64) -> StoreResult<Option<Snapshot>> {
-    let snapshot: Snapshot = database
+    let snapshot: Option<Snapshot> = database
         .once("load", Repeat::Harmless, move |connection| {
             Box::pin(async move {
                 let rows = sqlx::query(WHOLE)
@@ -231,22 +267,27 @@ pub(super) async fn whole(database: &Database, inbox: i64) -> StoreResult<Option
                     .bind(number(MOST_MESSAGES) + 1)
                     .fetch_all(connection)
                     .await?;
-                let mut snapshot = Snapshot::default();
+                let Some(first) = rows.first() else { return Ok(None) };
+                let mut snapshot =
+                    Snapshot { state: state(first)?, messages: Vec::new(), next: None };
                 for row in &rows {
-                    snapshot.state = state(row)?;
                     if row.try_get::<Option<i64>, _>("seq")?.is_some() {
                         snapshot.messages.push(queued(row)?);
                     }
                 }
-                Ok(snapshot)
+                Ok(Some(snapshot))
             })
         })
         .await?;
-    Ok(Some(snapshot).filter(|snapshot| snapshot.messages.len() as u64 <= MOST_MESSAGES))
+    Ok(snapshot.filter(|snapshot| snapshot.messages.len() as u64 <= MOST_MESSAGES))
 }
 
 fn state(row: &PgRow) -> sqlx::Result<State> {
-    Ok(State { head: row.unsigned("last_seq")?, removals: row.unsigned("removals")? })
+    Ok(State {
+        store_id: row.store_id("store_id")?,
+        head: row.unsigned("last_seq")?,
+        removals: row.unsigned("removals")?,
+    })
 }
 
 fn queued(row: &PgRow) -> sqlx::Result<Queued> {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use qpq_domain::{AccountId, ChannelId, DeviceId, IdentityKey, Seq, UnixMillis, Username};
+use qpq_domain::{AccountId, ChannelId, DeviceId, IdentityKey, Seq, StoreId, UnixMillis, Username};
 use sqlx::{Row as _, postgres::PgRow};
 
 use crate::error::NeverWritten;
@@ -34,6 +34,7 @@ pub(crate) trait Columns {
     fn channel(&self, column: &'static str) -> sqlx::Result<ChannelId>;
     fn device(&self, column: &'static str) -> sqlx::Result<Option<DeviceId>>;
     fn username(&self, column: &'static str) -> sqlx::Result<Username>;
+    fn store_id(&self, column: &'static str) -> sqlx::Result<StoreId>;
     fn bytes(&self, column: &'static str) -> sqlx::Result<Vec<u8>>;
 }
 
@@ -73,6 +74,10 @@ impl Columns for PgRow {
 
     fn username(&self, column: &'static str) -> sqlx::Result<Username> {
         Ok(Username::parse(self.try_get(column)?).map_err(|_| NeverWritten(column))?)
+    }
+
+    fn store_id(&self, column: &'static str) -> sqlx::Result<StoreId> {
+        Ok(self.try_get::<&[u8], _>(column)?.try_into().map_err(|_| NeverWritten(column))?)
     }
 
     fn bytes(&self, column: &'static str) -> sqlx::Result<Vec<u8>> {

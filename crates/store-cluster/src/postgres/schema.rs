@@ -91,6 +91,13 @@ async fn bring_up(options: &PgConnectOptions, within: Duration) -> Result<i64, C
     Ok(version)
 }
 
+/// Connects for work that takes as long as it takes, to a schema that must be this program's.
+pub(crate) async fn connect_patiently(config: &Config) -> Result<PgConnection, ConnectError> {
+    let options = super::options(config)?;
+    prepare(&options, config.migrate, config.start_timeout).await?;
+    Server::Postgres.answers(config.start_timeout, Box::pin(connect(&options))).await
+}
+
 async fn look(options: &PgConnectOptions) -> Result<(PgConnection, i64), ConnectError> {
     let mut connection = connect(options).await?;
     let version = version(&mut connection).await?;
@@ -99,7 +106,11 @@ async fn look(options: &PgConnectOptions) -> Result<(PgConnection, i64), Connect
 
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, ConnectError> {
     // Building an index may take longer than a call may.
-    let patient = options.clone().options([("statement_timeout", "0"), ("lock_timeout", "0")]);
+    let patient = options.clone().options([
+        ("statement_timeout", "0"),
+        ("lock_timeout", "0"),
+        ("idle_in_transaction_session_timeout", "0"),
+    ]);
     let mut connection = patient.connect().await.map_err(|error| failed(&error))?;
     let (number, name): (String, String) = sqlx::query_as(
         "SELECT current_setting('server_version_num'), current_setting('server_version')",

@@ -18,7 +18,7 @@
 use std::{sync::LazyLock, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis};
+use qpq_domain::{ChannelId, IdentityKey, Seq, StoreId, UnixMillis};
 use qpq_ports::{Envelope, Page, PageLimit, Read, StoreError, StoreResult, View};
 use redis::{Cmd, Script, Value};
 
@@ -47,9 +47,11 @@ static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scri
 /// there is goes too.
 pub(crate) const UNKNOWN_REMOVAL: u64 = u64::MAX;
 
-/// Which of its states an inbox is in. Both only ever grow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+/// Which of its states an inbox is in. Within one history both numbers only ever grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct State {
+    /// The history that the numbers belong to.
+    pub(crate) store_id: StoreId,
     /// The seq of the newest message there ever was.
     pub(crate) head: u64,
     /// How often something was removed.
@@ -155,7 +157,7 @@ impl Redis {
             millis(LOADED),
         ];
         let keys = self.keys(&read.inbox, ["m", "q", "l", "w"]);
-        found(self.script("read", &READ, &keys, &args).await?)
+        found(state.store_id, self.script("read", &READ, &keys, &args).await?)
     }
 
     /// Makes the queue from what Postgres had in `state`, read after the permit was given; nothing,
@@ -250,7 +252,7 @@ impl Redis {
     }
 }
 
-fn found(answer: Value) -> StoreResult<Found> {
+fn found(store_id: StoreId, answer: Value) -> StoreResult<Found> {
     let wrong = || StoreError::corrupt(NeverWritten("the answer of read.lua"));
     let Value::Array(fields) = answer else { return Err(wrong()) };
     match &fields[..] {
@@ -266,7 +268,7 @@ fn found(answer: Value) -> StoreResult<Found> {
             };
             let envelopes = members.iter().map(envelope).collect::<StoreResult<_>>()?;
             Ok(Found::Page(Shown {
-                page: Page { envelopes, more: number(more)? == 1 },
+                page: Page { store_id, envelopes, more: number(more)? == 1 },
                 head: number(head)?,
                 stopped_for: stopped_for(number(stopped)?),
             }))
@@ -337,6 +339,7 @@ mod tests {
     const INBOX: IdentityKey = IdentityKey::new([1; 32]);
     const READ: Read = Read { inbox: INBOX, device: None, view: View::All };
     const NOW: UnixMillis = UnixMillis(1);
+    const STORE: StoreId = StoreId::new([2; 16]);
 
     async fn redis() -> (Server, Redis) {
         let server = Server::start().await.unwrap();
@@ -362,7 +365,7 @@ mod tests {
     impl Redis {
         async fn found(&self, head: u64, removals: u64) -> Found {
             let limit = PageLimit { messages: 10, bytes: 1 << 20 };
-            let state = State { head, removals };
+            let state = State { store_id: STORE, head, removals };
             let look = Look {
                 read: &READ,
                 state,
@@ -394,7 +397,9 @@ mod tests {
 
         async fn load_seqs(&self, permit: Permit, head: u64, removals: u64, seqs: &[u64]) {
             let messages: Vec<_> = seqs.iter().map(|seq| queued(*seq)).collect();
-            self.load(&INBOX, permit, State { head, removals }, &messages).await.unwrap();
+            self.load(&INBOX, permit, State { store_id: STORE, head, removals }, &messages)
+                .await
+                .unwrap();
         }
     }
 

@@ -24,6 +24,7 @@ use self::{
     shared::{Copy, ENDED, Fill, InRedis},
 };
 use crate::{
+    history::History,
     metrics as names,
     nats::{Bus, Heard},
     postgres::{
@@ -52,6 +53,7 @@ const REVOKE_ALL: &str = "DELETE FROM session WHERE account = $1 RETURNING token
 #[derive(Debug)]
 pub(crate) struct ClusterSessions {
     database: Database,
+    history: History,
     copies: Copies,
     ttl: Duration,
 }
@@ -65,22 +67,31 @@ struct Copies {
 }
 
 impl ClusterSessions {
-    pub(crate) fn new(database: Database, redis: Redis, bus: Bus, ttl: Duration) -> Self {
+    pub(crate) fn new(
+        database: Database,
+        history: History,
+        redis: Redis,
+        bus: Bus,
+        ttl: Duration,
+    ) -> Self {
         let ttl = ttl.min(ENDED);
         let copies = Copies { process: InProcess::new(ttl), redis: InRedis::new(redis, ttl), bus };
-        Self { database, copies, ttl }
+        Self { database, history, copies, ttl }
     }
 
     /// Forgets what other edges say has ended, from now on and as long as there is a bus; and
     /// everything, when something may have been missed.
     pub(crate) fn listen(self: Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
         let (mut heard, mut back) = (self.copies.bus.hear(), self.copies.bus.back());
+        let mut histories = self.history.changes();
         async move {
             loop {
                 let word = tokio::select! {
                     word = heard.recv() => word,
                     // It ends with the bus, which the other branch notices.
                     Ok(()) = back.changed() => Err(RecvError::Lagged(0)),
+                    // What the store knew before, it may not know now.
+                    Ok(()) = histories.changed() => Err(RecvError::Lagged(0)),
                 };
                 match word {
                     Ok(Heard::SessionEnded(token)) => self.forget(&token),

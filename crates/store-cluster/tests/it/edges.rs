@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use qpq_domain::{ChannelId, IdentityKey, KeyPackageCaps, UnixMillis};
 use qpq_ports::{
     Bucket, Enqueue, Enqueued, LimitKey, NewAccount, Registration, Stock, StoreError, Stores,
-    TakenKeyPackage, Upload, Verdict,
+    TakenKeyPackage, Upload, UploadMode, Verdict,
 };
 use qpq_store_cluster::{ClusterStore, Config, Limits};
 use tokio::task::JoinSet;
@@ -84,7 +84,7 @@ async fn of_two_registrations_on_two_edges_one_wins() {
 }
 
 async fn upload(stores: &Stores, owner: Person, packages: Vec<qpq_ports::NewKeyPackage>) -> Upload {
-    stores.key_packages.upload(owner.account, packages, NOW).await.expect("upload")
+    stores.key_packages.upload(owner.account, packages, UploadMode::Add, NOW).await.expect("upload")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

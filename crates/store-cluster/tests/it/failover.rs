@@ -105,7 +105,7 @@ async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
         if pages % 2 == 0 {
             lease.settle(NOW).await.expect("Postgres is there");
         } else {
-            let ack = Ack { up_to: Some(Seq(last)), seqs: Vec::new() };
+            let ack = Ack { up_to: Some(Seq(last)), ..Ack::default() };
             let gone = stores.inboxes.ack(read, ack, NOW).await.expect("Postgres is there");
             assert_eq!(u64::from(gone), last - acked);
         }

@@ -59,6 +59,7 @@ pub(crate) fn package(n: u8) -> NewKeyPackage {
         fingerprint: [n; 32],
         bytes: vec![n; 300],
         last_resort: false,
+        not_before: NOW,
         not_after: NOW.plus(HOUR),
     }
 }

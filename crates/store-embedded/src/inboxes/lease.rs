@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use qpq_domain::{IdentityKey, Seq};
+use qpq_domain::{IdentityKey, Seq, StoreId};
 use qpq_ports::Page;
 
 use super::read::Snapshot;
@@ -82,14 +82,19 @@ impl<'t> Reader<'t> {
     }
 
     /// What of the snapshot may be shown. None when it is too old and must be taken again.
-    pub(super) fn look(&self, mark: Mark, snapshot: &Snapshot) -> Option<Page> {
-        self.entry(|entry| entry.visible(mark, snapshot))
+    pub(super) fn look(&self, mark: Mark, store_id: StoreId, snapshot: &Snapshot) -> Option<Page> {
+        self.entry(|entry| entry.visible(mark, store_id, snapshot))
     }
 
     /// As [`Reader::look`], and leases what may be shown, if anything.
-    pub(super) fn claim(&self, mark: Mark, snapshot: &Snapshot) -> Option<(Page, Option<Claim>)> {
+    pub(super) fn claim(
+        &self,
+        mark: Mark,
+        store_id: StoreId,
+        snapshot: &Snapshot,
+    ) -> Option<(Page, Option<Claim>)> {
         self.entry(|entry| {
-            let page = entry.visible(mark, snapshot)?;
+            let page = entry.visible(mark, store_id, snapshot)?;
             let seqs: Box<[Seq]> = page.envelopes.iter().map(|envelope| envelope.seq).collect();
             entry.leased.extend(&seqs[..]);
             let claim = (!seqs.is_empty()).then(|| Claim {
@@ -116,7 +121,7 @@ impl Drop for Reader<'_> {
 }
 
 impl Entry {
-    fn visible(&self, mark: Mark, snapshot: &Snapshot) -> Option<Page> {
+    fn visible(&self, mark: Mark, store_id: StoreId, snapshot: &Snapshot) -> Option<Page> {
         if Mark(self.removals) != mark {
             return None;
         }
@@ -124,7 +129,7 @@ impl Entry {
         let envelopes: Vec<_> =
             snapshot.envelopes.iter().take_while(|envelope| free(&envelope.seq)).cloned().collect();
         let whole = envelopes.len() == snapshot.envelopes.len();
-        Some(Page { more: whole && snapshot.next.as_ref().is_some_and(free), envelopes })
+        Some(Page { store_id, more: whole && snapshot.next.as_ref().is_some_and(free), envelopes })
     }
 }
 

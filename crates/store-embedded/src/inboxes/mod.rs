@@ -31,6 +31,7 @@ use self::{
 };
 use crate::{
     error::read_failed,
+    history::History,
     wakes::WakeTable,
     writer::{Outcome, Scope, Writer},
 };
@@ -44,6 +45,7 @@ pub(crate) struct EmbeddedInboxes {
     readers: SqlitePool,
     wakes: Arc<WakeTable>,
     leases: Arc<LeaseTable>,
+    history: History,
     limits: Delivery,
 }
 
@@ -52,10 +54,11 @@ impl EmbeddedInboxes {
         writer: Writer,
         readers: SqlitePool,
         wakes: Arc<WakeTable>,
+        history: History,
         limits: Delivery,
     ) -> Self {
         let leases = Arc::new(LeaseTable::new(Arc::clone(&wakes)));
-        Self { writer, readers, wakes, leases, limits }
+        Self { writer, readers, wakes, leases, history, limits }
     }
 }
 
@@ -87,14 +90,15 @@ impl Inboxes for EmbeddedInboxes {
         // Before the mark, so that whoever waits for a connection does not read in vain.
         let mut connection = self.readers.acquire().await.map_err(read_failed)?;
         loop {
-            let mark = reader.mark();
+            let (mark, store_id) = (reader.mark(), self.history.id());
             let snapshot = read::snapshot(&mut connection, &read, Seq::ZERO, limit, now).await?;
-            if let Some((page, claim)) = reader.claim(mark, &snapshot) {
+            if let Some((page, claim)) = reader.claim(mark, store_id, &snapshot) {
                 return Ok(Box::new(InboxLease {
                     claimed: claim.zip(snapshot.inbox),
                     page,
                     read,
                     writer: self.writer.clone(),
+                    history: self.history.clone(),
                     limits: self.limits,
                     shown_at: now,
                 }));
@@ -112,9 +116,9 @@ impl Inboxes for EmbeddedInboxes {
         let reader = Reader::enter(&self.leases, read.inbox);
         let mut connection = self.readers.acquire().await.map_err(read_failed)?;
         loop {
-            let mark = reader.mark();
+            let (mark, store_id) = (reader.mark(), self.history.id());
             let snapshot = read::snapshot(&mut connection, &read, after, limit, now).await?;
-            if let Some(page) = reader.look(mark, &snapshot) {
+            if let Some(page) = reader.look(mark, store_id, &snapshot) {
                 return Ok(page);
             }
         }
@@ -127,18 +131,22 @@ impl Inboxes for EmbeddedInboxes {
             let there = read::seqs(&self.readers, &read.inbox).await?;
             ack.seqs.retain(|seq| there.contains(seq));
         }
-        if ack.up_to.is_none() && ack.seqs.is_empty() {
+        if ack.is_empty() {
             return Ok(0);
         }
         let bytes = ack.seqs.len() * size_of::<Seq>();
         let (leases, wakes, recent_ids) =
             (Arc::clone(&self.leases), Arc::clone(&self.wakes), self.limits.recent_ids);
+        let history = self.history.clone();
         self.writer
             .run(
                 Scope::Batch,
                 bytes,
                 move |connection| {
                     async move {
+                        if ack.store_id.is_some_and(|store_id| store_id != history.id()) {
+                            return Ok(Outcome::Keep(0));
+                        }
                         remove::acked(connection, &read, &ack, now, recent_ids)
                             .await
                             .map(Outcome::Keep)
@@ -163,6 +171,7 @@ struct InboxLease {
     claimed: Option<(Claim, i64)>,
     read: Read,
     writer: Writer,
+    history: History,
     limits: Delivery,
     shown_at: UnixMillis,
 }
@@ -174,12 +183,13 @@ impl Lease for InboxLease {
     }
 
     async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
-        let Self { page, claimed, read, writer, limits, shown_at } = *self;
+        let Self { page, claimed, read, writer, history, limits, shown_at } = *self;
         let (Some((claim, inbox)), [first, .., last] | [first @ last]) =
             (claimed, &page.envelopes[..])
         else {
             return Ok(());
         };
+        let store_id = page.store_id;
         // All of the view between the first and the last that had not expired when they were read:
         // what was shown.
         let selection =
@@ -190,14 +200,21 @@ impl Lease for InboxLease {
                 0,
                 move |connection| {
                     async move {
+                        if store_id != history.id() {
+                            return Ok(Outcome::Keep(None));
+                        }
                         remove::selected(connection, &selection, now, limits.recent_ids)
                             .await
-                            .map(Outcome::Keep)
+                            .map(|removed| Outcome::Keep(Some(removed)))
                     }
                     .boxed()
                 },
-                // Not committed: the claim is dropped, and with it released.
-                move |_| claim.removed(),
+                // Neither committed nor of this history: the claim is dropped, and with it released.
+                move |removed| {
+                    if removed.is_some() {
+                        claim.removed();
+                    }
+                },
             )
             .await
             .map(drop)

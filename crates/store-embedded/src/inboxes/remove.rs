@@ -108,11 +108,11 @@ pub(super) async fn selected(
 
 /// An ack without what it says twice and what cannot be.
 pub(super) fn sensible(ack: Ack) -> Ack {
-    let Ack { up_to, mut seqs } = ack;
+    let Ack { up_to, mut seqs, store_id } = ack;
     seqs.retain(|seq| Some(*seq) > up_to && i64::try_from(seq.0).is_ok());
     seqs.sort_unstable();
     seqs.dedup();
-    Ack { up_to, seqs }
+    Ack { up_to, seqs, store_id }
 }
 
 /// Removes what the ack names; how many went.

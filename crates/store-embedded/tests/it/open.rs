@@ -191,7 +191,7 @@ async fn damage_in_the_middle_is_told_when_it_is_met() {
     let everything = PageLimit { messages: u32::MAX, bytes: usize::MAX };
     let error = inboxes.peek(read, Seq::ZERO, everything, START).await.expect_err("damaged");
     assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
-    let ack = qpq_ports::Ack { up_to: Some(Seq(400)), seqs: vec![] };
+    let ack = qpq_ports::Ack { up_to: Some(Seq(400)), ..qpq_ports::Ack::default() };
     let error = inboxes.ack(read, ack, START).await.expect_err("damaged");
     assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
     store.stores().upkeep.check().await.expect("what does not meet the damage still works");

@@ -9,7 +9,7 @@ use qpq_domain::{
 };
 use qpq_ports::{
     Ack, Enqueue, Enqueued, Lease, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read,
-    Receipt, Registration, Session, Stores, Upload, View,
+    Receipt, Registration, Session, Stores, Upload, UploadMode, View,
 };
 use qpq_store_embedded::Limits;
 use serde::{Deserialize, Serialize};
@@ -237,7 +237,8 @@ impl Machine {
                 page(&inboxes.peek(read(inbox, view), Seq(after), limit, now).await.expect("peek"))
             }
             Op::Ack { inbox, view, up_to, seqs } => {
-                let ack = Ack { up_to: up_to.map(Seq), seqs: seqs.into_iter().map(Seq).collect() };
+                let seqs = seqs.into_iter().map(Seq).collect();
+                let ack = Ack { up_to: up_to.map(Seq), seqs, store_id: None };
                 format!("acked {}", inboxes.ack(read(inbox, view), ack, now).await.expect("ack"))
             }
             other => unreachable!("{other:?}"),
@@ -250,7 +251,7 @@ impl Machine {
             Op::Upload { owner, packages } => {
                 let Some(account) = self.account(owner).await else { return "nobody".to_owned() };
                 let packages = packages.iter().map(|package| new_package(package, now)).collect();
-                match keys.upload(account, packages, now).await.expect("upload") {
+                match keys.upload(account, packages, UploadMode::Add, now).await.expect("upload") {
                     Upload::Stored(stock) => {
                         assert_eq!(keys.stock(account, now).await.expect("stock"), stock);
                         format!("stored {} {}", stock.available, stock.has_last_resort)
@@ -352,6 +353,7 @@ fn new_package(package: &Package, now: UnixMillis) -> NewKeyPackage {
         fingerprint: [package.n; 32],
         bytes: vec![package.n; 100],
         last_resort: package.last_resort,
+        not_before: now,
         not_after: now.plus(MINUTE * package.minutes.into()),
     }
 }

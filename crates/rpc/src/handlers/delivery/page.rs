@@ -1,14 +1,15 @@
 //! Pages of messages: how much fits an answer, and how an inbox's envelopes go onto the wire.
 
 use bytes::Bytes;
+use qpq_domain::StoreId;
 use qpq_ports::{Page, PageLimit};
 use qpq_proto::{convert, v1};
 
 /// What an answer may have at most (protocol §1).
 const MAX_RESPONSE: usize = 4 << 20;
 
-/// What the envelopes of one answer may cost together; the rest is for `more`.
-const MAX_PAGE: usize = MAX_RESPONSE - 16;
+/// What the envelopes of one answer may cost together; the rest is for `more` and the store id.
+const MAX_PAGE: usize = MAX_RESPONSE - 32;
 
 /// The largest payload that can be read again: alone in a page. Whatever the configuration says,
 /// nothing larger is taken.
@@ -17,6 +18,11 @@ pub(super) const MAX_PAYLOAD: usize = MAX_PAGE - 64;
 /// The page for a wire `limit`: 0 is all that fits.
 pub(super) fn limit(limit: u32) -> PageLimit {
     PageLimit { messages: convert::limit(limit).map_or(u32::MAX, u32::from), bytes: MAX_PAGE }
+}
+
+/// Returns the store id as an answer carries it.
+pub(super) fn store_id(id: &StoreId) -> Bytes {
+    Bytes::copy_from_slice(id.as_bytes())
 }
 
 /// The envelopes as the answer carries them. The payloads are shared, not copied.
@@ -50,11 +56,11 @@ mod tests {
     }
 
     fn encoded_len(envelopes: Vec<Envelope>) -> usize {
-        let page = Page { envelopes, more: true };
+        let page = Page { store_id: StoreId::new([0xff; 16]), envelopes, more: true };
         v1::FetchResponse {
             payloads: super::envelopes(&page),
             more: page.more,
-            ..Default::default()
+            store_id: super::store_id(&page.store_id),
         }
         .encoded_len()
     }

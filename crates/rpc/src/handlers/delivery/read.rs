@@ -23,12 +23,13 @@ impl Handler for methods::Fetch {
         let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
         let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
         let Some(lease) = lease(cx, read, page::limit(request.limit)).await? else {
-            return Ok(v1::FetchResponse::default().into());
+            let store_id = page::store_id(&cx.app.stores.upkeep.store_id());
+            return Ok(v1::FetchResponse { store_id, ..Default::default() }.into());
         };
         let response = v1::FetchResponse {
             payloads: page::envelopes(lease.page()),
             more: lease.page().more,
-            ..Default::default()
+            store_id: page::store_id(&lease.page().store_id),
         };
         Ok(Answered { response, lease: Some(lease) })
     }
@@ -48,12 +49,13 @@ impl Handler for methods::FetchWait {
         let deadline = Instant::now() + Self::wait(cx.app, &request);
         async move {
             let Some(lease) = wait(cx, &caller, &read?, limit, deadline).await? else {
-                return Ok(v1::FetchWaitResponse::default().into());
+                let store_id = page::store_id(&cx.app.stores.upkeep.store_id());
+                return Ok(v1::FetchWaitResponse { store_id, ..Default::default() }.into());
             };
             let response = v1::FetchWaitResponse {
                 payloads: page::envelopes(lease.page()),
                 more: lease.page().more,
-                ..Default::default()
+                store_id: page::store_id(&lease.page().store_id),
             };
             Ok(Answered { response, lease: Some(lease) })
         }
@@ -77,7 +79,7 @@ impl Handler for methods::Peek {
         Ok(v1::PeekResponse {
             payloads: page::envelopes(&page),
             more: page.more,
-            ..Default::default()
+            store_id: page::store_id(&page.store_id),
         }
         .into())
     }
@@ -93,13 +95,11 @@ impl Handler for methods::Ack {
         let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
         convert::at_most(request.seqs.len(), MAX_ACK_SEQS, "seqs")?;
         let up_to = Some(Seq(request.seq_up_to)).filter(|seq| *seq > Seq::ZERO);
-        let ack = Ack { up_to, seqs: request.seqs.iter().copied().map(Seq).collect() };
+        let seqs = request.seqs.iter().copied().map(Seq).collect();
+        let ack = Ack { up_to, seqs, store_id: None };
         // An ack of nothing removes nothing: an answer to a client whose page was empty.
-        let removed = if ack == Ack::default() {
-            0
-        } else {
-            cx.app.stores.inboxes.ack(read, ack, cx.now).await?
-        };
+        let removed =
+            if ack.is_empty() { 0 } else { cx.app.stores.inboxes.ack(read, ack, cx.now).await? };
         Ok(v1::AckResponse { removed }.into())
     }
 }

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use qpq_domain::{IdentityKey, UnixMillis};
 use qpq_mls::key_package;
-use qpq_ports::{NewKeyPackage, Stock, Upload};
+use qpq_ports::{NewKeyPackage, Stock, Upload, UploadMode};
 use qpq_proto::{Method as _, convert, methods, v1};
 use sha2::{Digest as _, Sha256};
 
@@ -24,15 +24,16 @@ impl Handler for methods::UploadKeyPackage {
         check_owner(&caller, &request.identity_key)?;
         let uploads = uploads(cx.app, &request)?;
         let packages = check(cx.app, &caller.identity, &uploads, cx.now).await?;
-        let Stock { available, .. } =
-            match cx.app.stores.key_packages.upload(caller.account, packages, cx.now).await? {
-                Upload::Stored(stock) => stock,
-                Upload::GivenOut(index) => {
-                    let field = uploads.get(index).map_or("package", |upload| upload.field);
-                    return Err(Error::invalid_package(field, GivenOut));
-                }
-                Upload::Full => return Err(Error::KeyPackagesFull),
-            };
+        let mode = if request.replace { UploadMode::Replace } else { UploadMode::Add };
+        let stored = cx.app.stores.key_packages.upload(caller.account, packages, mode, cx.now);
+        let Stock { available, .. } = match stored.await? {
+            Upload::Stored(stock) => stock,
+            Upload::GivenOut(index) => {
+                let field = uploads.get(index).map_or("package", |upload| upload.field);
+                return Err(Error::invalid_package(field, GivenOut));
+            }
+            Upload::Full => return Err(Error::KeyPackagesFull),
+        };
         let fingerprint = if request.package.is_empty() {
             Bytes::new()
         } else {
@@ -124,6 +125,7 @@ async fn check(
                 fingerprint: checked.reference,
                 bytes: upload.bytes.to_vec(),
                 last_resort: upload.last_resort || checked.last_resort,
+                not_before: checked.not_before,
                 not_after: checked.not_after,
             });
         }

@@ -5,11 +5,12 @@ use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use qpq_domain::{
-    AccountId, ChannelId, DeviceId, IdentityKey, MessageId, Seq, TokenHash, UnixMillis, Username,
+    AccountId, ChannelId, DeviceId, IdentityKey, MessageId, Seq, StoreId, TokenHash, UnixMillis,
+    Username,
 };
 use qpq_ports::{
     Ack, Enqueue, Enqueued, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read,
-    Registration, Session, Stores, View,
+    Registration, Session, Stores, UploadMode, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
@@ -127,7 +128,7 @@ impl Content {
         } else {
             drop(lease);
             let seqs = seen.into_iter().filter(|_| self.random.r#gen()).collect();
-            stores.inboxes.ack(read, Ack { up_to: None, seqs }, self.now).await.unwrap();
+            stores.inboxes.ack(read, Ack { seqs, ..Ack::default() }, self.now).await.unwrap();
         }
     }
 
@@ -161,12 +162,13 @@ impl Content {
                 fingerprint: self.random.r#gen(),
                 bytes: self.bytes(300),
                 last_resort: self.random.gen_bool(0.2),
+                not_before: self.now,
                 not_after: self.now.plus(self.random.gen_range(1..200) * HOUR / 10),
             })
             .collect();
         stores
             .key_packages
-            .upload(self.people[person].1, packages.clone(), self.now)
+            .upload(self.people[person].1, packages.clone(), UploadMode::Add, self.now)
             .await
             .unwrap();
         self.packages.extend(packages.into_iter().map(|package| (person, package)));
@@ -238,7 +240,9 @@ impl Content {
                 loop {
                     let limit = PageLimit { messages: 50, bytes: 100_000 };
                     let peek = async |stores: &Stores| {
-                        stores.inboxes.peek(read, after, limit, at).await.unwrap()
+                        let page = stores.inboxes.peek(read, after, limit, at).await.unwrap();
+                        // Each store has an id of its own.
+                        Page { store_id: StoreId::new([0; 16]), ..page }
                     };
                     let page: Page = peek(one).await;
                     assert_eq!(page, peek(two).await, "{view:?} behind {after:?}, page {pages}");
@@ -266,7 +270,8 @@ impl Content {
             // expired may.
             for (_, package) in self.packages.iter().filter(|(owner, _)| *owner == n) {
                 let upload = async |stores: &Stores, id| {
-                    stores.key_packages.upload(id, vec![package.clone()], now).await.unwrap()
+                    let packages = vec![package.clone()];
+                    stores.key_packages.upload(id, packages, UploadMode::Add, now).await.unwrap()
                 };
                 assert_eq!(upload(one, first[n]).await, upload(two, second[n]).await);
             }
@@ -294,7 +299,11 @@ impl Content {
                 let up_to = page.envelopes.last().map(|last| Seq(last.seq.0 + 3));
                 (
                     page,
-                    stores.inboxes.ack(read, Ack { up_to, seqs: vec![] }, self.now).await.unwrap(),
+                    stores
+                        .inboxes
+                        .ack(read, Ack { up_to, ..Ack::default() }, self.now)
+                        .await
+                        .unwrap(),
                 )
             };
             assert_eq!(fetch(one).await, fetch(two).await);

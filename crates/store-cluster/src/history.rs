@@ -1,0 +1,122 @@
+//! Which history the store is in, and the noticing of another one.
+//!
+//! The id is derived from what changes whenever Postgres may have gone back in time: the identifier
+//! of the database system (another server, or a dump that was restored into one), the timeline (a
+//! promoted standby, a point-in-time recovery), and a stored salt (for what changes neither). It is
+//! read in the very statement whose rows it speaks of. So a connection that silently leads to
+//! another server, as through a pooler, is noticed by its next statement.
+//!
+//! The timeline comes from the position of the log that is being written, since the one of the last
+//! checkpoint is still the old one right after a promotion. A standby writes no log and answers with
+//! an error. The functions need no rights beyond those of any role.
+
+use std::sync::Arc;
+
+use qpq_domain::StoreId;
+use qpq_ports::{NewHistory, StoreResult};
+use sqlx::{Connection as _, PgConnection};
+use tokio::sync::watch;
+
+use crate::{
+    Config, ConnectError, metrics as names,
+    postgres::{self, Database, Repeat, row::Columns as _},
+};
+
+/// The id of the history, as an expression that Postgres evaluates once a statement.
+macro_rules! store_id {
+    () => {
+        "(SELECT substr(sha256(int8send(c.system_identifier)
+                 || decode(substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), 'hex') || s.salt), 1, 16)
+            FROM pg_control_system() c CROSS JOIN store s)"
+    };
+}
+pub(crate) use store_id;
+
+const CURRENT: &str = concat!("SELECT ", store_id!(), " AS store_id");
+
+const RENEW: &str = "UPDATE store SET salt = uuid_send(gen_random_uuid())";
+
+/// Any of them may have been given out after the copy was made that is the store now.
+const REMOVE_PACKAGES: &str = "
+    WITH removed AS (
+        DELETE FROM key_package WHERE NOT last_resort RETURNING owner, fingerprint, not_after),
+    given AS (
+        INSERT INTO key_package_given (owner, fingerprint, not_after)
+        SELECT owner, fingerprint, not_after FROM removed ON CONFLICT DO NOTHING)
+    SELECT count(*) FROM removed";
+
+/// The history that this edge saw last. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct History(Arc<watch::Sender<StoreId>>);
+
+impl History {
+    /// Asks Postgres for the present history.
+    pub(crate) async fn read(database: &Database) -> StoreResult<Self> {
+        let id = database
+            .once("store_id", Repeat::Harmless, |connection| Box::pin(current(connection)))
+            .await?;
+        Ok(Self(Arc::new(watch::Sender::new(id))))
+    }
+
+    pub(crate) fn id(&self) -> StoreId {
+        *self.0.borrow()
+    }
+
+    /// Notes the history of what was just read.
+    pub(crate) fn note(&self, id: StoreId) {
+        let changed = self.0.send_if_modified(|seen| {
+            let changed = *seen != id;
+            *seen = id;
+            changed
+        });
+        if changed {
+            metrics::counter!(names::HISTORIES).increment(1);
+            tracing::warn!(
+                store_id = %id,
+                "the store began another history: it was restored, or a standby was promoted"
+            );
+        }
+    }
+
+    /// Completes whenever another history was noticed.
+    pub(crate) fn changes(&self) -> watch::Receiver<StoreId> {
+        self.0.subscribe()
+    }
+
+    /// Begins another history: another salt, no one-time KeyPackages.
+    pub(crate) async fn begin(&self, database: &Database) -> StoreResult<NewHistory> {
+        let new = database
+            .run("begin_history", Repeat::Harmless, |connection| Box::pin(begin(connection)))
+            .await?;
+        self.note(new.store_id);
+        Ok(new)
+    }
+}
+
+/// Begins another history, as [`Upkeep::begin_history`](qpq_ports::Upkeep::begin_history), with
+/// Postgres alone and for as long as that takes: of a large cluster there are many packages to
+/// remove. Edges that run notice it.
+pub async fn begin_history(config: &Config) -> Result<NewHistory, ConnectError> {
+    let mut connection = postgres::connect_patiently(config).await?;
+    let outcome = async {
+        let mut open = connection.begin().await?;
+        let new = begin(&mut open).await?;
+        open.commit().await?;
+        Ok(new)
+    };
+    let new = outcome.await.map_err(|error: sqlx::Error| postgres::failed(&error))?;
+    // The work is done and committed.
+    let _ = connection.close().await;
+    Ok(new)
+}
+
+async fn begin(connection: &mut PgConnection) -> sqlx::Result<NewHistory> {
+    sqlx::query(RENEW).execute(&mut *connection).await?;
+    let removed: i64 = sqlx::query_scalar(REMOVE_PACKAGES).fetch_one(&mut *connection).await?;
+    let removed_packages = u64::try_from(removed).unwrap_or_default();
+    Ok(NewHistory { store_id: current(connection).await?, removed_packages })
+}
+
+async fn current(connection: &mut PgConnection) -> sqlx::Result<StoreId> {
+    sqlx::query(CURRENT).fetch_one(connection).await?.store_id("store_id")
+}
