@@ -44,18 +44,21 @@ fn methods(page: &mut String) {
     line(
         page,
         format_args!(
-            "| id | method | who may call | limit | deadline | request → response | | what it does |"
+            "| id | method | who may call | limit | deadline | largest request | request → response | | what it does |"
         ),
     );
-    line(page, format_args!("|---|---|---|---|---|---|---|---|"));
-    for MethodInfo { id, name, doc, request, response, auth, limit, deadline, served } in METHODS {
+    line(page, format_args!("|---|---|---|---|---|---|---|---|---|"));
+    for method in METHODS {
+        let MethodInfo { id, name, doc, request, response, auth, .. } = method;
+        let MethodInfo { limit, deadline, largest_request, served, .. } = method;
         line(
             page,
             format_args!(
-                "| {id} | {name} | {} | {} | {} | `{request}` → `{response}` | {} | {doc} |",
+                "| {id} | {name} | {} | {} | {} | {} | `{request}` → `{response}` | {} | {doc} |",
                 auth.name(),
                 limit.name(),
                 deadline.name(),
+                largest_request.name(),
                 if *served { "served" } else { "later" },
             ),
         );

@@ -22,7 +22,7 @@ pub use convert::FieldError;
 pub use deadlines::DeadlineClass;
 pub use event::{Event, EventType};
 pub use limits::{LimitClass, LimitDefault, LimitSubject};
-pub use methods::{METHODS, Method, MethodInfo};
+pub use methods::{METHODS, Method, MethodInfo, RequestSize};
 pub use status::Status;
 
 /// The messages, as the `.proto` files have them; their comments are there. A message with a secret

@@ -43,8 +43,48 @@ pub struct MethodInfo {
     pub limit: LimitClass,
     /// How long a call may take.
     pub deadline: DeadlineClass,
+    /// The largest payload of a request.
+    pub largest_request: RequestSize,
     /// Whether this server has a handler for it.
     pub served: bool,
+}
+
+/// The largest payload of a method's request, checked from the frame header before memory is taken.
+///
+/// The size is what the protocol allows; a server's configuration may allow less (the payload of a
+/// message, a KeyPackage).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestSize {
+    /// Keys, names, tokens and ids.
+    Small,
+    /// A list of up to 1 000 keys, or one encrypted report.
+    Medium,
+    /// A list of up to 10 000 seqs.
+    List,
+    /// Messages, packages, chunks and bundles: what fits a frame.
+    Frame,
+}
+
+impl RequestSize {
+    /// The size in bytes.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::Small => 8 << 10,
+            Self::Medium => 64 << 10,
+            Self::List => 256 << 10,
+            Self::Frame => 4 << 20,
+        }
+    }
+
+    /// The size in documents.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Small => "8 KiB",
+            Self::Medium => "64 KiB",
+            Self::List => "256 KiB",
+            Self::Frame => "4 MiB",
+        }
+    }
 }
 
 /// The row of `id`, or `None` for an id that the protocol does not have.
@@ -65,7 +105,7 @@ const fn assert_ascending(methods: &[MethodInfo]) {
 macro_rules! methods {
     ($(
         #[doc = $doc:literal]
-        $id:literal $name:ident($request:ident) -> $response:ident, $auth:ident, $limit:ident, $deadline:ident, $state:ident;
+        $id:literal $name:ident($request:ident) -> $response:ident, $auth:ident, $limit:ident, $deadline:ident, $size:ident, $state:ident;
     )+) => {
         $(
             #[doc = $doc]
@@ -82,6 +122,7 @@ macro_rules! methods {
                     auth: <auth::$auth as Auth>::KIND,
                     limit: LimitClass::$limit,
                     deadline: DeadlineClass::$deadline,
+                    largest_request: RequestSize::$size,
                     served: is_served!($state),
                 };
                 type Auth = auth::$auth;
@@ -128,123 +169,124 @@ macro_rules! served_methods {
     };
 }
 
-// id name(request) -> response, who may call, limit class, deadline class, whether there is a handler
+// id name(request) -> response, who may call, limit class, deadline class, largest request,
+// whether there is a handler
 methods! {
     /// Begins a registration: blinds the password with the server's key.
-    100 OpaqueRegisterStart(OpaqueRegisterStartRequest) -> OpaqueRegisterStartResponse, Anonymous, Register, Standard, served;
+    100 OpaqueRegisterStart(OpaqueRegisterStartRequest) -> OpaqueRegisterStartResponse, Anonymous, Register, Standard, Small, served;
     /// Makes the account: name, OPAQUE record and identity key, for the first and only time.
-    101 OpaqueRegisterFinish(OpaqueRegisterFinishRequest) -> OpaqueRegisterFinishResponse, Anonymous, Register, Standard, served;
+    101 OpaqueRegisterFinish(OpaqueRegisterFinishRequest) -> OpaqueRegisterFinishResponse, Anonymous, Register, Standard, Small, served;
     /// Begins a login; answers alike whether or not the user exists.
-    102 OpaqueLoginStart(OpaqueLoginStartRequest) -> OpaqueLoginStartResponse, Anonymous, Login, Standard, served;
+    102 OpaqueLoginStart(OpaqueLoginStartRequest) -> OpaqueLoginStartResponse, Anonymous, Login, Standard, Small, served;
     /// Ends a login, with a session if the password was right.
-    103 OpaqueLoginFinish(OpaqueLoginFinishRequest) -> OpaqueLoginFinishResponse, Anonymous, Login, Standard, served;
+    103 OpaqueLoginFinish(OpaqueLoginFinishRequest) -> OpaqueLoginFinishResponse, Anonymous, Login, Standard, Small, served;
     /// Ends the session, or all of the account's.
-    104 Logout(LogoutRequest) -> LogoutResponse, Session, Logout, Standard, served;
+    104 Logout(LogoutRequest) -> LogoutResponse, Session, Logout, Standard, Small, served;
 
     /// Puts a message into a recipient's inbox; once answered it is durable.
-    200 Enqueue(EnqueueRequest) -> EnqueueResponse, Session, Send, Standard, served;
+    200 Enqueue(EnqueueRequest) -> EnqueueResponse, Session, Send, Standard, Frame, served;
     /// Reads messages and removes them once the client has the whole answer.
-    201 Fetch(FetchRequest) -> FetchResponse, Session, Receive, Standard, served;
+    201 Fetch(FetchRequest) -> FetchResponse, Session, Receive, Standard, Small, served;
     /// Reads as Fetch does, and waits when there is nothing.
-    202 FetchWait(FetchWaitRequest) -> FetchWaitResponse, Session, Receive, Wait, served;
+    202 FetchWait(FetchWaitRequest) -> FetchWaitResponse, Session, Receive, Wait, Small, served;
     /// Reads messages and leaves them.
-    203 Peek(PeekRequest) -> PeekResponse, Session, Receive, Standard, served;
+    203 Peek(PeekRequest) -> PeekResponse, Session, Receive, Standard, Small, served;
     /// Removes messages that were read.
-    204 Ack(AckRequest) -> AckResponse, Session, Receive, Standard, served;
+    204 Ack(AckRequest) -> AckResponse, Session, Receive, Standard, List, served;
     /// Puts one message into many inboxes, or many messages each into its own; can carry an MLS commit.
-    205 BatchEnqueue(BatchEnqueueRequest) -> BatchEnqueueResponse, Session, Send, Standard, served;
+    205 BatchEnqueue(BatchEnqueueRequest) -> BatchEnqueueResponse, Session, Send, Standard, Frame, served;
     /// Opens a stream of events on this connection.
-    206 Subscribe(SubscribeRequest) -> SubscribeResponse, Session, Receive, Standard, served;
+    206 Subscribe(SubscribeRequest) -> SubscribeResponse, Session, Receive, Standard, Small, served;
 
     /// Stores KeyPackages for others to start conversations with.
-    300 UploadKeyPackage(UploadKeyPackageRequest) -> UploadKeyPackageResponse, Session, KeyUpload, Standard, served;
+    300 UploadKeyPackage(UploadKeyPackageRequest) -> UploadKeyPackageResponse, Session, KeyUpload, Standard, Frame, served;
     /// Takes one of somebody's KeyPackages, which nobody else gets.
-    301 FetchKeyPackage(FetchKeyPackageRequest) -> FetchKeyPackageResponse, Session, KeyFetch, Standard, served;
+    301 FetchKeyPackage(FetchKeyPackageRequest) -> FetchKeyPackageResponse, Session, KeyFetch, Standard, Small, served;
     /// Stores the caller's X25519 and ML-KEM-768 public key.
-    302 UploadHybridKey(UploadHybridKeyRequest) -> UploadHybridKeyResponse, Session, KeyUpload, Standard, served;
+    302 UploadHybridKey(UploadHybridKeyRequest) -> UploadHybridKeyResponse, Session, KeyUpload, Standard, Small, served;
     /// Reads somebody's hybrid key.
-    303 FetchHybridKey(FetchHybridKeyRequest) -> FetchHybridKeyResponse, Session, Lookup, Standard, served;
+    303 FetchHybridKey(FetchHybridKeyRequest) -> FetchHybridKeyResponse, Session, Lookup, Standard, Small, served;
     /// Reads many hybrid keys.
-    304 FetchHybridKeys(FetchHybridKeysRequest) -> FetchHybridKeysResponse, Session, Lookup, Standard, served;
+    304 FetchHybridKeys(FetchHybridKeysRequest) -> FetchHybridKeysResponse, Session, Lookup, Standard, Medium, served;
     /// Counts the caller's KeyPackages that are left.
-    305 CountKeyPackages(CountKeyPackagesRequest) -> CountKeyPackagesResponse, Session, Lookup, Standard, served;
+    305 CountKeyPackages(CountKeyPackagesRequest) -> CountKeyPackagesResponse, Session, Lookup, Standard, Small, served;
 
     /// Makes a channel: of two, the same whoever asks first, or of many.
-    400 CreateChannel(CreateChannelRequest) -> CreateChannelResponse, Session, Channel, Standard, later;
+    400 CreateChannel(CreateChannelRequest) -> CreateChannelResponse, Session, Channel, Standard, Medium, later;
     /// Removes a member from a channel, or the caller itself.
-    410 RemoveMember(RemoveMemberRequest) -> RemoveMemberResponse, Session, Channel, Standard, later;
+    410 RemoveMember(RemoveMemberRequest) -> RemoveMemberResponse, Session, Channel, Standard, Small, later;
     /// Changes a channel's name, description or settings.
-    411 UpdateGroupMetadata(UpdateGroupMetadataRequest) -> UpdateGroupMetadataResponse, Session, Channel, Standard, later;
+    411 UpdateGroupMetadata(UpdateGroupMetadataRequest) -> UpdateGroupMetadataResponse, Session, Channel, Standard, Small, later;
     /// Lists a channel's members, by pages, with its metadata.
-    412 ListGroupMembers(ListGroupMembersRequest) -> ListGroupMembersResponse, Session, Channel, Standard, later;
+    412 ListGroupMembers(ListGroupMembersRequest) -> ListGroupMembersResponse, Session, Channel, Standard, Small, later;
     /// Asks every member's client to rotate its keys.
-    413 RotateKeys(RotateKeysRequest) -> RotateKeysResponse, Session, Channel, Standard, later;
+    413 RotateKeys(RotateKeysRequest) -> RotateKeysResponse, Session, Channel, Standard, Small, later;
     /// Adds members to a channel.
-    414 AddMembers(AddMembersRequest) -> AddMembersResponse, Session, Channel, Standard, later;
+    414 AddMembers(AddMembersRequest) -> AddMembersResponse, Session, Channel, Standard, Medium, later;
     /// Reports a message to the administrators.
-    420 ReportMessage(ReportMessageRequest) -> ReportMessageResponse, Session, Report, Standard, later;
+    420 ReportMessage(ReportMessageRequest) -> ReportMessageResponse, Session, Report, Standard, Medium, later;
     /// Bans a user from the server or from a channel.
-    421 BanUser(BanUserRequest) -> BanUserResponse, Moderator, Admin, Standard, later;
+    421 BanUser(BanUserRequest) -> BanUserResponse, Moderator, Admin, Standard, Small, later;
     /// Ends a ban.
-    422 UnbanUser(UnbanUserRequest) -> UnbanUserResponse, Moderator, Admin, Standard, later;
+    422 UnbanUser(UnbanUserRequest) -> UnbanUserResponse, Moderator, Admin, Standard, Small, later;
     /// Lists the reports.
-    423 ListReports(ListReportsRequest) -> ListReportsResponse, Admin, Admin, Standard, later;
+    423 ListReports(ListReportsRequest) -> ListReportsResponse, Admin, Admin, Standard, Small, later;
     /// Lists the bans in force.
-    424 ListBanned(ListBannedRequest) -> ListBannedResponse, Admin, Admin, Standard, later;
+    424 ListBanned(ListBannedRequest) -> ListBannedResponse, Admin, Admin, Standard, Small, later;
 
     /// Finds the identity key of a user name, here or on another server.
-    500 ResolveUser(ResolveUserRequest) -> ResolveUserResponse, Session, Lookup, Standard, served;
+    500 ResolveUser(ResolveUserRequest) -> ResolveUserResponse, Session, Lookup, Standard, Small, served;
     /// Finds the account of an identity key.
-    501 ResolveIdentity(ResolveIdentityRequest) -> ResolveIdentityResponse, Session, Lookup, Standard, served;
+    501 ResolveIdentity(ResolveIdentityRequest) -> ResolveIdentityResponse, Session, Lookup, Standard, Small, served;
     /// Revokes the caller's identity key for ever, in the public log.
-    510 RevokeKey(RevokeKeyRequest) -> RevokeKeyResponse, Fresh, Log, Standard, later;
+    510 RevokeKey(RevokeKeyRequest) -> RevokeKeyResponse, Fresh, Log, Standard, Small, later;
     /// Proves that a key is revoked, or that it is not.
-    511 CheckRevocation(CheckRevocationRequest) -> CheckRevocationResponse, Anonymous, Log, Standard, later;
+    511 CheckRevocation(CheckRevocationRequest) -> CheckRevocationResponse, Anonymous, Log, Standard, Small, later;
     /// Reads and proves the public log of keys.
-    520 AuditKeyTransparency(AuditKeyTransparencyRequest) -> AuditKeyTransparencyResponse, Anonymous, Log, Standard, later;
+    520 AuditKeyTransparency(AuditKeyTransparencyRequest) -> AuditKeyTransparencyResponse, Anonymous, Log, Standard, Small, later;
 
     /// Stores one chunk of a blob.
-    600 UploadBlob(UploadBlobRequest) -> UploadBlobResponse, Session, Blob, Blob, later;
+    600 UploadBlob(UploadBlobRequest) -> UploadBlobResponse, Session, Blob, Blob, Frame, later;
     /// Reads a part of a blob.
-    601 DownloadBlob(DownloadBlobRequest) -> DownloadBlobResponse, Session, Blob, Blob, later;
+    601 DownloadBlob(DownloadBlobRequest) -> DownloadBlobResponse, Session, Blob, Blob, Small, later;
 
     /// Registers a device, which from then on reads the whole inbox by itself.
-    700 RegisterDevice(RegisterDeviceRequest) -> RegisterDeviceResponse, Session, Device, Standard, later;
+    700 RegisterDevice(RegisterDeviceRequest) -> RegisterDeviceResponse, Session, Device, Standard, Small, later;
     /// Lists the caller's devices.
-    701 ListDevices(ListDevicesRequest) -> ListDevicesResponse, Session, Device, Standard, later;
+    701 ListDevices(ListDevicesRequest) -> ListDevicesResponse, Session, Device, Standard, Small, later;
     /// Removes a device, with its sessions and its copy of the inbox.
-    702 RevokeDevice(RevokeDeviceRequest) -> RevokeDeviceResponse, Session, Device, Standard, later;
+    702 RevokeDevice(RevokeDeviceRequest) -> RevokeDeviceResponse, Session, Device, Standard, Small, later;
     /// Says how a device is woken, or that it no longer is.
-    710 RegisterPushToken(RegisterPushTokenRequest) -> RegisterPushTokenResponse, Session, Device, Standard, later;
+    710 RegisterPushToken(RegisterPushTokenRequest) -> RegisterPushTokenResponse, Session, Device, Standard, Small, later;
     /// Stores the bundle that brings the account back after a loss.
-    750 StoreRecoveryBundle(StoreRecoveryBundleRequest) -> StoreRecoveryBundleResponse, Session, Recovery, Standard, later;
+    750 StoreRecoveryBundle(StoreRecoveryBundleRequest) -> StoreRecoveryBundleResponse, Session, Recovery, Standard, Frame, later;
     /// Reads the recovery bundle.
-    751 FetchRecoveryBundle(FetchRecoveryBundleRequest) -> FetchRecoveryBundleResponse, Fresh, Recovery, Standard, later;
+    751 FetchRecoveryBundle(FetchRecoveryBundleRequest) -> FetchRecoveryBundleResponse, Fresh, Recovery, Standard, Small, later;
     /// Removes the recovery bundle.
-    752 DeleteRecoveryBundle(DeleteRecoveryBundleRequest) -> DeleteRecoveryBundleResponse, Fresh, Recovery, Standard, later;
+    752 DeleteRecoveryBundle(DeleteRecoveryBundleRequest) -> DeleteRecoveryBundleResponse, Fresh, Recovery, Standard, Small, later;
 
     /// Says where the caller can be reached directly, for a while.
-    800 PublishEndpoint(PublishEndpointRequest) -> PublishEndpointResponse, Session, Endpoint, Standard, later;
+    800 PublishEndpoint(PublishEndpointRequest) -> PublishEndpointResponse, Session, Endpoint, Standard, Medium, later;
     /// Finds where somebody can be reached directly.
-    801 ResolveEndpoint(ResolveEndpointRequest) -> ResolveEndpointResponse, Session, Endpoint, Standard, later;
+    801 ResolveEndpoint(ResolveEndpointRequest) -> ResolveEndpointResponse, Session, Endpoint, Standard, Small, later;
     /// Says how the server is, and the key that it signs delivery proofs with.
-    802 Health(HealthRequest) -> HealthResponse, Anonymous, Health, Health, served;
+    802 Health(HealthRequest) -> HealthResponse, Anonymous, Health, Health, Small, served;
 
     /// Relays a message to a recipient on another server.
-    900 RelayEnqueue(RelayEnqueueRequest) -> RelayEnqueueResponse, Peer, Federation, Standard, later;
+    900 RelayEnqueue(RelayEnqueueRequest) -> RelayEnqueueResponse, Peer, Federation, Standard, Frame, later;
     /// Relays one message to many recipients on another server.
-    901 RelayBatchEnqueue(RelayBatchEnqueueRequest) -> RelayBatchEnqueueResponse, Peer, Federation, Standard, later;
+    901 RelayBatchEnqueue(RelayBatchEnqueueRequest) -> RelayBatchEnqueueResponse, Peer, Federation, Standard, Frame, later;
     /// Takes a KeyPackage of somebody on another server.
-    902 ProxyFetchKeyPackage(ProxyFetchKeyPackageRequest) -> ProxyFetchKeyPackageResponse, Peer, Federation, Standard, later;
+    902 ProxyFetchKeyPackage(ProxyFetchKeyPackageRequest) -> ProxyFetchKeyPackageResponse, Peer, Federation, Standard, Small, later;
     /// Reads the hybrid key of somebody on another server.
-    903 ProxyFetchHybridKey(ProxyFetchHybridKeyRequest) -> ProxyFetchHybridKeyResponse, Peer, Federation, Standard, later;
+    903 ProxyFetchHybridKey(ProxyFetchHybridKeyRequest) -> ProxyFetchHybridKeyResponse, Peer, Federation, Standard, Small, later;
     /// Finds the identity key of a user name on another server.
-    904 ProxyResolveUser(ProxyResolveUserRequest) -> ProxyResolveUserResponse, Peer, Federation, Standard, later;
+    904 ProxyResolveUser(ProxyResolveUserRequest) -> ProxyResolveUserResponse, Peer, Federation, Standard, Small, later;
     /// Says how another server is, and how many relays to it are on their way.
-    905 FederationHealth(FederationHealthRequest) -> FederationHealthResponse, Peer, Federation, Standard, later;
+    905 FederationHealth(FederationHealthRequest) -> FederationHealthResponse, Peer, Federation, Standard, Small, later;
 
     /// Removes the account and everything of it, for good.
-    950 DeleteAccount(DeleteAccountRequest) -> DeleteAccountResponse, Fresh, Account, Standard, later;
+    950 DeleteAccount(DeleteAccountRequest) -> DeleteAccountResponse, Fresh, Account, Standard, Small, later;
 }
 
 #[cfg(test)]
@@ -269,6 +311,13 @@ mod tests {
         let mut expected = [DOCUMENTED.as_slice(), &EXTENSIONS].concat();
         expected.sort_unstable();
         assert_eq!(ids(METHODS.iter()), expected);
+    }
+
+    #[test]
+    fn no_request_is_larger_than_a_frame() {
+        for method in METHODS {
+            assert!(method.largest_request.bytes() <= RequestSize::Frame.bytes(), "{method:?}");
+        }
     }
 
     /// Shrinks as handlers are written; a row may not come back.

@@ -38,7 +38,7 @@ pub(crate) fn encode<M: Method>(
     if let Some(token) = token {
         append_session_token(&mut payload, token.expose());
     }
-    let max = qpq_wire::MAX_PAYLOAD as usize;
+    let max = M::INFO.largest_request.bytes() as usize;
     if payload.len() > max {
         return Err(CallError::TooLarge { size: payload.len(), max });
     }

@@ -77,7 +77,7 @@ struct Row {
 
 errors! {
     UnknownMethod => UnknownMethod "rpc.unknown_method" DEBUG "The server does not have this method.";
-    TooLarge => BadRequest "rpc.too_large" DEBUG "The request is larger than 4 MiB.";
+    TooLarge => BadRequest "rpc.too_large" DEBUG "The request is larger than this method accepts.";
     MalformedFrame => BadRequest "rpc.malformed_frame" DEBUG "The stream does not hold exactly one request frame.";
     SlowRequest => DeadlineExceeded "rpc.slow_request" DEBUG "The request did not arrive whole within 10 seconds.";
     /// The payload is not the method's message.

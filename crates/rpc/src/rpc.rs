@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use qpq_ports::{Clock, Lease, StoreResult};
-use qpq_proto::Status;
+use qpq_proto::{Method as _, Status, methods::Enqueue};
 use tracing::{Instrument as _, Level, Span, field::Empty};
 
 use crate::{
@@ -13,8 +13,9 @@ use crate::{
     observe::Observer,
 };
 
-/// The largest payload of a request, in bytes; the frame layer has the same bound.
-const MAX_PAYLOAD: u32 = 4 << 20;
+/// The fields of an Enqueue request except its payload, in bytes at most, with room for unknown
+/// fields.
+const ENQUEUE_OVERHEAD: usize = 1 << 10;
 
 /// One server. Shared by all connections.
 #[derive(Debug)]
@@ -71,7 +72,7 @@ impl fmt::Debug for Answer {
 /// Why the transport refuses a request by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// It announced more than 4 MiB.
+    /// It announced more than a frame carries.
     TooLarge,
     /// The stream did not hold one frame and nothing else.
     Malformed,
@@ -98,15 +99,25 @@ impl Rpc {
         conn.close();
     }
 
-    /// Judges a request by its header, before any of its payload is read.
+    /// Accepts or refuses a request by its header, before any of its payload is read.
     pub fn admit(&self, _conn: &Connection, method: u16, payload_len: u32) -> Result<(), Answer> {
         let row = dispatch::row(method);
-        let error = match row {
-            None => Error::UnknownMethod,
-            Some(_) if payload_len > MAX_PAYLOAD => Error::TooLarge,
-            Some(_) => return Ok(()),
-        };
+        let Err(error) = self.check_size(row, payload_len) else { return Ok(()) };
         Err(self.observer.begin(row, 0).refuse(&error))
+    }
+
+    /// Compares the announced payload with the row's largest request, and with what the
+    /// configuration leaves of it.
+    fn check_size(&self, row: Option<usize>, payload_len: u32) -> Result<(), Error> {
+        let method = &row.and_then(|row| TABLE.get(row)).ok_or(Error::UnknownMethod)?.info;
+        if payload_len > method.largest_request.bytes() {
+            return Err(Error::TooLarge);
+        }
+        let configured = self.app.config.delivery.max_payload.saturating_add(ENQUEUE_OVERHEAD);
+        if method.id == Enqueue::INFO.id && payload_len as usize > configured {
+            return Err(Error::PayloadTooLarge);
+        }
+        Ok(())
     }
 
     /// One call. Dropping the future cancels it.

@@ -42,12 +42,34 @@ async fn a_request_is_judged_by_its_header() {
     let server = Server::start().await;
     let client = server.connect();
     for method in METHODS.iter().filter(|method| method.served) {
-        server.rpc.admit(&client.conn, method.id, 4 << 20).expect("the largest that is allowed");
+        let largest = method.largest_request.bytes();
+        if method.id != 200 {
+            server.rpc.admit(&client.conn, method.id, largest).expect("the largest allowed");
+        }
         let refused = Refused::new(
-            &server.rpc.admit(&client.conn, method.id, (4 << 20) + 1).expect_err("larger"),
+            &server.rpc.admit(&client.conn, method.id, largest + 1).expect_err("larger"),
         );
         assert_eq!((refused.status, refused.code.as_str()), (Status::BadRequest, "rpc.too_large"));
     }
+}
+
+#[tokio::test]
+async fn requests_without_a_payload_of_the_user_are_small() {
+    let server = Server::start().await;
+    let client = server.connect();
+    for method in [102, 104, 201, 202, 203, 206, 301, 303, 305, 500, 501, 802] {
+        let refused = server.rpc.admit(&client.conn, method, (8 << 10) + 1).expect_err("larger");
+        assert_eq!(Refused::new(&refused).code, "rpc.too_large", "{method}");
+    }
+}
+
+#[tokio::test]
+async fn an_enqueue_above_the_configured_payload_is_refused_by_its_header() {
+    let server = Server::with(|config| config.delivery.max_payload = 5_000).await;
+    let client = server.connect();
+    server.rpc.admit(&client.conn, 200, 5_000 + 1_024).expect("a payload and its overhead");
+    let refused = server.rpc.admit(&client.conn, 200, 5_000 + 1_025).expect_err("larger");
+    assert_eq!(Refused::new(&refused).code, "delivery.payload_too_large");
 }
 
 #[tokio::test]
