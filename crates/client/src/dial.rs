@@ -9,7 +9,7 @@ use qpq_transport::client::{self as transport, Connection, Dialer};
 use tokio::{net::lookup_host, time::sleep};
 
 use crate::{
-    error::ConnectError,
+    error::{ConnectError, NoConnection},
     options::{Options, Trust, split_address},
 };
 
@@ -30,7 +30,7 @@ pub(crate) struct Target {
 pub(crate) enum Failed {
     /// And never will be.
     ForGood(ConnectError),
-    ForNow(String),
+    ForNow(NoConnection),
 }
 
 impl Target {
@@ -38,28 +38,33 @@ impl Target {
         let (host, port) =
             split_address(&options.server).ok_or_else(|| ConnectError::Misconfigured {
                 reason: format!(
-                    "{:?} is no server address; give host or host:port",
+                    "{:?} is no server address: write host, host:port or, for IPv6, [::1]:5001",
                     options.server
                 ),
             })?;
         Ok(Self { host: host.to_owned(), port })
     }
 
+    /// The name that the server's certificate has to be for: the host without a zone id.
+    fn name(&self) -> &str {
+        self.host.split('%').next().unwrap_or(&self.host)
+    }
+
     /// A connection from a new UDP port, to whichever address answers first.
     pub(crate) async fn dial(&self, dialer: &Dialer) -> Result<Connection, Failed> {
-        let found = lookup_host((self.host.as_str(), self.port))
-            .await
-            .map_err(|error| Failed::ForNow(format!("cannot look up {}: {error}", self.host)))?;
+        let found = lookup_host((self.host.as_str(), self.port)).await.map_err(|error| {
+            Failed::ForNow(format!("cannot look up {}: {error}", self.host).into())
+        })?;
         let addresses: Vec<_> = found.take(MOST).collect();
         let head_start = head_start(&addresses);
         let mut attempts: FuturesUnordered<_> = (0..)
             .zip(addresses)
             .map(|(place, address)| async move {
                 sleep(head_start * place).await;
-                dialer.connect(address, &self.host).await
+                dialer.connect(address, self.name()).await
             })
             .collect();
-        let mut failure = Failed::ForNow(format!("{} has no address", self.host));
+        let mut failure = Failed::ForNow(format!("{} has no address", self.host).into());
         while let Some(outcome) = attempts.next().await {
             match outcome.map_err(Failed::from) {
                 Ok(connection) => return Ok(connection),
@@ -82,7 +87,8 @@ impl From<transport::ConnectError> for Failed {
         use transport::ConnectError as Seen;
         let text = error.to_string();
         match error {
-            Seen::Refused | Seen::TimedOut | Seen::Lost(_) | Seen::Socket(_) => Self::ForNow(text),
+            Seen::Refused => Self::ForNow(NoConnection::Full),
+            Seen::TimedOut | Seen::Lost(_) | Seen::Socket(_) => Self::ForNow(text.into()),
             Seen::PinMismatch { expected, seen } => {
                 Self::ForGood(ConnectError::PinMismatch { expected, seen })
             }
@@ -116,6 +122,9 @@ mod tests {
         for passing in [Seen::Refused, Seen::TimedOut, Seen::Lost(Lost::Reset)] {
             assert!(matches!(Failed::from(passing), Failed::ForNow(_)));
         }
+        let full = Failed::from(Seen::Refused);
+        assert!(matches!(full, Failed::ForNow(NoConnection::Full)), "{full:?}");
+        assert!(NoConnection::Full.to_string().starts_with("The server is full"));
         let strangers = [Seen::WrongProtocol, Seen::NoCertificate, Seen::Tls("alert".into())];
         for stranger in strangers {
             let failed = Failed::from(stranger);

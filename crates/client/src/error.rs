@@ -18,7 +18,7 @@ pub enum CallError {
     Connect(#[from] ConnectError),
     /// No connection for as long as [`Options::patience`](crate::Options::patience) allows.
     #[error("no connection to {server} for {} s: {reason}", waited.as_secs())]
-    Unreachable { server: String, waited: Duration, reason: String },
+    Unreachable { server: String, waited: Duration, reason: NoConnection },
     /// Connected, but no answer in time.
     #[error("{method} was not answered in time")]
     TimedOut { method: &'static str },
@@ -59,6 +59,23 @@ impl CallError {
             Self::Unreachable { .. } | Self::TimedOut { .. } | Self::Lost { .. } => true,
             Self::Connect(_) | Self::TooLarge { .. } | Self::Malformed { .. } => false,
         }
+    }
+}
+
+/// Why there is no connection for now.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoConnection {
+    /// The server refuses new connections: it has as many as it may have, or it is stopping.
+    #[error("The server is full and refuses new connections, or it is stopping")]
+    Full,
+    /// Anything else, as a sentence.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl From<String> for NoConnection {
+    fn from(reason: String) -> Self {
+        Self::Other(reason)
     }
 }
 

@@ -38,7 +38,9 @@ mod secret;
 
 pub use backoff::Backoff;
 pub use client::{Client, LogoutScope, PendingRegistration, Registered, Session};
-pub use error::{AuthError, CallError, ConnectError, Error, ProfileError, ServerError};
+pub use error::{
+    AuthError, CallError, ConnectError, Error, NoConnection, ProfileError, ServerError,
+};
 pub use link::ConnectionEvent;
 pub use messenger::{
     Conversation, ConversationId, ConversationKind, Delivery, Entry, EntryId, Event, Listener,

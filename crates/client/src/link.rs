@@ -27,7 +27,7 @@ use tokio::{
 use crate::{
     backoff::Backoff,
     dial::{Failed, Target, dialer},
-    error::{CallError, ConnectError},
+    error::{CallError, ConnectError, NoConnection},
     options::{Options, Trust},
 };
 
@@ -42,7 +42,7 @@ pub enum ConnectionEvent {
     /// Lost, or never had; the next call tries again, or one is trying now.
     Reconnecting {
         since: Instant,
-        reason: String,
+        reason: NoConnection,
     },
 }
 
@@ -147,7 +147,7 @@ impl Link {
     /// The connection, made if there is none. Fails at `until` at the latest.
     pub(crate) async fn live(&self, until: Instant) -> Result<Arc<Live>, CallError> {
         let asked = Instant::now();
-        let mut reason = "the connection is still being made".to_owned();
+        let mut reason = NoConnection::Other("the connection is still being made".into());
         let unreachable = |reason| CallError::Unreachable {
             server: self.server.clone(),
             waited: asked.elapsed(),
@@ -168,7 +168,7 @@ impl Link {
             sleep_until(attempt).await;
             let pinned = slot.pinned.as_ref().unwrap_or(&self.dialer);
             let Ok(dialled) = timeout_at(until, Box::pin(self.target.dial(pinned))).await else {
-                return Err(unreachable("the server did not answer in time".to_owned()));
+                return Err(unreachable("the server did not answer in time".to_owned().into()));
             };
             match dialled {
                 Ok(connection) => {
@@ -180,7 +180,7 @@ impl Link {
                     return Ok(live);
                 }
                 Err(Failed::ForGood(error)) => {
-                    self.report_loss(error.to_string());
+                    self.report_loss(error.to_string().into());
                     return Err(error.into());
                 }
                 Err(Failed::ForNow(why)) => {
@@ -249,7 +249,7 @@ impl Link {
             };
             if lost != transport::Lost::ClosedHere && made.load(Ordering::Relaxed) == number {
                 tracing::debug!(reason = %lost, "connection lost");
-                let (since, reason) = (Instant::now(), lost.to_string());
+                let (since, reason) = (Instant::now(), lost.to_string().into());
                 events.send_replace(ConnectionEvent::Reconnecting { since, reason });
             }
         });
@@ -263,7 +263,7 @@ impl Link {
     }
 
     /// Says why there is no connection; since when is only said once.
-    fn report_loss(&self, reason: String) {
+    fn report_loss(&self, reason: NoConnection) {
         self.events.send_modify(|event| {
             let since = match event {
                 ConnectionEvent::Reconnecting { since, .. } => *since,

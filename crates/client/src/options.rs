@@ -1,6 +1,6 @@
 //! What a client needs to know before it connects.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::Ipv6Addr, path::PathBuf, time::Duration};
 
 use qpq_transport::Fingerprint;
 use serde::{Deserialize, Serialize};
@@ -58,7 +58,9 @@ pub(crate) fn split_address(server: &str) -> Option<(&str, u16)> {
         }
         None => match server.split_once(':') {
             // More than one colon outside brackets: an IPv6 address without a port.
-            Some((_, rest)) if rest.contains(':') => (server, ""),
+            Some((_, rest)) if rest.contains(':') => {
+                (Some(server).filter(|server| is_plainly_ipv6(server))?, "")
+            }
             Some((host, port)) if !port.is_empty() => (host, port),
             Some(_) => return None,
             None => (server, ""),
@@ -67,6 +69,17 @@ pub(crate) fn split_address(server: &str) -> Option<(&str, u16)> {
     let port =
         if port.is_empty() { DEFAULT_PORT } else { port.parse().ok().filter(|port| *port != 0)? };
     (!host.is_empty()).then_some((host, port))
+}
+
+/// Whether `text` is an IPv6 address that cannot be meant as an address and a port.
+///
+/// `::1:5001` is an IPv6 address, but who writes it means `[::1]:5001`.
+fn is_plainly_ipv6(text: &str) -> bool {
+    let address = text.split('%').next().unwrap_or(text);
+    let last = address.rsplit(':').next().unwrap_or_default();
+    let may_be_port = last.len() >= 4 && last.bytes().all(|byte| byte.is_ascii_digit());
+    let is_whole = !address.contains("::");
+    address.parse::<Ipv6Addr>().is_ok() && (is_whole || !may_be_port)
 }
 
 mod fingerprint_text {
@@ -98,6 +111,13 @@ mod tests {
             ("[::1]:7", Some(("::1", 7))),
             ("[::1]", Some(("::1", 5001))),
             ("::1", Some(("::1", 5001))),
+            ("2001:db8:0:0:0:0:0:5001", Some(("2001:db8:0:0:0:0:0:5001", 5001))),
+            ("[2001:db8::5001]", Some(("2001:db8::5001", 5001))),
+            ("[fe80::1%eth0]:7", Some(("fe80::1%eth0", 7))),
+            ("fe80::1%eth0", Some(("fe80::1%eth0", 5001))),
+            ("::1:5001", None),
+            ("2001:db8:0:0:0:0:0:1:5001", None),
+            ("host:1:2", None),
             ("", None),
             (":1", None),
             ("host:", None),

@@ -19,8 +19,8 @@ const CRYPTO_BUFFER: usize = 16 * 1024;
 /// How a [`Server`](crate::Server) is set up.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where to listen. Port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// The addresses to listen on. Port 0 takes a free one; `[::]` takes IPv4 too.
+    pub listen: Vec<SocketAddr>,
     /// How much is borne.
     pub limits: Limits,
     /// For how long.
@@ -31,7 +31,7 @@ impl Config {
     /// The defaults, listening on `listen`.
     #[must_use]
     pub fn new(listen: SocketAddr) -> Self {
-        Self { listen, limits: Limits::default(), timeouts: Timeouts::default() }
+        Self { listen: vec![listen], limits: Limits::default(), timeouts: Timeouts::default() }
     }
 }
 
@@ -46,12 +46,20 @@ pub struct Limits {
     pub max_connections_per_ip: usize,
     /// Handshakes at a time. Default 2 048, one second's worth on one core.
     pub max_handshakes: usize,
+    /// Handshakes at a time from one IP address that has proven to be the client's. A share of
+    /// `max_handshakes`, so that half-open handshakes of a few addresses leave room for the others.
+    /// Default 256.
+    pub max_handshakes_per_ip: usize,
     /// From so many handshakes at a time on, clients must prove their address (Retry, one round
     /// trip more), until there are half as many. 0: always. Default 256.
     pub retry_above: usize,
     /// Calls in flight on one connection; a client that opens more waits. Default 64: each allowed
     /// stream costs 83 bytes on every connection, used or not.
     pub max_streams: u32,
+    /// The rate, in bytes a second over the whole reply, below which a client is too slow. A reply
+    /// has `stalled_reply` and its length divided by this rate. Default 8 KiB, half of what GPRS
+    /// gives.
+    pub min_reply_rate: u64,
 }
 
 impl Default for Limits {
@@ -60,8 +68,10 @@ impl Default for Limits {
             max_connections: 16_384,
             max_connections_per_ip: 1_024,
             max_handshakes: 2_048,
+            max_handshakes_per_ip: 256,
             retry_above: 256,
             max_streams: 64,
+            min_reply_rate: 8 * 1024,
         }
     }
 }
@@ -71,6 +81,8 @@ impl Default for Limits {
 pub struct Timeouts {
     /// For the end of the handshake. Default 5 s.
     pub handshake: Duration,
+    /// The same while at least `retry_above` handshakes are in progress. Default 2 s.
+    pub handshake_under_pressure: Duration,
     /// For any datagram, before the connection is dropped without a word. Default 60 s.
     pub idle: Duration,
     /// For the whole request, from its first byte. Default 10 s.
@@ -78,8 +90,9 @@ pub struct Timeouts {
     /// For any datagram while a reply with a [`Delivery`](crate::Delivery) is unacknowledged; then
     /// the reply is lost. Default 10 s.
     pub silent_peer: Duration,
-    /// For the client to take any more of a reply; then the reply is reset, so that nobody pins
-    /// memory by not reading. Default 30 s.
+    /// For the client to accept any more of a reply, and what it has for a whole reply in addition
+    /// to the time that `min_reply_rate` gives. Then the reply is reset, so that nobody pins memory
+    /// by not reading. Default 30 s; a third of it while the service is short of memory.
     pub stalled_reply: Duration,
 }
 
@@ -87,6 +100,7 @@ impl Default for Timeouts {
     fn default() -> Self {
         Self {
             handshake: Duration::from_secs(5),
+            handshake_under_pressure: Duration::from_secs(2),
             idle: Duration::from_secs(60),
             request: Duration::from_secs(10),
             silent_peer: Duration::from_secs(10),

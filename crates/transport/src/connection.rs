@@ -1,12 +1,15 @@
 //! One connection's life: handshake, then a task for each stream, then the news that it is gone.
 
-use std::sync::Arc;
+use std::{pin::pin, sync::Arc};
 
 use quinn::{Incoming, crypto::rustls::HandshakeData};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{error::Elapsed, timeout},
+};
 
 use crate::{
-    Alpn, EventSink, Peer, Service,
+    Alpn, EventSink, Peer, Service, Timeouts,
     gate::{Handshaking, Place},
     server::Shared,
     stream,
@@ -69,7 +72,7 @@ async fn shake_hands<S: Service>(
     let metrics = &server.metrics;
     metrics.handshakes.increment(1.0);
     let connected = match incoming.accept() {
-        Ok(connecting) => timeout(server.timeouts.handshake, connecting).await,
+        Ok(connecting) => in_time(&server, connecting).await,
         Err(error) => Ok(Err(error)),
     };
     metrics.handshakes.decrement(1.0);
@@ -89,6 +92,21 @@ async fn shake_hands<S: Service>(
     // TLS has agreed on one of ours, or failed.
     let alpn = Alpn::by_name(data.protocol.as_deref()?)?;
     Some((connection, alpn))
+}
+
+/// Waits for the handshake, for a shorter time while many are in progress.
+async fn in_time<S: Service, F: Future>(
+    server: &Shared<S>,
+    handshake: F,
+) -> Result<F::Output, Elapsed> {
+    let Timeouts { handshake: longest, handshake_under_pressure: shortest, .. } = server.timeouts;
+    let mut handshake = pin!(handshake);
+    match timeout(shortest.min(longest), handshake.as_mut()).await {
+        Err(_) if !server.gate.is_under_pressure() => {
+            timeout(longest.saturating_sub(shortest), handshake).await
+        }
+        ended => ended,
+    }
 }
 
 async fn accept_streams<S: Service>(connection: &Arc<Connection<S>>) {

@@ -22,6 +22,8 @@ pub(crate) struct Gate {
     limits: Limits,
     draining: AtomicBool,
     handshakes: AtomicUsize,
+    /// Handshakes of validated addresses, by network.
+    handshakes_by_ip: Mutex<HashMap<IpAddr, usize>>,
     /// Whether addresses are being asked for; on at `retry_above` handshakes, off at half of it.
     under_pressure: AtomicBool,
     inside: Mutex<Inside>,
@@ -51,11 +53,17 @@ pub(crate) enum Refused {
     Connections,
     ConnectionsPerIp,
     Handshakes,
+    HandshakesPerIp,
 }
 
 impl Refused {
-    pub(crate) const ALL: [Self; 4] =
-        [Self::Draining, Self::Connections, Self::ConnectionsPerIp, Self::Handshakes];
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Draining,
+        Self::Connections,
+        Self::ConnectionsPerIp,
+        Self::Handshakes,
+        Self::HandshakesPerIp,
+    ];
 
     pub(crate) fn label(self) -> &'static str {
         match self {
@@ -63,7 +71,23 @@ impl Refused {
             Self::Connections => "connections",
             Self::ConnectionsPerIp => "connections_per_ip",
             Self::Handshakes => "handshakes",
+            Self::HandshakesPerIp => "handshakes_per_ip",
         }
+    }
+
+    /// The setting that refused, and its value; `None` where the server stops.
+    pub(crate) fn setting(self, limits: &Limits) -> Option<(&'static str, usize)> {
+        Some(match self {
+            Self::Draining => return None,
+            Self::Connections => ("transport.max_connections", limits.max_connections),
+            Self::ConnectionsPerIp => {
+                ("transport.max_connections_per_ip", limits.max_connections_per_ip)
+            }
+            Self::Handshakes => ("transport.max_handshakes", limits.max_handshakes),
+            Self::HandshakesPerIp => {
+                ("transport.max_handshakes_per_ip", limits.max_handshakes_per_ip)
+            }
+        })
     }
 }
 
@@ -83,6 +107,10 @@ pub(crate) struct Place {
 /// A handshake's place.
 pub(crate) struct Handshaking {
     gate: Arc<Gate>,
+    /// The network that it is counted for. Only validated addresses are: a spoofed address must
+    /// not use up the share of its owner. The others are few, since from `retry_above` on every
+    /// address is validated first.
+    counted_for: Option<IpAddr>,
 }
 
 impl Gate {
@@ -91,6 +119,7 @@ impl Gate {
             limits,
             draining: AtomicBool::new(false),
             handshakes: AtomicUsize::new(0),
+            handshakes_by_ip: Mutex::default(),
             under_pressure: AtomicBool::new(false),
             inside: Mutex::default(),
         })
@@ -112,13 +141,51 @@ impl Gate {
         if handshakes >= self.limits.max_handshakes {
             return Verdict::Refuse(Refused::Handshakes);
         }
+        // An IPv6 client has a whole /64 of addresses at its will.
+        let ip = network(ip);
+        let handshaking = match self.begin_handshake(ip, address) {
+            Ok(handshaking) => handshaking,
+            Err(reason) => return Verdict::Refuse(reason),
+        };
         match self.enter(ip) {
-            Ok(place) => {
-                self.handshakes.fetch_add(1, Ordering::Relaxed);
-                Verdict::Accept(place, Handshaking { gate: Arc::clone(self) })
-            }
+            Ok(place) => Verdict::Accept(place, handshaking),
             Err(reason) => Verdict::Refuse(reason),
         }
+    }
+
+    /// Whether so many handshakes are in progress that each gets less time.
+    pub(crate) fn is_under_pressure(&self) -> bool {
+        self.under_pressure.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The connections that are counted now.
+    pub(crate) fn connections(&self) -> usize {
+        self.inside.lock().connections
+    }
+
+    fn begin_handshake(
+        self: &Arc<Self>,
+        ip: IpAddr,
+        address: Address,
+    ) -> Result<Handshaking, Refused> {
+        let counted_for = match address {
+            Address::Claimed => None,
+            Address::Validated => {
+                let mut by_ip = self.handshakes_by_ip.lock();
+                let count = by_ip.get(&ip).copied().unwrap_or_default();
+                if count >= self.limits.max_handshakes_per_ip {
+                    return Err(Refused::HandshakesPerIp);
+                }
+                by_ip.insert(ip, count + 1);
+                Some(ip)
+            }
+        };
+        self.handshakes.fetch_add(1, Ordering::Relaxed);
+        Ok(Handshaking { gate: Arc::clone(self), counted_for })
     }
 
     fn feel_pressure(&self, handshakes: usize) -> bool {
@@ -133,8 +200,6 @@ impl Gate {
     }
 
     fn enter(self: &Arc<Self>, ip: IpAddr) -> Result<Place, Refused> {
-        // An IPv6 client has a whole /64 of addresses at its will.
-        let ip = network(ip);
         let mut inside = self.inside.lock();
         if inside.connections >= self.limits.max_connections {
             return Err(Refused::Connections);
@@ -161,18 +226,27 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut inside = self.gate.inside.lock();
         inside.connections -= 1;
-        if let Entry::Occupied(mut count) = inside.by_ip.entry(self.ip) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
-            }
+        count_out(&mut inside.by_ip, self.ip);
+    }
+}
+
+fn count_out(by_ip: &mut HashMap<IpAddr, usize>, ip: IpAddr) {
+    if let Entry::Occupied(mut count) = by_ip.entry(ip) {
+        *count.get_mut() -= 1;
+        if *count.get() == 0 {
+            count.remove();
         }
     }
 }
 
 impl Drop for Handshaking {
     fn drop(&mut self) {
-        self.gate.handshakes.fetch_sub(1, Ordering::Relaxed);
+        let handshakes = self.gate.handshakes.fetch_sub(1, Ordering::Relaxed) - 1;
+        // Also looked at here: where no attempt comes, nobody else would end the pressure.
+        self.gate.feel_pressure(handshakes);
+        if let Some(ip) = self.counted_for {
+            count_out(&mut self.gate.handshakes_by_ip.lock(), ip);
+        }
     }
 }
 
@@ -235,6 +309,57 @@ mod tests {
         let _other = accept(&gate, "2001:db8:0:1::1".parse().unwrap());
         let _mapped = accept(&gate, "::ffff:10.0.0.1".parse().unwrap());
         assert_eq!(refused(&gate, "10.0.0.1".parse().unwrap()), Refused::ConnectionsPerIp);
+    }
+
+    /// Half-open handshakes of two addresses, at a tenth of the default caps.
+    #[test]
+    fn half_open_handshakes_of_two_addresses_leave_room_for_a_third() {
+        let limits = Limits {
+            max_handshakes: 204,
+            max_handshakes_per_ip: 25,
+            retry_above: 25,
+            ..Limits::default()
+        };
+        let gate = Gate::new(limits);
+        let mut half_open = Vec::new();
+        for attempt in 0..2_000 {
+            let greedy: IpAddr = format!("10.0.0.{}", attempt % 2).parse().unwrap();
+            match gate.judge(greedy, Address::Claimed) {
+                Verdict::Accept(place, handshaking) => half_open.push((place, handshaking)),
+                Verdict::Retry => {
+                    if let Verdict::Accept(place, handshaking) =
+                        gate.judge(greedy, Address::Validated)
+                    {
+                        half_open.push((place, handshaking));
+                    }
+                }
+                Verdict::Refuse(_) => {}
+            }
+        }
+        assert_eq!(half_open.len(), 25 + 2 * 25, "the claimed ones and two shares");
+        assert!(gate.is_under_pressure());
+        let third = "2001:db8::1".parse().unwrap();
+        for _ in 0..25 {
+            match gate.judge(third, Address::Validated) {
+                Verdict::Accept(place, handshaking) => half_open.push((place, handshaking)),
+                other => panic!("{other:?}"),
+            }
+        }
+        let neighbour = "2001:db8::2".parse().unwrap();
+        assert_eq!(refused(&gate, neighbour), Refused::HandshakesPerIp);
+        half_open.clear();
+        assert!(!gate.is_under_pressure());
+        assert!(gate.handshakes_by_ip.lock().is_empty());
+    }
+
+    #[test]
+    fn a_spoofed_address_does_not_use_up_the_share_of_its_owner() {
+        let limits = Limits { max_handshakes_per_ip: 1, retry_above: 9, ..Limits::default() };
+        let gate = Gate::new(limits);
+        let _spoofed: Vec<_> = (0..8).map(|_| accept(&gate, IP)).collect();
+        let owner = gate.judge(IP, Address::Validated);
+        assert!(matches!(owner, Verdict::Accept(..)), "{owner:?}");
+        assert_eq!(refused(&gate, IP), Refused::HandshakesPerIp);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | `qpq_transport_connections_open` | gauge | connections | connections past their handshake |
 //! | `qpq_transport_connections_accepted_total` | counter | connections | connections that finished their handshake |
-//! | `qpq_transport_connections_refused_total{reason}` | counter | connections | connections refused: `draining`, or too many `connections`, `connections_per_ip` or `handshakes` |
+//! | `qpq_transport_connections_refused_total{reason}` | counter | connections | connections refused: `draining`, or too many `connections`, `connections_per_ip`, `handshakes` or `handshakes_per_ip` |
 //! | `qpq_transport_handshakes` | gauge | handshakes | handshakes going on |
 //! | `qpq_transport_handshakes_failed_total{reason}` | counter | handshakes | handshakes that came to nothing: `timeout`, `failed` |
 //! | `qpq_transport_retries_sent_total` | counter | packets | clients asked to prove their address |
@@ -14,6 +14,7 @@
 //! | `qpq_transport_calls_panicked_total` | counter | calls | calls that panicked |
 //! | `qpq_transport_replies_delivered_total` | counter | replies | replies with a delivery that were acknowledged |
 //! | `qpq_transport_replies_lost_total` | counter | replies | replies with a delivery that were not |
+//! | `qpq_transport_replies_too_slow_total` | counter | replies | replies stopped because the client accepted them too slowly |
 //! | `qpq_tls_cert_not_after_seconds` | gauge | seconds | Unix time at which the served certificate expires |
 //! | `qpq_tls_cert_reloads_failed_total` | counter | files | certificate files that changed and could not be used |
 //! | `qpq_fleet_key_reloads_failed_total` | counter | files | files of ticket and token keys that changed and could not be used |
@@ -50,6 +51,7 @@ pub(crate) struct Metrics {
     pub(crate) calls_panicked: Counter,
     pub(crate) replies_delivered: Counter,
     pub(crate) replies_lost: Counter,
+    pub(crate) replies_too_slow: Counter,
 }
 
 impl Metrics {
@@ -75,6 +77,7 @@ impl Metrics {
             calls_panicked: counter!("qpq_transport_calls_panicked_total"),
             replies_delivered: counter!("qpq_transport_replies_delivered_total"),
             replies_lost: counter!("qpq_transport_replies_lost_total"),
+            replies_too_slow: counter!("qpq_transport_replies_too_slow_total"),
         }
     }
 
@@ -136,6 +139,11 @@ fn describe() {
         "qpq_transport_replies_lost_total",
         Count,
         "Replies with a delivery that were not"
+    );
+    describe_counter!(
+        "qpq_transport_replies_too_slow_total",
+        Count,
+        "Replies stopped because the client accepted them too slowly"
     );
     describe_gauge!(CERT_NOT_AFTER, Seconds, "Unix time at which the served certificate expires");
     describe_counter!(

@@ -15,7 +15,7 @@ use crate::{
     connection::{self, Admission},
     drain::{InFlight, Phase},
     fleet::{self, Recognised},
-    gate::{Address, Gate, Verdict},
+    gate::{Address, Gate, Refused, Verdict},
     metric::Metrics,
     socket, tls,
 };
@@ -36,6 +36,9 @@ const CLOSE_TIME: Duration = Duration::from_secs(3);
 /// waited for.
 const LINGER: Duration = Duration::from_millis(250);
 
+/// The shortest time between two warnings that connections are refused, for each reason.
+const WARN_AT_MOST_EVERY: Duration = Duration::from_secs(10);
+
 /// First packets that wait for the accept loop, and their bytes, each and together.
 const MAX_INCOMING: usize = 4096;
 const INCOMING_BUFFER: u64 = 64 * 1024;
@@ -45,8 +48,8 @@ const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
 /// gently.
 #[must_use = "a dropped server closes its connections"]
 pub struct Server<S: Service> {
-    endpoint: Endpoint,
-    local_addr: SocketAddr,
+    endpoints: Vec<Endpoint>,
+    local_addrs: Vec<SocketAddr>,
     shared: Arc<Shared<S>>,
 }
 
@@ -58,7 +61,7 @@ pub(crate) struct Shared<S> {
     pub(crate) metrics: Metrics,
     pub(crate) in_flight: InFlight,
     pub(crate) phase: watch::Sender<Phase>,
-    gate: Arc<Gate>,
+    pub(crate) gate: Arc<Gate>,
 }
 
 /// Why a server could not be set up.
@@ -111,19 +114,25 @@ impl<S: Service> Server<S> {
         certificates: Arc<Certificates>,
         service: Arc<S>,
     ) -> Result<Self, BindError> {
-        let refused = |source| BindError::Socket { addr: config.listen, source };
         let member = member.as_ref();
         let crypto =
             tls::server(certificates, member.map(|member| Arc::clone(&member.keys.tickets) as _))?;
-        let socket = socket::bind(config.listen).map_err(refused)?;
-        let local_addr = socket.local_addr().map_err(refused)?;
-        let endpoint = Endpoint::new(
-            endpoint_config(member),
-            Some(server_config(crypto, &config, member)),
-            socket,
-            Arc::new(TokioRuntime),
-        )
-        .map_err(refused)?;
+        let sockets = socket::bind_all(&config.listen)
+            .map_err(|(addr, source)| BindError::Socket { addr, source })?;
+        let server_config = server_config(crypto, &config, member);
+        let recognised = member.map_or_else(Recognised::while_running, Member::recognised);
+        let (mut endpoints, mut local_addrs) = (Vec::new(), Vec::new());
+        for (local_addr, socket) in sockets {
+            let endpoint = Endpoint::new(
+                endpoint_config(member, recognised.clone()),
+                Some(server_config.clone()),
+                socket,
+                Arc::new(TokioRuntime),
+            )
+            .map_err(|source| BindError::Socket { addr: local_addr, source })?;
+            endpoints.push(endpoint);
+            local_addrs.push(local_addr);
+        }
         let shared = Arc::new(Shared {
             service,
             timeouts: config.timeouts,
@@ -133,14 +142,22 @@ impl<S: Service> Server<S> {
             phase: watch::Sender::new(Phase::Serving),
             gate: Gate::new(config.limits),
         });
-        tokio::spawn(accept(endpoint.clone(), Arc::clone(&shared)));
-        Ok(Self { endpoint, local_addr, shared })
+        for endpoint in &endpoints {
+            tokio::spawn(accept(endpoint.clone(), Arc::clone(&shared)));
+        }
+        Ok(Self { endpoints, local_addrs, shared })
     }
 
-    /// Where it listens.
+    /// The first of the addresses that it listens on.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
-        self.local_addr
+        self.local_addrs[0]
+    }
+
+    /// The addresses that it listens on, at least one.
+    #[must_use]
+    pub fn local_addrs(&self) -> &[SocketAddr] {
+        &self.local_addrs
     }
 
     /// Serves until the server is drained or aborted, whoever does it.
@@ -177,7 +194,9 @@ impl<S: Service> Server<S> {
     pub async fn abort(&self) {
         self.close();
         let told = async {
-            self.endpoint.wait_idle().await;
+            for endpoint in &self.endpoints {
+                endpoint.wait_idle().await;
+            }
             self.shared.in_flight.none().await;
         };
         if timeout(CLOSE_TIME, told).await.is_err() {
@@ -195,7 +214,9 @@ impl<S: Service> Server<S> {
     fn close(&self) {
         self.shared.gate.shut();
         self.shared.phase.send_replace(Phase::Closed);
-        self.endpoint.close(CLOSE_CODE, CLOSE_REASON);
+        for endpoint in &self.endpoints {
+            endpoint.close(CLOSE_CODE, CLOSE_REASON);
+        }
     }
 }
 
@@ -208,19 +229,18 @@ impl<S: Service> Drop for Server<S> {
 impl<S: Service> std::fmt::Debug for Server<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Server")
-            .field("local_addr", &self.local_addr)
+            .field("local_addrs", &self.local_addrs)
             .field("phase", &*self.shared.phase.borrow())
             .finish_non_exhaustive()
     }
 }
 
-fn endpoint_config(member: Option<&Member>) -> EndpointConfig {
+fn endpoint_config(member: Option<&Member>, recognised: Recognised) -> EndpointConfig {
     // Its own reset key is random.
     let mut config = EndpointConfig::default();
     if let Some(member) = member {
         config.reset_key(Arc::new(member.keys.reset.clone()));
     }
-    let recognised = member.map_or_else(Recognised::while_running, Member::recognised);
     config.cid_generator(move || fleet::generator(&recognised));
     config.min_reset_interval(MIN_RESET_INTERVAL);
     // Load balancers and firewalls tell QUIC by the bit that greasing would clear.
@@ -252,6 +272,7 @@ fn server_config(
 
 /// Judges every attempt; it never waits for a peer.
 async fn accept<S: Service>(endpoint: Endpoint, shared: Arc<Shared<S>>) {
+    let mut full = Full::default();
     while let Some(incoming) = endpoint.accept().await {
         let address =
             if incoming.remote_address_validated() { Address::Validated } else { Address::Claimed };
@@ -263,9 +284,45 @@ async fn accept<S: Service>(endpoint: Endpoint, shared: Arc<Shared<S>>) {
             Verdict::Retry => retry(incoming, &shared.metrics),
             Verdict::Refuse(reason) => {
                 shared.metrics.connections_refused(reason).increment(1);
+                full.warn(reason, &shared.gate, Instant::now());
                 incoming.refuse();
             }
         }
+    }
+}
+
+/// Warns that connections are refused because the server is full, at a bounded rate.
+#[derive(Default)]
+struct Full {
+    by_reason: [Warned; Refused::ALL.len()],
+}
+
+#[derive(Default)]
+struct Warned {
+    last: Option<Instant>,
+    /// Refusals since the last warning.
+    suppressed: u64,
+}
+
+impl Full {
+    /// Returns whether it logged.
+    fn warn(&mut self, reason: Refused, gate: &Gate, now: Instant) -> bool {
+        let Some((setting, value)) = reason.setting(gate.limits()) else { return false };
+        let warned = &mut self.by_reason[reason as usize];
+        if warned.last.is_some_and(|last| now - last < WARN_AT_MOST_EVERY) {
+            warned.suppressed += 1;
+            return false;
+        }
+        let more = std::mem::take(&mut warned.suppressed);
+        warned.last = Some(now);
+        tracing::warn!(
+            setting,
+            value,
+            connections = gate.connections(),
+            suppressed = more,
+            "the server is full: new connections are refused"
+        );
+        true
     }
 }
 
@@ -275,5 +332,23 @@ fn retry(incoming: Incoming, metrics: &Metrics) {
     // refuses.
     if incoming.retry().is_err() {
         tracing::debug!("a client with a token was asked for its address again");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Limits;
+
+    #[test]
+    fn a_full_server_says_so_once_in_ten_seconds_and_reason() {
+        let gate = Gate::new(Limits::default());
+        let (mut full, start) = (Full::default(), Instant::now());
+        let mut warn = |reason, after| full.warn(reason, &gate, start + Duration::from_secs(after));
+        assert!(warn(Refused::Connections, 0));
+        assert!(!warn(Refused::Connections, 9));
+        assert!(warn(Refused::Handshakes, 9), "another reason");
+        assert!(warn(Refused::Connections, 10));
+        assert!(!warn(Refused::Draining, 10), "a server that stops is not full");
     }
 }

@@ -47,6 +47,12 @@ pub trait Service: Send + Sync + 'static {
         why: Refusal,
     ) -> Reply;
 
+    /// Whether replies in progress use so much memory that slow clients get less time for theirs.
+    /// Asked about once a second for each reply that waits for its client.
+    fn is_short_of_memory(&self) -> bool {
+        false
+    }
+
     /// The server stops: new connections are already refused, and all others are closed `deadline`
     /// from now. The transport waits for this future, for so long at most, before it looks whether
     /// calls are still in flight; so a service ends its long waits here and tells its clients.

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::Once,
 };
 
@@ -12,9 +12,52 @@ use socket2::{Domain, Protocol, Socket, Type};
 /// edge.
 const BUFFER: usize = 4 * 1024 * 1024;
 
-/// Binds a server's socket. An IPv6 one takes no IPv4: quinn forgets its path estimates at each
-/// rebinding of a v4-mapped client.
-pub(crate) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
+/// Attempts to find a port that is free for both protocols where any port will do.
+const MAX_ATTEMPTS: usize = 16;
+
+/// Binds a server's sockets.
+///
+/// `[::]` listens on IPv4 too, through a socket of its own: quinn forgets its path estimates at
+/// each rebinding of a v4-mapped client.
+pub(crate) fn bind_all(
+    listen: &[SocketAddr],
+) -> Result<Vec<(SocketAddr, UdpSocket)>, (SocketAddr, io::Error)> {
+    let mut bound: Vec<(SocketAddr, UdpSocket)> = Vec::new();
+    for &addr in listen {
+        if !bound.iter().any(|(other, _)| *other == addr) {
+            let serves_both = addr.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+            if serves_both && !listen.contains(&ipv4_of(addr.port())) {
+                bound.extend(bind_both(addr)?);
+            } else {
+                bound.push(bind(addr).map_err(|error| (addr, error))?);
+            }
+        }
+    }
+    Ok(bound)
+}
+
+fn ipv4_of(port: u16) -> SocketAddr {
+    (Ipv4Addr::UNSPECIFIED, port).into()
+}
+
+/// Binds `[::]` and the same port of `0.0.0.0`.
+fn bind_both(addr: SocketAddr) -> Result<[(SocketAddr, UdpSocket); 2], (SocketAddr, io::Error)> {
+    let mut attempt = 1;
+    loop {
+        let v6 = bind(addr).map_err(|error| (addr, error))?;
+        let v4 = ipv4_of(v6.0.port());
+        match bind(v4) {
+            Ok(v4) => return Ok([v6, v4]),
+            Err(error) if addr.port() == 0 && attempt < MAX_ATTEMPTS => {
+                tracing::debug!(%error, "the port is not free for IPv4, trying another");
+                attempt += 1;
+            }
+            Err(error) => return Err((v4, error)),
+        }
+    }
+}
+
+fn bind(addr: SocketAddr) -> io::Result<(SocketAddr, UdpSocket)> {
     let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
     if addr.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -23,7 +66,8 @@ pub(crate) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     socket.set_send_buffer_size(BUFFER)?;
     warn_if_capped(&socket)?;
     socket.bind(&addr.into())?;
-    Ok(socket.into())
+    let socket = UdpSocket::from(socket);
+    Ok((socket.local_addr()?, socket))
 }
 
 /// The kernel caps what was asked for without an error.

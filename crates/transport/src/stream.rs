@@ -1,6 +1,12 @@
 //! One stream: reads a request, runs its call, writes the answer, learns what became of it.
 
-use std::{ops::ControlFlow, panic::AssertUnwindSafe, pin::pin, sync::Arc};
+use std::{
+    ops::ControlFlow,
+    panic::AssertUnwindSafe,
+    pin::pin,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -19,6 +25,12 @@ const NO_CODE: VarInt = VarInt::from_u32(0);
 
 /// Memory taken for a payload before any of it has come, at most; then as much again as has come.
 const FIRST_CHUNK: usize = 4096;
+
+/// Answers from this size on are watched until their memory is free.
+const WATCHED_FROM: usize = 64 * 1024;
+
+/// The longest time between two looks at a client's pace.
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(1);
 
 /// Serves one stream to its end.
 ///
@@ -242,19 +254,22 @@ enum AnswerState {
 }
 
 impl Answer {
-    /// Writes the frame and ends the stream. Each piece must be taken within `stalled`.
-    async fn write(
+    /// Writes the frame and ends the stream, at the pace that the client must keep.
+    async fn write<S: Service>(
         &mut self,
         frame: &mut [Bytes],
-        stalled: std::time::Duration,
+        pace: &mut Pace<'_, S>,
     ) -> Result<(), Unsent> {
         let mut frame = frame;
         while !frame.is_empty() {
-            let written =
-                timeout(stalled, self.send.write_chunks(frame)).await.map_err(|_| Unsent)?;
-            frame = &mut frame[written.map_err(|_| Unsent)?.chunks..];
+            pace.check()?;
+            // Cancel-safe: nothing is written by a future that was dropped.
+            if let Ok(written) = timeout(pace.look, self.send.write_chunks(frame)).await {
+                frame = &mut frame[written.map_err(|_| Unsent::Gone)?.chunks..];
+                pace.moved = Instant::now();
+            }
         }
-        self.send.finish().map_err(|_| Unsent)?;
+        self.send.finish().map_err(|_| Unsent::Gone)?;
         self.state = AnswerState::Finished;
         Ok(())
     }
@@ -274,7 +289,73 @@ impl Drop for Answer {
 }
 
 /// The client will not have the answer.
-struct Unsent;
+#[derive(Clone, Copy, PartialEq)]
+enum Unsent {
+    /// It stopped the stream or its connection ended, or nothing is heard of it.
+    Gone,
+    /// It accepts the answer too slowly.
+    TooSlow,
+}
+
+/// The pace at which a client must accept an answer.
+///
+/// The whole answer has a time, not each piece of it: with 64 bytes every 12 s a client could
+/// otherwise pin 4 MiB for 9 days.
+struct Pace<'a, S: Service> {
+    connection: &'a Connection<S>,
+    len: usize,
+    started: Instant,
+    /// When the client last accepted anything.
+    moved: Instant,
+    /// Between two checks.
+    look: Duration,
+}
+
+impl<'a, S: Service> Pace<'a, S> {
+    fn new(connection: &'a Connection<S>, len: usize) -> Self {
+        let now = Instant::now();
+        let look = (connection.server.timeouts.stalled_reply / 4).min(LOOK_AT_LEAST_EVERY);
+        Self { connection, len, started: now, moved: now, look }
+    }
+
+    /// Whether the client accepts the answer fast enough.
+    fn check(&self) -> Result<(), Unsent> {
+        let Patience { stalled, .. } = self.patience();
+        if self.moved.elapsed() < stalled { self.check_whole() } else { Err(Unsent::TooSlow) }
+    }
+
+    /// As [`check`](Self::check) where everything is written. How much of that arrived is not
+    /// known, so only the time of the whole answer counts.
+    fn check_whole(&self) -> Result<(), Unsent> {
+        let Patience { whole, .. } = self.patience();
+        if self.started.elapsed() < whole { Ok(()) } else { Err(Unsent::TooSlow) }
+    }
+
+    fn patience(&self) -> Patience {
+        let server = &self.connection.server;
+        let rate = server.gate.limits().min_reply_rate;
+        let short = server.service.is_short_of_memory();
+        Patience::new(self.len, server.timeouts.stalled_reply, rate, short)
+    }
+}
+
+/// How long a client may take for an answer.
+#[derive(Debug, PartialEq)]
+struct Patience {
+    /// To accept any more of it.
+    stalled: Duration,
+    /// To accept all of it.
+    whole: Duration,
+}
+
+impl Patience {
+    fn new(len: usize, stalled: Duration, rate: u64, short_of_memory: bool) -> Self {
+        let (stalled, rate) =
+            if short_of_memory { (stalled / 3, rate.saturating_mul(8)) } else { (stalled, rate) };
+        let millis = len as u64 * 1_000 / rate.max(1);
+        Self { stalled, whole: stalled + Duration::from_millis(millis) }
+    }
+}
 
 async fn respond<S: Service>(
     connection: &Connection<S>,
@@ -285,16 +366,68 @@ async fn respond<S: Service>(
     let Reply { status, payload, on_delivery } = fitting(connection, header, reply);
     let request_id = header.map_or(0, |header| header.request_id);
     let header = ResponseHeader { status, request_id, payload_len: payload.len() as u32 }.encode();
+    let len = payload.len();
+    let (payload, memory) = watched(payload);
     let mut frame = [Bytes::copy_from_slice(&header), payload];
-    let written = answer.write(&mut frame, connection.server.timeouts.stalled_reply).await;
+    let mut pace = Pace::new(connection, len);
+    let mut outcome = answer.write(&mut frame, &mut pace).await;
     drop(frame);
+    // A close discards what is unacknowledged, so a drain waits for it.
+    let draining = *connection.server.phase.borrow() == Phase::Draining;
+    if outcome.is_ok() && (on_delivery.is_some() || memory.is_some() || draining) {
+        outcome = acknowledged(&answer.send, &pace).await;
+    }
+    if outcome == Err(Unsent::TooSlow) {
+        connection.server.metrics.replies_too_slow.increment(1);
+    }
     match on_delivery {
-        Some(delivery) => Box::pin(settle(connection, answer, written, delivery)).await,
-        // A close discards what is unacknowledged, so a drain waits for it.
-        None if written.is_ok() && *connection.server.phase.borrow() == Phase::Draining => {
-            let _ = acknowledged(connection, &answer.send).await;
+        Some(delivery) => Box::pin(settle(connection, answer, outcome, delivery)).await,
+        None => {
+            if outcome.is_err() {
+                answer.give_up();
+            }
+            drop(answer);
         }
-        None => {}
+    }
+    if let (Err(_), Some(memory)) = (outcome, memory) {
+        Box::pin(released(connection, memory)).await;
+    }
+}
+
+/// The payload, and where it is large, something that is alive as long as any of its memory is.
+fn watched(payload: Bytes) -> (Bytes, Option<Weak<Bytes>>) {
+    if payload.len() < WATCHED_FROM {
+        return (payload, None);
+    }
+    let owner = Arc::new(payload);
+    let memory = Arc::downgrade(&owner);
+    (Bytes::from_owner(Watched(owner)), Some(memory))
+}
+
+struct Watched(Arc<Bytes>);
+
+impl AsRef<[u8]> for Watched {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Waits until the memory of an answer that was taken back is free, which it is once the client
+/// has acknowledged the reset. The connection of a client that does not is closed.
+async fn released<S: Service>(connection: &Connection<S>, memory: Weak<Bytes>) {
+    let patience = connection.server.timeouts.silent_peer;
+    let since = Instant::now();
+    while memory.strong_count() > 0 {
+        if since.elapsed() >= patience {
+            tracing::debug!(
+                "a client does not acknowledge what it was sent: closing its connection"
+            );
+            connection.quic.close(NO_CODE, b"answers are not acknowledged");
+            return;
+        }
+        if timeout(patience / 8, connection.quic.closed()).await.is_ok() {
+            return;
+        }
     }
 }
 
@@ -316,14 +449,10 @@ fn fitting<S: Service>(
 async fn settle<S: Service>(
     connection: &Connection<S>,
     mut answer: Answer,
-    written: Result<(), Unsent>,
+    outcome: Result<(), Unsent>,
     delivery: Box<dyn Delivery>,
 ) {
     let metrics = &connection.server.metrics;
-    let outcome = match written {
-        Ok(()) => acknowledged(connection, &answer.send).await,
-        Err(Unsent) => Err(Unsent),
-    };
     if outcome.is_ok() {
         metrics.replies_delivered.increment(1);
         drop(answer);
@@ -337,11 +466,10 @@ async fn settle<S: Service>(
 }
 
 /// Waits until the client's QUIC stack has every byte. A client that is not heard of for too long
-/// counts as gone, long before its connection times out.
-async fn acknowledged<S: Service>(
-    connection: &Connection<S>,
-    send: &SendStream,
-) -> Result<(), Unsent> {
+/// counts as gone, long before its connection times out; one that is heard of and acknowledges
+/// nothing is too slow.
+async fn acknowledged<S: Service>(send: &SendStream, pace: &Pace<'_, S>) -> Result<(), Unsent> {
+    let connection = pace.connection;
     let silent_peer = connection.server.timeouts.silent_peer;
     let mut stopped = pin!(send.stopped());
     let mut heard = connection.quic.stats().udp_rx.datagrams;
@@ -349,13 +477,14 @@ async fn acknowledged<S: Service>(
     loop {
         match timeout(silent_peer / 4, stopped.as_mut()).await {
             Ok(Ok(None)) => return Ok(()),
-            Ok(_) => return Err(Unsent),
+            Ok(_) => return Err(Unsent::Gone),
             Err(_) => {
+                pace.check_whole()?;
                 let now = connection.quic.stats().udp_rx.datagrams;
                 if now != heard {
                     (heard, since) = (now, Instant::now());
                 } else if since.elapsed() >= silent_peer {
-                    return Err(Unsent);
+                    return Err(Unsent::Gone);
                 }
             }
         }
@@ -365,6 +494,18 @@ async fn acknowledged<S: Service>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_has_the_time_of_the_whole_answer_and_less_where_memory_is_short() {
+        let seconds = Duration::from_secs;
+        let (full, rate) = (4 << 20, 8 << 10);
+        let patience = Patience::new(full, seconds(30), rate, false);
+        assert_eq!(patience, Patience { stalled: seconds(30), whole: seconds(30 + 512) });
+        let patience = Patience::new(full, seconds(30), rate, true);
+        assert_eq!(patience, Patience { stalled: seconds(10), whole: seconds(10 + 64) });
+        let patience = Patience::new(0, seconds(30), 0, false);
+        assert_eq!(patience, Patience { stalled: seconds(30), whole: seconds(30) });
+    }
 
     #[test]
     fn memory_is_taken_as_bytes_come() {

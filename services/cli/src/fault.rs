@@ -3,7 +3,7 @@
 
 use std::{borrow::Cow, fmt, io, process::ExitCode};
 
-use qpq_client::{AuthError, CallError, ConnectError, Error, MlsError, ProfileError};
+use qpq_client::{AuthError, CallError, ConnectError, Error, MlsError, NoConnection, ProfileError};
 
 use crate::{args::ProfileName, text};
 
@@ -173,6 +173,12 @@ impl From<CallError> for Fault {
             }
             CallError::Server(refusal) => refused(&refusal),
             CallError::Connect(error) => error.into(),
+            CallError::Unreachable { reason: NoConnection::Full, .. } => Self::new(
+                Exit::Unreachable,
+                "client.server_full",
+                format_args!("{}", NoConnection::Full),
+            )
+            .hint("try again in a few minutes; if that does not help, ask the server's operator"),
             CallError::Unreachable { .. } => unreachable(
                 "client.unreachable",
                 "check that the server runs and that its address (--server) and UDP port are right",

@@ -16,9 +16,10 @@ use crate::{Config, FOREIGN_VARIABLES};
 #[derive(Clone, Debug, Parser)]
 #[command(name = "qpq-server", version, max_term_width = 100)]
 pub struct Args {
-    /// The UDP address that clients connect to [default: 0.0.0.0:5001].
+    /// The UDP addresses that clients connect to, [::]:PORT for IPv6 and IPv4; may be repeated
+    /// [default: 0.0.0.0:5001].
     #[arg(long, global = true, value_name = "ADDRESS:PORT")]
-    listen: Option<String>,
+    listen: Vec<String>,
     /// The directory that holds everything [default: data].
     #[arg(long, global = true, value_name = "DIR")]
     data_dir: Option<String>,
@@ -64,8 +65,9 @@ impl Args {
 
     /// The configuration from all layers, these flags on top.
     pub fn load(&self) -> Result<Loaded<Config>, ConfigError> {
+        let listen = (!self.listen.is_empty()).then(|| self.listen.join(","));
         let flags = [
-            ("--listen", "listen", &self.listen),
+            ("--listen", "listen", &listen),
             ("--data-dir", "data_dir", &self.data_dir),
             ("--tls-cert", "tls.cert", &self.tls_cert),
             ("--tls-key", "tls.key", &self.tls_key),

@@ -11,7 +11,7 @@ use crate::{Config, Running, probe::reachable};
 /// The lines printed at the start.
 #[derive(Debug)]
 pub struct Banner {
-    listening: SocketAddr,
+    listening: Vec<SocketAddr>,
     http: Option<SocketAddr>,
     data_dir: PathBuf,
     fingerprint: String,
@@ -21,7 +21,7 @@ pub struct Banner {
 impl Banner {
     pub fn new(running: &Running, config: &Config) -> Self {
         Self {
-            listening: running.local_addr(),
+            listening: running.local_addrs().to_vec(),
             http: running.http_addr(),
             data_dir: config.data_dir.canonicalize().unwrap_or_else(|_| config.data_dir.clone()),
             fingerprint: running.fingerprint().to_string(),
@@ -33,9 +33,10 @@ impl Banner {
 impl fmt::Display for Banner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { listening, http, data_dir, fingerprint, client } = self;
-        let server = reachable(*listening);
+        let server = reachable(listening[0]);
+        let listening: Vec<_> = listening.iter().map(SocketAddr::to_string).collect();
         writeln!(f, "qpq-server {} is ready", env!("CARGO_PKG_VERSION"))?;
-        writeln!(f, "  listening on  {listening} (UDP)")?;
+        writeln!(f, "  listening on  {} (UDP)", listening.join(", "))?;
         if let Some(http) = http {
             writeln!(f, "  health        http://{http}/livez /readyz /metrics")?;
         }

@@ -144,6 +144,11 @@ impl Running {
         self.server.local_addr()
     }
 
+    /// The addresses where clients connect, at least one.
+    pub fn local_addrs(&self) -> &[SocketAddr] {
+        self.server.local_addrs()
+    }
+
     /// Where health and metrics are served, unless they are off.
     pub fn http_addr(&self) -> Option<SocketAddr> {
         self.http

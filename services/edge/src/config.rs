@@ -16,6 +16,7 @@ use qpq_runtime::{
 use qpq_transport::{Limits as TransportLimits, Timeouts};
 
 use crate::{
+    Listen,
     budgets::Limits,
     cluster::{Cluster, Nats, PasswordFileError, Postgres, Redis, Sections},
 };
@@ -34,8 +35,8 @@ const LARGEST_PAYLOAD: u64 = qpq_wire::MAX_PAYLOAD as u64;
 section! {
     /// The whole configuration.
     pub struct Config {
-        /// The UDP address that clients connect to.
-        listen: SocketAddr = SocketAddr::from(([0, 0, 0, 0], 5001)), flag: "--listen";
+        /// The UDP addresses that clients connect to. `[::]` listens on IPv6 and IPv4.
+        listen: Listen = SocketAddr::from(([0, 0, 0, 0], 5001)).into(), flag: "--listen";
         /// The directory that holds everything: database, certificate, keys. Made, for its owner
         /// alone, if missing.
         data_dir: PathBuf = "data".into(), flag: "--data-dir";
@@ -107,6 +108,9 @@ section! {
         max_connections_per_ip: usize = TransportLimits::default().max_connections_per_ip;
         /// Handshakes at a time.
         max_handshakes: usize = TransportLimits::default().max_handshakes;
+        /// Handshakes at a time from one IP address (IPv6: its /64). Leave room for those who share
+        /// one.
+        max_handshakes_per_ip: usize = TransportLimits::default().max_handshakes_per_ip;
         /// From so many handshakes at a time on, clients must first prove their address, which
         /// costs them a round trip.
         retry_above: usize = TransportLimits::default().retry_above;
@@ -114,6 +118,8 @@ section! {
         max_streams: u32 = TransportLimits::default().max_streams;
         /// How long a handshake may take.
         handshake_timeout: Duration = Timeouts::default().handshake;
+        /// The same while at least `retry_above` handshakes are in progress.
+        handshake_timeout_under_pressure: Duration = Timeouts::default().handshake_under_pressure;
         /// How long a client may be silent until its connection is dropped. Clients give a sign of
         /// life every 15 s.
         idle_timeout: Duration = Timeouts::default().idle;
@@ -122,8 +128,13 @@ section! {
         /// How long a client may be silent until messages that it fetched and did not acknowledge
         /// are back in its inbox.
         silent_peer_timeout: Duration = Timeouts::default().silent_peer;
-        /// How long a client may take nothing of its answer until that is taken back.
+        /// How long a client may accept nothing of its answer until that is stopped; a third of it
+        /// while the memory for answers is short.
         stalled_reply_timeout: Duration = Timeouts::default().stalled_reply;
+        /// Bytes a second that a client must accept of an answer, over the whole of it and after
+        /// `stalled_reply_timeout`; eight times as many while the memory for answers is short. What
+        /// an answer that was stopped showed is in the inbox again.
+        min_reply_rate: Size = Size(TransportLimits::default().min_reply_rate);
     }
 }
 
@@ -337,16 +348,19 @@ impl Config {
     pub fn transport(&self) -> qpq_transport::Config {
         let given = &self.transport;
         qpq_transport::Config {
-            listen: self.listen,
+            listen: self.listen.0.clone(),
             limits: TransportLimits {
                 max_connections: given.max_connections,
                 max_connections_per_ip: given.max_connections_per_ip,
                 max_handshakes: given.max_handshakes,
+                max_handshakes_per_ip: given.max_handshakes_per_ip,
                 retry_above: given.retry_above,
                 max_streams: given.max_streams,
+                min_reply_rate: given.min_reply_rate.0,
             },
             timeouts: Timeouts {
                 handshake: given.handshake_timeout,
+                handshake_under_pressure: given.handshake_timeout_under_pressure,
                 idle: given.idle_timeout,
                 request: given.request_timeout,
                 silent_peer: given.silent_peer_timeout,
@@ -404,6 +418,10 @@ impl Config {
             ("tls.reload_interval", self.tls.reload_interval),
             ("trace.timeout", self.trace.timeout),
             ("transport.handshake_timeout", transport.handshake_timeout),
+            (
+                "transport.handshake_timeout_under_pressure",
+                transport.handshake_timeout_under_pressure,
+            ),
             ("transport.idle_timeout", transport.idle_timeout),
             ("transport.request_timeout", transport.request_timeout),
             ("transport.silent_peer_timeout", transport.silent_peer_timeout),
@@ -455,6 +473,8 @@ impl Config {
             "at least 1",
         );
         must(transport.max_handshakes > 0, "transport.max_handshakes", "at least 1");
+        must(transport.max_handshakes_per_ip > 0, "transport.max_handshakes_per_ip", "at least 1");
+        must(transport.min_reply_rate.0 > 0, "transport.min_reply_rate", "at least 1B");
         must(
             (1..=65_536).contains(&transport.max_streams),
             "transport.max_streams",

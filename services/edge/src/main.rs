@@ -85,7 +85,7 @@ async fn run(config: &Config) -> ExitCode {
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        listening = %running.local_addr(),
+        listening = ?running.local_addrs(),
         fingerprint = %running.fingerprint(),
         "serving"
     );

@@ -44,7 +44,7 @@ impl Server {
         configure(&mut config);
         let running = Box::pin(compose(&config)).await.unwrap();
         let (addr, fingerprint) = (running.local_addr(), running.fingerprint());
-        config.listen = addr;
+        config.listen = addr.into();
         Self { config, running: Some(running), addr, fingerprint, dir }
     }
 

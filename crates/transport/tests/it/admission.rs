@@ -1,11 +1,15 @@
 //! Who is let in, and how the others learn that they are not.
 
-use std::time::Duration;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use qpq_transport::{
-    Alpn,
+    Alpn, Config,
     client::{ConnectError, Connection},
 };
+use tokio::net::UdpSocket;
 
 use crate::{
     relay::Relay,
@@ -118,4 +122,60 @@ async fn every_connection_has_a_port_of_its_own() {
         std::mem::forget(connection);
     }
     assert_eq!(ports.len(), 5);
+}
+
+#[tokio::test]
+async fn the_unspecified_address_of_ipv6_serves_ipv4_too() {
+    let any = Config::new((Ipv6Addr::UNSPECIFIED, 0).into());
+    let harness = Harness::with(any);
+    let [v6, v4] = harness.server.local_addrs() else { panic!("{:?}", harness.server) };
+    assert_eq!(v6.port(), v4.port());
+    for ip in [IpAddr::from(Ipv6Addr::LOCALHOST), Ipv4Addr::LOCALHOST.into()] {
+        let dialer = harness.dialer();
+        let echo = within(dialer.connect((ip, v6.port()).into(), "localhost")).await.unwrap();
+        let call = echo.call(method::ECHO, "in".into(), 1, Duration::from_secs(60));
+        assert_eq!(within(call).await.unwrap().1, "in", "{ip}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_listens_on_several_addresses_under_one_set_of_limits() {
+    let mut config = config();
+    config.listen.push((Ipv4Addr::new(127, 0, 0, 2), 0).into());
+    config.limits.max_connections = 2;
+    let harness = Harness::with(config);
+    let addrs = harness.server.local_addrs().to_vec();
+    let mut inside = Vec::new();
+    for addr in &addrs {
+        inside.push(within(harness.dialer().connect(*addr, "localhost")).await.unwrap());
+    }
+    for addr in addrs {
+        let refused = within(harness.dialer().connect(addr, "localhost")).await;
+        assert!(matches!(refused, Err(ConnectError::Refused)), "{refused:?}");
+    }
+}
+
+/// `cases/greed.md` 12.
+#[tokio::test]
+async fn junk_datagrams_from_many_addresses_shut_nobody_out() {
+    let harness = Harness::start();
+    let before = harness.connect().await;
+    // A byte, a short header, a long header of no version, an Initial that is none.
+    let junk = [
+        vec![0],
+        vec![0x40; 40],
+        vec![0xc0; 1_200],
+        [&[0xc3, 0, 0, 0, 1][..], &[9; 1_195]].concat(),
+    ];
+    for sender in 0..200_u8 {
+        let socket = UdpSocket::bind((Ipv4Addr::new(127, 0, 1, sender), 0)).await.unwrap();
+        for n in 0..100 {
+            socket.send_to(&junk[n % junk.len()][..], harness.addr()).await.unwrap();
+        }
+    }
+    let after = harness.connect().await;
+    for connection in [before, after] {
+        let call = connection.call(method::ECHO, "in".into(), 1, Duration::from_secs(60));
+        assert_eq!(within(call).await.unwrap().1, "in");
+    }
 }

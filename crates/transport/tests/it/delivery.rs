@@ -107,3 +107,41 @@ async fn a_call_that_ends_too_late_keeps_what_it_leased_until_the_drop() {
     raw.exchange(&frame(method::ECHO, 2, b"")).await;
     assert_eq!(harness.reported(), [Report::Started(2)]);
 }
+
+/// `cases/greed.md` 2: each read is progress, and would have been for ever.
+#[tokio::test]
+async fn a_client_that_reads_a_few_bytes_at_a_time_loses_the_answer_and_nothing_else() {
+    let mut config = config();
+    config.timeouts.stalled_reply = Duration::from_millis(400);
+    config.limits.min_reply_rate = 16 << 20;
+    let mut harness = Harness::with(config);
+    let raw = harness.raw().await;
+    let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &4_000_000u32.to_be_bytes())).await;
+    let reset = loop {
+        // An exchange between two reads: the client is slow, and is heard of.
+        raw.exchange(&frame(method::ECHO, 2, b"")).await;
+        if let Err(error) = within(recv.read_chunk(64, true)).await {
+            break error;
+        }
+    };
+    assert!(matches!(reset, quinn::ReadError::Reset(_)), "{reset:?}");
+    harness.wait_for(Report::Lost(1)).await;
+    let (_send, recv) = raw.ask(&frame(method::BULK, 3, &100_000u32.to_be_bytes())).await;
+    assert_eq!(answer(recv).await.payload.len(), 100_000);
+    harness.wait_for(Report::Delivered(3)).await;
+}
+
+#[tokio::test]
+async fn a_client_that_acknowledges_neither_an_answer_nor_its_reset_loses_its_connection() {
+    let mut config = config();
+    config.timeouts.silent_peer = Duration::from_millis(400);
+    config.timeouts.idle = Duration::from_secs(3_600);
+    let mut harness = Harness::with(config);
+    let relay = Relay::to(harness.addr()).await;
+    let raw = Raw::connect(&harness, relay.addr, quinn::TransportConfig::default()).await;
+    let (_send, _recv) = raw.ask(&frame(method::GATE, 1, &[7; 100_000])).await;
+    harness.wait_for(Report::Started(1)).await;
+    relay.set_up(false);
+    harness.probe.gate.add_permits(1);
+    harness.wait_for(Report::Disconnected).await;
+}

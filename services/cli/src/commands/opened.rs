@@ -66,7 +66,7 @@ pub(crate) async fn connect(client: &Client) -> Result<Fingerprint, Fault> {
         Err(_) => {
             let reason = match &*events.borrow() {
                 ConnectionEvent::Reconnecting { reason, .. } => reason.clone(),
-                _ => "no answer".to_owned(),
+                _ => "no answer".to_owned().into(),
             };
             let server = client.options().server.clone();
             Err(CallError::Unreachable { server, waited: CONNECT_PATIENCE, reason }.into())

@@ -43,7 +43,7 @@ impl World {
         };
         config.limits.enabled = false;
         let running = Box::pin(compose(&config)).await.unwrap();
-        config.listen = running.local_addr();
+        config.listen = running.local_addr().into();
         Self {
             address: running.local_addr().to_string(),
             fingerprint: running.fingerprint().to_string(),

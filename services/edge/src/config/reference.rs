@@ -27,6 +27,7 @@ A key or a `QPQ_` variable that does not exist is refused by name; so is a value
 | text, path | `\"/var/lib/qpq\"` | `/var/lib/qpq` |
 | truth | `true`, `false` | the same |
 | number | `64` | the same |
+| addresses | `\"[::]:5001\"`, or a list of them; IPv6 in brackets, with a zone as in `\"[fe80::1%eth0]:5001\"` | `0.0.0.0:5001,[::1]:5001` |
 | address | `\"127.0.0.1:5001\"`, `\"[::]:5001\"` | `127.0.0.1:5001` |
 | duration | `\"250ms\"`, `\"30s\"`, `\"15m\"`, `\"12h\"`, `\"30d\"`, or a number of seconds | `30s` |
 | size | `\"512B\"`, `\"64KiB\"`, `\"4MiB\"`, `\"1GiB\"`, or a number of bytes | `4MiB` |

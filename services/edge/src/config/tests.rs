@@ -23,7 +23,7 @@ fn the_defaults_are_valid_and_those_of_the_crates_below() {
     assert_eq!(ours.waiting_logins, theirs.waiting_logins);
     assert_eq!(
         format!("{:?}", config.transport()),
-        format!("{:?}", qpq_transport::Config::new(config.listen))
+        format!("{:?}", qpq_transport::Config::new(config.listen.0[0]))
     );
 }
 
@@ -39,7 +39,7 @@ fn the_variables_of_the_original_are_known() {
         ("QPQ_PASSWORD", "not ours"),
     ])
     .unwrap();
-    assert_eq!((config.listen.port(), config.drain.timeout.as_secs()), (1, 5));
+    assert_eq!((config.listen.0[0].port(), config.drain.timeout.as_secs()), (1, 5));
     assert_eq!(config.data_dir, PathBuf::from("/d"));
     assert_eq!(config.tls_files(), ("/c".into(), "/k".into()));
 }

@@ -1,6 +1,9 @@
 //! Servers in the test's own process, as other crates' tests use them.
 
-use std::future::{pending, ready};
+use std::{
+    future::{pending, ready},
+    net::SocketAddr,
+};
 
 use qpq_runtime::config::ListenOn;
 use qpq_server::{Config, Running, StartError, compose};
@@ -9,8 +12,9 @@ use qpq_transport::client::{ConnectError, Dialer, Trust};
 use crate::harness::{Data, connect, health, page};
 
 fn config(data: &Data) -> Config {
-    let anywhere = "127.0.0.1:0".parse().unwrap();
-    let mut config = Config { listen: anywhere, data_dir: data.path().into(), ..Config::default() };
+    let anywhere: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    let mut config =
+        Config { listen: anywhere.into(), data_dir: data.path().into(), ..Config::default() };
     config.http.listen = ListenOn::At(anywhere);
     config
 }
@@ -49,7 +53,7 @@ async fn a_directory_is_free_again_after_a_shutdown_and_after_a_failed_start() {
     let config = config(&data);
     let first = compose(&config).await.unwrap();
     let mut taken = config.clone();
-    taken.listen = first.local_addr();
+    taken.listen = first.local_addr().into();
     assert!(matches!(compose(&taken).await, Err(StartError::Store(_))), "in use");
     let address = first.local_addr();
     first.shutdown(pending()).await;
