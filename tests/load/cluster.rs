@@ -216,6 +216,7 @@ async fn store(cluster: &Cluster, namespace: &str) -> anyhow::Result<Config> {
             ..Limits::default()
         },
         timing: Timing::default(),
+        clocks: qpq_store_cluster::Clocks::default(),
     })
 }
 

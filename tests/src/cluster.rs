@@ -118,6 +118,8 @@ pub struct Links {
 struct Edge {
     port: Port,
     links: Option<Links>,
+    /// How far its clock is off, as faketime has it.
+    clock: parking_lot::Mutex<Option<&'static str>>,
     life: tokio::sync::Mutex<Life>,
 }
 
@@ -154,7 +156,12 @@ impl Cluster {
                     })
                 }
             };
-            edges.push(Edge { port, links, life: tokio::sync::Mutex::new(Life::Down) });
+            edges.push(Edge {
+                port,
+                links,
+                clock: parking_lot::Mutex::default(),
+                life: tokio::sync::Mutex::new(Life::Down),
+            });
         }
         let cluster = Self { postgres, redis, nats, edges, pin, plan, dir: Some(dir) };
         for n in 0..cluster.edges.len() {
@@ -240,6 +247,12 @@ impl Cluster {
         Ok(())
     }
 
+    /// Sets the clock of an edge from its next start on, as a process: `+100d` is a hundred days
+    /// ahead.
+    pub fn set_clock(&self, n: usize, offset: Option<&'static str>) {
+        *self.edges[n].clock.lock() = offset;
+    }
+
     /// The settings of an edge, as environment variables.
     pub fn variables(&self, n: usize) -> Vec<(&'static str, String)> {
         let edge = &self.edges[n];
@@ -297,6 +310,13 @@ impl Cluster {
             .current_dir(self.dir())
             .stderr(log)
             .kill_on_drop(true);
+        if let Some(offset) = *self.edges[n].clock.lock() {
+            command
+                .env("LD_PRELOAD", faketime()?)
+                .env("FAKETIME", offset)
+                // What the edge waits for is measured by the monotonic clock.
+                .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        }
         Ok(command)
     }
 
@@ -329,6 +349,23 @@ impl Drop for Cluster {
             );
         }
     }
+}
+
+/// The library that sets a process's clock.
+fn faketime() -> anyhow::Result<PathBuf> {
+    let places = directories_in("/usr/lib")
+        .chain(["/usr/lib".into(), "/usr/local/lib".into()])
+        .map(|dir| dir.join("faketime/libfaketime.so.1"));
+    places
+        .into_iter()
+        .find(|path| path.exists())
+        .context("libfaketime is missing: `apt-get install faketime`")
+}
+
+/// The directories in a directory.
+fn directories_in(dir: &str) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
+    entries.map(|entry| entry.path()).filter(|path| path.is_dir())
 }
 
 /// Makes what the edges of a cluster share.

@@ -29,9 +29,11 @@ pub enum Strike {
     KillEdgeAndRedis,
     /// Everything that may lose what it holds.
     KillRedisAndNats,
+    /// An edge starts again with a clock that is a hundred days off, until it is killed.
+    WrongClock,
 }
 
-const ALL: [Strike; 10] = [
+const ALL: [Strike; 11] = [
     Strike::KillEdge,
     Strike::KillRedis,
     Strike::FlushRedis,
@@ -42,7 +44,11 @@ const ALL: [Strike; 10] = [
     Strike::CutReaders,
     Strike::KillEdgeAndRedis,
     Strike::KillRedisAndNats,
+    Strike::WrongClock,
 ];
+
+/// Wrong clocks.
+const OFFSETS: [&str; 2] = ["+100d", "-100d"];
 
 /// How long a store stays down at most.
 const DOWN: Duration = Duration::from_millis(500);
@@ -78,6 +84,12 @@ impl Havoc {
         match strike {
             Strike::KillEdge => {
                 cluster.kill_edge(edge).await?;
+                cluster.set_clock(edge, None);
+                cluster.start_edge(edge).await?;
+            }
+            Strike::WrongClock => {
+                cluster.kill_edge(edge).await?;
+                cluster.set_clock(edge, OFFSETS.choose(&mut self.random).copied());
                 cluster.start_edge(edge).await?;
             }
             Strike::KillRedis => {

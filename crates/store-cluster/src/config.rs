@@ -9,7 +9,7 @@ use rustls::{
     pki_types::{CertificateDer, pem::PemObject as _},
 };
 
-use crate::{ConnectError, error::Server};
+use crate::{Clocks, ConnectError, error::Server};
 
 /// Everything [`ClusterStore::connect`](crate::ClusterStore::connect) needs.
 #[derive(Clone, Debug)]
@@ -35,6 +35,7 @@ pub struct Config {
     pub opaque_setup: [u8; 32],
     pub limits: Limits,
     pub timing: Timing,
+    pub clocks: Clocks,
 }
 
 /// Where one server is, and how to be let in.

@@ -65,6 +65,16 @@ impl Shared {
     pub(crate) fn kind(&self) -> Kind {
         Kind::of(&self.0)
     }
+
+    /// Whether it reached Postgres and was not done in time.
+    pub(crate) fn took_too_long(&self) -> bool {
+        match &*self.0 {
+            // A statement that was cancelled by its timeout.
+            sqlx::Error::Database(database) => database.code().as_deref() == Some("57014"),
+            sqlx::Error::Io(error) => error.kind() == io::ErrorKind::TimedOut,
+            _ => false,
+        }
+    }
 }
 
 impl From<sqlx::Error> for Shared {

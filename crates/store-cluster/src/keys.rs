@@ -3,7 +3,8 @@
 //! A KeyPackage leaves its table in the statement that gives it out, and its fingerprint goes into
 //! another, where it stays until its lifetime ends: so it is given out once, by whichever edge, and
 //! cannot come back. Whether a package has expired is judged by the caller's instant in every
-//! statement, never by whether a sweep has already come by.
+//! statement, never by whether a sweep has already come by. What has expired is deleted only where
+//! Postgres' and the edge's clock say so too.
 //!
 //! Uploads of one owner go one after the other, by a lock on the account; takes wait for nobody.
 
@@ -19,9 +20,12 @@ use qpq_ports::{
 };
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
-use crate::postgres::{
-    Database, Repeat,
-    row::{Columns as _, millis},
+use crate::{
+    postgres::{
+        Database, Repeat,
+        row::{Columns as _, millis, now_of},
+    },
+    time::Time,
 };
 
 /// The condition for a package whose lifetime contains $2. Where the beginning is not known, the
@@ -69,7 +73,7 @@ const TAKE_LAST_RESORT: &str = concat!(
 const AFTER_UPLOAD: &str = "SELECT FROM account WHERE identity = $1 FOR SHARE";
 
 /// Whoever inserts a package locks its owner's key alone, which this leaves free.
-const LOCK: &str = "SELECT FROM account WHERE id = $1 FOR NO KEY UPDATE";
+const LOCK: &str = "SELECT store_now() AS postgres FROM account WHERE id = $1 FOR NO KEY UPDATE";
 
 const EXPIRE: &str = "
     WITH packages AS (DELETE FROM key_package WHERE owner = $1 AND not_after < $2)
@@ -111,12 +115,13 @@ const GET_HYBRID: &str = "
 #[derive(Debug)]
 pub(crate) struct ClusterKeys {
     database: Database,
+    time: Time,
     caps: KeyPackageCaps,
 }
 
 impl ClusterKeys {
-    pub(crate) fn new(database: Database, caps: KeyPackageCaps) -> Self {
-        Self { database, caps }
+    pub(crate) fn new(database: Database, time: Time, caps: KeyPackageCaps) -> Self {
+        Self { database, time, caps }
     }
 }
 
@@ -129,13 +134,16 @@ impl KeyPackages for ClusterKeys {
         mode: UploadMode,
         now: UnixMillis,
     ) -> StoreResult<Upload> {
-        let (packages, most) = (Arc::new(packages), self.caps.max_count);
+        let (packages, most, time) = (Arc::new(packages), self.caps.max_count, self.time.clone());
         // A repeat finds the packages there. One of them may have been taken meanwhile, which is
         // then what it says.
         self.database
             .run("upload_key_packages", Repeat::Harmless, |connection| {
-                let packages = Arc::clone(&packages);
-                Box::pin(async move { upload(connection, owner, &packages, mode, now, most).await })
+                let (packages, time) = (Arc::clone(&packages), time.clone());
+                Box::pin(async move {
+                    expire(connection, owner, now, &time).await?;
+                    upload(connection, owner, &packages, mode, now, most).await
+                })
             })
             .await
     }
@@ -239,6 +247,20 @@ async fn stock(
     })
 }
 
+/// Locks the owner's account against other uploads, and removes what has expired.
+async fn expire(
+    connection: &mut PgConnection,
+    owner: AccountId,
+    now: UnixMillis,
+    time: &Time,
+) -> sqlx::Result<()> {
+    let Some(row) = sqlx::query(LOCK).bind(owner.0).fetch_optional(&mut *connection).await? else {
+        return Ok(());
+    };
+    let expired_by = time.bounds(now, now_of(&row)?).earliest;
+    sqlx::query(EXPIRE).bind(owner.0).bind(millis(expired_by)).execute(connection).await.map(drop)
+}
+
 /// Decides first and then stores all or nothing. Nobody else stores anything for this owner
 /// meanwhile; what others take makes room that was not needed, and the answer is of the moment
 /// before that.
@@ -250,8 +272,6 @@ async fn upload(
     now: UnixMillis,
     most: u32,
 ) -> sqlx::Result<Upload> {
-    sqlx::query(LOCK).bind(owner.0).execute(&mut *connection).await?;
-    sqlx::query(EXPIRE).bind(owner.0).bind(millis(now)).execute(&mut *connection).await?;
     let mut known = Known::of(connection, owner, packages).await?;
     if mode == UploadMode::Replace {
         known.there.clear();

@@ -26,12 +26,13 @@ mod notices;
 mod postgres;
 mod redis;
 mod sessions;
+mod time;
 mod upkeep;
 mod wakes;
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use qpq_ports::Stores;
+use qpq_ports::{Clock, Stores};
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep},
@@ -43,6 +44,7 @@ pub use history::begin_history;
 pub use import::{Import, ImportError};
 pub use inboxes::COMMITTERS;
 pub use postgres::migrate;
+pub use time::Clocks;
 
 use crate::{
     accounts::ClusterAccounts,
@@ -56,6 +58,7 @@ use crate::{
     postgres::Database,
     redis::Redis,
     sessions::ClusterSessions,
+    time::Time,
     upkeep::ClusterUpkeep,
     wakes::{ClusterWakes, Waking},
 };
@@ -73,6 +76,7 @@ pub struct ClusterStore {
     database: Database,
     bus: Bus,
     stores: Stores,
+    time: Time,
     tasks: JoinSet<()>,
 }
 
@@ -97,15 +101,20 @@ impl ClusterStore {
             History::read(&database).await.map_err(|error| Server::Postgres.unreachable(error))
         };
         let history = waiting(may_take, |within| Server::Postgres.answers(within, read())).await?;
+        let time = Time::new(config.clocks.clone());
+        let beat = || upkeep::first_beat(&database, &time);
+        waiting(may_take, |within| Server::Postgres.answers(within, beat())).await?;
         let waking = Waking::new(redis.clone(), bus.clone(), edge.clone());
         let sessions = Arc::new(ClusterSessions::new(
             database.clone(),
             history.clone(),
             redis.clone(),
             bus.clone(),
+            time.clone(),
             config.timing.session_cache,
         ));
-        let keys = Arc::new(ClusterKeys::new(database.clone(), config.limits.key_packages));
+        let keys =
+            Arc::new(ClusterKeys::new(database.clone(), time.clone(), config.limits.key_packages));
         let delivery = config.limits.delivery;
         let stores = Stores {
             accounts: Arc::new(ClusterAccounts::new(database.clone())),
@@ -115,12 +124,13 @@ impl ClusterStore {
                 waking.clone(),
                 edge,
                 delivery,
+                time.clone(),
                 &config.timing,
             )),
             wakes: Arc::new(ClusterWakes(waking.clone())),
             key_packages: Arc::clone(&keys) as _,
             hybrid_keys: keys,
-            limiter: Arc::new(ClusterLimiter::new(redis.clone())),
+            limiter: Arc::new(ClusterLimiter::new(redis.clone(), &config.clocks)),
             notices: Arc::new(ClusterNotices {
                 bus: bus.clone(),
                 sessions: Arc::clone(&sessions),
@@ -129,19 +139,26 @@ impl ClusterStore {
             }),
             upkeep: Arc::new(ClusterUpkeep::new(
                 database.clone(),
-                redis,
+                redis.clone(),
                 Arc::clone(&sessions),
                 history.clone(),
+                time.clone(),
                 delivery.recent_ids,
             )),
             sessions: Arc::clone(&sessions) as _,
         };
         let mut tasks = JoinSet::new();
+        tasks.spawn(redis.clone().probe());
         tasks.spawn(waking.clone().listen());
         tasks.spawn(waking.poll(database.clone(), history.clone(), config.timing.poll));
         tasks.spawn(sessions.listen());
         tasks.spawn(observe(database.clone()));
-        Ok(Self { database, bus, stores, tasks })
+        Ok(Self { database, bus, stores, time, tasks })
+    }
+
+    /// The cluster's time, for the caller to pass to the ports.
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        Arc::new(self.time.clone())
     }
 
     /// The ports.

@@ -2,7 +2,8 @@
 //!
 //! A bucket is one number: when it will be full again (the generic cell rate algorithm), with the
 //! arithmetic of the embedded store in `redis/scripts/spend.lua`. A Redis that was flushed has full
-//! buckets, which is what it costs to lose it.
+//! buckets, which is what it costs to lose it. The time is Redis' own, so that an edge with a wrong
+//! clock neither empties nor fills a bucket.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -12,9 +13,9 @@ use qpq_domain::UnixMillis;
 use qpq_ports::{Bucket, LimitKey, RateLimiter, StoreResult, Verdict};
 use redis::Script;
 
-use crate::{metrics as names, redis::Redis};
+use crate::{Clocks, metrics as names, redis::Redis};
 
-/// A key outlives its bucket by this, in which the edges' clocks may differ.
+/// Time for which a key outlives its bucket.
 const SLACK: Duration = Duration::from_secs(60);
 /// No debt is remembered for longer.
 const LONGEST: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -25,11 +26,13 @@ static SPEND: LazyLock<Script> =
 #[derive(Debug)]
 pub(crate) struct ClusterLimiter {
     redis: Redis,
+    /// Whether the caller's instant counts in place of Redis' time.
+    injected: bool,
 }
 
 impl ClusterLimiter {
-    pub(crate) fn new(redis: Redis) -> Self {
-        Self { redis }
+    pub(crate) fn new(redis: Redis, clocks: &Clocks) -> Self {
+        Self { redis, injected: clocks.edge.is_none() }
     }
 }
 
@@ -52,7 +55,7 @@ impl RateLimiter for ClusterLimiter {
             // As Rust prints a float, it is read as the very same one.
             text(millis_per_token),
             text(cost),
-            text(now.0),
+            if self.injected { text(now.0) } else { Bytes::new() },
             text(SLACK.as_millis()),
             text(LONGEST.as_millis()),
         ];

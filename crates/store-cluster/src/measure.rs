@@ -9,13 +9,14 @@ use qpq_ports::{Enqueue, Envelope, NewAccount, PageLimit, Read, StoreResult, Vie
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
-    COMMITTERS, Config, ConnectError,
+    COMMITTERS, Clocks, Config, ConnectError,
     inboxes::commit,
     postgres::{self, Database, Repeat},
     redis::{
         Redis,
         queue::{Found, Look, Queued, State},
     },
+    time::Time,
 };
 
 /// What a floor came to.
@@ -74,7 +75,10 @@ pub async fn transactions(
                 database
                     .run("floor", Repeat::Never, |connection| {
                         let batch = Arc::clone(&batch);
-                        Box::pin(async move { commit(connection, &batch, &limits).await })
+                        let time = Time::new(Clocks::default());
+                        Box::pin(async move {
+                            commit(connection, &batch, &limits, &time).await.map(drop)
+                        })
                     })
                     .await?;
                 messages += batch.len() as u64;

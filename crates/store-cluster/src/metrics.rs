@@ -6,11 +6,15 @@
 //! | `qpq_pg_retries_total{op}` | counter | retries | transactions that were done again because another was in the way |
 //! | `qpq_pg_errors_total{op,kind}` | counter | failures | transactions and statements that failed for good |
 //! | `qpq_pg_connections{state}` | gauge | connections | this edge's, `busy` and `idle` |
+//! | `qpq_clock_skew_seconds` | gauge | seconds | how far the edge's clock is ahead of Postgres', negative if behind |
+//! | `qpq_sweeps_shrunk_total` | counter | sweeps | transactions of a sweep that took too long and were tried again with fewer rows |
 //! | `qpq_enqueue_queue_messages` | gauge | messages | messages that wait for a committer |
 //! | `qpq_enqueue_batch_messages` | histogram | messages | messages that were committed together |
 //! | `qpq_settle_batch_pages` | histogram | pages | pages that clients have got and that were removed together |
 //! | `qpq_redis_seconds{op}` | histogram | seconds | a script or command |
 //! | `qpq_redis_errors_total{op}` | counter | failures | scripts and commands that failed |
+//! | `qpq_redis_breaker_open` | gauge | 0 or 1 | whether Redis does not answer and is not asked |
+//! | `qpq_redis_skipped_total` | counter | calls | scripts and commands that were not tried because Redis does not answer |
 //! | `qpq_hot_reads_total{from}` | counter | reads | reads by what answered them: `redis`, `reloaded`, `postgres` |
 //! | `qpq_leases` | gauge | leases | messages of this edge on their way to a client, by page |
 //! | `qpq_waiters` | gauge | subscriptions | calls and subscriptions of this edge that wait for an inbox |
@@ -26,11 +30,15 @@ pub(crate) const PG_SECONDS: &str = "qpq_pg_seconds";
 pub(crate) const PG_RETRIES: &str = "qpq_pg_retries_total";
 pub(crate) const PG_ERRORS: &str = "qpq_pg_errors_total";
 pub(crate) const PG_CONNECTIONS: &str = "qpq_pg_connections";
+pub(crate) const CLOCK_SKEW: &str = "qpq_clock_skew_seconds";
+pub(crate) const SWEEPS_SHRUNK: &str = "qpq_sweeps_shrunk_total";
 pub(crate) const ENQUEUE_QUEUE: &str = "qpq_enqueue_queue_messages";
 pub(crate) const ENQUEUE_BATCH: &str = "qpq_enqueue_batch_messages";
 pub(crate) const SETTLE_BATCH: &str = "qpq_settle_batch_pages";
 pub(crate) const REDIS_SECONDS: &str = "qpq_redis_seconds";
 pub(crate) const REDIS_ERRORS: &str = "qpq_redis_errors_total";
+pub(crate) const REDIS_BREAKER: &str = "qpq_redis_breaker_open";
+pub(crate) const REDIS_SKIPPED: &str = "qpq_redis_skipped_total";
 pub(crate) const HOT_READS: &str = "qpq_hot_reads_total";
 pub(crate) const LEASES: &str = "qpq_leases";
 pub(crate) const WAITERS: &str = "qpq_waiters";
@@ -60,6 +68,16 @@ pub(crate) fn describe() {
     );
     describe_counter!(PG_ERRORS, Count, "Transactions and statements that failed for good");
     describe_gauge!(PG_CONNECTIONS, Count, "This edge's connections to Postgres");
+    describe_gauge!(
+        CLOCK_SKEW,
+        Seconds,
+        "How far the edge's clock is ahead of Postgres', negative if behind"
+    );
+    describe_counter!(
+        SWEEPS_SHRUNK,
+        Count,
+        "Transactions of a sweep that took too long and were tried again with fewer rows"
+    );
     describe_gauge!(ENQUEUE_QUEUE, Count, "Messages that wait for a committer");
     describe_histogram!(ENQUEUE_BATCH, Count, "Messages that were committed together");
     describe_histogram!(
@@ -69,6 +87,12 @@ pub(crate) fn describe() {
     );
     describe_histogram!(REDIS_SECONDS, Seconds, "A script or command");
     describe_counter!(REDIS_ERRORS, Count, "Scripts and commands that failed");
+    describe_gauge!(REDIS_BREAKER, Count, "Whether Redis does not answer and is not asked");
+    describe_counter!(
+        REDIS_SKIPPED,
+        Count,
+        "Scripts and commands that were not tried because Redis does not answer"
+    );
     describe_counter!(HOT_READS, Count, "Reads by what answered them");
     describe_gauge!(LEASES, Count, "Pages of this edge on their way to a client");
     describe_gauge!(WAITERS, Count, "Calls and subscriptions of this edge that wait for an inbox");
@@ -92,10 +116,10 @@ pub(crate) fn describe() {
         "Calls that could not be counted against their budget"
     );
     // From the start at zero, so that a rate sees the first.
-    for name in [BUS_DROPPED, HISTORIES, LIMIT_FAILURES] {
+    for name in [BUS_DROPPED, HISTORIES, LIMIT_FAILURES, REDIS_SKIPPED, SWEEPS_SHRUNK] {
         metrics::counter!(name).increment(0);
     }
-    for name in [ENQUEUE_QUEUE, LEASES, WAITERS] {
+    for name in [ENQUEUE_QUEUE, LEASES, REDIS_BREAKER, WAITERS] {
         metrics::gauge!(name).increment(0);
     }
 }

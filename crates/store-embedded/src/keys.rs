@@ -14,6 +14,7 @@ use qpq_ports::{
 use sqlx::{Row as _, SqliteConnection, SqlitePool, sqlite::SqliteRow};
 
 use crate::{
+    clock::Guard,
     error::read_failed,
     row::{Columns as _, millis},
     writer::{Outcome, Scope, Writer},
@@ -26,12 +27,18 @@ const JOB_BYTES: usize = 256;
 pub(crate) struct EmbeddedKeys {
     writer: Writer,
     readers: SqlitePool,
+    clock: Guard,
     caps: KeyPackageCaps,
 }
 
 impl EmbeddedKeys {
-    pub(crate) fn new(writer: Writer, readers: SqlitePool, caps: KeyPackageCaps) -> Self {
-        Self { writer, readers, caps }
+    pub(crate) fn new(
+        writer: Writer,
+        readers: SqlitePool,
+        clock: Guard,
+        caps: KeyPackageCaps,
+    ) -> Self {
+        Self { writer, readers, clock, caps }
     }
 }
 
@@ -45,13 +52,14 @@ impl KeyPackages for EmbeddedKeys {
         now: UnixMillis,
     ) -> StoreResult<Upload> {
         let bytes = packages.iter().map(|package| package.bytes.len() + JOB_BYTES).sum();
-        let most = self.caps.max_count;
+        let (most, expired_by) = (self.caps.max_count, self.clock.bounds(now).earliest);
         self.writer
             .run(
                 Scope::Job,
                 bytes,
                 move |connection| {
                     async move {
+                        expire(connection, owner, expired_by).await?;
                         let upload = upload(connection, owner, packages, mode, now, most).await?;
                         Ok(match upload {
                             Upload::Stored(_) => Outcome::Keep(upload),
@@ -181,6 +189,21 @@ fn stock(row: &SqliteRow) -> sqlx::Result<Stock> {
     })
 }
 
+/// Removes what has expired.
+async fn expire(
+    connection: &mut SqliteConnection,
+    owner: AccountId,
+    now: UnixMillis,
+) -> sqlx::Result<()> {
+    for sql in [
+        "DELETE FROM key_package WHERE owner = ?1 AND not_after < ?2",
+        "DELETE FROM key_package_given WHERE owner = ?1 AND not_after < ?2",
+    ] {
+        sqlx::query(sql).bind(owner.0).bind(millis(now)).execute(&mut *connection).await?;
+    }
+    Ok(())
+}
+
 /// Stores the packages as far as nothing is against it; what is to be undone, the writer undoes.
 async fn upload(
     connection: &mut SqliteConnection,
@@ -190,12 +213,6 @@ async fn upload(
     now: UnixMillis,
     most: u32,
 ) -> sqlx::Result<Upload> {
-    for sql in [
-        "DELETE FROM key_package WHERE owner = ?1 AND not_after < ?2",
-        "DELETE FROM key_package_given WHERE owner = ?1 AND not_after < ?2",
-    ] {
-        sqlx::query(sql).bind(owner.0).bind(millis(now)).execute(&mut *connection).await?;
-    }
     if mode == UploadMode::Replace {
         sqlx::query("DELETE FROM key_package WHERE owner = ?1")
             .bind(owner.0)

@@ -11,6 +11,7 @@
 //!   and who has died holds none of them.
 
 mod accounts;
+mod clock;
 mod error;
 mod export;
 mod history;
@@ -32,13 +33,14 @@ use qpq_domain::{Delivery, KeyPackageCaps};
 use qpq_ports::{Alone, Stores};
 use sqlx::SqlitePool;
 
+pub use clock::{Accepted, JUMP, accept_clock};
 pub use export::{Export, ExportError};
 pub use open::{MOVED_FILE, OpenError};
 
 use crate::{
-    accounts::EmbeddedAccounts, history::History, inboxes::EmbeddedInboxes, keys::EmbeddedKeys,
-    limiter::EmbeddedLimiter, sessions::EmbeddedSessions, upkeep::EmbeddedUpkeep,
-    wakes::EmbeddedWakes, writer::Writer,
+    accounts::EmbeddedAccounts, clock::Guard, history::History, inboxes::EmbeddedInboxes,
+    keys::EmbeddedKeys, limiter::EmbeddedLimiter, sessions::EmbeddedSessions,
+    upkeep::EmbeddedUpkeep, wakes::EmbeddedWakes, writer::Writer,
 };
 
 /// What the deployment allows.
@@ -65,11 +67,22 @@ impl EmbeddedStore {
         let history = History::read(&readers)
             .await
             .map_err(|error| open::failed(&data_dir.join(open::DATABASE_FILE), &error))?;
-        let writer = Writer::start(opened.connection, opened.options, limits.delivery, opened.lock);
+        let guard = Guard::new(opened.belief);
+        let writer = Writer::start(
+            opened.connection,
+            opened.options,
+            limits.delivery,
+            guard.clone(),
+            opened.lock,
+        );
         let wakes = Arc::default();
         let sessions = Arc::new(EmbeddedSessions::new(writer.clone(), readers.clone()));
-        let keys =
-            Arc::new(EmbeddedKeys::new(writer.clone(), readers.clone(), limits.key_packages));
+        let keys = Arc::new(EmbeddedKeys::new(
+            writer.clone(),
+            readers.clone(),
+            guard.clone(),
+            limits.key_packages,
+        ));
         let stores = Stores {
             accounts: Arc::new(EmbeddedAccounts::new(writer.clone(), readers.clone())),
             inboxes: Arc::new(EmbeddedInboxes::new(
@@ -77,6 +90,7 @@ impl EmbeddedStore {
                 readers.clone(),
                 Arc::clone(&wakes),
                 history.clone(),
+                guard.clone(),
                 limits.delivery,
             )),
             wakes: Arc::new(EmbeddedWakes(wakes)),
@@ -88,6 +102,7 @@ impl EmbeddedStore {
                 writer.clone(),
                 Arc::clone(&sessions),
                 history,
+                guard,
                 limits.delivery.recent_ids,
             )),
             sessions,

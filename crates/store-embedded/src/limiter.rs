@@ -14,6 +14,9 @@ use crate::shards::Shards;
 
 /// Buckets in one shard at most; with the key about 100 bytes each.
 const MOST: usize = 8_192;
+/// The longest debt, in milliseconds. A bucket that owes more was filled before the clock was put
+/// back, and counts as full.
+const LONGEST: f64 = 7.0 * 24.0 * 3_600_000.0;
 
 /// When the bucket is full again, in milliseconds since the epoch.
 #[derive(Clone, Copy, Debug)]
@@ -38,11 +41,14 @@ impl RateLimiter for EmbeddedLimiter {
         if buckets.len() >= MOST && !buckets.contains_key(&key) {
             make_room(&mut buckets, now);
         }
-        let full_at = buckets.get(&key).map_or(now, |full_at| full_at.0.max(now));
+        let full_at = match buckets.get(&key) {
+            Some(full_at) if full_at.0 - now <= LONGEST => full_at.0.max(now),
+            _ => now,
+        };
         Ok(match spend(bucket, cost, full_at, now) {
             Ok(full_at) => {
                 if full_at > now {
-                    buckets.insert(key, FullAt(full_at));
+                    buckets.insert(key, FullAt(full_at.min(now + LONGEST)));
                 }
                 Verdict::Allowed
             }

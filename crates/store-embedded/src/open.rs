@@ -16,7 +16,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-use crate::{error::Kind, upkeep};
+use crate::{clock::Belief, error::Kind, upkeep};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
@@ -91,6 +91,7 @@ pub(crate) struct Opened {
     /// Held as long as the store is open.
     pub(crate) lock: File,
     pub(crate) connection: SqliteConnection,
+    pub(crate) belief: Option<Belief>,
     pub(crate) options: SqliteConnectOptions,
     pub(crate) readers: SqlitePool,
 }
@@ -129,6 +130,7 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .await
         .map_err(|error| migration_failed(&path, &error))?;
     upkeep::beat(&mut connection).await.map_err(failed)?;
+    let belief = Belief::read(&mut connection).await.map_err(failed)?;
 
     let reading = options
         .clone()
@@ -144,7 +146,7 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .connect_with(reading)
         .await
         .map_err(failed)?;
-    Ok(Opened { lock, connection, options, readers })
+    Ok(Opened { lock, connection, belief, options, readers })
 }
 
 fn make_directory(path: &Path) -> Result<(), OpenError> {

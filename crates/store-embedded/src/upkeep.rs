@@ -8,12 +8,13 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use futures_util::FutureExt as _;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use qpq_domain::{StoreId, UnixMillis};
 use qpq_ports::{NewHistory, StoreResult, Upkeep};
 use sqlx::SqliteConnection;
 
 use crate::{
+    clock::Guard,
     history::History,
     inboxes,
     row::millis,
@@ -21,7 +22,7 @@ use crate::{
     writer::{Outcome, Scope, Writer},
 };
 
-/// Rows of each kind in one sweep: what an Enqueue may have to wait for.
+/// Maximum rows removed in one job: what an Enqueue may have to wait for.
 pub(crate) const SWEEP: i64 = 256;
 
 /// Bytes that a few rows can take beyond their own: each touches pages of an index or two.
@@ -32,6 +33,7 @@ pub(crate) struct EmbeddedUpkeep {
     writer: Writer,
     sessions: Arc<EmbeddedSessions>,
     history: History,
+    clock: Guard,
     recent_ids: Duration,
 }
 
@@ -40,9 +42,10 @@ impl EmbeddedUpkeep {
         writer: Writer,
         sessions: Arc<EmbeddedSessions>,
         history: History,
+        clock: Guard,
         recent_ids: Duration,
     ) -> Self {
-        Self { writer, sessions, history, recent_ids }
+        Self { writer, sessions, history, clock, recent_ids }
     }
 }
 
@@ -63,7 +66,61 @@ impl Upkeep for EmbeddedUpkeep {
     }
 
     async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
-        let (recent_ids, cache) = (self.recent_ids, self.sessions.cache().clone());
+        self.look(now).await?;
+        let (now, recent_ids) = (self.clock.bounds(now).earliest, self.recent_ids);
+        let messages = self
+            .remove(move |connection| inboxes::sweep(connection, now, recent_ids).boxed())
+            .await?;
+        let ids = self.remove(move |connection| inboxes::forget(connection, now).boxed()).await?;
+        let keys = self.remove(move |connection| sweep_keys(connection, now).boxed()).await?;
+        Ok(messages + ids + keys + self.sweep_sessions(now).await?)
+    }
+
+    fn store_id(&self) -> StoreId {
+        self.history.id()
+    }
+
+    async fn begin_history(&self) -> StoreResult<NewHistory> {
+        self.history.begin(&self.writer).await
+    }
+}
+
+impl EmbeddedUpkeep {
+    /// Looks at the clock, before anything is removed by what it shows.
+    async fn look(&self, now: UnixMillis) -> StoreResult<()> {
+        let (looking, clock) = (self.clock.clone(), self.clock.clone());
+        self.writer
+            .run(
+                Scope::Job,
+                0,
+                move |connection| {
+                    async move { looking.look(connection, now).await.map(Outcome::Keep) }.boxed()
+                },
+                move |belief| clock.looked(*belief, now),
+            )
+            .await
+            .map(drop)
+    }
+
+    /// Removes rows of one kind, in a job of its own so that no message waits for more.
+    async fn remove<W>(&self, work: W) -> StoreResult<u64>
+    where
+        W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<u64>>
+            + Send
+            + 'static,
+    {
+        self.writer
+            .run(
+                Scope::Job,
+                0,
+                move |connection| async move { work(connection).await.map(Outcome::Keep) }.boxed(),
+                |_| {},
+            )
+            .await
+    }
+
+    async fn sweep_sessions(&self, now: UnixMillis) -> StoreResult<u64> {
+        let cache = self.sessions.cache().clone();
         let swept = self
             .writer
             .run(
@@ -71,8 +128,6 @@ impl Upkeep for EmbeddedUpkeep {
                 0,
                 move |connection| {
                     async move {
-                        let messages = inboxes::sweep(connection, now, recent_ids).await?;
-                        let keys = sweep_keys(connection, now).await?;
                         let rows = sqlx::query(
                             "DELETE FROM session WHERE token IN (
                                  SELECT token FROM session WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)
@@ -82,22 +137,14 @@ impl Upkeep for EmbeddedUpkeep {
                         .bind(SWEEP)
                         .fetch_all(connection)
                         .await?;
-                        Ok(Outcome::Keep((messages + keys, tokens(&rows)?)))
+                        tokens(&rows).map(Outcome::Keep)
                     }
                     .boxed()
                 },
-                move |(_, sessions)| cache.forget(sessions),
+                move |sessions| cache.forget(sessions),
             )
             .await?;
-        Ok(swept.0 + swept.1.len() as u64)
-    }
-
-    fn store_id(&self) -> StoreId {
-        self.history.id()
-    }
-
-    async fn begin_history(&self) -> StoreResult<NewHistory> {
-        self.history.begin(&self.writer).await
+        Ok(swept.len() as u64)
     }
 }
 

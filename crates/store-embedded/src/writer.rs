@@ -34,6 +34,7 @@ use tokio::{
 };
 
 use crate::{
+    clock::Guard,
     error::{Kind, Shared},
     inboxes::enqueue,
     metrics as names,
@@ -122,6 +123,7 @@ impl Writer {
         connection: SqliteConnection,
         options: SqliteConnectOptions,
         limits: Delivery,
+        clock: Guard,
         guard: G,
     ) -> Self {
         let (jobs, waiting) = mpsc::unbounded_channel();
@@ -130,6 +132,7 @@ impl Writer {
             waiting,
             options,
             limits,
+            clock,
             connection: Some(connection),
             refused: Arc::clone(&refused),
         };
@@ -354,6 +357,7 @@ struct Committer {
     waiting: mpsc::UnboundedReceiver<Message>,
     options: SqliteConnectOptions,
     limits: Delivery,
+    clock: Guard,
     /// None after a failure, until the next batch.
     connection: Option<SqliteConnection>,
     refused: Arc<Refused>,
@@ -452,7 +456,7 @@ impl Committer {
         let outcomes = if messages.is_empty() {
             Vec::new()
         } else {
-            enqueue::all(connection, &messages, &self.limits).await?
+            enqueue::all(connection, &messages, &self.limits, &self.clock).await?
         };
         let committing = Instant::now();
         execute(connection, "COMMIT").await?;

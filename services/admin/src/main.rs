@@ -9,6 +9,7 @@
     allow(clippy::unwrap_used, reason = "the exception for tests does not reach their helpers")
 )]
 
+mod clock;
 mod init;
 mod migrate;
 mod migrate_to_cluster;
@@ -39,6 +40,8 @@ struct Args {
 /// What to do. To add a command: a line here, a file beside this one, an arm in [`run`].
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Look after the clock of a server without a cluster.
+    Clock(clock::Args),
     /// Make what all edges of a new cluster share: keys and a certificate.
     Init(init::Args),
     /// Bring the schema in the cluster's Postgres up to date. To be run before edges of a new
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
 
 fn run(command: &Command) -> anyhow::Result<()> {
     match command {
+        Command::Clock(args) => clock::run(args),
         Command::Init(args) => init::run(args),
         Command::Migrate(args) => migrate::run(args),
         Command::MigrateToCluster(args) => migrate_to_cluster::run(args),

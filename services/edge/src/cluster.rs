@@ -10,7 +10,7 @@ use qpq_runtime::{
     config::{Broken, Choice},
     section,
 };
-use qpq_store_cluster::{Endpoint, Limits, Migrate, Timing};
+use qpq_store_cluster::{Clocks, Endpoint, Limits, Migrate, Timing};
 
 section! {
     /// Postgres, version 15 or newer, where a cluster keeps everything that is durable.
@@ -76,6 +76,9 @@ section! {
         /// Whether an edge brings the schema up to date when it starts. Else `qpq-admin migrate`
         /// does, before.
         migrate: MigrateWhen = MigrateWhen::Never;
+        /// Maximum difference between the clocks of this edge and of Postgres. Beyond it the edge is
+        /// not ready.
+        max_clock_skew: Duration = Clocks::default().max_skew;
         /// How long an edge that starts waits for each of the servers, be it that it is not there
         /// or that it hangs. One that refuses the edge is not waited for.
         start_timeout: Duration = Duration::from_secs(60);
@@ -201,6 +204,7 @@ impl<'a> Sections<'a> {
                 lease: cluster.lease,
                 session_cache: cluster.session_cache,
             },
+            clocks: Clocks { max_skew: cluster.max_clock_skew, ..Clocks::default() },
         })
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use qpq_ports::{Clock, SystemClock};
+use qpq_ports::Clock;
 use qpq_rpc::{Parts, Rpc};
 use qpq_runtime::{
     config::ListenOn,
@@ -88,7 +88,7 @@ impl From<BindError> for StartError {
 pub async fn compose(config: &Config) -> Result<Running, StartError> {
     let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
     let Opened { store, secrets, certificates, member } = Store::open(config).await?;
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let clock = store.clock();
     let rpc = Rpc::new(Parts {
         stores: store.stores(),
         clock: clock.clone(),
@@ -96,6 +96,9 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
         signer: secrets.signer,
         config: config.rpc(),
     });
+    // So that Health says from the first call on what the probe would find: a failure is reported by
+    // the probe, and is no reason not to start.
+    let _ = rpc.check_store().await;
     match listen(config, &rpc, &certificates, member.clone()).await {
         Ok((http, server)) => {
             let mut running = Running {

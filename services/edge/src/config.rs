@@ -443,6 +443,12 @@ impl Config {
             must(!time.is_zero() && time <= LONGEST, path, "more than nothing and at most 3650d");
         }
         must(delivery.recent_ids <= LONGEST, "delivery.recent_ids", "at most 3650d");
+        let (second, hour) = (Duration::from_secs(1), Duration::from_secs(3_600));
+        must(
+            (second..=hour).contains(&self.cluster.max_clock_skew),
+            "cluster.max_clock_skew",
+            "between 1s and 1h",
+        );
         must(self.drain.timeout <= DAY, "drain.timeout", "at most 1d");
     }
 

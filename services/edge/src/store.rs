@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use qpq_ports::Stores;
+use qpq_ports::{Clock, Stores, SystemClock};
 use qpq_runtime::data_dir::DataDir;
 use qpq_store_cluster::ClusterStore;
 use qpq_store_embedded::EmbeddedStore;
@@ -84,6 +84,14 @@ impl Store {
         match self {
             Self::Embedded(store) => store.stores(),
             Self::Cluster(store) => store.stores(),
+        }
+    }
+
+    /// The time that the ports are given: Postgres' in a cluster, else this machine's.
+    pub(crate) fn clock(&self) -> Arc<dyn Clock> {
+        match self {
+            Self::Embedded(_) => Arc::new(SystemClock),
+            Self::Cluster(store) => store.clock(),
         }
     }
 

@@ -4,6 +4,7 @@
 mod accounts;
 mod acked_never_lost;
 mod clients;
+mod clocks;
 mod configuration;
 mod drain;
 mod faults;

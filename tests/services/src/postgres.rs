@@ -138,10 +138,15 @@ impl Postgres {
 
     /// What `psql` prints for `sql`: a line for each row, columns separated by `|`.
     pub async fn sql(&self, sql: &str) -> anyhow::Result<String> {
+        self.sql_in(DATABASE, sql).await
+    }
+
+    /// As [`sql`](Self::sql), in another database.
+    pub async fn sql_in(&self, database: &str, sql: &str) -> anyhow::Result<String> {
         // Beside the server, or Debian's wrapper on the PATH.
         let own = self.programs.join("psql");
         let output = tokio::process::Command::new(if own.is_file() { own } else { "psql".into() })
-            .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", USER, "-d", DATABASE])
+            .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", USER, "-d", database])
             .args(["-p", &self.port().to_string(), "-c", sql])
             .env("PGPASSWORD", &self.password)
             .stdin(Stdio::null())

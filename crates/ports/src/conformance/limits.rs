@@ -112,3 +112,11 @@ pub async fn concurrent_takes_spend_no_token_twice(factory: &dyn Factory) {
     }
     assert_eq!(tasks.join_all().await.iter().sum::<u32>(), 100);
 }
+
+pub async fn a_clock_that_is_put_back_far_shuts_nobody_out(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let ahead = NOW.plus(100 * 24 * 60 * MINUTE);
+    assert_eq!(bench.spend(1, 10, ahead).await, Verdict::Allowed);
+    assert_eq!(bench.spend(1, 10, NOW).await, Verdict::Allowed, "a full bucket");
+    assert_eq!(bench.spend(1, 1, NOW).await, retry(500));
+}

@@ -16,6 +16,7 @@
 mod bench;
 
 pub mod accounts;
+pub mod clocks;
 pub mod enqueue;
 pub mod idempotency;
 pub mod keys;
@@ -27,7 +28,7 @@ pub mod upkeep;
 pub mod wakes;
 
 use async_trait::async_trait;
-use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis};
 
 use crate::Stores;
 
@@ -46,6 +47,9 @@ pub trait Backend: Send + Sync {
     /// Loses whatever is not durable, as a process that is killed does, and starts again on what is
     /// left.
     async fn crash(&mut self);
+
+    /// Sets the clock that the backend compares the instants of its callers with.
+    async fn set_clock(&self, now: UnixMillis);
 }
 
 /// Makes a `#[tokio::test]` of each rule for the backends of `$factory`, an expression that
@@ -178,6 +182,16 @@ macro_rules! conformance {
                 a_cost_above_the_burst_leaves_a_debt,
                 buckets_are_apart,
                 concurrent_takes_spend_no_token_twice,
+                a_clock_that_is_put_back_far_shuts_nobody_out,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            clocks,
+            [
+                a_clock_that_is_ahead_destroys_nothing,
+                a_message_accepted_by_a_clock_that_is_behind_is_delivered,
+                an_id_removed_by_a_clock_that_is_behind_is_remembered,
             ]
         );
         $crate::conformance_area!(
@@ -187,6 +201,7 @@ macro_rules! conformance {
                 a_healthy_backend_passes_its_check,
                 a_sweep_removes_what_has_expired_and_nothing_else,
                 a_sweep_changes_no_answer,
+                an_inbox_full_of_expired_messages_accepts_new_ones,
             ]
         );
     };

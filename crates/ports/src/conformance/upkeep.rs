@@ -1,10 +1,10 @@
 //! Rules of [`crate::Upkeep`].
 
-use qpq_domain::{TokenHash, UnixMillis};
+use qpq_domain::{Delivery, KeyPackageCaps, TokenHash, UnixMillis};
 
 use super::{
     Factory,
-    bench::{Bench, MINUTE, NOW, Person, all, message, seqs},
+    bench::{Bench, MINUTE, NOW, Person, all, message, seqs, texts},
 };
 use crate::{Enqueued, NewKeyPackage, NewSession, Session, Upload, UploadMode};
 
@@ -16,7 +16,7 @@ pub async fn a_healthy_backend_passes_its_check(factory: &dyn Factory) {
 }
 
 /// Sweeps until nothing is left to sweep; how many rows went.
-async fn sweep_all(bench: &Bench, now: UnixMillis) -> u64 {
+pub(super) async fn sweep_all(bench: &Bench, now: UnixMillis) -> u64 {
     let mut rows = 0;
     loop {
         match bench.stores.upkeep.sweep(now).await.expect("sweep") {
@@ -26,7 +26,12 @@ async fn sweep_all(bench: &Bench, now: UnixMillis) -> u64 {
     }
 }
 
-async fn open(bench: &Bench, n: u8, person: Person, expires_at: UnixMillis) -> TokenHash {
+pub(super) async fn open(
+    bench: &Bench,
+    n: u8,
+    person: Person,
+    expires_at: UnixMillis,
+) -> TokenHash {
     let token = TokenHash::new([n; 32]);
     let session = Session {
         account: person.account,
@@ -38,6 +43,16 @@ async fn open(bench: &Bench, n: u8, person: Person, expires_at: UnixMillis) -> T
     };
     bench.stores.sessions.create(NewSession { token, session }).await.expect("create");
     token
+}
+
+pub(super) fn package(n: u8, not_after: UnixMillis) -> NewKeyPackage {
+    NewKeyPackage {
+        fingerprint: [n; 32],
+        bytes: vec![n],
+        last_resort: false,
+        not_before: UnixMillis(0),
+        not_after,
+    }
 }
 
 pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Factory) {
@@ -52,13 +67,6 @@ pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Fac
         open(&bench, 2, alice, NOW.plus(9 * MINUTE)).await,
     );
     bench.stores.sessions.find(&expired).await.expect("find");
-    let package = |n, not_after| NewKeyPackage {
-        fingerprint: [n; 32],
-        bytes: vec![n],
-        last_resort: false,
-        not_before: NOW,
-        not_after,
-    };
     let packages = vec![package(1, NOW.plus(MINUTE)), package(2, NOW.plus(9 * MINUTE))];
     let keys = &bench.stores.key_packages;
     let upload = keys.upload(alice.account, packages, UploadMode::Add, NOW).await.expect("upload");
@@ -106,4 +114,29 @@ pub async fn a_sweep_changes_no_answer(factory: &dyn Factory) {
     let now = NOW.plus(16 * MINUTE);
     assert!(sweep_all(&bench, now).await > 0, "the id of what expired is forgotten");
     assert_eq!(bench.deliver(expiring.at(now)).await.seq.0, 4);
+}
+
+/// More than one transaction removes, so that some of it is still there when a message comes.
+pub async fn an_inbox_full_of_expired_messages_accepts_new_ones(factory: &dyn Factory) {
+    const MANY: u64 = 600;
+    let delivery = Delivery { max_messages: MANY, ..Delivery::default() };
+    let bench = Bench::with(factory, delivery, KeyPackageCaps::default()).await;
+    let alice = bench.person(1).await;
+    let mut brief = vec![message(alice, alice, "brief").living(MINUTE); 599];
+    brief.push(message(alice, alice, "last").with_id(1).living(MINUTE));
+    bench.stores.inboxes.enqueue(brief).await.expect("enqueue");
+    assert_eq!(bench.send(message(alice, alice, "full")).await, Enqueued::QueueFull);
+
+    // Its id is forgotten by then, and may be used by another message.
+    let now = NOW.plus(60 * MINUTE);
+    let mut fresh = vec![message(alice, alice, "last").with_id(1).at(now)];
+    fresh.extend(vec![message(alice, alice, "fresh").at(now); 600]);
+    let outcomes = bench.stores.inboxes.enqueue(fresh).await.expect("enqueue");
+    let accepted = outcomes.iter().take_while(|o| matches!(o, Enqueued::Accepted(_))).count();
+    assert_eq!(accepted, 600, "as many as an empty inbox holds");
+    assert_eq!(outcomes[600], Enqueued::QueueFull);
+    sweep_all(&bench, now).await;
+    let page = bench.peek_at(all(alice), now).await;
+    assert_eq!(page.envelopes.len(), 600);
+    assert_eq!(texts(&page)[..2], ["last", "fresh"]);
 }

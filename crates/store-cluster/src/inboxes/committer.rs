@@ -16,12 +16,13 @@ use tokio::{
 };
 use tracing::{Instrument as _, Span};
 
-use super::enqueue;
+use super::enqueue::{self, Outcome};
 use crate::{
     error::{Kind, Shared},
     metrics as names,
     postgres::{Database, Repeat},
     redis::queue::Queued,
+    time::Time,
     wakes::Waking,
 };
 
@@ -70,13 +71,19 @@ struct Call {
 
 impl Committers {
     /// Needs a tokio runtime, on which they work as long as somebody has them.
-    pub(super) fn start(database: &Database, limits: Delivery, waking: &Waking) -> Self {
+    pub(super) fn start(
+        database: &Database,
+        limits: Delivery,
+        time: &Time,
+        waking: &Waking,
+    ) -> Self {
         let start = |_| {
             let (calls, waiting) = mpsc::unbounded_channel();
             let committer = Committer {
                 waiting,
                 database: database.clone(),
                 limits,
+                time: time.clone(),
                 waking: waking.clone(),
                 pushes: Arc::new(Semaphore::new(PUSHES)),
             };
@@ -113,6 +120,7 @@ struct Committer {
     waiting: mpsc::UnboundedReceiver<Call>,
     database: Database,
     limits: Delivery,
+    time: Time,
     waking: Waking,
     pushes: Arc<Semaphore>,
 }
@@ -163,12 +171,12 @@ impl Committer {
         }
     }
 
-    async fn transaction(&self, messages: &Arc<[Enqueue]>) -> Result<Vec<Enqueued>, Shared> {
+    async fn transaction(&self, messages: &Arc<[Enqueue]>) -> Result<Vec<Outcome>, Shared> {
         let limits = self.limits;
         self.database
             .run_shared("enqueue", Repeat::Never, |connection| {
-                let messages = Arc::clone(messages);
-                Box::pin(async move { enqueue::all(connection, &messages, &limits).await })
+                let (messages, time) = (Arc::clone(messages), self.time.clone());
+                Box::pin(async move { enqueue::all(connection, &messages, &limits, &time).await })
             })
             .await
     }
@@ -180,11 +188,11 @@ impl Committer {
         calls: Vec<Call>,
         sizes: &[usize],
         messages: &[Enqueue],
-        outcomes: Vec<Enqueued>,
+        outcomes: Vec<Outcome>,
     ) {
         let mut inboxes: HashMap<IdentityKey, Vec<Queued>> = HashMap::new();
         for (message, outcome) in messages.iter().zip(&outcomes) {
-            if let Enqueued::Accepted(receipt) = outcome {
+            if let Enqueued::Accepted(receipt) = &outcome.enqueued {
                 inboxes.entry(message.recipient).or_default().push(Queued {
                     envelope: Envelope {
                         seq: receipt.seq,
@@ -192,11 +200,11 @@ impl Committer {
                         payload: message.payload.clone(),
                         enqueued_at: receipt.enqueued_at,
                     },
-                    expires_at: message.now.plus(message.ttl),
+                    expires_at: outcome.expires_at,
                 });
             }
         }
-        let mut outcomes = outcomes.into_iter();
+        let mut outcomes = outcomes.into_iter().map(|outcome| outcome.enqueued);
         for (call, size) in calls.into_iter().zip(sizes) {
             // Whoever gave up changes nothing.
             let _ = call.answer.send(Ok(outcomes.by_ref().take(*size).collect()));

@@ -7,15 +7,18 @@
 
 use std::collections::{HashMap, HashSet};
 
-use qpq_domain::{Delivery, IdentityKey, MessageId, Seq};
+use qpq_domain::{Delivery, IdentityKey, MessageId, Seq, UnixMillis};
 use qpq_ports::{Enqueue, Enqueued, Receipt};
 use sqlx::{PgConnection, Row as _};
 
-use super::remove;
-use crate::postgres::row::{Columns as _, millis, millis_of, number};
+use super::remove::{self, Due, SWEEP, Stale};
+use crate::{
+    postgres::row::{Columns as _, millis, millis_of, now_of, number},
+    time::{Bounds, Time},
+};
 
 const LOCK: &str = "
-    SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry
+    SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry, store_now() AS postgres
       FROM account a JOIN inbox i ON i.id = a.id
      WHERE a.identity = ANY ($1) ORDER BY i.id FOR NO KEY UPDATE OF i";
 
@@ -49,38 +52,55 @@ struct Head {
     messages: u64,
     bytes: u64,
     next_expiry: i64,
+    stale: Stale,
+    postgres: Option<UnixMillis>,
     added: i64,
     added_bytes: i64,
 }
 
+/// What became of a message, and when it expires if it was accepted.
+pub(crate) struct Outcome {
+    pub(crate) enqueued: Enqueued,
+    pub(crate) expires_at: UnixMillis,
+}
+
 /// Accepts each message or says why not, in order. In a transaction, which it ends neither way.
+///
+/// Nothing is removed before its time by both clocks is over, and the time to live of a message
+/// counts from the later of the two.
 pub(crate) async fn all(
     connection: &mut PgConnection,
     messages: &[Enqueue],
     limits: &Delivery,
-) -> sqlx::Result<Vec<Enqueued>> {
+    time: &Time,
+) -> sqlx::Result<Vec<Outcome>> {
     let mut heads = lock(connection, messages).await?;
-    make_room(connection, &mut heads, messages, limits).await?;
-    let mut known = known(connection, &heads, messages, limits).await?;
+    let postgres = heads.values().find_map(|head| head.postgres);
+    let bounds: Vec<_> =
+        messages.iter().map(|message| time.bounds(message.now, postgres)).collect();
+    make_room(connection, &mut heads, messages, &bounds, limits).await?;
+    let mut known = known(connection, &heads, messages, &bounds, limits).await?;
     let mut ids: HashMap<(IdentityKey, IdentityKey, MessageId), Receipt> = HashMap::new();
     let mut outcomes = Vec::with_capacity(messages.len());
-    for (n, message) in messages.iter().enumerate() {
+    for (n, (message, bounds)) in messages.iter().zip(&bounds).enumerate() {
+        let expires_at = bounds.latest.plus(message.ttl);
         let Some(head) = heads.get_mut(&message.recipient) else {
-            outcomes.push(Enqueued::NoSuchRecipient);
+            outcomes.push(Outcome { enqueued: Enqueued::NoSuchRecipient, expires_at });
             continue;
         };
         let id = message.message_id.map(|id| (message.recipient, message.sender, id));
         let before = known.remove(&n).or_else(|| ids.get(&id?).copied());
-        outcomes.push(match before {
+        let enqueued = match before {
             Some(receipt) => Enqueued::Duplicate(receipt),
-            None => match head.accept(message, limits) {
+            None => match head.accept(message, limits, bounds.agreed, expires_at) {
                 None => Enqueued::QueueFull,
                 Some(receipt) => {
                     ids.extend(id.map(|id| (id, receipt)));
                     Enqueued::Accepted(receipt)
                 }
             },
-        });
+        };
+        outcomes.push(Outcome { enqueued, expires_at });
     }
     write(connection, &heads, messages, &outcomes).await?;
     Ok(outcomes)
@@ -88,23 +108,32 @@ pub(crate) async fn all(
 
 impl Head {
     /// The next place in the inbox, unless it is full.
-    fn accept(&mut self, message: &Enqueue, limits: &Delivery) -> Option<Receipt> {
+    fn accept(
+        &mut self,
+        message: &Enqueue,
+        limits: &Delivery,
+        enqueued_at: UnixMillis,
+        expires_at: UnixMillis,
+    ) -> Option<Receipt> {
         let size = message.payload.len() as u64;
-        if self.messages >= limits.max_messages || self.bytes + size > limits.max_bytes {
+        // What has expired counts for nothing, be it removed yet or not.
+        let messages = self.messages.saturating_sub(self.stale.messages);
+        let bytes = self.bytes.saturating_sub(self.stale.bytes);
+        if messages >= limits.max_messages || bytes + size > limits.max_bytes {
             return None;
         }
         let receipt = Receipt {
             seq: self.next,
             channel: message.channel,
             payload_sha256: message.payload_sha256,
-            enqueued_at: message.now,
+            enqueued_at,
         };
         self.next = self.next.next();
         self.messages += 1;
         self.bytes += size;
         self.added += 1;
         self.added_bytes += number(size);
-        self.next_expiry = self.next_expiry.min(millis(message.now.plus(message.ttl)));
+        self.next_expiry = self.next_expiry.min(millis(expires_at));
         Some(receipt)
     }
 }
@@ -123,6 +152,8 @@ async fn lock(
             messages: row.unsigned("messages")?,
             bytes: row.unsigned("bytes")?,
             next_expiry: row.try_get("next_expiry")?,
+            stale: Stale::default(),
+            postgres: now_of(row)?,
             added: 0,
             added_bytes: 0,
         };
@@ -131,21 +162,33 @@ async fn lock(
     rows.iter().map(head).collect()
 }
 
-/// Takes away what has expired, where anything has: it may fill an inbox, or hold a message id
-/// longer than it may.
+/// Removes expired messages where there are any, since they may fill an inbox or hold a message id
+/// longer than they may. At most [`SWEEP`] rows in all: the others count for nothing, and go with a
+/// sweep or with the next messages.
 async fn make_room(
     connection: &mut PgConnection,
     heads: &mut HashMap<IdentityKey, Head>,
     messages: &[Enqueue],
+    bounds: &[Bounds],
     limits: &Delivery,
 ) -> sqlx::Result<()> {
-    for message in messages {
+    let mut rows = SWEEP;
+    let mut seen = HashSet::new();
+    for (message, bounds) in messages.iter().zip(bounds) {
         let Some(head) = heads.get_mut(&message.recipient) else { continue };
-        if head.next_expiry <= millis(message.now) {
-            let left = remove::expired(connection, head.id, message.now, limits.recent_ids).await?;
-            (head.messages, head.bytes, head.next_expiry) =
-                (left.messages, left.bytes, left.next_expiry);
+        if head.next_expiry > millis(bounds.earliest) || !seen.insert(message.recipient) {
+            continue;
         }
+        let ids = messages.iter().filter(|other| other.recipient == message.recipient);
+        let ids = ids.filter_map(|other| {
+            Some((&other.sender.as_bytes()[..], &other.message_id.as_ref()?.as_bytes()[..]))
+        });
+        let due = Due { inbox: head.id, now: bounds.earliest, rows, ids: ids.collect() };
+        let left = remove::expired(connection, due, limits.recent_ids).await?;
+        rows = (rows - left.removed).max(0);
+        (head.messages, head.bytes, head.next_expiry) =
+            (left.messages, left.bytes, left.next_expiry);
+        head.stale = left.stale;
     }
     Ok(())
 }
@@ -155,11 +198,12 @@ async fn known(
     connection: &mut PgConnection,
     heads: &HashMap<IdentityKey, Head>,
     messages: &[Enqueue],
+    bounds: &[Bounds],
     limits: &Delivery,
 ) -> sqlx::Result<HashMap<usize, Receipt>> {
     let (mut places, mut inboxes, mut senders) = (Vec::new(), Vec::new(), Vec::new());
     let (mut ids, mut nows): (Vec<&[u8]>, Vec<i64>) = (Vec::new(), Vec::new());
-    for (n, message) in messages.iter().enumerate() {
+    for (n, (message, bounds)) in messages.iter().zip(bounds).enumerate() {
         let (Some(head), Some(id)) = (heads.get(&message.recipient), &message.message_id) else {
             continue;
         };
@@ -167,7 +211,7 @@ async fn known(
         inboxes.push(head.id);
         senders.push(&message.sender.as_bytes()[..]);
         ids.push(id.as_bytes());
-        nows.push(millis(message.now));
+        nows.push(millis(bounds.earliest));
     }
     if places.is_empty() {
         return Ok(HashMap::new());
@@ -198,17 +242,17 @@ async fn write(
     connection: &mut PgConnection,
     heads: &HashMap<IdentityKey, Head>,
     messages: &[Enqueue],
-    outcomes: &[Enqueued],
+    outcomes: &[Outcome],
 ) -> sqlx::Result<()> {
     let moved: Vec<&Head> = heads.values().filter(|head| head.added > 0).collect();
     if moved.is_empty() {
         return Ok(());
     }
-    let accepted: Vec<(&Enqueue, &Receipt)> = messages
+    let accepted: Vec<(&Enqueue, &Receipt, UnixMillis)> = messages
         .iter()
         .zip(outcomes)
-        .filter_map(|(message, outcome)| match outcome {
-            Enqueued::Accepted(receipt) => Some((message, receipt)),
+        .filter_map(|(message, outcome)| match &outcome.enqueued {
+            Enqueued::Accepted(receipt) => Some((message, receipt, outcome.expires_at)),
             _ => None,
         })
         .collect();
@@ -227,15 +271,18 @@ async fn write(
         .bind(of_heads!(|head| head.added))
         .bind(of_heads!(|head| head.added_bytes))
         .bind(of_heads!(|head| head.next_expiry))
-        .bind(of_messages!(|(message, _)| heads[&message.recipient].id))
-        .bind(of_messages!(|(_, receipt)| number(receipt.seq.0)))
-        .bind(of_messages!(|(message, _)| millis(message.now.plus(message.ttl))))
-        .bind(of_messages!(|(message, _)| millis(message.now)))
-        .bind(of_messages!(|(message, _)| message.channel.as_bytes()))
-        .bind(of_messages!(|(message, _)| &message.sender.as_bytes()[..]))
-        .bind(of_messages!(|(message, _)| message.message_id.as_ref().map(|id| &id.as_bytes()[..])))
-        .bind(of_messages!(|(message, _)| &message.payload_sha256[..]))
-        .bind(of_messages!(|(message, _)| &message.payload[..]))
+        .bind(of_messages!(|(message, ..)| heads[&message.recipient].id))
+        .bind(of_messages!(|(_, receipt, _)| number(receipt.seq.0)))
+        .bind(of_messages!(|(_, _, expires_at)| millis(*expires_at)))
+        .bind(of_messages!(|(_, receipt, _)| millis(receipt.enqueued_at)))
+        .bind(of_messages!(|(message, ..)| message.channel.as_bytes()))
+        .bind(of_messages!(|(message, ..)| &message.sender.as_bytes()[..]))
+        .bind(of_messages!(|(message, ..)| message
+            .message_id
+            .as_ref()
+            .map(|id| &id.as_bytes()[..])))
+        .bind(of_messages!(|(message, ..)| &message.payload_sha256[..]))
+        .bind(of_messages!(|(message, ..)| &message.payload[..]))
         .execute(connection)
         .await
         .map(drop)

@@ -24,7 +24,7 @@ use qpq_ports::{
 pub use committer::COMMITTERS;
 #[cfg(feature = "measure")]
 pub(crate) use enqueue::all as commit;
-pub(crate) use remove::{SWEEP, sweep};
+pub(crate) use remove::{SWEEP, forget, sweep};
 
 use self::{
     committer::Committers,
@@ -39,6 +39,7 @@ use crate::{
     nats::EdgeId,
     postgres::{Database, Repeat},
     redis::queue::{Found, LeaseId, Look, MOST_BYTES, MOST_MESSAGES, Shown, State},
+    time::Time,
     wakes::Waking,
 };
 
@@ -82,11 +83,12 @@ impl ClusterInboxes {
         waking: Waking,
         edge: EdgeId,
         limits: Delivery,
+        time: Time,
         timing: &Timing,
     ) -> Self {
         Self {
             heads: Heads::start(&database, &history),
-            committers: Committers::start(&database, limits, &waking),
+            committers: Committers::start(&database, limits, &time, &waking),
             settlers: Settlers::start(&database, limits.recent_ids),
             leases: Leases::start(edge, timing.lease, waking.clone()),
             database,

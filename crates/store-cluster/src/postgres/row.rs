@@ -23,6 +23,13 @@ pub(crate) fn number(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
+/// Postgres' time, from the column `postgres` of a statement that selects `store_now()`. NULL is a
+/// Postgres that is not asked.
+pub(crate) fn now_of(row: &PgRow) -> sqlx::Result<Option<UnixMillis>> {
+    let millis: Option<i64> = row.try_get("postgres")?;
+    Ok(millis.map(|millis| UnixMillis(u64::try_from(millis).unwrap_or_default())))
+}
+
 /// Reads columns as domain types.
 pub(crate) trait Columns {
     fn account(&self, column: &'static str) -> sqlx::Result<AccountId>;

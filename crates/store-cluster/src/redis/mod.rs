@@ -3,6 +3,7 @@
 //! rolled back at any moment; what that breaks is noticed by comparing with Postgres, or costs a
 //! delay.
 
+mod breaker;
 mod link;
 mod node;
 pub(crate) mod queue;
@@ -13,10 +14,11 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use qpq_ports::{StoreError, StoreResult};
 use redis::{Cmd, FromRedisValue, RedisError, Script, aio::ConnectionLike as _};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{Instrument as _, field::Empty};
 
 use crate::{Config, ConnectError, error::Server, metrics as names};
+use breaker::{Breaker, Sign};
 use link::Link;
 
 /// The connection that everything shares: commands of many callers go out one behind the other,
@@ -24,9 +26,13 @@ use link::Link;
 #[derive(Clone, Debug)]
 pub(crate) struct Redis {
     link: Link,
+    breaker: Arc<Breaker>,
     namespace: Arc<str>,
     timeout: Duration,
 }
+
+/// Between two questions to a Redis that does not answer.
+const PROBE: Duration = Duration::from_millis(500);
 
 #[derive(Debug, thiserror::Error)]
 #[error("Redis did not answer within {0:?}")]
@@ -38,6 +44,7 @@ impl Redis {
         let link = Link::connect(config).await?;
         let redis = Self {
             link,
+            breaker: Arc::new(Breaker::new(config.redis_timeout, Instant::now())),
             namespace: config.namespace.as_str().into(),
             timeout: config.redis_timeout,
         };
@@ -87,6 +94,7 @@ impl Redis {
         op: &'static str,
         work: impl Future<Output = Result<T, RedisError>>,
     ) -> StoreResult<T> {
+        self.breaker.admit().map_err(StoreError::unavailable)?;
         let begun = Instant::now();
         let span = tracing::debug_span!(
             target: "qpq::store",
@@ -96,17 +104,38 @@ impl Redis {
             otel.status_code = Empty,
             db.system.name = "redis"
         );
-        let outcome = match timeout(self.timeout, work).instrument(span.clone()).await {
-            Ok(Ok(done)) => Ok(done),
-            Ok(Err(error)) => Err(StoreError::unavailable(error)),
-            Err(_) => Err(StoreError::unavailable(NoAnswer(self.timeout))),
-        };
+        let outcome = self.answer(work).instrument(span.clone()).await;
         metrics::histogram!(names::REDIS_SECONDS, "op" => op).record(begun.elapsed());
         if outcome.is_err() {
             span.record("otel.status_code", "ERROR");
             metrics::counter!(names::REDIS_ERRORS, "op" => op).increment(1);
         }
         outcome
+    }
+
+    /// What comes of `work`, which the breaker learns too.
+    async fn answer<T>(&self, work: impl Future<Output = Result<T, RedisError>>) -> StoreResult<T> {
+        let answer = timeout(self.timeout, work).await;
+        let sign = answer.as_ref().map_or(Sign::Silent, Sign::of);
+        self.breaker.note(sign, Instant::now());
+        match answer {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) => Err(StoreError::unavailable(error)),
+            Err(_) => Err(StoreError::unavailable(NoAnswer(self.timeout))),
+        }
+    }
+
+    /// Asks a Redis that does not answer until it does, for as long as it is polled.
+    pub(crate) async fn probe(self) {
+        let mut ask = Cmd::new();
+        ask.arg("GET").arg(self.key(format_args!("check")));
+        loop {
+            self.breaker.opened().await;
+            let mut link = self.link.clone();
+            // The breaker learns of it, and that is all.
+            let _ = self.answer(link.req_packed_command(&ask)).await;
+            sleep(PROBE).await;
+        }
     }
 
     async fn check_version(&self) -> Result<(), ConnectError> {

@@ -357,6 +357,7 @@ mod tests {
             opaque_setup: [0; 32],
             limits: Limits::default(),
             timing: Timing::default(),
+            clocks: crate::Clocks::default(),
         };
         let redis = Redis::connect(&config).await.unwrap();
         (server, redis)

@@ -32,6 +32,7 @@ use crate::{
         row::{Columns as _, millis},
     },
     redis::Redis,
+    time::Time,
 };
 
 // A token is 256 random bits: one that is there already is this very session, made twice.
@@ -55,6 +56,7 @@ pub(crate) struct ClusterSessions {
     database: Database,
     history: History,
     copies: Copies,
+    time: Time,
     ttl: Duration,
 }
 
@@ -72,11 +74,12 @@ impl ClusterSessions {
         history: History,
         redis: Redis,
         bus: Bus,
+        time: Time,
         ttl: Duration,
     ) -> Self {
         let ttl = ttl.min(ENDED);
         let copies = Copies { process: InProcess::new(ttl), redis: InRedis::new(redis, ttl), bus };
-        Self { database, history, copies, ttl }
+        Self { database, history, copies, time, ttl }
     }
 
     /// Forgets what other edges say has ended, from now on and as long as there is a bus; and
@@ -155,7 +158,11 @@ impl ClusterSessions {
 
 #[async_trait]
 impl Sessions for ClusterSessions {
-    async fn create(&self, new: NewSession) -> StoreResult<()> {
+    async fn create(&self, mut new: NewSession) -> StoreResult<()> {
+        // A session whose login was answered does not end early because a clock was behind.
+        let used = new.session.last_used_at;
+        let behind = self.time.bounds(used, self.time.postgres()).latest.since(used);
+        new.session.expires_at = new.session.expires_at.plus(behind);
         self.database
             .once("create_session", Repeat::Harmless, |connection| {
                 let NewSession { token, session } = new.clone();

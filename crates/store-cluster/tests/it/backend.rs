@@ -15,12 +15,12 @@ use std::{
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis};
 use qpq_ports::{
     Stores,
     conformance::{Backend, Factory},
 };
-use qpq_store_cluster::{ClusterStore, Config, Endpoint, Limits, Migrate, Timing};
+use qpq_store_cluster::{Clocks, ClusterStore, Config, Endpoint, Limits, Migrate, Timing};
 use qpq_test_services::{
     Authority, Nats, Postgres, Redis, RedisCluster, RedisSentinel, resp::Reply,
 };
@@ -137,6 +137,7 @@ impl<R: AnyRedis> Servers<R> {
         qpq_store_cluster::migrate(&servers.config(template, Limits::default()))
             .await
             .expect("the schema");
+        servers.set_postgres_clock(TEMPLATE, "NULL").await;
         Arc::new(servers)
     }
 
@@ -148,6 +149,15 @@ impl<R: AnyRedis> Servers<R> {
         let url = self.postgres.url();
         let (server, _) = url.rsplit_once('/').expect("it names a database");
         Config { namespace: name.clone(), ..self.config(format!("{server}/{name}"), limits) }
+    }
+
+    /// Makes Postgres' clock show `millis` in a database; NULL is a Postgres that is not asked.
+    pub(crate) async fn set_postgres_clock(&self, database: &str, millis: &str) {
+        let set = format!(
+            "CREATE OR REPLACE FUNCTION store_now() RETURNS bigint LANGUAGE sql VOLATILE AS
+             'SELECT ({millis})::bigint'"
+        );
+        self.postgres.sql_in(database, &set).await.expect("a clock that stands");
     }
 
     fn config(&self, database: String, limits: Limits) -> Config {
@@ -170,6 +180,7 @@ impl<R: AnyRedis> Servers<R> {
                 lease: Duration::from_secs(1),
                 session_cache: Duration::from_secs(15),
             },
+            clocks: Clocks { edge: None, ..Clocks::default() },
         }
     }
 
@@ -264,6 +275,10 @@ impl<R: AnyRedis> Backend for Running<R> {
         self.process.take().expect("running").crash().await;
         self.servers.leases_have_run_out(&self.config).await;
         self.process = Some(Process::start(&self.config).await);
+    }
+
+    async fn set_clock(&self, now: UnixMillis) {
+        self.servers.set_postgres_clock(&self.config.namespace, &now.0.to_string()).await;
     }
 }
 

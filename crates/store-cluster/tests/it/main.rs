@@ -2,6 +2,7 @@
 //! each other.
 
 mod backend;
+mod clocks;
 mod conformance;
 mod edges;
 mod failover;
@@ -9,3 +10,4 @@ mod metrics;
 mod people;
 mod sessions;
 mod start;
+mod sweeping;

@@ -3,21 +3,32 @@
 use std::{
     collections::HashMap,
     sync::{Arc, atomic::AtomicU64, atomic::Ordering},
+    time::Duration,
 };
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use parking_lot::Mutex;
-use qpq_store_cluster::Limits;
+use qpq_domain::{ChannelId, Seq};
+use qpq_ports::{Enqueue, Enqueued, PageLimit, Read, View};
+use qpq_store_cluster::{Config, Limits};
 
-use crate::backend::{Process, Servers, edge, eventually};
+use crate::{
+    backend::{Process, Servers, edge, eventually},
+    people::{HOUR, NOW, person},
+};
 
-/// Keeps the gauges of whatever runs on one thread.
+/// Keeps the gauges and counters of whatever runs on one thread. A counter is the sum over its
+/// labels.
 #[derive(Debug, Default)]
 struct Gauges(Mutex<HashMap<String, Arc<AtomicU64>>>);
 
 impl Gauges {
     fn read(&self, name: &str) -> Option<f64> {
         self.0.lock().get(name).map(|bits| f64::from_bits(bits.load(Ordering::Acquire)))
+    }
+
+    fn counted(&self, name: &str) -> u64 {
+        self.0.lock().get(name).map_or(0, |count| count.load(Ordering::Acquire))
     }
 }
 
@@ -26,8 +37,8 @@ impl Recorder for Gauges {
     fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
     fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
 
-    fn register_counter(&self, _: &Key, _: &Metadata<'_>) -> Counter {
-        Counter::noop()
+    fn register_counter(&self, key: &Key, _: &Metadata<'_>) -> Counter {
+        Counter::from_arc(Arc::clone(self.0.lock().entry(key.name().to_owned()).or_default()))
     }
 
     fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
@@ -68,4 +79,53 @@ async fn an_edge_counts_the_edges_it_hears_and_itself() {
     sees(2.0).await;
     two.crash().await;
     one.close().await;
+}
+
+/// On one thread, as above. Whether a call was tried is what counts, not how long it took.
+#[tokio::test]
+async fn a_redis_that_hangs_is_not_asked_until_it_answers() {
+    let gauges = Gauges::default();
+    let _here = metrics::set_default_local_recorder(&gauges);
+    let servers = Servers::start().await;
+    let config = servers.cluster(Limits::default()).await;
+    let config = Config { redis_timeout: Duration::from_millis(300), ..config };
+    let store = edge(&config).await;
+    let stores = store.stores();
+    let alice = person(&stores, 1).await;
+    let read = Read { inbox: alice.identity, device: None, view: View::All };
+    let limit = PageLimit { messages: 100, bytes: 1 << 20 };
+    let peek = || stores.inboxes.peek(read, Seq::ZERO, limit, NOW);
+    let send = async |n: u64| {
+        let message = Enqueue {
+            sender: alice.identity,
+            recipient: alice.identity,
+            channel: ChannelId::DEFAULT,
+            payload: "hello".into(),
+            payload_sha256: [7; 32],
+            message_id: None,
+            now: NOW,
+            ttl: HOUR,
+        };
+        let outcomes = stores.inboxes.enqueue(vec![message]).await.expect("enqueue");
+        assert!(matches!(outcomes[..], [Enqueued::Accepted(r)] if r.seq.0 == n), "{outcomes:?}");
+    };
+    send(1).await;
+    assert_eq!(peek().await.expect("peek").envelopes.len(), 1);
+
+    servers.redis.freeze();
+    while gauges.read("qpq_redis_breaker_open") != Some(1.0) {
+        peek().await.expect_err("Redis hangs");
+    }
+    let tried = gauges.counted("qpq_redis_errors_total");
+    for n in 2..=50 {
+        send(n).await;
+        peek().await.expect_err("Redis hangs");
+    }
+    assert_eq!(gauges.counted("qpq_redis_errors_total"), tried, "no call was tried");
+    assert!(gauges.counted("qpq_redis_skipped_total") >= 49);
+
+    servers.redis.thaw();
+    eventually("Redis to be asked again", || async { peek().await.is_ok() }).await;
+    assert_eq!(gauges.read("qpq_redis_breaker_open"), Some(0.0));
+    assert_eq!(peek().await.expect("peek").envelopes.len(), 50);
 }

@@ -7,17 +7,23 @@
 //! those is not accepted after all, a trigger leaves out the ones behind it, as their seqs would
 //! not be the next; what was left out for whatever reason is then looked at by itself, in order.
 
-use std::{collections::HashMap, sync::LazyLock, time::Duration};
+use std::{collections::HashMap, slice, sync::LazyLock, time::Duration};
 
-use qpq_domain::{Delivery, IdentityKey, Seq};
+use qpq_domain::{Delivery, IdentityKey, Seq, UnixMillis};
 use qpq_ports::{Enqueue, Enqueued, Receipt};
 use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 
-use super::remove;
-use crate::row::{Columns as _, millis, millis_of, number};
+use super::remove::{self, Due};
+use crate::{
+    clock::{Bounds, Guard},
+    row::{Columns as _, millis, millis_of, number},
+    upkeep::SWEEP,
+};
 
 /// Rows in one statement at most.
 const ROWS: usize = 32;
+/// Expired messages removed at a time where a transaction has removed many already.
+const NEEDED: i64 = 16;
 
 /// The statement for each number of rows, from none.
 static INSERTS: LazyLock<Vec<String>> = LazyLock::new(|| (0..=ROWS).map(insert_sql).collect());
@@ -26,10 +32,10 @@ static INSERTS: LazyLock<Vec<String>> = LazyLock::new(|| (0..=ROWS).map(insert_s
 /// go; a trigger moves the heads. A row is left out when there is no such inbox, no room, its
 /// message id is known, or it is not its turn.
 fn insert_sql(rows: usize) -> String {
-    let values = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; rows].join(", ");
+    let values = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; rows].join(", ");
     format!(
-        "WITH new (id, recipient, ahead, bytes_ahead, expires_at, enqueued_at, size, channel, sender, message_id,
-                   payload_sha256, payload) AS (VALUES {values})
+        "WITH new (id, recipient, ahead, bytes_ahead, expires_at, enqueued_at, known_at, size, channel, sender,
+                   message_id, payload_sha256, payload) AS (VALUES {values})
          INSERT INTO message (id, inbox, seq, expires_at, enqueued_at, size, channel, sender, message_id,
                               payload_sha256, payload)
          SELECT n.id, i.id, i.last_seq + n.ahead + 1, n.expires_at, n.enqueued_at, n.size, n.channel, n.sender,
@@ -38,7 +44,7 @@ fn insert_sql(rows: usize) -> String {
           WHERE i.messages + n.ahead < ? AND i.bytes + n.bytes_ahead + n.size <= ?
             AND NOT EXISTS (SELECT 1 FROM recent_id r
                              WHERE r.inbox = i.id AND r.sender = n.sender AND r.message_id = n.message_id
-                               AND r.forget_at > n.enqueued_at)
+                               AND r.forget_at > n.known_at)
              ON CONFLICT DO NOTHING
       RETURNING id, seq"
     )
@@ -70,15 +76,20 @@ pub(crate) async fn all(
     connection: &mut SqliteConnection,
     messages: &[&Enqueue],
     limits: &Delivery,
+    clock: &Guard,
 ) -> sqlx::Result<Vec<Enqueued>> {
     let next_row = sqlx::query_scalar(NEXT_ROW).fetch_one(&mut *connection).await?;
-    let mut inserting = Inserting { connection, limits, next_row };
+    let mut inserting = Inserting { connection, limits, next_row, rows: SWEEP };
+    let messages: Vec<_> = messages
+        .iter()
+        .map(|message| Timed { message, bounds: clock.bounds(message.now) })
+        .collect();
     let mut outcomes = Vec::with_capacity(messages.len());
     for chunk in messages.chunks(ROWS) {
         let seqs = inserting.insert(chunk).await?;
         for (message, seq) in chunk.iter().zip(seqs) {
             outcomes.push(match seq {
-                Some(seq) => accepted(message, seq),
+                Some(seq) => message.accepted(seq),
                 None => inserting.one(message).await?,
             });
         }
@@ -86,19 +97,39 @@ pub(crate) async fn all(
     Ok(outcomes)
 }
 
+/// A message, and what the time is.
+#[derive(Clone, Copy)]
+struct Timed<'a> {
+    message: &'a Enqueue,
+    bounds: Bounds,
+}
+
+impl Timed<'_> {
+    fn accepted(&self, seq: Seq) -> Enqueued {
+        Enqueued::Accepted(Receipt {
+            seq,
+            channel: self.message.channel,
+            payload_sha256: self.message.payload_sha256,
+            enqueued_at: self.bounds.latest,
+        })
+    }
+}
+
 struct Inserting<'a> {
     connection: &'a mut SqliteConnection,
     limits: &'a Delivery,
     next_row: i64,
+    /// Expired messages that may still be removed without need.
+    rows: i64,
 }
 
 impl Inserting<'_> {
     /// The seq of each message that was accepted. Of those to one inbox, these are the first ones.
-    async fn insert(&mut self, messages: &[&Enqueue]) -> sqlx::Result<Vec<Option<Seq>>> {
+    async fn insert(&mut self, messages: &[Timed<'_>]) -> sqlx::Result<Vec<Option<Seq>>> {
         let first_row = self.next_row;
         let mut ahead: HashMap<IdentityKey, (i64, i64)> = HashMap::with_capacity(messages.len());
         let mut query = sqlx::query(INSERTS[messages.len()].as_str());
-        for message in messages {
+        for Timed { message, bounds } in messages {
             let Enqueue {
                 sender,
                 recipient,
@@ -106,9 +137,10 @@ impl Inserting<'_> {
                 payload,
                 payload_sha256,
                 message_id,
-                now,
+                now: _,
                 ttl,
             } = message;
+            let Bounds { earliest, latest } = *bounds;
             let size = number(payload.len() as u64);
             let (count, bytes) = ahead.entry(*recipient).or_default();
             query = query
@@ -116,8 +148,9 @@ impl Inserting<'_> {
                 .bind(&recipient.as_bytes()[..])
                 .bind(*count)
                 .bind(*bytes)
-                .bind(millis(now.plus(*ttl)))
-                .bind(millis(*now))
+                .bind(millis(latest.plus(*ttl)))
+                .bind(millis(latest))
+                .bind(millis(earliest))
                 .bind(size)
                 .bind(channel.as_bytes())
                 .bind(&sender.as_bytes()[..])
@@ -144,12 +177,13 @@ impl Inserting<'_> {
 
     /// A message that was left out: tried by itself, and if it is left out again, that has a
     /// reason.
-    async fn one(&mut self, message: &Enqueue) -> sqlx::Result<Enqueued> {
-        if let [Some(seq)] = self.insert(&[message]).await?[..] {
-            return Ok(accepted(message, seq));
+    async fn one(&mut self, timed: &Timed<'_>) -> sqlx::Result<Enqueued> {
+        let Timed { message, bounds } = *timed;
+        if let [Some(seq)] = self.insert(slice::from_ref(timed)).await?[..] {
+            return Ok(timed.accepted(seq));
         }
-        let recent_ids = self.limits.recent_ids;
-        let Some(row) = why(self.connection, message, recent_ids).await? else {
+        let (recent_ids, now) = (self.limits.recent_ids, bounds.earliest);
+        let Some(row) = why(self.connection, message, now, recent_ids).await? else {
             return Ok(Enqueued::NoSuchRecipient);
         };
         if row.try_get::<Option<i64>, _>("seq")?.is_some() {
@@ -161,35 +195,41 @@ impl Inserting<'_> {
             }));
         }
         if row.try_get("stale")? {
-            remove::expired(self.connection, row.try_get("inbox")?, message.now, recent_ids)
-                .await?;
-            if let [Some(seq)] = self.insert(&[message]).await?[..] {
-                return Ok(accepted(message, seq));
-            }
+            return self.after_removal(timed, row.try_get("inbox")?).await;
         }
         Ok(Enqueued::QueueFull)
     }
-}
 
-fn accepted(message: &Enqueue, seq: Seq) -> Enqueued {
-    Enqueued::Accepted(Receipt {
-        seq,
-        channel: message.channel,
-        payload_sha256: message.payload_sha256,
-        enqueued_at: message.now,
-    })
+    /// A message in whose way expired ones are: they are removed until it fits, some more while that
+    /// is not much for one transaction.
+    async fn after_removal(&mut self, timed: &Timed<'_>, inbox: i64) -> sqlx::Result<Enqueued> {
+        let Timed { message, bounds } = *timed;
+        loop {
+            let rows = self.rows.max(NEEDED);
+            let due = Due { inbox, now: bounds.earliest, rows, message };
+            let removed = remove::expired(self.connection, due, self.limits.recent_ids).await?;
+            self.rows = (self.rows - removed).max(0);
+            if let [Some(seq)] = self.insert(slice::from_ref(timed)).await?[..] {
+                return Ok(timed.accepted(seq));
+            }
+            if removed == 0 {
+                return Ok(Enqueued::QueueFull);
+            }
+        }
+    }
 }
 
 async fn why(
     connection: &mut SqliteConnection,
     message: &Enqueue,
+    now: UnixMillis,
     recent_ids: Duration,
 ) -> sqlx::Result<Option<SqliteRow>> {
     sqlx::query(WHY)
         .bind(&message.recipient.as_bytes()[..])
         .bind(&message.sender.as_bytes()[..])
         .bind(message.message_id.as_ref().map(|id| &id.as_bytes()[..]))
-        .bind(millis(message.now))
+        .bind(millis(now))
         .bind(millis_of(recent_ids))
         .fetch_optional(connection)
         .await

@@ -23,13 +23,14 @@ use qpq_domain::{Delivery, Seq, UnixMillis};
 use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreResult};
 use sqlx::SqlitePool;
 
-pub(crate) use remove::sweep;
+pub(crate) use remove::{forget, sweep};
 
 use self::{
     lease::{Claim, LeaseTable, Reader},
     remove::Selection,
 };
 use crate::{
+    clock::Guard,
     error::read_failed,
     history::History,
     wakes::WakeTable,
@@ -46,6 +47,7 @@ pub(crate) struct EmbeddedInboxes {
     wakes: Arc<WakeTable>,
     leases: Arc<LeaseTable>,
     history: History,
+    clock: Guard,
     limits: Delivery,
 }
 
@@ -55,10 +57,11 @@ impl EmbeddedInboxes {
         readers: SqlitePool,
         wakes: Arc<WakeTable>,
         history: History,
+        clock: Guard,
         limits: Delivery,
     ) -> Self {
         let leases = Arc::new(LeaseTable::new(Arc::clone(&wakes)));
-        Self { writer, readers, wakes, leases, history, limits }
+        Self { writer, readers, wakes, leases, history, clock, limits }
     }
 }
 
@@ -99,6 +102,7 @@ impl Inboxes for EmbeddedInboxes {
                     read,
                     writer: self.writer.clone(),
                     history: self.history.clone(),
+                    clock: self.clock.clone(),
                     limits: self.limits,
                     shown_at: now,
                 }));
@@ -134,6 +138,8 @@ impl Inboxes for EmbeddedInboxes {
         if ack.is_empty() {
             return Ok(0);
         }
+        // By a clock that went back, ids would be forgotten too soon.
+        let removed_at = self.clock.bounds(now).latest;
         let bytes = ack.seqs.len() * size_of::<Seq>();
         let (leases, wakes, recent_ids) =
             (Arc::clone(&self.leases), Arc::clone(&self.wakes), self.limits.recent_ids);
@@ -147,7 +153,7 @@ impl Inboxes for EmbeddedInboxes {
                         if ack.store_id.is_some_and(|store_id| store_id != history.id()) {
                             return Ok(Outcome::Keep(0));
                         }
-                        remove::acked(connection, &read, &ack, now, recent_ids)
+                        remove::acked(connection, &read, &ack, (now, removed_at), recent_ids)
                             .await
                             .map(Outcome::Keep)
                     }
@@ -172,6 +178,7 @@ struct InboxLease {
     read: Read,
     writer: Writer,
     history: History,
+    clock: Guard,
     limits: Delivery,
     shown_at: UnixMillis,
 }
@@ -183,7 +190,7 @@ impl Lease for InboxLease {
     }
 
     async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
-        let Self { page, claimed, read, writer, history, limits, shown_at } = *self;
+        let Self { page, claimed, read, writer, history, clock, limits, shown_at } = *self;
         let (Some((claim, inbox)), [first, .., last] | [first @ last]) =
             (claimed, &page.envelopes[..])
         else {
@@ -194,6 +201,7 @@ impl Lease for InboxLease {
         // what was shown.
         let selection =
             Selection { inbox, view: read.view, from: first.seq, to: last.seq, alive_at: shown_at };
+        let removed_at = clock.bounds(now).latest;
         writer
             .run(
                 Scope::Batch,
@@ -203,7 +211,7 @@ impl Lease for InboxLease {
                         if store_id != history.id() {
                             return Ok(Outcome::Keep(None));
                         }
-                        remove::selected(connection, &selection, now, limits.recent_ids)
+                        remove::selected(connection, &selection, removed_at, limits.recent_ids)
                             .await
                             .map(|removed| Outcome::Keep(Some(removed)))
                     }

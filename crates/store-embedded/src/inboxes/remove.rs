@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use qpq_domain::{Seq, UnixMillis};
-use qpq_ports::{Ack, Read, View};
+use qpq_ports::{Ack, Enqueue, Read, View};
 use sqlx::{SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use crate::{
@@ -47,9 +47,13 @@ const CHANNEL_SINGLE: Removal = removal!(
     "inbox = ?3 AND channel = ?6 AND seq IN (SELECT value FROM json_each(?4)) AND +expires_at > ?5"
 );
 
-// ?3 inbox. The channel index has all that is asked for; the expiry index would walk over other
-// inboxes.
-const EXPIRED: Removal = removal!("inbox = ?3 AND +expires_at <= ?1");
+// ?3 inbox, ?4 how many, ?5 and ?6 a sender and an id whose message goes besides. The channel index
+// has all that is asked for; the expiry index would walk over other inboxes.
+const EXPIRED: Removal = removal!(
+    "(id IN (SELECT id FROM message WHERE inbox = ?3 AND +expires_at <= ?1 LIMIT ?4)
+      OR id = (SELECT id FROM message
+                WHERE inbox = ?3 AND sender = ?5 AND message_id = ?6 AND +expires_at <= ?1))"
+);
 
 // ?3 how many.
 const SWEPT: Removal =
@@ -120,7 +124,7 @@ pub(super) async fn acked(
     connection: &mut SqliteConnection,
     read: &Read,
     ack: &Ack,
-    now: UnixMillis,
+    (now, removed_at): (UnixMillis, UnixMillis),
     recent_ids: Duration,
 ) -> sqlx::Result<u32> {
     let inbox: Option<i64> = sqlx::query_scalar("SELECT id FROM account WHERE identity = ?1")
@@ -131,7 +135,7 @@ pub(super) async fn acked(
     let mut removed = 0;
     if let Some(to) = ack.up_to {
         let selection = Selection { inbox, view: read.view, from: Seq::ZERO, to, alive_at: now };
-        removed += selected(connection, &selection, now, recent_ids).await?;
+        removed += selected(connection, &selection, removed_at, recent_ids).await?;
     }
     if !ack.seqs.is_empty() {
         let list = ack.seqs.iter().map(|seq| seq.0.to_string()).collect::<Vec<_>>().join(",");
@@ -140,7 +144,7 @@ pub(super) async fn acked(
             View::Channel(channel) => (CHANNEL_SINGLE, Some(channel.as_bytes())),
         };
         removed += removal
-            .run(connection, now, recent_ids, |query| {
+            .run(connection, removed_at, recent_ids, |query| {
                 query.bind(inbox).bind(format!("[{list}]")).bind(millis(now)).bind(channel)
             })
             .await?;
@@ -148,32 +152,56 @@ pub(super) async fn acked(
     Ok(u32::try_from(removed).unwrap_or(u32::MAX))
 }
 
-/// Removes what has expired in one inbox, and finds out when the next will.
-pub(super) async fn expired(
-    connection: &mut SqliteConnection,
-    inbox: i64,
-    now: UnixMillis,
-    recent_ids: Duration,
-) -> sqlx::Result<()> {
-    EXPIRED.run(connection, now, recent_ids, |query| query.bind(inbox)).await?;
-    sqlx::query(NEXT_EXPIRY).bind(inbox).execute(connection).await.map(drop)
+/// Expired messages of an inbox that are to be removed.
+pub(super) struct Due<'a> {
+    pub(super) inbox: i64,
+    pub(super) now: UnixMillis,
+    /// Maximum rows.
+    pub(super) rows: i64,
+    /// A message to the inbox, whose id may be held by one that has expired.
+    pub(super) message: &'a Enqueue,
 }
 
-/// Removes a bounded number of expired messages, whosever they are, and of ids that are old enough
-/// to forget.
+/// Removes messages that have expired in one inbox; returns how many. Looks up when the next will
+/// expire, if none is left that has.
+pub(super) async fn expired(
+    connection: &mut SqliteConnection,
+    due: Due<'_>,
+    recent_ids: Duration,
+) -> sqlx::Result<i64> {
+    let Due { inbox, now, rows, message } = due;
+    let removed = EXPIRED
+        .run(connection, now, recent_ids, |query| {
+            query
+                .bind(inbox)
+                .bind(rows)
+                .bind(message.sender.as_bytes().to_vec())
+                .bind(message.message_id.as_ref().map(|id| id.as_bytes().to_vec()))
+        })
+        .await?;
+    let removed = i64::try_from(removed).unwrap_or(i64::MAX);
+    if removed < rows {
+        sqlx::query(NEXT_EXPIRY).bind(inbox).execute(connection).await?;
+    }
+    Ok(removed)
+}
+
+/// Removes a bounded number of expired messages, whosever they are.
 pub(crate) async fn sweep(
     connection: &mut SqliteConnection,
     now: UnixMillis,
     recent_ids: Duration,
 ) -> sqlx::Result<u64> {
-    let messages = SWEPT.run(connection, now, recent_ids, |query| query.bind(SWEEP)).await?;
-    let ids = sqlx::query(FORGET)
-        .bind(millis(now))
-        .bind(SWEEP)
-        .execute(connection)
-        .await?
-        .rows_affected();
-    Ok(messages + ids)
+    SWEPT.run(connection, now, recent_ids, |query| query.bind(SWEEP)).await
+}
+
+/// Forgets a bounded number of ids whose time is over.
+pub(crate) async fn forget(
+    connection: &mut SqliteConnection,
+    now: UnixMillis,
+) -> sqlx::Result<u64> {
+    let done = sqlx::query(FORGET).bind(millis(now)).bind(SWEEP).execute(connection).await?;
+    Ok(done.rows_affected())
 }
 
 type SqliteQuery = Query<'static, sqlx::Sqlite, SqliteArguments>;

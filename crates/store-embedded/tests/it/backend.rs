@@ -3,7 +3,7 @@
 //! killed is in `kill` and `model`.)
 
 use async_trait::async_trait;
-use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis};
 use qpq_ports::{
     Stores,
     conformance::{Backend, Factory},
@@ -43,6 +43,10 @@ impl Backend for Running {
     async fn crash(&mut self) {
         self.process.take().expect("running").crash().await;
         self.process = Some(Process::start(&self.directory, self.limits).await);
+    }
+
+    async fn set_clock(&self, now: UnixMillis) {
+        self.stores().upkeep.sweep(now).await.expect("a sweep, which looks at the clock");
     }
 }
 

@@ -157,6 +157,7 @@ impl Edge {
             opaque_setup: OPAQUE_SETUP.fingerprint(&setup),
             limits: qpq_store_cluster::Limits::default(),
             timing: Timing::default(),
+            clocks: qpq_store_cluster::Clocks { edge: None, ..Default::default() },
         };
         Box::pin(ClusterStore::connect(&config)).await.unwrap()
     }

@@ -1,0 +1,145 @@
+//! A circuit breaker in front of Redis.
+//!
+//! A Redis that hangs costs each call its timeout. After a few calls in a row without an answer,
+//! and none with one for as long as an answer may take, the breaker opens: calls fail immediately,
+//! and a task asks Redis now and then, one question at a time, until it answers. An answer is an
+//! answer, also one that refuses: a Redis that is full or read-only is not waited for.
+
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use redis::{ErrorKind, RedisError};
+use tokio::{sync::Notify, time::Instant};
+
+use crate::metrics as names;
+
+/// Calls in a row that open the breaker.
+const FAILURES: u32 = 3;
+
+#[derive(Debug, thiserror::Error)]
+#[error("Redis does not answer, and is not asked until it does")]
+pub(super) struct Skipped;
+
+/// What came of a call, as far as it says something about Redis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sign {
+    Answered,
+    Silent,
+}
+
+impl Sign {
+    /// A failure that Redis itself answered is no silence.
+    pub(super) fn of<T>(outcome: &Result<T, RedisError>) -> Self {
+        match outcome {
+            Err(error)
+                if error.is_io_error()
+                    || error.is_connection_dropped()
+                    || error.kind() == ErrorKind::ClusterConnectionNotFound =>
+            {
+                Self::Silent
+            }
+            _ => Self::Answered,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Breaker {
+    /// How long an answer may take.
+    timeout: Duration,
+    state: Mutex<State>,
+    opened: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    open: bool,
+    failures: u32,
+    answered_at: Instant,
+}
+
+impl Breaker {
+    pub(super) fn new(timeout: Duration, now: Instant) -> Self {
+        let state = State { open: false, failures: 0, answered_at: now };
+        Self { timeout, state: Mutex::new(state), opened: Notify::new() }
+    }
+
+    /// Whether a call may be tried.
+    pub(super) fn admit(&self) -> Result<(), Skipped> {
+        if self.state.lock().open {
+            metrics::counter!(names::REDIS_SKIPPED).increment(1);
+            Err(Skipped)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Notes what came of a call.
+    pub(super) fn note(&self, sign: Sign, now: Instant) {
+        let mut state = self.state.lock();
+        match sign {
+            Sign::Answered => {
+                (state.failures, state.answered_at) = (0, now);
+                if std::mem::take(&mut state.open) {
+                    metrics::gauge!(names::REDIS_BREAKER).set(0);
+                    tracing::info!("redis answers again");
+                }
+            }
+            Sign::Silent => {
+                state.failures = state.failures.saturating_add(1);
+                // Of a Redis Cluster one node may be silent while the others answer.
+                let silent_for = now.saturating_duration_since(state.answered_at);
+                if !state.open && state.failures >= FAILURES && silent_for >= self.timeout {
+                    state.open = true;
+                    metrics::gauge!(names::REDIS_BREAKER).set(1);
+                    tracing::warn!(?silent_for, "redis does not answer, calls go on without it");
+                    self.opened.notify_one();
+                }
+            }
+        }
+    }
+
+    /// Completes when the breaker is open. Cancel-safe.
+    pub(super) async fn opened(&self) {
+        while !self.state.lock().open {
+            self.opened.notified().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(2);
+
+    #[test]
+    fn the_breaker_opens_after_a_few_calls_in_a_row_and_closes_with_an_answer() {
+        let start = Instant::now();
+        let breaker = Breaker::new(TIMEOUT, start);
+        for second in 2..5 {
+            breaker.admit().expect("closed");
+            breaker.note(Sign::Silent, start + Duration::from_secs(second));
+        }
+        breaker.admit().expect_err("open");
+        breaker.note(Sign::Silent, start + Duration::from_secs(6));
+        breaker.admit().expect_err("still open");
+        breaker.note(Sign::Answered, start + Duration::from_secs(7));
+        breaker.admit().expect("closed");
+        breaker.note(Sign::Silent, start + Duration::from_secs(10));
+        breaker.admit().expect("one alone does not open it");
+    }
+
+    #[test]
+    fn calls_that_are_answered_keep_the_breaker_closed() {
+        let start = Instant::now();
+        let breaker = Breaker::new(TIMEOUT, start);
+        for n in 0..100 {
+            let now = start + n * Duration::from_secs(1);
+            breaker.note(Sign::Answered, now);
+            // Many that began together.
+            (0..10).for_each(|_| breaker.note(Sign::Silent, now + Duration::from_millis(500)));
+            breaker.admit().expect("closed");
+        }
+    }
+}
