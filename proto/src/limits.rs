@@ -18,8 +18,10 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 pub enum LimitSubject {
     /// The caller's IP address (IPv6: its /64).
     Ip,
-    /// The user name in the request, whoever sends it.
+    /// The user name in the request. For logins, only addresses that have not logged in by it.
     Username,
+    /// The user name in the request together with the caller's IP address.
+    UsernameAndIp,
     /// The session's account.
     Account,
     /// The session's account together with the identity key it asks for.
@@ -34,6 +36,7 @@ impl LimitSubject {
         match self {
             Self::Ip => "ip",
             Self::Username => "username",
+            Self::UsernameAndIp => "username_and_ip",
             Self::Account => "account",
             Self::FetcherAndTarget => "fetcher_and_target",
             Self::Peer => "peer",
@@ -65,6 +68,7 @@ impl LimitDefault {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LimitClass {
     Health,
+    Session,
     Register,
     Login,
     Logout,
@@ -94,8 +98,9 @@ struct Row {
 
 impl LimitClass {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Health,
+        Self::Session,
         Self::Register,
         Self::Login,
         Self::Logout,
@@ -133,12 +138,17 @@ impl LimitClass {
 
     /// The table. Every line: subject, burst, refill, every.
     const fn row(self) -> Row {
-        use LimitSubject::{Account, FetcherAndTarget, Ip, Peer, Username};
+        use LimitSubject::{Account, FetcherAndTarget, Ip, Peer, Username, UsernameAndIp};
         match self {
             Self::Health => row(
                 "health",
                 "Load balancers and curious clients.",
                 const { &[budget(Ip, 600, 20, SECOND)] },
+            ),
+            Self::Session => row(
+                "session",
+                "Session tokens that the server does not know; each edge counts for itself.",
+                const { &[budget(Ip, 300, 120, MINUTE)] },
             ),
             Self::Register => row(
                 "register",
@@ -148,7 +158,13 @@ impl LimitClass {
             Self::Login => row(
                 "login",
                 "Password guesses, by one address and against one name; a login is two calls.",
-                const { &[budget(Ip, 120, 120, MINUTE), budget(Username, 20, 20, MINUTE)] },
+                const {
+                    &[
+                        budget(Ip, 120, 120, MINUTE),
+                        budget(UsernameAndIp, 20, 20, MINUTE),
+                        budget(Username, 60, 60, MINUTE),
+                    ]
+                },
             ),
             Self::Logout => {
                 row("logout", "Ending sessions.", const { &[budget(Account, 60, 60, MINUTE)] })

@@ -73,6 +73,9 @@ pub trait Wake: Send + Sync {
 pub trait Lease: Send + Sync {
     fn page(&self) -> &Page;
 
+    /// Frees the payloads of the page once they are copied. All else of the page stays.
+    fn free_payloads(&mut self);
+
     /// Removes exactly the messages shown: the reader has them. Durable when it returns. Their ids
     /// are remembered from `now` on, or from their expiry if that came before.
     ///
@@ -98,6 +101,15 @@ pub struct Enqueue {
 impl fmt::Debug for Enqueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Enqueue").field("bytes", &self.payload.len()).finish_non_exhaustive()
+    }
+}
+
+impl Page {
+    /// Replaces all payloads by empty ones.
+    pub fn free_payloads(&mut self) {
+        for envelope in &mut self.envelopes {
+            envelope.payload = bytes::Bytes::new();
+        }
     }
 }
 

@@ -19,6 +19,13 @@ pub trait RateLimiter: Send + Sync {
         cost: u32,
         now: UnixMillis,
     ) -> StoreResult<Verdict>;
+
+    /// Remembers `key` for `lifetime`, in bounded memory. What is remembered may be lost.
+    async fn remember(&self, key: LimitKey, lifetime: Duration, now: UnixMillis)
+    -> StoreResult<()>;
+
+    /// Whether `key` is remembered.
+    async fn remembers(&self, key: LimitKey, now: UnixMillis) -> StoreResult<bool>;
 }
 
 /// Whose bucket: a class name (fixed, from the table of limits) and whom it counts, hashed by the

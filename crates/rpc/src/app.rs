@@ -14,11 +14,12 @@ use std::{
 use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis, Username};
 use qpq_mls::key_package;
 use qpq_ports::{Clock, Stores};
+use qpq_proto::{LimitClass, LimitSubject};
 use tokio::sync::watch;
 
 use crate::{
-    DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes, gate::Gate, limits::Limits,
-    notices::Notices,
+    AnswerMemory, DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes, answers::Answers,
+    gate::Gate, limits::Limits, notices::Notices, tokens::Tokens,
 };
 
 /// What the composition hands over.
@@ -56,6 +57,8 @@ pub struct Config {
     /// How many logins and registrations may wait for their curve arithmetic before the next is
     /// told to come later.
     pub waiting_logins: usize,
+    /// The memory for answers.
+    pub answers: AnswerMemory,
 }
 
 impl Default for Config {
@@ -71,6 +74,7 @@ impl Default for Config {
             key_packages: KeyPackageCaps::default(),
             key_package_suites: key_package::Policy::default().suites,
             waiting_logins: 256,
+            answers: AnswerMemory::default(),
         }
     }
 }
@@ -92,6 +96,10 @@ pub struct App {
     pub signer: DeliverySigner,
     pub config: Config,
     pub(crate) limits: Limits,
+    /// The memory for answers.
+    pub(crate) answers: Answers,
+    /// Session tokens that failed lately.
+    pub(crate) tokens: Tokens,
     /// Bounds the curve arithmetic of logins.
     pub(crate) gate: Gate,
     /// What ends or changes for an account while its calls wait.
@@ -111,9 +119,12 @@ impl fmt::Debug for App {
 impl App {
     pub(crate) fn new(parts: Parts) -> Self {
         let Parts { stores, clock, opaque, signer, config } = parts;
+        let limits = Limits::new(&config.limits);
         Self {
             started_at: clock.now(),
-            limits: Limits::new(&config.limits),
+            answers: Answers::new(config.answers),
+            tokens: Tokens::new(limits.bucket(LimitClass::Session, LimitSubject::Ip)),
+            limits,
             gate: Gate::new(config.waiting_logins),
             notices: Arc::new(Notices::new(Arc::clone(&stores.notices))),
             key_package_policy: key_package::Policy {

@@ -198,8 +198,14 @@ async fn caller(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
         }
         None => None,
     };
-    let token = named.or_else(|| cx.conn.session()).ok_or(Error::SessionRequired)?;
+    let bound = cx.conn.session();
+    let token = named.or(bound).ok_or(Error::SessionRequired)?;
+    let is_bound = bound == Some(token);
+    cx.app.tokens.admit(&token, is_bound, cx.conn.ip(), cx.now)?;
     let session = live_session(cx, &token).await?;
+    if !is_bound {
+        cx.app.tokens.found(token);
+    }
     touch(cx, &token, &session).await;
     if named.is_some() {
         cx.conn.bind(token);
@@ -215,7 +221,10 @@ async fn caller(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
 
 /// Unknown, revoked and expired are one answer.
 async fn live_session(cx: Cx<'_>, token: &TokenHash) -> Result<Session, Error> {
-    let session = cx.app.stores.sessions.find(token).await?.ok_or(Error::SessionExpired)?;
+    let Some(session) = cx.app.stores.sessions.find(token).await? else {
+        cx.app.tokens.not_found(*token, cx.conn.ip(), cx.now);
+        return Err(Error::SessionExpired);
+    };
     if cx.app.config.sessions.has_ended(&session, cx.now) {
         return Err(Error::SessionExpired);
     }

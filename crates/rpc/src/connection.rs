@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use qpq_domain::{AccountId, IdentityKey, TokenHash, UnixMillis, Username};
 use tokio::task::AbortHandle;
 
-use crate::opaque::PendingLogin;
+use crate::{answers::Budget, opaque::PendingLogin};
 
 /// Logins under way on one connection; one more pushes the oldest out.
 const MAX_PENDING: usize = 4;
@@ -32,6 +32,8 @@ pub trait Events: Send + Sync {
 pub struct Connection {
     ip: IpAddr,
     events: Arc<dyn Events>,
+    /// The memory for answers to it.
+    answers: Budget,
     state: Mutex<State>,
 }
 
@@ -64,8 +66,8 @@ impl fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(addr: SocketAddr, events: Arc<dyn Events>) -> Self {
-        Self { ip: addr.ip().to_canonical(), events, state: Mutex::default() }
+    pub(crate) fn new(addr: SocketAddr, events: Arc<dyn Events>, answers: Budget) -> Self {
+        Self { ip: addr.ip().to_canonical(), events, answers, state: Mutex::default() }
     }
 
     /// The client's address; an IPv4 address mapped into IPv6 is the IPv4 one.
@@ -75,6 +77,10 @@ impl Connection {
 
     pub(crate) fn events(&self) -> &Arc<dyn Events> {
         &self.events
+    }
+
+    pub(crate) fn answers(&self) -> &Budget {
+        &self.answers
     }
 
     /// The session of requests that name none.

@@ -22,6 +22,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     App, Connection, Error, Subject,
+    answers::Reservation,
     auth::{Authenticate, Principal as _},
 };
 
@@ -53,6 +54,12 @@ pub trait Handler: Method<Auth: Authenticate> {
         request: Self::Request,
     ) -> impl Future<Output = Result<Answered<Self::Response>, Error>> + Send;
 
+    /// The most that the answer takes, for methods whose answer is large and grows with the
+    /// request. Its memory is reserved before the handler is called.
+    fn answer_bytes(_request: &Self::Request) -> usize {
+        0
+    }
+
     /// How long the request asks to wait; only methods of the deadline class `Wait` do. Their
     /// deadline lies behind it.
     fn wait(_app: &App, _request: &Self::Request) -> Duration {
@@ -65,12 +72,14 @@ pub struct Answered<R> {
     pub response: R,
     /// Settled once the client has every byte, released otherwise.
     pub lease: Option<Box<dyn Lease>>,
+    /// The memory for the response, where the handler reserved it.
+    pub memory: Option<Reservation>,
 }
 
 impl<R> Answered<R> {
     /// A response that shows what `lease` holds.
-    pub fn with_lease(response: R, lease: Box<dyn Lease>) -> Self {
-        Self { response, lease: Some(lease) }
+    pub fn with_lease(response: R, lease: Box<dyn Lease>, memory: Reservation) -> Self {
+        Self { response, lease: Some(lease), memory: Some(memory) }
     }
 }
 
@@ -82,7 +91,7 @@ impl<R: std::fmt::Debug> std::fmt::Debug for Answered<R> {
 
 impl<R> From<R> for Answered<R> {
     fn from(response: R) -> Self {
-        Self { response, lease: None }
+        Self { response, lease: None, memory: None }
     }
 }
 
@@ -121,8 +130,27 @@ async fn serve<M: Handler>(cx: Cx<'_>, payload: Bytes) -> Result<Done, Error> {
     let standard = started + M::INFO.deadline.duration(Duration::ZERO);
     let (caller, request) = within(standard, pin!(admit::<M>(cx, payload))).await??;
     let deadline = started + M::INFO.deadline.duration(M::wait(cx.app, &request));
+    let reserved = match M::answer_bytes(&request) {
+        0 => None,
+        bytes => Some(cx.app.answers.reserve(cx, caller.account(), bytes).await?),
+    };
     let answered = within(deadline, pin!(M::handle(cx, caller, request))).await??;
-    Ok(Done { payload: answered.response.encode_to_vec().into(), lease: answered.lease })
+    Ok(encode(answered, reserved))
+}
+
+/// Encodes the response; from then on its memory is the answer's alone.
+fn encode<R: prost::Message>(answered: Answered<R>, reserved: Option<Reservation>) -> Done {
+    let Answered { response, mut lease, memory } = answered;
+    let encoded = response.encode_to_vec();
+    drop(response);
+    if let Some(lease) = &mut lease {
+        lease.free_payloads();
+    }
+    let payload = match memory.or(reserved) {
+        Some(memory) => memory.attach(encoded),
+        None => encoded.into(),
+    };
+    Done { payload, lease }
 }
 
 /// Session, budgets, and the message itself: all that comes before the handler.

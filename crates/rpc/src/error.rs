@@ -89,6 +89,10 @@ errors! {
     DeadlineExceeded => DeadlineExceeded "rpc.deadline" WARN "The call took too long; it may or may not have had its effect.";
     /// The server has more dear work waiting than it can do soon.
     Overloaded => Unavailable "rpc.overloaded" WARN "The server is busy: wait and try again.";
+    /// The client has as many unread answers as it may have.
+    UnreadAnswers => RateLimited "rpc.unread_answers" DEBUG "Earlier answers are not read yet: read them and try again.";
+    /// All memory for answers is in use.
+    AnswersFull => Unavailable "rpc.answers_full" WARN "The server has no memory for another answer now: wait and try again.";
     /// A store cannot be reached or cannot commit.
     Unavailable(StoreError) => Unavailable "rpc.unavailable" WARN "The server cannot do this now: wait and try again.";
     /// Another writer was first, more often than the store cared to retry.

@@ -17,6 +17,7 @@ pub mod limits;
 pub mod notices;
 pub mod opaque;
 
+mod answers;
 mod app;
 mod connection;
 mod dispatch;
@@ -25,7 +26,9 @@ mod handlers;
 mod observe;
 mod rpc;
 mod signer;
+mod tokens;
 
+pub use answers::AnswerMemory;
 pub use app::{App, Config, IdentityProof, Parts};
 pub use auth::{Admin, Caller, FreshCaller, SessionLifetimes};
 pub use connection::{Connection, Events};

@@ -8,6 +8,7 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, Ipv6Addr},
+    time::Duration,
 };
 
 use qpq_domain::{AccountId, IdentityKey, Username};
@@ -37,6 +38,8 @@ impl Default for RateLimits {
 pub enum Subject<'a> {
     Ip(IpAddr),
     Username(&'a Username),
+    /// A user name, and the address it is asked for from.
+    UsernameAndIp(&'a Username, IpAddr),
     Account(AccountId),
     /// An account, and the identity it asks for.
     Target(AccountId, &'a IdentityKey),
@@ -60,7 +63,7 @@ impl Limits {
         Self { enabled: config.enabled, budgets: budgets.into() }
     }
 
-    fn bucket(&self, class: LimitClass, per: LimitSubject) -> Option<Bucket> {
+    pub(crate) fn bucket(&self, class: LimitClass, per: LimitSubject) -> Option<Bucket> {
         let budgets = if self.enabled { self.budgets.get(class as usize)? } else { return None };
         budgets.iter().find(|(of, _)| *of == per).map(|(_, bucket)| *bucket)
     }
@@ -89,6 +92,49 @@ impl Limits {
     }
 }
 
+/// How long an address counts as one that has logged in by a name.
+const ADDRESS_KNOWN_FOR: Duration = Duration::from_secs(90 * 24 * 60 * 60);
+
+/// The class of the keys under which addresses are remembered.
+const KNOWN_ADDRESS: &str = "login_address";
+
+fn known_address(cx: Cx<'_>, name: &Username) -> LimitKey {
+    let subject = Subject::UsernameAndIp(name, cx.conn.ip()).to_bytes();
+    LimitKey { class: KNOWN_ADDRESS, subject }
+}
+
+/// Takes one login from the budgets of `name`.
+///
+/// The budget of the name alone counts only addresses that have not logged in by it: strangers who
+/// use it up do not lock the user out at home, and those at one address use up no more than their
+/// own budget of the name. All of it depends on the name as given and on the address, never on
+/// whether the account exists.
+pub(crate) async fn take_login(cx: Cx<'_>, name: &Username) -> Result<(), Error> {
+    cx.limit(LimitClass::Login, Subject::UsernameAndIp(name, cx.conn.ip())).await?;
+    if cx.app.limits.bucket(LimitClass::Login, LimitSubject::Username).is_none() {
+        return Ok(());
+    }
+    // Where that cannot be asked, nothing can be counted either.
+    let is_known = cx.app.stores.limiter.remembers(known_address(cx, name), cx.now).await?;
+    if is_known { Ok(()) } else { cx.limit(LimitClass::Login, Subject::Username(name)).await }
+}
+
+/// Remembers that the client's address has logged in by `name`. Without it the address counts as a
+/// stranger, so a failure fails no login.
+pub(crate) async fn remember_login(cx: Cx<'_>, name: &Username) {
+    if !cx.app.limits.enabled {
+        return;
+    }
+    let remembered =
+        cx.app.stores.limiter.remember(known_address(cx, name), ADDRESS_KNOWN_FOR, cx.now).await;
+    if let Err(error) = remembered {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "the address of a login could not be remembered"
+        );
+    }
+}
+
 /// Where nobody can be counted, a message still gets through, but no password is guessed and no
 /// account made.
 const fn stands_without_limits(class: LimitClass) -> bool {
@@ -104,6 +150,7 @@ impl Subject<'_> {
         match self {
             Self::Ip(_) => LimitSubject::Ip,
             Self::Username(_) => LimitSubject::Username,
+            Self::UsernameAndIp(..) => LimitSubject::UsernameAndIp,
             Self::Account(_) => LimitSubject::Account,
             Self::Target(..) => LimitSubject::FetcherAndTarget,
         }
@@ -113,14 +160,22 @@ impl Subject<'_> {
     /// its own first bytes.
     fn to_bytes(self) -> [u8; 16] {
         match self {
-            Self::Ip(ip) => prefix(ip).octets(),
+            Self::Ip(ip) => network(ip),
             Self::Account(AccountId(id)) => account(id),
             Self::Username(name) => tagged(b"username", &[name.as_str().as_bytes()]),
+            Self::UsernameAndIp(name, ip) => {
+                tagged(b"username and ip", &[&network(ip), name.as_str().as_bytes()])
+            }
             Self::Target(AccountId(id), target) => {
                 tagged(b"target", &[&id.to_be_bytes(), target.as_bytes()])
             }
         }
     }
+}
+
+/// What counts as one address, see [`prefix`].
+pub(crate) fn network(ip: IpAddr) -> [u8; 16] {
+    prefix(ip).octets()
 }
 
 /// An IPv4 address as it is; of an IPv6 address the /64, which is what one customer gets at the
@@ -199,6 +254,8 @@ mod tests {
             Subject::Account(AccountId(1)).to_bytes(),
             Subject::Account(AccountId(2)).to_bytes(),
             Subject::Username(&name).to_bytes(),
+            Subject::UsernameAndIp(&name, IpAddr::from([0, 0, 0, 1])).to_bytes(),
+            Subject::UsernameAndIp(&name, IpAddr::from([0, 0, 0, 2])).to_bytes(),
             Subject::Target(AccountId(1), &one).to_bytes(),
             Subject::Target(AccountId(1), &two).to_bytes(),
             Subject::Target(AccountId(2), &one).to_bytes(),

@@ -4,19 +4,21 @@
 //! | name | kind | unit | what |
 //! |---|---|---|---|
 //! | `qpq_rpc_calls_total{method,code}` | counter | calls | calls answered; `code` is `ok`, a code of `docs/errors.md`, or `cancelled` |
+//! | `qpq_rpc_answer_bytes` | gauge | bytes | memory reserved for answers that wait for their clients |
 //! | `qpq_rpc_seconds{method}` | histogram | seconds | time from the whole request to its answer |
 //!
-//! The access log is the target `qpq::access` at info (Health at debug), with `method`, `code`,
-//! `us`, `bytes_in` and `bytes_out`. Errors of the server's own making get a second event, at their
-//! level, with the cause.
+//! The access log is the target `qpq::access`, with `method`, `code`, `us`, `bytes_in` and
+//! `bytes_out`. Calls that are answered Ok or cancelled are at debug. Refusals are at info, a few
+//! of each code in ten seconds; `suppressed` counts those that are at debug instead. Failures of
+//! the server get a second event, at their level, with the cause, and at a bounded rate too.
 //!
 //! Metric handles are resolved once each, so a call formats and allocates nothing here unless its
 //! line is wanted.
 
-use std::{fmt, sync::OnceLock};
+use std::{fmt, mem, sync::OnceLock, time::Duration};
 
 use metrics::{Counter, Histogram, Unit};
-use qpq_proto::{Method as _, methods::Health};
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tracing::Level;
 
@@ -32,12 +34,46 @@ const UNKNOWN: &str = "unknown";
 pub(crate) struct Observer {
     /// By row; the last for what is not served.
     methods: Vec<MethodMetrics>,
+    samples: Samples,
+}
+
+/// Which refusals are logged: a few of each code in a time.
+struct Samples(Vec<Mutex<Sample>>);
+
+#[derive(Default)]
+struct Sample {
+    since: Option<Instant>,
+    logged: u32,
+    /// Since the last that was logged.
+    suppressed: u64,
+}
+
+/// The time in which at most [`MAX_LINES`] refusals, and as many failures, of one code are logged.
+const SAMPLE_TIME: Duration = Duration::from_secs(10);
+const MAX_LINES: u32 = 5;
+
+impl Samples {
+    fn new() -> Self {
+        Self(Code::ALL.iter().map(|_| Mutex::default()).collect())
+    }
+
+    /// Whether the next line of `code` is logged, and how many were not since the last that was.
+    fn take(&self, code: Code, now: Instant) -> Option<u64> {
+        let mut sample = self.0[code as usize].lock();
+        if sample.since.is_none_or(|since| now - since >= SAMPLE_TIME) {
+            (sample.since, sample.logged) = (Some(now), 0);
+        }
+        if sample.logged >= MAX_LINES {
+            sample.suppressed += 1;
+            return None;
+        }
+        sample.logged += 1;
+        Some(mem::take(&mut sample.suppressed))
+    }
 }
 
 struct MethodMetrics {
     name: &'static str,
-    /// Asked so often that its lines are for debugging.
-    is_health: bool,
     seconds: OnceLock<Histogram>,
     /// By outcome, see [`Outcome::index`].
     calls: Vec<OnceLock<Counter>>,
@@ -87,7 +123,7 @@ impl Observer {
             "Time from the whole request to its answer."
         );
         let named = table.iter().map(|entry| entry.info.name).chain([UNKNOWN]);
-        Self { methods: named.map(MethodMetrics::new).collect() }
+        Self { methods: named.map(MethodMetrics::new).collect(), samples: Samples::new() }
     }
 
     /// A call of the method at `row` with so many bytes. Dropped without an end, it counts as
@@ -95,13 +131,15 @@ impl Observer {
     pub(crate) fn begin(&self, row: Option<usize>, bytes_in: usize) -> Observation<'_> {
         let last = self.methods.len() - 1;
         let method = &self.methods[row.unwrap_or(last)];
-        Observation { method, started: Instant::now(), bytes_in, ended: false }
+        let samples = &self.samples;
+        Observation { method, samples, started: Instant::now(), bytes_in, ended: false }
     }
 }
 
 /// One call being observed.
 pub(crate) struct Observation<'a> {
     method: &'a MethodMetrics,
+    samples: &'a Samples,
     started: Instant,
     bytes_in: usize,
     ended: bool,
@@ -110,18 +148,20 @@ pub(crate) struct Observation<'a> {
 impl Observation<'_> {
     /// The call was answered Ok.
     pub(crate) fn succeed(mut self, bytes_out: usize) {
-        self.end(Outcome::Ok, bytes_out);
+        self.end(Outcome::Ok, bytes_out, None);
     }
 
     /// The call failed: what the client is told.
     pub(crate) fn refuse(mut self, error: &Error) -> Answer {
         let answer = error.answer();
-        self.end(Outcome::Failed(error.code()), answer.payload.len());
-        log_cause(self.method.name, error);
+        let sampled = self.samples.take(error.code(), Instant::now());
+        self.end(Outcome::Failed(error.code()), answer.payload.len(), sampled);
+        log_cause(self.method.name, error, sampled);
         answer
     }
 
-    fn end(&mut self, outcome: Outcome, bytes_out: usize) {
+    /// `sampled` as from [`Samples::take`].
+    fn end(&mut self, outcome: Outcome, bytes_out: usize, sampled: Option<u64>) {
         self.ended = true;
         let elapsed = self.started.elapsed();
         self.method.count(outcome);
@@ -130,10 +170,16 @@ impl Observation<'_> {
         // A `u64`: the JSON format writes a `u128` as text.
         let us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
         let bytes_in = self.bytes_in;
-        if self.method.is_health {
-            tracing::debug!(target: "qpq::access", method, code, us, bytes_in, bytes_out);
-        } else {
-            tracing::info!(target: "qpq::access", method, code, us, bytes_in, bytes_out);
+        match sampled {
+            Some(suppressed) => {
+                tracing::info!(
+                    target: "qpq::access",
+                    method, code, us, bytes_in, bytes_out, suppressed
+                );
+            }
+            None => {
+                tracing::debug!(target: "qpq::access", method, code, us, bytes_in, bytes_out);
+            }
         }
     }
 }
@@ -141,7 +187,7 @@ impl Observation<'_> {
 impl Drop for Observation<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            self.end(Outcome::Cancelled, 0);
+            self.end(Outcome::Cancelled, 0, None);
         }
     }
 }
@@ -150,7 +196,6 @@ impl MethodMetrics {
     fn new(name: &'static str) -> Self {
         Self {
             name,
-            is_health: name == Health::INFO.name,
             seconds: OnceLock::new(),
             calls: (0..Outcome::COUNT).map(|_| OnceLock::new()).collect(),
         }
@@ -167,15 +212,35 @@ impl MethodMetrics {
     }
 }
 
-/// A cause goes to the log, at the level of its row, and nowhere else.
-fn log_cause(method: &'static str, error: &Error) {
+/// A cause goes to the log, at the level of its row if it is sampled, and nowhere else.
+fn log_cause(method: &'static str, error: &Error, sampled: Option<u64>) {
     let code = error.code().as_str();
     let cause = std::error::Error::source(error);
-    match error.code().level() {
+    let level = if sampled.is_some() { error.code().level() } else { Level::DEBUG };
+    match level {
         Level::ERROR => tracing::error!(target: "qpq::rpc", method, code, cause, "a call failed"),
         Level::WARN => {
             tracing::warn!(target: "qpq::rpc", method, code, cause, "a call could not be served")
         }
         _ => tracing::debug!(target: "qpq::rpc", method, code, cause, "a call was refused"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_lines_of_each_code_are_logged_and_the_others_counted() {
+        let (samples, start) = (Samples::new(), Instant::now());
+        for _ in 0..MAX_LINES {
+            assert_eq!(samples.take(Code::RateLimited, start), Some(0));
+        }
+        for _ in 0..100 {
+            assert_eq!(samples.take(Code::RateLimited, start + SAMPLE_TIME / 2), None);
+        }
+        assert_eq!(samples.take(Code::Internal, start), Some(0), "a code of its own");
+        assert_eq!(samples.take(Code::RateLimited, start + SAMPLE_TIME), Some(100));
+        assert_eq!(samples.take(Code::RateLimited, start + SAMPLE_TIME), Some(0));
     }
 }

@@ -91,7 +91,17 @@ impl Rpc {
 
     /// A new connection from `addr`; its events, if it subscribes, go to `events`.
     pub fn connected(&self, addr: SocketAddr, events: Arc<dyn Events>) -> Arc<Connection> {
-        Arc::new(Connection::new(addr, events))
+        Arc::new(Connection::new(addr, events, self.app.answers.of_connection()))
+    }
+
+    /// Whether answers use so much memory that slow clients get less time for theirs.
+    pub fn is_short_of_memory(&self) -> bool {
+        self.app.answers.are_short()
+    }
+
+    /// Bytes of memory that are reserved for answers.
+    pub fn answer_bytes(&self) -> usize {
+        self.app.answers.used()
     }
 
     /// The connection has ended, and its logins and subscription with it.

@@ -20,6 +20,8 @@ use crate::{
     metrics::{LIVE, Metrics, READY},
 };
 
+mod bounded;
+
 crate::section! {
     /// Health and metrics over HTTP, unencrypted: keep it off public networks.
     pub struct Http {
@@ -146,7 +148,10 @@ impl HttpServer {
             .route("/readyz", get(|pages: State<Arc<Pages>>| async move { health(&pages.ready) }))
             .route("/metrics", get(|pages: State<Arc<Pages>>| async move { pages.render() }))
             .with_state(pages);
-        tasks.try_spawn("http", async move { Ok(axum::serve(self.listener, router).await?) });
+        tasks.try_spawn("http", async move {
+            let listener = bounded::Bounded::new(self.listener);
+            Ok(axum::serve(listener, router).await?)
+        });
     }
 }
 
@@ -238,6 +243,26 @@ mod tests {
         let metrics = get(address, "/metrics").await;
         assert!(metrics.contains("qpq_live 1") && metrics.contains("qpq_ready 0"), "{metrics}");
         assert!(get(address, "/").await.starts_with("HTTP/1.1 404 "));
+    }
+
+    /// 173 idle connections used up the descriptors, and `/livez` failed for that alone.
+    #[tokio::test]
+    async fn idle_connections_keep_no_probe_out() {
+        let mut tasks = Tasks::default();
+        let once = Schedule { tolerance: 1, ..SCHEDULE };
+        let live = Probe::start(&mut tasks, "live", once, scripted(&[Ok(())]));
+        let ready = Probe::start(&mut tasks, "ready", once, scripted(&[Ok(())]));
+        let server = HttpServer::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = server.address();
+        server.serve(&mut tasks, live, ready, crate::metrics::install("1.2.3"));
+        let mut idle = Vec::new();
+        for _ in 0..173 {
+            idle.push(tokio::net::TcpStream::connect(address).await.unwrap());
+        }
+        assert!(get(address, "/livez").await.starts_with("HTTP/1.1 200 "));
+        let mut left = [0; 1];
+        let ended = idle[0].read(&mut left).await;
+        assert!(matches!(ended, Ok(0) | Err(_)), "the oldest was closed: {ended:?}");
     }
 
     #[tokio::test]

@@ -23,6 +23,12 @@ const LONGEST: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 static SPEND: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("redis/scripts/spend.lua")));
 
+static REMEMBER: LazyLock<Script> =
+    LazyLock::new(|| Script::new("redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"));
+
+static REMEMBERS: LazyLock<Script> =
+    LazyLock::new(|| Script::new("return redis.call('EXISTS', KEYS[1])"));
+
 #[derive(Debug)]
 pub(crate) struct ClusterLimiter {
     redis: Redis,
@@ -33,6 +39,11 @@ pub(crate) struct ClusterLimiter {
 impl ClusterLimiter {
     pub(crate) fn new(redis: Redis, clocks: &Clocks) -> Self {
         Self { redis, injected: clocks.edge.is_none() }
+    }
+
+    /// The key of what is remembered, which Redis itself expires.
+    fn remembered(&self, LimitKey { class, subject }: &LimitKey) -> String {
+        self.redis.key(format_args!("k:{class}:{:032x}", u128::from_be_bytes(*subject)))
     }
 }
 
@@ -67,6 +78,17 @@ impl RateLimiter for ClusterLimiter {
                 Err(error)
             }
         }
+    }
+
+    async fn remember(&self, key: LimitKey, lifetime: Duration, _: UnixMillis) -> StoreResult<()> {
+        let key = self.remembered(&key);
+        let lifetime = text(lifetime.as_millis());
+        self.redis.script::<()>("remember", &REMEMBER, &[key], &[lifetime]).await
+    }
+
+    async fn remembers(&self, key: LimitKey, _: UnixMillis) -> StoreResult<bool> {
+        let key = self.remembered(&key);
+        self.redis.script::<bool>("remembers", &REMEMBERS, &[key], &[]).await
     }
 }
 

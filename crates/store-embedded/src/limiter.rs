@@ -25,6 +25,8 @@ struct FullAt(f64);
 #[derive(Debug, Default)]
 pub(crate) struct EmbeddedLimiter {
     buckets: Shards<LimitKey, FullAt>,
+    /// What is remembered, and until when.
+    remembered: Shards<LimitKey, FullAt>,
 }
 
 #[async_trait]
@@ -54,6 +56,25 @@ impl RateLimiter for EmbeddedLimiter {
             }
             Err(wait) => Verdict::RetryAfter(wait),
         })
+    }
+
+    async fn remember(
+        &self,
+        key: LimitKey,
+        lifetime: Duration,
+        now: UnixMillis,
+    ) -> StoreResult<()> {
+        let mut remembered = self.remembered.lock(&key);
+        if remembered.len() >= MOST && !remembered.contains_key(&key) {
+            make_room(&mut remembered, now.0 as f64);
+        }
+        remembered.insert(key, FullAt(now.plus(lifetime).0 as f64));
+        Ok(())
+    }
+
+    async fn remembers(&self, key: LimitKey, now: UnixMillis) -> StoreResult<bool> {
+        let remembered = self.remembered.lock(&key);
+        Ok(remembered.get(&key).is_some_and(|until| until.0 > now.0 as f64))
     }
 }
 
@@ -96,6 +117,21 @@ mod tests {
         let mut subject = [0; 16];
         subject[..8].copy_from_slice(&n.to_be_bytes());
         LimitKey { class: "test", subject }
+    }
+
+    #[tokio::test]
+    async fn what_is_remembered_expires_and_is_bounded() {
+        let limiter = EmbeddedLimiter::default();
+        let second = Duration::from_secs(1);
+        limiter.remember(key(1), second, UnixMillis(0)).await.expect("in memory");
+        for (now, expected) in [(0, true), (999, true), (1_000, false)] {
+            let known = limiter.remembers(key(1), UnixMillis(now)).await.expect("in memory");
+            assert_eq!(known, expected, "{now}");
+        }
+        for n in 0..2 * 64 * MOST as u64 {
+            limiter.remember(key(n), second, UnixMillis(n)).await.expect("in memory");
+        }
+        assert!(limiter.remembered.len() <= 64 * MOST);
     }
 
     #[tokio::test]

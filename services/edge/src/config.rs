@@ -5,7 +5,7 @@
 use std::{collections::HashSet, net::SocketAddr, path::PathBuf, time::Duration};
 
 use qpq_domain::Username;
-use qpq_rpc::SessionLifetimes;
+use qpq_rpc::{AnswerMemory, SessionLifetimes};
 use qpq_runtime::{
     config::{Broken, Choice, Leaf, Settings, Size, Value},
     http::Http,
@@ -53,6 +53,9 @@ section! {
         /// How much the server bears from the network, and for how long. What is above is refused,
         /// never queued.
         transport: Transport = Transport::default();
+        /// The memory for answers that wait for their clients. A page of messages is made smaller
+        /// where it is short.
+        answers: Answers = Answers::default();
         /// How often things may be asked for. [rpc.md](rpc.md) says which methods share a budget.
         limits: Limits = Limits::default();
         /// Messages and inboxes.
@@ -135,6 +138,20 @@ section! {
         /// `stalled_reply_timeout`; eight times as many while the memory for answers is short. What
         /// an answer that was stopped showed is in the inbox again.
         min_reply_rate: Size = Size(TransportLimits::default().min_reply_rate);
+    }
+}
+
+section! {
+    /// The memory for answers that wait for their clients.
+    pub struct Answers {
+        /// Memory for all answers. From three quarters of it on, clients must read faster.
+        process: Size = Size(AnswerMemory::default().process as u64);
+        /// Memory for the answers to one account, over all its connections.
+        account: Size = Size(AnswerMemory::default().account as u64);
+        /// Memory for the answers to one connection.
+        connection: Size = Size(AnswerMemory::default().connection as u64);
+        /// How long a call waits for memory before it is refused.
+        wait: Duration = AnswerMemory::default().wait;
     }
 }
 
@@ -405,6 +422,17 @@ impl Config {
             key_packages: self.key_packages(),
             key_package_suites: self.keys.suites.0.clone(),
             waiting_logins: self.auth.waiting_logins,
+            answers: self.answers(),
+        }
+    }
+
+    fn answers(&self) -> AnswerMemory {
+        let given = &self.answers;
+        AnswerMemory {
+            process: bytes(given.process),
+            account: bytes(given.account),
+            connection: bytes(given.connection),
+            wait: given.wait,
         }
     }
 
@@ -449,6 +477,8 @@ impl Config {
             "cluster.max_clock_skew",
             "between 1s and 1h",
         );
+        let whole_wait = Duration::from_secs(20);
+        must(self.answers.wait <= whole_wait, "answers.wait", "at most 20s: a call has 30 s");
         must(self.drain.timeout <= DAY, "drain.timeout", "at most 1d");
     }
 
@@ -464,6 +494,22 @@ impl Config {
             fits(keys.max_package),
             "keys.max_package",
             "between 1B and 4092KiB, so that it fits a frame",
+        );
+        let answers = &self.answers;
+        must(
+            answers.connection.0 >= AnswerMemory::LEAST as u64,
+            "answers.connection",
+            "at least 4MiB, one answer",
+        );
+        must(
+            answers.account >= answers.connection,
+            "answers.account",
+            "at least answers.connection",
+        );
+        must(
+            (answers.account.0..=1 << 40).contains(&answers.process.0),
+            "answers.process",
+            "at least answers.account and at most 1024GiB",
         );
         must(delivery.max_messages > 0, "delivery.max_messages", "at least 1");
         must(

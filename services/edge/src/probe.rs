@@ -29,6 +29,11 @@ pub(crate) async fn alive(
         dialer.with_connect_timeout(WITHIN).connect(reachable(listening), "localhost").await;
     let connection = match dialing {
         Err(ConnectError::Refused) => return Ok(()),
+        // Says something of this process's descriptors and nothing of the server.
+        Err(ConnectError::Socket(error)) => {
+            tracing::warn!(%error, "liveness could not be checked: no socket for the probe");
+            return Ok(());
+        }
         connected => connected.map_err(|error| error.to_string())?,
     };
     let answer = connection.call(Health::INFO.id, Bytes::new(), 1, WITHIN).await;

@@ -42,6 +42,10 @@ impl Service for Edge {
         reply(self.0.refuse(conn, header.map(|header| header.method_id), why))
     }
 
+    fn is_short_of_memory(&self) -> bool {
+        self.0.is_short_of_memory()
+    }
+
     async fn draining(&self, _deadline: Duration) {
         self.0.drain();
         self.0.drained().await;

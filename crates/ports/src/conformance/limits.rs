@@ -120,3 +120,13 @@ pub async fn a_clock_that_is_put_back_far_shuts_nobody_out(factory: &dyn Factory
     assert_eq!(bench.spend(1, 10, NOW).await, Verdict::Allowed, "a full bucket");
     assert_eq!(bench.spend(1, 1, NOW).await, retry(500));
 }
+
+pub async fn what_is_remembered_is_known_under_its_own_key(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let limiter = &bench.stores.limiter;
+    assert!(!limiter.remembers(key(1), NOW).await.expect("remembers"));
+    limiter.remember(key(1), MINUTE, NOW).await.expect("remember");
+    assert!(limiter.remembers(key(1), NOW).await.expect("remembers"));
+    assert!(!limiter.remembers(key(2), NOW).await.expect("remembers"));
+    assert_eq!(bench.spend(1, 1, NOW).await, Verdict::Allowed, "not a bucket");
+}

@@ -177,6 +177,7 @@ macro_rules! conformance {
             limits,
             [
                 a_bucket_is_full_when_first_seen,
+                what_is_remembered_is_known_under_its_own_key,
                 tokens_come_back_with_time,
                 a_refusal_costs_nothing_and_names_the_wait,
                 a_cost_above_the_burst_leaves_a_debt,

@@ -24,7 +24,7 @@ use subtle::ConstantTimeEq as _;
 
 use crate::{
     Answered, Caller, Cx, Error, Handler, IdentityProof, Subject, connection::UnfinishedLogin,
-    notices::Notice, opaque, opaque::OpaqueError,
+    limits, notices::Notice, opaque, opaque::OpaqueError,
 };
 
 impl Handler for OpaqueRegisterStart {
@@ -77,7 +77,7 @@ impl Handler for OpaqueLoginStart {
     ) -> Result<Answered<OpaqueLoginStartResponse>, Error> {
         exact(&request.request, opaque::len::KE1, "request")?;
         let username = username(&request.username)?;
-        cx.limit(LimitClass::Login, Subject::Username(&username)).await?;
+        limits::take_login(cx, &username).await?;
         let credentials = cx.app.stores.accounts.credentials(&username).await?;
         let record = credentials.as_ref().map(|known| known.opaque_record.as_slice());
         let work = || cx.app.opaque.start_login(&mut OsRng, &username, record, &request.request);
@@ -124,6 +124,8 @@ impl Handler for OpaqueLoginFinish {
             expires_at,
         };
         cx.app.stores.sessions.create(NewSession { token: token.hash(), session }).await?;
+        limits::remember_login(cx, &username).await;
+        cx.app.tokens.found(token.hash());
         cx.conn.bind(token.hash());
         Ok(OpaqueLoginFinishResponse {
             session_token: token.expose().to_vec().into(),

@@ -3,8 +3,8 @@
 //!
 //! The events are hints. A Wake says that a message became visible and carries none of it: the
 //! client peeks and acks, or fetches. When the client is slower than its inbox, only the newest
-//! Wake of each channel is kept for it, so a subscription costs no more memory than the inbox has
-//! channels. A Wake may come twice, or for what has gone meanwhile: it is cheaper to look in vain
+//! Wake of each channel is kept for it, of a bounded number of channels; the inbox itself remembers
+//! the rest. A Wake may come twice, or for what has gone meanwhile: it is cheaper to look in vain
 //! than to miss something. One connection has at most one subscription; a new one takes the place
 //! of the old, and announces again what is in the inbox.
 
@@ -60,6 +60,10 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What one look at the inbox reads: it only wants seqs and channels, but gets the messages too.
 const LOOK: PageLimit = PageLimit { messages: 256, bytes: 256 << 10 };
+
+/// Channels whose Wakes may wait for the client. With as many, the inbox is not looked at until the
+/// client has accepted some.
+const MAX_WAKES: usize = 256;
 
 /// One message, whatever its size.
 const FIRST: PageLimit = PageLimit { messages: 1, bytes: 0 };
@@ -154,7 +158,7 @@ impl Subscription {
 
     /// Waits until something happened or is due.
     async fn wait(&mut self) {
-        let next = self.due.next();
+        let next = self.due.next(self.outbox.has_room());
         let draining = self.draining.as_mut().filter(|_| self.closing_at.is_none());
         tokio::select! {
             biased;
@@ -179,7 +183,8 @@ impl Subscription {
         if take_due(&mut self.due.recheck, now) {
             self.recheck(&conn, now).await;
         }
-        if take_due(&mut self.due.look, now) && !self.outbox.session_ended {
+        if self.outbox.has_room() && take_due(&mut self.due.look, now) && !self.outbox.session_ended
+        {
             self.look(now).await;
         }
         if take_due(&mut self.due.count_packages, now) {
@@ -188,7 +193,6 @@ impl Subscription {
         if take_due(&mut self.due.tell_of_drain, now) {
             self.outbox.closing_at = self.closing_at;
         }
-        self.due.flush = None;
         self.flush(&conn, now)
     }
 
@@ -252,6 +256,7 @@ impl Subscription {
 
     /// Sends what there is to tell, as far as the client takes it.
     fn flush(&mut self, conn: &Connection, now: Instant) -> ControlFlow<()> {
+        self.due.flush = None;
         while let Some(event) = self.outbox.first(now) {
             if !conn.events().send(event.event_type().code(), event.payload()) {
                 self.due.flush = Some(now + RETRY);
@@ -272,8 +277,10 @@ impl Subscription {
 impl Due {
     /// When there is something to do next; `recheck` is always among them but when the session is
     /// over.
-    fn next(&self) -> Instant {
-        let all = [self.look, self.recheck, self.count_packages, self.tell_of_drain, self.flush];
+    fn next(&self, outbox_has_room: bool) -> Instant {
+        // Without room, a look waits for the flush that makes room for what it finds.
+        let look = self.look.filter(|_| outbox_has_room);
+        let all = [look, self.recheck, self.count_packages, self.tell_of_drain, self.flush];
         all.into_iter()
             .flatten()
             .min()
@@ -282,6 +289,11 @@ impl Due {
 }
 
 impl Outbox {
+    /// Whether the Wakes of another look have room.
+    fn has_room(&self) -> bool {
+        self.wakes.len() < MAX_WAKES
+    }
+
     /// What to say next. Whose session is over learns nothing else.
     fn first(&self, now: Instant) -> Option<Event> {
         if self.session_ended {

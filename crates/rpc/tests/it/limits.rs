@@ -203,6 +203,25 @@ impl RateLimiter for Unreachable {
         }
         self.inner.take(key, bucket, cost, now).await
     }
+
+    async fn remember(
+        &self,
+        key: LimitKey,
+        lifetime: Duration,
+        now: UnixMillis,
+    ) -> StoreResult<()> {
+        if self.gone.load(Ordering::SeqCst) {
+            return Err(StoreError::unavailable("no limiter"));
+        }
+        self.inner.remember(key, lifetime, now).await
+    }
+
+    async fn remembers(&self, key: LimitKey, now: UnixMillis) -> StoreResult<bool> {
+        if self.gone.load(Ordering::SeqCst) {
+            return Err(StoreError::unavailable("no limiter"));
+        }
+        self.inner.remembers(key, now).await
+    }
 }
 
 #[tokio::test]

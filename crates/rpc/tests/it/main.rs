@@ -3,6 +3,7 @@
 
 mod auth;
 mod delivery;
+mod greed;
 mod harness;
 mod health;
 mod keys;

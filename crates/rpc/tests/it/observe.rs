@@ -194,7 +194,7 @@ fn every_call_is_counted_once_by_method_and_code() {
 }
 
 #[tokio::test]
-async fn every_call_has_one_line_and_health_is_quieter() {
+async fn every_call_has_one_line_and_answers_are_quieter_than_refusals() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let (log, guard) = Log::capture("debug");
@@ -221,7 +221,30 @@ async fn every_call_has_one_line_and_health_is_quieter() {
 
     let (log, _guard) = Log::capture("info");
     alice.client.call::<Health>(HealthRequest {}).await.expect("anyone may ask");
+    let own = ResolveUserRequest { username: "alice".into(), ..Default::default() };
+    alice.client.call::<ResolveUser>(own).await.expect("alice herself");
     assert_eq!(log.text(), "");
+}
+
+#[tokio::test]
+async fn refusals_and_failures_are_logged_at_a_bounded_rate_for_each_code() {
+    let server = Server::start().await;
+    let client = server.connect();
+    let (log, _guard) = Log::capture("info");
+    for _ in 0..100 {
+        client.raw(9999, Bytes::new()).await;
+        server.rpc.refuse(&client.conn, Some(200), Refusal::Internal);
+    }
+    server.rpc.refuse(&client.conn, Some(200), Refusal::Timeout);
+    let text = log.text();
+    let lines = |part: &str| text.lines().filter(|line| line.contains(part)).count();
+    for code in ["rpc.unknown_method", "rpc.internal"] {
+        assert_eq!(lines("INFO qpq::access: method="), 11, "{text}");
+        assert!(lines(code) >= 5, "{text}");
+    }
+    assert_eq!(lines("ERROR qpq::rpc"), 5, "{text}");
+    assert_eq!(lines("rpc.slow_request"), 1, "another code");
+    assert!(text.contains("suppressed=0"), "{text}");
 }
 
 #[tokio::test]

@@ -204,6 +204,25 @@ async fn a_client_that_is_behind_gets_the_newest_of_each_channel() {
 }
 
 #[tokio::test]
+async fn a_client_that_is_behind_in_many_channels_misses_none_of_them() {
+    let server = Server::start().await;
+    let (bob, inbound) = listen(&server, &server.user("bob").await);
+    let channel = |n: u16| Bytes::from([&n.to_be_bytes()[..], &[0xc3; 14]].concat());
+    let messages =
+        (0..1_000).map(|n| EnqueueRequest { channel_id: channel(n), ..message(&bob, b"hello") });
+    let batch =
+        qpq_proto::v1::BatchEnqueueRequest { messages: messages.collect(), ..Default::default() };
+    bob.ok::<methods::BatchEnqueue>(batch).await;
+    inbound.takes.store(false, Ordering::SeqCst);
+    subscribe_to_all(&bob).await;
+    inbound.refused(&wake(channel(0), 1)).await;
+    inbound.takes.store(true, Ordering::SeqCst);
+    for n in 0..1_000 {
+        assert_eq!(inbound.news().await, wake(channel(n), u64::from(n) + 1));
+    }
+}
+
+#[tokio::test]
 async fn what_comes_back_from_a_lost_answer_is_announced() {
     let server = Server::start().await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);

@@ -268,6 +268,10 @@ impl Lease for InboxLease {
         &self.page
     }
 
+    fn free_payloads(&mut self) {
+        self.page.free_payloads();
+    }
+
     async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
         let Self { held, read, inbox, inboxes, .. } = *self;
         let Some(held) = held else { return Ok(()) };

@@ -189,6 +189,10 @@ impl Lease for InboxLease {
         &self.page
     }
 
+    fn free_payloads(&mut self) {
+        self.page.free_payloads();
+    }
+
     async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
         let Self { page, claimed, read, writer, history, clock, limits, shown_at } = *self;
         let (Some((claim, inbox)), [first, .., last] | [first @ last]) =

@@ -21,6 +21,7 @@ fn the_defaults_are_valid_and_those_of_the_crates_below() {
     assert_eq!(ours.domain, "localhost");
     assert_eq!(ours.key_package_suites, theirs.key_package_suites);
     assert_eq!(ours.waiting_logins, theirs.waiting_logins);
+    assert_eq!(ours.answers, theirs.answers);
     assert_eq!(
         format!("{:?}", config.transport()),
         format!("{:?}", qpq_transport::Config::new(config.listen.0[0]))

@@ -33,7 +33,14 @@ impl Handler for methods::Enqueue {
     }
 }
 
+/// One result of a batch at most: a proof of about 230 bytes, a seq, a code.
+const RESULT_BYTES: usize = 512;
+
 impl Handler for methods::BatchEnqueue {
+    fn answer_bytes(request: &v1::BatchEnqueueRequest) -> usize {
+        request.messages.len().max(request.recipient_keys.len()).min(MAX_BATCH) * RESULT_BYTES
+    }
+
     async fn handle(
         cx: Cx<'_>,
         caller: Caller,

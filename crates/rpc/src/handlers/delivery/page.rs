@@ -5,6 +5,8 @@ use qpq_domain::StoreId;
 use qpq_ports::{Page, PageLimit};
 use qpq_proto::{convert, v1};
 
+use crate::{Caller, Cx, Error, answers::Reservation};
+
 /// What an answer may have at most (protocol §1).
 const MAX_RESPONSE: usize = 4 << 20;
 
@@ -14,6 +16,47 @@ const MAX_PAGE: usize = MAX_RESPONSE - 32;
 /// The largest payload that can be read again: alone in a page. Whatever the configuration says,
 /// nothing larger is taken.
 pub(super) const MAX_PAYLOAD: usize = MAX_PAGE - 64;
+
+/// What the answer takes beyond its envelopes: `more`, `store_id`.
+const AROUND: usize = MAX_RESPONSE - MAX_PAGE;
+
+/// A page and the memory that is reserved for its answer.
+pub(super) struct Room {
+    pub(super) limit: PageLimit,
+    pub(super) memory: Reservation,
+}
+
+/// Room for as much of `wanted` as there is memory for, and at least for the largest message that
+/// the server accepts.
+pub(super) async fn room(cx: Cx<'_>, caller: &Caller, wanted: PageLimit) -> Result<Room, Error> {
+    let largest_message = cx.app.config.delivery.max_payload.min(MAX_PAYLOAD) + 64;
+    let (least, most) = (largest_message + AROUND, wanted.bytes + AROUND);
+    let bytes = cx.app.answers.page(cx, caller.account, least, most);
+    let memory = cx.app.answers.reserve(cx, Some(caller.account), bytes).await?;
+    Ok(Room { limit: PageLimit { bytes: bytes - AROUND, ..wanted }, memory })
+}
+
+/// Room for a page that did not fit: its first message is larger than the server accepts now.
+pub(super) async fn full_room(
+    cx: Cx<'_>,
+    caller: &Caller,
+    wanted: PageLimit,
+) -> Result<Room, Error> {
+    let memory = cx.app.answers.reserve(cx, Some(caller.account), wanted.bytes + AROUND).await?;
+    Ok(Room { limit: wanted, memory })
+}
+
+impl Room {
+    /// Whether `page` has room, and returns what it does not need.
+    pub(super) fn fits(&mut self, page: &Page) -> bool {
+        let bytes = page.envelopes.iter().map(qpq_ports::Envelope::cost).sum::<usize>() + AROUND;
+        let fits = bytes <= self.memory.bytes();
+        if fits {
+            self.memory.shrink(bytes);
+        }
+        fits
+    }
+}
 
 /// The page for a wire `limit`: 0 is all that fits.
 pub(super) fn limit(limit: u32) -> PageLimit {

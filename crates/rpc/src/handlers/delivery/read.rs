@@ -9,7 +9,10 @@ use qpq_proto::{convert, methods, v1};
 use tokio::time::{Instant, sleep_until};
 
 use super::page;
-use crate::{Answered, App, Caller, Cx, Error, Handler, app::drain_began, auth, notices::Notice};
+use crate::{
+    Answered, App, Caller, Cx, Error, Handler, answers::Reservation, app::drain_began, auth,
+    notices::Notice,
+};
 
 /// The most seqs that one Ack names: as many as an inbox holds by default.
 const MAX_ACK_SEQS: usize = 10_000;
@@ -22,7 +25,8 @@ impl Handler for methods::Fetch {
     ) -> Result<Answered<v1::FetchResponse>, Error> {
         let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
         let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
-        let Some(lease) = lease(cx, read, page::limit(request.limit)).await? else {
+        let limit = page::limit(request.limit);
+        let Some((lease, memory)) = lease(cx, &caller, read, limit).await? else {
             let store_id = page::store_id(&cx.app.stores.upkeep.store_id());
             return Ok(v1::FetchResponse { store_id, ..Default::default() }.into());
         };
@@ -31,7 +35,7 @@ impl Handler for methods::Fetch {
             more: lease.page().more,
             store_id: page::store_id(&lease.page().store_id),
         };
-        Ok(Answered { response, lease: Some(lease) })
+        Ok(Answered::with_lease(response, lease, memory))
     }
 }
 
@@ -48,7 +52,8 @@ impl Handler for methods::FetchWait {
         let limit = page::limit(request.limit);
         let deadline = Instant::now() + Self::wait(cx.app, &request);
         async move {
-            let Some(lease) = wait(cx, &caller, &read?, limit, deadline).await? else {
+            let read = read?;
+            let Some((lease, memory)) = wait(cx, &caller, &read, limit, deadline).await? else {
                 let store_id = page::store_id(&cx.app.stores.upkeep.store_id());
                 return Ok(v1::FetchWaitResponse { store_id, ..Default::default() }.into());
             };
@@ -57,7 +62,7 @@ impl Handler for methods::FetchWait {
                 more: lease.page().more,
                 store_id: page::store_id(&lease.page().store_id),
             };
-            Ok(Answered { response, lease: Some(lease) })
+            Ok(Answered::with_lease(response, lease, memory))
         }
     }
 
@@ -74,14 +79,21 @@ impl Handler for methods::Peek {
     ) -> Result<Answered<v1::PeekResponse>, Error> {
         let scope = Scope { all_channels: request.all_channels, channel_id: &request.channel_id };
         let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
-        let limit = page::limit(request.limit);
-        let page = cx.app.stores.inboxes.peek(read, Seq(request.after_seq), limit, cx.now).await?;
-        Ok(v1::PeekResponse {
+        let wanted = page::limit(request.limit);
+        let after = Seq(request.after_seq);
+        let mut room = page::room(cx, &caller, wanted).await?;
+        let mut page = cx.app.stores.inboxes.peek(read, after, room.limit, cx.now).await?;
+        while !room.fits(&page) {
+            drop((page, room));
+            room = page::full_room(cx, &caller, wanted).await?;
+            page = cx.app.stores.inboxes.peek(read, after, room.limit, cx.now).await?;
+        }
+        let response = v1::PeekResponse {
             payloads: page::envelopes(&page),
             more: page.more,
             store_id: page::store_id(&page.store_id),
-        }
-        .into())
+        };
+        Ok(Answered { response, lease: None, memory: Some(room.memory) })
     }
 }
 
@@ -143,10 +155,10 @@ async fn wait(
     read: &Read,
     limit: PageLimit,
     deadline: Instant,
-) -> Result<Option<Box<dyn Lease>>, Error> {
+) -> Result<Option<Leased>, Error> {
     let mut wake = cx.app.stores.wakes.subscribe(&read.inbox);
-    if let Some(lease) = lease(cx, *read, limit).await? {
-        return Ok(Some(lease));
+    if let Some(leased) = lease(cx, caller, *read, limit).await? {
+        return Ok(Some(leased));
     }
     let mut notices = cx.app.notices.listen(&caller.identity);
     // It was checked when the call came in, but a revocation since then was nobody's to hear.
@@ -165,14 +177,31 @@ async fn wait(
             () = wake.woken() => {}
             () = sleep_until(deadline) => return Ok(None),
         }
-        if let Some(lease) = lease(cx, *read, limit).await? {
-            return Ok(Some(lease));
+        if let Some(leased) = lease(cx, caller, *read, limit).await? {
+            return Ok(Some(leased));
         }
     }
 }
 
-/// A lease of what the view has now; `None` when that is nothing.
-async fn lease(cx: Cx<'_>, read: Read, limit: PageLimit) -> Result<Option<Box<dyn Lease>>, Error> {
-    let lease = cx.app.stores.inboxes.lease(read, limit, cx.app.clock.now()).await?;
-    Ok(Some(lease).filter(|lease| !lease.page().envelopes.is_empty()))
+/// A lease, and the memory for the answer that shows it.
+type Leased = (Box<dyn Lease>, Reservation);
+
+/// A lease of what the view has now, as far as there is memory for an answer; `None` when the view
+/// has nothing.
+async fn lease(
+    cx: Cx<'_>,
+    caller: &Caller,
+    read: Read,
+    wanted: PageLimit,
+) -> Result<Option<Leased>, Error> {
+    let inboxes = &cx.app.stores.inboxes;
+    let mut room = page::room(cx, caller, wanted).await?;
+    let mut lease = inboxes.lease(read, room.limit, cx.app.clock.now()).await?;
+    while !room.fits(lease.page()) {
+        drop((lease, room));
+        room = page::full_room(cx, caller, wanted).await?;
+        lease = inboxes.lease(read, room.limit, cx.app.clock.now()).await?;
+    }
+    let is_empty = lease.page().envelopes.is_empty();
+    Ok((!is_empty).then_some((lease, room.memory)))
 }

@@ -32,7 +32,14 @@ impl Handler for methods::FetchHybridKey {
     }
 }
 
+/// One key at most, with its signature and their framing.
+const KEY_BYTES: usize = 1_216 + 64 + 16;
+
 impl Handler for methods::FetchHybridKeys {
+    fn answer_bytes(request: &v1::FetchHybridKeysRequest) -> usize {
+        request.identity_keys.len() * KEY_BYTES
+    }
+
     async fn handle(
         cx: Cx<'_>,
         _caller: Caller,
