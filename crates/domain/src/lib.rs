@@ -8,6 +8,7 @@
 mod identity;
 mod ids;
 mod limits;
+mod lookalike;
 mod session;
 mod time;
 mod username;
@@ -15,6 +16,7 @@ mod username;
 pub use identity::{IdentityKey, InvalidIdentity};
 pub use ids::{AccountId, ChannelId, DeviceId, MessageId, Seq, StoreId, WrongLength};
 pub use limits::{Delivery, KeyPackageCaps, MAX_BATCH};
+pub use lookalike::{Skeleton, UsernameScripts};
 pub use session::{SessionToken, TokenHash};
 pub use time::UnixMillis;
 pub use username::{InvalidUsername, Username};

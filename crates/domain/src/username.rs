@@ -25,6 +25,10 @@ pub enum InvalidUsername {
     Forbidden,
     #[error("a username has only letters, digits and punctuation that RFC 8265 allows")]
     Precis,
+    #[error("a new username begins with no combining mark and contains nothing invisible")]
+    Invisible,
+    #[error("a new username has letters of one script, digits, '.', '-', '_' and apostrophes")]
+    Scripts,
 }
 
 impl Username {
@@ -32,6 +36,9 @@ impl Username {
     pub const MAX_CHARS: usize = 64;
 
     /// Makes `raw` canonical, or says why it cannot be.
+    ///
+    /// Accepts every name that has ever been accepted, so that its account can be found. A new
+    /// account's name also passes [`Username::check_new`].
     pub fn parse(raw: &str) -> Result<Self, InvalidUsername> {
         // No input of more than this can fold to 64 characters; the bound keeps hostile input
         // cheap.

@@ -10,8 +10,11 @@ use crate::StoreResult;
 /// Who exists.
 #[async_trait]
 pub trait Accounts: Send + Sync {
-    /// Inserts an account, its inbox with it. Never replaces anything: a username or key once taken
+    /// Inserts an account and its inbox. Never replaces anything: a username or key once taken
     /// stays taken.
+    ///
+    /// A username whose skeleton (UTS 39) is that of another account is taken too. Accounts that
+    /// were registered before this rule stay, whatever their skeletons are.
     async fn register(&self, account: NewAccount) -> StoreResult<Registration>;
 
     /// What a login needs to know about `username`.
@@ -44,6 +47,7 @@ pub enum Registration {
     Registered(AccountId),
     /// The very same username, key and record are there already: a repeated request.
     Repeated(AccountId),
+    /// Another account has the username, or one that people confuse with it.
     UsernameTaken,
     IdentityTaken,
 }

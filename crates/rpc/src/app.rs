@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis, Username};
+use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis, Username, UsernameScripts};
 use qpq_mls::key_package;
 use qpq_ports::{Clock, Stores};
 use qpq_proto::{LimitClass, LimitSubject};
@@ -46,6 +46,8 @@ pub struct Config {
     pub version: String,
     pub sessions: SessionLifetimes,
     pub identity_proof: IdentityProof,
+    /// The scripts that may be mixed in a new username.
+    pub username_scripts: UsernameScripts,
     /// Who may call administrators' methods.
     pub admins: HashSet<Username>,
     pub limits: RateLimits,
@@ -68,6 +70,7 @@ impl Default for Config {
             version: env!("CARGO_PKG_VERSION").into(),
             sessions: SessionLifetimes::default(),
             identity_proof: IdentityProof::Optional,
+            username_scripts: UsernameScripts::default(),
             admins: HashSet::new(),
             limits: RateLimits::default(),
             delivery: Delivery::default(),

@@ -106,11 +106,11 @@ errors! {
     AdminRequired => Forbidden "auth.admin_required" DEBUG "Only the server's administrators may do this.";
     /// The named field is no OPAQUE message of the right kind.
     MalformedOpaque(&'static str) => BadRequest "auth.malformed" DEBUG "This is not the OPAQUE message that belongs here.";
-    InvalidUsername => BadRequest "auth.invalid_username" DEBUG "A username has 1 to 64 letters, digits and marks, and no '@', ':', '/', space or control character.";
+    InvalidUsername => BadRequest "auth.invalid_username" DEBUG "A username has 1 to 64 characters: letters of one script, digits, '.', '-', '_' and apostrophes.";
     InvalidIdentityKey => BadRequest "auth.invalid_identity_key" DEBUG "An identity key is a canonical Ed25519 public key of 32 bytes.";
     IdentityProofRequired => BadRequest "auth.identity_proof_required" DEBUG "This server wants the identity key's signature: set identity_proof.";
     InvalidIdentityProof => BadRequest "auth.invalid_identity_proof" DEBUG "The identity proof is not this identity key's signature over this registration.";
-    UsernameTaken => Forbidden "auth.username_taken" DEBUG "The username is taken: choose another.";
+    UsernameTaken => Forbidden "auth.username_taken" DEBUG "The username, or one that looks like it, is taken: choose another.";
     IdentityTaken => Forbidden "auth.identity_taken" DEBUG "The identity key belongs to an account already: make a new one.";
     /// Wrong password, unknown user, no login under way, another account's key: nobody is told which.
     LoginFailed => Unauthorized "auth.failed" DEBUG "Wrong username or password, or the login took too long: start again.";

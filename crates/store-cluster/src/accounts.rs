@@ -1,27 +1,43 @@
-//! Accounts in Postgres. An insert is all there is: no statement here updates or replaces one, so
-//! of two edges that register the same name or key at a time, the unique indexes let one through,
-//! and the other is told what is there.
+//! Accounts in Postgres. An account is inserted and never replaced: of two edges that register the
+//! same name, skeleton or key at a time, the unique indexes let one through, and the other answers
+//! by what is there.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, Username};
-use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreResult};
+use qpq_domain::{AccountId, IdentityKey, Skeleton, Username};
+use qpq_ports::{
+    Account, Accounts, Credentials, NewAccount, Registration, StoreError, StoreResult,
+};
 use sqlx::{PgConnection, postgres::PgRow};
 
-use crate::postgres::{
-    Database, Repeat,
-    row::{Columns as _, millis},
+use crate::{
+    postgres::{
+        Database, Repeat,
+        row::{Columns as _, millis},
+    },
+    skeletons,
 };
 
-/// An account and its inbox. Waits for whoever is inserting the same name or key, and gives way if
-/// that is committed.
+/// Maximum attempts to register while edges of the previous release add accounts without a
+/// skeleton.
+const MAX_ATTEMPTS: u32 = 8;
+
+/// Inserts an account and its inbox, unless there is an account whose skeleton is not known yet.
+/// Waits for a concurrent insert of the same name, skeleton or key, and inserts nothing if that one
+/// is committed.
 const INSERT: &str = "
     WITH new AS (
-        INSERT INTO account (username, identity, opaque_record, created_at) VALUES ($1, $2, $3, $4)
+        INSERT INTO account (username, identity, opaque_record, created_at, skeleton)
+        SELECT $1, $2, $3, $4, $5 WHERE NOT EXISTS (SELECT 1 FROM account WHERE skeleton IS NULL)
         ON CONFLICT DO NOTHING RETURNING id),
     empty AS (INSERT INTO inbox (id) SELECT id FROM new)
     SELECT id FROM new";
+
+/// Whether the skeleton and the identity key are taken.
+const TAKEN: &str = "
+    SELECT EXISTS (SELECT 1 FROM account WHERE skeleton = $1 AND NOT lookalike),
+           EXISTS (SELECT 1 FROM account WHERE identity = $2)";
 
 const CREDENTIALS: &str = "SELECT id, identity, opaque_record FROM account WHERE username = $1";
 const BY_USERNAME: &str =
@@ -38,19 +54,48 @@ impl ClusterAccounts {
     pub(crate) fn new(database: Database) -> Self {
         Self { database }
     }
+
+    /// Computes the skeletons of the accounts that edges of the previous release have inserted.
+    async fn fill_skeletons(&self) -> StoreResult<()> {
+        loop {
+            let filled = self
+                .database
+                .once("skeletons", Repeat::Harmless, |connection| {
+                    Box::pin(skeletons::fill(connection))
+                })
+                .await?;
+            if filled == 0 {
+                return Ok(());
+            }
+        }
+    }
 }
+
+/// Other edges insert accounts without a skeleton faster than this one computes them.
+#[derive(Debug, thiserror::Error)]
+#[error("accounts without a skeleton were added during each of {MAX_ATTEMPTS} attempts")]
+struct SkeletonsUnknown;
 
 #[async_trait]
 impl Accounts for ClusterAccounts {
     async fn register(&self, account: NewAccount) -> StoreResult<Registration> {
+        let skeleton = Arc::new(account.username.skeleton());
         let account = Arc::new(account);
-        // Twice is as good as once: the second time it is a repeated request, and says so.
-        self.database
-            .run("register", Repeat::Harmless, |connection| {
-                let account = Arc::clone(&account);
-                Box::pin(async move { register(connection, &account).await })
-            })
-            .await
+        for _ in 0..MAX_ATTEMPTS {
+            // Twice is as good as once: the second attempt finds a repeated request.
+            let registered = self
+                .database
+                .run("register", Repeat::Harmless, |connection| {
+                    let (account, skeleton) = (Arc::clone(&account), Arc::clone(&skeleton));
+                    Box::pin(async move { register(connection, &account, &skeleton).await })
+                })
+                .await?;
+            match registered {
+                Some(registration) => return Ok(registration),
+                None => self.fill_skeletons().await?,
+            }
+        }
+        Err(StoreError::unavailable(SkeletonsUnknown))
     }
 
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>> {
@@ -90,24 +135,40 @@ impl Accounts for ClusterAccounts {
     }
 }
 
-async fn register(connection: &mut PgConnection, new: &NewAccount) -> sqlx::Result<Registration> {
+/// Registers an account, or returns `None` if the skeleton of some account is not known yet.
+async fn register(
+    connection: &mut PgConnection,
+    new: &NewAccount,
+    skeleton: &Skeleton,
+) -> sqlx::Result<Option<Registration>> {
     let inserted: Option<i64> = sqlx::query_scalar(INSERT)
         .bind(new.username.as_str())
         .bind(&new.identity.as_bytes()[..])
         .bind(&new.opaque_record[..])
         .bind(millis(new.now))
+        .bind(skeleton.as_str())
         .fetch_optional(&mut *connection)
         .await?;
     if let Some(id) = inserted {
-        return Ok(Registration::Registered(AccountId(id)));
+        return Ok(Some(Registration::Registered(AccountId(id))));
     }
-    // A statement of its own sees what the insert gave way to.
-    Ok(match find_credentials(connection, &new.username).await? {
-        None => Registration::IdentityTaken,
-        Some(held) if held.identity == new.identity && held.opaque_record == new.opaque_record => {
-            Registration::Repeated(held.account)
-        }
-        Some(_) => Registration::UsernameTaken,
+    // A statement of its own sees the row that the insert conflicts with.
+    if let Some(held) = find_credentials(connection, &new.username).await? {
+        let same = held.identity == new.identity && held.opaque_record == new.opaque_record;
+        return Ok(Some(match same {
+            true => Registration::Repeated(held.account),
+            false => Registration::UsernameTaken,
+        }));
+    }
+    let taken: (bool, bool) = sqlx::query_as(TAKEN)
+        .bind(skeleton.as_str())
+        .bind(&new.identity.as_bytes()[..])
+        .fetch_one(connection)
+        .await?;
+    Ok(match taken {
+        (true, _) => Some(Registration::UsernameTaken),
+        (false, true) => Some(Registration::IdentityTaken),
+        (false, false) => None,
     })
 }
 

@@ -27,7 +27,7 @@ use sqlx::{
 };
 use tokio::time::{Duration, Instant, sleep};
 
-use crate::{Config, ConnectError, postgres};
+use crate::{Config, ConnectError, postgres, skeletons};
 
 /// Held by whoever is moving a node in. Any number that nothing else locks ("qpq move").
 const LOCK: i64 = 0x71_7071_6d6f_7665;
@@ -234,7 +234,10 @@ impl Import {
             .bind(expected.to_string())
             .execute(&mut *open)
             .await?;
-        Ok(open.commit().await?)
+        open.commit().await?;
+        // If this is interrupted, the next registration does it.
+        while skeletons::fill(&mut self.connection).await? > 0 {}
+        Ok(())
     }
 
     /// Ends the connection.
@@ -266,7 +269,8 @@ const CLASHES: &str = "
      ORDER BY 1 LIMIT 11";
 
 /// From the tables beside to the cluster's own. Accounts get new numbers; whose is what is found by
-/// their identities.
+/// their identities. Skeletons follow from the names and are computed after the move: a user of the
+/// node whose name looks like one of the cluster's keeps the name.
 const MOVE: &[&str] = &[
     "INSERT INTO account (username, identity, opaque_record, created_at)
      SELECT username, identity, opaque_record, created_at FROM import_account ORDER BY id",

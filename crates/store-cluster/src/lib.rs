@@ -26,6 +26,7 @@ mod notices;
 mod postgres;
 mod redis;
 mod sessions;
+mod skeletons;
 mod time;
 mod upkeep;
 mod wakes;
@@ -89,6 +90,7 @@ impl ClusterStore {
         let options = postgres::options(config)?;
         let may_take = config.start_timeout;
         waiting(may_take, |within| postgres::prepare(&options, config.migrate, within)).await?;
+        waiting(may_take, |within| skeletons::fill_all(&options, within)).await?;
         let check = || postgres::check_cluster(&options, &config.opaque_setup);
         waiting(may_take, |within| Server::Postgres.answers(within, check())).await?;
         let redis =

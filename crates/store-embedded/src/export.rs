@@ -256,8 +256,9 @@ mod tests {
             let (table, column): (String, String) = (row.get("tab"), row.get("col"));
             let moved = Table::ALL.into_iter().find(|moved| moved.name() == table);
             let moved = moved.unwrap_or_else(|| panic!("{table} is not moved"));
-            // The size is the payload's.
-            let has = moved.columns().iter().any(|moved| moved.name == column) || column == "size";
+            // The size is the payload's, and a skeleton follows from the username.
+            let derived = ["size", "skeleton", "lookalike"].contains(&column.as_str());
+            let has = moved.columns().iter().any(|moved| moved.name == column) || derived;
             assert!(has, "{table}.{column} is not moved");
         }
         assert!(rows.len() > 40);

@@ -16,7 +16,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-use crate::{clock::Belief, error::Kind, upkeep};
+use crate::{accounts, clock::Belief, error::Kind, upkeep};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
@@ -129,6 +129,7 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .run_direct(None, &mut connection, false)
         .await
         .map_err(|error| migration_failed(&path, &error))?;
+    accounts::fill_skeletons(&mut connection).await.map_err(failed)?;
     upkeep::beat(&mut connection).await.map_err(failed)?;
     let belief = Belief::read(&mut connection).await.map_err(failed)?;
 

@@ -207,6 +207,10 @@ section! {
         /// Whether a registration must prove that it has the identity key's private half. A proof
         /// that is given is always checked.
         identity_proof: IdentityProof = IdentityProof::Optional;
+        /// The scripts that a new username may mix (UTS 39): none but Latin with Japanese or
+        /// Korean; in addition Latin with one other that is not Cyrillic or Greek; or any, symbols
+        /// too. Accounts that exist keep their names.
+        username_scripts: UsernameScripts = UsernameScripts::HighlyRestrictive;
         /// Logins and registrations that may wait for the processor before the next is told to come
         /// later.
         waiting_logins: usize = 256;
@@ -255,6 +259,32 @@ impl Leaf for Suites {
 
     fn show(&self) -> Option<String> {
         Leaf::show(&self.0.iter().map(|suite| format!("{suite:#06x}")).collect::<Vec<_>>())
+    }
+}
+
+/// The scripts that a new username may mix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UsernameScripts {
+    HighlyRestrictive,
+    ModeratelyRestrictive,
+    Any,
+}
+
+impl Choice for UsernameScripts {
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("highly-restrictive", Self::HighlyRestrictive),
+        ("moderately-restrictive", Self::ModeratelyRestrictive),
+        ("any", Self::Any),
+    ];
+}
+
+impl From<UsernameScripts> for qpq_domain::UsernameScripts {
+    fn from(scripts: UsernameScripts) -> Self {
+        match scripts {
+            UsernameScripts::HighlyRestrictive => Self::HighlyRestrictive,
+            UsernameScripts::ModeratelyRestrictive => Self::ModeratelyRestrictive,
+            UsernameScripts::Any => Self::Any,
+        }
     }
 }
 
@@ -416,6 +446,7 @@ impl Config {
                 IdentityProof::Optional => qpq_rpc::IdentityProof::Optional,
                 IdentityProof::Required => qpq_rpc::IdentityProof::Required,
             },
+            username_scripts: self.auth.username_scripts.into(),
             admins: self.admins().unwrap_or_default(),
             limits: self.limits.to_rpc(),
             delivery: self.delivery(),

@@ -18,5 +18,5 @@ mod upkeep;
 
 pub use cluster::PasswordFileError;
 pub use compose::{Running, StartError, compose};
-pub use config::{Config, FOREIGN_VARIABLES};
+pub use config::{Config, FOREIGN_VARIABLES, UsernameScripts};
 pub use listen::Listen;

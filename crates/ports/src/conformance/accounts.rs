@@ -98,6 +98,50 @@ pub async fn of_concurrent_registrations_one_wins(factory: &dyn Factory) {
     }
 }
 
+pub async fn a_lookalike_of_a_taken_username_is_taken(factory: &dyn Factory) {
+    let mut bench = Bench::new(factory).await;
+    let first = account("paypal", 1, 1);
+    let accounts = &bench.stores.accounts;
+    let Ok(Registration::Registered(id)) = accounts.register(first.clone()).await else {
+        panic!("paypal is the first");
+    };
+    for crashed in [false, true] {
+        let accounts = &bench.stores.accounts;
+        for (attempt, expected) in [
+            (account("paypa1", 2, 2), Registration::UsernameTaken),
+            (account("\u{440}\u{430}ypal", 2, 2), Registration::UsernameTaken),
+            // Both are taken: the name is named first.
+            (account("paypa1", 1, 1), Registration::UsernameTaken),
+            (account("other", 1, 1), Registration::IdentityTaken),
+            (first.clone(), Registration::Repeated(id)),
+        ] {
+            let registered = accounts.register(attempt).await.expect("register");
+            assert_eq!(registered, expected, "after a crash: {crashed}");
+        }
+        assert!(accounts.by_identity(&IdentityKey::new([2; 32])).await.expect("read").is_none());
+        bench.crash().await;
+    }
+}
+
+pub async fn of_concurrent_lookalikes_one_wins(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let accounts = &bench.stores.accounts;
+    // All have the skeleton "llll".
+    let names: Vec<String> = (0..16_u8)
+        .map(|n| (0..4).map(|bit| if n >> bit & 1 == 0 { 'l' } else { '1' }).collect())
+        .collect();
+    let mut attempts = JoinSet::new();
+    for (n, name) in (1_u8..).zip(names) {
+        let (accounts, new) = (Arc::clone(accounts), account(&name, n, n));
+        attempts.spawn(async move { accounts.register(new).await.expect("register") });
+    }
+    let outcomes = attempts.join_all().await;
+    let (winners, losers): (Vec<_>, Vec<_>) =
+        outcomes.into_iter().partition(|outcome| matches!(outcome, Registration::Registered(_)));
+    assert_eq!(winners.len(), 1);
+    assert!(losers.iter().all(|outcome| *outcome == Registration::UsernameTaken), "{losers:?}");
+}
+
 pub async fn accounts_survive_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let alice = bench.person(1).await;

@@ -68,6 +68,8 @@ macro_rules! conformance {
                 a_registration_never_overwrites,
                 a_repeated_registration_is_recognised,
                 of_concurrent_registrations_one_wins,
+                a_lookalike_of_a_taken_username_is_taken,
+                of_concurrent_lookalikes_one_wins,
                 accounts_survive_a_crash,
             ]
         );

@@ -35,7 +35,7 @@ impl Handler for OpaqueRegisterStart {
         request: OpaqueRegisterStartRequest,
     ) -> Result<Answered<OpaqueRegisterStartResponse>, Error> {
         exact(&request.request, opaque::len::REGISTRATION_REQUEST, "request")?;
-        let username = username(&request.username)?;
+        let username = new_username(cx, &request.username)?;
         cx.limit(LimitClass::Register, Subject::Username(&username)).await?;
         let work = || cx.app.opaque.start_registration(&username, &request.request);
         let response = cx.app.gate.run(work).await?.map_err(refused("request"))?;
@@ -50,7 +50,7 @@ impl Handler for OpaqueRegisterFinish {
         request: OpaqueRegisterFinishRequest,
     ) -> Result<Answered<OpaqueRegisterFinishResponse>, Error> {
         exact(&request.upload, opaque::len::RECORD, "upload")?;
-        let username = username(&request.username)?;
+        let username = new_username(cx, &request.username)?;
         cx.limit(LimitClass::Register, Subject::Username(&username)).await?;
         let identity = enrollable(&request.identity_key)?;
         check_proof(cx, &identity, &username, &request)?;
@@ -162,6 +162,14 @@ impl Handler for Logout {
 
 fn username(raw: &str) -> Result<Username, Error> {
     Username::parse(raw).map_err(|_| Error::InvalidUsername)
+}
+
+/// The name of an account that is to be registered. Older accounts may have names that this
+/// refuses.
+fn new_username(cx: Cx<'_>, raw: &str) -> Result<Username, Error> {
+    let username = username(raw)?;
+    username.check_new(cx.app.config.username_scripts).map_err(|_| Error::InvalidUsername)?;
+    Ok(username)
 }
 
 fn exact(bytes: &[u8], len: usize, field: &'static str) -> Result<(), Error> {

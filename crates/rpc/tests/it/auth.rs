@@ -7,7 +7,7 @@ use bytes::Bytes;
 use ed25519_dalek::SigningKey;
 use futures_util::future::join_all;
 use parking_lot::Mutex;
-use qpq_domain::{IdentityKey, Username};
+use qpq_domain::{IdentityKey, Username, UsernameScripts};
 use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreResult};
 use qpq_proto::{
     Status,
@@ -19,7 +19,7 @@ use qpq_proto::{
         ResolveUserRequest,
     },
 };
-use qpq_rpc::IdentityProof;
+use qpq_rpc::{Config, IdentityProof};
 use rand::rngs::OsRng;
 
 use crate::harness::{Client, START, Server, code, identity_proof, new_identity, registration};
@@ -489,4 +489,54 @@ async fn logins_under_way_end_with_their_connection() {
     let started = client.start_login("alice", "password").await.expect("an answer");
     server.rpc.disconnected(&client.conn);
     assert_eq!(code(client.call::<OpaqueLoginFinish>(started.finish()).await).1, "auth.failed");
+}
+
+#[tokio::test]
+async fn a_new_username_does_not_look_like_another() {
+    let server = Server::start().await;
+    let client = server.connect();
+    for name in ["alice", "admin"] {
+        client.register(name, "password", &new_identity()).await.expect("registered");
+    }
+    let invalid = (Status::BadRequest, "auth.invalid_username".to_owned());
+    for name in [
+        "\u{430}lice",
+        "\u{430}dmin",
+        "al\u{456}ce",
+        "al\u{200d}ice",
+        "\u{301}",
+        "*",
+        "क\u{94d}\u{200d}ष",
+    ] {
+        let refused = client.register(name, "password", &new_identity()).await;
+        assert_eq!(code(refused), invalid, "{name:?}");
+        // At Finish too, whatever was started.
+        let upload = client.upload("alice", "password").await.expect("an upload");
+        let request = registration(name, &upload, &new_identity());
+        let refused = client.call::<OpaqueRegisterFinish>(request).await;
+        assert_eq!(code(refused), invalid, "{name:?}");
+    }
+    // One script, and the skeleton of a name that is taken: said at Finish.
+    let upload = client.upload("a1ice", "password").await.expect("an upload");
+    let request = registration("a1ice", &upload, &new_identity());
+    let refused = client.call::<OpaqueRegisterFinish>(request).await;
+    assert_eq!(code(refused), (Status::Forbidden, "auth.username_taken".into()));
+    for name in ["Алиса", "山田太郎", "o'brien"] {
+        client.register(name, "password", &new_identity()).await.expect("one script");
+    }
+}
+
+#[tokio::test]
+async fn an_account_whose_name_is_refused_today_still_logs_in() {
+    let any = Server::with(|config| config.username_scripts = UsernameScripts::Any).await;
+    let client = any.connect();
+    for name in ["\u{430}lice", "*"] {
+        client.register(name, "password", &new_identity()).await.expect("any script");
+    }
+    let client = any.reconfigured(Config::default());
+    for name in ["\u{430}lice", "*"] {
+        client.log_in(name, "password").await.expect("it exists");
+    }
+    let refused = client.register("\u{430}dmin", "password", &new_identity()).await;
+    assert_eq!(code(refused), (Status::BadRequest, "auth.invalid_username".into()));
 }

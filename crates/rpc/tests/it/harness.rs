@@ -73,6 +73,7 @@ pub(crate) struct Server {
     pub(crate) rpc: Arc<Rpc>,
     pub(crate) clock: Arc<TestClock>,
     pub(crate) store: EmbeddedStore,
+    opaque_setup: Vec<u8>,
     _dir: TempDir,
 }
 
@@ -102,14 +103,29 @@ impl Server {
         let limits = Limits { delivery: config.delivery, key_packages: config.key_packages };
         let store = EmbeddedStore::open(dir.path(), limits).await.expect("an empty directory");
         let clock = Arc::new(TestClock(AtomicU64::new(START.0)));
+        let opaque = OpaqueServer::generate(&mut OsRng);
+        let opaque_setup = opaque.serialize().to_vec();
         let rpc = Rpc::new(Parts {
             stores: wrap(store.stores()),
             clock: Arc::clone(&clock) as Arc<dyn Clock>,
-            opaque: OpaqueServer::generate(&mut OsRng),
+            opaque,
             signer: DeliverySigner::generate(&mut OsRng),
             config,
         });
-        Self { rpc, clock, store, _dir: dir }
+        Self { rpc, clock, store, opaque_setup, _dir: dir }
+    }
+
+    /// A connection to another server on the same store, with a configuration of its own.
+    pub(crate) fn reconfigured(&self, config: Config) -> Client {
+        let rpc = Rpc::new(Parts {
+            stores: self.store.stores(),
+            clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
+            opaque: OpaqueServer::parse(&self.opaque_setup).expect("the same setup"),
+            signer: DeliverySigner::generate(&mut OsRng),
+            config,
+        });
+        let conn = rpc.connected((Ipv4Addr::LOCALHOST, 4433).into(), Arc::new(Unheard));
+        Client { rpc, conn }
     }
 
     /// A new connection.

@@ -27,7 +27,7 @@ use crate::{
 };
 
 pub use schema::migrate;
-pub(crate) use schema::{check_cluster, connect_patiently, failed, prepare};
+pub(crate) use schema::{check_cluster, connect, connect_patiently, failed, prepare};
 
 /// How often an operation is tried that others are in the way of.
 const TRIES: u32 = 6;

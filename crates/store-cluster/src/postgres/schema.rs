@@ -10,15 +10,18 @@ use sqlx::{
     postgres::PgConnectOptions,
 };
 
-use crate::{Config, ConnectError, Migrate, error::Server};
+use crate::{Config, ConnectError, Migrate, error::Server, skeletons};
 
 /// The oldest Postgres that will do, as `server_version_num` has it.
 const OLDEST: i32 = 150_000;
 
-/// Brings the schema up to date; to which version. Of several at a time, one does it and the others
-/// wait.
+/// Brings the schema up to date and returns its version. Of several at a time, one does it and the
+/// others wait.
 pub async fn migrate(config: &Config) -> Result<i64, ConnectError> {
-    bring_up(&super::options(config)?, config.start_timeout).await
+    let options = super::options(config)?;
+    let version = bring_up(&options, config.start_timeout).await?;
+    skeletons::fill_all(&options, config.start_timeout).await?;
+    Ok(version)
 }
 
 /// Checks server and schema, and migrates if that is wanted.
@@ -104,7 +107,8 @@ async fn look(options: &PgConnectOptions) -> Result<(PgConnection, i64), Connect
     Ok((connection, version))
 }
 
-async fn connect(options: &PgConnectOptions) -> Result<PgConnection, ConnectError> {
+/// Connects for work that may take longer than a call.
+pub(crate) async fn connect(options: &PgConnectOptions) -> Result<PgConnection, ConnectError> {
     // Building an index may take longer than a call may.
     let patient = options.clone().options([
         ("statement_timeout", "0"),

@@ -9,5 +9,6 @@ mod failover;
 mod metrics;
 mod people;
 mod sessions;
+mod skeletons;
 mod start;
 mod sweeping;

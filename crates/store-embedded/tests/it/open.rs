@@ -7,8 +7,8 @@ use std::{
     path::Path,
 };
 
-use qpq_domain::Seq;
-use qpq_ports::{PageLimit, Read, StoreError, View};
+use qpq_domain::{IdentityKey, Seq, UnixMillis, Username};
+use qpq_ports::{NewAccount, PageLimit, Read, Registration, StoreError, View};
 use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
 use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
 
@@ -197,4 +197,42 @@ async fn damage_in_the_middle_is_told_when_it_is_met() {
     store.stores().upkeep.check().await.expect("what does not meet the damage still works");
     let account = store.stores().accounts.by_identity(&key(1)).await.expect("read");
     assert!(account.is_some(), "so does reading");
+}
+
+/// A database from before skeletons, with two accounts that look alike already.
+#[tokio::test]
+async fn accounts_from_before_the_rule_keep_their_names_and_guard_their_skeletons() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let new = |name: &str, key: u8| NewAccount {
+        username: Username::parse(name).expect("a username"),
+        identity: IdentityKey::new([key; 32]),
+        opaque_record: vec![key; 192],
+        now: UnixMillis(1),
+    };
+    let store = open(directory.path()).await;
+    for (name, key) in [("alice", 1), ("zoe", 2)] {
+        store.stores().accounts.register(new(name, key)).await.expect("register");
+    }
+    store.close().await;
+    sql(
+        directory.path(),
+        "UPDATE account SET skeleton = NULL, lookalike = 0;
+         INSERT INTO account (username, identity, opaque_record, created_at)
+              VALUES ('a1ice', zeroblob(32), zeroblob(192), 1)",
+    )
+    .await;
+
+    let store = open(directory.path()).await;
+    let accounts = store.stores().accounts;
+    for name in ["alice", "a1ice", "zoe"] {
+        let username = Username::parse(name).expect("a username");
+        assert!(accounts.credentials(&username).await.expect("read").is_some(), "{name}");
+    }
+    for name in ["\u{430}lice", "z\u{43e}e", "a\u{217c}ice"] {
+        let registered = accounts.register(new(name, 9)).await.expect("register");
+        assert_eq!(registered, Registration::UsernameTaken, "{name}");
+    }
+    let registered = accounts.register(new("carol", 9)).await.expect("register");
+    assert!(matches!(registered, Registration::Registered(_)), "{registered:?}");
+    store.close().await;
 }
