@@ -49,6 +49,8 @@ pub struct Session {
     /// When the session ends unless it is used; `None` if the server does not say.
     pub expires_at: Option<UnixMillis>,
     pub export_key: ExportKey,
+    /// The form of the password that the account was registered with.
+    pub(crate) password: Password,
 }
 
 /// What a registration gives.
@@ -65,6 +67,8 @@ pub struct PendingRegistration {
     username: Username,
     upload: Bytes,
     pub export_key: ExportKey,
+    /// The form of the password that is registered.
+    pub(crate) password: Password,
 }
 
 /// Which sessions a logout ends.
@@ -164,7 +168,8 @@ impl Client {
         username: &Username,
         password: &Password,
     ) -> Result<PendingRegistration, AuthError> {
-        let (state, request) = Registration::start(password);
+        let password = password.prepared().ok_or(AuthError::PasswordRefused)?;
+        let (state, request) = Registration::start(&password);
         let answer = self
             .call::<methods::OpaqueRegisterStart>(v1::OpaqueRegisterStartRequest {
                 username: username.to_string(),
@@ -172,11 +177,12 @@ impl Client {
             })
             .await
             .map_err(AuthError::from_call)?;
-        let password = password.clone();
-        let (upload, export_key) = blocking(move || state.finish(&password, &answer.response))
+        let typed = password.clone();
+        let (upload, export_key) = blocking(move || state.finish(&typed, &answer.response))
             .await
             .map_err(|_| malformed::<methods::OpaqueRegisterStart>())?;
-        Ok(PendingRegistration { username: username.clone(), upload: upload.into(), export_key })
+        let username = username.clone();
+        Ok(PendingRegistration { username, upload: upload.into(), export_key, password })
     }
 
     /// Makes the account. May be repeated with the same registration and identity.
@@ -202,6 +208,22 @@ impl Client {
 
     /// Logs in; the client uses the session from then on.
     pub async fn login(
+        &self,
+        username: &Username,
+        password: &Password,
+    ) -> Result<Session, AuthError> {
+        let mut refused = AuthError::WrongPassword;
+        for form in password.forms() {
+            match self.log_in_with(username, &form).await {
+                Err(error @ AuthError::WrongPassword) => refused = error,
+                other => return other,
+            }
+        }
+        Err(refused)
+    }
+
+    /// Logs in with one form of the password.
+    async fn log_in_with(
         &self,
         username: &Username,
         password: &Password,
@@ -346,13 +368,12 @@ impl Client {
         let start =
             v1::OpaqueLoginStartRequest { username: username.to_string(), request: request.into() };
         let answer = self.once::<methods::OpaqueLoginStart>(live, &start).await?;
-        let password = password.clone();
-        let (finalization, export_key) =
-            blocking(move || state.finish(&password, &answer.response)).await.map_err(|error| {
-                match error {
-                    OpaqueError::WrongPassword => AuthError::WrongPassword,
-                    OpaqueError::Malformed => malformed::<methods::OpaqueLoginStart>(),
-                }
+        let typed = password.clone();
+        let (finalization, export_key) = blocking(move || state.finish(&typed, &answer.response))
+            .await
+            .map_err(|error| match error {
+                OpaqueError::WrongPassword => AuthError::WrongPassword,
+                OpaqueError::Malformed => malformed::<methods::OpaqueLoginStart>(),
             })?;
         let finish = v1::OpaqueLoginFinishRequest {
             username: username.to_string(),
@@ -363,7 +384,7 @@ impl Client {
         let token = SessionToken::try_from(&answer.session_token[..])
             .map_err(|_| malformed::<methods::OpaqueLoginFinish>())?;
         let expires_at = (answer.expires_at > 0).then_some(UnixMillis(answer.expires_at));
-        Ok(Session { token, expires_at, export_key })
+        Ok(Session { token, expires_at, export_key, password: password.clone() })
     }
 
     /// One try on one connection, of a method without session.

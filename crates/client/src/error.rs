@@ -152,6 +152,9 @@ pub enum AuthError {
     IdentityTaken,
     #[error("the account is banned")]
     Banned,
+    /// Registration: RFC 8265 allows no such password.
+    #[error("a password is not empty and has no control characters, such as tabs")]
+    PasswordRefused,
     #[error(transparent)]
     Call(#[from] CallError),
 }

@@ -21,7 +21,7 @@ use qpq_transport::{
 use rand::rngs::OsRng;
 use tokio::{
     sync::{Mutex, oneshot, watch},
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 
 use crate::{
@@ -126,6 +126,9 @@ impl Live {
     }
 }
 
+/// How long a server that is told goodbye may take to acknowledge it.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+
 impl Link {
     pub(crate) fn new(options: &Options) -> Result<Self, ConnectError> {
         Ok(Self {
@@ -226,11 +229,12 @@ impl Link {
         }
     }
 
-    /// Drops the connection, if there is one, and waits until the server was told.
+    /// Drops the connection, if there is one, and waits a little for the server to receive that.
     pub(crate) async fn close(&self) {
         let live = self.slot.lock().await.live.take();
         if let Some(live) = live {
-            live.connection.close().await;
+            // A server that does not answer ends the connection by itself when that is idle.
+            let _ = timeout(CLOSE_TIMEOUT, live.connection.close()).await;
         }
         self.events.send_replace(ConnectionEvent::Idle);
     }

@@ -2,9 +2,16 @@
 
 use std::fmt;
 
+use precis_core::profile::PrecisFastInvocation as _;
+use precis_profiles::OpaqueString;
 use zeroize::Zeroizing;
 
 /// A password, as typed. It never leaves the machine.
+///
+/// The same password has several encodings: a keyboard may send `ä` as one character or as two. So
+/// a registration uses the form of RFC 8265 §4.2 (OpaqueString), and a login tries that form first.
+/// Accounts that are older than this rule were registered with the password as typed, which a login
+/// tries second.
 #[derive(Clone)]
 pub struct Password(Zeroizing<String>);
 
@@ -12,6 +19,22 @@ impl Password {
     /// Takes the string over, so that no copy stays behind.
     pub fn new(password: Zeroizing<String>) -> Self {
         Self(password)
+    }
+
+    /// Returns the form to register with, or `None` if RFC 8265 allows no such password: it is empty
+    /// or has a control character.
+    pub(crate) fn prepared(&self) -> Option<Self> {
+        let prepared = OpaqueString::enforce(self.0.as_str()).ok()?.into_owned();
+        Some(Self(Zeroizing::new(prepared)))
+    }
+
+    /// Returns the forms to log in with, in the order in which to try them.
+    pub(crate) fn forms(&self) -> Vec<Self> {
+        let mut forms: Vec<Self> = self.prepared().into_iter().collect();
+        if forms.iter().all(|form| form.0 != self.0) {
+            forms.push(self.clone());
+        }
+        forms
     }
 
     pub(crate) fn expose(&self) -> &[u8] {
@@ -58,5 +81,27 @@ impl ExportKey {
 impl fmt::Debug for ExportKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("ExportKey(redacted)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn forms(typed: &str) -> Vec<String> {
+        let forms = Password::from(typed).forms();
+        forms.iter().map(|form| form.0.to_string()).collect()
+    }
+
+    #[test]
+    fn a_login_tries_the_prepared_form_and_then_what_was_typed() {
+        assert_eq!(forms("correct horse"), ["correct horse"]);
+        assert_eq!(forms("p\u{e4}ss"), ["p\u{e4}ss"]);
+        assert_eq!(forms("pa\u{308}ss"), ["p\u{e4}ss", "pa\u{308}ss"]);
+        assert_eq!(forms("a\u{a0}b"), ["a b", "a\u{a0}b"]);
+        // Neither case nor width is changed.
+        assert_eq!(forms("Ａb"), ["Ａb"]);
+        assert_eq!(forms("a\tb"), ["a\tb"]);
+        assert!(Password::from("a\tb").prepared().is_none());
     }
 }

@@ -31,6 +31,9 @@ Exit codes:
   130  interrupted
   141  nobody reads standard output any more";
 
+/// The longest time that can be waited for: a year.
+const MAX_SECONDS: u64 = 365 * 24 * 60 * 60;
+
 // Help is shown as it stands here: no line is longer than a terminal is wide, and the first one,
 // which lists show, has no full stop.
 
@@ -137,7 +140,7 @@ pub(crate) enum Command {
     Whoami,
     /// Ask the server how it is; needs no account
     Health,
-    /// Chat with somebody: type lines, see theirs as they come
+    /// Chat with a user or a group: type lines, see theirs as they come
     ///
     /// Arrow keys edit, and bring back earlier lines. /help lists what else can be
     /// typed, /quit or Ctrl-D ends.
@@ -146,10 +149,12 @@ pub(crate) enum Command {
     /// input is sent and each incoming message printed, until the input ends.
     #[command(verbatim_doc_comment)]
     Dm {
-        /// Whom to chat with
-        user: Username,
+        /// A user, or a group that you are in; @bob is always the user
+        #[arg(value_name = "USER|GROUP")]
+        to: Recipient,
         /// In scripts: stay so long after the input has ended
         #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
+        #[arg(value_parser = clap::value_parser!(u64).range(..=MAX_SECONDS))]
         linger: u64,
     },
     /// Send one message to a user or a group
@@ -178,6 +183,7 @@ pub(crate) enum Command {
         follow: bool,
         /// Wait at most so long; with --follow: end after it
         #[arg(short, long, value_name = "SECONDS")]
+        #[arg(value_parser = clap::value_parser!(u64).range(..=MAX_SECONDS))]
         timeout: Option<u64>,
     },
     /// Make and use groups
@@ -189,12 +195,17 @@ pub(crate) enum Command {
     /// server, stands between you: read it to each other on the phone.
     ///
     /// Examples:
-    ///   qpq keys        your fingerprint, and your stock of key packages
-    ///   qpq keys bob    the safety number between you and bob
+    ///   qpq keys                 your fingerprint, and your stock of key packages
+    ///   qpq keys bob             the safety number between you and bob
+    ///   qpq keys bob --verified  you have compared it, and it is the same
+    ///   qpq keys bob --accept    bob has told you that the new key is theirs
     #[command(verbatim_doc_comment)]
     Keys {
         /// With whom to compare
         user: Option<Username>,
+        /// Note that you have compared the number with theirs, and it is the same
+        #[arg(long, requires = "user")]
+        verified: bool,
         /// Accept a new key of theirs; only after you have asked them
         #[arg(long, requires = "user")]
         accept: bool,
@@ -367,6 +378,16 @@ mod tests {
         };
         assert_eq!(to, Recipient::User("bob".parse().unwrap()));
         assert_eq!(text.as_deref(), Some("-5"));
+    }
+
+    #[test]
+    fn a_time_to_wait_is_at_most_a_year() {
+        for line in ["qpq recv --timeout", "qpq dm bob --linger"] {
+            assert!(parse(&format!("{line} 31536000")).is_ok());
+            for bad in ["31536001", "18446744073709551615", "18446744073709551616", "-1", "1.5"] {
+                assert!(parse(&format!("{line} {bad}")).is_err(), "{line} {bad}");
+            }
+        }
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub(crate) struct ConversationObject<'a> {
 pub(crate) struct PersonObject<'a> {
     username: &'a str,
     identity: String,
-    /// Whether the name can be relied on: `own`, `confirmed`, `claimed` or `refuted`.
+    /// Whether the name can be relied on: `own`, `confirmed`, `claimed`, `refuted` or `new_key`.
     standing: &'static str,
 }
 
@@ -109,6 +109,7 @@ impl<'a> From<&'a Person> for PersonObject<'a> {
             Standing::Claimed => "claimed",
             Standing::Confirmed => "confirmed",
             Standing::Refuted => "refuted",
+            Standing::NewKey => "new_key",
         };
         Self { username: person.username.as_str(), identity: person.identity.to_string(), standing }
     }
@@ -150,6 +151,9 @@ impl Serialize for Shown<'_> {
             Event::NameRefuted { person, claimed } => {
                 (object.event, object.people, object.text) =
                     ("name_refuted", vec![person.into()], Some(claimed.as_str()));
+            }
+            Event::NewKey { person } => {
+                (object.event, object.people) = ("new_key", vec![person.into()]);
             }
             Event::Undeliverable { to, reason } => {
                 (object.event, object.people) = ("undeliverable", vec![to.into()]);
@@ -200,7 +204,7 @@ impl Shown<'_> {
                 style.dim(format_args!("* a message could not be read: {}", text::line(reason)))
             }
             Event::Missing { first, last } => {
-                let many = last.0.saturating_sub(first.0) + 1;
+                let many = last.0.saturating_sub(first.0).saturating_add(1);
                 style.dim(format_args!(
                     "* {many} of the messages to you never came: expired, or read elsewhere"
                 ))
@@ -211,6 +215,11 @@ impl Shown<'_> {
                     "* Careful: somebody poses as {claimed} and is not; shown as {person}"
                 ))
             }
+            Event::NewKey { person } => style.bold(format_args!(
+                "* Careful: {} has another key than the {1} you know. Ask {1} and compare `qpq keys {1}`",
+                name(person),
+                text::line(person.username.as_str())
+            )),
             Event::Undeliverable { to, reason } => style.dim(format_args!(
                 "* {place}not delivered to {}: {}",
                 name(to),

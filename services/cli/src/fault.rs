@@ -4,6 +4,7 @@
 use std::{borrow::Cow, fmt, io, process::ExitCode};
 
 use qpq_client::{AuthError, CallError, ConnectError, Error, MlsError, NoConnection, ProfileError};
+use qpq_ports::{Clock as _, SystemClock};
 
 use crate::{args::ProfileName, text};
 
@@ -119,6 +120,14 @@ impl From<Error> for Fault {
 
 impl From<MlsError> for Fault {
     fn from(error: MlsError) -> Self {
+        if let MlsError::BadPackage { reason, .. } = &error
+            && matches!(reason.reason(), "expired" | "not_yet_valid")
+        {
+            let now = text::utc(SystemClock.now());
+            return Self::new(Exit::Failure, "client.bad_keys", error).hint(format!(
+                "check this machine's clock, which says {now}; if it is right, ask them to log in"
+            ));
+        }
         let (code, hint) = match error {
             MlsError::UnknownGroup => ("client.no_such_conversation", "see `qpq group list`"),
             MlsError::NotTheMaker => {
@@ -157,6 +166,9 @@ impl From<AuthError> for Fault {
                 .hint("register with a new profile (-p NAME)"),
             AuthError::Banned => {
                 Self::new(Exit::Failure, "auth.banned", error).hint("ask the server's operator")
+            }
+            AuthError::PasswordRefused => {
+                Self::new(Exit::Failure, "client.password", error).hint("choose another password")
             }
             AuthError::Call(error) => error.into(),
         }

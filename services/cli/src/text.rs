@@ -6,6 +6,9 @@ use std::{
     fmt::{self, Write as _},
 };
 
+use qpq_client::UnixMillis;
+use unicode_normalization::char::is_combining_mark;
+
 /// What goes before each further line of a message, so that no line of it passes for a message of
 /// its own.
 const CONTINUATION: &str = "\n  | ";
@@ -53,9 +56,32 @@ pub(crate) fn json(object: &str) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
+/// A point in time as people write it: `2026-11-28 14:05 UTC`.
+pub(crate) fn utc(at: UnixMillis) -> String {
+    let minutes = at.0 / 60_000;
+    let (days, minute) = (minutes / (24 * 60), minutes % (24 * 60));
+    // Counted from 0000-03-01, so that the leap day is the last of its year (Howard Hinnant,
+    // "chrono-Compatible Low-Level Date Algorithms").
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02} UTC", minute / 60, minute % 60)
+}
+
 impl fmt::Display for Safe<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut chars = self.text.chars().peekable();
+        // It would be drawn over whatever stands before.
+        if self.lines == Lines::One
+            && let Some(mark) = chars.next_if(|c| is_combining_mark(*c))
+        {
+            write!(f, "{}", mark.escape_unicode())?;
+        }
         while let Some(c) = chars.next() {
             match c {
                 '\r' if self.lines == Lines::Many && chars.peek() == Some(&'\n') => {}
@@ -94,6 +120,29 @@ mod tests {
             assert_eq!(line(text).to_string(), text);
             assert_eq!(message(text).to_string(), text);
         }
+    }
+
+    #[test]
+    fn a_combining_mark_does_not_join_what_stands_before_a_name() {
+        assert_eq!(line("\u{301}bc").to_string(), "\\u{301}bc");
+        assert_eq!(line("b\u{301}c").to_string(), "b\u{301}c");
+    }
+
+    #[test]
+    fn a_point_in_time_is_a_date() {
+        for (millis, expected) in [
+            (0, "1970-01-01 00:00 UTC"),
+            (951_782_400_000, "2000-02-29 00:00 UTC"),
+            (951_868_799_999, "2000-02-29 23:59 UTC"),
+            (951_868_800_000, "2000-03-01 00:00 UTC"),
+            (1_795_874_700_000, "2026-11-28 14:05 UTC"),
+            (4_107_542_399_000, "2100-02-28 23:59 UTC"),
+            (4_107_542_400_000, "2100-03-01 00:00 UTC"),
+        ] {
+            assert_eq!(utc(UnixMillis(millis)), expected);
+        }
+        // No value panics.
+        utc(UnixMillis(u64::MAX));
     }
 
     #[test]

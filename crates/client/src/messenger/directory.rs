@@ -2,7 +2,7 @@
 //! conversation.
 
 use futures_util::future::join_all;
-use qpq_domain::{IdentityKey, Username};
+use qpq_domain::{IdentityKey, UnixMillis, Username};
 use qpq_proto::{Status, methods, v1};
 
 use super::{
@@ -39,6 +39,26 @@ impl Messenger {
         }
     }
 
+    /// Returns the person who is known to have this name, without asking the server.
+    pub async fn known(&self, username: &Username) -> Result<Option<Person>, Error> {
+        self.keeper()
+            .read(|state| {
+                let identity = state.people.confirmed(username)?;
+                Some(state.people.person(&identity))
+            })
+            .await
+    }
+
+    /// Returns when this account was registered, by the server's clock.
+    pub async fn registered_at(&self) -> Result<UnixMillis, Error> {
+        let request = v1::ResolveIdentityRequest {
+            identity_key: self.profile().identity.as_bytes().to_vec().into(),
+            ..Default::default()
+        };
+        let answer = self.client().call::<methods::ResolveIdentity>(request).await?;
+        Ok(UnixMillis(answer.created_at))
+    }
+
     /// Takes the directory's word for a user's new key, after [`Error::IdentityChanged`]: the
     /// person was asked. What the old key says counts as somebody else's from then on.
     pub async fn accept_new_identity(&self, username: &Username) -> Result<Person, Error> {
@@ -53,6 +73,24 @@ impl Messenger {
             })
             .await?;
         self.confirm(identity, username.clone()).await
+    }
+
+    /// Notes that the safety number with a user was compared and is the same on both sides. Returns
+    /// when.
+    pub async fn mark_compared(&self, username: &Username) -> Result<UnixMillis, Error> {
+        let person = self.resolve(username).await?;
+        let at = now();
+        self.keeper()
+            .change(move |state| {
+                state.people.set_compared(&person.identity, at);
+                Ok(at)
+            })
+            .await
+    }
+
+    /// Returns when the safety number with the owner of this key was compared, if it was.
+    pub async fn compared_at(&self, identity: &IdentityKey) -> Result<Option<UnixMillis>, Error> {
+        self.keeper().read(|state| state.people.compared_at(identity)).await
     }
 
     /// Fills up our key packages on the server, so that others can start conversations with us.
@@ -112,9 +150,17 @@ impl Messenger {
         if matches!(person.standing, Standing::Confirmed | Standing::Own) {
             return Ok(person);
         }
-        match self.name_of(&identity).await? {
-            Some(name) => self.confirm(identity, name).await,
-            None => Err(Error::NoSuchUser(person.username)),
+        let Some(name) = self.name_of(&identity).await? else {
+            return Err(Error::NoSuchUser(person.username));
+        };
+        let person = self.confirm(identity, name).await?;
+        match self.known(&person.username).await? {
+            Some(known) if person.standing == Standing::NewKey => Err(Error::IdentityChanged {
+                username: person.username,
+                known: known.identity,
+                now: identity,
+            }),
+            _ => Ok(person),
         }
     }
 
@@ -145,7 +191,7 @@ impl Messenger {
         self.keeper()
             .change(move |state| {
                 if identity != state.me() {
-                    state.people.set(identity, username, Standing::Confirmed);
+                    state.people.judge(identity, username);
                 }
                 Ok(state.people.person(&identity))
             })
@@ -180,7 +226,9 @@ impl Messenger {
 /// Notes what the directory says about a claim.
 fn judge(state: &mut State, identity: IdentityKey, claimed: Username, name: Option<Username>) {
     if name.as_ref() == Some(&claimed) {
-        state.people.set(identity, claimed, Standing::Confirmed);
+        if state.people.judge(identity, claimed) == Standing::NewKey {
+            state.log.push(None, now(), Event::NewKey { person: identity });
+        }
     } else {
         state.people.set(identity, claimed.clone(), Standing::Refuted);
         state.log.push(None, now(), Event::NameRefuted { person: identity, claimed });

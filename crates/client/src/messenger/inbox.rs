@@ -49,7 +49,15 @@ impl Messenger {
     /// Fills up our key packages.
     pub(super) async fn settle_keys(&self, keys: NewKeys) -> Result<(), Error> {
         match keys {
-            NewKeys::Needed => unless_final("key packages", self.publish_key_packages().await),
+            NewKeys::Needed => {
+                let published = self.publish_key_packages().await;
+                let refused = matches!(
+                    &published,
+                    Err(Error::Call(error)) if error.is_code("keys.invalid_package")
+                );
+                self.shared.keys_refused.store(refused, Ordering::Relaxed);
+                unless_final("key packages", published)
+            }
             NewKeys::NotNeeded => Ok(()),
         }
     }

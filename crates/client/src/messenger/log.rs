@@ -93,6 +93,8 @@ pub enum Event<P = Person> {
     /// Somebody in a conversation of ours claims a name that the directory does not give to its
     /// key.
     NameRefuted { person: P, claimed: Username },
+    /// Somebody in a conversation of ours has a name that was confirmed for another key before.
+    NewKey { person: P },
     /// The server will not take a message of ours for this person.
     Undeliverable { to: P, reason: String },
 }
@@ -125,6 +127,7 @@ impl<P> Event<P> {
             }
             Self::Unreadable { reason } => Event::Unreadable { reason: reason.clone() },
             Self::Missing { first, last } => Event::Missing { first: *first, last: *last },
+            Self::NewKey { person } => Event::NewKey { person: see(person) },
             Self::NameRefuted { person, claimed } => {
                 Event::NameRefuted { person: see(person), claimed: claimed.clone() }
             }

@@ -24,7 +24,10 @@ mod state;
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use qpq_domain::{Seq, UnixMillis};
@@ -59,6 +62,8 @@ struct Shared {
     /// Whether our key packages were counted since the profile was opened: they also run out by
     /// growing old.
     keys_checked: AtomicBool,
+    /// Whether the server refused our newest key packages.
+    keys_refused: AtomicBool,
 }
 
 /// A conversation, as a list shows it.
@@ -105,6 +110,13 @@ impl Messenger {
     /// The connection it uses, for calls of your own and to watch it.
     pub fn client(&self) -> &Client {
         &self.shared.client
+    }
+
+    /// Returns whether the server refused the key packages that were published last, so that others
+    /// may be unable to start a conversation with us. The usual cause is a wrong clock on this
+    /// machine: key packages say from when to when they may be used.
+    pub fn are_keys_refused(&self) -> bool {
+        self.shared.keys_refused.load(Ordering::Relaxed)
     }
 
     /// The key of the profile's encrypted state, to open it next time with

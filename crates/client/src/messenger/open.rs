@@ -17,7 +17,7 @@ use qpq_mls::{
 };
 use tokio::sync::Mutex;
 
-use super::{Messenger, Shared, keeper::Keeper, state::State};
+use super::{Messenger, Shared, inbox::NewKeys, keeper::Keeper, state::State};
 use crate::{
     client::{Client, LogoutScope, Session, blocking},
     error::{AuthError, CallError, Error, ProfileError},
@@ -33,7 +33,8 @@ impl Messenger {
     /// # Errors
     /// [`AuthError::UsernameTaken`] and whatever else the server refuses with leave no profile
     /// behind; where the server cannot be reached, the profile stays unfinished, and calling this
-    /// again goes on.
+    /// again goes on. With a clock that the server does not agree with, the account is registered
+    /// and [`Messenger::are_keys_refused`] says that others cannot write to it yet.
     pub async fn register(
         dir: &Path,
         options: Options,
@@ -143,7 +144,7 @@ async fn begin(
         status: Status::Registering,
     };
     let pending = client.begin_registration(username, password).await?;
-    let key = derive(password, &pending.export_key, Salt::random()).await;
+    let key = derive(&pending.password, &pending.export_key, Salt::random()).await;
     let dir = locked.dir.clone();
     let keeper =
         Keeper::create(locked, key, State::new(identity.clone(), username.clone())).await?;
@@ -161,7 +162,7 @@ async fn begin(
     profile.status = Status::Registered;
     profile.write(&dir)?;
     let messenger = assemble(client, profile, keeper).await?;
-    messenger.publish_key_packages().await?;
+    messenger.settle_keys(NewKeys::Needed).await?;
     Ok(messenger)
 }
 
@@ -196,13 +197,13 @@ async fn resume(
         }
         Err(error) => return Err(error.into()),
     };
-    let key = existing_key(&dir, password, &session.export_key).await?;
+    let key = existing_key(&dir, &session.password, &session.export_key).await?;
     let keeper = Keeper::open(locked, key).await?;
     adopt(&keeper, &session).await?;
     profile.status = Status::Registered;
     profile.write(&dir)?;
     let messenger = assemble(client, profile, keeper).await?;
-    messenger.publish_key_packages().await?;
+    messenger.settle_keys(NewKeys::Needed).await?;
     Ok(messenger)
 }
 
@@ -220,7 +221,7 @@ fn registered(dir: &Path) -> Result<Profile, ProfileError> {
 async fn log_in(locked: Locked, profile: Profile, password: &Password) -> Result<Messenger, Error> {
     let client = Client::new(profile.options()).map_err(CallError::from)?;
     let session = client.login(&profile.username, password).await?;
-    let key = existing_key(&locked.dir, password, &session.export_key).await?;
+    let key = existing_key(&locked.dir, &session.password, &session.export_key).await?;
     let keeper = Keeper::open(locked, key).await?;
     let before = adopt(&keeper, &session).await?;
     let messenger = assemble(client, profile, keeper).await?;
@@ -247,6 +248,7 @@ async fn assemble(client: Client, profile: Profile, keeper: Keeper) -> Result<Me
         acked: Mutex::new(Seq::ZERO),
         flushing: Mutex::default(),
         keys_checked: AtomicBool::default(),
+        keys_refused: AtomicBool::default(),
     };
     Ok(Messenger { shared: Arc::new(shared) })
 }

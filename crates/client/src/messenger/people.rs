@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use qpq_domain::{IdentityKey, Username};
+use qpq_domain::{IdentityKey, UnixMillis, Username};
 
 /// Somebody, as far as we know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,16 +29,27 @@ pub enum Standing {
     Confirmed,
     /// The directory gives this key another name, or knows no such key: the name is a false claim.
     Refuted,
+    /// The directory gives the name to this key now, and it was confirmed for another key before:
+    /// the person has a new key, or the directory lies. Nothing is sent to it until
+    /// [`Messenger::accept_new_identity`](super::Messenger::accept_new_identity).
+    NewKey,
 }
 
 impl fmt::Display for Person {
-    /// The name; one that cannot be relied on is followed by a question mark or, if it is false, by
-    /// the key.
+    /// The name. One that cannot be relied on is followed by a question mark or, if it is false, by
+    /// the key. One that could be taken for something else than a name (`you`, `*`, mixed scripts)
+    /// stands after an `@`, which is in no username, and with the key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.standing {
-            Standing::Own | Standing::Confirmed => self.username.fmt(f),
-            Standing::Claimed => write!(f, "{}?", self.username),
-            Standing::Refuted => write!(f, "{}!{:.8}", self.username, self.identity.to_string()),
+        let Self { identity, username, standing } = self;
+        if !username.is_plain() {
+            write!(f, "@{}", username.as_str().escape_debug())?;
+            return write!(f, " (key {:.8}…)", identity.to_string());
+        }
+        match standing {
+            Standing::Own | Standing::Confirmed => username.fmt(f),
+            Standing::Claimed => write!(f, "{username}?"),
+            Standing::Refuted => write!(f, "{username}!{:.8}", identity.to_string()),
+            Standing::NewKey => write!(f, "{username} (new key {:.8}…)", identity.to_string()),
         }
     }
 }
@@ -47,6 +58,8 @@ impl fmt::Display for Person {
 pub(crate) struct Known {
     pub(crate) username: Username,
     pub(crate) standing: Standing,
+    /// When the safety number with this key was compared.
+    pub(crate) compared_at: Option<UnixMillis>,
 }
 
 /// Everyone we know of.
@@ -56,18 +69,41 @@ pub(crate) struct People(BTreeMap<IdentityKey, Known>);
 impl People {
     /// Puts back what was saved, or notes what is known for certain.
     pub(crate) fn set(&mut self, identity: IdentityKey, username: Username, standing: Standing) {
-        self.0.insert(identity, Known { username, standing });
+        let compared_at = self.compared_at(&identity).filter(|_| standing == Standing::Confirmed);
+        self.0.insert(identity, Known { username, standing, compared_at });
+    }
+
+    /// Notes the directory's word that `username` is the name of this key. Returns the standing:
+    /// [`Standing::NewKey`] if the name was confirmed for another key.
+    pub(crate) fn judge(&mut self, identity: IdentityKey, username: Username) -> Standing {
+        let standing = match self.confirmed(&username) {
+            Some(known) if known != identity => Standing::NewKey,
+            _ => Standing::Confirmed,
+        };
+        self.set(identity, username, standing);
+        standing
+    }
+
+    /// Notes that the safety number with this key was compared.
+    pub(crate) fn set_compared(&mut self, identity: &IdentityKey, at: UnixMillis) {
+        if let Some(known) = self.0.get_mut(identity) {
+            known.compared_at = Some(at);
+        }
+    }
+
+    /// Returns when the safety number with this key was compared, if it was.
+    pub(crate) fn compared_at(&self, identity: &IdentityKey) -> Option<UnixMillis> {
+        self.0.get(identity)?.compared_at
     }
 
     /// Notes a claim, unless something better is known. A second, different claim is asked about
     /// anew.
     pub(crate) fn claim(&mut self, identity: IdentityKey, username: &Username) {
-        let known = self
-            .0
-            .entry(identity)
-            .or_insert_with(|| Known { username: username.clone(), standing: Standing::Claimed });
+        let claimed =
+            || Known { username: username.clone(), standing: Standing::Claimed, compared_at: None };
+        let known = self.0.entry(identity).or_insert_with(claimed);
         if known.username != *username && known.standing != Standing::Own {
-            *known = Known { username: username.clone(), standing: Standing::Claimed };
+            *known = claimed();
         }
     }
 
@@ -91,7 +127,7 @@ impl People {
     /// The person behind a key. A key without any name shows its first digits.
     pub(crate) fn person(&self, identity: &IdentityKey) -> Person {
         match self.0.get(identity) {
-            Some(Known { username, standing }) => {
+            Some(Known { username, standing, .. }) => {
                 Person { identity: *identity, username: username.clone(), standing: *standing }
             }
             None => Person {
@@ -132,5 +168,46 @@ mod tests {
         people.set(key, eve, Standing::Refuted);
         assert_eq!(people.person(&key).to_string(), "eve!01010101");
         assert!(people.unchecked().is_empty());
+    }
+
+    #[test]
+    fn a_second_key_under_a_confirmed_name_never_passes_for_the_first() {
+        let mut people = People::default();
+        let alice = Username::parse("alice").unwrap();
+        let (old, new) = (IdentityKey::new([1; 32]), IdentityKey::new([2; 32]));
+        assert_eq!(people.judge(old, alice.clone()), Standing::Confirmed);
+        people.set_compared(&old, UnixMillis(5));
+        for _ in 0..2 {
+            assert_eq!(people.judge(new, alice.clone()), Standing::NewKey);
+            assert_eq!(people.person(&new).to_string(), "alice (new key 02020202…)");
+            people.claim(new, &alice);
+        }
+        assert_eq!(people.judge(old, alice.clone()), Standing::Confirmed);
+        assert_eq!(people.person(&old).to_string(), "alice");
+        assert_eq!(
+            (people.confirmed(&alice), people.compared_at(&old)),
+            (Some(old), Some(UnixMillis(5)))
+        );
+        // Accepted: what was compared was the other key.
+        people.set(old, alice.clone(), Standing::Refuted);
+        assert_eq!(people.judge(new, alice.clone()), Standing::Confirmed);
+        assert_eq!((people.compared_at(&old), people.compared_at(&new)), (None, None));
+    }
+
+    #[test]
+    fn a_name_that_could_be_something_else_is_shown_as_a_name_with_its_key() {
+        for (name, shown) in [
+            ("you", "@you (key 07070707…)"),
+            ("*", "@* (key 07070707…)"),
+            ("\u{301}", "@\\u{301} (key 07070707…)"),
+            ("bob?", "@bob? (key 07070707…)"),
+            ("al\u{456}ce", "@al\u{456}ce (key 07070707…)"),
+            ("Алиса", "алиса"),
+        ] {
+            let username = Username::parse(name).unwrap();
+            let identity = IdentityKey::new([7; 32]);
+            let person = Person { identity, username, standing: Standing::Confirmed };
+            assert_eq!(person.to_string(), shown);
+        }
     }
 }

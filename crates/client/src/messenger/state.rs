@@ -73,6 +73,7 @@ impl State {
                     identity: identity.as_bytes().to_vec(),
                     username: known.username.as_str().to_owned(),
                     standing: standing_code(known.standing),
+                    compared_at: known.compared_at.map(|at| at.0),
                 })
                 .collect(),
             next_entry: self.log.next().0,
@@ -111,7 +112,11 @@ impl State {
         state.log.skip_to(EntryId(saved.next_entry));
         for person in &saved.people {
             let username = Username::parse(&person.username).map_err(Corrupt::new)?;
-            state.people.set(key(&person.identity)?, username, standing(person.standing)?);
+            let identity = key(&person.identity)?;
+            state.people.set(identity, username, standing(person.standing)?);
+            if let Some(at) = person.compared_at {
+                state.people.set_compared(&identity, UnixMillis(at));
+            }
         }
         Ok(state)
     }
@@ -153,6 +158,8 @@ struct SavedPerson {
     username: String,
     #[prost(uint32, tag = "3")]
     standing: u32,
+    #[prost(uint64, optional, tag = "4")]
+    compared_at: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -244,6 +251,7 @@ impl SavedEntry {
             Event::Missing { first, last } => (7, "", &[], vec![first.0, last.0]),
             Event::NameRefuted { person, claimed } => (8, claimed.as_str(), &[*person], vec![]),
             Event::Undeliverable { to, reason } => (9, reason, &[*to], vec![]),
+            Event::NewKey { person } => (20, "", &[*person], vec![]),
         };
         self.kind = kind;
         text.clone_into(&mut self.text);
@@ -285,6 +293,7 @@ impl SavedEntry {
                 claimed: Username::parse(&text).map_err(Corrupt::new)?,
             },
             (9, &[to], []) => Event::Undeliverable { to, reason: text },
+            (20, &[person], []) => Event::NewKey { person },
             _ => return Err(Corrupt::new("an entry of a kind that this version does not know")),
         })
     }
@@ -315,11 +324,13 @@ const fn standing_code(standing: Standing) -> u32 {
         Standing::Claimed => 1,
         Standing::Confirmed => 2,
         Standing::Refuted => 3,
+        Standing::NewKey => 4,
     }
 }
 
 fn standing(code: u32) -> Result<Standing, Corrupt> {
-    [Standing::Own, Standing::Claimed, Standing::Confirmed, Standing::Refuted]
+    use Standing::{Claimed, Confirmed, NewKey, Own, Refuted};
+    [Own, Claimed, Confirmed, Refuted, NewKey]
         .into_iter()
         .find(|standing| standing_code(*standing) == code)
         .ok_or_else(|| Corrupt::new("an unknown standing"))
@@ -349,7 +360,12 @@ mod tests {
             Event::Missing { first: Seq(3), last: Seq(4) },
             Event::NameRefuted { person: peer, claimed: eve },
             Event::Undeliverable { to: peer, reason: "gone".into() },
+            Event::NewKey { person: peer },
         ];
+        let other = IdentityKey::new([9; 32]);
+        state.people.judge(other, Username::parse("bob").unwrap());
+        state.people.set_compared(&other, UnixMillis(6));
+        state.people.judge(IdentityKey::new([10; 32]), Username::parse("bob").unwrap());
         let places = [None, Some(ConversationId::Direct(peer)), Some(ConversationId::Group(group))];
         for (event, place) in events.into_iter().zip(places.into_iter().cycle()) {
             state.log.push(place, at, event);

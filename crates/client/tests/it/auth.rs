@@ -1,6 +1,15 @@
 //! Registration, login, sessions.
 
-use qpq_client::{AuthError, CallError, Identity, LogoutScope, Password, Status, methods, v1};
+use qpq_client::{
+    AuthError, CallError, Client, Error, Identity, LogoutScope, Password, Status, methods, v1,
+};
+
+use opaque_ke::{
+    CipherSuite, ClientRegistration, ClientRegistrationFinishParameters, RegistrationResponse,
+    Ristretto255, TripleDh,
+};
+use qpq_client::{IdentityKey, Messenger, Options, Trust};
+use rand::rngs::OsRng;
 
 use crate::harness::{Server, password, username};
 
@@ -79,4 +88,88 @@ async fn a_call_without_a_session_is_refused_with_a_code() {
     let CallError::Server(error) = refused else { panic!("{refused:?}") };
     assert_eq!(error.status, Status::Unauthorized);
     assert!(error.code.starts_with("auth."), "{error:?}");
+}
+
+/// `ä` as one character and as two.
+const COMPOSED: &str = "k\u{e4}se und brot";
+const DECOMPOSED: &str = "ka\u{308}se und brot";
+
+#[tokio::test]
+async fn a_password_is_the_same_however_its_characters_are_composed() {
+    let server = Server::start().await;
+    for (name, registered, typed) in
+        [("alice", COMPOSED, DECOMPOSED), ("bob", DECOMPOSED, COMPOSED)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Options::new(server.addr.to_string(), Trust::Pinned(server.fingerprint));
+        let (password, name) = (Password::from(registered), username(name));
+        let registering = Messenger::register(dir.path(), options, &name, &password, None);
+        registering.await.unwrap().client().close().await;
+        // The login and the key of the profile both.
+        for password in [typed, registered] {
+            Messenger::unlock(dir.path(), &Password::from(password)).await.unwrap();
+        }
+        let refused = Messenger::unlock(dir.path(), &Password::from("kase und brot")).await;
+        assert!(matches!(refused, Err(Error::Auth(AuthError::WrongPassword))));
+    }
+}
+
+struct Suite;
+
+impl CipherSuite for Suite {
+    type OprfCs = Ristretto255;
+    type KeyExchange = TripleDh<Ristretto255, sha2::Sha512>;
+    type Ksf = argon2::Argon2<'static>;
+}
+
+/// Registers with the password as typed, as clients did before they prepared passwords.
+async fn register_as_typed(client: &Client, name: &str, password: &str) {
+    let started = ClientRegistration::<Suite>::start(&mut OsRng, password.as_bytes()).unwrap();
+    let request = v1::OpaqueRegisterStartRequest {
+        username: name.into(),
+        request: started.message.serialize().to_vec().into(),
+    };
+    let answer = client.call::<methods::OpaqueRegisterStart>(request).await.unwrap();
+    let finished = started
+        .state
+        .finish(
+            &mut OsRng,
+            password.as_bytes(),
+            RegistrationResponse::deserialize(&answer.response).unwrap(),
+            ClientRegistrationFinishParameters::default(),
+        )
+        .unwrap();
+    let upload = finished.message.serialize().to_vec();
+    let identity = Identity::generate();
+    let message = IdentityKey::registration_message(&username(name), &upload);
+    let request = v1::OpaqueRegisterFinishRequest {
+        username: name.into(),
+        upload: upload.into(),
+        identity_key: identity.public().as_bytes().to_vec().into(),
+        identity_proof: identity.sign(&message).to_vec().into(),
+        ..Default::default()
+    };
+    client.call::<methods::OpaqueRegisterFinish>(request).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_account_registered_with_the_password_as_typed_still_logs_in() {
+    let server = Server::start().await;
+    let client = server.client();
+    for (name, typed) in [("alice", DECOMPOSED), ("bob", "with\ttab")] {
+        register_as_typed(&client, name, typed).await;
+        client.login(&username(name), &Password::from(typed)).await.unwrap();
+        let refused = client.login(&username(name), &Password::from(COMPOSED)).await.unwrap_err();
+        assert!(matches!(refused, AuthError::WrongPassword), "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_password_with_control_characters_is_refused_at_registration() {
+    let server = Server::start().await;
+    let registering = server.client();
+    let registered = registering
+        .register(&username("alice"), &Password::from("a\tb"), &Identity::generate(), None)
+        .await;
+    assert!(matches!(registered, Err(AuthError::PasswordRefused)), "{registered:?}");
 }

@@ -125,6 +125,7 @@ pub(crate) fn line(entry: &Entry) -> String {
         Event::Unreadable { reason } => format!("unreadable: {reason}"),
         Event::Missing { first, last } => format!("missing {}-{}", first.0, last.0),
         Event::NameRefuted { claimed, .. } => format!("not {claimed}"),
+        Event::NewKey { person } => person.to_string(),
         Event::Undeliverable { to, reason } => format!("undeliverable to {to}: {reason}"),
     }
 }

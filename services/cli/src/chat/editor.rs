@@ -1,6 +1,5 @@
 //! The line being typed, on a thread of its own, and the printer that puts other lines above it.
 
-use qpq_client::Username;
 use rustyline::{Config, DefaultEditor, ExternalPrinter, error::ReadlineError};
 use tokio::sync::mpsc;
 
@@ -82,14 +81,12 @@ impl Typed {
     }
 }
 
-pub(super) fn help(user: &Username) -> String {
-    format!(
-        "/help    this list\n\
-         /safety  the number by which you and {user} know that nobody stands between you\n\
-         /quit    leave (also Ctrl-D)\n\
-         //text   send a text that begins with a slash"
-    )
-}
+/// What `/help` shows.
+pub(super) const HELP: &str = "\
+/help    this list
+/safety  the number by which you and the other know that nobody stands between you
+/quit    leave (also Ctrl-D)
+//text   send a text that begins with a slash";
 
 #[cfg(test)]
 mod tests {

@@ -44,7 +44,7 @@ pub(super) async fn run(chat: &Chat<'_>) -> Result<(), Fault> {
     };
     screen.dim(format_args!(
         "Chat with {}, encrypted end to end. /help lists commands, /quit leaves.",
-        chat.user
+        text::line(&chat.name)
     ));
     screen.show(&recent).await?;
     screen.run().await
@@ -110,13 +110,16 @@ impl Screen<'_> {
         match typed {
             Typed::Nothing | Typed::Quit => {}
             Typed::Text(text) => self.sender.send(text),
-            Typed::Help => self.editor.print(&editor::help(self.chat.user)),
-            Typed::Safety => {
-                if let ConversationId::Direct(peer) = self.chat.conversation {
+            Typed::Help => self.editor.print(editor::HELP),
+            Typed::Safety => match self.chat.conversation {
+                ConversationId::Direct(peer) => {
                     let number = safety_number(&self.chat.messenger.profile().identity, &peer);
                     self.editor.print(&number);
                 }
-            }
+                ConversationId::Group(_) => {
+                    self.dim("A group has no safety number; each of its members has one.");
+                }
+            },
             Typed::Unknown(command) => {
                 let command = text::line(&command).to_string();
                 self.dim(format_args!(

@@ -17,12 +17,13 @@ use std::{
     time::Duration,
 };
 
-use qpq_client::{ConversationId, Delivery, Entry, EntryId, Error, Messenger, Username};
+use qpq_client::{ConversationId, Delivery, Entry, EntryId, Error, Messenger};
 use qpq_ports::{Clock as _, SystemClock};
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
 use crate::{
-    commands::opened,
+    args::Recipient,
+    commands::{message, opened},
     compose::Context,
     entry::{GroupNames, Place, Shown},
     fault::Fault,
@@ -34,33 +35,42 @@ struct Chat<'a> {
     context: &'a Context,
     messenger: &'a Messenger,
     conversation: ConversationId,
-    user: &'a Username,
+    /// The user or the group.
+    name: String,
     groups: GroupNames,
 }
 
-pub(crate) async fn dm(context: &Context, user: &Username, linger: u64) -> Result<(), Fault> {
+pub(crate) async fn dm(context: &Context, to: &Recipient, linger: u64) -> Result<(), Fault> {
     let at_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
-    let is_interactive = at_terminal && context.output.format == Format::Human;
-    opened::with(context, async |messenger| {
-        // So that a conversation is gone on with which the other has begun. A person does not wait
-        // for what is still to be sent: it goes out while they read.
-        let news = async {
-            if is_interactive {
-                messenger.catch_up().await
-            } else {
-                messenger.receive().await.map(drop)
-            }
-        };
-        context.progress.during("looking for news", Box::pin(news)).await?;
-        let conversation = messenger.conversation_with(user).await?;
-        let chat = Chat { context, messenger, conversation, user, groups: GroupNames::default() };
-        if is_interactive {
+    if at_terminal && context.output.format == Format::Human {
+        return opened::with(context, async |messenger| {
+            // So that a conversation is gone on with which the other has begun. A person does not
+            // wait for what is still to be sent: it goes out while they read.
+            context.progress.during("looking for news", Box::pin(messenger.catch_up())).await?;
+            let chat = Chat::new(context, messenger, to, None).await?;
             Box::pin(interactive::run(&chat)).await
-        } else {
-            Box::pin(piped::run(&chat, linger)).await
-        }
+        })
+        .await;
+    }
+    opened::to_send(context, async |messenger, unreachable| {
+        let chat = Chat::new(context, messenger, to, unreachable.as_ref()).await?;
+        Box::pin(piped::run(&chat, linger)).await
     })
     .await
+    .map_err(message::unsaved)
+}
+
+impl<'a> Chat<'a> {
+    async fn new(
+        context: &'a Context,
+        messenger: &'a Messenger,
+        to: &Recipient,
+        unreachable: Option<&Fault>,
+    ) -> Result<Self, Fault> {
+        let (conversation, name) = message::resolve(messenger, to, unreachable).await?;
+        let groups = GroupNames::of(&messenger.conversations().await?);
+        Ok(Self { context, messenger, conversation, name, groups })
+    }
 }
 
 impl Chat<'_> {

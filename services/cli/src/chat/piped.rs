@@ -15,6 +15,7 @@ use crate::{
     commands::message,
     fault::{Exit, Fault},
     output::{Report, Style},
+    text,
 };
 
 /// What programs are told of a line of theirs.
@@ -95,7 +96,7 @@ impl Script<'_> {
             }
             Progress::Tried { delivery: Delivery::Queued, why, .. } => message::queued(why),
             Progress::Tried { delivery: Delivery::Failed, .. } => {
-                let message = format!("not delivered to {}", self.chat.user);
+                let message = format!("not delivered to {}", text::line(&self.chat.name));
                 Fault::new(Exit::Failure, "client.not_delivered", message)
             }
             Progress::Unsaved { why, .. } => why,

@@ -1,16 +1,21 @@
 //! The account: register, login, logout, whoami.
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    time::Duration,
+};
 
 use qpq_client::{
     CallError, Client, Error, Fingerprint, LogoutScope, Messenger, Options, Profile, ProfileError,
     ProfileStatus, Trust, Username, fingerprint, methods, v1,
 };
+use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
 
 use super::opened::{self, connect};
 use crate::{
     compose::Context,
+    entry::span,
     fault::{Exit, Fault},
     output::{Report, Style},
     text,
@@ -29,6 +34,10 @@ struct LoggedIn {
     identity: String,
     /// Whether other commands need no password now.
     unlocked: bool,
+    /// How far this machine's clock is ahead of the server's; negative if it is behind. Only after a
+    /// registration, and only if it is wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clock_difference_ms: Option<i64>,
     #[serde(skip)]
     is_pinned_now: bool,
 }
@@ -49,6 +58,15 @@ impl Report for LoggedIn {
                 "The server's fingerprint is pinned from now on; compare it with what the server printed:"
             )?;
             writeln!(out, "  {server_fingerprint}")?;
+        }
+        if let Some(difference) = self.clock_difference_ms {
+            let span = span(Duration::from_millis(difference.unsigned_abs()));
+            let side = if difference < 0 { "behind" } else { "ahead of" };
+            writeln!(
+                out,
+                "This machine's clock is {span} {side} the server's. Until it is right, others cannot"
+            )?;
+            writeln!(out, "write to you first. Set it, then run `qpq recv`.")?;
         }
         if !self.unlocked {
             writeln!(
@@ -78,7 +96,7 @@ pub(crate) async fn register(context: &Context, username: &Username) -> Result<(
     let registering = Box::pin(Messenger::register(&dir, options, username, &password, None));
     let messenger = context.progress.during("registering", registering).await?;
     let reported = report(context, "registered", &messenger, is_pinned_now).await;
-    messenger.client().close().await;
+    opened::close(messenger).await;
     reported
 }
 
@@ -97,7 +115,7 @@ pub(crate) async fn login(context: &Context) -> Result<(), Fault> {
     };
     let messenger = context.progress.during("logging in", Box::pin(unlocking)).await?;
     let reported = report(context, "logged_in", &messenger, false).await;
-    messenger.client().close().await;
+    opened::close(messenger).await;
     reported
 }
 
@@ -116,6 +134,10 @@ async fn report(
     messenger: &Messenger,
     is_pinned_now: bool,
 ) -> Result<(), Fault> {
+    let clock_difference_ms = match event {
+        "registered" => clock_difference(messenger).await,
+        _ => None,
+    };
     let kept = context.keyring.put(&context.dir(), &messenger.vault_key().await)?;
     let profile = messenger.profile();
     context.output.report(&LoggedIn {
@@ -126,8 +148,21 @@ async fn report(
         server_fingerprint: connect(messenger.client()).await?.to_string(),
         identity: profile.identity.to_string(),
         unlocked: kept == Kept::Yes,
+        clock_difference_ms,
         is_pinned_now,
     })
+}
+
+/// A smaller difference between two clocks than this is of no consequence.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(5 * 60);
+
+/// How far this machine's clock is ahead of the server's, if that matters. The account was
+/// registered just now, so the server's time of that is the server's time.
+async fn clock_difference(messenger: &Messenger) -> Option<i64> {
+    let (server, here) = (messenger.registered_at().await.ok()?, SystemClock.now());
+    let difference = i128::from(here.0) - i128::from(server.0);
+    let matters = difference.unsigned_abs() > CLOCK_TOLERANCE.as_millis();
+    i64::try_from(difference).ok().filter(|_| matters || messenger.are_keys_refused())
 }
 
 fn exists(context: &Context) -> Fault {

@@ -48,7 +48,10 @@ pub(crate) async fn create(
     name: &str,
     members: &[Username],
 ) -> Result<(), Fault> {
-    opened::with_news(context, async |messenger| {
+    opened::to_send(context, async |messenger, unreachable| {
+        if let Some(fault) = unreachable {
+            return Err(fault);
+        }
         // A name that nobody has is found before there is a group.
         for member in members {
             messenger.conversation_with(member).await?;
@@ -113,9 +116,9 @@ pub(crate) async fn send(
     given: Option<String>,
 ) -> Result<(), Fault> {
     let body = message::body(context, given).await?;
-    opened::with_news(context, async |messenger| {
+    opened::to_send(context, async |messenger, unreachable| {
         let (id, name) = find(&messenger.conversations().await?, group)?;
-        message::deliver(context, messenger, id, &name, &body).await
+        message::deliver(context, messenger, id, &name, &body, unreachable).await
     })
     .await
     .map_err(message::unsaved)

@@ -3,7 +3,9 @@
 
 use std::io::{self, Write};
 
-use qpq_client::{Error, Messenger, MlsError, Username, fingerprint, methods, safety_number, v1};
+use qpq_client::{
+    Error, Messenger, MlsError, UnixMillis, Username, fingerprint, methods, safety_number, v1,
+};
 use serde::Serialize;
 
 use super::opened;
@@ -11,6 +13,7 @@ use crate::{
     compose::Context,
     fault::Fault,
     output::{Report, Style},
+    text,
 };
 
 #[derive(Debug, Serialize)]
@@ -40,22 +43,33 @@ struct Comparison {
     username: String,
     identity: String,
     safety_number: String,
+    /// When it was compared (`--verified`); null if it was not.
+    compared_at: Option<u64>,
 }
 
 impl Report for Comparison {
     fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
-        let Self { username, identity, safety_number } = self;
+        let Self { username, identity, safety_number, compared_at } = self;
         writeln!(out, "Safety number with {} ({identity:.16}…):", style.bold(username))?;
-        let groups: Vec<_> = safety_number.split(' ').collect();
-        for row in groups.chunks(4) {
-            writeln!(out, "  {}", row.join(" "))?;
+        for row in rows(safety_number) {
+            writeln!(out, "  {row}")?;
+        }
+        if let Some(at) = compared_at {
+            return writeln!(out, "Compared on {}.", text::utc(UnixMillis(*at)));
         }
         writeln!(
             out,
             "It must be the same where {username} runs `qpq keys` with your name. If it is not,"
         )?;
-        writeln!(out, "somebody stands between you: do not trust the server.")
+        writeln!(out, "somebody stands between you: do not trust the server.")?;
+        writeln!(out, "If it is, note that with `qpq keys {username} --verified`.")
     }
+}
+
+/// The lines in which a safety number is shown.
+fn rows(safety_number: &str) -> Vec<String> {
+    let groups: Vec<_> = safety_number.split(' ').collect();
+    groups.chunks(4).map(|row| row.join(" ")).collect()
 }
 
 /// What to do about a key of somebody that has changed.
@@ -65,14 +79,22 @@ pub(crate) enum Changed {
     Accept,
 }
 
+/// Whether the safety number is said to have been compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compared {
+    AsNoted,
+    Now,
+}
+
 pub(crate) async fn show(
     context: &Context,
     user: Option<&Username>,
     changed: Changed,
+    compared: Compared,
 ) -> Result<(), Fault> {
     opened::with(context, async |messenger| match user {
         None => context.output.report(&own(messenger).await?),
-        Some(user) => context.output.report(&compare(messenger, user, changed).await?),
+        Some(user) => context.output.report(&compare(messenger, user, changed, compared).await?),
     })
     .await
 }
@@ -94,19 +116,43 @@ async fn compare(
     messenger: &Messenger,
     user: &Username,
     changed: Changed,
-) -> Result<Comparison, Error> {
-    let person = match (messenger.resolve(user).await, changed) {
-        (Err(Error::IdentityChanged { .. }), Changed::Accept) => {
+    compared: Compared,
+) -> Result<Comparison, Fault> {
+    let me = messenger.profile().identity;
+    let person = match messenger.resolve(user).await {
+        Err(Error::IdentityChanged { .. }) if changed == Changed::Accept => {
             messenger.accept_new_identity(user).await?
         }
-        (resolved, _) => resolved?,
+        Err(error) => return Err(refused(messenger, user, error).await?),
+        Ok(person) => person,
     };
-    if person.identity == messenger.profile().identity {
-        return Err(MlsError::Yourself.into());
+    if person.identity == me {
+        return Err(Error::from(MlsError::Yourself).into());
     }
+    let compared_at = match compared {
+        Compared::Now => Some(messenger.mark_compared(user).await?),
+        Compared::AsNoted => messenger.compared_at(&person.identity).await?,
+    };
     Ok(Comparison {
         username: person.username.to_string(),
         identity: person.identity.to_string(),
-        safety_number: safety_number(&messenger.profile().identity, &person.identity),
+        safety_number: safety_number(&me, &person.identity),
+        compared_at: compared_at.map(|at| at.0),
     })
+}
+
+/// What keeps the safety number from being shown. Of a new key, the number is in the hint: it has to
+/// be compared before the key is accepted.
+async fn refused(messenger: &Messenger, user: &Username, error: Error) -> Result<Fault, Error> {
+    let Error::IdentityChanged { known, now, .. } = &error else { return Ok(error.into()) };
+    let was = match messenger.compared_at(known).await? {
+        Some(at) => format!("you compared the old one on {}", text::utc(at)),
+        None => "you never compared the old one".to_owned(),
+    };
+    let number = rows(&safety_number(&messenger.profile().identity, now)).join("\n       ");
+    let hint = format!(
+        "the safety number with the new key is\n       {number}\n     ({was}); if {user} confirms in \
+         person or by phone that it is theirs, run `qpq keys {user} --accept`"
+    );
+    Ok(Fault::from(error).hint(hint))
 }

@@ -10,7 +10,7 @@ use qpq_client::{
 };
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
     group::{self, matching},
@@ -45,9 +45,9 @@ pub(crate) async fn send(
     given: Option<String>,
 ) -> Result<(), Fault> {
     let body = body(context, given).await?;
-    opened::with_news(context, async |messenger| {
-        let (conversation, name) = resolve(messenger, to).await?;
-        deliver(context, messenger, conversation, &name, &body).await
+    opened::to_send(context, async |messenger, unreachable| {
+        let (conversation, name) = resolve(messenger, to, unreachable.as_ref()).await?;
+        deliver(context, messenger, conversation, &name, &body, unreachable).await
     })
     .await
     .map_err(unsaved)
@@ -68,8 +68,8 @@ pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<Str
                 .map_err(|error| Fault::io("standard input", &error))?
         }
     };
-    if text.ends_with('\n') {
-        text.pop();
+    if let Some(line) = text.strip_suffix('\n') {
+        text.truncate(line.strip_suffix('\r').unwrap_or(line).len());
     }
     if text.trim().is_empty() {
         return Err(Fault::usage("there is nothing to send")
@@ -78,14 +78,26 @@ pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<Str
     Ok(text)
 }
 
-/// Sends, and reports how it went.
+/// How long a message is prepared where the server is known to be out of reach.
+const OFFLINE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Sends, and reports how it went. Where the server is `unreachable`, the message is saved.
 pub(crate) async fn deliver(
     context: &Context,
     messenger: &Messenger,
     conversation: ConversationId,
     to: &str,
     body: &str,
+    unreachable: Option<Fault>,
 ) -> Result<(), Fault> {
+    if let Some(why) = unreachable {
+        // A first message needs the server for the key package of whom it is for.
+        return match timeout(OFFLINE_PATIENCE, messenger.queue(conversation, body)).await {
+            Ok(Ok(_)) => Err(queued(Some(why))),
+            Ok(Err(error)) if !opened::is_temporary(&error) => Err(error.into()),
+            Ok(Err(_)) | Err(_) => Err(why),
+        };
+    }
     let Sent { entry, outcome } =
         context.progress.during("sending", Box::pin(messenger.send(conversation, body))).await?;
     match outcome {
@@ -143,12 +155,16 @@ async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<
     ))
 }
 
-/// Who or which group is meant. A group that somebody else has named like a user must not receive
-/// what is meant for the user.
-async fn resolve(messenger: &Messenger, to: &Recipient) -> Result<(ConversationId, String), Fault> {
+/// The user or the group that is meant, and its name. A group that somebody else has named like a
+/// user must not receive what is meant for the user.
+pub(crate) async fn resolve(
+    messenger: &Messenger,
+    to: &Recipient,
+    unreachable: Option<&Fault>,
+) -> Result<(ConversationId, String), Fault> {
     let name = match to {
         Recipient::User(user) => {
-            return Ok((messenger.conversation_with(user).await?, user.to_string()));
+            return Ok((with_user(messenger, user, unreachable).await?, user.to_string()));
         }
         Recipient::Either(name) => name,
     };
@@ -161,21 +177,45 @@ async fn resolve(messenger: &Messenger, to: &Recipient) -> Result<(ConversationI
                 text::line(name)
             ))
         })?;
-        return Ok((messenger.conversation_with(&user).await?, user.to_string()));
+        return Ok((with_user(messenger, &user, unreachable).await?, user.to_string()));
     }
     let Ok(user) = user else { return group::find(&conversations, name) };
-    match messenger.resolve(&user).await {
-        Err(Error::NoSuchUser(_)) => group::find(&conversations, name),
-        Err(error) => Err(error.into()),
-        Ok(_) => Err(Fault::new(
-            Exit::Failure,
-            "client.ambiguous_recipient",
-            format_args!("{user} is a user, and you are in a group of that name"),
-        )
-        .hint(format!(
-            "write to the user with `qpq send @{user}`, to the group with `qpq group send {user}`"
-        ))),
+    let is_user = match (unreachable, messenger.known(&user).await?) {
+        (_, Some(_)) => true,
+        (Some(_), None) => false,
+        (None, None) => match messenger.resolve(&user).await {
+            Err(Error::NoSuchUser(_)) => false,
+            Err(error) => return Err(error.into()),
+            Ok(_) => true,
+        },
+    };
+    if !is_user {
+        return group::find(&conversations, name);
     }
+    Err(Fault::new(
+        Exit::Failure,
+        "client.ambiguous_recipient",
+        format_args!("{user} is a user, and you are in a group of that name"),
+    )
+    .hint(format!("name the user `@{user}`, or the group by the id that `qpq group list` shows")))
+}
+
+/// The conversation with a user. A user who is known is written to although the server cannot be
+/// asked about the name now.
+async fn with_user(
+    messenger: &Messenger,
+    user: &Username,
+    unreachable: Option<&Fault>,
+) -> Result<ConversationId, Fault> {
+    let why = match unreachable {
+        Some(why) => why.clone(),
+        None => match messenger.conversation_with(user).await {
+            Err(error) if opened::is_temporary(&error) => error.into(),
+            found => return Ok(found?),
+        },
+    };
+    let known = messenger.known(user).await?;
+    known.map(|person| ConversationId::Direct(person.identity)).ok_or(why)
 }
 
 pub(crate) async fn recv(

@@ -10,7 +10,7 @@ mod server;
 
 use clap::CommandFactory as _;
 
-use self::keys::Changed;
+use self::keys::{Changed, Compared};
 use crate::{
     args::{Cli, Command, GroupCommand},
     chat,
@@ -26,7 +26,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault
         Command::Logout { all } => account::logout(context, all).await,
         Command::Whoami => account::whoami(context).await,
         Command::Health => server::health(context).await,
-        Command::Dm { user, linger } => chat::dm(context, &user, linger).await,
+        Command::Dm { to, linger } => chat::dm(context, &to, linger).await,
         Command::Send { to, text } => message::send(context, &to, text).await,
         Command::Recv { follow, timeout } => message::recv(context, follow, timeout).await,
         Command::Group(GroupCommand::Create { name, members }) => {
@@ -40,9 +40,10 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault
         }
         Command::Group(GroupCommand::List) => group::list(context).await,
         Command::Group(GroupCommand::Members { group }) => group::members(context, &group).await,
-        Command::Keys { user, accept } => {
+        Command::Keys { user, verified, accept } => {
             let changed = if accept { Changed::Accept } else { Changed::Refuse };
-            keys::show(context, user.as_ref(), changed).await
+            let compared = if verified { Compared::Now } else { Compared::AsNoted };
+            keys::show(context, user.as_ref(), changed, compared).await
         }
         Command::Profiles => local::profiles(context),
         Command::Completions { shell } => {

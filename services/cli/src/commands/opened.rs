@@ -2,32 +2,36 @@
 
 use std::time::Duration;
 
-use qpq_client::{CallError, Client, ConnectionEvent, Error, Fingerprint, Messenger, Profile};
+use qpq_client::{
+    CallError, Client, ConnectionEvent, Error, Fingerprint, Messenger, Profile, methods, v1,
+};
+use qpq_ports::{Clock as _, SystemClock};
 use tokio::time::timeout;
 
 use crate::{
     compose::Context,
     fault::{Exit, Fault},
     password::Source,
+    text,
 };
 
 /// How long a command tries to reach the server. A person waits, so this is shorter than what the
 /// library allows.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a command that sends waits for the inbox to be read first.
+const NEWS_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Opens the chosen profile, connects, lets `work` work with it, and says goodbye to the server.
 pub(crate) async fn with<T>(
     context: &Context,
     work: impl AsyncFnOnce(&Messenger) -> Result<T, Fault>,
 ) -> Result<T, Fault> {
-    let messenger = Box::pin(context.progress.during("opening", open(context))).await?;
-    let connected = context.progress.during("connecting", connect(messenger.client())).await;
-    let done = match connected {
-        Ok(_) => work(&messenger).await,
-        Err(fault) => Err(fault),
-    };
-    messenger.client().close().await;
-    done
+    with_or_without_server(context, async |messenger, unreachable| match unreachable {
+        None => work(messenger).await,
+        Some(fault) => Err(fault),
+    })
+    .await
 }
 
 /// As [`with`], after what has come to the inbox was taken in: groups and conversations that others
@@ -43,6 +47,77 @@ pub(crate) async fn with_news<T>(
     .await
 }
 
+/// As [`with_news`], for commands that save what the server cannot take now. Where the inbox cannot
+/// be read in time, `work` runs without the news; where the server cannot be reached, with the
+/// reason for that.
+pub(crate) async fn to_send<T>(
+    context: &Context,
+    work: impl AsyncFnOnce(&Messenger, Option<Fault>) -> Result<T, Fault>,
+) -> Result<T, Fault> {
+    with_or_without_server(context, async |messenger, unreachable| {
+        if unreachable.is_none() {
+            // Dropped at any point, this loses nothing.
+            let news = timeout(NEWS_PATIENCE, Box::pin(messenger.receive()));
+            if let Ok(Err(error)) = context.progress.during("looking for news", news).await
+                && !is_temporary(&error)
+            {
+                return Err(error.into());
+            }
+        }
+        work(messenger, unreachable).await
+    })
+    .await
+}
+
+/// Returns whether the same may succeed later, without anybody changing anything.
+pub(crate) fn is_temporary(error: &Error) -> bool {
+    error.call().is_some_and(CallError::is_temporary)
+}
+
+async fn with_or_without_server<T>(
+    context: &Context,
+    work: impl AsyncFnOnce(&Messenger, Option<Fault>) -> Result<T, Fault>,
+) -> Result<T, Fault> {
+    let mut messenger = Box::pin(context.progress.during("opening", open(context))).await?;
+    let mut done = context.progress.during("connecting", connect(messenger.client())).await;
+    if done.is_ok() && has_ended(context, &messenger).await {
+        close(messenger).await;
+        messenger = Box::pin(context.progress.during("logging in", log_in(context))).await?;
+        done = connect(messenger.client()).await;
+    }
+    let done = match done {
+        Ok(_) => work(&messenger, None).await,
+        Err(fault) if fault.exit == Exit::Unreachable => work(&messenger, Some(fault)).await,
+        Err(fault) => Err(fault),
+    };
+    if messenger.are_keys_refused() {
+        context.output.note(format_args!(
+            "Note: the server refuses your key packages, so others may be unable to write to you first. \
+             Is this machine's clock right? It says {}.",
+            text::utc(SystemClock.now())
+        ));
+    }
+    close(messenger).await;
+    done
+}
+
+/// Returns whether the session has ended and the password is at hand for another one.
+async fn has_ended(context: &Context, messenger: &Messenger) -> bool {
+    if matches!(context.password, Source::Terminal) {
+        return false;
+    }
+    let count = v1::CountKeyPackagesRequest::default();
+    let counted = messenger.client().call::<methods::CountKeyPackages>(count).await;
+    counted.is_err_and(|error| error.is_unauthorized())
+}
+
+/// Says goodbye to the server. The profile is free for other commands before that.
+pub(crate) async fn close(messenger: Messenger) {
+    let client = messenger.client().clone();
+    drop(messenger);
+    client.close().await;
+}
+
 /// Opens the chosen profile with the key kept since the login or, if the password is at hand, with
 /// that.
 pub(crate) async fn open(context: &Context) -> Result<Messenger, Fault> {
@@ -54,8 +129,13 @@ pub(crate) async fn open(context: &Context) -> Result<Messenger, Fault> {
     if context.keyring.exists() && matches!(context.password, Source::Terminal) {
         return Err(Fault::not_logged_in());
     }
+    log_in(context).await
+}
+
+/// Opens the chosen profile with the password.
+async fn log_in(context: &Context) -> Result<Messenger, Fault> {
     let password = context.password.known().await?;
-    Ok(Box::pin(Messenger::unlock(&dir, &password)).await?)
+    Ok(Box::pin(Messenger::unlock(&context.dir(), &password)).await?)
 }
 
 /// Makes the connection, or says soon that it cannot be had.

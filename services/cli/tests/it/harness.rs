@@ -10,6 +10,7 @@ use std::{
 use qpq_runtime::{config::ListenOn, http::Http};
 use qpq_server::{Config, Running, compose};
 use serde_json::Value;
+use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
@@ -34,6 +35,11 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) async fn new() -> Self {
+        Self::with(|_| ()).await
+    }
+
+    /// With a configuration of its own.
+    pub(crate) async fn with(configure: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config {
             listen: ([127, 0, 0, 1], 0).into(),
@@ -42,6 +48,7 @@ impl World {
             ..Config::default()
         };
         config.limits.enabled = false;
+        configure(&mut config);
         let running = Box::pin(compose(&config)).await.unwrap();
         config.listen = running.local_addr().into();
         Self {
@@ -56,6 +63,14 @@ impl World {
 
     pub(crate) async fn stop(&mut self) {
         self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
+    }
+
+    /// Changes the database of a server that is stopped, as a server that lies would.
+    pub(crate) async fn sql(&self, statement: &'static str) {
+        let path = self.config.data_dir.join("qpq.db");
+        let mut connection = SqliteConnectOptions::new().filename(path).connect().await.unwrap();
+        sqlx::query(statement).execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
     }
 
     /// Starts again where it was.

@@ -8,5 +8,6 @@ mod docs;
 mod group;
 mod harness;
 mod message;
+mod reports;
 mod terminal;
 mod trouble;
