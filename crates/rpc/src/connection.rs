@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use qpq_domain::{AccountId, IdentityKey, TokenHash, UnixMillis, Username};
+use qpq_domain::{AccountId, IdentityKey, StoreId, TokenHash, UnixMillis, Username};
 use tokio::task::AbortHandle;
 
 use crate::{answers::Budget, opaque::PendingLogin};
@@ -42,6 +42,8 @@ struct State {
     session: Option<TokenHash>,
     pending: Vec<Pending>,
     subscription: Option<AbortHandle>,
+    /// The history of the messages that were shown last, and left in the inbox.
+    shown_in: Option<StoreId>,
     closed: bool,
 }
 
@@ -98,6 +100,24 @@ impl Connection {
         let mut state = self.state.lock();
         if state.session.as_ref() == Some(token) {
             state.session = None;
+        }
+    }
+
+    /// Notes the history of messages that are shown to be acknowledged later.
+    pub(crate) fn shows(&self, store_id: StoreId) {
+        self.state.lock().shown_in = Some(store_id);
+    }
+
+    /// The history that seqs in an ack belong to, as far as this connection knows.
+    pub(crate) fn shown_in(&self) -> Option<StoreId> {
+        self.state.lock().shown_in
+    }
+
+    /// Forgets the history of what was shown, if it is still `store_id`.
+    pub(crate) fn forget_shown(&self, store_id: StoreId) {
+        let mut state = self.state.lock();
+        if state.shown_in == Some(store_id) {
+            state.shown_in = None;
         }
     }
 

@@ -14,10 +14,13 @@ use crate::{
     postgres::{self, Database, Repeat},
     redis::{
         Redis,
-        queue::{Found, Look, Queued, State},
+        queue::{Accept, Found, Look, Queued, State},
     },
     time::Time,
 };
+
+/// Any history.
+const STORE: StoreId = StoreId::new([0; 16]);
 
 /// What a floor came to.
 #[derive(Clone, Copy, Debug)]
@@ -111,16 +114,12 @@ pub async fn pushes(
                     load_empty(
                         &redis,
                         inbox,
-                        State {
-                            store_id: StoreId::new([0; 16]),
-                            head: messages,
-                            removals: messages,
-                        },
+                        State { store_id: STORE, head: messages, removals: messages },
                     )
                     .await?;
                 }
                 messages += 1;
-                redis.push(&inbox, &[queued(messages, payload)]).await?;
+                redis.push(&inbox, &STORE, &[queued(messages, payload)]).await?;
             }
             Ok(messages)
         });
@@ -135,6 +134,7 @@ async fn load_empty(redis: &Redis, inbox: IdentityKey, state: State) -> StoreRes
     let look = Look {
         read: &read,
         state,
+        accept: Accept::AtLeast,
         after: Seq::ZERO,
         limit,
         now: UnixMillis::default(),
@@ -143,7 +143,7 @@ async fn load_empty(redis: &Redis, inbox: IdentityKey, state: State) -> StoreRes
     };
     match redis.read(look).await? {
         Found::NotLoaded(permit) => redis.load(&inbox, permit, state, &[]).await,
-        Found::Page(_) => Ok(()),
+        Found::Ahead(_) | Found::Page(_) => Ok(()),
     }
 }
 

@@ -16,6 +16,7 @@
 //! | `qpq_redis_breaker_open` | gauge | 0 or 1 | whether Redis does not answer and is not asked |
 //! | `qpq_redis_skipped_total` | counter | calls | scripts and commands that were not tried because Redis does not answer |
 //! | `qpq_hot_reads_total{from}` | counter | reads | reads by what answered them: `redis`, `reloaded`, `postgres` |
+//! | `qpq_lost_queues_total` | counter | queues | queues in Redis that had what Postgres had lost though its history was the same: it was restored without `qpq-admin restore` |
 //! | `qpq_leases` | gauge | leases | messages of this edge on their way to a client, by page |
 //! | `qpq_waiters` | gauge | subscriptions | calls and subscriptions of this edge that wait for an inbox |
 //! | `qpq_wakes_total{way}` | counter | wakes | inboxes that were woken: `local`, `sent`, `received`, `found` by looking |
@@ -40,6 +41,7 @@ pub(crate) const REDIS_ERRORS: &str = "qpq_redis_errors_total";
 pub(crate) const REDIS_BREAKER: &str = "qpq_redis_breaker_open";
 pub(crate) const REDIS_SKIPPED: &str = "qpq_redis_skipped_total";
 pub(crate) const HOT_READS: &str = "qpq_hot_reads_total";
+pub(crate) const LOST_QUEUES: &str = "qpq_lost_queues_total";
 pub(crate) const LEASES: &str = "qpq_leases";
 pub(crate) const WAITERS: &str = "qpq_waiters";
 pub(crate) const WAKES: &str = "qpq_wakes_total";
@@ -94,6 +96,11 @@ pub(crate) fn describe() {
         "Scripts and commands that were not tried because Redis does not answer"
     );
     describe_counter!(HOT_READS, Count, "Reads by what answered them");
+    describe_counter!(
+        LOST_QUEUES,
+        Count,
+        "Queues in Redis that had what Postgres had lost though its history was the same: it was restored without `qpq-admin restore`"
+    );
     describe_gauge!(LEASES, Count, "Pages of this edge on their way to a client");
     describe_gauge!(WAITERS, Count, "Calls and subscriptions of this edge that wait for an inbox");
     describe_counter!(WAKES, Count, "Inboxes that were woken, by the way the word took");
@@ -116,7 +123,8 @@ pub(crate) fn describe() {
         "Calls that could not be counted against their budget"
     );
     // From the start at zero, so that a rate sees the first.
-    for name in [BUS_DROPPED, HISTORIES, LIMIT_FAILURES, REDIS_SKIPPED, SWEEPS_SHRUNK] {
+    for name in [BUS_DROPPED, HISTORIES, LOST_QUEUES, LIMIT_FAILURES, REDIS_SKIPPED, SWEEPS_SHRUNK]
+    {
         metrics::counter!(name).increment(0);
     }
     for name in [ENQUEUE_QUEUE, LEASES, REDIS_BREAKER, WAITERS] {

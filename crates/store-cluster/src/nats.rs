@@ -35,13 +35,16 @@ const GONE: Duration = Duration::from_secs(7);
 /// What a slow listener may be behind.
 const HEARD: usize = 4_096;
 
+/// What the id of an edge begins with that understands tagged wakes.
+const TAGGED: &str = "2-";
+
 /// One edge, from its start to its end.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct EdgeId(pub(crate) Arc<str>);
 
 impl EdgeId {
     pub(crate) fn random() -> Self {
-        Self(format!("{:016x}", rand::random::<u64>()).into())
+        Self(format!("{TAGGED}{:016x}", rand::random::<u64>()).into())
     }
 }
 
@@ -237,8 +240,11 @@ impl Subjects {
     }
 }
 
-/// First bytes of what goes to all edges.
+/// First byte of a message: its version and its kind, in one. An edge that does not know it ignores
+/// the message.
 mod tag {
+    /// Inboxes to look at, to one edge.
+    pub(super) const WAKES: u8 = b'W';
     pub(super) const ALIVE: u8 = b'A';
     pub(super) const SESSION_ENDED: u8 = b'S';
     pub(super) const SESSIONS_ENDED: u8 = b'E';
@@ -262,7 +268,8 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
         for word in words.drain(..) {
             match word {
                 Say::Wake(edge, inbox) => {
-                    wakes.entry(edge).or_default().put_slice(inbox.as_bytes())
+                    let to = wakes.entry(edge).or_insert_with_key(|edge| untold(edge));
+                    to.put_slice(inbox.as_bytes());
                 }
                 Say::SessionEnded(token) => {
                     let word = [&[tag::SESSION_ENDED][..], token.as_bytes()].concat();
@@ -289,6 +296,24 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
             send(&client, subjects.of(&edge), inboxes.freeze(), count).await;
         }
     }
+}
+
+/// A message to an edge that names no inbox yet. One of the release before wants no tag.
+fn untold(edge: &str) -> BytesMut {
+    let tag: &[u8] = if edge.starts_with(TAGGED) { &[tag::WAKES] } else { &[] };
+    BytesMut::from(tag)
+}
+
+/// Returns the inboxes that a message to this edge names: whole keys, after the tag unless the
+/// message is of the release before.
+fn inboxes(message: &[u8]) -> impl Iterator<Item = IdentityKey> {
+    let keys = match message.split_first() {
+        Some((&tag::WAKES, keys)) if keys.len() % IdentityKey::LEN == 0 => keys,
+        _ if message.len() % IdentityKey::LEN == 0 => message,
+        // Of a newer release.
+        _ => &[],
+    };
+    keys.chunks_exact(IdentityKey::LEN).filter_map(|key| key.try_into().ok())
 }
 
 /// While NATS is away its client takes a few thousand messages and then none, for ever: hence the
@@ -346,9 +371,7 @@ async fn listen(
         let Some(message) = message else { return };
         let payload = message.payload;
         if !to_all {
-            for inbox in
-                payload.chunks_exact(IdentityKey::LEN).filter_map(|key| key.try_into().ok())
-            {
+            for inbox in inboxes(&payload) {
                 // Nobody to tell is no error.
                 let _ = heard.send(Heard::Wake(inbox));
             }
@@ -372,5 +395,23 @@ async fn listen(
             _ => continue,
         };
         let _ = heard.send(word);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wakes_are_read_from_edges_of_either_release_and_from_no_other() {
+        let keys = [IdentityKey::new([b'W'; 32]), IdentityKey::new([2; 32])];
+        for to in [&*EdgeId::random().0, "0123456789abcdef"] {
+            let mut message = untold(to);
+            keys.iter().for_each(|key| message.put_slice(key.as_bytes()));
+            assert_eq!(inboxes(&message).collect::<Vec<_>>(), keys, "to {to}");
+        }
+        for unknown in [&[b'X'; 33][..], &[b'W'; 34], b"W"] {
+            assert_eq!(inboxes(unknown).count(), 0);
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream};
 use parking_lot::Mutex;
-use qpq_domain::{IdentityKey, Seq};
+use qpq_domain::{IdentityKey, Seq, StoreId};
 use qpq_ports::{Wake, Wakes};
 use tokio::{
     sync::{Notify, broadcast::error::RecvError},
@@ -56,8 +56,22 @@ struct Table {
 
 struct Entry {
     subscribers: Vec<Arc<Subscriber>>,
-    /// Up to which seq somebody here has looked, if anybody has.
-    seen: Option<u64>,
+    /// The newest seq of the state that somebody here has seen, if anybody has.
+    seen: Option<Seen>,
+}
+
+/// How far somebody has looked, and in which history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    store_id: StoreId,
+    head: u64,
+}
+
+impl Seen {
+    /// Whether somebody who has looked so far has missed something.
+    fn is_news_to(self, seen: Self) -> bool {
+        self.store_id != seen.store_id || self.head > seen.head
+    }
 }
 
 #[derive(Default)]
@@ -94,11 +108,20 @@ impl Waking {
 
     /// Somebody here has looked at the inbox up to `head`, and was stopped by a lease that ends by
     /// itself in that time.
-    pub(crate) fn looked(&self, inbox: &IdentityKey, head: u64, stopped_for: Option<Duration>) {
+    pub(crate) fn looked(
+        &self,
+        inbox: &IdentityKey,
+        store_id: StoreId,
+        head: u64,
+        stopped_for: Option<Duration>,
+    ) {
         let mut inboxes = self.table.inboxes.lock();
         let Some(entry) = inboxes.get_mut(inbox) else { return };
-        let news = entry.seen.is_some_and(|seen| seen < head);
-        entry.seen = Some(entry.seen.map_or(head, |seen| seen.max(head)));
+        let now = Seen { store_id, head };
+        let news = entry.seen.is_some_and(|seen| now.is_news_to(seen));
+        if news || entry.seen.is_none() {
+            entry.seen = Some(now);
+        }
         if news {
             // The poll will not tell the others any more.
             entry.subscribers.iter().for_each(|subscriber| subscriber.woken.notify_one());
@@ -110,11 +133,11 @@ impl Waking {
         }
     }
 
-    /// Tells Redis of committed messages, and whoever waits for them.
-    pub(crate) async fn push(&self, inboxes: HashMap<IdentityKey, Vec<Queued>>) {
+    /// Tells Redis of messages that were committed in a history, and whoever waits for them.
+    pub(crate) async fn push(&self, store_id: StoreId, inboxes: HashMap<IdentityKey, Vec<Queued>>) {
         stream::iter(inboxes)
             .for_each_concurrent(PUSHES, |(inbox, messages)| async move {
-                match self.redis.push(&inbox, &messages).await {
+                match self.redis.push(&inbox, &store_id, &messages).await {
                     Ok(edges) => self.tell(&inbox, &edges),
                     Err(error) => self.untold(&inbox, &error),
                 }
@@ -122,15 +145,16 @@ impl Waking {
             .await;
     }
 
-    /// Tells Redis of messages that were removed.
+    /// Tells Redis of messages that were removed in a history.
     pub(crate) async fn removed(
         &self,
         inbox: &IdentityKey,
+        store_id: &StoreId,
         removal: u64,
         lease: Option<&LeaseId>,
         seqs: &[Seq],
     ) {
-        match self.redis.removed(inbox, removal, lease, seqs).await {
+        match self.redis.removed(inbox, store_id, removal, lease, seqs).await {
             Ok(edges) => self.tell(inbox, &edges),
             Err(error) => self.untold(inbox, &error),
         }
@@ -204,11 +228,12 @@ impl Waking {
             // A failure is noted where it happens; the next poll looks again.
             let Ok((_, heads)) = page::heads(database, history, inboxes).await else { return };
             for (inbox, head) in heads {
+                let now = Seen { store_id: head.state.store_id, head: head.state.head };
                 let news = {
                     let inboxes = self.table.inboxes.lock();
                     inboxes
                         .get(&inbox)
-                        .is_some_and(|entry| entry.seen.is_none_or(|seen| seen < head.state.head))
+                        .is_some_and(|entry| entry.seen.is_none_or(|seen| now.is_news_to(seen)))
                 };
                 if news {
                     self.wake_here(&inbox, "found");

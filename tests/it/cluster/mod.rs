@@ -8,6 +8,7 @@ mod clocks;
 mod configuration;
 mod drain;
 mod faults;
+mod history;
 mod inboxes;
 mod key_packages;
 mod lost_connections;

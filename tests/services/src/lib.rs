@@ -22,6 +22,7 @@ pub mod proxy;
 mod redis;
 pub mod resp;
 mod sentinel;
+mod standby;
 
 pub use authority::Authority;
 pub use cluster::RedisCluster;
@@ -29,3 +30,4 @@ pub use nats::Nats;
 pub use postgres::Postgres;
 pub use redis::{Redis, Snapshot};
 pub use sentinel::RedisSentinel;
+pub use standby::{Backup, Restore, Standby};

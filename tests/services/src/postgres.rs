@@ -26,7 +26,7 @@ use crate::{
     program::{self, Program},
 };
 
-const USER: &str = "qpq";
+pub(crate) const USER: &str = "qpq";
 const DATABASE: &str = "qpq";
 /// Part of the kept cluster's name: to be raised when `make_template` makes another one.
 const TEMPLATE_REVISION: u32 = 3;
@@ -66,7 +66,6 @@ impl Postgres {
     ) -> anyhow::Result<Self> {
         // Not a link to it: its other programs are beside it.
         let program = Program::Postgres.find()?.canonicalize()?;
-        let port = Port::reserve()?;
         // An immediate shutdown: no checkpoint, but shared memory is given back.
         let home = Home::new("postgres", Signal::SIGQUIT)?;
         let owner = Owner::find()?;
@@ -79,7 +78,18 @@ impl Postgres {
             }
         })
         .await??;
+        Self::launch_on(home, password, settings, authority).await
+    }
 
+    /// Starts a server on the data in `home`.
+    pub(crate) async fn launch_on(
+        home: Home,
+        password: String,
+        settings: &[(&str, &str)],
+        authority: Option<&Authority>,
+    ) -> anyhow::Result<Self> {
+        let program = Program::Postgres.find()?.canonicalize()?;
+        let (port, owner) = (Port::reserve()?, Owner::find()?);
         let mut command = owner.command(&program);
         command.arg("-D").arg(home.path().join("data"));
         let number = port.number().to_string();
@@ -128,6 +138,15 @@ impl Postgres {
 
     pub fn addr(&self) -> SocketAddr {
         self.port.addr()
+    }
+
+    pub(crate) fn programs(&self) -> &Path {
+        &self.programs
+    }
+
+    /// Where the server lives.
+    pub(crate) fn path(&self) -> &Path {
+        self.service.path()
     }
 
     /// Makes another empty database on this server; the answer is its URL.
@@ -207,7 +226,7 @@ impl Postgres {
 
 /// Whom Postgres runs as.
 #[derive(Debug, Clone, Copy)]
-enum Owner {
+pub(crate) enum Owner {
     /// Whoever runs the tests.
     Oneself,
     /// Somebody with fewer rights, because root runs them.
@@ -215,7 +234,7 @@ enum Owner {
 }
 
 impl Owner {
-    fn find() -> anyhow::Result<Self> {
+    pub(crate) fn find() -> anyhow::Result<Self> {
         if !Uid::effective().is_root() {
             return Ok(Self::Oneself);
         }
@@ -227,7 +246,7 @@ impl Owner {
         Ok(Self::Other { uid: user.uid.as_raw(), gid: user.gid.as_raw() })
     }
 
-    fn take(self, path: &Path) -> anyhow::Result<()> {
+    pub(crate) fn take(self, path: &Path) -> anyhow::Result<()> {
         match self {
             Self::Oneself => Ok(()),
             Self::Other { uid, gid } => Ok(chown(path, Some(uid), Some(gid))?),
@@ -235,7 +254,7 @@ impl Owner {
     }
 
     /// As `program` of that user, with no groups but its own.
-    fn command(self, program: &Path) -> Command {
+    pub(crate) fn command(self, program: &Path) -> Command {
         let mut command = Command::new(program);
         if let Self::Other { uid, gid } = self {
             command.uid(uid).gid(gid);
@@ -330,7 +349,7 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
     run(cp)
 }
 
-fn run(mut command: Command) -> anyhow::Result<()> {
+pub(crate) fn run(mut command: Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())

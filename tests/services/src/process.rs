@@ -29,7 +29,7 @@ use tokio::time::{Instant, sleep};
 /// needs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How often to look whether it has.
-const LOOK_EVERY: Duration = Duration::from_millis(4);
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(4);
 
 /// Arguments: the directory, and the signal to try first. `find` shows no link for a zombie, so
 /// those do not count.

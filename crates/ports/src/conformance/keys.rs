@@ -31,6 +31,11 @@ fn stock(available: u32, has_last_resort: bool) -> Upload {
 }
 
 impl Bench {
+    async fn replace(&self, owner: Person, packages: Vec<NewKeyPackage>) -> Upload {
+        let keys = &self.stores.key_packages;
+        keys.upload(owner.account, packages, UploadMode::Replace, NOW).await.expect("upload")
+    }
+
     async fn upload(&self, owner: Person, packages: Vec<NewKeyPackage>) -> Upload {
         self.stores
             .key_packages
@@ -204,6 +209,96 @@ pub async fn an_expired_package_is_not_given_out(factory: &dyn Factory) {
     assert_eq!(bench.take_at(alice, after).await, taken(2));
     assert_eq!(bench.take_at(alice, after).await, None);
     assert_eq!(bench.take_at(alice, NOW.plus(MINUTE)).await, taken(1), "its last instant counts");
+}
+
+pub async fn a_package_that_has_not_begun_is_neither_counted_nor_given_out(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let later = |package: NewKeyPackage| NewKeyPackage { not_before: NOW.plus(MINUTE), ..package };
+    let packages = vec![later(package(1)), package(2), later(last_resort(3))];
+    assert_eq!(bench.upload(alice, packages).await, stock(1, false));
+    assert_eq!(bench.stock(alice).await, stock(1, false));
+    assert_eq!(bench.take(alice).await, taken(2), "it is the oldest that has begun");
+    assert_eq!(bench.take(alice).await, None);
+    let begun = NOW.plus(MINUTE);
+    let left = bench.stores.key_packages.stock(alice.account, begun).await.expect("stock");
+    assert_eq!(left, Stock { available: 1, has_last_resort: true });
+    assert_eq!(bench.take_at(alice, begun).await, taken(1), "its first instant counts");
+    assert_eq!(bench.take_at(alice, begun).await, taken_last_resort(3));
+}
+
+pub async fn a_replacement_removes_what_is_stored(factory: &dyn Factory) {
+    let mut bench = Bench::new(factory).await;
+    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    bench.upload(bob, vec![package(1)]).await;
+    bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
+    assert_eq!(bench.replace(alice, vec![package(5), package(2)]).await, stock(2, false));
+    bench.crash().await;
+    assert_eq!(bench.stock(alice).await, stock(2, false), "the last resort is removed, too");
+    assert_eq!(
+        bench.upload(alice, vec![package(1)]).await,
+        stock(3, false),
+        "it was not given out"
+    );
+    for n in [5, 2, 1] {
+        assert_eq!(bench.take(alice).await, taken(n), "the order is that of the new upload");
+    }
+    assert_eq!(bench.replace(alice, vec![last_resort(6)]).await, stock(0, true));
+    assert_eq!(bench.replace(alice, vec![package(7), last_resort(8)]).await, stock(1, true));
+    assert_eq!(bench.take(alice).await, taken(7));
+    assert_eq!(bench.take(alice).await, taken_last_resort(8));
+    assert_eq!(bench.replace(alice, vec![]).await, stock(0, false), "nothing takes their place");
+    assert_eq!(bench.take(alice).await, None);
+    assert_eq!(bench.take(bob).await, taken(1), "others keep theirs");
+}
+
+pub async fn a_replacement_that_is_refused_removes_nothing(factory: &dyn Factory) {
+    let caps = KeyPackageCaps { max_count: 3, ..KeyPackageCaps::default() };
+    let bench = Bench::with(factory, Delivery::default(), caps).await;
+    let alice = bench.person(1).await;
+    bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
+    assert_eq!(bench.take(alice).await, taken(1));
+    assert_eq!(bench.replace(alice, vec![package(4), package(1)]).await, Upload::GivenOut(1));
+    assert_eq!(bench.replace(alice, (5..=8).map(package).collect()).await, Upload::Full);
+    assert_eq!(bench.stock(alice).await, stock(1, true));
+    assert_eq!(bench.take(alice).await, taken(2));
+    assert_eq!(bench.take(alice).await, taken_last_resort(3));
+    // It was given out, and a replacement removes it before it is stored again.
+    assert_eq!(bench.replace(alice, vec![last_resort(3)]).await, Upload::GivenOut(0));
+    assert_eq!(bench.take(alice).await, taken_last_resort(3));
+}
+
+pub async fn a_replacement_makes_room_for_itself(factory: &dyn Factory) {
+    let caps = KeyPackageCaps { max_count: 2, ..KeyPackageCaps::default() };
+    let bench = Bench::with(factory, Delivery::default(), caps).await;
+    let alice = bench.person(1).await;
+    assert_eq!(bench.upload(alice, vec![package(1), last_resort(2)]).await, stock(1, true));
+    assert_eq!(bench.replace(alice, vec![package(3), package(4)]).await, stock(2, false));
+    assert_eq!(bench.upload(alice, vec![package(5)]).await, Upload::Full);
+}
+
+/// A take gets a package of before or of after, at any moment.
+pub async fn a_replaced_stock_never_runs_dry(factory: &dyn Factory) {
+    const ROUNDS: u8 = 20;
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let batch = |n: u8| (0..8).map(|i| package(1 + 8 * n + i)).collect::<Vec<_>>();
+    bench.upload(alice, batch(0)).await;
+    for n in 1..=ROUNDS {
+        let keys = Arc::clone(&bench.stores.key_packages);
+        let taking = tokio::spawn(async move {
+            let mut taken = Vec::new();
+            for _ in 0..4 {
+                let package = keys.take(&alice.identity, NOW).await.expect("take");
+                taken.push(package.expect("there are some at any moment").bytes[0]);
+            }
+            taken
+        });
+        assert!(matches!(bench.replace(alice, batch(n)).await, Upload::Stored(_)));
+        let taken = taking.await.expect("no panic");
+        let distinct: BTreeSet<u8> = taken.iter().copied().collect();
+        assert_eq!(distinct.len(), 4, "{taken:?}");
+    }
 }
 
 pub async fn owners_do_not_share_anything(factory: &dyn Factory) {

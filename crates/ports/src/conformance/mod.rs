@@ -18,6 +18,7 @@ mod bench;
 pub mod accounts;
 pub mod clocks;
 pub mod enqueue;
+pub mod history;
 pub mod idempotency;
 pub mod keys;
 pub mod leases;
@@ -169,9 +170,25 @@ macro_rules! conformance {
                 an_upload_is_stored_whole_or_not_at_all,
                 an_owner_has_no_more_than_the_cap,
                 an_expired_package_is_not_given_out,
+                a_package_that_has_not_begun_is_neither_counted_nor_given_out,
+                a_replacement_removes_what_is_stored,
+                a_replacement_that_is_refused_removes_nothing,
+                a_replacement_makes_room_for_itself,
+                a_replaced_stock_never_runs_dry,
                 owners_do_not_share_anything,
                 what_was_given_out_stays_so_after_a_crash,
                 hybrid_keys_come_in_the_order_asked_for,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            history,
+            [
+                every_page_has_the_id_and_a_crash_keeps_it,
+                another_history_has_another_id_for_good,
+                a_lease_of_another_history_removes_nothing,
+                an_ack_that_names_another_history_removes_nothing,
+                another_history_has_no_one_time_packages_of_before,
             ]
         );
         $crate::conformance_area!(

@@ -58,6 +58,7 @@ async fn it_says_who_the_server_is_and_since_when() {
     assert_eq!((health.status.as_str(), health.uptime_secs), ("ok", 61));
     assert_eq!((health.version.as_str(), health.domain.as_str()), ("1.2.3", "example.org"));
     assert_eq!(health.server_key, &server.rpc.app().signer.public_key()[..]);
+    assert_eq!(health.store_id, server.store_id());
 }
 
 #[tokio::test]

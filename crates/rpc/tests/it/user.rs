@@ -32,6 +32,13 @@ impl<R: fmt::Debug> fmt::Debug for Answered<R> {
     }
 }
 
+impl Server {
+    /// The store id, as answers carry it.
+    pub(crate) fn store_id(&self) -> Bytes {
+        Bytes::copy_from_slice(self.rpc.app().stores.upkeep.store_id().as_bytes())
+    }
+}
+
 impl User {
     /// The identity key, as it stands in requests.
     pub(crate) fn key(&self) -> Bytes {

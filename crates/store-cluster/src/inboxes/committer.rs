@@ -16,9 +16,10 @@ use tokio::{
 };
 use tracing::{Instrument as _, Span};
 
-use super::enqueue::{self, Outcome};
+use super::enqueue::{self, Outcomes};
 use crate::{
     error::{Kind, Shared},
+    history::History,
     metrics as names,
     postgres::{Database, Repeat},
     redis::queue::Queued,
@@ -73,6 +74,7 @@ impl Committers {
     /// Needs a tokio runtime, on which they work as long as somebody has them.
     pub(super) fn start(
         database: &Database,
+        history: &History,
         limits: Delivery,
         time: &Time,
         waking: &Waking,
@@ -82,6 +84,7 @@ impl Committers {
             let committer = Committer {
                 waiting,
                 database: database.clone(),
+                history: history.clone(),
                 limits,
                 time: time.clone(),
                 waking: waking.clone(),
@@ -119,6 +122,7 @@ impl Committers {
 struct Committer {
     waiting: mpsc::UnboundedReceiver<Call>,
     database: Database,
+    history: History,
     limits: Delivery,
     time: Time,
     waking: Waking,
@@ -171,7 +175,7 @@ impl Committer {
         }
     }
 
-    async fn transaction(&self, messages: &Arc<[Enqueue]>) -> Result<Vec<Outcome>, Shared> {
+    async fn transaction(&self, messages: &Arc<[Enqueue]>) -> Result<Outcomes, Shared> {
         let limits = self.limits;
         self.database
             .run_shared("enqueue", Repeat::Never, |connection| {
@@ -188,8 +192,9 @@ impl Committer {
         calls: Vec<Call>,
         sizes: &[usize],
         messages: &[Enqueue],
-        outcomes: Vec<Outcome>,
+        outcomes: Outcomes,
     ) {
+        let Outcomes { store_id, of_each: outcomes } = outcomes;
         let mut inboxes: HashMap<IdentityKey, Vec<Queued>> = HashMap::new();
         for (message, outcome) in messages.iter().zip(&outcomes) {
             if let Enqueued::Accepted(receipt) = &outcome.enqueued {
@@ -209,13 +214,15 @@ impl Committer {
             // Whoever gave up changes nothing.
             let _ = call.answer.send(Ok(outcomes.by_ref().take(*size).collect()));
         }
+        let Some(store_id) = store_id else { return };
+        self.history.note(store_id);
         if inboxes.is_empty() {
             return;
         }
         let permit = Arc::clone(&self.pushes).acquire_owned().await.expect("never closed");
         let waking = self.waking.clone();
         tokio::spawn(async move {
-            waking.push(inboxes).await;
+            waking.push(store_id, inboxes).await;
             drop(permit);
         });
     }

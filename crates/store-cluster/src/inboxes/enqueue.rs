@@ -7,20 +7,24 @@
 
 use std::collections::{HashMap, HashSet};
 
-use qpq_domain::{Delivery, IdentityKey, MessageId, Seq, UnixMillis};
+use qpq_domain::{Delivery, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
 use qpq_ports::{Enqueue, Enqueued, Receipt};
 use sqlx::{PgConnection, Row as _};
 
 use super::remove::{self, Due, SWEEP, Stale};
 use crate::{
+    history::store_id,
     postgres::row::{Columns as _, millis, millis_of, now_of, number},
     time::{Bounds, Time},
 };
 
-const LOCK: &str = "
-    SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry, store_now() AS postgres
-      FROM account a JOIN inbox i ON i.id = a.id
-     WHERE a.identity = ANY ($1) ORDER BY i.id FOR NO KEY UPDATE OF i";
+const LOCK: &str = concat!(
+    "SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry, store_now() AS postgres, ",
+    store_id!(),
+    " AS store_id
+       FROM account a JOIN inbox i ON i.id = a.id
+      WHERE a.identity = ANY ($1) ORDER BY i.id FOR NO KEY UPDATE OF i"
+);
 
 /// Receipts of messages that are queued, or gone but remembered. $6: how long ids are remembered.
 const KNOWN: &str = "
@@ -59,12 +63,22 @@ struct Head {
 }
 
 /// What became of a message, and when it expires if it was accepted.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Outcome {
     pub(crate) enqueued: Enqueued,
     pub(crate) expires_at: UnixMillis,
 }
 
-/// Accepts each message or says why not, in order. In a transaction, which it ends neither way.
+/// What became of the messages of one transaction.
+#[derive(Clone, Debug)]
+pub(crate) struct Outcomes {
+    /// The history that the seqs belong to; none if no message had a recipient.
+    pub(crate) store_id: Option<StoreId>,
+    /// In the order of the messages.
+    pub(crate) of_each: Vec<Outcome>,
+}
+
+/// Accepts each message or says why not. In a transaction, which it ends neither way.
 ///
 /// Nothing is removed before its time by both clocks is over, and the time to live of a message
 /// counts from the later of the two.
@@ -73,8 +87,8 @@ pub(crate) async fn all(
     messages: &[Enqueue],
     limits: &Delivery,
     time: &Time,
-) -> sqlx::Result<Vec<Outcome>> {
-    let mut heads = lock(connection, messages).await?;
+) -> sqlx::Result<Outcomes> {
+    let (store_id, mut heads) = lock(connection, messages).await?;
     let postgres = heads.values().find_map(|head| head.postgres);
     let bounds: Vec<_> =
         messages.iter().map(|message| time.bounds(message.now, postgres)).collect();
@@ -103,7 +117,7 @@ pub(crate) async fn all(
         outcomes.push(Outcome { enqueued, expires_at });
     }
     write(connection, &heads, messages, &outcomes).await?;
-    Ok(outcomes)
+    Ok(Outcomes { store_id, of_each: outcomes })
 }
 
 impl Head {
@@ -141,7 +155,7 @@ impl Head {
 async fn lock(
     connection: &mut PgConnection,
     messages: &[Enqueue],
-) -> sqlx::Result<HashMap<IdentityKey, Head>> {
+) -> sqlx::Result<(Option<StoreId>, HashMap<IdentityKey, Head>)> {
     let recipients: HashSet<_> = messages.iter().map(|message| message.recipient).collect();
     let keys: Vec<&[u8]> = recipients.iter().map(|key| &key.as_bytes()[..]).collect();
     let rows = sqlx::query(LOCK).bind(keys).fetch_all(connection).await?;
@@ -159,7 +173,8 @@ async fn lock(
         };
         Ok((row.identity("identity")?, head))
     };
-    rows.iter().map(head).collect()
+    let store_id = rows.first().map(|row| row.store_id("store_id")).transpose()?;
+    Ok((store_id, rows.iter().map(head).collect::<sqlx::Result<_>>()?))
 }
 
 /// Removes expired messages where there are any, since they may fill an inbox or hold a message id

@@ -30,7 +30,8 @@ use self::{
     committer::Committers,
     leases::{Held, Leases},
     page::{Head, Heads, Present},
-    settler::Settlers,
+    remove::Removed,
+    settler::{Settlement, Settlers},
 };
 use crate::{
     config::Timing,
@@ -38,7 +39,7 @@ use crate::{
     metrics as names,
     nats::EdgeId,
     postgres::{Database, Repeat},
-    redis::queue::{Found, LeaseId, Look, MOST_BYTES, MOST_MESSAGES, Shown, State},
+    redis::queue::{Accept, Found, LeaseId, Look, MOST_BYTES, MOST_MESSAGES, Shown, State},
     time::Time,
     wakes::Waking,
 };
@@ -88,7 +89,7 @@ impl ClusterInboxes {
     ) -> Self {
         Self {
             heads: Heads::start(&database, &history),
-            committers: Committers::start(&database, limits, &time, &waking),
+            committers: Committers::start(&database, &history, limits, &time, &waking),
             settlers: Settlers::start(&database, limits.recent_ids),
             leases: Leases::start(edge, timing.lease, waking.clone()),
             database,
@@ -118,7 +119,8 @@ impl ClusterInboxes {
                 self.read_postgres(request, head).await?
             };
             if let Some(shown) = shown {
-                self.waking.looked(inbox, shown.head, shown.stopped_for);
+                let store_id = shown.page.store_id;
+                self.waking.looked(inbox, store_id, shown.head, shown.stopped_for);
                 return Ok((shown.page, head.inbox));
             }
         }
@@ -126,27 +128,40 @@ impl ClusterInboxes {
     }
 
     /// From the queue in Redis, which is loaded if it is not there. `None` when the inbox outgrew
-    /// it meanwhile.
+    /// it meanwhile, or is no more.
     async fn read_queue(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
         let Request { read, after, limit, now, lease } = request;
         let (hold, edge) =
             (lease.map(|id| self.leases.hold(id)), self.waking.waiting_edge(&read.inbox));
-        let (mut state, mut from) = (head.state, "redis");
+        let (mut state, mut from, mut accept) = (head.state, "redis", Accept::Same);
+        let redis = self.waking.redis();
         for _ in 0..TRIES {
-            let redis = self.waking.redis();
-            let permit =
-                match redis.read(Look { read, state, after, limit, now, hold, edge }).await? {
-                    Found::Page(shown) => {
-                        metrics::counter!(names::HOT_READS, "from" => from).increment(1);
-                        return Ok(Some(shown));
+            let look = Look { read, state, accept, after, limit, now, hold, edge };
+            let permit = match redis.read(look).await? {
+                Found::Page(shown) => {
+                    metrics::counter!(names::HOT_READS, "from" => from).increment(1);
+                    return Ok(Some(shown));
+                }
+                Found::Ahead(queue) => {
+                    let Some(head) = self.heads.get(&read.inbox).await?.head else {
+                        return Ok(None);
+                    };
+                    if head.state.has_lost(&queue) {
+                        metrics::counter!(names::LOST_QUEUES).increment(1);
+                        tracing::warn!("a queue in Redis has what Postgres has lost, dropping it");
+                        redis.drop_queue(&read.inbox).await?;
                     }
-                    Found::NotLoaded(permit) => permit,
-                };
+                    (state, accept) = (head.state, Accept::AtLeast);
+                    continue;
+                }
+                Found::NotLoaded(permit) => permit,
+            };
             let Some(whole) = page::whole(&self.database, head.inbox).await? else {
                 return Ok(None);
             };
             redis.load(&read.inbox, permit, whole.state, &whole.messages).await?;
-            (state, from) = (whole.state, "reloaded");
+            // What is committed from now on may be there already.
+            (state, from, accept) = (whole.state, "reloaded", Accept::AtLeast);
         }
         Err(StoreError::conflict(Restless))
     }
@@ -162,7 +177,8 @@ impl ClusterInboxes {
         let mut seqs: Vec<_> =
             envelopes.iter().map(|envelope| envelope.seq).chain(snapshot.next).collect();
         let hold = lease.map(|id| self.leases.hold(id));
-        let free = self.waking.redis().claim(inbox, &seqs, envelopes.len(), hold).await?;
+        let store_id = &snapshot.state.store_id;
+        let free = self.waking.redis().claim(inbox, store_id, &seqs, envelopes.len(), hold).await?;
         let more = free.seqs > envelopes.len();
         envelopes.truncate(free.seqs);
         seqs.truncate(envelopes.len());
@@ -235,13 +251,14 @@ impl Inboxes for ClusterInboxes {
             .database
             .once("ack", Repeat::Harmless, |connection| {
                 let ack = ack.clone();
-                Box::pin(async move {
-                    remove::acked(connection, &read.inbox, read.view, &ack, now, recent_ids).await
-                })
+                Box::pin(
+                    async move { remove::acked(connection, &read, &ack, now, recent_ids).await },
+                )
             })
             .await?;
         let Some(removed) = removed else { return Ok(0) };
-        self.waking.removed(&read.inbox, removed.removal, None, &removed.seqs).await;
+        let Removed { store_id, removal, seqs } = &removed;
+        self.waking.removed(&read.inbox, store_id, *removal, None, seqs).await;
         Ok(u32::try_from(removed.seqs.len()).unwrap_or(u32::MAX))
     }
 }
@@ -273,11 +290,17 @@ impl Lease for InboxLease {
     }
 
     async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
-        let Self { held, read, inbox, inboxes, .. } = *self;
+        let Self { page, held, read, inbox, inboxes } = *self;
         let Some(held) = held else { return Ok(()) };
-        let removal = inboxes.settlers.settle(inbox, held.seqs.clone(), now).await?;
-        inboxes.waking.removed(&read.inbox, removal, Some(&held.id), &held.seqs).await;
-        held.ended();
+        let (store_id, seqs) = (&page.store_id, &held.seqs);
+        match inboxes.settlers.settle(*store_id, inbox, seqs.clone(), now).await? {
+            Settlement::Removed(removal) => {
+                inboxes.waking.removed(&read.inbox, store_id, removal, Some(&held.id), seqs).await;
+                held.ended();
+            }
+            // Dropped, the lease is released.
+            Settlement::OtherHistory => drop(held),
+        }
         Ok(())
     }
 }

@@ -3,19 +3,26 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use qpq_domain::{IdentityKey, Seq, UnixMillis};
-use qpq_ports::{Ack, View};
+use qpq_domain::{Seq, StoreId, UnixMillis};
+use qpq_ports::{Ack, Read, View};
 use sqlx::{PgConnection, Row as _};
 
-use crate::postgres::row::{Columns as _, millis, millis_of, number};
+use crate::{
+    history::store_id,
+    postgres::row::{Columns as _, millis, millis_of, number},
+};
 
 /// Maximum rows removed in one transaction.
 pub(crate) const SWEEP: i64 = 256;
 
 /// What was shown, of many inboxes. $1 and $2 inboxes and seqs, $3 now, $4 how long ids are
-/// remembered.
-const SHOWN: &str = "
-    WITH shown AS MATERIALIZED (SELECT * FROM unnest($1::int8[], $2::int8[]) AS s (inbox, seq)),
+/// remembered, $5 the history in which it was shown: in another one the seqs are other messages'.
+const SHOWN: &str = concat!(
+    "WITH present AS MATERIALIZED (SELECT ",
+    store_id!(),
+    " AS store_id),
+    shown AS MATERIALIZED (
+        SELECT s.* FROM unnest($1::int8[], $2::int8[]) AS s (inbox, seq) CROSS JOIN present p WHERE p.store_id = $5),
     head AS MATERIALIZED (
         SELECT id FROM inbox WHERE id IN (SELECT inbox FROM shown) ORDER BY id FOR NO KEY UPDATE),
     gone AS (
@@ -29,20 +36,28 @@ const SHOWN: &str = "
           FROM gone WHERE message_id IS NOT NULL
         ON CONFLICT (inbox, sender, message_id) DO UPDATE
            SET seq = excluded.seq, channel = excluded.channel, payload_sha256 = excluded.payload_sha256,
-               enqueued_at = excluded.enqueued_at, forget_at = excluded.forget_at)
-    UPDATE inbox i
-       SET removals = i.removals + 1, messages = i.messages - g.n, bytes = i.bytes - g.size,
-           next_expiry = CASE i.messages - g.n WHEN 0 THEN 9223372036854775807 ELSE i.next_expiry END
-      FROM (SELECT inbox, count(*) AS n, coalesce(sum(size), 0)::int8 AS size FROM gone GROUP BY inbox) g
-     WHERE i.id = g.inbox
-    RETURNING i.id, i.removals";
+               enqueued_at = excluded.enqueued_at, forget_at = excluded.forget_at),
+    counted AS (
+        UPDATE inbox i
+           SET removals = i.removals + 1, messages = i.messages - g.n, bytes = i.bytes - g.size,
+               next_expiry = CASE i.messages - g.n WHEN 0 THEN 9223372036854775807 ELSE i.next_expiry END
+          FROM (SELECT inbox, count(*) AS n, coalesce(sum(size), 0)::int8 AS size FROM gone GROUP BY inbox) g
+         WHERE i.id = g.inbox
+        RETURNING i.id, i.removals)
+    SELECT p.store_id, c.id, c.removals FROM present p LEFT JOIN counted c ON true"
+);
 
-/// $1 identity, $2 now, $3 how long ids are remembered.
+/// $1 identity, $2 now, $3 how long ids are remembered, $6 the history in which the seqs were read,
+/// if the reader says so.
 macro_rules! removal {
     ($condition:literal) => {
         concat!(
             "WITH head AS MATERIALIZED (
-                SELECT i.id FROM account a JOIN inbox i ON i.id = a.id WHERE a.identity = $1 FOR NO KEY UPDATE OF i),
+                SELECT i.id FROM account a JOIN inbox i ON i.id = a.id
+                 WHERE a.identity = $1 AND ($6::bytea IS NULL OR $6 = ",
+            store_id!(),
+            ")
+                   FOR NO KEY UPDATE OF i),
              gone AS (
                 DELETE FROM message m USING head h WHERE m.inbox = h.id AND ",
             $condition,
@@ -62,7 +77,9 @@ macro_rules! removal {
                   FROM head h, (SELECT count(*) AS n, coalesce(sum(size), 0)::int8 AS size FROM gone) g
                  WHERE i.id = h.id AND g.n > 0
                 RETURNING i.removals)
-             SELECT (SELECT removals FROM counted) AS removal, ARRAY (SELECT seq FROM gone) AS seqs"
+             SELECT (SELECT removals FROM counted) AS removal, ARRAY (SELECT seq FROM gone) AS seqs, ",
+            store_id!(),
+            " AS store_id"
         )
     };
 }
@@ -70,7 +87,7 @@ macro_rules! removal {
 // $4 up to which seq, $5 single seqs.
 const ACKED: &str = removal!("(m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2 ");
 const ACKED_IN_CHANNEL: &str =
-    removal!("m.channel = $6 AND (m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2 ");
+    removal!("m.channel = $7 AND (m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2 ");
 
 /// What has expired in one inbox, whose head is locked: the first $4 of it, and what has one of the
 /// ids $6 of the senders $5. $1 inbox, $2 now, $3 how long ids are remembered.
@@ -147,47 +164,61 @@ const FORGET: &str = "
 /// What a removal took, if anything: by the inbox's removal of that number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Removed {
+    pub(super) store_id: StoreId,
     pub(super) removal: u64,
     pub(super) seqs: Vec<Seq>,
 }
 
-/// Removes the messages that were shown, as far as they are there: pairs of an inbox and a seq.
-/// Answers which removal it was of each inbox that lost any.
+/// Removes the messages that were shown in a history, as far as they are there: pairs of an inbox
+/// and a seq. Returns which removal it was of each inbox that lost any; `None` if the history is
+/// another one by now.
 pub(super) async fn shown(
     connection: &mut PgConnection,
+    store_id: &StoreId,
     shown: &[(i64, Seq)],
     now: UnixMillis,
     recent_ids: Duration,
-) -> sqlx::Result<HashMap<i64, u64>> {
+) -> sqlx::Result<Option<HashMap<i64, u64>>> {
     let rows = sqlx::query(SHOWN)
         .bind(shown.iter().map(|(inbox, _)| *inbox).collect::<Vec<_>>())
         .bind(shown.iter().map(|(_, seq)| number(seq.0)).collect::<Vec<_>>())
         .bind(millis(now))
         .bind(millis_of(recent_ids))
+        .bind(&store_id.as_bytes()[..])
         .fetch_all(connection)
         .await?;
-    rows.iter().map(|row| Ok((row.try_get("id")?, row.unsigned("removals")?))).collect()
+    let present = rows.first().ok_or(sqlx::Error::RowNotFound)?.store_id("store_id")?;
+    if present != *store_id {
+        return Ok(None);
+    }
+    let mut removals = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        if let Some(inbox) = row.try_get("id")? {
+            removals.insert(inbox, row.unsigned("removals")?);
+        }
+    }
+    Ok(Some(removals))
 }
 
 /// Removes what the reader says it has.
 pub(super) async fn acked(
     connection: &mut PgConnection,
-    inbox: &IdentityKey,
-    view: View,
+    read: &Read,
     ack: &Ack,
     now: UnixMillis,
     recent_ids: Duration,
 ) -> sqlx::Result<Option<Removed>> {
-    let (sql, channel) = match &view {
+    let (sql, channel) = match &read.view {
         View::All => (ACKED, None),
         View::Channel(channel) => (ACKED_IN_CHANNEL, Some(channel.as_bytes())),
     };
     let mut query = sqlx::query(sql)
-        .bind(&inbox.as_bytes()[..])
+        .bind(&read.inbox.as_bytes()[..])
         .bind(millis(now))
         .bind(millis_of(recent_ids))
         .bind(number(ack.up_to.unwrap_or(Seq::ZERO).0))
-        .bind(numbers(&ack.seqs));
+        .bind(numbers(&ack.seqs))
+        .bind(ack.store_id.as_ref().map(|id| &id.as_bytes()[..]));
     if let Some(channel) = channel {
         query = query.bind(channel);
     }
@@ -295,7 +326,8 @@ fn removed(row: &sqlx::postgres::PgRow) -> sqlx::Result<Option<Removed>> {
         return Ok(None);
     }
     let seqs = seqs.into_iter().map(|seq| Seq(u64::try_from(seq).unwrap_or_default())).collect();
-    Ok(Some(Removed { removal: row.unsigned("removal")?, seqs }))
+    let (store_id, removal) = (row.store_id("store_id")?, row.unsigned("removal")?);
+    Ok(Some(Removed { store_id, removal, seqs }))
 }
 
 fn numbers(seqs: &[Seq]) -> Vec<i64> {

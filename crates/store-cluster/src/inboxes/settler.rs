@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{Seq, UnixMillis};
+use qpq_domain::{Seq, StoreId, UnixMillis};
 use qpq_ports::{StoreError, StoreResult};
 use tokio::sync::{Mutex, mpsc, oneshot};
 
@@ -38,10 +38,21 @@ pub(super) struct Settlers {
 /// A page that its client has.
 #[derive(Debug)]
 struct Settled {
+    store_id: StoreId,
     inbox: i64,
     seqs: Vec<Seq>,
     now: UnixMillis,
-    answer: oneshot::Sender<StoreResult<u64>>,
+    answer: oneshot::Sender<StoreResult<Settlement>>,
+}
+
+/// What became of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Settlement {
+    /// Its messages are gone, by the inbox's removal of this number. That is unknown if nothing of
+    /// the page was left: others removed it, or this edge did and Postgres's answer was lost.
+    Removed(u64),
+    /// The page is of another history than the present one. Nothing was removed.
+    OtherHistory,
 }
 
 impl Settlers {
@@ -55,18 +66,17 @@ impl Settlers {
         Self { pages }
     }
 
-    /// Removes the messages of a page, durably. Answers which removal of the inbox it was. That is
-    /// unknown if nothing of it was left: others removed it, or we did and Postgres's answer was
-    /// lost.
+    /// Removes the messages of a page that was read in a history, durably.
     pub(super) async fn settle(
         &self,
+        store_id: StoreId,
         inbox: i64,
         seqs: Vec<Seq>,
         now: UnixMillis,
-    ) -> StoreResult<u64> {
+    ) -> StoreResult<Settlement> {
         let (answer, settled) = oneshot::channel();
         self.pages
-            .send(Settled { inbox, seqs, now, answer })
+            .send(Settled { store_id, inbox, seqs, now, answer })
             .map_err(|_| StoreError::unavailable(Closed))?;
         settled.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
     }
@@ -84,29 +94,42 @@ async fn settle(
             return;
         }
         while !pages.is_empty() {
-            // One page of an inbox at a time, so that each removal stands for one page.
-            let mut inboxes = HashSet::new();
-            let (batch, later) = pages.drain(..).partition(|page| inboxes.insert(page.inbox));
+            // One page of an inbox at a time, so that each removal stands for one page; and pages of
+            // one history, which is nearly always all of them.
+            let (mut inboxes, store_id) = (HashSet::new(), pages[0].store_id);
+            let (batch, later) = pages
+                .drain(..)
+                .partition(|page| page.store_id == store_id && inboxes.insert(page.inbox));
             pages = later;
-            remove_all(&database, recent_ids, batch).await;
+            remove_all(&database, recent_ids, store_id, batch).await;
         }
     }
 }
 
-async fn remove_all(database: &Database, recent_ids: Duration, batch: Vec<Settled>) {
+async fn remove_all(
+    database: &Database,
+    recent_ids: Duration,
+    store_id: StoreId,
+    batch: Vec<Settled>,
+) {
     metrics::histogram!(names::SETTLE_BATCH).record(batch.len() as f64);
     let now = batch.iter().map(|page| page.now).max().unwrap_or_default();
     let shown: Arc<[(i64, Seq)]> =
         batch.iter().flat_map(|page| page.seqs.iter().map(|seq| (page.inbox, *seq))).collect();
-    let removed: Result<HashMap<i64, u64>, Shared> = database
+    let removed: Result<Option<HashMap<i64, u64>>, Shared> = database
         .once_shared("settle", Repeat::Harmless, |connection| {
             let shown = Arc::clone(&shown);
-            Box::pin(async move { remove::shown(connection, &shown, now, recent_ids).await })
+            Box::pin(
+                async move { remove::shown(connection, &store_id, &shown, now, recent_ids).await },
+            )
         })
         .await;
     for page in batch {
         let outcome = match &removed {
-            Ok(removed) => Ok(removed.get(&page.inbox).copied().unwrap_or(UNKNOWN_REMOVAL)),
+            Ok(Some(removed)) => Ok(Settlement::Removed(
+                removed.get(&page.inbox).copied().unwrap_or(UNKNOWN_REMOVAL),
+            )),
+            Ok(None) => Ok(Settlement::OtherHistory),
             Err(error) => Err(error.clone().into()),
         };
         // Whoever gave up changes nothing.

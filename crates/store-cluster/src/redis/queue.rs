@@ -2,18 +2,28 @@
 //! types around it.
 //!
 //! A queue is a copy of one inbox in one state: everything up to seq `head`, after the first
-//! `removals` removals. It is only shown to a reader who knows, from Postgres, that the inbox has
-//! not gone beyond that state; so whatever Redis lost, evicted or rolled back makes a queue that is
-//! not shown, and it is loaded anew. Only small inboxes are loaded: the many that a connected
-//! client keeps nearly empty. The others are read from Postgres, and Redis has their leases and
-//! waiters alone.
+//! `removals` removals, in one history. It is only shown to a reader who knows, from Postgres, that
+//! the inbox has not gone beyond that state; so whatever Redis lost, evicted or rolled back makes a
+//! queue that is not shown, and it is loaded anew. Only small inboxes are loaded: the many that a
+//! connected client keeps nearly empty. The others are read from Postgres, and Redis has their
+//! leases and waiters alone.
+//!
+//! A queue that is *ahead* of what the reader knows is legitimate if something was committed since
+//! the reader asked Postgres. The reader asks once more: if Postgres is still not as far, then
+//! Postgres has lost what the queue shows, and the queue is dropped. Numbers of different histories
+//! say nothing about each other, so the store id is compared for equality, before any number.
 //!
 //! A removal goes to Postgres first and then here, where it also ends the lease. So a load must not
 //! come from before a removal that has been here: whoever is turned away gets a [`Permit`], which
 //! the next removal ends.
 //!
-//! Keys, all with the inbox as hash tag: `m` the state and the permit, `q` the members by seq, `l`
-//! leases (seq → lease, `e`lease → end), `w` edges that wait.
+//! Keys, all with the inbox as hash tag: `m2` the state and the permit, `q2` the members by seq, `l`
+//! leases (seq → lease, `e`lease → end, `s`lease → history), `w` edges that wait.
+//!
+//! The store id is preceded by the [`VERSION`] of all this, so whatever another release has written
+//! is of another history and is not believed. The release before kept state and members in `m` and
+//! `q`, which nobody looks at any more. It shares leases and waiters, so that edges of both releases
+//! neither show a message twice at a time nor leave each other's readers asleep.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -43,6 +53,9 @@ static CLAIM: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scri
 static REMOVE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/remove.lua")));
 static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
 
+/// Version of what the scripts keep: the first byte of the state, the permit and a lease's history.
+const VERSION: u8 = 2;
+
 /// In place of a removal's number: messages are gone, and nobody can say by which. Whatever queue
 /// there is goes too.
 pub(crate) const UNKNOWN_REMOVAL: u64 = u64::MAX;
@@ -58,6 +71,15 @@ pub(crate) struct State {
     pub(crate) removals: u64,
 }
 
+impl State {
+    /// Whether Postgres, in this state after a queue showed `queue`, has lost something that is in
+    /// the queue: a queue only ever shows what was committed.
+    pub(crate) fn has_lost(&self, queue: &Self) -> bool {
+        self.store_id == queue.store_id
+            && (self.head < queue.head || self.removals < queue.removals)
+    }
+}
+
 /// A message as a queue keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Queued {
@@ -68,6 +90,15 @@ pub(crate) struct Queued {
 /// A lease's name, which tells it from every other there ever was.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct LeaseId(pub(crate) String);
+
+/// How far the queue that a read finds may be from the state that the reader knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Accept {
+    /// The very state.
+    Same,
+    /// The state or a later one: Postgres has just confirmed that the queue was not ahead of it.
+    AtLeast,
+}
 
 /// Whether a read hides what it shows, and for how long.
 #[derive(Clone, Copy, Debug)]
@@ -80,8 +111,9 @@ pub(crate) struct Hold<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Look<'a> {
     pub(crate) read: &'a Read,
-    /// What it must show at least.
+    /// What it must show.
     pub(crate) state: State,
+    pub(crate) accept: Accept,
     pub(crate) after: Seq,
     pub(crate) limit: PageLimit,
     pub(crate) now: UnixMillis,
@@ -93,8 +125,11 @@ pub(crate) struct Look<'a> {
 /// What a read of a queue found.
 #[derive(Debug)]
 pub(crate) enum Found {
-    /// It is not loaded, or behind. Who reads the inbox in Postgres from now on may load it.
+    /// The queue is not loaded, behind or of another history. Who reads the inbox in Postgres from
+    /// now on may load it.
     NotLoaded(Permit),
+    /// The queue shows this state, which is later than the reader knows of.
+    Ahead(State),
     Page(Shown),
 }
 
@@ -120,30 +155,34 @@ pub(crate) struct Free {
 }
 
 impl Redis {
-    /// Adds committed messages to the queue, if it is loaded. Answers who waits for the inbox.
+    /// Adds messages that were committed in a history to the queue, if that is loaded and of the
+    /// same one. Answers who waits for the inbox.
     pub(crate) async fn push(
         &self,
         inbox: &IdentityKey,
+        store_id: &StoreId,
         messages: &[Queued],
     ) -> StoreResult<Vec<String>> {
-        let mut args = vec![number(MOST_MESSAGES), number(BYTES_PUSHED)];
+        let mut args = vec![history(store_id), number(MOST_MESSAGES), number(BYTES_PUSHED)];
         for message in messages {
             args.push(number(message.envelope.seq.0));
             args.push(message.encode());
         }
-        self.script("push", &PUSH, &self.keys(inbox, ["m", "q", "w"]), &args).await
+        self.script("push", &PUSH, &self.keys(inbox, ["m2", "q2", "w"]), &args).await
     }
 
-    /// The first messages of the view, if the queue shows the state or a later one.
+    /// The first messages of the view, if the queue shows an acceptable state.
     pub(crate) async fn read(&self, look: Look<'_>) -> StoreResult<Found> {
-        let Look { read, state, after, limit, now, hold, edge } = look;
+        let Look { read, state, accept, after, limit, now, hold, edge } = look;
         let (view, channel) = match &read.view {
             View::All => ("all", Bytes::new()),
             View::Channel(channel) => ("channel", Bytes::copy_from_slice(channel.as_bytes())),
         };
         let args = [
+            history(&state.store_id),
             number(state.head),
             number(state.removals),
+            text(if accept == Accept::AtLeast { "1" } else { "0" }),
             number(after.0),
             Bytes::from_static(view.as_bytes()),
             channel,
@@ -156,7 +195,7 @@ impl Redis {
             millis(REGISTERED),
             millis(LOADED),
         ];
-        let keys = self.keys(&read.inbox, ["m", "q", "l", "w"]);
+        let keys = self.keys(&read.inbox, ["m2", "q2", "l", "w"]);
         found(state.store_id, self.script("read", &READ, &keys, &args).await?)
     }
 
@@ -173,6 +212,7 @@ impl Redis {
             messages.iter().map(|message| (message.envelope.seq, message.encode())).collect();
         let bytes = members.iter().map(|(_, member)| member.len() as u64).sum();
         let mut args = vec![
+            history(&state.store_id),
             number(state.head),
             number(state.removals),
             number(bytes),
@@ -183,7 +223,14 @@ impl Redis {
             args.push(number(seq.0));
             args.push(member);
         }
-        self.script("load", &LOAD, &self.keys(inbox, ["m", "q"]), &args).await
+        self.script("load", &LOAD, &self.keys(inbox, ["m2", "q2"]), &args).await
+    }
+
+    /// Drops the queue, whatever it shows.
+    pub(crate) async fn drop_queue(&self, inbox: &IdentityKey) -> StoreResult<()> {
+        let mut unlink = Cmd::new();
+        unlink.arg("UNLINK").arg(&self.keys(inbox, ["m2", "q2"])[..]);
+        self.command::<u64>("drop", &unlink).await.map(drop)
     }
 
     /// Holds the first `page` of `seqs` as far as they are free; one more may follow, to know
@@ -191,11 +238,13 @@ impl Redis {
     pub(crate) async fn claim(
         &self,
         inbox: &IdentityKey,
+        store_id: &StoreId,
         seqs: &[Seq],
         page: usize,
         hold: Option<Hold<'_>>,
     ) -> StoreResult<Free> {
         let mut args = vec![
+            history(store_id),
             text(hold.map_or("", |hold| &hold.lease.0)),
             millis(hold.map_or(Duration::ZERO, |hold| hold.lasts)),
             number(page as u64),
@@ -217,18 +266,17 @@ impl Redis {
         self.command::<u64>("register", &expire).await.map(drop)
     }
 
-    /// The messages are gone by the inbox's removal of that number, and so is `lease`. Answers who
-    /// waits for the inbox.
+    /// The messages are gone, in a history, by the inbox's removal of that number, and so is
+    /// `lease`. Answers who waits for the inbox.
     pub(crate) async fn removed(
         &self,
         inbox: &IdentityKey,
+        store_id: &StoreId,
         removal: u64,
         lease: Option<&LeaseId>,
         seqs: &[Seq],
     ) -> StoreResult<Vec<String>> {
-        let mut args = vec![number(removal), text(lease.map_or("", |lease| &lease.0))];
-        args.extend(seqs.iter().map(|seq| number(seq.0)));
-        self.script("remove", &REMOVE, &self.keys(inbox, ["m", "q", "l", "w"]), &args).await
+        self.remove(inbox, history(store_id), removal, lease, seqs).await
     }
 
     /// Nothing is gone, but the lease is. Answers who waits for the inbox.
@@ -238,7 +286,20 @@ impl Redis {
         lease: &LeaseId,
         seqs: &[Seq],
     ) -> StoreResult<Vec<String>> {
-        self.removed(inbox, 0, Some(lease), seqs).await
+        self.remove(inbox, Bytes::new(), 0, Some(lease), seqs).await
+    }
+
+    async fn remove(
+        &self,
+        inbox: &IdentityKey,
+        history: Bytes,
+        removal: u64,
+        lease: Option<&LeaseId>,
+        seqs: &[Seq],
+    ) -> StoreResult<Vec<String>> {
+        let mut args = vec![history, number(removal), text(lease.map_or("", |lease| &lease.0))];
+        args.extend(seqs.iter().map(|seq| number(seq.0)));
+        self.script("remove", &REMOVE, &self.keys(inbox, ["m2", "q2", "l", "w"]), &args).await
     }
 
     /// The lease lasts on from now.
@@ -255,11 +316,14 @@ impl Redis {
 fn found(store_id: StoreId, answer: Value) -> StoreResult<Found> {
     let wrong = || StoreError::corrupt(NeverWritten("the answer of read.lua"));
     let Value::Array(fields) = answer else { return Err(wrong()) };
+    let number = |value: &Value| redis::from_redis_value::<u64>(value.clone()).map_err(|_| wrong());
     match &fields[..] {
         [_, Value::BulkString(permit)] => Ok(Found::NotLoaded(Permit(permit.clone().into()))),
+        [_, head, removals] => {
+            let (head, removals) = (number(head)?, number(removals)?);
+            Ok(Found::Ahead(State { store_id, head, removals }))
+        }
         [_, head, more, stopped, Value::Array(members)] => {
-            let number =
-                |value: &Value| redis::from_redis_value::<u64>(value.clone()).map_err(|_| wrong());
             let envelope = |member: &Value| match member {
                 Value::BulkString(bytes) => {
                     Queued::decode(bytes).map(|queued| queued.envelope).ok_or_else(wrong)
@@ -317,6 +381,11 @@ impl Queued {
     }
 }
 
+/// A history as the scripts compare it: with the version of what they keep.
+fn history(store_id: &StoreId) -> Bytes {
+    [&[VERSION][..], store_id.as_bytes()].concat().into()
+}
+
 fn number(n: u64) -> Bytes {
     n.to_string().into()
 }
@@ -370,6 +439,7 @@ mod tests {
             let look = Look {
                 read: &READ,
                 state,
+                accept: Accept::AtLeast,
                 after: Seq::ZERO,
                 limit,
                 now: NOW,
@@ -385,14 +455,14 @@ mod tests {
                 Found::Page(shown) => {
                     shown.page.envelopes.iter().map(|envelope| envelope.seq.0).collect()
                 }
-                Found::NotLoaded(_) => panic!("not loaded"),
+                other => panic!("{other:?}"),
             }
         }
 
         async fn permit(&self, head: u64, removals: u64) -> Permit {
             match self.found(head, removals).await {
                 Found::NotLoaded(permit) => permit,
-                Found::Page(shown) => panic!("{shown:?}"),
+                other => panic!("{other:?}"),
             }
         }
 
@@ -426,7 +496,7 @@ mod tests {
 
         // Message 2 is committed; who wants to see it must load, for it has not been pushed yet.
         let slow = redis.permit(2, 0).await;
-        redis.removed(&INBOX, 1, None, &[Seq(1)]).await.unwrap();
+        redis.removed(&INBOX, &STORE, 1, None, &[Seq(1)]).await.unwrap();
         redis.load_seqs(slow, 2, 0, &[1, 2]).await;
         assert_eq!(redis.shown(1, 0).await, [0; 0], "it has been removed");
 
@@ -441,7 +511,7 @@ mod tests {
         let permit = redis.permit(2, 0).await;
         redis.load_seqs(permit, 2, 0, &[1, 2]).await;
         let slow = redis.permit(3, 0).await;
-        redis.removed(&INBOX, UNKNOWN_REMOVAL, None, &[Seq(1)]).await.unwrap();
+        redis.removed(&INBOX, &STORE, UNKNOWN_REMOVAL, None, &[Seq(1)]).await.unwrap();
         redis.load_seqs(slow, 3, 0, &[1, 2, 3]).await;
         let permit = redis.permit(1, 0).await;
         redis.load_seqs(permit, 3, 1, &[2, 3]).await;
@@ -452,12 +522,12 @@ mod tests {
     async fn a_slow_load_into_an_empty_place_brings_nothing_back() {
         let (server, redis) = redis().await;
         let slow = redis.permit(1, 0).await;
-        redis.removed(&INBOX, 1, None, &[Seq(1)]).await.unwrap();
+        redis.removed(&INBOX, &STORE, 1, None, &[Seq(1)]).await.unwrap();
         redis.load_seqs(slow, 1, 0, &[1]).await;
         let slow = redis.permit(1, 0).await;
 
         // Nor does it when Redis has lost everything, and with it that something was removed.
-        redis.removed(&INBOX, 1, None, &[Seq(1)]).await.unwrap();
+        redis.removed(&INBOX, &STORE, 1, None, &[Seq(1)]).await.unwrap();
         server.flush_all().await.unwrap();
         redis.load_seqs(slow, 1, 0, &[1]).await;
         let permit = redis.permit(1, 0).await;

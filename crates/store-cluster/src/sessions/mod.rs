@@ -14,9 +14,9 @@ use std::{collections::HashSet, slice, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use qpq_domain::{AccountId, TokenHash, UnixMillis};
+use qpq_domain::{AccountId, StoreId, TokenHash, UnixMillis};
 use qpq_ports::{NewSession, Session, Sessions, StoreError, StoreResult};
-use sqlx::postgres::PgRow;
+use sqlx::{Row as _, postgres::PgRow};
 use tokio::{sync::broadcast::error::RecvError, time::Instant};
 
 use self::{
@@ -24,7 +24,7 @@ use self::{
     shared::{Copy, ENDED, Fill, InRedis},
 };
 use crate::{
-    history::History,
+    history::{History, store_id},
     metrics as names,
     nats::{Bus, Heard},
     postgres::{
@@ -40,9 +40,15 @@ const CREATE: &str = "
     INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
     VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
 
-const FIND: &str = "
-    SELECT s.account, a.identity, s.device, s.authenticated_at, s.last_used_at, s.expires_at
-      FROM session s JOIN account a ON a.id = s.account WHERE s.token = $1";
+/// The store id stands alone where there is no such session.
+const FIND: &str = concat!(
+    "SELECT h.store_id, f.account, f.identity, f.device, f.authenticated_at, f.last_used_at, f.expires_at
+       FROM (SELECT ",
+    store_id!(),
+    " AS store_id) h LEFT JOIN (
+        SELECT s.account, a.identity, s.device, s.authenticated_at, s.last_used_at, s.expires_at
+          FROM session s JOIN account a ON a.id = s.account WHERE s.token = $1) f ON true"
+);
 
 /// Of two edges that note a use at a time, the later use counts.
 const TOUCH: &str =
@@ -114,6 +120,25 @@ impl ClusterSessions {
     /// Believes none of this process's copies any more.
     pub(crate) fn forget_all(&self) {
         self.copies.process.clear();
+    }
+
+    /// Asks Postgres for a session, and for the history that it is in.
+    async fn ask(&self, token: &TokenHash) -> StoreResult<(StoreId, Option<Session>)> {
+        let token = *token;
+        let (store_id, session) = self
+            .database
+            .once("session", Repeat::Harmless, move |connection| {
+                Box::pin(async move {
+                    let query = sqlx::query(FIND).bind(&token.as_bytes()[..]);
+                    let row = query.fetch_one(connection).await?;
+                    let is_there = row.try_get::<Option<i64>, _>("account")?.is_some();
+                    let session = is_there.then(|| session(&row)).transpose()?;
+                    Ok((row.store_id("store_id")?, session))
+                })
+            })
+            .await?;
+        self.history.note(store_id);
+        Ok((store_id, session))
     }
 
     /// For who has removed sessions past this port.
@@ -189,7 +214,7 @@ impl Sessions for ClusterSessions {
             return Ok(Some(session));
         }
         let (generation, begun) = (process.generation(), Instant::now());
-        let asked_at = match redis.find(token).await {
+        let asked_at = match redis.find(token, self.history.id()).await {
             Ok(Copy::Ended) => {
                 found_in("redis");
                 return Ok(None);
@@ -209,9 +234,10 @@ impl Sessions for ClusterSessions {
             Err(_) => None,
         };
         found_in("postgres");
-        let Some(session) = self.confirm(token).await? else { return Ok(None) };
+        let (store_id, session) = self.ask(token).await?;
+        let Some(session) = session else { return Ok(None) };
         if let Some(asked_at) = asked_at
-            && matches!(redis.fill(token, &session, asked_at).await, Ok(Fill::Ended))
+            && matches!(redis.fill(token, store_id, &session, asked_at).await, Ok(Fill::Ended))
         {
             return Ok(None);
         }
@@ -220,15 +246,7 @@ impl Sessions for ClusterSessions {
     }
 
     async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
-        let token = *token;
-        self.database
-            .once("session", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    let query = sqlx::query(FIND).bind(&token.as_bytes()[..]);
-                    query.fetch_optional(connection).await?.as_ref().map(session).transpose()
-                })
-            })
-            .await
+        self.ask(token).await.map(|(_, session)| session)
     }
 
     async fn touch(

@@ -10,7 +10,7 @@ use std::{sync::LazyLock, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::{StreamExt as _, stream};
-use qpq_domain::{AccountId, DeviceId, IdentityKey, TokenHash, UnixMillis};
+use qpq_domain::{AccountId, DeviceId, IdentityKey, StoreId, TokenHash, UnixMillis};
 use qpq_ports::{Session, StoreResult};
 use redis::{Cmd, Script};
 
@@ -18,6 +18,9 @@ use crate::redis::Redis;
 
 /// How long a session's end is remembered; and no edge may believe in a copy for longer.
 pub(super) const ENDED: Duration = Duration::from_secs(10 * 60);
+/// First byte of a copy. The release before had `S` there, and takes none of our copies for its own:
+/// none of the lengths that follow is one of its.
+const VERSION: &[u8] = &[2];
 /// Keys written at a time.
 const KEYS: usize = 64;
 
@@ -61,11 +64,15 @@ impl InRedis {
         Self { redis, ttl }
     }
 
-    pub(super) async fn find(&self, token: &TokenHash) -> StoreResult<Copy> {
-        let (kind, millis, copy): (String, u64, Vec<u8>) = self
-            .redis
-            .script("session_find", &FIND, &[self.key(token)], &[millis(self.ttl)])
-            .await?;
+    /// Finds a copy that was made in this history.
+    pub(super) async fn find(&self, token: &TokenHash, store_id: StoreId) -> StoreResult<Copy> {
+        let args = [
+            millis(self.ttl),
+            Bytes::from_static(VERSION),
+            Bytes::copy_from_slice(store_id.as_bytes()),
+        ];
+        let (kind, millis, copy): (String, u64, Vec<u8>) =
+            self.redis.script("session_find", &FIND, &[self.key(token)], &args).await?;
         Ok(match &kind[..] {
             "ended" => Copy::Ended,
             "found" if let Some(session) = decode(&copy) => {
@@ -75,14 +82,21 @@ impl InRedis {
         })
     }
 
-    /// Makes a copy of what Postgres said after `asked_at`.
+    /// Makes a copy of what Postgres said after `asked_at`, in that history.
     pub(super) async fn fill(
         &self,
         token: &TokenHash,
+        store_id: StoreId,
         session: &Session,
         asked_at: AskedAt,
     ) -> StoreResult<Fill> {
-        let args = [asked_at.0.to_string().into(), millis(self.ttl), encode(session)];
+        let args = [
+            asked_at.0.to_string().into(),
+            millis(self.ttl),
+            Bytes::from_static(VERSION),
+            Bytes::copy_from_slice(store_id.as_bytes()),
+            encode(session),
+        ];
         let ended: bool =
             self.redis.script("session_fill", &FILL, &[self.key(token)], &args).await?;
         Ok(if ended { Fill::Ended } else { Fill::Done })
@@ -98,10 +112,8 @@ impl InRedis {
         let mut used = BytesMut::with_capacity(16);
         used.put_u64(now.0);
         used.put_u64(expires_at.0);
-        self.redis
-            .script::<u64>("session_touch", &TOUCH, &[self.key(token)], &[used.freeze()])
-            .await
-            .map(drop)
+        let args = [used.freeze(), Bytes::from_static(VERSION)];
+        self.redis.script::<u64>("session_touch", &TOUCH, &[self.key(token)], &args).await.map(drop)
     }
 
     /// Marks the sessions as ended. One that cannot be marked is believed for as long as its copy
@@ -144,19 +156,19 @@ impl InRedis {
     }
 }
 
-/// last_used_at (8) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8) ‖ identity (32) ‖ device
-/// (0 or 16), big-endian. `session_touch.lua` writes the first two.
+/// last_used_at (8) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8) ‖ identity (32) ‖ length of
+/// the device (1) ‖ device (0 or 16), big-endian. `session_touch.lua` writes the first two.
 fn encode(session: &Session) -> Bytes {
     let Session { account, identity, device, authenticated_at, last_used_at, expires_at } = session;
-    let mut copy = BytesMut::with_capacity(80);
+    let device = device.as_ref().map_or(&[][..], |device| device.as_bytes());
+    let mut copy = BytesMut::with_capacity(81);
     copy.put_u64(last_used_at.0);
     copy.put_u64(expires_at.0);
     copy.put_u64(authenticated_at.0);
     copy.put_i64(account.0);
     copy.put_slice(identity.as_bytes());
-    if let Some(device) = device {
-        copy.put_slice(device.as_bytes());
-    }
+    copy.put_u8(u8::try_from(device.len()).expect("0 or 16"));
+    copy.put_slice(device);
     copy.freeze()
 }
 
@@ -165,7 +177,11 @@ fn decode(copy: &[u8]) -> Option<Session> {
     let (expires_at, rest) = rest.split_first_chunk()?;
     let (authenticated_at, rest) = rest.split_first_chunk()?;
     let (account, rest) = rest.split_first_chunk()?;
-    let (identity, device) = rest.split_first_chunk()?;
+    let (identity, rest) = rest.split_first_chunk()?;
+    let (&length, device) = rest.split_first()?;
+    if device.len() != usize::from(length) {
+        return None;
+    }
     let at = |bytes: &[u8; 8]| UnixMillis(u64::from_be_bytes(*bytes));
     Some(Session {
         account: AccountId(i64::from_be_bytes(*account)),
@@ -200,7 +216,7 @@ mod tests {
             assert_eq!(decode(&copy), Some(session));
             let longer = [&copy[..], b"x"].concat();
             assert_eq!(decode(&longer), None);
-            for length in (0..copy.len()).filter(|length| *length != 64) {
+            for length in 0..copy.len() {
                 assert_eq!(decode(&copy[..length]), None, "{length} bytes");
             }
         }

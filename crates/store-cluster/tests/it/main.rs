@@ -6,6 +6,7 @@ mod clocks;
 mod conformance;
 mod edges;
 mod failover;
+mod history;
 mod metrics;
 mod people;
 mod sessions;

@@ -88,6 +88,9 @@ impl Handler for methods::Peek {
             room = page::full_room(cx, &caller, wanted).await?;
             page = cx.app.stores.inboxes.peek(read, after, room.limit, cx.now).await?;
         }
+        if !page.envelopes.is_empty() {
+            cx.conn.shows(page.store_id);
+        }
         let response = v1::PeekResponse {
             payloads: page::envelopes(&page),
             more: page.more,
@@ -108,10 +111,18 @@ impl Handler for methods::Ack {
         convert::at_most(request.seqs.len(), MAX_ACK_SEQS, "seqs")?;
         let up_to = Some(Seq(request.seq_up_to)).filter(|seq| *seq > Seq::ZERO);
         let seqs = request.seqs.iter().copied().map(Seq).collect();
-        let ack = Ack { up_to, seqs, store_id: None };
+        // What was shown in another history may be other messages now. Acknowledging it removes
+        // nothing, once: the client may have read the present history on another connection.
+        let store_id = cx.conn.shown_in();
+        let ack = Ack { up_to, seqs, store_id };
         // An ack of nothing removes nothing: an answer to a client whose page was empty.
         let removed =
             if ack.is_empty() { 0 } else { cx.app.stores.inboxes.ack(read, ack, cx.now).await? };
+        if let Some(shown_in) = store_id
+            && shown_in != cx.app.stores.upkeep.store_id()
+        {
+            cx.conn.forget_shown(shown_in);
+        }
         Ok(v1::AckResponse { removed }.into())
     }
 }

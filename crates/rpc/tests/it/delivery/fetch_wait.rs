@@ -95,13 +95,17 @@ async fn of_two_that_wait_one_gets_a_message_and_the_other_the_next() {
     assert_eq!(bodies(&answered(rest.into_inner()).await.response.payloads), [b"two"]);
 }
 
+fn nothing(server: &Server) -> v1::FetchWaitResponse {
+    v1::FetchWaitResponse { store_id: server.store_id(), ..Default::default() }
+}
+
 #[tokio::test]
 async fn nothing_comes_so_the_answer_is_empty() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let briefly = FetchWaitRequest { timeout_ms: 1, ..Default::default() };
     let answer = answered(wait_for(user.elsewhere(&server), briefly)).await;
-    assert_eq!(answer.response, v1::FetchWaitResponse::default());
+    assert_eq!(answer.response, nothing(&server));
     assert!(answer.settlement.is_none());
     waiters.subscribed(0).await;
 }
@@ -114,13 +118,10 @@ async fn a_drain_ends_every_wait_empty_and_no_other_begins() {
     waiters.waited(5).await;
     server.rpc.drain();
     for waiting in waiting {
-        assert_eq!(answered(waiting).await.response, v1::FetchWaitResponse::default());
+        assert_eq!(answered(waiting).await.response, nothing(&server));
     }
     server.rpc.drained().await;
-    assert_eq!(
-        answered(wait(user.elsewhere(&server))).await.response,
-        v1::FetchWaitResponse::default()
-    );
+    assert_eq!(answered(wait(user.elsewhere(&server))).await.response, nothing(&server));
     // What is there is still given.
     user.send(&user, b"one").await;
     assert_eq!(bodies(&answered(wait(user)).await.response.payloads), [b"one"]);

@@ -46,10 +46,8 @@ async fn a_fetch_whose_answer_arrived_removes_what_it_gave() {
     let rest = bob.ok::<methods::Fetch>(FetchRequest::default()).await;
     assert_eq!(bodies(&rest.payloads), [b"three"]);
     assert!(!rest.more);
-    assert_eq!(
-        bob.ok::<methods::Fetch>(FetchRequest::default()).await,
-        v1::FetchResponse::default()
-    );
+    let nothing = v1::FetchResponse { store_id: server.store_id(), ..Default::default() };
+    assert_eq!(bob.ok::<methods::Fetch>(FetchRequest::default()).await, nothing);
 }
 
 #[tokio::test]
@@ -119,8 +117,9 @@ async fn a_peek_leaves_everything_and_begins_where_it_is_told() {
     }
     let after = |after_seq| PeekRequest { after_seq, ..Default::default() };
     assert_eq!(seqs(&user.ok::<methods::Peek>(after(1)).await.payloads), [4]);
-    assert_eq!(user.ok::<methods::Peek>(after(4)).await, v1::PeekResponse::default());
-    assert_eq!(user.ok::<methods::Peek>(after(u64::MAX)).await, v1::PeekResponse::default());
+    let nothing = v1::PeekResponse { store_id: server.store_id(), ..Default::default() };
+    assert_eq!(user.ok::<methods::Peek>(after(4)).await, nothing);
+    assert_eq!(user.ok::<methods::Peek>(after(u64::MAX)).await, nothing);
 }
 
 #[tokio::test]
@@ -284,4 +283,44 @@ async fn reading_takes_a_session() {
     refused.assert(Status::Unauthorized, "auth.session_required");
     let refused = stranger.call_with::<methods::Peek>(PeekRequest::default(), &[7; 32]).await;
     refused.expect_err("no such session").assert(Status::Unauthorized, "auth.session_expired");
+}
+
+#[tokio::test]
+async fn every_answer_of_a_read_names_the_history() {
+    let server = Server::start().await;
+    let user = server.user("reader").await;
+    user.send(&user, b"one").await;
+    let first = server.store_id();
+    assert_eq!(first.len(), 16);
+    assert_eq!(peek_all(&user).await.store_id, first);
+    server.rpc.app().stores.upkeep.begin_history().await.expect("another history");
+    let second = server.store_id();
+    assert_ne!(first, second);
+    assert_eq!(peek_all(&user).await.store_id, second);
+    let waited = user.ok::<methods::FetchWait>(FetchWaitRequest::default()).await;
+    assert_eq!((waited.store_id, waited.payloads.len()), (second.clone(), 1));
+    let fetched = user.ok::<methods::Fetch>(FetchRequest::default()).await;
+    assert_eq!((fetched.store_id, fetched.payloads.len()), (second, 0));
+}
+
+#[tokio::test]
+async fn an_ack_of_what_was_peeked_in_another_history_removes_nothing() {
+    let server = Server::start().await;
+    let user = server.user("reader").await;
+    user.send(&user, b"one").await;
+    let elsewhere = user.elsewhere(&server);
+    for reader in [&user, &elsewhere] {
+        assert_eq!(seqs(&peek_all(reader).await.payloads), [1]);
+    }
+    server.rpc.app().stores.upkeep.begin_history().await.expect("another history");
+    let first = AckRequest { all_channels: true, seq_up_to: 1, ..Default::default() };
+    assert_eq!(ack(&user, first.clone()).await, 0, "seq 1 may be another message now");
+    assert_eq!(seqs(&peek_all(&user).await.payloads), [1]);
+    assert_eq!(ack(&user, first.clone()).await, 1);
+    // A client that reads on one connection and acknowledges on another is not shut out.
+    user.send(&user, b"two").await;
+    peek_all(&user).await;
+    let second = AckRequest { seq_up_to: 2, ..first };
+    assert_eq!(ack(&elsewhere, second.clone()).await, 0);
+    assert_eq!(ack(&elsewhere, second).await, 1);
 }

@@ -202,3 +202,20 @@ fn no_bytes_are_stored_that_are_no_package() {
         });
     });
 }
+
+#[tokio::test]
+async fn a_replacement_removes_the_packages_of_before_or_changes_nothing() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let packages = packages(&server, &alice, 4);
+    let replace =
+        |packages: &[Bytes]| UploadKeyPackageRequest { replace: true, ..upload(packages) };
+    assert_eq!(available(&alice, upload(&packages[..2])).await, 2);
+    assert_eq!(available(&alice, replace(&packages[2..])).await, 2);
+    assert_eq!(stock(&alice).await, (2, false));
+    assert_eq!(take(&bob, &alice).await, Some((packages[2].clone(), false)));
+    assert_invalid(&alice, replace(&packages[1..3]), "more_packages").await;
+    let of_none = UploadKeyPackageRequest { replace: true, ..Default::default() };
+    assert_invalid(&alice, of_none, "package").await;
+    assert_eq!(take(&bob, &alice).await, Some((packages[3].clone(), false)));
+}

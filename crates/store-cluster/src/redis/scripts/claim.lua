@@ -1,23 +1,29 @@
--- Leases messages of a page that was read from Postgres, up to the first that is leased already.
+-- Leases messages of a page that was read from Postgres, up to the first that is leased already. A lease of another history
+-- hides nothing: its seqs belong to other messages.
 -- KEYS: leases
--- ARGV: lease id or '' for a peek, how long it lasts in ms, how many of the seqs are the page (another may follow), seqs
+-- ARGV: version and store id, lease id or '' for a peek, how long it lasts in ms, how many of the seqs are the page (another may
+--   follow), seqs
 -- Answers how many of the seqs are free, and the ms until the lease ends that they stop at, or 0.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
 local free, stopped = 0, 0
-for i = 4, #ARGV do
+for i = 5, #ARGV do
   local id = redis.call('HGET', KEYS[1], ARGV[i])
-  local ends = id and tonumber(redis.call('HGET', KEYS[1], 'e' .. id) or 0) or 0
-  if ends > clock then
-    stopped = ends - clock
-    break
+  if id then
+    local lease = redis.call('HMGET', KEYS[1], 'e' .. id, 's' .. id)
+    local ends = tonumber(lease[1] or 0) or 0
+    -- An edge of an earlier release says nothing of the history.
+    if ends > clock and (not lease[2] or lease[2] == ARGV[1]) then
+      stopped = ends - clock
+      break
+    end
   end
   free = free + 1
 end
-local claimed = math.min(free, tonumber(ARGV[3]))
-if ARGV[1] ~= '' and claimed > 0 then
-  for i = 4, 3 + claimed do redis.call('HSET', KEYS[1], ARGV[i], ARGV[1]) end
-  redis.call('HSET', KEYS[1], 'e' .. ARGV[1], clock + ARGV[2])
-  redis.call('PEXPIRE', KEYS[1], 3 * ARGV[2])
+local claimed = math.min(free, tonumber(ARGV[4]))
+if ARGV[2] ~= '' and claimed > 0 then
+  for i = 5, 4 + claimed do redis.call('HSET', KEYS[1], ARGV[i], ARGV[2]) end
+  redis.call('HSET', KEYS[1], 'e' .. ARGV[2], clock + ARGV[3], 's' .. ARGV[2], ARGV[1])
+  redis.call('PEXPIRE', KEYS[1], 3 * ARGV[3])
 end
 return {free, stopped}

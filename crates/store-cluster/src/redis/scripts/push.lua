@@ -1,12 +1,13 @@
--- Messages that Postgres has committed go to their inbox's queue, if that is loaded. Any order, any number of times.
+-- Messages that Postgres has committed go to their inbox's queue, if it is loaded and of the same history. Any order, any number
+-- of times.
 -- KEYS: state, queue, waiters
--- ARGV: most messages, most bytes, (seq, member)*
+-- ARGV: version and store id, most messages, most bytes, (seq, member)*
 -- Answers the edges that wait, which are forgotten here: they register again when they have looked.
-local state = redis.call('HMGET', KEYS[1], 'h', 'n', 'b', 'g')
-if state[1] then
+local state = redis.call('HMGET', KEYS[1], 'h', 'n', 'b', 'g', 's')
+if state[1] and state[5] == ARGV[1] then
   local head, count, bytes, gap = tonumber(state[1]), tonumber(state[2]), tonumber(state[3]), state[4]
   local before = count
-  for i = 3, #ARGV, 2 do
+  for i = 4, #ARGV, 2 do
     local seq = tonumber(ARGV[i])
     if seq > head then -- else it came with a load
       local new = redis.call('ZADD', KEYS[2], seq, ARGV[i + 1])
@@ -22,7 +23,7 @@ if state[1] then
       gap = nil
     end
   end
-  if count > tonumber(ARGV[1]) or bytes > tonumber(ARGV[2]) then
+  if count > tonumber(ARGV[2]) or bytes > tonumber(ARGV[3]) then
     redis.call('DEL', KEYS[1], KEYS[2])
   else
     redis.call('HSET', KEYS[1], 'h', head, 'n', count, 'b', bytes)

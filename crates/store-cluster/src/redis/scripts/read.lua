@@ -1,41 +1,54 @@
 -- Shows the first messages of a view, and leases them unless it is a peek. A reader that is turned away gets a permit to load
 -- what it then reads in Postgres.
 -- KEYS: state, queue, leases, waiters
--- ARGV: 1 the least head and 2 the least removals that the queue must show, 3 after which seq, 4 'all' or 'channel', 5 the
---   channel, 6 most messages, 7 most bytes, 8 now, 9 lease id or '' for a peek, 10 how long it lasts, 11 edge that wants to be
---   woken or '', 12 how long it wants that, and how long a permit lasts, 13 how long the queue stays loaded; all times in ms
--- Answers {'C', permit to load} when the queue is not loaded, or shows an older state than it must; else
+-- ARGV: 1 version and store id, 2 the least head and 3 the least removals that the queue must show, 4 '1' if it may show a later
+--   state, 5 after which seq, 6 'all' or 'channel', 7 the channel, 8 most messages, 9 most bytes, 10 now, 11 lease id or '' for a
+--   peek, 12 how long it lasts, 13 edge that wants to be woken or '', 14 how long it wants that, and how long a permit lasts,
+--   15 how long the queue stays loaded; all times in ms
+-- Answers {'C', permit to load} when the queue is not loaded, is of another history or shows an older state than it must;
+--   {'A', head, removals} when it shows a later state than it may; else
 --   {'M', head, 1 if the view has more, ms until the lease ends that the view stops at or 0, members}.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
 -- First of all: what is pushed from here on wakes the edge, whatever this read finds.
-if ARGV[11] ~= '' then
-  redis.call('HSET', KEYS[4], ARGV[11], '1')
-  redis.call('PEXPIRE', KEYS[4], ARGV[12])
+if ARGV[13] ~= '' then
+  redis.call('HSET', KEYS[4], ARGV[13], '1')
+  redis.call('PEXPIRE', KEYS[4], ARGV[14])
 end
-local state = redis.call('HMGET', KEYS[1], 'h', 'r', 'n')
-if not state[1] or tonumber(state[1]) < tonumber(ARGV[1]) or tonumber(state[2]) < tonumber(ARGV[2])
+local state = redis.call('HMGET', KEYS[1], 'h', 'r', 'n', 's')
+local head, removals = tonumber(state[1]), tonumber(state[2])
+if not head or state[4] ~= ARGV[1] or head < tonumber(ARGV[2]) or removals < tonumber(ARGV[3])
     or redis.call('ZCARD', KEYS[2]) ~= tonumber(state[3]) then
   local permit = redis.call('HGET', KEYS[1], 'p')
-  if not permit then
-    permit = time[1] .. '.' .. time[2]
+  if not permit or string.sub(permit, 1, #ARGV[1]) ~= ARGV[1] then
+    permit = ARGV[1] .. time[1] .. '.' .. time[2]
     redis.call('HSET', KEYS[1], 'p', permit)
   end
-  if not state[1] then redis.call('PEXPIRE', KEYS[1], ARGV[12]) end
+  if not head then redis.call('PEXPIRE', KEYS[1], ARGV[14]) end
   return {'C', permit}
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[13])
-redis.call('PEXPIRE', KEYS[2], ARGV[13])
+if ARGV[4] ~= '1' and (head > tonumber(ARGV[2]) or removals > tonumber(ARGV[3])) then
+  return {'A', state[1], state[2]}
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[15])
+redis.call('PEXPIRE', KEYS[2], ARGV[15])
 local leases, flat = {}, redis.call('HGETALL', KEYS[3])
 for i = 1, #flat, 2 do leases[flat[i]] = flat[i + 1] end
-local after, all, channel = tonumber(ARGV[3]), ARGV[4] == 'all', ARGV[5]
-local most, most_bytes, now = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+-- When the lease of a message ends. A lease of another history hides nothing: its seqs belong to other messages. An edge of an
+-- earlier release says nothing of the history.
+local function lease_ends(field)
+  local id = leases[field]
+  if not id or (leases['s' .. id] or ARGV[1]) ~= ARGV[1] then return 0 end
+  return tonumber(leases['e' .. id] or 0) or 0
+end
+local after, all, channel = tonumber(ARGV[5]), ARGV[6] == 'all', ARGV[7]
+local most, most_bytes, now = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local members, seqs, bytes, more, stopped = {}, {}, 0, 0, 0
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. string.format('%.0f', after), state[1])) do
   local seq, expires, _, length = struct.unpack('>I8I8I8B', member)
   if expires > now and (all or string.sub(member, 26, 25 + length) == channel) then
     local field = string.format('%.0f', seq)
-    local ends = leases[field] and tonumber(leases['e' .. leases[field]] or 0) or 0
+    local ends = lease_ends(field)
     if ends > clock then
       stopped = ends - clock
       break
@@ -50,9 +63,9 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. string.forma
     seqs[#seqs + 1] = field
   end
 end
-if ARGV[9] ~= '' and #members > 0 then
-  for _, field in ipairs(seqs) do redis.call('HSET', KEYS[3], field, ARGV[9]) end
-  redis.call('HSET', KEYS[3], 'e' .. ARGV[9], clock + ARGV[10])
-  redis.call('PEXPIRE', KEYS[3], 3 * ARGV[10])
+if ARGV[11] ~= '' and #members > 0 then
+  for _, field in ipairs(seqs) do redis.call('HSET', KEYS[3], field, ARGV[11]) end
+  redis.call('HSET', KEYS[3], 'e' .. ARGV[11], clock + ARGV[12], 's' .. ARGV[11], ARGV[1])
+  redis.call('PEXPIRE', KEYS[3], 3 * ARGV[12])
 end
 return {'M', state[1], more, stopped, members}

@@ -1,8 +1,8 @@
 -- Notes in a session's copy that the session was used. The copy gets no younger by that.
 -- KEYS: copy
--- ARGV: last_used_at and expires_at, 8 bytes each
+-- ARGV: last_used_at and expires_at, 8 bytes each, and version
 local copy = redis.call('GET', KEYS[1])
-if copy and #copy >= 25 then
-  redis.call('SET', KEYS[1], string.sub(copy, 1, 9) .. ARGV[1] .. string.sub(copy, 26), 'KEEPTTL')
+if copy and #copy >= 41 and string.sub(copy, 1, 1) == ARGV[2] then
+  redis.call('SET', KEYS[1], string.sub(copy, 1, 25) .. ARGV[1] .. string.sub(copy, 42), 'KEEPTTL')
 end
 return 0
