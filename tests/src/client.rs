@@ -21,10 +21,11 @@ use rustls::{
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
+    server::ParsedCertificate,
 };
 use sha2::{Digest as _, Sha256};
 
-/// SHA-256 of the one certificate that is accepted.
+/// SHA-256 of the one key that is accepted.
 #[derive(Clone, Copy, Debug)]
 pub struct Pin(pub [u8; 32]);
 
@@ -207,10 +208,11 @@ impl ServerCertVerifier for Pinned {
         _ocsp: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        if Sha256::digest(end_entity.as_ref())[..] == self.pin.0 {
+        let key = ParsedCertificate::try_from(end_entity)?.subject_public_key_info();
+        if Sha256::digest(key)[..] == self.pin.0 {
             Ok(ServerCertVerified::assertion())
         } else {
-            Err(rustls::Error::General("the certificate is not the pinned one".into()))
+            Err(rustls::Error::General("the key is not the pinned one".into()))
         }
     }
 

@@ -106,6 +106,7 @@ pub(crate) fn dialer(trust: &Trust) -> Result<Dialer, ConnectError> {
     let trust = match trust {
         Trust::FirstUse => transport::Trust::FirstUse,
         Trust::Pinned(fingerprint) => transport::Trust::Pin(*fingerprint),
+        Trust::PinnedEither(fingerprints) => transport::Trust::PinEither(*fingerprints),
         Trust::Authority(path) => transport::Trust::CaFile(path.clone()),
         Trust::System => transport::Trust::SystemRoots,
     };

@@ -54,4 +54,4 @@ pub use secret::{ExportKey, Password};
 pub use qpq_domain::{IdentityKey, Seq, SessionToken, UnixMillis, Username};
 pub use qpq_mls::{Error as MlsError, GroupId, Identity, vault::VaultKey};
 pub use qpq_proto::{Event as ServerEvent, Method, Status, methods, v1};
-pub use qpq_transport::Fingerprint;
+pub use qpq_transport::{Fingerprint, ParseFingerprintError};

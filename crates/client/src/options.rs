@@ -18,12 +18,27 @@ pub enum Trust {
     /// The caller stores what [`Client::connect`](crate::Client::connect) answers and gives it as
     /// [`Trust::Pinned`] from then on.
     FirstUse,
-    /// The certificate with this fingerprint.
+    /// The key with this fingerprint. One of the whole certificate, as earlier releases pinned, is
+    /// accepted too, until the certificate is renewed.
     Pinned(#[serde(with = "fingerprint_text")] Fingerprint),
+    /// Either of two keys: while the operator replaces one by the other.
+    PinnedEither(#[serde(with = "fingerprints_text")] [Fingerprint; 2]),
     /// A certificate for the server's name, issued by an authority in this file (PEM or DER).
     Authority(PathBuf),
     /// A certificate for the server's name, issued by an authority that the system trusts.
     System,
+}
+
+impl Trust {
+    /// What to trust from now on, after a server whose key is `seen` was found trustworthy: that
+    /// key, where its certificate or nothing was pinned before.
+    #[must_use]
+    pub fn settled(self, seen: Fingerprint) -> Self {
+        match self {
+            Self::FirstUse | Self::Pinned(_) => Self::Pinned(seen),
+            other => other,
+        }
+    }
 }
 
 /// How to connect, and how long to try.
@@ -98,9 +113,42 @@ mod fingerprint_text {
     }
 }
 
+mod fingerprints_text {
+    use qpq_transport::Fingerprint;
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(
+        fingerprints: &[Fingerprint; 2],
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        to.collect_seq(fingerprints.iter().map(ToString::to_string))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<[Fingerprint; 2], D::Error> {
+        let [one, other] = <[String; 2]>::deserialize(from)?;
+        Ok([one.parse().map_err(D::Error::custom)?, other.parse().map_err(D::Error::custom)?])
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pins_are_kept_as_text_and_a_certificates_pin_becomes_its_keys() {
+        let [certificate, key] = [1, 2].map(|n| Fingerprint::from([n; 32]));
+        let of_earlier = format!("{{\"pinned\":\"{certificate}\"}}");
+        let trust: Trust = serde_json::from_str(&of_earlier).unwrap();
+        assert_eq!(trust, Trust::Pinned(certificate));
+        assert_eq!(trust.settled(key), Trust::Pinned(key));
+        let both = Trust::PinnedEither([certificate, key]);
+        let text = serde_json::to_string(&both).unwrap();
+        assert_eq!(serde_json::from_str::<Trust>(&text).unwrap(), both);
+        assert_eq!(both.clone().settled(key), both, "the other key may still be shown");
+        assert_eq!(Trust::System.settled(key), Trust::System);
+    }
 
     #[test]
     fn an_address_is_a_host_and_maybe_a_port() {

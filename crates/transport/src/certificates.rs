@@ -44,7 +44,7 @@ pub struct Certificates {
 pub enum Reload {
     /// They are as they were.
     Unchanged,
-    /// New connections see another certificate.
+    /// New connections see another certificate, whose key has this fingerprint.
     Changed(Fingerprint),
 }
 
@@ -85,7 +85,7 @@ impl Certificates {
         self.current.load_full()
     }
 
-    /// The fingerprint of what new connections are shown.
+    /// The fingerprint of the key that new connections are shown.
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
         self.current.load().fingerprint()

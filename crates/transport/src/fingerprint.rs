@@ -1,22 +1,37 @@
-//! How people and clients name a server's certificate: by its hash.
+//! How people and clients name a server: by the hash of its public key, which a renewed certificate
+//! keeps.
+//!
+//! Releases up to 0.1 named it by the hash of the whole certificate. Such a fingerprint looks the
+//! same, so where one is pinned, both hashes are compared with it.
 
 use std::{fmt, str::FromStr};
 
+use rustls::{pki_types::CertificateDer, server::ParsedCertificate};
 use sha2::{Digest, Sha256};
 
-/// SHA-256 of a leaf certificate's DER; 64 hexadecimal digits as text.
+/// SHA-256 of a leaf certificate's public key (its `SubjectPublicKeyInfo`, in DER); 64 hexadecimal
+/// digits as text.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint([u8; 32]);
 
 /// The text is not 64 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a certificate fingerprint has 64 hexadecimal digits")]
+#[error("a fingerprint has 64 hexadecimal digits")]
 pub struct ParseFingerprintError;
 
 impl Fingerprint {
-    /// The fingerprint of a certificate given in DER.
+    /// Returns the fingerprint of the public key of a certificate given in DER; `None` if the
+    /// certificate cannot be read.
     #[must_use]
-    pub fn of(certificate: &[u8]) -> Self {
+    pub fn of_key(certificate: &[u8]) -> Option<Self> {
+        let certificate = CertificateDer::from(certificate);
+        let parsed = ParsedCertificate::try_from(&certificate).ok()?;
+        Some(Self(Sha256::digest(parsed.subject_public_key_info()).into()))
+    }
+
+    /// Returns the hash of a whole certificate given in DER, which earlier releases pinned.
+    #[must_use]
+    pub fn of_certificate(certificate: &[u8]) -> Self {
         Self(Sha256::digest(certificate).into())
     }
 
@@ -62,9 +77,21 @@ impl fmt::Debug for Fingerprint {
 mod tests {
     use super::*;
 
+    /// As `openssl x509 -pubkey -noout | openssl pkey -pubin -outform DER | sha256sum` has it.
+    #[test]
+    fn a_key_is_hashed_as_other_tools_do() {
+        use rcgen::PublicKeyData as _;
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec!["example.org".to_owned()]).unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        let expected: [u8; 32] = Sha256::digest(key.subject_public_key_info()).into();
+        assert_eq!(Fingerprint::of_key(certificate.der()), Some(Fingerprint(expected)));
+        assert_eq!(Fingerprint::of_key(&certificate.der()[1..]), None);
+    }
+
     #[test]
     fn reads_what_it_writes() {
-        let fingerprint = Fingerprint::of(b"");
+        let fingerprint = Fingerprint::of_certificate(b"");
         let text = fingerprint.to_string();
         assert_eq!(text, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
         assert_eq!(text.parse(), Ok(fingerprint));

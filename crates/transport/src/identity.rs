@@ -1,8 +1,8 @@
 //! A server's certificate chain and private key: read from files, or made where there are none.
 //!
 //! DER and PEM are told apart by their content. What is made is a self-signed ECDSA P-256
-//! certificate, which foreign QUIC stacks take too; it does not expire, because clients trust it by
-//! its [`Fingerprint`].
+//! certificate, which foreign QUIC stacks take too; it does not expire, because clients trust its
+//! key by the [`Fingerprint`].
 
 use std::{
     fmt, fs,
@@ -53,7 +53,8 @@ pub enum IdentityError {
     },
     /// Of certificate and key one is there: making a new pair would throw it away.
     #[error(
-        "{present} is there but {missing} is not: restore it, or remove both to have new ones made"
+        "{present} is there but {missing} is not. Put it where it belongs, from a backup or from where the certificate \
+         was issued, or name the file that belongs to the other one"
     )]
     HalfMissing {
         /// The file that is there.
@@ -142,11 +143,13 @@ impl Identity {
         let certified =
             CertifiedKey::from_der(chain, private, &tls::provider()).map_err(unusable)?;
         let leaf = certified.end_entity_cert().map_err(unusable)?;
-        let (fingerprint, not_after) = (Fingerprint::of(leaf), der::not_after(leaf));
+        let fingerprint = Fingerprint::of_key(leaf)
+            .ok_or_else(|| IdentityError::Certificate { path: cert.to_owned() })?;
+        let not_after = der::not_after(leaf);
         Ok(Self { certified: Arc::new(certified), fingerprint, not_after })
     }
 
-    /// The leaf certificate's fingerprint.
+    /// The fingerprint of the leaf certificate's key.
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
@@ -186,7 +189,7 @@ impl SelfSigned {
 impl fmt::Debug for SelfSigned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SelfSigned")
-            .field("cert", &Fingerprint::of(&self.cert))
+            .field("key", &Fingerprint::of_key(&self.cert))
             .finish_non_exhaustive()
     }
 }
@@ -359,11 +362,16 @@ mod tests {
     }
 
     #[test]
-    fn der_is_the_fingerprints_preimage() {
+    fn a_renewed_certificate_of_the_same_key_has_the_same_fingerprint() {
         let directory = tempfile::tempdir().unwrap();
         let (cert, key) = (directory.path().join("cert"), directory.path().join("key"));
         let made = make(&cert, &key).unwrap();
-        assert_eq!(made.fingerprint(), Fingerprint::of(&fs::read(&cert).unwrap()));
+        let pair = rcgen::KeyPair::try_from(fs::read(&key).unwrap()).unwrap();
+        let renewed = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        let before = fs::read(&cert).unwrap();
+        fs::write(&cert, renewed.self_signed(&pair).unwrap().der()).unwrap();
+        assert_ne!(fs::read(&cert).unwrap(), before);
+        assert_eq!(make(&cert, &key).unwrap().fingerprint(), made.fingerprint());
     }
 
     #[test]

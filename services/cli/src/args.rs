@@ -78,13 +78,33 @@ pub(crate) struct Global {
     pub(crate) verbose: u8,
 }
 
+/// The key that a server must have, or two of which it must have one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pins {
+    One(Fingerprint),
+    Either([Fingerprint; 2]),
+}
+
+fn pins(text: &str) -> Result<Pins, String> {
+    let pins: Vec<Fingerprint> = text
+        .split(',')
+        .map(|pin| pin.trim().parse())
+        .collect::<Result<_, _>>()
+        .map_err(|error: qpq_client::ParseFingerprintError| error.to_string())?;
+    match pins[..] {
+        [one] => Ok(Pins::One(one)),
+        [one, other] => Ok(Pins::Either([one, other])),
+        _ => Err("two fingerprints at most".to_owned()),
+    }
+}
+
 /// How the server proves who it is. Without any of these its certificate is pinned at first use.
 #[derive(Debug, Args)]
 pub(crate) struct TrustArgs {
-    /// Trust the server whose certificate has this SHA-256
-    #[arg(long, global = true, value_name = "FINGERPRINT", conflicts_with_all = ["ca", "system_roots"])]
-    #[arg(help_heading = "Server")]
-    pub(crate) pin: Option<Fingerprint>,
+    /// Trust the server whose key has this SHA-256; two, while it gets another key
+    #[arg(long, global = true, value_name = "PIN[,PIN]", conflicts_with_all = ["ca", "system_roots"])]
+    #[arg(help_heading = "Server", value_parser = pins)]
+    pub(crate) pin: Option<Pins>,
     /// Trust the authorities in this file (PEM or DER)
     #[arg(
         long,

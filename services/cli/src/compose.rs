@@ -6,7 +6,7 @@ use qpq_client::{Options, Profile, Trust};
 use zeroize::Zeroizing;
 
 use crate::{
-    args::{Global, ProfileName, TrustArgs},
+    args::{Global, Pins, ProfileName, TrustArgs},
     fault::Fault,
     output::{Format, Output},
     password::Source,
@@ -142,7 +142,10 @@ impl Context {
 
 fn trust(args: TrustArgs) -> Option<Trust> {
     match args {
-        TrustArgs { pin: Some(fingerprint), .. } => Some(Trust::Pinned(fingerprint)),
+        TrustArgs { pin: Some(Pins::One(fingerprint)), .. } => Some(Trust::Pinned(fingerprint)),
+        TrustArgs { pin: Some(Pins::Either(fingerprints)), .. } => {
+            Some(Trust::PinnedEither(fingerprints))
+        }
         TrustArgs { ca: Some(file), .. } => Some(Trust::Authority(file)),
         TrustArgs { system_roots: true, .. } => Some(Trust::System),
         TrustArgs { .. } => None,

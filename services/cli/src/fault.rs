@@ -236,7 +236,7 @@ impl From<ConnectError> for Fault {
         match error {
             ConnectError::PinMismatch { expected, seen } => {
                 let message = format!(
-                    "the server's certificate is not the pinned one\n  pinned: {expected}\n  seen:   {seen}"
+                    "the server's key is not the pinned one\n  pinned: {expected}\n  seen:   {seen}"
                 );
                 Self::new(Exit::Untrusted, "client.pin_mismatch", message).hint(
                     "either the operator has changed it, or somebody is in between: ask the operator for the fingerprint \

@@ -37,7 +37,7 @@ impl Connection {
         Self { quic, endpoint, fingerprint }
     }
 
-    /// The fingerprint of the server's certificate.
+    /// The fingerprint of the server's key.
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint

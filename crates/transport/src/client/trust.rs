@@ -23,8 +23,11 @@ use crate::{Fingerprint, tls};
 /// How a client decides that a server is the right one.
 #[derive(Debug, Clone)]
 pub enum Trust {
-    /// By its certificate, whatever that says: name, issuer and dates are not looked at.
+    /// By its key, whatever the certificate says: name, issuer and dates are not looked at. A
+    /// fingerprint of the whole certificate, as earlier releases had, is accepted too.
     Pin(Fingerprint),
+    /// As [`Trust::Pin`], by either of two keys: while one takes the place of the other.
+    PinEither([Fingerprint; 2]),
     /// Whoever answers. The caller remembers
     /// [`Connection::fingerprint`](super::Connection::fingerprint) and pins it from then on.
     FirstUse,
@@ -59,7 +62,8 @@ pub(super) struct Roots {
 
 #[derive(Clone)]
 enum Check {
-    Pin(Fingerprint),
+    /// At least one.
+    Pins(Vec<Fingerprint>),
     Any,
     Authorities(Arc<WebPkiServerVerifier>),
 }
@@ -68,7 +72,8 @@ impl Roots {
     pub(super) fn load(trust: Trust) -> Result<Self, TrustError> {
         let provider = tls::provider();
         let check = match trust {
-            Trust::Pin(fingerprint) => Check::Pin(fingerprint),
+            Trust::Pin(fingerprint) => Check::Pins(vec![fingerprint]),
+            Trust::PinEither(fingerprints) => Check::Pins(fingerprints.into()),
             Trust::FirstUse => Check::Any,
             Trust::CaFile(path) => from_file(&path, &provider)
                 .map(Check::Authorities)
@@ -89,7 +94,7 @@ impl Roots {
 impl fmt::Debug for Roots {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.check {
-            Check::Pin(fingerprint) => f.debug_tuple("Pin").field(fingerprint).finish(),
+            Check::Pins(pins) => f.debug_tuple("Pins").field(pins).finish(),
             Check::Any => f.write_str("FirstUse"),
             Check::Authorities(_) => f.write_str("Authorities"),
         }
@@ -150,7 +155,7 @@ pub(super) enum Rejected {
 }
 
 impl Certifier {
-    /// The certificate of the server, once the handshake is over.
+    /// The key of the server, once the handshake is over.
     pub(super) fn seen(&self) -> Option<Fingerprint> {
         self.outcome.lock().seen
     }
@@ -169,13 +174,17 @@ impl ServerCertVerifier for Certifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let seen = Fingerprint::of(end_entity);
+        let seen =
+            Fingerprint::of_key(end_entity).ok_or(Error::from(CertificateError::BadEncoding))?;
+        let certificate = Fingerprint::of_certificate(end_entity);
         let (checked, rejected) = match &self.roots.check {
             Check::Any => (Ok(()), None),
-            Check::Pin(expected) if *expected == seen => (Ok(()), None),
-            Check::Pin(expected) => (
+            Check::Pins(pins) if pins.contains(&seen) || pins.contains(&certificate) => {
+                (Ok(()), None)
+            }
+            Check::Pins(pins) => (
                 Err(CertificateError::ApplicationVerificationFailure.into()),
-                Some(Rejected::Pin { expected: *expected, seen }),
+                Some(Rejected::Pin { expected: pins[0], seen }),
             ),
             Check::Authorities(verifier) => {
                 let checked = verifier

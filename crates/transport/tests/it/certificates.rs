@@ -43,10 +43,43 @@ async fn a_client_that_pins_takes_this_server_and_no_other() {
 }
 
 #[tokio::test]
+async fn a_pin_of_the_key_outlives_the_certificate_and_one_of_the_certificate_is_still_accepted() {
+    let harness = Harness::start();
+    let own = harness.certificates.fingerprint();
+    let of_certificate = Fingerprint::of_certificate(&fs::read(harness.cert_path()).unwrap());
+    assert_eq!(dial(&harness, Trust::Pin(of_certificate), "localhost").await.unwrap(), own);
+
+    let key = harness.directory.path().join("key.der");
+    let pair = rcgen::KeyPair::try_from(fs::read(key).unwrap()).unwrap();
+    let renewed = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    fs::write(harness.cert_path(), renewed.self_signed(&pair).unwrap().der()).unwrap();
+    assert_eq!(harness.certificates.reload().unwrap(), Reload::Changed(own));
+    assert_eq!(dial(&harness, Trust::Pin(own), "localhost").await.unwrap(), own);
+    let refused = dial(&harness, Trust::Pin(of_certificate), "localhost").await;
+    assert!(matches!(refused, Err(ConnectError::PinMismatch { .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn either_of_two_pins_is_enough_while_one_key_takes_the_place_of_another() {
+    let harness = Harness::start();
+    let old = harness.certificates.fingerprint();
+    let next = replace(&harness, &["cert.der", "key.der"]);
+    let both = || Trust::PinEither([old, next]);
+    assert_eq!(dial(&harness, both(), "localhost").await.unwrap(), old);
+    assert_eq!(harness.certificates.reload().unwrap(), Reload::Changed(next));
+    assert_eq!(dial(&harness, both(), "localhost").await.unwrap(), next);
+    let neither = Trust::PinEither([old, Fingerprint::from([7; 32])]);
+    match dial(&harness, neither, "localhost").await.unwrap_err() {
+        ConnectError::PinMismatch { expected, seen } => assert_eq!((expected, seen), (old, next)),
+        other => panic!("{other}"),
+    }
+}
+
+#[tokio::test]
 async fn first_use_tells_what_to_pin() {
     let harness = Harness::start();
     let seen = dial(&harness, Trust::FirstUse, "localhost").await.unwrap();
-    assert_eq!(seen, Fingerprint::of(&fs::read(harness.cert_path()).unwrap()));
+    assert_eq!(Some(seen), Fingerprint::of_key(&fs::read(harness.cert_path()).unwrap()));
 }
 
 #[tokio::test]

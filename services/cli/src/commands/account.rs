@@ -89,9 +89,7 @@ pub(crate) async fn register(context: &Context, username: &Username) -> Result<(
     };
     let seen = meet(context, &options).await?;
     let is_pinned_now = options.trust == Trust::FirstUse;
-    if is_pinned_now {
-        options.trust = Trust::Pinned(seen);
-    }
+    options.trust = options.trust.settled(seen);
     let password = context.password.chosen(&context.output).await?;
     let registering = Box::pin(Messenger::register(&dir, options, username, &password, None));
     let messenger = context.progress.during("registering", registering).await?;
@@ -103,8 +101,9 @@ pub(crate) async fn register(context: &Context, username: &Username) -> Result<(
 pub(crate) async fn login(context: &Context) -> Result<(), Fault> {
     let dir = context.dir();
     let profile = Profile::read(&dir).map_err(Error::from)?;
-    let options = context.options(&profile);
-    meet(context, &options).await?;
+    let mut options = context.options(&profile);
+    let seen = meet(context, &options).await?;
+    options.trust = options.trust.settled(seen);
     let password = context.password.known().await?;
     let unlocking = async {
         if (&options.server, &options.trust) == (&profile.server, &profile.trust) {
@@ -303,6 +302,7 @@ pub(crate) async fn whoami(context: &Context) -> Result<(), Fault> {
     let (trust, server_fingerprint) = match &profile.trust {
         Trust::FirstUse => ("first-use", None),
         Trust::Pinned(fingerprint) => ("pinned", Some(fingerprint.to_string())),
+        Trust::PinnedEither([one, other]) => ("pinned", Some(format!("{one},{other}"))),
         Trust::Authority(_) => ("authority", None),
         Trust::System => ("system", None),
     };
