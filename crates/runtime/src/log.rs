@@ -4,6 +4,7 @@
 //! nobody reads never stops the server; what does not fit is dropped and counted.
 
 use std::{
+    fmt,
     io::{self, IsTerminal as _, Write as _},
     panic,
     sync::{
@@ -18,7 +19,7 @@ use figment::value::Value;
 use tracing::Subscriber;
 use tracing_subscriber::{
     EnvFilter, Layer, Registry, fmt::MakeWriter, layer::SubscriberExt as _, registry::LookupSpan,
-    util::SubscriberInitExt as _,
+    reload, util::SubscriberInitExt as _,
 };
 
 use crate::{config, lifecycle::panic_message, trace::Traces};
@@ -71,8 +72,8 @@ impl config::Choice for Format {
 }
 
 /// Keeps the log going; dropping it writes what is queued and ends it.
-#[derive(Debug)]
 pub struct LogGuard {
+    set_filter: Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>,
     lines: SyncSender<Line>,
     writer: Option<thread::JoinHandle<()>>,
 }
@@ -95,19 +96,38 @@ pub fn init(log: &Log, traces: &Traces) -> io::Result<LogGuard> {
     let (filter, queue) = (EnvFilter::new(&log.filter.0), Queue { lines: lines.clone(), dropped });
     // Alone, the filter is everybody's, and what it refuses costs nothing. Beside traces it is the
     // log's own.
-    let installed = match traces.layer() {
-        None => Registry::default().with(filter).with(layer(log.format, queue)).try_init(),
-        Some(spans) => Registry::default()
-            .with(spans)
-            .with(layer(log.format, queue).with_filter(filter))
-            .try_init(),
+    let (installed, set_filter): (_, Box<dyn Fn(_) -> _ + Send + Sync>) = match traces.layer() {
+        None => {
+            let (filter, handle) = reload::Layer::new(filter);
+            let subscriber = Registry::default().with(filter).with(layer(log.format, queue));
+            (subscriber.try_init(), Box::new(move |filter| handle.reload(filter)))
+        }
+        Some(spans) => {
+            let (filter, handle) = reload::Layer::new(filter);
+            let lines = layer(log.format, queue).with_filter(filter);
+            let subscriber = Registry::default().with(spans).with(lines);
+            (subscriber.try_init(), Box::new(move |filter| handle.reload(filter)))
+        }
     };
     installed.map_err(io::Error::other)?;
     panic::set_hook(Box::new(|info| {
         let place = info.location().map(ToString::to_string).unwrap_or_default();
         tracing::error!(%place, message = panic_message(info.payload()), "panicked");
     }));
-    Ok(LogGuard { lines, writer: Some(writer) })
+    Ok(LogGuard { set_filter, lines, writer: Some(writer) })
+}
+
+impl LogGuard {
+    /// Changes what is logged from now on.
+    pub fn set_filter(&self, log: &Log) -> Result<(), reload::Error> {
+        (self.set_filter)(EnvFilter::new(&log.filter.0))
+    }
+}
+
+impl fmt::Debug for LogGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LogGuard").field("writer", &self.writer).finish_non_exhaustive()
+    }
 }
 
 impl Drop for LogGuard {

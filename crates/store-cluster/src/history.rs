@@ -34,10 +34,13 @@ pub(crate) use store_id;
 
 const CURRENT: &str = concat!("SELECT ", store_id!(), " AS store_id");
 
-const RENEW: &str = "UPDATE store SET salt = uuid_send(gen_random_uuid())";
+/// The same in hexadecimal digits.
+pub(crate) const CURRENT_HEX: &str = concat!("SELECT encode(", store_id!(), ", 'hex')");
+
+pub(crate) const RENEW: &str = "UPDATE store SET salt = uuid_send(gen_random_uuid())";
 
 /// Any of them may have been given out after the copy was made that is the store now.
-const REMOVE_PACKAGES: &str = "
+pub(crate) const REMOVE_PACKAGES: &str = "
     WITH removed AS (
         DELETE FROM key_package WHERE NOT last_resort RETURNING owner, fingerprint, not_after),
     given AS (

@@ -23,6 +23,7 @@ pub mod measure;
 mod metrics;
 mod nats;
 mod notices;
+mod operate;
 mod postgres;
 mod redis;
 mod sessions;
@@ -44,6 +45,7 @@ pub use error::ConnectError;
 pub use history::begin_history;
 pub use import::{Import, ImportError};
 pub use inboxes::COMMITTERS;
+pub use operate::{BEGIN_HISTORY, DatabaseSnapshot, Operator, client_environment};
 pub use postgres::migrate;
 pub use time::Clocks;
 

@@ -217,6 +217,11 @@ fn servers(config: &Config) -> Result<Vec<ServerAddr>, ConnectError> {
     config.nats.url.split(',').map(parse).collect()
 }
 
+/// Checks the addresses, without a connection.
+pub(crate) fn check_urls(config: &Config) -> Result<(), ConnectError> {
+    servers(config).map(drop)
+}
+
 fn bad_url(cause: String) -> ConnectError {
     ConnectError::Url {
         setting: "nats.url",

@@ -11,6 +11,7 @@
 //!   and who has died holds none of them.
 
 mod accounts;
+mod backup;
 mod clock;
 mod error;
 mod export;
@@ -33,9 +34,10 @@ use qpq_domain::{Delivery, KeyPackageCaps};
 use qpq_ports::{Alone, Stores};
 use sqlx::SqlitePool;
 
+pub use backup::{BackupError, Claim, Inspection, copy_database, inspect};
 pub use clock::{Accepted, JUMP, accept_clock};
 pub use export::{Export, ExportError};
-pub use open::{MOVED_FILE, OpenError};
+pub use open::{DATABASE_FILE, MOVED_FILE, OpenError, RESTORING_FILE};
 
 use crate::{
     accounts::EmbeddedAccounts, clock::Guard, history::History, inboxes::EmbeddedInboxes,

@@ -2,7 +2,6 @@
 //! schema, and tried with one real commit before anybody relies on it.
 
 use std::{
-    cmp::Ordering,
     fs::{DirBuilder, File, OpenOptions, TryLockError},
     io,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -31,11 +30,15 @@ const READERS: u32 = 4;
 pub(crate) const ROWS_AHEAD: usize = 8;
 
 const LOCK_FILE: &str = "lock";
-pub(crate) const DATABASE_FILE: &str = "qpq.db";
+/// The database in a data directory.
+pub const DATABASE_FILE: &str = "qpq.db";
 
 /// The file in a data directory that says where everything in it has gone: whoever finds it starts
 /// no server there.
 pub const MOVED_FILE: &str = "moved-to-cluster";
+
+/// The file in a data directory whose restore has begun and not ended: no server starts there.
+pub const RESTORING_FILE: &str = "restore-unfinished";
 
 /// Why a data directory cannot be used, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +85,11 @@ pub enum OpenError {
         path.display()
     )]
     OlderSchema { path: PathBuf, found: i64, known: i64 },
+    #[error(
+        "{} holds a part of a backup: a restore was interrupted. Run `qpq-admin restore` again, with the same backup or another one",
+        .0.display()
+    )]
+    Restoring(PathBuf),
     #[error("{} cannot be opened ({cause}): see to the disk, then start again", path.display())]
     Failed { path: PathBuf, cause: String },
 }
@@ -158,8 +166,18 @@ fn make_directory(path: &Path) -> Result<(), OpenError> {
         .map_err(|error| io_failed(path, &error))
 }
 
-/// Takes the directory for this process, until the file is closed.
+/// Takes the directory for this process, until the file is closed. Refuses one whose restore was
+/// interrupted.
 pub(crate) fn lock(data_dir: &Path) -> Result<File, OpenError> {
+    let lock = lock_file(data_dir)?;
+    if data_dir.join(RESTORING_FILE).exists() {
+        return Err(OpenError::Restoring(data_dir.to_owned()));
+    }
+    Ok(lock)
+}
+
+/// Takes the directory for this process, whatever it holds.
+pub(crate) fn lock_file(data_dir: &Path) -> Result<File, OpenError> {
     let path = data_dir.join(LOCK_FILE);
     let file = make_private_file(&path)?;
     match file.try_lock() {
@@ -208,18 +226,30 @@ pub(crate) async fn check_current(
     connection: &mut SqliteConnection,
     path: &Path,
 ) -> Result<(), OpenError> {
+    let (found, known) = (check_known(connection, path).await?, newest());
+    if found < known {
+        return Err(OpenError::OlderSchema { path: path.to_owned(), found, known });
+    }
+    Ok(())
+}
+
+/// Checks that the database is one of ours and no newer than this program. Returns the number of
+/// its last migration.
+pub(crate) async fn check_known(
+    connection: &mut SqliteConnection,
+    path: &Path,
+) -> Result<i64, OpenError> {
     check_ownership(connection, path).await?;
     let found: Option<i64> =
         sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
             .fetch_one(connection)
             .await
             .map_err(|error| failed(path, &error))?;
-    let (found, known, path) = (found.unwrap_or_default(), newest(), path.to_owned());
-    match found.cmp(&known) {
-        Ordering::Less => Err(OpenError::OlderSchema { path, found, known }),
-        Ordering::Equal => Ok(()),
-        Ordering::Greater => Err(OpenError::NewerSchema { path, found, known }),
+    let (found, known) = (found.unwrap_or_default(), newest());
+    if found > known {
+        return Err(OpenError::NewerSchema { path: path.to_owned(), found, known });
     }
+    Ok(found)
 }
 
 /// What went wrong with the database file.
@@ -234,7 +264,10 @@ pub(crate) fn failed(path: &Path, error: &sqlx::Error) -> OpenError {
 }
 
 /// A database that has tables and not our mark is somebody else's.
-async fn check_ownership(connection: &mut SqliteConnection, path: &Path) -> Result<(), OpenError> {
+pub(crate) async fn check_ownership(
+    connection: &mut SqliteConnection,
+    path: &Path,
+) -> Result<(), OpenError> {
     let failed = |error: sqlx::Error| failed(path, &error);
     let mark: i64 = sqlx::query_scalar("PRAGMA application_id")
         .fetch_one(&mut *connection)

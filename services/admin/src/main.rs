@@ -1,5 +1,5 @@
-//! The `qpq-admin` binary: what an operator does to a cluster from outside its edges. One file per
-//! command.
+//! The `qpq-admin` binary: what an operator does to a server or a cluster from outside. One file per
+//! command, or per family of commands.
 //!
 //! Exit codes, as `qpq-server`'s: 0 done, 1 failed, 2 the command line or the configuration is
 //! wrong.
@@ -9,6 +9,7 @@
     allow(clippy::unwrap_used, reason = "the exception for tests does not reach their helpers")
 )]
 
+mod backup;
 mod clock;
 mod init;
 mod migrate;
@@ -29,7 +30,7 @@ use qpq_runtime::config::ConfigError;
 const FAILED: u8 = 1;
 const MISUSED: u8 = 2;
 
-/// Administers a qpq cluster: makes what its edges share, and looks after it.
+/// Administers a qpq server or cluster: backs it up, restores it, sets it up and looks after it.
 #[derive(Debug, Parser)]
 #[command(name = "qpq-admin", version)]
 struct Args {
@@ -40,6 +41,16 @@ struct Args {
 /// What to do. To add a command: a line here, a file beside this one, an arm in [`run`].
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Back up a server, also while it runs, or a cluster.
+    Backup(backup::BackupArgs),
+    /// Check that a backup is complete and undamaged.
+    Verify(backup::VerifyArgs),
+    /// Bring a backup back: to a data directory whose server is stopped, or to an empty database of
+    /// a cluster whose edges are stopped.
+    Restore(backup::RestoreArgs),
+    /// Say that a data directory or a cluster's database was restored by other means (a cold copy, a
+    /// snapshot, a recovery to a point in time). To be run before the server or the edges start.
+    MarkRestored(backup::Which),
     /// Look after the clock of a server without a cluster.
     Clock(clock::Args),
     /// Make what all edges of a new cluster share: keys and a certificate.
@@ -78,6 +89,10 @@ fn main() -> ExitCode {
 
 fn run(command: &Command) -> anyhow::Result<()> {
     match command {
+        Command::Backup(args) => backup::backup(args),
+        Command::Verify(args) => backup::verify(args),
+        Command::Restore(args) => backup::restore(args),
+        Command::MarkRestored(args) => backup::mark_restored(args),
         Command::Clock(args) => clock::run(args),
         Command::Init(args) => init::run(args),
         Command::Migrate(args) => migrate::run(args),

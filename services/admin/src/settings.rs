@@ -32,13 +32,21 @@ pub(crate) struct Given(Config);
 impl Location {
     /// The settings from all layers.
     pub(crate) fn load(&self) -> Result<Given, ConfigError> {
-        let sources = Sources {
+        Ok(load::<Given>(self.sources())?.settings)
+    }
+
+    /// The settings of a single server or of an edge.
+    pub(crate) fn load_any(&self) -> Result<Config, ConfigError> {
+        Ok(load::<Any>(self.sources())?.settings.0)
+    }
+
+    fn sources(&self) -> Sources {
+        Sources {
             file: self.config.clone(),
             environment: environment(),
             flags: Vec::new(),
             foreign: FOREIGN_VARIABLES,
-        };
-        Ok(load::<Given>(sources)?.settings)
+        }
     }
 }
 
@@ -62,17 +70,32 @@ impl Given {
     }
 }
 
-impl Node for Given {
-    fn describe(&self, about: About, declared: &mut Declared) {
-        self.0.describe(about, declared);
-    }
+/// Settings of which none must be there.
+#[derive(Debug, Default)]
+struct Any(Config);
 
-    fn read(&mut self, path: &str, reader: &mut Reader<'_>) {
-        self.0.read(path, reader);
-    }
+macro_rules! same_settings {
+    ($($name:ident),*) => {$(
+        impl Node for $name {
+            fn describe(&self, about: About, declared: &mut Declared) {
+                self.0.describe(about, declared);
+            }
 
-    fn show(&self, path: &str, values: &mut Vec<(String, Option<String>)>) {
-        self.0.show(path, values);
+            fn read(&mut self, path: &str, reader: &mut Reader<'_>) {
+                self.0.read(path, reader);
+            }
+
+            fn show(&self, path: &str, values: &mut Vec<(String, Option<String>)>) {
+                self.0.show(path, values);
+            }
+        }
+    )*};
+}
+same_settings!(Given, Any);
+
+impl Settings for Any {
+    fn validate(&self) -> Vec<Broken> {
+        self.0.broken_values()
     }
 }
 

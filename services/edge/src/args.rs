@@ -51,7 +51,8 @@ pub enum Command {
 /// What to do with the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
 pub enum ConfigCommand {
-    /// Say whether the configuration is valid, and if not, why.
+    /// Say whether a server can start from the configuration, and if not, why: settings, and the
+    /// files, keys and ports that they name. Changes nothing.
     Check,
     /// Print the settings in force as a TOML file, with their origins, without secrets.
     Show,

@@ -15,6 +15,7 @@ pub struct Banner {
     http: Option<SocketAddr>,
     data_dir: PathBuf,
     fingerprint: String,
+    certificate_created: Option<PathBuf>,
     client: String,
 }
 
@@ -25,6 +26,7 @@ impl Banner {
             http: running.http_addr(),
             data_dir: config.data_dir.canonicalize().unwrap_or_else(|_| config.data_dir.clone()),
             fingerprint: running.fingerprint().to_string(),
+            certificate_created: running.certificate_created().map(Path::to_owned),
             client: client(),
         }
     }
@@ -32,7 +34,7 @@ impl Banner {
 
 impl fmt::Display for Banner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { listening, http, data_dir, fingerprint, client } = self;
+        let Self { listening, http, data_dir, fingerprint, certificate_created, client } = self;
         let server = reachable(listening[0]);
         let listening: Vec<_> = listening.iter().map(SocketAddr::to_string).collect();
         writeln!(f, "qpq-server {} is ready", env!("CARGO_PKG_VERSION"))?;
@@ -42,6 +44,13 @@ impl fmt::Display for Banner {
         }
         writeln!(f, "  data in       {}", data_dir.display())?;
         writeln!(f, "  fingerprint   {fingerprint}")?;
+        if let Some(cert) = certificate_created {
+            writeln!(
+                f,
+                "  certificate   self-signed, created now at {}: no file was there",
+                cert.display()
+            )?;
+        }
         writeln!(f, "\nTwo people can chat now; type in other terminals:")?;
         writeln!(f, "  {client} -p alice register alice --server {server} --pin {fingerprint}")?;
         writeln!(f, "  {client} -p bob   register bob   --server {server} --pin {fingerprint}")?;

@@ -1,7 +1,14 @@
 //! How the server is put together, and taken apart again. The binary and the tests start the same
 //! thing from here.
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use qpq_ports::Clock;
 use qpq_rpc::{Parts, Rpc};
@@ -14,10 +21,11 @@ use qpq_runtime::{
 };
 use qpq_store_cluster::ConnectError;
 use qpq_store_embedded::OpenError;
-use qpq_transport::{BindError, Certificates, Fingerprint, IdentityError, Member, Server};
+use qpq_transport::{BindError, Certificates, Fingerprint, IdentityError, Member, Reload, Server};
 
 use crate::{
     Config,
+    certificate::CertificateError,
     cluster::PasswordFileError,
     probe,
     secrets::SecretsError,
@@ -41,6 +49,7 @@ pub struct Running {
     server: Server<Edge>,
     http: Option<SocketAddr>,
     certificates: Arc<Certificates>,
+    certificate_created: Option<PathBuf>,
     member: Option<Member>,
     store: Store,
     tasks: Tasks,
@@ -60,8 +69,8 @@ pub enum StartError {
     Cluster(#[from] ConnectError),
     #[error(transparent)]
     PasswordFile(#[from] PasswordFileError),
-    #[error("the certificate: {0}")]
-    Tls(#[from] IdentityError),
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
     #[error(
         "UDP port {} of {} is taken: stop the server that listens there, or choose another port with --listen",
         .0.port(), .0.ip()
@@ -87,7 +96,8 @@ impl From<BindError> for StartError {
 /// Starts a server. When this returns, clients are being served. Needs a tokio runtime.
 pub async fn compose(config: &Config) -> Result<Running, StartError> {
     let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
-    let Opened { store, secrets, certificates, member } = Store::open(config).await?;
+    let Opened { store, secrets, certificates, certificate_created, member } =
+        Store::open(config).await?;
     let clock = store.clock();
     let rpc = Rpc::new(Parts {
         stores: store.stores(),
@@ -105,6 +115,7 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
                 server,
                 http: http.as_ref().map(HttpServer::address),
                 certificates,
+                certificate_created,
                 member,
                 store,
                 tasks: Tasks::default(),
@@ -157,9 +168,19 @@ impl Running {
         self.http
     }
 
-    /// Of the certificate that clients see, for them to pin.
+    /// Of the key that clients see, for them to pin.
     pub fn fingerprint(&self) -> Fingerprint {
         self.certificates.fingerprint()
+    }
+
+    /// Where a self-signed certificate was created although the configuration names a file.
+    pub fn certificate_created(&self) -> Option<&Path> {
+        self.certificate_created.as_deref()
+    }
+
+    /// Takes up certificate and key if their files have changed.
+    pub fn reload_certificate(&self) -> Result<Reload, IdentityError> {
+        self.certificates.reload()
     }
 
     /// Completes if something that should go on for ever has failed. Cancel-safe.
@@ -224,7 +245,7 @@ impl Running {
 }
 
 /// An error and what it comes from, in one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -87,14 +87,16 @@ section! {
 section! {
     /// The certificate that clients see.
     pub struct Tls {
-        /// The certificate chain, in DER or PEM. Made, self-signed, together with the key, if
-        /// neither is there.
+        /// The certificate chain, in DER or PEM.
         cert: Option<PathBuf> = None,
             unset: "`server-cert.der` in the data directory", variable: "QPQ_TLS_CERT", flag: "--tls-cert";
         /// The private key, in DER or PEM.
         key: Option<PathBuf> = None,
             unset: "`server-key.der` in the data directory", variable: "QPQ_TLS_KEY", flag: "--tls-key";
-        /// Names and IP addresses in a certificate that is made, besides the domain and
+        /// Whether a self-signed certificate is created, with its key, where neither file exists.
+        /// Where this section names a file that does not exist, with a warning.
+        generate: Generate = Generate::IfMissing;
+        /// Names and IP addresses in a certificate that is created, besides the domain and
         /// `localhost`.
         names: Vec<String> = Vec::new();
         /// How often the files are looked at for a renewed certificate.
@@ -288,6 +290,18 @@ impl From<UsernameScripts> for qpq_domain::UsernameScripts {
     }
 }
 
+/// Whether a certificate is created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Generate {
+    IfMissing,
+    Never,
+}
+
+impl Choice for Generate {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("if_missing", Self::IfMissing), ("never", Self::Never)];
+}
+
 /// Whether a registration must prove its identity key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IdentityProof {
@@ -304,6 +318,7 @@ impl Settings for Config {
     fn validate(&self) -> Vec<Broken> {
         let mut broken = self.broken_values();
         broken.extend(self.cluster_sections().broken());
+        broken.extend(self.half_named_certificate());
         broken
     }
 }
@@ -378,6 +393,20 @@ impl Config {
     /// Certificate and key, if both are named.
     pub(crate) fn own_tls_files(&self) -> Option<(PathBuf, PathBuf)> {
         Some((self.tls.cert.clone()?, self.tls.key.clone()?))
+    }
+
+    /// An edge takes its certificate from the shared directory, unless the configuration names both
+    /// files: one alone would be ignored.
+    fn half_named_certificate(&self) -> Option<Broken> {
+        self.cluster_sections().secrets_dir()?;
+        let path = match (&self.tls.cert, &self.tls.key) {
+            (Some(_), None) => "tls.key",
+            (None, Some(_)) => "tls.cert",
+            _ => return None,
+        };
+        let must_be = "given too: an edge uses the certificate in cluster.secrets_dir, or the one that tls.cert and \
+                       tls.key name together";
+        Some(Broken { path, must_be: must_be.into() })
     }
 
     /// What a certificate that is made is good for.

@@ -6,6 +6,8 @@
 pub mod args;
 pub mod banner;
 mod budgets;
+mod certificate;
+mod check;
 mod cluster;
 mod compose;
 mod config;
@@ -16,6 +18,7 @@ mod service;
 mod store;
 mod upkeep;
 
+pub use check::{Report, check};
 pub use cluster::PasswordFileError;
 pub use compose::{Running, StartError, compose};
 pub use config::{Config, FOREIGN_VARIABLES, UsernameScripts};

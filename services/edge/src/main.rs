@@ -14,16 +14,19 @@ use std::{
 use clap::Parser as _;
 use nix::sys::stat::{Mode, umask};
 use qpq_runtime::{
+    config::Loaded,
     lifecycle::{Phase, Shutdown, Tasks},
-    log,
+    log::{self, LogGuard},
     trace::Traces,
 };
 use qpq_server::{
-    Config,
+    Config, Running,
     args::{Args, Command, ConfigCommand},
     banner::Banner,
-    compose,
+    check, compose,
 };
+use qpq_transport::Reload;
+use tokio::signal::unix::{SignalKind, signal};
 
 const FAILED: u8 = 1;
 const MISUSED: u8 = 2;
@@ -46,13 +49,20 @@ fn main() -> ExitCode {
         Err(error) => return complain(MISUSED, error),
     };
     match args.task() {
-        Command::Run => start(&loaded.settings),
-        Command::Config(ConfigCommand::Check) => say("the configuration is valid\n"),
+        Command::Run => start(&args, &loaded),
+        Command::Config(ConfigCommand::Check) => {
+            let report = check(&loaded.settings);
+            match report.problems() {
+                [] => say(report),
+                problems => complain(MISUSED, problems.join("\nqpq-server: ")),
+            }
+        }
         Command::Config(ConfigCommand::Show) => say(loaded.show()),
     }
 }
 
-fn start(config: &Config) -> ExitCode {
+fn start(args: &Args, loaded: &Loaded<Config>) -> ExitCode {
+    let config = &loaded.settings;
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return complain(FAILED, format_args!("cannot start threads: {error}")),
@@ -62,11 +72,11 @@ fn start(config: &Config) -> ExitCode {
         Ok(traces) => traces,
         Err(error) => return complain(FAILED, error),
     };
-    let _log = match log::init(&config.log, &traces) {
+    let log = match log::init(&config.log, &traces) {
         Ok(guard) => guard,
         Err(error) => return complain(FAILED, format_args!("cannot start logging: {error}")),
     };
-    let code = runtime.block_on(run(config));
+    let code = runtime.block_on(run(args, loaded, &log));
     // The last spans leave over the runtime.
     drop(traces);
     drop(inside);
@@ -74,11 +84,16 @@ fn start(config: &Config) -> ExitCode {
     code
 }
 
-async fn run(config: &Config) -> ExitCode {
+async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
+    let config = &loaded.settings;
     let (shutdown, mut signals) = (Shutdown::default(), Tasks::default());
-    if let Err(error) = shutdown.on_signals(&mut signals) {
-        return complain(FAILED, format_args!("cannot listen for signals: {error}"));
-    }
+    let listening = shutdown.on_signals(&mut signals).and_then(|()| signal(SignalKind::hangup()));
+    let mut hangups = match listening {
+        Ok(hangups) => hangups,
+        Err(error) => {
+            return complain(FAILED, format_args!("cannot listen for signals: {error}"));
+        }
+    };
     let mut running = match compose(config).await {
         Ok(running) => running,
         Err(error) => return complain(FAILED, format_args!("cannot start: {error}")),
@@ -90,15 +105,64 @@ async fn run(config: &Config) -> ExitCode {
         "serving"
     );
     say(Banner::new(&running, config));
-    let code = tokio::select! {
-        () = shutdown.reached(Phase::Draining) => ExitCode::SUCCESS,
-        failure = running.failure() => {
-            shutdown.advance(Phase::Stopping);
-            complain(FAILED, failure)
+    let code = loop {
+        tokio::select! {
+            () = shutdown.reached(Phase::Draining) => break ExitCode::SUCCESS,
+            failure = running.failure() => {
+                shutdown.advance(Phase::Stopping);
+                break complain(FAILED, failure);
+            }
+            Some(()) = hangups.recv() => reload(args, loaded, log, &running),
         }
     };
     running.shutdown(shutdown.reached(Phase::Stopping)).await;
     code
+}
+
+/// Takes up what can change while the server runs: the log's filter, and certificate and key. Names
+/// the other settings that have changed.
+fn reload(args: &Args, started: &Loaded<Config>, log: &LogGuard, running: &Running) {
+    match args.load() {
+        Ok(now) => {
+            match log.set_filter(&now.settings.log) {
+                Ok(()) => {}
+                Err(error) => tracing::warn!(%error, "the log's filter cannot be changed"),
+            }
+            let changed = started.changes(&now);
+            let (taken_up, waiting): (Vec<_>, Vec<_>) =
+                changed.into_iter().partition(|path| RELOADED.contains(&path.as_str()));
+            tracing::info!(
+                changed = %list(&taken_up),
+                "the configuration was read again on SIGHUP"
+            );
+            if !waiting.is_empty() {
+                tracing::warn!(
+                    settings = %list(&waiting),
+                    "these settings have changed and need a restart: the ones of the start stay in force"
+                );
+            }
+        }
+        Err(error) => tracing::error!(
+            %error,
+            "the configuration cannot be read again: the one of the start stays in force"
+        ),
+    }
+    match running.reload_certificate() {
+        Ok(Reload::Unchanged) => tracing::info!("the certificate is unchanged"),
+        Ok(Reload::Changed(fingerprint)) => {
+            tracing::info!(%fingerprint, "the certificate was changed");
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the certificate cannot be read again: the old one stays");
+        }
+    }
+}
+
+/// Settings that a running server takes up.
+const RELOADED: [&str; 1] = ["log.filter"];
+
+fn list(settings: &[String]) -> String {
+    if settings.is_empty() { "nothing".to_owned() } else { settings.join(", ") }
 }
 
 /// On standard output. Nobody may be reading, which is no reason to stop.

@@ -1,15 +1,16 @@
 //! Where this server keeps its state: in its own directory, or in the cluster's servers.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use qpq_ports::{Clock, Stores, SystemClock};
 use qpq_runtime::data_dir::DataDir;
 use qpq_store_cluster::ClusterStore;
-use qpq_store_embedded::EmbeddedStore;
+use qpq_store_embedded::{EmbeddedStore, OpenError, RESTORING_FILE};
 use qpq_transport::{Certificates, Member};
 
 use crate::{
     Config, StartError,
+    certificate::{self, CertificateError},
     secrets::{self, Secrets},
 };
 
@@ -25,6 +26,8 @@ pub(crate) struct Opened {
     pub(crate) store: Store,
     pub(crate) secrets: Secrets,
     pub(crate) certificates: Arc<Certificates>,
+    /// Where a certificate was created although the configuration names one.
+    pub(crate) certificate_created: Option<PathBuf>,
     /// The edge's place in its cluster.
     pub(crate) member: Option<Member>,
 }
@@ -40,17 +43,24 @@ impl Store {
 
     async fn embedded(config: &Config) -> Result<Opened, StartError> {
         let dir = DataDir::create(&config.data_dir)?;
+        // Before anything is created there.
+        if dir.path().join(RESTORING_FILE).exists() {
+            return Err(OpenError::Restoring(dir.path().to_owned()).into());
+        }
         let secrets = secrets::load_or_create(&dir)?;
         let limits = qpq_store_embedded::Limits {
             delivery: config.delivery(),
             key_packages: config.key_packages(),
         };
         let store = EmbeddedStore::open(dir.path(), limits).await?;
-        let (cert, key) = config.tls_files();
-        match Certificates::load_or_create(&cert, &key, &config.tls_names()) {
-            Ok(certificates) => {
-                Ok(Opened { store: Self::Embedded(store), secrets, certificates, member: None })
-            }
+        match certificate::open(config) {
+            Ok(opened) => Ok(Opened {
+                store: Self::Embedded(store),
+                secrets,
+                certificates: opened.certificates,
+                certificate_created: opened.created_at,
+                member: None,
+            }),
             Err(error) => {
                 // So that the next attempt, perhaps from this process, finds the directory free.
                 store.close().await;
@@ -63,7 +73,7 @@ impl Store {
         let sections = config.cluster_sections();
         let fleet = secrets::load_fleet(sections.secrets_dir().expect("it is a cluster"))?;
         let certificates = match config.own_tls_files() {
-            Some((cert, key)) => Certificates::load(&cert, &key)?,
+            Some((cert, key)) => Certificates::load(&cert, &key).map_err(CertificateError::from)?,
             None => fleet.certificates,
         };
         let store =
@@ -75,6 +85,7 @@ impl Store {
             store: Self::Cluster(store),
             secrets: fleet.secrets,
             certificates,
+            certificate_created: None,
             member: Some(member),
         })
     }

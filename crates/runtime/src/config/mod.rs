@@ -100,6 +100,18 @@ pub fn load<T: Settings>(sources: Sources) -> Result<Loaded<T>, ConfigError> {
 }
 
 impl<T: Settings> Loaded<T> {
+    /// The paths of the settings that have another value in `other`. Of secrets it is not told.
+    pub fn changes(&self, other: &Self) -> Vec<String> {
+        let values = |loaded: &Self| {
+            let mut values = Vec::new();
+            loaded.settings.show("", &mut values);
+            values
+        };
+        let (before, after) = (values(self), values(other));
+        let differing = before.into_iter().zip(after).filter(|(before, after)| before != after);
+        differing.map(|((path, _), _)| path).collect()
+    }
+
     /// What is in force, as a TOML file with each value's origin as a comment. Secrets are
     /// redacted.
     pub fn show(&self) -> String {

@@ -234,6 +234,14 @@ fn show_is_toml_with_origins_and_without_secrets() {
 }
 
 #[test]
+fn changes_are_named_by_setting() {
+    let before = loaded("guests = ['ann']\n[queue]\nttl = '1h'\n", &[], &[]).unwrap();
+    let after = loaded("guests = ['ann']\n[queue]\nttl = '2h'\nenabled = false\n", &[], &[]);
+    assert_eq!(before.changes(&after.unwrap()), ["queue.ttl", "queue.enabled"]);
+    assert!(before.changes(&before).is_empty());
+}
+
+#[test]
 fn a_secret_of_the_wrong_kind_is_not_in_the_error() {
     let text = problems("[tls]\npassphrase = ['hunter2']\n", &[]);
     assert!(text.contains("tls.passphrase must be text") && !text.contains("hunter2"), "{text}");

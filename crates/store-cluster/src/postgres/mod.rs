@@ -240,8 +240,22 @@ fn wait(tries: u32, random: u64) -> Duration {
     Duration::from_millis(5 << tries.min(6)).mul_f64(random as f64 / u64::MAX as f64)
 }
 
-/// How to connect, from the configuration.
+/// How to connect, from the configuration, with what an edge needs besides.
 pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError> {
+    let options = as_given(config)?;
+    let timeout = config.postgres_timeout.as_millis().to_string();
+    Ok(options.application_name("qpq-server").options([
+        // Acknowledged means durable, whatever the server's default is.
+        ("synchronous_commit", "on"),
+        ("statement_timeout", timeout.as_str()),
+        ("lock_timeout", timeout.as_str()),
+        ("idle_in_transaction_session_timeout", timeout.as_str()),
+        ("timezone", "UTC"),
+    ]))
+}
+
+/// How to connect, from the configuration alone.
+pub(crate) fn as_given(config: &Config) -> Result<PgConnectOptions, ConnectError> {
     const SETTING: &str = "postgres.url";
     let endpoint = &config.postgres;
     let mut options: PgConnectOptions =
@@ -257,13 +271,5 @@ pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError>
     if let Some(ca) = &endpoint.ca {
         options = options.ssl_root_cert(ca).ssl_mode(PgSslMode::VerifyFull);
     }
-    let timeout = config.postgres_timeout.as_millis().to_string();
-    Ok(options.application_name("qpq-server").options([
-        // Acknowledged means durable, whatever the server's default is.
-        ("synchronous_commit", "on"),
-        ("statement_timeout", timeout.as_str()),
-        ("lock_timeout", timeout.as_str()),
-        ("idle_in_transaction_session_timeout", timeout.as_str()),
-        ("timezone", "UTC"),
-    ]))
+    Ok(options)
 }

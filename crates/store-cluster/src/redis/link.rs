@@ -160,6 +160,11 @@ struct Address {
     path: String,
 }
 
+/// Checks an address, without a connection.
+pub(crate) fn check_url(url: &str) -> Result<(), ConnectError> {
+    Address::parse(url).map(drop)
+}
+
 impl Address {
     fn parse(url: &str) -> Result<Self, ConnectError> {
         let wrong = |cause: &str| ConnectError::Url {

@@ -21,6 +21,8 @@ use crate::{Config, ConnectError, error::Server, metrics as names};
 use breaker::{Breaker, Sign};
 use link::Link;
 
+pub(crate) use link::check_url;
+
 /// The connection that everything shares: commands of many callers go out one behind the other,
 /// without waiting for each other's answers. Cheap to clone.
 #[derive(Clone, Debug)]

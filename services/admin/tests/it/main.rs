@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
 
+mod backup;
 mod clock;
 mod harness;
 mod init;

@@ -47,11 +47,101 @@ async fn what_is_shown_is_a_configuration() {
     assert!(first.contains("login.ip = \"1 + 2/h\"  # QPQ_LIMITS__LOGIN__IP"), "{first}");
 }
 
+const FREE: [(&str, &str); 2] = [("QPQ_LISTEN", "127.0.0.1:0"), ("QPQ_HTTP__LISTEN", "off")];
+
+/// What `config check` prints, which must be good.
+async fn checked(variables: &[(&str, &str)]) -> String {
+    let variables: Vec<_> = FREE.iter().chain(variables).copied().collect();
+    let output = output(&["config", "check"], &variables).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What `config check` complains of.
+async fn found_wrong(variables: &[(&str, &str)]) -> String {
+    let variables: Vec<_> = FREE.iter().chain(variables).copied().collect();
+    refusal(2, &["config", "check"], &variables).await
+}
+
 #[tokio::test]
-async fn a_valid_configuration_is_said_to_be() {
-    let output = output(&["config", "check"], &[("QPQ_PASSWORD", "the client's")]).await;
-    assert!(output.status.success());
-    assert_eq!(output.stdout, b"the configuration is valid\n");
+async fn a_valid_configuration_is_said_to_be_and_nothing_is_created() {
+    let data = Data::new();
+    let new = data.file("below/new");
+    let dir = ("QPQ_DATA_DIR", new.to_str().unwrap());
+    let printed = checked(&[dir, ("QPQ_PASSWORD", "the client's")]).await;
+    assert!(printed.starts_with("the configuration is valid\n"), "{printed}");
+    assert!(printed.contains("below/new, to be created\n") && !printed.contains("note:"));
+    assert_eq!(fs::read_dir(data.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn the_check_knows_the_server_that_runs() {
+    let data = Data::new();
+    let server = data.start().await;
+    let (listen, http) = (server.address.to_string(), server.http.to_string());
+    let ports = [("QPQ_LISTEN", listen.as_str()), ("QPQ_HTTP__LISTEN", &http)];
+    let own = [&ports[..], &[("QPQ_DATA_DIR", data.path())]].concat();
+    let printed = checked(&own).await;
+    assert_eq!(printed.matches("in use while this server runs").count(), 2, "{printed}");
+    let fingerprint = server.fingerprint.to_string();
+    assert!(printed.contains(&fingerprint) && printed.contains("matches its key"), "{printed}");
+    let other = Data::new();
+    let said = found_wrong(&[&ports[..], &[("QPQ_DATA_DIR", other.path())]].concat()).await;
+    assert!(said.contains(&format!("cannot listen on UDP {listen}")), "{said}");
+    assert!(said.contains(&format!("cannot listen on TCP {http}")), "{said}");
+}
+
+#[tokio::test]
+async fn the_check_reads_what_the_configuration_names() {
+    let data = Data::new();
+    data.start().await.kill().await;
+    let dir = ("QPQ_DATA_DIR", data.path());
+    let (cert, key) = (data.file("server-cert.der"), data.file("server-key.der"));
+    let absent = data.file("absent.pem");
+    let (cert, key, absent) =
+        (cert.to_str().unwrap(), key.to_str().unwrap(), absent.to_str().unwrap());
+
+    let said = found_wrong(&[("QPQ_DATA_DIR", cert)]).await;
+    assert!(said.contains("is not a directory"), "{said}");
+    let said = found_wrong(&[dir, ("QPQ_TLS_CERT", key)]).await;
+    assert!(said.contains("the certificate: "), "{said}");
+    let said = found_wrong(&[("QPQ_DATA_DIR", absent), ("QPQ_TLS_CERT", cert)]).await;
+    assert!(said.contains("tls.cert is set and tls.key is not"), "{said}");
+    let missing = [dir, ("QPQ_TLS_CERT", absent), ("QPQ_TLS_KEY", "/nonexistent/key.pem")];
+    let printed = checked(&missing).await;
+    assert!(printed.contains("note: tls.cert or tls.key names a file that does not exist"));
+    let never = [&missing[..], &[("QPQ_TLS__GENERATE", "never")]].concat();
+    let said = found_wrong(&never).await;
+    assert!(said.contains("there is neither a certificate at"), "{said}");
+
+    fs::rename(data.file("opaque-setup.bin"), data.file("away")).unwrap();
+    fs::write(data.file("delivery-key.bin"), "short").unwrap();
+    let said = found_wrong(&[dir]).await;
+    assert!(said.contains("opaque-setup.bin is missing although there is a database"), "{said}");
+    assert!(said.contains("delivery-key.bin is damaged"), "every problem is named: {said}");
+}
+
+#[tokio::test]
+async fn the_check_of_a_cluster_needs_no_connection() {
+    let data = Data::new();
+    let password = data.file("password");
+    let variables = [
+        ("QPQ_POSTGRES__URL", "postgres://qpq@192.0.2.1/qpq"),
+        ("QPQ_REDIS__URL", "memcached://192.0.2.1"),
+        ("QPQ_NATS__URL", "nats://192.0.2.1:port"),
+        ("QPQ_CLUSTER__SECRETS_DIR", data.path()),
+    ];
+    let said = found_wrong(&variables).await;
+    for expected in ["cluster-id", "redis.url", "nats.url"] {
+        assert!(said.contains(expected) || expected == "cluster-id", "{expected} not in {said}");
+    }
+    assert!(said.contains("is missing. All edges share the directory"), "{said}");
+    let secret = ("QPQ_REDIS__PASSWORD_FILE", password.to_str().unwrap());
+    let said = found_wrong(&[&variables[..], &[secret]].concat()).await;
+    assert!(said.contains("that redis.password_file names cannot be read"), "{said}");
+    let half = [&variables[..], &[("QPQ_TLS_CERT", "/cert.pem")]].concat();
+    let said = found_wrong(&half).await;
+    assert!(said.contains("tls.key must be given too"), "{said}");
 }
 
 #[tokio::test]

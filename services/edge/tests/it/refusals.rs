@@ -126,6 +126,42 @@ async fn half_a_certificate_is_refused() {
 }
 
 #[tokio::test]
+async fn a_missing_certificate_is_refused_where_none_is_to_be_created() {
+    let data = Data::new();
+    let said = refused(data.path(), &[("QPQ_TLS__GENERATE", "never")]).await;
+    assert!(said.contains("there is neither a certificate at") && said.contains("tls.generate"));
+    assert!(!data.file("server-key.der").exists());
+    data.start().await.kill().await;
+    let never = [("QPQ_TLS__GENERATE", "never")];
+    let server = ServerProcess::start(data.path(), &never).await;
+    assert_eq!(server.health().await.status, "ok");
+}
+
+#[tokio::test]
+async fn a_certificate_named_without_its_key_is_refused_with_the_setting_to_change() {
+    let (data, other) = (Data::new(), Data::new());
+    data.start().await.kill().await;
+    for (variable, file, said_of) in [
+        ("QPQ_TLS_CERT", "server-cert.der", "tls.cert is set and tls.key is not"),
+        ("QPQ_TLS_KEY", "server-key.der", "tls.key is set and tls.cert is not"),
+    ] {
+        let path = data.file(file);
+        let said = refused(other.path(), &[(variable, path.to_str().unwrap())]).await;
+        assert!(said.contains(said_of) && !said.contains("remove"), "{said}");
+    }
+    assert!(!other.file("server-cert.der").exists() && !other.file("server-key.der").exists());
+}
+
+#[tokio::test]
+async fn half_a_restore_is_refused_before_anything_is_created() {
+    let data = Data::new();
+    fs::write(data.file("restore-unfinished"), "staging\n").unwrap();
+    let said = refused(data.path(), &[]).await;
+    assert!(said.contains("qpq-admin restore"), "{said}");
+    assert_eq!(fs::read_dir(data.path()).unwrap().count(), 1);
+}
+
+#[tokio::test]
 async fn a_named_certificate_that_is_no_certificate_is_refused() {
     let data = Data::new();
     let (cert, key) = (data.file("cert.pem"), data.file("key.pem"));

@@ -3,8 +3,12 @@
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use nix::sys::signal::Signal;
+use qpq_transport::{
+    Identity,
+    client::{Dialer, Trust},
+};
 
-use crate::harness::{Data, ServerProcess, page, secrets_in};
+use crate::harness::{Data, HANGS, ServerProcess, page, secrets_in};
 
 #[tokio::test]
 async fn it_prints_where_it_is_and_three_lines_to_type() {
@@ -139,6 +143,64 @@ async fn every_number_of_an_access_line_is_a_number_in_json() {
     let health = lines.filter(|line| line["method"] == "Health").last().expect("it was called");
     for field in ["us", "bytes_in", "bytes_out"] {
         assert!(health[field].is_u64(), "{field} in {health}");
+    }
+}
+
+#[tokio::test]
+async fn a_named_certificate_that_was_missing_is_created_and_said() {
+    let data = Data::new();
+    let (cert, key) = (data.file("tls/cert.pem"), data.file("tls/key.pem"));
+    let named = [("QPQ_TLS_CERT", cert.to_str().unwrap()), ("QPQ_TLS_KEY", key.to_str().unwrap())];
+    for is_new in [true, false] {
+        let server = ServerProcess::start(data.path(), &named).await;
+        let line = format!("certificate   self-signed, created now at {}", cert.display());
+        assert_eq!(server.banner.contains(&line), is_new, "{}", server.banner);
+        server.signal(Signal::SIGTERM);
+        let (_, log) = server.ended().await;
+        let warned = log.lines().any(|line| line.contains(" WARN ") && line.contains("cert.pem"));
+        assert_eq!(warned, is_new, "{log}");
+    }
+}
+
+/// Puts a new pair into the files, and waits until the server shows it.
+async fn renew(data: &Data, server: &ServerProcess, hang_up: impl Fn()) {
+    let (cert, key) = (data.file("new.der"), data.file("new-key.der"));
+    let names = ["localhost".to_owned()];
+    let new = Identity::load_or_create(&cert, &key, &names).unwrap().fingerprint();
+    fs::rename(key, data.file("server-key.der")).unwrap();
+    fs::rename(cert, data.file("server-cert.der")).unwrap();
+    hang_up();
+    let dialer = Dialer::new(Trust::FirstUse).unwrap();
+    let shown = async {
+        while dialer.connect(server.address, "localhost").await.unwrap().fingerprint() != new {}
+    };
+    tokio::time::timeout(HANGS, shown).await.expect("it is shown");
+}
+
+#[tokio::test]
+async fn sighup_takes_up_what_can_be_and_names_the_rest() {
+    let data = Data::new();
+    let file = data.file("qpq.toml");
+    let write = |text: &str| fs::write(&file, text).unwrap();
+    write("[log]\nfilter = \"warn\"\n");
+    let variables = [("QPQ_CONFIG", file.to_str().unwrap()), ("QPQ_TLS__RELOAD_INTERVAL", "1d")];
+    let server = ServerProcess::start(data.path(), &variables).await;
+    write("[log]\nfilter = \"info\"\n[delivery]\nmax_wait = \"50s\"\n");
+    renew(&data, &server, || server.signal(Signal::SIGHUP)).await;
+    write("[log]\nfiller = \"debug\"\n");
+    renew(&data, &server, || server.signal(Signal::SIGHUP)).await;
+    server.signal(Signal::SIGTERM);
+    let (code, log) = server.ended().await;
+    assert_eq!(code, Some(0));
+    assert!(!log.contains("serving"), "at first only warnings were logged: {log}");
+    for expected in [
+        "the configuration was read again on SIGHUP changed=log.filter",
+        "need a restart: the ones of the start stay in force settings=delivery.max_wait",
+        "the certificate was changed",
+        "there is no log.filler; did you mean log.filter?",
+        "signal received",
+    ] {
+        assert!(log.contains(expected), "{expected} not in {log}");
     }
 }
 

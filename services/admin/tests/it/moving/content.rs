@@ -210,7 +210,7 @@ impl Content {
         self.compare_sessions(one, two).await;
     }
 
-    async fn compare_accounts(&self, one: &Stores, two: &Stores) {
+    pub(crate) async fn compare_accounts(&self, one: &Stores, two: &Stores) {
         for (person, _) in &self.people {
             let known = async |stores: &Stores| {
                 let (name, identity) = (&person.username, &person.identity);
@@ -230,7 +230,7 @@ impl Content {
         }
     }
 
-    async fn compare_inboxes(&self, one: &Stores, two: &Stores, at: UnixMillis) {
+    pub(crate) async fn compare_inboxes(&self, one: &Stores, two: &Stores, at: UnixMillis) {
         let channels = [ChannelId::DEFAULT, ChannelId::new([1; 16]), ChannelId::new([2; 16])];
         let views: Vec<View> = channels.map(View::Channel).into_iter().chain([View::All]).collect();
         for (person, _) in &self.people {

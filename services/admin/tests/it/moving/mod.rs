@@ -1,8 +1,8 @@
 //! `migrate-to-cluster`: whatever a node's store answers, the cluster's answers after the move, and
 //! the move may be interrupted anywhere.
 
-mod content;
-mod scene;
+pub(crate) mod content;
+pub(crate) mod scene;
 
 use std::{fs, io::Read as _, path::Path, process::Child, time::Duration};
 

@@ -78,10 +78,14 @@ impl Scene {
 
     /// Runs a command with the cluster's settings.
     pub(crate) fn run(&self, arguments: &[&str]) -> End {
-        let url = self.postgres.url();
+        self.run_on(&self.postgres.url(), arguments)
+    }
+
+    /// The same on another database.
+    pub(crate) fn run_on(&self, url: &str, arguments: &[&str]) -> End {
         run_with(
             arguments,
-            &[("QPQ_POSTGRES__URL", &url), ("QPQ_CLUSTER__SECRETS_DIR", text(&self.fleet))],
+            &[("QPQ_POSTGRES__URL", url), ("QPQ_CLUSTER__SECRETS_DIR", text(&self.fleet))],
         )
     }
 

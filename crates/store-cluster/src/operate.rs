@@ -1,0 +1,169 @@
+//! The cluster's Postgres for the tools that back it up and restore it: one connection, a snapshot
+//! that other programs can read too, and how to connect them.
+
+use percent_encoding::percent_decode_str;
+use sqlx::{
+    AssertSqlSafe, ConnectOptions as _, PgConnection,
+    postgres::{PgConnectOptions, PgSslMode},
+};
+
+use crate::{Config, ConnectError, error::Server, history, nats, postgres, redis};
+
+/// The statements that end a restore, in the transaction that brings the tables back: another
+/// history begins. The last one returns the number of KeyPackages removed.
+pub const BEGIN_HISTORY: [&str; 2] = [history::RENEW, history::REMOVE_PACKAGES];
+
+impl Config {
+    /// What is wrong with the addresses of the servers and with the files of their authorities, as
+    /// far as that shows without a connection.
+    pub fn problems(&self) -> Vec<ConnectError> {
+        let looks = [
+            postgres::options(self).map(drop),
+            redis::check_url(&self.redis.url),
+            self.redis.authorities(Server::Redis).map(drop),
+            nats::check_urls(self),
+            self.nats.authorities(Server::Nats).map(drop),
+        ];
+        looks.into_iter().filter_map(Result::err).collect()
+    }
+}
+
+/// A connection to the cluster's Postgres that may be used for as long as it takes.
+#[derive(Debug)]
+pub struct Operator(PgConnection);
+
+/// What the database held at one moment.
+#[derive(Clone, Debug)]
+pub struct DatabaseSnapshot {
+    /// The name by which `pg_dump` reads the same moment, for as long as the connection lives.
+    pub name: String,
+    /// The number of the last migration.
+    pub schema: i64,
+    /// The history, in hexadecimal digits.
+    pub store_id: String,
+    /// Tables with their numbers of rows, in alphabetical order.
+    pub rows: Vec<(String, u64)>,
+}
+
+impl Operator {
+    /// Connects to a database that has this version's schema and is of this cluster, if it is of
+    /// one. Writes nothing.
+    pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
+        let options = postgres::options(config)?;
+        postgres::prepare(&options, config.migrate, config.start_timeout).await?;
+        let mut operator = Self::patient(options).await?;
+        let setup: Option<Vec<u8>> = sqlx::query_scalar("SELECT opaque_setup FROM cluster")
+            .fetch_optional(&mut operator.0)
+            .await
+            .map_err(|error| postgres::failed(&error))?;
+        match setup {
+            Some(setup) if setup != config.opaque_setup => Err(ConnectError::OtherCluster),
+            _ => Ok(operator),
+        }
+    }
+
+    /// Connects to a database that may hold nothing yet.
+    pub async fn connect_to_any(config: &Config) -> Result<Self, ConnectError> {
+        Self::patient(postgres::options(config)?).await
+    }
+
+    /// With statements that may take as long as they need.
+    async fn patient(options: PgConnectOptions) -> Result<Self, ConnectError> {
+        let patient = options.options([
+            ("statement_timeout", "0"),
+            ("lock_timeout", "0"),
+            ("idle_in_transaction_session_timeout", "0"),
+        ]);
+        patient.connect().await.map(Self).map_err(|error| postgres::failed(&error))
+    }
+
+    /// Whether the database has no tables of its own.
+    pub async fn is_empty(&mut self) -> Result<bool, ConnectError> {
+        sqlx::query_scalar(
+            "SELECT NOT EXISTS (SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%')",
+        )
+        .fetch_one(&mut self.0)
+        .await
+        .map_err(|error| postgres::failed(&error))
+    }
+
+    /// Opens a snapshot, which stays until the connection is dropped, and counts what it shows.
+    pub async fn snapshot(&mut self) -> Result<DatabaseSnapshot, ConnectError> {
+        self.take_snapshot().await.map_err(|error| postgres::failed(&error))
+    }
+
+    async fn take_snapshot(&mut self) -> sqlx::Result<DatabaseSnapshot> {
+        let connection = &mut self.0;
+        sqlx::query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            .execute(&mut *connection)
+            .await?;
+        let name =
+            sqlx::query_scalar("SELECT pg_export_snapshot()").fetch_one(&mut *connection).await?;
+        let schema: Option<i64> =
+            sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
+                .fetch_one(&mut *connection)
+                .await?;
+        let store_id = sqlx::query_scalar(history::CURRENT_HEX).fetch_one(&mut *connection).await?;
+        let tables: Vec<String> = sqlx::query_scalar(
+            // A partitioned table has no rows of its own, its partitions have.
+            "SELECT relname::text FROM pg_class
+              WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace
+                AND relname <> '_sqlx_migrations' ORDER BY 1",
+        )
+        .fetch_all(&mut *connection)
+        .await?;
+        let mut rows = Vec::with_capacity(tables.len());
+        for table in tables {
+            let sql = format!("SELECT count(*) FROM \"{}\"", table.replace('"', "\"\""));
+            let number: i64 =
+                sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut *connection).await?;
+            rows.push((table, number.unsigned_abs()));
+        }
+        Ok(DatabaseSnapshot { name, schema: schema.unwrap_or_default(), store_id, rows })
+    }
+
+    /// The history that the database is in.
+    pub async fn history(&mut self) -> Result<String, ConnectError> {
+        sqlx::query_scalar(history::CURRENT_HEX)
+            .fetch_one(&mut self.0)
+            .await
+            .map_err(|error| postgres::failed(&error))
+    }
+}
+
+/// The variables by which Postgres' own programs (`pg_dump`, `psql`) connect as an edge does. The
+/// password is one of them: a command line would show it to everybody on the machine.
+pub fn client_environment(config: &Config) -> Result<Vec<(&'static str, String)>, ConnectError> {
+    let options = postgres::as_given(config)?;
+    let host = options
+        .get_socket()
+        .map_or_else(|| options.get_host().to_owned(), |socket| socket.display().to_string());
+    let mut environment = vec![
+        ("PGHOST", host),
+        ("PGPORT", options.get_port().to_string()),
+        ("PGUSER", options.get_username().to_owned()),
+        ("PGDATABASE", options.get_database().unwrap_or(options.get_username()).to_owned()),
+        ("PGAPPNAME", "qpq-admin".to_owned()),
+    ];
+    let mode = match options.get_ssl_mode() {
+        PgSslMode::Disable => "disable",
+        PgSslMode::Allow => "allow",
+        PgSslMode::Prefer => "prefer",
+        PgSslMode::Require => "require",
+        PgSslMode::VerifyCa => "verify-ca",
+        PgSslMode::VerifyFull => "verify-full",
+    };
+    environment.push(("PGSSLMODE", mode.to_owned()));
+    if let Some(ca) = &config.postgres.ca {
+        environment.push(("PGSSLROOTCERT", ca.display().to_string()));
+    }
+    if let Some(options) = options.get_options() {
+        environment.push(("PGOPTIONS", options.to_owned()));
+    }
+    if let Some(password) = options.to_url_lossy().password() {
+        let password = percent_decode_str(password).decode_utf8_lossy().into_owned();
+        environment.push(("PGPASSWORD", password));
+    }
+    Ok(environment)
+}

@@ -1,0 +1,220 @@
+//! Copies of a database for a backup, checks of such a copy, and the exclusive use of a data
+//! directory that is being restored.
+//!
+//! A copy is made through SQLite (`VACUUM INTO`), on a connection of its own: it shows one commit,
+//! whatever a server writes meanwhile, and contains no freed pages. Files copied one after the
+//! other from under a running server do not show one commit and are damaged. The copy reads in one
+//! transaction, so the server's write-ahead log is not truncated until the copy is complete;
+//! writers do not wait.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures_util::TryStreamExt as _;
+use qpq_ports::moving::sha256;
+use sqlx::{
+    AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _, SqliteConnection,
+    sqlite::SqliteConnectOptions,
+};
+
+use crate::open::{self, DATABASE_FILE, MOVED_FILE, OpenError, RESTORING_FILE, ROWS_AHEAD};
+
+/// How long a copy waits for a lock. A running server holds none for longer than a checkpoint.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Damages that an error names at most.
+const NAMED: usize = 5;
+
+/// What a database holds, and which schema it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inspection {
+    /// The number of the last migration.
+    pub schema: i64,
+    /// The history that the seqs belong to, in hexadecimal digits; `None` in a database of a release
+    /// that had none.
+    pub store_id: Option<String>,
+    /// Tables with their numbers of rows, in alphabetical order.
+    pub rows: Vec<(String, u64)>,
+}
+
+/// Why a database cannot be copied, or a copy cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    #[error("{} holds no server's data: there is no {DATABASE_FILE} in it", .0.display())]
+    NoData(PathBuf),
+    #[error("the data directory {0}")]
+    Source(OpenError),
+    #[error("no space is left for {}: the copy was removed", .0.display())]
+    Full(PathBuf),
+    #[error("{} cannot be copied to {}: {cause}", from.display(), to.display())]
+    Copy { from: PathBuf, to: PathBuf, cause: String },
+    #[error("{} is damaged: {}", path.display(), damages.join("; "))]
+    Damaged { path: PathBuf, damages: Vec<String> },
+    #[error("the copy {0}")]
+    Copied(OpenError),
+}
+
+/// The exclusive use of a data directory that is being restored: no server starts on it.
+#[derive(Debug)]
+pub struct Claim {
+    _lock: File,
+}
+
+impl Claim {
+    /// Takes the lock that a running server holds.
+    pub fn take(data_dir: &Path) -> Result<Self, OpenError> {
+        Ok(Self { _lock: open::lock_file(data_dir)? })
+    }
+}
+
+/// Copies the database in `data_dir` to the new file `to`, readable by its owner alone and durable
+/// when this returns. A server may use the database meanwhile.
+pub async fn copy_database(data_dir: &Path, to: &Path) -> Result<(), BackupError> {
+    let from = data_dir.join(DATABASE_FILE);
+    if !from.is_file() {
+        return Err(BackupError::NoData(data_dir.to_owned()));
+    }
+    if data_dir.join(MOVED_FILE).exists() {
+        return Err(BackupError::Source(OpenError::Moved(data_dir.to_owned())));
+    }
+    if data_dir.join(RESTORING_FILE).exists() {
+        return Err(BackupError::Source(OpenError::Restoring(data_dir.to_owned())));
+    }
+    let source = |error: sqlx::Error| BackupError::Source(open::failed(&from, &error));
+    let mut connection = SqliteConnectOptions::new()
+        .filename(&from)
+        .busy_timeout(PATIENCE)
+        .disable_statement_logging()
+        .connect()
+        .await
+        .map_err(source)?;
+    open::check_ownership(&mut connection, &from).await.map_err(BackupError::Source)?;
+    let into = to.to_str().ok_or_else(|| BackupError::Copy {
+        from: from.clone(),
+        to: to.to_owned(),
+        cause: "its path is not UTF-8".into(),
+    })?;
+    let copied = sqlx::query("VACUUM INTO ?1").bind(into).execute(&mut connection).await;
+    // The copy is complete or has failed; how this connection ends changes neither.
+    let _ = connection.close().await;
+    copied.map_err(|error| match open::failed(&from, &error) {
+        OpenError::Full(_) => BackupError::Full(to.to_owned()),
+        damaged @ OpenError::Corrupt { .. } => BackupError::Source(damaged),
+        _ => BackupError::Copy { from: from.clone(), to: to.to_owned(), cause: error.to_string() },
+    })?;
+    File::open(to).and_then(|file| file.sync_all()).map_err(|error| BackupError::Copy {
+        from,
+        to: to.to_owned(),
+        cause: error.to_string(),
+    })
+}
+
+/// Checks every page, index, count and payload of the database file `path`, which nothing may be
+/// using. Writes nothing.
+pub async fn inspect(path: &Path) -> Result<Inspection, BackupError> {
+    let failed = |error: sqlx::Error| BackupError::Copied(open::failed(path, &error));
+    let mut connection = SqliteConnectOptions::new()
+        .filename(path)
+        .read_only(true)
+        .immutable(true)
+        .row_buffer_size(ROWS_AHEAD)
+        .disable_statement_logging()
+        .connect()
+        .await
+        .map_err(failed)?;
+    let schema = open::check_known(&mut connection, path).await.map_err(BackupError::Copied)?;
+    let damages = damages(&mut connection).await.map_err(failed)?;
+    if !damages.is_empty() {
+        return Err(BackupError::Damaged { path: path.to_owned(), damages });
+    }
+    let rows = count(&mut connection).await.map_err(failed)?;
+    let has_id = rows.iter().any(|(table, _)| table == "store");
+    let store_id =
+        if has_id { Some(store_id(&mut connection).await.map_err(failed)?) } else { None };
+    // Nothing was written.
+    let _ = connection.close().await;
+    Ok(Inspection { schema, store_id, rows })
+}
+
+async fn store_id(connection: &mut SqliteConnection) -> sqlx::Result<String> {
+    sqlx::query_scalar("SELECT lower(hex(store_id)) FROM store").fetch_one(connection).await
+}
+
+async fn count(connection: &mut SqliteConnection) -> sqlx::Result<Vec<(String, u64)>> {
+    let tables: Vec<String> = sqlx::query_scalar(
+        "SELECT name FROM sqlite_schema
+          WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' AND name <> '_sqlx_migrations'
+          ORDER BY name",
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    let mut rows = Vec::with_capacity(tables.len());
+    for table in tables {
+        let sql = format!("SELECT count(*) FROM \"{}\"", table.replace('"', "\"\""));
+        let number: i64 =
+            sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut *connection).await?;
+        rows.push((table, number.unsigned_abs()));
+    }
+    Ok(rows)
+}
+
+/// What the schema demands and SQLite does not check by itself, with the number of rows that break
+/// it. Removed messages leave gaps in an inbox, so its seqs need not be contiguous; none is beyond
+/// the last one that was assigned, and the indexes keep each from being used twice.
+const RULES: [(&str, &str); 5] = [
+    (
+        "inboxes with a message whose seq was never assigned",
+        "SELECT count(DISTINCT m.inbox) FROM message m JOIN inbox i ON i.id = m.inbox
+          WHERE m.seq < 1 OR m.seq > i.last_seq",
+    ),
+    (
+        "inboxes whose counts are not those of their messages",
+        "SELECT count(*) FROM inbox i LEFT JOIN
+             (SELECT inbox, count(*) AS n, sum(size) AS b FROM message GROUP BY inbox) m ON m.inbox = i.id
+          WHERE i.messages <> coalesce(m.n, 0) OR i.bytes <> coalesce(m.b, 0)",
+    ),
+    (
+        "messages without an inbox",
+        "SELECT count(*) FROM message m WHERE NOT EXISTS (SELECT 1 FROM inbox i WHERE i.id = m.inbox)",
+    ),
+    (
+        "message ids remembered of a seq that was never assigned",
+        "SELECT count(*) FROM recent_id r JOIN inbox i ON i.id = r.inbox WHERE r.seq > i.last_seq",
+    ),
+    ("messages of another size than their payload", "SELECT count(*) FROM message WHERE size <> length(payload)"),
+];
+
+async fn damages(connection: &mut SqliteConnection) -> sqlx::Result<Vec<String>> {
+    let checked: Vec<String> =
+        sqlx::query_scalar(AssertSqlSafe(format!("PRAGMA integrity_check({NAMED})")))
+            .fetch_all(&mut *connection)
+            .await?;
+    let mut damages: Vec<String> = checked.into_iter().filter(|line| line != "ok").collect();
+    if !damages.is_empty() {
+        return Ok(damages);
+    }
+    let orphans = sqlx::query("PRAGMA foreign_key_check").fetch_all(&mut *connection).await?;
+    if !orphans.is_empty() {
+        damages.push(format!("{} rows refer to rows that are not there", orphans.len()));
+    }
+    for (rule, sql) in RULES {
+        let broken: i64 = sqlx::query_scalar(sql).fetch_one(&mut *connection).await?;
+        if broken > 0 {
+            damages.push(format!("{broken} {rule}"));
+        }
+    }
+    let mut changed = 0_u64;
+    let mut payloads =
+        sqlx::query("SELECT payload, payload_sha256 FROM message").fetch(&mut *connection);
+    while let Some(row) = payloads.try_next().await? {
+        let (payload, hash): (Vec<u8>, Vec<u8>) = (row.try_get(0)?, row.try_get(1)?);
+        changed += u64::from(sha256(&payload) != hash);
+    }
+    if changed > 0 {
+        damages.push(format!("{changed} messages of another hash than their payload"));
+    }
+    Ok(damages)
+}

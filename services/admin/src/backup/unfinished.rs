@@ -1,0 +1,214 @@
+//! A backup that is being written: under another name until it is complete and durable.
+//!
+//! A run that fails removes what it wrote. One that was killed leaves `NAME.unfinished`, which the
+//! next run to the same name clears away; it is locked while it is written, so of two runs to one
+//! name the second is refused.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest as _, Sha256};
+
+use super::manifest::{MANIFEST, MANIFEST_HASH, Manifest, Part};
+
+const LOCK: &str = "lock";
+
+/// Bytes that are copied at a time.
+const CHUNK: usize = 1 << 20;
+
+/// The directory of an unfinished backup. Dropping it removes it.
+#[derive(Debug)]
+pub(super) struct Unfinished {
+    dir: PathBuf,
+    target: PathBuf,
+    _lock: File,
+    is_finished: bool,
+}
+
+/// Why a backup is not written.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WriteError {
+    #[error("{} exists already, and nothing is overwritten: name another directory", .0.display())]
+    Exists(PathBuf),
+    #[error("{} is being written by another run of this: let it end", .0.display())]
+    Busy(PathBuf),
+    #[error("no space is left for {}: nothing of the backup was kept", .0.display())]
+    Full(PathBuf),
+    #[error("{} cannot be written: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("{} cannot be read: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+}
+
+pub(super) fn write_failed(path: &Path) -> impl Fn(io::Error) -> WriteError + use<> {
+    let path = path.to_owned();
+    move |source| match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => WriteError::Full(path.clone()),
+        io::ErrorKind::DirectoryNotEmpty => WriteError::Exists(path.clone()),
+        _ => WriteError::Write { path: path.clone(), source },
+    }
+}
+
+impl Unfinished {
+    /// Begins the backup that will be called `target`.
+    pub(super) fn begin(target: &Path) -> Result<Self, WriteError> {
+        if fs::symlink_metadata(target).is_ok() {
+            return Err(WriteError::Exists(target.to_owned()));
+        }
+        let dir = target.with_added_extension("unfinished");
+        let failed = write_failed(&dir);
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed(error));
+            }
+            _ => {}
+        }
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(dir.join(LOCK))
+            .map_err(&failed)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(WriteError::Busy(target.to_owned())),
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
+        }
+        let unfinished = Self { dir, target: target.to_owned(), _lock: lock, is_finished: false };
+        unfinished.clear().map_err(failed)?;
+        Ok(unfinished)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Removes what a run that was killed left.
+    fn clear(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            if entry.file_name() == LOCK {
+                continue;
+            }
+            if entry.file_type()?.is_dir() {
+                fs::remove_dir_all(entry.path())?;
+            } else {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a file to the part `name`.
+    pub(super) fn copy(&self, from: &Path, name: &str) -> Result<Part, WriteError> {
+        let to = self.dir.join(name);
+        if let Some(parent) = to.parent() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(parent)
+                .map_err(write_failed(parent))?;
+        }
+        let (bytes, hash) = copy_durably(from, &to)?;
+        Ok(Part { name: name.into(), bytes, sha256: hex::encode(hash) })
+    }
+
+    /// The part `name`, which was written already, with what it comes to.
+    pub(super) fn measure(&self, name: &str) -> Result<Part, WriteError> {
+        let (bytes, hash) = digest(&self.dir.join(name))?;
+        Ok(Part { name: name.into(), bytes, sha256: hex::encode(hash) })
+    }
+
+    /// Makes everything durable and gives the backup its name.
+    pub(super) fn finish(mut self, manifest: &Manifest) -> Result<(), WriteError> {
+        let (json, hash) = manifest.to_files();
+        for (name, bytes) in [(MANIFEST, json), (MANIFEST_HASH, hash)] {
+            let path = self.dir.join(name);
+            write_durably(&path, &bytes).map_err(write_failed(&path))?;
+        }
+        let named = || -> io::Result<()> {
+            for part in &manifest.parts {
+                let parent = self.dir.join(&part.name);
+                sync_directory(parent.parent().unwrap_or(&self.dir))?;
+            }
+            fs::remove_file(self.dir.join(LOCK))?;
+            sync_directory(&self.dir)?;
+            // Replaces nothing: a directory with something in it cannot be renamed over.
+            fs::rename(&self.dir, &self.target)?;
+            sync_directory(parent_of(&self.target))
+        };
+        named().map_err(write_failed(&self.target))?;
+        self.is_finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.is_finished {
+            // What cannot be removed is removed by the next run.
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// The directory that `path` is in.
+pub(super) fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Writes a new file for its owner alone, durable when this returns.
+pub(super) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Copies a file to a new one for its owner alone, durable when this returns. Returns size and
+/// SHA-256 of what was copied.
+pub(super) fn copy_durably(from: &Path, to: &Path) -> Result<(u64, [u8; 32]), WriteError> {
+    let read_failed = |source| WriteError::Read { path: from.to_owned(), source };
+    let mut source = File::open(from).map_err(read_failed)?;
+    let mut target = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(to)
+        .map_err(write_failed(to))?;
+    let (mut hash, mut bytes, mut chunk) = (Sha256::new(), 0, vec![0; CHUNK]);
+    loop {
+        let read = source.read(&mut chunk).map_err(read_failed)?;
+        if read == 0 {
+            break;
+        }
+        hash.update(&chunk[..read]);
+        bytes += read as u64;
+        target.write_all(&chunk[..read]).map_err(write_failed(to))?;
+    }
+    target.sync_all().map_err(write_failed(to))?;
+    Ok((bytes, hash.finalize().into()))
+}
+
+/// Size and SHA-256 of a file.
+pub(super) fn digest(path: &Path) -> Result<(u64, [u8; 32]), WriteError> {
+    let failed = |source| WriteError::Read { path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(failed)?;
+    let (mut hash, mut bytes, mut chunk) = (Sha256::new(), 0, vec![0; CHUNK]);
+    loop {
+        let read = file.read(&mut chunk).map_err(failed)?;
+        if read == 0 {
+            return Ok((bytes, hash.finalize().into()));
+        }
+        hash.update(&chunk[..read]);
+        bytes += read as u64;
+    }
+}

@@ -1,0 +1,121 @@
+//! A cluster's backup: the shared directory, and the database through Postgres' own programs.
+
+use std::fs;
+
+use qpq_test_services::Postgres;
+
+use super::every_damage_is_found;
+use crate::{
+    harness::{End, contents, mode, run, text},
+    moving::{content::Amount, scene::Scene},
+};
+
+const SMALL: Amount = Amount { people: 8, acts: 120, payload: 3_000 };
+
+const COUNTS: &str = "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM message),
+    (SELECT sum(last_seq) FROM inbox), (SELECT md5(string_agg(payload, ''::bytea ORDER BY inbox, seq)) FROM message)";
+
+fn refused(end: &End) -> &str {
+    assert_eq!((end.code, end.printed.as_str()), (Some(1), ""), "{end:?}");
+    assert_eq!(end.said.lines().count(), 1, "{end:?}");
+    &end.said
+}
+
+fn done(end: End) -> String {
+    assert_eq!((end.code, end.said.as_str()), (Some(0), ""), "{end:?}");
+    end.printed
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clusters_backup_is_restored_into_an_empty_database() {
+    let scene = Scene::new(SMALL).await;
+    done(scene.move_node());
+    let backup = scene.place.path("backup");
+    let printed = done(scene.run(&["backup", text(&backup)]));
+    assert!(printed.contains("backed up a cluster"), "{printed}");
+    assert_eq!(mode(&backup), 0o700);
+    assert_eq!(mode(&backup.join("postgres.dump")), 0o600);
+    assert_eq!(contents(&backup.join("shared")), contents(&scene.fleet));
+    let printed = run(&["verify", text(&backup)]);
+    assert!(printed.contains("accounts   8"), "{printed}");
+    every_damage_is_found(&backup, || crate::harness::refusal(1, &["verify", text(&backup)]));
+
+    // Where something is, nothing is overwritten.
+    let end = scene.run(&["restore", text(&backup)]);
+    assert!(refused(&end).contains("is not empty"), "{end:?}");
+    let id = scene.sql("SELECT salt FROM store").await;
+
+    let fresh = Postgres::start().await.unwrap();
+    let end = scene.run_on(&fresh.url(), &["restore", text(&backup)]);
+    let printed = done(end);
+    assert!(printed.contains("For users this means"), "{printed}");
+    assert_eq!(fresh.sql(COUNTS).await.unwrap(), scene.sql(COUNTS).await);
+    let packages = "SELECT count(*) FROM key_package WHERE NOT last_resort";
+    assert_ne!(scene.sql(packages).await, "0");
+    assert_eq!(fresh.sql(packages).await.unwrap(), "0");
+    let salt = fresh.sql("SELECT salt FROM store").await.unwrap();
+    assert_ne!(salt, id);
+
+    // And after a recovery by other means.
+    done(scene.run_on(&fresh.url(), &["mark-restored"]));
+    assert_ne!(fresh.sql("SELECT salt FROM store").await.unwrap(), salt);
+    assert_eq!(fresh.sql(COUNTS).await.unwrap(), scene.sql(COUNTS).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_fails_leaves_an_empty_database() {
+    let scene = Scene::new(SMALL).await;
+    done(scene.move_node());
+    let backup = scene.place.path("backup");
+    done(scene.run(&["backup", text(&backup)]));
+    // The last table cannot be created, and the rest is gone again.
+    let fresh = Postgres::start().await.unwrap();
+    fresh
+        .sql(
+            "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'no indexes today'; END $$;
+             CREATE EVENT TRIGGER refuse ON ddl_command_start WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION refuse()",
+        )
+        .await
+        .unwrap();
+    let end = scene.run_on(&fresh.url(), &["restore", text(&backup)]);
+    assert!(refused(&end).contains("no indexes today"), "{end:?}");
+    let tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'";
+    assert_eq!(fresh.sql(tables).await.unwrap(), "0");
+    fresh.sql("DROP EVENT TRIGGER refuse; DROP FUNCTION refuse()").await.unwrap();
+    done(scene.run_on(&fresh.url(), &["restore", text(&backup)]));
+
+    // Another cluster's directory is not the one that the accounts need.
+    let other = scene.place.path("other");
+    run(&["init", "--out", text(&other)]);
+    let url = fresh.create_database("another").await.unwrap();
+    let end = crate::harness::run_with(
+        &["restore", text(&backup)],
+        &[("QPQ_POSTGRES__URL", &url), ("QPQ_CLUSTER__SECRETS_DIR", text(&other))],
+    );
+    assert!(refused(&end).contains("of another cluster"), "{end:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn missing_and_outdated_programs_of_postgres_are_named() {
+    let scene = Scene::new(SMALL).await;
+    let backup = scene.place.path("backup");
+    let tools = scene.place.path("tools");
+    fs::create_dir(&tools).unwrap();
+    let url = scene.postgres.url();
+    let variables = [
+        ("QPQ_POSTGRES__URL", url.as_str()),
+        ("QPQ_CLUSTER__SECRETS_DIR", text(&scene.fleet)),
+        ("PATH", text(&tools)),
+    ];
+    let end = crate::harness::run_with(&["backup", text(&backup)], &variables);
+    assert!(refused(&end).contains("pg_dump is not installed"), "{end:?}");
+    assert!(refused(&end).contains("postgresql-client"), "{end:?}");
+    let script = "#!/bin/sh\necho 'pg_dump: error: aborting because of server version mismatch' >&2\nexit 1\n";
+    let old = tools.join("pg_dump");
+    fs::write(&old, script).unwrap();
+    fs::set_permissions(&old, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let end = crate::harness::run_with(&["backup", text(&backup)], &variables);
+    assert!(refused(&end).contains("pg_dump is older than the server"), "{end:?}");
+    assert!(!backup.exists() && !scene.place.path("backup.unfinished").exists());
+}

@@ -1,0 +1,284 @@
+//! `qpq-server config check`: looks at the files, keys and ports that the configuration names. It
+//! starts nothing, connects to nothing and creates nothing.
+
+use std::{
+    fmt,
+    net::{SocketAddr, TcpListener, UdpSocket},
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use nix::unistd::{AccessFlags, access};
+use qpq_runtime::{
+    config::ListenOn,
+    data_dir::{
+        DataDir, SecretFile,
+        fleet::{DELIVERY_KEY, OPAQUE_SETUP},
+    },
+};
+use qpq_store_embedded::{Claim, DATABASE_FILE, MOVED_FILE, OpenError, RESTORING_FILE};
+use qpq_transport::Identity;
+
+use crate::{
+    Config,
+    certificate::{self, CertificateError, Found},
+    compose::with_causes,
+    config::Generate,
+    secrets,
+};
+
+/// From so many days before its end on a certificate is worth a remark.
+const EXPIRY_DAYS: i64 = 30;
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// What a start would stand on.
+    facts: Vec<(&'static str, String)>,
+    /// What a start would do that nobody may expect.
+    remarks: Vec<String>,
+    /// Why a start would fail.
+    problems: Vec<String>,
+}
+
+impl Report {
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+
+    fn fact(&mut self, name: &'static str, text: impl fmt::Display) {
+        self.facts.push((name, text.to_string()));
+    }
+
+    fn problem(&mut self, error: impl fmt::Display) {
+        self.problems.push(error.to_string());
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "the configuration is valid")?;
+        for (name, text) in &self.facts {
+            writeln!(f, "  {name:<12}  {text}")?;
+        }
+        self.remarks.iter().try_for_each(|remark| writeln!(f, "  note: {remark}"))
+    }
+}
+
+/// Looks at everything that `config` names.
+pub fn check(config: &Config) -> Report {
+    let mut report = Report::default();
+    let is_running = if config.cluster_sections().secrets_dir().is_some() {
+        check_cluster(config, &mut report);
+        // Nothing on this machine tells an edge that runs from another program.
+        Running::Unknown
+    } else {
+        let is_running = check_data_dir(&config.data_dir, &mut report);
+        check_certificate(config, &mut report);
+        is_running
+    };
+    check_ports(config, is_running, &mut report);
+    report
+}
+
+/// Whether the server of this configuration runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Running {
+    Yes,
+    No,
+    Unknown,
+}
+
+fn check_data_dir(path: &Path, report: &mut Report) -> Running {
+    if !path.exists() {
+        let ancestor =
+            path.ancestors().skip(1).find(|path| path.as_os_str().is_empty() || path.exists());
+        let ancestor = match ancestor {
+            Some(path) if !path.as_os_str().is_empty() => path,
+            _ => Path::new("."),
+        };
+        match writable(ancestor) {
+            Ok(()) => report.fact("data in", format_args!("{}, to be created", path.display())),
+            Err(why) => report.problem(format_args!(
+                "the data directory {} cannot be created: {} {why}. Choose another one with --data-dir",
+                path.display(),
+                ancestor.display()
+            )),
+        }
+        return Running::No;
+    }
+    if let Err(why) = writable(path) {
+        report.problem(format_args!(
+            "the data directory {} {why}. Choose another one with --data-dir, or change its owner",
+            path.display()
+        ));
+        return Running::Unknown;
+    }
+    report.fact("data in", format_args!("{}, writable", path.display()));
+    if path.join(MOVED_FILE).exists() {
+        report.problem(format_args!("the data directory {}", OpenError::Moved(path.to_owned())));
+    }
+    if path.join(RESTORING_FILE).exists() {
+        report
+            .problem(format_args!("the data directory {}", OpenError::Restoring(path.to_owned())));
+    }
+    check_secrets(path, report);
+    // A directory without a lock is looked at without making one.
+    if !path.join("lock").exists() {
+        return Running::No;
+    }
+    match Claim::take(path) {
+        Ok(_) => Running::No,
+        Err(OpenError::InUse(_)) => Running::Yes,
+        Err(error) => {
+            report.problem(format_args!("the data directory {error}"));
+            Running::Unknown
+        }
+    }
+}
+
+fn writable(path: &Path) -> Result<(), &'static str> {
+    if !path.is_dir() {
+        return Err("is not a directory");
+    }
+    access(path, AccessFlags::W_OK | AccessFlags::X_OK).map_err(|_| "is not writable for this user")
+}
+
+fn check_secrets(path: &Path, report: &mut Report) {
+    let has_database = path.join(DATABASE_FILE).exists();
+    let dir = match DataDir::create(path) {
+        Ok(dir) => dir,
+        Err(error) => return report.problem(error),
+    };
+    for file in [OPAQUE_SETUP, DELIVERY_KEY] {
+        match dir.read_secret(file) {
+            Ok(None) if has_database => report.problem(lost(path, file)),
+            Ok(_) => {}
+            Err(error) => report.problem(error),
+        }
+    }
+}
+
+fn lost(path: &Path, file: SecretFile) -> String {
+    format!(
+        "{} is missing although there is a database. Restore it from a backup. {}",
+        path.join(file.name).display(),
+        file.if_lost
+    )
+}
+
+fn check_certificate(config: &Config, report: &mut Report) {
+    let (cert, key) = config.tls_files();
+    match (certificate::look(config), config.tls.generate) {
+        (Err(error), _) => report.problem(error),
+        (Ok(Found::Both), _) => match Identity::load(&cert, &key) {
+            Ok(identity) => describe(&identity, &cert, report),
+            Err(error) => report.problem(CertificateError::from(error)),
+        },
+        (Ok(Found::Neither { .. }), Generate::Never) => {
+            report.problem(CertificateError::Missing { cert, key });
+        }
+        (Ok(Found::Neither { is_named }), Generate::IfMissing) => {
+            report.fact(
+                "certificate",
+                format_args!("{}, to be created, self-signed", cert.display()),
+            );
+            if is_named {
+                report.remarks.push(format!(
+                    "tls.cert or tls.key names a file that does not exist: a start creates a self-signed certificate at {} \
+                     and its key at {}. With tls.generate = \"never\" it is refused",
+                    cert.display(),
+                    key.display()
+                ));
+            }
+        }
+    }
+}
+
+fn describe(identity: &Identity, cert: &Path, report: &mut Report) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let days = identity
+        .not_after()
+        .map(|end| (end - i64::try_from(now).unwrap_or(i64::MAX)).div_euclid(24 * 60 * 60));
+    report.fact("certificate", format_args!("{}, matches its key", cert.display()));
+    report.fact("fingerprint", identity.fingerprint());
+    match days {
+        Some(days) if days < 0 => report.remarks.push(format!(
+            "the certificate expired {} days ago: clients that check its dates refuse to connect. Renew it",
+            -days
+        )),
+        Some(days) if days < EXPIRY_DAYS => {
+            report.remarks.push(format!("the certificate expires in {days} days: renew it"));
+        }
+        _ => {}
+    }
+}
+
+fn check_cluster(config: &Config, report: &mut Report) {
+    let sections = config.cluster_sections();
+    let dir = sections.secrets_dir().expect("it is a cluster");
+    let opaque_fingerprint = match secrets::load_fleet(dir) {
+        Ok(fleet) => {
+            report.fact("cluster", format_args!("{} of {}", fleet.cluster, dir.display()));
+            if config.own_tls_files().is_none() {
+                describe(&fleet.certificates.identity(), dir, report);
+            }
+            fleet.opaque_fingerprint
+        }
+        Err(error) => {
+            report.problem(error);
+            [0; 32]
+        }
+    };
+    if let Some((cert, key)) = config.own_tls_files() {
+        match Identity::load(&cert, &key) {
+            Ok(identity) => describe(&identity, &cert, report),
+            Err(error) => report.problem(CertificateError::from(error)),
+        }
+    }
+    match sections.store(opaque_fingerprint, config.delivery(), config.key_packages()) {
+        Ok(store) => store.problems().iter().for_each(|error| report.problem(with_causes(error))),
+        Err(error) => report.problem(error),
+    }
+}
+
+fn check_ports(config: &Config, running: Running, report: &mut Report) {
+    for address in config.transport().listen {
+        let bound = UdpSocket::bind(address).map(drop);
+        check_port("listening on", "UDP", "listen", address, bound, running, report);
+    }
+    if let ListenOn::At(address) = config.http.listen {
+        let bound = TcpListener::bind(address).map(drop);
+        check_port("health", "TCP", "http.listen", address, bound, running, report);
+    }
+}
+
+fn check_port(
+    name: &'static str,
+    kind: &str,
+    setting: &str,
+    address: SocketAddr,
+    bound: std::io::Result<()>,
+    running: Running,
+    report: &mut Report,
+) {
+    use std::io::ErrorKind::AddrInUse;
+    match bound {
+        Ok(()) => report.fact(name, format_args!("{address} ({kind}), free")),
+        Err(error) if error.kind() == AddrInUse && running == Running::Yes => {
+            report.fact(name, format_args!("{address} ({kind}), in use while this server runs"));
+        }
+        Err(error) if error.kind() == AddrInUse && running == Running::Unknown => {
+            report.fact(name, format_args!("{address} ({kind}), in use"));
+            report.remarks.push(format!(
+                "{kind} port {} is in use: that is right if this edge is running, else choose another with {setting}",
+                address.port()
+            ));
+        }
+        Err(error) => {
+            report.problem(format_args!(
+                "cannot listen on {kind} {address}: {error}. Change {setting}"
+            ));
+        }
+    }
+}
