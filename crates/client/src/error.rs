@@ -31,6 +31,9 @@ pub enum CallError {
     /// The server's answer is not what the protocol says.
     #[error("the server's answer to {method} is malformed")]
     Malformed { method: &'static str },
+    /// The server gave a message a number that no inbox can have reached. Nothing was changed.
+    #[error("the server numbered a message {seq}, which no inbox can have reached")]
+    ImpossibleSeq { seq: u64 },
 }
 
 impl CallError {
@@ -57,7 +60,10 @@ impl CallError {
         match self {
             Self::Server(error) => error.status.is_retryable(),
             Self::Unreachable { .. } | Self::TimedOut { .. } | Self::Lost { .. } => true,
-            Self::Connect(_) | Self::TooLarge { .. } | Self::Malformed { .. } => false,
+            Self::Connect(_)
+            | Self::TooLarge { .. }
+            | Self::Malformed { .. }
+            | Self::ImpossibleSeq { .. } => false,
         }
     }
 }
@@ -203,6 +209,10 @@ pub enum Error {
     /// cannot be used.
     #[error(transparent)]
     Mls(#[from] qpq_mls::Error),
+    /// The profile's state could not be used. Callers get the [`Error::Profile`] that says where.
+    #[doc(hidden)]
+    #[error(transparent)]
+    State(#[from] qpq_mls::database::DatabaseError),
 }
 
 impl Error {
@@ -227,7 +237,8 @@ pub enum ProfileError {
     Missing(PathBuf),
     #[error("there is a profile in {} already", .0.display())]
     Exists(PathBuf),
-    /// Another process has it open. Two at once would fork the encryption state.
+    /// Another process has it for itself: it registers, imports an earlier release's state, or is
+    /// of an earlier release. Or it has been writing for very long.
     #[error("the profile {} is in use by another qpq; close that one first", .0.display())]
     InUse(PathBuf),
     /// A registration was interrupted: register again with the same password.

@@ -3,8 +3,10 @@
 //! | file | what |
 //! |---|---|
 //! | `profile.json` | [`Profile`], in the open: who, where, and by what the server is known |
-//! | `state.vault` | everything secret, encrypted |
-//! | `lock` | held while a process uses the profile, since two would fork the encryption state |
+//! | `state.db` (`-wal`, `-shm`) | everything secret, sealed value by value |
+//! | `state.vault` | the same as earlier releases kept it; imported and removed at the first unlock |
+//! | `lock` | shared by the processes that use the profile; one that registers has it alone |
+//! | `inbox.lock`, `outbox.lock` | held by the process that reads the inbox, or sends |
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
@@ -50,7 +52,7 @@ pub enum Status {
 }
 
 impl Profile {
-    /// Reads the profile in `dir`. Takes no lock: another process may be using it.
+    /// Reads the profile in `dir`. Takes no lock: the file is replaced as a whole.
     pub fn read(dir: &Path) -> Result<Self, ProfileError> {
         let path = dir.join("profile.json");
         let bytes = match fs::read(&path) {
@@ -72,7 +74,7 @@ impl Profile {
     /// confirmed its new certificate.
     pub async fn relocate(dir: &Path, server: &str, trust: Trust) -> Result<Self, ProfileError> {
         let before = Self::read(dir)?;
-        let _locked = lock(dir).await?;
+        let _in_use = enter(dir).await?;
         let profile = Self { server: server.to_owned(), trust, ..before };
         profile.write(dir)?;
         Ok(profile)
@@ -86,41 +88,108 @@ impl Profile {
     }
 }
 
-/// Where a profile's encrypted state is.
+/// Where a profile's state is.
+pub(crate) fn database_path(dir: &Path) -> PathBuf {
+    dir.join("state.db")
+}
+
+/// Where earlier releases kept it.
 pub(crate) fn vault_path(dir: &Path) -> PathBuf {
     dir.join("state.vault")
 }
 
-/// A profile's directory, ours alone until dropped.
+/// A profile's directory in use by this process, until dropped.
 #[derive(Debug)]
-pub(crate) struct Locked {
+pub(crate) struct InUse {
     pub(crate) dir: PathBuf,
-    _file: File,
+    file: File,
 }
 
-/// Makes the directory if it is missing (mode 0700), and locks it.
-pub(crate) async fn lock(dir: &Path) -> Result<Locked, ProfileError> {
+impl InUse {
+    /// Lets other processes use the profile too.
+    pub(crate) fn share(&self) -> Result<(), ProfileError> {
+        self.file
+            .lock_shared()
+            .map_err(|source| ProfileError::Io { path: self.dir.join("lock"), source })
+    }
+}
+
+/// Creates the directory if it is missing (mode 0700), and takes it for this process alone.
+pub(crate) async fn lock(dir: &Path) -> Result<InUse, ProfileError> {
+    acquire(dir, File::try_lock).await
+}
+
+/// Takes part in a profile's use: along with other processes, or alone until [`InUse::share`] if
+/// its state is yet to be imported.
+pub(crate) async fn enter(dir: &Path) -> Result<InUse, ProfileError> {
+    if database_path(dir).exists() {
+        acquire(dir, File::try_lock_shared).await
+    } else {
+        lock(dir).await
+    }
+}
+
+async fn acquire(
+    dir: &Path,
+    try_lock: impl Fn(&File) -> Result<(), TryLockError>,
+) -> Result<InUse, ProfileError> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(dir)
         .map_err(|source| ProfileError::Io { path: dir.to_owned(), source })?;
     let path = dir.join("lock");
-    let in_lock = |source| ProfileError::Io { path: path.clone(), source };
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(in_lock)?;
-    let until = Instant::now() + LOCK_PATIENCE;
+    match wait_for(&path, try_lock, LOCK_PATIENCE).await {
+        Ok(Some(file)) => Ok(InUse { dir: dir.to_owned(), file }),
+        Ok(None) => Err(ProfileError::InUse(dir.to_owned())),
+        Err(source) => Err(ProfileError::Io { path, source }),
+    }
+}
+
+/// What only one process of a profile does at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Task {
+    ReadInbox,
+    SendOutbox,
+}
+
+/// The right to do a [`Task`], until dropped.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    _file: File,
+}
+
+/// Waits for the turn to do a task; `None` if another process has it for all of `patience`.
+pub(crate) async fn turn(
+    dir: &Path,
+    task: Task,
+    patience: Duration,
+) -> Result<Option<Turn>, ProfileError> {
+    let path = dir.join(match task {
+        Task::ReadInbox => "inbox.lock",
+        Task::SendOutbox => "outbox.lock",
+    });
+    match wait_for(&path, File::try_lock, patience).await {
+        Ok(file) => Ok(file.map(|file| Turn { _file: file })),
+        Err(source) => Err(ProfileError::Io { path, source }),
+    }
+}
+
+/// Locks a file; `None` if others have it locked for all of `patience`.
+async fn wait_for(
+    path: &Path,
+    try_lock: impl Fn(&File) -> Result<(), TryLockError>,
+    patience: Duration,
+) -> io::Result<Option<File>> {
+    let file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let until = Instant::now() + patience;
     loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(Locked { dir: dir.to_owned(), _file: file }),
+        match try_lock(&file) {
+            Ok(()) => return Ok(Some(file)),
             Err(TryLockError::WouldBlock) if Instant::now() < until => sleep(LOCK_RETRY).await,
-            Err(TryLockError::WouldBlock) => return Err(ProfileError::InUse(dir.to_owned())),
-            Err(TryLockError::Error(source)) => return Err(in_lock(source)),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error),
         }
     }
 }
@@ -193,11 +262,26 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_profile_in_use_is_waited_for_a_little_and_then_refused() {
+    async fn a_profile_is_shared_unless_one_process_needs_it_alone() {
         let dir = tempfile::tempdir().unwrap();
-        let held = lock(dir.path()).await.unwrap();
+        let alone = lock(dir.path()).await.unwrap();
+        assert!(matches!(enter(dir.path()).await, Err(ProfileError::InUse(_))));
+        fs::write(database_path(dir.path()), "").unwrap();
+        alone.share().unwrap();
+        let other = enter(dir.path()).await.unwrap();
         assert!(matches!(lock(dir.path()).await, Err(ProfileError::InUse(_))));
-        drop(held);
+        drop((alone, other));
         lock(dir.path()).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_is_waited_for_within_a_bound() {
+        let dir = tempfile::tempdir().unwrap();
+        let wait = |task| turn(dir.path(), task, Duration::from_secs(1));
+        let held = wait(Task::ReadInbox).await.unwrap().unwrap();
+        assert!(wait(Task::ReadInbox).await.unwrap().is_none());
+        assert!(wait(Task::SendOutbox).await.unwrap().is_some());
+        drop(held);
+        assert!(wait(Task::ReadInbox).await.unwrap().is_some());
     }
 }

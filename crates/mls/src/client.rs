@@ -1,31 +1,41 @@
-//! A client's whole MLS state, and what it does of its own accord: publish key packages, start
-//! groups, add, remove, send. What it does with what it is sent is in [`crate::receive`].
+//! A client's MLS state, and what it does of its own accord: publish key packages, start groups,
+//! add, remove, send. What it does with what it receives is in [`crate::receive`].
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt,
 };
 
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
 
+use zeroize::Zeroizing;
+
 use crate::{
+    codec::{Malformed, Reader, Writer},
     content::Content,
+    database::{Database, DatabaseError, Value},
     group::{Group, GroupSummary},
-    identity::Identity,
+    identity::{Identity, read_username},
     key_package::{self, Policy, Rejected},
-    packages::{self, Packages, Use},
+    packages::{self, Use},
     profile::{self, GroupId, Kind, Profile},
-    waiting::Waiting,
+    tables, waiting,
 };
 
-/// All that one account's client knows of MLS. See the crate's documentation for when to save it.
+/// One account's MLS state, in a [`Database`].
+///
+/// Groups are loaded when they are needed, and written back by [`Client::save`]. A client that
+/// shares its database with other processes lives no longer than one transaction. See the crate's
+/// documentation for when to save.
 pub struct Client {
+    pub(crate) database: Database,
     pub(crate) identity: Identity,
     pub(crate) username: Username,
-    pub(crate) packages: Packages,
+    /// Groups in use.
     pub(crate) groups: BTreeMap<GroupId, Group>,
-    pub(crate) waiting: Waiting,
+    /// Those of them that have changed since they were saved.
+    pub(crate) changed: BTreeSet<GroupId>,
 }
 
 impl fmt::Debug for Client {
@@ -90,6 +100,8 @@ pub enum Error {
     Incompatible(IdentityKey),
     #[error("MLS: {0}")]
     Mls(String),
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
 }
 
 impl Error {
@@ -99,14 +111,56 @@ impl Error {
 }
 
 impl Client {
-    pub fn new(identity: Identity, username: Username) -> Self {
+    /// Creates an account's state in a database that has none.
+    pub fn create(
+        database: &Database,
+        identity: Identity,
+        username: Username,
+    ) -> Result<Self, DatabaseError> {
+        let name = username.as_str().as_bytes();
+        let mut writer = Writer::with_capacity(32 + 4 + name.len());
+        writer.raw(identity.seed());
+        writer.bytes(name);
+        database.put(tables::ACCOUNT, b"account", None, writer.written())?;
+        Ok(Self::assemble(database, identity, username))
+    }
+
+    /// Opens an account's state.
+    pub fn open(database: &Database) -> Result<Self, DatabaseError> {
+        let damaged = |Malformed| DatabaseError::Damaged("the account's row is cut short".into());
+        let row = database
+            .get(tables::ACCOUNT, b"account")?
+            .ok_or_else(|| DatabaseError::Damaged("it has no account".into()))?;
+        let mut reader = Reader::new(&row);
+        let seed = Zeroizing::new(reader.array().map_err(damaged)?);
+        let username = read_username(&mut reader).map_err(damaged)?;
+        Ok(Self::assemble(database, Identity::from_seed(&seed), username))
+    }
+
+    fn assemble(database: &Database, identity: Identity, username: Username) -> Self {
         Self {
+            database: database.clone(),
             identity,
             username,
-            packages: Packages::default(),
             groups: BTreeMap::new(),
-            waiting: Waiting::default(),
+            changed: BTreeSet::new(),
         }
+    }
+
+    /// Writes what has changed to the database. To be called before its transaction ends.
+    pub fn save(&mut self) -> Result<(), DatabaseError> {
+        let me = self.identity.public();
+        for id in std::mem::take(&mut self.changed) {
+            if let Some(group) = self.groups.get_mut(&id) {
+                group.save(&self.database, &me)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The database that holds the state.
+    pub fn database(&self) -> &Database {
+        &self.database
     }
 
     pub fn identity(&self) -> &Identity {
@@ -118,16 +172,21 @@ impl Client {
     }
 
     /// Makes `count` key packages to be uploaded, each for one use, good for 84 days.
-    pub fn key_packages(&mut self, count: usize, now: UnixMillis) -> Vec<Vec<u8>> {
+    pub fn key_packages(
+        &mut self,
+        count: usize,
+        now: UnixMillis,
+    ) -> Result<Vec<Vec<u8>>, DatabaseError> {
+        packages::remove_expired(&self.database, now)?;
         (0..count)
-            .map(|_| self.packages.make(&self.identity, &self.username, Use::Once, now))
+            .map(|_| packages::make(&self.database, &self.identity, &self.username, Use::Once, now))
             .collect()
     }
 
     /// Makes the package that the server gives out when no other is left, good for 84 days. Earlier
     /// ones keep working.
-    pub fn last_resort_key_package(&mut self, now: UnixMillis) -> Vec<u8> {
-        self.packages.make(&self.identity, &self.username, Use::LastResort, now)
+    pub fn last_resort_key_package(&mut self, now: UnixMillis) -> Result<Vec<u8>, DatabaseError> {
+        packages::make(&self.database, &self.identity, &self.username, Use::LastResort, now)
     }
 
     /// Makes a direct conversation with `peer`, who is to be added next.
@@ -139,7 +198,7 @@ impl Client {
         if peer == me {
             return Err(Error::Yourself);
         }
-        self.create(Profile::direct(me, peer, now), now)
+        self.make(Profile::direct(me, peer, now), now)
     }
 
     /// Makes a group of the given name, whose messages go to `channel`. Nobody is in it yet but us.
@@ -150,17 +209,43 @@ impl Client {
         now: UnixMillis,
     ) -> Result<GroupId, Error> {
         let maker = self.identity.public();
-        self.create(
+        self.make(
             Profile { kind: Kind::Group { name: name.into() }, channel, maker, made_at: now },
             now,
         )
     }
 
-    fn create(&mut self, profile: Profile, now: UnixMillis) -> Result<GroupId, Error> {
+    fn make(&mut self, profile: Profile, now: UnixMillis) -> Result<GroupId, Error> {
         let group = Group::make(&self.identity, &self.username, profile, now)?;
         let id = group.id();
-        self.groups.insert(id, group);
+        self.insert(group);
         Ok(id)
+    }
+
+    pub(crate) fn insert(&mut self, group: Group) {
+        self.changed.insert(group.id());
+        self.groups.insert(group.id(), group);
+    }
+
+    /// The group of this id, loaded if need be. The caller changes it.
+    pub(crate) fn load(&mut self, id: GroupId) -> Result<Option<&mut Group>, DatabaseError> {
+        if let Entry::Vacant(place) = self.groups.entry(id) {
+            let Some(group) = Group::load(&self.database, id)? else { return Ok(None) };
+            place.insert(group);
+        }
+        self.changed.insert(id);
+        Ok(self.groups.get_mut(&id))
+    }
+
+    fn active(&mut self, id: GroupId) -> Result<&mut Group, Error> {
+        let group = self.load(id)?.ok_or(Error::UnknownGroup)?;
+        if group.is_active() { Ok(group) } else { Err(Error::NoLongerMember) }
+    }
+
+    fn made_by_us(&mut self, id: GroupId) -> Result<&mut Group, Error> {
+        let me = self.identity.public();
+        let group = self.active(id)?;
+        if group.profile().maker == me { Ok(group) } else { Err(Error::NotTheMaker) }
     }
 
     /// Adds people to a group that we made. See the crate's documentation on saving before sending.
@@ -174,7 +259,8 @@ impl Client {
         now: UnixMillis,
     ) -> Result<Added, Error> {
         let me = self.identity.public();
-        let group = made_by_us(&mut self.groups, group, &me)?;
+        let identity = self.identity.clone();
+        let group = self.made_by_us(group)?;
         if invitees.is_empty() {
             return Err(Error::Nobody);
         }
@@ -190,7 +276,7 @@ impl Client {
             }
             packages.push(open(invitee, now)?);
         }
-        let (commit, welcome) = group.add(&self.identity, &packages)?;
+        let (commit, welcome) = group.add(&identity, &packages)?;
         let channel = group.profile().channel;
         let others = others(&before, &me);
         Ok(Added {
@@ -211,7 +297,8 @@ impl Client {
     /// they learn of it so.
     pub fn remove(&mut self, group: GroupId, members: &[IdentityKey]) -> Result<Parcel, Error> {
         let me = self.identity.public();
-        let group = made_by_us(&mut self.groups, group, &me)?;
+        let identity = self.identity.clone();
+        let group = self.made_by_us(group)?;
         if members.is_empty() {
             return Err(Error::Nobody);
         }
@@ -224,19 +311,20 @@ impl Client {
                 return Err(Error::NotAMember(*key));
             }
         }
-        let payload = group.remove(&self.identity, members)?;
+        let payload = group.remove(&identity, members)?;
         Ok(Parcel { recipients: others(&before, &me), channel: group.profile().channel, payload })
     }
 
     /// Encrypts a message to everyone in a group. See the crate's documentation on saving before
     /// sending.
     pub fn encrypt(&mut self, group: GroupId, content: &Content) -> Result<Parcel, Error> {
-        let group = active(&mut self.groups, group)?;
-        let recipients = others(&group.members(), &self.identity.public());
+        let identity = self.identity.clone();
+        let group = self.active(group)?;
+        let recipients = others(&group.members(), &identity.public());
         if recipients.is_empty() {
             return Err(Error::Alone);
         }
-        let payload = group.encrypt(&self.identity, content)?;
+        let payload = group.encrypt(&identity, content)?;
         Ok(Parcel { recipients, channel: group.profile().channel, payload })
     }
 
@@ -245,45 +333,60 @@ impl Client {
     /// If both started one at the same time there are two, which both can be read; each side finds
     /// the same one here: the one made last, or of the smaller id. A peer that has lost its state
     /// makes a new one, which wins so.
-    pub fn direct(&self, peer: &IdentityKey) -> Option<GroupId> {
+    pub fn direct(&self, peer: &IdentityKey) -> Result<Option<GroupId>, DatabaseError> {
+        Ok(self
+            .direct_groups(peer)?
+            .into_iter()
+            .filter(|group| group.active)
+            .filter(|group| group.members.iter().any(|member| member.identity == *peer))
+            .max_by_key(|group| (group.made_at, Reverse(group.id)))
+            .map(|group| group.id))
+    }
+
+    /// Every direct group with `peer`.
+    pub fn direct_groups(&self, peer: &IdentityKey) -> Result<Vec<GroupSummary>, DatabaseError> {
+        let saved = self.database.in_lane(tables::GROUPS, peer.as_bytes())?;
+        let mut groups = self.overlay(&saved)?;
         let me = self.identity.public();
-        self.groups
-            .values()
-            .filter(|group| {
-                group.is_active() && group.profile().peer_of(&me).as_ref() == Some(peer)
-            })
-            .filter(|group| group.members().iter().any(|member| member.identity == *peer))
-            .max_by_key(|group| (group.profile().made_at, Reverse(group.id())))
-            .map(Group::id)
+        groups.retain(|group| group.peer_of(&me).as_ref() == Some(peer));
+        Ok(groups)
     }
 
-    pub fn group(&self, group: &GroupId) -> Option<GroupSummary> {
-        self.groups.get(group).map(Group::summary)
+    pub fn group(&self, group: &GroupId) -> Result<Option<GroupSummary>, DatabaseError> {
+        if let Some(group) = self.groups.get(group) {
+            return Ok(Some(group.summary()));
+        }
+        let row = self.database.get(tables::GROUPS, group.as_bytes())?;
+        row.map(|row| GroupSummary::parse(&row)).transpose()
     }
 
-    pub fn groups(&self) -> impl Iterator<Item = GroupSummary> {
-        self.groups.values().map(Group::summary)
+    pub fn groups(&self) -> Result<Vec<GroupSummary>, DatabaseError> {
+        let saved = self.database.all(tables::GROUPS)?;
+        self.overlay(&saved)
+    }
+
+    /// The summaries that were saved, and instead of them those of groups in use.
+    fn overlay(&self, saved: &[Value]) -> Result<Vec<GroupSummary>, DatabaseError> {
+        let mut groups = saved
+            .iter()
+            .map(|row| GroupSummary::parse(row))
+            .filter(|group| !group.as_ref().is_ok_and(|group| self.groups.contains_key(&group.id)))
+            .collect::<Result<Vec<_>, _>>()?;
+        groups.extend(self.groups.values().map(Group::summary));
+        Ok(groups)
     }
 
     /// Drops a group and all its keys, for instance because a member is not who it claims to be.
     pub fn forget(&mut self, group: &GroupId) -> Result<(), Error> {
-        self.waiting.drop_group(group);
-        self.groups.remove(group).map(drop).ok_or(Error::UnknownGroup)
+        waiting::remove_group(&self.database, group)?;
+        let in_use = self.groups.remove(group).is_some();
+        self.changed.remove(group);
+        if Group::delete(&self.database, *group)? || in_use {
+            Ok(())
+        } else {
+            Err(Error::UnknownGroup)
+        }
     }
-}
-
-fn active(groups: &mut BTreeMap<GroupId, Group>, id: GroupId) -> Result<&mut Group, Error> {
-    let group = groups.get_mut(&id).ok_or(Error::UnknownGroup)?;
-    if group.is_active() { Ok(group) } else { Err(Error::NoLongerMember) }
-}
-
-fn made_by_us<'a>(
-    groups: &'a mut BTreeMap<GroupId, Group>,
-    id: GroupId,
-    me: &IdentityKey,
-) -> Result<&'a mut Group, Error> {
-    let group = active(groups, id)?;
-    if group.profile().maker == *me { Ok(group) } else { Err(Error::NotTheMaker) }
 }
 
 fn others(members: &[crate::Member], me: &IdentityKey) -> Vec<IdentityKey> {

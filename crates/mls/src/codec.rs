@@ -39,10 +39,6 @@ impl Writer {
     pub(crate) fn written(&self) -> &[u8] {
         &self.0
     }
-
-    pub(crate) fn finish(self) -> Zeroizing<Vec<u8>> {
-        self.0
-    }
 }
 
 /// The input ended early, or said something impossible.

@@ -24,11 +24,14 @@ use crate::{
     client::Error,
     codec::{Malformed, Reader, Writer},
     content::Content,
+    database::{Database, DatabaseError},
     identity::{Identity, Member},
+    outline,
     packages::{self, Package},
     profile::{GroupId, Kind, Profile},
-    receive::Ignored,
+    receive::{Ignored, Lost},
     store::Store,
+    tables,
 };
 
 /// Ciphertexts are padded to a multiple of this many bytes.
@@ -66,7 +69,7 @@ pub struct GroupSummary {
 pub(crate) enum Outcome {
     Message { sender: Member, content: Content },
     Committed { added: Vec<Member>, removed: Vec<Member> },
-    Duplicate,
+    Lost(Lost),
     Ignored(Ignored),
 }
 
@@ -75,8 +78,6 @@ pub(crate) struct Group {
     profile: Profile,
     mls: MlsGroup,
     store: Store,
-    /// SHA-256 of the Welcome that brought us in.
-    welcome: Option<[u8; 32]>,
     departed: Vec<Departed>,
 }
 
@@ -125,7 +126,7 @@ impl Group {
             identity.credential(username),
         )
         .map_err(Error::mls)?;
-        Ok(Self { id, profile, mls, store, welcome: None, departed: Vec::new() })
+        Ok(Self { id, profile, mls, store, departed: Vec::new() })
     }
 
     /// Joins by a Welcome made for `package`. The package is left as it was, whatever comes of it.
@@ -135,7 +136,6 @@ impl Group {
     pub(crate) fn join(
         package: &Package,
         welcome: Welcome,
-        digest: [u8; 32],
         me: &IdentityKey,
     ) -> Result<Self, Ignored> {
         let store = package.store.copy();
@@ -150,7 +150,7 @@ impl Group {
             .map_err(|_| Ignored::BadWelcome)?;
         let (id, profile) = judge_welcome(&staged, me).ok_or(Ignored::BadWelcome)?;
         let mls = staged.into_group(&store).map_err(|_| Ignored::BadWelcome)?;
-        Ok(Self { id, profile, mls, store, welcome: Some(digest), departed: Vec::new() })
+        Ok(Self { id, profile, mls, store, departed: Vec::new() })
     }
 
     pub(crate) fn id(&self) -> GroupId {
@@ -167,10 +167,6 @@ impl Group {
 
     pub(crate) fn is_active(&self) -> bool {
         self.mls.is_active()
-    }
-
-    pub(crate) fn was_joined_by(&self, digest: &[u8; 32]) -> bool {
-        self.welcome.as_ref() == Some(digest)
     }
 
     pub(crate) fn members(&self) -> Vec<Member> {
@@ -230,6 +226,7 @@ impl Group {
         identity: &Identity,
         content: &Content,
     ) -> Result<Vec<u8>, Error> {
+        self.mls.set_aad(outline::claim(&identity.public()));
         let message = self
             .mls
             .create_message(&self.store, identity, &content.encode())
@@ -244,8 +241,9 @@ impl Group {
         }
         let (epoch, content_type) = (message.epoch().as_u64(), message.content_type());
         if content_type != ContentType::Application && epoch < self.epoch() {
-            // Each epoch has one commit, and the one of this epoch was applied.
-            return Outcome::Duplicate;
+            // Each epoch has one commit, and another was applied. A maker who restored an older
+            // state makes a second one.
+            return Outcome::Ignored(Ignored::OldCommit);
         }
         let processed = match self.mls.process_message(&self.store, ProtocolMessage::from(message))
         {
@@ -360,58 +358,156 @@ impl Group {
         self.departed.retain(|departed| departed.last_epoch >= oldest);
     }
 
-    pub(crate) fn written_len(&self) -> usize {
-        let departed =
-            self.departed.iter().map(|d| 48 + d.member.username.as_str().len()).sum::<usize>();
-        32 + self.store.written_len()
-            + 4
-            + self.welcome.map_or(0, |digest| digest.len())
-            + 8
-            + departed
+    /// Loads a group; `None` if there is none of this id.
+    pub(crate) fn load(database: &Database, id: GroupId) -> Result<Option<Self>, DatabaseError> {
+        let Some(row) = database.get(tables::GROUPS, id.as_bytes())? else { return Ok(None) };
+        let (_, departed) = read_row(&row)?;
+        let store = Store::load(database, id.as_bytes())?;
+        Self::assemble(id, store, departed)
+            .map(Some)
+            .map_err(|Malformed| DatabaseError::Damaged("a group's values do not fit".into()))
     }
 
-    pub(crate) fn write(&self, writer: &mut Writer) {
-        writer.raw(self.id.as_bytes());
-        self.store.write(writer);
-        writer.bytes(self.welcome.as_ref().map_or(&[], |digest| digest));
+    /// Saves what has changed.
+    pub(crate) fn save(
+        &mut self,
+        database: &Database,
+        me: &IdentityKey,
+    ) -> Result<(), DatabaseError> {
+        self.store.save(database, self.id.as_bytes())?;
+        let summary = self.summary();
+        let name_len = match &summary.kind {
+            Kind::Direct { .. } => 0,
+            Kind::Group { name } => name.len(),
+        };
+        let names = summary.members.iter().map(|member| 36 + member.username.as_str().len());
+        let departed = self.departed.iter().map(|d| 48 + d.member.username.as_str().len());
+        let len = 256 + name_len + names.sum::<usize>() + departed.sum::<usize>();
+        let mut writer = Writer::with_capacity(len);
+        summary.write(&mut writer);
         writer.count(self.departed.len());
         for departed in &self.departed {
-            writer.raw(&departed.leaf.to_be_bytes());
-            writer.number(departed.last_epoch);
-            writer.raw(departed.member.identity.as_bytes());
-            writer.bytes(departed.member.username.as_str().as_bytes());
+            departed.write(&mut writer);
         }
+        let peer = summary.peer_of(me);
+        let lane = peer.as_ref().map(|peer| &peer.as_bytes()[..]);
+        database.put(tables::GROUPS, self.id.as_bytes(), lane, writer.written())
     }
 
-    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+    /// Removes a group.
+    pub(crate) fn delete(database: &Database, id: GroupId) -> Result<bool, DatabaseError> {
+        database.delete_lane(tables::MLS, id.as_bytes())?;
+        database.delete(tables::GROUPS, id.as_bytes())
+    }
+
+    /// Reads what an earlier version saved, in one piece; also the digest of the Welcome that led
+    /// to it.
+    pub(crate) fn read_legacy(
+        reader: &mut Reader<'_>,
+    ) -> Result<(Self, Option<[u8; 32]>), Malformed> {
         let id = GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?;
         let store = Store::read(reader)?;
         let welcome = match reader.bytes()? {
             [] => None,
             digest => Some(digest.try_into().map_err(|_| Malformed)?),
         };
-        let departed = reader.list(|reader| {
-            Ok(Departed {
-                leaf: reader.array().map(u32::from_be_bytes)?,
-                last_epoch: reader.number()?,
-                member: Member {
-                    identity: IdentityKey::new(reader.array()?),
-                    username: read_username(reader)?,
-                },
-            })
-        })?;
+        let departed = reader.list(Departed::read)?;
+        Ok((Self::assemble(id, store, departed)?, welcome))
+    }
+
+    fn assemble(id: GroupId, store: Store, departed: Vec<Departed>) -> Result<Self, Malformed> {
         let mls = MlsGroup::load(store.storage(), &MlsGroupId::from_slice(id.as_bytes()))
             .ok()
             .flatten()
             .ok_or(Malformed)?;
         let profile = Profile::read(&id, mls.extensions()).ok_or(Malformed)?;
-        Ok(Self { id, profile, mls, store, welcome, departed })
+        Ok(Self { id, profile, mls, store, departed })
     }
 }
 
-pub(crate) fn read_username(reader: &mut Reader<'_>) -> Result<Username, Malformed> {
-    let name = std::str::from_utf8(reader.bytes()?).map_err(|_| Malformed)?;
-    Username::parse(name).map_err(|_| Malformed)
+impl Departed {
+    fn write(&self, writer: &mut Writer) {
+        writer.raw(&self.leaf.to_be_bytes());
+        writer.number(self.last_epoch);
+        self.member.write(writer);
+    }
+
+    fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(Self {
+            leaf: reader.array().map(u32::from_be_bytes)?,
+            last_epoch: reader.number()?,
+            member: Member::from_reader(reader)?,
+        })
+    }
+}
+
+impl GroupSummary {
+    /// The other one of a direct group.
+    pub(crate) fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
+        match &self.kind {
+            Kind::Direct { peer } if self.maker == *me => Some(*peer),
+            Kind::Direct { .. } => Some(self.maker),
+            Kind::Group { .. } => None,
+        }
+    }
+
+    fn write(&self, writer: &mut Writer) {
+        writer.raw(self.id.as_bytes());
+        match &self.kind {
+            Kind::Direct { peer } => {
+                writer.raw(&[0]);
+                writer.raw(peer.as_bytes());
+            }
+            Kind::Group { name } => {
+                writer.raw(&[1]);
+                writer.bytes(name.as_bytes());
+            }
+        }
+        writer.bytes(self.channel.as_bytes());
+        writer.raw(self.maker.as_bytes());
+        writer.number(self.made_at.0);
+        writer.number(self.epoch);
+        writer.raw(&[u8::from(self.active)]);
+        writer.count(self.members.len());
+        for member in &self.members {
+            member.write(writer);
+        }
+    }
+
+    fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        let id = GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?;
+        let kind = match reader.array()? {
+            [0] => Kind::Direct { peer: IdentityKey::new(reader.array()?) },
+            [1] => {
+                let name = std::str::from_utf8(reader.bytes()?).map_err(|_| Malformed)?;
+                Kind::Group { name: name.to_owned() }
+            }
+            _ => return Err(Malformed),
+        };
+        Ok(Self {
+            id,
+            kind,
+            channel: ChannelId::try_from(reader.bytes()?).map_err(|_| Malformed)?,
+            maker: IdentityKey::new(reader.array()?),
+            made_at: UnixMillis(reader.number()?),
+            epoch: reader.number()?,
+            active: reader.array()? == [1],
+            members: reader.list(Member::from_reader)?,
+        })
+    }
+
+    /// The summary of a group that was saved.
+    pub(crate) fn parse(row: &[u8]) -> Result<Self, DatabaseError> {
+        read_row(row).map(|(summary, _)| summary)
+    }
+}
+
+fn read_row(row: &[u8]) -> Result<(GroupSummary, Vec<Departed>), DatabaseError> {
+    let mut reader = Reader::new(row);
+    let read =
+        |reader: &mut Reader<'_>| Ok((GroupSummary::read(reader)?, reader.list(Departed::read)?));
+    read(&mut reader)
+        .map_err(|Malformed| DatabaseError::Damaged("a group's row is cut short".into()))
 }
 
 fn ratchet() -> SenderRatchetConfiguration {
@@ -460,17 +556,11 @@ fn unreadable<E>(error: &ProcessMessageError<E>) -> Outcome {
         ValidationError::KeyPackageVerifyError(KeyPackageVerifyError::LifetimeError(_)) => {
             Outcome::Ignored(Ignored::LifetimeOver)
         }
-        // openmls does not export the inner error's type; its names are held to by tests.
-        ValidationError::UnableToDecrypt(SecretTreeError(inner)) => {
-            match format!("{inner:?}").as_str() {
-                "SecretReuseError" => Outcome::Duplicate,
-                "TooDistantInThePast" => Outcome::Ignored(Ignored::TooOld),
-                "TooDistantInTheFuture" => Outcome::Ignored(Ignored::TooFarAhead),
-                _ => Outcome::Ignored(Ignored::Invalid),
-            }
-        }
-        ValidationError::UnableToDecrypt(AeadError) => Outcome::Ignored(Ignored::Undecryptable),
-        ValidationError::NoPastEpochData => Outcome::Ignored(Ignored::TooOld),
+        // The keys were used, deleted, or are too far ahead. Which of them it is does not matter: a
+        // message that was here before was recognized by its digest.
+        ValidationError::UnableToDecrypt(SecretTreeError(_)) => Outcome::Lost(Lost::NoKeys),
+        ValidationError::UnableToDecrypt(AeadError) => Outcome::Lost(Lost::Undecryptable),
+        ValidationError::NoPastEpochData => Outcome::Lost(Lost::NoKeys),
         _ => Outcome::Ignored(Ignored::Invalid),
     }
 }

@@ -10,6 +10,8 @@ use openmls::prelude::{BasicCredential, Credential, CredentialWithKey, Signature
 use openmls_traits::signatures::{Signer, SignerError};
 use qpq_domain::{IdentityKey, Username};
 
+use crate::codec::{Malformed, Reader, Writer};
+
 /// An account's identity: the Ed25519 key by which its inbox is addressed and with which it signs
 /// in groups.
 #[derive(Clone)]
@@ -73,6 +75,15 @@ pub struct Member {
 }
 
 impl Member {
+    pub(crate) fn write(&self, writer: &mut Writer) {
+        writer.raw(self.identity.as_bytes());
+        writer.bytes(self.username.as_str().as_bytes());
+    }
+
+    pub(crate) fn from_reader(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(Self { identity: IdentityKey::new(reader.array()?), username: read_username(reader)? })
+    }
+
     /// `None` unless the key is an identity key and the credential a username in canonical form.
     pub(crate) fn read(signature_key: &[u8], credential: &Credential) -> Option<Self> {
         let identity = IdentityKey::try_from(signature_key).ok()?;
@@ -81,4 +92,9 @@ impl Member {
         let username = Username::parse(claimed).ok().filter(|name| name.as_str() == claimed)?;
         Some(Self { identity, username })
     }
+}
+
+pub(crate) fn read_username(reader: &mut Reader<'_>) -> Result<Username, Malformed> {
+    let name = std::str::from_utf8(reader.bytes()?).map_err(|_| Malformed)?;
+    Username::parse(name).map_err(|_| Malformed)
 }

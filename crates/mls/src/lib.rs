@@ -2,25 +2,25 @@
 //! compile.
 //!
 //! The server uses [`key_package::check`] to judge what clients upload, and nothing else: it takes
-//! no part in any group. Clients use [`Client`], a state machine without network or disk: it makes
-//! key packages, starts conversations, encrypts, and turns received bytes into [`Received`] values.
-//! [`vault`] keeps its state encrypted on disk.
+//! no part in any group. Clients use [`Client`], a state machine without network: it makes key
+//! packages, starts conversations, encrypts, and turns received bytes into [`Received`] values. Its
+//! state is in a [`database`], sealed under a key of [`vault`].
 //!
 //! # The crash rule
 //!
 //! MLS keys are used once and then deleted, so the order in which a caller saves and sends is what
 //! makes it safe:
 //!
-//! - **Sending**: call [`Client::encrypt`], [`Client::add`] or [`Client::remove`]; save
-//!   [`Client::export_state`] *together with the returned [`Parcel`]s*; then send them, again after
-//!   a crash, until the server has them. A parcel that is sent from a state that was never saved
-//!   would reuse a key; one that is saved but never sent (a commit above all) leaves the other
-//!   members behind.
-//! - **Receiving**: call [`Client::receive`]; save the state *together with what it returned*,
-//!   until it has been shown; then acknowledge the message to the server. A message that comes
-//!   again after a crash between the two is [`Received::Duplicate`].
-//! - **Key packages**: save the state before uploading what [`Client::key_packages`] returned: the
-//!   private halves are in it.
+//! - **Sending**: in one transaction of the database, call [`Client::encrypt`], [`Client::add`] or
+//!   [`Client::remove`], then [`Client::save`], and save the returned [`Parcel`]s. Once that is
+//!   committed, send them, again after a crash, until the server has them. A parcel that is sent
+//!   from a state that was never saved would reuse a key; one that is saved but never sent (a
+//!   commit above all) leaves the other members behind.
+//! - **Receiving**: in one transaction, call [`Client::receive`], then [`Client::save`], and save
+//!   what it returned, until it has been shown. Then acknowledge the message to the server. A
+//!   message that arrives again after a crash between the two is [`Received::Duplicate`].
+//! - **Key packages**: commit before uploading what [`Client::key_packages`] returned: the private
+//!   halves are in the database.
 //!
 //! # Who may do what
 //!
@@ -41,14 +41,17 @@
 mod client;
 mod codec;
 mod content;
+pub mod database;
 mod group;
 mod identity;
 pub mod key_package;
+mod outline;
 mod packages;
 mod profile;
 mod receive;
 mod snapshot;
 mod store;
+mod tables;
 pub mod vault;
 mod waiting;
 
@@ -57,5 +60,5 @@ pub use content::Content;
 pub use group::GroupSummary;
 pub use identity::{Identity, Member};
 pub use profile::{GroupId, Kind, direct_channel};
-pub use receive::{Ignored, Received};
-pub use snapshot::CorruptState;
+pub use receive::{Arrival, Ignored, Lost, Received, Unreadable};
+pub use snapshot::ImportError;

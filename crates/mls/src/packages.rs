@@ -1,4 +1,4 @@
-//! Our own unused key packages: the private halves wait here for the Welcome that uses them.
+//! Our own unused key packages. The private halves are kept for the Welcome that uses them.
 
 use std::time::Duration;
 
@@ -10,9 +10,11 @@ use qpq_domain::{UnixMillis, Username};
 
 use crate::{
     codec::{Malformed, Reader, Writer},
+    database::{Database, DatabaseError},
     identity::Identity,
     profile,
     store::Store,
+    tables,
 };
 
 /// The suite of every group: X25519, AES-128-GCM, SHA-256, Ed25519.
@@ -56,89 +58,92 @@ pub(crate) struct Package {
     pub(crate) store: Store,
 }
 
-#[derive(Default)]
-pub(crate) struct Packages(Vec<Package>);
-
-impl Packages {
-    /// Makes a package and keeps its private half; returns the public one as an MLSMessage.
-    pub(crate) fn make(
-        &mut self,
-        identity: &Identity,
-        username: &Username,
-        kind: Use,
-        now: UnixMillis,
-    ) -> Vec<u8> {
-        self.0.retain(|package| package.not_after.plus(AFTERLIFE) > now);
-        let store = Store::default();
-        let mut builder = KeyPackage::builder()
-            .leaf_node_capabilities(capabilities())
-            .key_package_lifetime(lifetime(now));
-        if kind == Use::LastResort {
-            builder = builder.mark_as_last_resort();
-        }
-        let bundle = builder
-            .build(SUITE, &store, identity, identity.credential(username))
-            .expect("the suite is supported and the store is memory");
-        let package = bundle.key_package().clone();
-        let reference = package.hash_ref(store.crypto()).expect("SHA-256 of a package");
-        self.0.push(Package {
-            reference: reference.as_slice().to_vec(),
-            not_after: now.plus(LIFETIME),
-            kind,
-            store,
-        });
-        MlsMessageOut::from(package).to_bytes().expect("a package made here is within MLS's limits")
+/// Makes a package and saves its private half; returns the public one as an MLSMessage.
+pub(crate) fn make(
+    database: &Database,
+    identity: &Identity,
+    username: &Username,
+    kind: Use,
+    now: UnixMillis,
+) -> Result<Vec<u8>, DatabaseError> {
+    let store = Store::default();
+    let mut builder = KeyPackage::builder()
+        .leaf_node_capabilities(capabilities())
+        .key_package_lifetime(lifetime(now));
+    if kind == Use::LastResort {
+        builder = builder.mark_as_last_resort();
     }
+    let bundle = builder
+        .build(SUITE, &store, identity, identity.credential(username))
+        .expect("the suite is supported and the store is memory");
+    let package = bundle.key_package().clone();
+    let reference = package.hash_ref(store.crypto()).expect("SHA-256 of a package");
+    let reference = reference.as_slice().to_vec();
+    Package { reference, not_after: now.plus(LIFETIME), kind, store }.save(database)?;
+    Ok(MlsMessageOut::from(package).to_bytes().expect("a package made here is within MLS's limits"))
+}
 
-    /// The package of ours that `welcome` was made for.
-    pub(crate) fn addressed_by(&self, welcome: &Welcome) -> Option<&Package> {
-        welcome.secrets().iter().find_map(|secrets| {
-            let reference = secrets.new_member();
-            self.0.iter().find(|package| package.reference == reference.as_slice())
-        })
-    }
-
-    /// Forgets a package that was used, unless it may be used again.
-    pub(crate) fn used(&mut self, reference: &[u8]) {
-        self.0.retain(|package| package.kind == Use::LastResort || package.reference != reference);
-    }
-
-    pub(crate) fn written_len(&self) -> usize {
-        8 + self.0.iter().map(|p| 4 + p.reference.len() + 9 + p.store.written_len()).sum::<usize>()
-    }
-
-    pub(crate) fn write(&self, writer: &mut Writer) {
-        writer.count(self.0.len());
-        for package in &self.0 {
-            writer.bytes(&package.reference);
-            writer.number(package.not_after.0);
-            writer.raw(&[match package.kind {
-                Use::Once => 0,
-                Use::LastResort => 1,
-            }]);
-            package.store.write(writer);
+/// The package of ours that `welcome` was made for.
+pub(crate) fn addressed_by(
+    database: &Database,
+    welcome: &Welcome,
+) -> Result<Option<Package>, DatabaseError> {
+    for secrets in welcome.secrets() {
+        if let Some(row) = database.get(tables::PACKAGES, secrets.new_member().as_slice())? {
+            return Package::parse(&row).map(Some);
         }
     }
+    Ok(None)
+}
 
-    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
-        let packages = reader.list(|reader| {
-            Ok(Package {
-                reference: reader.bytes()?.to_vec(),
-                not_after: UnixMillis(reader.number()?),
-                kind: match reader.array()? {
-                    [0] => Use::Once,
-                    [1] => Use::LastResort,
-                    _ => return Err(Malformed),
-                },
-                store: Store::read(reader)?,
-            })
-        })?;
-        Ok(Self(packages))
+/// Removes a package that was used, unless it may be used again.
+pub(crate) fn used(database: &Database, package: &Package) -> Result<(), DatabaseError> {
+    if package.kind == Use::Once {
+        database.delete(tables::PACKAGES, &package.reference)?;
     }
+    Ok(())
+}
+
+/// Removes the packages that no Welcome can need any more.
+pub(crate) fn remove_expired(database: &Database, now: UnixMillis) -> Result<(), DatabaseError> {
+    for row in database.all(tables::PACKAGES)? {
+        let package = Package::parse(&row)?;
+        if package.not_after.plus(AFTERLIFE) <= now {
+            database.delete(tables::PACKAGES, &package.reference)?;
+        }
+    }
+    Ok(())
 }
 
 impl Package {
-    pub(crate) fn reference(&self) -> &[u8] {
-        &self.reference
+    pub(crate) fn save(&self, database: &Database) -> Result<(), DatabaseError> {
+        let len = 4 + self.reference.len() + 9 + self.store.written_len();
+        let mut writer = Writer::with_capacity(len);
+        writer.bytes(&self.reference);
+        writer.number(self.not_after.0);
+        writer.raw(&[match self.kind {
+            Use::Once => 0,
+            Use::LastResort => 1,
+        }]);
+        self.store.write(&mut writer);
+        database.put(tables::PACKAGES, &self.reference, None, writer.written())
+    }
+
+    fn parse(row: &[u8]) -> Result<Self, DatabaseError> {
+        Self::read(&mut Reader::new(row))
+            .map_err(|Malformed| DatabaseError::Damaged("a key package is cut short".into()))
+    }
+
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(Self {
+            reference: reader.bytes()?.to_vec(),
+            not_after: UnixMillis(reader.number()?),
+            kind: match reader.array()? {
+                [0] => Use::Once,
+                [1] => Use::LastResort,
+                _ => return Err(Malformed),
+            },
+            store: Store::read(reader)?,
+        })
     }
 }

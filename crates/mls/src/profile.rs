@@ -140,15 +140,6 @@ impl Profile {
         }
     }
 
-    /// In a direct conversation, who is there beside `me`.
-    pub(crate) fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
-        match &self.kind {
-            Kind::Direct { peer } if self.maker == *me => Some(*peer),
-            Kind::Direct { .. } => Some(self.maker),
-            Kind::Group { .. } => None,
-        }
-    }
-
     /// The group context's extensions: the profile, and the demand that each member understands it.
     pub(crate) fn extensions(&self) -> Extensions<GroupContext> {
         let profile = Extension::Unknown(EXTENSION, UnknownExtension(self.encode()));

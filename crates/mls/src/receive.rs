@@ -1,18 +1,24 @@
-//! What a client does with bytes that it is sent. Whatever they are, it neither panics nor loses
+//! What a client does with bytes that it receives. Whatever they are, it neither panics nor loses
 //! what it had.
+//!
+//! A message is known by the SHA-256 of its bytes. One that was processed before is a
+//! [`Received::Duplicate`]; one that was not, and cannot be decrypted, is
+//! [`Received::Unreadable`]: the two are never confused.
 
 use openmls::prelude::{MlsMessageBodyIn, MlsMessageIn, PrivateMessageIn, Welcome};
-use qpq_domain::ChannelId;
+use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
 use sha2::{Digest as _, Sha256};
 use tls_codec::DeserializeBytes as _;
 
 use crate::{
     client::Client,
     content::Content,
+    database::DatabaseError,
     group::{Group, GroupSummary, Outcome},
     identity::Member,
+    outline, packages,
     profile::GroupId,
-    waiting::{Held, Needs},
+    waiting::{self, Needs, PutAside},
 };
 
 /// What a message turned out to be.
@@ -39,8 +45,46 @@ pub enum Received {
     Buffered,
     /// It was here before. It may be acknowledged.
     Duplicate,
+    /// It may have said something to us, and cannot be read. It may be acknowledged.
+    Unreadable(Unreadable),
     /// It has no effect and never will. It may be acknowledged.
     Ignored(Ignored),
+}
+
+/// When and on which channel a message arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrival {
+    pub at: UnixMillis,
+    pub channel: ChannelId,
+}
+
+/// A message whose content is lost to us, unless its sender repeats it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    pub reason: Lost,
+    /// SHA-256 of its bytes: by it the sender finds what to repeat.
+    pub digest: [u8; 32],
+    /// The group that it names, if it names one.
+    pub group: Option<GroupId>,
+    /// Who it says sent it. Nothing proves that.
+    pub claimed_sender: Option<IdentityKey>,
+    pub arrival: Arrival,
+}
+
+/// Why the content of a message is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum Lost {
+    #[error("it invites us with a key package that is not here any more")]
+    NoPackage,
+    #[error("its keys were used or deleted before, or are too far ahead")]
+    NoKeys,
+    #[error("it is not encrypted with the group's keys")]
+    Undecryptable,
+    #[error("what it needs never came")]
+    NeverCame,
+    #[error("too many others wait for what never came")]
+    Displaced,
 }
 
 /// Why a message has no effect.
@@ -49,8 +93,6 @@ pub enum Received {
 pub enum Ignored {
     #[error("not a private MLS message or Welcome of ours")]
     NotMls,
-    #[error("a Welcome for a key package that is not here any more")]
-    NotForUs,
     #[error("a Welcome that is forged, broken, or not its group's maker's")]
     BadWelcome,
     #[error("a change to the group by someone other than its maker")]
@@ -63,113 +105,186 @@ pub enum Ignored {
         "a change to the group, read after the added member's key package ran out: ask its maker to add us again"
     )]
     LifetimeOver,
+    #[error("a change to the group from before the last one")]
+    OldCommit,
     #[error("we are not in the group any more")]
     NoLongerMember,
     #[error("our own message")]
     OwnMessage,
-    #[error("too old: its keys were deleted")]
-    TooOld,
-    #[error("too far ahead of what was received from its sender")]
-    TooFarAhead,
-    #[error("not encrypted with the group's keys")]
-    Undecryptable,
     #[error("against the rules of MLS")]
     Invalid,
     #[error("a kind of message that this client does not know")]
     UnknownContent,
 }
 
+/// The day of a time, by which digests are kept.
+pub(crate) fn day(at: UnixMillis) -> u64 {
+    at.0 / (24 * 3600 * 1000)
+}
+
 impl Client {
     /// Takes in one message. The first result is about it; further ones are about messages that
-    /// waited for it.
+    /// waited for it, or that it displaced.
     ///
     /// See the crate's documentation on saving before acknowledging.
-    pub fn receive(&mut self, bytes: &[u8]) -> Vec<Received> {
+    pub fn receive(
+        &mut self,
+        bytes: &[u8],
+        arrival: Arrival,
+    ) -> Result<Vec<Received>, DatabaseError> {
+        if !self.database.note_digest(&Sha256::digest(bytes).into(), day(arrival.at))? {
+            return Ok(vec![Received::Duplicate]);
+        }
         let Ok(message) = MlsMessageIn::tls_deserialize_exact_bytes(bytes) else {
-            return vec![Received::Ignored(Ignored::NotMls)];
+            return Ok(vec![Received::Ignored(Ignored::NotMls)]);
         };
         match message.extract() {
-            MlsMessageBodyIn::PrivateMessage(message) => self.receive_private(message, bytes),
-            MlsMessageBodyIn::Welcome(welcome) => self.receive_welcome(welcome, bytes),
+            MlsMessageBodyIn::PrivateMessage(message) => {
+                self.receive_private(message, bytes, arrival)
+            }
+            MlsMessageBodyIn::Welcome(welcome) => self.receive_welcome(welcome, bytes, arrival),
             // Everything else travels in the open, where our groups say nothing; an external commit
             // above all.
-            _ => vec![Received::Ignored(Ignored::NotMls)],
+            _ => Ok(vec![Received::Ignored(Ignored::NotMls)]),
         }
     }
 
-    fn receive_private(&mut self, message: PrivateMessageIn, bytes: &[u8]) -> Vec<Received> {
+    /// Whether a message was received before, by the SHA-256 of its bytes.
+    pub fn knows(&self, digest: &[u8; 32]) -> Result<bool, DatabaseError> {
+        self.database.knows_digest(digest)
+    }
+
+    /// Gives up on the messages that have waited for what they need since before `now` for longer
+    /// than it can still come.
+    pub fn give_up_waiting(&mut self, now: UnixMillis) -> Result<Vec<Unreadable>, DatabaseError> {
+        let over = waiting::remove_if(&self.database, |message| {
+            message.arrival.at.plus(waiting::PATIENCE) <= now
+        })?;
+        Ok(over.into_iter().map(|message| message.give_up(Lost::NeverCame)).collect())
+    }
+
+    /// Gives up on the messages of unknown groups that `is_over` says wait in vain.
+    pub fn give_up_on(
+        &mut self,
+        is_over: impl Fn(&Unreadable) -> bool,
+    ) -> Result<Vec<Unreadable>, DatabaseError> {
+        let over = waiting::remove_if(&self.database, |message| {
+            message.needs == Needs::Welcome && is_over(&message.clone().give_up(Lost::NeverCame))
+        })?;
+        Ok(over.into_iter().map(|message| message.give_up(Lost::NeverCame)).collect())
+    }
+
+    fn receive_private(
+        &mut self,
+        message: PrivateMessageIn,
+        bytes: &[u8],
+        arrival: Arrival,
+    ) -> Result<Vec<Received>, DatabaseError> {
         let Ok(id) = GroupId::try_from(message.group_id().as_slice()) else {
-            return vec![Received::Ignored(Ignored::NotMls)];
+            return Ok(vec![Received::Ignored(Ignored::NotMls)]);
         };
         let epoch = message.epoch().as_u64();
-        let needs = match self.groups.get(&id) {
+        let needs = match self.group(&id)? {
             None => Some(Needs::Welcome),
-            Some(group) if group.is_active() && epoch > group.epoch() => Some(Needs::Commit),
+            Some(group) if group.active && epoch > group.epoch => Some(Needs::Commit),
             Some(_) => None,
         };
         if let Some(needs) = needs {
-            return vec![match self.waiting.hold(id, epoch, needs, bytes) {
-                Held::New => Received::Buffered,
-                Held::Already => Received::Duplicate,
-            }];
+            let message = PutAside { group: id, epoch, needs, arrival, bytes: bytes.to_vec() };
+            let displaced = waiting::put_aside(&self.database, &message)?;
+            let displaced = displaced
+                .into_iter()
+                .map(|message| Received::Unreadable(message.give_up(Lost::Displaced)));
+            return Ok(std::iter::once(Received::Buffered).chain(displaced).collect());
         }
-        let first = self.process(id, message);
+        let first = self.process(id, message, bytes, arrival)?;
         let mut results = vec![first];
         if matches!(results[0], Received::Committed { .. }) {
-            self.retry(id, &mut results);
+            self.retry(id, &mut results)?;
         }
-        results
+        Ok(results)
     }
 
-    fn receive_welcome(&mut self, welcome: Welcome, bytes: &[u8]) -> Vec<Received> {
-        let digest: [u8; 32] = Sha256::digest(bytes).into();
-        if self.groups.values().any(|group| group.was_joined_by(&digest)) {
-            return vec![Received::Duplicate];
-        }
-        let Some(package) = self.packages.addressed_by(&welcome) else {
-            return vec![Received::Ignored(Ignored::NotForUs)];
+    fn receive_welcome(
+        &mut self,
+        welcome: Welcome,
+        bytes: &[u8],
+        arrival: Arrival,
+    ) -> Result<Vec<Received>, DatabaseError> {
+        let Some(package) = packages::addressed_by(&self.database, &welcome)? else {
+            let lost = unreadable(bytes, None, Lost::NoPackage, arrival);
+            return Ok(vec![Received::Unreadable(lost)]);
         };
-        let group = match Group::join(package, welcome, digest, &self.identity.public()) {
+        let group = match Group::join(&package, welcome, &self.identity.public()) {
             Ok(group) => group,
-            Err(reason) => return vec![Received::Ignored(reason)],
+            Err(reason) => return Ok(vec![Received::Ignored(reason)]),
         };
-        let reference = package.reference().to_vec();
         let id = group.id();
         // The id binds the maker, so this is the same maker's word about the same group; the later
         // epoch is the newer.
-        if self.groups.get(&id).is_some_and(|known| known.epoch() >= group.epoch()) {
-            return vec![Received::Duplicate];
+        if self.group(&id)?.is_some_and(|known| known.epoch >= group.epoch()) {
+            return Ok(vec![Received::Duplicate]);
         }
         let mut results = vec![Received::Joined(group.summary())];
-        self.packages.used(&reference);
-        self.groups.insert(id, group);
-        self.retry(id, &mut results);
-        results
+        packages::used(&self.database, &package)?;
+        self.insert(group);
+        self.retry(id, &mut results)?;
+        Ok(results)
     }
 
     /// Processes what waited for the state that `id` is in now, and for the states that this leads
     /// to.
-    fn retry(&mut self, id: GroupId, results: &mut Vec<Received>) {
-        while let Some(epoch) = self.groups.get(&id).map(Group::epoch) {
-            let Some(bytes) = self.waiting.release(&id, epoch) else { break };
-            let parsed =
-                MlsMessageIn::tls_deserialize_exact_bytes(&bytes).map(MlsMessageIn::extract);
-            let Ok(MlsMessageBodyIn::PrivateMessage(message)) = parsed else { continue };
-            results.push(self.process(id, message));
+    fn retry(&mut self, id: GroupId, results: &mut Vec<Received>) -> Result<(), DatabaseError> {
+        while let Some(epoch) = self.group(&id)?.map(|group| group.epoch) {
+            let ready = waiting::release(&self.database, &id, epoch)?;
+            if ready.is_empty() {
+                break;
+            }
+            for PutAside { bytes, arrival, .. } in ready {
+                let parsed =
+                    MlsMessageIn::tls_deserialize_exact_bytes(&bytes).map(MlsMessageIn::extract);
+                let Ok(MlsMessageBodyIn::PrivateMessage(message)) = parsed else { continue };
+                results.push(self.process(id, message, &bytes, arrival)?);
+            }
         }
+        Ok(())
     }
 
-    fn process(&mut self, id: GroupId, message: PrivateMessageIn) -> Received {
-        let group = self.groups.get_mut(&id).expect("the callers looked it up");
-        match group.process(message) {
+    fn process(
+        &mut self,
+        id: GroupId,
+        message: PrivateMessageIn,
+        bytes: &[u8],
+        arrival: Arrival,
+    ) -> Result<Received, DatabaseError> {
+        let group = self.load(id)?.expect("the callers looked it up");
+        Ok(match group.process(message) {
             Outcome::Message { sender, content } => {
                 Received::Message { group: id, channel: group.profile().channel, sender, content }
             }
             Outcome::Committed { added, removed } => {
                 Received::Committed { group: id, added, removed }
             }
-            Outcome::Duplicate => Received::Duplicate,
+            Outcome::Lost(reason) => {
+                Received::Unreadable(unreadable(bytes, Some(id), reason, arrival))
+            }
             Outcome::Ignored(reason) => Received::Ignored(reason),
-        }
+        })
+    }
+}
+
+impl PutAside {
+    fn give_up(self, reason: Lost) -> Unreadable {
+        unreadable(&self.bytes, Some(self.group), reason, self.arrival)
+    }
+}
+
+fn unreadable(bytes: &[u8], group: Option<GroupId>, reason: Lost, arrival: Arrival) -> Unreadable {
+    Unreadable {
+        reason,
+        digest: Sha256::digest(bytes).into(),
+        group,
+        claimed_sender: outline::claimed_sender(bytes),
+        arrival,
     }
 }

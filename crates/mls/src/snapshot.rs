@@ -1,89 +1,83 @@
-//! A client's state as bytes and back: one snapshot, the same bytes for the same state, to be
-//! sealed by [`crate::vault`].
-//!
-//! A SHA-256 at the end finds damage where the bytes were kept without a vault: openmls panics on a
-//! store that it did not write.
+//! Reads the state of releases up to 0.1, which was one snapshot sealed by [`crate::vault`], into
+//! a database.
 
-use qpq_domain::IdentityKey;
+use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
 use crate::{
     client::Client,
-    codec::{Malformed, Reader, Writer},
-    group::{Group, read_username},
-    identity::Identity,
-    packages::Packages,
-    waiting::Waiting,
+    codec::{Malformed, Reader},
+    database::{Database, DatabaseError},
+    group::Group,
+    identity::{Identity, read_username},
+    packages::Package,
+    receive::{Arrival, day},
+    waiting::{self, PutAside},
 };
 
 const MAGIC: &[u8; 4] = b"QPQM";
 const VERSION: u8 = 1;
 const DIGEST_LEN: usize = 32;
 
-/// The bytes are not a state that this version wrote.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum CorruptState {
+/// Why a snapshot was not imported.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ImportError {
     #[error("the saved conversations were written by a newer version: update this client")]
     Newer,
     #[error("the saved conversations are damaged: restore the file from a backup or log in anew")]
     Damaged,
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
 }
 
-impl From<Malformed> for CorruptState {
+impl From<Malformed> for ImportError {
     fn from(_: Malformed) -> Self {
         Self::Damaged
     }
 }
 
 impl Client {
-    /// Everything, secret keys included.
-    pub fn export_state(&self) -> Zeroizing<Vec<u8>> {
-        let name = self.username.as_str().as_bytes();
-        let groups: usize = self.groups.values().map(Group::written_len).sum();
-        let len = 5 + 32 + 32 + 4 + name.len() + self.packages.written_len() + 8 + groups;
-        let mut writer = Writer::with_capacity(len + self.waiting.written_len() + DIGEST_LEN);
-        writer.raw(MAGIC);
-        writer.raw(&[VERSION]);
-        writer.raw(self.identity.seed());
-        writer.raw(self.identity.public().as_bytes());
-        writer.bytes(name);
-        self.packages.write(&mut writer);
-        writer.count(self.groups.len());
-        self.groups.values().for_each(|group| group.write(&mut writer));
-        self.waiting.write(&mut writer);
-        let digest = Sha256::digest(writer.written());
-        writer.raw(&digest);
-        writer.finish()
-    }
-
-    /// The client that [`Client::export_state`] saved.
-    pub fn import_state(bytes: &[u8]) -> Result<Self, CorruptState> {
-        let content_len = bytes.len().checked_sub(DIGEST_LEN).ok_or(CorruptState::Damaged)?;
+    /// Imports a snapshot into an empty database. `now` is noted as the time at which the messages
+    /// put aside arrived, which the snapshot does not say.
+    pub fn import(database: &Database, bytes: &[u8], now: UnixMillis) -> Result<Self, ImportError> {
+        let content_len = bytes.len().checked_sub(DIGEST_LEN).ok_or(ImportError::Damaged)?;
         let (content, digest) = bytes.split_at(content_len);
         let mut reader = Reader::new(content);
         if reader.raw(MAGIC.len())? != MAGIC {
-            return Err(CorruptState::Damaged);
+            return Err(ImportError::Damaged);
         }
         match reader.array()? {
             [VERSION] => {}
-            [0] => return Err(CorruptState::Damaged),
-            [_] => return Err(CorruptState::Newer),
+            [0] => return Err(ImportError::Damaged),
+            [_] => return Err(ImportError::Newer),
         }
         if Sha256::digest(content).as_slice() != digest {
-            return Err(CorruptState::Damaged);
+            return Err(ImportError::Damaged);
         }
         let seed = Zeroizing::new(reader.array()?);
         let identity = Identity::from_seed(&seed);
         if identity.public() != IdentityKey::new(reader.array()?) {
-            return Err(CorruptState::Damaged);
+            return Err(ImportError::Damaged);
         }
         let username = read_username(&mut reader)?;
-        let packages = Packages::read(&mut reader)?;
-        let groups =
-            reader.list(Group::read)?.into_iter().map(|group| (group.id(), group)).collect();
-        let waiting = Waiting::read(&mut reader)?;
+        let client = Self::create(database, identity, username)?;
+        for package in reader.list(Package::read)? {
+            package.save(database)?;
+        }
+        let me = client.identity().public();
+        for (mut group, welcome) in reader.list(Group::read_legacy)? {
+            group.save(database, &me)?;
+            if let Some(digest) = welcome {
+                database.note_digest(&digest, day(now))?;
+            }
+        }
+        let arrival = Arrival { at: now, channel: ChannelId::DEFAULT };
+        for message in reader.list(|reader| PutAside::read_legacy(reader, arrival))? {
+            database.note_digest(&Sha256::digest(&message.bytes).into(), day(now))?;
+            waiting::put_aside(database, &message)?;
+        }
         reader.end()?;
-        Ok(Self { identity, username, packages, groups, waiting })
+        Ok(client)
     }
 }

@@ -1,20 +1,36 @@
-//! Messages that came before what they need: for a group whose Welcome is still on its way, or for
-//! an epoch whose commit is. They are kept in the order of their coming, within bounds, and tried
-//! again when something arrives.
+//! Messages that arrived before what they need: for a group whose Welcome is still on its way, or
+//! for an epoch whose commit is.
+//!
+//! They are put aside within bounds, in the order of arrival, and tried again when the group has
+//! moved. Nothing leaves here unseen: what exceeds the bounds or waits too long is returned to the
+//! caller as a [`PutAside`].
 
-use std::collections::VecDeque;
+use std::time::Duration;
+
+use qpq_domain::{ChannelId, UnixMillis};
 
 use crate::{
     codec::{Malformed, Reader, Writer},
+    database::{Database, DatabaseError, Item, NewItem},
     profile::GroupId,
+    receive::Arrival,
+    tables::WAITING,
 };
 
 /// The most messages that wait for groups unknown here, and the most that wait for epochs of known
-/// groups. Apart, so that whoever invents groups cannot push out what a real one needs.
-const MAX_MESSAGES: usize = 256;
+/// groups. Two bounds, so that invented groups cannot displace what a real one needs.
+const MAX_MESSAGES: u64 = 256;
 
 /// The most bytes that wait, for each of the two.
-const MAX_BYTES: usize = 8 * 1024 * 1024;
+const MAX_BYTES: u64 = 8 * 1024 * 1024;
+
+/// How long a message waits. Clients send with the default time to live of 30 days, so a Welcome or
+/// commit that was sent before the message has expired by then; the day is for one that its
+/// sender's client had not sent yet.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(31 * 24 * 3600);
+
+/// What one number of an item holds: the totals, kept in a row.
+const TOTALS: &[u8] = b"totals";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Needs {
@@ -22,91 +38,229 @@ pub(crate) enum Needs {
     Commit,
 }
 
-struct Message {
-    group: GroupId,
+/// A message that waits, or waited.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PutAside {
+    pub(crate) group: GroupId,
+    pub(crate) epoch: u64,
+    pub(crate) needs: Needs,
+    pub(crate) arrival: Arrival,
+    pub(crate) bytes: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Totals {
+    messages: [u64; 2],
+    bytes: [u64; 2],
+}
+
+impl Totals {
+    fn load(database: &Database) -> Result<Self, DatabaseError> {
+        let Some(row) = database.get(WAITING, TOTALS)? else { return Ok(Self::default()) };
+        let mut reader = Reader::new(&row);
+        let mut number = || reader.number().map_err(|Malformed| damaged());
+        Ok(Self { messages: [number()?, number()?], bytes: [number()?, number()?] })
+    }
+
+    fn save(&self, database: &Database) -> Result<(), DatabaseError> {
+        let mut writer = Writer::with_capacity(32);
+        self.messages.iter().chain(&self.bytes).for_each(|number| writer.number(*number));
+        database.put(WAITING, TOTALS, None, writer.written())
+    }
+
+    fn add(&mut self, message: &PutAside) {
+        let place = message.needs as usize;
+        self.messages[place] += 1;
+        self.bytes[place] += message.bytes.len() as u64;
+    }
+
+    fn subtract(&mut self, message: &PutAside) {
+        let place = message.needs as usize;
+        self.messages[place] = self.messages[place].saturating_sub(1);
+        self.bytes[place] = self.bytes[place].saturating_sub(message.bytes.len() as u64);
+    }
+
+    fn are_over(&self, needs: Needs) -> bool {
+        let place = needs as usize;
+        self.messages[place] > MAX_MESSAGES || self.bytes[place] > MAX_BYTES
+    }
+}
+
+/// Puts a message aside; returns the oldest that need the same, if there are too many.
+pub(crate) fn put_aside(
+    database: &Database,
+    message: &PutAside,
+) -> Result<Vec<PutAside>, DatabaseError> {
+    append(database, message)?;
+    let mut totals = Totals::load(database)?;
+    totals.add(message);
+    let mut displaced = Vec::new();
+    while totals.are_over(message.needs) {
+        let Some((number, oldest)) = oldest(database, message.needs)? else { break };
+        totals.subtract(&oldest);
+        database.remove_item(WAITING, number)?;
+        displaced.push(oldest);
+    }
+    totals.save(database)?;
+    Ok(displaced)
+}
+
+fn append(database: &Database, message: &PutAside) -> Result<(), DatabaseError> {
+    let new = NewItem {
+        lane: Some(message.group.as_bytes()),
+        open: message.needs == Needs::Welcome,
+        key: None,
+    };
+    database.append(WAITING, new, message.encode().written()).map(drop)
+}
+
+/// Removes and returns the messages of `group` that need nothing more when the group is at `epoch`,
+/// those of earlier epochs first, then in the order of arrival. What waited for the Welcome waits
+/// for commits from now on.
+pub(crate) fn release(
+    database: &Database,
+    group: &GroupId,
     epoch: u64,
-    needs: Needs,
-    bytes: Vec<u8>,
-}
-
-#[derive(Default)]
-pub(crate) struct Waiting(VecDeque<Message>);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Held {
-    New,
-    Already,
-}
-
-impl Waiting {
-    /// Keeps a message; the oldest that need the same go if there are too many.
-    pub(crate) fn hold(&mut self, group: GroupId, epoch: u64, needs: Needs, bytes: &[u8]) -> Held {
-        if self.0.iter().any(|message| message.bytes == bytes) {
-            return Held::Already;
-        }
-        self.0.push_back(Message { group, epoch, needs, bytes: bytes.to_vec() });
-        while self.is_over(needs) {
-            let oldest = self.0.iter().position(|message| message.needs == needs);
-            self.0.remove(oldest.expect("too many are not none"));
-        }
-        Held::New
-    }
-
-    /// Takes a message of `group` that needs nothing more when the group is at `epoch`: of the
-    /// earliest epoch, the one that came first.
-    pub(crate) fn release(&mut self, group: &GroupId, epoch: u64) -> Option<Vec<u8>> {
-        // What waited for the Welcome waits for commits from now on.
-        for message in self.0.iter_mut().filter(|message| message.group == *group) {
+) -> Result<Vec<PutAside>, DatabaseError> {
+    let mut totals = Totals::load(database)?;
+    let mut ready = Vec::new();
+    for (number, mut message) in of_group(database, group)? {
+        if message.epoch <= epoch {
+            totals.subtract(&message);
+            database.remove_item(WAITING, number)?;
+            ready.push(message);
+        } else if message.needs == Needs::Welcome {
+            totals.subtract(&message);
             message.needs = Needs::Commit;
-        }
-        let ready =
-            self.0.iter().enumerate().filter(|(_, m)| m.group == *group && m.epoch <= epoch);
-        let (next, _) = ready.min_by_key(|(position, message)| (message.epoch, *position))?;
-        self.0.remove(next).map(|message| message.bytes)
-    }
-
-    /// Drops what waits for `group`.
-    pub(crate) fn drop_group(&mut self, group: &GroupId) {
-        self.0.retain(|message| message.group != *group);
-    }
-
-    fn is_over(&self, needs: Needs) -> bool {
-        let same = || self.0.iter().filter(|message| message.needs == needs);
-        same().count() > MAX_MESSAGES
-            || same().map(|message| message.bytes.len()).sum::<usize>() > MAX_BYTES
-    }
-
-    pub(crate) fn written_len(&self) -> usize {
-        8 + self.0.iter().map(|message| 32 + 8 + 1 + 4 + message.bytes.len()).sum::<usize>()
-    }
-
-    pub(crate) fn write(&self, writer: &mut Writer) {
-        writer.count(self.0.len());
-        for message in &self.0 {
-            writer.raw(message.group.as_bytes());
-            writer.number(message.epoch);
-            writer.raw(&[match message.needs {
-                Needs::Welcome => 0,
-                Needs::Commit => 1,
-            }]);
-            writer.bytes(&message.bytes);
+            totals.add(&message);
+            database.set_open(WAITING, number, false)?;
+            database.replace_item(WAITING, number, message.encode().written())?;
         }
     }
+    totals.save(database)?;
+    ready.sort_by_key(|message| message.epoch);
+    Ok(ready)
+}
 
-    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
-        let messages = reader.list(|reader| {
-            Ok(Message {
-                group: GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?,
-                epoch: reader.number()?,
-                needs: match reader.array()? {
-                    [0] => Needs::Welcome,
-                    [1] => Needs::Commit,
-                    _ => return Err(Malformed),
-                },
-                bytes: reader.bytes()?.to_vec(),
-            })
-        })?;
-        Ok(Self(messages.into()))
+/// Removes and returns what waits for `group`.
+pub(crate) fn remove_group(
+    database: &Database,
+    group: &GroupId,
+) -> Result<Vec<PutAside>, DatabaseError> {
+    remove_some(database, of_group(database, group)?)
+}
+
+/// Removes and returns what `is_over` says waits in vain.
+pub(crate) fn remove_if(
+    database: &Database,
+    is_over: impl Fn(&PutAside) -> bool,
+) -> Result<Vec<PutAside>, DatabaseError> {
+    let mut over = Vec::new();
+    let mut after = None;
+    loop {
+        let items = database.items_after(WAITING, after, 64)?;
+        let Some(last) = items.last() else { break };
+        after = Some(last.number);
+        for item in items {
+            let found = parse(&item)?;
+            if is_over(&found.1) {
+                over.push(found);
+            }
+        }
+    }
+    remove_some(database, over)
+}
+
+fn remove_some(
+    database: &Database,
+    some: Vec<(u64, PutAside)>,
+) -> Result<Vec<PutAside>, DatabaseError> {
+    let mut totals = Totals::load(database)?;
+    for (number, message) in &some {
+        totals.subtract(message);
+        database.remove_item(WAITING, *number)?;
+    }
+    totals.save(database)?;
+    Ok(some.into_iter().map(|(_, message)| message).collect())
+}
+
+fn oldest(database: &Database, needs: Needs) -> Result<Option<(u64, PutAside)>, DatabaseError> {
+    let mut after = None;
+    loop {
+        let items = match needs {
+            Needs::Welcome => database.open_items(WAITING, None, 1)?,
+            Needs::Commit => database.items_after(WAITING, after, 1)?,
+        };
+        let Some(item) = items.first() else { return Ok(None) };
+        let found = parse(item)?;
+        if found.1.needs == needs {
+            return Ok(Some(found));
+        }
+        after = Some(item.number);
+    }
+}
+
+/// What waits for `group`, in the order of arrival.
+fn of_group(database: &Database, group: &GroupId) -> Result<Vec<(u64, PutAside)>, DatabaseError> {
+    let mut items = database.last_in_lane(WAITING, group.as_bytes(), u32::MAX)?;
+    items.reverse();
+    items.iter().map(parse).collect()
+}
+
+fn parse(item: &Item) -> Result<(u64, PutAside), DatabaseError> {
+    let message = PutAside::read(&mut Reader::new(&item.value)).map_err(|Malformed| damaged())?;
+    Ok((item.number, message))
+}
+
+fn damaged() -> DatabaseError {
+    DatabaseError::Damaged("a message put aside is cut short".into())
+}
+
+impl PutAside {
+    fn encode(&self) -> Writer {
+        let mut writer = Writer::with_capacity(32 + 8 + 1 + 8 + 20 + 4 + self.bytes.len());
+        writer.raw(self.group.as_bytes());
+        writer.number(self.epoch);
+        writer.raw(&[self.needs as u8]);
+        writer.number(self.arrival.at.0);
+        writer.bytes(self.arrival.channel.as_bytes());
+        writer.bytes(&self.bytes);
+        writer
+    }
+
+    fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(Self {
+            group: GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?,
+            epoch: reader.number()?,
+            needs: needs(reader)?,
+            arrival: Arrival {
+                at: UnixMillis(reader.number()?),
+                channel: ChannelId::try_from(reader.bytes()?).map_err(|_| Malformed)?,
+            },
+            bytes: reader.bytes()?.to_vec(),
+        })
+    }
+
+    /// Reads what an earlier version saved; it did not note the arrival.
+    pub(crate) fn read_legacy(
+        reader: &mut Reader<'_>,
+        arrival: Arrival,
+    ) -> Result<Self, Malformed> {
+        Ok(Self {
+            group: GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?,
+            epoch: reader.number()?,
+            needs: needs(reader)?,
+            arrival,
+            bytes: reader.bytes()?.to_vec(),
+        })
+    }
+}
+
+fn needs(reader: &mut Reader<'_>) -> Result<Needs, Malformed> {
+    match reader.array()? {
+        [0] => Ok(Needs::Welcome),
+        [1] => Ok(Needs::Commit),
+        _ => Err(Malformed),
     }
 }
 
@@ -120,46 +274,66 @@ mod tests {
         GroupId::random(&IdentityKey::new([1; 32]))
     }
 
-    #[test]
-    fn messages_are_released_by_epoch_and_in_the_order_of_their_coming() {
-        let (ours, other) = (group(), group());
-        let mut waiting = Waiting::default();
-        for (group, epoch, bytes) in
-            [(ours, 3, b"c"), (ours, 2, b"a"), (other, 1, b"x"), (ours, 2, b"b")]
-        {
-            assert_eq!(waiting.hold(group, epoch, Needs::Welcome, bytes), Held::New);
-        }
-        assert_eq!(waiting.hold(ours, 2, Needs::Commit, b"a"), Held::Already);
-        assert_eq!(waiting.release(&ours, 1), None);
-        assert_eq!(waiting.release(&ours, 2).as_deref(), Some(&b"a"[..]));
-        assert_eq!(
-            waiting.release(&ours, 3).as_deref(),
-            Some(&b"b"[..]),
-            "the earlier epoch first"
-        );
-        assert_eq!(waiting.release(&ours, 2), None);
-        assert_eq!(waiting.release(&ours, 3).as_deref(), Some(&b"c"[..]));
+    fn message(group: GroupId, epoch: u64, needs: Needs, bytes: &[u8]) -> PutAside {
+        let arrival = Arrival { at: UnixMillis(epoch), channel: ChannelId::DEFAULT };
+        PutAside { group, epoch, needs, arrival, bytes: bytes.to_vec() }
+    }
+
+    fn bytes(messages: &[PutAside]) -> Vec<&[u8]> {
+        messages.iter().map(|message| &message.bytes[..]).collect()
     }
 
     #[test]
-    fn unknown_groups_cannot_push_out_what_known_ones_need() {
-        let known = group();
-        let mut waiting = Waiting::default();
-        waiting.hold(known, 2, Needs::Commit, b"needed");
-        for number in 0..2 * MAX_MESSAGES {
-            waiting.hold(group(), 0, Needs::Welcome, &number.to_be_bytes());
+    fn messages_are_released_by_epoch_and_in_the_order_of_arrival() {
+        let (ours, other) = (group(), group());
+        let database = Database::in_memory();
+        for (group, epoch, bytes) in
+            [(ours, 3, b"c"), (ours, 2, b"a"), (other, 1, b"x"), (ours, 2, b"b")]
+        {
+            put_aside(&database, &message(group, epoch, Needs::Welcome, bytes)).unwrap();
         }
-        assert_eq!(waiting.0.len(), 1 + MAX_MESSAGES);
-        assert_eq!(waiting.release(&known, 2).as_deref(), Some(&b"needed"[..]));
+        assert_eq!(release(&database, &ours, 1).unwrap(), []);
+        assert_eq!(bytes(&release(&database, &ours, 2).unwrap()), [b"a", b"b"]);
+        assert_eq!(release(&database, &ours, 2).unwrap(), []);
+        assert_eq!(bytes(&release(&database, &ours, 3).unwrap()), [b"c"]);
+        assert_eq!(bytes(&remove_group(&database, &other).unwrap()), [b"x"]);
+    }
+
+    #[test]
+    fn unknown_groups_cannot_displace_what_known_ones_need_and_what_is_displaced_is_returned() {
+        let known = group();
+        let database = Database::in_memory();
+        put_aside(&database, &message(known, 2, Needs::Commit, b"needed")).unwrap();
+        let mut displaced = Vec::new();
+        for number in 0..MAX_MESSAGES + 10 {
+            let next = message(group(), 0, Needs::Welcome, &number.to_be_bytes());
+            displaced.extend(put_aside(&database, &next).unwrap());
+        }
+        assert_eq!(displaced.len(), 10);
+        assert_eq!(displaced[0].bytes, 0_u64.to_be_bytes(), "the oldest first");
+        assert_eq!(bytes(&release(&database, &known, 2).unwrap()), [b"needed"]);
     }
 
     #[test]
     fn the_bytes_that_wait_are_bounded() {
-        let mut waiting = Waiting::default();
+        let database = Database::in_memory();
+        let mut displaced = 0;
         for number in 0..20_u8 {
-            waiting.hold(group(), 0, Needs::Welcome, &vec![number; 1024 * 1024]);
+            let next = message(group(), 0, Needs::Commit, &vec![number; 1024 * 1024]);
+            displaced += put_aside(&database, &next).unwrap().len();
         }
-        assert_eq!(waiting.0.len(), 8);
-        assert_eq!(waiting.0.front().map(|message| message.bytes[0]), Some(12), "the oldest went");
+        assert_eq!(displaced, 12);
+    }
+
+    #[test]
+    fn what_waits_in_vain_is_returned_once() {
+        let database = Database::in_memory();
+        for epoch in 0..100 {
+            put_aside(&database, &message(group(), epoch, Needs::Welcome, b"x")).unwrap();
+        }
+        let is_early = |message: &PutAside| message.arrival.at < UnixMillis(70);
+        assert_eq!(remove_if(&database, is_early).unwrap().len(), 70);
+        assert_eq!(remove_if(&database, is_early).unwrap().len(), 0);
+        assert_eq!(Totals::load(&database).unwrap().messages, [30, 0]);
     }
 }

@@ -141,9 +141,12 @@ impl Serialize for Shown<'_> {
                 (object.event, object.people) =
                     ("removed", members.iter().map(Into::into).collect());
             }
-            Event::Unreadable { reason } => {
-                (object.event, object.reason) = ("unreadable", Some(reason.as_str()))
+            Event::Unreadable { from, reason } => {
+                (object.event, object.reason) = ("unreadable", Some(reason.as_str()));
+                object.from = from.as_ref().map(Into::into);
             }
+            Event::WentBack => object.event = "server_went_back",
+            Event::Restored => object.event = "profile_went_back",
             Event::Missing { first, last } => {
                 (object.event, object.first, object.last) =
                     ("missing", Some(first.0), Some(last.0));
@@ -200,9 +203,22 @@ impl Shown<'_> {
             Event::Removed { members } => {
                 style.dim(format_args!("* {place}{} left", names(members)))
             }
-            Event::Unreadable { reason } => {
-                style.dim(format_args!("* a message could not be read: {}", text::line(reason)))
+            Event::Unreadable { from, reason } => {
+                let from =
+                    from.as_ref().map_or(String::new(), |from| format!(" from {}", name(from)));
+                style.dim(format_args!(
+                    "* a message{from} could not be read: {}",
+                    text::line(reason)
+                ))
             }
+            Event::WentBack => style.dim(format_args!(
+                "* the server's store went back in time, as when a backup is restored: what it \
+                 accepted since then and did not deliver is lost"
+            )),
+            Event::Restored => style.dim(format_args!(
+                "* this profile is an older copy of what it was: its keys were renewed before \
+                 anything was sent"
+            )),
             Event::Missing { first, last } => {
                 let many = last.0.saturating_sub(first.0).saturating_add(1);
                 style.dim(format_args!(

@@ -1,6 +1,8 @@
 //! What the server knows about people: names to keys and back, and the key packages that start a
 //! conversation.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use qpq_domain::{IdentityKey, UnixMillis, Username};
 use qpq_proto::{Status, methods, v1};
@@ -10,7 +12,7 @@ use super::{
     log::Event,
     now,
     people::{Person, Standing},
-    state::State,
+    state::{PACKAGES_SINCE, REPLACE_PACKAGES, State},
 };
 use crate::error::{CallError, Error};
 
@@ -22,6 +24,19 @@ const FEW: u32 = 10;
 /// thousands.
 const NAMES_AT_ONCE: usize = 32;
 
+/// The age at which our key packages are replaced. They are good for 84 days, and inviters refuse
+/// what has less than 31 left.
+const RENEWED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How far this machine's clock may be moved back before packages are replaced.
+const CLOCK_MARGIN: Duration = Duration::from_secs(3600);
+
+/// What an upload of key packages does with those on the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Upload {
+    Adding,
+    Replacing,
+}
+
 impl Messenger {
     /// Looks a user up. What the directory said before about the name must still be true.
     ///
@@ -29,22 +44,24 @@ impl Messenger {
     /// [`Error::NoSuchUser`], [`Error::IdentityChanged`].
     pub async fn resolve(&self, username: &Username) -> Result<Person, Error> {
         let identity = self.look_up(username).await?;
-        let known = self.keeper().read(|state| state.people.confirmed(username)).await?;
+        let name = username.clone();
+        let known = self.store().read(move |state| Ok(state.people.confirmed(&name)?)).await?;
         match known {
             Some(known) if known != identity => {
                 Err(Error::IdentityChanged { username: username.clone(), known, now: identity })
             }
-            Some(_) => self.keeper().read(|state| state.people.person(&identity)).await,
+            Some(_) => self.store().read(move |state| Ok(state.people.person(&identity)?)).await,
             None => self.confirm(identity, username.clone()).await,
         }
     }
 
     /// Returns the person who is known to have this name, without asking the server.
     pub async fn known(&self, username: &Username) -> Result<Option<Person>, Error> {
-        self.keeper()
-            .read(|state| {
-                let identity = state.people.confirmed(username)?;
-                Some(state.people.person(&identity))
+        let name = username.clone();
+        self.store()
+            .read(move |state| {
+                let Some(identity) = state.people.confirmed(&name)? else { return Ok(None) };
+                Ok(Some(state.people.person(&identity)?))
             })
             .await
     }
@@ -64,10 +81,10 @@ impl Messenger {
     pub async fn accept_new_identity(&self, username: &Username) -> Result<Person, Error> {
         let identity = self.look_up(username).await?;
         let name = username.clone();
-        self.keeper()
+        self.store()
             .change(move |state| {
-                if let Some(old) = state.people.confirmed(&name).filter(|old| *old != identity) {
-                    state.people.set(old, name, Standing::Refuted);
+                if let Some(old) = state.people.confirmed(&name)?.filter(|old| *old != identity) {
+                    state.people.set(old, name, Standing::Refuted)?;
                 }
                 Ok(())
             })
@@ -80,9 +97,9 @@ impl Messenger {
     pub async fn mark_compared(&self, username: &Username) -> Result<UnixMillis, Error> {
         let person = self.resolve(username).await?;
         let at = now();
-        self.keeper()
+        self.store()
             .change(move |state| {
-                state.people.set_compared(&person.identity, at);
+                state.people.set_compared(&person.identity, at)?;
                 Ok(at)
             })
             .await
@@ -90,34 +107,29 @@ impl Messenger {
 
     /// Returns when the safety number with the owner of this key was compared, if it was.
     pub async fn compared_at(&self, identity: &IdentityKey) -> Result<Option<UnixMillis>, Error> {
-        self.keeper().read(|state| state.people.compared_at(identity)).await
+        let identity = *identity;
+        self.store().read(move |state| Ok(state.people.compared_at(&identity)?)).await
     }
 
     /// Fills up our key packages on the server, so that others can start conversations with us.
+    ///
+    /// They are all replaced where they would be useless, or given out a second time: after the
+    /// server's store went back in time, where they were made with a clock that was wrong, and
+    /// every [`RENEWED_AFTER`], so that nobody is handed one that is about to expire.
     pub async fn publish_key_packages(&self) -> Result<(), Error> {
         let client = self.client();
         let left = client
             .call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default())
             .await?;
-        if left.available < FEW {
-            let missing = ENOUGH - left.available as usize;
-            // Saved before they are uploaded: the private halves are in the state.
-            let packages = self
-                .keeper()
-                .change(move |state| Ok(state.mls.key_packages(missing, now())))
-                .await?;
-            let mut packages = packages.into_iter().map(Into::into);
-            client
-                .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
-                    package: packages.next().expect("at least one is missing"),
-                    more_packages: packages.collect(),
-                    ..Default::default()
-                })
-                .await?;
+        let replace = self.store().read(|state| is_replacement_due(state, now())).await?;
+        if replace {
+            self.upload_packages(ENOUGH, Upload::Replacing).await?;
+        } else if left.available < FEW {
+            self.upload_packages(ENOUGH - left.available as usize, Upload::Adding).await?;
         }
-        if !left.has_last_resort {
+        if replace || !left.has_last_resort {
             let package =
-                self.keeper().change(|state| Ok(state.mls.last_resort_key_package(now()))).await?;
+                self.store().change(|state| Ok(state.mls.last_resort_key_package(now())?)).await?;
             client
                 .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
                     package: package.into(),
@@ -126,6 +138,30 @@ impl Messenger {
                 })
                 .await?;
         }
+        if replace {
+            // Only now: after a crash in between everything is replaced once more.
+            let replaced = |state: &mut State| {
+                state.set_number(REPLACE_PACKAGES, None)?;
+                Ok(state.set_number(PACKAGES_SINCE, Some(now().0))?)
+            };
+            self.store().change(replaced).await?;
+        }
+        Ok(())
+    }
+
+    async fn upload_packages(&self, count: usize, upload: Upload) -> Result<(), Error> {
+        // Saved before they are uploaded: the private halves are in the state.
+        let packages =
+            self.store().change(move |state| Ok(state.mls.key_packages(count, now())?)).await?;
+        let mut packages = packages.into_iter().map(Into::into);
+        self.client()
+            .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
+                package: packages.next().expect("at least one is missing"),
+                more_packages: packages.collect(),
+                replace: upload == Upload::Replacing,
+                ..Default::default()
+            })
+            .await?;
         Ok(())
     }
 
@@ -146,7 +182,7 @@ impl Messenger {
 
     /// Who owns a key, by what we know or what the directory says.
     pub(super) async fn person(&self, identity: IdentityKey) -> Result<Person, Error> {
-        let person = self.keeper().read(|state| state.people.person(&identity)).await?;
+        let person = self.store().read(move |state| Ok(state.people.person(&identity)?)).await?;
         if matches!(person.standing, Standing::Confirmed | Standing::Own) {
             return Ok(person);
         }
@@ -166,7 +202,7 @@ impl Messenger {
 
     /// Asks the directory about names that are only claimed so far, some at a time.
     pub(super) async fn check_names(&self) -> Result<(), Error> {
-        let mut unchecked = self.keeper().read(|state| state.people.unchecked()).await?;
+        let mut unchecked = self.store().read(|state| Ok(state.people.unchecked()?)).await?;
         unchecked.truncate(NAMES_AT_ONCE);
         let asked = unchecked.into_iter().map(async |(identity, claimed)| {
             self.name_of(&identity).await.map(|name| (identity, claimed, name))
@@ -175,12 +211,11 @@ impl Messenger {
             join_all(asked).await.into_iter().partition(Result::is_ok);
         let checked: Vec<_> = checked.into_iter().flatten().collect();
         if !checked.is_empty() {
-            self.keeper()
+            self.store()
                 .change(move |state| {
-                    for (identity, claimed, name) in checked {
-                        judge(state, identity, claimed, name);
-                    }
-                    Ok(())
+                    checked.into_iter().try_for_each(|(identity, claimed, name)| {
+                        judge(state, identity, claimed, name)
+                    })
                 })
                 .await?;
         }
@@ -188,12 +223,12 @@ impl Messenger {
     }
 
     async fn confirm(&self, identity: IdentityKey, username: Username) -> Result<Person, Error> {
-        self.keeper()
+        self.store()
             .change(move |state| {
                 if identity != state.me() {
-                    state.people.judge(identity, username);
+                    state.people.judge(identity, username)?;
                 }
-                Ok(state.people.person(&identity))
+                Ok(state.people.person(&identity)?)
             })
             .await
     }
@@ -224,15 +259,34 @@ impl Messenger {
 }
 
 /// Notes what the directory says about a claim.
-fn judge(state: &mut State, identity: IdentityKey, claimed: Username, name: Option<Username>) {
+fn judge(
+    state: &mut State,
+    identity: IdentityKey,
+    claimed: Username,
+    name: Option<Username>,
+) -> Result<(), Error> {
     if name.as_ref() == Some(&claimed) {
-        if state.people.judge(identity, claimed) == Standing::NewKey {
-            state.log.push(None, now(), Event::NewKey { person: identity });
+        if state.people.judge(identity, claimed)? == Standing::NewKey {
+            state.log.push(None, now(), Event::NewKey { person: identity })?;
         }
     } else {
-        state.people.set(identity, claimed.clone(), Standing::Refuted);
-        state.log.push(None, now(), Event::NameRefuted { person: identity, claimed });
+        state.people.set(identity, claimed.clone(), Standing::Refuted)?;
+        state.log.push(None, now(), Event::NameRefuted { person: identity, claimed })?;
     }
+    Ok(())
+}
+
+/// Whether our key packages on the server are to be replaced as a whole.
+fn is_replacement_due(state: &State, now: UnixMillis) -> Result<bool, Error> {
+    if state.number(REPLACE_PACKAGES)?.is_some() {
+        return Ok(true);
+    }
+    // A time ahead of now is that of a clock that was wrong: packages made then are not yet valid.
+    let is_due = |since: u64| {
+        let since = UnixMillis(since);
+        since > now.plus(CLOCK_MARGIN) || since.plus(RENEWED_AFTER) <= now
+    };
+    Ok(state.number(PACKAGES_SINCE)?.is_none_or(is_due))
 }
 
 fn is_not_found(error: &CallError) -> bool {

@@ -1,26 +1,44 @@
-//! Reading the inbox: Peek, take in, save, then Ack. Whatever happens in between, the next read
-//! goes on where the saved state is: what was taken in is not peeked again, what was not is still
-//! there.
+//! Reading the inbox: Peek, take in, save, then Ack.
+//!
+//! A message is known by its content, never by its seq: a server that was restored from a backup
+//! gives the same numbers to other messages. Each read begins at the start of the queue and
+//! acknowledges, by their seqs, exactly the messages that were processed. What was processed in a
+//! read that crashed before its Ack is recognized when it comes again.
 
-use std::sync::atomic::Ordering;
+use std::{sync::atomic::Ordering, time::Duration};
 
-use qpq_domain::{Seq, UnixMillis};
-use qpq_mls::{Ignored, Received};
+use qpq_domain::{ChannelId, Seq, UnixMillis};
+use qpq_mls::{Arrival, Ignored, Received, Unreadable};
 use qpq_proto::{methods, v1};
+use sha2::{Digest as _, Sha256};
 
 use super::{
     Messenger,
     log::{ConversationId, Entry, Event},
+    now,
     send::MAX_TEXT,
-    state::State,
+    state::{LEGACY_CURSOR, State},
 };
-use crate::error::{CallError, Error};
+use crate::{
+    error::{CallError, Error},
+    profile::{self, Task},
+};
 
 /// Messages taken in at once, and so saved at once.
 const PAGE: u32 = 200;
+/// The most pages of one read: a server that always has more does not keep us for ever.
+const MAX_PAGES: usize = 1_000;
+/// The largest step between the seqs of messages that follow one another. An inbox that takes
+/// 100 000 messages each second needs four months for it.
+const MAX_STEP: u64 = 1 << 40;
+/// How long to wait for another process that reads the inbox. What it takes in is seen here too.
+const TURN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The highest seq that was taken in, of the server's present history.
+const LAST_SEQ: &[u8] = b"last-seq";
 
 impl Messenger {
-    /// Takes in what the inbox has and answers everything that was not marked as seen, oldest
+    /// Takes in what the inbox has and returns everything that was not marked as seen, oldest
     /// first. Sends what is still to be sent, fills up our key packages and asks the directory
     /// about new names on the way.
     pub async fn receive(&self) -> Result<Vec<Entry>, Error> {
@@ -64,32 +82,27 @@ impl Messenger {
 
     /// Takes in everything that the inbox has.
     pub(super) async fn sync(&self) -> Result<NewKeys, Error> {
-        let mut acked = self.shared.acked.lock().await;
-        let (mut keys, mut more) = (NewKeys::NotNeeded, true);
-        loop {
-            let cursor = self.keeper().read(|state| state.cursor).await?;
-            if cursor > *acked {
-                self.ack(cursor).await?;
-                *acked = cursor;
-            }
-            if !more {
-                return Ok(keys);
-            }
-            let page = self.peek(cursor).await?;
-            more = page.more;
-            if page.payloads.is_empty() {
-                return Ok(keys);
-            }
-            // A server that gives the same again and again would keep us here for ever.
-            if page.payloads.iter().all(|envelope| envelope.seq <= cursor.0) {
-                return Err(CallError::Malformed { method: "Peek" }.into());
-            }
-            let joined =
-                self.keeper().change(move |state| Ok(take_in(state, page.payloads))).await?;
-            if joined == NewKeys::Needed {
+        let _alone = self.shared.reading.lock().await;
+        let turn = profile::turn(self.store().dir(), Task::ReadInbox, TURN_PATIENCE).await?;
+        let Some(_turn) = turn else { return Ok(NewKeys::NotNeeded) };
+        let mut keys = NewKeys::NotNeeded;
+        let mut after = Seq::ZERO;
+        for _ in 0..MAX_PAGES {
+            let page = self.peek(after).await?;
+            let Some(last) = page.payloads.last().map(|envelope| Seq(envelope.seq)) else { break };
+            check_order(after, &page.payloads)?;
+            let seqs = page.payloads.iter().map(|envelope| envelope.seq).collect();
+            let more = page.more;
+            if self.store().change(move |state| take_in(state, page)).await? == NewKeys::Needed {
                 keys = NewKeys::Needed;
             }
+            self.ack(seqs).await?;
+            after = last;
+            if !more {
+                break;
+            }
         }
+        Ok(keys)
     }
 
     async fn peek(&self, after: Seq) -> Result<v1::PeekResponse, CallError> {
@@ -103,16 +116,25 @@ impl Messenger {
             .await
     }
 
-    async fn ack(&self, up_to: Seq) -> Result<(), CallError> {
+    async fn ack(&self, seqs: Vec<u64>) -> Result<(), CallError> {
         self.client()
-            .call::<methods::Ack>(v1::AckRequest {
-                all_channels: true,
-                seq_up_to: up_to.0,
-                ..Default::default()
-            })
+            .call::<methods::Ack>(v1::AckRequest { all_channels: true, seqs, ..Default::default() })
             .await
             .map(drop)
     }
+}
+
+/// Refuses a page that does not follow `after` in seq order. A server that gives the same page
+/// again and again would otherwise keep us for ever.
+fn check_order(after: Seq, envelopes: &[v1::Envelope]) -> Result<(), CallError> {
+    let mut last = after.0;
+    for envelope in envelopes {
+        if envelope.seq <= last {
+            return Err(CallError::Malformed { method: "Peek" });
+        }
+        last = envelope.seq;
+    }
+    Ok(())
 }
 
 /// Passes over what failed, unless nothing at all will work until somebody does something. What the
@@ -129,86 +151,173 @@ pub(super) fn unless_final(what: &'static str, done: Result<(), Error>) -> Resul
     }
 }
 
-/// Whether somebody has used a key package of ours.
+/// Whether our key packages on the server are to be looked after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NewKeys {
     Needed,
     NotNeeded,
 }
 
-/// Takes messages in that follow the cursor, and moves it.
-fn take_in(state: &mut State, envelopes: Vec<v1::Envelope>) -> NewKeys {
+/// What is known of the numbers of the inbox.
+struct Numbers {
+    /// The highest that was taken in; `None` after the store went back, when it may be any.
+    last: Option<u64>,
+    /// Up to here an earlier release may have processed messages without noting them.
+    legacy: u64,
+    /// Whether the store was found to have gone back, in this page.
+    went_back: bool,
+}
+
+/// Takes a page in.
+fn take_in(state: &mut State, page: v1::PeekResponse) -> Result<NewKeys, Error> {
+    let legacy = state.number(LEGACY_CURSOR)?.unwrap_or(0);
+    let last = Some(state.number(LAST_SEQ)?.unwrap_or(legacy));
+    let mut numbers = Numbers { last, legacy, went_back: false };
+    if state.is_other_store(&page.store_id)? {
+        numbers.go_back(state, now())?;
+    }
     let mut keys = NewKeys::NotNeeded;
-    for envelope in envelopes {
-        let (seq, at) = (Seq(envelope.seq), UnixMillis(envelope.enqueued_at));
-        if seq <= state.cursor {
-            continue;
-        }
-        if seq != state.cursor.next() {
-            let missing = Event::Missing { first: state.cursor.next(), last: Seq(seq.0 - 1) };
-            state.log.push(None, at, missing);
-        }
-        for received in state.mls.receive(&envelope.data) {
+    for envelope in page.payloads {
+        let (seq, at) = (envelope.seq, UnixMillis(envelope.enqueued_at));
+        let arrival = Arrival { at: at.max(now()), channel: channel(&envelope) };
+        let is_news = !state.mls.knows(&digest(&envelope.data))?;
+        numbers.note(state, seq, is_news, at)?;
+        for received in state.mls.receive(&envelope.data, arrival)? {
             if matches!(received, Received::Joined(_)) {
                 keys = NewKeys::Needed;
             }
-            note(state, received, at);
+            if matches!(received, Received::Unreadable(_)) && seq <= numbers.legacy {
+                tracing::info!(seq, "a message that an earlier release has read came again");
+                continue;
+            }
+            note(state, received, at)?;
         }
-        state.cursor = seq;
     }
-    keys
+    state.set_number(LAST_SEQ, numbers.last)?;
+    if numbers.went_back {
+        keys = NewKeys::Needed;
+    }
+    Ok(keys)
+}
+
+impl Numbers {
+    /// Notes the seq of a message, and what it says about the inbox.
+    fn note(
+        &mut self,
+        state: &mut State,
+        seq: u64,
+        is_news: bool,
+        at: UnixMillis,
+    ) -> Result<(), Error> {
+        let last = self.last.unwrap_or(0);
+        if seq > last.saturating_add(MAX_STEP) {
+            return Err(CallError::ImpossibleSeq { seq }.into());
+        }
+        if !is_news {
+            self.last = Some(last.max(seq));
+            return Ok(());
+        }
+        match self.last {
+            Some(last) if seq <= last && seq > self.legacy => self.go_back(state, at)?,
+            Some(last) if seq > last + 1 => {
+                let missing = Event::Missing { first: Seq(last + 1), last: Seq(seq - 1) };
+                state.log.push(None, at, missing)?;
+            }
+            _ => {}
+        }
+        self.last = Some(self.last.unwrap_or(0).max(seq));
+        Ok(())
+    }
+
+    /// Notes that the server's store went back: its numbers begin again somewhere, and key packages
+    /// that it gave out before may be given out again.
+    fn go_back(&mut self, state: &mut State, at: UnixMillis) -> Result<(), Error> {
+        if !self.went_back {
+            state.log.push(None, at, Event::WentBack)?;
+            state.replace_packages()?;
+        }
+        (self.last, self.legacy, self.went_back) = (None, 0, true);
+        Ok(state.set_number(LEGACY_CURSOR, None)?)
+    }
+}
+
+fn digest(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+fn channel(envelope: &v1::Envelope) -> ChannelId {
+    ChannelId::try_from(&envelope.channel_id[..]).unwrap_or(ChannelId::DEFAULT)
 }
 
 /// Notes what a message turned out to be.
-fn note(state: &mut State, received: Received, at: UnixMillis) {
+fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Error> {
     match received {
         Received::Joined(summary) => {
             for member in &summary.members {
-                state.people.claim(member.identity, &member.username);
+                state.people.claim(member.identity, &member.username)?;
             }
             // A direct conversation begins with its first message.
             if let conversation @ ConversationId::Group(_) =
                 ConversationId::of(&summary, &state.me())
             {
-                state.log.push(Some(conversation), at, Event::Joined { by: summary.maker });
+                state.log.push(Some(conversation), at, Event::Joined { by: summary.maker })?;
             }
         }
         Received::Message { group, sender, content, .. } => {
-            state.people.claim(sender.identity, &sender.username);
+            state.people.claim(sender.identity, &sender.username)?;
             let size = content.text.len();
             let event = if size <= MAX_TEXT {
                 let sent_at = UnixMillis(content.sent_at);
                 Event::Received { from: sender.identity, text: content.text, sent_at }
             } else {
-                let name = state.people.person(&sender.identity);
                 Event::Unreadable {
-                    reason: format!("{name} sent {size} bytes, the most is {MAX_TEXT}"),
+                    from: Some(sender.identity),
+                    reason: format!("it has {size} bytes, the most is {MAX_TEXT}"),
                 }
             };
-            state.log.push(state.conversation_of(&group), at, event);
+            state.log.push(state.conversation_of(&group)?, at, event)?;
         }
         Received::Committed { group, added, removed } => {
-            let conversation = state.conversation_of(&group);
+            let conversation = state.conversation_of(&group)?;
             for member in &added {
-                state.people.claim(member.identity, &member.username);
+                state.people.claim(member.identity, &member.username)?;
             }
             let keys = |members: Vec<qpq_mls::Member>| {
                 members.into_iter().map(|member| member.identity).collect()
             };
             if !added.is_empty() {
-                state.log.push(conversation, at, Event::Added { members: keys(added) });
+                state.log.push(conversation, at, Event::Added { members: keys(added) })?;
             }
             if !removed.is_empty() {
-                state.log.push(conversation, at, Event::Removed { members: keys(removed) });
+                state.log.push(conversation, at, Event::Removed { members: keys(removed) })?;
             }
         }
         Received::Buffered | Received::Duplicate | Received::Ignored(Ignored::OwnMessage) => {}
+        Received::Unreadable(lost) => note_unreadable(state, &lost, at)?,
         Received::Ignored(reason) => {
-            state.log.push(None, at, Event::Unreadable { reason: reason.to_string() });
+            let event = Event::Unreadable { from: None, reason: reason.to_string() };
+            state.log.push(None, at, event)?;
         }
         // A kind of a later version of the MLS crate.
         _ => {
-            state.log.push(None, at, Event::Unreadable { reason: "not understood".to_owned() });
+            let event = Event::Unreadable { from: None, reason: "not understood".to_owned() };
+            state.log.push(None, at, event)?;
         }
     }
+    Ok(())
+}
+
+/// Notes a message whose content is lost to us.
+pub(super) fn note_unreadable(
+    state: &mut State,
+    lost: &Unreadable,
+    at: UnixMillis,
+) -> Result<(), Error> {
+    let known = match lost.group {
+        Some(group) => state.conversation_of(&group)?,
+        None => None,
+    };
+    let event = Event::Unreadable { from: lost.claimed_sender, reason: lost.reason.to_string() };
+    state.log.push(known, at, event)?;
+    Ok(())
 }

@@ -212,16 +212,16 @@ impl Ear {
 
     /// Gives what was not given yet; answers whether anyone still listens.
     async fn give(&mut self) -> Result<bool, Error> {
-        for entry in self.messenger.unseen().await? {
-            if self.last.is_some_and(|last| entry.id <= last) {
-                continue;
+        loop {
+            let entries = self.messenger.unseen_after(self.last, AHEAD).await?;
+            let Some(last) = entries.last().map(|entry| entry.id) else { return Ok(true) };
+            for entry in entries {
+                if self.sender.send(Ok(entry)).await.is_err() {
+                    return Ok(false);
+                }
             }
-            self.last = Some(entry.id);
-            if self.sender.send(Ok(entry)).await.is_err() {
-                return Ok(false);
-            }
+            self.last = Some(last);
         }
-        Ok(true)
     }
 }
 

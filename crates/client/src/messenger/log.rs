@@ -2,23 +2,19 @@
 //! what the reader of an inbox must know (something was missing, something could not be read). Kept
 //! inside the profile's encrypted state.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    fmt,
-};
+use std::fmt;
 
 use qpq_domain::{IdentityKey, Seq, UnixMillis, Username};
-use qpq_mls::{GroupId, GroupSummary, Kind};
+use qpq_mls::{
+    GroupId, GroupSummary, Kind,
+    database::{Database, DatabaseError, Item, NewItem},
+};
 
-use super::people::Person;
-
-/// Entries kept of one conversation once they were seen.
-const KEPT: usize = 1_000;
-/// Entries, and bytes of text, kept of one conversation at all: nobody can fill the disk.
-const MOST: usize = 10_000;
-const MOST_BYTES: usize = 16 << 20;
-/// Entries kept that belong to no conversation, seen or not: whoever knows our key can make such.
-const KEPT_NOTICES: usize = 200;
+use super::{
+    people::Person,
+    records::{SavedConversation, SavedEntry, conversation_key, decode, encode},
+    tables::{CONVERSATIONS, ENTRIES},
+};
 
 /// A conversation: with one person, or a group.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,10 +82,17 @@ pub enum Event<P = Person> {
     Added { members: Vec<P> },
     /// Somebody was removed from the group, maybe we.
     Removed { members: Vec<P> },
-    /// Something in the inbox could not be read; it is gone.
-    Unreadable { reason: String },
+    /// Something in the inbox could not be read. `from` is who it says sent it, where it says so;
+    /// nothing proves that.
+    Unreadable { from: Option<P>, reason: String },
     /// These messages of the inbox never came: they expired, or another client took them.
     Missing { first: Seq, last: Seq },
+    /// The server's store went back in time, as when a backup is restored. What it had accepted
+    /// since the backup and not delivered is lost; its senders know it as sent.
+    WentBack,
+    /// This profile's own state went back in time: an older copy of it was restored. Keys were
+    /// renewed before anything was sent.
+    Restored,
     /// Somebody in a conversation of ours claims a name that the directory does not give to its
     /// key.
     NameRefuted { person: P, claimed: Username },
@@ -112,29 +115,31 @@ pub enum Delivery {
 
 impl<P> Event<P> {
     /// The same event with its people seen in another way.
-    pub(crate) fn map<Q>(&self, mut see: impl FnMut(&P) -> Q) -> Event<Q> {
-        match self {
-            Self::Sent { text, delivery } => {
-                Event::Sent { text: text.clone(), delivery: *delivery }
-            }
+    pub(crate) fn try_map<Q, E>(
+        self,
+        mut see: impl FnMut(&P) -> Result<Q, E>,
+    ) -> Result<Event<Q>, E> {
+        let mut all = |people: Vec<P>| people.iter().map(&mut see).collect::<Result<Vec<_>, E>>();
+        Ok(match self {
+            Self::Sent { text, delivery } => Event::Sent { text, delivery },
             Self::Received { from, text, sent_at } => {
-                Event::Received { from: see(from), text: text.clone(), sent_at: *sent_at }
+                Event::Received { from: see(&from)?, text, sent_at }
             }
-            Self::Joined { by } => Event::Joined { by: see(by) },
-            Self::Added { members } => Event::Added { members: members.iter().map(see).collect() },
-            Self::Removed { members } => {
-                Event::Removed { members: members.iter().map(see).collect() }
+            Self::Joined { by } => Event::Joined { by: see(&by)? },
+            Self::Added { members } => Event::Added { members: all(members)? },
+            Self::Removed { members } => Event::Removed { members: all(members)? },
+            Self::Unreadable { from, reason } => {
+                Event::Unreadable { from: from.as_ref().map(see).transpose()?, reason }
             }
-            Self::Unreadable { reason } => Event::Unreadable { reason: reason.clone() },
-            Self::Missing { first, last } => Event::Missing { first: *first, last: *last },
-            Self::NewKey { person } => Event::NewKey { person: see(person) },
+            Self::Missing { first, last } => Event::Missing { first, last },
+            Self::WentBack => Event::WentBack,
+            Self::Restored => Event::Restored,
+            Self::NewKey { person } => Event::NewKey { person: see(&person)? },
             Self::NameRefuted { person, claimed } => {
-                Event::NameRefuted { person: see(person), claimed: claimed.clone() }
+                Event::NameRefuted { person: see(&person)?, claimed }
             }
-            Self::Undeliverable { to, reason } => {
-                Event::Undeliverable { to: see(to), reason: reason.clone() }
-            }
-        }
+            Self::Undeliverable { to, reason } => Event::Undeliverable { to: see(&to)?, reason },
+        })
     }
 }
 
@@ -145,211 +150,194 @@ pub(crate) struct Kept {
     pub(crate) seen: bool,
 }
 
-/// All entries of a profile.
-#[derive(Debug, Default, PartialEq, Eq)]
+/// All entries of a profile. None is ever removed.
+#[derive(Debug)]
 pub(crate) struct Log {
-    next: u64,
-    conversations: BTreeMap<Option<ConversationId>, Entries>,
-}
-
-/// The entries of one conversation.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Entries {
-    kept: VecDeque<Kept>,
-    bytes: usize,
-}
-
-impl Entries {
-    fn push(&mut self, entry: Kept) {
-        self.bytes += entry.text_len();
-        self.kept.push_back(entry);
-    }
-
-    fn has_too_many(&self) -> bool {
-        let Some(first) = self.kept.front() else { return false };
-        let len = self.kept.len();
-        match first.entry.conversation {
-            None => len > KEPT_NOTICES,
-            Some(_) => len > MOST || self.bytes > MOST_BYTES || (len > KEPT && first.seen),
-        }
-    }
-
-    fn drop_first(&mut self) {
-        if let Some(first) = self.kept.pop_front() {
-            self.bytes -= first.text_len();
-        }
-    }
-}
-
-impl Kept {
-    fn text_len(&self) -> usize {
-        match &self.entry.event {
-            Event::Sent { text, .. } | Event::Received { text, .. } => text.len(),
-            _ => 0,
-        }
-    }
+    database: Database,
 }
 
 impl Log {
+    pub(super) fn new(database: &Database) -> Self {
+        Self { database: database.clone() }
+    }
+
     /// Adds what somebody else did; it is to be shown.
     pub(crate) fn push(
-        &mut self,
+        &self,
         conversation: Option<ConversationId>,
         at: UnixMillis,
         event: Event<IdentityKey>,
-    ) -> EntryId {
-        let id = EntryId(self.next);
-        self.restore(Kept { entry: Entry { id, conversation, at, event }, seen: false });
-        id
+    ) -> Result<EntryId, DatabaseError> {
+        self.add(Kept { entry: self.next(conversation, at, event)?, seen: false }, None)
+    }
+
+    /// As [`Log::push`], unless there is an entry of this key already.
+    pub(crate) fn push_once(
+        &self,
+        key: &[u8],
+        conversation: Option<ConversationId>,
+        at: UnixMillis,
+        event: Event<IdentityKey>,
+    ) -> Result<Option<EntryId>, DatabaseError> {
+        if self.database.item_of_key(ENTRIES, key)?.is_some() {
+            return Ok(None);
+        }
+        let entry = self.next(conversation, at, event)?;
+        self.add(Kept { entry, seen: false }, Some(key)).map(Some)
     }
 
     /// Adds what we did, which need not be shown to us.
     pub(crate) fn push_own(
-        &mut self,
+        &self,
         conversation: ConversationId,
         at: UnixMillis,
         event: Event<IdentityKey>,
-    ) -> EntryId {
-        let (id, conversation) = (EntryId(self.next), Some(conversation));
-        self.restore(Kept { entry: Entry { id, conversation, at, event }, seen: true });
-        id
+    ) -> Result<EntryId, DatabaseError> {
+        self.add(Kept { entry: self.next(Some(conversation), at, event)?, seen: true }, None)
     }
 
-    /// Puts an entry back that was saved.
-    pub(crate) fn restore(&mut self, kept: Kept) {
-        self.next = self.next.max(kept.entry.id.0 + 1);
-        let conversation = kept.entry.conversation;
-        let entries = self.conversations.entry(conversation).or_default();
-        entries.push(kept);
-        while entries.has_too_many() {
-            entries.drop_first();
+    fn next(
+        &self,
+        conversation: Option<ConversationId>,
+        at: UnixMillis,
+        event: Event<IdentityKey>,
+    ) -> Result<Entry<IdentityKey>, DatabaseError> {
+        let id = EntryId(self.database.next_number(ENTRIES)?);
+        Ok(Entry { id, conversation, at, event })
+    }
+
+    /// Adds an entry that was saved elsewhere.
+    pub(crate) fn restore(&self, kept: &Kept) -> Result<(), DatabaseError> {
+        self.add(kept.clone(), None).map(drop)
+    }
+
+    fn add(&self, kept: Kept, key: Option<&[u8]>) -> Result<EntryId, DatabaseError> {
+        let Entry { id, conversation, at, .. } = kept.entry;
+        let lane = conversation_key(conversation);
+        let new = NewItem { key, lane: Some(&lane), open: !kept.seen };
+        self.database.insert(ENTRIES, id.0, new, &encode(&SavedEntry::from(&kept)))?;
+        if let Some(conversation) = conversation {
+            let saved = SavedConversation::new(conversation, at);
+            self.database.put(CONVERSATIONS, &lane, None, &encode(&saved))?;
         }
+        Ok(id)
     }
 
-    /// Every entry, in the order in which they came to each conversation.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Kept> {
-        self.conversations.values().flat_map(|entries| &entries.kept)
-    }
-
-    /// A conversation's entries, oldest first.
-    pub(crate) fn of(
+    /// The last `limit` entries of a conversation, oldest first.
+    pub(crate) fn last_of(
         &self,
         conversation: &ConversationId,
-    ) -> impl DoubleEndedIterator<Item = &Kept> {
-        self.conversations.get(&Some(*conversation)).into_iter().flat_map(|entries| &entries.kept)
+        limit: usize,
+    ) -> Result<Vec<Entry<IdentityKey>>, DatabaseError> {
+        let lane = conversation_key(Some(*conversation));
+        let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+        let last = self.database.last_in_lane(ENTRIES, &lane, limit)?;
+        last.into_iter().rev().map(|item| Ok(read(&item)?.entry)).collect()
     }
 
-    /// What was not seen yet, oldest first.
-    pub(crate) fn unseen(&self) -> Vec<&Entry<IdentityKey>> {
-        let mut unseen: Vec<_> =
-            self.all().filter(|kept| !kept.seen).map(|kept| &kept.entry).collect();
-        unseen.sort_unstable_by_key(|entry| entry.id);
-        unseen
+    /// Up to `limit` entries that were not seen yet, after the given one, oldest first.
+    pub(crate) fn unseen(
+        &self,
+        after: Option<EntryId>,
+        limit: usize,
+    ) -> Result<Vec<Entry<IdentityKey>>, DatabaseError> {
+        let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+        let items = self.database.open_items(ENTRIES, after.map(|id| id.0), limit)?;
+        items.into_iter().map(|item| Ok(read(&item)?.entry)).collect()
     }
 
-    /// Marks entries as seen; answers whether anything changed.
-    pub(crate) fn mark_seen(&mut self, ids: &[EntryId]) -> bool {
-        let mut changed = false;
-        for kept in self.conversations.values_mut().flat_map(|entries| &mut entries.kept) {
-            if !kept.seen && ids.contains(&kept.entry.id) {
-                kept.seen = true;
-                changed = true;
-            }
+    /// How many entries of a conversation were not seen yet.
+    pub(crate) fn count_unseen(&self, id: &ConversationId) -> Result<usize, DatabaseError> {
+        let count = self.database.count_open(ENTRIES, &conversation_key(Some(*id)))?;
+        Ok(usize::try_from(count).unwrap_or(usize::MAX))
+    }
+
+    /// Marks entries as seen.
+    pub(crate) fn mark_seen(&self, ids: &[EntryId]) -> Result<(), DatabaseError> {
+        for id in ids {
+            self.database.set_open(ENTRIES, id.0, false)?;
         }
-        changed
+        Ok(())
     }
 
-    /// Which conversation an entry belongs to.
-    pub(crate) fn conversation(&self, id: EntryId) -> Option<ConversationId> {
-        self.all().find(|kept| kept.entry.id == id)?.entry.conversation
+    /// Every conversation that has entries, with the time of the last one.
+    pub(crate) fn conversations(&self) -> Result<Vec<(ConversationId, UnixMillis)>, DatabaseError> {
+        let rows = self.database.all(CONVERSATIONS)?;
+        rows.iter()
+            .map(|row| {
+                let saved: SavedConversation = decode(row)?;
+                Ok((saved.id()?, UnixMillis(saved.last)))
+            })
+            .collect()
     }
 
-    /// How far our message got, if it is still here.
-    pub(crate) fn delivery(&self, id: EntryId) -> Option<Delivery> {
-        match self.all().find(|kept| kept.entry.id == id)?.entry.event {
-            Event::Sent { delivery, .. } => Some(delivery),
+    /// An entry.
+    pub(crate) fn get(&self, id: EntryId) -> Result<Option<Kept>, DatabaseError> {
+        self.database.item(ENTRIES, id.0)?.as_ref().map(read).transpose()
+    }
+
+    /// How far our message got, if there is one of this id.
+    pub(crate) fn delivery(&self, id: EntryId) -> Result<Option<Delivery>, DatabaseError> {
+        Ok(match self.get(id)?.map(|kept| kept.entry.event) {
+            Some(Event::Sent { delivery, .. }) => Some(delivery),
             _ => None,
-        }
+        })
     }
 
-    /// The same, to be changed.
-    pub(crate) fn delivery_mut(&mut self, id: EntryId) -> Option<&mut Delivery> {
-        let mut entries = self.conversations.values_mut().flat_map(|entries| &mut entries.kept);
-        match &mut entries.find(|kept| kept.entry.id == id)?.entry.event {
-            Event::Sent { delivery, .. } => Some(delivery),
-            _ => None,
+    /// Notes how far our message got.
+    pub(crate) fn set_delivery(&self, id: EntryId, new: Delivery) -> Result<(), DatabaseError> {
+        let Some(mut kept) = self.get(id)? else { return Ok(()) };
+        if let Event::Sent { delivery, .. } = &mut kept.entry.event {
+            *delivery = new;
+            self.database.replace_item(ENTRIES, id.0, &encode(&SavedEntry::from(&kept)))?;
         }
-    }
-
-    /// The number that the next entry gets.
-    pub(crate) fn next(&self) -> EntryId {
-        EntryId(self.next)
+        Ok(())
     }
 
     /// Gives no number below this one from now on.
-    pub(crate) fn skip_to(&mut self, next: EntryId) {
-        self.next = self.next.max(next.0);
+    pub(crate) fn skip_to(&self, next: EntryId) -> Result<(), DatabaseError> {
+        self.database.skip_numbers(ENTRIES, next.0)
     }
+}
+
+fn read(item: &Item) -> Result<Kept, DatabaseError> {
+    let mut kept = decode::<SavedEntry>(&item.value)?.restore()?;
+    kept.seen = !item.open;
+    Ok(kept)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn sent(n: usize) -> Event<IdentityKey> {
-        Event::Sent { text: n.to_string(), delivery: Delivery::Queued }
-    }
-
-    fn received(n: usize) -> Event<IdentityKey> {
-        let from = IdentityKey::new([1; 32]);
-        Event::Received { from, text: n.to_string(), sent_at: UnixMillis(0) }
-    }
-
     #[test]
-    fn old_entries_go_but_what_was_not_seen_stays() {
-        let mut log = Log::default();
-        let (one, other) =
-            ([1, 2].map(|n| ConversationId::Direct(IdentityKey::new([n; 32])))).into();
-        for n in 0..KEPT + 5 {
-            log.push_own(one, UnixMillis(0), sent(n));
-            log.push(Some(other), UnixMillis(0), received(n));
-        }
-        assert_eq!(log.of(&one).count(), KEPT);
-        assert_eq!(log.of(&other).count(), KEPT + 5);
-        let ids: Vec<_> = log.unseen().iter().map(|entry| entry.id).collect();
-        assert!(log.mark_seen(&ids));
-        assert!(!log.mark_seen(&ids));
-        log.push(Some(other), UnixMillis(0), received(0));
-        assert_eq!(log.of(&other).count(), KEPT);
-        assert_eq!(log.unseen().len(), 1);
-    }
-
-    #[test]
-    fn nobody_can_fill_the_disk() {
-        let mut log = Log::default();
+    fn nothing_that_was_not_seen_is_ever_removed() {
+        let log = Log::new(&Database::in_memory());
         let one = ConversationId::Direct(IdentityKey::new([1; 32]));
-        for n in 0..MOST + 5 {
-            log.push(Some(one), UnixMillis(0), received(n));
+        let from = IdentityKey::new([1; 32]);
+        for n in 0..1_200_u32 {
+            let text = n.to_string();
+            let event = Event::Received { from, text, sent_at: UnixMillis(0) };
+            log.push(Some(one), UnixMillis(u64::from(n)), event).unwrap();
+            log.push(None, UnixMillis(0), Event::Unreadable { from: None, reason: n.to_string() })
+                .unwrap();
         }
-        assert_eq!(log.of(&one).count(), MOST);
-        let text = "x".repeat(MOST_BYTES / 4);
-        for _ in 0..9 {
-            let event = Event::Received {
-                from: IdentityKey::new([1; 32]),
-                text: text.clone(),
-                sent_at: UnixMillis(0),
-            };
-            log.push(Some(one), UnixMillis(0), event);
-        }
-        assert_eq!(log.of(&one).count(), 4);
+        assert_eq!(log.unseen(None, usize::MAX).unwrap().len(), 2_400);
+        assert_eq!(log.count_unseen(&one).unwrap(), 1_200);
+        let first = log.unseen(None, 3).unwrap();
+        log.mark_seen(&first.iter().map(|entry| entry.id).collect::<Vec<_>>()).unwrap();
+        assert_eq!(log.unseen(None, usize::MAX).unwrap().len(), 2_397);
+        assert_eq!(log.unseen(Some(EntryId(2_300)), usize::MAX).unwrap().len(), 99);
+        assert_eq!(log.last_of(&one, 2).unwrap().len(), 2);
+        assert_eq!(log.conversations().unwrap(), [(one, UnixMillis(1_199))]);
     }
 
     #[test]
-    fn strangers_cannot_fill_the_disk_with_rubbish() {
-        let mut log = Log::default();
-        for n in 0..KEPT_NOTICES + 5 {
-            log.push(None, UnixMillis(0), Event::Unreadable { reason: n.to_string() });
-        }
-        assert_eq!(log.unseen().len(), KEPT_NOTICES);
+    fn an_entry_of_a_key_is_added_once() {
+        let log = Log::new(&Database::in_memory());
+        let event = || Event::Unreadable { from: None, reason: "why".into() };
+        assert!(log.push_once(b"key", None, UnixMillis(0), event()).unwrap().is_some());
+        assert!(log.push_once(b"key", None, UnixMillis(0), event()).unwrap().is_none());
+        assert!(log.push_once(b"other", None, UnixMillis(0), event()).unwrap().is_some());
     }
 }

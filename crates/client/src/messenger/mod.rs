@@ -8,18 +8,22 @@
 //! | `send` | messages and groups: encrypt, save, then send |
 //! | `inbox` | Peek, take in, save, then Ack |
 //! | `listen` | the live stream |
-//! | `keeper`, `state` | the encrypted state; `log`, `people`, `outbox` are its parts |
+//! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
+//! | `tables`, `records` | how it is kept; `legacy`: how earlier releases kept it |
 
 mod directory;
 mod inbox;
-mod keeper;
+mod legacy;
 mod listen;
 mod log;
 mod open;
 mod outbox;
 mod people;
+mod records;
 mod send;
 mod state;
+mod store;
+mod tables;
 
 use std::{
     collections::BTreeMap,
@@ -30,22 +34,22 @@ use std::{
     },
 };
 
-use qpq_domain::{Seq, UnixMillis};
+use qpq_domain::{IdentityKey, UnixMillis};
 use qpq_mls::{GroupSummary, Kind, vault::VaultKey};
 use qpq_ports::{Clock as _, SystemClock};
 use tokio::sync::Mutex;
 
-use self::{keeper::Keeper, state::State};
 pub use self::{
     listen::Listener,
     log::{ConversationId, Delivery, Entry, EntryId, Event},
     people::{Person, Standing},
     send::{MAX_GROUP_NAME, MAX_TEXT, Outcome, Sent},
 };
+use self::{state::State, store::StateStore};
 use crate::{client::Client, error::Error, profile::Profile};
 
-/// An account at work. Cheap to clone; all clones are the same one. While one lives, its profile is
-/// locked.
+/// An account at work. Cheap to clone; all clones are the same one. Other processes may use the same
+/// profile.
 #[derive(Clone)]
 pub struct Messenger {
     shared: Arc<Shared>,
@@ -54,9 +58,9 @@ pub struct Messenger {
 struct Shared {
     client: Client,
     profile: Profile,
-    keeper: Keeper,
-    /// Held while the inbox is read: up to where it is known to be acknowledged.
-    acked: Mutex<Seq>,
+    store: StateStore,
+    /// Held while the inbox is read.
+    reading: Mutex<()>,
     /// Held while the outbox is sent.
     flushing: Mutex<()>,
     /// Whether our key packages were counted since the profile was opened: they also run out by
@@ -122,33 +126,30 @@ impl Messenger {
     /// The key of the profile's encrypted state, to open it next time with
     /// [`Messenger::unlock_with_key`]. As secret as the account.
     pub async fn vault_key(&self) -> VaultKey {
-        self.shared.keeper.key().await
+        self.shared.store.key().await
     }
 
     /// Every conversation, the one where something happened last first.
     pub async fn conversations(&self) -> Result<Vec<Conversation>, Error> {
-        let mut all = self.keeper().read(conversations).await?;
+        let mut all = self.store().read(conversations).await?;
         all.sort_by_key(|conversation| std::cmp::Reverse(conversation.last));
         Ok(all)
     }
 
     /// Who is in a conversation, we among them.
     pub async fn members(&self, conversation: ConversationId) -> Result<Vec<Person>, Error> {
-        self.keeper()
-            .read(|state| match conversation {
-                ConversationId::Direct(peer) => {
-                    Ok(vec![state.people.person(&state.me()), state.people.person(&peer)])
-                }
-                ConversationId::Group(id) => {
-                    let summary = state.mls.group(&id).ok_or(Error::NoSuchConversation)?;
-                    Ok(summary
-                        .members
-                        .iter()
-                        .map(|member| state.people.person(&member.identity))
-                        .collect())
-                }
+        self.store()
+            .read(move |state| {
+                let keys = match conversation {
+                    ConversationId::Direct(peer) => vec![state.me(), peer],
+                    ConversationId::Group(id) => {
+                        let summary = state.mls.group(&id)?.ok_or(Error::NoSuchConversation)?;
+                        summary.members.iter().map(|member| member.identity).collect()
+                    }
+                };
+                keys.iter().map(|key| Ok(state.people.person(key)?)).collect()
             })
-            .await?
+            .await
     }
 
     /// The last `limit` entries of a conversation, oldest first.
@@ -157,21 +158,21 @@ impl Messenger {
         conversation: ConversationId,
         limit: usize,
     ) -> Result<Vec<Entry>, Error> {
-        self.keeper()
-            .read(|state| {
-                let last = state.log.of(&conversation).rev().take(limit);
-                let mut entries: Vec<_> = last.map(|kept| shown(state, &kept.entry)).collect();
-                entries.reverse();
-                entries
-            })
-            .await
+        self.store().read(move |state| shown(state, state.log.last_of(&conversation, limit)?)).await
     }
 
     /// What was not marked as seen, oldest first, without asking the server.
     pub async fn unseen(&self) -> Result<Vec<Entry>, Error> {
-        self.keeper()
-            .read(|state| state.log.unseen().into_iter().map(|entry| shown(state, entry)).collect())
-            .await
+        self.unseen_after(None, usize::MAX).await
+    }
+
+    /// Up to `limit` entries after the given one that were not marked as seen, oldest first.
+    pub async fn unseen_after(
+        &self,
+        after: Option<EntryId>,
+        limit: usize,
+    ) -> Result<Vec<Entry>, Error> {
+        self.store().read(move |state| shown(state, state.log.unseen(after, limit)?)).await
     }
 
     /// Notes that these were shown to the person: they will not come again.
@@ -180,16 +181,11 @@ impl Messenger {
             return Ok(());
         }
         let entries = entries.to_vec();
-        self.keeper()
-            .change(move |state| {
-                state.log.mark_seen(&entries);
-                Ok(())
-            })
-            .await
+        self.store().change(move |state| Ok(state.log.mark_seen(&entries)?)).await
     }
 
-    fn keeper(&self) -> &Keeper {
-        &self.shared.keeper
+    fn store(&self) -> &StateStore {
+        &self.shared.store
     }
 }
 
@@ -204,49 +200,54 @@ fn now() -> UnixMillis {
     SystemClock.now()
 }
 
-fn shown(state: &State, entry: &Entry<qpq_domain::IdentityKey>) -> Entry {
-    let Entry { id, conversation, at, ref event } = *entry;
-    Entry { id, conversation, at, event: event.map(|identity| state.people.person(identity)) }
-}
-
-fn conversations(state: &State) -> Vec<Conversation> {
-    let me = state.me();
-    let mut kinds = BTreeMap::new();
-    for summary in state.mls.groups() {
-        kinds.insert(ConversationId::of(&summary, &me), kind(state, summary));
-    }
-    // Those with whom nothing but queued or past messages is left.
-    for kept in state.log.all() {
-        if let Some(id @ ConversationId::Direct(peer)) = kept.entry.conversation {
-            kinds
-                .entry(id)
-                .or_insert_with(|| ConversationKind::Direct { peer: state.people.person(&peer) });
-        }
-    }
-    kinds
+/// Entries with their people's names.
+fn shown(state: &State, entries: Vec<Entry<IdentityKey>>) -> Result<Vec<Entry>, Error> {
+    entries
         .into_iter()
-        .map(|(id, kind)| Conversation {
-            id,
-            kind,
-            unseen: state.log.of(&id).filter(|kept| !kept.seen).count(),
-            last: state.log.of(&id).next_back().map(|kept| kept.entry.at),
+        .map(|Entry { id, conversation, at, event }| {
+            let event = event.try_map(|identity| state.people.person(identity))?;
+            Ok(Entry { id, conversation, at, event })
         })
         .collect()
 }
 
-fn kind(state: &State, summary: GroupSummary) -> ConversationKind {
-    match (ConversationId::of(&summary, &state.me()), summary.kind) {
+fn conversations(state: &State) -> Result<Vec<Conversation>, Error> {
+    let me = state.me();
+    let mut kinds = BTreeMap::new();
+    for summary in state.mls.groups()? {
+        kinds.insert(ConversationId::of(&summary, &me), kind(state, summary)?);
+    }
+    let last: BTreeMap<_, _> = state.log.conversations()?.into_iter().collect();
+    // Those with whom nothing but queued or past messages is left.
+    for id in last.keys() {
+        if let ConversationId::Direct(peer) = id
+            && !kinds.contains_key(id)
+        {
+            kinds.insert(*id, ConversationKind::Direct { peer: state.people.person(peer)? });
+        }
+    }
+    kinds
+        .into_iter()
+        .map(|(id, kind)| {
+            let unseen = state.log.count_unseen(&id)?;
+            Ok(Conversation { id, kind, unseen, last: last.get(&id).copied() })
+        })
+        .collect()
+}
+
+fn kind(state: &State, summary: GroupSummary) -> Result<ConversationKind, Error> {
+    Ok(match (ConversationId::of(&summary, &state.me()), summary.kind) {
         (ConversationId::Group(_), Kind::Group { name }) => ConversationKind::Group {
             name,
-            maker: state.people.person(&summary.maker),
+            maker: state.people.person(&summary.maker)?,
             members: summary.members.len(),
             membership: if summary.active { Membership::Member } else { Membership::Removed },
         },
         (ConversationId::Direct(peer), _) => {
-            ConversationKind::Direct { peer: state.people.person(&peer) }
+            ConversationKind::Direct { peer: state.people.person(&peer)? }
         }
         (ConversationId::Group(_), Kind::Direct { .. }) => {
             unreachable!("a direct group is no group conversation")
         }
-    }
+    })
 }

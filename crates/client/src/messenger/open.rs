@@ -6,23 +6,27 @@
 
 use std::{
     fs, io,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicBool},
 };
 
-use qpq_domain::{Seq, SessionToken, Username};
+use qpq_domain::{SessionToken, Username};
 use qpq_mls::{
     Identity,
-    vault::{self, Salt, VaultKey},
+    vault::{Salt, VaultKey},
 };
 use tokio::sync::Mutex;
 
-use super::{Messenger, Shared, inbox::NewKeys, keeper::Keeper, state::State};
+use super::{
+    Messenger, Shared,
+    inbox::NewKeys,
+    store::{self, StateStore},
+};
 use crate::{
     client::{Client, LogoutScope, Session, blocking},
     error::{AuthError, CallError, Error, ProfileError},
     options::{Options, Trust},
-    profile::{self, Locked, Profile, Status, vault_path},
+    profile::{self, InUse, Profile, Status, database_path, vault_path},
     secret::{ExportKey, Password},
 };
 
@@ -42,16 +46,16 @@ impl Messenger {
         password: &Password,
         invite: Option<&str>,
     ) -> Result<Self, Error> {
-        let locked = profile::lock(dir).await?;
+        let in_use = profile::lock(dir).await?;
         match Profile::read(dir) {
             Ok(profile)
                 if profile.status == Status::Registering && profile.username == *username =>
             {
-                Box::pin(resume(locked, options, profile, password, invite)).await
+                Box::pin(resume(in_use, options, profile, password, invite)).await
             }
             Ok(_) => Err(ProfileError::Exists(dir.to_owned()).into()),
             Err(ProfileError::Missing(_)) => {
-                Box::pin(begin(locked, options, username, password, invite)).await
+                Box::pin(begin(in_use, options, username, password, invite)).await
             }
             Err(error) => Err(error.into()),
         }
@@ -64,8 +68,8 @@ impl Messenger {
     /// reached.
     pub async fn unlock(dir: &Path, password: &Password) -> Result<Self, Error> {
         let profile = registered(dir)?;
-        let locked = profile::lock(dir).await?;
-        log_in(locked, profile, password).await
+        let in_use = profile::enter(dir).await?;
+        log_in(in_use, profile, password).await
     }
 
     /// As [`Messenger::unlock`], where the server has moved or is known by another certificate:
@@ -77,14 +81,14 @@ impl Messenger {
         password: &Password,
     ) -> Result<Self, Error> {
         let profile = registered(dir)?;
-        let locked = profile::lock(dir).await?;
+        let in_use = profile::enter(dir).await?;
         let mut moved = Profile { server, trust, ..profile };
         if moved.trust == Trust::FirstUse {
             let client = Client::new(moved.options()).map_err(CallError::from)?;
             moved.trust = Trust::Pinned(client.connect().await?);
             client.close().await;
         }
-        let messenger = log_in(locked, moved, password).await?;
+        let messenger = log_in(in_use, moved, password).await?;
         messenger.profile().write(dir)?;
         Ok(messenger)
     }
@@ -93,23 +97,18 @@ impl Messenger {
     /// the saved session. Asks the server nothing.
     pub async fn unlock_with_key(dir: &Path, key: VaultKey) -> Result<Self, Error> {
         let profile = registered(dir)?;
-        let locked = profile::lock(dir).await?;
+        let in_use = profile::enter(dir).await?;
         let client = Client::new(profile.options()).map_err(CallError::from)?;
-        let keeper = Keeper::open(locked, key).await?;
-        client.set_session(keeper.read(|state| state.token.clone()).await?);
-        assemble(client, profile, keeper).await
+        let store = StateStore::open(in_use, key).await?;
+        client.set_session(store.read(|state| Ok(state.token()?)).await?);
+        assemble(client, profile, store).await
     }
 
     /// Ends the session, or all of the account's. The profile stays; unlock it with the password to
     /// use it again.
     pub async fn logout(self, scope: LogoutScope) -> Result<u32, Error> {
         let revoked = self.client().logout(scope).await?;
-        self.keeper()
-            .change(|state| {
-                state.token = None;
-                Ok(())
-            })
-            .await?;
+        self.store().change(|state| Ok(state.set_token(None)?)).await?;
         self.client().close().await;
         Ok(revoked)
     }
@@ -124,7 +123,7 @@ impl Messenger {
 }
 
 async fn begin(
-    locked: Locked,
+    in_use: InUse,
     mut options: Options,
     username: &Username,
     password: &Password,
@@ -145,9 +144,8 @@ async fn begin(
     };
     let pending = client.begin_registration(username, password).await?;
     let key = derive(&pending.password, &pending.export_key, Salt::random()).await;
-    let dir = locked.dir.clone();
-    let keeper =
-        Keeper::create(locked, key, State::new(identity.clone(), username.clone())).await?;
+    let dir = in_use.dir.clone();
+    let store = StateStore::create(in_use, key, identity.clone(), username.clone()).await?;
     profile.write(&dir)?;
     if let Err(error) = client.finish_registration(&pending, &identity, invite).await {
         // Unless it is certain that there is no account with this identity, the profile is needed.
@@ -158,51 +156,51 @@ async fn begin(
         return Err(error.into());
     }
     let session = client.login(username, password).await?;
-    adopt(&keeper, &session).await?;
+    adopt(&store, &session).await?;
     profile.status = Status::Registered;
     profile.write(&dir)?;
-    let messenger = assemble(client, profile, keeper).await?;
+    let messenger = assemble(client, profile, store).await?;
     messenger.settle_keys(NewKeys::Needed).await?;
     Ok(messenger)
 }
 
 /// Goes on with a registration that may or may not have reached the server.
 async fn resume(
-    locked: Locked,
+    in_use: InUse,
     options: Options,
     mut profile: Profile,
     password: &Password,
     invite: Option<&str>,
 ) -> Result<Messenger, Error> {
-    let dir = locked.dir.clone();
+    let dir = in_use.dir.clone();
     let client = Client::new(profile.options()).map_err(CallError::from)?;
     let session = match client.login(&profile.username, password).await {
         Ok(session) => session,
         // Either it did not reach the server, or this is another password: then the name turns out
         // to be taken.
         Err(AuthError::WrongPassword) => {
-            let set_aside = vault_path(&dir).with_extension("unfinished");
-            rename(&vault_path(&dir), &set_aside)?;
-            let begun = begin(locked, options, &profile.username, password, invite).await;
+            let set_aside = set_aside(&dir)?;
+            let begun = begin(in_use, options, &profile.username, password, invite).await;
             if let Err(Error::Auth(AuthError::UsernameTaken)) = begun {
-                rename(&set_aside, &vault_path(&dir))?;
+                for (path, aside) in &set_aside {
+                    rename(aside, path)?;
+                }
                 profile.write(&dir)?;
                 return Err(AuthError::WrongPassword.into());
             }
             if begun.is_ok() {
-                fs::remove_file(&set_aside)
-                    .map_err(|source| ProfileError::Io { path: set_aside, source })?;
+                set_aside.iter().try_for_each(|(_, aside)| remove(aside))?;
             }
             return begun;
         }
         Err(error) => return Err(error.into()),
     };
     let key = existing_key(&dir, &session.password, &session.export_key).await?;
-    let keeper = Keeper::open(locked, key).await?;
-    adopt(&keeper, &session).await?;
+    let store = StateStore::open(in_use, key).await?;
+    adopt(&store, &session).await?;
     profile.status = Status::Registered;
     profile.write(&dir)?;
-    let messenger = assemble(client, profile, keeper).await?;
+    let messenger = assemble(client, profile, store).await?;
     messenger.settle_keys(NewKeys::Needed).await?;
     Ok(messenger)
 }
@@ -217,35 +215,42 @@ fn registered(dir: &Path) -> Result<Profile, ProfileError> {
     }
 }
 
-/// Opens a locked profile by logging in.
-async fn log_in(locked: Locked, profile: Profile, password: &Password) -> Result<Messenger, Error> {
+/// Opens a profile by logging in.
+async fn log_in(in_use: InUse, profile: Profile, password: &Password) -> Result<Messenger, Error> {
     let client = Client::new(profile.options()).map_err(CallError::from)?;
     let session = client.login(&profile.username, password).await?;
-    let key = existing_key(&locked.dir, &session.password, &session.export_key).await?;
-    let keeper = Keeper::open(locked, key).await?;
-    let before = adopt(&keeper, &session).await?;
-    let messenger = assemble(client, profile, keeper).await?;
+    let key = existing_key(&in_use.dir, &session.password, &session.export_key).await?;
+    let store = StateStore::open(in_use, key).await?;
+    let before = adopt(&store, &session).await?;
+    let messenger = assemble(client, profile, store).await?;
     messenger.end_session(before).await;
     Ok(messenger)
 }
 
 /// Saves a new session; answers the one used before.
-async fn adopt(keeper: &Keeper, session: &Session) -> Result<Option<SessionToken>, Error> {
+async fn adopt(store: &StateStore, session: &Session) -> Result<Option<SessionToken>, Error> {
     let token = session.token.clone();
-    keeper.change(move |state| Ok(state.token.replace(token))).await
+    store
+        .change(move |state| {
+            let before = state.token()?;
+            state.set_token(Some(&token))?;
+            Ok(before)
+        })
+        .await
 }
 
-async fn assemble(client: Client, profile: Profile, keeper: Keeper) -> Result<Messenger, Error> {
-    let identity = keeper.read(State::me).await?;
+async fn assemble(client: Client, profile: Profile, store: StateStore) -> Result<Messenger, Error> {
+    let identity = store.read(|state| Ok(state.me())).await?;
     if identity != profile.identity {
         let reason = "the encrypted state is another account's".to_owned();
         return Err(ProfileError::Damaged { path: "profile.json".into(), reason }.into());
     }
+    store.share().await?;
     let shared = Shared {
         client,
         profile,
-        keeper,
-        acked: Mutex::new(Seq::ZERO),
+        store,
+        reading: Mutex::default(),
         flushing: Mutex::default(),
         keys_checked: AtomicBool::default(),
         keys_refused: AtomicBool::default(),
@@ -258,12 +263,8 @@ async fn existing_key(
     password: &Password,
     export_key: &ExportKey,
 ) -> Result<VaultKey, Error> {
-    let path = vault_path(dir);
-    let salt = match vault::read_salt(&path) {
-        Ok(Some(salt)) => salt,
-        Ok(None) => return Err(ProfileError::Missing(dir.to_owned()).into()),
-        Err(error) => return Err(ProfileError::Damaged { path, reason: error.to_string() }.into()),
-    };
+    let dir = dir.to_owned();
+    let salt = blocking(move || store::salt(&dir)).await?;
     Ok(derive(password, export_key, salt).await)
 }
 
@@ -274,15 +275,41 @@ async fn derive(password: &Password, export_key: &ExportKey, salt: Salt) -> Vaul
 
 /// Removes a profile that came to nothing.
 fn discard(dir: &Path) -> Result<(), ProfileError> {
-    for path in [dir.join("profile.json"), vault_path(dir)] {
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            removed => removed.map_err(|source| ProfileError::Io { path, source })?,
+    remove(&dir.join("profile.json"))?;
+    state_files(dir).iter().try_for_each(|path| remove(path))
+}
+
+/// Every file that a profile's state may be in.
+fn state_files(dir: &Path) -> [PathBuf; 4] {
+    let database = database_path(dir);
+    let wal = database.with_extension("db-wal");
+    let index = database.with_extension("db-shm");
+    [wal, index, database, vault_path(dir)]
+}
+
+/// Renames the files of a profile's state; returns the old and the new names.
+fn set_aside(dir: &Path) -> Result<Vec<(PathBuf, PathBuf)>, ProfileError> {
+    let mut renamed = Vec::new();
+    for path in state_files(dir) {
+        if path.exists() {
+            let mut aside = path.clone().into_os_string();
+            aside.push(".unfinished");
+            rename(&path, aside.as_ref())?;
+            renamed.push((path, aside.into()));
         }
     }
-    Ok(())
+    Ok(renamed)
 }
 
 fn rename(from: &Path, to: &Path) -> Result<(), ProfileError> {
     fs::rename(from, to).map_err(|source| ProfileError::Io { path: from.to_owned(), source })
+}
+
+fn remove(path: &Path) -> Result<(), ProfileError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(ProfileError::Io { path: path.to_owned(), source: error })
+        }
+        _ => Ok(()),
+    }
 }

@@ -2,13 +2,18 @@
 //! that made it; it goes once the server has it for everyone. A crash in between sends the same
 //! bytes under the same message id again, which the server recognizes.
 
-use std::collections::VecDeque;
-
 use qpq_domain::{ChannelId, IdentityKey, MessageId, UnixMillis};
-use qpq_mls::Parcel;
+use qpq_mls::{
+    Parcel,
+    database::{Database, DatabaseError, NewItem},
+};
 use rand::{RngCore as _, rngs::OsRng};
 
-use super::log::EntryId;
+use super::{
+    log::EntryId,
+    records::{SavedOutgoing, decode, encode},
+    tables::OUTBOX,
+};
 
 /// One ciphertext for some recipients.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,9 +27,15 @@ pub(crate) struct Outgoing {
     pub(crate) entry: Option<EntryId>,
 }
 
-/// The queue, oldest first.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Outbox(VecDeque<Outgoing>);
+/// The queue, oldest first. Items have numbers in the order in which they are to be sent.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    database: Database,
+}
+
+/// An item's place in the outbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place(u64);
 
 /// What the server said about one recipient of an item.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,48 +59,74 @@ pub(crate) struct Settled {
 }
 
 impl Outbox {
-    pub(crate) fn push(&mut self, parcel: Parcel, entry: Option<EntryId>, now: UnixMillis) {
+    pub(super) fn new(database: &Database) -> Self {
+        Self { database: database.clone() }
+    }
+
+    pub(crate) fn push(
+        &self,
+        parcel: Parcel,
+        entry: Option<EntryId>,
+        now: UnixMillis,
+    ) -> Result<(), DatabaseError> {
         let Parcel { recipients, channel, payload } = parcel;
-        self.restore(Outgoing {
+        self.restore(&Outgoing {
             message_id: fresh_message_id(now),
             recipients,
             channel,
             payload,
             entry,
-        });
+        })
     }
 
     /// Puts back an item that was saved.
-    pub(crate) fn restore(&mut self, item: Outgoing) {
-        self.0.push_back(item);
+    pub(crate) fn restore(&self, item: &Outgoing) -> Result<(), DatabaseError> {
+        let lane = item.entry.map(|entry| entry.0.to_be_bytes());
+        let new = NewItem { key: None, lane: lane.as_ref().map(|lane| &lane[..]), open: true };
+        self.database.append(OUTBOX, new, &encode(&SavedOutgoing::from(item))).map(drop)
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Outgoing> {
-        self.0.iter()
+    pub(crate) fn is_empty(&self) -> Result<bool, DatabaseError> {
+        Ok(self.database.items_after(OUTBOX, None, 1)?.is_empty())
     }
 
-    /// What is in it, oldest first.
-    pub(crate) fn ids(&self) -> Vec<MessageId> {
-        self.0.iter().map(|item| item.message_id).collect()
+    /// The place after the last item.
+    pub(crate) fn end(&self) -> Result<Place, DatabaseError> {
+        self.database.next_number(OUTBOX).map(Place)
     }
 
-    /// What is in it up to a message of ours; nothing if that is not.
-    pub(crate) fn ids_until(&self, entry: EntryId) -> Vec<MessageId> {
-        let last = self.0.iter().position(|item| item.entry == Some(entry));
-        self.0.iter().take(last.map_or(0, |last| last + 1)).map(|item| item.message_id).collect()
+    /// The place after the last item of a message of ours; `None` if that is not here.
+    pub(crate) fn end_of(&self, entry: EntryId) -> Result<Option<Place>, DatabaseError> {
+        let last = self.database.last_in_lane(OUTBOX, &entry.0.to_be_bytes(), 1)?;
+        Ok(last.first().map(|item| Place(item.number + 1)))
     }
 
-    pub(crate) fn get(&self, id: MessageId) -> Option<&Outgoing> {
-        self.0.iter().find(|item| item.message_id == id)
-    }
-
-    /// Takes in what the server said about the recipients of an item, in their order.
-    pub(crate) fn settle(&mut self, id: MessageId, verdicts: &[(IdentityKey, Verdict)]) -> Settled {
-        let Some(place) = self.0.iter().position(|item| item.message_id == id) else {
-            return Settled::default();
+    /// The first item after `from` and before `end`, and its place.
+    pub(crate) fn next(
+        &self,
+        from: Option<Place>,
+        end: Place,
+    ) -> Result<Option<(Place, Outgoing)>, DatabaseError> {
+        let after = from.map(|Place(number)| number);
+        let items = self.database.items_after(OUTBOX, after, 1)?;
+        let Some(item) = items.first().filter(|item| item.number < end.0) else {
+            return Ok(None);
         };
-        let item = &mut self.0[place];
+        Ok(Some((Place(item.number), decode::<SavedOutgoing>(&item.value)?.restore()?)))
+    }
+
+    /// Takes in what the server said about the recipients of an item.
+    pub(crate) fn settle(
+        &self,
+        Place(number): Place,
+        verdicts: &[(IdentityKey, Verdict)],
+    ) -> Result<Settled, DatabaseError> {
+        let Some(item) = self.database.item(OUTBOX, number)? else {
+            return Ok(Settled::default());
+        };
+        let mut item = decode::<SavedOutgoing>(&item.value)?.restore()?;
         let mut settled = Settled { entry: item.entry, ..Settled::default() };
+        let before = item.recipients.len();
         for (recipient, verdict) in verdicts {
             if let Verdict::Refused(reason) = verdict {
                 settled.refused.push((*recipient, reason.clone()));
@@ -100,9 +137,12 @@ impl Outbox {
         }
         if item.recipients.is_empty() {
             settled.done = true;
-            self.0.remove(place);
+            self.database.remove_item(OUTBOX, number)?;
+        } else if item.recipients.len() < before {
+            let saved = encode(&SavedOutgoing::from(&item));
+            self.database.replace_item(OUTBOX, number, &saved)?;
         }
-        settled
+        Ok(settled)
     }
 }
 
@@ -132,31 +172,36 @@ mod tests {
     #[test]
     fn an_item_stays_for_those_who_do_not_have_it_under_the_same_id() {
         let people = [1, 2, 3].map(|n| IdentityKey::new([n; 32]));
-        let mut outbox = Outbox::default();
+        let outbox = Outbox::new(&Database::in_memory());
         let parcel = Parcel {
             recipients: people.to_vec(),
             channel: ChannelId::new([9; 16]),
             payload: vec![7; 3],
         };
-        outbox.push(parcel.clone(), Some(EntryId(4)), UnixMillis(1));
-        outbox.push(parcel, None, UnixMillis(2));
-        let [first, second] = outbox.ids()[..] else { panic!("two were put in") };
+        outbox.push(parcel.clone(), Some(EntryId(4)), UnixMillis(1)).unwrap();
+        outbox.push(parcel, None, UnixMillis(2)).unwrap();
+        let end = outbox.end().unwrap();
+        let (first, item) = outbox.next(None, end).unwrap().unwrap();
+        let (second, _) = outbox.next(Some(first), end).unwrap().unwrap();
+        assert_eq!(outbox.next(Some(second), end).unwrap(), None);
+        assert_eq!(outbox.end_of(EntryId(4)).unwrap(), Some(second));
+        assert_eq!(outbox.end_of(EntryId(5)).unwrap(), None);
 
         let verdicts = [
             (people[0], Verdict::Accepted),
             (people[1], Verdict::Later),
             (people[2], Verdict::Refused("gone".into())),
         ];
-        let settled = outbox.settle(first, &verdicts);
+        let settled = outbox.settle(first, &verdicts).unwrap();
         assert_eq!(settled.refused, [(people[2], "gone".to_owned())]);
         assert!(!settled.done);
-        assert_eq!(outbox.get(first).unwrap().recipients, people[1..2]);
-        assert_eq!(outbox.ids(), [first, second]);
-        assert_eq!(outbox.ids_until(EntryId(4)), [first]);
-        assert_eq!(outbox.ids_until(EntryId(5)), []);
+        let (place, left) = outbox.next(None, end).unwrap().unwrap();
+        assert_eq!((place, left.message_id), (first, item.message_id));
+        assert_eq!(left.recipients, people[1..2]);
 
-        let settled = outbox.settle(first, &[(people[1], Verdict::Accepted)]);
+        let settled = outbox.settle(first, &[(people[1], Verdict::Accepted)]).unwrap();
         assert_eq!((settled.entry, settled.done), (Some(EntryId(4)), true));
-        assert_eq!((outbox.ids(), outbox.get(first)), (vec![second], None));
+        assert_eq!(outbox.next(None, end).unwrap().unwrap().0, second);
+        assert_eq!(outbox.settle(first, &[]).unwrap(), Settled::default());
     }
 }

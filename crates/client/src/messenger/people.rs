@@ -4,9 +4,15 @@
 //! every key that appears in a conversation of ours; what it says is kept. Against a lying
 //! directory only safety numbers help.
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
 use qpq_domain::{IdentityKey, UnixMillis, Username};
+use qpq_mls::database::{Database, DatabaseError};
+
+use super::{
+    records::{SavedPerson, decode, encode},
+    tables::{PEOPLE, UNCHECKED},
+};
 
 /// Somebody, as far as we know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,72 +69,121 @@ pub(crate) struct Known {
 }
 
 /// Everyone we know of.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct People(BTreeMap<IdentityKey, Known>);
+#[derive(Debug)]
+pub(crate) struct People {
+    database: Database,
+}
 
 impl People {
-    /// Puts back what was saved, or notes what is known for certain.
-    pub(crate) fn set(&mut self, identity: IdentityKey, username: Username, standing: Standing) {
-        let compared_at = self.compared_at(&identity).filter(|_| standing == Standing::Confirmed);
-        self.0.insert(identity, Known { username, standing, compared_at });
+    pub(super) fn new(database: &Database) -> Self {
+        Self { database: database.clone() }
+    }
+
+    fn get(&self, identity: &IdentityKey) -> Result<Option<Known>, DatabaseError> {
+        let Some(row) = self.database.get(PEOPLE, identity.as_bytes())? else { return Ok(None) };
+        Ok(Some(decode::<SavedPerson>(&row)?.restore()?.1))
+    }
+
+    fn put(&self, identity: &IdentityKey, known: &Known) -> Result<(), DatabaseError> {
+        let lane = Some(known.username.as_str().as_bytes());
+        let saved = encode(&SavedPerson::new(identity, known));
+        self.database.put(PEOPLE, identity.as_bytes(), lane, &saved)?;
+        match known.standing {
+            Standing::Claimed => self.database.put(UNCHECKED, identity.as_bytes(), None, &saved),
+            _ => self.database.delete(UNCHECKED, identity.as_bytes()).map(drop),
+        }
+    }
+
+    /// Notes what is known for certain.
+    pub(crate) fn set(
+        &self,
+        identity: IdentityKey,
+        username: Username,
+        standing: Standing,
+    ) -> Result<(), DatabaseError> {
+        let compared_at = self.compared_at(&identity)?.filter(|_| standing == Standing::Confirmed);
+        self.put(&identity, &Known { username, standing, compared_at })
     }
 
     /// Notes the directory's word that `username` is the name of this key. Returns the standing:
     /// [`Standing::NewKey`] if the name was confirmed for another key.
-    pub(crate) fn judge(&mut self, identity: IdentityKey, username: Username) -> Standing {
-        let standing = match self.confirmed(&username) {
+    pub(crate) fn judge(
+        &self,
+        identity: IdentityKey,
+        username: Username,
+    ) -> Result<Standing, DatabaseError> {
+        let standing = match self.confirmed(&username)? {
             Some(known) if known != identity => Standing::NewKey,
             _ => Standing::Confirmed,
         };
-        self.set(identity, username, standing);
-        standing
+        self.set(identity, username, standing)?;
+        Ok(standing)
     }
 
     /// Notes that the safety number with this key was compared.
-    pub(crate) fn set_compared(&mut self, identity: &IdentityKey, at: UnixMillis) {
-        if let Some(known) = self.0.get_mut(identity) {
-            known.compared_at = Some(at);
+    pub(crate) fn set_compared(
+        &self,
+        identity: &IdentityKey,
+        at: UnixMillis,
+    ) -> Result<(), DatabaseError> {
+        match self.get(identity)? {
+            Some(known) => self.put(identity, &Known { compared_at: Some(at), ..known }),
+            None => Ok(()),
         }
     }
 
     /// Returns when the safety number with this key was compared, if it was.
-    pub(crate) fn compared_at(&self, identity: &IdentityKey) -> Option<UnixMillis> {
-        self.0.get(identity)?.compared_at
+    pub(crate) fn compared_at(
+        &self,
+        identity: &IdentityKey,
+    ) -> Result<Option<UnixMillis>, DatabaseError> {
+        Ok(self.get(identity)?.and_then(|known| known.compared_at))
     }
 
     /// Notes a claim, unless something better is known. A second, different claim is asked about
-    /// anew.
-    pub(crate) fn claim(&mut self, identity: IdentityKey, username: &Username) {
-        let claimed =
-            || Known { username: username.clone(), standing: Standing::Claimed, compared_at: None };
-        let known = self.0.entry(identity).or_insert_with(claimed);
-        if known.username != *username && known.standing != Standing::Own {
-            *known = claimed();
-        }
+    /// again.
+    pub(crate) fn claim(
+        &self,
+        identity: IdentityKey,
+        username: &Username,
+    ) -> Result<(), DatabaseError> {
+        let is_news = match self.get(&identity)? {
+            None => true,
+            Some(known) => known.username != *username && known.standing != Standing::Own,
+        };
+        if is_news { self.set(identity, username.clone(), Standing::Claimed) } else { Ok(()) }
     }
 
     /// Those whose names the directory was not asked about yet.
-    pub(crate) fn unchecked(&self) -> Vec<(IdentityKey, Username)> {
-        self.0
-            .iter()
-            .filter(|(_, known)| known.standing == Standing::Claimed)
-            .map(|(identity, known)| (*identity, known.username.clone()))
+    pub(crate) fn unchecked(&self) -> Result<Vec<(IdentityKey, Username)>, DatabaseError> {
+        let rows = self.database.all(UNCHECKED)?;
+        rows.iter()
+            .map(|row| {
+                let (identity, known) = decode::<SavedPerson>(row)?.restore()?;
+                Ok((identity, known.username))
+            })
             .collect()
     }
 
     /// Whose name this is for certain, if anyone's.
-    pub(crate) fn confirmed(&self, username: &Username) -> Option<IdentityKey> {
-        self.0
-            .iter()
-            .find(|(_, known)| known.standing == Standing::Confirmed && known.username == *username)
-            .map(|(identity, _)| *identity)
+    pub(crate) fn confirmed(
+        &self,
+        username: &Username,
+    ) -> Result<Option<IdentityKey>, DatabaseError> {
+        for row in self.database.in_lane(PEOPLE, username.as_str().as_bytes())? {
+            let (identity, known) = decode::<SavedPerson>(&row)?.restore()?;
+            if known.standing == Standing::Confirmed {
+                return Ok(Some(identity));
+            }
+        }
+        Ok(None)
     }
 
-    /// The person behind a key. A key without any name shows its first digits.
-    pub(crate) fn person(&self, identity: &IdentityKey) -> Person {
-        match self.0.get(identity) {
+    /// The person of a key. A key without any name shows its first digits.
+    pub(crate) fn person(&self, identity: &IdentityKey) -> Result<Person, DatabaseError> {
+        Ok(match self.get(identity)? {
             Some(Known { username, standing, .. }) => {
-                Person { identity: *identity, username: username.clone(), standing: *standing }
+                Person { identity: *identity, username, standing }
             }
             None => Person {
                 identity: *identity,
@@ -136,11 +191,7 @@ impl People {
                     .expect("eight hexadecimal digits are a name"),
                 standing: Standing::Refuted,
             },
-        }
-    }
-
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&IdentityKey, &Known)> {
-        self.0.iter()
+        })
     }
 }
 
@@ -150,48 +201,48 @@ mod tests {
 
     #[test]
     fn a_claim_never_replaces_what_is_certain_but_another_name_is_asked_about() {
-        let mut people = People::default();
+        let people = People::new(&Database::in_memory());
         let (key, alice, eve) = (
             IdentityKey::new([1; 32]),
             Username::parse("alice").unwrap(),
             Username::parse("eve").unwrap(),
         );
-        people.claim(key, &alice);
-        assert_eq!(people.unchecked(), [(key, alice.clone())]);
-        people.set(key, alice.clone(), Standing::Confirmed);
-        people.claim(key, &alice);
-        assert_eq!(people.person(&key).to_string(), "alice");
-        assert_eq!(people.confirmed(&alice), Some(key));
-        people.claim(key, &eve);
-        assert_eq!(people.person(&key).to_string(), "eve?");
-        assert_eq!(people.confirmed(&alice), None);
-        people.set(key, eve, Standing::Refuted);
-        assert_eq!(people.person(&key).to_string(), "eve!01010101");
-        assert!(people.unchecked().is_empty());
+        people.claim(key, &alice).unwrap();
+        assert_eq!(people.unchecked().unwrap(), [(key, alice.clone())]);
+        people.set(key, alice.clone(), Standing::Confirmed).unwrap();
+        people.claim(key, &alice).unwrap();
+        assert_eq!(people.person(&key).unwrap().to_string(), "alice");
+        assert_eq!(people.confirmed(&alice).unwrap(), Some(key));
+        people.claim(key, &eve).unwrap();
+        assert_eq!(people.person(&key).unwrap().to_string(), "eve?");
+        assert_eq!(people.confirmed(&alice).unwrap(), None);
+        people.set(key, eve, Standing::Refuted).unwrap();
+        assert_eq!(people.person(&key).unwrap().to_string(), "eve!01010101");
+        assert!(people.unchecked().unwrap().is_empty());
     }
 
     #[test]
     fn a_second_key_under_a_confirmed_name_never_passes_for_the_first() {
-        let mut people = People::default();
+        let people = People::new(&Database::in_memory());
         let alice = Username::parse("alice").unwrap();
         let (old, new) = (IdentityKey::new([1; 32]), IdentityKey::new([2; 32]));
-        assert_eq!(people.judge(old, alice.clone()), Standing::Confirmed);
-        people.set_compared(&old, UnixMillis(5));
+        assert_eq!(people.judge(old, alice.clone()).unwrap(), Standing::Confirmed);
+        people.set_compared(&old, UnixMillis(5)).unwrap();
         for _ in 0..2 {
-            assert_eq!(people.judge(new, alice.clone()), Standing::NewKey);
-            assert_eq!(people.person(&new).to_string(), "alice (new key 02020202…)");
-            people.claim(new, &alice);
+            assert_eq!(people.judge(new, alice.clone()).unwrap(), Standing::NewKey);
+            assert_eq!(people.person(&new).unwrap().to_string(), "alice (new key 02020202…)");
+            people.claim(new, &alice).unwrap();
         }
-        assert_eq!(people.judge(old, alice.clone()), Standing::Confirmed);
-        assert_eq!(people.person(&old).to_string(), "alice");
+        assert_eq!(people.judge(old, alice.clone()).unwrap(), Standing::Confirmed);
+        assert_eq!(people.person(&old).unwrap().to_string(), "alice");
         assert_eq!(
-            (people.confirmed(&alice), people.compared_at(&old)),
+            (people.confirmed(&alice).unwrap(), people.compared_at(&old).unwrap()),
             (Some(old), Some(UnixMillis(5)))
         );
         // Accepted: what was compared was the other key.
-        people.set(old, alice.clone(), Standing::Refuted);
-        assert_eq!(people.judge(new, alice.clone()), Standing::Confirmed);
-        assert_eq!((people.compared_at(&old), people.compared_at(&new)), (None, None));
+        people.set(old, alice.clone(), Standing::Refuted).unwrap();
+        assert_eq!(people.judge(new, alice.clone()).unwrap(), Standing::Confirmed);
+        assert_eq!((people.compared_at(&old).unwrap(), people.compared_at(&new).unwrap()), (None, None));
     }
 
     #[test]

@@ -1,12 +1,9 @@
 //! Sending: encrypt, save the ciphertext together with the state that made it, then send it from
 //! the outbox.
 
-use std::{
-    collections::{BTreeSet, VecDeque},
-    time::Duration,
-};
+use std::{collections::BTreeSet, time::Duration};
 
-use qpq_domain::{ChannelId, IdentityKey, MAX_BATCH, MessageId, Username};
+use qpq_domain::{ChannelId, IdentityKey, MAX_BATCH, Username};
 use qpq_mls::{Content, GroupId, Invitee};
 use qpq_proto::{Status, methods, v1};
 use rand::{RngCore as _, rngs::OsRng};
@@ -16,11 +13,14 @@ use super::{
     Messenger,
     log::{ConversationId, Delivery, EntryId, Event},
     now,
-    outbox::{Outgoing, Verdict, fresh_message_id},
+    outbox::{Outgoing, Place, Verdict, fresh_message_id},
     people::Person,
     state::State,
 };
-use crate::error::{CallError, Error};
+use crate::{
+    error::{CallError, Error},
+    profile::{self, Task},
+};
 
 /// The most bytes of UTF-8 in one message.
 pub const MAX_TEXT: usize = 64 * 1024;
@@ -73,7 +73,7 @@ impl Messenger {
         OsRng.fill_bytes(&mut channel);
         let (name, channel) = (name.to_owned(), ChannelId::new(channel));
         let id = self
-            .keeper()
+            .store()
             .change(move |state| Ok(state.mls.create_group(&name, channel, now())?))
             .await?;
         Ok(ConversationId::Group(id))
@@ -85,16 +85,16 @@ impl Messenger {
         let person = self.resolve(username).await?;
         // What would be refused anyway is not paid for with one of the user's key packages.
         let is_member =
-            self.keeper().read(move |state| check_ours(state, &id, &person.identity)).await??;
+            self.store().read(move |state| check_ours(state, &id, &person.identity)).await?;
         if is_member {
             return Err(qpq_mls::Error::AlreadyMember(person.identity).into());
         }
         let package = self.fetch_key_package(&person).await?;
-        self.keeper()
+        self.store()
             .change(move |state| {
                 let added = Event::Added { members: vec![person.identity] };
                 add(state, id, &person, &package)?;
-                state.log.push_own(group, now(), added);
+                state.log.push_own(group, now(), added)?;
                 Ok(())
             })
             .await?;
@@ -108,11 +108,11 @@ impl Messenger {
         member: IdentityKey,
     ) -> Result<Outcome, Error> {
         let id = group_of(group)?;
-        self.keeper()
+        self.store()
             .change(move |state| {
                 let commit = state.mls.remove(id, &[member])?;
-                state.outbox.push(commit, None, now());
-                state.log.push_own(group, now(), Event::Removed { members: vec![member] });
+                state.outbox.push(commit, None, now())?;
+                state.log.push_own(group, now(), Event::Removed { members: vec![member] })?;
                 Ok(())
             })
             .await?;
@@ -148,7 +148,7 @@ impl Messenger {
         if let ConversationId::Direct(peer) = conversation {
             self.start_direct(peer).await?;
         }
-        self.keeper()
+        self.store()
             .change(move |state| {
                 texts.into_iter().map(|text| encrypt(state, conversation, text)).collect()
             })
@@ -157,63 +157,70 @@ impl Messenger {
 
     /// How far a message of ours got; `None` once its entry is gone.
     pub async fn delivery(&self, entry: EntryId) -> Result<Option<Delivery>, Error> {
-        self.keeper().read(|state| state.log.delivery(entry)).await
+        self.store().read(move |state| Ok(state.log.delivery(entry)?)).await
     }
 
     /// Sends everything that is still to be sent, oldest first. What the server has no room for now
     /// stays.
     pub async fn flush(&self) -> Result<(), Error> {
-        let left = self.keeper().read(|state| state.outbox.ids()).await?;
-        self.work_off(left).await
+        let end = self.store().read(|state| Ok(state.outbox.end()?)).await?;
+        self.work_off(end).await
     }
 
     /// As [`Messenger::flush`], but nothing that was written after this message of ours.
     pub async fn flush_until(&self, entry: EntryId) -> Result<(), Error> {
-        let left = self.keeper().read(|state| state.outbox.ids_until(entry)).await?;
-        self.work_off(left).await
+        match self.store().read(move |state| Ok(state.outbox.end_of(entry)?)).await? {
+            Some(end) => self.work_off(end).await,
+            None => Ok(()),
+        }
     }
 
-    async fn work_off(&self, left: Vec<MessageId>) -> Result<(), Error> {
-        let mut backlog = Backlog { left: left.into(), stopped: BTreeSet::new() };
-        while !backlog.left.is_empty() {
-            self.send_some(&mut backlog).await?;
-        }
+    async fn work_off(&self, end: Place) -> Result<(), Error> {
+        let mut backlog = Backlog { from: None, end, stopped: BTreeSet::new() };
+        while self.send_some(&mut backlog).await? == Left::Some {}
         Ok(())
     }
 
     /// Whether something is still to be sent.
     pub(super) async fn has_unsent(&self) -> Result<bool, Error> {
-        self.keeper().read(|state| !state.outbox.ids().is_empty()).await
+        self.store().read(|state| Ok(!state.outbox.is_empty()?)).await
     }
 
     /// Sends the first of a backlog, few enough that others may wait for it, and saves what came of
-    /// them. Backlogs may be worked off beside each other: each begins with the oldest that is
-    /// left.
-    async fn send_some(&self, backlog: &mut Backlog) -> Result<(), Error> {
+    /// them. Backlogs may be worked off concurrently, also by several processes: each begins with
+    /// the oldest that is left.
+    async fn send_some(&self, backlog: &mut Backlog) -> Result<Left, Error> {
         let _alone = self.shared.flushing.lock().await;
+        let patience = self.client().options().patience;
+        let turn = profile::turn(self.store().dir(), Task::SendOutbox, patience).await?;
+        // Another process is sending all this time, ours among the rest.
+        let Some(_turn) = turn else { return Ok(Left::Nothing) };
         let (mut answers, mut sent) = (Vec::new(), Ok(()));
+        let mut left = Left::Some;
         let until = Instant::now() + SAVED_WITHIN;
         while sent.is_ok() && answers.len() < SENT_AT_ONCE && Instant::now() < until {
-            let Some(id) = backlog.left.pop_front() else { break };
-            let Some(item) = self.keeper().read(|state| state.outbox.get(id).cloned()).await?
-            else {
-                continue;
+            let (from, end) = (backlog.from, backlog.end);
+            let next = self.store().read(move |state| Ok(state.outbox.next(from, end)?)).await?;
+            let Some((place, item)) = next else {
+                left = Left::Nothing;
+                break;
             };
+            backlog.from = Some(place);
             let (verdicts, outcome) = self.send_item(&item, &mut backlog.stopped).await;
             if !verdicts.is_empty() {
-                answers.push((id, verdicts));
+                answers.push((place, verdicts));
             }
             sent = outcome;
         }
         if !answers.is_empty() {
-            self.keeper()
+            self.store()
                 .change(move |state| {
-                    answers.iter().for_each(|(id, verdicts)| settle(state, *id, verdicts));
-                    Ok(())
+                    answers.iter().try_for_each(|(place, verdicts)| settle(state, *place, verdicts))
                 })
                 .await?;
         }
-        Ok(sent?)
+        sent?;
+        Ok(left)
     }
 
     /// Sends one thing to everyone who is not `stopped`; answers what was said before it failed, if
@@ -239,15 +246,15 @@ impl Messenger {
 
     /// Makes sure that there is a group with `peer` to send to.
     async fn start_direct(&self, peer: IdentityKey) -> Result<(), Error> {
-        if self.keeper().read(|state| state.mls.direct(&peer).is_some()).await? {
+        if self.store().read(move |state| Ok(state.mls.direct(&peer)?.is_some())).await? {
             return Ok(());
         }
         let person = self.person(peer).await?;
         let package = self.fetch_key_package(&person).await?;
-        self.keeper()
+        self.store()
             .change(move |state| {
                 // The peer's own may have come meanwhile.
-                if state.mls.direct(&peer).is_none() {
+                if state.mls.direct(&peer)?.is_none() {
                     let group = state.mls.create_direct(peer, now())?;
                     add(state, group, &person, &package)?;
                 }
@@ -304,11 +311,20 @@ impl Messenger {
     }
 }
 
-/// What was to be sent when somebody set out to send it, as far as that has not come to it.
+/// What is in the outbox when somebody begins to send it.
 struct Backlog {
-    left: VecDeque<MessageId>,
-    /// Whoever cannot get one message now gets none behind it either: the order matters.
+    /// The item that was sent last.
+    from: Option<Place>,
+    end: Place,
+    /// Whoever cannot get one message now gets none after it either: the order matters.
     stopped: BTreeSet<IdentityKey>,
+}
+
+/// Whether something of a backlog is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Some,
+    Nothing,
 }
 
 fn group_of(conversation: ConversationId) -> Result<GroupId, Error> {
@@ -320,7 +336,7 @@ fn group_of(conversation: ConversationId) -> Result<GroupId, Error> {
 
 /// Whether somebody is in a group that we may change.
 fn check_ours(state: &State, group: &GroupId, person: &IdentityKey) -> Result<bool, Error> {
-    let summary = state.mls.group(group).ok_or(Error::NoSuchConversation)?;
+    let summary = state.mls.group(group)?.ok_or(Error::NoSuchConversation)?;
     if !summary.active {
         return Err(qpq_mls::Error::NoLongerMember.into());
     }
@@ -340,9 +356,9 @@ fn add(
     let invitee = Invitee { identity: person.identity, username: &person.username, key_package };
     let added = state.mls.add(group, &[invitee], now())?;
     if let Some(commit) = added.commit {
-        state.outbox.push(commit, None, now());
+        state.outbox.push(commit, None, now())?;
     }
-    state.outbox.push(added.welcome, None, now());
+    state.outbox.push(added.welcome, None, now())?;
     Ok(())
 }
 
@@ -352,7 +368,9 @@ fn encrypt(
     text: String,
 ) -> Result<EntryId, Error> {
     let group = match conversation {
-        ConversationId::Direct(peer) => state.mls.direct(&peer).ok_or(Error::NoSuchConversation)?,
+        ConversationId::Direct(peer) => {
+            state.mls.direct(&peer)?.ok_or(Error::NoSuchConversation)?
+        }
         ConversationId::Group(id) => id,
     };
     let at = now();
@@ -362,27 +380,37 @@ fn encrypt(
         other => other.into(),
     })?;
     let sent = Event::Sent { text: content.text, delivery: Delivery::Queued };
-    let entry = state.log.push_own(conversation, at, sent);
-    state.outbox.push(parcel, Some(entry), at);
+    let entry = state.log.push_own(conversation, at, sent)?;
+    state.outbox.push(parcel, Some(entry), at)?;
     Ok(entry)
 }
 
 /// Takes in what the server said about an item.
-fn settle(state: &mut State, id: MessageId, verdicts: &[(IdentityKey, Verdict)]) {
-    let settled = state.outbox.settle(id, verdicts);
-    let conversation = settled.entry.and_then(|entry| state.log.conversation(entry));
+fn settle(
+    state: &mut State,
+    place: Place,
+    verdicts: &[(IdentityKey, Verdict)],
+) -> Result<(), Error> {
+    let settled = state.outbox.settle(place, verdicts)?;
+    let kept = match settled.entry {
+        Some(entry) => state.log.get(entry)?,
+        None => None,
+    };
+    let conversation = kept.as_ref().and_then(|kept| kept.entry.conversation);
     for (to, reason) in &settled.refused {
         let refused = Event::Undeliverable { to: *to, reason: reason.clone() };
-        state.log.push(conversation, now(), refused);
+        state.log.push(conversation, now(), refused)?;
     }
-    let Some(delivery) = settled.entry.and_then(|entry| state.log.delivery_mut(entry)) else {
-        return;
+    let Some(Event::Sent { delivery, .. }) = kept.as_ref().map(|kept| &kept.entry.event) else {
+        return Ok(());
     };
+    let entry = kept.as_ref().map(|kept| kept.entry.id).expect("it was matched");
     if !settled.refused.is_empty() {
-        *delivery = Delivery::Failed;
+        state.log.set_delivery(entry, Delivery::Failed)?;
     } else if settled.done && *delivery == Delivery::Queued {
-        *delivery = Delivery::Sent;
+        state.log.set_delivery(entry, Delivery::Sent)?;
     }
+    Ok(())
 }
 
 fn verdict(status: u32, code: &str) -> Verdict {

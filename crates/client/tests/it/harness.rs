@@ -61,6 +61,23 @@ impl Server {
         self.running = Some(Box::pin(compose(&self.config)).await.unwrap());
     }
 
+    /// Makes a cold copy of the data directory; returns where it is.
+    pub(crate) async fn copy_data(&mut self) -> PathBuf {
+        self.stop().await;
+        let copy = self.dir.path().join("night");
+        copy_dir(&self.config.data_dir, &copy);
+        self.start_again().await;
+        copy
+    }
+
+    /// Replaces the data directory by an older copy.
+    pub(crate) async fn restore_data(&mut self, copy: &Path) {
+        self.stop().await;
+        std::fs::remove_dir_all(&self.config.data_dir).unwrap();
+        copy_dir(copy, &self.config.data_dir);
+        self.start_again().await;
+    }
+
     pub(crate) fn options(&self) -> Options {
         Options::new(self.addr.to_string(), Trust::Pinned(self.fingerprint))
     }
@@ -82,6 +99,17 @@ impl Server {
         Messenger::register(&self.profile(name), self.options(), &username(name), &password(), None)
             .await
             .unwrap()
+    }
+}
+
+/// Copies a directory of files.
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_file() {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
     }
 }
 
@@ -122,7 +150,10 @@ pub(crate) fn line(entry: &Entry) -> String {
         Event::Joined { by } => format!("joined by {by}"),
         Event::Added { members } => format!("+{}", names(members)),
         Event::Removed { members } => format!("-{}", names(members)),
-        Event::Unreadable { reason } => format!("unreadable: {reason}"),
+        Event::Unreadable { from: None, reason } => format!("unreadable: {reason}"),
+        Event::Unreadable { from: Some(from), reason } => format!("unreadable of {from}: {reason}"),
+        Event::WentBack => "the server went back".to_owned(),
+        Event::Restored => "the profile went back".to_owned(),
         Event::Missing { first, last } => format!("missing {}-{}", first.0, last.0),
         Event::NameRefuted { claimed, .. } => format!("not {claimed}"),
         Event::NewKey { person } => person.to_string(),

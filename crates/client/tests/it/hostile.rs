@@ -73,7 +73,12 @@ async fn a_name_that_is_not_ones_own_is_refuted() {
         ..Default::default()
     };
     let package = mallory.call::<methods::FetchKeyPackage>(fetch).await.unwrap().package;
-    let mut mls = qpq_mls::Client::new(identity.clone(), username("alice"));
+    let mut mls = qpq_mls::Client::create(
+        &qpq_mls::database::Database::in_memory(),
+        identity.clone(),
+        username("alice"),
+    )
+    .unwrap();
     let now = qpq_client::UnixMillis(0);
     let group = mls.create_direct(bob.profile().identity, now).unwrap();
     let bobs = username("bob");

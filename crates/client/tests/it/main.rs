@@ -9,5 +9,7 @@ mod connection;
 mod crash;
 mod harness;
 mod hostile;
+mod import;
 mod network;
 mod profile;
+mod restore;

@@ -6,7 +6,7 @@ use openmls::prelude::{LeafNodeParameters, MlsMessageBodyIn, MlsMessageIn, NewSi
 use tls_codec::DeserializeBytes as _;
 
 use super::*;
-use crate::{Client, Received, packages::Use};
+use crate::{Arrival, Client, Received, packages::Use};
 
 /// openmls compares lifetimes with the system's clock.
 #[expect(clippy::disallowed_methods, reason = "the clock that openmls reads cannot be another")]
@@ -15,8 +15,19 @@ fn now() -> UnixMillis {
     UnixMillis(u64::try_from(since_epoch.as_millis()).unwrap())
 }
 
+trait Hear {
+    fn hear(&mut self, bytes: &[u8]) -> Vec<Received>;
+}
+
+impl Hear for Client {
+    fn hear(&mut self, bytes: &[u8]) -> Vec<Received> {
+        self.receive(bytes, Arrival { at: now(), channel: ChannelId::DEFAULT }).unwrap()
+    }
+}
+
 fn client(name: &str) -> Client {
-    Client::new(Identity::generate(), Username::parse(name).unwrap())
+    let name = Username::parse(name).unwrap();
+    Client::create(&Database::in_memory(), Identity::generate(), name).unwrap()
 }
 
 /// A package of `client` as openmls wants it.
@@ -26,7 +37,8 @@ fn package(client: &mut Client) -> KeyPackage {
 
 /// The same, under any name.
 fn named_package(client: &mut Client, name: Username) -> KeyPackage {
-    let bytes = client.packages.make(&client.identity, &name, Use::Once, now());
+    let bytes =
+        packages::make(&client.database, &client.identity, &name, Use::Once, now()).unwrap();
     let MlsMessageBodyIn::KeyPackage(package) =
         MlsMessageIn::tls_deserialize_exact_bytes(&bytes).unwrap().extract()
     else {
@@ -42,7 +54,7 @@ fn group_of(maker: &mut Client, others: &mut [&mut Client]) -> GroupId {
     let (_commit, welcome) =
         maker.groups.get_mut(&id).unwrap().add(&maker.identity, &packages).unwrap();
     for other in others {
-        assert!(matches!(other.receive(&welcome)[..], [Received::Joined(_)]));
+        assert!(matches!(other.hear(&welcome)[..], [Received::Joined(_)]));
     }
     id
 }
@@ -54,7 +66,7 @@ fn say(from: &mut Client, group: GroupId, text: &str) -> Vec<u8> {
 /// Whether `to` still reads what `from` says.
 fn assert_hears(from: &mut Client, to: &mut Client, group: GroupId) {
     let message = say(from, group, "still there?");
-    let received = to.receive(&message);
+    let received = to.hear(&message);
     assert!(matches!(received[..], [Received::Message { .. }]), "{received:?}");
 }
 
@@ -88,10 +100,10 @@ fn a_commit_of_another_than_the_maker_is_ignored() {
         commit!(bob, id, |builder| builder.propose_removals([LeafNodeIndex::new(0)]));
     for commit in [added, refreshed, removed] {
         for victim in [&mut ann, &mut cat] {
-            assert_eq!(victim.receive(&commit), [Received::Ignored(Ignored::NotTheMaker)]);
+            assert_eq!(victim.hear(&commit), [Received::Ignored(Ignored::NotTheMaker)]);
         }
     }
-    assert_eq!(dan.receive(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
+    assert_eq!(dan.hear(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
     assert_hears(&mut ann, &mut cat, id);
     assert_hears(&mut cat, &mut ann, id);
     assert_hears(&mut bob, &mut ann, id);
@@ -110,13 +122,13 @@ fn proposals_are_ignored() {
         .unwrap();
     let proposal = proposal.to_bytes().unwrap();
     for victim in [&mut ann, &mut cat] {
-        assert_eq!(victim.receive(&proposal), [Received::Ignored(Ignored::NotTheMaker)]);
+        assert_eq!(victim.hear(&proposal), [Received::Ignored(Ignored::NotTheMaker)]);
     }
     // A stored proposal would stop both from sending, and ride on the maker's next commit.
     assert_hears(&mut cat, &mut ann, id);
     let mut dan = client("dan");
     ann.groups.get_mut(&id).unwrap().add(&ann.identity, &[package(&mut dan)]).unwrap();
-    assert_eq!(ann.group(&id).unwrap().members.len(), 4);
+    assert_eq!(ann.group(&id).unwrap().unwrap().members.len(), 4);
 }
 
 #[test]
@@ -128,7 +140,7 @@ fn not_even_the_maker_changes_the_profile_the_leaf_or_a_direct_conversation() {
     let (moved, _) = commit!(ann, id, |builder| builder
         .propose_group_context_extensions(profile.extensions())
         .unwrap());
-    assert_eq!(bob.receive(&moved), [Received::Ignored(Ignored::ForbiddenCommit)]);
+    assert_eq!(bob.hear(&moved), [Received::Ignored(Ignored::ForbiddenCommit)]);
 
     let renamed = CredentialWithKey {
         credential: BasicCredential::new(b"bob".to_vec()).into(),
@@ -136,23 +148,23 @@ fn not_even_the_maker_changes_the_profile_the_leaf_or_a_direct_conversation() {
     };
     let parameters = LeafNodeParameters::builder().with_credential_with_key(renamed).build();
     let (renamed, _) = commit!(ann, id, |builder| builder.leaf_node_parameters(parameters));
-    assert_eq!(bob.receive(&renamed), [Received::Ignored(Ignored::ForbiddenCommit)]);
+    assert_eq!(bob.hear(&renamed), [Received::Ignored(Ignored::ForbiddenCommit)]);
 
     let bobs_name = bob.username.clone();
     let impostor = named_package(&mut cat, bobs_name);
     let (second_bob, _) = commit!(ann, id, |builder| builder.propose_adds([impostor]));
-    assert_eq!(bob.receive(&second_bob), [Received::Ignored(Ignored::ForbiddenCommit)]);
+    assert_eq!(bob.hear(&second_bob), [Received::Ignored(Ignored::ForbiddenCommit)]);
     assert_hears(&mut ann, &mut bob, id);
     assert_hears(&mut bob, &mut ann, id);
 
     let direct = ann.create_direct(bob.identity.public(), now()).unwrap();
     let bobs = package(&mut bob);
     let (_, welcome) = ann.groups.get_mut(&direct).unwrap().add(&ann.identity, &[bobs]).unwrap();
-    bob.receive(&welcome);
+    bob.hear(&welcome);
     let cats = package(&mut cat);
     let (third, welcome) = commit!(ann, direct, |builder| builder.propose_adds([cats]));
-    assert_eq!(bob.receive(&third), [Received::Ignored(Ignored::ForbiddenCommit)]);
-    assert_eq!(cat.receive(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
+    assert_eq!(bob.hear(&third), [Received::Ignored(Ignored::ForbiddenCommit)]);
+    assert_eq!(cat.hear(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
     assert_hears(&mut ann, &mut bob, direct);
 }
 
@@ -182,7 +194,7 @@ fn the_maker_cannot_become_another() {
         .unwrap();
     let commit = bundle.into_messages().0.to_bytes().unwrap();
     group.mls.clear_pending_commit(group.store.storage()).unwrap();
-    assert_eq!(bob.receive(&commit), [Received::Ignored(Ignored::ForbiddenCommit)]);
+    assert_eq!(bob.hear(&commit), [Received::Ignored(Ignored::ForbiddenCommit)]);
     assert_hears(&mut ann, &mut bob, id);
 }
 
@@ -197,7 +209,7 @@ fn the_makers_key_refresh_is_followed() {
     let commit = bundle.into_messages().0.to_bytes().unwrap();
     group.mls.merge_pending_commit(&group.store).unwrap();
     assert_eq!(
-        bob.receive(&commit),
+        bob.hear(&commit),
         [Received::Committed { group: id, added: vec![], removed: vec![] }]
     );
     assert_hears(&mut ann, &mut bob, id);
@@ -220,18 +232,18 @@ fn a_group_id_or_a_maker_cannot_be_usurped() {
     // Mallory knows the id and is faster: as itself, and in ann's name.
     for profile in [&mallorys, &anns] {
         let forged = forged_welcome(&mallory, id, profile, &mut bob);
-        assert_eq!(bob.receive(&forged), [Received::Ignored(Ignored::BadWelcome)]);
+        assert_eq!(bob.hear(&forged), [Received::Ignored(Ignored::BadWelcome)]);
     }
     // Nor does it start a conversation that names ann as its maker under a fresh id.
     let direct = Profile::direct(ann.identity.public(), bob.identity.public(), now());
     let forged =
         forged_welcome(&mallory, GroupId::random(&ann.identity.public()), &direct, &mut bob);
-    assert_eq!(bob.receive(&forged), [Received::Ignored(Ignored::BadWelcome)]);
+    assert_eq!(bob.hear(&forged), [Received::Ignored(Ignored::BadWelcome)]);
 
     let bobs = package(&mut bob);
     let (_, welcome) = ann.groups.get_mut(&id).unwrap().add(&ann.identity, &[bobs]).unwrap();
     assert!(
-        matches!(bob.receive(&welcome)[..], [Received::Joined(_)]),
+        matches!(bob.hear(&welcome)[..], [Received::Joined(_)]),
         "the real one is not hindered"
     );
 }
@@ -241,8 +253,8 @@ fn our_own_message_come_back_is_ignored() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let id = group_of(&mut ann, &mut [&mut bob]);
     let message = say(&mut ann, id, "echo");
-    assert_eq!(ann.receive(&message), [Received::Ignored(Ignored::OwnMessage)]);
-    assert!(matches!(bob.receive(&message)[..], [Received::Message { .. }]));
+    assert_eq!(ann.hear(&message), [Received::Ignored(Ignored::OwnMessage)]);
+    assert!(matches!(bob.hear(&message)[..], [Received::Message { .. }]));
 }
 
 #[test]
@@ -251,7 +263,7 @@ fn content_that_is_not_ours_is_ignored() {
     let id = group_of(&mut ann, &mut [&mut bob]);
     let group = ann.groups.get_mut(&id).unwrap();
     let message = group.mls.create_message(&group.store, &ann.identity, b"\x02newer").unwrap();
-    let received = bob.receive(&message.to_bytes().unwrap());
+    let received = bob.hear(&message.to_bytes().unwrap());
     assert_eq!(received, [Received::Ignored(Ignored::UnknownContent)]);
     assert_hears(&mut ann, &mut bob, id);
 }
@@ -286,7 +298,7 @@ fn nothing_held_or_said_is_shown() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let id = group_of(&mut ann, &mut [&mut bob]);
     let message = say(&mut ann, id, "secret words");
-    let shown = format!("{ann:?} {bob:?} {:?}", bob.receive(&message));
+    let shown = format!("{ann:?} {bob:?} {:?}", bob.hear(&message));
     assert!(!shown.contains("secret words"), "{shown}");
     assert!(shown.len() < 700, "{shown}");
 }
@@ -307,7 +319,7 @@ fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
     let bobs = package(&mut bob);
     let (_commit, welcome, _) =
         group.mls.add_members_without_update(&group.store, &ann.identity, &[bobs]).unwrap();
-    let received = bob.receive(&welcome.to_bytes().unwrap());
+    let received = bob.hear(&welcome.to_bytes().unwrap());
     assert!(matches!(received[..], [Received::Joined(_)]), "{received:?}");
 }
 
@@ -318,8 +330,8 @@ fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
 fn no_welcome_sets_a_group_back() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
     let id = ann.create_group("g", ChannelId::DEFAULT, now()).unwrap();
-    let last_resort = bob.last_resort_key_package(now());
-    let cats = cat.key_packages(1, now()).remove(0);
+    let last_resort = bob.last_resort_key_package(now()).unwrap();
+    let cats = cat.key_packages(1, now()).unwrap().remove(0);
     let (bobs_name, cats_name) = (bob.username.clone(), cat.username.clone());
     let invitees = [
         crate::Invitee {
@@ -335,20 +347,20 @@ fn no_welcome_sets_a_group_back() {
     ];
     let welcome = ann.add(id, &invitees, now()).unwrap().welcome.payload;
     let for_bob_alone = without_the_second_recipient(&welcome);
-    assert!(matches!(bob.receive(&welcome)[..], [Received::Joined(_)]));
+    assert!(matches!(bob.hear(&welcome)[..], [Received::Joined(_)]));
     let message = say(&mut ann, id, "once");
-    assert!(matches!(bob.receive(&message)[..], [Received::Message { .. }]));
-    assert_eq!(bob.receive(&for_bob_alone), [Received::Duplicate]);
-    assert_eq!(bob.receive(&message), [Received::Duplicate]);
+    assert!(matches!(bob.hear(&message)[..], [Received::Message { .. }]));
+    assert_eq!(bob.hear(&for_bob_alone), [Received::Duplicate]);
+    assert_eq!(bob.hear(&message), [Received::Duplicate]);
 
     // Removed and added again by the same package: the first Welcome is past now, though another
     // one brought us in.
     let removal = ann.remove(id, &[bob.identity.public()]).unwrap().payload;
-    bob.receive(&removal);
+    bob.hear(&removal);
     let again = ann.add(id, &invitees[..1], now()).unwrap().welcome.payload;
-    assert!(matches!(bob.receive(&again)[..], [Received::Joined(_)]));
+    assert!(matches!(bob.hear(&again)[..], [Received::Joined(_)]));
     for old in [&welcome, &for_bob_alone] {
-        assert_eq!(bob.receive(old), [Received::Duplicate]);
+        assert_eq!(bob.hear(old), [Received::Duplicate]);
     }
     assert_hears(&mut ann, &mut bob, id);
 }

@@ -3,12 +3,9 @@
 use std::collections::BTreeMap;
 
 use proptest::{prelude::*, sample::Index};
-use qpq_mls::{
-    Client, CorruptState, GroupId, Ignored, Received,
-    vault::{self, Salt, VaultKey},
-};
+use qpq_mls::{GroupId, Ignored, Received};
 
-use crate::world::{ANN, BOB, CAT, World, content, restored, texts};
+use crate::world::{ANN, BOB, CAT, Hear as _, World, content, restored};
 
 #[test]
 fn a_crash_between_saving_and_acknowledging_makes_a_duplicate() {
@@ -20,51 +17,15 @@ fn a_crash_between_saving_and_acknowledging_makes_a_duplicate() {
     world.say(ANN, group, "one");
     world.add(ANN, group, &[CAT]);
     for message in world.inboxes[BOB].clone() {
-        let before = restored(&world.clients[BOB]);
-        let first = world.clients[BOB].receive(&message);
+        let before = restored(&mut world.clients[BOB]);
+        let first = world.clients[BOB].hear(&message);
         // Saved, not acknowledged: it comes again.
         world.restart(BOB);
-        assert_eq!(world.clients[BOB].receive(&message), [Received::Duplicate]);
+        assert_eq!(world.clients[BOB].hear(&message), [Received::Duplicate]);
         // Not even saved: it comes again and means the same.
         let mut earlier = before;
-        assert_eq!(earlier.receive(&message), first);
+        assert_eq!(earlier.hear(&message), first);
     }
-}
-
-#[test]
-fn a_state_that_is_no_state_is_told_apart_from_a_newer_one() {
-    let world = World::new(1);
-    let mut saved = world.clients[ANN].export_state().to_vec();
-    for len in 0..saved.len() {
-        assert_eq!(
-            Client::import_state(&saved[..len]).err(),
-            Some(CorruptState::Damaged),
-            "cut to {len}"
-        );
-    }
-    saved.push(0);
-    assert_eq!(Client::import_state(&saved).err(), Some(CorruptState::Damaged));
-    saved.pop();
-    saved[4] = 2;
-    assert_eq!(Client::import_state(&saved).err(), Some(CorruptState::Newer));
-}
-
-#[test]
-fn a_state_lives_in_a_vault() {
-    let mut world = World::new(2);
-    let group = world.group(&[ANN, BOB]);
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("ann");
-    let key = VaultKey::derive(b"password", &[1; 64], Salt::random());
-    vault::write(&path, &key, &world.clients[ANN].export_state()).unwrap();
-
-    let salt = vault::read_salt(&path).unwrap().unwrap();
-    let key = VaultKey::derive(b"password", &[1; 64], salt);
-    world.clients[ANN] = Client::import_state(&vault::read(&path, &key).unwrap().unwrap()).unwrap();
-    world.say(ANN, group, "from the vault");
-    assert_eq!(texts(&world.deliver(BOB)), ["from the vault"]);
-    let wrong = VaultKey::derive(b"passwort", &[1; 64], salt);
-    assert!(matches!(vault::read(&path, &wrong), Err(vault::VaultError::WrongKeyOrDamaged)));
 }
 
 #[derive(Debug, Clone)]
@@ -149,7 +110,7 @@ impl Model {
     /// Adds or removes somebody, if that is a change.
     fn change(&mut self, who: usize, remove: bool) {
         let key = self.world.key(who);
-        let members = self.world.clients[ANN].group(&self.group).unwrap().members;
+        let members = self.world.clients[ANN].group(&self.group).unwrap().unwrap().members;
         let is_member = members.iter().any(|member| member.identity == key);
         if remove != is_member {
             return;
@@ -171,19 +132,19 @@ impl Model {
     fn deliver(&mut self, who: usize, ahead: usize) {
         let inbox = &mut self.world.inboxes[who];
         let Some(message) = inbox.remove(ahead.min(inbox.len().saturating_sub(1))) else { return };
-        let received = self.world.clients[who].receive(&message);
+        let received = self.world.clients[who].hear(&message);
         self.note(who, received);
     }
 
     fn deliver_across_crashes(&mut self, who: usize) {
         let Some(message) = self.world.inboxes[who].pop_front() else { return };
-        let before = restored(&self.world.clients[who]);
-        let lost = self.world.clients[who].receive(&message);
+        let before = restored(&mut self.world.clients[who]);
+        let lost = self.world.clients[who].hear(&message);
         self.world.clients[who] = before;
-        let received = self.world.clients[who].receive(&message);
+        let received = self.world.clients[who].hear(&message);
         assert_eq!(received, lost, "the same state makes the same of the same message");
         self.world.restart(who);
-        let again = self.world.clients[who].receive(&message);
+        let again = self.world.clients[who].hear(&message);
         // Who is out of the group does not look at its messages again.
         assert!(
             matches!(again[..], [Received::Duplicate])

@@ -4,7 +4,7 @@
 use proptest::{prelude::*, sample::Index};
 use qpq_mls::{Client, Received};
 
-use crate::world::{ANN, BOB, CAT, World, restored, texts};
+use crate::world::{ANN, BOB, CAT, Hear as _, World, restored, texts};
 
 /// Bob, and four messages for him that need one another: a Welcome, a message, a commit, a message.
 fn bob_and_his_inbox() -> (Client, Vec<Vec<u8>>) {
@@ -21,7 +21,10 @@ fn bob_and_his_inbox() -> (Client, Vec<Vec<u8>>) {
 }
 
 fn is_harmless(received: &[Received]) -> bool {
-    matches!(received, [Received::Ignored(_) | Received::Buffered | Received::Duplicate])
+    matches!(
+        received,
+        [Received::Ignored(_) | Received::Unreadable(_) | Received::Buffered | Received::Duplicate]
+    )
 }
 
 #[derive(Debug, Clone)]
@@ -80,11 +83,11 @@ proptest! {
         tail in prop::collection::vec(any::<u8>(), 0..500),
     ) {
         let (mut bob, inbox) = bob_and_his_inbox();
-        bob.receive(&inbox[0]);
-        prop_assert!(is_harmless(&bob.receive(&tail)));
+        bob.hear(&inbox[0]);
+        prop_assert!(is_harmless(&bob.hear(&tail)));
         let framed = [&[0, 1, 0, kind], &tail[..]].concat();
-        prop_assert!(is_harmless(&bob.receive(&framed)));
-        let received = bob.receive(&inbox[1]);
+        prop_assert!(is_harmless(&bob.hear(&framed)));
+        let received = bob.hear(&inbox[1]);
         prop_assert_eq!(texts(&received), ["one"]);
     }
 
@@ -100,12 +103,12 @@ proptest! {
             for (which, damage) in &damages[3 * at..3 * at + 3] {
                 let damaged = damage.apply(&inbox[which.index(inbox.len())], &inbox);
                 if !inbox.contains(&damaged) {
-                    let result = bob.receive(&damaged);
+                    let result = bob.hear(&damaged);
                     prop_assert!(is_harmless(&result), "{:?}", result);
                 }
             }
-            received.extend(bob.receive(message));
-            bob = restored(&bob);
+            received.extend(bob.hear(message));
+            bob = restored(&mut bob);
         }
         received.retain(|result| !is_harmless(std::slice::from_ref(result)));
         prop_assert!(matches!(
@@ -113,20 +116,6 @@ proptest! {
             [Received::Joined(_), Received::Message { .. }, Received::Committed { .. }, Received::Message { .. }]
         ), "{:?}", received);
         prop_assert_eq!(texts(&received), ["one", "two"]);
-    }
-
-    #[test]
-    fn damaged_states_are_found_out(at in any::<Index>(), bits in 1..=u8::MAX, cut in any::<Index>()) {
-        let (mut bob, inbox) = bob_and_his_inbox();
-        for message in &inbox[..2] {
-            bob.receive(message);
-        }
-        let saved = bob.export_state();
-        prop_assert!(Client::import_state(&saved[..cut.index(saved.len())]).is_err());
-        let mut damaged = saved.to_vec();
-        let at = at.index(damaged.len());
-        damaged[at] ^= bits;
-        prop_assert!(Client::import_state(&damaged).is_err());
     }
 }
 
@@ -136,9 +125,9 @@ fn each_single_flipped_bit_of_a_welcome_leaves_the_real_one_good() {
     let mut damaged = inbox[0].clone();
     for bit in (0..damaged.len() * 8).step_by(5) {
         damaged[bit / 8] ^= 1 << (bit % 8);
-        let received = bob.receive(&damaged);
+        let received = bob.hear(&damaged);
         assert!(is_harmless(&received), "bit {bit}: {received:?}");
         damaged[bit / 8] ^= 1 << (bit % 8);
     }
-    assert!(matches!(bob.receive(&inbox[0])[..], [Received::Joined(_)]));
+    assert!(matches!(bob.hear(&inbox[0])[..], [Received::Joined(_)]));
 }

@@ -5,5 +5,6 @@
 mod conversations;
 mod crashes;
 mod hostile;
+mod import;
 mod order;
 mod world;

@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
-use qpq_mls::{Added, Client, Content, GroupId, Identity, Invitee, Member, Parcel, Received};
+use qpq_mls::{
+    Added, Arrival, Client, Content, GroupId, Identity, Invitee, Lost, Member, Parcel, Received,
+    database::Database,
+};
 
 pub(crate) const ANN: usize = 0;
 pub(crate) const BOB: usize = 1;
@@ -15,6 +18,26 @@ pub(crate) const DAN: usize = 3;
 pub(crate) fn now() -> UnixMillis {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     UnixMillis(u64::try_from(since_epoch.as_millis()).unwrap())
+}
+
+pub(crate) trait Hear {
+    /// Receives a message that arrives now.
+    fn hear(&mut self, bytes: &[u8]) -> Vec<Received>;
+}
+
+impl Hear for Client {
+    fn hear(&mut self, bytes: &[u8]) -> Vec<Received> {
+        self.receive(bytes, Arrival { at: now(), channel: ChannelId::DEFAULT }).unwrap()
+    }
+}
+
+pub(crate) fn client(identity: Identity, name: &Username) -> Client {
+    Client::create(&Database::in_memory(), identity, name.clone()).unwrap()
+}
+
+/// Whether this is one message, lost for this reason.
+pub(crate) fn is_lost(received: &[Received], reason: Lost) -> bool {
+    matches!(received, [Received::Unreadable(lost)] if lost.reason == reason)
 }
 
 pub(crate) struct World {
@@ -32,7 +55,7 @@ impl World {
             .map(|name| Username::parse(name).unwrap())
             .collect();
         let clients: Vec<Client> =
-            names.iter().map(|name| Client::new(Identity::generate(), name.clone())).collect();
+            names.iter().map(|name| client(Identity::generate(), name)).collect();
         let index = clients.iter().enumerate().map(|(at, c)| (c.identity().public(), at)).collect();
         Self {
             clients,
@@ -58,7 +81,7 @@ impl World {
     /// A package of `who`, as the server would give it out.
     pub(crate) fn package(&mut self, who: usize) -> Vec<u8> {
         if self.packages[who].is_empty() {
-            self.packages[who] = self.clients[who].key_packages(3, now()).into();
+            self.packages[who] = self.clients[who].key_packages(3, now()).unwrap().into();
         }
         self.packages[who].pop_front().unwrap()
     }
@@ -120,7 +143,7 @@ impl World {
     /// Delivers the oldest message in somebody's inbox.
     pub(crate) fn deliver(&mut self, who: usize) -> Vec<Received> {
         let message = self.inboxes[who].pop_front().expect("something is in the inbox");
-        self.clients[who].receive(&message)
+        self.clients[who].hear(&message)
     }
 
     /// Delivers everything in somebody's inbox.
@@ -134,15 +157,14 @@ impl World {
 
     /// Ends the client's process and starts it anew from what it would have saved.
     pub(crate) fn restart(&mut self, who: usize) {
-        self.clients[who] = restored(&self.clients[who]);
+        self.clients[who] = restored(&mut self.clients[who]);
     }
 }
 
-pub(crate) fn restored(client: &Client) -> Client {
-    let saved = client.export_state();
-    let again = Client::import_state(&saved).unwrap();
-    assert_eq!(*again.export_state(), *saved, "the same state is the same bytes");
-    again
+/// What a new process finds that opens a copy of what the client saved.
+pub(crate) fn restored(client: &mut Client) -> Client {
+    client.save().unwrap();
+    Client::open(&client.database().copy()).unwrap()
 }
 
 pub(crate) fn content(text: &str) -> Content {

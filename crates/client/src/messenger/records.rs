@@ -1,0 +1,285 @@
+//! The records that a profile's database holds: protobuf, the format of this client alone.
+
+use prost::Message;
+use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, UnixMillis, Username};
+use qpq_mls::{GroupId, database::DatabaseError};
+use zeroize::Zeroizing;
+
+use super::{
+    log::{ConversationId, Delivery, Entry, EntryId, Event, Kept},
+    outbox::Outgoing,
+    people::{Known, Standing},
+};
+
+/// The bytes are no record.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Corrupt(String);
+
+impl Corrupt {
+    pub(super) fn new(what: impl ToString) -> Self {
+        Self(what.to_string())
+    }
+}
+
+impl From<Corrupt> for DatabaseError {
+    fn from(error: Corrupt) -> Self {
+        Self::Damaged(error.0)
+    }
+}
+
+/// The bytes of a record, wiped when dropped.
+pub(super) fn encode(record: &impl Message) -> Zeroizing<Vec<u8>> {
+    let mut bytes = Zeroizing::new(Vec::with_capacity(record.encoded_len()));
+    record.encode(&mut *bytes).expect("a Vec grows as needed");
+    bytes
+}
+
+/// The record in bytes that [`encode`] gave.
+pub(super) fn decode<R: Message + Default>(bytes: &[u8]) -> Result<R, DatabaseError> {
+    R::decode(bytes).map_err(|error| DatabaseError::Damaged(error.to_string()))
+}
+
+/// A conversation as bytes: its kind, and 32 bytes of a key or group id.
+pub(super) fn conversation_key(conversation: Option<ConversationId>) -> Vec<u8> {
+    match conversation {
+        None => Vec::new(),
+        Some(ConversationId::Direct(key)) => [b"d", &key.as_bytes()[..]].concat(),
+        Some(ConversationId::Group(id)) => [b"g", &id.as_bytes()[..]].concat(),
+    }
+}
+
+/// What is noted of a conversation that has a history.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct SavedConversation {
+    #[prost(bytes = "vec", tag = "1")]
+    id: Vec<u8>,
+    /// When anything last happened in it.
+    #[prost(uint64, tag = "2")]
+    pub(super) last: u64,
+}
+
+impl SavedConversation {
+    pub(super) fn new(id: ConversationId, last: UnixMillis) -> Self {
+        Self { id: conversation_key(Some(id)), last: last.0 }
+    }
+
+    pub(super) fn id(&self) -> Result<ConversationId, Corrupt> {
+        match self.id.split_first() {
+            Some((b'd', bytes)) => Ok(ConversationId::Direct(key(bytes)?)),
+            Some((b'g', bytes)) => {
+                Ok(ConversationId::Group(GroupId::try_from(bytes).map_err(Corrupt::new)?))
+            }
+            _ => Err(Corrupt::new("a conversation of an unknown kind")),
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct SavedPerson {
+    #[prost(bytes = "vec", tag = "1")]
+    identity: Vec<u8>,
+    #[prost(string, tag = "2")]
+    username: String,
+    #[prost(uint32, tag = "3")]
+    standing: u32,
+    #[prost(uint64, optional, tag = "4")]
+    compared_at: Option<u64>,
+}
+
+impl SavedPerson {
+    pub(super) fn new(identity: &IdentityKey, known: &Known) -> Self {
+        Self {
+            identity: identity.as_bytes().to_vec(),
+            username: known.username.as_str().to_owned(),
+            standing: standing_code(known.standing),
+            compared_at: known.compared_at.map(|at| at.0),
+        }
+    }
+
+    pub(super) fn restore(&self) -> Result<(IdentityKey, Known), Corrupt> {
+        let username = Username::parse(&self.username).map_err(Corrupt::new)?;
+        let standing = standing(self.standing)?;
+        let compared_at = self.compared_at.map(UnixMillis);
+        Ok((key(&self.identity)?, Known { username, standing, compared_at }))
+    }
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct SavedOutgoing {
+    #[prost(bytes = "vec", tag = "1")]
+    message_id: Vec<u8>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    recipients: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", tag = "3")]
+    channel: Vec<u8>,
+    #[prost(bytes = "vec", tag = "4")]
+    payload: Vec<u8>,
+    #[prost(uint64, optional, tag = "5")]
+    entry: Option<u64>,
+}
+
+impl From<&Outgoing> for SavedOutgoing {
+    fn from(item: &Outgoing) -> Self {
+        Self {
+            message_id: item.message_id.as_bytes().to_vec(),
+            recipients: item.recipients.iter().map(|key| key.as_bytes().to_vec()).collect(),
+            channel: item.channel.as_bytes().to_vec(),
+            payload: item.payload.clone(),
+            entry: item.entry.map(|id| id.0),
+        }
+    }
+}
+
+impl SavedOutgoing {
+    pub(super) fn restore(&self) -> Result<Outgoing, Corrupt> {
+        Ok(Outgoing {
+            message_id: MessageId::try_from(&self.message_id[..]).map_err(Corrupt::new)?,
+            recipients: self.recipients.iter().map(|bytes| key(bytes)).collect::<Result<_, _>>()?,
+            channel: ChannelId::try_from(&self.channel[..]).map_err(Corrupt::new)?,
+            payload: self.payload.clone(),
+            entry: self.entry.map(EntryId),
+        })
+    }
+}
+
+/// Every kind of event in one flat record; `kind` says which fields count.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct SavedEntry {
+    #[prost(uint64, tag = "1")]
+    id: u64,
+    /// 32 bytes of a key or group id; empty for no conversation.
+    #[prost(bytes = "vec", tag = "2")]
+    conversation: Vec<u8>,
+    #[prost(bool, tag = "3")]
+    is_group: bool,
+    #[prost(uint64, tag = "4")]
+    at: u64,
+    #[prost(bool, tag = "5")]
+    seen: bool,
+    #[prost(uint32, tag = "6")]
+    kind: u32,
+    #[prost(string, tag = "7")]
+    pub(super) text: String,
+    #[prost(bytes = "vec", repeated, tag = "8")]
+    people: Vec<Vec<u8>>,
+    #[prost(uint64, repeated, tag = "9")]
+    numbers: Vec<u64>,
+}
+
+impl From<&Kept> for SavedEntry {
+    fn from(kept: &Kept) -> Self {
+        let Entry { id, conversation, at, event } = &kept.entry;
+        let (is_group, conversation) = match conversation {
+            None => (false, Vec::new()),
+            Some(ConversationId::Direct(key)) => (false, key.as_bytes().to_vec()),
+            Some(ConversationId::Group(id)) => (true, id.as_bytes().to_vec()),
+        };
+        let mut saved =
+            Self { id: id.0, conversation, is_group, at: at.0, seen: kept.seen, ..Self::default() };
+        saved.set_event(event);
+        saved
+    }
+}
+
+impl SavedEntry {
+    fn set_event(&mut self, event: &Event<IdentityKey>) {
+        let (kind, text, people, numbers): (_, &str, &[IdentityKey], Vec<u64>) = match event {
+            Event::Sent { text, delivery } => (1, text, &[], vec![delivery_code(*delivery)]),
+            Event::Received { from, text, sent_at } => (2, text, &[*from], vec![sent_at.0]),
+            Event::Joined { by } => (3, "", &[*by], vec![]),
+            Event::Added { members } => (4, "", members, vec![]),
+            Event::Removed { members } => (5, "", members, vec![]),
+            Event::Unreadable { from, reason } => (6, reason, from.as_slice(), vec![]),
+            Event::WentBack => (10, "", &[], vec![]),
+            Event::Restored => (11, "", &[], vec![]),
+            Event::Missing { first, last } => (7, "", &[], vec![first.0, last.0]),
+            Event::NameRefuted { person, claimed } => (8, claimed.as_str(), &[*person], vec![]),
+            Event::Undeliverable { to, reason } => (9, reason, &[*to], vec![]),
+            Event::NewKey { person } => (20, "", &[*person], vec![]),
+        };
+        self.kind = kind;
+        text.clone_into(&mut self.text);
+        self.people = people.iter().map(|key| key.as_bytes().to_vec()).collect();
+        self.numbers = numbers;
+    }
+
+    pub(super) fn restore(&self) -> Result<Kept, Corrupt> {
+        let conversation = match (&self.conversation[..], self.is_group) {
+            ([], _) => None,
+            (bytes, false) => Some(ConversationId::Direct(key(bytes)?)),
+            (bytes, true) => {
+                Some(ConversationId::Group(GroupId::try_from(bytes).map_err(Corrupt::new)?))
+            }
+        };
+        let entry = Entry {
+            id: EntryId(self.id),
+            conversation,
+            at: UnixMillis(self.at),
+            event: self.event()?,
+        };
+        Ok(Kept { entry, seen: self.seen })
+    }
+
+    fn event(&self) -> Result<Event<IdentityKey>, Corrupt> {
+        let people: Vec<_> =
+            self.people.iter().map(|bytes| key(bytes)).collect::<Result<_, _>>()?;
+        let text = self.text.clone();
+        Ok(match (self.kind, &people[..], &self.numbers[..]) {
+            (1, [], &[code]) => Event::Sent { text, delivery: delivery(code)? },
+            (2, &[from], &[at]) => Event::Received { from, text, sent_at: UnixMillis(at) },
+            (3, &[by], []) => Event::Joined { by },
+            (4, _, []) => Event::Added { members: people },
+            (5, _, []) => Event::Removed { members: people },
+            (6, [], []) => Event::Unreadable { from: None, reason: text },
+            (6, &[from], []) => Event::Unreadable { from: Some(from), reason: text },
+            (10, [], []) => Event::WentBack,
+            (11, [], []) => Event::Restored,
+            (7, [], &[first, last]) => Event::Missing { first: Seq(first), last: Seq(last) },
+            (8, &[person], []) => Event::NameRefuted {
+                person,
+                claimed: Username::parse(&text).map_err(Corrupt::new)?,
+            },
+            (9, &[to], []) => Event::Undeliverable { to, reason: text },
+            (20, &[person], []) => Event::NewKey { person },
+            _ => return Err(Corrupt::new("an entry of a kind that this version does not know")),
+        })
+    }
+}
+
+fn key(bytes: &[u8]) -> Result<IdentityKey, Corrupt> {
+    IdentityKey::try_from(bytes).map_err(Corrupt::new)
+}
+
+const fn delivery_code(delivery: Delivery) -> u64 {
+    match delivery {
+        Delivery::Queued => 0,
+        Delivery::Sent => 1,
+        Delivery::Failed => 2,
+    }
+}
+
+fn delivery(code: u64) -> Result<Delivery, Corrupt> {
+    [Delivery::Queued, Delivery::Sent, Delivery::Failed]
+        .into_iter()
+        .find(|delivery| delivery_code(*delivery) == code)
+        .ok_or_else(|| Corrupt::new("an unknown delivery"))
+}
+
+const fn standing_code(standing: Standing) -> u32 {
+    match standing {
+        Standing::Own => 0,
+        Standing::Claimed => 1,
+        Standing::Confirmed => 2,
+        Standing::Refuted => 3,
+        Standing::NewKey => 4,
+    }
+}
+
+fn standing(code: u32) -> Result<Standing, Corrupt> {
+    use Standing::{Claimed, Confirmed, NewKey, Own, Refuted};
+    [Own, Claimed, Confirmed, Refuted, NewKey]
+        .into_iter()
+        .find(|standing| standing_code(*standing) == code)
+        .ok_or_else(|| Corrupt::new("an unknown standing"))
+}

@@ -1,0 +1,16 @@
+//! The tables of the messenger in the profile's database. `qpq-mls` has those below 32.
+
+use qpq_mls::database::Table;
+
+/// The history, in the lane of each conversation. Open items are unseen.
+pub(super) const ENTRIES: Table = Table::new(32);
+/// The conversations that have a history.
+pub(super) const CONVERSATIONS: Table = Table::new(33);
+/// What is still to be sent, in the lane of the entry that it belongs to.
+pub(super) const OUTBOX: Table = Table::new(34);
+/// Keys with names, in the lane of the name.
+pub(super) const PEOPLE: Table = Table::new(35);
+/// Keys of people whose names the directory was not asked about yet.
+pub(super) const UNCHECKED: Table = Table::new(36);
+/// Single values.
+pub(super) const SETTINGS: Table = Table::new(37);

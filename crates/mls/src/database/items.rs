@@ -1,0 +1,217 @@
+//! Items: what has an order, such as a history or a queue.
+
+use rusqlite::{OptionalExtension as _, Row, params};
+
+use super::{Database, DatabaseError, Table, Value, seal::Name};
+
+/// An item as read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item {
+    pub number: u64,
+    /// Whether something is still to be done about it.
+    pub open: bool,
+    pub value: Value,
+}
+
+/// How a new item is found.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NewItem<'a> {
+    /// Unique in its table.
+    pub key: Option<&'a [u8]>,
+    pub lane: Option<&'a [u8]>,
+    pub open: bool,
+}
+
+/// An item before its value is opened.
+struct Sealed {
+    number: i64,
+    open: bool,
+    value: Vec<u8>,
+}
+
+const COLUMNS: &str = "number, open, value";
+
+impl Database {
+    /// Appends an item; returns its number, which no other item of the table had or will have.
+    pub fn append(
+        &self,
+        table: Table,
+        new: NewItem<'_>,
+        value: &[u8],
+    ) -> Result<u64, DatabaseError> {
+        let number = self.next_number(table)?;
+        self.insert(table, number, new, value)?;
+        Ok(number)
+    }
+
+    /// Appends an item under a given number; later ones get higher numbers.
+    pub fn insert(
+        &self,
+        table: Table,
+        number: u64,
+        new: NewItem<'_>,
+        value: &[u8],
+    ) -> Result<(), DatabaseError> {
+        self.skip_numbers(table, number.saturating_add(1))?;
+        let key = new.key.map(|key| self.key(table, key));
+        let lane = new.lane.map(|lane| self.lane(table, lane));
+        let sealed = self.inner.secrets.seal(&place(table, number), value);
+        let connection = self.inner.connection.lock();
+        let mut statement = connection.prepare_cached(
+            "INSERT INTO items (tab, number, key, lane, open, value)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )?;
+        statement.execute(params![table.0, signed(number)?, key, lane, new.open, sealed])?;
+        Ok(())
+    }
+
+    /// The number that the next item gets.
+    pub fn next_number(&self, table: Table) -> Result<u64, DatabaseError> {
+        let connection = self.inner.connection.lock();
+        let mut statement =
+            connection.prepare_cached("SELECT next FROM counters WHERE tab = ?1")?;
+        let next: Option<i64> = statement.query_row([table.0], |row| row.get(0)).optional()?;
+        Ok(next.map_or(0, i64::cast_unsigned))
+    }
+
+    /// Makes sure that the next item gets at least this number.
+    pub fn skip_numbers(&self, table: Table, next: u64) -> Result<(), DatabaseError> {
+        let connection = self.inner.connection.lock();
+        let mut statement = connection.prepare_cached(
+            "INSERT INTO counters VALUES (?1, ?2)
+             ON CONFLICT (tab) DO UPDATE SET next = max(next, excluded.next)",
+        )?;
+        statement.execute(params![table.0, signed(next)?])?;
+        Ok(())
+    }
+
+    /// The item of this number.
+    pub fn item(&self, table: Table, number: u64) -> Result<Option<Item>, DatabaseError> {
+        let sql = format!("SELECT {COLUMNS} FROM items WHERE tab = ?1 AND number = ?2");
+        Ok(self.items(table, &sql, params![table.0, signed(number)?])?.pop())
+    }
+
+    /// The item of this key.
+    pub fn item_of_key(&self, table: Table, key: &[u8]) -> Result<Option<Item>, DatabaseError> {
+        let sql = format!("SELECT {COLUMNS} FROM items WHERE tab = ?1 AND key = ?2");
+        Ok(self.items(table, &sql, params![table.0, self.key(table, key)])?.pop())
+    }
+
+    /// Up to `limit` items after a number, lowest first.
+    pub fn items_after(
+        &self,
+        table: Table,
+        after: Option<u64>,
+        limit: u32,
+    ) -> Result<Vec<Item>, DatabaseError> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM items WHERE tab = ?1 AND number > ?2 ORDER BY number LIMIT ?3"
+        );
+        self.items(table, &sql, params![table.0, after_number(after)?, limit])
+    }
+
+    /// Up to `limit` open items after a number, lowest first.
+    pub fn open_items(
+        &self,
+        table: Table,
+        after: Option<u64>,
+        limit: u32,
+    ) -> Result<Vec<Item>, DatabaseError> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM items WHERE tab = ?1 AND number > ?2 AND open
+             ORDER BY number LIMIT ?3"
+        );
+        self.items(table, &sql, params![table.0, after_number(after)?, limit])
+    }
+
+    /// The last `limit` items of a lane, highest first.
+    pub fn last_in_lane(
+        &self,
+        table: Table,
+        lane: &[u8],
+        limit: u32,
+    ) -> Result<Vec<Item>, DatabaseError> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM items WHERE tab = ?1 AND lane = ?2
+             ORDER BY number DESC LIMIT ?3"
+        );
+        self.items(table, &sql, params![table.0, self.lane(table, lane), limit])
+    }
+
+    /// How many items of a lane are open.
+    pub fn count_open(&self, table: Table, lane: &[u8]) -> Result<u64, DatabaseError> {
+        let lane: Name = self.lane(table, lane);
+        let connection = self.inner.connection.lock();
+        let mut statement = connection
+            .prepare_cached("SELECT count(*) FROM items WHERE tab = ?1 AND lane = ?2 AND open")?;
+        let count: i64 = statement.query_row(params![table.0, lane], |row| row.get(0))?;
+        Ok(count.cast_unsigned())
+    }
+
+    /// Opens or closes an item; returns whether that is a change.
+    pub fn set_open(&self, table: Table, number: u64, open: bool) -> Result<bool, DatabaseError> {
+        let connection = self.inner.connection.lock();
+        let mut statement = connection.prepare_cached(
+            "UPDATE items SET open = ?3 WHERE tab = ?1 AND number = ?2 AND open <> ?3",
+        )?;
+        Ok(statement.execute(params![table.0, signed(number)?, open])? > 0)
+    }
+
+    /// Replaces an item's value.
+    pub fn replace_item(
+        &self,
+        table: Table,
+        number: u64,
+        value: &[u8],
+    ) -> Result<(), DatabaseError> {
+        let sealed = self.inner.secrets.seal(&place(table, number), value);
+        let connection = self.inner.connection.lock();
+        let mut statement = connection
+            .prepare_cached("UPDATE items SET value = ?3 WHERE tab = ?1 AND number = ?2")?;
+        statement.execute(params![table.0, signed(number)?, sealed])?;
+        Ok(())
+    }
+
+    /// Removes an item.
+    pub fn remove_item(&self, table: Table, number: u64) -> Result<(), DatabaseError> {
+        let connection = self.inner.connection.lock();
+        let mut statement =
+            connection.prepare_cached("DELETE FROM items WHERE tab = ?1 AND number = ?2")?;
+        statement.execute(params![table.0, signed(number)?])?;
+        Ok(())
+    }
+
+    fn items(
+        &self,
+        table: Table,
+        sql: &str,
+        parameters: &[&dyn rusqlite::ToSql],
+    ) -> Result<Vec<Item>, DatabaseError> {
+        let connection = self.inner.connection.lock();
+        let mut statement = connection.prepare_cached(sql)?;
+        let rows = statement.query_map(parameters, |row: &Row<'_>| {
+            Ok(Sealed { number: row.get(0)?, open: row.get(1)?, value: row.get(2)? })
+        })?;
+        rows.map(|row| {
+            let Sealed { number, open, value } = row?;
+            let number = number.cast_unsigned();
+            let value = self.inner.secrets.open(&place(table, number), &value)?;
+            Ok(Item { number, open, value })
+        })
+        .collect()
+    }
+}
+
+/// The associated data of an item.
+fn place(table: Table, number: u64) -> Vec<u8> {
+    [b"item", &[table.0][..], &number.to_be_bytes()].concat()
+}
+
+fn signed(number: u64) -> Result<i64, DatabaseError> {
+    i64::try_from(number)
+        .map_err(|_| DatabaseError::Damaged("a number is larger than any that was given".into()))
+}
+
+fn after_number(after: Option<u64>) -> Result<i64, DatabaseError> {
+    after.map_or(Ok(-1), signed)
+}

@@ -1,0 +1,66 @@
+//! What an MLS message says in the open (RFC 9420 §6.3): for a private message the authenticated
+//! data, in which our clients name themselves.
+//!
+//! The server knows the sender of each message anyway. For the receiver the name is a mere claim
+//! until the message is decrypted; it says whom to ask about one that cannot be.
+
+use qpq_domain::IdentityKey;
+
+/// The version of what our clients put in the authenticated data.
+const VERSION: u8 = 1;
+
+/// `mls10` and `mls_private_message` (RFC 9420 §6 and §17.2).
+const PRIVATE_MESSAGE: [u8; 4] = [0, 1, 0, 2];
+
+/// What the sender `me` puts in a message's authenticated data.
+pub(crate) fn claim(me: &IdentityKey) -> Vec<u8> {
+    [&[VERSION][..], me.as_bytes()].concat()
+}
+
+/// Who a private message says sent it.
+pub(crate) fn claimed_sender(bytes: &[u8]) -> Option<IdentityKey> {
+    let mut rest = bytes.strip_prefix(&PRIVATE_MESSAGE)?;
+    vector(&mut rest)?; // group_id
+    rest = rest.get(8 + 1..)?; // epoch, content_type
+    let (&VERSION, key) = vector(&mut rest)?.split_first()? else { return None };
+    IdentityKey::try_from(key).ok()
+}
+
+/// Takes a vector off the front of `rest` (RFC 9420 §2.1.2).
+fn vector<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let first = *rest.first()?;
+    let len_len = match first >> 6 {
+        0 => 1,
+        1 => 2,
+        2 => 4,
+        _ => return None,
+    };
+    let (head, tail) = rest.split_at_checked(len_len)?;
+    let len = head.iter().fold(0_usize, |len, byte| len << 8 | usize::from(*byte));
+    let mask = (1_usize << (8 * len_len - 2)) - 1;
+    let (content, tail) = tail.split_at_checked(len & mask)?;
+    *rest = tail;
+    Some(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_private_message_with_our_data_names_a_sender() {
+        let me = IdentityKey::new([7; 32]);
+        let mut message = PRIVATE_MESSAGE.to_vec();
+        message.extend([2, b'i', b'd']);
+        message.extend([0; 9]);
+        message.push(33);
+        message.extend(claim(&me));
+        assert_eq!(claimed_sender(&message), Some(me));
+        for len in 0..message.len() {
+            assert_eq!(claimed_sender(&message[..len]), None);
+        }
+        message[18] = 2;
+        assert_eq!(claimed_sender(&message), None, "a later version");
+        assert_eq!(claimed_sender(b"rubbish"), None);
+    }
+}

@@ -1,0 +1,14 @@
+//! The tables of this crate in the client's database.
+
+use crate::database::Table;
+
+/// The identity's seed and the username.
+pub(crate) const ACCOUNT: Table = Table::new(1);
+/// openmls's values, in the lane of their group.
+pub(crate) const MLS: Table = Table::new(2);
+/// What we note about each group, in the lane of the peer where it is a direct one.
+pub(crate) const GROUPS: Table = Table::new(3);
+/// Our key packages with their private halves.
+pub(crate) const PACKAGES: Table = Table::new(4);
+/// Messages put aside, in the lane of their group.
+pub(crate) const WAITING: Table = Table::new(5);

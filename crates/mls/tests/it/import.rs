@@ -1,0 +1,76 @@
+//! The state of releases up to 0.1, as one of them saved it.
+
+use std::path::Path;
+
+use proptest::{prelude::*, sample::Index};
+use prost::Message as _;
+use qpq_mls::{
+    Client, ImportError,
+    database::Database,
+    vault::{self, VaultKey},
+};
+
+use crate::world::{Hear as _, content, now, texts};
+
+/// The part of a vault's content that is this crate's.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Saved {
+    #[prost(bytes = "vec", tag = "2")]
+    mls: Vec<u8>,
+}
+
+/// The snapshot in the vault of a profile that an earlier release wrote.
+fn snapshot(name: &str) -> Vec<u8> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../client/tests/fixtures").join(name);
+    let hex = std::fs::read_to_string(dir.join("key.hex")).unwrap();
+    let mut key = [0; 48];
+    for (byte, digits) in key.iter_mut().zip(hex.trim().as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).unwrap(), 16).unwrap();
+    }
+    let key = VaultKey::from_bytes(&key);
+    let content = vault::read(&dir.join("state.vault"), &key).unwrap().unwrap();
+    Saved::decode(&content[..]).unwrap().mls
+}
+
+fn import(bytes: &[u8]) -> Result<Client, ImportError> {
+    Client::import(&Database::in_memory(), bytes, now())
+}
+
+#[test]
+fn conversations_of_an_earlier_release_go_on() {
+    let mut alice = import(&snapshot("alice")).unwrap();
+    let mut bob = import(&snapshot("bob")).unwrap();
+    let direct = alice.direct(&bob.identity().public()).unwrap().unwrap();
+    let message = alice.encrypt(direct, &content("after the import")).unwrap();
+    // Bob has not read what alice wrote before.
+    assert_eq!(texts(&bob.hear(&message.payload)), ["after the import"]);
+    for group in bob.groups().unwrap() {
+        let message = bob.encrypt(group.id, &content("and back")).unwrap();
+        assert_eq!(texts(&alice.hear(&message.payload)), ["and back"]);
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_none_is_told_apart_from_a_newer_one() {
+    let mut bytes = snapshot("alice");
+    for len in (0..bytes.len()).step_by(997).chain([bytes.len() - 1]) {
+        assert_eq!(import(&bytes[..len]).err(), Some(ImportError::Damaged), "cut to {len}");
+    }
+    bytes.push(0);
+    assert_eq!(import(&bytes).err(), Some(ImportError::Damaged));
+    bytes.pop();
+    bytes[4] = 2;
+    assert_eq!(import(&bytes).err(), Some(ImportError::Newer));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn damaged_snapshots_are_found_out(at in any::<Index>(), bits in 1..=u8::MAX) {
+        let mut bytes = snapshot("alice");
+        let at = at.index(bytes.len());
+        bytes[at] ^= bits;
+        prop_assert!(import(&bytes).is_err());
+    }
+}
