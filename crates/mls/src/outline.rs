@@ -59,7 +59,7 @@ mod tests {
         for len in 0..message.len() {
             assert_eq!(claimed_sender(&message[..len]), None);
         }
-        message[18] = 2;
+        message[17] = 2;
         assert_eq!(claimed_sender(&message), None, "a later version");
         assert_eq!(claimed_sender(b"rubbish"), None);
     }

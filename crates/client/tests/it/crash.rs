@@ -4,7 +4,7 @@
 
 use qpq_client::{Delivery, Event, Messenger};
 
-use crate::harness::{Server, crash_after, dm, history, password, read, reopen, soon, username};
+use crate::harness::{Server, crash_after, dm, history, password, read, restart, soon, username};
 
 /// More than any of these futures takes.
 const MANY: usize = 500;
@@ -22,10 +22,10 @@ async fn a_crash_while_receiving_loses_and_doubles_nothing() {
         let text = polls.to_string();
         alice.send(with_bob, &text).await.unwrap();
         sent.push(format!("alice: {text}"));
-        let bob = reopen(&dir, &key).await;
+        let bob = restart(&dir, &key).await;
         let survived = soon(crash_after(polls, bob.receive())).await.is_some();
         drop(bob);
-        let bob = reopen(&dir, &key).await;
+        let bob = restart(&dir, &key).await;
         assert_eq!(read(&bob).await, [format!("alice: {text}")], "after {polls} polls");
         if survived {
             assert_eq!(history(&bob, with_alice).await, sent);
@@ -45,11 +45,11 @@ async fn a_crash_while_sending_loses_and_doubles_nothing() {
     alice.send(with_bob, "first").await.unwrap();
     drop(alice);
     for polls in 1..MANY {
-        let alice = reopen(&dir, &key).await;
+        let alice = restart(&dir, &key).await;
         let survived =
             soon(crash_after(polls, alice.send(with_bob, &polls.to_string()))).await.is_some();
         drop(alice);
-        let alice = reopen(&dir, &key).await;
+        let alice = restart(&dir, &key).await;
         alice.flush().await.unwrap();
         read(&bob).await;
         let saved = history(&alice, with_bob).await;
@@ -74,12 +74,12 @@ async fn a_crash_while_working_off_a_backlog_loses_and_doubles_nothing() {
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
     drop(alice);
     for polls in (1..MANY).step_by(7) {
-        let alice = reopen(&dir, &key).await;
+        let alice = restart(&dir, &key).await;
         let texts = (0..20).map(|n| format!("{polls}, {n}")).collect();
         alice.queue_all(with_bob, texts).await.unwrap();
         let survived = soon(crash_after(polls, alice.flush())).await.is_some();
         drop(alice);
-        let alice = reopen(&dir, &key).await;
+        let alice = restart(&dir, &key).await;
         alice.flush().await.unwrap();
         assert_eq!(read(&bob).await.len(), 20, "after {polls} polls");
         if survived {
@@ -99,7 +99,7 @@ async fn a_crash_while_making_a_group_leaves_it_as_its_maker_knows_it() {
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
     drop(alice);
     for polls in 1..MANY {
-        let alice = reopen(&dir, &key).await;
+        let alice = restart(&dir, &key).await;
         let group = alice.create_group("friends").await.unwrap();
         let work = async {
             alice.add(group, &username("bob")).await.unwrap();
@@ -107,7 +107,7 @@ async fn a_crash_while_making_a_group_leaves_it_as_its_maker_knows_it() {
         };
         let survived = soon(crash_after(polls, work)).await.is_some();
         drop(alice);
-        let alice = reopen(&dir, &key).await;
+        let alice = restart(&dir, &key).await;
         alice.flush().await.unwrap();
         let members = alice.members(group).await.unwrap().len();
         let sent = alice.history(group, usize::MAX).await.unwrap();

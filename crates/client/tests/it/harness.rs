@@ -166,6 +166,13 @@ pub(crate) async fn reopen(dir: &Path, key: &qpq_client::VaultKey) -> Messenger 
     Messenger::unlock_with_key(dir, key.clone()).await.unwrap()
 }
 
+/// As [`reopen`], once the process that crashed has ended: what it had begun to save is saved.
+pub(crate) async fn restart(dir: &Path, key: &qpq_client::VaultKey) -> Messenger {
+    let lock = std::fs::File::open(dir.join("lock")).unwrap();
+    tokio::task::spawn_blocking(move || lock.lock()).await.unwrap().unwrap();
+    reopen(dir, key).await
+}
+
 /// Drops a future after it was polled so many times; its output if it ended before.
 pub(crate) fn crash_after<F: Future>(
     polls: usize,
