@@ -209,8 +209,8 @@ pub enum Error {
     /// cannot be used.
     #[error(transparent)]
     Mls(#[from] qpq_mls::Error),
-    /// The profile's state could not be used. Callers get the [`Error::Profile`] that says where.
-    #[doc(hidden)]
+    /// The profile's state could not be used. The messenger reports this as the
+    /// [`Error::Profile`] that says where.
     #[error(transparent)]
     State(#[from] qpq_mls::database::DatabaseError),
 }

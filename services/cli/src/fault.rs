@@ -114,6 +114,9 @@ impl From<Error> for Fault {
             }
             Error::GroupName { .. } => failure("client.group_name", "choose another name"),
             Error::Mls(error) => error.into(),
+            Error::State(_) => {
+                failure("profile.io", "check that the directory is yours and the disk has space")
+            }
         }
     }
 }
@@ -198,7 +201,7 @@ impl From<CallError> for Fault {
             CallError::TimedOut { .. } => unreachable("client.timed_out", "try again"),
             CallError::Lost { .. } => unreachable("client.connection_lost", "try again"),
             CallError::TooLarge { .. } => Self::new(Exit::Failure, "client.too_large", error),
-            CallError::Malformed { .. } => {
+            CallError::Malformed { .. } | CallError::ImpossibleSeq { .. } => {
                 Self::new(Exit::Failure, "client.malformed_answer", error)
                     .hint("client and server may be of versions that do not go together")
             }
