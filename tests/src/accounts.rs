@@ -180,9 +180,9 @@ pub async fn publish_key_packages(
     now: UnixMillis,
 ) -> anyhow::Result<()> {
     let username = qpq_domain::Username::parse(&account.username)?;
-    let mut mls = qpq_mls::Client::new(qpq_mls::Identity::from_seed(&account.seed), username);
+    let mut mls = qpq_mls::Client::in_memory(qpq_mls::Identity::from_seed(&account.seed), username);
     let request = v1::UploadKeyPackageRequest {
-        more_packages: mls.key_packages(count, now).into_iter().map(Bytes::from).collect(),
+        more_packages: mls.key_packages(count, now)?.into_iter().map(Bytes::from).collect(),
         ..Default::default()
     };
     client.must::<UploadKeyPackage>(&request, Some(&account.token)).await?;

@@ -125,6 +125,11 @@ impl Client {
         Ok(Self::assemble(database, identity, username))
     }
 
+    /// Creates an account's state that ends with the process.
+    pub fn in_memory(identity: Identity, username: Username) -> Self {
+        Self::create(&Database::in_memory(), identity, username).expect("memory does not fail")
+    }
+
     /// Opens an account's state.
     pub fn open(database: &Database) -> Result<Self, DatabaseError> {
         let damaged = |Malformed| DatabaseError::Damaged("the account's row is cut short".into());

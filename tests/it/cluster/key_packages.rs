@@ -35,8 +35,8 @@ async fn claimed_once() {
     for stock in [40, CLAIMS, CLAIMS + 10, 0] {
         let now = SystemClock.now();
         let packages: Vec<Bytes> =
-            mls.key_packages(stock, now).into_iter().map(Bytes::from).collect();
-        let last_resort = Bytes::from(mls.last_resort_key_package(now));
+            mls.key_packages(stock, now).unwrap().into_iter().map(Bytes::from).collect();
+        let last_resort = Bytes::from(mls.last_resort_key_package(now).unwrap());
         let request = v1::UploadKeyPackageRequest {
             package: last_resort.clone(),
             last_resort: true,
@@ -95,5 +95,5 @@ async fn claimed_once() {
 
 pub(super) fn client_of(account: &Account) -> qpq_mls::Client {
     let username = Username::parse(&account.username).expect("it is registered");
-    qpq_mls::Client::new(qpq_mls::Identity::from_seed(&account.seed), username)
+    qpq_mls::Client::in_memory(qpq_mls::Identity::from_seed(&account.seed), username)
 }

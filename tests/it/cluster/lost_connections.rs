@@ -396,8 +396,8 @@ async fn key_packages_with_lost_connections() {
     for storm in World::storms("key_package") {
         let now = qpq_ports::Clock::now(&qpq_ports::SystemClock);
         let packages: Vec<Bytes> =
-            mls.key_packages(2 * TIMES, now).into_iter().map(Bytes::from).collect();
-        let last_resort = Bytes::from(mls.last_resort_key_package(now));
+            mls.key_packages(2 * TIMES, now).unwrap().into_iter().map(Bytes::from).collect();
+        let last_resort = Bytes::from(mls.last_resort_key_package(now).unwrap());
         let uploading = many(&fleet, |n, mut roamer| {
             let request = v1::UploadKeyPackageRequest {
                 package: last_resort.clone(),

@@ -389,9 +389,9 @@ async fn a_drain_is_told_to_all_over_five_seconds() {
 /// Uploads so many packages for `user`.
 async fn stock(server: &Server, user: &User, count: usize) {
     let name = Username::parse(&user.name).expect("a username");
-    let mut mls = qpq_mls::Client::new(Identity::from_seed(&user.signing.to_bytes()), name);
+    let mut mls = qpq_mls::Client::in_memory(Identity::from_seed(&user.signing.to_bytes()), name);
     let more_packages =
-        mls.key_packages(count, server.clock.now()).into_iter().map(Bytes::from).collect();
+        mls.key_packages(count, server.clock.now()).unwrap().into_iter().map(Bytes::from).collect();
     let request = UploadKeyPackageRequest { more_packages, ..Default::default() };
     user.ok::<methods::UploadKeyPackage>(request).await;
 }

@@ -18,17 +18,22 @@ use crate::harness::{Server, User};
 /// The user's MLS client.
 fn mls(user: &User) -> MlsClient {
     let name = Username::parse(&user.name).expect("a username");
-    MlsClient::new(Identity::from_seed(&user.signing.to_bytes()), name)
+    MlsClient::in_memory(Identity::from_seed(&user.signing.to_bytes()), name)
 }
 
 /// New packages of the user, each in an MLSMessage.
 fn packages(server: &Server, user: &User, count: usize) -> Vec<Bytes> {
-    mls(user).key_packages(count, server.clock.now()).into_iter().map(Bytes::from).collect()
+    mls(user)
+        .key_packages(count, server.clock.now())
+        .unwrap()
+        .into_iter()
+        .map(Bytes::from)
+        .collect()
 }
 
 /// A package that says of itself that it may be used more than once.
 fn last_resort(server: &Server, user: &User) -> Bytes {
-    mls(user).last_resort_key_package(server.clock.now()).into()
+    mls(user).last_resort_key_package(server.clock.now()).unwrap().into()
 }
 
 /// The package without the MLSMessage around it.
