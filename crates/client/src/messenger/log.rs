@@ -168,22 +168,7 @@ impl Log {
         at: UnixMillis,
         event: Event<IdentityKey>,
     ) -> Result<EntryId, DatabaseError> {
-        self.add(Kept { entry: self.next(conversation, at, event)?, seen: false }, None)
-    }
-
-    /// As [`Log::push`], unless there is an entry of this key already.
-    pub(crate) fn push_once(
-        &self,
-        key: &[u8],
-        conversation: Option<ConversationId>,
-        at: UnixMillis,
-        event: Event<IdentityKey>,
-    ) -> Result<Option<EntryId>, DatabaseError> {
-        if self.database.item_of_key(ENTRIES, key)?.is_some() {
-            return Ok(None);
-        }
-        let entry = self.next(conversation, at, event)?;
-        self.add(Kept { entry, seen: false }, Some(key)).map(Some)
+        self.add(Kept { entry: self.next(conversation, at, event)?, seen: false })
     }
 
     /// Adds what we did, which need not be shown to us.
@@ -193,7 +178,7 @@ impl Log {
         at: UnixMillis,
         event: Event<IdentityKey>,
     ) -> Result<EntryId, DatabaseError> {
-        self.add(Kept { entry: self.next(Some(conversation), at, event)?, seen: true }, None)
+        self.add(Kept { entry: self.next(Some(conversation), at, event)?, seen: true })
     }
 
     fn next(
@@ -208,13 +193,13 @@ impl Log {
 
     /// Adds an entry that was saved elsewhere.
     pub(crate) fn restore(&self, kept: &Kept) -> Result<(), DatabaseError> {
-        self.add(kept.clone(), None).map(drop)
+        self.add(kept.clone()).map(drop)
     }
 
-    fn add(&self, kept: Kept, key: Option<&[u8]>) -> Result<EntryId, DatabaseError> {
+    fn add(&self, kept: Kept) -> Result<EntryId, DatabaseError> {
         let Entry { id, conversation, at, .. } = kept.entry;
         let lane = conversation_key(conversation);
-        let new = NewItem { key, lane: Some(&lane), open: !kept.seen };
+        let new = NewItem { key: None, lane: Some(&lane), open: !kept.seen };
         self.database.insert(ENTRIES, id.0, new, &encode(&SavedEntry::from(&kept)))?;
         if let Some(conversation) = conversation {
             let saved = SavedConversation::new(conversation, at);
@@ -330,14 +315,5 @@ mod tests {
         assert_eq!(log.unseen(Some(EntryId(2_300)), usize::MAX).unwrap().len(), 99);
         assert_eq!(log.last_of(&one, 2).unwrap().len(), 2);
         assert_eq!(log.conversations().unwrap(), [(one, UnixMillis(1_199))]);
-    }
-
-    #[test]
-    fn an_entry_of_a_key_is_added_once() {
-        let log = Log::new(&Database::in_memory());
-        let event = || Event::Unreadable { from: None, reason: "why".into() };
-        assert!(log.push_once(b"key", None, UnixMillis(0), event()).unwrap().is_some());
-        assert!(log.push_once(b"key", None, UnixMillis(0), event()).unwrap().is_none());
-        assert!(log.push_once(b"other", None, UnixMillis(0), event()).unwrap().is_some());
     }
 }

@@ -242,7 +242,10 @@ mod tests {
         // Accepted: what was compared was the other key.
         people.set(old, alice.clone(), Standing::Refuted).unwrap();
         assert_eq!(people.judge(new, alice.clone()).unwrap(), Standing::Confirmed);
-        assert_eq!((people.compared_at(&old).unwrap(), people.compared_at(&new).unwrap()), (None, None));
+        assert_eq!(
+            (people.compared_at(&old).unwrap(), people.compared_at(&new).unwrap()),
+            (None, None)
+        );
     }
 
     #[test]
