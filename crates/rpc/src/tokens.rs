@@ -30,6 +30,9 @@ const MAX_TOKENS: usize = 8_192;
 /// Addresses that are counted.
 const MAX_ADDRESSES: usize = 65_536;
 
+/// What sums of times may be off by, in milliseconds.
+const ROUNDING: f64 = 1_000.0;
+
 /// The failed tokens of all addresses, and the tokens that were seen lately.
 #[derive(Debug)]
 pub(crate) struct Tokens {
@@ -88,7 +91,8 @@ impl Tokens {
         let millis = 1_000.0 / bucket.per_second;
         let missing = (full_at - now.0 as f64).max(0.0);
         // No budget lacks more than its burst, unless the clock was put back since.
-        let missing = if missing > f64::from(bucket.burst) * millis { 0.0 } else { missing };
+        let most = f64::from(bucket.burst) * millis + ROUNDING;
+        let missing = if missing > most { 0.0 } else { missing };
         let lacking = missing - (f64::from(bucket.burst) - 1.0) * millis;
         if lacking <= 0.0 {
             Ok(())
