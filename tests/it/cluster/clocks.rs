@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use qpq_proto::{
-    methods::{Enqueue, Fetch, Health},
+    methods::{Enqueue, FetchWait, Health},
     v1,
 };
 use qpq_tests::{
@@ -27,9 +27,10 @@ async fn send(client: &Client, account: &Account, text: &'static str) {
     client.must::<Enqueue>(&request, Some(&account.token)).await.expect("accepted");
 }
 
+/// Waits: what was fetched before may be leased for a moment longer.
 async fn fetched(client: &Client, account: &Account) -> Vec<Bytes> {
-    let request = v1::FetchRequest::default();
-    let page = client.must::<Fetch>(&request, Some(&account.token)).await.expect("a page");
+    let request = v1::FetchWaitRequest { timeout_ms: 30_000, ..Default::default() };
+    let page = client.must::<FetchWait>(&request, Some(&account.token)).await.expect("a page");
     page.payloads.into_iter().map(|envelope| envelope.data).collect()
 }
 
