@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use qpq_ports::StoreError;
 
+use crate::damage;
+
 /// SQLite's primary result codes that mean something here (<https://www.sqlite.org/rescode.html>).
 mod code {
     pub(super) const PERM: i32 = 3;
@@ -86,7 +88,11 @@ impl From<Shared> for StoreError {
     fn from(error: Shared) -> Self {
         match Kind::of(&error.0) {
             Kind::Refused => Self::conflict(error),
-            Kind::Corrupt | Kind::BadRow => Self::corrupt(error),
+            Kind::Corrupt => {
+                damage::met();
+                Self::corrupt(error)
+            }
+            Kind::BadRow => Self::corrupt(error),
             Kind::Full | Kind::NotWritable | Kind::Other => Self::unavailable(error),
         }
     }

@@ -13,6 +13,7 @@
 mod accounts;
 mod backup;
 mod clock;
+mod damage;
 mod error;
 mod export;
 mod history;

@@ -15,7 +15,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-use crate::{accounts, clock::Belief, error::Kind, upkeep};
+use crate::{accounts, clock::Belief, damage, error::Kind, upkeep};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
@@ -58,7 +58,7 @@ pub enum OpenError {
     #[error("no space is left for {}: free some, then start again; nothing is lost", .0.display())]
     Full(PathBuf),
     #[error(
-        "{} is damaged ({cause}): keep a copy, restore the latest backup, or rescue what can be read with `sqlite3 {} .recover`",
+        "{} is damaged ({cause}): keep a copy, restore the latest backup with `qpq-admin restore`, or rescue what can be read with `sqlite3 {} .recover`",
         path.display(),
         path.display()
     )]
@@ -137,6 +137,7 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .run_direct(None, &mut connection, false)
         .await
         .map_err(|error| migration_failed(&path, &error))?;
+    damage::look_at_start(&mut connection, &path).await?;
     accounts::fill_skeletons(&mut connection).await.map_err(failed)?;
     upkeep::beat(&mut connection).await.map_err(failed)?;
     let belief = Belief::read(&mut connection).await.map_err(failed)?;

@@ -15,6 +15,7 @@ use sqlx::SqliteConnection;
 
 use crate::{
     clock::Guard,
+    damage::Damage,
     history::History,
     inboxes,
     row::millis,
@@ -35,6 +36,7 @@ pub(crate) struct EmbeddedUpkeep {
     history: History,
     clock: Guard,
     recent_ids: Duration,
+    damage: Damage,
 }
 
 impl EmbeddedUpkeep {
@@ -45,13 +47,14 @@ impl EmbeddedUpkeep {
         clock: Guard,
         recent_ids: Duration,
     ) -> Self {
-        Self { writer, sessions, history, clock, recent_ids }
+        Self { writer, sessions, history, clock, recent_ids, damage: Damage::new() }
     }
 }
 
 #[async_trait]
 impl Upkeep for EmbeddedUpkeep {
     async fn check(&self) -> StoreResult<()> {
+        self.damage.check(&self.writer).await?;
         if let Some(refused) = self.writer.refused() {
             self.lift(refused).await?;
         }

@@ -35,6 +35,7 @@ use tokio::{
 
 use crate::{
     clock::Guard,
+    damage,
     error::{Kind, Shared},
     inboxes::enqueue,
     metrics as names,
@@ -504,6 +505,9 @@ async fn execute(connection: &mut SqliteConnection, sql: &'static str) -> sqlx::
 
 /// Moves the write-ahead log into the database file, so that the file alone is whole.
 async fn finish(connection: &mut SqliteConnection) {
+    if let Err(error) = damage::note_clean_end(connection).await {
+        tracing::warn!(%error, "the next start looks at every page of the database");
+    }
     if let Err(error) = execute(connection, "PRAGMA wal_checkpoint(TRUNCATE)").await {
         tracing::warn!(%error, "the write-ahead log stays; the next start reads it");
     }

@@ -175,6 +175,60 @@ async fn a_damaged_header_is_found_at_the_start() {
 }
 
 #[tokio::test]
+async fn damage_after_an_unclean_end_is_found_at_the_start() {
+    let directory = filled().await;
+    let path = directory.path().join("qpq.db");
+    // As a crash leaves it, and a copy that was made while a server ran.
+    sql(directory.path(), "UPDATE heartbeat SET clean = 0").await;
+    open(directory.path()).await.close().await;
+    sql(directory.path(), "UPDATE heartbeat SET clean = 0").await;
+    let file = OpenOptions::new().write(true).open(&path).expect("open");
+    let pages = fs::metadata(&path).expect("there").len() / 4_096;
+    file.write_all_at(&[0xa5; 4_096], pages / 2 * 4_096).expect("write");
+    let error = refused(directory.path()).await;
+    assert!(matches!(error, OpenError::Corrupt { .. }), "{error}");
+    assert!(error.to_string().contains("qpq-admin restore"), "{error}");
+}
+
+/// Rows that an index does not have, as in a copy of files that were written meanwhile.
+#[tokio::test]
+async fn a_table_that_is_not_as_its_index_says_is_found_after_an_unclean_end() {
+    let directory = filled().await;
+    sql(directory.path(), "UPDATE heartbeat SET clean = 0").await;
+    sql(
+        directory.path(),
+        "PRAGMA writable_schema = on;
+         UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'session_expiry')
+          WHERE name = 'message_expiry'",
+    )
+    .await;
+    let error = refused(directory.path()).await;
+    assert!(matches!(error, OpenError::Corrupt { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_runs_or_was_killed_has_not_ended_in_good_order() {
+    let directory = filled().await;
+    let clean = async || {
+        let options = SqliteConnectOptions::new().filename(directory.path().join("qpq.db"));
+        let mut connection = options.immutable(true).connect().await.expect("connect");
+        let clean: bool = sqlx::query_scalar("SELECT clean FROM heartbeat")
+            .fetch_one(&mut connection)
+            .await
+            .expect("read");
+        clean
+    };
+    assert!(clean().await);
+    let mut child = Child::spawn();
+    child.open(directory.path(), Limits::default()).expect("free");
+    assert!(!clean().await, "the file alone says so, without its log");
+    child.kill();
+    assert!(!clean().await);
+    open(directory.path()).await.close().await;
+    assert!(clean().await);
+}
+
+#[tokio::test]
 async fn damage_in_the_middle_is_told_when_it_is_met() {
     let directory = filled().await;
     let path = directory.path().join("qpq.db");
@@ -194,9 +248,19 @@ async fn damage_in_the_middle_is_told_when_it_is_met() {
     let ack = qpq_ports::Ack { up_to: Some(Seq(400)), ..qpq_ports::Ack::default() };
     let error = inboxes.ack(read, ack, START).await.expect_err("damaged");
     assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
-    store.stores().upkeep.check().await.expect("what does not meet the damage still works");
+    for _ in 0..2 {
+        let error = store.stores().upkeep.check().await.expect_err("readiness says so");
+        let cause = std::error::Error::source(&error).expect("a cause").to_string();
+        assert!(cause.contains("qpq-admin restore"), "{cause}");
+    }
     let account = store.stores().accounts.by_identity(&key(1)).await.expect("read");
-    assert!(account.is_some(), "so does reading");
+    assert!(account.is_some(), "what does not meet the damage still works");
+    store.close().await;
+    let error = refused(directory.path()).await;
+    assert!(
+        matches!(error, OpenError::Corrupt { .. }),
+        "the next start does not serve it: {error}"
+    );
 }
 
 /// A database from before skeletons, with two accounts that look alike already.
