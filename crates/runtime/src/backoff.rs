@@ -1,9 +1,9 @@
-//! The one way to wait before trying again: exponential, with full jitter, so that many who failed
-//! together do not come back together.
+//! The waits between retries: exponential with full jitter, so that clients which failed together
+//! do not retry together.
 
 use std::time::Duration;
 
-/// How long the waits are: the n-th is anywhere between nothing and `base · 2ⁿ`, at most `cap`.
+/// A sequence of waits: the n-th is uniform between zero and `base · 2ⁿ`, at most `cap`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backoff {
     base: Duration,
@@ -16,15 +16,15 @@ impl Backoff {
         Self { base, cap, attempt: 0 }
     }
 
-    /// The next wait. `random` is uniform over all of u64: randomness is given in, so that tests
-    /// repeat.
+    /// Returns the next wait. `random` is uniform over all of u64; the caller passes it, so that
+    /// tests are repeatable.
     pub fn next(&mut self, random: u64) -> Duration {
         let ceiling = self.base.saturating_mul(1 << self.attempt.min(31)).min(self.cap);
         self.attempt = self.attempt.saturating_add(1);
         ceiling.mul_f64(random as f64 / u64::MAX as f64)
     }
 
-    /// How many waits there were.
+    /// Returns the number of waits so far.
     pub fn attempts(&self) -> u32 {
         self.attempt
     }
@@ -43,7 +43,7 @@ mod tests {
     }
 
     #[test]
-    fn jitter_reaches_down_to_nothing_and_a_long_outage_does_not_overflow() {
+    fn jitter_reaches_zero_and_many_attempts_do_not_overflow() {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
         assert_eq!(backoff.next(0), Duration::ZERO);
         for _ in 0..100 {

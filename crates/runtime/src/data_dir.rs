@@ -1,4 +1,4 @@
-//! The directory that holds a server's secrets: readable by its owner alone, each file whole or
+//! The directory with a server's secrets, readable by its owner alone. Each file is complete or
 //! absent.
 
 pub mod fleet;
@@ -16,35 +16,38 @@ use zeroize::Zeroizing;
 const GROUP_OR_OTHERS: u32 = 0o077;
 const OTHERS: u32 = 0o007;
 
-/// A directory that exists.
+/// An existing directory for secrets.
 #[derive(Clone, Debug)]
 pub struct DataDir(PathBuf);
 
-/// A secret of fixed length that lives in a file.
+/// The name and the length of a secret in a file.
 #[derive(Clone, Copy, Debug)]
 pub struct SecretFile {
     pub name: &'static str,
     /// In bytes.
     pub length: usize,
-    /// What a new one in its place would break, as a sentence.
+    /// The damage if the secret is replaced by another one, as a sentence for people.
     pub if_lost: &'static str,
 }
 
-/// Why a directory or a secret in it cannot be used.
+/// The reason why a directory or a secret in it cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DataDirError {
     #[error(
-        "the data directory {path} cannot be made: {source}. Choose one that you may write to, with --data-dir"
+        "cannot create the data directory {path}: {source}. Choose a directory that you may \
+         write to, with --data-dir"
     )]
     Create { path: PathBuf, source: io::Error },
     #[error("{path} cannot be read: {source}")]
     Read { path: PathBuf, source: io::Error },
     #[error(
-        "{path} cannot be written: {source}. Check the directory's owner, its permissions and the space left"
+        "{path} cannot be written: {source}. Check the directory's owner, its permissions and the \
+         free space"
     )]
     Write { path: PathBuf, source: io::Error },
     #[error(
-        "{path} is damaged: it has {found} bytes instead of {expected}. Restore it from a backup. {if_lost}"
+        "{path} is damaged: it has {found} bytes instead of {expected}. Restore it from a backup. \
+         {if_lost}"
     )]
     Damaged { path: PathBuf, found: usize, expected: usize, if_lost: &'static str },
     #[error("{path} was removed while the server was starting; start it again")]
@@ -52,7 +55,7 @@ pub enum DataDirError {
 }
 
 impl DataDir {
-    /// Makes the directory, for its owner alone, unless it is there.
+    /// Creates the directory with mode 0700, unless it exists.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self, DataDirError> {
         let path = path.into();
         match DirBuilder::new().recursive(true).mode(0o700).create(&path) {
@@ -65,7 +68,7 @@ impl DataDir {
         &self.0
     }
 
-    /// The secret in `file`, if there is one.
+    /// Returns the secret in `file`, if the file exists.
     pub fn read_secret(
         &self,
         file: SecretFile,
@@ -73,11 +76,11 @@ impl DataDir {
         self.read(file, GROUP_OR_OTHERS)
     }
 
-    /// As [`Self::read_secret`]; warns if those may read it whom `strangers` has in its mode bits.
+    /// Reads a secret. Logs a warning if the file's mode has one of the bits of `forbidden_mode`.
     fn read(
         &self,
         file: SecretFile,
-        strangers: u32,
+        forbidden_mode: u32,
     ) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
         let path = self.0.join(file.name);
         let secret = match fs::read(&path) {
@@ -85,7 +88,7 @@ impl DataDir {
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(DataDirError::Read { path, source }),
         };
-        warn_if_shared(&path, strangers);
+        warn_if_shared(&path, forbidden_mode);
         if secret.len() == file.length {
             return Ok(Some(secret));
         }
@@ -93,22 +96,22 @@ impl DataDir {
         Err(DataDirError::Damaged { path, found: secret.len(), expected, if_lost })
     }
 
-    /// The secret in `file`; if there is none, one from `make`, written with mode 0600 and durable
-    /// when this returns. Of several processes that make one at a time all get the same.
+    /// Returns the secret in `file`. If there is none, writes one from `create` with mode 0600,
+    /// durable before this returns. Processes that do so concurrently all get the same secret.
     pub fn secret(
         &self,
         file: SecretFile,
-        make: impl FnOnce() -> Zeroizing<Vec<u8>>,
+        create: impl FnOnce() -> Zeroizing<Vec<u8>>,
     ) -> Result<Zeroizing<Vec<u8>>, DataDirError> {
         if let Some(secret) = self.read_secret(file)? {
             return Ok(secret);
         }
-        self.add(file.name, &make())?;
+        self.add(file.name, &create())?;
         self.read_secret(file)?.ok_or_else(|| DataDirError::Gone { path: self.0.join(file.name) })
     }
 
-    /// Writes the file `name` for its owner alone, unless there is one. After a crash it is there
-    /// whole or not at all.
+    /// Writes the file `name` with mode 0600, unless it exists. After a crash it is complete or
+    /// absent.
     pub fn add(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
         let path = self.0.join(name);
         if path.exists() {
@@ -117,20 +120,20 @@ impl DataDir {
         write_new(&path, contents).map_err(|source| DataDirError::Write { path, source })
     }
 
-    /// Writes the file `name` for its owner alone, whatever there was before. After a crash it has
-    /// the old contents or the new ones, and the new ones once this has returned.
+    /// Writes or replaces the file `name` with mode 0600. After a crash it has the old contents or
+    /// the new ones; once this has returned, the new ones.
     pub fn replace(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
         let path = self.0.join(name);
-        let replaced = write_aside(&path, contents)
-            .and_then(|aside| fs::rename(aside, &path))
+        let replaced = write_temporary(&path, contents)
+            .and_then(|temporary| fs::rename(temporary, &path))
             .and_then(|()| File::open(&self.0)?.sync_all());
         replaced.map_err(|source| DataDirError::Write { path, source })
     }
 }
 
 impl SecretFile {
-    /// What tells this secret from another of its kind and says nothing else about it, for as long
-    /// as it has more than 128 bits that nobody can guess. The same in every version.
+    /// Returns a hash that identifies this secret among others of its kind. It reveals nothing else
+    /// of a secret with at least 128 bits of entropy. The same in every version.
     pub fn fingerprint(&self, secret: &[u8]) -> [u8; 32] {
         let domain =
             Sha256::new().chain_update(b"qpq secret fingerprint v1\0").chain_update(self.name);
@@ -138,11 +141,10 @@ impl SecretFile {
     }
 }
 
-/// Writes a file that only its owner may read, unless one is there. After a crash it is there whole
-/// or not at all.
+/// Writes a file with mode 0600, unless it exists. After a crash it is complete or absent.
 fn write_new(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let temporary = write_aside(path, contents)?;
-    // A link, because a rename would replace what another process has made since we looked.
+    let temporary = write_temporary(path, contents)?;
+    // A hard link fails if the file exists; a rename would replace the file of another process.
     let linked = fs::hard_link(&temporary, path);
     let named = match linked {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -159,27 +161,26 @@ fn write_new(path: &Path, contents: &[u8]) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-/// Writes and syncs what is to get the name `path`, under another name in the same directory; that
-/// name.
-fn write_aside(path: &Path, contents: &[u8]) -> io::Result<PathBuf> {
-    let aside = path.with_added_extension(format!("{}.new", std::process::id()));
-    match fs::remove_file(&aside) {
+/// Writes and syncs `contents` under a temporary name next to `path`. Returns that name.
+fn write_temporary(path: &Path, contents: &[u8]) -> io::Result<PathBuf> {
+    let temporary = path.with_added_extension(format!("{}.new", std::process::id()));
+    match fs::remove_file(&temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
     file.write_all(contents)?;
     file.sync_all()?;
-    Ok(aside)
+    Ok(temporary)
 }
 
-fn warn_if_shared(path: &Path, strangers: u32) {
+fn warn_if_shared(path: &Path, forbidden_mode: u32) {
     let mode = fs::metadata(path).map_or(0, |metadata| metadata.permissions().mode());
-    if mode & strangers != 0 {
+    if mode & forbidden_mode != 0 {
         tracing::warn!(
             file = %path.display(),
             mode = format_args!("{:03o}", mode & 0o777),
-            "others may read this secret file; take it from them with chmod 600",
+            "secret file is readable by others: run chmod 600 on it",
         );
     }
 }
@@ -191,16 +192,16 @@ mod tests {
     const KEY: SecretFile =
         SecretFile { name: "key.bin", length: 4, if_lost: "Without it all is lost." };
 
-    fn made(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
+    fn secret_of(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
         Zeroizing::new(bytes.to_vec())
     }
 
     #[test]
-    fn a_secret_is_made_once_and_only_its_owner_may_read_it() {
+    fn a_secret_is_created_once_with_mode_0600() {
         let parent = tempfile::tempdir().unwrap();
         let dir = DataDir::create(parent.path().join("a/b")).unwrap();
-        assert_eq!(*dir.secret(KEY, || made(b"abcd")).unwrap(), b"abcd");
-        assert_eq!(*dir.secret(KEY, || unreachable!("it is there")).unwrap(), b"abcd");
+        assert_eq!(*dir.secret(KEY, || secret_of(b"abcd")).unwrap(), b"abcd");
+        assert_eq!(*dir.secret(KEY, || unreachable!("the secret exists")).unwrap(), b"abcd");
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(dir.path()), 0o700);
         assert_eq!(mode(&dir.path().join("key.bin")), 0o600);
@@ -208,41 +209,41 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_secret_is_refused_and_left_alone() {
+    fn a_damaged_secret_is_refused_and_not_overwritten() {
         let parent = tempfile::tempdir().unwrap();
         let dir = DataDir::create(parent.path()).unwrap();
         fs::write(dir.path().join("key.bin"), b"abc").unwrap();
-        let error = dir.secret(KEY, || unreachable!("it is there")).unwrap_err().to_string();
+        let error = dir.secret(KEY, || unreachable!("the secret exists")).unwrap_err().to_string();
         assert!(error.contains("key.bin is damaged: it has 3 bytes instead of 4"), "{error}");
         assert!(error.ends_with("Without it all is lost."), "{error}");
         assert_eq!(fs::read(dir.path().join("key.bin")).unwrap(), b"abc");
     }
 
     #[test]
-    fn a_secret_that_came_meanwhile_is_never_replaced() {
+    fn a_secret_created_concurrently_is_not_replaced() {
         let parent = tempfile::tempdir().unwrap();
         let dir = DataDir::create(parent.path()).unwrap();
         let meanwhile = || {
             fs::write(dir.path().join("key.bin"), b"them").unwrap();
-            made(b"mine")
+            secret_of(b"mine")
         };
         assert_eq!(*dir.secret(KEY, meanwhile).unwrap(), b"them");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
     }
 
     #[test]
-    fn what_a_crash_left_half_written_is_replaced() {
+    fn a_temporary_file_left_by_a_crash_is_replaced() {
         let parent = tempfile::tempdir().unwrap();
         let dir = DataDir::create(parent.path()).unwrap();
         let left = dir.path().join(format!("key.bin.{}.new", std::process::id()));
         fs::write(&left, b"a").unwrap();
         assert!(dir.read_secret(KEY).unwrap().is_none());
-        assert_eq!(*dir.secret(KEY, || made(b"abcd")).unwrap(), b"abcd");
+        assert_eq!(*dir.secret(KEY, || secret_of(b"abcd")).unwrap(), b"abcd");
         assert!(!left.exists());
     }
 
     #[test]
-    fn a_secret_can_be_replaced_and_only_its_owner_may_read_it() {
+    fn a_replaced_secret_has_mode_0600() {
         let parent = tempfile::tempdir().unwrap();
         let dir = DataDir::create(parent.path()).unwrap();
         let path = dir.path().join("key.bin");
@@ -255,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fingerprint_is_the_same_in_every_version_and_another_for_every_secret_and_kind() {
+    fn a_fingerprint_is_stable_and_differs_between_secrets_and_kinds() {
         let print = KEY.fingerprint(b"abcd");
         let expected = "e5584ed77b2d263c";
         assert_eq!(
@@ -267,10 +268,10 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_the_way_of_the_directory_is_named() {
+    fn a_file_in_place_of_the_directory_is_named_in_the_error() {
         let parent = tempfile::tempdir().unwrap();
         fs::write(parent.path().join("file"), b"").unwrap();
         let error = DataDir::create(parent.path().join("file")).unwrap_err().to_string();
-        assert!(error.contains("cannot be made") && error.contains("--data-dir"), "{error}");
+        assert!(error.contains("cannot create") && error.contains("--data-dir"), "{error}");
     }
 }

@@ -1,9 +1,8 @@
-//! The side door for operators: `/livez`, `/readyz` and `/metrics` over plain HTTP, on loopback
-//! unless told otherwise.
+//! Pages for operators: `/livez`, `/readyz` and `/metrics` over plain HTTP, on loopback by default.
 //!
-//! Liveness is a [`Probe`] of the service from the outside, readiness a probe of what it stands on.
-//! Readiness stays green while the server drains: a load balancer that saw it turn red would cut
-//! live UDP flows (the connection tells its client to move on).
+//! Liveness is a [`Probe`] that calls the service as a client does; readiness is a probe of its
+//! stores. Readiness does not fail while the server drains: a load balancer would cut live UDP
+//! flows. The server tells each client to reconnect instead.
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -30,22 +29,22 @@ crate::section! {
     }
 }
 
-/// A check that is repeated and whose last outcome is known at any time.
+/// A repeated check with its latest outcome.
 #[derive(Clone, Debug)]
 pub struct Probe(watch::Receiver<Result<(), String>>);
 
-/// How a probe judges.
+/// The interval, the time limit and the tolerance of a probe.
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
     pub every: Duration,
-    /// A check that takes longer has failed.
+    /// The time limit of one check.
     pub within: Duration,
-    /// Failures in a row until the probe says so.
+    /// Consecutive failed checks until the probe fails.
     pub tolerance: u32,
 }
 
 impl Probe {
-    /// Starts the checks. The probe passes until it has failed for the first time.
+    /// Starts the checks. The probe passes until it fails for the first time.
     pub fn start<F, Fut>(
         tasks: &mut Tasks,
         name: &'static str,
@@ -67,14 +66,14 @@ impl Probe {
                 match timeout(schedule.within, check()).await.unwrap_or_else(|_| late()) {
                     Ok(()) => {
                         if outcome.borrow().is_err() {
-                            tracing::info!(probe = name, "passes again");
+                            tracing::info!(probe = name, "probe passes again");
                         }
                         failures = 0;
                         let _ = outcome.send_replace(Ok(()));
                     }
                     Err(reason) => {
                         failures += 1;
-                        tracing::warn!(probe = name, failures, %reason, "check failed");
+                        tracing::warn!(probe = name, failures, %reason, "probe check failed");
                         if failures >= schedule.tolerance {
                             let _ = outcome.send_replace(Err(reason));
                         }
@@ -85,12 +84,12 @@ impl Probe {
         Self(probe)
     }
 
-    /// What the last checks say, judged by the schedule.
+    /// Returns whether fewer than `tolerance` checks in a row have failed.
     pub fn passes(&self) -> bool {
         self.0.borrow().is_ok()
     }
 
-    /// Completes when the outcome changes. `false` once there will be no more.
+    /// Waits for a change of the outcome. Returns `false` once the checks have ended.
     pub async fn changed(&mut self) -> bool {
         self.0.changed().await.is_ok()
     }
@@ -103,20 +102,21 @@ pub struct HttpServer {
     address: SocketAddr,
 }
 
-/// Why there is no listener.
+/// The reason why the listener could not be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
     #[error(
-        "TCP port {0} is taken by another program: choose another one with http.listen (QPQ_HTTP__LISTEN), or \"off\""
+        "another program uses TCP port {0}. Choose another port with http.listen \
+         (QPQ_HTTP__LISTEN), or turn these pages off with \"off\""
     )]
-    Taken(SocketAddr),
+    AddressInUse(SocketAddr),
     #[error(
         "cannot serve HTTP on {address}: {source}. Change http.listen (QPQ_HTTP__LISTEN), or set it to \"off\""
     )]
     Bind { address: SocketAddr, source: io::Error },
 }
 
-/// What the pages show.
+/// The sources of the pages.
 #[derive(Debug)]
 struct Pages {
     live: Probe,
@@ -131,7 +131,7 @@ impl HttpServer {
             Ok(Self { address: listener.local_addr()?, listener })
         };
         bound.await.map_err(|source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => HttpError::Taken(address),
+            io::ErrorKind::AddrInUse => HttpError::AddressInUse(address),
             _ => HttpError::Bind { address, source },
         })
     }
@@ -184,7 +184,7 @@ mod tests {
 
     type Checked = std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
-    /// A check whose outcomes are given one by one; it hangs when there are no more.
+    /// A check that returns the given outcomes in order and then never completes.
     fn scripted(
         outcomes: &[Result<(), &str>],
     ) -> impl Fn() -> Checked + Send + Sync + 'static + use<> {
@@ -229,9 +229,9 @@ mod tests {
     #[tokio::test]
     async fn pages_answer_and_follow_the_probes() {
         let mut tasks = Tasks::default();
-        let at_once = Schedule { tolerance: 1, ..SCHEDULE };
-        let live = Probe::start(&mut tasks, "live", at_once, scripted(&[Ok(())]));
-        let mut ready = Probe::start(&mut tasks, "ready", at_once, scripted(&[Err("disk full")]));
+        let schedule = Schedule { tolerance: 1, ..SCHEDULE };
+        let live = Probe::start(&mut tasks, "live", schedule, scripted(&[Ok(())]));
+        let mut ready = Probe::start(&mut tasks, "ready", schedule, scripted(&[Err("disk full")]));
         ready.changed().await;
         let server = HttpServer::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = server.address();
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_taken_port_says_what_to_change() {
+    async fn a_port_in_use_names_the_setting_to_change() {
         let taken = HttpServer::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let error = HttpServer::bind(taken.address()).await.unwrap_err().to_string();
         assert!(

@@ -1,11 +1,10 @@
-//! What every server binary needs around its own work: configuration, logs, metrics, health over
-//! HTTP, signals, secrets on disk. Nothing here knows what is served.
+//! The parts that every server binary needs: configuration, logs, metrics, health over HTTP,
+//! signals and secrets on disk. Nothing here depends on the service that runs.
 //!
-//! The order in a binary's life is the order of the modules: [`config`] reads the settings,
-//! [`log`], [`trace`] and [`metrics`] make the process observable, [`data_dir`] holds its secrets,
-//! [`lifecycle`] runs its tasks and tells them when to end, [`http`] answers probes. [`backoff`] is
-//! the one way to wait before trying again, [`Redacted`] the one way to carry a secret through
-//! things that print.
+//! A binary uses the modules in this order: [`config`] reads the settings, [`log`], [`trace`] and
+//! [`metrics`] make the process observable, [`data_dir`] stores its secrets, [`lifecycle`] runs and
+//! ends its tasks, [`http`] answers probes. [`backoff`] computes the waits between retries, and
+//! [`Redacted`] is the type of every secret that passes through code that prints.
 
 pub mod backoff;
 pub mod config;

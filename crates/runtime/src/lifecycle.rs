@@ -1,8 +1,7 @@
-//! How a process ends: on a signal, in two steps, or because one of its tasks failed.
+//! The end of a process: on a signal in two steps, or because one of its tasks failed.
 //!
-//! The first SIGTERM or SIGINT starts the drain, the second one ends it at once. Tasks are
-//! supervised: one that panics or gives up is an error of the whole process, never a silent loss of
-//! what it did.
+//! The first SIGTERM or SIGINT starts the drain; the second one ends the process immediately. Tasks
+//! are supervised: a task that panics or fails ends the process with an error.
 
 use std::{future::Future, io, sync::Arc};
 
@@ -12,17 +11,17 @@ use tokio::{
     task::JoinSet,
 };
 
-/// How far the end has come.
+/// A phase in the life of a process, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     Running,
-    /// Finish what was begun, begin nothing.
+    /// Running work is finished; no new work is accepted.
     Draining,
-    /// End now.
+    /// The process ends immediately.
     Stopping,
 }
 
-/// Tells all parts of a process which phase it is in. Clones share it; a phase never goes back.
+/// The phase of the process, shared by all clones. A phase never goes back.
 #[derive(Clone, Debug)]
 pub struct Shutdown(Arc<watch::Sender<Phase>>);
 
@@ -37,7 +36,7 @@ impl Shutdown {
         *self.0.borrow()
     }
 
-    /// Goes to `phase` unless it is reached already.
+    /// Advances to `phase`. Does nothing in that phase or a later one.
     pub fn advance(&self, phase: Phase) {
         self.0.send_if_modified(|current| {
             let later = *current < phase;
@@ -46,13 +45,13 @@ impl Shutdown {
         });
     }
 
-    /// Completes once `phase` or a later one is reached.
+    /// Waits until `phase` or a later one is reached.
     pub async fn reached(&self, phase: Phase) {
         let mut watched = self.0.subscribe();
         watched.wait_for(|current| *current >= phase).await.expect("self keeps the sender");
     }
 
-    /// From now on SIGTERM and SIGINT move this on by a phase each.
+    /// Starts a task that advances by one phase on each SIGTERM or SIGINT.
     pub fn on_signals(&self, tasks: &mut Tasks) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -75,11 +74,11 @@ impl Shutdown {
     }
 }
 
-/// Tasks that run as long as the process does. Dropping this ends them.
+/// The tasks that run as long as the process. Dropping this aborts them.
 #[derive(Debug, Default)]
 pub struct Tasks(JoinSet<Result<(), TaskFailure>>);
 
-/// A task that ended although nobody asked it to.
+/// The failure of a supervised task.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskFailure {
     #[error("the {task} task panicked: {message}. This is a bug; please report it with the log")]
@@ -89,7 +88,7 @@ pub enum TaskFailure {
 }
 
 impl Tasks {
-    /// Runs `work`, which may end at any time without harm.
+    /// Spawns `work`. Its return is no failure.
     pub fn spawn(&mut self, task: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         self.try_spawn(task, async move {
             work.await;
@@ -97,13 +96,13 @@ impl Tasks {
         });
     }
 
-    /// Runs `work`, whose error is the process's.
+    /// Spawns `work`. Its error becomes the failure of the process.
     pub fn try_spawn(
         &mut self,
         task: &'static str,
         work: impl Future<Output = anyhow::Result<()>> + Send + 'static,
     ) {
-        // A task of its own, so that its panic is caught with its name.
+        // An inner task, so that a panic is reported with the task's name.
         let mut inner = JoinSet::new();
         inner.spawn(work);
         self.0.spawn(async move {
@@ -118,7 +117,7 @@ impl Tasks {
         });
     }
 
-    /// Completes with the first failure. Waits for ever while all is well. Cancel-safe.
+    /// Waits for the first failure. Cancel-safe.
     pub async fn failure(&mut self) -> TaskFailure {
         loop {
             match self.0.join_next().await {
@@ -129,13 +128,13 @@ impl Tasks {
         }
     }
 
-    /// Ends all tasks and waits until they are gone.
+    /// Aborts all tasks and waits until they have ended.
     pub async fn stop(mut self) {
         self.0.shutdown().await;
     }
 }
 
-/// What was given to `panic!`.
+/// Returns the message of a panic.
 pub fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| payload.downcast_ref::<String>().cloned())
@@ -147,7 +146,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn phases_only_go_forward_and_wake_who_waits() {
+    async fn a_phase_never_goes_back_and_waiters_are_notified() {
         let shutdown = Shutdown::default();
         let waiting = tokio::spawn({
             let shutdown = shutdown.clone();
@@ -171,7 +170,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_is_a_failure_with_the_tasks_name() {
+    async fn a_panic_is_reported_with_the_name_of_the_task() {
         let mut tasks = Tasks::default();
         tasks.spawn("quiet", async {});
         tasks.spawn("loud", async { panic!("out of cheese") });
@@ -182,23 +181,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_error_is_a_failure_with_its_causes() {
+    async fn an_error_of_a_task_is_reported_with_its_causes() {
         let mut tasks = Tasks::default();
-        tasks.try_spawn("upkeep", async { Err(anyhow::anyhow!("cause").context("effect")) });
-        assert_eq!(tasks.failure().await.to_string(), "the upkeep task failed: effect: cause");
+        tasks.try_spawn("maintenance", async { Err(anyhow::anyhow!("cause").context("effect")) });
+        assert_eq!(tasks.failure().await.to_string(), "the maintenance task failed: effect: cause");
     }
 
     #[tokio::test]
-    async fn stop_ends_what_would_run_for_ever() {
-        struct Gone(Option<tokio::sync::oneshot::Sender<()>>);
-        impl Drop for Gone {
+    async fn stop_aborts_a_task_that_never_ends() {
+        struct NotifyOnDrop(Option<tokio::sync::oneshot::Sender<()>>);
+        impl Drop for NotifyOnDrop {
             fn drop(&mut self) {
                 let _ = self.0.take().unwrap().send(());
             }
         }
         let (sender, gone) = tokio::sync::oneshot::channel();
         let mut tasks = Tasks::default();
-        let guard = Gone(Some(sender));
+        let guard = NotifyOnDrop(Some(sender));
         tasks.spawn("endless", async move {
             let _guard = guard;
             std::future::pending::<()>().await;

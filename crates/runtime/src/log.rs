@@ -1,43 +1,40 @@
 //! Logs: lines on standard error, as text for people or JSON for machines.
 //!
-//! Lines go through a bounded queue to a thread of their own, so that a terminal or a pipe that
-//! nobody reads never stops the server; what does not fit is dropped and counted.
+//! Lines go through a bounded queue to a thread of its own (`tracing-appender`), so that a terminal
+//! or a pipe that nobody reads never blocks the server. Lines that do not fit are dropped, and the
+//! log says how many.
 
 use std::{
     fmt,
-    io::{self, IsTerminal as _, Write as _},
+    io::{self, IsTerminal as _, Write},
     panic,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-        mpsc::{Receiver, SyncSender, sync_channel},
-    },
-    thread,
+    sync::{Arc, OnceLock},
 };
 
 use figment::value::Value;
 use tracing::Subscriber;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
-    EnvFilter, Layer, Registry, fmt::MakeWriter, layer::SubscriberExt as _, registry::LookupSpan,
-    reload, util::SubscriberInitExt as _,
+    EnvFilter, Layer, Registry, layer::SubscriberExt as _, registry::LookupSpan, reload,
+    util::SubscriberInitExt as _,
 };
 
 use crate::{config, lifecycle::panic_message, trace::Traces};
 
-/// Lines that wait for the writing thread.
-const QUEUE: usize = 4_096;
+/// The capacity of the queue, in lines.
+const QUEUE_CAPACITY: usize = 4_096;
 
 crate::section! {
     /// Logging, to standard error.
     pub struct Log {
-        /// What is logged, by level and by module.
+        /// The logged events, by level and by module.
         filter: Filter = Filter("info".into()), variable: "RUST_LOG";
-        /// How a line looks: for people or for machines.
+        /// The format of a line: for people or for machines.
         format: Format = Format::Text;
     }
 }
 
-/// Directives of `tracing_subscriber`'s `EnvFilter`, checked.
+/// Valid directives for `tracing_subscriber`'s `EnvFilter`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter(String);
 
@@ -60,7 +57,7 @@ impl config::Leaf for Filter {
     }
 }
 
-/// How a line looks.
+/// The format of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Text,
@@ -71,31 +68,19 @@ impl config::Choice for Format {
     const ALL: &'static [(&'static str, Self)] = &[("text", Self::Text), ("json", Self::Json)];
 }
 
-/// Keeps the log going; dropping it writes what is queued and ends it.
+/// Keeps the log running. Dropping it writes the queued lines, within about a second, and ends it.
 pub struct LogGuard {
     set_filter: Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>,
-    lines: SyncSender<Line>,
-    writer: Option<thread::JoinHandle<()>>,
+    worker: WorkerGuard,
 }
 
-enum Line {
-    Text(Vec<u8>),
-    /// Nothing comes after this: the writer ends.
-    End,
-}
-
-/// Starts logging for the whole process, panics included, and tracing where `traces` are wanted.
-/// Call it once, before anything logs.
+/// Starts logging for the whole process, panics included, and tracing if `traces` are on. Called
+/// once, before the first log event.
 pub fn init(log: &Log, traces: &Traces) -> io::Result<LogGuard> {
-    let (lines, queued) = sync_channel(QUEUE);
-    let dropped = Arc::new(AtomicU64::new(0));
-    let writer = thread::Builder::new().name("log".into()).spawn({
-        let dropped = dropped.clone();
-        move || write_lines(&queued, &dropped)
-    })?;
-    let (filter, queue) = (EnvFilter::new(&log.filter.0), Queue { lines: lines.clone(), dropped });
-    // Alone, the filter is everybody's, and what it refuses costs nothing. Beside traces it is the
-    // log's own.
+    let (queue, worker) = queue(io::stderr(), QUEUE_CAPACITY);
+    let filter = EnvFilter::new(&log.filter.0);
+    // Without traces the filter is global, and a disabled event costs nothing. With traces it
+    // applies to the log only.
     let (installed, set_filter): (_, Box<dyn Fn(_) -> _ + Send + Sync>) = match traces.layer() {
         None => {
             let (filter, handle) = reload::Layer::new(filter);
@@ -114,11 +99,11 @@ pub fn init(log: &Log, traces: &Traces) -> io::Result<LogGuard> {
         let place = info.location().map(ToString::to_string).unwrap_or_default();
         tracing::error!(%place, message = panic_message(info.payload()), "panicked");
     }));
-    Ok(LogGuard { set_filter, lines, writer: Some(writer) })
+    Ok(LogGuard { set_filter, worker })
 }
 
 impl LogGuard {
-    /// Changes what is logged from now on.
+    /// Changes the filter of the log.
     pub fn set_filter(&self, log: &Log) -> Result<(), reload::Error> {
         (self.set_filter)(EnvFilter::new(&log.filter.0))
     }
@@ -126,20 +111,49 @@ impl LogGuard {
 
 impl fmt::Debug for LogGuard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LogGuard").field("writer", &self.writer).finish_non_exhaustive()
+        f.debug_struct("LogGuard").field("worker", &self.worker).finish_non_exhaustive()
     }
 }
 
-impl Drop for LogGuard {
-    fn drop(&mut self) {
-        let _ = self.lines.send(Line::End);
-        if let Some(writer) = self.writer.take() {
-            let _ = writer.join();
+/// Starts the thread that writes to `out`.
+fn queue(out: impl Write + Send + 'static, capacity: usize) -> (NonBlocking, WorkerGuard) {
+    let counter = Arc::default();
+    let out = DropReporter { out, counter: Arc::clone(&counter), reported: 0 };
+    let (queue, worker) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(capacity)
+        .thread_name("log")
+        .finish(out);
+    counter.set(queue.error_counter()).expect("it is set once");
+    (queue, worker)
+}
+
+/// A writer that reports dropped lines after the next line that is written.
+struct DropReporter<W> {
+    out: W,
+    /// Set after the queue has been created.
+    counter: Arc<OnceLock<ErrorCounter>>,
+    reported: usize,
+}
+
+impl<W: Write> Write for DropReporter<W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.out.write_all(line)?;
+        let dropped = self.counter.get().map_or(0, ErrorCounter::dropped_lines);
+        let new = dropped - self.reported;
+        if new > 0 {
+            self.reported = dropped;
+            writeln!(self.out, "{new} log lines were dropped: standard error is too slow")?;
         }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
     }
 }
 
-fn layer<S>(format: Format, queue: Queue) -> Box<dyn Layer<S> + Send + Sync>
+fn layer<S>(format: Format, queue: NonBlocking) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
@@ -152,71 +166,44 @@ where
     }
 }
 
-fn write_lines(queued: &Receiver<Line>, dropped: &AtomicU64) {
-    let mut out = io::stderr();
-    while let Ok(Line::Text(line)) = queued.recv() {
-        let _ = out.write_all(&line);
-        let lost = dropped.swap(0, Ordering::Relaxed);
-        if lost > 0 {
-            let _ = writeln!(out, "{lost} log lines were dropped: standard error is too slow");
-        }
-    }
-}
-
-/// Makes a writer for each event.
-struct Queue {
-    lines: SyncSender<Line>,
-    dropped: Arc<AtomicU64>,
-}
-
-/// Collects one event and queues it when dropped.
-struct Event<'a> {
-    queue: &'a Queue,
-    text: Vec<u8>,
-}
-
-impl<'a> MakeWriter<'a> for Queue {
-    type Writer = Event<'a>;
-
-    fn make_writer(&'a self) -> Event<'a> {
-        Event { queue: self, text: Vec::new() }
-    }
-}
-
-impl io::Write for Event<'_> {
-    fn write(&mut self, part: &[u8]) -> io::Result<usize> {
-        self.text.extend_from_slice(part);
-        Ok(part.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Drop for Event<'_> {
-    fn drop(&mut self) {
-        let line = Line::Text(std::mem::take(&mut self.text));
-        if self.queue.lines.try_send(line).is_err() {
-            self.queue.dropped.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::{SyncSender, sync_channel};
+
     use super::*;
 
-    #[test]
-    fn a_full_queue_drops_lines_and_counts_them() {
-        let (lines, queued) = sync_channel(1);
-        let queue = Queue { lines, dropped: Arc::default() };
-        for text in ["first", "second", "third"] {
-            write!(queue.make_writer(), "{text}").unwrap();
+    /// A writer that blocks until the test receives its line.
+    struct Rendezvous(SyncSender<String>);
+
+    impl Write for Rendezvous {
+        fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+            let line_text = String::from_utf8_lossy(line).into_owned();
+            self.0.send(line_text).map_err(io::Error::other)?;
+            Ok(line.len())
         }
-        assert_eq!(queue.dropped.load(Ordering::Relaxed), 2);
-        assert!(matches!(queued.try_recv(), Ok(Line::Text(text)) if text == b"first"));
-        assert!(queued.try_recv().is_err());
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn lines_above_the_capacity_are_dropped_and_counted() {
+        let (sender, lines) = sync_channel(0);
+        let (mut queue, worker) = queue(Rendezvous(sender), 1);
+        // The queue has one line and the blocked writer at most one more.
+        let written = 10;
+        for number in 0..written {
+            writeln!(queue, "line {number}").unwrap();
+        }
+        let reader = std::thread::Builder::new().spawn(move || lines.iter().collect::<String>());
+        drop(queue);
+        drop(worker);
+        let log = reader.unwrap().join().unwrap();
+        let kept = log.matches("line ").count();
+        assert!((1..=2).contains(&kept), "{log}");
+        let report = format!("{} log lines were dropped", written - kept);
+        assert!(log.contains(&report), "{log}");
     }
 
     #[test]

@@ -4,8 +4,7 @@ use std::fmt;
 
 use zeroize::Zeroize;
 
-/// Prints as `[redacted]` and is wiped from memory when dropped. [`Redacted::reveal`] is the only
-/// way in.
+/// A secret that prints as `[redacted]` and is wiped from memory when dropped.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Redacted<T: Zeroize>(T);
 
@@ -14,7 +13,7 @@ impl<T: Zeroize> Redacted<T> {
         Self(secret)
     }
 
-    /// The secret itself. What is done with it must not be printed.
+    /// Returns the secret itself, which must not be printed.
     pub fn reveal(&self) -> &T {
         &self.0
     }
@@ -43,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prints_nothing_of_the_secret() {
+    fn a_secret_is_printed_as_redacted() {
         let secret = Redacted::new(String::from("hunter2"));
         assert_eq!(
             format!("{secret} {secret:?} {:?}", Some(&secret)),

@@ -1,14 +1,13 @@
-//! Traces: where the time of a call went, sent to an OpenTelemetry collector (OTLP over gRPC). Off
-//! unless a collector is named.
+//! Traces of calls, sent to an OpenTelemetry collector (OTLP over gRPC). Off unless a collector is
+//! configured.
 //!
-//! The code marks its steps with `tracing` spans of the targets `qpq::rpc` and `qpq::store`, at
-//! debug: a call in `rpc`, what it asks of Postgres and Redis in the stores. They hold names,
-//! counts and codes; never a user, a key, an address or a payload. This layer takes these spans and
-//! nothing else, whatever the log's filter says. Without it they are disabled where they are made
-//! and cost a comparison.
+//! The code marks its steps with `tracing` spans at level debug: target `qpq::rpc` for a call,
+//! `qpq::store` for the requests to Postgres and Redis. Spans contain names, counts and codes;
+//! never a user, a key, an address or a payload. This layer exports these spans and no others,
+//! independent of the log's filter. Without it the spans are disabled and cost one comparison each.
 //!
-//! Few calls are sampled, each with everything below it. Spans leave in batches, from a thread of
-//! their own and out of a bounded queue: a collector that is slow or away costs spans, never time.
+//! A sampled call is traced with all its child spans. A separate thread exports spans in batches
+//! from a bounded queue: a collector that is slow or unreachable costs spans, never time.
 
 use std::{fmt, time::Duration};
 
@@ -30,26 +29,27 @@ use tracing_subscriber::{
 
 use crate::config;
 
-/// Whose spans are traced.
+/// The targets of the spans that are exported.
 const TARGETS: [&str; 2] = ["qpq::rpc", "qpq::store"];
 
 crate::section! {
     /// Traces of calls, for an OpenTelemetry collector.
     pub struct Trace {
-        /// Where the collector takes OTLP over gRPC, as in `http://127.0.0.1:4317`; `https` trusts
-        /// the system's certificate authorities. The variables of OpenTelemetry that begin with
-        /// `OTEL_EXPORTER_OTLP_` and `OTEL_BSP_` hold too, as for headers with credentials.
+        /// Where the collector receives OTLP over gRPC, as in `http://127.0.0.1:4317`; `https`
+        /// trusts the system's certificate authorities. OpenTelemetry's own variables that begin
+        /// with `OTEL_EXPORTER_OTLP_` and `OTEL_BSP_` apply too, for example for headers with
+        /// credentials.
         endpoint: Option<Endpoint> = None, unset: "none: nothing is traced";
         /// The share of calls that are traced, from 0 to 1.
         sample: Ratio = Ratio(0.01);
-        /// What the collector calls this server.
+        /// The service name in the collector.
         service: String = "qpq-server".into();
-        /// How long the collector has to take a batch, and at the end of the server what is left.
+        /// The time limit for a batch, and at the end of the server for the spans that are left.
         timeout: Duration = Duration::from_secs(5);
     }
 }
 
-/// A collector's address.
+/// The URL of a collector.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint(String);
 
@@ -64,9 +64,9 @@ impl config::Leaf for Endpoint {
 
     fn read(value: &Value) -> Option<Self> {
         let given = <String as config::Leaf>::read(value)?;
-        let (scheme, place) = given.split_once("://")?;
-        let is_place = !place.is_empty() && place.chars().all(|c| c.is_ascii_graphic());
-        (["http", "https"].contains(&scheme) && is_place).then_some(Self(given))
+        let (scheme, authority) = given.split_once("://")?;
+        let is_authority = !authority.is_empty() && authority.chars().all(|c| c.is_ascii_graphic());
+        (["http", "https"].contains(&scheme) && is_authority).then_some(Self(given))
     }
 
     fn show(&self) -> Option<String> {
@@ -74,7 +74,7 @@ impl config::Leaf for Endpoint {
     }
 }
 
-/// A share of all.
+/// A share, from 0 to 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ratio(pub f64);
 
@@ -97,14 +97,14 @@ impl config::Leaf for Ratio {
     }
 }
 
-/// Where spans go. Dropping it sends what is left, within the configured time, and needs the
-/// runtime to be alive.
+/// The exporter of spans. Dropping it sends the spans that are left, within `trace.timeout`. The
+/// tokio runtime must still run then.
 pub struct Traces {
     provider: Option<SdkTracerProvider>,
     timeout: Duration,
 }
 
-/// Why there can be no traces.
+/// The collector's address cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("the collector in trace.endpoint cannot be used: {0}")]
 pub struct TraceError(#[from] ExporterBuildError);
@@ -116,8 +116,8 @@ impl fmt::Debug for Traces {
 }
 
 impl Traces {
-    /// Prepares what the configuration asks for. The collector is called once there is something to
-    /// send. Needs a tokio runtime.
+    /// Creates the exporter that the configuration asks for. It connects with the first batch.
+    /// Needs a tokio runtime.
     pub fn start(trace: &Trace, version: &'static str) -> Result<Self, TraceError> {
         let provider = match &trace.endpoint {
             Some(Endpoint(endpoint)) => {
@@ -126,7 +126,7 @@ impl Traces {
                     .with_endpoint(endpoint)
                     .with_timeout(trace.timeout);
                 if endpoint.starts_with("https:") {
-                    // By itself it would trust nobody.
+                    // The default trusts no authority.
                     exporter =
                         exporter.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
                 }
@@ -148,7 +148,7 @@ impl Traces {
         Ok(Self { provider, timeout: trace.timeout })
     }
 
-    /// What takes the spans, if anything does. It is the innermost layer.
+    /// Returns the layer that exports spans, the innermost one, if tracing is on.
     pub(crate) fn layer(&self) -> Option<Box<dyn Layer<Registry> + Send + Sync>> {
         let tracer = self.provider.as_ref()?.tracer("qpq");
         let spans = filter_fn(is_traced).and(LevelFilter::DEBUG);
@@ -169,7 +169,7 @@ impl Drop for Traces {
         if let Some(provider) = &self.provider
             && let Err(error) = provider.shutdown_with_timeout(self.timeout)
         {
-            tracing::warn!(%error, "the last traces may not have reached the collector");
+            tracing::warn!(%error, "last traces were not sent");
         }
     }
 }
@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_can_be_called_or_drawn_is_accepted() {
+    fn only_usable_endpoints_and_shares_are_accepted() {
         let endpoint = |text: &str| <Endpoint as config::Leaf>::read(&Value::from(text));
         assert_eq!(endpoint("http://[::1]:4317"), Some(Endpoint("http://[::1]:4317".into())));
         assert!(endpoint("https://collector.example.org").is_some());

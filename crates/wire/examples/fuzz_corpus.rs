@@ -1,8 +1,7 @@
-//! Writes the seeds of the fuzz targets: `cargo run -p qpq-wire --example fuzz_corpus --
+//! Writes the seed corpus of the fuzz targets: `cargo run -p qpq-wire --example fuzz_corpus --
 //! crates/wire/fuzz/corpus`.
 //!
-//! The seeds are real frames, so that the fuzzer starts from what peers send, and the shortest
-//! wrong ones.
+//! The seeds are frames as peers send them, and the shortest invalid ones.
 
 use std::{env, fs, io, path::Path};
 
@@ -13,8 +12,8 @@ fn main() -> io::Result<()> {
     let directory =
         env::args_os().nth(1).ok_or_else(|| io::Error::other("name the corpus directory"))?;
     let directory = Path::new(&directory);
-    // Health without a body; an Enqueue for a recipient (field 1, 32 bytes) with a payload (field
-    // 2).
+    // Health without a payload, and an Enqueue with recipient (field 1, 32 bytes) and payload
+    // (field 2).
     let enqueue: Bytes = [&[0x0a, 32][..], &[7; 32], &[0x12, 5], b"hello"].concat().into();
     let request =
         |method_id, request_id, payload| Request { method_id, request_id, payload }.encode();
@@ -48,7 +47,7 @@ fn main() -> io::Result<()> {
     let event = |event_type, payload| Event { event_type, payload }.encode();
     let wake = event(1, vec![0x10, 9].into()).map_err(io::Error::other)?;
     let draining = event(4, vec![8, 0xb0, 0xea, 1].into()).map_err(io::Error::other)?;
-    // The target takes the first byte as the size of the pieces.
+    // The first byte of the target's input is the size of the pieces.
     let cut = |piece: u8, frames: &[&[u8]]| [&[piece][..], &frames.concat()].concat();
     write(directory, "event", "wake", &cut(1, &[&wake]))?;
     write(directory, "event", "two", &cut(3, &[&wake, &draining]))?;

@@ -1,26 +1,27 @@
-//! Why bytes are not a frame, or a payload does not fit one.
+//! The errors of encoding and decoding frames.
 
-/// What is wrong with a frame.
+/// The reason why bytes are not a frame, or a payload does not fit one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// The payload is, or is announced to be, longer than a frame may carry.
+    /// The payload, or its announced length, is above the maximum.
     #[error("a payload of {len} bytes is above the maximum of {max}")]
     TooLarge {
-        /// Its length in bytes.
+        /// The length of the payload in bytes.
         len: u64,
-        /// The most that is allowed: [`MAX_PAYLOAD`](crate::MAX_PAYLOAD).
+        /// The maximum: [`MAX_PAYLOAD`](crate::MAX_PAYLOAD).
         max: u32,
     },
     /// The bytes end inside the frame.
     #[error("the frame ends {missing} bytes early")]
     Truncated {
-        /// How many bytes are known to be missing: up to the header's end, or up to the payload's.
+        /// The number of bytes missing to the end of the header, or of the payload once the header
+        /// is complete.
         missing: usize,
     },
-    /// Bytes follow the frame where nothing may follow.
+    /// Further bytes follow the frame.
     #[error("{extra} bytes follow the frame")]
     TrailingBytes {
-        /// How many bytes follow it.
+        /// The number of further bytes.
         extra: usize,
     },
 }

@@ -1,16 +1,15 @@
-//! The event frame: one after another on a unidirectional stream that the server opens.
+//! The event frame. Events follow one another on a unidirectional stream that the server opens.
 //!
-//! Only events need incremental decoding, since their stream has no end to read to:
-//! [`EventDecoder`].
+//! [`EventDecoder`] decodes incrementally, because an event stream is not read to its end.
 
 use bytes::{Bytes, BytesMut};
 
 use crate::{FrameError, check_exact, check_payload_len, join, payload_len, split_header};
 
-/// What comes before an event's payload.
+/// The header of an event frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EventHeader {
-    /// What happened; an open number, since clients ignore the types they do not know.
+    /// The type of the event. An open number: clients ignore unknown types.
     pub event_type: u16,
     /// Length in bytes of the payload that follows.
     pub payload_len: u32,
@@ -20,7 +19,7 @@ impl EventHeader {
     /// Length of the header in bytes.
     pub const LEN: usize = 6;
 
-    /// The header as sent.
+    /// Encodes the header.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
@@ -29,7 +28,7 @@ impl EventHeader {
         bytes
     }
 
-    /// Reads a header. Any six bytes are one; see [`check`](Self::check).
+    /// Decodes a header. Never fails; see [`check`](Self::check).
     #[must_use]
     pub fn decode(bytes: &[u8; Self::LEN]) -> Self {
         let [t0, t1, l0, l1, l2, l3] = *bytes;
@@ -39,7 +38,7 @@ impl EventHeader {
         }
     }
 
-    /// Whether the announced payload may be read at all.
+    /// Refuses a payload length above the maximum.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -48,17 +47,17 @@ impl EventHeader {
     }
 }
 
-/// A whole event.
+/// An event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
-    /// What happened.
+    /// The type of the event.
     pub event_type: u16,
-    /// The event's message, serialized.
+    /// The serialized message of the event.
     pub payload: Bytes,
 }
 
 impl Event {
-    /// The header that announces this event.
+    /// Returns the header of this event.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -66,7 +65,7 @@ impl Event {
         Ok(EventHeader { event_type: self.event_type, payload_len: payload_len(&self.payload)? })
     }
 
-    /// The whole frame.
+    /// Encodes the frame.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -74,7 +73,7 @@ impl Event {
         Ok(join(&self.header()?.encode(), &self.payload))
     }
 
-    /// Reads a frame that is all of `frame`; the payload shares its memory.
+    /// Decodes exactly one frame. The payload shares the memory of `frame`.
     ///
     /// # Errors
     /// Any [`FrameError`].
@@ -86,31 +85,31 @@ impl Event {
     }
 }
 
-/// Takes the bytes of an event stream in pieces of any size and gives its events.
+/// Decodes an event stream that arrives in pieces of any size.
 ///
-/// It holds what was pushed and not yet given: with [`next_event`](Self::next_event) called until
-/// `None` after each push, at most one frame and one piece.
+/// Buffers at most one frame and one piece, if [`next_event`](Self::next_event) is called until
+/// `None` after each push.
 #[derive(Debug, Default)]
 pub struct EventDecoder {
     buffer: BytesMut,
 }
 
 impl EventDecoder {
-    /// A decoder at the beginning of a stream.
+    /// Creates a decoder for a new stream.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds the stream's next bytes.
+    /// Appends the next bytes of the stream.
     pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next event, or `None` while it is not whole.
+    /// Returns the next event, or `None` until all its bytes have been pushed.
     ///
     /// # Errors
-    /// [`FrameError::TooLarge`], for good: where the next frame begins is unknown.
+    /// [`FrameError::TooLarge`], also for each later call: the start of the next frame is unknown.
     pub fn next_event(&mut self) -> Result<Option<Event>, FrameError> {
         let Some(header) = self.buffer.first_chunk() else { return Ok(None) };
         let header = EventHeader::decode(header);
@@ -123,12 +122,11 @@ impl EventDecoder {
         Ok(Some(Event { event_type: header.event_type, payload }))
     }
 
-    /// Says that the stream ended here.
+    /// Ends the stream.
     ///
     /// # Errors
     /// [`FrameError::Truncated`] inside a frame, [`FrameError::TooLarge`] as in
-    /// [`next_event`](Self::next_event), [`FrameError::TrailingBytes`] while a whole event was not
-    /// taken.
+    /// [`next_event`](Self::next_event), [`FrameError::TrailingBytes`] if a complete event is left.
     pub fn finish(self) -> Result<(), FrameError> {
         if self.buffer.is_empty() {
             return Ok(());
@@ -150,13 +148,13 @@ mod tests {
     }
 
     #[test]
-    fn layout_is_that_of_the_protocol() {
+    fn encoded_event_has_the_documented_layout() {
         let event = Event { event_type: 0x0102, payload: Bytes::from_static(b"ab") };
         assert_eq!(&event.encode().unwrap()[..], [1, 2, 0, 0, 0, 2, b'a', b'b']);
     }
 
     #[test]
-    fn an_announced_length_above_the_maximum_is_refused_for_good() {
+    fn a_length_above_the_maximum_ends_decoding() {
         let too_large = FrameError::TooLarge { len: u64::from(u32::MAX), max: MAX_PAYLOAD };
         let mut decoder = EventDecoder::new();
         decoder.push(&EventHeader { event_type: 1, payload_len: u32::MAX }.encode());
@@ -168,24 +166,27 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trip(event_type: u16, payload: Vec<u8>) {
+        fn an_encoded_event_decodes_to_itself(event_type: u16, payload: Vec<u8>) {
             let event = Event { event_type, payload: payload.into() };
             prop_assert_eq!(Event::decode(event.encode().unwrap()), Ok(event));
         }
 
         #[test]
-        fn header_round_trip(bytes: [u8; EventHeader::LEN]) {
+        fn a_decoded_header_encodes_to_the_same_bytes(bytes: [u8; EventHeader::LEN]) {
             prop_assert_eq!(EventHeader::decode(&bytes).encode(), bytes);
         }
 
         #[test]
-        fn the_length_is_honest(payload: Vec<u8>) {
+        fn a_frame_of_the_wrong_length_is_refused(payload: Vec<u8>) {
             let event = Event { event_type: 7, payload: payload.into() };
             let frame = event.encode().unwrap();
-            prop_assert_eq!(frame.len(), EventHeader::LEN + event.header().unwrap().payload_len as usize);
+            let header = event.header().unwrap();
+            prop_assert_eq!(frame.len(), EventHeader::LEN + header.payload_len as usize);
             for cut in 1..frame.len() {
-                let missing = if cut < EventHeader::LEN { EventHeader::LEN - cut } else { frame.len() - cut };
-                prop_assert_eq!(Event::decode(frame.slice(..cut)), Err(FrameError::Truncated { missing }));
+                let end = if cut < EventHeader::LEN { EventHeader::LEN } else { frame.len() };
+                let missing = end - cut;
+                let truncated = Err(FrameError::Truncated { missing });
+                prop_assert_eq!(Event::decode(frame.slice(..cut)), truncated);
                 let mut decoder = EventDecoder::new();
                 decoder.push(&frame[..cut]);
                 prop_assert_eq!(decoder.next_event(), Ok(None));
@@ -193,16 +194,20 @@ mod tests {
             }
             let mut longer = frame.to_vec();
             longer.push(0);
-            prop_assert_eq!(Event::decode(longer.into()), Err(FrameError::TrailingBytes { extra: 1 }));
+            let too_long = Err(FrameError::TrailingBytes { extra: 1 });
+            prop_assert_eq!(Event::decode(longer.into()), too_long);
         }
 
         #[test]
-        fn how_the_stream_is_cut_does_not_matter(
+        fn events_are_the_same_for_any_piece_size(
             events in prop::collection::vec((any::<u16>(), any::<Vec<u8>>()), 0..8),
             piece in 1usize..64,
         ) {
             let events: Vec<Event> =
-                events.into_iter().map(|(event_type, p)| Event { event_type, payload: p.into() }).collect();
+                events
+                    .into_iter()
+                    .map(|(event_type, p)| Event { event_type, payload: p.into() })
+                    .collect();
             let stream: Vec<u8> = events.iter().flat_map(|event| event.encode().unwrap()).collect();
             let mut decoder = EventDecoder::new();
             let mut seen = Vec::new();
@@ -215,7 +220,9 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_frames_or_an_error(pieces in prop::collection::vec(any::<Vec<u8>>(), 0..8)) {
+        fn arbitrary_bytes_decode_to_events_or_an_error(
+            pieces in prop::collection::vec(any::<Vec<u8>>(), 0..8),
+        ) {
             let stream = pieces.concat();
             let mut decoder = EventDecoder::new();
             let mut seen = Vec::new();

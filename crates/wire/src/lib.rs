@@ -1,14 +1,13 @@
-//! Framing of the qpq v1 wire protocol, without I/O: how requests, responses and events lie on a
-//! QUIC stream.
+//! Framing of the qpq v1 wire protocol, without I/O: the layout of requests, responses and events
+//! on a QUIC stream.
 //!
-//! One call is one request frame and one response frame, each alone on its half of a stream; events
-//! follow one another on a stream of the server's. A frame is a fixed header of big-endian integers
-//! and a payload whose length the header gives. `qpq-transport` reads and writes frames with the
-//! types here; nothing else needs to know the layout.
+//! A call is one request frame and one response frame, each alone on its half of a bidirectional
+//! stream. Events follow one another on a unidirectional stream that the server opens. A frame is a
+//! header of fixed length with big-endian integers, and a payload whose length is in the header.
+//! `qpq-transport` reads and writes frames with these types; no other crate depends on the layout.
 //!
-//! A header decodes whatever its bytes are, because a peer that announces too much must still be
-//! answered by its request id. Whether the announced length is acceptable is the header's `check`,
-//! asked before any memory is taken.
+//! Decoding a header never fails, because a request with too large a length is answered with its
+//! request id. The header's `check` refuses such a length before memory is allocated.
 //!
 //! | frame | layout | header |
 //! |---|---|---|
@@ -28,7 +27,7 @@ pub use response::{Response, ResponseHeader};
 
 use bytes::Bytes;
 
-/// The largest payload of any frame, in bytes (4 MiB), both ways.
+/// The largest payload of any frame in bytes, in both directions: 4 MiB.
 pub const MAX_PAYLOAD: u32 = 4 * 1024 * 1024;
 
 /// Refuses an announced payload length above [`MAX_PAYLOAD`].
@@ -39,7 +38,7 @@ fn check_payload_len(len: u32) -> Result<(), FrameError> {
     Ok(())
 }
 
-/// The length a header announces for `payload`.
+/// Returns the length of `payload` for the header.
 fn payload_len(payload: &Bytes) -> Result<u32, FrameError> {
     u32::try_from(payload.len())
         .ok()
@@ -47,7 +46,7 @@ fn payload_len(payload: &Bytes) -> Result<u32, FrameError> {
         .ok_or(FrameError::TooLarge { len: payload.len() as u64, max: MAX_PAYLOAD })
 }
 
-/// Splits off the header of a frame that should be `bytes` and nothing else.
+/// Removes the header from the start of a frame.
 fn split_header<const N: usize>(bytes: &mut Bytes) -> Result<[u8; N], FrameError> {
     let Some(header) = bytes.first_chunk::<N>().copied() else {
         return Err(FrameError::Truncated { missing: N - bytes.len() });
@@ -56,7 +55,7 @@ fn split_header<const N: usize>(bytes: &mut Bytes) -> Result<[u8; N], FrameError
     Ok(header)
 }
 
-/// Checks that what follows a header is exactly the payload it announced.
+/// Checks that the payload has exactly the announced length.
 fn check_exact(payload: &Bytes, announced: u32) -> Result<(), FrameError> {
     let announced = announced as usize;
     match payload.len() {
@@ -66,7 +65,7 @@ fn check_exact(payload: &Bytes, announced: u32) -> Result<(), FrameError> {
     }
 }
 
-/// Header and payload as one piece of memory.
+/// Concatenates a header and a payload.
 fn join(header: &[u8], payload: &Bytes) -> Bytes {
     let mut frame = Vec::with_capacity(header.len() + payload.len());
     frame.extend_from_slice(header);

@@ -1,15 +1,15 @@
-//! The request frame: alone, followed by FIN, on the client's half of a bidirectional stream.
+//! The request frame. It is alone on the client's half of a bidirectional stream, followed by FIN.
 
 use bytes::Bytes;
 
 use crate::{FrameError, check_exact, check_payload_len, join, payload_len, split_header};
 
-/// What comes before a request's payload.
+/// The header of a request frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestHeader {
-    /// Which method is called; an open number, since new methods are added.
+    /// The id of the called method. An open number: later versions add methods.
     pub method_id: u16,
-    /// The client's own number for the call, echoed in the response.
+    /// The client's number for the call, returned in the response.
     pub request_id: u32,
     /// Length in bytes of the payload that follows.
     pub payload_len: u32,
@@ -19,7 +19,7 @@ impl RequestHeader {
     /// Length of the header in bytes.
     pub const LEN: usize = 10;
 
-    /// The header as sent.
+    /// Encodes the header.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
@@ -29,7 +29,7 @@ impl RequestHeader {
         bytes
     }
 
-    /// Reads a header. Any ten bytes are one; see [`check`](Self::check).
+    /// Decodes a header. Never fails; see [`check`](Self::check).
     #[must_use]
     pub fn decode(bytes: &[u8; Self::LEN]) -> Self {
         let [m0, m1, r0, r1, r2, r3, l0, l1, l2, l3] = *bytes;
@@ -40,7 +40,7 @@ impl RequestHeader {
         }
     }
 
-    /// Whether the announced payload may be read at all.
+    /// Refuses a payload length above the maximum.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -49,19 +49,19 @@ impl RequestHeader {
     }
 }
 
-/// A whole request.
+/// A request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Which method is called.
+    /// The id of the called method.
     pub method_id: u16,
-    /// The client's own number for the call.
+    /// The client's number for the call.
     pub request_id: u32,
-    /// The method's message, serialized.
+    /// The serialized request message of the method.
     pub payload: Bytes,
 }
 
 impl Request {
-    /// The header that announces this request.
+    /// Returns the header of this request.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -73,7 +73,7 @@ impl Request {
         })
     }
 
-    /// The whole frame.
+    /// Encodes the frame.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -81,7 +81,7 @@ impl Request {
         Ok(join(&self.header()?.encode(), &self.payload))
     }
 
-    /// Reads a frame that is all of `frame`; the payload shares its memory.
+    /// Decodes exactly one frame. The payload shares the memory of `frame`.
     ///
     /// # Errors
     /// Any [`FrameError`].
@@ -101,7 +101,7 @@ mod tests {
     use crate::MAX_PAYLOAD;
 
     #[test]
-    fn layout_is_that_of_the_protocol() {
+    fn encoded_request_has_the_documented_layout() {
         let request = Request {
             method_id: 0x0102,
             request_id: 0x0304_0506,
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_payload_passes_and_one_more_byte_does_not() {
+    fn a_payload_above_the_maximum_is_refused() {
         let of = |len: u32| Request {
             method_id: 1,
             request_id: 2,
@@ -127,23 +127,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trip(method_id: u16, request_id: u32, payload: Vec<u8>) {
+        fn an_encoded_request_decodes_to_itself(method_id: u16, request_id: u32, payload: Vec<u8>) {
             let request = Request { method_id, request_id, payload: payload.into() };
             prop_assert_eq!(Request::decode(request.encode().unwrap()), Ok(request));
         }
 
         #[test]
-        fn header_round_trip(bytes: [u8; RequestHeader::LEN]) {
+        fn a_decoded_header_encodes_to_the_same_bytes(bytes: [u8; RequestHeader::LEN]) {
             prop_assert_eq!(RequestHeader::decode(&bytes).encode(), bytes);
         }
 
         #[test]
-        fn the_length_is_honest(payload: Vec<u8>) {
+        fn a_frame_of_the_wrong_length_is_refused(payload: Vec<u8>) {
             let request = Request { method_id: 7, request_id: 9, payload: payload.into() };
             let frame = request.encode().unwrap();
-            prop_assert_eq!(frame.len(), RequestHeader::LEN + request.header().unwrap().payload_len as usize);
+            let header = request.header().unwrap();
+            prop_assert_eq!(frame.len(), RequestHeader::LEN + header.payload_len as usize);
             for cut in 0..frame.len() {
-                let expected = if cut < RequestHeader::LEN { RequestHeader::LEN - cut } else { frame.len() - cut };
+                let end = if cut < RequestHeader::LEN { RequestHeader::LEN } else { frame.len() };
+                let expected = end - cut;
                 prop_assert_eq!(
                     Request::decode(frame.slice(..cut)),
                     Err(FrameError::Truncated { missing: expected })
@@ -151,11 +153,12 @@ mod tests {
             }
             let mut longer = frame.to_vec();
             longer.push(0);
-            prop_assert_eq!(Request::decode(longer.into()), Err(FrameError::TrailingBytes { extra: 1 }));
+            let too_long = Err(FrameError::TrailingBytes { extra: 1 });
+            prop_assert_eq!(Request::decode(longer.into()), too_long);
         }
 
         #[test]
-        fn any_bytes_are_a_frame_or_an_error(bytes: Vec<u8>) {
+        fn arbitrary_bytes_decode_to_a_request_or_an_error(bytes: Vec<u8>) {
             if let Ok(request) = Request::decode(bytes.clone().into()) {
                 prop_assert_eq!(&request.encode().unwrap()[..], &bytes[..]);
             }

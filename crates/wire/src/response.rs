@@ -1,16 +1,15 @@
-//! The response frame: alone, followed by FIN, on the server's half of the stream that the request
-//! came on.
+//! The response frame. It is alone on the server's half of the request's stream, followed by FIN.
 
 use bytes::Bytes;
 
 use crate::{FrameError, check_exact, check_payload_len, join, payload_len, split_header};
 
-/// What comes before a response's payload.
+/// The header of a response frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResponseHeader {
-    /// How the call went: 0 is Ok. An open number; which ones exist is the protocol's to say.
+    /// The status of the call, 0 for Ok. An open number: `qpq-proto` defines the statuses.
     pub status: u8,
-    /// The request's number, so that a client can tell that the answer is to its question.
+    /// The number from the request, with which the client checks that the response is for its call.
     pub request_id: u32,
     /// Length in bytes of the payload that follows.
     pub payload_len: u32,
@@ -20,7 +19,7 @@ impl ResponseHeader {
     /// Length of the header in bytes.
     pub const LEN: usize = 9;
 
-    /// The header as sent.
+    /// Encodes the header.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
@@ -30,7 +29,7 @@ impl ResponseHeader {
         bytes
     }
 
-    /// Reads a header. Any nine bytes are one; see [`check`](Self::check).
+    /// Decodes a header. Never fails; see [`check`](Self::check).
     #[must_use]
     pub fn decode(bytes: &[u8; Self::LEN]) -> Self {
         let [status, r0, r1, r2, r3, l0, l1, l2, l3] = *bytes;
@@ -41,7 +40,7 @@ impl ResponseHeader {
         }
     }
 
-    /// Whether the announced payload may be read at all.
+    /// Refuses a payload length above the maximum.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -50,19 +49,19 @@ impl ResponseHeader {
     }
 }
 
-/// A whole response.
+/// A response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Response {
-    /// How the call went: 0 is Ok.
+    /// The status of the call, 0 for Ok.
     pub status: u8,
-    /// The request's number.
+    /// The number from the request.
     pub request_id: u32,
-    /// The method's response message, or the error detail, serialized.
+    /// The serialized response message of the method, or the error detail.
     pub payload: Bytes,
 }
 
 impl Response {
-    /// The header that announces this response.
+    /// Returns the header of this response.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -74,7 +73,7 @@ impl Response {
         })
     }
 
-    /// The whole frame.
+    /// Encodes the frame.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`].
@@ -82,7 +81,7 @@ impl Response {
         Ok(join(&self.header()?.encode(), &self.payload))
     }
 
-    /// Reads a frame that is all of `frame`; the payload shares its memory.
+    /// Decodes exactly one frame. The payload shares the memory of `frame`.
     ///
     /// # Errors
     /// Any [`FrameError`].
@@ -102,14 +101,14 @@ mod tests {
     use crate::MAX_PAYLOAD;
 
     #[test]
-    fn layout_is_that_of_the_protocol() {
+    fn encoded_response_has_the_documented_layout() {
         let response =
             Response { status: 2, request_id: 0x0304_0506, payload: Bytes::from_static(b"ab") };
         assert_eq!(&response.encode().unwrap()[..], [2, 3, 4, 5, 6, 0, 0, 0, 2, b'a', b'b']);
     }
 
     #[test]
-    fn the_largest_payload_passes_and_one_more_byte_does_not() {
+    fn a_payload_above_the_maximum_is_refused() {
         let of =
             |len: u32| Response { status: 1, request_id: 2, payload: vec![0; len as usize].into() };
         assert_eq!(Response::decode(of(MAX_PAYLOAD).encode().unwrap()), Ok(of(MAX_PAYLOAD)));
@@ -122,23 +121,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trip(status: u8, request_id: u32, payload: Vec<u8>) {
+        fn an_encoded_response_decodes_to_itself(status: u8, request_id: u32, payload: Vec<u8>) {
             let response = Response { status, request_id, payload: payload.into() };
             prop_assert_eq!(Response::decode(response.encode().unwrap()), Ok(response));
         }
 
         #[test]
-        fn header_round_trip(bytes: [u8; ResponseHeader::LEN]) {
+        fn a_decoded_header_encodes_to_the_same_bytes(bytes: [u8; ResponseHeader::LEN]) {
             prop_assert_eq!(ResponseHeader::decode(&bytes).encode(), bytes);
         }
 
         #[test]
-        fn the_length_is_honest(payload: Vec<u8>) {
+        fn a_frame_of_the_wrong_length_is_refused(payload: Vec<u8>) {
             let response = Response { status: 7, request_id: 9, payload: payload.into() };
             let frame = response.encode().unwrap();
-            prop_assert_eq!(frame.len(), ResponseHeader::LEN + response.header().unwrap().payload_len as usize);
+            let header = response.header().unwrap();
+            prop_assert_eq!(frame.len(), ResponseHeader::LEN + header.payload_len as usize);
             for cut in 0..frame.len() {
-                let expected = if cut < ResponseHeader::LEN { ResponseHeader::LEN - cut } else { frame.len() - cut };
+                let end = if cut < ResponseHeader::LEN { ResponseHeader::LEN } else { frame.len() };
+                let expected = end - cut;
                 prop_assert_eq!(
                     Response::decode(frame.slice(..cut)),
                     Err(FrameError::Truncated { missing: expected })
@@ -146,11 +147,12 @@ mod tests {
             }
             let mut longer = frame.to_vec();
             longer.push(0);
-            prop_assert_eq!(Response::decode(longer.into()), Err(FrameError::TrailingBytes { extra: 1 }));
+            let too_long = Err(FrameError::TrailingBytes { extra: 1 });
+            prop_assert_eq!(Response::decode(longer.into()), too_long);
         }
 
         #[test]
-        fn any_bytes_are_a_frame_or_an_error(bytes: Vec<u8>) {
+        fn arbitrary_bytes_decode_to_a_response_or_an_error(bytes: Vec<u8>) {
             if let Ok(response) = Response::decode(bytes.clone().into()) {
                 prop_assert_eq!(&response.encode().unwrap()[..], &bytes[..]);
             }

@@ -45,6 +45,6 @@ pub(crate) async fn fold(metrics: Metrics) {
     let mut ticks = interval(FOLD);
     loop {
         ticks.tick().await;
-        metrics.upkeep();
+        metrics.run_maintenance();
     }
 }

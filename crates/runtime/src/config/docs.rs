@@ -1,11 +1,10 @@
-//! The configuration in print: the reference for `docs/`, and the effective values for `config
-//! show`.
+//! The printed configuration: the reference in `docs/`, and the effective values for `config show`.
 
 use std::fmt::Write as _;
 
 use super::{Declared, Node, Setting};
 
-/// The reference of all settings of `T` as Markdown, to go below an introduction.
+/// Returns the reference of all settings of `T` as Markdown, without an introduction.
 pub fn markdown<T: Node + Default>() -> String {
     let declared = Declared::of::<T>();
     let mut page = String::new();
@@ -42,8 +41,8 @@ fn row(page: &mut String, key: &str, setting: &Setting) {
     let _ = writeln!(page, "| `{key}` | {kind} | {default} | {doc}{also} |");
 }
 
-/// The values in force as a TOML file, each with its origin as a comment. What is not set is
-/// commented out.
+/// Returns the effective values as a TOML file, each with its origin as a comment. Settings without
+/// a value are commented out.
 pub(super) fn effective(
     declared: &Declared,
     values: &[(String, Option<String>)],

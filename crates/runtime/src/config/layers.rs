@@ -1,4 +1,4 @@
-//! Merging the file, the environment and the flags, after a look at every name in them.
+//! Merges the file, the environment and the flags, and refuses unknown names in them.
 
 use std::{ffi::OsString, fs, path::PathBuf};
 
@@ -11,12 +11,12 @@ use figment::{
 
 use super::{Declared, Flag, Sources, problem::Problem};
 
-/// What all our variables begin with.
+/// The prefix of all variables.
 const PREFIX: &str = "QPQ_";
-/// The variable that names the file when no flag does.
+/// The variable that names the file, unless a flag does.
 const FILE_VARIABLE: &str = "QPQ_CONFIG";
 
-/// Values with one origin.
+/// The values of one origin.
 struct Layer {
     origin: String,
     values: Dict,
@@ -33,7 +33,7 @@ impl Provider for Layer {
 }
 
 impl Layer {
-    /// One value, at a dotted path.
+    /// Creates a layer with one value at a dotted path.
     fn single(origin: &str, path: &str, value: String) -> Self {
         let values =
             nest(path, Value::from(value)).into_dict().expect("a path has at least one component");
@@ -41,7 +41,8 @@ impl Layer {
     }
 }
 
-/// All layers, later ones over earlier ones. What cannot be accepted is left out and noted.
+/// Merges all layers; later ones take precedence. Values that cannot be accepted are left out and
+/// become problems.
 pub(super) fn merge(declared: &Declared, sources: Sources, problems: &mut Vec<Problem>) -> Figment {
     let variables = text_of(sources.environment, declared, problems);
     let named =
@@ -59,7 +60,7 @@ pub(super) fn merge(declared: &Declared, sources: Sources, problems: &mut Vec<Pr
         .fold(Figment::new(), Figment::merge)
 }
 
-/// Where the value at `path` came from; `None` for a default.
+/// Returns the origin of the value at `path`, `None` for a default.
 pub(super) fn origin(merged: &Figment, path: &str) -> Option<String> {
     merged.find_metadata(path).map(|metadata| metadata.name.to_string())
 }
@@ -113,7 +114,7 @@ fn check_keys(
     }
 }
 
-/// The variables that concern us, as text.
+/// Returns the variables that have the prefix or that a setting names, as text.
 fn text_of(
     environment: Vec<(OsString, OsString)>,
     declared: &Declared,
@@ -174,7 +175,7 @@ fn refuse_unknown(
     }
 }
 
-/// The candidate that was most likely meant: the same last part elsewhere, or a few letters away.
+/// Returns the most similar candidate: few edits away, or the same last part in another section.
 fn nearest<'a>(given: &str, candidates: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
     let last = |path: &'a str| path.rsplit('.').next().expect("split gives at least one part");
     let near = candidates
@@ -187,7 +188,7 @@ fn nearest<'a>(given: &str, candidates: impl Iterator<Item = &'a str> + Clone) -
     near.map(|(_, candidate)| candidate).or_else(elsewhere).map(Into::into)
 }
 
-/// Letters to insert, delete or replace to get from `a` to `b` (Levenshtein).
+/// Returns the Levenshtein distance: letters to insert, delete or replace to get from `a` to `b`.
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn nearest_prefers_few_edits_then_the_same_last_part_and_else_says_nothing() {
+    fn nearest_prefers_few_edits_then_the_same_last_part() {
         let known = ["listen", "tls.cert", "delivery.max_payload"];
         let nearest = |given| nearest(given, known.iter().copied());
         assert_eq!(nearest("tls.cret").as_deref(), Some("tls.cert"));

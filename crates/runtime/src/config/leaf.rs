@@ -1,5 +1,5 @@
-//! The kinds of values that settings have. Each is read from TOML of its natural type or from text,
-//! because environment variables and flags are text.
+//! The kinds of values of settings. Each is read from its natural TOML type or from text, because
+//! environment variables and flags are text.
 
 use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -9,25 +9,25 @@ use crate::Redacted;
 
 /// A kind of value.
 pub trait Leaf: Sized {
-    /// Whether values are kept out of errors.
+    /// Whether values must not appear in errors.
     const SECRET: bool = false;
 
-    /// The kind in a word, for the reference.
+    /// Returns the name of the kind, for the reference.
     fn kind() -> String;
 
-    /// What is allowed, to go on from "must be".
+    /// Returns the allowed values, completing the sentence "must be ...".
     fn allowed() -> String;
 
-    /// `None` if it is not allowed.
+    /// Reads a value. Returns `None` if it is not allowed.
     fn read(value: &Value) -> Option<Self>;
 
-    /// The value as TOML; `None` when nothing is set.
+    /// Returns the value as TOML, `None` if nothing is set.
     fn show(&self) -> Option<String>;
 }
 
-/// An enum of names.
+/// An enum whose values are names.
 pub trait Choice: Sized + Copy + PartialEq + 'static {
-    /// All there are, with their names.
+    /// All values with their names.
     const ALL: &'static [(&'static str, Self)];
 }
 
@@ -35,7 +35,7 @@ pub trait Choice: Sized + Copy + PartialEq + 'static {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-/// An address to listen on, or none.
+/// An address to listen on, or `off`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ListenOn {
     Off,
@@ -47,7 +47,7 @@ const UNITS_OF_TIME: [(&str, u64); 5] =
 const UNITS_OF_SIZE: [(&str, u64); 4] =
     [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
 
-/// A scalar as the text that one would have written.
+/// Returns a scalar as text.
 pub(super) fn text(value: &Value) -> Option<String> {
     match value {
         Value::String(_, text) => Some(text.clone()),
@@ -66,7 +66,7 @@ fn quoted(text: impl Into<String>) -> Option<String> {
     Some(toml::Value::String(text.into()).to_string())
 }
 
-/// A number with one of `units` behind it; a bare number counts `bare` each.
+/// Parses a number followed by one of `units`. A number without a unit has the unit `bare`.
 fn in_units(text: &str, units: &[(&str, u64)], bare: u64) -> Option<u64> {
     let text = text.trim();
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
@@ -78,7 +78,7 @@ fn in_units(text: &str, units: &[(&str, u64)], bare: u64) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(each)
 }
 
-/// `amount` in the largest unit that divides it.
+/// Formats `amount` in the largest unit that divides it.
 fn with_unit(amount: u64, units: &[(&str, u64)]) -> String {
     let (name, each) = units
         .iter()

@@ -2,12 +2,11 @@
 //! one wins.
 //!
 //! A setting is declared once, by [`section!`](crate::section): name, type, default and doc
-//! comment. From the declaration come the struct that the program uses, the names of the
-//! environment variables, `config show`, the reference in `docs/`, and the list of what exists,
-//! outside of which nothing is accepted: a misspelt key or variable is refused by name, with the
-//! nearest one that exists.
+//! comment. The declaration generates the struct that the program uses, the names of the
+//! environment variables, `config show`, the reference in `docs/` and the list of allowed names. A
+//! misspelt key or variable is refused, with the nearest name that exists.
 //!
-//! figment merges the layers and remembers where each value came from; the types in `leaf` read the
+//! figment merges the layers and records the origin of each value; the types in `leaf` read the
 //! values.
 
 mod docs;
@@ -28,56 +27,55 @@ pub use leaf::{Choice, Leaf, ListenOn, Size};
 pub use problem::{ConfigError, Problem};
 pub use section::{About, Declared, Node, Reader, Section, Setting, join};
 
-/// The settings of a program: its outermost section.
+/// The outermost section of a program's settings.
 pub trait Settings: Node + Default {
-    /// The rules that need more than one value, or a bound on one. Each broken one is a [`Broken`]
-    /// rule.
+    /// Checks bounds, and rules about several values. Returns each rule that is broken.
     fn validate(&self) -> Vec<Broken>;
 }
 
 /// A rule that a value breaks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broken {
-    /// The setting to change.
+    /// The path of the setting to change.
     pub path: &'static str,
-    /// What is allowed, as a sentence that ends "... must be".
+    /// The allowed values, completing the sentence "... must be".
     pub must_be: String,
 }
 
-/// Where settings are read from, besides their defaults.
+/// The sources of settings, in addition to the defaults.
 #[derive(Clone, Default)]
 pub struct Sources {
-    /// The TOML file, if one was named.
+    /// The TOML file, if there is one.
     pub file: Option<PathBuf>,
-    /// The process's environment, see [`environment`].
+    /// The environment of the process, see [`environment`].
     pub environment: Vec<(OsString, OsString)>,
     pub flags: Vec<Flag>,
-    /// Variables with our prefix that other programs read, which are left alone.
+    /// Variables with the prefix `QPQ_` that other programs read. They are ignored.
     pub foreign: &'static [&'static str],
 }
 
 /// A setting given on the command line.
 #[derive(Clone)]
 pub struct Flag {
-    /// As typed, `--listen`.
+    /// The name as typed, such as `--listen`.
     pub name: &'static str,
     pub path: &'static str,
     pub value: String,
 }
 
-/// The environment of this process, whole. The one place that reads it.
+/// Returns the whole environment of this process. No other code reads it.
 pub fn environment() -> Vec<(OsString, OsString)> {
     std::env::vars_os().collect()
 }
 
-/// The settings that are in force, and where they came from.
+/// The effective settings with their origins.
 pub struct Loaded<T> {
     pub settings: T,
     merged: Figment,
     declared: Declared,
 }
 
-/// Reads and checks all layers. Every problem is in the error, not only the first.
+/// Reads and checks all layers. The error lists every problem, not only the first.
 pub fn load<T: Settings>(sources: Sources) -> Result<Loaded<T>, ConfigError> {
     let declared = Declared::of::<T>();
     let mut problems = Vec::new();
@@ -87,7 +85,7 @@ pub fn load<T: Settings>(sources: Sources) -> Result<Loaded<T>, ConfigError> {
     settings.read("", &mut reader);
     if problems.is_empty() {
         problems.extend(settings.validate().into_iter().map(|broken| Problem::Broken {
-            at: layers::origin(&merged, broken.path).unwrap_or_else(|| "not given".into()),
+            at: layers::origin(&merged, broken.path).unwrap_or_else(|| "default".into()),
             path: broken.path.into(),
             must_be: broken.must_be,
         }));
@@ -100,7 +98,7 @@ pub fn load<T: Settings>(sources: Sources) -> Result<Loaded<T>, ConfigError> {
 }
 
 impl<T: Settings> Loaded<T> {
-    /// The paths of the settings that have another value in `other`. Of secrets it is not told.
+    /// Returns the paths of the settings that have another value in `other`, except secrets.
     pub fn changes(&self, other: &Self) -> Vec<String> {
         let values = |loaded: &Self| {
             let mut values = Vec::new();
@@ -112,8 +110,8 @@ impl<T: Settings> Loaded<T> {
         differing.map(|((path, _), _)| path).collect()
     }
 
-    /// What is in force, as a TOML file with each value's origin as a comment. Secrets are
-    /// redacted.
+    /// Returns the effective settings as a TOML file, with the origin of each value as a comment.
+    /// Secrets are redacted.
     pub fn show(&self) -> String {
         let mut values = Vec::new();
         self.settings.show("", &mut values);
@@ -121,7 +119,7 @@ impl<T: Settings> Loaded<T> {
     }
 }
 
-// Not derived: the values in the layers may be secret.
+// Not derived, because the values in the layers may be secret.
 
 impl fmt::Debug for Sources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

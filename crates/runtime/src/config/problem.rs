@@ -1,17 +1,17 @@
-//! What is wrong with a configuration, in words that say where to look and what to write instead.
+//! The problems of a configuration. Each message names the place and the allowed values.
 
 use std::{fmt, path::PathBuf};
 
-/// One thing to correct.
+/// One problem of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Problem {
-    /// The file cannot be read at all.
+    /// The file cannot be read.
     Unreadable { file: PathBuf, why: String },
     /// The file is not TOML.
     Malformed { file: PathBuf, why: String },
-    /// A key or variable that does not exist.
+    /// An unknown key or variable.
     Unknown { at: String, name: String, nearest: Option<String> },
-    /// The name of a section where a value is expected.
+    /// A value for a name that is a section.
     NotAValue { at: String, section: String },
     /// A value of the wrong kind. `given` is absent for secrets.
     NotAllowed { at: String, path: String, given: Option<String>, allowed: String },
@@ -48,7 +48,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A configuration that cannot be used.
+/// The problems that make a configuration unusable.
 #[derive(Clone, Debug)]
 pub struct ConfigError {
     pub problems: Vec<Problem>,

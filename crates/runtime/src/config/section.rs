@@ -1,22 +1,22 @@
-//! The declaration of settings: a tree whose inner nodes are sections and whose leaves are values.
+//! The declaration of settings: a tree of sections, whose leaves are values.
 
 use figment::Figment;
 
 use super::{Leaf, layers, problem::Problem};
 
-/// A section or a value: something that can be declared, read and shown at a dotted path.
+/// A section or a value, which is declared, read and shown at a dotted path.
 pub trait Node {
-    /// Adds to `declared` what is declared here. `self` is the default.
+    /// Adds this node to `declared`. `self` is the default.
     fn describe(&self, about: About, declared: &mut Declared);
 
-    /// Replaces what the layers have a value for.
+    /// Replaces the values that a layer sets.
     fn read(&mut self, path: &str, reader: &mut Reader<'_>);
 
-    /// Adds path and value, as TOML; `None` where nothing is set.
+    /// Appends the path and the value as TOML, `None` where nothing is set.
     fn show(&self, path: &str, values: &mut Vec<(String, Option<String>)>);
 }
 
-/// What a declaration says about a node, beyond its type and default.
+/// The description of a node, in addition to its type and default.
 #[derive(Clone, Debug, Default)]
 pub struct About {
     pub path: String,
@@ -33,21 +33,21 @@ impl About {
         Self { path, doc, ..Self::default() }
     }
 
-    /// What holds when nothing is set, in words, where the default depends on something else.
+    /// Describes the default in words, where it depends on something else.
     #[must_use]
     pub fn unset(mut self, words: &'static str) -> Self {
         self.unset = Some(words);
         self
     }
 
-    /// A second environment variable.
+    /// Adds a second environment variable.
     #[must_use]
     pub fn variable(mut self, name: &'static str) -> Self {
         self.variable = Some(name);
         self
     }
 
-    /// The command line flag.
+    /// Sets the command line flag.
     #[must_use]
     pub fn flag(mut self, name: &'static str) -> Self {
         self.flag = Some(name);
@@ -55,7 +55,7 @@ impl About {
     }
 }
 
-/// Everything that may be set.
+/// All sections and settings.
 #[derive(Clone, Debug, Default)]
 pub struct Declared {
     pub sections: Vec<Section>,
@@ -69,17 +69,17 @@ pub struct Section {
     pub doc: String,
 }
 
-/// One value that may be set.
+/// One setting.
 #[derive(Clone, Debug)]
 pub struct Setting {
-    /// As in the file, `tls.cert`.
+    /// The path in the file, such as `tls.cert`.
     pub path: String,
     pub doc: String,
-    /// What kind of value it is, in Markdown.
+    /// The kind of value, in Markdown.
     pub kind: String,
     /// The default, in Markdown: as TOML in a code span, or in words.
     pub default: String,
-    /// The environment variables that set it, the one that wins first.
+    /// The environment variables that set it. The first one takes precedence.
     pub variables: Vec<String>,
     pub flag: Option<&'static str>,
 }
@@ -91,20 +91,20 @@ impl Declared {
         declared
     }
 
-    /// Whether `path` is a value that may be set.
+    /// Returns whether `path` is a setting.
     pub fn has_setting(&self, path: &str) -> bool {
         self.settings.iter().any(|setting| setting.path == path)
     }
 
-    /// Whether there are settings below `path`.
+    /// Returns whether `path` is a section or a part of one.
     pub fn has_below(&self, path: &str) -> bool {
         self.settings
             .iter()
             .any(|setting| below(&setting.path, path).is_some_and(|key| !key.is_empty()))
     }
 
-    /// The innermost section that `path` is in, and its key there: dotted where a group of keys has
-    /// no section.
+    /// Returns the innermost section of `path`, and the key in it. The key is dotted where a group
+    /// of keys has no section.
     pub fn place<'a>(&'a self, path: &'a str) -> (&'a Section, &'a str) {
         let inside = |section: &'a Section| Some((section, below(path, &section.path)?));
         let places = self.sections.iter().filter_map(inside);
@@ -112,12 +112,12 @@ impl Declared {
     }
 }
 
-/// What remains of `path` below `ancestor`.
+/// Returns the part of `path` after `ancestor`.
 fn below<'a>(path: &'a str, ancestor: &str) -> Option<&'a str> {
     if ancestor.is_empty() { Some(path) } else { path.strip_prefix(ancestor)?.strip_prefix('.') }
 }
 
-/// Reads values out of the merged layers and notes what is wrong with them.
+/// Reads values from the merged layers and collects problems.
 #[derive(Debug)]
 pub struct Reader<'a> {
     merged: &'a Figment,
@@ -129,7 +129,7 @@ impl<'a> Reader<'a> {
         Self { merged, problems }
     }
 
-    /// The value at `path`, if a layer has one that is allowed.
+    /// Returns the value at `path`, if a layer has an allowed one.
     pub fn leaf<T: Leaf>(&mut self, path: &str) -> Option<T> {
         let value = self.merged.find_value(path).ok()?;
         let read = T::read(&value);
@@ -174,14 +174,14 @@ impl<T: Leaf> Node for T {
     }
 }
 
-/// `path` below `parent`, which is empty at the top.
+/// Joins a parent path, empty at the top, and a key.
 pub fn join(parent: &str, child: &str) -> String {
     if parent.is_empty() { child.into() } else { format!("{parent}.{child}") }
 }
 
-/// Declares a section: a struct with a [`Default`] and all that [`Node`] wants.
+/// Declares a section: a struct that implements [`Default`] and [`Node`].
 ///
-/// Behind the default may stand `unset: "what holds instead"`, `variable: "ANOTHER_NAME"` and
+/// After the default there may be `unset: "the default in words"`, `variable: "ANOTHER_NAME"` and
 /// `flag: "--name"`.
 ///
 /// ```
@@ -198,7 +198,10 @@ pub fn join(parent: &str, child: &str) -> String {
 #[macro_export]
 macro_rules! section {
     ($(#[doc = $about:literal])* $vis:vis struct $name:ident {
-        $($(#[doc = $doc:literal])* $field:ident : $type:ty = $default:expr $(, $word:ident : $value:literal)* ;)*
+        $(
+            $(#[doc = $doc:literal])*
+            $field:ident : $type:ty = $default:expr $(, $word:ident : $value:literal)* ;
+        )*
     }) => {
         $(#[doc = $about])*
         #[derive(Clone, Debug)]
@@ -213,8 +216,13 @@ macro_rules! section {
         }
 
         impl $crate::config::Node for $name {
-            fn describe(&self, about: $crate::config::About, declared: &mut $crate::config::Declared) {
-                declared.sections.push($crate::config::Section { path: about.path.clone(), doc: about.doc });
+            fn describe(
+                &self,
+                about: $crate::config::About,
+                declared: &mut $crate::config::Declared,
+            ) {
+                let section = $crate::config::Section { path: about.path.clone(), doc: about.doc };
+                declared.sections.push(section);
                 $($crate::config::Node::describe(
                     &self.$field,
                     $crate::config::About::new(

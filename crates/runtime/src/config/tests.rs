@@ -1,4 +1,4 @@
-//! The rules of the layers, on a small configuration of its own.
+//! Tests of the layers with a small configuration.
 
 use std::{fs, net::SocketAddr, path::Path, time::Duration};
 
@@ -9,7 +9,8 @@ crate::section! {
     /// All of it.
     struct Root {
         /// Where to listen.
-        listen: SocketAddr = "0.0.0.0:5001".parse().unwrap(), variable: "SHORT_LISTEN", flag: "--listen";
+        listen: SocketAddr = "0.0.0.0:5001".parse().unwrap(),
+            variable: "SHORT_LISTEN", flag: "--listen";
         /// Who may enter.
         guests: Vec<String> = Vec::new();
         /// A part of it.
@@ -86,7 +87,7 @@ fn problems(file: &str, variables: &[(&str, &str)]) -> String {
 }
 
 #[test]
-fn nothing_set_gives_the_defaults() {
+fn without_sources_the_defaults_apply() {
     let loaded = load::<Root>(Sources::default()).unwrap();
     assert_eq!(loaded.settings.listen.port(), 5001);
     assert_eq!(loaded.settings.tls.cert, None);
@@ -94,7 +95,7 @@ fn nothing_set_gives_the_defaults() {
 }
 
 #[test]
-fn each_layer_wins_over_the_ones_before() {
+fn a_later_layer_takes_precedence() {
     let file = "listen = '1.1.1.1:1'\n[queue]\nttl = '1h'\nmax_payload = 4096\nenabled = false\n";
     let long = ("QPQ_LISTEN", "2.2.2.2:2");
     let short = ("SHORT_LISTEN", "3.3.3.3:3");
@@ -140,7 +141,7 @@ fn values_are_read_in_their_natural_forms() {
 }
 
 #[test]
-fn an_unknown_key_is_refused_by_name_with_the_nearest() {
+fn an_unknown_key_is_refused_with_the_nearest_name() {
     let text = problems("lisen = 'x'\n[tls]\ncret = 'x'\n[queeue]\n[colours]\nred = 1\n", &[]);
     assert!(text.contains(": there is no lisen; did you mean listen?"), "{text}");
     assert!(text.contains(": there is no tls.cret; did you mean tls.cert?"), "{text}");
@@ -154,7 +155,7 @@ fn an_unknown_key_is_refused_by_name_with_the_nearest() {
 }
 
 #[test]
-fn an_unknown_variable_is_refused_by_name_with_the_nearest() {
+fn an_unknown_variable_is_refused_with_the_nearest_name() {
     let text = problems("", &[("QPQ_LISTN", "x"), ("QPQ_TLS_CERT", "x"), ("QPQ_WHATEVER", "x")]);
     assert!(text.contains("there is no variable QPQ_LISTN; did you mean QPQ_LISTEN?"), "{text}");
     assert!(
@@ -168,7 +169,7 @@ fn an_unknown_variable_is_refused_by_name_with_the_nearest() {
 }
 
 #[test]
-fn a_value_that_is_not_allowed_is_named_with_its_origin_and_what_is() {
+fn a_refused_value_is_reported_with_its_origin_and_the_allowed_values() {
     let file = "tls = 1\n[queue]\nttl = 'soon'\nenabled = 'perhaps'\nmax_payload = -1\n";
     let text = problems(file, &[("QPQ_LISTEN", "5001")]);
     assert!(text.contains(": tls is a section: write [tls]"), "{text}");
@@ -188,7 +189,7 @@ fn a_value_that_is_not_allowed_is_named_with_its_origin_and_what_is() {
 }
 
 #[test]
-fn a_broken_rule_names_the_origin_of_the_value() {
+fn a_broken_rule_is_reported_with_the_origin_of_the_value() {
     let text = problems("", &[("QPQ_QUEUE__MAX_PAYLOAD", "1")]);
     assert!(
         text.ends_with("\n  QPQ_QUEUE__MAX_PAYLOAD: queue.max_payload must be at least 16B"),
@@ -197,7 +198,7 @@ fn a_broken_rule_names_the_origin_of_the_value() {
 }
 
 #[test]
-fn a_file_that_cannot_be_read_or_parsed_is_named() {
+fn an_unreadable_or_malformed_file_is_reported_by_name() {
     let missing = Sources { file: Some("/nonexistent/qpq.toml".into()), ..Sources::default() };
     let text = load::<Root>(missing).unwrap_err().to_string();
     assert!(text.contains("file /nonexistent/qpq.toml: cannot be read: No such file"), "{text}");
@@ -216,7 +217,8 @@ fn show_is_toml_with_origins_and_without_secrets() {
     let shown = loaded.show();
     let expected = format!(
         "listen = \"[::]:5\"  # --listen\nguests = []  # default\n\n[tls]\n\
-         # cert =  # server-cert.der in the data directory\npassphrase = \"[redacted]\"  # {origin}\n\n[queue]\n\
+         # cert =  # server-cert.der in the data directory\n\
+         passphrase = \"[redacted]\"  # {origin}\n\n[queue]\n\
          max_payload = \"1MiB\"  # default\nttl = \"90s\"  # QPQ_QUEUE__TTL\nenabled = true  # default\n"
     );
     assert_eq!(shown, expected);
@@ -234,7 +236,7 @@ fn show_is_toml_with_origins_and_without_secrets() {
 }
 
 #[test]
-fn changes_are_named_by_setting() {
+fn changes_lists_the_changed_settings() {
     let before = loaded("guests = ['ann']\n[queue]\nttl = '1h'\n", &[], &[]).unwrap();
     let after = loaded("guests = ['ann']\n[queue]\nttl = '2h'\nenabled = false\n", &[], &[]);
     assert_eq!(before.changes(&after.unwrap()), ["queue.ttl", "queue.enabled"]);
@@ -242,7 +244,7 @@ fn changes_are_named_by_setting() {
 }
 
 #[test]
-fn a_secret_of_the_wrong_kind_is_not_in_the_error() {
+fn a_refused_secret_is_not_in_the_error() {
     let text = problems("[tls]\npassphrase = ['hunter2']\n", &[]);
     assert!(text.contains("tls.passphrase must be text") && !text.contains("hunter2"), "{text}");
 }

@@ -1,17 +1,17 @@
-//! The directory that all edges of a cluster share: made once by `qpq-admin init`, the same on
-//! every edge, only read here.
+//! The directory with the secrets that all edges of a cluster share. `qpq-admin init` creates it
+//! once; every edge has the same copy and only reads it.
 //!
-//! | file | what | rotated |
+//! | file | use | rotated |
 //! |---|---|---|
-//! | `opaque-setup.bin` | what passwords are checked with | never: every account depends on it |
+//! | `opaque-setup.bin` | checks passwords | never: every account depends on it |
 //! | `delivery-key.bin` | signs delivery proofs | never: proofs are checked against it |
-//! | `ticket-keys` | TLS session tickets: previous, current and next key | `qpq-admin rotate-ticket-keys`, every 6 hours; edges see it by themselves |
-//! | `token-key` | Retry tokens: previous, current and next key | `qpq-admin rotate-token-key`; edges see it by themselves |
+//! | `ticket-keys` | TLS session tickets: previous, current and next key | `qpq-admin rotate-ticket-keys`, every 6 hours; edges reload it |
+//! | `token-key` | Retry tokens: previous, current and next key | `qpq-admin rotate-token-key`; edges reload it |
 //! | `reset-key` | stateless resets | by replacing the file and restarting the edges one after the other |
-//! | `server-cert.der`, `server-key.der` | the certificate and its key, in DER or PEM | by replacing both; edges see it by themselves |
-//! | `cluster-id` | 32 hexadecimal digits; no secret | never |
+//! | `server-cert.der`, `server-key.der` | the certificate and its key, in DER or PEM | by replacing both; edges reload them |
+//! | `cluster-id` | 32 hexadecimal digits, not secret | never |
 //!
-//! `cluster-id` is written last: a directory without it was not finished.
+//! `cluster-id` is written last: a directory without it is incomplete.
 
 use std::{
     fmt, fs, io,
@@ -23,37 +23,37 @@ use zeroize::Zeroizing;
 
 use super::{DataDir, DataDirError, OTHERS, SecretFile};
 
-/// What passwords are checked with.
+/// The OPAQUE server setup, which checks passwords.
 pub const OPAQUE_SETUP: SecretFile = SecretFile {
     name: "opaque-setup.bin",
     length: 128,
     if_lost: "Without it no account can log in again.",
 };
-/// What delivery proofs are signed with.
+/// The key that signs delivery proofs.
 pub const DELIVERY_KEY: SecretFile = SecretFile {
     name: "delivery-key.bin",
     length: 32,
-    if_lost: "Without it the delivery proofs signed so far can no longer be checked against this server.",
+    if_lost: "Without it the delivery proofs signed so far can no longer be verified.",
 };
 /// A ring of three keys for TLS session tickets.
 pub const TICKET_KEYS: SecretFile = SecretFile {
     name: "ticket-keys",
     length: 96,
-    if_lost: "With other keys clients make one full handshake more.",
+    if_lost: "With other keys each client needs one more full handshake.",
 };
-/// A ring of three keys for the tokens by which clients prove their address.
+/// A ring of three keys for the tokens with which clients prove their address.
 pub const TOKEN_KEY: SecretFile = SecretFile {
     name: "token-key",
     length: 96,
-    if_lost: "With other keys clients that are connecting try again.",
+    if_lost: "With other keys clients that are connecting must retry.",
 };
-/// What stateless resets are made with.
+/// The key of stateless resets.
 pub const RESET_KEY: SecretFile = SecretFile {
     name: "reset-key",
     length: 32,
-    if_lost: "With another key clients of edges that died wait until their connections time out.",
+    if_lost: "With another key the clients of a killed edge wait until their connections time out.",
 };
-/// All of fixed length.
+/// All secrets of fixed length.
 pub const SECRETS: [SecretFile; 5] =
     [OPAQUE_SETUP, DELIVERY_KEY, TICKET_KEYS, TOKEN_KEY, RESET_KEY];
 
@@ -61,43 +61,43 @@ pub const SECRETS: [SecretFile; 5] =
 pub const CERTIFICATE: &str = "server-cert.der";
 /// The certificate's private key, in DER or PEM.
 pub const CERTIFICATE_KEY: &str = "server-key.der";
-/// What tells this cluster from others.
+/// The file with the [`ClusterId`].
 pub const CLUSTER_ID: &str = "cluster-id";
 
-/// A finished directory.
+/// A complete directory of shared secrets.
 #[derive(Clone, Debug)]
 pub struct FleetDir(DataDir);
 
-/// A cluster's name among others, of no secrecy.
+/// The id of a cluster, not secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ClusterId([u8; 16]);
 
-/// The text is not 32 hexadecimal digits.
+/// The text is not 32 lower-case hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a cluster id has 32 hexadecimal digits, in lower case")]
 pub struct ParseClusterIdError;
 
-/// Why the directory cannot be used.
+/// The reason why the directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FleetDirError {
     #[error(
-        "there is no directory {path}. `qpq-admin init --out {path}` makes one for a new cluster; for one that exists, bring \
-         the directory here that it was made with, the same to every edge"
+        "there is no directory {path}. For a new cluster, create it with `qpq-admin init --out \
+         {path}`; for an existing cluster, copy its directory here from another edge or a backup"
     )]
     NoDirectory { path: PathBuf },
     #[error(
-        "{path} is missing. All edges share the directory that `qpq-admin init` made: bring it here whole, from another edge \
-         or a backup"
+        "{path} is missing. All edges share the directory that `qpq-admin init` created: copy all \
+         of it here from another edge or a backup"
     )]
     Missing { path: PathBuf },
     #[error(
-        "{path} is damaged: it has {found} bytes instead of {expected}. All edges share the directory that `qpq-admin init` \
-         made: bring this file from another edge or a backup. {if_lost}"
+        "{path} is damaged: it has {found} bytes instead of {expected}. All edges share the \
+         directory that `qpq-admin init` created: copy this file from another edge or a backup. {if_lost}"
     )]
     Damaged { path: PathBuf, found: usize, expected: usize, if_lost: &'static str },
     #[error(
-        "{path} is damaged: {source}. All edges share the directory that `qpq-admin init` made: bring this file from another \
-         edge or a backup"
+        "{path} is damaged: {source}. All edges share the directory that `qpq-admin init` created: \
+         copy this file from another edge or a backup"
     )]
     Id { path: PathBuf, source: ParseClusterIdError },
     #[error("{path} cannot be read: {source}. It must belong to the user that the server runs as")]
@@ -105,7 +105,7 @@ pub enum FleetDirError {
 }
 
 impl FleetDir {
-    /// The directory at `path`, if all its files are there.
+    /// Opens the directory at `path` and checks that all its files exist.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, FleetDirError> {
         let path = path.into();
         if !path.is_dir() {
@@ -123,20 +123,20 @@ impl FleetDir {
         Ok(Self(DataDir(path)))
     }
 
-    /// Where a file is.
+    /// Returns the path of the file `name`.
     pub fn file(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    /// Where it is.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
 
-    /// The secret in `file`.
+    /// Returns the secret in `file`.
     pub fn secret(&self, file: SecretFile) -> Result<Zeroizing<Vec<u8>>, FleetDirError> {
-        // Kubernetes gives the files of a Secret to a group, of which the server's user is made a
-        // member.
+        // Kubernetes mounts the files of a Secret readable for a group that the server's user is
+        // in.
         match self.0.read(file, OTHERS) {
             Ok(Some(secret)) => Ok(secret),
             Ok(None) => Err(FleetDirError::Missing { path: self.file(file.name) }),
@@ -159,14 +159,14 @@ impl FleetDir {
         text.trim_end().parse().map_err(|source| FleetDirError::Id { path, source })
     }
 
-    /// Puts another secret in the place of `file`, at once or not at all, for its owner alone.
+    /// Replaces the secret in `file` atomically, with mode 0600.
     pub fn replace(&self, file: SecretFile, secret: &[u8]) -> Result<(), DataDirError> {
         self.0.replace(file.name, secret)
     }
 }
 
 impl ClusterId {
-    /// Of 16 random bytes.
+    /// Creates an id from 16 random bytes.
     pub fn new(random: [u8; 16]) -> Self {
         Self(random)
     }
@@ -193,7 +193,7 @@ impl FromStr for ClusterId {
 mod tests {
     use super::*;
 
-    fn whole() -> tempfile::TempDir {
+    fn complete_directory() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for file in SECRETS {
             fs::write(dir.path().join(file.name), vec![7; file.length]).unwrap();
@@ -206,8 +206,8 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_directory_is_read() {
-        let dir = whole();
+    fn a_complete_directory_is_read() {
+        let dir = complete_directory();
         let fleet = FleetDir::open(dir.path()).unwrap();
         assert_eq!(*fleet.secret(TICKET_KEYS).unwrap(), [7; 96]);
         assert_eq!(fleet.cluster_id().unwrap(), ClusterId::new([1; 16]));
@@ -216,47 +216,50 @@ mod tests {
     }
 
     #[test]
-    fn every_missing_file_is_named_with_what_to_do() {
-        let dir = whole();
+    fn a_missing_file_is_named_with_what_to_do() {
+        let dir = complete_directory();
         let names: Vec<_> =
             fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert_eq!(names.len(), 8);
         for path in names {
             let away = fs::read(&path).unwrap();
             fs::remove_file(&path).unwrap();
-            let said = FleetDir::open(dir.path()).unwrap_err().to_string();
-            assert!(said.starts_with(&format!("{} is missing", path.display())), "{said}");
-            assert!(said.contains("qpq-admin init"), "{said}");
+            let message = FleetDir::open(dir.path()).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("{} is missing", path.display())), "{message}");
+            assert!(message.contains("qpq-admin init"), "{message}");
             fs::write(&path, away).unwrap();
         }
-        let said = FleetDir::open(dir.path().join("none")).unwrap_err().to_string();
+        let message = FleetDir::open(dir.path().join("none")).unwrap_err().to_string();
         assert!(
-            said.contains("there is no directory") && said.contains("qpq-admin init --out"),
-            "{said}"
+            message.contains("there is no directory") && message.contains("qpq-admin init --out"),
+            "{message}"
         );
     }
 
     #[test]
     fn damaged_files_are_named_with_what_to_do() {
-        let dir = whole();
+        let dir = complete_directory();
         let fleet = FleetDir::open(dir.path()).unwrap();
         for file in SECRETS {
             fs::write(fleet.file(file.name), b"short").unwrap();
-            let said = fleet.secret(file).unwrap_err().to_string();
+            let message = fleet.secret(file).unwrap_err().to_string();
             let expected = format!(
                 "{} is damaged: it has 5 bytes instead of",
                 fleet.file(file.name).display()
             );
-            assert!(said.starts_with(&expected) && said.contains("qpq-admin init"), "{said}");
+            assert!(
+                message.starts_with(&expected) && message.contains("qpq-admin init"),
+                "{message}"
+            );
         }
         for bad in
             ["", "01", "0101010101010101010101010101010G", "+1010101010101010101010101010101"]
         {
             fs::write(fleet.file(CLUSTER_ID), bad).unwrap();
-            let said = fleet.cluster_id().unwrap_err().to_string();
+            let message = fleet.cluster_id().unwrap_err().to_string();
             assert!(
-                said.contains("cluster-id is damaged") && said.contains("qpq-admin init"),
-                "{said}"
+                message.contains("cluster-id is damaged") && message.contains("qpq-admin init"),
+                "{message}"
             );
         }
     }

@@ -1,5 +1,5 @@
-//! Any bytes are event frames or an error, however they are cut: the first byte says into what
-//! pieces.
+//! Arbitrary bytes decode to events or an error, the same for any piece size. The first byte is the
+//! piece size.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -10,7 +10,7 @@ fuzz_target!(|bytes: &[u8]| {
     assert_eq!(decode(stream, usize::from(*piece).max(1)), decode(stream, stream.len().max(1)));
 });
 
-/// The events' bytes, encoded again, and whether the stream then went wrong.
+/// Returns the events, encoded again, and whether the stream ended with an error.
 fn decode(stream: &[u8], piece: usize) -> (Vec<u8>, bool) {
     let mut decoder = EventDecoder::new();
     let mut seen = Vec::new();

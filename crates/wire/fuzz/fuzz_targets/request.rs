@@ -1,4 +1,4 @@
-//! Any bytes are a request frame or an error, and a frame is exactly the bytes it came from.
+//! Arbitrary bytes decode to a request or an error, and a request encodes to the same bytes.
 #![no_main]
 
 use bytes::Bytes;

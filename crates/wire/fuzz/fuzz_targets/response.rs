@@ -1,4 +1,4 @@
-//! Any bytes are a response frame or an error, and a frame is exactly the bytes it came from.
+//! Arbitrary bytes decode to a response or an error, and a response encodes to the same bytes.
 #![no_main]
 
 use bytes::Bytes;
