@@ -1,6 +1,5 @@
-//! Compiles `qpq/v1/*.proto` without `protoc`, and gives every message that has a field marked
-//! `debug_redact` a `Debug` that leaves the field's value out, so that no log line can carry a
-//! token.
+//! Compiles `qpq/v1/*.proto` without `protoc`. Messages with a field marked `debug_redact` get a
+//! `Debug` implementation without the field's value, so that no log line can contain a token.
 
 use std::{env, error::Error, fmt::Write as _, fs, path::Path};
 
@@ -45,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Writes `impl Debug` for a message: a redacted field shows whether it is set, and nothing else.
+/// Writes `impl Debug` for a message. A redacted field shows only whether it is set.
 fn write_debug(out: &mut String, message: &str, fields: &[(String, bool)]) -> std::fmt::Result {
     writeln!(out, "impl ::core::fmt::Debug for {message} {{")?;
     writeln!(out, "fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {{")?;

@@ -1,30 +1,30 @@
-//! Who may call a method, as types: a row of the method table names one of these, and `qpq-rpc`
-//! gives the method's handler the caller that belongs to it. A handler that takes a stronger caller
-//! than its row gives does not compile.
+//! The authentication that a method requires, as types. A row of the method table names one of
+//! them, and `qpq-rpc` passes the matching principal to the handler. A handler that expects a
+//! stronger principal than its row provides does not compile.
 
-/// Who may call, as a value (for tables and documents).
+/// The required authentication as a value, for tables and documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AuthKind {
     /// Anyone.
     Anonymous,
-    /// Whoever has a session.
+    /// Any session.
     Session,
     /// A session whose OPAQUE login is at most five minutes old.
     Fresh,
     /// A session of an administrator of the server.
     Admin,
-    /// A session of an administrator of the server, or of the channel that the request names.
+    /// A session of an administrator of the server, or of the channel in the request.
     Moderator,
     /// Another server (mutual TLS), or a session.
     Peer,
 }
 
 impl AuthKind {
-    /// All of them, in the order of the documentation.
+    /// All kinds, in the order of the documentation.
     pub const ALL: [Self; 6] =
         [Self::Anonymous, Self::Session, Self::Fresh, Self::Admin, Self::Moderator, Self::Peer];
 
-    /// The name in tables.
+    /// Returns the name in tables.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Anonymous => "anonymous",
@@ -36,23 +36,24 @@ impl AuthKind {
         }
     }
 
-    /// What the name means, in one sentence.
+    /// Returns the meaning in one sentence.
     pub const fn doc(self) -> &'static str {
         match self {
             Self::Anonymous => "Anyone.",
-            Self::Session => "Whoever has a session.",
+            Self::Session => "Any session.",
             Self::Fresh => "A session whose OPAQUE login is at most 5 minutes old.",
             Self::Admin => "A session of an administrator of the server.",
             Self::Moderator => {
-                "A session of an administrator of the server, or of the channel that the request names."
+                "A session of an administrator of the server, or of the channel in the request."
             }
             Self::Peer => "Another server (mutual TLS), or a session.",
         }
     }
 }
 
-/// A marker for who may call; implemented by the types below and by nothing else.
+/// A marker for the required authentication. Sealed: only the types below implement it.
 pub trait Auth: sealed::Sealed + 'static {
+    /// The same as a value.
     const KIND: AuthKind;
 }
 

@@ -1,5 +1,5 @@
-//! Bytes become types at the door: parsers for the fields of requests, each saying which field it
-//! refused and why. Handlers call them first; what they get they need not check again.
+//! Parsers from fields of requests to domain types. An error names the refused field and the
+//! reason. Handlers call them first and do not check the results again.
 
 use std::num::NonZeroU32;
 
@@ -7,41 +7,50 @@ use qpq_domain::{
     ChannelId, DeviceId, IdentityKey, InvalidUsername, MAX_BATCH, MessageId, Username, WrongLength,
 };
 
-/// A field of a request was refused. The field's name goes back to the client, the reason is for
-/// the log.
+/// The refusal of a request field. The field's name is returned to the client, the reason is
+/// logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
 pub struct FieldError {
     /// The field's name in the `.proto` file.
     pub field: &'static str,
+    /// The reason for the refusal.
     pub reason: FieldReason,
 }
 
-/// Why a field was refused.
+/// The reason why a field was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FieldReason {
+    /// The value has the wrong length.
     #[error(transparent)]
     Length(#[from] WrongLength),
+    /// The value is not a username.
     #[error(transparent)]
     Username(#[from] InvalidUsername),
+    /// The list is too long.
     #[error("at most {max} are allowed")]
-    TooMany { max: usize },
+    TooMany {
+        /// The maximum length.
+        max: usize,
+    },
+    /// The field excludes other fields that are set.
     #[error("must not be set together with other fields")]
     Conflict,
 }
 
 impl FieldError {
+    /// Creates the refusal of `field`.
     pub fn new(field: &'static str, reason: impl Into<FieldReason>) -> Self {
         Self { field, reason: reason.into() }
     }
 }
 
-/// An identity key: exactly 32 bytes.
+/// Parses an identity key: exactly 32 bytes.
 pub fn identity_key(bytes: &[u8], field: &'static str) -> Result<IdentityKey, FieldError> {
     parse(bytes, field)
 }
 
-/// An identity key that may be left out.
+/// Parses an optional identity key: 32 bytes, or empty for `None`.
 pub fn optional_identity_key(
     bytes: &[u8],
     field: &'static str,
@@ -49,7 +58,7 @@ pub fn optional_identity_key(
     optional(bytes, field)
 }
 
-/// A list of identity keys, as long as a batch may be.
+/// Parses a list of at most [`MAX_BATCH`] identity keys.
 pub fn identity_keys<B: AsRef<[u8]>>(
     keys: &[B],
     field: &'static str,
@@ -58,34 +67,34 @@ pub fn identity_keys<B: AsRef<[u8]>>(
     keys.iter().map(|key| identity_key(key.as_ref(), field)).collect()
 }
 
-/// A channel: empty for the default one, or 16 bytes.
+/// Parses a channel id: 16 bytes, or empty for the default channel.
 pub fn channel_id(bytes: &[u8], field: &'static str) -> Result<ChannelId, FieldError> {
     parse(bytes, field)
 }
 
-/// A device: 16 bytes, or empty where the session's is meant.
+/// Parses a device id: 16 bytes, or empty for `None`, the session's device.
 pub fn device_id(bytes: &[u8], field: &'static str) -> Result<Option<DeviceId>, FieldError> {
     optional(bytes, field)
 }
 
-/// An idempotency key: 16 bytes, or empty for none.
+/// Parses an idempotency key: 16 bytes, or empty for `None`.
 pub fn message_id(bytes: &[u8], field: &'static str) -> Result<Option<MessageId>, FieldError> {
     optional(bytes, field)
 }
 
-/// A user name of this server, made canonical.
+/// Parses a username of this server and returns its canonical form.
 pub fn username(raw: &str, field: &'static str) -> Result<Username, FieldError> {
     Username::parse(raw).map_err(|reason| FieldError::new(field, reason))
 }
 
-/// Exactly `N` bytes of no further type: a signature, a hash.
+/// Parses exactly `N` bytes, such as a signature or a hash.
 pub fn exact<const N: usize>(bytes: &[u8], field: &'static str) -> Result<[u8; N], FieldError> {
     bytes
         .try_into()
         .map_err(|_| FieldError::new(field, WrongLength { expected: N, actual: bytes.len() }))
 }
 
-/// Exactly `N` bytes, or empty for none.
+/// Parses `N` bytes, or empty for `None`.
 pub fn optional_exact<const N: usize>(
     bytes: &[u8],
     field: &'static str,
@@ -93,12 +102,12 @@ pub fn optional_exact<const N: usize>(
     if bytes.is_empty() { Ok(None) } else { exact(bytes, field).map(Some) }
 }
 
-/// How many to answer at most; `None` for as many as fit.
+/// Parses a maximum number of results: `None` for 0, which means as many as fit.
 pub fn limit(limit: u32) -> Option<NonZeroU32> {
     NonZeroU32::new(limit)
 }
 
-/// Refuses a list of more than `max`.
+/// Refuses a list with more than `max` entries.
 pub fn at_most(len: usize, max: usize, field: &'static str) -> Result<(), FieldError> {
     if len > max { Err(FieldError::new(field, FieldReason::TooMany { max })) } else { Ok(()) }
 }
@@ -126,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_the_field_and_the_reason() {
+    fn a_refused_field_is_reported_with_name_and_reason() {
         let refused = identity_key(&[7; 31], "recipient_key").expect_err("too short");
         assert_eq!(refused, FieldError { field: "recipient_key", reason: length(32, 31) });
         assert_eq!(refused.to_string(), "recipient_key: expected 32 bytes, got 31");
@@ -135,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_means_absent_only_where_it_may() {
+    fn only_optional_fields_may_be_empty() {
         assert_eq!(device_id(&[], "f"), Ok(None));
         assert_eq!(message_id(&[], "f"), Ok(None));
         assert_eq!(optional_identity_key(&[], "f"), Ok(None));
@@ -146,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_there_has_its_exact_length() {
+    fn a_field_of_the_wrong_length_is_refused() {
         assert_eq!(device_id(&[7; 16], "f"), Ok(Some(DeviceId::new([7; 16]))));
         assert_eq!(message_id(&[7; 16], "f"), Ok(Some(MessageId::new([7; 16]))));
         assert_eq!(channel_id(&[7; 16], "f"), Ok(ChannelId::new([7; 16])));
@@ -161,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_refused_for_its_length_or_for_one_of_its_keys() {
+    fn a_list_that_is_too_long_or_has_an_invalid_key_is_refused() {
         assert_eq!(
             identity_keys(&vec![[1; 32]; MAX_BATCH], "f").map(|keys| keys.len()),
             Ok(MAX_BATCH)

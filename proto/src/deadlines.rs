@@ -1,40 +1,40 @@
-//! How long a call may take before it is answered `DeadlineExceeded`. A row of the method table
-//! names its class; the server stops the handler by it, the client stops waiting a little later.
+//! The time limits of calls. A row of the method table names its class. The server stops the
+//! handler at the limit and returns `DeadlineExceeded`; the client stops waiting a little later.
 
 use std::time::Duration;
 
-/// What FetchWait gets beyond the time that it was asked to wait.
+/// The time that FetchWait has in addition to the requested wait.
 const WAIT_GRACE: Duration = Duration::from_secs(5);
 
-/// A method's time limit.
+/// The class of a method's time limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeadlineClass {
-    /// 5 s: what does not answer at once is not healthy.
+    /// 5 s: a healthy server answers quickly.
     Health,
     /// 30 s.
     Standard,
-    /// 120 s: a chunk over a slow line.
+    /// 120 s: a chunk over a slow connection.
     Blob,
-    /// The request's own timeout and 5 s more.
+    /// The requested wait plus 5 s.
     Wait,
 }
 
 impl DeadlineClass {
-    /// All of them, in the order of the documentation.
+    /// All classes, in the order of the documentation.
     pub const ALL: [Self; 4] = [Self::Health, Self::Standard, Self::Blob, Self::Wait];
 
-    /// The time limit of a call. `asked` is how long the request itself asks to wait: zero for all
-    /// but [`DeadlineClass::Wait`], where it is added.
-    pub const fn duration(self, asked: Duration) -> Duration {
+    /// Returns the time limit of a call. `requested` is the wait that the request asks for; only
+    /// [`DeadlineClass::Wait`] adds it.
+    pub const fn duration(self, requested: Duration) -> Duration {
         match self {
             Self::Health => Duration::from_secs(5),
             Self::Standard => Duration::from_secs(30),
             Self::Blob => Duration::from_secs(120),
-            Self::Wait => asked.saturating_add(WAIT_GRACE),
+            Self::Wait => requested.saturating_add(WAIT_GRACE),
         }
     }
 
-    /// The name in tables.
+    /// Returns the name in tables.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Health => "health",
@@ -50,9 +50,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_wait_depends_on_what_was_asked() {
-        let asked = Duration::from_secs(60);
-        let limits = DeadlineClass::ALL.map(|class| class.duration(asked).as_secs());
+    fn only_the_wait_class_adds_the_requested_wait() {
+        let requested = Duration::from_secs(60);
+        let limits = DeadlineClass::ALL.map(|class| class.duration(requested).as_secs());
         assert_eq!(limits, [5, 30, 120, 65]);
         assert_eq!(DeadlineClass::Wait.duration(Duration::MAX), Duration::MAX);
     }

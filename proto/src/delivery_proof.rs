@@ -1,23 +1,22 @@
-//! The server's signed word that it took a message: which bytes are signed. Who signs and who
-//! checks is elsewhere (the server has the key, the client its public half from Health); both take
-//! the bytes from here.
+//! The bytes that a delivery proof signs. A delivery proof is the server's signed statement that it
+//! accepted a message. The server signs them, and the client verifies them with the key from
+//! Health.
 
 use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::v1::DeliveryProof;
 
-/// Goes before the signed bytes, so that a signature made for something else never passes for a
-/// proof.
+/// The prefix of the signed bytes, so that no signature for another purpose is valid as a proof.
 const CONTEXT: &[u8] = b"qpq/delivery/1";
 
 /// The version of the proofs described here.
 pub const VERSION: u32 = 1;
 
-/// The bytes that the server signs with Ed25519: `"qpq/delivery/1"` and the serialization of fields
-/// 1 to 7 in order. The proof's signature is not looked at.
+/// Returns the bytes that the server signs with Ed25519: `"qpq/delivery/1"` and the serialization
+/// of fields 1 to 7 in order. The signature in `proof` is ignored.
 pub fn signed_bytes(proof: &DeliveryProof) -> Vec<u8> {
-    // Prost writes fields in the order of their numbers and leaves defaults out, which is the
+    // Prost writes fields in the order of their numbers and omits default values. That is the
     // canonical form.
     let unsigned = DeliveryProof { signature: Default::default(), ..proof.clone() };
     let mut bytes = CONTEXT.to_vec();
@@ -25,7 +24,7 @@ pub fn signed_bytes(proof: &DeliveryProof) -> Vec<u8> {
     bytes
 }
 
-/// The short name of a server key: the first 8 bytes of its SHA-256.
+/// Returns the id of a server key: the first 8 bytes of its SHA-256.
 pub fn server_key_id(server_key: &[u8; 32]) -> [u8; 8] {
     let digest = Sha256::digest(server_key);
     *digest.first_chunk().expect("a digest has 32 bytes")
@@ -49,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn the_signed_bytes_are_the_documented_ones() {
+    fn signed_bytes_have_the_documented_layout() {
         let expected = [
             b"qpq/delivery/1".as_slice(),
             &[0x08, 1],
@@ -69,13 +68,13 @@ mod tests {
     }
 
     #[test]
-    fn the_default_channel_is_left_out() {
+    fn the_default_channel_is_not_in_the_signed_bytes() {
         let in_default = DeliveryProof { channel_id: Default::default(), ..proof() };
         assert_eq!(signed_bytes(&proof()).len() - signed_bytes(&in_default).len(), 2 + 16);
     }
 
     #[test]
-    fn a_key_is_named_by_the_start_of_its_digest() {
+    fn a_key_id_is_the_start_of_its_digest() {
         // SHA-256 of 32 zero bytes.
         assert_eq!(server_key_id(&[0; 32]), [0x66, 0x68, 0x7a, 0xad, 0xf8, 0x62, 0xbd, 0x77]);
     }

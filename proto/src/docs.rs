@@ -1,5 +1,5 @@
-//! Makes `docs/rpc.md` from the tables of this crate, so that the document cannot say anything else
-//! than the code.
+//! Generates `docs/rpc.md` from the tables of this crate, so that the document always matches the
+//! code.
 
 use std::fmt::Write as _;
 
@@ -12,11 +12,11 @@ use crate::{
     status::Status,
 };
 
-/// The whole document.
+/// Returns the document.
 pub fn rpc_markdown() -> String {
     let mut page = String::from(INTRODUCTION);
     methods(&mut page);
-    callers(&mut page);
+    authentication(&mut page);
     limits(&mut page);
     deadlines(&mut page);
     statuses(&mut page);
@@ -27,8 +27,8 @@ pub fn rpc_markdown() -> String {
 const INTRODUCTION: &str = "\
 # The remote procedure calls
 
-Generated from the tables in `proto/src`; do not edit. The messages, with every field's unit and length, are in
-`proto/qpq/v1/`. Frames and connections are described in `protocol.md`.
+Generated from the tables in `proto/src`; do not edit. The messages, with the unit and length of
+each field, are in `proto/qpq/v1/`. Frames and connections are described in `protocol.md`.
 ";
 
 fn methods(page: &mut String) {
@@ -37,14 +37,15 @@ fn methods(page: &mut String) {
     line(
         page,
         format_args!(
-            "{} methods, {served} served. Calling one that comes later answers `UnknownMethod`.\n",
+            "{} methods, {served} served. A call of the others returns `UnknownMethod`.\n",
             METHODS.len()
         ),
     );
     line(
         page,
         format_args!(
-            "| id | method | who may call | limit | deadline | largest request | request → response | | what it does |"
+            "| id | method | authentication | limit | deadline | largest request | \
+             request → response | | description |"
         ),
     );
     line(page, format_args!("|---|---|---|---|---|---|---|---|---|"));
@@ -65,8 +66,8 @@ fn methods(page: &mut String) {
     }
 }
 
-fn callers(page: &mut String) {
-    line(page, format_args!("\n## Who may call\n\n| name | meaning |\n|---|---|"));
+fn authentication(page: &mut String) {
+    line(page, format_args!("\n## Authentication\n\n| name | meaning |\n|---|---|"));
     for auth in AuthKind::ALL {
         line(page, format_args!("| {} | {} |", auth.name(), auth.doc()));
     }
@@ -77,16 +78,14 @@ fn limits(page: &mut String) {
     line(
         page,
         format_args!(
-            "A budget is a token bucket: a call takes a token from each budget of its class whose subject it has, and \
-             is answered `RateLimited` where none is left. These are the defaults; the configuration changes them or \
-             turns all off."
+            "A budget is a token bucket: a call consumes one token of each budget of its class\n\
+             whose subject it has. Without a token it fails with `RateLimited`. These are the\n\
+             defaults; the configuration can change them or turn them off."
         ),
     );
     line(
         page,
-        format_args!(
-            "\n| class | kept per | burst | refill | what it bounds |\n|---|---|---|---|---|"
-        ),
+        format_args!("\n| class | subject | burst | refill | limits |\n|---|---|---|---|---|"),
     );
     for class in LimitClass::ALL {
         for LimitDefault { subject, burst, refill, every } in class.defaults() {
@@ -105,7 +104,7 @@ fn limits(page: &mut String) {
 fn deadlines(page: &mut String) {
     line(page, format_args!("\n## Deadlines\n\n| class | time limit |\n|---|---|"));
     for class in DeadlineClass::ALL {
-        let own = if class == DeadlineClass::Wait { "the request's own timeout + " } else { "" };
+        let own = if class == DeadlineClass::Wait { "the requested wait + " } else { "" };
         let seconds = class.duration(std::time::Duration::ZERO).as_secs();
         line(page, format_args!("| {} | {own}{seconds} s |", class.name()));
     }
@@ -116,10 +115,10 @@ fn statuses(page: &mut String) {
     line(
         page,
         format_args!(
-            "Every response but Ok carries an `ErrorDetail`. 6 and 7 are reserved and never sent.\n"
+            "Each response except Ok carries an `ErrorDetail`. 6 and 7 are reserved and never sent.\n"
         ),
     );
-    line(page, format_args!("| byte | name | try again | meaning |\n|---|---|---|---|"));
+    line(page, format_args!("| byte | name | retry | meaning |\n|---|---|---|---|"));
     for status in Status::ALL {
         let retry = if status.is_retryable() { "yes" } else { "" };
         line(
@@ -147,7 +146,7 @@ mod tests {
     #[test]
     #[expect(
         clippy::disallowed_methods,
-        reason = "a switch for whoever changes a table, not configuration"
+        reason = "a switch for the author of a change, not configuration"
     )]
     fn the_committed_document_is_current() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/rpc.md");

@@ -1,38 +1,43 @@
-//! What the server sends by itself, after Subscribe: event frames on one stream, each with a type
-//! and a message.
+//! The events that the server sends after Subscribe. Each is a frame with a type and a message.
 
 use bytes::Bytes;
 use prost::{DecodeError, Message};
 
 use crate::v1::{DrainingEvent, KeyPackagesLowEvent, MessageEvent, SessionRevokedEvent, WakeEvent};
 
-/// The number in an event frame.
+/// The type number in an event frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum EventType {
+    /// A new message is in the inbox.
     Wake = 1,
+    /// A new message, with its payload.
     Message = 2,
+    /// The session of the subscription has ended.
     SessionRevoked = 3,
+    /// The edge drains; the client reconnects.
     Draining = 4,
+    /// Few KeyPackages are left.
     KeyPackagesLow = 5,
 }
 
 impl EventType {
-    /// All of them, by number.
+    /// All types, by number.
     pub const ALL: [Self; 5] =
         [Self::Wake, Self::Message, Self::SessionRevoked, Self::Draining, Self::KeyPackagesLow];
 
-    /// The number on the wire.
+    /// Returns the number on the wire.
     pub const fn code(self) -> u16 {
         self as u16
     }
 
-    /// The type of this number; `None` for one of a later version, which a client passes over.
+    /// Returns the type with this number, `None` for one of a later version, which a client
+    /// ignores.
     pub fn from_code(code: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|event| event.code() == code)
     }
 
-    /// The name in documents, logs and metrics.
+    /// Returns the name in documents, logs and metrics.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Wake => "Wake",
@@ -44,8 +49,9 @@ impl EventType {
     }
 }
 
-/// An event with its message.
+/// An event with its message; see [`EventType`] for the meanings.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "`EventType` describes each event")]
 pub enum Event {
     Wake(WakeEvent),
     Message(MessageEvent),
@@ -55,6 +61,7 @@ pub enum Event {
 }
 
 impl Event {
+    /// Returns the type of the event.
     pub const fn event_type(&self) -> EventType {
         match self {
             Self::Wake(_) => EventType::Wake,
@@ -65,7 +72,7 @@ impl Event {
         }
     }
 
-    /// The payload of the event's frame.
+    /// Encodes the payload of the event's frame.
     pub fn payload(&self) -> Bytes {
         let bytes = match self {
             Self::Wake(event) => event.encode_to_vec(),
@@ -77,7 +84,7 @@ impl Event {
         bytes.into()
     }
 
-    /// The event in a frame; `None` for a type of a later version.
+    /// Decodes the payload of a frame. Returns `None` for a type of a later version.
     pub fn decode(event_type: u16, payload: Bytes) -> Result<Option<Self>, DecodeError> {
         let Some(event_type) = EventType::from_code(event_type) else { return Ok(None) };
         let event = match event_type {
@@ -101,7 +108,7 @@ mod tests {
     use crate::v1::Envelope;
 
     #[test]
-    fn every_event_survives_its_frame() {
+    fn every_event_round_trips() {
         let envelope =
             Envelope { seq: 7, data: Bytes::from_static(b"hello"), ..Envelope::default() };
         let events = [
@@ -118,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_of_a_later_version_is_passed_over_and_a_broken_one_is_not() {
+    fn an_unknown_event_is_ignored_and_a_malformed_one_is_an_error() {
         assert_eq!(Event::decode(6, Bytes::from_static(b"\xff")), Ok(None));
         assert_eq!(Event::decode(0, Bytes::new()), Ok(None));
         assert!(Event::decode(1, Bytes::from_static(b"\xff")).is_err());

@@ -1,6 +1,6 @@
-//! Pins the bytes of the areas that the original server documents (auth, delivery, moderation):
-//! messages with known values against bytes put together by hand, without prost. A field that
-//! changes its number or type fails here.
+//! Tests that pin the encoding of the areas that the original server documents (auth, delivery,
+//! moderation). Messages with known values are compared with bytes that are written by hand,
+//! without prost. A change of a field's number or type fails here.
 
 use std::fmt::Debug;
 
@@ -9,7 +9,7 @@ use prost::Message;
 
 use crate::v1::*;
 
-/// A field of wire type 2, shorter than 128 bytes.
+/// Returns an encoded field of wire type 2 with less than 128 bytes.
 fn data(number: u8, value: impl AsRef<[u8]>) -> Vec<u8> {
     let value = value.as_ref();
     let len = u8::try_from(value.len()).expect("short");
@@ -17,7 +17,7 @@ fn data(number: u8, value: impl AsRef<[u8]>) -> Vec<u8> {
     [&[number << 3 | 2, len], value].concat()
 }
 
-/// A field of wire type 0, below 128.
+/// Returns an encoded field of wire type 0 with a value below 128.
 fn number(number: u8, value: u8) -> Vec<u8> {
     assert!(number < 16 && value < 128, "one byte each");
     vec![number << 3, value]
@@ -27,10 +27,9 @@ fn b(text: &'static str) -> Bytes {
     Bytes::from_static(text.as_bytes())
 }
 
-/// Both ways: the message is written as these fields in this order, and they are read as the
-/// message.
+/// Checks that the message encodes to these fields in this order, and decodes from them.
 #[track_caller]
-fn pinned<M: Message + Default + PartialEq + Debug>(message: M, fields: &[Vec<u8>]) {
+fn assert_encoding<M: Message + Default + PartialEq + Debug>(message: M, fields: &[Vec<u8>]) {
     let bytes = fields.concat();
     assert_eq!(message.encode_to_vec(), bytes);
     assert_eq!(M::decode(bytes.as_slice()), Ok(message));
@@ -38,12 +37,12 @@ fn pinned<M: Message + Default + PartialEq + Debug>(message: M, fields: &[Vec<u8
 
 #[test]
 fn auth() {
-    pinned(
+    assert_encoding(
         OpaqueRegisterStartRequest { username: "u".into(), request: b("r") },
         &[data(1, "u"), data(2, "r")],
     );
-    pinned(OpaqueRegisterStartResponse { response: b("r") }, &[data(1, "r")]);
-    pinned(
+    assert_encoding(OpaqueRegisterStartResponse { response: b("r") }, &[data(1, "r")]);
+    assert_encoding(
         OpaqueRegisterFinishRequest {
             username: "u".into(),
             upload: b("up"),
@@ -53,13 +52,13 @@ fn auth() {
         },
         &[data(1, "u"), data(2, "up"), data(3, "ik"), data(4, "ip"), data(5, "inv")],
     );
-    pinned(OpaqueRegisterFinishResponse { success: true }, &[number(1, 1)]);
-    pinned(
+    assert_encoding(OpaqueRegisterFinishResponse { success: true }, &[number(1, 1)]);
+    assert_encoding(
         OpaqueLoginStartRequest { username: "u".into(), request: b("r") },
         &[data(1, "u"), data(2, "r")],
     );
-    pinned(OpaqueLoginStartResponse { response: b("r") }, &[data(1, "r")]);
-    pinned(
+    assert_encoding(OpaqueLoginStartResponse { response: b("r") }, &[data(1, "r")]);
+    assert_encoding(
         OpaqueLoginFinishRequest {
             username: "u".into(),
             finalization: b("f"),
@@ -68,15 +67,15 @@ fn auth() {
         },
         &[data(1, "u"), data(2, "f"), data(3, "ik"), data(4, "d")],
     );
-    pinned(
+    assert_encoding(
         OpaqueLoginFinishResponse { session_token: b("t"), expires_at: 9 },
         &[data(1, "t"), number(2, 9)],
     );
-    pinned(
+    assert_encoding(
         LogoutRequest { all_sessions: true, session_token: b("t") },
         &[number(1, 1), data(15, "t")],
     );
-    pinned(LogoutResponse { revoked: 2 }, &[number(1, 2)]);
+    assert_encoding(LogoutResponse { revoked: 2 }, &[number(1, 2)]);
 }
 
 #[test]
@@ -91,12 +90,12 @@ fn sending() {
     };
     let fields =
         [data(1, "rk"), data(2, "p"), data(3, "c"), number(4, 4), data(5, "m"), data(15, "t")];
-    pinned(request.clone(), &fields);
-    pinned(
+    assert_encoding(request.clone(), &fields);
+    assert_encoding(
         EnqueueResponse { seq: 1, delivery_proof: b("dp"), duplicate: true },
         &[number(1, 1), data(2, "dp"), number(3, 1)],
     );
-    pinned(
+    assert_encoding(
         BatchEnqueueRequest {
             recipient_keys: vec![b("r1"), b("r2")],
             payload: b("p"),
@@ -129,20 +128,20 @@ fn sending() {
         duplicate: true,
     };
     let result_fields = [number(1, 1), number(2, 3), data(3, "x"), data(4, "dp"), number(5, 1)];
-    pinned(
+    assert_encoding(
         BatchEnqueueResponse { seqs: vec![1, 2], results: vec![result], epoch: 8 },
         &[data(1, [1, 2]), data(2, result_fields.concat()), number(3, 8)],
     );
-    pinned(
+    assert_encoding(
         SubscribeRequest { all_channels: true, session_token: b("t") },
         &[number(1, 1), data(15, "t")],
     );
-    pinned(SubscribeResponse { success: true }, &[number(1, 1)]);
+    assert_encoding(SubscribeResponse { success: true }, &[number(1, 1)]);
 }
 
 #[test]
 fn reading() {
-    pinned(
+    assert_encoding(
         FetchRequest {
             recipient_key: b("rk"),
             channel_id: b("c"),
@@ -153,7 +152,7 @@ fn reading() {
         },
         &[data(1, "rk"), data(2, "c"), number(3, 3), data(4, "d"), number(5, 1), data(15, "t")],
     );
-    pinned(
+    assert_encoding(
         FetchWaitRequest {
             recipient_key: b("rk"),
             channel_id: b("c"),
@@ -173,7 +172,7 @@ fn reading() {
             data(15, "t"),
         ],
     );
-    pinned(
+    assert_encoding(
         PeekRequest {
             recipient_key: b("rk"),
             channel_id: b("c"),
@@ -193,7 +192,7 @@ fn reading() {
             data(15, "t"),
         ],
     );
-    pinned(
+    assert_encoding(
         AckRequest {
             recipient_key: b("rk"),
             channel_id: b("c"),
@@ -213,11 +212,11 @@ fn reading() {
             data(15, "t"),
         ],
     );
-    pinned(AckResponse { removed: 1 }, &[number(1, 1)]);
+    assert_encoding(AckResponse { removed: 1 }, &[number(1, 1)]);
 }
 
 #[test]
-fn what_a_read_answers() {
+fn read_responses() {
     let envelope =
         Envelope { seq: 1, data: b("d"), channel_id: b("c"), enqueued_at: 4, origin: "o".into() };
     let fields = [
@@ -226,14 +225,20 @@ fn what_a_read_answers() {
         data(3, "s"),
     ];
     let payloads = vec![envelope];
-    pinned(FetchResponse { payloads: payloads.clone(), more: true, store_id: b("s") }, &fields);
-    pinned(FetchWaitResponse { payloads: payloads.clone(), more: true, store_id: b("s") }, &fields);
-    pinned(PeekResponse { payloads, more: true, store_id: b("s") }, &fields);
+    assert_encoding(
+        FetchResponse { payloads: payloads.clone(), more: true, store_id: b("s") },
+        &fields,
+    );
+    assert_encoding(
+        FetchWaitResponse { payloads: payloads.clone(), more: true, store_id: b("s") },
+        &fields,
+    );
+    assert_encoding(PeekResponse { payloads, more: true, store_id: b("s") }, &fields);
 }
 
 #[test]
 fn moderation() {
-    pinned(
+    assert_encoding(
         ReportMessageRequest {
             encrypted_report: b("er"),
             conversation_id: b("ci"),
@@ -241,7 +246,7 @@ fn moderation() {
         },
         &[data(1, "er"), data(2, "ci"), data(15, "t")],
     );
-    pinned(
+    assert_encoding(
         BanUserRequest {
             identity_key: b("ik"),
             reason: "r".into(),
@@ -251,7 +256,7 @@ fn moderation() {
         },
         &[data(1, "ik"), data(2, "r"), number(3, 3), data(4, "c"), data(15, "t")],
     );
-    pinned(
+    assert_encoding(
         UnbanUserRequest { identity_key: b("ik"), channel_id: b("c"), session_token: b("t") },
         &[data(1, "ik"), data(2, "c"), data(15, "t")],
     );
@@ -263,20 +268,23 @@ fn moderation() {
         timestamp: 5,
     };
     let report_fields = [number(1, 1), data(2, "er"), data(3, "ci"), data(4, "ri"), number(5, 5)];
-    pinned(ListReportsResponse { reports: vec![report] }, &[data(1, report_fields.concat())]);
+    assert_encoding(
+        ListReportsResponse { reports: vec![report] },
+        &[data(1, report_fields.concat())],
+    );
     let banned =
         BannedUserEntry { identity_key: b("ik"), reason: "r".into(), banned_at: 3, expires_at: 4 };
     let banned_fields = [data(1, "ik"), data(2, "r"), number(3, 3), number(4, 4)];
-    pinned(ListBannedResponse { users: vec![banned] }, &[data(1, banned_fields.concat())]);
+    assert_encoding(ListBannedResponse { users: vec![banned] }, &[data(1, banned_fields.concat())]);
 }
 
 #[test]
 fn refusals_and_health() {
-    pinned(
+    assert_encoding(
         ErrorDetail { code: "c".into(), message: "m".into(), retry_after_ms: 3, field: "f".into() },
         &[data(1, "c"), data(2, "m"), number(3, 3), data(4, "f")],
     );
-    pinned(
+    assert_encoding(
         HealthResponse {
             status: "ok".into(),
             uptime_secs: 2,
@@ -290,7 +298,7 @@ fn refusals_and_health() {
 }
 
 #[test]
-fn a_secret_is_not_shown() {
+fn debug_output_redacts_secrets() {
     let login = OpaqueLoginFinishResponse { session_token: b("hunter2"), expires_at: 9 };
     assert_eq!(
         format!("{login:?}"),

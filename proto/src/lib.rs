@@ -1,10 +1,11 @@
-//! Everything on the wire, for both sides: the messages ([`v1`], compiled from `qpq/v1/*.proto`),
-//! the method table ([`methods`]) from which server, client, metrics and `docs/rpc.md` know each
-//! RPC, status and events, and the parsers that make domain types of the messages' bytes
-//! ([`convert`]).
+//! The protocol for both sides: the messages ([`v1`], compiled from `qpq/v1/*.proto`), the method
+//! table ([`methods`]) that server, client, metrics and `docs/rpc.md` share, statuses and events,
+//! and the parsers that turn bytes of messages into domain types ([`convert`]).
 //!
-//! Frames are not here: `qpq-wire` has them. To add an RPC: its messages in a `.proto` file, a row
-//! in `methods.rs`, its handler in `qpq-rpc`.
+//! Frames are in `qpq-wire`. An RPC consists of its messages in a `.proto` file, a row in
+//! `methods.rs` and a handler in `qpq-rpc`.
+
+#![warn(missing_docs)]
 
 pub mod auth;
 pub mod convert;
@@ -25,9 +26,9 @@ pub use limits::{LimitClass, LimitDefault, LimitSubject};
 pub use methods::{METHODS, Method, MethodInfo, RequestSize};
 pub use status::Status;
 
-/// The messages, as the `.proto` files have them; their comments are there. A message with a secret
-/// in it shows only whether the secret is set. `bytes` fields are slices of the buffer that they
-/// were decoded from, and keep it alive.
+/// The generated messages; the `.proto` files document them. `Debug` shows only whether a secret
+/// field is set. `bytes` fields are slices of the buffer that they were decoded from, and keep it
+/// alive.
 pub mod v1 {
     #![allow(clippy::all, missing_docs, rustdoc::all, reason = "generated")]
     include!(concat!(env!("OUT_DIR"), "/qpq.v1.rs"));
@@ -37,7 +38,7 @@ pub mod v1 {
 #[cfg(test)]
 mod field_numbers;
 
-/// Stands for a secret in `Debug`.
+/// The placeholder of a secret in `Debug`.
 struct Redacted {
     is_set: bool,
 }

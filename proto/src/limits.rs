@@ -1,10 +1,11 @@
-//! Rate-limit classes: which methods share a budget, what the budget is kept per, and how large it
-//! is unless the configuration says otherwise. A row of the method table names its class; this file
-//! is the one table of defaults, read by the configuration, the server and `docs/rpc.md`.
+//! Rate-limit classes: the methods that share a budget, the subject of the budget, and its default
+//! size. A row of the method table names its class. The configuration, the server and `docs/rpc.md`
+//! read the defaults from here.
 //!
-//! A budget is a token bucket: `burst` tokens when full, `refill` more in every `every`, one for
-//! each call. The defaults are far above what a person's clients do and only stop floods;
-//! everything dear (a password guess, a registration, somebody's KeyPackages) is bounded tighter.
+//! A budget is a token bucket with `burst` tokens when full and `refill` new tokens in each
+//! `every`. A call consumes one token. The defaults are far above the calls of a person's clients
+//! and only stop floods; password guesses, registrations and KeyPackages of another account have
+//! tighter budgets.
 
 use std::time::Duration;
 
@@ -12,26 +13,26 @@ const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// What a budget is kept per. A call that has no such thing (no account before the login) is not
-/// counted there.
+/// The subject of a budget. A call without that subject, such as an account before the login, is
+/// not counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum LimitSubject {
     /// The caller's IP address (IPv6: its /64).
     Ip,
-    /// The user name in the request. For logins, only addresses that have not logged in by it.
+    /// The username in the request. For logins only from addresses without an earlier login.
     Username,
-    /// The user name in the request together with the caller's IP address.
+    /// The username in the request together with the caller's IP address.
     UsernameAndIp,
     /// The session's account.
     Account,
-    /// The session's account together with the identity key it asks for.
+    /// The session's account together with the identity key in the request.
     FetcherAndTarget,
     /// The other server's domain.
     Peer,
 }
 
 impl LimitSubject {
-    /// The name in tables and in the configuration.
+    /// Returns the name in tables and in the configuration.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Ip => "ip",
@@ -44,28 +45,29 @@ impl LimitSubject {
     }
 }
 
-/// One budget of a class, as it is when the configuration says nothing.
+/// The default of one budget of a class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LimitDefault {
-    /// What it is kept per.
+    /// The subject of the budget.
     pub subject: LimitSubject,
-    /// Calls that may come at once after a pause.
+    /// The maximum number of tokens.
     pub burst: u32,
-    /// Calls that are given back evenly in the course of `every`.
+    /// The tokens that are added evenly in each `every`.
     pub refill: u32,
-    /// The time of one `refill`.
+    /// The time in which `refill` tokens are added.
     pub every: Duration,
 }
 
 impl LimitDefault {
-    /// The refill as calls per second.
+    /// Returns the refill in calls per second.
     pub fn per_second(&self) -> f64 {
         f64::from(self.refill) / self.every.as_secs_f64()
     }
 }
 
-/// Methods that share a budget.
+/// A class of methods that share a budget. [`LimitClass::doc`] describes each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "`doc` describes each class, also in docs/rpc.md")]
 pub enum LimitClass {
     Health,
     Session,
@@ -89,7 +91,7 @@ pub enum LimitClass {
     Account,
 }
 
-/// A class with all that is known of it.
+/// The name, description and budgets of a class.
 struct Row {
     name: &'static str,
     doc: &'static str,
@@ -97,7 +99,7 @@ struct Row {
 }
 
 impl LimitClass {
-    /// All of them, in the order of the documentation.
+    /// All classes, in the order of the documentation.
     pub const ALL: [Self; 20] = [
         Self::Health,
         Self::Session,
@@ -121,43 +123,43 @@ impl LimitClass {
         Self::Account,
     ];
 
-    /// The name in tables, metrics and the configuration, e.g. `key_fetch`.
+    /// Returns the name in tables, metrics and the configuration, e.g. `key_fetch`.
     pub const fn name(self) -> &'static str {
         self.row().name
     }
 
-    /// What the class bounds and why, in one sentence.
+    /// Returns the description of the class.
     pub const fn doc(self) -> &'static str {
         self.row().doc
     }
 
-    /// Its budgets: a call must find a token in each whose subject it has.
+    /// Returns the budgets of the class. A call needs a token of each budget whose subject it has.
     pub const fn defaults(self) -> &'static [LimitDefault] {
         self.row().defaults
     }
 
-    /// The table. Every line: subject, burst, refill, every.
+    /// The table of classes. The arguments of `budget` are subject, burst, refill, every.
     const fn row(self) -> Row {
-        use LimitSubject::{Account, FetcherAndTarget, Ip, Peer, Username, UsernameAndIp};
+        use LimitSubject::{Account, FetcherAndTarget, Ip, Username, UsernameAndIp};
         match self {
             Self::Health => row(
                 "health",
-                "Load balancers and curious clients.",
+                "Health checks of load balancers and clients.",
                 const { &[budget(Ip, 600, 20, SECOND)] },
             ),
             Self::Session => row(
                 "session",
-                "Session tokens that the server does not know; each edge counts for itself.",
+                "Unknown session tokens; each edge counts separately.",
                 const { &[budget(Ip, 300, 120, MINUTE)] },
             ),
             Self::Register => row(
                 "register",
-                "New accounts; a registration is two calls.",
+                "Registrations; one registration is two calls.",
                 const { &[budget(Ip, 40, 60, HOUR)] },
             ),
             Self::Login => row(
                 "login",
-                "Password guesses, by one address and against one name; a login is two calls.",
+                "Password guesses, by address and by username; a login is two calls.",
                 const {
                     &[
                         budget(Ip, 120, 120, MINUTE),
@@ -176,24 +178,24 @@ impl LimitClass {
             ),
             Self::Receive => row(
                 "receive",
-                "Reading and clearing the caller's inbox.",
+                "Reading from and removing from the caller's inbox.",
                 const { &[budget(Account, 2_000, 6_000, MINUTE)] },
             ),
             Self::KeyUpload => row(
                 "key_upload",
-                "KeyPackages to check and store; one call can bring many.",
+                "KeyPackages to check and store; one call can upload many.",
                 const { &[budget(Account, 200, 120, MINUTE)] },
             ),
             Self::KeyFetch => row(
                 "key_fetch",
-                "KeyPackages taken away: draining somebody's is an attack.",
+                "KeyPackages that a fetch consumes: emptying another account's stock is an attack.",
                 const {
                     &[budget(FetcherAndTarget, 20, 20, HOUR), budget(Account, 2_000, 1_000, MINUTE)]
                 },
             ),
             Self::Lookup => row(
                 "lookup",
-                "Names and keys that reading does not use up.",
+                "Look-ups of names and keys, which consume nothing.",
                 const { &[budget(Account, 600, 600, MINUTE)] },
             ),
             Self::Channel => row(
@@ -208,7 +210,7 @@ impl LimitClass {
             ),
             Self::Blob => row(
                 "blob",
-                "Chunks of up to 1 MiB, both ways.",
+                "Uploads and downloads of chunks of up to 1 MiB.",
                 const { &[budget(Account, 600, 1_200, MINUTE)] },
             ),
             Self::Device => row(
@@ -221,13 +223,13 @@ impl LimitClass {
             }
             Self::Endpoint => row(
                 "endpoint",
-                "Publishing and finding direct endpoints.",
+                "Publishing and resolving direct endpoints.",
                 const { &[budget(Account, 300, 300, MINUTE)] },
             ),
             Self::Federation => row(
                 "federation",
-                "Relays and questions, from a client to another server and from another server to this one.",
-                const { &[budget(Account, 2_000, 6_000, MINUTE), budget(Peer, 20_000, 60_000, MINUTE)] },
+                "Relayed messages and look-ups, to another server and from another server.",
+                FEDERATION,
             ),
             Self::Report => row(
                 "report",
@@ -239,12 +241,19 @@ impl LimitClass {
                 "Moderation by administrators.",
                 const { &[budget(Account, 600, 600, MINUTE)] },
             ),
-            Self::Account => {
-                row("account", "The end of an account.", const { &[budget(Account, 10, 10, HOUR)] })
-            }
+            Self::Account => row(
+                "account",
+                "Deletion of an account.",
+                const { &[budget(Account, 10, 10, HOUR)] },
+            ),
         }
     }
 }
+
+const FEDERATION: &[LimitDefault] = &[
+    budget(LimitSubject::Account, 2_000, 6_000, MINUTE),
+    budget(LimitSubject::Peer, 20_000, 60_000, MINUTE),
+];
 
 const fn row(name: &'static str, doc: &'static str, defaults: &'static [LimitDefault]) -> Row {
     Row { name, doc, defaults }
@@ -261,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_class_has_its_own_name_and_a_budget_that_lets_calls_through() {
+    fn every_class_has_a_unique_name_and_a_budget_above_zero() {
         let names: HashSet<_> = LimitClass::ALL.iter().map(|class| class.name()).collect();
         assert_eq!(names.len(), LimitClass::ALL.len());
         for class in LimitClass::ALL {
@@ -283,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refill_is_the_same_in_any_unit() {
+    fn equal_refills_in_different_units_have_the_same_rate() {
         assert_eq!(budget(LimitSubject::Ip, 1, 1_800, HOUR).per_second(), 0.5);
         assert_eq!(budget(LimitSubject::Ip, 1, 30, MINUTE).per_second(), 0.5);
     }

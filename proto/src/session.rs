@@ -1,13 +1,13 @@
-//! The session token of a request, read and written without knowing the request's type: field 15 of
-//! every message that needs a session. The server reads it before it decodes the message, the
-//! client appends it after encoding.
+//! The session token of a request, which is field 15 of every message that needs a session. The
+//! server reads it before it decodes the message; the client appends it after encoding. Neither
+//! depends on the message's type.
 
 use bytes::BufMut;
 use prost::encoding::{
     DecodeContext, WireType, check_wire_type, decode_key, decode_varint, encode_key, skip_field,
 };
 
-/// The number of `session_token` in every request that has one.
+/// The field number of `session_token` in all requests.
 pub const SESSION_TOKEN_FIELD: u32 = 15;
 
 /// The bytes are not a protobuf message, or their field 15 is not a byte string.
@@ -21,12 +21,11 @@ impl From<prost::DecodeError> for Malformed {
     }
 }
 
-/// Finds the session token in a serialized request. `None` when there is none or it is empty, which
-/// protobuf does not tell apart. Where the field is repeated the last one counts, as in protobuf.
-/// Nothing is copied.
+/// Returns the session token of a serialized request, without copying. `None` if it is absent or
+/// empty, which protobuf does not distinguish. Of a repeated field the last one counts, as in
+/// protobuf.
 ///
-/// It accepts whatever a generated message would accept, so a request is never refused for what
-/// stands beside the token.
+/// Accepts all bytes that a generated message accepts, so other fields never cause a refusal here.
 pub fn session_token(payload: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     let mut rest = payload;
     let mut token = None;
@@ -45,12 +44,12 @@ pub fn session_token(payload: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     Ok(token.filter(|token| !token.is_empty()))
 }
 
-/// Appends the session token to a serialized request of any type. It counts even if the message had
-/// one already.
+/// Appends the session token to a serialized request. It replaces a token that the message already
+/// has.
 pub fn append_session_token(payload: &mut impl BufMut, token: &[u8]) {
     encode_key(SESSION_TOKEN_FIELD, WireType::LengthDelimited, payload);
     prost::encode_length_delimiter(token.len(), payload)
-        .expect("a BufMut that grows, or has room for the token");
+        .expect("the buffer grows, or has space for the token");
     payload.put_slice(token);
 }
 
@@ -63,11 +62,14 @@ mod tests {
     use super::*;
     use crate::{methods::for_each_request, v1};
 
-    /// What the generated message of one method makes of the bytes: `None` if it refuses them.
+    /// Decodes the bytes with one method's message and returns its token, `None` if they are
+    /// refused.
     type Decode = fn(&[u8]) -> Option<Bytes>;
 
     macro_rules! decoders {
-        ($(($auth:ident $request:ident))+) => { [$(decoder!($auth $request)),+].into_iter().flatten().collect() };
+        ($(($auth:ident $request:ident))+) => {
+            [$(decoder!($auth $request)),+].into_iter().flatten().collect()
+        };
     }
     macro_rules! decoder {
         (Anonymous $request:ident) => {
@@ -80,13 +82,13 @@ mod tests {
         }};
     }
 
-    /// Every request type that has a token.
+    /// Returns all request types that have a token.
     fn authenticated() -> Vec<(&'static str, Decode)> {
         for_each_request!(decoders)
     }
 
-    /// Checks that a payload which a message accepts gives that message's token. Answers how many
-    /// messages accept it.
+    /// Checks that `session_token` agrees with each message that accepts the payload. Returns the
+    /// number of these messages.
     fn agree(payload: &[u8]) -> Result<usize, TestCaseError> {
         let ours = session_token(payload);
         let mut accepted = 0;
@@ -100,8 +102,7 @@ mod tests {
         Ok(accepted)
     }
 
-    /// A field as it is on the wire. Numbers from 16 up are in no request, so every message passes
-    /// them over.
+    /// An encoded field. Numbers from 16 are in no request, so every message skips them.
     fn field(numbers: std::ops::Range<u32>) -> impl Strategy<Value = Vec<u8>> {
         let value = proptest::collection::vec(any::<u8>(), 0..200);
         (numbers, 0..4, any::<u64>(), value).prop_map(|(number, shape, varint, value)| {
@@ -111,8 +112,7 @@ mod tests {
                 1 => prost::encoding::fixed64::encode(number, &varint, &mut bytes),
                 2 => prost::encoding::bytes::encode(number, &value, &mut bytes),
                 _ => {
-                    // A group: deprecated, but to be passed over like everything unknown; with our
-                    // number inside.
+                    // A group, which is deprecated but must be skipped, with field 15 inside.
                     encode_key(number, WireType::StartGroup, &mut bytes);
                     append_session_token(&mut bytes, &value);
                     encode_key(number, WireType::EndGroup, &mut bytes);
@@ -137,7 +137,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_as_prost_reads_them(payload in proptest::collection::vec(any::<u8>(), 0..64)) {
+        fn arbitrary_bytes_are_read_as_prost_reads_them(
+            payload in proptest::collection::vec(any::<u8>(), 0..64),
+        ) {
             agree(&payload)?;
         }
 
@@ -147,17 +149,23 @@ mod tests {
         }
 
         #[test]
-        fn unknown_fields_hide_no_token_from_any_request(payload in payload(16..5000)) {
+        fn unknown_fields_do_not_hide_the_token(payload in payload(16..5000)) {
             prop_assert_eq!(agree(&payload)?, authenticated().len());
         }
 
         #[test]
-        fn a_payload_cut_short_is_never_read_past_its_end(payload in payload(1..40), cut in any::<prop::sample::Index>()) {
+        fn a_truncated_payload_is_never_read_past_its_end(
+            payload in payload(1..40),
+            cut in any::<prop::sample::Index>(),
+        ) {
             agree(&payload[..cut.index(payload.len() + 1)])?;
         }
 
         #[test]
-        fn an_appended_token_replaces_the_one_before(payload in payload(16..40), token in any::<[u8; 32]>()) {
+        fn an_appended_token_replaces_an_earlier_one(
+            payload in payload(16..40),
+            token in any::<[u8; 32]>(),
+        ) {
             let mut payload = payload;
             append_session_token(&mut payload, &token);
             prop_assert_eq!(session_token(&payload), Ok(Some(token.as_slice())));
@@ -165,21 +173,21 @@ mod tests {
     }
 
     #[test]
-    fn every_method_that_needs_a_session_is_among_them() {
+    fn every_method_with_a_session_is_tested() {
         let anonymous =
             crate::METHODS.iter().filter(|m| m.auth == crate::AuthKind::Anonymous).count();
         assert_eq!(authenticated().len(), crate::METHODS.len() - anonymous);
     }
 
     #[test]
-    fn the_last_one_counts_even_if_empty() {
+    fn the_last_token_counts_even_if_empty() {
         assert_eq!(session_token(b""), Ok(None));
         assert_eq!(session_token(b"\x7a\x01a\x7a\x02bc"), Ok(Some(b"bc".as_slice())));
         assert_eq!(session_token(b"\x7a\x01a\x7a\x00"), Ok(None));
     }
 
     #[test]
-    fn what_is_no_message_is_refused() {
+    fn malformed_messages_are_refused() {
         let cases: [&[u8]; 7] = [
             b"\x7a",                                         // no length
             b"\x7a\x02a",                                    // shorter than it says

@@ -1,5 +1,4 @@
-//! What a response says before its payload: the status byte, and the `ErrorDetail` that goes with
-//! every status but Ok.
+//! The status byte of a response, and the `ErrorDetail` in the payload of each status except Ok.
 
 use std::time::Duration;
 
@@ -7,9 +6,10 @@ use prost::Message;
 
 use crate::v1::ErrorDetail;
 
-/// The first byte of a response frame. 6 and 7 are reserved; a client meets what it does not know
-/// as [`Status::Unknown`], a server never sends that.
+/// The first byte of a response frame. 6 and 7 are reserved. A client decodes numbers of later
+/// versions as [`Status::Unknown`]; a server never sends it. [`Status::doc`] describes each status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "`doc` describes each status, also in docs/rpc.md")]
 pub enum Status {
     Ok,
     BadRequest,
@@ -21,12 +21,12 @@ pub enum Status {
     Unavailable,
     Internal,
     UnknownMethod,
-    /// A number that this version has no name for.
+    /// A number that this version does not know.
     Unknown(u8),
 }
 
 impl Status {
-    /// Every status that has a name, by number.
+    /// All known statuses, by number.
     pub const ALL: [Self; 10] = [
         Self::Ok,
         Self::BadRequest,
@@ -40,7 +40,7 @@ impl Status {
         Self::UnknownMethod,
     ];
 
-    /// The byte on the wire.
+    /// Returns the byte on the wire.
     pub const fn code(self) -> u8 {
         match self {
             Self::Ok => 0,
@@ -57,7 +57,7 @@ impl Status {
         }
     }
 
-    /// The name in documents, logs and metrics.
+    /// Returns the name in documents, logs and metrics.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Ok => "Ok",
@@ -74,28 +74,27 @@ impl Status {
         }
     }
 
-    /// What it tells the caller, in one sentence.
+    /// Returns the meaning for the caller, in one sentence.
     pub const fn doc(self) -> &'static str {
         match self {
-            Self::Ok => "Done; the payload is the method's response.",
+            Self::Ok => "The call succeeded; the payload is the method's response.",
             Self::BadRequest => {
-                "The request is malformed or against a rule; it will never succeed as it is."
+                "The request is malformed or breaks a rule; a repetition fails again."
             }
-            Self::Unauthorized => "No session, an ended one, or a wrong password: log in.",
-            Self::Forbidden => "The caller is known and may not do this.",
-            Self::NotFound => "What the request names does not exist.",
+            Self::Unauthorized => "No session, an ended session, or a wrong password: log in.",
+            Self::Forbidden => "The caller is authenticated but not allowed to do this.",
+            Self::NotFound => "The object that the request names does not exist.",
             Self::RateLimited => "Too many calls, or a full inbox: wait `retry_after_ms`.",
-            Self::DeadlineExceeded => {
-                "The call took too long; it may or may not have had its effect."
-            }
-            Self::Unavailable => "The server cannot do it now: wait `retry_after_ms`.",
-            Self::Internal => "A fault of the server.",
-            Self::UnknownMethod => "The server does not have this method.",
+            Self::DeadlineExceeded => "The call exceeded its deadline; it may have had its effect.",
+            Self::Unavailable => "The server cannot serve the call now: wait `retry_after_ms`.",
+            Self::Internal => "An error in the server.",
+            Self::UnknownMethod => "The server does not serve this method.",
             Self::Unknown(_) => "A status of a later version.",
         }
     }
 
-    /// Whether the same request may succeed later. Methods that change state are safe to repeat.
+    /// Returns whether the same request may succeed later. Methods that change state are safe to
+    /// repeat.
     pub const fn is_retryable(self) -> bool {
         matches!(
             self,
@@ -129,32 +128,33 @@ impl From<Status> for u8 {
 }
 
 impl ErrorDetail {
-    /// A detail of fixed texts: `code` dotted by area, `message` an English sentence.
+    /// Creates a detail with a fixed `code`, which begins with the area, and a fixed English
+    /// `message`.
     pub fn new(code: &'static str, message: &'static str) -> Self {
         Self { code: code.into(), message: message.into(), ..Self::default() }
     }
 
-    /// With the time after which another try makes sense: in whole milliseconds, at least one.
+    /// Sets the time to wait before a retry, at least one millisecond.
     #[must_use]
     pub fn with_retry_after(mut self, wait: Duration) -> Self {
         self.retry_after_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).max(1);
         self
     }
 
-    /// With the name of the request field that was refused.
+    /// Sets the name of the refused request field.
     #[must_use]
     pub fn with_field(mut self, field: &'static str) -> Self {
         self.field = field.into();
         self
     }
 
-    /// How long to wait before another try, where the server said so.
+    /// Returns the time to wait before a retry, if the server set one.
     pub fn retry_after(&self) -> Option<Duration> {
         (self.retry_after_ms > 0).then(|| Duration::from_millis(self.retry_after_ms.into()))
     }
 
-    /// The detail in the payload of a refusal. A payload that is none (another implementation's)
-    /// gives an empty one: the status alone must do.
+    /// Decodes the payload of a refusal. Returns an empty detail for a malformed payload, which
+    /// another implementation may send; then only the status is known.
     pub fn from_payload(payload: &[u8]) -> Self {
         Self::decode(payload).unwrap_or_default()
     }
@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_byte_is_a_status_and_comes_back_as_itself() {
+    fn every_byte_converts_to_a_status_and_back() {
         for code in 0..=u8::MAX {
             assert_eq!(Status::from(code).code(), code);
             let named = !matches!(Status::from(code), Status::Unknown(_));
@@ -175,14 +175,14 @@ mod tests {
     }
 
     #[test]
-    fn only_what_may_pass_later_is_retryable() {
+    fn only_temporary_failures_are_retryable() {
         let retryable: Vec<_> =
             (0..=u8::MAX).filter(|code| Status::from(*code).is_retryable()).collect();
         assert_eq!(retryable, [5, 8, 9, 10]);
     }
 
     #[test]
-    fn a_detail_survives_the_wire_and_rubbish_gives_an_empty_one() {
+    fn a_detail_round_trips_and_a_malformed_payload_yields_an_empty_one() {
         let detail = ErrorDetail::new("delivery.queue_full", "The inbox is full.")
             .with_retry_after(Duration::from_millis(1500))
             .with_field("recipient_key");
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_is_never_rounded_to_none_or_wrapped() {
+    fn a_retry_time_is_at_least_one_millisecond_and_does_not_overflow() {
         let detail = ErrorDetail::new("c", "m");
         assert_eq!(detail.clone().with_retry_after(Duration::ZERO).retry_after_ms, 1);
         assert_eq!(detail.with_retry_after(Duration::MAX).retry_after_ms, u32::MAX);
