@@ -1,4 +1,4 @@
-# Few targets, each one line of what it is for. PROFILE=release builds optimised.
+# The targets and their purpose: `make help`. PROFILE=release builds with optimisations.
 PROFILE ?= dev
 BUILT   := $(or $(CARGO_TARGET_DIR),target)
 TARGET  := $(BUILT)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
@@ -7,42 +7,42 @@ LISTEN  ?= 0.0.0.0:5001
 
 .PHONY: help run demo test lint bench bench-cluster compose-test metrics-check chaos fuzz
 
-help: ## this list
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-run: ## build, start a server on the embedded store, print what to type next
+run: ## build, start a server on the embedded store, print the next commands
 	cargo build --locked --profile $(PROFILE) -p qpq-server -p qpq-cli
 	$(TARGET)/qpq-server --listen $(LISTEN) --data-dir $(DATA)
 
-demo: ## three users register, chat and form a group, by themselves, on a server of their own
+demo: ## run a scripted chat of three users on a temporary server
 	cargo build --locked --profile $(PROFILE) -p qpq-server -p qpq-cli
 	scripts/demo $(TARGET)
 
-test: ## everything, after installing what is missing
+test: ## run all tests, after installing missing tools and servers
 	scripts/test
 
-lint: ## formatting, clippy, dependency walls, licences, known vulnerabilities
+lint: ## check formatting, style, clippy, dependencies, licences and advisories
 	scripts/lint
 
-bench: ## speed beside its floors, on this machine
+bench: ## measure one server against its floors
 	cargo build --locked --release -p qpq-server -p qpq-tests --bins
 	$(BUILT)/release/qpq-load bench
 
-bench-cluster: ## the same for a cluster: edges, Postgres, Redis and NATS on this machine
+bench-cluster: ## measure a cluster on this machine against its floors
 	cargo build --locked --release -p qpq-server -p qpq-admin -p qpq-tests --bins
 	$(BUILT)/release/qpq-load bench-cluster
 
-compose-test: ## docker compose up in a real engine, and a chat through kills of everything in it
+compose-test: ## run the compose cluster in a container engine, and chat while everything is killed
 	cargo build --locked --profile $(PROFILE) -p qpq-server -p qpq-admin -p qpq-cli
 	tests/compose/run $(TARGET)
 
-metrics-check: ## dashboard, alerts and docs/metrics.md against what running servers expose
+metrics-check: ## check dashboard, alerts and docs/metrics.md against the metrics of running servers
 	cargo build --locked --profile $(PROFILE) --workspace --bins
 	tests/observability/check $(TARGET)
 
-chaos: ## a million messages through a cluster while everything in it is killed; nothing may be lost
+chaos: ## send a million messages through a cluster while its processes are killed; none may be lost
 	cargo build --locked --release -p qpq-server -p qpq-admin -p qpq-tests --bins
 	$(BUILT)/release/qpq-chaos
 
-fuzz: ## each frame decoder for a minute (needs a nightly toolchain)
+fuzz: ## fuzz each frame decoder for a minute (needs a nightly toolchain)
 	scripts/fuzz
