@@ -1,7 +1,7 @@
-//! `make chaos`: traffic through a cluster that has no rest, as the test *acked, never lost* has
-//! it, for as many messages as are asked for.
+//! `make chaos`: traffic through a cluster with constant faults, as in the test `acked_never_lost`,
+//! with any number of messages.
 //!
-//! Exit codes: 0 nothing was lost, 1 something was or the run did not come to its end.
+//! Exit codes: 0 without violations, 1 with violations or if the run failed.
 
 use std::{
     io::{self, Write as _},
@@ -11,17 +11,17 @@ use std::{
 use clap::Parser;
 use qpq_tests::{havoc::Campaign, traffic::Plan};
 
-/// Sends messages while edges and stores are killed, and judges what came of it.
+/// Sends messages while edges and stores are killed, and checks that none is lost.
 #[derive(Debug, Parser)]
 #[command(name = "qpq-chaos")]
 struct Args {
-    /// How many messages are to be acknowledged.
+    /// The number of acknowledged messages.
     #[arg(long, default_value_t = 1_000_000)]
     messages: u64,
-    /// How many of them between two strikes, on average.
+    /// The average number of acknowledged messages between two faults.
     #[arg(long, default_value_t = 2_500)]
     every: u64,
-    /// What decides the strikes; another each time, if none is named.
+    /// The seed of the faults. Default: a random one.
     #[arg(long)]
     seed: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! `bench`: everything beside its floor, in one run, several times over, as ratios of medians with
+//! `bench`: compares everything with its floor, several times in one run, as ratios of medians with
 //! their spread.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
@@ -22,42 +22,42 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct BenchArgs {
-    /// Which parts; all if none is named.
+    /// The parts to measure. Default: all.
     parts: Vec<Part>,
-    /// How often each pair is measured.
+    /// The number of measurements of each pair.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
-    /// Seconds each measurement lasts.
+    /// Duration of a measurement in seconds.
     #[arg(long, default_value_t = 4)]
     seconds: u64,
-    /// Inboxes of the large store in `flat`.
+    /// The number of inboxes of the large store in `flat`.
     #[arg(long, default_value_t = 1_000_000)]
     inboxes: usize,
-    /// Connections in `idle`.
+    /// The number of connections in `idle`.
     #[arg(long, default_value_t = 1_000)]
     connections: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// Server CPU of Health beside the bare echo.
+    /// Server CPU of Health, compared with the bare echo.
     Health,
-    /// Memory of a connection that waits, beside the bare echo's.
+    /// Memory of a waiting connection, compared with the bare echo.
     Idle,
-    /// Server CPU of a login beside `ServerLogin::start` alone.
+    /// Server CPU of a login, compared with `ServerLogin::start` alone.
     Login,
-    /// Durable messages a second beside bare SQLite inserts.
+    /// Durable messages per second, compared with bare SQLite inserts.
     Enqueue,
-    /// Enqueue to FetchWait latency at half of the peak.
+    /// Latency from Enqueue to FetchWait at half of the maximum rate.
     Pair,
-    /// Cost with many inboxes and long queues.
+    /// Cost with many inboxes and with long inboxes.
     Flat,
 }
 
 pub(crate) async fn bench(args: BenchArgs) -> anyhow::Result<()> {
     let wanted = |part| args.parts.is_empty() || args.parts.contains(&part);
     println!(
-        "{} processors; each figure the median of {} [lowest to highest]\n",
+        "{} processors; each figure is the median of {} [lowest to highest]\n",
         std::thread::available_parallelism()?,
         args.repeats
     );
@@ -91,8 +91,8 @@ struct Running {
     dir: TempDir,
 }
 
-/// A server as a user gets it, but that its rate limits are off and that it bears this many clients
-/// of one address.
+/// Starts a server with default settings, but without rate limits and with many connections per
+/// address.
 async fn start_server() -> anyhow::Result<Running> {
     let dir = TempDir::new()?;
     let mut command = Command::new(sibling("qpq-server")?);
@@ -111,13 +111,13 @@ async fn start_server() -> anyhow::Result<Running> {
             .skip_while(|w| **w != flag)
             .nth(1)
             .copied()
-            .context("no such word in its greeting")
+            .context("not in the server's first output")
     };
     let (addr, pin) = (after("--server")?.parse()?, after("--pin")?.parse()?);
     Ok(Running { server, addr, pin, dir })
 }
 
-/// The bare echo, with the certificate of `like` and answers of so many bytes.
+/// Starts the bare echo with the certificate of `like` and answers of `reply_bytes`.
 async fn start_echo(like: &Running, reply_bytes: usize) -> anyhow::Result<(Server, SocketAddr)> {
     let echo = start_echo_of(&like.dir.path().join("data"), reply_bytes).await?;
     Ok((echo.server, echo.addr))
@@ -128,7 +128,7 @@ pub(crate) struct Echo {
     pub(crate) addr: SocketAddr,
 }
 
-/// The bare echo, with the certificate in `identity` and answers of so many bytes.
+/// Starts the bare echo with the certificate in `identity` and answers of `reply_bytes`.
 pub(crate) async fn start_echo_of(identity: &Path, reply_bytes: usize) -> anyhow::Result<Echo> {
     let mut command = Command::new(std::env::current_exe()?);
     command
@@ -168,8 +168,8 @@ async fn health(args: &BenchArgs) -> anyhow::Result<()> {
             cpu.add(name, (cpu_time(pid)? - before).as_secs_f64() * 1e6 / tally.answered as f64);
         }
     }
-    println!("Health at {RATE}/s over 64 connections, server CPU µs a call");
-    cpu.print("qpq-server", "bare echo", Wanted::AtMost(1.15));
+    println!("Health at {RATE}/s over 64 connections, server CPU µs per call");
+    cpu.print("qpq-server", "bare echo", Target::AtMost(1.15));
     echo.stop().await?;
     server.server.stop().await
 }
@@ -206,11 +206,11 @@ async fn idle(args: &BenchArgs) -> anyhow::Result<()> {
         server.server.stop().await?;
     }
     println!("{} connections, each with one call waiting, KiB each", args.connections);
-    memory.print("qpq-server", "bare echo", Wanted::AtMost(1.15));
+    memory.print("qpq-server", "bare echo", Target::AtMost(1.15));
     Ok(())
 }
 
-/// KiB that the process grows by for each connection on which one of `calls` waits.
+/// Returns the KiB by which the process grows for each connection with a waiting call.
 async fn park(
     pid: i32,
     addr: SocketAddr,
@@ -219,8 +219,7 @@ async fn park(
     calls: Vec<Bytes>,
 ) -> anyhow::Result<f64> {
     let endpoint = endpoint(pin)?;
-    // What a server takes for its first clients (buffers, worker threads) is not what each further
-    // one costs.
+    // The first clients cost a server more memory (buffers, worker threads) than further ones.
     let warm = modes::connect_many(&endpoint, addr, 64).await?;
     drop(warm);
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -230,8 +229,7 @@ async fn park(
     for (client, call) in clients.iter().cloned().zip(calls.iter().cloned()) {
         waiting.spawn(async move { client.exchange(method, call).await.map(drop) });
     }
-    // Nothing tells from outside that the last one is parked; two seconds are many times what it
-    // takes.
+    // The client cannot observe that the last call waits; two seconds are far more than it takes.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let grown = resident(pid)?.saturating_sub(before);
     anyhow::ensure!(waiting.try_join_next().is_none(), "a waiting call was answered");
@@ -254,7 +252,7 @@ async fn login(args: &BenchArgs) -> anyhow::Result<()> {
         cpu.add("logins/s", tally.per_second());
     }
     println!("Logins, {IN_FLIGHT} in flight, server CPU µs each");
-    cpu.print("qpq-server", "ServerLogin::start", Wanted::AtMost(1.3));
+    cpu.print("qpq-server", "ServerLogin::start", Target::AtMost(1.3));
     cpu.show("logins/s");
     server.server.stop().await
 }
@@ -283,9 +281,10 @@ async fn enqueue(args: &BenchArgs) -> anyhow::Result<()> {
         server.server.stop().await?;
     }
     println!(
-        "Durable Enqueue of 1 KiB over QUIC, {IN_FLIGHT} in flight, beside inserts of {IN_FLIGHT} rows a commit, per second"
+        "Durable Enqueue of 1 KiB over QUIC, {IN_FLIGHT} in flight, compared with inserts of \
+         {IN_FLIGHT} rows per commit, per second"
     );
-    rate.print("qpq-server", "bare SQLite", Wanted::AtLeast(0.6));
+    rate.print("qpq-server", "bare SQLite", Target::AtLeast(0.6));
     rate.show("qpq-server CPU µs");
     rate.show("bare SQLite CPU µs");
     Ok(())
@@ -304,7 +303,7 @@ async fn pair(args: &BenchArgs) -> anyhow::Result<()> {
         accounts: 64,
         payload: PAYLOAD,
     };
-    println!("Enqueue to FetchWait, at half of the {peak:.0}/s that are accepted and read at most");
+    println!("Enqueue to FetchWait, at half of the maximum of {peak:.0}/s");
     println!("{}", modes::pair(&plan, Some(server.server.pid()), &stage).await?);
     server.server.stop().await
 }
@@ -324,10 +323,10 @@ async fn flatness(args: &BenchArgs) -> anyhow::Result<()> {
             fetch.add(name, cost.fetch);
         }
     }
-    println!("{} inboxes beside {FEW}, CPU µs of an Enqueue", args.inboxes);
-    enqueue.print("many", "few", Wanted::AtMost(1.2));
-    println!("{} inboxes beside {FEW}, CPU µs of a Fetch of one message", args.inboxes);
-    fetch.print("many", "few", Wanted::AtMost(1.2));
+    println!("{} inboxes compared with {FEW}, CPU µs of an Enqueue", args.inboxes);
+    enqueue.print("many", "few", Target::AtMost(1.2));
+    println!("{} inboxes compared with {FEW}, CPU µs of a Fetch of one message", args.inboxes);
+    fetch.print("many", "few", Target::AtMost(1.2));
     many.close().await;
 
     let shallow = flat::Subject::with_inboxes(&sub(dir.path(), "shallow")?, FEW).await?;
@@ -340,10 +339,10 @@ async fn flatness(args: &BenchArgs) -> anyhow::Result<()> {
             fetch.add(name, cost.fetch);
         }
     }
-    println!("Queues 10 000 deep beside short ones, CPU µs of an Enqueue");
-    enqueue.print("depth 10 000", "depth 1", Wanted::AtMost(1.2));
-    println!("Queues 10 000 deep beside short ones, CPU µs of a Fetch of one message");
-    fetch.print("depth 10 000", "depth 1", Wanted::AtMost(1.2));
+    println!("Inboxes of 10 000 messages compared with short ones, CPU µs of an Enqueue");
+    enqueue.print("depth 10 000", "depth 1", Target::AtMost(1.2));
+    println!("Inboxes of 10 000 messages compared with short ones, CPU µs of a Fetch of one");
+    fetch.print("depth 10 000", "depth 1", Target::AtMost(1.2));
     few.close().await;
     shallow.close().await;
     Ok(())
@@ -363,14 +362,14 @@ impl BenchArgs {
     }
 }
 
-/// What is wanted of a ratio.
+/// The target of a ratio.
 #[derive(Clone, Copy)]
-pub(crate) enum Wanted {
+pub(crate) enum Target {
     AtMost(f64),
     AtLeast(f64),
 }
 
-/// Measurements by name, in the order in which they were made.
+/// Measurements by name, in order.
 #[derive(Default)]
 pub(crate) struct Series(BTreeMap<&'static str, Vec<f64>>);
 
@@ -383,19 +382,20 @@ impl Series {
         println!("  {name:<20} {}", spread(&self.0[name]));
     }
 
-    /// Both series and the ratio pair by pair, which holds when the machine's speed drifts.
-    pub(crate) fn print(&self, subject: &str, floor: &str, wanted: Wanted) {
+    /// Prints both series and the ratio of each pair. Ratios are stable when the machine's speed
+    /// drifts.
+    pub(crate) fn print(&self, subject: &str, floor: &str, wanted: Target) {
         self.show(subject);
         self.show(floor);
         let ratios: Vec<f64> =
             self.0[subject].iter().zip(&self.0[floor]).map(|(s, f)| s / f).collect();
         let median = median(&ratios);
         let (bound, met) = match wanted {
-            Wanted::AtMost(most) => (format!("≤ {most}"), median <= most),
-            Wanted::AtLeast(least) => (format!("≥ {least}"), median >= least),
+            Target::AtMost(most) => (format!("≤ {most}"), median <= most),
+            Target::AtLeast(least) => (format!("≥ {least}"), median >= least),
         };
         println!(
-            "  {:<20} {}   wanted {bound}: {}\n",
+            "  {:<20} {}   target {bound}: {}\n",
             "ratio",
             spread(&ratios),
             if met { "met" } else { "MISSED" }

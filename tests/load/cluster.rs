@@ -1,6 +1,6 @@
-//! `bench-cluster`: edges and their stores on this machine, beside the floors they stand on: the
-//! same transactions alone, the same script alone, a bare quinn echo. All in one run, several
-//! times; what counts are ratios and medians.
+//! `bench-cluster`: measures edges and their stores on this machine, and compares them with floors:
+//! the same transactions alone, the same scripts alone, a bare quinn echo. Everything is measured
+//! several times in one run, as ratios and medians.
 
 use std::{collections::BTreeMap, fs, sync::Arc, time::Duration};
 
@@ -20,7 +20,7 @@ use qpq_tests::{
 };
 
 use crate::{
-    bench::{Series, Wanted},
+    bench::{Series, Target},
     floor::own_cpu,
     modes::{self, Stage},
     open_loop::closed_loop,
@@ -28,13 +28,13 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct ClusterArgs {
-    /// Only these parts.
+    /// The parts to measure. Default: all.
     #[arg(value_enum)]
     parts: Vec<Part>,
-    /// How often each is measured.
+    /// The number of measurements of each part.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
-    /// Seconds each measurement lasts.
+    /// Duration of a measurement in seconds.
     #[arg(long, default_value_t = 4)]
     seconds: u64,
     /// Connections in `parked` and `drain`.
@@ -44,29 +44,30 @@ pub(crate) struct ClusterArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Part {
-    /// Durable messages a second and CPU of each, at 64, 256 and 1 024 in flight, beside the
+    /// Durable messages per second and CPU per message, at 64, 256 and 1 024 in flight, with
     /// floors.
     Enqueue,
-    /// From an Enqueue at one edge to the FetchWait at another, at half of the peak.
+    /// Latency from an Enqueue at one edge to the FetchWait at another, at half of the maximum
+    /// rate.
     Pair,
-    /// CPU of a call with four edges beside one, under the same load each and under the same load
-    /// in all.
+    /// CPU per call with four edges compared with one, for the same load per edge and in total.
     Edges,
-    /// Memory of parked FetchWaits.
+    /// Memory of waiting FetchWait calls.
     Parked,
-    /// How long the drain of many connections takes.
+    /// Duration of the drain of many connections.
     Drain,
 }
 
 const PAYLOAD: usize = 1_024;
 const ACCOUNTS: usize = 64;
-/// Messages in one transaction at most, in the store as in the floor.
+/// The maximum number of messages in one transaction, of the store and of the floor.
 const BATCH: usize = 256;
 
 pub(crate) async fn bench(args: ClusterArgs) -> anyhow::Result<()> {
     let wanted = |part| args.parts.is_empty() || args.parts.contains(&part);
     println!(
-        "{} processors for edges, Postgres, Redis, NATS and the load together; each figure the median of {} [lowest to highest]\n",
+        "{} processors for edges, Postgres, Redis, NATS and the load generator; each figure is the \
+         median of {} [lowest to highest]\n",
         std::thread::available_parallelism()?,
         args.repeats
     );
@@ -94,7 +95,7 @@ impl ClusterArgs {
     }
 }
 
-/// Edges as processes, as they are in use but that there are no rate limits.
+/// Starts edges as processes with production settings, but without rate limits.
 async fn cluster(edges: usize) -> anyhow::Result<Cluster> {
     let plan = Plan { edges, place: Place::Apart, ..Plan::default() }
         .with("QPQ_CLUSTER__POLL", "5s")
@@ -141,12 +142,13 @@ async fn enqueue(args: &ClusterArgs) -> anyhow::Result<()> {
         for name in ["transactions/s alone", "transactions", "scripts", "echo"] {
             figures.show(name);
         }
-        figures.print("all, CPU µs", "floors, CPU µs", Wanted::AtMost(1.5));
+        figures.print("all, CPU µs", "floors, CPU µs", Target::AtMost(1.5));
     }
     Ok(())
 }
 
-/// CPU microseconds a message of the transactions, the scripts and the echo, each alone; their sum.
+/// Measures the CPU microseconds per message of the transactions, the scripts and the echo, each
+/// alone. Returns their sum.
 async fn floors(
     cluster: &Cluster,
     in_flight: usize,
@@ -160,7 +162,7 @@ async fn floors(
         .context("inboxes")?;
     stores.close().await;
 
-    // As many as each transaction can have with so many in flight.
+    // The number of messages that a transaction can have with `in_flight` messages.
     let batch = (in_flight / COMMITTERS).min(BATCH);
     let (before, own) = (Cpu::now(cluster).await?, own_cpu());
     let floor = measure::transactions(&config, &inboxes, batch, PAYLOAD, duration).await??;
@@ -193,7 +195,7 @@ async fn floors(
     Ok(transactions + scripts + echo)
 }
 
-/// The cluster's stores as a store of this process, on a database of its own.
+/// Returns the configuration of a store in this process, with its own database.
 async fn store(cluster: &Cluster, namespace: &str) -> anyhow::Result<Config> {
     let endpoint = |url: String| Endpoint { url, password: None, ca: None };
     Ok(Config {
@@ -224,7 +226,7 @@ async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
     let cluster = cluster(2).await?;
     let fleet = cluster.fleet();
     let stage = Stage::set(fleet.addrs[0], fleet.pin, 64, ACCOUNTS).await?;
-    // Those who wait are on the other edge.
+    // The waiting readers are on the other edge.
     let apart = Arc::new(Stage {
         endpoint: stage.endpoint.clone(),
         server: fleet.addrs[1],
@@ -232,9 +234,7 @@ async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
         accounts: stage.accounts.clone(),
     });
     let peak = modes::pair_peak(&apart, 256, args.duration(), PAYLOAD).await?;
-    println!(
-        "Enqueue at one edge to FetchWait at another; at most {peak:.0}/s are accepted and read"
-    );
+    println!("Enqueue at one edge to FetchWait at another; the maximum is {peak:.0}/s");
     for share in [0.5, 0.25, 0.1] {
         let plan = modes::Plan {
             mode: modes::Mode::Pair,
@@ -259,16 +259,15 @@ async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
 async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
     const IN_FLIGHT: usize = 256;
     const ONE: &str = "one edge";
-    // A fleet grows because its load does; the same load cut in four makes smaller batches of
-    // everything.
-    let fleets = [
+    // More edges usually have more load. The same load split in four makes all batches smaller.
+    let layouts = [
         (ONE, 1, IN_FLIGHT),
         ("four, as many each", 4, 4 * IN_FLIGHT),
         ("four, as many", 4, IN_FLIGHT),
     ];
     let mut figures = Series::default();
     for _ in 0..args.repeats {
-        for (name, count, in_flight) in fleets {
+        for (name, count, in_flight) in layouts {
             let cluster = cluster(count).await?;
             let fleet = cluster.fleet();
             let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, ACCOUNTS).await?;
@@ -296,11 +295,12 @@ async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
         }
     }
     println!(
-        "Enqueue, {IN_FLIGHT} in flight at one edge beside as many at each of four, CPU µs of everything each"
+        "Enqueue, {IN_FLIGHT} in flight at each of four edges compared with one edge, CPU µs of \
+         all processes per message"
     );
-    figures.print("four, as many each", ONE, Wanted::AtMost(1.1));
+    figures.print("four, as many each", ONE, Target::AtMost(1.1));
     println!("The same {IN_FLIGHT} in flight at one edge and spread over four");
-    figures.print("four, as many", ONE, Wanted::AtMost(1.1));
+    figures.print("four, as many", ONE, Target::AtMost(1.1));
     Ok(())
 }
 
@@ -309,7 +309,7 @@ async fn parked(args: &ClusterArgs) -> anyhow::Result<()> {
     let fleet = cluster.fleet();
     let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, 200).await?;
     let pid = edge_pids()?[0];
-    // What an edge takes for its first clients is not what each further one costs.
+    // The first clients cost an edge more memory than further ones.
     drop(modes::connect_many(&stage.endpoint, fleet.addrs[0], 64).await?);
     tokio::time::sleep(Duration::from_secs(1)).await;
     let before = resident(pid)?;
@@ -322,7 +322,8 @@ async fn parked(args: &ClusterArgs) -> anyhow::Result<()> {
     tokio::time::sleep(Duration::from_secs(10)).await;
     let used = Cpu::now(&cluster).await?.since(&cpu);
     println!(
-        "{} connections with a parked FetchWait: {:.1} KiB each, {:.1} MiB in all; {:.1}% of a processor for them (edge {:.1}%, postgres {:.1}%, redis {:.1}%)\n",
+        "{} connections with a waiting FetchWait: {:.1} KiB each, {:.1} MiB in total; {:.1}% of a \
+         processor (edge {:.1}%, postgres {:.1}%, redis {:.1}%)\n",
         clients.len(),
         grown / clients.len() as f64 / 1024.0,
         grown / 1024.0 / 1024.0,
@@ -349,15 +350,16 @@ async fn drain(args: &ClusterArgs) -> anyhow::Result<()> {
         if ended? { answered += 1 } else { lost += 1 }
     }
     println!(
-        "Drain of {} connections, each with a parked FetchWait: {:.1} s (wanted ≤ 15); {answered} calls were answered, {lost} were not\n",
+        "Drain of {} connections, each with a waiting FetchWait: {:.1} s (target ≤ 15); {answered} \
+         calls were answered, {lost} were not\n",
         clients.len(),
         took.as_secs_f64()
     );
     Ok(())
 }
 
-/// Connections to the first edge, from several sockets: one has not enough ports' worth of buffer
-/// for so many handshakes.
+/// Opens connections to the first edge from several sockets, because the buffer of one is too small
+/// for that number of handshakes.
 async fn connections(cluster: &Cluster, count: usize) -> anyhow::Result<Vec<Client>> {
     let fleet = cluster.fleet();
     let mut clients = Vec::with_capacity(count);
@@ -369,7 +371,7 @@ async fn connections(cluster: &Cluster, count: usize) -> anyhow::Result<Vec<Clie
     Ok(clients)
 }
 
-/// Has each connection wait for one of the accounts; true where it was answered.
+/// Starts a FetchWait on each connection. Each task returns whether it was answered.
 fn park(clients: &[Client], stage: &Arc<Stage>) -> JoinSet<bool> {
     let mut waiting = JoinSet::new();
     for (n, client) in clients.iter().cloned().enumerate() {
@@ -386,7 +388,7 @@ fn park(clients: &[Client], stage: &Arc<Stage>) -> JoinSet<bool> {
     waiting
 }
 
-/// CPU microseconds that each part of a cluster has used.
+/// The CPU microseconds of each part of a cluster.
 #[derive(Clone, Copy, Debug, Default)]
 struct Cpu {
     edge: f64,
@@ -468,13 +470,13 @@ impl Process {
     }
 }
 
-/// All processes of this machine, from `/proc/*/stat` (proc(5)).
+/// Returns all processes of this machine, from `/proc/*/stat` (proc(5)).
 fn processes() -> anyhow::Result<BTreeMap<i32, Process>> {
-    let ticks = sysconf(SysconfVar::CLK_TCK)?.context("a clock that ticks")? as f64;
+    let ticks = sysconf(SysconfVar::CLK_TCK)?.context("the system has no clock tick")? as f64;
     let mut all = BTreeMap::new();
     for entry in fs::read_dir("/proc")? {
         let Ok(pid) = entry?.file_name().to_string_lossy().parse::<i32>() else { continue };
-        // It may have ended meanwhile.
+        // The process may have ended.
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
         let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
         let fields: Vec<&str> = stat[close + 1..].split_whitespace().collect();

@@ -1,5 +1,5 @@
-//! The yardstick: what quinn alone costs for the same frames. Same transport settings, same kind of
-//! certificate, same frame headers; no session, no log, no limits, no dispatch.
+//! The floor of QUIC: a bare quinn server for the same frames, with the same transport settings and
+//! kind of certificate, but without sessions, log, limits and dispatch.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -8,18 +8,17 @@ use qpq_wire::{Request, Response};
 use quinn::{Endpoint, EndpointConfig, TokioRuntime};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
-/// A frame with this method is never answered: what a parked FetchWait costs at the least.
+/// The method of frames that are never answered, as the floor of a waiting FetchWait.
 pub(crate) const PARK: u16 = 1;
-/// A frame with any other method is answered at once with so many zero bytes as the server was
-/// started with.
+/// The method of frames that are answered immediately with `reply_bytes` zero bytes.
 pub(crate) const ECHO: u16 = 2;
 
 #[derive(clap::Args)]
 pub(crate) struct EchoArgs {
-    /// Folder with `server-cert.der` and `server-key.der`.
+    /// The folder with `server-cert.der` and `server-key.der`.
     #[arg(long)]
     identity: std::path::PathBuf,
-    /// Bytes of each answer.
+    /// The size of each answer in bytes.
     #[arg(long)]
     reply_bytes: usize,
 }
@@ -61,8 +60,7 @@ async fn answer(
     Ok(())
 }
 
-/// An endpoint with the settings of `qpq-server` (docs/architecture.md has no secret here: they are
-/// its defaults).
+/// Binds an endpoint with the default settings of `qpq-server`.
 fn bind(
     certificate: CertificateDer<'static>,
     key: PrivateKeyDer<'static>,

@@ -1,6 +1,6 @@
-//! Whether cost grows with what is stored: CPU time of an Enqueue and of a Fetch, through the
-//! embedded store's ports in this process, with few and with many inboxes, and with short and with
-//! long queues.
+//! Measures how cost grows with the amount of stored data: CPU time of an Enqueue and of a Fetch
+//! through the embedded store's ports in this process, with few and many inboxes, and with short
+//! and long ones.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -16,16 +16,16 @@ use sha2::{Digest as _, Sha256};
 use crate::floor::own_cpu;
 
 const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
-const AT_A_TIME: usize = 256;
+const CONCURRENCY: usize = 256;
 
-/// CPU microseconds an operation.
+/// CPU microseconds per operation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cost {
     pub(crate) enqueue: f64,
     pub(crate) fetch: f64,
 }
 
-/// A store with `inboxes` inboxes; `costs` may be asked of it any number of times.
+/// A store with `inboxes` inboxes to measure.
 pub(crate) struct Subject {
     store: EmbeddedStore,
     stores: Stores,
@@ -57,7 +57,7 @@ impl Subject {
                     anyhow::Ok(())
                 }
             })
-            .buffer_unordered(AT_A_TIME)
+            .buffer_unordered(CONCURRENCY)
             .try_collect::<()>()
             .await?;
         Ok(Self { store, stores, inboxes })
@@ -83,7 +83,7 @@ impl Subject {
         }
     }
 
-    /// Puts `depth` messages into each of the first `readers` inboxes.
+    /// Adds `depth` messages to each of the first `readers` inboxes.
     pub(crate) async fn deepen(&self, readers: usize, depth: usize) -> anyhow::Result<()> {
         for reader in 0..readers {
             for from in (0..depth).step_by(500) {
@@ -95,16 +95,16 @@ impl Subject {
         Ok(())
     }
 
-    /// `times` enqueues, `AT_A_TIME` at a time, spread over the inboxes (or over the first
-    /// `readers`), then as many one-message fetches of the same inboxes.
+    /// Measures `times` Enqueues, `CONCURRENCY` at a time, spread over the inboxes or over the
+    /// first `readers`, then as many Fetches of one message from the same inboxes.
     pub(crate) async fn costs(&self, times: usize, readers: Option<usize>) -> anyhow::Result<Cost> {
-        // A stride that is prime to the number of inboxes visits them all in an order that no cache
-        // foresees.
+        // A stride coprime to the number of inboxes visits all of them in an order that defeats
+        // caches.
         let inbox = |i: usize| readers.map_or((i * 7_919) % self.inboxes, |r| i % r);
         let before = own_cpu();
         stream::iter(0..times)
             .map(|i| self.stores.inboxes.enqueue(vec![self.message(i, inbox(i))]))
-            .buffer_unordered(AT_A_TIME)
+            .buffer_unordered(CONCURRENCY)
             .try_collect::<Vec<_>>()
             .await?;
         let enqueue = (own_cpu() - before).as_secs_f64() * 1e6 / times as f64;
@@ -125,7 +125,7 @@ impl Subject {
                 lease.settle(NOW).await?;
                 anyhow::Ok(())
             })
-            .buffer_unordered(if readers.is_some() { 1 } else { AT_A_TIME })
+            .buffer_unordered(if readers.is_some() { 1 } else { CONCURRENCY })
             .try_collect::<Vec<_>>()
             .await?;
         let fetch = (own_cpu() - before).as_secs_f64() * 1e6 / times as f64;

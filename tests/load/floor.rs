@@ -1,4 +1,4 @@
-//! The floors that are no servers: OPAQUE's one expensive step, and SQLite committing batches.
+//! The floors without a server: the expensive step of OPAQUE, and SQLite with batches.
 
 use std::{path::Path, time::Duration};
 
@@ -15,13 +15,13 @@ use tokio::time::Instant;
 
 use qpq_tests::accounts::Suite;
 
-/// CPU time of this process so far.
+/// Returns the CPU time of this process.
 pub(crate) fn own_cpu() -> Duration {
-    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).expect("a clock that every process has").into()
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).expect("every process has this clock").into()
 }
 
-/// CPU microseconds of one `ServerLogin::start`, parsing the record and the request as a server
-/// must.
+/// Returns the CPU microseconds of one `ServerLogin::start`, including parsing of record and
+/// request.
 pub(crate) fn login_start(times: usize) -> anyhow::Result<f64> {
     let setup = ServerSetup::<Suite>::new(&mut OsRng);
     let registration = ClientRegistration::<Suite>::start(&mut OsRng, b"floor")?;
@@ -58,7 +58,7 @@ pub(crate) fn login_start(times: usize) -> anyhow::Result<f64> {
     Ok((own_cpu() - before).as_secs_f64() * 1e6 / times as f64)
 }
 
-/// Rows a second that SQLite makes durable through the same driver, `batch` in each transaction.
+/// The result of durable inserts with SQLite alone, through the same driver.
 pub(crate) struct SqliteFloor {
     pub(crate) rows_per_second: f64,
     pub(crate) cpu_per_row: f64,
@@ -78,8 +78,8 @@ pub(crate) async fn sqlite(
     let mut connection = SqliteConnection::connect_with(&options).await?;
     connection
         .execute(
-            "create table message (id integer primary key, inbox integer not null, seq integer not null, \
-             payload blob not null, unique (inbox, seq))",
+            "create table message (id integer primary key, inbox integer not null, \
+             seq integer not null, payload blob not null, unique (inbox, seq))",
         )
         .await?;
     let payload = vec![7_u8; payload];

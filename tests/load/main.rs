@@ -1,13 +1,13 @@
-//! `qpq-load`: what a server costs and how long it takes, measured beside the floor it stands on.
+//! `qpq-load`: measures throughput, latency and cost of a server, and compares them with floors.
 //!
-//! `run` offers a load to a server that is there; `bench` starts everything itself (a server, a
-//! bare quinn echo that answers the same frames, the cryptography and SQLite alone), runs each pair
-//! in turn, several times, and prints ratios. Arrivals are *open-loop*: they come at a fixed rate
-//! whether or not earlier calls are answered, and latency counts from the moment a call was due, so
-//! waiting is counted (Schroeder et al., "Open versus closed", NSDI 2006).
+//! `run` sends a load to a running server. `bench` starts everything itself (a server, a bare quinn
+//! echo that answers the same frames, the cryptography alone, SQLite alone), measures each pair
+//! several times, and prints ratios. Arrivals are *open-loop*: they have a fixed rate, independent
+//! of earlier answers, and latency counts from the time at which a call was due, so it includes
+//! waiting (Schroeder et al., "Open versus closed", NSDI 2006).
 //!
-//! The client here is its own small implementation of the wire on bare quinn: the same code drives
-//! the server and the echo, and it shares nothing with the SDK.
+//! The client is a small implementation of the protocol on bare quinn, which shares nothing with
+//! the SDK. The same code drives the server and the echo.
 
 #![allow(clippy::print_stdout, reason = "a command whose output is its result")]
 
@@ -29,7 +29,11 @@ use qpq_tests::client::Pin;
 use crate::{modes::Mode, report::Report};
 
 #[derive(Parser)]
-#[command(name = "qpq-load", version, about = "Open-loop load for a qpq server, beside its floors")]
+#[command(
+    name = "qpq-load",
+    version,
+    about = "Open-loop load for a qpq server, compared with its floors"
+)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -37,43 +41,43 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Offer one kind of load to a running server (its rate limits should be off).
+    /// Send one kind of load to a running server, whose rate limits should be off.
     Run(RunArgs),
-    /// Start servers on loopback and measure each beside its floor.
+    /// Start servers on loopback and compare each with its floor.
     Bench(bench::BenchArgs),
-    /// Start a cluster on loopback and measure it beside its floors.
+    /// Start a cluster on loopback and compare it with its floors.
     BenchCluster(cluster::ClusterArgs),
-    /// The yardstick: a bare quinn server that answers every frame.
+    /// The floor of QUIC: a bare quinn server that answers every frame.
     #[command(hide = true)]
     Echo(echo::EchoArgs),
 }
 
 #[derive(clap::Args)]
 struct RunArgs {
-    /// What to do.
+    /// The kind of load.
     mode: Mode,
-    /// The server, on this machine.
+    /// The address of the server, on this machine.
     #[arg(long, default_value = "127.0.0.1:5001")]
     server: SocketAddr,
     /// SHA-256 of the server's certificate, in hexadecimal.
     #[arg(long)]
     pin: Pin,
-    /// Arrivals a second.
+    /// Arrivals per second.
     #[arg(long, default_value_t = 500.0)]
     rate: f64,
-    /// For how long.
+    /// Duration in seconds.
     #[arg(long, default_value_t = 10)]
     seconds: u64,
-    /// Connections that share the arrivals (for `idle`: that wait).
+    /// Connections that share the arrivals, or wait (`idle`).
     #[arg(long, default_value_t = 64)]
     connections: usize,
-    /// Accounts that are made for it.
+    /// Accounts to create.
     #[arg(long, default_value_t = 16)]
     accounts: usize,
-    /// Bytes of a message.
+    /// Size of a message in bytes.
     #[arg(long, default_value_t = 1024)]
     payload: usize,
-    /// The server's process, to tell its CPU time and memory.
+    /// The server's process id, for its CPU time and memory.
     #[arg(long)]
     pid: Option<i32>,
 }
@@ -98,7 +102,7 @@ async fn main() -> ExitCode {
 async fn run(args: RunArgs) -> anyhow::Result<()> {
     anyhow::ensure!(
         args.server.ip().is_loopback(),
-        "load goes to this machine alone: {} is not on loopback",
+        "load may only go to this machine: {} is not on loopback",
         args.server
     );
     let plan = modes::Plan {

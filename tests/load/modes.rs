@@ -29,23 +29,23 @@ use crate::{
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Mode {
-    /// Health: what a call costs that does nothing.
+    /// Health: the cost of a call without work.
     Health,
     /// Enqueue of one message to one of the accounts.
     Enqueue,
-    /// Enqueue to somebody who waits: from the moment it was due until it is read.
+    /// Enqueue to a waiting reader: from the time at which it was due to its delivery.
     Pair,
-    /// Fetch of queues that were filled before, ten messages at a time.
+    /// Fetch from filled inboxes, ten messages at a time.
     Drain,
-    /// Connections that each wait in a FetchWait, and the memory they take.
+    /// Connections that each wait in a FetchWait, and their memory.
     Idle,
-    /// Whole logins.
+    /// Complete logins.
     Login,
-    /// FetchKeyPackage of packages that were uploaded before.
+    /// FetchKeyPackage of uploaded packages.
     Keys,
 }
 
-/// A load to be offered.
+/// The load to send.
 pub(crate) struct Plan {
     pub(crate) mode: Mode,
     pub(crate) rate: f64,
@@ -55,7 +55,7 @@ pub(crate) struct Plan {
     pub(crate) payload: usize,
 }
 
-/// What every kind of load needs.
+/// The connections and accounts of a load.
 pub(crate) struct Stage {
     pub(crate) endpoint: Endpoint,
     pub(crate) server: SocketAddr,
@@ -80,7 +80,7 @@ impl Stage {
         &self.clients[i % self.clients.len()]
     }
 
-    /// The sender and the recipient of the i-th message.
+    /// Returns the sender and the recipient of the i-th message.
     pub(crate) fn pair(&self, i: usize) -> (&Account, &Account) {
         let n = self.accounts.len();
         (&self.accounts[i % n], &self.accounts[(i + 1) % n])
@@ -94,12 +94,12 @@ pub(crate) async fn connect_many(
 ) -> anyhow::Result<Vec<Client>> {
     stream::iter(0..count)
         .map(|_| Client::connect(endpoint, server))
-        // With 64, a machine busy with other work dropped datagrams for want of buffer, and
-        // handshakes ran out of time.
+        // With 64, a busy machine dropped datagrams because of full buffers, and handshakes timed
+        // out.
         .buffer_unordered(16)
         .try_collect()
         .await
-        .context("connecting")
+        .context("cannot connect")
 }
 
 pub(crate) async fn run(
@@ -187,7 +187,7 @@ pub(crate) async fn drain(stage: Arc<Stage>, i: usize) -> Ending {
 }
 
 pub(crate) async fn login(stage: Arc<Stage>, i: usize) -> Ending {
-    // A connection holds at most four pending logins, so the connections take turns.
+    // A connection has at most four pending logins, so logins are spread over the connections.
     let (account, _) = stage.pair(i);
     accounts::login(stage.client(i), &account.username)
         .await
@@ -204,7 +204,7 @@ pub(crate) async fn take_key_package(stage: Arc<Stage>, i: usize) -> Ending {
     if response.package.is_empty() { Err("no package left".into()) } else { Ok(()) }
 }
 
-/// Puts at least `count` messages in all into the accounts' inboxes.
+/// Adds at least `count` messages in total to the accounts' inboxes.
 pub(crate) async fn fill(stage: &Arc<Stage>, count: usize, payload: usize) -> anyhow::Result<()> {
     let keys: Vec<Bytes> = stage.accounts.iter().map(|a| a.identity.clone()).collect();
     let payload = Bytes::from(vec![7; payload]);
@@ -230,16 +230,16 @@ pub(crate) async fn fill(stage: &Arc<Stage>, count: usize, payload: usize) -> an
 }
 
 async fn stock_up(stage: &Arc<Stage>, count: usize) -> anyhow::Result<()> {
-    const AT_A_TIME: usize = 200;
+    const CHUNK: usize = 200;
     let each = count.div_ceil(stage.accounts.len());
     anyhow::ensure!(
         each <= 1_000,
-        "an account holds 1000 packages: more --accounts, or a lower --rate"
+        "an account has at most 1000 packages: use more --accounts or a lower --rate"
     );
     for account in &stage.accounts {
         let mut left = each;
         while left > 0 {
-            let n = left.min(AT_A_TIME);
+            let n = left.min(CHUNK);
             accounts::publish_key_packages(stage.client(0), account, n, SystemClock.now()).await?;
             left -= n;
         }
@@ -247,10 +247,11 @@ async fn stock_up(stage: &Arc<Stage>, count: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each account waits on a connection of its own; messages carry the moment at which they were due.
+/// Accounts that wait, each on its own connection. Messages contain the time at which they were
+/// due.
 struct Readers {
     start: Instant,
-    /// Microseconds from when each message was due until it was read.
+    /// Microseconds from the time at which a message was due to its delivery.
     seen: Arc<Mutex<Histogram<u64>>>,
     waiting: JoinSet<()>,
 }
@@ -294,7 +295,7 @@ impl Readers {
         payload.into()
     }
 
-    /// Waits until so many are read, at most as long as a FetchWait lasts.
+    /// Waits until `count` messages are read, at most as long as a FetchWait.
     async fn read(mut self, count: u64) -> anyhow::Result<Histogram<u64>> {
         let deadline = Instant::now() + Duration::from_secs(30);
         while self.seen.lock().len() < count && Instant::now() < deadline {

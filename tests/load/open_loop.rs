@@ -1,4 +1,4 @@
-//! Arrivals at a fixed rate, whatever the server does, and what became of each.
+//! Arrivals at a fixed rate, independent of the server, and their outcomes.
 
 use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
@@ -9,22 +9,20 @@ use tokio::{
     time::{Instant, interval},
 };
 
-/// Arrivals that may be unanswered at a time; more are counted as dropped rather than piled up
-/// without end.
-const MOST_IN_FLIGHT: usize = 20_000;
+/// The maximum number of unanswered arrivals. Further arrivals count as failed.
+const MAX_IN_FLIGHT: usize = 20_000;
 
-/// How one arrival ended: nothing, or the code of what went wrong.
+/// The outcome of an arrival: success, or the code of the failure.
 pub(crate) type Ending = Result<(), String>;
 
-/// What a run came to.
+/// The result of a run.
 pub(crate) struct Tally {
-    /// From the moment a call was due to its answer, in microseconds; only calls that were answered
-    /// Ok.
+    /// Microseconds from the time at which a call was due to its answer. Only calls with answer Ok.
     pub(crate) latency: Histogram<u64>,
     pub(crate) answered: u64,
-    /// Calls that were not answered Ok, by code.
+    /// Calls without answer Ok, by code.
     pub(crate) failed: BTreeMap<String, u64>,
-    /// From the first arrival to the last answer.
+    /// The time from the first arrival to the last answer.
     pub(crate) elapsed: Duration,
 }
 
@@ -56,15 +54,15 @@ impl Tally {
     }
 }
 
-/// Starts `act(i)` for the i-th arrival at its time, `rate` a second for `duration`, and waits for
-/// all of them.
+/// Starts `act(i)` for the i-th arrival when it is due, with `rate` arrivals per second for
+/// `duration`. Waits for all of them.
 pub(crate) async fn open_loop<F, Fut>(rate: f64, duration: Duration, act: F) -> Tally
 where
     F: Fn(usize) -> Fut,
     Fut: Future<Output = Ending> + Send + 'static,
 {
     let mut tally = Tally::default();
-    let room = Arc::new(Semaphore::new(MOST_IN_FLIGHT));
+    let permits = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
     let mut running: JoinSet<(Ending, Instant, Instant)> = JoinSet::new();
     let total = (rate * duration.as_secs_f64()) as usize;
     let start = Instant::now();
@@ -75,7 +73,7 @@ where
         let due_by_now = ((start.elapsed().as_secs_f64() * rate) as usize + 1).min(total);
         for i in arrived..due_by_now {
             let due = start + Duration::from_secs_f64(i as f64 / rate);
-            match Arc::clone(&room).try_acquire_owned() {
+            match Arc::clone(&permits).try_acquire_owned() {
                 Err(_) => tally.count(Err("load.too_many_in_flight".into()), due, due),
                 Ok(permit) => {
                     let act = act(i);
@@ -101,7 +99,7 @@ where
     tally
 }
 
-/// The other question, how much goes through at most: keeps `in_flight` calls going for `duration`.
+/// Measures the maximum throughput: keeps `in_flight` calls running for `duration`.
 pub(crate) async fn closed_loop<F, Fut>(in_flight: usize, duration: Duration, act: F) -> Tally
 where
     F: Fn(usize) -> Fut,

@@ -1,21 +1,21 @@
-//! What a run prints.
+//! The printed result of a run.
 
 use std::{fmt, time::Duration};
 
 use crate::open_loop::Tally;
 
-/// A run and what it cost the server.
+/// The result of a run with the server's cost.
 pub(crate) struct Report {
     pub(crate) title: String,
     pub(crate) tally: Tally,
-    /// CPU time of the server, if its process was given.
+    /// CPU time of the server, if its process id was given.
     pub(crate) server_cpu: Option<Duration>,
-    /// Anything else worth a line.
+    /// Further lines.
     pub(crate) notes: Vec<String>,
 }
 
 impl Report {
-    /// CPU microseconds of the server for each call answered.
+    /// Returns the server's CPU microseconds per answered call.
     pub(crate) fn cpu_per_call(&self) -> Option<f64> {
         let cpu = self.server_cpu?;
         (self.tally.answered > 0).then(|| cpu.as_secs_f64() * 1e6 / self.tally.answered as f64)
@@ -34,7 +34,7 @@ impl fmt::Display for Report {
             writeln!(f, "  max {:.2}", latency.max() as f64 / 1e3)?;
         }
         if let Some(cpu) = self.cpu_per_call() {
-            writeln!(f, "  server CPU {cpu:.1} µs a call")?;
+            writeln!(f, "  server CPU {cpu:.1} µs per call")?;
         }
         for (code, count) in failed {
             writeln!(f, "  failed {count} {code}")?;

@@ -1,12 +1,14 @@
-"""The queries of the dashboard and of the alert rules, and what each of them needs: metrics, labels, values of labels."""
+"""The queries of the dashboard and of the alerts, with the metrics, labels and values they use."""
 
 import json
 import re
 from dataclasses import dataclass, field
 
-# What Grafana puts in, with something of the same kind in its place.
+# Grafana's variables, with example values.
 VARIABLES = {"$__rate_interval": "5m", "$__interval": "1m", "$__range": "1h", "$edge": ".*"}
-KEYWORDS = {"and", "or", "unless", "offset", "bool", "inf", "nan", "by", "without", "on", "ignoring", "group_left", "group_right"}
+KEYWORDS = set(
+    "and or unless offset bool inf nan by without on ignoring group_left group_right".split()
+)
 GROUPING = re.compile(r"\b(by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\d[\w.]*|[A-Za-z_:][\w:]*|\S')
 MATCHER = re.compile(r'\s*(\w+)\s*(=~|!~|!=|=)\s*"((?:[^"\\]|\\.)*)"\s*,?')
@@ -17,9 +19,9 @@ SHOWN = re.compile(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}")
 class Query:
     where: str
     text: str
-    # Labels that a legend or an annotation shows of its result.
+    # Labels of the result that a legend or an annotation shows.
     shown: set = field(default_factory=set)
-    # Metric and its matchers, as (label, operator, value).
+    # Metrics with their matchers, as (label, operator, value).
     metrics: list = field(default_factory=list)
     grouped: set = field(default_factory=set)
 
@@ -36,9 +38,11 @@ class Query:
         for at, token in enumerate(tokens):
             word, following = token.group(), tokens[at + 1].group() if at + 1 < len(tokens) else ""
             depth += {"{": 1, "}": -1}.get(word, 0)
-            if depth or not re.match(r"[A-Za-z_:]", word) or word.lower() in KEYWORDS or following == "(":
+            if depth or not re.match(r"[A-Za-z_:]", word):
                 continue
-            # `sum by (x) (...)`: with the grouping taken out, the aggregation is followed by its bracket.
+            if word.lower() in KEYWORDS or following == "(":
+                continue
+            # `sum by (x) (...)`: without the grouping, `(` follows the aggregation.
             matchers = []
             if following == "{":
                 text = token.string[tokens[at + 1].end():]
@@ -46,12 +50,12 @@ class Query:
                     matchers.append(match.groups())
                     text = text[match.end():]
                 if not text.lstrip().startswith("}"):
-                    raise ValueError(f"{self.where}: matchers that are not understood: {self.text}")
+                    raise ValueError(f"{self.where}: cannot parse the matchers: {self.text}")
             self.metrics.append((word, matchers))
 
 
 def of_dashboard(path):
-    """Every query of a dashboard: panels, annotations, variables."""
+    """Returns the queries of a dashboard: panels, annotations, variables."""
     dashboard = json.loads(path.read_text())
     found = []
     for panel in dashboard["panels"]:
@@ -63,13 +67,14 @@ def of_dashboard(path):
         found.append(Query(f"annotation {annotation['name']!r}", annotation["expr"], shown))
     for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
-            series, label = re.fullmatch(r"label_values\((.*),\s*(\w+)\)", variable["query"]).groups()
+            values = re.fullmatch(r"label_values\((.*),\s*(\w+)\)", variable["query"])
+            series, label = values.groups()
             found.append(Query(f"variable {variable['name']!r}", series, {label}))
     return found
 
 
 def of_rules(path):
-    """Every query of a file of rules. YAML is read as far as we write it: promtool has judged the file already."""
+    """Returns the queries of a file of rules. Reads only the YAML that this file uses."""
     found, rule, lines = [], None, path.read_text().splitlines()
     for at, line in enumerate(lines):
         if match := re.match(r"\s*- alert: (\w+)", line):

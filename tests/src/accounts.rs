@@ -1,5 +1,5 @@
-//! Accounts for a measurement. The server cannot tell how a client stretches a password, so these
-//! clients do not: an account costs its server what any account costs, and the generator next to
+//! Accounts for measurements. These clients do not stretch passwords, which the server cannot
+//! notice. So an account costs the server as much as any other, and the load generator almost
 //! nothing.
 
 use std::{fmt, net::SocketAddr};
@@ -25,7 +25,7 @@ use quinn::Endpoint;
 
 use crate::client::{Client, Refused};
 
-/// The server's suite with no key stretching.
+/// The server's cipher suite without key stretching.
 #[derive(Debug)]
 pub struct Suite;
 
@@ -37,8 +37,8 @@ impl CipherSuite for Suite {
 
 const PASSWORD: &[u8] = b"load";
 
-/// How many accounts are made at a time.
-const AT_A_TIME: usize = 32;
+/// The number of accounts that are created concurrently.
+const CONCURRENCY: usize = 32;
 
 /// An account with a session.
 #[derive(Clone)]
@@ -72,16 +72,17 @@ pub async fn make(
                     SigningKey::from_bytes(&seed).verifying_key().as_bytes(),
                 );
                 register(&client, &username, &identity).await?;
-                // A connection has at most four logins pending: each has one of its own.
+                // A new connection for each login, because a connection has at most four pending
+                // logins.
                 let own = Client::connect(endpoint, server).await?;
                 let token = login(&own, &username).await?;
                 anyhow::Ok(Account { username, seed, identity, token })
             }
         })
-        .buffer_unordered(AT_A_TIME)
+        .buffer_unordered(CONCURRENCY)
         .try_collect()
         .await
-        .context("making accounts")
+        .context("cannot create accounts")
 }
 
 async fn register(client: &Client, username: &str, identity: &Bytes) -> anyhow::Result<()> {
@@ -91,8 +92,8 @@ async fn register(client: &Client, username: &str, identity: &Bytes) -> anyhow::
     Ok(())
 }
 
-/// The first half of a registration: what the second half uploads. It is for this username alone,
-/// and may be sent by any connection, any number of times.
+/// Runs the first half of a registration and returns the upload of the second half. The upload is
+/// valid for this username only, on any connection, any number of times.
 pub async fn upload(client: &Client, username: &str, password: &[u8]) -> anyhow::Result<Bytes> {
     let start = ClientRegistration::<Suite>::start(&mut OsRng, password)?;
     let request = v1::OpaqueRegisterStartRequest {
@@ -109,7 +110,7 @@ pub async fn upload(client: &Client, username: &str, password: &[u8]) -> anyhow:
     Ok(finish.message.serialize().to_vec().into())
 }
 
-/// The second half.
+/// Returns the request of the second half of a registration.
 pub fn registration(
     username: &str,
     upload: Bytes,
@@ -123,7 +124,7 @@ pub fn registration(
     }
 }
 
-/// One whole login; its session token.
+/// Logs in and returns the session token.
 pub async fn login(client: &Client, username: &str) -> anyhow::Result<Bytes> {
     match login_with(client, username, PASSWORD).await? {
         Ok(token) => Ok(token),
@@ -131,8 +132,8 @@ pub async fn login(client: &Client, username: &str) -> anyhow::Result<Bytes> {
     }
 }
 
-/// One whole login with that password: its session token, or how it was refused. A password that is
-/// wrong is noticed by the client itself, which then sends what cannot be right.
+/// Logs in with that password. Returns the session token or the refusal. A client notices a wrong
+/// password itself; this one then sends an invalid finalization.
 pub async fn login_with(
     client: &Client,
     username: &str,
@@ -167,12 +168,12 @@ pub async fn login_with(
         .map(|response| response.session_token))
 }
 
-/// A fresh identity key.
+/// Generates an identity key.
 pub fn identity() -> Bytes {
     Bytes::copy_from_slice(SigningKey::from_bytes(&rand::random()).verifying_key().as_bytes())
 }
 
-/// Uploads `count` fresh KeyPackages of the account.
+/// Uploads `count` new KeyPackages of the account.
 pub async fn publish_key_packages(
     client: &Client,
     account: &Account,

@@ -1,5 +1,5 @@
-//! The least that a UDP load balancer does: a new flow goes to one of the edges that are to have
-//! new flows, in turn, and stays there, whether or not that edge lives.
+//! A minimal UDP load balancer: assigns each new flow to the next target in turn. A flow stays with
+//! its target, also when that does not run.
 
 use std::{
     collections::HashMap,
@@ -31,12 +31,12 @@ impl Balancer {
         Ok(Self { addr, targets, _task: task })
     }
 
-    /// Where clients send to.
+    /// Returns the address for clients.
     pub const fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// New flows go to these from now on; those there are stay where they are.
+    /// Sets the targets of new flows. Existing flows stay with their targets.
     pub fn aim(&self, targets: &[SocketAddr]) {
         *self.targets.lock() = targets.to_vec();
     }
@@ -47,7 +47,7 @@ async fn balance(front: Arc<UdpSocket>, targets: Arc<Mutex<Vec<SocketAddr>>>) {
     let mut answers = JoinSet::new();
     let mut datagram = vec![0; LARGEST];
     loop {
-        // Whatever fails is about one datagram, which is lost then.
+        // An error loses one datagram.
         let Ok((length, client)) = front.recv_from(&mut datagram).await else { continue };
         if !flows.contains_key(&client) {
             let target = {
@@ -72,7 +72,7 @@ async fn flow(target: SocketAddr) -> io::Result<UdpSocket> {
 async fn answer(back: Arc<UdpSocket>, front: Arc<UdpSocket>, client: SocketAddr) {
     let mut datagram = vec![0; LARGEST];
     loop {
-        // An error says that nobody listens there just now.
+        // An error means that no process listens at the target.
         if let Ok(length) = back.recv(&mut datagram).await {
             let _ = front.send_to(&datagram[..length], client).await;
         }

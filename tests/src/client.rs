@@ -1,4 +1,4 @@
-//! The wire, from the client's side, on bare quinn: connect, and one call a stream.
+//! The client's side of the protocol on bare quinn: connections, and calls with one stream each.
 
 use std::{
     net::SocketAddr,
@@ -25,7 +25,7 @@ use rustls::{
 };
 use sha2::{Digest as _, Sha256};
 
-/// SHA-256 of the one key that is accepted.
+/// SHA-256 of the only key that is accepted.
 #[derive(Clone, Copy, Debug)]
 pub struct Pin(pub [u8; 32]);
 
@@ -38,43 +38,42 @@ impl FromStr for Pin {
     }
 }
 
-/// One connection. Cheap to clone.
+/// A connection. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Client {
     connection: Connection,
     next_id: Arc<AtomicU32>,
 }
 
-/// What a call came to when it was not answered Ok.
+/// The answer to a call with a status other than Ok.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
     pub status: u8,
     pub code: String,
-    /// When to try again; 0 where the answer does not say.
+    /// The time to wait before a retry; 0 if the answer has none.
     pub retry_after_ms: u32,
 }
 
-/// When a connection is given up, and how often it gives a sign of life so that the server does
-/// not.
+/// The idle timeout of a connection and the interval of its keep-alive packets.
 #[derive(Clone, Copy, Debug)]
 pub struct Silence {
     pub keep_alive: Duration,
     pub idle: Duration,
 }
 
-/// As a client in production.
+/// The values of a client in production.
 impl Default for Silence {
     fn default() -> Self {
         Self { keep_alive: Duration::from_secs(15), idle: Duration::from_secs(60) }
     }
 }
 
-/// A UDP socket from which any number of connections go out.
+/// Creates a UDP socket for any number of connections.
 pub fn endpoint(pin: Pin) -> anyhow::Result<Endpoint> {
     endpoint_with(pin, Silence::default())
 }
 
-/// The same, for clients that are sooner or later to notice that the server is gone.
+/// Creates a UDP socket for connections with these timeouts.
 pub fn endpoint_with(pin: Pin, silence: Silence) -> anyhow::Result<Endpoint> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut tls = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
@@ -102,22 +101,22 @@ impl Client {
         Ok(Self { connection, next_id: Arc::new(AtomicU32::new(1)) })
     }
 
-    /// Ends the connection; answers that have arrived whole can still be read.
+    /// Closes the connection. Complete answers can still be read.
     pub fn close(&self) {
         self.connection.close(0_u32.into(), b"");
     }
 
-    /// Why the connection has ended, if it has.
+    /// Returns the reason for the end of the connection, if it has ended.
     pub fn ended(&self) -> Option<ConnectionError> {
         self.connection.close_reason()
     }
 
-    /// Completes when the connection has ended.
+    /// Waits for the end of the connection.
     pub async fn closed(&self) -> ConnectionError {
         self.connection.closed().await
     }
 
-    /// One frame there, one back.
+    /// Sends a request frame and receives the response frame.
     pub async fn exchange(&self, method_id: u16, payload: Bytes) -> anyhow::Result<Response> {
         let request_id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (mut send, mut recv) = self.connection.open_bi().await?;
@@ -126,17 +125,17 @@ impl Client {
         let answer = recv.read_to_end(qpq_wire::MAX_PAYLOAD as usize + 9).await?;
         let response = Response::decode(answer.into())?;
         if response.request_id != request_id {
-            bail!("the answer to another request");
+            bail!("the response has another request id");
         }
         Ok(response)
     }
 
-    /// The next stream of events that the server opens.
+    /// Waits for the next event stream that the server opens.
     pub async fn events(&self) -> anyhow::Result<Events> {
         Ok(Events { stream: self.connection.accept_uni().await?, decoder: EventDecoder::new() })
     }
 
-    /// A call of a method; with `token`, in that session.
+    /// Calls a method, with `token` in that session.
     pub async fn call<M: Method>(
         &self,
         request: &M::Request,
@@ -158,7 +157,7 @@ impl Client {
         }))
     }
 
-    /// A call that must be answered Ok.
+    /// Calls a method. An answer other than Ok is an error.
     pub async fn must<M: Method>(
         &self,
         request: &M::Request,
@@ -171,7 +170,7 @@ impl Client {
     }
 }
 
-/// Events as they come.
+/// A stream of events.
 #[derive(Debug)]
 pub struct Events {
     stream: RecvStream,
@@ -179,7 +178,7 @@ pub struct Events {
 }
 
 impl Events {
-    /// The next one; `None` when no more come.
+    /// Waits for the next event. Returns `None` at the end of the stream.
     pub async fn next(&mut self) -> anyhow::Result<Option<Event>> {
         loop {
             if let Some(event) = self.decoder.next_event()? {

@@ -1,9 +1,9 @@
-//! A cluster of a test's own: real Postgres, Redis and NATS, what `qpq-admin init` makes, and any
-//! number of edges.
+//! A cluster for one test: real Postgres, Redis and NATS, shared secrets of `qpq-admin init`, and
+//! any number of edges.
 //!
-//! Edges run as processes, or in the test's own process by their own `compose()`; each on a port
-//! that stays its own while it is down. On request proxies stand between everything: clients, edges
-//! and stores.
+//! Edges run as processes, or in the test's process with the server's `compose()`. The port of an
+//! edge stays reserved while it is stopped. Optionally each edge has proxies to its clients and
+//! stores.
 
 use std::{
     ffi::OsString,
@@ -33,36 +33,36 @@ use crate::{
     process::{Server, sibling},
 };
 
-/// Where edges listen: below the ports that Linux gives out by itself, and apart from those of the
+/// The ports of edges: below Linux's ports for outgoing connections, and apart from those of the
 /// stores.
 const PORTS: std::ops::Range<u16> = 12_000..20_000;
 
-/// Where the edges of a cluster run.
+/// The place where edges run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// In this process.
     Here,
-    /// Each as a process, which can be killed.
+    /// Each as its own process, which can be killed.
     Apart,
 }
 
-/// What stands between clients, edges and stores.
+/// The connections between clients, edges and stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wiring {
     Direct,
-    /// A proxy on each way, of which each edge has its own.
+    /// Each edge has its own proxy for its clients and for each store.
     Proxied,
 }
 
-/// What cluster to start.
+/// The cluster to start.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub edges: usize,
     pub place: Place,
     pub wiring: Wiring,
-    /// Decides what the proxies do.
+    /// The seed of the proxies' decisions.
     pub seed: u64,
-    /// Settings of all edges, over those of [`Cluster::variables`].
+    /// Settings of all edges, which take precedence over those of [`Cluster::variables`].
     pub variables: Vec<(&'static str, String)>,
 }
 
@@ -85,7 +85,7 @@ impl Plan {
     }
 }
 
-/// A running cluster. Dropping it ends everything; if the test has failed, its directory with the
+/// A running cluster. Dropping it ends everything. If the test failed, the directory with the
 /// edges' logs is kept.
 #[derive(Debug)]
 pub struct Cluster {
@@ -98,7 +98,7 @@ pub struct Cluster {
     dir: Option<TempDir>,
 }
 
-/// Where clients find the edges.
+/// The addresses of the edges, for clients.
 #[derive(Clone, Debug)]
 pub struct Fleet {
     pub pin: Pin,
@@ -131,13 +131,13 @@ enum Life {
 }
 
 impl Cluster {
-    /// Starts stores and edges. When this returns, every edge serves.
+    /// Starts stores and edges. Returns when every edge is ready.
     pub async fn start(plan: Plan) -> anyhow::Result<Self> {
         let (postgres, redis, nats) =
             tokio::try_join!(Postgres::start(), Redis::start(), Nats::start())?;
         let dir = tempfile::Builder::new().prefix("qpq-cluster-").tempdir()?;
-        init(&dir.path().join("fleet")).await?;
-        let certificate = fs::read(dir.path().join("fleet/server-cert.der"))?;
+        init(&dir.path().join("secrets")).await?;
+        let certificate = fs::read(dir.path().join("secrets/server-cert.der"))?;
         let pin = Pin(Sha256::digest(certificate).into());
         let mut random = StdRng::seed_from_u64(plan.seed);
         let mut edges = Vec::new();
@@ -178,52 +178,53 @@ impl Cluster {
         Fleet { pin: self.pin, addrs: self.edges.iter().map(addr).collect() }
     }
 
-    /// The proxies of an edge.
+    /// Returns the proxies of an edge.
     ///
     /// # Panics
-    /// If the cluster was not planned with them.
+    /// If the cluster has no proxies.
     pub fn links(&self, edge: usize) -> &Links {
-        self.edges[edge].links.as_ref().expect("planned with Wiring::Proxied")
+        self.edges[edge].links.as_ref().expect("the plan has Wiring::Proxied")
     }
 
-    /// A place for a test's own files, gone with the cluster unless the test fails.
+    /// Returns the directory of the cluster, also for files of the test. It is removed with the
+    /// cluster, unless the test fails.
     pub fn dir(&self) -> &Path {
-        self.dir.as_ref().expect("taken by drop alone").path()
+        self.dir.as_ref().expect("only drop removes it").path()
     }
 
-    /// What all edges share.
+    /// Returns the directory with the secrets that all edges share.
     pub fn fleet_dir(&self) -> PathBuf {
-        self.dir().join("fleet")
+        self.dir().join("secrets")
     }
 
-    /// Makes accounts, each with a session, through the first edge.
+    /// Creates accounts, each with a session, through the first edge.
     pub async fn accounts(&self, count: usize) -> anyhow::Result<Vec<Account>> {
         accounts::make(&endpoint(self.pin)?, self.fleet().addrs[0], count).await
     }
 
-    /// How many messages Postgres has.
+    /// Returns the number of messages in Postgres.
     pub async fn messages_left(&self) -> anyhow::Result<u64> {
         Ok(self.postgres.sql("SELECT count(*) FROM message").await?.parse()?)
     }
 
-    /// Starts an edge that is down; it serves when this returns.
+    /// Starts an edge and waits until it is ready.
     pub async fn start_edge(&self, n: usize) -> anyhow::Result<()> {
         let mut life = self.edges[n].life.lock().await;
-        ensure!(matches!(*life, Life::Down), "edge {n} runs already");
+        ensure!(matches!(*life, Life::Down), "edge {n} is running");
         *life = match self.plan.place {
             Place::Here => Life::Here(Box::new(Box::pin(compose(&self.config(n)?)).await?)),
             Place::Apart => {
                 let started =
                     Server::start(self.command(n)?, |line| line.contains(" dm bob")).await;
                 Life::Apart(Box::new(
-                    started.with_context(|| format!("edge {n} said: {}", self.log(n)))?,
+                    started.with_context(|| format!("edge {n} logged: {}", self.log(n)))?,
                 ))
             }
         };
         Ok(())
     }
 
-    /// `kill -9`, or as near to it as an edge in this process can be brought.
+    /// Kills an edge with SIGKILL; drops one that runs in this process.
     pub async fn kill_edge(&self, n: usize) -> anyhow::Result<()> {
         match std::mem::replace(&mut *self.edges[n].life.lock().await, Life::Down) {
             Life::Down => anyhow::bail!("edge {n} is down"),
@@ -233,7 +234,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Ends an edge as an orchestrator does, by SIGTERM, and returns when it has ended by itself.
+    /// Ends an edge with SIGTERM, as an orchestrator does, and waits until it has ended.
     pub async fn drain_edge(&self, n: usize) -> anyhow::Result<()> {
         match std::mem::replace(&mut *self.edges[n].life.lock().await, Life::Down) {
             Life::Down => anyhow::bail!("edge {n} is down"),
@@ -247,13 +248,13 @@ impl Cluster {
         Ok(())
     }
 
-    /// Sets the clock of an edge from its next start on, as a process: `+100d` is a hundred days
-    /// ahead.
+    /// Sets the clock of an edge that runs as a process, from its next start. `+100d` is a hundred
+    /// days ahead.
     pub fn set_clock(&self, n: usize, offset: Option<&'static str>) {
         *self.edges[n].clock.lock() = offset;
     }
 
-    /// The settings of an edge, as environment variables.
+    /// Returns the settings of an edge as environment variables.
     pub fn variables(&self, n: usize) -> Vec<(&'static str, String)> {
         let edge = &self.edges[n];
         let through = |url: String, own: u16, proxy: Option<&TcpProxy>| match proxy {
@@ -290,7 +291,7 @@ impl Cluster {
         variables
     }
 
-    /// What an edge that is a process has logged.
+    /// Returns the log of an edge that runs as a process.
     pub fn log(&self, n: usize) -> String {
         fs::read_to_string(self.log_file(n)).unwrap_or_default()
     }
@@ -299,7 +300,7 @@ impl Cluster {
         self.dir().join(format!("edge-{n}.log"))
     }
 
-    /// The program of an edge, with nothing of the test's own environment.
+    /// Returns the command of an edge, without the environment of the test.
     pub fn command(&self, n: usize) -> anyhow::Result<Command> {
         let log = OpenOptions::new().create(true).append(true).open(self.log_file(n))?;
         let mut command = Command::new(sibling("qpq-server")?);
@@ -320,13 +321,13 @@ impl Cluster {
         Ok(command)
     }
 
-    /// The same settings, for `compose()`.
+    /// Returns the settings of an edge for `compose()`.
     pub fn config(&self, n: usize) -> anyhow::Result<Config> {
         configuration(&self.variables(n))
     }
 }
 
-/// What an edge makes of environment variables.
+/// Loads the configuration from environment variables.
 pub fn configuration(variables: &[(&str, String)]) -> anyhow::Result<Config> {
     let environment = variables
         .iter()
@@ -340,7 +341,7 @@ pub fn configuration(variables: &[(&str, String)]) -> anyhow::Result<Config> {
 impl Drop for Cluster {
     fn drop(&mut self) {
         let Some(dir) = self.dir.take() else { return };
-        // Whoever would read it may be gone.
+        // Standard error may be closed.
         if std::thread::panicking() {
             let _ = writeln!(
                 std::io::stderr(),
@@ -351,7 +352,7 @@ impl Drop for Cluster {
     }
 }
 
-/// The library that sets a process's clock.
+/// Returns the path of the library that changes the clock of a process.
 fn faketime() -> anyhow::Result<PathBuf> {
     let places = directories_in("/usr/lib")
         .chain(["/usr/lib".into(), "/usr/local/lib".into()])
@@ -362,13 +363,13 @@ fn faketime() -> anyhow::Result<PathBuf> {
         .context("libfaketime is missing: `apt-get install faketime`")
 }
 
-/// The directories in a directory.
+/// Returns the directories in a directory.
 fn directories_in(dir: &str) -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
     entries.map(|entry| entry.path()).filter(|path| path.is_dir())
 }
 
-/// Makes what the edges of a cluster share.
+/// Creates the secrets that the edges of a cluster share.
 pub async fn init(fleet: &Path) -> anyhow::Result<()> {
     let output = Command::new(sibling("qpq-admin")?)
         .args(["init", "--out"])
@@ -381,8 +382,8 @@ pub async fn init(fleet: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A UDP port that is an edge's own among all tests of this machine, also while the edge is down.
-/// The claim is the TCP socket of the same number.
+/// A UDP port that is reserved for an edge among all tests of this machine, also while the edge is
+/// stopped. The reservation is the TCP socket with the same number.
 #[derive(Debug)]
 struct Port {
     _claim: TcpListener,
@@ -399,7 +400,7 @@ impl Port {
 
     fn claim(number: u16) -> Option<Self> {
         let claim = TcpListener::bind((Ipv4Addr::LOCALHOST, number)).ok()?;
-        // A server that is none of ours may listen there.
+        // Another server may listen on the port.
         drop(UdpSocket::bind((Ipv4Addr::LOCALHOST, number)).ok()?);
         Some(Self { _claim: claim, number })
     }

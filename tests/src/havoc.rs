@@ -1,6 +1,6 @@
-//! What may happen to a cluster at any moment: edges and stores are killed, Redis forgets or falls
-//! back, connections break. Which of it and when is decided by a seed, and by how far the traffic
-//! has come: time decides nothing.
+//! Faults of a running cluster: edges and stores are killed, Redis is flushed or rolled back,
+//! connections are closed. A seed and the progress of the traffic decide which fault happens when,
+//! independent of time.
 
 use std::{fmt, time::Duration};
 
@@ -13,23 +13,24 @@ use crate::{
     traffic::{self, Summary, Traffic},
 };
 
-/// One thing that happens.
+/// One fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strike {
     KillEdge,
     KillRedis,
     FlushRedis,
-    /// To what was in it at the strike before, as a failover to a replica that lags does.
+    /// Rolls Redis back to its contents after the previous fault, like a failover to a replica that
+    /// lags.
     RollRedisBack,
     KillNats,
     KillPostgres,
     RestartPostgres,
     CutReaders,
-    /// Redis and an edge at once: its leases are nobody's then.
+    /// Kills Redis and an edge concurrently, so that the edge's leases have no owner.
     KillEdgeAndRedis,
-    /// Everything that may lose what it holds.
+    /// Kills both servers that may lose their data.
     KillRedisAndNats,
-    /// An edge starts again with a clock that is a hundred days off, until it is killed.
+    /// Restarts an edge with a clock that is a hundred days off, until it is killed.
     WrongClock,
 }
 
@@ -47,13 +48,13 @@ const ALL: [Strike; 11] = [
     Strike::WrongClock,
 ];
 
-/// Wrong clocks.
+/// The offsets of wrong clocks.
 const OFFSETS: [&str; 2] = ["+100d", "-100d"];
 
-/// How long a store stays down at most.
+/// The maximum time for which a store is stopped.
 const DOWN: Duration = Duration::from_millis(500);
 
-/// A source of strikes: every kind in turn, in a random order that is another each time.
+/// A source of faults: each kind in turn, in a new random order in each round.
 #[derive(Debug)]
 pub struct Havoc {
     random: StdRng,
@@ -72,13 +73,13 @@ impl Havoc {
         })
     }
 
-    /// Does the next one. Everything runs again when this returns.
+    /// Causes the next fault. Everything runs again when this returns.
     pub async fn strike(&mut self, cluster: &Cluster, traffic: &Traffic) -> anyhow::Result<()> {
         if self.deck.is_empty() {
             self.deck = ALL.to_vec();
             self.deck.shuffle(&mut self.random);
         }
-        let strike = self.deck.pop().expect("it was filled");
+        let strike = self.deck.pop().expect("the deck was filled");
         let edge = self.random.gen_range(0..cluster.fleet().addrs.len());
         let down = DOWN.mul_f64(self.random.r#gen());
         match strike {
@@ -129,15 +130,15 @@ impl Havoc {
     }
 }
 
-/// A run of traffic through a cluster that has no rest.
+/// A run of traffic through a cluster with constant faults.
 #[derive(Clone, Copy, Debug)]
 pub struct Campaign {
     pub traffic: traffic::Plan,
-    /// Messages that are acknowledged between two strikes, on average.
+    /// The average number of acknowledged messages between two faults.
     pub every: u64,
 }
 
-/// How it went.
+/// The result of a run.
 #[derive(Debug)]
 pub struct Outcome {
     pub summary: Summary,
@@ -145,7 +146,7 @@ pub struct Outcome {
 }
 
 impl Campaign {
-    /// Three edges as processes, and everything that can happen to them.
+    /// Runs the traffic through three edges as processes, with all faults.
     pub async fn run(self) -> anyhow::Result<Outcome> {
         let plan = Plan { place: Place::Apart, seed: self.traffic.seed, ..Plan::default() };
         let cluster = Cluster::start(plan).await?;
@@ -170,7 +171,7 @@ impl fmt::Display for Outcome {
         let Self { summary: Summary { report, calls, refused, lost, .. }, strikes } = self;
         write!(
             f,
-            "{report}{calls} calls, {refused} told to try again, {lost} without an answer; {} strikes:",
+            "{report}{calls} calls, {refused} refused temporarily, {lost} without an answer; {} faults:",
             strikes.len()
         )?;
         for kind in ALL {

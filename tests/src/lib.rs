@@ -1,8 +1,8 @@
-//! What the tests over the whole and the load generator share: a client of its own, accounts, and
-//! servers as processes.
+//! The parts that the scenario tests and the load generator share: a client, accounts, and servers
+//! as processes.
 //!
-//! The client is a second implementation of the wire, on bare quinn: it shares only the messages
-//! with the SDK, so what both agree on is the protocol.
+//! The client is a second implementation of the protocol, on bare quinn. It shares only the
+//! messages with the SDK, so a deviation of one of them from the protocol shows as a difference.
 
 pub mod accounts;
 pub mod balancer;

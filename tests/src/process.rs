@@ -1,4 +1,4 @@
-//! Servers as child processes, and what they use: CPU time to the nanosecond, and resident memory.
+//! Servers as child processes, with their CPU time in nanoseconds and their resident memory.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,17 +17,17 @@ use tokio::{
     process::{Child, Command},
 };
 
-/// A server that was started for a measurement or a test. Dropping it kills it.
+/// A server for a measurement or a test. Dropping it kills it.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
-    /// Lines it printed until it was ready.
+    /// The lines of its output until it was ready.
     pub said: Vec<String>,
 }
 
 impl Server {
-    /// Starts `command` (whose stderr is the caller's choice) and waits for a line of its output
-    /// that `ready` accepts.
+    /// Starts `command` and waits for a line of its output that `ready` accepts. The caller chooses
+    /// where stderr goes.
     pub async fn start(mut command: Command, ready: impl Fn(&str) -> bool) -> anyhow::Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
@@ -45,7 +45,8 @@ impl Server {
                 break;
             }
         }
-        // The pipe stays open and is read on, so that the server never blocks on it.
+        // Reads the pipe to its end, so that the server never blocks on it. The task ends with the
+        // server.
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
         Ok(Self { child, said })
     }
@@ -54,30 +55,30 @@ impl Server {
         i32::try_from(self.child.id().expect("it runs")).expect("a pid")
     }
 
-    /// Asks it to end, as an operator does.
+    /// Sends SIGTERM.
     pub fn terminate(&self) -> anyhow::Result<()> {
         Ok(kill(Pid::from_raw(self.pid()), Signal::SIGTERM)?)
     }
 
-    /// Returns when it has ended by itself; how.
+    /// Waits until the server has ended and returns its status.
     pub async fn ended(mut self) -> anyhow::Result<ExitStatus> {
         Ok(self.child.wait().await?)
     }
 
-    /// `kill -9`.
+    /// Kills the server with SIGKILL.
     pub async fn stop(mut self) -> anyhow::Result<()> {
         self.child.kill().await?;
         Ok(())
     }
 }
 
-/// CPU time that the process has used, in all its threads.
+/// Returns the CPU time of all threads of a process.
 pub fn cpu_time(pid: i32) -> anyhow::Result<Duration> {
     let clock = clock_getcpuclockid(Pid::from_raw(pid)).context("no such process")?;
     Ok(clock.now()?.into())
 }
 
-/// Bytes of memory that the process has resident and shares with nobody (`RssAnon`).
+/// Returns the bytes of private resident memory of a process (`RssAnon`).
 pub fn resident(pid: i32) -> anyhow::Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:")).context("no RssAnon")?;
@@ -85,15 +86,15 @@ pub fn resident(pid: i32) -> anyhow::Result<u64> {
     Ok(kib * 1024)
 }
 
-/// A binary of this build, beside the one that runs (test binaries lie in a folder of their own,
-/// `deps`).
+/// Returns the path of another binary of this build. It is in the folder of the running binary, or
+/// above `deps` for a test.
 pub fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let dir = own.ancestors().skip(1).find(|dir| !dir.ends_with("deps")).unwrap_or(Path::new("."));
     let path = dir.join(name);
     anyhow::ensure!(
         path.exists(),
-        "{} is missing: `cargo build --workspace --bins` makes it",
+        "{} is missing: build it with `cargo build --workspace --bins`",
         path.display()
     );
     Ok(path)

@@ -1,5 +1,5 @@
-//! A client that does not mind which edge it has: when its connection ends, it goes on from a new
-//! socket at another edge, in the same session.
+//! A client that moves between edges: when its connection ends, it continues in the same session at
+//! another edge, from a new socket.
 
 use std::{
     net::SocketAddr,
@@ -24,28 +24,28 @@ use crate::{
     cluster::Fleet,
 };
 
-/// A dead edge is noticed soon.
+/// Short timeouts, so that a killed edge is noticed quickly.
 const SILENCE: Silence =
     Silence { keep_alive: Duration::from_millis(500), idle: Duration::from_millis(2_500) };
-/// For one handshake.
+/// The time limit of a handshake.
 const CONNECTING: Duration = Duration::from_secs(5);
-/// The longest pause before another try.
+/// The maximum pause before a retry.
 const PAUSE: Duration = Duration::from_millis(100);
-/// For [`Roamer::must`]: far more than any fault that a test makes lasts.
+/// The time limit of [`Roamer::must`], far longer than any fault of a test.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How an edge closes at the end of a drain.
+/// The reason with which an edge closes connections at the end of a drain.
 const SHUTTING_DOWN: &str = "server shutting down";
 
-/// The event that an edge sends when it begins to drain.
+/// The type of the event at the start of a drain.
 const DRAINING: u16 = 4;
 
-/// Statuses that say: try again.
+/// The statuses of temporary refusals.
 const RATE_LIMITED: u8 = 5;
 const DEADLINE_EXCEEDED: u8 = 8;
 const UNAVAILABLE: u8 = 9;
 
-/// One client, wherever it is.
+/// A client that moves between edges.
 #[derive(Debug)]
 pub struct Roamer {
     fleet: Fleet,
@@ -53,40 +53,40 @@ pub struct Roamer {
     random: StdRng,
     edge: usize,
     client: Option<Client>,
-    /// The session in which it listens for events, if it does.
+    /// The session in which it subscribes to events, if it does.
     listening: Option<Bytes>,
-    /// Set when the edge has said that it drains.
-    told: Arc<AtomicBool>,
-    /// How often it had to connect.
+    /// Set when the edge has announced a drain.
+    drains: Arc<AtomicBool>,
+    /// The number of attempts to connect.
     pub connects: u64,
 }
 
-/// How a call ended.
+/// The outcome of a call.
 #[derive(Debug)]
 pub enum Outcome<T> {
     Ok(T),
     Refused(Refused),
-    /// No answer: it may or may not have happened.
+    /// No answer: the call may have taken effect.
     Lost(Loss),
 }
 
-/// Why there is no answer.
+/// The reason for a missing answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
-    /// The edge said that it shuts down, which is the end of a drain.
+    /// The edge closed the connection at the end of a drain.
     Drained,
     Otherwise,
 }
 
 impl Refused {
-    /// Whether the same call may succeed later.
+    /// Returns whether the same call may succeed later.
     pub const fn is_temporary(&self) -> bool {
         matches!(self.status, RATE_LIMITED | DEADLINE_EXCEEDED | UNAVAILABLE)
     }
 }
 
 impl Roamer {
-    /// One that begins at a random edge.
+    /// Creates a client that starts at a random edge.
     pub fn new(fleet: &Fleet, seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let edge = random.gen_range(0..fleet.addrs.len());
@@ -97,38 +97,38 @@ impl Roamer {
             edge,
             client: None,
             listening: None,
-            told: Arc::default(),
+            drains: Arc::default(),
             connects: 0,
         }
     }
 
-    /// One that begins at this edge.
+    /// Creates a client that starts at this edge.
     pub fn at(fleet: &Fleet, edge: usize) -> Self {
         Self { edge, ..Self::new(fleet, edge as u64) }
     }
 
-    /// The same, but for what it takes for a dead connection: a busy edge is not to be left for its
-    /// silence.
+    /// Uses the timeouts of production, so that the client does not leave a busy edge.
     pub fn patient(self) -> Self {
         Self { silence: Silence::default(), ..self }
     }
 
-    /// The same, but it listens for events and leaves an edge when that says it drains, as the SDK
-    /// does.
+    /// Subscribes to events, and leaves an edge that announces a drain, as the SDK does.
     pub fn attentive(self, token: &Bytes) -> Self {
         Self { listening: Some(token.clone()), ..self }
     }
 
-    /// At which edge it is, or was last.
+    /// Returns its current or last edge.
     pub const fn edge(&self) -> usize {
         self.edge
     }
 
-    /// Its connection, made if there is none. Goes on for as long as no edge takes it.
+    /// Returns its connection. Connects if there is none, and retries until an edge accepts it.
     pub async fn connected(&mut self) -> Client {
         loop {
             match &self.client {
-                Some(client) if client.ended().is_none() && !self.told.load(Ordering::Relaxed) => {
+                Some(client)
+                    if client.ended().is_none() && !self.drains.load(Ordering::Relaxed) =>
+                {
                     return client.clone();
                 }
                 Some(_) => self.move_on(),
@@ -147,7 +147,7 @@ impl Roamer {
         }
     }
 
-    /// Leaves the connection, as a person does who changes networks.
+    /// Closes the connection and moves to another edge, as after a change of networks.
     pub fn leave(&mut self) {
         if let Some(client) = self.client.take() {
             client.close();
@@ -155,8 +155,8 @@ impl Roamer {
         self.move_on();
     }
 
-    /// One call, once. There is no time limit but the connection's: an answer that is on its way is
-    /// never given up.
+    /// Calls a method once. The only time limit is that of the connection, so an answer in transit
+    /// is always received.
     pub async fn call<M: Method>(
         &mut self,
         request: &M::Request,
@@ -170,10 +170,10 @@ impl Roamer {
         }
     }
 
-    /// A call that is repeated until it is answered Ok.
+    /// Calls a method and retries until the answer is Ok.
     ///
     /// # Panics
-    /// If it is refused for good, or not answered in [`PATIENCE`].
+    /// If it is refused permanently, or not answered within [`PATIENCE`].
     pub async fn must<M: Method>(
         &mut self,
         request: &M::Request,
@@ -191,7 +191,7 @@ impl Roamer {
         }
     }
 
-    /// A moment, before another try.
+    /// Waits for a random short time before a retry.
     pub async fn pause(&mut self) {
         sleep(PAUSE.mul_f64(self.random.r#gen())).await;
     }
@@ -202,20 +202,21 @@ impl Roamer {
         timeout(CONNECTING, Client::connect(&endpoint, addr)).await.ok()?.ok()
     }
 
-    /// Listens on the new connection for the word that its edge drains.
+    /// Subscribes on the new connection, to notice a drain of its edge.
     fn listen(&mut self, client: &Client) {
-        self.told = Arc::default();
+        self.drains = Arc::default();
         let Some(token) = self.listening.clone() else { return };
-        let (client, told) = (client.clone(), Arc::clone(&self.told));
+        let (client, drains) = (client.clone(), Arc::clone(&self.drains));
         tokio::spawn(async move {
-            // Any failure is the connection's, which is noticed otherwise.
-            let _ended = until_told(&client, &token, &told).await;
+            // A failure is that of the connection, which the next call notices. The task ends with
+            // it.
+            let _ended = watch_for_drain(&client, &token, &drains).await;
         });
     }
 
     fn move_on(&mut self) {
         self.client = None;
-        self.told = Arc::default();
+        self.drains = Arc::default();
         let others = self.fleet.addrs.len();
         if others > 1 {
             self.edge = (self.edge + self.random.gen_range(1..others)) % others;
@@ -223,12 +224,16 @@ impl Roamer {
     }
 }
 
-async fn until_told(client: &Client, token: &Bytes, told: &AtomicBool) -> anyhow::Result<()> {
+async fn watch_for_drain(
+    client: &Client,
+    token: &Bytes,
+    drains: &AtomicBool,
+) -> anyhow::Result<()> {
     client.must::<Subscribe>(&v1::SubscribeRequest::default(), Some(token)).await?;
     let mut events = client.events().await?;
     while let Some(event) = events.next().await? {
         if event.event_type == DRAINING {
-            told.store(true, Ordering::Relaxed);
+            drains.store(true, Ordering::Relaxed);
         }
     }
     Ok(())

@@ -1,10 +1,10 @@
-//! Traffic over inboxes, through whatever edges are up, all of it recorded for the judge of
+//! Traffic over inboxes through all running edges, recorded for the checker of
 //! [`qpq_test_services::history`].
 //!
-//! Writers send one message or many, to one inbox or to all, and repeat each until it is
-//! acknowledged. Readers drain inboxes by FetchWait, alone or two at a time, or peek and ack.
-//! Everybody goes on at another edge when theirs is gone. At the end what is left is read, until
-//! Postgres itself says that nothing is.
+//! Writers send one message or many, to one inbox or to all, and retry each until it is
+//! acknowledged. Readers drain inboxes with FetchWait, one or two for each inbox, or peek and ack.
+//! All of them move to another edge when theirs ends. At the end the rest is read, until Postgres
+//! has no messages.
 
 mod party;
 
@@ -39,27 +39,28 @@ use crate::{
     roaming::{PATIENCE, Roamer},
 };
 
-/// How much traffic, of which kind.
+/// The amount and kind of traffic.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub inboxes: usize,
     pub writers: usize,
-    /// When so many are acknowledged, the writers end.
+    /// The number of acknowledged messages after which the writers end.
     pub messages: u64,
-    /// Bytes of a payload at most.
+    /// The maximum size of a payload in bytes.
     pub payload: usize,
-    /// Of ten calls of a writer, how many are a batch.
+    /// The number of batches among ten calls of a writer.
     pub batches: u32,
     pub temper: Temper,
     pub seed: u64,
 }
 
-/// When clients take their edge for dead.
+/// The timeout after which clients leave a silent edge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Temper {
-    /// When it was silent for a few seconds.
+    /// A few seconds.
     Hasty,
-    /// As in production. Every other one listens for events and leaves an edge that drains.
+    /// As in production. Every second client also subscribes to events and leaves an edge that
+    /// drains.
     Patient,
 }
 
@@ -77,23 +78,23 @@ impl Default for Plan {
     }
 }
 
-/// Messages in a batch of different ones.
+/// The number of messages in a batch of different messages.
 const LIST: std::ops::Range<usize> = 8..40;
-/// How long a reader waits in one call.
+/// The wait of one FetchWait call.
 const WAIT: Duration = Duration::from_secs(2);
-/// Before a reader reads again, at most.
+/// The maximum pause of a reader between two reads.
 const IDLE: Duration = Duration::from_millis(100);
 
-/// Traffic that flows.
+/// Running traffic.
 #[derive(Debug)]
 pub struct Traffic {
-    shared: Arc<Shared>,
+    state: Arc<State>,
     writers: JoinSet<()>,
     readers: JoinSet<()>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct State {
     accounts: Vec<Account>,
     history: History,
     plan: Plan,
@@ -101,7 +102,7 @@ struct Shared {
     next_tag: AtomicU64,
     enough: AtomicBool,
     stop: watch::Sender<bool>,
-    /// The connections of the readers, for whoever cuts them.
+    /// The connections of the readers, for [`Traffic::cut_readers`].
     connections: Mutex<Vec<Client>>,
     calls: AtomicU64,
     refused: AtomicU64,
@@ -109,20 +110,20 @@ struct Shared {
     drained: AtomicU64,
 }
 
-/// How a run went, beside the judgement.
+/// The result of a run.
 #[derive(Debug)]
 pub struct Summary {
     pub report: Report,
     pub calls: u64,
-    /// Calls that were answered "try again".
+    /// Calls that were refused temporarily.
     pub refused: u64,
-    /// Calls whose connection ended before they were answered.
+    /// Calls whose connection ended before the answer.
     pub lost: u64,
-    /// The same, because a drain was over.
+    /// Calls whose connection ended at the end of a drain.
     pub drained: u64,
 }
 
-/// A message on its way.
+/// A message to send.
 struct Outgoing {
     inbox: usize,
     id: MessageId,
@@ -131,9 +132,9 @@ struct Outgoing {
 }
 
 impl Traffic {
-    /// Makes accounts and lets the traffic begin.
+    /// Creates accounts and starts the traffic.
     pub async fn start(cluster: &Cluster, plan: Plan) -> anyhow::Result<Self> {
-        let shared = Arc::new(Shared {
+        let state = Arc::new(State {
             accounts: cluster.accounts(plan.inboxes).await?,
             history: History::new(),
             plan,
@@ -151,21 +152,17 @@ impl Traffic {
         let mut random = StdRng::seed_from_u64(plan.seed);
         let mut count = 0;
         let mut party = || Party {
-            recorder: shared.history.recorder(),
+            recorder: state.history.recorder(),
             roamer: match plan.temper {
                 Temper::Hasty => Roamer::new(&fleet, random.r#gen()),
                 Temper::Patient => {
                     count += 1;
                     let roamer = Roamer::new(&fleet, random.r#gen()).patient();
-                    if count % 2 == 0 {
-                        roamer.attentive(&shared.accounts[0].token)
-                    } else {
-                        roamer
-                    }
+                    if count % 2 == 0 { roamer.attentive(&state.accounts[0].token) } else { roamer }
                 }
             },
             random: StdRng::seed_from_u64(random.r#gen()),
-            shared: Arc::clone(&shared),
+            state: Arc::clone(&state),
         };
         let (mut writers, mut readers) = (JoinSet::new(), JoinSet::new());
         for inbox in 0..plan.inboxes {
@@ -178,55 +175,55 @@ impl Traffic {
         for _ in 0..plan.writers {
             writers.spawn(party().write());
         }
-        Ok(Self { shared, writers, readers })
+        Ok(Self { state, writers, readers })
     }
 
-    /// Returns when at least so many messages are acknowledged.
+    /// Waits until at least `count` messages are acknowledged.
     ///
     /// # Panics
-    /// If nothing at all is acknowledged for [`PATIENCE`].
+    /// If no message is acknowledged for [`PATIENCE`].
     pub async fn acknowledged(&self, count: u64) {
-        let mut acknowledged = self.shared.acknowledged.subscribe();
+        let mut acknowledged = self.state.acknowledged.subscribe();
         loop {
             let now = *acknowledged.borrow_and_update();
-            if now >= count.min(self.shared.plan.messages) {
+            if now >= count.min(self.state.plan.messages) {
                 return;
             }
             tokio::time::timeout(PATIENCE, acknowledged.changed())
                 .await
-                .unwrap_or_else(|_| panic!("nothing is acknowledged any more; {now} were"))
-                .expect("the sender is here");
+                .unwrap_or_else(|_| panic!("no further message is acknowledged after {now}"))
+                .expect("self has the sender");
         }
     }
 
-    /// Lets the writers end, however many messages are acknowledged.
+    /// Ends the writers before all messages are acknowledged.
     pub fn enough(&self) {
-        self.shared.enough.store(true, Ordering::Relaxed);
+        self.state.enough.store(true, Ordering::Relaxed);
     }
 
-    /// Ends the connections of all readers, whatever they wait for.
+    /// Closes the connections of all readers.
     pub fn cut_readers(&self) {
-        self.shared.connections.lock().drain(..).for_each(|client| client.close());
+        self.state.connections.lock().drain(..).for_each(|client| client.close());
     }
 
-    /// Waits for the writers, reads what is left, and has it all judged. A history with violations
-    /// is written to a file.
+    /// Waits for the writers, reads the rest, and checks the history. Writes a history with
+    /// violations to a file.
     pub async fn finish(mut self, cluster: &Cluster) -> anyhow::Result<Summary> {
         while let Some(done) = self.writers.join_next().await {
             done?;
         }
-        self.shared.stop.send_replace(true);
+        self.state.stop.send_replace(true);
         while let Some(done) = self.readers.join_next().await {
             done?;
         }
         let mut sweepers = JoinSet::new();
         let emptied = watch::Sender::new(false);
-        for inbox in 0..self.shared.accounts.len() {
+        for inbox in 0..self.state.accounts.len() {
             let party = Party {
-                recorder: self.shared.history.recorder(),
+                recorder: self.state.history.recorder(),
                 roamer: Roamer::new(&cluster.fleet(), inbox as u64),
                 random: StdRng::seed_from_u64(inbox as u64),
-                shared: Arc::clone(&self.shared),
+                state: Arc::clone(&self.state),
             };
             sweepers.spawn(party.sweep(inbox, emptied.subscribe()));
         }
@@ -238,7 +235,7 @@ impl Traffic {
             }
             anyhow::ensure!(
                 Instant::now() < deadline,
-                "{left} messages are in Postgres, and no read shows them"
+                "{left} messages are in Postgres, and no read returns them"
             );
             sleep(IDLE).await;
         }
@@ -246,7 +243,7 @@ impl Traffic {
         while let Some(done) = sweepers.join_next().await {
             done?;
         }
-        let Shared { history, plan, calls, refused, lost, drained, .. } = &*self.shared;
+        let State { history, plan, calls, refused, lost, drained, .. } = &*self.state;
         let report = history.check();
         if !report.violations.is_empty() {
             keep(history, &report, plan)?;
@@ -262,7 +259,7 @@ impl Traffic {
     }
 }
 
-impl Shared {
+impl State {
     fn stopped(&self) -> bool {
         *self.stop.borrow()
     }
@@ -289,7 +286,7 @@ impl Shared {
     }
 }
 
-/// A payload that says which message it is.
+/// Returns a payload that begins with the tag.
 pub fn payload(tag: Tag, length: usize, random: &mut impl rand::RngCore) -> Bytes {
     let mut payload = BytesMut::zeroed(length.saturating_sub(8));
     random.fill_bytes(&mut payload);
@@ -299,7 +296,7 @@ pub fn payload(tag: Tag, length: usize, random: &mut impl rand::RngCore) -> Byte
     whole.freeze()
 }
 
-/// What a read delivered, for a recorder.
+/// Returns the messages of a read, for a recorder.
 pub fn seen(envelopes: &[v1::Envelope]) -> impl Iterator<Item = (Seq, Tag)> + '_ {
     envelopes.iter().map(|envelope| {
         let tag = envelope.data.first_chunk().map_or(0, |tag| u64::from_be_bytes(*tag));
@@ -307,7 +304,7 @@ pub fn seen(envelopes: &[v1::Envelope]) -> impl Iterator<Item = (Seq, Tag)> + '_
     })
 }
 
-/// Puts a history where it can be looked at after the test.
+/// Writes a history to a file that is kept after the test.
 pub fn keep(history: &History, report: &Report, about: &dyn std::fmt::Debug) -> anyhow::Result<()> {
     let path =
         std::env::temp_dir().join(format!("qpq-history-{:016x}.txt", rand::rngs::OsRng.next_u64()));

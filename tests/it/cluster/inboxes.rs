@@ -189,22 +189,22 @@ async fn peek_and_ack(
         recorder.delivered(reading, seen(&page));
         let few: Vec<u64> =
             page.iter().map(|envelope| envelope.seq).filter(|_| random.gen_ratio(1, 3)).collect();
-        let (request, settling) = match (few.last(), random.r#gen()) {
+        let (request, acking) = match (few.last(), random.r#gen()) {
             (None, _) => {
                 roamer.pause().await;
                 continue;
             }
             (Some(last), true) => (
                 v1::AckRequest { seq_up_to: *last, ..Default::default() },
-                recorder.settling_through(Inbox(0), Seq(*last)),
+                recorder.acking_through(Inbox(0), Seq(*last)),
             ),
             (Some(_), false) => (
                 v1::AckRequest { seqs: few.clone(), ..Default::default() },
-                recorder.settling(Inbox(0), few.iter().copied().map(Seq)),
+                recorder.acking(Inbox(0), few.iter().copied().map(Seq)),
             ),
         };
         roamer.must::<Ack>(&request, Some(&token)).await;
-        recorder.settled(settling);
+        recorder.acked(acking);
     }
 }
 
@@ -296,14 +296,14 @@ async fn idempotent() {
                 reads.delivered(reading, seen(&page));
             }
             1 => {
-                let settling = reads.settling(Inbox(0), [Seq(seq)]);
+                let acking = reads.acking(Inbox(0), [Seq(seq)]);
                 let reading = reads.reading(Inbox(0));
                 let peek = v1::PeekRequest { after_seq: seq - 1, ..Default::default() };
                 let page = reader.must::<Peek>(&peek, Some(&account.token)).await.payloads;
                 reads.delivered(reading, seen(&page));
                 let ack = v1::AckRequest { seqs: vec![seq], ..Default::default() };
                 reader.must::<Ack>(&ack, Some(&account.token)).await;
-                reads.settled(settling);
+                reads.acked(acking);
             }
             2 => cluster.redis.flush_all().await.expect("FLUSHALL"),
             _ => {}

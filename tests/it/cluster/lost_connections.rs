@@ -365,10 +365,10 @@ async fn ack(world: &mut World, storm: Storm, history: &History) {
         let seqs: Vec<u64> =
             seqs.iter().copied().filter(|seq| *seq as usize % TIMES == n).collect();
         async move {
-            let settling = recorder.settling(Inbox(0), seqs.iter().copied().map(Seq));
+            let acking = recorder.acking(Inbox(0), seqs.iter().copied().map(Seq));
             let request = v1::AckRequest { seqs, ..Default::default() };
             roamer.must::<Ack>(&request, Some(&token)).await;
-            recorder.settled(settling);
+            recorder.acked(acking);
         }
     });
     world.weather(storm, acking).await;

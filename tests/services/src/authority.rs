@@ -1,5 +1,4 @@
-//! A certificate authority of a test's own, for servers with TLS. What it issues is for 127.0.0.1
-//! and no other name.
+//! A certificate authority for one test. It issues server certificates for 127.0.0.1 only.
 
 use std::{
     fmt, fs,
@@ -11,10 +10,10 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
 use crate::process::{new_password, write_private};
 
-/// Who vouches for servers. Dropping it removes its file.
+/// A certificate authority. Dropping it removes its file.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
-    /// Where its certificate lies for clients.
+    /// The directory with its certificate.
     dir: tempfile::TempDir,
 }
 
@@ -30,21 +29,21 @@ impl Authority {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        // A name of its own: two of the same name would be told apart by their signatures alone.
+        // A unique name: authorities with the same name would differ only by their signatures.
         params
             .distinguished_name
             .push(DnType::CommonName, format!("an authority for tests {}", new_password()));
-        let dir = tempfile::tempdir().context("no temporary directory can be made")?;
+        let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
         fs::write(dir.path().join("ca.pem"), params.self_signed(&key)?.pem())?;
         Ok(Self { issuer: Issuer::new(params, key), dir })
     }
 
-    /// Its certificate, which clients are to trust.
+    /// Returns the path of its certificate, for clients to trust.
     pub fn file(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }
 
-    /// Puts a new certificate into `dir`.
+    /// Issues a certificate and writes it to `dir`.
     pub(crate) fn issue(&self, dir: &Path) -> anyhow::Result<Issued> {
         let pair = KeyPair::generate()?;
         let params = CertificateParams::new(["127.0.0.1".to_owned()])?;

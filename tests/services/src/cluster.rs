@@ -1,4 +1,4 @@
-//! A Redis Cluster of a test's own: primaries that share the slots, without replicas.
+//! A Redis Cluster for one test: primaries that share the slots, without replicas.
 
 use std::time::Duration;
 
@@ -8,34 +8,34 @@ use tokio::time::{Instant, sleep};
 use crate::{
     authority::Authority,
     port::Port,
-    process::{PATIENCE, in_url, new_password},
+    process::{TIMEOUT, in_url, new_password},
     redis::Redis,
 };
 
 const SLOTS: usize = 16_384;
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A running Redis Cluster, complete and taking commands. Dropping it stops all its nodes.
+/// A running Redis Cluster. Dropping it ends all its nodes.
 #[derive(Debug)]
 pub struct RedisCluster {
     nodes: Vec<Redis>,
-    /// Where the nodes speak with each other.
+    /// The ports of the cluster bus.
     buses: Vec<Port>,
 }
 
 impl RedisCluster {
-    /// As many nodes as asked for, each with an equal part of the slots.
+    /// Starts `count` nodes, each with an equal part of the slots.
     pub async fn start(count: usize) -> anyhow::Result<Self> {
         Self::launch(count, None).await
     }
 
-    /// The same with TLS, for clients and among themselves.
+    /// Starts `count` nodes with TLS, for clients and between them.
     pub async fn start_encrypted(count: usize, authority: &Authority) -> anyhow::Result<Self> {
         Self::launch(count, Some(authority)).await
     }
 
     async fn launch(count: usize, authority: Option<&Authority>) -> anyhow::Result<Self> {
-        ensure!(count > 0, "a cluster has nodes");
+        ensure!(count > 0, "a cluster has at least one node");
         let password = new_password();
         let mut nodes = Vec::new();
         let mut buses = Vec::new();
@@ -62,22 +62,22 @@ impl RedisCluster {
         &self.nodes
     }
 
-    /// All of them in one, as the store takes it.
+    /// Returns the URL with all nodes, in the store's format.
     pub fn url(&self) -> String {
         let hosts: Vec<_> = self.nodes.iter().map(|node| node.served_at().to_string()).collect();
         let first = &self.nodes[0];
         format!("{}+cluster://:{}@{}", first.scheme(), in_url(first.password()), hosts.join(","))
     }
 
-    /// How a client connects: any of these leads to all.
+    /// Returns the URL of each node. A client needs one of them.
     pub fn urls(&self) -> Vec<String> {
         self.nodes.iter().map(Redis::url).collect()
     }
 
-    /// Returns once every node sees every other and all slots are served, at the start or after a
-    /// node came back.
+    /// Waits until all nodes see each other and all slots are served, after a start or the return
+    /// of a node.
     pub async fn wait_until_complete(&self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let all = format!("cluster_size:{}\r\n", self.nodes.len());
         for node in &self.nodes {
             loop {
@@ -87,9 +87,9 @@ impl RedisCluster {
                     break;
                 }
                 if Instant::now() > deadline {
-                    bail!("the cluster is not complete after {PATIENCE:?}: {info}");
+                    bail!("the cluster is not complete after {TIMEOUT:?}: {info}");
                 }
-                sleep(LOOK_EVERY).await;
+                sleep(POLL_INTERVAL).await;
             }
         }
         Ok(())
@@ -102,7 +102,7 @@ impl RedisCluster {
         Ok(())
     }
 
-    /// What `redis-cli --cluster create` does: slots and epochs for each, then all meet the first.
+    /// Assigns slots and epochs and joins the nodes, as `redis-cli --cluster create` does.
     async fn join(&self) -> anyhow::Result<()> {
         let count = self.nodes.len();
         for (i, node) in self.nodes.iter().enumerate() {

@@ -1,22 +1,20 @@
-//! What happened in a run, as its clients saw it, and a judge of whether an inbox may have behaved
-//! so.
+//! Records the calls of a run, and checks whether a correct inbox can produce that history.
 //!
-//! Each task of a test has a [`Recorder`] and writes down every call: when it began, and what it
-//! was answered, if it was. A call that was never answered may or may not have happened. At the
-//! end, when all recorders are gone, [`History::check`] holds the whole against the promises of an
-//! inbox and names each breach (see [`Violation`]).
+//! Each task of a test has a [`Recorder`] and records every call: its begin, and its answer if
+//! there is one. A call without an answer may have taken effect. At the end, when all recorders are
+//! dropped, [`History::check`] compares the history with the guarantees of an inbox and returns
+//! each [`Violation`].
 //!
-//! Recording takes no lock: a recorder owns its log, and hands it over when it is dropped, also
-//! when its task was aborted.
+//! Recording needs no lock: a recorder owns its log and passes it on when it is dropped, also when
+//! its task is aborted.
 //!
-//! Three duties of who records, without which the judgement is worth nothing:
-//! - **Every read counts.** What the server may take for delivered must be recorded as delivered;
-//!   an answer that reached the client's QUIC stack is read to its end, even when the test is
-//!   stopping.
-//! - **What is left is read.** At the end one last read per inbox records everything that is still
-//!   queued.
-//! - **A tag names one message of an inbox.** It is what the payload carries, so that a delivery
-//!   says which message it is.
+//! The result is valid only if the test follows three rules:
+//! - **Record every read.** Messages that the server may count as delivered are recorded as
+//!   delivered. An answer that reached the client's QUIC stack is read to its end, even when the
+//!   test is stopping.
+//! - **Read the rest.** At the end a last read of each inbox records all messages that are left.
+//! - **Use a tag once for each inbox.** The payload contains the tag, which identifies the
+//!   delivered message.
 
 mod check;
 
@@ -35,32 +33,32 @@ use tokio::time::Instant;
 
 pub use check::{Report, Violation};
 
-/// An inbox, by a number of the test's choice.
+/// An inbox, identified by a number that the test chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Inbox(pub u32);
 
-/// Which server was asked, by a number of the test's choice.
+/// An edge, identified by a number that the test chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Edge(pub u16);
 
-/// What a payload carries to say which message it is: never the same for two messages to one inbox.
+/// The part of a payload that identifies the message, unique in an inbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tag(pub u64);
 
-/// Who sends or reads: one recorder, one party.
+/// A sender or reader. Each recorder is one party.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Party(pub u32);
 
-/// Nanoseconds since the history began.
+/// Nanoseconds since the start of the history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(u64);
 
-/// Everything that the parties of a run recorded.
+/// The records of all parties of a run.
 #[derive(Debug, Clone)]
-pub struct History(Arc<Shared>);
+pub struct History(Arc<State>);
 
 #[derive(Debug)]
-struct Shared {
+struct State {
     begun: Instant,
     parties: AtomicU32,
     recording: AtomicUsize,
@@ -75,7 +73,7 @@ impl Default for History {
 
 impl History {
     pub fn new() -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(State {
             begun: Instant::now(),
             parties: AtomicU32::new(0),
             recording: AtomicUsize::new(0),
@@ -83,25 +81,25 @@ impl History {
         }))
     }
 
-    /// For one more party. A reader whose order is to be judged over several connections keeps its
-    /// recorder; one that reads several channels of an inbox takes one for each, since order holds
-    /// within a channel only.
+    /// Creates a recorder for a new party. A reader keeps its recorder over several connections, so
+    /// that their order is checked together. A reader of several channels of an inbox uses one
+    /// recorder for each, because only a channel is ordered.
     pub fn recorder(&self) -> Recorder {
         self.0.recording.fetch_add(1, Ordering::Relaxed);
         let party = Party(self.0.parties.fetch_add(1, Ordering::Relaxed));
         Recorder { history: self.clone(), log: Log::of(party) }
     }
 
-    /// Judges what was recorded.
+    /// Checks the history.
     ///
     /// # Panics
-    /// If somebody records still: what it has would be missing. If a tag names two messages of an
-    /// inbox.
+    /// If a recorder is not dropped, because its records would be missing. If a tag is used for two
+    /// messages of an inbox.
     pub fn check(&self) -> Report {
         let recording = self.0.recording.load(Ordering::Acquire);
         assert_eq!(
             recording, 0,
-            "recorders that record still: join their tasks and drop them first"
+            "recorders are still in use: join their tasks and drop them first"
         );
         check::check(&self.0.logs.lock())
     }
@@ -111,74 +109,74 @@ impl History {
     }
 }
 
-/// What one party does, written down as it happens.
+/// Records the calls of one party.
 #[derive(Debug)]
 pub struct Recorder {
     history: History,
     log: Log,
 }
 
-/// An enqueue that has begun.
+/// An Enqueue that has begun.
 #[derive(Debug)]
-#[must_use = "say how it ended, if it did"]
+#[must_use = "record its answer, if there is one"]
 pub struct Sending(usize);
 
 /// A read that has begun.
 #[derive(Debug)]
-#[must_use = "say what it delivered, if it did"]
+#[must_use = "record the delivered messages, if there is an answer"]
 pub struct Reading(usize);
 
 /// An ack that has begun.
 #[derive(Debug)]
-#[must_use = "say that it was answered, if it was"]
-pub struct Settling(usize);
+#[must_use = "record its answer, if there is one"]
+pub struct Acking(usize);
 
 impl Recorder {
     pub const fn party(&self) -> Party {
         self.log.party
     }
 
-    /// Before a message is sent, each time that it is, again with the same id too.
+    /// Records the begin of an Enqueue, also of each retry with the same id.
     pub fn sending(&mut self, inbox: Inbox, id: MessageId, tag: Tag, edge: Edge) -> Sending {
         let begun = self.history.now();
         Sending(self.log.send(Send { inbox, id, tag, edge, begun, outcome: Outcome::Unknown }))
     }
 
-    /// The server has it, under this number.
+    /// Records that the server accepted the message with this seq.
     pub fn acknowledged(&mut self, sending: Sending, seq: Seq) {
         self.log.sends[sending.0].outcome = Outcome::Acknowledged(seq);
     }
 
-    /// The server said that it did not take it. (No answer at all is no refusal.)
+    /// Records that the server refused the message. A missing answer is no refusal.
     pub fn refused(&mut self, sending: Sending) {
         self.log.sends[sending.0].outcome = Outcome::Refused;
     }
 
-    /// Before a call that reads.
+    /// Records the begin of a read.
     pub fn reading(&mut self, inbox: Inbox) -> Reading {
         let begun = self.history.now();
         Reading(self.log.read(inbox, begun))
     }
 
-    /// What a read delivered, in the order of its answer.
+    /// Records the messages that a read delivered, in the order of the answer.
     pub fn delivered(&mut self, reading: Reading, messages: impl IntoIterator<Item = (Seq, Tag)>) {
         let ended = self.history.now();
         self.log.show(reading.0, ended, messages);
     }
 
-    /// Before an ack of these messages.
-    pub fn settling(&mut self, inbox: Inbox, seqs: impl IntoIterator<Item = Seq>) -> Settling {
-        Settling(self.log.settle(inbox, seqs))
+    /// Records the begin of an ack of these messages.
+    pub fn acking(&mut self, inbox: Inbox, seqs: impl IntoIterator<Item = Seq>) -> Acking {
+        Acking(self.log.ack(inbox, seqs))
     }
 
-    /// Before an ack of everything in the inbox up to this number, in all its channels.
-    pub fn settling_through(&mut self, inbox: Inbox, seq: Seq) -> Settling {
-        Settling(self.log.settle_through(inbox, seq))
+    /// Records the begin of an ack of all messages up to this seq, in all channels.
+    pub fn acking_through(&mut self, inbox: Inbox, seq: Seq) -> Acking {
+        Acking(self.log.ack_through(inbox, seq))
     }
 
-    /// The ack was answered: no read that begins from here on may deliver those messages.
-    pub fn settled(&mut self, settling: Settling) {
-        self.log.settles[settling.0].ended = Some(self.history.now());
+    /// Records the answer to an ack. No read that begins later may deliver these messages.
+    pub fn acked(&mut self, acking: Acking) {
+        self.log.acks[acking.0].ended = Some(self.history.now());
     }
 }
 
@@ -191,16 +189,16 @@ impl Drop for Recorder {
     }
 }
 
-/// What one party recorded, each kind in the order of its beginnings.
+/// The records of one party, each kind in the order of its begin.
 #[derive(Debug, Clone)]
 struct Log {
     party: Party,
     sends: Vec<Send>,
     reads: Vec<Read>,
-    settles: Vec<Settle>,
-    /// What the reads delivered, one after the other.
+    acks: Vec<Ack>,
+    /// The messages of all reads, one after the other.
     shown: Vec<(Seq, Tag)>,
-    /// What the settles named.
+    /// The seqs of all acks.
     named: Vec<Seq>,
 }
 
@@ -225,20 +223,20 @@ enum Outcome {
 struct Read {
     inbox: Inbox,
     begun: Moment,
-    /// None: not answered.
+    /// `None` if there was no answer.
     ended: Option<Moment>,
     shown: Range<usize>,
 }
 
 #[derive(Debug, Clone)]
-struct Settle {
+struct Ack {
     inbox: Inbox,
-    what: Settled,
+    what: AckRange,
     ended: Option<Moment>,
 }
 
 #[derive(Debug, Clone)]
-enum Settled {
+enum AckRange {
     Named(Range<usize>),
     Through(Seq),
 }
@@ -249,7 +247,7 @@ impl Log {
             party,
             sends: Vec::new(),
             reads: Vec::new(),
-            settles: Vec::new(),
+            acks: Vec::new(),
             shown: Vec::new(),
             named: Vec::new(),
         }
@@ -273,16 +271,16 @@ impl Log {
         read.shown = from..self.shown.len();
     }
 
-    fn settle(&mut self, inbox: Inbox, seqs: impl IntoIterator<Item = Seq>) -> usize {
+    fn ack(&mut self, inbox: Inbox, seqs: impl IntoIterator<Item = Seq>) -> usize {
         let from = self.named.len();
         self.named.extend(seqs);
-        let what = Settled::Named(from..self.named.len());
-        self.settles.push(Settle { inbox, what, ended: None });
-        self.settles.len() - 1
+        let what = AckRange::Named(from..self.named.len());
+        self.acks.push(Ack { inbox, what, ended: None });
+        self.acks.len() - 1
     }
 
-    fn settle_through(&mut self, inbox: Inbox, seq: Seq) -> usize {
-        self.settles.push(Settle { inbox, what: Settled::Through(seq), ended: None });
-        self.settles.len() - 1
+    fn ack_through(&mut self, inbox: Inbox, seq: Seq) -> usize {
+        self.acks.push(Ack { inbox, what: AckRange::Through(seq), ended: None });
+        self.acks.len() - 1
     }
 }

@@ -1,14 +1,14 @@
-//! What tests over the cluster stand on: real servers, faults between them, and a judge of what
-//! happened.
+//! The base of cluster tests: real servers, network faults between them, and a checker of the
+//! recorded history.
 //!
-//! [`Postgres`], [`Redis`] (alone, as [`RedisCluster`], or under [`RedisSentinel`]) and [`Nats`]
-//! are the real programs, each in a temporary directory of its own on a port of 127.0.0.1 that
-//! nobody else uses. A test starts what it needs, may kill it and start it again on the same port
-//! and data, and leaves nothing behind when it ends or dies. With an [`Authority`] they speak TLS.
+//! [`Postgres`], [`Redis`] (also as [`RedisCluster`] or with a [`RedisSentinel`]) and [`Nats`] run
+//! the real programs, each in its own temporary directory on a reserved port of 127.0.0.1. A test
+//! starts the servers that it needs, and may kill them and start them again on the same port and
+//! data. They end with the test, also if it is killed. With an [`Authority`] they use TLS.
 //!
-//! [`proxy`] stands between a program and such a server, or between two programs, and does to their
-//! packets what networks do. [`history`] records what every call was answered, and says at the end
-//! whether an inbox may have answered so.
+//! A [`proxy`] between two programs delays, drops or resets their packets as networks do.
+//! [`history`] records every call with its answer, and checks at the end whether a correct inbox
+//! can give these answers.
 
 mod authority;
 mod cluster;

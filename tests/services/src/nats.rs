@@ -1,4 +1,4 @@
-//! A NATS server of a test's own: core NATS, no JetStream, one generated user.
+//! A NATS server for one test: core NATS, no JetStream, one user with a generated password.
 
 use std::{fmt::Write as _, net::SocketAddr, process::Command};
 
@@ -18,12 +18,12 @@ use crate::{
 
 const USER: &str = "qpq";
 
-/// A running NATS server. Dropping it stops it.
+/// A running NATS server. Dropping it ends it.
 #[derive(Debug)]
 pub struct Nats {
     service: Service,
     port: Port,
-    /// None: the password is a token.
+    /// `None` if the password is a token.
     user: Option<&'static str>,
     password: String,
     scheme: &'static str,
@@ -34,12 +34,12 @@ impl Nats {
         Self::launch(Some(USER), None).await
     }
 
-    /// One that knows no users: whoever has its password may come in.
+    /// Starts a server without users, which accepts a token.
     pub async fn start_with_token() -> anyhow::Result<Self> {
         Self::launch(None, None).await
     }
 
-    /// One that only speaks TLS.
+    /// Starts a server that accepts only TLS.
     pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
         Self::launch(Some(USER), Some(authority)).await
     }
@@ -53,9 +53,9 @@ impl Nats {
         let password = new_password();
         let home = Home::new("nats", Signal::SIGKILL)?;
         let file = home.path().join("nats.conf");
-        // Quoted: NATS would take a password that begins like a number for one. Who was held up on
-        // a busy machine is not to be refused: a client has two seconds to log in, unless told
-        // otherwise.
+        // Quoted, because NATS parses an unquoted password that begins like a number as a number. A
+        // long timeout, because the default of two seconds for the login is too short on a busy
+        // machine.
         let login = match user {
             Some(user) => format!("user: \"{user}\", password: \"{password}\""),
             None => format!("token: \"{password}\""),
@@ -79,12 +79,12 @@ impl Nats {
         Ok(nats)
     }
 
-    /// How a client connects.
+    /// Returns the URL for clients.
     pub fn url(&self) -> String {
         self.url_via(self.addr())
     }
 
-    /// The same by another way, such as a proxy's address.
+    /// Returns the URL with another address, such as a proxy's.
     pub fn url_via(&self, addr: SocketAddr) -> String {
         let user = self.user.map(|user| format!("{user}:")).unwrap_or_default();
         format!("{}://{user}{}@{addr}", self.scheme, in_url(&self.password))
@@ -102,14 +102,14 @@ impl Nats {
         &self.password
     }
 
-    /// Whether it takes our password and answers; with TLS, whether it asks for that.
+    /// Checks that the server accepts the password and answers; with TLS, that it requires TLS.
     pub async fn ping(&self) -> anyhow::Result<()> {
         let mut stream = BufReader::new(TcpStream::connect(self.addr()).await?);
         let mut line = String::new();
         stream.read_line(&mut line).await?;
-        ensure!(line.starts_with("INFO "), "no NATS greets so: {line}");
+        ensure!(line.starts_with("INFO "), "not a greeting of NATS: {line}");
         if self.scheme == "tls" {
-            ensure!(line.contains("\"tls_required\":true"), "it does not want TLS: {line}");
+            ensure!(line.contains("\"tls_required\":true"), "NATS does not require TLS: {line}");
             return Ok(());
         }
         let password = &self.password;
@@ -125,7 +125,7 @@ impl Nats {
         Ok(())
     }
 
-    /// Ends it as an operator would.
+    /// Stops the server as an operator does.
     pub async fn stop(&self) -> anyhow::Result<()> {
         self.service.end(Signal::SIGTERM).await
     }
@@ -134,7 +134,7 @@ impl Nats {
         self.service.end(Signal::SIGKILL).await
     }
 
-    /// After `stop` or `kill9`: on the same port, with the same user.
+    /// Starts the server after `stop` or `kill9`, on the same port with the same user.
     pub async fn start_again(&self) -> anyhow::Result<()> {
         self.service.start(|| async { self.ping().await.is_ok() }).await
     }
@@ -144,7 +144,7 @@ impl Nats {
         self.start_again().await
     }
 
-    /// Stops it without ending it: connections stay open and nothing answers.
+    /// Suspends the server: connections stay open without an answer.
     pub fn freeze(&self) {
         self.service.signal_all(Signal::SIGSTOP);
     }

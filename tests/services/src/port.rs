@@ -1,19 +1,19 @@
-//! Ports of 127.0.0.1 that stay one test's own while its server is down, killed or starting again.
+//! Ports of 127.0.0.1 that stay reserved for a test while its server is stopped, killed or
+//! restarted.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 
 use anyhow::Context as _;
 use rand::Rng as _;
 
-/// Below the ports that Linux gives to outgoing connections, which could take the port of a server
-/// that is down.
+/// Below Linux's ports for outgoing connections, which could use the port of a stopped server.
 const RANGE: std::ops::Range<u16> = 20_000..32_000;
-const TRIES: usize = 1_000;
+const MAX_ATTEMPTS: usize = 1_000;
 
-/// A TCP port that is reserved among all tests of this machine until this is dropped.
+/// A TCP port that is reserved among all tests of this machine. Dropping it releases the port.
 ///
-/// The claim is the UDP socket of the same number: the kernel gives it to one process, and takes it
-/// back when that dies.
+/// The reservation is the UDP socket with the same number: the kernel gives it to one process and
+/// releases it when the process ends.
 #[derive(Debug)]
 pub(crate) struct Port {
     _claim: UdpSocket,
@@ -23,14 +23,14 @@ pub(crate) struct Port {
 impl Port {
     pub(crate) fn reserve() -> anyhow::Result<Self> {
         let mut random = rand::rngs::OsRng;
-        (0..TRIES)
-            .find_map(|_| Self::claim(random.gen_range(RANGE)))
-            .with_context(|| format!("no free port of 127.0.0.1 in {RANGE:?} after {TRIES} tries"))
+        (0..MAX_ATTEMPTS).find_map(|_| Self::claim(random.gen_range(RANGE))).with_context(|| {
+            format!("no free port of 127.0.0.1 in {RANGE:?} after {MAX_ATTEMPTS} tries")
+        })
     }
 
     fn claim(number: u16) -> Option<Self> {
         let claim = UdpSocket::bind((Ipv4Addr::LOCALHOST, number)).ok()?;
-        // A server that is none of ours may listen there, on this address or on all.
+        // Another server may listen on the port, on this address or on all.
         drop(TcpListener::bind((Ipv4Addr::LOCALHOST, number)).ok()?);
         Some(Self { _claim: claim, number })
     }
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reserved_port_is_free_for_tcp_and_nobody_else_gets_it() {
+    fn a_reserved_port_is_free_for_tcp_and_cannot_be_reserved_again() {
         let port = Port::reserve().unwrap();
         assert!(Port::claim(port.number()).is_none(), "it is taken");
         let listener = TcpListener::bind(port.addr()).expect("its holder may listen");
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_where_somebody_listens_is_not_taken() {
+    fn a_port_with_a_listener_is_not_reserved() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         assert!(Port::claim(listener.local_addr().unwrap().port()).is_none());
     }

@@ -1,9 +1,8 @@
-//! A Postgres server of a test's own.
+//! A Postgres server for one test.
 //!
-//! `initdb` takes most of a second, so it is run once: the cluster it makes is kept in the target
-//! directory, by version, and copied for each server. The superuser's generated password is kept
-//! beside it, readable by its owner alone. Postgres refuses to run as root; under root it runs as
-//! the user `postgres`, or as `nobody`.
+//! `initdb` takes most of a second, so it runs once: its result is kept in the target directory, by
+//! version, and copied for each server. The superuser's generated password is next to it with mode
+//! 0600. Postgres refuses to run as root; tests of root run it as the user `postgres` or `nobody`.
 
 use std::{
     fs::{self, File},
@@ -28,10 +27,10 @@ use crate::{
 
 pub(crate) const USER: &str = "qpq";
 const DATABASE: &str = "qpq";
-/// Part of the kept cluster's name: to be raised when `make_template` makes another one.
+/// Part of the template's name. Increase it when `create_template` changes.
 const TEMPLATE_REVISION: u32 = 3;
 
-/// A running Postgres with one empty database. Dropping it stops it and removes its data.
+/// A running Postgres with one empty database. Dropping it ends it and removes its data.
 #[derive(Debug)]
 pub struct Postgres {
     service: Service,
@@ -41,18 +40,18 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// A server with Postgres's own settings, as durable as in production.
+    /// Starts a server with Postgres's default settings, as durable as in production.
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_with(&[]).await
     }
 
-    /// A server with `settings` over the defaults, such as `("fsync", "off")` where speed counts
-    /// and durability does not.
+    /// Starts a server with `settings` over the defaults, such as `("fsync", "off")` for speed
+    /// without durability.
     pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
         Self::launch(settings, None).await
     }
 
-    /// The same with TLS for those who ask for it.
+    /// Starts a server that also accepts TLS.
     pub async fn start_encrypted(
         settings: &[(&str, &str)],
         authority: &Authority,
@@ -64,16 +63,16 @@ impl Postgres {
         settings: &[(&str, &str)],
         authority: Option<&Authority>,
     ) -> anyhow::Result<Self> {
-        // Not a link to it: its other programs are beside it.
+        // Resolves links, because the other programs are in the same folder.
         let program = Program::Postgres.find()?.canonicalize()?;
-        // An immediate shutdown: no checkpoint, but shared memory is given back.
+        // An immediate shutdown: no checkpoint, but it releases shared memory.
         let home = Home::new("postgres", Signal::SIGQUIT)?;
-        let owner = Owner::find()?;
+        let run_as = RunAs::find()?;
         let (home, password) = tokio::task::spawn_blocking({
             let program = program.clone();
             move || {
-                owner.take(home.path())?;
-                let password = copy_template(&program, owner, home.path())?;
+                run_as.give_ownership(home.path())?;
+                let password = copy_template(&program, run_as, home.path())?;
                 anyhow::Ok((home, password))
             }
         })
@@ -89,8 +88,8 @@ impl Postgres {
         authority: Option<&Authority>,
     ) -> anyhow::Result<Self> {
         let program = Program::Postgres.find()?.canonicalize()?;
-        let (port, owner) = (Port::reserve()?, Owner::find()?);
-        let mut command = owner.command(&program);
+        let (port, run_as) = (Port::reserve()?, RunAs::find()?);
+        let mut command = run_as.command(&program);
         command.arg("-D").arg(home.path().join("data"));
         let number = port.number().to_string();
         let own = [
@@ -98,7 +97,7 @@ impl Postgres {
             ("port", &number),
             ("unix_socket_directories", ""),
             ("max_connections", "200"),
-            // In the data directory, so that it goes with it.
+            // In the data directory, so that it is removed together with it.
             ("dynamic_shared_memory_type", "mmap"),
         ];
         for (name, value) in own.iter().chain(settings) {
@@ -106,7 +105,7 @@ impl Postgres {
         }
         if let Some(authority) = authority {
             let issued = authority.issue(home.path())?;
-            owner.take(&issued.key)?;
+            run_as.give_ownership(&issued.key)?;
             command
                 .args(["-c", "ssl=on", "-c"])
                 .arg(format!("ssl_cert_file={}", issued.certificate.display()));
@@ -118,12 +117,12 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// How a client connects: as superuser, over TCP, with a password (SCRAM).
+    /// Returns the URL for clients: as superuser, over TCP, with a password (SCRAM).
     pub fn url(&self) -> String {
         self.url_of(DATABASE, self.port.addr())
     }
 
-    /// The same by another way, such as a proxy's address.
+    /// Returns the URL with another address, such as a proxy's.
     pub fn url_via(&self, addr: SocketAddr) -> String {
         self.url_of(DATABASE, addr)
     }
@@ -149,20 +148,20 @@ impl Postgres {
         self.service.path()
     }
 
-    /// Makes another empty database on this server; the answer is its URL.
+    /// Creates another empty database and returns its URL.
     pub async fn create_database(&self, name: &str) -> anyhow::Result<String> {
         self.sql(&format!("CREATE DATABASE \"{name}\"")).await?;
         Ok(self.url_of(name, self.port.addr()))
     }
 
-    /// What `psql` prints for `sql`: a line for each row, columns separated by `|`.
+    /// Returns the output of `psql` for `sql`: a line for each row, columns separated by `|`.
     pub async fn sql(&self, sql: &str) -> anyhow::Result<String> {
         self.sql_in(DATABASE, sql).await
     }
 
     /// As [`sql`](Self::sql), in another database.
     pub async fn sql_in(&self, database: &str, sql: &str) -> anyhow::Result<String> {
-        // Beside the server, or Debian's wrapper on the PATH.
+        // In the server's folder, or Debian's wrapper on the PATH.
         let own = self.programs.join("psql");
         let output = tokio::process::Command::new(if own.is_file() { own } else { "psql".into() })
             .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", USER, "-d", database])
@@ -177,26 +176,26 @@ impl Postgres {
         Ok(String::from_utf8(output.stdout)?.trim_end().to_owned())
     }
 
-    /// Ends it as an operator would: clients are disconnected, a checkpoint is written.
+    /// Stops the server as an operator does: it disconnects clients and writes a checkpoint.
     pub async fn stop(&self) -> anyhow::Result<()> {
         self.service.end(Signal::SIGINT).await
     }
 
-    /// `kill -9` of the server and all its children at once.
+    /// Kills the server and all its children with SIGKILL.
     pub async fn kill9(&self) -> anyhow::Result<()> {
         self.service.end(Signal::SIGKILL).await
     }
 
-    /// After `stop` or `kill9`: the same data on the same port. Returns when recovery is done and
-    /// it takes connections.
+    /// Starts the server after `stop` or `kill9`, with the same data on the same port. Returns when
+    /// recovery is done and it accepts connections.
     pub async fn start_again(&self) -> anyhow::Result<()> {
         let pid_file = self.service.path().join("data/postmaster.pid");
-        // One that was killed has left its file.
+        // A killed server leaves its file.
         match fs::remove_file(&pid_file) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
             _ => {}
         }
-        // The eighth line is what `pg_ctl start` waits for, too.
+        // `pg_ctl start` waits for the eighth line, too.
         self.service
             .start(|| async {
                 fs::read_to_string(&pid_file)
@@ -210,7 +209,7 @@ impl Postgres {
         self.start_again().await
     }
 
-    /// Stops all its processes without ending them: connections stay open and nothing answers.
+    /// Suspends all its processes: connections stay open without an answer.
     pub fn freeze(&self) {
         self.service.signal_all(Signal::SIGSTOP);
     }
@@ -224,19 +223,19 @@ impl Postgres {
     }
 }
 
-/// Whom Postgres runs as.
+/// The user that Postgres runs as.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Owner {
-    /// Whoever runs the tests.
-    Oneself,
-    /// Somebody with fewer rights, because root runs them.
+pub(crate) enum RunAs {
+    /// The user that runs the tests.
+    Caller,
+    /// An unprivileged user, because root runs the tests.
     Other { uid: u32, gid: u32 },
 }
 
-impl Owner {
+impl RunAs {
     pub(crate) fn find() -> anyhow::Result<Self> {
         if !Uid::effective().is_root() {
-            return Ok(Self::Oneself);
+            return Ok(Self::Caller);
         }
         let user = match User::from_name("postgres")? {
             Some(user) => user,
@@ -246,14 +245,14 @@ impl Owner {
         Ok(Self::Other { uid: user.uid.as_raw(), gid: user.gid.as_raw() })
     }
 
-    pub(crate) fn take(self, path: &Path) -> anyhow::Result<()> {
+    pub(crate) fn give_ownership(self, path: &Path) -> anyhow::Result<()> {
         match self {
-            Self::Oneself => Ok(()),
+            Self::Caller => Ok(()),
             Self::Other { uid, gid } => Ok(chown(path, Some(uid), Some(gid))?),
         }
     }
 
-    /// As `program` of that user, with no groups but its own.
+    /// Returns a command that runs as that user, without supplementary groups.
     pub(crate) fn command(self, program: &Path) -> Command {
         let mut command = Command::new(program);
         if let Self::Other { uid, gid } = self {
@@ -263,34 +262,34 @@ impl Owner {
     }
 }
 
-/// Puts a fresh cluster into `home/data`; the answer is its superuser's password.
-fn copy_template(program: &Path, owner: Owner, home: &Path) -> anyhow::Result<String> {
+/// Copies the template to `home/data` and returns its superuser's password.
+fn copy_template(program: &Path, run_as: RunAs, home: &Path) -> anyhow::Result<String> {
     let data = home.join("data");
     let Some(target) = target_directory()? else {
-        return make_template(program, owner, home, &data);
+        return create_template(program, run_as, home, &data);
     };
     let version: String = program::version(program)?
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' })
         .collect();
-    let uid = match owner {
-        Owner::Oneself => Uid::effective().as_raw(),
-        Owner::Other { uid, .. } => uid,
+    let uid = match run_as {
+        RunAs::Caller => Uid::effective().as_raw(),
+        RunAs::Other { uid, .. } => uid,
     };
     let kept = target.join("test-services").join(format!("{version}-{uid}-{TEMPLATE_REVISION}"));
     fs::create_dir_all(&kept)?;
     let (cluster, password_file) = (kept.join("data"), kept.join("password"));
-    // One test makes it, the others of this moment wait for it. It appears by a rename, so it is
-    // whole or absent.
+    // One test creates the template while concurrent tests wait. A rename makes it appear, so it is
+    // complete or absent.
     let lock = File::create(kept.join("lock"))?;
     lock.lock()?;
     if !cluster.exists() {
-        let password = make_template(program, owner, home, &data)?;
-        let half = kept.join("half");
-        let _leftover = fs::remove_dir_all(&half);
-        copy(&data, &half)?;
+        let password = create_template(program, run_as, home, &data)?;
+        let partial = kept.join("half");
+        let _leftover = fs::remove_dir_all(&partial);
+        copy(&data, &partial)?;
         write_private(&password_file, &password)?;
-        fs::rename(&half, &cluster)?;
+        fs::rename(&partial, &cluster)?;
         return Ok(password);
     }
     drop(lock);
@@ -298,13 +297,18 @@ fn copy_template(program: &Path, owner: Owner, home: &Path) -> anyhow::Result<St
     Ok(fs::read_to_string(&password_file)?)
 }
 
-/// `initdb` with one empty database; the answer is the password that it generated.
-fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyhow::Result<String> {
+/// Runs `initdb`, creates one empty database, and returns the generated password.
+fn create_template(
+    program: &Path,
+    run_as: RunAs,
+    home: &Path,
+    data: &Path,
+) -> anyhow::Result<String> {
     let password = new_password();
     let password_file = home.join("password");
     write_private(&password_file, &password)?;
-    owner.take(&password_file)?;
-    let mut initdb = owner.command(&program.with_file_name("initdb"));
+    run_as.give_ownership(&password_file)?;
+    let mut initdb = run_as.command(&program.with_file_name("initdb"));
     initdb
         .args([
             "--no-sync",
@@ -323,15 +327,15 @@ fn make_template(program: &Path, owner: Owner, home: &Path, data: &Path) -> anyh
     fs::remove_file(&password_file)?;
 
     let sql = home.join("create.sql");
-    // What is copied for every server is mostly databases: one and its template are enough. Each
-    // line is a statement.
+    // The copied data is mostly databases: one database and its template suffice. Each line is a
+    // statement.
     let statements = [
         &format!("ALTER DATABASE postgres RENAME TO {DATABASE}"),
         "UPDATE pg_database SET datistemplate = false WHERE datname = 'template0'",
         "DROP DATABASE template0",
     ];
     fs::write(&sql, statements.join("\n") + "\n")?;
-    let mut single = owner.command(program);
+    let mut single = run_as.command(program);
     single
         .args(["--single", "-D"])
         .arg(data)
@@ -355,8 +359,8 @@ pub(crate) fn run(mut command: Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Cargo's: the folder above the profile's, which is known by its fingerprints. A binary that was
-/// copied elsewhere has none.
+/// Returns Cargo's target directory: the parent of the profile's folder, which has `.fingerprint`.
+/// A binary that was copied elsewhere has none.
 fn target_directory() -> anyhow::Result<Option<PathBuf>> {
     let own = std::env::current_exe()?;
     let profile = own.ancestors().find(|dir| dir.join(".fingerprint").is_dir());

@@ -1,11 +1,11 @@
-//! A server as a child process in a directory of its own, both gone when the test ends, however it
-//! ends.
+//! A server as a child process in its own directory. Both are removed when the test ends, however
+//! it ends.
 //!
-//! A test may be killed, so it cannot be trusted to clean up. Each directory has a watchdog: a
-//! shell that reads a pipe whose other end only this process holds. When the pipe ends - the
-//! [`Service`] was dropped, or this process died - the watchdog stops every process whose working
-//! directory is inside and removes the directory. (`PR_SET_PDEATHSIG` would be shorter, but it
-//! fires when the *thread* that started the child ends, and runtimes end threads at will.)
+//! A killed test cannot clean up. So each directory has a watchdog: a shell that reads a pipe of
+//! which this process has the other end. When the pipe ends, because the [`Service`] was dropped or
+//! this process died, the watchdog ends every process whose working directory is inside and removes
+//! the directory. (`PR_SET_PDEATHSIG` is no alternative: it fires when the *thread* that started
+//! the child ends, and runtimes end threads at any time.)
 
 use std::{
     fmt::Display,
@@ -25,18 +25,20 @@ use nix::{
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
-/// How long a server may take to start or stop before the test fails: far more than a busy machine
-/// needs.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-/// How often to look whether it has.
-pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(4);
+/// The time limit for a start or stop, far above what a busy machine needs.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
+/// The interval between two checks of a condition.
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(4);
 
-/// Arguments: the directory, and the signal to try first. `find` shows no link for a zombie, so
-/// those do not count.
+/// Arguments: the directory, and the first signal to send. `find` ignores zombies, whose link it
+/// cannot read.
 const WATCHDOG: &str = r#"
 trap '' HUP INT TERM
 cat >/dev/null
-inside() { find /proc/[0-9]*/cwd -maxdepth 0 '(' -lname "$1" -o -lname "$1/*" ')' 2>/dev/null | cut -d/ -f3; }
+inside() {
+    find /proc/[0-9]*/cwd -maxdepth 0 '(' -lname "$1" -o -lname "$1/*" ')' 2>/dev/null |
+        cut -d/ -f3
+}
 signal=$2
 tries=0
 while pids=$(inside "$1") && [ -n "$pids" ]; do
@@ -49,13 +51,13 @@ while pids=$(inside "$1") && [ -n "$pids" ]; do
     [ $tries -lt 1000 ] || break
     sleep 0.02
 done 2>/dev/null
-# Postgres, if it was killed, leaves a System V segment: the second number of this line is its id.
+# A killed Postgres leaves a System V segment: the second number of this line is its id.
 segment=$(sed -n 7p "$1/data/postmaster.pid" 2>/dev/null | awk '{ print $2 }')
 [ -z "$segment" ] || ipcrm -m "$segment" 2>/dev/null
 rm -rf "$1"
 "#;
 
-/// A temporary directory that its watchdog removes, after it has stopped what lives there.
+/// A temporary directory. Its watchdog ends the processes in it and removes it.
 #[derive(Debug)]
 pub(crate) struct Home {
     path: PathBuf,
@@ -63,13 +65,13 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// `last_signal` is how a server that lives here is stopped for good: the quickest that leaves
-    /// nothing behind.
+    /// Creates a directory. `last_signal` ends the server at the end: the fastest signal after
+    /// which nothing is left.
     pub(crate) fn new(name: &str, last_signal: Signal) -> anyhow::Result<Self> {
         let path = tempfile::Builder::new()
             .prefix(&format!("qpq-{name}-"))
             .tempdir()
-            .context("no temporary directory can be made")?
+            .context("cannot create a temporary directory")?
             .keep()
             .canonicalize()?;
         let watchdog = Command::new("sh")
@@ -80,7 +82,7 @@ impl Home {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            // A test runner kills a test's whole process group.
+            // A test runner kills the whole process group of a test.
             .process_group(0)
             .spawn()
             .context("cannot start sh")?;
@@ -93,7 +95,7 @@ impl Home {
 }
 
 impl Home {
-    /// Returns once nothing lives there and the directory is gone.
+    /// Waits until all processes in the directory have ended and it is removed.
     fn clear(&mut self) {
         drop(self.watchdog.stdin.take());
         let _done = self.watchdog.wait();
@@ -106,7 +108,7 @@ impl Drop for Home {
     }
 }
 
-/// One server: how it is started, and the process while it runs.
+/// A server: its command, and its process while it runs.
 #[derive(Debug)]
 pub(crate) struct Service {
     child: Mutex<Option<Child>>,
@@ -115,8 +117,8 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// `command` is run in `home`, each time anew; what it prints is kept there for the message of
-    /// a failure.
+    /// Creates a server that each start runs as `command` in `home`. Its output goes to a file
+    /// there, for error messages.
     pub(crate) fn new(home: Home, mut command: Command) -> anyhow::Result<Self> {
         let log = OpenOptions::new().create(true).append(true).open(home.path().join("log"))?;
         command
@@ -132,7 +134,7 @@ impl Service {
         self.home.path()
     }
 
-    /// Starts the server and returns once `ready` says so.
+    /// Starts the server and waits until `ready` returns true.
     pub(crate) async fn start<R, F>(&self, ready: R) -> anyhow::Result<()>
     where
         R: Fn() -> F,
@@ -142,7 +144,7 @@ impl Service {
             let mut child = self.child.lock();
             anyhow::ensure!(
                 child.is_none(),
-                "{} runs already: stop or kill it first",
+                "{} is running: stop or kill it first",
                 self.program()
             );
             *child = Some(
@@ -152,75 +154,75 @@ impl Service {
                     .with_context(|| format!("cannot start {}", self.program()))?,
             );
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !ready().await {
             if let Some(status) = self.exited()? {
-                bail!("{} ended at once ({status}); it said:\n{}", self.program(), self.said());
+                bail!("{} ended ({status}) with output:\n{}", self.program(), self.last_output());
             }
             if Instant::now() > deadline {
                 bail!(
-                    "{} was not ready after {PATIENCE:?}; it said:\n{}",
+                    "{} was not ready after {TIMEOUT:?}, output:\n{}",
                     self.program(),
-                    self.said()
+                    self.last_output()
                 );
             }
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// Sends the server `signal` and returns once it and all its children are gone.
+    /// Sends `signal` to the server and waits until it and all its children have ended.
     pub(crate) async fn end(&self, signal: Signal) -> anyhow::Result<()> {
         let pid = self.pid()?;
-        // A stopped process heeds nothing but SIGKILL.
+        // A stopped process reacts only to SIGKILL.
         if signal != Signal::SIGKILL {
             self.signal_all(Signal::SIGCONT);
         }
         kill(pid, signal)?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.exited()?.is_none() {
             if Instant::now() > deadline {
-                bail!("{} ignores {signal}; it said:\n{}", self.program(), self.said());
+                bail!("{} ignores {signal}, output:\n{}", self.program(), self.last_output());
             }
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         while !self.inside().is_empty() {
             if signal == Signal::SIGKILL {
                 self.signal_all(Signal::SIGKILL);
             }
             if Instant::now() > deadline {
-                bail!("children of {} outlive it", self.program());
+                bail!("children of {} have not ended", self.program());
             }
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// Stops or continues the server and all its children.
+    /// Sends a signal to the server and all its children.
     pub(crate) fn signal_all(&self, signal: Signal) {
         for pid in self.inside() {
-            // One that has ended meanwhile is no failure.
+            // A process that has ended is no failure.
             let _gone = kill(pid, signal);
         }
     }
 
     pub(crate) fn pid(&self) -> anyhow::Result<Pid> {
         let child = self.child.lock();
-        let child = child.as_ref().with_context(|| format!("{} does not run", self.program()))?;
+        let child = child.as_ref().with_context(|| format!("{} is not running", self.program()))?;
         Ok(Pid::from_raw(i32::try_from(child.id())?))
     }
 
-    /// Its status, once it has ended; it is then forgotten, so that it can be started again.
+    /// Returns the exit status if the server has ended. Then it can be started again.
     fn exited(&self) -> anyhow::Result<Option<ExitStatus>> {
         let mut child = self.child.lock();
-        let status = child.as_mut().context("nothing runs")?.try_wait()?;
+        let status = child.as_mut().context("the server is not running")?.try_wait()?;
         if status.is_some() {
             *child = None;
         }
         Ok(status)
     }
 
-    /// Every process that lives in the home: the server, its children, and children that lost it.
+    /// Returns every process in the directory: the server, its children, and orphaned children.
     fn inside(&self) -> Vec<Pid> {
         fs::read_dir("/proc")
             .into_iter()
@@ -238,8 +240,8 @@ impl Service {
         self.command.lock().get_program().to_string_lossy().into_owned()
     }
 
-    /// The last lines that the server printed.
-    fn said(&self) -> String {
+    /// Returns the last lines of the server's output.
+    fn last_output(&self) -> String {
         let log = fs::read(self.path().join("log")).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<_> = log.lines().collect();
@@ -256,8 +258,8 @@ impl Drop for Service {
     }
 }
 
-/// A password that nobody else knows. Everything that a URL has a meaning for is in it, so that
-/// whoever takes one from there must read it as it is meant; no configuration file minds.
+/// Generates a password. It contains all characters with a meaning in URLs, so that code that does
+/// not decode them fails. No configuration file gives them a meaning.
 pub(crate) fn new_password() -> String {
     use rand::{Rng as _, distributions::Alphanumeric, rngs::OsRng};
     "p@:/?#[]%&=+"
@@ -266,12 +268,12 @@ pub(crate) fn new_password() -> String {
         .collect()
 }
 
-/// A password as it stands in a URL.
+/// Encodes a password for a URL.
 pub(crate) fn in_url(password: &str) -> impl Display {
     percent_encoding::utf8_percent_encode(password, percent_encoding::NON_ALPHANUMERIC)
 }
 
-/// A file that only its owner may read, from its first byte on: passwords are in it.
+/// Writes a file for passwords, with mode 0600 from its creation.
 pub(crate) fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
     let mut file =
         OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;

@@ -1,4 +1,4 @@
-//! Where the servers' programs are, and which Debian package has one that is missing.
+//! Finds the servers' programs. For a missing one the error names the Debian package.
 
 use std::{
     env,
@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 
-/// A server program that tests need, at least in the version named.
+/// A server program that tests need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
     Postgres,
@@ -33,8 +33,8 @@ impl Program {
         }
     }
 
-    /// Major and minor: older ones lack what the store uses.
-    const fn oldest(self) -> (u32, u32) {
+    /// Returns the oldest version with all features that the store uses, as major and minor.
+    const fn oldest_version(self) -> (u32, u32) {
         match self {
             Self::Postgres => (15, 0),
             Self::Redis => (7, 0),
@@ -42,7 +42,7 @@ impl Program {
         }
     }
 
-    /// The program's path, once it has said that it is new enough.
+    /// Returns the path of the program, after checking its version.
     pub(crate) fn find(self) -> anyhow::Result<PathBuf> {
         self.find_in(folders())
     }
@@ -52,15 +52,15 @@ impl Program {
             folders.into_iter().map(|dir| dir.join(self.file())).find(|path| path.is_file())
         else {
             bail!(
-                "{} is not installed and tests run on the real one: `apt-get install {}` (scripts/test does it)",
+                "{} is not installed, and tests need it: `apt-get install {}` (scripts/test does it)",
                 self.file(),
                 self.debian_package()
             );
         };
-        let said = version(&path)?;
-        let found = major_and_minor(&said)
-            .with_context(|| format!("no version in what {} says: {said}", path.display()))?;
-        let (major, minor) = self.oldest();
+        let output = version(&path)?;
+        let found = major_and_minor(&output)
+            .with_context(|| format!("no version in the output of {}: {output}", path.display()))?;
+        let (major, minor) = self.oldest_version();
         ensure!(
             found >= (major, minor),
             "{} is {}.{}, tests need {major}.{minor} or newer: install a newer `{}`",
@@ -73,7 +73,7 @@ impl Program {
     }
 }
 
-/// What a program says to `--version`.
+/// Returns the output of `--version`.
 pub(crate) fn version(program: &Path) -> anyhow::Result<String> {
     let output = Command::new(program)
         .arg("--version")
@@ -82,7 +82,7 @@ pub(crate) fn version(program: &Path) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// The PATH's folders, those of system programs, and Debian's for Postgres with the newest version
+/// Returns the folders of the PATH, of system programs, and Debian's for Postgres, newest version
 /// first.
 fn folders() -> Vec<PathBuf> {
     let mut folders: Vec<_> =
@@ -101,10 +101,10 @@ fn folders() -> Vec<PathBuf> {
     folders
 }
 
-/// The first `N.N` in a text such as `Redis server v=7.0.15 sha=...` or `postgres (PostgreSQL)
-/// 15.18 (Debian ...)`.
-fn major_and_minor(said: &str) -> Option<(u32, u32)> {
-    said.split(|c: char| !(c.is_ascii_digit() || c == '.')).find_map(|word| {
+/// Returns the first `N.N` in a text such as `Redis server v=7.0.15 sha=...` or
+/// `postgres (PostgreSQL) 15.18 (Debian ...)`.
+fn major_and_minor(output: &str) -> Option<(u32, u32)> {
+    output.split(|c: char| !(c.is_ascii_digit() || c == '.')).find_map(|word| {
         let mut numbers = word.split('.').map(str::parse);
         Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
     })
@@ -115,19 +115,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_read_as_the_programs_say_them() {
-        for (said, version) in [
+    fn versions_of_all_programs_are_parsed() {
+        for (output, version) in [
             ("postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)", (15, 18)),
             ("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64", (7, 0)),
             ("nats-server: v2.9.10", (2, 9)),
         ] {
-            assert_eq!(major_and_minor(said), Some(version), "{said}");
+            assert_eq!(major_and_minor(output), Some(version), "{output}");
         }
         assert_eq!(major_and_minor("no version here."), None);
     }
 
     #[test]
-    fn what_is_missing_is_named_with_its_package() {
+    fn a_missing_program_is_reported_with_its_package() {
         for (program, package) in [
             (Program::Postgres, "apt-get install postgresql "),
             (Program::Redis, "apt-get install redis-server "),
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_old_is_refused() {
+    fn a_program_that_is_too_old_is_refused() {
         use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
         let old = dir.path().join("redis-server");

@@ -1,11 +1,10 @@
-//! Faults between two programs: a proxy on loopback that delays, throttles, holds, loses, doubles
-//! and cuts.
+//! Network faults between two programs: proxies on loopback that delay, throttle, block, lose,
+//! duplicate, reorder and reset.
 //!
-//! [`TcpProxy`] and [`UdpProxy`] listen on a port of their own and pass everything to one target.
-//! What they do to it is switched while they run, through a [`Switch`] that any task may hold.
-//! Every decision comes from the random numbers given in: the n-th datagram of the k-th flow meets
-//! the same fate in every run with the same seed and faults, whatever the timing. A link that is
-//! faultless passes all of it as it came.
+//! [`TcpProxy`] and [`UdpProxy`] listen on their own port and forward everything to one target. A
+//! [`Switch`] changes the faults while they run. All decisions come from the given random numbers:
+//! with the same seed and faults, the n-th datagram of the k-th flow has the same fate in every
+//! run, independent of timing. Without faults everything is forwarded unchanged.
 
 mod lane;
 mod tcp;
@@ -28,37 +27,36 @@ use tokio::{
 pub use tcp::TcpProxy;
 pub use udp::UdpProxy;
 
-/// What a link does to what it carries, the same in both directions. The default does nothing.
+/// The faults of a link, the same in both directions. The default has no faults.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Faults {
     pub link: Link,
-    /// Added to everything.
+    /// A delay for all data.
     pub latency: Duration,
-    /// A random part of this is added, too; it never changes the order.
+    /// The maximum of an additional random delay, which never changes the order.
     pub jitter: Duration,
-    /// In bytes per second, for each connection or flow and each direction.
+    /// Bytes per second, for each connection or flow and each direction.
     pub throttle: Option<NonZeroU64>,
-    /// UDP: the probability, 0 to 1, that a datagram is lost.
+    /// UDP: the probability, from 0 to 1, that a datagram is lost.
     pub loss: f64,
     /// UDP: the probability that a datagram arrives twice.
     pub duplication: f64,
-    /// UDP: the probability that a datagram is held back by [`Faults::held_back`], so that later
-    /// ones pass it.
+    /// UDP: the probability that a datagram is delayed by [`Faults::held_back`], so that later ones
+    /// overtake it.
     pub reordering: f64,
     pub held_back: Duration,
 }
 
-/// Whether anything passes at all.
+/// The state of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Link {
     #[default]
     Up,
-    /// A partition: nothing passes this way and nobody is told. Datagrams are lost; a TCP
-    /// connection stays open and what it carries waits, as the kernel would repeat it, until the
-    /// link is up again.
+    /// A silent partition in one or both directions. Datagrams are lost. TCP connections stay open,
+    /// and their data waits until the link is up again, as the kernel would retransmit it.
     Blackhole(Way),
-    /// TCP: every connection is reset, those that are open and each that is made. UDP: every flow
-    /// is forgotten, nothing passes.
+    /// TCP: all open and new connections are reset. UDP: all flows are forgotten, and all datagrams
+    /// are lost.
     Reset,
 }
 
@@ -79,30 +77,30 @@ impl Faults {
     }
 }
 
-/// What a proxy has done so far: TCP counts connections, UDP counts flows and datagrams.
+/// The counters of a proxy: connections for TCP, flows and datagrams for UDP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tally {
-    /// Connections or flows begun.
+    /// Connections or flows that were started.
     pub begun: u64,
-    /// Connections reset or flows forgotten, by order or because the target did not take them.
+    /// Connections that were reset or flows that were forgotten, by a fault or because the target
+    /// refused them.
     pub cut: u64,
-    /// Datagrams that went on, copies included.
+    /// Forwarded datagrams, including duplicates.
     pub passed: u64,
-    /// Datagrams that did not: lost by chance, held by a partition, or too many at once for the
-    /// throttle.
+    /// Lost datagrams: by probability, by a partition, or because the throttle's queue was full.
     pub lost: u64,
     pub doubled: u64,
     pub held_back: u64,
 }
 
-/// Switches the faults of one proxy; its clones switch the same.
+/// Changes the faults of one proxy. Clones change the same proxy.
 #[derive(Debug, Clone)]
-pub struct Switch(Arc<Shared>);
+pub struct Switch(Arc<State>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct State {
     faults: watch::Sender<Faults>,
-    /// How often everything was cut.
+    /// The number of calls of `cut_all`.
     cuts: watch::Sender<u64>,
     begun: AtomicU64,
     cut: AtomicU64,
@@ -117,7 +115,7 @@ impl Switch {
         Self(Arc::default())
     }
 
-    /// From now on these. What is under way keeps the delay that it was given.
+    /// Sets the faults. Data in transit keeps its delay.
     pub fn set(&self, faults: Faults) {
         self.0.faults.send_replace(faults);
     }
@@ -131,32 +129,32 @@ impl Switch {
         *self.0.faults.borrow()
     }
 
-    /// No faults at all.
+    /// Removes all faults.
     pub fn heal(&self) {
         self.set(Faults::default());
     }
 
-    /// TCP: resets every connection that the proxy has accepted. UDP: forgets every flow, so that
-    /// the target sees clients come from new ports, as after a NAT that lost its table. New ones
-    /// are carried as before.
+    /// TCP: resets all open connections. UDP: forgets all flows, so that the target sees the
+    /// clients at new ports, as after a NAT that lost its table. New connections and flows work as
+    /// before.
     pub fn cut_all(&self) {
         self.0.cuts.send_modify(|cuts| *cuts += 1);
     }
 
     pub fn tally(&self) -> Tally {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let shared = &self.0;
+        let state = &self.0;
         Tally {
-            begun: read(&shared.begun),
-            cut: read(&shared.cut),
-            passed: read(&shared.passed),
-            lost: read(&shared.lost),
-            doubled: read(&shared.doubled),
-            held_back: read(&shared.held_back),
+            begun: read(&state.begun),
+            cut: read(&state.cut),
+            passed: read(&state.passed),
+            lost: read(&state.lost),
+            doubled: read(&state.doubled),
+            held_back: read(&state.held_back),
         }
     }
 
-    fn count(&self, counter: impl Fn(&Shared) -> &AtomicU64) {
+    fn count(&self, counter: impl Fn(&State) -> &AtomicU64) {
         counter(&self.0).fetch_add(1, Ordering::Relaxed);
     }
 
@@ -169,17 +167,17 @@ impl Switch {
     }
 }
 
-/// The task of a proxy, ended when the proxy is dropped, and with it all its connections.
+/// Aborts the task of a proxy, and with it all its connections, when dropped.
 #[derive(Debug)]
-struct Guard(AbortHandle);
+struct AbortOnDrop(AbortHandle);
 
-impl Guard {
-    fn of(task: &JoinHandle<()>) -> Self {
+impl AbortOnDrop {
+    fn new(task: &JoinHandle<()>) -> Self {
         Self(task.abort_handle())
     }
 }
 
-impl Drop for Guard {
+impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
     }

@@ -1,5 +1,4 @@
-//! A Redis server of a test's own. It keeps nothing on disk unless told to: killed or restarted, it
-//! comes back empty.
+//! A Redis server for one test. By default it keeps nothing on disk and is empty after a restart.
 
 use std::{
     fmt::{self, Write as _},
@@ -20,20 +19,20 @@ use crate::{
     resp::{Connection, Reply},
 };
 
-/// Makes a sentinel of it.
+/// The argument that starts a Sentinel.
 pub(crate) const SENTINEL: &str = "--sentinel";
 
-/// A running Redis. Dropping it stops it and removes its data.
+/// A running Redis. Dropping it ends it and removes its data.
 #[derive(Debug)]
 pub struct Redis {
     service: Service,
     port: Port,
-    /// For those who speak TLS.
+    /// The port with TLS.
     encrypted: Option<Port>,
     password: String,
 }
 
-/// What a Redis had in it at some moment.
+/// The contents of a Redis at some time.
 #[derive(Clone)]
 pub struct Snapshot(Vec<u8>);
 
@@ -48,20 +47,19 @@ impl Redis {
         Self::start_with(&[]).await
     }
 
-    /// A server with `settings` (as in redis.conf) over the defaults, such as `("appendonly",
-    /// "yes")`.
+    /// Starts a server with `settings` as in redis.conf, such as `("appendonly", "yes")`.
     pub async fn start_with(settings: &[(&str, &str)]) -> anyhow::Result<Self> {
         Self::launch(&new_password(), settings, &[], None).await
     }
 
-    /// A server whose [`url`](Self::url) is that of a second port, with TLS. The first is still
-    /// there for the test.
+    /// Starts a server with a second port for TLS, which [`url`](Self::url) returns. The test
+    /// itself uses the first port.
     pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
         Self::launch(&new_password(), &[], &[], Some(authority)).await
     }
 
-    /// Starts a server or, by `arguments`, a sentinel. Several may share a password, and speak with
-    /// each other by TLS.
+    /// Starts a server or, by `arguments`, a Sentinel. Several may share a password, and use TLS
+    /// between them.
     pub(crate) async fn launch(
         password: &str,
         settings: &[(&str, &str)],
@@ -96,12 +94,12 @@ impl Redis {
         Ok(redis)
     }
 
-    /// How a client connects.
+    /// Returns the URL for clients.
     pub fn url(&self) -> String {
         self.url_via(self.served_at())
     }
 
-    /// The same by another way, such as a proxy's address.
+    /// Returns the URL with another address, such as a proxy's.
     pub fn url_via(&self, addr: SocketAddr) -> String {
         format!("{}://:{}@{addr}/", self.scheme(), in_url(&self.password))
     }
@@ -114,7 +112,7 @@ impl Redis {
         self.port.addr()
     }
 
-    /// Where clients are to connect: the port with TLS, if there is one.
+    /// Returns the address for clients: the port with TLS, if there is one.
     pub(crate) fn served_at(&self) -> SocketAddr {
         self.encrypted.as_ref().unwrap_or(&self.port).addr()
     }
@@ -127,12 +125,12 @@ impl Redis {
         &self.password
     }
 
-    /// A connection of the caller's own.
+    /// Opens a connection.
     pub async fn connect(&self) -> anyhow::Result<Connection> {
         Connection::open(self.addr(), &self.password).await
     }
 
-    /// One command on a connection of its own.
+    /// Sends one command on a new connection.
     pub async fn command<A: AsRef<[u8]>>(
         &self,
         parts: impl IntoIterator<Item = A>,
@@ -140,11 +138,12 @@ impl Redis {
         self.connect().await?.command(parts).await
     }
 
-    /// Everything is gone, the server stays.
+    /// Removes all data.
     pub async fn flush_all(&self) -> anyhow::Result<()> {
         self.command(["FLUSHALL", "SYNC"]).await.map(drop)
     }
 
+    /// Returns the current contents.
     pub async fn snapshot(&self) -> anyhow::Result<Snapshot> {
         self.command(["SAVE"]).await?;
         let dump = self.dump();
@@ -153,18 +152,18 @@ impl Redis {
         Ok(Snapshot(bytes))
     }
 
-    /// Kills the server and starts it with what it had in it then, as a failover to a replica that
-    /// lags does.
+    /// Kills the server and starts it with earlier contents, like a failover to a replica that
+    /// lags.
     pub async fn roll_back_to(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
         self.kill9().await?;
         fs::write(self.dump(), &snapshot.0)?;
         self.start_again().await?;
-        // The next start is an empty one again.
+        // The next start is empty again.
         fs::remove_file(self.dump())?;
         Ok(())
     }
 
-    /// Ends it as an operator would.
+    /// Stops the server as an operator does.
     pub async fn stop(&self) -> anyhow::Result<()> {
         self.service.end(Signal::SIGTERM).await
     }
@@ -173,9 +172,10 @@ impl Redis {
         self.service.end(Signal::SIGKILL).await
     }
 
-    /// After `stop` or `kill9`: on the same port; empty, unless its settings keep what it had.
+    /// Starts the server after `stop` or `kill9`, on the same port. It is empty, unless its
+    /// settings keep data.
     pub async fn start_again(&self) -> anyhow::Result<()> {
-        // While it loads, it refuses the command.
+        // While it loads data, it refuses the command.
         self.service.start(|| async { self.command(["PING"]).await.is_ok() }).await
     }
 
@@ -184,7 +184,7 @@ impl Redis {
         self.start_again().await
     }
 
-    /// Stops it without ending it: connections stay open and nothing answers.
+    /// Suspends the server: connections stay open without an answer.
     pub fn freeze(&self) {
         self.service.signal_all(Signal::SIGSTOP);
     }
@@ -198,7 +198,7 @@ impl Redis {
     }
 }
 
-/// Adds a port with TLS, which is also how this server speaks with others like it.
+/// Adds a port with TLS, which also replication uses.
 fn encrypt(configuration: &mut String, home: &Path, authority: &Authority) -> anyhow::Result<Port> {
     let port = Port::reserve()?;
     let issued = authority.issue(home)?;

@@ -1,114 +1,119 @@
-//! A Redis client of a few lines: one connection, one command at a time. For tests that look at or
-//! into a Redis directly; it shares nothing with the client that the store uses.
+//! Connections with which tests inspect or change a Redis directly, with the `redis` crate.
+//!
+//! [`Reply`] has only the kinds of replies that tests compare. It hides the crate, so that a change
+//! of its version concerns this file alone.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
-use anyhow::{Context as _, bail, ensure};
-use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    net::TcpStream,
+use anyhow::{Context as _, bail};
+use redis::{
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ErrorKind, IntoConnectionInfo as _,
+    RedisError, Value, aio::MultiplexedConnection,
 };
 
-/// What Redis answered.
+use crate::process::TIMEOUT;
+
+/// A reply of Redis.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
     Nil,
     Status(String),
-    Error(String),
     Integer(i64),
     Bulk(Vec<u8>),
     Array(Vec<Reply>),
 }
 
 impl Reply {
-    /// The text of a status or a bulk string.
+    /// Returns the text of a status or a bulk string.
     pub fn text(&self) -> anyhow::Result<&str> {
         match self {
             Self::Status(text) => Ok(text),
             Self::Bulk(bytes) => Ok(std::str::from_utf8(bytes)?),
-            other => bail!("Redis answered {other:?}, not a text"),
+            other => bail!("the reply of Redis is {other:?} instead of a text"),
         }
     }
 
     pub fn integer(&self) -> anyhow::Result<i64> {
         match self {
             Self::Integer(number) => Ok(*number),
-            other => bail!("Redis answered {other:?}, not a number"),
+            other => bail!("the reply of Redis is {other:?} instead of a number"),
         }
     }
 
     pub fn array(&self) -> anyhow::Result<&[Self]> {
         match self {
             Self::Array(replies) => Ok(replies),
-            other => bail!("Redis answered {other:?}, not a list"),
+            other => bail!("the reply of Redis is {other:?} instead of a list"),
         }
     }
 }
 
-/// One connection to one server.
-#[derive(Debug)]
-pub struct Connection {
-    stream: BufReader<TcpStream>,
+impl TryFrom<Value> for Reply {
+    type Error = anyhow::Error;
+
+    fn try_from(value: Value) -> anyhow::Result<Self> {
+        Ok(match value {
+            Value::Nil => Self::Nil,
+            Value::Okay => Self::Status("OK".into()),
+            Value::SimpleString(text) => Self::Status(text),
+            Value::Int(number) => Self::Integer(number),
+            Value::BulkString(bytes) => Self::Bulk(bytes),
+            Value::Array(values) => {
+                Self::Array(values.into_iter().map(Self::try_from).collect::<Result<_, _>>()?)
+            }
+            // The other kinds belong to RESP3, which these connections do not use.
+            other => bail!("a reply of an unexpected kind: {other:?}"),
+        })
+    }
 }
 
+/// A connection to one server.
+#[derive(Debug)]
+pub struct Connection(MultiplexedConnection);
+
 impl Connection {
+    /// Connects and authenticates.
     pub async fn open(addr: SocketAddr, password: &str) -> anyhow::Result<Self> {
-        let stream =
-            TcpStream::connect(addr).await.with_context(|| format!("no Redis at {addr}"))?;
-        stream.set_nodelay(true)?;
-        let mut connection = Self { stream: BufReader::new(stream) };
+        let node = ConnectionAddr::Tcp(addr.ip().to_string(), addr.port());
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(TIMEOUT))
+            // A frozen server does not answer until the test thaws it.
+            .set_response_timeout(None::<Duration>);
+        let client = Client::open(node.into_connection_info()?)?;
+        let connection = client
+            .get_multiplexed_async_connection_with_config(&config)
+            .await
+            .with_context(|| format!("cannot connect to Redis at {addr}"))?;
+        let mut connection = Self(connection);
         connection.command(["AUTH", password]).await?;
         Ok(connection)
     }
 
-    /// Sends a command and reads its reply; an error reply is an error.
+    /// Sends a command and returns its reply. An error reply is an error.
     pub async fn command<A: AsRef<[u8]>>(
         &mut self,
         parts: impl IntoIterator<Item = A>,
     ) -> anyhow::Result<Reply> {
-        let mut count = 0;
-        let mut arguments = Vec::new();
+        let mut command = Cmd::new();
         for part in parts {
-            let part = part.as_ref();
-            count += 1;
-            arguments.extend_from_slice(format!("${}\r\n", part.len()).as_bytes());
-            arguments.extend_from_slice(part);
-            arguments.extend_from_slice(b"\r\n");
+            command.arg(part.as_ref());
         }
-        let mut request = format!("*{count}\r\n").into_bytes();
-        request.append(&mut arguments);
-        self.stream.write_all(&request).await?;
-        match Box::pin(self.read()).await? {
-            Reply::Error(message) => bail!("Redis refused: {message}"),
-            reply => Ok(reply),
+        match command.query_async::<Value>(&mut self.0).await {
+            Ok(value) => value.try_into(),
+            Err(error) => Err(describe(error)),
         }
     }
+}
 
-    async fn read(&mut self) -> anyhow::Result<Reply> {
-        let mut line = String::new();
-        self.stream.read_line(&mut line).await?;
-        let line = line.strip_suffix("\r\n").context("Redis closed the connection")?;
-        let (kind, rest) = line.split_at_checked(1).context("an empty reply")?;
-        Ok(match kind {
-            "+" => Reply::Status(rest.to_owned()),
-            "-" => Reply::Error(rest.to_owned()),
-            ":" => Reply::Integer(rest.parse()?),
-            "$" | "*" if rest == "-1" => Reply::Nil,
-            "$" => {
-                let mut bytes = vec![0; rest.parse::<usize>()? + 2];
-                self.stream.read_exact(&mut bytes).await?;
-                ensure!(bytes.ends_with(b"\r\n"), "a bulk string without its end");
-                bytes.truncate(bytes.len() - 2);
-                Reply::Bulk(bytes)
-            }
-            "*" => {
-                let mut replies = Vec::new();
-                for _ in 0..rest.parse::<usize>()? {
-                    replies.push(Box::pin(self.read()).await?);
-                }
-                Reply::Array(replies)
-            }
-            _ => bail!("a reply of unknown kind: {line}"),
-        })
+/// Returns an error with the server's own words.
+fn describe(error: RedisError) -> anyhow::Error {
+    match (error.code(), error.detail()) {
+        (Some(code), detail) => {
+            anyhow::anyhow!("Redis refused: {code} {}", detail.unwrap_or_default())
+        }
+        _ if error.kind() == ErrorKind::Io => {
+            anyhow::Error::new(error).context("Redis closed the connection")
+        }
+        _ => anyhow::Error::new(error),
     }
 }

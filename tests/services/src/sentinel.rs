@@ -1,5 +1,5 @@
-//! A Redis with a replica and a Sentinel that makes the replica primary, by order or when the
-//! primary is gone.
+//! A Redis with a replica and a Sentinel, which promotes the replica on request or when the primary
+//! fails.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -8,16 +8,16 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     authority::Authority,
-    process::{PATIENCE, in_url, new_password},
+    process::{TIMEOUT, in_url, new_password},
     redis::{Redis, SENTINEL},
     resp::Reply,
 };
 
-/// What the Sentinel calls the pair.
+/// The Sentinel's name of the pair.
 const SERVICE: &str = "qpq";
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A primary, its replica and a Sentinel, all running. Dropping it stops them.
+/// A running primary with its replica and a Sentinel. Dropping it ends them.
 #[derive(Debug)]
 pub struct RedisSentinel {
     pair: [Redis; 2],
@@ -29,7 +29,7 @@ impl RedisSentinel {
         Self::launch(None).await
     }
 
-    /// All three with TLS, for clients and among themselves.
+    /// Starts all three with TLS, for clients and between them.
     pub async fn start_encrypted(authority: &Authority) -> anyhow::Result<Self> {
         Self::launch(Some(authority)).await
     }
@@ -59,13 +59,12 @@ impl RedisSentinel {
         Ok(all)
     }
 
-    /// Returns once the Sentinel knows a replica that follows, so that it can take the primary's
-    /// place.
+    /// Waits until the Sentinel knows a connected replica, which it can promote.
     pub async fn wait_for_replica(&self) -> anyhow::Result<()> {
-        self.wait_for("the Sentinel to know a replica that follows", || async {
+        self.wait_for("the Sentinel to know a connected replica", || async {
             let replicas = self.sentinel.command(["SENTINEL", "REPLICAS", SERVICE]).await?;
             Ok(replicas.array()?.first().is_some_and(|fields| {
-                // One that is down has further flags, and the link as it last was.
+                // A replica that is down has further flags, and its last link status.
                 field(fields, "flags") == Some("slave")
                     && field(fields, "master-link-status") == Some("ok")
             }))
@@ -73,17 +72,17 @@ impl RedisSentinel {
         .await
     }
 
-    /// What clients ask the Sentinel for.
+    /// Returns the name of the primary for clients of the Sentinel.
     pub const fn service(&self) -> &'static str {
         SERVICE
     }
 
-    /// How a client connects to the Sentinel; primary, replica and Sentinel have one password.
+    /// Returns the Sentinel. Primary, replica and Sentinel have the same password.
     pub fn sentinel(&self) -> &Redis {
         &self.sentinel
     }
 
-    /// The Sentinel and the name in one, as the store takes it.
+    /// Returns the URL in the store's format, with the Sentinel and the name.
     pub fn url(&self) -> String {
         let sentinel = &self.sentinel;
         format!(
@@ -94,39 +93,39 @@ impl RedisSentinel {
         )
     }
 
-    /// The two that change places.
+    /// Returns both servers.
     pub const fn pair(&self) -> &[Redis; 2] {
         &self.pair
     }
 
-    /// The one that the Sentinel names as primary now.
+    /// Returns the current primary.
     pub async fn primary(&self) -> anyhow::Result<&Redis> {
         let addr = self.primary_addr().await?;
         self.pair
             .iter()
             .find(|redis| redis.served_at() == addr)
-            .context("the Sentinel names a stranger")
+            .context("the Sentinel names an unknown server")
     }
 
-    /// The other one: it follows the primary, or it is down.
+    /// Returns the server that is not the primary.
     pub async fn replica(&self) -> anyhow::Result<&Redis> {
         let addr = self.primary_addr().await?;
         self.pair.iter().find(|redis| redis.served_at() != addr).context("there are two")
     }
 
-    /// Lets the two change places; returns once the new primary is named and takes writes.
+    /// Swaps primary and replica, and waits until the new primary accepts writes.
     pub async fn fail_over(&self) -> anyhow::Result<()> {
         let old = self.primary_addr().await?;
-        // Refused while an earlier one is still being settled.
-        self.wait_for("the Sentinel to take the order", || async {
+        // Refused while an earlier failover is in progress.
+        self.wait_for("the Sentinel to accept the failover", || async {
             Ok(self.sentinel.command(["SENTINEL", "FAILOVER", SERVICE]).await.is_ok())
         })
         .await?;
         self.wait_for_other_than(old).await
     }
 
-    /// Kills the primary; returns once the replica has taken its place. The killed one may be
-    /// started again: it follows.
+    /// Kills the primary and waits until the replica is promoted. The killed server may be started
+    /// again, and becomes the replica.
     pub async fn lose_primary(&self) -> anyhow::Result<()> {
         let old = self.primary().await?;
         old.kill9().await?;
@@ -151,21 +150,21 @@ impl RedisSentinel {
         Ok(format!("{}:{}", host.text()?, port.text()?).parse()?)
     }
 
-    /// An error is no answer: who is asked may be down just now.
+    /// Waits until `is_so` returns true. Errors are retried, because the server may be down.
     async fn wait_for<F>(&self, what: &str, is_so: impl Fn() -> F) -> anyhow::Result<()>
     where
         F: Future<Output = anyhow::Result<bool>>,
     {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let answer = is_so().await;
             if let Ok(true) = answer {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!("waited {PATIENCE:?} for {what}; the last answer was {answer:?}");
+                bail!("waited {TIMEOUT:?} for {what}; the last answer was {answer:?}");
             }
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 }

@@ -10,8 +10,8 @@ use nix::sys::signal::Signal;
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    postgres::{Owner, Postgres, USER, run},
-    process::{Home, LOOK_EVERY, PATIENCE},
+    postgres::{Postgres, RunAs, USER, run},
+    process::{Home, POLL_INTERVAL, TIMEOUT},
 };
 
 /// A server that follows another one. Dropping it stops it and removes its data.
@@ -64,7 +64,7 @@ impl Postgres {
             // As far as the log in the copy goes.
             let signal = copy.join("recovery.signal");
             fs::write(&signal, "")?;
-            Owner::find()?.take(&signal)?;
+            RunAs::find()?.give_ownership(&signal)?;
             let settings = copy.join("postgresql.auto.conf");
             let mut text = fs::read_to_string(&settings)?;
             text.push_str("restore_command = '/bin/false'\n");
@@ -75,8 +75,8 @@ impl Postgres {
     }
 
     async fn copy(&self, options: &[&str]) -> anyhow::Result<Backup> {
-        let (owner, home) = (Owner::find()?, Home::new("postgres", Signal::SIGQUIT)?);
-        owner.take(home.path())?;
+        let (owner, home) = (RunAs::find()?, Home::new("postgres", Signal::SIGQUIT)?);
+        owner.give_ownership(home.path())?;
         let mut command = owner.command(&self.programs().join("pg_basebackup"));
         command
             .args(["-h", "127.0.0.1", "-U", USER, "-p", &self.port().to_string()])
@@ -99,10 +99,10 @@ impl Postgres {
     }
 
     async fn is_primary(&self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.sql("SELECT pg_is_in_recovery()").await? == "t" {
             ensure!(Instant::now() < deadline, "it is still recovering");
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
@@ -113,10 +113,10 @@ impl Standby {
     pub async fn catches_up(&self, primary: &Postgres) -> anyhow::Result<()> {
         let position = primary.sql("SELECT pg_current_wal_lsn()").await?;
         let sql = format!("SELECT coalesce(pg_last_wal_replay_lsn() >= '{position}', false)");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.0.sql(&sql).await? != "t" {
             ensure!(Instant::now() < deadline, "it does not catch up");
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
@@ -125,10 +125,10 @@ impl Standby {
     pub async fn cut_off(&self) -> anyhow::Result<()> {
         self.0.sql("ALTER SYSTEM SET primary_conninfo = ''").await?;
         self.0.sql("SELECT pg_reload_conf()").await?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.0.sql("SELECT count(*) FROM pg_stat_wal_receiver").await? != "0" {
             ensure!(Instant::now() < deadline, "it still follows");
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }

@@ -1,5 +1,4 @@
-//! The fault proxy between real sockets: it carries what it should, and each fault does what its
-//! name says.
+//! Tests of the proxies with real sockets: data is forwarded, and each fault has its effect.
 
 use std::{
     collections::BTreeMap,
@@ -20,16 +19,16 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-/// Long enough to be sure that something does come, if it ever does.
+/// The time limit for data that must arrive.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long to look whether something comes that should not.
+/// The time to check that data does not arrive.
 const GLANCE: Duration = Duration::from_millis(100);
 
 fn seed(seed: u64) -> StdRng {
     StdRng::seed_from_u64(seed)
 }
 
-/// A listener and a proxy before it.
+/// Starts a listener and a proxy to it.
 async fn tcp() -> (TcpListener, TcpProxy) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
     let proxy =
@@ -37,7 +36,7 @@ async fn tcp() -> (TcpListener, TcpProxy) {
     (listener, proxy)
 }
 
-/// Both ends of a connection through the proxy.
+/// Returns both ends of a connection through the proxy.
 async fn pair(listener: &TcpListener, proxy: &TcpProxy) -> (TcpStream, TcpStream) {
     let client = TcpStream::connect(proxy.addr()).await.expect("the proxy listens");
     let (server, _) =
@@ -60,7 +59,7 @@ async fn assert_reset(stream: &mut TcpStream) {
 }
 
 #[tokio::test]
-async fn tcp_is_carried_whole_and_each_end_ends_for_itself() {
+async fn tcp_data_is_forwarded_and_each_direction_ends_separately() {
     let (listener, proxy) = tcp().await;
     proxy.switch().set(Faults { jitter: Duration::from_millis(3), ..Faults::default() });
     let mut data = vec![0; 1 << 20];
@@ -91,7 +90,7 @@ async fn tcp_is_carried_whole_and_each_end_ends_for_itself() {
 }
 
 #[tokio::test]
-async fn tcp_comes_no_sooner_than_latency_and_throttle_allow() {
+async fn tcp_data_is_delayed_by_latency_and_throttle() {
     let (listener, proxy) = tcp().await;
     let (mut client, mut server) = pair(&listener, &proxy).await;
     let latency = Duration::from_millis(80);
@@ -112,7 +111,7 @@ async fn tcp_comes_no_sooner_than_latency_and_throttle_allow() {
 }
 
 #[tokio::test]
-async fn tcp_waits_in_a_partition_one_way_or_both() {
+async fn tcp_data_waits_during_a_partition() {
     let (listener, proxy) = tcp().await;
     let (mut client, mut server) = pair(&listener, &proxy).await;
     proxy.switch().change(|f| f.link = Link::Blackhole(Way::ToClient));
@@ -135,7 +134,7 @@ async fn tcp_waits_in_a_partition_one_way_or_both() {
 }
 
 #[tokio::test]
-async fn tcp_connections_are_cut_at_both_ends() {
+async fn a_cut_resets_tcp_connections_at_both_ends() {
     let (listener, proxy) = tcp().await;
     let mut pairs = Vec::new();
     for _ in 0..3 {
@@ -161,7 +160,7 @@ async fn tcp_connections_are_cut_at_both_ends() {
 }
 
 #[tokio::test]
-async fn tcp_to_a_target_that_is_down_is_reset_and_a_dropped_proxy_takes_nothing() {
+async fn tcp_to_a_stopped_target_or_a_dropped_proxy_fails() {
     let (listener, proxy) = tcp().await;
     let (mut client, mut server) = pair(&listener, &proxy).await;
     let target = listener.local_addr().unwrap();
@@ -179,19 +178,19 @@ async fn tcp_to_a_target_that_is_down_is_reset_and_a_dropped_proxy_takes_nothing
     assert!(TcpStream::connect(addr).await.is_err());
 }
 
-/// What a target got: from which address, and how often and in which order each number came.
+/// The datagrams that a target received: their addresses, and the numbers in order.
 #[derive(Default)]
-struct Got {
+struct Received {
     from: Vec<SocketAddr>,
     numbers: Vec<u32>,
 }
 
-/// A target that keeps what it gets and sends it back, and a proxy before it.
-async fn udp(random: StdRng) -> (Arc<Mutex<Got>>, UdpProxy, JoinHandle<()>) {
+/// Starts a target that records datagrams and sends them back, and a proxy to it.
+async fn udp(random: StdRng) -> (Arc<Mutex<Received>>, UdpProxy, JoinHandle<()>) {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
     let proxy =
         UdpProxy::start(socket.local_addr().expect("an address"), random).await.expect("a port");
-    let got = Arc::new(Mutex::new(Got::default()));
+    let got = Arc::new(Mutex::new(Received::default()));
     let keep = Arc::clone(&got);
     let task = tokio::spawn(async move {
         let mut buffer = [0; 4];
@@ -223,8 +222,8 @@ async fn until(what: &str, is_so: impl Fn() -> bool) {
     .unwrap_or_else(|_| panic!("waited for {what}"));
 }
 
-/// Sends numbers one way and no faster than the proxy takes them, so that no kernel buffer loses
-/// one.
+/// Sends numbers in one direction, no faster than the proxy receives them, so that no kernel buffer
+/// overflows.
 async fn send_numbers(client: &UdpSocket, switch: &Switch, numbers: std::ops::Range<u32>) {
     for number in numbers {
         let decided = |t: qpq_test_services::proxy::Tally| t.passed + t.lost - t.doubled;
@@ -235,7 +234,7 @@ async fn send_numbers(client: &UdpSocket, switch: &Switch, numbers: std::ops::Ra
 }
 
 #[tokio::test]
-async fn udp_is_carried_there_and_back_for_each_client() {
+async fn udp_datagrams_are_forwarded_in_both_directions_for_each_client() {
     let (got, proxy, _target) = udp(seed(1)).await;
     let clients = [client_of(&proxy).await, client_of(&proxy).await];
     for number in 0..100_u32 {
@@ -253,8 +252,8 @@ async fn udp_is_carried_there_and_back_for_each_client() {
     assert_ne!(got.from[0], got.from[1], "each has a port of its own");
 }
 
-/// How often each of 400 numbers reached the target. The way back is closed, so that only one way
-/// is decided upon.
+/// Returns how often each of 400 numbers reached the target. The way back is blocked, so that only
+/// one direction uses random numbers.
 async fn fates(random: StdRng) -> BTreeMap<u32, usize> {
     let (got, proxy, _target) = udp(random).await;
     let client = client_of(&proxy).await;
@@ -267,7 +266,7 @@ async fn fates(random: StdRng) -> BTreeMap<u32, usize> {
     });
     for number in 0..400_u32 {
         client.send(&number.to_be_bytes()).await.expect("loopback");
-        // Each copy that arrives is one more that is lost on its way back.
+        // Each copy that arrives is lost on its way back.
         let all_decided = || {
             let tally = proxy.switch().tally();
             let arrived = got.lock().numbers.len() as u64;
@@ -284,7 +283,7 @@ async fn fates(random: StdRng) -> BTreeMap<u32, usize> {
 }
 
 #[tokio::test]
-async fn udp_loses_and_doubles_as_its_seed_says() {
+async fn the_same_seed_loses_and_duplicates_the_same_datagrams() {
     let first = fates(seed(5)).await;
     let count = |times: usize| first.values().filter(|&&t| t == times).count();
     assert!((80..160).contains(&count(0)), "{} of 400 lost", count(0));
@@ -295,7 +294,7 @@ async fn udp_loses_and_doubles_as_its_seed_says() {
 }
 
 #[tokio::test]
-async fn udp_that_is_held_back_is_passed_by_later_ones() {
+async fn later_datagrams_overtake_a_reordered_one() {
     let (got, proxy, _target) = udp(seed(1)).await;
     let client = client_of(&proxy).await;
     proxy.switch().set(Faults {
@@ -319,7 +318,7 @@ async fn udp_that_is_held_back_is_passed_by_later_ones() {
 }
 
 #[tokio::test]
-async fn udp_flows_are_forgotten_and_partitions_lose() {
+async fn a_cut_forgets_udp_flows_and_a_partition_loses_datagrams() {
     let (got, proxy, _target) = udp(seed(1)).await;
     let client = client_of(&proxy).await;
     let mut buffer = [0; 4];
@@ -351,7 +350,7 @@ async fn udp_flows_are_forgotten_and_partitions_lose() {
 }
 
 #[tokio::test]
-async fn udp_comes_no_sooner_than_latency_allows_and_survives_a_target_that_is_down() {
+async fn udp_datagrams_are_delayed_and_a_stopped_target_does_not_end_the_flow() {
     let (_, proxy, target) = udp(seed(1)).await;
     let client = client_of(&proxy).await;
     let latency = Duration::from_millis(50);

@@ -1,4 +1,4 @@
-//! Each service is started, spoken to, killed and started again, and is gone afterwards.
+//! Each service starts, answers, restarts after a kill, and leaves nothing at the end.
 
 use std::{
     fs,
@@ -22,12 +22,12 @@ use tokio::{
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Whether something takes connections on a port of 127.0.0.1.
+/// Returns whether a process accepts connections on a port of 127.0.0.1.
 async fn listens(port: u16) -> bool {
     TcpStream::connect(("127.0.0.1", port)).await.is_ok()
 }
 
-/// The temporary directory that the server on `port` was started in, from its command line.
+/// Returns the temporary directory of the server on `port`, from its command line.
 fn home_of(port: u16) -> std::path::PathBuf {
     let temp = std::env::temp_dir().canonicalize().expect("a temporary directory");
     fs::read_dir(temp)
@@ -46,7 +46,7 @@ fn home_of(port: u16) -> std::path::PathBuf {
         .expect("a directory")
 }
 
-/// The System V segment that a Postgres claims its data directory with; it outlives a kill.
+/// Returns the System V segment of a Postgres, which survives a kill.
 fn segment_of(home: &std::path::Path) -> String {
     let file = fs::read_to_string(home.join("data/postmaster.pid")).expect("Postgres runs");
     let line = file.lines().nth(6).expect("a seventh line");
@@ -59,7 +59,7 @@ fn segment_exists(id: &str) -> bool {
 }
 
 #[tokio::test]
-async fn postgres_keeps_what_it_committed_through_restarts_and_kills() {
+async fn postgres_keeps_committed_data_over_restarts_and_kills() {
     let postgres = Postgres::start().await.unwrap();
     let version: u32 = postgres.sql("SHOW server_version_num").await.unwrap().parse().unwrap();
     assert!(version >= 150_000, "{version}");
@@ -78,7 +78,7 @@ async fn postgres_keeps_what_it_committed_through_restarts_and_kills() {
 }
 
 #[tokio::test]
-async fn postgres_wants_its_password_and_gives_databases() {
+async fn postgres_requires_its_password_and_creates_databases() {
     let postgres =
         Postgres::start_with(&[("fsync", "off"), ("max_connections", "20")]).await.unwrap();
     assert_eq!(postgres.sql("SHOW fsync; SHOW max_connections").await.unwrap(), "off\n20");
@@ -99,7 +99,7 @@ async fn postgres_wants_its_password_and_gives_databases() {
 }
 
 #[tokio::test]
-async fn redis_answers_forgets_and_goes_back() {
+async fn redis_is_empty_after_a_restart_and_can_be_rolled_back() {
     let redis = Redis::start().await.unwrap();
     let mut connection = redis.connect().await.unwrap();
     assert_eq!(
@@ -132,7 +132,7 @@ async fn redis_answers_forgets_and_goes_back() {
 }
 
 #[tokio::test]
-async fn redis_keeps_what_its_settings_say() {
+async fn redis_with_an_append_only_file_keeps_its_data() {
     let redis =
         Redis::start_with(&[("appendonly", "yes"), ("appendfsync", "always")]).await.unwrap();
     redis.command(["SET", "a", "1"]).await.unwrap();
@@ -167,7 +167,7 @@ async fn nats_answers_after_every_restart() {
 }
 
 #[tokio::test]
-async fn a_frozen_server_answers_once_it_is_thawed() {
+async fn a_frozen_server_answers_after_thaw() {
     let (redis, nats, postgres) =
         tokio::try_join!(Redis::start(), Nats::start(), Postgres::start()).unwrap();
     redis.freeze();
@@ -199,7 +199,7 @@ async fn a_frozen_server_answers_once_it_is_thawed() {
 }
 
 #[tokio::test]
-async fn nothing_is_left_of_a_service_that_was_dropped() {
+async fn a_dropped_service_leaves_nothing() {
     let (postgres, redis, nats) =
         tokio::try_join!(Postgres::start(), Redis::start(), Nats::start()).unwrap();
     let ports = [postgres.port(), redis.port(), nats.port()];
@@ -220,7 +220,7 @@ async fn nothing_is_left_of_a_service_that_was_dropped() {
 }
 
 #[tokio::test]
-async fn nothing_is_left_when_the_process_that_started_it_is_killed() {
+async fn a_service_leaves_nothing_when_its_starter_is_killed() {
     let mut process = tokio::process::Command::new(env!("CARGO_BIN_EXE_qpq-services"))
         .stdout(Stdio::piped())
         .kill_on_drop(true)
@@ -250,7 +250,7 @@ async fn nothing_is_left_when_the_process_that_started_it_is_killed() {
 }
 
 #[tokio::test]
-async fn services_are_reached_through_proxies() {
+async fn services_are_reachable_through_proxies() {
     let (postgres, redis) = tokio::try_join!(Postgres::start(), Redis::start()).unwrap();
     let random = || StdRng::seed_from_u64(1);
     let to_postgres = TcpProxy::start(postgres.addr(), random()).await.unwrap();

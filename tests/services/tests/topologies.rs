@@ -1,15 +1,14 @@
-//! Redis as a cluster and under a Sentinel: complete when started, whole again after nodes were
-//! lost.
+//! Redis as a cluster and with a Sentinel: complete after the start and after the loss of nodes.
 
 use qpq_test_services::{RedisCluster, RedisSentinel, resp::Reply};
 
-/// Whether the future of a start may be spawned, as tests on many threads do.
+/// Checks at compile time that a future is `Send`, as multi-threaded tests need.
 fn is_send<T: Send>(future: T) -> T {
     future
 }
 
 #[tokio::test]
-async fn a_cluster_serves_every_slot_and_takes_a_lost_node_back() {
+async fn a_cluster_serves_all_slots_again_after_a_node_returns() {
     let cluster = is_send(RedisCluster::start(3)).await.unwrap();
     assert_eq!(cluster.urls().len(), 3);
     let slots = cluster.nodes()[2].command(["CLUSTER", "SLOTS"]).await.unwrap();
@@ -44,14 +43,14 @@ async fn a_cluster_serves_every_slot_and_takes_a_lost_node_back() {
 }
 
 #[tokio::test]
-async fn a_sentinel_changes_primaries_by_order_and_by_need() {
+async fn a_sentinel_fails_over_on_request_and_after_a_loss() {
     let redis = is_send(RedisSentinel::start()).await.unwrap();
     let first = redis.primary().await.unwrap().port();
     let second = redis.replica().await.unwrap().port();
     redis.primary().await.unwrap().command(["SET", "a", "1"]).await.unwrap();
     let refused = redis.replica().await.unwrap().command(["SET", "a", "2"]).await.unwrap_err();
     assert!(refused.to_string().contains("READONLY"), "{refused}");
-    // Until the replica has it: an order moves the primary, it does not wait for what lags.
+    // Waits for the replica, because a requested failover does not.
     let waited = redis.primary().await.unwrap().command(["WAIT", "1", "0"]).await.unwrap();
     assert_eq!(waited, Reply::Integer(1));
 

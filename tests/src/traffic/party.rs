@@ -1,4 +1,4 @@
-//! What writers and readers do, call by call, each noted before it is sent and once it is answered.
+//! The calls of writers and readers. Each is recorded before it is sent and when it is answered.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -12,33 +12,33 @@ use qpq_test_services::history::{Edge, Inbox, Recorder, Tag};
 use rand::{Rng as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::{sync::watch, time::sleep};
 
-use super::{IDLE, LIST, Outgoing, Shared, WAIT, seen};
+use super::{IDLE, LIST, Outgoing, State, WAIT, seen};
 use crate::{
     accounts::Account,
     roaming::{Loss, Outcome, Roamer},
 };
 
-/// One that takes part.
+/// A writer or reader.
 pub(super) struct Party {
     pub(super) recorder: Recorder,
     pub(super) roamer: Roamer,
     pub(super) random: StdRng,
-    pub(super) shared: Arc<Shared>,
+    pub(super) state: Arc<State>,
 }
 
 impl Party {
     pub(super) async fn write(mut self) {
-        while !self.shared.is_enough() {
-            if self.random.gen_range(0..10) >= self.shared.plan.batches {
+        while !self.state.is_enough() {
+            if self.random.gen_range(0..10) >= self.state.plan.batches {
                 let inbox = self.some_inbox();
-                let message = self.shared.outgoing(inbox, &mut self.random);
+                let message = self.state.outgoing(inbox, &mut self.random);
                 self.send_one(message).await;
             } else if self.random.r#gen() {
                 let count = self.random.gen_range(LIST);
                 let inboxes: Vec<usize> = (0..count).map(|_| self.some_inbox()).collect();
                 let messages = inboxes
                     .into_iter()
-                    .map(|inbox| self.shared.outgoing(inbox, &mut self.random))
+                    .map(|inbox| self.state.outgoing(inbox, &mut self.random))
                     .collect();
                 self.send_list(messages).await;
             } else {
@@ -51,37 +51,37 @@ impl Party {
     }
 
     fn some_inbox(&mut self) -> usize {
-        self.random.gen_range(0..self.shared.accounts.len())
+        self.random.gen_range(0..self.state.accounts.len())
     }
 
     fn token(&mut self) -> Bytes {
         let any = self.some_inbox();
-        self.shared.accounts[any].token.clone()
+        self.state.accounts[any].token.clone()
     }
 
     fn edge(&self) -> Edge {
         Edge(u16::try_from(self.roamer.edge()).unwrap_or(u16::MAX))
     }
 
-    /// A call of which nothing but an answer, a refusal for now, and a lost connection may come.
+    /// Calls a method. Only an answer, a temporary refusal or a lost connection are allowed.
     async fn call<M: qpq_proto::Method>(
         &mut self,
         request: &M::Request,
         token: &Bytes,
     ) -> Option<M::Response> {
-        self.shared.calls.fetch_add(1, Ordering::Relaxed);
+        self.state.calls.fetch_add(1, Ordering::Relaxed);
         match self.roamer.call::<M>(request, Some(token)).await {
             Outcome::Ok(response) => return Some(response),
             Outcome::Refused(refused) if refused.is_temporary() => {
-                self.shared.refused.fetch_add(1, Ordering::Relaxed);
+                self.state.refused.fetch_add(1, Ordering::Relaxed);
                 self.roamer.pause().await;
             }
             Outcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
             Outcome::Lost(Loss::Drained) => {
-                self.shared.drained.fetch_add(1, Ordering::Relaxed);
+                self.state.drained.fetch_add(1, Ordering::Relaxed);
             }
             Outcome::Lost(Loss::Otherwise) => {
-                self.shared.lost.fetch_add(1, Ordering::Relaxed);
+                self.state.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
         None
@@ -89,7 +89,7 @@ impl Party {
 
     async fn send_one(&mut self, message: Outgoing) {
         let token = self.token();
-        let request = request(&message, &self.shared.accounts);
+        let request = request(&message, &self.state.accounts);
         loop {
             self.roamer.connected().await;
             let sending = self.recorder.sending(
@@ -100,7 +100,7 @@ impl Party {
             );
             if let Some(response) = self.call::<Enqueue>(&request, &token).await {
                 self.recorder.acknowledged(sending, Seq(response.seq));
-                self.shared.acknowledged.send_modify(|count| *count += 1);
+                self.state.acknowledged.send_modify(|count| *count += 1);
                 return;
             }
         }
@@ -112,7 +112,7 @@ impl Party {
             let request = v1::BatchEnqueueRequest {
                 messages: messages
                     .iter()
-                    .map(|message| request(message, &self.shared.accounts))
+                    .map(|message| request(message, &self.state.accounts))
                     .collect(),
                 ..Default::default()
             };
@@ -125,17 +125,17 @@ impl Party {
         }
     }
 
-    /// One payload to every inbox.
+    /// Sends one payload to every inbox.
     async fn fan_out(&mut self) {
         let token = self.token();
-        let Outgoing { id, tag, payload, .. } = self.shared.outgoing(0, &mut self.random);
-        let mut inboxes: Vec<usize> = (0..self.shared.accounts.len()).collect();
+        let Outgoing { id, tag, payload, .. } = self.state.outgoing(0, &mut self.random);
+        let mut inboxes: Vec<usize> = (0..self.state.accounts.len()).collect();
         inboxes.shuffle(&mut self.random);
         while !inboxes.is_empty() {
             let request = v1::BatchEnqueueRequest {
                 recipient_keys: inboxes
                     .iter()
-                    .map(|i| self.shared.accounts[*i].identity.clone())
+                    .map(|i| self.state.accounts[*i].identity.clone())
                     .collect(),
                 payload: payload.clone(),
                 message_id: Bytes::copy_from_slice(id.as_bytes()),
@@ -147,7 +147,7 @@ impl Party {
         }
     }
 
-    /// Which of the batch's messages were acknowledged.
+    /// Sends a batch. Returns for each message whether it was acknowledged.
     async fn send_batch(
         &mut self,
         request: v1::BatchEnqueueRequest,
@@ -174,13 +174,13 @@ impl Party {
             }
         }
         let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
-        self.shared.acknowledged.send_modify(|all| *all += count);
+        self.state.acknowledged.send_modify(|all| *all += count);
         accepted
     }
 
     pub(super) async fn drain(mut self, inbox: usize) {
-        let token = self.shared.accounts[inbox].token.clone();
-        while !self.shared.stopped() {
+        let token = self.state.accounts[inbox].token.clone();
+        while !self.state.stopped() {
             let request = v1::FetchWaitRequest {
                 timeout_ms: WAIT.as_millis() as u64,
                 limit: self.random.gen_range(0..150),
@@ -188,19 +188,19 @@ impl Party {
                 ..Default::default()
             };
             let client = self.roamer.connected().await;
-            self.shared.note_reader(client);
+            self.state.note_reader(client);
             let reading = self.recorder.reading(Inbox(inbox as u32));
             if let Some(response) = self.call::<FetchWait>(&request, &token).await {
                 self.recorder.delivered(reading, seen(&response.payloads));
             }
-            // So that more than the first message is there next time.
+            // So that the next read has more than one message.
             sleep(IDLE.mul_f64(self.random.r#gen())).await;
         }
     }
 
     pub(super) async fn peek_and_ack(mut self, inbox: usize) {
-        let token = self.shared.accounts[inbox].token.clone();
-        while !self.shared.stopped() {
+        let token = self.state.accounts[inbox].token.clone();
+        while !self.state.stopped() {
             let limit = self.random.gen_range(1..150);
             let page = self.peek(inbox, limit, &token).await;
             let Some(last) = page.last() else {
@@ -226,24 +226,24 @@ impl Party {
         response.payloads
     }
 
-    /// Acks until that is answered.
+    /// Acks messages and retries until that is answered.
     async fn ack(&mut self, inbox: usize, request: &v1::AckRequest, token: &Bytes) {
         loop {
-            let settling = match request.seq_up_to {
-                0 => self
-                    .recorder
-                    .settling(Inbox(inbox as u32), request.seqs.iter().copied().map(Seq)),
-                seq => self.recorder.settling_through(Inbox(inbox as u32), Seq(seq)),
+            let acking = match request.seq_up_to {
+                0 => {
+                    self.recorder.acking(Inbox(inbox as u32), request.seqs.iter().copied().map(Seq))
+                }
+                seq => self.recorder.acking_through(Inbox(inbox as u32), Seq(seq)),
             };
             if self.call::<Ack>(request, token).await.is_some() {
-                return self.recorder.settled(settling);
+                return self.recorder.acked(acking);
             }
         }
     }
 
-    /// Reads and acks everything until told that nothing is left.
+    /// Reads and acks all messages until `emptied` is set.
     pub(super) async fn sweep(mut self, inbox: usize, emptied: watch::Receiver<bool>) {
-        let token = self.shared.accounts[inbox].token.clone();
+        let token = self.state.accounts[inbox].token.clone();
         while !*emptied.borrow() {
             match self.peek(inbox, 0, &token).await.last() {
                 Some(last) => {

@@ -1,5 +1,4 @@
-//! Starts Postgres, Redis and NATS for trying things out by hand, prints how to reach each, and
-//! ends them with itself.
+//! Starts Postgres, Redis and NATS for experiments, prints their URLs, and ends them when it ends.
 
 use std::io::Write as _;
 

@@ -1,5 +1,5 @@
-//! The judgement over a history: every promise of an inbox, looked for its breaches over all logs
-//! at once. Sorting does most of the work, so a million messages take seconds.
+//! Checks a history: finds violations of the guarantees of an inbox over all logs together. Mostly
+//! sorting, so a million messages take seconds.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,51 +8,52 @@ use std::{
 
 use qpq_domain::{MessageId, Seq};
 
-use super::{Edge, Inbox, Log, Moment, Outcome, Party, Read, Settled, Tag};
+use super::{AckRange, Edge, Inbox, Log, Moment, Outcome, Party, Read, Tag};
 
-/// A promise that was broken. Each is enough to fail a run.
+/// A violated guarantee. One violation fails a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Violation {
-    /// Acknowledged, and no read ever delivered it, not even the last.
+    /// An acknowledged message that no read delivered, not even the last.
     Lost { inbox: Inbox, seq: Seq, id: MessageId, edge: Edge },
-    /// A read that began after an ack of it was answered.
+    /// A message delivered by a read that began after the answer to its ack.
     DeliveredAfterAck { inbox: Inbox, seq: Seq, reader: Party, acked: Moment, read_begun: Moment },
-    /// No message has these numbers, but one has a higher.
+    /// Seqs that no message has, below the seq of a message.
     Gap { inbox: Inbox, first: Seq, last: Seq },
-    /// Numbers begin with 1.
-    NumberZero { inbox: Inbox },
-    /// One number, two messages.
+    /// A message with seq 0; seqs begin with 1.
+    SeqZero { inbox: Inbox },
+    /// Two messages with the same seq.
     SeqUsedTwice { inbox: Inbox, seq: Seq, ids: [MessageId; 2] },
-    /// One message, two numbers: it is there twice, or two servers disagree about it.
+    /// One message with two seqs: it is stored twice, or two edges disagree.
     TwoSeqs { inbox: Inbox, id: MessageId, seqs: [Seq; 2] },
-    /// Within one answer, or a message shown to a reader for the first time after a later one.
+    /// Messages out of order in one answer, or a message that a reader receives for the first time
+    /// after a later one.
     OutOfOrder { inbox: Inbox, reader: Party, before: Seq, after: Seq },
-    /// Delivered, though every attempt to send it was refused.
+    /// A delivered message of which every attempt to send it was refused.
     DeliveredThoughRefused { inbox: Inbox, seq: Seq, id: MessageId },
-    /// Nobody sent that to this inbox.
+    /// A delivered message that was not sent to this inbox.
     Invented { inbox: Inbox, seq: Seq, tag: Tag },
-    /// Its delivery ended before its sending began.
+    /// A message whose delivery ended before its first Enqueue began.
     DeliveredBeforeSent { inbox: Inbox, seq: Seq, id: MessageId },
 }
 
-/// What the judge saw.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Report {
-    /// Different messages that were sent or tried.
+    /// Different messages that were sent, with any outcome.
     pub messages: usize,
     pub acknowledged: usize,
-    /// Messages of which no attempt was acknowledged or refused.
+    /// Messages without an answer to any attempt.
     pub unknown: usize,
-    /// How often a read delivered a message.
+    /// Deliveries, including repeated ones.
     pub deliveries: usize,
-    /// How many different messages were delivered.
+    /// Different messages that were delivered.
     pub delivered: usize,
     pub violations: Vec<Violation>,
 }
 
 impl Report {
     /// # Panics
-    /// If there is a violation; the message shows the first ones.
+    /// If there is a violation. The panic message contains the first ones.
     pub fn assert_clean(&self) {
         assert!(self.violations.is_empty(), "{self}");
     }
@@ -63,8 +64,8 @@ impl fmt::Display for Report {
         let Self { messages, acknowledged, unknown, deliveries, delivered, violations } = self;
         writeln!(
             f,
-            "{messages} messages, {acknowledged} acknowledged, {unknown} with unknown outcome; {deliveries} deliveries of \
-             {delivered}; {} violations",
+            "{messages} messages, {acknowledged} acknowledged, {unknown} with unknown outcome; \
+             {deliveries} deliveries of {delivered}; {} violations",
             violations.len()
         )?;
         violations.iter().take(30).try_for_each(|violation| writeln!(f, "  {violation:?}"))
@@ -82,17 +83,17 @@ pub(super) fn check(logs: &[Log]) -> Report {
         check.deliveries(log);
         check.order(log);
     }
-    check.numbers(logs);
+    check.seqs(logs);
     check.fates()
 }
 
-/// One message to one inbox, over all attempts.
+/// A message to one inbox, with all its attempts.
 struct Message {
     inbox: Inbox,
     id: MessageId,
     first_begun: Moment,
     acknowledged: Option<(Seq, Edge)>,
-    /// Whether some attempt may have happened.
+    /// Whether an attempt may have taken effect.
     possible: bool,
     answered: bool,
     delivered: bool,
@@ -121,11 +122,7 @@ fn messages(logs: &[Log]) -> Messages {
             messages.all.len() - 1
         });
         let named = *messages.by_tag.entry((send.inbox, send.tag)).or_insert(index);
-        assert_eq!(
-            named, index,
-            "{:?} names two messages to {:?}: give each its own",
-            send.tag, send.inbox
-        );
+        assert_eq!(named, index, "{:?} is used for two messages to {:?}", send.tag, send.inbox);
         let message = &mut messages.all[index];
         message.first_begun = message.first_begun.min(send.begun);
         message.answered |= send.outcome != Outcome::Unknown;
@@ -137,16 +134,16 @@ fn messages(logs: &[Log]) -> Messages {
     messages
 }
 
-/// When acks were answered.
+/// The times of answers to acks.
 #[derive(Default)]
 struct Acks {
     named: HashMap<(Inbox, Seq), Moment>,
-    /// By rising number; each with the earliest answer to an ack up to it or to a higher one.
+    /// In seq order, each with the earliest answer to an ack up to it or to a higher seq.
     through: HashMap<Inbox, Vec<(Seq, Moment)>>,
 }
 
 impl Acks {
-    /// From when on a message may not be delivered.
+    /// Returns the time from which a message must not be delivered.
     fn ended(&self, inbox: Inbox, seq: Seq) -> Option<Moment> {
         let named = self.named.get(&(inbox, seq)).copied();
         let through = self.through.get(&inbox).and_then(|acks| {
@@ -160,17 +157,17 @@ impl Acks {
 fn acks(logs: &[Log]) -> Acks {
     let mut acks = Acks::default();
     for log in logs {
-        for settle in &log.settles {
-            let Some(ended) = settle.ended else { continue };
-            match &settle.what {
-                Settled::Named(range) => {
+        for ack in &log.acks {
+            let Some(ended) = ack.ended else { continue };
+            match &ack.what {
+                AckRange::Named(range) => {
                     for &seq in &log.named[range.clone()] {
-                        let earliest = acks.named.entry((settle.inbox, seq)).or_insert(ended);
+                        let earliest = acks.named.entry((ack.inbox, seq)).or_insert(ended);
                         *earliest = ended.min(*earliest);
                     }
                 }
-                Settled::Through(seq) => {
-                    acks.through.entry(settle.inbox).or_default().push((*seq, ended))
+                AckRange::Through(seq) => {
+                    acks.through.entry(ack.inbox).or_default().push((*seq, ended))
                 }
             }
         }
@@ -189,17 +186,17 @@ fn acks(logs: &[Log]) -> Acks {
 struct Check {
     messages: Messages,
     acks: Acks,
-    /// Who was seen under which number; None: an invented one.
+    /// Inbox, seq and message of each delivery or answer; `None` for a message that was not sent.
     sightings: Vec<(Inbox, Seq, Option<usize>)>,
     report: Report,
 }
 
 impl Check {
-    fn breach(&mut self, violation: Violation) {
+    fn violation(&mut self, violation: Violation) {
         self.report.violations.push(violation);
     }
 
-    /// Each delivery for itself: is it of a message that was sent, and may it still be delivered?
+    /// Checks each delivery: the message was sent, and is not yet acked.
     fn deliveries(&mut self, log: &Log) {
         let reader = log.party;
         for read in &log.reads {
@@ -212,7 +209,7 @@ impl Check {
                     && acked < read.begun
                 {
                     let read_begun = read.begun;
-                    self.breach(Violation::DeliveredAfterAck {
+                    self.violation(Violation::DeliveredAfterAck {
                         inbox,
                         seq,
                         reader,
@@ -221,23 +218,23 @@ impl Check {
                     });
                 }
                 let Some(index) = index else {
-                    self.breach(Violation::Invented { inbox, seq, tag });
+                    self.violation(Violation::Invented { inbox, seq, tag });
                     continue;
                 };
                 let message = &mut self.messages.all[index];
                 message.delivered = true;
                 let (id, possible) = (message.id, message.possible);
                 if read.ended.is_some_and(|ended| ended < message.first_begun) {
-                    self.breach(Violation::DeliveredBeforeSent { inbox, seq, id });
+                    self.violation(Violation::DeliveredBeforeSent { inbox, seq, id });
                 }
                 if !possible {
-                    self.breach(Violation::DeliveredThoughRefused { inbox, seq, id });
+                    self.violation(Violation::DeliveredThoughRefused { inbox, seq, id });
                 }
             }
         }
     }
 
-    /// One reader's order, in each of its inboxes.
+    /// Checks the order of one reader, in each of its inboxes.
     fn order(&mut self, log: &Log) {
         let mut inboxes: HashMap<Inbox, Vec<&Read>> = HashMap::new();
         for read in log.reads.iter().filter(|read| read.ended.is_some()) {
@@ -248,8 +245,8 @@ impl Check {
             let mut by_end = reads.clone();
             by_end.sort_unstable_by_key(|read| read.ended);
             let mut by_end = by_end.into_iter().peekable();
-            // What reads have shown that had ended when the one at hand began: calls side by side
-            // have no order.
+            // The messages of reads that ended before the current one began; concurrent calls have
+            // no order.
             let mut shown = HashSet::new();
             let mut highest = Seq::ZERO;
             for read in reads {
@@ -267,7 +264,7 @@ impl Check {
                         _ => (seq < highest && !shown.contains(&seq)).then_some(highest),
                     };
                     if let Some(before) = before {
-                        self.breach(Violation::OutOfOrder {
+                        self.violation(Violation::OutOfOrder {
                             inbox,
                             reader: log.party,
                             before,
@@ -280,9 +277,9 @@ impl Check {
         }
     }
 
-    /// The numbers of each inbox: from 1 on, none left out, one for each message and one message
+    /// Checks the seqs of each inbox: from 1, without gaps, one for each message and one message
     /// for each.
-    fn numbers(&mut self, logs: &[Log]) {
+    fn seqs(&mut self, logs: &[Log]) {
         for send in logs.iter().flat_map(|log| &log.sends) {
             if let Outcome::Acknowledged(seq) = send.outcome {
                 let index = self.messages.by_id[&(send.inbox, send.id)];
@@ -301,7 +298,7 @@ impl Check {
             };
             if (inbox, seq) == (other_inbox, other_seq) {
                 let ids = [one, other].map(|index| self.messages.all[index].id);
-                self.breach(Violation::SeqUsedTwice { inbox, seq, ids });
+                self.violation(Violation::SeqUsedTwice { inbox, seq, ids });
             }
         }
         sightings.sort_unstable_by_key(|&(_, seq, message)| (message, seq));
@@ -309,7 +306,7 @@ impl Check {
             let [(inbox, one, Some(message)), (_, other, Some(same))] = *pair else { continue };
             if message == same {
                 let id = self.messages.all[message].id;
-                self.breach(Violation::TwoSeqs { inbox, id, seqs: [one, other] });
+                self.violation(Violation::TwoSeqs { inbox, id, seqs: [one, other] });
             }
         }
     }
@@ -318,17 +315,17 @@ impl Check {
         let mut expected = Seq(1);
         for &(inbox, seq, _) in sightings {
             if seq == Seq::ZERO {
-                self.breach(Violation::NumberZero { inbox });
+                self.violation(Violation::SeqZero { inbox });
                 continue;
             }
             if seq > expected {
-                self.breach(Violation::Gap { inbox, first: expected, last: Seq(seq.0 - 1) });
+                self.violation(Violation::Gap { inbox, first: expected, last: Seq(seq.0 - 1) });
             }
             expected = Seq(seq.0.saturating_add(1));
         }
     }
 
-    /// Each message for itself: was it kept?
+    /// Checks that each acknowledged message was delivered.
     fn fates(mut self) -> Report {
         for message in &self.messages.all {
             self.report.messages += 1;

@@ -1,5 +1,5 @@
-//! One direction of one connection or flow: the fate of each thing that it carries. No sockets, no
-//! clock, so that what a seed leads to can be tested.
+//! One direction of one connection or flow, which decides the fate of its data. Without sockets and
+//! clock, so that the decisions of a seed can be tested.
 
 use std::time::Duration;
 
@@ -8,19 +8,20 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{Faults, Way};
 
-/// More than this waiting for a throttle is lost, if it is datagrams: a router's queue has an end.
+/// The maximum time that a datagram waits for a throttle; later ones are lost, as in a full router
+/// queue.
 const LONGEST_QUEUE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) way: Way,
     random: StdRng,
-    /// Nothing goes before what came before it.
+    /// The due time of the previous data. Data is never due earlier.
     last_due: Instant,
     throttle: Throttle,
 }
 
-/// What becomes of a datagram.
+/// The fate of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
     Lost,
@@ -32,14 +33,14 @@ impl Lane {
         Self { way, random, last_due: now, throttle: Throttle { free: now } }
     }
 
-    /// When a part of a stream that came `now` is to go on.
+    /// Returns the due time of a part of a stream that arrived `now`.
     pub(super) fn due(&mut self, now: Instant, faults: &Faults) -> Instant {
         let jitter = self.random.r#gen();
         self.delayed(now, jitter, faults)
     }
 
-    /// Takes as many random numbers for each datagram whatever the faults are, so that switching
-    /// one leaves the others.
+    /// Decides the fate of a datagram. Each decision consumes the same number of random values, so
+    /// that a change of one fault does not change the effect of the others.
     pub(super) fn fate(&mut self, now: Instant, bytes: usize, faults: &Faults) -> Fate {
         let [lost, twice, held_back, jitter]: [f64; 4] = self.random.r#gen();
         let queue_full = faults.throttle.is_some() && self.throttle.free > now + LONGEST_QUEUE;
@@ -63,7 +64,7 @@ impl Lane {
 
 #[derive(Debug)]
 pub(super) struct Throttle {
-    /// When it has let through all that came before.
+    /// The time at which all earlier data has passed.
     free: Instant,
 }
 
@@ -72,7 +73,7 @@ impl Throttle {
         Self { free: now }
     }
 
-    /// When `bytes` have been let through, after all that came before.
+    /// Returns the time at which `bytes` have passed, after all earlier data.
     pub(super) fn after(&mut self, now: Instant, bytes: usize, faults: &Faults) -> Instant {
         let Some(rate) = faults.throttle else { return now };
         let nanos = bytes as u128 * 1_000_000_000 / u128::from(rate.get());
@@ -82,7 +83,7 @@ impl Throttle {
     }
 }
 
-/// Waits, if there is something to wait for: a timer would round what is due at once up to a
+/// Waits until `at`. Does not wait for a time in the past, which a timer would round up to a
 /// millisecond.
 pub(super) async fn until(at: Instant) {
     if at > Instant::now() {
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_decides_everything() {
+    fn the_same_seed_gives_the_same_fates() {
         let start = Instant::now();
         let faults = Faults {
             jitter: 5 * MS,
@@ -125,12 +126,12 @@ mod tests {
         assert_eq!(
             lost(&fates(1, &faults, start)),
             lost(&fates(1, &without, start)),
-            "one fault leaves the others"
+            "one fault does not change the others"
         );
     }
 
     #[test]
-    fn each_fault_strikes_as_often_as_it_says() {
+    fn each_fault_occurs_with_its_probability() {
         let start = Instant::now();
         let faults = Faults {
             loss: 0.2,
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_faultless_lane_passes_all_at_once() {
+    fn without_faults_datagrams_pass_without_delay() {
         let start = Instant::now();
         for (i, fate) in (0..).zip(fates(3, &Faults::default(), start)) {
             assert_eq!(fate, Fate::Goes { at: start + i * MS, twice: false, held_back: false });
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn delay_keeps_the_order_and_only_holding_back_changes_it() {
+    fn delays_keep_the_order_and_reordering_changes_it() {
         let start = Instant::now();
         let at = |fate: &Fate| match fate {
             Fate::Goes { at, .. } => *at,
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_throttle_spaces_what_comes_at_once() {
+    fn a_throttle_spaces_simultaneous_datagrams() {
         let start = Instant::now();
         let faults = Faults { throttle: NonZeroU64::new(1_000), ..Faults::default() };
         let mut throttle = Throttle::new(start);
@@ -186,24 +187,28 @@ mod tests {
         assert_eq!(
             throttle.after(later, 100, &faults),
             later + 100 * MS,
-            "what was not used is gone"
+            "unused capacity is not kept"
         );
     }
 
     #[test]
-    fn datagrams_for_which_a_throttle_has_no_room_are_lost() {
+    fn datagrams_beyond_the_queue_of_a_throttle_are_lost() {
         let start = Instant::now();
         let faults = Faults { throttle: NonZeroU64::new(1_000), ..Faults::default() };
         let mut lane = Lane::new(Way::ToClient, StdRng::seed_from_u64(1), start);
         let fates: Vec<_> = (0..1_000).map(|_| lane.fate(start, 100, &faults)).collect();
         let passed = fates.iter().take_while(|f| **f != Fate::Lost).count();
-        assert_eq!(passed, 11, "a second of them, and the one that begins at its end");
+        assert_eq!(passed, 11, "the datagrams of one second, and the one at its end");
         assert!(fates[passed..].iter().all(|f| *f == Fate::Lost));
-        assert_ne!(lane.fate(start + 200 * MS, 100, &faults), Fate::Lost, "there is room again");
+        assert_ne!(
+            lane.fate(start + 200 * MS, 100, &faults),
+            Fate::Lost,
+            "the queue has space again"
+        );
     }
 
     #[test]
-    fn a_partition_may_be_one_way() {
+    fn a_partition_can_block_one_direction() {
         let way = |link, way| Faults { link, ..Faults::default() }.blocks(way);
         assert!(way(Link::Blackhole(Way::ToTarget), Way::ToTarget));
         assert!(!way(Link::Blackhole(Way::ToTarget), Way::ToClient));

@@ -1,4 +1,4 @@
-//! The proxy for TCP: one task for each connection, two directions in it.
+//! The TCP proxy: one task for each connection, which forwards both directions.
 
 use std::{
     io,
@@ -16,22 +16,22 @@ use tokio::{
 };
 
 use super::{
-    Faults, Guard, Link, Switch, Way,
+    AbortOnDrop, Faults, Link, Switch, Way,
     lane::{Lane, Throttle, until},
 };
 
 const CHUNK: usize = 16 * 1024;
-/// Chunks under way in one direction, before the sender has to wait.
-const UNDER_WAY: usize = 64;
-/// How many pieces a second a throttled stream is sent in.
-const PIECES: u64 = 50;
+/// The maximum number of chunks in transit in one direction; then the sender waits.
+const MAX_IN_TRANSIT: usize = 64;
+/// The number of pieces per second in which a throttled stream is sent.
+const PIECES_PER_SECOND: u64 = 50;
 
-/// Carries TCP connections from a port of 127.0.0.1 to a target. Dropping it ends them all.
+/// Forwards TCP connections from a port of 127.0.0.1 to a target. Dropping it ends all connections.
 #[derive(Debug)]
 pub struct TcpProxy {
     addr: SocketAddr,
     switch: Switch,
-    _task: Guard,
+    _task: AbortOnDrop,
 }
 
 impl TcpProxy {
@@ -40,10 +40,10 @@ impl TcpProxy {
         let addr = listener.local_addr()?;
         let switch = Switch::new();
         let task = tokio::spawn(accept(listener, target, random, switch.clone()));
-        Ok(Self { addr, switch, _task: Guard::of(&task) })
+        Ok(Self { addr, switch, _task: AbortOnDrop::new(&task) })
     }
 
-    /// Where clients connect.
+    /// Returns the address for clients.
     pub const fn addr(&self) -> SocketAddr {
         self.addr
     }
@@ -58,16 +58,16 @@ async fn accept(listener: TcpListener, target: SocketAddr, mut random: StdRng, s
     loop {
         tokio::select! {
             accepted = listener.accept() => {
-                // An error is about that connection alone, which is gone already.
+                // An error concerns only that connection, which has ended.
                 let Ok((client, _)) = accepted else { continue };
                 let Ok(own) = StdRng::from_rng(&mut random) else { continue };
                 switch.count(|s| &s.begun);
-                // Watched from here on, so that no cut is missed.
+                // Subscribed before the task starts, so that no cut is missed.
                 let watched = (switch.watch_faults(), switch.watch_cuts());
-                connections.spawn(carry(client, target, own, watched));
+                connections.spawn(forward(client, target, own, watched));
             }
             Some(ended) = connections.join_next() => {
-                if !matches!(ended, Ok(Ok(Ended::ByItself))) {
+                if !matches!(ended, Ok(Ok(Ended::ByPeers))) {
                     switch.count(|s| &s.cut);
                 }
             }
@@ -77,14 +77,14 @@ async fn accept(listener: TcpListener, target: SocketAddr, mut random: StdRng, s
 
 type Watched = (watch::Receiver<Faults>, watch::Receiver<u64>);
 
-/// How a connection ended: each side for itself, or both at once.
+/// The end of a connection: by its peers, or by a cut.
 #[derive(PartialEq, Eq)]
 enum Ended {
-    ByItself,
+    ByPeers,
     Cut,
 }
 
-async fn carry(
+async fn forward(
     client: TcpStream,
     target: SocketAddr,
     random: StdRng,
@@ -108,7 +108,7 @@ async fn carry(
         biased;
         () = &mut cut => {
             reset([client])?;
-            // Not dropped while it connects: the target would see an orderly end.
+            // Not dropped while it connects, because the target would see an orderly end.
             return reset([connecting.await?]);
         }
         connected = &mut connecting => match connected {
@@ -120,15 +120,18 @@ async fn carry(
     let ended = tokio::select! {
         biased;
         () = &mut cut => Ended::Cut,
-        ended = relay(&mut client, &mut server, random, for_pumps) => if ended.is_ok() { Ended::ByItself } else { Ended::Cut },
+        ended = relay(&mut client, &mut server, random, for_pumps) => match ended {
+            Ok(()) => Ended::ByPeers,
+            Err(_) => Ended::Cut,
+        },
     };
     match ended {
-        Ended::ByItself => Ok(Ended::ByItself),
+        Ended::ByPeers => Ok(Ended::ByPeers),
         Ended::Cut => reset([client, server]),
     }
 }
 
-/// Closed so, a socket sends a reset and forgets what it has.
+/// Closes connections with a reset, without sending buffered data.
 fn reset<const N: usize>(streams: [TcpStream; N]) -> io::Result<Ended> {
     for stream in streams {
         stream.set_zero_linger()?;
@@ -136,7 +139,7 @@ fn reset<const N: usize>(streams: [TcpStream; N]) -> io::Result<Ended> {
     Ok(Ended::Cut)
 }
 
-/// Both directions, each until its sender has ended it.
+/// Forwards both directions, each until its sender ends it.
 async fn relay(
     client: &mut TcpStream,
     server: &mut TcpStream,
@@ -171,7 +174,7 @@ async fn pump(
 ) -> io::Result<()> {
     let way = lane.way;
     let mut throttle = Throttle::new(Instant::now());
-    let (queue, mut queued) = mpsc::channel(UNDER_WAY);
+    let (queue, mut queued) = mpsc::channel(MAX_IN_TRANSIT);
     let current = faults.clone();
     let take = async move {
         loop {
@@ -194,7 +197,9 @@ async fn pump(
             while !rest.is_empty() {
                 passable(&mut faults, way).await?;
                 let now = *faults.borrow();
-                let piece = now.throttle.map_or(CHUNK as u64, |rate| rate.get().div_ceil(PIECES));
+                let piece = now
+                    .throttle
+                    .map_or(CHUNK as u64, |rate| rate.get().div_ceil(PIECES_PER_SECOND));
                 let length = rest.len().min(usize::try_from(piece).unwrap_or(CHUNK));
                 until(throttle.after(Instant::now(), length, &now)).await;
                 to.write_all(&rest[..length]).await?;
@@ -208,7 +213,7 @@ async fn pump(
     Ok(())
 }
 
-/// Returns once the link lets something pass this way.
+/// Waits until the link forwards data in this direction.
 async fn passable(faults: &mut watch::Receiver<Faults>, way: Way) -> io::Result<()> {
     faults.wait_for(|f| !f.blocks(way)).await.map_err(io::Error::other)?;
     Ok(())

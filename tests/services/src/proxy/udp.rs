@@ -1,5 +1,4 @@
-//! The proxy for UDP: one task for each client's flow, which has a socket of its own towards the
-//! target.
+//! The UDP proxy: one task for each client's flow, with its own socket to the target.
 
 use std::{
     cmp::Reverse,
@@ -14,20 +13,21 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::{net::UdpSocket, sync::mpsc, task::JoinSet, time::Instant};
 
 use super::{
-    Guard, Link, Switch, Way,
+    AbortOnDrop, Link, Switch, Way,
     lane::{Fate, Lane, until},
 };
 
 const LARGEST: usize = 65_535;
-/// Datagrams of one flow that may be under way; more are lost, as in a router whose queue is full.
-const UNDER_WAY: usize = 4_096;
+/// The maximum number of datagrams of one flow in transit; more are lost, as in a full router
+/// queue.
+const MAX_IN_TRANSIT: usize = 4_096;
 
-/// Carries datagrams from a port of 127.0.0.1 to a target and back. Dropping it ends all flows.
+/// Forwards datagrams from a port of 127.0.0.1 to a target and back. Dropping it ends all flows.
 #[derive(Debug)]
 pub struct UdpProxy {
     addr: SocketAddr,
     switch: Switch,
-    _task: Guard,
+    _task: AbortOnDrop,
 }
 
 impl UdpProxy {
@@ -36,10 +36,10 @@ impl UdpProxy {
         let addr = socket.local_addr()?;
         let switch = Switch::new();
         let task = tokio::spawn(receive(Arc::new(socket), target, random, switch.clone()));
-        Ok(Self { addr, switch, _task: Guard::of(&task) })
+        Ok(Self { addr, switch, _task: AbortOnDrop::new(&task) })
     }
 
-    /// Where clients send to.
+    /// Returns the address for clients.
     pub const fn addr(&self) -> SocketAddr {
         self.addr
     }
@@ -66,7 +66,8 @@ async fn receive(socket: Arc<UdpSocket>, target: SocketAddr, random: StdRng, swi
             received = socket.recv_from(&mut buffer) => {
                 let Ok((length, client)) = received else { continue };
                 let is_reset = faults.borrow().link == Link::Reset;
-                if is_reset || flows.give(client, &socket, buffer[..length].to_vec()).await.is_none() {
+                let datagram = buffer[..length].to_vec();
+                if is_reset || flows.forward(client, &socket, datagram).await.is_none() {
                     flows.switch.count(|s| &s.lost);
                 }
             }
@@ -83,9 +84,9 @@ struct Flows {
 }
 
 impl Flows {
-    /// Gives a datagram to its client's flow, and begins one for a client that has none. None:
-    /// there was no way to.
-    async fn give(
+    /// Passes a datagram to its client's flow, which is started if there is none. Returns `None` if
+    /// that is impossible.
+    async fn forward(
         &mut self,
         client: SocketAddr,
         front: &Arc<UdpSocket>,
@@ -96,7 +97,7 @@ impl Flows {
             Entry::Vacant(place) => {
                 let own = StdRng::from_rng(&mut self.random).ok()?;
                 let flow = Flow::begin(client, self.target, front, own, &self.switch).await.ok()?;
-                let (sender, receiver) = mpsc::channel(UNDER_WAY);
+                let (sender, receiver) = mpsc::channel(MAX_IN_TRANSIT);
                 self.tasks.spawn(flow.run(receiver));
                 place.insert(sender)
             }
@@ -104,7 +105,7 @@ impl Flows {
         flow.try_send(datagram).ok()
     }
 
-    /// All of them, with what is under way in them.
+    /// Ends all flows. Datagrams in transit are lost.
     fn forget(&mut self) {
         for _ in self.open.drain() {
             self.switch.count(|s| &s.cut);
@@ -115,18 +116,18 @@ impl Flows {
 
 struct Flow {
     client: SocketAddr,
-    /// Shared by all flows: clients see one address.
+    /// The socket for clients, shared by all flows.
     front: Arc<UdpSocket>,
-    /// The flow's own, towards the target.
+    /// The flow's socket to the target.
     back: UdpSocket,
     lanes: [Lane; 2],
     switch: Switch,
-    /// What waits for its time.
+    /// Datagrams that wait for their time.
     waiting: BinaryHeap<Reverse<Waiting>>,
     number: u64,
 }
 
-/// The first in time is the least; the number keeps the order of what has the same.
+/// A datagram that waits, ordered by time, then by number.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Waiting {
     at: Instant,
@@ -189,7 +190,7 @@ impl Flow {
                     self.admit(Direction::ToTarget, datagram);
                 }
                 received = self.back.recv(&mut buffer) => {
-                    // An error says that nobody listens at the target just now: as good as lost.
+                    // An error means that no process listens at the target: the datagram is lost.
                     if let Ok(length) = received {
                         self.admit(Direction::ToClient, buffer[..length].to_vec());
                     }
@@ -198,14 +199,14 @@ impl Flow {
         }
     }
 
-    /// Decides what becomes of a datagram.
+    /// Decides the fate of a datagram.
     fn admit(&mut self, direction: Direction, datagram: Vec<u8>) {
         let faults = self.switch.faults();
         let fate = self.lanes[direction as usize].fate(Instant::now(), datagram.len(), &faults);
         let Fate::Goes { at, twice, held_back } = fate else {
             return self.switch.count(|s| &s.lost);
         };
-        if self.waiting.len() >= UNDER_WAY {
+        if self.waiting.len() >= MAX_IN_TRANSIT {
             return self.switch.count(|s| &s.lost);
         }
         if held_back {
@@ -223,7 +224,7 @@ impl Flow {
         self.number += 1;
     }
 
-    /// Sends what is first in time.
+    /// Sends the datagram that is due first.
     async fn pass(&mut self) {
         let Some(Reverse(Waiting { direction, datagram, .. })) = self.waiting.pop() else { return };
         let sent = match direction {

@@ -1,5 +1,5 @@
-//! The judge is judged: histories of a correct inbox are accepted, and each breach that is planted
-//! into one is named, and nothing but it.
+//! Tests of the checker: histories of a correct inbox have no violations, and each inserted
+//! violation is reported, without others.
 
 mod model;
 
@@ -11,10 +11,10 @@ use proptest::{prelude::*, sample::Index};
 use super::*;
 use crate::history::{History, Send};
 
-/// A party that only planted breaches have.
+/// The party of inserted records.
 const STRANGER: Party = Party(99);
 
-/// A message that was acknowledged.
+/// An acknowledged message.
 #[derive(Debug, Clone, Copy)]
 struct Acked {
     inbox: Inbox,
@@ -35,7 +35,7 @@ fn acked(logs: &[Log]) -> Vec<Acked> {
     acked.into_values().collect()
 }
 
-/// The highest number of an inbox that anybody saw.
+/// Returns the highest seq of an inbox in the logs.
 fn highest(logs: &[Log], inbox: Inbox) -> Seq {
     let shown = logs.iter().flat_map(|log| {
         log.reads
@@ -48,7 +48,7 @@ fn highest(logs: &[Log], inbox: Inbox) -> Seq {
     shown.chain(acked).max().unwrap_or(Seq::ZERO)
 }
 
-/// Rewrites what every read of an inbox has shown.
+/// Rewrites the messages of every read of an inbox.
 fn rewrite(logs: &mut [Log], inbox: Inbox, change: impl Fn(Vec<(Seq, Tag)>) -> Vec<(Seq, Tag)>) {
     for log in logs {
         let mut shown = Vec::new();
@@ -65,7 +65,7 @@ fn rewrite(logs: &mut [Log], inbox: Inbox, change: impl Fn(Vec<(Seq, Tag)>) -> V
     }
 }
 
-/// Gives the messages of an inbox other numbers, everywhere.
+/// Changes the seqs of an inbox in all logs.
 fn renumber(logs: &mut [Log], inbox: Inbox, number: impl Fn(Seq) -> Seq) {
     rewrite(logs, inbox, |shown| shown.into_iter().map(|(seq, tag)| (number(seq), tag)).collect());
     for log in logs {
@@ -74,18 +74,18 @@ fn renumber(logs: &mut [Log], inbox: Inbox, number: impl Fn(Seq) -> Seq) {
                 *seq = number(*seq);
             }
         }
-        for settle in log.settles.iter_mut().filter(|settle| settle.inbox == inbox) {
-            match &mut settle.what {
-                Settled::Named(range) => {
+        for ack in log.acks.iter_mut().filter(|ack| ack.inbox == inbox) {
+            match &mut ack.what {
+                AckRange::Named(range) => {
                     log.named[range.clone()].iter_mut().for_each(|s| *s = number(*s))
                 }
-                Settled::Through(seq) => *seq = number(*seq),
+                AckRange::Through(seq) => *seq = number(*seq),
             }
         }
     }
 }
 
-/// A stranger's log with one read in it.
+/// Returns a log of the party STRANGER with one read.
 fn one_read(inbox: Inbox, at: u64, shown: &[(Seq, Tag)]) -> Log {
     let mut log = Log::of(STRANGER);
     let read = log.read(inbox, Moment(at));
@@ -105,7 +105,7 @@ fn violations(logs: &[Log]) -> Vec<Violation> {
 
 proptest! {
     #[test]
-    fn what_a_correct_inbox_does_is_accepted(acts in acts()) {
+    fn histories_of_a_correct_inbox_have_no_violations(acts in acts()) {
         let logs = logs_of(&acts);
         let report = check(&logs);
         prop_assert_eq!(&report.violations, &[], "{}", report);
@@ -114,7 +114,7 @@ proptest! {
     }
 
     #[test]
-    fn a_lost_message_is_named(acts in acts(), pick: Index) {
+    fn a_lost_message_is_reported(acts in acts(), pick: Index) {
         let mut logs = logs_of(&acts);
         let acked = acked(&logs);
         prop_assume!(!acked.is_empty());
@@ -124,24 +124,29 @@ proptest! {
     }
 
     #[test]
-    fn a_message_that_comes_back_after_its_ack_is_named(acts in acts(), pick: Index) {
+    fn a_message_delivered_after_its_ack_is_reported(acts in acts(), pick: Index) {
         let mut logs = logs_of(&acts);
         let known = acks(&logs);
-        let settled: Vec<_> =
-            acked(&logs).into_iter().filter_map(|a| Some((a, known.ended(a.inbox, a.seq)?))).collect();
-        prop_assume!(!settled.is_empty());
-        let (Acked { inbox, tag, seq, .. }, ended) = *pick.get(&settled);
-        // In the very moment of the answer nothing is wrong yet.
+        let acked: Vec<_> =
+            acked(&logs)
+                .into_iter()
+                .filter_map(|a| Some((a, known.ended(a.inbox, a.seq)?)))
+                .collect();
+        prop_assume!(!acked.is_empty());
+        let (Acked { inbox, tag, seq, .. }, ended) = *pick.get(&acked);
+        // A read that begins at the time of the answer is allowed.
         logs.push(one_read(inbox, ended.0, &[(seq, tag)]));
         prop_assert_eq!(violations(&logs), []);
         logs.push(one_read(inbox, ended.0 + 1, &[(seq, tag)]));
         let read_begun = Moment(ended.0 + 1);
-        let expected = Violation::DeliveredAfterAck { inbox, seq, reader: STRANGER, acked: ended, read_begun };
+        let reader = STRANGER;
+        let expected =
+            Violation::DeliveredAfterAck { inbox, seq, reader, acked: ended, read_begun };
         prop_assert_eq!(violations(&logs), [expected]);
     }
 
     #[test]
-    fn a_skipped_number_is_named(acts in acts(), pick: Index, skipped in 1..4_u64) {
+    fn a_skipped_seq_is_reported(acts in acts(), pick: Index, skipped in 1..4_u64) {
         let mut logs = logs_of(&acts);
         let acked = acked(&logs);
         prop_assume!(!acked.is_empty());
@@ -152,7 +157,7 @@ proptest! {
     }
 
     #[test]
-    fn a_number_for_two_messages_is_named(acts in acts(), pick: Index) {
+    fn a_seq_used_for_two_messages_is_reported(acts in acts(), pick: Index) {
         let mut logs = logs_of(&acts);
         let later: Vec<_> = acked(&logs).into_iter().filter(|a| a.seq > Seq(1)).collect();
         prop_assume!(!later.is_empty());
@@ -160,13 +165,14 @@ proptest! {
         renumber(&mut logs, inbox, |s| if s >= seq { Seq(s.0 - 1) } else { s });
         let twice = Seq(seq.0 - 1);
         let named = violations(&logs).into_iter().any(|v| {
-            matches!(v, Violation::SeqUsedTwice { inbox: i, seq: s, ids } if (i, s) == (inbox, twice) && ids.contains(&id))
+            matches!(v, Violation::SeqUsedTwice { inbox: i, seq: s, ids }
+                if (i, s) == (inbox, twice) && ids.contains(&id))
         });
         prop_assert!(named);
     }
 
     #[test]
-    fn an_id_with_two_numbers_is_named(acts in acts(), pick: Index) {
+    fn a_message_with_two_seqs_is_reported(acts in acts(), pick: Index) {
         let mut logs = logs_of(&acts);
         let acked = acked(&logs);
         prop_assume!(!acked.is_empty());
@@ -177,7 +183,7 @@ proptest! {
     }
 
     #[test]
-    fn a_second_copy_is_named(acts in acts(), pick: Index) {
+    fn a_second_copy_is_reported(acts in acts(), pick: Index) {
         let mut logs = logs_of(&acts);
         let acked = acked(&logs);
         prop_assume!(!acked.is_empty());
@@ -188,23 +194,27 @@ proptest! {
     }
 
     #[test]
-    fn two_that_changed_places_are_named(acts in acts(), pick: Index) {
+    fn two_swapped_messages_are_reported(acts in acts(), pick: Index) {
         let mut logs = logs_of(&acts);
         let reads: Vec<_> = logs
             .iter()
             .enumerate()
-            .flat_map(|(log, l)| l.reads.iter().filter(|r| r.shown.len() > 1).map(move |r| (log, r.inbox, r.shown.start)))
+            .flat_map(|(log, l)| {
+                let several = l.reads.iter().filter(|r| r.shown.len() > 1);
+                several.map(move |r| (log, r.inbox, r.shown.start))
+            })
             .collect();
         prop_assume!(!reads.is_empty());
         let (log, inbox, first) = *pick.get(&reads);
         logs[log].shown.swap(first, first + 1);
         let (before, after) = (logs[log].shown[first].0, logs[log].shown[first + 1].0);
         let reader = logs[log].party;
-        prop_assert_eq!(violations(&logs), [Violation::OutOfOrder { inbox, reader, before, after }]);
+        let expected = Violation::OutOfOrder { inbox, reader, before, after };
+        prop_assert_eq!(violations(&logs), [expected]);
     }
 
     #[test]
-    fn what_was_refused_or_never_sent_or_not_yet_sent_is_named(acts in acts(), pick: Index) {
+    fn delivery_of_a_message_that_was_not_sent_is_reported(acts in acts(), pick: Index) {
         let logs = logs_of(&acts);
         let inbox = Inbox(0);
         let seq = highest(&logs, inbox).next();
@@ -216,7 +226,7 @@ proptest! {
         prop_assert_eq!(violations(&with), [Violation::Invented { inbox, seq, tag }]);
         with.push(stranger_sends(inbox, id, tag, Outcome::Refused));
         prop_assert_eq!(violations(&with), [Violation::DeliveredThoughRefused { inbox, seq, id }]);
-        // One attempt that may have happened is enough.
+        // One attempt that may have taken effect is enough.
         with.push(stranger_sends(inbox, id, tag, Outcome::Unknown));
         prop_assert_eq!(violations(&with), []);
 
@@ -230,14 +240,14 @@ proptest! {
 }
 
 #[test]
-fn number_zero_is_named() {
+fn seq_zero_is_reported() {
     let (inbox, id, tag) = (Inbox(1), MessageId::new([1; 16]), Tag(1));
     let sent = stranger_sends(inbox, id, tag, Outcome::Acknowledged(Seq::ZERO));
     let logs = [sent, one_read(inbox, AFTER_ALL, &[(Seq::ZERO, tag)])];
-    assert_eq!(violations(&logs), [Violation::NumberZero { inbox }]);
+    assert_eq!(violations(&logs), [Violation::SeqZero { inbox }]);
 }
 
-/// One reader and three messages, shown in the calls that are given with their beginnings and ends.
+/// Checks one reader of three messages. Each call has a begin, an end and the delivered seqs.
 fn order_of(calls: &[(u64, u64, &[u64])]) -> Vec<Violation> {
     let inbox = Inbox(0);
     let mut sender = Log::of(Party(0));
@@ -255,7 +265,7 @@ fn order_of(calls: &[(u64, u64, &[u64])]) -> Vec<Violation> {
 }
 
 #[test]
-fn a_readers_order_holds_over_calls_that_follow_each_other() {
+fn order_is_checked_over_consecutive_calls() {
     let late =
         Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(3), after: Seq(2) };
     assert_eq!(order_of(&[(1, 2, &[1, 3]), (3, 4, &[2])]), [late]);
@@ -275,7 +285,7 @@ fn a_readers_order_holds_over_calls_that_follow_each_other() {
 }
 
 #[test]
-fn the_first_answered_ack_that_covers_a_message_counts() {
+fn the_earliest_answered_ack_of_a_message_counts() {
     let inbox = Inbox(0);
     let mut log = Log::of(Party(0));
     for i in 1..=6 {
@@ -286,12 +296,12 @@ fn the_first_answered_ack_that_covers_a_message_counts() {
     let read = log.read(inbox, Moment(1));
     log.show(read, Moment(1), (1..=6).map(|i| (Seq(i), Tag(i))));
     for (through, ended) in [(2, Some(30)), (3, Some(10)), (5, Some(20)), (6, None)] {
-        let settle = log.settle_through(inbox, Seq(through));
-        log.settles[settle].ended = ended.map(Moment);
+        let ack = log.ack_through(inbox, Seq(through));
+        log.acks[ack].ended = ended.map(Moment);
     }
     for (named, ended) in [(4, 12), (4, 8), (5, 25)] {
-        let settle = log.settle(inbox, [Seq(named)]);
-        log.settles[settle].ended = Some(Moment(ended));
+        let ack = log.ack(inbox, [Seq(named)]);
+        log.acks[ack].ended = Some(Moment(ended));
     }
     for (seq, last_allowed) in [(1, 10), (2, 10), (3, 10), (4, 8), (5, 20), (6, AFTER_ALL)] {
         let at =
@@ -303,7 +313,7 @@ fn the_first_answered_ack_that_covers_a_message_counts() {
 }
 
 #[tokio::test]
-async fn recorders_keep_what_an_aborted_task_had_begun() {
+async fn recorders_keep_the_calls_of_an_aborted_task() {
     let history = History::new();
     let (inbox, id) = (Inbox(0), MessageId::new([7; 16]));
     let mut recorder = history.recorder();
@@ -321,8 +331,8 @@ async fn recorders_keep_what_an_aborted_task_had_begun() {
     let mut reader = history.recorder();
     let reading = reader.reading(inbox);
     reader.delivered(reading, [(Seq(1), Tag(7))]);
-    let settling = reader.settling(inbox, [Seq(1)]);
-    reader.settled(settling);
+    let acking = reader.acking(inbox, [Seq(1)]);
+    reader.acked(acking);
     let reading = reader.reading(inbox);
     reader.delivered(reading, []);
     drop(reader);
@@ -333,11 +343,10 @@ async fn recorders_keep_what_an_aborted_task_had_begun() {
         (1, 1, 0, 1)
     );
 
-    // Some time later, so that the next read begins after the ack was answered whatever the clock's
-    // grain.
+    // A later time, so that the next read begins after the answer with any clock resolution.
     let mut reader = history.recorder();
     let mut reading = reader.reading(inbox);
-    while reader.log.reads[reading.0].begun <= history.0.logs.lock()[1].settles[0].ended.unwrap() {
+    while reader.log.reads[reading.0].begun <= history.0.logs.lock()[1].acks[0].ended.unwrap() {
         reading = reader.reading(inbox);
     }
     reader.delivered(reading, [(Seq(1), Tag(7))]);
@@ -351,7 +360,7 @@ async fn recorders_keep_what_an_aborted_task_had_begun() {
 
 #[test]
 #[should_panic(expected = "record still")]
-fn a_history_is_not_judged_while_somebody_records() {
+fn a_history_with_active_recorders_is_not_checked() {
     let history = History::new();
     let _recorder = history.recorder();
     history.check();
@@ -359,7 +368,7 @@ fn a_history_is_not_judged_while_somebody_records() {
 
 #[test]
 #[should_panic(expected = "names two messages")]
-fn a_tag_names_one_message() {
+fn a_tag_used_for_two_messages_is_refused() {
     let history = History::new();
     let mut recorder = history.recorder();
     for id in [1, 2] {
@@ -370,7 +379,7 @@ fn a_tag_names_one_message() {
 }
 
 #[test]
-fn a_million_messages_are_judged() {
+fn a_million_messages_are_checked() {
     const EACH: u64 = 10_000;
     let history = History::new();
     for inbox in 0..100 {
@@ -386,8 +395,8 @@ fn a_million_messages_are_judged() {
                 let shown = (seq - 99..=seq).filter(|s| (inbox, *s) != (42, 4_242));
                 let tag = |s| Tag(u64::from(inbox) * EACH + s);
                 reader.delivered(reading, shown.map(|s| (Seq(s), tag(s))));
-                let settling = reader.settling_through(Inbox(inbox), Seq(seq));
-                reader.settled(settling);
+                let acking = reader.acking_through(Inbox(inbox), Seq(seq));
+                reader.acked(acking);
             }
         }
     }

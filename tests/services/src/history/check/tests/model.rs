@@ -1,5 +1,4 @@
-//! A correct inbox, and random users of it: what they record is a history that the judge must
-//! accept.
+//! A correct inbox with random users. Their records are a history without violations.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,35 +9,35 @@ use crate::history::{Edge, Inbox, Log, Moment, Outcome, Party, Send, Tag};
 
 const INBOXES: u32 = 3;
 const READERS: u32 = 3;
-/// The party that sends everything, and the one that reads what is left.
+/// The party that sends all messages, and the party of the last read.
 const SENDER: u32 = READERS;
 const LAST_READER: u32 = READERS + 1;
-/// Before the first call: room for something that is too early.
+/// A time before the first call, for records that are too early.
 pub(super) const START: u64 = 1_000;
 pub(super) const AFTER_ALL: u64 = 1_000_000;
 
-/// What a call is answered.
+/// The answer to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
     Given,
-    /// It took effect, and the answer was lost.
+    /// The call took effect, and the answer was lost.
     LostAfter,
-    /// It never took effect.
+    /// The call did not take effect.
     LostBefore,
     Refused,
 }
 
 #[derive(Debug, Clone)]
 pub(super) enum Act {
-    /// A new message, or one of those before once more.
+    /// Sends a new message, or an earlier one again.
     Send { inbox: u32, again: Option<Index>, answer: Answer },
-    /// Shows the first `limit`; what is drained goes when the answer arrives.
+    /// Reads the first `limit` messages; a drain removes them when the answer arrives.
     Read { inbox: u32, reader: u32, limit: usize, drains: bool, answer: Answer },
-    /// Acks messages that were delivered: all from the first on, or every other one.
+    /// Acks delivered messages: all from the first, or every second one.
     Ack { inbox: u32, reader: u32, through: bool, answer: Answer },
 }
 
-/// An act, and how long before and after its effect its call began and ended.
+/// An act, with the times from the begin of its call to its effect, and to its end.
 pub(super) type Timed = (Act, u64, u64);
 
 pub(super) fn acts() -> impl Strategy<Value = Vec<Timed>> {
@@ -54,14 +53,18 @@ pub(super) fn acts() -> impl Strategy<Value = Vec<Timed>> {
         5 => (inbox.clone(), proptest::option::weighted(0.3, any::<Index>()), answer.clone())
             .prop_map(|(inbox, again, answer)| Act::Send { inbox, again, answer }),
         3 => (inbox.clone(), reader.clone(), 1..6_usize, any::<bool>(), answer.clone())
-            .prop_map(|(inbox, reader, limit, drains, answer)| Act::Read { inbox, reader, limit, drains, answer }),
+            .prop_map(|(inbox, reader, limit, drains, answer)| {
+                Act::Read { inbox, reader, limit, drains, answer }
+            }),
         2 => (inbox, reader, any::<bool>(), answer)
-            .prop_map(|(inbox, reader, through, answer)| Act::Ack { inbox, reader, through, answer }),
+            .prop_map(|(inbox, reader, through, answer)| {
+                Act::Ack { inbox, reader, through, answer }
+            }),
     ];
     vec((act, 0..45_u64, 0..45_u64), 1..120)
 }
 
-/// A correct inbox, and the logs of its users.
+/// A correct inbox with the logs of its users.
 struct Model {
     logs: Vec<Log>,
     sent: Vec<(Inbox, MessageId, Tag)>,
@@ -71,7 +74,7 @@ struct Model {
     delivered: BTreeSet<(Inbox, Seq)>,
 }
 
-/// Lets the acts happen one after the other, each within the time of its call; calls overlap.
+/// Runs the acts one after the other, each within the time of its call. Calls overlap.
 pub(super) fn logs_of(acts: &[Timed]) -> Vec<Log> {
     let mut model = Model {
         logs: (0..=LAST_READER).map(|party| Log::of(Party(party))).collect(),
@@ -180,16 +183,16 @@ impl Model {
             queued.keys().copied().filter(known).step_by(2).collect()
         };
         let Some(&last) = gone.last() else { return };
-        let settle = if through {
-            log.settle_through(inbox, last)
+        let ack = if through {
+            log.ack_through(inbox, last)
         } else {
-            log.settle(inbox, gone.iter().copied())
+            log.ack(inbox, gone.iter().copied())
         };
         if matches!(answer, Answer::Given | Answer::LostAfter) {
             queued.retain(|seq, _| !gone.contains(seq));
         }
         if answer == Answer::Given {
-            log.settles[settle].ended = Some(ended);
+            log.acks[ack].ended = Some(ended);
         }
     }
 }
