@@ -24,19 +24,19 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// The most connections, where the process may have enough descriptors.
+/// The maximum number of connections, if the process has enough descriptors.
 const MAX_CONNECTIONS: usize = 64;
 
-/// The share of the process's descriptors that they may use.
+/// Connections may use one of this number of descriptors.
 const SHARE_OF_DESCRIPTORS: u64 = 4;
 
-/// How long a connection lives. A scrape connects anew.
+/// The maximum lifetime of a connection. Each scrape opens a new one.
 const LIFETIME: Duration = Duration::from_secs(10);
 
-/// Between two attempts to accept where the system has no descriptor left.
+/// The pause before a retry if the system has no descriptor left.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// A listener of which at most a number of connections is open.
+/// A listener with a maximum number of open connections.
 pub(super) struct Bounded {
     listener: TcpListener,
     max: usize,
