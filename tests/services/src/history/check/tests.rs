@@ -359,7 +359,7 @@ async fn recorders_keep_the_calls_of_an_aborted_task() {
 }
 
 #[test]
-#[should_panic(expected = "record still")]
+#[should_panic(expected = "recorders are still in use")]
 fn a_history_with_active_recorders_is_not_checked() {
     let history = History::new();
     let _recorder = history.recorder();
@@ -367,7 +367,7 @@ fn a_history_with_active_recorders_is_not_checked() {
 }
 
 #[test]
-#[should_panic(expected = "names two messages")]
+#[should_panic(expected = "is used for two messages")]
 fn a_tag_used_for_two_messages_is_refused() {
     let history = History::new();
     let mut recorder = history.recorder();
