@@ -1,7 +1,7 @@
 //! A Postgres that goes back in time: to what a standby had, or to a copy of its data.
 //!
 //! What takes the place of a server's data is started by the same command on the same address, so
-//! whoever uses the server finds another one there.
+//! any client that uses the server finds another one there.
 
 use std::{fs, path::Path, process::Stdio};
 
