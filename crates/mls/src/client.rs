@@ -5,6 +5,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt,
+    time::Duration,
 };
 
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
@@ -44,6 +45,10 @@ impl fmt::Debug for Client {
         f.debug_struct("Client").field("identity", &self.identity).finish_non_exhaustive()
     }
 }
+
+/// The most keys of ours that are skipped in a group, which leaves others some of what they allow
+/// to be missing.
+const MAX_SKIPPED: u64 = crate::group::FORWARD as u64 - 2_000;
 
 /// Bytes to be enqueued, the same for each recipient.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,6 +103,12 @@ pub enum Error {
     WrongName(IdentityKey),
     #[error("{0} uses a client that cannot join our groups")]
     Incompatible(IdentityKey),
+    /// A change to the group that others read only later would shut them out.
+    #[error("the key package of {0} is about to run out: they have to come online once")]
+    PackageTooOld(IdentityKey),
+    /// The state is an older copy, and more keys were used since than others allow to be skipped.
+    #[error("this copy of the profile is too old for the group: ask its maker to add you again")]
+    CopyTooOld,
     #[error("MLS: {0}")]
     Mls(String),
     #[error(transparent)]
@@ -280,6 +291,10 @@ impl Client {
                 return Err(Error::AlreadyMember(invitee.identity));
             }
             packages.push(open(invitee, now)?);
+            let is_group = matches!(group.profile().kind, Kind::Group { .. });
+            if is_group && expires_soon(invitee, now) {
+                return Err(Error::PackageTooOld(invitee.identity));
+            }
         }
         let (commit, welcome) = group.add(&identity, &packages)?;
         let channel = group.profile().channel;
@@ -323,14 +338,67 @@ impl Client {
     /// Encrypts a message to everyone in a group. See the crate's documentation on saving before
     /// sending.
     pub fn encrypt(&mut self, group: GroupId, content: &Content) -> Result<Parcel, Error> {
+        self.encrypt_bytes(group, &content.encode())
+    }
+
+    /// Encrypts a question for messages that we could not read, named by the SHA-256 of their
+    /// bytes. See the crate's documentation on saving before sending.
+    pub fn ask(&mut self, group: GroupId, digests: Vec<[u8; 32]>) -> Result<Parcel, Error> {
+        self.encrypt_bytes(group, &crate::content::could_not_read(&digests))
+    }
+
+    fn encrypt_bytes(&mut self, id: GroupId, content: &[u8]) -> Result<Parcel, Error> {
         let identity = self.identity.clone();
-        let group = self.active(group)?;
+        let skipped = self.skipped(&id)?;
+        let group = self.active(id)?;
         let recipients = others(&group.members(), &identity.public());
         if recipients.is_empty() {
             return Err(Error::Alone);
         }
+        if skipped > MAX_SKIPPED {
+            return Err(Error::CopyTooOld);
+        }
+        group.skip_keys(&identity, skipped)?;
         let payload = group.encrypt(&identity, content)?;
-        Ok(Parcel { recipients, channel: group.profile().channel, payload })
+        let parcel = Parcel { recipients, channel: group.profile().channel, payload };
+        if skipped > 0 {
+            self.database.delete(tables::SKIPPED, id.as_bytes())?;
+        }
+        Ok(parcel)
+    }
+
+    /// Makes sure that none of our next `count` sending keys is used, in any group: they were used
+    /// by a later state, of which this is an older copy. Receivers allow for such gaps.
+    ///
+    /// Direct groups with a larger gap than receivers allow are retired.
+    pub fn skip_keys(&mut self, count: u64) -> Result<(), DatabaseError> {
+        let me = self.identity.public();
+        for group in self.groups()?.into_iter().filter(|group| group.active) {
+            let skipped = self.skipped(&group.id)?.saturating_add(count);
+            if skipped > MAX_SKIPPED && group.peer_of(&me).is_some() {
+                self.retire(&group.id)?;
+            }
+            self.database.put(
+                tables::SKIPPED,
+                group.id.as_bytes(),
+                None,
+                &skipped.to_be_bytes(),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn skipped(&self, group: &GroupId) -> Result<u64, DatabaseError> {
+        let row = self.database.get(tables::SKIPPED, group.as_bytes())?;
+        let row = row.map(|row| row[..].try_into().map(u64::from_be_bytes));
+        row.transpose()
+            .map(Option::unwrap_or_default)
+            .map_err(|_| DatabaseError::Damaged("a count is cut short".into()))
+    }
+
+    /// Sends nothing to a direct group any more. It can still be read.
+    pub fn retire(&mut self, group: &GroupId) -> Result<(), DatabaseError> {
+        self.database.put(tables::RETIRED, group.as_bytes(), None, b"")
     }
 
     /// The direct conversation to use with `peer`, if there is one that both are in.
@@ -339,8 +407,13 @@ impl Client {
     /// the same one here: the one made last, or of the smaller id. A peer that has lost its state
     /// makes a new one, which wins so.
     pub fn direct(&self, peer: &IdentityKey) -> Result<Option<GroupId>, DatabaseError> {
-        Ok(self
-            .direct_groups(peer)?
+        let mut groups = Vec::new();
+        for group in self.direct_groups(peer)? {
+            if self.database.get(tables::RETIRED, group.id.as_bytes())?.is_none() {
+                groups.push(group);
+            }
+        }
+        Ok(groups
             .into_iter()
             .filter(|group| group.active)
             .filter(|group| group.members.iter().any(|member| member.identity == *peer))
@@ -396,6 +469,17 @@ impl Client {
 
 fn others(members: &[crate::Member], me: &IdentityKey) -> Vec<IdentityKey> {
     members.iter().map(|member| member.identity).filter(|key| key != me).collect()
+}
+
+/// What an invitee's key package must have left when it is used in a group: the longest that a
+/// commit waits in a member's inbox, by the default time to live, and a day. A member who reads the
+/// commit after the package's end cannot follow it.
+const MIN_LEFT: Duration = Duration::from_secs(31 * 24 * 3600);
+
+fn expires_soon(invitee: &Invitee<'_>, now: UnixMillis) -> bool {
+    let policy = Policy { suites: vec![packages::SUITE.into()], ..Policy::default() };
+    key_package::check(invitee.key_package, &policy, &invitee.identity, now)
+        .is_ok_and(|checked| checked.not_after < now.plus(MIN_LEFT))
 }
 
 /// Checks that a key package is usable and its invitee's.

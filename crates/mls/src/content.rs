@@ -5,8 +5,11 @@ use std::fmt;
 
 use prost::Message as _;
 
-/// The only version so far. A message of another is left to newer clients.
+/// The version of texts.
 const VERSION: u8 = 1;
+/// The version of what clients say to each other, which is not shown. Clients that do not know it
+/// say that they do not understand it.
+const CONTROL_VERSION: u8 = 2;
 
 /// One chat message.
 #[derive(Clone, PartialEq, Eq)]
@@ -16,6 +19,43 @@ pub struct Content {
     /// When it was sent by the sender's clock, in Unix milliseconds: a claim.
     pub sent_at: u64,
     pub text: String,
+    /// SHA-256 of the message that this one repeats, for a receiver who could not read that.
+    pub repeats: Option<[u8; 32]>,
+}
+
+/// What an application message says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Said {
+    Text(Content),
+    /// The sender could not read these messages, named by the SHA-256 of their bytes.
+    CouldNotRead(Vec<[u8; 32]>),
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Control {
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    could_not_read: Vec<Vec<u8>>,
+}
+
+impl Said {
+    /// `None` when the bytes are no message of a version known here.
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        let (&CONTROL_VERSION, protobuf) = bytes.split_first()? else {
+            return Content::decode(bytes).map(Self::Text);
+        };
+        let digests = Control::decode(protobuf).ok()?.could_not_read;
+        let digests: Option<Vec<_>> =
+            digests.into_iter().map(|digest| digest.try_into().ok()).collect();
+        digests.filter(|digests| !digests.is_empty()).map(Self::CouldNotRead)
+    }
+}
+
+/// The bytes of [`Said::CouldNotRead`].
+pub(crate) fn could_not_read(digests: &[[u8; 32]]) -> Vec<u8> {
+    let control = Control { could_not_read: digests.iter().map(|one| one.to_vec()).collect() };
+    let mut bytes = vec![CONTROL_VERSION];
+    control.encode(&mut bytes).expect("a Vec grows as needed");
+    bytes
 }
 
 impl fmt::Debug for Content {
@@ -36,12 +76,18 @@ struct Encoded {
     sent_at: u64,
     #[prost(bytes = "vec", tag = "3")]
     id: Vec<u8>,
+    #[prost(bytes = "vec", optional, tag = "4")]
+    repeats: Option<Vec<u8>>,
 }
 
 impl Content {
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let encoded =
-            Encoded { text: self.text.clone(), sent_at: self.sent_at, id: self.id.to_vec() };
+        let encoded = Encoded {
+            text: self.text.clone(),
+            sent_at: self.sent_at,
+            id: self.id.to_vec(),
+            repeats: self.repeats.map(|digest| digest.to_vec()),
+        };
         let mut bytes = vec![VERSION];
         encoded.encode(&mut bytes).expect("a Vec grows as needed");
         bytes
@@ -51,7 +97,13 @@ impl Content {
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (&VERSION, protobuf) = bytes.split_first()? else { return None };
         let encoded = Encoded::decode(protobuf).ok()?;
-        Some(Self { id: encoded.id.try_into().ok()?, sent_at: encoded.sent_at, text: encoded.text })
+        let repeats = encoded.repeats.map(|digest| digest.try_into()).transpose().ok()?;
+        Some(Self {
+            id: encoded.id.try_into().ok()?,
+            sent_at: encoded.sent_at,
+            text: encoded.text,
+            repeats,
+        })
     }
 }
 
@@ -60,12 +112,20 @@ mod tests {
     use super::*;
 
     fn content() -> Content {
-        Content { id: [7; 16], sent_at: 1_700_000_000_000, text: "hallo, wëlt".into() }
+        Content {
+            id: [7; 16],
+            sent_at: 1_700_000_000_000,
+            text: "hallo, wëlt".into(),
+            repeats: Some([9; 32]),
+        }
     }
 
     #[test]
     fn what_is_encoded_decodes() {
-        assert_eq!(Content::decode(&content().encode()), Some(content()));
+        assert_eq!(Said::decode(&content().encode()), Some(Said::Text(content())));
+        let question = could_not_read(&[[1; 32], [2; 32]]);
+        assert_eq!(Said::decode(&question), Some(Said::CouldNotRead(vec![[1; 32], [2; 32]])));
+        assert_eq!(Said::decode(&could_not_read(&[])), None);
     }
 
     #[test]
@@ -74,14 +134,14 @@ mod tests {
         longer.extend_from_slice(&[0xfa, 0x06, 0x02, b'h', b'i']); // field 111, two bytes
         assert_eq!(Content::decode(&longer), Some(content()));
         let mut newer = content().encode();
-        newer[0] = 2;
-        assert_eq!(Content::decode(&newer), None);
+        newer[0] = 3;
+        assert_eq!(Said::decode(&newer), None);
         assert_eq!(Content::decode(&[]), None);
     }
 
     #[test]
     fn an_id_has_sixteen_bytes() {
-        let encoded = Encoded { text: String::new(), sent_at: 0, id: vec![1; 15] };
+        let encoded = Encoded { text: String::new(), sent_at: 0, id: vec![1; 15], repeats: None };
         let bytes = [&[VERSION][..], &encoded.encode_to_vec()].concat();
         assert_eq!(Content::decode(&bytes), None);
     }

@@ -23,7 +23,7 @@ use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
 use crate::{
     client::Error,
     codec::{Malformed, Reader, Writer},
-    content::Content,
+    content::{Content, Said},
     database::{Database, DatabaseError},
     identity::{Identity, Member},
     outline,
@@ -45,7 +45,7 @@ const PAST_EPOCHS: usize = 10;
 /// How far back in one sender's messages a late one may be, and how many may be lost in a row: as
 /// many as fit an inbox.
 const OUT_OF_ORDER: u32 = 1_000;
-const FORWARD: u32 = 10_000;
+pub(crate) const FORWARD: u32 = 10_000;
 
 /// What the world may know of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +68,7 @@ pub struct GroupSummary {
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Message { sender: Member, content: Content },
+    Asked { sender: Member, digests: Vec<[u8; 32]> },
     Committed { added: Vec<Member>, removed: Vec<Member> },
     Lost(Lost),
     Ignored(Ignored),
@@ -224,14 +225,17 @@ impl Group {
     pub(crate) fn encrypt(
         &mut self,
         identity: &Identity,
-        content: &Content,
+        content: &[u8],
     ) -> Result<Vec<u8>, Error> {
         self.mls.set_aad(outline::claim(&identity.public()));
-        let message = self
-            .mls
-            .create_message(&self.store, identity, &content.encode())
-            .map_err(Error::mls)?;
+        let message =
+            self.mls.create_message(&self.store, identity, content).map_err(Error::mls)?;
         message.to_bytes().map_err(Error::mls)
+    }
+
+    /// Uses up so many of our sending keys.
+    pub(crate) fn skip_keys(&mut self, identity: &Identity, count: u64) -> Result<(), Error> {
+        (0..count).try_for_each(|_| self.encrypt(identity, b"").map(drop))
     }
 
     /// Processes a message of this group that is not of a future epoch.
@@ -266,9 +270,10 @@ impl Group {
                             == Some(member)
                     })
                     .ok_or(Ignored::Invalid)?;
-                let content =
-                    Content::decode(&message.into_bytes()).ok_or(Ignored::UnknownContent)?;
-                Ok(Outcome::Message { sender, content })
+                match Said::decode(&message.into_bytes()).ok_or(Ignored::UnknownContent)? {
+                    Said::Text(content) => Ok(Outcome::Message { sender, content }),
+                    Said::CouldNotRead(digests) => Ok(Outcome::Asked { sender, digests }),
+                }
             }
             ProcessedMessageContent::StagedCommitMessage(commit) => {
                 if sender.map(|member| member.identity) != Some(self.profile.maker) {
@@ -443,7 +448,7 @@ impl Departed {
 
 impl GroupSummary {
     /// The other one of a direct group.
-    pub(crate) fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
+    pub fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
         match &self.kind {
             Kind::Direct { peer } if self.maker == *me => Some(*peer),
             Kind::Direct { .. } => Some(self.maker),

@@ -34,6 +34,13 @@ pub enum Received {
         sender: Member,
         content: Content,
     },
+    /// A member could not read these messages, named by the SHA-256 of their bytes, and asks for
+    /// those that were ours. Nothing is to be shown.
+    Asked {
+        group: GroupId,
+        sender: Member,
+        digests: Vec<[u8; 32]>,
+    },
     /// The group's maker changed who is in it. `added` are to be compared with the directory.
     Committed {
         group: GroupId,
@@ -262,6 +269,7 @@ impl Client {
             Outcome::Message { sender, content } => {
                 Received::Message { group: id, channel: group.profile().channel, sender, content }
             }
+            Outcome::Asked { sender, digests } => Received::Asked { group: id, sender, digests },
             Outcome::Committed { added, removed } => {
                 Received::Committed { group: id, added, removed }
             }

@@ -12,3 +12,7 @@ pub(crate) const GROUPS: Table = Table::new(3);
 pub(crate) const PACKAGES: Table = Table::new(4);
 /// Messages put aside, in the lane of their group.
 pub(crate) const WAITING: Table = Table::new(5);
+/// Direct groups that nothing is sent to any more.
+pub(crate) const RETIRED: Table = Table::new(6);
+/// How many of our keys are to be skipped in a group before anything is encrypted.
+pub(crate) const SKIPPED: Table = Table::new(7);

@@ -8,16 +8,17 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use qpq_domain::{ChannelId, Seq, UnixMillis};
-use qpq_mls::{Arrival, Ignored, Received, Unreadable};
+use qpq_mls::{Arrival, Ignored, Lost, Received};
 use qpq_proto::{methods, v1};
 use sha2::{Digest as _, Sha256};
 
 use super::{
     Messenger,
     log::{ConversationId, Entry, Event},
+    marker::Marking,
     now,
     send::MAX_TEXT,
-    state::{LEGACY_CURSOR, State},
+    state::{LEGACY_CURSOR, REPLACE_PACKAGES, State},
 };
 use crate::{
     error::{CallError, Error},
@@ -48,6 +49,7 @@ impl Messenger {
         }
         self.settle_names().await?;
         self.settle_keys(keys).await?;
+        unless_final("repair", self.repair().await)?;
         unless_final("outbox", self.flush().await)?;
         self.unseen().await
     }
@@ -86,23 +88,47 @@ impl Messenger {
         let turn = profile::turn(self.store().dir(), Task::ReadInbox, TURN_PATIENCE).await?;
         let Some(_turn) = turn else { return Ok(NewKeys::NotNeeded) };
         let mut keys = NewKeys::NotNeeded;
-        let mut after = Seq::ZERO;
+        let (mut after, mut newest, mut news) = (Seq::ZERO, None, false);
         for _ in 0..MAX_PAGES {
             let page = self.peek(after).await?;
-            let Some(last) = page.payloads.last().map(|envelope| Seq(envelope.seq)) else { break };
-            check_order(after, &page.payloads)?;
-            let seqs = page.payloads.iter().map(|envelope| envelope.seq).collect();
             let more = page.more;
-            if self.store().change(move |state| take_in(state, page)).await? == NewKeys::Needed {
-                keys = NewKeys::Needed;
+            if let Some(last) = page.payloads.last().map(|envelope| Seq(envelope.seq)) {
+                check_order(after, &page.payloads)?;
+                let before = newest;
+                let taken = self.store().change(move |state| take_in(state, page, before)).await?;
+                if taken.keys == NewKeys::Needed {
+                    keys = NewKeys::Needed;
+                }
+                news |= taken.news;
+                newest = taken.newest;
+                if !taken.processed.is_empty() {
+                    self.ack(taken.processed).await?;
+                }
+                after = last;
             }
-            self.ack(seqs).await?;
-            after = last;
             if !more {
+                self.end_pass(newest.map(|marker| marker.generation), news).await?;
                 break;
             }
         }
         Ok(keys)
+    }
+
+    /// Does what needs an inbox that was read to its end.
+    async fn end_pass(&self, marked: Option<u64>, news: bool) -> Result<(), Error> {
+        let is_first = !self.shared.verified.load(Ordering::Relaxed);
+        if is_first || news {
+            self.store()
+                .change(move |state| {
+                    if is_first {
+                        state.compare_with(marked)?;
+                    }
+                    state.give_up()
+                })
+                .await?;
+            self.shared.verified.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     async fn peek(&self, after: Seq) -> Result<v1::PeekResponse, CallError> {
@@ -158,6 +184,24 @@ pub(super) enum NewKeys {
     NotNeeded,
 }
 
+/// A marker of our own in the inbox.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    seq: u64,
+    generation: u64,
+}
+
+/// What came of a page.
+struct TakenIn {
+    keys: NewKeys,
+    /// The seqs to be acknowledged.
+    processed: Vec<u64>,
+    /// The newest marker so far, which stays in the inbox.
+    newest: Option<Seen>,
+    /// Whether there was anything besides markers and what was processed before.
+    news: bool,
+}
+
 /// What is known of the numbers of the inbox.
 struct Numbers {
     /// The highest that was taken in; `None` after the store went back, when it may be any.
@@ -169,22 +213,42 @@ struct Numbers {
 }
 
 /// Takes a page in.
-fn take_in(state: &mut State, page: v1::PeekResponse) -> Result<NewKeys, Error> {
+fn take_in(
+    state: &mut State,
+    page: v1::PeekResponse,
+    newest: Option<Seen>,
+) -> Result<TakenIn, Error> {
+    let marking = Marking::of(state.mls.identity());
+    let mut taken =
+        TakenIn { keys: NewKeys::NotNeeded, processed: Vec::new(), newest, news: false };
     let legacy = state.number(LEGACY_CURSOR)?.unwrap_or(0);
     let last = Some(state.number(LAST_SEQ)?.unwrap_or(legacy));
     let mut numbers = Numbers { last, legacy, went_back: false };
     if state.is_other_store(&page.store_id)? {
         numbers.go_back(state, now())?;
     }
-    let mut keys = NewKeys::NotNeeded;
     for envelope in page.payloads {
         let (seq, at) = (envelope.seq, UnixMillis(envelope.enqueued_at));
         let arrival = Arrival { at: at.max(now()), channel: channel(&envelope) };
         let is_news = !state.mls.knows(&digest(&envelope.data))?;
         numbers.note(state, seq, is_news, at)?;
+        if arrival.channel == marking.channel {
+            // Noted like any message, so that its seq is known.
+            state.mls.receive(&envelope.data, arrival)?;
+            let marker = marking.open(&envelope.data);
+            let replaced = match (marker.map(|generation| Seen { seq, generation }), taken.newest) {
+                (Some(marker), Some(newest)) if marker.generation < newest.generation => Some(seq),
+                (Some(marker), _) => taken.newest.replace(marker).map(|older| older.seq),
+                (None, _) => Some(seq),
+            };
+            taken.processed.extend(replaced);
+            continue;
+        }
+        taken.processed.push(seq);
+        taken.news |= is_news;
         for received in state.mls.receive(&envelope.data, arrival)? {
             if matches!(received, Received::Joined(_)) {
-                keys = NewKeys::Needed;
+                taken.keys = NewKeys::Needed;
             }
             if matches!(received, Received::Unreadable(_)) && seq <= numbers.legacy {
                 tracing::info!(seq, "a message that an earlier release has read came again");
@@ -194,10 +258,10 @@ fn take_in(state: &mut State, page: v1::PeekResponse) -> Result<NewKeys, Error> 
         }
     }
     state.set_number(LAST_SEQ, numbers.last)?;
-    if numbers.went_back {
-        keys = NewKeys::Needed;
+    if numbers.went_back || state.number(REPLACE_PACKAGES)?.is_some() {
+        taken.keys = NewKeys::Needed;
     }
-    Ok(keys)
+    Ok(taken)
 }
 
 impl Numbers {
@@ -263,6 +327,15 @@ fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Err
                 state.log.push(Some(conversation), at, Event::Joined { by: summary.maker })?;
             }
         }
+        Received::Message { sender, content, .. } if content.repeats.is_some() => {
+            let digest = content.repeats.expect("it was matched");
+            state.people.claim(sender.identity, &sender.username)?;
+            state.take_in_repeat(&sender, content, digest, at)?;
+        }
+        Received::Asked { group, sender, digests } => {
+            state.people.claim(sender.identity, &sender.username)?;
+            state.answer(group, &sender.identity, digests)?;
+        }
         Received::Message { group, sender, content, .. } => {
             state.people.claim(sender.identity, &sender.username)?;
             let size = content.text.len();
@@ -293,7 +366,12 @@ fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Err
             }
         }
         Received::Buffered | Received::Duplicate | Received::Ignored(Ignored::OwnMessage) => {}
-        Received::Unreadable(lost) => note_unreadable(state, &lost, at)?,
+        Received::Unreadable(lost) => {
+            if lost.reason == Lost::NoPackage {
+                state.replace_packages()?;
+            }
+            state.note_unreadable(&lost, at)?;
+        }
         Received::Ignored(reason) => {
             let event = Event::Unreadable { from: None, reason: reason.to_string() };
             state.log.push(None, at, event)?;
@@ -304,20 +382,5 @@ fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Err
             state.log.push(None, at, event)?;
         }
     }
-    Ok(())
-}
-
-/// Notes a message whose content is lost to us.
-pub(super) fn note_unreadable(
-    state: &mut State,
-    lost: &Unreadable,
-    at: UnixMillis,
-) -> Result<(), Error> {
-    let known = match lost.group {
-        Some(group) => state.conversation_of(&group)?,
-        None => None,
-    };
-    let event = Event::Unreadable { from: lost.claimed_sender, reason: lost.reason.to_string() };
-    state.log.push(known, at, event)?;
     Ok(())
 }

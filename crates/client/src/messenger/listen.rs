@@ -179,6 +179,7 @@ impl Ear {
             return Ok(false);
         }
         self.messenger.settle_keys(keys).await?;
+        unless_final("repair", self.messenger.repair().await)?;
         Ok(true)
     }
 

@@ -8,6 +8,8 @@
 //! | `send` | messages and groups: encrypt, save, then send |
 //! | `inbox` | Peek, take in, save, then Ack |
 //! | `listen` | the live stream |
+//! | `marker` | the profile's own state that went back in time |
+//! | `repair` | messages that cannot be read: asking for them, and answering |
 //! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
 //! | `tables`, `records` | how it is kept; `legacy`: how earlier releases kept it |
 
@@ -16,10 +18,12 @@ mod inbox;
 mod legacy;
 mod listen;
 mod log;
+mod marker;
 mod open;
 mod outbox;
 mod people;
 mod records;
+mod repair;
 mod send;
 mod state;
 mod store;
@@ -61,6 +65,8 @@ struct Shared {
     store: StateStore,
     /// Held while the inbox is read.
     reading: Mutex<()>,
+    /// Whether the state was compared with the newest marker in the inbox.
+    verified: AtomicBool,
     /// Held while the outbox is sent.
     flushing: Mutex<()>,
     /// Whether our key packages were counted since the profile was opened: they also run out by

@@ -251,6 +251,7 @@ async fn assemble(client: Client, profile: Profile, store: StateStore) -> Result
         profile,
         store,
         reading: Mutex::default(),
+        verified: AtomicBool::default(),
         flushing: Mutex::default(),
         keys_checked: AtomicBool::default(),
         keys_refused: AtomicBool::default(),

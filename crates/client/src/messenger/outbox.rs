@@ -86,6 +86,20 @@ impl Outbox {
         self.database.append(OUTBOX, new, &encode(&SavedOutgoing::from(item))).map(drop)
     }
 
+    /// Removes the items from a number on that are messages of ours, and returns their entries.
+    pub(super) fn remove_from(&self, number: u64) -> Result<Vec<EntryId>, DatabaseError> {
+        let mut entries = Vec::new();
+        let mut after = number.checked_sub(1);
+        while let Some(item) = self.database.items_after(OUTBOX, after, 1)?.pop() {
+            after = Some(item.number);
+            if let Some(entry) = decode::<SavedOutgoing>(&item.value)?.restore()?.entry {
+                self.database.remove_item(OUTBOX, item.number)?;
+                entries.push(entry);
+            }
+        }
+        Ok(entries)
+    }
+
     pub(crate) fn is_empty(&self) -> Result<bool, DatabaseError> {
         Ok(self.database.items_after(OUTBOX, None, 1)?.is_empty())
     }

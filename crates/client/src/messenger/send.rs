@@ -1,7 +1,7 @@
 //! Sending: encrypt, save the ciphertext together with the state that made it, then send it from
 //! the outbox.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, MAX_BATCH, Username};
 use qpq_mls::{Content, GroupId, Invitee};
@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::{
     Messenger,
     log::{ConversationId, Delivery, EntryId, Event},
+    marker::{MARKER_TTL_SECS, Marker, UNVERIFIED},
     now,
     outbox::{Outgoing, Place, Verdict, fresh_message_id},
     people::Person,
@@ -19,6 +20,7 @@ use super::{
 };
 use crate::{
     error::{CallError, Error},
+    link::ConnectionEvent,
     profile::{self, Task},
 };
 
@@ -82,6 +84,7 @@ impl Messenger {
     /// Adds a user to a group of ours.
     pub async fn add(&self, group: ConversationId, username: &Username) -> Result<Outcome, Error> {
         let id = group_of(group)?;
+        self.verify().await?;
         let person = self.resolve(username).await?;
         // What would be refused anyway is not paid for with one of the user's key packages.
         let is_member =
@@ -108,8 +111,10 @@ impl Messenger {
         member: IdentityKey,
     ) -> Result<Outcome, Error> {
         let id = group_of(group)?;
+        self.verify().await?;
         self.store()
             .change(move |state| {
+                state.count_encryption()?;
                 let commit = state.mls.remove(id, &[member])?;
                 state.outbox.push(commit, None, now())?;
                 state.log.push_own(group, now(), Event::Removed { members: vec![member] })?;
@@ -145,6 +150,7 @@ impl Messenger {
         if let Some(text) = texts.iter().find(|text| text.len() > MAX_TEXT) {
             return Err(Error::TextTooLong { size: text.len(), max: MAX_TEXT });
         }
+        self.verify().await?;
         if let ConversationId::Direct(peer) = conversation {
             self.start_direct(peer).await?;
         }
@@ -167,6 +173,30 @@ impl Messenger {
         self.work_off(end).await
     }
 
+    /// Makes sure that this state is no older copy of the profile, before anything is encrypted.
+    /// Where the server cannot be asked now, that is noted, and made up for later.
+    async fn verify(&self) -> Result<(), Error> {
+        if self.shared.verified.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let is_connected = matches!(
+            *self.client().connection_events().borrow(),
+            ConnectionEvent::Connected { .. }
+        );
+        if is_connected && self.sync().await.is_ok() {
+            return Ok(());
+        }
+        self.store()
+            .change(|state| {
+                if state.number(UNVERIFIED)?.is_none() {
+                    let end = state.database().next_number(super::tables::OUTBOX)?;
+                    state.set_number(UNVERIFIED, Some(end))?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
     /// As [`Messenger::flush`], but nothing that was written after this message of ours.
     pub async fn flush_until(&self, entry: EntryId) -> Result<(), Error> {
         match self.store().read(move |state| Ok(state.outbox.end_of(entry)?)).await? {
@@ -175,7 +205,17 @@ impl Messenger {
         }
     }
 
-    async fn work_off(&self, end: Place) -> Result<(), Error> {
+    async fn work_off(&self, mut end: Place) -> Result<(), Error> {
+        if !self.has_unsent().await? {
+            return Ok(());
+        }
+        if !self.shared.verified.load(Ordering::Relaxed) {
+            let before = self.store().read(|state| Ok(state.outbox.end()?)).await?;
+            self.sync().await?;
+            // What was encrypted again has other places.
+            let after = self.store().read(|state| Ok(state.outbox.end()?)).await?;
+            end = if after > before { after } else { end };
+        }
         let mut backlog = Backlog { from: None, end, stopped: BTreeSet::new() };
         while self.send_some(&mut backlog).await? == Left::Some {}
         Ok(())
@@ -195,26 +235,32 @@ impl Messenger {
         let turn = profile::turn(self.store().dir(), Task::SendOutbox, patience).await?;
         // Another process is sending all this time, ours among the rest.
         let Some(_turn) = turn else { return Ok(Left::Nothing) };
-        let (mut answers, mut sent) = (Vec::new(), Ok(()));
+        let (mut answers, mut sent, mut marked) = (Vec::new(), Ok(()), 0);
         let mut left = Left::Some;
         let until = Instant::now() + SAVED_WITHIN;
         while sent.is_ok() && answers.len() < SENT_AT_ONCE && Instant::now() < until {
             let (from, end) = (backlog.from, backlog.end);
-            let next = self.store().read(move |state| Ok(state.outbox.next(from, end)?)).await?;
-            let Some((place, item)) = next else {
+            let next = self.store().read(move |state| {
+                let Some((place, item)) = state.outbox.next(from, end)? else { return Ok(None) };
+                Ok(Some((place, item, state.due_marker()?)))
+            });
+            let Some((place, item, marker)) = next.await? else {
                 left = Left::Nothing;
                 break;
             };
             backlog.from = Some(place);
-            let (verdicts, outcome) = self.send_item(&item, &mut backlog.stopped).await;
+            let marker = marker.as_ref().filter(|marker| marker.generation > marked);
+            let (verdicts, outcome) =
+                self.send_item(&item, marker, &mut marked, &mut backlog.stopped).await;
             if !verdicts.is_empty() {
                 answers.push((place, verdicts));
             }
             sent = outcome;
         }
-        if !answers.is_empty() {
+        if !answers.is_empty() || marked > 0 {
             self.store()
                 .change(move |state| {
+                    state.set_marked(marked)?;
                     answers.iter().try_for_each(|(place, verdicts)| settle(state, *place, verdicts))
                 })
                 .await?;
@@ -228,13 +274,16 @@ impl Messenger {
     async fn send_item(
         &self,
         item: &Outgoing,
+        marker: Option<&Marker>,
+        marked: &mut u64,
         stopped: &mut BTreeSet<IdentityKey>,
     ) -> (Vec<(IdentityKey, Verdict)>, Result<(), CallError>) {
         let recipients = item.recipients.iter().filter(|key| !stopped.contains(*key));
         let recipients: Vec<_> = recipients.copied().collect();
         let mut verdicts = Vec::with_capacity(recipients.len());
         for some in recipients.chunks(MAX_BATCH) {
-            match self.enqueue(item, some).await {
+            let due = marker.filter(|marker| marker.generation > *marked);
+            match self.enqueue_marked(item, some, due, marked).await {
                 Ok(said) => verdicts.extend(said),
                 Err(error) => return (verdicts, Err(error)),
             }
@@ -261,6 +310,57 @@ impl Messenger {
                 Ok(())
             })
             .await
+    }
+
+    /// Sends a marker, if one is due, and then the item: in one call where that can be.
+    async fn enqueue_marked(
+        &self,
+        item: &Outgoing,
+        recipients: &[IdentityKey],
+        due: Option<&Marker>,
+        marked: &mut u64,
+    ) -> Result<Vec<(IdentityKey, Verdict)>, CallError> {
+        let Some(marker) = due else { return self.enqueue(item, recipients).await };
+        let to_self = v1::EnqueueRequest {
+            recipient_key: marker.owner.as_bytes().to_vec().into(),
+            payload: marker.payload.clone().into(),
+            channel_id: marker.channel.as_bytes().to_vec().into(),
+            message_id: fresh_message_id(now()).as_bytes().to_vec().into(),
+            ttl_secs: MARKER_TTL_SECS,
+            ..Default::default()
+        };
+        let [recipient] = recipients else {
+            match self.client().call::<methods::Enqueue>(to_self).await {
+                Ok(_) => *marked = marker.generation,
+                Err(error) if error.server().is_some() && !error.is_unauthorized() => {
+                    tracing::info!(%error, "the server does not take a marker now");
+                }
+                Err(error) => return Err(error),
+            }
+            return self.enqueue(item, recipients).await;
+        };
+        let message = v1::EnqueueRequest {
+            recipient_key: recipient.as_bytes().to_vec().into(),
+            payload: item.payload.clone().into(),
+            channel_id: item.channel.as_bytes().to_vec().into(),
+            message_id: item.message_id.as_bytes().to_vec().into(),
+            ..Default::default()
+        };
+        let request =
+            v1::BatchEnqueueRequest { messages: vec![to_self, message], ..Default::default() };
+        let said = match self.client().call::<methods::BatchEnqueue>(request).await {
+            Ok(answer) => match &answer.results[..] {
+                [of_marker, of_item] => {
+                    if verdict(of_marker.status, &of_marker.code) == Verdict::Accepted {
+                        *marked = marker.generation;
+                    }
+                    verdict(of_item.status, &of_item.code)
+                }
+                _ => return Err(CallError::Malformed { method: "BatchEnqueue" }),
+            },
+            Err(error) => verdict_of_all(error)?,
+        };
+        Ok(vec![(*recipient, said)])
     }
 
     async fn enqueue(
@@ -347,13 +447,14 @@ fn check_ours(state: &State, group: &GroupId, person: &IdentityKey) -> Result<bo
 }
 
 /// Adds a person to a group of ours: the others learn of it before the Welcome goes out.
-fn add(
+pub(super) fn add(
     state: &mut State,
     group: GroupId,
     person: &Person,
     key_package: &[u8],
 ) -> Result<(), Error> {
     let invitee = Invitee { identity: person.identity, username: &person.username, key_package };
+    state.count_encryption()?;
     let added = state.mls.add(group, &[invitee], now())?;
     if let Some(commit) = added.commit {
         state.outbox.push(commit, None, now())?;
@@ -367,6 +468,19 @@ fn encrypt(
     conversation: ConversationId,
     text: String,
 ) -> Result<EntryId, Error> {
+    let sent = Event::Sent { text: text.clone(), delivery: Delivery::Queued };
+    let entry = state.log.push_own(conversation, now(), sent)?;
+    encrypt_entry(state, conversation, entry, text)?;
+    Ok(entry)
+}
+
+/// Encrypts a message of ours that has an entry, and puts it in the outbox.
+pub(super) fn encrypt_entry(
+    state: &mut State,
+    conversation: ConversationId,
+    entry: EntryId,
+    text: String,
+) -> Result<(), Error> {
     let group = match conversation {
         ConversationId::Direct(peer) => {
             state.mls.direct(&peer)?.ok_or(Error::NoSuchConversation)?
@@ -374,15 +488,15 @@ fn encrypt(
         ConversationId::Group(id) => id,
     };
     let at = now();
-    let content = Content { id: *fresh_message_id(at).as_bytes(), sent_at: at.0, text };
+    let id = *fresh_message_id(at).as_bytes();
+    let content = Content { id, sent_at: at.0, text, repeats: None };
+    state.count_encryption()?;
     let parcel = state.mls.encrypt(group, &content).map_err(|error| match error {
         qpq_mls::Error::UnknownGroup => Error::NoSuchConversation,
         other => other.into(),
     })?;
-    let sent = Event::Sent { text: content.text, delivery: Delivery::Queued };
-    let entry = state.log.push_own(conversation, at, sent)?;
-    state.outbox.push(parcel, Some(entry), at)?;
-    Ok(entry)
+    state.note_sent(&parcel.payload, entry)?;
+    Ok(state.outbox.push(parcel, Some(entry), at)?)
 }
 
 /// Takes in what the server said about an item.

@@ -64,6 +64,10 @@ impl State {
         }
     }
 
+    pub(super) fn database(&self) -> &Database {
+        &self.database
+    }
+
     /// Writes what is still in memory. To be called before the transaction ends.
     pub(crate) fn save(&mut self) -> Result<(), DatabaseError> {
         self.mls.save()

@@ -89,7 +89,8 @@ async fn a_name_that_is_not_ones_own_is_refuted() {
     };
     let added = mls.add(group, &[invitee], system_now()).unwrap();
     enqueue(&mallory, &bob, added.welcome.payload).await;
-    let content = qpq_mls::Content { id: [1; 16], sent_at: 0, text: "it's me, Alice".into() };
+    let text = "it's me, Alice".into();
+    let content = qpq_mls::Content { id: [1; 16], sent_at: 0, text, repeats: None };
     enqueue(&mallory, &bob, mls.encrypt(group, &content).unwrap().payload).await;
 
     let entries = bob.receive().await.unwrap();

@@ -1,8 +1,10 @@
-//! Stores that go back in time: the server's, as when a backup is restored.
+//! Stores that go back in time: the server's, as when a backup is restored, and the profile's own.
 
 use std::fs;
 
-use crate::harness::{Server, dm, history, read};
+use qpq_client::{Event, Messenger, VaultKey};
+
+use crate::harness::{Server, copy_dir, dm, history, read, reopen, username};
 
 #[tokio::test]
 async fn what_a_restored_server_accepts_is_shown_and_the_restore_is_said() {
@@ -45,4 +47,91 @@ async fn what_comes_again_from_a_restored_server_is_shown_once() {
     assert_eq!(read(&bob).await, ["the server went back", "alice: after the restore"]);
     assert_eq!(history(&bob, with_alice).await.len(), 3);
     assert!(fs::exists(server.profile("bob").join("state.db")).unwrap());
+}
+
+/// Replaces a profile's directory by an older copy, while nobody uses it.
+fn put_back(server: &Server, name: &str, copy: &std::path::Path) {
+    fs::remove_dir_all(server.profile(name)).unwrap();
+    copy_dir(copy, &server.profile(name));
+}
+
+async fn closed(messenger: Messenger) -> VaultKey {
+    let key = messenger.vault_key().await;
+    messenger.client().close().await;
+    key
+}
+
+#[tokio::test]
+async fn what_a_restored_profile_sends_is_shown() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
+    let group = bob.create_group("friends").await.unwrap();
+    bob.add(group, &username("alice")).await.unwrap();
+    alice.send(with_bob, "hello").await.unwrap();
+    alice.receive().await.unwrap();
+    let dir = server.profile("alice");
+    let key = closed(alice).await;
+    let night = tempfile::tempdir().unwrap();
+    let copy = night.path().join("alice");
+    copy_dir(&dir, &copy);
+    let alice = reopen(&dir, &key).await;
+    for number in 0..3 {
+        alice.send(with_bob, &format!("day {number}")).await.unwrap();
+        alice.send(group, &format!("day {number} to friends")).await.unwrap();
+    }
+    assert_eq!(read(&bob).await.len(), 7);
+    closed(alice).await;
+
+    // Without a look at the inbox before, and with one.
+    for looks in [false, true] {
+        put_back(&server, "alice", &copy);
+        let alice = reopen(&dir, &key).await;
+        if looks {
+            let entries = alice.receive().await.unwrap();
+            assert!(entries.iter().any(|entry| entry.event == Event::Restored), "{entries:?}");
+        }
+        for number in 0..4 {
+            alice.send(with_bob, &format!("next day {number}")).await.unwrap();
+            alice.send(group, &format!("next day {number} to friends")).await.unwrap();
+        }
+        let shown = read(&bob).await;
+        let expected: Vec<_> = (0..4)
+            .flat_map(|number| {
+                [
+                    format!("alice: next day {number}"),
+                    format!("alice: next day {number} to friends"),
+                ]
+            })
+            .collect();
+        assert_eq!(shown, expected, "looks first: {looks}");
+        bob.send(with_alice, "answer").await.unwrap();
+        let answered = read(&alice).await;
+        assert!(answered.contains(&"bob: answer".to_owned()), "{answered:?}");
+        closed(alice).await;
+    }
+}
+
+#[tokio::test]
+async fn a_first_message_that_cannot_be_read_is_named_and_repeated() {
+    let mut server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let night = server.copy_data().await;
+    let carol = server.user("carol").await;
+    // The package that carol uses up is given out again after the restore.
+    carol.send(dm(&carol, "bob").await, "hi").await.unwrap();
+    assert_eq!(read(&bob).await, ["carol: hi"]);
+    server.restore_data(&night).await;
+    let with_bob = dm(&alice, "bob").await;
+    for text in ["one", "two"] {
+        alice.send(with_bob, text).await.unwrap();
+    }
+    let shown = read(&bob).await;
+    let named = shown.iter().filter(|line| line.starts_with("unreadable of alice")).count();
+    assert_eq!(named, 2, "{shown:?}");
+    alice.receive().await.unwrap();
+    assert_eq!(read(&bob).await, ["alice: one", "alice: two"]);
+    alice.send(with_bob, "three").await.unwrap();
+    assert_eq!(read(&bob).await, ["alice: three"]);
+    assert!(read(&bob).await.is_empty());
 }

@@ -60,7 +60,9 @@ fn group_of(maker: &mut Client, others: &mut [&mut Client]) -> GroupId {
 }
 
 fn say(from: &mut Client, group: GroupId, text: &str) -> Vec<u8> {
-    from.encrypt(group, &Content { id: [0; 16], sent_at: 0, text: text.into() }).unwrap().payload
+    from.encrypt(group, &Content { id: [0; 16], sent_at: 0, text: text.into(), repeats: None })
+        .unwrap()
+        .payload
 }
 
 /// Whether `to` still reads what `from` says.

@@ -229,6 +229,23 @@ fn a_last_resort_package_serves_more_than_once_and_another_does_not() {
 }
 
 #[test]
+fn a_package_that_runs_out_soon_is_refused_in_a_group_and_not_in_a_direct_conversation() {
+    let days = |days: u64| std::time::Duration::from_secs(days * 24 * 3600);
+    for (age, is_refused) in [(52, false), (54, true)] {
+        let mut world = World::new(2);
+        let made = now().minus(days(age));
+        let package = world.clients[BOB].key_packages(1, made).unwrap().remove(0);
+        let (bob, name) = (world.key(BOB), world.name(BOB).clone());
+        let invitee = Invitee { identity: bob, username: &name, key_package: &package };
+        let group = world.clients[ANN].create_group("g", ChannelId::DEFAULT, now()).unwrap();
+        let added = world.clients[ANN].add(group, &[invitee], now());
+        assert_eq!(added.err(), is_refused.then_some(Error::PackageTooOld(bob)), "{age} days");
+        let direct = world.clients[ANN].create_direct(bob, now()).unwrap();
+        world.clients[ANN].add(direct, &[invitee], now()).unwrap();
+    }
+}
+
+#[test]
 fn a_forgotten_group_is_gone() {
     let mut world = World::new(2);
     let group = world.group(&[ANN, BOB]);

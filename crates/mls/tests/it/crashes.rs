@@ -28,6 +28,26 @@ fn a_crash_between_saving_and_acknowledging_makes_a_duplicate() {
     }
 }
 
+#[test]
+fn an_older_copy_that_skips_keys_is_read_by_everyone() {
+    let mut world = World::new(3);
+    let group = world.group(&[ANN, BOB, CAT]);
+    let night = restored(&mut world.clients[BOB]);
+    for number in 0..5 {
+        world.say(BOB, group, &format!("day {number}"));
+    }
+    world.deliver_all(ANN);
+    world.clients[BOB] = night;
+    world.clients[BOB].skip_keys(5).unwrap();
+    world.restart(BOB);
+    world.say(BOB, group, "next day");
+    assert_eq!(crate::world::texts(&world.deliver_all(ANN)), ["next day"]);
+    assert_eq!(world.deliver_all(CAT).len(), 6, "also by who has read nothing yet");
+    world.clients[BOB].skip_keys(1_000_000).unwrap();
+    let refused = world.clients[BOB].encrypt(group, &content("too far"));
+    assert_eq!(refused, Err(qpq_mls::Error::CopyTooOld));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Say(Index),

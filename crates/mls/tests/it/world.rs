@@ -168,7 +168,7 @@ pub(crate) fn restored(client: &mut Client) -> Client {
 }
 
 pub(crate) fn content(text: &str) -> Content {
-    Content { id: [3; 16], sent_at: 1_234, text: text.to_owned() }
+    Content { id: [3; 16], sent_at: 1_234, text: text.to_owned(), repeats: None }
 }
 
 /// The texts among what was received, in order.

@@ -1,0 +1,132 @@
+//! Detects that the profile's own state went back in time: an older copy of its directory was put
+//! back, and its sending keys were used before.
+//!
+//! The state counts what it encrypts. Before anything is sent, the count is sent to the account's
+//! own inbox: sealed, on a channel that only the account can derive, in the same call where that
+//! can be. This *marker* stays there until a newer one replaces it. A state that finds a marker of
+//! a higher count than its own is an older copy. As many keys as may have been used since it was
+//! made are then skipped in every group before anything is encrypted.
+//!
+//! A marker expires after 90 days, and a restored server may have lost it. Then nothing is
+//! detected here; a receiver that cannot decrypt what we send asks for it again (`repair`).
+
+use qpq_domain::{ChannelId, IdentityKey};
+use qpq_mls::{
+    Identity,
+    database::DatabaseError,
+    vault::{self, VaultKey},
+};
+use sha2::{Digest as _, Sha256};
+
+use super::{log::Event, now, state::State};
+use crate::error::Error;
+
+/// What the state has encrypted so far.
+const GENERATION: &[u8] = b"generation";
+/// The count of the last marker that the server accepted.
+const MARKED: &[u8] = b"marked";
+/// The place in the outbox from which on items were encrypted before the inbox was looked at.
+pub(super) const UNVERIFIED: &[u8] = b"unverified";
+
+/// Markers live as long as the server allows.
+pub(super) const MARKER_TTL_SECS: u32 = 90 * 24 * 3600;
+
+/// Keys skipped beyond those known to be used, for markers that the server did not accept.
+const SLACK: u64 = 64;
+
+/// How an account seals and finds its markers.
+pub(super) struct Marking {
+    key: VaultKey,
+    pub(super) channel: ChannelId,
+    pub(super) owner: IdentityKey,
+}
+
+impl Marking {
+    pub(super) fn of(identity: &Identity) -> Self {
+        let derive = |label: &[u8]| Sha256::digest([label, &identity.seed()[..]].concat());
+        let mut key = [0; 48];
+        key[..32].copy_from_slice(&derive(b"qpq/marker-key/1"));
+        let mut channel = [0; 16];
+        channel.copy_from_slice(&derive(b"qpq/marker-channel/1")[..16]);
+        Self {
+            key: VaultKey::from_bytes(&key),
+            channel: ChannelId::new(channel),
+            owner: identity.public(),
+        }
+    }
+
+    fn seal(&self, generation: u64) -> Vec<u8> {
+        vault::seal(&self.key, &generation.to_be_bytes())
+    }
+
+    /// The count in a marker; `None` if it is none of ours.
+    pub(super) fn open(&self, bytes: &[u8]) -> Option<u64> {
+        let content = vault::open(&self.key, bytes).ok()?;
+        Some(u64::from_be_bytes(content[..].try_into().ok()?))
+    }
+}
+
+/// A marker to be sent.
+#[derive(Debug, Clone)]
+pub(super) struct Marker {
+    pub(super) generation: u64,
+    pub(super) owner: IdentityKey,
+    pub(super) channel: ChannelId,
+    pub(super) payload: Vec<u8>,
+}
+
+impl State {
+    /// Counts something that is encrypted.
+    pub(super) fn count_encryption(&self) -> Result<(), DatabaseError> {
+        let generation = self.number(GENERATION)?.unwrap_or(0);
+        self.set_number(GENERATION, Some(generation + 1))
+    }
+
+    /// The marker to be sent before anything else is; `None` if the server has it.
+    pub(super) fn due_marker(&self) -> Result<Option<Marker>, DatabaseError> {
+        let generation = self.number(GENERATION)?.unwrap_or(0);
+        if self.number(MARKED)?.unwrap_or(0) >= generation {
+            return Ok(None);
+        }
+        let marking = Marking::of(self.mls.identity());
+        let payload = marking.seal(generation);
+        Ok(Some(Marker { generation, owner: marking.owner, channel: marking.channel, payload }))
+    }
+
+    /// Notes that the server has a marker.
+    pub(super) fn set_marked(&self, generation: u64) -> Result<(), DatabaseError> {
+        let before = self.number(MARKED)?.unwrap_or(0);
+        self.set_number(MARKED, Some(before.max(generation)))
+    }
+
+    /// Compares the state with the newest marker in the inbox, which was read to its end. If the
+    /// state is the older, makes it safe to send from.
+    pub(super) fn compare_with(&mut self, marked: Option<u64>) -> Result<(), Error> {
+        let generation = self.number(GENERATION)?.unwrap_or(0);
+        if let Some(marked) = marked.filter(|marked| *marked > generation) {
+            let used = marked - generation + SLACK;
+            self.mls.skip_keys(used)?;
+            self.set_number(GENERATION, Some(marked))?;
+            self.set_number(MARKED, Some(marked))?;
+            self.log.push(None, now(), Event::Restored)?;
+            // The private halves of those made since the copy are lost.
+            self.replace_packages()?;
+            self.encrypt_again()?;
+        }
+        Ok(self.set_number(UNVERIFIED, None)?)
+    }
+
+    /// Encrypts again what was encrypted before the inbox was looked at.
+    fn encrypt_again(&mut self) -> Result<(), Error> {
+        let Some(from) = self.number(UNVERIFIED)? else { return Ok(()) };
+        for entry in self.outbox.remove_from(from)? {
+            let Some(kept) = self.log.get(entry)? else { continue };
+            if let (Some(conversation), Event::Sent { text, .. }) =
+                (kept.entry.conversation, kept.entry.event)
+            {
+                super::send::encrypt_entry(self, conversation, entry, text)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,250 @@
+//! What becomes of messages that cannot be read: each is an entry, and its sender's client is asked
+//! to send it again.
+//!
+//! The receiver starts a new direct group with the sender, from a fresh key package, and asks in
+//! it, naming the messages by the SHA-256 of their bytes. The sender's client repeats the texts
+//! that it still has, to those who were to read them, marked as repeats. The newest direct group
+//! wins, so both go on in it.
+//!
+//! Who sent an unreadable message is a claim, so all of this is bounded: one question an hour to
+//! each person, five questions in all, one answer in ten minutes.
+
+use std::time::Duration;
+
+use qpq_domain::{IdentityKey, UnixMillis};
+use qpq_mls::{Content, GroupId, Kind, Member, Unreadable, database::Table, direct_channel};
+
+use super::{
+    Messenger,
+    inbox::unless_final,
+    log::{ConversationId, EntryId, Event},
+    now,
+    outbox::fresh_message_id,
+    send::MAX_TEXT,
+    state::State,
+};
+use crate::error::Error;
+
+/// Digests of messages that could not be read, in the lane of who is said to have sent them.
+const LOST: Table = Table::new(38);
+/// People to be asked: when next, how often they were, and who.
+const QUESTIONS: Table = Table::new(39);
+/// Which entry a ciphertext of ours says, by its digest.
+const SENT: Table = Table::new(40);
+/// When each person was answered last.
+const ANSWERED: Table = Table::new(41);
+
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(3600);
+const MAX_QUESTIONS: u8 = 5;
+/// People asked at once.
+const PEOPLE_AT_ONCE: usize = 4;
+/// Messages of one person that are asked for.
+const MAX_LOST: usize = 256;
+const ANSWER_AGAIN_AFTER: Duration = Duration::from_secs(600);
+
+impl Messenger {
+    /// Asks for what could not be read, where that is due.
+    pub(super) async fn repair(&self) -> Result<(), Error> {
+        let due = self.store().read(|state| state.due_questions(now())).await?;
+        for peer in due {
+            // Noted first: one that fails is not repeated at once.
+            self.store().change(move |state| state.postpone_question(&peer, now())).await?;
+            match self.ask(peer).await {
+                Err(error @ (Error::Call(_) | Error::Auth(_) | Error::Profile(_))) => {
+                    unless_final("repair", Err(error))?;
+                }
+                // Unknown to the directory, without keys, or with others than before.
+                Err(error) => tracing::info!(%error, "somebody cannot be asked to repeat messages"),
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn ask(&self, peer: IdentityKey) -> Result<(), Error> {
+        let person = self.person(peer).await?;
+        let package = self.fetch_key_package(&person).await?;
+        self.store()
+            .change(move |state| {
+                let digests = state.lost_of(&peer)?;
+                if digests.is_empty() {
+                    return Ok(());
+                }
+                let known = state.mls.direct_groups(&peer)?;
+                let newest = known.iter().map(|group| group.made_at.0 + 1).max().unwrap_or(0);
+                let group = state.mls.create_direct(peer, UnixMillis(now().0.max(newest)))?;
+                super::send::add(state, group, &person, &package)?;
+                state.count_encryption()?;
+                let question = state.mls.ask(group, digests)?;
+                Ok(state.outbox.push(question, None, now())?)
+            })
+            .await
+    }
+}
+
+impl State {
+    /// Notes a message whose content is lost to us, and whom to ask for it.
+    pub(super) fn note_unreadable(
+        &mut self,
+        lost: &Unreadable,
+        at: UnixMillis,
+    ) -> Result<(), Error> {
+        let me = self.me();
+        let from = lost.claimed_sender.filter(|sender| *sender != me);
+        let mut conversation = match lost.group {
+            Some(group) => self.conversation_of(&group)?,
+            None => None,
+        };
+        if let Some(from) = from.filter(|from| is_direct(&me, from, lost)) {
+            conversation = conversation.or(Some(ConversationId::Direct(from)));
+        }
+        let event = Event::Unreadable { from, reason: lost.reason.to_string() };
+        self.log.push(conversation, at, event)?;
+        let Some(from) = from else { return Ok(()) };
+        if self.database().in_lane(LOST, from.as_bytes())?.len() < MAX_LOST {
+            self.database().put(LOST, &lost.digest, Some(from.as_bytes()), &lost.digest)?;
+            if self.database().get(QUESTIONS, from.as_bytes())?.is_none() {
+                self.set_question(&from, UnixMillis(0), 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up on what waits in vain: what needs a direct group's Welcome, which its sender sends
+    /// before everything else, once the inbox was read to its end; and what has waited too long.
+    pub(super) fn give_up(&mut self) -> Result<(), Error> {
+        let me = self.me();
+        let mut lost = self.mls.give_up_on(|lost| {
+            lost.claimed_sender.is_some_and(|sender| is_direct(&me, &sender, lost))
+        })?;
+        lost.extend(self.mls.give_up_waiting(now())?);
+        for lost in lost {
+            self.note_unreadable(&lost, lost.arrival.at)?;
+        }
+        Ok(())
+    }
+
+    /// Takes in a message that repeats one which we may not have been able to read.
+    pub(super) fn take_in_repeat(
+        &mut self,
+        sender: &Member,
+        content: Content,
+        digest: [u8; 32],
+        at: UnixMillis,
+    ) -> Result<(), Error> {
+        let from = sender.identity;
+        let was_lost = self.lost_of(&from)?.contains(&digest);
+        if !was_lost || content.text.len() > MAX_TEXT {
+            return Ok(());
+        }
+        self.database().delete(LOST, &digest)?;
+        if self.lost_of(&from)?.is_empty() {
+            self.database().delete(QUESTIONS, from.as_bytes())?;
+        }
+        let sent_at = UnixMillis(content.sent_at);
+        let event = Event::Received { from, text: content.text, sent_at };
+        self.log.push(Some(ConversationId::Direct(from)), at, event)?;
+        Ok(())
+    }
+
+    /// Answers somebody who could not read messages of ours: repeats those that were for them.
+    pub(super) fn answer(
+        &mut self,
+        group: GroupId,
+        asker: &IdentityKey,
+        digests: Vec<[u8; 32]>,
+    ) -> Result<(), Error> {
+        if let Some(last) = self.database().get(ANSWERED, asker.as_bytes())? {
+            let last = last[..].try_into().map(u64::from_be_bytes).unwrap_or(0);
+            if UnixMillis(last).plus(ANSWER_AGAIN_AFTER) > now() {
+                return Ok(());
+            }
+        }
+        self.database().put(ANSWERED, asker.as_bytes(), None, &now().0.to_be_bytes())?;
+        let me = self.me();
+        let asked_in = self.mls.group(&group)?;
+        if !asked_in.is_some_and(|asked_in| asked_in.peer_of(&me) == Some(*asker)) {
+            return Ok(());
+        }
+        // What the asker may not be able to read is not sent to any more.
+        for other in self.mls.direct_groups(asker)? {
+            if other.id != group {
+                self.mls.retire(&other.id)?;
+            }
+        }
+        for digest in digests.into_iter().take(MAX_LOST) {
+            let Some(row) = self.database().get(SENT, &digest)? else { continue };
+            let entry = EntryId(row[..].try_into().map(u64::from_be_bytes).unwrap_or(u64::MAX));
+            let Some(kept) = self.log.get(entry)? else { continue };
+            let Event::Sent { text, .. } = kept.entry.event else { continue };
+            if !self.was_for(kept.entry.conversation, asker)? {
+                continue;
+            }
+            let content = Content {
+                id: *fresh_message_id(now()).as_bytes(),
+                sent_at: kept.entry.at.0,
+                text,
+                repeats: Some(digest),
+            };
+            self.count_encryption()?;
+            let parcel = self.mls.encrypt(group, &content)?;
+            self.outbox.push(parcel, None, now())?;
+        }
+        Ok(())
+    }
+
+    fn was_for(
+        &self,
+        conversation: Option<ConversationId>,
+        asker: &IdentityKey,
+    ) -> Result<bool, Error> {
+        Ok(match conversation {
+            Some(ConversationId::Direct(peer)) => peer == *asker,
+            Some(ConversationId::Group(id)) => self.mls.group(&id)?.is_some_and(|group| {
+                matches!(group.kind, Kind::Group { .. })
+                    && group.members.iter().any(|member| member.identity == *asker)
+            }),
+            None => false,
+        })
+    }
+
+    /// Notes which entry a ciphertext of ours says.
+    pub(super) fn note_sent(&self, payload: &[u8], entry: EntryId) -> Result<(), Error> {
+        use sha2::{Digest as _, Sha256};
+        let digest: [u8; 32] = Sha256::digest(payload).into();
+        Ok(self.database().put(SENT, &digest, None, &entry.0.to_be_bytes())?)
+    }
+
+    fn lost_of(&self, peer: &IdentityKey) -> Result<Vec<[u8; 32]>, Error> {
+        let rows = self.database().in_lane(LOST, peer.as_bytes())?;
+        Ok(rows.iter().filter_map(|row| row[..].try_into().ok()).collect())
+    }
+
+    fn due_questions(&self, now: UnixMillis) -> Result<Vec<IdentityKey>, Error> {
+        let rows = self.database().all(QUESTIONS)?;
+        let due = rows.iter().filter_map(|row| {
+            let (at, rest) = row.split_at_checked(8)?;
+            let (&asked, key) = rest.split_first()?;
+            let at = UnixMillis(u64::from_be_bytes(at.try_into().ok()?));
+            let key = IdentityKey::try_from(key).ok()?;
+            (at <= now && asked < MAX_QUESTIONS).then_some(key)
+        });
+        Ok(due.take(PEOPLE_AT_ONCE).collect())
+    }
+
+    fn postpone_question(&self, peer: &IdentityKey, now: UnixMillis) -> Result<(), Error> {
+        let asked = self.database().get(QUESTIONS, peer.as_bytes())?;
+        let asked = asked.and_then(|row| row.get(8).copied()).unwrap_or(0);
+        self.set_question(peer, now.plus(ASK_AGAIN_AFTER), asked.saturating_add(1))
+    }
+
+    fn set_question(&self, peer: &IdentityKey, at: UnixMillis, asked: u8) -> Result<(), Error> {
+        let row = [&at.0.to_be_bytes()[..], &[asked], peer.as_bytes()].concat();
+        Ok(self.database().put(QUESTIONS, peer.as_bytes(), None, &row)?)
+    }
+}
+
+/// Whether an unreadable message was sent on the channel of the direct conversation with `peer`.
+fn is_direct(me: &IdentityKey, peer: &IdentityKey, lost: &Unreadable) -> bool {
+    direct_channel(me, peer) == lost.arrival.channel
+}
