@@ -3,9 +3,9 @@
 //! read the defaults from here.
 //!
 //! A budget is a token bucket with `burst` tokens when full and `refill` new tokens in each
-//! `every`. A call consumes one token. The defaults are far above the calls of a person's clients
-//! and only stop floods; password guesses, registrations and KeyPackages of another account have
-//! tighter budgets.
+//! `every`. A call consumes one token; a call that does the work of many consumes as many, as its
+//! class says. The defaults are far above the calls of a person's clients and only stop floods;
+//! password guesses, registrations and KeyPackages of another account have tighter budgets.
 
 use std::time::Duration;
 
@@ -59,7 +59,7 @@ pub struct LimitDefault {
 }
 
 impl LimitDefault {
-    /// Returns the refill in calls per second.
+    /// Returns the refill in tokens per second.
     pub fn per_second(&self) -> f64 {
         f64::from(self.refill) / self.every.as_secs_f64()
     }
@@ -75,6 +75,7 @@ pub enum LimitClass {
     Login,
     Logout,
     Send,
+    SendBytes,
     Receive,
     KeyUpload,
     KeyFetch,
@@ -100,13 +101,14 @@ struct Row {
 
 impl LimitClass {
     /// All classes, in the order of the documentation.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Health,
         Self::Session,
         Self::Register,
         Self::Login,
         Self::Logout,
         Self::Send,
+        Self::SendBytes,
         Self::Receive,
         Self::KeyUpload,
         Self::KeyFetch,
@@ -173,18 +175,26 @@ impl LimitClass {
             }
             Self::Send => row(
                 "send",
-                "Messages into inboxes.",
+                "Messages into inboxes; each message of a batch counts.",
                 const { &[budget(Account, 2_000, 6_000, MINUTE)] },
+            ),
+            Self::SendBytes => row(
+                "send_bytes",
+                "Bytes into inboxes, of calls that send 16 KiB or more: in a fan-out the payload \
+                 counts for each recipient. Smaller calls are bounded by their messages.",
+                const { &[budget(Account, 128 << 20, 128 << 20, MINUTE)] },
             ),
             Self::Receive => row(
                 "receive",
-                "Reading from and removing from the caller's inbox.",
+                "Reading from and removing from the caller's inbox. Each 100 messages and each 256 KiB \
+                 of an answer, and each 100 seqs that an ack names or removes, count as one more \
+                 call, consumed with the next one.",
                 const { &[budget(Account, 2_000, 6_000, MINUTE)] },
             ),
             Self::KeyUpload => row(
                 "key_upload",
-                "KeyPackages to check and store; one call can upload many.",
-                const { &[budget(Account, 200, 120, MINUTE)] },
+                "KeyPackages to check and store; each package of a call counts.",
+                const { &[budget(Account, 2_000, 1_000, MINUTE)] },
             ),
             Self::KeyFetch => row(
                 "key_fetch",

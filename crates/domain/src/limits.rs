@@ -16,6 +16,11 @@ pub struct Delivery {
     pub max_messages: u64,
     /// Bytes of payload queued in one inbox.
     pub max_bytes: u64,
+    /// One sender holds at most one part of so many of an inbox that is more than half full, in
+    /// messages and in bytes; 1 means no such limit.
+    pub sender_share: u64,
+    /// Largest BatchEnqueue, in bytes: the payload times the recipients, or the sum of the payloads.
+    pub max_batch_bytes: u64,
     /// Lifetime of a message whose sender gave none.
     pub default_ttl: Duration,
     /// The longest lifetime a sender may ask for; more is cut to this.
@@ -35,6 +40,8 @@ impl Default for Delivery {
             max_payload: 1 << 20,
             max_messages: 10_000,
             max_bytes: 64 << 20,
+            sender_share: 8,
+            max_batch_bytes: 64 << 20,
             default_ttl: DAY * 30,
             max_ttl: DAY * 90,
             recent_ids: Duration::from_secs(15 * 60),
@@ -45,6 +52,41 @@ impl Default for Delivery {
 }
 
 impl Delivery {
+    /// Whether an inbox that holds `messages` and `bytes` has room for a payload of `size` bytes.
+    pub const fn has_room(&self, messages: u64, bytes: u64, size: u64) -> bool {
+        messages < self.max_messages && bytes.saturating_add(size) <= self.max_bytes
+    }
+
+    /// Whether an inbox that holds `messages` and `bytes` is more than half full, so that each
+    /// sender is held to its share.
+    pub const fn limits_senders(&self, messages: u64, bytes: u64) -> bool {
+        self.sender_share > 1 && (messages > self.half_messages() || bytes > self.half_bytes())
+    }
+
+    /// The most messages in an inbox that is not more than half full.
+    pub const fn half_messages(&self) -> u64 {
+        self.max_messages / 2
+    }
+
+    /// The most bytes in an inbox that is not more than half full.
+    pub const fn half_bytes(&self) -> u64 {
+        self.max_bytes / 2
+    }
+
+    /// The most messages that one sender may hold in an inbox that is more than half full. At least
+    /// one, or nobody could fill an inbox of a few messages.
+    pub const fn sender_messages(&self) -> u64 {
+        match self.max_messages / self.sender_share {
+            0 => 1,
+            share => share,
+        }
+    }
+
+    /// The most bytes that one sender may hold in an inbox that is more than half full.
+    pub const fn sender_bytes(&self) -> u64 {
+        self.max_bytes / self.sender_share
+    }
+
     /// The lifetime for a wire `ttl_secs`: 0 means the default, and nothing outlives the maximum.
     pub fn ttl(&self, ttl_secs: u32) -> Duration {
         if ttl_secs == 0 {
@@ -93,5 +135,23 @@ mod tests {
         assert_eq!(limits.wait(0), Duration::from_secs(30));
         assert_eq!(limits.wait(1), Duration::from_millis(1));
         assert_eq!(limits.wait(u64::MAX), Duration::from_secs(60));
+    }
+
+    #[test]
+    fn senders_are_limited_from_the_first_message_or_byte_beyond_the_half() {
+        let limits = Delivery { max_messages: 9, max_bytes: 100, ..Delivery::default() };
+        assert!(!limits.limits_senders(4, 50));
+        assert!(limits.limits_senders(5, 0) && limits.limits_senders(0, 51));
+        assert_eq!((limits.sender_messages(), limits.sender_bytes()), (1, 12));
+        assert_eq!(Delivery { max_messages: 3, ..limits }.sender_messages(), 1);
+        assert!(!Delivery { sender_share: 1, ..limits }.limits_senders(9, 100));
+    }
+
+    #[test]
+    fn there_is_room_up_to_the_last_message_and_byte() {
+        let limits = Delivery { max_messages: 2, max_bytes: 10, ..Delivery::default() };
+        assert!(limits.has_room(1, 9, 1));
+        assert!(!limits.has_room(2, 0, 0) && !limits.has_room(0, 9, 2));
+        assert!(!limits.has_room(0, 1, u64::MAX));
     }
 }

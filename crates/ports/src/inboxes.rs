@@ -17,6 +17,12 @@ use qpq_domain::{ChannelId, DeviceId, IdentityKey, MessageId, Seq, StoreId, Unix
 
 use crate::{Shard, StoreResult};
 
+/// The messages of one call of [`Inboxes::enqueue`] at most.
+pub const CALL_MESSAGES: usize = 256;
+
+/// The payload bytes of one call of [`Inboxes::enqueue`] at most, unless it is a single message.
+pub const CALL_BYTES: usize = 1 << 20;
+
 /// The queues.
 #[async_trait]
 pub trait Inboxes: Send + Sync {
@@ -27,8 +33,13 @@ pub trait Inboxes: Send + Sync {
 
     /// Accepts messages. When it returns `Accepted`, the message is durable. Each outcome stands
     /// for itself, in the order of `messages`; messages to one inbox get their seqs in that order.
-    /// An error means that none was accepted. How much an inbox may hold and how long message ids
-    /// are remembered is the backend's configuration ([`qpq_domain::Delivery`]).
+    /// An error means that none was accepted. How much an inbox may hold, how much of it one sender
+    /// may, and how long message ids are remembered is the backend's configuration
+    /// ([`qpq_domain::Delivery`]).
+    ///
+    /// All messages of a call are in one transaction, so callers keep a call within
+    /// [`CALL_MESSAGES`] and [`CALL_BYTES`]. Messages that share a payload should share its
+    /// [`Bytes`](bytes::Bytes): a backend binds it once.
     async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>>;
 
     /// Shows the first messages of the view and hides them from other reads until the lease ends.
@@ -57,8 +68,9 @@ pub trait Inboxes: Send + Sync {
 
 /// Subscriptions to what happens in an inbox.
 pub trait Wakes: Send + Sync {
-    /// From now on, everything that may make a read of `inbox` see more wakes the subscription.
-    fn subscribe(&self, inbox: &IdentityKey) -> Box<dyn Wake>;
+    /// From now on, everything that may make a read of this view of `inbox` see more wakes the
+    /// subscription. A message in a channel that the view does not have need not.
+    fn subscribe(&self, inbox: &IdentityKey, view: View) -> Box<dyn Wake>;
 }
 
 /// One subscription. Dropping it ends it.
@@ -121,6 +133,9 @@ pub enum Enqueued {
     Duplicate(Receipt),
     NoSuchRecipient,
     QueueFull,
+    /// The inbox is more than half full, and the sender holds its share of it
+    /// ([`qpq_domain::Delivery::sender_share`]).
+    SenderShare,
 }
 
 /// What the server can prove about an accepted message.
@@ -147,6 +162,13 @@ pub struct Read {
 pub enum View {
     Channel(ChannelId),
     All,
+}
+
+impl View {
+    /// Whether a message can be in both.
+    pub fn overlaps(self, other: Self) -> bool {
+        self == Self::All || other == Self::All || self == other
+    }
 }
 
 /// How much one read takes.

@@ -1,6 +1,8 @@
 //! Public keys that others fetch to start a conversation: KeyPackages, each given out once, and
 //! hybrid keys, which stay.
 
+use std::collections::HashSet;
+
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, UnixMillis};
 
@@ -33,6 +35,9 @@ pub trait KeyPackages: Send + Sync {
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Option<TakenKeyPackage>>;
+
+    /// The fingerprints of the packages that the owner has stored now.
+    async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>>;
 
     /// What the owner has left at `now`.
     async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock>;

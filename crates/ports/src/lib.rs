@@ -15,6 +15,8 @@ mod keys;
 mod limiter;
 pub mod moving;
 mod notices;
+#[cfg(feature = "room")]
+pub mod room;
 mod sessions;
 mod shard;
 
@@ -27,8 +29,8 @@ pub use accounts::{Account, Accounts, Credentials, NewAccount, Registration};
 pub use clock::{Clock, SystemClock};
 pub use error::{StoreError, StoreResult};
 pub use inboxes::{
-    Ack, Enqueue, Enqueued, Envelope, Inboxes, Lease, Page, PageLimit, Read, Receipt, View, Wake,
-    Wakes,
+    Ack, CALL_BYTES, CALL_MESSAGES, Enqueue, Enqueued, Envelope, Inboxes, Lease, Page, PageLimit,
+    Read, Receipt, View, Wake, Wakes,
 };
 pub use keys::{
     HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload, UploadMode,

@@ -18,8 +18,13 @@ use qpq_proto::{LimitClass, LimitSubject};
 use tokio::sync::watch;
 
 use crate::{
-    AnswerMemory, DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes, answers::Answers,
-    gate::Gate, limits::Limits, notices::Notices, tokens::Tokens,
+    AnswerMemory, DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes,
+    answers::Answers,
+    gate::Gate,
+    limits::{Limits, Owed},
+    notices::Notices,
+    tokens::Tokens,
+    waiters::Waiters,
 };
 
 /// What the composition hands over.
@@ -103,8 +108,12 @@ pub struct App {
     pub(crate) answers: Answers,
     /// Session tokens that failed lately.
     pub(crate) tokens: Tokens,
+    pub(crate) owed: Owed,
+    pub(crate) waiters: Waiters,
     /// Bounds the curve arithmetic of logins.
     pub(crate) gate: Gate,
+    /// Bounds the checks of uploaded KeyPackages.
+    pub(crate) key_package_gate: Gate,
     /// What ends or changes for an account while its calls wait.
     pub notices: Arc<Notices>,
     pub(crate) key_package_policy: key_package::Policy,
@@ -128,7 +137,10 @@ impl App {
             answers: Answers::new(config.answers),
             tokens: Tokens::new(limits.bucket(LimitClass::Session, LimitSubject::Ip)),
             limits,
+            owed: Owed::default(),
+            waiters: Waiters::default(),
             gate: Gate::new(config.waiting_logins),
+            key_package_gate: Gate::new(config.waiting_logins),
             notices: Arc::new(Notices::new(Arc::clone(&stores.notices))),
             key_package_policy: key_package::Policy {
                 suites: config.key_package_suites.clone(),

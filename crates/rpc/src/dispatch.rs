@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{future::BoxFuture, poll};
 use prost::Message as _;
-use qpq_domain::UnixMillis;
+use qpq_domain::{AccountId, UnixMillis};
 use qpq_ports::Lease;
 use qpq_proto::{LimitClass, Method, MethodInfo};
 use tokio::time::{Instant, timeout_at};
@@ -39,7 +39,44 @@ impl Cx<'_> {
     /// Takes one call from the budget that `class` keeps for `subject`; nothing if it keeps none by
     /// that.
     pub async fn limit(self, class: LimitClass, subject: Subject<'_>) -> Result<(), Error> {
-        self.app.limits.take(self, class, subject).await
+        self.app.limits.take(self, class, subject, 1).await
+    }
+
+    /// Takes `cost` from the budgets that `class` keeps for the account and for the address of its
+    /// connection: for work beyond the call, which has been taken already.
+    pub(crate) async fn charge(
+        self,
+        class: LimitClass,
+        account: AccountId,
+        cost: u32,
+    ) -> Result<(), Error> {
+        if cost == 0 {
+            return Ok(());
+        }
+        let limits = &self.app.limits;
+        let (own, address) = (Subject::Account(account), Subject::Ip(self.conn.ip()));
+        // The call has been taken from the same budgets, so they are not full.
+        let payable = limits.payable(class, &own, cost);
+        // The account first: what it is refused costs others at its address nothing.
+        limits.take(self, class, own, payable).await?;
+        limits.take(self, class, address, limits.payable(class, &address, cost)).await?;
+        self.app.owed.add(class, account, cost - payable, self.now);
+        Ok(())
+    }
+
+    /// Takes a call of the account, and what earlier reads of it owe.
+    async fn charge_call(self, class: LimitClass, account: AccountId) -> Result<(), Error> {
+        let owed = self.app.owed.collect(class, account);
+        let cost = owed.saturating_add(1);
+        let limits = &self.app.limits;
+        let taken = match limits.take(self, class, Subject::Account(account), cost).await {
+            Ok(()) => limits.take(self, class, Subject::Ip(self.conn.ip()), 1).await,
+            refused => refused,
+        };
+        if taken.is_err() {
+            self.app.owed.add(class, account, owed, self.now);
+        }
+        taken
     }
 }
 
@@ -159,9 +196,9 @@ async fn admit<M: Handler>(
     payload: Bytes,
 ) -> Result<(Principal<M>, M::Request), Error> {
     let caller = M::Auth::authenticate(cx, &payload).await?;
-    cx.limit(M::INFO.limit, Subject::Ip(cx.conn.ip())).await?;
-    if let Some(account) = caller.account() {
-        cx.limit(M::INFO.limit, Subject::Account(account)).await?;
+    match caller.account() {
+        Some(account) => cx.charge_call(M::INFO.limit, account).await?,
+        None => cx.limit(M::INFO.limit, Subject::Ip(cx.conn.ip())).await?,
     }
     Ok((caller, M::Request::decode(payload)?))
 }

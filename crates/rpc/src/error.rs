@@ -119,8 +119,11 @@ errors! {
     DeviceRequired => Forbidden "delivery.device_required" DEBUG "The account has devices: name the one that reads.";
     NoSuchRecipient => NotFound "delivery.no_such_recipient" DEBUG "No account has this identity key.";
     QueueFull => RateLimited "delivery.queue_full" DEBUG "The recipient's inbox is full until its owner reads it: try later.";
+    /// The inbox is more than half full.
+    SenderShare => RateLimited "delivery.sender_share" DEBUG "The recipient's inbox is more than half full, and holds as much of yours as one sender may have there: try later.";
     PayloadTooLarge => BadRequest "delivery.payload_too_large" DEBUG "The message is larger than this server takes.";
-    InvalidBatch => BadRequest "delivery.invalid_batch" DEBUG "A batch is one payload for many recipients or a list of messages, never both, of at most 1000.";
+    InvalidBatch => BadRequest "delivery.invalid_batch" DEBUG "A batch is one payload for many recipients or a list of messages, never both, of at most 1000, no recipient twice.";
+    BatchTooLarge => BadRequest "delivery.batch_too_large" DEBUG "The batch is larger than this server accepts, the payload counted for each recipient: send it in parts.";
     StaleEpoch => Forbidden "delivery.stale_epoch" DEBUG "The channel has a newer epoch: fetch, apply what is there, and commit anew.";
     CommitUnsupported => BadRequest "delivery.commit_unsupported" DEBUG "This server does not order commits: send without commit.";
 
@@ -159,7 +162,7 @@ impl Code {
         match self {
             Self::Conflict => Some(Duration::from_millis(50)),
             Self::Overloaded => Some(Duration::from_millis(500)),
-            Self::QueueFull => Some(Duration::from_secs(10)),
+            Self::QueueFull | Self::SenderShare => Some(Duration::from_secs(10)),
             Self::KeyPackagesFull => Some(Duration::from_secs(60)),
             _ => match self.status() {
                 Status::RateLimited | Status::Unavailable => Some(Duration::from_secs(1)),

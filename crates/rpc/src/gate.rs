@@ -33,7 +33,7 @@ impl Gate {
         Self { permits: Semaphore::new(permits), waiting: AtomicUsize::new(0), max_waiting }
     }
 
-    /// Does `work` when its turn comes; [`Error::Overloaded`] when too many are waiting already.
+    /// Does `work`, of about a millisecond at most, when its turn comes; [`Error::Overloaded`] when too many are waiting already.
     pub(crate) async fn run<T>(&self, work: impl FnOnce() -> T) -> Result<T, Error> {
         let _permit = match self.permits.try_acquire() {
             Ok(permit) => permit,

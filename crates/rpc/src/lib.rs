@@ -27,6 +27,7 @@ mod observe;
 mod rpc;
 mod signer;
 mod tokens;
+mod waiters;
 
 pub use answers::AnswerMemory;
 pub use app::{App, Config, IdentityProof, Parts};

@@ -11,7 +11,8 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{AccountId, IdentityKey, Username};
+use parking_lot::Mutex;
+use qpq_domain::{AccountId, IdentityKey, UnixMillis, Username};
 use qpq_ports::{Bucket, LimitKey, Verdict};
 use qpq_proto::{LimitClass, LimitDefault, LimitSubject};
 use sha2::{Digest, Sha256};
@@ -68,16 +69,23 @@ impl Limits {
         budgets.iter().find(|(of, _)| *of == per).map(|(_, bucket)| *bucket)
     }
 
-    /// Takes one call of `class` from `subject`'s budget, if the class has one kept by that.
+    /// How much of `cost` the budget of `class` kept for `subject` can ever pay after a call.
+    pub(crate) fn payable(&self, class: LimitClass, subject: &Subject<'_>, cost: u32) -> u32 {
+        let bucket = self.bucket(class, subject.kept_per());
+        bucket.map_or(cost, |bucket| cost.min(bucket.burst.saturating_sub(1)))
+    }
+
+    /// Takes `cost` of `class` from `subject`'s budget, if the class has one kept by that.
     pub(crate) async fn take(
         &self,
         cx: Cx<'_>,
         class: LimitClass,
         subject: Subject<'_>,
+        cost: u32,
     ) -> Result<(), Error> {
         let Some(bucket) = self.bucket(class, subject.kept_per()) else { return Ok(()) };
         let key = LimitKey { class: class.name(), subject: subject.to_bytes() };
-        match cx.app.stores.limiter.take(key, bucket, 1, cx.now).await {
+        match cx.app.stores.limiter.take(key, bucket, cost, cx.now).await {
             Ok(Verdict::Allowed) => Ok(()),
             Ok(Verdict::RetryAfter(wait)) => Err(Error::RateLimited(wait)),
             Err(error) if stands_without_limits(class) => {
@@ -132,6 +140,46 @@ pub(crate) async fn remember_login(cx: Cx<'_>, name: &Username) {
             error = &error as &dyn std::error::Error,
             "the address of a login could not be remembered"
         );
+    }
+}
+
+/// What calls have cost that their accounts have yet to pay for, here on this server: the next call
+/// of the class does. How much a read shows is known only when it is done; and a batch may cost more
+/// than its budget ever holds beside the call itself.
+#[derive(Debug, Default)]
+pub(crate) struct Owed {
+    accounts: Mutex<HashMap<(LimitClass, AccountId), Debt>>,
+}
+
+#[derive(Debug, Default)]
+struct Debt {
+    cost: u32,
+    since: UnixMillis,
+}
+
+/// From how many accounts on those are forgotten whose debt their budget would have paid by now.
+const MANY_DEBTS: usize = 1_024;
+const DEBT_LASTS: Duration = Duration::from_secs(60);
+
+impl Owed {
+    /// What the account owes; from now on, nothing.
+    pub(crate) fn collect(&self, class: LimitClass, account: AccountId) -> u32 {
+        self.accounts.lock().remove(&(class, account)).map_or(0, |debt| debt.cost)
+    }
+
+    /// Adds to what the account owes.
+    pub(crate) fn add(&self, class: LimitClass, account: AccountId, cost: u32, now: UnixMillis) {
+        if cost == 0 {
+            return;
+        }
+        let mut accounts = self.accounts.lock();
+        let is_full = accounts.len() >= MANY_DEBTS && accounts.len() == accounts.capacity();
+        let key = (class, account);
+        if is_full && !accounts.contains_key(&key) {
+            accounts.retain(|_, debt| now.since(debt.since) < DEBT_LASTS);
+        }
+        let debt = accounts.entry(key).or_default();
+        *debt = Debt { cost: debt.cost.saturating_add(cost), since: now };
     }
 }
 
@@ -238,6 +286,31 @@ mod tests {
             assert_eq!(limits.bucket(class, per), Some(bucket));
         }
         assert_ne!(limits.bucket(LimitClass::Login, LimitSubject::Ip), Some(bucket));
+    }
+
+    #[test]
+    fn a_debt_is_collected_once_and_forgotten_when_it_is_old_and_there_are_many() {
+        let owed = Owed::default();
+        let (now, later) = (UnixMillis(1_000_000), UnixMillis(1_000_000).plus(DEBT_LASTS));
+        owed.add(LimitClass::Send, AccountId(1), 0, now);
+        assert!(owed.accounts.lock().is_empty());
+        owed.add(LimitClass::Send, AccountId(1), 2, now);
+        owed.add(LimitClass::Send, AccountId(1), 3, now);
+        assert_eq!(owed.collect(LimitClass::Receive, AccountId(1)), 0);
+        assert_eq!(owed.collect(LimitClass::Send, AccountId(1)), 5);
+        assert_eq!(owed.collect(LimitClass::Send, AccountId(1)), 0);
+        for n in 0.. {
+            owed.add(LimitClass::Send, AccountId(n), 1, now);
+            let accounts = owed.accounts.lock();
+            if accounts.len() > MANY_DEBTS && accounts.len() == accounts.capacity() {
+                break;
+            }
+        }
+        owed.add(LimitClass::Send, AccountId(0), 1, later);
+        assert!(owed.accounts.lock().len() > MANY_DEBTS, "a known account needs no room");
+        owed.add(LimitClass::Send, AccountId(-1), 1, later);
+        assert_eq!(owed.accounts.lock().len(), 2);
+        assert_eq!(owed.collect(LimitClass::Send, AccountId(0)), 2);
     }
 
     #[test]

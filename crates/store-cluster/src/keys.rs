@@ -174,6 +174,20 @@ impl KeyPackages for ClusterKeys {
             .await
     }
 
+    async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>> {
+        self.database
+            .once("key_packages_known", Repeat::Harmless, move |connection| {
+                Box::pin(async move {
+                    let rows = sqlx::query("SELECT fingerprint FROM key_package WHERE owner = $1")
+                        .bind(owner.0)
+                        .fetch_all(connection)
+                        .await?;
+                    rows.iter().map(|row| row.hash("fingerprint")).collect()
+                })
+            })
+            .await
+    }
+
     async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock> {
         self.database
             .once("key_package_stock", Repeat::Harmless, move |connection| {

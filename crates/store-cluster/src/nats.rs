@@ -14,8 +14,8 @@ use async_nats::{
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use parking_lot::Mutex;
-use qpq_domain::{IdentityKey, TokenHash};
-use qpq_ports::Notice;
+use qpq_domain::{ChannelId, IdentityKey, TokenHash};
+use qpq_ports::{Notice, View};
 use tokio::{
     sync::{broadcast, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, timeout},
@@ -25,7 +25,7 @@ use crate::{Config, ConnectError, error::Server, metrics as names};
 
 /// Words that wait to be published.
 const QUEUE: usize = 64 << 10;
-/// What one message carries at most, in inboxes.
+/// What one message carries at most, in wakes.
 const INBOXES: usize = 1_024;
 /// How long NATS may take one message.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -57,15 +57,15 @@ impl fmt::Debug for EdgeId {
 /// What other edges say.
 #[derive(Clone, Debug)]
 pub(crate) enum Heard {
-    /// Something came into the inbox, or became visible in it.
-    Wake(IdentityKey),
+    /// Something came into this view of the inbox, or became visible in it.
+    Wake(IdentityKey, View),
     SessionEnded(TokenHash),
     Notice(IdentityKey, Notice),
 }
 
 #[derive(Debug)]
 enum Say {
-    Wake(Arc<str>, IdentityKey),
+    Wake(Arc<str>, IdentityKey, View),
     SessionEnded(TokenHash),
     Notice(IdentityKey, Notice),
 }
@@ -110,9 +110,9 @@ impl Bus {
         Ok(Self { say, heard, back, signed_at, client })
     }
 
-    /// Has `edge` look at the inbox.
-    pub(crate) fn wake(&self, edge: &str, inbox: IdentityKey) {
-        self.put(Say::Wake(edge.into(), inbox));
+    /// Has `edge` look at the inbox, if somebody there waits for what is in this view.
+    pub(crate) fn wake(&self, edge: &str, inbox: IdentityKey, view: View) {
+        self.put(Say::Wake(edge.into(), inbox, view));
     }
 
     /// Has every other edge forget the session.
@@ -256,6 +256,46 @@ mod tag {
     pub(super) const KEY_PACKAGE_TAKEN: u8 = b'K';
 }
 
+/// Begins the 32 bytes that name the channel of the inbox before them. An edge of the release that
+/// has no such bytes takes them for an inbox that nobody waits for, and looks at the one before
+/// whatever the channel.
+const IN_CHANNEL: &[u8; 12] = b"in channel 1";
+
+/// Appends a wake: the inbox, and then its channel if there is one.
+fn put_wake(words: &mut BytesMut, inbox: &IdentityKey, view: View) {
+    words.put_slice(inbox.as_bytes());
+    if let View::Channel(channel) = view {
+        let channel = channel.as_bytes();
+        words.put_slice(IN_CHANNEL);
+        words.put_u8(u8::try_from(channel.len()).expect("0 or 16"));
+        words.put_slice(channel);
+        words.put_bytes(0, IdentityKey::LEN - IN_CHANNEL.len() - 1 - channel.len());
+    }
+}
+
+/// The wakes of a message to this edge: what [`put_wake`] wrote, after the tag unless the message is
+/// of the release before.
+fn wakes(message: &[u8]) -> impl Iterator<Item = (IdentityKey, View)> + '_ {
+    let words = match message.split_first() {
+        Some((&tag::WAKES, words)) if words.len() % IdentityKey::LEN == 0 => words,
+        _ if message.len() % IdentityKey::LEN == 0 => message,
+        // Of a newer release.
+        _ => &[],
+    };
+    let mut words = words.chunks_exact(IdentityKey::LEN).peekable();
+    std::iter::from_fn(move || {
+        let inbox = IdentityKey::try_from(words.next()?).ok()?;
+        let channel = words.next_if(|word| word.starts_with(IN_CHANNEL));
+        let view = channel.and_then(channel_of).map_or(View::All, View::Channel);
+        Some((inbox, view))
+    })
+}
+
+fn channel_of(word: &[u8]) -> Option<ChannelId> {
+    let (&length, rest) = word.strip_prefix(IN_CHANNEL)?.split_first()?;
+    ChannelId::try_from(rest.get(..length.into())?).ok()
+}
+
 async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mpsc::Receiver<Say>) {
     let mut signs = interval(SIGN);
     signs.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -269,12 +309,14 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
                 continue;
             }
         }
-        let mut wakes: HashMap<Arc<str>, BytesMut> = HashMap::new();
+        let mut wakes: HashMap<Arc<str>, (usize, BytesMut)> = HashMap::new();
         for word in words.drain(..) {
             match word {
-                Say::Wake(edge, inbox) => {
-                    let to = wakes.entry(edge).or_insert_with_key(|edge| untold(edge));
-                    to.put_slice(inbox.as_bytes());
+                Say::Wake(edge, inbox, view) => {
+                    let (count, words) =
+                        wakes.entry(edge).or_insert_with_key(|edge| (0, untold(edge)));
+                    *count += 1;
+                    put_wake(words, &inbox, view);
                 }
                 Say::SessionEnded(token) => {
                     let word = [&[tag::SESSION_ENDED][..], token.as_bytes()].concat();
@@ -295,10 +337,9 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
                 }
             }
         }
-        for (edge, inboxes) in wakes {
-            let count = inboxes.len() / IdentityKey::LEN;
+        for (edge, (count, words)) in wakes {
             metrics::counter!(names::WAKES, "way" => "sent").increment(count as u64);
-            send(&client, subjects.of(&edge), inboxes.freeze(), count).await;
+            send(&client, subjects.of(&edge), words.freeze(), count).await;
         }
     }
 }
@@ -307,18 +348,6 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
 fn untold(edge: &str) -> BytesMut {
     let tag: &[u8] = if edge.starts_with(TAGGED) { &[tag::WAKES] } else { &[] };
     BytesMut::from(tag)
-}
-
-/// Returns the inboxes that a message to this edge names: whole keys, after the tag unless the
-/// message is of the release before.
-fn inboxes(message: &[u8]) -> impl Iterator<Item = IdentityKey> {
-    let keys = match message.split_first() {
-        Some((&tag::WAKES, keys)) if keys.len() % IdentityKey::LEN == 0 => keys,
-        _ if message.len() % IdentityKey::LEN == 0 => message,
-        // Of a newer release.
-        _ => &[],
-    };
-    keys.chunks_exact(IdentityKey::LEN).filter_map(|key| key.try_into().ok())
 }
 
 /// While NATS is away its client takes a few thousand messages and then none, for ever: hence the
@@ -376,9 +405,9 @@ async fn listen(
         let Some(message) = message else { return };
         let payload = message.payload;
         if !to_all {
-            for inbox in inboxes(&payload) {
+            for (inbox, view) in wakes(&payload) {
                 // Nobody to tell is no error.
-                let _ = heard.send(Heard::Wake(inbox));
+                let _ = heard.send(Heard::Wake(inbox, view));
             }
             continue;
         }
@@ -413,10 +442,30 @@ mod tests {
         for to in [&*EdgeId::random().0, "0123456789abcdef"] {
             let mut message = untold(to);
             keys.iter().for_each(|key| message.put_slice(key.as_bytes()));
-            assert_eq!(inboxes(&message).collect::<Vec<_>>(), keys, "to {to}");
+            assert_eq!(
+                wakes(&message).collect::<Vec<_>>(),
+                keys.map(|key| (key, View::All)),
+                "to {to}"
+            );
         }
         for unknown in [&[b'X'; 33][..], &[b'W'; 34], b"W"] {
-            assert_eq!(inboxes(unknown).count(), 0);
+            assert_eq!(wakes(unknown).count(), 0);
         }
+    }
+
+    #[test]
+    fn wakes_are_read_as_they_were_written() {
+        let inbox = |n| IdentityKey::new([n; 32]);
+        let sent = [
+            (inbox(1), View::All),
+            (inbox(2), View::Channel(ChannelId::new([7; 16]))),
+            (inbox(2), View::Channel(ChannelId::DEFAULT)),
+            (inbox(3), View::All),
+        ];
+        let mut words = untold(&EdgeId::random().0);
+        for (inbox, view) in &sent {
+            put_wake(&mut words, inbox, *view);
+        }
+        assert_eq!(wakes(&words).collect::<Vec<_>>(), sent);
     }
 }

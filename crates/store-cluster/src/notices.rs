@@ -77,7 +77,7 @@ impl Listener {
                     // once: the copy here must be gone by then, whether or not anybody else who
                     // forgets it has had a turn.
                     Ok(Heard::SessionEnded(token)) => self.notices.sessions.forget(&token),
-                    Ok(Heard::Wake(_)) => {}
+                    Ok(Heard::Wake(..)) => {}
                     Err(RecvError::Lagged(_)) => self.look_anew(),
                     Err(RecvError::Closed) => return None,
                 },

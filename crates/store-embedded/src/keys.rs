@@ -5,6 +5,8 @@
 //! back. Whether a package has expired is judged by the caller's instant in every statement, never
 //! by whether a sweep has already come by.
 
+use std::collections::HashSet;
+
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use qpq_domain::{AccountId, IdentityKey, KeyPackageCaps, UnixMillis};
@@ -89,6 +91,18 @@ impl KeyPackages for EmbeddedKeys {
                 |_| {},
             )
             .await
+    }
+
+    async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>> {
+        let rows = sqlx::query("SELECT fingerprint FROM key_package WHERE owner = ?1")
+            .bind(owner.0)
+            .fetch_all(&self.readers)
+            .await
+            .map_err(read_failed)?;
+        rows.iter()
+            .map(|row| row.hash("fingerprint"))
+            .collect::<Result<_, _>>()
+            .map_err(read_failed)
     }
 
     async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock> {

@@ -9,7 +9,7 @@ use std::{fmt, sync::Arc};
 
 use futures_util::future::BoxFuture;
 use qpq_domain::IdentityKey;
-use qpq_ports::{Wake, Wakes};
+use qpq_ports::{View, Wake, Wakes};
 use tokio::sync::Notify;
 
 use crate::shards::{Shards, shrink};
@@ -17,14 +17,21 @@ use crate::shards::{Shards, shrink};
 /// All subscriptions. An inbox without any takes no memory.
 #[derive(Debug, Default)]
 pub(crate) struct WakeTable {
-    waiting: Shards<IdentityKey, Vec<Arc<Notify>>>,
+    waiting: Shards<IdentityKey, Vec<Arc<Subscriber>>>,
+}
+
+#[derive(Debug)]
+struct Subscriber {
+    view: View,
+    woken: Notify,
 }
 
 impl WakeTable {
-    /// Wakes everyone who is subscribed to `inbox` now.
-    pub(crate) fn wake(&self, inbox: &IdentityKey) {
+    /// Wakes every present subscription to `inbox` that may see a change in `view`.
+    pub(crate) fn wake(&self, inbox: &IdentityKey, view: View) {
         if let Some(subscribers) = self.waiting.lock(inbox).get(inbox) {
-            subscribers.iter().for_each(|subscriber| subscriber.notify_one());
+            let concerned = subscribers.iter().filter(|subscriber| view.overlaps(subscriber.view));
+            concerned.for_each(|subscriber| subscriber.woken.notify_one());
         }
     }
 }
@@ -34,20 +41,21 @@ impl WakeTable {
 pub(crate) struct EmbeddedWakes(pub(crate) Arc<WakeTable>);
 
 impl Wakes for EmbeddedWakes {
-    fn subscribe(&self, inbox: &IdentityKey) -> Box<dyn Wake> {
-        let notify = Arc::new(Notify::new());
+    fn subscribe(&self, inbox: &IdentityKey, view: View) -> Box<dyn Wake> {
+        let subscriber = Arc::new(Subscriber { view, woken: Notify::new() });
         let mut waiting = self.0.waiting.lock(inbox);
         // Nearly always the only one: room for one.
-        waiting.entry(*inbox).or_insert_with(|| Vec::with_capacity(1)).push(Arc::clone(&notify));
+        let subscribers = waiting.entry(*inbox).or_insert_with(|| Vec::with_capacity(1));
+        subscribers.push(Arc::clone(&subscriber));
         drop(waiting);
-        Box::new(Subscription { table: Arc::clone(&self.0), inbox: *inbox, notify })
+        Box::new(Subscription { table: Arc::clone(&self.0), inbox: *inbox, subscriber })
     }
 }
 
 struct Subscription {
     table: Arc<WakeTable>,
     inbox: IdentityKey,
-    notify: Arc<Notify>,
+    subscriber: Arc<Subscriber>,
 }
 
 impl fmt::Debug for Subscription {
@@ -58,7 +66,7 @@ impl fmt::Debug for Subscription {
 
 impl Wake for Subscription {
     fn woken(&mut self) -> BoxFuture<'_, ()> {
-        Box::pin(self.notify.notified())
+        Box::pin(self.subscriber.woken.notified())
     }
 }
 
@@ -66,7 +74,7 @@ impl Drop for Subscription {
     fn drop(&mut self) {
         let mut waiting = self.table.waiting.lock(&self.inbox);
         if let Some(subscribers) = waiting.get_mut(&self.inbox) {
-            subscribers.retain(|other| !Arc::ptr_eq(other, &self.notify));
+            subscribers.retain(|other| !Arc::ptr_eq(other, &self.subscriber));
             if subscribers.is_empty() {
                 waiting.remove(&self.inbox);
                 shrink(&mut waiting);
@@ -86,13 +94,13 @@ mod tests {
     #[tokio::test]
     async fn a_wake_before_the_look_is_there_once() {
         let table = Arc::new(WakeTable::default());
-        let mut wake = EmbeddedWakes(Arc::clone(&table)).subscribe(&INBOX);
+        let mut wake = EmbeddedWakes(Arc::clone(&table)).subscribe(&INBOX, View::All);
         assert!(wake.woken().now_or_never().is_none());
-        table.wake(&INBOX);
-        table.wake(&INBOX);
+        table.wake(&INBOX, View::All);
+        table.wake(&INBOX, View::All);
         assert!(wake.woken().now_or_never().is_some());
         assert!(wake.woken().now_or_never().is_none());
-        table.wake(&IdentityKey::new([2; 32]));
+        table.wake(&IdentityKey::new([2; 32]), View::All);
         assert!(wake.woken().now_or_never().is_none());
     }
 
@@ -100,11 +108,28 @@ mod tests {
     async fn the_last_subscriber_leaves_nothing_behind() {
         let table = Arc::new(WakeTable::default());
         let wakes = EmbeddedWakes(Arc::clone(&table));
-        let (first, second) = (wakes.subscribe(&INBOX), wakes.subscribe(&INBOX));
+        let (first, second) =
+            (wakes.subscribe(&INBOX, View::All), wakes.subscribe(&INBOX, View::All));
         assert_eq!(table.waiting.len(), 1);
         drop(first);
         assert_eq!(table.waiting.len(), 1);
         drop(second);
         assert_eq!(table.waiting.len(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_change_wakes_those_who_may_see_it_and_nobody_else() {
+        let channel = |n| View::Channel(qpq_domain::ChannelId::new([n; 16]));
+        let table = Arc::new(WakeTable::default());
+        let wakes = EmbeddedWakes(Arc::clone(&table));
+        let mut subscribed =
+            [channel(1), channel(2), View::All].map(|view| wakes.subscribe(&INBOX, view));
+        let mut woken = || subscribed.each_mut().map(|wake| wake.woken().now_or_never().is_some());
+        table.wake(&INBOX, channel(1));
+        assert_eq!(woken(), [true, false, true]);
+        table.wake(&INBOX, channel(3));
+        assert_eq!(woken(), [false, false, true]);
+        table.wake(&INBOX, View::All);
+        assert_eq!(woken(), [true, true, true]);
     }
 }

@@ -7,7 +7,8 @@
 //! next jobs gather.
 //!
 //! - Messages to be enqueued are no jobs of their own: all that wait go to the database together,
-//!   after the jobs.
+//!   after the jobs. A transaction is bounded, and a sender has no more waiting than one holds
+//!   ([`qpq_ports::room`]), so a large batch of one sender delays nobody else's message by more.
 //! - A job that only concerns itself (a constraint, a row that cannot be read) fails alone, if it
 //!   runs in a savepoint.
 //! - A failure of the store (full, I/O, corrupt) rolls the whole batch back; each of its jobs is
@@ -16,21 +17,21 @@
 //!   is committed: a small one may fit where that did not.
 //! - A caller may go away: its job is carried out or not, but the writer does not care.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
 };
 
 use futures_util::future::BoxFuture;
 use qpq_domain::Delivery;
-use qpq_ports::{Enqueue, Enqueued, StoreError, StoreResult};
+use qpq_ports::{
+    Enqueue, Enqueued, StoreError, StoreResult,
+    room::{Place, Room},
+};
 use sqlx::{ConnectOptions as _, Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    time::{Instant, timeout},
+    sync::{mpsc, oneshot},
+    time::Instant,
 };
 
 use crate::{
@@ -44,13 +45,6 @@ use crate::{
 /// Jobs in one transaction at most, and their bytes: what the last one of a batch waits for.
 const BATCH_JOBS: usize = 1_024;
 const BATCH_BYTES: usize = 8 << 20;
-
-/// What may wait for the writer, in units of [`UNIT`] bytes; each job takes at least one.
-const ROOM: usize = 64 << 10;
-const UNIT: usize = 1 << 10;
-
-/// How long a job waits for room before the store counts as unavailable.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a message takes in memory beside its payload, while it waits.
 const MESSAGE_BYTES: usize = 256;
@@ -76,18 +70,14 @@ pub(crate) enum Outcome<T> {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
-    #[error("the writer had no room for {PATIENCE:?}")]
-    Busy,
-    #[error("the store is closed")]
-    Closed,
-}
+#[error("the store is closed")]
+struct Closed;
 
 /// Sends jobs to the writer. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
     jobs: mpsc::UnboundedSender<Message>,
-    room: Arc<Semaphore>,
+    room: Room,
     refused: Arc<Refused>,
 }
 
@@ -145,7 +135,7 @@ impl Writer {
                 let _ = closed.send(());
             }
         });
-        Self { jobs, room: Arc::new(Semaphore::new(ROOM)), refused }
+        Self { jobs, room: Room::default(), refused }
     }
 
     /// About how much a commit must hold to show that what was refused last would be taken now;
@@ -171,7 +161,7 @@ impl Writer {
             + 'static,
         C: FnOnce(&T) + Send + 'static,
     {
-        let room = self.admit(bytes).await?;
+        let room = self.room.admit(bytes).await.map_err(StoreError::unavailable)?;
         let (answer, result) = oneshot::channel();
         metrics::gauge!(names::QUEUE_JOBS).increment(1);
         let job = TypedJob {
@@ -183,10 +173,8 @@ impl Writer {
             answer,
             _room: room,
         };
-        self.jobs
-            .send(Message::Job(Box::new(job)))
-            .map_err(|_| StoreError::unavailable(Refusal::Closed))?;
-        result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
+        self.jobs.send(Message::Job(Box::new(job))).map_err(|_| StoreError::unavailable(Closed))?;
+        result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
     }
 
     /// Accepts messages; `committed` as for [`Writer::run`].
@@ -199,26 +187,15 @@ impl Writer {
         C: FnOnce(&[Enqueue], &[Enqueued]) + Send + 'static,
     {
         let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
-        let room = self.admit(bytes).await?;
+        let Some(first) = messages.first() else { return Ok(Vec::new()) };
+        let room = self.room.admit_from(&first.sender, messages.len(), bytes).await;
+        let room = room.map_err(StoreError::unavailable)?;
         let (answer, result) = oneshot::channel();
         metrics::gauge!(names::QUEUE_JOBS).increment(1);
         let call =
             EnqueueCall { messages, bytes, committed: Box::new(committed), answer, _room: room };
-        self.jobs
-            .send(Message::Enqueue(call))
-            .map_err(|_| StoreError::unavailable(Refusal::Closed))?;
-        result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
-    }
-
-    async fn admit(&self, bytes: usize) -> StoreResult<OwnedSemaphorePermit> {
-        let units = u32::try_from(bytes.div_ceil(UNIT).clamp(1, ROOM)).expect("clamped");
-        if let Ok(permit) = Arc::clone(&self.room).try_acquire_many_owned(units) {
-            return Ok(permit);
-        }
-        match timeout(PATIENCE, Arc::clone(&self.room).acquire_many_owned(units)).await {
-            Ok(permit) => Ok(permit.expect("never closed")),
-            Err(_) => Err(StoreError::unavailable(Refusal::Busy)),
-        }
+        self.jobs.send(Message::Enqueue(call)).map_err(|_| StoreError::unavailable(Closed))?;
+        result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
     }
 
     /// Lets the jobs that wait end, writes the log back into the database file and closes the
@@ -252,7 +229,7 @@ struct TypedJob<T, W, C> {
     committed: C,
     result: Option<T>,
     answer: oneshot::Sender<StoreResult<T>>,
-    _room: OwnedSemaphorePermit,
+    _room: Place,
 }
 
 impl<T, W, C> Job for TypedJob<T, W, C>
@@ -306,7 +283,7 @@ struct EnqueueCall {
     bytes: usize,
     committed: Box<Told>,
     answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,
-    _room: OwnedSemaphorePermit,
+    _room: Place,
 }
 
 /// What becomes one transaction.

@@ -166,6 +166,11 @@ section! {
         max_messages: u64 = qpq_domain::Delivery::default().max_messages;
         /// Payload queued in one inbox.
         max_bytes: Size = Size(qpq_domain::Delivery::default().max_bytes);
+        /// While an inbox is more than half full, one sender may hold at most one part of so many
+        /// of it, in messages and in bytes. 1: no such limit.
+        sender_share: u64 = qpq_domain::Delivery::default().sender_share;
+        /// The largest BatchEnqueue: the payload times the recipients, or the sum of the payloads.
+        max_batch_bytes: Size = Size(qpq_domain::Delivery::default().max_batch_bytes);
         /// The lifetime of a message whose sender gave none.
         default_ttl: Duration = qpq_domain::Delivery::default().default_ttl;
         /// The longest lifetime that a sender may ask for.
@@ -451,6 +456,8 @@ impl Config {
             max_payload: bytes(given.max_payload),
             max_messages: given.max_messages,
             max_bytes: given.max_bytes.0,
+            sender_share: given.sender_share,
+            max_batch_bytes: given.max_batch_bytes.0,
             default_ttl: given.default_ttl,
             max_ttl: given.max_ttl,
             recent_ids: given.recent_ids,
@@ -575,6 +582,16 @@ impl Config {
         must(
             delivery.max_bytes >= delivery.max_payload,
             "delivery.max_bytes",
+            "at least delivery.max_payload, so that a message fits",
+        );
+        must(
+            (1..=1_000).contains(&delivery.sender_share),
+            "delivery.sender_share",
+            "between 1 (no limit) and 1000",
+        );
+        must(
+            delivery.max_batch_bytes >= delivery.max_payload,
+            "delivery.max_batch_bytes",
             "at least delivery.max_payload, so that a message fits",
         );
         must(keys.max_packages > 0, "keys.max_packages", "at least 1");

@@ -260,7 +260,11 @@ async fn what_is_written_while_the_server_is_away_is_sent_later() {
 
 #[tokio::test]
 async fn a_full_inbox_keeps_the_order_and_gets_the_rest_later() {
-    let server = Server::start_with(|config| config.delivery.max_messages = 3).await;
+    let server = Server::start_with(|config| {
+        config.delivery.max_messages = 3;
+        config.delivery.sender_share = 1;
+    })
+    .await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;
     let mut outcomes = Vec::new();

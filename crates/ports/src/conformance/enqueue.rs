@@ -1,6 +1,12 @@
 //! Rules of [`crate::Inboxes::enqueue`]: seqs, caps, durability.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use qpq_domain::{Delivery, IdentityKey, KeyPackageCaps, Seq};
 use tokio::task::JoinSet;
@@ -9,7 +15,12 @@ use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, Person, all, message, seqs, texts},
 };
-use crate::{Enqueue, Enqueued, Receipt};
+use crate::{Enqueue, Enqueued, Page, Receipt};
+
+/// Without a limit for each sender: one may fill an inbox.
+fn unshared() -> Delivery {
+    Delivery { sender_share: 1, ..Delivery::default() }
+}
 
 pub async fn seqs_are_contiguous_under_concurrency(factory: &dyn Factory) {
     const TASKS: u64 = 16;
@@ -76,12 +87,9 @@ pub async fn an_unknown_recipient_is_told(factory: &dyn Factory) {
 }
 
 pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
-    let bench = Bench::with(
-        factory,
-        Delivery { max_messages: 2, ..Delivery::default() },
-        KeyPackageCaps::default(),
-    )
-    .await;
+    let bench =
+        Bench::with(factory, Delivery { max_messages: 2, ..unshared() }, KeyPackageCaps::default())
+            .await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
     let messages = vec![
@@ -109,8 +117,41 @@ pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
     assert_eq!(texts(&bench.peek(all(alice)).await), ["to myself"]);
 }
 
+pub async fn messages_that_share_a_payload_are_stored_like_any_other(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let people = [bench.person(1).await, bench.person(2).await, bench.person(3).await];
+    let [alice, bob, carol] = people;
+    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    // Large enough for any backend to store it once, and one that is not.
+    let (large, small) = (message(alice, alice, &"x".repeat(40_000)), message(alice, alice, "s"));
+    let to = |message: &Enqueue, to: Person| Enqueue { recipient: to.identity, ..message.clone() };
+    let mut messages = vec![message(alice, bob, "before")];
+    messages.extend([bob, nobody, carol, alice].map(|person| to(&large, person)));
+    messages.extend([carol, bob].map(|person| to(&small, person)));
+    messages.extend([carol, bob].map(|person| to(&large, person).with_id(1)));
+    messages.push(to(&large, bob).with_id(1));
+    messages.push(message(alice, bob, "after"));
+    let outcomes = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    let seqs: Vec<_> = outcomes
+        .iter()
+        .map(|outcome| match outcome {
+            Enqueued::Accepted(receipt) => receipt.seq.0,
+            Enqueued::Duplicate(receipt) => 100 + receipt.seq.0,
+            _ => 0,
+        })
+        .collect();
+    assert_eq!(seqs, [1, 2, 0, 1, 1, 2, 3, 3, 4, 104, 5]);
+    let lengths = |page: &Page| -> Vec<usize> {
+        page.envelopes.iter().map(|envelope| envelope.payload.len()).collect()
+    };
+    assert_eq!(lengths(&bench.peek(all(bob)).await), [6, 40_000, 1, 40_000, 5]);
+    assert_eq!(lengths(&bench.peek(all(carol)).await), [40_000, 1, 40_000]);
+    let page = bench.peek(all(alice)).await;
+    assert_eq!(page.envelopes[0].payload, large.payload);
+}
+
 pub async fn a_refusal_in_the_middle_leaves_no_gap(factory: &dyn Factory) {
-    let limits = Delivery { max_bytes: 100, ..Delivery::default() };
+    let limits = Delivery { max_bytes: 100, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     let known = bench.deliver(message(alice, bob, "one").with_id(1)).await;
@@ -136,7 +177,7 @@ pub async fn a_refusal_in_the_middle_leaves_no_gap(factory: &dyn Factory) {
 }
 
 pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) {
-    let limits = Delivery { max_messages: 3, ..Delivery::default() };
+    let limits = Delivery { max_messages: 3, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
     let alice = bench.person(1).await;
     bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
@@ -155,7 +196,7 @@ pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) 
 }
 
 pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) {
-    let limits = Delivery { max_bytes: 100, ..Delivery::default() };
+    let limits = Delivery { max_bytes: 100, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
     let alice = bench.person(1).await;
     let sized = |n: usize| message(alice, alice, &"x".repeat(n));
@@ -176,7 +217,7 @@ pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) 
 }
 
 pub async fn what_has_expired_makes_room(factory: &dyn Factory) {
-    let limits = Delivery { max_messages: 3, max_bytes: 30, ..Delivery::default() };
+    let limits = Delivery { max_messages: 3, max_bytes: 30, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
     let alice = bench.person(1).await;
     bench.deliver(message(alice, alice, "stays")).await;
@@ -195,6 +236,41 @@ pub async fn what_has_expired_makes_room(factory: &dyn Factory) {
     );
     bench.deliver(send("second", latest)).await;
     assert_eq!(texts(&bench.peek_at(all(alice), latest).await), ["stays", "first", "second"]);
+}
+
+/// Counted in calls, not in time: what was asked for before must be stored before, but of one sender
+/// that is never more than about a transaction.
+pub async fn large_batches_of_one_sender_let_others_come_between(factory: &dyn Factory) {
+    const GREEDY: usize = 24;
+    const BETWEEN: usize = 8;
+    let limits = Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..unshared() };
+    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let (greedy, friend) = (bench.person(1).await, bench.person(2).await);
+    let batch = vec![message(greedy, greedy, &"x".repeat(4 << 10)); crate::CALL_MESSAGES];
+    let stored = Arc::new(AtomicUsize::new(0));
+    let mut tasks = JoinSet::new();
+    for _ in 0..GREEDY {
+        let (inboxes, batch) = (Arc::clone(&bench.stores.inboxes), batch.clone());
+        let stored = Arc::clone(&stored);
+        tasks.spawn(async move {
+            loop {
+                // Some wait in vain for their turn, which is theirs to bear.
+                if inboxes.enqueue(batch.clone()).await.is_ok() {
+                    stored.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        });
+    }
+    while stored.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    for n in 0..5 {
+        let before = stored.load(Ordering::SeqCst);
+        bench.deliver(message(friend, greedy, &format!("between {n}"))).await;
+        let between = stored.load(Ordering::SeqCst) - before;
+        assert!(between <= BETWEEN, "{between} batches were stored before one message");
+    }
+    tasks.shutdown().await;
 }
 
 pub async fn a_caller_that_goes_away_disturbs_nobody(factory: &dyn Factory) {

@@ -137,6 +137,21 @@ pub async fn a_package_that_is_there_may_be_uploaded_again(factory: &dyn Factory
     assert_eq!(bench.take(alice).await, None);
 }
 
+pub async fn stored_packages_are_known_to_their_owner(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let known = async |owner: Person| {
+        let known = bench.stores.key_packages.known(owner.account).await.expect("known");
+        known.into_iter().map(|fingerprint| fingerprint[0]).collect::<BTreeSet<_>>()
+    };
+    assert_eq!(known(alice).await, BTreeSet::new());
+    bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
+    assert_eq!(known(alice).await, [1, 2, 3].into());
+    assert_eq!(bench.take(alice).await, taken(1));
+    assert_eq!(known(alice).await, [2, 3].into(), "what was given out is not stored");
+    assert_eq!(known(bob).await, BTreeSet::new());
+}
+
 pub async fn a_package_that_was_given_out_may_not_come_again(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;

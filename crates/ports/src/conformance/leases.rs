@@ -10,7 +10,7 @@ use super::{
     Factory,
     bench::{Bench, EVERYTHING, NOW, Person, all, first, message, only, seqs},
 };
-use crate::Inboxes;
+use crate::{Inboxes, View};
 
 /// Somebody with `n` messages in the default channel.
 async fn filled(factory: &dyn Factory, n: usize) -> (Bench, Person) {
@@ -134,7 +134,7 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
         let (stores, settled) = (bench.stores.clone(), Arc::clone(&settled));
         tasks.spawn(async move {
             let mut round = reader;
-            let mut wake = stores.wakes.subscribe(&alice.identity);
+            let mut wake = stores.wakes.subscribe(&alice.identity, View::All);
             while (settled.lock().len() as u64) < MESSAGES {
                 round += 1;
                 let limit = first(u32::try_from(round % 5 + 1).expect("small"));

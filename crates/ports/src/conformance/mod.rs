@@ -24,6 +24,7 @@ pub mod keys;
 pub mod leases;
 pub mod limits;
 pub mod reading;
+pub mod sender_share;
 pub mod sessions;
 pub mod upkeep;
 pub mod wakes;
@@ -93,12 +94,27 @@ macro_rules! conformance {
                 order_is_kept_within_a_call,
                 an_unknown_recipient_is_told,
                 each_outcome_of_a_batch_stands_for_itself,
+                messages_that_share_a_payload_are_stored_like_any_other,
                 a_refusal_in_the_middle_leaves_no_gap,
                 an_inbox_is_full_by_count_and_drops_nothing,
                 an_inbox_is_full_by_bytes_and_drops_nothing,
                 what_has_expired_makes_room,
+                large_batches_of_one_sender_let_others_come_between,
                 a_caller_that_goes_away_disturbs_nobody,
                 what_was_accepted_survives_a_crash,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            sender_share,
+            [
+                beyond_the_half_a_sender_holds_no_more_than_its_share_of_messages,
+                beyond_the_half_a_sender_holds_no_more_than_its_share_of_bytes,
+                one_call_is_held_to_the_share_as_many_are,
+                a_share_is_exact_under_concurrency,
+                a_repeat_is_answered_whatever_the_sender_holds,
+                what_has_expired_counts_in_no_share,
+                what_is_removed_gives_its_share_back,
             ]
         );
         $crate::conformance_area!(
@@ -153,6 +169,7 @@ macro_rules! conformance {
             wakes,
             [
                 whatever_makes_a_read_see_more_wakes,
+                a_message_wakes_those_who_see_its_channel,
                 a_wait_that_is_dropped_loses_nothing,
                 no_wake_is_lost_in_a_race_with_enqueue,
                 no_wake_is_lost_in_a_race_with_release,
@@ -166,6 +183,7 @@ macro_rules! conformance {
                 concurrent_takes_never_share_a_package,
                 the_last_resort_stays_and_is_replaced_by_a_newer_one,
                 a_package_that_is_there_may_be_uploaded_again,
+                stored_packages_are_known_to_their_owner,
                 a_package_that_was_given_out_may_not_come_again,
                 an_upload_is_stored_whole_or_not_at_all,
                 an_owner_has_no_more_than_the_cap,

@@ -119,7 +119,7 @@ pub async fn a_sweep_changes_no_answer(factory: &dyn Factory) {
 /// More than one transaction removes, so that some of it is still there when a message comes.
 pub async fn an_inbox_full_of_expired_messages_accepts_new_ones(factory: &dyn Factory) {
     const MANY: u64 = 600;
-    let delivery = Delivery { max_messages: MANY, ..Delivery::default() };
+    let delivery = Delivery { max_messages: MANY, sender_share: 1, ..Delivery::default() };
     let bench = Bench::with(factory, delivery, KeyPackageCaps::default()).await;
     let alice = bench.person(1).await;
     let mut brief = vec![message(alice, alice, "brief").living(MINUTE); 599];

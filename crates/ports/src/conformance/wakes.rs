@@ -8,9 +8,9 @@ use tokio::{sync::Barrier, time::timeout};
 
 use super::{
     Factory,
-    bench::{Bench, EVERYTHING, NOW, Person, all, first, message, seqs},
+    bench::{Bench, EVERYTHING, NOW, Person, all, channel, first, message, only, seqs},
 };
-use crate::{Stores, Wake};
+use crate::{Stores, View, Wake};
 
 /// When a wait counts as a lost wake: no measure of speed, only an end for a test that would hang.
 const NEVER: Duration = Duration::from_secs(60);
@@ -23,35 +23,58 @@ pub async fn whatever_makes_a_read_see_more_wakes(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let (mut one, mut two) = (
-        bench.stores.wakes.subscribe(&alice.identity),
-        bench.stores.wakes.subscribe(&alice.identity),
+        bench.stores.wakes.subscribe(&alice.identity, View::All),
+        bench.stores.wakes.subscribe(&alice.identity, View::All),
     );
     bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
     woken(&mut one, "an enqueue").await;
     woken(&mut two, "an enqueue").await;
 
     let lease = bench.lease(all(alice), first(1)).await;
-    let mut released = bench.stores.wakes.subscribe(&alice.identity);
+    let mut released = bench.stores.wakes.subscribe(&alice.identity, View::All);
     drop(lease);
     woken(&mut released, "a release").await;
 
     let lease = bench.lease(all(alice), first(1)).await;
-    let mut settled = bench.stores.wakes.subscribe(&alice.identity);
+    let mut settled = bench.stores.wakes.subscribe(&alice.identity, View::All);
     lease.settle(NOW).await.expect("settle");
     woken(&mut settled, "a settlement").await;
 
     let lease = bench.lease(all(alice), first(1)).await;
-    let mut acked = bench.stores.wakes.subscribe(&alice.identity);
+    let mut acked = bench.stores.wakes.subscribe(&alice.identity, View::All);
     assert_eq!(bench.ack(all(alice), Some(2), &[]).await, 1);
     woken(&mut acked, "an ack").await;
     drop(lease);
     assert_eq!(seqs(&bench.peek(all(alice)).await), [3]);
 }
 
+pub async fn a_message_wakes_those_who_see_its_channel(factory: &dyn Factory) {
+    let bench = Bench::new(factory).await;
+    let alice = bench.person(1).await;
+    let subscribe = |n| bench.stores.wakes.subscribe(&alice.identity, View::Channel(channel(n)));
+    let mut channels = [subscribe(0), subscribe(1), subscribe(2)];
+    let mut every = bench.stores.wakes.subscribe(&alice.identity, View::All);
+    for round in 0..30 {
+        let n = round % 3;
+        // As one who waits does: it reads before, and after whatever has woken it.
+        let read = only(alice, n);
+        assert!(bench.peek(read).await.envelopes.is_empty());
+        let sent = bench.deliver(message(alice, alice, "hello").in_channel(n)).await;
+        woken(&mut every, "a message in any channel").await;
+        loop {
+            woken(&mut channels[usize::from(n)], "a message in its channel").await;
+            if !bench.peek(read).await.envelopes.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(bench.ack(read, Some(sent.seq.0), &[]).await, 1);
+    }
+}
+
 pub async fn a_wait_that_is_dropped_loses_nothing(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
-    let mut wake = bench.stores.wakes.subscribe(&alice.identity);
+    let mut wake = bench.stores.wakes.subscribe(&alice.identity, View::All);
     // Polled once and dropped, as the losing branch of a select is.
     let _ = wake.woken().now_or_never();
     bench.deliver(message(alice, alice, "hello")).await;
@@ -68,7 +91,7 @@ pub async fn a_wait_that_is_dropped_loses_nothing(factory: &dyn Factory) {
 
 /// Waits for a message as FetchWait does, and takes it.
 async fn fetch(stores: &Stores, person: Person) -> Vec<u64> {
-    let mut wake = stores.wakes.subscribe(&person.identity);
+    let mut wake = stores.wakes.subscribe(&person.identity, View::All);
     loop {
         let lease = stores.inboxes.lease(all(person), EVERYTHING, NOW).await.expect("lease");
         if !lease.page().envelopes.is_empty() {

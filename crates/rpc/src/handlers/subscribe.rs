@@ -131,7 +131,7 @@ impl Subscription {
             app: Arc::clone(cx.app),
             conn: Arc::downgrade(cx.conn),
             read: Read { inbox: caller.identity, device: caller.device, view },
-            wake: cx.app.stores.wakes.subscribe(&caller.identity),
+            wake: cx.app.stores.wakes.subscribe(&caller.identity, view),
             notices: cx.app.notices.listen(&caller.identity),
             draining: Some(cx.app.draining()),
             caller,

@@ -10,12 +10,18 @@ use std::{
 };
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use qpq_domain::UnixMillis;
 use qpq_ports::{Bucket, LimitKey, RateLimiter, StoreError, StoreResult, Verdict};
 use qpq_proto::{
     LimitClass, LimitSubject, Status,
-    methods::{Enqueue, FetchKeyPackage, Health, OpaqueLoginFinish, ResolveUser},
-    v1::{EnqueueRequest, FetchKeyPackageRequest, HealthRequest, ResolveUserRequest},
+    methods::{
+        BatchEnqueue, Enqueue, FetchKeyPackage, Health, OpaqueLoginFinish, Peek, ResolveUser,
+    },
+    v1::{
+        BatchEnqueueRequest, EnqueueRequest, FetchKeyPackageRequest, HealthRequest, PeekRequest,
+        ResolveUserRequest,
+    },
 };
 use qpq_rpc::{Config, RateLimits};
 
@@ -137,6 +143,147 @@ async fn an_account_has_one_budget_over_all_its_connections() {
     assert_eq!(code(resolve(&alice.client).await), limited());
     assert_eq!(code(resolve(&phone).await), limited());
     resolve(&bob.client).await.expect("another account");
+}
+
+/// One budget, of so many tokens, of which one comes back each second.
+fn budget(class: LimitClass, per: LimitSubject, burst: u32) -> impl FnOnce(&mut Config) {
+    let bucket = Bucket { burst, per_second: 1.0 };
+    move |config| {
+        config.limits = RateLimits { enabled: true, overrides: [((class, per), bucket)].into() }
+    }
+}
+
+fn batch(count: usize, payload: &'static [u8]) -> BatchEnqueueRequest {
+    let message = EnqueueRequest {
+        recipient_key: new_identity().as_bytes().to_vec().into(),
+        payload: payload.into(),
+        ..Default::default()
+    };
+    BatchEnqueueRequest { messages: vec![message; count], ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_batch_costs_as_much_as_its_messages() {
+    let server = Server::with(|config| {
+        config.limits = RateLimits { enabled: true, ..RateLimits::default() }
+    })
+    .await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    for _ in 0..2 {
+        alice.ok::<BatchEnqueue>(batch(1_000, b"")).await;
+    }
+    let refused = alice.refused::<BatchEnqueue>(batch(1_000, b"")).await;
+    refused.assert(Status::RateLimited, "rpc.rate_limited");
+    assert!(refused.retry_after.is_some_and(|wait| wait > Duration::ZERO));
+    alice.refused::<Enqueue>(batch(1, b"").messages.remove(0)).await;
+    bob.ok::<BatchEnqueue>(batch(1_000, b"")).await;
+    server.clock.advance(Duration::from_secs(10));
+    alice.ok::<BatchEnqueue>(batch(1_000, b"")).await;
+}
+
+#[tokio::test]
+async fn a_batch_beyond_the_budget_is_accepted_when_it_is_full_and_paid_for_later() {
+    let server = Server::with(budget(LimitClass::Send, LimitSubject::Account, 100)).await;
+    let alice = server.user("alice").await;
+    let one = batch(1, b"").messages.remove(0);
+    alice.ok::<BatchEnqueue>(batch(250, b"")).await;
+    alice.refused::<BatchEnqueue>(batch(1, b"")).await;
+    // 100 are paid; the next call pays the other 150 and itself, from a full budget.
+    server.clock.advance(Duration::from_secs(99));
+    alice.refused::<Enqueue>(one.clone()).await.assert(Status::RateLimited, "rpc.rate_limited");
+    server.clock.advance(Duration::from_secs(1));
+    alice
+        .refused::<Enqueue>(one.clone())
+        .await
+        .assert(Status::NotFound, "delivery.no_such_recipient");
+    server.clock.advance(Duration::from_secs(51));
+    alice.refused::<Enqueue>(one.clone()).await.assert(Status::RateLimited, "rpc.rate_limited");
+    server.clock.advance(Duration::from_secs(1));
+    alice.refused::<Enqueue>(one).await.assert(Status::NotFound, "delivery.no_such_recipient");
+}
+
+#[tokio::test]
+async fn a_batch_costs_as_much_at_its_address_as_single_messages() {
+    let server = Server::with(budget(LimitClass::Send, LimitSubject::Ip, 100)).await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    alice.ok::<BatchEnqueue>(batch(60, b"")).await;
+    bob.refused::<BatchEnqueue>(batch(60, b"")).await;
+    bob.ok::<BatchEnqueue>(batch(30, b"")).await;
+}
+
+#[tokio::test]
+async fn what_an_account_is_refused_costs_its_address_nothing() {
+    let two = Bucket { burst: 2, per_second: 1.0 };
+    let three = Bucket { burst: 3, per_second: 1.0 };
+    let server = Server::with(|config| {
+        let overrides = [
+            ((LimitClass::Lookup, LimitSubject::Account), two),
+            ((LimitClass::Lookup, LimitSubject::Ip), three),
+        ];
+        config.limits = RateLimits { enabled: true, overrides: overrides.into() };
+    })
+    .await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    for _ in 0..2 {
+        resolve(&alice.client).await.expect("within the budget");
+    }
+    for _ in 0..5 {
+        assert_eq!(code(resolve(&alice.client).await), limited());
+    }
+    resolve(&bob.client).await.expect("the address has one left");
+    assert_eq!(code(resolve(&bob.client).await), limited());
+}
+
+#[tokio::test]
+async fn bytes_have_a_budget_of_their_own_in_which_a_fan_out_counts_for_each_recipient() {
+    let server = Server::with(budget(LimitClass::SendBytes, LimitSubject::Account, 100_000)).await;
+    let alice = server.user("alice").await;
+    static PAYLOAD: [u8; 20_000] = [0; 20_000];
+    let fan_out = |count: u8| BatchEnqueueRequest {
+        recipient_keys: (0..count).map(|n| vec![n; 32].into()).collect(),
+        payload: Bytes::from_static(&PAYLOAD),
+        ..Default::default()
+    };
+    alice.ok::<BatchEnqueue>(fan_out(3)).await;
+    alice.refused::<BatchEnqueue>(fan_out(3)).await;
+    // Nobody has this key, but the bytes are counted before.
+    let one = |payload: &'static [u8]| batch(1, payload).messages.remove(0);
+    alice
+        .refused::<Enqueue>(one(&PAYLOAD))
+        .await
+        .assert(Status::NotFound, "delivery.no_such_recipient");
+    alice
+        .refused::<Enqueue>(one(&PAYLOAD))
+        .await
+        .assert(Status::NotFound, "delivery.no_such_recipient");
+    alice.refused::<Enqueue>(one(&PAYLOAD)).await.assert(Status::RateLimited, "rpc.rate_limited");
+    // Small ones are counted by their number alone.
+    let refused = alice.refused::<Enqueue>(one(&PAYLOAD[..16_000])).await;
+    refused.assert(Status::NotFound, "delivery.no_such_recipient");
+}
+
+#[tokio::test]
+async fn a_read_costs_by_what_it_shows_and_the_next_call_pays_for_it() {
+    let server = Server::with(budget(LimitClass::Receive, LimitSubject::Account, 22)).await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let to_alice = EnqueueRequest { recipient_key: alice.key(), ..Default::default() };
+    let filled = BatchEnqueueRequest { messages: vec![to_alice; 1_000], ..Default::default() };
+    alice.ok::<BatchEnqueue>(filled.clone()).await;
+    alice.ok::<BatchEnqueue>(filled).await;
+    // 1, 11 and 11 of 22; the second read is the last that is paid for.
+    for _ in 0..2 {
+        let page = alice.ok::<Peek>(PeekRequest::default()).await;
+        assert_eq!((page.payloads.len(), page.more), (1_000, true));
+    }
+    let refused = alice.refused::<Peek>(PeekRequest::default()).await;
+    refused.assert(Status::RateLimited, "rpc.rate_limited");
+    assert_eq!(refused.retry_after, Some(Duration::from_secs(1)));
+    alice.refused::<Peek>(PeekRequest { limit: 1, ..Default::default() }).await;
+    bob.ok::<Peek>(PeekRequest::default()).await;
+    server.clock.advance(Duration::from_secs(1));
+    alice.ok::<Peek>(PeekRequest { limit: 1, ..Default::default() }).await;
+    server.clock.advance(Duration::from_secs(1));
+    alice.ok::<Peek>(PeekRequest { limit: 1, ..Default::default() }).await;
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! The store's wakes, counted: so that a test knows when a call waits, and that nothing is left of
-//! one that has gone.
+//! The store's wakes and reads, counted: so that a test knows when a call waits, what it cost, and
+//! that nothing is left of one that has gone.
 
 use std::{
     mem,
@@ -9,9 +9,13 @@ use std::{
     },
 };
 
+use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use qpq_domain::IdentityKey;
-use qpq_ports::{Stores, Wake, Wakes};
+use qpq_domain::{IdentityKey, Seq, UnixMillis};
+use qpq_ports::{
+    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, Shard, StoreResult, Stores,
+    View, Wake, Wakes,
+};
 use tokio::sync::Notify;
 
 use crate::harness::Server;
@@ -21,6 +25,7 @@ use crate::harness::Server;
 pub(crate) struct Waiters {
     subscribed: AtomicUsize,
     waits: AtomicUsize,
+    leases: AtomicUsize,
     changed: Notify,
 }
 
@@ -30,6 +35,8 @@ impl Waiters {
         let waiters = Arc::<Self>::default();
         let inner = Arc::clone(&stores.wakes);
         stores.wakes = Arc::new(Counted { inner, waiters: Arc::clone(&waiters) });
+        let inner = Arc::clone(&stores.inboxes);
+        stores.inboxes = Arc::new(CountedInboxes { inner, waiters: Arc::clone(&waiters) });
         waiters
     }
 
@@ -47,7 +54,19 @@ impl Waiters {
         (server, counted.expect("the stores were wrapped"))
     }
 
-    /// Completes once waiting has begun `count` times since the server's start.
+    /// Completes once there were `count` destructive reads since the server's start, by Fetch and
+    /// FetchWait: a call that waits begins with one.
+    pub(crate) async fn leased(&self, count: usize) {
+        self.until(|waiters| waiters.leases() >= count).await;
+    }
+
+    /// The destructive reads since the server's start.
+    pub(crate) fn leases(&self) -> usize {
+        self.leases.load(Ordering::SeqCst)
+    }
+
+    /// Completes once the wait for a wake has begun `count` times since the server's start. Of the
+    /// calls that wait for the same, one does.
     pub(crate) async fn waited(&self, count: usize) {
         self.until(|waiters| waiters.waits.load(Ordering::SeqCst) >= count).await;
     }
@@ -74,11 +93,53 @@ struct Counted {
 }
 
 impl Wakes for Counted {
-    fn subscribe(&self, inbox: &IdentityKey) -> Box<dyn Wake> {
-        let inner = self.inner.subscribe(inbox);
+    fn subscribe(&self, inbox: &IdentityKey, view: View) -> Box<dyn Wake> {
+        let inner = self.inner.subscribe(inbox, view);
         self.waiters.subscribed.fetch_add(1, Ordering::SeqCst);
         self.waiters.changed.notify_waiters();
         Box::new(CountedWake { inner, waiters: Arc::clone(&self.waiters) })
+    }
+}
+
+struct CountedInboxes {
+    inner: Arc<dyn Inboxes>,
+    waiters: Arc<Waiters>,
+}
+
+#[async_trait]
+impl Inboxes for CountedInboxes {
+    fn shard_of(&self, inbox: &IdentityKey) -> Shard {
+        self.inner.shard_of(inbox)
+    }
+
+    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
+        self.inner.enqueue(messages).await
+    }
+
+    async fn lease(
+        &self,
+        read: Read,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Box<dyn Lease>> {
+        let lease = self.inner.lease(read, limit, now).await;
+        self.waiters.leases.fetch_add(1, Ordering::SeqCst);
+        self.waiters.changed.notify_waiters();
+        lease
+    }
+
+    async fn peek(
+        &self,
+        read: Read,
+        after: Seq,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Page> {
+        self.inner.peek(read, after, limit, now).await
+    }
+
+    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+        self.inner.ack(read, ack, now).await
     }
 }
 

@@ -2,18 +2,22 @@
 //! in one transaction, and then answers them. While one commits, the next calls gather; the more
 //! there are, the cheaper each becomes.
 //!
+//! A transaction is bounded in messages and bytes, and a sender has no more waiting than one of them
+//! holds ([`qpq_ports::room`]), so a large batch of one sender delays nobody else's message by more
+//! than that.
+//!
 //! Which task a call goes to is its inbox's shard, so the messages to an inbox that come in here
 //! are committed in the order in which they came, and two tasks of an edge rarely want the same
 //! head.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use qpq_domain::{Delivery, IdentityKey};
-use qpq_ports::{Enqueue, Enqueued, Envelope, Shard, StoreError, StoreResult};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    time::timeout,
+use qpq_ports::{
+    Enqueue, Enqueued, Envelope, Shard, StoreError, StoreResult,
+    room::{Place, Room},
 };
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::{Instrument as _, Span};
 
 use super::enqueue::{self, Outcomes};
@@ -34,30 +38,23 @@ pub const COMMITTERS: usize = 2;
 /// Messages and bytes in one transaction, from which on no more calls are added.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 8 << 20;
-/// What may wait, in units of [`UNIT`] bytes; each call takes at least one.
-const ROOM: usize = 64 << 10;
-const UNIT: usize = 1 << 10;
 /// What a message takes in memory beside its payload, while it waits.
 const MESSAGE_BYTES: usize = 256;
-/// How long a call waits for room.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Batches at a time whose messages are on their way to Redis, of one committer: while Redis is
-/// slow, committing is too.
-const PUSHES: usize = 32;
+/// What committed batches of one committer may hold on their way to Redis, in units of [`UNIT`]
+/// bytes; each takes at least [`PUSH`]. While Redis is slow, committing is too.
+const PUSHES: usize = 16 << 10;
+const UNIT: usize = 1 << 10;
+const PUSH: usize = PUSHES / 32;
 
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
-    #[error("the committers had no room for {PATIENCE:?}")]
-    Busy,
-    #[error("the store is closed")]
-    Closed,
-}
+#[error("the store is closed")]
+struct Closed;
 
 /// Takes messages to be committed. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Committers {
     calls: Arc<[mpsc::UnboundedSender<Call>]>,
-    room: Arc<Semaphore>,
+    room: Room,
 }
 
 #[derive(Debug)]
@@ -67,7 +64,7 @@ struct Call {
     answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,
     /// What traces show it in.
     span: Span,
-    _room: OwnedSemaphorePermit,
+    _room: Place,
 }
 
 impl Committers {
@@ -93,7 +90,7 @@ impl Committers {
             tokio::spawn(committer.run());
             calls
         };
-        Self { calls: (0..COMMITTERS).map(start).collect(), room: Arc::new(Semaphore::new(ROOM)) }
+        Self { calls: (0..COMMITTERS).map(start).collect(), room: Room::default() }
     }
 
     /// Accepts the messages; answered once that is durable.
@@ -101,21 +98,14 @@ impl Committers {
         let Some(first) = messages.first() else { return Ok(Vec::new()) };
         let committer = Shard::of(&first.recipient).among(self.calls.len());
         let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
-        let room = self.admit(bytes).await?;
+        let room = self.room.admit_from(&first.sender, messages.len(), bytes).await;
+        let room = room.map_err(StoreError::unavailable)?;
         let (answer, outcome) = oneshot::channel();
         metrics::gauge!(names::ENQUEUE_QUEUE).increment(messages.len() as f64);
         self.calls[committer]
             .send(Call { messages, bytes, answer, span: Span::current(), _room: room })
-            .map_err(|_| StoreError::unavailable(Refusal::Closed))?;
-        outcome.await.unwrap_or_else(|_| Err(StoreError::unavailable(Refusal::Closed)))
-    }
-
-    async fn admit(&self, bytes: usize) -> StoreResult<OwnedSemaphorePermit> {
-        let units = u32::try_from(bytes.div_ceil(UNIT).clamp(1, ROOM)).expect("clamped");
-        match timeout(PATIENCE, Arc::clone(&self.room).acquire_many_owned(units)).await {
-            Ok(permit) => Ok(permit.expect("never closed")),
-            Err(_) => Err(StoreError::unavailable(Refusal::Busy)),
-        }
+            .map_err(|_| StoreError::unavailable(Closed))?;
+        outcome.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
     }
 }
 
@@ -219,7 +209,10 @@ impl Committer {
         if inboxes.is_empty() {
             return;
         }
-        let permit = Arc::clone(&self.pushes).acquire_owned().await.expect("never closed");
+        let bytes: usize = inboxes.values().flatten().map(|queued| queued.envelope.cost()).sum();
+        let units = u32::try_from((bytes / UNIT).clamp(PUSH, PUSHES)).expect("clamped");
+        let pushes = Arc::clone(&self.pushes);
+        let permit = pushes.acquire_many_owned(units).await.expect("never closed");
         let waking = self.waking.clone();
         tokio::spawn(async move {
             waking.push(store_id, inboxes).await;

@@ -49,6 +49,40 @@ const WRITE: &str = "
     SELECT * FROM unnest($5::int8[], $6::int8[], $7::int8[], $8::int8[], $9::bytea[], $10::bytea[], $11::bytea[],
                          $12::bytea[], $13::bytea[])";
 
+/// As [`WRITE`], for payloads that several messages share: $13 the payloads, each once, $14 which of
+/// them each message has, from 1.
+const WRITE_SHARED: &str = "
+    WITH moved AS (
+        UPDATE inbox i
+           SET last_seq = i.last_seq + h.added, messages = i.messages + h.added,
+               bytes = i.bytes + h.bytes, next_expiry = least(i.next_expiry, h.expiry)
+          FROM unnest($1::int8[], $2::int8[], $3::int8[], $4::int8[])
+               AS h (id, added, bytes, expiry)
+         WHERE i.id = h.id),
+    shared AS MATERIALIZED (
+        SELECT * FROM unnest($13::bytea[]) WITH ORDINALITY AS s (payload, place))
+    INSERT INTO message (inbox, seq, expires_at, enqueued_at, channel, sender, message_id,
+                         payload_sha256, payload)
+    SELECT m.inbox, m.seq, m.expires_at, m.enqueued_at, m.channel, m.sender, m.message_id,
+           m.payload_sha256, s.payload
+      FROM unnest($5::int8[], $6::int8[], $7::int8[], $8::int8[], $9::bytea[], $10::bytea[],
+                  $11::bytea[], $12::bytea[], $14::int8[])
+           AS m (inbox, seq, expires_at, enqueued_at, channel, sender, message_id, payload_sha256,
+                 place)
+      JOIN shared s ON s.place = m.place";
+
+/// What a sender holds in an inbox whose head is locked, as far as it matters: $1 inbox, $2 sender,
+/// $3 rows to look at, $4 now. Each index has the messages that the other one lacks.
+const HELD: &str = "
+    SELECT count(*) AS messages, coalesce(sum(octet_length(payload)), 0)::int8 AS bytes
+      FROM ((SELECT payload FROM message
+              WHERE inbox = $1 AND sender = $2 AND message_id IS NOT NULL
+                AND expires_at > $4 LIMIT $3)
+            UNION ALL
+            (SELECT payload FROM message
+              WHERE inbox = $1 AND sender = $2 AND message_id IS NULL
+                AND expires_at > $4 LIMIT $3)) AS held";
+
 /// An inbox whose head is locked, and what is decided about it.
 struct Head {
     id: i64,
@@ -60,6 +94,8 @@ struct Head {
     postgres: Option<UnixMillis>,
     added: i64,
     added_bytes: i64,
+    /// What each sender holds that was looked up, in messages and bytes.
+    held: HashMap<IdentityKey, (u64, u64)>,
 }
 
 /// What became of a message, and when it expires if it was accepted.
@@ -106,14 +142,15 @@ pub(crate) async fn all(
         let before = known.remove(&n).or_else(|| ids.get(&id?).copied());
         let enqueued = match before {
             Some(receipt) => Enqueued::Duplicate(receipt),
-            None => match head.accept(message, limits, bounds.agreed, expires_at) {
-                None => Enqueued::QueueFull,
-                Some(receipt) => {
-                    ids.extend(id.map(|id| (id, receipt)));
-                    Enqueued::Accepted(receipt)
-                }
-            },
+            None => {
+                let so_far = messages.iter().zip(&outcomes);
+                let times = (bounds.agreed, expires_at);
+                head.decide(connection, message, limits, times, so_far).await?
+            }
         };
+        if let (Some(id), Enqueued::Accepted(receipt)) = (id, &enqueued) {
+            ids.insert(id, *receipt);
+        }
         outcomes.push(Outcome { enqueued, expires_at });
     }
     write(connection, &heads, messages, &outcomes).await?;
@@ -121,21 +158,72 @@ pub(crate) async fn all(
 }
 
 impl Head {
-    /// The next place in the inbox, unless it is full.
-    fn accept(
+    /// Accepts the message unless the inbox is full, or is more than half full and the sender holds
+    /// its share. `times` are those of its acceptance and of its expiry, `so_far` is what this
+    /// transaction has decided.
+    async fn decide(
         &mut self,
+        connection: &mut PgConnection,
         message: &Enqueue,
         limits: &Delivery,
-        enqueued_at: UnixMillis,
-        expires_at: UnixMillis,
-    ) -> Option<Receipt> {
+        times: (UnixMillis, UnixMillis),
+        so_far: impl Iterator<Item = (&Enqueue, &Outcome)>,
+    ) -> sqlx::Result<Enqueued> {
         let size = message.payload.len() as u64;
         // What has expired counts for nothing, be it removed yet or not.
         let messages = self.messages.saturating_sub(self.stale.messages);
         let bytes = self.bytes.saturating_sub(self.stale.bytes);
-        if messages >= limits.max_messages || bytes + size > limits.max_bytes {
-            return None;
+        if !limits.has_room(messages, bytes, size) {
+            return Ok(Enqueued::QueueFull);
         }
+        if limits.limits_senders(messages, bytes) {
+            if !self.held.contains_key(&message.sender) {
+                let held = self.look_up(connection, message, limits, times.0, so_far).await?;
+                self.held.insert(message.sender, held);
+            }
+            let (messages, bytes) = self.held[&message.sender];
+            if messages >= limits.sender_messages() || bytes + size > limits.sender_bytes() {
+                return Ok(Enqueued::SenderShare);
+            }
+        }
+        Ok(Enqueued::Accepted(self.accept(message, times)))
+    }
+
+    /// What the message's sender holds in the inbox, in messages and bytes: exact below its share of
+    /// messages, and at least that share otherwise.
+    async fn look_up(
+        &self,
+        connection: &mut PgConnection,
+        message: &Enqueue,
+        limits: &Delivery,
+        now: UnixMillis,
+        so_far: impl Iterator<Item = (&Enqueue, &Outcome)>,
+    ) -> sqlx::Result<(u64, u64)> {
+        let row = sqlx::query(HELD)
+            .bind(self.id)
+            .bind(&message.sender.as_bytes()[..])
+            .bind(number(limits.sender_messages()))
+            .bind(millis(now))
+            .fetch_one(connection)
+            .await?;
+        // What is accepted is written at the end of the transaction.
+        let unwritten = so_far.filter(|(other, outcome)| {
+            (other.recipient, other.sender) == (message.recipient, message.sender)
+                && matches!(outcome.enqueued, Enqueued::Accepted(_))
+        });
+        Ok(unwritten.fold(
+            (row.unsigned("messages")?, row.unsigned("bytes")?),
+            |(messages, bytes), (other, _)| (messages + 1, bytes + other.payload.len() as u64),
+        ))
+    }
+
+    /// Gives the message the next place in the inbox.
+    fn accept(
+        &mut self,
+        message: &Enqueue,
+        (enqueued_at, expires_at): (UnixMillis, UnixMillis),
+    ) -> Receipt {
+        let size = message.payload.len() as u64;
         let receipt = Receipt {
             seq: self.next,
             channel: message.channel,
@@ -148,7 +236,11 @@ impl Head {
         self.added += 1;
         self.added_bytes += number(size);
         self.next_expiry = self.next_expiry.min(millis(expires_at));
-        Some(receipt)
+        if let Some((messages, bytes)) = self.held.get_mut(&message.sender) {
+            *messages += 1;
+            *bytes += size;
+        }
+        receipt
     }
 }
 
@@ -170,6 +262,7 @@ async fn lock(
             postgres: now_of(row)?,
             added: 0,
             added_bytes: 0,
+            held: HashMap::new(),
         };
         Ok((row.identity("identity")?, head))
     };
@@ -281,7 +374,8 @@ async fn write(
             accepted.iter().map($value).collect::<Vec<_>>()
         };
     }
-    sqlx::query(WRITE)
+    let payloads = Payloads::of(accepted.iter().map(|(message, ..)| *message));
+    let query = sqlx::query(if payloads.are_shared() { WRITE_SHARED } else { WRITE })
         .bind(of_heads!(|head| head.id))
         .bind(of_heads!(|head| head.added))
         .bind(of_heads!(|head| head.added_bytes))
@@ -297,8 +391,67 @@ async fn write(
             .as_ref()
             .map(|id| &id.as_bytes()[..])))
         .bind(of_messages!(|(message, ..)| &message.payload_sha256[..]))
-        .bind(of_messages!(|(message, ..)| &message.payload[..]))
-        .execute(connection)
-        .await
-        .map(drop)
+        .bind(&payloads.all);
+    let query = if payloads.are_shared() { query.bind(&payloads.places) } else { query };
+    query.execute(connection).await.map(drop)
+}
+
+/// The payloads of messages, each once, however many messages share it.
+struct Payloads<'a> {
+    all: Vec<&'a [u8]>,
+    /// Which of them each message has, from 1.
+    places: Vec<i64>,
+}
+
+impl<'a> Payloads<'a> {
+    /// Two messages share a payload if they share its memory: a fan-out does.
+    fn of(messages: impl IntoIterator<Item = &'a Enqueue>) -> Self {
+        let (mut all, mut places, mut known) = (Vec::new(), Vec::new(), HashMap::new());
+        for message in messages {
+            let payload = &message.payload[..];
+            let place = *known.entry((payload.as_ptr(), payload.len())).or_insert_with(|| {
+                all.push(payload);
+                number(all.len() as u64)
+            });
+            places.push(place);
+        }
+        Self { all, places }
+    }
+
+    fn are_shared(&self) -> bool {
+        self.all.len() < self.places.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use bytes::Bytes;
+    use qpq_domain::{ChannelId, UnixMillis};
+
+    use super::*;
+
+    fn message(payload: Bytes) -> Enqueue {
+        Enqueue {
+            sender: IdentityKey::new([1; 32]),
+            recipient: IdentityKey::new([2; 32]),
+            channel: ChannelId::DEFAULT,
+            payload,
+            payload_sha256: [0; 32],
+            message_id: None,
+            now: UnixMillis(0),
+            ttl: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn a_payload_is_bound_once_however_many_messages_share_it() {
+        let (shared, own) = (Bytes::from(vec![1; 9]), Bytes::from(vec![1; 9]));
+        let messages = [&shared, &own, &shared, &shared].map(|payload| message(payload.clone()));
+        let payloads = Payloads::of(&messages);
+        assert_eq!((payloads.all.len(), &payloads.places[..]), (2, &[1, 2, 1, 1][..]));
+        assert!(payloads.are_shared());
+        assert!(!Payloads::of(&messages[..2]).are_shared());
+    }
 }

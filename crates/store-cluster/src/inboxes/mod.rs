@@ -119,8 +119,7 @@ impl ClusterInboxes {
                 self.read_postgres(request, head).await?
             };
             if let Some(shown) = shown {
-                let store_id = shown.page.store_id;
-                self.waking.looked(inbox, store_id, shown.head, shown.stopped_for);
+                self.waking.looked(request.read, &shown, request.lease);
                 return Ok((shown.page, head.inbox));
             }
         }
@@ -258,7 +257,7 @@ impl Inboxes for ClusterInboxes {
             .await?;
         let Some(removed) = removed else { return Ok(0) };
         let Removed { store_id, removal, seqs } = &removed;
-        self.waking.removed(&read.inbox, store_id, *removal, None, seqs).await;
+        self.waking.removed(&read, store_id, *removal, None, seqs).await;
         Ok(u32::try_from(removed.seqs.len()).unwrap_or(u32::MAX))
     }
 }
@@ -295,7 +294,7 @@ impl Lease for InboxLease {
         let (store_id, seqs) = (&page.store_id, &held.seqs);
         match inboxes.settlers.settle(*store_id, inbox, seqs.clone(), now).await? {
             Settlement::Removed(removal) => {
-                inboxes.waking.removed(&read.inbox, store_id, removal, Some(&held.id), seqs).await;
+                inboxes.waking.removed(&read, store_id, removal, Some(&held.id), seqs).await;
                 held.ended();
             }
             // Dropped, the lease is released.

@@ -51,6 +51,8 @@ static READ: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scrip
 static LOAD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/load.lua")));
 static CLAIM: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/claim.lua")));
 static REMOVE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/remove.lua")));
+static REGISTER: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/register.lua")));
 static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
 
 /// Version of what the scripts keep: the first byte of the state, the permit and a lease's history.
@@ -257,13 +259,8 @@ impl Redis {
 
     /// Says that `edge` waits for the inbox, before it is read from Postgres.
     pub(crate) async fn register(&self, inbox: &IdentityKey, edge: &str) -> StoreResult<()> {
-        let [key] = self.keys(inbox, ["w"]);
-        let mut add = Cmd::new();
-        add.arg("HSET").arg(&key).arg(edge).arg("1");
-        self.command::<u64>("register", &add).await?;
-        let mut expire = Cmd::new();
-        expire.arg("PEXPIRE").arg(&key).arg(REGISTERED.as_millis() as u64);
-        self.command::<u64>("register", &expire).await.map(drop)
+        let args = [text(edge), millis(REGISTERED)];
+        self.script::<u64>("register", &REGISTER, &self.keys(inbox, ["w"]), &args).await.map(drop)
     }
 
     /// The messages are gone, in a history, by the inbox's removal of that number, and so is

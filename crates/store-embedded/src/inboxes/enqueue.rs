@@ -1,6 +1,9 @@
 //! Accepting messages: many in one statement, and only for one that is not accepted a few more, to
 //! find out why.
 //!
+//! The first statement accepts nothing into an inbox that is more than half full: those messages are
+//! looked at by themselves, for their senders are held to a share of it.
+//!
 //! The way to SQLite's thread and back costs more than an insert, so the writer hands over the
 //! messages of all calls that it found waiting, and they are inserted up to [`ROWS`] at a time.
 //! Each row says how many messages to its inbox are ahead of it in the same statement. If one of
@@ -25,14 +28,50 @@ const ROWS: usize = 32;
 /// Expired messages removed at a time where a transaction has removed many already.
 const NEEDED: i64 = 16;
 
+/// Bytes that a statement of its own must save for messages with one payload: with fewer, they go
+/// with others.
+const WORTH_SHARING: usize = 16 << 10;
+
 /// The statement for each number of rows, from none.
-static INSERTS: LazyLock<Vec<String>> = LazyLock::new(|| (0..=ROWS).map(insert_sql).collect());
+static INSERTS: LazyLock<Vec<String>> =
+    LazyLock::new(|| (0..=ROWS).map(|rows| insert_sql(rows, Payloads::Own)).collect());
+
+/// The same, for rows that all have one payload, which is bound once: the first parameter.
+static INSERTS_SHARED: LazyLock<Vec<String>> =
+    LazyLock::new(|| (0..=ROWS).map(|rows| insert_sql(rows, Payloads::Shared)).collect());
+
+/// Whether each row of a statement has a payload of its own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Payloads {
+    Own,
+    Shared,
+}
+
+/// Up to where an inbox is filled.
+#[derive(Clone, Copy)]
+enum Fill {
+    /// While it is not more than half full, if senders are held to a share from there on.
+    Half,
+    /// As long as there is room.
+    Full,
+}
 
 /// Looks the inboxes up, checks caps and recent ids, gives the next seqs and inserts, all in one
 /// go; a trigger moves the heads. A row is left out when there is no such inbox, no room, its
 /// message id is known, or it is not its turn.
-fn insert_sql(rows: usize) -> String {
-    let values = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; rows].join(", ");
+fn insert_sql(rows: usize, payloads: Payloads) -> String {
+    // A bare parameter's number is one more than the largest before it.
+    let (payload, first) = match payloads {
+        Payloads::Own => ("?", "?"),
+        Payloads::Shared => ("?1", "?2"),
+    };
+    let values: Vec<_> = (0..rows)
+        .map(|row| {
+            let id = if row == 0 { first } else { "?" };
+            format!("({id}, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {payload})")
+        })
+        .collect();
+    let values = values.join(", ");
     format!(
         "WITH new (id, recipient, ahead, bytes_ahead, expires_at, enqueued_at, known_at, size, channel, sender,
                    message_id, payload_sha256, payload) AS (VALUES {values})
@@ -41,7 +80,8 @@ fn insert_sql(rows: usize) -> String {
          SELECT n.id, i.id, i.last_seq + n.ahead + 1, n.expires_at, n.enqueued_at, n.size, n.channel, n.sender,
                 n.message_id, n.payload_sha256, n.payload
            FROM new n CROSS JOIN account a ON a.identity = n.recipient CROSS JOIN inbox i ON i.id = a.id
-          WHERE i.messages + n.ahead < ? AND i.bytes + n.bytes_ahead + n.size <= ?
+          WHERE i.messages + n.ahead < ? AND i.bytes + n.bytes_ahead <= ?
+            AND i.bytes + n.bytes_ahead + n.size <= ?
             AND NOT EXISTS (SELECT 1 FROM recent_id r
                              WHERE r.inbox = i.id AND r.sender = n.sender AND r.message_id = n.message_id
                                AND r.forget_at > n.known_at)
@@ -57,7 +97,7 @@ const NEXT_ROW: &str = "SELECT coalesce(max(id), 0) + 1 FROM message";
 /// Why nothing was inserted: no row, no such recipient; `seq`, the receipt of a message that is
 /// still known, queued or gone; else the inbox is full, or an expired message is in the way.
 const WHY: &str = "
-    SELECT i.id AS inbox, i.next_expiry <= ?4 AS stale,
+    SELECT i.id AS inbox, i.messages, i.bytes, i.next_expiry <= ?4 AS stale,
            coalesce(m.seq, r.seq) AS seq, coalesce(m.channel, r.channel) AS channel,
            coalesce(m.payload_sha256, r.payload_sha256) AS payload_sha256,
            coalesce(m.enqueued_at, r.enqueued_at) AS enqueued_at
@@ -66,9 +106,27 @@ const WHY: &str = "
       LEFT JOIN recent_id r ON r.inbox = i.id AND r.sender = ?2 AND r.message_id = ?3 AND r.forget_at > ?4
      WHERE a.identity = ?1";
 
+/// What a sender holds in an inbox, as far as it matters: ?1 inbox, ?2 sender, ?3 rows to look at,
+/// ?4 now. Each index has the messages that the other one lacks.
+const HELD: &str = "
+    SELECT count(*) AS messages, coalesce(sum(size), 0) AS bytes
+      FROM (SELECT size FROM (SELECT size FROM message
+                               WHERE inbox = ?1 AND sender = ?2 AND message_id IS NOT NULL
+                                 AND +expires_at > ?4 LIMIT ?3)
+            UNION ALL
+            SELECT size FROM (SELECT size FROM message
+                               WHERE inbox = ?1 AND sender = ?2 AND message_id IS NULL
+                                 AND +expires_at > ?4 LIMIT ?3))";
+
+/// What is alive in an inbox: ?1 inbox, ?2 now.
+const ALIVE: &str = "
+    SELECT count(*) AS messages, coalesce(sum(size), 0) AS bytes
+      FROM message WHERE inbox = ?1 AND +expires_at > ?2";
+
 #[cfg(test)]
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    [INSERTS[1].as_str(), INSERTS[ROWS].as_str(), NEXT_ROW, WHY].into_iter()
+    let shared = INSERTS_SHARED[ROWS].as_str();
+    [INSERTS[1].as_str(), INSERTS[ROWS].as_str(), shared, NEXT_ROW, WHY, HELD, ALIVE].into_iter()
 }
 
 /// Accepts each message or says why not, in order.
@@ -85,8 +143,12 @@ pub(crate) async fn all(
         .map(|message| Timed { message, bounds: clock.bounds(message.now) })
         .collect();
     let mut outcomes = Vec::with_capacity(messages.len());
-    for chunk in messages.chunks(ROWS) {
-        let seqs = inserting.insert(chunk).await?;
+    let mut rest = &messages[..];
+    while !rest.is_empty() {
+        let (rows, payloads) = next_statement(rest);
+        let (chunk, behind) = rest.split_at(rows);
+        rest = behind;
+        let seqs = inserting.insert(chunk, payloads, Fill::Half).await?;
         for (message, seq) in chunk.iter().zip(seqs) {
             outcomes.push(match seq {
                 Some(seq) => message.accepted(seq),
@@ -115,6 +177,24 @@ impl Timed<'_> {
     }
 }
 
+/// How many of the messages go into the next statement, and whether they share their payload.
+fn next_statement(messages: &[Timed<'_>]) -> (usize, Payloads) {
+    let messages = &messages[..messages.len().min(ROWS)];
+    let shares = |pair: &[Timed<'_>]| {
+        let [one, next] = [&pair[0].message.payload, &pair[1].message.payload];
+        (one.as_ptr(), one.len()) == (next.as_ptr(), next.len())
+    };
+    let saved = |pairs: usize| pairs * messages[0].message.payload.len();
+    let alike = messages.windows(2).take_while(|pair| shares(pair)).count();
+    if saved(alike) >= WORTH_SHARING {
+        return (alike + 1, Payloads::Shared);
+    }
+    // Up to the first of two that share a payload worth it, which begin a statement of their own.
+    let worth = |pair: &[Timed<'_>]| shares(pair) && pair[0].message.payload.len() >= WORTH_SHARING;
+    let own = messages.windows(2).position(worth).unwrap_or(messages.len());
+    (own.max(1), Payloads::Own)
+}
+
 struct Inserting<'a> {
     connection: &'a mut SqliteConnection,
     limits: &'a Delivery,
@@ -125,10 +205,19 @@ struct Inserting<'a> {
 
 impl Inserting<'_> {
     /// The seq of each message that was accepted. Of those to one inbox, these are the first ones.
-    async fn insert(&mut self, messages: &[Timed<'_>]) -> sqlx::Result<Vec<Option<Seq>>> {
+    async fn insert(
+        &mut self,
+        messages: &[Timed<'_>],
+        payloads: Payloads,
+        fill: Fill,
+    ) -> sqlx::Result<Vec<Option<Seq>>> {
         let first_row = self.next_row;
         let mut ahead: HashMap<IdentityKey, (i64, i64)> = HashMap::with_capacity(messages.len());
-        let mut query = sqlx::query(INSERTS[messages.len()].as_str());
+        let mut query = match payloads {
+            Payloads::Own => sqlx::query(INSERTS[messages.len()].as_str()),
+            Payloads::Shared => sqlx::query(INSERTS_SHARED[messages.len()].as_str())
+                .bind(&messages[0].message.payload[..]),
+        };
         for Timed { message, bounds } in messages {
             let Enqueue {
                 sender,
@@ -155,15 +244,25 @@ impl Inserting<'_> {
                 .bind(channel.as_bytes())
                 .bind(&sender.as_bytes()[..])
                 .bind(message_id.as_ref().map(|id| &id.as_bytes()[..]))
-                .bind(&payload_sha256[..])
-                .bind(&payload[..]);
+                .bind(&payload_sha256[..]);
+            if payloads == Payloads::Own {
+                query = query.bind(&payload[..]);
+            }
             *count += 1;
             *bytes += size;
             self.next_row += 1;
         }
+        let limits = self.limits;
+        let (below, up_to) = match fill {
+            Fill::Half if limits.sender_share > 1 => {
+                (limits.half_messages() + 1, limits.half_bytes())
+            }
+            Fill::Half | Fill::Full => (limits.max_messages, limits.max_bytes),
+        };
         let inserted = query
-            .bind(number(self.limits.max_messages))
-            .bind(number(self.limits.max_bytes))
+            .bind(number(below))
+            .bind(number(up_to))
+            .bind(number(limits.max_bytes))
             .fetch_all(&mut *self.connection)
             .await?;
         let mut seqs = vec![None; messages.len()];
@@ -179,7 +278,7 @@ impl Inserting<'_> {
     /// reason.
     async fn one(&mut self, timed: &Timed<'_>) -> sqlx::Result<Enqueued> {
         let Timed { message, bounds } = *timed;
-        if let [Some(seq)] = self.insert(slice::from_ref(timed)).await?[..] {
+        if let Some(seq) = self.try_one(timed, Fill::Half).await? {
             return Ok(timed.accepted(seq));
         }
         let (recent_ids, now) = (self.limits.recent_ids, bounds.earliest);
@@ -194,29 +293,93 @@ impl Inserting<'_> {
                 enqueued_at: row.at("enqueued_at")?,
             }));
         }
-        if row.try_get("stale")? {
-            return self.after_removal(timed, row.try_get("inbox")?).await;
+        let inbox = row.try_get("inbox")?;
+        let mut head = (row.unsigned("messages")?, row.unsigned("bytes")?);
+        let stale = row.try_get("stale")?;
+        if stale {
+            match self.after_removal(timed, inbox).await? {
+                Removed::Accepted(seq) => return Ok(timed.accepted(seq)),
+                Removed::Head(messages, bytes) => head = (messages, bytes),
+            }
         }
-        Ok(Enqueued::QueueFull)
+        if !self.limits.has_room(head.0, head.1, message.payload.len() as u64) {
+            return Ok(Enqueued::QueueFull);
+        }
+        if !self.may_share(timed, inbox, stale).await? {
+            return Ok(Enqueued::SenderShare);
+        }
+        let seq = self.try_one(timed, Fill::Full).await?;
+        // Nobody else writes, so nothing can be in its way.
+        Ok(timed.accepted(seq.ok_or(sqlx::Error::RowNotFound)?))
+    }
+
+    /// Whether the sender may add this message to an inbox that has more than half its room taken,
+    /// perhaps by expired messages.
+    async fn may_share(
+        &mut self,
+        timed: &Timed<'_>,
+        inbox: i64,
+        stale: bool,
+    ) -> sqlx::Result<bool> {
+        let (limits, message, now) = (self.limits, timed.message, timed.bounds.earliest);
+        let size = message.payload.len() as u64;
+        let held = sqlx::query(HELD)
+            .bind(inbox)
+            .bind(&message.sender.as_bytes()[..])
+            .bind(number(limits.sender_messages()))
+            .bind(millis(now))
+            .fetch_one(&mut *self.connection)
+            .await?;
+        let (messages, bytes) = (held.unsigned("messages")?, held.unsigned("bytes")?);
+        if messages < limits.sender_messages() && bytes + size <= limits.sender_bytes() {
+            return Ok(true);
+        }
+        if !stale {
+            return Ok(false);
+        }
+        let alive = sqlx::query(ALIVE)
+            .bind(inbox)
+            .bind(millis(now))
+            .fetch_one(&mut *self.connection)
+            .await?;
+        Ok(!limits.limits_senders(alive.unsigned("messages")?, alive.unsigned("bytes")?))
+    }
+
+    async fn try_one(&mut self, timed: &Timed<'_>, fill: Fill) -> sqlx::Result<Option<Seq>> {
+        Ok(self.insert(slice::from_ref(timed), Payloads::Own, fill).await?[0])
     }
 
     /// A message in whose way expired ones are: they are removed until it fits, some more while that
     /// is not much for one transaction.
-    async fn after_removal(&mut self, timed: &Timed<'_>, inbox: i64) -> sqlx::Result<Enqueued> {
+    async fn after_removal(&mut self, timed: &Timed<'_>, inbox: i64) -> sqlx::Result<Removed> {
         let Timed { message, bounds } = *timed;
         loop {
             let rows = self.rows.max(NEEDED);
             let due = Due { inbox, now: bounds.earliest, rows, message };
             let removed = remove::expired(self.connection, due, self.limits.recent_ids).await?;
             self.rows = (self.rows - removed).max(0);
-            if let [Some(seq)] = self.insert(slice::from_ref(timed)).await?[..] {
-                return Ok(timed.accepted(seq));
+            if let Some(seq) = self.try_one(timed, Fill::Half).await? {
+                return Ok(Removed::Accepted(seq));
             }
-            if removed == 0 {
-                return Ok(Enqueued::QueueFull);
+            let row = sqlx::query("SELECT messages, bytes FROM inbox WHERE id = ?1")
+                .bind(inbox)
+                .fetch_one(&mut *self.connection)
+                .await?;
+            let (messages, bytes) = (row.unsigned("messages")?, row.unsigned("bytes")?);
+            let size = message.payload.len() as u64;
+            if removed == 0 || self.limits.has_room(messages, bytes, size) {
+                return Ok(Removed::Head(messages, bytes));
             }
         }
     }
+}
+
+/// How an inbox is after expired messages were removed from it.
+enum Removed {
+    /// The message has been accepted.
+    Accepted(Seq),
+    /// The inbox's messages and bytes, expired ones that are left included.
+    Head(u64, u64),
 }
 
 async fn why(
@@ -233,4 +396,55 @@ async fn why(
         .bind(millis_of(recent_ids))
         .fetch_optional(connection)
         .await
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use qpq_domain::{ChannelId, UnixMillis};
+
+    use super::*;
+
+    fn message(payload: &Bytes) -> Enqueue {
+        Enqueue {
+            sender: IdentityKey::new([1; 32]),
+            recipient: IdentityKey::new([2; 32]),
+            channel: ChannelId::DEFAULT,
+            payload: payload.clone(),
+            payload_sha256: [0; 32],
+            message_id: None,
+            now: UnixMillis(0),
+            ttl: Duration::ZERO,
+        }
+    }
+
+    const BOUNDS: Bounds = Bounds { earliest: UnixMillis(0), latest: UnixMillis(0) };
+
+    /// The rows of each statement that these become.
+    fn statements(payloads: &[&Bytes]) -> Vec<(usize, bool)> {
+        let messages: Vec<_> = payloads.iter().map(|payload| message(payload)).collect();
+        let messages: Vec<_> =
+            messages.iter().map(|message| Timed { message, bounds: BOUNDS }).collect();
+        let (mut rest, mut statements) = (&messages[..], Vec::new());
+        while !rest.is_empty() {
+            let (rows, payloads) = next_statement(rest);
+            statements.push((rows, payloads == Payloads::Shared));
+            rest = &rest[rows..];
+        }
+        statements
+    }
+
+    #[test]
+    fn a_large_payload_is_bound_once_and_small_ones_go_together() {
+        let large = Bytes::from(vec![0; WORTH_SHARING]);
+        let small = Bytes::from(vec![0; 100]);
+        let others: Vec<_> = (0..40).map(|_| Bytes::from(vec![0; WORTH_SHARING])).collect();
+        let own: Vec<_> = others.iter().collect();
+        assert_eq!(statements(&[&small; 40]), [(ROWS, false), (8, false)]);
+        assert_eq!(statements(&own), [(ROWS, false), (8, false)]);
+        assert_eq!(statements(&[&large; 40]), [(ROWS, true), (8, true)]);
+        let mixed = [&small, own[0], &large, &large, &large, &small, &small, own[1]];
+        assert_eq!(statements(&mixed), [(2, false), (3, true), (3, false)]);
+        assert_eq!(statements(&[&large]), [(1, false)]);
+    }
 }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use qpq_domain::{IdentityKey, Seq, StoreId};
-use qpq_ports::Page;
+use qpq_ports::{Page, View};
 
 use super::read::Snapshot;
 use crate::{
@@ -92,6 +92,7 @@ impl<'t> Reader<'t> {
         mark: Mark,
         store_id: StoreId,
         snapshot: &Snapshot,
+        view: View,
     ) -> Option<(Page, Option<Claim>)> {
         self.entry(|entry| {
             let page = entry.visible(mark, store_id, snapshot)?;
@@ -100,6 +101,7 @@ impl<'t> Reader<'t> {
             let claim = (!seqs.is_empty()).then(|| Claim {
                 table: Arc::clone(self.table),
                 inbox: self.inbox,
+                view,
                 seqs,
                 removed: false,
             });
@@ -138,6 +140,8 @@ impl Entry {
 pub(super) struct Claim {
     table: Arc<LeaseTable>,
     inbox: IdentityKey,
+    /// What they were read in.
+    view: View,
     seqs: Box<[Seq]>,
     removed: bool,
 }
@@ -159,6 +163,6 @@ impl Drop for Claim {
                 entry.removals += 1;
             }
         });
-        self.table.wakes.wake(&self.inbox);
+        self.table.wakes.wake(&self.inbox, self.view);
     }
 }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use qpq_domain::{Delivery, Seq, UnixMillis};
-use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreResult};
+use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreResult, View};
 use sqlx::SqlitePool;
 
 pub(crate) use remove::{forget, sweep};
@@ -76,7 +76,7 @@ impl Inboxes for EmbeddedInboxes {
             .enqueue(messages, move |messages, outcomes| {
                 for (message, outcome) in messages.iter().zip(outcomes) {
                     if matches!(outcome, Enqueued::Accepted(_)) {
-                        wakes.wake(&message.recipient);
+                        wakes.wake(&message.recipient, View::Channel(message.channel));
                     }
                 }
             })
@@ -95,7 +95,7 @@ impl Inboxes for EmbeddedInboxes {
         loop {
             let (mark, store_id) = (reader.mark(), self.history.id());
             let snapshot = read::snapshot(&mut connection, &read, Seq::ZERO, limit, now).await?;
-            if let Some((page, claim)) = reader.claim(mark, store_id, &snapshot) {
+            if let Some((page, claim)) = reader.claim(mark, store_id, &snapshot, read.view) {
                 return Ok(Box::new(InboxLease {
                     claimed: claim.zip(snapshot.inbox),
                     page,
@@ -162,7 +162,7 @@ impl Inboxes for EmbeddedInboxes {
                 move |removed| {
                     if *removed > 0 {
                         leases.removed(&read.inbox);
-                        wakes.wake(&read.inbox);
+                        wakes.wake(&read.inbox, read.view);
                     }
                 },
             )

@@ -29,6 +29,7 @@ enum Order {
         directory: PathBuf,
         max_messages: u64,
         max_bytes: u64,
+        sender_share: u64,
         recent_secs: u64,
         max_packages: u32,
     },
@@ -141,6 +142,7 @@ impl Child {
             directory: directory.to_owned(),
             max_messages: limits.delivery.max_messages,
             max_bytes: limits.delivery.max_bytes,
+            sender_share: limits.delivery.sender_share,
             recent_secs: limits.delivery.recent_ids.as_secs(),
             max_packages: limits.key_packages.max_count,
         })
@@ -220,10 +222,18 @@ fn serve() {
             let order: Order =
                 serde_json::from_str(&line.expect("text")).expect("what the parent wrote");
             match order {
-                Order::Open { directory, max_messages, max_bytes, recent_secs, max_packages } => {
+                Order::Open {
+                    directory,
+                    max_messages,
+                    max_bytes,
+                    sender_share,
+                    recent_secs,
+                    max_packages,
+                } => {
                     let delivery = Delivery {
                         max_messages,
                         max_bytes,
+                        sender_share,
                         recent_ids: Duration::from_secs(recent_secs),
                         ..Delivery::default()
                     };

@@ -193,6 +193,16 @@ impl Model {
         {
             return "QueueFull".to_owned();
         }
+        let held = || inbox.queue.values().filter(|q| q.from == message.from);
+        let held_bytes: usize = held().map(|q| q.size).sum();
+        let is_crowded = inbox.queue.len() as u64 * 2 > limits.max_messages
+            || bytes as u64 * 2 > limits.max_bytes;
+        if is_crowded
+            && (held().count() as u64 + 1 > limits.max_messages / limits.sender_share
+                || (held_bytes + message.size) as u64 > limits.max_bytes / limits.sender_share)
+        {
+            return "SenderShare".to_owned();
+        }
         inbox.last_seq += 1;
         let expires = now.plus(MINUTE * message.minutes.into());
         let Message { from, id, channel, size, .. } = *message;

@@ -24,6 +24,7 @@ pub(crate) fn limits() -> Limits {
         delivery: Delivery {
             max_messages: 6,
             max_bytes: 400,
+            sender_share: 3,
             recent_ids: 15 * MINUTE,
             ..Delivery::default()
         },

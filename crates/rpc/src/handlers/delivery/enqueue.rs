@@ -1,4 +1,4 @@
-//! Sending: one message (200) or many in one commit (205).
+//! Sending one message (200), and the steps that it shares with sending many (`batch`).
 //!
 //! A payload may be empty: the server does not look into it. The proof is signed when the store has
 //! committed, never before, from what the store kept; so a repeated request is answered with the
@@ -6,16 +6,17 @@
 
 use bytes::Bytes;
 use prost::Message as _;
-use qpq_domain::{IdentityKey, MAX_BATCH, UnixMillis};
+use qpq_domain::{AccountId, IdentityKey, UnixMillis};
 use qpq_ports::{Enqueue, Enqueued, Receipt};
-use qpq_proto::{convert, methods, v1};
+use qpq_proto::{LimitClass, convert, methods, v1};
 use sha2::{Digest as _, Sha256};
 
 use super::page;
 use crate::{Answered, App, Caller, Cx, Error, Handler};
 
-/// Signatures and digests between two chances for others on this worker: about a millisecond.
-const STRIDE: usize = 32;
+/// Bytes from which on a call is taken from the budget of bytes. Smaller ones are bounded well
+/// enough by their messages, and need no second look at a budget.
+const COUNTED_BYTES: u64 = 16 << 10;
 
 impl Handler for methods::Enqueue {
     async fn handle(
@@ -25,7 +26,9 @@ impl Handler for methods::Enqueue {
     ) -> Result<Answered<v1::EnqueueResponse>, Error> {
         let message = parse(cx.app, &caller.identity, &request, cx.now)?;
         let recipient = message.recipient;
+        let size = request.payload.len() as u64;
         drop(request);
+        charge(cx, caller.account, 1, size).await?;
         let outcome = cx.app.stores.inboxes.enqueue(vec![message]).await?.into_iter().next();
         let outcome = outcome.ok_or_else(|| Error::internal("the store answered no outcome"))?;
         let Accepted { seq, delivery_proof, duplicate } = accepted(cx.app, &recipient, outcome)?;
@@ -33,47 +36,24 @@ impl Handler for methods::Enqueue {
     }
 }
 
-/// One result of a batch at most: a proof of about 230 bytes, a seq, a code.
-const RESULT_BYTES: usize = 512;
-
-impl Handler for methods::BatchEnqueue {
-    fn answer_bytes(request: &v1::BatchEnqueueRequest) -> usize {
-        request.messages.len().max(request.recipient_keys.len()).min(MAX_BATCH) * RESULT_BYTES
+/// Takes a call that sends so many messages and bytes from the sender's budgets. One message has
+/// been taken with the call.
+pub(super) async fn charge(
+    cx: Cx<'_>,
+    sender: AccountId,
+    messages: usize,
+    bytes: u64,
+) -> Result<(), Error> {
+    let more = u32::try_from(messages.saturating_sub(1)).unwrap_or(u32::MAX);
+    cx.charge(LimitClass::Send, sender, more).await?;
+    if bytes < COUNTED_BYTES {
+        return Ok(());
     }
-
-    async fn handle(
-        cx: Cx<'_>,
-        caller: Caller,
-        request: v1::BatchEnqueueRequest,
-    ) -> Result<Answered<v1::BatchEnqueueResponse>, Error> {
-        let parsed = parse_batch(cx.app, &caller.identity, request, cx.now).await?;
-        // What was refused keeps its place among the results and never reaches the store.
-        let mut messages = Vec::with_capacity(parsed.len());
-        let mut places = Vec::with_capacity(parsed.len());
-        for item in parsed {
-            places.push(item.map(|message| {
-                let recipient = message.recipient;
-                messages.push(message);
-                recipient
-            }));
-        }
-        let outcomes = if messages.is_empty() {
-            Vec::new()
-        } else {
-            cx.app.stores.inboxes.enqueue(messages).await?
-        };
-        let results = results(cx.app, places, outcomes).await;
-        Ok(v1::BatchEnqueueResponse {
-            seqs: results.iter().map(|r| r.seq).collect(),
-            results,
-            epoch: 0,
-        }
-        .into())
-    }
+    cx.charge(LimitClass::SendBytes, sender, u32::try_from(bytes).unwrap_or(u32::MAX)).await
 }
 
-/// A message of `sender` as the store takes it.
-fn parse(
+/// A message of `sender`, in the form that the store accepts.
+pub(super) fn parse(
     app: &App,
     sender: &IdentityKey,
     request: &v1::EnqueueRequest,
@@ -98,80 +78,18 @@ fn parse(
     })
 }
 
-/// The messages of either form of a batch, each good or refused for itself. What all share (the
-/// form, and in a fan-out everything but the recipient) fails the whole.
-async fn parse_batch(
+/// The receipt of an accepted message, as its sender gets it.
+pub(super) struct Accepted {
+    pub(super) seq: u64,
+    pub(super) delivery_proof: Bytes,
+    pub(super) duplicate: bool,
+}
+
+pub(super) fn accepted(
     app: &App,
-    sender: &IdentityKey,
-    request: v1::BatchEnqueueRequest,
-    now: UnixMillis,
-) -> Result<Vec<Result<Enqueue, Error>>, Error> {
-    if request.commit || request.expected_epoch != 0 {
-        return Err(Error::CommitUnsupported);
-    }
-    let is_list = !request.messages.is_empty();
-    let is_fan_out = !request.recipient_keys.is_empty();
-    let has_shared = !(request.payload.is_empty()
-        && request.channel_id.is_empty()
-        && request.message_id.is_empty()
-        && request.ttl_secs == 0);
-    if is_list == is_fan_out || (is_list && has_shared) {
-        return Err(Error::InvalidBatch);
-    }
-    if request.messages.len().max(request.recipient_keys.len()) > MAX_BATCH {
-        return Err(Error::InvalidBatch);
-    }
-    if is_fan_out {
-        fan_out(app, sender, &request, now)
-    } else {
-        list(app, sender, &request.messages, now).await
-    }
-}
-
-fn fan_out(
-    app: &App,
-    sender: &IdentityKey,
-    request: &v1::BatchEnqueueRequest,
-    now: UnixMillis,
-) -> Result<Vec<Result<Enqueue, Error>>, Error> {
-    let shared = v1::EnqueueRequest {
-        recipient_key: Bytes::copy_from_slice(sender.as_bytes()),
-        payload: request.payload.clone(),
-        channel_id: request.channel_id.clone(),
-        ttl_secs: request.ttl_secs,
-        message_id: request.message_id.clone(),
-        session_token: Bytes::new(),
-    };
-    let shared = parse(app, sender, &shared, now)?;
-    let to = |key: &Bytes| {
-        let recipient = convert::identity_key(key, "recipient_keys")?;
-        Ok(Enqueue { recipient, ..shared.clone() })
-    };
-    Ok(request.recipient_keys.iter().map(to).collect())
-}
-
-async fn list(
-    app: &App,
-    sender: &IdentityKey,
-    messages: &[v1::EnqueueRequest],
-    now: UnixMillis,
-) -> Result<Vec<Result<Enqueue, Error>>, Error> {
-    let mut parsed = Vec::with_capacity(messages.len());
-    for some in messages.chunks(STRIDE) {
-        parsed.extend(some.iter().map(|message| parse(app, sender, message, now)));
-        tokio::task::yield_now().await;
-    }
-    Ok(parsed)
-}
-
-/// What the sender of an accepted message gets.
-struct Accepted {
-    seq: u64,
-    delivery_proof: Bytes,
-    duplicate: bool,
-}
-
-fn accepted(app: &App, recipient: &IdentityKey, outcome: Enqueued) -> Result<Accepted, Error> {
+    recipient: &IdentityKey,
+    outcome: Enqueued,
+) -> Result<Accepted, Error> {
     let of = |receipt: &Receipt, duplicate| Accepted {
         seq: receipt.seq.0,
         delivery_proof: app.signer.prove(recipient, receipt).encode_to_vec().into(),
@@ -182,44 +100,6 @@ fn accepted(app: &App, recipient: &IdentityKey, outcome: Enqueued) -> Result<Acc
         Enqueued::Duplicate(receipt) => Ok(of(&receipt, true)),
         Enqueued::NoSuchRecipient => Err(Error::NoSuchRecipient),
         Enqueued::QueueFull => Err(Error::QueueFull),
-    }
-}
-
-/// One result for each place; `outcomes` are those of the places that are `Ok`, in their order.
-async fn results(
-    app: &App,
-    places: Vec<Result<IdentityKey, Error>>,
-    outcomes: Vec<Enqueued>,
-) -> Vec<v1::BatchResult> {
-    let mut outcomes = outcomes.into_iter();
-    let mut results = Vec::with_capacity(places.len());
-    for place in places {
-        let result = place.and_then(|recipient| {
-            let outcome = outcomes
-                .next()
-                .ok_or_else(|| Error::internal("the store answered too few outcomes"))?;
-            accepted(app, &recipient, outcome)
-        });
-        results.push(batch_result(result));
-        if results.len() % STRIDE == 0 {
-            tokio::task::yield_now().await;
-        }
-    }
-    results
-}
-
-fn batch_result(result: Result<Accepted, Error>) -> v1::BatchResult {
-    match result {
-        Ok(Accepted { seq, delivery_proof, duplicate }) => {
-            v1::BatchResult { seq, delivery_proof, duplicate, ..v1::BatchResult::default() }
-        }
-        Err(error) => {
-            let code = error.code();
-            v1::BatchResult {
-                status: code.status().code().into(),
-                code: code.as_str().into(),
-                ..v1::BatchResult::default()
-            }
-        }
+        Enqueued::SenderShare => Err(Error::SenderShare),
     }
 }

@@ -4,6 +4,7 @@
 //! durable, and what is read destructively is gone only once the transport says that the client has
 //! the whole answer: the lease travels with the answer, and dropping the one drops the other.
 
+mod batch;
 mod enqueue;
 mod page;
 mod read;

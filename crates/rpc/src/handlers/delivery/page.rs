@@ -58,9 +58,29 @@ impl Room {
     }
 }
 
+/// The most messages of one answer, whatever the client asks for.
+const MAX_MESSAGES: u32 = 1_000;
+
+/// Messages, and bytes, that cost as much as a call.
+const MESSAGES_PER_CALL: usize = 100;
+const BYTES_PER_CALL: usize = 256 << 10;
+
 /// The page for a wire `limit`: 0 is all that fits.
 pub(super) fn limit(limit: u32) -> PageLimit {
-    PageLimit { messages: convert::limit(limit).map_or(u32::MAX, u32::from), bytes: MAX_PAGE }
+    let messages = convert::limit(limit).map_or(MAX_MESSAGES, u32::from).min(MAX_MESSAGES);
+    PageLimit { messages, bytes: MAX_PAGE }
+}
+
+/// What showing these cost beyond the call, in calls.
+pub(super) fn cost(page: &Page) -> u32 {
+    let bytes: usize = page.envelopes.iter().map(qpq_ports::Envelope::cost).sum();
+    calls(page.envelopes.len())
+        .saturating_add(u32::try_from(bytes / BYTES_PER_CALL).unwrap_or(u32::MAX))
+}
+
+/// What handling so many messages costs beyond the call, in calls.
+pub(super) fn calls(messages: usize) -> u32 {
+    u32::try_from(messages / MESSAGES_PER_CALL).unwrap_or(u32::MAX)
 }
 
 /// Returns the store id as an answer carries it.
@@ -132,8 +152,20 @@ mod tests {
     }
 
     #[test]
-    fn zero_is_no_limit() {
-        assert_eq!(limit(0).messages, u32::MAX);
+    fn no_page_has_more_than_a_thousand_messages() {
+        assert_eq!(limit(0).messages, 1_000);
+        assert_eq!(limit(u32::MAX).messages, 1_000);
         assert_eq!(limit(1).messages, 1);
+    }
+
+    #[test]
+    fn a_page_costs_by_messages_and_by_bytes() {
+        let cost_of = |count, payload_len| {
+            let envelopes = vec![largest(payload_len); count];
+            cost(&Page { store_id: StoreId::new([0; 16]), envelopes, more: false })
+        };
+        assert_eq!(cost_of(99, 0), 0);
+        assert_eq!(cost_of(1_000, 0), 10);
+        assert_eq!(cost_of(4, (256 << 10) - 64), 4);
     }
 }

@@ -5,13 +5,17 @@ use std::time::Duration;
 
 use qpq_domain::{DeviceId, IdentityKey, Seq};
 use qpq_ports::{Ack, Lease, PageLimit, Read, View};
-use qpq_proto::{convert, methods, v1};
+use qpq_proto::{LimitClass, convert, methods, v1};
 use tokio::time::{Instant, sleep_until};
 
 use super::page;
 use crate::{
-    Answered, App, Caller, Cx, Error, Handler, answers::Reservation, app::drain_began, auth,
+    Answered, App, Caller, Cx, Error, Handler,
+    answers::Reservation,
+    app::drain_began,
+    auth,
     notices::Notice,
+    waiters::{Left, Turn},
 };
 
 /// The most seqs that one Ack names: as many as an inbox holds by default.
@@ -30,6 +34,7 @@ impl Handler for methods::Fetch {
             let store_id = page::store_id(&cx.app.stores.upkeep.store_id());
             return Ok(v1::FetchResponse { store_id, ..Default::default() }.into());
         };
+        owe(cx, &caller, page::cost(lease.page()));
         let response = v1::FetchResponse {
             payloads: page::envelopes(lease.page()),
             more: lease.page().more,
@@ -57,6 +62,7 @@ impl Handler for methods::FetchWait {
                 let store_id = page::store_id(&cx.app.stores.upkeep.store_id());
                 return Ok(v1::FetchWaitResponse { store_id, ..Default::default() }.into());
             };
+            owe(cx, &caller, page::cost(lease.page()));
             let response = v1::FetchWaitResponse {
                 payloads: page::envelopes(lease.page()),
                 more: lease.page().more,
@@ -91,6 +97,7 @@ impl Handler for methods::Peek {
         if !page.envelopes.is_empty() {
             cx.conn.shows(page.store_id);
         }
+        owe(cx, &caller, page::cost(&page));
         let response = v1::PeekResponse {
             payloads: page::envelopes(&page),
             more: page.more,
@@ -116,8 +123,14 @@ impl Handler for methods::Ack {
         let store_id = cx.conn.shown_in();
         let ack = Ack { up_to, seqs, store_id };
         // An ack of nothing removes nothing: an answer to a client whose page was empty.
-        let removed =
-            if ack.is_empty() { 0 } else { cx.app.stores.inboxes.ack(read, ack, cx.now).await? };
+        let removed = if ack.is_empty() {
+            0
+        } else {
+            let named = ack.seqs.len();
+            let removed = cx.app.stores.inboxes.ack(read, ack, cx.now).await?;
+            owe(cx, &caller, page::calls(named.max(removed as usize)));
+            removed
+        };
         if let Some(shown_in) = store_id
             && shown_in != cx.app.stores.upkeep.store_id()
         {
@@ -125,6 +138,11 @@ impl Handler for methods::Ack {
         }
         Ok(v1::AckResponse { removed }.into())
     }
+}
+
+/// Has the caller's next call pay for what this one costs beyond itself.
+fn owe(cx: Cx<'_>, caller: &Caller, cost: u32) {
+    cx.app.owed.add(LimitClass::Receive, caller.account, cost, cx.now);
 }
 
 /// Which channels a request names.
@@ -154,8 +172,8 @@ fn own(
     Ok(Read { inbox: caller.identity, device: device.or(caller.device), view })
 }
 
-/// Leases what the view has, or the first that it gets. `None` when nothing came by the deadline or
-/// the server drains.
+/// Leases what the view has, or the first that it gets. `None` when nothing came by the deadline,
+/// the server drains, or the reader has begun too many other calls that wait.
 ///
 /// Whatever could end the wait is subscribed to before the state behind it is read, so nothing
 /// falls between. Alive while it waits are these few words: an idle client costs little more than
@@ -167,7 +185,7 @@ async fn wait(
     limit: PageLimit,
     deadline: Instant,
 ) -> Result<Option<Leased>, Error> {
-    let mut wake = cx.app.stores.wakes.subscribe(&read.inbox);
+    let mut waiter = cx.app.waiters.join(&*cx.app.stores.wakes, read);
     if let Some(leased) = lease(cx, caller, *read, limit).await? {
         return Ok(Some(leased));
     }
@@ -185,11 +203,18 @@ async fn wait(
                 }
                 continue;
             }
-            () = wake.woken() => {}
+            turn = waiter.next() => {
+                if turn == Turn::Displaced {
+                    return Ok(None);
+                }
+            }
             () = sleep_until(deadline) => return Ok(None),
         }
-        if let Some(leased) = lease(cx, caller, *read, limit).await? {
-            return Ok(Some(leased));
+        let leased = lease(cx, caller, *read, limit).await?;
+        let more = leased.as_ref().is_some_and(|(lease, _)| lease.page().more);
+        waiter.has_read(if more { Left::More } else { Left::Nothing });
+        if leased.is_some() {
+            return Ok(leased);
         }
     }
 }

@@ -1,8 +1,10 @@
 //! KeyPackages: uploading them, checked one by one (300), taking somebody's (301), counting one's
 //! own (305).
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
-use qpq_domain::{IdentityKey, UnixMillis};
+use qpq_domain::{AccountId, IdentityKey, UnixMillis};
 use qpq_mls::key_package;
 use qpq_ports::{NewKeyPackage, Stock, Upload, UploadMode};
 use qpq_proto::{Method as _, convert, methods, v1};
@@ -23,7 +25,10 @@ impl Handler for methods::UploadKeyPackage {
     ) -> Result<Answered<v1::UploadKeyPackageResponse>, Error> {
         check_owner(&caller, &request.identity_key)?;
         let uploads = uploads(cx.app, &request)?;
-        let packages = check(cx.app, &caller.identity, &uploads, cx.now).await?;
+        let more = u32::try_from(uploads.len() - 1).unwrap_or(u32::MAX);
+        cx.charge(Self::INFO.limit, caller.account, more).await?;
+        let known = known(cx.app, caller.account, &uploads).await?;
+        let packages = check(cx.app, &caller.identity, &uploads, &known, cx.now).await?;
         let mode = if request.replace { UploadMode::Replace } else { UploadMode::Add };
         let stored = cx.app.stores.key_packages.upload(caller.account, packages, mode, cx.now);
         let Stock { available, .. } = match stored.await? {
@@ -107,29 +112,60 @@ fn uploads<'a>(
     Ok(uploads)
 }
 
-/// Checks every package, or says which is bad. The work is done a few at a time, so that others get
-/// their turn.
+/// The fingerprints of stored packages, where it is worth asking for them: a client that repeats an
+/// upload repeats many.
+async fn known(
+    app: &App,
+    owner: AccountId,
+    uploads: &[Uploaded<'_>],
+) -> Result<HashSet<[u8; 32]>, Error> {
+    if uploads.len() < STRIDE {
+        return Ok(HashSet::new());
+    }
+    Ok(app.stores.key_packages.known(owner).await?)
+}
+
+/// Checks every package, or says which is bad. The signatures of those that are known were verified
+/// when they were stored. The work is done a few at a time, by few calls at a time, so that others
+/// get their turn.
 async fn check(
     app: &App,
     owner: &IdentityKey,
     uploads: &[Uploaded<'_>],
+    known: &HashSet<[u8; 32]>,
     now: UnixMillis,
 ) -> Result<Vec<NewKeyPackage>, Error> {
     let mut packages = Vec::with_capacity(uploads.len());
     for some in uploads.chunks(STRIDE) {
-        for upload in some {
-            let checked = key_package::check(upload.bytes, &app.key_package_policy, owner, now)
-                .map_err(|rejected| Error::invalid_package(upload.field, rejected))?;
-            packages.push(NewKeyPackage {
-                // Of the KeyPackage itself: sent bare and wrapped it is one, and is given out once.
-                fingerprint: checked.reference,
-                bytes: upload.bytes.to_vec(),
-                last_resort: upload.last_resort || checked.last_resort,
-                not_before: checked.not_before,
-                not_after: checked.not_after,
-            });
-        }
+        let checked = app
+            .key_package_gate
+            .run(|| some.iter().map(|upload| check_one(app, owner, upload, known, now)).collect());
+        let checked: Result<Vec<_>, Error> = checked.await?;
+        packages.extend(checked?);
         tokio::task::yield_now().await;
     }
     Ok(packages)
+}
+
+fn check_one(
+    app: &App,
+    owner: &IdentityKey,
+    upload: &Uploaded<'_>,
+    known: &HashSet<[u8; 32]>,
+    now: UnixMillis,
+) -> Result<NewKeyPackage, Error> {
+    let rejected = |rejected| Error::invalid_package(upload.field, rejected);
+    let checked = key_package::inspect(upload.bytes, &app.key_package_policy, owner, now)
+        .map_err(rejected)?;
+    if !known.contains(&checked.reference) {
+        key_package::verify_signatures(upload.bytes).map_err(rejected)?;
+    }
+    Ok(NewKeyPackage {
+        // Of the KeyPackage itself: sent bare and wrapped it is one, and is given out once.
+        fingerprint: checked.reference,
+        bytes: upload.bytes.to_vec(),
+        last_resort: upload.last_resort || checked.last_resort,
+        not_before: checked.not_before,
+        not_after: checked.not_after,
+    })
 }

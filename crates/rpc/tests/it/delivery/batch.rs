@@ -1,6 +1,20 @@
 //! 205 BatchEnqueue.
 
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
+use qpq_domain::{Seq, UnixMillis};
+use qpq_ports::{
+    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreError, StoreResult, Stores,
+};
 use qpq_proto::{
     Status, methods,
     v1::{self, BatchEnqueueRequest, BatchEnqueueResponse, BatchResult, EnqueueRequest},
@@ -54,7 +68,10 @@ async fn a_batch_is_a_fan_out_or_a_list_never_both_nor_neither() {
         BatchEnqueueRequest { channel_id: CHANNEL, ..list(vec![one.clone()]) },
         BatchEnqueueRequest { ttl_secs: 1, ..list(vec![one.clone()]) },
         BatchEnqueueRequest { message_id: message_id(1), ..list(vec![one.clone()]) },
-        BatchEnqueueRequest { recipient_keys: vec![alice.key(); 1_001], ..fan.clone() },
+        BatchEnqueueRequest {
+            recipient_keys: (0..1_001_u32).map(|n| [n.to_be_bytes(); 8].concat().into()).collect(),
+            ..fan.clone()
+        },
         list(vec![one; 1_001]),
     ] {
         alice
@@ -184,27 +201,226 @@ async fn the_token_of_a_listed_message_means_nothing() {
 }
 
 #[tokio::test]
-async fn a_recipient_named_twice_gets_one_message_for_each_time_or_one_for_each_message_id() {
+async fn a_fan_out_that_names_a_recipient_twice_is_refused() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
-    let twice = send(&alice, fan_out(&[&bob, &alice, &bob], b"hello")).await;
-    assert_eq!(twice.seqs, [1, 1, 2]);
+    for message_id in [Bytes::new(), message_id(1)] {
+        let request =
+            BatchEnqueueRequest { message_id, ..fan_out(&[&bob, &alice, &bob], b"hello") };
+        let refused = alice.refused::<methods::BatchEnqueue>(request).await;
+        refused.assert(Status::BadRequest, "delivery.invalid_batch");
+    }
+    assert!(peek_all(&bob).await.payloads.is_empty());
+    // In a list each message has its recipient, and may have the same.
+    let twice = send(&alice, list(vec![message(&bob, b"one"), message(&bob, b"two")])).await;
+    assert_eq!(twice.seqs, [1, 2]);
+}
 
-    let request = BatchEnqueueRequest {
-        message_id: message_id(1),
-        ..fan_out(&[&bob, &alice, &bob], b"once")
-    };
+#[tokio::test]
+async fn a_repeated_fan_out_answers_the_first_receipts() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let request =
+        BatchEnqueueRequest { message_id: message_id(1), ..fan_out(&[&bob, &alice], b"once") };
     let once = send(&alice, request.clone()).await;
-    assert_eq!(once.seqs, [3, 2, 3]);
-    assert_eq!(once.results.iter().map(|r| r.duplicate).collect::<Vec<_>>(), [false, false, true]);
-    assert_eq!(once.results[0].delivery_proof, once.results[2].delivery_proof);
-
+    assert!(once.results.iter().all(|result| !result.duplicate));
     let again = send(&alice, request).await;
     assert!(again.results.iter().all(|result| result.duplicate));
     for (first, second) in once.results.iter().zip(&again.results) {
         assert_eq!((first.seq, &first.delivery_proof), (second.seq, &second.delivery_proof));
     }
-    assert_eq!(bodies(&peek_all(&bob).await.payloads), [&b"hello"[..], b"hello", b"once"]);
+    assert_eq!(bodies(&peek_all(&bob).await.payloads), [b"once"]);
+}
+
+#[tokio::test]
+async fn a_batch_is_bounded_by_its_bytes_for_all_recipients() {
+    let server = Server::with(|config| config.delivery.max_batch_bytes = 100).await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [half, more] = [&[b'x'; 50][..], &[b'x'; 51]];
+    send(&alice, fan_out(&[&alice, &bob], half)).await;
+    let refused = alice.refused::<methods::BatchEnqueue>(fan_out(&[&alice, &bob], more)).await;
+    refused.assert(Status::BadRequest, "delivery.batch_too_large");
+    send(&alice, fan_out(&[&alice], more)).await;
+
+    send(&alice, list(vec![message(&alice, half), message(&bob, half)])).await;
+    let request = list(vec![message(&alice, half), message(&bob, more)]);
+    let refused = alice.refused::<methods::BatchEnqueue>(request).await;
+    refused.assert(Status::BadRequest, "delivery.batch_too_large");
+    assert_eq!(peek_all(&bob).await.payloads.len(), 2);
+}
+
+#[tokio::test]
+async fn the_largest_batch_is_64_mib() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let mut request = BatchEnqueueRequest {
+        recipient_keys: (0..65).map(|n| vec![n; 32].into()).collect(),
+        payload: vec![0; 1 << 20].into(),
+        ..Default::default()
+    };
+    let refused = alice.refused::<methods::BatchEnqueue>(request.clone()).await;
+    refused.assert(Status::BadRequest, "delivery.batch_too_large");
+    request.recipient_keys.pop();
+    assert_eq!(send(&alice, request).await.results.len(), 64);
+}
+
+/// The calls that a batch becomes, as the store gets them.
+#[derive(Default)]
+struct Calls {
+    sizes: Mutex<Vec<(usize, usize)>>,
+    payloads: Mutex<HashSet<usize>>,
+    /// How many calls are accepted until one fails.
+    accepted: AtomicUsize,
+}
+
+struct Recorded {
+    inner: Arc<dyn Inboxes>,
+    calls: Arc<Calls>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the disk is full")]
+struct Full;
+
+#[async_trait]
+impl Inboxes for Recorded {
+    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
+        let bytes = messages.iter().map(|message| message.payload.len()).sum();
+        self.calls.sizes.lock().push((messages.len(), bytes));
+        let addresses = messages.iter().map(|message| message.payload.as_ptr() as usize);
+        self.calls.payloads.lock().extend(addresses);
+        let countdown = |left: usize| left.checked_sub(1);
+        match self.calls.accepted.fetch_update(Ordering::SeqCst, Ordering::SeqCst, countdown) {
+            Ok(_) => self.inner.enqueue(messages).await,
+            Err(_) => Err(StoreError::unavailable(Full)),
+        }
+    }
+
+    async fn lease(
+        &self,
+        read: Read,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Box<dyn Lease>> {
+        self.inner.lease(read, limit, now).await
+    }
+
+    async fn peek(
+        &self,
+        read: Read,
+        after: Seq,
+        limit: PageLimit,
+        now: UnixMillis,
+    ) -> StoreResult<Page> {
+        self.inner.peek(read, after, limit, now).await
+    }
+
+    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+        self.inner.ack(read, ack, now).await
+    }
+}
+
+async fn recorded() -> (Server, Arc<Calls>) {
+    let calls = Arc::<Calls>::default();
+    calls.accepted.store(usize::MAX, Ordering::SeqCst);
+    let record = |mut stores: Stores| {
+        let inner = Arc::clone(&stores.inboxes);
+        stores.inboxes = Arc::new(Recorded { inner, calls: Arc::clone(&calls) });
+        stores
+    };
+    (Server::with_stores(|_| {}, record).await, calls)
+}
+
+#[tokio::test]
+async fn a_batch_is_stored_in_calls_of_bounded_size_that_share_one_payload() {
+    let (server, calls) = recorded().await;
+    let alice = server.user("alice").await;
+    let to = |count: u16, payload: Vec<u8>| {
+        let key = |n: u16| Bytes::from([n.to_be_bytes(); 16].concat());
+        BatchEnqueueRequest {
+            recipient_keys: (0..count).map(key).collect(),
+            payload: payload.into(),
+            ..Default::default()
+        }
+    };
+    let cases = [
+        (to(1_000, vec![]), vec![(256, 0), (256, 0), (256, 0), (232, 0)]),
+        (to(64, vec![0; 1 << 20]), vec![(1, 1 << 20); 64]),
+        (to(5, vec![0; 400_000]), vec![(2, 800_000), (2, 800_000), (1, 400_000)]),
+    ];
+    for (request, expected) in cases {
+        let response = send(&alice, request).await;
+        assert_eq!(std::mem::take(&mut *calls.sizes.lock()), expected);
+        assert_eq!(std::mem::take(&mut *calls.payloads.lock()).len(), 1, "one copy in memory");
+        assert!(response.results.iter().all(|r| r.code == "delivery.no_such_recipient"));
+    }
+}
+
+#[tokio::test]
+async fn a_batch_that_is_half_stored_says_so_and_its_repeat_doubles_nothing() {
+    let (server, calls) = recorded().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let numbered = |n: u32| EnqueueRequest {
+        payload: n.to_be_bytes().to_vec().into(),
+        message_id: [n.to_be_bytes(); 4].concat().into(),
+        ..message(&bob, b"")
+    };
+    let request = list((0..600).map(numbered).collect());
+    calls.accepted.store(2, Ordering::SeqCst);
+    let half = send(&alice, request.clone()).await;
+    let accepted = half.results.iter().take_while(|result| result.status == 0).count();
+    assert_eq!(accepted, 512);
+    assert!(half.results[512..].iter().all(|r| (r.status, &*r.code) == (9, "rpc.unavailable")));
+    assert_eq!(calls.sizes.lock().len(), 3, "nothing is tried after the failure, or again");
+
+    // Nothing at all accepted is the call's failure.
+    let refused = alice.refused::<methods::BatchEnqueue>(request.clone()).await;
+    refused.assert(Status::Unavailable, "rpc.unavailable");
+
+    calls.accepted.store(usize::MAX, Ordering::SeqCst);
+    let whole = send(&alice, request).await;
+    let duplicates = whole.results.iter().take_while(|result| result.duplicate).count();
+    assert_eq!(duplicates, 512);
+    assert_eq!(whole.seqs, (1..=600).collect::<Vec<_>>());
+    assert_eq!(seqs(&peek_all(&bob).await.payloads), whole.seqs);
+}
+
+#[tokio::test]
+async fn a_stranger_leaves_room_in_an_inbox_for_everybody_else() {
+    let server = Server::start().await;
+    let (bob, stranger, friend) =
+        (server.user("bob").await, server.user("stranger").await, server.user("friend").await);
+    let mut results = Vec::new();
+    for _ in 0..10 {
+        results.extend(send(&stranger, list(vec![message(&bob, b""); 1_000])).await.results);
+    }
+    let accepted = results.iter().filter(|result| result.status == 0).count();
+    assert_eq!(accepted, 5_001, "half of the inbox, and the message that went beyond it");
+    assert!(
+        results[accepted..].iter().all(|r| (r.status, &*r.code) == (5, "delivery.sender_share"))
+    );
+    let refused = stranger.refused::<methods::Enqueue>(message(&bob, b"")).await;
+    refused.assert(Status::RateLimited, "delivery.sender_share");
+    assert!(refused.retry_after.is_some());
+    assert_eq!(friend.send(&bob, b"hello").await.seq, 5_002);
+}
+
+#[tokio::test]
+async fn a_stranger_leaves_bytes_in_an_inbox_for_everybody_else() {
+    let server = Server::start().await;
+    let (bob, stranger, friend) =
+        (server.user("bob").await, server.user("stranger").await, server.user("friend").await);
+    let payload = Bytes::from(vec![0; 1 << 20]);
+    let large = EnqueueRequest { payload: payload.clone(), ..message(&bob, b"") };
+    for _ in 0..33 {
+        stranger.ok::<methods::Enqueue>(large.clone()).await;
+    }
+    for _ in 0..31 {
+        let refused = stranger.refused::<methods::Enqueue>(large.clone()).await;
+        refused.assert(Status::RateLimited, "delivery.sender_share");
+    }
+    friend.send(&bob, b"hello").await;
+    friend.ok::<methods::Enqueue>(large).await;
 }
 
 #[tokio::test]

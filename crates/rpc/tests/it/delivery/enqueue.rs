@@ -138,7 +138,11 @@ async fn a_full_inbox_refuses_the_sender_and_drops_nothing() {
     assert_eq!(bodies(&fetch(&bob).await.arrived().await.payloads), [b"one", b"two"]);
     assert_eq!(alice.send(&bob, b"three").await.seq, 3, "a refused message takes no seq");
 
-    let server = Server::with(|config| config.delivery.max_bytes = 10).await;
+    let server = Server::with(|config| {
+        config.delivery.max_bytes = 10;
+        config.delivery.sender_share = 1;
+    })
+    .await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.send(&bob, b"123456").await;
     let refused = alice.refused::<methods::Enqueue>(message(&bob, b"12345")).await;

@@ -1,14 +1,15 @@
 //! 202 FetchWait: nothing is missed, nothing is kept waiting, nothing is left behind.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
+use bytes::Bytes;
 use qpq_proto::{
     Status, methods,
     v1::{self, EnqueueRequest, FetchWaitRequest, LogoutRequest},
 };
 use tokio::task::JoinHandle;
 
-use super::{CHANNEL, bodies, fetch, peek_all};
+use super::{CHANNEL, OTHER_CHANNEL, bodies, fetch, peek_all};
 use crate::{
     harness::{Refused, Server, User},
     user::{Answered, message},
@@ -62,10 +63,9 @@ async fn other_channels_do_not_end_the_wait() {
     waiters.waited(1).await;
     let elsewhere = EnqueueRequest { channel_id: CHANNEL, ..message(&user, b"elsewhere") };
     user.ok::<methods::Enqueue>(elsewhere).await;
-    // It looked, found nothing of its own, and waits again.
-    waiters.waited(2).await;
     user.send(&user, b"here").await;
-    assert_eq!(bodies(&answered(waiting).await.arrived().await.payloads), [b"here"]);
+    assert_eq!(bodies(&answered(waiting).await.response.payloads), [b"here"]);
+    assert_eq!(waiters.leases(), 2, "one when it began to wait, one for the message here");
 }
 
 #[tokio::test]
@@ -85,7 +85,7 @@ async fn of_two_that_wait_one_gets_a_message_and_the_other_the_next() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let (first, second) = (wait(user.elsewhere(&server)), wait(user.elsewhere(&server)));
-    waiters.waited(2).await;
+    waiters.leased(2).await;
     user.send(&user, b"one").await;
     let (one, rest) = futures_util::future::select(first, second).await.factor_first();
     let one = one.expect("no panic").expect("an answer");
@@ -97,6 +97,101 @@ async fn of_two_that_wait_one_gets_a_message_and_the_other_the_next() {
 
 fn nothing(server: &Server) -> v1::FetchWaitResponse {
     v1::FetchWaitResponse { store_id: server.store_id(), ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_ninth_wait_of_a_reader_ends_the_oldest_empty() {
+    let (server, waiters) = Waiters::server().await;
+    let (user, other) = (server.user("reader").await, server.user("other").await);
+    let in_channel = |channel_id: &Bytes| FetchWaitRequest {
+        channel_id: channel_id.clone(),
+        timeout_ms: u64::MAX,
+        ..Default::default()
+    };
+    // Whatever they wait for.
+    let channels = [CHANNEL, OTHER_CHANNEL, Bytes::new()];
+    let mut waits = VecDeque::new();
+    for n in 0..8 {
+        waits.push_back(wait_for(user.elsewhere(&server), in_channel(&channels[n % 3])));
+        waiters.leased(n + 1).await;
+    }
+    let others = wait(other.elsewhere(&server));
+    waiters.leased(9).await;
+    for n in 0..6 {
+        waits.push_back(wait_for(user.elsewhere(&server), in_channel(&channels[n % 3])));
+        let oldest = answered(waits.pop_front().expect("a wait")).await;
+        assert!(oldest.response.payloads.is_empty());
+    }
+    // The newest eight wait on, in turn of their channels.
+    assert_eq!(waits.len(), 8);
+    waiters.leased(15).await;
+    for channel_id in &channels {
+        let request = EnqueueRequest { channel_id: channel_id.clone(), ..message(&user, b"one") };
+        user.ok::<methods::Enqueue>(request).await;
+    }
+    let mut with_a_message = 0;
+    while with_a_message < 3 {
+        let (ended, _, rest) = futures_util::future::select_all(waits.drain(..)).await;
+        let ended = ended.expect("no panic").expect("an answer");
+        assert_eq!(bodies(&ended.response.payloads), [b"one"]);
+        ended.arrived().await;
+        waits.extend(rest);
+        with_a_message += 1;
+    }
+    other.send(&other, b"one").await;
+    assert_eq!(bodies(&answered(others).await.response.payloads), [b"one"]);
+}
+
+#[tokio::test]
+async fn a_message_costs_one_read_however_many_wait() {
+    let (server, waiters) = Waiters::server().await;
+    let (user, alice) = (server.user("reader").await, server.user("alice").await);
+    let mut waits: VecDeque<_> = (0..8).map(|_| wait(user.elsewhere(&server))).collect();
+    waiters.leased(8).await;
+    for _ in 0..27 {
+        let elsewhere = EnqueueRequest { channel_id: CHANNEL, ..message(&user, b"elsewhere") };
+        alice.ok::<methods::Enqueue>(elsewhere).await;
+    }
+    alice.send(&user, b"here").await;
+    // One of them has it, and the others go on.
+    let (first, _, rest) = futures_util::future::select_all(waits.drain(..)).await;
+    let first = first.expect("no panic").expect("an answer");
+    assert_eq!(bodies(&first.response.payloads), [b"here"]);
+    assert_eq!(waiters.leases(), 9);
+    drop(first);
+    let (again, _, rest) = futures_util::future::select_all(rest).await;
+    let again = again.expect("no panic").expect("an answer");
+    assert_eq!(bodies(&again.response.payloads), [b"here"], "it was released to the next");
+    assert_eq!(waiters.leases(), 10);
+    again.arrived().await;
+    server.rpc.drain();
+    for waiting in rest {
+        assert!(answered(waiting).await.response.payloads.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn hundreds_of_waits_of_one_account_cost_others_nothing() {
+    let (server, waiters) = Waiters::server().await;
+    let (greedy, bob) = (server.user("greedy").await, server.user("bob").await);
+    let nowhere =
+        FetchWaitRequest { channel_id: CHANNEL, timeout_ms: u64::MAX, ..Default::default() };
+    let mut waits: Vec<_> =
+        (0..960).map(|_| wait_for(greedy.elsewhere(&server), nowhere.clone())).collect();
+    waiters.leased(960).await;
+    for n in 0..173 {
+        bob.send(&greedy, b"elsewhere").await;
+        if n % 10 == 0 {
+            assert!(peek_all(&bob).await.payloads.is_empty());
+        }
+    }
+    assert_eq!(waiters.leases(), 960, "none of 173 messages caused a read");
+    server.rpc.drain();
+    for waiting in waits.drain(..) {
+        assert!(answered(waiting).await.response.payloads.is_empty());
+    }
+    assert_eq!(peek_all(&greedy).await.payloads.len(), 173);
+    waiters.subscribed(0).await;
 }
 
 #[tokio::test]
@@ -115,7 +210,7 @@ async fn a_drain_ends_every_wait_empty_and_no_other_begins() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let waiting: Vec<_> = (0..5).map(|_| wait(user.elsewhere(&server))).collect();
-    waiters.waited(5).await;
+    waiters.leased(5).await;
     server.rpc.drain();
     for waiting in waiting {
         assert_eq!(answered(waiting).await.response, nothing(&server));
@@ -171,7 +266,7 @@ async fn a_revoked_session_stops_waiting_and_others_do_not() {
     let waiting = wait(user.elsewhere(&server));
     waiters.waited(1).await;
     let stays = wait(other.elsewhere(&server));
-    waiters.waited(2).await;
+    waiters.leased(2).await;
     user.ok::<methods::Logout>(LogoutRequest::default()).await;
     let refused = waiting.await.expect("no panic").expect_err("the session is over");
     refused.assert(Status::Unauthorized, "auth.session_expired");

@@ -2,7 +2,7 @@
 -- of times.
 -- KEYS: state, queue, waiters
 -- ARGV: version and store id, most messages, most bytes, (seq, member)*
--- Answers the edges that wait, which are forgotten here: they register again when they have looked.
+-- Answers the edges that wait. Registrations end at their time; those of the release before, which are all '1', end here.
 local state = redis.call('HMGET', KEYS[1], 'h', 'n', 'b', 'g', 's')
 if state[1] and state[5] == ARGV[1] then
   local head, count, bytes, gap = tonumber(state[1]), tonumber(state[2]), tonumber(state[3]), state[4]
@@ -31,6 +31,14 @@ if state[1] and state[5] == ARGV[1] then
     if before == 0 and count > 0 then redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[1])) end
   end
 end
-local waiters = redis.call('HKEYS', KEYS[3])
-if #waiters > 0 then redis.call('DEL', KEYS[3]) end
+local waiters, flat = {}, redis.call('HGETALL', KEYS[3])
+if #flat > 0 then
+  local time = redis.call('TIME')
+  local clock = time[1] * 1000 + math.floor(time[2] / 1000)
+  for i = 1, #flat, 2 do
+    local ends = tonumber(flat[i + 1])
+    if ends == 1 or ends > clock then waiters[#waiters + 1] = flat[i] end
+    if ends <= clock then redis.call('HDEL', KEYS[3], flat[i]) end
+  end
+end
 return waiters

@@ -12,7 +12,7 @@ local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
 -- First of all: what is pushed from here on wakes the edge, whatever this read finds.
 if ARGV[13] ~= '' then
-  redis.call('HSET', KEYS[4], ARGV[13], '1')
+  redis.call('HSET', KEYS[4], ARGV[13], string.format('%.0f', clock + ARGV[14]))
   redis.call('PEXPIRE', KEYS[4], ARGV[14])
 end
 local state = redis.call('HMGET', KEYS[1], 'h', 'r', 'n', 's')

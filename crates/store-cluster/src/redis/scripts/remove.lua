@@ -1,7 +1,7 @@
 -- Messages that Postgres has removed leave the queue, if it is of the same history, and their lease ends; or the lease alone ends.
 -- KEYS: state, queue, leases, waiters
 -- ARGV: version and store id, which removal of the inbox it was (0: none, only the lease ends), lease id or '', seqs
--- Answers the edges that wait, which are forgotten here.
+-- Answers the edges that wait. Registrations end at their time; those of the release before, which are all '1', end here.
 local removal, own = tonumber(ARGV[2]), ARGV[3]
 if removal > 0 then
   local state = redis.call('HMGET', KEYS[1], 'r', 'n', 's', 'p')
@@ -31,6 +31,14 @@ if own ~= '' then
   end
   redis.call('HDEL', KEYS[3], 'e' .. own, 's' .. own)
 end
-local waiters = redis.call('HKEYS', KEYS[4])
-if #waiters > 0 then redis.call('DEL', KEYS[4]) end
+local waiters, flat = {}, redis.call('HGETALL', KEYS[4])
+if #flat > 0 then
+  local time = redis.call('TIME')
+  local clock = time[1] * 1000 + math.floor(time[2] / 1000)
+  for i = 1, #flat, 2 do
+    local ends = tonumber(flat[i + 1])
+    if ends == 1 or ends > clock then waiters[#waiters + 1] = flat[i] end
+    if ends <= clock then redis.call('HDEL', KEYS[4], flat[i]) end
+  end
+end
 return waiters

@@ -1,0 +1,8 @@
+-- An edge waits for the inbox, before it is read from Postgres.
+-- KEYS: waiters
+-- ARGV: edge, for how long in ms
+local time = redis.call('TIME')
+local clock = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f', clock + ARGV[2]))
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
