@@ -41,7 +41,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         seed,
         ..Plan::default()
     };
-    let outcome = Campaign { traffic, every }.run().await?;
+    let outcome = Box::pin(Campaign { traffic, every }.run()).await?;
     writeln!(out, "{outcome}")?;
     Ok(if outcome.summary.report.violations.is_empty() {
         ExitCode::SUCCESS

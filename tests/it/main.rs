@@ -2,5 +2,6 @@
 
 mod cluster;
 mod kill;
+mod restore;
 mod server;
 mod wire;

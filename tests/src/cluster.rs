@@ -134,7 +134,7 @@ impl Cluster {
     /// Starts stores and edges. Returns when every edge is ready.
     pub async fn start(plan: Plan) -> anyhow::Result<Self> {
         let (postgres, redis, nats) =
-            tokio::try_join!(Postgres::start(), Redis::start(), Nats::start())?;
+            tokio::try_join!(Postgres::start(), Box::pin(Redis::start()), Nats::start())?;
         let dir = tempfile::Builder::new().prefix("qpq-cluster-").tempdir()?;
         init(&dir.path().join("secrets")).await?;
         let certificate = fs::read(dir.path().join("secrets/server-cert.der"))?;

@@ -277,8 +277,8 @@ fn put_wake(words: &mut BytesMut, inbox: &IdentityKey, view: View) {
 /// of the release before.
 fn wakes(message: &[u8]) -> impl Iterator<Item = (IdentityKey, View)> + '_ {
     let words = match message.split_first() {
-        Some((&tag::WAKES, words)) if words.len() % IdentityKey::LEN == 0 => words,
-        _ if message.len() % IdentityKey::LEN == 0 => message,
+        Some((&tag::WAKES, words)) if words.len().is_multiple_of(IdentityKey::LEN) => words,
+        _ if message.len().is_multiple_of(IdentityKey::LEN) => message,
         // Of a newer release.
         _ => &[],
     };

@@ -129,10 +129,11 @@ pub(crate) async fn note_clean_end(connection: &mut SqliteConnection) -> sqlx::R
 async fn look(connection: &mut SqliteConnection) -> sqlx::Result<Option<String>> {
     let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&mut *connection).await?;
     let page: i64 = sqlx::query_scalar("PRAGMA page_size").fetch_one(&mut *connection).await?;
-    match pages.saturating_mul(page) {
-        ..=COMPARED => first_line(connection, "PRAGMA integrity_check(1)").await,
-        ..=CHECKED => structure(connection).await,
-        bytes => {
+    let bytes = pages.saturating_mul(page);
+    match bytes {
+        bytes if bytes <= COMPARED => first_line(connection, "PRAGMA integrity_check(1)").await,
+        bytes if bytes <= CHECKED => structure(connection).await,
+        _ => {
             tracing::warn!(
                 bytes,
                 "the last end was not in good order, and the database is too large to be checked at the start: take a \

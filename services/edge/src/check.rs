@@ -5,10 +5,10 @@ use std::{
     fmt,
     net::{SocketAddr, TcpListener, UdpSocket},
     path::Path,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use nix::unistd::{AccessFlags, access};
+use qpq_ports::{Clock as _, SystemClock};
 use qpq_runtime::{
     config::ListenOn,
     data_dir::{
@@ -196,7 +196,7 @@ fn check_certificate(config: &Config, report: &mut Report) {
 }
 
 fn describe(identity: &Identity, cert: &Path, report: &mut Report) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = SystemClock.now().0 / 1_000;
     let days = identity
         .not_after()
         .map(|end| (end - i64::try_from(now).unwrap_or(i64::MAX)).div_euclid(24 * 60 * 60));

@@ -163,7 +163,7 @@ impl State {
         self.database().put(ANSWERED, asker.as_bytes(), None, &now().0.to_be_bytes())?;
         let me = self.me();
         let asked_in = self.mls.group(&group)?;
-        if !asked_in.is_some_and(|asked_in| asked_in.peer_of(&me) == Some(*asker)) {
+        if asked_in.is_none_or(|asked_in| asked_in.peer_of(&me) != Some(*asker)) {
             return Ok(());
         }
         // What the asker may not be able to read is not sent to any more.

@@ -390,8 +390,12 @@ async fn a_drain_is_told_to_all_over_five_seconds() {
 async fn stock(server: &Server, user: &User, count: usize) {
     let name = Username::parse(&user.name).expect("a username");
     let mut mls = qpq_mls::Client::in_memory(Identity::from_seed(&user.signing.to_bytes()), name);
-    let more_packages =
-        mls.key_packages(count, server.clock.now()).unwrap().into_iter().map(Bytes::from).collect();
+    let more_packages = mls
+        .key_packages(count, server.clock.now())
+        .expect("packages")
+        .into_iter()
+        .map(Bytes::from)
+        .collect();
     let request = UploadKeyPackageRequest { more_packages, ..Default::default() };
     user.ok::<methods::UploadKeyPackage>(request).await;
 }

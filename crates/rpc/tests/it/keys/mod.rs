@@ -25,7 +25,7 @@ fn mls(user: &User) -> MlsClient {
 fn packages(server: &Server, user: &User, count: usize) -> Vec<Bytes> {
     mls(user)
         .key_packages(count, server.clock.now())
-        .unwrap()
+        .expect("packages")
         .into_iter()
         .map(Bytes::from)
         .collect()
@@ -33,7 +33,7 @@ fn packages(server: &Server, user: &User, count: usize) -> Vec<Bytes> {
 
 /// A package that says of itself that it may be used more than once.
 fn last_resort(server: &Server, user: &User) -> Bytes {
-    mls(user).last_resort_key_package(server.clock.now()).unwrap().into()
+    mls(user).last_resort_key_package(server.clock.now()).expect("a package").into()
 }
 
 /// The package without the MLSMessage around it.

@@ -36,7 +36,7 @@ impl Node {
             fs::copy(made.join(name), dir.join(name)).unwrap();
         }
         let store = embedded(&dir).await;
-        let random = StdRng::seed_from_u64(rand::thread_rng().r#gen());
+        let random = StdRng::from_entropy();
         let content = Content::fill(&store.stores(), SMALL, random).await;
         Self { place, dir, store, content }
     }

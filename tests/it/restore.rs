@@ -1,0 +1,317 @@
+//! A single server goes back in time, by each way that an operator has, while people use it. What was
+//! acknowledged after the restore is delivered once and in order, and what was lost is no silent loss:
+//! the store has another id.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use qpq_domain::{MessageId, Seq};
+use qpq_proto::{
+    methods::{Ack, Enqueue, Health, Peek},
+    v1,
+};
+use qpq_test_services::history::{Edge, History, Inbox, Recorder, Tag};
+use qpq_tests::{
+    accounts::{self, Account},
+    client::{Client, endpoint},
+    process::sibling,
+};
+use tokio::{process::Command, sync::Notify, task::JoinSet};
+
+use crate::server::{self, Running};
+
+const INBOXES: usize = 3;
+const WRITERS: usize = 3;
+
+/// How the store goes back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// `qpq-admin backup` while the server runs, `qpq-admin restore`.
+    Backup,
+    /// A copy of the stopped server's directory, `qpq-admin mark-restored`.
+    ColdCopy,
+}
+
+/// What was acknowledged, by inbox and number.
+#[derive(Clone, Default)]
+struct Acknowledged(Arc<Mutex<BTreeMap<(u32, u64), Tag>>>);
+
+/// What the writers of one phase share.
+struct Writing {
+    stop: AtomicBool,
+    answers: AtomicU64,
+    progress: Notify,
+    tags: AtomicU64,
+}
+
+impl Writing {
+    fn new(first_tag: u64) -> Arc<Self> {
+        Arc::new(Self {
+            stop: AtomicBool::new(false),
+            answers: AtomicU64::new(0),
+            progress: Notify::new(),
+            tags: AtomicU64::new(first_tag),
+        })
+    }
+
+    /// Waits for so many answers more.
+    async fn answers(&self, more: u64) {
+        let until = self.answers.load(Ordering::SeqCst) + more;
+        while self.answers.load(Ordering::SeqCst) < until {
+            self.progress.notified().await;
+        }
+    }
+}
+
+async fn admin(arguments: &[&str]) {
+    let mut command = Command::new(sibling("qpq-admin").expect("the program"));
+    let output = command.args(arguments).env_clear().output().await.expect("it runs");
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path of this test")
+}
+
+fn payload(tag: Tag) -> Bytes {
+    Bytes::copy_from_slice(&tag.0.to_be_bytes())
+}
+
+fn tag(payload: &[u8]) -> Tag {
+    Tag(u64::from_be_bytes(payload.try_into().expect("eight bytes")))
+}
+
+fn id(tag: Tag) -> MessageId {
+    MessageId::new((u128::from(tag.0) << 64).to_be_bytes())
+}
+
+/// Sends to the inboxes in turn until told to stop.
+async fn write(
+    client: Client,
+    accounts: Arc<Vec<Account>>,
+    writing: Arc<Writing>,
+    acknowledged: Acknowledged,
+    mut recorder: Option<Recorder>,
+) {
+    while !writing.stop.load(Ordering::SeqCst) {
+        let tag = Tag(writing.tags.fetch_add(1, Ordering::SeqCst));
+        let inbox = u32::try_from(tag.0 % INBOXES as u64).expect("a small number");
+        let sending = recorder.as_mut().map(|r| r.sending(Inbox(inbox), id(tag), tag, Edge(0)));
+        let account = &accounts[inbox as usize];
+        let request = v1::EnqueueRequest {
+            recipient_key: account.identity.clone(),
+            payload: payload(tag),
+            message_id: Bytes::copy_from_slice(&(u128::from(tag.0) << 64).to_be_bytes()),
+            ..Default::default()
+        };
+        let answer = client.must::<Enqueue>(&request, Some(&account.token)).await.expect("sent");
+        if let (Some(recorder), Some(sending)) = (&mut recorder, sending) {
+            recorder.acknowledged(sending, Seq(answer.seq));
+        }
+        acknowledged.0.lock().insert((inbox, answer.seq), tag);
+        writing.answers.fetch_add(1, Ordering::SeqCst);
+        writing.progress.notify_one();
+    }
+}
+
+/// Reads an inbox from its start and acks, by number, what it saw; until told to stop, and then until
+/// it finds nothing.
+async fn read(
+    client: Client,
+    inbox: u32,
+    account: &Account,
+    writing: &Writing,
+    mut recorder: Recorder,
+) {
+    loop {
+        let is_last = writing.stop.load(Ordering::SeqCst);
+        let reading = recorder.reading(Inbox(inbox));
+        let request = v1::PeekRequest { all_channels: true, limit: 20, ..Default::default() };
+        let page = client.must::<Peek>(&request, Some(&account.token)).await.expect("a page");
+        let seen: Vec<_> = page.payloads.iter().map(|e| (Seq(e.seq), tag(&e.data))).collect();
+        recorder.delivered(reading, seen.iter().copied());
+        if seen.is_empty() {
+            if is_last {
+                return;
+            }
+            tokio::task::yield_now().await;
+            continue;
+        }
+        let seqs: Vec<Seq> = seen.iter().map(|(seq, _)| *seq).collect();
+        let acking = recorder.acking(Inbox(inbox), seqs.iter().copied());
+        let seqs = seqs.iter().map(|seq| seq.0).collect();
+        let request = v1::AckRequest { seqs, all_channels: true, ..Default::default() };
+        client.must::<Ack>(&request, Some(&account.token)).await.expect("acked");
+        recorder.acked(acking);
+    }
+}
+
+async fn store_id(running: &Running) -> Bytes {
+    let client = running.connect().await;
+    let health = client.must::<Health>(&v1::HealthRequest {}, None).await.expect("health");
+    assert_eq!(health.store_id.len(), 16);
+    health.store_id
+}
+
+/// All that is in an inbox.
+async fn everything(client: &Client, account: &Account) -> BTreeMap<u64, Tag> {
+    let mut all = BTreeMap::new();
+    loop {
+        let after_seq = all.last_key_value().map_or(0, |(seq, _)| *seq);
+        let request = v1::PeekRequest { after_seq, all_channels: true, ..Default::default() };
+        let page = client.must::<Peek>(&request, Some(&account.token)).await.expect("a page");
+        if page.payloads.is_empty() {
+            return all;
+        }
+        all.extend(page.payloads.iter().map(|e| (e.seq, tag(&e.data))));
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).expect("a new directory");
+    for entry in std::fs::read_dir(from).expect("readable") {
+        let path = entry.expect("an entry").path();
+        std::fs::copy(&path, to.join(path.file_name().expect("a name"))).expect("copied");
+    }
+}
+
+/// Keeps a copy of the running server, or of a stopped one that is then started again.
+async fn keep(way: Way, data: &Path, kept: &Path, running: Running) -> Running {
+    match way {
+        Way::Backup => {
+            admin(&["backup", text(kept), "--data-dir", text(data)]).await;
+            running
+        }
+        Way::ColdCopy => {
+            running.process.stop().await.expect("stopped");
+            copy(data, kept);
+            server::start(data).await
+        }
+    }
+}
+
+async fn bring_back(way: Way, data: &Path, kept: &Path) {
+    match way {
+        Way::Backup => {
+            admin(&["verify", text(kept)]).await;
+            admin(&["restore", text(kept), "--replace", "--data-dir", text(data)]).await;
+        }
+        Way::ColdCopy => {
+            std::fs::remove_dir_all(data).expect("removed");
+            copy(kept, data);
+            admin(&["mark-restored", "--data-dir", text(data)]).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_backup_delivers_all_that_is_acknowledged_afterwards() {
+    go_back(Way::Backup).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cold_copy_that_is_marked_delivers_all_that_is_acknowledged_afterwards() {
+    go_back(Way::ColdCopy).await;
+}
+
+async fn go_back(way: Way) {
+    let place = tempfile::tempdir().expect("a temporary directory");
+    let (data, kept): (PathBuf, PathBuf) = (place.path().join("data"), place.path().join("kept"));
+    let mut running = server::start(&data).await;
+    let socket = endpoint(running.pin).expect("a socket");
+    let made = accounts::make(&socket, running.addr, INBOXES).await;
+    let accounts = Arc::new(made.expect("accounts"));
+
+    // Before: nobody reads, so each inbox is an unbroken run of numbers from 1 on.
+    let acknowledged = Acknowledged::default();
+    let mut first_tag = 0;
+    let mut before = BTreeMap::new();
+    for part in 0..2 {
+        let writing = Writing::new(first_tag);
+        let mut writers = JoinSet::new();
+        for _ in 0..WRITERS {
+            let (accounts, writing) = (Arc::clone(&accounts), Arc::clone(&writing));
+            let client = running.connect().await;
+            writers.spawn(write(client, accounts, writing, acknowledged.clone(), None));
+        }
+        writing.answers(60).await;
+        if part == 0 && way == Way::Backup {
+            // Online: writers go on.
+            before = acknowledged.0.lock().clone();
+            running = keep(way, &data, &kept, running).await;
+        }
+        writing.stop.store(true, Ordering::SeqCst);
+        writers.join_all().await;
+        first_tag = writing.tags.load(Ordering::SeqCst);
+        if part == 0 && way == Way::ColdCopy {
+            before = acknowledged.0.lock().clone();
+            running = keep(way, &data, &kept, running).await;
+        }
+    }
+    let id_before = store_id(&running).await;
+    running.process.stop().await.expect("kill -9");
+    bring_back(way, &data, &kept).await;
+    let running = server::start(&data).await;
+
+    // What is there is what was acknowledged first, and the loss of the rest is no secret.
+    assert_ne!(store_id(&running).await, id_before, "clients are told of the restore");
+    let acknowledged = acknowledged.0.lock().clone();
+    let history = History::new();
+    let mut recorder = history.recorder();
+    let client = running.connect().await;
+    let mut lost = acknowledged.len();
+    for (inbox, account) in accounts.iter().enumerate() {
+        let inbox = u32::try_from(inbox).expect("a small number");
+        let there = everything(&client, account).await;
+        assert!(there.keys().copied().eq(1..=there.len() as u64), "an unbroken run: {there:?}");
+        for ((_, seq), tag) in before.iter().filter(|((of, _), _)| *of == inbox) {
+            assert_eq!(there.get(seq), Some(tag), "acknowledged before the copy was made");
+        }
+        // The history that is judged begins with what is there.
+        for (seq, tag) in there {
+            let sending = recorder.sending(Inbox(inbox), id(tag), tag, Edge(0));
+            recorder.acknowledged(sending, Seq(seq));
+            lost -= usize::from(acknowledged.get(&(inbox, seq)) == Some(&tag));
+        }
+    }
+    assert!(lost > 0, "nothing was lost: this proved nothing");
+    drop(recorder);
+
+    // After: the same numbers, other messages.
+    let writing = Writing::new(first_tag);
+    let (mut writers, mut readers) = (JoinSet::new(), JoinSet::new());
+    for _ in 0..WRITERS {
+        let (accounts, writing) = (Arc::clone(&accounts), Arc::clone(&writing));
+        let client = running.connect().await;
+        let recorder = Some(history.recorder());
+        writers.spawn(write(client, accounts, writing, Acknowledged::default(), recorder));
+    }
+    for inbox in 0..INBOXES {
+        let (accounts, writing) = (Arc::clone(&accounts), Arc::clone(&writing));
+        let (client, recorder) = (running.connect().await, history.recorder());
+        let number = u32::try_from(inbox).expect("a small number");
+        readers.spawn(async move {
+            read(client, number, &accounts[inbox], &writing, recorder).await;
+        });
+    }
+    writing.answers(150).await;
+    writing.stop.store(true, Ordering::SeqCst);
+    writers.join_all().await;
+    readers.join_all().await;
+    // What came after a reader's last look.
+    for (inbox, account) in accounts.iter().enumerate() {
+        let number = u32::try_from(inbox).expect("a small number");
+        read(client.clone(), number, account, &writing, history.recorder()).await;
+    }
+    let report = history.check();
+    report.assert_clean();
+    assert!(report.acknowledged >= 150 && report.delivered >= 150, "{report:?}");
+}
