@@ -29,7 +29,7 @@ enum How {
 
 /// To where it goes back.
 enum Past {
-    Standby(Standby),
+    Standby(Box<Standby>),
     Backup(Backup, Restore),
 }
 
@@ -64,7 +64,7 @@ impl World {
                 let standby = postgres.standby(QUICK).await.expect("a standby");
                 standby.catches_up(postgres).await.expect("it follows");
                 standby.cut_off().await.expect("it follows no longer");
-                Past::Standby(standby)
+                Past::Standby(Box::new(standby))
             }
             How::Recovery => {
                 Past::Backup(postgres.backup().await.expect("a copy"), Restore::Recovered)
@@ -78,7 +78,7 @@ impl World {
         match to {
             Past::Standby(standby) => {
                 postgres.kill9().await.expect("killed");
-                postgres.fail_over_to(standby).await.expect("promoted");
+                postgres.fail_over_to(*standby).await.expect("promoted");
             }
             Past::Backup(backup, how) => {
                 postgres.restore(&backup, how).await.expect("restored");
@@ -254,7 +254,7 @@ async fn a_synchronous_standby_loses_nothing_and_its_promotion_is_another_histor
     world.fetch(1).await.settle(NOW).await.expect("settled");
     assert_eq!(world.send(&["m3", "m4"]).await, [3, 4]);
     let before = world.peek(1).await;
-    world.go_back(Past::Standby(standby)).await;
+    world.go_back(Past::Standby(Box::new(standby))).await;
     let after = world.peek(1).await;
     assert_eq!(texts(&after), ["m3", "m4"]);
     assert_ne!(after.store_id, before.store_id);

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use qpq_domain::{ChannelId, Seq};
 use qpq_ports::{Enqueue, Enqueued, PageLimit, Read, View};
 use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
-use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use rand::{SeedableRng as _, rngs::StdRng};
 
 use super::every_damage_is_found;
 use crate::{
