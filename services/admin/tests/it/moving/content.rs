@@ -300,7 +300,8 @@ impl Content {
             let fetch = async |stores: &Stores| {
                 let limit = PageLimit { messages: 5, bytes: 1 << 20 };
                 let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
-                let page = lease.page().clone();
+                // Each store has an id of its own.
+                let page = Page { store_id: StoreId::new([0; 16]), ..lease.page().clone() };
                 lease.settle(self.now).await.unwrap();
                 let up_to = page.envelopes.last().map(|last| Seq(last.seq.0 + 3));
                 (
