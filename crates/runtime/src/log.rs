@@ -194,7 +194,8 @@ mod tests {
         // The queue has one line and the blocked writer at most one more.
         let written = 10;
         for number in 0..written {
-            writeln!(queue, "line {number}").unwrap();
+            // One write for each line, as the subscriber does.
+            queue.write_all(format!("line {number}\n").as_bytes()).unwrap();
         }
         let reader = std::thread::Builder::new().spawn(move || lines.iter().collect::<String>());
         drop(queue);

@@ -101,7 +101,7 @@ fn pins(text: &str) -> Result<Pins, String> {
 /// How the server proves who it is. Without any of these its certificate is pinned at first use.
 #[derive(Debug, Args)]
 pub(crate) struct TrustArgs {
-    /// Trust the server whose key has this SHA-256; two, while it gets another key
+    /// Trust the server key with this SHA-256, or either
     #[arg(long, global = true, value_name = "PIN[,PIN]", conflicts_with_all = ["ca", "system_roots"])]
     #[arg(help_heading = "Server", value_parser = pins)]
     pub(crate) pin: Option<Pins>,

@@ -56,9 +56,9 @@ async fn a_profile_is_used_by_several_at_once() {
     let mut chat = alice.start(&["dm", "bob"]);
     bob.ok(&["send", "alice", "hi"]).await;
     assert_eq!(chat.hear().await, "bob: hi");
-    alice.ok(&["send", "bob", "beside the chat"]).await;
-    assert_eq!(bob.ok(&["recv"]).await, "alice: beside the chat\n");
-    alice.ok(&["recv"]).await;
+    alice.ok(&["send", "bob", "during the chat"]).await;
+    assert_eq!(bob.ok(&["recv"]).await, "alice: during the chat\n");
+    assert_eq!(alice.run(&["recv"]).await.code, Some(0));
     assert_eq!(alice.kept_keys().len(), 1);
     assert_eq!(chat.end().await.code(), Some(0));
     alice.ok(&["logout"]).await;

@@ -44,7 +44,8 @@ async fn a_taken_http_port_is_named() {
     let arguments = ["--listen", "127.0.0.1:0", "--data-dir", other.path()];
     let said = refusal(1, &arguments, &[("QPQ_HTTP__LISTEN", &taken)]).await;
     assert!(
-        said.contains(&format!("TCP port {taken} is taken")) && said.contains("QPQ_HTTP__LISTEN"),
+        said.contains(&format!("another program uses TCP port {taken}"))
+            && said.contains("QPQ_HTTP__LISTEN"),
         "{said}"
     );
 }

@@ -106,7 +106,7 @@ async fn nothing_is_taken_that_could_not_be_read_again() {
         channel_id: CHANNEL,
         ..message(&alice, b"")
     };
-    let largest = (4 << 20) - 80;
+    let largest = (4 << 20) - 96;
     alice
         .refused::<methods::Enqueue>(of(largest + 1))
         .await
