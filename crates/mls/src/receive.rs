@@ -161,6 +161,12 @@ impl Client {
         self.database.knows_digest(digest)
     }
 
+    /// Forgets up to `limit` of the messages that arrived on a day before the day of `before`;
+    /// returns how many. A message that is forgotten and arrives again is not recognized.
+    pub fn forget_received(&self, before: UnixMillis, limit: u32) -> Result<usize, DatabaseError> {
+        self.database.forget_digests(day(before), limit)
+    }
+
     /// Gives up on the messages that have waited for what they need since before `now` for longer
     /// than it can still come.
     pub fn give_up_waiting(&mut self, now: UnixMillis) -> Result<Vec<Unreadable>, DatabaseError> {

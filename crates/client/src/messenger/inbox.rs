@@ -95,7 +95,8 @@ impl Messenger {
             if let Some(last) = page.payloads.last().map(|envelope| Seq(envelope.seq)) {
                 check_order(after, &page.payloads)?;
                 let before = newest;
-                let taken = self.store().change(move |state| take_in(state, page, before)).await?;
+                let taken =
+                    self.store().change(move |state| take_in(state, page, before, now())).await?;
                 if taken.keys == NewKeys::Needed {
                     keys = NewKeys::Needed;
                 }
@@ -217,6 +218,7 @@ fn take_in(
     state: &mut State,
     page: v1::PeekResponse,
     newest: Option<Seen>,
+    now: UnixMillis,
 ) -> Result<TakenIn, Error> {
     let marking = Marking::of(state.mls.identity());
     let mut taken =
@@ -225,11 +227,12 @@ fn take_in(
     let last = Some(state.number(LAST_SEQ)?.unwrap_or(legacy));
     let mut numbers = Numbers { last, legacy, went_back: false };
     if state.is_other_store(&page.store_id)? {
-        numbers.go_back(state, now())?;
+        numbers.go_back(state, now)?;
     }
+    let newest_at = page.payloads.iter().map(|envelope| UnixMillis(envelope.enqueued_at)).max();
     for envelope in page.payloads {
         let (seq, at) = (envelope.seq, UnixMillis(envelope.enqueued_at));
-        let arrival = Arrival { at: at.max(now()), channel: channel(&envelope) };
+        let arrival = Arrival { at: at.max(now), channel: channel(&envelope) };
         let is_news = !state.mls.knows(&digest(&envelope.data))?;
         numbers.note(state, seq, is_news, at)?;
         if arrival.channel == marking.channel {
@@ -258,6 +261,7 @@ fn take_in(
         }
     }
     state.set_number(LAST_SEQ, numbers.last)?;
+    state.forget_old(newest_at.map_or(UnixMillis(0), |at| at.min(now)))?;
     if numbers.went_back || state.number(REPLACE_PACKAGES)?.is_some() {
         taken.keys = NewKeys::Needed;
     }
@@ -383,4 +387,36 @@ fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Err
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_domain::Username;
+    use qpq_mls::{Identity, database::Database};
+
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    const START: UnixMillis = UnixMillis(1_800_000_000_000);
+
+    fn page(seq: u64, data: &'static [u8], at: UnixMillis) -> v1::PeekResponse {
+        let envelope =
+            v1::Envelope { seq, data: data.into(), enqueued_at: at.0, ..Default::default() };
+        v1::PeekResponse { payloads: vec![envelope], ..Default::default() }
+    }
+
+    #[test]
+    fn what_was_received_is_forgotten_once_both_clocks_say_that_no_inbox_has_it() {
+        let name = Username::parse("alice").unwrap();
+        let mut state = State::create(&Database::in_memory(), Identity::generate(), name).unwrap();
+        let later = START.plus(DAY * 200);
+        take_in(&mut state, page(1, b"old", START), None, START).unwrap();
+        for (seq, data, at, now) in [(2, b"a", START, later), (3, b"b", later, START)] {
+            take_in(&mut state, page(seq, data, at), None, now).unwrap();
+            assert!(state.mls.knows(&digest(b"old")).unwrap(), "one clock is ahead");
+        }
+        take_in(&mut state, page(4, b"c", later), None, later).unwrap();
+        assert!(!state.mls.knows(&digest(b"old")).unwrap());
+        assert!(state.mls.knows(&digest(b"c")).unwrap());
+    }
 }

@@ -10,6 +10,7 @@
 //! | `listen` | the live stream |
 //! | `marker` | the profile's own state that went back in time |
 //! | `repair` | messages that cannot be read: asking for them, and answering |
+//! | `prune` | removal of what nothing can ask for any more |
 //! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
 //! | `tables`, `records` | how it is kept; `legacy`: how earlier releases kept it |
 
@@ -22,6 +23,7 @@ mod marker;
 mod open;
 mod outbox;
 mod people;
+mod prune;
 mod records;
 mod repair;
 mod send;

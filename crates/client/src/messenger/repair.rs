@@ -12,7 +12,11 @@
 use std::time::Duration;
 
 use qpq_domain::{IdentityKey, UnixMillis};
-use qpq_mls::{Content, GroupId, Kind, Member, Unreadable, database::Table, direct_channel};
+use qpq_mls::{
+    Content, GroupId, Kind, Member, Unreadable,
+    database::{DatabaseError, Item, NewItem, Table},
+    direct_channel,
+};
 
 use super::{
     Messenger,
@@ -20,6 +24,7 @@ use super::{
     log::{ConversationId, EntryId, Event},
     now,
     outbox::fresh_message_id,
+    records::Corrupt,
     send::MAX_TEXT,
     state::State,
 };
@@ -29,7 +34,7 @@ use crate::error::Error;
 const LOST: Table = Table::new(38);
 /// People to be asked: when next, how often they were, and who.
 const QUESTIONS: Table = Table::new(39);
-/// Which entry a ciphertext of ours says, by its digest.
+/// The entry and the time of each ciphertext of ours, by its digest. Oldest first.
 const SENT: Table = Table::new(40);
 /// When each person was answered last.
 const ANSWERED: Table = Table::new(41);
@@ -41,6 +46,12 @@ const PEOPLE_AT_ONCE: usize = 4;
 /// Messages of one person that are asked for.
 const MAX_LOST: usize = 256;
 const ANSWER_AGAIN_AFTER: Duration = Duration::from_secs(600);
+
+/// The time in which a message may be asked for: up to 90 days in the inbox, 31 days put aside, 30
+/// days for the question in our inbox, and as much again where one of the two is seldom online.
+const ASKED_WITHIN: Duration = Duration::from_secs(300 * 24 * 3600);
+/// The difference between clocks that is not taken for a wrong one.
+const CLOCK_MARGIN: Duration = Duration::from_secs(24 * 3600);
 
 impl Messenger {
     /// Asks for what could not be read, where that is due.
@@ -173,8 +184,8 @@ impl State {
             }
         }
         for digest in digests.into_iter().take(MAX_LOST) {
-            let Some(row) = self.database().get(SENT, &digest)? else { continue };
-            let entry = EntryId(row[..].try_into().map(u64::from_be_bytes).unwrap_or(u64::MAX));
+            let Some(item) = self.database().item_of_key(SENT, &digest)? else { continue };
+            let (entry, _) = parse_sent(&item)?;
             let Some(kept) = self.log.get(entry)? else { continue };
             let Event::Sent { text, .. } = kept.entry.event else { continue };
             if !self.was_for(kept.entry.conversation, asker)? {
@@ -208,11 +219,35 @@ impl State {
         })
     }
 
-    /// Notes which entry a ciphertext of ours says.
-    pub(super) fn note_sent(&self, payload: &[u8], entry: EntryId) -> Result<(), Error> {
+    /// Notes the entry of a ciphertext of ours, to repeat its text to those who cannot read it.
+    pub(super) fn note_sent(
+        &self,
+        payload: &[u8],
+        entry: EntryId,
+        now: UnixMillis,
+    ) -> Result<(), Error> {
         use sha2::{Digest as _, Sha256};
         let digest: [u8; 32] = Sha256::digest(payload).into();
-        Ok(self.database().put(SENT, &digest, None, &entry.0.to_be_bytes())?)
+        let new = NewItem { key: Some(&digest), ..NewItem::default() };
+        self.database().append(SENT, new, &sent(entry, now))?;
+        Ok(())
+    }
+
+    /// Forgets ciphertexts of ours that nobody asks for any more: of the `limit` oldest, those
+    /// encrypted [`ASKED_WITHIN`] ago. Returns how many.
+    pub(super) fn forget_sent(&self, now: UnixMillis, limit: u32) -> Result<usize, Error> {
+        let mut forgotten = 0;
+        for item in self.database().items_after(SENT, None, limit)? {
+            let (entry, at) = parse_sent(&item)?;
+            if at.plus(ASKED_WITHIN) <= now {
+                self.database().remove_item(SENT, item.number)?;
+                forgotten += 1;
+            } else if at > now.plus(CLOCK_MARGIN) {
+                // The clock was ahead. Left as it is, the item would stay until that time.
+                self.database().replace_item(SENT, item.number, &sent(entry, now))?;
+            }
+        }
+        Ok(forgotten)
     }
 
     fn lost_of(&self, peer: &IdentityKey) -> Result<Vec<[u8; 32]>, Error> {
@@ -242,6 +277,20 @@ impl State {
         let row = [&at.0.to_be_bytes()[..], &[asked], peer.as_bytes()].concat();
         Ok(self.database().put(QUESTIONS, peer.as_bytes(), None, &row)?)
     }
+}
+
+fn sent(entry: EntryId, at: UnixMillis) -> [u8; 16] {
+    let mut value = [0; 16];
+    value[..8].copy_from_slice(&entry.0.to_be_bytes());
+    value[8..].copy_from_slice(&at.0.to_be_bytes());
+    value
+}
+
+fn parse_sent(item: &Item) -> Result<(EntryId, UnixMillis), Error> {
+    let value: [u8; 16] =
+        item.value[..].try_into().map_err(Corrupt::new).map_err(DatabaseError::from)?;
+    let number = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("eight bytes"));
+    Ok((EntryId(number(&value[..8])), UnixMillis(number(&value[8..]))))
 }
 
 /// Whether an unreadable message was sent on the channel of the direct conversation with `peer`.

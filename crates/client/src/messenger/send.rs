@@ -495,7 +495,7 @@ pub(super) fn encrypt_entry(
         qpq_mls::Error::UnknownGroup => Error::NoSuchConversation,
         other => other.into(),
     })?;
-    state.note_sent(&parcel.payload, entry)?;
+    state.note_sent(&parcel.payload, entry, at)?;
     Ok(state.outbox.push(parcel, Some(entry), at)?)
 }
 
