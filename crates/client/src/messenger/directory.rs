@@ -292,3 +292,30 @@ fn is_replacement_due(state: &State, now: UnixMillis) -> Result<bool, Error> {
 fn is_not_found(error: &CallError) -> bool {
     error.server().is_some_and(|error| error.status == Status::NotFound)
 }
+
+#[cfg(test)]
+mod tests {
+    use qpq_mls::{Identity, database::Database};
+
+    use super::*;
+
+    #[test]
+    fn key_packages_are_replaced_after_30_days_and_after_a_wrong_clock() {
+        let name = Username::parse("alice").unwrap();
+        let state = State::create(&Database::in_memory(), Identity::generate(), name).unwrap();
+        let day = Duration::from_secs(24 * 3600);
+        let start = UnixMillis(1_800_000_000_000);
+        let is_due = |now| is_replacement_due(&state, now).unwrap();
+        assert!(is_due(start), "none were published");
+        state.set_number(PACKAGES_SINCE, Some(start.0)).unwrap();
+        assert!(!is_due(start));
+        assert!(!is_due(start.plus(RENEWED_AFTER).minus(Duration::from_secs(1))));
+        assert!(is_due(start.plus(day * 30)));
+        // They were made while the clock was ahead. A small correction is not one.
+        assert!(!is_due(start.minus(CLOCK_MARGIN)));
+        assert!(is_due(start.minus(CLOCK_MARGIN + Duration::from_secs(1))));
+        assert!(is_due(start.minus(day * 365)));
+        state.replace_packages().unwrap();
+        assert!(is_due(start), "the server's store went back");
+    }
+}

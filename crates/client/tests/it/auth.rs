@@ -8,7 +8,8 @@ use opaque_ke::{
     CipherSuite, ClientRegistration, ClientRegistrationFinishParameters, RegistrationResponse,
     Ristretto255, TripleDh,
 };
-use qpq_client::{IdentityKey, Messenger, Options, Trust};
+use qpq_client::{IdentityKey, Messenger, Options, Trust, VaultKey};
+use qpq_mls::vault::{self, Salt};
 use rand::rngs::OsRng;
 
 use crate::harness::{Server, password, username};
@@ -161,6 +162,35 @@ async fn an_account_registered_with_the_password_as_typed_still_logs_in() {
         client.login(&username(name), &Password::from(typed)).await.unwrap();
         let refused = client.login(&username(name), &Password::from(COMPOSED)).await.unwrap_err();
         assert!(matches!(refused, AuthError::WrongPassword), "{refused:?}");
+    }
+}
+
+/// The profile of an earlier release whose account and vault both have the password as typed.
+#[tokio::test]
+async fn a_vault_sealed_with_the_password_as_typed_still_opens() {
+    let server = Server::start().await;
+    let client = server.client();
+    register_as_typed(&client, "bob", DECOMPOSED).await;
+    let session = client.login(&username("bob"), &Password::from(DECOMPOSED)).await.unwrap();
+    let salt = Salt::random();
+    let key = VaultKey::derive(DECOMPOSED.as_bytes(), session.export_key.expose(), salt);
+    let (dir, fixture_key) = crate::import::fixture("bob");
+    let path = dir.path().join("state.vault");
+    let content = vault::read(&path, &fixture_key).unwrap().unwrap();
+    vault::write(&path, &key, &content).unwrap();
+
+    let pinned = Trust::Pinned(server.fingerprint);
+    let (addr, wrong) = (server.addr.to_string(), Password::from("kase und brot"));
+    let refused = Messenger::unlock_at(dir.path(), addr, pinned.clone(), &wrong).await.unwrap_err();
+    assert!(matches!(refused, Error::Auth(AuthError::WrongPassword)), "{refused:?}");
+    assert!(path.exists());
+    // The first imports the vault, the second opens the database.
+    for _ in 0..2 {
+        let typed = Password::from(DECOMPOSED);
+        let addr = server.addr.to_string();
+        let bob = Messenger::unlock_at(dir.path(), addr, pinned.clone(), &typed).await.unwrap();
+        assert_eq!(bob.conversations().await.unwrap().len(), 2);
+        assert!(!path.exists());
     }
 }
 

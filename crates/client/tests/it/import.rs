@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::harness::{history, line};
 
 /// A copy of a profile of that release, and its key.
-fn fixture(name: &str) -> (TempDir, VaultKey) {
+pub(crate) fn fixture(name: &str) -> (TempDir, VaultKey) {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
     let to = tempfile::tempdir().unwrap();
     for file in ["profile.json", "state.vault"] {

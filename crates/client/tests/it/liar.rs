@@ -1,0 +1,173 @@
+//! Servers whose answers to Peek are false. Every call is passed on to an honest server; the
+//! answers to Peek are changed on the way back.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use prost::Message as _;
+use qpq_client::{
+    CallError, Error, Fingerprint, Messenger, Method as _, Options, Trust, methods, v1,
+};
+use qpq_transport::{
+    Certificates, Config, EventSink, Peer, Refusal, Reply, Service,
+    client::{self as transport, Connection, Dialer},
+};
+use qpq_wire::{Request, RequestHeader};
+use tempfile::TempDir;
+use tokio::sync::OnceCell;
+
+use crate::harness::{Server, dm, password, read, soon, username};
+
+/// A change to an answer to Peek.
+type Lie = Box<dyn FnMut(v1::PeekResponse) -> v1::PeekResponse + Send>;
+
+/// A server between the clients and an honest one.
+struct Liar {
+    service: Arc<Relay>,
+    server: qpq_transport::Server<Relay>,
+    fingerprint: Fingerprint,
+    _dir: TempDir,
+}
+
+struct Relay {
+    honest: SocketAddr,
+    dialer: Dialer,
+    lie: Mutex<Option<Lie>>,
+    peeks: Mutex<usize>,
+}
+
+impl Liar {
+    fn before(server: &Server) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (cert, key) = (dir.path().join("cert.der"), dir.path().join("key.der"));
+        let certificates =
+            Certificates::load_or_create(&cert, &key, &["localhost".to_owned()]).unwrap();
+        let service = Arc::new(Relay {
+            honest: server.addr,
+            dialer: Dialer::new(transport::Trust::Pin(server.fingerprint)).unwrap(),
+            lie: Mutex::default(),
+            peeks: Mutex::default(),
+        });
+        let fingerprint = certificates.fingerprint();
+        let config = Config::new(([127, 0, 0, 1], 0).into());
+        let server =
+            qpq_transport::Server::bind(config, certificates, Arc::clone(&service)).unwrap();
+        Self { service, server, fingerprint, _dir: dir }
+    }
+
+    async fn user(&self, server: &Server, name: &str) -> Messenger {
+        let addr = self.server.local_addr().to_string();
+        let options = Options::new(addr, Trust::Pinned(self.fingerprint));
+        let dir = server.profile(name);
+        Messenger::register(&dir, options, &username(name), &password(), None).await.unwrap()
+    }
+
+    /// Changes the answers to Peek from now on.
+    fn lie(&self, lie: impl FnMut(v1::PeekResponse) -> v1::PeekResponse + Send + 'static) {
+        *self.service.lie.lock() = Some(Box::new(lie));
+    }
+
+    fn be_honest(&self) {
+        *self.service.lie.lock() = None;
+    }
+
+    fn peeks(&self) -> usize {
+        *self.service.peeks.lock()
+    }
+}
+
+impl Relay {
+    fn change(&self, payload: Bytes) -> Bytes {
+        *self.peeks.lock() += 1;
+        match &mut *self.lie.lock() {
+            Some(lie) => lie(v1::PeekResponse::decode(payload).unwrap()).encode_to_vec().into(),
+            None => payload,
+        }
+    }
+}
+
+impl Service for Relay {
+    /// The connection to the honest server, from the first call on.
+    type Connection = OnceCell<Connection>;
+
+    fn connected(&self, _: Peer, _: EventSink) -> Arc<Self::Connection> {
+        Arc::default()
+    }
+
+    fn admit(&self, _: &Self::Connection, _: &RequestHeader) -> Result<(), Reply> {
+        Ok(())
+    }
+
+    async fn call(self: Arc<Self>, conn: Arc<Self::Connection>, request: Request) -> Reply {
+        let honest = conn
+            .get_or_try_init(|| self.dialer.connect(self.honest, "localhost"))
+            .await
+            .expect("the honest server runs");
+        let Request { method_id, request_id, payload } = request;
+        let (status, answer) = honest
+            .call(method_id, payload, request_id, Duration::from_secs(60))
+            .await
+            .expect("the honest server answers");
+        if method_id == methods::Peek::INFO.id && status == 0 {
+            return Reply::new(status, self.change(answer));
+        }
+        Reply::new(status, answer)
+    }
+
+    fn refuse(&self, _: &Self::Connection, _: Option<&RequestHeader>, why: Refusal) -> Reply {
+        panic!("the client's requests are well formed: {why:?}")
+    }
+}
+
+#[tokio::test]
+async fn an_impossible_seq_is_refused_and_the_next_honest_answer_is_read_in_full() {
+    let server = Server::start().await;
+    let liar = Liar::before(&server);
+    let (alice, bob) = (server.user("alice").await, liar.user(&server, "bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    alice.send(with_bob, "one").await.unwrap();
+    assert_eq!(read(&bob).await, ["alice: one"]);
+    for (number, seq) in [u64::MAX, u64::MAX - 1, 1 << 60].into_iter().enumerate() {
+        let texts = ["first", "second"].map(|text| format!("{text} after {number}"));
+        for text in &texts {
+            alice.send(with_bob, text).await.unwrap();
+        }
+        liar.lie(move |mut page| {
+            page.payloads.last_mut().expect("two messages wait").seq = seq;
+            page
+        });
+        let refused = bob.receive().await.unwrap_err();
+        let Error::Call(CallError::ImpossibleSeq { seq: named }) = &refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!(*named, seq);
+        assert!(bob.unseen().await.unwrap().is_empty(), "nothing of that answer is kept");
+        liar.be_honest();
+        assert_eq!(read(&bob).await, texts.map(|text| format!("alice: {text}")));
+    }
+}
+
+#[tokio::test]
+async fn a_page_that_comes_again_and_again_ends_the_read_and_is_shown_once() {
+    let server = Server::start().await;
+    let liar = Liar::before(&server);
+    let (alice, bob) = (server.user("alice").await, liar.user(&server, "bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    for text in ["one", "two"] {
+        alice.send(with_bob, text).await.unwrap();
+    }
+    let mut first = None;
+    liar.lie(move |page| {
+        let page = first.get_or_insert(page);
+        v1::PeekResponse { more: true, ..page.clone() }
+    });
+    let before = liar.peeks();
+    let refused = soon(bob.receive()).await.unwrap_err();
+    assert!(matches!(refused, Error::Call(CallError::Malformed { method: "Peek" })), "{refused:?}");
+    assert_eq!(liar.peeks() - before, 2);
+    liar.be_honest();
+    alice.send(with_bob, "three").await.unwrap();
+    assert_eq!(read(&bob).await, ["alice: one", "alice: two", "alice: three"]);
+    assert!(read(&bob).await.is_empty());
+}
