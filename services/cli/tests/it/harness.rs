@@ -65,6 +65,23 @@ impl World {
         self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
     }
 
+    /// Makes a cold copy of the data directory; returns its path.
+    pub(crate) async fn copy_data(&mut self) -> PathBuf {
+        self.stop().await;
+        let night = self.dir.path().join("night");
+        copy(&self.config.data_dir, &night);
+        self.start_again().await;
+        night
+    }
+
+    /// Replaces the data directory by an older copy.
+    pub(crate) async fn restore_data(&mut self, night: &Path) {
+        self.stop().await;
+        std::fs::remove_dir_all(&self.config.data_dir).unwrap();
+        copy(night, &self.config.data_dir);
+        self.start_again().await;
+    }
+
     /// Changes the database of a server that is stopped, as a server that lies would.
     pub(crate) async fn sql(&self, statement: &'static str) {
         let path = self.config.data_dir.join("qpq.db");
@@ -222,6 +239,20 @@ impl Person {
     pub(crate) fn kept_keys(&self) -> Vec<PathBuf> {
         let Ok(entries) = std::fs::read_dir(self.runtime.join("qpq")) else { return Vec::new() };
         entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// Makes a copy of the profile, which no command is using; returns its path.
+    pub(crate) fn copy_profile(&self) -> PathBuf {
+        let night = self.home.join("night");
+        copy(&self.home.join("profiles/default"), &night);
+        night
+    }
+
+    /// Replaces the profile by an older copy.
+    pub(crate) fn restore_profile(&self, night: &Path) {
+        let profile = self.home.join("profiles/default");
+        std::fs::remove_dir_all(&profile).unwrap();
+        copy(night, &profile);
     }
 
     /// The same person, everything copied to another machine.

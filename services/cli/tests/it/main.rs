@@ -4,10 +4,12 @@
 
 mod account;
 mod chat;
+mod concurrent;
 mod docs;
 mod group;
 mod harness;
 mod message;
 mod reports;
+mod restore;
 mod terminal;
 mod trouble;
