@@ -186,9 +186,9 @@ impl LimitClass {
             ),
             Self::Receive => row(
                 "receive",
-                "Reading from and removing from the caller's inbox. Each 100 messages and each 256 KiB \
-                 of an answer, and each 100 seqs that an ack names or removes, count as one more \
-                 call, consumed with the next one.",
+                "Reading from and removing from the caller's inbox. Each 100 messages and each \
+                 256 KiB of an answer, and each 100 seqs that an ack names or removes, count as \
+                 one more call, consumed with the next one.",
                 const { &[budget(Account, 2_000, 6_000, MINUTE)] },
             ),
             Self::KeyUpload => row(

@@ -26,8 +26,16 @@ use rustls::{
 use sha2::{Digest as _, Sha256};
 
 /// SHA-256 of the only key that is accepted.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pin(pub [u8; 32]);
+
+impl Pin {
+    /// Returns the pin of the public key of a certificate.
+    pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, rustls::Error> {
+        let key = ParsedCertificate::try_from(certificate)?.subject_public_key_info();
+        Ok(Self(Sha256::digest(key).into()))
+    }
+}
 
 impl FromStr for Pin {
     type Err = anyhow::Error;
@@ -207,8 +215,7 @@ impl ServerCertVerifier for Pinned {
         _ocsp: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let key = ParsedCertificate::try_from(end_entity)?.subject_public_key_info();
-        if Sha256::digest(key)[..] == self.pin.0 {
+        if Pin::of(end_entity)? == self.pin {
             Ok(ServerCertVerified::assertion())
         } else {
             Err(rustls::Error::General("the key is not the pinned one".into()))

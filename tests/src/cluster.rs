@@ -23,7 +23,7 @@ use qpq_test_services::{
     proxy::{TcpProxy, UdpProxy},
 };
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
-use sha2::{Digest as _, Sha256};
+use rustls::pki_types::CertificateDer;
 use tempfile::TempDir;
 use tokio::process::Command;
 
@@ -138,7 +138,7 @@ impl Cluster {
         let dir = tempfile::Builder::new().prefix("qpq-cluster-").tempdir()?;
         init(&dir.path().join("secrets")).await?;
         let certificate = fs::read(dir.path().join("secrets/server-cert.der"))?;
-        let pin = Pin(Sha256::digest(certificate).into());
+        let pin = Pin::of(&CertificateDer::from(certificate))?;
         let mut random = StdRng::seed_from_u64(plan.seed);
         let mut edges = Vec::new();
         for _ in 0..plan.edges {

@@ -6,7 +6,7 @@
 //! transport keeps slices of it.
 //!
 //! A page of messages is made smaller when memory is short. Where not even the smallest page has
-//! room, the call waits, for [`MAX_WAIT`] at most, and is then refused.
+//! room, the call waits, for `MAX_WAIT` at most, and is then refused.
 
 use std::{
     collections::HashMap,

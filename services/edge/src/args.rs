@@ -16,7 +16,7 @@ use crate::{Config, FOREIGN_VARIABLES};
 #[derive(Clone, Debug, Parser)]
 #[command(name = "qpq-server", version, max_term_width = 100)]
 pub struct Args {
-    /// The UDP addresses that clients connect to, [::]:PORT for IPv6 and IPv4; may be repeated
+    /// The UDP addresses that clients connect to, `[::]:PORT` for IPv6 and IPv4; may be repeated
     /// [default: 0.0.0.0:5001].
     #[arg(long, global = true, value_name = "ADDRESS:PORT")]
     listen: Vec<String>,

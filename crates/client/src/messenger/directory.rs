@@ -115,7 +115,7 @@ impl Messenger {
     ///
     /// They are all replaced where they would be useless, or given out a second time: after the
     /// server's store went back in time, where they were made with a clock that was wrong, and
-    /// every [`RENEWED_AFTER`], so that nobody is handed one that is about to expire.
+    /// every 30 days, so that nobody is handed one that is about to expire.
     pub async fn publish_key_packages(&self) -> Result<(), Error> {
         let client = self.client();
         let left = client

@@ -9,7 +9,7 @@
 //! | `postgres.dump` | cluster: the database, as of one snapshot, in `pg_dump`'s custom format |
 //! | `opaque-setup.bin` and others | single node: the secrets, certificate and key of the data directory |
 //! | `shared/` | cluster: the directory that all edges share |
-//! | `manifest.json` | [`Manifest`]: versions, the time, and size and SHA-256 of every part |
+//! | `manifest.json` | `manifest::Manifest`: versions, the time, and size and SHA-256 of every part |
 //! | `manifest.sha256` | SHA-256 of the manifest, as `sha256sum -c` reads it |
 //!
 //! It is written as `NAME.unfinished`, made durable, and only then gets its name.
