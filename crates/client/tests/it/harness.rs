@@ -58,6 +58,14 @@ impl Server {
     }
 
     pub(crate) async fn start_again(&mut self) {
+        // The tasks of the connections that were closed release the port soon after.
+        let addr = self.addr;
+        soon(async move {
+            while std::net::UdpSocket::bind(addr).is_err() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
         self.running = Some(Box::pin(compose(&self.config)).await.unwrap());
     }
 

@@ -10,6 +10,7 @@ mod crash;
 mod harness;
 mod hostile;
 mod import;
+mod interleavings;
 mod liar;
 mod network;
 mod profile;
