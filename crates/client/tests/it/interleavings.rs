@@ -267,14 +267,18 @@ impl World {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "a longer run is asked for in the environment")]
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap())
+}
+
 #[tokio::test]
 async fn what_is_acknowledged_after_going_back_in_time_is_shown_once_or_named() {
-    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let first = number("QPQ_SEED").unwrap_or(0);
     let (mut acknowledged, mut replaced) = (0, 0);
     for seed in first..first + number("QPQ_SEEDS").unwrap_or(SEEDS) {
         println!("seed {seed}");
-        let mut world = World::new(seed).await;
+        let mut world = Box::pin(World::new(seed)).await;
         for _ in 0..STEPS {
             println!("  {}", world.step().await);
         }
