@@ -187,13 +187,13 @@ pub(super) enum NewKeys {
 
 /// A marker of our own in the inbox.
 #[derive(Debug, Clone, Copy)]
-struct Seen {
+pub(super) struct Seen {
     seq: u64,
     generation: u64,
 }
 
 /// What came of a page.
-struct TakenIn {
+pub(super) struct TakenIn {
     keys: NewKeys,
     /// The seqs to be acknowledged.
     processed: Vec<u64>,
@@ -214,7 +214,7 @@ struct Numbers {
 }
 
 /// Takes a page in.
-fn take_in(
+pub(super) fn take_in(
     state: &mut State,
     page: v1::PeekResponse,
     newest: Option<Seen>,

@@ -14,6 +14,8 @@
 //! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
 //! | `tables`, `records` | how it is kept; `legacy`: how earlier releases kept it |
 
+#[cfg(test)]
+mod cost;
 mod directory;
 mod inbox;
 mod legacy;
