@@ -25,14 +25,15 @@ use crate::{
     profile::{self, Task},
 };
 
-/// Messages taken in at once, and so saved at once.
+/// The most messages taken in, and saved, in one transaction.
 const PAGE: u32 = 200;
-/// The most pages of one read: a server that always has more does not keep us for ever.
+/// The most pages of one read, so that a server that always has more does not block the client.
 const MAX_PAGES: usize = 1_000;
 /// The largest step between the seqs of messages that follow one another. An inbox that takes
 /// 100 000 messages each second needs four months for it.
 const MAX_STEP: u64 = 1 << 40;
-/// How long to wait for another process that reads the inbox. What it takes in is seen here too.
+/// The longest wait for another process that reads the inbox. Both see the messages that it takes
+/// in.
 const TURN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The highest seq that was taken in, of the server's present history.
@@ -151,8 +152,8 @@ impl Messenger {
     }
 }
 
-/// Refuses a page that does not follow `after` in seq order. A server that gives the same page
-/// again and again would otherwise keep us for ever.
+/// Refuses a page that does not follow `after` in seq order. A server that repeats the same page
+/// would otherwise block the client.
 fn check_order(after: Seq, envelopes: &[v1::Envelope]) -> Result<(), CallError> {
     let mut last = after.0;
     for envelope in envelopes {
@@ -164,14 +165,14 @@ fn check_order(after: Seq, envelopes: &[v1::Envelope]) -> Result<(), CallError> 
     Ok(())
 }
 
-/// Passes over what failed, unless nothing at all will work until somebody does something. What the
-/// server does not do now is no reason to hold messages back; it is tried again the next time.
+/// Passes over a failure, unless every call fails until the user acts. Messages are not held back
+/// by work that the server does not do now; the next read tries again.
 pub(super) fn unless_final(what: &'static str, done: Result<(), Error>) -> Result<(), Error> {
     match done {
         Err(Error::Call(error))
             if !error.is_unauthorized() && !matches!(error, CallError::Connect(_)) =>
         {
-            tracing::warn!(%error, what, "not now");
+            tracing::warn!(%error, what, "deferred work failed, retrying with the next read");
             Ok(())
         }
         done => done,
@@ -192,18 +193,18 @@ pub(super) struct Seen {
     generation: u64,
 }
 
-/// What came of a page.
+/// The result of taking a page in.
 pub(super) struct TakenIn {
     keys: NewKeys,
     /// The seqs to be acknowledged.
     processed: Vec<u64>,
     /// The newest marker so far, which stays in the inbox.
     newest: Option<Seen>,
-    /// Whether there was anything besides markers and what was processed before.
+    /// Whether there was a message that is no marker and was not processed before.
     news: bool,
 }
 
-/// What is known of the numbers of the inbox.
+/// The state of the inbox's seqs.
 struct Numbers {
     /// The highest that was taken in; `None` after the store went back, when it may be any.
     last: Option<u64>,
@@ -254,7 +255,7 @@ pub(super) fn take_in(
                 taken.keys = NewKeys::Needed;
             }
             if matches!(received, Received::Unreadable(_)) && seq <= numbers.legacy {
-                tracing::info!(seq, "a message that an earlier release has read came again");
+                tracing::info!(seq, "a message that an earlier release has read arrived again");
                 continue;
             }
             note(state, received, at)?;
@@ -269,7 +270,7 @@ pub(super) fn take_in(
 }
 
 impl Numbers {
-    /// Notes the seq of a message, and what it says about the inbox.
+    /// Notes the seq of a message, and a gap or a step back before it.
     fn note(
         &mut self,
         state: &mut State,
@@ -317,7 +318,7 @@ fn channel(envelope: &v1::Envelope) -> ChannelId {
     ChannelId::try_from(&envelope.channel_id[..]).unwrap_or(ChannelId::DEFAULT)
 }
 
-/// Notes what a message turned out to be.
+/// Notes a received message in the history.
 fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Error> {
     match received {
         Received::Joined(summary) => {

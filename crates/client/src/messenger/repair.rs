@@ -1,5 +1,5 @@
-//! What becomes of messages that cannot be read: each is an entry, and its sender's client is asked
-//! to send it again.
+//! Repair of messages that cannot be read: each is an entry, and its sender's client is asked to
+//! send it again.
 //!
 //! The receiver starts a new direct group with the sender, from a fresh key package, and asks in
 //! it, naming the messages by the SHA-256 of their bytes. The sender's client repeats the texts
@@ -32,18 +32,18 @@ use crate::error::Error;
 
 /// Digests of messages that could not be read, in the lane of who is said to have sent them.
 const LOST: Table = Table::new(38);
-/// People to be asked: when next, how often they were, and who.
+/// People to be asked: the time of the next question, the number of questions so far, and the key.
 const QUESTIONS: Table = Table::new(39);
 /// The entry and the time of each ciphertext of ours, by its digest. Oldest first.
 const SENT: Table = Table::new(40);
-/// When each person was answered last.
+/// The time of the last answer to each person.
 const ANSWERED: Table = Table::new(41);
 
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 const MAX_QUESTIONS: u8 = 5;
-/// People asked at once.
+/// The most people asked in one repair.
 const PEOPLE_AT_ONCE: usize = 4;
-/// Messages of one person that are asked for.
+/// The most messages of one person that are asked for.
 const MAX_LOST: usize = 256;
 const ANSWER_AGAIN_AFTER: Duration = Duration::from_secs(600);
 
@@ -58,14 +58,14 @@ impl Messenger {
     pub(super) async fn repair(&self) -> Result<(), Error> {
         let due = self.store().read(|state| state.due_questions(now())).await?;
         for peer in due {
-            // Noted first: one that fails is not repeated at once.
+            // Noted first: a question that fails is not repeated immediately.
             self.store().change(move |state| state.postpone_question(&peer, now())).await?;
             match self.ask(peer).await {
                 Err(error @ (Error::Call(_) | Error::Auth(_) | Error::Profile(_))) => {
                     unless_final("repair", Err(error))?;
                 }
-                // Unknown to the directory, without keys, or with others than before.
-                Err(error) => tracing::info!(%error, "somebody cannot be asked to repeat messages"),
+                // The directory does not know the person, or has no or another key.
+                Err(error) => tracing::info!(%error, "a sender cannot be asked to repeat messages"),
                 Ok(()) => {}
             }
         }
@@ -94,7 +94,7 @@ impl Messenger {
 }
 
 impl State {
-    /// Notes a message whose content is lost to us, and whom to ask for it.
+    /// Notes a message whose content is lost to us, and the person to ask for it.
     pub(super) fn note_unreadable(
         &mut self,
         lost: &Unreadable,
@@ -121,8 +121,9 @@ impl State {
         Ok(())
     }
 
-    /// Gives up on what waits in vain: what needs a direct group's Welcome, which its sender sends
-    /// before everything else, once the inbox was read to its end; and what has waited too long.
+    /// Gives up on messages that wait in vain: those that need a direct group's Welcome, which its
+    /// sender sends before everything else, once the inbox was read to its end; and those that have
+    /// waited too long.
     pub(super) fn give_up(&mut self) -> Result<(), Error> {
         let me = self.me();
         let mut lost = self.mls.give_up_on(|lost| {
@@ -158,7 +159,7 @@ impl State {
         Ok(())
     }
 
-    /// Answers somebody who could not read messages of ours: repeats those that were for them.
+    /// Answers a person who could not read messages of ours: repeats those that were for them.
     pub(super) fn answer(
         &mut self,
         group: GroupId,
@@ -177,7 +178,7 @@ impl State {
         if asked_in.is_none_or(|asked_in| asked_in.peer_of(&me) != Some(*asker)) {
             return Ok(());
         }
-        // What the asker may not be able to read is not sent to any more.
+        // Nothing more is sent to groups that the asker may be unable to read.
         for other in self.mls.direct_groups(asker)? {
             if other.id != group {
                 self.mls.retire(&other.id)?;
