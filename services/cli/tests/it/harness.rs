@@ -92,6 +92,7 @@ impl World {
 
     /// Starts again where it was.
     pub(crate) async fn start_again(&mut self) {
+        self.port_is_free().await;
         self.running = Some(Box::pin(compose(&self.config)).await.unwrap());
     }
 
@@ -100,9 +101,22 @@ impl World {
         for name in ["server-cert.der", "server-key.der"] {
             std::fs::remove_file(self.config.data_dir.join(name)).unwrap();
         }
+        self.port_is_free().await;
         let running = Box::pin(compose(&self.config)).await.unwrap();
         self.fingerprint = running.fingerprint().to_string();
         self.running = Some(running);
+    }
+
+    /// Waits until the port of a server that was stopped is free.
+    async fn port_is_free(&self) {
+        // The tasks of the connections that were closed release the port soon after.
+        let address = self.address.clone();
+        soon(async move {
+            while std::net::UdpSocket::bind(&address).is_err() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
     }
 
     /// Somebody without an account yet.
