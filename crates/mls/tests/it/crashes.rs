@@ -3,16 +3,15 @@
 use std::collections::BTreeMap;
 
 use proptest::{prelude::*, sample::Index};
-use qpq_mls::{GroupId, Ignored, Received};
+use qpq_domain::ChannelId;
+use qpq_mls::{Arrival, GroupId, Ignored, Received};
 
-use crate::world::{ANN, BOB, CAT, Hear as _, World, content, restored};
+use crate::world::{ANN, BOB, CAT, Hear as _, World, content, now, restored};
 
 #[test]
 fn a_crash_between_saving_and_acknowledging_makes_a_duplicate() {
     let mut world = World::new(3);
-    let group = world.clients[ANN]
-        .create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now())
-        .unwrap();
+    let group = world.clients[ANN].create_group("g", ChannelId::DEFAULT, now()).unwrap();
     world.add(ANN, group, &[BOB]);
     world.say(ANN, group, "one");
     world.add(ANN, group, &[CAT]);
@@ -158,13 +157,15 @@ impl Model {
 
     fn deliver_across_crashes(&mut self, who: usize) {
         let Some(message) = self.world.inboxes[who].pop_front() else { return };
+        // The clock may go on between a crash and the next try.
+        let arrival = Arrival { at: now(), channel: ChannelId::DEFAULT };
         let before = restored(&mut self.world.clients[who]);
-        let lost = self.world.clients[who].hear(&message);
+        let lost = self.world.clients[who].receive(&message, arrival).unwrap();
         self.world.clients[who] = before;
-        let received = self.world.clients[who].hear(&message);
+        let received = self.world.clients[who].receive(&message, arrival).unwrap();
         assert_eq!(received, lost, "the same state makes the same of the same message");
         self.world.restart(who);
-        let again = self.world.clients[who].hear(&message);
+        let again = self.world.clients[who].receive(&message, arrival).unwrap();
         // Who is out of the group does not look at its messages again.
         assert!(
             matches!(again[..], [Received::Duplicate])
