@@ -223,7 +223,7 @@ pub(crate) enum Command {
     Keys {
         /// With whom to compare
         user: Option<Username>,
-        /// Note that you have compared the number with theirs, and it is the same
+        /// Note that you compared the number with theirs
         #[arg(long, requires = "user")]
         verified: bool,
         /// Accept a new key of theirs; only after you have asked them
