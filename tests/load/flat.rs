@@ -9,7 +9,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use qpq_domain::{
     ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis, Username,
 };
-use qpq_ports::{Enqueue, NewAccount, PageLimit, Read, Stores, View};
+use qpq_ports::{Enqueue, NewAccount, PageLimit, ReadQuery, Reader, Stores, View};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 use sha2::{Digest as _, Sha256};
 
@@ -112,7 +112,8 @@ impl Subject {
         let before = own_cpu();
         stream::iter(0..times)
             .map(|i| async move {
-                let read = Read { inbox: identity(inbox(i)), device: None, view: View::All };
+                let read =
+                    ReadQuery { reader: Reader::single(identity(inbox(i))), view: View::All };
                 let lease = self
                     .stores
                     .inboxes
@@ -122,7 +123,7 @@ impl Subject {
                     lease.page().envelopes.len() <= 1
                         && lease.page().envelopes.iter().all(|e| e.seq > Seq::ZERO)
                 );
-                lease.settle(NOW).await?;
+                lease.complete(NOW).await?;
                 anyhow::Ok(())
             })
             .buffer_unordered(if readers.is_some() { 1 } else { CONCURRENCY })

@@ -1,13 +1,13 @@
 //! Inboxes: the queues of ciphertext, one a recipient, read in the order in which messages became
 //! durable.
 //!
-//! A read is a *lease*: it shows messages and hides them from every other read until it is settled
+//! A read is a *lease*: it shows messages and hides them from every other read until it is completed
 //! (the client has all bytes: they are removed) or released (it has not: they are there again,
 //! unchanged). A view stops in front of the first message that is leased by someone else, so nobody
 //! ever gets a later message while an earlier one may still come back.
 //!
 //! Nobody polls. [`Wakes::subscribe`] before a read, then wait on the subscription if the read was
-//! empty: whatever is committed, settled or released after the subscription wakes it.
+//! empty: whatever is committed, completed or released after the subscription wakes it.
 
 use std::{fmt, time::Duration};
 
@@ -45,7 +45,7 @@ pub trait Inboxes: Send + Sync {
     /// Shows the first messages of the view and hides them from other reads until the lease ends.
     async fn lease(
         &self,
-        read: Read,
+        read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
     ) -> StoreResult<Box<dyn Lease>>;
@@ -54,7 +54,7 @@ pub trait Inboxes: Send + Sync {
     /// it is. Stops, as a lease does, in front of what is leased.
     async fn peek(
         &self,
-        read: Read,
+        read: ReadQuery,
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
@@ -63,14 +63,14 @@ pub trait Inboxes: Send + Sync {
     /// Removes messages of the view, leased or not: an ack is the reader's own word. Returns how many
     /// were removed: none if the ack names another history than the present one. Durable when it
     /// returns.
-    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32>;
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32>;
 }
 
 /// Subscriptions to what happens in an inbox.
 pub trait Wakes: Send + Sync {
-    /// From now on, everything that may make a read of this view of `inbox` see more wakes the
-    /// subscription. A message in a channel that the view does not have need not.
-    fn subscribe(&self, inbox: &IdentityKey, view: View) -> Box<dyn Wake>;
+    /// Starts a subscription to everything that may make this read return more: messages of its
+    /// view that are accepted, released, or become visible because others are removed.
+    fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake>;
 }
 
 /// One subscription. Dropping it ends it.
@@ -93,7 +93,7 @@ pub trait Lease: Send + Sync {
     ///
     /// Removes nothing if the store has begun another history since the page was read: the seqs may
     /// belong to other messages now.
-    async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
+    async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
 }
 
 /// A message to be accepted.
@@ -147,13 +147,27 @@ pub struct Receipt {
     pub enqueued_at: UnixMillis,
 }
 
-/// Whose inbox is read, and which part of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Read {
+/// One position in an inbox: that of a device, or of the account.
+///
+/// Leases, acks and wakes belong to a reader. An inbox without registered devices has a single
+/// reader, and the stores read it whatever device is named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Reader {
     pub inbox: IdentityKey,
-    /// Which device's position; without registered devices an inbox has one reader and this is
-    /// ignored.
     pub device: Option<DeviceId>,
+}
+
+impl Reader {
+    /// Returns the only reader of an inbox without registered devices.
+    pub const fn single(inbox: IdentityKey) -> Self {
+        Self { inbox, device: None }
+    }
+}
+
+/// The part of an inbox that a read returns messages of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadQuery {
+    pub reader: Reader,
     pub view: View,
 }
 

@@ -5,7 +5,10 @@
 //! `Option`, what may happen is an enum, and what may fail is a [`StoreError`]. Instants come in as
 //! arguments ([`UnixMillis`]): a backend never asks what time it is.
 
+mod account_events;
 mod accounts;
+#[cfg(feature = "admission")]
+pub mod admission;
 mod clock;
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -13,30 +16,27 @@ mod error;
 mod inboxes;
 mod keys;
 mod limiter;
-pub mod moving;
-mod notices;
-#[cfg(feature = "room")]
-pub mod room;
 mod sessions;
 mod shard;
+pub mod transfer;
 
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
 use qpq_domain::{StoreId, UnixMillis};
 
+pub use account_events::{AccountEvent, AccountEvents, SingleEdge};
 pub use accounts::{Account, Accounts, Credentials, NewAccount, Registration};
 pub use clock::{Clock, SystemClock};
 pub use error::{StoreError, StoreResult};
 pub use inboxes::{
     Ack, CALL_BYTES, CALL_MESSAGES, Enqueue, Enqueued, Envelope, Inboxes, Lease, Page, PageLimit,
-    Read, Receipt, View, Wake, Wakes,
+    ReadQuery, Reader, Receipt, View, Wake, Wakes,
 };
 pub use keys::{
     HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload, UploadMode,
 };
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
-pub use notices::{Alone, Notice, Notices};
 pub use sessions::{NewSession, Session, Sessions};
 pub use shard::Shard;
 
@@ -50,8 +50,8 @@ pub struct Stores {
     pub key_packages: Arc<dyn KeyPackages>,
     pub hybrid_keys: Arc<dyn HybridKeys>,
     pub limiter: Arc<dyn RateLimiter>,
-    pub notices: Arc<dyn Notices>,
-    pub upkeep: Arc<dyn Upkeep>,
+    pub account_events: Arc<dyn AccountEvents>,
+    pub maintenance: Arc<dyn Maintenance>,
 }
 
 impl fmt::Debug for Stores {
@@ -62,7 +62,7 @@ impl fmt::Debug for Stores {
 
 /// A backend's own care for itself.
 #[async_trait]
-pub trait Upkeep: Send + Sync {
+pub trait Maintenance: Send + Sync {
     /// Whether the backend can commit right now: a real write, made durable, or the reason why not.
     async fn check(&self) -> StoreResult<()>;
 
@@ -85,7 +85,7 @@ pub trait Upkeep: Send + Sync {
     async fn begin_history(&self) -> StoreResult<NewHistory>;
 }
 
-/// What [`Upkeep::begin_history`] did.
+/// What [`Maintenance::begin_history`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewHistory {
     pub store_id: StoreId,

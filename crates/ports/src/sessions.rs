@@ -9,7 +9,7 @@ use crate::StoreResult;
 /// here.
 ///
 /// Expiry by time is the caller's to judge (it knows the configured lifetimes); a store only
-/// forgets what `Upkeep` sweeps.
+/// forgets what `Maintenance` sweeps.
 #[async_trait]
 pub trait Sessions: Send + Sync {
     async fn create(&self, session: NewSession) -> StoreResult<()>;

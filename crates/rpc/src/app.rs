@@ -19,10 +19,10 @@ use tokio::sync::watch;
 
 use crate::{
     AnswerMemory, DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes,
+    account_events::AccountEvents,
     answers::Answers,
     gate::Gate,
     limits::{Limits, Owed},
-    notices::Notices,
     tokens::Tokens,
     waiters::Waiters,
 };
@@ -115,7 +115,7 @@ pub struct App {
     /// Bounds the checks of uploaded KeyPackages.
     pub(crate) key_package_gate: Gate,
     /// What ends or changes for an account while its calls wait.
-    pub notices: Arc<Notices>,
+    pub account_events: Arc<AccountEvents>,
     pub(crate) key_package_policy: key_package::Policy,
     started_at: UnixMillis,
     draining: watch::Sender<bool>,
@@ -141,7 +141,7 @@ impl App {
             waiters: Waiters::default(),
             gate: Gate::new(config.waiting_logins),
             key_package_gate: Gate::new(config.waiting_logins),
-            notices: Arc::new(Notices::new(Arc::clone(&stores.notices))),
+            account_events: Arc::new(AccountEvents::new(Arc::clone(&stores.account_events))),
             key_package_policy: key_package::Policy {
                 suites: config.key_package_suites.clone(),
                 max_bytes: config.key_packages.max_bytes,

@@ -218,7 +218,7 @@ impl Error {
         Answer {
             status: code.status().code(),
             payload: Bytes::from(detail.encode_to_vec()),
-            settlement: None,
+            completion: None,
         }
     }
 }

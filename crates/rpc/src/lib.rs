@@ -10,11 +10,11 @@
 //! which is `dispatch` from top to bottom. To add an RPC: its messages and its row in `proto`, then
 //! `impl Handler` in the file of its area under `handlers/`; nothing is registered anywhere.
 
+pub mod account_events;
 pub mod auth;
 pub mod docs;
 pub mod error;
 pub mod limits;
-pub mod notices;
 pub mod opaque;
 
 mod answers;

@@ -30,9 +30,9 @@ pub struct Answer {
     pub status: u8,
     /// The method's response, or an `ErrorDetail`.
     pub payload: Bytes,
-    /// To be settled once the client has every byte of this; dropped, the messages that it shows
+    /// To be completed once the client has every byte of this; dropped, the messages that it shows
     /// are there again.
-    pub settlement: Option<Settlement>,
+    pub completion: Option<Settlement>,
 }
 
 /// What is to be done about the messages that an answer shows. Dropping it gives them back.
@@ -48,9 +48,9 @@ impl Settlement {
     }
 
     /// Removes the messages: the client has every byte of the answer.
-    pub async fn settle(self) -> StoreResult<()> {
+    pub async fn complete(self) -> StoreResult<()> {
         let now = self.clock.now();
-        self.lease.settle(now).await
+        self.lease.complete(now).await
     }
 }
 
@@ -148,9 +148,9 @@ impl Rpc {
             Ok(done) => {
                 span.record("code", "ok");
                 observation.succeed(done.payload.len());
-                let settlement =
+                let completion =
                     done.lease.map(|lease| Settlement::new(lease, Arc::clone(&self.app.clock)));
-                Answer { status: Status::Ok.code(), payload: done.payload, settlement }
+                Answer { status: Status::Ok.code(), payload: done.payload, completion }
             }
             Err(error) => {
                 note_refusal(&span, &error);
@@ -185,7 +185,7 @@ impl Rpc {
     /// Looks whether the store can commit, and remembers it for Health. For the embedder to call
     /// every few seconds.
     pub async fn check_store(&self) -> StoreResult<()> {
-        let outcome = self.app.stores.upkeep.check().await;
+        let outcome = self.app.stores.maintenance.check().await;
         self.app.note_store(outcome.is_err());
         outcome
     }
@@ -193,7 +193,7 @@ impl Rpc {
     /// Passes on to waiting calls what other edges tell. For the embedder to run for as long as it
     /// serves.
     pub async fn hear_other_edges(self: Arc<Self>) {
-        self.app.notices.pass_on().await;
+        self.app.account_events.pass_on().await;
     }
 
     /// What the handlers share.

@@ -11,8 +11,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use qpq_domain::{DeviceId, IdentityKey};
-use qpq_ports::{Read, View, Wake, Wakes};
+use qpq_ports::{ReadQuery, Reader, View, Wake, Wakes};
 use tokio::sync::{Notify, OwnedMutexGuard};
 
 /// The calls of one reader that wait at a time. When there is another, the oldest ends.
@@ -23,9 +22,6 @@ pub(crate) const MAX_WAITERS: usize = 8;
 pub(crate) struct Waiters {
     readers: Mutex<HashMap<Reader, VecDeque<Arc<Call>>>>,
 }
-
-/// A reader's inbox and device.
-type Reader = (IdentityKey, Option<DeviceId>);
 
 /// One call that waits.
 struct Call {
@@ -53,14 +49,14 @@ pub(crate) struct Waiter<'a> {
 impl Waiters {
     /// Adds a call that waits for what `read` would show. Whatever happens from now on is its
     /// business, so it reads once by itself after this.
-    pub(crate) fn join(&self, wakes: &dyn Wakes, read: &Read) -> Waiter<'_> {
-        let reader = (read.inbox, read.device);
+    pub(crate) fn join(&self, wakes: &dyn Wakes, read: &ReadQuery) -> Waiter<'_> {
+        let reader = read.reader;
         let mut readers = self.readers.lock();
         let calls = readers.entry(reader).or_insert_with(|| VecDeque::with_capacity(1));
         let shared = match calls.iter().find(|call| call.view == read.view) {
             Some(call) => Arc::clone(&call.shared),
             None => {
-                let wake = wakes.subscribe(&read.inbox, read.view);
+                let wake = wakes.subscribe(read);
                 Arc::new(tokio::sync::Mutex::new(Shared { wake, unread: false }))
             }
         };
@@ -146,6 +142,7 @@ impl Drop for Waiter<'_> {
 mod tests {
     use futures_util::{FutureExt as _, future::BoxFuture};
     use qpq_domain::ChannelId;
+    use qpq_domain::{DeviceId, IdentityKey};
 
     use super::*;
 
@@ -158,9 +155,9 @@ mod tests {
     struct HandWake(Arc<Notify>);
 
     impl Wakes for ByHand {
-        fn subscribe(&self, _: &IdentityKey, view: View) -> Box<dyn Wake> {
+        fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
             let notify = Arc::new(Notify::new());
-            self.subscribed.lock().push((view, Arc::clone(&notify)));
+            self.subscribed.lock().push((query.view, Arc::clone(&notify)));
             Box::new(HandWake(notify))
         }
     }
@@ -177,8 +174,8 @@ mod tests {
         }
     }
 
-    fn read(view: View) -> Read {
-        Read { inbox: IdentityKey::new([1; 32]), device: None, view }
+    fn read(view: View) -> ReadQuery {
+        ReadQuery { reader: Reader::single(IdentityKey::new([1; 32])), view }
     }
 
     fn channel(n: u8) -> View {
@@ -214,7 +211,8 @@ mod tests {
         let mut rest: Vec<_> =
             (1..MAX_WAITERS).map(|_| waiters.join(&wakes, &read(channel(2)))).collect();
         assert_eq!(oldest.next().now_or_never(), None);
-        let other = Read { device: Some(DeviceId::new([9; 16])), ..read(channel(1)) };
+        let reader = Reader { device: Some(DeviceId::new([9; 16])), ..read(channel(1)).reader };
+        let other = ReadQuery { reader, view: channel(1) };
         let mut of_another_device = waiters.join(&wakes, &other);
         assert_eq!(oldest.next().now_or_never(), None);
         let mut ninth = waiters.join(&wakes, &read(channel(1)));

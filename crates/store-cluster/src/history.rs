@@ -96,7 +96,7 @@ impl History {
     }
 }
 
-/// Begins another history, as [`Upkeep::begin_history`](qpq_ports::Upkeep::begin_history), with
+/// Begins another history, as [`Maintenance::begin_history`](qpq_ports::Maintenance::begin_history), with
 /// Postgres alone and for as long as that takes: of a large cluster there are many packages to
 /// remove. Edges that run notice it.
 pub async fn begin_history(config: &Config) -> Result<NewHistory, ConnectError> {

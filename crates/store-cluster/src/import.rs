@@ -18,7 +18,7 @@
 use std::fmt::Write as _;
 
 use futures_util::TryStreamExt as _;
-use qpq_ports::moving::{Cell, Column, Digest, Digests, Kind, Row, Table};
+use qpq_ports::transfer::{Cell, Column, Digest, Digests, Kind, Row, Table};
 use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, Postgres, Row as _,
     TypeInfo as _, ValueRef as _,

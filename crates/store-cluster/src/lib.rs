@@ -7,9 +7,10 @@
 //!
 //! - `postgres`: transactions, the schema; `redis`: one connection, the queues' scripts; `nats`:
 //!   the bus.
-//! - `inboxes`, `wakes`: the way of a message. `accounts`, `sessions`, `keys`, `limiter`, `upkeep`:
+//! - `inboxes`, `wakes`: the way of a message. `accounts`, `sessions`, `keys`, `limiter`, `maintenance`:
 //!   one port each.
 
+mod account_events;
 mod accounts;
 mod config;
 mod error;
@@ -18,18 +19,17 @@ mod import;
 mod inboxes;
 mod keys;
 mod limiter;
+mod maintenance;
 #[cfg(feature = "measure")]
 pub mod measure;
 mod metrics;
 mod nats;
-mod notices;
 mod operate;
 mod postgres;
 mod redis;
 mod sessions;
 mod skeletons;
 mod time;
-mod upkeep;
 mod wakes;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -50,19 +50,19 @@ pub use postgres::migrate;
 pub use time::Clocks;
 
 use crate::{
+    account_events::ClusterAccountEvents,
     accounts::ClusterAccounts,
     error::Server,
     history::History,
     inboxes::ClusterInboxes,
     keys::ClusterKeys,
     limiter::ClusterLimiter,
+    maintenance::ClusterMaintenance,
     nats::{Bus, EdgeId},
-    notices::ClusterNotices,
     postgres::Database,
     redis::Redis,
     sessions::ClusterSessions,
     time::Time,
-    upkeep::ClusterUpkeep,
     wakes::{ClusterWakes, Waking},
 };
 
@@ -106,7 +106,7 @@ impl ClusterStore {
         };
         let history = waiting(may_take, |within| Server::Postgres.answers(within, read())).await?;
         let time = Time::new(config.clocks.clone());
-        let beat = || upkeep::first_beat(&database, &time);
+        let beat = || maintenance::first_beat(&database, &time);
         waiting(may_take, |within| Server::Postgres.answers(within, beat())).await?;
         let waking = Waking::new(redis.clone(), bus.clone(), edge.clone());
         let sessions = Arc::new(ClusterSessions::new(
@@ -135,13 +135,13 @@ impl ClusterStore {
             key_packages: Arc::clone(&keys) as _,
             hybrid_keys: keys,
             limiter: Arc::new(ClusterLimiter::new(redis.clone(), &config.clocks)),
-            notices: Arc::new(ClusterNotices {
+            account_events: Arc::new(ClusterAccountEvents {
                 bus: bus.clone(),
                 sessions: Arc::clone(&sessions),
                 waking: waking.clone(),
                 every: (config.timing.session_cache / 3).max(Duration::from_millis(100)),
             }),
-            upkeep: Arc::new(ClusterUpkeep::new(
+            maintenance: Arc::new(ClusterMaintenance::new(
                 database.clone(),
                 redis.clone(),
                 Arc::clone(&sessions),

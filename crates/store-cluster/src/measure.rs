@@ -5,7 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
-use qpq_ports::{Enqueue, Envelope, NewAccount, PageLimit, Read, StoreResult, View};
+use qpq_ports::{Enqueue, Envelope, NewAccount, PageLimit, ReadQuery, Reader, StoreResult, View};
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
@@ -129,7 +129,7 @@ pub async fn pushes(
 }
 
 async fn load_empty(redis: &Redis, inbox: IdentityKey, state: State) -> StoreResult<()> {
-    let read = Read { inbox, device: None, view: View::All };
+    let read = ReadQuery { reader: Reader::single(inbox), view: View::All };
     let limit = PageLimit { messages: 0, bytes: 0 };
     let look = Look {
         read: &read,

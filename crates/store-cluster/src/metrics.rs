@@ -10,7 +10,7 @@
 //! | `qpq_sweeps_shrunk_total` | counter | sweeps | transactions of a sweep that took too long and were tried again with fewer rows |
 //! | `qpq_enqueue_queue_messages` | gauge | messages | messages that wait for a committer |
 //! | `qpq_enqueue_batch_messages` | histogram | messages | messages that were committed together |
-//! | `qpq_settle_batch_pages` | histogram | pages | pages that clients have got and that were removed together |
+//! | `qpq_completion_batch_pages` | histogram | pages | pages that clients have got and that were removed together |
 //! | `qpq_redis_seconds{op}` | histogram | seconds | a script or command |
 //! | `qpq_redis_errors_total{op}` | counter | failures | scripts and commands that failed |
 //! | `qpq_redis_breaker_open` | gauge | 0 or 1 | whether Redis does not answer and is not asked |
@@ -35,7 +35,7 @@ pub(crate) const CLOCK_SKEW: &str = "qpq_clock_skew_seconds";
 pub(crate) const SWEEPS_SHRUNK: &str = "qpq_sweeps_shrunk_total";
 pub(crate) const ENQUEUE_QUEUE: &str = "qpq_enqueue_queue_messages";
 pub(crate) const ENQUEUE_BATCH: &str = "qpq_enqueue_batch_messages";
-pub(crate) const SETTLE_BATCH: &str = "qpq_settle_batch_pages";
+pub(crate) const COMPLETION_BATCH: &str = "qpq_completion_batch_pages";
 pub(crate) const REDIS_SECONDS: &str = "qpq_redis_seconds";
 pub(crate) const REDIS_ERRORS: &str = "qpq_redis_errors_total";
 pub(crate) const REDIS_BREAKER: &str = "qpq_redis_breaker_open";
@@ -83,7 +83,7 @@ pub(crate) fn describe() {
     describe_gauge!(ENQUEUE_QUEUE, Count, "Messages that wait for a committer");
     describe_histogram!(ENQUEUE_BATCH, Count, "Messages that were committed together");
     describe_histogram!(
-        SETTLE_BATCH,
+        COMPLETION_BATCH,
         Count,
         "Pages that clients have got and that were removed together"
     );

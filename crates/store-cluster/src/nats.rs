@@ -15,7 +15,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use parking_lot::Mutex;
 use qpq_domain::{ChannelId, IdentityKey, TokenHash};
-use qpq_ports::{Notice, View};
+use qpq_ports::{AccountEvent, View};
 use tokio::{
     sync::{broadcast, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, timeout},
@@ -60,14 +60,14 @@ pub(crate) enum Heard {
     /// Something came into this view of the inbox, or became visible in it.
     Wake(IdentityKey, View),
     SessionEnded(TokenHash),
-    Notice(IdentityKey, Notice),
+    AccountEvent(IdentityKey, AccountEvent),
 }
 
 #[derive(Debug)]
 enum Say {
     Wake(Arc<str>, IdentityKey, View),
     SessionEnded(TokenHash),
-    Notice(IdentityKey, Notice),
+    AccountEvent(IdentityKey, AccountEvent),
 }
 
 /// The way to the other edges. Cheap to clone.
@@ -120,8 +120,8 @@ impl Bus {
         self.put(Say::SessionEnded(token));
     }
 
-    pub(crate) fn notice(&self, identity: IdentityKey, notice: Notice) {
-        self.put(Say::Notice(identity, notice));
+    pub(crate) fn event(&self, identity: IdentityKey, event: AccountEvent) {
+        self.put(Say::AccountEvent(identity, event));
     }
 
     /// What is heard from now on.
@@ -322,10 +322,10 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
                     let word = [&[tag::SESSION_ENDED][..], token.as_bytes()].concat();
                     send(&client, subjects.all(), word.into(), 1).await;
                 }
-                Say::Notice(identity, notice) => {
-                    let tag = match notice {
-                        Notice::SessionsEnded => tag::SESSIONS_ENDED,
-                        Notice::KeyPackageTaken => tag::KEY_PACKAGE_TAKEN,
+                Say::AccountEvent(identity, event) => {
+                    let tag = match event {
+                        AccountEvent::SessionsEnded => tag::SESSIONS_ENDED,
+                        AccountEvent::KeyPackageTaken => tag::KEY_PACKAGE_TAKEN,
                     };
                     send(
                         &client,
@@ -420,10 +420,10 @@ async fn listen(
         let word = match (tag, rest.try_into()) {
             (tag::SESSION_ENDED, Ok(token)) => Heard::SessionEnded(TokenHash::new(token)),
             (tag::SESSIONS_ENDED, Ok(key)) => {
-                Heard::Notice(IdentityKey::new(key), Notice::SessionsEnded)
+                Heard::AccountEvent(IdentityKey::new(key), AccountEvent::SessionsEnded)
             }
             (tag::KEY_PACKAGE_TAKEN, Ok(key)) => {
-                Heard::Notice(IdentityKey::new(key), Notice::KeyPackageTaken)
+                Heard::AccountEvent(IdentityKey::new(key), AccountEvent::KeyPackageTaken)
             }
             // Of a newer release.
             _ => continue,

@@ -12,7 +12,7 @@ use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 use futures_util::{StreamExt as _, future::BoxFuture, stream};
 use parking_lot::Mutex;
 use qpq_domain::{IdentityKey, Seq, StoreId};
-use qpq_ports::{Read, View, Wake, Wakes};
+use qpq_ports::{ReadQuery, Reader, View, Wake, Wakes};
 use tokio::{
     sync::{Notify, broadcast::error::RecvError},
     time::{Instant, sleep, sleep_until},
@@ -111,7 +111,7 @@ impl Waking {
 
     /// Somebody here has looked at a view of the inbox, and has `lease` on what it showed, or leased
     /// nothing.
-    pub(crate) fn looked(&self, read: &Read, shown: &Shown, lease: Option<&LeaseId>) {
+    pub(crate) fn looked(&self, read: &ReadQuery, shown: &Shown, lease: Option<&LeaseId>) {
         self.table.looked(read, shown, lease);
     }
 
@@ -131,13 +131,13 @@ impl Waking {
     /// Tells Redis of messages that were removed in a history, after this read of them.
     pub(crate) async fn removed(
         &self,
-        read: &Read,
+        read: &ReadQuery,
         store_id: &StoreId,
         removal: u64,
         lease: Option<&LeaseId>,
         seqs: &[Seq],
     ) {
-        let Read { inbox, view, .. } = read;
+        let ReadQuery { reader: Reader { inbox, .. }, view } = read;
         match self.redis.removed(inbox, store_id, removal, lease, seqs).await {
             Ok(edges) => self.tell(inbox, *view, &edges),
             Err(error) => self.untold(inbox, *view, &error),
@@ -247,9 +247,9 @@ impl Table {
 
     /// Somebody here has looked at a view of the inbox, and has `lease` on what it showed, or leased
     /// nothing.
-    fn looked(&self, read: &Read, shown: &Shown, lease: Option<&LeaseId>) {
+    fn looked(&self, read: &ReadQuery, shown: &Shown, lease: Option<&LeaseId>) {
         let inboxes = self.inboxes.lock();
-        let Some(entry) = inboxes.get(&read.inbox) else { return };
+        let Some(entry) = inboxes.get(&read.reader.inbox) else { return };
         // A lease that showed all there is has left nothing for others that look at the same.
         let left = lease.is_none() || shown.page.more;
         let now = Seen { store_id: shown.page.store_id, head: shown.head };
@@ -302,8 +302,8 @@ fn common_view(messages: &[Queued]) -> View {
 pub(crate) struct ClusterWakes(pub(crate) Waking);
 
 impl Wakes for ClusterWakes {
-    fn subscribe(&self, inbox: &IdentityKey, view: View) -> Box<dyn Wake> {
-        Box::new(self.0.table.subscribe(inbox, view))
+    fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
+        Box::new(self.0.table.subscribe(&query.reader.inbox, query.view))
     }
 }
 
@@ -394,7 +394,7 @@ mod tests {
         let (mut one, mut two) =
             (table.subscribe(&INBOX, channel(1)), table.subscribe(&INBOX, channel(2)));
         let lease = LeaseId("lease".into());
-        let read = |view| Read { inbox: INBOX, device: None, view };
+        let read = |view| ReadQuery { reader: Reader::single(INBOX), view };
         table.looked(&read(channel(1)), &shown(5, None), Some(&lease));
         table.found(&INBOX, seen(5));
         assert_eq!((woken(&mut one), woken(&mut two)), (false, true));
@@ -414,7 +414,7 @@ mod tests {
         let mut wake = table.subscribe(&INBOX, View::All);
         let mut waiting = wake.woken();
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        let read = Read { inbox: INBOX, device: None, view: View::All };
+        let read = ReadQuery { reader: Reader::single(INBOX), view: View::All };
         let (stopped, begun) = (Duration::from_secs(3), Instant::now());
         table.looked(&read, &shown(1, Some(stopped)), None);
         waiting.await;

@@ -14,7 +14,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 use qpq_domain::{ChannelId, Delivery, IdentityKey, MessageId, Seq, UnixMillis};
-use qpq_ports::{Ack, Enqueue, Enqueued, PageLimit, Read, Stores, View};
+use qpq_ports::{Ack, Enqueue, Enqueued, PageLimit, ReadQuery, Reader, Stores, View};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 use sqlx::{
     ConnectOptions as _, Connection as _, SqliteConnection,
@@ -231,8 +231,8 @@ async fn enqueues(stores: &Stores, count: u64, inboxes: u64, ids: Option<u64>) -
     .await
 }
 
-fn all(n: u64) -> Read {
-    Read { inbox: identity(n), device: None, view: View::All }
+fn all(n: u64) -> ReadQuery {
+    ReadQuery { reader: Reader::single(identity(n)), view: View::All }
 }
 
 async fn empty(stores: &Stores, inboxes: u64) {
@@ -242,7 +242,7 @@ async fn empty(stores: &Stores, inboxes: u64) {
     }
 }
 
-/// Leases and settles one message.
+/// Leases and completes one message.
 async fn fetches(stores: &Stores, count: u64, inboxes: u64) -> Cost {
     let port = Arc::clone(&stores.inboxes);
     measure(count, move |n| {
@@ -250,7 +250,7 @@ async fn fetches(stores: &Stores, count: u64, inboxes: u64) -> Cost {
         async move {
             let limit = PageLimit { messages: 1, bytes: 4 << 20 };
             let lease = port.lease(all(recipient(n, inboxes)), limit, NOW).await.expect("lease");
-            lease.settle(NOW).await.expect("settle");
+            lease.complete(NOW).await.expect("complete");
         }
     })
     .await
@@ -270,7 +270,7 @@ async fn inboxes() {
         let (a, s, f) = floors.get_or_insert(copies(&active, &spread, &fetch));
         active.print("  enqueue to the same 1 000", a);
         spread.print("  enqueue to any", s);
-        fetch.print("  fetch and settle one, of any", f);
+        fetch.print("  fetch and complete one, of any", f);
         drop(stores);
         store.close().await;
     }
@@ -309,7 +309,7 @@ async fn depth() {
         let (p, e, f) = floors.get_or_insert(copies(&peek, &enqueue, &fetch));
         peek.print("  peek at one", p);
         enqueue.print("  enqueue", e);
-        fetch.print("  fetch and settle one", f);
+        fetch.print("  fetch and complete one", f);
         // Concurrent fetches of one inbox often find the one message leased; remove what they left.
         let page = PageLimit { messages: u32::MAX, bytes: usize::MAX };
         let left = stores.inboxes.peek(all(0), Seq::ZERO, page, NOW).await.expect("peek").envelopes;

@@ -14,7 +14,7 @@ use std::{
 };
 
 use futures_util::TryStreamExt as _;
-use qpq_ports::moving::sha256;
+use qpq_ports::transfer::sha256;
 use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _, SqliteConnection,
     sqlite::SqliteConnectOptions,

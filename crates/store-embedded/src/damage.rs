@@ -64,7 +64,7 @@ impl Damage {
         if self.found.get().is_none() && self.looked_at.swap(met, Ordering::Relaxed) != met {
             let looked = writer
                 .run(
-                    Scope::Alone,
+                    Scope::SingleEdge,
                     0,
                     |connection| {
                         async move { structure(connection).await.map(Outcome::Undo) }.boxed()

@@ -10,7 +10,7 @@ use std::{
 };
 
 use futures_util::TryStreamExt as _;
-use qpq_ports::moving::{Cell, Digest, Digests, Row, Table, sha256};
+use qpq_ports::transfer::{Cell, Digest, Digests, Row, Table, sha256};
 use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Row as _, SqliteConnection, TypeInfo as _, ValueRef as _,
     query::Query,

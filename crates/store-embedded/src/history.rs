@@ -38,7 +38,7 @@ impl History {
         let current = Arc::clone(&self.0);
         writer
             .run(
-                Scope::Alone,
+                Scope::SingleEdge,
                 0,
                 |connection| async move { begin(connection).await.map(Outcome::Keep) }.boxed(),
                 move |new: &NewHistory| *current.lock() = new.store_id,

@@ -20,19 +20,19 @@ mod history;
 mod inboxes;
 mod keys;
 mod limiter;
+mod maintenance;
 mod metrics;
 mod open;
 mod row;
 mod sessions;
 mod shards;
-mod upkeep;
 mod wakes;
 mod writer;
 
 use std::{fmt, path::Path, sync::Arc};
 
 use qpq_domain::{Delivery, KeyPackageCaps};
-use qpq_ports::{Alone, Stores};
+use qpq_ports::{SingleEdge, Stores};
 use sqlx::SqlitePool;
 
 pub use backup::{BackupError, Claim, Inspection, copy_database, inspect};
@@ -42,8 +42,8 @@ pub use open::{DATABASE_FILE, MOVED_FILE, OpenError, RESTORING_FILE};
 
 use crate::{
     accounts::EmbeddedAccounts, clock::Guard, history::History, inboxes::EmbeddedInboxes,
-    keys::EmbeddedKeys, limiter::EmbeddedLimiter, sessions::EmbeddedSessions,
-    upkeep::EmbeddedUpkeep, wakes::EmbeddedWakes, writer::Writer,
+    keys::EmbeddedKeys, limiter::EmbeddedLimiter, maintenance::EmbeddedMaintenance,
+    sessions::EmbeddedSessions, wakes::EmbeddedWakes, writer::Writer,
 };
 
 /// What the deployment allows.
@@ -100,8 +100,8 @@ impl EmbeddedStore {
             key_packages: Arc::clone(&keys) as _,
             hybrid_keys: keys,
             limiter: Arc::new(EmbeddedLimiter::default()),
-            notices: Arc::new(Alone),
-            upkeep: Arc::new(EmbeddedUpkeep::new(
+            account_events: Arc::new(SingleEdge),
+            maintenance: Arc::new(EmbeddedMaintenance::new(
                 writer.clone(),
                 Arc::clone(&sessions),
                 history,

@@ -15,7 +15,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-use crate::{accounts, clock::Belief, damage, error::Kind, upkeep};
+use crate::{accounts, clock::Belief, damage, error::Kind, maintenance};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
@@ -139,7 +139,7 @@ pub(crate) async fn open(data_dir: &Path) -> Result<Opened, OpenError> {
         .map_err(|error| migration_failed(&path, &error))?;
     damage::look_at_start(&mut connection, &path).await?;
     accounts::fill_skeletons(&mut connection).await.map_err(failed)?;
-    upkeep::beat(&mut connection).await.map_err(failed)?;
+    maintenance::beat(&mut connection).await.map_err(failed)?;
     let belief = Belief::read(&mut connection).await.map_err(failed)?;
 
     let reading = options

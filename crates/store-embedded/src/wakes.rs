@@ -9,7 +9,7 @@ use std::{fmt, sync::Arc};
 
 use futures_util::future::BoxFuture;
 use qpq_domain::IdentityKey;
-use qpq_ports::{View, Wake, Wakes};
+use qpq_ports::{ReadQuery, View, Wake, Wakes};
 use tokio::sync::Notify;
 
 use crate::shards::{Shards, shrink};
@@ -41,7 +41,8 @@ impl WakeTable {
 pub(crate) struct EmbeddedWakes(pub(crate) Arc<WakeTable>);
 
 impl Wakes for EmbeddedWakes {
-    fn subscribe(&self, inbox: &IdentityKey, view: View) -> Box<dyn Wake> {
+    fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
+        let (inbox, view) = (&query.reader.inbox, query.view);
         let subscriber = Arc::new(Subscriber { view, woken: Notify::new() });
         let mut waiting = self.0.waiting.lock(inbox);
         // Nearly always the only one: room for one.
@@ -91,10 +92,14 @@ mod tests {
 
     const INBOX: IdentityKey = IdentityKey::new([1; 32]);
 
+    fn read(view: View) -> ReadQuery {
+        ReadQuery { reader: qpq_ports::Reader::single(INBOX), view }
+    }
+
     #[tokio::test]
     async fn a_wake_before_the_look_is_there_once() {
         let table = Arc::new(WakeTable::default());
-        let mut wake = EmbeddedWakes(Arc::clone(&table)).subscribe(&INBOX, View::All);
+        let mut wake = EmbeddedWakes(Arc::clone(&table)).subscribe(&read(View::All));
         assert!(wake.woken().now_or_never().is_none());
         table.wake(&INBOX, View::All);
         table.wake(&INBOX, View::All);
@@ -109,7 +114,7 @@ mod tests {
         let table = Arc::new(WakeTable::default());
         let wakes = EmbeddedWakes(Arc::clone(&table));
         let (first, second) =
-            (wakes.subscribe(&INBOX, View::All), wakes.subscribe(&INBOX, View::All));
+            (wakes.subscribe(&read(View::All)), wakes.subscribe(&read(View::All)));
         assert_eq!(table.waiting.len(), 1);
         drop(first);
         assert_eq!(table.waiting.len(), 1);
@@ -123,7 +128,7 @@ mod tests {
         let table = Arc::new(WakeTable::default());
         let wakes = EmbeddedWakes(Arc::clone(&table));
         let mut subscribed =
-            [channel(1), channel(2), View::All].map(|view| wakes.subscribe(&INBOX, view));
+            [channel(1), channel(2), View::All].map(|view| wakes.subscribe(&read(view)));
         let mut woken = || subscribed.each_mut().map(|wake| wake.woken().now_or_never().is_some());
         table.wake(&INBOX, channel(1));
         assert_eq!(woken(), [true, false, true]);

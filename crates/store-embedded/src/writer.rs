@@ -26,7 +26,7 @@ use futures_util::future::BoxFuture;
 use qpq_domain::Delivery;
 use qpq_ports::{
     Enqueue, Enqueued, StoreError, StoreResult,
-    room::{Place, Room},
+    admission::{Admission, AdmissionPermit},
 };
 use sqlx::{ConnectOptions as _, Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio::{
@@ -58,7 +58,7 @@ pub(crate) enum Scope {
     Batch,
     /// The job alone: it has a transaction of its own, for what may well fail and should take
     /// nobody with it.
-    Alone,
+    SingleEdge,
 }
 
 /// How a job ended.
@@ -77,7 +77,7 @@ struct Closed;
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
     jobs: mpsc::UnboundedSender<Message>,
-    room: Room,
+    room: Admission,
     refused: Arc<Refused>,
 }
 
@@ -135,7 +135,7 @@ impl Writer {
                 let _ = closed.send(());
             }
         });
-        Self { jobs, room: Room::default(), refused }
+        Self { jobs, room: Admission::default(), refused }
     }
 
     /// About how much a commit must hold to show that what was refused last would be taken now;
@@ -229,7 +229,7 @@ struct TypedJob<T, W, C> {
     committed: C,
     result: Option<T>,
     answer: oneshot::Sender<StoreResult<T>>,
-    _room: Place,
+    _room: AdmissionPermit,
 }
 
 impl<T, W, C> Job for TypedJob<T, W, C>
@@ -283,7 +283,7 @@ struct EnqueueCall {
     bytes: usize,
     committed: Box<Told>,
     answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,
-    _room: Place,
+    _room: AdmissionPermit,
 }
 
 /// What becomes one transaction.
@@ -351,7 +351,7 @@ impl Committer {
             let mut next = Some(message);
             while let Some(message) = next {
                 match message {
-                    Message::Job(job) if job.scope() == Scope::Alone => alone = Some(job),
+                    Message::Job(job) if job.scope() == Scope::SingleEdge => alone = Some(job),
                     Message::Job(job) => {
                         batch.bytes += job.bytes();
                         batch.jobs.push(job);
@@ -423,7 +423,7 @@ impl Committer {
         let mut own = Vec::with_capacity(batch.jobs.len());
         for job in &mut batch.jobs {
             own.push(match job.scope() {
-                Scope::Batch | Scope::Alone => {
+                Scope::Batch | Scope::SingleEdge => {
                     job.run(connection).await?;
                     None
                 }

@@ -16,7 +16,7 @@ mod progress;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use qpq_ports::moving::{Digests, Table};
+use qpq_ports::transfer::{Digests, Table};
 use qpq_runtime::data_dir::{
     DataDir, SecretFile,
     fleet::{ClusterId, DELIVERY_KEY, FleetDir, OPAQUE_SETUP},

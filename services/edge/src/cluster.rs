@@ -69,7 +69,7 @@ section! {
         secrets_dir: Option<PathBuf> = None;
         /// This edge's name, which no other running edge has. One that is started again under its
         /// name can tell the clients of its predecessor at once that their connections are gone.
-        edge: Option<String> = None, unset: "clients notice it by silence";
+        edge: Option<String> = None, unset: "clients event it by silence";
         /// In front of every key in Redis and every subject in NATS, where several clusters share
         /// those.
         namespace: String = "qpq".into();

@@ -27,11 +27,10 @@ use crate::{
     Config,
     certificate::CertificateError,
     cluster::PasswordFileError,
-    probe,
+    maintenance, probe,
     secrets::SecretsError,
     service::Edge,
     store::{Opened, Store},
-    upkeep,
 };
 
 /// For /livez: the server from the outside. Three failures, because a restart ends every
@@ -228,7 +227,7 @@ impl Running {
             async move { rpc.check_store().await.map_err(|error| with_causes(&error)) }
         });
         tasks.spawn("other edges", Arc::clone(&rpc).hear_other_edges());
-        tasks.spawn("sweep", upkeep::sweep(self.store.stores(), clock));
+        tasks.spawn("sweep", maintenance::sweep(self.store.stores(), clock));
         tasks.spawn(
             "certificates",
             Arc::clone(&self.certificates).watch(config.tls.reload_interval),
@@ -237,7 +236,7 @@ impl Running {
             let watching = Arc::clone(&member.keys).watch(config.tls.reload_interval);
             tasks.spawn("shared keys", watching);
         }
-        tasks.spawn("metrics", upkeep::fold(metrics.clone()));
+        tasks.spawn("metrics", maintenance::fold(metrics.clone()));
         if let Some(http) = http {
             http.serve(tasks, live, ready, metrics);
         }

@@ -12,11 +12,11 @@ mod cluster;
 mod compose;
 mod config;
 mod listen;
+mod maintenance;
 mod probe;
 mod secrets;
 mod service;
 mod store;
-mod upkeep;
 
 pub use check::{Report, check};
 pub use cluster::PasswordFileError;

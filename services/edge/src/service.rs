@@ -52,8 +52,8 @@ impl Service for Edge {
     }
 }
 
-fn reply(Answer { status, payload, settlement }: Answer) -> Reply {
-    let on_delivery = settlement.map(|settlement| Box::new(Shown(settlement)) as Box<dyn Delivery>);
+fn reply(Answer { status, payload, completion }: Answer) -> Reply {
+    let on_delivery = completion.map(|completion| Box::new(Shown(completion)) as Box<dyn Delivery>);
     Reply { status, payload, on_delivery }
 }
 
@@ -63,7 +63,7 @@ struct Shown(Settlement);
 impl Delivery for Shown {
     fn delivered(self: Box<Self>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
-            if let Err(error) = self.0.settle().await {
+            if let Err(error) = self.0.complete().await {
                 let cause = &error as &dyn std::error::Error;
                 tracing::warn!(
                     cause,
@@ -74,7 +74,7 @@ impl Delivery for Shown {
     }
 
     fn lost(self: Box<Self>) -> BoxFuture<'static, ()> {
-        // The drop of a settlement gives them back.
+        // The drop of a completion gives them back.
         drop(self);
         Box::pin(std::future::ready(()))
     }
@@ -94,7 +94,7 @@ mod tests {
     use std::time::Duration;
 
     use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis, Username};
-    use qpq_ports::{Enqueue, NewAccount, PageLimit, Read, Stores, SystemClock, View};
+    use qpq_ports::{Enqueue, NewAccount, PageLimit, ReadQuery, Reader, Stores, SystemClock, View};
     use qpq_store_embedded::{EmbeddedStore, Limits};
 
     use super::*;
@@ -103,7 +103,7 @@ mod tests {
     const ALL: PageLimit = PageLimit { messages: 10, bytes: 1 << 20 };
 
     /// A store in a directory of its own, with one message in one inbox.
-    async fn one_message() -> (tempfile::TempDir, EmbeddedStore, Read) {
+    async fn one_message() -> (tempfile::TempDir, EmbeddedStore, ReadQuery) {
         let dir = tempfile::tempdir().unwrap();
         let store = EmbeddedStore::open(dir.path(), Limits::default()).await.unwrap();
         let stores = store.stores();
@@ -123,15 +123,15 @@ mod tests {
             ttl: Duration::from_secs(60),
         };
         stores.inboxes.enqueue(vec![message]).await.unwrap();
-        (dir, store, Read { inbox, device: None, view: View::All })
+        (dir, store, ReadQuery { reader: Reader::single(inbox), view: View::All })
     }
 
     /// The reply to a Fetch, and how many messages it shows.
-    async fn fetched(stores: &Stores, read: Read) -> (Reply, usize) {
+    async fn fetched(stores: &Stores, read: ReadQuery) -> (Reply, usize) {
         let lease = stores.inboxes.lease(read, ALL, NOW).await.unwrap();
         let shown = lease.page().envelopes.len();
-        let settlement = Settlement::new(lease, Arc::new(SystemClock));
-        (reply(Answer { status: 0, payload: Bytes::new(), settlement: Some(settlement) }), shown)
+        let completion = Settlement::new(lease, Arc::new(SystemClock));
+        (reply(Answer { status: 0, payload: Bytes::new(), completion: Some(completion) }), shown)
     }
 
     #[tokio::test]

@@ -9,8 +9,8 @@ use qpq_domain::{
 
 use super::{Backend, Factory};
 use crate::{
-    Ack, Enqueue, Enqueued, Lease, NewAccount, Page, PageLimit, Read, Receipt, Registration,
-    Stores, View,
+    Ack, Enqueue, Enqueued, Lease, NewAccount, Page, PageLimit, ReadQuery, Reader, Receipt,
+    Registration, Stores, View,
 };
 
 /// When the tests begin.
@@ -82,30 +82,30 @@ impl Bench {
         }
     }
 
-    pub(super) async fn lease(&self, read: Read, limit: PageLimit) -> Box<dyn Lease> {
+    pub(super) async fn lease(&self, read: ReadQuery, limit: PageLimit) -> Box<dyn Lease> {
         self.stores.inboxes.lease(read, limit, NOW).await.expect("lease")
     }
 
-    pub(super) async fn peek(&self, read: Read) -> Page {
+    pub(super) async fn peek(&self, read: ReadQuery) -> Page {
         self.peek_at(read, NOW).await
     }
 
-    pub(super) async fn peek_at(&self, read: Read, now: UnixMillis) -> Page {
+    pub(super) async fn peek_at(&self, read: ReadQuery, now: UnixMillis) -> Page {
         self.stores.inboxes.peek(read, Seq::ZERO, EVERYTHING, now).await.expect("peek")
     }
 
     /// The page of a view that has nothing.
     pub(super) fn nothing(&self) -> Page {
-        Page::empty(self.stores.upkeep.store_id())
+        Page::empty(self.stores.maintenance.store_id())
     }
 
-    pub(super) async fn ack(&self, read: Read, up_to: Option<u64>, seqs: &[u64]) -> u32 {
+    pub(super) async fn ack(&self, read: ReadQuery, up_to: Option<u64>, seqs: &[u64]) -> u32 {
         self.ack_at(read, up_to, seqs, NOW).await
     }
 
     pub(super) async fn ack_at(
         &self,
-        read: Read,
+        read: ReadQuery,
         up_to: Option<u64>,
         seqs: &[u64],
         now: UnixMillis,
@@ -169,12 +169,12 @@ pub(super) fn channel(n: u8) -> ChannelId {
     if n == 0 { ChannelId::DEFAULT } else { ChannelId::new([n; 16]) }
 }
 
-pub(super) fn all(person: Person) -> Read {
-    Read { inbox: person.identity, device: None, view: View::All }
+pub(super) fn all(person: Person) -> ReadQuery {
+    ReadQuery { reader: Reader::single(person.identity), view: View::All }
 }
 
-pub(super) fn only(person: Person, n: u8) -> Read {
-    Read { inbox: person.identity, device: None, view: View::Channel(channel(n)) }
+pub(super) fn only(person: Person, n: u8) -> ReadQuery {
+    ReadQuery { reader: Reader::single(person.identity), view: View::Channel(channel(n)) }
 }
 
 /// At most this many messages.

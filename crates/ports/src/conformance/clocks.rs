@@ -8,7 +8,7 @@ use qpq_domain::UnixMillis;
 use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, all, message, seqs, texts},
-    upkeep::{open, package, sweep_all},
+    maintenance::{open, package, sweep_all},
 };
 use crate::{Enqueued, Upload, UploadMode};
 

@@ -211,7 +211,7 @@ pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) 
     bench.deliver(sized(0)).await;
     assert_eq!(bench.send(sized(1)).await, Enqueued::QueueFull);
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3]);
-    bench.lease(all(alice), super::bench::first(1)).await.settle(NOW).await.expect("settle");
+    bench.lease(all(alice), super::bench::first(1)).await.complete(NOW).await.expect("complete");
     bench.deliver(sized(60)).await;
     assert_eq!(bench.send(sized(1)).await, Enqueued::QueueFull);
 }

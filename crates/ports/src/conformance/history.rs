@@ -1,4 +1,4 @@
-//! Rules of the store id: [`crate::Upkeep::begin_history`] and what it ends.
+//! Rules of the store id: [`crate::Maintenance::begin_history`] and what it ends.
 
 use qpq_domain::{AccountId, Seq, UnixMillis};
 
@@ -11,13 +11,13 @@ use crate::{Ack, NewKeyPackage, Stock, Stores, Upload, UploadMode};
 pub async fn every_page_has_the_id_and_a_crash_keeps_it(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
-    let id = bench.stores.upkeep.store_id();
+    let id = bench.stores.maintenance.store_id();
     assert_eq!(bench.peek(all(alice)).await.store_id, id, "empty as it is");
     bench.deliver(message(alice, alice, "one")).await;
     assert_eq!(bench.peek(all(alice)).await.store_id, id);
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page().store_id, id);
     bench.crash().await;
-    assert_eq!(bench.stores.upkeep.store_id(), id);
+    assert_eq!(bench.stores.maintenance.store_id(), id);
     assert_eq!(bench.peek(all(alice)).await.store_id, id);
 }
 
@@ -26,12 +26,12 @@ pub async fn another_history_has_another_id_for_good(factory: &dyn Factory) {
     let alice = bench.person(1).await;
     bench.deliver(message(alice, alice, "one")).await;
     let first = bench.peek(all(alice)).await.store_id;
-    let second = bench.stores.upkeep.begin_history().await.expect("begun").store_id;
-    let third = bench.stores.upkeep.begin_history().await.expect("and again").store_id;
+    let second = bench.stores.maintenance.begin_history().await.expect("begun").store_id;
+    let third = bench.stores.maintenance.begin_history().await.expect("and again").store_id;
     assert!(first != second && second != third && third != first);
     let page = bench.peek(all(alice)).await;
     assert_eq!((page.store_id, seqs(&page)), (third, vec![1]), "messages stay as they are");
-    assert_eq!(bench.stores.upkeep.store_id(), third);
+    assert_eq!(bench.stores.maintenance.store_id(), third);
     bench.crash().await;
     assert_eq!(bench.peek(all(alice)).await.store_id, third);
 }
@@ -41,11 +41,11 @@ pub async fn a_lease_of_another_history_removes_nothing(factory: &dyn Factory) {
     let alice = bench.person(1).await;
     bench.deliver_all(alice, alice, &["one", "two"]).await;
     let lease = bench.lease(all(alice), EVERYTHING).await;
-    bench.stores.upkeep.begin_history().await.expect("begun");
-    lease.settle(NOW).await.expect("it is no failure");
+    bench.stores.maintenance.begin_history().await.expect("begun");
+    lease.complete(NOW).await.expect("it is no failure");
     let lease = bench.lease(all(alice), EVERYTHING).await;
     assert_eq!(seqs(lease.page()), [1, 2]);
-    lease.settle(NOW).await.expect("settled");
+    lease.complete(NOW).await.expect("completed");
     assert_eq!(bench.peek(all(alice)).await, bench.nothing());
 }
 
@@ -56,7 +56,7 @@ pub async fn an_ack_that_names_another_history_removes_nothing(factory: &dyn Fac
     let first = bench.peek(all(alice)).await.store_id;
     let ack = |store_id| Ack { up_to: Some(Seq(1)), seqs: vec![Seq(3)], store_id: Some(store_id) };
     let inboxes = &bench.stores.inboxes;
-    let second = bench.stores.upkeep.begin_history().await.expect("begun").store_id;
+    let second = bench.stores.maintenance.begin_history().await.expect("begun").store_id;
     assert_eq!(inboxes.ack(all(alice), ack(first), NOW).await.expect("ack"), 0);
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3]);
     assert_eq!(inboxes.ack(all(alice), ack(second), NOW).await.expect("ack"), 2);
@@ -87,7 +87,7 @@ pub async fn another_history_has_no_one_time_packages_of_before(factory: &dyn Fa
         let packages = vec![package(n, false), package(n + 1, false), package(n + 2, true)];
         keys.upload(owner.account, packages, UploadMode::Add, NOW).await.expect("upload");
     }
-    let new = bench.stores.upkeep.begin_history().await.expect("begun");
+    let new = bench.stores.maintenance.begin_history().await.expect("begun");
     assert_eq!(new.removed_packages, 4);
     for (owner, n) in [(alice, 1), (bob, 11)] {
         let left = keys.stock(owner.account, NOW).await.expect("stock");
@@ -98,6 +98,6 @@ pub async fn another_history_has_no_one_time_packages_of_before(factory: &dyn Fa
         let fresh = upload(&bench.stores, owner.account, n + 3, NOW).await;
         assert_eq!(fresh, Upload::Stored(Stock { available: 1, has_last_resort: true }));
     }
-    let new = bench.stores.upkeep.begin_history().await.expect("and again");
+    let new = bench.stores.maintenance.begin_history().await.expect("and again");
     assert_eq!(new.removed_packages, 2);
 }

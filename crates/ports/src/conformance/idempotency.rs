@@ -117,32 +117,32 @@ pub async fn an_id_is_remembered_after_an_ack(factory: &dyn Factory) {
     is_remembered(&bench, hello, receipt, acked, acked).await;
 }
 
-pub async fn an_id_is_remembered_after_a_settlement(factory: &dyn Factory) {
+pub async fn an_id_is_remembered_after_a_completion(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let hello = message(alice, alice, "hello").with_id(1);
     let receipt = bench.deliver(hello.clone()).await;
     let lease = bench.lease(all(alice), EVERYTHING).await;
-    let settled = NOW.plus(60 * MINUTE);
-    lease.settle(settled).await.expect("settle");
-    is_remembered(&bench, hello, receipt, settled, settled).await;
+    let completed = NOW.plus(60 * MINUTE);
+    lease.complete(completed).await.expect("complete");
+    is_remembered(&bench, hello, receipt, completed, completed).await;
 }
 
-/// Whether the settlement or a sweep comes first makes no difference.
+/// Whether the completion or a sweep comes first makes no difference.
 pub async fn an_id_that_expires_under_a_lease_is_remembered_after_expiry(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     let expired = NOW.plus(4 * MINUTE);
-    let settled = expired.plus(5 * MINUTE);
+    let completed = expired.plus(5 * MINUTE);
     for (person, swept) in [(alice, false), (bob, true)] {
         let hello = message(person, person, "hello").with_id(1).living(4 * MINUTE);
         let receipt = bench.deliver(hello.clone()).await;
         let lease = bench.lease(all(person), EVERYTHING).await;
         if swept {
-            while bench.stores.upkeep.sweep(settled).await.expect("sweep") > 0 {}
+            while bench.stores.maintenance.sweep(completed).await.expect("sweep") > 0 {}
         }
-        lease.settle(settled).await.expect("settle");
-        is_remembered(&bench, hello, receipt, expired, settled).await;
+        lease.complete(completed).await.expect("complete");
+        is_remembered(&bench, hello, receipt, expired, completed).await;
     }
 }
 

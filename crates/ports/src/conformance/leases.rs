@@ -10,7 +10,7 @@ use super::{
     Factory,
     bench::{Bench, EVERYTHING, NOW, Person, all, first, message, only, seqs},
 };
-use crate::{Inboxes, View};
+use crate::Inboxes;
 
 /// Somebody with `n` messages in the default channel.
 async fn filled(factory: &dyn Factory, n: usize) -> (Bench, Person) {
@@ -36,23 +36,23 @@ pub async fn a_lease_hides_until_it_is_released(factory: &dyn Factory) {
     );
 }
 
-pub async fn a_settled_lease_is_gone_for_good(factory: &dyn Factory) {
+pub async fn a_completed_lease_is_gone_for_good(factory: &dyn Factory) {
     let (mut bench, alice) = filled(factory, 3).await;
-    bench.lease(all(alice), first(2)).await.settle(NOW).await.expect("settle");
+    bench.lease(all(alice), first(2)).await.complete(NOW).await.expect("complete");
     assert_eq!(seqs(bench.lease(all(alice), EVERYTHING).await.page()), [3]);
     bench.crash().await;
     assert_eq!(seqs(&bench.peek(all(alice)).await), [3]);
     assert_eq!(bench.deliver(message(alice, alice, "next")).await.seq, Seq(4));
 }
 
-pub async fn a_settlement_takes_only_what_was_shown(factory: &dyn Factory) {
+pub async fn a_completion_takes_only_what_was_shown(factory: &dyn Factory) {
     let (bench, alice) = filled(factory, 2).await;
     bench.deliver(message(alice, alice, "other").in_channel(1)).await;
     bench.deliver(message(alice, alice, "m4")).await;
     let lease = bench.lease(only(alice, 0), EVERYTHING).await;
     assert_eq!(seqs(lease.page()), [1, 2, 4]);
     bench.deliver(message(alice, alice, "m5")).await;
-    lease.settle(NOW).await.expect("settle");
+    lease.complete(NOW).await.expect("complete");
     assert_eq!(seqs(&bench.peek(all(alice)).await), [3, 5]);
 }
 
@@ -79,7 +79,7 @@ pub async fn a_view_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
         [1, 3],
         "another channel's lease is in nobody's way here"
     );
-    second.settle(NOW).await.expect("settle");
+    second.complete(NOW).await.expect("complete");
     assert_eq!(seqs(bench.lease(only(alice, 2), EVERYTHING).await.page()), [4]);
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &bench.nothing());
     drop(first_channel);
@@ -107,7 +107,7 @@ pub async fn an_ack_reaches_what_is_leased(factory: &dyn Factory) {
     let lease = bench.lease(all(alice), EVERYTHING).await;
     assert_eq!(seqs(lease.page()), [2, 3]);
     assert_eq!(bench.ack(all(alice), None, &[2, 3]).await, 2);
-    lease.settle(NOW).await.expect("nothing is left to remove, which is no error");
+    lease.complete(NOW).await.expect("nothing is left to remove, which is no error");
     assert_eq!(bench.peek(all(alice)).await, bench.nothing());
 }
 
@@ -122,20 +122,20 @@ pub async fn a_crash_releases_leases(factory: &dyn Factory) {
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &page);
 }
 
-/// Readers that settle or release at random while messages come in. What is settled is settled
+/// Readers that complete or release at random while messages come in. What is completed is completed
 /// once, and whatever is shown is in order: a later message never while an earlier one may still
 /// come back.
 pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn Factory) {
     const MESSAGES: u64 = 300;
     let (bench, alice) = filled(factory, 0).await;
-    let settled: Arc<Mutex<BTreeSet<u64>>> = Arc::default();
+    let completed: Arc<Mutex<BTreeSet<u64>>> = Arc::default();
     let mut tasks = JoinSet::new();
     for reader in 0..4_u64 {
-        let (stores, settled) = (bench.stores.clone(), Arc::clone(&settled));
+        let (stores, completed) = (bench.stores.clone(), Arc::clone(&completed));
         tasks.spawn(async move {
             let mut round = reader;
-            let mut wake = stores.wakes.subscribe(&alice.identity, View::All);
-            while (settled.lock().len() as u64) < MESSAGES {
+            let mut wake = stores.wakes.subscribe(&all(alice));
+            while (completed.lock().len() as u64) < MESSAGES {
                 round += 1;
                 let limit = first(u32::try_from(round % 5 + 1).expect("small"));
                 let lease = stores.inboxes.lease(all(alice), limit, NOW).await.expect("lease");
@@ -143,21 +143,21 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
                 if let [lowest, ..] = seqs[..] {
                     let before: Vec<u64> = (1..lowest).collect();
                     assert!(
-                        settled.lock().iter().copied().take(before.len()).eq(before),
-                        "{lowest} shown while an earlier one was not settled"
+                        completed.lock().iter().copied().take(before.len()).eq(before),
+                        "{lowest} shown while an earlier one was not completed"
                     );
                     if round % 3 == 0 {
                         drop(lease);
                     } else {
-                        // Noted before the settlement, because afterwards others may be quicker to
+                        // Noted before the completion, because afterwards others may be quicker to
                         // note theirs.
-                        let new = seqs.iter().filter(|seq| settled.lock().insert(**seq)).count();
-                        assert_eq!(new, seqs.len(), "{seqs:?} shown again after it was settled");
-                        lease.settle(NOW).await.expect("settle");
+                        let new = seqs.iter().filter(|seq| completed.lock().insert(**seq)).count();
+                        assert_eq!(new, seqs.len(), "{seqs:?} shown again after it was completed");
+                        lease.complete(NOW).await.expect("complete");
                     }
                 } else {
                     drop(lease);
-                    if (settled.lock().len() as u64) < MESSAGES {
+                    if (completed.lock().len() as u64) < MESSAGES {
                         wake.woken().await;
                     }
                 }
@@ -168,9 +168,9 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
     for n in 0..MESSAGES {
         inboxes.enqueue(vec![message(alice, alice, &format!("{n}"))]).await.expect("enqueue");
     }
-    // A reader that waits is woken by the last settlement, whoever made it.
+    // A reader that waits is woken by the last completion, whoever made it.
     tasks.join_all().await;
-    assert_eq!(*settled.lock(), (1..=MESSAGES).collect());
+    assert_eq!(*completed.lock(), (1..=MESSAGES).collect());
     assert_eq!(bench.peek(all(alice)).await, bench.nothing());
 }
 

@@ -23,10 +23,10 @@ pub mod idempotency;
 pub mod keys;
 pub mod leases;
 pub mod limits;
+pub mod maintenance;
 pub mod reading;
 pub mod sender_share;
 pub mod sessions;
-pub mod upkeep;
 pub mod wakes;
 
 use async_trait::async_trait;
@@ -126,7 +126,7 @@ macro_rules! conformance {
                 of_concurrent_repeats_one_is_accepted,
                 an_id_counts_for_one_sender_and_recipient,
                 an_id_is_remembered_after_an_ack,
-                an_id_is_remembered_after_a_settlement,
+                an_id_is_remembered_after_a_completion,
                 an_id_that_expires_under_a_lease_is_remembered_after_expiry,
                 an_id_is_remembered_after_expiry,
                 a_forgotten_id_may_be_used_again,
@@ -154,8 +154,8 @@ macro_rules! conformance {
             leases,
             [
                 a_lease_hides_until_it_is_released,
-                a_settled_lease_is_gone_for_good,
-                a_settlement_takes_only_what_was_shown,
+                a_completed_lease_is_gone_for_good,
+                a_completion_takes_only_what_was_shown,
                 a_view_stops_in_front_of_what_is_leased,
                 a_peek_stops_in_front_of_what_is_leased,
                 an_ack_reaches_what_is_leased,
@@ -234,7 +234,7 @@ macro_rules! conformance {
         );
         $crate::conformance_area!(
             [$($how)?] $factory,
-            upkeep,
+            maintenance,
             [
                 a_healthy_backend_passes_its_check,
                 a_sweep_removes_what_has_expired_and_nothing_else,

@@ -165,6 +165,6 @@ pub async fn an_inbox_that_is_not_there_is_empty(factory: &dyn Factory) {
     assert_eq!(bench.peek(all(nobody)).await, bench.nothing());
     let lease = bench.lease(all(nobody), EVERYTHING).await;
     assert_eq!(lease.page(), &bench.nothing());
-    lease.settle(NOW).await.expect("nothing to settle");
+    lease.complete(NOW).await.expect("nothing to complete");
     assert_eq!(bench.ack(all(nobody), Some(9), &[1]).await, 0);
 }

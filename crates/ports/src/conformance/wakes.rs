@@ -8,9 +8,9 @@ use tokio::{sync::Barrier, time::timeout};
 
 use super::{
     Factory,
-    bench::{Bench, EVERYTHING, NOW, Person, all, channel, first, message, only, seqs},
+    bench::{Bench, EVERYTHING, NOW, Person, all, first, message, only, seqs},
 };
-use crate::{Stores, View, Wake};
+use crate::{Stores, Wake};
 
 /// When a wait counts as a lost wake: no measure of speed, only an end for a test that would hang.
 const NEVER: Duration = Duration::from_secs(60);
@@ -22,26 +22,24 @@ async fn woken(wake: &mut Box<dyn Wake>, by: &str) {
 pub async fn whatever_makes_a_read_see_more_wakes(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
-    let (mut one, mut two) = (
-        bench.stores.wakes.subscribe(&alice.identity, View::All),
-        bench.stores.wakes.subscribe(&alice.identity, View::All),
-    );
+    let (mut one, mut two) =
+        (bench.stores.wakes.subscribe(&all(alice)), bench.stores.wakes.subscribe(&all(alice)));
     bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
     woken(&mut one, "an enqueue").await;
     woken(&mut two, "an enqueue").await;
 
     let lease = bench.lease(all(alice), first(1)).await;
-    let mut released = bench.stores.wakes.subscribe(&alice.identity, View::All);
+    let mut released = bench.stores.wakes.subscribe(&all(alice));
     drop(lease);
     woken(&mut released, "a release").await;
 
     let lease = bench.lease(all(alice), first(1)).await;
-    let mut settled = bench.stores.wakes.subscribe(&alice.identity, View::All);
-    lease.settle(NOW).await.expect("settle");
-    woken(&mut settled, "a settlement").await;
+    let mut completed = bench.stores.wakes.subscribe(&all(alice));
+    lease.complete(NOW).await.expect("complete");
+    woken(&mut completed, "a completion").await;
 
     let lease = bench.lease(all(alice), first(1)).await;
-    let mut acked = bench.stores.wakes.subscribe(&alice.identity, View::All);
+    let mut acked = bench.stores.wakes.subscribe(&all(alice));
     assert_eq!(bench.ack(all(alice), Some(2), &[]).await, 1);
     woken(&mut acked, "an ack").await;
     drop(lease);
@@ -51,9 +49,9 @@ pub async fn whatever_makes_a_read_see_more_wakes(factory: &dyn Factory) {
 pub async fn a_message_wakes_those_who_see_its_channel(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
-    let subscribe = |n| bench.stores.wakes.subscribe(&alice.identity, View::Channel(channel(n)));
+    let subscribe = |n| bench.stores.wakes.subscribe(&only(alice, n));
     let mut channels = [subscribe(0), subscribe(1), subscribe(2)];
-    let mut every = bench.stores.wakes.subscribe(&alice.identity, View::All);
+    let mut every = bench.stores.wakes.subscribe(&all(alice));
     for round in 0..30 {
         let n = round % 3;
         // As one who waits does: it reads before, and after whatever has woken it.
@@ -74,7 +72,7 @@ pub async fn a_message_wakes_those_who_see_its_channel(factory: &dyn Factory) {
 pub async fn a_wait_that_is_dropped_loses_nothing(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
-    let mut wake = bench.stores.wakes.subscribe(&alice.identity, View::All);
+    let mut wake = bench.stores.wakes.subscribe(&all(alice));
     // Polled once and dropped, as the losing branch of a select is.
     let _ = wake.woken().now_or_never();
     bench.deliver(message(alice, alice, "hello")).await;
@@ -91,12 +89,12 @@ pub async fn a_wait_that_is_dropped_loses_nothing(factory: &dyn Factory) {
 
 /// Waits for a message as FetchWait does, and takes it.
 async fn fetch(stores: &Stores, person: Person) -> Vec<u64> {
-    let mut wake = stores.wakes.subscribe(&person.identity, View::All);
+    let mut wake = stores.wakes.subscribe(&all(person));
     loop {
         let lease = stores.inboxes.lease(all(person), EVERYTHING, NOW).await.expect("lease");
         if !lease.page().envelopes.is_empty() {
             let seqs = seqs(lease.page());
-            lease.settle(NOW).await.expect("settle");
+            lease.complete(NOW).await.expect("complete");
             return seqs;
         }
         drop(lease);

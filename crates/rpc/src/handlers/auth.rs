@@ -23,8 +23,8 @@ use rand::{RngCore as _, rngs::OsRng};
 use subtle::ConstantTimeEq as _;
 
 use crate::{
-    Answered, Caller, Cx, Error, Handler, IdentityProof, Subject, connection::UnfinishedLogin,
-    limits, notices::Notice, opaque, opaque::OpaqueError,
+    Answered, Caller, Cx, Error, Handler, IdentityProof, Subject, account_events::AccountEvent,
+    connection::UnfinishedLogin, limits, opaque, opaque::OpaqueError,
 };
 
 impl Handler for OpaqueRegisterStart {
@@ -151,7 +151,7 @@ impl Handler for Logout {
             } else {
                 sessions.revoke(&caller.token).await
             };
-            app.notices.publish(&caller.identity, Notice::SessionsEnded);
+            app.account_events.publish(&caller.identity, AccountEvent::SessionsEnded);
             revoked
         });
         let revoked = ended.await.map_err(Error::internal)??;

@@ -20,7 +20,7 @@ impl Handler for Health {
             version: cx.app.config.version.clone(),
             server_key: cx.app.signer.public_key().to_vec().into(),
             domain: cx.app.config.domain.clone(),
-            store_id: cx.app.stores.upkeep.store_id().as_bytes().to_vec().into(),
+            store_id: cx.app.stores.maintenance.store_id().as_bytes().to_vec().into(),
         }
         .into())
     }

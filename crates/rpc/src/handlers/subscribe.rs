@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use qpq_domain::{ChannelId, Seq};
-use qpq_ports::{Page, PageLimit, Read, StoreResult, View, Wake};
+use qpq_ports::{Page, PageLimit, ReadQuery, Reader, StoreResult, View, Wake};
 use qpq_proto::{
     Event, methods,
     v1::{self, DrainingEvent, KeyPackagesLowEvent, SessionRevokedEvent, WakeEvent},
@@ -30,9 +30,9 @@ use tokio::{
 
 use crate::{
     Answered, App, Caller, Connection, Cx, Error, Handler,
+    account_events::{AccountEvent, Listener},
     app::drain_began,
     auth,
-    notices::{Listener, Notice},
 };
 
 /// Fewer KeyPackages than this are too few.
@@ -89,9 +89,9 @@ struct Subscription {
     /// The connection owns the task, not the other way round.
     conn: Weak<Connection>,
     caller: Caller,
-    read: Read,
+    read: ReadQuery,
     wake: Box<dyn Wake>,
-    notices: Listener,
+    account_events: Listener,
     /// Held until the client was told of the drain: the drain waits for that.
     draining: Option<watch::Receiver<bool>>,
     /// Up to which seq the inbox was looked at.
@@ -127,12 +127,14 @@ struct Outbox {
 impl Subscription {
     fn new(cx: Cx<'_>, caller: Caller, view: View) -> Self {
         let now = Instant::now();
+        let reader = Reader { inbox: caller.identity, device: caller.device };
+        let read = ReadQuery { reader, view };
         Self {
             app: Arc::clone(cx.app),
             conn: Arc::downgrade(cx.conn),
-            read: Read { inbox: caller.identity, device: caller.device, view },
-            wake: cx.app.stores.wakes.subscribe(&caller.identity, view),
-            notices: cx.app.notices.listen(&caller.identity),
+            wake: cx.app.stores.wakes.subscribe(&read),
+            read,
+            account_events: cx.app.account_events.listen(&caller.identity),
             draining: Some(cx.app.draining()),
             caller,
             seen: Seq::ZERO,
@@ -162,9 +164,9 @@ impl Subscription {
         let draining = self.draining.as_mut().filter(|_| self.closing_at.is_none());
         tokio::select! {
             biased;
-            notice = self.notices.next() => match notice {
-                Notice::SessionsEnded => self.due.recheck = Some(Instant::now()),
-                Notice::KeyPackageTaken => self.due.count_packages = Some(self.low_allowed),
+            event = self.account_events.next() => match event {
+                AccountEvent::SessionsEnded => self.due.recheck = Some(Instant::now()),
+                AccountEvent::KeyPackageTaken => self.due.count_packages = Some(self.low_allowed),
             },
             () = began(draining) => {
                 let now = Instant::now();

@@ -10,7 +10,7 @@ use std::{
 
 use async_trait::async_trait;
 use qpq_domain::{StoreId, UnixMillis};
-use qpq_ports::{NewHistory, StoreError, StoreResult, Upkeep};
+use qpq_ports::{Maintenance, NewHistory, StoreError, StoreResult};
 use qpq_proto::{
     methods::Health,
     v1::{HealthRequest, HealthResponse},
@@ -24,12 +24,12 @@ async fn health(client: &Client) -> HealthResponse {
 
 /// A store that fails when told to.
 struct Failing {
-    inner: Arc<dyn Upkeep>,
+    inner: Arc<dyn Maintenance>,
     fails: Arc<AtomicBool>,
 }
 
 #[async_trait]
-impl Upkeep for Failing {
+impl Maintenance for Failing {
     async fn check(&self) -> StoreResult<()> {
         if self.fails.load(Ordering::SeqCst) {
             return Err(StoreError::unavailable("the disk is full"));
@@ -68,7 +68,7 @@ async fn it_is_degraded_while_the_last_check_of_the_store_failed_and_draining_be
     let server = Server::with_stores(
         |_| {},
         |mut stores| {
-            stores.upkeep = Arc::new(Failing { inner: stores.upkeep, fails: switch });
+            stores.maintenance = Arc::new(Failing { inner: stores.maintenance, fails: switch });
             stores
         },
     )

@@ -128,12 +128,12 @@ fn wake(channel_id: Bytes, seq: u64) -> Event {
 async fn pass(time: Duration) {
     tokio::time::pause();
     tokio::time::advance(time).await;
-    settle().await;
+    complete().await;
     tokio::time::resume();
 }
 
 /// Lets everyone do what they can do without waiting.
-async fn settle() {
+async fn complete() {
     for _ in 0..16 {
         tokio::task::yield_now().await;
     }
@@ -259,7 +259,7 @@ async fn a_client_that_is_behind_is_told_of_a_drain_once() {
     subscribe(&bob).await;
     waiters.waited(1).await;
     server.rpc.drain();
-    settle().await;
+    complete().await;
     pass(Duration::from_secs(5)).await;
     assert!(matches!(*inbound.refused.lock(), Some(Event::Draining(_))));
     inbound.takes.store(true, Ordering::SeqCst);
@@ -335,7 +335,7 @@ async fn who_is_logged_out_is_told_so_and_nothing_more() {
     second_inbound.takes.store(false, Ordering::SeqCst);
     second.ok::<methods::Logout>(LogoutRequest::default()).await;
     bob.again().await.send(&second, b"too late").await;
-    settle().await;
+    complete().await;
     second_inbound.takes.store(true, Ordering::SeqCst);
     assert!(matches!(second_inbound.news().await, Event::SessionRevoked(_)));
     waiters.subscribed(0).await;
@@ -368,7 +368,7 @@ async fn a_drain_is_told_to_all_over_five_seconds() {
         let rpc = Arc::clone(&server.rpc);
         async move { rpc.drained().await }
     });
-    settle().await;
+    complete().await;
     let told = || listeners.iter().filter(|(_, inbound)| !inbound.taken.lock().is_empty()).count();
     pass(Duration::from_secs(1)).await;
     assert!(told() < 40, "all were told in the first second");

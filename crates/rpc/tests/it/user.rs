@@ -13,14 +13,14 @@ use crate::harness::{Refused, Server, User};
 /// An answer that is Ok: the response, and what waits for its arrival.
 pub(crate) struct Answered<R> {
     pub(crate) response: R,
-    pub(crate) settlement: Option<Settlement>,
+    pub(crate) completion: Option<Settlement>,
 }
 
 impl<R> Answered<R> {
     /// What the transport does once the client has every byte.
     pub(crate) async fn arrived(self) -> R {
-        if let Some(settlement) = self.settlement {
-            settlement.settle().await.expect("a store that works");
+        if let Some(completion) = self.completion {
+            completion.complete().await.expect("a store that works");
         }
         self.response
     }
@@ -35,7 +35,7 @@ impl<R: fmt::Debug> fmt::Debug for Answered<R> {
 impl Server {
     /// The store id, as answers carry it.
     pub(crate) fn store_id(&self) -> Bytes {
-        Bytes::copy_from_slice(self.rpc.app().stores.upkeep.store_id().as_bytes())
+        Bytes::copy_from_slice(self.rpc.app().stores.maintenance.store_id().as_bytes())
     }
 }
 
@@ -62,7 +62,7 @@ impl User {
         Self { token: session.session_token, ..self }
     }
 
-    /// A call; dropping its answer's settlement is what happens when the connection dies before it
+    /// A call; dropping its answer's completion is what happens when the connection dies before it
     /// arrived.
     pub(crate) async fn ask<M: Method>(
         &self,
@@ -73,11 +73,11 @@ impl User {
         let answer = self.client.raw(M::INFO.id, payload).await;
         assert!(answer.payload.len() <= 4 << 20, "an answer of {} bytes", answer.payload.len());
         if answer.status != Status::Ok.code() {
-            assert!(answer.settlement.is_none(), "a refusal holds no messages");
+            assert!(answer.completion.is_none(), "a refusal holds no messages");
             return Err(Refused::new(&answer));
         }
         let response = M::Response::decode(answer.payload).expect("the method's response");
-        Ok(Answered { response, settlement: answer.settlement })
+        Ok(Answered { response, completion: answer.completion })
     }
 
     /// The response of a call that must be Ok; it arrives.

@@ -13,8 +13,8 @@ use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use qpq_domain::{IdentityKey, Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, Shard, StoreResult, Stores,
-    View, Wake, Wakes,
+    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, Shard, StoreResult, Stores,
+    Wake, Wakes,
 };
 use tokio::sync::Notify;
 
@@ -93,8 +93,8 @@ struct Counted {
 }
 
 impl Wakes for Counted {
-    fn subscribe(&self, inbox: &IdentityKey, view: View) -> Box<dyn Wake> {
-        let inner = self.inner.subscribe(inbox, view);
+    fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
+        let inner = self.inner.subscribe(query);
         self.waiters.subscribed.fetch_add(1, Ordering::SeqCst);
         self.waiters.changed.notify_waiters();
         Box::new(CountedWake { inner, waiters: Arc::clone(&self.waiters) })
@@ -118,7 +118,7 @@ impl Inboxes for CountedInboxes {
 
     async fn lease(
         &self,
-        read: Read,
+        read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
     ) -> StoreResult<Box<dyn Lease>> {
@@ -130,7 +130,7 @@ impl Inboxes for CountedInboxes {
 
     async fn peek(
         &self,
-        read: Read,
+        read: ReadQuery,
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
@@ -138,7 +138,7 @@ impl Inboxes for CountedInboxes {
         self.inner.peek(read, after, limit, now).await
     }
 
-    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
         self.inner.ack(read, ack, now).await
     }
 }

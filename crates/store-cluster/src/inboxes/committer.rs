@@ -15,7 +15,7 @@ use std::{collections::HashMap, sync::Arc};
 use qpq_domain::{Delivery, IdentityKey};
 use qpq_ports::{
     Enqueue, Enqueued, Envelope, Shard, StoreError, StoreResult,
-    room::{Place, Room},
+    admission::{Admission, AdmissionPermit},
 };
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::{Instrument as _, Span};
@@ -54,7 +54,7 @@ struct Closed;
 #[derive(Clone, Debug)]
 pub(super) struct Committers {
     calls: Arc<[mpsc::UnboundedSender<Call>]>,
-    room: Room,
+    room: Admission,
 }
 
 #[derive(Debug)]
@@ -64,7 +64,7 @@ struct Call {
     answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,
     /// What traces show it in.
     span: Span,
-    _room: Place,
+    _room: AdmissionPermit,
 }
 
 impl Committers {
@@ -90,7 +90,7 @@ impl Committers {
             tokio::spawn(committer.run());
             calls
         };
-        Self { calls: (0..COMMITTERS).map(start).collect(), room: Room::default() }
+        Self { calls: (0..COMMITTERS).map(start).collect(), room: Admission::default() }
     }
 
     /// Accepts the messages; answered once that is durable.

@@ -105,7 +105,7 @@ impl Leases {
     }
 
     /// Completes when nothing of the inbox is being released here.
-    pub(super) async fn settled(&self, inbox: &IdentityKey) {
+    pub(super) async fn completed(&self, inbox: &IdentityKey) {
         loop {
             let done = match self.shared.releasing.lock().get(inbox) {
                 None => return,

@@ -7,18 +7,18 @@
 //! leased in Redis.
 
 mod committer;
+mod completer;
 mod enqueue;
 mod leases;
 pub(crate) mod page;
 mod remove;
-mod settler;
 
 use std::fmt;
 
 use async_trait::async_trait;
 use qpq_domain::{Delivery, Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreError, StoreResult,
+    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreError, StoreResult,
 };
 
 pub use committer::COMMITTERS;
@@ -28,10 +28,10 @@ pub(crate) use remove::{SWEEP, forget, sweep};
 
 use self::{
     committer::Committers,
+    completer::{Completers, Completion},
     leases::{Held, Leases},
     page::{Head, Heads, Present},
     remove::Removed,
-    settler::{Settlement, Settlers},
 };
 use crate::{
     config::Timing,
@@ -60,7 +60,7 @@ pub(crate) struct ClusterInboxes {
     database: Database,
     heads: Heads,
     committers: Committers,
-    settlers: Settlers,
+    completers: Completers,
     leases: Leases,
     waking: Waking,
     limits: Delivery,
@@ -69,7 +69,7 @@ pub(crate) struct ClusterInboxes {
 /// What is read, and how much of it.
 #[derive(Clone, Copy)]
 struct Request<'a> {
-    read: &'a Read,
+    read: &'a ReadQuery,
     after: Seq,
     limit: PageLimit,
     now: UnixMillis,
@@ -90,7 +90,7 @@ impl ClusterInboxes {
         Self {
             heads: Heads::start(&database, &history),
             committers: Committers::start(&database, &history, limits, &time, &waking),
-            settlers: Settlers::start(&database, limits.recent_ids),
+            completers: Completers::start(&database, limits.recent_ids),
             leases: Leases::start(edge, timing.lease, waking.clone()),
             database,
             waking,
@@ -100,8 +100,8 @@ impl ClusterInboxes {
 
     /// What may be shown now, held if that is asked for, and the inbox's number.
     async fn look(&self, request: Request<'_>) -> StoreResult<(Page, i64)> {
-        let inbox = &request.read.inbox;
-        self.leases.settled(inbox).await;
+        let inbox = &request.read.reader.inbox;
+        self.leases.completed(inbox).await;
         let mut registered = false;
         for _ in 0..TRIES {
             let Present { store_id, head } = self.heads.get(inbox).await?;
@@ -131,7 +131,7 @@ impl ClusterInboxes {
     async fn read_queue(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
         let Request { read, after, limit, now, lease } = request;
         let (hold, edge) =
-            (lease.map(|id| self.leases.hold(id)), self.waking.waiting_edge(&read.inbox));
+            (lease.map(|id| self.leases.hold(id)), self.waking.waiting_edge(&read.reader.inbox));
         let (mut state, mut from, mut accept) = (head.state, "redis", Accept::Same);
         let redis = self.waking.redis();
         for _ in 0..TRIES {
@@ -142,13 +142,13 @@ impl ClusterInboxes {
                     return Ok(Some(shown));
                 }
                 Found::Ahead(queue) => {
-                    let Some(head) = self.heads.get(&read.inbox).await?.head else {
+                    let Some(head) = self.heads.get(&read.reader.inbox).await?.head else {
                         return Ok(None);
                     };
                     if head.state.has_lost(&queue) {
                         metrics::counter!(names::LOST_QUEUES).increment(1);
                         tracing::warn!("a queue in Redis has what Postgres has lost, dropping it");
-                        redis.drop_queue(&read.inbox).await?;
+                        redis.drop_queue(&read.reader.inbox).await?;
                     }
                     (state, accept) = (head.state, Accept::AtLeast);
                     continue;
@@ -158,7 +158,7 @@ impl ClusterInboxes {
             let Some(whole) = page::whole(&self.database, head.inbox).await? else {
                 return Ok(None);
             };
-            redis.load(&read.inbox, permit, whole.state, &whole.messages).await?;
+            redis.load(&read.reader.inbox, permit, whole.state, &whole.messages).await?;
             // What is committed from now on may be there already.
             (state, from, accept) = (whole.state, "reloaded", Accept::AtLeast);
         }
@@ -169,7 +169,7 @@ impl ClusterInboxes {
     /// by a reader that had it.
     async fn read_postgres(&self, request: Request<'_>, head: Head) -> StoreResult<Option<Shown>> {
         let Request { read, after, limit, now, lease } = request;
-        let inbox = &read.inbox;
+        let inbox = &read.reader.inbox;
         let snapshot = page::page(&self.database, &head, read, after, limit, now).await?;
         let mut envelopes: Vec<_> =
             snapshot.messages.into_iter().map(|queued| queued.envelope).collect();
@@ -201,8 +201,8 @@ impl ClusterInboxes {
     }
 
     async fn register(&self, request: Request<'_>) -> StoreResult<()> {
-        match self.waking.waiting_edge(&request.read.inbox) {
-            Some(edge) => self.waking.redis().register(&request.read.inbox, edge).await,
+        match self.waking.waiting_edge(&request.read.reader.inbox) {
+            Some(edge) => self.waking.redis().register(&request.read.reader.inbox, edge).await,
             None => Ok(()),
         }
     }
@@ -216,11 +216,11 @@ impl Inboxes for ClusterInboxes {
 
     async fn lease(
         &self,
-        read: Read,
+        read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
     ) -> StoreResult<Box<dyn Lease>> {
-        let mut held = self.leases.taking(read.inbox);
+        let mut held = self.leases.taking(read.reader.inbox);
         let request = Request { read: &read, after: Seq::ZERO, limit, now, lease: Some(&held.id) };
         let (page, inbox) = self.look(request).await?;
         held.seqs = page.envelopes.iter().map(|envelope| envelope.seq).collect();
@@ -235,7 +235,7 @@ impl Inboxes for ClusterInboxes {
 
     async fn peek(
         &self,
-        read: Read,
+        read: ReadQuery,
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
@@ -244,7 +244,7 @@ impl Inboxes for ClusterInboxes {
         Ok(page)
     }
 
-    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
         let recent_ids = self.limits.recent_ids;
         let removed = self
             .database
@@ -266,7 +266,7 @@ impl Inboxes for ClusterInboxes {
 struct InboxLease {
     page: Page,
     held: Option<Held>,
-    read: Read,
+    read: ReadQuery,
     /// The inbox's number.
     inbox: i64,
     inboxes: ClusterInboxes,
@@ -288,17 +288,17 @@ impl Lease for InboxLease {
         self.page.free_payloads();
     }
 
-    async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
+    async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
         let Self { page, held, read, inbox, inboxes } = *self;
         let Some(held) = held else { return Ok(()) };
         let (store_id, seqs) = (&page.store_id, &held.seqs);
-        match inboxes.settlers.settle(*store_id, inbox, seqs.clone(), now).await? {
-            Settlement::Removed(removal) => {
+        match inboxes.completers.complete(*store_id, inbox, seqs.clone(), now).await? {
+            Completion::Removed(removal) => {
                 inboxes.waking.removed(&read, store_id, removal, Some(&held.id), seqs).await;
                 held.ended();
             }
             // Dropped, the lease is released.
-            Settlement::OtherHistory => drop(held),
+            Completion::OtherHistory => drop(held),
         }
         Ok(())
     }

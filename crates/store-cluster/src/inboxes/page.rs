@@ -4,7 +4,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use qpq_domain::{IdentityKey, Seq, StoreId, UnixMillis};
-use qpq_ports::{Envelope, PageLimit, Read, StoreError, StoreResult, View};
+use qpq_ports::{Envelope, PageLimit, ReadQuery, StoreError, StoreResult, View};
 use sqlx::{Row as _, postgres::PgRow};
 use tokio::sync::{mpsc, oneshot};
 
@@ -189,7 +189,7 @@ pub(super) struct Snapshot {
 pub(super) async fn page(
     database: &Database,
     head: &Head,
-    read: &Read,
+    read: &ReadQuery,
     after: Seq,
     limit: PageLimit,
     now: UnixMillis,

@@ -4,7 +4,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use qpq_domain::{Seq, StoreId, UnixMillis};
-use qpq_ports::{Ack, Read, View};
+use qpq_ports::{Ack, ReadQuery, View};
 use sqlx::{PgConnection, Row as _};
 
 use crate::{
@@ -203,7 +203,7 @@ pub(super) async fn shown(
 /// Removes what the reader says it has.
 pub(super) async fn acked(
     connection: &mut PgConnection,
-    read: &Read,
+    read: &ReadQuery,
     ack: &Ack,
     now: UnixMillis,
     recent_ids: Duration,
@@ -213,7 +213,7 @@ pub(super) async fn acked(
         View::Channel(channel) => (ACKED_IN_CHANNEL, Some(channel.as_bytes())),
     };
     let mut query = sqlx::query(sql)
-        .bind(&read.inbox.as_bytes()[..])
+        .bind(&read.reader.inbox.as_bytes()[..])
         .bind(millis(now))
         .bind(millis_of(recent_ids))
         .bind(number(ack.up_to.unwrap_or(Seq::ZERO).0))

@@ -29,7 +29,7 @@ use std::{sync::LazyLock, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use qpq_domain::{ChannelId, IdentityKey, Seq, StoreId, UnixMillis};
-use qpq_ports::{Envelope, Page, PageLimit, Read, StoreError, StoreResult, View};
+use qpq_ports::{Envelope, Page, PageLimit, ReadQuery, StoreError, StoreResult, View};
 use redis::{Cmd, Script, Value};
 
 use super::Redis;
@@ -112,7 +112,7 @@ pub(crate) struct Hold<'a> {
 /// A read of a queue.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Look<'a> {
-    pub(crate) read: &'a Read,
+    pub(crate) read: &'a ReadQuery,
     /// What it must show.
     pub(crate) state: State,
     pub(crate) accept: Accept,
@@ -197,7 +197,7 @@ impl Redis {
             millis(REGISTERED),
             millis(LOADED),
         ];
-        let keys = self.keys(&read.inbox, ["m2", "q2", "l", "w"]);
+        let keys = self.keys(&read.reader.inbox, ["m2", "q2", "l", "w"]);
         found(state.store_id, self.script("read", &READ, &keys, &args).await?)
     }
 
@@ -397,13 +397,14 @@ fn millis(duration: Duration) -> Bytes {
 
 #[cfg(test)]
 mod tests {
+    use qpq_ports::Reader;
     use qpq_test_services::Redis as Server;
 
     use super::*;
     use crate::config::{Config, Endpoint, Limits, Migrate, Timing};
 
     const INBOX: IdentityKey = IdentityKey::new([1; 32]);
-    const READ: Read = Read { inbox: INBOX, device: None, view: View::All };
+    const READ: ReadQuery = ReadQuery { reader: Reader::single(INBOX), view: View::All };
     const NOW: UnixMillis = UnixMillis(1);
     const STORE: StoreId = StoreId::new([2; 16]);
 

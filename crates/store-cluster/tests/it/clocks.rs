@@ -55,8 +55,8 @@ async fn an_edge_with_a_wrong_clock_fails_its_check_until_the_clock_is_right() {
     for (ahead, says) in [(100 * DAY as i64, "ahead of"), (-100 * (DAY as i64), "behind")] {
         wrong.set(ahead);
         let store = edge(&config).await;
-        let upkeep = store.stores().upkeep;
-        let error = upkeep.check().await.expect_err("a wrong clock");
+        let maintenance = store.stores().maintenance;
+        let error = maintenance.check().await.expect_err("a wrong clock");
         assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
         let cause = error.source().expect("a cause").to_string();
         assert!(cause.contains(says) && cause.contains("set both clocks"), "{cause}");
@@ -64,7 +64,7 @@ async fn an_edge_with_a_wrong_clock_fails_its_check_until_the_clock_is_right() {
         assert!(off < DAY || ahead < 0, "Postgres' time is the earlier one: {off} ms off");
 
         wrong.set(0);
-        upkeep.check().await.expect("a clock that is right again");
+        maintenance.check().await.expect("a clock that is right again");
         assert!(store.clock().now().0.abs_diff(SystemClock.now().0) < DAY);
         store.close().await;
     }
@@ -100,6 +100,6 @@ async fn a_sweep_of_an_edge_whose_clock_is_ahead_ends_no_session() {
     let alice = person(&stores, 1).await;
     crate::people::open(&stores, 1, alice).await;
     let ahead = UnixMillis(u64::MAX >> 2);
-    assert_eq!(stores.upkeep.sweep(ahead).await.expect("a sweep"), 0);
+    assert_eq!(stores.maintenance.sweep(ahead).await.expect("a sweep"), 0);
     assert!(stores.sessions.find(&crate::people::token(1)).await.expect("find").is_some());
 }

@@ -241,12 +241,13 @@ async fn without_redis_nothing_is_counted_and_the_check_fails() {
     let bucket = Bucket { burst: 1, per_second: 0.001 };
     let take = || stores.limiter.take(budget(1), bucket, 1, NOW);
     assert_eq!(take().await.expect("take"), Verdict::Allowed);
-    stores.upkeep.check().await.expect("healthy");
+    stores.maintenance.check().await.expect("healthy");
     edges.servers.redis.kill9().await.expect("Redis");
     assert!(matches!(take().await, Err(StoreError::Unavailable(_))));
-    assert!(matches!(stores.upkeep.check().await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(stores.maintenance.check().await, Err(StoreError::Unavailable(_))));
     edges.servers.redis.start_again().await.expect("Redis");
-    eventually("the check to pass again", || async { stores.upkeep.check().await.is_ok() }).await;
+    eventually("the check to pass again", || async { stores.maintenance.check().await.is_ok() })
+        .await;
     assert_eq!(take().await.expect("take"), Verdict::Allowed, "it came back empty");
 }
 
@@ -254,13 +255,14 @@ async fn without_redis_nothing_is_counted_and_the_check_fails() {
 async fn without_postgres_the_check_fails() {
     let edges = Edges::<1>::start(KeyPackageCaps::default()).await;
     let [stores] = edges.stores();
-    stores.upkeep.check().await.expect("healthy");
+    stores.maintenance.check().await.expect("healthy");
     edges.servers.postgres.kill9().await.expect("Postgres");
     let refused = stores.accounts.register(new_account("alice", 1)).await;
     assert!(matches!(refused, Err(StoreError::Unavailable(_))), "{refused:?}");
-    assert!(matches!(stores.upkeep.check().await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(stores.maintenance.check().await, Err(StoreError::Unavailable(_))));
     edges.servers.postgres.start_again().await.expect("Postgres");
-    eventually("the check to pass again", || async { stores.upkeep.check().await.is_ok() }).await;
+    eventually("the check to pass again", || async { stores.maintenance.check().await.is_ok() })
+        .await;
     person(&stores, 1).await;
 }
 
@@ -294,13 +296,13 @@ async fn edges_that_sweep_at_a_time_remove_each_row_once() {
     }
     let after = NOW.plus(2 * HOUR);
     let mut tasks = JoinSet::new();
-    for upkeep in stores.iter().map(|stores| Arc::clone(&stores.upkeep)) {
+    for maintenance in stores.iter().map(|stores| Arc::clone(&stores.maintenance)) {
         tasks.spawn(async move {
             let mut rows = 0;
             // Who finds another at it answers 0 as well, so each looks more often than there are
             // batches.
             for _ in 0..20 {
-                rows += upkeep.sweep(after).await.expect("sweep");
+                rows += maintenance.sweep(after).await.expect("sweep");
             }
             rows
         });
@@ -309,11 +311,11 @@ async fn edges_that_sweep_at_a_time_remove_each_row_once() {
     let mut swept = tasks.join_all().await.iter().sum::<u64>();
     // The last of a batch may have been left to nobody.
     loop {
-        match stores[0].upkeep.sweep(after).await.expect("sweep") {
+        match stores[0].maintenance.sweep(after).await.expect("sweep") {
             0 => break,
             rows => swept += rows,
         }
     }
     assert_eq!(swept, all as u64);
-    assert_eq!(stores[1].upkeep.sweep(UnixMillis(after.0 + 1)).await.expect("sweep"), 0);
+    assert_eq!(stores[1].maintenance.sweep(UnixMillis(after.0 + 1)).await.expect("sweep"), 0);
 }

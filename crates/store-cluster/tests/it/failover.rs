@@ -10,7 +10,7 @@ use std::{
 };
 
 use qpq_domain::{ChannelId, IdentityKey, Seq};
-use qpq_ports::{Ack, Enqueue, Enqueued, PageLimit, Read, StoreError, Stores, View};
+use qpq_ports::{Ack, Enqueue, Enqueued, PageLimit, ReadQuery, Reader, StoreError, Stores, View};
 use qpq_store_cluster::{Config, Limits};
 use qpq_test_services::{RedisCluster, RedisSentinel};
 use tokio::time::{Instant, sleep};
@@ -80,12 +80,12 @@ async fn send(stores: Stores, to: Person, progress: Arc<Progress>) {
     }
 }
 
-fn everything(inbox: IdentityKey) -> Read {
-    Read { inbox, device: None, view: View::All }
+fn everything(inbox: IdentityKey) -> ReadQuery {
+    ReadQuery { reader: Reader::single(inbox), view: View::All }
 }
 
 /// Takes what is there, page by page: every message comes in its turn, and what was acknowledged
-/// never again. Half of the pages are settled, the other half acknowledged.
+/// never again. Half of the pages are completed, the other half acknowledged.
 async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
     let (read, limit) = (everything(who.identity), PageLimit { messages: 7, bytes: 1 << 20 });
     let mut acked = 0;
@@ -103,7 +103,7 @@ async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
         }
         pages += 1;
         if pages % 2 == 0 {
-            lease.settle(NOW).await.expect("Postgres is there");
+            lease.complete(NOW).await.expect("Postgres is there");
         } else {
             let ack = Ack { up_to: Some(Seq(last)), ..Ack::default() };
             let gone = stores.inboxes.ack(read, ack, NOW).await.expect("Postgres is there");
@@ -175,7 +175,7 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
 
 /// Redis answers again, and nothing is left in the inbox.
 async fn serves_again(stores: &Stores, who: Person) {
-    persist("the check", || stores.upkeep.check()).await;
+    persist("the check", || stores.maintenance.check()).await;
     let limit = PageLimit { messages: 7, bytes: 1 << 20 };
     let rest =
         persist("a read", || stores.inboxes.peek(everything(who.identity), Seq::ZERO, limit, NOW))
@@ -196,7 +196,7 @@ async fn take(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
     let texts: Vec<_> =
         lease.page().envelopes.iter().map(|envelope| envelope.payload.clone()).collect();
     assert_eq!(texts, [n.to_string()]);
-    lease.settle(NOW).await.expect("Postgres is there");
+    lease.complete(NOW).await.expect("Postgres is there");
     Ok(())
 }
 

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use qpq_domain::{ChannelId, MessageId, Seq, StoreId};
-use qpq_ports::{Ack, Enqueue, Enqueued, Lease, Page, PageLimit, Read, StoreError, Stores, View};
+use qpq_ports::{
+    Ack, Enqueue, Enqueued, Lease, Page, PageLimit, ReadQuery, Reader, StoreError, Stores, View,
+};
 use qpq_store_cluster::{ClusterStore, Config, Limits};
 use qpq_test_services::{Backup, Restore, Standby};
 use tokio::time::{Instant, sleep};
@@ -88,7 +90,7 @@ impl World {
             }
         }
         for edge in 0..2 {
-            let check = || async { self.stores(edge).upkeep.check().await.is_ok() };
+            let check = || async { self.stores(edge).maintenance.check().await.is_ok() };
             eventually("Postgres to be back", check).await;
         }
     }
@@ -115,8 +117,8 @@ impl World {
         outcomes.iter().map(seq).collect()
     }
 
-    fn read(&self) -> Read {
-        Read { inbox: self.bob.identity, device: None, view: View::All }
+    fn read(&self) -> ReadQuery {
+        ReadQuery { reader: Reader::single(self.bob.identity), view: View::All }
     }
 
     async fn peek(&self, edge: usize) -> Page {
@@ -174,12 +176,12 @@ async fn what_was_lost_is_never_shown_and_what_is_new_is_shown_once(how: How) {
         let page = world.peek(edge).await;
         assert_eq!(texts(&page), now, "{how:?}, edge {edge}: a lease of before hides nothing");
         assert_ne!(page.store_id, stale.page().store_id);
-        assert_eq!(world.stores(edge).upkeep.store_id(), page.store_id);
+        assert_eq!(world.stores(edge).maintenance.store_id(), page.store_id);
     }
 
     // The client of before has everything, which says nothing of what is there now.
     let old = stale.page().store_id;
-    stale.settle(NOW).await.expect("nothing is wrong with that");
+    stale.complete(NOW).await.expect("nothing is wrong with that");
     let ack = Ack { up_to: Some(Seq(6)), store_id: Some(old), ..Ack::default() };
     let acked = world.stores(1).inboxes.ack(world.read(), ack, NOW).await.expect("nor with that");
     assert_eq!(acked, 0);
@@ -189,7 +191,7 @@ async fn what_was_lost_is_never_shown_and_what_is_new_is_shown_once(how: How) {
 
     let lease = world.fetch(0).await;
     assert_eq!(texts(lease.page()), now);
-    lease.settle(NOW).await.expect("settled");
+    lease.complete(NOW).await.expect("completed");
     assert_eq!(world.messages_left().await, 0);
     assert_eq!(world.peek(1).await.envelopes.len(), 0);
 }
@@ -216,7 +218,7 @@ async fn a_removal_that_postgres_lost_shows_the_messages_again_in_another_histor
         world.send(&["m1", "m2", "m3"]).await;
         let before = world.peek(1).await;
         let past = world.note(how).await;
-        world.fetch(1).await.settle(NOW).await.expect("settled");
+        world.fetch(1).await.complete(NOW).await.expect("completed");
         assert_eq!(world.peek(1).await.envelopes.len(), 0);
         world.go_back(past).await;
         for edge in 0..2 {
@@ -251,7 +253,7 @@ async fn a_synchronous_standby_loses_nothing_and_its_promotion_is_another_histor
     postgres.sql("ALTER SYSTEM SET synchronous_standby_names = '*'").await.expect("set");
     postgres.sql("SELECT pg_reload_conf()").await.expect("reloaded");
     world.send(&["m1", "m2"]).await;
-    world.fetch(1).await.settle(NOW).await.expect("settled");
+    world.fetch(1).await.complete(NOW).await.expect("completed");
     assert_eq!(world.send(&["m3", "m4"]).await, [3, 4]);
     let before = world.peek(1).await;
     world.go_back(Past::Standby(Box::new(standby))).await;
@@ -293,5 +295,5 @@ async fn a_crash_of_postgres_begins_no_history() {
     world.servers.postgres.restart().await.expect("Postgres");
     assert_eq!(world.peek(1).await.store_id, id);
     let another = edge(&world.config).await;
-    assert_eq!(another.stores().upkeep.store_id(), id);
+    assert_eq!(another.stores().maintenance.store_id(), id);
 }

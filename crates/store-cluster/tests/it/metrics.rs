@@ -9,7 +9,7 @@ use std::{
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use parking_lot::Mutex;
 use qpq_domain::{ChannelId, Seq};
-use qpq_ports::{Enqueue, Enqueued, PageLimit, Read, View};
+use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, View};
 use qpq_store_cluster::{Config, Limits};
 
 use crate::{
@@ -92,7 +92,7 @@ async fn a_redis_that_hangs_is_not_asked_until_it_answers() {
     let store = edge(&config).await;
     let stores = store.stores();
     let alice = person(&stores, 1).await;
-    let read = Read { inbox: alice.identity, device: None, view: View::All };
+    let read = ReadQuery { reader: Reader::single(alice.identity), view: View::All };
     let limit = PageLimit { messages: 100, bytes: 1 << 20 };
     let peek = || stores.inboxes.peek(read, Seq::ZERO, limit, NOW);
     let send = async |n: u64| {

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 use qpq_domain::TokenHash;
-use qpq_ports::{Notice, Session, Stores};
+use qpq_ports::{AccountEvent, Session, Stores};
 use qpq_store_cluster::{Config, Limits, Timing};
 use qpq_test_services::resp::Reply;
 use tokio::time::timeout;
@@ -41,11 +41,11 @@ async fn is_over(stores: &Stores, n: u8) {
 
 /// Completes when `to` hears what `from` says: a subscription takes a moment.
 async fn hear_each_other(from: &Stores, to: &Stores, person: Person) {
-    let mut heard = to.notices.listen();
+    let mut heard = to.account_events.listen();
     loop {
-        from.notices.publish(&person.identity, Notice::KeyPackageTaken);
-        if let Ok(notice) = timeout(Duration::from_millis(100), heard.next()).await {
-            assert_eq!(notice, Some((person.identity, Notice::KeyPackageTaken)));
+        from.account_events.publish(&person.identity, AccountEvent::KeyPackageTaken);
+        if let Ok(event) = timeout(Duration::from_millis(100), heard.next()).await {
+            assert_eq!(event, Some((person.identity, AccountEvent::KeyPackageTaken)));
             return;
         }
     }

@@ -252,7 +252,7 @@ async fn an_encrypted_sentinel_and_what_is_behind_it_are_trusted_by_their_author
     let store = edge(&ready(&*servers).await).await;
     servers.redis.lose_primary().await.expect("the Sentinel");
     eventually("the new primary to be found", || async {
-        store.stores().upkeep.check().await.is_ok()
+        store.stores().maintenance.check().await.is_ok()
     })
     .await;
 }
@@ -388,7 +388,7 @@ async fn servers_that_come_later_are_waited_for() {
         servers.nats.start_again().await.expect("NATS");
     };
     let (store, ()) = tokio::join!(edge(&config), starts);
-    store.stores().upkeep.check().await.expect("healthy");
+    store.stores().maintenance.check().await.expect("healthy");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -410,6 +410,6 @@ async fn a_redis_that_loads_its_dump_is_waited_for() {
     })
     .await;
     let store = edge(&config).await;
-    store.stores().upkeep.check().await.expect("healthy");
+    store.stores().maintenance.check().await.expect("healthy");
     loads.await.expect("no panic").expect("the dump");
 }

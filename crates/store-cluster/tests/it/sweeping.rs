@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId};
-use qpq_ports::{Enqueue, Enqueued, PageLimit, Read, Stores, View};
+use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, Stores, View};
 use qpq_store_cluster::{Config, Limits};
 
 use crate::{
@@ -66,7 +66,7 @@ async fn an_enqueue_among_many_expired_messages_removes_few_of_them() {
     assert!((1..=300).contains(&removed), "{removed} rows in one transaction");
     let limit = PageLimit { messages: 10, bytes: 1 << 20 };
     let inbox = IdentityKey::new([0; 32]);
-    let read = Read { inbox, device: None, view: View::All };
+    let read = ReadQuery { reader: Reader::single(inbox), view: View::All };
     let page = stores.inboxes.peek(read, qpq_domain::Seq::ZERO, limit, NOW).await.expect("peek");
     assert_eq!(page.envelopes.len(), 1, "the others have expired");
 }
@@ -80,7 +80,7 @@ async fn a_sweep_goes_through_many_full_inboxes() {
     fill(&servers, &config, &stores, INBOXES).await;
     let mut left = u64::from(INBOXES) * EXPIRED;
     while left > 0 {
-        let swept = stores.upkeep.sweep(NOW).await.expect("a sweep");
+        let swept = stores.maintenance.sweep(NOW).await.expect("a sweep");
         assert!((1..=256).contains(&swept), "{swept} rows in one transaction, {left} left");
         left -= swept;
     }
@@ -102,9 +102,9 @@ async fn a_sweep_that_takes_too_long_goes_on_with_fewer_rows() {
                     'BEGIN PERFORM pg_sleep(0.02); RETURN OLD; END';
                 CREATE TRIGGER slow BEFORE DELETE ON message FOR EACH ROW EXECUTE FUNCTION slow()";
     servers.postgres.sql_in(&config.namespace, slow).await.expect("a slow disk");
-    let swept = stores.upkeep.sweep(NOW).await.expect("a sweep");
+    let swept = stores.maintenance.sweep(NOW).await.expect("a sweep");
     assert!((1..256).contains(&swept), "{swept} rows");
-    let next = stores.upkeep.sweep(NOW).await.expect("another");
+    let next = stores.maintenance.sweep(NOW).await.expect("another");
     assert!(next > 0);
     assert_eq!(rows(&servers, &config).await, EXPIRED - swept - next);
 }

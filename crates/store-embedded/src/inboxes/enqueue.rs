@@ -19,8 +19,8 @@ use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 use super::remove::{self, Due};
 use crate::{
     clock::{Bounds, Guard},
+    maintenance::SWEEP,
     row::{Columns as _, millis, millis_of, number},
-    upkeep::SWEEP,
 };
 
 /// Rows in one statement at most.

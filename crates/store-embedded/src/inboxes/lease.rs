@@ -2,7 +2,7 @@
 //! died leases nothing.
 //!
 //! A reader's snapshot is older than the moment at which it decides what to show, and in between
-//! another reader may have settled what the snapshot still holds. So removals are counted for as
+//! another reader may have completed what the snapshot still holds. So removals are counted for as
 //! long as anybody reads: a reader enters first, notes the count, takes its snapshot, and then,
 //! under the lock, either claims what it may or, if the count has moved, reads again. Who removes
 //! commits first and counts after: a message that is gone from the table can only be shown by a
@@ -65,12 +65,12 @@ impl LeaseTable {
 
 /// Somebody who reads an inbox. While there is one, the inbox's entry is there.
 #[derive(Debug)]
-pub(super) struct Reader<'t> {
+pub(super) struct InboxVisit<'t> {
     table: &'t Arc<LeaseTable>,
     inbox: IdentityKey,
 }
 
-impl<'t> Reader<'t> {
+impl<'t> InboxVisit<'t> {
     pub(super) fn enter(table: &'t Arc<LeaseTable>, inbox: IdentityKey) -> Self {
         table.inboxes.lock(&inbox).entry(inbox).or_default().readers += 1;
         Self { table, inbox }
@@ -86,7 +86,7 @@ impl<'t> Reader<'t> {
         self.entry(|entry| entry.visible(mark, store_id, snapshot))
     }
 
-    /// As [`Reader::look`], and leases what may be shown, if anything.
+    /// As [`InboxVisit::look`], and leases what may be shown, if anything.
     pub(super) fn claim(
         &self,
         mark: Mark,
@@ -116,7 +116,7 @@ impl<'t> Reader<'t> {
     }
 }
 
-impl Drop for Reader<'_> {
+impl Drop for InboxVisit<'_> {
     fn drop(&mut self) {
         self.table.end(&self.inbox, |entry| entry.readers -= 1);
     }

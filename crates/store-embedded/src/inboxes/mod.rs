@@ -20,13 +20,15 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use qpq_domain::{Delivery, Seq, UnixMillis};
-use qpq_ports::{Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreResult, View};
+use qpq_ports::{
+    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreResult, View,
+};
 use sqlx::SqlitePool;
 
 pub(crate) use remove::{forget, sweep};
 
 use self::{
-    lease::{Claim, LeaseTable, Reader},
+    lease::{Claim, InboxVisit, LeaseTable},
     remove::Selection,
 };
 use crate::{
@@ -85,11 +87,11 @@ impl Inboxes for EmbeddedInboxes {
 
     async fn lease(
         &self,
-        read: Read,
+        read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
     ) -> StoreResult<Box<dyn Lease>> {
-        let reader = Reader::enter(&self.leases, read.inbox);
+        let reader = InboxVisit::enter(&self.leases, read.reader.inbox);
         // Before the mark, so that whoever waits for a connection does not read in vain.
         let mut connection = self.readers.acquire().await.map_err(read_failed)?;
         loop {
@@ -112,12 +114,12 @@ impl Inboxes for EmbeddedInboxes {
 
     async fn peek(
         &self,
-        read: Read,
+        read: ReadQuery,
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
     ) -> StoreResult<Page> {
-        let reader = Reader::enter(&self.leases, read.inbox);
+        let reader = InboxVisit::enter(&self.leases, read.reader.inbox);
         let mut connection = self.readers.acquire().await.map_err(read_failed)?;
         loop {
             let (mark, store_id) = (reader.mark(), self.history.id());
@@ -128,11 +130,11 @@ impl Inboxes for EmbeddedInboxes {
         }
     }
 
-    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
         let mut ack = remove::sensible(ack);
         if ack.seqs.len() > LONG_ACK {
             // A list can be much longer than any inbox: the writer shall not go through it.
-            let there = read::seqs(&self.readers, &read.inbox).await?;
+            let there = read::seqs(&self.readers, &read.reader.inbox).await?;
             ack.seqs.retain(|seq| there.contains(seq));
         }
         if ack.is_empty() {
@@ -161,8 +163,8 @@ impl Inboxes for EmbeddedInboxes {
                 },
                 move |removed| {
                     if *removed > 0 {
-                        leases.removed(&read.inbox);
-                        wakes.wake(&read.inbox, read.view);
+                        leases.removed(&read.reader.inbox);
+                        wakes.wake(&read.reader.inbox, read.view);
                     }
                 },
             )
@@ -175,7 +177,7 @@ impl Inboxes for EmbeddedInboxes {
 struct InboxLease {
     page: Page,
     claimed: Option<(Claim, i64)>,
-    read: Read,
+    read: ReadQuery,
     writer: Writer,
     history: History,
     clock: Guard,
@@ -193,7 +195,7 @@ impl Lease for InboxLease {
         self.page.free_payloads();
     }
 
-    async fn settle(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
+    async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
         let Self { page, claimed, read, writer, history, clock, limits, shown_at } = *self;
         let (Some((claim, inbox)), [first, .., last] | [first @ last]) =
             (claimed, &page.envelopes[..])

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use futures_util::TryStreamExt as _;
 use qpq_domain::{IdentityKey, Seq, UnixMillis};
-use qpq_ports::{Envelope, PageLimit, Read, StoreResult, View};
+use qpq_ports::{Envelope, PageLimit, ReadQuery, StoreResult, View};
 use sqlx::{Row as _, SqliteConnection, SqlitePool, sqlite::SqliteRow};
 
 use crate::{
@@ -44,7 +44,7 @@ pub(super) struct Snapshot {
 /// Reads the messages of the view behind `after` that are alive at `now`.
 pub(super) async fn snapshot(
     connection: &mut SqliteConnection,
-    read: &Read,
+    read: &ReadQuery,
     after: Seq,
     limit: PageLimit,
     now: UnixMillis,
@@ -54,7 +54,7 @@ pub(super) async fn snapshot(
         View::Channel(channel) => (CHANNEL, Some(channel.as_bytes())),
     };
     let mut rows = sqlx::query(sql)
-        .bind(&read.inbox.as_bytes()[..])
+        .bind(&read.reader.inbox.as_bytes()[..])
         .bind(number(after.0))
         .bind(millis(now))
         .bind(i64::from(limit.messages) + 1)

@@ -4,12 +4,12 @@
 use std::time::Duration;
 
 use qpq_domain::{Seq, UnixMillis};
-use qpq_ports::{Ack, Enqueue, Read, View};
+use qpq_ports::{Ack, Enqueue, ReadQuery, View};
 use sqlx::{SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use crate::{
+    maintenance::SWEEP,
     row::{millis, millis_of, number},
-    upkeep::SWEEP,
 };
 
 /// The two statements for one condition. ?1 is the instant of removal and ?2 how long ids are
@@ -122,13 +122,13 @@ pub(super) fn sensible(ack: Ack) -> Ack {
 /// Removes what the ack names; how many went.
 pub(super) async fn acked(
     connection: &mut SqliteConnection,
-    read: &Read,
+    read: &ReadQuery,
     ack: &Ack,
     (now, removed_at): (UnixMillis, UnixMillis),
     recent_ids: Duration,
 ) -> sqlx::Result<u32> {
     let inbox: Option<i64> = sqlx::query_scalar("SELECT id FROM account WHERE identity = ?1")
-        .bind(&read.inbox.as_bytes()[..])
+        .bind(&read.reader.inbox.as_bytes()[..])
         .fetch_optional(&mut *connection)
         .await?;
     let Some(inbox) = inbox else { return Ok(0) };

@@ -46,7 +46,7 @@ impl Backend for Running {
     }
 
     async fn set_clock(&self, now: UnixMillis) {
-        self.stores().upkeep.sweep(now).await.expect("a sweep, which looks at the clock");
+        self.stores().maintenance.sweep(now).await.expect("a sweep, which looks at the clock");
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use qpq_domain::{ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis};
-use qpq_ports::{Enqueue, Enqueued, PageLimit, Read, StoreError, View};
+use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, StoreError, View};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
@@ -279,7 +279,12 @@ async fn serve_store(store: &EmbeddedStore, machine: &mut Machine, order: Order)
         Order::Inbox => answer(&serde_json::to_string(&inbox(store).await).expect("plain data")),
         Order::Check => {
             answer(
-                &store.stores().upkeep.check().await.map_or_else(describe, |()| "ok".to_owned()),
+                &store
+                    .stores()
+                    .maintenance
+                    .check()
+                    .await
+                    .map_or_else(describe, |()| "ok".to_owned()),
             );
         }
         other => unreachable!("{other:?}"),
@@ -351,7 +356,7 @@ fn numbered(n: u64, size: usize) -> Enqueue {
 }
 
 async fn inbox(store: &EmbeddedStore) -> Vec<(u64, u64)> {
-    let read = Read { inbox: IdentityKey::new([1; 32]), device: None, view: View::All };
+    let read = ReadQuery { reader: Reader::single(IdentityKey::new([1; 32])), view: View::All };
     let everything = PageLimit { messages: u32::MAX, bytes: usize::MAX };
     let page = store.stores().inboxes.peek(read, Seq::ZERO, everything, START).await.expect("peek");
     let number = |payload: &[u8]| u64::from_be_bytes(payload[..8].try_into().expect("eight bytes"));

@@ -265,7 +265,7 @@ impl Model {
                     if let Some(inbox) = self.inboxes.get_mut(&lease.inbox) {
                         lease.seqs.into_iter().for_each(|seq| inbox.remove(seq, now));
                     }
-                    "settled".to_owned()
+                    "completed".to_owned()
                 }
             },
             Op::Release { slot } => {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use qpq_domain::{IdentityKey, Seq, UnixMillis, Username};
-use qpq_ports::{NewAccount, PageLimit, Read, Registration, StoreError, View};
+use qpq_ports::{NewAccount, PageLimit, ReadQuery, Reader, Registration, StoreError, View};
 use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
 use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
 
@@ -63,12 +63,12 @@ async fn a_second_server_is_refused_until_the_first_has_closed() {
     let mut child = Child::spawn();
     let told = child.open(directory.path(), Limits::default()).expect_err("in use");
     assert!(told.contains("in use by another server: stop that one first"), "{told}");
-    first.stores().upkeep.check().await.expect("undisturbed");
+    first.stores().maintenance.check().await.expect("undisturbed");
 
     let stores = first.stores();
     first.close().await;
     assert!(
-        matches!(stores.upkeep.check().await, Err(StoreError::Unavailable(_))),
+        matches!(stores.maintenance.check().await, Err(StoreError::Unavailable(_))),
         "closed is closed"
     );
     child.open(directory.path(), Limits::default()).expect("now it is free");
@@ -241,7 +241,7 @@ async fn damage_in_the_middle_is_told_when_it_is_met() {
     }
     let store = open(directory.path()).await;
     let inboxes = store.stores().inboxes;
-    let read = Read { inbox: key(1), device: None, view: View::All };
+    let read = ReadQuery { reader: Reader::single(key(1)), view: View::All };
     let everything = PageLimit { messages: u32::MAX, bytes: usize::MAX };
     let error = inboxes.peek(read, Seq::ZERO, everything, START).await.expect_err("damaged");
     assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
@@ -249,7 +249,7 @@ async fn damage_in_the_middle_is_told_when_it_is_met() {
     let error = inboxes.ack(read, ack, START).await.expect_err("damaged");
     assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
     for _ in 0..2 {
-        let error = store.stores().upkeep.check().await.expect_err("readiness says so");
+        let error = store.stores().maintenance.check().await.expect_err("readiness says so");
         let cause = std::error::Error::source(&error).expect("a cause").to_string();
         assert!(cause.contains("qpq-admin restore"), "{cause}");
     }

@@ -8,8 +8,8 @@ use qpq_domain::{
     TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Lease, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read,
-    Receipt, Registration, Session, Stores, Upload, UploadMode, View,
+    Ack, Enqueue, Enqueued, Lease, NewAccount, NewKeyPackage, NewSession, Page, PageLimit,
+    ReadQuery, Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
 };
 use qpq_store_embedded::Limits;
 use serde::{Deserialize, Serialize};
@@ -83,9 +83,9 @@ pub(crate) fn key(n: u8) -> IdentityKey {
     IdentityKey::new([n; 32])
 }
 
-fn read(inbox: u8, view: Option<u8>) -> Read {
+fn read(inbox: u8, view: Option<u8>) -> ReadQuery {
     let view = view.map_or(View::All, |n| View::Channel(channel(n)));
-    Read { inbox: key(inbox), device: None, view }
+    ReadQuery { reader: Reader::single(key(inbox)), view }
 }
 
 pub(crate) fn channel(n: u8) -> ChannelId {
@@ -142,7 +142,7 @@ impl Machine {
                 self.keys(op, now).await
             }
             Op::Sweep => {
-                while self.stores.upkeep.sweep(now).await.expect("sweep") > 0 {}
+                while self.stores.maintenance.sweep(now).await.expect("sweep") > 0 {}
                 "swept".to_owned()
             }
             _ => self.sessions(op, now).await,
@@ -226,8 +226,8 @@ impl Machine {
             Op::Settle { slot } => match self.leases.remove(&slot) {
                 None => "no lease".to_owned(),
                 Some(lease) => {
-                    lease.settle(now).await.expect("settle");
-                    "settled".to_owned()
+                    lease.complete(now).await.expect("complete");
+                    "completed".to_owned()
                 }
             },
             Op::Release { slot } => {

@@ -171,7 +171,7 @@ async fn begin_history(data_dir: &Path) -> anyhow::Result<NewHistory> {
     let store = EmbeddedStore::open(data_dir, Limits::default())
         .await
         .with_context(|| format!("the data directory {}", data_dir.display()))?;
-    let begun = store.stores().upkeep.begin_history().await;
+    let begun = store.stores().maintenance.begin_history().await;
     store.close().await;
     Ok(begun?)
 }

@@ -38,9 +38,9 @@ async fn a_clock_that_jumped_is_accepted_while_the_server_runs_or_is_stopped() {
         let mut store = Some(open().await);
         let stores = store.as_ref().unwrap().stores();
         let (now, before) = (SystemClock.now(), SystemClock.now().minus(100 * DAY));
-        stores.upkeep.sweep(before).await.unwrap();
+        stores.maintenance.sweep(before).await.unwrap();
         send(&stores, before).await;
-        assert_eq!(stores.upkeep.sweep(now).await.unwrap(), 0, "100 days ahead");
+        assert_eq!(stores.maintenance.sweep(now).await.unwrap(), 0, "100 days ahead");
         if stopped {
             store.take().unwrap().close().await;
         }
@@ -50,7 +50,7 @@ async fn a_clock_that_jumped_is_accepted_while_the_server_runs_or_is_stopped() {
             Some(store) => store,
             None => open().await,
         };
-        assert_eq!(store.stores().upkeep.sweep(now).await.unwrap(), 1, "it has expired");
+        assert_eq!(store.stores().maintenance.sweep(now).await.unwrap(), 1, "it has expired");
         store.close().await;
     }
 }

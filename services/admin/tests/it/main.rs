@@ -8,5 +8,5 @@ mod clock;
 mod harness;
 mod init;
 mod migrate;
-mod moving;
 mod rotate;
+mod transfer;

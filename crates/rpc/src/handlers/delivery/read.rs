@@ -4,17 +4,17 @@
 use std::time::Duration;
 
 use qpq_domain::{DeviceId, IdentityKey, Seq};
-use qpq_ports::{Ack, Lease, PageLimit, Read, View};
+use qpq_ports::{Ack, Lease, PageLimit, ReadQuery, Reader, View};
 use qpq_proto::{LimitClass, convert, methods, v1};
 use tokio::time::{Instant, sleep_until};
 
 use super::page;
 use crate::{
     Answered, App, Caller, Cx, Error, Handler,
+    account_events::AccountEvent,
     answers::Reservation,
     app::drain_began,
     auth,
-    notices::Notice,
     waiters::{Left, Turn},
 };
 
@@ -31,7 +31,7 @@ impl Handler for methods::Fetch {
         let read = own(&caller, &request.recipient_key, scope, &request.device_id)?;
         let limit = page::limit(request.limit);
         let Some((lease, memory)) = lease(cx, &caller, read, limit).await? else {
-            let store_id = page::store_id(&cx.app.stores.upkeep.store_id());
+            let store_id = page::store_id(&cx.app.stores.maintenance.store_id());
             return Ok(v1::FetchResponse { store_id, ..Default::default() }.into());
         };
         owe(cx, &caller, page::cost(lease.page()));
@@ -59,7 +59,7 @@ impl Handler for methods::FetchWait {
         async move {
             let read = read?;
             let Some((lease, memory)) = wait(cx, &caller, &read, limit, deadline).await? else {
-                let store_id = page::store_id(&cx.app.stores.upkeep.store_id());
+                let store_id = page::store_id(&cx.app.stores.maintenance.store_id());
                 return Ok(v1::FetchWaitResponse { store_id, ..Default::default() }.into());
             };
             owe(cx, &caller, page::cost(lease.page()));
@@ -132,7 +132,7 @@ impl Handler for methods::Ack {
             removed
         };
         if let Some(shown_in) = store_id
-            && shown_in != cx.app.stores.upkeep.store_id()
+            && shown_in != cx.app.stores.maintenance.store_id()
         {
             cx.conn.forget_shown(shown_in);
         }
@@ -157,7 +157,7 @@ fn own(
     recipient_key: &[u8],
     scope: Scope<'_>,
     device_id: &[u8],
-) -> Result<Read, Error> {
+) -> Result<ReadQuery, Error> {
     let named: Option<IdentityKey> =
         convert::optional_identity_key(recipient_key, "recipient_key")?;
     if named.is_some_and(|named| named != caller.identity) {
@@ -169,7 +169,10 @@ fn own(
         View::Channel(convert::channel_id(scope.channel_id, "channel_id")?)
     };
     let device: Option<DeviceId> = convert::device_id(device_id, "device_id")?;
-    Ok(Read { inbox: caller.identity, device: device.or(caller.device), view })
+    Ok(ReadQuery {
+        reader: Reader { inbox: caller.identity, device: device.or(caller.device) },
+        view,
+    })
 }
 
 /// Leases what the view has, or the first that it gets. `None` when nothing came by the deadline,
@@ -181,7 +184,7 @@ fn own(
 async fn wait(
     cx: Cx<'_>,
     caller: &Caller,
-    read: &Read,
+    read: &ReadQuery,
     limit: PageLimit,
     deadline: Instant,
 ) -> Result<Option<Leased>, Error> {
@@ -189,7 +192,7 @@ async fn wait(
     if let Some(leased) = lease(cx, caller, *read, limit).await? {
         return Ok(Some(leased));
     }
-    let mut notices = cx.app.notices.listen(&caller.identity);
+    let mut account_events = cx.app.account_events.listen(&caller.identity);
     // It was checked when the call came in, but a revocation since then was nobody's to hear.
     auth::recheck(cx, caller).await?;
     let mut draining = cx.app.draining();
@@ -197,8 +200,8 @@ async fn wait(
         tokio::select! {
             biased;
             () = drain_began(&mut draining) => return Ok(None),
-            notice = notices.next() => {
-                if notice == Notice::SessionsEnded {
+            event = account_events.next() => {
+                if event == AccountEvent::SessionsEnded {
                     auth::recheck(cx, caller).await?;
                 }
                 continue;
@@ -227,7 +230,7 @@ type Leased = (Box<dyn Lease>, Reservation);
 async fn lease(
     cx: Cx<'_>,
     caller: &Caller,
-    read: Read,
+    read: ReadQuery,
     wanted: PageLimit,
 ) -> Result<Option<Leased>, Error> {
     let inboxes = &cx.app.stores.inboxes;

@@ -11,7 +11,7 @@ use qpq_proto::{Method as _, convert, methods, v1};
 use sha2::{Digest as _, Sha256};
 
 use super::check_owner;
-use crate::{Answered, App, Caller, Cx, Error, Handler, Subject, notices::Notice};
+use crate::{Answered, App, Caller, Cx, Error, Handler, Subject, account_events::AccountEvent};
 
 /// KeyPackages between two chances for others on this worker: two signatures and a hash each, about
 /// a millisecond.
@@ -60,7 +60,7 @@ impl Handler for methods::FetchKeyPackage {
         let Some(taken) = cx.app.stores.key_packages.take(&target, cx.now).await? else {
             return Ok(v1::FetchKeyPackageResponse::default().into());
         };
-        cx.app.notices.publish(&target, Notice::KeyPackageTaken);
+        cx.app.account_events.publish(&target, AccountEvent::KeyPackageTaken);
         Ok(v1::FetchKeyPackageResponse {
             package: taken.bytes.into(),
             last_resort: taken.last_resort,

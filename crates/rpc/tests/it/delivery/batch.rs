@@ -13,7 +13,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use qpq_domain::{Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, Read, StoreError, StoreResult, Stores,
+    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreError, StoreResult,
+    Stores,
 };
 use qpq_proto::{
     Status, methods,
@@ -298,7 +299,7 @@ impl Inboxes for Recorded {
 
     async fn lease(
         &self,
-        read: Read,
+        read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
     ) -> StoreResult<Box<dyn Lease>> {
@@ -307,7 +308,7 @@ impl Inboxes for Recorded {
 
     async fn peek(
         &self,
-        read: Read,
+        read: ReadQuery,
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
@@ -315,7 +316,7 @@ impl Inboxes for Recorded {
         self.inner.peek(read, after, limit, now).await
     }
 
-    async fn ack(&self, read: Read, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
         self.inner.ack(read, ack, now).await
     }
 }

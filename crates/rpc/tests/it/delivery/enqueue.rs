@@ -258,7 +258,7 @@ async fn a_message_id_is_remembered_for_a_quarter_of_an_hour_after_the_message_w
     server
         .store
         .stores()
-        .upkeep
+        .maintenance
         .sweep(server.rpc.app().clock.now())
         .await
         .expect("a store that works");
@@ -269,7 +269,7 @@ async fn a_message_id_is_remembered_for_a_quarter_of_an_hour_after_the_message_w
     server
         .store
         .stores()
-        .upkeep
+        .maintenance
         .sweep(server.rpc.app().clock.now())
         .await
         .expect("a store that works");
@@ -281,7 +281,7 @@ async fn a_message_id_is_remembered_for_a_quarter_of_an_hour_after_the_message_w
     server
         .store
         .stores()
-        .upkeep
+        .maintenance
         .sweep(server.rpc.app().clock.now())
         .await
         .expect("a store that works");

@@ -201,7 +201,7 @@ async fn nothing_comes_so_the_answer_is_empty() {
     let briefly = FetchWaitRequest { timeout_ms: 1, ..Default::default() };
     let answer = answered(wait_for(user.elsewhere(&server), briefly)).await;
     assert_eq!(answer.response, nothing(&server));
-    assert!(answer.settlement.is_none());
+    assert!(answer.completion.is_none());
     waiters.subscribed(0).await;
 }
 

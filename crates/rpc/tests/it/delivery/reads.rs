@@ -57,12 +57,12 @@ async fn a_fetch_whose_answer_was_lost_gives_the_same_again() {
     alice.send(&bob, b"one").await;
     alice.send(&bob, b"two").await;
     let first = fetch(&bob).await;
-    assert!(first.settlement.is_some());
-    drop(first.settlement);
+    assert!(first.completion.is_some());
+    drop(first.completion);
     let second = fetch(&bob).await;
     assert_eq!(second.response, first.response);
     // The connection that it was for need not be the same.
-    drop(second.settlement);
+    drop(second.completion);
     assert_eq!(fetch(&bob.elsewhere(&server)).await.arrived().await, first.response);
     assert!(fetch(&bob).await.response.payloads.is_empty());
 }
@@ -77,7 +77,7 @@ async fn what_is_on_its_way_is_seen_by_no_other_read() {
     alice.send(&bob, b"two").await;
     let elsewhere = bob.elsewhere(&server);
     let nothing = fetch(&elsewhere).await;
-    assert!(nothing.response.payloads.is_empty() && nothing.settlement.is_none());
+    assert!(nothing.response.payloads.is_empty() && nothing.completion.is_none());
     assert!(peek_all(&elsewhere).await.payloads.is_empty());
     let briefly = FetchWaitRequest { timeout_ms: 1, ..Default::default() };
     assert!(elsewhere.ok::<methods::FetchWait>(briefly).await.payloads.is_empty());
@@ -293,7 +293,7 @@ async fn every_answer_of_a_read_names_the_history() {
     let first = server.store_id();
     assert_eq!(first.len(), 16);
     assert_eq!(peek_all(&user).await.store_id, first);
-    server.rpc.app().stores.upkeep.begin_history().await.expect("another history");
+    server.rpc.app().stores.maintenance.begin_history().await.expect("another history");
     let second = server.store_id();
     assert_ne!(first, second);
     assert_eq!(peek_all(&user).await.store_id, second);
@@ -312,7 +312,7 @@ async fn an_ack_of_what_was_peeked_in_another_history_removes_nothing() {
     for reader in [&user, &elsewhere] {
         assert_eq!(seqs(&peek_all(reader).await.payloads), [1]);
     }
-    server.rpc.app().stores.upkeep.begin_history().await.expect("another history");
+    server.rpc.app().stores.maintenance.begin_history().await.expect("another history");
     let first = AckRequest { all_channels: true, seq_up_to: 1, ..Default::default() };
     assert_eq!(ack(&user, first.clone()).await, 0, "seq 1 may be another message now");
     assert_eq!(seqs(&peek_all(&user).await.payloads), [1]);

@@ -7,7 +7,7 @@ use qpq_test_services::Postgres;
 use super::every_damage_is_found;
 use crate::{
     harness::{End, contents, mode, run, text},
-    moving::{content::Amount, scene::Scene},
+    transfer::{content::Amount, scene::Scene},
 };
 
 const SMALL: Amount = Amount { people: 8, acts: 120, payload: 3_000 };

@@ -4,14 +4,14 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use qpq_domain::{ChannelId, Seq};
-use qpq_ports::{Enqueue, Enqueued, PageLimit, Read, View};
+use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, View};
 use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use super::every_damage_is_found;
 use crate::{
     harness::{Place, contents, mode, refusal, run, run_with, text},
-    moving::{
+    transfer::{
         content::{Amount, Content},
         scene::embedded,
     },
@@ -55,7 +55,7 @@ async fn assert_restored(content: &Content, one: &EmbeddedStore, two: &EmbeddedS
     let (one, two) = (one.stores(), two.stores());
     content.compare_accounts(&one, &two).await;
     content.compare_inboxes(&one, &two, content.now()).await;
-    assert_ne!(one.upkeep.store_id(), two.upkeep.store_id());
+    assert_ne!(one.maintenance.store_id(), two.maintenance.store_id());
     for identity in content.identities() {
         let taken = two.key_packages.take(&identity, content.now()).await.unwrap();
         assert!(taken.is_none_or(|taken| taken.last_resort), "it may have been given out before");
@@ -101,7 +101,7 @@ async fn a_backup_of_a_store_in_use_is_restored_as_it_was() {
 async fn a_backup_under_load_shows_one_commit_and_all_that_was_acknowledged_before_it() {
     let node = Node::new().await;
     let inbox = node.content.identities().next().unwrap();
-    let read = Read { inbox, device: None, view: View::All };
+    let read = ReadQuery { reader: Reader::single(inbox), view: View::All };
     let (stores, now) = (node.store.stores(), node.content.now());
     let message = move |number: u64| {
         let payload = Bytes::copy_from_slice(&number.to_be_bytes());

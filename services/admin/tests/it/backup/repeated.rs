@@ -12,7 +12,7 @@ use qpq_store_embedded::RESTORING_FILE;
 use super::node::{Node, refuses_to_open};
 use crate::{
     harness::{contents, run, text},
-    moving::scene::embedded,
+    transfer::scene::embedded,
 };
 
 fn start(arguments: &[&str]) -> Child {
@@ -74,7 +74,7 @@ async fn ends_well(node: &Node, backup: &Path, dir: &Path, replace: &[&str]) {
     let (one, two) = (node.store.stores(), restored.stores());
     node.content.compare_accounts(&one, &two).await;
     node.content.compare_inboxes(&one, &two, node.content.now()).await;
-    assert_ne!(one.upkeep.store_id(), two.upkeep.store_id());
+    assert_ne!(one.maintenance.store_id(), two.maintenance.store_id());
     restored.close().await;
 }
 

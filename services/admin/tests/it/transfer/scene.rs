@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use qpq_ports::moving::Digests;
+use qpq_ports::transfer::Digests;
 use qpq_runtime::data_dir::fleet::OPAQUE_SETUP;
 use qpq_store_cluster::{ClusterStore, Config, Endpoint, Migrate, Timing};
 use qpq_store_embedded::{EmbeddedStore, Export, Limits};

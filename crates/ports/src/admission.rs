@@ -1,4 +1,4 @@
-//! Room for messages that wait to be committed, bounded for all senders together and for each one.
+//! Admission for messages that wait to be committed, bounded for all senders together and for each one.
 //!
 //! A backend commits in the order in which calls got room. Without a bound for each sender, the
 //! large batches of one would fill the room, and every other call would wait until most of them are
@@ -40,7 +40,7 @@ pub struct Busy;
 
 /// The room. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Room {
+pub struct Admission {
     all: Arc<Semaphore>,
     senders: Arc<Mutex<HashMap<IdentityKey, Sender>>>,
 }
@@ -54,7 +54,7 @@ struct Sender {
 
 /// A call's place in the room, returned when dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct AdmissionPermit {
     _all: OwnedSemaphorePermit,
     // In this order: a share is returned before its sender is forgotten.
     _share: Option<OwnedSemaphorePermit>,
@@ -68,17 +68,17 @@ struct OneCall {
     sender: IdentityKey,
 }
 
-impl Default for Room {
+impl Default for Admission {
     fn default() -> Self {
         Self { all: Arc::new(Semaphore::new(ALL)), senders: Arc::default() }
     }
 }
 
-impl Room {
+impl Admission {
     /// Waits for room for work that is no sender's.
-    pub async fn admit(&self, bytes: usize) -> Result<Place, Busy> {
+    pub async fn admit(&self, bytes: usize) -> Result<AdmissionPermit, Busy> {
         let all = patiently(&self.all, units(bytes, 0, ALL)).await?;
-        Ok(Place { _all: all, _share: None, _call: None })
+        Ok(AdmissionPermit { _all: all, _share: None, _call: None })
     }
 
     /// Waits for room for `messages` of `sender`, which have so many bytes.
@@ -87,12 +87,12 @@ impl Room {
         sender: &IdentityKey,
         messages: usize,
         bytes: usize,
-    ) -> Result<Place, Busy> {
+    ) -> Result<AdmissionPermit, Busy> {
         let (call, share) = self.call_of(sender);
         // The share first: whoever has used it up waits apart from everybody else.
         let share = patiently(&share, units(bytes, messages, SENDER)).await?;
         let all = patiently(&self.all, units(bytes, 0, ALL)).await?;
-        Ok(Place { _all: all, _share: Some(share), _call: Some(call) })
+        Ok(AdmissionPermit { _all: all, _share: Some(share), _call: Some(call) })
     }
 
     fn call_of(&self, sender: &IdentityKey) -> (OneCall, Arc<Semaphore>) {
@@ -143,7 +143,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_sender_never_fills_the_room() {
-        let room = Room::default();
+        let room = Admission::default();
         let mut places = Vec::new();
         while let Some(place) = room.admit_from(&ALICE, 1, 1 << 20).now_or_never() {
             places.push(place.expect("there is room"));
@@ -157,7 +157,7 @@ mod tests {
 
     #[tokio::test]
     async fn messages_count_whatever_their_size() {
-        let room = Room::default();
+        let room = Admission::default();
         let _first = room.admit_from(&ALICE, 256, 0).now_or_never().expect("there is room");
         let _second = room.admit_from(&ALICE, 256, 0).now_or_never().expect("there is room");
         assert!(room.admit_from(&ALICE, 1, 0).now_or_never().is_none());
@@ -166,7 +166,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_larger_than_the_room_gets_all_of_it() {
-        let room = Room::default();
+        let room = Admission::default();
         let place = room.admit_from(&ALICE, 1, 1 << 30).now_or_never().expect("there is room");
         assert!(room.admit_from(&BOB, 1, 0).now_or_never().is_none());
         drop(place);
@@ -175,7 +175,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_call_that_waits_in_vain_is_refused_and_leaves_nothing() {
-        let room = Room::default();
+        let room = Admission::default();
         let place = room.admit_from(&ALICE, 512, 0).await.expect("there is room");
         room.admit_from(&ALICE, 1, 0).await.expect_err("there is none");
         // Dropped while it waits.

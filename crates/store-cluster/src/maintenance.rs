@@ -16,7 +16,7 @@ use std::{
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use qpq_domain::{StoreId, TokenHash, UnixMillis};
-use qpq_ports::{NewHistory, StoreError, StoreResult, Upkeep};
+use qpq_ports::{Maintenance, NewHistory, StoreError, StoreResult};
 use redis::Cmd;
 use sqlx::PgConnection;
 use tokio::time::Instant;
@@ -125,7 +125,7 @@ impl Sizes {
 }
 
 #[derive(Debug)]
-pub(crate) struct ClusterUpkeep {
+pub(crate) struct ClusterMaintenance {
     database: Database,
     redis: Redis,
     sessions: Arc<ClusterSessions>,
@@ -135,7 +135,7 @@ pub(crate) struct ClusterUpkeep {
     sizes: Sizes,
 }
 
-impl ClusterUpkeep {
+impl ClusterMaintenance {
     pub(crate) fn new(
         database: Database,
         redis: Redis,
@@ -198,7 +198,7 @@ impl ClusterUpkeep {
 }
 
 #[async_trait]
-impl Upkeep for ClusterUpkeep {
+impl Maintenance for ClusterMaintenance {
     async fn check(&self) -> StoreResult<()> {
         tokio::try_join!(self.commit(), self.write()).map(drop)
     }

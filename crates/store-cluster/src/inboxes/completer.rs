@@ -1,5 +1,5 @@
-//! Group settlement: pages that clients have got are removed many at a time, as messages are
-//! committed many at a time. A settlement by itself would cost a transaction, which is many times
+//! Group completion: pages that clients have got are removed many at a time, as messages are
+//! committed many at a time. A completion by itself would cost a transaction, which is many times
 //! what removing its rows costs.
 
 use std::{
@@ -31,23 +31,23 @@ struct Closed;
 
 /// Takes pages to be removed. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(super) struct Settlers {
-    pages: mpsc::UnboundedSender<Settled>,
+pub(super) struct Completers {
+    pages: mpsc::UnboundedSender<Completed>,
 }
 
 /// A page that its client has.
 #[derive(Debug)]
-struct Settled {
+struct Completed {
     store_id: StoreId,
     inbox: i64,
     seqs: Vec<Seq>,
     now: UnixMillis,
-    answer: oneshot::Sender<StoreResult<Settlement>>,
+    answer: oneshot::Sender<StoreResult<Completion>>,
 }
 
 /// What became of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Settlement {
+pub(super) enum Completion {
     /// Its messages are gone, by the inbox's removal of this number. That is unknown if nothing of
     /// the page was left: others removed it, or this edge did and Postgres's answer was lost.
     Removed(u64),
@@ -55,37 +55,37 @@ pub(super) enum Settlement {
     OtherHistory,
 }
 
-impl Settlers {
+impl Completers {
     /// Needs a tokio runtime, on which they work as long as somebody has them.
     pub(super) fn start(database: &Database, recent_ids: Duration) -> Self {
         let (pages, waiting) = mpsc::unbounded_channel();
         let waiting = Arc::new(Mutex::new(waiting));
         for _ in 0..SETTLERS {
-            tokio::spawn(settle(database.clone(), recent_ids, Arc::clone(&waiting)));
+            tokio::spawn(complete(database.clone(), recent_ids, Arc::clone(&waiting)));
         }
         Self { pages }
     }
 
     /// Removes the messages of a page that was read in a history, durably.
-    pub(super) async fn settle(
+    pub(super) async fn complete(
         &self,
         store_id: StoreId,
         inbox: i64,
         seqs: Vec<Seq>,
         now: UnixMillis,
-    ) -> StoreResult<Settlement> {
-        let (answer, settled) = oneshot::channel();
+    ) -> StoreResult<Completion> {
+        let (answer, completed) = oneshot::channel();
         self.pages
-            .send(Settled { store_id, inbox, seqs, now, answer })
+            .send(Completed { store_id, inbox, seqs, now, answer })
             .map_err(|_| StoreError::unavailable(Closed))?;
-        settled.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+        completed.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
     }
 }
 
-async fn settle(
+async fn complete(
     database: Database,
     recent_ids: Duration,
-    waiting: Arc<Mutex<mpsc::UnboundedReceiver<Settled>>>,
+    waiting: Arc<Mutex<mpsc::UnboundedReceiver<Completed>>>,
 ) {
     let mut pages = Vec::with_capacity(BATCH);
     loop {
@@ -110,14 +110,14 @@ async fn remove_all(
     database: &Database,
     recent_ids: Duration,
     store_id: StoreId,
-    batch: Vec<Settled>,
+    batch: Vec<Completed>,
 ) {
-    metrics::histogram!(names::SETTLE_BATCH).record(batch.len() as f64);
+    metrics::histogram!(names::COMPLETION_BATCH).record(batch.len() as f64);
     let now = batch.iter().map(|page| page.now).max().unwrap_or_default();
     let shown: Arc<[(i64, Seq)]> =
         batch.iter().flat_map(|page| page.seqs.iter().map(|seq| (page.inbox, *seq))).collect();
     let removed: Result<Option<HashMap<i64, u64>>, Shared> = database
-        .once_shared("settle", Repeat::Harmless, |connection| {
+        .once_shared("complete", Repeat::Harmless, |connection| {
             let shown = Arc::clone(&shown);
             Box::pin(
                 async move { remove::shown(connection, &store_id, &shown, now, recent_ids).await },
@@ -126,10 +126,10 @@ async fn remove_all(
         .await;
     for page in batch {
         let outcome = match &removed {
-            Ok(Some(removed)) => Ok(Settlement::Removed(
+            Ok(Some(removed)) => Ok(Completion::Removed(
                 removed.get(&page.inbox).copied().unwrap_or(UNKNOWN_REMOVAL),
             )),
-            Ok(None) => Ok(Settlement::OtherHistory),
+            Ok(None) => Ok(Completion::OtherHistory),
             Err(error) => Err(error.clone().into()),
         };
         // Whoever gave up changes nothing.

@@ -10,7 +10,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use futures_util::{FutureExt as _, future::BoxFuture};
 use qpq_domain::{StoreId, UnixMillis};
-use qpq_ports::{NewHistory, StoreResult, Upkeep};
+use qpq_ports::{Maintenance, NewHistory, StoreResult};
 use sqlx::SqliteConnection;
 
 use crate::{
@@ -30,7 +30,7 @@ pub(crate) const SWEEP: i64 = 256;
 const LOAD: usize = 64 << 10;
 
 #[derive(Debug)]
-pub(crate) struct EmbeddedUpkeep {
+pub(crate) struct EmbeddedMaintenance {
     writer: Writer,
     sessions: Arc<EmbeddedSessions>,
     history: History,
@@ -39,7 +39,7 @@ pub(crate) struct EmbeddedUpkeep {
     damage: Damage,
 }
 
-impl EmbeddedUpkeep {
+impl EmbeddedMaintenance {
     pub(crate) fn new(
         writer: Writer,
         sessions: Arc<EmbeddedSessions>,
@@ -52,7 +52,7 @@ impl EmbeddedUpkeep {
 }
 
 #[async_trait]
-impl Upkeep for EmbeddedUpkeep {
+impl Maintenance for EmbeddedMaintenance {
     async fn check(&self) -> StoreResult<()> {
         self.damage.check(&self.writer).await?;
         if let Some(refused) = self.writer.refused() {
@@ -88,7 +88,7 @@ impl Upkeep for EmbeddedUpkeep {
     }
 }
 
-impl EmbeddedUpkeep {
+impl EmbeddedMaintenance {
     /// Looks at the clock, before anything is removed by what it shows.
     async fn look(&self, now: UnixMillis) -> StoreResult<()> {
         let (looking, clock) = (self.clock.clone(), self.clock.clone());
@@ -151,7 +151,7 @@ impl EmbeddedUpkeep {
     }
 }
 
-impl EmbeddedUpkeep {
+impl EmbeddedMaintenance {
     /// Commits something that needs more room than a batch of so many bytes; the next beat lets go
     /// of it.
     async fn lift(&self, refused: usize) -> StoreResult<()> {
@@ -159,7 +159,7 @@ impl EmbeddedUpkeep {
             i64::try_from(refused.saturating_mul(2).saturating_add(LOAD)).unwrap_or(i64::MAX);
         self.writer
             .run(
-                Scope::Alone,
+                Scope::SingleEdge,
                 refused,
                 move |connection| {
                     async move {

@@ -9,8 +9,8 @@ use qpq_domain::{
     Username,
 };
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, Read,
-    Registration, Session, Stores, UploadMode, View,
+    Ack, Enqueue, Enqueued, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, ReadQuery,
+    Reader, Registration, Session, Stores, UploadMode, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
@@ -137,12 +137,12 @@ impl Content {
     async fn read(&mut self, stores: &Stores) {
         let inbox = self.people[self.random.gen_range(0..self.people.len())].0.identity;
         let view = if self.random.r#gen() { View::All } else { View::Channel(self.channel()) };
-        let read = Read { inbox, device: None, view };
+        let read = ReadQuery { reader: Reader::single(inbox), view };
         let limit = PageLimit { messages: self.random.gen_range(1..20), bytes: 1 << 20 };
         let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
         let seen: Vec<Seq> = lease.page().envelopes.iter().map(|envelope| envelope.seq).collect();
         if self.random.r#gen() {
-            lease.settle(self.now).await.unwrap();
+            lease.complete(self.now).await.unwrap();
         } else {
             drop(lease);
             let seqs = seen.into_iter().filter(|_| self.random.r#gen()).collect();
@@ -253,7 +253,7 @@ impl Content {
         let views: Vec<View> = channels.map(View::Channel).into_iter().chain([View::All]).collect();
         for (person, _) in &self.people {
             for view in &views {
-                let read = Read { inbox: person.identity, device: None, view: *view };
+                let read = ReadQuery { reader: Reader::single(person.identity), view: *view };
                 let (mut pages, mut after) = (0, Seq::ZERO);
                 loop {
                     let limit = PageLimit { messages: 50, bytes: 100_000 };
@@ -308,13 +308,13 @@ impl Content {
 
     async fn compare_reading(&self, one: &Stores, two: &Stores) {
         for (person, _) in &self.people {
-            let read = Read { inbox: person.identity, device: None, view: View::All };
+            let read = ReadQuery { reader: Reader::single(person.identity), view: View::All };
             let fetch = async |stores: &Stores| {
                 let limit = PageLimit { messages: 5, bytes: 1 << 20 };
                 let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
                 // Each store has an id of its own.
                 let page = Page { store_id: StoreId::new([0; 16]), ..lease.page().clone() };
-                lease.settle(self.now).await.unwrap();
+                lease.complete(self.now).await.unwrap();
                 let up_to = page.envelopes.last().map(|last| Seq(last.seq.0 + 3));
                 (
                     page,

@@ -20,7 +20,7 @@ pub(crate) async fn sweep(stores: Stores, clock: Arc<dyn Clock>) {
         ticks.tick().await;
         let mut removed = 0;
         loop {
-            match stores.upkeep.sweep(clock.now()).await {
+            match stores.maintenance.sweep(clock.now()).await {
                 Ok(0) => break,
                 Ok(rows) => removed += rows,
                 Err(error) => {

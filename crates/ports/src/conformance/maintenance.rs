@@ -1,4 +1,4 @@
-//! Rules of [`crate::Upkeep`].
+//! Rules of [`crate::Maintenance`].
 
 use qpq_domain::{Delivery, KeyPackageCaps, TokenHash, UnixMillis};
 
@@ -10,16 +10,16 @@ use crate::{Enqueued, NewKeyPackage, NewSession, Session, Upload, UploadMode};
 
 pub async fn a_healthy_backend_passes_its_check(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    bench.stores.upkeep.check().await.expect("healthy");
+    bench.stores.maintenance.check().await.expect("healthy");
     bench.crash().await;
-    bench.stores.upkeep.check().await.expect("healthy again");
+    bench.stores.maintenance.check().await.expect("healthy again");
 }
 
 /// Sweeps until nothing is left to sweep; how many rows went.
 pub(super) async fn sweep_all(bench: &Bench, now: UnixMillis) -> u64 {
     let mut rows = 0;
     loop {
-        match bench.stores.upkeep.sweep(now).await.expect("sweep") {
+        match bench.stores.maintenance.sweep(now).await.expect("sweep") {
             0 => return rows,
             some => rows += some,
         }

@@ -1,4 +1,4 @@
-//! Notices between edges, over NATS. While nothing is heard through it, whoever waits here is told
+//! AccountEvents between edges, over NATS. While nothing is heard through it, whoever waits here is told
 //! every now and then that sessions may have ended; each then looks its own up, which no copy of
 //! stands in the way of for long.
 
@@ -6,7 +6,7 @@ use std::{mem, sync::Arc, time::Duration};
 
 use futures_util::stream::{self, BoxStream};
 use qpq_domain::IdentityKey;
-use qpq_ports::{Notice, Notices};
+use qpq_ports::{AccountEvent, AccountEvents};
 use tokio::{
     sync::broadcast::{Receiver, error::RecvError},
     time::{Instant, sleep_until},
@@ -20,7 +20,7 @@ use crate::{
 
 /// The port over the bus.
 #[derive(Clone, Debug)]
-pub(crate) struct ClusterNotices {
+pub(crate) struct ClusterAccountEvents {
     pub(crate) bus: Bus,
     pub(crate) sessions: Arc<ClusterSessions>,
     pub(crate) waking: Waking,
@@ -28,22 +28,22 @@ pub(crate) struct ClusterNotices {
     pub(crate) every: Duration,
 }
 
-impl Notices for ClusterNotices {
-    fn publish(&self, identity: &IdentityKey, notice: Notice) {
-        self.bus.notice(*identity, notice);
+impl AccountEvents for ClusterAccountEvents {
+    fn publish(&self, identity: &IdentityKey, event: AccountEvent) {
+        self.bus.event(*identity, event);
     }
 
-    fn listen(&self) -> BoxStream<'static, (IdentityKey, Notice)> {
+    fn listen(&self) -> BoxStream<'static, (IdentityKey, AccountEvent)> {
         let listener = Listener {
             heard: self.bus.hear(),
             to_look: Vec::new(),
             missed: Missed::Nothing,
             next_look: Instant::now() + self.every,
-            notices: self.clone(),
+            account_events: self.clone(),
         };
         Box::pin(stream::unfold(listener, |mut listener| async {
-            let notice = listener.next().await?;
-            Some((notice, listener))
+            let event = listener.next().await?;
+            Some((event, listener))
         }))
     }
 }
@@ -61,22 +61,22 @@ struct Listener {
     to_look: Vec<IdentityKey>,
     missed: Missed,
     next_look: Instant,
-    notices: ClusterNotices,
+    account_events: ClusterAccountEvents,
 }
 
 impl Listener {
-    async fn next(&mut self) -> Option<(IdentityKey, Notice)> {
+    async fn next(&mut self) -> Option<(IdentityKey, AccountEvent)> {
         loop {
             if let Some(identity) = self.to_look.pop() {
-                return Some((identity, Notice::SessionsEnded));
+                return Some((identity, AccountEvent::SessionsEnded));
             }
             tokio::select! {
                 word = self.heard.recv() => match word {
-                    Ok(Heard::Notice(identity, notice)) => return Some((identity, notice)),
+                    Ok(Heard::AccountEvent(identity, event)) => return Some((identity, event)),
                     // Comes before the notice of it, and whoever hears that looks the session up at
                     // once: the copy here must be gone by then, whether or not anybody else who
                     // forgets it has had a turn.
-                    Ok(Heard::SessionEnded(token)) => self.notices.sessions.forget(&token),
+                    Ok(Heard::SessionEnded(token)) => self.account_events.sessions.forget(&token),
                     Ok(Heard::Wake(..)) => {}
                     Err(RecvError::Lagged(_)) => self.look_anew(),
                     Err(RecvError::Closed) => return None,
@@ -87,10 +87,10 @@ impl Listener {
     }
 
     fn look(&mut self) {
-        self.next_look = Instant::now() + self.notices.every;
-        if self.notices.bus.is_deaf() {
+        self.next_look = Instant::now() + self.account_events.every;
+        if self.account_events.bus.is_deaf() {
             self.missed = Missed::Something;
-            self.to_look = self.notices.waking.waiting();
+            self.to_look = self.account_events.waking.waiting();
         } else if mem::replace(&mut self.missed, Missed::Nothing) == Missed::Something {
             self.look_anew();
         }
@@ -98,7 +98,7 @@ impl Listener {
 
     /// Something was missed and nothing more is: believing no copy once is enough.
     fn look_anew(&mut self) {
-        self.notices.sessions.forget_all();
-        self.to_look = self.notices.waking.waiting();
+        self.account_events.sessions.forget_all();
+        self.to_look = self.account_events.waking.waiting();
     }
 }

@@ -6,8 +6,8 @@ pub(crate) mod scene;
 
 use std::{fs, io::Read as _, path::Path, process::Child, time::Duration};
 
-use qpq_ports::moving::Table;
-use qpq_ports::{Enqueue, Enqueued, PageLimit, Read, View};
+use qpq_ports::transfer::Table;
+use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, View};
 use qpq_store_embedded::{EmbeddedStore, Limits, MOVED_FILE, OpenError};
 use rand::Rng as _;
 use tokio::time::{Instant, sleep};
@@ -37,7 +37,7 @@ async fn whatever_the_node_answers_the_cluster_answers() {
     }
     let (limit, now) = (PageLimit { messages: 10, bytes: 1_000 }, scene.content.now());
     for inbox in scene.content.identities() {
-        let read = Read { inbox, device: None, view: View::All };
+        let read = ReadQuery { reader: Reader::single(inbox), view: View::All };
         assert!(cluster.inboxes.lease(read, limit, now).await.unwrap().page().envelopes.is_empty());
     }
     scene.sql("INSERT INTO account (username, identity, opaque_record, created_at) VALUES ('other', decode(repeat('ab', 32), 'hex'), '', 0)").await;
