@@ -199,6 +199,9 @@ pub enum Error {
         "the identity key of {username} has changed; compare safety numbers before you write to them"
     )]
     IdentityChanged { username: Username, known: IdentityKey, now: IdentityKey },
+    /// Messages of this user are refused, so an answer would not be read.
+    #[error("you have blocked {0}")]
+    Blocked(Username),
     #[error("there is no such conversation")]
     NoSuchConversation,
     #[error("a message has at most {max} bytes, this one has {size}")]

@@ -85,6 +85,9 @@ pub enum Error {
     NotTheMaker,
     #[error("we were removed from the group: ask its maker to be added again")]
     NoLongerMember,
+    /// Nobody could change the group any more.
+    #[error("its maker cannot leave a group: nobody else could change it")]
+    MakerStays,
     #[error("nobody else is in the group: add someone first")]
     Alone,
     #[error("name at least one person")]
@@ -345,6 +348,27 @@ impl Client {
     /// bytes. See the crate's documentation on saving before sending.
     pub fn ask(&mut self, group: GroupId, digests: Vec<[u8; 32]>) -> Result<Parcel, Error> {
         self.encrypt_bytes(group, &crate::content::could_not_read(&digests))
+    }
+
+    /// Drops a group that somebody else made, and all its keys. What is still sent to it is refused,
+    /// until its maker adds us again. Returns what asks the maker to remove us, unless that has
+    /// happened.
+    pub fn leave(&mut self, id: GroupId) -> Result<Option<Parcel>, Error> {
+        let group = self.group(&id)?.ok_or(Error::UnknownGroup)?;
+        if group.peer_of(&self.identity.public()).is_some() {
+            return Err(Error::DirectIsForTwo);
+        }
+        if group.maker == self.identity.public() {
+            return Err(Error::MakerStays);
+        }
+        let farewell = match self.encrypt_bytes(id, &crate::content::leaving()) {
+            Ok(parcel) => Some(Parcel { recipients: vec![group.maker], ..parcel }),
+            Err(Error::NoLongerMember | Error::CopyTooOld) => None,
+            Err(error) => return Err(error),
+        };
+        self.forget(&id)?;
+        self.database.put(tables::LEFT, id.as_bytes(), None, b"")?;
+        Ok(farewell)
     }
 
     fn encrypt_bytes(&mut self, id: GroupId, content: &[u8]) -> Result<Parcel, Error> {

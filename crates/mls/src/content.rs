@@ -29,12 +29,16 @@ pub(crate) enum Said {
     Text(Content),
     /// The sender could not read these messages, named by the SHA-256 of their bytes.
     CouldNotRead(Vec<[u8; 32]>),
+    /// The sender has left the group, and asks its maker to be removed.
+    Leaving,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Control {
     #[prost(bytes = "vec", repeated, tag = "1")]
     could_not_read: Vec<Vec<u8>>,
+    #[prost(bool, tag = "2")]
+    leaving: bool,
 }
 
 impl Said {
@@ -43,16 +47,28 @@ impl Said {
         let (&CONTROL_VERSION, protobuf) = bytes.split_first()? else {
             return Content::decode(bytes).map(Self::Text);
         };
-        let digests = Control::decode(protobuf).ok()?.could_not_read;
+        let control = Control::decode(protobuf).ok()?;
+        if control.leaving {
+            return Some(Self::Leaving);
+        }
         let digests: Option<Vec<_>> =
-            digests.into_iter().map(|digest| digest.try_into().ok()).collect();
+            control.could_not_read.into_iter().map(|digest| digest.try_into().ok()).collect();
         digests.filter(|digests| !digests.is_empty()).map(Self::CouldNotRead)
     }
 }
 
 /// The bytes of [`Said::CouldNotRead`].
 pub(crate) fn could_not_read(digests: &[[u8; 32]]) -> Vec<u8> {
-    let control = Control { could_not_read: digests.iter().map(|one| one.to_vec()).collect() };
+    let could_not_read = digests.iter().map(|one| one.to_vec()).collect();
+    encode(&Control { could_not_read, ..Control::default() })
+}
+
+/// The bytes of [`Said::Leaving`].
+pub(crate) fn leaving() -> Vec<u8> {
+    encode(&Control { leaving: true, ..Control::default() })
+}
+
+fn encode(control: &Control) -> Vec<u8> {
     let mut bytes = vec![CONTROL_VERSION];
     control.encode(&mut bytes).expect("a Vec grows as needed");
     bytes

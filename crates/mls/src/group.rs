@@ -69,6 +69,7 @@ pub struct GroupSummary {
 pub(crate) enum Outcome {
     Message { sender: Member, content: Content },
     Asked { sender: Member, digests: Vec<[u8; 32]> },
+    Leaving { sender: Member },
     Committed { added: Vec<Member>, removed: Vec<Member> },
     Lost(Lost),
     Ignored(Ignored),
@@ -261,6 +262,7 @@ impl Group {
         let epoch = processed.epoch().as_u64();
         let Sender::Member(leaf) = *processed.sender() else { return Err(Ignored::Invalid) };
         let sender = self.sender(leaf, epoch);
+        let has_departed = self.departed_as(leaf, epoch).is_some();
         let credential = processed.credential().clone();
         match processed.into_content() {
             ProcessedMessageContent::ApplicationMessage(message) => {
@@ -273,6 +275,8 @@ impl Group {
                 match Said::decode(&message.into_bytes()).ok_or(Ignored::UnknownContent)? {
                     Said::Text(content) => Ok(Outcome::Message { sender, content }),
                     Said::CouldNotRead(digests) => Ok(Outcome::Asked { sender, digests }),
+                    Said::Leaving if has_departed => Err(Ignored::AlreadyGone),
+                    Said::Leaving => Ok(Outcome::Leaving { sender }),
                 }
             }
             ProcessedMessageContent::StagedCommitMessage(commit) => {
@@ -347,15 +351,19 @@ impl Group {
 
     /// Who had `leaf` in `epoch`.
     fn sender(&self, leaf: LeafNodeIndex, epoch: u64) -> Option<Member> {
+        self.departed_as(leaf, epoch).cloned().or_else(|| {
+            let now = self.mls.member_at(leaf)?;
+            Member::read(&now.signature_key, &now.credential)
+        })
+    }
+
+    /// Who had `leaf` in `epoch`, if that member is gone.
+    fn departed_as(&self, leaf: LeafNodeIndex, epoch: u64) -> Option<&Member> {
         self.departed
             .iter()
             .filter(|departed| departed.leaf == leaf.u32() && departed.last_epoch >= epoch)
             .min_by_key(|departed| departed.last_epoch)
-            .map(|departed| departed.member.clone())
-            .or_else(|| {
-                let now = self.mls.member_at(leaf)?;
-                Member::read(&now.signature_key, &now.credential)
-            })
+            .map(|departed| &departed.member)
     }
 
     fn forget_departed(&mut self) {

@@ -47,7 +47,7 @@ impl GroupId {
         Self(id)
     }
 
-    fn is_made_by(&self, maker: &IdentityKey) -> bool {
+    pub(crate) fn is_made_by(&self, maker: &IdentityKey) -> bool {
         let mut nonce = [0; 16];
         nonce.copy_from_slice(&self.0[..16]);
         Self::bind(nonce, maker) == *self

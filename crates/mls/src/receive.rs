@@ -5,6 +5,8 @@
 //! [`Received::Duplicate`]; one that was not, and cannot be decrypted, is
 //! [`Received::Unreadable`]: the two are never confused.
 
+use std::collections::BTreeSet;
+
 use openmls::prelude::{MlsMessageBodyIn, MlsMessageIn, PrivateMessageIn, Welcome};
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
 use sha2::{Digest as _, Sha256};
@@ -18,6 +20,7 @@ use crate::{
     identity::Member,
     outline, packages,
     profile::GroupId,
+    tables,
     waiting::{self, Needs, PutAside},
 };
 
@@ -41,6 +44,11 @@ pub enum Received {
         sender: Member,
         digests: Vec<[u8; 32]>,
     },
+    /// A member has left the group, and asks its maker to be removed.
+    Leaving {
+        group: GroupId,
+        sender: Member,
+    },
     /// The group's maker changed who is in it. `added` are to be compared with the directory.
     Committed {
         group: GroupId,
@@ -52,6 +60,11 @@ pub enum Received {
     Buffered,
     /// It was here before. It may be acknowledged.
     Duplicate,
+    /// It is from somebody whose messages are refused, or for a group that we have left. It has no effect. It may be acknowledged.
+    Refused {
+        /// Whether it has used up a key package of ours.
+        used_package: bool,
+    },
     /// It may have said something to us, and cannot be read. It may be acknowledged.
     Unreadable(Unreadable),
     /// It has no effect and never will. It may be acknowledged.
@@ -116,6 +129,8 @@ pub enum Ignored {
     OldCommit,
     #[error("we are not in the group any more")]
     NoLongerMember,
+    #[error("the farewell of somebody who is not in the group any more")]
+    AlreadyGone,
     #[error("our own message")]
     OwnMessage,
     #[error("against the rules of MLS")]
@@ -139,6 +154,20 @@ impl Client {
         bytes: &[u8],
         arrival: Arrival,
     ) -> Result<Vec<Received>, DatabaseError> {
+        self.receive_except(bytes, arrival, &BTreeSet::new())
+    }
+
+    /// As [`Client::receive`], but makes no use of a Welcome of somebody who is `refused`, and keeps
+    /// no message for a group that such a person made, or that says it is from one.
+    ///
+    /// What they send to a group that we are in is processed like anything else: the group's keys
+    /// stay in step.
+    pub fn receive_except(
+        &mut self,
+        bytes: &[u8],
+        arrival: Arrival,
+        refused: &BTreeSet<IdentityKey>,
+    ) -> Result<Vec<Received>, DatabaseError> {
         if !self.database.note_digest(&Sha256::digest(bytes).into(), day(arrival.at))? {
             return Ok(vec![Received::Duplicate]);
         }
@@ -147,9 +176,11 @@ impl Client {
         };
         match message.extract() {
             MlsMessageBodyIn::PrivateMessage(message) => {
-                self.receive_private(message, bytes, arrival)
+                self.receive_private(message, bytes, arrival, refused)
             }
-            MlsMessageBodyIn::Welcome(welcome) => self.receive_welcome(welcome, bytes, arrival),
+            MlsMessageBodyIn::Welcome(welcome) => {
+                self.receive_welcome(welcome, bytes, arrival, refused)
+            }
             // Everything else travels in the open, where our groups say nothing; an external commit
             // above all.
             _ => Ok(vec![Received::Ignored(Ignored::NotMls)]),
@@ -192,6 +223,7 @@ impl Client {
         message: PrivateMessageIn,
         bytes: &[u8],
         arrival: Arrival,
+        refused: &BTreeSet<IdentityKey>,
     ) -> Result<Vec<Received>, DatabaseError> {
         let Ok(id) = GroupId::try_from(message.group_id().as_slice()) else {
             return Ok(vec![Received::Ignored(Ignored::NotMls)]);
@@ -203,6 +235,13 @@ impl Client {
             Some(_) => None,
         };
         if let Some(needs) = needs {
+            let has_left = self.database.get(tables::LEFT, id.as_bytes())?.is_some();
+            let is_refused = has_left
+                || refused.iter().any(|key| id.is_made_by(key))
+                || outline::claimed_sender(bytes).is_some_and(|sender| refused.contains(&sender));
+            if needs == Needs::Welcome && is_refused {
+                return Ok(vec![Received::Refused { used_package: false }]);
+            }
             let message = PutAside { group: id, epoch, needs, arrival, bytes: bytes.to_vec() };
             let displaced = waiting::put_aside(&self.database, &message)?;
             let displaced = displaced
@@ -223,6 +262,7 @@ impl Client {
         welcome: Welcome,
         bytes: &[u8],
         arrival: Arrival,
+        refused: &BTreeSet<IdentityKey>,
     ) -> Result<Vec<Received>, DatabaseError> {
         let Some(package) = packages::addressed_by(&self.database, &welcome)? else {
             let lost = unreadable(bytes, None, Lost::NoPackage, arrival);
@@ -233,6 +273,11 @@ impl Client {
             Err(reason) => return Ok(vec![Received::Ignored(reason)]),
         };
         let id = group.id();
+        if refused.contains(&group.profile().maker) {
+            packages::used(&self.database, &package)?;
+            waiting::remove_group(&self.database, &id)?;
+            return Ok(vec![Received::Refused { used_package: true }]);
+        }
         // The id binds the maker, so this is the same maker's word about the same group; the later
         // epoch is the newer.
         if self.group(&id)?.is_some_and(|known| known.epoch >= group.epoch()) {
@@ -240,6 +285,7 @@ impl Client {
         }
         let mut results = vec![Received::Joined(group.summary())];
         packages::used(&self.database, &package)?;
+        self.database.delete(tables::LEFT, id.as_bytes())?;
         self.insert(group);
         self.retry(id, &mut results)?;
         Ok(results)
@@ -276,6 +322,7 @@ impl Client {
                 Received::Message { group: id, channel: group.profile().channel, sender, content }
             }
             Outcome::Asked { sender, digests } => Received::Asked { group: id, sender, digests },
+            Outcome::Leaving { sender } => Received::Leaving { group: id, sender },
             Outcome::Committed { added, removed } => {
                 Received::Committed { group: id, added, removed }
             }

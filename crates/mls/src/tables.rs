@@ -16,3 +16,5 @@ pub(crate) const WAITING: Table = Table::new(5);
 pub(crate) const RETIRED: Table = Table::new(6);
 /// How many of our keys are to be skipped in a group before anything is encrypted.
 pub(crate) const SKIPPED: Table = Table::new(7);
+/// Groups that we have left: what is still sent to them is dropped.
+pub(crate) const LEFT: Table = Table::new(8);

@@ -5,7 +5,7 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use qpq_client::{Fingerprint, Username};
+use qpq_client::{Fingerprint, IdentityKey, Username};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -230,6 +230,23 @@ pub(crate) enum Command {
         #[arg(long, requires = "user")]
         accept: bool,
     },
+    /// Take no more messages from somebody
+    ///
+    /// What they send from now on is not shown, and groups of theirs are not joined.
+    /// They are not told. What came before stays.
+    ///
+    /// Examples:
+    ///   qpq block mallory
+    ///   qpq block --key 9f31a2b3…    the identity in full, as --json shows it
+    #[command(verbatim_doc_comment)]
+    Block(Whom),
+    /// Take messages from somebody again
+    ///
+    /// What they sent meanwhile is lost, and so are groups that they added you to.
+    #[command(verbatim_doc_comment)]
+    Unblock(Whom),
+    /// List those whose messages are not taken
+    Blocked,
     /// List the profiles on this machine
     Profiles,
     /// Print the completions for bash, zsh, fish, elvish or powershell
@@ -242,6 +259,26 @@ pub(crate) enum Command {
         #[arg(hide_possible_values = true)]
         shell: Shell,
     },
+}
+
+/// A person, by name or key.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Whom {
+    /// Who
+    pub(crate) user: Option<Username>,
+    /// Their identity instead of a name
+    #[arg(long, value_name = "IDENTITY", value_parser = identity)]
+    pub(crate) key: Option<IdentityKey>,
+}
+
+fn identity(text: &str) -> Result<IdentityKey, &'static str> {
+    let digit = |place| text.get(place..place + 2).and_then(|two| u8::from_str_radix(two, 16).ok());
+    let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(digit).collect();
+    bytes
+        .filter(|_| text.bytes().all(|byte| byte.is_ascii_hexdigit()))
+        .and_then(|bytes| IdentityKey::try_from(&bytes[..]).ok())
+        .ok_or("an identity has 64 hexadecimal digits")
 }
 
 #[derive(Debug, Subcommand)]
@@ -271,6 +308,15 @@ pub(crate) enum GroupCommand {
         /// The text; `-`, or nothing, reads it from standard input
         #[arg(allow_hyphen_values = true)]
         text: Option<String>,
+    },
+    /// Leave a group that somebody else made
+    ///
+    /// Nothing of it is shown any more. Its members see you leave when the client of
+    /// its maker has read that.
+    #[command(verbatim_doc_comment)]
+    Leave {
+        /// The group's name, or the beginning of its id
+        group: String,
     },
     /// List your groups
     List,

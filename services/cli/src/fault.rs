@@ -106,6 +106,10 @@ impl From<Error> for Fault {
                 );
                 Self::new(Exit::Failure, "client.identity_changed", &error).hint(hint)
             }
+            Error::Blocked(ref username) => {
+                let hint = format!("run `qpq unblock {username}` first");
+                Self::new(Exit::Failure, "client.blocked", &error).hint(hint)
+            }
             Error::NoSuchConversation => {
                 failure("client.no_such_conversation", "see `qpq group list`")
             }
@@ -138,6 +142,9 @@ impl From<MlsError> for Fault {
             }
             MlsError::NoLongerMember => {
                 ("client.not_a_member", "the group's history can still be read")
+            }
+            MlsError::MakerStays => {
+                ("client.is_the_maker", "messages of its members can be hidden with `qpq block`")
             }
             MlsError::Alone => ("client.alone", "run `qpq group add GROUP USER`"),
             MlsError::Yourself => ("client.yourself", "name somebody else"),

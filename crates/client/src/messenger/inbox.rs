@@ -5,15 +5,16 @@
 //! acknowledges, by their seqs, exactly the messages that were processed. What was processed in a
 //! read that crashed before its Ack is recognized when it comes again.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
 
-use qpq_domain::{ChannelId, Seq, UnixMillis};
+use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis};
 use qpq_mls::{Arrival, Ignored, Lost, Received};
 use qpq_proto::{methods, v1};
 use sha2::{Digest as _, Sha256};
 
 use super::{
     Messenger,
+    leave::Leaving,
     log::{ConversationId, Entry, Event},
     marker::Marking,
     now,
@@ -224,6 +225,8 @@ pub(super) fn take_in(
     let marking = Marking::of(state.mls.identity());
     let mut taken =
         TakenIn { keys: NewKeys::NotNeeded, processed: Vec::new(), newest, news: false };
+    let blocked = state.blocked()?;
+    let mut leaving = Leaving::new();
     let legacy = state.number(LEGACY_CURSOR)?.unwrap_or(0);
     let last = Some(state.number(LAST_SEQ)?.unwrap_or(legacy));
     let mut numbers = Numbers { last, legacy, went_back: false };
@@ -250,17 +253,31 @@ pub(super) fn take_in(
         }
         taken.processed.push(seq);
         taken.news |= is_news;
-        for received in state.mls.receive(&envelope.data, arrival)? {
-            if matches!(received, Received::Joined(_)) {
+        for received in state.mls.receive_except(&envelope.data, arrival, &blocked)? {
+            if is_from(&received, &blocked) {
+                continue;
+            }
+            let used_package =
+                matches!(received, Received::Joined(_) | Received::Refused { used_package: true });
+            if used_package {
                 taken.keys = NewKeys::Needed;
             }
             if matches!(received, Received::Unreadable(_)) && seq <= numbers.legacy {
                 tracing::info!(seq, "a message that an earlier release has read arrived again");
                 continue;
             }
+            if let Received::Leaving { group, sender } = received {
+                let (last, members) = leaving.entry(group).or_insert((at, Vec::new()));
+                *last = at;
+                if !members.contains(&sender.identity) {
+                    members.push(sender.identity);
+                }
+                continue;
+            }
             note(state, received, at)?;
         }
     }
+    state.remove_leaving(leaving)?;
     state.set_number(LAST_SEQ, numbers.last)?;
     state.forget_old(newest_at.map_or(UnixMillis(0), |at| at.min(now)))?;
     if numbers.went_back || state.number(REPLACE_PACKAGES)?.is_some() {
@@ -318,6 +335,19 @@ fn channel(envelope: &v1::Envelope) -> ChannelId {
     ChannelId::try_from(&envelope.channel_id[..]).unwrap_or(ChannelId::DEFAULT)
 }
 
+/// Whether something was said by one of these people, or says that it was.
+fn is_from(received: &Received, people: &BTreeSet<IdentityKey>) -> bool {
+    match received {
+        Received::Message { sender, .. } | Received::Asked { sender, .. } => {
+            people.contains(&sender.identity)
+        }
+        Received::Unreadable(lost) => {
+            lost.claimed_sender.is_some_and(|sender| people.contains(&sender))
+        }
+        _ => false,
+    }
+}
+
 /// Notes a received message in the history.
 fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Error> {
     match received {
@@ -370,7 +400,10 @@ fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Err
                 state.log.push(conversation, at, Event::Removed { members: keys(removed) })?;
             }
         }
-        Received::Buffered | Received::Duplicate | Received::Ignored(Ignored::OwnMessage) => {}
+        Received::Buffered
+        | Received::Duplicate
+        | Received::Refused { .. }
+        | Received::Ignored(Ignored::OwnMessage | Ignored::AlreadyGone) => {}
         Received::Unreadable(lost) => {
             if lost.reason == Lost::NoPackage {
                 state.replace_packages()?;

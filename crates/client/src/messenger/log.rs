@@ -245,6 +245,13 @@ impl Log {
         Ok(())
     }
 
+    /// Marks everything in a conversation as seen.
+    pub(crate) fn mark_all_seen(&self, id: ConversationId) -> Result<(), DatabaseError> {
+        let unseen = self.unseen(None, usize::MAX)?;
+        let of_it = unseen.into_iter().filter(|entry| entry.conversation == Some(id));
+        self.mark_seen(&of_it.map(|entry| entry.id).collect::<Vec<_>>())
+    }
+
     /// Every conversation that has entries, with the time of the last one.
     pub(crate) fn conversations(&self) -> Result<Vec<(ConversationId, UnixMillis)>, DatabaseError> {
         let rows = self.database.all(CONVERSATIONS)?;

@@ -9,15 +9,19 @@
 //! | `inbox` | Peek, take in, save, then Ack |
 //! | `listen` | the live stream |
 //! | `marker` | the profile's own state that went back in time |
+//! | `block` | whose messages are not wanted |
+//! | `leave` | groups that one does not want to be in any more |
 //! | `repair` | messages that cannot be read: asking for them, and answering |
 //! | `prune` | removal of what nothing can ask for any more |
 //! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
 //! | `tables`, `records` | how it is kept; `legacy`: how earlier releases kept it |
 
+mod block;
 #[cfg(test)]
 mod cost;
 mod directory;
 mod inbox;
+mod leave;
 mod legacy;
 mod listen;
 mod log;

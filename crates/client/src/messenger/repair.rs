@@ -78,7 +78,7 @@ impl Messenger {
         self.store()
             .change(move |state| {
                 let digests = state.lost_of(&peer)?;
-                if digests.is_empty() {
+                if digests.is_empty() || state.is_blocked(&peer)? {
                     return Ok(());
                 }
                 let known = state.mls.direct_groups(&peer)?;
@@ -130,6 +130,8 @@ impl State {
             lost.claimed_sender.is_some_and(|sender| is_direct(&me, &sender, lost))
         })?;
         lost.extend(self.mls.give_up_waiting(now())?);
+        let blocked = self.blocked()?;
+        lost.retain(|lost| lost.claimed_sender.is_none_or(|sender| !blocked.contains(&sender)));
         for lost in lost {
             self.note_unreadable(&lost, lost.arrival.at)?;
         }
@@ -249,6 +251,13 @@ impl State {
             }
         }
         Ok(forgotten)
+    }
+
+    /// Asks this person for nothing that was lost up to now.
+    pub(super) fn forget_questions(&self, peer: &IdentityKey) -> Result<(), Error> {
+        self.database().delete_lane(LOST, peer.as_bytes())?;
+        self.database().delete(QUESTIONS, peer.as_bytes())?;
+        Ok(())
     }
 
     fn lost_of(&self, peer: &IdentityKey) -> Result<Vec<[u8; 32]>, Error> {

@@ -87,8 +87,13 @@ impl Messenger {
         self.verify().await?;
         let person = self.resolve(username).await?;
         // What would be refused anyway is not paid for with one of the user's key packages.
-        let is_member =
-            self.store().read(move |state| check_ours(state, &id, &person.identity)).await?;
+        let is_member = self
+            .store()
+            .read(move |state| {
+                state.check_not_blocked(&person.identity)?;
+                check_ours(state, &id, &person.identity)
+            })
+            .await?;
         if is_member {
             return Err(qpq_mls::Error::AlreadyMember(person.identity).into());
         }
@@ -150,6 +155,9 @@ impl Messenger {
         if let Some(text) = texts.iter().find(|text| text.len() > MAX_TEXT) {
             return Err(Error::TextTooLong { size: text.len(), max: MAX_TEXT });
         }
+        if let ConversationId::Direct(peer) = conversation {
+            self.store().read(move |state| state.check_not_blocked(&peer)).await?;
+        }
         self.verify().await?;
         if let ConversationId::Direct(peer) = conversation {
             self.start_direct(peer).await?;
@@ -175,7 +183,7 @@ impl Messenger {
 
     /// Makes sure that this state is no older copy of the profile, before anything is encrypted.
     /// Where the server cannot be asked now, that is noted, and made up for later.
-    async fn verify(&self) -> Result<(), Error> {
+    pub(super) async fn verify(&self) -> Result<(), Error> {
         if self.shared.verified.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -388,7 +396,7 @@ impl Messenger {
     }
 
     /// How far something got, by what came of the flush behind it.
-    async fn outcome(
+    pub(super) async fn outcome(
         &self,
         flushed: Result<(), Error>,
         entry: Option<EntryId>,
@@ -427,7 +435,7 @@ enum Left {
     Nothing,
 }
 
-fn group_of(conversation: ConversationId) -> Result<GroupId, Error> {
+pub(super) fn group_of(conversation: ConversationId) -> Result<GroupId, Error> {
     match conversation {
         ConversationId::Group(id) => Ok(id),
         ConversationId::Direct(_) => Err(qpq_mls::Error::DirectIsForTwo.into()),

@@ -12,5 +12,7 @@ pub(super) const OUTBOX: Table = Table::new(34);
 pub(super) const PEOPLE: Table = Table::new(35);
 /// Keys of people whose names the directory was not asked about yet.
 pub(super) const UNCHECKED: Table = Table::new(36);
+/// Keys of people whose messages are refused. 38 to 41 are in `repair`.
+pub(super) const BLOCKED: Table = Table::new(42);
 /// Single values.
 pub(super) const SETTINGS: Table = Table::new(37);

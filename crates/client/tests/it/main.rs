@@ -15,3 +15,4 @@ mod liar;
 mod network;
 mod profile;
 mod restore;
+mod unwanted;

@@ -380,3 +380,29 @@ fn without_the_second_recipient(message: &[u8]) -> Vec<u8> {
     let rest = &message[6 + all.tls_serialized_len()..];
     [&message[..6], &first.tls_serialize_detached().unwrap(), rest].concat()
 }
+
+#[test]
+fn an_old_farewell_does_not_remove_one_who_was_added_again() {
+    let (mut alice, mut bob) = (client("alice"), client("bob"));
+    let id = group_of(&mut alice, &mut [&mut bob]);
+    let farewell = bob.leave(id).unwrap().unwrap();
+    assert_eq!(farewell.recipients, [alice.identity.public()]);
+    assert_eq!(bob.group(&id), Ok(None));
+    let late = alice.ask(id, vec![[7; 32]]).unwrap();
+    assert_eq!(bob.hear(&late.payload), [Received::Refused { used_package: false }]);
+
+    alice.remove(id, &[bob.identity.public()]).unwrap();
+    let again = package(&mut bob);
+    let (_, welcome) = alice.groups.get_mut(&id).unwrap().add(&alice.identity, &[again]).unwrap();
+    assert!(matches!(bob.hear(&welcome)[..], [Received::Joined(_)]));
+    assert_eq!(alice.hear(&farewell.payload), [Received::Ignored(Ignored::AlreadyGone)]);
+
+    let second = bob.leave(id).unwrap().unwrap();
+    let heard = alice.hear(&second.payload);
+    assert!(
+        matches!(&heard[..], [Received::Leaving { group, sender }]
+            if *group == id && sender.identity == bob.identity.public()),
+        "{heard:?}"
+    );
+    assert_eq!(alice.leave(id), Err(Error::MakerStays));
+}

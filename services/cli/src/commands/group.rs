@@ -72,6 +72,29 @@ pub(crate) async fn add(context: &Context, group: &str, members: &[Username]) ->
     .await
 }
 
+#[derive(Debug, Serialize)]
+struct Left {
+    event: &'static str,
+    name: String,
+    id: String,
+}
+
+impl Report for Left {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        writeln!(out, "You have left the group {}.", style.bold(text::line(&self.name)))
+    }
+}
+
+pub(crate) async fn leave(context: &Context, group: &str) -> Result<(), Fault> {
+    opened::with_news(context, async |messenger| {
+        let (group, name) = find(&messenger.conversations().await?, group)?;
+        // Where the server does not take the farewell now, the next command sends it.
+        messenger.leave(group).await?;
+        context.output.report(&Left { event: "group_left", name, id: group.to_string() })
+    })
+    .await
+}
+
 async fn add_all(
     messenger: &Messenger,
     group: ConversationId,

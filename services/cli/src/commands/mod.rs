@@ -1,6 +1,7 @@
 //! What each command does. A command opens what it needs, acts, reports and closes.
 
 mod account;
+mod block;
 mod group;
 mod keys;
 mod local;
@@ -38,6 +39,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault
         Command::Group(GroupCommand::Send { group, text }) => {
             group::send(context, &group, text).await
         }
+        Command::Group(GroupCommand::Leave { group }) => group::leave(context, &group).await,
         Command::Group(GroupCommand::List) => group::list(context).await,
         Command::Group(GroupCommand::Members { group }) => group::members(context, &group).await,
         Command::Keys { user, verified, accept } => {
@@ -45,6 +47,9 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault
             let compared = if verified { Compared::Now } else { Compared::AsNoted };
             keys::show(context, user.as_ref(), changed, compared).await
         }
+        Command::Block(whom) => block::block(context, &whom).await,
+        Command::Unblock(whom) => block::unblock(context, &whom).await,
+        Command::Blocked => block::list(context).await,
         Command::Profiles => local::profiles(context),
         Command::Completions { shell } => {
             let mut script = Vec::new();

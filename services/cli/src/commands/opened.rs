@@ -74,6 +74,15 @@ pub(crate) fn is_temporary(error: &Error) -> bool {
     error.call().is_some_and(CallError::is_temporary)
 }
 
+/// As [`with`], for commands that need no server, or only sometimes: `work` runs without one too, with
+/// the reason for that.
+pub(crate) async fn locally<T>(
+    context: &Context,
+    work: impl AsyncFnOnce(&Messenger, Option<Fault>) -> Result<T, Fault>,
+) -> Result<T, Fault> {
+    with_or_without_server(context, work).await
+}
+
 async fn with_or_without_server<T>(
     context: &Context,
     work: impl AsyncFnOnce(&Messenger, Option<Fault>) -> Result<T, Fault>,

@@ -75,3 +75,19 @@ async fn a_group_named_like_a_user_gets_nothing_that_is_meant_for_the_user() {
     assert_eq!(bob.ok(&["recv"]).await, "alice: for you\n");
     assert_eq!(mallory.ok(&["recv"]).await, "[bob] alice: for all\n");
 }
+
+#[tokio::test]
+async fn a_group_can_be_left_by_all_but_its_maker() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let made = &alice.json(&["group", "create", "friends", "bob"]).await[0];
+    let left = &bob.json(&["group", "leave", "friends"]).await[0];
+    assert_eq!(*left, json!({ "event": "group_left", "name": "friends", "id": made["id"] }));
+    assert_eq!(alice.ok(&["recv"]).await, "* [friends] bob left\n");
+    assert!(bob.json(&["recv"]).await.is_empty());
+    bob.fails(&["group", "leave", "friends"], 1, "client.no_such_group").await;
+    alice.fails(&["group", "leave", "friends"], 1, "client.is_the_maker").await;
+    alice.ok(&["group", "add", "friends", "bob"]).await;
+    assert_eq!(bob.ok(&["recv"]).await, "* alice added you to the group friends\n");
+    assert_eq!(bob.ok(&["group", "leave", "friends"]).await, "You have left the group friends.\n");
+}

@@ -1,0 +1,72 @@
+//! People whose messages are not wanted. The server still takes what they send; this client
+//! acknowledges it and keeps nothing of it.
+//!
+//! A Welcome of theirs is not followed, and what is sent to a group that they made is dropped. In
+//! groups that we were in before, their messages are decrypted, so that the keys stay in step, and
+//! then dropped. What they change in a group of theirs is still noted: it is about others too.
+
+use std::collections::BTreeSet;
+
+use qpq_domain::IdentityKey;
+use qpq_mls::database::DatabaseError;
+
+use super::{Messenger, people::Person, state::State, tables::BLOCKED};
+use crate::error::Error;
+
+impl Messenger {
+    /// Refuses everything that this person sends from now on. What came before stays. Works without
+    /// a connection; blocking somebody twice is no error.
+    pub async fn block(&self, identity: IdentityKey) -> Result<Person, Error> {
+        if identity == self.profile().identity {
+            return Err(qpq_mls::Error::Yourself.into());
+        }
+        self.store()
+            .change(move |state| {
+                state.database().put(BLOCKED, identity.as_bytes(), None, identity.as_bytes())?;
+                state.forget_questions(&identity)?;
+                Ok(state.people.person(&identity)?)
+            })
+            .await
+    }
+
+    /// Takes what this person sends again; returns whether it was refused before. What was sent
+    /// meanwhile is lost, and so are the groups that this person added us to: it has to add us
+    /// again.
+    pub async fn unblock(&self, identity: IdentityKey) -> Result<bool, Error> {
+        self.store()
+            .change(move |state| Ok(state.database().delete(BLOCKED, identity.as_bytes())?))
+            .await
+    }
+
+    /// Everyone whose messages are refused.
+    pub async fn blocked(&self) -> Result<Vec<Person>, Error> {
+        self.store()
+            .read(|state| {
+                let blocked = state.blocked()?;
+                blocked.iter().map(|key| Ok(state.people.person(key)?)).collect()
+            })
+            .await
+    }
+}
+
+impl State {
+    /// The keys of everyone whose messages are refused.
+    pub(super) fn blocked(&self) -> Result<BTreeSet<IdentityKey>, DatabaseError> {
+        let damaged = |_| DatabaseError::Damaged("a blocked key is cut short".into());
+        let rows = self.database().all(BLOCKED)?;
+        rows.iter().map(|row| IdentityKey::try_from(&row[..]).map_err(damaged)).collect()
+    }
+
+    /// Whether this person's messages are refused.
+    pub(super) fn is_blocked(&self, identity: &IdentityKey) -> Result<bool, DatabaseError> {
+        Ok(self.database().get(BLOCKED, identity.as_bytes())?.is_some())
+    }
+
+    /// Fails if this person's messages are refused: an answer would not be read.
+    pub(super) fn check_not_blocked(&self, identity: &IdentityKey) -> Result<(), Error> {
+        if self.is_blocked(identity)? {
+            return Err(Error::Blocked(self.people.person(identity)?.username));
+        }
+        Ok(())
+    }
+}

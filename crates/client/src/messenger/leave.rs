@@ -1,0 +1,63 @@
+//! Leaving a group. Only a group's maker changes its members, so one who leaves drops the group at
+//! once and asks the maker; the maker's client removes everyone who has asked when it reads that.
+
+use std::{collections::BTreeMap, sync::atomic::Ordering};
+
+use qpq_domain::{IdentityKey, UnixMillis};
+use qpq_mls::{GroupId, Kind};
+
+use super::{
+    Messenger,
+    log::{ConversationId, Event},
+    send::{Outcome, group_of},
+    state::State,
+};
+use crate::error::Error;
+
+/// Members that have asked to be removed, and when the last of each group did.
+pub(super) type Leaving = BTreeMap<GroupId, (UnixMillis, Vec<IdentityKey>)>;
+
+impl Messenger {
+    /// Leaves a group that somebody else made. Its keys are gone when this returns, and nothing that
+    /// is sent to it is shown any more; the others see us leave when the maker's client has read
+    /// that.
+    pub async fn leave(&self, group: ConversationId) -> Result<Outcome, Error> {
+        let id = group_of(group)?;
+        // The keys with which this could be made up for later will be gone.
+        if !self.shared.verified.load(Ordering::Relaxed) {
+            self.sync().await?;
+        }
+        self.store()
+            .change(move |state| {
+                state.count_encryption()?;
+                if let Some(farewell) = state.mls.leave(id)? {
+                    state.outbox.push(farewell, None, super::now())?;
+                }
+                Ok(state.log.mark_all_seen(group)?)
+            })
+            .await?;
+        self.outcome(self.flush().await, None).await
+    }
+}
+
+impl State {
+    /// Removes those who have asked for it from groups that we made: one change for each group, so
+    /// that many who leave at once cost the others no old keys.
+    pub(super) fn remove_leaving(&mut self, leaving: Leaving) -> Result<(), Error> {
+        for (id, (at, mut members)) in leaving {
+            let Some(group) = self.mls.group(&id)? else { continue };
+            let is_ours = group.active
+                && group.maker == self.me()
+                && matches!(group.kind, Kind::Group { .. });
+            members.retain(|key| group.members.iter().any(|member| member.identity == *key));
+            if !is_ours || members.is_empty() {
+                continue;
+            }
+            self.count_encryption()?;
+            let commit = self.mls.remove(id, &members)?;
+            self.outbox.push(commit, None, super::now())?;
+            self.log.push(Some(ConversationId::Group(id)), at, Event::Removed { members })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,182 @@
+//! People and groups that one does not want to hear of.
+
+use qpq_client::{Error, Messenger, MlsError, Outcome};
+
+use crate::harness::{Server, dm, read, reopen, restart, username};
+
+/// How many values and items the state of a profile has, without the digests by which messages that
+/// come twice are known.
+fn size(server: &Server, name: &str) -> (u64, u64) {
+    let path = server.profile(name).join("state.db");
+    let database = rusqlite::Connection::open(path).unwrap();
+    let counts = "SELECT (SELECT count(*) FROM rows), (SELECT count(*) FROM items)";
+    let counted: (i64, i64) =
+        database.query_row(counts, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    (counted.0.cast_unsigned(), counted.1.cast_unsigned())
+}
+
+/// Makes a group with somebody, and writes to it.
+async fn invite(maker: &Messenger, guest: &str, name: &str) {
+    let group = maker.create_group(name).await.unwrap();
+    maker.add(group, &username(guest)).await.unwrap();
+    maker.send(group, "join us").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_blocked_person_sends_leaves_nothing() {
+    let server = Server::start().await;
+    let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
+    mallory.send(dm(&mallory, "bob").await, "hello").await.unwrap();
+    assert_eq!(read(&bob).await, ["mallory: hello"]);
+    let blocked = bob.block(mallory.profile().identity).await.unwrap();
+    assert_eq!(blocked.username, username("mallory"));
+
+    let mut sizes = Vec::new();
+    for _ in 0..2 {
+        // More groups than there are key packages: each time the stock is filled up.
+        for n in 0..60 {
+            invite(&mallory, "bob", &format!("offer {n}")).await;
+            mallory.send(dm(&mallory, "bob").await, "hello?").await.unwrap();
+        }
+        assert_eq!(read(&bob).await, [""; 0]);
+        sizes.push(size(&server, "bob"));
+    }
+    assert_eq!(sizes[0], sizes[1]);
+    assert_eq!(bob.conversations().await.unwrap().len(), 1, "the one from before");
+
+    // Nothing waits in the inbox, and others reach him: he has published new key packages.
+    assert_eq!(read(&bob).await, [""; 0]);
+    let alice = server.user("alice").await;
+    invite(&alice, "bob", "friends").await;
+    assert_eq!(read(&bob).await, ["joined by alice", "alice: join us"]);
+}
+
+#[tokio::test]
+async fn a_blocked_member_is_not_heard_until_unblocked_and_others_are() {
+    let server = Server::start().await;
+    let [alice, bob, mallory] =
+        [server.user("alice").await, server.user("bob").await, server.user("mallory").await];
+    let group = alice.create_group("friends").await.unwrap();
+    for name in ["bob", "mallory"] {
+        alice.add(group, &username(name)).await.unwrap();
+    }
+    read(&mallory).await;
+    read(&bob).await;
+
+    // Another process of the profile blocks; so it is after a restart.
+    let (dir, key) = (server.profile("bob"), bob.vault_key().await);
+    let other = reopen(&dir, &key).await;
+    let mallorys = mallory.profile().identity;
+    other.block(mallorys).await.unwrap();
+    other.block(mallorys).await.unwrap();
+    drop(other);
+    mallory.send(group, "one").await.unwrap();
+    alice.send(group, "two").await.unwrap();
+    assert_eq!(read(&bob).await, ["alice: two"]);
+    drop(bob);
+    let bob = restart(&dir, &key).await;
+    mallory.send(group, "three").await.unwrap();
+    assert_eq!(read(&bob).await, [""; 0]);
+    let names: Vec<_> =
+        bob.blocked().await.unwrap().iter().map(|person| person.username.to_string()).collect();
+    assert_eq!(names, ["mallory"]);
+
+    assert!(bob.unblock(mallorys).await.unwrap());
+    assert!(!bob.unblock(mallorys).await.unwrap());
+    assert!(bob.blocked().await.unwrap().is_empty());
+    mallory.send(group, "four").await.unwrap();
+    assert_eq!(read(&bob).await, ["mallory: four"]);
+}
+
+#[tokio::test]
+async fn nothing_is_sent_to_somebody_who_is_blocked() {
+    let server = Server::start().await;
+    let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
+    let with_mallory = dm(&bob, "mallory").await;
+    let group = bob.create_group("friends").await.unwrap();
+    bob.block(mallory.profile().identity).await.unwrap();
+    for refused in [
+        bob.send(with_mallory, "hello").await.map(drop),
+        bob.add(group, &username("mallory")).await.map(drop),
+    ] {
+        assert!(matches!(&refused, Err(Error::Blocked(name)) if *name == username("mallory")));
+    }
+    let oneself = bob.block(bob.profile().identity).await;
+    assert!(matches!(oneself, Err(Error::Mls(MlsError::Yourself))), "{oneself:?}");
+    assert_eq!(read(&mallory).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn one_who_leaves_a_group_is_removed_for_everybody_and_hears_nothing_more() {
+    let server = Server::start().await;
+    let [alice, bob, carol] =
+        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let group = alice.create_group("friends").await.unwrap();
+    for name in ["bob", "carol"] {
+        alice.add(group, &username(name)).await.unwrap();
+    }
+    alice.send(group, "unread by Bob").await.unwrap();
+    read(&carol).await;
+    bob.receive().await.unwrap();
+    assert!(matches!(bob.leave(group).await.unwrap(), Outcome::Sent));
+    let again = bob.leave(group).await;
+    assert!(matches!(again, Err(Error::Mls(MlsError::UnknownGroup))), "{again:?}");
+    assert!(bob.conversations().await.unwrap().is_empty());
+
+    let (dir, key) = (server.profile("bob"), bob.vault_key().await);
+    drop(bob);
+    let bob = restart(&dir, &key).await;
+    let before = size(&server, "bob");
+    carol.send(group, "Bob?").await.unwrap();
+    assert_eq!(read(&alice).await, ["carol: Bob?", "-bob"]);
+    alice.send(group, "he has left").await.unwrap();
+    assert_eq!(read(&carol).await, ["-bob", "alice: he has left"]);
+    for member in [&alice, &carol] {
+        assert_eq!(member.members(group).await.unwrap().len(), 2);
+    }
+    assert_eq!(read(&bob).await, [""; 0]);
+    assert_eq!(size(&server, "bob").1, before.1, "nothing waits for the group");
+
+    alice.add(group, &username("bob")).await.unwrap();
+    alice.send(group, "welcome back").await.unwrap();
+    assert_eq!(read(&bob).await, ["joined by alice", "alice: welcome back"]);
+    bob.send(group, "thanks").await.unwrap();
+    assert_eq!(read(&carol).await, ["+bob", "alice: welcome back", "bob: thanks"]);
+}
+
+#[tokio::test]
+async fn several_who_leave_at_once_are_removed_at_once_and_the_maker_stays() {
+    let server = Server::start().await;
+    let [alice, bob, carol, dave] = [
+        server.user("alice").await,
+        server.user("bob").await,
+        server.user("carol").await,
+        server.user("dave").await,
+    ];
+    let group = alice.create_group("friends").await.unwrap();
+    for name in ["bob", "carol", "dave"] {
+        alice.add(group, &username(name)).await.unwrap();
+    }
+    for member in [&bob, &carol, &dave] {
+        read(member).await;
+    }
+    // One whom the maker does not want to hear leaves all the same.
+    alice.block(dave.profile().identity).await.unwrap();
+    carol.leave(group).await.unwrap();
+    dave.leave(group).await.unwrap();
+    assert_eq!(read(&alice).await, ["-carol,dave"]);
+    assert_eq!(read(&bob).await, ["-carol,dave"]);
+    assert_eq!(bob.members(group).await.unwrap().len(), 2);
+
+    let refused = alice.leave(group).await;
+    assert!(matches!(refused, Err(Error::Mls(MlsError::MakerStays))), "{refused:?}");
+    let direct = alice.leave(dm(&alice, "bob").await).await;
+    assert!(matches!(direct, Err(Error::Mls(MlsError::DirectIsForTwo))), "{direct:?}");
+
+    // Removed by the maker: there is nobody to ask.
+    alice.remove(group, bob.profile().identity).await.unwrap();
+    read(&bob).await;
+    bob.leave(group).await.unwrap();
+    assert!(bob.conversations().await.unwrap().is_empty());
+    assert_eq!(read(&alice).await, [""; 0]);
+}

@@ -1,0 +1,126 @@
+//! `qpq block`, `qpq unblock`, `qpq blocked`: whose messages are not taken.
+
+use std::io::{self, Write};
+
+use qpq_client::{Error, Messenger, Person};
+use serde::Serialize;
+
+use super::opened;
+use crate::{
+    args::Whom,
+    compose::Context,
+    entry::{self, PersonObject},
+    fault::{Exit, Fault},
+    output::{Report, Style},
+};
+
+#[derive(Debug, Serialize)]
+struct Changed<'a> {
+    event: &'static str,
+    #[serde(flatten)]
+    person: PersonObject<'a>,
+    #[serde(skip)]
+    shown: String,
+}
+
+impl Report for Changed<'_> {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        let name = style.bold(&self.shown);
+        match self.event {
+            "blocked" => writeln!(out, "{name} is blocked."),
+            _ => writeln!(out, "{name} is not blocked any more."),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Listed<'a> {
+    #[serde(flatten)]
+    person: PersonObject<'a>,
+    #[serde(skip)]
+    shown: String,
+}
+
+impl Report for Listed<'_> {
+    fn human(&self, out: &mut dyn Write, _: Style) -> io::Result<()> {
+        writeln!(out, "{}", self.shown)
+    }
+}
+
+pub(crate) async fn block(context: &Context, whom: &Whom) -> Result<(), Fault> {
+    opened::locally(context, async |messenger, unreachable| {
+        let identity = match (whom.key, &whom.user) {
+            (Some(key), _) => key,
+            (None, Some(user)) => match unreachable {
+                Some(fault) => return Err(fault),
+                None => messenger.resolve(user).await.map_err(by_key)?.identity,
+            },
+            (None, None) => unreachable!("one of them is required"),
+        };
+        let person = messenger.block(identity).await?;
+        report(context, "blocked", &person)
+    })
+    .await
+}
+
+/// A name that has got a new key does not say who is meant.
+fn by_key(error: Error) -> Fault {
+    match &error {
+        Error::IdentityChanged { known, now, .. } => {
+            let hint = format!(
+                "say which one: `qpq block --key {known}` (the known one) or `qpq block --key {now}`"
+            );
+            Fault::from(error).hint(hint)
+        }
+        _ => error.into(),
+    }
+}
+
+pub(crate) async fn unblock(context: &Context, whom: &Whom) -> Result<(), Fault> {
+    opened::locally(context, async |messenger, _| {
+        let found = find(messenger, whom).await?;
+        let [person] = &found[..] else {
+            let (code, message, hint) = match found.len() {
+                0 => ("client.not_blocked", "nobody of this name or key is blocked", ""),
+                _ => (
+                    "client.ambiguous_person",
+                    "several people of this name are blocked",
+                    "give one's identity with --key; ",
+                ),
+            };
+            let hint = format!("{hint}see `qpq blocked --json`");
+            return Err(Fault::new(Exit::Failure, code, message).hint(hint));
+        };
+        messenger.unblock(person.identity).await?;
+        report(context, "unblocked", person)
+    })
+    .await
+}
+
+async fn find(messenger: &Messenger, whom: &Whom) -> Result<Vec<Person>, Error> {
+    let is_meant = |person: &Person| match (&whom.key, &whom.user) {
+        (Some(key), _) => person.identity == *key,
+        (None, user) => user.as_ref() == Some(&person.username),
+    };
+    Ok(messenger.blocked().await?.into_iter().filter(is_meant).collect())
+}
+
+pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
+    opened::locally(context, async |messenger, _| {
+        let blocked = messenger.blocked().await?;
+        for person in &blocked {
+            let shown = entry::name(person);
+            context.output.report(&Listed { person: person.into(), shown })?;
+        }
+        if blocked.is_empty() {
+            context.output.note("Nobody is blocked.");
+        }
+        Ok(())
+    })
+    .await
+}
+
+fn report(context: &Context, event: &'static str, person: &Person) -> Result<(), Fault> {
+    let shown = entry::name(person);
+    context.output.report(&Changed { event, person: person.into(), shown })
+}

@@ -1,0 +1,41 @@
+//! People whose messages are not taken.
+
+use serde_json::json;
+
+use crate::harness::World;
+
+#[tokio::test]
+async fn somebody_is_blocked_and_unblocked() {
+    let mut world = World::new().await;
+    let (bob, mallory) = (world.user("bob").await, world.user("mallory").await);
+    let key = mallory.json(&["whoami"]).await[0]["identity"].clone();
+    assert!(bob.json(&["blocked"]).await.is_empty());
+    let person = json!({ "username": "mallory", "identity": key, "standing": "confirmed" });
+    let mut blocked = person.clone();
+    blocked["event"] = json!("blocked");
+    assert_eq!(bob.json(&["block", "mallory"]).await, [blocked]);
+    assert_eq!(bob.json(&["blocked"]).await, [person]);
+    assert_eq!(bob.ok(&["blocked"]).await, "mallory\n");
+
+    mallory.ok(&["send", "bob", "buy this"]).await;
+    mallory.ok(&["group", "create", "offers", "bob"]).await;
+    mallory.ok(&["group", "send", "offers", "and this"]).await;
+    assert!(bob.json(&["recv"]).await.is_empty());
+    assert!(bob.json(&["group", "list"]).await.is_empty());
+    bob.fails(&["send", "mallory", "stop"], 1, "client.blocked").await;
+    bob.fails(&["block", "bob"], 1, "client.yourself").await;
+    bob.fails(&["block", "nobody"], 1, "client.no_such_user").await;
+    bob.fails(&["block"], 2, "client.usage").await;
+    bob.fails(&["block", "--key", "9f31"], 2, "client.usage").await;
+
+    assert_eq!(bob.ok(&["unblock", "mallory"]).await, "mallory is not blocked any more.\n");
+    bob.fails(&["unblock", "mallory"], 1, "client.not_blocked").await;
+
+    // A key that is known can be blocked without the server.
+    world.stop().await;
+    let key = key.as_str().unwrap();
+    assert_eq!(bob.ok(&["block", "--key", key]).await, "mallory is blocked.\n");
+    assert_eq!(bob.ok(&["blocked"]).await, "mallory\n");
+    bob.fails(&["block", "mallory"], 4, "client.unreachable").await;
+    assert_eq!(bob.ok(&["unblock", "--key", key]).await, "mallory is not blocked any more.\n");
+}
