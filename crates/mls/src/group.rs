@@ -311,6 +311,8 @@ impl Group {
                 _ => return Err(Ignored::ForbiddenCommit),
             }
         }
+        // openmls collects the removals of a commit in a hash map.
+        removed.sort_unstable_by_key(|(leaf, _)| leaf.u32());
         let staying =
             before.iter().filter(|entry| !removed.contains(entry)).map(|(_, member)| member);
         if !are_distinct(staying.chain(&added)) || !self.keeps_makers_leaf(&commit, &before) {
