@@ -9,7 +9,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use qpq_domain::{
     ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis, Username,
 };
-use qpq_ports::{Enqueue, NewAccount, PageLimit, ReadQuery, Reader, Stores, View};
+use qpq_ports::{Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores, View};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 use sha2::{Digest as _, Sha256};
 
@@ -67,11 +67,11 @@ impl Subject {
         self.store.close().await;
     }
 
-    fn message(&self, i: usize, recipient: usize) -> Enqueue {
+    fn message(&self, i: usize, recipient: usize) -> NewMessage {
         let mut id = [0; 16];
         id[..8].copy_from_slice(&(i as u64).to_be_bytes());
         id[8..].copy_from_slice(&rand::random::<[u8; 8]>());
-        Enqueue {
+        NewMessage {
             sender: identity(0),
             recipient: identity(recipient),
             channel: ChannelId::DEFAULT,
@@ -89,7 +89,7 @@ impl Subject {
             for from in (0..depth).step_by(500) {
                 let batch =
                     (from..depth.min(from + 500)).map(|i| self.message(i, reader)).collect();
-                self.stores.inboxes.enqueue(batch).await?;
+                self.stores.inboxes.enqueue(Batch::new(batch)).await?;
             }
         }
         Ok(())
@@ -103,7 +103,7 @@ impl Subject {
         let inbox = |i: usize| readers.map_or((i * 7_919) % self.inboxes, |r| i % r);
         let before = own_cpu();
         stream::iter(0..times)
-            .map(|i| self.stores.inboxes.enqueue(vec![self.message(i, inbox(i))]))
+            .map(|i| self.stores.inboxes.enqueue(Batch::new(vec![self.message(i, inbox(i))])))
             .buffer_unordered(CONCURRENCY)
             .try_collect::<Vec<_>>()
             .await?;

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use qpq_domain::{ChannelId, DeviceId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
 
-use crate::{Shard, StoreResult};
+use crate::StoreResult;
 
 /// The messages of one call of [`Inboxes::enqueue`] at most.
 pub const CALL_MESSAGES: usize = 256;
@@ -26,21 +26,12 @@ pub const CALL_BYTES: usize = 1 << 20;
 /// The queues.
 #[async_trait]
 pub trait Inboxes: Send + Sync {
-    /// Which slice of the store keeps an inbox. Work that is grouped by it stays in one place.
-    fn shard_of(&self, inbox: &IdentityKey) -> Shard {
-        Shard::of(inbox)
-    }
-
-    /// Accepts messages. When it returns `Accepted`, the message is durable. Each outcome stands
-    /// for itself, in the order of `messages`; messages to one inbox get their seqs in that order.
-    /// An error means that none was accepted. How much an inbox may hold, how much of it one sender
-    /// may, and how long message ids are remembered is the backend's configuration
-    /// ([`qpq_domain::Delivery`]).
-    ///
-    /// All messages of a call are in one transaction, so callers keep a call within
-    /// [`CALL_MESSAGES`] and [`CALL_BYTES`]. Messages that share a payload should share its
-    /// [`Bytes`](bytes::Bytes): a backend binds it once.
-    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>>;
+    /// Accepts messages and returns one outcome for each, in their order. A message is durable when
+    /// its outcome is `Accepted`. Messages to one inbox get their seqs in the order of the batch. An
+    /// error means that none was accepted. The backend's configuration ([`qpq_domain::Delivery`])
+    /// limits what an inbox holds and what one sender holds of it, and says how long message ids are
+    /// remembered.
+    async fn enqueue(&self, batch: Batch) -> StoreResult<Vec<Enqueued>>;
 
     /// Shows the first messages of the view and hides them from other reads until the lease ends.
     async fn lease(
@@ -96,9 +87,29 @@ pub trait Lease: Send + Sync {
     async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
 }
 
+/// Messages that are accepted in one transaction.
+///
+/// Callers keep a batch within [`CALL_MESSAGES`] and [`CALL_BYTES`]. Messages that share a payload
+/// should share its [`Bytes`](bytes::Bytes): a backend then binds it once.
+///
+/// The condition of a group commit (the channel and the epoch that it must still have) becomes a
+/// field of this type, so that it is checked in the transaction that accepts the messages.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// The messages, in the order in which each inbox gets them.
+    pub messages: Vec<NewMessage>,
+}
+
+impl Batch {
+    /// Creates a batch of these messages.
+    pub const fn new(messages: Vec<NewMessage>) -> Self {
+        Self { messages }
+    }
+}
+
 /// A message to be accepted.
 #[derive(Clone)]
-pub struct Enqueue {
+pub struct NewMessage {
     pub sender: IdentityKey,
     pub recipient: IdentityKey,
     pub channel: ChannelId,
@@ -110,9 +121,9 @@ pub struct Enqueue {
     pub ttl: Duration,
 }
 
-impl fmt::Debug for Enqueue {
+impl fmt::Debug for NewMessage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Enqueue").field("bytes", &self.payload.len()).finish_non_exhaustive()
+        f.debug_struct("NewMessage").field("bytes", &self.payload.len()).finish_non_exhaustive()
     }
 }
 

@@ -30,8 +30,8 @@ pub use accounts::{Account, Accounts, Credentials, NewAccount, Registration};
 pub use clock::{Clock, SystemClock};
 pub use error::{StoreError, StoreResult};
 pub use inboxes::{
-    Ack, CALL_BYTES, CALL_MESSAGES, Enqueue, Enqueued, Envelope, Inboxes, Lease, Page, PageLimit,
-    ReadQuery, Reader, Receipt, View, Wake, Wakes,
+    Ack, Batch, CALL_BYTES, CALL_MESSAGES, Enqueued, Envelope, Inboxes, Lease, NewMessage, Page,
+    PageLimit, ReadQuery, Reader, Receipt, View, Wake, Wakes,
 };
 pub use keys::{
     HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload, UploadMode,

@@ -5,7 +5,9 @@
 use std::{sync::Arc, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
-use qpq_ports::{Enqueue, Envelope, NewAccount, PageLimit, ReadQuery, Reader, StoreResult, View};
+use qpq_ports::{
+    Envelope, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, StoreResult, View,
+};
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
@@ -72,7 +74,7 @@ pub async fn transactions(
         tasks.spawn(async move {
             let mut messages = 0;
             while start.elapsed() < duration {
-                let batch: Arc<[Enqueue]> = (0..batch)
+                let batch: Arc<[NewMessage]> = (0..batch)
                     .map(|n| message(&inboxes, committer + COMMITTERS * n, payload))
                     .collect();
                 database
@@ -147,8 +149,8 @@ async fn load_empty(redis: &Redis, inbox: IdentityKey, state: State) -> StoreRes
     }
 }
 
-fn message(inboxes: &[IdentityKey], n: usize, payload: usize) -> Enqueue {
-    Enqueue {
+fn message(inboxes: &[IdentityKey], n: usize, payload: usize) -> NewMessage {
+    NewMessage {
         sender: inboxes[(n + 1) % inboxes.len()],
         recipient: inboxes[n % inboxes.len()],
         channel: ChannelId::DEFAULT,

@@ -14,7 +14,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 use qpq_domain::{ChannelId, Delivery, IdentityKey, MessageId, Seq, UnixMillis};
-use qpq_ports::{Ack, Enqueue, Enqueued, PageLimit, ReadQuery, Reader, Stores, View};
+use qpq_ports::{Ack, Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, Stores, View};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 use sqlx::{
     ConnectOptions as _, Connection as _, SqliteConnection,
@@ -200,8 +200,8 @@ fn identity(n: u64) -> IdentityKey {
     IdentityKey::new(bytes)
 }
 
-fn message(to: u64, id: Option<u64>) -> Enqueue {
-    Enqueue {
+fn message(to: u64, id: Option<u64>) -> NewMessage {
+    NewMessage {
         sender: identity(0),
         recipient: identity(to),
         channel: ChannelId::DEFAULT,
@@ -224,7 +224,7 @@ async fn enqueues(stores: &Stores, count: u64, inboxes: u64, ids: Option<u64>) -
         let port = Arc::clone(&port);
         async move {
             let message = message(recipient(n, inboxes), ids.map(|first| first + n));
-            let outcomes = port.enqueue(vec![message]).await.expect("enqueue");
+            let outcomes = port.enqueue(Batch::new(vec![message])).await.expect("enqueue");
             assert!(matches!(outcomes[..], [Enqueued::Accepted(_)]), "{outcomes:?}");
         }
     })
@@ -291,7 +291,7 @@ async fn depth() {
     for depth in [1, 10, 100, 1_000, 10_000] {
         let filling = vec![message(0, None); usize::try_from(depth - there).expect("small")];
         for part in filling.chunks(500) {
-            stores.inboxes.enqueue(part.to_vec()).await.expect("enqueue");
+            stores.inboxes.enqueue(Batch::new(part.to_vec())).await.expect("enqueue");
         }
         there = depth;
         println!("{depth} messages deep");

@@ -25,7 +25,7 @@ use std::sync::{
 use futures_util::future::BoxFuture;
 use qpq_domain::Delivery;
 use qpq_ports::{
-    Enqueue, Enqueued, StoreError, StoreResult,
+    Enqueued, NewMessage, StoreError, StoreResult,
     admission::{Admission, AdmissionPermit},
 };
 use sqlx::{ConnectOptions as _, Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
@@ -180,11 +180,11 @@ impl Writer {
     /// Accepts messages; `committed` as for [`Writer::run`].
     pub(crate) async fn enqueue<C>(
         &self,
-        messages: Vec<Enqueue>,
+        messages: Vec<NewMessage>,
         committed: C,
     ) -> StoreResult<Vec<Enqueued>>
     where
-        C: FnOnce(&[Enqueue], &[Enqueued]) + Send + 'static,
+        C: FnOnce(&[NewMessage], &[Enqueued]) + Send + 'static,
     {
         let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
         let Some(first) = messages.first() else { return Ok(Vec::new()) };
@@ -275,11 +275,11 @@ where
 }
 
 /// Who is told, after the commit, what became of a call's messages.
-type Told = dyn FnOnce(&[Enqueue], &[Enqueued]) + Send;
+type Told = dyn FnOnce(&[NewMessage], &[Enqueued]) + Send;
 
 /// One call's messages.
 struct EnqueueCall {
-    messages: Vec<Enqueue>,
+    messages: Vec<NewMessage>,
     bytes: usize,
     committed: Box<Told>,
     answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,

@@ -94,7 +94,9 @@ mod tests {
     use std::time::Duration;
 
     use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis, Username};
-    use qpq_ports::{Enqueue, NewAccount, PageLimit, ReadQuery, Reader, Stores, SystemClock, View};
+    use qpq_ports::{
+        Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores, SystemClock, View,
+    };
     use qpq_store_embedded::{EmbeddedStore, Limits};
 
     use super::*;
@@ -112,7 +114,7 @@ mod tests {
         let account =
             NewAccount { username, identity: inbox, opaque_record: vec![0; 192], now: NOW };
         stores.accounts.register(account).await.unwrap();
-        let message = Enqueue {
+        let message = NewMessage {
             sender: inbox,
             recipient: inbox,
             channel: ChannelId::default(),
@@ -122,7 +124,7 @@ mod tests {
             now: NOW,
             ttl: Duration::from_secs(60),
         };
-        stores.inboxes.enqueue(vec![message]).await.unwrap();
+        stores.inboxes.enqueue(Batch::new(vec![message])).await.unwrap();
         (dir, store, ReadQuery { reader: Reader::single(inbox), view: View::All })
     }
 

@@ -9,8 +9,8 @@ use qpq_domain::{
 
 use super::{Backend, Factory};
 use crate::{
-    Ack, Enqueue, Enqueued, Lease, NewAccount, Page, PageLimit, ReadQuery, Reader, Receipt,
-    Registration, Stores, View,
+    Ack, Batch, Enqueued, Lease, NewAccount, NewMessage, Page, PageLimit, ReadQuery, Reader,
+    Receipt, Registration, Stores, View,
 };
 
 /// When the tests begin.
@@ -63,12 +63,12 @@ impl Bench {
         }
     }
 
-    pub(super) async fn send(&self, message: Enqueue) -> Enqueued {
-        self.stores.inboxes.enqueue(vec![message]).await.expect("enqueue")[0]
+    pub(super) async fn send(&self, message: NewMessage) -> Enqueued {
+        self.stores.inboxes.enqueue(Batch::new(vec![message])).await.expect("enqueue")[0]
     }
 
     /// Sends, and wants it accepted.
-    pub(super) async fn deliver(&self, message: Enqueue) -> Receipt {
+    pub(super) async fn deliver(&self, message: NewMessage) -> Receipt {
         match self.send(message).await {
             Enqueued::Accepted(receipt) => receipt,
             other => panic!("not accepted: {other:?}"),
@@ -130,11 +130,11 @@ pub(super) fn account(name: &str, key: u8, record: u8) -> NewAccount {
 }
 
 /// A message for the default channel, without an id, that lives for a day.
-pub(super) fn message(from: Person, to: Person, text: &str) -> Enqueue {
+pub(super) fn message(from: Person, to: Person, text: &str) -> NewMessage {
     let payload = bytes::Bytes::copy_from_slice(text.as_bytes());
     let mut payload_sha256 = [0; 32];
     payload_sha256.iter_mut().zip(text.bytes().rev()).for_each(|(to, from)| *to = from);
-    Enqueue {
+    NewMessage {
         sender: from.identity,
         recipient: to.identity,
         channel: ChannelId::DEFAULT,
@@ -146,7 +146,7 @@ pub(super) fn message(from: Person, to: Person, text: &str) -> Enqueue {
     }
 }
 
-impl Enqueue {
+impl NewMessage {
     pub(super) fn in_channel(self, n: u8) -> Self {
         Self { channel: channel(n), ..self }
     }

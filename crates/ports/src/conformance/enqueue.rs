@@ -15,7 +15,7 @@ use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, Person, all, message, seqs, texts},
 };
-use crate::{Enqueue, Enqueued, Page, Receipt};
+use crate::{Batch, Enqueued, NewMessage, Page, Receipt};
 
 /// Without a limit for each sender: one may fill an inbox.
 fn unshared() -> Delivery {
@@ -35,7 +35,7 @@ pub async fn seqs_are_contiguous_under_concurrency(factory: &dyn Factory) {
             for n in 0..EACH {
                 for (to, seen) in people.iter().zip(&mut seen) {
                     let enqueued = inboxes
-                        .enqueue(vec![message(people[0], *to, &format!("{task}/{n}"))])
+                        .enqueue(Batch::new(vec![message(people[0], *to, &format!("{task}/{n}"))]))
                         .await
                         .expect("enqueue");
                     let Enqueued::Accepted(receipt) = enqueued[0] else { panic!("{enqueued:?}") };
@@ -64,7 +64,7 @@ pub async fn order_is_kept_within_a_call(factory: &dyn Factory) {
     let alice = bench.person(1).await;
     let bodies: Vec<String> = (0..50).map(|n| format!("number {n}")).collect();
     let messages = bodies.iter().map(|body| message(alice, alice, body)).collect();
-    let enqueued = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    let enqueued = bench.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
     for (n, outcome) in (1..).zip(enqueued) {
         assert!(
             matches!(outcome, Enqueued::Accepted(Receipt { seq: Seq(s), .. }) if s == n),
@@ -72,7 +72,7 @@ pub async fn order_is_kept_within_a_call(factory: &dyn Factory) {
         );
     }
     assert_eq!(texts(&bench.peek(all(alice)).await), bodies);
-    assert_eq!(bench.stores.inboxes.enqueue(vec![]).await.expect("nothing to do"), []);
+    assert_eq!(bench.stores.inboxes.enqueue(Batch::new(vec![])).await.expect("nothing to do"), []);
 }
 
 pub async fn an_unknown_recipient_is_told(factory: &dyn Factory) {
@@ -100,7 +100,7 @@ pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
         message(alice, bob, "too much"),
         message(alice, alice, "to myself"),
     ];
-    let outcomes = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    let outcomes = bench.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
     let kinds: Vec<_> = outcomes
         .iter()
         .map(|outcome| match outcome {
@@ -124,14 +124,15 @@ pub async fn messages_that_share_a_payload_are_stored_like_any_other(factory: &d
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
     // Large enough for any backend to store it once, and one that is not.
     let (large, small) = (message(alice, alice, &"x".repeat(40_000)), message(alice, alice, "s"));
-    let to = |message: &Enqueue, to: Person| Enqueue { recipient: to.identity, ..message.clone() };
+    let to =
+        |message: &NewMessage, to: Person| NewMessage { recipient: to.identity, ..message.clone() };
     let mut messages = vec![message(alice, bob, "before")];
     messages.extend([bob, nobody, carol, alice].map(|person| to(&large, person)));
     messages.extend([carol, bob].map(|person| to(&small, person)));
     messages.extend([carol, bob].map(|person| to(&large, person).with_id(1)));
     messages.push(to(&large, bob).with_id(1));
     messages.push(message(alice, bob, "after"));
-    let outcomes = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    let outcomes = bench.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
     let seqs: Vec<_> = outcomes
         .iter()
         .map(|outcome| match outcome {
@@ -163,7 +164,7 @@ pub async fn a_refusal_in_the_middle_leaves_no_gap(factory: &dyn Factory) {
         message(alice, alice, "to myself"),
         message(alice, bob, "four"),
     ];
-    let outcomes = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    let outcomes = bench.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
     let seqs: Vec<_> = outcomes
         .iter()
         .map(|outcome| match outcome {
@@ -255,7 +256,7 @@ pub async fn large_batches_of_one_sender_let_others_come_between(factory: &dyn F
         tasks.spawn(async move {
             loop {
                 // Some wait in vain for their turn, which is theirs to bear.
-                if inboxes.enqueue(batch.clone()).await.is_ok() {
+                if inboxes.enqueue(Batch::new(batch.clone())).await.is_ok() {
                     stored.fetch_add(1, Ordering::SeqCst);
                 }
             }
@@ -279,8 +280,11 @@ pub async fn a_caller_that_goes_away_disturbs_nobody(factory: &dyn Factory) {
     let mut accepted = 0;
     for n in 0..50 {
         let inboxes = Arc::clone(&bench.stores.inboxes);
-        let given_up: Enqueue = message(alice, alice, &format!("given up {n}"));
-        let task = tokio::spawn(async move { inboxes.enqueue(vec![given_up]).await.map(drop) });
+        let given_up: NewMessage = message(alice, alice, &format!("given up {n}"));
+        let task =
+            tokio::spawn(
+                async move { inboxes.enqueue(Batch::new(vec![given_up])).await.map(drop) },
+            );
         if n % 2 == 0 {
             tokio::task::yield_now().await;
         }
@@ -304,7 +308,7 @@ pub async fn what_was_accepted_survives_a_crash(factory: &dyn Factory) {
             let inboxes = Arc::clone(&bench.stores.inboxes);
             tasks.spawn(async move {
                 inboxes
-                    .enqueue(vec![message(alice, bob, &format!("{round}/{n}"))])
+                    .enqueue(Batch::new(vec![message(alice, bob, &format!("{round}/{n}"))]))
                     .await
                     .expect("enqueue")
             });

@@ -9,7 +9,7 @@ use super::{
     Factory,
     bench::{Bench, EVERYTHING, MINUTE, NOW, all, message, only, seqs, texts},
 };
-use crate::{Enqueue, Enqueued, Receipt};
+use crate::{Batch, Enqueued, NewMessage, Receipt};
 
 /// How long ids are remembered by default.
 fn window() -> Duration {
@@ -43,7 +43,7 @@ pub async fn a_repeat_within_one_call_is_one_too(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let twice = vec![message(alice, alice, "hello").with_id(1); 2];
-    let outcomes = bench.stores.inboxes.enqueue(twice).await.expect("enqueue");
+    let outcomes = bench.stores.inboxes.enqueue(Batch::new(twice)).await.expect("enqueue");
     let [Enqueued::Accepted(first), Enqueued::Duplicate(second)] = outcomes[..] else {
         panic!("{outcomes:?}");
     };
@@ -60,7 +60,7 @@ pub async fn of_concurrent_repeats_one_is_accepted(factory: &dyn Factory) {
             let inboxes = Arc::clone(&bench.stores.inboxes);
             tasks.spawn(async move {
                 inboxes
-                    .enqueue(vec![message(alice, alice, "hello").with_id(round)])
+                    .enqueue(Batch::new(vec![message(alice, alice, "hello").with_id(round)]))
                     .await
                     .expect("enqueue")
             });
@@ -95,7 +95,7 @@ pub async fn an_id_counts_for_one_sender_and_recipient(factory: &dyn Factory) {
 /// until the window has passed, to the millisecond, and then it is another message.
 async fn is_remembered(
     bench: &Bench,
-    hello: Enqueue,
+    hello: NewMessage,
     receipt: Receipt,
     gone: UnixMillis,
     now: UnixMillis,

@@ -10,7 +10,7 @@ use super::{
     Factory,
     bench::{Bench, EVERYTHING, NOW, Person, all, first, message, only, seqs},
 };
-use crate::Inboxes;
+use crate::{Batch, Inboxes};
 
 /// Somebody with `n` messages in the default channel.
 async fn filled(factory: &dyn Factory, n: usize) -> (Bench, Person) {
@@ -166,7 +166,10 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
     }
     let inboxes: Arc<dyn Inboxes> = Arc::clone(&bench.stores.inboxes);
     for n in 0..MESSAGES {
-        inboxes.enqueue(vec![message(alice, alice, &format!("{n}"))]).await.expect("enqueue");
+        inboxes
+            .enqueue(Batch::new(vec![message(alice, alice, &format!("{n}"))]))
+            .await
+            .expect("enqueue");
     }
     // A reader that waits is woken by the last completion, whoever made it.
     tasks.join_all().await;

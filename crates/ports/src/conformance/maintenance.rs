@@ -6,7 +6,7 @@ use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, Person, all, message, seqs, texts},
 };
-use crate::{Enqueued, NewKeyPackage, NewSession, Session, Upload, UploadMode};
+use crate::{Batch, Enqueued, NewKeyPackage, NewSession, Session, Upload, UploadMode};
 
 pub async fn a_healthy_backend_passes_its_check(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
@@ -60,7 +60,7 @@ pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Fac
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let brief = vec![message(alice, alice, "brief").living(MINUTE); MANY];
-    bench.stores.inboxes.enqueue(brief).await.expect("enqueue");
+    bench.stores.inboxes.enqueue(Batch::new(brief)).await.expect("enqueue");
     bench.deliver(message(alice, alice, "lasting")).await;
     let (expired, alive) = (
         open(&bench, 1, alice, NOW.plus(MINUTE)).await,
@@ -124,14 +124,14 @@ pub async fn an_inbox_full_of_expired_messages_accepts_new_ones(factory: &dyn Fa
     let alice = bench.person(1).await;
     let mut brief = vec![message(alice, alice, "brief").living(MINUTE); 599];
     brief.push(message(alice, alice, "last").with_id(1).living(MINUTE));
-    bench.stores.inboxes.enqueue(brief).await.expect("enqueue");
+    bench.stores.inboxes.enqueue(Batch::new(brief)).await.expect("enqueue");
     assert_eq!(bench.send(message(alice, alice, "full")).await, Enqueued::QueueFull);
 
     // Its id is forgotten by then, and may be used by another message.
     let now = NOW.plus(60 * MINUTE);
     let mut fresh = vec![message(alice, alice, "last").with_id(1).at(now)];
     fresh.extend(vec![message(alice, alice, "fresh").at(now); 600]);
-    let outcomes = bench.stores.inboxes.enqueue(fresh).await.expect("enqueue");
+    let outcomes = bench.stores.inboxes.enqueue(Batch::new(fresh)).await.expect("enqueue");
     let accepted = outcomes.iter().take_while(|o| matches!(o, Enqueued::Accepted(_))).count();
     assert_eq!(accepted, 600, "as many as an empty inbox holds");
     assert_eq!(outcomes[600], Enqueued::QueueFull);

@@ -147,6 +147,7 @@ macro_rules! conformance {
                 an_ack_removes_single_seqs_of_its_view,
                 an_ack_of_nothing_removes_nothing,
                 an_inbox_that_is_not_there_is_empty,
+                without_registered_devices_a_named_device_is_the_single_reader,
             ]
         );
         $crate::conformance_area!(

@@ -1,12 +1,12 @@
 //! Rules of peeks and acks: views, pages, expiry, removal.
 
-use qpq_domain::{IdentityKey, Seq};
+use qpq_domain::{DeviceId, IdentityKey, Seq};
 
 use super::{
     Factory,
     bench::{Bench, EVERYTHING, MINUTE, NOW, Person, all, first, message, only, seqs, texts},
 };
-use crate::PageLimit;
+use crate::{PageLimit, ReadQuery, Reader};
 
 /// Five messages, the odd ones in the default channel and the even ones in channel 1.
 async fn mixed(factory: &dyn Factory) -> (Bench, Person) {
@@ -167,4 +167,29 @@ pub async fn an_inbox_that_is_not_there_is_empty(factory: &dyn Factory) {
     assert_eq!(lease.page(), &bench.nothing());
     lease.complete(NOW).await.expect("nothing to complete");
     assert_eq!(bench.ack(all(nobody), Some(9), &[1]).await, 0);
+}
+
+/// Every operation of the inbox belongs to a reader. While no device is registered, a device that
+/// is named shares the position, the leases and the wakes of the single reader.
+pub async fn without_registered_devices_a_named_device_is_the_single_reader(factory: &dyn Factory) {
+    let (bench, alice) = mixed(factory).await;
+    let device = Some(DeviceId::new([7; 16]));
+    let reader = Reader { inbox: alice.identity, device };
+    let named = ReadQuery { reader, ..all(alice) };
+    assert_eq!(bench.peek(named).await, bench.peek(all(alice)).await);
+    let lease = bench.lease(named, first(2)).await;
+    assert_eq!(seqs(lease.page()), [1, 2]);
+    for query in [named, all(alice)] {
+        assert_eq!(bench.lease(query, EVERYTHING).await.page(), &bench.nothing(), "{query:?}");
+    }
+    lease.complete(NOW).await.expect("complete");
+    assert_eq!(bench.ack(named, Some(3), &[]).await, 1);
+    assert_eq!(seqs(&bench.peek(all(alice)).await), [4, 5]);
+    assert_eq!(bench.ack(all(alice), Some(4), &[]).await, 1);
+    assert_eq!(seqs(&bench.peek(named).await), [5]);
+    let mut wakes = [named, all(alice)].map(|query| bench.stores.wakes.subscribe(&query));
+    bench.deliver(message(alice, alice, "next")).await;
+    for wake in &mut wakes {
+        wake.woken().await;
+    }
 }

@@ -10,7 +10,7 @@ use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, Person, all, message, texts},
 };
-use crate::{Enqueue, Enqueued};
+use crate::{Batch, Enqueued, NewMessage};
 
 /// 16 messages: half is 8, a share is 2.
 async fn of_sixteen(factory: &dyn Factory) -> Bench {
@@ -48,7 +48,7 @@ pub async fn beyond_the_half_a_sender_holds_no_more_than_its_share_of_messages(
             bench.person(4).await,
         ];
         let send = |from: Person, n: u8| {
-            let plain: Enqueue = message(from, bob, &format!("{n}"));
+            let plain: NewMessage = message(from, bob, &format!("{n}"));
             if with_ids { plain.with_id(n) } else { plain }
         };
         let mut outcomes = Vec::new();
@@ -98,7 +98,7 @@ pub async fn one_call_is_held_to_the_share_as_many_are(factory: &dyn Factory) {
     messages.push(message(friend, bob, "friend 0").with_id(0));
     messages.push(message(friend, bob, "too much").with_id(9));
     messages.push(message(stranger, stranger, "to myself"));
-    let outcomes = bench.stores.inboxes.enqueue(messages).await.expect("enqueue");
+    let outcomes = bench.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
     assert_eq!(accepted(&outcomes[..9]), 9);
     assert!(outcomes[9..12].iter().all(|outcome| *outcome == Enqueued::SenderShare));
     assert_eq!(accepted(&outcomes[12..14]), 2);
@@ -125,8 +125,9 @@ pub async fn a_share_is_exact_under_concurrency(factory: &dyn Factory) {
                         let plain = message(from, bob, &text);
                         if task % 2 == 0 { plain } else { plain.with_id(task * 4 + n) }
                     };
-                    let first = inboxes.enqueue(vec![numbered(0)]).await.expect("enqueue");
-                    let more = inboxes.enqueue(vec![numbered(1), numbered(2)]).await;
+                    let first =
+                        inboxes.enqueue(Batch::new(vec![numbered(0)])).await.expect("enqueue");
+                    let more = inboxes.enqueue(Batch::new(vec![numbered(1), numbered(2)])).await;
                     accepted(&first) + accepted(&more.expect("enqueue"))
                 });
             }

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use prost::Message as _;
 use qpq_domain::{AccountId, TokenHash, UnixMillis};
-use qpq_ports::{NewSession, Session, Sessions, StoreResult};
+use qpq_ports::{Batch, NewSession, Session, Sessions, StoreResult};
 use qpq_proto::{
     Status,
     methods::{Ack, Enqueue, Fetch, Peek},
@@ -168,7 +168,7 @@ async fn a_message_above_the_payload_that_is_accepted_now_is_read_and_counted() 
     .await;
     let alice = server.user("alice").await;
     let payload = Bytes::from(vec![7; 3 * MIB]);
-    let message = qpq_ports::Enqueue {
+    let message = qpq_ports::NewMessage {
         sender: alice.identity,
         recipient: alice.identity,
         channel: qpq_domain::ChannelId::DEFAULT,
@@ -178,7 +178,7 @@ async fn a_message_above_the_payload_that_is_accepted_now_is_read_and_counted() 
         now: crate::harness::START,
         ttl: Duration::from_secs(60),
     };
-    server.store.stores().inboxes.enqueue(vec![message]).await.expect("stored");
+    server.store.stores().inboxes.enqueue(Batch::new(vec![message])).await.expect("stored");
     // A page has a quarter of what is left, which is less than the message.
     let answer = unread(&alice.client).await;
     assert_eq!(shown(&answer).payloads.len(), 1);

@@ -11,10 +11,10 @@ use std::{
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use qpq_domain::{IdentityKey, Seq, UnixMillis};
+use qpq_domain::{Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, Shard, StoreResult, Stores,
-    Wake, Wakes,
+    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreResult, Stores, Wake,
+    Wakes,
 };
 use tokio::sync::Notify;
 
@@ -108,12 +108,8 @@ struct CountedInboxes {
 
 #[async_trait]
 impl Inboxes for CountedInboxes {
-    fn shard_of(&self, inbox: &IdentityKey) -> Shard {
-        self.inner.shard_of(inbox)
-    }
-
-    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
-        self.inner.enqueue(messages).await
+    async fn enqueue(&self, batch: Batch) -> StoreResult<Vec<Enqueued>> {
+        self.inner.enqueue(batch).await
     }
 
     async fn lease(

@@ -14,7 +14,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use qpq_domain::{Delivery, IdentityKey};
 use qpq_ports::{
-    Enqueue, Enqueued, Envelope, Shard, StoreError, StoreResult,
+    Batch, Enqueued, Envelope, NewMessage, Shard, StoreError, StoreResult,
     admission::{Admission, AdmissionPermit},
 };
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -59,7 +59,7 @@ pub(super) struct Committers {
 
 #[derive(Debug)]
 struct Call {
-    messages: Vec<Enqueue>,
+    messages: Vec<NewMessage>,
     bytes: usize,
     answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,
     /// What traces show it in.
@@ -94,7 +94,7 @@ impl Committers {
     }
 
     /// Accepts the messages; answered once that is durable.
-    pub(super) async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
+    pub(super) async fn enqueue(&self, Batch { messages }: Batch) -> StoreResult<Vec<Enqueued>> {
         let Some(first) = messages.first() else { return Ok(Vec::new()) };
         let committer = Shard::of(&first.recipient).among(self.calls.len());
         let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
@@ -138,7 +138,7 @@ impl Committer {
 
     async fn commit(&self, mut calls: Vec<Call>) {
         let sizes: Vec<_> = calls.iter().map(|call| call.messages.len()).collect();
-        let messages: Arc<[Enqueue]> =
+        let messages: Arc<[NewMessage]> =
             calls.iter_mut().flat_map(|call| std::mem::take(&mut call.messages)).collect();
         // Each call's trace shows the commit that it shared; the first one's also what was in it.
         let shares: Vec<_> = calls.iter().filter_map(|call| call.share(messages.len())).collect();
@@ -154,7 +154,7 @@ impl Committer {
                 for (call, size) in calls.into_iter().zip(sizes) {
                     let (own, rest) = messages.split_at(size);
                     messages = rest;
-                    let own: Arc<[Enqueue]> = own.into();
+                    let own: Arc<[NewMessage]> = own.into();
                     match self.transaction(&own).await {
                         Ok(outcomes) => self.committed(vec![call], &[size], &own, outcomes).await,
                         Err(error) => call.failed(&error),
@@ -165,7 +165,7 @@ impl Committer {
         }
     }
 
-    async fn transaction(&self, messages: &Arc<[Enqueue]>) -> Result<Outcomes, Shared> {
+    async fn transaction(&self, messages: &Arc<[NewMessage]>) -> Result<Outcomes, Shared> {
         let limits = self.limits;
         self.database
             .run_shared("enqueue", Repeat::Never, |connection| {
@@ -181,7 +181,7 @@ impl Committer {
         &self,
         calls: Vec<Call>,
         sizes: &[usize],
-        messages: &[Enqueue],
+        messages: &[NewMessage],
         outcomes: Outcomes,
     ) {
         let Outcomes { store_id, of_each: outcomes } = outcomes;

@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 
 use qpq_domain::{Delivery, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
-use qpq_ports::{Enqueue, Enqueued, Receipt};
+use qpq_ports::{Enqueued, NewMessage, Receipt};
 use sqlx::{PgConnection, Row as _};
 
 use super::remove::{self, Due, SWEEP, Stale};
@@ -120,7 +120,7 @@ pub(crate) struct Outcomes {
 /// counts from the later of the two.
 pub(crate) async fn all(
     connection: &mut PgConnection,
-    messages: &[Enqueue],
+    messages: &[NewMessage],
     limits: &Delivery,
     time: &Time,
 ) -> sqlx::Result<Outcomes> {
@@ -164,10 +164,10 @@ impl Head {
     async fn decide(
         &mut self,
         connection: &mut PgConnection,
-        message: &Enqueue,
+        message: &NewMessage,
         limits: &Delivery,
         times: (UnixMillis, UnixMillis),
-        so_far: impl Iterator<Item = (&Enqueue, &Outcome)>,
+        so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<Enqueued> {
         let size = message.payload.len() as u64;
         // What has expired counts for nothing, be it removed yet or not.
@@ -194,10 +194,10 @@ impl Head {
     async fn look_up(
         &self,
         connection: &mut PgConnection,
-        message: &Enqueue,
+        message: &NewMessage,
         limits: &Delivery,
         now: UnixMillis,
-        so_far: impl Iterator<Item = (&Enqueue, &Outcome)>,
+        so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<(u64, u64)> {
         let row = sqlx::query(HELD)
             .bind(self.id)
@@ -220,7 +220,7 @@ impl Head {
     /// Gives the message the next place in the inbox.
     fn accept(
         &mut self,
-        message: &Enqueue,
+        message: &NewMessage,
         (enqueued_at, expires_at): (UnixMillis, UnixMillis),
     ) -> Receipt {
         let size = message.payload.len() as u64;
@@ -246,7 +246,7 @@ impl Head {
 
 async fn lock(
     connection: &mut PgConnection,
-    messages: &[Enqueue],
+    messages: &[NewMessage],
 ) -> sqlx::Result<(Option<StoreId>, HashMap<IdentityKey, Head>)> {
     let recipients: HashSet<_> = messages.iter().map(|message| message.recipient).collect();
     let keys: Vec<&[u8]> = recipients.iter().map(|key| &key.as_bytes()[..]).collect();
@@ -276,7 +276,7 @@ async fn lock(
 async fn make_room(
     connection: &mut PgConnection,
     heads: &mut HashMap<IdentityKey, Head>,
-    messages: &[Enqueue],
+    messages: &[NewMessage],
     bounds: &[Bounds],
     limits: &Delivery,
 ) -> sqlx::Result<()> {
@@ -305,7 +305,7 @@ async fn make_room(
 async fn known(
     connection: &mut PgConnection,
     heads: &HashMap<IdentityKey, Head>,
-    messages: &[Enqueue],
+    messages: &[NewMessage],
     bounds: &[Bounds],
     limits: &Delivery,
 ) -> sqlx::Result<HashMap<usize, Receipt>> {
@@ -349,14 +349,14 @@ async fn known(
 async fn write(
     connection: &mut PgConnection,
     heads: &HashMap<IdentityKey, Head>,
-    messages: &[Enqueue],
+    messages: &[NewMessage],
     outcomes: &[Outcome],
 ) -> sqlx::Result<()> {
     let moved: Vec<&Head> = heads.values().filter(|head| head.added > 0).collect();
     if moved.is_empty() {
         return Ok(());
     }
-    let accepted: Vec<(&Enqueue, &Receipt, UnixMillis)> = messages
+    let accepted: Vec<(&NewMessage, &Receipt, UnixMillis)> = messages
         .iter()
         .zip(outcomes)
         .filter_map(|(message, outcome)| match &outcome.enqueued {
@@ -405,7 +405,7 @@ struct Payloads<'a> {
 
 impl<'a> Payloads<'a> {
     /// Two messages share a payload if they share its memory: a fan-out does.
-    fn of(messages: impl IntoIterator<Item = &'a Enqueue>) -> Self {
+    fn of(messages: impl IntoIterator<Item = &'a NewMessage>) -> Self {
         let (mut all, mut places, mut known) = (Vec::new(), Vec::new(), HashMap::new());
         for message in messages {
             let payload = &message.payload[..];
@@ -432,8 +432,8 @@ mod tests {
 
     use super::*;
 
-    fn message(payload: Bytes) -> Enqueue {
-        Enqueue {
+    fn message(payload: Bytes) -> NewMessage {
+        NewMessage {
             sender: IdentityKey::new([1; 32]),
             recipient: IdentityKey::new([2; 32]),
             channel: ChannelId::DEFAULT,

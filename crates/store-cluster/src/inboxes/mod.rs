@@ -18,7 +18,7 @@ use std::fmt;
 use async_trait::async_trait;
 use qpq_domain::{Delivery, Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreError, StoreResult,
+    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreError, StoreResult,
 };
 
 pub use committer::COMMITTERS;
@@ -210,8 +210,8 @@ impl ClusterInboxes {
 
 #[async_trait]
 impl Inboxes for ClusterInboxes {
-    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
-        self.committers.enqueue(messages).await
+    async fn enqueue(&self, batch: Batch) -> StoreResult<Vec<Enqueued>> {
+        self.committers.enqueue(batch).await
     }
 
     async fn lease(

@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, KeyPackageCaps, UnixMillis};
 use qpq_ports::{
-    Bucket, Enqueue, Enqueued, LimitKey, NewAccount, Registration, Stock, StoreError, Stores,
-    TakenKeyPackage, Upload, UploadMode, Verdict,
+    Batch, Bucket, Enqueued, LimitKey, NewAccount, NewMessage, Registration, Stock, StoreError,
+    Stores, TakenKeyPackage, Upload, UploadMode, Verdict,
 };
 use qpq_store_cluster::{ClusterStore, Config, Limits};
 use tokio::task::JoinSet;
@@ -267,8 +267,8 @@ async fn without_postgres_the_check_fails() {
 }
 
 /// A message of somebody to oneself, that lives for an hour.
-fn brief(person: Person) -> Enqueue {
-    Enqueue {
+fn brief(person: Person) -> NewMessage {
+    NewMessage {
         sender: person.identity,
         recipient: person.identity,
         channel: ChannelId::DEFAULT,
@@ -288,8 +288,11 @@ async fn edges_that_sweep_at_a_time_remove_each_row_once() {
     let stores = edges.stores();
     for n in 1..=PEOPLE {
         let somebody = person(&stores[0], n).await;
-        let outcomes =
-            stores[0].inboxes.enqueue(vec![brief(somebody); EACH]).await.expect("enqueue");
+        let outcomes = stores[0]
+            .inboxes
+            .enqueue(Batch::new(vec![brief(somebody); EACH]))
+            .await
+            .expect("enqueue");
         assert!(outcomes.iter().all(|outcome| matches!(outcome, Enqueued::Accepted(_))));
         open(&stores[0], n, somebody).await;
         upload(&stores[0], somebody, vec![package(n)]).await;

@@ -10,7 +10,9 @@ use std::{
 };
 
 use qpq_domain::{ChannelId, IdentityKey, Seq};
-use qpq_ports::{Ack, Enqueue, Enqueued, PageLimit, ReadQuery, Reader, StoreError, Stores, View};
+use qpq_ports::{
+    Ack, Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, StoreError, Stores, View,
+};
 use qpq_store_cluster::{Config, Limits};
 use qpq_test_services::{RedisCluster, RedisSentinel};
 use tokio::time::{Instant, sleep};
@@ -55,8 +57,8 @@ async fn persist<T, F: Future<Output = Result<T, StoreError>>>(
 }
 
 /// The message with this number, from somebody to oneself.
-fn message(to: Person, n: u64) -> Enqueue {
-    Enqueue {
+fn message(to: Person, n: u64) -> NewMessage {
+    NewMessage {
         sender: to.identity,
         recipient: to.identity,
         channel: ChannelId::DEFAULT,
@@ -73,8 +75,11 @@ fn message(to: Person, n: u64) -> Enqueue {
 async fn send(stores: Stores, to: Person, progress: Arc<Progress>) {
     for n in 1..=ALL {
         eventually("the next lap", || async { progress.open.load(Ordering::Acquire) >= n }).await;
-        let outcome =
-            stores.inboxes.enqueue(vec![message(to, n)]).await.expect("Postgres is there");
+        let outcome = stores
+            .inboxes
+            .enqueue(Batch::new(vec![message(to, n)]))
+            .await
+            .expect("Postgres is there");
         let [Enqueued::Accepted(receipt)] = outcome[..] else { panic!("{outcome:?}") };
         assert_eq!(receipt.seq, Seq(n));
     }
@@ -186,7 +191,7 @@ async fn serves_again(stores: &Stores, who: Person) {
 /// Sends the message with this number, takes it, and has it removed; it is the only one that is
 /// there.
 async fn pass(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
-    stores.inboxes.enqueue(vec![message(who, n)]).await.expect("Postgres is there");
+    stores.inboxes.enqueue(Batch::new(vec![message(who, n)])).await.expect("Postgres is there");
     take(stores, who, n).await
 }
 
@@ -253,7 +258,11 @@ async fn a_redis_cluster_is_followed_wherever_slots_and_scripts_go() {
     let lost = &servers.redis.nodes()[0];
     lost.kill9().await.expect("Redis");
     for who in &people {
-        stores.inboxes.enqueue(vec![message(*who, 4)]).await.expect("Postgres is there");
+        stores
+            .inboxes
+            .enqueue(Batch::new(vec![message(*who, 4)]))
+            .await
+            .expect("Postgres is there");
     }
     lost.start_again().await.expect("Redis");
     servers.redis.wait_until_complete().await.expect("the cluster");

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use qpq_domain::{ChannelId, MessageId, Seq, StoreId};
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Lease, Page, PageLimit, ReadQuery, Reader, StoreError, Stores, View,
+    Ack, Batch, Enqueued, Lease, NewMessage, Page, PageLimit, ReadQuery, Reader, StoreError,
+    Stores, View,
 };
 use qpq_store_cluster::{ClusterStore, Config, Limits};
 use qpq_test_services::{Backup, Restore, Standby};
@@ -97,7 +98,7 @@ impl World {
 
     /// Sends from alice to bob through the first edge; the seqs.
     async fn send(&self, texts: &[&str]) -> Vec<u64> {
-        let message = |text: &&str| Enqueue {
+        let message = |text: &&str| NewMessage {
             sender: self.alice.identity,
             recipient: self.bob.identity,
             channel: ChannelId::DEFAULT,
@@ -108,7 +109,8 @@ impl World {
             ttl: HOUR,
         };
         let messages: Vec<_> = texts.iter().map(message).collect();
-        let enqueue = || async { self.stores(0).inboxes.enqueue(messages.clone()).await };
+        let enqueue =
+            || async { self.stores(0).inboxes.enqueue(Batch::new(messages.clone())).await };
         let outcomes = available(enqueue).await;
         let seq = |outcome: &Enqueued| match outcome {
             Enqueued::Accepted(receipt) | Enqueued::Duplicate(receipt) => receipt.seq.0,

@@ -9,7 +9,7 @@ use std::{
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use parking_lot::Mutex;
 use qpq_domain::{ChannelId, Seq};
-use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, View};
+use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View};
 use qpq_store_cluster::{Config, Limits};
 
 use crate::{
@@ -96,7 +96,7 @@ async fn a_redis_that_hangs_is_not_asked_until_it_answers() {
     let limit = PageLimit { messages: 100, bytes: 1 << 20 };
     let peek = || stores.inboxes.peek(read, Seq::ZERO, limit, NOW);
     let send = async |n: u64| {
-        let message = Enqueue {
+        let message = NewMessage {
             sender: alice.identity,
             recipient: alice.identity,
             channel: ChannelId::DEFAULT,
@@ -106,7 +106,7 @@ async fn a_redis_that_hangs_is_not_asked_until_it_answers() {
             now: NOW,
             ttl: HOUR,
         };
-        let outcomes = stores.inboxes.enqueue(vec![message]).await.expect("enqueue");
+        let outcomes = stores.inboxes.enqueue(Batch::new(vec![message])).await.expect("enqueue");
         assert!(matches!(outcomes[..], [Enqueued::Accepted(r)] if r.seq.0 == n), "{outcomes:?}");
     };
     send(1).await;

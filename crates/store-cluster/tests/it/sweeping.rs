@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId};
-use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, Stores, View};
+use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, Stores, View};
 use qpq_store_cluster::{Config, Limits};
 
 use crate::{
@@ -36,9 +36,9 @@ async fn rows(servers: &Servers, config: &Config) -> u64 {
     count.expect("a count").parse().expect("a number")
 }
 
-fn message(n: u8) -> Enqueue {
+fn message(n: u8) -> NewMessage {
     let key = IdentityKey::new([n; 32]);
-    Enqueue {
+    NewMessage {
         sender: key,
         recipient: key,
         channel: ChannelId::DEFAULT,
@@ -58,7 +58,7 @@ async fn an_enqueue_among_many_expired_messages_removes_few_of_them() {
     let stores = store.stores();
     fill(&servers, &config, &stores, INBOXES).await;
     let before = rows(&servers, &config).await;
-    let outcomes = stores.inboxes.enqueue((0..INBOXES).map(message).collect()).await;
+    let outcomes = stores.inboxes.enqueue(Batch::new((0..INBOXES).map(message).collect())).await;
     for outcome in outcomes.expect("enqueue") {
         assert!(matches!(outcome, Enqueued::Accepted(receipt) if receipt.seq.0 == EXPIRED + 1));
     }

@@ -13,7 +13,7 @@
 use std::{collections::HashMap, slice, sync::LazyLock, time::Duration};
 
 use qpq_domain::{Delivery, IdentityKey, Seq, UnixMillis};
-use qpq_ports::{Enqueue, Enqueued, Receipt};
+use qpq_ports::{Enqueued, NewMessage, Receipt};
 use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 
 use super::remove::{self, Due};
@@ -132,7 +132,7 @@ pub(super) fn statements() -> impl Iterator<Item = &'static str> {
 /// Accepts each message or says why not, in order.
 pub(crate) async fn all(
     connection: &mut SqliteConnection,
-    messages: &[&Enqueue],
+    messages: &[&NewMessage],
     limits: &Delivery,
     clock: &Guard,
 ) -> sqlx::Result<Vec<Enqueued>> {
@@ -162,7 +162,7 @@ pub(crate) async fn all(
 /// A message, and what the time is.
 #[derive(Clone, Copy)]
 struct Timed<'a> {
-    message: &'a Enqueue,
+    message: &'a NewMessage,
     bounds: Bounds,
 }
 
@@ -219,7 +219,7 @@ impl Inserting<'_> {
                 .bind(&messages[0].message.payload[..]),
         };
         for Timed { message, bounds } in messages {
-            let Enqueue {
+            let NewMessage {
                 sender,
                 recipient,
                 channel,
@@ -384,7 +384,7 @@ enum Removed {
 
 async fn why(
     connection: &mut SqliteConnection,
-    message: &Enqueue,
+    message: &NewMessage,
     now: UnixMillis,
     recent_ids: Duration,
 ) -> sqlx::Result<Option<SqliteRow>> {
@@ -405,8 +405,8 @@ mod tests {
 
     use super::*;
 
-    fn message(payload: &Bytes) -> Enqueue {
-        Enqueue {
+    fn message(payload: &Bytes) -> NewMessage {
+        NewMessage {
             sender: IdentityKey::new([1; 32]),
             recipient: IdentityKey::new([2; 32]),
             channel: ChannelId::DEFAULT,

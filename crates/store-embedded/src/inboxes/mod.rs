@@ -21,7 +21,7 @@ use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use qpq_domain::{Delivery, Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreResult, View,
+    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreResult, View,
 };
 use sqlx::SqlitePool;
 
@@ -69,7 +69,7 @@ impl EmbeddedInboxes {
 
 #[async_trait]
 impl Inboxes for EmbeddedInboxes {
-    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
+    async fn enqueue(&self, Batch { messages }: Batch) -> StoreResult<Vec<Enqueued>> {
         if messages.is_empty() {
             return Ok(Vec::new());
         }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use qpq_domain::{Seq, UnixMillis};
-use qpq_ports::{Ack, Enqueue, ReadQuery, View};
+use qpq_ports::{Ack, NewMessage, ReadQuery, View};
 use sqlx::{SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use crate::{
@@ -159,7 +159,7 @@ pub(super) struct Due<'a> {
     /// Maximum rows.
     pub(super) rows: i64,
     /// A message to the inbox, whose id may be held by one that has expired.
-    pub(super) message: &'a Enqueue,
+    pub(super) message: &'a NewMessage,
 }
 
 /// Removes messages that have expired in one inbox; returns how many. Looks up when the next will

@@ -12,7 +12,7 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use qpq_domain::{ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis};
-use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, StoreError, View};
+use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, StoreError, View};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
@@ -323,7 +323,7 @@ async fn burst(store: &EmbeddedStore, from: u64, count: u64, size: usize, tasks:
         let inboxes = Arc::clone(&inboxes);
         running.spawn(async move {
             for n in (from..from + count).filter(|n| n % tasks == task) {
-                answer(&match inboxes.enqueue(vec![numbered(n, size)]).await {
+                answer(&match inboxes.enqueue(Batch::new(vec![numbered(n, size)])).await {
                     Err(error) => describe(error),
                     Ok(outcomes) => match outcomes[0] {
                         Enqueued::Accepted(receipt) => format!("accepted {n} {}", receipt.seq.0),
@@ -338,12 +338,12 @@ async fn burst(store: &EmbeddedStore, from: u64, count: u64, size: usize, tasks:
 }
 
 /// A message whose first eight bytes are its number, and its id.
-fn numbered(n: u64, size: usize) -> Enqueue {
+fn numbered(n: u64, size: usize) -> NewMessage {
     let mut payload = vec![0; size.max(8)];
     payload[..8].copy_from_slice(&n.to_be_bytes());
     let mut id = [0; 16];
     id[..8].copy_from_slice(&n.to_be_bytes());
-    Enqueue {
+    NewMessage {
         sender: key(2),
         recipient: key(1),
         channel: ChannelId::DEFAULT,

@@ -8,8 +8,8 @@ use qpq_domain::{
     TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Lease, NewAccount, NewKeyPackage, NewSession, Page, PageLimit,
-    ReadQuery, Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
+    Ack, Batch, Enqueued, Lease, NewAccount, NewKeyPackage, NewMessage, NewSession, Page,
+    PageLimit, ReadQuery, Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
 };
 use qpq_store_embedded::Limits;
 use serde::{Deserialize, Serialize};
@@ -196,7 +196,7 @@ impl Machine {
 
     async fn enqueue(&self, messages: Vec<Message>, now: UnixMillis) -> String {
         let messages = messages.into_iter().map(|message| enqueue(&message, now)).collect();
-        let outcomes = self.stores.inboxes.enqueue(messages).await.expect("enqueue");
+        let outcomes = self.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
         let receipt = |what, r: Receipt| {
             receipt_text(what, r.seq.0, r.channel.as_bytes(), r.payload_sha256[0], r.enqueued_at.0)
         };
@@ -335,9 +335,9 @@ fn token(n: u8) -> TokenHash {
     TokenHash::new([n; 32])
 }
 
-fn enqueue(message: &Message, now: UnixMillis) -> Enqueue {
+fn enqueue(message: &Message, now: UnixMillis) -> NewMessage {
     let filling = u8::try_from(message.size % 251).expect("small");
-    Enqueue {
+    NewMessage {
         sender: key(message.from),
         recipient: key(message.to),
         channel: channel(message.channel),

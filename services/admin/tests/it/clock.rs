@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
-use qpq_ports::{Clock as _, Enqueue, NewAccount, Stores, SystemClock};
+use qpq_ports::{Batch, Clock as _, NewAccount, NewMessage, Stores, SystemClock};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 
 use crate::harness::{Place, refusal, run, text};
@@ -16,7 +16,7 @@ async fn send(stores: &Stores, now: UnixMillis) {
     let (identity, username) = (IdentityKey::new([7; 32]), Username::parse("alice").unwrap());
     let account = NewAccount { username, identity, opaque_record: vec![0; 192], now };
     stores.accounts.register(account).await.unwrap();
-    let message = Enqueue {
+    let message = NewMessage {
         sender: identity,
         recipient: identity,
         channel: ChannelId::DEFAULT,
@@ -26,7 +26,7 @@ async fn send(stores: &Stores, now: UnixMillis) {
         now,
         ttl: DAY,
     };
-    stores.inboxes.enqueue(vec![message]).await.unwrap();
+    stores.inboxes.enqueue(Batch::new(vec![message])).await.unwrap();
 }
 
 #[tokio::test]

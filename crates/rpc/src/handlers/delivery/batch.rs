@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use bytes::Bytes;
 use qpq_domain::{IdentityKey, MAX_BATCH, UnixMillis};
-use qpq_ports::{CALL_BYTES, CALL_MESSAGES, Enqueue, Enqueued, Inboxes};
+use qpq_ports::{Batch, CALL_BYTES, CALL_MESSAGES, Enqueued, Inboxes, NewMessage};
 use qpq_proto::{convert, methods, v1};
 
 use super::enqueue::{Accepted, accepted, charge, parse};
@@ -100,7 +100,7 @@ async fn parse_batch(
     sender: &IdentityKey,
     request: v1::BatchEnqueueRequest,
     now: UnixMillis,
-) -> Result<Vec<Result<Enqueue, Error>>, Error> {
+) -> Result<Vec<Result<NewMessage, Error>>, Error> {
     if request.messages.is_empty() {
         fan_out(app, sender, &request, now)
     } else {
@@ -113,7 +113,7 @@ fn fan_out(
     sender: &IdentityKey,
     request: &v1::BatchEnqueueRequest,
     now: UnixMillis,
-) -> Result<Vec<Result<Enqueue, Error>>, Error> {
+) -> Result<Vec<Result<NewMessage, Error>>, Error> {
     let shared = v1::EnqueueRequest {
         recipient_key: Bytes::copy_from_slice(sender.as_bytes()),
         payload: request.payload.clone(),
@@ -125,7 +125,7 @@ fn fan_out(
     let shared = parse(app, sender, &shared, now)?;
     let to = |key: &Bytes| {
         let recipient = convert::identity_key(key, "recipient_keys")?;
-        Ok(Enqueue { recipient, ..shared.clone() })
+        Ok(NewMessage { recipient, ..shared.clone() })
     };
     Ok(request.recipient_keys.iter().map(to).collect())
 }
@@ -135,7 +135,7 @@ async fn list(
     sender: &IdentityKey,
     messages: &[v1::EnqueueRequest],
     now: UnixMillis,
-) -> Result<Vec<Result<Enqueue, Error>>, Error> {
+) -> Result<Vec<Result<NewMessage, Error>>, Error> {
     let mut parsed = Vec::with_capacity(messages.len());
     for some in messages.chunks(STRIDE) {
         parsed.extend(some.iter().map(|message| parse(app, sender, message, now)));
@@ -153,11 +153,12 @@ struct Stored {
 }
 
 /// Stores the messages in calls of bounded size. An error means that none was accepted.
-async fn store(inboxes: &dyn Inboxes, mut messages: Vec<Enqueue>) -> Result<Stored, Error> {
+async fn store(inboxes: &dyn Inboxes, mut messages: Vec<NewMessage>) -> Result<Stored, Error> {
     let mut outcomes = Vec::with_capacity(messages.len());
     while !messages.is_empty() {
         let rest = messages.split_off(one_call(&messages));
-        match inboxes.enqueue(std::mem::replace(&mut messages, rest)).await {
+        let batch = Batch::new(std::mem::replace(&mut messages, rest));
+        match inboxes.enqueue(batch).await {
             Ok(of_these) => outcomes.extend(of_these),
             Err(error) if outcomes.is_empty() => return Err(error.into()),
             Err(error) => return Ok(Stored { outcomes, failed: Some(error.into()) }),
@@ -167,7 +168,7 @@ async fn store(inboxes: &dyn Inboxes, mut messages: Vec<Enqueue>) -> Result<Stor
 }
 
 /// How many of the messages go into the next call of the store: at least one.
-fn one_call(messages: &[Enqueue]) -> usize {
+fn one_call(messages: &[NewMessage]) -> usize {
     let mut bytes = 0;
     let fit = messages.iter().take(CALL_MESSAGES).take_while(|message| {
         bytes += message.payload.len();

@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use prost::Message as _;
 use qpq_domain::{AccountId, IdentityKey, UnixMillis};
-use qpq_ports::{Enqueue, Enqueued, Receipt};
+use qpq_ports::{Batch, Enqueued, NewMessage, Receipt};
 use qpq_proto::{LimitClass, convert, methods, v1};
 use sha2::{Digest as _, Sha256};
 
@@ -29,7 +29,8 @@ impl Handler for methods::Enqueue {
         let size = request.payload.len() as u64;
         drop(request);
         charge(cx, caller.account, 1, size).await?;
-        let outcome = cx.app.stores.inboxes.enqueue(vec![message]).await?.into_iter().next();
+        let outcome =
+            cx.app.stores.inboxes.enqueue(Batch::new(vec![message])).await?.into_iter().next();
         let outcome = outcome.ok_or_else(|| Error::internal("the store answered no outcome"))?;
         let Accepted { seq, delivery_proof, duplicate } = accepted(cx.app, &recipient, outcome)?;
         Ok(v1::EnqueueResponse { seq, delivery_proof, duplicate }.into())
@@ -58,7 +59,7 @@ pub(super) fn parse(
     sender: &IdentityKey,
     request: &v1::EnqueueRequest,
     now: UnixMillis,
-) -> Result<Enqueue, Error> {
+) -> Result<NewMessage, Error> {
     let recipient = convert::identity_key(&request.recipient_key, "recipient_key")?;
     let channel = convert::channel_id(&request.channel_id, "channel_id")?;
     let message_id = convert::message_id(&request.message_id, "message_id")?;
@@ -66,7 +67,7 @@ pub(super) fn parse(
     if request.payload.len() > limits.max_payload.min(page::MAX_PAYLOAD) {
         return Err(Error::PayloadTooLarge);
     }
-    Ok(Enqueue {
+    Ok(NewMessage {
         sender: *sender,
         recipient,
         channel,

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use qpq_domain::{Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreError, StoreResult,
+    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreError, StoreResult,
     Stores,
 };
 use qpq_proto::{
@@ -285,14 +285,15 @@ struct Full;
 
 #[async_trait]
 impl Inboxes for Recorded {
-    async fn enqueue(&self, messages: Vec<Enqueue>) -> StoreResult<Vec<Enqueued>> {
+    async fn enqueue(&self, batch: Batch) -> StoreResult<Vec<Enqueued>> {
+        let messages = &batch.messages;
         let bytes = messages.iter().map(|message| message.payload.len()).sum();
         self.calls.sizes.lock().push((messages.len(), bytes));
         let addresses = messages.iter().map(|message| message.payload.as_ptr() as usize);
         self.calls.payloads.lock().extend(addresses);
         let countdown = |left: usize| left.checked_sub(1);
         match self.calls.accepted.fetch_update(Ordering::SeqCst, Ordering::SeqCst, countdown) {
-            Ok(_) => self.inner.enqueue(messages).await,
+            Ok(_) => self.inner.enqueue(batch).await,
             Err(_) => Err(StoreError::unavailable(Full)),
         }
     }

@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use qpq_domain::{ChannelId, Seq};
-use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, View};
+use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View};
 use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
 use rand::{SeedableRng as _, rngs::StdRng};
 
@@ -105,7 +105,7 @@ async fn a_backup_under_load_shows_one_commit_and_all_that_was_acknowledged_befo
     let (stores, now) = (node.store.stores(), node.content.now());
     let message = move |number: u64| {
         let payload = Bytes::copy_from_slice(&number.to_be_bytes());
-        Enqueue {
+        NewMessage {
             sender: inbox,
             recipient: inbox,
             channel: ChannelId::DEFAULT,
@@ -120,7 +120,7 @@ async fn a_backup_under_load_shows_one_commit_and_all_that_was_acknowledged_befo
         Enqueued::Accepted(receipt) => receipt.seq,
         other => panic!("{other:?}"),
     };
-    let before = stores.inboxes.enqueue((0..50).map(message).collect()).await.unwrap();
+    let before = stores.inboxes.enqueue(Batch::new((0..50).map(message).collect())).await.unwrap();
     let before: Vec<Seq> = before.iter().map(accepted).collect();
     let (backup, dir) = (node.place.path("backup"), node.dir.clone());
     let to = backup.clone();
@@ -129,7 +129,7 @@ async fn a_backup_under_load_shows_one_commit_and_all_that_was_acknowledged_befo
     });
     let mut last = Seq::ZERO;
     for number in 50.. {
-        let outcomes = stores.inboxes.enqueue(vec![message(number)]).await.unwrap();
+        let outcomes = stores.inboxes.enqueue(Batch::new(vec![message(number)])).await.unwrap();
         last = accepted(&outcomes[0]);
         if backing_up.is_finished() {
             break;

@@ -9,8 +9,8 @@ use qpq_domain::{
     Username,
 };
 use qpq_ports::{
-    Ack, Enqueue, Enqueued, NewAccount, NewKeyPackage, NewSession, Page, PageLimit, ReadQuery,
-    Reader, Registration, Session, Stores, UploadMode, View,
+    Ack, Batch, Enqueued, NewAccount, NewKeyPackage, NewMessage, NewSession, Page, PageLimit,
+    ReadQuery, Reader, Registration, Session, Stores, UploadMode, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
@@ -31,7 +31,7 @@ pub(crate) struct Amount {
 pub(crate) struct Content {
     people: Vec<(NewAccount, AccountId)>,
     tokens: Vec<TokenHash>,
-    messages: Vec<Enqueue>,
+    messages: Vec<NewMessage>,
     packages: Vec<(usize, NewKeyPackage)>,
     now: UnixMillis,
     random: StdRng,
@@ -39,8 +39,8 @@ pub(crate) struct Content {
 
 /// Enqueues messages. A cluster dates what it accepts by the clock of Postgres, so these dates are
 /// left out.
-async fn accept(stores: &Stores, messages: Vec<Enqueue>) -> Vec<Enqueued> {
-    let mut outcomes = stores.inboxes.enqueue(messages).await.unwrap();
+async fn accept(stores: &Stores, messages: Vec<NewMessage>) -> Vec<Enqueued> {
+    let mut outcomes = stores.inboxes.enqueue(Batch::new(messages)).await.unwrap();
     for outcome in &mut outcomes {
         if let Enqueued::Accepted(receipt) = outcome {
             receipt.enqueued_at = UnixMillis(0);
@@ -104,7 +104,7 @@ impl Content {
     async fn send(&mut self, stores: &Stores, amount: Amount) {
         let count = self.random.gen_range(1..40);
         let messages: Vec<_> = (0..count).map(|_| self.message(amount.payload)).collect();
-        for outcome in stores.inboxes.enqueue(messages.clone()).await.unwrap() {
+        for outcome in stores.inboxes.enqueue(Batch::new(messages.clone())).await.unwrap() {
             assert!(
                 matches!(
                     outcome,
@@ -116,13 +116,13 @@ impl Content {
         self.messages.extend(messages);
     }
 
-    fn message(&mut self, largest: usize) -> Enqueue {
+    fn message(&mut self, largest: usize) -> NewMessage {
         let sender = self.somebody();
         let recipient = self.people[sender].0.identity;
         let sender = self.somebody();
         let size = self.random.gen_range(0..=largest);
         let payload = self.bytes(size);
-        Enqueue {
+        NewMessage {
             sender: self.people[sender].0.identity,
             recipient,
             channel: self.channel(),
@@ -338,7 +338,7 @@ impl Content {
             let again: Vec<_> = messages
                 .iter()
                 .cloned()
-                .map(|message| Enqueue { now: self.now, ttl: HOUR, ..message })
+                .map(|message| NewMessage { now: self.now, ttl: HOUR, ..message })
                 .collect();
             let outcomes = accept(one, again.clone()).await;
             assert_eq!(outcomes, accept(two, again).await);

@@ -7,7 +7,7 @@ pub(crate) mod scene;
 use std::{fs, io::Read as _, path::Path, process::Child, time::Duration};
 
 use qpq_ports::transfer::Table;
-use qpq_ports::{Enqueue, Enqueued, PageLimit, ReadQuery, Reader, View};
+use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View};
 use qpq_store_embedded::{EmbeddedStore, Limits, MOVED_FILE, OpenError};
 use rand::Rng as _;
 use tokio::time::{Instant, sleep};
@@ -184,7 +184,7 @@ async fn a_node_that_changed_since_it_was_interrupted_is_moved_as_it_is_now() {
     assert_ne!(scene.sql("SELECT count(*) FROM import_message").await, "0");
     let store = embedded(&scene.node).await;
     let inbox = scene.content.identities().next().unwrap();
-    let message = Enqueue {
+    let message = NewMessage {
         sender: inbox,
         recipient: inbox,
         channel: qpq_domain::ChannelId::DEFAULT,
@@ -194,7 +194,7 @@ async fn a_node_that_changed_since_it_was_interrupted_is_moved_as_it_is_now() {
         now: scene.content.now(),
         ttl: Duration::from_secs(1_000),
     };
-    let sent = store.stores().inboxes.enqueue(vec![message]).await.unwrap();
+    let sent = store.stores().inboxes.enqueue(Batch::new(vec![message])).await.unwrap();
     assert!(matches!(sent[..], [Enqueued::Accepted(_)]));
     store.close().await;
     scene.sql("DROP TRIGGER stumble ON account").await;
