@@ -9,6 +9,8 @@ mod account_events;
 mod accounts;
 #[cfg(feature = "admission")]
 pub mod admission;
+#[cfg(feature = "admission")]
+pub mod batcher;
 mod clock;
 #[cfg(feature = "conformance")]
 pub mod conformance;
