@@ -1,43 +1,21 @@
 //! Accounts in SQLite. An account is inserted and never replaced.
 
 use async_trait::async_trait;
-use futures_util::FutureExt as _;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, Username};
 use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreResult};
-use sqlx::{Connection as _, Row as _, SqliteConnection, SqlitePool, sqlite::SqliteRow};
+use sqlx::{Connection as _, Row as _, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
     error::read_failed,
     row::{Columns as _, millis},
-    writer::{Outcome, Scope, Writer},
+    statement::{Done, SMALL, Statement},
+    store::EmbeddedStore,
 };
 
-#[derive(Debug)]
-pub(crate) struct EmbeddedAccounts {
-    writer: Writer,
-    readers: SqlitePool,
-}
-
-impl EmbeddedAccounts {
-    pub(crate) fn new(writer: Writer, readers: SqlitePool) -> Self {
-        Self { writer, readers }
-    }
-}
-
 #[async_trait]
-impl Accounts for EmbeddedAccounts {
+impl Accounts for EmbeddedStore {
     async fn register(&self, account: NewAccount) -> StoreResult<Registration> {
-        let bytes = account.opaque_record.len() + 256;
-        self.writer
-            .run(
-                Scope::Job,
-                bytes,
-                |connection| {
-                    async move { register(connection, account).await.map(Outcome::Keep) }.boxed()
-                },
-                |_| {},
-            )
-            .await
+        self.writer.run(Register(account)).await
     }
 
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>> {
@@ -68,49 +46,6 @@ impl Accounts for EmbeddedAccounts {
     }
 }
 
-async fn register(
-    connection: &mut SqliteConnection,
-    new: NewAccount,
-) -> sqlx::Result<Registration> {
-    let skeleton = new.username.skeleton();
-    let inserted: Option<i64> = sqlx::query_scalar(
-        "INSERT INTO account (username, identity, opaque_record, created_at, skeleton)
-         VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING RETURNING id",
-    )
-    .bind(new.username.as_str())
-    .bind(&new.identity.as_bytes()[..])
-    .bind(&new.opaque_record[..])
-    .bind(millis(new.now))
-    .bind(skeleton.as_str())
-    .fetch_optional(&mut *connection)
-    .await?;
-    if let Some(id) = inserted {
-        sqlx::query("INSERT INTO inbox (id) VALUES (?1)")
-            .bind(id)
-            .execute(&mut *connection)
-            .await?;
-        return Ok(Registration::Registered(AccountId(id)));
-    }
-    let holder = sqlx::query("SELECT id, identity, opaque_record FROM account WHERE username = ?1")
-        .bind(new.username.as_str())
-        .fetch_optional(&mut *connection)
-        .await?;
-    let is_lookalike: bool = sqlx::query_scalar(
-        "SELECT EXISTS (SELECT 1 FROM account WHERE skeleton = ?1 AND lookalike = 0)",
-    )
-    .bind(skeleton.as_str())
-    .fetch_one(&mut *connection)
-    .await?;
-    Ok(match holder.as_ref().map(credentials).transpose()? {
-        None if is_lookalike => Registration::UsernameTaken,
-        None => Registration::IdentityTaken,
-        Some(held) if held.identity == new.identity && held.opaque_record == new.opaque_record => {
-            Registration::Repeated(held.account)
-        }
-        Some(_) => Registration::UsernameTaken,
-    })
-}
-
 fn credentials(row: &SqliteRow) -> sqlx::Result<Credentials> {
     Ok(Credentials {
         account: row.account("id")?,
@@ -128,12 +63,80 @@ fn account(row: &SqliteRow) -> sqlx::Result<Account> {
     })
 }
 
+/// Inserts an account and its inbox, or finds what prevents it.
+struct Register(NewAccount);
+
+impl Statement for Register {
+    type Answer = Registration;
+    const NAME: &'static str = "register account";
+
+    fn bytes(&self) -> usize {
+        SMALL + self.0.opaque_record.len()
+    }
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Registration>> {
+        let registration = match self.insert(tx).await? {
+            Some(account) => Registration::Registered(account),
+            None => self.conflict(tx).await?,
+        };
+        Ok(Done::keep(registration))
+    }
+}
+
+impl Register {
+    async fn insert(&self, tx: &mut SqliteConnection) -> sqlx::Result<Option<AccountId>> {
+        let new = &self.0;
+        let inserted: Option<i64> = sqlx::query_scalar(
+            "INSERT INTO account (username, identity, opaque_record, created_at, skeleton)
+             VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING RETURNING id",
+        )
+        .bind(new.username.as_str())
+        .bind(&new.identity.as_bytes()[..])
+        .bind(&new.opaque_record[..])
+        .bind(millis(new.now))
+        .bind(new.username.skeleton().as_str())
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(id) = inserted {
+            sqlx::query("INSERT INTO inbox (id) VALUES (?1)").bind(id).execute(tx).await?;
+        }
+        Ok(inserted.map(AccountId))
+    }
+
+    async fn conflict(&self, tx: &mut SqliteConnection) -> sqlx::Result<Registration> {
+        let new = &self.0;
+        let existing =
+            sqlx::query("SELECT id, identity, opaque_record FROM account WHERE username = ?1")
+                .bind(new.username.as_str())
+                .fetch_optional(&mut *tx)
+                .await?;
+        if let Some(row) = existing {
+            let existing = credentials(&row)?;
+            let is_same =
+                existing.identity == new.identity && existing.opaque_record == new.opaque_record;
+            return Ok(if is_same {
+                Registration::Repeated(existing.account)
+            } else {
+                Registration::UsernameTaken
+            });
+        }
+        let is_lookalike: bool = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT 1 FROM account WHERE skeleton = ?1 AND lookalike = 0)",
+        )
+        .bind(new.username.skeleton().as_str())
+        .fetch_one(tx)
+        .await?;
+        Ok(if is_lookalike { Registration::UsernameTaken } else { Registration::IdentityTaken })
+    }
+}
+
 /// Accounts in one transaction of [`fill_skeletons`].
 const BATCH: i64 = 1_000;
 
-/// Computes the skeletons of the accounts that have none, from before the schema had them. Each
-/// batch is committed, so that a killed start continues where it stopped. Of accounts with the same
-/// skeleton, the oldest holds it and the others stay as lookalikes.
+/// Computes the skeletons of accounts from before the schema had them.
+///
+/// Each batch is committed, so that a killed start continues where it stopped. Of accounts with the
+/// same skeleton, the oldest keeps it and the others stay as lookalikes.
 pub(crate) async fn fill_skeletons(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     loop {
         let unknown: Vec<(i64, String)> = sqlx::query_as(

@@ -20,15 +20,20 @@ use sqlx::{
     sqlite::SqliteConnectOptions,
 };
 
-use crate::open::{self, DATABASE_FILE, MOVED_FILE, OpenError, RESTORING_FILE, ROWS_AHEAD};
+use crate::{
+    directory::{self, DATABASE_FILE, MOVED_FILE, RESTORING_FILE},
+    open::ROWS_AHEAD,
+    open_error::{OpenError, failed as open_failed},
+    schema,
+};
 
-/// How long a copy waits for a lock. A running server holds none for longer than a checkpoint.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a copy waits for a lock. A running server has one for at most a checkpoint.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Damages that an error names at most.
-const NAMED: usize = 5;
+/// Maximum damages in one error.
+const MAX_NAMED_DAMAGES: usize = 5;
 
-/// What a database holds, and which schema it has.
+/// The content of a database, and its schema.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inspection {
     /// The number of the last migration.
@@ -64,9 +69,9 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Takes the lock that a running server holds.
+    /// Acquires the lock that a running server has.
     pub fn take(data_dir: &Path) -> Result<Self, OpenError> {
-        Ok(Self { _lock: open::lock_file(data_dir)? })
+        Ok(Self { _lock: directory::lock_any(data_dir)? })
     }
 }
 
@@ -83,24 +88,24 @@ pub async fn copy_database(data_dir: &Path, to: &Path) -> Result<(), BackupError
     if data_dir.join(RESTORING_FILE).exists() {
         return Err(BackupError::Source(OpenError::Restoring(data_dir.to_owned())));
     }
-    let source = |error: sqlx::Error| BackupError::Source(open::failed(&from, &error));
+    let source = |error: sqlx::Error| BackupError::Source(open_failed(&from, &error));
     let mut connection = SqliteConnectOptions::new()
         .filename(&from)
-        .busy_timeout(PATIENCE)
+        .busy_timeout(LOCK_TIMEOUT)
         .disable_statement_logging()
         .connect()
         .await
         .map_err(source)?;
-    open::check_ownership(&mut connection, &from).await.map_err(BackupError::Source)?;
+    schema::check_ownership(&mut connection, &from).await.map_err(BackupError::Source)?;
     let into = to.to_str().ok_or_else(|| BackupError::Copy {
         from: from.clone(),
         to: to.to_owned(),
         cause: "its path is not UTF-8".into(),
     })?;
     let copied = sqlx::query("VACUUM INTO ?1").bind(into).execute(&mut connection).await;
-    // The copy is complete or has failed; how this connection ends changes neither.
+    // The copy is complete or has failed. The end of this connection changes neither.
     let _ = connection.close().await;
-    copied.map_err(|error| match open::failed(&from, &error) {
+    copied.map_err(|error| match open_failed(&from, &error) {
         OpenError::Full(_) => BackupError::Full(to.to_owned()),
         damaged @ OpenError::Corrupt { .. } => BackupError::Source(damaged),
         _ => BackupError::Copy { from: from.clone(), to: to.to_owned(), cause: error.to_string() },
@@ -115,7 +120,7 @@ pub async fn copy_database(data_dir: &Path, to: &Path) -> Result<(), BackupError
 /// Checks every page, index, count and payload of the database file `path`, which nothing may be
 /// using. Writes nothing.
 pub async fn inspect(path: &Path) -> Result<Inspection, BackupError> {
-    let failed = |error: sqlx::Error| BackupError::Copied(open::failed(path, &error));
+    let failed = |error: sqlx::Error| BackupError::Copied(open_failed(path, &error));
     let mut connection = SqliteConnectOptions::new()
         .filename(path)
         .read_only(true)
@@ -125,7 +130,7 @@ pub async fn inspect(path: &Path) -> Result<Inspection, BackupError> {
         .connect()
         .await
         .map_err(failed)?;
-    let schema = open::check_known(&mut connection, path).await.map_err(BackupError::Copied)?;
+    let schema = schema::check_known(&mut connection, path).await.map_err(BackupError::Copied)?;
     let damages = damages(&mut connection).await.map_err(failed)?;
     if !damages.is_empty() {
         return Err(BackupError::Damaged { path: path.to_owned(), damages });
@@ -161,9 +166,11 @@ async fn count(connection: &mut SqliteConnection) -> sqlx::Result<Vec<(String, u
     Ok(rows)
 }
 
-/// What the schema demands and SQLite does not check by itself, with the number of rows that break
-/// it. Removed messages leave gaps in an inbox, so its seqs need not be contiguous; none is beyond
-/// the last one that was assigned, and the indexes keep each from being used twice.
+/// The rules of the schema that SQLite does not check, with a query for the number of rows that
+/// break each.
+///
+/// Removed messages leave gaps in an inbox, so its seqs need not be contiguous. None is beyond the
+/// last one that was assigned, and the indexes prevent that one is used twice.
 const RULES: [(&str, &str); 5] = [
     (
         "inboxes with a message whose seq was never assigned",
@@ -189,7 +196,7 @@ const RULES: [(&str, &str); 5] = [
 
 async fn damages(connection: &mut SqliteConnection) -> sqlx::Result<Vec<String>> {
     let checked: Vec<String> =
-        sqlx::query_scalar(AssertSqlSafe(format!("PRAGMA integrity_check({NAMED})")))
+        sqlx::query_scalar(AssertSqlSafe(format!("PRAGMA integrity_check({MAX_NAMED_DAMAGES})")))
             .fetch_all(&mut *connection)
             .await?;
     let mut damages: Vec<String> = checked.into_iter().filter(|line| line != "ok").collect();

@@ -1,39 +1,41 @@
-//! Whether the clock of this machine is believed, for a single node has no other to ask.
+//! Trust in the clock of this machine: a single node has no other clock to compare it with.
 //!
 //! The store keeps the newest instant that it believes to have come. A clock that shows more than
-//! [`JUMP`] beyond it has jumped: nothing is destroyed by what it shows. A clock that went back by
-//! more than [`STEP`] is not believed either: promises count from the time that was believed.
-//! Meanwhile the believed time goes on with the monotonic clock. A clock that is not believed is
-//! believed again when it returns, when an operator accepts it, or once it has gone in step with
-//! the monotonic clock for [`JUMP`] of running time, restarts included.
+//! [`JUMP`] after it has jumped: nothing is removed because of what that clock shows. A clock that
+//! went back by more than [`STEP`] is not believed either: the times for which data is kept count
+//! from the believed instant. Meanwhile the believed time advances with the monotonic clock. A
+//! clock that is not believed is believed again when it returns, when an operator accepts it, or
+//! after it has advanced in step with the monotonic clock for [`JUMP`] of running time, restarts
+//! included.
 //!
-//! The table `clock` has all of it; each sweep reads and writes it, so another process can accept
-//! the clock while the server runs.
+//! The table `clock` stores all of this. Each sweep reads and writes it, so another process can
+//! accept the clock while the server runs.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use qpq_domain::UnixMillis;
-use sqlx::{ConnectOptions as _, Row as _, SqliteConnection, sqlite::SqliteConnectOptions};
+use sqlx::{Row as _, SqliteConnection};
 use tokio::time::Instant;
 
 use crate::{
     metrics as names,
-    open::{DATABASE_FILE, OpenError, check_current, failed},
-    row::{Columns as _, millis},
+    row::{Columns as _, millis, millis_of},
 };
 
 /// Maximum step ahead that is believed: more than any mistake in a time zone.
 pub const JUMP: Duration = Duration::from_secs(25 * 3_600);
-/// Difference between two clocks that counts as none.
+
+/// Maximum difference between two clocks that are in step.
 const STEP: Duration = Duration::from_secs(60);
 
 const READ: &str = "SELECT believed, shown, proved FROM clock";
 const WRITE: &str = "
     INSERT INTO clock (id, believed, shown, proved) VALUES (1, ?1, ?2, ?3)
-    ON CONFLICT DO UPDATE SET believed = excluded.believed, shown = excluded.shown, proved = excluded.proved";
+    ON CONFLICT DO UPDATE SET believed = excluded.believed, shown = excluded.shown,
+                              proved = excluded.proved";
 
-/// What is stored about the clock.
+/// The stored state of the trust in the clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Belief {
     /// The newest instant that is believed to have come.
@@ -44,10 +46,18 @@ pub(crate) struct Belief {
 /// A clock that is not believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Doubt {
-    /// What it showed last.
+    /// The instant that it showed at the last check.
     shown: UnixMillis,
-    /// Running time for which it has gone in step with the monotonic clock.
+    /// The running time for which it has been in step with the monotonic clock.
     proved: Duration,
+}
+
+/// The belief that a check of the clock has stored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ClockCheck {
+    belief: Belief,
+    /// The instant that the clock showed.
+    shown: UnixMillis,
 }
 
 /// The bounds of the present.
@@ -55,46 +65,64 @@ struct Doubt {
 pub(crate) struct Bounds {
     /// Data that has not expired at this instant is kept.
     pub(crate) earliest: UnixMillis,
-    /// The instant from which a promise to keep data counts.
+    /// The instant from which a time to keep data counts.
     pub(crate) latest: UnixMillis,
 }
 
 /// The belief of this process. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Guard(Arc<Mutex<State>>);
+pub(crate) struct ClockGuard(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
     belief: Option<Belief>,
-    /// Since when, and whether a look at the clock led to it.
+    /// When the belief was read or checked.
     since: Instant,
-    looked: bool,
+    origin: Origin,
+}
+
+/// Where a belief comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// Read at the start.
+    Database,
+    /// A check of the clock in this process.
+    Check,
 }
 
 impl Belief {
-    /// The belief after a look at a clock that shows `now`. `ran` is the time since the last look,
-    /// unless the process has been started since.
-    fn look(before: Option<Self>, now: UnixMillis, ran: Option<Duration>) -> Self {
+    /// Returns the belief in a clock that `now` was accepted of.
+    pub(crate) const fn accepted(now: UnixMillis) -> Self {
+        Self { believed: now, doubt: None }
+    }
+
+    pub(crate) fn believed(&self) -> UnixMillis {
+        self.believed
+    }
+
+    /// Returns the belief after a check of a clock that shows `now`. `ran` is the time since the
+    /// last check, unless the process was started since.
+    fn check(before: Option<Self>, now: UnixMillis, ran: Option<Duration>) -> Self {
         let Some(Self { believed, doubt }) = before else {
-            return Self { believed: now, doubt: None };
+            return Self::accepted(now);
         };
         let believed = believed.plus(ran.unwrap_or_default());
         if !jumped(believed, now) {
-            return Self { believed: now, doubt: None };
+            return Self::accepted(now);
         }
         let proved = match (doubt, ran) {
             (Some(doubt), Some(ran)) if in_step(doubt.shown.plus(ran), now) => doubt.proved + ran,
-            // How long the server was stopped is unknown.
+            // The time for which the server was stopped is unknown.
             (Some(doubt), None) if !jumped(doubt.shown, now) => doubt.proved,
             _ => Duration::ZERO,
         };
         if proved >= JUMP {
-            return Self { believed: now, doubt: None };
+            return Self::accepted(now);
         }
         Self { believed, doubt: Some(Doubt { shown: now, proved }) }
     }
 
-    /// The bounds of the present, `elapsed` after the look, where the clock shows `now`.
+    /// Returns the bounds of the present, `elapsed` after the check, if the clock shows `now`.
     fn bounds(self, elapsed: Duration, now: UnixMillis) -> Bounds {
         let believed = self.believed.plus(elapsed);
         if jumped(believed, now) {
@@ -118,19 +146,19 @@ impl Belief {
         Ok(Some(Self { believed: row.at("believed")?, doubt }))
     }
 
-    async fn write(self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    pub(crate) async fn write(self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
         let proved = self.doubt.map_or(Duration::ZERO, |doubt| doubt.proved);
         sqlx::query(WRITE)
             .bind(millis(self.believed))
             .bind(self.doubt.map(|doubt| millis(doubt.shown)))
-            .bind(i64::try_from(proved.as_millis()).unwrap_or(i64::MAX))
+            .bind(millis_of(proved))
             .execute(connection)
             .await
             .map(drop)
     }
 }
 
-/// Whether a clock that shows `now` has jumped, ahead or back.
+/// Returns whether a clock that shows `now` has jumped, ahead or back.
 fn jumped(believed: UnixMillis, now: UnixMillis) -> bool {
     now > believed.plus(JUMP) || now < believed.minus(STEP)
 }
@@ -139,12 +167,13 @@ fn in_step(expected: UnixMillis, now: UnixMillis) -> bool {
     expected.since(now).max(now.since(expected)) <= STEP
 }
 
-impl Guard {
+impl ClockGuard {
     pub(crate) fn new(belief: Option<Belief>) -> Self {
-        Self(Arc::new(Mutex::new(State { belief, since: Instant::now(), looked: false })))
+        let state = State { belief, since: Instant::now(), origin: Origin::Database };
+        Self(Arc::new(Mutex::new(state)))
     }
 
-    /// The bounds of the present, where the clock shows `now`.
+    /// Returns the bounds of the present, if the clock shows `now`.
     pub(crate) fn bounds(&self, now: UnixMillis) -> Bounds {
         let state = self.0.lock();
         match state.belief {
@@ -153,67 +182,47 @@ impl Guard {
         }
     }
 
-    /// Looks at the clock, which shows `now`; in the transaction of a sweep. Returns the belief for
-    /// [`Guard::looked`], once that is committed.
-    pub(crate) async fn look(
+    /// Checks the clock, which shows `now`, and stores the belief in the transaction of a sweep.
+    /// [`ClockGuard::checked`] applies the result after the commit.
+    pub(crate) async fn check(
         &self,
         connection: &mut SqliteConnection,
         now: UnixMillis,
-    ) -> sqlx::Result<Belief> {
+    ) -> sqlx::Result<ClockCheck> {
         let stored = Belief::read(&mut *connection).await?;
         let ran = {
             let state = self.0.lock();
-            // Not if another process has accepted the clock meanwhile.
-            (state.looked && state.belief == stored).then(|| state.since.elapsed())
+            // Unknown if another process has accepted the clock meanwhile.
+            let is_own = state.origin == Origin::Check && state.belief == stored;
+            is_own.then(|| state.since.elapsed())
         };
-        let belief = Belief::look(stored, now, ran);
+        let belief = Belief::check(stored, now, ran);
         belief.write(connection).await?;
-        Ok(belief)
+        Ok(ClockCheck { belief, shown: now })
     }
 
-    pub(crate) fn looked(&self, belief: Belief, now: UnixMillis) {
+    /// Uses the belief of a check that is committed, and logs whether it has changed.
+    pub(crate) fn checked(&self, check: &ClockCheck) {
+        let ClockCheck { belief, shown } = *check;
         let mut state = self.0.lock();
-        let before = state.belief.and_then(|belief| belief.doubt).filter(|_| state.looked);
-        *state = State { belief: Some(belief), since: Instant::now(), looked: true };
+        let before = match state.origin {
+            Origin::Check => state.belief.and_then(|belief| belief.doubt),
+            Origin::Database => None,
+        };
+        *state = State { belief: Some(belief), since: Instant::now(), origin: Origin::Check };
         drop(state);
         metrics::gauge!(names::CLOCK_DOUBTED).set(f64::from(u8::from(belief.doubt.is_some())));
         match (before, belief.doubt) {
             (None, Some(_)) => tracing::warn!(
-                ahead = ?now.since(belief.believed),
-                back = ?belief.believed.since(now),
-                "the clock jumped, nothing that has expired is removed: set the clock right, or \
-                 accept it with `qpq-admin clock accept`; it is believed by itself after 25 hours"
+                ahead = ?shown.since(belief.believed),
+                back = ?belief.believed.since(shown),
+                "clock jumped, nothing that has expired is removed: set the clock right, or accept \
+                 it with `qpq-admin clock accept`; it is believed after 25 hours in any case"
             ),
-            (Some(_), None) => tracing::info!("the clock is believed again"),
+            (Some(_), None) => tracing::info!("clock is believed again"),
             _ => {}
         }
     }
-}
-
-/// What accepting the clock changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Accepted {
-    /// The time believed before; none if nothing is stored.
-    pub before: Option<UnixMillis>,
-    pub now: UnixMillis,
-}
-
-/// Makes a store believe that it is `now`, whether or not a server is running on it. A running
-/// server follows with its next sweep.
-pub async fn accept_clock(data_dir: &Path, now: UnixMillis) -> Result<Accepted, OpenError> {
-    let path = data_dir.join(DATABASE_FILE);
-    let failed = |error: sqlx::Error| failed(&path, &error);
-    let options = SqliteConnectOptions::new()
-        .filename(&path)
-        .busy_timeout(Duration::from_secs(5))
-        .disable_statement_logging();
-    let mut connection = options.connect().await.map_err(failed)?;
-    check_current(&mut connection, &path).await?;
-    let before = Belief::read(&mut connection).await.map_err(failed)?;
-    let belief = Belief { believed: now, doubt: None };
-    belief.write(&mut connection).await.map_err(failed)?;
-    sqlx::Connection::close(connection).await.map_err(failed)?;
-    Ok(Accepted { before: before.map(|belief| belief.believed), now })
 }
 
 #[cfg(test)]
@@ -225,33 +234,33 @@ mod tests {
     const MINUTE: Duration = Duration::from_secs(60);
 
     fn believing(believed: UnixMillis) -> Option<Belief> {
-        Some(Belief { believed, doubt: None })
+        Some(Belief::accepted(believed))
     }
 
-    /// Looks every minute at a clock that goes on from `shown`.
+    /// Checks a clock every minute, which advances from `shown`.
     fn run(mut belief: Belief, shown: UnixMillis, minutes: u32) -> Belief {
         for minute in 1..=minutes {
-            belief = Belief::look(Some(belief), shown.plus(minute * MINUTE), Some(MINUTE));
+            belief = Belief::check(Some(belief), shown.plus(minute * MINUTE), Some(MINUTE));
         }
         belief
     }
 
     #[test]
-    fn a_clock_is_believed_first_and_while_it_goes_on() {
-        assert_eq!(Some(Belief::look(None, NOON, None)), believing(NOON));
+    fn the_first_clock_and_one_that_advances_are_believed() {
+        assert_eq!(Some(Belief::check(None, NOON, None)), believing(NOON));
         let next = NOON.plus(25 * HOUR);
-        assert_eq!(Some(Belief::look(believing(NOON), next, None)), believing(next));
+        assert_eq!(Some(Belief::check(believing(NOON), next, None)), believing(next));
     }
 
     #[test]
-    fn a_clock_that_jumps_is_doubted_until_it_returns() {
+    fn a_clock_that_jumps_is_not_believed_until_it_returns() {
         for shown in [NOON.plus(26 * HOUR), NOON.minus(HOUR)] {
-            let doubted = Belief::look(believing(NOON), shown, Some(Duration::ZERO));
+            let doubted = Belief::check(believing(NOON), shown, Some(Duration::ZERO));
             assert!(doubted.doubt.is_some());
             assert_eq!(doubted.believed, NOON);
             let later = run(doubted, shown, 60);
-            assert_eq!(later.believed, NOON.plus(HOUR), "it goes on by itself");
-            let back = Belief::look(Some(later), NOON.plus(HOUR), Some(Duration::ZERO));
+            assert_eq!(later.believed, NOON.plus(HOUR), "the believed time advances");
+            let back = Belief::check(Some(later), NOON.plus(HOUR), Some(Duration::ZERO));
             assert_eq!(back.doubt, None);
         }
     }
@@ -259,11 +268,11 @@ mod tests {
     #[test]
     fn a_clock_is_believed_after_25_hours_in_step_restarts_included() {
         for shown in [NOON.plus(100 * 24 * HOUR), NOON.minus(100 * 24 * HOUR)] {
-            let doubted = Belief::look(believing(NOON), shown, None);
+            let doubted = Belief::check(believing(NOON), shown, None);
             let half = run(doubted, shown, 12 * 60);
-            // Stopped for five hours.
+            // The server is stopped for five hours.
             let shown = shown.plus(17 * HOUR);
-            let started = Belief::look(Some(half), shown, None);
+            let started = Belief::check(Some(half), shown, None);
             let almost = run(started, shown, 13 * 60 - 1);
             assert!(almost.doubt.is_some());
             let done = run(almost, shown.plus((13 * 60 - 1) * MINUTE), 1);
@@ -272,17 +281,17 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_jumps_again_has_proved_nothing() {
+    fn a_second_jump_restarts_the_proof() {
         let shown = NOON.plus(100 * 24 * HOUR);
-        let doubted = run(Belief::look(believing(NOON), shown, None), shown, 24 * 60);
+        let doubted = run(Belief::check(believing(NOON), shown, None), shown, 24 * 60);
         for (further, ran) in [(30 * HOUR, Some(MINUTE)), (60 * HOUR, None)] {
-            let again = Belief::look(Some(doubted), shown.plus(24 * HOUR + further), ran);
+            let again = Belief::check(Some(doubted), shown.plus(24 * HOUR + further), ran);
             assert_eq!(again.doubt.map(|doubt| doubt.proved), Some(Duration::ZERO));
         }
     }
 
     #[test]
-    fn nothing_expires_by_a_clock_that_is_doubted() {
+    fn data_does_not_expire_by_a_clock_that_is_not_believed() {
         let belief = Belief { believed: NOON, doubt: None };
         let (ahead, one) = (NOON.plus(100 * 24 * HOUR), NOON.plus(HOUR));
         assert_eq!(belief.bounds(HOUR, ahead), Bounds { earliest: one, latest: ahead });

@@ -1,8 +1,9 @@
-//! Damage to the database file: looked for at the start after an unclean end, and noticed while the
-//! store is in use.
+//! Damage to the database file: searched for at the start after an unclean end, and noticed while
+//! the store is used.
 //!
-//! Only an end in good order says so in the database. So after a crash, and where files were copied
-//! from under a running server, which damages them, the next start looks at every page.
+//! The database contains a mark that only an end in good order sets. So after a crash, and in files
+//! that were copied while a server wrote them, which damages them, the next start checks every
+//! page.
 
 use std::{
     path::Path,
@@ -12,38 +13,32 @@ use std::{
     },
 };
 
-use futures_util::FutureExt as _;
 use qpq_ports::{StoreError, StoreResult};
 use sqlx::SqliteConnection;
 
 use crate::{
-    open::{self, OpenError},
-    writer::{Outcome, Scope, Writer},
+    error::corrupt_pages_met,
+    open_error::{OpenError, failed},
+    statement::{Done, Scope, Statement},
 };
 
-/// Up to this size the start compares indexes with their tables too: seconds on any disk.
-const COMPARED: i64 = 256 << 20;
-/// Up to this size the start looks at the structure of every page. A larger database would keep the
-/// server away for too long.
-const CHECKED: i64 = 2 << 30;
+/// Maximum size of a database of which the start also compares indexes with their tables: seconds
+/// on any disk.
+const MAX_BYTES_COMPARED: i64 = 256 << 20;
 
-/// How often any store of this process has met damage. Which one it was is found by looking.
-static MET: AtomicU64 = AtomicU64::new(0);
+/// Maximum size of a database of which the start checks the structure of every page. A larger one
+/// would delay the server for too long.
+const MAX_BYTES_CHECKED: i64 = 2 << 30;
 
-/// Notes that a statement failed because a page is damaged.
-pub(crate) fn met() {
-    MET.fetch_add(1, Ordering::Relaxed);
-}
-
-/// Whether one store is damaged.
+/// Whether a store is damaged.
 #[derive(Debug)]
 pub(crate) struct Damage {
-    /// What [`MET`] was at the last look.
-    looked_at: AtomicU64,
+    /// [`corrupt_pages_met`] at the last check.
+    checked_at: AtomicU64,
     found: OnceLock<String>,
 }
 
-/// The error of a store that is damaged.
+/// The error of a damaged store.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error(
     "the database is damaged ({0}): stop the server, keep a copy of the data directory, and restore the latest backup \
@@ -52,37 +47,35 @@ pub(crate) struct Damage {
 struct Damaged(String);
 
 impl Damage {
-    /// Of a store that was just opened.
-    pub(crate) fn new() -> Self {
-        Self { looked_at: AtomicU64::new(MET.load(Ordering::Relaxed)), found: OnceLock::new() }
+    /// Returns the state of a store that was just opened.
+    pub(crate) fn none() -> Self {
+        Self { checked_at: AtomicU64::new(corrupt_pages_met()), found: OnceLock::new() }
     }
 
-    /// Fails once damage was found, until the store is opened again. Looks for it after a statement
-    /// has met any.
-    pub(crate) async fn check(&self, writer: &Writer) -> StoreResult<()> {
-        let met = MET.load(Ordering::Relaxed);
-        if self.found.get().is_none() && self.looked_at.swap(met, Ordering::Relaxed) != met {
-            let looked = writer
-                .run(
-                    Scope::SingleEdge,
-                    0,
-                    |connection| {
-                        async move { structure(connection).await.map(Outcome::Undo) }.boxed()
-                    },
-                    |_| {},
-                )
-                .await;
-            let found = match looked {
-                Ok(found) => found,
-                Err(StoreError::Corrupt(error)) => Some(error.to_string()),
-                Err(other) => return Err(other),
-            };
-            if let Some(cause) = found {
-                tracing::error!(%cause, "the database is damaged");
-                // Another check may have found it too.
-                let _ = self.found.set(cause);
-            }
+    /// Returns whether [`CheckStructure`] should run: a statement has met a damaged page since the
+    /// last check. The page can be one of another store of this process.
+    pub(crate) fn is_suspected(&self) -> bool {
+        let met = corrupt_pages_met();
+        self.found.get().is_none() && self.checked_at.swap(met, Ordering::Relaxed) != met
+    }
+
+    /// Notes the result of [`CheckStructure`].
+    pub(crate) fn note(&self, checked: StoreResult<Option<String>>) -> StoreResult<()> {
+        let found = match checked {
+            Ok(found) => found,
+            Err(StoreError::Corrupt(error)) => Some(error.to_string()),
+            Err(other) => return Err(other),
+        };
+        if let Some(cause) = found {
+            tracing::error!(%cause, "database is damaged");
+            // A concurrent check may have found damage too.
+            let _ = self.found.set(cause);
         }
+        Ok(())
+    }
+
+    /// Fails once damage was found, until the store is opened again.
+    pub(crate) fn result(&self) -> StoreResult<()> {
         match self.found.get() {
             Some(cause) => Err(StoreError::corrupt(Damaged(cause.clone()))),
             None => Ok(()),
@@ -90,27 +83,38 @@ impl Damage {
     }
 }
 
-/// Looks for damage unless the last end was in good order, and notes that this one is not, yet.
-pub(crate) async fn look_at_start(
+/// Checks the structure of every page. Answers what is damaged.
+pub(crate) struct CheckStructure;
+
+impl Statement for CheckStructure {
+    type Answer = Option<String>;
+    const NAME: &'static str = "check structure";
+    const SCOPE: Scope = Scope::Alone;
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Option<String>>> {
+        check_structure(tx).await.map(Done::keep)
+    }
+}
+
+/// Searches for damage unless the last end was in good order, and marks the database as in use.
+pub(crate) async fn check_at_start(
     connection: &mut SqliteConnection,
     path: &Path,
 ) -> Result<(), OpenError> {
-    let failed = |error: sqlx::Error| open::failed(path, &error);
+    let failed = |error: sqlx::Error| failed(path, &error);
     let is_clean: bool = sqlx::query_scalar("SELECT clean FROM heartbeat")
         .fetch_one(&mut *connection)
         .await
         .map_err(failed)?;
-    if !is_clean {
-        let found = look(connection).await.map_err(failed)?;
-        if let Some(cause) = found {
-            return Err(OpenError::Corrupt { path: path.to_owned(), cause });
-        }
+    if !is_clean && let Some(cause) = check(connection).await.map_err(failed)? {
+        return Err(OpenError::Corrupt { path: path.to_owned(), cause });
     }
     sqlx::query("UPDATE heartbeat SET clean = 0")
         .execute(&mut *connection)
         .await
         .map_err(failed)?;
-    // Into the database file itself, before anything else: also a copy of that file alone says so.
+    // Writes the mark into the database file before anything else, so that a copy of that file
+    // without its log has it too.
     sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)")
         .fetch_all(&mut *connection)
         .await
@@ -118,38 +122,38 @@ pub(crate) async fn look_at_start(
         .map_err(failed)
 }
 
-/// Notes that the store ended in good order.
-pub(crate) async fn note_clean_end(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-    if MET.load(Ordering::Relaxed) > 0 {
+/// Marks the database as closed in good order, unless a damaged page was met.
+pub(crate) async fn mark_clean_end(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    if corrupt_pages_met() > 0 {
         return Ok(());
     }
     sqlx::query("UPDATE heartbeat SET clean = 1").execute(connection).await.map(drop)
 }
 
-async fn look(connection: &mut SqliteConnection) -> sqlx::Result<Option<String>> {
+/// Checks as much as the size of the database permits. Returns what is damaged.
+async fn check(connection: &mut SqliteConnection) -> sqlx::Result<Option<String>> {
     let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&mut *connection).await?;
     let page: i64 = sqlx::query_scalar("PRAGMA page_size").fetch_one(&mut *connection).await?;
     let bytes = pages.saturating_mul(page);
-    match bytes {
-        bytes if bytes <= COMPARED => first_line(connection, "PRAGMA integrity_check(1)").await,
-        bytes if bytes <= CHECKED => structure(connection).await,
-        _ => {
-            tracing::warn!(
-                bytes,
-                "the last end was not in good order, and the database is too large to be checked at the start: take a \
-                 backup and verify it"
-            );
-            Ok(None)
-        }
+    if bytes <= MAX_BYTES_COMPARED {
+        return first_damage(connection, "PRAGMA integrity_check(1)").await;
     }
+    if bytes <= MAX_BYTES_CHECKED {
+        return check_structure(connection).await;
+    }
+    tracing::warn!(
+        bytes,
+        "last end was not in good order, and the database is too large for a check at the start: \
+         take a backup and verify it"
+    );
+    Ok(None)
 }
 
-/// What is wrong with the structure of the pages.
-async fn structure(connection: &mut SqliteConnection) -> sqlx::Result<Option<String>> {
-    first_line(connection, "PRAGMA quick_check(1)").await
+async fn check_structure(connection: &mut SqliteConnection) -> sqlx::Result<Option<String>> {
+    first_damage(connection, "PRAGMA quick_check(1)").await
 }
 
-async fn first_line(
+async fn first_damage(
     connection: &mut SqliteConnection,
     check: &'static str,
 ) -> sqlx::Result<Option<String>> {

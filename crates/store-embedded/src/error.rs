@@ -1,13 +1,15 @@
-//! What SQLite's failures mean: for the one job that met them, for its batch, and for whoever
-//! asked.
+//! The meaning of SQLite's failures: for a statement, for its batch, and for the caller of a port.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use qpq_ports::StoreError;
 
-use crate::damage;
+use crate::metrics as names;
 
-/// SQLite's primary result codes that mean something here (<https://www.sqlite.org/rescode.html>).
+/// SQLite's primary result codes that are told apart (<https://www.sqlite.org/rescode.html>).
 mod code {
     pub(super) const PERM: i32 = 3;
     pub(super) const READONLY: i32 = 8;
@@ -18,30 +20,30 @@ mod code {
     pub(super) const NOTADB: i32 = 26;
 }
 
-/// What kind of failure it is.
+/// The cause of a failure, as far as the store reacts to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// A rule of the schema refused a row: nothing is wrong with the store.
-    Refused,
-    /// One row cannot be read as what it should be.
+pub(crate) enum ErrorKind {
+    /// A rule of the schema refused a row. The store works.
+    Constraint,
+    /// One row does not have the types that this program writes.
     BadRow,
     /// The file is damaged.
     Corrupt,
-    /// No space left.
+    /// No space is left.
     Full,
     /// The file or its directory cannot be written or opened.
     NotWritable,
-    /// Input or output failed, the connection is gone, or it took too long.
+    /// Input or output failed, the connection is closed, or a limit of time was reached.
     Other,
 }
 
-impl Kind {
+impl ErrorKind {
     pub(crate) fn of(error: &sqlx::Error) -> Self {
         match error {
             sqlx::Error::Database(database) => {
                 let extended = database.code().and_then(|code| code.parse::<i32>().ok());
                 match extended.map(|code| code & 0xff) {
-                    Some(code::CONSTRAINT) => Self::Refused,
+                    Some(code::CONSTRAINT) => Self::Constraint,
                     Some(code::CORRUPT | code::NOTADB) => Self::Corrupt,
                     Some(code::FULL) => Self::Full,
                     Some(code::PERM | code::READONLY | code::CANTOPEN) => Self::NotWritable,
@@ -55,15 +57,20 @@ impl Kind {
         }
     }
 
-    /// Whether the job that met it is alone concerned: the others of its batch may still commit.
-    pub(crate) fn is_the_jobs_own(self) -> bool {
-        matches!(self, Self::Refused | Self::BadRow)
+    /// Returns whether only the statement that failed is concerned, and its batch may commit.
+    pub(crate) fn concerns_one_statement(self) -> bool {
+        matches!(self, Self::Constraint | Self::BadRow)
     }
 
-    /// The label in metrics.
-    pub(crate) fn name(self) -> &'static str {
+    /// Counts a failure of this kind.
+    pub(crate) fn count(self) {
+        metrics::counter!(names::ERRORS, "kind" => self.label()).increment(1);
+    }
+
+    /// Returns the label in metrics and logs.
+    pub(crate) fn label(self) -> &'static str {
         match self {
-            Self::Refused => "refused",
+            Self::Constraint => "refused",
             Self::BadRow => "bad_row",
             Self::Corrupt => "corrupt",
             Self::Full => "full",
@@ -73,40 +80,48 @@ impl Kind {
     }
 }
 
-/// One failure that many jobs share, because they were one transaction.
+/// The number of statements that failed on a damaged page, in all stores of this process.
+static CORRUPT_PAGES_MET: AtomicU64 = AtomicU64::new(0);
+
+/// Returns how many statements failed on a damaged page, in all stores of this process.
+pub(crate) fn corrupt_pages_met() -> u64 {
+    CORRUPT_PAGES_MET.load(Ordering::Relaxed)
+}
+
+/// One failure, returned to all callers whose statements were in one transaction.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error(transparent)]
-pub(crate) struct Shared(Arc<sqlx::Error>);
+pub(crate) struct SharedError(Arc<sqlx::Error>);
 
-impl From<sqlx::Error> for Shared {
+impl From<sqlx::Error> for SharedError {
     fn from(error: sqlx::Error) -> Self {
         Self(Arc::new(error))
     }
 }
 
-impl From<Shared> for StoreError {
-    fn from(error: Shared) -> Self {
-        match Kind::of(&error.0) {
-            Kind::Refused => Self::conflict(error),
-            Kind::Corrupt => {
-                damage::met();
+impl From<SharedError> for StoreError {
+    fn from(error: SharedError) -> Self {
+        match ErrorKind::of(&error.0) {
+            ErrorKind::Constraint => Self::conflict(error),
+            ErrorKind::Corrupt => {
+                CORRUPT_PAGES_MET.fetch_add(1, Ordering::Relaxed);
                 Self::corrupt(error)
             }
-            Kind::BadRow => Self::corrupt(error),
-            Kind::Full | Kind::NotWritable | Kind::Other => Self::unavailable(error),
+            ErrorKind::BadRow => Self::corrupt(error),
+            ErrorKind::Full | ErrorKind::NotWritable | ErrorKind::Other => Self::unavailable(error),
         }
     }
 }
 
-/// For reads: what the port answers.
+/// Counts a failed read and converts its error for the port.
 pub(crate) fn read_failed(error: sqlx::Error) -> StoreError {
-    metrics::counter!(crate::metrics::ERRORS, "kind" => Kind::of(&error).name()).increment(1);
-    Shared::from(error).into()
+    ErrorKind::of(&error).count();
+    SharedError::from(error).into()
 }
 
-/// A stored value has a length or range that no code here ever writes.
+/// The error of a column whose value this program never writes.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("column {0} holds a value that was never written by this program")]
+#[error("column {0} has a value that this program never writes")]
 pub(crate) struct NeverWritten(pub(crate) &'static str);
 
 impl From<NeverWritten> for sqlx::Error {

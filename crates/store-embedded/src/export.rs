@@ -1,8 +1,10 @@
-//! Reading a whole data directory, for moving it into a cluster. Nothing in it is changed; while it
-//! is being read no server can start on it, and if one runs on it, it is not read.
+//! The export of a data directory, which moves its content into a cluster.
 //!
-//! Rows come in the order of their keys, a bounded number at a time, each batch from where the last
-//! one ended: whoever reads may stop anywhere and go on later.
+//! An export changes nothing. It locks the directory, so no server starts there meanwhile, and it is
+//! refused while a server runs there.
+//!
+//! Rows are read in the order of their keys, in bounded batches. Each batch begins after a given
+//! key, so an export can stop anywhere and continue later.
 
 use std::{
     fs::File,
@@ -18,31 +20,35 @@ use sqlx::{
 };
 
 use crate::{
-    OpenError,
-    open::{self, DATABASE_FILE, MOVED_FILE, ROWS_AHEAD},
+    directory::{self, DATABASE_FILE, MOVED_FILE},
+    open::ROWS_AHEAD,
+    open_error::{OpenError, failed as open_failed},
+    schema,
 };
 
-/// Rows in one batch, and the bytes after which it ends.
+/// Maximum rows in one batch.
 const BATCH_ROWS: i64 = 1_024;
+
+/// The bytes after which a batch ends.
 const BATCH_BYTES: usize = 4 << 20;
 
-/// A data directory that is being read.
+/// A data directory that is being exported.
 #[derive(Debug)]
 pub struct Export {
     connection: SqliteConnection,
     data_dir: PathBuf,
-    /// Keeps servers away.
+    /// Prevents that a server starts.
     _lock: File,
 }
 
-/// Why it cannot be read, and what to do about it.
+/// Why a data directory cannot be exported, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    #[error("{} holds no server's data: there is no {DATABASE_FILE} in it. Name the data directory of the server that is to be moved", .0.display())]
+    #[error("{} holds no server's data: there is no {DATABASE_FILE} in it. Name the data directory of the server to move", .0.display())]
     NoData(PathBuf),
     #[error("the data directory {0}")]
     Open(OpenError),
-    #[error("{} cannot be read ({cause}): see to the disk, then run this again", path.display())]
+    #[error("{} cannot be read ({cause}): check the disk, then run this again", path.display())]
     Read { path: PathBuf, cause: String },
 }
 
@@ -53,13 +59,13 @@ impl From<OpenError> for ExportError {
 }
 
 impl Export {
-    /// Takes the directory for itself. Its schema must be this version's.
+    /// Locks the directory. Its schema must be the one of this version.
     pub async fn open(data_dir: &Path) -> Result<Self, ExportError> {
         let path = data_dir.join(DATABASE_FILE);
         if !path.is_file() {
             return Err(ExportError::NoData(data_dir.to_owned()));
         }
-        let lock = open::lock(data_dir)?;
+        let lock = directory::lock(data_dir)?;
         let mut connection = SqliteConnectOptions::new()
             .filename(&path)
             .read_only(true)
@@ -68,12 +74,12 @@ impl Export {
             .disable_statement_logging()
             .connect()
             .await
-            .map_err(|error| open::failed(&path, &error))?;
-        open::check_current(&mut connection, &path).await?;
+            .map_err(|error| open_failed(&path, &error))?;
+        schema::check_current(&mut connection, &path).await?;
         Ok(Self { connection, data_dir: data_dir.to_owned(), _lock: lock })
     }
 
-    /// What was written down when it was moved, if it was.
+    /// Returns the text that was stored when the directory was moved, if it was.
     pub fn moved(&self) -> Result<Option<String>, ExportError> {
         let path = self.data_dir.join(MOVED_FILE);
         match std::fs::read_to_string(&path) {
@@ -83,7 +89,7 @@ impl Export {
         }
     }
 
-    /// The rows behind `after`, or the first ones: a batch of them, none at the end.
+    /// Returns a batch of the rows after the key `after`, or of the first ones. Empty at the end.
     pub async fn rows(
         &mut self,
         table: Table,
@@ -91,11 +97,11 @@ impl Export {
     ) -> Result<Vec<Row>, ExportError> {
         let failed = failed(&self.data_dir);
         let (name, columns, key) = (table.name(), table.column_list(), table.key_list());
-        let behind = after.map_or(String::new(), |after| {
+        let condition = after.map_or(String::new(), |after| {
             format!("WHERE ({key}) > ({})", vec!["?"; after.len()].join(", "))
         });
         let sql =
-            format!("SELECT {columns} FROM {name} {behind} ORDER BY {key} LIMIT {BATCH_ROWS}");
+            format!("SELECT {columns} FROM {name} {condition} ORDER BY {key} LIMIT {BATCH_ROWS}");
         let query = after.into_iter().flatten().fold(sqlx::query(AssertSqlSafe(sql)), bind);
         let mut found = query.fetch(&mut self.connection);
         let (mut rows, mut bytes) = (Vec::new(), 0);
@@ -108,7 +114,7 @@ impl Export {
         Ok(rows)
     }
 
-    /// What all of it comes to, in canonical rows. `seen` is told of every row.
+    /// Returns the digests of all canonical rows. Calls `seen` for each row.
     pub async fn digests(&mut self, mut seen: impl FnMut()) -> Result<Digests, ExportError> {
         let failed = failed(&self.data_dir);
         let mut digests = Digests::default();
@@ -181,7 +187,7 @@ fn bind<'q>(query: SqliteQuery<'q>, cell: &'q Cell) -> SqliteQuery<'q> {
     }
 }
 
-/// Columns are typed strictly, so each value is what its column says.
+/// Converts a row. The tables are STRICT, so each value has the type of its column.
 fn cells(row: &SqliteRow) -> sqlx::Result<Row> {
     (0..row.len())
         .map(|column| {
@@ -205,9 +211,9 @@ mod tests {
     use super::*;
     use crate::{EmbeddedStore, Limits};
 
-    /// A server that was killed leaves its last commits in the log beside the database.
+    /// A server that was killed leaves its last commits in the log next to the database.
     #[tokio::test]
-    async fn what_is_only_in_the_log_is_read_too() {
+    async fn rows_that_are_only_in_the_log_are_exported() {
         let (directory, copy) =
             (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("two"));
         let store =

@@ -1,51 +1,29 @@
 //! KeyPackages and hybrid keys in SQLite.
 //!
-//! A KeyPackage leaves its table in the transaction that gives it out, and its fingerprint goes
-//! into another, where it stays until its lifetime ends: so it is given out once, and cannot come
-//! back. Whether a package has expired is judged by the caller's instant in every statement, never
-//! by whether a sweep has already come by.
+//! A KeyPackage is deleted in the transaction that gives it out, and its fingerprint is inserted
+//! into another table until its lifetime ends. So each is given out once and cannot be uploaded
+//! again. Every statement decides by the caller's instant whether a package has expired, never by
+//! whether a sweep has removed it.
 
 use std::collections::HashSet;
 
 use async_trait::async_trait;
-use futures_util::FutureExt as _;
-use qpq_domain::{AccountId, IdentityKey, KeyPackageCaps, UnixMillis};
+use qpq_domain::{AccountId, IdentityKey, UnixMillis};
 use qpq_ports::{
     HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload, UploadMode,
 };
-use sqlx::{Row as _, SqliteConnection, SqlitePool, sqlite::SqliteRow};
+use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
-    clock::Guard,
     error::read_failed,
+    messages::remove::SWEEP_ROWS,
     row::{Columns as _, millis},
-    writer::{Outcome, Scope, Writer},
+    statement::{Done, SMALL, Statement},
+    store::EmbeddedStore,
 };
 
-/// What a job keeps in memory beside the keys themselves.
-const JOB_BYTES: usize = 256;
-
-#[derive(Debug)]
-pub(crate) struct EmbeddedKeys {
-    writer: Writer,
-    readers: SqlitePool,
-    clock: Guard,
-    caps: KeyPackageCaps,
-}
-
-impl EmbeddedKeys {
-    pub(crate) fn new(
-        writer: Writer,
-        readers: SqlitePool,
-        clock: Guard,
-        caps: KeyPackageCaps,
-    ) -> Self {
-        Self { writer, readers, clock, caps }
-    }
-}
-
 #[async_trait]
-impl KeyPackages for EmbeddedKeys {
+impl KeyPackages for EmbeddedStore {
     async fn upload(
         &self,
         owner: AccountId,
@@ -53,26 +31,9 @@ impl KeyPackages for EmbeddedKeys {
         mode: UploadMode,
         now: UnixMillis,
     ) -> StoreResult<Upload> {
-        let bytes = packages.iter().map(|package| package.bytes.len() + JOB_BYTES).sum();
-        let (most, expired_by) = (self.caps.max_count, self.clock.bounds(now).earliest);
-        self.writer
-            .run(
-                Scope::Job,
-                bytes,
-                move |connection| {
-                    async move {
-                        expire(connection, owner, expired_by).await?;
-                        let upload = upload(connection, owner, packages, mode, now, most).await?;
-                        Ok(match upload {
-                            Upload::Stored(_) => Outcome::Keep(upload),
-                            Upload::GivenOut(_) | Upload::Full => Outcome::Undo(upload),
-                        })
-                    }
-                    .boxed()
-                },
-                |_| {},
-            )
-            .await
+        let expired_by = self.memory.clock.bounds(now).earliest;
+        let max_count = self.limits.key_packages.max_count;
+        self.writer.run(UploadPackages { owner, packages, mode, now, expired_by, max_count }).await
     }
 
     async fn take(
@@ -80,17 +41,7 @@ impl KeyPackages for EmbeddedKeys {
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Option<TakenKeyPackage>> {
-        let target = *target;
-        self.writer
-            .run(
-                Scope::Job,
-                JOB_BYTES,
-                move |connection| {
-                    async move { take(connection, target, now).await.map(Outcome::Keep) }.boxed()
-                },
-                |_| {},
-            )
-            .await
+        self.writer.run(TakePackage { target: *target, now }).await
     }
 
     async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>> {
@@ -117,28 +68,9 @@ impl KeyPackages for EmbeddedKeys {
 }
 
 #[async_trait]
-impl HybridKeys for EmbeddedKeys {
+impl HybridKeys for EmbeddedStore {
     async fn put(&self, owner: AccountId, key: Vec<u8>) -> StoreResult<()> {
-        self.writer
-            .run(
-                Scope::Job,
-                key.len() + JOB_BYTES,
-                move |connection| {
-                    async move {
-                        sqlx::query(
-                            "INSERT OR REPLACE INTO hybrid_key (owner, key) VALUES (?1, ?2)",
-                        )
-                        .bind(owner.0)
-                        .bind(key)
-                        .execute(connection)
-                        .await?;
-                        Ok(Outcome::Keep(()))
-                    }
-                    .boxed()
-                },
-                |()| {},
-            )
-            .await
+        self.writer.run(PutHybridKey { owner, key }).await
     }
 
     async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>> {
@@ -146,7 +78,8 @@ impl HybridKeys for EmbeddedKeys {
         let mut keys = Vec::with_capacity(targets.len());
         for target in targets {
             let key = sqlx::query_scalar(
-                "SELECT h.key FROM account a JOIN hybrid_key h ON h.owner = a.id WHERE a.identity = ?1",
+                "SELECT h.key FROM account a JOIN hybrid_key h ON h.owner = a.id
+                  WHERE a.identity = ?1",
             )
             .bind(&target.as_bytes()[..])
             .fetch_optional(&mut *reader)
@@ -158,41 +91,41 @@ impl HybridKeys for EmbeddedKeys {
     }
 }
 
-/// The condition for a package whose lifetime contains ?2. Where the beginning is not known, the
-/// package was stored by a release that did not keep it.
-macro_rules! alive {
+/// The condition for a package whose lifetime contains ?2. A release without the column did not
+/// store when the lifetime begins.
+macro_rules! valid {
     () => {
         "not_after >= ?2 AND coalesce(not_before, 0) <= ?2"
     };
 }
 
-/// Counts what ?1 has at ?2: a walk over at most the cap of short index entries.
+/// Counts the packages that ?1 has at ?2. Reads at most the cap of short index entries.
 const STOCK: &str = concat!(
     "SELECT
         (SELECT count(*) FROM key_package WHERE owner = ?1 AND last_resort = 0 AND ",
-    alive!(),
+    valid!(),
     ") AS available,
         EXISTS (SELECT 1 FROM key_package WHERE owner = ?1 AND last_resort = 1 AND ",
-    alive!(),
+    valid!(),
     ") AS last_resort"
 );
 
-/// Removes the oldest package of ?1 that is alive at ?2.
+/// Removes the oldest package of ?1 that is valid at ?2.
 const TAKE: &str = concat!(
     "DELETE FROM key_package WHERE id = (
         SELECT k.id FROM account a JOIN key_package k ON k.owner = a.id
          WHERE a.identity = ?1 AND k.last_resort = 0 AND ",
-    alive!(),
+    valid!(),
     " ORDER BY k.id LIMIT 1)
      RETURNING owner, fingerprint, last_resort, not_after, bytes"
 );
 
-/// Shows the last-resort package of ?1, if it is alive at ?2.
+/// Returns the last-resort package of ?1, if it is valid at ?2.
 const LAST_RESORT: &str = concat!(
     "SELECT k.owner, k.fingerprint, k.last_resort, k.not_after, k.bytes
        FROM account a JOIN key_package k ON k.owner = a.id
       WHERE a.identity = ?1 AND k.last_resort = 1 AND ",
-    alive!()
+    valid!()
 );
 
 fn stock(row: &SqliteRow) -> sqlx::Result<Stock> {
@@ -203,117 +136,209 @@ fn stock(row: &SqliteRow) -> sqlx::Result<Stock> {
     })
 }
 
-/// Removes what has expired.
-async fn expire(
-    connection: &mut SqliteConnection,
-    owner: AccountId,
-    now: UnixMillis,
-) -> sqlx::Result<()> {
-    for sql in [
-        "DELETE FROM key_package WHERE owner = ?1 AND not_after < ?2",
-        "DELETE FROM key_package_given WHERE owner = ?1 AND not_after < ?2",
-    ] {
-        sqlx::query(sql).bind(owner.0).bind(millis(now)).execute(&mut *connection).await?;
-    }
-    Ok(())
-}
-
-/// Stores the packages as far as nothing is against it; what is to be undone, the writer undoes.
-async fn upload(
-    connection: &mut SqliteConnection,
+/// Stores packages of one owner, all or none.
+struct UploadPackages {
     owner: AccountId,
     packages: Vec<NewKeyPackage>,
     mode: UploadMode,
     now: UnixMillis,
-    most: u32,
-) -> sqlx::Result<Upload> {
-    if mode == UploadMode::Replace {
-        sqlx::query("DELETE FROM key_package WHERE owner = ?1")
-            .bind(owner.0)
-            .execute(&mut *connection)
-            .await?;
+    /// The instant for the removal of expired packages.
+    expired_by: UnixMillis,
+    max_count: u32,
+}
+
+impl Statement for UploadPackages {
+    type Answer = Upload;
+    const NAME: &'static str = "upload key packages";
+
+    fn bytes(&self) -> usize {
+        self.packages.iter().map(|package| package.bytes.len() + SMALL).sum()
     }
-    for (index, package) in packages.into_iter().enumerate() {
-        if !store(connection, owner, package).await? {
-            return Ok(Upload::GivenOut(index));
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Upload>> {
+        self.remove_expired(tx).await?;
+        if self.mode == UploadMode::Replace {
+            sqlx::query("DELETE FROM key_package WHERE owner = ?1")
+                .bind(self.owner.0)
+                .execute(&mut *tx)
+                .await?;
         }
-    }
-    let row =
-        sqlx::query(STOCK).bind(owner.0).bind(millis(now)).fetch_one(&mut *connection).await?;
-    let stock = stock(&row)?;
-    let count = stock.available.saturating_add(stock.has_last_resort.into());
-    Ok(if count > most { Upload::Full } else { Upload::Stored(stock) })
-}
-
-/// Stores one package unless it is there already; false when it was given out before.
-async fn store(
-    connection: &mut SqliteConnection,
-    owner: AccountId,
-    package: NewKeyPackage,
-) -> sqlx::Result<bool> {
-    let known = sqlx::query(
-        "SELECT EXISTS (SELECT 1 FROM key_package WHERE owner = ?1 AND fingerprint = ?2) AS there,
-                EXISTS (SELECT 1 FROM key_package_given WHERE owner = ?1 AND fingerprint = ?2) AS given",
-    )
-    .bind(owner.0)
-    .bind(&package.fingerprint[..])
-    .fetch_one(&mut *connection)
-    .await?;
-    if known.try_get("there")? {
-        return Ok(true);
-    }
-    if known.try_get("given")? {
-        return Ok(false);
-    }
-    if package.last_resort {
-        sqlx::query("DELETE FROM key_package WHERE owner = ?1 AND last_resort = 1")
-            .bind(owner.0)
-            .execute(&mut *connection)
+        for (index, package) in self.packages.iter().enumerate() {
+            if self.store(tx, package).await? == Stored::GivenOut {
+                return Ok(Done::undo(Upload::GivenOut(index)));
+            }
+        }
+        let row = sqlx::query(STOCK)
+            .bind(self.owner.0)
+            .bind(millis(self.now))
+            .fetch_one(&mut *tx)
             .await?;
+        let stock = stock(&row)?;
+        let count = stock.available.saturating_add(stock.has_last_resort.into());
+        Ok(if count > self.max_count {
+            Done::undo(Upload::Full)
+        } else {
+            Done::keep(Upload::Stored(stock))
+        })
     }
-    sqlx::query(
-        "INSERT INTO key_package (owner, fingerprint, last_resort, not_before, not_after, bytes)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-    )
-    .bind(owner.0)
-    .bind(&package.fingerprint[..])
-    .bind(package.last_resort)
-    .bind(millis(package.not_before))
-    .bind(millis(package.not_after))
-    .bind(package.bytes)
-    .execute(connection)
-    .await?;
-    Ok(true)
 }
 
-async fn take(
-    connection: &mut SqliteConnection,
+/// What became of one package of an upload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stored {
+    /// The package is stored, now or since an earlier upload.
+    Yes,
+    /// The package was given out before.
+    GivenOut,
+}
+
+impl UploadPackages {
+    async fn remove_expired(&self, tx: &mut SqliteConnection) -> sqlx::Result<()> {
+        for sql in [
+            "DELETE FROM key_package WHERE owner = ?1 AND not_after < ?2",
+            "DELETE FROM key_package_given WHERE owner = ?1 AND not_after < ?2",
+        ] {
+            sqlx::query(sql)
+                .bind(self.owner.0)
+                .bind(millis(self.expired_by))
+                .execute(&mut *tx)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn store(
+        &self,
+        tx: &mut SqliteConnection,
+        package: &NewKeyPackage,
+    ) -> sqlx::Result<Stored> {
+        let owner = self.owner.0;
+        let known = sqlx::query(
+            "SELECT EXISTS (SELECT 1 FROM key_package
+                             WHERE owner = ?1 AND fingerprint = ?2) AS stored,
+                    EXISTS (SELECT 1 FROM key_package_given
+                             WHERE owner = ?1 AND fingerprint = ?2) AS given",
+        )
+        .bind(owner)
+        .bind(&package.fingerprint[..])
+        .fetch_one(&mut *tx)
+        .await?;
+        if known.try_get("stored")? {
+            return Ok(Stored::Yes);
+        }
+        if known.try_get("given")? {
+            return Ok(Stored::GivenOut);
+        }
+        if package.last_resort {
+            sqlx::query("DELETE FROM key_package WHERE owner = ?1 AND last_resort = 1")
+                .bind(owner)
+                .execute(&mut *tx)
+                .await?;
+        }
+        sqlx::query(
+            "INSERT INTO key_package (owner, fingerprint, last_resort, not_before, not_after, bytes)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )
+        .bind(owner)
+        .bind(&package.fingerprint[..])
+        .bind(package.last_resort)
+        .bind(millis(package.not_before))
+        .bind(millis(package.not_after))
+        .bind(&package.bytes[..])
+        .execute(tx)
+        .await?;
+        Ok(Stored::Yes)
+    }
+}
+
+/// Removes the oldest package of an account and answers it, or the last-resort package.
+struct TakePackage {
     target: IdentityKey,
     now: UnixMillis,
-) -> sqlx::Result<Option<TakenKeyPackage>> {
-    let mut taken = None;
-    for sql in [TAKE, LAST_RESORT] {
-        taken = sqlx::query(sql)
-            .bind(&target.as_bytes()[..])
-            .bind(millis(now))
-            .fetch_optional(&mut *connection)
-            .await?;
-        if taken.is_some() {
-            break;
+}
+
+impl Statement for TakePackage {
+    type Answer = Option<TakenKeyPackage>;
+    const NAME: &'static str = "take key package";
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Option<TakenKeyPackage>>> {
+        let mut taken = None;
+        for sql in [TAKE, LAST_RESORT] {
+            taken = sqlx::query(sql)
+                .bind(&self.target.as_bytes()[..])
+                .bind(millis(self.now))
+                .fetch_optional(&mut *tx)
+                .await?;
+            if taken.is_some() {
+                break;
+            }
         }
+        let Some(row) = taken else { return Ok(Done::keep(None)) };
+        // The last-resort package too: after a newer one has replaced it, it may not come back.
+        sqlx::query(
+            "INSERT OR IGNORE INTO key_package_given (owner, fingerprint, not_after)
+             VALUES (?1, ?2, ?3)",
+        )
+        .bind(row.account("owner")?.0)
+        .bind(&row.hash("fingerprint")?[..])
+        .bind(millis(row.at("not_after")?))
+        .execute(tx)
+        .await?;
+        Ok(Done::keep(Some(TakenKeyPackage {
+            bytes: row.bytes("bytes")?,
+            last_resort: row.try_get("last_resort")?,
+        })))
     }
-    let Some(row) = taken else { return Ok(None) };
-    // The last-resort package too: once a newer one has taken its place, it may not come back.
-    sqlx::query(
-        "INSERT OR IGNORE INTO key_package_given (owner, fingerprint, not_after) VALUES (?1, ?2, ?3)",
-    )
-    .bind(row.account("owner")?.0)
-    .bind(&row.hash("fingerprint")?[..])
-    .bind(millis(row.at("not_after")?))
-    .execute(connection)
-    .await?;
-    Ok(Some(TakenKeyPackage {
-        bytes: row.bytes("bytes")?,
-        last_resort: row.try_get("last_resort")?,
-    }))
+}
+
+struct PutHybridKey {
+    owner: AccountId,
+    key: Vec<u8>,
+}
+
+impl Statement for PutHybridKey {
+    type Answer = ();
+    const NAME: &'static str = "put hybrid key";
+
+    fn bytes(&self) -> usize {
+        SMALL + self.key.len()
+    }
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<()>> {
+        sqlx::query("INSERT OR REPLACE INTO hybrid_key (owner, key) VALUES (?1, ?2)")
+            .bind(self.owner.0)
+            .bind(&self.key[..])
+            .execute(tx)
+            .await?;
+        Ok(Done::keep(()))
+    }
+}
+
+/// Removes up to [`SWEEP_ROWS`] expired packages, and as many fingerprints. Answers how many.
+pub(crate) struct SweepKeyPackages {
+    pub(crate) now: UnixMillis,
+}
+
+impl Statement for SweepKeyPackages {
+    type Answer = u64;
+    const NAME: &'static str = "sweep key packages";
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<u64>> {
+        let mut rows = 0;
+        for sql in [
+            "DELETE FROM key_package WHERE id IN (
+                 SELECT id FROM key_package WHERE not_after < ?1 ORDER BY not_after LIMIT ?2)",
+            "DELETE FROM key_package_given WHERE (owner, fingerprint) IN (
+                 SELECT owner, fingerprint FROM key_package_given
+                  WHERE not_after < ?1 ORDER BY not_after LIMIT ?2)",
+        ] {
+            rows += sqlx::query(sql)
+                .bind(millis(self.now))
+                .bind(SWEEP_ROWS)
+                .execute(&mut *tx)
+                .await?
+                .rows_affected();
+        }
+        Ok(Done::keep(rows))
+    }
 }

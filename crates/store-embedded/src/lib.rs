@@ -1,19 +1,34 @@
-//! The store that needs nothing installed: everything durable in one SQLite file, everything else
-//! in this process.
+//! The store of a single node: durable data in one SQLite file, everything else in this process.
 //!
-//! [`EmbeddedStore::open`] takes a data directory for itself and gives the ports of `qpq_ports`.
-//! Inside:
-//! - one writer commits many requests in one transaction (`writer`), readers beside it see the last
-//!   commit (WAL);
-//! - an inbox is a range of one table, its head kept by triggers, so neither enqueue nor read ever
-//!   counts or scans (`migrations/0001_init.sql`, `inboxes`);
-//! - leases, wakes, rate limits and the session cache are in memory: this process is the only one,
-//!   and who has died holds none of them.
+//! [`EmbeddedStore::open`] locks a data directory and returns the store, which implements the ports
+//! of `qpq_ports`:
+//! - One writer commits many calls in one transaction (`writer`). Reads run concurrently and see
+//!   the last commit (WAL).
+//! - An inbox is a range of one table. Triggers keep its head, so neither an enqueue nor a read
+//!   counts or scans (`migrations/0001_init.sql`, `messages`).
+//! - Leases, wakes, rate limits and the session cache are in memory (`memory`): this process is the
+//!   only one.
+//!
+//! Each module imports from the ones before it in this list:
+//!
+//! | modules | content |
+//! |---|---|
+//! | `error`, `row`, `clock`, `effects`, `statement` | the vocabulary |
+//! | `messages` | the SQL of the message tables |
+//! | `memory` | the state in memory, and the one place that applies the effects of a commit |
+//! | `directory`, `open_error`, `schema`, `damage`, `history` | the files and the schema |
+//! | `writer` | the queue and the transactions |
+//! | `store` | [`EmbeddedStore`] |
+//! | `accounts`, `sessions`, `inboxes`, `keys`, `limiter`, `maintenance` | the ports, with their statements |
+//! | `open`, `accept_clock`, `backup`, `export` | the entry points |
 
+mod accept_clock;
 mod accounts;
 mod backup;
 mod clock;
 mod damage;
+mod directory;
+mod effects;
 mod error;
 mod export;
 mod history;
@@ -21,114 +36,22 @@ mod inboxes;
 mod keys;
 mod limiter;
 mod maintenance;
+mod memory;
+mod messages;
 mod metrics;
 mod open;
+mod open_error;
 mod row;
+mod schema;
 mod sessions;
-mod shards;
-mod wakes;
+mod statement;
+mod store;
 mod writer;
 
-use std::{fmt, path::Path, sync::Arc};
-
-use qpq_domain::{Delivery, KeyPackageCaps};
-use qpq_ports::{SingleEdge, Stores};
-use sqlx::SqlitePool;
-
+pub use accept_clock::{Accepted, accept_clock};
 pub use backup::{BackupError, Claim, Inspection, copy_database, inspect};
-pub use clock::{Accepted, JUMP, accept_clock};
+pub use clock::JUMP;
+pub use directory::{DATABASE_FILE, MOVED_FILE, RESTORING_FILE};
 pub use export::{Export, ExportError};
-pub use open::{DATABASE_FILE, MOVED_FILE, OpenError, RESTORING_FILE};
-
-use crate::{
-    accounts::EmbeddedAccounts, clock::Guard, history::History, inboxes::EmbeddedInboxes,
-    keys::EmbeddedKeys, limiter::EmbeddedLimiter, maintenance::EmbeddedMaintenance,
-    sessions::EmbeddedSessions, wakes::EmbeddedWakes, writer::Writer,
-};
-
-/// What the deployment allows.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Limits {
-    pub delivery: Delivery,
-    pub key_packages: KeyPackageCaps,
-}
-
-/// An open data directory. What [`EmbeddedStore::stores`] gives keeps it open too.
-pub struct EmbeddedStore {
-    writer: Writer,
-    readers: SqlitePool,
-    stores: Stores,
-}
-
-impl EmbeddedStore {
-    /// Opens `data_dir`, made if missing. Needs a tokio runtime, and uses it as long as the store
-    /// is open.
-    pub async fn open(data_dir: &Path, limits: Limits) -> Result<Self, OpenError> {
-        metrics::describe();
-        let opened = open::open(data_dir).await?;
-        let readers = opened.readers;
-        let history = History::read(&readers)
-            .await
-            .map_err(|error| open::failed(&data_dir.join(open::DATABASE_FILE), &error))?;
-        let guard = Guard::new(opened.belief);
-        let writer = Writer::start(
-            opened.connection,
-            opened.options,
-            limits.delivery,
-            guard.clone(),
-            opened.lock,
-        );
-        let wakes = Arc::default();
-        let sessions = Arc::new(EmbeddedSessions::new(writer.clone(), readers.clone()));
-        let keys = Arc::new(EmbeddedKeys::new(
-            writer.clone(),
-            readers.clone(),
-            guard.clone(),
-            limits.key_packages,
-        ));
-        let stores = Stores {
-            accounts: Arc::new(EmbeddedAccounts::new(writer.clone(), readers.clone())),
-            inboxes: Arc::new(EmbeddedInboxes::new(
-                writer.clone(),
-                readers.clone(),
-                Arc::clone(&wakes),
-                history.clone(),
-                guard.clone(),
-                limits.delivery,
-            )),
-            wakes: Arc::new(EmbeddedWakes(wakes)),
-            key_packages: Arc::clone(&keys) as _,
-            hybrid_keys: keys,
-            limiter: Arc::new(EmbeddedLimiter::default()),
-            account_events: Arc::new(SingleEdge),
-            maintenance: Arc::new(EmbeddedMaintenance::new(
-                writer.clone(),
-                Arc::clone(&sessions),
-                history,
-                guard,
-                limits.delivery.recent_ids,
-            )),
-            sessions,
-        };
-        Ok(Self { writer, readers, stores })
-    }
-
-    /// The ports.
-    pub fn stores(&self) -> Stores {
-        self.stores.clone()
-    }
-
-    /// Ends what waits to be written, writes the log back into the database file and gives the
-    /// directory free. Whoever still has ports gets `Unavailable` from them. A store that is
-    /// dropped instead loses nothing; its next start reads the log.
-    pub async fn close(self) {
-        self.readers.close().await;
-        self.writer.close().await;
-    }
-}
-
-impl fmt::Debug for EmbeddedStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EmbeddedStore").finish_non_exhaustive()
-    }
-}
+pub use open_error::OpenError;
+pub use store::{EmbeddedStore, Limits};

@@ -1,5 +1,7 @@
-//! Between domain types and columns. What does not fit its type was never written by this program:
-//! the row is bad.
+//! Conversions between domain types and columns.
+//!
+//! This program never writes a value that does not fit its type, so such a value is an error of the
+//! row.
 
 use std::time::Duration;
 
@@ -8,17 +10,17 @@ use sqlx::{Row as _, sqlite::SqliteRow};
 
 use crate::error::NeverWritten;
 
-/// An instant as a column; the end of time is what an `i64` holds.
+/// Converts an instant. A later one than an `i64` can have becomes the latest.
 pub(crate) fn millis(at: UnixMillis) -> i64 {
     i64::try_from(at.0).unwrap_or(i64::MAX)
 }
 
-/// A duration as a column.
+/// Converts a duration.
 pub(crate) fn millis_of(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// A seq, count or size as a column.
+/// Converts a seq, count or size.
 pub(crate) fn number(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }

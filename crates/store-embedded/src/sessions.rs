@@ -1,90 +1,34 @@
-//! Sessions in SQLite, with those in use in memory: every call looks its session up, and hardly any
-//! changes it.
-//!
-//! The cache is exact, because this process is the only writer. What could make it wrong is a
-//! lookup that reads a row, is overtaken by a revocation, and only then caches what it read; so
-//! each change counts up a generation, and a lookup caches nothing when the generation is not the
-//! one it began with.
+//! Sessions in SQLite. Those in use are in memory too (`memory::SessionCache`).
 
 use async_trait::async_trait;
-use futures_util::FutureExt as _;
-use moka::sync::Cache;
-use parking_lot::Mutex;
 use qpq_domain::{AccountId, TokenHash, UnixMillis};
 use qpq_ports::{NewSession, Session, Sessions, StoreResult};
-use sqlx::{SqlitePool, sqlite::SqliteRow};
+use sqlx::{SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
+    effects::{Effects, SessionUse},
     error::read_failed,
+    messages::remove::SWEEP_ROWS,
     row::{Columns as _, millis},
-    writer::{Outcome, Scope, Writer},
+    statement::{Done, Statement},
+    store::EmbeddedStore,
 };
 
-/// Sessions in memory at most, about 250 bytes each.
-const CACHED: u64 = 100_000;
-
-/// What a session job keeps in memory.
-const JOB_BYTES: usize = 256;
-
-#[derive(Debug)]
-pub(crate) struct EmbeddedSessions {
-    writer: Writer,
-    readers: SqlitePool,
-    cache: SessionCache,
-}
-
-impl EmbeddedSessions {
-    pub(crate) fn new(writer: Writer, readers: SqlitePool) -> Self {
-        Self { writer, readers, cache: SessionCache::new() }
-    }
-
-    /// For who removes sessions past this port.
-    pub(crate) fn cache(&self) -> &SessionCache {
-        &self.cache
-    }
-}
-
 #[async_trait]
-impl Sessions for EmbeddedSessions {
-    async fn create(&self, new: NewSession) -> StoreResult<()> {
-        let NewSession { token, session } = new;
-        self.writer
-            .run(
-                Scope::Job,
-                JOB_BYTES,
-                move |connection| {
-                    async move {
-                        // A token is 256 random bits: one that is there already is this very
-                        // session, made twice.
-                        sqlx::query(
-                            "INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
-                             VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
-                        )
-                        .bind(&token.as_bytes()[..])
-                        .bind(session.account.0)
-                        .bind(session.device.as_ref().map(|device| &device.as_bytes()[..]))
-                        .bind(millis(session.authenticated_at))
-                        .bind(millis(session.last_used_at))
-                        .bind(millis(session.expires_at))
-                        .execute(connection)
-                        .await?;
-                        Ok(Outcome::Keep(()))
-                    }
-                    .boxed()
-                },
-                |()| {},
-            )
-            .await
+impl Sessions for EmbeddedStore {
+    async fn create(&self, session: NewSession) -> StoreResult<()> {
+        self.writer.run(Create(session)).await
     }
 
     async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
-        if let Some(session) = self.cache.entries.get(token) {
+        let cache = &self.memory.sessions;
+        if let Some(session) = cache.get(token) {
             return Ok(Some(session));
         }
-        let generation = self.cache.generation();
+        let generation = cache.generation();
         let found = self.confirm(token).await?;
         if let Some(session) = &found {
-            self.cache.keep(*token, session.clone(), generation);
+            cache.insert(*token, session.clone(), generation);
         }
         Ok(found)
     }
@@ -107,77 +51,16 @@ impl Sessions for EmbeddedSessions {
         now: UnixMillis,
         expires_at: UnixMillis,
     ) -> StoreResult<()> {
-        let (token, cache) = (*token, self.cache.clone());
-        self.writer
-            .run(
-                Scope::Job,
-                JOB_BYTES,
-                move |connection| {
-                    async move {
-                        sqlx::query("UPDATE session SET last_used_at = ?2, expires_at = ?3 WHERE token = ?1")
-                            .bind(&token.as_bytes()[..])
-                            .bind(millis(now))
-                            .bind(millis(expires_at))
-                            .execute(connection)
-                            .await?;
-                        Ok(Outcome::Keep(()))
-                    }
-                    .boxed()
-                },
-                move |()| cache.touch(&token, now, expires_at),
-            )
-            .await
+        self.writer.run(Touch(SessionUse { token: *token, used_at: now, expires_at })).await
     }
 
     async fn revoke(&self, token: &TokenHash) -> StoreResult<u32> {
-        let (token, cache) = (*token, self.cache.clone());
-        self.writer
-            .run(
-                Scope::Job,
-                JOB_BYTES,
-                move |connection| {
-                    async move {
-                        let done = sqlx::query("DELETE FROM session WHERE token = ?1")
-                            .bind(&token.as_bytes()[..])
-                            .execute(connection)
-                            .await?;
-                        Ok(Outcome::Keep(u32::from(done.rows_affected() > 0)))
-                    }
-                    .boxed()
-                },
-                move |_| cache.forget(&[token]),
-            )
-            .await
+        self.writer.run(Revoke(*token)).await
     }
 
     async fn revoke_all(&self, account: AccountId) -> StoreResult<u32> {
-        let cache = self.cache.clone();
-        let revoked = self
-            .writer
-            .run(
-                Scope::Job,
-                JOB_BYTES,
-                move |connection| {
-                    async move {
-                        let rows =
-                            sqlx::query("DELETE FROM session WHERE account = ?1 RETURNING token")
-                                .bind(account.0)
-                                .fetch_all(connection)
-                                .await?;
-                        Ok(Outcome::Keep(tokens(&rows)?))
-                    }
-                    .boxed()
-                },
-                move |tokens| cache.forget(tokens),
-            )
-            .await?;
-        Ok(u32::try_from(revoked.len()).unwrap_or(u32::MAX))
+        self.writer.run(RevokeAll(account)).await
     }
-}
-
-/// The column `token` of each row.
-pub(crate) fn tokens(rows: &[SqliteRow]) -> sqlx::Result<Vec<TokenHash>> {
-    rows.iter().map(|row| row.hash("token").map(TokenHash::new)).collect()
 }
 
 fn session(row: &SqliteRow) -> sqlx::Result<Session> {
@@ -191,42 +74,110 @@ fn session(row: &SqliteRow) -> sqlx::Result<Session> {
     })
 }
 
-/// Sessions in memory. Changes are told to it after their commit, by the writer.
-#[derive(Clone, Debug)]
-pub(crate) struct SessionCache {
-    entries: Cache<TokenHash, Session>,
-    generation: std::sync::Arc<Mutex<u64>>,
+struct Create(NewSession);
+
+impl Statement for Create {
+    type Answer = ();
+    const NAME: &'static str = "create session";
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<()>> {
+        let NewSession { token, session } = &self.0;
+        // A token is 256 random bits, so a conflict is a repeat of the same creation.
+        sqlx::query(
+            "INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
+        )
+        .bind(&token.as_bytes()[..])
+        .bind(session.account.0)
+        .bind(session.device.as_ref().map(|device| &device.as_bytes()[..]))
+        .bind(millis(session.authenticated_at))
+        .bind(millis(session.last_used_at))
+        .bind(millis(session.expires_at))
+        .execute(tx)
+        .await?;
+        Ok(Done::keep(()))
+    }
 }
 
-impl SessionCache {
-    fn new() -> Self {
-        Self { entries: Cache::new(CACHED), generation: std::sync::Arc::default() }
-    }
+struct Touch(SessionUse);
 
-    fn generation(&self) -> u64 {
-        *self.generation.lock()
-    }
+impl Statement for Touch {
+    type Answer = ();
+    const NAME: &'static str = "touch session";
 
-    /// Caches what was read, unless something changed since `generation` was noted.
-    fn keep(&self, token: TokenHash, session: Session, generation: u64) {
-        let current = self.generation.lock();
-        if *current == generation {
-            self.entries.insert(token, session);
-        }
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<()>> {
+        let SessionUse { token, used_at, expires_at } = self.0;
+        sqlx::query("UPDATE session SET last_used_at = ?2, expires_at = ?3 WHERE token = ?1")
+            .bind(&token.as_bytes()[..])
+            .bind(millis(used_at))
+            .bind(millis(expires_at))
+            .execute(tx)
+            .await?;
+        let effects = Effects { session_used: Some(self.0), ..Effects::default() };
+        Ok(Done::with((), effects))
     }
+}
 
-    fn touch(&self, token: &TokenHash, now: UnixMillis, expires_at: UnixMillis) {
-        let mut current = self.generation.lock();
-        *current += 1;
-        if let Some(session) = self.entries.get(token) {
-            self.entries.insert(*token, Session { last_used_at: now, expires_at, ..session });
-        }
-    }
+/// Ends one session. Answers how many there were.
+struct Revoke(TokenHash);
 
-    /// Forgets sessions that are no more.
-    pub(crate) fn forget(&self, tokens: &[TokenHash]) {
-        let mut current = self.generation.lock();
-        *current += 1;
-        tokens.iter().for_each(|token| self.entries.invalidate(token));
+impl Statement for Revoke {
+    type Answer = u32;
+    const NAME: &'static str = "revoke session";
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<u32>> {
+        let deleted = sqlx::query("DELETE FROM session WHERE token = ?1")
+            .bind(&self.0.as_bytes()[..])
+            .execute(tx)
+            .await?;
+        Ok(Done::with(u32::from(deleted.rows_affected() > 0), ended(vec![self.0])))
     }
+}
+
+/// Ends the sessions of an account. Answers how many there were.
+struct RevokeAll(AccountId);
+
+impl Statement for RevokeAll {
+    type Answer = u32;
+    const NAME: &'static str = "revoke sessions of account";
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<u32>> {
+        let rows = sqlx::query("DELETE FROM session WHERE account = ?1 RETURNING token")
+            .bind(self.0.0)
+            .fetch_all(tx)
+            .await?;
+        let count = u32::try_from(rows.len()).unwrap_or(u32::MAX);
+        Ok(Done::with(count, ended(tokens(&rows)?)))
+    }
+}
+
+/// Removes up to [`SWEEP_ROWS`] sessions that have expired. Answers how many.
+pub(crate) struct SweepSessions {
+    pub(crate) now: UnixMillis,
+}
+
+impl Statement for SweepSessions {
+    type Answer = u64;
+    const NAME: &'static str = "sweep sessions";
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<u64>> {
+        let rows = sqlx::query(
+            "DELETE FROM session WHERE token IN (
+                 SELECT token FROM session WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)
+             RETURNING token",
+        )
+        .bind(millis(self.now))
+        .bind(SWEEP_ROWS)
+        .fetch_all(tx)
+        .await?;
+        Ok(Done::with(rows.len() as u64, ended(tokens(&rows)?)))
+    }
+}
+
+fn tokens(rows: &[SqliteRow]) -> sqlx::Result<Vec<TokenHash>> {
+    rows.iter().map(|row| row.hash("token").map(TokenHash::new)).collect()
+}
+
+fn ended(sessions_ended: Vec<TokenHash>) -> Effects {
+    Effects { sessions_ended, ..Effects::default() }
 }

@@ -1,21 +1,21 @@
-//! The one writer: a task that owns the only writing connection and commits many requests in one
+//! The one writer: a task that owns the only writing connection and commits many calls in one
 //! transaction.
 //!
-//! Whatever changes the store is a *job*. The writer takes all that wait (up to a bound), runs them
-//! one after the other in one transaction, and answers them once its `COMMIT` has returned: nothing
-//! is acknowledged before it is durable, and the price of an fsync is shared. While it commits, the
-//! next jobs gather.
+//! The writer takes all calls that wait, up to a bound, runs them one after another in one
+//! transaction, and answers them after its `COMMIT` has returned. So no call is answered before it
+//! is durable, and the calls share the cost of an fsync. During a commit the next calls gather.
 //!
-//! - Messages to be enqueued are no jobs of their own: all that wait go to the database together,
-//!   after the jobs. A transaction is bounded, and a sender has no more waiting than one holds
-//!   ([`qpq_ports::room`]), so a large batch of one sender delays nobody else's message by more.
-//! - A job that only concerns itself (a constraint, a row that cannot be read) fails alone, if it
-//!   runs in a savepoint.
-//! - A failure of the store (full, I/O, corrupt) rolls the whole batch back; each of its jobs is
-//!   told, the connection is thrown away, and the next batch begins with a new one. So the store
-//!   works again as soon as the disk does. How large the batch was is remembered until one as large
-//!   is committed: a small one may fit where that did not.
-//! - A caller may go away: its job is carried out or not, but the writer does not care.
+//! - A call is a [`Statement`], or messages to enqueue. The messages of all calls of a batch are
+//!   inserted together, after the statements. A transaction is bounded, and a sender has no more in
+//!   the queue than one transaction may have ([`qpq_ports::admission`]). So a large call of one
+//!   sender delays another sender's message by one transaction at most.
+//! - A failure that concerns one statement (a constraint, a row that cannot be read) is returned to
+//!   its caller alone, if the statement runs in a savepoint.
+//! - A failure of the store (full, I/O, corrupt) rolls the batch back and is returned to all of its
+//!   callers. The next batch uses a new connection, so the store works again as soon as the disk
+//!   does. The size of the batch is remembered until one of that size commits: a smaller one may
+//!   fit where the larger one did not.
+//! - A caller may stop waiting. Its call is committed all the same, or fails.
 
 use std::sync::{
     Arc,
@@ -30,299 +30,267 @@ use qpq_ports::{
 };
 use sqlx::{ConnectOptions as _, Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{Mutex, mpsc, oneshot},
+    task::JoinHandle,
     time::Instant,
 };
 
 use crate::{
-    clock::Guard,
     damage,
-    error::{Kind, Shared},
-    inboxes::enqueue,
+    error::{ErrorKind, SharedError},
+    memory::Memory,
+    messages::enqueue,
     metrics as names,
+    statement::{Changes, Done, Scope, Statement},
 };
 
-/// Jobs in one transaction at most, and their bytes: what the last one of a batch waits for.
-const BATCH_JOBS: usize = 1_024;
-const BATCH_BYTES: usize = 8 << 20;
+/// Maximum calls in one transaction.
+const MAX_BATCH_CALLS: usize = 1_024;
 
-/// What a message takes in memory beside its payload, while it waits.
+/// The bytes after which a transaction accepts no further call.
+const MAX_BATCH_BYTES: usize = 8 << 20;
+
+/// The memory of a waiting message without its payload.
 const MESSAGE_BYTES: usize = 256;
-
-/// What a failure inside a job undoes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Scope {
-    /// The job alone: it has a savepoint.
-    Job,
-    /// The batch: for jobs that no row can make fail, and that are many.
-    Batch,
-    /// The job alone: it has a transaction of its own, for what may well fail and should take
-    /// nobody with it.
-    SingleEdge,
-}
-
-/// How a job ended.
-#[derive(Debug)]
-pub(crate) enum Outcome<T> {
-    Keep(T),
-    /// What the job wrote is to be undone; needs [`Scope::Job`].
-    Undo(T),
-}
 
 #[derive(Debug, thiserror::Error)]
 #[error("the store is closed")]
 struct Closed;
 
-/// Sends jobs to the writer. Cheap to clone.
+/// Sends calls to the writer. Cheap to clone.
+///
+/// The task ends with [`Writer::close`], or after the last clone is dropped and the calls that wait
+/// are answered.
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
-    jobs: mpsc::UnboundedSender<Message>,
-    room: Admission,
-    refused: Arc<Refused>,
+    queue: mpsc::UnboundedSender<Item>,
+    admission: Admission,
+    refused: Arc<RefusedBytes>,
+    task: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
-/// The bytes of the largest batch that was refused since one as large was committed; 0 for none.
+/// The bytes of the largest batch that failed since one of that size was committed; 0 for none.
 #[derive(Debug, Default)]
-struct Refused(AtomicUsize);
+struct RefusedBytes(AtomicUsize);
 
-impl Refused {
-    fn bytes(&self) -> Option<usize> {
+impl RefusedBytes {
+    fn get(&self) -> Option<usize> {
         Some(self.0.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0)
     }
 
-    fn refused(&self, bytes: usize) {
+    fn failed(&self, bytes: usize) {
         self.0.fetch_max(bytes.max(1), Ordering::Relaxed);
     }
 
     fn committed(&self, bytes: usize) {
-        if self.bytes().is_some_and(|refused| refused <= bytes) {
+        if self.get().is_some_and(|refused| refused <= bytes) {
             self.0.store(0, Ordering::Relaxed);
         }
     }
 }
 
-enum Message {
-    Job(Box<dyn Job>),
+/// An item of the queue.
+enum Item {
+    Statement(Box<dyn QueuedStatement>),
     Enqueue(EnqueueCall),
-    Close(oneshot::Sender<()>),
+    Close,
 }
 
 impl Writer {
-    /// Starts the writer on `connection`; `options` make a new one after a failure. `guard` is
-    /// dropped when the writer has ended and the connection is closed.
-    pub(crate) fn start<G: Send + 'static>(
+    /// Starts the writer on `connection`. `options` create another one after a failure. `lock` is
+    /// dropped after the connection is closed.
+    pub(crate) fn start<L: Send + 'static>(
         connection: SqliteConnection,
         options: SqliteConnectOptions,
         limits: Delivery,
-        clock: Guard,
-        guard: G,
+        memory: Arc<Memory>,
+        lock: L,
     ) -> Self {
-        let (jobs, waiting) = mpsc::unbounded_channel();
-        let refused = Arc::<Refused>::default();
+        let (queue, items) = mpsc::unbounded_channel();
+        let refused = Arc::<RefusedBytes>::default();
         let committer = Committer {
-            waiting,
+            items,
             options,
             limits,
-            clock,
+            memory,
             connection: Some(connection),
             refused: Arc::clone(&refused),
         };
-        tokio::spawn(async move {
-            let closed = committer.run().await;
-            drop(guard);
-            if let Some(closed) = closed {
-                // Whoever closed the store may be gone.
-                let _ = closed.send(());
-            }
+        let task = tokio::spawn(async move {
+            committer.run().await;
+            drop(lock);
         });
-        Self { jobs, room: Admission::default(), refused }
+        let task = Arc::new(Mutex::new(Some(task)));
+        Self { queue, admission: Admission::default(), refused, task }
     }
 
-    /// About how much a commit must hold to show that what was refused last would be taken now;
-    /// `None` if nothing was.
+    /// Returns about the size that a commit must have to show that the last failed batch would
+    /// succeed now. `None` if no batch has failed.
     pub(crate) fn refused(&self) -> Option<usize> {
-        self.refused.bytes()
+        self.refused.get()
     }
 
-    /// Runs `work` in a transaction. Once that is committed, calls `committed` with the result, in
-    /// commit order and whether or not the caller still waits, and returns the result. `bytes` is
-    /// about what the job keeps in memory.
-    pub(crate) async fn run<T, W, C>(
-        &self,
-        scope: Scope,
-        bytes: usize,
-        work: W,
-        committed: C,
-    ) -> StoreResult<T>
-    where
-        T: Send + 'static,
-        W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<Outcome<T>>>
-            + Send
-            + 'static,
-        C: FnOnce(&T) + Send + 'static,
-    {
-        let room = self.room.admit(bytes).await.map_err(StoreError::unavailable)?;
-        let (answer, result) = oneshot::channel();
-        metrics::gauge!(names::QUEUE_JOBS).increment(1);
-        let job = TypedJob {
-            scope,
-            bytes,
-            work: Some(work),
-            committed,
-            result: None,
-            answer,
-            _room: room,
-        };
-        self.jobs.send(Message::Job(Box::new(job))).map_err(|_| StoreError::unavailable(Closed))?;
-        result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+    /// Runs `statement` in a transaction. Returns its answer after the commit.
+    ///
+    /// The effects are applied in the order of the commits, whether or not the caller still waits.
+    pub(crate) async fn run<S: Statement>(&self, statement: S) -> StoreResult<S::Answer> {
+        let permit = self.admission.admit(statement.bytes()).await;
+        let permit = permit.map_err(StoreError::unavailable)?;
+        let (answer, answered) = oneshot::channel();
+        let queued = Queued { statement, done: None, answer, _permit: permit };
+        self.queue(Item::Statement(Box::new(queued)), answered).await
     }
 
-    /// Accepts messages; `committed` as for [`Writer::run`].
-    pub(crate) async fn enqueue<C>(
-        &self,
-        messages: Vec<NewMessage>,
-        committed: C,
-    ) -> StoreResult<Vec<Enqueued>>
-    where
-        C: FnOnce(&[NewMessage], &[Enqueued]) + Send + 'static,
-    {
+    /// Accepts messages. Returns their outcomes after the commit.
+    pub(crate) async fn enqueue(&self, messages: Vec<NewMessage>) -> StoreResult<Vec<Enqueued>> {
         let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
         let Some(first) = messages.first() else { return Ok(Vec::new()) };
-        let room = self.room.admit_from(&first.sender, messages.len(), bytes).await;
-        let room = room.map_err(StoreError::unavailable)?;
-        let (answer, result) = oneshot::channel();
-        metrics::gauge!(names::QUEUE_JOBS).increment(1);
-        let call =
-            EnqueueCall { messages, bytes, committed: Box::new(committed), answer, _room: room };
-        self.jobs.send(Message::Enqueue(call)).map_err(|_| StoreError::unavailable(Closed))?;
-        result.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+        let permit = self.admission.admit_from(&first.sender, messages.len(), bytes).await;
+        let permit = permit.map_err(StoreError::unavailable)?;
+        let (answer, answered) = oneshot::channel();
+        let call = EnqueueCall { messages, bytes, answer, _permit: permit };
+        self.queue(Item::Enqueue(call), answered).await
     }
 
-    /// Lets the jobs that wait end, writes the log back into the database file and closes the
-    /// connection.
+    async fn queue<T>(
+        &self,
+        item: Item,
+        answered: oneshot::Receiver<StoreResult<T>>,
+    ) -> StoreResult<T> {
+        metrics::gauge!(names::QUEUE_LENGTH).increment(1);
+        self.queue.send(item).map_err(|_| StoreError::unavailable(Closed))?;
+        answered.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+    }
+
+    /// Answers the calls that wait, writes the log back into the database file, closes the
+    /// connection, and waits for the end of the task.
     pub(crate) async fn close(&self) {
-        let (closed, done) = oneshot::channel();
-        if self.jobs.send(Message::Close(closed)).is_ok() {
-            // An error says that the writer has ended by itself, which is as good.
-            let _ = done.await;
+        // An error means that the task has ended already.
+        let _ = self.queue.send(Item::Close);
+        if let Some(task) = self.task.lock().await.take()
+            && let Err(error) = task.await
+            && error.is_panic()
+        {
+            std::panic::resume_unwind(error.into_panic());
         }
     }
 }
 
-/// A job, its types hidden.
-trait Job: Send {
+/// A statement of any type, in the queue.
+trait QueuedStatement: Send {
     fn scope(&self) -> Scope;
+    fn name(&self) -> &'static str;
     fn bytes(&self) -> usize;
-    /// Does the work; true when it is to be kept.
-    fn run<'c>(
-        &'c mut self,
-        connection: &'c mut SqliteConnection,
-    ) -> BoxFuture<'c, sqlx::Result<bool>>;
-    fn committed(self: Box<Self>);
+    /// Runs the statement and keeps its result. Returns whether its changes are kept.
+    fn run<'c>(&'c mut self, tx: &'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<Changes>>;
+    /// Applies the effects and answers.
+    fn committed(self: Box<Self>, memory: &Memory);
     fn failed(self: Box<Self>, error: StoreError);
 }
 
-struct TypedJob<T, W, C> {
-    scope: Scope,
-    bytes: usize,
-    work: Option<W>,
-    committed: C,
-    result: Option<T>,
-    answer: oneshot::Sender<StoreResult<T>>,
-    _room: AdmissionPermit,
+struct Queued<S: Statement> {
+    statement: S,
+    done: Option<Done<S::Answer>>,
+    answer: oneshot::Sender<StoreResult<S::Answer>>,
+    _permit: AdmissionPermit,
 }
 
-impl<T, W, C> Job for TypedJob<T, W, C>
-where
-    T: Send,
-    W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<Outcome<T>>> + Send,
-    C: FnOnce(&T) + Send,
-{
+impl<S: Statement> QueuedStatement for Queued<S> {
     fn scope(&self) -> Scope {
-        self.scope
+        S::SCOPE
+    }
+
+    fn name(&self) -> &'static str {
+        S::NAME
     }
 
     fn bytes(&self) -> usize {
-        self.bytes
+        self.statement.bytes()
     }
 
-    fn run<'c>(
-        &'c mut self,
-        connection: &'c mut SqliteConnection,
-    ) -> BoxFuture<'c, sqlx::Result<bool>> {
+    fn run<'c>(&'c mut self, tx: &'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<Changes>> {
         Box::pin(async move {
-            let work = self.work.take().expect("a job runs once");
-            let (result, keep) = match work(connection).await? {
-                Outcome::Keep(result) => (result, true),
-                Outcome::Undo(result) => (result, false),
-            };
-            self.result = Some(result);
-            Ok(keep)
+            let done = self.statement.run(tx).await?;
+            let changes = done.changes;
+            self.done = Some(done);
+            Ok(changes)
         })
     }
 
-    fn committed(self: Box<Self>) {
-        let result = self.result.expect("it ran without an error");
-        (self.committed)(&result);
-        // Nobody there any more: the caller gave up, and that changes nothing.
-        let _ = self.answer.send(Ok(result));
+    fn committed(self: Box<Self>, memory: &Memory) {
+        let Self { statement, done, answer, _permit } = *self;
+        let done = done.expect("a committed statement has run");
+        memory.apply(done.effects);
+        drop(statement);
+        // The caller may have stopped waiting.
+        let _ = answer.send(Ok(done.answer));
     }
 
     fn failed(self: Box<Self>, error: StoreError) {
+        let Self { statement, answer, .. } = *self;
+        drop(statement);
         // As above.
-        let _ = self.answer.send(Err(error));
+        let _ = answer.send(Err(error));
     }
 }
 
-/// Who is told, after the commit, what became of a call's messages.
-type Told = dyn FnOnce(&[NewMessage], &[Enqueued]) + Send;
-
-/// One call's messages.
+/// The messages of one call.
 struct EnqueueCall {
     messages: Vec<NewMessage>,
     bytes: usize,
-    committed: Box<Told>,
     answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,
-    _room: AdmissionPermit,
+    _permit: AdmissionPermit,
 }
 
-/// What becomes one transaction.
+/// The calls of one transaction.
 #[derive(Default)]
 struct Batch {
-    jobs: Vec<Box<dyn Job>>,
+    statements: Vec<Box<dyn QueuedStatement>>,
     calls: Vec<EnqueueCall>,
     bytes: usize,
 }
 
+/// The results of a committed transaction.
+struct Results {
+    /// For each statement, a failure that concerns it alone.
+    failures: Vec<Option<SharedError>>,
+    /// The outcome of each message, in order.
+    enqueued: Done<Vec<Enqueued>>,
+}
+
 impl Batch {
+    fn alone(statement: Box<dyn QueuedStatement>) -> Self {
+        let bytes = statement.bytes();
+        Self { statements: vec![statement], calls: Vec::new(), bytes }
+    }
+
     fn len(&self) -> usize {
-        self.jobs.len() + self.calls.len()
+        self.statements.len() + self.calls.len()
     }
 
     fn is_full(&self) -> bool {
-        self.len() >= BATCH_JOBS || self.bytes >= BATCH_BYTES
+        self.len() >= MAX_BATCH_CALLS || self.bytes >= MAX_BATCH_BYTES
     }
 
-    /// Answers everyone. `own` are the jobs' own failures, `outcomes` those of all messages in
-    /// order.
-    fn committed(self, own: Vec<Option<Shared>>, outcomes: Vec<Enqueued>) {
-        for (job, failure) in self.jobs.into_iter().zip(own) {
+    /// Applies the effects and answers all calls.
+    fn committed(self, results: Results, memory: &Memory) {
+        for (statement, failure) in self.statements.into_iter().zip(results.failures) {
             match failure {
-                None => job.committed(),
-                Some(error) => job.failed(error.into()),
+                None => statement.committed(memory),
+                Some(error) => statement.failed(error.into()),
             }
         }
-        let mut outcomes = outcomes.into_iter();
+        memory.apply(results.enqueued.effects);
+        let mut outcomes = results.enqueued.answer.into_iter();
         for call in self.calls {
-            let own: Vec<_> = outcomes.by_ref().take(call.messages.len()).collect();
-            (call.committed)(&call.messages, &own);
-            // Whoever gave up changes nothing.
-            let _ = call.answer.send(Ok(own));
+            let outcomes_of_call = outcomes.by_ref().take(call.messages.len()).collect();
+            // The caller may have stopped waiting.
+            let _ = call.answer.send(Ok(outcomes_of_call));
         }
     }
 
-    fn failed(self, error: &Shared) {
-        self.jobs.into_iter().for_each(|job| job.failed(error.clone().into()));
+    fn failed(self, error: &SharedError) {
+        self.statements.into_iter().for_each(|statement| statement.failed(error.clone().into()));
         for call in self.calls {
             // As above.
             let _ = call.answer.send(Err(error.clone().into()));
@@ -330,146 +298,145 @@ impl Batch {
     }
 }
 
-/// The task's state.
+/// The state of the writer's task.
 struct Committer {
-    waiting: mpsc::UnboundedReceiver<Message>,
+    items: mpsc::UnboundedReceiver<Item>,
     options: SqliteConnectOptions,
     limits: Delivery,
-    clock: Guard,
-    /// None after a failure, until the next batch.
+    memory: Arc<Memory>,
+    /// `None` from a failure until the next batch.
     connection: Option<SqliteConnection>,
-    refused: Arc<Refused>,
+    refused: Arc<RefusedBytes>,
 }
 
 impl Committer {
-    /// Commits until the store is closed or nobody is left who could write; then answers whom to
-    /// tell.
-    async fn run(mut self) -> Option<oneshot::Sender<()>> {
-        let mut closed = None;
-        while let Some(message) = self.waiting.recv().await {
-            let (mut batch, mut alone) = (Batch::default(), None);
-            let mut next = Some(message);
-            while let Some(message) = next {
-                match message {
-                    Message::Job(job) if job.scope() == Scope::SingleEdge => alone = Some(job),
-                    Message::Job(job) => {
-                        batch.bytes += job.bytes();
-                        batch.jobs.push(job);
-                    }
-                    Message::Enqueue(call) => {
-                        batch.bytes += call.bytes;
-                        batch.calls.push(call);
-                    }
-                    Message::Close(done) => {
-                        // What was sent before is still received, then there is nothing more.
-                        self.waiting.close();
-                        closed = Some(done);
-                    }
-                }
-                let is_whole = batch.is_full() || alone.is_some();
-                next = if is_whole { None } else { self.waiting.try_recv().ok() };
-            }
+    /// Commits until the store is closed, or every [`Writer`] is dropped. Then closes the
+    /// connection.
+    async fn run(mut self) {
+        while let Some(item) = self.items.recv().await {
+            let (batch, alone) = self.gather(item);
             if batch.len() > 0 {
                 self.commit(batch).await;
             }
-            if let Some(job) = alone {
-                self.commit(Batch { bytes: job.bytes(), jobs: vec![job], ..Batch::default() })
-                    .await;
+            if let Some(statement) = alone {
+                self.commit(Batch::alone(statement)).await;
             }
         }
         if let Some(mut connection) = self.connection.take() {
             finish(&mut connection).await;
             if let Err(error) = connection.close().await {
-                tracing::warn!(%error, "the database was not closed in good order; nothing acknowledged is lost");
+                tracing::warn!(%error, "database was not closed in good order, no answered call is lost");
             }
         }
-        closed
     }
 
-    /// Commits the batch and answers everyone in it.
+    /// Returns the calls that wait, up to a full batch or a statement with a transaction of its own.
+    fn gather(&mut self, first: Item) -> (Batch, Option<Box<dyn QueuedStatement>>) {
+        let mut batch = Batch::default();
+        let mut next = Some(first);
+        while let Some(item) = next {
+            match item {
+                Item::Statement(statement) if statement.scope() == Scope::Alone => {
+                    return (batch, Some(statement));
+                }
+                Item::Statement(statement) => {
+                    batch.bytes += statement.bytes();
+                    batch.statements.push(statement);
+                }
+                Item::Enqueue(call) => {
+                    batch.bytes += call.bytes;
+                    batch.calls.push(call);
+                }
+                // The items that were sent before are still received, then the channel ends.
+                Item::Close => self.items.close(),
+            }
+            next = if batch.is_full() { None } else { self.items.try_recv().ok() };
+        }
+        (batch, None)
+    }
+
+    /// Commits the batch and answers its calls.
     async fn commit(&mut self, mut batch: Batch) {
-        let (jobs, bytes) = (batch.len(), batch.bytes);
-        metrics::gauge!(names::QUEUE_JOBS).decrement(jobs as f64);
-        metrics::histogram!(names::BATCH_JOBS).record(jobs as f64);
+        let (calls, bytes) = (batch.len(), batch.bytes);
+        metrics::gauge!(names::QUEUE_LENGTH).decrement(calls as f64);
+        metrics::histogram!(names::BATCH_LENGTH).record(calls as f64);
         let begun = Instant::now();
         match self.transaction(&mut batch).await {
-            Ok((own, outcomes)) => {
+            Ok(results) => {
                 metrics::histogram!(names::BATCH_SECONDS).record(begun.elapsed());
                 self.refused.committed(bytes);
-                batch.committed(own, outcomes);
+                batch.committed(results, &self.memory);
             }
             Err(error) => {
-                let kind = Kind::of(&error);
-                metrics::counter!(names::ERRORS, "kind" => kind.name()).increment(1);
-                tracing::error!(%error, kind = kind.name(), jobs, "nothing was committed");
-                self.refused.refused(bytes);
-                self.start_over().await;
+                let kind = ErrorKind::of(&error);
+                kind.count();
+                tracing::error!(%error, kind = kind.label(), calls, "transaction failed, nothing was committed");
+                self.refused.failed(bytes);
+                self.disconnect().await;
                 batch.failed(&error.into());
             }
         }
     }
 
-    /// Runs the jobs, inserts the messages and commits. Answers the failures that were a job's own,
-    /// job by job, and what became of each message.
-    async fn transaction(
-        &mut self,
-        batch: &mut Batch,
-    ) -> sqlx::Result<(Vec<Option<Shared>>, Vec<Enqueued>)> {
+    /// Runs the statements, inserts the messages and commits.
+    async fn transaction(&mut self, batch: &mut Batch) -> sqlx::Result<Results> {
         let connection = match &mut self.connection {
             Some(connection) => connection,
             none => none.insert(self.options.connect().await?),
         };
         execute(connection, "BEGIN IMMEDIATE").await?;
-        let mut own = Vec::with_capacity(batch.jobs.len());
-        for job in &mut batch.jobs {
-            own.push(match job.scope() {
-                Scope::Batch | Scope::SingleEdge => {
-                    job.run(connection).await?;
+        let mut failures = Vec::with_capacity(batch.statements.len());
+        for statement in &mut batch.statements {
+            failures.push(match statement.scope() {
+                Scope::Batch | Scope::Alone => {
+                    statement.run(connection).await?;
                     None
                 }
-                Scope::Job => in_savepoint(job.as_mut(), connection).await?,
+                Scope::Savepoint => in_savepoint(statement.as_mut(), connection).await?,
             });
         }
         let messages: Vec<_> = batch.calls.iter().flat_map(|call| &call.messages).collect();
-        let outcomes = if messages.is_empty() {
-            Vec::new()
+        let enqueued = if messages.is_empty() {
+            Done::keep(Vec::new())
         } else {
-            enqueue::all(connection, &messages, &self.limits, &self.clock).await?
+            enqueue::all(connection, &messages, &self.limits, &self.memory.clock).await?
         };
         let committing = Instant::now();
         execute(connection, "COMMIT").await?;
         metrics::histogram!(names::COMMIT_SECONDS).record(committing.elapsed());
-        Ok((own, outcomes))
+        Ok(Results { failures, enqueued })
     }
 
-    /// Throws the connection away, whatever state it is in.
-    async fn start_over(&mut self) {
+    /// Closes the connection, whatever state it is in.
+    async fn disconnect(&mut self) {
         if let Some(mut connection) = self.connection.take() {
-            // It may have been rolled back already, or be past any use; closing it ends the
-            // transaction in any case.
+            // SQLite may have rolled back already, or the connection may be unusable. Closing it
+            // ends the transaction in any case.
             let _ = execute(&mut connection, "ROLLBACK").await;
             let _ = connection.close().await;
         }
     }
 }
 
-/// Runs a job so that it can fail alone; answers its own failure. Any other is the store's.
+/// Runs a statement in a savepoint. Returns a failure that concerns it alone; any other is an error
+/// of the transaction.
 async fn in_savepoint(
-    job: &mut dyn Job,
+    statement: &mut dyn QueuedStatement,
     connection: &mut SqliteConnection,
-) -> sqlx::Result<Option<Shared>> {
-    execute(connection, "SAVEPOINT job").await?;
-    let ran = job.run(connection).await;
-    if !matches!(ran, Ok(true)) {
-        execute(connection, "ROLLBACK TO job").await?;
+) -> sqlx::Result<Option<SharedError>> {
+    execute(connection, "SAVEPOINT statement").await?;
+    let ran = statement.run(connection).await;
+    if !matches!(ran, Ok(Changes::Keep)) {
+        execute(connection, "ROLLBACK TO statement").await?;
     }
-    execute(connection, "RELEASE job").await?;
+    execute(connection, "RELEASE statement").await?;
     match ran {
         Ok(_) => Ok(None),
-        Err(error) if Kind::of(&error).is_the_jobs_own() => {
-            let kind = Kind::of(&error);
-            metrics::counter!(names::ERRORS, "kind" => kind.name()).increment(1);
-            tracing::error!(%error, kind = kind.name(), "a job failed");
+        Err(error) if ErrorKind::of(&error).concerns_one_statement() => {
+            let kind = ErrorKind::of(&error);
+            kind.count();
+            let statement = statement.name();
+            tracing::error!(%error, kind = kind.label(), statement, "statement failed");
             Ok(Some(error.into()))
         }
         Err(error) => Err(error),
@@ -480,12 +447,12 @@ async fn execute(connection: &mut SqliteConnection, sql: &'static str) -> sqlx::
     sqlx::query(sql).execute(connection).await.map(drop)
 }
 
-/// Moves the write-ahead log into the database file, so that the file alone is whole.
+/// Writes the log back into the database file, so that the file alone is complete.
 async fn finish(connection: &mut SqliteConnection) {
-    if let Err(error) = damage::note_clean_end(connection).await {
-        tracing::warn!(%error, "the next start looks at every page of the database");
+    if let Err(error) = damage::mark_clean_end(connection).await {
+        tracing::warn!(%error, "end was not marked as clean, the next start checks every page");
     }
     if let Err(error) = execute(connection, "PRAGMA wal_checkpoint(TRUNCATE)").await {
-        tracing::warn!(%error, "the write-ahead log stays; the next start reads it");
+        tracing::warn!(%error, "write-ahead log was not written back, the next start reads it");
     }
 }

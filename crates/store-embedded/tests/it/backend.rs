@@ -1,6 +1,6 @@
-//! The embedded store as a backend under test. Its crash is the loss of its runtime: tasks, leases
-//! and caches are gone wherever they were, and nothing is closed. (That the process is really
-//! killed is in `kill` and `model`.)
+//! The embedded store as a backend of the conformance suite. Its crash is the end of its runtime:
+//! tasks, leases and caches are lost at any point, and nothing is closed. `kill` and `model` kill a
+//! process.
 
 use async_trait::async_trait;
 use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis};
@@ -46,7 +46,7 @@ impl Backend for Running {
     }
 
     async fn set_clock(&self, now: UnixMillis) {
-        self.stores().maintenance.sweep(now).await.expect("a sweep, which looks at the clock");
+        self.stores().maintenance.sweep(now).await.expect("a sweep, which checks the clock");
     }
 }
 
@@ -58,7 +58,7 @@ impl Drop for Running {
     }
 }
 
-/// What a process is to the store: a runtime.
+/// A runtime, which is what a process is to the store.
 pub(crate) struct Process {
     pub(crate) store: EmbeddedStore,
     runtime: Runtime,
@@ -75,8 +75,8 @@ impl Process {
     }
 
     pub(crate) async fn crash(self) {
-        // A runtime must not be dropped by a task; its end is waited for, as a dead process holds
-        // no lock.
+        // A runtime must not be dropped by a task. This waits for its end, because a dead process
+        // has no lock.
         let runtime = self.runtime;
         tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");
     }

@@ -1,11 +1,11 @@
-//! A store in a process of its own, which can be killed, limited and starved. The child is this
-//! test binary again, running the one ignored test below: it takes commands on its standard input,
-//! a line of JSON each, and answers on its output.
+//! A store in a process of its own, which can be killed and limited. The child is this test binary,
+//! running the one ignored test below. It reads commands from its standard input, a line of JSON
+//! each, and writes the answers to its output.
 
 use std::{
     io::{BufRead as _, BufReader, Lines, Write as _},
     path::{Path, PathBuf},
-    process::{ChildStdin, ChildStdout, Command, Stdio},
+    process::{self, ChildStdin, ChildStdout, Stdio},
     sync::Arc,
     time::Duration,
 };
@@ -19,11 +19,11 @@ use tokio::task::JoinSet;
 
 use crate::ops::{Machine, Op, START, key};
 
-/// What begins an answer: the test harness writes to the same output.
+/// The begin of an answer, because the test harness writes to the same output.
 const MARK: char = '\u{2}';
 
 #[derive(Debug, Serialize, Deserialize)]
-enum Order {
+enum Command {
     /// Opens the store.
     Open {
         directory: PathBuf,
@@ -37,21 +37,21 @@ enum Order {
         op: Op,
         now: u64,
     },
-    /// Enqueues messages to person 1 from several tasks at once; answers each as it is answered.
+    /// Enqueues messages to account 1 from several concurrent tasks. Answers each outcome.
     Burst {
         from: u64,
         count: u64,
         size: usize,
         tasks: u64,
     },
-    /// All messages of person 1.
+    /// Returns all messages of account 1.
     Inbox,
     Check,
-    /// How large files may become.
+    /// Sets the maximum size of files.
     FileLimit {
         bytes: Option<u64>,
     },
-    /// Fills what is left of the file system, in a file.
+    /// Fills the rest of the file system with a file.
     Fill {
         path: PathBuf,
     },
@@ -60,32 +60,32 @@ enum Order {
     },
 }
 
-/// What a burst came to: what was acknowledged, as (number, seq), and the errors of the rest.
+/// The result of a burst: the acknowledged messages as (number, seq), and the errors of the rest.
 #[derive(Debug, Default)]
 pub(crate) struct Burst {
     pub(crate) accepted: Vec<(u64, u64)>,
     pub(crate) errors: Vec<String>,
 }
 
-/// The parent's end.
+/// The child process, as its parent uses it.
 pub(crate) struct Child {
-    process: std::process::Child,
-    orders: ChildStdin,
+    process: process::Child,
+    commands: ChildStdin,
     answers: Lines<BufReader<ChildStdout>>,
 }
 
 impl Child {
     pub(crate) fn spawn() -> Self {
-        let mut command = Command::new(std::env::current_exe().expect("this binary"));
+        let mut command = process::Command::new(std::env::current_exe().expect("this binary"));
         command.args(ARGUMENTS);
         Self::start(command)
     }
 
-    /// As [`Child::spawn`], by a shell that first runs `script`, which has a directory as `$1`.
+    /// As [`Child::spawn`], from a shell that first runs `script` with a directory as `$1`.
     pub(crate) fn spawn_after(wrapper: &[&str], script: &str, directory: &Path) -> Self {
         let words = wrapper.iter().chain(&["sh", "-c"]);
         let mut words = words.copied();
-        let mut command = Command::new(words.next().expect("at least the shell"));
+        let mut command = process::Command::new(words.next().expect("at least the shell"));
         command
             .args(words)
             .arg(format!("set -e; {script}; shift; exec \"$@\""))
@@ -95,26 +95,26 @@ impl Child {
         Self::start(command)
     }
 
-    /// As [`Child::spawn`], as a user who may do nothing in particular; `binary` is a copy that
-    /// this user can reach.
+    /// As [`Child::spawn`], as a user without permissions. `binary` is a copy that this user can
+    /// read.
     pub(crate) fn spawn_as_nobody(binary: &Path) -> Self {
         use std::os::unix::process::CommandExt as _;
-        let mut command = Command::new(binary);
+        let mut command = process::Command::new(binary);
         command.args(ARGUMENTS).uid(65_534).gid(65_534);
         Self::start(command)
     }
 
-    fn start(mut command: Command) -> Self {
+    fn start(mut command: process::Command) -> Self {
         let mut process =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the child starts");
-        let orders = process.stdin.take().expect("piped");
+        let commands = process.stdin.take().expect("piped");
         let answers = BufReader::new(process.stdout.take().expect("piped")).lines();
-        Self { process, orders, answers }
+        Self { process, commands, answers }
     }
 
-    fn order(&mut self, order: &Order) {
-        let line = serde_json::to_string(order).expect("plain data");
-        writeln!(self.orders, "{line}").expect("the child listens");
+    fn send(&mut self, command: &Command) {
+        let line = serde_json::to_string(command).expect("plain data");
+        writeln!(self.commands, "{line}").expect("the child reads");
     }
 
     fn answer(&mut self) -> String {
@@ -126,19 +126,19 @@ impl Child {
         }
     }
 
-    fn ask(&mut self, order: &Order) -> String {
-        self.order(order);
+    fn ask(&mut self, command: &Command) -> String {
+        self.send(order);
         self.answer()
     }
 
-    fn ask_result(&mut self, order: &Order) -> Result<(), String> {
+    fn ask_result(&mut self, command: &Command) -> Result<(), String> {
         let answer = self.ask(order);
         if answer == "ok" { Ok(()) } else { Err(answer) }
     }
 
-    /// Opens the store; the error is the text of the `OpenError`.
+    /// Opens the store. The error is the text of the `OpenError`.
     pub(crate) fn open(&mut self, directory: &Path, limits: Limits) -> Result<(), String> {
-        self.ask_result(&Order::Open {
+        self.ask_result(&Command::Open {
             directory: directory.to_owned(),
             max_messages: limits.delivery.max_messages,
             max_bytes: limits.delivery.max_bytes,
@@ -149,13 +149,13 @@ impl Child {
     }
 
     pub(crate) fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
-        self.ask(&Order::Apply { op: op.clone(), now: now.0 })
+        self.ask(&Command::Apply { op: op.clone(), now: now.0 })
     }
 
-    /// Messages number `from` and up to person 1, `size` bytes each; until all are answered, or
-    /// `most` were acknowledged.
+    /// Enqueues messages to account 1, with numbers from `from` on and `size` bytes each. Returns
+    /// after all are answered, or `most` are acknowledged.
     pub(crate) fn burst(&mut self, from: u64, count: u64, size: usize, most: usize) -> Burst {
-        self.order(&Order::Burst { from, count, size, tasks: 16 });
+        self.send(&Command::Burst { from, count, size, tasks: 16 });
         let mut burst = Burst::default();
         while burst.accepted.len() < most {
             let answer = self.answer();
@@ -172,28 +172,28 @@ impl Child {
         burst
     }
 
-    /// The inbox of person 1: (number, seq) of each message.
+    /// Returns (number, seq) of each message in the inbox of account 1.
     pub(crate) fn inbox(&mut self) -> Vec<(u64, u64)> {
-        serde_json::from_str(&self.ask(&Order::Inbox)).expect("what the child wrote")
+        serde_json::from_str(&self.ask(&Command::Inbox)).expect("what the child wrote")
     }
 
     pub(crate) fn check(&mut self) -> Result<(), String> {
-        self.ask_result(&Order::Check)
+        self.ask_result(&Command::Check)
     }
 
     pub(crate) fn file_limit(&mut self, bytes: Option<u64>) {
-        self.ask_result(&Order::FileLimit { bytes }).expect("a limit");
+        self.ask_result(&Command::FileLimit { bytes }).expect("a limit");
     }
 
     pub(crate) fn fill(&mut self, path: &Path) {
-        self.ask_result(&Order::Fill { path: path.to_owned() }).expect("a file");
+        self.ask_result(&Command::Fill { path: path.to_owned() }).expect("a file");
     }
 
     pub(crate) fn remove(&mut self, path: &Path) {
-        self.ask_result(&Order::Remove { path: path.to_owned() }).expect("a file");
+        self.ask_result(&Command::Remove { path: path.to_owned() }).expect("a file");
     }
 
-    /// Kills it, and waits until it is dead.
+    /// Kills the process and waits for its end.
     pub(crate) fn kill(&mut self) {
         self.process.kill().expect("it runs");
         self.process.wait().expect("it ends");
@@ -212,17 +212,17 @@ const ARGUMENTS: [&str; 6] =
     ["--exact", "child::serve", "--ignored", "--nocapture", "--test-threads", "1"];
 
 #[test]
-#[ignore = "not a test: what the child process runs; without orders it does nothing"]
+#[ignore = "not a test: the child process runs it, and without commands it does nothing"]
 fn serve() {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime").block_on(async {
         let mut opened: Option<(EmbeddedStore, Machine)> = None;
         for line in std::io::stdin().lines() {
-            let order: Order =
+            let command: Command =
                 serde_json::from_str(&line.expect("text")).expect("what the parent wrote");
-            match order {
-                Order::Open {
+            match command {
+                Command::Open {
                     directory,
                     max_messages,
                     max_bytes,
@@ -252,14 +252,14 @@ fn serve() {
                         },
                     );
                 }
-                Order::FileLimit { bytes } => {
+                Command::FileLimit { bytes } => {
                     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).expect("a limit");
                     setrlimit(Resource::RLIMIT_FSIZE, bytes.unwrap_or(hard), hard)
                         .expect("a lower limit");
                     answer("ok");
                 }
-                Order::Fill { path } => answer(&fill(&path)),
-                Order::Remove { path } => {
+                Command::Fill { path } => answer(&fill(&path)),
+                Command::Remove { path } => {
                     std::fs::remove_file(path).expect("there");
                     answer("ok");
                 }
@@ -272,12 +272,12 @@ fn serve() {
     });
 }
 
-async fn serve_store(store: &EmbeddedStore, machine: &mut Machine, order: Order) {
-    match order {
-        Order::Apply { op, now } => answer(&machine.apply(op, UnixMillis(now)).await),
-        Order::Burst { from, count, size, tasks } => burst(store, from, count, size, tasks).await,
-        Order::Inbox => answer(&serde_json::to_string(&inbox(store).await).expect("plain data")),
-        Order::Check => {
+async fn serve_store(store: &EmbeddedStore, machine: &mut Machine, command: Command) {
+    match command {
+        Command::Apply { op, now } => answer(&machine.apply(op, UnixMillis(now)).await),
+        Command::Burst { from, count, size, tasks } => burst(store, from, count, size, tasks).await,
+        Command::Inbox => answer(&serde_json::to_string(&inbox(store).await).expect("plain data")),
+        Command::Check => {
             answer(
                 &store
                     .stores()
@@ -292,11 +292,11 @@ async fn serve_store(store: &EmbeddedStore, machine: &mut Machine, order: Order)
 }
 
 fn answer(text: &str) {
-    // Under one lock, because tasks answer at the same time; on a line of its own, because the
+    // Under one lock, because tasks answer concurrently, and on a line of its own, because the
     // harness writes there too.
     let mut output = std::io::stdout().lock();
     writeln!(output, "\n{MARK}{}", serde_json::to_string(text).expect("text"))
-        .expect("the parent listens");
+        .expect("the parent reads");
 }
 
 fn describe(error: StoreError) -> String {
@@ -307,7 +307,7 @@ fn describe(error: StoreError) -> String {
     }
 }
 
-/// Writes zeros until there is no room for one more.
+/// Writes zeros until there is no room for another byte.
 fn fill(path: &Path) -> String {
     let mut file = std::fs::File::create(path).expect("a file");
     for size in [1 << 20, 1 << 12, 1] {
@@ -337,7 +337,7 @@ async fn burst(store: &EmbeddedStore, from: u64, count: u64, size: usize, tasks:
     answer("done");
 }
 
-/// A message whose first eight bytes are its number, and its id.
+/// Returns a message whose payload and id begin with its number.
 fn numbered(n: u64, size: usize) -> NewMessage {
     let mut payload = vec![0; size.max(8)];
     payload[..8].copy_from_slice(&n.to_be_bytes());

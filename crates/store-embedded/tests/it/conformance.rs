@@ -1,3 +1,3 @@
-//! The rules that every backend keeps.
+//! The conformance suite, on the embedded store.
 
 qpq_ports::conformance!(crate::backend::Embedded);

@@ -1,6 +1,5 @@
-//! Disks without room: files that may not grow, and a file system that is full. What was
-//! acknowledged stays, what is not is refused, and once there is room again the same process goes
-//! on.
+//! Disks without room: files that may not grow, and a full file system. Acknowledged messages stay,
+//! further ones are refused, and the same process works again once there is room.
 
 use std::{collections::HashMap, path::Path};
 
@@ -19,18 +18,18 @@ fn limits() -> Limits {
     }
 }
 
-/// Everything acknowledged is in the inbox, under its seq, and there is no gap.
+/// Checks that every acknowledged message is in the inbox with its seq, without gaps.
 fn verify(child: &mut Child, acknowledged: &HashMap<u64, u64>) {
     let inbox = child.inbox();
     let seqs: Vec<u64> = inbox.iter().map(|(_, seq)| *seq).collect();
     assert_eq!(seqs, (1..=inbox.len() as u64).collect::<Vec<_>>());
-    let there: HashMap<u64, u64> = inbox.into_iter().collect();
+    let queued: HashMap<u64, u64> = inbox.into_iter().collect();
     for (number, seq) in acknowledged {
-        assert_eq!(there.get(number), Some(seq), "message {number}");
+        assert_eq!(queued.get(number), Some(seq), "message {number}");
     }
 }
 
-/// Fills until the disk refuses, makes room, goes on, and starts again.
+/// Enqueues until the disk is full, frees room, and enqueues again in the same process.
 fn fill_and_free(
     mut child: Child,
     directory: &Path,
@@ -38,7 +37,7 @@ fn fill_and_free(
     relieve: impl Fn(&mut Child),
 ) {
     const SIZE: usize = 20_000;
-    child.open(directory, limits()).expect("there is room yet");
+    child.open(directory, limits()).expect("there is room");
     child.apply(&Op::Register { name: 1, key: 1, record: 1 }, START);
     let mut acknowledged = HashMap::new();
     let before = child.burst(0, 20, SIZE, usize::MAX);
@@ -52,11 +51,11 @@ fn fill_and_free(
     assert!(errors.len() > 200, "8 MB do not fit: {errors:?}");
     assert!(errors.iter().all(|error| error.starts_with("unavailable")), "{errors:?}");
     verify(&mut child, &acknowledged);
-    // A commit of a few bytes may still find room in what the log has already; that says nothing of
-    // what was refused.
+    // A commit of a few bytes may still have room in the existing log. The check must fail all the
+    // same, because the refused messages have none.
     acknowledged.extend(child.burst(1_900, 1, 8, usize::MAX).accepted);
     for _ in 0..20 {
-        let error = child.check().expect_err("there is no room for what was refused");
+        let error = child.check().expect_err("there is no room for the refused messages");
         assert!(error.starts_with("unavailable"), "{error}");
     }
 
@@ -73,7 +72,7 @@ fn fill_and_free(
 #[test]
 fn files_that_may_not_grow_lose_nothing_and_the_store_recovers() {
     let directory = tempfile::tempdir().expect("a directory");
-    // The signal would end the process; ignored, the write fails.
+    // The signal would end the process. The write fails if it is ignored.
     let child = Child::spawn_after(&[], "trap '' XFSZ", directory.path());
     fill_and_free(
         child,
@@ -82,18 +81,18 @@ fn files_that_may_not_grow_lose_nothing_and_the_store_recovers() {
         |child| child.file_limit(None),
     );
     let mut child = Child::spawn();
-    child.open(directory.path(), limits()).expect("what was left");
+    child.open(directory.path(), limits()).expect("what the process left");
     let inbox = child.inbox();
     assert!(inbox.len() >= 40);
     verify(&mut child, &inbox.into_iter().collect());
 }
 
-/// Whether this user may mount a file system of its own, and how.
+/// Returns the command with which this user may mount a file system, if there is one.
 fn mounting() -> Option<&'static [&'static str]> {
-    let ways: [&[&str]; 2] = [&["unshare", "-m"], &["unshare", "-rm"]];
-    ways.into_iter().find(|way| {
-        let probe = std::process::Command::new(way[0])
-            .args(&way[1..])
+    let commands: [&[&str]; 2] = [&["unshare", "-m"], &["unshare", "-rm"]];
+    commands.into_iter().find(|command| {
+        let probe = std::process::Command::new(command[0])
+            .args(&command[1..])
             .args(["sh", "-c", "mount -t tmpfs none /mnt"])
             .output();
         probe.is_ok_and(|output| output.status.success())
@@ -102,26 +101,27 @@ fn mounting() -> Option<&'static [&'static str]> {
 
 #[test]
 fn a_full_file_system_loses_nothing_and_the_store_recovers() {
-    let Some(way) = mounting() else {
-        println!("skipped: this user may not mount anything");
+    let Some(command) = mounting() else {
+        println!("skipped: this user may not mount a file system");
         return;
     };
     let directory = tempfile::tempdir().expect("a directory");
-    let child = Child::spawn_after(way, "mount -t tmpfs -o size=12m none \"$1\"", directory.path());
+    let child =
+        Child::spawn_after(command, "mount -t tmpfs -o size=12m none \"$1\"", directory.path());
     let ballast = directory.path().join("ballast");
     let data = directory.path().join("data");
     fill_and_free(child, &data, |child| child.fill(&ballast), |child| child.remove(&ballast));
 }
 
 #[test]
-fn a_full_file_system_is_named_at_the_start() {
-    let Some(way) = mounting() else {
-        println!("skipped: this user may not mount anything");
+fn a_full_file_system_is_reported_at_the_start() {
+    let Some(command) = mounting() else {
+        println!("skipped: this user may not mount a file system");
         return;
     };
     let directory = tempfile::tempdir().expect("a directory");
     let mut child =
-        Child::spawn_after(way, "mount -t tmpfs -o size=4m none \"$1\"", directory.path());
+        Child::spawn_after(command, "mount -t tmpfs -o size=4m none \"$1\"", directory.path());
     let ballast = directory.path().join("ballast");
     let data = directory.path().join("data");
     child.fill(&ballast);

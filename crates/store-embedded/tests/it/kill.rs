@@ -1,5 +1,5 @@
-//! A process that is killed while it accepts messages as fast as it can: whatever it acknowledged
-//! is there afterwards, under the seq it said, and nothing is missing or twice in between.
+//! A process that is killed while it accepts messages as fast as it can. Every acknowledged message
+//! is in the inbox afterwards, with its seq, and no seq is missing or used twice.
 
 use std::collections::HashMap;
 
@@ -12,7 +12,7 @@ use crate::{
 };
 
 #[test]
-fn what_was_acknowledged_outlives_a_kill() {
+fn acknowledged_messages_survive_a_kill() {
     const ROUNDS: u64 = 15;
     const COUNT: u64 = 4_000;
     let directory = tempfile::tempdir().expect("a directory");
@@ -21,9 +21,9 @@ fn what_was_acknowledged_outlives_a_kill() {
     let mut acknowledged: HashMap<u64, u64> = HashMap::new();
     for round in 0..ROUNDS {
         let mut child = Child::spawn();
-        child.open(directory.path(), limits).expect("whatever the last one left");
+        child.open(directory.path(), limits).expect("what the last process left");
         child.apply(&Op::Register { name: 1, key: 1, record: 1 }, START);
-        // At another point each time, and always while most of the burst is still under way.
+        // At a different point in each round, always while most of the burst is in progress.
         let most = usize::try_from(1 + round * 37).expect("small");
         let burst = child.burst(round * COUNT, COUNT, 300, most);
         child.kill();
@@ -35,11 +35,11 @@ fn what_was_acknowledged_outlives_a_kill() {
         child.open(directory.path(), limits).expect("what a killed process left");
         let inbox = child.inbox();
         let seqs: Vec<u64> = inbox.iter().map(|(_, seq)| *seq).collect();
-        assert_eq!(seqs, (1..=inbox.len() as u64).collect::<Vec<_>>(), "no gap, nothing twice");
-        let there: HashMap<u64, u64> = inbox.into_iter().collect();
-        assert_eq!(there.len(), seqs.len(), "no message under two seqs");
+        assert_eq!(seqs, (1..=inbox.len() as u64).collect::<Vec<_>>(), "no gap, no seq twice");
+        let queued: HashMap<u64, u64> = inbox.into_iter().collect();
+        assert_eq!(queued.len(), seqs.len(), "no message with two seqs");
         for (number, seq) in &acknowledged {
-            assert_eq!(there.get(number), Some(seq), "message {number}, round {round}");
+            assert_eq!(queued.get(number), Some(seq), "message {number}, round {round}");
         }
     }
 }

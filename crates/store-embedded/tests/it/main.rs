@@ -1,5 +1,6 @@
-//! The embedded store from outside: the rules of every backend, random histories against a model,
-//! processes that are killed, disks that fill up, and directories that cannot be used.
+//! Tests of the embedded store through its public interface: the conformance suite, random histories
+//! compared with a model, processes that are killed, disks that fill up, and directories that
+//! cannot be used.
 
 mod backend;
 mod child;

@@ -1,4 +1,4 @@
-//! Directories that can be used, and those that cannot: each refusal has its own error, which says
+//! Directories that can be opened and those that cannot. Each refusal has its own error, which says
 //! what to do.
 
 use std::{
@@ -33,7 +33,7 @@ async fn sql(path: &Path, statement: &'static str) {
 }
 
 #[tokio::test]
-async fn a_missing_directory_is_made_for_its_owner_alone() {
+async fn a_missing_directory_is_created_for_its_owner_alone() {
     let parent = tempfile::tempdir().expect("a directory");
     let path = parent.path().join("some/where");
     let store = open(&path).await;
@@ -61,15 +61,15 @@ async fn a_second_server_is_refused_until_the_first_has_closed() {
     let error = refused(directory.path()).await;
     assert!(matches!(error, OpenError::InUse(_)), "{error}");
     let mut child = Child::spawn();
-    let told = child.open(directory.path(), Limits::default()).expect_err("in use");
-    assert!(told.contains("in use by another server: stop that one first"), "{told}");
+    let error = child.open(directory.path(), Limits::default()).expect_err("in use");
+    assert!(error.contains("in use by another server: stop that one first"), "{error}");
     first.stores().maintenance.check().await.expect("undisturbed");
 
     let stores = first.stores();
     first.close().await;
     assert!(
         matches!(stores.maintenance.check().await, Err(StoreError::Unavailable(_))),
-        "closed is closed"
+        "a closed store refuses calls"
     );
     child.open(directory.path(), Limits::default()).expect("now it is free");
     assert!(matches!(refused(directory.path()).await, OpenError::InUse(_)));
@@ -78,7 +78,7 @@ async fn a_second_server_is_refused_until_the_first_has_closed() {
 }
 
 #[tokio::test]
-async fn what_is_no_directory_is_refused() {
+async fn a_path_that_is_not_a_directory_is_refused() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("file");
     fs::write(&file, "hello").expect("write");
@@ -89,7 +89,7 @@ async fn what_is_no_directory_is_refused() {
     assert_eq!(fs::read(&file).expect("read"), b"hello");
 }
 
-/// The superuser may write everywhere, so a child does it as somebody who may not.
+/// The superuser may write everywhere, so a child process runs as a user without permissions.
 #[test]
 fn a_read_only_directory_is_refused() {
     let parent = tempfile::tempdir().expect("a directory");
@@ -113,10 +113,10 @@ fn a_read_only_directory_is_refused() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_database_is_refused_and_left_alone() {
+async fn a_file_that_is_not_a_database_is_refused_and_unchanged() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("qpq.db");
-    let text = "no database, whatever its name says. ".repeat(1_000);
+    let text = "this is not a database. ".repeat(1_000);
     fs::write(&file, &text).expect("write");
     let error = refused(directory.path()).await;
     assert!(matches!(error, OpenError::Corrupt { .. }), "{error}");
@@ -124,12 +124,12 @@ async fn a_file_that_is_no_database_is_refused_and_left_alone() {
 }
 
 #[tokio::test]
-async fn another_programs_database_is_refused_and_left_alone() {
+async fn the_database_of_another_program_is_refused_and_unchanged() {
     let directory = tempfile::tempdir().expect("a directory");
-    sql(directory.path(), "CREATE TABLE somebody (elses INTEGER)").await;
+    sql(directory.path(), "CREATE TABLE foreign_table (n INTEGER)").await;
     let error = refused(directory.path()).await;
     assert!(matches!(error, OpenError::NotOurs(_)), "{error}");
-    sql(directory.path(), "INSERT INTO somebody VALUES (1)").await;
+    sql(directory.path(), "INSERT INTO foreign_table VALUES (1)").await;
 }
 
 #[tokio::test]
@@ -148,7 +148,7 @@ async fn a_newer_schema_is_refused() {
     open(directory.path()).await.close().await;
 }
 
-/// A directory with a few hundred messages, closed in good order.
+/// Returns a directory with a few hundred messages, closed in good order.
 async fn filled() -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a directory");
     let store = open(directory.path()).await;
@@ -178,7 +178,7 @@ async fn a_damaged_header_is_found_at_the_start() {
 async fn damage_after_an_unclean_end_is_found_at_the_start() {
     let directory = filled().await;
     let path = directory.path().join("qpq.db");
-    // As a crash leaves it, and a copy that was made while a server ran.
+    // As after a crash, and in a copy that was made while a server ran.
     sql(directory.path(), "UPDATE heartbeat SET clean = 0").await;
     open(directory.path()).await.close().await;
     sql(directory.path(), "UPDATE heartbeat SET clean = 0").await;
@@ -190,9 +190,9 @@ async fn damage_after_an_unclean_end_is_found_at_the_start() {
     assert!(error.to_string().contains("qpq-admin restore"), "{error}");
 }
 
-/// Rows that an index does not have, as in a copy of files that were written meanwhile.
+/// An index lacks rows, as in a copy of files that were written meanwhile.
 #[tokio::test]
-async fn a_table_that_is_not_as_its_index_says_is_found_after_an_unclean_end() {
+async fn an_index_that_differs_from_its_table_is_found_after_an_unclean_end() {
     let directory = filled().await;
     sql(directory.path(), "UPDATE heartbeat SET clean = 0").await;
     sql(
@@ -207,7 +207,7 @@ async fn a_table_that_is_not_as_its_index_says_is_found_after_an_unclean_end() {
 }
 
 #[tokio::test]
-async fn a_server_that_runs_or_was_killed_has_not_ended_in_good_order() {
+async fn a_database_is_clean_only_after_an_end_in_good_order() {
     let directory = filled().await;
     let clean = async || {
         let options = SqliteConnectOptions::new().filename(directory.path().join("qpq.db"));
@@ -221,7 +221,7 @@ async fn a_server_that_runs_or_was_killed_has_not_ended_in_good_order() {
     assert!(clean().await);
     let mut child = Child::spawn();
     child.open(directory.path(), Limits::default()).expect("free");
-    assert!(!clean().await, "the file alone says so, without its log");
+    assert!(!clean().await, "the file says so without its log");
     child.kill();
     assert!(!clean().await);
     open(directory.path()).await.close().await;
@@ -229,13 +229,13 @@ async fn a_server_that_runs_or_was_killed_has_not_ended_in_good_order() {
 }
 
 #[tokio::test]
-async fn damage_in_the_middle_is_told_when_it_is_met() {
+async fn damage_is_reported_when_a_statement_meets_it() {
     let directory = filled().await;
     let path = directory.path().join("qpq.db");
     let pages = fs::metadata(&path).expect("there").len() / 4_096;
     assert!(pages > 300);
     let file = OpenOptions::new().write(true).open(&path).expect("open");
-    // All of the second half: pages of messages, whatever else is there.
+    // The second half has pages of messages, and perhaps others.
     for page in pages / 2..pages {
         file.write_all_at(&[0xa5; 4_096], page * 4_096).expect("write");
     }
@@ -254,18 +254,15 @@ async fn damage_in_the_middle_is_told_when_it_is_met() {
         assert!(cause.contains("qpq-admin restore"), "{cause}");
     }
     let account = store.stores().accounts.by_identity(&key(1)).await.expect("read");
-    assert!(account.is_some(), "what does not meet the damage still works");
+    assert!(account.is_some(), "calls that do not meet the damage work");
     store.close().await;
     let error = refused(directory.path()).await;
-    assert!(
-        matches!(error, OpenError::Corrupt { .. }),
-        "the next start does not serve it: {error}"
-    );
+    assert!(matches!(error, OpenError::Corrupt { .. }), "the next start refuses it: {error}");
 }
 
-/// A database from before skeletons, with two accounts that look alike already.
+/// The database is from before skeletons, and has two accounts with the same one.
 #[tokio::test]
-async fn accounts_from_before_the_rule_keep_their_names_and_guard_their_skeletons() {
+async fn accounts_from_before_skeletons_keep_their_names_and_reserve_their_skeletons() {
     let directory = tempfile::tempdir().expect("a directory");
     let new = |name: &str, key: u8| NewAccount {
         username: Username::parse(name).expect("a username"),

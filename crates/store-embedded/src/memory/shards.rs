@@ -1,4 +1,4 @@
-//! A map of small states under many locks, so that two keys seldom meet at one.
+//! A map under many locks, so that calls with different keys seldom wait for one another.
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
@@ -7,12 +7,13 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 
-const SHARDS: usize = 64;
+pub(super) const SHARDS: usize = 64;
 
-/// Which shard a key falls into is decided with a random seed: nobody can choose keys that all
-/// meet.
+/// A map in [`SHARDS`] parts, each under its own lock.
+///
+/// A random seed assigns keys to shards, so no client can choose keys that are all in one.
 #[derive(Debug)]
-pub(crate) struct Shards<K, V> {
+pub(super) struct Shards<K, V> {
     hasher: RandomState,
     shards: Box<[Mutex<HashMap<K, V>>]>,
 }
@@ -27,21 +28,21 @@ impl<K, V> Default for Shards<K, V> {
 }
 
 impl<K: Eq + Hash, V> Shards<K, V> {
-    /// Locks the shard that `key` is in.
-    pub(crate) fn lock(&self, key: &K) -> MutexGuard<'_, HashMap<K, V>> {
+    /// Locks the shard of `key`.
+    pub(super) fn lock(&self, key: &K) -> MutexGuard<'_, HashMap<K, V>> {
         let hash = self.hasher.hash_one(key);
         let index = usize::try_from(hash % SHARDS as u64).expect("less than the number of shards");
         self.shards[index].lock()
     }
 
     #[cfg(test)]
-    pub(crate) fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 }
 
-/// Gives memory back once most of what a map had room for is gone.
-pub(crate) fn shrink<K: Eq + Hash, V>(map: &mut HashMap<K, V>) {
+/// Frees memory of a map that has become mostly empty.
+pub(super) fn shrink<K: Eq + Hash, V>(map: &mut HashMap<K, V>) {
     const SMALL: usize = 64;
     if map.capacity() > SMALL && map.len() < map.capacity() / 4 {
         map.shrink_to(map.len() * 2);

@@ -1,4 +1,4 @@
-//! Reading: one statement, one snapshot, rows in seq order until the page is full.
+//! Snapshots of an inbox: one statement each, with rows in seq order until the page is full.
 
 use std::collections::HashSet;
 
@@ -12,7 +12,7 @@ use crate::{
     row::{Columns as _, millis, number},
 };
 
-/// ?1 identity, ?2 after which seq, ?3 now, ?4 rows at most, ?5 the channel.
+// ?1 identity, ?2 the seq before the first, ?3 now, ?4 maximum rows, ?5 channel.
 const ALL: &str = "
     SELECT m.inbox, m.seq, m.channel, m.enqueued_at, m.payload
       FROM account a CROSS JOIN message m INDEXED BY message_inbox
@@ -31,18 +31,18 @@ const SEQS: &str = "
 #[cfg(test)]
 pub(super) const STATEMENTS: [&str; 3] = [ALL, CHANNEL, SEQS];
 
-/// What a view held at one instant, leased or not, as far as the limit goes.
+/// The messages of a view at one instant, leased or not, up to the limit.
 #[derive(Debug, Default)]
-pub(super) struct Snapshot {
-    /// The inbox's number, unless nothing was there.
-    pub(super) inbox: Option<i64>,
-    pub(super) envelopes: Vec<Envelope>,
-    /// The first message behind the limit.
-    pub(super) next: Option<Seq>,
+pub(crate) struct Snapshot {
+    /// The number of the inbox, if it has messages.
+    pub(crate) inbox: Option<i64>,
+    pub(crate) envelopes: Vec<Envelope>,
+    /// The first message beyond the limit.
+    pub(crate) next: Option<Seq>,
 }
 
-/// Reads the messages of the view behind `after` that are alive at `now`.
-pub(super) async fn snapshot(
+/// Reads the messages of the view after `after` that have not expired at `now`.
+pub(crate) async fn snapshot(
     connection: &mut SqliteConnection,
     read: &ReadQuery,
     after: Seq,
@@ -65,10 +65,10 @@ pub(super) async fn snapshot(
     while let Some(row) = rows.try_next().await.map_err(read_failed)? {
         let envelope = envelope(&row).map_err(read_failed)?;
         bytes = bytes.saturating_add(envelope.cost());
-        let full = snapshot.envelopes.len()
+        let is_full = snapshot.envelopes.len()
             >= usize::try_from(limit.messages).unwrap_or(usize::MAX)
             || (bytes > limit.bytes && !snapshot.envelopes.is_empty());
-        if full {
+        if is_full {
             snapshot.next = Some(envelope.seq);
             break;
         }
@@ -78,8 +78,8 @@ pub(super) async fn snapshot(
     Ok(snapshot)
 }
 
-/// Which messages are in the inbox. Reads a short index entry for each.
-pub(super) async fn seqs(readers: &SqlitePool, inbox: &IdentityKey) -> StoreResult<HashSet<Seq>> {
+/// Returns the seqs of all messages in the inbox. Reads a short index entry for each.
+pub(crate) async fn seqs(readers: &SqlitePool, inbox: &IdentityKey) -> StoreResult<HashSet<Seq>> {
     let rows = sqlx::query(SEQS)
         .bind(&inbox.as_bytes()[..])
         .fetch_all(readers)

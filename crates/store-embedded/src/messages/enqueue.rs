@@ -1,44 +1,46 @@
-//! Accepting messages: many in one statement, and only for one that is not accepted a few more, to
-//! find out why.
+//! The acceptance of messages: many in one statement, and a few more statements for a message that
+//! the first one does not accept, to find out why.
 //!
-//! The first statement accepts nothing into an inbox that is more than half full: those messages are
-//! looked at by themselves, for their senders are held to a share of it.
+//! The first statement accepts nothing into an inbox that is more than half full. Those messages
+//! are handled one by one, because their senders are limited to a share of the inbox.
 //!
-//! The way to SQLite's thread and back costs more than an insert, so the writer hands over the
-//! messages of all calls that it found waiting, and they are inserted up to [`ROWS`] at a time.
-//! Each row says how many messages to its inbox are ahead of it in the same statement. If one of
-//! those is not accepted after all, a trigger leaves out the ones behind it, as their seqs would
-//! not be the next; what was left out for whatever reason is then looked at by itself, in order.
+//! A round trip to SQLite's thread costs more than an insert. So the writer passes the messages of
+//! all calls that wait, and they are inserted up to [`MAX_ROWS`] at a time. Each row contains how
+//! many messages to its inbox are before it in the same statement. If one of those is not accepted,
+//! a trigger leaves out the ones after it, because their seqs would not be the next. Each message
+//! that was left out for any reason is then handled by itself, in order.
 
 use std::{collections::HashMap, slice, sync::LazyLock, time::Duration};
 
 use qpq_domain::{Delivery, IdentityKey, Seq, UnixMillis};
-use qpq_ports::{Enqueued, NewMessage, Receipt};
+use qpq_ports::{Enqueued, NewMessage, Reader, Receipt, View};
 use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 
-use super::remove::{self, Due};
+use super::remove::{self, Removal, SWEEP_ROWS, Selection};
 use crate::{
-    clock::{Bounds, Guard},
-    maintenance::SWEEP,
+    clock::{Bounds, ClockGuard},
+    effects::Effects,
     row::{Columns as _, millis, millis_of, number},
+    statement::Done,
 };
 
-/// Rows in one statement at most.
-const ROWS: usize = 32;
-/// Expired messages removed at a time where a transaction has removed many already.
-const NEEDED: i64 = 16;
+/// Maximum rows in one statement.
+const MAX_ROWS: usize = 32;
 
-/// Bytes that a statement of its own must save for messages with one payload: with fewer, they go
-/// with others.
-const WORTH_SHARING: usize = 16 << 10;
+/// Expired messages removed for one message, in a transaction that has removed many already.
+const MIN_REMOVAL: i64 = 16;
 
-/// The statement for each number of rows, from none.
+/// The bytes that a statement of their own must save for messages with one payload. If it saves
+/// less, they are inserted with others.
+const MIN_BYTES_SHARED: usize = 16 << 10;
+
+/// The statement for each number of rows, from zero.
 static INSERTS: LazyLock<Vec<String>> =
-    LazyLock::new(|| (0..=ROWS).map(|rows| insert_sql(rows, Payloads::Own)).collect());
+    LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Own)).collect());
 
-/// The same, for rows that all have one payload, which is bound once: the first parameter.
+/// The same, for rows that all have one payload. It is bound once, as the first parameter.
 static INSERTS_SHARED: LazyLock<Vec<String>> =
-    LazyLock::new(|| (0..=ROWS).map(|rows| insert_sql(rows, Payloads::Shared)).collect());
+    LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Shared)).collect());
 
 /// Whether each row of a statement has a payload of its own.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,20 +49,22 @@ enum Payloads {
     Shared,
 }
 
-/// Up to where an inbox is filled.
+/// How far an inbox is filled.
 #[derive(Clone, Copy)]
 enum Fill {
-    /// While it is not more than half full, if senders are held to a share from there on.
+    /// Until it is half full, if senders are limited to a share above that.
     Half,
-    /// As long as there is room.
+    /// Until it is full.
     Full,
 }
 
-/// Looks the inboxes up, checks caps and recent ids, gives the next seqs and inserts, all in one
-/// go; a trigger moves the heads. A row is left out when there is no such inbox, no room, its
-/// message id is known, or it is not its turn.
+/// Returns the statement that finds the inboxes, checks caps and recent ids, assigns the next seqs
+/// and inserts. A trigger updates the heads.
+///
+/// A row is left out if the inbox does not exist or has no room, if the message id is known, or if
+/// the seq would not be the next.
 fn insert_sql(rows: usize, payloads: Payloads) -> String {
-    // A bare parameter's number is one more than the largest before it.
+    // The number of a bare parameter is one more than the largest before it.
     let (payload, first) = match payloads {
         Payloads::Own => ("?", "?"),
         Payloads::Shared => ("?1", "?2"),
@@ -90,12 +94,13 @@ fn insert_sql(rows: usize, payloads: Payloads) -> String {
     )
 }
 
-/// Where to go on numbering rows. The numbers tell apart what comes back from an insert, and mean
-/// nothing else.
+/// Returns the first free row number. The numbers identify the rows that an insert returns, and have
+/// no other meaning.
 const NEXT_ROW: &str = "SELECT coalesce(max(id), 0) + 1 FROM message";
 
-/// Why nothing was inserted: no row, no such recipient; `seq`, the receipt of a message that is
-/// still known, queued or gone; else the inbox is full, or an expired message is in the way.
+/// Returns why nothing was inserted. No row: the recipient does not exist. A row with a `seq`: the
+/// receipt of a known message, queued or removed. A row without: the inbox is full, or an expired
+/// message has the id.
 const WHY: &str = "
     SELECT i.id AS inbox, i.messages, i.bytes, i.next_expiry <= ?4 AS stale,
            coalesce(m.seq, r.seq) AS seq, coalesce(m.channel, r.channel) AS channel,
@@ -106,9 +111,9 @@ const WHY: &str = "
       LEFT JOIN recent_id r ON r.inbox = i.id AND r.sender = ?2 AND r.message_id = ?3 AND r.forget_at > ?4
      WHERE a.identity = ?1";
 
-/// What a sender holds in an inbox, as far as it matters: ?1 inbox, ?2 sender, ?3 rows to look at,
-/// ?4 now. Each index has the messages that the other one lacks.
-const HELD: &str = "
+/// Counts the messages of a sender in an inbox, up to a limit: ?1 inbox, ?2 sender, ?3 limit for
+/// each index, ?4 now. Each index has the messages that the other one lacks.
+const OF_SENDER: &str = "
     SELECT count(*) AS messages, coalesce(sum(size), 0) AS bytes
       FROM (SELECT size FROM (SELECT size FROM message
                                WHERE inbox = ?1 AND sender = ?2 AND message_id IS NOT NULL
@@ -118,48 +123,55 @@ const HELD: &str = "
                                WHERE inbox = ?1 AND sender = ?2 AND message_id IS NULL
                                  AND +expires_at > ?4 LIMIT ?3))";
 
-/// What is alive in an inbox: ?1 inbox, ?2 now.
+/// Counts the messages of an inbox that have not expired: ?1 inbox, ?2 now.
 const ALIVE: &str = "
     SELECT count(*) AS messages, coalesce(sum(size), 0) AS bytes
       FROM message WHERE inbox = ?1 AND +expires_at > ?2";
 
 #[cfg(test)]
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    let shared = INSERTS_SHARED[ROWS].as_str();
-    [INSERTS[1].as_str(), INSERTS[ROWS].as_str(), shared, NEXT_ROW, WHY, HELD, ALIVE].into_iter()
+    let shared = INSERTS_SHARED[MAX_ROWS].as_str();
+    [INSERTS[1].as_str(), INSERTS[MAX_ROWS].as_str(), shared, NEXT_ROW, WHY, OF_SENDER, ALIVE]
+        .into_iter()
 }
 
-/// Accepts each message or says why not, in order.
+/// Accepts messages. Answers their outcomes in order, and wakes the readers of those accepted.
 pub(crate) async fn all(
     connection: &mut SqliteConnection,
     messages: &[&NewMessage],
     limits: &Delivery,
-    clock: &Guard,
-) -> sqlx::Result<Vec<Enqueued>> {
+    clock: &ClockGuard,
+) -> sqlx::Result<Done<Vec<Enqueued>>> {
     let next_row = sqlx::query_scalar(NEXT_ROW).fetch_one(&mut *connection).await?;
-    let mut inserting = Inserting { connection, limits, next_row, rows: SWEEP };
+    let mut inserting = Inserting { connection, limits, next_row, removable: SWEEP_ROWS };
     let messages: Vec<_> = messages
         .iter()
         .map(|message| Timed { message, bounds: clock.bounds(message.now) })
         .collect();
     let mut outcomes = Vec::with_capacity(messages.len());
+    let mut wakes = Vec::with_capacity(messages.len());
     let mut rest = &messages[..];
     while !rest.is_empty() {
         let (rows, payloads) = next_statement(rest);
-        let (chunk, behind) = rest.split_at(rows);
-        rest = behind;
+        let (chunk, after) = rest.split_at(rows);
+        rest = after;
         let seqs = inserting.insert(chunk, payloads, Fill::Half).await?;
-        for (message, seq) in chunk.iter().zip(seqs) {
-            outcomes.push(match seq {
-                Some(seq) => message.accepted(seq),
-                None => inserting.one(message).await?,
-            });
+        for (timed, seq) in chunk.iter().zip(seqs) {
+            let outcome = match seq {
+                Some(seq) => timed.accepted(seq),
+                None => inserting.one(timed).await?,
+            };
+            if matches!(outcome, Enqueued::Accepted(_)) {
+                let NewMessage { recipient, channel, .. } = timed.message;
+                wakes.push((Reader::single(*recipient), View::Channel(*channel)));
+            }
+            outcomes.push(outcome);
         }
     }
-    Ok(outcomes)
+    Ok(Done::with(outcomes, Effects { wakes, ..Effects::default() }))
 }
 
-/// A message, and what the time is.
+/// A message, and the bounds of the present for it.
 #[derive(Clone, Copy)]
 struct Timed<'a> {
     message: &'a NewMessage,
@@ -177,21 +189,22 @@ impl Timed<'_> {
     }
 }
 
-/// How many of the messages go into the next statement, and whether they share their payload.
+/// Returns how many of the messages the next statement inserts, and whether they share a payload.
 fn next_statement(messages: &[Timed<'_>]) -> (usize, Payloads) {
-    let messages = &messages[..messages.len().min(ROWS)];
+    let messages = &messages[..messages.len().min(MAX_ROWS)];
     let shares = |pair: &[Timed<'_>]| {
         let [one, next] = [&pair[0].message.payload, &pair[1].message.payload];
         (one.as_ptr(), one.len()) == (next.as_ptr(), next.len())
     };
     let saved = |pairs: usize| pairs * messages[0].message.payload.len();
-    let alike = messages.windows(2).take_while(|pair| shares(pair)).count();
-    if saved(alike) >= WORTH_SHARING {
-        return (alike + 1, Payloads::Shared);
+    let sharing = messages.windows(2).take_while(|pair| shares(pair)).count();
+    if saved(sharing) >= MIN_BYTES_SHARED {
+        return (sharing + 1, Payloads::Shared);
     }
-    // Up to the first of two that share a payload worth it, which begin a statement of their own.
-    let worth = |pair: &[Timed<'_>]| shares(pair) && pair[0].message.payload.len() >= WORTH_SHARING;
-    let own = messages.windows(2).position(worth).unwrap_or(messages.len());
+    // Two messages that share a large payload begin a statement of their own.
+    let is_large =
+        |pair: &[Timed<'_>]| shares(pair) && pair[0].message.payload.len() >= MIN_BYTES_SHARED;
+    let own = messages.windows(2).position(is_large).unwrap_or(messages.len());
     (own.max(1), Payloads::Own)
 }
 
@@ -199,12 +212,13 @@ struct Inserting<'a> {
     connection: &'a mut SqliteConnection,
     limits: &'a Delivery,
     next_row: i64,
-    /// Expired messages that may still be removed without need.
-    rows: i64,
+    /// Expired messages that this transaction may still remove beyond the necessary ones.
+    removable: i64,
 }
 
 impl Inserting<'_> {
-    /// The seq of each message that was accepted. Of those to one inbox, these are the first ones.
+    /// Inserts messages and returns the seqs of those accepted. Of the messages to one inbox, these
+    /// are the first ones.
     async fn insert(
         &mut self,
         messages: &[Timed<'_>],
@@ -212,7 +226,7 @@ impl Inserting<'_> {
         fill: Fill,
     ) -> sqlx::Result<Vec<Option<Seq>>> {
         let first_row = self.next_row;
-        let mut ahead: HashMap<IdentityKey, (i64, i64)> = HashMap::with_capacity(messages.len());
+        let mut before: HashMap<IdentityKey, (i64, i64)> = HashMap::with_capacity(messages.len());
         let mut query = match payloads {
             Payloads::Own => sqlx::query(INSERTS[messages.len()].as_str()),
             Payloads::Shared => sqlx::query(INSERTS_SHARED[messages.len()].as_str())
@@ -231,7 +245,7 @@ impl Inserting<'_> {
             } = message;
             let Bounds { earliest, latest } = *bounds;
             let size = number(payload.len() as u64);
-            let (count, bytes) = ahead.entry(*recipient).or_default();
+            let (count, bytes) = before.entry(*recipient).or_default();
             query = query
                 .bind(self.next_row)
                 .bind(&recipient.as_bytes()[..])
@@ -268,14 +282,13 @@ impl Inserting<'_> {
         let mut seqs = vec![None; messages.len()];
         for row in inserted {
             let index = usize::try_from(row.try_get::<i64, _>("id")? - first_row)
-                .expect("one of the above");
+                .expect("one of the inserted rows");
             seqs[index] = Some(row.seq("seq")?);
         }
         Ok(seqs)
     }
 
-    /// A message that was left out: tried by itself, and if it is left out again, that has a
-    /// reason.
+    /// Handles a message that was left out: inserts it by itself, or finds the reason.
     async fn one(&mut self, timed: &Timed<'_>) -> sqlx::Result<Enqueued> {
         let Timed { message, bounds } = *timed;
         if let Some(seq) = self.try_one(timed, Fill::Half).await? {
@@ -309,12 +322,12 @@ impl Inserting<'_> {
             return Ok(Enqueued::SenderShare);
         }
         let seq = self.try_one(timed, Fill::Full).await?;
-        // Nobody else writes, so nothing can be in its way.
+        // There is no other writer, so the insert succeeds.
         Ok(timed.accepted(seq.ok_or(sqlx::Error::RowNotFound)?))
     }
 
-    /// Whether the sender may add this message to an inbox that has more than half its room taken,
-    /// perhaps by expired messages.
+    /// Returns whether the sender may add this message to an inbox that is more than half full.
+    /// `stale` says that it has expired messages.
     async fn may_share(
         &mut self,
         timed: &Timed<'_>,
@@ -323,14 +336,14 @@ impl Inserting<'_> {
     ) -> sqlx::Result<bool> {
         let (limits, message, now) = (self.limits, timed.message, timed.bounds.earliest);
         let size = message.payload.len() as u64;
-        let held = sqlx::query(HELD)
+        let of_sender = sqlx::query(OF_SENDER)
             .bind(inbox)
             .bind(&message.sender.as_bytes()[..])
             .bind(number(limits.sender_messages()))
             .bind(millis(now))
             .fetch_one(&mut *self.connection)
             .await?;
-        let (messages, bytes) = (held.unsigned("messages")?, held.unsigned("bytes")?);
+        let (messages, bytes) = (of_sender.unsigned("messages")?, of_sender.unsigned("bytes")?);
         if messages < limits.sender_messages() && bytes + size <= limits.sender_bytes() {
             return Ok(true);
         }
@@ -349,15 +362,22 @@ impl Inserting<'_> {
         Ok(self.insert(slice::from_ref(timed), Payloads::Own, fill).await?[0])
     }
 
-    /// A message in whose way expired ones are: they are removed until it fits, some more while that
-    /// is not much for one transaction.
+    /// Removes expired messages until the message fits, and some more while the transaction has
+    /// removed few.
     async fn after_removal(&mut self, timed: &Timed<'_>, inbox: i64) -> sqlx::Result<Removed> {
         let Timed { message, bounds } = *timed;
         loop {
-            let rows = self.rows.max(NEEDED);
-            let due = Due { inbox, now: bounds.earliest, rows, message };
-            let removed = remove::expired(self.connection, due, self.limits.recent_ids).await?;
-            self.rows = (self.rows - removed).max(0);
+            let rows = self.removable.max(MIN_REMOVAL);
+            let expired = Removal {
+                selection: Selection::Expired { inbox, rows, conflict: message },
+                at: bounds.earliest,
+                recent_ids: self.limits.recent_ids,
+            };
+            let removed = number(expired.run(self.connection).await?);
+            if removed < rows {
+                remove::find_next_expiry(self.connection, inbox).await?;
+            }
+            self.removable = (self.removable - removed).max(0);
             if let Some(seq) = self.try_one(timed, Fill::Half).await? {
                 return Ok(Removed::Accepted(seq));
             }
@@ -374,11 +394,11 @@ impl Inserting<'_> {
     }
 }
 
-/// How an inbox is after expired messages were removed from it.
+/// The result of a removal of expired messages.
 enum Removed {
-    /// The message has been accepted.
+    /// The message was accepted.
     Accepted(Seq),
-    /// The inbox's messages and bytes, expired ones that are left included.
+    /// The messages and bytes of the inbox, including expired ones that are left.
     Head(u64, u64),
 }
 
@@ -420,7 +440,7 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds { earliest: UnixMillis(0), latest: UnixMillis(0) };
 
-    /// The rows of each statement that these become.
+    /// Returns the rows of each statement, and whether they share a payload.
     fn statements(payloads: &[&Bytes]) -> Vec<(usize, bool)> {
         let messages: Vec<_> = payloads.iter().map(|payload| message(payload)).collect();
         let messages: Vec<_> =
@@ -435,14 +455,14 @@ mod tests {
     }
 
     #[test]
-    fn a_large_payload_is_bound_once_and_small_ones_go_together() {
-        let large = Bytes::from(vec![0; WORTH_SHARING]);
+    fn a_large_shared_payload_is_bound_once_and_small_ones_share_a_statement() {
+        let large = Bytes::from(vec![0; MIN_BYTES_SHARED]);
         let small = Bytes::from(vec![0; 100]);
-        let others: Vec<_> = (0..40).map(|_| Bytes::from(vec![0; WORTH_SHARING])).collect();
+        let others: Vec<_> = (0..40).map(|_| Bytes::from(vec![0; MIN_BYTES_SHARED])).collect();
         let own: Vec<_> = others.iter().collect();
-        assert_eq!(statements(&[&small; 40]), [(ROWS, false), (8, false)]);
-        assert_eq!(statements(&own), [(ROWS, false), (8, false)]);
-        assert_eq!(statements(&[&large; 40]), [(ROWS, true), (8, true)]);
+        assert_eq!(statements(&[&small; 40]), [(MAX_ROWS, false), (8, false)]);
+        assert_eq!(statements(&own), [(MAX_ROWS, false), (8, false)]);
+        assert_eq!(statements(&[&large; 40]), [(MAX_ROWS, true), (8, true)]);
         let mixed = [&small, own[0], &large, &large, &large, &small, &small, own[1]];
         assert_eq!(statements(&mixed), [(2, false), (3, true), (3, false)]);
         assert_eq!(statements(&[&large]), [(1, false)]);

@@ -1,0 +1,71 @@
+//! The data directory: its files, their permissions, and the lock that one process has.
+
+use std::{
+    fs::{DirBuilder, File, OpenOptions, TryLockError},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::Path,
+};
+
+use crate::open_error::{OpenError, io_failed};
+
+const LOCK_FILE: &str = "lock";
+
+/// The database in a data directory.
+pub const DATABASE_FILE: &str = "qpq.db";
+
+/// The file in a data directory that was moved into a cluster. It names the cluster, and no server
+/// starts there.
+pub const MOVED_FILE: &str = "moved-to-cluster";
+
+/// The file in a data directory during a restore. No server starts there.
+pub const RESTORING_FILE: &str = "restore-unfinished";
+
+/// Creates the directory for its owner alone, if it is missing.
+pub(crate) fn create(path: &Path) -> Result<(), OpenError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| io_failed(path, &error))
+}
+
+/// Locks the directory for this process, until the file is closed. Refuses a directory whose
+/// restore was interrupted.
+pub(crate) fn lock(data_dir: &Path) -> Result<File, OpenError> {
+    let lock = lock_any(data_dir)?;
+    if data_dir.join(RESTORING_FILE).exists() {
+        return Err(OpenError::Restoring(data_dir.to_owned()));
+    }
+    Ok(lock)
+}
+
+/// Locks the directory for this process, whatever its content is.
+pub(crate) fn lock_any(data_dir: &Path) -> Result<File, OpenError> {
+    let path = data_dir.join(LOCK_FILE);
+    let file = create_private_file(&path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(data_dir.to_owned())),
+        Err(TryLockError::Error(error)) => Err(io_failed(&path, &error)),
+    }
+}
+
+/// Opens a file, and creates it for its owner alone if it is missing. SQLite gives its log the
+/// permissions of the database.
+pub(crate) fn create_private_file(path: &Path) -> Result<File, OpenError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| io_failed(path, &error))
+}
+
+/// Makes the entries of the directory durable.
+pub(crate) fn sync(path: &Path) -> Result<(), OpenError> {
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|error| io_failed(path, &error))
+}

@@ -1,0 +1,15 @@
+//! The SQL of the message tables.
+//!
+//! A message is a row, found by its inbox and seq. The head of the inbox (last seq, count, bytes)
+//! is another row, which triggers keep. `enqueue` accepts messages, `read` takes snapshots, and
+//! `remove` deletes messages and remembers their ids.
+//!
+//! An expired message counts as removed, whether or not a sweep has deleted it: it is not returned
+//! and not counted as acked, and its id is remembered from its expiry on. So what a caller sees does
+//! not depend on the time of a sweep.
+
+pub(crate) mod enqueue;
+#[cfg(test)]
+mod plans;
+pub(crate) mod read;
+pub(crate) mod remove;

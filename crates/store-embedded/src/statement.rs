@@ -1,0 +1,77 @@
+//! Statements: changes of the store as values, which the writer (`crate::writer`) runs.
+
+use sqlx::SqliteConnection;
+
+use crate::effects::Effects;
+
+/// A change of the store: its parameters and the SQL that they are for.
+///
+/// A statement changes nothing in memory. [`Done::effects`] says what the writer changes there once
+/// the transaction is committed. The value is dropped after that, or after the failure.
+pub(crate) trait Statement: Send + Sync + 'static {
+    type Answer: Send + 'static;
+
+    /// The name in logs.
+    const NAME: &'static str;
+
+    const SCOPE: Scope = Scope::Savepoint;
+
+    /// Returns approximately the memory of the statement while it waits.
+    fn bytes(&self) -> usize {
+        SMALL
+    }
+
+    /// Runs in a transaction, which the writer begins and commits.
+    fn run(
+        &self,
+        tx: &mut SqliteConnection,
+    ) -> impl Future<Output = sqlx::Result<Done<Self::Answer>>> + Send;
+}
+
+/// The memory of a statement with a few small parameters.
+pub(crate) const SMALL: usize = 256;
+
+/// The changes that the failure of a statement rolls back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Those of the statement, which runs in a savepoint.
+    Savepoint,
+    /// Those of its batch. For frequent statements that no row can make fail: a savepoint costs two
+    /// round trips to SQLite's thread.
+    Batch,
+    /// Those of the statement, which has a transaction of its own. For statements that are likely
+    /// to fail with the whole transaction.
+    Alone,
+}
+
+/// The result of a statement that did not fail.
+#[derive(Debug)]
+pub(crate) struct Done<T> {
+    pub(crate) answer: T,
+    pub(crate) effects: Effects,
+    pub(crate) changes: Changes,
+}
+
+/// Whether the changes of a statement are committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Changes {
+    Keep,
+    /// Needs [`Scope::Savepoint`].
+    Undo,
+}
+
+impl<T> Done<T> {
+    /// Returns a result that changes nothing in memory.
+    pub(crate) fn keep(answer: T) -> Self {
+        Self::with(answer, Effects::default())
+    }
+
+    pub(crate) fn with(answer: T, effects: Effects) -> Self {
+        Self { answer, effects, changes: Changes::Keep }
+    }
+
+    /// Returns the result of a statement whose changes are rolled back.
+    pub(crate) fn undo(answer: T) -> Self {
+        Self { answer, effects: Effects::default(), changes: Changes::Undo }
+    }
+}

@@ -1,0 +1,65 @@
+//! The store: one struct that implements every port. Each area's file has the implementation of its
+//! port and the statements of it.
+
+use std::{fmt, sync::Arc};
+
+use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_ports::{SingleEdge, Stores};
+use sqlx::SqlitePool;
+
+use crate::{
+    damage::Damage,
+    memory::{Limiter, Memory},
+    writer::Writer,
+};
+
+/// The limits of a deployment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    pub delivery: Delivery,
+    pub key_packages: KeyPackageCaps,
+}
+
+/// An open data directory, which implements the ports. Cheap to clone.
+///
+/// Dropping all clones loses nothing that was answered; the next start reads the log.
+#[derive(Clone)]
+pub struct EmbeddedStore {
+    pub(crate) writer: Writer,
+    pub(crate) readers: SqlitePool,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) limiter: Arc<Limiter>,
+    pub(crate) damage: Arc<Damage>,
+    pub(crate) limits: Limits,
+}
+
+impl EmbeddedStore {
+    /// Returns the ports. They keep the directory open too.
+    pub fn stores(&self) -> Stores {
+        let store = Arc::new(self.clone());
+        Stores {
+            accounts: store.clone(),
+            sessions: store.clone(),
+            inboxes: store.clone(),
+            wakes: store.clone(),
+            key_packages: store.clone(),
+            hybrid_keys: store.clone(),
+            limiter: store.clone(),
+            account_events: Arc::new(SingleEdge),
+            maintenance: store,
+        }
+    }
+
+    /// Commits what waits to be written, writes the log back into the database file and unlocks the
+    /// directory. Ports that are still in use return `Unavailable` from then on.
+    pub async fn close(self) {
+        self.readers.close().await;
+        self.writer.close().await;
+    }
+}
+
+impl fmt::Debug for EmbeddedStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EmbeddedStore").finish_non_exhaustive()
+    }
+}
