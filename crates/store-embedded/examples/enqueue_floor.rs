@@ -1,13 +1,13 @@
-//! What an Enqueue costs, beside the least that it could: bare inserts with the same group commit,
-//! through the same sqlx, in the same run and directory, round about. Prints rates, CPU time and
-//! their ratios; asserts nothing.
+//! The cost of an enqueue, compared with the minimum: bare inserts with the same group commit,
+//! through the same sqlx, alternating in one run and directory. Prints rates, CPU time and their
+//! ratios.
 //!
 //! `cargo run --release -p qpq-store-embedded --example enqueue_floor [floor|inboxes|depth]`
 //! - `floor` (default): bare inserts against `Inboxes::enqueue`, without and with message ids;
 //! - `inboxes`: enqueue and fetch with 10³ to 10⁶ inboxes; `depth`: with 1 to 10 000 messages in
 //!   the inbox.
 
-#![allow(clippy::print_stdout, reason = "it is what the program is for")]
+#![allow(clippy::print_stdout, reason = "the program prints its measurements")]
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -41,9 +41,9 @@ async fn main() {
 }
 
 // Measuring
-// -----------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------
 
-/// Operations, and what they took.
+/// The cost of operations.
 struct Cost {
     per_second: f64,
     cpu_micros: f64,
@@ -92,11 +92,11 @@ impl Cost {
 }
 
 // The floor
-// -------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------
 
 type BareJob = (Vec<u8>, oneshot::Sender<()>);
 
-/// A writer with group commit and nothing else: append a row, commit, answer.
+/// Starts a writer that appends rows, commits them in groups, and answers.
 async fn bare_writer(path: &Path) -> mpsc::UnboundedSender<BareJob> {
     let mut connection = SqliteConnectOptions::new()
         .filename(path)
@@ -163,7 +163,7 @@ async fn floor() {
         floor.print("bare inserts", &floor);
         for (what, ids) in [("enqueue", None), ("enqueue with message ids", Some(round * COUNT))] {
             enqueues(&stores, COUNT, INBOXES, ids).await.print(what, &floor);
-            // So that the next round finds the inboxes as this one did.
+            // Restores the state at the begin of the round.
             empty(&stores, INBOXES).await;
         }
     }
@@ -172,7 +172,7 @@ async fn floor() {
 }
 
 // The store
-// -------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------
 
 /// A store with this many accounts, made past the ports because a million take a while.
 async fn store_with(path: &Path, accounts: u64) -> EmbeddedStore {

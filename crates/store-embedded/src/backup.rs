@@ -38,8 +38,8 @@ const MAX_NAMED_DAMAGES: usize = 5;
 pub struct Inspection {
     /// The number of the last migration.
     pub schema: i64,
-    /// The history that the seqs belong to, in hexadecimal digits; `None` in a database of a release
-    /// that had none.
+    /// The id of the history that the seqs belong to, in hexadecimal digits. `None` in a database
+    /// of a release without it.
     pub store_id: Option<String>,
     /// Tables with their numbers of rows, in alphabetical order.
     pub rows: Vec<(String, u64)>,
@@ -151,7 +151,8 @@ async fn store_id(connection: &mut SqliteConnection) -> sqlx::Result<String> {
 async fn count(connection: &mut SqliteConnection) -> sqlx::Result<Vec<(String, u64)>> {
     let tables: Vec<String> = sqlx::query_scalar(
         "SELECT name FROM sqlite_schema
-          WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' AND name <> '_sqlx_migrations'
+          WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
+            AND name <> '_sqlx_migrations'
           ORDER BY name",
     )
     .fetch_all(&mut *connection)
@@ -180,7 +181,8 @@ const RULES: [(&str, &str); 5] = [
     (
         "inboxes whose counts are not those of their messages",
         "SELECT count(*) FROM inbox i LEFT JOIN
-             (SELECT inbox, count(*) AS n, sum(size) AS b FROM message GROUP BY inbox) m ON m.inbox = i.id
+             (SELECT inbox, count(*) AS n, sum(size) AS b FROM message GROUP BY inbox) m
+             ON m.inbox = i.id
           WHERE i.messages <> coalesce(m.n, 0) OR i.bytes <> coalesce(m.b, 0)",
     ),
     (
@@ -191,7 +193,10 @@ const RULES: [(&str, &str); 5] = [
         "message ids remembered of a seq that was never assigned",
         "SELECT count(*) FROM recent_id r JOIN inbox i ON i.id = r.inbox WHERE r.seq > i.last_seq",
     ),
-    ("messages of another size than their payload", "SELECT count(*) FROM message WHERE size <> length(payload)"),
+    (
+        "messages of another size than their payload",
+        "SELECT count(*) FROM message WHERE size <> length(payload)",
+    ),
 ];
 
 async fn damages(connection: &mut SqliteConnection) -> sqlx::Result<Vec<String>> {

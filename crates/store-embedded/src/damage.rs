@@ -41,8 +41,8 @@ pub(crate) struct Damage {
 /// The error of a damaged store.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error(
-    "the database is damaged ({0}): stop the server, keep a copy of the data directory, and restore the latest backup \
-     with `qpq-admin restore`"
+    "the database is damaged ({0}): stop the server, keep a copy of the data directory, and \
+     restore the latest backup with `qpq-admin restore`"
 )]
 struct Damaged(String);
 

@@ -9,7 +9,8 @@ use qpq_ports::StoreError;
 
 use crate::metrics as names;
 
-/// SQLite's primary result codes that are told apart (<https://www.sqlite.org/rescode.html>).
+/// The primary result codes of SQLite that have a meaning here
+/// (<https://www.sqlite.org/rescode.html>).
 mod code {
     pub(super) const PERM: i32 = 3;
     pub(super) const READONLY: i32 = 8;

@@ -1,7 +1,7 @@
 //! The export of a data directory, which moves its content into a cluster.
 //!
-//! An export changes nothing. It locks the directory, so no server starts there meanwhile, and it is
-//! refused while a server runs there.
+//! An export changes nothing. It locks the directory, so no server starts there meanwhile, and it
+//! is refused while a server runs there.
 //!
 //! Rows are read in the order of their keys, in bounded batches. Each batch begins after a given
 //! key, so an export can stop anywhere and continue later.
@@ -44,7 +44,11 @@ pub struct Export {
 /// Why a data directory cannot be exported, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    #[error("{} holds no server's data: there is no {DATABASE_FILE} in it. Name the data directory of the server to move", .0.display())]
+    #[error(
+        "{} holds no server's data: there is no {DATABASE_FILE} in it. Name the data directory of \
+         the server to move",
+        .0.display()
+    )]
     NoData(PathBuf),
     #[error("the data directory {0}")]
     Open(OpenError),
@@ -248,7 +252,9 @@ mod tests {
     #[tokio::test]
     async fn all_that_is_durable_is_moved() {
         let directory = tempfile::tempdir().expect("a directory");
-        drop(open::open(directory.path()).await.unwrap_or_else(|error| panic!("{error}")));
+        let store =
+            EmbeddedStore::open(directory.path(), Limits::default()).await.expect("it opens");
+        store.close().await;
         let mut export = Export::open(directory.path()).await.expect("it is free");
         let rows = sqlx::query(
             "SELECT t.name AS tab, c.name AS col FROM sqlite_schema t JOIN pragma_table_info(t.name) c

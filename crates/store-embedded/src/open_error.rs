@@ -30,7 +30,10 @@ pub enum OpenError {
         path.display()
     )]
     Corrupt { path: PathBuf, cause: String },
-    #[error("{} is the database of another program: move it away, or choose another directory", .0.display())]
+    #[error(
+        "{} is the database of another program: move it away, or choose another directory",
+        .0.display()
+    )]
     NotOurs(PathBuf),
     #[error(
         "{} was written by a newer version (schema {found}, this one knows up to {known}): start that version, or restore the backup made before the upgrade",

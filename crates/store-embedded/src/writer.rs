@@ -330,7 +330,7 @@ impl Committer {
         }
     }
 
-    /// Returns the calls that wait, up to a full batch or a statement with a transaction of its own.
+    /// Returns the calls that wait, up to a full batch or a statement of [`Scope::Alone`].
     fn gather(&mut self, first: Item) -> (Batch, Option<Box<dyn QueuedStatement>>) {
         let mut batch = Batch::default();
         let mut next = Some(first);

@@ -77,25 +77,26 @@ fn insert_sql(rows: usize, payloads: Payloads) -> String {
         .collect();
     let values = values.join(", ");
     format!(
-        "WITH new (id, recipient, ahead, bytes_ahead, expires_at, enqueued_at, known_at, size, channel, sender,
-                   message_id, payload_sha256, payload) AS (VALUES {values})
-         INSERT INTO message (id, inbox, seq, expires_at, enqueued_at, size, channel, sender, message_id,
-                              payload_sha256, payload)
-         SELECT n.id, i.id, i.last_seq + n.ahead + 1, n.expires_at, n.enqueued_at, n.size, n.channel, n.sender,
-                n.message_id, n.payload_sha256, n.payload
-           FROM new n CROSS JOIN account a ON a.identity = n.recipient CROSS JOIN inbox i ON i.id = a.id
+        "WITH new (id, recipient, ahead, bytes_ahead, expires_at, enqueued_at, known_at, size,
+                   channel, sender, message_id, payload_sha256, payload) AS (VALUES {values})
+         INSERT INTO message (id, inbox, seq, expires_at, enqueued_at, size, channel, sender,
+                              message_id, payload_sha256, payload)
+         SELECT n.id, i.id, i.last_seq + n.ahead + 1, n.expires_at, n.enqueued_at, n.size,
+                n.channel, n.sender, n.message_id, n.payload_sha256, n.payload
+           FROM new n CROSS JOIN account a ON a.identity = n.recipient
+                CROSS JOIN inbox i ON i.id = a.id
           WHERE i.messages + n.ahead < ? AND i.bytes + n.bytes_ahead <= ?
             AND i.bytes + n.bytes_ahead + n.size <= ?
             AND NOT EXISTS (SELECT 1 FROM recent_id r
-                             WHERE r.inbox = i.id AND r.sender = n.sender AND r.message_id = n.message_id
-                               AND r.forget_at > n.known_at)
+                             WHERE r.inbox = i.id AND r.sender = n.sender
+                               AND r.message_id = n.message_id AND r.forget_at > n.known_at)
              ON CONFLICT DO NOTHING
       RETURNING id, seq"
     )
 }
 
-/// Returns the first free row number. The numbers identify the rows that an insert returns, and have
-/// no other meaning.
+/// Returns the first free row number. The numbers identify the rows that an insert returns, and
+/// have no other meaning.
 const NEXT_ROW: &str = "SELECT coalesce(max(id), 0) + 1 FROM message";
 
 /// Returns why nothing was inserted. No row: the recipient does not exist. A row with a `seq`: the
@@ -107,8 +108,10 @@ const WHY: &str = "
            coalesce(m.payload_sha256, r.payload_sha256) AS payload_sha256,
            coalesce(m.enqueued_at, r.enqueued_at) AS enqueued_at
       FROM account a CROSS JOIN inbox i ON i.id = a.id
-      LEFT JOIN message m ON m.inbox = i.id AND m.sender = ?2 AND m.message_id = ?3 AND m.expires_at > ?4 - ?5
-      LEFT JOIN recent_id r ON r.inbox = i.id AND r.sender = ?2 AND r.message_id = ?3 AND r.forget_at > ?4
+      LEFT JOIN message m ON m.inbox = i.id AND m.sender = ?2 AND m.message_id = ?3
+                         AND m.expires_at > ?4 - ?5
+      LEFT JOIN recent_id r ON r.inbox = i.id AND r.sender = ?2 AND r.message_id = ?3
+                           AND r.forget_at > ?4
      WHERE a.identity = ?1";
 
 /// Counts the messages of a sender in an inbox, up to a limit: ?1 inbox, ?2 sender, ?3 limit for

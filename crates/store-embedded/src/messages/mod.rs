@@ -5,8 +5,8 @@
 //! `remove` deletes messages and remembers their ids.
 //!
 //! An expired message counts as removed, whether or not a sweep has deleted it: it is not returned
-//! and not counted as acked, and its id is remembered from its expiry on. So what a caller sees does
-//! not depend on the time of a sweep.
+//! and not counted as acked, and its id is remembered from its expiry on. So the answers do not
+//! depend on the time of a sweep.
 
 pub(crate) mod enqueue;
 #[cfg(test)]

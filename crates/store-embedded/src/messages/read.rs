@@ -21,7 +21,8 @@ const ALL: &str = "
 const CHANNEL: &str = "
     SELECT m.inbox, m.seq, m.channel, m.enqueued_at, m.payload
       FROM account a CROSS JOIN message m INDEXED BY message_channel
-     WHERE a.identity = ?1 AND m.inbox = a.id AND m.channel = ?5 AND m.seq > ?2 AND m.expires_at > ?3
+     WHERE a.identity = ?1 AND m.inbox = a.id AND m.channel = ?5 AND m.seq > ?2
+       AND m.expires_at > ?3
      ORDER BY m.seq LIMIT ?4";
 
 const SEQS: &str = "

@@ -97,7 +97,8 @@ macro_rules! statements {
         Statements {
             remember: concat!(
                 "INSERT OR REPLACE INTO recent_id
-                     (inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, forget_at)
+                     (inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at,
+                      forget_at)
                  SELECT inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at,
                         min(?1, expires_at) + ?2
                    FROM message WHERE message_id IS NOT NULL AND +expires_at > ?1 - ?2 AND ",

@@ -127,12 +127,12 @@ impl Child {
     }
 
     fn ask(&mut self, command: &Command) -> String {
-        self.send(order);
+        self.send(command);
         self.answer()
     }
 
     fn ask_result(&mut self, command: &Command) -> Result<(), String> {
-        let answer = self.ask(order);
+        let answer = self.ask(command);
         if answer == "ok" { Ok(()) } else { Err(answer) }
     }
 

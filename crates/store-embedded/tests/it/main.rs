@@ -1,6 +1,6 @@
-//! Tests of the embedded store through its public interface: the conformance suite, random histories
-//! compared with a model, processes that are killed, disks that fill up, and directories that
-//! cannot be used.
+//! Tests of the embedded store through its public interface: the conformance suite, random
+//! histories compared with a model, processes that are killed, disks that fill up, and directories
+//! that cannot be used.
 
 mod backend;
 mod child;

@@ -1,5 +1,5 @@
-//! Random histories on the store and on a model that is nothing but maps in memory. Every answer is
-//! compared. Among the words are crashes: in one test the store loses its runtime, in the other its
+//! Random histories, executed on the store and on a model of maps in memory. Every answer is
+//! compared. Histories contain crashes: in one test the store loses its runtime, in the other its
 //! process is killed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -20,7 +20,7 @@ use crate::{
 };
 
 // The model
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------
 
 #[derive(Default)]
 struct Model {
@@ -43,8 +43,8 @@ struct Account {
 struct Inbox {
     last_seq: u64,
     queue: BTreeMap<u64, Queued>,
-    /// By sender and id: what is gone, and until when that is known.
-    gone: HashMap<(u8, u8), (u64, Queued, UnixMillis)>,
+    /// By sender and id: removed messages, and until when their ids are remembered.
+    removed: HashMap<(u8, u8), (u64, Queued, UnixMillis)>,
 }
 
 #[derive(Clone)]
@@ -65,8 +65,8 @@ struct Leased {
 #[derive(Default)]
 struct Packages {
     /// In order of upload: number, last resort, last valid instant.
-    there: Vec<(u8, bool, UnixMillis)>,
-    given: HashMap<u8, UnixMillis>,
+    stored: Vec<(u8, bool, UnixMillis)>,
+    given_out: HashMap<u8, UnixMillis>,
 }
 
 impl Inbox {
@@ -75,11 +75,11 @@ impl Inbox {
             && let Some(id) = queued.id
         {
             let until = at.plus(limits().delivery.recent_ids);
-            self.gone.insert((queued.from, id), (seq, queued, until));
+            self.removed.insert((queued.from, id), (seq, queued, until));
         }
     }
 
-    /// What has expired goes when it expires.
+    /// Removes messages at their expiry.
     fn expire(&mut self, now: UnixMillis) {
         let expired: Vec<_> = self
             .queue
@@ -93,7 +93,7 @@ impl Inbox {
     fn known(&self, from: u8, id: u8, now: UnixMillis) -> Option<(u64, &Queued)> {
         let queued = self.queue.iter().find(|(_, q)| (q.from, q.id) == (from, Some(id)));
         queued.map(|(seq, q)| (*seq, q)).or_else(|| {
-            self.gone
+            self.removed
                 .get(&(from, id))
                 .filter(|(.., until)| *until > now)
                 .map(|(seq, q, _)| (*seq, q))
@@ -116,9 +116,9 @@ impl Model {
             Op::Register { name, key, record } => {
                 self.register(*name, *key, *record, now).to_owned()
             }
-            Op::Who { key } => {
+            Op::Find { key } => {
                 self.accounts.iter().find(|account| account.key == *key).map_or_else(
-                    || "nobody".to_owned(),
+                    || "no account".to_owned(),
                     |account| format!("user{} {} {}", account.name, account.record, account.at.0),
                 )
             }
@@ -129,11 +129,11 @@ impl Model {
                 .join(", "),
             Op::Upload { owner, .. }
             | Op::PutHybrid { owner, .. }
-            | Op::Open { owner, .. }
+            | Op::CreateSession { owner, .. }
             | Op::RevokeAll { owner }
                 if !self.exists(*owner) =>
             {
-                "nobody".to_owned()
+                "no account".to_owned()
             }
             Op::Upload { owner, packages } => self.upload(*owner, packages, now),
             Op::Take { target } => self.take(*target, now),
@@ -148,7 +148,7 @@ impl Model {
                 )
             }
             Op::Lease { .. }
-            | Op::Settle { .. }
+            | Op::Complete { .. }
             | Op::Release { .. }
             | Op::Peek { .. }
             | Op::Ack { .. } => self.read(op, now),
@@ -161,9 +161,9 @@ impl Model {
     }
 
     fn register(&mut self, name: u8, key: u8, record: u8, now: UnixMillis) -> &'static str {
-        if let Some(held) = self.accounts.iter().find(|account| account.name == name) {
-            let same = held.key == key && held.record == record;
-            return if same { "repeated" } else { "UsernameTaken" };
+        if let Some(existing) = self.accounts.iter().find(|account| account.name == name) {
+            let is_same = existing.key == key && existing.record == record;
+            return if is_same { "repeated" } else { "UsernameTaken" };
         }
         if self.exists(key) {
             return "IdentityTaken";
@@ -181,7 +181,7 @@ impl Model {
             let hash = u8::try_from(q.size % 251).expect("small");
             receipt_text(what, seq, channel(q.channel).as_bytes(), hash, q.at.0)
         };
-        // What arrives with no life left is accepted, and gone.
+        // A message without any time to live is accepted and expires immediately.
         inbox.expire(now);
         if let Some((seq, q)) = message.id.and_then(|id| inbox.known(message.from, id, now)) {
             return receipt("duplicate", seq, q);
@@ -193,13 +193,13 @@ impl Model {
         {
             return "QueueFull".to_owned();
         }
-        let held = || inbox.queue.values().filter(|q| q.from == message.from);
-        let held_bytes: usize = held().map(|q| q.size).sum();
+        let of_sender = || inbox.queue.values().filter(|q| q.from == message.from);
+        let sender_bytes: usize = of_sender().map(|q| q.size).sum();
         let is_crowded = inbox.queue.len() as u64 * 2 > limits.max_messages
             || bytes as u64 * 2 > limits.max_bytes;
         if is_crowded
-            && (held().count() as u64 + 1 > limits.max_messages / limits.sender_share
-                || (held_bytes + message.size) as u64 > limits.max_bytes / limits.sender_share)
+            && (of_sender().count() as u64 + 1 > limits.max_messages / limits.sender_share
+                || (sender_bytes + message.size) as u64 > limits.max_bytes / limits.sender_share)
         {
             return "SenderShare".to_owned();
         }
@@ -217,7 +217,7 @@ impl Model {
         leases.flat_map(|lease| lease.seqs.iter().copied()).collect()
     }
 
-    /// The page, and its seqs.
+    /// Returns the page as text, and its seqs.
     fn page(
         &self,
         inbox: u8,
@@ -259,7 +259,7 @@ impl Model {
                 self.leases.insert(*slot, Leased { inbox: *inbox, seqs });
                 text
             }
-            Op::Settle { slot } => match self.leases.remove(slot) {
+            Op::Complete { slot } => match self.leases.remove(slot) {
                 None => "no lease".to_owned(),
                 Some(lease) => {
                     if let Some(inbox) = self.inboxes.get_mut(&lease.inbox) {
@@ -294,46 +294,47 @@ impl Model {
 
     fn upload(&mut self, owner: u8, packages: &[Package], now: UnixMillis) -> String {
         let kept = self.packages.entry(owner).or_default();
-        let mut there: Vec<_> =
-            kept.there.iter().copied().filter(|(.., until)| *until >= now).collect();
+        let mut stored: Vec<_> =
+            kept.stored.iter().copied().filter(|(.., until)| *until >= now).collect();
         for (index, package) in packages.iter().enumerate() {
-            if there.iter().any(|(n, ..)| *n == package.n) {
+            if stored.iter().any(|(n, ..)| *n == package.n) {
                 continue;
             }
-            if kept.given.get(&package.n).is_some_and(|until| *until >= now) {
+            if kept.given_out.get(&package.n).is_some_and(|until| *until >= now) {
                 return format!("GivenOut({index})");
             }
             if package.last_resort {
-                there.retain(|(_, last_resort, _)| !last_resort);
+                stored.retain(|(_, last_resort, _)| !last_resort);
             }
-            there.push((package.n, package.last_resort, now.plus(MINUTE * package.minutes.into())));
+            let until = now.plus(MINUTE * package.minutes.into());
+            stored.push((package.n, package.last_resort, until));
         }
-        if there.len() > limits().key_packages.max_count as usize {
+        if stored.len() > limits().key_packages.max_count as usize {
             return "Full".to_owned();
         }
-        kept.there = there;
-        let last = kept.there.iter().filter(|(_, last_resort, _)| *last_resort).count();
-        format!("stored {} {}", kept.there.len() - last, last > 0)
+        kept.stored = stored;
+        let last = kept.stored.iter().filter(|(_, last_resort, _)| *last_resort).count();
+        format!("stored {} {}", kept.stored.len() - last, last > 0)
     }
 
     fn take(&mut self, target: u8, now: UnixMillis) -> String {
         let Some(kept) = self.packages.get_mut(&target) else { return "none".to_owned() };
         let pick = |wanted| {
-            kept.there.iter().position(|(_, last, until)| *last == wanted && *until >= now)
+            kept.stored.iter().position(|(_, last, until)| *last == wanted && *until >= now)
         };
         let Some(index) = pick(false).or_else(|| pick(true)) else { return "none".to_owned() };
-        let (n, last_resort, until) = kept.there[index];
+        let (n, last_resort, until) = kept.stored[index];
         if !last_resort {
-            kept.there.remove(index);
+            kept.stored.remove(index);
         }
-        kept.given.insert(n, until);
+        kept.given_out.insert(n, until);
         format!("took {n} {last_resort}")
     }
 
     fn session(&mut self, op: &Op, now: UnixMillis) -> String {
         let after = |minutes: u8| now.plus(MINUTE * minutes.into());
         match op {
-            Op::Open { token, owner, minutes } => {
+            Op::CreateSession { token, owner, minutes } => {
                 let device = (token % 2 == 0).then_some(*token);
                 self.sessions.entry(*token).or_insert((
                     *owner,
@@ -342,7 +343,7 @@ impl Model {
                 ));
                 "opened".to_owned()
             }
-            Op::Find { token } => self.sessions.get(token).map_or_else(
+            Op::FindSession { token } => self.sessions.get(token).map_or_else(
                 || "none".to_owned(),
                 |(owner, device, at)| session_text(*owner, *device, *at),
             ),
@@ -366,23 +367,24 @@ impl Model {
 }
 
 // Histories
-// -----------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------
 
 #[derive(Clone, Debug)]
 enum Step {
     Do(Op),
-    Pass { minutes: u8 },
+    Advance { minutes: u8 },
     Crash,
 }
 
-/// Four people of whom most soon exist, three channels, five ids: few enough to meet again and
-/// again.
+/// Four accounts of which three exist, three channels, five ids: few enough that operations often
+/// concern the same one.
 fn op() -> impl Strategy<Value = Op> {
-    let person = || 1..=4_u8;
+    let account = || 1..=4_u8;
     let view = || prop::option::of(0..=2_u8);
     let slot = || 0..=2_u8;
+    let seqs = || prop::collection::vec(0..=20_u64, 0..4);
     let message =
-        (person(), person(), 0..=2_u8, prop::option::of(1..=5_u8), 0..=150_usize, 0..=20_u8)
+        (account(), account(), 0..=2_u8, prop::option::of(1..=5_u8), 0..=150_usize, 0..=20_u8)
             .prop_map(|(from, to, channel, id, size, minutes)| Message {
                 from,
                 to,
@@ -395,35 +397,35 @@ fn op() -> impl Strategy<Value = Op> {
         .prop_map(|(n, last_resort, minutes)| Package { n, last_resort, minutes });
     let inboxes = prop_oneof![
         6 => prop::collection::vec(message, 1..4).prop_map(Op::Enqueue),
-        3 => (person(), view(), 0..=5_u32, 0..=600_usize, slot()).prop_map(
+        3 => (account(), view(), 0..=5_u32, 0..=600_usize, slot()).prop_map(
             |(inbox, view, messages, bytes, slot)| Op::Lease { inbox, view, messages, bytes, slot }
         ),
-        2 => slot().prop_map(|slot| Op::Settle { slot }),
+        2 => slot().prop_map(|slot| Op::Complete { slot }),
         1 => slot().prop_map(|slot| Op::Release { slot }),
-        3 => (person(), view(), 0..=8_u64, 0..=8_u32)
+        3 => (account(), view(), 0..=8_u64, 0..=8_u32)
             .prop_map(|(inbox, view, after, messages)| Op::Peek { inbox, view, after, messages }),
-        2 => (person(), view(), prop::option::of(0..=20_u64), prop::collection::vec(0..=20_u64, 0..4))
+        2 => (account(), view(), prop::option::of(0..=20_u64), seqs())
             .prop_map(|(inbox, view, up_to, seqs)| Op::Ack { inbox, view, up_to, seqs }),
     ];
     let keys = prop_oneof![
-        3 => (person(), prop::collection::vec(package, 1..4))
+        3 => (account(), prop::collection::vec(package, 1..4))
             .prop_map(|(owner, packages)| Op::Upload { owner, packages }),
-        3 => person().prop_map(|target| Op::Take { target }),
-        1 => (person(), any::<u8>()).prop_map(|(owner, key)| Op::PutHybrid { owner, key }),
-        1 => prop::collection::vec(person(), 0..4).prop_map(|targets| Op::GetHybrid { targets }),
+        3 => account().prop_map(|target| Op::Take { target }),
+        1 => (account(), any::<u8>()).prop_map(|(owner, key)| Op::PutHybrid { owner, key }),
+        1 => prop::collection::vec(account(), 0..4).prop_map(|targets| Op::GetHybrid { targets }),
     ];
     let sessions = prop_oneof![
-        2 => (1..=4_u8, person(), 0..=20_u8)
-            .prop_map(|(token, owner, minutes)| Op::Open { token, owner, minutes }),
-        3 => (1..=4_u8).prop_map(|token| Op::Find { token }),
+        2 => (1..=4_u8, account(), 0..=20_u8)
+            .prop_map(|(token, owner, minutes)| Op::CreateSession { token, owner, minutes }),
+        3 => (1..=4_u8).prop_map(|token| Op::FindSession { token }),
         1 => (1..=4_u8, 0..=20_u8).prop_map(|(token, minutes)| Op::Touch { token, minutes }),
         1 => (1..=4_u8).prop_map(|token| Op::Revoke { token }),
-        1 => person().prop_map(|owner| Op::RevokeAll { owner }),
+        1 => account().prop_map(|owner| Op::RevokeAll { owner }),
     ];
     let accounts = prop_oneof![
-        3 => (person(), person(), 1..=2_u8)
+        3 => (account(), account(), 1..=2_u8)
             .prop_map(|(name, key, record)| Op::Register { name, key, record }),
-        1 => person().prop_map(|key| Op::Who { key }),
+        1 => account().prop_map(|key| Op::Find { key }),
     ];
     prop_oneof![12 => inboxes, 4 => keys, 3 => sessions, 2 => accounts, 1 => Just(Op::Sweep)]
 }
@@ -431,16 +433,16 @@ fn op() -> impl Strategy<Value = Op> {
 fn history(steps: usize, crashes: u32) -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         40 => op().prop_map(Step::Do),
-        5 => (1..=8_u8).prop_map(|minutes| Step::Pass { minutes }),
+        5 => (1..=8_u8).prop_map(|minutes| Step::Advance { minutes }),
         crashes => Just(Step::Crash),
     ];
     prop::collection::vec(step, steps / 2..steps).prop_map(|steps| {
-        let people = (1..=3).map(|n| Step::Do(Op::Register { name: n, key: n, record: 1 }));
-        people.chain(steps).collect()
+        let accounts = (1..=3).map(|n| Step::Do(Op::Register { name: n, key: n, record: 1 }));
+        accounts.chain(steps).collect()
     })
 }
 
-/// What carries histories out.
+/// Executes histories.
 trait Driver {
     fn apply(&mut self, op: &Op, now: UnixMillis) -> String;
     fn crash(&mut self);
@@ -455,7 +457,7 @@ fn compare(driver: &mut impl Driver, steps: Vec<Step>) -> Result<(), TestCaseErr
                 let answer = driver.apply(&op, now);
                 prop_assert_eq!(answer, model.apply(&op, now), "step {}: {:?}", index, op);
             }
-            Step::Pass { minutes } => now = now.plus(MINUTE * minutes.into()),
+            Step::Advance { minutes } => now = now.plus(MINUTE * minutes.into()),
             Step::Crash => {
                 driver.crash();
                 model.crash();
@@ -501,7 +503,7 @@ impl Driver for InProcess {
     fn crash(&mut self) {
         let (process, machine) = self.running.take().expect("running");
         self.runtime.block_on(process.crash());
-        // Only now, so that no lease is released in good order before.
+        // After the crash, so that the crash ends the leases.
         drop(machine);
         self.start();
     }
@@ -511,7 +513,7 @@ proptest! {
     #![proptest_config(config(40))]
 
     #[test]
-    fn histories_with_lost_runtimes_are_those_of_the_model(steps in history(120, 2)) {
+    fn the_store_answers_as_the_model_when_its_runtime_is_lost(steps in history(120, 2)) {
         compare(&mut InProcess::new(), steps)?;
     }
 }
@@ -538,7 +540,7 @@ impl Driver for Killed {
     fn crash(&mut self) {
         self.child.kill();
         self.child = Child::spawn();
-        self.child.open(self.directory.path(), limits()).expect("what a killed process left");
+        self.child.open(self.directory.path(), limits()).expect("a directory of a killed process");
     }
 }
 
@@ -546,7 +548,7 @@ proptest! {
     #![proptest_config(config(8))]
 
     #[test]
-    fn histories_with_killed_processes_are_those_of_the_model(steps in history(100, 3)) {
+    fn the_store_answers_as_the_model_when_its_process_is_killed(steps in history(100, 3)) {
         compare(&mut Killed::new(), steps)?;
     }
 }

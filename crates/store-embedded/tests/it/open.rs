@@ -198,7 +198,8 @@ async fn an_index_that_differs_from_its_table_is_found_after_an_unclean_end() {
     sql(
         directory.path(),
         "PRAGMA writable_schema = on;
-         UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'session_expiry')
+         UPDATE sqlite_schema SET rootpage =
+             (SELECT rootpage FROM sqlite_schema WHERE name = 'session_expiry')
           WHERE name = 'message_expiry'",
     )
     .await;

@@ -1,5 +1,5 @@
-//! The words of a random history, and a machine that does on the real store what they say. Words
-//! and answers are text on their way to a child process, so both sides compare the same strings.
+//! The operations of a random history, and their execution on the store. Operations and answers are
+//! sent to a child process as text, so the model returns the same strings.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -14,11 +14,13 @@ use qpq_ports::{
 use qpq_store_embedded::Limits;
 use serde::{Deserialize, Serialize};
 
-/// When histories begin, and the steps in which time passes.
+/// The instant at which histories begin.
 pub(crate) const START: UnixMillis = UnixMillis(1_800_000_000_000);
+
+/// The unit in which time advances.
 pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 
-/// Small, so that histories meet them.
+/// Returns small limits, which random histories reach.
 pub(crate) fn limits() -> Limits {
     Limits {
         delivery: Delivery {
@@ -32,14 +34,14 @@ pub(crate) fn limits() -> Limits {
     }
 }
 
-/// One word. People, channels, ids, packages and sessions are numbers.
+/// One operation. Accounts, channels, ids, packages and sessions are numbers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Op {
     Register { name: u8, key: u8, record: u8 },
-    Who { key: u8 },
+    Find { key: u8 },
     Enqueue(Vec<Message>),
     Lease { inbox: u8, view: Option<u8>, messages: u32, bytes: usize, slot: u8 },
-    Settle { slot: u8 },
+    Complete { slot: u8 },
     Release { slot: u8 },
     Peek { inbox: u8, view: Option<u8>, after: u64, messages: u32 },
     Ack { inbox: u8, view: Option<u8>, up_to: Option<u64>, seqs: Vec<u64> },
@@ -47,8 +49,8 @@ pub(crate) enum Op {
     Take { target: u8 },
     PutHybrid { owner: u8, key: u8 },
     GetHybrid { targets: Vec<u8> },
-    Open { token: u8, owner: u8, minutes: u8 },
-    Find { token: u8 },
+    CreateSession { token: u8, owner: u8, minutes: u8 },
+    FindSession { token: u8 },
     Touch { token: u8, minutes: u8 },
     Revoke { token: u8 },
     RevokeAll { owner: u8 },
@@ -72,8 +74,7 @@ pub(crate) struct Package {
     pub(crate) minutes: u8,
 }
 
-/// Does words on a store. It knows nothing that a crash must not lose but the leases, which it does
-/// lose.
+/// Executes operations on a store. Its only state are the leases, which a crash ends.
 pub(crate) struct Machine {
     stores: Stores,
     leases: HashMap<u8, Box<dyn Lease>>,
@@ -92,7 +93,8 @@ pub(crate) fn channel(n: u8) -> ChannelId {
     if n == 0 { ChannelId::DEFAULT } else { ChannelId::new([n; 16]) }
 }
 
-/// A page as text: seq, channel, size and age of each message, and whether there is more.
+/// Returns a page as text: seq, channel, size and instant of each message, and whether there are
+/// more.
 pub(crate) fn page_text<'e>(
     envelopes: impl Iterator<Item = (u64, &'e [u8], usize, u64)>,
     more: bool,
@@ -113,7 +115,7 @@ fn page(page: &Page) -> String {
         let filling = u8::try_from(envelope.payload.len() % 251).expect("small");
         assert!(
             envelope.payload.iter().all(|byte| *byte == filling),
-            "payloads come back as they went"
+            "payloads are returned unchanged"
         );
     }
     let envelopes = page
@@ -128,13 +130,13 @@ impl Machine {
         Self { stores, leases: HashMap::new() }
     }
 
-    /// Does one word at `now` and says what came of it.
+    /// Executes one operation at `now` and returns the answer.
     pub(crate) async fn apply(&mut self, op: Op, now: UnixMillis) -> String {
         match op {
-            Op::Register { .. } | Op::Who { .. } => self.accounts(op, now).await,
+            Op::Register { .. } | Op::Find { .. } => self.accounts(op, now).await,
             Op::Enqueue(messages) => self.enqueue(messages, now).await,
             Op::Lease { .. }
-            | Op::Settle { .. }
+            | Op::Complete { .. }
             | Op::Release { .. }
             | Op::Peek { .. }
             | Op::Ack { .. } => self.inboxes(op, now).await,
@@ -175,9 +177,9 @@ impl Machine {
                     other => format!("{other:?}"),
                 }
             }
-            Op::Who { key: k } => {
+            Op::Find { key: k } => {
                 match self.stores.accounts.by_identity(&key(k)).await.expect("read") {
-                    None => "nobody".to_owned(),
+                    None => "no account".to_owned(),
                     Some(account) => {
                         let credentials = self
                             .stores
@@ -185,7 +187,7 @@ impl Machine {
                             .credentials(&account.username)
                             .await
                             .expect("read");
-                        let record = credentials.expect("there").opaque_record[0];
+                        let record = credentials.expect("the account exists").opaque_record[0];
                         format!("{} {record} {}", account.username, account.created_at.0)
                     }
                 }
@@ -215,7 +217,7 @@ impl Machine {
         let inboxes = &self.stores.inboxes;
         match op {
             Op::Lease { inbox, view, messages, bytes, slot } => {
-                // What the slot held before is released first.
+                // Releases the previous lease of the slot first.
                 self.leases.remove(&slot);
                 let limit = PageLimit { messages, bytes };
                 let lease = inboxes.lease(read(inbox, view), limit, now).await.expect("lease");
@@ -223,7 +225,7 @@ impl Machine {
                 self.leases.insert(slot, lease);
                 text
             }
-            Op::Settle { slot } => match self.leases.remove(&slot) {
+            Op::Complete { slot } => match self.leases.remove(&slot) {
                 None => "no lease".to_owned(),
                 Some(lease) => {
                     lease.complete(now).await.expect("complete");
@@ -250,7 +252,9 @@ impl Machine {
         let keys = &self.stores.key_packages;
         match op {
             Op::Upload { owner, packages } => {
-                let Some(account) = self.account(owner).await else { return "nobody".to_owned() };
+                let Some(account) = self.account(owner).await else {
+                    return "no account".to_owned();
+                };
                 let packages = packages.iter().map(|package| new_package(package, now)).collect();
                 match keys.upload(account, packages, UploadMode::Add, now).await.expect("upload") {
                     Upload::Stored(stock) => {
@@ -265,7 +269,9 @@ impl Machine {
                 Some(taken) => format!("took {} {}", taken.bytes[0], taken.last_resort),
             },
             Op::PutHybrid { owner, key } => {
-                let Some(account) = self.account(owner).await else { return "nobody".to_owned() };
+                let Some(account) = self.account(owner).await else {
+                    return "no account".to_owned();
+                };
                 self.stores.hybrid_keys.put(account, vec![key; 1216]).await.expect("put");
                 "put".to_owned()
             }
@@ -283,8 +289,10 @@ impl Machine {
         let sessions = &self.stores.sessions;
         let after = |minutes: u8| now.plus(MINUTE * minutes.into());
         match op {
-            Op::Open { token: n, owner, minutes } => {
-                let Some(account) = self.account(owner).await else { return "nobody".to_owned() };
+            Op::CreateSession { token: n, owner, minutes } => {
+                let Some(account) = self.account(owner).await else {
+                    return "no account".to_owned();
+                };
                 let session = Session {
                     account,
                     identity: key(owner),
@@ -296,7 +304,7 @@ impl Machine {
                 sessions.create(NewSession { token: token(n), session }).await.expect("create");
                 "opened".to_owned()
             }
-            Op::Find { token: n } => match sessions.find(&token(n)).await.expect("find") {
+            Op::FindSession { token: n } => match sessions.find(&token(n)).await.expect("find") {
                 None => "none".to_owned(),
                 Some(found) => {
                     assert_eq!(
@@ -319,7 +327,9 @@ impl Machine {
                 format!("revoked {}", sessions.revoke(&token(n)).await.expect("revoke"))
             }
             Op::RevokeAll { owner } => {
-                let Some(account) = self.account(owner).await else { return "nobody".to_owned() };
+                let Some(account) = self.account(owner).await else {
+                    return "no account".to_owned();
+                };
                 format!("revoked {}", sessions.revoke_all(account).await.expect("revoke"))
             }
             other => unreachable!("{other:?}"),
