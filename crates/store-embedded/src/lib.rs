@@ -16,7 +16,7 @@
 //! | `error`, `row`, `clock`, `effects`, `statement` | the vocabulary |
 //! | `messages` | the SQL of the message tables |
 //! | `memory` | the state in memory, and the one place that applies the effects of a commit |
-//! | `directory`, `open_error`, `schema`, `damage`, `history` | the files and the schema |
+//! | `directory`, `open_error`, `schema`, `tables`, `damage`, `history` | the files and the schema |
 //! | `writer` | the queue and the transactions |
 //! | `store` | [`EmbeddedStore`] |
 //! | `accounts`, `sessions`, `inboxes`, `keys`, `limiter`, `maintenance` | the ports, with their statements |
@@ -46,6 +46,7 @@ mod schema;
 mod sessions;
 mod statement;
 mod store;
+mod tables;
 mod writer;
 
 pub use accept_clock::{Accepted, accept_clock};

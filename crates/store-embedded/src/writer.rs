@@ -1,9 +1,9 @@
 //! The one writer: a task that owns the only writing connection and commits many calls in one
 //! transaction.
 //!
-//! The writer takes all calls that wait, up to a bound, runs them one after another in one
-//! transaction, and answers them after its `COMMIT` has returned. So no call is answered before it
-//! is durable, and the calls share the cost of an fsync. During a commit the next calls gather.
+//! The writer receives the calls that wait in batches ([`Batcher`]), runs them one after another in
+//! one transaction, and answers them after its `COMMIT` has returned. So no call is answered before
+//! it is durable, and the calls share the cost of an fsync. During a commit the next calls gather.
 //!
 //! - A call is a [`Statement`], or messages to enqueue. The messages of all calls of a batch are
 //!   inserted together, after the statements. A transaction is bounded, and a sender has no more in
@@ -17,9 +17,13 @@
 //!   fit where the larger one did not.
 //! - A caller may stop waiting. Its call is committed all the same, or fails.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    fs::File,
+    mem,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use futures_util::future::BoxFuture;
@@ -27,13 +31,10 @@ use qpq_domain::Delivery;
 use qpq_ports::{
     Enqueued, NewMessage, StoreError, StoreResult,
     admission::{Admission, AdmissionPermit},
+    batcher::{BatchSize, BatchWorker, Batcher, Closed},
 };
 use sqlx::{ConnectOptions as _, Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
-use tokio::{
-    sync::{Mutex, mpsc, oneshot},
-    task::JoinHandle,
-    time::Instant,
-};
+use tokio::{sync::oneshot, time::Instant};
 
 use crate::{
     damage,
@@ -44,18 +45,8 @@ use crate::{
     statement::{Changes, Done, Scope, Statement},
 };
 
-/// Maximum calls in one transaction.
-const MAX_BATCH_CALLS: usize = 1_024;
-
-/// The bytes after which a transaction accepts no further call.
-const MAX_BATCH_BYTES: usize = 8 << 20;
-
 /// The memory of a waiting message without its payload.
 const MESSAGE_BYTES: usize = 256;
-
-#[derive(Debug, thiserror::Error)]
-#[error("the store is closed")]
-struct Closed;
 
 /// Sends calls to the writer. Cheap to clone.
 ///
@@ -63,10 +54,9 @@ struct Closed;
 /// are answered.
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
-    queue: mpsc::UnboundedSender<Item>,
+    queue: Batcher<Item>,
     admission: Admission,
     refused: Arc<RefusedBytes>,
-    task: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
 /// The bytes of the largest batch that failed since one of that size was committed; 0 for none.
@@ -93,35 +83,28 @@ impl RefusedBytes {
 enum Item {
     Statement(Box<dyn QueuedStatement>),
     Enqueue(EnqueueCall),
-    Close,
 }
 
 impl Writer {
     /// Starts the writer on `connection`. `options` create another one after a failure. `lock` is
     /// dropped after the connection is closed.
-    pub(crate) fn start<L: Send + 'static>(
+    pub(crate) fn start(
         connection: SqliteConnection,
         options: SqliteConnectOptions,
         limits: Delivery,
         memory: Arc<Memory>,
-        lock: L,
+        lock: File,
     ) -> Self {
-        let (queue, items) = mpsc::unbounded_channel();
         let refused = Arc::<RefusedBytes>::default();
         let committer = Committer {
-            items,
             options,
             limits,
             memory,
             connection: Some(connection),
             refused: Arc::clone(&refused),
+            lock,
         };
-        let task = tokio::spawn(async move {
-            committer.run().await;
-            drop(lock);
-        });
-        let task = Arc::new(Mutex::new(Some(task)));
-        Self { queue, admission: Admission::default(), refused, task }
+        Self { queue: Batcher::start([committer]), admission: Admission::default(), refused }
     }
 
     /// Returns about the size that a commit must have to show that the last failed batch would
@@ -158,21 +141,14 @@ impl Writer {
         answered: oneshot::Receiver<StoreResult<T>>,
     ) -> StoreResult<T> {
         metrics::gauge!(names::QUEUE_LENGTH).increment(1);
-        self.queue.send(item).map_err(|_| StoreError::unavailable(Closed))?;
-        answered.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+        self.queue.send(item)?;
+        answered.await.unwrap_or_else(|_| Err(Closed.into()))
     }
 
     /// Answers the calls that wait, writes the log back into the database file, closes the
     /// connection, and waits for the end of the task.
     pub(crate) async fn close(&self) {
-        // An error means that the task has ended already.
-        let _ = self.queue.send(Item::Close);
-        if let Some(task) = self.task.lock().await.take()
-            && let Err(error) = task.await
-            && error.is_panic()
-        {
-            std::panic::resume_unwind(error.into_panic());
-        }
+        self.queue.close().await;
     }
 }
 
@@ -244,7 +220,7 @@ struct EnqueueCall {
 
 /// The calls of one transaction.
 #[derive(Default)]
-struct Batch {
+struct Transaction {
     statements: Vec<Box<dyn QueuedStatement>>,
     calls: Vec<EnqueueCall>,
     bytes: usize,
@@ -258,18 +234,14 @@ struct Results {
     enqueued: Done<Vec<Enqueued>>,
 }
 
-impl Batch {
-    fn alone(statement: Box<dyn QueuedStatement>) -> Self {
-        let bytes = statement.bytes();
-        Self { statements: vec![statement], calls: Vec::new(), bytes }
+impl Transaction {
+    fn add(&mut self, statement: Box<dyn QueuedStatement>) {
+        self.bytes += statement.bytes();
+        self.statements.push(statement);
     }
 
     fn len(&self) -> usize {
         self.statements.len() + self.calls.len()
-    }
-
-    fn is_full(&self) -> bool {
-        self.len() >= MAX_BATCH_CALLS || self.bytes >= MAX_BATCH_BYTES
     }
 
     /// Applies the effects and answers all calls.
@@ -300,72 +272,74 @@ impl Batch {
 
 /// The state of the writer's task.
 struct Committer {
-    items: mpsc::UnboundedReceiver<Item>,
     options: SqliteConnectOptions,
     limits: Delivery,
     memory: Arc<Memory>,
     /// `None` from a failure until the next batch.
     connection: Option<SqliteConnection>,
     refused: Arc<RefusedBytes>,
+    lock: File,
 }
 
-impl Committer {
-    /// Commits until the store is closed, or every [`Writer`] is dropped. Then closes the
-    /// connection.
-    async fn run(mut self) {
-        while let Some(item) = self.items.recv().await {
-            let (batch, alone) = self.gather(item);
-            if batch.len() > 0 {
-                self.commit(batch).await;
-            }
-            if let Some(statement) = alone {
-                self.commit(Batch::alone(statement)).await;
+impl BatchWorker for Committer {
+    type Item = Item;
+
+    const LIMIT: BatchSize = BatchSize { count: 1_024, bytes: 8 << 20 };
+
+    fn size(item: &Item) -> BatchSize {
+        let bytes = match item {
+            Item::Statement(statement) => statement.bytes(),
+            Item::Enqueue(call) => call.bytes,
+        };
+        BatchSize { count: 1, bytes }
+    }
+
+    async fn run(&mut self, items: Vec<Item>) {
+        let mut transaction = Transaction::default();
+        for item in items {
+            match item {
+                Item::Statement(statement) if statement.scope() == Scope::Alone => {
+                    self.commit(mem::take(&mut transaction)).await;
+                    let mut alone = Transaction::default();
+                    alone.add(statement);
+                    self.commit(alone).await;
+                }
+                Item::Statement(statement) => transaction.add(statement),
+                Item::Enqueue(call) => {
+                    transaction.bytes += call.bytes;
+                    transaction.calls.push(call);
+                }
             }
         }
-        if let Some(mut connection) = self.connection.take() {
+        self.commit(transaction).await;
+    }
+
+    async fn end(self) {
+        if let Some(mut connection) = self.connection {
             finish(&mut connection).await;
             if let Err(error) = connection.close().await {
                 tracing::warn!(%error, "database was not closed in good order, no answered call is lost");
             }
         }
+        drop(self.lock);
     }
+}
 
-    /// Returns the calls that wait, up to a full batch or a statement of [`Scope::Alone`].
-    fn gather(&mut self, first: Item) -> (Batch, Option<Box<dyn QueuedStatement>>) {
-        let mut batch = Batch::default();
-        let mut next = Some(first);
-        while let Some(item) = next {
-            match item {
-                Item::Statement(statement) if statement.scope() == Scope::Alone => {
-                    return (batch, Some(statement));
-                }
-                Item::Statement(statement) => {
-                    batch.bytes += statement.bytes();
-                    batch.statements.push(statement);
-                }
-                Item::Enqueue(call) => {
-                    batch.bytes += call.bytes;
-                    batch.calls.push(call);
-                }
-                // The items that were sent before are still received, then the channel ends.
-                Item::Close => self.items.close(),
-            }
-            next = if batch.is_full() { None } else { self.items.try_recv().ok() };
+impl Committer {
+    /// Commits a transaction, if it has calls, and answers them.
+    async fn commit(&mut self, mut transaction: Transaction) {
+        let (calls, bytes) = (transaction.len(), transaction.bytes);
+        if calls == 0 {
+            return;
         }
-        (batch, None)
-    }
-
-    /// Commits the batch and answers its calls.
-    async fn commit(&mut self, mut batch: Batch) {
-        let (calls, bytes) = (batch.len(), batch.bytes);
         metrics::gauge!(names::QUEUE_LENGTH).decrement(calls as f64);
         metrics::histogram!(names::BATCH_LENGTH).record(calls as f64);
         let begun = Instant::now();
-        match self.transaction(&mut batch).await {
+        match self.run_transaction(&mut transaction).await {
             Ok(results) => {
                 metrics::histogram!(names::BATCH_SECONDS).record(begun.elapsed());
                 self.refused.committed(bytes);
-                batch.committed(results, &self.memory);
+                transaction.committed(results, &self.memory);
             }
             Err(error) => {
                 let kind = ErrorKind::of(&error);
@@ -373,20 +347,20 @@ impl Committer {
                 tracing::error!(%error, kind = kind.label(), calls, "transaction failed, nothing was committed");
                 self.refused.failed(bytes);
                 self.disconnect().await;
-                batch.failed(&error.into());
+                transaction.failed(&error.into());
             }
         }
     }
 
     /// Runs the statements, inserts the messages and commits.
-    async fn transaction(&mut self, batch: &mut Batch) -> sqlx::Result<Results> {
+    async fn run_transaction(&mut self, transaction: &mut Transaction) -> sqlx::Result<Results> {
         let connection = match &mut self.connection {
             Some(connection) => connection,
             none => none.insert(self.options.connect().await?),
         };
         execute(connection, "BEGIN IMMEDIATE").await?;
-        let mut failures = Vec::with_capacity(batch.statements.len());
-        for statement in &mut batch.statements {
+        let mut failures = Vec::with_capacity(transaction.statements.len());
+        for statement in &mut transaction.statements {
             failures.push(match statement.scope() {
                 Scope::Batch | Scope::Alone => {
                     statement.run(connection).await?;
@@ -395,7 +369,7 @@ impl Committer {
                 Scope::Savepoint => in_savepoint(statement.as_mut(), connection).await?,
             });
         }
-        let messages: Vec<_> = batch.calls.iter().flat_map(|call| &call.messages).collect();
+        let messages: Vec<_> = transaction.calls.iter().flat_map(|call| &call.messages).collect();
         let enqueued = if messages.is_empty() {
             Done::keep(Vec::new())
         } else {

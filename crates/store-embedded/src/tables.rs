@@ -1,0 +1,320 @@
+//! The description of every table of the schema.
+//!
+//! The column lists of the export and the canonical rows that verify a transfer are generated from
+//! it. A test compares it with the schema, so a new table or column needs an entry here.
+
+use qpq_ports::transfer::Table;
+
+/// A table and all of its columns.
+#[derive(Debug)]
+pub(crate) struct TableDescription {
+    pub(crate) name: &'static str,
+    content: Content,
+    columns: &'static [Column],
+}
+
+/// Whether a transfer to a cluster moves the rows of a table.
+#[derive(Clone, Copy, Debug)]
+enum Content {
+    /// The rows are moved, in the order of the first `key` columns.
+    Moved { to: Table, key: usize },
+    /// The rows describe this database alone.
+    Local,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Column {
+    name: &'static str,
+    role: Role,
+}
+
+/// The part of a column in moved and in canonical rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// In both.
+    Value,
+    /// In both. The canonical row has the SHA-256 of the value.
+    LargeValue,
+    /// The number of an account. The canonical row has the account's identity key instead, because
+    /// the numbers differ from store to store.
+    Account,
+    /// As `Account`, and the rows of an account have an order, that of the named column. The
+    /// canonical row has the identity key and the position.
+    AccountInOrder(&'static str),
+    /// A number that only this store uses. Not in canonical rows.
+    RowNumber,
+    /// A value that follows from other columns. In neither.
+    Derived,
+    /// A column of a table that is not moved.
+    Local,
+}
+
+const fn column(name: &'static str, role: Role) -> Column {
+    Column { name, role }
+}
+
+const fn value(name: &'static str) -> Column {
+    column(name, Role::Value)
+}
+
+const fn local(name: &'static str) -> Column {
+    column(name, Role::Local)
+}
+
+/// All tables of the schema, except those of SQLite and of the migrations.
+static TABLES: [TableDescription; 11] = [
+    TableDescription {
+        name: "account",
+        content: Content::Moved { to: Table::Account, key: 1 },
+        columns: &[
+            column("id", Role::RowNumber),
+            value("username"),
+            value("identity"),
+            value("opaque_record"),
+            value("created_at"),
+            column("skeleton", Role::Derived),
+            column("lookalike", Role::Derived),
+        ],
+    },
+    TableDescription {
+        name: "session",
+        content: Content::Moved { to: Table::Session, key: 1 },
+        columns: &[
+            value("token"),
+            column("account", Role::Account),
+            value("device"),
+            value("authenticated_at"),
+            value("last_used_at"),
+            value("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "inbox",
+        content: Content::Moved { to: Table::Inbox, key: 1 },
+        columns: &[
+            column("id", Role::Account),
+            value("last_seq"),
+            value("messages"),
+            value("bytes"),
+            value("next_expiry"),
+        ],
+    },
+    TableDescription {
+        name: "message",
+        content: Content::Moved { to: Table::Message, key: 1 },
+        columns: &[
+            column("id", Role::RowNumber),
+            column("inbox", Role::Account),
+            value("seq"),
+            value("expires_at"),
+            value("enqueued_at"),
+            column("size", Role::Derived),
+            value("channel"),
+            value("sender"),
+            value("message_id"),
+            value("payload_sha256"),
+            // Hashed again, because a transfer does not rely on the stored hash.
+            column("payload", Role::LargeValue),
+        ],
+    },
+    TableDescription {
+        name: "recent_id",
+        content: Content::Moved { to: Table::RecentId, key: 3 },
+        columns: &[
+            column("inbox", Role::Account),
+            value("sender"),
+            value("message_id"),
+            value("seq"),
+            value("channel"),
+            value("payload_sha256"),
+            value("enqueued_at"),
+            value("forget_at"),
+        ],
+    },
+    TableDescription {
+        name: "key_package",
+        content: Content::Moved { to: Table::KeyPackage, key: 1 },
+        columns: &[
+            column("id", Role::RowNumber),
+            // They are given out in the order of their upload.
+            column("owner", Role::AccountInOrder("id")),
+            value("fingerprint"),
+            value("last_resort"),
+            value("not_after"),
+            value("bytes"),
+            value("not_before"),
+        ],
+    },
+    TableDescription {
+        name: "key_package_given",
+        content: Content::Moved { to: Table::KeyPackageGiven, key: 2 },
+        columns: &[column("owner", Role::Account), value("fingerprint"), value("not_after")],
+    },
+    TableDescription {
+        name: "hybrid_key",
+        content: Content::Moved { to: Table::HybridKey, key: 1 },
+        columns: &[column("owner", Role::Account), value("key")],
+    },
+    TableDescription {
+        name: "heartbeat",
+        content: Content::Local,
+        columns: &[local("id"), local("beats"), local("load"), local("clean")],
+    },
+    TableDescription {
+        name: "store",
+        content: Content::Local,
+        columns: &[local("id"), local("store_id")],
+    },
+    TableDescription {
+        name: "clock",
+        content: Content::Local,
+        columns: &[local("id"), local("believed"), local("shown"), local("proved")],
+    },
+];
+
+/// The query for the canonical rows of a table.
+#[derive(Debug)]
+pub(crate) struct CanonicalRows {
+    pub(crate) sql: String,
+    /// The cells that are replaced by their SHA-256.
+    pub(crate) hashed: Vec<usize>,
+}
+
+impl TableDescription {
+    /// Returns the description of a table that is moved.
+    ///
+    /// # Panics
+    /// If there is none, which a test excludes.
+    pub(crate) fn of(table: Table) -> &'static Self {
+        let is_table = |description: &&Self| description.moved().is_some_and(|(to, _)| to == table);
+        TABLES.iter().find(is_table).expect("a test finds a description of every moved table")
+    }
+
+    /// Returns the names of the moved columns as a list in SQL.
+    pub(crate) fn column_list(&self) -> String {
+        self.moved_columns().collect::<Vec<_>>().join(", ")
+    }
+
+    /// Returns the names of the columns of the key as a list in SQL.
+    pub(crate) fn key_list(&self) -> String {
+        let key = self.moved().map_or(0, |(_, key)| key);
+        self.moved_columns().take(key).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Returns the query for the canonical rows. The importer of the cluster has the same cells in
+    /// the same order.
+    pub(crate) fn canonical_rows(&self) -> CanonicalRows {
+        let (mut cells, mut hashed, mut account) = (Vec::new(), Vec::new(), None);
+        for Column { name, role } in self.columns {
+            match role {
+                Role::Value => cells.push(format!("t.{name}")),
+                Role::LargeValue => {
+                    hashed.push(cells.len());
+                    cells.push(format!("t.{name}"));
+                }
+                Role::Account => {
+                    cells.push("a.identity".to_owned());
+                    account = Some(name);
+                }
+                Role::AccountInOrder(order) => {
+                    cells.push("a.identity".to_owned());
+                    cells.push(format!(
+                        "row_number() OVER (PARTITION BY t.{name} ORDER BY t.{order})"
+                    ));
+                    account = Some(name);
+                }
+                Role::RowNumber | Role::Derived | Role::Local => {}
+            }
+        }
+        let join =
+            account.map_or(String::new(), |name| format!(" JOIN account a ON a.id = t.{name}"));
+        let sql = format!("SELECT {} FROM {} t{join}", cells.join(", "), self.name);
+        CanonicalRows { sql, hashed }
+    }
+
+    fn moved(&self) -> Option<(Table, usize)> {
+        match self.content {
+            Content::Moved { to, key } => Some((to, key)),
+            Content::Local => None,
+        }
+    }
+
+    fn moved_columns(&self) -> impl Iterator<Item = &'static str> {
+        let is_moved = |column: &&Column| !matches!(column.role, Role::Derived | Role::Local);
+        self.columns.iter().filter(is_moved).map(|column| column.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use sqlx::{ConnectOptions as _, sqlite::SqliteConnectOptions};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn every_table_and_column_of_the_schema_is_described() {
+        let mut connection = SqliteConnectOptions::new().connect().await.expect("in memory");
+        sqlx::migrate!().run(&mut connection).await.expect("schema");
+        let schema: Vec<(String, String)> = sqlx::query_as(
+            "SELECT t.name, c.name FROM sqlite_schema t JOIN pragma_table_info(t.name) c
+              WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
+                AND t.name <> '_sqlx_migrations'",
+        )
+        .fetch_all(&mut connection)
+        .await
+        .expect("read");
+        let schema: BTreeSet<_> = schema.into_iter().collect();
+        let described: BTreeSet<_> = TABLES
+            .iter()
+            .flat_map(|table| {
+                table.columns.iter().map(|column| (table.name.to_owned(), column.name.to_owned()))
+            })
+            .collect();
+        assert_eq!(schema, described);
+    }
+
+    #[test]
+    fn moved_tables_have_the_columns_and_keys_of_the_transfer() {
+        for table in Table::ALL {
+            let description = TableDescription::of(table);
+            assert_eq!(description.name, table.name());
+            assert_eq!(description.column_list(), table.column_list(), "{}", table.name());
+            assert_eq!(description.key_list(), table.key_list(), "{}", table.name());
+        }
+        let moved = TABLES.iter().filter(|description| description.moved().is_some());
+        assert_eq!(moved.count(), Table::ALL.len(), "each is moved once");
+    }
+
+    #[test]
+    fn only_tables_that_are_not_moved_have_local_columns() {
+        for table in &TABLES {
+            for column in table.columns {
+                let is_local = column.role == Role::Local;
+                assert_eq!(is_local, table.moved().is_none(), "{}.{}", table.name, column.name);
+            }
+        }
+    }
+
+    #[test]
+    fn canonical_rows_have_identities_positions_and_hashes() {
+        let sql = |table| TableDescription::of(table).canonical_rows().sql;
+        assert_eq!(
+            sql(Table::Account),
+            "SELECT t.username, t.identity, t.opaque_record, t.created_at FROM account t"
+        );
+        assert_eq!(
+            sql(Table::HybridKey),
+            "SELECT a.identity, t.key FROM hybrid_key t JOIN account a ON a.id = t.owner"
+        );
+        assert_eq!(
+            sql(Table::KeyPackage),
+            "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), \
+             t.fingerprint, t.last_resort, t.not_after, t.bytes, t.not_before \
+             FROM key_package t JOIN account a ON a.id = t.owner"
+        );
+        let messages = TableDescription::of(Table::Message).canonical_rows();
+        assert_eq!(messages.hashed, [8], "the payload");
+    }
+}
