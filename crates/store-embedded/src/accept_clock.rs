@@ -7,7 +7,7 @@ use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
 
 use crate::{
     clock::Belief,
-    directory::DATABASE_FILE,
+    files::DATABASE_FILE,
     open_error::{OpenError, failed},
     schema,
 };

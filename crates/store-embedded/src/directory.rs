@@ -6,19 +6,10 @@ use std::{
     path::Path,
 };
 
-use crate::open_error::{OpenError, io_failed};
-
-const LOCK_FILE: &str = "lock";
-
-/// The database in a data directory.
-pub const DATABASE_FILE: &str = "qpq.db";
-
-/// The file in a data directory that was moved into a cluster. It names the cluster, and no server
-/// starts there.
-pub const MOVED_FILE: &str = "moved-to-cluster";
-
-/// The file in a data directory during a restore. No server starts there.
-pub const RESTORING_FILE: &str = "restore-unfinished";
+use crate::{
+    files::{LOCK_FILE, RESTORING_FILE},
+    open_error::{OpenError, io_failed},
+};
 
 /// Creates the directory for its owner alone, if it is missing.
 pub(crate) fn create(path: &Path) -> Result<(), OpenError> {

@@ -20,7 +20,8 @@ use sqlx::{
 };
 
 use crate::{
-    directory::{self, DATABASE_FILE, MOVED_FILE},
+    directory,
+    files::{DATABASE_FILE, MOVED_FILE},
     open::ROWS_AHEAD,
     open_error::{OpenError, failed as open_failed},
     schema,

@@ -9,14 +9,15 @@
 //! - Leases, wakes, rate limits and the session cache are in memory (`memory`): this process is the
 //!   only one.
 //!
-//! Each module imports from the ones before it in this list:
+//! Modules import from rows above their own, or from their row without a circle:
 //!
 //! | modules | content |
 //! |---|---|
-//! | `error`, `row`, `clock`, `effects`, `statement` | the vocabulary |
+//! | `metrics`, `error`, `row`, `clock`, `effects`, `statement` | the vocabulary |
 //! | `messages` | the SQL of the message tables |
 //! | `memory` | the state in memory, and the one place that applies the effects of a commit |
-//! | `directory`, `open_error`, `schema`, `tables`, `damage`, `history` | the files and the schema |
+//! | `files`, `directory`, `open_error`, `schema`, `tables` | the files and the schema |
+//! | `damage`, `history` | damage to the file, and its replacement by an older copy |
 //! | `writer` | the queue and the transactions |
 //! | `store` | [`EmbeddedStore`] |
 //! | `accounts`, `sessions`, `inboxes`, `keys`, `limiter`, `maintenance` | the ports, with their statements |
@@ -31,6 +32,7 @@ mod directory;
 mod effects;
 mod error;
 mod export;
+mod files;
 mod history;
 mod inboxes;
 mod keys;
@@ -52,7 +54,7 @@ mod writer;
 pub use accept_clock::{Accepted, accept_clock};
 pub use backup::{BackupError, Claim, Inspection, copy_database, inspect};
 pub use clock::JUMP;
-pub use directory::{DATABASE_FILE, MOVED_FILE, RESTORING_FILE};
 pub use export::{Export, ExportError};
+pub use files::{DATABASE_FILE, MOVED_FILE, RESTORING_FILE};
 pub use open_error::OpenError;
 pub use store::{EmbeddedStore, Limits};

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{directory::MOVED_FILE, error::ErrorKind};
+use crate::{error::ErrorKind, files::MOVED_FILE};
 
 /// Why a data directory cannot be used, and what to do about it.
 #[derive(Debug, thiserror::Error)]

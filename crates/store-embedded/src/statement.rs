@@ -1,4 +1,4 @@
-//! Statements: changes of the store as values, which the writer (`crate::writer`) runs.
+//! Statements: changes of the store as values, which the writer runs.
 
 use sqlx::SqliteConnection;
 

@@ -430,3 +430,6 @@ async fn finish(connection: &mut SqliteConnection) {
         tracing::warn!(%error, "write-ahead log was not written back, the next start reads it");
     }
 }
+
+#[cfg(test)]
+mod tests;

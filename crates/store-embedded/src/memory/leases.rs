@@ -173,3 +173,81 @@ impl Drop for LeaseGuard {
         self.table.wakes.wake(&self.reader, self.view);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use qpq_domain::{ChannelId, DeviceId, IdentityKey, UnixMillis};
+    use qpq_ports::Envelope;
+
+    use super::*;
+
+    const STORE: StoreId = StoreId::new([7; 16]);
+    const READER: Reader = Reader::single(IdentityKey::new([1; 32]));
+
+    fn table() -> Arc<LeaseTable> {
+        Arc::new(LeaseTable::new(Arc::default()))
+    }
+
+    fn snapshot(seqs: &[u64]) -> Snapshot {
+        let envelope = |seq: &u64| Envelope {
+            seq: Seq(*seq),
+            channel: ChannelId::DEFAULT,
+            payload: Bytes::new(),
+            enqueued_at: UnixMillis(0),
+        };
+        Snapshot { inbox: Some(1), envelopes: seqs.iter().map(envelope).collect(), next: None }
+    }
+
+    fn lease(
+        table: &Arc<LeaseTable>,
+        reader: Reader,
+        seqs: &[u64],
+    ) -> (Vec<u64>, Option<LeaseGuard>) {
+        let read = ReadInProgress::begin(table, reader);
+        let leased = read.lease(read.removals(), STORE, &snapshot(seqs), View::All);
+        let (page, guard) = leased.expect("nothing was removed");
+        (page.envelopes.iter().map(|envelope| envelope.seq.0).collect(), guard)
+    }
+
+    #[test]
+    fn a_read_ends_before_the_first_leased_message() {
+        let table = table();
+        let (seqs, guard) = lease(&table, READER, &[2, 3]);
+        assert_eq!(seqs, [2, 3]);
+        assert_eq!(lease(&table, READER, &[1, 2, 3, 4]).0, [1]);
+        drop(guard);
+        assert_eq!(lease(&table, READER, &[1, 2, 3, 4]).0, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_lease_hides_messages_from_its_own_reader_alone() {
+        let table = table();
+        let device = Reader { device: Some(DeviceId::new([1; 16])), ..READER };
+        let (_, _guard) = lease(&table, READER, &[1, 2]);
+        assert_eq!(lease(&table, device, &[1, 2]).0, [1, 2]);
+        assert!(lease(&table, READER, &[1, 2]).0.is_empty());
+    }
+
+    #[test]
+    fn a_snapshot_from_before_a_removal_is_taken_again() {
+        let table = table();
+        let read = ReadInProgress::begin(&table, READER);
+        let noted = read.removals();
+        table.removed(&READER);
+        assert!(read.page(noted, STORE, &snapshot(&[1])).is_none());
+        assert!(read.lease(noted, STORE, &snapshot(&[1]), View::All).is_none());
+        assert!(read.page(read.removals(), STORE, &snapshot(&[1])).is_some());
+    }
+
+    #[test]
+    fn memory_is_freed_with_the_last_read_and_lease_of_a_reader() {
+        let table = table();
+        let read = ReadInProgress::begin(&table, READER);
+        let (_, guard) = lease(&table, READER, &[1]);
+        drop(read);
+        assert_eq!(table.readers.len(), 1);
+        drop(guard);
+        assert_eq!(table.readers.len(), 0);
+    }
+}

@@ -269,17 +269,11 @@ impl Inserting<'_> {
             *bytes += size;
             self.next_row += 1;
         }
-        let limits = self.limits;
-        let (below, up_to) = match fill {
-            Fill::Half if limits.sender_share > 1 => {
-                (limits.half_messages() + 1, limits.half_bytes())
-            }
-            Fill::Half | Fill::Full => (limits.max_messages, limits.max_bytes),
-        };
+        let (below, up_to) = self.room(fill);
         let inserted = query
             .bind(number(below))
             .bind(number(up_to))
-            .bind(number(limits.max_bytes))
+            .bind(number(self.limits.max_bytes))
             .fetch_all(&mut *self.connection)
             .await?;
         let mut seqs = vec![None; messages.len()];
@@ -289,6 +283,17 @@ impl Inserting<'_> {
             seqs[index] = Some(row.seq("seq")?);
         }
         Ok(seqs)
+    }
+
+    /// Returns the messages below which an inbox accepts one more, and the bytes up to which.
+    fn room(&self, fill: Fill) -> (u64, u64) {
+        let limits = self.limits;
+        match fill {
+            Fill::Half if limits.sender_share > 1 => {
+                (limits.half_messages() + 1, limits.half_bytes())
+            }
+            Fill::Half | Fill::Full => (limits.max_messages, limits.max_bytes),
+        }
     }
 
     /// Handles a message that was left out: inserts it by itself, or finds the reason.

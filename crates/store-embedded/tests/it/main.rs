@@ -6,6 +6,7 @@ mod backend;
 mod child;
 mod conformance;
 mod disk;
+mod histories;
 mod kill;
 mod model;
 mod open;

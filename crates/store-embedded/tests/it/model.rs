@@ -1,29 +1,16 @@
-//! Random histories, executed on the store and on a model of maps in memory. Every answer is
-//! compared. Histories contain crashes: in one test the store loses its runtime, in the other its
-//! process is killed.
+//! A model of the embedded store: maps in memory, with the same operations and answers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use proptest::{
-    prelude::*,
-    test_runner::{Config, TestCaseError},
-};
 use qpq_domain::UnixMillis;
 
-use crate::{
-    backend::Process,
-    child::Child,
-    ops::{
-        MINUTE, Machine, Message, Op, Package, START, channel, limits, page_text, receipt_text,
-        session_text,
-    },
+use crate::ops::{
+    MINUTE, Message, Op, Package, channel, limits, page_text, receipt_text, session_text,
 };
 
-// The model
-// -----------------------------------------------------------------------------------------------
-
+/// The state of a store, where each number is an account, channel, id, package or session.
 #[derive(Default)]
-struct Model {
+pub(crate) struct Model {
     accounts: Vec<Account>,
     inboxes: BTreeMap<u8, Inbox>,
     leases: HashMap<u8, Leased>,
@@ -102,7 +89,8 @@ impl Inbox {
 }
 
 impl Model {
-    fn crash(&mut self) {
+    /// Ends the leases, as a crash does.
+    pub(crate) fn crash(&mut self) {
         self.leases.clear();
     }
 
@@ -110,7 +98,8 @@ impl Model {
         self.accounts.iter().any(|account| account.key == key)
     }
 
-    fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
+    /// Executes one operation at `now` and returns the answer.
+    pub(crate) fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
         self.inboxes.values_mut().for_each(|inbox| inbox.expire(now));
         match op {
             Op::Register { name, key, record } => {
@@ -363,192 +352,5 @@ impl Model {
             }
             other => unreachable!("{other:?}"),
         }
-    }
-}
-
-// Histories
-// -----------------------------------------------------------------------------------------------
-
-#[derive(Clone, Debug)]
-enum Step {
-    Do(Op),
-    Advance { minutes: u8 },
-    Crash,
-}
-
-/// Four accounts of which three exist, three channels, five ids: few enough that operations often
-/// concern the same one.
-fn op() -> impl Strategy<Value = Op> {
-    let account = || 1..=4_u8;
-    let view = || prop::option::of(0..=2_u8);
-    let slot = || 0..=2_u8;
-    let seqs = || prop::collection::vec(0..=20_u64, 0..4);
-    let message =
-        (account(), account(), 0..=2_u8, prop::option::of(1..=5_u8), 0..=150_usize, 0..=20_u8)
-            .prop_map(|(from, to, channel, id, size, minutes)| Message {
-                from,
-                to,
-                channel,
-                id,
-                size,
-                minutes,
-            });
-    let package = (1..=8_u8, any::<bool>(), 0..=20_u8)
-        .prop_map(|(n, last_resort, minutes)| Package { n, last_resort, minutes });
-    let inboxes = prop_oneof![
-        6 => prop::collection::vec(message, 1..4).prop_map(Op::Enqueue),
-        3 => (account(), view(), 0..=5_u32, 0..=600_usize, slot()).prop_map(
-            |(inbox, view, messages, bytes, slot)| Op::Lease { inbox, view, messages, bytes, slot }
-        ),
-        2 => slot().prop_map(|slot| Op::Complete { slot }),
-        1 => slot().prop_map(|slot| Op::Release { slot }),
-        3 => (account(), view(), 0..=8_u64, 0..=8_u32)
-            .prop_map(|(inbox, view, after, messages)| Op::Peek { inbox, view, after, messages }),
-        2 => (account(), view(), prop::option::of(0..=20_u64), seqs())
-            .prop_map(|(inbox, view, up_to, seqs)| Op::Ack { inbox, view, up_to, seqs }),
-    ];
-    let keys = prop_oneof![
-        3 => (account(), prop::collection::vec(package, 1..4))
-            .prop_map(|(owner, packages)| Op::Upload { owner, packages }),
-        3 => account().prop_map(|target| Op::Take { target }),
-        1 => (account(), any::<u8>()).prop_map(|(owner, key)| Op::PutHybrid { owner, key }),
-        1 => prop::collection::vec(account(), 0..4).prop_map(|targets| Op::GetHybrid { targets }),
-    ];
-    let sessions = prop_oneof![
-        2 => (1..=4_u8, account(), 0..=20_u8)
-            .prop_map(|(token, owner, minutes)| Op::CreateSession { token, owner, minutes }),
-        3 => (1..=4_u8).prop_map(|token| Op::FindSession { token }),
-        1 => (1..=4_u8, 0..=20_u8).prop_map(|(token, minutes)| Op::Touch { token, minutes }),
-        1 => (1..=4_u8).prop_map(|token| Op::Revoke { token }),
-        1 => account().prop_map(|owner| Op::RevokeAll { owner }),
-    ];
-    let accounts = prop_oneof![
-        3 => (account(), account(), 1..=2_u8)
-            .prop_map(|(name, key, record)| Op::Register { name, key, record }),
-        1 => account().prop_map(|key| Op::Find { key }),
-    ];
-    prop_oneof![12 => inboxes, 4 => keys, 3 => sessions, 2 => accounts, 1 => Just(Op::Sweep)]
-}
-
-fn history(steps: usize, crashes: u32) -> impl Strategy<Value = Vec<Step>> {
-    let step = prop_oneof![
-        40 => op().prop_map(Step::Do),
-        5 => (1..=8_u8).prop_map(|minutes| Step::Advance { minutes }),
-        crashes => Just(Step::Crash),
-    ];
-    prop::collection::vec(step, steps / 2..steps).prop_map(|steps| {
-        let accounts = (1..=3).map(|n| Step::Do(Op::Register { name: n, key: n, record: 1 }));
-        accounts.chain(steps).collect()
-    })
-}
-
-/// Executes histories.
-trait Driver {
-    fn apply(&mut self, op: &Op, now: UnixMillis) -> String;
-    fn crash(&mut self);
-}
-
-fn compare(driver: &mut impl Driver, steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let mut model = Model::default();
-    let mut now = START;
-    for (index, step) in steps.into_iter().enumerate() {
-        match step {
-            Step::Do(op) => {
-                let answer = driver.apply(&op, now);
-                prop_assert_eq!(answer, model.apply(&op, now), "step {}: {:?}", index, op);
-            }
-            Step::Advance { minutes } => now = now.plus(MINUTE * minutes.into()),
-            Step::Crash => {
-                driver.crash();
-                model.crash();
-            }
-        }
-    }
-    Ok(())
-}
-
-fn config(cases: u32) -> Config {
-    Config { cases, failure_persistence: None, max_shrink_iters: 200, ..Config::default() }
-}
-
-struct InProcess {
-    runtime: tokio::runtime::Runtime,
-    directory: tempfile::TempDir,
-    running: Option<(Process, Machine)>,
-}
-
-impl InProcess {
-    fn new() -> Self {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let directory = tempfile::tempdir().expect("a directory");
-        let mut this = Self { runtime, directory, running: None };
-        this.start();
-        this
-    }
-
-    fn start(&mut self) {
-        let process = self.runtime.block_on(Process::start(&self.directory, limits()));
-        let machine = Machine::new(process.store.stores());
-        self.running = Some((process, machine));
-    }
-}
-
-impl Driver for InProcess {
-    fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
-        let (_, machine) = self.running.as_mut().expect("running");
-        self.runtime.block_on(machine.apply(op.clone(), now))
-    }
-
-    fn crash(&mut self) {
-        let (process, machine) = self.running.take().expect("running");
-        self.runtime.block_on(process.crash());
-        // After the crash, so that the crash ends the leases.
-        drop(machine);
-        self.start();
-    }
-}
-
-proptest! {
-    #![proptest_config(config(40))]
-
-    #[test]
-    fn the_store_answers_as_the_model_when_its_runtime_is_lost(steps in history(120, 2)) {
-        compare(&mut InProcess::new(), steps)?;
-    }
-}
-
-struct Killed {
-    directory: tempfile::TempDir,
-    child: Child,
-}
-
-impl Killed {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().expect("a directory");
-        let mut child = Child::spawn();
-        child.open(directory.path(), limits()).expect("a new directory");
-        Self { directory, child }
-    }
-}
-
-impl Driver for Killed {
-    fn apply(&mut self, op: &Op, now: UnixMillis) -> String {
-        self.child.apply(op, now)
-    }
-
-    fn crash(&mut self) {
-        self.child.kill();
-        self.child = Child::spawn();
-        self.child.open(self.directory.path(), limits()).expect("a directory of a killed process");
-    }
-}
-
-proptest! {
-    #![proptest_config(config(8))]
-
-    #[test]
-    fn the_store_answers_as_the_model_when_its_process_is_killed(steps in history(100, 3)) {
-        compare(&mut Killed::new(), steps)?;
     }
 }
