@@ -1,7 +1,7 @@
 //! Copies of a database for a backup, checks of such a copy, and the exclusive use of a data
 //! directory that is being restored.
 //!
-//! A copy is made through SQLite (`VACUUM INTO`), on a connection of its own: it shows one commit,
+//! SQLite creates the copy (`VACUUM INTO`), on a connection of its own: it shows one commit,
 //! whatever a server writes meanwhile, and contains no freed pages. Files copied one after the
 //! other from under a running server do not show one commit and are damaged. The copy reads in one
 //! transaction, so the server's write-ahead log is not truncated until the copy is complete;

@@ -5,7 +5,7 @@ use qpq_ports::{Reader, View};
 
 use crate::clock::ClockCheck;
 
-/// What changes in memory after the commit of a transaction. `Memory::apply` applies all of it.
+/// The changes in memory after the commit of a transaction. `Memory::apply` applies them.
 #[derive(Debug, Default)]
 pub(crate) struct Effects {
     /// Sessions that were revoked or have expired.

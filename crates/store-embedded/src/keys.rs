@@ -183,7 +183,7 @@ impl Statement for UploadPackages {
     }
 }
 
-/// What became of one package of an upload.
+/// The outcome of one package of an upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stored {
     /// The package is stored, now or since an earlier upload.

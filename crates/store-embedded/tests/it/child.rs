@@ -202,7 +202,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // It may have been killed already.
+        // The process may have been killed already.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
