@@ -16,6 +16,7 @@ mod clock;
 pub mod conformance;
 mod error;
 mod inboxes;
+mod jobs;
 mod keys;
 mod limiter;
 mod sessions;
@@ -34,6 +35,10 @@ pub use error::{StoreError, StoreResult};
 pub use inboxes::{
     Ack, Batch, CALL_BYTES, CALL_MESSAGES, Enqueued, Envelope, Inboxes, Lease, NewMessage, Page,
     PageLimit, ReadQuery, Reader, Receipt, View, Wake, Wakes,
+};
+pub use jobs::{
+    Claim, ClaimRequest, ClaimState, DeadChange, DeadJob, Job, JobEnd, JobId, JobKind, JobStats,
+    Jobs, NewJob,
 };
 pub use keys::{
     HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload, UploadMode,
@@ -54,6 +59,7 @@ pub struct Stores {
     pub limiter: Arc<dyn RateLimiter>,
     pub account_events: Arc<dyn AccountEvents>,
     pub maintenance: Arc<dyn Maintenance>,
+    pub jobs: Arc<dyn Jobs>,
 }
 
 impl fmt::Debug for Stores {

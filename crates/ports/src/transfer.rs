@@ -20,6 +20,7 @@ pub enum Table {
     KeyPackage,
     KeyPackageGiven,
     HybridKey,
+    Job,
 }
 
 /// A column of a table.
@@ -62,7 +63,7 @@ const fn bytes(name: &'static str) -> Column {
 }
 
 impl Table {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Account,
         Self::Session,
         Self::Inbox,
@@ -71,6 +72,7 @@ impl Table {
         Self::KeyPackage,
         Self::KeyPackageGiven,
         Self::HybridKey,
+        Self::Job,
     ];
 
     /// As the stores call it.
@@ -84,6 +86,7 @@ impl Table {
             Self::KeyPackage => "key_package",
             Self::KeyPackageGiven => "key_package_given",
             Self::HybridKey => "hybrid_key",
+            Self::Job => "job",
         }
     }
 
@@ -171,6 +174,20 @@ impl Table {
                 &const { [number("owner"), bytes("fingerprint"), number("not_after")] }
             }
             Self::HybridKey => &const { [number("owner"), bytes("key")] },
+            Self::Job => {
+                &const {
+                    [
+                        number("id"),
+                        text("kind"),
+                        bytes("key"),
+                        bytes("payload"),
+                        number("run_at"),
+                        number("attempts"),
+                        number("died_at"),
+                        text("last_error"),
+                    ]
+                }
+            }
         }
     }
 

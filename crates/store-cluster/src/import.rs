@@ -300,6 +300,10 @@ const MOVE: &[&str] = &[
        FROM import_key_package_given t JOIN import_account s ON s.id = t.owner",
     "INSERT INTO hybrid_key (owner, key)
      SELECT s.moved, t.key FROM import_hybrid_key t JOIN import_account s ON s.id = t.owner",
+    "UPDATE import_job SET moved = nextval(pg_get_serial_sequence('job', 'id'))",
+    "INSERT INTO job (id, kind, key, payload, run_at, attempts, died_at, last_error)
+     SELECT moved, kind, key, payload, run_at, attempts, died_at, last_error FROM import_job
+     ON CONFLICT DO NOTHING",
 ];
 
 /// The canonical rows of what was moved, read from the cluster's own tables. The exporter of the
@@ -339,6 +343,10 @@ fn canonical(table: Table) -> &'static str {
         Table::HybridKey => {
             "SELECT a.identity, t.key FROM hybrid_key t JOIN import_account a ON a.moved = t.owner"
         }
+        Table::Job => {
+            "SELECT t.kind, t.payload, t.run_at, t.attempts, t.died_at, t.last_error
+               FROM job t JOIN import_job j ON j.moved = t.id WHERE t.key IS NULL"
+        }
     }
 }
 
@@ -356,7 +364,7 @@ async fn digests(connection: &mut PgConnection, mut seen: impl FnMut()) -> sqlx:
     Ok(digests)
 }
 
-/// The tables beside the cluster's own: the same columns, and of accounts their new number. They
+/// The tables beside the cluster's own: the same columns, and of accounts and jobs their new number. They
 /// are no part of the schema: only who moves a node needs them, and only for as long.
 fn create_tables() -> String {
     let mut sql = String::new();
@@ -365,7 +373,7 @@ fn create_tables() -> String {
         for Column { name, kind } in table.columns() {
             let _ = write!(sql, "{name} {}, ", sql_type(*kind));
         }
-        if table == Table::Account {
+        if matches!(table, Table::Account | Table::Job) {
             sql.push_str("moved bigint UNIQUE, ");
         }
         let _ = write!(sql, "PRIMARY KEY ({}));", table.key_list());

@@ -17,6 +17,7 @@ mod error;
 mod history;
 mod import;
 mod inboxes;
+mod jobs;
 mod keys;
 mod limiter;
 mod maintenance;
@@ -45,6 +46,7 @@ pub use error::ConnectError;
 pub use history::begin_history;
 pub use import::{Import, ImportError};
 pub use inboxes::COMMITTERS;
+pub use jobs::operator_jobs;
 pub use operate::{BEGIN_HISTORY, DatabaseSnapshot, Operator, client_environment};
 pub use postgres::migrate;
 pub use time::Clocks;
@@ -55,6 +57,7 @@ use crate::{
     error::Server,
     history::History,
     inboxes::ClusterInboxes,
+    jobs::ClusterJobs,
     keys::ClusterKeys,
     limiter::ClusterLimiter,
     maintenance::ClusterMaintenance,
@@ -149,6 +152,7 @@ impl ClusterStore {
                 time.clone(),
                 delivery.recent_ids,
             )),
+            jobs: Arc::new(ClusterJobs::new(database.clone())),
             sessions: Arc::clone(&sessions) as _,
         };
         let mut tasks = JoinSet::new();

@@ -182,6 +182,15 @@ impl ClockGuard {
         }
     }
 
+    /// Returns the time to plan by, if the clock shows `now`: the believed time while the clock is not
+    /// believed.
+    pub(crate) fn believed(&self, now: UnixMillis) -> UnixMillis {
+        let state = self.0.lock();
+        let Some(belief) = state.belief else { return now };
+        let believed = belief.believed.plus(state.since.elapsed());
+        if jumped(believed, now) { believed } else { now }
+    }
+
     /// Checks the clock, which shows `now`, and stores the belief in the transaction of a sweep.
     /// [`ClockGuard::checked`] applies the result after the commit.
     pub(crate) async fn check(

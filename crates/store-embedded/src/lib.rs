@@ -20,7 +20,7 @@
 //! | `damage`, `history` | damage to the file, and its replacement by an older copy |
 //! | `writer` | the queue and the transactions |
 //! | `store` | [`EmbeddedStore`] |
-//! | `accounts`, `sessions`, `inboxes`, `keys`, `limiter`, `maintenance` | the ports, with their statements |
+//! | `accounts`, `sessions`, `inboxes`, `keys`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
 //! | `open`, `accept_clock`, `backup`, `export` | the entry points |
 
 mod accept_clock;
@@ -35,6 +35,7 @@ mod export;
 mod files;
 mod history;
 mod inboxes;
+mod jobs;
 mod keys;
 mod limiter;
 mod maintenance;
@@ -56,5 +57,6 @@ pub use backup::{BackupError, Claim, Inspection, copy_database, inspect};
 pub use clock::JUMP;
 pub use export::{Export, ExportError};
 pub use files::{DATABASE_FILE, MOVED_FILE, RESTORING_FILE};
+pub use jobs::JobsOperator;
 pub use open_error::OpenError;
 pub use store::{EmbeddedStore, Limits};

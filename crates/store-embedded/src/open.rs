@@ -14,7 +14,7 @@ use crate::{
     damage::{self, Damage},
     directory,
     files::{DATABASE_FILE, MOVED_FILE},
-    maintenance,
+    jobs, maintenance,
     memory::{History, Limiter, Memory},
     metrics as names,
     open_error::{OpenError, failed},
@@ -93,6 +93,7 @@ async fn connect_writer(
     accounts::fill_skeletons(&mut connection).await.map_err(failed)?;
     maintenance::beat(&mut connection).await.map_err(failed)?;
     let belief = Belief::read(&mut connection).await.map_err(failed)?;
+    jobs::release_all(&mut connection).await.map_err(failed)?;
     Ok((connection, belief))
 }
 

@@ -46,7 +46,8 @@ impl EmbeddedStore {
             hybrid_keys: store.clone(),
             limiter: store.clone(),
             account_events: Arc::new(SingleEdge),
-            maintenance: store,
+            maintenance: store.clone(),
+            jobs: store,
         }
     }
 

@@ -43,6 +43,8 @@ enum Role {
     AccountInOrder(&'static str),
     /// A number that only this store uses. Not in canonical rows.
     RowNumber,
+    /// The key of a row that the cluster may have already. Rows with a key are not canonical.
+    UniqueKey,
     /// A value that follows from other columns. In neither.
     Derived,
     /// A column of a table that is not moved.
@@ -62,7 +64,7 @@ const fn local(name: &'static str) -> Column {
 }
 
 /// All tables of the schema, except those of SQLite and of the migrations.
-static TABLES: [TableDescription; 11] = [
+static TABLES: [TableDescription; 12] = [
     TableDescription {
         name: "account",
         content: Content::Moved { to: Table::Account, key: 1 },
@@ -156,6 +158,23 @@ static TABLES: [TableDescription; 11] = [
         columns: &[column("owner", Role::Account), value("key")],
     },
     TableDescription {
+        name: "job",
+        content: Content::Moved { to: Table::Job, key: 1 },
+        columns: &[
+            column("id", Role::RowNumber),
+            value("kind"),
+            column("key", Role::UniqueKey),
+            value("payload"),
+            value("run_at"),
+            // No worker of this store is left, so every claim is released.
+            column("claim", Role::Derived),
+            column("again_at", Role::Derived),
+            value("attempts"),
+            value("died_at"),
+            value("last_error"),
+        ],
+    },
+    TableDescription {
         name: "heartbeat",
         content: Content::Local,
         columns: &[local("id"), local("beats"), local("load"), local("clean")],
@@ -205,6 +224,7 @@ impl TableDescription {
     /// the same order.
     pub(crate) fn canonical_rows(&self) -> CanonicalRows {
         let (mut cells, mut hashed, mut account) = (Vec::new(), Vec::new(), None);
+        let mut filter = String::new();
         for Column { name, role } in self.columns {
             match role {
                 Role::Value => cells.push(format!("t.{name}")),
@@ -223,12 +243,13 @@ impl TableDescription {
                     ));
                     account = Some(name);
                 }
+                Role::UniqueKey => filter = format!(" WHERE t.{name} IS NULL"),
                 Role::RowNumber | Role::Derived | Role::Local => {}
             }
         }
         let join =
             account.map_or(String::new(), |name| format!(" JOIN account a ON a.id = t.{name}"));
-        let sql = format!("SELECT {} FROM {} t{join}", cells.join(", "), self.name);
+        let sql = format!("SELECT {} FROM {} t{join}{filter}", cells.join(", "), self.name);
         CanonicalRows { sql, hashed }
     }
 
@@ -313,6 +334,11 @@ mod tests {
             "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), \
              t.fingerprint, t.last_resort, t.not_after, t.bytes, t.not_before \
              FROM key_package t JOIN account a ON a.id = t.owner"
+        );
+        assert_eq!(
+            sql(Table::Job),
+            "SELECT t.kind, t.payload, t.run_at, t.attempts, t.died_at, t.last_error \
+             FROM job t WHERE t.key IS NULL"
         );
         let messages = TableDescription::of(Table::Message).canonical_rows();
         assert_eq!(messages.hashed, [8], "the payload");

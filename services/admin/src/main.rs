@@ -12,6 +12,7 @@
 mod backup;
 mod clock;
 mod init;
+mod jobs;
 mod migrate;
 mod migrate_to_cluster;
 mod rotate;
@@ -53,6 +54,8 @@ enum Command {
     MarkRestored(backup::Which),
     /// Look after the clock of a server without a cluster.
     Clock(clock::Args),
+    /// Show the jobs of a server or a cluster, and retry or remove those that failed for good.
+    Jobs(jobs::Args),
     /// Make what all edges of a new cluster share: keys and a certificate.
     Init(init::Args),
     /// Bring the schema in the cluster's Postgres up to date. To be run before edges of a new
@@ -94,6 +97,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Restore(args) => backup::restore(args),
         Command::MarkRestored(args) => backup::mark_restored(args),
         Command::Clock(args) => clock::run(args),
+        Command::Jobs(args) => jobs::run(args),
         Command::Init(args) => init::run(args),
         Command::Migrate(args) => migrate::run(args),
         Command::MigrateToCluster(args) => migrate_to_cluster::run(args),

@@ -8,12 +8,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
 use qpq_runtime::data_dir::{
     SecretFile,
-    fleet::{FleetDir, TICKET_KEYS, TOKEN_KEY},
+    fleet::{TICKET_KEYS, TOKEN_KEY},
 };
-use qpq_transport::KeyRing;
 
 use crate::say;
 
@@ -42,18 +40,10 @@ pub(crate) fn token_key(args: &Args) -> anyhow::Result<()> {
 }
 
 fn rotate(args: &Args, file: SecretFile, next: &str) -> anyhow::Result<()> {
-    let dir = FleetDir::open(&args.dir)?;
-    let ring = KeyRing::parse(&dir.secret(file)?).with_context(|| {
-        format!(
-            "{} is damaged: it holds no three keys. All edges share the directory that `qpq-admin init` made: bring this \
-             file from another edge or a backup",
-            dir.file(file.name).display()
-        )
-    })?;
-    dir.replace(file, &ring.rotated().to_bytes())?;
+    let path = qpq_server::rotate(&args.dir, file)?;
     say(format_args!(
         "rotated {path}: edges that read this directory take it by themselves\n{next}\n\
          If the edges have copies, or a Kubernetes Secret, bring them this file now.\n",
-        path = dir.file(file.name).display()
+        path = path.display()
     ))
 }

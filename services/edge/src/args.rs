@@ -1,5 +1,4 @@
-//! The command line. It stays thin: flags are one more layer of the configuration, so values are
-//! checked there.
+//! The command line. Flags are one more layer of the configuration, which checks their values.
 
 use std::path::PathBuf;
 
@@ -10,17 +9,16 @@ use crate::{Config, FOREIGN_VARIABLES};
 
 /// The quicproquo server: end-to-end encrypted messages over QUIC.
 ///
-/// Without a command it runs. Everything it keeps is in the data directory; whatever is missing
-/// there is made at the first start. All settings, also as environment variables:
-/// docs/configuration.md.
+/// Without a command the server runs. All of its state is in the data directory, which the first
+/// start creates. docs/configuration.md lists all settings and their environment variables.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "qpq-server", version, max_term_width = 100)]
 pub struct Args {
-    /// The UDP addresses that clients connect to, `[::]:PORT` for IPv6 and IPv4; may be repeated
+    /// The UDP addresses that clients connect to, `[::]:PORT` for IPv6 and IPv4. May be repeated
     /// [default: 0.0.0.0:5001].
     #[arg(long, global = true, value_name = "ADDRESS:PORT")]
     listen: Vec<String>,
-    /// The directory that holds everything [default: data].
+    /// The directory of the database, the keys and the certificate [default: data].
     #[arg(long, global = true, value_name = "DIR")]
     data_dir: Option<String>,
     /// The certificate chain, in DER or PEM [default: server-cert.der in the data directory].
@@ -37,34 +35,34 @@ pub struct Args {
     command: Option<Command>,
 }
 
-/// What to do.
+/// A command of `qpq-server`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Subcommand)]
 pub enum Command {
     /// Run the server (the default).
     #[default]
     Run,
-    /// Look at the configuration without starting anything.
+    /// Check or print the configuration without starting the server.
     #[command(subcommand)]
     Config(ConfigCommand),
 }
 
-/// What to do with the configuration.
+/// A command of `qpq-server config`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
 pub enum ConfigCommand {
-    /// Say whether a server can start from the configuration, and if not, why: settings, and the
-    /// files, keys and ports that they name. Changes nothing.
+    /// Check whether a server can start from the configuration: the settings, and the files, keys
+    /// and ports that they name. Changes nothing.
     Check,
-    /// Print the settings in force as a TOML file, with their origins, without secrets.
+    /// Print the effective settings as a TOML file, with their origins, without secrets.
     Show,
 }
 
 impl Args {
-    /// What to do; to run the server where nothing was said.
+    /// Returns the command, [`Command::Run`] by default.
     pub fn task(&self) -> Command {
         self.command.clone().unwrap_or_default()
     }
 
-    /// The configuration from all layers, these flags on top.
+    /// Loads the configuration from all layers. These flags take precedence.
     pub fn load(&self) -> Result<Loaded<Config>, ConfigError> {
         let listen = (!self.listen.is_empty()).then(|| self.listen.join(","));
         let flags = [
@@ -98,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_and_declaration_agree() {
+    fn every_flag_is_declared_as_a_setting() {
         let mut declared: Vec<_> = Declared::of::<Config>()
             .settings
             .into_iter()

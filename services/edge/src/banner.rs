@@ -1,4 +1,4 @@
-//! What a person sees who starts the server: where it is, and what to type next.
+//! The text printed when the server is ready: addresses, and the commands to try next.
 
 use std::{
     env, fmt,
@@ -20,6 +20,7 @@ pub struct Banner {
 }
 
 impl Banner {
+    /// Describes a server that has started.
     pub fn new(running: &Running, config: &Config) -> Self {
         Self {
             listening: running.local_addrs().to_vec(),
@@ -47,11 +48,11 @@ impl fmt::Display for Banner {
         if let Some(cert) = certificate_created {
             writeln!(
                 f,
-                "  certificate   self-signed, created now at {}: no file was there",
+                "  certificate   self-signed, created now at {}: the file did not exist",
                 cert.display()
             )?;
         }
-        writeln!(f, "\nTwo people can chat now; type in other terminals:")?;
+        writeln!(f, "\nTwo people can chat now. Type in other terminals:")?;
         writeln!(f, "  {client} -p alice register alice --server {server} --pin {fingerprint}")?;
         writeln!(f, "  {client} -p bob   register bob   --server {server} --pin {fingerprint}")?;
         writeln!(
@@ -61,21 +62,21 @@ impl fmt::Display for Banner {
     }
 }
 
-/// How `qpq` is called from here: by its path if it sits beside this program and is not found
-/// without, else by its name.
+/// Returns the command that starts `qpq`: its path if it is in the directory of this program and
+/// not in `PATH`, otherwise its name.
 fn client() -> String {
     let name = "qpq".to_owned();
-    let beside = env::current_exe()
+    let sibling = env::current_exe()
         .ok()
         .map(|program| program.with_file_name(&name))
         .filter(|path| path.is_file());
-    let Some(beside) = beside else { return name };
+    let Some(sibling) = sibling else { return name };
     let searched = env::var_os("PATH").unwrap_or_default();
     if env::split_paths(&searched).any(|dir| dir.join(&name).is_file()) {
         return name;
     }
     let here = env::current_dir().unwrap_or_default();
     let path =
-        beside.strip_prefix(&here).map(|inside| Path::new(".").join(inside)).unwrap_or(beside);
+        sibling.strip_prefix(&here).map(|inside| Path::new(".").join(inside)).unwrap_or(sibling);
     path.display().to_string()
 }

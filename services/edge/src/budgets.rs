@@ -1,5 +1,6 @@
-//! The `[limits]` section: one budget for each class and subject of `qpq_proto`'s table, which also
-//! has the defaults. It is not declared by the `section!` macro because its keys are that table's.
+//! The `[limits]` section: one budget for each class and subject of the table in `qpq_proto`, which
+//! also has the defaults. The `section!` macro cannot declare this section, because its keys come
+//! from that table.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -10,14 +11,14 @@ use qpq_runtime::config::{About, Declared, Leaf, Node, Reader, Section, Value, j
 
 const UNITS: [(&str, u64); 3] = [("s", 1), ("m", 60), ("h", 3_600)];
 
-/// How often things may be asked for.
+/// The rate limits of calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     pub enabled: bool,
     budgets: Vec<(LimitClass, LimitSubject, Budget)>,
 }
 
-/// `burst` calls at once, and `refill` more in every `per`.
+/// A token bucket of `burst` calls, refilled with `refill` calls in every `per`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Budget {
     burst: u32,
@@ -44,7 +45,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// What the dispatcher wants.
+    /// Returns the limits in the form of the dispatcher.
     pub fn to_rpc(&self) -> RateLimits {
         let bucket = |budget: Budget| Bucket {
             burst: budget.burst,
@@ -95,7 +96,7 @@ impl Leaf for Budget {
     }
 
     fn allowed() -> String {
-        "calls at once and calls per time, as in \"20 + 60/m\" (s, m or h)".into()
+        "a burst and a rate of calls, as in \"20 + 60/m\" (s, m or h)".into()
     }
 
     fn read(value: &Value) -> Option<Self> {
@@ -122,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_defaults_are_the_tables() {
+    fn the_defaults_are_those_of_the_table() {
         let rates = Limits::default().to_rpc();
         for class in LimitClass::ALL {
             for default in class.defaults() {
@@ -136,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_budget_is_read_as_it_is_shown_and_nothing_else_is() {
+    fn a_shown_budget_is_read_back_and_malformed_ones_are_refused() {
         let read = |text: &str| <Budget as Leaf>::read(&Value::from(text));
         for (_, _, budget) in Limits::default().budgets {
             let shown = Leaf::show(&budget).unwrap();

@@ -1,5 +1,5 @@
-//! The certificate of a server that is no edge: read from its files, or created where both are
-//! missing and that is wanted.
+//! The certificate of a single node: read from its files, or created if both files are missing and
+//! `tls.generate` allows it.
 
 use std::path::{Path, PathBuf};
 
@@ -7,38 +7,42 @@ use qpq_transport::{Certificates, IdentityError};
 
 use crate::{Config, config::Generate};
 
-/// Why there is no certificate.
+/// The reason why there is no certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
     #[error("the certificate: {0}")]
     Tls(#[from] IdentityError),
     #[error(
-        "there is neither a certificate at {} nor a key at {}, and tls.generate is \"never\": put both there, or name \
-         the files with tls.cert and tls.key",
+        "there is neither a certificate at {} nor a key at {}, and tls.generate is \"never\": put \
+         both there, or name the files with tls.cert and tls.key",
         cert.display(), key.display()
     )]
     Missing { cert: PathBuf, key: PathBuf },
-    #[error("the certificate: {present} is there but {missing} is not. {cause}", present = present.display(), missing = missing.display())]
+    #[error(
+        "the certificate: {present} exists but {missing} does not. {cause}",
+        present = present.display(),
+        missing = missing.display()
+    )]
     HalfMissing { present: PathBuf, missing: PathBuf, cause: &'static str },
 }
 
-/// What is found where certificate and key belong.
+/// The files at the paths of certificate and key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Found {
     Both,
-    /// Neither. `is_named` if the configuration names one of the files.
+    /// Neither file. `is_named` if the configuration names one of them.
     Neither {
         is_named: bool,
     },
 }
 
-/// A certificate, and whether it was created just now although the configuration names a file.
+/// A certificate, and its path if it was created although the configuration names a file.
 pub(crate) struct Opened {
     pub(crate) certificates: std::sync::Arc<Certificates>,
     pub(crate) created_at: Option<PathBuf>,
 }
 
-/// Looks for both files without reading them.
+/// Checks which of both files exist, without reading them.
 pub(crate) fn look(config: &Config) -> Result<Found, CertificateError> {
     let (cert, key) = config.tls_files();
     let exists = |path: &Path| {
@@ -52,7 +56,8 @@ pub(crate) fn look(config: &Config) -> Result<Found, CertificateError> {
         })
     };
     let named = (config.tls.cert.is_some(), config.tls.key.is_some());
-    let both_or_none = "Put it there: from a backup, or from where the certificate was issued";
+    let both_or_none =
+        "Restore it from a backup, or copy it from the place where the certificate was issued";
     match (exists(&cert)?, exists(&key)?) {
         (true, true) => Ok(Found::Both),
         (false, false) => Ok(Found::Neither { is_named: named.0 || named.1 }),
@@ -71,7 +76,7 @@ pub(crate) fn look(config: &Config) -> Result<Found, CertificateError> {
     }
 }
 
-/// Reads the files, or creates them.
+/// Reads both files, or creates them.
 pub(crate) fn open(config: &Config) -> Result<Opened, CertificateError> {
     let (cert, key) = config.tls_files();
     let created_at = match (look(config)?, config.tls.generate) {
@@ -89,7 +94,7 @@ pub(crate) fn open(config: &Config) -> Result<Opened, CertificateError> {
         tracing::warn!(
             cert = %cert.display(),
             key = %key.display(),
-            "the configured certificate and key did not exist: a self-signed certificate was created there"
+            "configured certificate and key did not exist, self-signed certificate created"
         );
     }
     Ok(Opened { certificates, created_at })

@@ -1,5 +1,5 @@
-//! `qpq-server config check`: looks at the files, keys and ports that the configuration names. It
-//! starts nothing, connects to nothing and creates nothing.
+//! `qpq-server config check`: checks the files, keys and ports that the configuration names. Starts
+//! nothing, connects to nothing and creates nothing.
 
 use std::{
     fmt,
@@ -27,21 +27,22 @@ use crate::{
     secrets,
 };
 
-/// From so many days before its end on a certificate is worth a remark.
+/// Remaining days of a certificate below which the report has a note.
 const EXPIRY_DAYS: i64 = 30;
 
-/// What was found.
+/// The findings of [`check`].
 #[derive(Debug, Default)]
 pub struct Report {
-    /// What a start would stand on.
+    /// What a start would use.
     facts: Vec<(&'static str, String)>,
-    /// What a start would do that nobody may expect.
+    /// What the operator may not expect.
     remarks: Vec<String>,
-    /// Why a start would fail.
+    /// Reasons why a start would fail.
     problems: Vec<String>,
 }
 
 impl Report {
+    /// Returns the reasons why a start would fail.
     pub fn problems(&self) -> &[String] {
         &self.problems
     }
@@ -65,12 +66,12 @@ impl fmt::Display for Report {
     }
 }
 
-/// Looks at everything that `config` names.
+/// Checks everything that `config` names.
 pub fn check(config: &Config) -> Report {
     let mut report = Report::default();
     let is_running = if config.cluster_sections().secrets_dir().is_some() {
         check_cluster(config, &mut report);
-        // Nothing on this machine tells an edge that runs from another program.
+        // Nothing on this machine distinguishes a running edge from another program.
         Running::Unknown
     } else {
         let is_running = check_data_dir(&config.data_dir, &mut report);
@@ -81,7 +82,7 @@ pub fn check(config: &Config) -> Report {
     report
 }
 
-/// Whether the server of this configuration runs.
+/// Whether a server with this configuration is running.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Running {
     Yes,
@@ -100,7 +101,8 @@ fn check_data_dir(path: &Path, report: &mut Report) -> Running {
         match writable(ancestor) {
             Ok(()) => report.fact("data in", format_args!("{}, to be created", path.display())),
             Err(why) => report.problem(format_args!(
-                "the data directory {} cannot be created: {} {why}. Choose another one with --data-dir",
+                "the data directory {} cannot be created: {} {why}. Choose another one with \
+                 --data-dir",
                 path.display(),
                 ancestor.display()
             )),
@@ -123,7 +125,7 @@ fn check_data_dir(path: &Path, report: &mut Report) -> Running {
             .problem(format_args!("the data directory {}", OpenError::Restoring(path.to_owned())));
     }
     check_secrets(path, report);
-    // A directory without a lock is looked at without making one.
+    // Opening the lock would create it.
     if !path.join("lock").exists() {
         return Running::No;
     }
@@ -185,8 +187,9 @@ fn check_certificate(config: &Config, report: &mut Report) {
             );
             if is_named {
                 report.remarks.push(format!(
-                    "tls.cert or tls.key names a file that does not exist: a start creates a self-signed certificate at {} \
-                     and its key at {}. With tls.generate = \"never\" it is refused",
+                    "tls.cert or tls.key names a file that does not exist: a start creates a \
+                     self-signed certificate at {} and its key at {}. With tls.generate = \
+                     \"never\" the server does not start",
                     cert.display(),
                     key.display()
                 ));
@@ -204,7 +207,8 @@ fn describe(identity: &Identity, cert: &Path, report: &mut Report) {
     report.fact("fingerprint", identity.fingerprint());
     match days {
         Some(days) if days < 0 => report.remarks.push(format!(
-            "the certificate expired {} days ago: clients that check its dates refuse to connect. Renew it",
+            "the certificate expired {} days ago: clients that check its dates refuse to connect. \
+             Renew it",
             -days
         )),
         Some(days) if days < EXPIRY_DAYS => {
@@ -217,13 +221,13 @@ fn describe(identity: &Identity, cert: &Path, report: &mut Report) {
 fn check_cluster(config: &Config, report: &mut Report) {
     let sections = config.cluster_sections();
     let dir = sections.secrets_dir().expect("it is a cluster");
-    let opaque_fingerprint = match secrets::load_fleet(dir) {
-        Ok(fleet) => {
-            report.fact("cluster", format_args!("{} of {}", fleet.cluster, dir.display()));
+    let opaque_fingerprint = match secrets::load_shared(dir) {
+        Ok(shared) => {
+            report.fact("cluster", format_args!("{} of {}", shared.cluster, dir.display()));
             if config.own_tls_files().is_none() {
-                describe(&fleet.certificates.identity(), dir, report);
+                describe(&shared.certificates.identity(), dir, report);
             }
-            fleet.opaque_fingerprint
+            shared.opaque_fingerprint
         }
         Err(error) => {
             report.problem(error);
@@ -271,7 +275,8 @@ fn check_port(
         Err(error) if error.kind() == AddrInUse && running == Running::Unknown => {
             report.fact(name, format_args!("{address} ({kind}), in use"));
             report.remarks.push(format!(
-                "{kind} port {} is in use: that is right if this edge is running, else choose another with {setting}",
+                "{kind} port {} is in use. If this edge is not running, choose another port with \
+                 {setting}",
                 address.port()
             ));
         }

@@ -1,6 +1,6 @@
-//! The settings that make an edge one of a cluster. All three servers and the directory of shared
-//! secrets → a cluster; none of them → the embedded store; some of them → refused, with the missing
-//! names.
+//! The settings that make an edge one of a cluster. With all three servers and the directory of
+//! shared secrets, the server is an edge. Without all four, it uses the embedded store. With some
+//! of them, it refuses to start and names the missing ones.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -13,87 +13,92 @@ use qpq_runtime::{
 use qpq_store_cluster::{Clocks, Endpoint, Limits, Migrate, Timing};
 
 section! {
-    /// Postgres, version 15 or newer, where a cluster keeps everything that is durable.
+    /// Postgres, version 15 or newer: all durable state of a cluster.
     pub struct Postgres {
-        /// Where it is, as in `postgres://qpq@db.example.org:5432/qpq`. Several hosts' addresses
-        /// are for a proxy to hide.
+        /// The address, as in `postgres://qpq@db.example.org:5432/qpq`. For several hosts use the
+        /// address of a proxy.
         url: Option<Redacted<String>> = None;
-        /// A file with the password, which then need not be in the URL.
+        /// A file with the password, instead of the password in the URL.
         password_file: Option<PathBuf> = None;
-        /// A PEM file with the authorities of its certificate, beside the public ones; the
-        /// connection is encrypted and the certificate checked.
+        /// A PEM file with authorities to trust in addition to the public ones. The connection is
+        /// encrypted and the certificate checked.
         ca: Option<PathBuf> = None, unset: "the URL's `sslmode` decides";
-        /// Connections of this edge at most.
+        /// Maximum number of connections of this edge.
         connections: u32 = 16;
-        /// How long a statement may take, a lock be waited for, and a free connection be waited
-        /// for.
+        /// Maximum time of a statement, of a wait for a lock, and of a wait for a free connection.
         timeout: Duration = Duration::from_secs(5);
     }
 }
 
 section! {
-    /// Redis, version 7.0 or newer: queues that are being read, leases, waiters, rate limits. It
-    /// may lose everything it holds.
+    /// Redis, version 7.0 or newer: inboxes that are being read, leases, waiters, rate limits. All
+    /// of its content may be lost.
     pub struct Redis {
-        /// Where it is: `redis://host:6379`, `redis+cluster://a:6379,b:6379` or
-        /// `redis+sentinel://a:26379,b:26379/primary`; with `rediss` in place of `redis` encrypted.
-        /// Sentinels may want the password too, or none.
+        /// The address: `redis://host:6379`, `redis+cluster://a:6379,b:6379` or
+        /// `redis+sentinel://a:26379,b:26379/primary`. `rediss` instead of `redis` encrypts.
+        /// Sentinels may have the same password, or none.
         url: Option<Redacted<String>> = None;
-        /// A file with the password, which then need not be in the URL.
+        /// A file with the password, instead of the password in the URL.
         password_file: Option<PathBuf> = None;
-        /// A PEM file with the authorities of its certificate; only where the URL says `rediss`.
+        /// A PEM file with the authorities to trust. Only with `rediss` in the URL.
         ca: Option<PathBuf> = None, unset: "the system's";
-        /// How long it may take to answer.
+        /// Maximum time of an operation.
         timeout: Duration = Duration::from_secs(2);
     }
 }
 
 section! {
-    /// NATS: word from edge to edge. All of it may get lost.
+    /// NATS: messages between edges. Any of them may be lost.
     pub struct Nats {
-        /// Where it is, as in `nats://a:4222,nats://b:4222` or `nats://user:password@a`; with `tls`
-        /// in place of `nats` encrypted. One word in front of `@` is a token.
+        /// The address, as in `nats://a:4222,nats://b:4222` or `nats://user:password@a`. `tls`
+        /// instead of `nats` encrypts. Text without a colon in front of `@` is a token.
         url: Option<Redacted<String>> = None;
-        /// A file with the password, or with the token where the URL names no user.
+        /// A file with the password, or with the token if the URL names no user.
         password_file: Option<PathBuf> = None;
-        /// A PEM file with the authorities of its certificate; the connection is encrypted.
+        /// A PEM file with the authorities to trust. The connection is encrypted.
         ca: Option<PathBuf> = None, unset: "the system's";
     }
 }
 
 section! {
-    /// What this edge shares with the others of its cluster.
+    /// Settings of an edge in its cluster.
     pub struct Cluster {
-        /// The directory that `qpq-admin init` made, the same for every edge: secrets, keys, the
-        /// certificate.
+        /// The directory that `qpq-admin init` created, with the same content for every edge:
+        /// secrets, keys, the certificate.
         secrets_dir: Option<PathBuf> = None;
-        /// This edge's name, which no other running edge has. One that is started again under its
-        /// name can tell the clients of its predecessor at once that their connections are gone.
-        edge: Option<String> = None, unset: "clients event it by silence";
-        /// In front of every key in Redis and every subject in NATS, where several clusters share
-        /// those.
+        /// The name of this edge, which no other running edge has. An edge that is restarted with
+        /// its name can immediately notify the clients of its predecessor that their connections
+        /// have ended.
+        edge: Option<String> = None, unset: "their connections time out";
+        /// The prefix of every key in Redis and every subject in NATS, for several clusters that
+        /// share those servers.
         namespace: String = "qpq".into();
-        /// Whether an edge brings the schema up to date when it starts. Else `qpq-admin migrate`
-        /// does, before.
+        /// Whether an edge migrates the schema when it starts. Otherwise run `qpq-admin migrate`
+        /// before edges of a new version start.
         migrate: MigrateWhen = MigrateWhen::Never;
-        /// Maximum difference between the clocks of this edge and of Postgres. Beyond it the edge is
-        /// not ready.
+        /// Maximum difference between the clocks of this edge and of Postgres. With a larger one
+        /// the edge is not ready.
         max_clock_skew: Duration = Clocks::default().max_skew;
-        /// How long an edge that starts waits for each of the servers, be it that it is not there
-        /// or that it hangs. One that refuses the edge is not waited for.
+        /// How long an edge that starts waits for each server that cannot be reached or does not
+        /// answer. A server that refuses the edge ends the start immediately.
         start_timeout: Duration = Duration::from_secs(60);
-        /// Between two looks at the inboxes that somebody waits for: the delay of a message when
-        /// word of it got lost.
+        /// Interval between two checks of the inboxes that calls wait for: the maximum delay of a
+        /// message whose wake was lost.
         poll: Duration = Timing::default().poll;
-        /// How long messages that an edge was delivering stay hidden when it dies.
+        /// How long messages that a killed edge was delivering stay hidden.
         lease: Duration = Timing::default().lease;
-        /// How long an edge and Redis may each believe in a session: how long an end of it can go
-        /// unnoticed while NATS is away.
+        /// How long an edge and Redis each cache a session: the maximum time for which the end of a
+        /// session goes unnoticed while NATS is unavailable.
         session_cache: Duration = Timing::default().session_cache;
+        /// Interval at which one of the edges rotates the keys of TLS session tickets in
+        /// `secrets_dir`. Only for edges that all read one directory, and may write to it. Where
+        /// each edge has a copy, or the directory is a Secret of Kubernetes, run `qpq-admin
+        /// rotate-ticket-keys` every 6 hours instead.
+        rotate_ticket_keys: Option<Duration> = None, unset: "the edges rotate nothing";
     }
 }
 
-/// When the schema is brought up to date.
+/// When the schema is migrated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MigrateWhen {
     Never,
@@ -105,7 +110,7 @@ impl Choice for MigrateWhen {
         &[("never", Self::Never), ("at_start", Self::AtStart)];
 }
 
-/// The four sections.
+/// The sections of an edge.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sections<'a> {
     pub(crate) postgres: &'a Postgres,
@@ -114,9 +119,9 @@ pub(crate) struct Sections<'a> {
     pub(crate) cluster: &'a Cluster,
 }
 
-/// A file named in the configuration cannot be used.
+/// The reason why a file named in the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("{path} that {setting} names cannot be read: {source}", path = path.display())]
+#[error("{path}, which {setting} names, cannot be read: {source}", path = path.display())]
 pub struct PasswordFileError {
     setting: &'static str,
     path: PathBuf,
@@ -124,20 +129,21 @@ pub struct PasswordFileError {
 }
 
 impl<'a> Sections<'a> {
-    /// The directory of shared secrets, if this edge is one of a cluster.
+    /// Returns the directory of shared secrets if this server is an edge.
     pub(crate) fn secrets_dir(&self) -> Option<&'a PathBuf> {
         self.cluster.secrets_dir.as_ref().filter(|_| self.missing().is_empty())
     }
 
-    /// What is missing for a cluster, if only some of it is given.
+    /// Returns the settings that are missing, if only some of a cluster are given.
     pub(crate) fn broken(&self) -> Option<Broken> {
         let missing = self.missing();
         let &first = missing.first()?;
         (missing.len() < NEEDED).then(|| Broken {
             path: first,
             must_be: format!(
-                "given too: a cluster needs postgres.url, redis.url, nats.url and cluster.secrets_dir, and {} {} missing. \
-                 Without any of the four the server runs alone",
+                "given too: a cluster needs postgres.url, redis.url, nats.url and \
+                 cluster.secrets_dir, and {} {} missing. Without any of the four the server is a \
+                 single node",
                 missing.join(" and "),
                 if missing.len() == 1 { "is" } else { "are" }
             ),
@@ -154,7 +160,7 @@ impl<'a> Sections<'a> {
         given.into_iter().filter(|(_, given)| !given).map(|(name, _)| name).collect()
     }
 
-    /// What the store wants.
+    /// Returns the configuration of the store.
     pub(crate) fn store(
         &self,
         opaque_setup: [u8; 32],
@@ -169,8 +175,8 @@ impl<'a> Sections<'a> {
         })
     }
 
-    /// What Postgres alone needs; the other two are nowhere, and their passwords are not looked
-    /// for.
+    /// Returns a configuration for Postgres alone. The other two have no address, and their
+    /// password files are not read.
     pub(crate) fn database(
         &self,
         opaque_setup: [u8; 32],
@@ -178,7 +184,7 @@ impl<'a> Sections<'a> {
         key_packages: KeyPackageCaps,
     ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
         let Self { postgres, redis, cluster, .. } = self;
-        let nowhere = || Endpoint { url: String::new(), password: None, ca: None };
+        let none = || Endpoint { url: String::new(), password: None, ca: None };
         Ok(qpq_store_cluster::Config {
             postgres: endpoint(
                 &postgres.url,
@@ -186,8 +192,8 @@ impl<'a> Sections<'a> {
                 &postgres.password_file,
                 &postgres.ca,
             )?,
-            redis: nowhere(),
-            nats: nowhere(),
+            redis: none(),
+            nats: none(),
             postgres_connections: postgres.connections,
             postgres_timeout: postgres.timeout,
             redis_timeout: redis.timeout,
@@ -209,7 +215,7 @@ impl<'a> Sections<'a> {
     }
 }
 
-/// How many settings make a cluster.
+/// The number of settings that make a cluster.
 const NEEDED: usize = 4;
 
 fn endpoint(

@@ -1,5 +1,4 @@
-//! How the server is put together, and taken apart again. The binary and the tests start the same
-//! thing from here.
+//! Starts and stops a server. The binary and the tests both use [`compose`].
 
 use std::{
     future::Future,
@@ -27,21 +26,21 @@ use crate::{
     Config,
     certificate::CertificateError,
     cluster::PasswordFileError,
-    maintenance, probe,
+    jobs, maintenance, probe,
     secrets::SecretsError,
     service::Edge,
     store::{Opened, Store},
 };
 
-/// For /livez: the server from the outside. Three failures, because a restart ends every
-/// connection.
+/// The probe of /livez: a connection from outside. Three failures are tolerated, because a restart
+/// ends every connection.
 const LIVENESS: Schedule =
     Schedule { every: Duration::from_secs(10), within: Duration::from_secs(8), tolerance: 3 };
-/// For /readyz and Health: whether the store can commit.
+/// The probe of /readyz and Health: whether the store can commit.
 const READINESS: Schedule =
     Schedule { every: Duration::from_secs(5), within: Duration::from_secs(5), tolerance: 1 };
 
-/// A server at work. Dropping it ends it abruptly; [`Running::shutdown`] does it gently.
+/// A running server. Dropping it ends it abruptly, [`Running::shutdown`] gently.
 #[derive(Debug)]
 #[must_use = "a dropped server closes its connections"]
 pub struct Running {
@@ -52,10 +51,12 @@ pub struct Running {
     member: Option<Member>,
     store: Store,
     tasks: Tasks,
+    /// Present once the server is composed.
+    jobs: Option<jobs::Running>,
     drain: Duration,
 }
 
-/// Why the server does not start, and what to do about it.
+/// The reason why the server does not start, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(transparent)]
@@ -71,7 +72,8 @@ pub enum StartError {
     #[error(transparent)]
     Certificate(#[from] CertificateError),
     #[error(
-        "UDP port {} of {} is taken: stop the server that listens there, or choose another port with --listen",
+        "UDP port {} of {} is in use. Stop the server that listens there, or choose another port \
+         with --listen",
         .0.port(), .0.ip()
     )]
     Taken(SocketAddr),
@@ -92,7 +94,7 @@ impl From<BindError> for StartError {
     }
 }
 
-/// Starts a server. When this returns, clients are being served. Needs a tokio runtime.
+/// Starts a server. When this returns, clients are served. Needs a tokio runtime.
 pub async fn compose(config: &Config) -> Result<Running, StartError> {
     let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
     let Opened { store, secrets, certificates, certificate_created, member } =
@@ -105,8 +107,8 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
         signer: secrets.signer,
         config: config.rpc(),
     });
-    // So that Health says from the first call on what the probe would find: a failure is reported by
-    // the probe, and is no reason not to start.
+    // Health answers correctly from the first call on. A failure is reported by the probe, and does
+    // not prevent the start.
     let _ = rpc.check_store().await;
     match listen(config, &rpc, &certificates, member.clone()).await {
         Ok((http, server)) => {
@@ -118,20 +120,21 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
                 member,
                 store,
                 tasks: Tasks::default(),
+                jobs: None,
                 drain: config.drain.timeout,
             };
             running.look_after(config, http, rpc, clock, metrics);
             Ok(running)
         }
         Err(error) => {
-            // So that the next attempt, perhaps from this process, finds the store free.
+            // The next attempt, maybe in this process, needs the lock of the store.
             store.close().await;
             Err(error)
         }
     }
 }
 
-/// Opens the ports. QUIC comes last: once it is open, clients are served.
+/// Opens the ports. QUIC is last: once it is open, clients are served.
 async fn listen(
     config: &Config,
     rpc: &Arc<Rpc>,
@@ -152,52 +155,61 @@ async fn listen(
 }
 
 impl Running {
-    /// Where clients connect.
+    /// Returns the first address that clients connect to.
     pub fn local_addr(&self) -> SocketAddr {
         self.server.local_addr()
     }
 
-    /// The addresses where clients connect, at least one.
+    /// Returns the addresses that clients connect to, at least one.
     pub fn local_addrs(&self) -> &[SocketAddr] {
         self.server.local_addrs()
     }
 
-    /// Where health and metrics are served, unless they are off.
+    /// Returns the address of health and metrics, unless they are off.
     pub fn http_addr(&self) -> Option<SocketAddr> {
         self.http
     }
 
-    /// Of the key that clients see, for them to pin.
+    /// Returns the fingerprint of the server's key, for clients to pin.
     pub fn fingerprint(&self) -> Fingerprint {
         self.certificates.fingerprint()
     }
 
-    /// Where a self-signed certificate was created although the configuration names a file.
+    /// Returns the path of a certificate that was created although the configuration names a file.
     pub fn certificate_created(&self) -> Option<&Path> {
         self.certificate_created.as_deref()
     }
 
-    /// Takes up certificate and key if their files have changed.
+    /// Reloads certificate and key if their files have changed.
     pub fn reload_certificate(&self) -> Result<Reload, IdentityError> {
         self.certificates.reload()
     }
 
-    /// Completes if something that should go on for ever has failed. Cancel-safe.
+    /// Completes when a task that runs as long as the server has failed. Cancel-safe.
     pub async fn failure(&mut self) -> TaskFailure {
         self.tasks.failure().await
     }
 
-    /// Stops gently: no new connections, calls in flight end, clients are told, everything is
-    /// closed. Once `hurry` completes, calls in flight are no longer waited for.
+    /// Stops gently: refuses new connections, claims no more jobs, lets calls and jobs in progress
+    /// end, and closes all connections and the store. Once `hurry` completes, nothing in progress
+    /// is waited for.
     pub async fn shutdown(self, hurry: impl Future<Output = ()>) {
         tracing::info!(
             up_to = ?self.drain,
-            "draining: new connections are refused, waiting calls answer, calls in flight may end"
+            "draining: new connections are refused, waiting calls answer, calls in progress may end"
         );
+        let drained = async {
+            let jobs = async {
+                if let Some(jobs) = &self.jobs {
+                    jobs.drain().await;
+                }
+            };
+            tokio::join!(self.server.drain(self.drain), jobs)
+        };
         tokio::select! {
-            () = self.server.drain(self.drain) => tracing::info!("drained: all connections are closed"),
+            ((), ()) = drained => tracing::info!("drained: all connections are closed"),
             () = hurry => {
-                tracing::warn!("not waiting any longer for calls in flight");
+                tracing::warn!("hurried: calls in progress are aborted");
                 self.server.abort().await;
             }
         }
@@ -227,7 +239,7 @@ impl Running {
             async move { rpc.check_store().await.map_err(|error| with_causes(&error)) }
         });
         tasks.spawn("other edges", Arc::clone(&rpc).hear_other_edges());
-        tasks.spawn("sweep", maintenance::sweep(self.store.stores(), clock));
+        self.jobs = Some(jobs::Running::start(tasks, config, &self.store, clock));
         tasks.spawn(
             "certificates",
             Arc::clone(&self.certificates).watch(config.tls.reload_interval),
@@ -243,7 +255,7 @@ impl Running {
     }
 }
 
-/// An error and what it comes from, in one line.
+/// Returns an error and its causes in one line.
 pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")

@@ -1,6 +1,6 @@
-//! Every setting of the server, declared once: `docs/configuration.md`, the environment variables
-//! and `config show` come from here. To add one: a line in its section with a doc comment, its use
-//! below or in `compose`, and `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
+//! Every setting of the server, declared once. `docs/configuration.md`, the environment variables
+//! and `config show` are generated from here. To add one: a line in its section with a doc comment,
+//! its use below or in `compose`, and `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
 
 use std::{collections::HashSet, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -21,15 +21,14 @@ use crate::{
     cluster::{Cluster, Nats, PasswordFileError, Postgres, Redis, Sections},
 };
 
-/// Variables with our prefix that the client, the tests or the documentation read, and that we
-/// therefore leave alone.
+/// Variables with the prefix `QPQ_` that only the client, the tests or the documentation read.
 pub const FOREIGN_VARIABLES: &[&str] =
     &["QPQ_HOME", "QPQ_PASSWORD", "QPQ_PROFILE", "QPQ_SERVER", "QPQ_UPDATE_DOCS"];
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-/// Longer than anything here is meant for, short enough that no sum of times overflows.
+/// The longest duration. Sums of such durations do not overflow.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
-/// What fits a frame.
+/// The largest payload of a frame.
 const LARGEST_PAYLOAD: u64 = qpq_wire::MAX_PAYLOAD as u64;
 
 section! {
@@ -37,10 +36,11 @@ section! {
     pub struct Config {
         /// The UDP addresses that clients connect to. `[::]` listens on IPv6 and IPv4.
         listen: Listen = SocketAddr::from(([0, 0, 0, 0], 5001)).into(), flag: "--listen";
-        /// The directory that holds everything: database, certificate, keys. Made, for its owner
-        /// alone, if missing.
+        /// The directory of the database, the certificate and the keys. Created if missing,
+        /// readable for its owner alone.
         data_dir: PathBuf = "data".into(), flag: "--data-dir";
-        /// The server's own domain, what follows the `@` in its users' addresses. In lower case.
+        /// The domain of the server, the part after the `@` in the addresses of its accounts. In
+        /// lower case.
         domain: String = "localhost".into();
         /// The certificate that clients see.
         tls: Tls = Tls::default();
@@ -50,36 +50,35 @@ section! {
         log: Log = Log::default();
         /// Traces of calls, for an OpenTelemetry collector.
         trace: Trace = Trace::default();
-        /// How much the server bears from the network, and for how long. What is above is refused,
-        /// never queued.
+        /// Limits of connections, calls and times. What exceeds them is refused, never queued.
         transport: Transport = Transport::default();
-        /// The memory for answers that wait for their clients. A page of messages is made smaller
-        /// where it is short.
+        /// Memory for answers that wait for their clients. When memory is short, pages of messages
+        /// are smaller.
         answers: Answers = Answers::default();
-        /// How often things may be asked for. [rpc.md](rpc.md) says which methods share a budget.
+        /// Rate limits of calls. [rpc.md](rpc.md) lists the methods that share a budget.
         limits: Limits = Limits::default();
         /// Messages and inboxes.
         delivery: Delivery = Delivery::default();
         /// KeyPackages.
         keys: Keys = Keys::default();
-        /// What a login opens.
+        /// Sessions, which begin with a login.
         session: Session = Session::default();
         /// Registration and login.
         auth: Auth = Auth::default();
         /// Administrators.
         admin: Admin = Admin::default();
-        /// How the server stops.
+        /// The stop of the server.
         drain: Drain = Drain::default();
-        /// Postgres, version 15 or newer, where a cluster keeps everything that is durable.
+        /// Postgres, version 15 or newer: all durable state of a cluster.
         postgres: Postgres = Postgres::default();
-        /// Redis, version 7.0 or newer: queues that are being read, leases, waiters, rate limits.
-        /// It may lose everything it holds.
+        /// Redis, version 7.0 or newer: inboxes that are being read, leases, waiters, rate limits.
+        /// All of its content may be lost.
         redis: Redis = Redis::default();
-        /// NATS: word from edge to edge. All of it may get lost.
+        /// NATS: messages between edges. Any of them may be lost.
         nats: Nats = Nats::default();
-        /// What this edge shares with the others of its cluster. A cluster needs `postgres.url`,
-        /// `redis.url`, `nats.url` and `cluster.secrets_dir`; without all four the server runs
-        /// alone, on its data directory.
+        /// Settings of an edge in its cluster. A cluster needs `postgres.url`, `redis.url`,
+        /// `nats.url` and `cluster.secrets_dir`. Without all four the server is a single node on
+        /// its data directory.
         cluster: Cluster = Cluster::default();
     }
 }
@@ -89,64 +88,67 @@ section! {
     pub struct Tls {
         /// The certificate chain, in DER or PEM.
         cert: Option<PathBuf> = None,
-            unset: "`server-cert.der` in the data directory", variable: "QPQ_TLS_CERT", flag: "--tls-cert";
+            unset: "`server-cert.der` in the data directory",
+            variable: "QPQ_TLS_CERT", flag: "--tls-cert";
         /// The private key, in DER or PEM.
         key: Option<PathBuf> = None,
-            unset: "`server-key.der` in the data directory", variable: "QPQ_TLS_KEY", flag: "--tls-key";
-        /// Whether a self-signed certificate is created, with its key, where neither file exists.
-        /// Where this section names a file that does not exist, with a warning.
+            unset: "`server-key.der` in the data directory",
+            variable: "QPQ_TLS_KEY", flag: "--tls-key";
+        /// Whether a self-signed certificate and its key are created if neither file exists. If
+        /// this section names a file that does not exist, the log has a warning.
         generate: Generate = Generate::IfMissing;
-        /// Names and IP addresses in a certificate that is created, besides the domain and
+        /// Names and IP addresses in a certificate that is created, in addition to the domain and
         /// `localhost`.
         names: Vec<String> = Vec::new();
-        /// How often the files are looked at for a renewed certificate.
+        /// Interval at which the files are checked for a renewed certificate.
         reload_interval: Duration = qpq_transport::RELOAD_INTERVAL;
     }
 }
 
 section! {
-    /// What the server bears from the network.
+    /// Limits of connections, calls and times.
     pub struct Transport {
-        /// Connections at a time. An idle one costs about 45 KiB.
+        /// Maximum number of connections. An idle one uses about 45 KiB.
         max_connections: usize = TransportLimits::default().max_connections;
-        /// Connections at a time from one IP address. Leave room for those who share one.
+        /// Maximum number of connections from one IP address. Many clients may share one.
         max_connections_per_ip: usize = TransportLimits::default().max_connections_per_ip;
-        /// Handshakes at a time.
+        /// Maximum number of handshakes in progress.
         max_handshakes: usize = TransportLimits::default().max_handshakes;
-        /// Handshakes at a time from one IP address (IPv6: its /64). Leave room for those who share
-        /// one.
+        /// Maximum number of handshakes in progress from one IP address (IPv6: its /64). Many
+        /// clients may share one.
         max_handshakes_per_ip: usize = TransportLimits::default().max_handshakes_per_ip;
-        /// From so many handshakes at a time on, clients must first prove their address, which
-        /// costs them a round trip.
+        /// Handshakes in progress from which on clients must prove their address, which costs a
+        /// round trip.
         retry_above: usize = TransportLimits::default().retry_above;
-        /// Calls in flight on one connection. Each takes 83 bytes on every connection, used or not.
+        /// Maximum number of calls in progress on one connection. Each uses 83 bytes on every
+        /// connection, also if there is no call.
         max_streams: u32 = TransportLimits::default().max_streams;
-        /// How long a handshake may take.
+        /// Maximum time of a handshake.
         handshake_timeout: Duration = Timeouts::default().handshake;
-        /// The same while at least `retry_above` handshakes are in progress.
+        /// Maximum time of a handshake while at least `retry_above` are in progress.
         handshake_timeout_under_pressure: Duration = Timeouts::default().handshake_under_pressure;
-        /// How long a client may be silent until its connection is dropped. Clients give a sign of
-        /// life every 15 s.
+        /// Time without a packet after which a connection is dropped. Clients send a keep-alive
+        /// every 15 s.
         idle_timeout: Duration = Timeouts::default().idle;
-        /// How long a request may take to arrive, from its first byte.
+        /// Maximum time for a request to arrive, from its first byte.
         request_timeout: Duration = Timeouts::default().request;
-        /// How long a client may be silent until messages that it fetched and did not acknowledge
-        /// are back in its inbox.
+        /// Time without a packet after which messages that the client has not confirmed are back in
+        /// its inbox.
         silent_peer_timeout: Duration = Timeouts::default().silent_peer;
-        /// How long a client may accept nothing of its answer until that is stopped; a third of it
-        /// while the memory for answers is short.
+        /// Time without progress after which an answer is aborted, a third of it while the memory
+        /// for answers is short.
         stalled_reply_timeout: Duration = Timeouts::default().stalled_reply;
-        /// Bytes a second that a client must accept of an answer, over the whole of it and after
-        /// `stalled_reply_timeout`; eight times as many while the memory for answers is short. What
-        /// an answer that was stopped showed is in the inbox again.
+        /// Minimum bytes a second at which a client must accept an answer, on average and after
+        /// `stalled_reply_timeout`. Eight times the value while the memory for answers is short.
+        /// The messages of an aborted answer are back in the inbox.
         min_reply_rate: Size = Size(TransportLimits::default().min_reply_rate);
     }
 }
 
 section! {
-    /// The memory for answers that wait for their clients.
+    /// Memory for answers that wait for their clients.
     pub struct Answers {
-        /// Memory for all answers. From three quarters of it on, clients must read faster.
+        /// Memory for all answers. Above three quarters of it, clients must read faster.
         process: Size = Size(AnswerMemory::default().process as u64);
         /// Memory for the answers to one account, over all its connections.
         account: Size = Size(AnswerMemory::default().account as u64);
@@ -166,21 +168,21 @@ section! {
         max_messages: u64 = qpq_domain::Delivery::default().max_messages;
         /// Payload queued in one inbox.
         max_bytes: Size = Size(qpq_domain::Delivery::default().max_bytes);
-        /// While an inbox is more than half full, one sender may hold at most one part of so many
-        /// of it, in messages and in bytes. 1: no such limit.
+        /// While an inbox is more than half full, one sender may have at most its n-th part, in
+        /// messages and in bytes. 1: no limit.
         sender_share: u64 = qpq_domain::Delivery::default().sender_share;
         /// The largest BatchEnqueue: the payload times the recipients, or the sum of the payloads.
         max_batch_bytes: Size = Size(qpq_domain::Delivery::default().max_batch_bytes);
-        /// The lifetime of a message whose sender gave none.
+        /// The lifetime of a message without one in the request.
         default_ttl: Duration = qpq_domain::Delivery::default().default_ttl;
-        /// The longest lifetime that a sender may ask for.
+        /// The longest lifetime that a request may have.
         max_ttl: Duration = qpq_domain::Delivery::default().max_ttl;
-        /// How long a message id is remembered once its message is gone, so that a repeat is not
-        /// delivered twice.
+        /// How long a message id is kept after its message was removed, so that a repeated Enqueue
+        /// is not delivered twice.
         recent_ids: Duration = qpq_domain::Delivery::default().recent_ids;
-        /// How long FetchWait waits where the client names no time.
+        /// The time that FetchWait waits if the request has none.
         default_wait: Duration = qpq_domain::Delivery::default().default_wait;
-        /// The longest FetchWait.
+        /// The longest time that FetchWait waits.
         max_wait: Duration = qpq_domain::Delivery::default().max_wait;
     }
 }
@@ -190,20 +192,21 @@ section! {
     pub struct Keys {
         /// The largest KeyPackage.
         max_package: Size = Size(qpq_domain::KeyPackageCaps::default().max_bytes as u64);
-        /// KeyPackages that one identity may have on the server.
+        /// Maximum number of KeyPackages of one account.
         max_packages: u32 = qpq_domain::KeyPackageCaps::default().max_count;
-        /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are taken. Of the defaults
-        /// 0x0001 and 0x0003 are checked in full; of others the signature is not.
+        /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are accepted. KeyPackages of
+        /// 0x0001 and 0x0003, the defaults, are checked in full. Of other suites the signature is
+        /// not checked.
         suites: Suites = Suites(qpq_rpc::Config::default().key_package_suites);
     }
 }
 
 section! {
-    /// What a login opens.
+    /// Sessions, which begin with a login.
     pub struct Session {
-        /// How long it lasts from its last use.
+        /// Lifetime of a session after its last use.
         idle: Duration = SessionLifetimes::default().idle;
-        /// How long it lasts from the login, however much it is used.
+        /// Lifetime of a session after the login, regardless of its use.
         absolute: Duration = SessionLifetimes::default().absolute;
     }
 }
@@ -211,15 +214,15 @@ section! {
 section! {
     /// Registration and login.
     pub struct Auth {
-        /// Whether a registration must prove that it has the identity key's private half. A proof
-        /// that is given is always checked.
+        /// Whether a registration must prove possession of the identity key. A proof in a request
+        /// is always checked.
         identity_proof: IdentityProof = IdentityProof::Optional;
         /// The scripts that a new username may mix (UTS 39): none but Latin with Japanese or
         /// Korean; in addition Latin with one other that is not Cyrillic or Greek; or any, symbols
         /// too. Accounts that exist keep their names.
         username_scripts: UsernameScripts = UsernameScripts::HighlyRestrictive;
-        /// Logins and registrations that may wait for the processor before the next is told to come
-        /// later.
+        /// Maximum number of logins and registrations that wait for the processor. More are refused
+        /// and may try again later.
         waiting_logins: usize = 256;
     }
 }
@@ -227,16 +230,16 @@ section! {
 section! {
     /// Administrators.
     pub struct Admin {
-        /// Who may call the administrators' methods.
+        /// The accounts that may call the methods of administrators.
         usernames: Vec<String> = Vec::new();
     }
 }
 
 section! {
-    /// How the server stops.
+    /// The stop of the server.
     pub struct Drain {
-        /// How long calls in flight may go on after the first SIGTERM or SIGINT. A second one stops
-        /// at once.
+        /// Maximum time for calls in progress to end after the first SIGTERM or SIGINT. A second
+        /// signal stops the server immediately.
         timeout: Duration = qpq_transport::DRAIN_DEADLINE, variable: "QPQ_DRAIN_TIMEOUT";
     }
 }
@@ -329,8 +332,8 @@ impl Settings for Config {
 }
 
 impl Config {
-    /// All rules but the one that a cluster is given whole or not at all: for programs that need
-    /// only a part of it.
+    /// Returns the values that break a rule. Does not check that a cluster is given whole or not at
+    /// all, for programs that need only a part of it.
     pub fn broken_values(&self) -> Vec<Broken> {
         let mut broken = Vec::new();
         let mut must = |holds: bool, path, be: &str| {
@@ -349,7 +352,7 @@ impl Config {
             "domain",
             "a domain name in lower case, as in example.org",
         );
-        must(self.admins().is_ok(), "admin.usernames", "user names as they may be registered");
+        must(self.admins().is_ok(), "admin.usernames", "valid usernames");
         must(
             self.session.idle <= self.session.absolute,
             "session.idle",
@@ -368,8 +371,8 @@ impl Config {
         broken
     }
 
-    /// What the cluster's database alone needs, for programs that are no edges. `opaque_setup`
-    /// tells the cluster from others.
+    /// Returns the configuration of the cluster's database alone, for programs that are no edges.
+    /// `opaque_setup` identifies the cluster.
     pub fn cluster_database(
         &self,
         opaque_setup: [u8; 32],
@@ -377,7 +380,7 @@ impl Config {
         self.cluster_sections().database(opaque_setup, self.delivery(), self.key_packages())
     }
 
-    /// What makes an edge one of a cluster.
+    /// Returns the sections of a cluster.
     pub(crate) fn cluster_sections(&self) -> Sections<'_> {
         Sections {
             postgres: &self.postgres,
@@ -387,7 +390,7 @@ impl Config {
         }
     }
 
-    /// Where certificate and key are.
+    /// Returns the paths of certificate and key.
     pub fn tls_files(&self) -> (PathBuf, PathBuf) {
         let place = |given: &Option<PathBuf>, name| {
             given.clone().unwrap_or_else(|| self.data_dir.join(name))
@@ -395,13 +398,13 @@ impl Config {
         (place(&self.tls.cert, "server-cert.der"), place(&self.tls.key, "server-key.der"))
     }
 
-    /// Certificate and key, if both are named.
+    /// Returns the paths of certificate and key if both are named.
     pub(crate) fn own_tls_files(&self) -> Option<(PathBuf, PathBuf)> {
         Some((self.tls.cert.clone()?, self.tls.key.clone()?))
     }
 
-    /// An edge takes its certificate from the shared directory, unless the configuration names both
-    /// files: one alone would be ignored.
+    /// Checks that an edge has both of certificate and key, or neither. With one alone, an edge
+    /// would use the certificate of the shared directory.
     fn half_named_certificate(&self) -> Option<Broken> {
         self.cluster_sections().secrets_dir()?;
         let path = match (&self.tls.cert, &self.tls.key) {
@@ -409,12 +412,12 @@ impl Config {
             (None, Some(_)) => "tls.cert",
             _ => return None,
         };
-        let must_be = "given too: an edge uses the certificate in cluster.secrets_dir, or the one that tls.cert and \
-                       tls.key name together";
+        let must_be = "given too: an edge uses the certificate in cluster.secrets_dir, or the one \
+                       that tls.cert and tls.key name together";
         Some(Broken { path, must_be: must_be.into() })
     }
 
-    /// What a certificate that is made is good for.
+    /// Returns the names in a certificate that is created.
     pub fn tls_names(&self) -> Vec<String> {
         let mut names = vec![self.domain.clone()];
         let others = ["localhost", "127.0.0.1", "::1"].map(String::from);
@@ -535,7 +538,7 @@ impl Config {
             ("cluster.session_cache", self.cluster.session_cache),
         ];
         for (path, time) in times {
-            must(!time.is_zero() && time <= LONGEST, path, "more than nothing and at most 3650d");
+            must(!time.is_zero() && time <= LONGEST, path, "more than zero and at most 3650d");
         }
         must(delivery.recent_ids <= LONGEST, "delivery.recent_ids", "at most 3650d");
         let (second, hour) = (Duration::from_secs(1), Duration::from_secs(3_600));
@@ -544,6 +547,13 @@ impl Config {
             "cluster.max_clock_skew",
             "between 1s and 1h",
         );
+        if let Some(interval) = self.cluster.rotate_ticket_keys {
+            must(
+                (300 * second..=24 * hour).contains(&interval),
+                "cluster.rotate_ticket_keys",
+                "between 5m and 24h: a ticket is valid for two intervals, and clients expect 12h",
+            );
+        }
         let whole_wait = Duration::from_secs(20);
         must(self.answers.wait <= whole_wait, "answers.wait", "at most 20s: a call has 30 s");
         must(self.drain.timeout <= DAY, "drain.timeout", "at most 1d");
@@ -613,7 +623,7 @@ impl Config {
         must(
             self.postgres.connections as usize > qpq_store_cluster::COMMITTERS,
             "postgres.connections",
-            "at least 3: two commit messages, and others must get through",
+            "at least 3: two are used to commit messages",
         );
         let namespace = &self.cluster.namespace;
         must(

@@ -1,7 +1,7 @@
-//! `qpq-server`: QUIC on the outside, the stores on the inside, the dispatcher between them.
+//! `qpq-server`: the transport, the dispatcher and a store, composed into a server.
 //!
-//! The binary is [`args`] → [`Config`] → [`compose()`] → wait for a signal → [`Running::shutdown`].
-//! Tests boot [`compose()`] in their own process: what they test is what runs.
+//! The binary reads [`args`] and [`Config`], calls [`compose()`], waits for a signal and calls
+//! [`Running::shutdown`]. Tests call [`compose()`] in their own process.
 
 pub mod args;
 pub mod banner;
@@ -11,9 +11,11 @@ mod check;
 mod cluster;
 mod compose;
 mod config;
+mod jobs;
 mod listen;
 mod maintenance;
 mod probe;
+mod rotation;
 mod secrets;
 mod service;
 mod store;
@@ -23,3 +25,4 @@ pub use cluster::PasswordFileError;
 pub use compose::{Running, StartError, compose};
 pub use config::{Config, FOREIGN_VARIABLES, UsernameScripts};
 pub use listen::Listen;
+pub use rotation::{RotateError, rotate};

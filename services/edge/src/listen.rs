@@ -1,10 +1,10 @@
-//! The addresses that the server listens on, as they are written in the configuration.
+//! The setting with the addresses that the server listens on.
 
 use std::{fmt, net::SocketAddr};
 
 use qpq_runtime::config::{Leaf, Value};
 
-/// One or more UDP addresses. `[::]` stands for all addresses of IPv6 and IPv4.
+/// One or more UDP addresses. `[::]` means all addresses of IPv6 and IPv4.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listen(pub Vec<SocketAddr>);
 
@@ -33,8 +33,8 @@ impl Leaf for Listen {
     }
 
     fn allowed() -> String {
-        "an address and port, as in 0.0.0.0:5001, [::]:5001 (IPv6 and IPv4) or [fe80::1%eth0]:5001, \
-         or a list of them; an IPv6 address stands in brackets"
+        "an address and port, as in 0.0.0.0:5001, [::]:5001 (IPv6 and IPv4) or \
+         [fe80::1%eth0]:5001, or a list of them; an IPv6 address is in brackets"
             .into()
     }
 
@@ -52,7 +52,7 @@ impl Leaf for Listen {
     }
 }
 
-/// An address and port. A zone id may be the name of an interface or its number.
+/// Parses an address and port. A zone id is the name of an interface or its number.
 fn parse(text: &str) -> Option<SocketAddr> {
     let text = text.trim();
     let Some((address, rest)) = text.split_once('%') else { return text.parse().ok() };
@@ -67,7 +67,7 @@ fn parse(text: &str) -> Option<SocketAddr> {
     }
 }
 
-/// The number of the network interface `name`, as Linux gives it.
+/// Returns the number of the network interface `name` on Linux.
 fn interface_index(name: &str) -> Option<u32> {
     let is_name = !name.is_empty() && !name.contains(['/', '.']);
     let path = is_name.then(|| format!("/sys/class/net/{name}/ifindex"))?;
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv6_address_without_brackets_is_refused_with_what_to_write() {
+    fn an_ipv6_address_without_brackets_is_refused_with_an_example() {
         for wrong in ["::1:5001", "::", "2001:db8::1", "localhost:5001", "0.0.0.0", "5001", ""] {
             assert_eq!(read(wrong), None, "{wrong}");
         }

@@ -1,7 +1,7 @@
-//! The `qpq-server` binary: reads the configuration, starts the server, waits for a reason to stop
-//! it.
+//! The `qpq-server` binary: reads the configuration, starts the server, and waits for a reason to
+//! stop.
 //!
-//! Exit codes: 0 stopped as asked, 1 could not start or failed, 2 the command line or the
+//! Exit codes: 0 stopped by a signal, 1 could not start or failed, 2 the command line or the
 //! configuration is wrong.
 
 use std::{
@@ -31,11 +31,11 @@ use tokio::signal::unix::{SignalKind, signal};
 const FAILED: u8 = 1;
 const MISUSED: u8 = 2;
 
-/// What may still run after the end, at most: a write to a disk that hangs.
+/// Maximum time for blocking work after the end, such as a write to a disk that hangs.
 const LEFTOVERS: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
-    // Whatever is made from now on is its owner's alone: the database holds what OPAQUE needs.
+    // New files are readable for their owner alone. The database contains the OPAQUE records.
     umask(Mode::from_bits_truncate(0o077));
     let args = match Args::try_parse() {
         Ok(args) => args,
@@ -77,7 +77,7 @@ fn start(args: &Args, loaded: &Loaded<Config>) -> ExitCode {
         Err(error) => return complain(FAILED, format_args!("cannot start logging: {error}")),
     };
     let code = runtime.block_on(run(args, loaded, &log));
-    // The last spans leave over the runtime.
+    // The last spans are sent on the runtime.
     drop(traces);
     drop(inside);
     runtime.shutdown_timeout(LEFTOVERS);
@@ -119,59 +119,60 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
     code
 }
 
-/// Takes up what can change while the server runs: the log's filter, and certificate and key. Names
-/// the other settings that have changed.
+/// Reloads what can change while the server runs: the filter of the log, certificate and key. Logs
+/// the names of other settings that have changed.
 fn reload(args: &Args, started: &Loaded<Config>, log: &LogGuard, running: &Running) {
     match args.load() {
         Ok(now) => {
             match log.set_filter(&now.settings.log) {
                 Ok(()) => {}
-                Err(error) => tracing::warn!(%error, "the log's filter cannot be changed"),
+                Err(error) => tracing::warn!(%error, "log filter not changed"),
             }
             let changed = started.changes(&now);
-            let (taken_up, waiting): (Vec<_>, Vec<_>) =
+            let (reloaded, waiting): (Vec<_>, Vec<_>) =
                 changed.into_iter().partition(|path| RELOADED.contains(&path.as_str()));
             tracing::info!(
-                changed = %list(&taken_up),
-                "the configuration was read again on SIGHUP"
+                changed = %list(&reloaded),
+                "configuration reloaded on SIGHUP"
             );
             if !waiting.is_empty() {
                 tracing::warn!(
                     settings = %list(&waiting),
-                    "these settings have changed and need a restart: the ones of the start stay in force"
+                    "changed settings need a restart, the old ones stay in effect"
                 );
             }
         }
         Err(error) => tracing::error!(
             %error,
-            "the configuration cannot be read again: the one of the start stays in force"
+            "configuration not reloaded, the old one stays in effect"
         ),
     }
     match running.reload_certificate() {
-        Ok(Reload::Unchanged) => tracing::info!("the certificate is unchanged"),
+        Ok(Reload::Unchanged) => tracing::info!("certificate is unchanged"),
         Ok(Reload::Changed(fingerprint)) => {
-            tracing::info!(%fingerprint, "the certificate was changed");
+            tracing::info!(%fingerprint, "certificate changed");
         }
         Err(error) => {
-            tracing::warn!(%error, "the certificate cannot be read again: the old one stays");
+            tracing::warn!(%error, "certificate not reloaded, the old one stays in effect");
         }
     }
 }
 
-/// Settings that a running server takes up.
+/// Settings that a running server reloads.
 const RELOADED: [&str; 1] = ["log.filter"];
 
 fn list(settings: &[String]) -> String {
     if settings.is_empty() { "nothing".to_owned() } else { settings.join(", ") }
 }
 
-/// On standard output. Nobody may be reading, which is no reason to stop.
+/// Prints to standard output. A closed output is no reason to stop.
 fn say(text: impl Display) -> ExitCode {
     let mut out = io::stdout().lock();
     let _ = write!(out, "{text}").and_then(|()| out.flush());
     ExitCode::SUCCESS
 }
 
+/// Prints to standard error and returns `code`.
 fn complain(code: u8, error: impl Display) -> ExitCode {
     let _ = writeln!(io::stderr(), "qpq-server: {error}");
     ExitCode::from(code)

@@ -1,5 +1,5 @@
-//! The server's look at itself from the outside: a handshake and a call over loopback. A process
-//! whose socket task died looks alive to everything but this.
+//! The liveness probe: a handshake and a call over loopback. Nothing else notices that the task of
+//! the socket has ended.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -14,11 +14,13 @@ use qpq_transport::{
     client::{ConnectError, Dialer, Trust},
 };
 
-/// For the handshake and for the call, each.
+/// Maximum time of the handshake, and of the call.
 const WITHIN: Duration = Duration::from_secs(4);
 
-/// Connects to the server at `listening` and asks for its health. Whatever it answers shows that it
-/// is alive, a refused connection too: that is a full or a draining server.
+/// Connects to the server at `listening` and calls Health.
+///
+/// Any answer shows that the server is alive, a refused connection too: a full or draining server
+/// refuses.
 pub(crate) async fn alive(
     listening: SocketAddr,
     certificates: Arc<Certificates>,
@@ -29,9 +31,9 @@ pub(crate) async fn alive(
         dialer.with_connect_timeout(WITHIN).connect(reachable(listening), "localhost").await;
     let connection = match dialing {
         Err(ConnectError::Refused) => return Ok(()),
-        // Says something of this process's descriptors and nothing of the server.
+        // This process has no free descriptors. The server may be alive.
         Err(ConnectError::Socket(error)) => {
-            tracing::warn!(%error, "liveness could not be checked: no socket for the probe");
+            tracing::warn!(%error, "liveness probe skipped: no free socket");
             return Ok(());
         }
         connected => connected.map_err(|error| error.to_string())?,
@@ -40,7 +42,7 @@ pub(crate) async fn alive(
     answer.map(|_| ()).map_err(|error| error.to_string())
 }
 
-/// Where this machine reaches what listens at `address`.
+/// Returns the address at which this machine reaches a socket bound to `address`.
 pub(crate) fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
@@ -55,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unspecified_address_is_reached_over_loopback_and_others_as_they_are() {
+    fn an_unspecified_address_is_reached_over_loopback_and_others_directly() {
         let reached = |address: &str| reachable(address.parse().unwrap()).to_string();
         assert_eq!(reached("0.0.0.0:5001"), "127.0.0.1:5001");
         assert_eq!(reached("[::]:5001"), "[::1]:5001");
@@ -63,7 +65,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_socket_that_nobody_serves_is_not_alive() {
+    async fn a_socket_without_a_server_is_not_alive() {
         let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (cert, key) = (dir.path().join("cert.der"), dir.path().join("key.der"));

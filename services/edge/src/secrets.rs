@@ -1,10 +1,11 @@
-//! The server's long-term secrets, from where it keeps them.
+//! The long-term secrets of the server.
 //!
-//! A server alone makes them at the first start, before there is a database, and never again. A
-//! secret that is missing beside a database was lost, not never made. Making another one would lock
-//! out every account without a word, so the server refuses to start.
+//! A single node creates them at its first start, before the database exists, and never again. If
+//! there is a database and a secret is missing, the secret was lost. Another one would lock out
+//! every account, so the server refuses to start.
 //!
-//! An edge of a cluster makes none: it reads the directory that all edges share ([`load_fleet`]).
+//! An edge of a cluster creates none. It reads the directory that all edges share
+//! ([`load_shared`]).
 
 use std::{
     path::{Path, PathBuf},
@@ -22,41 +23,41 @@ use qpq_transport::{
 use rand::rngs::OsRng;
 use zeroize::Zeroizing;
 
-// The runtime knows the files by their lengths and not by what is in them.
+// The runtime knows the lengths of the files, not their content.
 const _: () = assert!(OPAQUE_SETUP.length == opaque::len::SETUP);
 const _: () =
     assert!(fleet::TICKET_KEYS.length == KeyRing::LEN && fleet::TOKEN_KEY.length == KeyRing::LEN);
 const _: () = assert!(fleet::RESET_KEY.length == RESET_KEY_LEN);
 
-/// The database that the embedded store makes in the data directory.
+/// The name of the embedded store's database in the data directory.
 const DATABASE: &str = "qpq.db";
 
-/// What was read or made.
+/// The secrets of every server.
 pub(crate) struct Secrets {
     pub(crate) opaque: OpaqueServer,
     pub(crate) signer: DeliverySigner,
 }
 
-/// What an edge has in common with the others of its cluster.
-pub(crate) struct Fleet {
+/// What all edges of a cluster share.
+pub(crate) struct Shared {
     pub(crate) secrets: Secrets,
-    /// For [`qpq_transport::Member`]; to be watched, as the certificates are.
+    /// For [`qpq_transport::Member`]. Must be watched, like the certificates.
     pub(crate) keys: Arc<FleetKeys>,
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) cluster: ClusterId,
-    /// The same on every edge, or an account of one edge could not log in at another. Tells nothing
-    /// of the setup.
+    /// Identifies the OPAQUE setup, which must be the same on every edge, and reveals nothing of
+    /// it.
     pub(crate) opaque_fingerprint: [u8; 32],
 }
 
-/// Why the secrets cannot be used.
+/// The reason why the secrets cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretsError {
     #[error(transparent)]
     DataDir(#[from] DataDirError),
     #[error(
-        "{path} is missing although there is a database. Restore it from a backup. {if_lost} To start over with \
-         nothing, name an empty directory with --data-dir"
+        "{path} is missing although there is a database. Restore it from a backup. {if_lost} To \
+         start over without data, name an empty directory with --data-dir"
     )]
     Lost { path: PathBuf, if_lost: &'static str },
     #[error("{path} is damaged: {source}")]
@@ -64,22 +65,24 @@ pub enum SecretsError {
     #[error(transparent)]
     Fleet(#[from] FleetDirError),
     #[error(
-        "{source}. All edges share the directory that `qpq-admin init` made: bring this file from another edge or a backup"
+        "{source}. All edges share the directory that `qpq-admin init` created: copy this file \
+         from another edge or a backup"
     )]
     FleetKeys { source: FleetKeysError },
     #[error(
-        "the cluster's certificate: {source}. All edges share the directory that `qpq-admin init` made: bring certificate \
-         and key from another edge or a backup"
+        "the cluster's certificate: {source}. All edges share the directory that `qpq-admin init` \
+         created: copy certificate and key from another edge or a backup"
     )]
     FleetCertificate { source: IdentityError },
     #[error(
-        "{path} is damaged: {source}; it was made by `qpq-admin init` and is the same on every edge"
+        "{path} is damaged: {source}. All edges share the directory that `qpq-admin init` created: \
+         copy this file from another edge or a backup"
     )]
     FleetOpaque { path: PathBuf, source: opaque::InvalidSetup },
 }
 
-/// Reads the secrets, or makes them where there is no database yet. Call it before the store is
-/// opened.
+/// Reads the secrets, or creates them if there is no database yet. Must be called before the store
+/// is opened.
 pub(crate) fn load_or_create(dir: &DataDir) -> Result<Secrets, SecretsError> {
     let setup = one(dir, OPAQUE_SETUP, || OpaqueServer::generate(&mut OsRng).serialize())?;
     let opaque = OpaqueServer::parse(&setup).map_err(|source| SecretsError::Opaque {
@@ -92,9 +95,8 @@ pub(crate) fn load_or_create(dir: &DataDir) -> Result<Secrets, SecretsError> {
     Ok(Secrets { opaque, signer: signer(&seed) })
 }
 
-/// Reads what all edges share, and makes nothing. Whatever is missing or damaged is named in the
-/// error.
-pub(crate) fn load_fleet(dir: &Path) -> Result<Fleet, SecretsError> {
+/// Reads what all edges share, and creates nothing. The error names what is missing or damaged.
+pub(crate) fn load_shared(dir: &Path) -> Result<Shared, SecretsError> {
     let dir = FleetDir::open(dir)?;
     let cluster = dir.cluster_id()?;
     let setup = dir.secret(OPAQUE_SETUP)?;
@@ -104,8 +106,7 @@ pub(crate) fn load_fleet(dir: &Path) -> Result<Fleet, SecretsError> {
     })?;
     let signer = signer(&dir.secret(DELIVERY_KEY)?);
     for file in [fleet::TICKET_KEYS, fleet::TOKEN_KEY, fleet::RESET_KEY] {
-        // For its length and its mode; the transport reads it again, and again while the server
-        // runs.
+        // Checks length and mode. The transport reads the file again while the server runs.
         dir.secret(file)?;
     }
     let keys = FleetKeys::load(FleetFiles {
@@ -118,7 +119,7 @@ pub(crate) fn load_fleet(dir: &Path) -> Result<Fleet, SecretsError> {
         Certificates::load(&dir.file(fleet::CERTIFICATE), &dir.file(fleet::CERTIFICATE_KEY))
             .map_err(|source| SecretsError::FleetCertificate { source })?;
     let opaque_fingerprint = OPAQUE_SETUP.fingerprint(&setup);
-    Ok(Fleet {
+    Ok(Shared {
         secrets: Secrets { opaque, signer },
         keys,
         certificates,
@@ -128,7 +129,7 @@ pub(crate) fn load_fleet(dir: &Path) -> Result<Fleet, SecretsError> {
 }
 
 fn signer(seed: &[u8]) -> DeliverySigner {
-    DeliverySigner::from_secret(seed.first_chunk().expect("the length was checked"))
+    DeliverySigner::from_secret(seed.first_chunk().expect("the length is checked"))
 }
 
 fn one(
@@ -145,15 +146,15 @@ fn one(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
 
     use qpq_transport::SelfSigned;
 
     use super::*;
 
-    /// What `qpq-admin init` makes; its tests have the binary itself make it.
-    fn fleet_dir() -> tempfile::TempDir {
+    /// Creates a directory like that of `qpq-admin init`.
+    pub(crate) fn shared_dir() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let put = |name: &str, contents: &[u8]| fs::write(dir.path().join(name), contents).unwrap();
         put(OPAQUE_SETUP.name, &OpaqueServer::generate(&mut OsRng).serialize());
@@ -169,12 +170,12 @@ mod tests {
     }
 
     fn refusal(dir: &Path) -> String {
-        load_fleet(dir).err().expect("it is refused").to_string()
+        load_shared(dir).err().expect("it is refused").to_string()
     }
 
     #[test]
-    fn every_edge_reads_the_same_and_writes_nothing() {
-        let dir = fleet_dir();
+    fn every_edge_reads_the_same_secrets_and_writes_nothing() {
+        let dir = shared_dir();
         let listing = || {
             let mut names: Vec<_> =
                 fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
@@ -182,19 +183,19 @@ mod tests {
             names.into_iter().map(|path| (fs::read(&path).unwrap(), path)).collect::<Vec<_>>()
         };
         let before = listing();
-        let (one, two) = (load_fleet(dir.path()).unwrap(), load_fleet(dir.path()).unwrap());
+        let (one, two) = (load_shared(dir.path()).unwrap(), load_shared(dir.path()).unwrap());
         assert_eq!(listing(), before);
         assert_eq!(one.opaque_fingerprint, two.opaque_fingerprint);
         assert_eq!(one.secrets.signer.public_key(), two.secrets.signer.public_key());
         assert_eq!(one.certificates.fingerprint(), two.certificates.fingerprint());
         assert_eq!(one.cluster, two.cluster);
-        let other = load_fleet(fleet_dir().path()).unwrap();
+        let other = load_shared(shared_dir().path()).unwrap();
         assert_ne!(one.opaque_fingerprint, other.opaque_fingerprint);
     }
 
     #[test]
-    fn whatever_is_missing_is_named_and_nothing_is_made() {
-        let dir = fleet_dir();
+    fn a_missing_file_is_named_and_nothing_is_created() {
+        let dir = shared_dir();
         let paths: Vec<_> =
             fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert_eq!(paths.len(), 8);
@@ -214,13 +215,12 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_damaged_is_named() {
-        let dir = fleet_dir();
+    fn a_damaged_file_is_named() {
+        let dir = shared_dir();
         for entry in fs::read_dir(dir.path()).unwrap() {
             let path = entry.unwrap().path();
             let good = fs::read(&path).unwrap();
-            // Too short, and of the right length with nothing in it. Any 32 bytes are a delivery
-            // key.
+            // Too short, and zeros of the right length. Any 32 bytes are a delivery key.
             let blank = vec![0; good.len()];
             let damages = if path.ends_with(DELIVERY_KEY.name) {
                 vec![&b"x"[..]]
@@ -237,6 +237,6 @@ mod tests {
             }
             fs::write(&path, good).unwrap();
         }
-        assert!(load_fleet(dir.path()).is_ok());
+        assert!(load_shared(dir.path()).is_ok());
     }
 }

@@ -1,5 +1,4 @@
-//! The dispatcher as the transport wants it: calls become calls, leases become deliveries, events
-//! find their stream.
+//! Connects the dispatcher to the transport: calls, deliveries and events.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,7 +8,7 @@ use qpq_rpc::{Answer, Connection, Events, Rpc, Settlement};
 use qpq_transport::{Delivery, EventSink, Peer, Refusal, Reply, Service};
 use qpq_wire::{Request, RequestHeader};
 
-/// The dispatcher behind QUIC.
+/// The dispatcher as a service of the transport.
 #[derive(Debug)]
 pub(crate) struct Edge(pub(crate) Arc<Rpc>);
 
@@ -57,7 +56,8 @@ fn reply(Answer { status, payload, completion }: Answer) -> Reply {
     Reply { status, payload, on_delivery }
 }
 
-/// Removes the messages that a client has got, and gives back those that it may not have.
+/// Removes the messages that a client has received, and releases those that it may not have
+/// received.
 struct Shown(Settlement);
 
 impl Delivery for Shown {
@@ -65,22 +65,19 @@ impl Delivery for Shown {
         Box::pin(async move {
             if let Err(error) = self.0.complete().await {
                 let cause = &error as &dyn std::error::Error;
-                tracing::warn!(
-                    cause,
-                    "delivered messages could not be removed: they will be delivered again"
-                );
+                tracing::warn!(cause, "delivered messages not removed, delivering them again");
             }
         })
     }
 
     fn lost(self: Box<Self>) -> BoxFuture<'static, ()> {
-        // The drop of a completion gives them back.
+        // Dropping the completion releases the messages.
         drop(self);
         Box::pin(std::future::ready(()))
     }
 }
 
-/// One connection's events.
+/// The outgoing events of one connection.
 struct Sink(EventSink);
 
 impl Events for Sink {
@@ -104,7 +101,7 @@ mod tests {
     const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
     const ALL: PageLimit = PageLimit { messages: 10, bytes: 1 << 20 };
 
-    /// A store in a directory of its own, with one message in one inbox.
+    /// Creates a store with one message in one inbox.
     async fn one_message() -> (tempfile::TempDir, EmbeddedStore, ReadQuery) {
         let dir = tempfile::tempdir().unwrap();
         let store = EmbeddedStore::open(dir.path(), Limits::default()).await.unwrap();
@@ -128,7 +125,7 @@ mod tests {
         (dir, store, ReadQuery { reader: Reader::single(inbox), view: View::All })
     }
 
-    /// The reply to a Fetch, and how many messages it shows.
+    /// Returns the reply to a Fetch, and the number of messages in it.
     async fn fetched(stores: &Stores, read: ReadQuery) -> (Reply, usize) {
         let lease = stores.inboxes.lease(read, ALL, NOW).await.unwrap();
         let shown = lease.page().envelopes.len();
@@ -137,7 +134,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_delivered_is_removed() {
+    async fn delivered_messages_are_removed() {
         let (_dir, store, read) = one_message().await;
         let stores = store.stores();
         let (reply, shown) = fetched(&stores, read).await;
@@ -148,7 +145,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_lost_or_never_sent_is_there_again() {
+    async fn lost_and_unsent_messages_are_back_in_the_inbox() {
         let (_dir, store, read) = one_message().await;
         let stores = store.stores();
         let (lost, shown) = fetched(&stores, read).await;

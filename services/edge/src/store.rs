@@ -1,4 +1,4 @@
-//! Where this server keeps its state: in its own directory, or in the cluster's servers.
+//! The store of this server: its own directory, or the servers of the cluster.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -21,19 +21,20 @@ pub(crate) enum Store {
     Cluster(ClusterStore),
 }
 
-/// A store and what belongs to it.
+/// An open store, and the secrets and the certificate that belong to it.
 pub(crate) struct Opened {
     pub(crate) store: Store,
     pub(crate) secrets: Secrets,
     pub(crate) certificates: Arc<Certificates>,
-    /// Where a certificate was created although the configuration names one.
+    /// The path of a certificate that was created although the configuration names a file.
     pub(crate) certificate_created: Option<PathBuf>,
-    /// The edge's place in its cluster.
+    /// The membership of an edge in its cluster.
     pub(crate) member: Option<Member>,
 }
 
 impl Store {
-    /// The cluster's, if the configuration names one; else the embedded one, made if missing.
+    /// Opens the store of the cluster if the configuration names one, otherwise the embedded store,
+    /// which is created if missing.
     pub(crate) async fn open(config: &Config) -> Result<Opened, StartError> {
         match config.cluster_sections().secrets_dir() {
             Some(_) => Box::pin(Self::cluster(config)).await,
@@ -43,7 +44,7 @@ impl Store {
 
     async fn embedded(config: &Config) -> Result<Opened, StartError> {
         let dir = DataDir::create(&config.data_dir)?;
-        // Before anything is created there.
+        // Nothing may be created in a directory that is being restored.
         if dir.path().join(RESTORING_FILE).exists() {
             return Err(OpenError::Restoring(dir.path().to_owned()).into());
         }
@@ -62,7 +63,7 @@ impl Store {
                 member: None,
             }),
             Err(error) => {
-                // So that the next attempt, perhaps from this process, finds the directory free.
+                // The next attempt, maybe in this process, needs the lock of the directory.
                 store.close().await;
                 Err(error.into())
             }
@@ -71,26 +72,26 @@ impl Store {
 
     async fn cluster(config: &Config) -> Result<Opened, StartError> {
         let sections = config.cluster_sections();
-        let fleet = secrets::load_fleet(sections.secrets_dir().expect("it is a cluster"))?;
+        let shared = secrets::load_shared(sections.secrets_dir().expect("it is a cluster"))?;
         let certificates = match config.own_tls_files() {
             Some((cert, key)) => Certificates::load(&cert, &key).map_err(CertificateError::from)?,
-            None => fleet.certificates,
+            None => shared.certificates,
         };
         let store =
-            sections.store(fleet.opaque_fingerprint, config.delivery(), config.key_packages())?;
+            sections.store(shared.opaque_fingerprint, config.delivery(), config.key_packages())?;
         let store = ClusterStore::connect(&store).await?;
-        tracing::info!(cluster = %fleet.cluster, "this edge is one of a cluster");
-        let member = Member { keys: fleet.keys, edge: config.cluster.edge.clone() };
+        tracing::info!(cluster = %shared.cluster, "edge joined its cluster");
+        let member = Member { keys: shared.keys, edge: config.cluster.edge.clone() };
         Ok(Opened {
             store: Self::Cluster(store),
-            secrets: fleet.secrets,
+            secrets: shared.secrets,
             certificates,
             certificate_created: None,
             member: Some(member),
         })
     }
 
-    /// The ports.
+    /// Returns the ports.
     pub(crate) fn stores(&self) -> Stores {
         match self {
             Self::Embedded(store) => store.stores(),
@@ -98,7 +99,8 @@ impl Store {
         }
     }
 
-    /// The time that the ports are given: Postgres' in a cluster, else this machine's.
+    /// Returns the clock for calls of the ports: that of Postgres in a cluster, otherwise that of
+    /// this machine.
     pub(crate) fn clock(&self) -> Arc<dyn Clock> {
         match self {
             Self::Embedded(_) => Arc::new(SystemClock),
@@ -106,7 +108,7 @@ impl Store {
         }
     }
 
-    /// Lets go of whatever it holds.
+    /// Closes the store.
     pub(crate) async fn close(self) {
         match self {
             Self::Embedded(store) => store.close().await,

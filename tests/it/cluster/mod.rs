@@ -10,6 +10,7 @@ mod drain;
 mod faults;
 mod history;
 mod inboxes;
+mod jobs;
 mod key_packages;
 mod lost_connections;
 mod outage;

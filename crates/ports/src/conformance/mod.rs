@@ -20,6 +20,7 @@ pub mod clocks;
 pub mod enqueue;
 pub mod history;
 pub mod idempotency;
+pub mod jobs;
 pub mod keys;
 pub mod leases;
 pub mod limits;
@@ -241,6 +242,31 @@ macro_rules! conformance {
                 a_sweep_removes_what_has_expired_and_nothing_else,
                 a_sweep_changes_no_answer,
                 an_inbox_full_of_expired_messages_accepts_new_ones,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            jobs,
+            [
+                the_longest_due_jobs_of_a_kind_are_claimed_first,
+                concurrent_claims_never_share_a_job,
+                a_job_is_claimed_again_once_its_lease_has_ended,
+                a_renewed_claim_lasts_longer,
+                a_failed_job_is_due_at_its_retry_and_counts_its_attempts,
+                a_repeated_job_starts_with_no_attempts,
+                a_released_job_is_due_immediately_and_its_attempt_does_not_count,
+                a_key_is_unique_until_its_job_is_done_or_dead,
+                a_put_with_a_present_key_makes_the_job_due_earlier_and_never_later,
+                a_job_that_is_put_while_it_runs_runs_once_more,
+                concurrent_puts_of_a_key_and_ends_lose_no_run,
+                a_dead_job_is_listed_and_never_runs_again,
+                a_dead_job_is_retried_or_removed_by_its_number,
+                stats_count_each_kind,
+                jobs_survive_a_crash,
+                a_caller_with_a_wrong_clock_writes_right_waits,
+                a_caller_with_a_wrong_clock_takes_no_job_from_its_worker,
+                a_store_clock_that_jumps_and_returns_hides_no_job,
+                a_job_beyond_the_horizon_of_its_kind_is_due,
             ]
         );
     };

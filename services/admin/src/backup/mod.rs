@@ -45,13 +45,13 @@ pub(crate) struct Which {
 }
 
 /// The store that is meant.
-enum Store {
+pub(crate) enum Store {
     Node(PathBuf, Option<Box<Config>>),
     Cluster(Box<Given>),
 }
 
 impl Which {
-    fn store(&self) -> anyhow::Result<Store> {
+    pub(crate) fn store(&self) -> anyhow::Result<Store> {
         if let Some(dir) = &self.data_dir {
             return Ok(Store::Node(dir.clone(), None));
         }

@@ -7,6 +7,7 @@ mod backup;
 mod clock;
 mod harness;
 mod init;
+mod jobs;
 mod migrate;
 mod rotate;
 mod transfer;

@@ -1,4 +1,4 @@
-//! `docs/configuration.md`, written from the declaration.
+//! `docs/configuration.md`, generated from the declaration.
 
 use std::fs;
 
@@ -9,31 +9,34 @@ use super::{Config, FOREIGN_VARIABLES};
 const INTRODUCTION: &str = "\
 # Configuration of `qpq-server`
 
-<!-- Generated from services/edge/src/config.rs: QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server -->
+<!-- Generated from services/edge/src/config.rs:
+     QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server -->
 
-Nothing has to be configured. What is, comes in layers; a later one wins:
+No setting is required. Settings come in layers. A later layer takes precedence:
 
 1. the defaults below
 2. a TOML file, named with `--config FILE` or `QPQ_CONFIG`
-3. the environment: each key has a variable, `QPQ_` and the key in capitals, with `__` where the key has a dot \
-(`tls.reload_interval` is `QPQ_TLS__RELOAD_INTERVAL`); other names are given below, and where both are set, the long one wins
+3. the environment: each key has a variable, `QPQ_` and the key in capitals, with `__` where the \
+key has a dot (`tls.reload_interval` is `QPQ_TLS__RELOAD_INTERVAL`). Some keys have a second name, \
+given below. If both are set, the long name takes precedence
 4. flags
 
-A key or a `QPQ_` variable that does not exist is refused by name; so is a value that is not allowed. \
-`qpq-server config check` says what is wrong, `qpq-server config show` prints what is in force and where it came from.
+Unknown keys, unknown variables with the prefix `QPQ_` and invalid values are errors. \
+`qpq-server config check` lists them, `qpq-server config show` prints the effective settings and \
+their origins.
 
 | kind | in the file | in a variable |
 |---|---|---|
 | text, path | `\"/var/lib/qpq\"` | `/var/lib/qpq` |
 | truth | `true`, `false` | the same |
 | number | `64` | the same |
-| addresses | `\"[::]:5001\"`, or a list of them; IPv6 in brackets, with a zone as in `\"[fe80::1%eth0]:5001\"` | `0.0.0.0:5001,[::1]:5001` |
+| addresses | `\"[::]:5001\"`, or a list; a zone as in `\"[fe80::1%eth0]:5001\"` | `0.0.0.0:5001,[::1]:5001` |
 | address | `\"127.0.0.1:5001\"`, `\"[::]:5001\"` | `127.0.0.1:5001` |
 | duration | `\"250ms\"`, `\"30s\"`, `\"15m\"`, `\"12h\"`, `\"30d\"`, or a number of seconds | `30s` |
 | size | `\"512B\"`, `\"64KiB\"`, `\"4MiB\"`, `\"1GiB\"`, or a number of bytes | `4MiB` |
 | share | `0.01` | the same |
 | list | `[\"one\", \"two\"]` | `one,two` |
-| budget | `\"20 + 60/m\"`: 20 calls at once and 60 more in every minute (`s`, `m` or `h`) | `20 + 60/m` |
+| budget | `\"20 + 60/m\"`: a burst of 20 calls and 60 more in every minute (`s`, `m` or `h`) | `20 + 60/m` |
 | log directives | `\"warn,qpq_rpc=debug\"`: levels, of all or by module | `warn,qpq_rpc=debug` |
 
 A file looks like this:
@@ -55,8 +58,8 @@ login.ip = \"60 + 60/m\"
 fn page() -> String {
     let foreign: Vec<_> = FOREIGN_VARIABLES.iter().map(|name| format!("`{name}`")).collect();
     format!(
-        "{INTRODUCTION}{}\n## Other variables\n\n{} concern the client, the tests or the documentation; the server \
-         leaves them alone.\n",
+        "{INTRODUCTION}{}\n## Other variables\n\nThe server ignores {}, which are for the client, \
+         the tests or the documentation.\n",
         markdown::<Config>(),
         foreign.join(", ")
     )
@@ -71,7 +74,8 @@ fn the_committed_reference_is_current() {
     let committed = fs::read_to_string(path).expect("docs/configuration.md is in the tree");
     assert!(
         committed == page(),
-        "docs/configuration.md is stale: run QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server and commit it"
+        "docs/configuration.md is stale: run QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server and \
+         commit it"
     );
 }
 

@@ -1,4 +1,4 @@
-//! What the server's configuration allows, and what becomes of it.
+//! The rules of the configuration, and the parts that other crates receive.
 
 use qpq_proto::{LimitClass, LimitSubject};
 use qpq_runtime::config::{ConfigError, Sources, load};
@@ -12,7 +12,7 @@ fn with(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
 }
 
 #[test]
-fn the_defaults_are_valid_and_those_of_the_crates_below() {
+fn the_defaults_are_valid_and_equal_those_of_the_other_crates() {
     let config = with(&[]).unwrap();
     assert_eq!(config.listen.to_string(), "0.0.0.0:5001");
     assert_eq!(config.delivery(), qpq_domain::Delivery::default());
@@ -29,7 +29,7 @@ fn the_defaults_are_valid_and_those_of_the_crates_below() {
 }
 
 #[test]
-fn the_variables_of_the_original_are_known() {
+fn the_short_names_of_variables_are_known() {
     let config = with(&[
         ("QPQ_LISTEN", "127.0.0.1:1"),
         ("QPQ_DATA_DIR", "/d"),
@@ -46,13 +46,13 @@ fn the_variables_of_the_original_are_known() {
 }
 
 #[test]
-fn certificate_and_key_are_in_the_data_directory_unless_named() {
+fn certificate_and_key_are_in_the_data_directory_by_default() {
     let config = with(&[("QPQ_DATA_DIR", "/d"), ("QPQ_TLS__KEY", "/k")]).unwrap();
     assert_eq!(config.tls_files(), ("/d/server-cert.der".into(), "/k".into()));
 }
 
 #[test]
-fn a_certificate_is_made_for_all_names_once() {
+fn a_created_certificate_has_each_name_once() {
     let config =
         with(&[("QPQ_DOMAIN", "example.org"), ("QPQ_TLS__NAMES", "10.0.0.1,localhost")]).unwrap();
     assert_eq!(config.tls_names(), ["example.org", "localhost", "127.0.0.1", "::1", "10.0.0.1"]);
@@ -70,7 +70,7 @@ fn limits_can_be_turned_off_and_changed_one_by_one() {
 }
 
 #[test]
-fn what_reaches_the_dispatcher_is_what_was_said() {
+fn the_dispatcher_receives_the_configured_values() {
     let config = with(&[
         ("QPQ_AUTH__IDENTITY_PROOF", "required"),
         ("QPQ_ADMIN__USERNAMES", "Alice,bob"),
@@ -86,13 +86,13 @@ fn what_reaches_the_dispatcher_is_what_was_said() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused_with_the_setting_to_change() {
+fn an_invalid_value_is_refused_with_the_name_of_its_setting() {
     let refused = [
         ("QPQ_DOMAIN", "Example.org", "domain must be a domain name in lower case"),
         ("QPQ_DOMAIN", "", "domain must be a domain name"),
-        ("QPQ_ADMIN__USERNAMES", "a@b", "admin.usernames must be user names"),
+        ("QPQ_ADMIN__USERNAMES", "a@b", "admin.usernames must be valid usernames"),
         ("QPQ_SESSION__IDLE", "100d", "session.idle must be at most session.absolute"),
-        ("QPQ_SESSION__IDLE", "0s", "session.idle must be more than nothing"),
+        ("QPQ_SESSION__IDLE", "0s", "session.idle must be more than zero"),
         ("QPQ_DELIVERY__MAX_WAIT", "1s", "delivery.default_wait must be at most delivery.max_wait"),
         ("QPQ_DELIVERY__MAX_TTL", "1d", "delivery.default_ttl must be at most delivery.max_ttl"),
         (
@@ -105,11 +105,16 @@ fn what_makes_no_sense_is_refused_with_the_setting_to_change() {
             "1KiB",
             "delivery.max_bytes must be at least delivery.max_payload",
         ),
+        (
+            "QPQ_CLUSTER__ROTATE_TICKET_KEYS",
+            "2d",
+            "cluster.rotate_ticket_keys must be between 5m and 24h",
+        ),
         ("QPQ_TRANSPORT__MAX_STREAMS", "0", "transport.max_streams must be between 1 and 65536"),
-        ("QPQ_TLS__RELOAD_INTERVAL", "0", "tls.reload_interval must be more than nothing"),
+        ("QPQ_TLS__RELOAD_INTERVAL", "0", "tls.reload_interval must be more than zero"),
         ("QPQ_DRAIN__TIMEOUT", "2d", "drain.timeout must be at most 1d"),
         ("QPQ_KEYS__SUITES", "x", "keys.suites is \"x\", but must be a list of numbers"),
-        ("QPQ_LIMITS__LOGIN__IP", "many", "limits.login.ip is \"many\", but must be calls at once"),
+        ("QPQ_LIMITS__LOGIN__IP", "many", "limits.login.ip is \"many\", but must be a burst"),
         ("QPQ_LIMITS__LOGIN__IPP", "1 + 1/s", "did you mean QPQ_LIMITS__LOGIN__IP?"),
     ];
     for (name, value, expected) in refused {

@@ -1,4 +1,4 @@
-//! What a trace shows of a call in a cluster: the call, what it asked of the stores, and the SQL.
+//! The trace of a call in a cluster: the call, the operations of the stores, and the SQL.
 
 use std::path::{Path, PathBuf};
 
@@ -12,20 +12,16 @@ use crate::{
     harness::{Data, ServerProcess},
 };
 
-const USERNAME: &str = "somebody-with-a-name";
+const USERNAME: &str = "an-unusual-username";
 
-/// A binary of this build.
+/// Returns the path of a binary of this build.
 fn built(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_qpq-server")).with_file_name(name);
-    assert!(
-        path.exists(),
-        "{} is missing: `cargo build --workspace --bins` makes it",
-        path.display()
-    );
+    assert!(path.exists(), "{} is missing: run `cargo build --workspace --bins`", path.display());
     path
 }
 
-/// An account's calls: registration, login, a message to itself, and back.
+/// Registers an account, logs in, sends a message to the account itself, and fetches the message.
 async fn use_it(server: &ServerProcess, identity: &Identity) {
     let options = Options::new(server.address.to_string(), Trust::Pinned(server.fingerprint));
     let client = Client::new(options).unwrap();
@@ -44,7 +40,7 @@ async fn use_it(server: &ServerProcess, identity: &Identity) {
     client.close().await;
 }
 
-/// The spans of the trace with the call of this name, which is its root.
+/// Returns the root span of the call with this name, and the other spans of its trace.
 fn trace<'a>(spans: &'a [Span], call: &str) -> (&'a Span, Vec<&'a Span>) {
     let root = spans
         .iter()
@@ -55,7 +51,7 @@ fn trace<'a>(spans: &'a [Span], call: &str) -> (&'a Span, Vec<&'a Span>) {
     (root, spans.iter().filter(below).collect())
 }
 
-/// The one of these spans that has this name and parent, and lies within it.
+/// Returns the span with this name and parent, which must be within the parent's time.
 fn child<'a>(spans: &[&'a Span], parent: &Span, name: &str) -> &'a Span {
     let found = spans
         .iter()
@@ -70,7 +66,7 @@ fn child<'a>(spans: &[&'a Span], parent: &Span, name: &str) -> &'a Span {
 }
 
 #[tokio::test]
-async fn a_trace_shows_a_call_what_it_asked_of_the_stores_and_the_sql() {
+async fn a_trace_has_the_call_the_operations_of_the_stores_and_the_sql() {
     let (postgres, redis, nats) =
         tokio::try_join!(Postgres::start(), Redis::start(), Nats::start()).unwrap();
     let (data, collector) = (Data::new(), Collector::start().await);
@@ -111,7 +107,8 @@ async fn a_trace_shows_a_call_what_it_asked_of_the_stores_and_the_sql() {
     assert_eq!(store.get("retries").as_deref(), Some("0"));
     child(&below, store, "sql");
 
-    // Messages of several calls are committed together; each of these calls has that in its trace.
+    // Messages of several calls are committed together. Each of these calls has the commit in its
+    // trace.
     let (call, below) = trace(&spans, "Enqueue");
     let commit = child(&below, call, "commit");
     assert_eq!(commit.get("messages").as_deref(), Some("1"));
@@ -123,11 +120,11 @@ async fn a_trace_shows_a_call_what_it_asked_of_the_stores_and_the_sql() {
         "{below:#?}"
     );
 
-    let told = format!("{spans:?}");
+    let text = format!("{spans:?}");
     let key: Vec<_> =
         identity.public().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
     for secret in [USERNAME, "127.0.0.1", "a payload", &key.concat()] {
-        assert!(!told.contains(secret), "{secret} is in a trace");
+        assert!(!text.contains(secret), "{secret} is in a trace");
     }
     for span in &spans {
         let known = ["attempt", "code", "db.system.name", "messages", "method", "retries"];

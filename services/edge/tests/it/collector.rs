@@ -1,5 +1,4 @@
-//! An OpenTelemetry collector that keeps what it is sent: the real protocol, so what it understands
-//! any other does.
+//! An OpenTelemetry collector that keeps all spans. Other collectors understand the same protocol.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -19,7 +18,7 @@ use tonic::{
 
 const HANGS: Duration = Duration::from_secs(60);
 
-/// One span, as the collector got it.
+/// A received span, and the name of its service.
 #[derive(Clone, Debug)]
 pub(crate) struct Span {
     pub(crate) service: String,
@@ -58,7 +57,7 @@ fn text(attribute: &KeyValue) -> String {
     }
 }
 
-/// A collector on a port of its own.
+/// A collector on a free port.
 pub(crate) struct Collector {
     address: SocketAddr,
     spans: watch::Receiver<Vec<Span>>,
@@ -70,7 +69,7 @@ impl Collector {
         Self::serve(tonic::transport::Server::builder()).await
     }
 
-    /// One that is reached as `localhost`, with this certificate.
+    /// Starts a collector with TLS. Its name is `localhost`.
     pub(crate) async fn start_tls(identity: Identity) -> Self {
         let tls = ServerTlsConfig::new().identity(identity);
         Self::serve(tonic::transport::Server::builder().tls_config(tls).unwrap()).await
@@ -80,7 +79,7 @@ impl Collector {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (kept, spans) = watch::channel(Vec::new());
-        let service = TraceServiceServer::new(Keeper(Arc::new(kept)));
+        let service = TraceServiceServer::new(Receiver(Arc::new(kept)));
         let server = tokio::spawn(async move {
             let incoming = TcpIncoming::from(listener);
             builder.add_service(service).serve_with_incoming(incoming).await.unwrap();
@@ -96,15 +95,15 @@ impl Collector {
         format!("https://localhost:{}", self.address.port())
     }
 
-    /// All spans so far.
+    /// Returns all spans received so far.
     pub(crate) fn spans(&self) -> Vec<Span> {
         self.spans.borrow().clone()
     }
 
-    /// All spans, once `enough` says so.
+    /// Waits until `enough` is true of all spans, and returns them.
     pub(crate) async fn until(&mut self, enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
         let arrived = timeout(HANGS, self.spans.wait_for(|spans| enough(spans))).await.is_ok();
-        assert!(arrived, "what was waited for is not in {:#?}", self.spans());
+        assert!(arrived, "the expected spans are not in {:#?}", self.spans());
         self.spans()
     }
 }
@@ -115,15 +114,15 @@ impl Drop for Collector {
     }
 }
 
-struct Keeper(Arc<watch::Sender<Vec<Span>>>);
+struct Receiver(Arc<watch::Sender<Vec<Span>>>);
 
 #[tonic::async_trait]
-impl TraceService for Keeper {
+impl TraceService for Receiver {
     async fn export(
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let mut got = Vec::new();
+        let mut received = Vec::new();
         for resource in request.into_inner().resource_spans {
             let attributes =
                 resource.resource.map(|resource| resource.attributes).unwrap_or_default();
@@ -131,9 +130,9 @@ impl TraceService for Keeper {
                 attributes.iter().find(|attribute| attribute.key == "service.name").map(text);
             let service = service.unwrap_or_default();
             let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
-            got.extend(spans.map(|inner| Span { service: service.clone(), inner }));
+            received.extend(spans.map(|inner| Span { service: service.clone(), inner }));
         }
-        self.0.send_modify(|spans| spans.extend(got));
+        self.0.send_modify(|spans| spans.extend(received));
         Ok(Response::new(ExportTraceServiceResponse { partial_success: None }))
     }
 }

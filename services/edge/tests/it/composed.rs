@@ -1,4 +1,4 @@
-//! Servers in the test's own process, as other crates' tests use them.
+//! Servers in the process of the test, as the tests of other crates use them.
 
 use std::{
     future::{pending, ready},
@@ -65,7 +65,7 @@ async fn a_directory_is_free_again_after_a_shutdown_and_after_a_failed_start() {
 }
 
 #[tokio::test]
-async fn in_a_hurry_the_connections_are_closed_too() {
+async fn a_hurried_shutdown_closes_the_connections() {
     let data = Data::new();
     let running = compose(&config(&data)).await.unwrap();
     let address = running.local_addr();
@@ -79,12 +79,13 @@ async fn in_a_hurry_the_connections_are_closed_too() {
 }
 
 #[tokio::test]
-async fn another_certificate_is_not_taken_for_this_one() {
+async fn a_pin_of_another_certificate_is_refused() {
     let data = Data::new();
     let running = compose(&config(&data)).await.unwrap();
     let dialer = Dialer::new(Trust::Pin([7; 32].into())).unwrap();
     let refused = dialer.connect(running.local_addr(), "localhost").await;
-    assert!(
-        matches!(refused, Err(ConnectError::PinMismatch { seen, .. }) if seen == running.fingerprint())
-    );
+    assert!(matches!(
+        refused,
+        Err(ConnectError::PinMismatch { seen, .. }) if seen == running.fingerprint()
+    ));
 }

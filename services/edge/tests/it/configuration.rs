@@ -1,4 +1,4 @@
-//! The configuration as the binary takes it.
+//! The configuration of the binary: its layers, `config show` and `config check`.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ async fn shown(arguments: &[&str], variables: &[(&str, &str)]) -> String {
 }
 
 #[tokio::test]
-async fn flags_win_over_variables_and_variables_over_the_file() {
+async fn flags_precede_variables_and_variables_precede_the_file() {
     let data = Data::new();
     let file = data.file("qpq.toml");
     fs::write(&file, "listen = \"127.0.0.1:1\"\n[tls]\ncert = \"f\"\nkey = \"f\"\n").unwrap();
@@ -34,7 +34,7 @@ async fn flags_win_over_variables_and_variables_over_the_file() {
 }
 
 #[tokio::test]
-async fn what_is_shown_is_a_configuration() {
+async fn the_shown_configuration_can_be_loaded() {
     let data = Data::new();
     let first = shown(&[], &[("QPQ_CONFIG", ""), ("QPQ_LIMITS__LOGIN__IP", "1 + 2/h")][1..]).await;
     let file = data.file("qpq.toml");
@@ -49,7 +49,7 @@ async fn what_is_shown_is_a_configuration() {
 
 const FREE: [(&str, &str); 2] = [("QPQ_LISTEN", "127.0.0.1:0"), ("QPQ_HTTP__LISTEN", "off")];
 
-/// What `config check` prints, which must be good.
+/// Runs `config check`, which must succeed. Returns its output.
 async fn checked(variables: &[(&str, &str)]) -> String {
     let variables: Vec<_> = FREE.iter().chain(variables).copied().collect();
     let output = output(&["config", "check"], &variables).await;
@@ -57,14 +57,14 @@ async fn checked(variables: &[(&str, &str)]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What `config check` complains of.
+/// Runs `config check`, which must fail. Returns the problems.
 async fn found_wrong(variables: &[(&str, &str)]) -> String {
     let variables: Vec<_> = FREE.iter().chain(variables).copied().collect();
     refusal(2, &["config", "check"], &variables).await
 }
 
 #[tokio::test]
-async fn a_valid_configuration_is_said_to_be_and_nothing_is_created() {
+async fn a_valid_configuration_is_confirmed_and_nothing_is_created() {
     let data = Data::new();
     let new = data.file("below/new");
     let dir = ("QPQ_DATA_DIR", new.to_str().unwrap());
@@ -75,7 +75,7 @@ async fn a_valid_configuration_is_said_to_be_and_nothing_is_created() {
 }
 
 #[tokio::test]
-async fn the_check_knows_the_server_that_runs() {
+async fn the_check_recognizes_its_running_server() {
     let data = Data::new();
     let server = data.start().await;
     let (listen, http) = (server.address.to_string(), server.http.to_string());
@@ -92,7 +92,7 @@ async fn the_check_knows_the_server_that_runs() {
 }
 
 #[tokio::test]
-async fn the_check_reads_what_the_configuration_names() {
+async fn the_check_reads_the_named_files() {
     let data = Data::new();
     data.start().await.kill().await;
     let dir = ("QPQ_DATA_DIR", data.path());
@@ -138,14 +138,14 @@ async fn the_check_of_a_cluster_needs_no_connection() {
     assert!(said.contains("is missing. All edges share the directory"), "{said}");
     let secret = ("QPQ_REDIS__PASSWORD_FILE", password.to_str().unwrap());
     let said = found_wrong(&[&variables[..], &[secret]].concat()).await;
-    assert!(said.contains("that redis.password_file names cannot be read"), "{said}");
+    assert!(said.contains("which redis.password_file names, cannot be read"), "{said}");
     let half = [&variables[..], &[("QPQ_TLS_CERT", "/cert.pem")]].concat();
     let said = found_wrong(&half).await;
     assert!(said.contains("tls.key must be given too"), "{said}");
 }
 
 #[tokio::test]
-async fn what_does_not_exist_is_refused_wherever_it_is() {
+async fn unknown_keys_and_variables_are_refused() {
     let data = Data::new();
     let file = data.file("qpq.toml");
     fs::write(&file, "lissten = \"x\"\n[delivery]\nmax_paylod = \"1MiB\"\n").unwrap();
@@ -168,7 +168,7 @@ async fn what_does_not_exist_is_refused_wherever_it_is() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_not_there_is_named() {
+async fn a_missing_file_is_named() {
     let said = refusal(2, &[], &[("QPQ_CONFIG", "/nonexistent.toml")]).await;
     assert!(said.contains("file /nonexistent.toml: cannot be read"), "{said}");
 }
@@ -185,7 +185,7 @@ async fn a_wrong_command_line_is_refused_with_the_usage() {
 }
 
 #[tokio::test]
-async fn version_and_help_are_told() {
+async fn version_and_help_are_printed() {
     let version = output(&["--version"], &[]).await;
     assert_eq!(version.stdout, concat!("qpq-server ", env!("CARGO_PKG_VERSION"), "\n").as_bytes());
     let help = output(&["--help"], &[]).await;

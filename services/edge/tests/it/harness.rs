@@ -1,4 +1,4 @@
-//! Starts `qpq-server` as a user would and reads what it prints.
+//! Starts `qpq-server` as an operator does, and reads its output.
 
 use std::{
     fs,
@@ -27,10 +27,10 @@ use tokio::{
     time::timeout,
 };
 
-/// Ends a test that would hang; nothing is expected to take anywhere near as long.
+/// Ends a test that hangs. Far above what a busy machine needs.
 pub(crate) const HANGS: Duration = Duration::from_secs(60);
 
-/// The program with nothing of the test's own environment.
+/// Returns the program without the environment of the test.
 pub(crate) fn program(arguments: &[&str], variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_qpq-server"));
     command.args(arguments).env_clear().envs(variables.iter().copied()).kill_on_drop(true);
@@ -43,7 +43,7 @@ pub(crate) async fn output(arguments: &[&str], variables: &[(&str, &str)]) -> Ou
     timeout(HANGS, output).await.expect("it ends").unwrap()
 }
 
-/// Runs the program, which must fail with `code`, print nothing, and say why; that it says.
+/// Runs the program, which must fail with `code` and print nothing. Returns its standard error.
 pub(crate) async fn refusal(code: i32, arguments: &[&str], variables: &[(&str, &str)]) -> String {
     let with_backtraces: Vec<_> =
         variables.iter().copied().chain([("RUST_BACKTRACE", "1")]).collect();
@@ -75,12 +75,12 @@ impl Data {
     }
 }
 
-/// A server that is ready.
+/// A server process that is ready.
 pub(crate) struct ServerProcess {
     child: Child,
     stdout: Lines<BufReader<ChildStdout>>,
     stderr: JoinHandle<String>,
-    /// All that it printed when it was ready.
+    /// The text printed when the server was ready.
     pub(crate) banner: String,
     pub(crate) address: SocketAddr,
     pub(crate) http: SocketAddr,
@@ -88,7 +88,7 @@ pub(crate) struct ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts one on free ports and waits until it says that it is ready.
+    /// Starts a server on free ports and waits until it is ready.
     pub(crate) async fn start(data_dir: &str, variables: &[(&str, &str)]) -> Self {
         let variables: Vec<_> =
             [("QPQ_HTTP__LISTEN", "127.0.0.1:0")].iter().chain(variables).copied().collect();
@@ -140,7 +140,7 @@ impl ServerProcess {
         kill(Pid::from_raw(id.try_into().unwrap()), signal).unwrap();
     }
 
-    /// Waits for the end: exit code (`None` after a signal), and what was logged.
+    /// Waits for the end. Returns the exit code (`None` after a signal) and the log.
     pub(crate) async fn ended(mut self) -> (Option<i32>, String) {
         let status = timeout(HANGS, self.child.wait()).await.expect("it ends").unwrap();
         assert_eq!(
@@ -151,7 +151,7 @@ impl ServerProcess {
         (status.code(), self.stderr.await.unwrap())
     }
 
-    /// Ends it as a crash does.
+    /// Kills the server with SIGKILL.
     pub(crate) async fn kill(self) {
         self.signal(Signal::SIGKILL);
         assert_eq!(self.ended().await.0, None);
@@ -165,7 +165,7 @@ impl ServerProcess {
         health(&self.connect().await).await
     }
 
-    /// Status line and body of a page.
+    /// Returns status line and body of a page.
     pub(crate) async fn page(&self, path: &str) -> (String, String) {
         page(self.http, path).await
     }
@@ -192,7 +192,8 @@ pub(crate) async fn page(address: SocketAddr, path: &str) -> (String, String) {
     (head.lines().next().unwrap().to_owned(), body.to_owned())
 }
 
-/// What the directory holds: names and contents, but for SQLite's own files and the lock.
+/// Returns names and contents of the files in a directory, without the lock and the files of
+/// SQLite.
 pub(crate) fn secrets_in(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<_> = fs::read_dir(dir)
         .unwrap()

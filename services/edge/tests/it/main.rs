@@ -1,7 +1,7 @@
-//! The server from the outside: the binary with its arguments, files, signals and ports, and
-//! `compose` for what needs two servers in one process.
+//! Tests of the server from outside: the binary with its arguments, files, signals and ports, and
+//! `compose` for tests with two servers in one process.
 
-#![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod cluster_traces;
 mod collector;

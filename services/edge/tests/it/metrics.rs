@@ -1,5 +1,5 @@
-//! `docs/metrics.md`, written from the tables at the head of each crate's metrics, and held against
-//! a running server.
+//! `docs/metrics.md`, generated from the tables at the head of each crate's metrics, and compared
+//! with a running server.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,26 +14,33 @@ use crate::harness::{Data, HANGS, ServerProcess};
 const INTRODUCTION: &str = "\
 # Metrics
 
-<!-- Generated from the tables in crates/*/src: QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server metrics -->
+<!-- Generated from the tables in crates/*/src:
+     QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server metrics -->
 
-Everything that a server counts, at `/metrics` of `http.listen`, in the Prometheus text format. Each name has `# HELP` and \
-`# TYPE` there. A series appears with its first event; no label holds a user, a key or an address.
+The metrics of a server, at `/metrics` of `http.listen`, in the Prometheus text format. Each name \
+has `# HELP` and `# TYPE` there. A series appears with its first event. No label contains an \
+account, a key or an address.
 
-A histogram `X` is exposed as `X_bucket{le}`, `X_sum` and `X_count`. Its bounds follow from the end of its name: `_seconds` \
-from 0.5 ms to 60 s, `_bytes` from 64 B to 4 MiB, all others from 1 to 1024.
+A histogram `X` is exposed as `X_bucket{le}`, `X_sum` and `X_count`. Its bounds depend on the end \
+of its name: `_seconds` from 0.5 ms to 60 s, `_bytes` from 64 B to 4 MiB, all others from 1 to 1024.
 
-`deploy/grafana/quicproquo.json` is a dashboard of these, `deploy/prometheus/alerts.yml` has the alerts; \
-`tests/observability/check` holds the queries of both against a running cluster.
+`deploy/grafana/quicproquo.json` is a dashboard, `deploy/prometheus/alerts.yml` has the alerts. \
+`tests/observability/check` runs the queries of both against a running cluster.
 ";
 
-/// Title, introduction, and the file whose table it is.
+/// Title, introduction, and the file with the table.
 const SECTIONS: &[(&str, &str, &str)] = &[
     ("Process", "Of every server.", include_str!("../../../../crates/runtime/src/metrics.rs")),
     ("Calls", "Of every server.", include_str!("../../../../crates/rpc/src/observe.rs")),
     ("Connections", "Of every server.", include_str!("../../../../crates/transport/src/metric.rs")),
     (
+        "Jobs",
+        "Of every server. A kind of job appears with its first job.",
+        include_str!("../../../../crates/jobs/src/metric.rs"),
+    ),
+    (
         "Embedded store",
-        "Of a server that runs alone.",
+        "Of a single node.",
         include_str!("../../../../crates/store-embedded/src/metrics.rs"),
     ),
     (
@@ -96,11 +103,12 @@ fn the_committed_list_is_current() {
     }
     assert!(
         fs::read_to_string(path).unwrap() == page(),
-        "docs/metrics.md is stale: run QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server metrics and commit it"
+        "docs/metrics.md is stale: run QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server metrics \
+         and commit it"
     );
 }
 
-/// What a page of metrics says of one name.
+/// One name in a page of metrics.
 #[derive(Default)]
 struct Exposed<'a> {
     kind: &'a str,
@@ -135,7 +143,7 @@ fn exposed(page: &str) -> BTreeMap<&str, Exposed<'_>> {
 }
 
 #[tokio::test]
-async fn what_a_server_exposes_is_what_is_listed() {
+async fn every_exposed_metric_is_listed_as_it_is() {
     let data = Data::new();
     let server = ServerProcess::start(data.path(), &[]).await;
     let connection = server.connect().await;
@@ -155,7 +163,7 @@ async fn what_a_server_exposes_is_what_is_listed() {
         assert_eq!(found.kind, metric.kind, "{name}");
         assert_eq!(found.labels, metric.labels, "{name}");
     }
-    // What does not wait for an event to be there.
+    // Metrics that do not need a further event.
     for metric in SECTIONS[..3].iter().flat_map(|(.., source)| rows(source)) {
         let name = format!("qpq_{}", metric.name);
         assert!(exposed.contains_key(&*name), "{name} is listed and not exposed: {text}");

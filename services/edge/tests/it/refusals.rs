@@ -1,5 +1,5 @@
-//! Starts that cannot succeed: one line that says why and what to do, an exit code, and nothing
-//! destroyed.
+//! Starts that cannot succeed: one line with the reason and what to do, an exit code, and no change
+//! to the data.
 
 use std::{fs, path::Path};
 
@@ -7,7 +7,7 @@ use crate::harness::{Data, ServerProcess, refusal, secrets_in};
 
 const QUIET: (&str, &str) = ("QPQ_HTTP__LISTEN", "off");
 
-/// What a start on `data_dir` says; it must be one line.
+/// Starts on `data_dir`, which must fail. Returns its error, which must be one line.
 async fn refused(data_dir: &str, variables: &[(&str, &str)]) -> String {
     let variables: Vec<_> = variables.iter().copied().chain([QUIET]).collect();
     let said = refusal(1, &["--listen", "127.0.0.1:0", "--data-dir", data_dir], &variables).await;
@@ -16,7 +16,7 @@ async fn refused(data_dir: &str, variables: &[(&str, &str)]) -> String {
 }
 
 #[tokio::test]
-async fn a_second_server_on_the_same_directory_is_refused_and_the_first_goes_on() {
+async fn a_second_server_on_the_same_directory_is_refused_and_the_first_keeps_serving() {
     let data = Data::new();
     let first = data.start().await;
     let said = refused(data.path(), &[]).await;
@@ -25,19 +25,19 @@ async fn a_second_server_on_the_same_directory_is_refused_and_the_first_goes_on(
 }
 
 #[tokio::test]
-async fn a_taken_udp_port_is_named() {
+async fn a_udp_port_in_use_is_named() {
     let (data, other) = (Data::new(), Data::new());
     let first = data.start().await;
     let address = first.address.to_string();
     let said = refusal(1, &["--listen", &address, "--data-dir", other.path()], &[QUIET]).await;
-    let expected = format!("UDP port {} of 127.0.0.1 is taken", first.address.port());
+    let expected = format!("UDP port {} of 127.0.0.1 is in use", first.address.port());
     assert!(said.contains(&expected) && said.contains("--listen"), "{said}");
     let again = ServerProcess::start(other.path(), &[]).await;
     assert_eq!(again.health().await.status, "ok", "the refused start left a usable directory");
 }
 
 #[tokio::test]
-async fn a_taken_http_port_is_named() {
+async fn an_http_port_in_use_is_named() {
     let (data, other) = (Data::new(), Data::new());
     let first = data.start().await;
     let taken = first.http.to_string();
@@ -53,7 +53,7 @@ async fn a_taken_http_port_is_named() {
 #[tokio::test]
 async fn an_address_of_another_machine_is_refused() {
     let data = Data::new();
-    // TEST-NET-1 (RFC 5737): nobody has it.
+    // TEST-NET-1 (RFC 5737), which no machine has.
     let said =
         refusal(1, &["--listen", "192.0.2.1:5001", "--data-dir", data.path()], &[QUIET]).await;
     assert!(
@@ -97,7 +97,7 @@ async fn damaged_secrets_are_refused_and_left_alone() {
 }
 
 #[tokio::test]
-async fn a_secret_that_was_lost_is_not_made_anew() {
+async fn a_lost_secret_is_not_created_again() {
     let data = Data::new();
     data.start().await.kill().await;
     for name in ["opaque-setup.bin", "delivery-key.bin"] {
@@ -114,20 +114,20 @@ async fn a_secret_that_was_lost_is_not_made_anew() {
 }
 
 #[tokio::test]
-async fn half_a_certificate_is_refused() {
+async fn a_certificate_without_its_key_is_refused() {
     let data = Data::new();
     data.start().await.kill().await;
     fs::remove_file(data.file("server-key.der")).unwrap();
     let said = refused(data.path(), &[]).await;
     assert!(
-        said.contains("server-cert.der is there but ") && said.contains("server-key.der is not"),
+        said.contains("server-cert.der exists but ") && said.contains("server-key.der does not"),
         "{said}"
     );
     assert!(!data.file("server-key.der").exists());
 }
 
 #[tokio::test]
-async fn a_missing_certificate_is_refused_where_none_is_to_be_created() {
+async fn a_missing_certificate_is_refused_if_none_may_be_created() {
     let data = Data::new();
     let said = refused(data.path(), &[("QPQ_TLS__GENERATE", "never")]).await;
     assert!(said.contains("there is neither a certificate at") && said.contains("tls.generate"));
@@ -154,7 +154,7 @@ async fn a_certificate_named_without_its_key_is_refused_with_the_setting_to_chan
 }
 
 #[tokio::test]
-async fn half_a_restore_is_refused_before_anything_is_created() {
+async fn an_unfinished_restore_is_refused_before_anything_is_created() {
     let data = Data::new();
     fs::write(data.file("restore-unfinished"), "staging\n").unwrap();
     let said = refused(data.path(), &[]).await;
@@ -163,7 +163,7 @@ async fn half_a_restore_is_refused_before_anything_is_created() {
 }
 
 #[tokio::test]
-async fn a_named_certificate_that_is_no_certificate_is_refused() {
+async fn a_file_without_a_certificate_is_refused() {
     let data = Data::new();
     let (cert, key) = (data.file("cert.pem"), data.file("key.pem"));
     fs::write(&cert, "-----BEGIN NONSENSE-----").unwrap();
@@ -177,19 +177,19 @@ async fn a_named_certificate_that_is_no_certificate_is_refused() {
 }
 
 #[tokio::test]
-async fn a_directory_that_cannot_be_made_is_refused() {
+async fn a_directory_that_cannot_be_created_is_refused() {
     let data = Data::new();
     fs::write(data.file("file"), "").unwrap();
-    let in_the_way = data.file("file/data");
-    let said = refused(in_the_way.to_str().unwrap(), &[]).await;
-    assert!(said.contains(in_the_way.to_str().unwrap()) && said.contains("--data-dir"), "{said}");
-    // Not even root makes directories there.
+    let below_a_file = data.file("file/data");
+    let said = refused(below_a_file.to_str().unwrap(), &[]).await;
+    assert!(said.contains(below_a_file.to_str().unwrap()) && said.contains("--data-dir"), "{said}");
+    // Even root cannot create directories in /proc.
     let said = refused("/proc/qpq", &[]).await;
     assert!(said.contains("cannot create the data directory /proc/qpq"), "{said}");
 }
 
 #[tokio::test]
-async fn a_database_that_is_none_is_refused() {
+async fn a_damaged_database_is_refused() {
     let data = Data::new();
     data.start().await.kill().await;
     for entry in fs::read_dir(data.path()).unwrap() {

@@ -1,4 +1,4 @@
-//! A server that runs: what it prints, what it makes, what it answers.
+//! A running server: its output, its files and its answers.
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
@@ -11,7 +11,7 @@ use qpq_transport::{
 use crate::harness::{Data, HANGS, ServerProcess, page, secrets_in};
 
 #[tokio::test]
-async fn it_prints_where_it_is_and_three_lines_to_type() {
+async fn the_banner_has_the_addresses_and_three_commands() {
     let data = Data::new();
     let server = data.start().await;
     let (address, fingerprint) = (server.address, server.fingerprint);
@@ -36,7 +36,7 @@ async fn it_prints_where_it_is_and_three_lines_to_type() {
 }
 
 #[tokio::test]
-async fn it_answers_health_over_quic() {
+async fn health_is_answered_over_quic() {
     let data = Data::new();
     let server = ServerProcess::start(data.path(), &[("QPQ_DOMAIN", "example.org")]).await;
     let health = server.health().await;
@@ -46,7 +46,7 @@ async fn it_answers_health_over_quic() {
 }
 
 #[tokio::test]
-async fn what_it_makes_is_its_owners_alone() {
+async fn created_files_are_readable_for_their_owner_alone() {
     let data = Data::new();
     let made = data.file("deeper/data");
     let _server = ServerProcess::start(made.to_str().unwrap(), &[]).await;
@@ -66,7 +66,7 @@ async fn what_it_makes_is_its_owners_alone() {
 }
 
 #[tokio::test]
-async fn its_pages_answer() {
+async fn probes_and_metrics_are_served_over_http() {
     let data = Data::new();
     let server = data.start().await;
     server.health().await;
@@ -87,7 +87,7 @@ async fn its_pages_answer() {
 }
 
 #[tokio::test]
-async fn after_a_kill_it_starts_again_as_the_same_server() {
+async fn a_killed_server_starts_again_with_the_same_identity() {
     let data = Data::new();
     let first = data.start().await;
     let (fingerprint, key) = (first.fingerprint, first.health().await.server_key);
@@ -102,7 +102,7 @@ async fn after_a_kill_it_starts_again_as_the_same_server() {
 }
 
 #[tokio::test]
-async fn a_secret_that_others_may_read_is_warned_of() {
+async fn a_secret_that_others_may_read_is_logged_as_a_warning() {
     let data = Data::new();
     data.start().await.kill().await;
     let shared = fs::Permissions::from_mode(0o640);
@@ -119,7 +119,7 @@ async fn a_secret_that_others_may_read_is_warned_of() {
 }
 
 #[tokio::test]
-async fn its_log_can_be_json_and_has_no_colours_in_a_file() {
+async fn a_log_in_a_file_has_no_colours_and_may_be_json() {
     for format in ["json", "text"] {
         let data = Data::new();
         let server = ServerProcess::start(data.path(), &[("QPQ_LOG__FORMAT", format)]).await;
@@ -148,7 +148,7 @@ async fn every_number_of_an_access_line_is_a_number_in_json() {
 }
 
 #[tokio::test]
-async fn a_named_certificate_that_was_missing_is_created_and_said() {
+async fn a_named_certificate_that_is_missing_is_created_and_reported() {
     let data = Data::new();
     let (cert, key) = (data.file("tls/cert.pem"), data.file("tls/key.pem"));
     let named = [("QPQ_TLS_CERT", cert.to_str().unwrap()), ("QPQ_TLS_KEY", key.to_str().unwrap())];
@@ -163,7 +163,7 @@ async fn a_named_certificate_that_was_missing_is_created_and_said() {
     }
 }
 
-/// Puts a new pair into the files, and waits until the server shows it.
+/// Replaces certificate and key, and waits until the server uses them.
 async fn renew(data: &Data, server: &ServerProcess, hang_up: impl Fn()) {
     let (cert, key) = (data.file("new.der"), data.file("new-key.der"));
     let names = ["localhost".to_owned()];
@@ -179,7 +179,7 @@ async fn renew(data: &Data, server: &ServerProcess, hang_up: impl Fn()) {
 }
 
 #[tokio::test]
-async fn sighup_takes_up_what_can_be_and_names_the_rest() {
+async fn sighup_reloads_what_can_change_and_names_the_rest() {
     let data = Data::new();
     let file = data.file("qpq.toml");
     let write = |text: &str| fs::write(&file, text).unwrap();
@@ -195,9 +195,9 @@ async fn sighup_takes_up_what_can_be_and_names_the_rest() {
     assert_eq!(code, Some(0));
     assert!(!log.contains("serving"), "at first only warnings were logged: {log}");
     for expected in [
-        "the configuration was read again on SIGHUP changed=log.filter",
-        "need a restart: the ones of the start stay in force settings=delivery.max_wait",
-        "the certificate was changed",
+        "configuration reloaded on SIGHUP changed=log.filter",
+        "need a restart, the old ones stay in effect settings=delivery.max_wait",
+        "certificate changed",
         "there is no log.filler; did you mean log.filter?",
         "signal received",
     ] {
@@ -206,7 +206,7 @@ async fn sighup_takes_up_what_can_be_and_names_the_rest() {
 }
 
 #[tokio::test]
-async fn a_terse_filter_silences_the_log() {
+async fn a_filter_for_errors_leaves_the_log_empty() {
     let data = Data::new();
     let server = ServerProcess::start(data.path(), &[("RUST_LOG", "error")]).await;
     server.signal(Signal::SIGTERM);

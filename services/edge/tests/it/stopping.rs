@@ -1,4 +1,4 @@
-//! How the server ends: gently, and with its clients told.
+//! The stop of the server: gentle, and with a reason for its clients.
 
 use nix::sys::signal::Signal;
 use qpq_transport::client::Lost;
@@ -6,7 +6,7 @@ use qpq_transport::client::Lost;
 use crate::harness::{Data, health};
 
 #[tokio::test]
-async fn a_sigterm_tells_the_clients_and_ends_with_zero() {
+async fn a_sigterm_closes_connections_with_a_reason_and_ends_with_zero() {
     let data = Data::new();
     let server = data.start().await;
     let connection = server.connect().await;
@@ -23,7 +23,7 @@ async fn a_sigterm_tells_the_clients_and_ends_with_zero() {
 }
 
 #[tokio::test]
-async fn a_sigint_does_the_same() {
+async fn a_sigint_drains_and_ends_with_zero() {
     let data = Data::new();
     let server = data.start().await;
     server.signal(Signal::SIGINT);
@@ -33,7 +33,7 @@ async fn a_sigint_does_the_same() {
 }
 
 #[tokio::test]
-async fn what_it_leaves_can_be_started_again() {
+async fn a_stopped_server_can_be_started_again() {
     let data = Data::new();
     let first = data.start().await;
     let fingerprint = first.fingerprint;

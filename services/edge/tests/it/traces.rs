@@ -1,5 +1,5 @@
-//! Traces of calls at a collector: there when asked for, with nothing in them that is a user's, and
-//! never in the way.
+//! Traces of calls at a collector: sent if configured, without data of accounts, and never a reason
+//! for a call to wait.
 
 use std::fs;
 
@@ -16,15 +16,14 @@ use crate::{
     harness::{Data, HANGS, ServerProcess, health},
 };
 
-/// What no method is.
+/// The id of no method.
 const UNKNOWN: u16 = 0xfffe;
 
 async fn call(connection: &Connection, method: u16, payload: &'static [u8]) -> u8 {
     connection.call(method, Bytes::from_static(payload), 9, HANGS).await.unwrap().0
 }
 
-/// The spans of a server that was called, and then ended at once: what it had not sent yet came
-/// with its end.
+/// Calls a server, ends it immediately, and returns its spans: the rest is sent at its end.
 async fn spans_of(variables: &[(&str, &str)]) -> (Vec<Span>, String) {
     let collector = Collector::start().await;
     let (data, url) = (Data::new(), collector.url());
@@ -45,11 +44,11 @@ async fn spans_of(variables: &[(&str, &str)]) -> (Vec<Span>, String) {
 }
 
 #[tokio::test]
-async fn every_sampled_call_is_a_span_with_its_method_and_code_whatever_is_logged() {
+async fn every_sampled_call_is_a_span_with_method_and_code_regardless_of_the_log() {
     let asked =
         [("QPQ_TRACE__SAMPLE", "1"), ("QPQ_TRACE__SERVICE", "edge-of-a-test"), ("RUST_LOG", "off")];
     let (spans, log) = spans_of(&asked).await;
-    assert_eq!(log, "", "the filter of the log is the log's alone");
+    assert_eq!(log, "", "the filter of the log does not apply to traces");
     let named = |name| spans.iter().filter(|span| span.name() == name).collect::<Vec<_>>();
     let (health, login) = (named("Health"), named("OpaqueLoginStart"));
     assert!(!health.is_empty() && login.len() == 1, "{spans:#?}");
@@ -57,7 +56,7 @@ async fn every_sampled_call_is_a_span_with_its_method_and_code_whatever_is_logge
     assert_eq!(login[0].get("code").as_deref(), Some("rpc.malformed"));
     for span in &spans {
         assert_eq!(span.service, "edge-of-a-test");
-        assert_eq!(span.keys(), ["code", "method"], "nothing else is told of a call");
+        assert_eq!(span.keys(), ["code", "method"], "a span has nothing else of a call");
         assert!(
             span.inner.events.is_empty()
                 && span.inner.parent_span_id.is_empty()
@@ -67,7 +66,7 @@ async fn every_sampled_call_is_a_span_with_its_method_and_code_whatever_is_logge
 }
 
 #[tokio::test]
-async fn nothing_is_sent_where_nothing_is_sampled_or_no_collector_is_named() {
+async fn nothing_is_sent_without_samples_or_without_a_collector() {
     let (spans, _) = spans_of(&[("QPQ_TRACE__SAMPLE", "0")]).await;
     assert!(spans.is_empty(), "{spans:#?}");
     let data = Data::new();
@@ -82,8 +81,8 @@ async fn nothing_is_sent_where_nothing_is_sampled_or_no_collector_is_named() {
 }
 
 #[tokio::test]
-async fn a_collector_that_is_away_or_silent_costs_spans_and_nothing_else() {
-    // One that refuses connections, and one that takes them and never says a word.
+async fn an_unreachable_or_silent_collector_costs_spans_and_nothing_else() {
+    // The first refuses connections, the second accepts them and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let away = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     for collector in [away, silent.local_addr().unwrap()] {
@@ -92,7 +91,7 @@ async fn a_collector_that_is_away_or_silent_costs_spans_and_nothing_else() {
             ("QPQ_TRACE__ENDPOINT", &*url),
             ("QPQ_TRACE__SAMPLE", "1"),
             ("QPQ_TRACE__TIMEOUT", "1s"),
-            // Small and hasty, so that it is full and failing while the calls go on.
+            // The queue is full, and exports fail, during the calls.
             ("OTEL_BSP_MAX_QUEUE_SIZE", "8"),
             ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4"),
             ("OTEL_BSP_SCHEDULE_DELAY", "1"),
@@ -105,7 +104,7 @@ async fn a_collector_that_is_away_or_silent_costs_spans_and_nothing_else() {
         server.signal(Signal::SIGTERM);
         let (code, log) = server.ended().await;
         assert_eq!(code, Some(0), "{log}");
-        assert!(log.contains("opentelemetry"), "the operator is told: {log}");
+        assert!(log.contains("opentelemetry"), "the operator is notified: {log}");
     }
 }
 
@@ -121,7 +120,7 @@ async fn spans_arrive_while_the_server_runs() {
 }
 
 #[tokio::test]
-async fn they_travel_encrypted_where_the_system_trusts_the_collector() {
+async fn spans_are_sent_over_tls_if_the_system_trusts_the_collector() {
     let data = Data::new();
     let (cert, key, roots) =
         (data.file("collector.der"), data.file("collector-key.der"), data.file("roots.pem"));

@@ -13,7 +13,8 @@ use crate::{
 const SMALL: Amount = Amount { people: 8, acts: 120, payload: 3_000 };
 
 const COUNTS: &str = "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM message),
-    (SELECT sum(last_seq) FROM inbox), (SELECT md5(string_agg(payload, ''::bytea ORDER BY inbox, seq)) FROM message)";
+    (SELECT sum(last_seq) FROM inbox), (SELECT md5(string_agg(payload, ''::bytea ORDER BY inbox, seq)) FROM message),
+    (SELECT md5(string_agg(concat_ws(' ', id, kind, encode(key, 'hex'), encode(payload, 'hex'), run_at, attempts, last_error), ',' ORDER BY id)) FROM job)";
 
 fn refused(end: &End) -> &str {
     assert_eq!((end.code, end.printed.as_str()), (Some(1), ""), "{end:?}");
@@ -49,6 +50,7 @@ async fn a_clusters_backup_is_restored_into_an_empty_database() {
     let end = scene.run_on(&fresh.url(), &["restore", text(&backup)]);
     let printed = done(end);
     assert!(printed.contains("For users this means"), "{printed}");
+    assert_ne!(scene.sql("SELECT count(*) FROM job").await, "0");
     assert_eq!(fresh.sql(COUNTS).await.unwrap(), scene.sql(COUNTS).await);
     let packages = "SELECT count(*) FROM key_package WHERE NOT last_resort";
     assert_ne!(scene.sql(packages).await, "0");

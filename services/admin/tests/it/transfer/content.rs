@@ -9,11 +9,14 @@ use qpq_domain::{
     Username,
 };
 use qpq_ports::{
-    Ack, Batch, Enqueued, NewAccount, NewKeyPackage, NewMessage, NewSession, Page, PageLimit,
-    ReadQuery, Reader, Registration, Session, Stores, UploadMode, View,
+    Ack, Batch, ClaimRequest, Enqueued, JobEnd, JobId, JobKind, NewAccount, NewJob, NewKeyPackage,
+    NewMessage, NewSession, Page, PageLimit, ReadQuery, Reader, Registration, Session, Stores,
+    UploadMode, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
+
+const JOB: JobKind = JobKind::new("test");
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
@@ -65,7 +68,10 @@ impl Content {
                 0..=4 => content.send(stores, amount).await,
                 5 | 6 => content.read(stores).await,
                 7 => content.log_in(stores).await,
-                8 => content.upload(stores).await,
+                8 => {
+                    content.upload(stores).await;
+                    content.work(stores).await;
+                }
                 _ => content.take(stores).await,
             }
         }
@@ -192,6 +198,30 @@ impl Content {
         self.packages.extend(packages.into_iter().map(|package| (person, package)));
     }
 
+    /// Stores jobs and claims one, whose run ends in a random way, or not.
+    async fn work(&mut self, stores: &Stores) {
+        let jobs = (0..3)
+            .map(|_| NewJob {
+                kind: JOB,
+                key: self.random.r#gen::<bool>().then(|| self.bytes(1)),
+                payload: self.bytes(100),
+                delay: self.random.gen_range(0..20) * HOUR / 10,
+            })
+            .collect();
+        stores.jobs.put(jobs, self.now).await.unwrap();
+        let one = ClaimRequest { kind: JOB, limit: 1, lease: HOUR, horizon: 9 * HOUR };
+        let Some(job) = stores.jobs.claim(one, self.now).await.unwrap().pop() else {
+            return;
+        };
+        let end = match self.random.gen_range(0..4) {
+            0 => JobEnd::Done,
+            1 => JobEnd::RetryAfter { wait: HOUR, error: "later".into() },
+            2 => JobEnd::Dead { error: "never".into() },
+            _ => return,
+        };
+        stores.jobs.finish(job.claim, end, self.now).await.unwrap();
+    }
+
     async fn take(&mut self, stores: &Stores) {
         let person = self.somebody();
         stores.key_packages.take(&self.people[person].0.identity, self.now).await.unwrap();
@@ -223,6 +253,7 @@ impl Content {
             self.compare_inboxes(one, two, at).await;
         }
         self.compare_keys(one, two).await;
+        self.compare_jobs(one, two).await;
         self.compare_reading(one, two).await;
         self.compare_repeats(one, two).await;
         self.compare_sessions(one, two).await;
@@ -304,6 +335,29 @@ impl Content {
                 }
             }
         }
+    }
+
+    async fn compare_jobs(&self, one: &Stores, two: &Stores) {
+        // Jobs that are due later are beyond this horizon, and so claimed too.
+        let all = ClaimRequest {
+            kind: JOB,
+            limit: u32::MAX,
+            lease: HOUR,
+            horizon: std::time::Duration::ZERO,
+        };
+        let jobs = async |stores: &Stores| {
+            let mut dead = stores.jobs.dead(u32::MAX).await.unwrap();
+            // Each store numbers its jobs itself.
+            dead.iter_mut().for_each(|job| job.id = JobId(0));
+            dead.sort_by_key(|job| (job.died_at, job.attempts));
+            let due = stores.jobs.claim(all, self.now).await.unwrap();
+            let mut due: Vec<_> = due.into_iter().map(|job| (job.payload, job.attempt)).collect();
+            due.sort();
+            (dead, due)
+        };
+        let (first, second) = (jobs(one).await, jobs(two).await);
+        assert_eq!(first, second);
+        assert!(!first.1.is_empty());
     }
 
     async fn compare_reading(&self, one: &Stores, two: &Stores) {

@@ -1,0 +1,111 @@
+//! The interface of a kind of work.
+
+use std::{borrow::Cow, time::Duration};
+
+use async_trait::async_trait;
+use qpq_domain::UnixMillis;
+use qpq_ports::{Job, JobKind, NewJob};
+
+/// One kind of work.
+#[async_trait]
+pub trait Work: Send + Sync {
+    /// The kind of the jobs that this work runs.
+    fn kind(&self) -> JobKind;
+
+    /// The bounds by which the runner claims, repeats and gives up.
+    fn policy(&self) -> Policy {
+        Policy::default()
+    }
+
+    /// The job of work that repeats without end. It needs a key, which keeps it single.
+    ///
+    /// Every server stores the job when it starts. A present job keeps its time, unless the new one
+    /// is due earlier. So the delay is zero for work that may run at every start of a server, and
+    /// the full period for other work.
+    fn recurring(&self) -> Option<NewJob> {
+        None
+    }
+
+    /// Does the work of `job`, claimed at `now`.
+    ///
+    /// A job may run again after it succeeded, if the success could not be recorded. The future is
+    /// dropped when another worker has claimed the job, and when the server has stopped.
+    async fn run(&self, job: &Job, now: UnixMillis) -> Result<Completion, Failure>;
+}
+
+/// The result of a run that succeeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completion {
+    /// The job is removed.
+    Done,
+    /// The job runs again after this time.
+    RepeatAfter(Duration),
+}
+
+/// The result of a run that failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// The job runs again after the back-off of its [`Policy`], until its attempts are used up.
+    #[error("{0}")]
+    Temporary(Cow<'static, str>),
+    /// Repeating cannot help: the job is dead.
+    #[error("{0}")]
+    Permanent(Cow<'static, str>),
+}
+
+impl Failure {
+    /// Creates a temporary failure from an error and its causes.
+    pub fn temporary(error: &dyn std::error::Error) -> Self {
+        let causes = std::iter::successors(Some(error), |error| error.source());
+        let causes: Vec<_> = causes.map(ToString::to_string).collect();
+        Self::Temporary(causes.join(": ").into())
+    }
+}
+
+/// The bounds by which the jobs of a kind are run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Maximum number of jobs that one edge runs concurrently.
+    pub concurrency: u32,
+    /// The duration of a claim. It is renewed while the work runs, so a job of a killed edge runs
+    /// again after at most this time.
+    pub lease: Duration,
+    /// Interval between two claims when nothing on this edge announces a job.
+    pub poll: Duration,
+    /// Attempts after which a failing job is dead. `None`: the job is always retried.
+    pub max_attempts: Option<u32>,
+    /// Maximum wait after the first failure. It doubles with each failure.
+    pub backoff_base: Duration,
+    /// Maximum wait after any failure.
+    pub backoff_cap: Duration,
+    /// The longest wait of a job of this kind; longer ones are shortened. A stored job that is due
+    /// later was written while the store's clock was wrong, and runs immediately.
+    pub horizon: Duration,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            concurrency: 4,
+            lease: Duration::from_secs(60),
+            poll: Duration::from_secs(5),
+            max_attempts: Some(20),
+            backoff_base: Duration::from_secs(2),
+            backoff_cap: Duration::from_secs(15 * 60),
+            horizon: Duration::from_secs(3_600),
+        }
+    }
+}
+
+impl Policy {
+    /// Returns the wait after the failure of `attempt`, which counts from 1.
+    ///
+    /// The wait is between half of the doubled base and the whole of it, by `random`, which is
+    /// uniform over all of `u64`. At least half, so that a job that fails immediately does not run
+    /// again immediately.
+    pub(crate) fn backoff(&self, attempt: u32, random: u64) -> Duration {
+        let doublings = attempt.saturating_sub(1).min(31);
+        let ceiling = self.backoff_base.saturating_mul(1 << doublings).min(self.backoff_cap);
+        ceiling.mul_f64(0.5 + 0.5 * (random as f64 / u64::MAX as f64))
+    }
+}

@@ -1,0 +1,134 @@
+//! `jobs`: dead jobs are listed, retried and removed, on a single node and in a cluster.
+
+use std::time::Duration;
+
+use qpq_ports::{ClaimRequest, Clock as _, JobEnd, JobKind, Jobs, NewJob, SystemClock};
+use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_test_services::Postgres;
+
+use crate::harness::{End, Place, refusal, run, run_with, text};
+
+const KIND: JobKind = JobKind::new("relay");
+
+fn request() -> ClaimRequest {
+    let (lease, horizon) = (Duration::from_secs(60), Duration::from_secs(3_600));
+    ClaimRequest { kind: KIND, limit: 9, lease, horizon }
+}
+
+/// Stores two jobs. One is dead, one is waiting.
+async fn fill(jobs: &dyn Jobs) {
+    let now = SystemClock.now();
+    let job = |key: &[u8]| NewJob {
+        kind: KIND,
+        key: Some(key.into()),
+        payload: Vec::new(),
+        delay: Duration::ZERO,
+    };
+    jobs.put(vec![job(b"one")], now).await.unwrap();
+    let claimed = jobs.claim(request(), now).await.unwrap().remove(0);
+    let dead = JobEnd::Dead { error: "the peer is unknown".into() };
+    jobs.finish(claimed.claim, dead, now).await.unwrap();
+    jobs.put(vec![job(b"two")], now).await.unwrap();
+}
+
+/// Returns the first column of the line with the error.
+fn dead_id(listed: &str) -> String {
+    let line = listed.lines().find(|line| line.contains("the peer is unknown"));
+    let line = line.unwrap_or_else(|| panic!("no dead job in {listed}"));
+    assert!(line.contains("relay"), "{line}");
+    line.split_whitespace().next().unwrap().to_owned()
+}
+
+/// Returns the counts of waiting, claimed and dead jobs.
+fn counts(listed: &str) -> [&str; 3] {
+    let line = listed.lines().find(|line| line.starts_with("relay ")).expect("a line of the kind");
+    let columns: Vec<_> = line.split_whitespace().collect();
+    [columns[1], columns[2], columns[3]]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_job_of_a_single_node_is_shown_retried_and_removed() {
+    for stopped in [false, true] {
+        let place = Place::new();
+        let dir = place.path("data");
+        let open = || async { EmbeddedStore::open(&dir, Limits::default()).await.unwrap() };
+        let store = open().await;
+        fill(&*store.stores().jobs).await;
+        let store = if stopped {
+            store.close().await;
+            None
+        } else {
+            Some(store)
+        };
+        let jobs =
+            |arguments: &[&str]| run(&[&["jobs"], arguments, &["--data-dir", text(&dir)]].concat());
+        let listed = jobs(&["list"]);
+        assert_eq!(counts(&listed), ["1", "0", "1"], "{listed}");
+        let id = dead_id(&listed);
+        assert_eq!(jobs(&["retry", &id]), format!("Job {id} is due now.\n"));
+        let listed = jobs(&["list"]);
+        assert_eq!(counts(&listed), ["2", "0", "0"], "{listed}");
+        assert!(listed.contains("No job is dead."), "{listed}");
+
+        let store = match store {
+            Some(store) => store,
+            None => open().await,
+        };
+        let queue = store.stores().jobs;
+        let claimed = queue.claim(request(), SystemClock.now()).await.unwrap();
+        assert_eq!(claimed.len(), 2, "the retried job runs");
+        for job in claimed {
+            let dead = JobEnd::Dead { error: "the peer is unknown".into() };
+            queue.finish(job.claim, dead, SystemClock.now()).await.unwrap();
+        }
+        store.close().await;
+        assert_eq!(jobs(&["remove", &id]), format!("Job {id} is removed.\n"));
+        let said = refusal(1, &["jobs", "remove", &id, "--data-dir", text(&dir)]);
+        assert!(said.contains(&format!("no dead job has the number {id}")), "{said}");
+        assert_eq!(counts(&jobs(&["list"])), ["0", "0", "1"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_job_of_a_cluster_is_shown_retried_and_removed() {
+    let postgres = Postgres::start().await.unwrap();
+    let url = postgres.url();
+    let jobs = |arguments: &[&str]| -> End {
+        run_with(&[&["jobs"], arguments].concat(), &[("QPQ_POSTGRES__URL", &url)])
+    };
+    let end = jobs(&["list"]);
+    assert_eq!(end.code, Some(1), "{end:?}");
+    assert!(end.said.contains("qpq-admin migrate"), "{end:?}");
+    assert_eq!(run_with(&["migrate"], &[("QPQ_POSTGRES__URL", &url)]).code, Some(0));
+
+    postgres
+        .sql(
+            "INSERT INTO job (kind, key, payload, run_at, attempts, died_at, last_error) VALUES
+             ('relay', 'one', '', 0, 3, 1800000000000, 'the peer is unknown'),
+             ('relay', 'two', '', 0, 0, NULL, NULL)",
+        )
+        .await
+        .unwrap();
+    let end = jobs(&["list"]);
+    assert_eq!((end.code, counts(&end.printed)), (Some(0), ["1", "0", "1"]), "{end:?}");
+    let id = dead_id(&end.printed);
+    assert_eq!(jobs(&["retry", &id]).printed, format!("Job {id} is due now.\n"));
+    let live = "SELECT count(*) FROM job WHERE died_at IS NULL AND attempts = 0";
+    assert_eq!(postgres.sql(live).await.unwrap(), "2");
+
+    // It dies again, and meanwhile a newer job does its work.
+    postgres.sql("UPDATE job SET died_at = 1 WHERE key = 'one'").await.unwrap();
+    let newer = "INSERT INTO job (kind, key, payload, run_at) VALUES ('relay', 'one', '', 0)";
+    postgres.sql(newer).await.unwrap();
+    let end = jobs(&["retry", &id]);
+    assert!(end.code == Some(1) && end.said.contains("a newer job"), "{end:?}");
+    assert_eq!(jobs(&["remove", &id]).printed, format!("Job {id} is removed.\n"));
+    assert_eq!(counts(&jobs(&["list"]).printed), ["2", "0", "0"]);
+}
+
+#[test]
+fn a_directory_without_a_server_is_refused() {
+    let place = Place::new();
+    let said = refusal(1, &["jobs", "list", "--data-dir", text(&place.path("nowhere"))]);
+    assert!(said.contains("nowhere"), "{said}");
+}
