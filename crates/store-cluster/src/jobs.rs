@@ -123,7 +123,8 @@ const STATS: &str = concat!(
     r#"
     SELECT kind,
            count(*) FILTER (WHERE died_at IS NULL AND (claim IS NULL OR run_at <= now)) AS waiting,
-           count(*) FILTER (WHERE died_at IS NULL AND claim IS NOT NULL AND run_at > now) AS claimed,
+           count(*) FILTER (WHERE died_at IS NULL AND claim IS NOT NULL AND run_at > now)
+           AS claimed,
            count(*) FILTER (WHERE died_at IS NOT NULL) AS dead,
            greatest(0, max(now) - min(run_at) FILTER (WHERE died_at IS NULL)) AS overdue
       FROM job, (SELECT "#,
@@ -156,8 +157,8 @@ impl ClusterJobs {
     }
 }
 
-/// Returns the queue of jobs of the cluster's database, for the tools of the operator. Needs neither
-/// Redis nor NATS.
+/// Returns the queue of jobs of the cluster's database, for the tools of the operator. Needs
+/// neither Redis nor NATS.
 pub async fn operator_jobs(config: &Config) -> Result<Arc<dyn Jobs>, ConnectError> {
     let options = postgres::options(config)?;
     postgres::prepare(&options, Migrate::Never, config.start_timeout).await?;

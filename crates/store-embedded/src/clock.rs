@@ -182,8 +182,8 @@ impl ClockGuard {
         }
     }
 
-    /// Returns the time to plan by, if the clock shows `now`: the believed time while the clock is not
-    /// believed.
+    /// Returns the time to plan by, if the clock shows `now`: the believed time while the clock is
+    /// not believed.
     pub(crate) fn believed(&self, now: UnixMillis) -> UnixMillis {
         let state = self.0.lock();
         let Some(belief) = state.belief else { return now };

@@ -1,6 +1,6 @@
-//! Jobs in SQLite. A claim moves `run_at` to the end of its lease, so the job of a worker that hangs
-//! becomes due again by itself. When the store is opened no worker is left, and every claim is
-//! released.
+//! Jobs in SQLite. A claim moves `run_at` to the end of its lease, so the job of a worker that
+//! hangs becomes due again by itself. When the store is opened no worker is left, and every claim
+//! is released.
 //!
 //! `run_at` follows the time that the clock guard believes ([`ClockGuard::believed`]).
 

@@ -1,5 +1,5 @@
-//! `qpq-admin jobs`: the queue of durable work of a server or a cluster. Works whether the servers run
-//! or not.
+//! `qpq-admin jobs`: the queue of durable work of a server or a cluster. Works whether the servers
+//! run or not.
 
 use std::{fmt::Write as _, path::Path, sync::Arc, time::Duration};
 
