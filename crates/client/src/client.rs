@@ -10,7 +10,7 @@ use qpq_domain::{IdentityKey, SessionToken, UnixMillis, Username};
 use qpq_mls::Identity;
 use qpq_proto::{DeadlineClass, Event, Method, Status, methods, v1};
 use qpq_transport::Fingerprint;
-use rand::rngs::OsRng;
+use rand::{RngCore as _, rngs::OsRng};
 use tokio::{
     sync::watch,
     task::{JoinError, spawn_blocking},
@@ -314,7 +314,7 @@ impl Client {
         // A lost connection is not waited for here: the link does that.
         let own = match error {
             CallError::Lost { .. } if failures == 1 => Duration::ZERO,
-            _ => self.shared.options.backoff.delay(failures, &mut OsRng),
+            _ => self.shared.options.backoff.delay(failures, OsRng.next_u64()),
         };
         let pause = asked.unwrap_or_default() + own;
         if Instant::now() + pause >= until {

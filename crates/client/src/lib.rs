@@ -23,7 +23,6 @@
 //! nothing twice; a message that could not be sent yet is sent, under the same id, by whatever runs
 //! next ([`Messenger::flush`], [`Messenger::receive`], [`Messenger::listen`]).
 
-mod backoff;
 mod call;
 mod client;
 mod dial;
@@ -36,7 +35,6 @@ mod profile;
 mod safety;
 mod secret;
 
-pub use backoff::Backoff;
 pub use client::{Client, LogoutScope, PendingRegistration, Registered, Session};
 pub use error::{
     AuthError, CallError, ConnectError, Error, NoConnection, ProfileError, ServerError,
@@ -48,6 +46,7 @@ pub use messenger::{
 };
 pub use options::{DEFAULT_PORT, Options, Trust};
 pub use profile::{Profile, Status as ProfileStatus};
+pub use qpq_domain::Backoff;
 pub use safety::{fingerprint, safety_number};
 pub use secret::{ExportKey, Password};
 

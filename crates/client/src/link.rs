@@ -14,18 +14,18 @@ use std::{
 };
 
 use bytes::Bytes;
+use qpq_domain::Backoff;
 use qpq_transport::{
     Fingerprint,
     client::{self as transport, Connection, Dialer},
 };
-use rand::rngs::OsRng;
+use rand::{RngCore as _, rngs::OsRng};
 use tokio::{
     sync::{Mutex, oneshot, watch},
     time::{Instant, sleep_until, timeout, timeout_at},
 };
 
 use crate::{
-    backoff::Backoff,
     dial::{Failed, Target, dialer},
     error::{CallError, ConnectError, NoConnection},
     options::{Options, Trust},
@@ -164,7 +164,7 @@ impl Link {
         }
         let mut failures = slot.barren;
         loop {
-            let attempt = Instant::now() + self.backoff.delay(failures, &mut OsRng);
+            let attempt = Instant::now() + self.backoff.delay(failures, OsRng.next_u64());
             if attempt > until {
                 return Err(unreachable(reason));
             }
@@ -251,7 +251,7 @@ impl Link {
                 lost = watched.closed() => lost,
                 _ = dropped => return,
             };
-            if lost != transport::Lost::ClosedHere && made.load(Ordering::Relaxed) == number {
+            if lost != transport::Lost::ClosedLocally && made.load(Ordering::Relaxed) == number {
                 tracing::debug!(reason = %lost, "connection lost");
                 let (since, reason) = (Instant::now(), lost.to_string().into());
                 events.send_replace(ConnectionEvent::Reconnecting { since, reason });

@@ -2,10 +2,9 @@
 
 use std::{net::Ipv6Addr, path::PathBuf, time::Duration};
 
+use qpq_domain::Backoff;
 use qpq_transport::Fingerprint;
 use serde::{Deserialize, Serialize};
-
-use crate::backoff::Backoff;
 
 /// The port of a server whose address names none.
 pub const DEFAULT_PORT: u16 = 5001;
@@ -59,7 +58,7 @@ impl Options {
             server: server.into(),
             trust,
             patience: Duration::from_secs(30),
-            backoff: Backoff::default(),
+            backoff: Backoff::new(Duration::from_millis(200), Duration::from_secs(30)),
         }
     }
 }

@@ -10,7 +10,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Write as _},
+    io,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
@@ -195,16 +195,8 @@ async fn wait_for(
 }
 
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), ProfileError> {
-    let new = path.with_extension("new");
-    let write = || -> io::Result<()> {
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&new, path)?;
-        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
-    };
-    write().map_err(|source| ProfileError::Io { path: path.to_owned(), source })
+    qpq_durable_file::replace(path, bytes, 0o600)
+        .map_err(|source| ProfileError::Io { path: path.to_owned(), source })
 }
 
 mod username_text {

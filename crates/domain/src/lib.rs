@@ -5,6 +5,7 @@
 //! Bytes become these types at the door (`proto::convert`) and stay these types until they leave
 //! again.
 
+mod backoff;
 mod identity;
 mod ids;
 mod limits;
@@ -13,6 +14,7 @@ mod session;
 mod time;
 mod username;
 
+pub use backoff::Backoff;
 pub use identity::{IdentityKey, InvalidIdentity};
 pub use ids::{AccountId, ChannelId, DeviceId, MessageId, Seq, StoreId, WrongLength};
 pub use limits::{Delivery, KeyPackageCaps, MAX_BATCH};

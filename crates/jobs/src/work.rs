@@ -3,7 +3,7 @@
 use std::{borrow::Cow, time::Duration};
 
 use async_trait::async_trait;
-use qpq_domain::UnixMillis;
+use qpq_domain::{Backoff, UnixMillis};
 use qpq_ports::{Job, JobKind, NewJob};
 
 /// One kind of work.
@@ -104,8 +104,7 @@ impl Policy {
     /// uniform over all of `u64`. At least half, so that a job that fails immediately does not run
     /// again immediately.
     pub(crate) fn backoff(&self, attempt: u32, random: u64) -> Duration {
-        let doublings = attempt.saturating_sub(1).min(31);
-        let ceiling = self.backoff_base.saturating_mul(1 << doublings).min(self.backoff_cap);
-        ceiling.mul_f64(0.5 + 0.5 * (random as f64 / u64::MAX as f64))
+        let backoff = Backoff::new(self.backoff_base, self.backoff_cap);
+        (backoff.longest(attempt) + backoff.delay(attempt, random)) / 2
     }
 }

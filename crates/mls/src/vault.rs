@@ -5,13 +5,7 @@
 //! content, with all that precedes the nonce as associated data. A file is replaced whole or not at
 //! all.
 
-use std::{
-    fmt,
-    fs::{self, File, OpenOptions},
-    io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::Path,
-};
+use std::{fmt, fs, io, path::Path};
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use chacha20poly1305::{
@@ -168,33 +162,7 @@ pub fn read(path: &Path, key: &VaultKey) -> Result<Option<Zeroizing<Vec<u8>>>, V
 /// Replaces the vault at `path`. When this returns, the new content is on the disk; if it fails or
 /// the machine does, the old is. One process at a time may write one vault.
 pub fn write(path: &Path, key: &VaultKey, content: &[u8]) -> Result<(), VaultError> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut name =
-        path.file_name().ok_or(io::ErrorKind::InvalidInput).map_err(io::Error::from)?.to_owned();
-    name.push(".new");
-    let new = directory.join(name);
-    let written = write_new(&new, &seal(key, content)).and_then(|()| fs::rename(&new, path));
-    if let Err(error) = written {
-        // The write's error is the one to report; a leftover is removed by the next write.
-        fs::remove_file(&new).ok();
-        return Err(error.into());
-    }
-    File::open(directory)?.sync_all()?;
-    Ok(())
-}
-
-fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    // Whatever a crash left there, or somebody laid there, is not written into.
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
+    Ok(qpq_durable_file::replace(path, &seal(key, content), 0o600)?)
 }
 
 fn read_file(path: &Path) -> Result<Option<Vec<u8>>, VaultError> {
@@ -234,13 +202,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
         write(&path, &key(1), b"old").unwrap();
-        // A crash between writing and renaming leaves a file; something that cannot be replaced
-        // makes the write fail.
+        // Left by a crash of an earlier release, between writing and renaming.
         fs::write(directory.path().join("state.new"), b"half").unwrap();
         write(&path, &key(1), b"new").unwrap();
         assert_eq!(&**read(&path, &key(1)).unwrap().unwrap(), b"new");
-        fs::create_dir(directory.path().join("state.new")).unwrap();
-        assert!(matches!(write(&path, &key(1), b"newer"), Err(VaultError::Io(_))));
+        let directory_in_place = directory.path().join("directory");
+        fs::create_dir(&directory_in_place).unwrap();
+        assert!(matches!(write(&directory_in_place, &key(1), b"newer"), Err(VaultError::Io(_))));
+        assert!(directory_in_place.is_dir());
         assert_eq!(&**read(&path, &key(1)).unwrap().unwrap(), b"new");
     }
 

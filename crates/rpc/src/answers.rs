@@ -50,7 +50,7 @@ pub struct AnswerMemory {
 
 impl AnswerMemory {
     /// The least that each budget must be: the largest answer.
-    pub const LEAST: usize = 4 << 20;
+    pub const LEAST: usize = qpq_wire::MAX_PAYLOAD as usize;
 }
 
 impl Default for AnswerMemory {

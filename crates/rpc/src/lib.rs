@@ -37,5 +37,6 @@ pub use dispatch::{Answered, Cx, Handler};
 pub use error::{Code, Error};
 pub use limits::{RateLimits, Subject};
 pub use opaque::OpaqueServer;
-pub use rpc::{Answer, Refusal, Rpc, Settlement};
+pub use qpq_wire::Refusal;
+pub use rpc::{Answer, Rpc, Settlement};
 pub use signer::DeliverySigner;

@@ -5,6 +5,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 use bytes::Bytes;
 use qpq_ports::{Clock, Lease, StoreResult};
 use qpq_proto::{Method as _, Status, methods::Enqueue};
+use qpq_wire::Refusal;
 use tracing::{Instrument as _, Level, Span, field::Empty};
 
 use crate::{
@@ -67,19 +68,6 @@ impl fmt::Debug for Answer {
             .field("bytes", &self.payload.len())
             .finish_non_exhaustive()
     }
-}
-
-/// Why the transport refuses a request by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// It announced more than a frame carries.
-    TooLarge,
-    /// The stream did not hold one frame and nothing else.
-    Malformed,
-    /// It did not arrive whole in time.
-    Timeout,
-    /// The call panicked.
-    Internal,
 }
 
 impl Rpc {

@@ -1,18 +1,20 @@
 //! The directory with a server's secrets, readable by its owner alone. Each file is complete or
 //! absent.
 
-pub mod fleet;
+pub mod cluster;
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
+use qpq_durable_file::{self as durable_file, Created};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
+const FILE_MODE: u32 = 0o600;
 const GROUP_OR_OTHERS: u32 = 0o077;
 const OTHERS: u32 = 0o007;
 
@@ -117,17 +119,19 @@ impl DataDir {
         if path.exists() {
             return Ok(());
         }
-        write_new(&path, contents).map_err(|source| DataDirError::Write { path, source })
+        match durable_file::create(&path, contents, FILE_MODE) {
+            // Another process may have created it meanwhile.
+            Ok(Created::New | Created::Exists) => Ok(()),
+            Err(source) => Err(DataDirError::Write { path, source }),
+        }
     }
 
     /// Writes or replaces the file `name` with mode 0600. After a crash it has the old contents or
     /// the new ones; once this has returned, the new ones.
     pub fn replace(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
         let path = self.0.join(name);
-        let replaced = write_temporary(&path, contents)
-            .and_then(|temporary| fs::rename(temporary, &path))
-            .and_then(|()| File::open(&self.0)?.sync_all());
-        replaced.map_err(|source| DataDirError::Write { path, source })
+        durable_file::replace(&path, contents, FILE_MODE)
+            .map_err(|source| DataDirError::Write { path, source })
     }
 }
 
@@ -139,39 +143,6 @@ impl SecretFile {
             Sha256::new().chain_update(b"qpq secret fingerprint v1\0").chain_update(self.name);
         domain.chain_update(b"\0").chain_update(secret).finalize().into()
     }
-}
-
-/// Writes a file with mode 0600, unless it exists. After a crash it is complete or absent.
-fn write_new(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let temporary = write_temporary(path, contents)?;
-    // A hard link fails if the file exists; a rename would replace the file of another process.
-    let linked = fs::hard_link(&temporary, path);
-    let named = match linked {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(_) => fs::rename(&temporary, path),
-        Ok(()) => Ok(()),
-    };
-    match fs::remove_file(&temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    named?;
-    let directory =
-        path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(directory)?.sync_all()
-}
-
-/// Writes and syncs `contents` under a temporary name next to `path`. Returns that name.
-fn write_temporary(path: &Path, contents: &[u8]) -> io::Result<PathBuf> {
-    let temporary = path.with_added_extension(format!("{}.new", std::process::id()));
-    match fs::remove_file(&temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    file.write_all(contents)?;
-    file.sync_all()?;
-    Ok(temporary)
 }
 
 fn warn_if_shared(path: &Path, forbidden_mode: u32) {
@@ -232,14 +203,15 @@ mod tests {
     }
 
     #[test]
-    fn a_temporary_file_left_by_a_crash_is_replaced() {
+    fn a_temporary_file_left_by_a_crash_is_ignored() {
         let parent = tempfile::tempdir().unwrap();
         let dir = DataDir::create(parent.path()).unwrap();
-        let left = dir.path().join(format!("key.bin.{}.new", std::process::id()));
-        fs::write(&left, b"a").unwrap();
+        for number in 0..100 {
+            let left = format!("key.bin.{}.{number}.new", std::process::id());
+            fs::write(dir.path().join(left), b"a").unwrap();
+        }
         assert!(dir.read_secret(KEY).unwrap().is_none());
         assert_eq!(*dir.secret(KEY, || secret_of(b"abcd")).unwrap(), b"abcd");
-        assert!(!left.exists());
     }
 
     #[test]

@@ -3,17 +3,12 @@
 //!
 //! A binary uses the modules in this order: [`config`] reads the settings, [`log`], [`trace`] and
 //! [`metrics`] make the process observable, [`data_dir`] stores its secrets, [`lifecycle`] runs and
-//! ends its tasks, [`http`] answers probes. [`backoff`] computes the waits between retries, and
-//! [`Redacted`] is the type of every secret that passes through code that prints.
+//! ends its tasks, and [`http`] answers probes.
 
-pub mod backoff;
 pub mod config;
 pub mod data_dir;
 pub mod http;
 pub mod lifecycle;
 pub mod log;
 pub mod metrics;
-mod redacted;
 pub mod trace;
-
-pub use redacted::Redacted;

@@ -3,55 +3,42 @@
 //! The first SIGTERM or SIGINT starts the drain; the second one ends the process immediately. Tasks
 //! are supervised: a task that panics or fails ends the process with an error.
 
-use std::{future::Future, io, sync::Arc};
+use std::{future::Future, io};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::watch,
     task::JoinSet,
 };
+use tokio_util::sync::CancellationToken;
 
-/// A phase in the life of a process, in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
-    Running,
-    /// Running work is finished; no new work is accepted.
-    Draining,
-    /// The process ends immediately.
-    Stopping,
-}
-
-/// The phase of the process, shared by all clones. A phase never goes back.
+/// The two steps in which a process ends, shared by all clones.
 #[derive(Clone, Debug)]
-pub struct Shutdown(Arc<watch::Sender<Phase>>);
+pub struct Shutdown {
+    draining: CancellationToken,
+    stopping: CancellationToken,
+}
 
 impl Default for Shutdown {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(Phase::Running)))
+        let stopping = CancellationToken::new();
+        Self { draining: stopping.child_token(), stopping }
     }
 }
 
 impl Shutdown {
-    pub fn phase(&self) -> Phase {
-        *self.0.borrow()
+    /// Returns the token of the first step. Once cancelled, running work is finished and no new
+    /// work is accepted.
+    pub fn draining(&self) -> &CancellationToken {
+        &self.draining
     }
 
-    /// Advances to `phase`. Does nothing in that phase or a later one.
-    pub fn advance(&self, phase: Phase) {
-        self.0.send_if_modified(|current| {
-            let later = *current < phase;
-            *current = phase.max(*current);
-            later
-        });
+    /// Returns the token of the second step. Once cancelled, the process ends immediately.
+    /// Cancelling it cancels the first one too.
+    pub fn stopping(&self) -> &CancellationToken {
+        &self.stopping
     }
 
-    /// Waits until `phase` or a later one is reached.
-    pub async fn reached(&self, phase: Phase) {
-        let mut watched = self.0.subscribe();
-        watched.wait_for(|current| *current >= phase).await.expect("self keeps the sender");
-    }
-
-    /// Starts a task that advances by one phase on each SIGTERM or SIGINT.
+    /// Starts a task that takes one step on each SIGTERM or SIGINT.
     pub fn on_signals(&self, tasks: &mut Tasks) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -62,12 +49,13 @@ impl Shutdown {
                     _ = terminate.recv() => "SIGTERM",
                     _ = interrupt.recv() => "SIGINT",
                 };
-                let next = match shutdown.phase() {
-                    Phase::Running => Phase::Draining,
-                    Phase::Draining | Phase::Stopping => Phase::Stopping,
+                let (step, token) = if shutdown.draining.is_cancelled() {
+                    ("stop", &shutdown.stopping)
+                } else {
+                    ("drain", &shutdown.draining)
                 };
-                tracing::info!(signal = name, phase = ?next, "signal received");
-                shutdown.advance(next);
+                tracing::info!(signal = name, step, "signal received");
+                token.cancel();
             }
         });
         Ok(())
@@ -146,16 +134,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_phase_never_goes_back_and_waiters_are_notified() {
+    async fn stopping_implies_draining() {
         let shutdown = Shutdown::default();
-        let waiting = tokio::spawn({
-            let shutdown = shutdown.clone();
-            async move { shutdown.reached(Phase::Draining).await }
-        });
-        shutdown.advance(Phase::Stopping);
-        waiting.await.unwrap();
-        shutdown.advance(Phase::Draining);
-        assert_eq!(shutdown.phase(), Phase::Stopping);
+        let waiting = shutdown.clone();
+        shutdown.stopping().cancel();
+        waiting.draining().cancelled().await;
     }
 
     #[tokio::test]
@@ -163,10 +146,10 @@ mod tests {
         let (shutdown, mut tasks) = (Shutdown::default(), Tasks::default());
         shutdown.on_signals(&mut tasks).unwrap();
         nix::sys::signal::raise(nix::sys::signal::SIGTERM).unwrap();
-        shutdown.reached(Phase::Draining).await;
-        assert_eq!(shutdown.phase(), Phase::Draining);
+        shutdown.draining().cancelled().await;
+        assert!(!shutdown.stopping().is_cancelled());
         nix::sys::signal::raise(nix::sys::signal::SIGINT).unwrap();
-        shutdown.reached(Phase::Stopping).await;
+        shutdown.stopping().cancelled().await;
     }
 
     #[tokio::test]

@@ -111,7 +111,7 @@ pub async fn copy_database(data_dir: &Path, to: &Path) -> Result<(), BackupError
         damaged @ OpenError::Corrupt { .. } => BackupError::Source(damaged),
         _ => BackupError::Copy { from: from.clone(), to: to.to_owned(), cause: error.to_string() },
     })?;
-    File::open(to).and_then(|file| file.sync_all()).map_err(|error| BackupError::Copy {
+    qpq_durable_file::sync(to).map_err(|error| BackupError::Copy {
         from,
         to: to.to_owned(),
         cause: error.to_string(),

@@ -56,7 +56,5 @@ pub(crate) fn create_private_file(path: &Path) -> Result<File, OpenError> {
 
 /// Makes the entries of the directory durable.
 pub(crate) fn sync(path: &Path) -> Result<(), OpenError> {
-    File::open(path)
-        .and_then(|directory| directory.sync_all())
-        .map_err(|error| io_failed(path, &error))
+    qpq_durable_file::sync(path).map_err(|error| io_failed(path, &error))
 }

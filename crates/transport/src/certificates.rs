@@ -1,5 +1,4 @@
-//! The certificate that new connections are shown: the one that its files hold, also after they
-//! changed.
+//! The server's certificate, reloaded when its files change.
 
 use std::{
     path::{Path, PathBuf},
@@ -18,38 +17,40 @@ use rustls::{
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::{
-    Fingerprint, Identity, IdentityError,
-    identity::Files,
+    fingerprint::Fingerprint,
+    identity::{Files, Identity, IdentityError},
     metric::{CERT_NOT_AFTER, CERT_RELOADS_FAILED},
 };
 
-/// How often to look at the files by default.
+/// The default interval of [`Certificates::watch`].
 pub const RELOAD_INTERVAL: Duration = Duration::from_secs(30);
 
-/// From when on an expiring certificate is warned of, and how often.
+/// The time before the end of validity from which warnings are logged, in seconds.
 const EXPIRY_WARNING: i64 = 30 * 24 * 60 * 60;
+/// The time between two warnings.
 const EXPIRY_REMINDER: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A server's identity, exchanged when its files change. Connections that are open keep theirs.
+/// A server's identity, replaced when its files change. Open connections keep the identity that
+/// they were created with.
 pub struct Certificates {
     cert: PathBuf,
     key: PathBuf,
     current: ArcSwap<Identity>,
-    /// Digest of what was last read, good or bad, so that a bad file is complained of once.
-    seen: Mutex<[u8; 32]>,
+    /// Digest of the last read contents, usable or not, so that an unusable file is reported once.
+    last_read: Mutex<[u8; 32]>,
 }
 
-/// What a look at the files brought.
+/// The outcome of [`Certificates::reload`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reload {
-    /// They are as they were.
+    /// The files have not changed.
     Unchanged,
-    /// New connections see another certificate, whose key has this fingerprint.
+    /// New connections receive another certificate, whose key has this fingerprint.
     Changed(Fingerprint),
 }
 
 impl Certificates {
-    /// Reads or makes them, as [`Identity::load_or_create`].
+    /// Reads or creates the files as [`Identity::load_or_create`] does.
     ///
     /// # Errors
     /// [`IdentityError`].
@@ -59,11 +60,11 @@ impl Certificates {
         names: &[String],
     ) -> Result<Arc<Self>, IdentityError> {
         Identity::load_or_create(cert, key, names)?;
-        // Once more, so that what is compared later is what is served now.
+        // Read again, so that later reloads compare with the contents that are served now.
         Self::load(cert, key)
     }
 
-    /// Reads them, and makes none.
+    /// Reads the files.
     ///
     /// # Errors
     /// [`IdentityError`].
@@ -75,32 +76,31 @@ impl Certificates {
             cert: cert.to_owned(),
             key: key.to_owned(),
             current: ArcSwap::from_pointee(identity),
-            seen: Mutex::new(files.digest()),
+            last_read: Mutex::new(files.digest()),
         }))
     }
 
-    /// What new connections are shown.
+    /// Returns the identity for new connections.
     #[must_use]
     pub fn identity(&self) -> Arc<Identity> {
         self.current.load_full()
     }
 
-    /// The fingerprint of the key that new connections are shown.
+    /// Returns the fingerprint of the key for new connections.
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
         self.current.load().fingerprint()
     }
 
-    /// Looks at the files and takes what they hold, if that is new and certificate and key belong
-    /// together.
+    /// Reads the files, and replaces the identity if they have changed.
     ///
     /// # Errors
-    /// [`IdentityError`]; the old identity stays. The same bad content is an error once, then
-    /// `Unchanged`.
+    /// [`IdentityError`]. The old identity stays. The same unusable contents are an error once,
+    /// then `Unchanged`.
     pub fn reload(&self) -> Result<Reload, IdentityError> {
         let files = Files::read(&self.cert, &self.key)?;
-        let mut seen = self.seen.lock();
-        if std::mem::replace(&mut *seen, files.digest()) == files.digest() {
+        let mut last_read = self.last_read.lock();
+        if std::mem::replace(&mut *last_read, files.digest()) == files.digest() {
             return Ok(Reload::Unchanged);
         }
         let identity = Identity::from_files(&files, &self.cert, &self.key)?;
@@ -110,8 +110,10 @@ impl Certificates {
         Ok(Reload::Changed(fingerprint))
     }
 
-    /// Looks at the files again and again, by content, since Kubernetes swaps them under unchanged
-    /// names; for a background task. Failures are logged and counted.
+    /// Reloads the files at every interval, forever. Failures are logged and counted.
+    ///
+    /// Compares contents: Kubernetes replaces files under unchanged names. Runs as a task of the
+    /// caller.
     pub async fn watch(self: Arc<Self>, every: Duration) {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -119,18 +121,18 @@ impl Certificates {
         loop {
             ticks.tick().await;
             let certificates = Arc::clone(&self);
-            let looked = tokio::task::spawn_blocking(move || certificates.reload()).await;
-            match looked {
+            let reloaded = tokio::task::spawn_blocking(move || certificates.reload()).await;
+            match reloaded {
                 Ok(Ok(Reload::Unchanged)) => {}
                 Ok(Ok(Reload::Changed(fingerprint))) => {
-                    tracing::info!(%fingerprint, "the certificate was changed");
+                    tracing::info!(%fingerprint, "certificate changed");
                     reminded = Instant::now();
                 }
                 Ok(Err(error)) => {
                     counter!(CERT_RELOADS_FAILED).increment(1);
-                    tracing::warn!(%error, "the certificate files changed and cannot be used: the old ones stay");
+                    tracing::warn!(%error, "certificate files changed and cannot be used, keeping the old certificate");
                 }
-                // The runtime is going down.
+                // The runtime is shutting down.
                 Err(_) => return,
             }
             if reminded.elapsed() >= EXPIRY_REMINDER {
@@ -155,18 +157,18 @@ impl std::fmt::Debug for Certificates {
     }
 }
 
-/// Measures the end of validity and warns when it is near.
+/// Records the end of validity, and warns if it is near.
 fn note_expiry(identity: &Identity) {
     let Some(not_after) = identity.not_after() else { return };
     gauge!(CERT_NOT_AFTER).set(not_after as f64);
-    // The clock that certificates are verified by.
+    // The clock with which rustls verifies certificates.
     let Some(now) = DefaultTimeProvider.current_time() else { return };
     let left = not_after - i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
     if left < 0 {
         tracing::warn!(
-            "the certificate has expired: clients that check it refuse to connect; renew it"
+            "certificate has expired, clients that verify it refuse to connect: renew it"
         );
     } else if left < EXPIRY_WARNING {
-        tracing::warn!(days = left / (24 * 60 * 60), "the certificate expires soon: renew it");
+        tracing::warn!(days = left / (24 * 60 * 60), "certificate expires soon: renew it");
     }
 }

@@ -1,64 +1,81 @@
-//! What a server may be asked to bear: limits and timeouts, with the reasons for their defaults.
+//! The limits and timeouts of a server, with the reasons for their defaults.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use quinn::{IdleTimeout, TransportConfig, VarInt};
+use tokio_util::sync::CancellationToken;
 
-/// How long a drain lets calls in flight go on by default.
+use crate::{client_certificate::ClientAuth, service::Alpn};
+
+/// The default time limit for calls in flight during a drain.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Flow control of one connection: a stream may have this much unread, ...
+/// Flow control: unread bytes of one stream.
 const STREAM_RECEIVE_WINDOW: u32 = 128 * 1024;
-/// ... all streams together this much, ...
+/// Flow control: unread bytes of all streams of a connection.
 const RECEIVE_WINDOW: u32 = 1024 * 1024;
-/// ... and this much may be sent and unacknowledged.
+/// Flow control: unacknowledged bytes sent on a connection.
 const SEND_WINDOW: u64 = 1024 * 1024;
-/// Handshake bytes held out of order.
+/// Handshake bytes that are buffered out of order.
 const CRYPTO_BUFFER: usize = 16 * 1024;
 
-/// How a [`Server`](crate::Server) is set up.
+/// The configuration of a [`Server`](crate::Server).
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The addresses to listen on. Port 0 takes a free one; `[::]` takes IPv4 too.
+    /// The addresses to listen on. Port 0 chooses a free port; `[::]` listens on IPv4 too.
     pub listen: Vec<SocketAddr>,
-    /// How much is borne.
+    /// The protocols to accept, the preferred one first.
+    pub alpn: Vec<Alpn>,
+    /// Whether clients must have a certificate.
+    pub client_auth: ClientAuth,
+    /// The limits.
     pub limits: Limits,
-    /// For how long.
+    /// The timeouts.
     pub timeouts: Timeouts,
+    /// The drain token of the process. While cancelled, new connections are refused and replies
+    /// are awaited until they are acknowledged. [`Server::drain`](crate::Server::drain) cancels it.
+    pub draining: CancellationToken,
 }
 
 impl Config {
-    /// The defaults, listening on `listen`.
+    /// Returns the defaults for clients, listening on `listen`.
     #[must_use]
     pub fn new(listen: SocketAddr) -> Self {
-        Self { listen: vec![listen], limits: Limits::default(), timeouts: Timeouts::default() }
+        Self {
+            listen: vec![listen],
+            alpn: Alpn::CLIENTS.to_vec(),
+            client_auth: ClientAuth::None,
+            limits: Limits::default(),
+            timeouts: Timeouts::default(),
+            draining: CancellationToken::new(),
+        }
     }
 }
 
-/// How much a server bears. What is above is refused, never queued and never ignored.
+/// The limits of a server. Beyond a limit it refuses, and neither queues nor ignores.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections, those in their handshake included. An idle one costs about 45 KiB. Default 16
-    /// 384.
+    /// Connections, including those in their handshake. An idle one costs about 45 KiB. Default:
+    /// 16 384.
     pub max_connections: usize,
-    /// Connections from one IP address. Above the number of clients that may be behind one address:
-    /// a NAT, or a load balancer that hides its clients. Default 1 024.
+    /// Connections from one IP address. Choose more than the number of clients behind one address
+    /// of a NAT or a load balancer. Default: 1 024.
     pub max_connections_per_ip: usize,
-    /// Handshakes at a time. Default 2 048, one second's worth on one core.
+    /// Concurrent handshakes. Default: 2 048, which is about one second of work for one core.
     pub max_handshakes: usize,
-    /// Handshakes at a time from one IP address that has proven to be the client's. A share of
-    /// `max_handshakes`, so that half-open handshakes of a few addresses leave room for the others.
-    /// Default 256.
+    /// Concurrent handshakes from one IP address that its client has proved. A share of
+    /// `max_handshakes`, so that half-open handshakes from a few addresses do not use up the limit
+    /// of all. Default: 256.
     pub max_handshakes_per_ip: usize,
-    /// From so many handshakes at a time on, clients must prove their address (Retry, one round
-    /// trip more), until there are half as many. 0: always. Default 256.
+    /// The number of concurrent handshakes from which clients must prove their address (Retry, one
+    /// more round trip), until the number has halved. 0: always. Default: 256.
     pub retry_above: usize,
-    /// Calls in flight on one connection; a client that opens more waits. Default 64: each allowed
-    /// stream costs 83 bytes on every connection, used or not.
+    /// Calls in flight on one connection. A client that opens more waits. Default: 64, because each
+    /// permitted stream costs 83 bytes on every connection, used or not.
     pub max_streams: u32,
-    /// The rate, in bytes a second over the whole reply, below which a client is too slow. A reply
-    /// has `stalled_reply` and its length divided by this rate. Default 8 KiB, half of what GPRS
-    /// gives.
+    /// The rate, in bytes per second over the whole reply, below which a client is too slow. The
+    /// time for a reply is `stalled_reply` plus its length divided by this rate. Default: 8 KiB,
+    /// half the rate of GPRS.
     pub min_reply_rate: u64,
 }
 
@@ -76,23 +93,23 @@ impl Default for Limits {
     }
 }
 
-/// How long a server waits for a client.
+/// The time limits for a client.
 #[derive(Debug, Clone)]
 pub struct Timeouts {
-    /// For the end of the handshake. Default 5 s.
+    /// For the handshake. Default: 5 s.
     pub handshake: Duration,
-    /// The same while at least `retry_above` handshakes are in progress. Default 2 s.
+    /// For the handshake while at least `retry_above` are in progress. Default: 2 s.
     pub handshake_under_pressure: Duration,
-    /// For any datagram, before the connection is dropped without a word. Default 60 s.
+    /// For any datagram. Then the connection is dropped without a notice. Default: 60 s.
     pub idle: Duration,
-    /// For the whole request, from its first byte. Default 10 s.
+    /// For the whole request, from its first byte. Default: 10 s.
     pub request: Duration,
-    /// For any datagram while a reply with a [`Delivery`](crate::Delivery) is unacknowledged; then
-    /// the reply is lost. Default 10 s.
+    /// For any datagram while a reply with a [`DeliveryObserver`](crate::DeliveryObserver) is
+    /// unacknowledged. Then the reply is lost. Default: 10 s.
     pub silent_peer: Duration,
-    /// For the client to accept any more of a reply, and what it has for a whole reply in addition
-    /// to the time that `min_reply_rate` gives. Then the reply is reset, so that nobody pins memory
-    /// by not reading. Default 30 s; a third of it while the service is short of memory.
+    /// For the client to accept any more of a reply, and for a whole reply in addition to the time
+    /// from `min_reply_rate`. Then the reply is reset, so that a client cannot pin memory by not
+    /// reading. Default: 30 s; a third of it while the service is short of memory.
     pub stalled_reply: Duration,
 }
 
@@ -109,7 +126,7 @@ impl Default for Timeouts {
     }
 }
 
-/// quinn's settings for the connections of a server.
+/// Returns quinn's configuration for the connections of a server.
 pub(crate) fn transport(limits: &Limits, timeouts: &Timeouts) -> Arc<TransportConfig> {
     let mut transport = TransportConfig::default();
     transport
@@ -126,7 +143,7 @@ pub(crate) fn transport(limits: &Limits, timeouts: &Timeouts) -> Arc<TransportCo
     Arc::new(transport)
 }
 
-/// As quinn wants it; longer than it can say is as long as it can say.
+/// Converts a timeout for quinn. One that is too long becomes the longest possible.
 pub(crate) fn idle_timeout(idle: Duration) -> IdleTimeout {
     IdleTimeout::try_from(idle).unwrap_or(IdleTimeout::from(VarInt::MAX))
 }

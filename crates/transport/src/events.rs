@@ -1,7 +1,7 @@
 //! Events to a client: frame after frame on one unidirectional stream, opened with the first event.
 //!
-//! Most connections never get one, so a sink costs nothing until then: there is no channel and no
-//! task, only a queue that a writer task empties while there is something in it.
+//! Most connections never receive an event. So an idle sink has no channel and no task, only a
+//! queue. While the queue has events, a writer task sends them.
 
 use std::{collections::VecDeque, fmt, sync::Arc};
 
@@ -10,39 +10,44 @@ use parking_lot::Mutex;
 use qpq_wire::{Event, FrameError};
 use quinn::{SendStream, VarInt};
 use tokio::runtime::Handle;
+use tokio_util::task::TaskTracker;
 
-/// Events that wait for a client, ...
-const MAX_QUEUED: usize = 256;
-/// ... and their bytes; one event may be above it alone.
-const MAX_QUEUED_BYTES: usize = 1024 * 1024;
+/// Capacity of the queue, in events.
+const QUEUE_CAPACITY: usize = 256;
+/// Capacity of the queue, in bytes. A single event may be larger.
+const QUEUE_CAPACITY_BYTES: usize = 1024 * 1024;
 
-/// Sends events to one connection. Cheap to clone; it does not keep the connection alive.
+/// Sends events to one connection. Cheap to clone. Does not keep the connection open.
 #[derive(Clone)]
 pub struct EventSink {
-    shared: Arc<Shared>,
+    queue: Arc<EventQueue>,
 }
 
-struct Shared {
+/// The events of one connection, shared by its sinks and its writer task.
+struct EventQueue {
     state: Mutex<State>,
+    /// Where the writer task is spawned: a sink may be used outside of the runtime.
     runtime: Handle,
+    /// The owner of the writer task. Closing the endpoints ends the task.
+    tasks: TaskTracker,
 }
 
 enum State {
-    /// Nothing to write; the stream once it is open.
+    /// No event is waiting. The stream is `None` before the first event.
     Idle { connection: quinn::Connection, stream: Option<SendStream> },
-    /// A writer task has connection and stream, and takes from here.
+    /// The writer task has the connection and the stream, and sends the queued frames.
     Writing { queue: VecDeque<[Bytes; 2]>, bytes: usize },
-    /// The connection is gone.
+    /// The connection has ended, or the client has stopped the stream.
     Closed,
 }
 
-/// Why an event was not queued.
+/// The reason why an event was not queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EventError {
     /// The connection has ended.
-    #[error("the connection is gone")]
-    Gone,
-    /// The client does not read what it was sent; this event is dropped, earlier ones are not.
+    #[error("the connection has ended")]
+    Closed,
+    /// The client reads its events too slowly. This event is dropped, earlier ones are not.
     #[error("the client does not keep up with its events")]
     Full,
     /// The payload does not fit a frame.
@@ -51,23 +56,24 @@ pub enum EventError {
 }
 
 impl EventSink {
-    pub(crate) fn new(connection: quinn::Connection) -> Self {
+    pub(crate) fn new(connection: quinn::Connection, tasks: TaskTracker) -> Self {
         let state = Mutex::new(State::Idle { connection, stream: None });
-        Self { shared: Arc::new(Shared { state, runtime: Handle::current() }) }
+        Self { queue: Arc::new(EventQueue { state, runtime: Handle::current(), tasks }) }
     }
 
-    /// Queues an event; it never waits.
+    /// Queues an event. Never waits.
     ///
     /// # Errors
-    /// [`EventError`]; the event is then not sent.
+    /// [`EventError`]. The event is then not sent.
     pub fn send(&self, event_type: u16, payload: Bytes) -> Result<(), EventError> {
         let event = Event { event_type, payload };
         let header = event.header()?.encode();
         let frame = [Bytes::copy_from_slice(&header), event.payload];
-        let mut state = self.shared.state.lock();
+        let mut state = self.queue.state.lock();
         if let State::Writing { queue, bytes } = &mut *state {
             let more = len(&frame);
-            if queue.len() >= MAX_QUEUED || (*bytes > 0 && *bytes + more > MAX_QUEUED_BYTES) {
+            if queue.len() >= QUEUE_CAPACITY || (*bytes > 0 && *bytes + more > QUEUE_CAPACITY_BYTES)
+            {
                 return Err(EventError::Full);
             }
             *bytes += more;
@@ -77,27 +83,28 @@ impl EventSink {
         let writing = State::Writing { bytes: len(&frame), queue: VecDeque::from([frame]) };
         match std::mem::replace(&mut *state, writing) {
             State::Idle { connection, stream } => {
-                self.shared.runtime.spawn(write(Arc::clone(&self.shared), connection, stream));
+                let EventQueue { runtime, tasks, .. } = &*self.queue;
+                tasks.spawn_on(write(Arc::clone(&self.queue), connection, stream), runtime);
                 Ok(())
             }
             closed => {
                 *state = closed;
-                Err(EventError::Gone)
+                Err(EventError::Closed)
             }
         }
     }
 
-    /// Lets go of the connection.
+    /// Releases the connection.
     pub(crate) fn close(&self) {
-        let state = std::mem::replace(&mut *self.shared.state.lock(), State::Closed);
-        // Outside of the lock: a stream's drop takes quinn's.
+        let state = std::mem::replace(&mut *self.queue.state.lock(), State::Closed);
+        // Dropped outside of the lock, because the drop of a stream takes a lock of quinn.
         drop(state);
     }
 }
 
 impl fmt::Debug for EventSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match &*self.shared.state.lock() {
+        let state = match &*self.queue.state.lock() {
             State::Idle { .. } => "idle",
             State::Writing { .. } => "writing",
             State::Closed => "closed",
@@ -106,19 +113,19 @@ impl fmt::Debug for EventSink {
     }
 }
 
-/// Empties the queue, then gives connection and stream back.
-async fn write(shared: Arc<Shared>, connection: quinn::Connection, stream: Option<SendStream>) {
+/// Sends the queued events, then returns the connection and the stream to the idle state.
+async fn write(events: Arc<EventQueue>, connection: quinn::Connection, stream: Option<SendStream>) {
     let mut stream = match stream {
         Some(stream) => stream,
         None => match connection.open_uni().await {
             Ok(stream) => stream,
-            Err(_) => return shared.give_up(),
+            Err(_) => return events.close(),
         },
     };
     loop {
         let mut frame = {
-            let mut state = shared.state.lock();
-            // Closed means that the connection is gone: what was queued is too.
+            let mut state = events.state.lock();
+            // Closed: the connection has ended, and with it the queued events.
             let State::Writing { queue, bytes } = &mut *state else { return };
             match queue.pop_front() {
                 Some(frame) => {
@@ -134,18 +141,19 @@ async fn write(shared: Arc<Shared>, connection: quinn::Connection, stream: Optio
         if stream.write_all_chunks(&mut frame).await.is_err() {
             // Half a frame must not look like the end of the stream.
             let _ = stream.reset(VarInt::from_u32(0));
-            return shared.give_up();
+            return events.close();
         }
     }
 }
 
-impl Shared {
-    /// No event can be sent any more: the connection is gone, or its client stopped the stream.
-    fn give_up(&self) {
+impl EventQueue {
+    /// Refuses all further events: the connection has ended, or the client has stopped the stream.
+    fn close(&self) {
         *self.state.lock() = State::Closed;
     }
 }
 
+/// Returns the length of a frame.
 fn len([header, payload]: &[Bytes; 2]) -> usize {
     header.len() + payload.len()
 }

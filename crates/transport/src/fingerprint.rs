@@ -1,8 +1,8 @@
-//! How people and clients name a server: by the hash of its public key, which a renewed certificate
-//! keeps.
+//! The fingerprint by which people and clients identify a server: the hash of its public key, which
+//! stays the same when the certificate is renewed.
 //!
-//! Releases up to 0.1 named it by the hash of the whole certificate. Such a fingerprint looks the
-//! same, so where one is pinned, both hashes are compared with it.
+//! Releases up to 0.1 used the hash of the whole certificate. The two kinds look the same, so a
+//! pinned fingerprint is compared with both hashes.
 
 use std::{fmt, str::FromStr};
 
@@ -20,8 +20,8 @@ pub struct Fingerprint([u8; 32]);
 pub struct ParseFingerprintError;
 
 impl Fingerprint {
-    /// Returns the fingerprint of the public key of a certificate given in DER; `None` if the
-    /// certificate cannot be read.
+    /// Returns the fingerprint of the public key of a certificate in DER, or `None` if the
+    /// certificate is malformed.
     #[must_use]
     pub fn of_key(certificate: &[u8]) -> Option<Self> {
         let certificate = CertificateDer::from(certificate);
@@ -29,13 +29,13 @@ impl Fingerprint {
         Some(Self(Sha256::digest(parsed.subject_public_key_info()).into()))
     }
 
-    /// Returns the hash of a whole certificate given in DER, which earlier releases pinned.
+    /// Returns the hash of a whole certificate in DER, which earlier releases pinned.
     #[must_use]
     pub fn of_certificate(certificate: &[u8]) -> Self {
         Self(Sha256::digest(certificate).into())
     }
 
-    /// The hash itself.
+    /// Returns the hash.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
@@ -51,8 +51,8 @@ impl From<[u8; 32]> for Fingerprint {
 impl FromStr for Fingerprint {
     type Err = ParseFingerprintError;
 
-    /// Reads what [`Display`](fmt::Display) writes, and the colons that other tools put between the
-    /// bytes.
+    /// Parses the output of [`Display`](fmt::Display), also with the colons that other tools write
+    /// between the bytes.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut hash = [0; 32];
         hex::decode_to_slice(text.replace(':', ""), &mut hash)
@@ -77,9 +77,9 @@ impl fmt::Debug for Fingerprint {
 mod tests {
     use super::*;
 
-    /// As `openssl x509 -pubkey -noout | openssl pkey -pubin -outform DER | sha256sum` has it.
+    /// The same as `openssl x509 -pubkey -noout | openssl pkey -pubin -outform DER | sha256sum`.
     #[test]
-    fn a_key_is_hashed_as_other_tools_do() {
+    fn a_fingerprint_is_the_hash_of_the_subject_public_key_info() {
         use rcgen::PublicKeyData as _;
         let key = rcgen::KeyPair::generate().unwrap();
         let params = rcgen::CertificateParams::new(vec!["example.org".to_owned()]).unwrap();
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_what_it_writes() {
+    fn a_displayed_fingerprint_parses_to_itself() {
         let fingerprint = Fingerprint::of_certificate(b"");
         let text = fingerprint.to_string();
         assert_eq!(text, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");

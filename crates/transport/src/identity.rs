@@ -1,17 +1,16 @@
-//! A server's certificate chain and private key: read from files, or made where there are none.
+//! A server's certificate chain and private key, read from files, or created if there are none.
 //!
-//! DER and PEM are told apart by their content. What is made is a self-signed ECDSA P-256
-//! certificate, which foreign QUIC stacks take too; it does not expire, because clients trust its
-//! key by the [`Fingerprint`].
+//! Files may be DER or PEM, whatever their names. A created certificate is self-signed with ECDSA
+//! P-256, which all QUIC stacks support. It does not expire, because clients trust its key by the
+//! [`Fingerprint`].
 
 use std::{
-    fmt, fs,
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    fmt, fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use qpq_durable_file::{self as durable_file, Draft};
 use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     sign::CertifiedKey,
@@ -19,20 +18,20 @@ use rustls::{
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use crate::{Fingerprint, der, tls};
+use crate::{fingerprint::Fingerprint, tls, x509};
 
-/// Modes of the files that are made: the key is its owner's alone.
+/// Modes of created files. Only the owner may read the key.
 const KEY_MODE: u32 = 0o600;
 const CERT_MODE: u32 = 0o644;
 
-/// A certificate chain with the key that belongs to it.
+/// A certificate chain with its private key.
 pub struct Identity {
     certified: Arc<CertifiedKey>,
     fingerprint: Fingerprint,
     not_after: Option<i64>,
 }
 
-/// A new certificate that signs itself, and its key, both in DER.
+/// A new self-signed certificate and its private key, both in DER.
 pub struct SelfSigned {
     /// The certificate.
     pub cert: Vec<u8>,
@@ -40,72 +39,72 @@ pub struct SelfSigned {
     pub key: Zeroizing<Vec<u8>>,
 }
 
-/// Why there is no usable identity.
+/// The reason why there is no usable identity.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// A file exists and cannot be read.
+    /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// Of certificate and key one is there: making a new pair would throw it away.
+    /// Only one of certificate and key exists. A new pair would make the existing file useless.
     #[error(
-        "{present} is there but {missing} is not. Put it where it belongs, from a backup or from where the certificate \
-         was issued, or name the file that belongs to the other one"
+        "{present} exists, but {missing} does not. Restore {missing} from a backup or from the \
+         issuer of the certificate, or configure the file that belongs to {present}"
     )]
     HalfMissing {
-        /// The file that is there.
+        /// The file that exists.
         present: PathBuf,
-        /// The file that is not.
+        /// The file that does not exist.
         missing: PathBuf,
     },
-    /// The certificate file holds no certificate.
-    #[error("{path} holds no certificate in DER or PEM")]
+    /// The certificate file does not contain a certificate.
+    #[error("{path} does not contain a certificate in DER or PEM")]
     Certificate {
         /// The file.
         path: PathBuf,
     },
-    /// The key file holds no private key.
-    #[error("{path} holds no private key in DER or PEM (PKCS #8, SEC 1 or PKCS #1)")]
+    /// The key file does not contain a private key.
+    #[error("{path} does not contain a private key in DER or PEM (PKCS #8, SEC 1 or PKCS #1)")]
     Key {
         /// The file.
         path: PathBuf,
     },
-    /// Certificate and key cannot be used, or not together.
+    /// Certificate or key cannot be used, or they do not belong together.
     #[error("{cert} and {key} cannot be used together: {source}")]
     Unusable {
         /// The certificate file.
         cert: PathBuf,
         /// The key file.
         key: PathBuf,
-        /// What TLS said.
+        /// The error of TLS.
         source: rustls::Error,
     },
-    /// A new certificate could not be made for these names.
-    #[error("cannot make a certificate: {0}")]
-    Make(String),
-    /// A new certificate or key could not be written.
+    /// A certificate for these names cannot be created.
+    #[error("cannot create a certificate: {0}")]
+    Create(String),
+    /// A new certificate or key cannot be written.
     #[error("cannot write {path}: {source}")]
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
 }
 
-/// The bytes of both files.
+/// The contents of both files.
 pub(crate) struct Files {
     cert: Vec<u8>,
     key: Vec<u8>,
 }
 
 impl Identity {
-    /// Reads certificate and key; where neither file is there, makes them for `names` (DNS names
-    /// and IP addresses), in PEM if the file's name ends in `.pem`, else in DER.
+    /// Reads certificate and key. If neither file exists, creates both for `names` (DNS names and
+    /// IP addresses), in PEM if the file's name ends in `.pem`, else in DER.
     ///
     /// # Errors
     /// [`IdentityError`].
@@ -120,7 +119,7 @@ impl Identity {
         Self::load(cert, key)
     }
 
-    /// Reads certificate and key, and makes none.
+    /// Reads certificate and key.
     ///
     /// # Errors
     /// [`IdentityError`].
@@ -128,7 +127,7 @@ impl Identity {
         Self::from_files(&Files::read(cert, key)?, cert, key)
     }
 
-    /// The paths are for the errors.
+    /// Parses the contents of both files. The paths are for the errors.
     pub(crate) fn from_files(
         files: &Files,
         cert: &Path,
@@ -145,17 +144,18 @@ impl Identity {
         let leaf = certified.end_entity_cert().map_err(unusable)?;
         let fingerprint = Fingerprint::of_key(leaf)
             .ok_or_else(|| IdentityError::Certificate { path: cert.to_owned() })?;
-        let not_after = der::not_after(leaf);
+        let not_after = x509::not_after(leaf);
         Ok(Self { certified: Arc::new(certified), fingerprint, not_after })
     }
 
-    /// The fingerprint of the leaf certificate's key.
+    /// Returns the fingerprint of the leaf certificate's key.
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }
 
-    /// When the leaf certificate expires, in Unix seconds; `None` if it does not say it readably.
+    /// Returns the end of validity of the leaf certificate in Unix seconds, or `None` if it cannot
+    /// be read.
     #[must_use]
     pub fn not_after(&self) -> Option<i64> {
         self.not_after
@@ -176,10 +176,10 @@ impl fmt::Debug for Identity {
 }
 
 impl SelfSigned {
-    /// Makes one as [`Identity::load_or_create`] does, but writes nothing.
+    /// Creates a certificate as [`Identity::load_or_create`] does, without writing it.
     ///
     /// # Errors
-    /// [`IdentityError::Make`]: a name is none.
+    /// [`IdentityError::Create`]: a name is not valid.
     pub fn generate(names: &[String]) -> Result<Self, IdentityError> {
         let (certificate, pair) = self_signed(names)?;
         Ok(Self { cert: certificate.der().to_vec(), key: Zeroizing::new(pair.serialize_der()) })
@@ -208,7 +208,7 @@ impl Files {
         Ok(Self { cert: read(cert)?, key: read(key)? })
     }
 
-    /// What tells this content from another without keeping the key in memory once more.
+    /// Returns a hash to compare contents with, so that the key is not kept in memory twice.
     pub(crate) fn digest(&self) -> [u8; 32] {
         let cert = Sha256::digest(&self.cert);
         Sha256::new().chain_update(cert).chain_update(&self.key).finalize().into()
@@ -255,13 +255,13 @@ fn parse_key(bytes: &[u8]) -> Option<PrivateKeyDer<'static>> {
 }
 
 fn self_signed(names: &[String]) -> Result<(rcgen::Certificate, rcgen::KeyPair), IdentityError> {
-    let make = |error: rcgen::Error| IdentityError::Make(error.to_string());
-    let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(make)?;
-    let mut params = rcgen::CertificateParams::new(names).map_err(make)?;
+    let failed = |error: rcgen::Error| IdentityError::Create(error.to_string());
+    let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(failed)?;
+    let mut params = rcgen::CertificateParams::new(names).map_err(failed)?;
     let name = names.first().map_or("qpq", String::as_str);
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.distinguished_name.push(rcgen::DnType::CommonName, name);
-    let certificate = params.self_signed(&pair).map_err(make)?;
+    let certificate = params.self_signed(&pair).map_err(failed)?;
     Ok((certificate, pair))
 }
 
@@ -272,60 +272,22 @@ fn create(cert: &Path, key: &Path, names: &[String]) -> Result<(), IdentityError
         if wants_pem(key) { pair.serialize_pem().into_bytes() } else { pair.serialize_der() };
     let cert_bytes =
         if wants_pem(cert) { certificate.pem().into_bytes() } else { certificate.der().to_vec() };
-    // Both are on disk before either has its name, so that a crash leaves none or both.
-    let key_file = Unnamed::write(key, &key_bytes, KEY_MODE)?;
-    let cert_file = Unnamed::write(cert, &cert_bytes, CERT_MODE)?;
-    key_file.name(key)?;
-    cert_file.name(cert)
+    // Both are on disk before either has its name, so that a full disk leaves neither.
+    let key_draft = draft(key, &key_bytes, KEY_MODE)?;
+    let cert_draft = draft(cert, &cert_bytes, CERT_MODE)?;
+    publish(key_draft, key)?;
+    publish(cert_draft, cert)
 }
 
-/// A file on disk under a temporary name; removed if it never gets its own.
-struct Unnamed {
-    path: PathBuf,
+/// Writes a file that does not have its name yet, and creates its directory if there is none.
+fn draft(target: &Path, bytes: &[u8], mode: u32) -> Result<Draft, IdentityError> {
+    fs::create_dir_all(durable_file::directory_of(target))
+        .and_then(|()| Draft::with_contents(target, bytes, mode))
+        .map_err(|source| IdentityError::Write { path: target.to_owned(), source })
 }
 
-impl Unnamed {
-    fn write(target: &Path, bytes: &[u8], mode: u32) -> Result<Self, IdentityError> {
-        let failed = |source| IdentityError::Write { path: target.to_owned(), source };
-        if let Some(directory) = directory(target) {
-            fs::create_dir_all(directory).map_err(failed)?;
-        }
-        let mut name = target.as_os_str().to_owned();
-        name.push(".new");
-        let unnamed = Self { path: name.into() };
-        // One that a crash left has a mode that we do not know.
-        match fs::remove_file(&unnamed.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(mode)
-            .open(&unnamed.path)
-            .map_err(failed)?;
-        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
-        Ok(unnamed)
-    }
-
-    fn name(self, target: &Path) -> Result<(), IdentityError> {
-        let directory = directory(target).unwrap_or(Path::new("."));
-        fs::rename(&self.path, target)
-            .and_then(|()| fs::File::open(directory)?.sync_all())
-            .map_err(|source| IdentityError::Write { path: target.to_owned(), source })
-    }
-}
-
-impl Drop for Unnamed {
-    fn drop(&mut self) {
-        // After a rename there is nothing under the temporary name.
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// The directory of a file; `None` for the current one.
-fn directory(path: &Path) -> Option<&Path> {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty())
+fn publish(draft: Draft, target: &Path) -> Result<(), IdentityError> {
+    draft.replace().map_err(|source| IdentityError::Write { path: target.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -343,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_made_once_with_tight_modes() {
+    fn missing_files_are_created_once_with_restrictive_modes() {
         let directory = tempfile::tempdir().unwrap();
         for extension in ["der", "pem"] {
             let cert = directory.path().join("deeper").join(format!("cert.{extension}"));
@@ -375,20 +337,19 @@ mod tests {
     }
 
     #[test]
-    fn one_of_two_is_an_error_that_names_both() {
+    fn one_file_without_the_other_is_an_error_that_names_both() {
         let directory = tempfile::tempdir().unwrap();
         let (cert, key) = (directory.path().join("cert"), directory.path().join("key"));
         make(&cert, &key).unwrap();
         fs::remove_file(&key).unwrap();
         let error = make(&cert, &key).unwrap_err();
-        assert!(
-            matches!(&error, IdentityError::HalfMissing { present, missing } if *present == cert && *missing == key)
-        );
+        assert!(matches!(&error, IdentityError::HalfMissing { present, missing }
+                if *present == cert && *missing == key));
         assert!(!key.exists());
     }
 
     #[test]
-    fn wrong_files_are_told_apart() {
+    fn each_unusable_file_has_its_own_error() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         make(&path("cert"), &path("key")).unwrap();

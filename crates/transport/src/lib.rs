@@ -1,25 +1,27 @@
-//! QUIC for qpq: the only crate that knows quinn and rustls.
+//! QUIC for qpq: the only crate that depends on quinn and rustls.
 //!
 //! On the server's side a [`Server`] accepts connections and turns each client-opened stream into
-//! one call of a [`Service`]; what the calls mean is the service's business. A request is judged by
-//! its header before its payload is buffered, a reply knows whether it arrived ([`Delivery`]), and
-//! a dropped half-written answer is a reset, never a clean end. On the client's side
-//! [`client::Dialer`] makes connections and [`client::Connection`] makes calls.
+//! one call of a [`Service`], which gives the calls their meaning. A request is checked by its
+//! header before its payload is buffered, a reply can be observed until it is delivered
+//! ([`DeliveryObserver`]), and a half-written reply that is dropped is reset, never ended cleanly.
+//! On the client's side a [`client::Dialer`] creates connections and a [`client::Connection`] makes
+//! calls.
 //!
-//! Where to read on: [`Service`] for the contract, [`Config`] for the limits and their defaults,
-//! [`metric`] for what is measured, [`Certificates`] for the server's identity, [`FleetKeys`] for
-//! what servers share that stand in for each other.
+//! To read next: [`Service`] for the contract, [`Config`] for the limits and their defaults,
+//! [`metric`] for the metrics, [`Certificates`] for the server's identity, [`ClusterKeys`] for the
+//! keys that the edges of a cluster share.
 
+mod admission;
+mod authorities;
 mod certificates;
 pub mod client;
+mod client_certificate;
+mod cluster;
 mod config;
 mod connection;
-mod der;
-mod drain;
+mod context;
 mod events;
 mod fingerprint;
-mod fleet;
-mod gate;
 mod identity;
 pub mod metric;
 mod server;
@@ -27,12 +29,17 @@ mod service;
 mod socket;
 mod stream;
 mod tls;
+mod x509;
 
 pub use certificates::{Certificates, RELOAD_INTERVAL, Reload};
+pub use client_certificate::{ClientAuth, ClientCertificate};
+pub use cluster::{
+    ClusterEdge, ClusterKeyFiles, ClusterKeys, ClusterKeysError, KeyReload, RESET_KEY_LEN,
+    ring::KeyRing,
+};
 pub use config::{Config, DRAIN_DEADLINE, Limits, Timeouts};
 pub use events::{EventError, EventSink};
 pub use fingerprint::{Fingerprint, ParseFingerprintError};
-pub use fleet::{FleetFiles, FleetKeys, FleetKeysError, KeyReload, KeyRing, Member, RESET_KEY_LEN};
 pub use identity::{Identity, IdentityError, SelfSigned};
 pub use server::{BindError, Server};
-pub use service::{Alpn, Delivery, Peer, Refusal, Reply, Service};
+pub use service::{Alpn, DeliveryObserver, Peer, Reply, Service};

@@ -1,23 +1,23 @@
-//! What the transport measures, through the `metrics` facade; the names are here and nowhere else.
+//! The metrics of the transport, recorded through the `metrics` facade.
 //!
-//! | name | kind | unit | what |
+//! | name | kind | unit | meaning |
 //! |---|---|---|---|
 //! | `qpq_transport_connections_open` | gauge | connections | connections past their handshake |
 //! | `qpq_transport_connections_accepted_total` | counter | connections | connections that finished their handshake |
-//! | `qpq_transport_connections_refused_total{reason}` | counter | connections | connections refused: `draining`, or too many `connections`, `connections_per_ip`, `handshakes` or `handshakes_per_ip` |
-//! | `qpq_transport_handshakes` | gauge | handshakes | handshakes going on |
-//! | `qpq_transport_handshakes_failed_total{reason}` | counter | handshakes | handshakes that came to nothing: `timeout`, `failed` |
-//! | `qpq_transport_retries_sent_total` | counter | packets | clients asked to prove their address |
-//! | `qpq_transport_streams_open` | gauge | calls | calls being read, run, answered or awaiting acknowledgement |
-//! | `qpq_transport_requests_refused_total{why}` | counter | requests | requests that were not run, or not to their end: `too_large`, `malformed`, `timeout`, `internal` |
-//! | `qpq_transport_calls_cancelled_total` | counter | calls | calls dropped because the client stopped or went |
+//! | `qpq_transport_connections_refused_total{reason}` | counter | connections | connections refused: the server drains (`draining`), or a limit is reached (`connections`, `connections_per_ip`, `handshakes`, `handshakes_per_ip`) |
+//! | `qpq_transport_handshakes` | gauge | handshakes | handshakes in progress |
+//! | `qpq_transport_handshakes_failed_total{reason}` | counter | handshakes | handshakes that failed: not in time (`timeout`), or otherwise (`failed`) |
+//! | `qpq_transport_retries_sent_total` | counter | packets | Retry packets, which ask a client to prove its address |
+//! | `qpq_transport_streams_open` | gauge | calls | calls in flight: from the first byte of the request until the reply is sent, or acknowledged if that is awaited |
+//! | `qpq_transport_requests_refused_total{why}` | counter | requests | requests that the transport refused: `too_large`, `malformed`, `timeout`, `internal` |
+//! | `qpq_transport_calls_cancelled_total` | counter | calls | calls dropped because the client cancelled them or its connection ended |
 //! | `qpq_transport_calls_panicked_total` | counter | calls | calls that panicked |
-//! | `qpq_transport_replies_delivered_total` | counter | replies | replies with a delivery that were acknowledged |
-//! | `qpq_transport_replies_lost_total` | counter | replies | replies with a delivery that were not |
-//! | `qpq_transport_replies_too_slow_total` | counter | replies | replies stopped because the client accepted them too slowly |
+//! | `qpq_transport_replies_delivered_total` | counter | replies | observed replies that the client acknowledged |
+//! | `qpq_transport_replies_lost_total` | counter | replies | observed replies that the client did not acknowledge |
+//! | `qpq_transport_replies_too_slow_total` | counter | replies | replies reset because the client accepted them too slowly |
 //! | `qpq_tls_cert_not_after_seconds` | gauge | seconds | Unix time at which the served certificate expires |
-//! | `qpq_tls_cert_reloads_failed_total` | counter | files | certificate files that changed and could not be used |
-//! | `qpq_fleet_key_reloads_failed_total` | counter | files | files of ticket and token keys that changed and could not be used |
+//! | `qpq_tls_cert_reloads_failed_total` | counter | files | reloads of the certificate files that failed |
+//! | `qpq_cluster_key_reloads_failed_total` | counter | files | reloads of the ticket and token keys that failed |
 
 use metrics::{
     Counter, Gauge,
@@ -25,22 +25,26 @@ use metrics::{
     counter, describe_counter, describe_gauge, gauge,
 };
 
-use crate::{Refusal, gate::Refused};
+use qpq_wire::Refusal;
+
+use crate::admission::LimitReached;
 
 /// Gauge: Unix time in seconds at which the served certificate expires.
 pub const CERT_NOT_AFTER: &str = "qpq_tls_cert_not_after_seconds";
-/// Counter: certificate files that changed and could not be used.
+/// Counter: reloads of the certificate files that failed.
 pub const CERT_RELOADS_FAILED: &str = "qpq_tls_cert_reloads_failed_total";
-/// Counter: files of ticket and token keys that changed and could not be used.
-pub const FLEET_KEY_RELOADS_FAILED: &str = "qpq_fleet_key_reloads_failed_total";
+/// Counter: reloads of the ticket and token keys that failed.
+pub const CLUSTER_KEY_RELOADS_FAILED: &str = "qpq_cluster_key_reloads_failed_total";
 
-/// The handles of one server, looked up once: a look-up for each call would cost as much as its
+/// The metrics of one server.
+///
+/// The handles are looked up once, because a look-up for each call would cost as much as its
 /// framing.
 #[derive(Clone)]
 pub(crate) struct Metrics {
     pub(crate) connections_open: Gauge,
     pub(crate) connections_accepted: Counter,
-    connections_refused: [Counter; Refused::ALL.len()],
+    connections_refused: [Counter; LimitReached::ALL.len()],
     pub(crate) handshakes: Gauge,
     pub(crate) handshakes_timed_out: Counter,
     pub(crate) handshakes_failed: Counter,
@@ -57,18 +61,20 @@ pub(crate) struct Metrics {
 impl Metrics {
     pub(crate) fn new() -> Self {
         describe();
-        // From the start at zero, so that a rate sees the first.
+        // Registered with zero, so that a rate includes the first failure.
         counter!(CERT_RELOADS_FAILED).increment(0);
-        counter!(FLEET_KEY_RELOADS_FAILED).increment(0);
+        counter!(CLUSTER_KEY_RELOADS_FAILED).increment(0);
+        let handshakes_failed =
+            |reason| counter!("qpq_transport_handshakes_failed_total", "reason" => reason);
         Self {
             connections_open: gauge!("qpq_transport_connections_open"),
             connections_accepted: counter!("qpq_transport_connections_accepted_total"),
-            connections_refused: Refused::ALL.map(
-                |reason| counter!("qpq_transport_connections_refused_total", "reason" => reason.label()),
-            ),
+            connections_refused: LimitReached::ALL.map(|reason| {
+                counter!("qpq_transport_connections_refused_total", "reason" => reason.label())
+            }),
             handshakes: gauge!("qpq_transport_handshakes"),
-            handshakes_timed_out: counter!("qpq_transport_handshakes_failed_total", "reason" => "timeout"),
-            handshakes_failed: counter!("qpq_transport_handshakes_failed_total", "reason" => "failed"),
+            handshakes_timed_out: handshakes_failed("timeout"),
+            handshakes_failed: handshakes_failed("failed"),
             retries_sent: counter!("qpq_transport_retries_sent_total"),
             streams_open: gauge!("qpq_transport_streams_open"),
             requests_refused: Refusal::ALL
@@ -81,7 +87,7 @@ impl Metrics {
         }
     }
 
-    pub(crate) fn connections_refused(&self, reason: Refused) -> &Counter {
+    pub(crate) fn connections_refused(&self, reason: LimitReached) -> &Counter {
         &self.connections_refused[reason as usize]
     }
 
@@ -90,7 +96,7 @@ impl Metrics {
     }
 }
 
-/// Tells the recorder what the names mean.
+/// Describes the metrics to the recorder.
 fn describe() {
     describe_gauge!("qpq_transport_connections_open", Count, "Connections past their handshake");
     describe_counter!(
@@ -103,57 +109,49 @@ fn describe() {
         Count,
         "Connections refused, by reason"
     );
-    describe_gauge!("qpq_transport_handshakes", Count, "Handshakes going on");
+    describe_gauge!("qpq_transport_handshakes", Count, "Handshakes in progress");
     describe_counter!(
         "qpq_transport_handshakes_failed_total",
         Count,
-        "Handshakes that came to nothing"
+        "Handshakes that failed, by reason"
     );
     describe_counter!(
         "qpq_transport_retries_sent_total",
         Count,
-        "Clients asked to prove their address"
+        "Retry packets, which ask a client to prove its address"
     );
-    describe_gauge!(
-        "qpq_transport_streams_open",
-        Count,
-        "Calls being read, run, answered or awaiting acknowledgement"
-    );
+    describe_gauge!("qpq_transport_streams_open", Count, "Calls in flight");
     describe_counter!(
         "qpq_transport_requests_refused_total",
         Count,
-        "Requests that were not run to their end"
+        "Requests that the transport refused, by reason"
     );
     describe_counter!(
         "qpq_transport_calls_cancelled_total",
         Count,
-        "Calls dropped because the client stopped or went"
+        "Calls dropped because the client cancelled them or its connection ended"
     );
     describe_counter!("qpq_transport_calls_panicked_total", Count, "Calls that panicked");
     describe_counter!(
         "qpq_transport_replies_delivered_total",
         Count,
-        "Replies with a delivery that were acknowledged"
+        "Observed replies that the client acknowledged"
     );
     describe_counter!(
         "qpq_transport_replies_lost_total",
         Count,
-        "Replies with a delivery that were not"
+        "Observed replies that the client did not acknowledge"
     );
     describe_counter!(
         "qpq_transport_replies_too_slow_total",
         Count,
-        "Replies stopped because the client accepted them too slowly"
+        "Replies reset because the client accepted them too slowly"
     );
     describe_gauge!(CERT_NOT_AFTER, Seconds, "Unix time at which the served certificate expires");
+    describe_counter!(CERT_RELOADS_FAILED, Count, "Reloads of the certificate files that failed");
     describe_counter!(
-        CERT_RELOADS_FAILED,
+        CLUSTER_KEY_RELOADS_FAILED,
         Count,
-        "Certificate files that changed and could not be used"
-    );
-    describe_counter!(
-        FLEET_KEY_RELOADS_FAILED,
-        Count,
-        "Files of shared keys that changed and could not be used"
+        "Reloads of the ticket and token keys that failed"
     );
 }

@@ -1,79 +1,102 @@
-//! The listening end: binds, lets connections in, drains.
+//! The listening end: binds sockets, accepts connections, drains.
 //!
-//! One task accepts; each connection has its own ([`connection`]), each of its streams too.
+//! One task for each endpoint accepts. Each connection has a task (`connection`), and so has each
+//! of its streams (`stream`). The server's two task trackers count all of them, and
+//! [`Server::abort`] waits for them.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
-
-use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime, ValidationTokenConfig, VarInt};
-use tokio::{
-    sync::watch,
-    time::{Instant, timeout, timeout_at},
+use std::{
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
+use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime, ValidationTokenConfig, VarInt};
+use rustls::RootCertStore;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
 use crate::{
-    Certificates, Config, Member, Service, Timeouts, config,
-    connection::{self, Admission},
-    drain::{InFlight, Phase},
-    fleet::{self, Recognised},
-    gate::{Address, Gate, Refused, Verdict},
+    admission::{Address, Admission, Decision, LimitReached},
+    authorities,
+    certificates::Certificates,
+    client_certificate::ClientAuth,
+    cluster::{
+        ClusterEdge,
+        connection_ids::{self, ConnectionIdKey},
+    },
+    config::{self, Config},
+    connection,
+    context::ServerContext,
     metric::Metrics,
+    service::Service,
     socket, tls,
 };
 
-/// Resets answer only ids that this edge has made and are smaller than what they answer, so they
-/// need no more of a limit than keeps a flood of old packets cheap; an edge that is back has
-/// thousands of clients to tell.
+/// The time between two stateless resets.
+///
+/// A reset is smaller than the packet that it answers and is sent only for ids that this edge has
+/// created, so the limit only has to keep a flood of old packets cheap. A restarted edge has
+/// thousands of clients to notify.
 const MIN_RESET_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Application code and reason of the close that ends a drain.
 const CLOSE_CODE: VarInt = VarInt::from_u32(0);
 const CLOSE_REASON: &[u8] = b"server shutting down";
 
-/// How long the close may take to reach the clients, and the last deliveries to be noted.
-const CLOSE_TIME: Duration = Duration::from_secs(3);
+/// The time limit for the close to reach the clients and for the last deliveries to be noted.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long a drain lets the replies travel that were written just before it began; later ones are
-/// waited for.
+/// The time that a drain leaves for replies written just before it began. Later replies are awaited
+/// until they are acknowledged.
 const LINGER: Duration = Duration::from_millis(250);
 
-/// The shortest time between two warnings that connections are refused, for each reason.
-const WARN_AT_MOST_EVERY: Duration = Duration::from_secs(10);
+/// The shortest time between two warnings about refused connections, for each reason.
+const WARNING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// First packets that wait for the accept loop, and their bytes, each and together.
+/// First packets that wait for the accept loop, and the limits of their bytes, for each and for
+/// all.
 const MAX_INCOMING: usize = 4096;
 const INCOMING_BUFFER: u64 = 64 * 1024;
 const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
 
-/// A server at work. Dropping it closes every connection at once; [`drain`](Self::drain) does it
-/// gently.
+/// A running server.
+///
+/// [`drain`](Self::drain) ends it gracefully. Dropping it closes all connections immediately, and
+/// its tasks end soon after.
 #[must_use = "a dropped server closes its connections"]
 pub struct Server<S: Service> {
     endpoints: Vec<Endpoint>,
     local_addrs: Vec<SocketAddr>,
-    shared: Arc<Shared<S>>,
+    context: Arc<ServerContext<S>>,
+    /// Set by the first [`drain`](Self::drain).
+    drain_started: AtomicBool,
+    /// Cancelled when all connections are closed.
+    closed: CancellationToken,
 }
 
-/// What the tasks of a server share.
-pub(crate) struct Shared<S> {
-    pub(crate) service: Arc<S>,
-    pub(crate) timeouts: Timeouts,
-    pub(crate) max_streams: usize,
-    pub(crate) metrics: Metrics,
-    pub(crate) in_flight: InFlight,
-    pub(crate) phase: watch::Sender<Phase>,
-    pub(crate) gate: Arc<Gate>,
-}
-
-/// Why a server could not be set up.
+/// The reason why a server cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The address is taken, or not this machine's, or not allowed.
+    /// The address is in use, not of this machine, or not permitted.
     #[error("cannot listen on UDP {addr}: {source}")]
     Socket {
-        /// Where it should have listened.
+        /// The address.
         addr: SocketAddr,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
+    },
+    /// The certificate authorities for clients cannot be read.
+    #[error("cannot read certificate authorities from {path}: {reason}")]
+    Authorities {
+        /// The file.
+        path: PathBuf,
+        /// The problem.
+        reason: String,
     },
     /// TLS cannot be set up.
     #[error("cannot set up TLS: {0}")]
@@ -81,8 +104,7 @@ pub enum BindError {
 }
 
 impl<S: Service> Server<S> {
-    /// Listens and serves, in the background, until drained or dropped. Call it inside a tokio
-    /// runtime.
+    /// Listens and serves in the background until drained or dropped. Needs a tokio runtime.
     ///
     /// # Errors
     /// [`BindError`].
@@ -94,37 +116,41 @@ impl<S: Service> Server<S> {
         Self::bind_as(None, config, certificates, service)
     }
 
-    /// As [`bind`](Self::bind), as one of several that a client may be taken to in turn. The caller
-    /// has [`FleetKeys::watch`](crate::FleetKeys::watch) run beside it.
+    /// Listens and serves as [`bind`](Self::bind) does, as one edge of a cluster. The caller runs
+    /// [`ClusterKeys::watch`](crate::ClusterKeys::watch) in addition.
     ///
     /// # Errors
     /// [`BindError`].
-    pub fn bind_in_fleet(
-        member: Member,
+    pub fn bind_in_cluster(
+        edge: ClusterEdge,
         config: Config,
         certificates: Arc<Certificates>,
         service: Arc<S>,
     ) -> Result<Self, BindError> {
-        Self::bind_as(Some(member), config, certificates, service)
+        Self::bind_as(Some(edge), config, certificates, service)
     }
 
     fn bind_as(
-        member: Option<Member>,
+        edge: Option<ClusterEdge>,
         config: Config,
         certificates: Arc<Certificates>,
         service: Arc<S>,
     ) -> Result<Self, BindError> {
-        let member = member.as_ref();
-        let crypto =
-            tls::server(certificates, member.map(|member| Arc::clone(&member.keys.tickets) as _))?;
+        let edge = edge.as_ref();
+        let crypto = tls::server(tls::Server {
+            certificates,
+            ticketer: edge.map(|edge| Arc::clone(&edge.keys.tickets) as _),
+            alpn: &config.alpn,
+            client_authorities: client_authorities(&config.client_auth)?,
+        })?;
         let sockets = socket::bind_all(&config.listen)
             .map_err(|(addr, source)| BindError::Socket { addr, source })?;
-        let server_config = server_config(crypto, &config, member);
-        let recognised = member.map_or_else(Recognised::while_running, Member::recognised);
+        let server_config = server_config(crypto, &config, edge);
+        let id_key = edge.map_or_else(ConnectionIdKey::random, ClusterEdge::connection_id_key);
         let (mut endpoints, mut local_addrs) = (Vec::new(), Vec::new());
         for (local_addr, socket) in sockets {
             let endpoint = Endpoint::new(
-                endpoint_config(member, recognised.clone()),
+                endpoint_config(edge, id_key.clone()),
                 Some(server_config.clone()),
                 socket,
                 Arc::new(TokioRuntime),
@@ -133,54 +159,58 @@ impl<S: Service> Server<S> {
             endpoints.push(endpoint);
             local_addrs.push(local_addr);
         }
-        let shared = Arc::new(Shared {
+        let context = Arc::new(ServerContext {
             service,
             timeouts: config.timeouts,
             max_streams: config.limits.max_streams as usize,
             metrics: Metrics::new(),
-            in_flight: InFlight::default(),
-            phase: watch::Sender::new(Phase::Serving),
-            gate: Gate::new(config.limits),
+            admission: Admission::new(config.limits, config.draining.clone()),
+            draining: config.draining,
+            streams: TaskTracker::new(),
+            connections: TaskTracker::new(),
         });
         for endpoint in &endpoints {
-            tokio::spawn(accept(endpoint.clone(), Arc::clone(&shared)));
+            context.connections.spawn(accept(endpoint.clone(), Arc::clone(&context)));
         }
-        Ok(Self { endpoints, local_addrs, shared })
+        Ok(Self {
+            endpoints,
+            local_addrs,
+            context,
+            drain_started: AtomicBool::new(false),
+            closed: CancellationToken::new(),
+        })
     }
 
-    /// The first of the addresses that it listens on.
+    /// Returns the first of the addresses that the server listens on.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addrs[0]
     }
 
-    /// The addresses that it listens on, at least one.
+    /// Returns the addresses that the server listens on, at least one.
     #[must_use]
     pub fn local_addrs(&self) -> &[SocketAddr] {
         &self.local_addrs
     }
 
-    /// Serves until the server is drained or aborted, whoever does it.
+    /// Waits until the server is drained or aborted.
     pub async fn run(&self) {
-        let mut phase = self.shared.phase.subscribe();
-        // The sender lives in `self`.
-        let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
+        self.closed.cancelled().await;
     }
 
-    /// Stops gently: refuses new connections at once, tells the service, lets calls in flight end
-    /// for up to `deadline`, then closes all connections with code 0 and the reason `server
-    /// shutting down`.
+    /// Stops gracefully.
     ///
-    /// Calls that begin meanwhile are served. A second drain closes at once.
+    /// Refuses new connections, notifies the service, and waits up to `deadline` for the calls in
+    /// flight, calls that begin meanwhile included. Then closes all connections with code 0 and the
+    /// reason `server shutting down`. A second drain closes immediately.
     pub async fn drain(&self, deadline: Duration) {
-        if self.shared.phase.send_replace(Phase::Draining) != Phase::Serving {
+        if self.drain_started.swap(true, Ordering::Relaxed) {
             return self.abort().await;
         }
-        self.shared.gate.shut();
+        self.context.draining.cancel();
         let until = Instant::now() + deadline;
-        let mut phase = self.shared.phase.subscribe();
         tokio::select! {
-            _ = phase.wait_for(|phase| *phase == Phase::Closed) => {}
+            () = self.closed.cancelled() => {}
             ended = timeout_at(until, self.calls_ended(deadline)) => {
                 if ended.is_err() {
                     tracing::warn!("calls were still in flight at the end of the drain");
@@ -190,33 +220,39 @@ impl<S: Service> Server<S> {
         self.abort().await;
     }
 
-    /// Closes all connections now, and waits, 3 s at most, until the clients were told.
+    /// Closes all connections immediately. Waits up to 3 s until the clients have been notified and
+    /// all tasks have ended.
     pub async fn abort(&self) {
         self.close();
-        let told = async {
+        let ended = async {
             for endpoint in &self.endpoints {
                 endpoint.wait_idle().await;
             }
-            self.shared.in_flight.none().await;
+            self.context.streams.wait().await;
+            self.context.connections.wait().await;
         };
-        if timeout(CLOSE_TIME, told).await.is_err() {
-            tracing::warn!("some clients could not be told that the server closed");
+        if timeout(CLOSE_TIMEOUT, ended).await.is_err() {
+            tracing::warn!("some clients did not acknowledge the close in time");
         }
     }
 
     async fn calls_ended(&self, deadline: Duration) {
-        self.shared.service.draining(deadline).await;
-        self.shared.in_flight.none().await;
+        let ServerContext { service, streams, .. } = &*self.context;
+        service.draining(deadline).await;
+        streams.close();
+        streams.wait().await;
         tokio::time::sleep(LINGER).await;
-        self.shared.in_flight.none().await;
+        streams.wait().await;
     }
 
     fn close(&self) {
-        self.shared.gate.shut();
-        self.shared.phase.send_replace(Phase::Closed);
+        self.context.draining.cancel();
+        self.context.streams.close();
+        self.context.connections.close();
         for endpoint in &self.endpoints {
             endpoint.close(CLOSE_CODE, CLOSE_REASON);
         }
+        self.closed.cancel();
     }
 }
 
@@ -230,20 +266,31 @@ impl<S: Service> std::fmt::Debug for Server<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Server")
             .field("local_addrs", &self.local_addrs)
-            .field("phase", &*self.shared.phase.borrow())
+            .field("draining", &self.context.draining.is_cancelled())
+            .field("closed", &self.closed.is_cancelled())
             .finish_non_exhaustive()
     }
 }
 
-fn endpoint_config(member: Option<&Member>, recognised: Recognised) -> EndpointConfig {
-    // Its own reset key is random.
-    let mut config = EndpointConfig::default();
-    if let Some(member) = member {
-        config.reset_key(Arc::new(member.keys.reset.clone()));
+/// Reads the authorities for the certificates of clients, if these are required.
+fn client_authorities(auth: &ClientAuth) -> Result<Option<Arc<RootCertStore>>, BindError> {
+    match auth {
+        ClientAuth::None => Ok(None),
+        ClientAuth::Required { authorities: path } => authorities::from_file(path)
+            .map(|roots| Some(Arc::new(roots)))
+            .map_err(|reason| BindError::Authorities { path: path.clone(), reason }),
     }
-    config.cid_generator(move || fleet::generator(&recognised));
+}
+
+fn endpoint_config(edge: Option<&ClusterEdge>, id_key: ConnectionIdKey) -> EndpointConfig {
+    // The default's reset key is random.
+    let mut config = EndpointConfig::default();
+    if let Some(edge) = edge {
+        config.reset_key(Arc::new(edge.keys.reset.clone()));
+    }
+    config.cid_generator(move || connection_ids::generator(&id_key));
     config.min_reset_interval(MIN_RESET_INTERVAL);
-    // Load balancers and firewalls tell QUIC by the bit that greasing would clear.
+    // Load balancers and firewalls recognise QUIC by the bit that greasing would clear.
     config.grease_quic_bit(false);
     config
 }
@@ -251,14 +298,14 @@ fn endpoint_config(member: Option<&Member>, recognised: Recognised) -> EndpointC
 fn server_config(
     crypto: quinn::crypto::rustls::QuicServerConfig,
     config: &Config,
-    member: Option<&Member>,
+    edge: Option<&ClusterEdge>,
 ) -> quinn::ServerConfig {
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    if let Some(member) = member {
-        server.token_key(Arc::clone(&member.keys.tokens) as _);
+    if let Some(edge) = edge {
+        server.token_key(Arc::clone(&edge.keys.tokens) as _);
     }
-    // Tokens for later connections are bound to an IP address, and behind a proxy all clients have
-    // the same.
+    // Tokens for later connections are bound to an IP address, and all clients behind a proxy have
+    // the same one.
     let mut tokens = ValidationTokenConfig::default();
     tokens.sent(0);
     server
@@ -270,85 +317,86 @@ fn server_config(
     server
 }
 
-/// Judges every attempt; it never waits for a peer.
-async fn accept<S: Service>(endpoint: Endpoint, shared: Arc<Shared<S>>) {
-    let mut full = Full::default();
+/// Decides on every connection attempt. Never waits for a client.
+async fn accept<S: Service>(endpoint: Endpoint, context: Arc<ServerContext<S>>) {
+    let mut warnings = LimitWarnings::default();
     while let Some(incoming) = endpoint.accept().await {
         let address =
             if incoming.remote_address_validated() { Address::Validated } else { Address::Claimed };
-        match shared.gate.judge(incoming.remote_address().ip(), address) {
-            Verdict::Accept(place, handshaking) => {
-                let admission = Admission { place, handshaking };
-                tokio::spawn(connection::serve(Arc::clone(&shared), incoming, admission));
+        match context.admission.decide(incoming.remote_address().ip(), address) {
+            Decision::Accept(connection, handshake) => {
+                let served =
+                    connection::serve(Arc::clone(&context), incoming, connection, handshake);
+                context.connections.spawn(served);
             }
-            Verdict::Retry => retry(incoming, &shared.metrics),
-            Verdict::Refuse(reason) => {
-                shared.metrics.connections_refused(reason).increment(1);
-                full.warn(reason, &shared.gate, Instant::now());
+            Decision::Retry => retry(incoming, &context.metrics),
+            Decision::Refuse(reason) => {
+                context.metrics.connections_refused(reason).increment(1);
+                warnings.warn(reason, &context.admission, Instant::now());
                 incoming.refuse();
             }
         }
     }
 }
 
-/// Warns that connections are refused because the server is full, at a bounded rate.
+fn retry(incoming: Incoming, metrics: &Metrics) {
+    metrics.retries_sent.increment(1);
+    // Fails only for a validated address. Then the drop of the error refuses the attempt.
+    if incoming.retry().is_err() {
+        tracing::debug!("retry for a validated address, refusing the connection");
+    }
+}
+
+/// Warnings that connections are refused because a limit is reached, at a bounded rate.
 #[derive(Default)]
-struct Full {
-    by_reason: [Warned; Refused::ALL.len()],
+struct LimitWarnings {
+    by_reason: [LimitWarning; LimitReached::ALL.len()],
 }
 
 #[derive(Default)]
-struct Warned {
+struct LimitWarning {
     last: Option<Instant>,
     /// Refusals since the last warning.
     suppressed: u64,
 }
 
-impl Full {
-    /// Returns whether it logged.
-    fn warn(&mut self, reason: Refused, gate: &Gate, now: Instant) -> bool {
-        let Some((setting, value)) = reason.setting(gate.limits()) else { return false };
-        let warned = &mut self.by_reason[reason as usize];
-        if warned.last.is_some_and(|last| now - last < WARN_AT_MOST_EVERY) {
-            warned.suppressed += 1;
+impl LimitWarnings {
+    /// Logs a warning, unless one for this reason was logged lately. Returns whether it did.
+    fn warn(&mut self, reason: LimitReached, admission: &Admission, now: Instant) -> bool {
+        let Some((setting, value)) = reason.setting(admission.limits()) else { return false };
+        let warning = &mut self.by_reason[reason as usize];
+        if warning.last.is_some_and(|last| now - last < WARNING_INTERVAL) {
+            warning.suppressed += 1;
             return false;
         }
-        let more = std::mem::take(&mut warned.suppressed);
-        warned.last = Some(now);
+        let suppressed = std::mem::take(&mut warning.suppressed);
+        warning.last = Some(now);
         tracing::warn!(
             setting,
             value,
-            connections = gate.connections(),
-            suppressed = more,
-            "the server is full: new connections are refused"
+            connections = admission.connections(),
+            suppressed,
+            "connection refused: the server is full"
         );
         true
-    }
-}
-
-fn retry(incoming: Incoming, metrics: &Metrics) {
-    metrics.retries_sent.increment(1);
-    // Possible for every address that is not validated; where it is not, the drop of the error
-    // refuses.
-    if incoming.retry().is_err() {
-        tracing::debug!("a client with a token was asked for its address again");
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Limits;
+    use crate::config::Limits;
 
     #[test]
-    fn a_full_server_says_so_once_in_ten_seconds_and_reason() {
-        let gate = Gate::new(Limits::default());
-        let (mut full, start) = (Full::default(), Instant::now());
-        let mut warn = |reason, after| full.warn(reason, &gate, start + Duration::from_secs(after));
-        assert!(warn(Refused::Connections, 0));
-        assert!(!warn(Refused::Connections, 9));
-        assert!(warn(Refused::Handshakes, 9), "another reason");
-        assert!(warn(Refused::Connections, 10));
-        assert!(!warn(Refused::Draining, 10), "a server that stops is not full");
+    fn a_full_server_warns_once_in_ten_seconds_for_each_reason() {
+        let admission = Admission::new(Limits::default(), CancellationToken::new());
+        let (mut warnings, start) = (LimitWarnings::default(), Instant::now());
+        let mut warn =
+            |reason, after| warnings.warn(reason, &admission, start + Duration::from_secs(after));
+        assert!(warn(LimitReached::Connections, 0));
+        assert!(!warn(LimitReached::Connections, 9));
+        assert!(warn(LimitReached::Handshakes, 9), "another reason");
+        assert!(warn(LimitReached::Connections, 10));
+        assert!(!warn(LimitReached::Draining, 10), "a draining server is not full");
     }
 }

@@ -1,45 +1,47 @@
-//! The contract between the transport and what it serves.
+//! The contract between the transport and the service that it serves.
 //!
-//! `services/edge` implements [`Service`] over the RPC dispatch; the tests here over a few lines.
-//! Nothing in it names quinn, so that neither do the crates above.
+//! `services/edge` implements [`Service`] with the RPC dispatch, the tests of this crate with a few
+//! lines. The contract names no type of quinn, so the crates above the transport need none.
 
 use std::{fmt, future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use qpq_wire::{Request, RequestHeader};
+use qpq_wire::{Refusal, Request, RequestHeader};
 
-use crate::EventSink;
+use crate::{client_certificate::ClientCertificate, events::EventSink};
 
-/// What the transport serves: one value per process, shared by all connections.
+/// The service behind a [`Server`](crate::Server): one value for all connections.
 ///
-/// No method but [`call`](Self::call) and [`draining`](Self::draining) may block or take long: they
-/// run on the connection's own tasks.
+/// Only [`call`](Self::call) and [`draining`](Self::draining) may wait: the other methods run on
+/// the tasks of the connections.
 pub trait Service: Send + Sync + 'static {
-    /// What is remembered of a connection as long as it lives: its session, its pending logins.
+    /// The state of a connection while it is open: its session, its pending logins.
     type Connection: Send + Sync + 'static;
 
-    /// A connection was made. `events` sends to it, from whichever task, until it ends.
+    /// Creates the state of a new connection. Any task may send with `events` until the connection
+    /// ends.
     fn connected(&self, peer: Peer, events: EventSink) -> Arc<Self::Connection>;
 
-    /// A connection ended. Calls of it that were running are being dropped.
+    /// Notes the end of a connection. Its running calls are being dropped.
     fn disconnected(&self, _conn: &Self::Connection) {}
 
-    /// Judges a request by its header, before a byte of its payload is buffered.
+    /// Checks the header of a request, before a byte of its payload is buffered.
     ///
     /// # Errors
-    /// The answer, if the request is not worth reading: an unknown method.
+    /// The reply, if the payload is not worth reading, as for an unknown method.
     fn admit(&self, conn: &Self::Connection, header: &RequestHeader) -> Result<(), Reply>;
 
-    /// One call. The future is dropped, and so the call cancelled, when the client stops or resets
-    /// the stream or the connection ends.
+    /// Runs a call. The future is dropped, and the call so cancelled, when the client stops or
+    /// resets the stream or the connection ends.
     fn call(
         self: Arc<Self>,
         conn: Arc<Self::Connection>,
         request: Request,
     ) -> impl Future<Output = Reply> + Send;
 
-    /// The answer to a request that the transport itself refuses; `header` as far as it was read.
+    /// Returns the reply to a request that the transport refuses. `header` is `None` if it was not
+    /// read.
     fn refuse(
         &self,
         conn: &Self::Connection,
@@ -47,48 +49,58 @@ pub trait Service: Send + Sync + 'static {
         why: Refusal,
     ) -> Reply;
 
-    /// Whether replies in progress use so much memory that slow clients get less time for theirs.
-    /// Asked about once a second for each reply that waits for its client.
+    /// Returns whether replies in progress use so much memory that slow clients get less time for
+    /// theirs. Called about once a second for each reply that waits for its client.
     fn is_short_of_memory(&self) -> bool {
         false
     }
 
-    /// The server stops: new connections are already refused, and all others are closed `deadline`
-    /// from now. The transport waits for this future, for so long at most, before it looks whether
-    /// calls are still in flight; so a service ends its long waits here and tells its clients.
+    /// Ends long waits and notifies clients, because the server drains.
+    ///
+    /// New connections are already refused, and all others are closed after `deadline`. The
+    /// transport waits for this future, at most until then, before it waits for the calls in
+    /// flight.
     fn draining(&self, _deadline: Duration) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
 }
 
-/// Who is at the other end of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The client of a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// Where it sends from. A client may move to another address later.
+    /// The address that the connection came from. A client may move to another one later.
     pub addr: SocketAddr,
-    /// The protocol that it asked for.
+    /// The protocol that the client and the server agreed on.
     pub alpn: Alpn,
+    /// The verified certificate of the client, if the listener asks for one
+    /// ([`Config::client_auth`](crate::Config::client_auth)).
+    pub certificate: Option<ClientCertificate>,
 }
 
-/// The protocols served, by their names in the TLS handshake.
+/// A protocol, by its name in the TLS handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Alpn {
     /// `qpq`.
     Qpq,
     /// `qpc`, the later name of the same protocol.
     Qpc,
+    /// `quicproquo/federation/1`, between servers.
+    Federation,
 }
 
 impl Alpn {
-    /// All of them, the preferred one first.
-    pub const ALL: [Self; 2] = [Self::Qpq, Self::Qpc];
+    /// The protocols of clients, the preferred one first.
+    pub const CLIENTS: [Self; 2] = [Self::Qpq, Self::Qpc];
 
-    /// The name in the handshake.
+    const ALL: [Self; 3] = [Self::Qpq, Self::Qpc, Self::Federation];
+
+    /// Returns the name in the handshake.
     #[must_use]
     pub fn name(self) -> &'static [u8] {
         match self {
             Self::Qpq => b"qpq",
             Self::Qpc => b"qpc",
+            Self::Federation => b"quicproquo/federation/1",
         }
     }
 
@@ -97,46 +109,19 @@ impl Alpn {
     }
 }
 
-/// Why the transport refuses a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Refusal {
-    /// The announced payload is above [`qpq_wire::MAX_PAYLOAD`]; nothing of it was read.
-    TooLarge,
-    /// The stream ended inside the frame, or went on after it.
-    Malformed,
-    /// The request was not whole in time.
-    Timeout,
-    /// The call panicked, or its reply does not fit a frame.
-    Internal,
-}
-
-impl Refusal {
-    pub(crate) const ALL: [Self; 4] =
-        [Self::TooLarge, Self::Malformed, Self::Timeout, Self::Internal];
-
-    pub(crate) fn label(self) -> &'static str {
-        match self {
-            Self::TooLarge => "too_large",
-            Self::Malformed => "malformed",
-            Self::Timeout => "timeout",
-            Self::Internal => "internal",
-        }
-    }
-}
-
-/// The answer to a request.
+/// The response to a request.
 pub struct Reply {
     /// The status byte.
     pub status: u8,
-    /// The serialized message, [`qpq_wire::MAX_PAYLOAD`] bytes at most.
+    /// The serialized message, at most [`qpq_wire::MAX_PAYLOAD`] bytes.
     pub payload: Bytes,
-    /// Told what became of the reply, where that matters. A reply that was never sent drops it
-    /// untold: what it holds is then released in its `Drop`.
-    pub on_delivery: Option<Box<dyn Delivery>>,
+    /// Notified when the reply is delivered or lost. If the reply is never sent, the observer is
+    /// dropped without a notification, and its `Drop` releases what it owns.
+    pub on_delivery: Option<Box<dyn DeliveryObserver>>,
 }
 
 impl Reply {
-    /// A reply whose fate does not matter.
+    /// Creates a reply without an observer.
     #[must_use]
     pub fn new(status: u8, payload: Bytes) -> Self {
         Self { status, payload, on_delivery: None }
@@ -153,15 +138,15 @@ impl fmt::Debug for Reply {
     }
 }
 
-/// Told exactly once what became of a reply's bytes.
+/// An observer of one reply. Exactly one of its methods is called, once.
 ///
-/// The futures run to their end even if the connection is gone; a drain waits for them.
-pub trait Delivery: Send {
-    /// The client's QUIC stack has acknowledged every byte.
+/// The futures run to their end even if the connection has ended, and a drain waits for them.
+pub trait DeliveryObserver: Send {
+    /// Called when the client's QUIC stack has acknowledged every byte.
     fn delivered(self: Box<Self>) -> BoxFuture<'static, ()>;
 
-    /// The client stopped the stream, the connection ended, or nothing was heard from the client
-    /// for [`Timeouts::silent_peer`](crate::Timeouts::silent_peer) while bytes were unacknowledged.
-    /// It may still have them.
+    /// Called when the client stopped the stream, the connection ended, or no datagram came from
+    /// the client for [`Timeouts::silent_peer`](crate::Timeouts::silent_peer) while bytes were
+    /// unacknowledged. The client may still have received the reply.
     fn lost(self: Box<Self>) -> BoxFuture<'static, ()>;
 }

@@ -1,4 +1,4 @@
-//! UDP sockets with buffers that hold a burst.
+//! UDP sockets with buffers for a burst of packets.
 
 use std::{
     io,
@@ -8,17 +8,17 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// The kernel drops what does not fit; its default of about 200 KiB is a few milliseconds of a busy
-/// edge.
+/// The size of a socket's buffers. The kernel drops packets that do not fit, and its default of
+/// about 200 KiB is a few milliseconds of a busy edge.
 const BUFFER: usize = 4 * 1024 * 1024;
 
-/// Attempts to find a port that is free for both protocols where any port will do.
+/// Maximum attempts to find a port that is free for IPv4 and IPv6, if any port will do.
 const MAX_ATTEMPTS: usize = 16;
 
 /// Binds a server's sockets.
 ///
-/// `[::]` listens on IPv4 too, through a socket of its own: quinn forgets its path estimates at
-/// each rebinding of a v4-mapped client.
+/// `[::]` listens on IPv4 too, with a separate socket: quinn forgets its path estimates whenever a
+/// v4-mapped client rebinds.
 pub(crate) fn bind_all(
     listen: &[SocketAddr],
 ) -> Result<Vec<(SocketAddr, UdpSocket)>, (SocketAddr, io::Error)> {
@@ -70,7 +70,7 @@ fn bind(addr: SocketAddr) -> io::Result<(SocketAddr, UdpSocket)> {
     Ok((socket.local_addr()?, socket))
 }
 
-/// The kernel caps what was asked for without an error.
+/// Warns if the kernel has capped the buffers, which is no error.
 fn warn_if_capped(socket: &Socket) -> io::Result<()> {
     static ONCE: Once = Once::new();
     let (receive, send) = (socket.recv_buffer_size()?, socket.send_buffer_size()?);

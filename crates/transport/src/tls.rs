@@ -1,18 +1,24 @@
-//! TLS for QUIC: version 1.3 alone, one provider, hybrid post-quantum key exchange preferred.
+//! TLS for QUIC: only version 1.3, one provider, hybrid post-quantum key exchange preferred.
 
 use std::sync::Arc;
 
 use quinn::crypto::rustls::QuicServerConfig;
 use rustls::{
+    RootCertStore,
     crypto::{CryptoProvider, aws_lc_rs},
-    server::{ProducesTickets, ResolvesServerCert},
+    server::{
+        NoServerSessionStorage, ProducesTickets, ResolvesServerCert, WebPkiClientVerifier,
+        danger::ClientCertVerifier,
+    },
     version::TLS13,
 };
 
 use crate::service::Alpn;
 
-/// aws-lc-rs with the key exchanges that we want: X25519MLKEM768 against whoever records today's
-/// traffic for a later quantum computer, X25519 and P-256 for stacks that have no ML-KEM.
+/// Returns aws-lc-rs with the permitted key exchanges.
+///
+/// X25519MLKEM768 protects recorded traffic against a later quantum computer. X25519 and P-256 are
+/// for stacks without ML-KEM.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     let mut provider = aws_lc_rs::default_provider();
     provider.kx_groups = vec![
@@ -23,48 +29,74 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
-/// The server's side of the handshake. Without a ticketer, the tickets are this process's own.
-pub(crate) fn server(
-    certificates: Arc<dyn ResolvesServerCert>,
-    ticketer: Option<Arc<dyn ProducesTickets>>,
-) -> Result<QuicServerConfig, rustls::Error> {
-    let ticketer = ticketer.map_or_else(aws_lc_rs::Ticketer::new, Ok)?;
-    QuicServerConfig::try_from(server_tls(certificates, ticketer)?)
+/// The parts of a server's side of the handshake.
+pub(crate) struct Server<'a> {
+    pub(crate) certificates: Arc<dyn ResolvesServerCert>,
+    /// `None`: the keys of session tickets are random.
+    pub(crate) ticketer: Option<Arc<dyn ProducesTickets>>,
+    pub(crate) alpn: &'a [Alpn],
+    /// The authorities for the certificates of clients. `None`: clients are not asked for one.
+    pub(crate) client_authorities: Option<Arc<RootCertStore>>,
+}
+
+/// Returns the server's side of the handshake.
+pub(crate) fn server(parts: Server<'_>) -> Result<QuicServerConfig, rustls::Error> {
+    QuicServerConfig::try_from(server_tls(parts)?)
         .map_err(|_| rustls::Error::General("the provider lacks TLS13_AES_128_GCM_SHA256".into()))
 }
 
-/// Built by hand, because quinn's own constructor turns 0-RTT on: a replayed call would act twice.
-/// Tickets are stateless, so 0-RTT is also out by structure: rustls takes early data only with
-/// stateful resumption.
-fn server_tls(
-    certificates: Arc<dyn ResolvesServerCert>,
-    ticketer: Arc<dyn ProducesTickets>,
-) -> Result<rustls::ServerConfig, rustls::Error> {
+/// Returns the TLS configuration of a server, with 0-RTT off: a replayed call would act twice.
+///
+/// quinn's own constructor turns 0-RTT on. Stateless tickets also rule it out: rustls accepts early
+/// data only with stateful resumption.
+fn server_tls(parts: Server<'_>) -> Result<rustls::ServerConfig, rustls::Error> {
+    let Server { certificates, ticketer, alpn, client_authorities } = parts;
+    let asks_clients = client_authorities.is_some();
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_no_client_auth()
+        .with_client_cert_verifier(client_verifier(client_authorities)?)
         .with_cert_resolver(certificates);
-    config.alpn_protocols = Alpn::ALL.iter().map(|alpn| alpn.name().to_vec()).collect();
+    config.alpn_protocols = alpn.iter().map(|alpn| alpn.name().to_vec()).collect();
     config.max_early_data_size = 0;
-    config.send_tls13_tickets = 1;
-    config.ticketer = ticketer;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    if asks_clients {
+        // A resumed handshake has the certificate of the first one and does not verify it again,
+        // even if it has expired or its authority is no longer trusted.
+        config.send_tls13_tickets = 0;
+    } else {
+        config.send_tls13_tickets = 1;
+        config.ticketer = ticketer.map_or_else(aws_lc_rs::Ticketer::new, Ok)?;
+    }
     Ok(config)
+}
+
+fn client_verifier(
+    authorities: Option<Arc<RootCertStore>>,
+) -> Result<Arc<dyn ClientCertVerifier>, rustls::Error> {
+    match authorities {
+        None => Ok(WebPkiClientVerifier::no_client_auth()),
+        Some(roots) => WebPkiClientVerifier::builder_with_provider(roots, provider())
+            .build()
+            .map_err(|error| rustls::Error::General(error.to_string())),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use rustls::{ClientConnection, NamedGroup, PeerIncompatible, RootCertStore, ServerConnection};
+    use rustls::{ClientConnection, NamedGroup, PeerIncompatible, ServerConnection};
 
     use super::*;
-    use crate::Certificates;
+    use crate::certificates::Certificates;
 
-    /// A server's side and the certificate that it shows.
+    /// Returns a server's side and its certificate.
     fn serving() -> (ServerConnection, Vec<u8>) {
         let directory = tempfile::tempdir().unwrap();
         let (cert, key) = (directory.path().join("cert"), directory.path().join("key"));
         let certificates =
             Certificates::load_or_create(&cert, &key, &["localhost".to_owned()]).unwrap();
-        let config = server_tls(certificates, aws_lc_rs::Ticketer::new().unwrap()).unwrap();
+        let parts =
+            Server { certificates, ticketer: None, alpn: &Alpn::CLIENTS, client_authorities: None };
+        let config = server_tls(parts).unwrap();
         (ServerConnection::new(Arc::new(config)).unwrap(), std::fs::read(cert).unwrap())
     }
 
@@ -95,9 +127,9 @@ mod tests {
     }
 
     #[test]
-    fn the_hybrid_key_exchange_is_preferred_and_the_classic_ones_are_kept() {
+    fn the_hybrid_key_exchange_is_preferred_and_classic_ones_are_supported() {
         use super::aws_lc_rs::kx_group::{SECP256R1, X25519, X25519MLKEM768};
-        // Ours and most others send shares for both, and the server chooses.
+        // Our client and most others send shares for both, and the server chooses.
         assert_eq!(key_exchange_with(vec![X25519MLKEM768, X25519]), NamedGroup::X25519MLKEM768);
         assert_eq!(key_exchange_with(provider().kx_groups.clone()), NamedGroup::X25519MLKEM768);
         assert_eq!(key_exchange_with(vec![X25519, SECP256R1]), NamedGroup::X25519);
@@ -105,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_of_tls_1_2_is_turned_away() {
+    fn a_client_with_tls_1_2_is_refused() {
         let hello: &[&[u8]] = &[
             &[3, 3],
             &[7; 32],

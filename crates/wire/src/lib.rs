@@ -17,11 +17,13 @@
 
 mod error;
 mod event;
+mod refusal;
 mod request;
 mod response;
 
 pub use error::FrameError;
 pub use event::{Event, EventDecoder, EventHeader};
+pub use refusal::Refusal;
 pub use request::{Request, RequestHeader};
 pub use response::{Response, ResponseHeader};
 

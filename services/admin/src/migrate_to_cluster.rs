@@ -19,7 +19,7 @@ use anyhow::{Context as _, bail, ensure};
 use qpq_ports::transfer::{Digests, Table};
 use qpq_runtime::data_dir::{
     DataDir, SecretFile,
-    fleet::{ClusterId, DELIVERY_KEY, FleetDir, OPAQUE_SETUP},
+    cluster::{ClusterDir, ClusterId, DELIVERY_KEY, OPAQUE_SETUP},
 };
 use qpq_store_cluster::Import;
 use qpq_store_embedded::{Export, MOVED_FILE};
@@ -42,7 +42,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let given = args.settings.load()?;
-    let fleet = FleetDir::open(given.secrets_dir()?)?;
+    let fleet = ClusterDir::open(given.secrets_dir()?)?;
     let from = args.from.as_path();
     let cluster = fleet.cluster_id()?;
     let moved = block_on(move_all(from, &given, &fleet))?;
@@ -61,7 +61,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// What was moved; `None` if it was before.
-async fn move_all(from: &Path, given: &Given, fleet: &FleetDir) -> anyhow::Result<Option<Digests>> {
+async fn move_all(
+    from: &Path,
+    given: &Given,
+    fleet: &ClusterDir,
+) -> anyhow::Result<Option<Digests>> {
     let mut export = Export::open(from).await?;
     let cluster = fleet.cluster_id()?;
     if let Some(note) = export.moved()? {
@@ -95,7 +99,7 @@ async fn move_all(from: &Path, given: &Given, fleet: &FleetDir) -> anyhow::Resul
 
 /// Who registered with the node shall log in at the cluster, and what the node signed shall be
 /// checked against it. The fingerprint of what they have in common.
-fn compare_secrets(from: &Path, fleet: &FleetDir) -> anyhow::Result<[u8; 32]> {
+fn compare_secrets(from: &Path, fleet: &ClusterDir) -> anyhow::Result<[u8; 32]> {
     let node = DataDir::create(from)?;
     let secret = |file: SecretFile| {
         let missing = || format!("{} is missing. {}", from.join(file.name).display(), file.if_lost);

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use qpq_runtime::data_dir::{
     SecretFile,
-    fleet::{TICKET_KEYS, TOKEN_KEY},
+    cluster::{TICKET_KEYS, TOKEN_KEY},
 };
 
 use crate::say;

@@ -3,12 +3,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use qpq_runtime::{
-    backoff::Backoff,
-    config::{
-        About, Broken, ConfigError, Declared, Node, Problem, Reader, Settings, Sources,
-        environment, load,
-    },
+use qpq_domain::Backoff;
+use qpq_runtime::config::{
+    About, Broken, ConfigError, Declared, Node, Problem, Reader, Settings, Sources, environment,
+    load,
 };
 use qpq_server::{Config, FOREIGN_VARIABLES};
 use qpq_store_cluster::ConnectError;
@@ -117,7 +115,8 @@ pub(crate) async fn patiently<T>(
     mut connect: impl AsyncFnMut() -> Result<T, ConnectError>,
 ) -> Result<T, ConnectError> {
     let until = Instant::now() + patience;
-    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+    let backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+    let mut failures = 0;
     let mut said = String::new();
     loop {
         match connect().await {
@@ -127,7 +126,9 @@ pub(crate) async fn patiently<T>(
                     note(format_args!("{reason}. Waiting for it"));
                     said = reason;
                 }
-                sleep(backoff.next(OsRng.next_u64()).min(until - Instant::now())).await;
+                failures += 1;
+                let wait = backoff.delay(failures, OsRng.next_u64());
+                sleep(wait.min(until - Instant::now())).await;
             }
             done => return done,
         }

@@ -8,7 +8,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, DirBuilder, OpenOptions},
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _},
     os::unix::{
         ffi::OsStrExt as _,
         fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
@@ -85,9 +85,9 @@ impl Keyring {
     /// Keeps the key of a profile; answers whether there was a place for it.
     pub(crate) fn put(&self, profile: &Path, key: &VaultKey) -> Result<Kept, Fault> {
         let (Some(dir), Some(path)) = (&self.dir, self.path(profile)) else { return Ok(Kept::No) };
-        write(dir, &path, &*key.to_bytes()).map(|()| Kept::Yes).map_err(|error| {
-            Fault::io(format_args!("cannot keep the key in {}", dir.display()), &error)
-        })
+        qpq_durable_file::replace(&path, &*key.to_bytes(), 0o600).map(|()| Kept::Yes).map_err(
+            |error| Fault::io(format_args!("cannot keep the key in {}", dir.display()), &error),
+        )
     }
 
     /// Forgets the key of a profile.
@@ -132,21 +132,6 @@ fn usable(parent: &Path, dir: &Path) -> Result<(), String> {
         && metadata.uid() == Uid::current().as_raw()
         && metadata.mode() & 0o077 == 0;
     if is_ours { Ok(()) } else { Err("it is not a directory of ours alone".to_owned()) }
-}
-
-fn write(dir: &Path, path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let new = dir.join(format!("new-{}", std::process::id()));
-    match fs::remove_file(&new) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-    let written = file.write_all(bytes).and_then(|()| fs::rename(&new, path));
-    if written.is_err() {
-        // The first error is the one to report.
-        fs::remove_file(&new).ok();
-    }
-    written
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use qpq_runtime::{
     config::ListenOn,
     data_dir::{
         DataDir, SecretFile,
-        fleet::{DELIVERY_KEY, OPAQUE_SETUP},
+        cluster::{DELIVERY_KEY, OPAQUE_SETUP},
     },
 };
 use qpq_store_embedded::{Claim, DATABASE_FILE, MOVED_FILE, OpenError, RESTORING_FILE};

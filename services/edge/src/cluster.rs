@@ -6,18 +6,18 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use qpq_domain::{Delivery, KeyPackageCaps};
 use qpq_runtime::{
-    Redacted,
     config::{Broken, Choice},
     section,
 };
 use qpq_store_cluster::{Clocks, Endpoint, Limits, Migrate, Timing};
+use secrecy::{ExposeSecret as _, SecretString};
 
 section! {
     /// Postgres, version 15 or newer: all durable state of a cluster.
     pub struct Postgres {
         /// The address, as in `postgres://qpq@db.example.org:5432/qpq`. For several hosts use the
         /// address of a proxy.
-        url: Option<Redacted<String>> = None;
+        url: Option<SecretString> = None;
         /// A file with the password, instead of the password in the URL.
         password_file: Option<PathBuf> = None;
         /// A PEM file with authorities to trust in addition to the public ones. The connection is
@@ -37,7 +37,7 @@ section! {
         /// The address: `redis://host:6379`, `redis+cluster://a:6379,b:6379` or
         /// `redis+sentinel://a:26379,b:26379/primary`. `rediss` instead of `redis` encrypts.
         /// Sentinels may have the same password, or none.
-        url: Option<Redacted<String>> = None;
+        url: Option<SecretString> = None;
         /// A file with the password, instead of the password in the URL.
         password_file: Option<PathBuf> = None;
         /// A PEM file with the authorities to trust. Only with `rediss` in the URL.
@@ -52,7 +52,7 @@ section! {
     pub struct Nats {
         /// The address, as in `nats://a:4222,nats://b:4222` or `nats://user:password@a`. `tls`
         /// instead of `nats` encrypts. Text without a colon in front of `@` is a token.
-        url: Option<Redacted<String>> = None;
+        url: Option<SecretString> = None;
         /// A file with the password, or with the token if the URL names no user.
         password_file: Option<PathBuf> = None;
         /// A PEM file with the authorities to trust. The connection is encrypted.
@@ -219,7 +219,7 @@ impl<'a> Sections<'a> {
 const NEEDED: usize = 4;
 
 fn endpoint(
-    url: &Option<Redacted<String>>,
+    url: &Option<SecretString>,
     setting: &'static str,
     password_file: &Option<PathBuf>,
     ca: &Option<PathBuf>,
@@ -230,7 +230,7 @@ fn endpoint(
             .map_err(|source| PasswordFileError { setting, path: path.clone(), source })
     };
     Ok(Endpoint {
-        url: url.as_ref().map(|url| url.reveal().clone()).unwrap_or_default(),
+        url: url.as_ref().map(|url| url.expose_secret().to_owned()).unwrap_or_default(),
         password: password_file.as_ref().map(read).transpose()?,
         ca: ca.clone(),
     })

@@ -20,7 +20,10 @@ use qpq_runtime::{
 };
 use qpq_store_cluster::ConnectError;
 use qpq_store_embedded::OpenError;
-use qpq_transport::{BindError, Certificates, Fingerprint, IdentityError, Member, Reload, Server};
+use qpq_transport::{
+    BindError, Certificates, ClusterEdge, Fingerprint, IdentityError, Reload, Server,
+};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     Config,
@@ -48,7 +51,7 @@ pub struct Running {
     http: Option<SocketAddr>,
     certificates: Arc<Certificates>,
     certificate_created: Option<PathBuf>,
-    member: Option<Member>,
+    cluster_edge: Option<ClusterEdge>,
     store: Store,
     tasks: Tasks,
     /// Present once the server is composed.
@@ -96,8 +99,17 @@ impl From<BindError> for StartError {
 
 /// Starts a server. When this returns, clients are served. Needs a tokio runtime.
 pub async fn compose(config: &Config) -> Result<Running, StartError> {
+    compose_with(config, CancellationToken::new()).await
+}
+
+/// Starts a server as [`compose`] does, with the drain token of the process.
+/// [`Running::shutdown`] cancels it, unless a signal has.
+pub async fn compose_with(
+    config: &Config,
+    draining: CancellationToken,
+) -> Result<Running, StartError> {
     let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
-    let Opened { store, secrets, certificates, certificate_created, member } =
+    let Opened { store, secrets, certificates, certificate_created, edge: cluster_edge } =
         Store::open(config).await?;
     let clock = store.clock();
     let rpc = Rpc::new(Parts {
@@ -110,14 +122,15 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
     // Health answers correctly from the first call on. A failure is reported by the probe, and does
     // not prevent the start.
     let _ = rpc.check_store().await;
-    match listen(config, &rpc, &certificates, member.clone()).await {
+    let transport = qpq_transport::Config { draining, ..config.transport() };
+    match listen(config, transport, &rpc, &certificates, cluster_edge.clone()).await {
         Ok((http, server)) => {
             let mut running = Running {
                 server,
                 http: http.as_ref().map(HttpServer::address),
                 certificates,
                 certificate_created,
-                member,
+                cluster_edge,
                 store,
                 tasks: Tasks::default(),
                 jobs: None,
@@ -137,18 +150,19 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
 /// Opens the ports. QUIC is last: once it is open, clients are served.
 async fn listen(
     config: &Config,
+    transport: qpq_transport::Config,
     rpc: &Arc<Rpc>,
     certificates: &Arc<Certificates>,
-    member: Option<Member>,
+    cluster_edge: Option<ClusterEdge>,
 ) -> Result<(Option<HttpServer>, Server<Edge>), StartError> {
     let http = match config.http.listen {
         ListenOn::Off => None,
         ListenOn::At(address) => Some(HttpServer::bind(address).await?),
     };
-    let (transport, certificates) = (config.transport(), Arc::clone(certificates));
+    let certificates = Arc::clone(certificates);
     let edge = Arc::new(Edge(Arc::clone(rpc)));
-    let server = match member {
-        Some(member) => Server::bind_in_fleet(member, transport, certificates, edge)?,
+    let server = match cluster_edge {
+        Some(cluster_edge) => Server::bind_in_cluster(cluster_edge, transport, certificates, edge)?,
         None => Server::bind(transport, certificates, edge)?,
     };
     Ok((http, server))
@@ -244,8 +258,8 @@ impl Running {
             "certificates",
             Arc::clone(&self.certificates).watch(config.tls.reload_interval),
         );
-        if let Some(member) = &self.member {
-            let watching = Arc::clone(&member.keys).watch(config.tls.reload_interval);
+        if let Some(edge) = &self.cluster_edge {
+            let watching = Arc::clone(&edge.keys).watch(config.tls.reload_interval);
             tasks.spawn("shared keys", watching);
         }
         tasks.spawn("metrics", maintenance::fold(metrics.clone()));

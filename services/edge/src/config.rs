@@ -13,7 +13,7 @@ use qpq_runtime::{
     section,
     trace::Trace,
 };
-use qpq_transport::{Limits as TransportLimits, Timeouts};
+use qpq_transport::{Alpn, ClientAuth, Limits as TransportLimits, Timeouts};
 
 use crate::{
     Listen,
@@ -433,6 +433,8 @@ impl Config {
         let given = &self.transport;
         qpq_transport::Config {
             listen: self.listen.0.clone(),
+            alpn: Alpn::CLIENTS.to_vec(),
+            client_auth: ClientAuth::None,
             limits: TransportLimits {
                 max_connections: given.max_connections,
                 max_connections_per_ip: given.max_connections_per_ip,
@@ -450,6 +452,7 @@ impl Config {
                 silent_peer: given.silent_peer_timeout,
                 stalled_reply: given.stalled_reply_timeout,
             },
+            draining: Default::default(),
         }
     }
 

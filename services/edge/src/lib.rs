@@ -22,7 +22,7 @@ mod store;
 
 pub use check::{Report, check};
 pub use cluster::PasswordFileError;
-pub use compose::{Running, StartError, compose};
+pub use compose::{Running, StartError, compose, compose_with};
 pub use config::{Config, FOREIGN_VARIABLES, UsernameScripts};
 pub use listen::Listen;
 pub use rotation::{RotateError, rotate};

@@ -15,7 +15,7 @@ use clap::Parser as _;
 use nix::sys::stat::{Mode, umask};
 use qpq_runtime::{
     config::Loaded,
-    lifecycle::{Phase, Shutdown, Tasks},
+    lifecycle::{Shutdown, Tasks},
     log::{self, LogGuard},
     trace::Traces,
 };
@@ -23,7 +23,7 @@ use qpq_server::{
     Config, Running,
     args::{Args, Command, ConfigCommand},
     banner::Banner,
-    check, compose,
+    check, compose_with,
 };
 use qpq_transport::Reload;
 use tokio::signal::unix::{SignalKind, signal};
@@ -94,7 +94,7 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
             return complain(FAILED, format_args!("cannot listen for signals: {error}"));
         }
     };
-    let mut running = match compose(config).await {
+    let mut running = match compose_with(config, shutdown.draining().clone()).await {
         Ok(running) => running,
         Err(error) => return complain(FAILED, format_args!("cannot start: {error}")),
     };
@@ -107,15 +107,15 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
     say(Banner::new(&running, config));
     let code = loop {
         tokio::select! {
-            () = shutdown.reached(Phase::Draining) => break ExitCode::SUCCESS,
+            () = shutdown.draining().cancelled() => break ExitCode::SUCCESS,
             failure = running.failure() => {
-                shutdown.advance(Phase::Stopping);
+                shutdown.stopping().cancel();
                 break complain(FAILED, failure);
             }
             Some(()) = hangups.recv() => reload(args, loaded, log, &running),
         }
     };
-    running.shutdown(shutdown.reached(Phase::Stopping)).await;
+    running.shutdown(shutdown.stopping().cancelled()).await;
     code
 }
 

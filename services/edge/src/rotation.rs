@@ -17,7 +17,7 @@ use qpq_jobs::{Completion, Failure, Policy, Work};
 use qpq_ports::{Job, JobKind, NewJob};
 use qpq_runtime::data_dir::{
     DataDirError, SecretFile,
-    fleet::{FleetDir, FleetDirError, TICKET_KEYS},
+    cluster::{ClusterDir, ClusterDirError, TICKET_KEYS},
 };
 use qpq_transport::KeyRing;
 
@@ -29,7 +29,7 @@ const TOLERANCE: Duration = Duration::from_secs(60);
 #[derive(Debug, thiserror::Error)]
 pub enum RotateError {
     #[error(transparent)]
-    Directory(#[from] FleetDirError),
+    Directory(#[from] ClusterDirError),
     #[error(
         "{path} is damaged: it does not contain three keys. All edges share the directory that \
          `qpq-admin init` created: copy this file from another edge or a backup"
@@ -47,7 +47,7 @@ pub enum RotateError {
 /// Edges reload the file at different times. So two rotations must be further apart than the
 /// slowest edge needs.
 pub fn rotate(dir: &Path, file: SecretFile) -> Result<PathBuf, RotateError> {
-    let dir = FleetDir::open(dir)?;
+    let dir = ClusterDir::open(dir)?;
     let path = dir.file(file.name);
     let Some(ring) = KeyRing::parse(&dir.secret(file)?) else {
         return Err(RotateError::Damaged { path });

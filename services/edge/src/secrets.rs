@@ -15,19 +15,21 @@ use std::{
 use qpq_rpc::{DeliverySigner, OpaqueServer, opaque};
 use qpq_runtime::data_dir::{
     DataDir, DataDirError, SecretFile,
-    fleet::{self, ClusterId, DELIVERY_KEY, FleetDir, FleetDirError, OPAQUE_SETUP},
+    cluster::{self, ClusterDir, ClusterDirError, ClusterId, DELIVERY_KEY, OPAQUE_SETUP},
 };
 use qpq_transport::{
-    Certificates, FleetFiles, FleetKeys, FleetKeysError, IdentityError, KeyRing, RESET_KEY_LEN,
+    Certificates, ClusterKeyFiles, ClusterKeys, ClusterKeysError, IdentityError, KeyRing,
+    RESET_KEY_LEN,
 };
 use rand::rngs::OsRng;
 use zeroize::Zeroizing;
 
 // The runtime knows the lengths of the files, not their content.
 const _: () = assert!(OPAQUE_SETUP.length == opaque::len::SETUP);
-const _: () =
-    assert!(fleet::TICKET_KEYS.length == KeyRing::LEN && fleet::TOKEN_KEY.length == KeyRing::LEN);
-const _: () = assert!(fleet::RESET_KEY.length == RESET_KEY_LEN);
+const _: () = assert!(
+    cluster::TICKET_KEYS.length == KeyRing::LEN && cluster::TOKEN_KEY.length == KeyRing::LEN
+);
+const _: () = assert!(cluster::RESET_KEY.length == RESET_KEY_LEN);
 
 /// The name of the embedded store's database in the data directory.
 const DATABASE: &str = "qpq.db";
@@ -41,8 +43,8 @@ pub(crate) struct Secrets {
 /// What all edges of a cluster share.
 pub(crate) struct Shared {
     pub(crate) secrets: Secrets,
-    /// For [`qpq_transport::Member`]. Must be watched, like the certificates.
-    pub(crate) keys: Arc<FleetKeys>,
+    /// For [`qpq_transport::ClusterEdge`]. Must be watched, like the certificates.
+    pub(crate) keys: Arc<ClusterKeys>,
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) cluster: ClusterId,
     /// Identifies the OPAQUE setup, which must be the same on every edge, and reveals nothing of
@@ -63,22 +65,22 @@ pub enum SecretsError {
     #[error("{path} is damaged: {source}")]
     Opaque { path: PathBuf, source: opaque::InvalidSetup },
     #[error(transparent)]
-    Fleet(#[from] FleetDirError),
+    Cluster(#[from] ClusterDirError),
     #[error(
         "{source}. All edges share the directory that `qpq-admin init` created: copy this file \
          from another edge or a backup"
     )]
-    FleetKeys { source: FleetKeysError },
+    ClusterKeys { source: ClusterKeysError },
     #[error(
         "the cluster's certificate: {source}. All edges share the directory that `qpq-admin init` \
          created: copy certificate and key from another edge or a backup"
     )]
-    FleetCertificate { source: IdentityError },
+    ClusterCertificate { source: IdentityError },
     #[error(
         "{path} is damaged: {source}. All edges share the directory that `qpq-admin init` created: \
          copy this file from another edge or a backup"
     )]
-    FleetOpaque { path: PathBuf, source: opaque::InvalidSetup },
+    ClusterOpaque { path: PathBuf, source: opaque::InvalidSetup },
 }
 
 /// Reads the secrets, or creates them if there is no database yet. Must be called before the store
@@ -97,27 +99,27 @@ pub(crate) fn load_or_create(dir: &DataDir) -> Result<Secrets, SecretsError> {
 
 /// Reads what all edges share, and creates nothing. The error names what is missing or damaged.
 pub(crate) fn load_shared(dir: &Path) -> Result<Shared, SecretsError> {
-    let dir = FleetDir::open(dir)?;
+    let dir = ClusterDir::open(dir)?;
     let cluster = dir.cluster_id()?;
     let setup = dir.secret(OPAQUE_SETUP)?;
-    let opaque = OpaqueServer::parse(&setup).map_err(|source| SecretsError::FleetOpaque {
+    let opaque = OpaqueServer::parse(&setup).map_err(|source| SecretsError::ClusterOpaque {
         path: dir.file(OPAQUE_SETUP.name),
         source,
     })?;
     let signer = signer(&dir.secret(DELIVERY_KEY)?);
-    for file in [fleet::TICKET_KEYS, fleet::TOKEN_KEY, fleet::RESET_KEY] {
+    for file in [cluster::TICKET_KEYS, cluster::TOKEN_KEY, cluster::RESET_KEY] {
         // Checks length and mode. The transport reads the file again while the server runs.
         dir.secret(file)?;
     }
-    let keys = FleetKeys::load(FleetFiles {
-        tickets: dir.file(fleet::TICKET_KEYS.name),
-        tokens: dir.file(fleet::TOKEN_KEY.name),
-        reset: dir.file(fleet::RESET_KEY.name),
+    let keys = ClusterKeys::load(ClusterKeyFiles {
+        tickets: dir.file(cluster::TICKET_KEYS.name),
+        tokens: dir.file(cluster::TOKEN_KEY.name),
+        reset: dir.file(cluster::RESET_KEY.name),
     })
-    .map_err(|source| SecretsError::FleetKeys { source })?;
+    .map_err(|source| SecretsError::ClusterKeys { source })?;
     let certificates =
-        Certificates::load(&dir.file(fleet::CERTIFICATE), &dir.file(fleet::CERTIFICATE_KEY))
-            .map_err(|source| SecretsError::FleetCertificate { source })?;
+        Certificates::load(&dir.file(cluster::CERTIFICATE), &dir.file(cluster::CERTIFICATE_KEY))
+            .map_err(|source| SecretsError::ClusterCertificate { source })?;
     let opaque_fingerprint = OPAQUE_SETUP.fingerprint(&setup);
     Ok(Shared {
         secrets: Secrets { opaque, signer },
@@ -159,13 +161,13 @@ pub(crate) mod tests {
         let put = |name: &str, contents: &[u8]| fs::write(dir.path().join(name), contents).unwrap();
         put(OPAQUE_SETUP.name, &OpaqueServer::generate(&mut OsRng).serialize());
         put(DELIVERY_KEY.name, &DeliverySigner::generate(&mut OsRng).secret()[..]);
-        put(fleet::TICKET_KEYS.name, &KeyRing::generate().to_bytes());
-        put(fleet::TOKEN_KEY.name, &KeyRing::generate().to_bytes());
-        put(fleet::RESET_KEY.name, &b"a key of exactly 32 bytes' length"[..32]);
+        put(cluster::TICKET_KEYS.name, &KeyRing::generate().to_bytes());
+        put(cluster::TOKEN_KEY.name, &KeyRing::generate().to_bytes());
+        put(cluster::RESET_KEY.name, &b"a key of exactly 32 bytes' length"[..32]);
         let certificate = SelfSigned::generate(&["localhost".to_owned()]).unwrap();
-        put(fleet::CERTIFICATE, &certificate.cert);
-        put(fleet::CERTIFICATE_KEY, &certificate.key);
-        put(fleet::CLUSTER_ID, ClusterId::new([1; 16]).to_string().as_bytes());
+        put(cluster::CERTIFICATE, &certificate.cert);
+        put(cluster::CERTIFICATE_KEY, &certificate.key);
+        put(cluster::CLUSTER_ID, ClusterId::new([1; 16]).to_string().as_bytes());
         dir
     }
 

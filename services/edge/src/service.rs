@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use qpq_rpc::{Answer, Connection, Events, Rpc, Settlement};
-use qpq_transport::{Delivery, EventSink, Peer, Refusal, Reply, Service};
-use qpq_wire::{Request, RequestHeader};
+use qpq_transport::{DeliveryObserver, EventSink, Peer, Reply, Service};
+use qpq_wire::{Refusal, Request, RequestHeader};
 
 /// The dispatcher as a service of the transport.
 #[derive(Debug)]
@@ -32,12 +32,6 @@ impl Service for Edge {
     }
 
     fn refuse(&self, conn: &Connection, header: Option<&RequestHeader>, why: Refusal) -> Reply {
-        let why = match why {
-            Refusal::TooLarge => qpq_rpc::Refusal::TooLarge,
-            Refusal::Malformed => qpq_rpc::Refusal::Malformed,
-            Refusal::Timeout => qpq_rpc::Refusal::Timeout,
-            Refusal::Internal => qpq_rpc::Refusal::Internal,
-        };
         reply(self.0.refuse(conn, header.map(|header| header.method_id), why))
     }
 
@@ -52,7 +46,8 @@ impl Service for Edge {
 }
 
 fn reply(Answer { status, payload, completion }: Answer) -> Reply {
-    let on_delivery = completion.map(|completion| Box::new(Shown(completion)) as Box<dyn Delivery>);
+    let on_delivery =
+        completion.map(|completion| Box::new(Shown(completion)) as Box<dyn DeliveryObserver>);
     Reply { status, payload, on_delivery }
 }
 
@@ -60,7 +55,7 @@ fn reply(Answer { status, payload, completion }: Answer) -> Reply {
 /// received.
 struct Shown(Settlement);
 
-impl Delivery for Shown {
+impl DeliveryObserver for Shown {
     fn delivered(self: Box<Self>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             if let Err(error) = self.0.complete().await {

@@ -6,7 +6,7 @@ use qpq_ports::{Clock, Stores, SystemClock};
 use qpq_runtime::data_dir::DataDir;
 use qpq_store_cluster::ClusterStore;
 use qpq_store_embedded::{EmbeddedStore, OpenError, RESTORING_FILE};
-use qpq_transport::{Certificates, Member};
+use qpq_transport::{Certificates, ClusterEdge};
 
 use crate::{
     Config, StartError,
@@ -28,8 +28,8 @@ pub(crate) struct Opened {
     pub(crate) certificates: Arc<Certificates>,
     /// The path of a certificate that was created although the configuration names a file.
     pub(crate) certificate_created: Option<PathBuf>,
-    /// The membership of an edge in its cluster.
-    pub(crate) member: Option<Member>,
+    /// This edge, if the server is one of a cluster.
+    pub(crate) edge: Option<ClusterEdge>,
 }
 
 impl Store {
@@ -60,7 +60,7 @@ impl Store {
                 secrets,
                 certificates: opened.certificates,
                 certificate_created: opened.created_at,
-                member: None,
+                edge: None,
             }),
             Err(error) => {
                 // The next attempt, maybe in this process, needs the lock of the directory.
@@ -81,13 +81,13 @@ impl Store {
             sections.store(shared.opaque_fingerprint, config.delivery(), config.key_packages())?;
         let store = ClusterStore::connect(&store).await?;
         tracing::info!(cluster = %shared.cluster, "edge joined its cluster");
-        let member = Member { keys: shared.keys, edge: config.cluster.edge.clone() };
+        let edge = ClusterEdge { keys: shared.keys, name: config.cluster.edge.clone() };
         Ok(Opened {
             store: Self::Cluster(store),
             secrets: shared.secrets,
             certificates,
             certificate_created: None,
-            member: Some(member),
+            edge: Some(edge),
         })
     }
 

@@ -8,7 +8,7 @@ use std::{pin::Pin, time::Duration};
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _, stream};
 use qpq_proto::Event as Signal;
-use rand::{Rng as _, rngs::OsRng};
+use rand::{Rng as _, RngCore as _, rngs::OsRng};
 use tokio::{
     sync::mpsc,
     task::{JoinHandle, JoinSet},
@@ -131,7 +131,8 @@ impl Ear {
                 return;
             }
             failures += 1;
-            sleep(self.messenger.client().options().backoff.delay(failures, &mut OsRng)).await;
+            sleep(self.messenger.client().options().backoff.delay(failures, OsRng.next_u64()))
+                .await;
         }
     }
 

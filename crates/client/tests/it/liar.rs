@@ -10,10 +10,10 @@ use qpq_client::{
     CallError, Error, Fingerprint, Messenger, Method as _, Options, Trust, methods, v1,
 };
 use qpq_transport::{
-    Certificates, Config, EventSink, Peer, Refusal, Reply, Service,
+    Certificates, Config, EventSink, Peer, Reply, Service,
     client::{self as transport, Connection, Dialer},
 };
-use qpq_wire::{Request, RequestHeader};
+use qpq_wire::{Refusal, Request, RequestHeader};
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
 

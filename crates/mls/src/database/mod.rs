@@ -23,7 +23,7 @@ mod seal;
 mod tests;
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
@@ -154,12 +154,7 @@ impl Database {
             let database = Self::create_file(&new, key)?;
             database.write(|| fill(&database))?;
         }
-        let publish = || -> io::Result<()> {
-            File::open(&new)?.sync_all()?;
-            fs::rename(&new, path)?;
-            File::open(directory_of(path))?.sync_all()
-        };
-        publish().map_err(DatabaseError::from)?;
+        qpq_durable_file::publish(&new, path).map_err(DatabaseError::from)?;
         Ok(Self::open(path, key)?)
     }
 
@@ -323,13 +318,6 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
-}
-
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }
 
 fn remove(path: &Path) -> io::Result<()> {

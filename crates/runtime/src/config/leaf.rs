@@ -4,8 +4,7 @@
 use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use figment::value::Value;
-
-use crate::Redacted;
+use secrecy::SecretString;
 
 /// A kind of value.
 pub trait Leaf: Sized {
@@ -179,7 +178,7 @@ impl Leaf for SocketAddr {
     }
 
     fn show(&self) -> Option<String> {
-        quoted(self.to_string())
+        quoted("[redacted]")
     }
 }
 
@@ -239,7 +238,7 @@ impl Leaf for Size {
     }
 
     fn show(&self) -> Option<String> {
-        quoted(self.to_string())
+        quoted("[redacted]")
     }
 }
 
@@ -297,7 +296,7 @@ impl Leaf for Vec<String> {
     }
 }
 
-impl Leaf for Redacted<String> {
+impl Leaf for SecretString {
     const SECRET: bool = true;
 
     fn kind() -> String {
@@ -309,11 +308,11 @@ impl Leaf for Redacted<String> {
     }
 
     fn read(value: &Value) -> Option<Self> {
-        text(value).map(Self::new)
+        text(value).map(Self::from)
     }
 
     fn show(&self) -> Option<String> {
-        quoted(self.to_string())
+        quoted("[redacted]")
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::{fs, net::SocketAddr, path::Path, time::Duration};
 
+use secrecy::SecretString;
+
 use super::*;
-use crate::Redacted;
 
 crate::section! {
     /// All of it.
@@ -26,7 +27,7 @@ crate::section! {
         /// The certificate.
         cert: Option<PathBuf> = None, unset: "server-cert.der in the data directory";
         /// What opens the key.
-        passphrase: Redacted<String> = Redacted::new(String::new());
+        passphrase: SecretString = SecretString::default();
     }
 }
 

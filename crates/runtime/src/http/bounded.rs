@@ -48,7 +48,7 @@ pub(super) struct Bounded {
 struct Open(Mutex<VecDeque<(u64, oneshot::Sender<()>)>>);
 
 /// One connection.
-pub(super) struct Connection {
+pub(super) struct BoundedConnection {
     stream: TcpStream,
     lifetime: Pin<Box<Sleep>>,
     evicted: oneshot::Receiver<()>,
@@ -61,7 +61,7 @@ impl Bounded {
         Self { listener, max: max_connections(), open: Arc::default() }
     }
 
-    fn admit(&self, stream: TcpStream, number: u64) -> Connection {
+    fn admit(&self, stream: TcpStream, number: u64) -> BoundedConnection {
         let (place, evicted) = oneshot::channel();
         let mut open = self.open.0.lock();
         while open.len() >= self.max {
@@ -69,7 +69,7 @@ impl Bounded {
         }
         open.push_back((number, place));
         let lifetime = Box::pin(sleep(LIFETIME));
-        Connection { stream, lifetime, evicted, open: Arc::downgrade(&self.open), number }
+        BoundedConnection { stream, lifetime, evicted, open: Arc::downgrade(&self.open), number }
     }
 }
 
@@ -81,10 +81,10 @@ fn max_connections() -> usize {
 }
 
 impl Listener for Bounded {
-    type Io = Connection;
+    type Io = BoundedConnection;
     type Addr = SocketAddr;
 
-    async fn accept(&mut self) -> (Connection, SocketAddr) {
+    async fn accept(&mut self) -> (BoundedConnection, SocketAddr) {
         loop {
             match self.listener.accept().await {
                 Ok((stream, addr)) => {
@@ -104,7 +104,7 @@ impl Listener for Bounded {
     }
 }
 
-impl Connection {
+impl BoundedConnection {
     /// An error once the connection has to end.
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         if Pin::new(&mut self.evicted).poll(cx).is_ready() {
@@ -115,7 +115,7 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
+impl Drop for BoundedConnection {
     fn drop(&mut self) {
         if let Some(open) = self.open.upgrade() {
             open.0.lock().retain(|(number, _)| *number != self.number);
@@ -123,7 +123,7 @@ impl Drop for Connection {
     }
 }
 
-impl AsyncRead for Connection {
+impl AsyncRead for BoundedConnection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -136,7 +136,7 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for BoundedConnection {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -163,7 +163,6 @@ mod tests {
 
     use super::*;
 
-    /// Reports row 19.
     #[tokio::test]
     async fn at_the_cap_the_oldest_connection_makes_room() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

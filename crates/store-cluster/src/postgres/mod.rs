@@ -12,6 +12,7 @@ mod schema;
 use std::{io, time::Duration};
 
 use futures_util::future::BoxFuture;
+use qpq_domain::Backoff;
 use qpq_ports::StoreResult;
 use sqlx::{
     Connection as _, PgConnection, PgPool,
@@ -31,6 +32,9 @@ pub(crate) use schema::{check_cluster, connect, connect_patiently, failed, prepa
 
 /// How often an operation is tried that others are in the way of.
 const TRIES: u32 = 6;
+
+/// The waits between attempts.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(320));
 
 /// Whether an operation of unknown outcome may be done again by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,7 +172,7 @@ impl Database {
                         break Err(error);
                     }
                     metrics::counter!(names::PG_RETRIES, "op" => name).increment(1);
-                    tokio::time::sleep(wait(tries, rand::random())).await;
+                    tokio::time::sleep(BACKOFF.delay(tries, rand::random())).await;
                 }
             }
         };
@@ -233,11 +237,6 @@ struct Failed {
 enum Happened {
     No,
     Perhaps,
-}
-
-/// Before the next try: up to 5 ms, doubled each time, with full jitter.
-fn wait(tries: u32, random: u64) -> Duration {
-    Duration::from_millis(5 << tries.min(6)).mul_f64(random as f64 / u64::MAX as f64)
 }
 
 /// How to connect, from the configuration, with what an edge needs besides.

@@ -1,4 +1,4 @@
-//! A connection to a server: calls, each on a stream of its own, and the server's events.
+//! A connection to a server: calls, each on its own stream, and the server's events.
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
@@ -8,19 +8,19 @@ use qpq_wire::{EventDecoder, MAX_PAYLOAD, Request, ResponseHeader};
 use quinn::{Endpoint, RecvStream, SendStream, VarInt, WriteError};
 use tokio::time::timeout;
 
-use super::{CallError, Lost};
-use crate::Fingerprint;
+use super::error::{CallError, Lost};
+use crate::fingerprint::Fingerprint;
 
-/// Stream errors carry nothing.
+/// The code of resets. It carries no meaning.
 const NO_CODE: VarInt = VarInt::from_u32(0);
 
-/// Memory taken for an answer before any of it has come, at most.
+/// The most memory reserved for a response before any of it has arrived.
 const FIRST_CHUNK: usize = 64 * 1024;
 
-/// Events are read in pieces of at most this.
+/// The most bytes of events read in one step.
 const EVENT_CHUNK: usize = 64 * 1024;
 
-/// A connection to a server. Cheap to clone; it closes when the last clone is dropped.
+/// A connection to a server. Cheap to clone. It closes when the last clone is dropped.
 #[derive(Clone)]
 pub struct Connection {
     quic: quinn::Connection,
@@ -37,17 +37,17 @@ impl Connection {
         Self { quic, endpoint, fingerprint }
     }
 
-    /// The fingerprint of the server's key.
+    /// Returns the fingerprint of the server's key.
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }
 
-    /// Calls a method, and gives the answer's status and payload. Dropping the future cancels the
-    /// call: the server stops working on it.
+    /// Calls a method and returns the status and the payload of the response. Dropping the future
+    /// cancels the call, also on the server.
     ///
     /// # Errors
-    /// [`CallError`]. An answer with another status than Ok is no error here.
+    /// [`CallError`]. A response with another status than Ok is not an error here.
     pub async fn call(
         &self,
         method_id: u16,
@@ -62,20 +62,20 @@ impl Connection {
     async fn exchange(&self, request: Request) -> Result<(u8, Bytes), CallError> {
         let header = request.header().map_err(CallError::TooLarge)?;
         let (send, mut recv) = self.quic.open_bi().await?;
-        // Dropped unread, the receiving half tells the server to stop; the sending half needs help.
-        let mut question = Question { send };
+        // The drop of `recv` asks the server to stop; the drop of `send` alone would not reset it.
+        let mut request_stream = RequestStream { send };
         let mut frame = [Bytes::copy_from_slice(&header.encode()), request.payload];
-        match question.send.write_all_chunks(&mut frame).await {
-            // The server has answered already and does not want the rest.
+        match request_stream.send.write_all_chunks(&mut frame).await {
+            // The server has already answered and refuses the rest.
             Ok(()) | Err(WriteError::Stopped(_)) => {}
             Err(error) => return Err(error.into()),
         }
-        let _ = question.send.finish();
-        read_answer(&mut recv, header.request_id).await
+        let _ = request_stream.send.finish();
+        read_response(&mut recv, header.request_id).await
     }
 
-    /// The server's events, as type and payload: those of one stream, which the server opens with
-    /// the first. It ends with an error when the connection does.
+    /// Returns the server's events as type and payload. They arrive on one stream, which the server
+    /// opens with the first event. Ends with an error when the connection ends.
     pub fn events(&self) -> impl Stream<Item = Result<(u16, Bytes), CallError>> + Send + use<> {
         let events = Events { quic: self.quic.clone(), recv: None, decoder: EventDecoder::new() };
         stream::try_unfold(events, |mut events| async {
@@ -88,25 +88,25 @@ impl Connection {
         self.quic.closed().await.into()
     }
 
-    /// How the connection ended, if it has.
+    /// Returns how the connection ended, if it has.
     #[must_use]
     pub fn lost(&self) -> Option<Lost> {
         self.quic.close_reason().map(Into::into)
     }
 
-    /// Closes it, and waits until the server was told or can no longer be.
+    /// Closes the connection, and waits until the server has been notified or cannot be reached.
     pub async fn close(&self) {
         self.quic.close(NO_CODE, b"");
         self.endpoint.wait_idle().await;
     }
 
-    /// Where the server is.
+    /// Returns the address of the server.
     #[must_use]
     pub fn remote_addr(&self) -> SocketAddr {
         self.quic.remote_address()
     }
 
-    /// The current estimate of the round trip time.
+    /// Returns the current estimate of the round-trip time.
     #[must_use]
     pub fn rtt(&self) -> Duration {
         self.quic.rtt()
@@ -122,26 +122,26 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// The request half of a stream; its drop takes back what is not yet sent, where quinn would end it
-/// as if whole.
-struct Question {
+/// The request half of a stream. Its drop resets an incomplete request, which quinn would end
+/// cleanly.
+struct RequestStream {
     send: SendStream,
 }
 
-impl Drop for Question {
+impl Drop for RequestStream {
     fn drop(&mut self) {
-        // Of no effect once the server has it all.
+        // Without effect once the server has received everything.
         let _ = self.send.reset(NO_CODE);
     }
 }
 
-async fn read_answer(recv: &mut RecvStream, request_id: u32) -> Result<(u8, Bytes), CallError> {
+async fn read_response(recv: &mut RecvStream, request_id: u32) -> Result<(u8, Bytes), CallError> {
     let mut header = [0; ResponseHeader::LEN];
     read_exact(recv, &mut header).await?;
     let header = ResponseHeader::decode(&header);
     header.check().map_err(CallError::TooLarge)?;
     if header.request_id != request_id {
-        return Err(CallError::Malformed("it is to another request"));
+        return Err(CallError::Malformed("it belongs to another request"));
     }
     let len = header.payload_len as usize;
     let mut payload = Vec::with_capacity(len.min(FIRST_CHUNK));
@@ -173,7 +173,7 @@ struct Events {
 }
 
 impl Events {
-    /// `None` when the server has ended the stream.
+    /// Returns the next event, or `None` when the server has ended the stream.
     async fn next(&mut self) -> Result<Option<(u16, Bytes)>, CallError> {
         let recv = match &mut self.recv {
             Some(recv) => recv,

@@ -1,106 +1,106 @@
-//! What can go wrong between a client and a server, in the terms in which a client decides what to
-//! do next.
+//! The errors of connections and calls, by what a client can do next.
 
 use std::{io, net::SocketAddr};
 
 use qpq_wire::FrameError;
 use quinn::{ConnectionError, ReadError, TransportErrorCode, WriteError};
 
-use super::trust::Rejected;
-use crate::Fingerprint;
+use super::trust::Rejection;
+use crate::fingerprint::Fingerprint;
 
 /// TLS alert 120, no_application_protocol, as a QUIC error (RFC 9001 §4.8, §8.1).
 const NO_APPLICATION_PROTOCOL: u64 = 0x178;
-/// The QUIC errors that stand for TLS alerts.
+/// The QUIC error codes of TLS alerts.
 const CRYPTO_ERRORS: std::ops::RangeInclusive<u64> = 0x100..=0x1ff;
 
-/// Why there is no connection.
+/// The reason why a connection could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// No UDP socket could be had.
+    /// The operating system refused a UDP socket.
     #[error("cannot open a UDP socket: {0}")]
     Socket(#[source] io::Error),
-    /// What was given is no address or no server name.
+    /// The address or the server name is not valid.
     #[error("cannot connect to {addr} as {server_name:?}: {reason}")]
     Invalid {
         /// The address.
         addr: SocketAddr,
         /// The name.
         server_name: String,
-        /// What is wrong.
+        /// The problem.
         reason: String,
     },
-    /// The server is full or draining: try again from a new port.
+    /// The server is full or draining. Retry from a new port.
     #[error("the server refused the connection")]
     Refused,
-    /// Nobody answered in time.
+    /// No answer came in time.
     #[error("the server did not answer in time")]
     TimedOut,
-    /// The server is not the one that was pinned.
+    /// The server has another key than the pinned one.
     #[error("the server's certificate has fingerprint {seen}, but {expected} was expected")]
     PinMismatch {
-        /// The pinned one.
+        /// The pinned fingerprint.
         expected: Fingerprint,
-        /// What the server showed.
+        /// The fingerprint of the server.
         seen: Fingerprint,
     },
     /// The server's certificate is not trusted.
     #[error("the server's certificate is not trusted: {0}")]
     Untrusted(String),
-    /// The server does not speak our protocol.
+    /// The server does not support the protocol.
     #[error("the server does not speak this protocol")]
     WrongProtocol,
     /// The handshake ended without a certificate.
-    #[error("the server showed no certificate")]
+    #[error("the server sent no certificate")]
     NoCertificate,
-    /// TLS failed otherwise.
+    /// TLS failed for another reason.
     #[error("the TLS handshake failed: {0}")]
     Tls(String),
-    /// The connection broke before it was made.
+    /// The connection ended during the handshake.
     #[error(transparent)]
     Lost(Lost),
 }
 
-/// Why a call has no answer.
+/// The reason why a call has no response.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// Not answered by its deadline; it was cancelled, and may have acted or not.
+    /// No response came by the deadline. The call was cancelled, and may or may not have acted.
     #[error("the call was not answered in time")]
     TimedOut,
-    /// The request does not fit a frame, or the answer announces more than fits one.
+    /// The request, or the announced response, does not fit a frame.
     #[error("too large: {0}")]
     TooLarge(FrameError),
-    /// The answer is not one response frame, or not to this request.
-    #[error("the server's answer is malformed: {0}")]
+    /// The response is not one response frame, or belongs to another request.
+    #[error("the server's response is malformed: {0}")]
     Malformed(&'static str),
-    /// The server took its answer back.
-    #[error("the server broke the answer off (code {0})")]
+    /// The server reset the response.
+    #[error("the server cancelled its response (code {0})")]
     Reset(u64),
-    /// The connection is gone.
+    /// The connection has ended.
     #[error(transparent)]
     Lost(#[from] Lost),
 }
 
-/// How a connection ended.
+/// The reason why a connection ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Lost {
-    /// The server closed it and said why.
+    /// The server closed the connection and gave a reason.
     #[error("the server closed the connection: {reason} (code {code})")]
     Closed {
-        /// The application's code; 0 is a shutdown.
+        /// The code of the application. 0 is a shutdown.
         code: u64,
-        /// The application's reason.
+        /// The reason of the application.
         reason: String,
     },
-    /// The server has forgotten it: it was restarted, or the packets reach another one.
-    #[error("the server does not know the connection any more")]
+    /// The server no longer knows the connection: it was restarted, or the packets reach another
+    /// server.
+    #[error("the server no longer knows the connection")]
     Reset,
-    /// Nothing was heard for the idle timeout.
-    #[error("the server is silent")]
+    /// Nothing was received for the idle timeout.
+    #[error("the server does not answer")]
     TimedOut,
-    /// Closed from this side.
-    #[error("the connection was closed here")]
-    ClosedHere,
+    /// This side closed the connection.
+    #[error("the client closed the connection")]
+    ClosedLocally,
     /// QUIC failed.
     #[error("the connection failed: {0}")]
     Transport(String),
@@ -115,7 +115,7 @@ impl From<ConnectionError> for Lost {
             },
             ConnectionError::Reset => Self::Reset,
             ConnectionError::TimedOut => Self::TimedOut,
-            ConnectionError::LocallyClosed => Self::ClosedHere,
+            ConnectionError::LocallyClosed => Self::ClosedLocally,
             other => Self::Transport(other.to_string()),
         }
     }
@@ -130,15 +130,15 @@ impl ConnectError {
         Self::Invalid { addr, server_name: server_name.to_owned(), reason: error.to_string() }
     }
 
-    pub(super) fn from_handshake(error: ConnectionError, rejected: Option<Rejected>) -> Self {
-        match rejected {
-            Some(Rejected::Pin { expected, seen }) => return Self::PinMismatch { expected, seen },
-            Some(Rejected::Check(reason)) => return Self::Untrusted(reason),
+    pub(super) fn from_handshake(error: ConnectionError, rejection: Option<Rejection>) -> Self {
+        match rejection {
+            Some(Rejection::Pin { expected, seen }) => return Self::PinMismatch { expected, seen },
+            Some(Rejection::Untrusted(reason)) => return Self::Untrusted(reason),
             None => {}
         }
         let (code, text) = match &error {
-            ConnectionError::TransportError(here) => (here.code, here.to_string()),
-            ConnectionError::ConnectionClosed(there) => (there.error_code, there.to_string()),
+            ConnectionError::TransportError(local) => (local.code, local.to_string()),
+            ConnectionError::ConnectionClosed(remote) => (remote.error_code, remote.to_string()),
             ConnectionError::TimedOut => return Self::TimedOut,
             _ => return Self::Lost(error.into()),
         };

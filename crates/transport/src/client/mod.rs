@@ -1,10 +1,9 @@
-//! The client's end: a [`Dialer`] makes connections, a [`Connection`] makes calls and receives
-//! events.
+//! The client's end: a [`Dialer`] creates connections, and a [`Connection`] makes calls and
+//! receives events.
 //!
-//! Each connection has a UDP port of its own. A client that reconnected from the same port would be
-//! sent to the same server by every load balancer that goes by addresses, also while that one
-//! drains. Reconnecting and retrying are the caller's business; the errors say what it needs for
-//! that.
+//! Each connection has its own UDP port. From the same port, a load balancer that routes by address
+//! would send a reconnecting client to the same server, even while that server drains. The caller
+//! reconnects and retries, as the errors tell it.
 
 mod connection;
 mod error;
@@ -24,59 +23,70 @@ use quinn::{
     ClientConfig, Endpoint, EndpointConfig, TokioRuntime, TransportConfig, VarInt,
     crypto::rustls::QuicClientConfig,
 };
-use rustls::version::TLS13;
+use rustls::{client::Resumption, sign::SingleCertAndKey, version::TLS13};
 use tokio::time::timeout;
 
-use crate::{config::idle_timeout, service::Alpn, tls};
-use trust::{Certifier, Roots};
+use crate::{config::idle_timeout, identity::Identity, service::Alpn, tls};
+use trust::{ServerVerifier, TrustAnchors};
 
-/// Often enough for the NATs and firewalls that forget a UDP flow after 30 s.
+/// The interval of keep-alive packets. NATs and firewalls may forget a UDP flow after 30 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Calls are answered on their own streams; the server opens one stream more, for events.
+/// Streams that the server may open. It opens one, for events; responses use the streams of calls.
 const UNI_STREAMS: u32 = 4;
 
-/// Makes connections to servers that it trusts in one way.
+/// Creates connections to servers.
 #[derive(Debug, Clone)]
 pub struct Dialer {
-    roots: Roots,
+    anchors: TrustAnchors,
     alpn: Vec<u8>,
+    /// The certificate for servers that ask for one.
+    identity: Option<Arc<Identity>>,
     connect_timeout: Duration,
     idle_timeout: Duration,
 }
 
 impl Dialer {
-    /// A dialer for the protocol `qpq` that waits 5 s for a handshake.
+    /// Creates a dialer for the protocol `qpq` that waits 5 s for a handshake.
     ///
     /// # Errors
-    /// [`TrustError`]: the roots cannot be read.
+    /// [`TrustError`]: the certificate authorities cannot be read.
     pub fn new(trust: Trust) -> Result<Self, TrustError> {
         Ok(Self {
-            roots: Roots::load(trust)?,
+            anchors: TrustAnchors::load(trust)?,
             alpn: Alpn::Qpq.name().to_vec(),
+            identity: None,
             connect_timeout: Duration::from_secs(5),
             idle_timeout: IDLE_TIMEOUT,
         })
     }
 
-    /// Asks for another protocol.
+    /// Sets the protocol.
     #[must_use]
     pub fn with_alpn(mut self, alpn: Vec<u8>) -> Self {
         self.alpn = alpn;
         self
     }
 
-    /// Waits so long for a handshake.
+    /// Sets the certificate for servers that ask for one.
+    #[must_use]
+    pub fn with_identity(mut self, identity: Arc<Identity>) -> Self {
+        self.identity = Some(identity);
+        self
+    }
+
+    /// Sets the time limit of the handshake.
     #[must_use]
     pub fn with_connect_timeout(mut self, connect_timeout: Duration) -> Self {
         self.connect_timeout = connect_timeout;
         self
     }
 
-    /// Connects from a new UDP port. `server_name` is a DNS name or an IP address: what the
-    /// certificate is checked for where [`Trust`] has it checked, and what is asked for in the
-    /// handshake.
+    /// Connects from a new UDP port.
+    ///
+    /// `server_name` is a DNS name or an IP address. It is sent in the handshake, and the
+    /// certificate is verified for it if [`Trust`] uses certificate authorities.
     ///
     /// # Errors
     /// [`ConnectError`].
@@ -85,8 +95,8 @@ impl Dialer {
         addr: SocketAddr,
         server_name: &str,
     ) -> Result<Connection, ConnectError> {
-        let certifier = Arc::new(self.roots.certifier());
-        let config = self.config(&certifier)?;
+        let verifier = Arc::new(self.anchors.verifier());
+        let config = self.config(&verifier)?;
         let endpoint = endpoint(addr).map_err(ConnectError::Socket)?;
         let connecting = endpoint
             .connect_with(config, addr, server_name)
@@ -94,24 +104,30 @@ impl Dialer {
         let connected = timeout(self.connect_timeout, connecting).await;
         let lost = match connected {
             Ok(Ok(quic)) => {
-                let fingerprint = certifier.seen().ok_or(ConnectError::NoCertificate)?;
+                let fingerprint = verifier.seen().ok_or(ConnectError::NoCertificate)?;
                 return Ok(Connection::new(endpoint, quic, fingerprint));
             }
             Ok(Err(lost)) => lost,
             Err(_) => return Err(ConnectError::TimedOut),
         };
-        Err(ConnectError::from_handshake(lost, certifier.rejected()))
+        Err(ConnectError::from_handshake(lost, verifier.rejection()))
     }
 
-    fn config(&self, certifier: &Arc<Certifier>) -> Result<ClientConfig, ConnectError> {
-        let mut tls = rustls::ClientConfig::builder_with_provider(tls::provider())
+    fn config(&self, verifier: &Arc<ServerVerifier>) -> Result<ClientConfig, ConnectError> {
+        let builder = rustls::ClientConfig::builder_with_provider(tls::provider())
             .with_protocol_versions(&[&TLS13])?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::clone(certifier) as _)
-            .with_no_client_auth();
+            .with_custom_certificate_verifier(Arc::clone(verifier) as _);
+        let mut tls = match &self.identity {
+            None => builder.with_no_client_auth(),
+            Some(identity) => {
+                let certified = SingleCertAndKey::from(Arc::clone(identity.certified()));
+                builder.with_client_cert_resolver(Arc::new(certified))
+            }
+        };
         tls.alpn_protocols = vec![self.alpn.clone()];
-        // Resumption saves bytes and no time, and the next connection may go to another server.
-        tls.resumption = rustls::client::Resumption::disabled();
+        // Resumption saves bytes but no time, and the next connection may reach another server.
+        tls.resumption = Resumption::disabled();
         let crypto = QuicClientConfig::try_from(tls).map_err(|_| {
             rustls::Error::General("the provider lacks TLS13_AES_128_GCM_SHA256".into())
         })?;

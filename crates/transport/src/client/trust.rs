@@ -1,10 +1,6 @@
-//! Which servers a client trusts, and the certificate check that follows from it.
+//! The servers that a client trusts, and the verification of their certificates.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, path::PathBuf, sync::Arc};
 
 use parking_lot::Mutex;
 use rustls::{
@@ -15,20 +11,20 @@ use rustls::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::{CryptoProvider, verify_tls13_signature},
-    pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject},
+    pki_types::{CertificateDer, ServerName, UnixTime},
 };
 
-use crate::{Fingerprint, tls};
+use crate::{authorities, fingerprint::Fingerprint, tls};
 
-/// How a client decides that a server is the right one.
+/// The way in which a client authenticates a server.
 #[derive(Debug, Clone)]
 pub enum Trust {
-    /// By its key, whatever the certificate says: name, issuer and dates are not looked at. A
-    /// fingerprint of the whole certificate, as earlier releases had, is accepted too.
+    /// By its key. Name, issuer and dates of the certificate are ignored. A fingerprint of the
+    /// whole certificate, as in earlier releases, is accepted too.
     Pin(Fingerprint),
-    /// As [`Trust::Pin`], by either of two keys: while one takes the place of the other.
+    /// By either of two keys, while one replaces the other.
     PinEither([Fingerprint; 2]),
-    /// Whoever answers. The caller remembers
+    /// Not at all. The caller stores
     /// [`Connection::fingerprint`](super::Connection::fingerprint) and pins it from then on.
     FirstUse,
     /// By the certificate authorities in a file, in PEM or DER.
@@ -37,135 +33,113 @@ pub enum Trust {
     SystemRoots,
 }
 
-/// Why the certificate authorities cannot be used.
+/// The reason why the certificate authorities cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
-    /// The file cannot be read, or holds no certificate.
+    /// The file cannot be read, or does not contain a certificate.
     #[error("cannot read certificate authorities from {path}: {reason}")]
     CaFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
-    /// The system has none.
+    /// The authorities of the operating system cannot be read.
     #[error("the system's certificate authorities cannot be read: {0}")]
     SystemRoots(String),
 }
 
-/// A [`Trust`] with its authorities read.
+/// A [`Trust`] with its authorities loaded.
 #[derive(Clone)]
-pub(super) struct Roots {
+pub(super) struct TrustAnchors {
     check: Check,
     provider: Arc<CryptoProvider>,
 }
 
 #[derive(Clone)]
 enum Check {
-    /// At least one.
+    /// Not empty.
     Pins(Vec<Fingerprint>),
-    Any,
+    FirstUse,
     Authorities(Arc<WebPkiServerVerifier>),
 }
 
-impl Roots {
+impl TrustAnchors {
     pub(super) fn load(trust: Trust) -> Result<Self, TrustError> {
         let provider = tls::provider();
         let check = match trust {
             Trust::Pin(fingerprint) => Check::Pins(vec![fingerprint]),
             Trust::PinEither(fingerprints) => Check::Pins(fingerprints.into()),
-            Trust::FirstUse => Check::Any,
-            Trust::CaFile(path) => from_file(&path, &provider)
+            Trust::FirstUse => Check::FirstUse,
+            Trust::CaFile(path) => verifier(authorities::from_file(&path), &provider)
                 .map(Check::Authorities)
                 .map_err(|reason| TrustError::CaFile { path, reason })?,
-            Trust::SystemRoots => {
-                Check::Authorities(from_system(&provider).map_err(TrustError::SystemRoots)?)
-            }
+            Trust::SystemRoots => verifier(authorities::from_system(), &provider)
+                .map(Check::Authorities)
+                .map_err(TrustError::SystemRoots)?,
         };
         Ok(Self { check, provider })
     }
 
-    /// The check of one connection.
-    pub(super) fn certifier(&self) -> Certifier {
-        Certifier { roots: self.clone(), outcome: Mutex::default() }
+    /// Returns the verifier for one connection.
+    pub(super) fn verifier(&self) -> ServerVerifier {
+        ServerVerifier { anchors: self.clone(), verified: Mutex::default() }
     }
 }
 
-impl fmt::Debug for Roots {
+impl fmt::Debug for TrustAnchors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.check {
             Check::Pins(pins) => f.debug_tuple("Pins").field(pins).finish(),
-            Check::Any => f.write_str("FirstUse"),
+            Check::FirstUse => f.write_str("FirstUse"),
             Check::Authorities(_) => f.write_str("Authorities"),
         }
     }
 }
 
-fn from_file(
-    path: &Path,
-    provider: &Arc<CryptoProvider>,
-) -> Result<Arc<WebPkiServerVerifier>, String> {
-    let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
-    let from_pem: Vec<_> =
-        CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().unwrap_or_default();
-    let certificates =
-        if from_pem.is_empty() { vec![CertificateDer::from(bytes)] } else { from_pem };
-    verifier(certificates, provider)
-}
-
-fn from_system(provider: &Arc<CryptoProvider>) -> Result<Arc<WebPkiServerVerifier>, String> {
-    let loaded = rustls_native_certs::load_native_certs();
-    // Some may be unreadable or odd; only if none is left is it an error.
-    verifier(loaded.certs, provider)
-        .map_err(|reason| loaded.errors.first().map_or(reason, |error| error.to_string()))
-}
-
 fn verifier(
-    certificates: Vec<CertificateDer<'static>>,
+    roots: Result<RootCertStore, String>,
     provider: &Arc<CryptoProvider>,
 ) -> Result<Arc<WebPkiServerVerifier>, String> {
-    let mut roots = RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(certificates);
-    if added == 0 {
-        return Err("no certificate in it".to_owned());
-    }
-    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots?), Arc::clone(provider))
         .build()
         .map_err(|error| error.to_string())
 }
 
-/// Checks one server, and remembers what it saw: rustls gives only text to those who ask why a
-/// handshake failed.
-pub(super) struct Certifier {
-    roots: Roots,
-    outcome: Mutex<Outcome>,
+/// Verifies the certificate of one server and remembers the outcome, because the error of a failed
+/// handshake contains only text.
+pub(super) struct ServerVerifier {
+    anchors: TrustAnchors,
+    verified: Mutex<Verified>,
 }
 
+/// The outcome of a verification.
 #[derive(Default)]
-struct Outcome {
+struct Verified {
     seen: Option<Fingerprint>,
-    rejected: Option<Rejected>,
+    rejection: Option<Rejection>,
 }
 
-/// Why a certificate was not accepted.
+/// The reason why a certificate was rejected.
 #[derive(Debug, Clone)]
-pub(super) enum Rejected {
+pub(super) enum Rejection {
     Pin { expected: Fingerprint, seen: Fingerprint },
-    Check(String),
+    Untrusted(String),
 }
 
-impl Certifier {
-    /// The key of the server, once the handshake is over.
+impl ServerVerifier {
+    /// Returns the fingerprint of the server's key, after the handshake.
     pub(super) fn seen(&self) -> Option<Fingerprint> {
-        self.outcome.lock().seen
+        self.verified.lock().seen
     }
 
-    pub(super) fn rejected(&self) -> Option<Rejected> {
-        self.outcome.lock().rejected.take()
+    /// Returns the reason why the certificate was rejected, if it was.
+    pub(super) fn rejection(&self) -> Option<Rejection> {
+        self.verified.lock().rejection.take()
     }
 }
 
-impl ServerCertVerifier for Certifier {
+impl ServerCertVerifier for ServerVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -177,25 +151,25 @@ impl ServerCertVerifier for Certifier {
         let seen =
             Fingerprint::of_key(end_entity).ok_or(Error::from(CertificateError::BadEncoding))?;
         let certificate = Fingerprint::of_certificate(end_entity);
-        let (checked, rejected) = match &self.roots.check {
-            Check::Any => (Ok(()), None),
+        let (checked, rejection) = match &self.anchors.check {
+            Check::FirstUse => (Ok(()), None),
             Check::Pins(pins) if pins.contains(&seen) || pins.contains(&certificate) => {
                 (Ok(()), None)
             }
             Check::Pins(pins) => (
                 Err(CertificateError::ApplicationVerificationFailure.into()),
-                Some(Rejected::Pin { expected: pins[0], seen }),
+                Some(Rejection::Pin { expected: pins[0], seen }),
             ),
             Check::Authorities(verifier) => {
                 let checked = verifier
                     .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
                     .map(drop);
-                let rejected =
-                    checked.as_ref().err().map(|error| Rejected::Check(error.to_string()));
-                (checked, rejected)
+                let rejection =
+                    checked.as_ref().err().map(|error| Rejection::Untrusted(error.to_string()));
+                (checked, rejection)
             }
         };
-        *self.outcome.lock() = Outcome { seen: Some(seen), rejected };
+        *self.verified.lock() = Verified { seen: Some(seen), rejection };
         checked.map(|()| ServerCertVerified::assertion())
     }
 
@@ -208,7 +182,8 @@ impl ServerCertVerifier for Certifier {
         Err(PeerIncompatible::Tls12NotOffered.into())
     }
 
-    /// Without this a pinned certificate, which is public, could be shown by anybody.
+    /// Verifies that the server has the private key. A pinned certificate is public, and without
+    /// this check any server could send it.
     fn verify_tls13_signature(
         &self,
         message: &[u8],
@@ -219,17 +194,17 @@ impl ServerCertVerifier for Certifier {
             message,
             cert,
             dss,
-            &self.roots.provider.signature_verification_algorithms,
+            &self.anchors.provider.signature_verification_algorithms,
         )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.roots.provider.signature_verification_algorithms.supported_schemes()
+        self.anchors.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 
-impl fmt::Debug for Certifier {
+impl fmt::Debug for ServerVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Certifier").field(&self.roots).finish()
+        f.debug_tuple("ServerVerifier").field(&self.anchors).finish()
     }
 }

@@ -1,4 +1,4 @@
-//! Who is let in, and how the others learn that they are not.
+//! The limits of connections and handshakes, and how a refused client is notified.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -20,8 +20,9 @@ async fn try_connect(harness: &Harness) -> Result<Connection, ConnectError> {
     within(harness.dialer().connect(harness.addr(), "localhost")).await
 }
 
-/// Until a place is free: the server counts a connection out shortly after it says so.
-async fn connect_at_last(harness: &Harness) -> Connection {
+/// Connects as soon as a permit is free: a closed connection is counted out shortly after the
+/// client has been notified.
+async fn connect_when_permitted(harness: &Harness) -> Connection {
     within(async {
         loop {
             match try_connect(harness).await {
@@ -34,7 +35,7 @@ async fn connect_at_last(harness: &Harness) -> Connection {
 }
 
 #[tokio::test]
-async fn a_connection_above_the_cap_is_refused_and_not_ignored() {
+async fn a_connection_above_the_limit_is_refused_with_an_answer() {
     let mut config = config();
     config.limits.max_connections = 1;
     let harness = Harness::with(config);
@@ -42,21 +43,21 @@ async fn a_connection_above_the_cap_is_refused_and_not_ignored() {
     let refused = try_connect(&harness).await;
     assert!(matches!(refused, Err(ConnectError::Refused)), "{refused:?}");
     within(first.close()).await;
-    connect_at_last(&harness).await;
+    connect_when_permitted(&harness).await;
 }
 
 #[tokio::test]
-async fn a_connection_above_its_addresss_cap_is_refused() {
+async fn a_connection_above_the_limit_of_its_address_is_refused() {
     let mut config = config();
     config.limits.max_connections_per_ip = 2;
     let harness = Harness::with(config);
-    let _inside = [harness.connect().await, harness.connect().await];
+    let _open = [harness.connect().await, harness.connect().await];
     let refused = try_connect(&harness).await;
     assert!(matches!(refused, Err(ConnectError::Refused)), "{refused:?}");
 }
 
 #[tokio::test]
-async fn under_pressure_clients_prove_their_address_and_get_in() {
+async fn under_pressure_clients_prove_their_address_and_connect() {
     for (retry_above, expected) in [(0, true), (100, false)] {
         let mut config = config();
         config.limits.retry_above = retry_above;
@@ -75,7 +76,7 @@ async fn under_pressure_clients_prove_their_address_and_get_in() {
 }
 
 #[tokio::test]
-async fn a_handshake_that_goes_nowhere_gives_its_place_back() {
+async fn a_handshake_that_times_out_frees_its_permits() {
     let mut config = config();
     config.limits.max_connections = 1;
     config.timeouts.handshake = Duration::from_millis(500);
@@ -87,18 +88,18 @@ async fn a_handshake_that_goes_nowhere_gives_its_place_back() {
         let addr = relay.addr;
         tokio::spawn(async move { dialer.connect(addr, "localhost").await })
     };
-    // The server has answered the first packet, and waits.
+    // The server has answered the first packet and waits for the client.
     relay.next_down().await;
     let refused = try_connect(&harness).await;
     assert!(matches!(refused, Err(ConnectError::Refused)), "{refused:?}");
-    connect_at_last(&harness).await;
+    connect_when_permitted(&harness).await;
     abandoned.abort();
 }
 
 #[tokio::test]
-async fn the_service_learns_who_connected_from_where() {
+async fn the_service_is_notified_of_address_and_protocol() {
     let mut harness = Harness::start();
-    for alpn in Alpn::ALL {
+    for alpn in Alpn::CLIENTS {
         let dialer = harness.dialer().with_alpn(alpn.name().to_vec());
         let connection = within(dialer.connect(harness.addr(), "localhost")).await.unwrap();
         let Report::Connected(peer) = harness.next_report().await else { panic!() };
@@ -110,7 +111,7 @@ async fn the_service_learns_who_connected_from_where() {
 }
 
 #[tokio::test]
-async fn every_connection_has_a_port_of_its_own() {
+async fn every_connection_has_its_own_port() {
     let mut harness = Harness::start();
     let dialer = harness.dialer();
     let mut ports = std::collections::HashSet::new();
@@ -118,7 +119,7 @@ async fn every_connection_has_a_port_of_its_own() {
         let connection = within(dialer.connect(harness.addr(), "localhost")).await.unwrap();
         let Report::Connected(peer) = harness.next_report().await else { panic!() };
         ports.insert(peer.addr.port());
-        // Kept open: closed, its port could come again.
+        // Kept open: the port of a closed connection could be used again.
         std::mem::forget(connection);
     }
     assert_eq!(ports.len(), 5);
@@ -145,9 +146,9 @@ async fn a_server_listens_on_several_addresses_under_one_set_of_limits() {
     config.limits.max_connections = 2;
     let harness = Harness::with(config);
     let addrs = harness.server.local_addrs().to_vec();
-    let mut inside = Vec::new();
+    let mut open = Vec::new();
     for addr in &addrs {
-        inside.push(within(harness.dialer().connect(*addr, "localhost")).await.unwrap());
+        open.push(within(harness.dialer().connect(*addr, "localhost")).await.unwrap());
     }
     for addr in addrs {
         let refused = within(harness.dialer().connect(addr, "localhost")).await;
@@ -155,12 +156,11 @@ async fn a_server_listens_on_several_addresses_under_one_set_of_limits() {
     }
 }
 
-/// `cases/greed.md` 12.
 #[tokio::test]
-async fn junk_datagrams_from_many_addresses_shut_nobody_out() {
+async fn junk_datagrams_from_many_addresses_do_not_stop_other_clients() {
     let harness = Harness::start();
     let before = harness.connect().await;
-    // A byte, a short header, a long header of no version, an Initial that is none.
+    // A byte, a short header, a long header without a version, a malformed Initial.
     let junk = [
         vec![0],
         vec![0x40; 40],

@@ -1,4 +1,4 @@
-//! Calls: independent of each other, cancelled with their stream, and harmless when they panic.
+//! Calls: concurrency, cancellation and panics.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ async fn calls_on_a_connection_do_not_wait_for_each_other() {
 }
 
 #[tokio::test]
-async fn more_calls_than_allowed_wait_and_are_then_served() {
+async fn calls_above_the_limit_wait_and_are_then_served() {
     let mut config = config();
     config.limits.max_streams = 4;
     let mut harness = Harness::with(config);
@@ -34,7 +34,7 @@ async fn more_calls_than_allowed_wait_and_are_then_served() {
     let mut calls: FuturesUnordered<_> =
         (0..40).map(|id| connection.call(method::GATE, "x".into(), id, minute)).collect();
     for round in 0..40 {
-        // As many as may run do, and none more.
+        // Exactly the permitted number of calls runs.
         while harness.probe.gate.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
@@ -78,7 +78,7 @@ async fn the_end_of_a_connection_drops_its_calls() {
 }
 
 #[tokio::test]
-async fn a_dropped_client_call_drops_the_servers() {
+async fn dropping_a_call_of_the_client_drops_it_on_the_server() {
     let mut harness = Harness::start();
     let connection = harness.connect().await;
     let minute = Duration::from_secs(60);
@@ -96,12 +96,12 @@ async fn a_dropped_client_call_drops_the_servers() {
 }
 
 #[tokio::test]
-async fn a_panic_is_answered_and_hurts_nobody_else() {
+async fn a_panic_is_answered_and_other_calls_continue() {
     let mut harness = Harness::start();
     let raw = harness.raw().await;
     let parked = raw.ask(&frame(method::GATE, 1, b"still here")).await;
     harness.wait_for(Report::Started(1)).await;
-    // More often than there are streams: what a panic leaves behind would add up.
+    // More panics than streams, so that a leaked stream would stop the test.
     for id in 100..200 {
         let expected = Response {
             status: status::REFUSED,
@@ -115,17 +115,17 @@ async fn a_panic_is_answered_and_hurts_nobody_else() {
 }
 
 #[tokio::test]
-async fn a_reply_that_fits_no_frame_is_an_internal_error() {
+async fn a_reply_that_does_not_fit_a_frame_is_an_internal_error() {
     let mut harness = Harness::start();
     let raw = harness.raw().await;
     let len = qpq_wire::MAX_PAYLOAD + 1;
     let response = raw.exchange(&frame(method::BULK, 3, &len.to_be_bytes())).await;
     assert_eq!(&response.payload[..], b"Internal Some(5)");
-    harness.wait_for(Report::Untold(3)).await;
+    harness.wait_for(Report::Dropped(3)).await;
 }
 
 #[tokio::test]
-async fn half_an_answer_is_reset_and_never_ended() {
+async fn an_incomplete_answer_is_reset() {
     let mut config = config();
     config.timeouts.stalled_reply = Duration::from_millis(200);
     let mut harness = Harness::with(config);
@@ -133,10 +133,10 @@ async fn half_an_answer_is_reset_and_never_ended() {
     transport.stream_receive_window(10_000u32.into());
     let raw = Raw::connect(&harness, harness.addr(), transport).await;
     let bulk = frame(method::BULK, 1, &4_000_000u32.to_be_bytes());
-    // One whose fate matters, and one of which nobody wants to know.
+    // One reply with an observer and one without.
     for request in [bulk, frame(method::ECHO, 2, &[7; 2_000_000])] {
         let (_send, mut recv) = raw.ask(&request).await;
-        // The client reads nothing until the server has given up.
+        // The client reads nothing until the server resets the stream.
         assert!(matches!(within(recv.received_reset()).await, Ok(Some(_))));
     }
     harness.wait_for(Report::Lost(1)).await;

@@ -1,4 +1,4 @@
-//! TLS as a client meets it: who the server is, what it speaks, and what it does not allow.
+//! TLS from the side of a client: trust, protocols, resumption and certificate reloads.
 
 use std::{
     fs,
@@ -28,10 +28,10 @@ async fn dial(harness: &Harness, trust: Trust, name: &str) -> Result<Fingerprint
 }
 
 #[tokio::test]
-async fn a_client_that_pins_takes_this_server_and_no_other() {
+async fn a_pin_accepts_its_server_and_no_other() {
     let harness = Harness::start();
     let own = harness.certificates.fingerprint();
-    // Neither the name nor the dates matter then.
+    // Name and dates of the certificate are ignored.
     assert_eq!(dial(&harness, Trust::Pin(own), "another.example").await.unwrap(), own);
     let expected = Fingerprint::from([7; 32]);
     match dial(&harness, Trust::Pin(expected), "localhost").await.unwrap_err() {
@@ -43,7 +43,7 @@ async fn a_client_that_pins_takes_this_server_and_no_other() {
 }
 
 #[tokio::test]
-async fn a_pin_of_the_key_outlives_the_certificate_and_one_of_the_certificate_is_still_accepted() {
+async fn a_pin_of_the_key_stays_valid_after_renewal_and_a_pin_of_the_certificate_does_not() {
     let harness = Harness::start();
     let own = harness.certificates.fingerprint();
     let of_certificate = Fingerprint::of_certificate(&fs::read(harness.cert_path()).unwrap());
@@ -60,7 +60,7 @@ async fn a_pin_of_the_key_outlives_the_certificate_and_one_of_the_certificate_is
 }
 
 #[tokio::test]
-async fn either_of_two_pins_is_enough_while_one_key_takes_the_place_of_another() {
+async fn either_of_two_pins_is_accepted_while_a_key_is_replaced() {
     let harness = Harness::start();
     let old = harness.certificates.fingerprint();
     let next = replace(&harness, &["cert.der", "key.der"]);
@@ -76,14 +76,14 @@ async fn either_of_two_pins_is_enough_while_one_key_takes_the_place_of_another()
 }
 
 #[tokio::test]
-async fn first_use_tells_what_to_pin() {
+async fn first_use_returns_the_fingerprint_to_pin() {
     let harness = Harness::start();
     let seen = dial(&harness, Trust::FirstUse, "localhost").await.unwrap();
     assert_eq!(Some(seen), Fingerprint::of_key(&fs::read(harness.cert_path()).unwrap()));
 }
 
 #[tokio::test]
-async fn an_authority_vouches_for_the_name() {
+async fn an_authority_certifies_the_name() {
     let harness = Harness::start();
     let own = harness.certificates.fingerprint();
     let authority = Trust::CaFile(harness.cert_path());
@@ -92,13 +92,13 @@ async fn an_authority_vouches_for_the_name() {
     }
     let wrong_name = dial(&harness, authority, "another.example").await;
     assert!(matches!(wrong_name, Err(ConnectError::Untrusted(_))), "{wrong_name:?}");
-    let stranger = Harness::start();
-    let wrong_authority = dial(&harness, Trust::CaFile(stranger.cert_path()), "localhost").await;
+    let other = Harness::start();
+    let wrong_authority = dial(&harness, Trust::CaFile(other.cert_path()), "localhost").await;
     assert!(matches!(wrong_authority, Err(ConnectError::Untrusted(_))), "{wrong_authority:?}");
 }
 
 #[tokio::test]
-async fn an_authority_file_must_hold_one() {
+async fn an_authority_file_without_a_certificate_is_refused() {
     let harness = Harness::start();
     for path in [harness.directory.path().join("absent"), harness.directory.path().join("key.der")]
     {
@@ -113,7 +113,7 @@ async fn another_protocol_is_refused() {
     let dialer = harness.dialer().with_alpn(b"h3".to_vec());
     let refused = within(dialer.connect(harness.addr(), "localhost")).await;
     assert!(matches!(refused, Err(ConnectError::WrongProtocol)), "{refused:?}");
-    // None at all too.
+    // A client without ALPN is refused too.
     let mut tls = raw_tls(&harness);
     tls.alpn_protocols.clear();
     let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -127,7 +127,7 @@ async fn another_protocol_is_refused() {
 }
 
 #[tokio::test]
-async fn each_of_the_key_exchanges_works_alone() {
+async fn each_key_exchange_works_alone() {
     let harness = Harness::start();
     for group in [NamedGroup::X25519MLKEM768, NamedGroup::X25519, NamedGroup::secp256r1] {
         let mut provider = rustls::crypto::aws_lc_rs::default_provider();
@@ -154,12 +154,28 @@ async fn each_of_the_key_exchanges_works_alone() {
     }
 }
 
-/// Counts the tickets that come and those that are used.
+/// Counts received and used tickets.
 #[derive(Debug)]
-struct Tickets {
+pub(crate) struct Tickets {
     store: ClientSessionMemoryCache,
     received: AtomicUsize,
     used: AtomicUsize,
+}
+
+impl Default for Tickets {
+    fn default() -> Self {
+        Self {
+            store: ClientSessionMemoryCache::new(8),
+            received: AtomicUsize::new(0),
+            used: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl Tickets {
+    pub(crate) fn received(&self) -> usize {
+        self.received.load(Ordering::SeqCst)
+    }
 }
 
 impl ClientSessionStore for Tickets {
@@ -201,13 +217,9 @@ impl ClientSessionStore for Tickets {
 }
 
 #[tokio::test]
-async fn a_resumed_connection_may_not_send_early() {
+async fn a_resumed_connection_has_no_early_data() {
     let harness = Harness::start();
-    let tickets = Arc::new(Tickets {
-        store: ClientSessionMemoryCache::new(8),
-        received: AtomicUsize::new(0),
-        used: AtomicUsize::new(0),
-    });
+    let tickets = Arc::new(Tickets::default());
     let mut tls = raw_tls(&harness);
     tls.resumption = Resumption::store(Arc::clone(&tickets) as _);
     tls.enable_early_data = true;
@@ -215,21 +227,18 @@ async fn a_resumed_connection_may_not_send_early() {
     let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     let connect = || endpoint.connect_with(config.clone(), harness.addr(), "localhost").unwrap();
     let first = within(connect()).await.unwrap();
-    // The ticket is sent before the first answer.
+    // The ticket arrives before the first answer.
     let (mut send, mut recv) = first.open_bi().await.unwrap();
     send.write_all(&frame(method::ECHO, 1, b"")).await.unwrap();
     send.finish().unwrap();
     within(recv.read_to_end(100)).await.unwrap();
-    assert_eq!(
-        (tickets.received.load(Ordering::SeqCst), tickets.used.load(Ordering::SeqCst)),
-        (1, 0)
-    );
+    assert_eq!((tickets.received(), tickets.used.load(Ordering::SeqCst)), (1, 0));
     let Err(second) = connect().into_0rtt() else { panic!("the ticket allows early data") };
     within(second).await.unwrap();
     assert_eq!(tickets.used.load(Ordering::SeqCst), 1);
 }
 
-/// Puts another identity into the harness's files.
+/// Replaces files of the harness with those of another identity.
 fn replace(harness: &Harness, parts: &[&str]) -> Fingerprint {
     let other = tempfile::tempdir().unwrap();
     let path = |name: &str| other.path().join(name);
@@ -242,7 +251,7 @@ fn replace(harness: &Harness, parts: &[&str]) -> Fingerprint {
 }
 
 #[tokio::test]
-async fn new_files_are_shown_to_new_connections_and_old_ones_go_on() {
+async fn a_changed_certificate_is_used_for_new_connections_and_open_ones_continue() {
     let harness = Harness::start();
     let old = harness.certificates.fingerprint();
     let connection = harness.connect().await;
@@ -256,13 +265,13 @@ async fn new_files_are_shown_to_new_connections_and_old_ones_go_on() {
 }
 
 #[tokio::test]
-async fn files_that_do_not_belong_together_change_nothing() {
+async fn files_that_do_not_belong_together_are_not_loaded() {
     let harness = Harness::start();
     let old = harness.certificates.fingerprint();
     replace(&harness, &["cert.der"]);
     let error = harness.certificates.reload().unwrap_err();
     assert!(matches!(error, IdentityError::Unusable { .. }), "{error}");
-    // The same files are complained of once.
+    // The same files are reported once.
     assert_eq!(harness.certificates.reload().unwrap(), Reload::Unchanged);
     assert_eq!(dial(&harness, Trust::FirstUse, "localhost").await.unwrap(), old);
     fs::remove_file(harness.cert_path()).unwrap();
@@ -273,7 +282,7 @@ async fn files_that_do_not_belong_together_change_nothing() {
 }
 
 #[tokio::test]
-async fn the_watch_finds_new_files_by_itself() {
+async fn the_watch_reloads_changed_files() {
     let harness = Harness::start();
     let watch = tokio::spawn(Arc::clone(&harness.certificates).watch(Duration::from_millis(5)));
     let new = replace(&harness, &["cert.der", "key.der"]);

@@ -1,4 +1,4 @@
-//! The client's side: deadlines, events, and servers that do not keep to the protocol.
+//! The client's side: deadlines, events, and servers that violate the protocol.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,7 +23,7 @@ async fn a_deadline_cancels_the_call() {
 }
 
 #[tokio::test]
-async fn a_request_that_fits_no_frame_is_not_sent() {
+async fn a_request_that_does_not_fit_a_frame_is_not_sent() {
     let harness = Harness::start();
     let connection = harness.connect().await;
     let payload = vec![0; MAX_PAYLOAD as usize + 1].into();
@@ -33,12 +33,12 @@ async fn a_request_that_fits_no_frame_is_not_sent() {
 }
 
 #[tokio::test]
-async fn events_come_in_order_on_one_stream() {
+async fn events_arrive_in_order_on_one_stream() {
     let harness = Harness::start();
     let connection = harness.connect().await;
     let mut events = Box::pin(connection.events());
     for round in 0..3u8 {
-        // Several at once, and again after the writer has gone idle.
+        // Several in a row, and again after the writer has become idle.
         for number in 0..10u8 {
             let call = connection.call(method::EVENT, vec![round, number].into(), 1, MINUTE);
             assert_eq!(within(call).await, Ok((status::OK, Bytes::new())));
@@ -54,7 +54,7 @@ async fn events_come_in_order_on_one_stream() {
 }
 
 #[tokio::test]
-async fn a_client_that_reads_no_events_fills_its_queue_and_no_more() {
+async fn events_beyond_the_queue_of_a_client_that_reads_none_are_refused() {
     let harness = Harness::start();
     let connection = harness.connect().await;
     let payload = Bytes::from(vec![0; 256 * 1024]);
@@ -85,7 +85,7 @@ async fn events_end_with_their_connection() {
 }
 
 #[tokio::test]
-async fn nobody_at_the_address_is_a_timeout() {
+async fn an_address_without_a_server_is_a_timeout() {
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let dialer =
         Dialer::new(Trust::FirstUse).unwrap().with_connect_timeout(Duration::from_millis(200));
@@ -94,14 +94,14 @@ async fn nobody_at_the_address_is_a_timeout() {
 }
 
 #[tokio::test]
-async fn a_name_that_is_none_is_told() {
+async fn an_invalid_server_name_is_an_error() {
     let dialer = Dialer::new(Trust::FirstUse).unwrap();
     let outcome = within(dialer.connect("127.0.0.1:1".parse().unwrap(), "not a name")).await;
     assert!(matches!(outcome, Err(ConnectError::Invalid { .. })), "{outcome:?}");
 }
 
 #[tokio::test]
-async fn a_server_without_a_word_for_too_long_is_lost() {
+async fn a_silent_server_is_lost() {
     let mut config = config();
     config.timeouts.idle = Duration::from_secs(1);
     let harness = Harness::with(config);
@@ -113,17 +113,17 @@ async fn a_server_without_a_word_for_too_long_is_lost() {
     assert_eq!(within(call).await, Err(CallError::Lost(Lost::TimedOut)));
 }
 
-/// What a server that keeps to nothing does with a request.
+/// The answer of a server that violates the protocol.
 #[derive(Clone)]
-enum Mischief {
+enum Violation {
     Answer(Vec<u8>),
     Reset(Vec<u8>),
     Close,
     Events(Vec<u8>),
 }
 
-/// A bare QUIC server with our ALPN, and what a call to it gives.
-async fn call_to(mischief: Mischief) -> (Result<(u8, Bytes), CallError>, Option<CallError>) {
+/// Starts a bare QUIC server and returns the outcome of a call to it.
+async fn call_to(violation: Violation) -> (Result<(u8, Bytes), CallError>, Option<CallError>) {
     let pair = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let key = PrivateKeyDer::try_from(pair.signing_key.serialize_der()).unwrap();
     let chain = vec![CertificateDer::from(pair.cert.der().to_vec())];
@@ -143,17 +143,17 @@ async fn call_to(mischief: Mischief) -> (Result<(u8, Bytes), CallError>, Option<
         let connection = endpoint.accept().await.unwrap().await.unwrap();
         let (mut send, mut recv) = connection.accept_bi().await.unwrap();
         recv.read_to_end(1000).await.unwrap();
-        match mischief {
-            Mischief::Answer(bytes) => {
+        match violation {
+            Violation::Answer(bytes) => {
                 send.write_all(&bytes).await.unwrap();
                 send.finish().unwrap();
             }
-            Mischief::Reset(bytes) => {
+            Violation::Reset(bytes) => {
                 send.write_all(&bytes).await.unwrap();
                 send.reset(VarInt::from_u32(9)).unwrap();
             }
-            Mischief::Close => connection.close(VarInt::from_u32(17), b"busy"),
-            Mischief::Events(bytes) => {
+            Violation::Close => connection.close(VarInt::from_u32(17), b"busy"),
+            Violation::Events(bytes) => {
                 let mut events = connection.open_uni().await.unwrap();
                 events.write_all(&bytes).await.unwrap();
                 events.finish().unwrap();
@@ -183,38 +183,38 @@ fn ok(request_id: u32, payload: &'static str) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn malformed_answers_are_told_apart() {
+async fn each_malformed_answer_has_its_own_error() {
     let mut trailing = ok(1, "yes");
     trailing.push(0);
     let too_long =
         ResponseHeader { status: 0, request_id: 1, payload_len: u32::MAX }.encode().to_vec();
     let too_large = FrameError::TooLarge { len: u64::from(u32::MAX), max: MAX_PAYLOAD };
-    for (mischief, expected) in [
-        (Mischief::Answer(ok(2, "yes")), CallError::Malformed("it is to another request")),
+    for (violation, expected) in [
+        (Violation::Answer(ok(2, "yes")), CallError::Malformed("it belongs to another request")),
         (
-            Mischief::Answer(ok(1, "yes")[..11].to_vec()),
+            Violation::Answer(ok(1, "yes")[..11].to_vec()),
             CallError::Malformed("it ends inside the frame"),
         ),
         (
-            Mischief::Answer(ok(1, "yes")[..5].to_vec()),
+            Violation::Answer(ok(1, "yes")[..5].to_vec()),
             CallError::Malformed("it ends inside the header"),
         ),
-        (Mischief::Answer(Vec::new()), CallError::Malformed("it ends inside the header")),
-        (Mischief::Answer(trailing), CallError::Malformed("bytes follow the frame")),
-        (Mischief::Answer(too_long), CallError::TooLarge(too_large)),
-        (Mischief::Reset(ok(1, "yes")[..11].to_vec()), CallError::Reset(9)),
-        (Mischief::Close, CallError::Lost(Lost::Closed { code: 17, reason: "busy".to_owned() })),
+        (Violation::Answer(Vec::new()), CallError::Malformed("it ends inside the header")),
+        (Violation::Answer(trailing), CallError::Malformed("bytes follow the frame")),
+        (Violation::Answer(too_long), CallError::TooLarge(too_large)),
+        (Violation::Reset(ok(1, "yes")[..11].to_vec()), CallError::Reset(9)),
+        (Violation::Close, CallError::Lost(Lost::Closed { code: 17, reason: "busy".to_owned() })),
     ] {
-        assert_eq!(call_to(mischief).await, (Err(expected), None));
+        assert_eq!(call_to(violation).await, (Err(expected), None));
     }
 }
 
 #[tokio::test]
-async fn malformed_events_are_told() {
+async fn malformed_events_are_errors() {
     let event = Event { event_type: 1, payload: "wake".into() }.encode().unwrap();
-    let (outcome, error) = call_to(Mischief::Events(event[..8].to_vec())).await;
+    let (outcome, error) = call_to(Violation::Events(event[..8].to_vec())).await;
     assert_eq!(outcome, Ok((0, Bytes::new())));
     assert_eq!(error, Some(CallError::Malformed("the events end inside a frame")));
-    let (_, error) = call_to(Mischief::Events(vec![0xff; 6])).await;
+    let (_, error) = call_to(Violation::Events(vec![0xff; 6])).await;
     assert!(matches!(error, Some(CallError::TooLarge(_))), "{error:?}");
 }

@@ -1,4 +1,4 @@
-//! A reply's fate: delivered once acknowledged, lost when its client is.
+//! The delivery of replies: delivered when acknowledged, else lost.
 
 use std::time::Duration;
 
@@ -10,18 +10,18 @@ use crate::{
 };
 
 #[tokio::test]
-async fn a_reply_is_delivered_when_the_client_has_acknowledged_it_and_no_earlier() {
+async fn a_reply_is_delivered_once_the_client_has_acknowledged_it() {
     let mut harness = Harness::start();
     let mut relay = Relay::to(harness.addr()).await;
     let raw = Raw::connect(&harness, relay.addr, quinn::TransportConfig::default()).await;
-    let (_send, recv) = raw.ask(&frame(method::TRACKED, 1, b"kept")).await;
+    let (_send, recv) = raw.ask(&frame(method::OBSERVED, 1, b"kept")).await;
     harness.wait_for(Report::Started(1)).await;
     relay.set_up(false);
     relay.forget_down();
     harness.probe.gate.add_permits(1);
-    // The client has the whole answer, but its acknowledgement does not get through.
+    // The client has the whole answer, but its acknowledgement is lost.
     assert_eq!(&answer(recv).await.payload[..], b"kept");
-    // The server sends it again: it has not heard.
+    // Without an acknowledgement the server sends the answer again.
     relay.forget_down();
     relay.next_down().await;
     assert_eq!(harness.reported(), []);
@@ -30,19 +30,19 @@ async fn a_reply_is_delivered_when_the_client_has_acknowledged_it_and_no_earlier
 }
 
 #[tokio::test]
-async fn a_reply_to_a_client_that_fell_silent_is_lost_long_before_the_connection() {
+async fn a_reply_to_a_silent_client_is_lost_long_before_its_connection() {
     let mut config = config();
     config.timeouts.silent_peer = Duration::from_millis(400);
     let mut harness = Harness::with(config);
     let relay = Relay::to(harness.addr()).await;
     let raw = Raw::connect(&harness, relay.addr, quinn::TransportConfig::default()).await;
-    let (_send, mut recv) = raw.ask(&frame(method::TRACKED, 1, b"gone")).await;
+    let (_send, mut recv) = raw.ask(&frame(method::OBSERVED, 1, b"gone")).await;
     harness.wait_for(Report::Started(1)).await;
     relay.set_up(false);
     relay.set_down(false);
     harness.probe.gate.add_permits(1);
     harness.wait_for(Report::Lost(1)).await;
-    // Back again, the client does not get what counts as lost.
+    // A lost reply is not sent when the client is back.
     relay.set_up(true);
     relay.set_down(true);
     let ended = within(recv.read_to_end(100)).await;
@@ -54,7 +54,7 @@ async fn a_reply_to_a_client_that_fell_silent_is_lost_long_before_the_connection
 }
 
 #[tokio::test]
-async fn a_slow_client_that_is_heard_of_is_not_silent() {
+async fn a_slow_client_that_sends_datagrams_is_not_silent() {
     let mut config = config();
     config.timeouts.silent_peer = Duration::from_millis(400);
     let mut harness = Harness::with(config);
@@ -64,8 +64,7 @@ async fn a_slow_client_that_is_heard_of_is_not_silent() {
     let raw = Raw::connect(&harness, harness.addr(), transport).await;
     let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &300_000u32.to_be_bytes())).await;
     harness.wait_for(Report::Started(1)).await;
-    // Several times the silence pass, while another call runs into its deadline and the client
-    // reads nothing.
+    // The client reads nothing for several times the limit, until the deadline of another call.
     let connection = harness.connect().await;
     let parked = connection.call(method::PARK, "".into(), 2, Duration::from_secs(2));
     within(parked).await.unwrap_err();
@@ -75,7 +74,7 @@ async fn a_slow_client_that_is_heard_of_is_not_silent() {
 }
 
 #[tokio::test]
-async fn a_reply_that_is_stopped_half_way_is_lost() {
+async fn a_reply_that_the_client_stops_is_lost() {
     let mut harness = Harness::start();
     let raw = harness.raw().await;
     let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &4_000_000u32.to_be_bytes())).await;
@@ -95,22 +94,22 @@ async fn a_reply_is_lost_with_its_connection() {
 }
 
 #[tokio::test]
-async fn a_call_that_ends_too_late_keeps_what_it_leased_until_the_drop() {
+async fn a_cancelled_call_notifies_no_observer() {
     let mut harness = Harness::start();
     let raw = harness.raw().await;
-    let (_send, mut recv) = raw.ask(&frame(method::TRACKED, 1, b"")).await;
+    let (_send, mut recv) = raw.ask(&frame(method::OBSERVED, 1, b"")).await;
     harness.wait_for(Report::Started(1)).await;
     recv.stop(VarInt::from_u32(0)).unwrap();
-    // Nobody is told anything: the call's own drop is where it lets go.
+    // The drop of the call releases its resources.
     harness.wait_for(Report::Cancelled(1)).await;
     harness.probe.gate.add_permits(1);
     raw.exchange(&frame(method::ECHO, 2, b"")).await;
     assert_eq!(harness.reported(), [Report::Started(2)]);
 }
 
-/// `cases/greed.md` 2: each read is progress, and would have been for ever.
+/// Each read is progress, so only the time limit of the whole reply ends it.
 #[tokio::test]
-async fn a_client_that_reads_a_few_bytes_at_a_time_loses_the_answer_and_nothing_else() {
+async fn a_client_that_reads_too_slowly_loses_only_that_answer() {
     let mut config = config();
     config.timeouts.stalled_reply = Duration::from_millis(400);
     config.limits.min_reply_rate = 16 << 20;
@@ -118,7 +117,7 @@ async fn a_client_that_reads_a_few_bytes_at_a_time_loses_the_answer_and_nothing_
     let raw = harness.raw().await;
     let (_send, mut recv) = raw.ask(&frame(method::BULK, 1, &4_000_000u32.to_be_bytes())).await;
     let reset = loop {
-        // An exchange between two reads: the client is slow, and is heard of.
+        // An exchange between two reads: the client is slow, but not silent.
         raw.exchange(&frame(method::ECHO, 2, b"")).await;
         if let Err(error) = within(recv.read_chunk(64, true)).await {
             break error;

@@ -1,4 +1,4 @@
-//! How a server stops.
+//! The end of a server: drain, abort and drop.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ fn shut_down() -> Lost {
 }
 
 #[tokio::test]
-async fn a_drain_refuses_the_new_and_lets_the_old_finish() {
+async fn a_drain_refuses_new_connections_and_finishes_calls_in_flight() {
     let mut harness = Harness::start();
     let connection = harness.connect().await;
     let call = connection.call(method::GATE, "old".into(), 1, HOUR);
@@ -26,11 +26,11 @@ async fn a_drain_refuses_the_new_and_lets_the_old_finish() {
         let (dialer, addr) = (harness.dialer(), harness.addr());
         let Harness { server, probe, reports, .. } = &mut harness;
         let meanwhile = async {
-            // The service was told, so the gate is shut.
+            // The service is notified after the drain token is cancelled.
             within(async { while reports.recv().await != Some(Report::Draining) {} }).await;
             let refused = within(dialer.connect(addr, "localhost")).await;
             assert!(matches!(refused, Err(ConnectError::Refused)), "{refused:?}");
-            // Who is inside is still served.
+            // An open connection is still served.
             let echo = connection.call(method::ECHO, "new".into(), 2, HOUR);
             assert_eq!(within(echo).await, Ok((status::OK, "new".into())));
             assert_eq!(connection.lost(), None);
@@ -45,7 +45,7 @@ async fn a_drain_refuses_the_new_and_lets_the_old_finish() {
 }
 
 #[tokio::test]
-async fn calls_that_outlast_the_deadline_are_dropped() {
+async fn calls_in_flight_after_the_deadline_are_dropped() {
     let mut harness = Harness::start();
     let connection = harness.connect().await;
     let call = connection.call(method::PARK, "".into(), 1, HOUR);
@@ -59,7 +59,7 @@ async fn calls_that_outlast_the_deadline_are_dropped() {
 }
 
 #[tokio::test]
-async fn a_second_drain_does_not_wait() {
+async fn a_second_drain_closes_immediately() {
     let mut harness = Harness::start();
     let connection = harness.connect().await;
     let call = connection.call(method::PARK, "".into(), 1, HOUR);
@@ -73,7 +73,7 @@ async fn a_second_drain_does_not_wait() {
 }
 
 #[tokio::test]
-async fn no_answer_given_before_the_close_is_cut_off() {
+async fn answers_written_before_the_close_arrive_completely() {
     let mut harness = Harness::start();
     let connection = harness.connect().await;
     let payload = bytes::Bytes::from(vec![1; 20_000]);
@@ -84,7 +84,7 @@ async fn no_answer_given_before_the_close_is_cut_off() {
         while started < 64 {
             started += usize::from(matches!(harness.next_report().await, Report::Started(_)));
         }
-        // Half of the answers are on their way when the drain begins, half are not yet.
+        // When the drain begins, half of the answers have been sent.
         harness.probe.gate.add_permits(32);
         tokio::task::yield_now().await;
         harness.probe.gate.add_permits(32);
@@ -97,7 +97,7 @@ async fn no_answer_given_before_the_close_is_cut_off() {
 }
 
 #[tokio::test]
-async fn a_drain_waits_until_its_answers_have_arrived() {
+async fn a_drain_waits_until_answers_are_acknowledged() {
     let mut harness = Harness::start();
     let mut relay = Relay::to(harness.addr()).await;
     let connection = within(harness.dialer().connect(relay.addr, "localhost")).await.unwrap();
@@ -110,7 +110,7 @@ async fn a_drain_waits_until_its_answers_have_arrived() {
             relay.set_down(false);
             relay.forget_down();
             probe.gate.add_permits(1);
-            // The answer gets lost again and again; each time the server waits twice as long.
+            // The answer is lost 10 times. Each time the server waits twice as long.
             for _ in 0..10 {
                 relay.next_down().await;
             }
@@ -123,22 +123,22 @@ async fn a_drain_waits_until_its_answers_have_arrived() {
 }
 
 #[tokio::test]
-async fn deliveries_are_noted_before_the_drain_is_over() {
+async fn observers_are_notified_before_the_drain_ends() {
     let mut harness = Harness::start();
     let raw = harness.raw().await;
     let frame = crate::support::frame(method::BULK, 1, &4_000_000u32.to_be_bytes());
     let (_send, mut recv) = raw.ask(&frame).await;
     within(recv.read_chunk(10, true)).await.unwrap();
-    // The client reads no further, so the reply is never acknowledged.
+    // The client stops reading, so the reply is never acknowledged.
     within(harness.server.drain(Duration::from_millis(100))).await;
     assert!(harness.reported().contains(&Report::Lost(1)));
 }
 
 #[tokio::test]
-async fn a_dropped_server_says_goodbye() {
+async fn a_dropped_server_notifies_its_clients() {
     let mut harness = Harness::start();
     let connection = harness.connect().await;
-    // The server's side of the handshake ends a little later.
+    // The server's side of the handshake ends later than the client's.
     let connected = harness.next_report().await;
     assert!(matches!(connected, Report::Connected(_)), "{connected:?}");
     drop(harness);

@@ -1,4 +1,4 @@
-//! What a server does with bytes that are not a request, or not yet.
+//! Frames: the layout of requests, and the answers to malformed, incomplete and late ones.
 
 use std::time::Duration;
 
@@ -11,14 +11,14 @@ fn refused(request_id: u32, why: &str) -> Response {
     Response { status: status::REFUSED, request_id, payload: why.to_owned().into() }
 }
 
-fn impatient() -> Config {
+fn short_timeout() -> Config {
     let mut config = config();
     config.timeouts.request = Duration::from_millis(300);
     config
 }
 
 #[tokio::test]
-async fn a_request_is_answered_in_the_layout_of_the_protocol() {
+async fn a_request_and_its_answer_have_the_documented_layout() {
     let harness = Harness::start();
     let raw = harness.raw().await;
     let (_, mut recv) = raw.ask(&[0, 1, 0, 0, 0, 42, 0, 0, 0, 2, b'h', b'i']).await;
@@ -29,13 +29,13 @@ async fn a_request_is_answered_in_the_layout_of_the_protocol() {
 }
 
 #[tokio::test]
-async fn a_request_may_come_in_pieces_of_any_size() {
+async fn a_request_may_arrive_in_parts_of_any_size() {
     let harness = Harness::start();
     let raw = harness.raw().await;
     let (mut send, recv) = raw.open(b"").await;
     for byte in frame(method::ECHO, 1, b"piecemeal") {
         within(send.write_all(&[byte])).await.unwrap();
-        // Another stream's answer comes after this byte was sent in a packet of its own.
+        // The answer on another stream arrives after this byte was sent in a separate packet.
         raw.exchange(&frame(method::ECHO, 2, b"")).await;
     }
     send.finish().unwrap();
@@ -43,7 +43,7 @@ async fn a_request_may_come_in_pieces_of_any_size() {
 }
 
 #[tokio::test]
-async fn the_largest_payload_passes_both_ways() {
+async fn the_largest_payload_is_accepted_in_both_directions() {
     let harness = Harness::start();
     let connection = harness.connect().await;
     let payload: Vec<u8> = (0..MAX_PAYLOAD).map(|i| (i % 251) as u8).collect();
@@ -54,7 +54,7 @@ async fn the_largest_payload_passes_both_ways() {
 }
 
 #[tokio::test]
-async fn too_large_a_payload_is_refused_before_any_of_it_is_sent() {
+async fn a_payload_above_the_maximum_is_refused_before_any_of_it_is_sent() {
     let harness = Harness::start();
     let raw = harness.raw().await;
     let header =
@@ -76,7 +76,7 @@ async fn an_unknown_method_is_answered_before_its_payload_is_sent() {
 }
 
 #[tokio::test]
-async fn an_unwanted_payload_does_not_hinder_the_answer() {
+async fn an_unread_payload_does_not_block_the_answer() {
     let harness = Harness::start();
     let connection = harness.connect().await;
     for id in 0..20 {
@@ -110,7 +110,7 @@ async fn bytes_after_the_frame_are_malformed() {
     let mut bytes = frame(method::ECHO, 8, b"payload");
     bytes.push(0);
     assert_eq!(raw.exchange(&bytes).await, refused(8, "Malformed Some(1)"));
-    // Also without an end, at once.
+    // Also immediately, without the end of the stream.
     let (send, recv) = raw.open(&bytes).await;
     assert_eq!(answer(recv).await, refused(8, "Malformed Some(1)"));
     assert_eq!(within(send.stopped()).await, Ok(Some(0u32.into())));
@@ -120,13 +120,13 @@ async fn bytes_after_the_frame_are_malformed() {
 
 #[tokio::test]
 async fn a_request_that_does_not_end_in_time_is_stopped() {
-    let harness = Harness::with(impatient());
+    let harness = Harness::with(short_timeout());
     let raw = harness.raw().await;
     let whole = frame(method::ECHO, 9, b"payload");
     for (len, expected) in [
         (1, refused(0, "Timeout None")),
         (RequestHeader::LEN + 3, refused(9, "Timeout Some(1)")),
-        // All of the frame, but not the stream's end.
+        // The complete frame without the end of the stream.
         (whole.len(), refused(9, "Timeout Some(1)")),
     ] {
         let (send, recv) = raw.open(&whole[..len]).await;
@@ -136,11 +136,11 @@ async fn a_request_that_does_not_end_in_time_is_stopped() {
 }
 
 #[tokio::test]
-async fn the_time_of_a_request_runs_from_its_first_byte() {
-    let harness = Harness::with(impatient());
+async fn the_time_limit_of_a_request_starts_with_its_first_byte() {
+    let harness = Harness::with(short_timeout());
     let raw = harness.raw().await;
     let (mut early, early_answer) = within(raw.quic.open_bi()).await.unwrap();
-    // A byte on the later stream opens the earlier one too; a whole timeout passes there.
+    // A byte on the later stream opens the earlier one too. The time limit passes on the later one.
     let (_late, late_answer) = raw.open(&[0]).await;
     assert_eq!(answer(late_answer).await, refused(0, "Timeout None"));
     early.write_all(&frame(method::ECHO, 10, b"in time")).await.unwrap();
@@ -149,17 +149,17 @@ async fn the_time_of_a_request_runs_from_its_first_byte() {
 }
 
 #[tokio::test]
-async fn a_request_that_is_taken_back_never_runs() {
+async fn a_reset_request_never_runs() {
     let mut harness = Harness::start();
     let raw = harness.raw().await;
     let (mut send, mut recv) = raw.open(&frame(method::ECHO, 11, b"")).await;
-    // Its bytes have arrived when this is answered, since the server takes packets in order.
+    // The bytes have arrived when this is answered, because packets are processed in order.
     raw.exchange(&frame(method::ECHO, 12, b"")).await;
     send.reset(0u32.into()).unwrap();
     let ended = within(recv.read_to_end(100)).await;
     assert!(
         matches!(ended, Err(quinn::ReadToEndError::Read(quinn::ReadError::Reset(_)))),
-        "no answer, and no clean end: {ended:?}"
+        "the stream is reset: {ended:?}"
     );
     assert!(!harness.reported().contains(&Report::Started(11)));
 }

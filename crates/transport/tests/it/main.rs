@@ -1,9 +1,9 @@
-//! The transport seen from outside: real sockets on the loopback, a small service, and clients that
-//! break the rules.
+//! Tests of the transport from outside: real sockets on the loopback, a small service, and clients
+//! that violate the protocol.
 //!
-//! [`support`] has the service, its harness and a raw client that writes what it likes; the other
-//! modules test one part of the contract each. Nothing sleeps: tests wait for what the service
-//! reports. Timeouts of the server are configured short where a test is about them.
+//! [`support`] contains the service, its harness and a client that writes raw bytes. Each of the
+//! other modules tests one part of the contract. No test sleeps: tests wait for reports of the
+//! service. Tests of a timeout configure it short.
 
 #![allow(clippy::unwrap_used, reason = "the exception for tests does not reach their helpers")]
 
@@ -11,10 +11,11 @@ mod admission;
 mod calls;
 mod certificates;
 mod client;
+mod cluster;
 mod delivery;
 mod drain;
-mod fleet;
 mod frames;
 mod metrics;
+mod mutual_tls;
 mod relay;
 mod support;

@@ -1,4 +1,4 @@
-//! What is measured, and that the documented names are the true ones.
+//! The values of the metrics, and the documentation of their names.
 
 use std::{
     collections::BTreeMap,
@@ -18,13 +18,13 @@ use qpq_transport::client::ConnectError;
 
 use crate::support::{Harness, Report, config, frame, method, within};
 
-/// Keeps every counter and gauge under its name and label.
+/// Stores every counter and gauge by name and label.
 #[derive(Default)]
-struct Notebook {
+struct TestRecorder {
     values: Mutex<BTreeMap<String, Arc<AtomicU64>>>,
 }
 
-impl Notebook {
+impl TestRecorder {
     fn value(&self, key: &Key) -> Arc<AtomicU64> {
         let labels: Vec<_> =
             key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
@@ -41,7 +41,7 @@ impl Notebook {
     }
 }
 
-impl Recorder for Notebook {
+impl Recorder for TestRecorder {
     fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
     fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
     fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
@@ -60,18 +60,18 @@ impl Recorder for Notebook {
 }
 
 #[tokio::test]
-async fn what_happens_is_counted() {
-    let notebook = Notebook::default();
+async fn events_are_counted() {
+    let recorder = TestRecorder::default();
     let mut config = config();
     config.limits.max_connections = 1;
-    let mut harness = with_local_recorder(&notebook, || Harness::with(config));
+    let mut harness = with_local_recorder(&recorder, || Harness::with(config));
     let raw = harness.raw().await;
     let refused = within(harness.dialer().connect(harness.addr(), "localhost")).await;
     assert!(matches!(refused, Err(ConnectError::Refused)));
-    assert_eq!(notebook.count("qpq_transport_connections_accepted_total"), 1);
-    assert_eq!(notebook.count("qpq_transport_connections_refused_total reason=connections"), 1);
-    assert_eq!(notebook.gauge("qpq_transport_connections_open"), 1.0);
-    assert_eq!(notebook.gauge("qpq_transport_handshakes"), 0.0);
+    assert_eq!(recorder.count("qpq_transport_connections_accepted_total"), 1);
+    assert_eq!(recorder.count("qpq_transport_connections_refused_total reason=connections"), 1);
+    assert_eq!(recorder.gauge("qpq_transport_connections_open"), 1.0);
+    assert_eq!(recorder.gauge("qpq_transport_handshakes"), 0.0);
 
     raw.exchange(&frame(method::PANIC, 1, b"")).await;
     raw.exchange(&frame(method::ECHO, 2, b"")[..3]).await;
@@ -95,22 +95,22 @@ async fn what_happens_is_counted() {
         ("qpq_transport_replies_delivered_total", 1),
         ("qpq_transport_replies_lost_total", 1),
     ] {
-        assert_eq!(notebook.count(name), count, "{name}");
+        assert_eq!(recorder.count(name), count, "{name}");
     }
-    assert_eq!(notebook.gauge("qpq_transport_streams_open"), 0.0);
-    assert!(notebook.gauge("qpq_tls_cert_not_after_seconds") > 60e9);
+    assert_eq!(recorder.gauge("qpq_transport_streams_open"), 0.0);
+    assert!(recorder.gauge("qpq_tls_cert_not_after_seconds") > 60e9);
 }
 
 #[tokio::test]
-async fn the_documented_names_are_the_true_ones() {
-    let notebook = Notebook::default();
-    let _harness = with_local_recorder(&notebook, Harness::start);
+async fn the_documented_names_are_the_registered_ones() {
+    let recorder = TestRecorder::default();
+    let _harness = with_local_recorder(&recorder, Harness::start);
     let documented: BTreeMap<_, _> = include_str!("../../src/metric.rs")
         .lines()
         .filter_map(|line| line.strip_prefix("//! | `")?.split_once('`'))
         .map(|(name, rest)| (name.split('{').next().unwrap().to_owned(), rest))
         .collect();
-    let registered = notebook.values.lock().clone();
+    let registered = recorder.values.lock().clone();
     for name in registered.keys() {
         let (name, label) = name.split_once(' ').unwrap_or((name, ""));
         let row = documented.get(name).unwrap_or_else(|| panic!("{name} is not documented"));

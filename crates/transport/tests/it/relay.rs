@@ -1,5 +1,5 @@
-//! A UDP relay between one client and a server that can go deaf in either direction, turn to
-//! another server, and shows what passes.
+//! A UDP relay between one client and a server that can drop datagrams in either direction, switch
+//! to another server, and records what it forwards.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -16,12 +16,13 @@ use crate::support::within;
 
 pub(crate) struct Relay {
     pub(crate) addr: SocketAddr,
-    shared: Arc<Shared>,
+    sockets: Arc<Sockets>,
     up: mpsc::UnboundedReceiver<Vec<u8>>,
     down: mpsc::UnboundedReceiver<Vec<u8>>,
 }
 
-struct Shared {
+/// The sockets and the state of the relay.
+struct Sockets {
     client_side: UdpSocket,
     server_side: UdpSocket,
     client: Mutex<Option<SocketAddr>>,
@@ -32,7 +33,7 @@ struct Shared {
 
 impl Relay {
     pub(crate) async fn to(server: SocketAddr) -> Self {
-        let shared = Arc::new(Shared {
+        let sockets = Arc::new(Sockets {
             client_side: UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap(),
             server_side: UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap(),
             client: Mutex::new(None),
@@ -40,88 +41,88 @@ impl Relay {
             open_up: AtomicBool::new(true),
             open_down: AtomicBool::new(true),
         });
-        let addr = shared.client_side.local_addr().unwrap();
+        let addr = sockets.client_side.local_addr().unwrap();
         let (ups, up) = mpsc::unbounded_channel();
         let (downs, down) = mpsc::unbounded_channel();
-        tokio::spawn(pass(Arc::clone(&shared), ups, downs));
-        Self { addr, shared, up, down }
+        tokio::spawn(pass(Arc::clone(&sockets), ups, downs));
+        Self { addr, sockets, up, down }
     }
 
-    /// What the client sends is dropped, or not.
+    /// Sets whether datagrams of the client are forwarded.
     pub(crate) fn set_up(&self, open: bool) {
-        self.shared.open_up.store(open, Ordering::SeqCst);
+        self.sockets.open_up.store(open, Ordering::SeqCst);
     }
 
-    /// What the server sends is dropped, or not.
+    /// Sets whether datagrams of the server are forwarded.
     pub(crate) fn set_down(&self, open: bool) {
-        self.shared.open_down.store(open, Ordering::SeqCst);
+        self.sockets.open_down.store(open, Ordering::SeqCst);
     }
 
-    /// What the client sends goes to this server from now on, from the same address as before.
+    /// Forwards to this server from now on, from the same address as before.
     pub(crate) fn turn_to(&self, server: SocketAddr) {
-        *self.shared.server.lock() = server;
+        *self.sockets.server.lock() = server;
     }
 
-    /// The client's next datagram, passed on or dropped.
+    /// Returns the next datagram of the client, forwarded or dropped.
     pub(crate) async fn next_up(&mut self) -> Vec<u8> {
         within(self.up.recv()).await.unwrap()
     }
 
-    /// The server's next datagram, passed on or dropped.
+    /// Returns the next datagram of the server, forwarded or dropped.
     pub(crate) async fn next_down(&mut self) -> Vec<u8> {
         within(self.down.recv()).await.unwrap()
     }
 
-    /// Forgets the server's datagrams until now.
+    /// Discards the recorded datagrams of the server.
     pub(crate) fn forget_down(&mut self) {
         while self.down.try_recv().is_ok() {}
     }
 
-    /// Forgets the client's datagrams until now.
+    /// Discards the recorded datagrams of the client.
     pub(crate) fn forget_up(&mut self) {
         while self.up.try_recv().is_ok() {}
     }
 
-    /// Sends to the server as if the client had.
+    /// Sends to the server from the client's place.
     pub(crate) async fn send_up(&self, datagram: &[u8]) {
-        let server = *self.shared.server.lock();
-        self.shared.server_side.send_to(datagram, server).await.unwrap();
+        let server = *self.sockets.server.lock();
+        self.sockets.server_side.send_to(datagram, server).await.unwrap();
     }
 
     /// Sends to the client as if the server had.
     pub(crate) async fn send_down(&self, datagram: &[u8]) {
-        let client = self.shared.client.lock().expect("the client has sent something");
-        self.shared.client_side.send_to(datagram, client).await.unwrap();
+        let client = self.sockets.client.lock().expect("the client has sent something");
+        self.sockets.client_side.send_to(datagram, client).await.unwrap();
     }
 }
 
 async fn pass(
-    shared: Arc<Shared>,
+    sockets: Arc<Sockets>,
     ups: mpsc::UnboundedSender<Vec<u8>>,
     downs: mpsc::UnboundedSender<Vec<u8>>,
 ) {
     let (mut up_buffer, mut down_buffer) = (vec![0; 1 << 16], vec![0; 1 << 16]);
     loop {
         tokio::select! {
-            Ok((len, from)) = shared.client_side.recv_from(&mut up_buffer) => {
-                *shared.client.lock() = Some(from);
+            Ok((len, from)) = sockets.client_side.recv_from(&mut up_buffer) => {
+                *sockets.client.lock() = Some(from);
                 let datagram = &up_buffer[..len];
-                let server = *shared.server.lock();
-                if shared.open_up.load(Ordering::SeqCst) {
-                    let _ = shared.server_side.send_to(datagram, server).await;
+                let server = *sockets.server.lock();
+                if sockets.open_up.load(Ordering::SeqCst) {
+                    let _ = sockets.server_side.send_to(datagram, server).await;
                 }
                 if ups.send(datagram.to_vec()).is_err() {
                     return;
                 }
             }
-            Ok((len, _)) = shared.server_side.recv_from(&mut down_buffer) => {
+            Ok((len, _)) = sockets.server_side.recv_from(&mut down_buffer) => {
                 let datagram = &down_buffer[..len];
                 if downs.send(datagram.to_vec()).is_err() {
                     return;
                 }
-                let client = *shared.client.lock();
-                if let (true, Some(client)) = (shared.open_down.load(Ordering::SeqCst), client) {
-                    let _ = shared.client_side.send_to(datagram, client).await;
+                let client = *sockets.client.lock();
+                if let (true, Some(client)) = (sockets.open_down.load(Ordering::SeqCst), client) {
+                    let _ = sockets.client_side.send_to(datagram, client).await;
                 }
             }
         }

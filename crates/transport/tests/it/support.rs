@@ -1,4 +1,4 @@
-//! A service whose every step is reported, a server around it, and a client that writes raw bytes.
+//! A service that reports its steps, a server for it, and a client that writes raw bytes.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -10,16 +10,16 @@ use std::{
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use qpq_transport::{
-    Certificates, Config, Delivery, EventSink, Member, Peer, Refusal, Reply, Server, Service,
+    Certificates, ClusterEdge, Config, DeliveryObserver, EventSink, Peer, Reply, Server, Service,
     client::{Connection, Dialer, Trust},
 };
-use qpq_wire::{Request, RequestHeader, Response};
+use qpq_wire::{Refusal, Request, RequestHeader, Response};
 use quinn::{RecvStream, SendStream, crypto::rustls::QuicClientConfig};
 use rustls::pki_types::CertificateDer;
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
 
-/// What the service's methods do.
+/// The methods of the service.
 pub(crate) mod method {
     /// Answers with the payload.
     pub(crate) const ECHO: u16 = 1;
@@ -27,15 +27,15 @@ pub(crate) mod method {
     pub(crate) const PARK: u16 = 2;
     /// Waits for a permit, then answers with the payload.
     pub(crate) const GATE: u16 = 3;
-    /// As `GATE`, and the fate of the answer is reported.
-    pub(crate) const TRACKED: u16 = 4;
-    /// Answers with as many bytes as the payload says, and the fate of the answer is reported.
+    /// Waits as `GATE` does, and reports the delivery of the answer.
+    pub(crate) const OBSERVED: u16 = 4;
+    /// Answers with the number of bytes in the payload, and reports the delivery of the answer.
     pub(crate) const BULK: u16 = 5;
     /// Panics.
     pub(crate) const PANIC: u16 = 6;
-    /// Sends the payload as event 1, and answers with the error if that fails.
+    /// Sends the payload as event 1. Answers with the error if that fails.
     pub(crate) const EVENT: u16 = 7;
-    /// Not known to the service.
+    /// Unknown to the service.
     pub(crate) const UNKNOWN: u16 = 999;
 }
 
@@ -45,7 +45,7 @@ pub(crate) mod status {
     pub(crate) const UNKNOWN_METHOD: u8 = 11;
 }
 
-/// What happened in the service, in order.
+/// A step of the service.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Report {
     Connected(Peer),
@@ -55,8 +55,8 @@ pub(crate) enum Report {
     Cancelled(u32),
     Delivered(u32),
     Lost(u32),
-    /// A reply's delivery was dropped untold.
-    Untold(u32),
+    /// An observer was dropped without a notification.
+    Dropped(u32),
     Draining,
 }
 
@@ -76,7 +76,7 @@ impl Probe {
     }
 
     fn report(&self, report: Report) {
-        // A test that is over no longer listens.
+        // Fails only after the end of the test.
         let _ = self.reports.send(report);
     }
 }
@@ -110,15 +110,15 @@ impl Service for Probe {
                 self.gate.acquire().await.unwrap().forget();
                 Reply::new(status::OK, request.payload)
             }
-            method::TRACKED => {
+            method::OBSERVED => {
                 self.gate.acquire().await.unwrap().forget();
-                self.tracked(id, request.payload)
+                self.observed(id, request.payload)
             }
             method::BULK => {
                 let len = u32::from_be_bytes(request.payload[..].try_into().unwrap());
-                self.tracked(id, vec![7; len as usize].into())
+                self.observed(id, vec![7; len as usize].into())
             }
-            method::PANIC => panic!("as asked"),
+            method::PANIC => panic!("as requested"),
             method::EVENT => match conn.events.send(1, request.payload) {
                 Ok(()) => Reply::new(status::OK, Bytes::new()),
                 Err(error) => Reply::new(status::REFUSED, error.to_string().into()),
@@ -140,9 +140,9 @@ impl Service for Probe {
 }
 
 impl Probe {
-    fn tracked(self: &Arc<Self>, id: u32, payload: Bytes) -> Reply {
-        let delivery = Tracked { probe: Arc::clone(self), id: Some(id) };
-        Reply { on_delivery: Some(Box::new(delivery)), ..Reply::new(status::OK, payload) }
+    fn observed(self: &Arc<Self>, id: u32, payload: Bytes) -> Reply {
+        let observer = Observed { probe: Arc::clone(self), id: Some(id) };
+        Reply { on_delivery: Some(Box::new(observer)), ..Reply::new(status::OK, payload) }
     }
 }
 
@@ -159,12 +159,12 @@ impl Drop for Running {
     }
 }
 
-struct Tracked {
+struct Observed {
     probe: Arc<Probe>,
     id: Option<u32>,
 }
 
-impl Delivery for Tracked {
+impl DeliveryObserver for Observed {
     fn delivered(mut self: Box<Self>) -> BoxFuture<'static, ()> {
         let id = self.id.take().unwrap();
         Box::pin(async move { self.probe.report(Report::Delivered(id)) })
@@ -176,15 +176,15 @@ impl Delivery for Tracked {
     }
 }
 
-impl Drop for Tracked {
+impl Drop for Observed {
     fn drop(&mut self) {
         if let Some(id) = self.id {
-            self.probe.report(Report::Untold(id));
+            self.probe.report(Report::Dropped(id));
         }
     }
 }
 
-/// A server with its service, and what it reports.
+/// A server with its service and the reports of the service.
 pub(crate) struct Harness {
     pub(crate) server: Server<Probe>,
     pub(crate) probe: Arc<Probe>,
@@ -216,8 +216,8 @@ impl Harness {
         Self { server, probe, certificates, directory, reports }
     }
 
-    /// One of several that show the certificate in `shared`, where the first puts it.
-    pub(crate) fn in_fleet(member: Member, config: Config, shared: &Path) -> Self {
+    /// Starts one edge of a cluster with the certificate in `shared`, which the first edge creates.
+    pub(crate) fn in_cluster(edge: ClusterEdge, config: Config, shared: &Path) -> Self {
         certificates_in(shared);
         let directory = tempfile::tempdir().unwrap();
         for name in ["cert.der", "key.der"] {
@@ -226,7 +226,7 @@ impl Harness {
         let certificates = certificates_in(directory.path());
         let (probe, reports) = Probe::new();
         let server =
-            Server::bind_in_fleet(member, config, Arc::clone(&certificates), Arc::clone(&probe))
+            Server::bind_in_cluster(edge, config, Arc::clone(&certificates), Arc::clone(&probe))
                 .unwrap();
         Self { server, probe, certificates, directory, reports }
     }
@@ -239,16 +239,16 @@ impl Harness {
         self.directory.path().join("cert.der")
     }
 
-    /// Waits for this report, over others.
+    /// Waits for this report and skips others.
     pub(crate) async fn wait_for(&mut self, wanted: Report) {
         while self.next_report().await != wanted {}
     }
 
     pub(crate) async fn next_report(&mut self) -> Report {
-        within(self.reports.recv()).await.expect("the service is alive")
+        within(self.reports.recv()).await.expect("the service is running")
     }
 
-    /// What was reported and not yet waited for.
+    /// Returns the reports that no one has waited for.
     pub(crate) fn reported(&mut self) -> Vec<Report> {
         std::iter::from_fn(|| self.reports.try_recv().ok()).collect()
     }
@@ -266,12 +266,12 @@ impl Harness {
     }
 }
 
-/// A test that hangs fails; nothing is judged by how long it takes.
+/// Fails a test that hangs. The limit is far above the duration of any test.
 pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(60), future).await.expect("it hangs")
+    tokio::time::timeout(Duration::from_secs(60), future).await.expect("the test hangs")
 }
 
-/// A client that writes what it likes.
+/// A client that writes raw bytes.
 pub(crate) struct Raw {
     pub(crate) quic: quinn::Connection,
 }
@@ -289,14 +289,14 @@ impl Raw {
         Self { quic }
     }
 
-    /// Opens a stream and writes; it stays open.
+    /// Opens a stream and writes. The stream stays open.
     pub(crate) async fn open(&self, bytes: &[u8]) -> (SendStream, RecvStream) {
         let (mut send, recv) = within(self.quic.open_bi()).await.unwrap();
         within(send.write_all(bytes)).await.unwrap();
         (send, recv)
     }
 
-    /// Opens a stream, writes, ends it.
+    /// Opens a stream, writes and ends the stream.
     pub(crate) async fn ask(&self, bytes: &[u8]) -> (SendStream, RecvStream) {
         let (mut send, recv) = self.open(bytes).await;
         send.finish().unwrap();
@@ -308,7 +308,7 @@ impl Raw {
     }
 }
 
-/// Reads one response that is all of the stream.
+/// Reads the one response of a stream.
 pub(crate) async fn answer(mut recv: RecvStream) -> Response {
     let bytes = within(recv.read_to_end(16 << 20)).await.unwrap();
     Response::decode(bytes.into()).unwrap()

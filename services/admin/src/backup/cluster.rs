@@ -8,8 +8,8 @@ use std::{collections::BTreeMap, path::Path, process::Stdio};
 
 use anyhow::{Context as _, bail, ensure};
 use qpq_ports::{Clock as _, SystemClock};
-use qpq_runtime::data_dir::fleet::{
-    CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, FleetDir, OPAQUE_SETUP, SECRETS,
+use qpq_runtime::data_dir::cluster::{
+    CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterDir, OPAQUE_SETUP, SECRETS,
 };
 use qpq_store_cluster::{BEGIN_HISTORY, Config, Operator, client_environment};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -27,7 +27,7 @@ pub(super) const SHARED: &str = "shared";
 
 /// Copies the shared directory and dumps the database.
 pub(super) async fn back_up(given: &Given, target: &Unfinished) -> anyhow::Result<Manifest> {
-    let fleet = FleetDir::open(given.secrets_dir()?)?;
+    let fleet = ClusterDir::open(given.secrets_dir()?)?;
     fleet.cluster_id()?;
     let config = database(given, &fleet)?;
     let taken_at = utc(SystemClock.now().0 / 1_000);
@@ -60,7 +60,7 @@ pub(super) async fn back_up(given: &Given, target: &Unfinished) -> anyhow::Resul
     })
 }
 
-fn database(given: &Given, fleet: &FleetDir) -> anyhow::Result<Config> {
+fn database(given: &Given, fleet: &ClusterDir) -> anyhow::Result<Config> {
     given.database(OPAQUE_SETUP.fingerprint(&fleet.secret(OPAQUE_SETUP)?))
 }
 
@@ -101,10 +101,10 @@ pub(super) async fn rows_in(path: &Path) -> anyhow::Result<BTreeMap<String, u64>
 
 /// Brings the checked backup in `from` into the cluster's database, which must be empty.
 pub(super) async fn restore(from: &Path, given: &Given) -> anyhow::Result<Done> {
-    let fleet = FleetDir::open(given.secrets_dir()?).with_context(|| {
+    let fleet = ClusterDir::open(given.secrets_dir()?).with_context(|| {
         format!("copy {} to where cluster.secrets_dir says first", from.join(SHARED).display())
     })?;
-    let backed_up = FleetDir::open(from.join(SHARED))?;
+    let backed_up = ClusterDir::open(from.join(SHARED))?;
     ensure!(
         fleet.cluster_id()? == backed_up.cluster_id()?
             && fleet.secret(OPAQUE_SETUP)? == backed_up.secret(OPAQUE_SETUP)?,
@@ -131,7 +131,7 @@ pub(super) async fn restore(from: &Path, given: &Given) -> anyhow::Result<Done> 
 
 /// Begins another history in a database that was restored by other means.
 pub(super) async fn mark(given: &Given) -> anyhow::Result<Done> {
-    let fleet = FleetDir::open(given.secrets_dir()?)?;
+    let fleet = ClusterDir::open(given.secrets_dir()?)?;
     let config = database(given, &fleet)?;
     let begin = async || qpq_store_cluster::begin_history(&config).await;
     Ok(patiently(config.start_timeout, begin).await?.into())

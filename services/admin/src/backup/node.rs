@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use qpq_ports::{Clock as _, SystemClock};
-use qpq_runtime::data_dir::fleet::{CERTIFICATE, CERTIFICATE_KEY, DELIVERY_KEY, OPAQUE_SETUP};
+use qpq_runtime::data_dir::cluster::{CERTIFICATE, CERTIFICATE_KEY, DELIVERY_KEY, OPAQUE_SETUP};
 use qpq_server::Config;
 use qpq_store_embedded::{DATABASE_FILE, copy_database, inspect};
 

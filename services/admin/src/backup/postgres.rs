@@ -83,9 +83,7 @@ pub(super) async fn dump(
     command.args(["--format=custom", "--no-owner", "--no-privileges", "--no-password"]);
     command.arg(format!("--snapshot={snapshot}")).arg("--file").arg(to);
     Program::Dump.run(command).await?;
-    std::fs::File::open(to)
-        .and_then(|file| file.sync_all())
-        .with_context(|| format!("{} cannot be made durable", to.display()))
+    qpq_durable_file::sync(to).with_context(|| format!("{} cannot be made durable", to.display()))
 }
 
 /// A program that writes the dump `from` as SQL to its standard output.

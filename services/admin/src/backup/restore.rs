@@ -17,6 +17,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use qpq_durable_file as durable_file;
 use qpq_ports::{Clock as _, NewHistory, SystemClock};
 use qpq_runtime::data_dir::DataDir;
 use qpq_store_embedded::{Claim, DATABASE_FILE, EmbeddedStore, Limits, MOVED_FILE, RESTORING_FILE};
@@ -24,7 +25,7 @@ use qpq_store_embedded::{Claim, DATABASE_FILE, EmbeddedStore, Limits, MOVED_FILE
 use super::{
     manifest::Manifest,
     node::{CERTIFICATES, SECRETS},
-    unfinished::{copy_durably, sync_directory},
+    unfinished::copy_durably,
 };
 
 const STAGE: &str = "restoring";
@@ -202,9 +203,9 @@ async fn stage(from: &Path, manifest: &Manifest, data_dir: &Path) -> anyhow::Res
             return Err(io::Error::other("the database's log could not be written back"));
         }
         fs::remove_file(stage.join(LOCK_FILE))?;
-        fs::File::open(stage.join(DATABASE_FILE))?.sync_all()?;
-        sync_directory(&stage)?;
-        sync_directory(data_dir)
+        durable_file::sync(&stage.join(DATABASE_FILE))?;
+        durable_file::sync(&stage)?;
+        durable_file::sync(data_dir)
     };
     synced().with_context(|| format!("{} cannot be written", stage.display()))?;
     Ok(history)
@@ -260,7 +261,7 @@ fn move_aside(data_dir: &Path, aside: &str) -> anyhow::Result<()> {
         fs::rename(data_dir.join(&name), to.path().join(&name))
             .with_context(|| format!("{} cannot be moved", data_dir.join(&name).display()))?;
     }
-    let synced = sync_directory(to.path()).and_then(|()| sync_directory(data_dir));
+    let synced = durable_file::sync(to.path()).and_then(|()| durable_file::sync(data_dir));
     synced.with_context(|| format!("{} cannot be written", data_dir.display()))
 }
 
@@ -282,7 +283,7 @@ fn place(data_dir: &Path) -> anyhow::Result<()> {
             fs::rename(stage.join(&name), data_dir.join(&name))?;
         }
         fs::remove_dir(&stage)?;
-        sync_directory(data_dir)?;
+        durable_file::sync(data_dir)?;
         fs::remove_file(data_dir.join(RESTORING_FILE))?;
         // What runs that were killed have left of the file.
         for entry in fs::read_dir(data_dir)? {
@@ -291,7 +292,7 @@ fn place(data_dir: &Path) -> anyhow::Result<()> {
                 fs::remove_file(entry.path())?;
             }
         }
-        sync_directory(data_dir)
+        durable_file::sync(data_dir)
     };
     match placed() {
         Ok(()) => Ok(()),

@@ -11,11 +11,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use qpq_durable_file::{self as durable_file, Created, Draft};
 use sha2::{Digest as _, Sha256};
 
 use super::manifest::{MANIFEST, MANIFEST_HASH, Manifest, Part};
 
 const LOCK: &str = "lock";
+
+/// The mode of every file of a backup.
+const FILE_MODE: u32 = 0o600;
 
 /// Bytes that are copied at a time.
 const CHUNK: usize = 1 << 20;
@@ -129,18 +133,17 @@ impl Unfinished {
         let (json, hash) = manifest.to_files();
         for (name, bytes) in [(MANIFEST, json), (MANIFEST_HASH, hash)] {
             let path = self.dir.join(name);
-            write_durably(&path, &bytes).map_err(write_failed(&path))?;
+            durable_file::replace(&path, &bytes, FILE_MODE).map_err(write_failed(&path))?;
         }
         let named = || -> io::Result<()> {
             for part in &manifest.parts {
-                let parent = self.dir.join(&part.name);
-                sync_directory(parent.parent().unwrap_or(&self.dir))?;
+                durable_file::sync(durable_file::directory_of(&self.dir.join(&part.name)))?;
             }
             fs::remove_file(self.dir.join(LOCK))?;
-            sync_directory(&self.dir)?;
+            durable_file::sync(&self.dir)?;
             // Replaces nothing: a directory with something in it cannot be renamed over.
             fs::rename(&self.dir, &self.target)?;
-            sync_directory(parent_of(&self.target))
+            durable_file::sync(durable_file::directory_of(&self.target))
         };
         named().map_err(write_failed(&self.target))?;
         self.is_finished = true;
@@ -157,33 +160,12 @@ impl Drop for Unfinished {
     }
 }
 
-/// The directory that `path` is in.
-pub(super) fn parent_of(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
-}
-
-/// Writes a new file for its owner alone, durable when this returns.
-pub(super) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
 /// Copies a file to a new one for its owner alone, durable when this returns. Returns size and
 /// SHA-256 of what was copied.
 pub(super) fn copy_durably(from: &Path, to: &Path) -> Result<(u64, [u8; 32]), WriteError> {
     let read_failed = |source| WriteError::Read { path: from.to_owned(), source };
     let mut source = File::open(from).map_err(read_failed)?;
-    let mut target = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(to)
-        .map_err(write_failed(to))?;
+    let mut target = Draft::new(to, FILE_MODE).map_err(write_failed(to))?;
     let (mut hash, mut bytes, mut chunk) = (Sha256::new(), 0, vec![0; CHUNK]);
     loop {
         let read = source.read(&mut chunk).map_err(read_failed)?;
@@ -194,7 +176,10 @@ pub(super) fn copy_durably(from: &Path, to: &Path) -> Result<(u64, [u8; 32]), Wr
         bytes += read as u64;
         target.write_all(&chunk[..read]).map_err(write_failed(to))?;
     }
-    target.sync_all().map_err(write_failed(to))?;
+    match target.create().map_err(write_failed(to))? {
+        Created::New => {}
+        Created::Exists => return Err(WriteError::Exists(to.to_owned())),
+    }
     Ok((bytes, hash.finalize().into()))
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use qpq_rpc::OpaqueServer;
-use qpq_runtime::data_dir::fleet::{DELIVERY_KEY, FleetDir, OPAQUE_SETUP};
+use qpq_runtime::data_dir::cluster::{ClusterDir, DELIVERY_KEY, OPAQUE_SETUP};
 use qpq_store_embedded::{DATABASE_FILE, inspect};
 use qpq_transport::Identity;
 
@@ -35,7 +35,7 @@ pub(super) async fn check(dir: &Path) -> anyhow::Result<Manifest> {
         Kind::SingleNode => check_node(dir, &manifest).await?,
         Kind::Cluster => {
             check_setup(&dir.join(cluster::SHARED))?;
-            FleetDir::open(dir.join(cluster::SHARED))?.cluster_id()?;
+            ClusterDir::open(dir.join(cluster::SHARED))?.cluster_id()?;
             check_rows(dir, &manifest, &cluster::rows_in(&dir.join(cluster::DUMP)).await?)?;
         }
     }

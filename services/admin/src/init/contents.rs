@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use qpq_rpc::{DeliverySigner, OpaqueServer};
 use qpq_runtime::data_dir::{
     SecretFile,
-    fleet::{
+    cluster::{
         CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterId, DELIVERY_KEY, OPAQUE_SETUP, RESET_KEY,
         TICKET_KEYS, TOKEN_KEY,
     },

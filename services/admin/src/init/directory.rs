@@ -11,12 +11,14 @@ use std::{
 use qpq_rpc::OpaqueServer;
 use qpq_runtime::data_dir::{
     DataDir, DataDirError, SecretFile,
-    fleet::{
-        CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterId, DELIVERY_KEY, FleetDir, FleetDirError,
-        OPAQUE_SETUP, RESET_KEY, SECRETS, TICKET_KEYS, TOKEN_KEY,
+    cluster::{
+        CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterDir, ClusterDirError, ClusterId,
+        DELIVERY_KEY, OPAQUE_SETUP, RESET_KEY, SECRETS, TICKET_KEYS, TOKEN_KEY,
     },
 };
-use qpq_transport::{Fingerprint, FleetFiles, FleetKeys, FleetKeysError, Identity, IdentityError};
+use qpq_transport::{
+    ClusterKeyFiles, ClusterKeys, ClusterKeysError, Fingerprint, Identity, IdentityError,
+};
 
 use super::contents::{Contents, File, Origin};
 
@@ -67,9 +69,9 @@ pub(super) enum Refused {
     #[error(transparent)]
     Write(#[from] DataDirError),
     #[error(transparent)]
-    Incomplete(#[from] FleetDirError),
+    Incomplete(#[from] ClusterDirError),
     #[error("{0}")]
-    Keys(#[from] FleetKeysError),
+    Keys(#[from] ClusterKeysError),
     #[error("the certificate: {0}")]
     Certificate(#[from] IdentityError),
     #[error("{path} cannot be used: {source}")]
@@ -153,7 +155,7 @@ fn put_pair(dir: &DataDir, contents: &Contents) -> Result<(), Refused> {
 
 /// Reads a finished directory as an edge does.
 pub(super) fn verify(dir: &Path) -> Result<Made, Refused> {
-    let cluster = FleetDir::open(dir)?.cluster_id()?;
+    let cluster = ClusterDir::open(dir)?.cluster_id()?;
     let (fingerprint, opaque) = check(dir)?;
     Ok(Made { cluster, fingerprint, opaque })
 }
@@ -163,14 +165,14 @@ pub(super) fn verify(dir: &Path) -> Result<Made, Refused> {
 fn check(dir: &Path) -> Result<(Fingerprint, [u8; 32]), Refused> {
     let data = DataDir::create(dir)?;
     let secret = |file: SecretFile| {
-        let missing = || FleetDirError::Missing { path: dir.join(file.name) };
+        let missing = || ClusterDirError::Missing { path: dir.join(file.name) };
         data.read_secret(file)?.ok_or_else(missing).map_err(Refused::from)
     };
     let setup = secret(OPAQUE_SETUP)?;
     OpaqueServer::parse(&setup)
         .map_err(|source| Refused::Opaque { path: dir.join(OPAQUE_SETUP.name), source })?;
     secret(DELIVERY_KEY)?;
-    FleetKeys::load(FleetFiles {
+    ClusterKeys::load(ClusterKeyFiles {
         tickets: dir.join(TICKET_KEYS.name),
         tokens: dir.join(TOKEN_KEY.name),
         reset: dir.join(RESET_KEY.name),

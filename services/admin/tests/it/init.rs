@@ -4,17 +4,17 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use qpq_rpc::OpaqueServer;
-use qpq_runtime::data_dir::fleet::FleetDir;
-use qpq_transport::{FleetFiles, FleetKeys, Identity};
+use qpq_runtime::data_dir::cluster::ClusterDir;
+use qpq_transport::{ClusterKeyFiles, ClusterKeys, Identity};
 
 use crate::harness::{FILES, Place, contents, mode, refusal, run, run_with, text};
 
 /// Reads a directory by the same code as an edge; the certificate's fingerprint.
 fn as_an_edge_reads_it(dir: &Path) -> String {
-    let fleet = FleetDir::open(dir).unwrap();
+    let fleet = ClusterDir::open(dir).unwrap();
     fleet.cluster_id().unwrap();
     OpaqueServer::parse(&fs::read(dir.join("opaque-setup.bin")).unwrap()).unwrap();
-    let keys: Arc<FleetKeys> = FleetKeys::load(FleetFiles {
+    let keys: Arc<ClusterKeys> = ClusterKeys::load(ClusterKeyFiles {
         tickets: dir.join("ticket-keys"),
         tokens: dir.join("token-key"),
         reset: dir.join("reset-key"),
@@ -163,7 +163,7 @@ fn the_certificate_is_for_the_names_that_were_asked_for() {
     let said = refusal(2, &["init", "--out", text(&place.path("none")), "--domain", "Example.org"]);
     assert!(said.contains("in lower case"), "{said}");
     let said = refusal(1, &["init", "--out", text(&place.path("none")), "--name", "ex ämple"]);
-    assert!(said.contains("cannot make a certificate"), "{said}");
+    assert!(said.contains("cannot create a certificate"), "{said}");
 }
 
 #[test]

@@ -80,7 +80,7 @@ async fn damaged_secrets_are_refused_and_left_alone() {
             &[1; 33],
             "delivery-key.bin is damaged: it has 33 bytes instead of 32",
         ),
-        ("server-key.der", b"noise", "server-key.der holds no private key"),
+        ("server-key.der", b"noise", "server-key.der does not contain a private key"),
     ];
     let data = Data::new();
     data.start().await.kill().await;
@@ -171,7 +171,10 @@ async fn a_file_without_a_certificate_is_refused() {
     let files = [("QPQ_TLS_CERT", cert.to_str().unwrap()), ("QPQ_TLS_KEY", key.to_str().unwrap())];
     let said = refused(data.path(), &files).await;
     assert!(
-        said.contains(&format!("the certificate: {} holds no certificate", cert.display())),
+        said.contains(&format!(
+            "the certificate: {} does not contain a certificate",
+            cert.display()
+        )),
         "{said}"
     );
 }

@@ -8,7 +8,7 @@ use qpq_proto::{convert, v1};
 use crate::{Caller, Cx, Error, answers::Reservation};
 
 /// What an answer may have at most (protocol §1).
-const MAX_RESPONSE: usize = 4 << 20;
+const MAX_RESPONSE: usize = qpq_wire::MAX_PAYLOAD as usize;
 
 /// What the envelopes of one answer may cost together; the rest is for `more` and the store id.
 const MAX_PAGE: usize = MAX_RESPONSE - 32;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use qpq_ports::transfer::Digests;
-use qpq_runtime::data_dir::fleet::OPAQUE_SETUP;
+use qpq_runtime::data_dir::cluster::OPAQUE_SETUP;
 use qpq_store_cluster::{ClusterStore, Config, Endpoint, Migrate, Timing};
 use qpq_store_embedded::{EmbeddedStore, Export, Limits};
 use qpq_test_services::{Nats, Postgres, Redis};

@@ -1,10 +1,9 @@
-//! Three generations of a key, so that it can be exchanged on all edges without a moment at which
-//! all change at once.
+//! Three generations of a key, so that edges can rotate it at different times.
 //!
-//! Edges look at their files at different times. One that has seen the new ring makes things with a
-//! key that the others hold as `next`, and still takes what they make with a key that it holds as
-//! `previous`. So two rotations must be further apart than the slowest edge is slow; within that,
-//! nothing that one makes is refused by another.
+//! Edges reload their files at different times. An edge with the new ring encrypts with a key that
+//! the others still have as `next`, and accepts values that they encrypted with a key that it has
+//! as `previous`. So an edge never refuses what another has encrypted, if the time between two
+//! rotations is longer than the slowest edge needs to reload.
 
 use zeroize::Zeroizing;
 
@@ -12,8 +11,8 @@ const KEY_LEN: usize = 32;
 
 type Key = Zeroizing<[u8; KEY_LEN]>;
 
-/// A key of 32 bytes with the one before and the one after it. Its file is `previous ‖ current ‖
-/// next`.
+/// A key of 32 bytes with its predecessor and its successor. The file format is
+/// `previous ‖ current ‖ next`.
 pub struct KeyRing {
     previous: Key,
     current: Key,
@@ -21,17 +20,17 @@ pub struct KeyRing {
 }
 
 impl KeyRing {
-    /// Length of its bytes.
+    /// The length of the file.
     pub const LEN: usize = 3 * KEY_LEN;
 
-    /// Three new keys.
+    /// Creates a ring of three random keys.
     #[must_use]
     pub fn generate() -> Self {
         Self { previous: random(), current: random(), next: random() }
     }
 
-    /// The ring whose [`to_bytes`](Self::to_bytes) these are; `None` if they are not a ring's, as
-    /// those of a file that a crash left full of zeros.
+    /// Parses the output of [`to_bytes`](Self::to_bytes). Returns `None` for bytes that are not a
+    /// ring, such as the zeros of a file after a crash.
     #[must_use]
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let (keys, []) = bytes.as_chunks::<KEY_LEN>() else { return None };
@@ -46,14 +45,14 @@ impl KeyRing {
         })
     }
 
-    /// The ring one step on: what was next is used, what was used is still taken, what was previous
-    /// is forgotten.
+    /// Returns the rotated ring: the next key becomes the current one, the current one the previous
+    /// one, and a random key the next one.
     #[must_use]
     pub fn rotated(&self) -> Self {
         Self { previous: self.current.clone(), current: self.next.clone(), next: random() }
     }
 
-    /// What to store, readable by the server's user alone.
+    /// Returns the contents of the file, which only the user of the server may read.
     #[must_use]
     pub fn to_bytes(&self) -> Zeroizing<Vec<u8>> {
         let mut bytes = Zeroizing::new(Vec::with_capacity(Self::LEN));
@@ -63,7 +62,7 @@ impl KeyRing {
         bytes
     }
 
-    /// The current one, then the others in the order in which they are likely to be met.
+    /// Returns the current key first, then the others by how often they are used.
     pub(super) fn keys(&self) -> [&[u8; KEY_LEN]; 3] {
         [&self.current, &self.previous, &self.next]
     }
@@ -75,14 +74,14 @@ impl std::fmt::Debug for KeyRing {
     }
 }
 
-/// Whether one byte repeated is all there is.
+/// Returns whether all bytes are equal.
 pub(super) fn is_blank(key: &[u8]) -> bool {
     key.iter().all(|byte| Some(byte) == key.first())
 }
 
 fn random() -> Key {
     let mut key = Key::default();
-    aws_lc_rs::rand::fill(&mut key[..]).expect("the operating system gives randomness");
+    aws_lc_rs::rand::fill(&mut key[..]).expect("the operating system provides randomness");
     key
 }
 
@@ -91,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rotation_moves_every_key_by_one_and_brings_one_that_is_new() {
+    fn a_rotation_moves_every_key_by_one_and_adds_a_random_one() {
         let ring = KeyRing::generate();
         let (before, after) = (ring.to_bytes(), ring.rotated().to_bytes());
         assert_eq!(after[..64], before[32..]);
@@ -100,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_ring_is_not_taken_for_one() {
+    fn bytes_that_are_not_a_ring_are_refused() {
         let good = KeyRing::generate().to_bytes();
         assert!(KeyRing::parse(&good).is_some());
         assert!(KeyRing::parse(&good[1..]).is_none());

@@ -1,8 +1,8 @@
-//! Session tickets that every edge of the fleet makes and takes.
+//! TLS session tickets that every edge of the cluster issues and accepts.
 //!
 //! A ticket is `key id 8 ‖ nonce 12 ‖ ciphertext ‖ tag 16`, AES-256-GCM with the key id as
-//! associated data. rustls's own ticketer cannot be given a key. 0-RTT is out of reach with any
-//! ticketer: rustls takes early data only with sessions that it remembers itself, so a call cannot
+//! associated data. This replaces the ticketer of rustls, whose keys cannot be set. No ticketer
+//! permits 0-RTT: rustls accepts early data only for sessions in its own memory, so a call cannot
 //! be replayed to another edge.
 
 use arc_swap::ArcSwap;
@@ -10,10 +10,10 @@ use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
 use rustls::server::ProducesTickets;
 use sha2::{Digest, Sha256};
 
-use super::KeyRing;
+use super::ring::KeyRing;
 
-/// What clients are told. A ticket is really good for two rotations of the ring, so this is twice
-/// the time between them that the documentation asks for.
+/// The lifetime announced to clients. A ticket is accepted until the second rotation of the ring,
+/// so this is twice the documented time between rotations.
 const LIFETIME_SECONDS: u32 = 12 * 60 * 60;
 
 const ID_LEN: usize = 8;
@@ -32,7 +32,7 @@ impl Tickets {
         Self { keys: ArcSwap::from_pointee(ring.keys().map(TicketKey::new)) }
     }
 
-    pub(super) fn exchange(&self, ring: &KeyRing) {
+    pub(super) fn replace(&self, ring: &KeyRing) {
         self.keys.store(ring.keys().map(TicketKey::new).into());
     }
 }
@@ -41,8 +41,8 @@ impl TicketKey {
     fn new(key: &[u8; 32]) -> Self {
         let name = Sha256::new().chain_update(b"qpq ticket key id v1").chain_update(key).finalize();
         Self {
-            id: *name.first_chunk().expect("a hash is longer"),
-            key: RandomizedNonceKey::new(&AES_256_GCM, key).expect("AES-256 takes 32 bytes"),
+            id: *name.first_chunk().expect("a hash has more bytes"),
+            key: RandomizedNonceKey::new(&AES_256_GCM, key).expect("AES-256 has keys of 32 bytes"),
         }
     }
 }
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ticket_is_taken_until_its_key_is_forgotten() {
+    fn a_ticket_is_accepted_until_its_key_leaves_the_ring() {
         let ring = KeyRing::generate();
         let tickets = Tickets::new(&ring);
         let ticket = tickets.encrypt(b"a session").unwrap();
@@ -97,19 +97,19 @@ mod tests {
         let once = ring.rotated();
         assert_eq!(opened(&once).unwrap(), b"a session");
         assert_eq!(opened(&once.rotated()), None);
-        // An edge that has not yet seen the rotation takes what the others already make.
+        // An edge with the old ring accepts tickets of the new one.
         let early = Tickets::new(&once).encrypt(b"a session").unwrap();
         assert_eq!(tickets.decrypt(&early).unwrap(), b"a session");
-        tickets.exchange(&once.rotated());
+        tickets.replace(&once.rotated());
         assert_eq!(tickets.decrypt(&early).unwrap(), b"a session");
         assert_eq!(tickets.decrypt(&ticket), None);
     }
 
     #[test]
-    fn what_is_no_ticket_is_refused_without_a_panic() {
+    fn malformed_tickets_are_refused() {
         let tickets = Tickets::new(&KeyRing::generate());
         let ticket = tickets.encrypt(b"a session").unwrap();
-        assert_ne!(ticket, tickets.encrypt(b"a session").unwrap(), "the nonce is another");
+        assert_ne!(ticket, tickets.encrypt(b"a session").unwrap(), "the nonces differ");
         for len in 0..ticket.len() {
             assert_eq!(tickets.decrypt(&ticket[..len]), None, "{len}");
         }

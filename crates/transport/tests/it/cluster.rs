@@ -1,5 +1,5 @@
-//! Several servers with the same keys, as behind one balancer: what a client got from one is good
-//! at another, and none ends a connection of another.
+//! Several edges with the same keys: tickets and tokens of one are accepted by all, and no edge
+//! ends a connection of another.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use std::{
 
 use aws_lc_rs::hmac;
 use qpq_transport::{
-    Config, FleetFiles, FleetKeys, FleetKeysError, KeyReload, KeyRing, Member,
+    ClusterEdge, ClusterKeyFiles, ClusterKeys, ClusterKeysError, Config, KeyReload, KeyRing,
     client::{Connection, Lost},
 };
 use quinn::Endpoint;
@@ -33,19 +33,19 @@ use crate::{
     support::{Harness, answer, config, frame, method, quinn_config, raw_tls, within},
 };
 
-const RESET_KEY: [u8; 32] = *b"what all edges of the fleet have";
+const RESET_KEY: [u8; 32] = *b"the reset key of all these edges";
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// A directory of keys, and the certificate of the first edge that was started with them.
-struct Fleet(TempDir);
+/// A directory with the keys, and with the certificate of the first edge.
+struct Cluster(TempDir);
 
-impl Fleet {
+impl Cluster {
     fn new() -> Self {
-        let fleet = Self(tempfile::tempdir().unwrap());
-        fleet.put("tickets", &KeyRing::generate());
-        fleet.put("tokens", &KeyRing::generate());
-        fs::write(fleet.path("reset"), RESET_KEY).unwrap();
-        fleet
+        let cluster = Self(tempfile::tempdir().unwrap());
+        cluster.put("tickets", &KeyRing::generate());
+        cluster.put("tokens", &KeyRing::generate());
+        fs::write(cluster.path("reset"), RESET_KEY).unwrap();
+        cluster
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -61,36 +61,36 @@ impl Fleet {
         self.put(name, &ring.rotated());
     }
 
-    fn files(&self) -> FleetFiles {
+    fn files(&self) -> ClusterKeyFiles {
         let path = |name| self.path(name);
-        FleetFiles { tickets: path("tickets"), tokens: path("tokens"), reset: path("reset") }
+        ClusterKeyFiles { tickets: path("tickets"), tokens: path("tokens"), reset: path("reset") }
     }
 
-    /// The keys as the files have them now, for one edge.
-    fn keys(&self) -> Arc<FleetKeys> {
-        FleetKeys::load(self.files()).unwrap()
+    /// Loads the keys for one edge.
+    fn keys(&self) -> Arc<ClusterKeys> {
+        ClusterKeys::load(self.files()).unwrap()
     }
 
     fn edge(&self, name: Option<&str>, config: Config) -> Edge {
         let keys = self.keys();
-        let member = Member { keys: Arc::clone(&keys), edge: name.map(Into::into) };
-        Edge { keys, harness: Harness::in_fleet(member, config, self.0.path()) }
+        let edge = ClusterEdge { keys: Arc::clone(&keys), name: name.map(Into::into) };
+        Edge { keys, harness: Harness::in_cluster(edge, config, self.0.path()) }
     }
 }
 
 struct Edge {
-    keys: Arc<FleetKeys>,
+    keys: Arc<ClusterKeys>,
     harness: Harness,
 }
 
-/// Counts the certificates that it checks: a resumed session shows none.
+/// Counts the verified certificates. A resumed session has none.
 #[derive(Debug)]
-struct Counting {
+struct CountingVerifier {
     verifier: Arc<WebPkiServerVerifier>,
     checked: AtomicUsize,
 }
 
-impl ServerCertVerifier for Counting {
+impl ServerCertVerifier for CountingVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -126,11 +126,11 @@ impl ServerCertVerifier for Counting {
     }
 }
 
-/// A client that resumes sessions where it can.
-struct Resuming {
+/// A client that resumes sessions if it can.
+struct ResumingClient {
     endpoint: Endpoint,
     config: quinn::ClientConfig,
-    verifier: Arc<Counting>,
+    verifier: Arc<CountingVerifier>,
 }
 
 #[derive(Debug, PartialEq)]
@@ -139,15 +139,15 @@ enum Handshake {
     Resumed,
 }
 
-impl Resuming {
-    /// One that trusts the certificate that this edge and its fleet show.
+impl ResumingClient {
+    /// Creates a client that trusts the certificate of this edge and its cluster.
     fn of(edge: &Edge) -> Self {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(fs::read(edge.harness.cert_path()).unwrap().into()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let verifier =
             WebPkiServerVerifier::builder_with_provider(roots.into(), provider).build().unwrap();
-        let verifier = Arc::new(Counting { verifier, checked: AtomicUsize::new(0) });
+        let verifier = Arc::new(CountingVerifier { verifier, checked: AtomicUsize::new(0) });
         let mut tls = raw_tls(&edge.harness);
         tls.dangerous().set_certificate_verifier(Arc::clone(&verifier) as _);
         tls.resumption = Resumption::in_memory_sessions(8);
@@ -155,7 +155,7 @@ impl Resuming {
         Self { endpoint, config: quinn_config(tls), verifier }
     }
 
-    /// Connects, makes a call, by whose answer a ticket has come, and leaves.
+    /// Connects, makes a call, and closes. The ticket arrives before the answer.
     async fn visit(&self, edge: &Edge) -> Handshake {
         let before = self.verifier.checked.load(Ordering::SeqCst);
         let connecting =
@@ -172,51 +172,55 @@ impl Resuming {
 }
 
 #[tokio::test]
-async fn a_ticket_of_one_edge_is_good_at_another_with_the_same_keys_and_at_no_other() {
-    let fleet = Fleet::new();
-    let (one, two) = (fleet.edge(None, config()), fleet.edge(None, config()));
-    let stranger = {
-        let other = Fleet::new();
+async fn a_ticket_is_accepted_by_edges_with_the_same_keys_and_by_no_others() {
+    let cluster = Cluster::new();
+    let (one, two) = (cluster.edge(None, config()), cluster.edge(None, config()));
+    let other = {
+        let other = Cluster::new();
         for name in ["cert.der", "key.der"] {
-            fs::copy(fleet.path(name), other.path(name)).unwrap();
+            fs::copy(cluster.path(name), other.path(name)).unwrap();
         }
         other.edge(None, config())
     };
-    let client = Resuming::of(&one);
+    let client = ResumingClient::of(&one);
     assert_eq!(client.visit(&one).await, Handshake::Full);
     assert_eq!(client.visit(&two).await, Handshake::Resumed);
     assert_eq!(client.visit(&one).await, Handshake::Resumed);
-    assert_eq!(client.visit(&stranger).await, Handshake::Full);
-    assert_eq!(client.visit(&two).await, Handshake::Full, "the last ticket was the stranger's");
+    assert_eq!(client.visit(&other).await, Handshake::Full);
+    assert_eq!(
+        client.visit(&two).await,
+        Handshake::Full,
+        "the last ticket is one of the other cluster"
+    );
 }
 
 #[tokio::test]
-async fn tickets_outlive_a_rotation_on_both_sides_of_it_until_their_key_is_dropped() {
-    let fleet = Fleet::new();
-    let (slow, quick) = (fleet.edge(None, config()), fleet.edge(None, config()));
-    let client = Resuming::of(&slow);
+async fn a_ticket_is_accepted_across_one_rotation_and_refused_after_two() {
+    let cluster = Cluster::new();
+    let (slow, quick) = (cluster.edge(None, config()), cluster.edge(None, config()));
+    let client = ResumingClient::of(&slow);
     assert_eq!(client.visit(&slow).await, Handshake::Full);
-    fleet.rotate("tickets");
+    cluster.rotate("tickets");
     assert_eq!(quick.keys.reload().unwrap(), KeyReload::Changed);
     assert_eq!(quick.keys.reload().unwrap(), KeyReload::Unchanged);
     assert_eq!(client.visit(&quick).await, Handshake::Resumed);
-    // A ticket made with the new key, at an edge that has not looked at the files yet.
+    // A ticket of the new key, at an edge with the old ring.
     assert_eq!(client.visit(&slow).await, Handshake::Resumed);
-    // And one made with the old key, at an edge that has forgotten it.
-    fleet.rotate("tickets");
+    // A ticket of a key that is no longer in the ring.
+    cluster.rotate("tickets");
     quick.keys.reload().unwrap();
     assert_eq!(client.visit(&quick).await, Handshake::Full);
 }
 
 #[tokio::test]
-async fn the_watch_finds_new_keys_by_itself() {
-    let fleet = Fleet::new();
-    let (still, watching) = (fleet.edge(None, config()), fleet.edge(None, config()));
-    let client = Resuming::of(&still);
+async fn the_watch_reloads_changed_keys() {
+    let cluster = Cluster::new();
+    let (still, watching) = (cluster.edge(None, config()), cluster.edge(None, config()));
+    let client = ResumingClient::of(&still);
     client.visit(&still).await;
     assert_eq!(client.visit(&watching).await, Handshake::Resumed);
     let watch = tokio::spawn(Arc::clone(&watching.keys).watch(Duration::from_millis(5)));
-    fleet.put("tickets", &KeyRing::generate());
+    cluster.put("tickets", &KeyRing::generate());
     within(async {
         loop {
             client.visit(&still).await;
@@ -230,28 +234,27 @@ async fn the_watch_finds_new_keys_by_itself() {
 }
 
 #[tokio::test]
-async fn damaged_files_are_refused_at_the_start_and_change_nothing_later() {
-    let fleet = Fleet::new();
-    let edge = fleet.edge(None, config());
-    let client = Resuming::of(&edge);
+async fn damaged_key_files_are_refused_at_start_and_ignored_at_reload() {
+    let cluster = Cluster::new();
+    let edge = cluster.edge(None, config());
+    let client = ResumingClient::of(&edge);
     client.visit(&edge).await;
     for name in ["tickets", "tokens", "reset"] {
-        let good = fs::read(fleet.path(name)).unwrap();
+        let good = fs::read(cluster.path(name)).unwrap();
         for bad in [&[7; 5][..], &vec![0; good.len()], &[&good[..], b"\n"].concat()] {
-            fs::write(fleet.path(name), bad).unwrap();
-            let error = FleetKeys::load(fleet.files()).unwrap_err();
-            assert!(
-                matches!(error, FleetKeysError::Damaged { path, .. } if path == fleet.path(name))
-            );
+            fs::write(cluster.path(name), bad).unwrap();
+            let error = ClusterKeys::load(cluster.files()).unwrap_err();
+            let ClusterKeysError::Damaged { path, .. } = error else { panic!("{error}") };
+            assert_eq!(path, cluster.path(name));
             if name != "reset" {
                 edge.keys.reload().unwrap_err();
-                assert_eq!(edge.keys.reload().unwrap(), KeyReload::Unchanged, "complained of once");
+                assert_eq!(edge.keys.reload().unwrap(), KeyReload::Unchanged, "reported once");
             }
         }
-        fs::remove_file(fleet.path(name)).unwrap();
-        let error = FleetKeys::load(fleet.files()).unwrap_err();
-        assert!(matches!(error, FleetKeysError::Read { path, .. } if path == fleet.path(name)));
-        fs::write(fleet.path(name), good).unwrap();
+        fs::remove_file(cluster.path(name)).unwrap();
+        let error = ClusterKeys::load(cluster.files()).unwrap_err();
+        assert!(matches!(error, ClusterKeysError::Read { path, .. } if path == cluster.path(name)));
+        fs::write(cluster.path(name), good).unwrap();
     }
     assert_eq!(client.visit(&edge).await, Handshake::Resumed);
 }
@@ -261,9 +264,9 @@ fn is_retry(datagram: &[u8]) -> bool {
     datagram[0] & 0xf0 == 0xf0 && datagram[1..5] == [0, 0, 0, 1]
 }
 
-/// Has a client connect to `first`, which asks for its address, and takes its answer to `second`:
-/// whether that believes it and serves the client, or asks again.
-async fn believed(first: &Edge, second: &Edge) -> bool {
+/// Connects a client to `first`, which answers with Retry, and sends the token to `second`. Returns
+/// whether `second` accepts the token; else it answers with another Retry.
+async fn is_token_accepted(first: &Edge, second: &Edge) -> bool {
     let mut relay = Relay::to(first.harness.addr()).await;
     relay.set_down(false);
     let (dialer, addr) = (first.harness.dialer().with_connect_timeout(MINUTE), relay.addr);
@@ -272,7 +275,7 @@ async fn believed(first: &Edge, second: &Edge) -> bool {
     assert!(is_retry(&retry));
     // The client may have sent its first packet more than once.
     relay.set_up(false);
-    nothing_more_from(&mut relay).await;
+    datagrams_until_probe(&mut relay).await;
     relay.turn_to(second.harness.addr());
     relay.set_up(true);
     relay.set_down(true);
@@ -287,42 +290,44 @@ async fn believed(first: &Edge, second: &Edge) -> bool {
 }
 
 #[tokio::test]
-async fn an_address_proved_to_one_edge_is_proved_to_all() {
+async fn an_address_proved_to_one_edge_is_accepted_by_all() {
     let always = || {
         let mut config = config();
         config.limits.retry_above = 0;
         config
     };
-    let fleet = Fleet::new();
-    let (one, two) = (fleet.edge(None, always()), fleet.edge(None, always()));
-    let stranger = Fleet::new().edge(None, always());
-    assert!(believed(&one, &two).await);
-    assert!(!believed(&one, &stranger).await);
-    fleet.rotate("tokens");
+    let cluster = Cluster::new();
+    let (one, two) = (cluster.edge(None, always()), cluster.edge(None, always()));
+    let other = Cluster::new().edge(None, always());
+    assert!(is_token_accepted(&one, &two).await);
+    assert!(!is_token_accepted(&one, &other).await);
+    cluster.rotate("tokens");
     assert_eq!(two.keys.reload().unwrap(), KeyReload::Changed);
-    assert!(believed(&one, &two).await, "an old token at an edge with new keys");
-    assert!(believed(&two, &one).await, "a new token at an edge with old keys");
-    fleet.rotate("tokens");
+    assert!(is_token_accepted(&one, &two).await, "an old token at an edge with new keys");
+    assert!(is_token_accepted(&two, &one).await, "a new token at an edge with old keys");
+    cluster.rotate("tokens");
     two.keys.reload().unwrap();
-    assert!(!believed(&one, &two).await);
+    assert!(!is_token_accepted(&one, &two).await);
 }
 
-/// Has the server say something that it says to everybody, so that whatever it had to say before
-/// has been said; that it said. RFC 9000 §6: a version that nobody speaks is answered with those
-/// that are spoken.
-async fn nothing_more_from(relay: &mut Relay) -> Vec<Vec<u8>> {
-    let mut unspoken = vec![0; 1200];
-    unspoken[..5].copy_from_slice(&[0xc0, 0x0a, 0x1a, 0x2a, 0x3a]);
-    unspoken[5] = 8;
-    unspoken[14] = 8;
-    relay.send_up(&unspoken).await;
-    let mut said = Vec::new();
+/// Returns all datagrams that the server sends before it answers a probe, and so before everything
+/// that it received after.
+///
+/// The probe has an unknown version, and any server answers it with Version Negotiation (RFC 9000
+/// §6).
+async fn datagrams_until_probe(relay: &mut Relay) -> Vec<Vec<u8>> {
+    let mut probe = vec![0; 1200];
+    probe[..5].copy_from_slice(&[0xc0, 0x0a, 0x1a, 0x2a, 0x3a]);
+    probe[5] = 8;
+    probe[14] = 8;
+    relay.send_up(&probe).await;
+    let mut datagrams = Vec::new();
     loop {
         let datagram = relay.next_down().await;
         if datagram[0] & 0x80 != 0 && datagram[1..5] == [0; 4] {
-            return said;
+            return datagrams;
         }
-        said.push(datagram);
+        datagrams.push(datagram);
     }
 }
 
@@ -332,7 +337,8 @@ async fn echo(
     within(connection.call(method::ECHO, vec![7; 64].into(), 1, MINUTE)).await
 }
 
-/// The next packet of the client with a short header, large enough to be answered with a reset.
+/// Returns the next packet of the client that has a short header and is large enough to be answered
+/// with a reset.
 async fn short_packet(relay: &mut Relay) -> Vec<u8> {
     loop {
         let datagram = relay.next_up().await;
@@ -342,8 +348,8 @@ async fn short_packet(relay: &mut Relay) -> Vec<u8> {
     }
 }
 
-/// RFC 9000 §10.3: a reset ends with a token that only the key's owner can make, here from the 12
-/// bytes of our ids.
+/// Returns whether a datagram is a stateless reset: it ends with a token derived from the reset key
+/// and the 12 bytes of the connection id (RFC 9000 §10.3).
 fn is_reset(datagram: &[u8], incited_by: &[u8]) -> bool {
     let key = hmac::Key::new(hmac::HMAC_SHA256, &RESET_KEY);
     let token = hmac::sign(&key, &incited_by[1..13]);
@@ -357,10 +363,10 @@ async fn through(edge: &Edge) -> (Relay, Connection) {
 }
 
 #[tokio::test]
-async fn a_packet_that_strays_to_another_edge_ends_nothing() {
-    let fleet = Fleet::new();
+async fn a_packet_at_another_edge_does_not_end_its_connection() {
+    let cluster = Cluster::new();
     for (own, other) in [(None, None), (Some("one"), Some("two"))] {
-        let (own, other) = (fleet.edge(own, config()), fleet.edge(other, config()));
+        let (own, other) = (cluster.edge(own, config()), cluster.edge(other, config()));
         let (mut relay, connection) = through(&own).await;
         echo(&connection).await.unwrap();
         relay.forget_up();
@@ -370,7 +376,7 @@ async fn a_packet_that_strays_to_another_edge_ends_nothing() {
                 let strayed = short_packet(&mut relay).await;
                 relay.forget_down();
                 relay.send_up(&strayed).await;
-                assert_eq!(nothing_more_from(&mut relay).await, Vec::<Vec<u8>>::new());
+                assert_eq!(datagrams_until_probe(&mut relay).await, Vec::<Vec<u8>>::new());
                 relay.turn_to(own.harness.addr());
             },
             echo(&connection)
@@ -381,39 +387,39 @@ async fn a_packet_that_strays_to_another_edge_ends_nothing() {
 }
 
 #[tokio::test]
-async fn a_packet_for_an_own_connection_that_is_gone_is_answered_with_a_reset() {
-    let fleet = Fleet::new();
-    let edge = fleet.edge(None, config());
+async fn a_packet_for_an_ended_connection_is_answered_with_a_reset() {
+    let cluster = Cluster::new();
+    let edge = cluster.edge(None, config());
     let (mut relay, connection) = through(&edge).await;
     let (packet, answered) = tokio::join!(short_packet(&mut relay), echo(&connection));
     answered.unwrap();
     within(connection.close()).await;
-    // Until the server has forgotten it, it answers nothing or that it is closed.
+    // For a while the server answers with nothing, or with another close.
     within(async {
         loop {
             relay.send_up(&packet).await;
-            if nothing_more_from(&mut relay).await.iter().any(|said| is_reset(said, &packet)) {
+            if datagrams_until_probe(&mut relay).await.iter().any(|sent| is_reset(sent, &packet)) {
                 break;
             }
         }
     })
     .await;
-    // Damaged, it is nobody's.
+    // An id with an invalid MAC is ignored.
     for place in 1..13 {
         let mut damaged = packet.clone();
         damaged[place] ^= 1;
         relay.send_up(&damaged).await;
-        assert_eq!(nothing_more_from(&mut relay).await, Vec::<Vec<u8>>::new());
+        assert_eq!(datagrams_until_probe(&mut relay).await, Vec::<Vec<u8>>::new());
     }
 }
 
 #[tokio::test]
-async fn an_edge_that_is_back_under_its_name_tells_the_clients_of_its_predecessor() {
-    let fleet = Fleet::new();
-    let first = fleet.edge(Some("one"), config());
+async fn an_edge_restarted_with_its_name_resets_the_connections_of_its_previous_process() {
+    let cluster = Cluster::new();
+    let first = cluster.edge(Some("one"), config());
     let (relay, connection) = through(&first).await;
     echo(&connection).await.unwrap();
-    let again = fleet.edge(Some("one"), config());
+    let again = cluster.edge(Some("one"), config());
     relay.turn_to(again.harness.addr());
     assert_eq!(echo(&connection).await.unwrap_err(), Lost::Reset.into());
 }

@@ -1,13 +1,14 @@
-//! Connection ids that the edge which made them recognises, and no other.
+//! Connection ids that only the edge that created them recognises.
 //!
-//! A packet for a connection that an edge does not know is answered with a stateless reset, which
-//! ends the connection at the client. Behind a balancer that goes by addresses, such packets are
-//! often for a connection of *another* edge, strayed since the client's address changed; and with a
-//! reset key that all edges share, every edge could end every connection, for everybody who has
-//! seen one of its packets (RFC 9000 §21.11). So an id is `random 8 ‖ MAC 4`, the MAC under a key
-//! of the one edge, and only ids whose MAC is right are answered: connections that this edge has
-//! had and has no more. For the others there is silence: the connection is where it was, and goes
-//! on when packets find it again.
+//! An edge answers a packet for an unknown connection with a stateless reset, which ends the
+//! connection at the client. If a balancer routes by address, such a packet often belongs to a
+//! connection of *another* edge, because the client's address has changed. All edges share the
+//! reset key, so any edge could end any connection after seeing one of its packets (RFC 9000
+//! §21.11).
+//!
+//! So an id is `random 8 ‖ MAC 4`, with a MAC key that differs between edges. An edge answers only
+//! ids with a valid MAC, which belong to its own ended connections. It ignores all others: the
+//! connection continues at its edge once packets reach that edge again.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,27 +17,28 @@ use quinn::{ConnectionId, ConnectionIdGenerator};
 use quinn_proto::InvalidCid;
 
 const RANDOM_LEN: usize = 8;
-/// One id in 2³² of another edge is taken for an own one.
+/// Of the ids of other edges, an edge recognises one in 2³² as its own.
 const MAC_LEN: usize = 4;
 const LEN: usize = RANDOM_LEN + MAC_LEN;
 
-/// The key by which an edge recognises its own ids.
+/// The key with which an edge recognises its own ids.
 #[derive(Clone)]
-pub(crate) struct Recognised {
+pub(crate) struct ConnectionIdKey {
     key: Arc<hmac::Key>,
 }
 
-impl Recognised {
-    /// As long as the process runs.
-    pub(crate) fn while_running() -> Self {
+impl ConnectionIdKey {
+    /// Creates a random key, with which ids are recognised until the process ends.
+    pub(crate) fn random() -> Self {
         let mut key = [0; 32];
-        aws_lc_rs::rand::fill(&mut key).expect("the operating system gives randomness");
+        aws_lc_rs::rand::fill(&mut key).expect("the operating system provides randomness");
         Self { key: Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &key)) }
     }
 
-    /// Also after a restart under the same name. Reset tokens are made with the same key from 12
-    /// bytes, which the label is not.
-    pub(crate) fn by_name(reset: &hmac::Key, edge: &str) -> Self {
+    /// Derives the key from the reset key and the edge's name. The same after a restart.
+    ///
+    /// Reset tokens are MACs of 12 bytes under the same key. The label here has another length.
+    pub(crate) fn derive(reset: &hmac::Key, edge: &str) -> Self {
         let label = [b"qpq connection ids v1 of ", edge.as_bytes()].concat();
         let key = hmac::sign(reset, &label);
         Self { key: Arc::new(hmac::Key::new(hmac::HMAC_SHA256, key.as_ref())) }
@@ -47,18 +49,18 @@ impl Recognised {
     }
 }
 
-/// The generator of one endpoint.
-pub(crate) fn generator(recognised: &Recognised) -> Box<dyn ConnectionIdGenerator> {
-    Box::new(Ids(recognised.clone()))
+/// Returns the generator of one endpoint.
+pub(crate) fn generator(key: &ConnectionIdKey) -> Box<dyn ConnectionIdGenerator> {
+    Box::new(Ids(key.clone()))
 }
 
-struct Ids(Recognised);
+struct Ids(ConnectionIdKey);
 
 impl ConnectionIdGenerator for Ids {
     fn generate_cid(&mut self) -> ConnectionId {
         let mut id = [0; LEN];
         aws_lc_rs::rand::fill(&mut id[..RANDOM_LEN])
-            .expect("the operating system gives randomness");
+            .expect("the operating system provides randomness");
         let mac = self.0.mac(&id[..RANDOM_LEN]);
         id[RANDOM_LEN..].copy_from_slice(&mac);
         ConnectionId::new(&id)
@@ -83,9 +85,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_edge_recognises_its_own_ids_and_those_it_made_before_a_restart() {
+    fn an_edge_recognises_its_own_ids_also_after_a_restart() {
         let reset = hmac::Key::new(hmac::HMAC_SHA256, &[7; 32]);
-        let named = |name| Ids(Recognised::by_name(&reset, name));
+        let named = |name| Ids(ConnectionIdKey::derive(&reset, name));
         let mut one = named("one");
         let id = one.generate_cid();
         assert_eq!(id.len(), one.cid_len());
@@ -93,14 +95,14 @@ mod tests {
         assert!(one.validate(&id).is_ok());
         assert!(named("one").validate(&id).is_ok());
         assert!(named("two").validate(&id).is_err());
-        assert!(Ids(Recognised::while_running()).validate(&id).is_err());
+        assert!(Ids(ConnectionIdKey::random()).validate(&id).is_err());
         let other = hmac::Key::new(hmac::HMAC_SHA256, &[8; 32]);
-        assert!(Ids(Recognised::by_name(&other, "one")).validate(&id).is_err());
+        assert!(Ids(ConnectionIdKey::derive(&other, "one")).validate(&id).is_err());
     }
 
     #[test]
-    fn noise_of_any_length_is_nobodys() {
-        let ids = Ids(Recognised::while_running());
+    fn an_id_of_any_length_without_a_valid_mac_is_not_recognised() {
+        let ids = Ids(ConnectionIdKey::random());
         for len in 0..=20 {
             assert!(ids.validate(&ConnectionId::new(&vec![7; len])).is_err(), "{len}");
         }

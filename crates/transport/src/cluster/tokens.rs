@@ -1,8 +1,8 @@
-//! The tokens of Retry, by which a client proves its address, made on one edge and taken on any.
+//! Retry tokens, with which a client proves its address, issued by one edge and accepted by all.
 //!
-//! A token that cannot be opened counts as none, but after a Retry that is fatal: the client checks
-//! which connection id the Retry answered, and a server that did not understand the token tells
-//! another. So all three keys are tried.
+//! quinn treats a token that it cannot open like a missing one. After a Retry that is fatal: such a
+//! server cannot repeat the original connection id, which the client verifies. So all three keys
+//! are tried.
 
 use std::sync::Arc;
 
@@ -10,13 +10,13 @@ use arc_swap::ArcSwap;
 use aws_lc_rs::hkdf::{HKDF_SHA256, Prk, Salt};
 use quinn::crypto::{AeadKey, CryptoError, HandshakeTokenKey};
 
-use super::KeyRing;
+use super::ring::KeyRing;
 
 pub(crate) struct Tokens {
     keys: ArcSwap<[Prk; 3]>,
 }
 
-/// The keys for one token, which quinn derives from what is random in it.
+/// The keys for one token, derived from its random part.
 struct TokenKey {
     keys: Arc<[Prk; 3]>,
     random: Vec<u8>,
@@ -27,7 +27,7 @@ impl Tokens {
         Self { keys: ArcSwap::from_pointee(extract(ring)) }
     }
 
-    pub(super) fn exchange(&self, ring: &KeyRing) {
+    pub(super) fn replace(&self, ring: &KeyRing) {
         self.keys.store(extract(ring).into());
     }
 }
@@ -55,7 +55,7 @@ impl AeadKey for TokenKey {
         additional_data: &[u8],
     ) -> Result<&'a mut [u8], CryptoError> {
         for key in &*self.keys {
-            // An attempt with the wrong key leaves nothing to try again with.
+            // Opened in a copy, because an attempt with a wrong key destroys the data.
             let mut attempt = data.to_vec();
             if let Ok(opened) = key.aead_from_hkdf(&self.random).open(&mut attempt, additional_data)
             {
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn edges_on_either_side_of_a_rotation_take_each_others_tokens() {
+    fn edges_before_and_after_a_rotation_accept_each_others_tokens() {
         let ring = KeyRing::generate();
         let (old, new) = (Tokens::new(&ring), Tokens::new(&ring.rotated()));
         assert!(opens(&old, sealed(&old)));
@@ -93,13 +93,13 @@ mod tests {
         let ring = ring.rotated().rotated();
         let newest = Tokens::new(&ring);
         assert!(!opens(&newest, sealed(&old)));
-        new.exchange(&ring);
+        new.replace(&ring);
         assert!(!opens(&new, sealed(&old)));
         assert!(opens(&new, sealed(&newest)));
     }
 
     #[test]
-    fn strangers_and_the_damaged_are_refused() {
+    fn tokens_of_other_clusters_and_damaged_tokens_are_refused() {
         let tokens = Tokens::new(&KeyRing::generate());
         assert!(!opens(&tokens, sealed(&Tokens::new(&KeyRing::generate()))));
         let token = sealed(&tokens);

@@ -66,7 +66,7 @@ pub const CLUSTER_ID: &str = "cluster-id";
 
 /// A complete directory of shared secrets.
 #[derive(Clone, Debug)]
-pub struct FleetDir(DataDir);
+pub struct ClusterDir(DataDir);
 
 /// The id of a cluster, not secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,7 +79,7 @@ pub struct ParseClusterIdError;
 
 /// The reason why the directory cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum FleetDirError {
+pub enum ClusterDirError {
     #[error(
         "there is no directory {path}. For a new cluster, create it with `qpq-admin init --out \
          {path}`; for an existing cluster, copy its directory here from another edge or a backup"
@@ -104,20 +104,20 @@ pub enum FleetDirError {
     Read { path: PathBuf, source: io::Error },
 }
 
-impl FleetDir {
+impl ClusterDir {
     /// Opens the directory at `path` and checks that all its files exist.
-    pub fn open(path: impl Into<PathBuf>) -> Result<Self, FleetDirError> {
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, ClusterDirError> {
         let path = path.into();
         if !path.is_dir() {
-            return Err(FleetDirError::NoDirectory { path });
+            return Err(ClusterDirError::NoDirectory { path });
         }
         let secrets = SECRETS.iter().map(|file| file.name);
         for name in secrets.chain([CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID]) {
             let path = path.join(name);
             match path.try_exists() {
                 Ok(true) => {}
-                Ok(false) => return Err(FleetDirError::Missing { path }),
-                Err(source) => return Err(FleetDirError::Read { path, source }),
+                Ok(false) => return Err(ClusterDirError::Missing { path }),
+                Err(source) => return Err(ClusterDirError::Read { path, source }),
             }
         }
         Ok(Self(DataDir(path)))
@@ -134,29 +134,29 @@ impl FleetDir {
     }
 
     /// Returns the secret in `file`.
-    pub fn secret(&self, file: SecretFile) -> Result<Zeroizing<Vec<u8>>, FleetDirError> {
+    pub fn secret(&self, file: SecretFile) -> Result<Zeroizing<Vec<u8>>, ClusterDirError> {
         // Kubernetes mounts the files of a Secret readable for a group that the server's user is
         // in.
         match self.0.read(file, OTHERS) {
             Ok(Some(secret)) => Ok(secret),
-            Ok(None) => Err(FleetDirError::Missing { path: self.file(file.name) }),
+            Ok(None) => Err(ClusterDirError::Missing { path: self.file(file.name) }),
             Err(DataDirError::Damaged { path, found, expected, if_lost }) => {
-                Err(FleetDirError::Damaged { path, found, expected, if_lost })
+                Err(ClusterDirError::Damaged { path, found, expected, if_lost })
             }
-            Err(DataDirError::Read { path, source }) => Err(FleetDirError::Read { path, source }),
-            Err(other) => Err(FleetDirError::Read {
+            Err(DataDirError::Read { path, source }) => Err(ClusterDirError::Read { path, source }),
+            Err(other) => Err(ClusterDirError::Read {
                 path: self.file(file.name),
                 source: io::Error::other(other),
             }),
         }
     }
 
-    pub fn cluster_id(&self) -> Result<ClusterId, FleetDirError> {
+    pub fn cluster_id(&self) -> Result<ClusterId, ClusterDirError> {
         let path = self.file(CLUSTER_ID);
-        let text =
-            fs::read(&path).map_err(|source| FleetDirError::Read { path: path.clone(), source })?;
+        let text = fs::read(&path)
+            .map_err(|source| ClusterDirError::Read { path: path.clone(), source })?;
         let text = String::from_utf8_lossy(&text);
-        text.trim_end().parse().map_err(|source| FleetDirError::Id { path, source })
+        text.trim_end().parse().map_err(|source| ClusterDirError::Id { path, source })
     }
 
     /// Replaces the secret in `file` atomically, with mode 0600.
@@ -208,11 +208,11 @@ mod tests {
     #[test]
     fn a_complete_directory_is_read() {
         let dir = complete_directory();
-        let fleet = FleetDir::open(dir.path()).unwrap();
-        assert_eq!(*fleet.secret(TICKET_KEYS).unwrap(), [7; 96]);
-        assert_eq!(fleet.cluster_id().unwrap(), ClusterId::new([1; 16]));
-        fleet.replace(TICKET_KEYS, &[8; 96]).unwrap();
-        assert_eq!(*fleet.secret(TICKET_KEYS).unwrap(), [8; 96]);
+        let cluster = ClusterDir::open(dir.path()).unwrap();
+        assert_eq!(*cluster.secret(TICKET_KEYS).unwrap(), [7; 96]);
+        assert_eq!(cluster.cluster_id().unwrap(), ClusterId::new([1; 16]));
+        cluster.replace(TICKET_KEYS, &[8; 96]).unwrap();
+        assert_eq!(*cluster.secret(TICKET_KEYS).unwrap(), [8; 96]);
     }
 
     #[test]
@@ -224,12 +224,12 @@ mod tests {
         for path in names {
             let away = fs::read(&path).unwrap();
             fs::remove_file(&path).unwrap();
-            let message = FleetDir::open(dir.path()).unwrap_err().to_string();
+            let message = ClusterDir::open(dir.path()).unwrap_err().to_string();
             assert!(message.starts_with(&format!("{} is missing", path.display())), "{message}");
             assert!(message.contains("qpq-admin init"), "{message}");
             fs::write(&path, away).unwrap();
         }
-        let message = FleetDir::open(dir.path().join("none")).unwrap_err().to_string();
+        let message = ClusterDir::open(dir.path().join("none")).unwrap_err().to_string();
         assert!(
             message.contains("there is no directory") && message.contains("qpq-admin init --out"),
             "{message}"
@@ -239,13 +239,13 @@ mod tests {
     #[test]
     fn damaged_files_are_named_with_what_to_do() {
         let dir = complete_directory();
-        let fleet = FleetDir::open(dir.path()).unwrap();
+        let cluster = ClusterDir::open(dir.path()).unwrap();
         for file in SECRETS {
-            fs::write(fleet.file(file.name), b"short").unwrap();
-            let message = fleet.secret(file).unwrap_err().to_string();
+            fs::write(cluster.file(file.name), b"short").unwrap();
+            let message = cluster.secret(file).unwrap_err().to_string();
             let expected = format!(
                 "{} is damaged: it has 5 bytes instead of",
-                fleet.file(file.name).display()
+                cluster.file(file.name).display()
             );
             assert!(
                 message.starts_with(&expected) && message.contains("qpq-admin init"),
@@ -255,8 +255,8 @@ mod tests {
         for bad in
             ["", "01", "0101010101010101010101010101010G", "+1010101010101010101010101010101"]
         {
-            fs::write(fleet.file(CLUSTER_ID), bad).unwrap();
-            let message = fleet.cluster_id().unwrap_err().to_string();
+            fs::write(cluster.file(CLUSTER_ID), bad).unwrap();
+            let message = cluster.cluster_id().unwrap_err().to_string();
             assert!(
                 message.contains("cluster-id is damaged") && message.contains("qpq-admin init"),
                 "{message}"

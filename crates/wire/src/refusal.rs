@@ -1,0 +1,30 @@
+//! The reasons for which a server refuses a request before it runs the call, or instead of its
+//! reply.
+
+/// The reason why a request is refused without a reply of its method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// The announced payload is above [`MAX_PAYLOAD`](crate::MAX_PAYLOAD). Nothing of it was read.
+    TooLarge,
+    /// The stream ended inside the frame, or continued after it.
+    Malformed,
+    /// The request was not complete in time.
+    Timeout,
+    /// The call panicked, or its reply does not fit a frame.
+    Internal,
+}
+
+impl Refusal {
+    /// All reasons.
+    pub const ALL: [Self; 4] = [Self::TooLarge, Self::Malformed, Self::Timeout, Self::Internal];
+
+    /// Returns the name of the reason in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::TooLarge => "too_large",
+            Self::Malformed => "malformed",
+            Self::Timeout => "timeout",
+            Self::Internal => "internal",
+        }
+    }
+}
