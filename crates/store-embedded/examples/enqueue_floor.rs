@@ -50,9 +50,9 @@ struct Cost {
 }
 
 fn cpu() -> Duration {
-    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("it always answers");
+    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("supported");
     let micros = (usage.user_time() + usage.system_time()).num_microseconds();
-    Duration::from_micros(u64::try_from(micros).expect("time passes"))
+    Duration::from_micros(u64::try_from(micros).expect("not negative"))
 }
 
 /// Runs `count` operations, [`IN_FLIGHT`] at a time.
@@ -174,7 +174,8 @@ async fn floor() {
 // The store
 // -----------------------------------------------------------------------------------------------
 
-/// A store with this many accounts, made past the ports because a million take a while.
+/// Opens a store with this many accounts. Inserts them without the ports, because a million take
+/// long there.
 async fn store_with(path: &Path, accounts: u64) -> EmbeddedStore {
     let delivery = Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..Delivery::default() };
     let limits = Limits { delivery, ..Limits::default() };
@@ -183,7 +184,8 @@ async fn store_with(path: &Path, accounts: u64) -> EmbeddedStore {
         SqliteConnectOptions::new().filename(path.join("qpq.db")).connect().await.expect("connect");
     for sql in [
         "WITH RECURSIVE n (id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n WHERE id < ?1)
-         INSERT INTO account SELECT id, 'user' || id, unhex(printf('%064x', id)), zeroblob(192), 0 FROM n",
+         INSERT INTO account (id, username, identity, opaque_record, created_at)
+         SELECT id, 'user' || id, unhex(printf('%064x', id)), zeroblob(192), 0 FROM n",
         "INSERT INTO inbox (id) SELECT id FROM account WHERE id <= ?1",
     ] {
         let bound = i64::try_from(accounts).expect("few enough");
@@ -193,7 +195,7 @@ async fn store_with(path: &Path, accounts: u64) -> EmbeddedStore {
     EmbeddedStore::open(path, limits).await.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// The identity that [`store_with`] gave this account, counted from 0.
+/// Returns the identity key of an account of [`store_with`], counted from 0.
 fn identity(n: u64) -> IdentityKey {
     let mut bytes = [0; 32];
     bytes[24..].copy_from_slice(&(n + 1).to_be_bytes());
@@ -213,7 +215,7 @@ fn message(to: u64, id: Option<u64>) -> NewMessage {
     }
 }
 
-/// Spreads `n` over the inboxes as if at random.
+/// Returns the inbox of message `n`, pseudo-random.
 fn recipient(n: u64, inboxes: u64) -> u64 {
     n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31) % inboxes
 }
@@ -310,7 +312,7 @@ async fn depth() {
         peek.print("  peek at one", p);
         enqueue.print("  enqueue", e);
         fetch.print("  fetch and complete one", f);
-        // Concurrent fetches of one inbox often find the one message leased; remove what they left.
+        // Concurrent fetches of one inbox often find its message leased. Removes what they left.
         let page = PageLimit { messages: u32::MAX, bytes: usize::MAX };
         let left = stores.inboxes.peek(all(0), Seq::ZERO, page, NOW).await.expect("peek").envelopes;
         if let Some(last) =
