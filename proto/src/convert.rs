@@ -3,9 +3,7 @@
 
 use std::num::NonZeroU32;
 
-use qpq_domain::{
-    ChannelId, DeviceId, IdentityKey, InvalidUsername, MAX_BATCH, MessageId, Username, WrongLength,
-};
+use qpq_domain::{ChannelId, DeviceId, IdentityKey, MAX_BATCH, MessageId, WrongLength};
 
 /// The refusal of a request field. The field's name is returned to the client, the reason is
 /// logged.
@@ -24,18 +22,12 @@ pub enum FieldReason {
     /// The value has the wrong length.
     #[error(transparent)]
     Length(#[from] WrongLength),
-    /// The value is not a username.
-    #[error(transparent)]
-    Username(#[from] InvalidUsername),
     /// The list is too long.
     #[error("at most {max} are allowed")]
     TooMany {
         /// The maximum length.
         max: usize,
     },
-    /// The field excludes other fields that are set.
-    #[error("must not be set together with other fields")]
-    Conflict,
 }
 
 impl FieldError {
@@ -82,26 +74,6 @@ pub fn message_id(bytes: &[u8], field: &'static str) -> Result<Option<MessageId>
     optional(bytes, field)
 }
 
-/// Parses a username of this server and returns its canonical form.
-pub fn username(raw: &str, field: &'static str) -> Result<Username, FieldError> {
-    Username::parse(raw).map_err(|reason| FieldError::new(field, reason))
-}
-
-/// Parses exactly `N` bytes, such as a signature or a hash.
-pub fn exact<const N: usize>(bytes: &[u8], field: &'static str) -> Result<[u8; N], FieldError> {
-    bytes
-        .try_into()
-        .map_err(|_| FieldError::new(field, WrongLength { expected: N, actual: bytes.len() }))
-}
-
-/// Parses `N` bytes, or empty for `None`.
-pub fn optional_exact<const N: usize>(
-    bytes: &[u8],
-    field: &'static str,
-) -> Result<Option<[u8; N]>, FieldError> {
-    if bytes.is_empty() { Ok(None) } else { exact(bytes, field).map(Some) }
-}
-
 /// Parses a maximum number of results: `None` for 0, which means as many as fit.
 pub fn limit(limit: u32) -> Option<NonZeroU32> {
     NonZeroU32::new(limit)
@@ -139,8 +111,6 @@ mod tests {
         let refused = identity_key(&[7; 31], "recipient_key").expect_err("too short");
         assert_eq!(refused, FieldError { field: "recipient_key", reason: length(32, 31) });
         assert_eq!(refused.to_string(), "recipient_key: expected 32 bytes, got 31");
-        let refused = username("a@b", "username").expect_err("no name has an @");
-        assert_eq!(refused, FieldError::new("username", InvalidUsername::Forbidden));
     }
 
     #[test]
@@ -148,10 +118,8 @@ mod tests {
         assert_eq!(device_id(&[], "f"), Ok(None));
         assert_eq!(message_id(&[], "f"), Ok(None));
         assert_eq!(optional_identity_key(&[], "f"), Ok(None));
-        assert_eq!(optional_exact::<64>(&[], "f"), Ok(None));
         assert_eq!(channel_id(&[], "f"), Ok(ChannelId::DEFAULT));
         assert_eq!(identity_key(&[], "f"), Err(FieldError::new("f", length(32, 0))));
-        assert_eq!(exact::<64>(&[], "f"), Err(FieldError::new("f", length(64, 0))));
     }
 
     #[test]
@@ -160,7 +128,6 @@ mod tests {
         assert_eq!(message_id(&[7; 16], "f"), Ok(Some(MessageId::new([7; 16]))));
         assert_eq!(channel_id(&[7; 16], "f"), Ok(ChannelId::new([7; 16])));
         assert_eq!(optional_identity_key(&[7; 32], "f"), Ok(Some(IdentityKey::new([7; 32]))));
-        assert_eq!(optional_exact(&[7; 64], "f"), Ok(Some([7; 64])));
         for len in [1, 15, 17, 32] {
             let bytes = vec![0; len];
             assert_eq!(device_id(&bytes, "f"), Err(FieldError::new("f", length(16, len))));

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use crate::v1::FetchWaitRequest;
+
 /// The time that FetchWait has in addition to the requested wait.
 const WAIT_GRACE: Duration = Duration::from_secs(5);
 
@@ -42,6 +44,59 @@ impl DeadlineClass {
             Self::Blob => "blob",
             Self::Wait => "wait",
         }
+    }
+}
+
+/// A marker for the deadline class of a method with request `R`. The row of a method whose request
+/// names no time to wait cannot name [`Wait`].
+pub trait Deadline<R>: 'static {
+    /// The same as a value.
+    const CLASS: DeadlineClass;
+
+    /// Returns the time to wait in milliseconds as the request names it, 0 for the server's
+    /// default. `None` if the method does not wait.
+    fn requested_wait(request: &R) -> Option<u64>;
+}
+
+/// A request that names a time to wait.
+pub trait Waits {
+    /// Returns that time in milliseconds, 0 for the server's default.
+    fn timeout_ms(&self) -> u64;
+}
+
+macro_rules! markers {
+    ($($name:ident)+) => {$(
+        #[doc = concat!("Marks methods of [`DeadlineClass::", stringify!($name), "`].")]
+        #[derive(Debug)]
+        pub enum $name {}
+
+        impl<R> Deadline<R> for $name {
+            const CLASS: DeadlineClass = DeadlineClass::$name;
+
+            fn requested_wait(_: &R) -> Option<u64> {
+                None
+            }
+        }
+    )+};
+}
+
+markers! { Health Standard Blob }
+
+/// Marks methods of [`DeadlineClass::Wait`].
+#[derive(Debug)]
+pub enum Wait {}
+
+impl<R: Waits> Deadline<R> for Wait {
+    const CLASS: DeadlineClass = DeadlineClass::Wait;
+
+    fn requested_wait(request: &R) -> Option<u64> {
+        Some(request.timeout_ms())
+    }
+}
+
+impl Waits for FetchWaitRequest {
+    fn timeout_ms(&self) -> u64 {
+        self.timeout_ms
     }
 }
 

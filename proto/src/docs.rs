@@ -9,6 +9,7 @@ use crate::{
     event::EventType,
     limits::{LimitClass, LimitDefault},
     methods::{METHODS, MethodInfo},
+    retry::RetryPolicy,
     status::Status,
 };
 
@@ -19,6 +20,7 @@ pub fn rpc_markdown() -> String {
     authentication(&mut page);
     limits(&mut page);
     deadlines(&mut page);
+    retries(&mut page);
     statuses(&mut page);
     events(&mut page);
     page
@@ -44,22 +46,23 @@ fn methods(page: &mut String) {
     line(
         page,
         format_args!(
-            "| id | method | authentication | limit | deadline | largest request | \
+            "| id | method | authentication | limit | deadline | largest request | retry | \
              request → response | | description |"
         ),
     );
-    line(page, format_args!("|---|---|---|---|---|---|---|---|---|"));
+    line(page, format_args!("|---|---|---|---|---|---|---|---|---|---|"));
     for method in METHODS {
         let MethodInfo { id, name, doc, request, response, auth, .. } = method;
-        let MethodInfo { limit, deadline, largest_request, served, .. } = method;
+        let MethodInfo { limit, deadline, largest_request, retry, served, .. } = method;
         line(
             page,
             format_args!(
-                "| {id} | {name} | {} | {} | {} | {} | `{request}` → `{response}` | {} | {doc} |",
+                "| {id} | {name} | {} | {} | {} | {} | {} | `{request}` → `{response}` | {} | {doc} |",
                 auth.name(),
                 limit.name(),
                 deadline.name(),
                 largest_request.name(),
+                retry.name(),
                 if *served { "served" } else { "later" },
             ),
         );
@@ -107,6 +110,21 @@ fn deadlines(page: &mut String) {
         let own = if class == DeadlineClass::Wait { "the requested wait + " } else { "" };
         let seconds = class.duration(std::time::Duration::ZERO).as_secs();
         line(page, format_args!("| {} | {own}{seconds} s |", class.name()));
+    }
+}
+
+fn retries(page: &mut String) {
+    line(page, format_args!("\n## Retry policies\n"));
+    line(
+        page,
+        format_args!(
+            "Whether a client may repeat a call whose outcome is unknown. After `RateLimited` and\n\
+             `Unavailable`, which have no effect, it may repeat every call.\n"
+        ),
+    );
+    line(page, format_args!("| policy | meaning |\n|---|---|"));
+    for policy in RetryPolicy::ALL {
+        line(page, format_args!("| {} | {} |", policy.name(), policy.doc()));
     }
 }
 

@@ -3,7 +3,10 @@
 use bytes::Bytes;
 use prost::{DecodeError, Message};
 
-use crate::v1::{DrainingEvent, KeyPackagesLowEvent, MessageEvent, SessionRevokedEvent, WakeEvent};
+use crate::v1::{
+    DevicesChangedEvent, DrainingEvent, KeyPackagesLowEvent, MessageEvent, SessionRevokedEvent,
+    WakeEvent,
+};
 
 /// The type number in an event frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -19,12 +22,20 @@ pub enum EventType {
     Draining = 4,
     /// Few KeyPackages are left.
     KeyPackagesLow = 5,
+    /// The devices of the account have changed.
+    DevicesChanged = 6,
 }
 
 impl EventType {
     /// All types, by number.
-    pub const ALL: [Self; 5] =
-        [Self::Wake, Self::Message, Self::SessionRevoked, Self::Draining, Self::KeyPackagesLow];
+    pub const ALL: [Self; 6] = [
+        Self::Wake,
+        Self::Message,
+        Self::SessionRevoked,
+        Self::Draining,
+        Self::KeyPackagesLow,
+        Self::DevicesChanged,
+    ];
 
     /// Returns the number on the wire.
     pub const fn code(self) -> u16 {
@@ -45,6 +56,7 @@ impl EventType {
             Self::SessionRevoked => "SessionRevoked",
             Self::Draining => "Draining",
             Self::KeyPackagesLow => "KeyPackagesLow",
+            Self::DevicesChanged => "DevicesChanged",
         }
     }
 }
@@ -58,6 +70,7 @@ pub enum Event {
     SessionRevoked(SessionRevokedEvent),
     Draining(DrainingEvent),
     KeyPackagesLow(KeyPackagesLowEvent),
+    DevicesChanged(DevicesChangedEvent),
 }
 
 impl Event {
@@ -69,6 +82,7 @@ impl Event {
             Self::SessionRevoked(_) => EventType::SessionRevoked,
             Self::Draining(_) => EventType::Draining,
             Self::KeyPackagesLow(_) => EventType::KeyPackagesLow,
+            Self::DevicesChanged(_) => EventType::DevicesChanged,
         }
     }
 
@@ -80,6 +94,7 @@ impl Event {
             Self::SessionRevoked(event) => event.encode_to_vec(),
             Self::Draining(event) => event.encode_to_vec(),
             Self::KeyPackagesLow(event) => event.encode_to_vec(),
+            Self::DevicesChanged(event) => event.encode_to_vec(),
         };
         bytes.into()
     }
@@ -96,6 +111,9 @@ impl Event {
             EventType::Draining => Self::Draining(DrainingEvent::decode(payload)?),
             EventType::KeyPackagesLow => {
                 Self::KeyPackagesLow(KeyPackagesLowEvent::decode(payload)?)
+            }
+            EventType::DevicesChanged => {
+                Self::DevicesChanged(DevicesChangedEvent::decode(payload)?)
             }
         };
         Ok(Some(event))
@@ -117,6 +135,7 @@ mod tests {
             Event::SessionRevoked(SessionRevokedEvent { reason: "logout".into() }),
             Event::Draining(DrainingEvent { deadline_ms: 30_000 }),
             Event::KeyPackagesLow(KeyPackagesLowEvent { available: 3 }),
+            Event::DevicesChanged(DevicesChangedEvent {}),
         ];
         for (event, number) in events.into_iter().zip(1..) {
             assert_eq!(event.event_type().code(), number);
@@ -126,7 +145,7 @@ mod tests {
 
     #[test]
     fn an_unknown_event_is_ignored_and_a_malformed_one_is_an_error() {
-        assert_eq!(Event::decode(6, Bytes::from_static(b"\xff")), Ok(None));
+        assert_eq!(Event::decode(7, Bytes::from_static(b"\xff")), Ok(None));
         assert_eq!(Event::decode(0, Bytes::new()), Ok(None));
         assert!(Event::decode(1, Bytes::from_static(b"\xff")).is_err());
     }

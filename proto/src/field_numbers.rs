@@ -76,6 +76,11 @@ fn auth() {
         &[number(1, 1), data(15, "t")],
     );
     assert_encoding(LogoutResponse { revoked: 2 }, &[number(1, 2)]);
+    assert_encoding(
+        ChangePasswordRequest { upload: b("up"), session_token: b("t") },
+        &[data(1, "up"), data(15, "t")],
+    );
+    assert_encoding(ChangePasswordResponse { revoked: 2 }, &[number(1, 2)]);
 }
 
 #[test]
@@ -105,6 +110,8 @@ fn sending() {
             messages: vec![request],
             expected_epoch: 7,
             commit: true,
+            group_info: b("gi"),
+            to_members: true,
             session_token: b("t"),
         },
         &[
@@ -117,6 +124,8 @@ fn sending() {
             data(6, fields.concat()),
             number(7, 7),
             number(8, 1),
+            data(9, "gi"),
+            number(10, 1),
             data(15, "t"),
         ],
     );
@@ -276,6 +285,19 @@ fn moderation() {
         BannedUserEntry { identity_key: b("ik"), reason: "r".into(), banned_at: 3, expires_at: 4 };
     let banned_fields = [data(1, "ik"), data(2, "r"), number(3, 3), number(4, 4)];
     assert_encoding(ListBannedResponse { users: vec![banned] }, &[data(1, banned_fields.concat())]);
+}
+
+#[test]
+fn blocks() {
+    assert_encoding(
+        BlockUserRequest { identity_key: b("ik"), unblock: true, session_token: b("t") },
+        &[data(1, "ik"), number(2, 1), data(15, "t")],
+    );
+    assert_encoding(BlockUserResponse { success: true }, &[number(1, 1)]);
+    assert_encoding(
+        ListBlockedResponse { identity_keys: vec![b("k1"), b("k2")] },
+        &[data(1, "k1"), data(1, "k2")],
+    );
 }
 
 #[test]

@@ -15,6 +15,7 @@ pub mod docs;
 pub mod event;
 pub mod limits;
 pub mod methods;
+pub mod retry;
 pub mod session;
 pub mod status;
 
@@ -24,6 +25,7 @@ pub use deadlines::DeadlineClass;
 pub use event::{Event, EventType};
 pub use limits::{LimitClass, LimitDefault, LimitSubject};
 pub use methods::{METHODS, Method, MethodInfo, RequestSize};
+pub use retry::RetryPolicy;
 pub use status::Status;
 
 /// The generated messages; the `.proto` files document them. `Debug` shows only whether a secret

@@ -253,7 +253,7 @@ impl LimitClass {
             ),
             Self::Account => row(
                 "account",
-                "Deletion of an account.",
+                "Changing the password, and deleting the account.",
                 const { &[budget(Account, 10, 10, HOUR)] },
             ),
         }

@@ -1,18 +1,14 @@
 //! One call as bytes: the request with its session token, the answer as a message or a
 //! [`ServerError`], how long it may take, and whether it may be made twice.
 
-use std::{any::Any, time::Duration};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use prost::Message as _;
 use qpq_domain::SessionToken;
 use qpq_proto::{
-    AuthKind, DeadlineClass, Method, Status,
-    session::append_session_token,
-    v1::{
-        BatchEnqueueRequest, EnqueueRequest, ErrorDetail, FetchWaitRequest,
-        OpaqueLoginFinishRequest,
-    },
+    AuthKind, Method, Status, deadlines::Deadline as _, retry::Retry as _,
+    session::append_session_token, v1::ErrorDetail,
 };
 
 use crate::error::{CallError, ServerError};
@@ -55,41 +51,27 @@ pub(crate) fn decode<M: Method>(status: u8, payload: Bytes) -> Result<M::Respons
     }
 }
 
-/// How long the answer to one try may take.
+/// Returns the time limit of one attempt.
 pub(crate) fn time_limit<M: Method>(request: &M::Request) -> Duration {
-    let asked = match (request as &dyn Any).downcast_ref::<FetchWaitRequest>() {
-        Some(FetchWaitRequest { timeout_ms: 0, .. }) => DEFAULT_WAIT,
-        Some(request) => Duration::from_millis(request.timeout_ms).min(MAX_WAIT),
+    let wait = match M::Deadline::requested_wait(request) {
+        Some(0) => DEFAULT_WAIT,
+        Some(timeout_ms) => Duration::from_millis(timeout_ms).min(MAX_WAIT),
         None => Duration::ZERO,
     };
-    debug_assert!(asked.is_zero() || M::INFO.deadline == DeadlineClass::Wait);
-    M::INFO.deadline.duration(asked) + GRACE
+    M::INFO.deadline.duration(wait) + GRACE
 }
 
-/// Whether a call that may have had its effect can be made once more.
+/// Whether a call whose outcome is unknown can be repeated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Repeat {
     Safe,
-    /// It would act twice, or is bound to the connection it was made on.
+    /// It could take effect twice, or is bound to its connection.
     Unsafe,
 }
 
-/// The protocol makes every method safe to repeat, but a message needs its id for that, and a login
-/// its connection.
-pub(crate) fn repeat<R: Any>(request: &R) -> Repeat {
-    let request: &dyn Any = request;
-    let is_safe = if let Some(enqueue) = request.downcast_ref::<EnqueueRequest>() {
-        !enqueue.message_id.is_empty()
-    } else if let Some(batch) = request.downcast_ref::<BatchEnqueueRequest>() {
-        let all_named = batch.messages.iter().all(|message| !message.message_id.is_empty());
-        // A repeated commit would be refused as stale although the first was accepted.
-        let is_named =
-            if batch.messages.is_empty() { !batch.message_id.is_empty() } else { all_named };
-        is_named && !batch.commit
-    } else {
-        !request.is::<OpaqueLoginFinishRequest>()
-    };
-    if is_safe { Repeat::Safe } else { Repeat::Unsafe }
+/// Applies the retry policy of the method's row to a request.
+pub(crate) fn repeat<M: Method>(request: &M::Request) -> Repeat {
+    if M::Retry::is_repeatable(request) { Repeat::Safe } else { Repeat::Unsafe }
 }
 
 #[cfg(test)]
@@ -149,16 +131,12 @@ mod tests {
     }
 
     #[test]
-    fn a_message_without_an_id_is_never_sent_twice() {
-        let named = v1::EnqueueRequest { message_id: vec![1; 16].into(), ..Default::default() };
-        let unnamed = v1::EnqueueRequest::default();
-        assert_eq!(repeat(&named), Repeat::Safe);
-        assert_eq!(repeat(&unnamed), Repeat::Unsafe);
-        let list = |messages| v1::BatchEnqueueRequest { messages, ..Default::default() };
-        assert_eq!(repeat(&list(vec![named.clone()])), Repeat::Safe);
-        assert_eq!(repeat(&list(vec![named, unnamed])), Repeat::Unsafe);
-        assert_eq!(repeat(&v1::BatchEnqueueRequest::default()), Repeat::Unsafe);
-        assert_eq!(repeat(&v1::OpaqueLoginFinishRequest::default()), Repeat::Unsafe);
-        assert_eq!(repeat(&v1::PeekRequest::default()), Repeat::Safe);
+    fn repeats_follow_the_retry_policy_of_the_row() {
+        let identified =
+            v1::EnqueueRequest { message_id: vec![1; 16].into(), ..Default::default() };
+        assert_eq!(repeat::<methods::Enqueue>(&identified), Repeat::Safe);
+        assert_eq!(repeat::<methods::Enqueue>(&Default::default()), Repeat::Unsafe);
+        assert_eq!(repeat::<methods::OpaqueLoginFinish>(&Default::default()), Repeat::Unsafe);
+        assert_eq!(repeat::<methods::Peek>(&Default::default()), Repeat::Safe);
     }
 }

@@ -121,13 +121,12 @@ impl Client {
 
     /// Calls a method: `client.call::<methods::Health>(HealthRequest {})`.
     ///
-    /// The session token is added to what needs a session. Lost connections are made anew and
-    /// retryable refusals tried again, for as long as [`Options::patience`] allows. What would act
-    /// twice is not repeated: an Enqueue or BatchEnqueue without message ids, a commit,
-    /// OpaqueLoginFinish.
+    /// The session token is added if the method needs a session. Lost connections are replaced and
+    /// retryable refusals retried within [`Options::patience`], as far as the method's
+    /// [retry policy](qpq_proto::RetryPolicy) allows it.
     pub async fn call<M: Method>(&self, request: M::Request) -> Result<M::Response, CallError> {
         let payload = call::encode::<M>(&request, self.shared.token.read().as_ref())?;
-        let repeat = call::repeat(&request);
+        let repeat = call::repeat::<M>(&request);
         let until = self.patience();
         let mut limit = self.try_limit::<M>(&request);
         let mut failures = 0;

@@ -13,6 +13,11 @@ pub enum AccountEvent {
     KeyPackageTaken,
 }
 
+impl AccountEvent {
+    /// All account events. `event as usize` is the index of `event`.
+    pub const ALL: [Self; 2] = [Self::SessionsEnded, Self::KeyPackageTaken];
+}
+
 /// The way between the edges of a deployment.
 pub trait AccountEvents: Send + Sync {
     /// Tells every other edge, soon and without waiting for it.

@@ -1,12 +1,12 @@
-//! What happens to an account that a call in progress must hear of at once: its sessions end, its
-//! KeyPackages go.
+//! Account events for calls in progress: sessions have ended, a KeyPackage was handed out.
 //!
-//! A parked FetchWait and a Subscribe listen by identity key; Logout and FetchKeyPackage publish. A
-//! notice carries no state: who hears one looks the state up. So notices may be coalesced, doubled
-//! or come without cause. What is published here goes to the deployment's other edges too, and what
-//! they publish is heard here.
+//! A waiting FetchWait and a subscription listen by identity key; Logout and FetchKeyPackage
+//! publish. An event has no content: a listener reads the state again. So equal events may be
+//! merged, duplicated, or sent without a reason. Events published here are sent to the other edges
+//! too, and theirs are received here.
 
 use std::{
+    array,
     collections::HashMap,
     fmt,
     sync::{
@@ -21,70 +21,62 @@ use qpq_domain::IdentityKey;
 pub use qpq_ports::AccountEvent;
 use tokio::sync::Notify;
 
-/// Who listens to which account, in this process.
+const EVENTS: usize = AccountEvent::ALL.len();
+
+/// The listeners of this process, by account.
 pub struct AccountEvents {
     topics: Mutex<HashMap<IdentityKey, Arc<Topic>>>,
-    others: Arc<dyn qpq_ports::AccountEvents>,
+    other_edges: Arc<dyn qpq_ports::AccountEvents>,
 }
 
-/// How often each notice was published, and who is to be told.
+/// The number of times that each event of an account was published, by `event as usize`.
 #[derive(Default)]
 struct Topic {
-    sessions_ended: AtomicU32,
-    packages_taken: AtomicU32,
+    counts: [AtomicU32; EVENTS],
     published: Notify,
 }
 
-/// Hears the notices of one account that are published after it was made. Dropping it ends that.
+/// Receives the events of one account that are published after its creation, until it is dropped.
 pub struct Listener {
     account_events: Arc<AccountEvents>,
     identity: IdentityKey,
     topic: Arc<Topic>,
-    sessions_ended: u32,
-    packages_taken: u32,
+    received: [u32; EVENTS],
 }
 
 impl AccountEvents {
-    pub(crate) fn new(others: Arc<dyn qpq_ports::AccountEvents>) -> Self {
-        Self { topics: Mutex::default(), others }
+    pub(crate) fn new(other_edges: Arc<dyn qpq_ports::AccountEvents>) -> Self {
+        Self { topics: Mutex::default(), other_edges }
     }
 
-    /// Listens from now on.
+    /// Starts to listen to the events of `identity`.
     pub fn listen(self: &Arc<Self>, identity: &IdentityKey) -> Listener {
         let topic = Arc::clone(self.topics.lock().entry(*identity).or_default());
-        Listener {
-            account_events: Arc::clone(self),
-            identity: *identity,
-            sessions_ended: topic.sessions_ended.load(Ordering::Acquire),
-            packages_taken: topic.packages_taken.load(Ordering::Acquire),
-            topic,
-        }
+        let received = array::from_fn(|event| topic.counts[event].load(Ordering::Acquire));
+        Listener { account_events: Arc::clone(self), identity: *identity, topic, received }
     }
 
-    /// Tells everybody who listens to `identity`, here and on every other edge.
+    /// Sends an event to all listeners of `identity`, here and on the other edges.
     pub fn publish(&self, identity: &IdentityKey, event: AccountEvent) {
-        self.others.publish(identity, event);
-        self.tell(identity, event);
+        self.other_edges.publish(identity, event);
+        self.notify(identity, event);
     }
 
-    /// Passes on what other edges publish, for as long as there is somebody to pass it on to.
-    pub(crate) async fn pass_on(&self) {
-        let mut heard = self.others.listen();
-        while let Some((identity, event)) = heard.next().await {
-            self.tell(&identity, event);
+    /// Receives the events of other edges, without end.
+    pub(crate) async fn receive(&self) {
+        let mut events = self.other_edges.listen();
+        while let Some((identity, event)) = events.next().await {
+            self.notify(&identity, event);
         }
     }
 
-    /// Tells everybody here who listens to `identity`; costs next to nothing if nobody does.
-    fn tell(&self, identity: &IdentityKey, event: AccountEvent) {
-        // Held to the end: a listener that goes meanwhile must not find the topic in use.
+    /// Sends an event to the listeners here. Costs one look-up if there are none.
+    fn notify(&self, identity: &IdentityKey, event: AccountEvent) {
+        // Locked to the end: a listener that is dropped meanwhile must see that only it and the
+        // map have the topic.
         let topics = self.topics.lock();
         let Some(topic) = topics.get(identity) else { return };
-        let count = match event {
-            AccountEvent::SessionsEnded => &topic.sessions_ended,
-            AccountEvent::KeyPackageTaken => &topic.packages_taken,
-        };
-        count.fetch_add(1, Ordering::Release);
+        topic.counts[event as usize].fetch_add(1, Ordering::Release);
         topic.published.notify_waiters();
     }
 }
@@ -96,34 +88,26 @@ impl fmt::Debug for AccountEvents {
 }
 
 impl Listener {
-    /// The next notice; equal ones that were published since the last are one. Cancel-safe.
+    /// Returns the next event. Equal events since the last call are one. Cancel-safe.
     pub async fn next(&mut self) -> AccountEvent {
-        let Self { topic, sessions_ended, packages_taken, .. } = self;
         loop {
-            // Notified by whatever is published from here on, so nothing falls between the look and
-            // the wait.
-            let published = topic.published.notified();
-            if advance(sessions_ended, &topic.sessions_ended) {
-                return AccountEvent::SessionsEnded;
-            }
-            if advance(packages_taken, &topic.packages_taken) {
-                return AccountEvent::KeyPackageTaken;
+            // Created before the counts are read, so that no event is missed in between.
+            let published = self.topic.published.notified();
+            for event in AccountEvent::ALL {
+                let count = self.topic.counts[event as usize].load(Ordering::Acquire);
+                if std::mem::replace(&mut self.received[event as usize], count) != count {
+                    return event;
+                }
             }
             published.await;
         }
     }
 }
 
-/// Takes over the count; whether it had moved.
-fn advance(seen: &mut u32, count: &AtomicU32) -> bool {
-    let now = count.load(Ordering::Acquire);
-    std::mem::replace(seen, now) != now
-}
-
 impl Drop for Listener {
     fn drop(&mut self) {
         let mut topics = self.account_events.topics.lock();
-        // The map's and this one: nobody else can get at it while the map is locked.
+        // The map's reference and this one: no other can be created while the map is locked.
         if Arc::strong_count(&self.topic) == 2 {
             topics.remove(&self.identity);
         }
@@ -145,9 +129,20 @@ mod tests {
     const ALICE: IdentityKey = IdentityKey::new([1; 32]);
     const BOB: IdentityKey = IdentityKey::new([2; 32]);
 
+    fn single_edge() -> Arc<AccountEvents> {
+        Arc::new(AccountEvents::new(Arc::new(qpq_ports::SingleEdge)))
+    }
+
+    #[test]
+    fn every_event_has_its_own_counter() {
+        for (index, event) in AccountEvent::ALL.into_iter().enumerate() {
+            assert_eq!(event as usize, index);
+        }
+    }
+
     #[tokio::test]
-    async fn a_listener_hears_its_own_account_from_then_on_and_equal_notices_once() {
-        let account_events = Arc::new(AccountEvents::new(Arc::new(qpq_ports::SingleEdge)));
+    async fn listeners_receive_later_events_of_their_account_and_equal_ones_once() {
+        let account_events = single_edge();
         account_events.publish(&ALICE, AccountEvent::SessionsEnded);
         let mut first = account_events.listen(&ALICE);
         let mut second = account_events.listen(&ALICE);
@@ -165,8 +160,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_waiting_listener_is_woken() {
-        let account_events = Arc::new(AccountEvents::new(Arc::new(qpq_ports::SingleEdge)));
+    async fn an_event_wakes_a_waiting_listener() {
+        let account_events = single_edge();
         let mut listener = account_events.listen(&ALICE);
         let waiting = tokio::spawn(async move { listener.next().await });
         tokio::task::yield_now().await;
@@ -175,8 +170,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_kept_of_listeners_that_are_gone() {
-        let account_events = Arc::new(AccountEvents::new(Arc::new(qpq_ports::SingleEdge)));
+    fn the_last_dropped_listener_frees_its_topic() {
+        let account_events = single_edge();
         let first = account_events.listen(&ALICE);
         let second = account_events.listen(&ALICE);
         drop(first);

@@ -1,12 +1,12 @@
-//! The memory for answers: how much of it a connection, an account and the whole process may use.
+//! The memory for answers: the maximum for a connection, an account and the whole process.
 //!
-//! A client that asks and does not read pins the answers that wait for it. So memory for a large
-//! answer is reserved before the answer is built, and returned when the last byte of it is freed:
-//! the reservation is part of the payload's own memory (see [`Reservation::attach`]), wherever the
-//! transport keeps slices of it.
+//! A client that sends requests and does not read keeps its answers in memory. So memory for a large
+//! answer is reserved before the answer is built, and returned when its last byte is freed: the
+//! reservation belongs to the payload (see [`Reservation::attach`]), wherever the transport keeps
+//! slices of it.
 //!
-//! A page of messages is made smaller when memory is short. Where not even the smallest page has
-//! room, the call waits, for `MAX_WAIT` at most, and is then refused.
+//! A page of messages is smaller while memory is short. If there is no space for the smallest page,
+//! the call waits for [`AnswerMemory::wait`], and is then refused.
 
 use std::{
     collections::HashMap,
@@ -16,41 +16,41 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use qpq_domain::AccountId;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
 
-use crate::{Cx, Error};
+use crate::{Cx, Error, limits::SubjectKey};
 
 /// Reservations are counted in units of this many bytes.
 const UNIT: usize = 1 << 10;
 
-/// A page takes at most this share of what the process has left, so that others find room too.
-const SHARE_OF_REST: usize = 4;
+/// A page takes at most one part in this many of the process's free memory, so that there is space
+/// for others.
+const FREE_DIVISOR: usize = 4;
 
-/// The number of accounts from which unused entries are removed.
+/// The number of subjects from which unused entries are removed.
 const PRUNE_FROM: usize = 1_024;
 
 const USED: &str = "qpq_rpc_answer_bytes";
 
-/// How much memory answers may use, in bytes.
+/// The limits of the memory for answers, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AnswerMemory {
-    /// For all answers of the process.
+    /// All answers of the process.
     pub process: usize,
-    /// For the answers to one account, over all its connections.
+    /// The answers to one account, on all its connections.
     pub account: usize,
-    /// For the answers to one connection.
+    /// The answers to one connection.
     pub connection: usize,
-    /// How long a call waits for memory.
+    /// The time that a call waits for memory.
     pub wait: Duration,
 }
 
 impl AnswerMemory {
-    /// The least that each budget must be: the largest answer.
-    pub const LEAST: usize = qpq_wire::MAX_PAYLOAD as usize;
+    /// The minimum of each limit: the largest answer.
+    pub const MIN: usize = qpq_wire::MAX_PAYLOAD as usize;
 }
 
 impl Default for AnswerMemory {
@@ -64,34 +64,33 @@ impl Default for AnswerMemory {
     }
 }
 
-/// A budget of bytes.
+/// An amount of memory.
 #[derive(Clone, Debug)]
-pub(crate) struct Budget(Arc<Semaphore>);
+pub(crate) struct Memory(Arc<Semaphore>);
 
-impl Budget {
+impl Memory {
     pub(crate) fn new(bytes: usize) -> Self {
         Self(Arc::new(Semaphore::new(bytes / UNIT)))
     }
 
-    fn left(&self) -> usize {
+    fn free(&self) -> usize {
         self.0.available_permits() * UNIT
     }
 }
 
-/// The budgets of the process and of its accounts; a connection has its own.
+/// The memory of the process and of the subjects that pay for answers. A connection has its own.
 #[derive(Debug)]
 pub(crate) struct Answers {
     limits: AnswerMemory,
-    process: Budget,
-    /// Of the accounts that have answers under way.
-    accounts: Mutex<HashMap<AccountId, Weak<Semaphore>>>,
+    process: Memory,
+    /// The subjects that have answers now.
+    subjects: Mutex<HashMap<SubjectKey, Weak<Semaphore>>>,
     used: metrics::Gauge,
 }
 
 /// Memory for one answer.
 #[derive(Debug)]
 pub struct Reservation {
-    /// In the order of [`Answers::reserve`].
     permits: Vec<OwnedSemaphorePermit>,
     units: usize,
     used: metrics::Gauge,
@@ -102,57 +101,56 @@ impl Answers {
         metrics::describe_gauge!(
             USED,
             metrics::Unit::Bytes,
-            "Memory reserved for answers that wait for their clients."
+            "Memory reserved for answers that clients have not received yet."
         );
-        // From the start at zero, so that it is there.
+        // Set now, so that the metric exists from the start.
         let used = metrics::gauge!(USED);
         used.set(0.0);
-        Self { limits, process: Budget::new(limits.process), accounts: Mutex::default(), used }
+        Self { limits, process: Memory::new(limits.process), subjects: Mutex::default(), used }
     }
 
-    /// The budget of a new connection.
-    pub(crate) fn of_connection(&self) -> Budget {
-        Budget::new(self.limits.connection)
+    /// Returns the memory of a new connection.
+    pub(crate) fn new_connection(&self) -> Memory {
+        Memory::new(self.limits.connection)
     }
 
-    /// Bytes that are reserved now.
+    /// Returns the number of reserved bytes.
     pub(crate) fn used(&self) -> usize {
-        (self.limits.process / UNIT * UNIT).saturating_sub(self.process.left())
+        (self.limits.process / UNIT * UNIT).saturating_sub(self.process.free())
     }
 
-    /// Whether less than a quarter of the process's memory for answers is left.
-    pub(crate) fn are_short(&self) -> bool {
-        self.process.left() < self.limits.process / 4
+    /// Returns whether less than a quarter of the process's memory is free.
+    pub(crate) fn is_short(&self) -> bool {
+        self.process.free() < self.limits.process / 4
     }
 
-    /// The largest page, from `least` to `most` bytes, that there is room for without a wait.
-    /// `least` where there is none.
-    pub(crate) fn page(&self, cx: Cx<'_>, account: AccountId, least: usize, most: usize) -> usize {
-        let left = self.process.left() / SHARE_OF_REST;
-        let left = left.min(cx.conn.answers().left()).min(self.of_account(account).left());
-        most.min(left.max(least))
+    /// Returns the size of the largest page, from `least` to `most` bytes, for which memory is
+    /// free. `least` if none is.
+    pub(crate) fn page(&self, cx: Cx<'_>, subject: SubjectKey, least: usize, most: usize) -> usize {
+        let free = self.process.free() / FREE_DIVISOR;
+        let free = free.min(cx.conn.answer_memory().free()).min(self.of(subject).free());
+        most.min(free.max(least))
     }
 
-    /// Reserves memory for an answer of `bytes`, if need be after a wait.
+    /// Reserves memory for an answer of `bytes`, waiting for it if necessary.
     pub(crate) async fn reserve(
         &self,
         cx: Cx<'_>,
-        account: Option<AccountId>,
+        subject: Option<SubjectKey>,
         bytes: usize,
     ) -> Result<Reservation, Error> {
-        let units = bytes.min(AnswerMemory::LEAST).div_ceil(UNIT);
-        // The client's own budgets come first: while it waits for those, it takes nothing from
-        // others. All wait in this order, so none waits for another in a circle.
-        let own =
-            [Some(cx.conn.answers().clone()), account.map(|account| self.of_account(account))];
+        let units = bytes.min(AnswerMemory::MIN).div_ceil(UNIT);
+        // The client's own memory comes first: while it waits for that, it takes nothing from
+        // others. All calls wait in this order, so no two wait for one another.
+        let own = [Some(cx.conn.answer_memory().clone()), subject.map(|subject| self.of(subject))];
         let mut reservation =
             Reservation { permits: Vec::with_capacity(3), units: 0, used: self.used.clone() };
         let all = own.into_iter().flatten().chain([self.process.clone()]);
         let mut all = all.collect::<Vec<_>>().into_iter().peekable();
-        while let Some(budget) = all.next() {
-            let permit = match Arc::clone(&budget.0).try_acquire_many_owned(units as u32) {
+        while let Some(memory) = all.next() {
+            let permit = match Arc::clone(&memory.0).try_acquire_many_owned(units as u32) {
                 Ok(permit) => permit,
-                Err(_) => Box::pin(wait(budget, units, self.limits.wait)).await.ok_or(
+                Err(_) => Box::pin(wait(memory, units, self.limits.wait)).await.ok_or(
                     if all.peek().is_some() { Error::UnreadAnswers } else { Error::AnswersFull },
                 )?,
             };
@@ -163,31 +161,31 @@ impl Answers {
         Ok(reservation)
     }
 
-    fn of_account(&self, account: AccountId) -> Budget {
-        let mut accounts = self.accounts.lock();
-        if let Some(budget) = accounts.get(&account).and_then(Weak::upgrade) {
-            return Budget(budget);
+    fn of(&self, subject: SubjectKey) -> Memory {
+        let mut subjects = self.subjects.lock();
+        if let Some(memory) = subjects.get(&subject).and_then(Weak::upgrade) {
+            return Memory(memory);
         }
-        if accounts.len() >= PRUNE_FROM && accounts.len() == accounts.capacity() {
-            accounts.retain(|_, budget| budget.strong_count() > 0);
+        if subjects.len() >= PRUNE_FROM && subjects.len() == subjects.capacity() {
+            subjects.retain(|_, memory| memory.strong_count() > 0);
         }
-        let budget = Budget::new(self.limits.account);
-        accounts.insert(account, Arc::downgrade(&budget.0));
-        budget
+        let memory = Memory::new(self.limits.account);
+        subjects.insert(subject, Arc::downgrade(&memory.0));
+        memory
     }
 }
 
-async fn wait(budget: Budget, units: usize, longest: Duration) -> Option<OwnedSemaphorePermit> {
-    timeout(longest, budget.0.acquire_many_owned(units as u32)).await.ok()?.ok()
+async fn wait(memory: Memory, units: usize, longest: Duration) -> Option<OwnedSemaphorePermit> {
+    timeout(longest, memory.0.acquire_many_owned(units as u32)).await.ok()?.ok()
 }
 
 impl Reservation {
-    /// The bytes that are reserved.
+    /// Returns the number of reserved bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.units * UNIT
     }
 
-    /// Returns what an answer of `bytes` does not need.
+    /// Returns the surplus over an answer of `bytes` to the budgets.
     pub(crate) fn shrink(&mut self, bytes: usize) {
         let surplus = self.units.saturating_sub(bytes.div_ceil(UNIT));
         for permit in &mut self.permits {
@@ -197,7 +195,7 @@ impl Reservation {
         self.used.decrement((surplus * UNIT) as f64);
     }
 
-    /// The answer, whose memory has the reservation with it until its last slice is dropped.
+    /// Returns the answer. The reservation ends when its last slice is dropped.
     pub(crate) fn attach(mut self, answer: Vec<u8>) -> Bytes {
         self.shrink(answer.len());
         Bytes::from_owner(Attached { answer, _reservation: self })

@@ -1,5 +1,5 @@
-//! What all handlers share: the stores, the server's secrets, the configuration, and whether it is
-//! about to stop.
+//! The state that all handlers share: the stores, the server's secrets, the configuration, the
+//! limits, and the drain.
 
 use std::{
     collections::HashSet,
@@ -16,23 +16,29 @@ use qpq_mls::key_package;
 use qpq_ports::{Clock, Stores};
 use qpq_proto::{LimitClass, LimitSubject};
 use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
 
 use crate::{
     AnswerMemory, DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes,
     account_events::AccountEvents,
     answers::Answers,
-    gate::Gate,
-    limits::{Limits, Owed},
+    compute::ComputeLimiter,
+    limits::{Budgets, Debts},
     tokens::Tokens,
     waiters::Waiters,
 };
 
-/// What the composition hands over.
+/// The parts from which the embedder composes a server.
 pub struct Parts {
+    /// The ports.
     pub stores: Stores,
+    /// The source of the time.
     pub clock: Arc<dyn Clock>,
+    /// The OPAQUE secrets.
     pub opaque: OpaqueServer,
+    /// The key of delivery proofs.
     pub signer: DeliverySigner,
+    /// The configuration.
     pub config: Config,
 }
 
@@ -42,27 +48,27 @@ impl fmt::Debug for Parts {
     }
 }
 
-/// What an operator may choose.
+/// The configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The server's own domain: what follows the `@` of its users. Lower case; may be empty.
+    /// The server's own domain, which follows the `@` in its usernames. Lower case; may be empty.
     pub domain: String,
-    /// What Health answers as the server's version.
+    /// The version in Health.
     pub version: String,
     pub sessions: SessionLifetimes,
     pub identity_proof: IdentityProof,
     /// The scripts that may be mixed in a new username.
     pub username_scripts: UsernameScripts,
-    /// Who may call administrators' methods.
+    /// The usernames of administrators.
     pub admins: HashSet<Username>,
     pub limits: RateLimits,
     pub delivery: Delivery,
     pub key_packages: KeyPackageCaps,
-    /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are taken; those that the server
-    /// cannot check, unchecked.
+    /// The MLS ciphersuites (RFC 9420 §17.1) of accepted KeyPackages. Packages of suites that the
+    /// server cannot check are stored unchecked.
     pub key_package_suites: Vec<u16>,
-    /// How many logins and registrations may wait for their curve arithmetic before the next is
-    /// told to come later.
+    /// The maximum number of logins and registrations that wait for their OPAQUE computation. The
+    /// next one is refused.
     pub waiting_logins: usize,
     /// The memory for answers.
     pub answers: AnswerMemory,
@@ -87,34 +93,35 @@ impl Default for Config {
     }
 }
 
-/// Whether a registration must show that it has the identity key's private half. What is shown is
-/// always checked.
+/// Whether a registration needs an identity proof. An existing proof is always checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum IdentityProof {
     #[default]
+    /// It may omit the proof.
     Optional,
+    /// It is refused without the proof.
     Required,
 }
 
-/// The server, as its handlers see it.
+/// The state that all handlers share.
 pub struct App {
     pub stores: Stores,
     pub clock: Arc<dyn Clock>,
     pub opaque: OpaqueServer,
     pub signer: DeliverySigner,
     pub config: Config,
-    pub(crate) limits: Limits,
-    /// The memory for answers.
+    pub(crate) budgets: Budgets,
     pub(crate) answers: Answers,
-    /// Session tokens that failed lately.
     pub(crate) tokens: Tokens,
-    pub(crate) owed: Owed,
+    pub(crate) debts: Debts,
     pub(crate) waiters: Waiters,
-    /// Bounds the curve arithmetic of logins.
-    pub(crate) gate: Gate,
-    /// Bounds the checks of uploaded KeyPackages.
-    pub(crate) key_package_gate: Gate,
-    /// What ends or changes for an account while its calls wait.
+    /// Limits the OPAQUE computations of registrations and logins.
+    pub(crate) opaque_limiter: ComputeLimiter,
+    /// Limits the checks of uploaded KeyPackages.
+    pub(crate) key_package_limiter: ComputeLimiter,
+    /// The tasks that calls have spawned.
+    pub(crate) tasks: TaskTracker,
+    /// The account events for calls in progress.
     pub account_events: Arc<AccountEvents>,
     pub(crate) key_package_policy: key_package::Policy,
     started_at: UnixMillis,
@@ -131,16 +138,17 @@ impl fmt::Debug for App {
 impl App {
     pub(crate) fn new(parts: Parts) -> Self {
         let Parts { stores, clock, opaque, signer, config } = parts;
-        let limits = Limits::new(&config.limits);
+        let budgets = Budgets::new(&config.limits);
         Self {
             started_at: clock.now(),
             answers: Answers::new(config.answers),
-            tokens: Tokens::new(limits.bucket(LimitClass::Session, LimitSubject::Ip)),
-            limits,
-            owed: Owed::default(),
+            tokens: Tokens::new(budgets.bucket(LimitClass::Session, LimitSubject::Ip)),
+            budgets,
+            debts: Debts::default(),
             waiters: Waiters::default(),
-            gate: Gate::new(config.waiting_logins),
-            key_package_gate: Gate::new(config.waiting_logins),
+            opaque_limiter: ComputeLimiter::new(config.waiting_logins),
+            key_package_limiter: ComputeLimiter::new(config.waiting_logins),
+            tasks: TaskTracker::new(),
             account_events: Arc::new(AccountEvents::new(Arc::clone(&stores.account_events))),
             key_package_policy: key_package::Policy {
                 suites: config.key_package_suites.clone(),
@@ -157,8 +165,8 @@ impl App {
         }
     }
 
-    /// Turns true once, when the server is about to stop: whoever waits should answer, and drop
-    /// this when it has.
+    /// Returns the drain signal, which turns true once. A waiting call then ends; it drops the
+    /// receiver when it has.
     pub fn draining(&self) -> watch::Receiver<bool> {
         self.draining.subscribe()
     }
@@ -171,7 +179,8 @@ impl App {
         self.draining.send_replace(true);
     }
 
-    pub(crate) async fn nobody_watches_drain(&self) {
+    /// Completes once all receivers of the drain signal are dropped.
+    pub(crate) async fn drained(&self) {
         self.draining.closed().await;
     }
 
@@ -179,19 +188,18 @@ impl App {
         self.clock.now().since(self.started_at)
     }
 
-    /// Whether the last look at the store found it failing.
+    /// Returns whether the last check of the store failed.
     pub(crate) fn store_fails(&self) -> bool {
         self.store_fails.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn note_store(&self, fails: bool) {
+    pub(crate) fn set_store_fails(&self, fails: bool) {
         self.store_fails.store(fails, Ordering::Relaxed);
     }
 }
 
-/// Completes when the drain that `draining` watches for has begun.
+/// Completes when the drain has begun.
 pub(crate) async fn drain_began(draining: &mut watch::Receiver<bool>) {
-    // The sender is the application's, which outlives its calls; were it gone, the server would be
-    // too.
+    // The sender belongs to the application, which outlives its calls.
     let _ = draining.wait_for(|drains| *drains).await;
 }

@@ -1,29 +1,40 @@
-//! Who calls, as a type. A handler's signature says whom it serves (`()`, [`Caller`],
-//! [`FreshCaller`], [`Admin`]), the method's row says whom the dispatcher admits, and only this
-//! file makes these values: a handler that takes a stronger caller than its row gives does not
+//! The callers of handlers, as types. Authentication has two steps:
+//!
+//! 1. [`Authenticate`] runs before the request is decoded and is cheap. It returns the principal,
+//!    whose budgets the call consumes.
+//! 2. [`Authorize`] runs on the decoded request and returns the caller that the handler receives.
+//!    It checks what depends on the request, such as the group that the caller must administer,
+//!    and what is expensive.
+//!
+//! A method's row names a marker of `qpq_proto::auth`, the marker determines both types, and only
+//! this file creates them. A handler that takes a stronger caller than its row gives does not
 //! compile.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::{Future, ready},
+    time::Duration,
+};
 
 use qpq_domain::{AccountId, DeviceId, IdentityKey, SessionToken, TokenHash, UnixMillis};
 use qpq_ports::Session;
 use qpq_proto::auth as marker;
 
-use crate::{Cx, Error};
+use crate::{Cx, Error, Subject};
 
-/// How old a login may be where a fresh one is asked for.
+/// The maximum age of a login that counts as fresh.
 pub const FRESH: Duration = Duration::from_secs(5 * 60);
 
-/// The longest time between two notes that a session is in use: a write for each call would be one
-/// too many.
-const TOUCH_AT_MOST_EVERY: Duration = Duration::from_secs(10 * 60);
+/// The time between two updates of a session's last use. An update on each call would be a write
+/// on each call.
+const TOUCH_INTERVAL: Duration = Duration::from_secs(10 * 60);
 
-/// How long sessions last.
+/// The lifetimes of sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionLifetimes {
-    /// From its last use. Uses are noted every ten minutes at most, so it can be that much shorter.
+    /// From the last use. A use is recorded every ten minutes, so a session can end that much
+    /// earlier.
     pub idle: Duration,
-    /// From the login that made it, however much it is used.
+    /// From the login that created the session.
     pub absolute: Duration,
 }
 
@@ -35,13 +46,13 @@ impl Default for SessionLifetimes {
 }
 
 impl SessionLifetimes {
-    /// When a session made at `made_at` and used at `used_at` ends unless it is used again.
-    pub fn expires_at(&self, made_at: UnixMillis, used_at: UnixMillis) -> UnixMillis {
-        used_at.plus(self.idle).min(made_at.plus(self.absolute))
+    /// Returns the end of a session created at `created_at` and last used at `used_at`.
+    pub fn expires_at(&self, created_at: UnixMillis, used_at: UnixMillis) -> UnixMillis {
+        used_at.plus(self.idle).min(created_at.plus(self.absolute))
     }
 
-    /// Whether the session has ended by `now`: by what was promised when it was last noted, and by
-    /// what is configured now, so that shorter lifetimes hold at once.
+    /// Returns whether the session has ended by `now`: by the recorded end, or by the lifetimes
+    /// that are configured now, so that shorter ones apply immediately.
     fn has_ended(&self, session: &Session, now: UnixMillis) -> bool {
         now >= session
             .expires_at
@@ -49,30 +60,32 @@ impl SessionLifetimes {
     }
 
     fn needs_touch(&self, session: &Session, now: UnixMillis) -> bool {
-        now.since(session.last_used_at) >= TOUCH_AT_MOST_EVERY.min(self.idle / 10)
+        now.since(session.last_used_at) >= TOUCH_INTERVAL.min(self.idle / 10)
     }
 }
 
-/// Somebody with a session.
+/// The owner of a session.
 #[derive(Clone, Debug)]
 pub struct Caller {
+    /// The session's account.
     pub account: AccountId,
+    /// The account's identity key.
     pub identity: IdentityKey,
-    /// The device the session is bound to, if any. The client named it at its login; whether it is
-    /// registered is for the reader of an inbox to check.
+    /// The device that the session is bound to. The client named it at the login; whether it is
+    /// registered is checked where an inbox is read.
     pub device: Option<DeviceId>,
-    /// What the session is stored under.
+    /// The key under which the session is stored.
     pub token: TokenHash,
-    proof: Proof,
+    login: Login,
 }
 
-/// Keeps [`Caller`] from being made elsewhere.
+/// The login of a session. Private, so that no other file can create a [`Caller`].
 #[derive(Clone, Copy, Debug)]
-struct Proof {
+struct Login {
     authenticated_at: UnixMillis,
 }
 
-/// Somebody whose password was checked within the last five minutes.
+/// A caller whose password was checked within the last five minutes.
 #[derive(Clone, Debug)]
 pub struct FreshCaller(Caller);
 
@@ -81,56 +94,63 @@ pub struct FreshCaller(Caller);
 pub struct Admin(Caller);
 
 impl FreshCaller {
+    /// Returns the caller without its freshness.
     pub fn caller(&self) -> &Caller {
         &self.0
     }
 }
 
 impl Admin {
+    /// Returns the caller without its rights.
     pub fn caller(&self) -> &Caller {
         &self.0
     }
 }
 
-/// What the dispatcher knows of any principal.
+/// The result of authentication.
 pub trait Principal: Send {
-    /// Whose budgets a call is counted against.
-    fn account(&self) -> Option<AccountId>;
+    /// Returns the subject whose budgets the call consumes, in addition to those of the
+    /// connection's address. `None`: only the address pays.
+    fn subject(&self) -> Option<Subject<'_>>;
 }
 
+/// An anonymous client.
 impl Principal for () {
-    fn account(&self) -> Option<AccountId> {
+    fn subject(&self) -> Option<Subject<'_>> {
         None
     }
 }
 
 impl Principal for Caller {
-    fn account(&self) -> Option<AccountId> {
-        Some(self.account)
+    fn subject(&self) -> Option<Subject<'_>> {
+        Some(Subject::Account(self.account))
     }
 }
 
-impl Principal for FreshCaller {
-    fn account(&self) -> Option<AccountId> {
-        Some(self.0.account)
-    }
-}
-
-impl Principal for Admin {
-    fn account(&self) -> Option<AccountId> {
-        Some(self.0.account)
-    }
-}
-
-/// Turns a row's mark into the principal that its handler gets.
+/// The first step: from the serialized request to a principal.
 pub trait Authenticate: qpq_proto::Auth {
+    /// The principal of an authenticated request.
     type Principal: Principal;
 
-    /// Admits or refuses a request by its serialized `payload`.
+    /// Authenticates a request by its serialized `payload`.
     fn authenticate(
         cx: Cx<'_>,
         payload: &[u8],
     ) -> impl Future<Output = Result<Self::Principal, Error>> + Send;
+}
+
+/// The second step: from the principal and the decoded request to the handler's caller. A refused
+/// request has consumed its budgets.
+pub trait Authorize<R>: Authenticate {
+    /// The caller that a handler receives.
+    type Caller: Send;
+
+    /// Allows or refuses `request`.
+    fn authorize(
+        cx: Cx<'_>,
+        principal: Self::Principal,
+        request: &R,
+    ) -> impl Future<Output = Result<Self::Caller, Error>> + Send;
 }
 
 impl Authenticate for marker::Anonymous {
@@ -150,15 +170,50 @@ impl Authenticate for marker::Session {
 }
 
 impl Authenticate for marker::Fresh {
-    type Principal = FreshCaller;
+    type Principal = Caller;
 
-    async fn authenticate(cx: Cx<'_>, payload: &[u8]) -> Result<FreshCaller, Error> {
+    async fn authenticate(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
         let caller = caller(cx, payload).await?;
-        if cx.now.since(caller.proof.authenticated_at) > FRESH {
+        if cx.now.since(caller.login.authenticated_at) > FRESH {
             return Err(Error::FreshLoginRequired);
         }
-        // What such calls do is done for good, so a cache that has not heard of a revocation is not
-        // good enough.
+        Ok(caller)
+    }
+}
+
+impl Authenticate for marker::Admin {
+    type Principal = Caller;
+
+    async fn authenticate(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
+        caller(cx, payload).await
+    }
+}
+
+/// Implements [`Authorize`] for markers whose principals may make every request.
+macro_rules! allow_every_request {
+    ($($marker:ident)+) => {$(
+        impl<R> Authorize<R> for marker::$marker {
+            type Caller = Self::Principal;
+
+            fn authorize(
+                _: Cx<'_>,
+                principal: Self::Principal,
+                _: &R,
+            ) -> impl Future<Output = Result<Self::Caller, Error>> + Send {
+                ready(Ok(principal))
+            }
+        }
+    )+};
+}
+
+allow_every_request! { Anonymous Session }
+
+impl<R: Sync> Authorize<R> for marker::Fresh {
+    type Caller = FreshCaller;
+
+    /// Confirms the session in the store: the effects of such calls are permanent, so a cache that
+    /// has not received a revocation yet does not suffice.
+    async fn authorize(cx: Cx<'_>, caller: Caller, _: &R) -> Result<FreshCaller, Error> {
         if cx.app.stores.sessions.confirm(&caller.token).await?.is_none() {
             return Err(Error::SessionExpired);
         }
@@ -166,33 +221,33 @@ impl Authenticate for marker::Fresh {
     }
 }
 
-impl Authenticate for marker::Admin {
-    type Principal = Admin;
+impl<R: Sync> Authorize<R> for marker::Admin {
+    type Caller = Admin;
 
-    async fn authenticate(cx: Cx<'_>, payload: &[u8]) -> Result<Admin, Error> {
-        let caller = caller(cx, payload).await?;
-        if cx.app.config.admins.is_empty() {
+    async fn authorize(cx: Cx<'_>, caller: Caller, _: &R) -> Result<Admin, Error> {
+        let admins = &cx.app.config.admins;
+        if admins.is_empty() {
             return Err(Error::AdminRequired);
         }
-        let account = cx.app.stores.accounts.by_identity(&caller.identity).await?;
-        match account {
-            Some(account) if cx.app.config.admins.contains(&account.username) => Ok(Admin(caller)),
+        match cx.app.stores.accounts.by_identity(&caller.identity).await? {
+            Some(account) if admins.contains(&account.username) => Ok(Admin(caller)),
             _ => Err(Error::AdminRequired),
         }
     }
 }
 
-/// Whether the caller's session is still one now: for calls that wait, which must not outlive it by
-/// more than a moment.
+/// Checks that the caller's session has not ended. For calls that wait: they must not outlive their
+/// session.
 pub async fn recheck(cx: Cx<'_>, caller: &Caller) -> Result<(), Error> {
     let now = cx.app.clock.now();
     live_session(Cx { now, ..cx }, &caller.token).await.map(drop)
 }
 
-/// The session of field 15, or the connection's own. A token that is good becomes the connection's.
+/// Returns the owner of the session that field 15 names, or else of the connection's session. A
+/// valid token becomes the connection's session.
 async fn caller(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
     let named = match qpq_proto::session::session_token(payload)? {
-        // A token of another length is one that nobody was given.
+        // No session has a token of another length.
         Some(token) => {
             Some(SessionToken::try_from(token).map_err(|_| Error::SessionExpired)?.hash())
         }
@@ -215,11 +270,11 @@ async fn caller(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
         identity: session.identity,
         device: session.device,
         token,
-        proof: Proof { authenticated_at: session.authenticated_at },
+        login: Login { authenticated_at: session.authenticated_at },
     })
 }
 
-/// Unknown, revoked and expired are one answer.
+/// Returns the session of `token`. Unknown, revoked and expired ones have the same error.
 async fn live_session(cx: Cx<'_>, token: &TokenHash) -> Result<Session, Error> {
     let Some(session) = cx.app.stores.sessions.find(token).await? else {
         cx.app.tokens.not_found(*token, cx.conn.ip(), cx.now);
@@ -231,8 +286,8 @@ async fn live_session(cx: Cx<'_>, token: &TokenHash) -> Result<Session, Error> {
     Ok(session)
 }
 
-/// Notes the use, if the last note is old. A store that cannot write must not keep anyone from
-/// reading.
+/// Records the use of a session if the last record is old. A failure is only logged: a store that
+/// cannot write can still be read.
 async fn touch(cx: Cx<'_>, token: &TokenHash, session: &Session) {
     let lifetimes = &cx.app.config.sessions;
     if !lifetimes.needs_touch(session, cx.now) {
@@ -242,7 +297,7 @@ async fn touch(cx: Cx<'_>, token: &TokenHash, session: &Session) {
     if let Err(error) = cx.app.stores.sessions.touch(token, cx.now, expires_at).await {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
-            "the use of a session could not be noted"
+            "recording the use of a session failed"
         );
     }
 }

@@ -1,6 +1,6 @@
-//! What the server knows of one client connection: where it comes from, which session it uses,
-//! which logins are under way on it. Nothing here outlives the connection, and no other connection
-//! can touch it: that is what makes a login undisturbable and lets any edge be killed.
+//! The state of one client connection: its address, its session, its unfinished logins, its
+//! subscription. No other connection can change it, so nobody can disturb a login. It ends with the
+//! connection, so any edge can be killed.
 
 use std::{
     fmt,
@@ -14,17 +14,17 @@ use parking_lot::Mutex;
 use qpq_domain::{AccountId, IdentityKey, StoreId, TokenHash, UnixMillis, Username};
 use tokio::task::AbortHandle;
 
-use crate::{answers::Budget, opaque::PendingLogin};
+use crate::{answers::Memory, opaque::PendingLogin};
 
-/// Logins under way on one connection; one more pushes the oldest out.
+/// The maximum number of unfinished logins on one connection. Another one removes the oldest.
 const MAX_PENDING: usize = 4;
 
-/// How long a client may take between LoginStart and LoginFinish.
+/// The maximum time between OpaqueLoginStart and OpaqueLoginFinish.
 const PENDING_LIFETIME: Duration = Duration::from_secs(60);
 
-/// Where a connection's events go: frames on a stream that the server opens with the first one.
+/// The stream of a connection's events. The server opens it with the first event.
 pub trait Events: Send + Sync {
-    /// Queues one event; false when the connection is gone or takes no more.
+    /// Queues one event. Returns false if the connection is closed or takes no more events.
     fn send(&self, event_type: u16, payload: Bytes) -> bool;
 }
 
@@ -32,8 +32,7 @@ pub trait Events: Send + Sync {
 pub struct Connection {
     ip: IpAddr,
     events: Arc<dyn Events>,
-    /// The memory for answers to it.
-    answers: Budget,
+    answer_memory: Memory,
     state: Mutex<State>,
 }
 
@@ -42,8 +41,8 @@ struct State {
     session: Option<TokenHash>,
     pending: Vec<Pending>,
     subscription: Option<AbortHandle>,
-    /// The history of the messages that were shown last, and left in the inbox.
-    shown_in: Option<StoreId>,
+    /// The history of the messages that were peeked last.
+    peeked_history: Option<StoreId>,
     closed: bool,
 }
 
@@ -57,7 +56,7 @@ struct Pending {
 #[derive(Debug)]
 pub(crate) struct UnfinishedLogin {
     pub(crate) opaque: PendingLogin,
-    /// Whose it will be; `None` where the user does not exist.
+    /// The account; `None` if it does not exist.
     pub(crate) account: Option<(AccountId, IdentityKey)>,
 }
 
@@ -68,11 +67,11 @@ impl fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(addr: SocketAddr, events: Arc<dyn Events>, answers: Budget) -> Self {
-        Self { ip: addr.ip().to_canonical(), events, answers, state: Mutex::default() }
+    pub(crate) fn new(addr: SocketAddr, events: Arc<dyn Events>, answer_memory: Memory) -> Self {
+        Self { ip: addr.ip().to_canonical(), events, answer_memory, state: Mutex::default() }
     }
 
-    /// The client's address; an IPv4 address mapped into IPv6 is the IPv4 one.
+    /// Returns the client's address. An IPv4 address mapped into IPv6 is returned as IPv4.
     pub(crate) fn ip(&self) -> IpAddr {
         self.ip
     }
@@ -81,21 +80,21 @@ impl Connection {
         &self.events
     }
 
-    pub(crate) fn answers(&self) -> &Budget {
-        &self.answers
+    pub(crate) fn answer_memory(&self) -> &Memory {
+        &self.answer_memory
     }
 
-    /// The session of requests that name none.
+    /// Returns the session of requests without a token.
     pub(crate) fn session(&self) -> Option<TokenHash> {
         self.state.lock().session
     }
 
-    /// Makes `token` the session of requests that name none.
+    /// Sets the session of requests without a token.
     pub(crate) fn bind(&self, token: TokenHash) {
         self.state.lock().session = Some(token);
     }
 
-    /// Forgets the session if it is still `token`.
+    /// Removes the session if it is still `token`.
     pub(crate) fn unbind(&self, token: &TokenHash) {
         let mut state = self.state.lock();
         if state.session.as_ref() == Some(token) {
@@ -103,36 +102,36 @@ impl Connection {
         }
     }
 
-    /// Notes the history of messages that are shown to be acknowledged later.
-    pub(crate) fn shows(&self, store_id: StoreId) {
-        self.state.lock().shown_in = Some(store_id);
+    /// Records the history of peeked messages, which the client acks later.
+    pub(crate) fn set_peeked_history(&self, store_id: StoreId) {
+        self.state.lock().peeked_history = Some(store_id);
     }
 
-    /// The history that seqs in an ack belong to, as far as this connection knows.
-    pub(crate) fn shown_in(&self) -> Option<StoreId> {
-        self.state.lock().shown_in
+    /// Returns the history to which the seqs of an ack belong, if the connection has peeked.
+    pub(crate) fn peeked_history(&self) -> Option<StoreId> {
+        self.state.lock().peeked_history
     }
 
-    /// Forgets the history of what was shown, if it is still `store_id`.
-    pub(crate) fn forget_shown(&self, store_id: StoreId) {
+    /// Removes the history of peeked messages if it is still `store_id`.
+    pub(crate) fn clear_peeked_history(&self, store_id: StoreId) {
         let mut state = self.state.lock();
-        if state.shown_in == Some(store_id) {
-            state.shown_in = None;
+        if state.peeked_history == Some(store_id) {
+            state.peeked_history = None;
         }
     }
 
-    /// Keeps the task that serves this connection's subscription; the one before ends.
+    /// Takes ownership of the subscription's task, and aborts the previous one.
     pub(crate) fn subscribe(&self, task: AbortHandle) {
         let mut state = self.state.lock();
-        // The call that brings it may outlive the connection by a moment.
-        let over = if state.closed { Some(task) } else { state.subscription.replace(task) };
+        // The call of a Subscribe can end after its connection is closed.
+        let aborted = if state.closed { Some(task) } else { state.subscription.replace(task) };
         drop(state);
-        if let Some(over) = over {
-            over.abort();
+        if let Some(task) = aborted {
+            task.abort();
         }
     }
 
-    /// Ends what runs for the connection and wipes what it keeps.
+    /// Aborts the subscription and wipes the state.
     pub(crate) fn close(&self) {
         let closed = State { closed: true, ..State::default() };
         let state = std::mem::replace(&mut *self.state.lock(), closed);
@@ -141,8 +140,8 @@ impl Connection {
         }
     }
 
-    /// Keeps a login until its second call. It replaces one of the same name, and the oldest where
-    /// there are too many.
+    /// Adds an unfinished login. It replaces one of the same username, and the oldest if there are
+    /// too many.
     pub(crate) fn start_login(&self, username: Username, login: UnfinishedLogin, now: UnixMillis) {
         let mut state = self.state.lock();
         let pending = &mut state.pending;
@@ -153,7 +152,7 @@ impl Connection {
         pending.push(Pending { username, login, started_at: now });
     }
 
-    /// The login under way for `username`, once.
+    /// Removes and returns the unfinished login of `username`.
     pub(crate) fn take_login(
         &self,
         username: &Username,
@@ -163,6 +162,13 @@ impl Connection {
         state.pending.retain(|pending| pending.is_alive(now));
         let index = state.pending.iter().position(|pending| pending.username == *username)?;
         Some(state.pending.remove(index).login)
+    }
+}
+
+/// A connection that the embedder drops without removing it has no subscription either.
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

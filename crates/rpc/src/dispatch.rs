@@ -1,9 +1,13 @@
-//! From a method id to its handler: the table, and the way of every call through it.
+//! From a method id to its handler: the table, and the steps of every call.
 //!
-//! The table is made from the rows that `qpq_proto` marks as served: a row without a handler does
-//! not compile, nor one whose handler wants a stronger caller. Each entry is the whole way of one
-//! method, so a call is one indirection and one allocation: its own future, which for a parked
-//! FetchWait is all that stays.
+//! A call takes these steps: its size is checked ([`check_size`]) before its payload is read; then
+//! authenticate, take its budgets, decode, authorize ([`admit`]); then the handler. Up to the
+//! handler the method's standard deadline applies, for the handler its own.
+//!
+//! The table has the rows that `qpq_proto` marks as served. A row without a handler does not
+//! compile, nor does one whose handler takes a stronger caller. Each entry contains all steps of
+//! one method, so a call costs one indirection and one allocation: its future, which is all that a
+//! waiting FetchWait occupies.
 
 use std::{
     future::Future,
@@ -15,130 +19,137 @@ use std::{
 use bytes::Bytes;
 use futures_util::{future::BoxFuture, poll};
 use prost::Message as _;
-use qpq_domain::{AccountId, UnixMillis};
+use qpq_domain::UnixMillis;
 use qpq_ports::Lease;
-use qpq_proto::{LimitClass, Method, MethodInfo};
+use qpq_proto::{
+    LimitClass, Method, MethodInfo, Status, deadlines::Deadline as _, methods::Enqueue,
+};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    App, Connection, Error, Subject,
+    Answer, App, Connection, Error, Subject,
     answers::Reservation,
-    auth::{Authenticate, Principal as _},
+    auth::{Authenticate, Authorize, Principal as _},
+    limits::SubjectKey,
 };
 
-/// What surrounds a call.
+/// The maximum size of an Enqueue request without its payload, in bytes, with some space for
+/// unknown fields.
+const ENQUEUE_OVERHEAD: usize = 1 << 10;
+
+/// The context of a call.
 #[derive(Clone, Copy, Debug)]
 pub struct Cx<'a> {
+    /// The state that all handlers share.
     pub app: &'a Arc<App>,
+    /// The connection of the call.
     pub conn: &'a Arc<Connection>,
-    /// When the call began.
+    /// The time at which the call began.
     pub now: UnixMillis,
 }
 
 impl Cx<'_> {
-    /// Takes one call from the budget that `class` keeps for `subject`; nothing if it keeps none by
-    /// that.
+    /// Takes one call from the budget that `class` has for `subject`, if it has one.
     pub async fn limit(self, class: LimitClass, subject: Subject<'_>) -> Result<(), Error> {
-        self.app.limits.take(self, class, subject, 1).await
+        self.app.budgets.take(self, class, subject, 1).await
     }
 
-    /// Takes `cost` from the budgets that `class` keeps for the account and for the address of its
-    /// connection: for work beyond the call, which has been taken already.
+    /// Takes `cost` from the budgets that `class` has for `subject` and for the connection's
+    /// address: for work in addition to the call, which is taken already.
     pub(crate) async fn charge(
         self,
         class: LimitClass,
-        account: AccountId,
+        subject: Subject<'_>,
         cost: u32,
     ) -> Result<(), Error> {
         if cost == 0 {
             return Ok(());
         }
-        let limits = &self.app.limits;
-        let (own, address) = (Subject::Account(account), Subject::Ip(self.conn.ip()));
-        // The call has been taken from the same budgets, so they are not full.
-        let payable = limits.payable(class, &own, cost);
-        // The account first: what it is refused costs others at its address nothing.
-        limits.take(self, class, own, payable).await?;
-        limits.take(self, class, address, limits.payable(class, &address, cost)).await?;
-        self.app.owed.add(class, account, cost - payable, self.now);
+        let budgets = &self.app.budgets;
+        let address = Subject::Ip(self.conn.ip());
+        // The call is taken from the same budgets, so they are not full.
+        let payable = budgets.payable(class, subject, cost);
+        // The subject first: a cost that it is refused does not count for others at its address.
+        budgets.take(self, class, subject, payable).await?;
+        budgets.take(self, class, address, budgets.payable(class, address, cost)).await?;
+        self.app.debts.add(class, subject.key(), cost - payable, self.now);
         Ok(())
     }
 
-    /// Takes a call of the account, and what earlier reads of it owe.
-    async fn charge_call(self, class: LimitClass, account: AccountId) -> Result<(), Error> {
-        let owed = self.app.owed.collect(class, account);
+    /// Takes one call from the budgets of the address and of `subject`, from the latter also the
+    /// debt of its earlier calls.
+    async fn charge_call(
+        self,
+        class: LimitClass,
+        subject: Option<Subject<'_>>,
+    ) -> Result<(), Error> {
+        let address = Subject::Ip(self.conn.ip());
+        let Some(subject) = subject else { return self.limit(class, address).await };
+        let owed = self.app.debts.collect(class, subject.key());
         let cost = owed.saturating_add(1);
-        let limits = &self.app.limits;
-        let taken = match limits.take(self, class, Subject::Account(account), cost).await {
-            Ok(()) => limits.take(self, class, Subject::Ip(self.conn.ip()), 1).await,
+        let taken = match self.app.budgets.take(self, class, subject, cost).await {
+            Ok(()) => self.limit(class, address).await,
             refused => refused,
         };
         if taken.is_err() {
-            self.app.owed.add(class, account, owed, self.now);
+            self.app.debts.add(class, subject.key(), owed, self.now);
         }
         taken
     }
 }
 
-/// Whom a method's handler gets.
-pub(crate) type Principal<M> = <<M as Method>::Auth as Authenticate>::Principal;
+/// The caller that the handler of `M` receives.
+pub(crate) type CallerOf<M> = <<M as Method>::Auth as Authorize<<M as Method>::Request>>::Caller;
 
-/// What answers a method.
-pub trait Handler: Method<Auth: Authenticate> {
+/// The result of the handler of `M`.
+pub type Handled<M> = Result<Response<<M as Method>::Response>, Error>;
+
+/// The implementation of a method.
+pub trait Handler: Method<Auth: Authorize<<Self as Method>::Request>> {
+    /// Executes an authorized request.
     fn handle(
         cx: Cx<'_>,
-        caller: Principal<Self>,
+        caller: CallerOf<Self>,
         request: Self::Request,
-    ) -> impl Future<Output = Result<Answered<Self::Response>, Error>> + Send;
+    ) -> impl Future<Output = Handled<Self>> + Send;
 
-    /// The most that the answer takes, for methods whose answer is large and grows with the
-    /// request. Its memory is reserved before the handler is called.
+    /// Returns the maximum size of the answer, for methods whose answer is large and grows with
+    /// the request. That much memory is reserved before the handler is called.
     fn answer_bytes(_request: &Self::Request) -> usize {
         0
     }
-
-    /// How long the request asks to wait; only methods of the deadline class `Wait` do. Their
-    /// deadline lies behind it.
-    fn wait(_app: &App, _request: &Self::Request) -> Duration {
-        Duration::ZERO
-    }
 }
 
-/// A handler's response, and what may be waiting for its arrival.
-pub struct Answered<R> {
-    pub response: R,
-    /// Settled once the client has every byte, released otherwise.
+/// A handler's response, with the lease of the messages in it.
+pub struct Response<R> {
+    /// The response message.
+    pub message: R,
+    /// Completed once the client has the whole answer, released otherwise.
     pub lease: Option<Box<dyn Lease>>,
-    /// The memory for the response, where the handler reserved it.
+    /// The memory for the response, if the handler reserved it.
     pub memory: Option<Reservation>,
 }
 
-impl<R> Answered<R> {
-    /// A response that shows what `lease` holds.
-    pub fn with_lease(response: R, lease: Box<dyn Lease>, memory: Reservation) -> Self {
-        Self { response, lease: Some(lease), memory: Some(memory) }
+impl<R> Response<R> {
+    /// Returns a response with the messages of `lease`.
+    pub fn with_lease(message: R, lease: Box<dyn Lease>, memory: Reservation) -> Self {
+        Self { message, lease: Some(lease), memory: Some(memory) }
     }
 }
 
-impl<R: std::fmt::Debug> std::fmt::Debug for Answered<R> {
+impl<R: std::fmt::Debug> std::fmt::Debug for Response<R> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Answered").field("response", &self.response).finish_non_exhaustive()
+        f.debug_struct("Response").field("message", &self.message).finish_non_exhaustive()
     }
 }
 
-impl<R> From<R> for Answered<R> {
-    fn from(response: R) -> Self {
-        Self { response, lease: None, memory: None }
+impl<R> From<R> for Response<R> {
+    fn from(message: R) -> Self {
+        Self { message, lease: None, memory: None }
     }
 }
 
-/// A response as bytes.
-pub(crate) struct Done {
-    pub(crate) payload: Bytes,
-    pub(crate) lease: Option<Box<dyn Lease>>,
-}
-
-type Call = for<'a> fn(Cx<'a>, Bytes) -> BoxFuture<'a, Result<Done, Error>>;
+type Call = for<'a> fn(Cx<'a>, Bytes) -> BoxFuture<'a, Result<Answer, Error>>;
 
 /// A served method.
 pub(crate) struct Entry {
@@ -153,33 +164,71 @@ macro_rules! table {
 /// Every served method, by id.
 pub(crate) static TABLE: &[Entry] = qpq_proto::for_each_served_method!(table);
 
-/// The place of a method in [`TABLE`]; `None` for one that is not served.
+/// Returns the index of a method in [`TABLE`], `None` for one that is not served.
 pub(crate) fn row(method: u16) -> Option<usize> {
     TABLE.binary_search_by_key(&method, |entry| entry.info.id).ok()
 }
 
-fn call<'a, M: Handler>(cx: Cx<'a>, payload: Bytes) -> BoxFuture<'a, Result<Done, Error>> {
+fn call<'a, M: Handler>(cx: Cx<'a>, payload: Bytes) -> BoxFuture<'a, Result<Answer, Error>> {
     Box::pin(serve::<M>(cx, payload))
 }
 
-async fn serve<M: Handler>(cx: Cx<'_>, payload: Bytes) -> Result<Done, Error> {
-    let started = Instant::now();
-    let standard = started + M::INFO.deadline.duration(Duration::ZERO);
-    let (caller, request) = within(standard, pin!(admit::<M>(cx, payload))).await??;
-    let deadline = started + M::INFO.deadline.duration(M::wait(cx.app, &request));
-    let reserved = match M::answer_bytes(&request) {
-        0 => None,
-        bytes => Some(cx.app.answers.reserve(cx, caller.account(), bytes).await?),
-    };
-    let answered = within(deadline, pin!(M::handle(cx, caller, request))).await??;
-    Ok(encode(answered, reserved))
+/// Checks the announced size of a request against its row, and an Enqueue against the configured
+/// payload.
+pub(crate) fn check_size(app: &App, method: &MethodInfo, payload_len: u32) -> Result<(), Error> {
+    if payload_len > method.largest_request.bytes() {
+        return Err(Error::TooLarge);
+    }
+    let configured = app.config.delivery.max_payload.saturating_add(ENQUEUE_OVERHEAD);
+    if method.id == Enqueue::INFO.id && payload_len as usize > configured {
+        return Err(Error::PayloadTooLarge);
+    }
+    Ok(())
 }
 
-/// Encodes the response; from then on its memory is the answer's alone.
-fn encode<R: prost::Message>(answered: Answered<R>, reserved: Option<Reservation>) -> Done {
-    let Answered { response, mut lease, memory } = answered;
-    let encoded = response.encode_to_vec();
-    drop(response);
+async fn serve<M: Handler>(cx: Cx<'_>, payload: Bytes) -> Result<Answer, Error> {
+    let started = Instant::now();
+    let standard = started + M::INFO.deadline.duration(Duration::ZERO);
+    let Admitted { payer, caller, request } =
+        within(standard, pin!(admit::<M>(cx, payload))).await??;
+    let deadline = started + M::INFO.deadline.duration(requested_wait::<M>(cx.app, &request));
+    let reserved = match M::answer_bytes(&request) {
+        0 => None,
+        bytes => Some(cx.app.answers.reserve(cx, payer, bytes).await?),
+    };
+    let response = within(deadline, pin!(M::handle(cx, caller, request))).await??;
+    Ok(encode(response, reserved))
+}
+
+/// Returns the time that the request asks to wait, within the configured limits.
+pub(crate) fn requested_wait<M: Method>(app: &App, request: &M::Request) -> Duration {
+    let timeout_ms = M::Deadline::requested_wait(request);
+    timeout_ms.map_or(Duration::ZERO, |timeout_ms| app.config.delivery.wait(timeout_ms))
+}
+
+/// A request that may be executed.
+struct Admitted<M: Handler> {
+    /// The principal's budgets; `None` for an anonymous client.
+    payer: Option<SubjectKey>,
+    caller: CallerOf<M>,
+    request: M::Request,
+}
+
+/// Executes the steps before the handler.
+async fn admit<M: Handler>(cx: Cx<'_>, payload: Bytes) -> Result<Admitted<M>, Error> {
+    let principal = M::Auth::authenticate(cx, &payload).await?;
+    let payer = principal.subject().map(Subject::key);
+    cx.charge_call(M::INFO.limit, principal.subject()).await?;
+    let request = M::Request::decode(payload)?;
+    let caller = M::Auth::authorize(cx, principal, &request).await?;
+    Ok(Admitted { payer, caller, request })
+}
+
+/// Serializes a response. After that the reserved memory belongs to the answer alone.
+fn encode<R: prost::Message>(response: Response<R>, reserved: Option<Reservation>) -> Answer {
+    let Response { message, mut lease, memory } = response;
+    let encoded = message.encode_to_vec();
+    drop(message);
     if let Some(lease) = &mut lease {
         lease.free_payloads();
     }
@@ -187,23 +236,10 @@ fn encode<R: prost::Message>(answered: Answered<R>, reserved: Option<Reservation
         Some(memory) => memory.attach(encoded),
         None => encoded.into(),
     };
-    Done { payload, lease }
+    Answer { status: Status::Ok.code(), payload, lease }
 }
 
-/// Session, budgets, and the message itself: all that comes before the handler.
-async fn admit<M: Handler>(
-    cx: Cx<'_>,
-    payload: Bytes,
-) -> Result<(Principal<M>, M::Request), Error> {
-    let caller = M::Auth::authenticate(cx, &payload).await?;
-    match caller.account() {
-        Some(account) => cx.charge_call(M::INFO.limit, account).await?,
-        None => cx.limit(M::INFO.limit, Subject::Ip(cx.conn.ip())).await?,
-    }
-    Ok((caller, M::Request::decode(payload)?))
-}
-
-/// Gives `work` until `deadline`. What answers at once never touches a timer.
+/// Runs `work` until `deadline`. Work that completes immediately uses no timer.
 async fn within<F: Future>(deadline: Instant, mut work: Pin<&mut F>) -> Result<F::Output, Error> {
     match poll!(work.as_mut()) {
         std::task::Poll::Ready(output) => Ok(output),
@@ -214,28 +250,4 @@ async fn within<F: Future>(deadline: Instant, mut work: Pin<&mut F>) -> Result<F
 }
 
 #[cfg(test)]
-mod tests {
-    use qpq_proto::methods::{Enqueue, FetchWait, Health};
-
-    use super::*;
-
-    fn size<'a, F: Future>(_: impl Fn(Cx<'a>, Bytes) -> F) -> usize {
-        size_of::<F>()
-    }
-
-    /// A parked FetchWait is what an idle client costs, besides its connection.
-    #[test]
-    fn futures_are_small() {
-        let sizes = [size(serve::<Health>), size(serve::<Enqueue>), size(serve::<FetchWait>)];
-        assert!(sizes.iter().all(|size| *size <= 2_048), "{sizes:?}");
-    }
-
-    #[test]
-    fn every_served_method_is_found_by_its_id() {
-        for (place, entry) in TABLE.iter().enumerate() {
-            assert_eq!(row(entry.info.id), Some(place));
-        }
-        let served: Vec<_> = qpq_proto::METHODS.iter().filter(|method| method.served).collect();
-        assert_eq!(served.len(), TABLE.len());
-    }
-}
+mod tests;

@@ -9,7 +9,7 @@ use std::{error::Error as StdError, fmt, time::Duration};
 use bytes::Bytes;
 use prost::Message as _;
 use qpq_ports::StoreError;
-use qpq_proto::{FieldError, Status, convert::FieldReason, session::Malformed, v1::ErrorDetail};
+use qpq_proto::{FieldError, Status, session::Malformed, v1::ErrorDetail};
 use tracing::Level;
 
 use crate::Answer;
@@ -218,7 +218,7 @@ impl Error {
         Answer {
             status: code.status().code(),
             payload: Bytes::from(detail.encode_to_vec()),
-            completion: None,
+            lease: None,
         }
     }
 }
@@ -253,10 +253,7 @@ impl From<StoreError> for Error {
 
 impl From<FieldError> for Error {
     fn from(error: FieldError) -> Self {
-        match error.reason {
-            FieldReason::Username(_) => Self::InvalidUsername,
-            _ => Self::InvalidField(error),
-        }
+        Self::InvalidField(error)
     }
 }
 

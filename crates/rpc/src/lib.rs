@@ -1,14 +1,14 @@
-//! The server between the wire and the stores: who may call what and how often, one handler a
-//! method, and every answer.
+//! The server between the wire and the stores: authentication, limits, one handler per method, and
+//! all answers.
 //!
-//! It knows neither QUIC nor a database. `services/edge` gives it connections and requests
-//! ([`Rpc`]) and the stores behind `qpq_ports`; the method table of `qpq_proto` says which
-//! [`Handler`] answers which id. A call goes
+//! It depends on neither QUIC nor a database. `services/edge` passes connections and requests to
+//! [`Rpc`], and the stores through `qpq_ports`. The method table of `qpq_proto` determines the
+//! [`Handler`] of each id. A call takes these steps:
 //!
-//! row by id · session from field 15 · rate-limit class · deadline · log → handler → [`Answer`]
+//! row by id · authenticate · budgets · deadline · span · decode · authorize → handler → [`Answer`]
 //!
-//! which is `dispatch` from top to bottom. To add an RPC: its messages and its row in `proto`, then
-//! `impl Handler` in the file of its area under `handlers/`; nothing is registered anywhere.
+//! To add an RPC: its messages and its row in `proto`, then `impl Handler` in a file of its area
+//! under `handlers/`. Nothing is registered.
 
 pub mod account_events;
 pub mod auth;
@@ -19,9 +19,9 @@ pub mod opaque;
 
 mod answers;
 mod app;
+mod compute;
 mod connection;
 mod dispatch;
-mod gate;
 mod handlers;
 mod observe;
 mod rpc;
@@ -33,10 +33,9 @@ pub use answers::AnswerMemory;
 pub use app::{App, Config, IdentityProof, Parts};
 pub use auth::{Admin, Caller, FreshCaller, SessionLifetimes};
 pub use connection::{Connection, Events};
-pub use dispatch::{Answered, Cx, Handler};
+pub use dispatch::{Cx, Handled, Handler, Response};
 pub use error::{Code, Error};
 pub use limits::{RateLimits, Subject};
 pub use opaque::OpaqueServer;
-pub use qpq_wire::Refusal;
-pub use rpc::{Answer, Rpc, Settlement};
+pub use rpc::{Answer, Rpc};
 pub use signer::DeliverySigner;

@@ -1,9 +1,9 @@
-//! Rate limits: which budget a call is taken from, and what happens when counting itself fails.
+//! Rate limits: the budgets that a call is taken from, and the consequences when counting fails.
 //!
 //! The classes and their defaults are one table in `qpq_proto::limits`; the configuration overrides
-//! budgets by class and key. The dispatcher takes what it can know by itself (address, account); a
-//! handler takes the rest (username, target) through [`Cx::limit`](crate::Cx::limit) as soon as it
-//! has read it.
+//! budgets by class and subject. The dispatcher takes the call from the budgets of the address and
+//! of the principal. A handler takes it from those of the username or the target, through
+//! [`Cx::limit`](crate::Cx::limit), as soon as it has parsed them.
 
 use std::{
     collections::HashMap,
@@ -19,12 +19,12 @@ use sha2::{Digest, Sha256};
 
 use crate::{Cx, Error};
 
-/// How calls are limited, as configured.
+/// The configured rate limits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RateLimits {
-    /// False lets everything through.
+    /// False: nothing is limited.
     pub enabled: bool,
-    /// Budgets in place of the table's, or besides them.
+    /// Budgets that replace those of the table, or are added to them.
     pub overrides: HashMap<(LimitClass, LimitSubject), Bucket>,
 }
 
@@ -34,26 +34,35 @@ impl Default for RateLimits {
     }
 }
 
-/// Whom a budget counts.
+/// The subject of a budget.
 #[derive(Clone, Copy, Debug)]
 pub enum Subject<'a> {
+    /// A client's address.
     Ip(IpAddr),
+    /// A username.
     Username(&'a Username),
-    /// A user name, and the address it is asked for from.
+    /// A username, and the address that logs in by it.
     UsernameAndIp(&'a Username, IpAddr),
+    /// An account.
     Account(AccountId),
-    /// An account, and the identity it asks for.
+    /// An account, and the identity key that it asks for.
     Target(AccountId, &'a IdentityKey),
+    /// Another server, by its domain.
+    Peer(&'a str),
 }
+
+/// A subject as a fixed number of bytes. Different subjects have different keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct SubjectKey(pub(crate) [u8; 16]);
 
 /// The budgets in force, looked up by class without hashing.
 #[derive(Debug)]
-pub(crate) struct Limits {
+pub(crate) struct Budgets {
     enabled: bool,
     budgets: Vec<Vec<(LimitSubject, Bucket)>>,
 }
 
-impl Limits {
+impl Budgets {
     pub(crate) fn new(config: &RateLimits) -> Self {
         let budgets = LimitClass::ALL.map(|class| {
             let mut budgets: HashMap<_, _> = class.defaults().iter().map(default_budget).collect();
@@ -69,13 +78,13 @@ impl Limits {
         budgets.iter().find(|(of, _)| *of == per).map(|(_, bucket)| *bucket)
     }
 
-    /// How much of `cost` the budget of `class` kept for `subject` can ever pay after a call.
-    pub(crate) fn payable(&self, class: LimitClass, subject: &Subject<'_>, cost: u32) -> u32 {
+    /// Returns the part of `cost` that the budget of `subject` can ever pay after a call.
+    pub(crate) fn payable(&self, class: LimitClass, subject: Subject<'_>, cost: u32) -> u32 {
         let bucket = self.bucket(class, subject.kept_per());
         bucket.map_or(cost, |bucket| cost.min(bucket.burst.saturating_sub(1)))
     }
 
-    /// Takes `cost` of `class` from `subject`'s budget, if the class has one kept by that.
+    /// Takes `cost` from the budget that `class` has for `subject`, if it has one.
     pub(crate) async fn take(
         &self,
         cx: Cx<'_>,
@@ -84,14 +93,14 @@ impl Limits {
         cost: u32,
     ) -> Result<(), Error> {
         let Some(bucket) = self.bucket(class, subject.kept_per()) else { return Ok(()) };
-        let key = LimitKey { class: class.name(), subject: subject.to_bytes() };
+        let key = LimitKey { class: class.name(), subject: subject.key().0 };
         match cx.app.stores.limiter.take(key, bucket, cost, cx.now).await {
             Ok(Verdict::Allowed) => Ok(()),
             Ok(Verdict::RetryAfter(wait)) => Err(Error::RateLimited(wait)),
-            Err(error) if stands_without_limits(class) => {
+            Err(error) if may_go_uncounted(class) => {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
-                    "rate limits could not be counted"
+                    "counting a rate limit failed, the call is allowed"
                 );
                 Ok(())
             }
@@ -100,55 +109,56 @@ impl Limits {
     }
 }
 
-/// How long an address counts as one that has logged in by a name.
-const ADDRESS_KNOWN_FOR: Duration = Duration::from_secs(90 * 24 * 60 * 60);
+/// The time for which the address of a login is remembered.
+const ADDRESS_LIFETIME: Duration = Duration::from_secs(90 * 24 * 60 * 60);
 
-/// The class of the keys under which addresses are remembered.
+/// The class of the keys of remembered addresses.
 const KNOWN_ADDRESS: &str = "login_address";
 
 fn known_address(cx: Cx<'_>, name: &Username) -> LimitKey {
-    let subject = Subject::UsernameAndIp(name, cx.conn.ip()).to_bytes();
+    let subject = Subject::UsernameAndIp(name, cx.conn.ip()).key().0;
     LimitKey { class: KNOWN_ADDRESS, subject }
 }
 
 /// Takes one login from the budgets of `name`.
 ///
-/// The budget of the name alone counts only addresses that have not logged in by it: strangers who
-/// use it up do not lock the user out at home, and those at one address use up no more than their
-/// own budget of the name. All of it depends on the name as given and on the address, never on
-/// whether the account exists.
+/// The budget of the name alone counts only addresses without an earlier login by it: strangers
+/// who exhaust it do not lock the account's owner out, and those at one address exhaust at most
+/// their own budget of the name. The outcome depends on the name and the address, never on the
+/// existence of the account.
 pub(crate) async fn take_login(cx: Cx<'_>, name: &Username) -> Result<(), Error> {
     cx.limit(LimitClass::Login, Subject::UsernameAndIp(name, cx.conn.ip())).await?;
-    if cx.app.limits.bucket(LimitClass::Login, LimitSubject::Username).is_none() {
+    if cx.app.budgets.bucket(LimitClass::Login, LimitSubject::Username).is_none() {
         return Ok(());
     }
-    // Where that cannot be asked, nothing can be counted either.
+    // A limiter that fails here could not count either.
     let is_known = cx.app.stores.limiter.remembers(known_address(cx, name), cx.now).await?;
     if is_known { Ok(()) } else { cx.limit(LimitClass::Login, Subject::Username(name)).await }
 }
 
-/// Remembers that the client's address has logged in by `name`. Without it the address counts as a
-/// stranger, so a failure fails no login.
+/// Remembers that the client's address has logged in by `name`. A failure is only logged: the
+/// address then counts as a stranger.
 pub(crate) async fn remember_login(cx: Cx<'_>, name: &Username) {
-    if !cx.app.limits.enabled {
+    if !cx.app.budgets.enabled {
         return;
     }
     let remembered =
-        cx.app.stores.limiter.remember(known_address(cx, name), ADDRESS_KNOWN_FOR, cx.now).await;
+        cx.app.stores.limiter.remember(known_address(cx, name), ADDRESS_LIFETIME, cx.now).await;
     if let Err(error) = remembered {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
-            "the address of a login could not be remembered"
+            "remembering the address of a login failed"
         );
     }
 }
 
-/// What calls have cost that their accounts have yet to pay for, here on this server: the next call
-/// of the class does. How much a read shows is known only when it is done; and a batch may cost more
-/// than its budget ever holds beside the call itself.
+/// The costs that subjects have yet to pay, on this server. The next call of the class pays them.
+///
+/// The cost of a read is known only after it, and a batch may cost more than its budget ever
+/// contains in addition to the call.
 #[derive(Debug, Default)]
-pub(crate) struct Owed {
-    accounts: Mutex<HashMap<(LimitClass, AccountId), Debt>>,
+pub(crate) struct Debts {
+    subjects: Mutex<HashMap<(LimitClass, SubjectKey), Debt>>,
 }
 
 #[derive(Debug, Default)]
@@ -157,35 +167,36 @@ struct Debt {
     since: UnixMillis,
 }
 
-/// From how many accounts on those are forgotten whose debt their budget would have paid by now.
+/// The number of debts from which old ones are removed: those that the budget would have paid by
+/// now.
 const MANY_DEBTS: usize = 1_024;
-const DEBT_LASTS: Duration = Duration::from_secs(60);
+const DEBT_LIFETIME: Duration = Duration::from_secs(60);
 
-impl Owed {
-    /// What the account owes; from now on, nothing.
-    pub(crate) fn collect(&self, class: LimitClass, account: AccountId) -> u32 {
-        self.accounts.lock().remove(&(class, account)).map_or(0, |debt| debt.cost)
+impl Debts {
+    /// Returns and removes the debt of a subject.
+    pub(crate) fn collect(&self, class: LimitClass, subject: SubjectKey) -> u32 {
+        self.subjects.lock().remove(&(class, subject)).map_or(0, |debt| debt.cost)
     }
 
-    /// Adds to what the account owes.
-    pub(crate) fn add(&self, class: LimitClass, account: AccountId, cost: u32, now: UnixMillis) {
+    /// Adds to the debt of a subject.
+    pub(crate) fn add(&self, class: LimitClass, subject: SubjectKey, cost: u32, now: UnixMillis) {
         if cost == 0 {
             return;
         }
-        let mut accounts = self.accounts.lock();
-        let is_full = accounts.len() >= MANY_DEBTS && accounts.len() == accounts.capacity();
-        let key = (class, account);
-        if is_full && !accounts.contains_key(&key) {
-            accounts.retain(|_, debt| now.since(debt.since) < DEBT_LASTS);
+        let mut subjects = self.subjects.lock();
+        let is_full = subjects.len() >= MANY_DEBTS && subjects.len() == subjects.capacity();
+        let key = (class, subject);
+        if is_full && !subjects.contains_key(&key) {
+            subjects.retain(|_, debt| now.since(debt.since) < DEBT_LIFETIME);
         }
-        let debt = accounts.entry(key).or_default();
+        let debt = subjects.entry(key).or_default();
         *debt = Debt { cost: debt.cost.saturating_add(cost), since: now };
     }
 }
 
-/// Where nobody can be counted, a message still gets through, but no password is guessed and no
-/// account made.
-const fn stands_without_limits(class: LimitClass) -> bool {
+/// Returns whether calls of `class` are allowed while counting fails. Messages are; password
+/// guesses and registrations are not.
+const fn may_go_uncounted(class: LimitClass) -> bool {
     !matches!(class, LimitClass::Login | LimitClass::Register | LimitClass::Recovery)
 }
 
@@ -194,20 +205,21 @@ fn default_budget(budget: &LimitDefault) -> (LimitSubject, Bucket) {
 }
 
 impl Subject<'_> {
-    const fn kept_per(&self) -> LimitSubject {
+    const fn kept_per(self) -> LimitSubject {
         match self {
             Self::Ip(_) => LimitSubject::Ip,
             Self::Username(_) => LimitSubject::Username,
             Self::UsernameAndIp(..) => LimitSubject::UsernameAndIp,
             Self::Account(_) => LimitSubject::Account,
             Self::Target(..) => LimitSubject::FetcherAndTarget,
+            Self::Peer(_) => LimitSubject::Peer,
         }
     }
 
-    /// 16 bytes that stand for the subject; what is personal is hashed. Kinds never meet: each has
-    /// its own first bytes.
-    fn to_bytes(self) -> [u8; 16] {
-        match self {
+    /// Returns the key of the subject. Personal data is hashed. Keys of different kinds differ in
+    /// their first bytes.
+    pub(crate) fn key(self) -> SubjectKey {
+        SubjectKey(match self {
             Self::Ip(ip) => network(ip),
             Self::Account(AccountId(id)) => account(id),
             Self::Username(name) => tagged(b"username", &[name.as_str().as_bytes()]),
@@ -217,17 +229,18 @@ impl Subject<'_> {
             Self::Target(AccountId(id), target) => {
                 tagged(b"target", &[&id.to_be_bytes(), target.as_bytes()])
             }
-        }
+            Self::Peer(domain) => tagged(b"peer", &[domain.as_bytes()]),
+        })
     }
 }
 
-/// What counts as one address, see [`prefix`].
+/// Returns the bytes of the network that counts as one address.
 pub(crate) fn network(ip: IpAddr) -> [u8; 16] {
     prefix(ip).octets()
 }
 
-/// An IPv4 address as it is; of an IPv6 address the /64, which is what one customer gets at the
-/// least.
+/// Returns an IPv4 address unchanged, and of an IPv6 address the /64: the smallest network that a
+/// customer receives.
 fn prefix(ip: IpAddr) -> Ipv6Addr {
     match ip.to_canonical() {
         IpAddr::V4(v4) => v4.to_ipv6_mapped(),
@@ -238,7 +251,7 @@ fn prefix(ip: IpAddr) -> Ipv6Addr {
     }
 }
 
-/// The number behind eight bytes that no address of a client begins with (multicast, RFC 4291).
+/// Returns the id after eight bytes that no client's address begins with (multicast, RFC 4291).
 fn account(id: i64) -> [u8; 16] {
     let mut bytes = [0xff; 16];
     bytes[8..].copy_from_slice(&id.to_be_bytes());
@@ -261,16 +274,18 @@ mod tests {
 
     use super::*;
 
+    const NOW: UnixMillis = UnixMillis(1_000_000);
+
     #[test]
     fn budgets_are_found_by_their_class() {
-        let limits = Limits::new(&RateLimits::default());
+        let budgets = Budgets::new(&RateLimits::default());
         for class in LimitClass::ALL {
             for budget in class.defaults() {
                 let (per, bucket) = default_budget(budget);
-                assert_eq!(limits.bucket(class, per), Some(bucket), "{class:?}");
+                assert_eq!(budgets.bucket(class, per), Some(bucket), "{class:?}");
             }
         }
-        let off = Limits::new(&RateLimits { enabled: false, ..RateLimits::default() });
+        let off = Budgets::new(&RateLimits { enabled: false, ..RateLimits::default() });
         assert_eq!(off.bucket(LimitClass::Health, LimitSubject::Ip), None);
     }
 
@@ -281,41 +296,48 @@ mod tests {
             [(LimitClass::Health, LimitSubject::Ip), (LimitClass::Health, LimitSubject::Account)];
         let config =
             RateLimits { enabled: true, overrides: places.map(|place| (place, bucket)).into() };
-        let limits = Limits::new(&config);
+        let budgets = Budgets::new(&config);
         for (class, per) in places {
-            assert_eq!(limits.bucket(class, per), Some(bucket));
+            assert_eq!(budgets.bucket(class, per), Some(bucket));
         }
-        assert_ne!(limits.bucket(LimitClass::Login, LimitSubject::Ip), Some(bucket));
+        assert_ne!(budgets.bucket(LimitClass::Login, LimitSubject::Ip), Some(bucket));
     }
 
     #[test]
-    fn a_debt_is_collected_once_and_forgotten_when_it_is_old_and_there_are_many() {
-        let owed = Owed::default();
-        let (now, later) = (UnixMillis(1_000_000), UnixMillis(1_000_000).plus(DEBT_LASTS));
-        owed.add(LimitClass::Send, AccountId(1), 0, now);
-        assert!(owed.accounts.lock().is_empty());
-        owed.add(LimitClass::Send, AccountId(1), 2, now);
-        owed.add(LimitClass::Send, AccountId(1), 3, now);
-        assert_eq!(owed.collect(LimitClass::Receive, AccountId(1)), 0);
-        assert_eq!(owed.collect(LimitClass::Send, AccountId(1)), 5);
-        assert_eq!(owed.collect(LimitClass::Send, AccountId(1)), 0);
+    fn a_debt_is_collected_once() {
+        let debts = Debts::default();
+        let subject = Subject::Account(AccountId(1)).key();
+        debts.add(LimitClass::Send, subject, 0, NOW);
+        assert!(debts.subjects.lock().is_empty());
+        debts.add(LimitClass::Send, subject, 2, NOW);
+        debts.add(LimitClass::Send, subject, 3, NOW);
+        assert_eq!(debts.collect(LimitClass::Receive, subject), 0);
+        assert_eq!(debts.collect(LimitClass::Send, subject), 5);
+        assert_eq!(debts.collect(LimitClass::Send, subject), 0);
+    }
+
+    #[test]
+    fn old_debts_are_removed_when_there_are_many() {
+        let debts = Debts::default();
+        let later = NOW.plus(DEBT_LIFETIME);
+        let account = |n| Subject::Account(AccountId(n)).key();
         for n in 0.. {
-            owed.add(LimitClass::Send, AccountId(n), 1, now);
-            let accounts = owed.accounts.lock();
-            if accounts.len() > MANY_DEBTS && accounts.len() == accounts.capacity() {
+            debts.add(LimitClass::Send, account(n), 1, NOW);
+            let subjects = debts.subjects.lock();
+            if subjects.len() > MANY_DEBTS && subjects.len() == subjects.capacity() {
                 break;
             }
         }
-        owed.add(LimitClass::Send, AccountId(0), 1, later);
-        assert!(owed.accounts.lock().len() > MANY_DEBTS, "a known account needs no room");
-        owed.add(LimitClass::Send, AccountId(-1), 1, later);
-        assert_eq!(owed.accounts.lock().len(), 2);
-        assert_eq!(owed.collect(LimitClass::Send, AccountId(0)), 2);
+        debts.add(LimitClass::Send, account(0), 1, later);
+        assert!(debts.subjects.lock().len() > MANY_DEBTS, "a known subject needs no space");
+        debts.add(LimitClass::Send, account(-1), 1, later);
+        assert_eq!(debts.subjects.lock().len(), 2);
+        assert_eq!(debts.collect(LimitClass::Send, account(0)), 2);
     }
 
     #[test]
     fn no_two_subjects_share_a_budget() {
-        let ip = |text: &str| Subject::Ip(text.parse().expect("an address")).to_bytes();
+        let ip = |text: &str| Subject::Ip(text.parse().expect("an address")).key();
         let name = Username::parse("1").expect("a name");
         let (one, two) = (IdentityKey::new([1; 32]), IdentityKey::new([2; 32]));
         let subjects = [
@@ -324,14 +346,16 @@ mod tests {
             ip("::"),
             ip("2001:db8::1"),
             ip("2001:db8:0:1::1"),
-            Subject::Account(AccountId(1)).to_bytes(),
-            Subject::Account(AccountId(2)).to_bytes(),
-            Subject::Username(&name).to_bytes(),
-            Subject::UsernameAndIp(&name, IpAddr::from([0, 0, 0, 1])).to_bytes(),
-            Subject::UsernameAndIp(&name, IpAddr::from([0, 0, 0, 2])).to_bytes(),
-            Subject::Target(AccountId(1), &one).to_bytes(),
-            Subject::Target(AccountId(1), &two).to_bytes(),
-            Subject::Target(AccountId(2), &one).to_bytes(),
+            Subject::Account(AccountId(1)).key(),
+            Subject::Account(AccountId(2)).key(),
+            Subject::Username(&name).key(),
+            Subject::Peer("1").key(),
+            Subject::Peer("2").key(),
+            Subject::UsernameAndIp(&name, IpAddr::from([0, 0, 0, 1])).key(),
+            Subject::UsernameAndIp(&name, IpAddr::from([0, 0, 0, 2])).key(),
+            Subject::Target(AccountId(1), &one).key(),
+            Subject::Target(AccountId(1), &two).key(),
+            Subject::Target(AccountId(2), &one).key(),
         ];
         assert_eq!(HashSet::from(subjects).len(), subjects.len());
         assert_eq!(ip("2001:db8::1"), ip("2001:db8::2"));

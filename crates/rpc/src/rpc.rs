@@ -1,10 +1,10 @@
-//! The server as its embedder sees it: connections come and go, calls go in, answers come out.
+//! The server for its embedder: connections and calls in, answers out.
 
 use std::{fmt, net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
-use qpq_ports::{Clock, Lease, StoreResult};
-use qpq_proto::{Method as _, Status, methods::Enqueue};
+use qpq_ports::{Lease, StoreResult};
+use qpq_proto::Status;
 use qpq_wire::Refusal;
 use tracing::{Instrument as _, Level, Span, field::Empty};
 
@@ -14,51 +14,22 @@ use crate::{
     observe::Observer,
 };
 
-/// The fields of an Enqueue request except its payload, in bytes at most, with room for unknown
-/// fields.
-const ENQUEUE_OVERHEAD: usize = 1 << 10;
-
-/// One server. Shared by all connections.
+/// One server. All connections share it.
 #[derive(Debug)]
 pub struct Rpc {
     app: Arc<App>,
     observer: Observer,
 }
 
-/// What goes back to the client.
+/// The content of a response frame.
 pub struct Answer {
-    /// The response frame's status byte.
+    /// The status byte.
     pub status: u8,
-    /// The method's response, or an `ErrorDetail`.
+    /// The method's response message, or an `ErrorDetail`.
     pub payload: Bytes,
-    /// To be completed once the client has every byte of this; dropped, the messages that it shows
-    /// are there again.
-    pub completion: Option<Settlement>,
-}
-
-/// What is to be done about the messages that an answer shows. Dropping it gives them back.
-pub struct Settlement {
-    lease: Box<dyn Lease>,
-    clock: Arc<dyn Clock>,
-}
-
-impl Settlement {
-    /// Of what `lease` shows, at `clock`'s time.
-    pub fn new(lease: Box<dyn Lease>, clock: Arc<dyn Clock>) -> Self {
-        Self { lease, clock }
-    }
-
-    /// Removes the messages: the client has every byte of the answer.
-    pub async fn complete(self) -> StoreResult<()> {
-        let now = self.clock.now();
-        self.lease.complete(now).await
-    }
-}
-
-impl fmt::Debug for Settlement {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Settlement").finish_non_exhaustive()
-    }
+    /// The lease of the messages in the payload. To be completed once the client has the whole
+    /// payload; dropped, it is released.
+    pub lease: Option<Box<dyn Lease>>,
 }
 
 impl fmt::Debug for Answer {
@@ -71,28 +42,28 @@ impl fmt::Debug for Answer {
 }
 
 impl Rpc {
-    /// The server. Metrics go to the recorder that is installed when a method first answers, so
+    /// Creates the server. Metrics go to the recorder that is installed at the first call, so
     /// install it before.
     pub fn new(parts: Parts) -> Arc<Self> {
         Arc::new(Self { app: Arc::new(App::new(parts)), observer: Observer::new(TABLE) })
     }
 
-    /// A new connection from `addr`; its events, if it subscribes, go to `events`.
+    /// Adds a connection from `addr`. After a Subscribe its events are sent to `events`.
     pub fn connected(&self, addr: SocketAddr, events: Arc<dyn Events>) -> Arc<Connection> {
-        Arc::new(Connection::new(addr, events, self.app.answers.of_connection()))
+        Arc::new(Connection::new(addr, events, self.app.answers.new_connection()))
     }
 
-    /// Whether answers use so much memory that slow clients get less time for theirs.
+    /// Returns whether memory for answers is short, so that slow clients get less time.
     pub fn is_short_of_memory(&self) -> bool {
-        self.app.answers.are_short()
+        self.app.answers.is_short()
     }
 
-    /// Bytes of memory that are reserved for answers.
+    /// Returns the number of bytes that are reserved for answers.
     pub fn answer_bytes(&self) -> usize {
         self.app.answers.used()
     }
 
-    /// The connection has ended, and its logins and subscription with it.
+    /// Removes a closed connection, its unfinished logins and its subscription.
     pub fn disconnected(&self, conn: &Connection) {
         conn.close();
     }
@@ -100,25 +71,14 @@ impl Rpc {
     /// Accepts or refuses a request by its header, before any of its payload is read.
     pub fn admit(&self, _conn: &Connection, method: u16, payload_len: u32) -> Result<(), Answer> {
         let row = dispatch::row(method);
-        let Err(error) = self.check_size(row, payload_len) else { return Ok(()) };
-        Err(self.observer.begin(row, 0).refuse(&error))
+        let checked = match row.and_then(|row| TABLE.get(row)) {
+            Some(entry) => dispatch::check_size(&self.app, &entry.info, payload_len),
+            None => Err(Error::UnknownMethod),
+        };
+        checked.map_err(|error| self.observer.begin(row, 0).refuse(&error))
     }
 
-    /// Compares the announced payload with the row's largest request, and with what the
-    /// configuration leaves of it.
-    fn check_size(&self, row: Option<usize>, payload_len: u32) -> Result<(), Error> {
-        let method = &row.and_then(|row| TABLE.get(row)).ok_or(Error::UnknownMethod)?.info;
-        if payload_len > method.largest_request.bytes() {
-            return Err(Error::TooLarge);
-        }
-        let configured = self.app.config.delivery.max_payload.saturating_add(ENQUEUE_OVERHEAD);
-        if method.id == Enqueue::INFO.id && payload_len as usize > configured {
-            return Err(Error::PayloadTooLarge);
-        }
-        Ok(())
-    }
-
-    /// One call. Dropping the future cancels it.
+    /// Executes one call. Dropping the future cancels it.
     pub async fn call(
         self: &Arc<Self>,
         conn: &Arc<Connection>,
@@ -133,64 +93,69 @@ impl Rpc {
         let cx = Cx { app: &self.app, conn, now: self.app.clock.now() };
         let span = call_span(entry.info.name);
         match (entry.call)(cx, payload).instrument(span.clone()).await {
-            Ok(done) => {
+            Ok(answer) => {
                 span.record("code", "ok");
-                observation.succeed(done.payload.len());
-                let completion =
-                    done.lease.map(|lease| Settlement::new(lease, Arc::clone(&self.app.clock)));
-                Answer { status: Status::Ok.code(), payload: done.payload, completion }
+                observation.succeed(answer.payload.len());
+                answer
             }
             Err(error) => {
-                note_refusal(&span, &error);
+                record_refusal(&span, &error);
                 observation.refuse(&error)
             }
         }
     }
 
-    /// The answer to what the transport refuses; `method` is known once the header was read.
+    /// Returns the answer to a request that the transport refuses. `method` is `None` if the
+    /// header was not read.
     pub fn refuse(&self, _conn: &Connection, method: Option<u16>, why: Refusal) -> Answer {
         let error = match why {
             Refusal::TooLarge => Error::TooLarge,
             Refusal::Malformed => Error::MalformedFrame,
             Refusal::Timeout => Error::SlowRequest,
-            Refusal::Internal => Error::internal("a call panicked; the panic itself is in the log"),
+            Refusal::Internal => Error::internal("a call panicked, see the log"),
         };
         self.observer.begin(method.and_then(dispatch::row), 0).refuse(&error)
     }
 
-    /// The server is about to stop: Health says so, waiting calls answer, subscribers are told.
-    /// Calls go on being served.
+    /// Begins the drain: Health answers `draining`, waiting calls end, subscribers receive
+    /// Draining. Calls are served as before.
     pub fn drain(&self) {
         self.app.drain();
     }
 
-    /// Completes once no call waits and every subscriber has been told that the server stops. After
+    /// Completes once no call waits and every subscriber has received Draining. After
     /// [`Rpc::drain`].
     pub async fn drained(&self) {
-        self.app.nobody_watches_drain().await;
+        self.app.drained().await;
     }
 
-    /// Looks whether the store can commit, and remembers it for Health. For the embedder to call
-    /// every few seconds.
+    /// Waits for the tasks that calls have spawned. After the last connection is removed.
+    pub async fn closed(&self) {
+        self.app.tasks.close();
+        self.app.tasks.wait().await;
+    }
+
+    /// Checks whether the store can commit, and records the result for Health. The embedder calls
+    /// it every few seconds.
     pub async fn check_store(&self) -> StoreResult<()> {
         let outcome = self.app.stores.maintenance.check().await;
-        self.app.note_store(outcome.is_err());
+        self.app.set_store_fails(outcome.is_err());
         outcome
     }
 
-    /// Passes on to waiting calls what other edges tell. For the embedder to run for as long as it
+    /// Receives the account events of other edges, without end. The embedder runs it while it
     /// serves.
-    pub async fn hear_other_edges(self: Arc<Self>) {
-        self.app.account_events.pass_on().await;
+    pub async fn receive_account_events(self: Arc<Self>) {
+        self.app.account_events.receive().await;
     }
 
-    /// What the handlers share.
+    /// Returns the state that all handlers share.
     pub fn app(&self) -> &Arc<App> {
         &self.app
     }
 }
 
-/// Around all that a call does. The fields with a dot are for traces, see `qpq_runtime::trace`.
+/// Returns the span of a call. The fields with a dot are for traces, see `qpq_runtime::trace`.
 fn call_span(method: &'static str) -> Span {
     tracing::debug_span!(
         target: "qpq::rpc",
@@ -203,8 +168,8 @@ fn call_span(method: &'static str) -> Span {
     )
 }
 
-/// A refusal is what the client did wrong; only what the server did wrong is an error of the call.
-fn note_refusal(span: &Span, error: &Error) {
+/// Records a refusal in the call's span. Only a failure of the server is an error of the span.
+fn record_refusal(span: &Span, error: &Error) {
     let code = error.code();
     span.record("code", code.as_str());
     if code.level() <= Level::WARN {

@@ -48,6 +48,7 @@ const READINESS: Schedule =
 #[must_use = "a dropped server closes its connections"]
 pub struct Running {
     server: Server<Edge>,
+    rpc: Arc<Rpc>,
     http: Option<SocketAddr>,
     certificates: Arc<Certificates>,
     certificate_created: Option<PathBuf>,
@@ -127,6 +128,7 @@ pub async fn compose_with(
         Ok((http, server)) => {
             let mut running = Running {
                 server,
+                rpc: Arc::clone(&rpc),
                 http: http.as_ref().map(HttpServer::address),
                 certificates,
                 certificate_created,
@@ -218,10 +220,13 @@ impl Running {
                     jobs.drain().await;
                 }
             };
-            tokio::join!(self.server.drain(self.drain), jobs)
+            tokio::join!(self.server.drain(self.drain), jobs);
+            if tokio::time::timeout(self.drain, self.rpc.closed()).await.is_err() {
+                tracing::warn!("tasks of calls did not end, closing the store without them");
+            }
         };
         tokio::select! {
-            ((), ()) = drained => tracing::info!("drained: all connections are closed"),
+            () = drained => tracing::info!("drained: all connections are closed"),
             () = hurry => {
                 tracing::warn!("hurried: calls in progress are aborted");
                 self.server.abort().await;
@@ -252,7 +257,7 @@ impl Running {
             let rpc = Arc::clone(&checked);
             async move { rpc.check_store().await.map_err(|error| with_causes(&error)) }
         });
-        tasks.spawn("other edges", Arc::clone(&rpc).hear_other_edges());
+        tasks.spawn("account events", Arc::clone(&rpc).receive_account_events());
         self.jobs = Some(jobs::Running::start(tasks, config, &self.store, clock));
         tasks.spawn(
             "certificates",

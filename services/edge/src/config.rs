@@ -216,7 +216,7 @@ section! {
     pub struct Auth {
         /// Whether a registration must prove possession of the identity key. A proof in a request
         /// is always checked.
-        identity_proof: IdentityProof = IdentityProof::Optional;
+        identity_proof: IdentityProof = IdentityProof(qpq_rpc::IdentityProof::Optional);
         /// The scripts that a new username may mix (UTS 39): none but Latin with Japanese or
         /// Korean; in addition Latin with one other that is not Cyrillic or Greek; or any, symbols
         /// too. Accounts that exist keep their names.
@@ -312,14 +312,13 @@ impl Choice for Generate {
 
 /// Whether a registration must prove its identity key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IdentityProof {
-    Optional,
-    Required,
-}
+pub struct IdentityProof(pub qpq_rpc::IdentityProof);
 
 impl Choice for IdentityProof {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("optional", Self::Optional), ("required", Self::Required)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("optional", Self(qpq_rpc::IdentityProof::Optional)),
+        ("required", Self(qpq_rpc::IdentityProof::Required)),
+    ];
 }
 
 impl Settings for Config {
@@ -484,10 +483,7 @@ impl Config {
             domain: self.domain.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             sessions: SessionLifetimes { idle: self.session.idle, absolute: self.session.absolute },
-            identity_proof: match self.auth.identity_proof {
-                IdentityProof::Optional => qpq_rpc::IdentityProof::Optional,
-                IdentityProof::Required => qpq_rpc::IdentityProof::Required,
-            },
+            identity_proof: self.auth.identity_proof.0,
             username_scripts: self.auth.username_scripts.into(),
             admins: self.admins().unwrap_or_default(),
             limits: self.limits.to_rpc(),
@@ -577,7 +573,7 @@ impl Config {
         );
         let answers = &self.answers;
         must(
-            answers.connection.0 >= AnswerMemory::LEAST as u64,
+            answers.connection.0 >= AnswerMemory::MIN as u64,
             "answers.connection",
             "at least 4MiB, one answer",
         );

@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use qpq_rpc::{Answer, Connection, Events, Rpc, Settlement};
+use qpq_ports::{Clock, Lease};
+use qpq_rpc::{Answer, Connection, Events, Rpc};
 use qpq_transport::{DeliveryObserver, EventSink, Peer, Reply, Service};
 use qpq_wire::{Refusal, Request, RequestHeader};
 
@@ -24,15 +25,18 @@ impl Service for Edge {
     }
 
     fn admit(&self, conn: &Connection, header: &RequestHeader) -> Result<(), Reply> {
-        self.0.admit(conn, header.method_id, header.payload_len).map_err(reply)
+        self.0
+            .admit(conn, header.method_id, header.payload_len)
+            .map_err(|answer| self.reply(answer))
     }
 
     async fn call(self: Arc<Self>, conn: Arc<Connection>, request: Request) -> Reply {
-        reply(self.0.call(&conn, request.method_id, request.payload).await)
+        let answer = self.0.call(&conn, request.method_id, request.payload).await;
+        self.reply(answer)
     }
 
     fn refuse(&self, conn: &Connection, header: Option<&RequestHeader>, why: Refusal) -> Reply {
-        reply(self.0.refuse(conn, header.map(|header| header.method_id), why))
+        self.reply(self.0.refuse(conn, header.map(|header| header.method_id), why))
     }
 
     fn is_short_of_memory(&self) -> bool {
@@ -45,20 +49,30 @@ impl Service for Edge {
     }
 }
 
-fn reply(Answer { status, payload, completion }: Answer) -> Reply {
-    let on_delivery =
-        completion.map(|completion| Box::new(Shown(completion)) as Box<dyn DeliveryObserver>);
+impl Edge {
+    fn reply(&self, answer: Answer) -> Reply {
+        reply(answer, &self.0.app().clock)
+    }
+}
+
+fn reply(Answer { status, payload, lease }: Answer, clock: &Arc<dyn Clock>) -> Reply {
+    let on_delivery = lease.map(|lease| {
+        Box::new(LeaseGuard { lease, clock: Arc::clone(clock) }) as Box<dyn DeliveryObserver>
+    });
     Reply { status, payload, on_delivery }
 }
 
-/// Removes the messages that a client has received, and releases those that it may not have
-/// received.
-struct Shown(Settlement);
+/// The lease of the messages in a reply: completed once the client has the whole reply, released
+/// otherwise.
+struct LeaseGuard {
+    lease: Box<dyn Lease>,
+    clock: Arc<dyn Clock>,
+}
 
-impl DeliveryObserver for Shown {
+impl DeliveryObserver for LeaseGuard {
     fn delivered(self: Box<Self>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
-            if let Err(error) = self.0.complete().await {
+            if let Err(error) = self.lease.complete(self.clock.now()).await {
                 let cause = &error as &dyn std::error::Error;
                 tracing::warn!(cause, "delivered messages not removed, delivering them again");
             }
@@ -66,7 +80,7 @@ impl DeliveryObserver for Shown {
     }
 
     fn lost(self: Box<Self>) -> BoxFuture<'static, ()> {
-        // Dropping the completion releases the messages.
+        // Dropping a lease releases its messages.
         drop(self);
         Box::pin(std::future::ready(()))
     }
@@ -124,8 +138,8 @@ mod tests {
     async fn fetched(stores: &Stores, read: ReadQuery) -> (Reply, usize) {
         let lease = stores.inboxes.lease(read, ALL, NOW).await.unwrap();
         let shown = lease.page().envelopes.len();
-        let completion = Settlement::new(lease, Arc::new(SystemClock));
-        (reply(Answer { status: 0, payload: Bytes::new(), completion: Some(completion) }), shown)
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        (reply(Answer { status: 0, payload: Bytes::new(), lease: Some(lease) }, &clock), shown)
     }
 
     #[tokio::test]

@@ -1,19 +1,15 @@
-//! Health (802): whether this server serves, and the key that its delivery proofs are signed with.
-//! It touches nothing: load balancers ask it often.
+//! Health (802): the state of this server, and the key that verifies its delivery proofs. Load
+//! balancers call it often, so it reads no store.
 
 use qpq_proto::{
     methods::Health,
     v1::{HealthRequest, HealthResponse},
 };
 
-use crate::{Answered, App, Cx, Error, Handler};
+use crate::{App, Cx, Handled, Handler};
 
 impl Handler for Health {
-    async fn handle(
-        cx: Cx<'_>,
-        (): (),
-        _: HealthRequest,
-    ) -> Result<Answered<HealthResponse>, Error> {
+    async fn handle(cx: Cx<'_>, (): (), _: HealthRequest) -> Handled<Self> {
         Ok(HealthResponse {
             status: status(cx.app).into(),
             uptime_secs: cx.app.uptime().as_secs(),

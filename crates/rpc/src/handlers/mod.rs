@@ -1,8 +1,9 @@
-//! One handler a method, one file an area. The table in `dispatch.rs` finds them by their types.
+//! One handler per method, in the file or directory of its area. `dispatch` finds a handler by the
+//! type of its method; nothing is registered here.
 
 mod auth;
 mod delivery;
+mod event;
 mod health;
 mod keys;
-mod subscribe;
-mod users;
+mod user;

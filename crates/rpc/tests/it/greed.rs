@@ -116,12 +116,12 @@ async fn an_unread_fetch_keeps_nothing_once_it_is_dropped() {
     fill(&alice, 4, MIB - 1_000).await;
     let method = <Fetch as qpq_proto::Method>::INFO.id;
     let answer = alice.client.raw(method, FetchRequest::default().encode_to_vec()).await;
-    let Answer { payload, completion, .. } = answer;
-    assert!(completion.is_some() && !payload.is_empty());
+    let Answer { payload, lease, .. } = answer;
+    assert!(lease.is_some() && !payload.is_empty());
     let slice = payload.slice(..1);
     drop(payload);
     assert!(server.rpc.answer_bytes() > MIB, "a slice keeps the whole");
-    drop((slice, completion));
+    drop((slice, lease));
     assert_eq!(server.rpc.answer_bytes(), 0);
     assert_eq!(shown(&unread(&alice.client).await).payloads.len(), 4);
 }

@@ -26,7 +26,7 @@ use qpq_proto::{
         ResolveUserRequest,
     },
 };
-use qpq_rpc::Refusal;
+use qpq_wire::Refusal;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::harness::{Server, registration};

@@ -12,7 +12,8 @@ use qpq_ports::{
     Account, Accounts, Credentials, NewAccount, Registration, StoreError, StoreResult,
 };
 use qpq_proto::{METHODS, Status, v1::OpaqueLoginStartRequest};
-use qpq_rpc::{Answer, Code, Refusal};
+use qpq_rpc::{Answer, Code};
+use qpq_wire::Refusal;
 
 use crate::harness::{Refused, Server, code};
 
@@ -21,7 +22,7 @@ async fn every_row_without_a_handler_and_every_id_without_a_row_is_unknown() {
     let server = Server::start().await;
     let client = server.connect();
     let later = METHODS.iter().filter(|method| !method.served).map(|method| method.id);
-    for id in later.chain([0, 1, 99, 105, 6, u16::MAX]) {
+    for id in later.chain([0, 1, 99, 106, 6, u16::MAX]) {
         let answers = [
             client.raw(id, Bytes::new()).await,
             server.rpc.admit(&client.conn, id, 10).expect_err("unknown"),

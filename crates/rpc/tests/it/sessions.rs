@@ -19,7 +19,7 @@ use qpq_proto::{
     session::append_session_token,
     v1::{LogoutRequest, ResolveUserRequest},
 };
-use qpq_rpc::{Cx, Error, SessionLifetimes, auth::Authenticate};
+use qpq_rpc::{Cx, Error, SessionLifetimes, auth::Authorize};
 
 use crate::harness::{Client, Refused, START, Server, User, code};
 
@@ -254,9 +254,11 @@ fn payload(token: &Bytes) -> Vec<u8> {
     payload
 }
 
-async fn admit<A: Authenticate>(server: &Server, user: &User) -> Result<A::Principal, Error> {
+/// Authenticates and authorizes a request of `user`.
+async fn admit<A: Authorize<()>>(server: &Server, user: &User) -> Result<A::Caller, Error> {
     let cx = Cx { app: server.rpc.app(), conn: &user.client.conn, now: server.clock.now() };
-    A::authenticate(cx, &payload(&user.token)).await
+    let principal = A::authenticate(cx, &payload(&user.token)).await?;
+    A::authorize(cx, principal, &()).await
 }
 
 #[tokio::test]

@@ -1,34 +1,35 @@
 //! What users do in the tests of delivery and keys: calls with the user's token, whose answers
 //! arrive or get lost.
 
-use std::{fmt, future::Future, panic::Location};
+use std::{fmt, future::Future, panic::Location, sync::Arc};
 
 use bytes::Bytes;
 use prost::Message as _;
+use qpq_ports::{Clock, Lease};
 use qpq_proto::{Method, Status, methods, session::append_session_token, v1};
-use qpq_rpc::Settlement;
 
 use crate::harness::{Refused, Server, User};
 
-/// An answer that is Ok: the response, and what waits for its arrival.
-pub(crate) struct Answered<R> {
+/// An Ok answer: the response, and the lease of its messages.
+pub(crate) struct OkAnswer<R> {
     pub(crate) response: R,
-    pub(crate) completion: Option<Settlement>,
+    pub(crate) lease: Option<Box<dyn Lease>>,
+    clock: Arc<dyn Clock>,
 }
 
-impl<R> Answered<R> {
-    /// What the transport does once the client has every byte.
+impl<R> OkAnswer<R> {
+    /// Completes the lease, as the transport does once the client has the whole answer.
     pub(crate) async fn arrived(self) -> R {
-        if let Some(completion) = self.completion {
-            completion.complete().await.expect("a store that works");
+        if let Some(lease) = self.lease {
+            lease.complete(self.clock.now()).await.expect("a store that works");
         }
         self.response
     }
 }
 
-impl<R: fmt::Debug> fmt::Debug for Answered<R> {
+impl<R: fmt::Debug> fmt::Debug for OkAnswer<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Answered").field("response", &self.response).finish_non_exhaustive()
+        f.debug_struct("OkAnswer").field("response", &self.response).finish_non_exhaustive()
     }
 }
 
@@ -62,22 +63,23 @@ impl User {
         Self { token: session.session_token, ..self }
     }
 
-    /// A call; dropping its answer's completion is what happens when the connection dies before it
-    /// arrived.
+    /// Calls a method. Dropping the answer's lease is what the transport does when the connection ends
+    /// before the answer arrived.
     pub(crate) async fn ask<M: Method>(
         &self,
         request: M::Request,
-    ) -> Result<Answered<M::Response>, Refused> {
+    ) -> Result<OkAnswer<M::Response>, Refused> {
         let mut payload = request.encode_to_vec();
         append_session_token(&mut payload, &self.token);
         let answer = self.client.raw(M::INFO.id, payload).await;
         assert!(answer.payload.len() <= 4 << 20, "an answer of {} bytes", answer.payload.len());
         if answer.status != Status::Ok.code() {
-            assert!(answer.completion.is_none(), "a refusal holds no messages");
+            assert!(answer.lease.is_none(), "a refusal has no messages");
             return Err(Refused::new(&answer));
         }
         let response = M::Response::decode(answer.payload).expect("the method's response");
-        Ok(Answered { response, completion: answer.completion })
+        let clock = Arc::clone(&self.client.rpc.app().clock);
+        Ok(OkAnswer { response, lease: answer.lease, clock })
     }
 
     /// The response of a call that must be Ok; it arrives.
@@ -86,7 +88,7 @@ impl User {
         let caller = Location::caller();
         async move {
             match self.ask::<M>(request).await {
-                Ok(answered) => answered.arrived().await,
+                Ok(answer) => answer.arrived().await,
                 Err(refused) => panic!("{} at {caller}: {refused:?}", M::INFO.name),
             }
         }

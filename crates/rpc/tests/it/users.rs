@@ -39,7 +39,8 @@ async fn a_name_gives_the_key_and_the_key_the_canonical_name() {
             username: "alice".into(),
             created_at: START.0,
             device_count: 0,
-            revoked: false
+            revoked: false,
+            devices: vec![],
         }
     );
 }

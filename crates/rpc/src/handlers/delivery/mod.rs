@@ -1,10 +1,16 @@
 //! The inbox: sending to it (200, 205) and reading it (201 to 204).
 //!
-//! Anyone with a session sends to any account; only the owner reads. What is answered Ok is
-//! durable, and what is read destructively is gone only once the transport says that the client has
-//! the whole answer: the lease travels with the answer, and dropping the one drops the other.
+//! Every session can send to any account; only the owner reads. A message is durable when its
+//! sender's call is answered Ok. A message that is read destructively is removed only once the
+//! transport confirms that the client has the whole answer: the lease is part of the answer, and
+//! dropping the answer releases it.
 
-mod batch;
+mod ack;
+mod batch_enqueue;
 mod enqueue;
+mod fetch;
+mod fetch_wait;
+mod message;
 mod page;
+mod peek;
 mod read;

@@ -1,55 +1,58 @@
-//! Pages of messages: how much fits an answer, and how an inbox's envelopes go onto the wire.
+//! Pages of messages: the space in an answer, and envelopes on the wire.
 
 use bytes::Bytes;
 use qpq_domain::StoreId;
 use qpq_ports::{Page, PageLimit};
 use qpq_proto::{convert, v1};
+use qpq_wire::MAX_PAYLOAD as MAX_RESPONSE;
 
-use crate::{Caller, Cx, Error, answers::Reservation};
+use crate::{Caller, Cx, Error, Subject, answers::Reservation};
 
-/// What an answer may have at most (protocol §1).
-const MAX_RESPONSE: usize = qpq_wire::MAX_PAYLOAD as usize;
+/// The space for `more` and `store_id`.
+const OVERHEAD: usize = 32;
 
-/// What the envelopes of one answer may cost together; the rest is for `more` and the store id.
-const MAX_PAGE: usize = MAX_RESPONSE - 32;
+/// The maximum cost of the envelopes of one answer.
+const MAX_PAGE: usize = MAX_RESPONSE as usize - OVERHEAD;
 
-/// The largest payload that can be read again: alone in a page. Whatever the configuration says,
-/// nothing larger is taken.
-pub(super) const MAX_PAYLOAD: usize = MAX_PAGE - 64;
+/// The largest payload that can be read: alone in a page. Larger ones are refused, whatever the
+/// configuration allows.
+pub(super) const MAX_PAYLOAD: usize = MAX_PAGE - ENVELOPE;
 
-/// What the answer takes beyond its envelopes: `more`, `store_id`.
-const AROUND: usize = MAX_RESPONSE - MAX_PAGE;
+/// The maximum size of an envelope without its payload.
+const ENVELOPE: usize = 64;
 
-/// A page and the memory that is reserved for its answer.
-pub(super) struct Room {
+/// The limit of a page, and the memory that is reserved for its answer.
+pub(super) struct Space {
     pub(super) limit: PageLimit,
     pub(super) memory: Reservation,
 }
 
-/// Room for as much of `wanted` as there is memory for, and at least for the largest message that
-/// the server accepts.
-pub(super) async fn room(cx: Cx<'_>, caller: &Caller, wanted: PageLimit) -> Result<Room, Error> {
-    let largest_message = cx.app.config.delivery.max_payload.min(MAX_PAYLOAD) + 64;
-    let (least, most) = (largest_message + AROUND, wanted.bytes + AROUND);
-    let bytes = cx.app.answers.page(cx, caller.account, least, most);
-    let memory = cx.app.answers.reserve(cx, Some(caller.account), bytes).await?;
-    Ok(Room { limit: PageLimit { bytes: bytes - AROUND, ..wanted }, memory })
+/// Reserves space for as much of `wanted` as there is memory for, at least for the largest message
+/// that the server accepts.
+pub(super) async fn space(cx: Cx<'_>, caller: &Caller, wanted: PageLimit) -> Result<Space, Error> {
+    let largest_message = cx.app.config.delivery.max_payload.min(MAX_PAYLOAD) + ENVELOPE;
+    let (least, most) = (largest_message + OVERHEAD, wanted.bytes + OVERHEAD);
+    let subject = Subject::Account(caller.account).key();
+    let bytes = cx.app.answers.page(cx, subject, least, most);
+    let memory = cx.app.answers.reserve(cx, Some(subject), bytes).await?;
+    Ok(Space { limit: PageLimit { bytes: bytes - OVERHEAD, ..wanted }, memory })
 }
 
-/// Room for a page that did not fit: its first message is larger than the server accepts now.
-pub(super) async fn full_room(
+/// Reserves space for a page whose first message is larger than the server accepts now.
+pub(super) async fn full_space(
     cx: Cx<'_>,
     caller: &Caller,
     wanted: PageLimit,
-) -> Result<Room, Error> {
-    let memory = cx.app.answers.reserve(cx, Some(caller.account), wanted.bytes + AROUND).await?;
-    Ok(Room { limit: wanted, memory })
+) -> Result<Space, Error> {
+    let subject = Subject::Account(caller.account).key();
+    let memory = cx.app.answers.reserve(cx, Some(subject), wanted.bytes + OVERHEAD).await?;
+    Ok(Space { limit: wanted, memory })
 }
 
-impl Room {
-    /// Whether `page` has room, and returns what it does not need.
+impl Space {
+    /// Returns whether `page` fits. If it does, the surplus of memory is returned.
     pub(super) fn fits(&mut self, page: &Page) -> bool {
-        let bytes = page.envelopes.iter().map(qpq_ports::Envelope::cost).sum::<usize>() + AROUND;
+        let bytes = page.envelopes.iter().map(qpq_ports::Envelope::cost).sum::<usize>() + OVERHEAD;
         let fits = bytes <= self.memory.bytes();
         if fits {
             self.memory.shrink(bytes);
@@ -58,37 +61,37 @@ impl Room {
     }
 }
 
-/// The most messages of one answer, whatever the client asks for.
+/// The maximum number of messages of one answer.
 const MAX_MESSAGES: u32 = 1_000;
 
-/// Messages, and bytes, that cost as much as a call.
+/// The messages, and the bytes, that cost as much as one call.
 const MESSAGES_PER_CALL: usize = 100;
 const BYTES_PER_CALL: usize = 256 << 10;
 
-/// The page for a wire `limit`: 0 is all that fits.
+/// Returns the limit of a page for `limit` of a request: 0 for as many messages as fit.
 pub(super) fn limit(limit: u32) -> PageLimit {
     let messages = convert::limit(limit).map_or(MAX_MESSAGES, u32::from).min(MAX_MESSAGES);
     PageLimit { messages, bytes: MAX_PAGE }
 }
 
-/// What showing these cost beyond the call, in calls.
+/// Returns the cost of a page in addition to its call, in calls.
 pub(super) fn cost(page: &Page) -> u32 {
     let bytes: usize = page.envelopes.iter().map(qpq_ports::Envelope::cost).sum();
     calls(page.envelopes.len())
         .saturating_add(u32::try_from(bytes / BYTES_PER_CALL).unwrap_or(u32::MAX))
 }
 
-/// What handling so many messages costs beyond the call, in calls.
+/// Returns the cost of a number of messages in addition to their call, in calls.
 pub(super) fn calls(messages: usize) -> u32 {
     u32::try_from(messages / MESSAGES_PER_CALL).unwrap_or(u32::MAX)
 }
 
-/// Returns the store id as an answer carries it.
+/// Returns the store id as in an answer.
 pub(super) fn store_id(id: &StoreId) -> Bytes {
     Bytes::copy_from_slice(id.as_bytes())
 }
 
-/// The envelopes as the answer carries them. The payloads are shared, not copied.
+/// Returns the envelopes as in an answer. The payloads are shared, not copied.
 pub(super) fn envelopes(page: &Page) -> Vec<v1::Envelope> {
     let envelope = |envelope: &qpq_ports::Envelope| v1::Envelope {
         seq: envelope.seq.0,
@@ -130,21 +133,24 @@ mod tests {
 
     #[test]
     fn the_largest_payload_fits_one_answer() {
-        assert!(encoded_len(vec![largest(MAX_PAYLOAD)]) <= MAX_RESPONSE);
+        assert!(encoded_len(vec![largest(MAX_PAYLOAD)]) <= MAX_RESPONSE as usize);
     }
 
     #[test]
-    fn as_many_messages_as_a_page_costs_fit_one_answer() {
+    fn messages_up_to_the_cost_of_a_page_fit_one_answer() {
         for payload_len in [0, 1, 63, 64, 1_000, 1 << 20] {
             let envelope = largest(payload_len);
             let count = MAX_PAGE / envelope.cost();
-            assert!(encoded_len(vec![envelope; count]) <= MAX_RESPONSE, "{count} of {payload_len}");
+            assert!(
+                encoded_len(vec![envelope; count]) <= MAX_RESPONSE as usize,
+                "{count} of {payload_len}"
+            );
         }
     }
 
     proptest! {
         #[test]
-        fn an_envelope_never_takes_more_than_its_cost(payload_len in 0_usize..70_000) {
+        fn an_envelope_is_at_most_as_large_as_its_cost(payload_len in 0_usize..70_000) {
             let envelope = largest(payload_len);
             let (one, two) = (encoded_len(vec![envelope.clone()]), encoded_len(vec![envelope.clone(); 2]));
             prop_assert!(two - one <= envelope.cost());
@@ -152,14 +158,14 @@ mod tests {
     }
 
     #[test]
-    fn no_page_has_more_than_a_thousand_messages() {
+    fn a_page_has_at_most_a_thousand_messages() {
         assert_eq!(limit(0).messages, 1_000);
         assert_eq!(limit(u32::MAX).messages, 1_000);
         assert_eq!(limit(1).messages, 1);
     }
 
     #[test]
-    fn a_page_costs_by_messages_and_by_bytes() {
+    fn the_cost_of_a_page_depends_on_its_messages_and_bytes() {
         let cost_of = |count, payload_len| {
             let envelopes = vec![largest(payload_len); count];
             cost(&Page { store_id: StoreId::new([0; 16]), envelopes, more: false })

@@ -1,7 +1,7 @@
 //! Hybrid public keys: X25519 (32 bytes) ‖ ML-KEM-768 encapsulation key (1184 bytes).
 //!
-//! The server never uses one. It refuses those with which a sender's share of the secret would be
-//! known to everybody or whose use would fail, so that a sender may rely on what it fetches.
+//! The server does not use these keys. It refuses those with which a sender's part of the secret
+//! would be public or whose use would fail, so that senders can rely on fetched keys.
 
 use libcrux_ml_kem::mlkem768::{MlKem768PublicKey, validate_public_key};
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -9,10 +9,10 @@ use x25519_dalek::{PublicKey, StaticSecret};
 const X25519_LEN: usize = 32;
 const ML_KEM_768_LEN: usize = 1184;
 
-/// Bytes of a hybrid public key.
+/// The length of a hybrid public key in bytes.
 pub(super) const LEN: usize = X25519_LEN + ML_KEM_768_LEN;
 
-/// Why bytes are no hybrid public key.
+/// The reason why bytes are not a hybrid public key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum InvalidHybridKey {
     #[error("not {LEN} bytes")]
@@ -36,8 +36,9 @@ pub(super) fn check(key: &[u8]) -> Result<(), InvalidHybridKey> {
     Ok(())
 }
 
-/// A clamped scalar is a multiple of the cofactor, so it takes every point of small order, in every
-/// encoding and on the twist too, to zero (RFC 7748 §6.1), and no other.
+/// Returns whether the point is not of small order. A clamped scalar is a multiple of the cofactor,
+/// so it maps exactly the points of small order to zero, in every encoding and on the twist too
+/// (RFC 7748 §6.1).
 fn has_large_order(x25519: [u8; X25519_LEN]) -> bool {
     StaticSecret::from([1; X25519_LEN]).diffie_hellman(&PublicKey::from(x25519)).was_contributory()
 }
@@ -56,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn a_real_key_passes() {
+    fn a_valid_key_passes() {
         assert_eq!(check(&good()), Ok(()));
     }
 
@@ -72,7 +73,7 @@ mod tests {
     #[test]
     fn every_encoding_of_a_point_of_small_order_is_refused() {
         // u = 0, 1, the two of order eight, -1, and p and p + 1, which are 0 and 1 again. The high
-        // bit is not looked at.
+        // bit is ignored.
         for u in [
             "0000000000000000000000000000000000000000000000000000000000000000",
             "0100000000000000000000000000000000000000000000000000000000000000",
@@ -91,10 +92,9 @@ mod tests {
     }
 
     #[test]
-    fn a_coefficient_that_is_not_reduced_and_swapped_halves_are_refused() {
+    fn unreduced_coefficients_and_swapped_halves_are_refused() {
         let mut key = good();
-        // Two coefficients of twelve bits in three bytes: the first becomes 0xfff, which is above q
-        // = 3329.
+        // Two coefficients of twelve bits in three bytes: the first becomes 0xfff, above q = 3329.
         key[32] = 0xff;
         key[33] |= 0x0f;
         assert_eq!(check(&key), Err(InvalidHybridKey::Modulus));
@@ -111,7 +111,9 @@ mod tests {
         }
 
         #[test]
-        fn random_bytes_of_the_right_length_are_no_key(bytes in proptest::collection::vec(any::<u8>(), LEN)) {
+        fn random_bytes_of_the_right_length_are_refused(
+            bytes in proptest::collection::vec(any::<u8>(), LEN),
+        ) {
             prop_assert!(check(&bytes).is_err());
         }
     }

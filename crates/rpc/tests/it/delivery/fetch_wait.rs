@@ -12,11 +12,11 @@ use tokio::task::JoinHandle;
 use super::{CHANNEL, OTHER_CHANNEL, bodies, fetch, peek_all};
 use crate::{
     harness::{Refused, Server, User},
-    user::{Answered, message},
+    user::{OkAnswer, message},
     waiters::Waiters,
 };
 
-type Waited = Result<Answered<v1::FetchWaitResponse>, Refused>;
+type Waited = Result<OkAnswer<v1::FetchWaitResponse>, Refused>;
 
 /// Waits for the default channel, as long as one may.
 fn wait(user: User) -> JoinHandle<Waited> {
@@ -27,7 +27,7 @@ fn wait_for(user: User, request: FetchWaitRequest) -> JoinHandle<Waited> {
     tokio::spawn(async move { user.ask::<methods::FetchWait>(request).await })
 }
 
-async fn answered(waiting: JoinHandle<Waited>) -> Answered<v1::FetchWaitResponse> {
+async fn answered(waiting: JoinHandle<Waited>) -> OkAnswer<v1::FetchWaitResponse> {
     waiting.await.expect("no panic").expect("an answer")
 }
 
@@ -201,7 +201,7 @@ async fn nothing_comes_so_the_answer_is_empty() {
     let briefly = FetchWaitRequest { timeout_ms: 1, ..Default::default() };
     let answer = answered(wait_for(user.elsewhere(&server), briefly)).await;
     assert_eq!(answer.response, nothing(&server));
-    assert!(answer.completion.is_none());
+    assert!(answer.lease.is_none());
     waiters.subscribed(0).await;
 }
 

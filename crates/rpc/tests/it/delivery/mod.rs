@@ -8,7 +8,7 @@ mod reads;
 use bytes::Bytes;
 use qpq_proto::{methods, v1};
 
-use crate::{harness::User, user::Answered};
+use crate::{harness::User, user::OkAnswer};
 
 const CHANNEL: Bytes = Bytes::from_static(&[0xc1; 16]);
 const OTHER_CHANNEL: Bytes = Bytes::from_static(&[0xc2; 16]);
@@ -19,7 +19,7 @@ fn message_id(n: u8) -> Bytes {
 }
 
 /// Everything in the default channel, leased.
-async fn fetch(user: &User) -> Answered<v1::FetchResponse> {
+async fn fetch(user: &User) -> OkAnswer<v1::FetchResponse> {
     user.ask::<methods::Fetch>(v1::FetchRequest::default()).await.expect("the user's own inbox")
 }
 

@@ -57,12 +57,12 @@ async fn a_fetch_whose_answer_was_lost_gives_the_same_again() {
     alice.send(&bob, b"one").await;
     alice.send(&bob, b"two").await;
     let first = fetch(&bob).await;
-    assert!(first.completion.is_some());
-    drop(first.completion);
+    assert!(first.lease.is_some());
+    drop(first.lease);
     let second = fetch(&bob).await;
     assert_eq!(second.response, first.response);
     // The connection that it was for need not be the same.
-    drop(second.completion);
+    drop(second.lease);
     assert_eq!(fetch(&bob.elsewhere(&server)).await.arrived().await, first.response);
     assert!(fetch(&bob).await.response.payloads.is_empty());
 }
@@ -77,7 +77,7 @@ async fn what_is_on_its_way_is_seen_by_no_other_read() {
     alice.send(&bob, b"two").await;
     let elsewhere = bob.elsewhere(&server);
     let nothing = fetch(&elsewhere).await;
-    assert!(nothing.response.payloads.is_empty() && nothing.completion.is_none());
+    assert!(nothing.response.payloads.is_empty() && nothing.lease.is_none());
     assert!(peek_all(&elsewhere).await.payloads.is_empty());
     let briefly = FetchWaitRequest { timeout_ms: 1, ..Default::default() };
     assert!(elsewhere.ok::<methods::FetchWait>(briefly).await.payloads.is_empty());

@@ -110,7 +110,7 @@ async fn of_64_that_fetch_at_once_no_two_get_the_same() {
     let mut taken = HashSet::new();
     let mut last_resorts = 0;
     for claim in claims {
-        let FetchKeyPackageResponse { package, last_resort } = claim.await.expect("an answer");
+        let FetchKeyPackageResponse { package, last_resort, .. } = claim.await.expect("an answer");
         if last_resort {
             assert_eq!(package, spare);
             last_resorts += 1;

@@ -54,7 +54,7 @@ fn fetch_of(target: &User) -> v1::FetchKeyPackageRequest {
 /// What `user` gets of `target`: the package, and whether it is the last-resort one. `None` where
 /// nothing is left.
 async fn take(user: &User, target: &User) -> Option<(Bytes, bool)> {
-    let v1::FetchKeyPackageResponse { package, last_resort } =
+    let v1::FetchKeyPackageResponse { package, last_resort, .. } =
         user.ok::<methods::FetchKeyPackage>(fetch_of(target)).await;
     assert!(!package.is_empty() || !last_resort);
     (!package.is_empty()).then_some((package, last_resort))

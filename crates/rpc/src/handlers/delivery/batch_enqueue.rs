@@ -1,9 +1,9 @@
-//! Sending many messages in one call (205): one payload to many recipients, or a list of messages.
+//! BatchEnqueue (205): sends one payload to many recipients, or a list of messages.
 //!
-//! A batch is stored in calls of bounded size, one after the other, so that no transaction is large
-//! and the calls of others come between. Each result stands alone: if the store fails on the way,
-//! the messages before are accepted, and the rest have the store's error as their result. Nothing is
-//! tried a second time here, as a message without an id would be accepted twice.
+//! A batch is stored in several calls of bounded size, so that no transaction is large and other
+//! calls are executed in between. Each result stands alone: if the store fails, the messages of
+//! earlier calls are accepted and all others have the store's error as their result. Nothing is
+//! retried here, because a message without an id would be accepted twice.
 
 use std::collections::HashSet;
 
@@ -12,13 +12,14 @@ use qpq_domain::{IdentityKey, MAX_BATCH, UnixMillis};
 use qpq_ports::{Batch, CALL_BYTES, CALL_MESSAGES, Enqueued, Inboxes, NewMessage};
 use qpq_proto::{convert, methods, v1};
 
-use super::enqueue::{Accepted, accepted, charge, parse};
-use crate::{Answered, App, Caller, Cx, Error, Handler, error::Code};
+use super::message::{Accepted, accepted, charge, parse};
+use crate::{App, Caller, Cx, Error, Handled, Handler, error::Code};
 
-/// Signatures and digests between two chances for others on this worker: about a millisecond.
+/// The number of signatures or digests, about a millisecond, after which the call yields to others
+/// on its worker.
 const STRIDE: usize = 32;
 
-/// One result of a batch at most: a proof of about 230 bytes, a seq, a code.
+/// The maximum size of one result: a proof of about 230 bytes, a seq, a code.
 const RESULT_BYTES: usize = 512;
 
 impl Handler for methods::BatchEnqueue {
@@ -26,15 +27,11 @@ impl Handler for methods::BatchEnqueue {
         request.messages.len().max(request.recipient_keys.len()).min(MAX_BATCH) * RESULT_BYTES
     }
 
-    async fn handle(
-        cx: Cx<'_>,
-        caller: Caller,
-        request: v1::BatchEnqueueRequest,
-    ) -> Result<Answered<v1::BatchEnqueueResponse>, Error> {
+    async fn handle(cx: Cx<'_>, caller: Caller, request: v1::BatchEnqueueRequest) -> Handled<Self> {
         let Size { messages, bytes } = size(cx.app, &request)?;
         charge(cx, caller.account, messages, bytes).await?;
         let parsed = parse_batch(cx.app, &caller.identity, request, cx.now).await?;
-        // What was refused keeps its place among the results and never reaches the store.
+        // A refused message keeps its index among the results; the store does not receive it.
         let mut messages = Vec::with_capacity(parsed.len());
         let mut places = Vec::with_capacity(parsed.len());
         for item in parsed {
@@ -55,14 +52,14 @@ impl Handler for methods::BatchEnqueue {
     }
 }
 
-/// What a batch counts in limits and budgets.
+/// The size of a batch for limits and budgets.
 struct Size {
     messages: usize,
     /// The payload for each recipient, or the sum of the payloads.
     bytes: u64,
 }
 
-/// Checks the form of a batch and its size, before anything of it is looked at closer.
+/// Checks the form and the size of a batch before its messages are parsed.
 fn size(app: &App, request: &v1::BatchEnqueueRequest) -> Result<Size, Error> {
     if request.commit || request.expected_epoch != 0 {
         return Err(Error::CommitUnsupported);
@@ -93,8 +90,8 @@ fn size(app: &App, request: &v1::BatchEnqueueRequest) -> Result<Size, Error> {
     Ok(Size { messages, bytes })
 }
 
-/// The messages of either form of a batch, each good or refused for itself. What all share, in a
-/// fan-out everything but the recipient, fails the whole.
+/// Parses the messages of either form of a batch, each with its own outcome. An invalid field that
+/// all messages share, in a fan-out all but the recipient, fails the whole batch.
 async fn parse_batch(
     app: &App,
     sender: &IdentityKey,
@@ -144,15 +141,15 @@ async fn list(
     Ok(parsed)
 }
 
-/// What the store did with a batch.
+/// The store's outcome of a batch.
 struct Stored {
-    /// Of the first messages, in their order.
+    /// The outcomes of the first messages, in their order.
     outcomes: Vec<Enqueued>,
-    /// Why the rest were not accepted.
+    /// The reason why the others were not accepted.
     failed: Option<Error>,
 }
 
-/// Stores the messages in calls of bounded size. An error means that none was accepted.
+/// Stores the messages in calls of bounded size. Fails if none was accepted.
 async fn store(inboxes: &dyn Inboxes, mut messages: Vec<NewMessage>) -> Result<Stored, Error> {
     let mut outcomes = Vec::with_capacity(messages.len());
     while !messages.is_empty() {
@@ -167,7 +164,7 @@ async fn store(inboxes: &dyn Inboxes, mut messages: Vec<NewMessage>) -> Result<S
     Ok(Stored { outcomes, failed: None })
 }
 
-/// How many of the messages go into the next call of the store: at least one.
+/// Returns the number of messages for the next call of the store, at least one.
 fn one_call(messages: &[NewMessage]) -> usize {
     let mut bytes = 0;
     let fit = messages.iter().take(CALL_MESSAGES).take_while(|message| {
@@ -177,7 +174,7 @@ fn one_call(messages: &[NewMessage]) -> usize {
     fit.count().max(1)
 }
 
-/// One result for each place; `stored` is of the places that are `Ok`, in their order.
+/// Returns one result for each place. `stored` has the outcomes of the places that are `Ok`.
 async fn results(
     app: &App,
     places: Vec<Result<IdentityKey, Error>>,

@@ -1,7 +1,7 @@
-//! From a name to a key and back (500, 501). Both need a session and draw on its account's budget:
-//! an open directory would be read out.
+//! Look-ups from a username to an identity key (500) and back (501). Both need a session and
+//! consume its account's budget, so that nobody can read out the directory.
 
-use qpq_domain::{IdentityKey, Username};
+use qpq_domain::Username;
 use qpq_proto::{
     convert,
     methods::{ResolveIdentity, ResolveUser},
@@ -10,14 +10,10 @@ use qpq_proto::{
     },
 };
 
-use crate::{Answered, Caller, Cx, Error, Handler};
+use crate::{Caller, Cx, Error, Handled, Handler};
 
 impl Handler for ResolveUser {
-    async fn handle(
-        cx: Cx<'_>,
-        _: Caller,
-        request: ResolveUserRequest,
-    ) -> Result<Answered<ResolveUserResponse>, Error> {
+    async fn handle(cx: Cx<'_>, _: Caller, request: ResolveUserRequest) -> Handled<Self> {
         let name = local_part(&request.username, &cx.app.config.domain)?;
         let username = Username::parse(name).map_err(|_| Error::InvalidUsername)?;
         let account =
@@ -31,12 +27,8 @@ impl Handler for ResolveUser {
 }
 
 impl Handler for ResolveIdentity {
-    async fn handle(
-        cx: Cx<'_>,
-        _: Caller,
-        request: ResolveIdentityRequest,
-    ) -> Result<Answered<ResolveIdentityResponse>, Error> {
-        let identity: IdentityKey = convert::identity_key(&request.identity_key, "identity_key")?;
+    async fn handle(cx: Cx<'_>, _: Caller, request: ResolveIdentityRequest) -> Handled<Self> {
+        let identity = convert::identity_key(&request.identity_key, "identity_key")?;
         let account =
             cx.app.stores.accounts.by_identity(&identity).await?.ok_or(Error::UserNotFound)?;
         Ok(ResolveIdentityResponse {
@@ -44,13 +36,14 @@ impl Handler for ResolveIdentity {
             created_at: account.created_at.0,
             device_count: 0,
             revoked: false,
+            devices: Vec::new(),
         }
         .into())
     }
 }
 
-/// What is left of `name@domain` when the domain is this server's own; a name without a domain is
-/// local as it is.
+/// Returns the name in `name@domain` if the domain is this server's. A name without a domain is
+/// local.
 fn local_part<'a>(name: &'a str, own_domain: &str) -> Result<&'a str, Error> {
     match name.rsplit_once('@') {
         None => Ok(name),
@@ -68,10 +61,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_own_domain_is_local() {
+    fn names_without_a_domain_or_with_this_servers_are_local() {
         assert_eq!(local_part("alice", "example.org").ok(), Some("alice"));
         assert_eq!(local_part("alice@example.org", "example.org").ok(), Some("alice"));
         assert_eq!(local_part("alice@EXAMPLE.org", "example.org").ok(), Some("alice"));
+    }
+
+    #[test]
+    fn names_with_another_domain_are_not_local() {
         for (name, own) in [
             ("alice@elsewhere.org", "example.org"),
             ("alice@", "example.org"),

@@ -1,5 +1,4 @@
-//! KeyPackages: uploading them, checked one by one (300), taking somebody's (301), counting one's
-//! own (305).
+//! UploadKeyPackage (300): checks and stores KeyPackages.
 
 use std::collections::HashSet;
 
@@ -11,10 +10,10 @@ use qpq_proto::{Method as _, convert, methods, v1};
 use sha2::{Digest as _, Sha256};
 
 use super::check_owner;
-use crate::{Answered, App, Caller, Cx, Error, Handler, Subject, account_events::AccountEvent};
+use crate::{App, Caller, Cx, Error, Handled, Handler, Subject};
 
-/// KeyPackages between two chances for others on this worker: two signatures and a hash each, about
-/// a millisecond.
+/// The number of KeyPackages, with two signatures and a hash each about a millisecond, after which
+/// the call yields to others on its worker.
 const STRIDE: usize = 8;
 
 impl Handler for methods::UploadKeyPackage {
@@ -22,11 +21,11 @@ impl Handler for methods::UploadKeyPackage {
         cx: Cx<'_>,
         caller: Caller,
         request: v1::UploadKeyPackageRequest,
-    ) -> Result<Answered<v1::UploadKeyPackageResponse>, Error> {
+    ) -> Handled<Self> {
         check_owner(&caller, &request.identity_key)?;
         let uploads = uploads(cx.app, &request)?;
         let more = u32::try_from(uploads.len() - 1).unwrap_or(u32::MAX);
-        cx.charge(Self::INFO.limit, caller.account, more).await?;
+        cx.charge(Self::INFO.limit, Subject::Account(caller.account), more).await?;
         let known = known(cx.app, caller.account, &uploads).await?;
         let packages = check(cx.app, &caller.identity, &uploads, &known, cx.now).await?;
         let mode = if request.replace { UploadMode::Replace } else { UploadMode::Add };
@@ -35,7 +34,7 @@ impl Handler for methods::UploadKeyPackage {
             Upload::Stored(stock) => stock,
             Upload::GivenOut(index) => {
                 let field = uploads.get(index).map_or("package", |upload| upload.field);
-                return Err(Error::invalid_package(field, GivenOut));
+                return Err(Error::invalid_package(field, HandedOut));
             }
             Upload::Full => return Err(Error::KeyPackagesFull),
         };
@@ -48,39 +47,6 @@ impl Handler for methods::UploadKeyPackage {
     }
 }
 
-impl Handler for methods::FetchKeyPackage {
-    async fn handle(
-        cx: Cx<'_>,
-        caller: Caller,
-        request: v1::FetchKeyPackageRequest,
-    ) -> Result<Answered<v1::FetchKeyPackageResponse>, Error> {
-        let target = convert::identity_key(&request.identity_key, "identity_key")?;
-        cx.limit(Self::INFO.limit, Subject::Target(caller.account, &target)).await?;
-        // Whether there is no such account or it has no package left: the answer is the same.
-        let Some(taken) = cx.app.stores.key_packages.take(&target, cx.now).await? else {
-            return Ok(v1::FetchKeyPackageResponse::default().into());
-        };
-        cx.app.account_events.publish(&target, AccountEvent::KeyPackageTaken);
-        Ok(v1::FetchKeyPackageResponse {
-            package: taken.bytes.into(),
-            last_resort: taken.last_resort,
-        }
-        .into())
-    }
-}
-
-impl Handler for methods::CountKeyPackages {
-    async fn handle(
-        cx: Cx<'_>,
-        caller: Caller,
-        _request: v1::CountKeyPackagesRequest,
-    ) -> Result<Answered<v1::CountKeyPackagesResponse>, Error> {
-        let Stock { available, has_last_resort } =
-            cx.app.stores.key_packages.stock(caller.account, cx.now).await?;
-        Ok(v1::CountKeyPackagesResponse { available, has_last_resort }.into())
-    }
-}
-
 /// One package of a request.
 struct Uploaded<'a> {
     bytes: &'a Bytes,
@@ -88,12 +54,12 @@ struct Uploaded<'a> {
     last_resort: bool,
 }
 
-/// The store has a package's word that it was given out.
+/// The package was handed out before.
 #[derive(Debug, thiserror::Error)]
-#[error("the key package was given out before")]
-struct GivenOut;
+#[error("the KeyPackage was handed out before")]
+struct HandedOut;
 
-/// All packages of a request, at least one. The flag speaks of `package` alone.
+/// Returns all packages of a request, at least one. `last_resort` applies to `package` alone.
 fn uploads<'a>(
     app: &App,
     request: &'a v1::UploadKeyPackageRequest,
@@ -112,8 +78,8 @@ fn uploads<'a>(
     Ok(uploads)
 }
 
-/// The fingerprints of stored packages, where it is worth asking for them: a client that repeats an
-/// upload repeats many.
+/// Returns the fingerprints of the stored packages if the upload is large enough to profit: a
+/// client that repeats an upload repeats many packages.
 async fn known(
     app: &App,
     owner: AccountId,
@@ -125,9 +91,9 @@ async fn known(
     Ok(app.stores.key_packages.known(owner).await?)
 }
 
-/// Checks every package, or says which is bad. The signatures of those that are known were verified
-/// when they were stored. The work is done a few at a time, by few calls at a time, so that others
-/// get their turn.
+/// Checks every package; the error names the field of the first invalid one. The signatures of
+/// known packages were verified when they were stored. The work is limited and done in small
+/// steps, so that other calls are executed in between.
 async fn check(
     app: &App,
     owner: &IdentityKey,
@@ -138,7 +104,7 @@ async fn check(
     let mut packages = Vec::with_capacity(uploads.len());
     for some in uploads.chunks(STRIDE) {
         let checked = app
-            .key_package_gate
+            .key_package_limiter
             .run(|| some.iter().map(|upload| check_one(app, owner, upload, known, now)).collect());
         let checked: Result<Vec<_>, Error> = checked.await?;
         packages.extend(checked?);
@@ -161,7 +127,7 @@ fn check_one(
         key_package::verify_signatures(upload.bytes).map_err(rejected)?;
     }
     Ok(NewKeyPackage {
-        // Of the KeyPackage itself: sent bare and wrapped it is one, and is given out once.
+        // The fingerprint of the KeyPackage itself: bare or wrapped, it is handed out once.
         fingerprint: checked.reference,
         bytes: upload.bytes.to_vec(),
         last_resort: upload.last_resort || checked.last_resort,

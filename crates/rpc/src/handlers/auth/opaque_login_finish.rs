@@ -1,0 +1,62 @@
+//! OpaqueLoginFinish (103).
+
+use qpq_domain::SessionToken;
+use qpq_ports::{NewSession, Session};
+use qpq_proto::{
+    convert,
+    methods::OpaqueLoginFinish,
+    v1::{OpaqueLoginFinishRequest, OpaqueLoginFinishResponse},
+};
+use rand::{RngCore as _, rngs::OsRng};
+use subtle::ConstantTimeEq as _;
+
+use super::{exact, refused, username};
+use crate::{Cx, Error, Handled, Handler, limits, opaque};
+
+impl Handler for OpaqueLoginFinish {
+    /// Takes nothing from the budgets of the username: they bound the starts, and so the guesses. A
+    /// client that has started must be able to finish, whatever others do to those budgets.
+    ///
+    /// The session is bound to the account's own key and to the device in the request. The device
+    /// need not be registered yet, as its registration needs a session. It gives the session no
+    /// right; it names the reader of requests without `device_id`, and reads check it.
+    async fn handle(cx: Cx<'_>, (): (), request: OpaqueLoginFinishRequest) -> Handled<Self> {
+        exact(&request.finalization, opaque::len::KE3, "finalization")?;
+        let username = username(&request.username)?;
+        let claimed = convert::optional_identity_key(&request.identity_key, "identity_key")?;
+        let device = convert::device_id(&request.device_id, "device_id")?;
+        let login = cx.conn.take_login(&username, cx.now).ok_or(Error::LoginFailed)?;
+        login.opaque.finish(&request.finalization).map_err(refused("finalization"))?;
+        let (account, identity) = login.account.ok_or(Error::LoginFailed)?;
+        if claimed.is_some_and(|claimed| !bool::from(claimed.as_bytes().ct_eq(identity.as_bytes())))
+        {
+            return Err(Error::LoginFailed);
+        }
+
+        let token = new_token()?;
+        let expires_at = cx.app.config.sessions.expires_at(cx.now, cx.now);
+        let session = Session {
+            account,
+            identity,
+            device,
+            authenticated_at: cx.now,
+            last_used_at: cx.now,
+            expires_at,
+        };
+        cx.app.stores.sessions.create(NewSession { token: token.hash(), session }).await?;
+        limits::remember_login(cx, &username).await;
+        cx.app.tokens.found(token.hash());
+        cx.conn.bind(token.hash());
+        Ok(OpaqueLoginFinishResponse {
+            session_token: token.expose().to_vec().into(),
+            expires_at: expires_at.0,
+        }
+        .into())
+    }
+}
+
+fn new_token() -> Result<SessionToken, Error> {
+    let mut bytes = zeroize::Zeroizing::new([0; SessionToken::LEN]);
+    OsRng.try_fill_bytes(bytes.as_mut()).map_err(Error::internal)?;
+    Ok(SessionToken::new(*bytes))
+}

@@ -1,0 +1,24 @@
+//! FetchHybridKeys (304).
+
+use bytes::Bytes;
+use qpq_proto::{convert, methods, v1};
+
+use super::hybrid;
+use crate::{Caller, Cx, Handled, Handler};
+
+/// The maximum size of one key in the answer, with a signature and their framing.
+const KEY_BYTES: usize = hybrid::LEN + 64 + 16;
+
+impl Handler for methods::FetchHybridKeys {
+    fn answer_bytes(request: &v1::FetchHybridKeysRequest) -> usize {
+        request.identity_keys.len() * KEY_BYTES
+    }
+
+    async fn handle(cx: Cx<'_>, _: Caller, request: v1::FetchHybridKeysRequest) -> Handled<Self> {
+        let owners = convert::identity_keys(&request.identity_keys, "identity_keys")?;
+        // At most 1 000 keys of 1 216 bytes, which fit one answer.
+        let keys = cx.app.stores.hybrid_keys.get(&owners).await?;
+        let keys = keys.into_iter().map(|key| key.map_or_else(Bytes::new, Bytes::from)).collect();
+        Ok(v1::FetchHybridKeysResponse { keys, signatures: Vec::new() }.into())
+    }
+}
