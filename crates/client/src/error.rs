@@ -204,6 +204,8 @@ pub enum Error {
     Blocked(Username),
     #[error("there is no such conversation")]
     NoSuchConversation,
+    #[error("there is no such request")]
+    NoSuchRequest,
     #[error("a message has at most {max} bytes, this one has {size}")]
     TextTooLong { size: usize, max: usize },
     #[error("a group's name has 1 to {max} bytes, this one has {size}")]

@@ -42,7 +42,8 @@ pub use error::{
 pub use link::ConnectionEvent;
 pub use messenger::{
     Conversation, ConversationId, ConversationKind, Delivery, Entry, EntryId, Event, Listener,
-    MAX_GROUP_NAME, MAX_TEXT, Membership, Messenger, Outcome, Person, Sent, Standing,
+    MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT, Membership, Messenger, Outcome, Person, Request,
+    Requests, Sent, Standing,
 };
 pub use options::{DEFAULT_PORT, Options, Trust};
 pub use profile::{Profile, Status as ProfileStatus};

@@ -21,6 +21,7 @@ use crate::{
     key_package::{self, Policy, Rejected},
     packages::{self, Use},
     profile::{self, GroupId, Kind, Profile},
+    requests::{self, Request},
     tables, waiting,
 };
 
@@ -398,18 +399,22 @@ impl Client {
     pub fn skip_keys(&mut self, count: u64) -> Result<(), DatabaseError> {
         let me = self.identity.public();
         for group in self.groups()?.into_iter().filter(|group| group.active) {
-            let skipped = self.skipped(&group.id)?.saturating_add(count);
+            let skipped = self.skip(&group.id, count)?;
             if skipped > MAX_SKIPPED && group.peer_of(&me).is_some() {
                 self.retire(&group.id)?;
             }
-            self.database.put(
-                tables::SKIPPED,
-                group.id.as_bytes(),
-                None,
-                &skipped.to_be_bytes(),
-            )?;
+        }
+        // The later state may have accepted them.
+        for request in self.requests()? {
+            self.skip(&request.group, count)?;
         }
         Ok(())
+    }
+
+    fn skip(&self, group: &GroupId, count: u64) -> Result<u64, DatabaseError> {
+        let skipped = self.skipped(group)?.saturating_add(count);
+        self.database.put(tables::SKIPPED, group.as_bytes(), None, &skipped.to_be_bytes())?;
+        Ok(skipped)
     }
 
     fn skipped(&self, group: &GroupId) -> Result<u64, DatabaseError> {
@@ -476,6 +481,34 @@ impl Client {
             .collect::<Result<Vec<_>, _>>()?;
         groups.extend(self.groups.values().map(Group::summary));
         Ok(groups)
+    }
+
+    /// Returns the requests that wait, the oldest first.
+    pub fn requests(&self) -> Result<Vec<Request>, DatabaseError> {
+        requests::all(&self.database)
+    }
+
+    /// Returns the request for a group, if one waits.
+    pub fn request(&self, group: &GroupId) -> Result<Option<Request>, DatabaseError> {
+        Ok(requests::get(&self.database, group)?.map(|kept| kept.request))
+    }
+
+    /// Returns the number of requests that were dropped because too many waited. The count starts
+    /// again when no request waits.
+    pub fn dropped_requests(&self) -> Result<u64, DatabaseError> {
+        requests::dropped(&self.database)
+    }
+
+    /// Forgets the request for a group, and what is sent to the group from now on; returns whether
+    /// there was one. A new Welcome of its creator is a new request.
+    pub fn decline(&mut self, group: &GroupId) -> Result<bool, DatabaseError> {
+        self.database.delete(tables::SKIPPED, group.as_bytes())?;
+        requests::decline(&self.database, group)
+    }
+
+    /// Declines every request of a person.
+    pub fn decline_all(&mut self, creator: &IdentityKey) -> Result<(), DatabaseError> {
+        requests::decline_all(&self.database, creator)
     }
 
     /// Drops a group and all its keys, for instance because a member is not who it claims to be.

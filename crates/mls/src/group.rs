@@ -9,12 +9,12 @@ use openmls::{
     group::{
         GroupId as MlsGroupId, MlsGroup, MlsGroupCreateConfig, MlsGroupJoinConfig,
         ProcessMessageError, ProposalValidationError, StageCommitError, StagedCommit,
-        StagedWelcome, ValidationError,
+        ValidationError,
     },
     prelude::{
         ContentType, KeyPackage, KeyPackageVerifyError, LeafNodeIndex, OpenMlsProvider as _,
         PrivateMessageIn, ProcessedMessage, ProcessedMessageContent, Proposal, ProtocolMessage,
-        Sender, SenderRatchetConfiguration, Welcome,
+        Sender, SenderRatchetConfiguration,
     },
     treesync::errors::LeafNodeValidationError,
 };
@@ -26,8 +26,7 @@ use crate::{
     content::{Content, Said},
     database::{Database, DatabaseError},
     identity::{Identity, Member},
-    outline,
-    packages::{self, Package},
+    outline, packages,
     profile::{GroupId, Kind, Profile},
     receive::{Ignored, Lost},
     store::Store,
@@ -131,28 +130,9 @@ impl Group {
         Ok(Self { id, profile, mls, store, departed: Vec::new() })
     }
 
-    /// Joins by a Welcome made for `package`. The package is left as it was, whatever comes of it.
-    ///
-    /// Lifetimes in the tree are not judged: members that joined long ago and never committed have
-    /// old ones (RFC 9420 §7.3).
-    pub(crate) fn join(
-        package: &Package,
-        welcome: Welcome,
-        me: &IdentityKey,
-    ) -> Result<Self, Ignored> {
-        let store = package.store.copy();
-        let config = MlsGroupJoinConfig::builder()
-            .padding_size(PADDING)
-            .max_past_epochs(PAST_EPOCHS)
-            .sender_ratchet_configuration(ratchet())
-            .use_ratchet_tree_extension(true)
-            .build();
-        let staged = StagedWelcome::build_from_welcome(&store, &config, welcome)
-            .and_then(|builder| builder.skip_lifetime_validation().build())
-            .map_err(|_| Ignored::BadWelcome)?;
-        let (id, profile) = judge_welcome(&staged, me).ok_or(Ignored::BadWelcome)?;
-        let mls = staged.into_group(&store).map_err(|_| Ignored::BadWelcome)?;
-        Ok(Self { id, profile, mls, store, departed: Vec::new() })
+    /// A group that was joined by a Welcome.
+    pub(crate) fn joined(id: GroupId, profile: Profile, mls: MlsGroup, store: Store) -> Self {
+        Self { id, profile, mls, store, departed: Vec::new() }
     }
 
     pub(crate) fn id(&self) -> GroupId {
@@ -525,32 +505,22 @@ fn read_row(row: &[u8]) -> Result<(GroupSummary, Vec<Departed>), DatabaseError> 
         .map_err(|Malformed| DatabaseError::Damaged("a group's row is cut short".into()))
 }
 
+/// The settings of groups that are joined.
+pub(crate) fn join_config() -> MlsGroupJoinConfig {
+    MlsGroupJoinConfig::builder()
+        .padding_size(PADDING)
+        .max_past_epochs(PAST_EPOCHS)
+        .sender_ratchet_configuration(ratchet())
+        .use_ratchet_tree_extension(true)
+        .build()
+}
+
 fn ratchet() -> SenderRatchetConfiguration {
     SenderRatchetConfiguration::new(OUT_OF_ORDER, FORWARD)
 }
 
-/// Whether a Welcome leads to a group that is true to itself: made by who sent it, with us in it,
-/// and only with members that belong there.
-fn judge_welcome(staged: &StagedWelcome, me: &IdentityKey) -> Option<(GroupId, Profile)> {
-    let context = staged.group_context();
-    let id = GroupId::try_from(context.group_id().as_slice()).ok()?;
-    let profile = Profile::read(&id, context.extensions())?;
-    // openmls has verified the group info's signature with this leaf's key.
-    let sender = staged.welcome_sender().ok()?;
-    if sender.signature_key().as_slice() != profile.maker.as_bytes() {
-        return None;
-    }
-    let members: Vec<Member> = staged
-        .members()
-        .map(|leaf| Member::read(&leaf.signature_key, &leaf.credential))
-        .collect::<Option<_>>()?;
-    let admitted = members.iter().all(|member| profile.admits(&member.identity));
-    let with_us = members.iter().any(|member| member.identity == *me);
-    (admitted && with_us && are_distinct(members.iter())).then_some((id, profile))
-}
-
 /// Whether no two members have one key or one name.
-fn are_distinct<'a>(members: impl Iterator<Item = &'a Member>) -> bool {
+pub(crate) fn are_distinct<'a>(members: impl Iterator<Item = &'a Member>) -> bool {
     let (mut keys, mut names) =
         (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
     members.into_iter().all(|member| keys.insert(member.identity) && names.insert(&member.username))

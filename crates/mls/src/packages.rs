@@ -117,6 +117,10 @@ pub(crate) fn remove_expired(database: &Database, now: UnixMillis) -> Result<(),
 
 impl Package {
     pub(crate) fn save(&self, database: &Database) -> Result<(), DatabaseError> {
+        database.put(tables::PACKAGES, &self.reference, None, self.encode().written())
+    }
+
+    pub(crate) fn encode(&self) -> Writer {
         let len = 4 + self.reference.len() + 9 + self.store.written_len();
         let mut writer = Writer::with_capacity(len);
         writer.bytes(&self.reference);
@@ -126,7 +130,7 @@ impl Package {
             Use::LastResort => 1,
         }]);
         self.store.write(&mut writer);
-        database.put(tables::PACKAGES, &self.reference, None, writer.written())
+        writer
     }
 
     fn parse(row: &[u8]) -> Result<Self, DatabaseError> {

@@ -5,7 +5,7 @@
 //! [`Received::Duplicate`]; one that was not, and cannot be decrypted, is
 //! [`Received::Unreadable`]: the two are never confused.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fmt};
 
 use openmls::prelude::{MlsMessageBodyIn, MlsMessageIn, PrivateMessageIn, Welcome};
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
@@ -18,8 +18,10 @@ use crate::{
     database::DatabaseError,
     group::{Group, GroupSummary, Outcome},
     identity::Member,
+    invitation::Invitation,
     outline, packages,
     profile::GroupId,
+    requests::{self, Request},
     tables,
     waiting::{self, Needs, PutAside},
 };
@@ -60,7 +62,11 @@ pub enum Received {
     Buffered,
     /// It was here before. It may be acknowledged.
     Duplicate,
-    /// It is from somebody whose messages are refused, or for a group that we have left. It has no effect. It may be acknowledged.
+    /// A stranger's Welcome, which waits until [`Client::accept`] or [`Client::decline`]. The
+    /// Welcome has used up a key package of ours. It may be acknowledged once the state is saved.
+    Requested(Request),
+    /// It is from a person whose messages are refused, or for a group that we have left or declined
+    /// to join. It has no effect. It may be acknowledged.
     Refused {
         /// Whether it has used up a key package of ours.
         used_package: bool,
@@ -69,6 +75,26 @@ pub enum Received {
     Unreadable(Unreadable),
     /// It has no effect and never will. It may be acknowledged.
     Ignored(Ignored),
+}
+
+/// The rules about people that a message is received by.
+#[derive(Clone, Copy)]
+pub struct Rules<'a> {
+    /// People whose messages are refused. Their Welcomes are not used, and no message is kept for a
+    /// group that one of them created, or that names one of them as its sender.
+    ///
+    /// What they send to a group that we are in is processed like anything else: the group's keys
+    /// stay in step.
+    pub blocked: &'a BTreeSet<IdentityKey>,
+    /// Returns whether the group of a Welcome is joined immediately. If not, the Welcome waits as a
+    /// request.
+    pub joins: &'a dyn Fn(&Request) -> Result<bool, DatabaseError>,
+}
+
+impl fmt::Debug for Rules<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rules").field("blocked", &self.blocked).finish_non_exhaustive()
+    }
 }
 
 /// When and on which channel a message arrived.
@@ -145,8 +171,9 @@ pub(crate) fn day(at: UnixMillis) -> u64 {
 }
 
 impl Client {
-    /// Takes in one message. The first result is about it; further ones are about messages that
-    /// waited for it, or that it displaced.
+    /// Takes in one message of anybody, and joins each group that it is a Welcome to. The first
+    /// result is about the message; further ones are about messages that waited for it, or that it
+    /// displaced.
     ///
     /// See the crate's documentation on saving before acknowledging.
     pub fn receive(
@@ -154,19 +181,16 @@ impl Client {
         bytes: &[u8],
         arrival: Arrival,
     ) -> Result<Vec<Received>, DatabaseError> {
-        self.receive_except(bytes, arrival, &BTreeSet::new())
+        let rules = Rules { blocked: &BTreeSet::new(), joins: &|_| Ok(true) };
+        self.receive_by(bytes, arrival, &rules)
     }
 
-    /// As [`Client::receive`], but makes no use of a Welcome of somebody who is `refused`, and keeps
-    /// no message for a group that such a person made, or that says it is from one.
-    ///
-    /// What they send to a group that we are in is processed like anything else: the group's keys
-    /// stay in step.
-    pub fn receive_except(
+    /// Takes in one message as [`Client::receive`] does, by rules about people.
+    pub fn receive_by(
         &mut self,
         bytes: &[u8],
         arrival: Arrival,
-        refused: &BTreeSet<IdentityKey>,
+        rules: &Rules<'_>,
     ) -> Result<Vec<Received>, DatabaseError> {
         if !self.database.note_digest(&Sha256::digest(bytes).into(), day(arrival.at))? {
             return Ok(vec![Received::Duplicate]);
@@ -176,10 +200,10 @@ impl Client {
         };
         match message.extract() {
             MlsMessageBodyIn::PrivateMessage(message) => {
-                self.receive_private(message, bytes, arrival, refused)
+                self.receive_private(message, bytes, arrival, rules.blocked)
             }
             MlsMessageBodyIn::Welcome(welcome) => {
-                self.receive_welcome(welcome, bytes, arrival, refused)
+                self.receive_welcome(welcome, bytes, arrival, rules)
             }
             // Everything else travels in the open, where our groups say nothing; an external commit
             // above all.
@@ -223,7 +247,7 @@ impl Client {
         message: PrivateMessageIn,
         bytes: &[u8],
         arrival: Arrival,
-        refused: &BTreeSet<IdentityKey>,
+        blocked: &BTreeSet<IdentityKey>,
     ) -> Result<Vec<Received>, DatabaseError> {
         let Ok(id) = GroupId::try_from(message.group_id().as_slice()) else {
             return Ok(vec![Received::Ignored(Ignored::NotMls)]);
@@ -235,14 +259,14 @@ impl Client {
             Some(_) => None,
         };
         if let Some(needs) = needs {
-            let has_left = self.database.get(tables::LEFT, id.as_bytes())?.is_some();
-            let is_refused = has_left
-                || refused.iter().any(|key| id.is_made_by(key))
-                || outline::claimed_sender(bytes).is_some_and(|sender| refused.contains(&sender));
-            if needs == Needs::Welcome && is_refused {
+            if needs == Needs::Welcome && self.is_refused(&id, bytes, blocked)? {
                 return Ok(vec![Received::Refused { used_package: false }]);
             }
             let message = PutAside { group: id, epoch, needs, arrival, bytes: bytes.to_vec() };
+            if needs == Needs::Welcome && requests::waits(&self.database, &id)? {
+                requests::hold(&self.database, &message)?;
+                return Ok(vec![Received::Buffered]);
+            }
             let displaced = waiting::put_aside(&self.database, &message)?;
             let displaced = displaced
                 .into_iter()
@@ -257,38 +281,119 @@ impl Client {
         Ok(results)
     }
 
+    /// Returns whether a message to a group that is unknown here has no effect.
+    fn is_refused(
+        &self,
+        id: &GroupId,
+        bytes: &[u8],
+        blocked: &BTreeSet<IdentityKey>,
+    ) -> Result<bool, DatabaseError> {
+        Ok(blocked.iter().any(|key| id.is_made_by(key))
+            || outline::claimed_sender(bytes).is_some_and(|sender| blocked.contains(&sender))
+            || self.database.get(tables::LEFT, id.as_bytes())?.is_some()
+            || requests::was_declined(&self.database, id)?)
+    }
+
     fn receive_welcome(
         &mut self,
         welcome: Welcome,
         bytes: &[u8],
         arrival: Arrival,
-        refused: &BTreeSet<IdentityKey>,
+        rules: &Rules<'_>,
     ) -> Result<Vec<Received>, DatabaseError> {
         let Some(package) = packages::addressed_by(&self.database, &welcome)? else {
             let lost = unreadable(bytes, None, Lost::NoPackage, arrival);
             return Ok(vec![Received::Unreadable(lost)]);
         };
-        let group = match Group::join(&package, welcome, &self.identity.public()) {
-            Ok(group) => group,
+        let invitation = match Invitation::open(&package, welcome, &self.identity.public()) {
+            Ok(invitation) => invitation,
             Err(reason) => return Ok(vec![Received::Ignored(reason)]),
         };
-        let id = group.id();
-        if refused.contains(&group.profile().maker) {
+        let request = invitation.request(arrival);
+        let id = request.group;
+        if rules.blocked.contains(&request.creator.identity) {
             packages::used(&self.database, &package)?;
             waiting::remove_group(&self.database, &id)?;
             return Ok(vec![Received::Refused { used_package: true }]);
         }
-        // The id binds the maker, so this is the same maker's word about the same group; the later
-        // epoch is the newer.
-        if self.group(&id)?.is_some_and(|known| known.epoch >= group.epoch()) {
+        // The id binds the creator, so the same creator describes the same group; the later epoch is
+        // the newer.
+        let known = self.group(&id)?.map(|group| group.epoch);
+        let waits = requests::get(&self.database, &id)?.map(|kept| kept.request.epoch);
+        if known.max(waits).is_some_and(|epoch| epoch >= request.epoch) {
             return Ok(vec![Received::Duplicate]);
         }
-        let mut results = vec![Received::Joined(group.summary())];
+        if known.is_none() && !(rules.joins)(&request)? {
+            packages::used(&self.database, &package)?;
+            requests::keep(&self.database, &request, &package, bytes)?;
+            for message in waiting::remove_group(&self.database, &id)? {
+                requests::hold(&self.database, &message)?;
+            }
+            return Ok(vec![Received::Requested(request)]);
+        }
+        let group = match invitation.join() {
+            Ok(group) => group,
+            Err(reason) => return Ok(vec![Received::Ignored(reason)]),
+        };
         packages::used(&self.database, &package)?;
+        self.join(group)
+    }
+
+    /// Joins the group of a request; `None` if there is none. The results are those of a Welcome
+    /// that is received.
+    pub fn accept(&mut self, id: &GroupId) -> Result<Option<Vec<Received>>, DatabaseError> {
+        let Some(kept) = requests::get(&self.database, id)? else { return Ok(None) };
+        let message = MlsMessageIn::tls_deserialize_exact_bytes(&kept.welcome);
+        let Ok(MlsMessageBodyIn::Welcome(welcome)) = message.map(MlsMessageIn::extract) else {
+            return Err(DatabaseError::Damaged("the Welcome of a request is cut short".into()));
+        };
+        let me = self.identity.public();
+        match Invitation::open(&kept.package, welcome, &me).and_then(Invitation::join) {
+            Ok(group) => self.join(group).map(Some),
+            Err(reason) => {
+                requests::decline(&self.database, id)?;
+                Ok(Some(vec![Received::Ignored(reason)]))
+            }
+        }
+    }
+
+    /// Adds a group that was joined, and processes what waited for it.
+    fn join(&mut self, group: Group) -> Result<Vec<Received>, DatabaseError> {
+        let id = group.id();
+        let mut results = vec![Received::Joined(group.summary())];
         self.database.delete(tables::LEFT, id.as_bytes())?;
         self.insert(group);
+        let mut held = requests::accepted(&self.database, &id)?;
+        held.sort_by_key(|message| message.epoch);
+        for message in held {
+            self.retry_one(id, message, &mut results)?;
+        }
         self.retry(id, &mut results)?;
         Ok(results)
+    }
+
+    /// Processes a message that waited with a request, or puts it aside until a commit comes.
+    fn retry_one(
+        &mut self,
+        id: GroupId,
+        message: PutAside,
+        results: &mut Vec<Received>,
+    ) -> Result<(), DatabaseError> {
+        let epoch = self.group(&id)?.map_or(0, |group| group.epoch);
+        if message.epoch > epoch {
+            let message = PutAside { needs: Needs::Commit, ..message };
+            let displaced = waiting::put_aside(&self.database, &message)?;
+            results.extend(
+                displaced.into_iter().map(|one| Received::Unreadable(one.give_up(Lost::Displaced))),
+            );
+            return Ok(());
+        }
+        let PutAside { bytes, arrival, .. } = message;
+        let parsed = MlsMessageIn::tls_deserialize_exact_bytes(&bytes).map(MlsMessageIn::extract);
+        if let Ok(MlsMessageBodyIn::PrivateMessage(message)) = parsed {
+            results.push(self.process(id, message, &bytes, arrival)?);
+        }
+        Ok(())
     }
 
     /// Processes what waited for the state that `id` is in now, and for the states that this leads
@@ -299,11 +404,8 @@ impl Client {
             if ready.is_empty() {
                 break;
             }
-            for PutAside { bytes, arrival, .. } in ready {
-                let parsed =
-                    MlsMessageIn::tls_deserialize_exact_bytes(&bytes).map(MlsMessageIn::extract);
-                let Ok(MlsMessageBodyIn::PrivateMessage(message)) = parsed else { continue };
-                results.push(self.process(id, message, &bytes, arrival)?);
+            for message in ready {
+                self.retry_one(id, message, results)?;
             }
         }
         Ok(())

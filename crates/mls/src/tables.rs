@@ -18,3 +18,9 @@ pub(crate) const RETIRED: Table = Table::new(6);
 pub(crate) const SKIPPED: Table = Table::new(7);
 /// Groups that we have left: what is still sent to them is dropped.
 pub(crate) const LEFT: Table = Table::new(8);
+/// Requests of strangers, in the lane of their creator. Its rows are counts of what was dropped.
+pub(crate) const REQUESTS: Table = Table::new(9);
+/// Messages to groups that wait as requests, in the lane of their group.
+pub(crate) const HELD: Table = Table::new(10);
+/// Groups whose request was declined or dropped: what is still sent to them is dropped.
+pub(crate) const DECLINED: Table = Table::new(11);

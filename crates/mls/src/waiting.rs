@@ -217,7 +217,7 @@ fn damaged() -> DatabaseError {
 }
 
 impl PutAside {
-    fn encode(&self) -> Writer {
+    pub(crate) fn encode(&self) -> Writer {
         let mut writer = Writer::with_capacity(32 + 8 + 1 + 8 + 20 + 4 + self.bytes.len());
         writer.raw(self.group.as_bytes());
         writer.number(self.epoch);
@@ -228,7 +228,7 @@ impl PutAside {
         writer
     }
 
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         Ok(Self {
             group: GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?,
             epoch: reader.number()?,

@@ -247,6 +247,34 @@ pub(crate) enum Command {
     Unblock(Whom),
     /// List those whose messages are not taken
     Blocked,
+    /// List requests: groups of strangers, which wait for your decision
+    ///
+    /// A stranger is a person you never wrote to. You are in the group of a stranger
+    /// only after you accept the request.
+    #[command(verbatim_doc_comment)]
+    Requests,
+    /// Accept the requests of a user, or the request for a group
+    ///
+    /// The user is no stranger from then on.
+    ///
+    /// Examples:
+    ///   qpq accept alice       all requests of alice
+    ///   qpq accept 4f31a2b3    one request, by the id that `qpq requests` shows
+    #[command(verbatim_doc_comment)]
+    Accept {
+        /// A user, or the name or id of a group; @bob is always the user
+        #[arg(value_name = "USER|GROUP")]
+        which: Recipient,
+    },
+    /// Decline the requests of a user, or the request for a group
+    ///
+    /// The user is not notified, and can ask again. `qpq block` prevents that.
+    #[command(verbatim_doc_comment)]
+    Decline {
+        /// A user, or the name or id of a group; @bob is always the user
+        #[arg(value_name = "USER|GROUP")]
+        which: Recipient,
+    },
     /// List the profiles on this machine
     Profiles,
     /// Print the completions for bash, zsh, fish, elvish or powershell

@@ -77,6 +77,9 @@ struct Object<'a> {
     delivery: Option<&'static str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     people: Vec<PersonObject<'a>>,
+    /// The name of a group that is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -134,6 +137,10 @@ impl Serialize for Shown<'_> {
                 (object.text, object.sent_at) = (Some(text.as_str()), Some(sent_at.0));
             }
             Event::Joined { by } => (object.event, object.from) = ("joined", Some(by.into())),
+            Event::Requested { by, group } => {
+                (object.event, object.from) = ("request", Some(by.into()));
+                object.group = group.as_deref();
+            }
             Event::Added { members } => {
                 (object.event, object.people) = ("added", members.iter().map(Into::into).collect());
             }
@@ -196,6 +203,10 @@ impl Shown<'_> {
                 let group =
                     self.entry.conversation.map(|id| self.group_name(id)).unwrap_or_default();
                 style.dim(format_args!("* {} added you to the group {group}", name(by)))
+            }
+            Event::Requested { by, group } => {
+                let wish = wish(group.as_deref());
+                style.dim(format_args!("* {} {wish}: see `qpq requests`", name(by)))
             }
             Event::Added { members } => {
                 style.dim(format_args!("* {place}{} joined", names(members)))
@@ -276,6 +287,14 @@ pub(crate) fn delivery_name(delivery: Delivery) -> &'static str {
         Delivery::Queued => "queued",
         Delivery::Sent => "sent",
         Delivery::Failed => "failed",
+    }
+}
+
+/// What a stranger asks for, after the stranger's name.
+pub(crate) fn wish(group: Option<&str>) -> String {
+    match group {
+        Some(name) => format!("wants to add you to the group {}", text::line(name)),
+        None => "wants to write to you".to_owned(),
     }
 }
 

@@ -113,6 +113,7 @@ impl From<Error> for Fault {
             Error::NoSuchConversation => {
                 failure("client.no_such_conversation", "see `qpq group list`")
             }
+            Error::NoSuchRequest => failure("client.no_such_request", "see `qpq requests`"),
             Error::TextTooLong { .. } => {
                 failure("client.text_too_long", "send it in several messages")
             }

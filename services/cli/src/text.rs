@@ -36,6 +36,14 @@ pub(crate) fn message(text: &str) -> Safe<'_> {
     Safe { text, lines: Lines::Many }
 }
 
+/// Names as people list them: `bob, carol and dave`.
+pub(crate) fn list(names: &[String]) -> String {
+    match names {
+        [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
+        _ => names.join(""),
+    }
+}
+
 /// JSON with everything that [`message`] would escape written as `\u` sequences, which mean the
 /// same there.
 pub(crate) fn json(object: &str) -> Cow<'_, str> {
@@ -112,6 +120,15 @@ fn is_dangerous(c: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_listed_with_commas_and_one_and() {
+        let names = ["bob", "carol", "dave"].map(str::to_owned);
+        assert_eq!(list(&[]), "");
+        assert_eq!(list(&names[..1]), "bob");
+        assert_eq!(list(&names[..2]), "bob and carol");
+        assert_eq!(list(&names), "bob, carol and dave");
+    }
 
     #[test]
     fn ordinary_text_of_any_script_stays_as_it_is() {

@@ -14,7 +14,8 @@ use super::{Messenger, people::Person, state::State, tables::BLOCKED};
 use crate::error::Error;
 
 impl Messenger {
-    /// Refuses everything that this person sends from now on. What came before stays. Works without
+    /// Refuses everything that this person sends from now on, and declines this person's requests.
+    /// What came before stays. Works without
     /// a connection; blocking somebody twice is no error.
     pub async fn block(&self, identity: IdentityKey) -> Result<Person, Error> {
         if identity == self.profile().identity {
@@ -24,6 +25,8 @@ impl Messenger {
             .change(move |state| {
                 state.database().put(BLOCKED, identity.as_bytes(), None, identity.as_bytes())?;
                 state.forget_questions(&identity)?;
+                state.forget_stranger(&identity)?;
+                state.mls.decline_all(&identity)?;
                 Ok(state.people.person(&identity)?)
             })
             .await

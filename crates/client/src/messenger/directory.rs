@@ -89,6 +89,7 @@ impl Messenger {
                 Ok(())
             })
             .await?;
+        self.store().change(move |state| Ok(state.meet(&identity)?)).await?;
         self.confirm(identity, username.clone()).await
     }
 
@@ -100,6 +101,7 @@ impl Messenger {
         self.store()
             .change(move |state| {
                 state.people.set_compared(&person.identity, at)?;
+                state.meet(&person.identity)?;
                 Ok(at)
             })
             .await
@@ -245,7 +247,7 @@ impl Messenger {
     }
 
     /// The directory's name for a key.
-    async fn name_of(&self, identity: &IdentityKey) -> Result<Option<Username>, Error> {
+    pub(super) async fn name_of(&self, identity: &IdentityKey) -> Result<Option<Username>, Error> {
         let request = v1::ResolveIdentityRequest {
             identity_key: identity.as_bytes().to_vec().into(),
             ..Default::default()

@@ -8,7 +8,7 @@
 use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis};
-use qpq_mls::{Arrival, Ignored, Lost, Received};
+use qpq_mls::{Arrival, Ignored, Lost, Received, Rules};
 use qpq_proto::{methods, v1};
 use sha2::{Digest as _, Sha256};
 
@@ -18,6 +18,7 @@ use super::{
     log::{ConversationId, Entry, Event},
     marker::Marking,
     now,
+    requests::joins,
     send::MAX_TEXT,
     state::{LEGACY_CURSOR, REPLACE_PACKAGES, State},
 };
@@ -225,7 +226,8 @@ pub(super) fn take_in(
     let marking = Marking::of(state.mls.identity());
     let mut taken =
         TakenIn { keys: NewKeys::NotNeeded, processed: Vec::new(), newest, news: false };
-    let blocked = state.blocked()?;
+    let (blocked, database) = (state.blocked()?, state.database().clone());
+    let rules = Rules { blocked: &blocked, joins: &|request| joins(&database, request) };
     let mut leaving = Leaving::new();
     let legacy = state.number(LEGACY_CURSOR)?.unwrap_or(0);
     let last = Some(state.number(LAST_SEQ)?.unwrap_or(legacy));
@@ -253,12 +255,16 @@ pub(super) fn take_in(
         }
         taken.processed.push(seq);
         taken.news |= is_news;
-        for received in state.mls.receive_except(&envelope.data, arrival, &blocked)? {
+        for received in state.mls.receive_by(&envelope.data, arrival, &rules)? {
             if is_from(&received, &blocked) {
                 continue;
             }
-            let used_package =
-                matches!(received, Received::Joined(_) | Received::Refused { used_package: true });
+            let used_package = matches!(
+                received,
+                Received::Joined(_)
+                    | Received::Requested(_)
+                    | Received::Refused { used_package: true }
+            );
             if used_package {
                 taken.keys = NewKeys::Needed;
             }
@@ -336,7 +342,7 @@ fn channel(envelope: &v1::Envelope) -> ChannelId {
 }
 
 /// Whether something was said by one of these people, or says that it was.
-fn is_from(received: &Received, people: &BTreeSet<IdentityKey>) -> bool {
+pub(super) fn is_from(received: &Received, people: &BTreeSet<IdentityKey>) -> bool {
     match received {
         Received::Message { sender, .. } | Received::Asked { sender, .. } => {
             people.contains(&sender.identity)
@@ -349,12 +355,13 @@ fn is_from(received: &Received, people: &BTreeSet<IdentityKey>) -> bool {
 }
 
 /// Notes a received message in the history.
-fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Error> {
+pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Error> {
     match received {
         Received::Joined(summary) => {
             for member in &summary.members {
                 state.people.claim(member.identity, &member.username)?;
             }
+            state.count_stranger(&summary)?;
             // A direct conversation begins with its first message.
             if let conversation @ ConversationId::Group(_) =
                 ConversationId::of(&summary, &state.me())
@@ -362,6 +369,7 @@ fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Err
                 state.log.push(Some(conversation), at, Event::Joined { by: summary.maker })?;
             }
         }
+        Received::Requested(request) => state.announce(request, at)?,
         Received::Message { sender, content, .. } if content.repeats.is_some() => {
             let digest = content.repeats.expect("it was matched");
             state.people.claim(sender.identity, &sender.username)?;

@@ -78,6 +78,9 @@ pub enum Event<P = Person> {
     Received { from: P, text: String, sent_at: UnixMillis },
     /// `by` took us into the conversation.
     Joined { by: P },
+    /// A stranger's request waits, for a group of this name or for a direct conversation. Further
+    /// requests have no entry until requests are listed or one is decided on.
+    Requested { by: P, group: Option<String> },
     /// Somebody was taken into the group.
     Added { members: Vec<P> },
     /// Somebody was removed from the group, maybe we.
@@ -125,6 +128,7 @@ impl<P> Event<P> {
             Self::Received { from, text, sent_at } => {
                 Event::Received { from: see(&from)?, text, sent_at }
             }
+            Self::Requested { by, group } => Event::Requested { by: see(&by)?, group },
             Self::Joined { by } => Event::Joined { by: see(&by)? },
             Self::Added { members } => Event::Added { members: all(members)? },
             Self::Removed { members } => Event::Removed { members: all(members)? },

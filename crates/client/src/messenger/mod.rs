@@ -11,6 +11,7 @@
 //! | `marker` | the profile's own state that went back in time |
 //! | `block` | whose messages are not wanted |
 //! | `leave` | groups that one does not want to be in any more |
+//! | `requests` | strangers' groups, which wait to be accepted |
 //! | `repair` | messages that cannot be read: asking for them, and answering |
 //! | `prune` | removal of what nothing can ask for any more |
 //! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
@@ -32,6 +33,7 @@ mod people;
 mod prune;
 mod records;
 mod repair;
+mod requests;
 mod send;
 mod state;
 mod store;
@@ -55,6 +57,7 @@ pub use self::{
     listen::Listener,
     log::{ConversationId, Delivery, Entry, EntryId, Event},
     people::{Person, Standing},
+    requests::{MAX_STRANGERS, Request, Requests},
     send::{MAX_GROUP_NAME, MAX_TEXT, Outcome, Sent},
 };
 use self::{state::State, store::StateStore};

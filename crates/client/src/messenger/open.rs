@@ -256,7 +256,9 @@ async fn assemble(client: Client, profile: Profile, store: StateStore) -> Result
         keys_checked: AtomicBool::default(),
         keys_refused: AtomicBool::default(),
     };
-    Ok(Messenger { shared: Arc::new(shared) })
+    let messenger = Messenger { shared: Arc::new(shared) };
+    messenger.note_acquaintances().await?;
+    Ok(messenger)
 }
 
 async fn existing_key(

@@ -179,6 +179,17 @@ impl People {
         Ok(None)
     }
 
+    /// Returns whether a name is known for this key.
+    pub(crate) fn is_named(&self, identity: &IdentityKey) -> Result<bool, DatabaseError> {
+        Ok(self.get(identity)?.is_some())
+    }
+
+    /// Returns the keys of everyone.
+    pub(crate) fn everyone(&self) -> Result<Vec<IdentityKey>, DatabaseError> {
+        let rows = self.database.all(PEOPLE)?;
+        rows.iter().map(|row| Ok(decode::<SavedPerson>(row)?.restore()?.0)).collect()
+    }
+
     /// The person of a key. A key without any name shows its first digits.
     pub(crate) fn person(&self, identity: &IdentityKey) -> Result<Person, DatabaseError> {
         Ok(match self.get(identity)? {

@@ -102,6 +102,7 @@ impl Messenger {
             .change(move |state| {
                 let added = Event::Added { members: vec![person.identity] };
                 add(state, id, &person, &package)?;
+                state.meet(&person.identity)?;
                 state.log.push_own(group, now(), added)?;
                 Ok(())
             })
@@ -164,6 +165,9 @@ impl Messenger {
         }
         self.store()
             .change(move |state| {
+                if let ConversationId::Direct(peer) = conversation {
+                    state.meet(&peer)?;
+                }
                 texts.into_iter().map(|text| encrypt(state, conversation, text)).collect()
             })
             .await

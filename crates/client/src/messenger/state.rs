@@ -46,6 +46,7 @@ impl State {
         let mls = qpq_mls::Client::create(database, identity, username)?;
         let state = Self::assemble(database, mls);
         state.people.set(state.me(), name, Standing::Own)?;
+        state.begin_noting_acquaintances()?;
         Ok(state)
     }
 

@@ -16,3 +16,7 @@ pub(super) const UNCHECKED: Table = Table::new(36);
 pub(super) const BLOCKED: Table = Table::new(42);
 /// Single values.
 pub(super) const SETTINGS: Table = Table::new(37);
+/// Keys of people who are no strangers: whose groups are joined without asking.
+pub(super) const ACQUAINTED: Table = Table::new(43);
+/// The number of direct MLS groups that each stranger has begun.
+pub(super) const STRANGERS: Table = Table::new(44);

@@ -5,7 +5,7 @@ use qpq_client::{
     methods, v1,
 };
 
-use crate::harness::{Server, dm, history, read, soon, username};
+use crate::harness::{Server, accept_and_read, dm, history, read, soon, username};
 
 #[tokio::test]
 async fn two_people_chat_both_ways() {
@@ -60,10 +60,10 @@ async fn three_people_in_a_group() {
     alice.add(group, &username("carol")).await.unwrap();
     alice.send(group, "welcome").await.unwrap();
     assert_eq!(
-        read(&bob).await,
+        accept_and_read(&bob).await,
         ["joined by alice", "alice: before Carol", "+carol", "alice: welcome"]
     );
-    assert_eq!(read(&carol).await, ["joined by alice", "alice: welcome"]);
+    assert_eq!(accept_and_read(&carol).await, ["joined by alice", "alice: welcome"]);
 
     bob.send(group, "hi Carol").await.unwrap();
     carol.send(group, "hi all").await.unwrap();

@@ -4,7 +4,9 @@
 
 use qpq_client::{Delivery, Event, Messenger};
 
-use crate::harness::{Server, crash_after, dm, history, password, read, restart, soon, username};
+use crate::harness::{
+    Server, accept_and_read, crash_after, dm, history, password, read, restart, soon, username,
+};
 
 /// More than any of these futures takes.
 const MANY: usize = 500;
@@ -120,7 +122,7 @@ async fn a_crash_while_making_a_group_leaves_it_as_its_maker_knows_it() {
             (2, true) => &["joined by alice", "alice: hello"],
             other => panic!("{other:?}"),
         };
-        assert_eq!(read(&bob).await, expected, "after {polls} polls");
+        assert_eq!(accept_and_read(&bob).await, expected, "after {polls} polls");
         if survived {
             assert!(sent);
             return;

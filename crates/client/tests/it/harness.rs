@@ -143,6 +143,15 @@ pub(crate) async fn read(messenger: &Messenger) -> Vec<String> {
     entries.iter().map(line).collect()
 }
 
+/// Receives, accepts every request, and reads.
+pub(crate) async fn accept_and_read(messenger: &Messenger) -> Vec<String> {
+    messenger.receive().await.unwrap();
+    for request in messenger.requests().await.unwrap().waiting {
+        messenger.accept(request.id).await.unwrap();
+    }
+    read(messenger).await
+}
+
 pub(crate) async fn history(messenger: &Messenger, conversation: ConversationId) -> Vec<String> {
     messenger.history(conversation, usize::MAX).await.unwrap().iter().map(line).collect()
 }
@@ -156,6 +165,8 @@ pub(crate) fn line(entry: &Entry) -> String {
         Event::Sent { text, delivery } => format!("me: {text} ({delivery:?})"),
         Event::Received { from, text, .. } => format!("{from}: {text}"),
         Event::Joined { by } => format!("joined by {by}"),
+        Event::Requested { by, group: Some(name) } => format!("{by} asks for {name}"),
+        Event::Requested { by, group: None } => format!("{by} asks"),
         Event::Added { members } => format!("+{}", names(members)),
         Event::Removed { members } => format!("-{}", names(members)),
         Event::Unreadable { from: None, reason } => format!("unreadable: {reason}"),

@@ -14,5 +14,6 @@ mod interleavings;
 mod liar;
 mod network;
 mod profile;
+mod requests;
 mod restore;
 mod unwanted;

@@ -2,7 +2,7 @@
 
 use qpq_client::{Error, Messenger, MlsError, Outcome};
 
-use crate::harness::{Server, dm, read, reopen, restart, username};
+use crate::harness::{Server, accept_and_read, dm, read, reopen, restart, username};
 
 /// How many values and items the state of a profile has, without the digests by which messages that
 /// come twice are known.
@@ -48,7 +48,7 @@ async fn what_a_blocked_person_sends_leaves_nothing() {
     assert_eq!(read(&bob).await, [""; 0]);
     let alice = server.user("alice").await;
     invite(&alice, "bob", "friends").await;
-    assert_eq!(read(&bob).await, ["joined by alice", "alice: join us"]);
+    assert_eq!(accept_and_read(&bob).await, ["joined by alice", "alice: join us"]);
 }
 
 #[tokio::test]
@@ -60,8 +60,8 @@ async fn a_blocked_member_is_not_heard_until_unblocked_and_others_are() {
     for name in ["bob", "mallory"] {
         alice.add(group, &username(name)).await.unwrap();
     }
-    read(&mallory).await;
-    read(&bob).await;
+    accept_and_read(&mallory).await;
+    accept_and_read(&bob).await;
 
     // Another process of the profile blocks; so it is after a restart.
     let (dir, key) = (server.profile("bob"), bob.vault_key().await);
@@ -115,6 +115,8 @@ async fn one_who_leaves_a_group_is_removed_for_everybody_and_hears_nothing_more(
     for name in ["bob", "carol"] {
         alice.add(group, &username(name)).await.unwrap();
     }
+    accept_and_read(&carol).await;
+    accept_and_read(&bob).await;
     alice.send(group, "unread by Bob").await.unwrap();
     read(&carol).await;
     bob.receive().await.unwrap();
@@ -158,7 +160,7 @@ async fn several_who_leave_at_once_are_removed_at_once_and_the_maker_stays() {
         alice.add(group, &username(name)).await.unwrap();
     }
     for member in [&bob, &carol, &dave] {
-        read(member).await;
+        accept_and_read(member).await;
     }
     // One whom the maker does not want to hear leaves all the same.
     alice.block(dave.profile().identity).await.unwrap();

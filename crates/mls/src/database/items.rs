@@ -22,6 +22,20 @@ pub struct NewItem<'a> {
     pub open: bool,
 }
 
+/// The number of items of a table, and the bytes of their sealed values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    pub items: u64,
+    pub bytes: u64,
+}
+
+/// How the size of a lane is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Measure {
+    Items,
+    Bytes,
+}
+
 /// An item before its value is opened.
 struct Sealed {
     number: i64,
@@ -138,6 +152,62 @@ impl Database {
         self.items(table, &sql, params![table.0, self.lane(table, lane), limit])
     }
 
+    /// Returns the items of a lane, lowest first.
+    pub fn in_lane_ascending(&self, table: Table, lane: &[u8]) -> Result<Vec<Item>, DatabaseError> {
+        let sql =
+            format!("SELECT {COLUMNS} FROM items WHERE tab = ?1 AND lane = ?2 ORDER BY number");
+        self.items(table, &sql, params![table.0, self.lane(table, lane)])
+    }
+
+    /// Returns the lowest item of a lane.
+    pub fn first_in_lane(&self, table: Table, lane: &[u8]) -> Result<Option<Item>, DatabaseError> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM items WHERE tab = ?1 AND lane = ?2 ORDER BY number LIMIT 1"
+        );
+        Ok(self.items(table, &sql, params![table.0, self.lane(table, lane)])?.pop())
+    }
+
+    /// Returns the lowest item of the largest lane; of several such lanes, the one with the lowest
+    /// item.
+    pub fn first_in_largest_lane(
+        &self,
+        table: Table,
+        measure: Measure,
+    ) -> Result<Option<Item>, DatabaseError> {
+        let largest = match measure {
+            Measure::Items => "count(*)",
+            Measure::Bytes => "sum(length(value))",
+        };
+        let sql = format!(
+            "SELECT {COLUMNS} FROM items WHERE tab = ?1 AND lane = (
+                 SELECT lane FROM items WHERE tab = ?1 AND lane IS NOT NULL
+                 GROUP BY lane ORDER BY {largest} DESC, min(number) LIMIT 1
+             ) ORDER BY number LIMIT 1"
+        );
+        Ok(self.items(table, &sql, params![table.0])?.pop())
+    }
+
+    /// Returns whether there is an item of this key.
+    pub fn has_item(&self, table: Table, key: &[u8]) -> Result<bool, DatabaseError> {
+        let key = self.key(table, key);
+        let connection = self.inner.connection.lock();
+        let mut statement = connection
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM items WHERE tab = ?1 AND key = ?2)")?;
+        Ok(statement.query_row(params![table.0, key], |row| row.get(0))?)
+    }
+
+    /// Returns how large a table is.
+    pub fn size_of_items(&self, table: Table) -> Result<Size, DatabaseError> {
+        let connection = self.inner.connection.lock();
+        let mut statement = connection.prepare_cached(
+            "SELECT count(*), coalesce(sum(length(value)), 0) FROM items WHERE tab = ?1",
+        )?;
+        let number = |row: &Row<'_>, column| row.get::<_, i64>(column).map(i64::cast_unsigned);
+        Ok(statement.query_row([table.0], |row| {
+            Ok(Size { items: number(row, 0)?, bytes: number(row, 1)? })
+        })?)
+    }
+
     /// How many items of a lane are open.
     pub fn count_open(&self, table: Table, lane: &[u8]) -> Result<u64, DatabaseError> {
         let lane: Name = self.lane(table, lane);
@@ -178,6 +248,16 @@ impl Database {
         let mut statement =
             connection.prepare_cached("DELETE FROM items WHERE tab = ?1 AND number = ?2")?;
         statement.execute(params![table.0, signed(number)?])?;
+        Ok(())
+    }
+
+    /// Removes every item of a lane.
+    pub fn remove_items_in_lane(&self, table: Table, lane: &[u8]) -> Result<(), DatabaseError> {
+        let lane = self.lane(table, lane);
+        let connection = self.inner.connection.lock();
+        let mut statement =
+            connection.prepare_cached("DELETE FROM items WHERE tab = ?1 AND lane = ?2")?;
+        statement.execute(params![table.0, lane])?;
         Ok(())
     }
 

@@ -34,7 +34,7 @@ use std::{
 use parking_lot::Mutex;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _};
 
-pub use self::items::{Item, NewItem};
+pub use self::items::{Item, Measure, NewItem, Size};
 use self::seal::Secrets;
 use crate::vault::{self, Salt, VaultError, VaultKey};
 

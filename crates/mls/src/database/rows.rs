@@ -62,6 +62,14 @@ impl Database {
         self.select("SELECT key, value FROM rows WHERE tab = ?1 AND ?2 IS NULL", table, None)
     }
 
+    /// Returns the number of rows of a table.
+    pub fn count(&self, table: Table) -> Result<u64, DatabaseError> {
+        let connection = self.inner.connection.lock();
+        let mut statement =
+            connection.prepare_cached("SELECT count(*) FROM rows WHERE tab = ?1")?;
+        Ok(statement.query_row([table.0], |row| row.get(0).map(i64::cast_unsigned))?)
+    }
+
     fn select(
         &self,
         sql: &str,

@@ -1,12 +1,14 @@
 //! Members and outsiders who break the rules with openmls's own means: what an honest client could
 //! never be made to send.
 
+use std::collections::BTreeSet;
+
 use openmls::prelude::{BasicCredential, CredentialWithKey, KeyPackageIn, ProtocolVersion};
 use openmls::prelude::{LeafNodeParameters, MlsMessageBodyIn, MlsMessageIn, NewSignerBundle};
 use tls_codec::DeserializeBytes as _;
 
 use super::*;
-use crate::{Arrival, Client, Received, packages::Use};
+use crate::{Arrival, Client, Received, Rules, packages::Use};
 
 /// openmls compares lifetimes with the system's clock.
 #[expect(clippy::disallowed_methods, reason = "the clock that openmls reads cannot be another")]
@@ -405,4 +407,65 @@ fn an_old_farewell_does_not_remove_one_who_was_added_again() {
         "{heard:?}"
     );
     assert_eq!(alice.leave(id), Err(Error::MakerStays));
+}
+
+#[test]
+fn a_request_is_joined_long_after_its_key_package_expired() {
+    let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
+    let id = ann.create_group("g", ChannelId::DEFAULT, now()).unwrap();
+    let packages = [package(&mut bob), package(&mut cat)];
+    let (_, welcome) = ann.groups.get_mut(&id).unwrap().add(&ann.identity, &packages).unwrap();
+    cat.hear(&welcome);
+    let hear = |bob: &mut Client, bytes: &[u8]| {
+        let rules = Rules { blocked: &BTreeSet::new(), joins: &|_| Ok(false) };
+        let arrival = Arrival { at: now(), channel: ChannelId::DEFAULT };
+        bob.receive_by(bytes, arrival, &rules).unwrap()
+    };
+    // Of two messages, one comes before the Welcome.
+    let (early, late) = (say(&mut cat, id, "early"), say(&mut ann, id, "late"));
+    assert_eq!(hear(&mut bob, &early), [Received::Buffered]);
+    let received = hear(&mut bob, &welcome);
+    let [Received::Requested(request)] = &received[..] else { panic!("{received:?}") };
+    assert_eq!((request.group, request.members), (id, 3));
+    assert_eq!(request.creator.username, ann.username);
+    assert_eq!(hear(&mut bob, &late), [Received::Buffered]);
+    assert_eq!(bob.group(&id), Ok(None));
+    assert_eq!(bob.ask(id, vec![[0; 32]]), Err(Error::UnknownGroup));
+
+    let year = std::time::Duration::from_secs(365 * 24 * 3600);
+    bob.key_packages(1, now().plus(year)).unwrap();
+    assert_eq!(bob.database.all(tables::PACKAGES).unwrap().len(), 1, "the others have expired");
+    let accepted = bob.accept(&id).unwrap().unwrap();
+    let texts: Vec<_> = accepted
+        .iter()
+        .filter_map(|received| match received {
+            Received::Message { content, .. } => Some(content.text.as_str()),
+            _ => None,
+        })
+        .collect();
+    assert!(matches!(accepted[0], Received::Joined(_)), "{accepted:?}");
+    assert_eq!(texts, ["early", "late"]);
+    assert_eq!(bob.accept(&id), Ok(None));
+    assert_hears(&mut bob, &mut cat, id);
+    assert_hears(&mut ann, &mut bob, id);
+}
+
+#[test]
+fn an_older_copy_of_a_profile_reuses_no_key_in_a_group_that_it_accepts_again() {
+    let (mut ann, mut bob) = (client("ann"), client("bob"));
+    let id = ann.create_group("g", ChannelId::DEFAULT, now()).unwrap();
+    let packages = [package(&mut bob)];
+    let (_, welcome) = ann.groups.get_mut(&id).unwrap().add(&ann.identity, &packages).unwrap();
+    let rules = Rules { blocked: &BTreeSet::new(), joins: &|_| Ok(false) };
+    let arrival = Arrival { at: now(), channel: ChannelId::DEFAULT };
+    bob.receive_by(&welcome, arrival, &rules).unwrap();
+    let copy = bob.database.copy();
+    bob.accept(&id).unwrap();
+    assert_hears(&mut bob, &mut ann, id);
+    assert_hears(&mut bob, &mut ann, id);
+
+    let mut bob = Client::open(&copy).unwrap();
+    bob.skip_keys(2).unwrap();
+    bob.accept(&id).unwrap();
+    assert_hears(&mut bob, &mut ann, id);
 }

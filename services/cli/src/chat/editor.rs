@@ -61,6 +61,9 @@ pub(super) enum Typed {
     Help,
     Quit,
     Safety,
+    Requests,
+    Accept(String),
+    Decline(String),
     Unknown(String),
 }
 
@@ -75,18 +78,27 @@ impl Typed {
             "help" | "h" | "?" => Self::Help,
             "quit" | "q" | "exit" => Self::Quit,
             "safety" => Self::Safety,
+            "requests" => Self::Requests,
             _ if command.starts_with('/') => Self::Text(command.to_owned()),
-            other => Self::Unknown(other.to_owned()),
+            other => match other.split_once(char::is_whitespace) {
+                Some(("accept", which)) => Self::Accept(which.trim().to_owned()),
+                Some(("decline", which)) => Self::Decline(which.trim().to_owned()),
+                _ => Self::Unknown(other.to_owned()),
+            },
         }
     }
 }
 
 /// What `/help` shows.
 pub(super) const HELP: &str = "\
-/help    this list
-/safety  the number by which you and the other know that nobody stands between you
-/quit    leave (also Ctrl-D)
-//text   send a text that begins with a slash";
+/help           this list
+/safety         the number by which you and the other know that nobody stands
+                between you
+/requests       what strangers ask for
+/accept WHICH   accept a request: a user, a group, or an id
+/decline WHICH  decline it
+/quit           leave (also Ctrl-D)
+//text          send a text that begins with a slash";
 
 #[cfg(test)]
 mod tests {
@@ -100,6 +112,8 @@ mod tests {
         assert_eq!(Typed::parse("/quit "), Typed::Quit);
         assert_eq!(Typed::parse("//quit"), text("/quit"));
         assert_eq!(Typed::parse("/etc/passwd"), Typed::Unknown("etc/passwd".into()));
+        assert_eq!(Typed::parse("/accept  dave "), Typed::Accept("dave".into()));
+        assert_eq!(Typed::parse("/decline"), Typed::Unknown("decline".into()));
         assert_eq!(Typed::parse("  "), Typed::Nothing);
     }
 }

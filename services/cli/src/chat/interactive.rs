@@ -10,7 +10,10 @@ use super::{
     editor::{self, Editor, Typed},
 };
 use crate::{
-    commands::message,
+    commands::{
+        message,
+        requests::{self, Decision},
+    },
     entry,
     fault::{Exit, Fault},
     output::Style,
@@ -86,7 +89,7 @@ impl Screen<'_> {
             tokio::select! {
                 line = self.editor.line() => match line.map(|line| Typed::parse(&line)) {
                     None | Some(Typed::Quit) => return self.leave().await,
-                    Some(typed) => self.typed(typed),
+                    Some(typed) => self.typed(typed).await,
                 },
                 progress = self.sender.progress() => self.progressed(progress),
                 () = sleep_until(overdue.unwrap_or_else(Instant::now)), if overdue.is_some() => {
@@ -106,7 +109,7 @@ impl Screen<'_> {
         }
     }
 
-    fn typed(&mut self, typed: Typed) {
+    async fn typed(&mut self, typed: Typed) {
         match typed {
             Typed::Nothing | Typed::Quit => {}
             Typed::Text(text) => self.sender.send(text),
@@ -120,12 +123,31 @@ impl Screen<'_> {
                     self.dim("A group has no safety number; each of its members has one.");
                 }
             },
+            Typed::Requests => {
+                let lines = requests::lines(self.chat.messenger, self.style).await;
+                self.say(lines);
+            }
+            Typed::Accept(which) => self.decide(&which, Decision::Accept).await,
+            Typed::Decline(which) => self.decide(&which, Decision::Decline).await,
             Typed::Unknown(command) => {
                 let command = text::line(&command).to_string();
                 self.dim(format_args!(
                     "There is no command /{command}. To send it as a text, begin with two slashes."
                 ));
             }
+        }
+    }
+
+    async fn decide(&mut self, which: &str, decision: Decision) {
+        let lines = requests::decide_lines(self.chat.messenger, which, decision, self.style).await;
+        self.say(lines);
+    }
+
+    /// Shows lines, or why there are none.
+    fn say(&mut self, lines: Result<Vec<String>, Fault>) {
+        match lines {
+            Ok(lines) => lines.iter().for_each(|line| self.editor.print(line)),
+            Err(fault) => self.dim(format_args!("* {}", fault.message)),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Groups: make them, add to them, list them, and find the one that is meant.
+//! `qpq group`: creates groups, adds members, lists both, and finds the group that is meant.
 
 use std::io::{self, Write};
 
@@ -18,27 +18,27 @@ use crate::{
 };
 
 /// The fewest digits by which a group's id can be given.
-const SHORTEST_ID: usize = 6;
+pub(crate) const SHORTEST_ID: usize = 6;
 
 #[derive(Debug, Serialize)]
 struct Changed {
     event: &'static str,
     name: String,
     id: String,
-    /// Whom this command added.
+    /// The members that this command added.
     added: Vec<String>,
 }
 
 impl Report for Changed {
     fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
         let name = style.bold(text::line(&self.name));
-        let added = self.added.join(", ");
+        let added = text::list(&self.added);
         match (self.event, self.added.is_empty()) {
             ("group_created", true) => {
-                writeln!(out, "The group {name} is made. Add people: qpq group add {name} USER…")
+                writeln!(out, "Created group {name}. Add members: qpq group add {name} USER…")
             }
-            ("group_created", false) => writeln!(out, "The group {name} is made, with {added}."),
-            _ => writeln!(out, "{added} added to {name}."),
+            ("group_created", false) => writeln!(out, "Created group {name} with {added}."),
+            _ => writeln!(out, "Added {added} to {name}."),
         }
     }
 }
@@ -169,7 +169,7 @@ impl Report for Listed {
         let gone = if self.member { "" } else { ", you are no longer in it" };
         writeln!(
             out,
-            "{name}  {members} members, made by {maker}{news}{gone}  {}",
+            "{name}  {members} members, created by {maker}{news}{gone}  {}",
             style.dim(format_args!("{id:.8}"))
         )
     }
@@ -193,7 +193,7 @@ pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
             })?;
         }
         if !found {
-            context.output.note("You are in no group. Make one: qpq group create NAME USER…");
+            context.output.note("You are in no group. Create one: qpq group create NAME USER…");
         }
         Ok(())
     })
@@ -211,7 +211,7 @@ struct Member<'a> {
 
 impl Report for Member<'_> {
     fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
-        let made = if self.maker { style.dim("  made the group") } else { String::new() };
+        let made = if self.maker { style.dim("  created the group") } else { String::new() };
         writeln!(out, "{}{made}", self.shown)
     }
 }

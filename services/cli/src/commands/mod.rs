@@ -7,11 +7,15 @@ mod keys;
 mod local;
 pub(crate) mod message;
 pub(crate) mod opened;
+pub(crate) mod requests;
 mod server;
 
 use clap::CommandFactory as _;
 
-use self::keys::{Changed, Compared};
+use self::{
+    keys::{Changed, Compared},
+    requests::Decision,
+};
 use crate::{
     args::{Cli, Command, GroupCommand},
     chat,
@@ -50,6 +54,9 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault
         Command::Block(whom) => block::block(context, &whom).await,
         Command::Unblock(whom) => block::unblock(context, &whom).await,
         Command::Blocked => block::list(context).await,
+        Command::Requests => requests::list(context).await,
+        Command::Accept { which } => requests::decide(context, &which, Decision::Accept).await,
+        Command::Decline { which } => requests::decide(context, &which, Decision::Decline).await,
         Command::Profiles => local::profiles(context),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -91,6 +91,7 @@ async fn what_a_server_that_is_down_cannot_take_is_saved_and_says_so() {
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.ok(&["send", "bob", "one"]).await;
     alice.ok(&["group", "create", "friends", "bob"]).await;
+    bob.ok(&["accept", "friends"]).await;
     world.stop().await;
     let sent = alice.run(&["send", "bob", "two", "--json"]).await;
     sent.fails(4, "client.queued");
@@ -125,6 +126,7 @@ async fn a_chat_with_a_group_goes_to_the_group() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.ok(&["group", "create", "my friends", "bob"]).await;
+    bob.ok(&["accept", "my friends"]).await;
     bob.ok(&["recv"]).await;
     let mut talk = bob.start(&["dm", "my friends"]);
     talk.say("hello").await;
@@ -152,6 +154,14 @@ async fn no_name_passes_for_oneself_or_for_a_notice() {
     mark.fails(&["register", "\u{301}"], 1, "auth.invalid_username").await;
     let mark = world.user("carol").await;
     mark.ok(&["group", "create", "\u{301}x", "bob"]).await;
+    assert_eq!(
+        bob.ok(&["recv"]).await,
+        "* carol wants to add you to the group \\u{301}x: see `qpq requests`\n"
+    );
+    assert_eq!(
+        bob.ok(&["accept", "carol"]).await,
+        "You joined the group \\u{301}x, created by carol.\n"
+    );
     assert_eq!(bob.ok(&["recv"]).await, "* carol added you to the group \\u{301}x\n");
 }
 

@@ -1,0 +1,354 @@
+//! Requests: groups and conversations that strangers want to bring us into.
+//!
+//! A stranger is anyone whom we never wrote to, accepted, added to a group of ours, or compared a
+//! safety number with. A stranger's group waits until it is accepted or declined. A stranger's
+//! direct conversation begins immediately, while fewer than [`MAX_STRANGERS`] strangers wait for an
+//! answer; further ones are requests, too. `qpq-mls` keeps the requests and bounds them.
+
+use std::collections::BTreeMap;
+
+use futures_util::future::join_all;
+use qpq_domain::{IdentityKey, UnixMillis, Username};
+use qpq_mls::{
+    GroupId, GroupSummary, Kind, Received,
+    database::{Database, DatabaseError},
+};
+
+use super::{
+    Messenger,
+    inbox::{is_from, note, unless_final},
+    log::{ConversationId, EntryId, Event},
+    people::{Person, Standing},
+    state::State,
+    tables::{ACQUAINTED, STRANGERS},
+};
+use crate::error::Error;
+
+/// The most strangers whose direct conversations we have without having written to them.
+pub const MAX_STRANGERS: u64 = 100;
+/// The most MLS groups of the direct conversation with one stranger. A client that lost its state
+/// begins a new one.
+const MAX_GROUPS_OF_STRANGER: u64 = 4;
+
+/// Names asked about concurrently.
+const NAMES_AT_ONCE: usize = 32;
+
+/// Whether the people whom the profile knew when this rule was introduced are noted.
+const ARE_NOTED: &[u8] = b"acquainted";
+/// The entry that says that a request waits, until requests are listed or one is decided on.
+const ANNOUNCEMENT: &[u8] = b"requests-announced";
+
+/// A stranger's group or direct conversation that waits to be accepted or declined.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// The id to accept or decline it by.
+    pub id: GroupId,
+    /// The stranger, who created the group.
+    pub from: Person,
+    /// The group's name; `None` for a direct conversation.
+    pub group: Option<String>,
+    /// The number of members, including us.
+    pub members: usize,
+    /// The time at which the server accepted the Welcome.
+    pub at: UnixMillis,
+}
+
+/// The requests that wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Requests {
+    /// The oldest first.
+    pub waiting: Vec<Request>,
+    /// The number of requests that were dropped because too many waited.
+    pub dropped: u64,
+}
+
+impl Messenger {
+    /// Returns the requests that wait. The directory is asked about names that are unknown here; a
+    /// name that it was not asked about is [`Standing::Claimed`].
+    pub async fn requests(&self) -> Result<Requests, Error> {
+        let mut requests = self
+            .store()
+            .change(|state| {
+                state.end_announcement()?;
+                state.list_requests()
+            })
+            .await?;
+        let mut unchecked: Vec<_> =
+            requests.waiting.iter().map(|request| &request.from).filter(is_claimed).collect();
+        unchecked.sort_by_key(|person| person.identity);
+        unchecked.dedup();
+        let mut names = BTreeMap::new();
+        for some in unchecked.chunks(NAMES_AT_ONCE) {
+            let asked = some.iter().map(async |person| {
+                self.name_of(&person.identity).await.map(|name| (person.identity, name))
+            });
+            // A request can be shown without a name that is certain.
+            names.extend(join_all(asked).await.into_iter().flatten());
+        }
+        for Request { from, .. } in &mut requests.waiting {
+            if let Some(name) = names.get(&from.identity) {
+                from.standing = self.standing(from, name.as_ref()).await?;
+            }
+        }
+        Ok(requests)
+    }
+
+    /// Accepts a request: joins its group. Its creator is no stranger from now on. Messages that
+    /// waited with the request are among the unseen entries afterwards.
+    pub async fn accept(&self, request: GroupId) -> Result<ConversationId, Error> {
+        let conversation = self.store().change(move |state| state.accept(&request)).await?;
+        unless_final("names", self.check_names().await)?;
+        Ok(conversation)
+    }
+
+    /// Declines a request: forgets it, and what is sent to its group from now on. Its creator is not
+    /// notified, and can ask again; [`Messenger::block`] prevents that.
+    pub async fn decline(&self, request: GroupId) -> Result<(), Error> {
+        self.store()
+            .change(move |state| {
+                state.end_announcement()?;
+                if state.mls.decline(&request)? { Ok(()) } else { Err(Error::NoSuchRequest) }
+            })
+            .await
+    }
+
+    /// Returns what a claimed name is worth, by the directory's name for the key.
+    async fn standing(&self, claimed: &Person, name: Option<&Username>) -> Result<Standing, Error> {
+        if name != Some(&claimed.username) {
+            return Ok(Standing::Refuted);
+        }
+        Ok(match self.known(&claimed.username).await? {
+            Some(known) if known.identity != claimed.identity => Standing::NewKey,
+            _ => Standing::Confirmed,
+        })
+    }
+
+    /// Notes everyone whom a profile of an earlier release knows, once.
+    pub(super) async fn note_acquaintances(&self) -> Result<(), Error> {
+        if self.store().read(|state| Ok(state.number(ARE_NOTED)?.is_some())).await? {
+            return Ok(());
+        }
+        self.store().change(|state| Ok(state.note_everyone()?)).await
+    }
+}
+
+fn is_claimed(person: &&Person) -> bool {
+    person.standing == Standing::Claimed
+}
+
+/// Returns whether the group of a Welcome is joined immediately.
+pub(super) fn joins(
+    database: &Database,
+    request: &qpq_mls::Request,
+) -> Result<bool, DatabaseError> {
+    let creator = request.creator.identity.as_bytes();
+    if database.get(ACQUAINTED, creator)?.is_some() {
+        return Ok(true);
+    }
+    if matches!(request.kind, Kind::Group { .. }) {
+        return Ok(false);
+    }
+    Ok(match database.get(STRANGERS, creator)? {
+        Some(row) => groups_of_stranger(&row)? < MAX_GROUPS_OF_STRANGER,
+        None => database.count(STRANGERS)? < MAX_STRANGERS,
+    })
+}
+
+fn groups_of_stranger(row: &[u8]) -> Result<u64, DatabaseError> {
+    row.try_into()
+        .map(u64::from_be_bytes)
+        .map_err(|_| DatabaseError::Damaged("a count is cut short".into()))
+}
+
+impl State {
+    /// Notes that a new profile knows nobody.
+    pub(super) fn begin_noting_acquaintances(&self) -> Result<(), DatabaseError> {
+        self.set_number(ARE_NOTED, Some(1))
+    }
+
+    /// Notes that nobody whom the profile knows is a stranger.
+    fn note_everyone(&self) -> Result<(), DatabaseError> {
+        for identity in self.people.everyone()? {
+            self.meet(&identity)?;
+        }
+        self.begin_noting_acquaintances()
+    }
+
+    /// Notes that a person is no stranger.
+    pub(super) fn meet(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
+        if self.database().get(ACQUAINTED, identity.as_bytes())?.is_none() {
+            self.database().put(ACQUAINTED, identity.as_bytes(), None, b"")?;
+            self.forget_stranger(identity)?;
+        }
+        Ok(())
+    }
+
+    /// Counts a stranger's direct conversation no more.
+    pub(super) fn forget_stranger(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
+        self.database().delete(STRANGERS, identity.as_bytes()).map(drop)
+    }
+
+    /// Counts a direct conversation that was joined, if a stranger began it.
+    pub(super) fn count_stranger(&self, group: &GroupSummary) -> Result<(), DatabaseError> {
+        let creator = group.maker.as_bytes();
+        let is_stranger = self.database().get(ACQUAINTED, creator)?.is_none();
+        if matches!(group.kind, Kind::Direct { .. }) && is_stranger {
+            let groups = match self.database().get(STRANGERS, creator)? {
+                Some(row) => groups_of_stranger(&row)?,
+                None => 0,
+            };
+            self.database().put(STRANGERS, creator, None, &(groups + 1).to_be_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Notes in the history that a request waits, unless an unseen entry says that already.
+    /// Otherwise strangers could fill the history.
+    pub(super) fn announce(&self, request: qpq_mls::Request, at: UnixMillis) -> Result<(), Error> {
+        if self.number(ANNOUNCEMENT)?.is_some() {
+            return Ok(());
+        }
+        let by = request.creator.identity;
+        self.people.claim(by, &request.creator.username)?;
+        let entry =
+            self.log.push(None, at, Event::Requested { by, group: name_of(request.kind) })?;
+        Ok(self.set_number(ANNOUNCEMENT, Some(entry.0))?)
+    }
+
+    /// Marks the announcement as seen. The next request is announced again.
+    fn end_announcement(&self) -> Result<(), DatabaseError> {
+        if let Some(entry) = self.number(ANNOUNCEMENT)? {
+            self.log.mark_seen(&[EntryId(entry)])?;
+            self.set_number(ANNOUNCEMENT, None)?;
+        }
+        Ok(())
+    }
+
+    fn list_requests(&self) -> Result<Requests, Error> {
+        let waiting = self.mls.requests()?.into_iter().map(|request| {
+            let identity = request.creator.identity;
+            let from = match self.people.is_named(&identity)? {
+                true => self.people.person(&identity)?,
+                false => Person {
+                    identity,
+                    username: request.creator.username,
+                    standing: Standing::Claimed,
+                },
+            };
+            let (id, members, at) = (request.group, request.members, request.arrival.at);
+            Ok(Request { id, from, group: name_of(request.kind), members, at })
+        });
+        let waiting = waiting.collect::<Result<_, DatabaseError>>()?;
+        Ok(Requests { waiting, dropped: self.mls.dropped_requests()? })
+    }
+
+    fn accept(&mut self, id: &GroupId) -> Result<ConversationId, Error> {
+        let request = self.mls.request(id)?.ok_or(Error::NoSuchRequest)?;
+        let at = request.arrival.at;
+        self.end_announcement()?;
+        self.meet(&request.creator.identity)?;
+        let blocked = self.blocked()?;
+        let received = self.mls.accept(id)?.ok_or(Error::NoSuchRequest)?;
+        let conversation = self.conversation_of(id)?;
+        for one in received {
+            // A member who leaves asks the creator, who is another person.
+            if !is_from(&one, &blocked) && !matches!(one, Received::Leaving { .. }) {
+                note(self, one, at)?;
+            }
+        }
+        if request.missed > 0 {
+            let reason = format!(
+                "{} messages came before the request was accepted, and there was \
+                                  no room for them",
+                request.missed
+            );
+            self.log.push(conversation, at, Event::Unreadable { from: None, reason })?;
+        }
+        conversation.ok_or(Error::NoSuchRequest)
+    }
+}
+
+fn name_of(kind: Kind) -> Option<String> {
+    match kind {
+        Kind::Group { name } => Some(name),
+        Kind::Direct { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_domain::ChannelId;
+    use qpq_mls::{Arrival, Identity, Member};
+
+    use super::*;
+
+    fn state() -> State {
+        let name = Username::parse("bob").unwrap();
+        State::create(&Database::in_memory(), Identity::generate(), name).unwrap()
+    }
+
+    fn direct(state: &State, stranger: u8) -> (qpq_mls::Request, GroupSummary) {
+        let (identity, at) = (IdentityKey::new([stranger; 32]), UnixMillis(1));
+        let creator = Member { identity, username: Username::parse("mallory").unwrap() };
+        let kind = Kind::Direct { peer: state.me() };
+        let (group, channel) =
+            (GroupId::try_from(&[stranger; 32][..]).unwrap(), ChannelId::DEFAULT);
+        let request = qpq_mls::Request {
+            group,
+            kind: kind.clone(),
+            creator: creator.clone(),
+            members: 2,
+            epoch: 1,
+            arrival: Arrival { at, channel },
+            missed: 0,
+        };
+        let (id, maker, members) = (group, identity, vec![creator]);
+        let made_at = at;
+        let summary =
+            GroupSummary { id, kind, channel, maker, made_at, epoch: 1, members, active: true };
+        (request, summary)
+    }
+
+    #[test]
+    fn direct_conversations_of_strangers_are_bounded_each_and_in_total() {
+        let state = state();
+        let joins = |request: &_| joins(state.database(), request).unwrap();
+        let cap = u8::try_from(MAX_STRANGERS).unwrap();
+        for stranger in 0..cap {
+            let (request, summary) = direct(&state, stranger);
+            assert!(joins(&request));
+            state.count_stranger(&summary).unwrap();
+        }
+        let (further, _) = direct(&state, cap);
+        assert!(!joins(&further));
+        let (first, summary) = direct(&state, 0);
+        for _ in 1..MAX_GROUPS_OF_STRANGER {
+            assert!(joins(&first), "the conversation exists");
+            state.count_stranger(&summary).unwrap();
+        }
+        assert!(!joins(&first));
+
+        // An answer makes room, and ends the bound for that person.
+        state.meet(&summary.maker).unwrap();
+        assert!(joins(&first) && joins(&further));
+        state.count_stranger(&summary).unwrap();
+        assert_eq!(state.database().count(STRANGERS).unwrap(), MAX_STRANGERS - 1);
+        let group = |request: &qpq_mls::Request| qpq_mls::Request {
+            kind: Kind::Group { name: "friends".into() },
+            ..request.clone()
+        };
+        assert!(joins(&group(&first)) && !joins(&group(&further)));
+    }
+
+    #[test]
+    fn nobody_whom_an_earlier_release_knew_is_a_stranger() {
+        let state = state();
+        let (request, _) = direct(&state, 1);
+        let group = qpq_mls::Request { kind: Kind::Group { name: "g".into() }, ..request };
+        let creator = &group.creator;
+        state.people.claim(creator.identity, &creator.username).unwrap();
+        assert!(!joins(state.database(), &group).unwrap());
+        state.note_everyone().unwrap();
+        assert!(joins(state.database(), &group).unwrap());
+    }
+}
