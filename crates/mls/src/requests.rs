@@ -66,8 +66,8 @@ pub(crate) fn keep(
 ) -> Result<(), DatabaseError> {
     let group = request.group.as_bytes();
     for table in [REQUESTS, DECLINED] {
-        if let Some(earlier) = database.item_of_key(table, group)? {
-            database.remove_item(table, earlier.number)?;
+        if let Some(earlier) = database.number_of_key(table, group)? {
+            database.remove_item(table, earlier)?;
         }
     }
     let creator = request.creator.identity;
@@ -120,12 +120,12 @@ pub(crate) fn get(database: &Database, group: &GroupId) -> Result<Option<Kept>, 
 
 /// Returns whether there is a request for a group.
 pub(crate) fn waits(database: &Database, group: &GroupId) -> Result<bool, DatabaseError> {
-    database.has_item(REQUESTS, group.as_bytes())
+    Ok(database.number_of_key(REQUESTS, group.as_bytes())?.is_some())
 }
 
 /// Returns whether a request for a group was declined or dropped, of the last ones.
 pub(crate) fn was_declined(database: &Database, group: &GroupId) -> Result<bool, DatabaseError> {
-    database.has_item(DECLINED, group.as_bytes())
+    Ok(database.number_of_key(DECLINED, group.as_bytes())?.is_some())
 }
 
 /// Removes the request for a group that is joined now; returns the messages that waited with it, in
@@ -177,8 +177,10 @@ pub(crate) fn hold(database: &Database, message: &PutAside) -> Result<(), Databa
 }
 
 fn remove(database: &Database, group: &GroupId) -> Result<bool, DatabaseError> {
-    let Some(item) = database.item_of_key(REQUESTS, group.as_bytes())? else { return Ok(false) };
-    database.remove_item(REQUESTS, item.number)?;
+    let Some(number) = database.number_of_key(REQUESTS, group.as_bytes())? else {
+        return Ok(false);
+    };
+    database.remove_item(REQUESTS, number)?;
     database.remove_items_in_lane(HELD, group.as_bytes())?;
     database.delete(REQUESTS, group.as_bytes())?;
     if database.size_of_items(REQUESTS)?.items == 0 {

@@ -119,19 +119,25 @@ impl Messenger {
     /// server's store went back in time, where they were made with a clock that was wrong, and
     /// every 30 days, so that nobody is handed one that is about to expire.
     pub async fn publish_key_packages(&self) -> Result<(), Error> {
+        self.publish_key_packages_at(now()).await
+    }
+
+    /// As [`Messenger::publish_key_packages`], at a given time. For tests.
+    #[doc(hidden)]
+    pub async fn publish_key_packages_at(&self, now: UnixMillis) -> Result<(), Error> {
         let client = self.client();
         let left = client
             .call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default())
             .await?;
-        let replace = self.store().read(|state| is_replacement_due(state, now())).await?;
+        let replace = self.store().read(move |state| is_replacement_due(state, now)).await?;
         if replace {
-            self.upload_packages(ENOUGH, Upload::Replacing).await?;
+            self.upload_packages(ENOUGH, Upload::Replacing, now).await?;
         } else if left.available < FEW {
-            self.upload_packages(ENOUGH - left.available as usize, Upload::Adding).await?;
+            self.upload_packages(ENOUGH - left.available as usize, Upload::Adding, now).await?;
         }
         if replace || !left.has_last_resort {
             let package =
-                self.store().change(|state| Ok(state.mls.last_resort_key_package(now())?)).await?;
+                self.store().change(move |state| Ok(state.mls.last_resort_key_package(now)?)).await?;
             client
                 .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
                     package: package.into(),
@@ -142,19 +148,24 @@ impl Messenger {
         }
         if replace {
             // Only now: after a crash in between everything is replaced once more.
-            let replaced = |state: &mut State| {
+            let replaced = move |state: &mut State| {
                 state.set_number(REPLACE_PACKAGES, None)?;
-                Ok(state.set_number(PACKAGES_SINCE, Some(now().0))?)
+                Ok(state.set_number(PACKAGES_SINCE, Some(now.0))?)
             };
             self.store().change(replaced).await?;
         }
         Ok(())
     }
 
-    async fn upload_packages(&self, count: usize, upload: Upload) -> Result<(), Error> {
+    async fn upload_packages(
+        &self,
+        count: usize,
+        upload: Upload,
+        now: UnixMillis,
+    ) -> Result<(), Error> {
         // Saved before they are uploaded: the private halves are in the state.
         let packages =
-            self.store().change(move |state| Ok(state.mls.key_packages(count, now())?)).await?;
+            self.store().change(move |state| Ok(state.mls.key_packages(count, now)?)).await?;
         let mut packages = packages.into_iter().map(Into::into);
         self.client()
             .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {

@@ -7,9 +7,11 @@
 //! wins, so both go on in it.
 //!
 //! Who sent an unreadable message is a claim, so all of this is bounded: one question an hour to
-//! each person, five questions in all, one answer in ten minutes.
+//! each person, five questions for what that person sent, one answer in ten minutes. At most
+//! [`MAX_PEOPLE`] people are to be asked, for at most [`MAX_LOST_IN_TOTAL`] messages; above that,
+//! strangers are given up first. A person who did not answer within [`ASKED_WITHIN`] is given up.
 
-use std::time::Duration;
+use std::{cmp::Reverse, time::Duration};
 
 use qpq_domain::{IdentityKey, UnixMillis};
 use qpq_mls::{
@@ -43,8 +45,14 @@ const ASK_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 const MAX_QUESTIONS: u8 = 5;
 /// The most people asked in one repair.
 const PEOPLE_AT_ONCE: usize = 4;
-/// The most messages of one person that are asked for.
+/// The most messages of one person that are asked for, and the most of all people.
 const MAX_LOST: usize = 256;
+const MAX_LOST_IN_TOTAL: u64 = 4_096;
+/// The most people who are to be asked.
+const MAX_PEOPLE: u64 = 256;
+/// The most people whose last answer is noted. Those of the last ten minutes are never more than
+/// the answers that were given.
+const MAX_ANSWERED: u64 = 256;
 const ANSWER_AGAIN_AFTER: Duration = Duration::from_secs(600);
 
 /// The time in which a message may be asked for: up to 90 days in the inbox, 31 days put aside, 30
@@ -56,7 +64,14 @@ const CLOCK_MARGIN: Duration = Duration::from_secs(24 * 3600);
 impl Messenger {
     /// Asks for what could not be read, where that is due.
     pub(super) async fn repair(&self) -> Result<(), Error> {
-        let due = self.store().read(|state| state.due_questions(now())).await?;
+        let due = self
+            .store()
+            .read(|state| Ok((state.due_questions(now())?, state.are_questions_over(now())?)))
+            .await?;
+        let (due, are_over) = due;
+        if are_over {
+            self.store().change(|state| state.forget_old_questions(now())).await?;
+        }
         for peer in due {
             // Noted first: a question that fails is not repeated immediately.
             self.store().change(move |state| state.postpone_question(&peer, now())).await?;
@@ -112,11 +127,43 @@ impl State {
         let event = Event::Unreadable { from, reason: lost.reason.to_string() };
         self.log.push(conversation, at, event)?;
         let Some(from) = from else { return Ok(()) };
-        if self.database().in_lane(LOST, from.as_bytes())?.len() < MAX_LOST {
+        if self.database().count_in_lane(LOST, from.as_bytes())? < MAX_LOST as u64 {
             self.database().put(LOST, &lost.digest, Some(from.as_bytes()), &lost.digest)?;
             if self.database().get(QUESTIONS, from.as_bytes())?.is_none() {
                 self.set_question(&from, UnixMillis(0), 0)?;
             }
+            self.bound_questions()?;
+        }
+        Ok(())
+    }
+
+    /// Gives people up while more are to be asked, or for more messages, than is allowed: strangers
+    /// first, then those who were asked most often, then those who are asked earliest.
+    fn bound_questions(&self) -> Result<(), Error> {
+        while self.database().count(QUESTIONS)? > MAX_PEOPLE
+            || self.database().count(LOST)? > MAX_LOST_IN_TOTAL
+        {
+            let mut last: Option<((bool, u8, Reverse<UnixMillis>), IdentityKey)> = None;
+            for Question { peer, at, asked } in self.questions()? {
+                let rank = (!self.is_acquainted(&peer)?, asked, Reverse(at));
+                if last.as_ref().is_none_or(|(highest, _)| rank > *highest) {
+                    last = Some((rank, peer));
+                }
+            }
+            let Some((_, peer)) = last else { return Ok(()) };
+            self.forget_questions(&peer)?;
+        }
+        Ok(())
+    }
+
+    fn are_questions_over(&self, now: UnixMillis) -> Result<bool, Error> {
+        Ok(self.questions()?.iter().any(|question| question.is_over(now)))
+    }
+
+    /// Gives up the people whom nobody expects to answer any more.
+    fn forget_old_questions(&self, now: UnixMillis) -> Result<(), Error> {
+        for question in self.questions()?.iter().filter(|question| question.is_over(now)) {
+            self.forget_questions(&question.peer)?;
         }
         Ok(())
     }
@@ -168,13 +215,9 @@ impl State {
         asker: &IdentityKey,
         digests: Vec<[u8; 32]>,
     ) -> Result<(), Error> {
-        if let Some(last) = self.database().get(ANSWERED, asker.as_bytes())? {
-            let last = last[..].try_into().map(u64::from_be_bytes).unwrap_or(0);
-            if UnixMillis(last).plus(ANSWER_AGAIN_AFTER) > now() {
-                return Ok(());
-            }
+        if !self.may_answer(asker, now())? {
+            return Ok(());
         }
-        self.database().put(ANSWERED, asker.as_bytes(), None, &now().0.to_be_bytes())?;
         let me = self.me();
         let asked_in = self.mls.group(&group)?;
         if asked_in.is_none_or(|asked_in| asked_in.peer_of(&me) != Some(*asker)) {
@@ -205,6 +248,27 @@ impl State {
             self.outbox.push(parcel, None, now())?;
         }
         Ok(())
+    }
+
+    /// Returns whether an answer to this person is due, and notes it. A person who is not answered
+    /// asks again.
+    fn may_answer(&self, asker: &IdentityKey, now: UnixMillis) -> Result<bool, Error> {
+        // A time ahead of now is that of a clock that was wrong.
+        let is_recent = |row: &[u8]| {
+            let last = UnixMillis(row.try_into().map(u64::from_be_bytes).unwrap_or(0));
+            last <= now && last.plus(ANSWER_AGAIN_AFTER) > now
+        };
+        if self.database().get(ANSWERED, asker.as_bytes())?.is_some_and(|row| is_recent(&row)) {
+            return Ok(false);
+        }
+        if self.database().count(ANSWERED)? >= MAX_ANSWERED {
+            self.database().delete_where(ANSWERED, |row| !is_recent(row))?;
+            if self.database().count(ANSWERED)? >= MAX_ANSWERED {
+                return Ok(false);
+            }
+        }
+        self.database().put(ANSWERED, asker.as_bytes(), None, &now.0.to_be_bytes())?;
+        Ok(true)
     }
 
     fn was_for(
@@ -266,15 +330,16 @@ impl State {
     }
 
     fn due_questions(&self, now: UnixMillis) -> Result<Vec<IdentityKey>, Error> {
-        let rows = self.database().all(QUESTIONS)?;
-        let due = rows.iter().filter_map(|row| {
-            let (at, rest) = row.split_at_checked(8)?;
-            let (&asked, key) = rest.split_first()?;
-            let at = UnixMillis(u64::from_be_bytes(at.try_into().ok()?));
-            let key = IdentityKey::try_from(key).ok()?;
-            (at <= now && asked < MAX_QUESTIONS).then_some(key)
-        });
+        let questions = self.questions()?.into_iter();
+        let due = questions
+            .filter(|question| question.at <= now && question.asked < MAX_QUESTIONS)
+            .map(|question| question.peer);
         Ok(due.take(PEOPLE_AT_ONCE).collect())
+    }
+
+    fn questions(&self) -> Result<Vec<Question>, Error> {
+        let rows = self.database().all(QUESTIONS)?;
+        Ok(rows.iter().filter_map(|row| Question::parse(row)).collect())
     }
 
     fn postpone_question(&self, peer: &IdentityKey, now: UnixMillis) -> Result<(), Error> {
@@ -286,6 +351,28 @@ impl State {
     fn set_question(&self, peer: &IdentityKey, at: UnixMillis, asked: u8) -> Result<(), Error> {
         let row = [&at.0.to_be_bytes()[..], &[asked], peer.as_bytes()].concat();
         Ok(self.database().put(QUESTIONS, peer.as_bytes(), None, &row)?)
+    }
+}
+
+/// A person to be asked for messages.
+struct Question {
+    peer: IdentityKey,
+    /// The time of the next question.
+    at: UnixMillis,
+    asked: u8,
+}
+
+impl Question {
+    fn parse(row: &[u8]) -> Option<Self> {
+        let (at, rest) = row.split_at_checked(8)?;
+        let (&asked, key) = rest.split_first()?;
+        let at = UnixMillis(u64::from_be_bytes(at.try_into().ok()?));
+        Some(Self { peer: IdentityKey::try_from(key).ok()?, at, asked })
+    }
+
+    /// Whether nobody expects an answer any more. A person who was not asked yet has no time.
+    fn is_over(&self, now: UnixMillis) -> bool {
+        self.asked > 0 && self.at.plus(ASKED_WITHIN) <= now
     }
 }
 
@@ -306,4 +393,90 @@ fn parse_sent(item: &Item) -> Result<(EntryId, UnixMillis), Error> {
 /// Whether an unreadable message was sent on the channel of the direct conversation with `peer`.
 fn is_direct(me: &IdentityKey, peer: &IdentityKey, lost: &Unreadable) -> bool {
     direct_channel(me, peer) == lost.arrival.channel
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_domain::{ChannelId, Username};
+    use qpq_mls::{Arrival, Identity, Lost, database::Database};
+
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    const START: UnixMillis = UnixMillis(1_800_000_000_000);
+
+    fn state() -> State {
+        let name = Username::parse("alice").unwrap();
+        State::create(&Database::in_memory(), Identity::generate(), name).unwrap()
+    }
+
+    fn key(number: u64) -> IdentityKey {
+        let mut key = [7; 32];
+        key[..8].copy_from_slice(&number.to_be_bytes());
+        IdentityKey::new(key)
+    }
+
+    fn lose(state: &mut State, peer: u64, message: u64) {
+        let mut digest = [0; 32];
+        digest[..8].copy_from_slice(&peer.to_be_bytes());
+        digest[8..16].copy_from_slice(&message.to_be_bytes());
+        let lost = Unreadable {
+            reason: Lost::NoKeys,
+            digest,
+            group: None,
+            claimed_sender: Some(key(peer)),
+            arrival: Arrival { at: START, channel: ChannelId::DEFAULT },
+        };
+        state.note_unreadable(&lost, START).unwrap();
+    }
+
+    fn count(state: &State) -> (u64, u64) {
+        (state.database().count(QUESTIONS).unwrap(), state.database().count(LOST).unwrap())
+    }
+
+    #[test]
+    fn invented_senders_are_bounded_and_displace_nobody_who_is_known() {
+        let mut state = state();
+        state.meet(&key(0)).unwrap();
+        lose(&mut state, 0, 0);
+        for peer in 1..2_000 {
+            lose(&mut state, peer, 0);
+        }
+        assert_eq!(count(&state), (MAX_PEOPLE, MAX_PEOPLE));
+        for peer in 1..30 {
+            (0..300).for_each(|message| lose(&mut state, peer, message));
+        }
+        let (people, lost) = count(&state);
+        assert!(people <= MAX_PEOPLE && lost <= MAX_LOST_IN_TOTAL, "{people} {lost}");
+        assert_eq!(state.lost_of(&key(0)).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_person_who_did_not_answer_for_300_days_is_given_up() {
+        let mut state = state();
+        for peer in [1, 2] {
+            lose(&mut state, peer, 0);
+        }
+        state.postpone_question(&key(1), START).unwrap();
+        let over = START.plus(ASK_AGAIN_AFTER + DAY * 300);
+        for (now, left) in [(over.minus(DAY), 2), (over, 1), (over.plus(DAY * 300), 1)] {
+            state.forget_old_questions(now).unwrap();
+            assert_eq!(count(&state), (left, left));
+        }
+        assert_eq!(state.due_questions(over).unwrap(), [key(2)], "who was not asked yet stays");
+    }
+
+    #[test]
+    fn answers_are_noted_for_ten_minutes_and_bounded() {
+        let state = state();
+        for number in 0..MAX_ANSWERED {
+            assert!(state.may_answer(&key(number), START).unwrap());
+        }
+        assert!(!state.may_answer(&key(0), START).unwrap());
+        assert!(!state.may_answer(&key(MAX_ANSWERED), START).unwrap(), "it asks again later");
+        let later = START.plus(ANSWER_AGAIN_AFTER);
+        assert!(state.may_answer(&key(MAX_ANSWERED), later).unwrap());
+        assert_eq!(state.database().count(ANSWERED).unwrap(), 1);
+        assert!(state.may_answer(&key(MAX_ANSWERED), START).unwrap(), "the clock was ahead");
+    }
 }

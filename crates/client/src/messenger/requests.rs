@@ -174,9 +174,14 @@ impl State {
         self.begin_noting_acquaintances()
     }
 
+    /// Returns whether a person is no stranger.
+    pub(super) fn is_acquainted(&self, identity: &IdentityKey) -> Result<bool, DatabaseError> {
+        Ok(self.database().get(ACQUAINTED, identity.as_bytes())?.is_some())
+    }
+
     /// Notes that a person is no stranger.
     pub(super) fn meet(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
-        if self.database().get(ACQUAINTED, identity.as_bytes())?.is_none() {
+        if !self.is_acquainted(identity)? {
             self.database().put(ACQUAINTED, identity.as_bytes(), None, b"")?;
             self.forget_stranger(identity)?;
         }
@@ -191,7 +196,7 @@ impl State {
     /// Counts a direct conversation that was joined, if a stranger began it.
     pub(super) fn count_stranger(&self, group: &GroupSummary) -> Result<(), DatabaseError> {
         let creator = group.maker.as_bytes();
-        let is_stranger = self.database().get(ACQUAINTED, creator)?.is_none();
+        let is_stranger = !self.is_acquainted(&group.maker)?;
         if matches!(group.kind, Kind::Direct { .. }) && is_stranger {
             let groups = match self.database().get(STRANGERS, creator)? {
                 Some(row) => groups_of_stranger(&row)?,

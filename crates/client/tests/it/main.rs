@@ -13,6 +13,7 @@ mod import;
 mod interleavings;
 mod liar;
 mod network;
+mod packages;
 mod profile;
 mod requests;
 mod restore;

@@ -187,13 +187,15 @@ impl Database {
         Ok(self.items(table, &sql, params![table.0])?.pop())
     }
 
-    /// Returns whether there is an item of this key.
-    pub fn has_item(&self, table: Table, key: &[u8]) -> Result<bool, DatabaseError> {
+    /// Returns the number of the item of this key, without opening its value.
+    pub fn number_of_key(&self, table: Table, key: &[u8]) -> Result<Option<u64>, DatabaseError> {
         let key = self.key(table, key);
         let connection = self.inner.connection.lock();
-        let mut statement = connection
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM items WHERE tab = ?1 AND key = ?2)")?;
-        Ok(statement.query_row(params![table.0, key], |row| row.get(0))?)
+        let mut statement =
+            connection.prepare_cached("SELECT number FROM items WHERE tab = ?1 AND key = ?2")?;
+        let number: Option<i64> =
+            statement.query_row(params![table.0, key], |row| row.get(0)).optional()?;
+        Ok(number.map(i64::cast_unsigned))
     }
 
     /// Returns how large a table is.

@@ -62,6 +62,39 @@ impl Database {
         self.select("SELECT key, value FROM rows WHERE tab = ?1 AND ?2 IS NULL", table, None)
     }
 
+    /// Returns the number of rows of a lane.
+    pub fn count_in_lane(&self, table: Table, lane: &[u8]) -> Result<u64, DatabaseError> {
+        let lane = self.lane(table, lane);
+        let connection = self.inner.connection.lock();
+        let mut statement =
+            connection.prepare_cached("SELECT count(*) FROM rows WHERE tab = ?1 AND lane = ?2")?;
+        let count = |row: &rusqlite::Row<'_>| row.get(0).map(i64::cast_unsigned);
+        Ok(statement.query_row(params![table.0, lane], count)?)
+    }
+
+    /// Removes the rows of a table whose value meets a condition; returns their number.
+    pub fn delete_where(
+        &self,
+        table: Table,
+        condition: impl Fn(&[u8]) -> bool,
+    ) -> Result<usize, DatabaseError> {
+        let connection = self.inner.connection.lock();
+        let mut statement =
+            connection.prepare_cached("SELECT key, value FROM rows WHERE tab = ?1")?;
+        let rows = statement
+            .query_map([table.0], |row| Ok((row.get::<_, Vec<u8>>(0)?, row.get::<_, Vec<u8>>(1)?)))?
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut delete =
+            connection.prepare_cached("DELETE FROM rows WHERE tab = ?1 AND key = ?2")?;
+        let mut deleted = 0;
+        for (name, sealed) in rows {
+            if condition(&self.inner.secrets.open(&place(table, &name), &sealed)?) {
+                deleted += delete.execute(params![table.0, name])?;
+            }
+        }
+        Ok(deleted)
+    }
+
     /// Returns the number of rows of a table.
     pub fn count(&self, table: Table) -> Result<u64, DatabaseError> {
         let connection = self.inner.connection.lock();
