@@ -16,12 +16,15 @@ use crate::{
     codec::{Malformed, Reader, Writer},
     content::Content,
     database::{Database, DatabaseError, Value},
-    group::{Group, GroupSummary},
+    error::Error,
+    group::Group,
     identity::{Identity, read_username},
-    key_package::{self, Policy, Rejected},
+    key_package::{self, Policy},
     packages::{self, Use},
     profile::{self, GroupId, Kind, Profile},
-    requests::{self, Request},
+    received::Request,
+    requests,
+    summary::GroupSummary,
     tables, waiting,
 };
 
@@ -74,55 +77,6 @@ pub struct Invitee<'a> {
     pub identity: IdentityKey,
     pub username: &'a Username,
     pub key_package: &'a [u8],
-}
-
-/// Why something was not done. The state is as it was.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    #[error("there is no such group here")]
-    UnknownGroup,
-    #[error("only the group's maker adds and removes members: ask them")]
-    NotTheMaker,
-    #[error("we were removed from the group: ask its maker to be added again")]
-    NoLongerMember,
-    /// Nobody could change the group any more.
-    #[error("its maker cannot leave a group: nobody else could change it")]
-    MakerStays,
-    #[error("nobody else is in the group: add someone first")]
-    Alone,
-    #[error("name at least one person")]
-    Nobody,
-    #[error("a conversation needs someone else")]
-    Yourself,
-    #[error("a direct conversation is between two: start a group instead")]
-    DirectIsForTwo,
-    #[error("{0} is in the group already, or was named twice")]
-    AlreadyMember(IdentityKey),
-    #[error("{0} is not in the group")]
-    NotAMember(IdentityKey),
-    #[error("the key package of {identity} cannot be used: {reason}")]
-    BadPackage { identity: IdentityKey, reason: Rejected },
-    #[error("the key package of {0} names another user: do not trust it")]
-    WrongName(IdentityKey),
-    #[error("{0} uses a client that cannot join our groups")]
-    Incompatible(IdentityKey),
-    /// A change to the group that others read only later would shut them out.
-    #[error("the key package of {0} is about to run out: they have to come online once")]
-    PackageTooOld(IdentityKey),
-    /// The state is an older copy, and more keys were used since than others allow to be skipped.
-    #[error("this copy of the profile is too old for the group: ask its maker to add you again")]
-    CopyTooOld,
-    #[error("MLS: {0}")]
-    Mls(String),
-    #[error(transparent)]
-    Database(#[from] DatabaseError),
-}
-
-impl Error {
-    pub(crate) fn mls(error: impl std::error::Error) -> Self {
-        Self::Mls(error.to_string())
-    }
 }
 
 impl Client {

@@ -21,15 +21,16 @@ use openmls::{
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
 
 use crate::{
-    client::Error,
     codec::{Malformed, Reader, Writer},
     content::{Content, Said},
     database::{Database, DatabaseError},
+    error::Error,
     identity::{Identity, Member},
     outline, packages,
     profile::{GroupId, Kind, Profile},
-    receive::{Ignored, Lost},
+    received::{Ignored, Lost},
     store::Store,
+    summary::GroupSummary,
     tables,
 };
 
@@ -45,23 +46,6 @@ const PAST_EPOCHS: usize = 10;
 /// many as fit an inbox.
 const OUT_OF_ORDER: u32 = 1_000;
 pub(crate) const FORWARD: u32 = 10_000;
-
-/// What the world may know of a group.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GroupSummary {
-    pub id: GroupId,
-    pub kind: Kind,
-    pub channel: ChannelId,
-    /// The only one who adds and removes.
-    pub maker: IdentityKey,
-    /// By the maker's clock.
-    pub made_at: UnixMillis,
-    pub epoch: u64,
-    /// Everyone, in the order of the tree; not us once we were removed.
-    pub members: Vec<Member>,
-    /// `false` once we were removed: nothing more can be sent or read.
-    pub active: bool,
-}
 
 /// What became of one message.
 #[derive(Debug)]
@@ -433,67 +417,6 @@ impl Departed {
             last_epoch: reader.number()?,
             member: Member::from_reader(reader)?,
         })
-    }
-}
-
-impl GroupSummary {
-    /// The other one of a direct group.
-    pub fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
-        match &self.kind {
-            Kind::Direct { peer } if self.maker == *me => Some(*peer),
-            Kind::Direct { .. } => Some(self.maker),
-            Kind::Group { .. } => None,
-        }
-    }
-
-    fn write(&self, writer: &mut Writer) {
-        writer.raw(self.id.as_bytes());
-        match &self.kind {
-            Kind::Direct { peer } => {
-                writer.raw(&[0]);
-                writer.raw(peer.as_bytes());
-            }
-            Kind::Group { name } => {
-                writer.raw(&[1]);
-                writer.bytes(name.as_bytes());
-            }
-        }
-        writer.bytes(self.channel.as_bytes());
-        writer.raw(self.maker.as_bytes());
-        writer.number(self.made_at.0);
-        writer.number(self.epoch);
-        writer.raw(&[u8::from(self.active)]);
-        writer.count(self.members.len());
-        for member in &self.members {
-            member.write(writer);
-        }
-    }
-
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
-        let id = GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?;
-        let kind = match reader.array()? {
-            [0] => Kind::Direct { peer: IdentityKey::new(reader.array()?) },
-            [1] => {
-                let name = std::str::from_utf8(reader.bytes()?).map_err(|_| Malformed)?;
-                Kind::Group { name: name.to_owned() }
-            }
-            _ => return Err(Malformed),
-        };
-        Ok(Self {
-            id,
-            kind,
-            channel: ChannelId::try_from(reader.bytes()?).map_err(|_| Malformed)?,
-            maker: IdentityKey::new(reader.array()?),
-            made_at: UnixMillis(reader.number()?),
-            epoch: reader.number()?,
-            active: reader.array()? == [1],
-            members: reader.list(Member::from_reader)?,
-        })
-    }
-
-    /// The summary of a group that was saved.
-    pub(crate) fn parse(row: &[u8]) -> Result<Self, DatabaseError> {
-        read_row(row).map(|(summary, _)| summary)
     }
 }
 

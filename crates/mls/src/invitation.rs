@@ -11,8 +11,7 @@ use crate::{
     identity::Member,
     packages::Package,
     profile::{GroupId, Profile},
-    receive::{Arrival, Ignored},
-    requests::Request,
+    received::{Arrival, Ignored, Request},
     store::Store,
 };
 

@@ -14,7 +14,7 @@ use crate::{
     identity::Member,
     packages::Package,
     profile::{GroupId, Kind},
-    receive::Arrival,
+    received::{Arrival, Request},
     tables::{DECLINED, HELD, REQUESTS},
     waiting::PutAside,
 };
@@ -34,21 +34,6 @@ const MAX_DECLINED: u64 = 1_024;
 
 /// The row that counts dropped requests. Group ids have another length.
 const DROPPED: &[u8] = b"dropped";
-
-/// A group that a Welcome leads to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Request {
-    pub group: GroupId,
-    pub kind: Kind,
-    /// The group's creator, who sent the Welcome. The key is proven, the name is a claim.
-    pub creator: Member,
-    /// The number of members, including us.
-    pub members: usize,
-    pub epoch: u64,
-    pub arrival: Arrival,
-    /// The number of messages to the group that were dropped while the request waited.
-    pub missed: u64,
-}
 
 /// A request with what is needed to join.
 pub(crate) struct Kept {

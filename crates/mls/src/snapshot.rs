@@ -12,7 +12,8 @@ use crate::{
     group::Group,
     identity::{Identity, read_username},
     packages::Package,
-    receive::{Arrival, day},
+    receive::day,
+    received::Arrival,
     waiting::{self, PutAside},
 };
 

@@ -13,7 +13,7 @@ use crate::{
     codec::{Malformed, Reader, Writer},
     database::{Database, DatabaseError, Item, NewItem},
     profile::GroupId,
-    receive::Arrival,
+    received::Arrival,
     tables::WAITING,
 };
 

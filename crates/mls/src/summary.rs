@@ -1,0 +1,89 @@
+//! The description of a group that is saved next to its MLS state.
+
+use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
+
+use crate::{
+    codec::{Malformed, Reader, Writer},
+    database::DatabaseError,
+    identity::Member,
+    profile::{GroupId, Kind},
+};
+
+/// What the world may know of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupSummary {
+    pub id: GroupId,
+    pub kind: Kind,
+    pub channel: ChannelId,
+    /// The only one who adds and removes.
+    pub maker: IdentityKey,
+    /// By the maker's clock.
+    pub made_at: UnixMillis,
+    pub epoch: u64,
+    /// Everyone, in the order of the tree; not us once we were removed.
+    pub members: Vec<Member>,
+    /// `false` once we were removed: nothing more can be sent or read.
+    pub active: bool,
+}
+
+impl GroupSummary {
+    /// The other one of a direct group.
+    pub fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
+        match &self.kind {
+            Kind::Direct { peer } if self.maker == *me => Some(*peer),
+            Kind::Direct { .. } => Some(self.maker),
+            Kind::Group { .. } => None,
+        }
+    }
+
+    pub(crate) fn write(&self, writer: &mut Writer) {
+        writer.raw(self.id.as_bytes());
+        match &self.kind {
+            Kind::Direct { peer } => {
+                writer.raw(&[0]);
+                writer.raw(peer.as_bytes());
+            }
+            Kind::Group { name } => {
+                writer.raw(&[1]);
+                writer.bytes(name.as_bytes());
+            }
+        }
+        writer.bytes(self.channel.as_bytes());
+        writer.raw(self.maker.as_bytes());
+        writer.number(self.made_at.0);
+        writer.number(self.epoch);
+        writer.raw(&[u8::from(self.active)]);
+        writer.count(self.members.len());
+        for member in &self.members {
+            member.write(writer);
+        }
+    }
+
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        let id = GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?;
+        let kind = match reader.array()? {
+            [0] => Kind::Direct { peer: IdentityKey::new(reader.array()?) },
+            [1] => {
+                let name = std::str::from_utf8(reader.bytes()?).map_err(|_| Malformed)?;
+                Kind::Group { name: name.to_owned() }
+            }
+            _ => return Err(Malformed),
+        };
+        Ok(Self {
+            id,
+            kind,
+            channel: ChannelId::try_from(reader.bytes()?).map_err(|_| Malformed)?,
+            maker: IdentityKey::new(reader.array()?),
+            made_at: UnixMillis(reader.number()?),
+            epoch: reader.number()?,
+            active: reader.array()? == [1],
+            members: reader.list(Member::from_reader)?,
+        })
+    }
+
+    /// The summary of a group that was saved.
+    pub(crate) fn parse(row: &[u8]) -> Result<Self, DatabaseError> {
+        Self::read(&mut Reader::new(row))
+            .map_err(|Malformed| DatabaseError::Damaged("a group's row is cut short".into()))
+    }
+}
