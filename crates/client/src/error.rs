@@ -210,7 +210,7 @@ pub enum Error {
     TextTooLong { size: usize, max: usize },
     #[error("a group's name has 1 to {max} bytes, this one has {size}")]
     GroupName { size: usize, max: usize },
-    /// What MLS does not allow (only a group's maker changes its members), or a key package that
+    /// What MLS does not allow (only a group's creator changes its members), or a key package that
     /// cannot be used.
     #[error(transparent)]
     Mls(#[from] qpq_mls::Error),

@@ -182,9 +182,9 @@ impl Client {
         channel: ChannelId,
         now: UnixMillis,
     ) -> Result<GroupId, Error> {
-        let maker = self.identity.public();
+        let creator = self.identity.public();
         self.make(
-            Profile { kind: Kind::Group { name: name.into() }, channel, maker, made_at: now },
+            Profile { kind: Kind::Group { name: name.into() }, channel, creator, created_at: now },
             now,
         )
     }
@@ -216,10 +216,10 @@ impl Client {
         if group.is_active() { Ok(group) } else { Err(Error::NoLongerMember) }
     }
 
-    fn made_by_us(&mut self, id: GroupId) -> Result<&mut Group, Error> {
+    fn created_by_us(&mut self, id: GroupId) -> Result<&mut Group, Error> {
         let me = self.identity.public();
         let group = self.active(id)?;
-        if group.profile().maker == me { Ok(group) } else { Err(Error::NotTheMaker) }
+        if group.profile().creator == me { Ok(group) } else { Err(Error::NotTheCreator) }
     }
 
     /// Adds people to a group that we made. See the crate's documentation on saving before sending.
@@ -234,7 +234,7 @@ impl Client {
     ) -> Result<Added, Error> {
         let me = self.identity.public();
         let identity = self.identity.clone();
-        let group = self.made_by_us(group)?;
+        let group = self.created_by_us(group)?;
         if invitees.is_empty() {
             return Err(Error::Nobody);
         }
@@ -276,7 +276,7 @@ impl Client {
     pub fn remove(&mut self, group: GroupId, members: &[IdentityKey]) -> Result<Parcel, Error> {
         let me = self.identity.public();
         let identity = self.identity.clone();
-        let group = self.made_by_us(group)?;
+        let group = self.created_by_us(group)?;
         if members.is_empty() {
             return Err(Error::Nobody);
         }
@@ -306,18 +306,18 @@ impl Client {
     }
 
     /// Drops a group that somebody else made, and all its keys. What is still sent to it is refused,
-    /// until its maker adds us again. Returns what asks the maker to remove us, unless that has
+    /// until its creator adds us again. Returns what asks the creator to remove us, unless that has
     /// happened.
     pub fn leave(&mut self, id: GroupId) -> Result<Option<Parcel>, Error> {
         let group = self.group(&id)?.ok_or(Error::UnknownGroup)?;
         if group.peer_of(&self.identity.public()).is_some() {
             return Err(Error::DirectIsForTwo);
         }
-        if group.maker == self.identity.public() {
-            return Err(Error::MakerStays);
+        if group.creator == self.identity.public() {
+            return Err(Error::CreatorStays);
         }
         let farewell = match self.encrypt_bytes(id, &crate::content::leaving()) {
-            Ok(parcel) => Some(Parcel { recipients: vec![group.maker], ..parcel }),
+            Ok(parcel) => Some(Parcel { recipients: vec![group.creator], ..parcel }),
             Err(Error::NoLongerMember | Error::CopyTooOld) => None,
             Err(error) => return Err(error),
         };
@@ -400,7 +400,7 @@ impl Client {
             .into_iter()
             .filter(|group| group.active)
             .filter(|group| group.members.iter().any(|member| member.identity == *peer))
-            .max_by_key(|group| (group.made_at, Reverse(group.id)))
+            .max_by_key(|group| (group.created_at, Reverse(group.id)))
             .map(|group| group.id))
     }
 

@@ -29,7 +29,7 @@ pub(crate) enum Said {
     Text(Content),
     /// The sender could not read these messages, named by the SHA-256 of their bytes.
     CouldNotRead(Vec<[u8; 32]>),
-    /// The sender has left the group, and asks its maker to be removed.
+    /// The sender has left the group, and asks its creator to be removed.
     Leaving,
 }
 

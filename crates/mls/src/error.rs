@@ -10,13 +10,13 @@ use crate::{database::DatabaseError, key_package::Rejected};
 pub enum Error {
     #[error("there is no such group here")]
     UnknownGroup,
-    #[error("only the group's maker adds and removes members: ask them")]
-    NotTheMaker,
-    #[error("we were removed from the group: ask its maker to be added again")]
+    #[error("only the group's creator adds and removes members: ask them")]
+    NotTheCreator,
+    #[error("we were removed from the group: ask its creator to be added again")]
     NoLongerMember,
     /// Nobody could change the group any more.
-    #[error("its maker cannot leave a group: nobody else could change it")]
-    MakerStays,
+    #[error("its creator cannot leave a group: nobody else could change it")]
+    CreatorStays,
     #[error("nobody else is in the group: add someone first")]
     Alone,
     #[error("name at least one person")]
@@ -39,7 +39,7 @@ pub enum Error {
     #[error("the key package of {0} is about to run out: they have to come online once")]
     PackageTooOld(IdentityKey),
     /// The state is an older copy, and more keys were used since than others allow to be skipped.
-    #[error("this copy of the profile is too old for the group: ask its maker to add you again")]
+    #[error("this copy of the profile is too old for the group: ask its creator to add you again")]
     CopyTooOld,
     #[error("MLS: {0}")]
     Mls(String),

@@ -82,7 +82,7 @@ impl Group {
         profile: Profile,
         now: UnixMillis,
     ) -> Result<Self, Error> {
-        Self::make_as(GroupId::random(&profile.maker), identity, username, profile, now)
+        Self::make_as(GroupId::random(&profile.creator), identity, username, profile, now)
     }
 
     fn make_as(
@@ -144,8 +144,8 @@ impl Group {
             id: self.id,
             kind: self.profile.kind.clone(),
             channel: self.profile.channel,
-            maker: self.profile.maker,
-            made_at: self.profile.made_at,
+            creator: self.profile.creator,
+            created_at: self.profile.created_at,
             epoch: self.epoch(),
             members: self.members(),
             active: self.is_active(),
@@ -210,7 +210,7 @@ impl Group {
         }
         let (epoch, content_type) = (message.epoch().as_u64(), message.content_type());
         if content_type != ContentType::Application && epoch < self.epoch() {
-            // Each epoch has one commit, and another was applied. A maker who restored an older
+            // Each epoch has one commit, and another was applied. A creator who restored an older
             // state makes a second one.
             return Outcome::Ignored(Ignored::OldCommit);
         }
@@ -244,17 +244,17 @@ impl Group {
                 }
             }
             ProcessedMessageContent::StagedCommitMessage(commit) => {
-                if sender.map(|member| member.identity) != Some(self.profile.maker) {
-                    return Err(Ignored::NotTheMaker);
+                if sender.map(|member| member.identity) != Some(self.profile.creator) {
+                    return Err(Ignored::NotTheCreator);
                 }
                 self.merge(*commit)
             }
             ProcessedMessageContent::OwnPrivateMessage => Err(Ignored::OwnMessage),
-            _ => Err(Ignored::NotTheMaker),
+            _ => Err(Ignored::NotTheCreator),
         }
     }
 
-    /// Applies the maker's commit, if it does nothing but add, remove and refresh keys.
+    /// Applies the creator's commit, if it does nothing but add, remove and refresh keys.
     fn merge(&mut self, commit: StagedCommit) -> Result<Outcome, Ignored> {
         let before = self.leaves();
         let mut added = Vec::new();
@@ -279,7 +279,7 @@ impl Group {
         removed.sort_unstable_by_key(|(leaf, _)| leaf.u32());
         let staying =
             before.iter().filter(|entry| !removed.contains(entry)).map(|(_, member)| member);
-        if !are_distinct(staying.chain(&added)) || !self.keeps_makers_leaf(&commit, &before) {
+        if !are_distinct(staying.chain(&added)) || !self.keeps_creators_leaf(&commit, &before) {
             return Err(Ignored::ForbiddenCommit);
         }
         let last_epoch = self.epoch();
@@ -298,12 +298,12 @@ impl Group {
     }
 
     /// A commit with a path replaces the committer's leaf; key and name must stay what they were.
-    fn keeps_makers_leaf(&self, commit: &StagedCommit, before: &[(LeafNodeIndex, Member)]) -> bool {
+    fn keeps_creators_leaf(&self, commit: &StagedCommit, before: &[(LeafNodeIndex, Member)]) -> bool {
         let Some(leaf) = commit.update_path_leaf_node() else { return true };
         let after = Member::read(leaf.signature_key().as_slice(), leaf.credential());
-        let maker =
-            before.iter().map(|(_, member)| member).find(|m| m.identity == self.profile.maker);
-        maker.is_some() && after.as_ref() == maker
+        let creator =
+            before.iter().map(|(_, member)| member).find(|m| m.identity == self.profile.creator);
+        creator.is_some() && after.as_ref() == creator
     }
 
     fn leaves(&self) -> Vec<(LeafNodeIndex, Member)> {

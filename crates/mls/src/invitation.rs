@@ -44,7 +44,7 @@ impl Invitation {
         let count = members.len();
         let creator = members
             .into_iter()
-            .find(|member| member.identity == profile.maker)
+            .find(|member| member.identity == profile.creator)
             .ok_or(Ignored::BadWelcome)?;
         Ok(Self { staged, store, id, profile, creator, members: count })
     }
@@ -77,7 +77,7 @@ fn check(staged: &StagedWelcome, me: &IdentityKey) -> Option<(GroupId, Profile, 
     let profile = Profile::read(&id, context.extensions())?;
     // openmls has verified the group info's signature with this leaf's key.
     let sender = staged.welcome_sender().ok()?;
-    if sender.signature_key().as_slice() != profile.maker.as_bytes() {
+    if sender.signature_key().as_slice() != profile.creator.as_bytes() {
         return None;
     }
     let members: Vec<Member> = staged

@@ -24,8 +24,8 @@
 //!
 //! # Who may do what
 //!
-//! Only a group's maker commits (adds and removes members), until the server orders commits. The
-//! maker is bound into the group's id, see [`GroupId`], so nobody else can pass for it. Usernames
+//! Only a group's creator commits (adds and removes members), until the server orders commits. The
+//! creator is bound into the group's id, see [`GroupId`], so nobody else can pass for it. Usernames
 //! in groups are their owners' claims: compare every [`Member`] of [`Received::Joined`] and
 //! [`Received::Committed`] with the directory before showing its name.
 //!

@@ -1,4 +1,4 @@
-//! What a group is: its id, kind, channel and maker. It is part of the group's context (RFC 9420
+//! What a group is: its id, kind, channel and creator. It is part of the group's context (RFC 9420
 //! §8.1), so every member has the same and a joiner learns it authenticated by the group's keys.
 
 use std::fmt;
@@ -17,11 +17,11 @@ pub(crate) const EXTENSION: u16 = 0xF0A1;
 
 const VERSION: u8 = 1;
 
-/// A group's id: 16 random bytes, then the first 16 of SHA-256(`"qpq/group/1"` ‖ maker's identity
+/// A group's id: 16 random bytes, then the first 16 of SHA-256(`"qpq/group/1"` ‖ creator's identity
 /// key ‖ random bytes).
 ///
-/// The second half binds the maker. Whoever else claims the id, with a Welcome that comes before
-/// the maker's, would have to find a second preimage.
+/// The second half binds the creator. Whoever else claims the id, with a Welcome that comes before
+/// the creator's, would have to find a second preimage.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupId([u8; 32]);
 
@@ -30,16 +30,16 @@ impl GroupId {
         &self.0
     }
 
-    pub(crate) fn random(maker: &IdentityKey) -> Self {
+    pub(crate) fn random(creator: &IdentityKey) -> Self {
         let mut nonce = [0; 16];
         rand::rngs::OsRng.fill_bytes(&mut nonce);
-        Self::bind(nonce, maker)
+        Self::bind(nonce, creator)
     }
 
-    fn bind(nonce: [u8; 16], maker: &IdentityKey) -> Self {
+    fn bind(nonce: [u8; 16], creator: &IdentityKey) -> Self {
         let mut hash = Sha256::new();
         hash.update(b"qpq/group/1");
-        hash.update(maker.as_bytes());
+        hash.update(creator.as_bytes());
         hash.update(nonce);
         let mut id = [0; 32];
         id[..16].copy_from_slice(&nonce);
@@ -47,10 +47,10 @@ impl GroupId {
         Self(id)
     }
 
-    pub(crate) fn is_made_by(&self, maker: &IdentityKey) -> bool {
+    pub(crate) fn is_created_by(&self, creator: &IdentityKey) -> bool {
         let mut nonce = [0; 16];
         nonce.copy_from_slice(&self.0[..16]);
-        Self::bind(nonce, maker) == *self
+        Self::bind(nonce, creator) == *self
     }
 }
 
@@ -106,17 +106,17 @@ pub fn direct_channel(one: &IdentityKey, other: &IdentityKey) -> ChannelId {
 pub(crate) struct Profile {
     pub(crate) kind: Kind,
     pub(crate) channel: ChannelId,
-    pub(crate) maker: IdentityKey,
-    /// By the maker's clock.
-    pub(crate) made_at: UnixMillis,
+    pub(crate) creator: IdentityKey,
+    /// By the creator's clock.
+    pub(crate) created_at: UnixMillis,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Encoded {
     #[prost(bytes = "vec", tag = "1")]
-    maker: Vec<u8>,
+    creator: Vec<u8>,
     #[prost(uint64, tag = "2")]
-    made_at: u64,
+    created_at: u64,
     #[prost(bytes = "vec", tag = "3")]
     channel: Vec<u8>,
     /// Of a direct conversation.
@@ -128,14 +128,14 @@ struct Encoded {
 }
 
 impl Profile {
-    pub(crate) fn direct(maker: IdentityKey, peer: IdentityKey, made_at: UnixMillis) -> Self {
-        Self { kind: Kind::Direct { peer }, channel: direct_channel(&maker, &peer), maker, made_at }
+    pub(crate) fn direct(creator: IdentityKey, peer: IdentityKey, created_at: UnixMillis) -> Self {
+        Self { kind: Kind::Direct { peer }, channel: direct_channel(&creator, &peer), creator, created_at }
     }
 
     /// Whether `key` may be a member at all.
     pub(crate) fn admits(&self, key: &IdentityKey) -> bool {
         match &self.kind {
-            Kind::Direct { peer } => *key == self.maker || key == peer,
+            Kind::Direct { peer } => *key == self.creator || key == peer,
             Kind::Group { .. } => true,
         }
     }
@@ -155,7 +155,7 @@ impl Profile {
             return None;
         };
         Self::decode(bytes)
-            .filter(|profile| **demand == required() && id.is_made_by(&profile.maker))
+            .filter(|profile| **demand == required() && id.is_created_by(&profile.creator))
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -164,8 +164,8 @@ impl Profile {
             Kind::Group { name } => (None, Some(name.clone())),
         };
         let encoded = Encoded {
-            maker: self.maker.as_bytes().to_vec(),
-            made_at: self.made_at.0,
+            creator: self.creator.as_bytes().to_vec(),
+            created_at: self.created_at.0,
             channel: self.channel.as_bytes().to_vec(),
             peer,
             name,
@@ -178,16 +178,16 @@ impl Profile {
     fn decode(bytes: &[u8]) -> Option<Self> {
         let (&VERSION, protobuf) = bytes.split_first()? else { return None };
         let encoded = Encoded::decode(protobuf).ok()?;
-        let maker = IdentityKey::try_from(&encoded.maker[..]).ok()?;
+        let creator = IdentityKey::try_from(&encoded.creator[..]).ok()?;
         let channel = ChannelId::try_from(&encoded.channel[..]).ok()?;
-        let made_at = UnixMillis(encoded.made_at);
+        let created_at = UnixMillis(encoded.created_at);
         match (encoded.peer, encoded.name) {
             (Some(peer), None) => {
-                let direct = Self::direct(maker, IdentityKey::try_from(&peer[..]).ok()?, made_at);
+                let direct = Self::direct(creator, IdentityKey::try_from(&peer[..]).ok()?, created_at);
                 (direct.channel == channel).then_some(direct)
             }
             (None, Some(name)) => {
-                Some(Self { kind: Kind::Group { name }, channel, maker, made_at })
+                Some(Self { kind: Kind::Group { name }, channel, creator, created_at })
             }
             _ => None,
         }
@@ -207,10 +207,10 @@ mod tests {
     const BOB: IdentityKey = IdentityKey::new([2; 32]);
 
     #[test]
-    fn a_group_id_is_its_makers_alone() {
+    fn a_group_id_is_its_creators_alone() {
         let id = GroupId::random(&ANN);
-        assert!(id.is_made_by(&ANN));
-        assert!(!id.is_made_by(&BOB));
+        assert!(id.is_created_by(&ANN));
+        assert!(!id.is_created_by(&BOB));
         assert_ne!(id, GroupId::random(&ANN));
     }
 
@@ -229,13 +229,13 @@ mod tests {
         let group = Profile {
             kind: Kind::Group { name: "friends".into() },
             channel: ChannelId::new([9; 16]),
-            maker: ANN,
-            made_at: UnixMillis(7),
+            creator: ANN,
+            created_at: UnixMillis(7),
         };
         assert_eq!(Profile::read(&id, &group.extensions()), Some(group.clone()));
 
-        let others = Profile { maker: BOB, ..group };
-        assert_eq!(Profile::read(&id, &others.extensions()), None, "not the maker the id names");
+        let others = Profile { creator: BOB, ..group };
+        assert_eq!(Profile::read(&id, &others.extensions()), None, "not the creator that the id names");
         let elsewhere = Profile { channel: ChannelId::new([9; 16]), ..direct };
         assert_eq!(
             Profile::read(&id, &elsewhere.extensions()),

@@ -147,7 +147,7 @@ impl Client {
         bytes: &[u8],
         blocked: &BTreeSet<IdentityKey>,
     ) -> Result<bool, DatabaseError> {
-        Ok(blocked.iter().any(|key| id.is_made_by(key))
+        Ok(blocked.iter().any(|key| id.is_created_by(key))
             || outline::claimed_sender(bytes).is_some_and(|sender| blocked.contains(&sender))
             || self.database.get(tables::LEFT, id.as_bytes())?.is_some()
             || requests::was_declined(&self.database, id)?)

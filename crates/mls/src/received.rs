@@ -16,8 +16,8 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Received {
-    /// We are in a group: a new one, or one that its maker added us to again. `members` are to be
-    /// compared with the directory; the inviter is `maker`.
+    /// We are in a group: a new one, or one that its creator added us to again. `members` are to be
+    /// compared with the directory; the inviter is `creator`.
     Joined(GroupSummary),
     Message {
         group: GroupId,
@@ -32,12 +32,12 @@ pub enum Received {
         sender: Member,
         digests: Vec<[u8; 32]>,
     },
-    /// A member has left the group, and asks its maker to be removed.
+    /// A member has left the group, and asks its creator to be removed.
     Leaving {
         group: GroupId,
         sender: Member,
     },
-    /// The group's maker changed who is in it. `added` are to be compared with the directory.
+    /// The group's creator changed who is in it. `added` are to be compared with the directory.
     Committed {
         group: GroupId,
         added: Vec<Member>,
@@ -140,16 +140,16 @@ pub enum Lost {
 pub enum Ignored {
     #[error("not a private MLS message or Welcome of ours")]
     NotMls,
-    #[error("a Welcome that is forged, broken, or not its group's maker's")]
+    #[error("a Welcome that is forged, broken, or not its group's creator's")]
     BadWelcome,
-    #[error("a change to the group by someone other than its maker")]
-    NotTheMaker,
-    #[error("a change to the group that not even its maker may make")]
+    #[error("a change to the group by someone other than its creator")]
+    NotTheCreator,
+    #[error("a change to the group that not even its creator may make")]
     ForbiddenCommit,
     /// openmls compares lifetimes with the time of reading, not of sending. The group goes on
     /// without us from here.
     #[error(
-        "a change to the group, read after the added member's key package ran out: ask its maker to add us again"
+        "a change to the group, read after the added member's key package ran out: ask its creator to add us again"
     )]
     LifetimeOver,
     #[error("a change to the group from before the last one")]

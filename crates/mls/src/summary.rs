@@ -16,9 +16,9 @@ pub struct GroupSummary {
     pub kind: Kind,
     pub channel: ChannelId,
     /// The only one who adds and removes.
-    pub maker: IdentityKey,
-    /// By the maker's clock.
-    pub made_at: UnixMillis,
+    pub creator: IdentityKey,
+    /// By the creator's clock.
+    pub created_at: UnixMillis,
     pub epoch: u64,
     /// Everyone, in the order of the tree; not us once we were removed.
     pub members: Vec<Member>,
@@ -30,8 +30,8 @@ impl GroupSummary {
     /// The other one of a direct group.
     pub fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
         match &self.kind {
-            Kind::Direct { peer } if self.maker == *me => Some(*peer),
-            Kind::Direct { .. } => Some(self.maker),
+            Kind::Direct { peer } if self.creator == *me => Some(*peer),
+            Kind::Direct { .. } => Some(self.creator),
             Kind::Group { .. } => None,
         }
     }
@@ -49,8 +49,8 @@ impl GroupSummary {
             }
         }
         writer.bytes(self.channel.as_bytes());
-        writer.raw(self.maker.as_bytes());
-        writer.number(self.made_at.0);
+        writer.raw(self.creator.as_bytes());
+        writer.number(self.created_at.0);
         writer.number(self.epoch);
         writer.raw(&[u8::from(self.active)]);
         writer.count(self.members.len());
@@ -73,8 +73,8 @@ impl GroupSummary {
             id,
             kind,
             channel: ChannelId::try_from(reader.bytes()?).map_err(|_| Malformed)?,
-            maker: IdentityKey::new(reader.array()?),
-            made_at: UnixMillis(reader.number()?),
+            creator: IdentityKey::new(reader.array()?),
+            created_at: UnixMillis(reader.number()?),
             epoch: reader.number()?,
             active: reader.array()? == [1],
             members: reader.list(Member::from_reader)?,

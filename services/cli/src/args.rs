@@ -311,7 +311,7 @@ fn identity(text: &str) -> Result<IdentityKey, &'static str> {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum GroupCommand {
-    /// Make a group; only you, its maker, can add to it
+    /// Make a group; only you, its creator, can add to it
     ///
     /// Example:
     ///   qpq group create friends bob carol
@@ -340,7 +340,7 @@ pub(crate) enum GroupCommand {
     /// Leave a group that somebody else made
     ///
     /// Nothing of it is shown any more. Its members see you leave when the client of
-    /// its maker has read that.
+    /// its creator has read that.
     #[command(verbatim_doc_comment)]
     Leave {
         /// The group's name, or the beginning of its id

@@ -138,13 +138,13 @@ impl From<MlsError> for Fault {
         }
         let (code, hint) = match error {
             MlsError::UnknownGroup => ("client.no_such_conversation", "see `qpq group list`"),
-            MlsError::NotTheMaker => {
-                ("client.not_the_maker", "`qpq group members GROUP` shows who made it")
+            MlsError::NotTheCreator => {
+                ("client.not_the_maker", "`qpq group members GROUP` shows who created it")
             }
             MlsError::NoLongerMember => {
                 ("client.not_a_member", "the group's history can still be read")
             }
-            MlsError::MakerStays => {
+            MlsError::CreatorStays => {
                 ("client.is_the_maker", "messages of its members can be hidden with `qpq block`")
             }
             MlsError::Alone => ("client.alone", "run `qpq group add GROUP USER`"),

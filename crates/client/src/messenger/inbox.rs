@@ -366,7 +366,7 @@ pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Res
             if let conversation @ ConversationId::Group(_) =
                 ConversationId::of(&summary, &state.me())
             {
-                state.log.push(Some(conversation), at, Event::Joined { by: summary.maker })?;
+                state.log.push(Some(conversation), at, Event::Joined { by: summary.creator })?;
             }
         }
         Received::Requested(request) => state.announce(request, at)?,

@@ -1,5 +1,5 @@
-//! Leaving a group. Only a group's maker changes its members, so one who leaves drops the group at
-//! once and asks the maker; the maker's client removes everyone who has asked when it reads that.
+//! Leaving a group. Only a group's creator changes its members, so one who leaves drops the group at
+//! once and asks the creator; the creator's client removes everyone who has asked when it reads that.
 
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
@@ -19,7 +19,7 @@ pub(super) type Leaving = BTreeMap<GroupId, (UnixMillis, Vec<IdentityKey>)>;
 
 impl Messenger {
     /// Leaves a group that somebody else made. Its keys are gone when this returns, and nothing that
-    /// is sent to it is shown any more; the others see us leave when the maker's client has read
+    /// is sent to it is shown any more; the others see us leave when the creator's client has read
     /// that.
     pub async fn leave(&self, group: ConversationId) -> Result<Outcome, Error> {
         let id = group_of(group)?;
@@ -47,7 +47,7 @@ impl State {
         for (id, (at, mut members)) in leaving {
             let Some(group) = self.mls.group(&id)? else { continue };
             let is_ours = group.active
-                && group.maker == self.me()
+                && group.creator == self.me()
                 && matches!(group.kind, Kind::Group { .. });
             members.retain(|key| group.members.iter().any(|member| member.identity == *key));
             if !is_ours || members.is_empty() {

@@ -28,8 +28,8 @@ impl ConversationId {
     /// The conversation that an MLS group is (part of), as `me` sees it.
     pub(crate) fn of(group: &GroupSummary, me: &IdentityKey) -> Self {
         match &group.kind {
-            Kind::Direct { peer } if group.maker == *me => Self::Direct(*peer),
-            Kind::Direct { .. } => Self::Direct(group.maker),
+            Kind::Direct { peer } if group.creator == *me => Self::Direct(*peer),
+            Kind::Direct { .. } => Self::Direct(group.creator),
             Kind::Group { .. } => Self::Group(group.id),
         }
     }

@@ -107,7 +107,7 @@ pub enum ConversationKind {
     Group {
         name: String,
         /// The only one who adds and removes.
-        maker: Person,
+        creator: Person,
         /// How many there are in it, with us.
         members: usize,
         membership: Membership,
@@ -256,7 +256,7 @@ fn kind(state: &State, summary: GroupSummary) -> Result<ConversationKind, Error>
     Ok(match (ConversationId::of(&summary, &state.me()), summary.kind) {
         (ConversationId::Group(_), Kind::Group { name }) => ConversationKind::Group {
             name,
-            maker: state.people.person(&summary.maker)?,
+            creator: state.people.person(&summary.creator)?,
             members: summary.members.len(),
             membership: if summary.active { Membership::Member } else { Membership::Removed },
         },

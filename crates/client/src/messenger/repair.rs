@@ -97,7 +97,7 @@ impl Messenger {
                     return Ok(());
                 }
                 let known = state.mls.direct_groups(&peer)?;
-                let newest = known.iter().map(|group| group.made_at.0 + 1).max().unwrap_or(0);
+                let newest = known.iter().map(|group| group.created_at.0 + 1).max().unwrap_or(0);
                 let group = state.mls.create_direct(peer, UnixMillis(now().0.max(newest)))?;
                 super::send::add(state, group, &person, &package)?;
                 state.count_encryption()?;

@@ -195,8 +195,8 @@ impl State {
 
     /// Counts a direct conversation that was joined, if a stranger began it.
     pub(super) fn count_stranger(&self, group: &GroupSummary) -> Result<(), DatabaseError> {
-        let creator = group.maker.as_bytes();
-        let is_stranger = !self.is_acquainted(&group.maker)?;
+        let creator = group.creator.as_bytes();
+        let is_stranger = !self.is_acquainted(&group.creator)?;
         if matches!(group.kind, Kind::Direct { .. }) && is_stranger {
             let groups = match self.database().get(STRANGERS, creator)? {
                 Some(row) => groups_of_stranger(&row)?,
@@ -307,10 +307,10 @@ mod tests {
             arrival: Arrival { at, channel },
             missed: 0,
         };
-        let (id, maker, members) = (group, identity, vec![creator]);
-        let made_at = at;
+        let (id, creator, members) = (group, identity, vec![creator]);
+        let created_at = at;
         let summary =
-            GroupSummary { id, kind, channel, maker, made_at, epoch: 1, members, active: true };
+            GroupSummary { id, kind, channel, creator, created_at, epoch: 1, members, active: true };
         (request, summary)
     }
 
@@ -334,7 +334,7 @@ mod tests {
         assert!(!joins(&first));
 
         // An answer makes room, and ends the bound for that person.
-        state.meet(&summary.maker).unwrap();
+        state.meet(&summary.creator).unwrap();
         assert!(joins(&first) && joins(&further));
         state.count_stranger(&summary).unwrap();
         assert_eq!(state.database().count(STRANGERS).unwrap(), MAX_STRANGERS - 1);

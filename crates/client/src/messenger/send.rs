@@ -452,8 +452,8 @@ fn check_ours(state: &State, group: &GroupId, person: &IdentityKey) -> Result<bo
     if !summary.active {
         return Err(qpq_mls::Error::NoLongerMember.into());
     }
-    if summary.maker != state.me() {
-        return Err(qpq_mls::Error::NotTheMaker.into());
+    if summary.creator != state.me() {
+        return Err(qpq_mls::Error::NotTheCreator.into());
     }
     Ok(summary.members.iter().any(|member| member.identity == *person))
 }

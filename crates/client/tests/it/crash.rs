@@ -95,7 +95,7 @@ async fn a_crash_while_working_off_a_backlog_loses_and_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn a_crash_while_making_a_group_leaves_it_as_its_maker_knows_it() {
+async fn a_crash_while_making_a_group_leaves_it_as_its_creator_knows_it() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);

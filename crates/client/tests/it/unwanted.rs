@@ -16,10 +16,10 @@ fn size(server: &Server, name: &str) -> (u64, u64) {
 }
 
 /// Makes a group with somebody, and writes to it.
-async fn invite(maker: &Messenger, guest: &str, name: &str) {
-    let group = maker.create_group(name).await.unwrap();
-    maker.add(group, &username(guest)).await.unwrap();
-    maker.send(group, "join us").await.unwrap();
+async fn invite(creator: &Messenger, guest: &str, name: &str) {
+    let group = creator.create_group(name).await.unwrap();
+    creator.add(group, &username(guest)).await.unwrap();
+    creator.send(group, "join us").await.unwrap();
 }
 
 #[tokio::test]
@@ -147,7 +147,7 @@ async fn one_who_leaves_a_group_is_removed_for_everybody_and_hears_nothing_more(
 }
 
 #[tokio::test]
-async fn several_who_leave_at_once_are_removed_at_once_and_the_maker_stays() {
+async fn several_who_leave_at_once_are_removed_at_once_and_the_creator_stays() {
     let server = Server::start().await;
     let [alice, bob, carol, dave] = [
         server.user("alice").await,
@@ -162,7 +162,7 @@ async fn several_who_leave_at_once_are_removed_at_once_and_the_maker_stays() {
     for member in [&bob, &carol, &dave] {
         accept_and_read(member).await;
     }
-    // One whom the maker does not want to hear leaves all the same.
+    // One whom the creator does not want to hear leaves all the same.
     alice.block(dave.profile().identity).await.unwrap();
     carol.leave(group).await.unwrap();
     dave.leave(group).await.unwrap();
@@ -171,11 +171,11 @@ async fn several_who_leave_at_once_are_removed_at_once_and_the_maker_stays() {
     assert_eq!(bob.members(group).await.unwrap().len(), 2);
 
     let refused = alice.leave(group).await;
-    assert!(matches!(refused, Err(Error::Mls(MlsError::MakerStays))), "{refused:?}");
+    assert!(matches!(refused, Err(Error::Mls(MlsError::CreatorStays))), "{refused:?}");
     let direct = alice.leave(dm(&alice, "bob").await).await;
     assert!(matches!(direct, Err(Error::Mls(MlsError::DirectIsForTwo))), "{direct:?}");
 
-    // Removed by the maker: there is nobody to ask.
+    // Removed by the creator: there is nobody to ask.
     alice.remove(group, bob.profile().identity).await.unwrap();
     read(&bob).await;
     bob.leave(group).await.unwrap();

@@ -49,12 +49,12 @@ fn named_package(client: &mut Client, name: Username) -> KeyPackage {
     KeyPackageIn::validate(package, Store::default().crypto(), ProtocolVersion::Mls10).unwrap()
 }
 
-/// A group of `maker` and `others`, all of whom have joined.
-fn group_of(maker: &mut Client, others: &mut [&mut Client]) -> GroupId {
-    let id = maker.create_group("g", ChannelId::DEFAULT, now()).unwrap();
+/// A group of `creator` and `others`, all of whom have joined.
+fn group_of(creator: &mut Client, others: &mut [&mut Client]) -> GroupId {
+    let id = creator.create_group("g", ChannelId::DEFAULT, now()).unwrap();
     let packages: Vec<_> = others.iter_mut().map(|other| package(other)).collect();
     let (_commit, welcome) =
-        maker.groups.get_mut(&id).unwrap().add(&maker.identity, &packages).unwrap();
+        creator.groups.get_mut(&id).unwrap().add(&creator.identity, &packages).unwrap();
     for other in others {
         assert!(matches!(other.hear(&welcome)[..], [Received::Joined(_)]));
     }
@@ -93,7 +93,7 @@ macro_rules! commit {
 }
 
 #[test]
-fn a_commit_of_another_than_the_maker_is_ignored() {
+fn a_commit_of_another_than_the_creator_is_ignored() {
     let (mut ann, mut bob, mut cat, mut dan) =
         (client("ann"), client("bob"), client("cat"), client("dan"));
     let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
@@ -104,14 +104,14 @@ fn a_commit_of_another_than_the_maker_is_ignored() {
         commit!(bob, id, |builder| builder.propose_removals([LeafNodeIndex::new(0)]));
     for commit in [added, refreshed, removed] {
         for victim in [&mut ann, &mut cat] {
-            assert_eq!(victim.hear(&commit), [Received::Ignored(Ignored::NotTheMaker)]);
+            assert_eq!(victim.hear(&commit), [Received::Ignored(Ignored::NotTheCreator)]);
         }
     }
     assert_eq!(dan.hear(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
     assert_hears(&mut ann, &mut cat, id);
     assert_hears(&mut cat, &mut ann, id);
     assert_hears(&mut bob, &mut ann, id);
-    // The maker's own commit for the same epoch is applied all the same.
+    // The creator's own commit for the same epoch is applied all the same.
     let (_, _) = ann.groups.get_mut(&id).unwrap().add(&ann.identity, &[package(&mut dan)]).unwrap();
 }
 
@@ -126,9 +126,9 @@ fn proposals_are_ignored() {
         .unwrap();
     let proposal = proposal.to_bytes().unwrap();
     for victim in [&mut ann, &mut cat] {
-        assert_eq!(victim.hear(&proposal), [Received::Ignored(Ignored::NotTheMaker)]);
+        assert_eq!(victim.hear(&proposal), [Received::Ignored(Ignored::NotTheCreator)]);
     }
-    // A stored proposal would stop both from sending, and ride on the maker's next commit.
+    // A stored proposal would stop both from sending, and ride on the creator's next commit.
     assert_hears(&mut cat, &mut ann, id);
     let mut dan = client("dan");
     ann.groups.get_mut(&id).unwrap().add(&ann.identity, &[package(&mut dan)]).unwrap();
@@ -136,7 +136,7 @@ fn proposals_are_ignored() {
 }
 
 #[test]
-fn not_even_the_maker_changes_the_profile_the_leaf_or_a_direct_conversation() {
+fn not_even_the_creator_changes_the_profile_the_leaf_or_a_direct_conversation() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
     let id = group_of(&mut ann, &mut [&mut bob]);
     let mut profile = ann.groups[&id].profile.clone();
@@ -174,7 +174,7 @@ fn not_even_the_maker_changes_the_profile_the_leaf_or_a_direct_conversation() {
 
 /// The signature key would be another afterwards, and who signed with it unproven.
 #[test]
-fn the_maker_cannot_become_another() {
+fn the_creator_cannot_become_another() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let id = group_of(&mut ann, &mut [&mut bob]);
     let other = Identity::generate();
@@ -202,9 +202,9 @@ fn the_maker_cannot_become_another() {
     assert_hears(&mut ann, &mut bob, id);
 }
 
-/// The maker may refresh its keys without changing who is there.
+/// The creator may refresh its keys without changing who is there.
 #[test]
-fn the_makers_key_refresh_is_followed() {
+fn the_creators_key_refresh_is_followed() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let id = group_of(&mut ann, &mut [&mut bob]);
     let group = ann.groups.get_mut(&id).unwrap();
@@ -220,25 +220,25 @@ fn the_makers_key_refresh_is_followed() {
     assert_hears(&mut bob, &mut ann, id);
 }
 
-/// Makes a group as `maker` with any id and profile, and returns the Welcome for `victim`.
-fn forged_welcome(maker: &Client, id: GroupId, profile: &Profile, victim: &mut Client) -> Vec<u8> {
+/// Makes a group as `creator` with any id and profile, and returns the Welcome for `victim`.
+fn forged_welcome(creator: &Client, id: GroupId, profile: &Profile, victim: &mut Client) -> Vec<u8> {
     let mut group =
-        Group::make_as(id, &maker.identity, &maker.username, profile.clone(), now()).unwrap();
-    group.add(&maker.identity, &[package(victim)]).unwrap().1
+        Group::make_as(id, &creator.identity, &creator.username, profile.clone(), now()).unwrap();
+    group.add(&creator.identity, &[package(victim)]).unwrap().1
 }
 
 #[test]
-fn a_group_id_or_a_maker_cannot_be_usurped() {
+fn a_group_id_or_a_creator_cannot_be_usurped() {
     let (mut ann, mut bob, mallory) = (client("ann"), client("bob"), client("mallory"));
     let id = ann.create_group("g", ChannelId::DEFAULT, now()).unwrap();
     let anns = ann.groups[&id].profile.clone();
-    let mallorys = Profile { maker: mallory.identity.public(), ..anns.clone() };
+    let mallorys = Profile { creator: mallory.identity.public(), ..anns.clone() };
     // Mallory knows the id and is faster: as itself, and in ann's name.
     for profile in [&mallorys, &anns] {
         let forged = forged_welcome(&mallory, id, profile, &mut bob);
         assert_eq!(bob.hear(&forged), [Received::Ignored(Ignored::BadWelcome)]);
     }
-    // Nor does it start a conversation that names ann as its maker under a fresh id.
+    // Nor does it start a conversation that names ann as its creator under a fresh id.
     let direct = Profile::direct(ann.identity.public(), bob.identity.public(), now());
     let forged =
         forged_welcome(&mallory, GroupId::random(&ann.identity.public()), &direct, &mut bob);
@@ -307,16 +307,16 @@ fn nothing_held_or_said_is_shown() {
     assert!(shown.len() < 700, "{shown}");
 }
 
-/// A group's maker that never committed with a path still has the leaf that it began with.
+/// A group's creator that never committed with a path still has the leaf that it began with.
 #[test]
 fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
     let (ann, mut bob) = (client("ann"), client("bob"));
-    let maker = ann.identity.public();
+    let creator = ann.identity.public();
     let profile = Profile {
         kind: Kind::Group { name: "old".into() },
         channel: ChannelId::DEFAULT,
-        maker,
-        made_at: UnixMillis(0),
+        creator,
+        created_at: UnixMillis(0),
     };
     let year = std::time::Duration::from_secs(365 * 24 * 3600);
     let mut group = Group::make(&ann.identity, &ann.username, profile, now().minus(year)).unwrap();
@@ -406,7 +406,7 @@ fn an_old_farewell_does_not_remove_one_who_was_added_again() {
             if *group == id && sender.identity == bob.identity.public()),
         "{heard:?}"
     );
-    assert_eq!(alice.leave(id), Err(Error::MakerStays));
+    assert_eq!(alice.leave(id), Err(Error::CreatorStays));
 }
 
 #[test]

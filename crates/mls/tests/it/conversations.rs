@@ -20,7 +20,7 @@ fn two_people_talk() {
 
     let [Received::Joined(joined)] = &world.deliver(BOB)[..] else { panic!("joined") };
     assert_eq!(joined.kind, Kind::Direct { peer: bob });
-    assert_eq!((joined.id, joined.maker, joined.channel), (group, ann, direct_channel(&ann, &bob)));
+    assert_eq!((joined.id, joined.creator, joined.channel), (group, ann, direct_channel(&ann, &bob)));
     assert_eq!(joined.members, [world.member(ANN), world.member(BOB)]);
     assert_eq!(world.clients[BOB].direct(&ann).unwrap(), Some(group));
     assert_eq!(world.clients[ANN].direct(&bob).unwrap(), Some(group));
@@ -85,12 +85,12 @@ fn a_group_grows_and_shrinks() {
 }
 
 #[test]
-fn only_the_maker_changes_a_group() {
+fn only_the_creator_changes_a_group() {
     let mut world = World::new(3);
     let group = world.group(&[ANN, BOB]);
-    assert_eq!(world.try_add(BOB, group, &[CAT]), Err(Error::NotTheMaker));
+    assert_eq!(world.try_add(BOB, group, &[CAT]), Err(Error::NotTheCreator));
     let ann = world.key(ANN);
-    assert_eq!(world.clients[BOB].remove(group, &[ann]), Err(Error::NotTheMaker));
+    assert_eq!(world.clients[BOB].remove(group, &[ann]), Err(Error::NotTheCreator));
 }
 
 #[test]
@@ -209,15 +209,15 @@ fn a_last_resort_package_serves_more_than_once_and_another_does_not() {
     let last_resort = world.clients[CAT].last_resort_key_package(now()).unwrap();
     let once = world.package(CAT);
     let (cat, cats_name) = (world.key(CAT), world.name(CAT).clone());
-    let mut invite = |maker: usize, key_package: &[u8]| {
-        let group = world.clients[maker].create_group("g", ChannelId::DEFAULT, now()).unwrap();
+    let mut invite = |creator: usize, key_package: &[u8]| {
+        let group = world.clients[creator].create_group("g", ChannelId::DEFAULT, now()).unwrap();
         let invitee = Invitee { identity: cat, username: &cats_name, key_package };
-        let welcome = world.clients[maker].add(group, &[invitee], now()).unwrap().welcome.payload;
+        let welcome = world.clients[creator].add(group, &[invitee], now()).unwrap().welcome.payload;
         (world.clients[CAT].hear(&welcome), world.clients[CAT].hear(&welcome))
     };
 
-    for maker in [ANN, BOB] {
-        let (first, again) = invite(maker, &last_resort);
+    for creator in [ANN, BOB] {
+        let (first, again) = invite(creator, &last_resort);
         assert!(matches!(first[..], [Received::Joined(_)]));
         assert_eq!(again, [Received::Duplicate]);
     }

@@ -81,7 +81,7 @@ struct Model {
     author: BTreeMap<String, usize>,
     was_removed: [bool; 4],
     sent: usize,
-    /// How many epochs the slowest may be behind the maker.
+    /// How many epochs the slowest may be behind the creator.
     lag: usize,
 }
 

@@ -88,7 +88,7 @@ impl World {
 
     pub(crate) fn try_add(
         &mut self,
-        maker: usize,
+        creator: usize,
         group: GroupId,
         who: &[usize],
     ) -> Result<Added, qpq_mls::Error> {
@@ -102,12 +102,12 @@ impl World {
                 key_package,
             })
             .collect();
-        self.clients[maker].add(group, &invitees, now())
+        self.clients[creator].add(group, &invitees, now())
     }
 
     /// Adds people and posts what comes of it.
-    pub(crate) fn add(&mut self, maker: usize, group: GroupId, who: &[usize]) {
-        let added = self.try_add(maker, group, who).unwrap();
+    pub(crate) fn add(&mut self, creator: usize, group: GroupId, who: &[usize]) {
+        let added = self.try_add(creator, group, who).unwrap();
         if let Some(commit) = added.commit {
             self.post(&commit);
         }

@@ -151,7 +151,9 @@ pub(crate) async fn send(
 struct Listed {
     name: String,
     id: String,
-    maker: String,
+    /// Called `maker` since the first release.
+    #[serde(rename = "maker")]
+    creator: String,
     members: usize,
     unseen: usize,
     /// Whether one is still in it.
@@ -160,7 +162,7 @@ struct Listed {
 
 impl Report for Listed {
     fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
-        let Self { id, maker, members, unseen, .. } = self;
+        let Self { id, creator, members, unseen, .. } = self;
         let name = style.bold(text::line(&self.name));
         let news = match unseen {
             0 => String::new(),
@@ -169,7 +171,7 @@ impl Report for Listed {
         let gone = if self.member { "" } else { ", you are no longer in it" };
         writeln!(
             out,
-            "{name}  {members} members, created by {maker}{news}{gone}  {}",
+            "{name}  {members} members, created by {creator}{news}{gone}  {}",
             style.dim(format_args!("{id:.8}"))
         )
     }
@@ -179,14 +181,14 @@ pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
     opened::with_news(context, async |messenger| {
         let mut found = false;
         for Conversation { id, kind, unseen, .. } in messenger.conversations().await? {
-            let ConversationKind::Group { name, maker, members, membership } = kind else {
+            let ConversationKind::Group { name, creator, members, membership } = kind else {
                 continue;
             };
             found = true;
             context.output.report(&Listed {
                 name,
                 id: id.to_string(),
-                maker: entry::name(&maker),
+                creator: entry::name(&creator),
                 members,
                 unseen,
                 member: membership == Membership::Member,
@@ -204,14 +206,15 @@ pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
 struct Member<'a> {
     #[serde(flatten)]
     person: PersonObject<'a>,
-    maker: bool,
+    #[serde(rename = "maker")]
+    creator: bool,
     #[serde(skip)]
     shown: String,
 }
 
 impl Report for Member<'_> {
     fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
-        let made = if self.maker { style.dim("  created the group") } else { String::new() };
+        let made = if self.creator { style.dim("  created the group") } else { String::new() };
         writeln!(out, "{}{made}", self.shown)
     }
 }
@@ -220,11 +223,11 @@ pub(crate) async fn members(context: &Context, group: &str) -> Result<(), Fault>
     opened::with_news(context, async |messenger| {
         let conversations = messenger.conversations().await?;
         let (id, _) = find(&conversations, group)?;
-        let maker = conversations.iter().find(|conversation| conversation.id == id).map(|found| &found.kind);
+        let creator = conversations.iter().find(|conversation| conversation.id == id).map(|found| &found.kind);
         for person in messenger.members(id).await? {
-            let is_maker = matches!(maker, Some(ConversationKind::Group { maker, .. }) if maker.identity == person.identity);
+            let is_creator = matches!(creator, Some(ConversationKind::Group { creator, .. }) if creator.identity == person.identity);
             let shown = entry::name(&person);
-            context.output.report(&Member { person: (&person).into(), maker: is_maker, shown })?;
+            context.output.report(&Member { person: (&person).into(), creator: is_creator, shown })?;
         }
         Ok(())
     })
@@ -282,7 +285,7 @@ mod tests {
 
     fn group(byte: u8, name: &str) -> Conversation {
         let identity = IdentityKey::new([9; 32]);
-        let maker = Person {
+        let creator = Person {
             identity,
             username: Username::parse("eve").unwrap(),
             standing: Standing::Confirmed,
@@ -291,7 +294,7 @@ mod tests {
             id: ConversationId::Group(GroupId::try_from(&[byte; 32][..]).unwrap()),
             kind: ConversationKind::Group {
                 name: name.into(),
-                maker,
+                creator,
                 members: 2,
                 membership: Membership::Member,
             },

@@ -60,7 +60,7 @@ async fn a_group_of_three_reads_alike() {
 }
 
 #[tokio::test]
-async fn only_the_maker_adds_and_nobody_twice() {
+async fn only_the_creator_adds_and_nobody_twice() {
     let world = World::new().await;
     let (alice, bob, _carol) =
         (world.user("alice").await, world.user("bob").await, world.user("carol").await);
@@ -88,7 +88,7 @@ async fn a_group_named_like_a_user_gets_nothing_that_is_meant_for_the_user() {
 }
 
 #[tokio::test]
-async fn a_group_can_be_left_by_all_but_its_maker() {
+async fn a_group_can_be_left_by_all_but_its_creator() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let made = &alice.json(&["group", "create", "friends", "bob"]).await[0];
