@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How long to wait for another process to let go of a profile: as long as a short command takes.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(25);
 
 /// What is known of a profile without its password.
@@ -139,7 +139,7 @@ async fn acquire(
         .create(dir)
         .map_err(|source| ProfileError::Io { path: dir.to_owned(), source })?;
     let path = dir.join("lock");
-    match wait_for(&path, try_lock, LOCK_PATIENCE).await {
+    match wait_for(&path, try_lock, LOCK_TIMEOUT).await {
         Ok(Some(file)) => Ok(InUse { dir: dir.to_owned(), file }),
         Ok(None) => Err(ProfileError::InUse(dir.to_owned())),
         Err(source) => Err(ProfileError::Io { path, source }),

@@ -298,7 +298,11 @@ impl Group {
     }
 
     /// A commit with a path replaces the committer's leaf; key and name must stay what they were.
-    fn keeps_creators_leaf(&self, commit: &StagedCommit, before: &[(LeafNodeIndex, Member)]) -> bool {
+    fn keeps_creators_leaf(
+        &self,
+        commit: &StagedCommit,
+        before: &[(LeafNodeIndex, Member)],
+    ) -> bool {
         let Some(leaf) = commit.update_path_leaf_node() else { return true };
         let after = Member::read(leaf.signature_key().as_slice(), leaf.credential());
         let creator =

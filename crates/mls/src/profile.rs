@@ -129,7 +129,12 @@ struct Encoded {
 
 impl Profile {
     pub(crate) fn direct(creator: IdentityKey, peer: IdentityKey, created_at: UnixMillis) -> Self {
-        Self { kind: Kind::Direct { peer }, channel: direct_channel(&creator, &peer), creator, created_at }
+        Self {
+            kind: Kind::Direct { peer },
+            channel: direct_channel(&creator, &peer),
+            creator,
+            created_at,
+        }
     }
 
     /// Whether `key` may be a member at all.
@@ -183,7 +188,8 @@ impl Profile {
         let created_at = UnixMillis(encoded.created_at);
         match (encoded.peer, encoded.name) {
             (Some(peer), None) => {
-                let direct = Self::direct(creator, IdentityKey::try_from(&peer[..]).ok()?, created_at);
+                let direct =
+                    Self::direct(creator, IdentityKey::try_from(&peer[..]).ok()?, created_at);
                 (direct.channel == channel).then_some(direct)
             }
             (None, Some(name)) => {
@@ -235,7 +241,11 @@ mod tests {
         assert_eq!(Profile::read(&id, &group.extensions()), Some(group.clone()));
 
         let others = Profile { creator: BOB, ..group };
-        assert_eq!(Profile::read(&id, &others.extensions()), None, "not the creator that the id names");
+        assert_eq!(
+            Profile::read(&id, &others.extensions()),
+            None,
+            "not the creator that the id names"
+        );
         let elsewhere = Profile { channel: ChannelId::new([9; 16]), ..direct };
         assert_eq!(
             Profile::read(&id, &elsewhere.extensions()),

@@ -85,7 +85,7 @@ impl Client {
     /// than it can still come.
     pub fn give_up_waiting(&mut self, now: UnixMillis) -> Result<Vec<Unreadable>, DatabaseError> {
         let over = waiting::remove_if(&self.database, |message| {
-            message.arrival.at.plus(waiting::PATIENCE) <= now
+            message.arrival.at.plus(waiting::RETENTION) <= now
         })?;
         Ok(over.into_iter().map(|message| message.give_up(Lost::NeverCame)).collect())
     }

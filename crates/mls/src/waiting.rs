@@ -27,7 +27,7 @@ const MAX_BYTES: u64 = 8 * 1024 * 1024;
 /// How long a message waits. Clients send with the default time to live of 30 days, so a Welcome or
 /// commit that was sent before the message has expired by then; the day is for one that its
 /// sender's client had not sent yet.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(31 * 24 * 3600);
+pub(crate) const RETENTION: Duration = Duration::from_secs(31 * 24 * 3600);
 
 /// What one number of an item holds: the totals, kept in a row.
 const TOTALS: &[u8] = b"totals";

@@ -7,7 +7,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     args::{Global, Pins, ProfileName, TrustArgs},
-    fault::Fault,
+    error::CliError,
     output::{Format, Output},
     password::Source,
     progress::Progress,
@@ -28,11 +28,11 @@ pub(crate) struct Environment {
 
 impl Environment {
     /// The process's own.
-    pub(crate) fn read() -> Result<Self, Fault> {
+    pub(crate) fn read() -> Result<Self, CliError> {
         let set = |name| env::var_os(name).filter(|value| !value.is_empty());
         let password = set("QPQ_PASSWORD")
             .map(|password| {
-                password.into_string().map_err(|_| Fault::usage("QPQ_PASSWORD is not UTF-8"))
+                password.into_string().map_err(|_| CliError::usage("QPQ_PASSWORD is not UTF-8"))
             })
             .transpose()?;
         Ok(Self {
@@ -61,7 +61,7 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    pub(crate) fn new(global: Global, environment: Environment) -> Result<Self, Fault> {
+    pub(crate) fn new(global: Global, environment: Environment) -> Result<Self, CliError> {
         let format = if global.json { Format::Json } else { Format::Human };
         let password = match (global.password_file, environment.password) {
             (Some(path), _) => Source::File(path),
@@ -71,7 +71,7 @@ impl Context {
         let data_home =
             environment.data_home.or(environment.user_home.map(|home| home.join(".local/share")));
         let home = global.home.or(data_home.map(|dir| dir.join("qpq"))).ok_or_else(|| {
-            Fault::usage("there is no home directory to keep profiles in")
+            CliError::usage("there is no home directory to keep profiles in")
                 .hint("name one with --home")
         })?;
         Ok(Self {
@@ -98,10 +98,11 @@ impl Context {
     }
 
     /// How to reach the server of a profile that is to be made.
-    pub(crate) fn fresh_options(&self) -> Result<Options, Fault> {
+    pub(crate) fn fresh_options(&self) -> Result<Options, CliError> {
         let server =
             self.server.clone().or_else(|| self.default_server.clone()).ok_or_else(|| {
-                Fault::usage("which server?").hint("name it with --server HOST:PORT or QPQ_SERVER")
+                CliError::usage("which server?")
+                    .hint("name it with --server HOST:PORT or QPQ_SERVER")
             })?;
         Ok(Options::new(server, self.trust.clone().unwrap_or(Trust::FirstUse)))
     }
@@ -117,7 +118,7 @@ impl Context {
     }
 
     /// How to reach whichever server is meant: the one named, else the profile's.
-    pub(crate) fn any_options(&self) -> Result<Options, Fault> {
+    pub(crate) fn any_options(&self) -> Result<Options, CliError> {
         match Profile::read(&self.dir()) {
             Ok(profile) if self.server.as_ref().is_none_or(|server| *server == profile.server) => {
                 Ok(self.options(&profile))

@@ -49,7 +49,7 @@ pub(crate) enum Place {
 
 /// An entry on its way to the reader.
 #[derive(Debug)]
-pub(crate) struct Shown<'a> {
+pub(crate) struct EntryReport<'a> {
     pub(crate) entry: &'a Entry,
     pub(crate) groups: &'a GroupNames,
     pub(crate) place: Place,
@@ -118,7 +118,7 @@ impl<'a> From<&'a Person> for PersonObject<'a> {
     }
 }
 
-impl Serialize for Shown<'_> {
+impl Serialize for EntryReport<'_> {
     fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         let mut object = Object {
             id: self.entry.id.0,
@@ -174,13 +174,13 @@ impl Serialize for Shown<'_> {
     }
 }
 
-impl Report for Shown<'_> {
+impl Report for EntryReport<'_> {
     fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
         writeln!(out, "{}", self.line(style))
     }
 }
 
-impl Shown<'_> {
+impl EntryReport<'_> {
     /// The entry as people read it; several lines if its text has several.
     pub(crate) fn line(&self, style: Style) -> String {
         let place = match (self.place, self.entry.conversation) {
@@ -343,7 +343,7 @@ mod tests {
     fn line(event: Event, now: u64) -> String {
         let groups = GroupNames::default();
         let entry = entry(event);
-        Shown { entry: &entry, groups: &groups, place: Place::Anywhere, now: UnixMillis(now) }
+        EntryReport { entry: &entry, groups: &groups, place: Place::Anywhere, now: UnixMillis(now) }
             .line(Style::Plain)
     }
 
@@ -379,8 +379,12 @@ mod tests {
     #[test]
     fn the_object_has_the_documented_keys() {
         let (entry, groups) = (entry(received("hi")), GroupNames::default());
-        let shown =
-            Shown { entry: &entry, groups: &groups, place: Place::Anywhere, now: UnixMillis(0) };
+        let shown = EntryReport {
+            entry: &entry,
+            groups: &groups,
+            place: Place::Anywhere,
+            now: UnixMillis(0),
+        };
         let key = "ab".repeat(32);
         assert_eq!(
             serde_json::to_value(&shown).unwrap(),

@@ -7,7 +7,7 @@ mod chat;
 mod commands;
 mod compose;
 mod entry;
-mod fault;
+mod error;
 mod output;
 mod password;
 mod progress;
@@ -31,7 +31,7 @@ use tracing_subscriber::{
 use crate::{
     args::Cli,
     compose::{Context, Environment},
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::{Format, Output},
 };
 
@@ -48,25 +48,25 @@ fn main() -> ExitCode {
     log(cli.global.verbose);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(fault) => {
-            let exit = fault.exit;
-            Output::new(format, true).fault(&fault.in_profile(&profile));
+        Err(error) => {
+            let exit = error.exit;
+            Output::new(format, true).error(&error.in_profile(&profile));
             exit.into()
         }
     }
 }
 
-fn run(cli: Cli) -> Result<(), Fault> {
+fn run(cli: Cli) -> Result<(), CliError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|error| Fault::io("cannot start", &error))?;
+        .map_err(|error| CliError::io("cannot start", &error))?;
     let done = runtime.block_on(async {
         let context = Context::new(cli.global, Environment::read()?)?;
         tokio::select! {
             done = Box::pin(commands::run(cli.command, &context)) => done,
-            _ = tokio::signal::ctrl_c() => Err(Fault::interrupted()),
+            _ = tokio::signal::ctrl_c() => Err(CliError::interrupted()),
         }
     });
     runtime.shutdown_timeout(GOODBYE);
@@ -85,8 +85,8 @@ fn misuse(error: &clap::Error) -> ExitCode {
         _ if wants_json => {
             let text = error.render().to_string();
             let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-            let fault = Fault::usage(message).hint("see `qpq help`");
-            Output { format: Format::Json, style: output::Style::Plain }.fault(&fault);
+            let usage = CliError::usage(message).hint("see `qpq help`");
+            Output { format: Format::Json, style: output::Style::Plain }.error(&usage);
             Exit::Usage.into()
         }
         _ => {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::{
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     text,
 };
 
@@ -64,11 +64,11 @@ impl Output {
     }
 
     /// Puts a report on standard output, at once.
-    pub(crate) fn report(&self, report: &impl Report) -> Result<(), Fault> {
+    pub(crate) fn report(&self, report: &impl Report) -> Result<(), CliError> {
         let mut out = Vec::new();
         match self.format {
             Format::Human => {
-                report.human(&mut out, self.style).map_err(|error| Fault::output(&error))?
+                report.human(&mut out, self.style).map_err(|error| CliError::output(&error))?
             }
             Format::Json => {
                 let object = serde_json::to_string(report).expect("reports have only string keys");
@@ -80,9 +80,12 @@ impl Output {
     }
 
     /// Puts bytes on standard output as they are.
-    pub(crate) fn print(&self, bytes: &[u8]) -> Result<(), Fault> {
+    pub(crate) fn print(&self, bytes: &[u8]) -> Result<(), CliError> {
         let mut stdout = io::stdout().lock();
-        stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(|error| Fault::output(&error))
+        stdout
+            .write_all(bytes)
+            .and_then(|()| stdout.flush())
+            .map_err(|error| CliError::output(&error))
     }
 
     /// A word to a person, on standard error; programs are spared.
@@ -94,8 +97,8 @@ impl Output {
     }
 
     /// Why the command ends, on standard error.
-    pub(crate) fn fault(&self, fault: &Fault) {
-        let Fault { exit, code, message, hint } = fault;
+    pub(crate) fn error(&self, error: &CliError) {
+        let CliError { exit, code, message, hint } = error;
         if *exit == Exit::PipeClosed {
             return;
         }

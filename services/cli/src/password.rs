@@ -11,7 +11,7 @@ use qpq_client::Password;
 use zeroize::Zeroizing;
 
 use crate::{
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::Output,
 };
 
@@ -38,7 +38,7 @@ impl std::fmt::Debug for Source {
 
 impl Source {
     /// The password of an account that exists.
-    pub(crate) async fn known(&self) -> Result<Password, Fault> {
+    pub(crate) async fn known(&self) -> Result<Password, CliError> {
         let password = match self {
             Self::Terminal => {
                 let [password] = ask(["Password: "]).await?;
@@ -50,7 +50,7 @@ impl Source {
     }
 
     /// The password of an account to be made; asked for twice.
-    pub(crate) async fn chosen(&self, output: &Output) -> Result<Password, Fault> {
+    pub(crate) async fn chosen(&self, output: &Output) -> Result<Password, CliError> {
         let password = match self {
             Self::Terminal => {
                 output.note(
@@ -58,7 +58,7 @@ impl Source {
                 );
                 let [password, again] = ask(["Password: ", "Again:    "]).await?;
                 if *again != *password {
-                    return Err(Fault::new(
+                    return Err(CliError::new(
                         Exit::Failure,
                         "client.password",
                         "the two passwords differ",
@@ -77,11 +77,11 @@ impl Source {
         Ok(Password::new(password))
     }
 
-    fn given(&self) -> Result<Zeroizing<String>, Fault> {
+    fn given(&self) -> Result<Zeroizing<String>, CliError> {
         match self {
             Self::File(path) => {
                 let content = fs::read_to_string(path).map(Zeroizing::new).map_err(|error| {
-                    Fault::io(format_args!("the password file {}", path.display()), &error)
+                    CliError::io(format_args!("the password file {}", path.display()), &error)
                 })?;
                 let password =
                     Zeroizing::new(content.lines().next().unwrap_or_default().to_owned());
@@ -97,11 +97,10 @@ impl Source {
     }
 }
 
-fn checked(password: &str) -> Result<(), Fault> {
+fn checked(password: &str) -> Result<(), CliError> {
     if password.is_empty() {
-        return Err(
-            Fault::new(Exit::Failure, "client.password", "the password is empty").hint("give one")
-        );
+        return Err(CliError::new(Exit::Failure, "client.password", "the password is empty")
+            .hint("give one"));
     }
     Ok(())
 }
@@ -132,7 +131,9 @@ impl Drop for Unseen {
 
 /// Reads a line for each prompt from the terminal without showing it, wherever standard input comes
 /// from.
-async fn ask<const N: usize>(prompts: [&'static str; N]) -> Result<[Zeroizing<String>; N], Fault> {
+async fn ask<const N: usize>(
+    prompts: [&'static str; N],
+) -> Result<[Zeroizing<String>; N], CliError> {
     let typed = tokio::task::spawn_blocking(move || {
         // Before the first prompt and between them too: what is typed or pasted early must not be
         // shown either.
@@ -153,9 +154,9 @@ async fn ask<const N: usize>(prompts: [&'static str; N]) -> Result<[Zeroizing<St
             checked(&typed[0])?;
             Ok(typed)
         }
-        Err(error) if error.kind() == ErrorKind::Interrupted => Err(Fault::interrupted()),
-        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(Fault::interrupted()),
-        Err(_) if !io::stdin().is_terminal() => Err(Fault::new(
+        Err(error) if error.kind() == ErrorKind::Interrupted => Err(CliError::interrupted()),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(CliError::interrupted()),
+        Err(_) if !io::stdin().is_terminal() => Err(CliError::new(
             Exit::NotLoggedIn,
             "client.password_needed",
             "a password is needed, and there is no terminal to ask at",
@@ -163,6 +164,6 @@ async fn ask<const N: usize>(prompts: [&'static str; N]) -> Result<[Zeroizing<St
         .hint(
             "give it with --password-file or QPQ_PASSWORD, or run `qpq login` at a terminal first",
         )),
-        Err(error) => Err(Fault::io("cannot read the password", &error)),
+        Err(error) => Err(CliError::io("cannot read the password", &error)),
     }
 }

@@ -25,7 +25,7 @@ use qpq_client::VaultKey;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
-use crate::fault::Fault;
+use crate::error::CliError;
 
 /// Key and salt.
 const LEN: usize = 48;
@@ -83,19 +83,19 @@ impl Keyring {
     }
 
     /// Keeps the key of a profile; answers whether there was a place for it.
-    pub(crate) fn put(&self, profile: &Path, key: &VaultKey) -> Result<Kept, Fault> {
+    pub(crate) fn put(&self, profile: &Path, key: &VaultKey) -> Result<Kept, CliError> {
         let (Some(dir), Some(path)) = (&self.dir, self.path(profile)) else { return Ok(Kept::No) };
         qpq_durable_file::replace(&path, &*key.to_bytes(), 0o600).map(|()| Kept::Yes).map_err(
-            |error| Fault::io(format_args!("cannot keep the key in {}", dir.display()), &error),
+            |error| CliError::io(format_args!("cannot keep the key in {}", dir.display()), &error),
         )
     }
 
     /// Forgets the key of a profile.
-    pub(crate) fn remove(&self, profile: &Path) -> Result<(), Fault> {
+    pub(crate) fn remove(&self, profile: &Path) -> Result<(), CliError> {
         let Some(path) = self.path(profile) else { return Ok(()) };
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Fault::io(format_args!("cannot remove {}", path.display()), &error))
+                Err(CliError::io(format_args!("cannot remove {}", path.display()), &error))
             }
             _ => Ok(()),
         }

@@ -136,8 +136,10 @@ impl Messenger {
             self.upload_packages(ENOUGH - left.available as usize, Upload::Adding, now).await?;
         }
         if replace || !left.has_last_resort {
-            let package =
-                self.store().change(move |state| Ok(state.mls.last_resort_key_package(now)?)).await?;
+            let package = self
+                .store()
+                .change(move |state| Ok(state.mls.last_resort_key_package(now)?))
+                .await?;
             client
                 .call::<methods::UploadKeyPackage>(v1::UploadKeyPackageRequest {
                     package: package.into(),

@@ -36,7 +36,7 @@ const MAX_PAGES: usize = 1_000;
 const MAX_STEP: u64 = 1 << 40;
 /// The longest wait for another process that reads the inbox. Both see the messages that it takes
 /// in.
-const TURN_PATIENCE: Duration = Duration::from_secs(5);
+const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The highest seq that was taken in, of the server's present history.
 const LAST_SEQ: &[u8] = b"last-seq";
@@ -88,7 +88,7 @@ impl Messenger {
     /// Takes in everything that the inbox has.
     pub(super) async fn sync(&self) -> Result<NewKeys, Error> {
         let _alone = self.shared.reading.lock().await;
-        let turn = profile::turn(self.store().dir(), Task::ReadInbox, TURN_PATIENCE).await?;
+        let turn = profile::turn(self.store().dir(), Task::ReadInbox, TURN_TIMEOUT).await?;
         let Some(_turn) = turn else { return Ok(NewKeys::NotNeeded) };
         let mut keys = NewKeys::NotNeeded;
         let (mut after, mut newest, mut news) = (Seq::ZERO, None, false);

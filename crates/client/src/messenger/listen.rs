@@ -104,7 +104,7 @@ enum Ended {
 }
 
 /// What waiting for signals came to.
-enum Heard {
+enum Waited {
     Signals(Vec<Signal>),
     /// It is time to look without one.
     Nothing,
@@ -152,10 +152,10 @@ impl Ear {
             *failures = 0;
             let until = Instant::now() + every + OsRng.gen_range(Duration::ZERO..=every / 2);
             match self.wait(&mut signals, until).await? {
-                Heard::Nothing => {}
-                Heard::Dropped => return Ok(Ended::Dropped),
-                Heard::End => return Ok(Ended::Connection),
-                Heard::Signals(heard) => {
+                Waited::Nothing => {}
+                Waited::Dropped => return Ok(Ended::Dropped),
+                Waited::End => return Ok(Ended::Connection),
+                Waited::Signals(heard) => {
                     if heard.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
                         keys = NewKeys::Needed;
                     }
@@ -194,18 +194,18 @@ impl Ear {
     }
 
     /// Waits for signals, and gives what came of sending when that ends.
-    async fn wait(&mut self, signals: &mut Signals, until: Instant) -> Result<Heard, Error> {
+    async fn wait(&mut self, signals: &mut Signals, until: Instant) -> Result<Waited, Error> {
         loop {
             tokio::select! {
                 heard = timeout_at(until, next_signals(signals)) => return Ok(match heard {
-                    Err(_) => Heard::Nothing,
-                    Ok(None) => Heard::End,
-                    Ok(Some(heard)) => Heard::Signals(heard),
+                    Err(_) => Waited::Nothing,
+                    Ok(None) => Waited::End,
+                    Ok(Some(heard)) => Waited::Signals(heard),
                 }),
                 Some(sent) = self.sending.join_next() => {
                     unless_final("outbox", sent.expect("sending does not panic"))?;
                     if !self.give().await? {
-                        return Ok(Heard::Dropped);
+                        return Ok(Waited::Dropped);
                     }
                 }
             }

@@ -309,8 +309,16 @@ mod tests {
         };
         let (id, creator, members) = (group, identity, vec![creator]);
         let created_at = at;
-        let summary =
-            GroupSummary { id, kind, channel, creator, created_at, epoch: 1, members, active: true };
+        let summary = GroupSummary {
+            id,
+            kind,
+            channel,
+            creator,
+            created_at,
+            epoch: 1,
+            members,
+            active: true,
+        };
         (request, summary)
     }
 

@@ -221,7 +221,12 @@ fn the_creators_key_refresh_is_followed() {
 }
 
 /// Makes a group as `creator` with any id and profile, and returns the Welcome for `victim`.
-fn forged_welcome(creator: &Client, id: GroupId, profile: &Profile, victim: &mut Client) -> Vec<u8> {
+fn forged_welcome(
+    creator: &Client,
+    id: GroupId,
+    profile: &Profile,
+    victim: &mut Client,
+) -> Vec<u8> {
     let mut group =
         Group::make_as(id, &creator.identity, &creator.username, profile.clone(), now()).unwrap();
     group.add(&creator.identity, &[package(victim)]).unwrap().1

@@ -20,7 +20,10 @@ fn two_people_talk() {
 
     let [Received::Joined(joined)] = &world.deliver(BOB)[..] else { panic!("joined") };
     assert_eq!(joined.kind, Kind::Direct { peer: bob });
-    assert_eq!((joined.id, joined.creator, joined.channel), (group, ann, direct_channel(&ann, &bob)));
+    assert_eq!(
+        (joined.id, joined.creator, joined.channel),
+        (group, ann, direct_channel(&ann, &bob))
+    );
     assert_eq!(joined.members, [world.member(ANN), world.member(BOB)]);
     assert_eq!(world.clients[BOB].direct(&ann).unwrap(), Some(group));
     assert_eq!(world.clients[ANN].direct(&bob).unwrap(), Some(group));

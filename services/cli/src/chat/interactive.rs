@@ -15,7 +15,7 @@ use crate::{
         requests::{self, Decision},
     },
     entry,
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::Style,
     text,
 };
@@ -27,7 +27,7 @@ const GOODBYE: Duration = Duration::from_secs(10);
 /// After how long a line that the server has not acknowledged is spoken of.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-pub(super) async fn run(chat: &Chat<'_>) -> Result<(), Fault> {
+pub(super) async fn run(chat: &Chat<'_>) -> Result<(), CliError> {
     let recent = recent(chat).await?;
     let own = recent.iter().filter_map(|entry| match &entry.event {
         Event::Sent { text, .. } => Some(text.clone()),
@@ -54,7 +54,7 @@ pub(super) async fn run(chat: &Chat<'_>) -> Result<(), Fault> {
 }
 
 /// The last entries, and every one that was not seen yet.
-async fn recent(chat: &Chat<'_>) -> Result<Vec<Entry>, Fault> {
+async fn recent(chat: &Chat<'_>) -> Result<Vec<Entry>, CliError> {
     let unseen = chat.messenger.unseen().await?;
     let new = unseen.iter().filter(|entry| entry.conversation == Some(chat.conversation)).count();
     Ok(chat.messenger.history(chat.conversation, RECENT.max(new)).await?)
@@ -81,7 +81,7 @@ struct Screen<'a> {
 }
 
 impl Screen<'_> {
-    async fn run(&mut self) -> Result<(), Fault> {
+    async fn run(&mut self) -> Result<(), CliError> {
         let mut listener = self.chat.messenger.listen();
         let mut connection = self.chat.messenger.client().connection_events();
         loop {
@@ -144,10 +144,10 @@ impl Screen<'_> {
     }
 
     /// Shows lines, or why there are none.
-    fn say(&mut self, lines: Result<Vec<String>, Fault>) {
+    fn say(&mut self, lines: Result<Vec<String>, CliError>) {
         match lines {
             Ok(lines) => lines.iter().for_each(|line| self.editor.print(line)),
-            Err(fault) => self.dim(format_args!("* {}", fault.message)),
+            Err(error) => self.dim(format_args!("* {}", error.message)),
         }
     }
 
@@ -173,7 +173,7 @@ impl Screen<'_> {
         }
     }
 
-    async fn arrived(&mut self, entries: Vec<Entry>) -> Result<(), Fault> {
+    async fn arrived(&mut self, entries: Vec<Entry>) -> Result<(), CliError> {
         let (ours, others): (Vec<_>, Vec<_>) =
             entries.into_iter().partition(|entry| self.chat.is_ours(entry));
         others.iter().for_each(|entry| self.elsewhere(entry));
@@ -194,7 +194,7 @@ impl Screen<'_> {
         }
     }
 
-    async fn show(&mut self, entries: &[Entry]) -> Result<(), Fault> {
+    async fn show(&mut self, entries: &[Entry]) -> Result<(), CliError> {
         for entry in entries {
             let line = self.chat.shown(entry).line(self.style);
             self.editor.print(&line);
@@ -220,14 +220,14 @@ impl Screen<'_> {
     }
 
     /// Says why it cannot go on. The editor holds the terminal until a line is typed.
-    async fn give_up(&mut self, fault: Fault) -> Result<(), Fault> {
-        self.dim(format_args!("{}. Press Enter to leave.", fault.message));
+    async fn give_up(&mut self, error: CliError) -> Result<(), CliError> {
+        self.dim(format_args!("{}. Press Enter to leave.", error.message));
         self.editor.line().await;
-        Err(fault)
+        Err(error)
     }
 
     /// Leaves once all is sent, or says that it is not.
-    async fn leave(&mut self) -> Result<(), Fault> {
+    async fn leave(&mut self) -> Result<(), CliError> {
         let chat = self.chat;
         let until = Instant::now() + GOODBYE;
         let rest = async {
@@ -242,7 +242,7 @@ impl Screen<'_> {
         // How it went is seen by what is left.
         let _ = chat.context.progress.during("sending", timeout_at(until, Box::pin(rest))).await;
         match self.sender.unsaved {
-            0 if is_unsent(chat).await? => Err(message::queued(Some(Fault::new(
+            0 if is_unsent(chat).await? => Err(message::queued(Some(CliError::new(
                 Exit::Unreachable,
                 "client.unreachable",
                 "the server cannot be reached",
@@ -250,7 +250,7 @@ impl Screen<'_> {
             0 => Ok(()),
             lost => {
                 let message = format!("the last {lost} lines were neither sent nor saved");
-                Err(Fault::new(Exit::Unreachable, "client.unreachable", message)
+                Err(CliError::new(Exit::Unreachable, "client.unreachable", message)
                     .hint("type them again later"))
             }
         }

@@ -25,8 +25,8 @@ use crate::{
     args::Recipient,
     commands::{message, opened},
     compose::Context,
-    entry::{GroupNames, Place, Shown},
-    fault::Fault,
+    entry::{EntryReport, GroupNames, Place},
+    error::CliError,
     output::Format,
 };
 
@@ -40,7 +40,7 @@ struct Chat<'a> {
     groups: GroupNames,
 }
 
-pub(crate) async fn dm(context: &Context, to: &Recipient, linger: u64) -> Result<(), Fault> {
+pub(crate) async fn dm(context: &Context, to: &Recipient, linger: u64) -> Result<(), CliError> {
     let at_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
     if at_terminal && context.output.format == Format::Human {
         return opened::with(context, async |messenger| {
@@ -65,8 +65,8 @@ impl<'a> Chat<'a> {
         context: &'a Context,
         messenger: &'a Messenger,
         to: &Recipient,
-        unreachable: Option<&Fault>,
-    ) -> Result<Self, Fault> {
+        unreachable: Option<&CliError>,
+    ) -> Result<Self, CliError> {
         let (conversation, name) = message::resolve(messenger, to, unreachable).await?;
         let groups = GroupNames::of(&messenger.conversations().await?);
         Ok(Self { context, messenger, conversation, name, groups })
@@ -74,8 +74,8 @@ impl<'a> Chat<'a> {
 }
 
 impl Chat<'_> {
-    fn shown<'a>(&'a self, entry: &'a Entry) -> Shown<'a> {
-        Shown { entry, groups: &self.groups, place: Place::Chat, now: SystemClock.now() }
+    fn shown<'a>(&'a self, entry: &'a Entry) -> EntryReport<'a> {
+        EntryReport { entry, groups: &self.groups, place: Place::Chat, now: SystemClock.now() }
     }
 
     /// Whether an entry is part of this chat, or of none and so of interest anywhere.
@@ -89,9 +89,9 @@ enum Progress {
     /// It is on this machine's disk and will be sent, whatever happens.
     Saved,
     /// It was not even saved.
-    Unsaved { text: String, why: Fault },
+    Unsaved { text: String, why: CliError },
     /// An attempt to send it has ended; `why` it is still queued, if that is known.
-    Tried { text: String, entry: EntryId, delivery: Delivery, why: Option<Fault> },
+    Tried { text: String, entry: EntryId, delivery: Delivery, why: Option<CliError> },
 }
 
 /// Saves texts as they come and sends them in their order, each by a task of its own: a text is
@@ -198,11 +198,11 @@ async fn send(
 ) {
     let mut batch = Vec::new();
     while saved.recv_many(&mut batch, usize::MAX).await > 0 {
-        let mut failed: Option<Fault> = None;
+        let mut failed: Option<CliError> = None;
         // Some at a time, so that one sees it going on; what keeps these keeps those behind them.
         for some in batch.chunks(TOGETHER) {
             if let (None, Some((_, last))) = (&failed, some.last()) {
-                failed = Box::pin(messenger.flush_until(*last)).await.err().map(Fault::from);
+                failed = Box::pin(messenger.flush_until(*last)).await.err().map(CliError::from);
             }
             for (text, entry) in some {
                 let delivery =

@@ -13,7 +13,7 @@ use tokio::{
 use super::{Chat, Progress, Sender};
 use crate::{
     commands::message,
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::{Report, Style},
     text,
 };
@@ -33,7 +33,7 @@ impl Report for SentLine<'_> {
     }
 }
 
-pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), Fault> {
+pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), CliError> {
     let mut script =
         Script { chat, sender: Sender::start(chat.messenger, chat.conversation), failed: None };
     let mut lines = BufReader::new(stdin()).lines();
@@ -48,7 +48,7 @@ pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), Fault> {
                 Ok(Some(line)) if line.trim().is_empty() => {}
                 Ok(Some(line)) => script.sender.send(line),
                 Ok(None) => input = Input::Ended,
-                Err(error) => return Err(Fault::io("standard input", &error)),
+                Err(error) => return Err(CliError::io("standard input", &error)),
             },
             progress = script.sender.progress() => script.progressed(progress)?,
             entries = listener.next_all() => match entries {
@@ -59,7 +59,7 @@ pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), Fault> {
         }
     }
     match script.failed {
-        Some(fault) => Err(fault),
+        Some(error) => Err(error),
         None => Ok(()),
     }
 }
@@ -83,12 +83,12 @@ struct Script<'a> {
     chat: &'a Chat<'a>,
     sender: Sender,
     /// Why the first line that was not sent was not.
-    failed: Option<Fault>,
+    failed: Option<CliError>,
 }
 
 impl Script<'_> {
-    fn progressed(&mut self, progress: Progress) -> Result<(), Fault> {
-        let fault = match progress {
+    fn progressed(&mut self, progress: Progress) -> Result<(), CliError> {
+        let error = match progress {
             Progress::Saved => return Ok(()),
             Progress::Tried { text, entry, delivery: Delivery::Sent, .. } => {
                 let sent = SentLine { event: "sent", id: entry.0, text: &text };
@@ -97,15 +97,15 @@ impl Script<'_> {
             Progress::Tried { delivery: Delivery::Queued, why, .. } => message::queued(why),
             Progress::Tried { delivery: Delivery::Failed, .. } => {
                 let message = format!("not delivered to {}", text::line(&self.chat.name));
-                Fault::new(Exit::Failure, "client.not_delivered", message)
+                CliError::new(Exit::Failure, "client.not_delivered", message)
             }
             Progress::Unsaved { why, .. } => why,
         };
-        self.failed.get_or_insert(fault);
+        self.failed.get_or_insert(error);
         Ok(())
     }
 
-    async fn arrived(&mut self, entries: &[Entry]) -> Result<(), Fault> {
+    async fn arrived(&mut self, entries: &[Entry]) -> Result<(), CliError> {
         let mut shown = Vec::new();
         for entry in entries.iter().filter(|entry| self.chat.is_ours(entry)) {
             self.chat.context.output.report(&self.chat.shown(entry))?;

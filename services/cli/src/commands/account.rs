@@ -16,7 +16,7 @@ use super::opened::{self, connect};
 use crate::{
     compose::Context,
     entry::span,
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::{Report, Style},
     text,
     unlock::Kept,
@@ -78,7 +78,7 @@ impl Report for LoggedIn {
     }
 }
 
-pub(crate) async fn register(context: &Context, username: &Username) -> Result<(), Fault> {
+pub(crate) async fn register(context: &Context, username: &Username) -> Result<(), CliError> {
     let dir = context.dir();
     let mut options = match Profile::read(&dir) {
         Ok(Profile { status: ProfileStatus::Registered, .. }) => return Err(exists(context)),
@@ -98,7 +98,7 @@ pub(crate) async fn register(context: &Context, username: &Username) -> Result<(
     reported
 }
 
-pub(crate) async fn login(context: &Context) -> Result<(), Fault> {
+pub(crate) async fn login(context: &Context) -> Result<(), CliError> {
     let dir = context.dir();
     let profile = Profile::read(&dir).map_err(Error::from)?;
     let mut options = context.options(&profile);
@@ -120,7 +120,7 @@ pub(crate) async fn login(context: &Context) -> Result<(), Fault> {
 
 /// Makes sure, before anybody is asked for a password, that the server is there and is the one that
 /// is trusted.
-async fn meet(context: &Context, options: &Options) -> Result<Fingerprint, Fault> {
+async fn meet(context: &Context, options: &Options) -> Result<Fingerprint, CliError> {
     let client = Client::new(options.clone()).map_err(CallError::from)?;
     let seen = context.progress.during("connecting", connect(&client)).await?;
     client.close().await;
@@ -132,7 +132,7 @@ async fn report(
     event: &'static str,
     messenger: &Messenger,
     is_pinned_now: bool,
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     let clock_difference_ms = match event {
         "registered" => clock_difference(messenger).await,
         _ => None,
@@ -164,9 +164,9 @@ async fn clock_difference(messenger: &Messenger) -> Option<i64> {
     i64::try_from(difference).ok().filter(|_| matters || messenger.are_keys_refused())
 }
 
-fn exists(context: &Context) -> Fault {
+fn exists(context: &Context) -> CliError {
     let message = format!("the profile {} has an account already", context.profile);
-    Fault::new(Exit::Failure, "profile.exists", message).hint(
+    CliError::new(Exit::Failure, "profile.exists", message).hint(
         "log in to it with `qpq login`, or register in another profile: qpq -p NAME register …",
     )
 }
@@ -213,32 +213,32 @@ impl Report for LoggedOut {
     }
 }
 
-pub(crate) async fn logout(context: &Context, all: bool) -> Result<(), Fault> {
+pub(crate) async fn logout(context: &Context, all: bool) -> Result<(), CliError> {
     let dir = context.dir();
     let profile = Profile::read(&dir).map_err(Error::from)?;
     let scope = if all { LogoutScope::EverySession } else { LogoutScope::ThisSession };
     let ended = match opened::open(context).await {
         Ok(messenger) => context.progress.during("logging out", end(messenger, scope)).await,
         // Another process would go on working with the key.
-        Err(fault) if fault.exit == Exit::InUse => return Err(fault),
-        Err(fault) => Err(fault),
+        Err(error) if error.exit == Exit::InUse => return Err(error),
+        Err(error) => Err(error),
     };
     context.keyring.remove(&dir)?;
     match ended {
-        Err(fault) if all => Err(fault),
+        Err(error) if all => Err(error),
         ended => context.output.report(&LoggedOut {
             event: "logged_out",
             profile: context.profile.to_string(),
             username: profile.username.to_string(),
             sessions_ended: ended.as_ref().ok().copied(),
-            was_locked: matches!(&ended, Err(fault) if fault.code == Fault::not_logged_in().code),
-            problem: ended.err().map(|fault| fault.message),
+            was_locked: matches!(&ended, Err(error) if error.code == CliError::not_logged_in().code),
+            problem: ended.err().map(|error| error.message),
         }),
     }
 }
 
 /// Ends the session, or every one of the account.
-async fn end(messenger: Messenger, scope: LogoutScope) -> Result<u32, Fault> {
+async fn end(messenger: Messenger, scope: LogoutScope) -> Result<u32, CliError> {
     connect(messenger.client()).await?;
     match Box::pin(messenger.logout(scope)).await {
         Ok(ended) => Ok(ended),
@@ -290,14 +290,14 @@ impl Report for Whoami {
     }
 }
 
-pub(crate) async fn whoami(context: &Context) -> Result<(), Fault> {
+pub(crate) async fn whoami(context: &Context) -> Result<(), CliError> {
     let profile = Profile::read(&context.dir()).map_err(Error::from)?;
     let (session, problem) = match Box::pin(check_session(context)).await {
         Ok(()) => ("valid", None),
-        Err(fault) if fault == Fault::not_logged_in() => ("none", None),
-        Err(fault) if fault.exit == Exit::NotLoggedIn => ("ended", None),
-        Err(fault) if fault.exit == Exit::Usage => return Err(fault),
-        Err(fault) => ("unknown", Some(fault.message)),
+        Err(error) if error == CliError::not_logged_in() => ("none", None),
+        Err(error) if error.exit == Exit::NotLoggedIn => ("ended", None),
+        Err(error) if error.exit == Exit::Usage => return Err(error),
+        Err(error) => ("unknown", Some(error.message)),
     };
     let (trust, server_fingerprint) = match &profile.trust {
         Trust::FirstUse => ("first-use", None),
@@ -321,7 +321,7 @@ pub(crate) async fn whoami(context: &Context) -> Result<(), Fault> {
 }
 
 /// Makes a call that needs the session.
-async fn check_session(context: &Context) -> Result<(), Fault> {
+async fn check_session(context: &Context) -> Result<(), CliError> {
     opened::with(context, async |messenger| {
         let count = v1::CountKeyPackagesRequest::default();
         let answer: Result<_, CallError> =

@@ -10,7 +10,7 @@ use crate::{
     args::Whom,
     compose::Context,
     entry::{self, PersonObject},
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::{Report, Style},
 };
 
@@ -47,12 +47,12 @@ impl Report for Listed<'_> {
     }
 }
 
-pub(crate) async fn block(context: &Context, whom: &Whom) -> Result<(), Fault> {
+pub(crate) async fn block(context: &Context, whom: &Whom) -> Result<(), CliError> {
     opened::locally(context, async |messenger, unreachable| {
         let identity = match (whom.key, &whom.user) {
             (Some(key), _) => key,
             (None, Some(user)) => match unreachable {
-                Some(fault) => return Err(fault),
+                Some(error) => return Err(error),
                 None => messenger.resolve(user).await.map_err(by_key)?.identity,
             },
             (None, None) => unreachable!("one of them is required"),
@@ -64,19 +64,19 @@ pub(crate) async fn block(context: &Context, whom: &Whom) -> Result<(), Fault> {
 }
 
 /// A name that has got a new key does not say who is meant.
-fn by_key(error: Error) -> Fault {
+fn by_key(error: Error) -> CliError {
     match &error {
         Error::IdentityChanged { known, now, .. } => {
             let hint = format!(
                 "say which one: `qpq block --key {known}` (the known one) or `qpq block --key {now}`"
             );
-            Fault::from(error).hint(hint)
+            CliError::from(error).hint(hint)
         }
         _ => error.into(),
     }
 }
 
-pub(crate) async fn unblock(context: &Context, whom: &Whom) -> Result<(), Fault> {
+pub(crate) async fn unblock(context: &Context, whom: &Whom) -> Result<(), CliError> {
     opened::locally(context, async |messenger, _| {
         let found = find(messenger, whom).await?;
         let [person] = &found[..] else {
@@ -89,7 +89,7 @@ pub(crate) async fn unblock(context: &Context, whom: &Whom) -> Result<(), Fault>
                 ),
             };
             let hint = format!("{hint}see `qpq blocked --json`");
-            return Err(Fault::new(Exit::Failure, code, message).hint(hint));
+            return Err(CliError::new(Exit::Failure, code, message).hint(hint));
         };
         messenger.unblock(person.identity).await?;
         report(context, "unblocked", person)
@@ -105,7 +105,7 @@ async fn find(messenger: &Messenger, whom: &Whom) -> Result<Vec<Person>, Error> 
     Ok(messenger.blocked().await?.into_iter().filter(is_meant).collect())
 }
 
-pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
+pub(crate) async fn list(context: &Context) -> Result<(), CliError> {
     opened::locally(context, async |messenger, _| {
         let blocked = messenger.blocked().await?;
         for person in &blocked {
@@ -120,7 +120,7 @@ pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
     .await
 }
 
-fn report(context: &Context, event: &'static str, person: &Person) -> Result<(), Fault> {
+fn report(context: &Context, event: &'static str, person: &Person) -> Result<(), CliError> {
     let shown = entry::name(person);
     context.output.report(&Changed { event, person: person.into(), shown })
 }

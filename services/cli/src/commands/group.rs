@@ -8,17 +8,14 @@ use qpq_client::{
 };
 use serde::Serialize;
 
-use super::{message, opened};
+use super::{find::find, message, opened};
 use crate::{
     compose::Context,
     entry::{self, PersonObject},
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::{Report, Style},
     text,
 };
-
-/// The fewest digits by which a group's id can be given.
-pub(crate) const SHORTEST_ID: usize = 6;
 
 #[derive(Debug, Serialize)]
 struct Changed {
@@ -47,10 +44,10 @@ pub(crate) async fn create(
     context: &Context,
     name: &str,
     members: &[Username],
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     opened::to_send(context, async |messenger, unreachable| {
-        if let Some(fault) = unreachable {
-            return Err(fault);
+        if let Some(error) = unreachable {
+            return Err(error);
         }
         // A name that nobody has is found before there is a group.
         for member in members {
@@ -63,7 +60,11 @@ pub(crate) async fn create(
     .await
 }
 
-pub(crate) async fn add(context: &Context, group: &str, members: &[Username]) -> Result<(), Fault> {
+pub(crate) async fn add(
+    context: &Context,
+    group: &str,
+    members: &[Username],
+) -> Result<(), CliError> {
     opened::with_news(context, async |messenger| {
         let (id, name) = find(&messenger.conversations().await?, group)?;
         add_all(messenger, id, &name, members).await?;
@@ -85,7 +86,7 @@ impl Report for Left {
     }
 }
 
-pub(crate) async fn leave(context: &Context, group: &str) -> Result<(), Fault> {
+pub(crate) async fn leave(context: &Context, group: &str) -> Result<(), CliError> {
     opened::with_news(context, async |messenger| {
         let (group, name) = find(&messenger.conversations().await?, group)?;
         // Where the server does not take the farewell now, the next command sends it.
@@ -100,22 +101,22 @@ async fn add_all(
     group: ConversationId,
     name: &str,
     members: &[Username],
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     for member in members {
         let added = match Box::pin(messenger.add(group, member)).await {
             Ok(outcome) => outcome,
             Err(Error::Mls(MlsError::AlreadyMember(_))) => {
                 let message = format!("{member} is in the group {} already", text::line(name));
-                return Err(Fault::new(Exit::Failure, "client.already_member", message));
+                return Err(CliError::new(Exit::Failure, "client.already_member", message));
             }
             Err(error) => return Err(error.into()),
         };
         match added {
             Outcome::Sent => {}
-            Outcome::Queued(why) => return Err(message::queued(why.map(Fault::from))),
+            Outcome::Queued(why) => return Err(message::queued(why.map(CliError::from))),
             Outcome::Refused => {
                 let message = format!("the server does not take messages for {member}");
-                return Err(Fault::new(Exit::Failure, "client.not_delivered", message));
+                return Err(CliError::new(Exit::Failure, "client.not_delivered", message));
             }
         }
     }
@@ -128,7 +129,7 @@ fn report(
     group: ConversationId,
     name: &str,
     members: &[Username],
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     let added = members.iter().map(ToString::to_string).collect();
     context.output.report(&Changed { event, name: name.to_owned(), id: group.to_string(), added })
 }
@@ -137,7 +138,7 @@ pub(crate) async fn send(
     context: &Context,
     group: &str,
     given: Option<String>,
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     let body = message::body(context, given).await?;
     opened::to_send(context, async |messenger, unreachable| {
         let (id, name) = find(&messenger.conversations().await?, group)?;
@@ -177,7 +178,7 @@ impl Report for Listed {
     }
 }
 
-pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
+pub(crate) async fn list(context: &Context) -> Result<(), CliError> {
     opened::with_news(context, async |messenger| {
         let mut found = false;
         for Conversation { id, kind, unseen, .. } in messenger.conversations().await? {
@@ -219,7 +220,7 @@ impl Report for Member<'_> {
     }
 }
 
-pub(crate) async fn members(context: &Context, group: &str) -> Result<(), Fault> {
+pub(crate) async fn members(context: &Context, group: &str) -> Result<(), CliError> {
     opened::with_news(context, async |messenger| {
         let conversations = messenger.conversations().await?;
         let (id, _) = find(&conversations, group)?;
@@ -232,94 +233,4 @@ pub(crate) async fn members(context: &Context, group: &str) -> Result<(), Fault>
         Ok(())
     })
     .await
-}
-
-/// The group of this name or id, and its name. Anybody can make a group of any name and add us, so
-/// a name that several groups have is never guessed at.
-pub(crate) fn find(
-    conversations: &[Conversation],
-    meant: &str,
-) -> Result<(ConversationId, String), Fault> {
-    let found = matching(conversations, meant);
-    match &found[..] {
-        [(id, name)] => Ok((*id, (*name).to_owned())),
-        [] => Err(Fault::new(
-            Exit::Failure,
-            "client.no_such_group",
-            format_args!("you are in no group {}", text::line(meant)),
-        )
-        .hint("see `qpq group list`")),
-        several => {
-            let ids: Vec<_> =
-                several.iter().map(|(id, _)| format!("{:.12}", id.to_string())).collect();
-            let message =
-                format!("several groups are called {}: {}", text::line(meant), ids.join(", "));
-            Err(Fault::new(Exit::Failure, "client.ambiguous_group", message)
-                .hint("give the id instead of the name"))
-        }
-    }
-}
-
-/// Every group of this name, or whose id begins so.
-pub(crate) fn matching<'a>(
-    conversations: &'a [Conversation],
-    meant: &str,
-) -> Vec<(ConversationId, &'a str)> {
-    let is_id = meant.len() >= SHORTEST_ID && meant.bytes().all(|b| b.is_ascii_hexdigit());
-    let id_start = meant.to_ascii_lowercase();
-    conversations
-        .iter()
-        .filter_map(|conversation| match &conversation.kind {
-            ConversationKind::Group { name, .. } => Some((conversation.id, name.as_str())),
-            ConversationKind::Direct { .. } => None,
-        })
-        .filter(|(id, name)| *name == meant || is_id && id.to_string().starts_with(&id_start))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use qpq_client::{GroupId, IdentityKey, Person, Standing};
-
-    use super::*;
-
-    fn group(byte: u8, name: &str) -> Conversation {
-        let identity = IdentityKey::new([9; 32]);
-        let creator = Person {
-            identity,
-            username: Username::parse("eve").unwrap(),
-            standing: Standing::Confirmed,
-        };
-        Conversation {
-            id: ConversationId::Group(GroupId::try_from(&[byte; 32][..]).unwrap()),
-            kind: ConversationKind::Group {
-                name: name.into(),
-                creator,
-                members: 2,
-                membership: Membership::Member,
-            },
-            unseen: 0,
-            last: None,
-        }
-    }
-
-    #[test]
-    fn a_group_is_found_by_name_or_id_and_never_guessed() {
-        let groups = [
-            group(0xaa, "friends"),
-            group(0xbb, "work"),
-            group(0xcc, "work"),
-            group(0xdd, "aaaaaa"),
-        ];
-        assert_eq!(find(&groups, "friends").unwrap().0, groups[0].id);
-        assert_eq!(find(&groups, "CCCCCCC").unwrap(), (groups[2].id, "work".into()));
-        assert_eq!(find(&groups, "work").unwrap_err().code, "client.ambiguous_group");
-        assert_eq!(
-            find(&groups, "aaaaaa").unwrap_err().code,
-            "client.ambiguous_group",
-            "an id and a name"
-        );
-        assert_eq!(find(&groups, "aa").unwrap_err().code, "client.no_such_group");
-        assert_eq!(find(&groups, "Friends").unwrap_err().code, "client.no_such_group");
-    }
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::opened;
 use crate::{
     compose::Context,
-    fault::Fault,
+    error::CliError,
     output::{Report, Style},
     text,
 };
@@ -91,7 +91,7 @@ pub(crate) async fn show(
     user: Option<&Username>,
     changed: Changed,
     compared: Compared,
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     opened::with(context, async |messenger| match user {
         None => context.output.report(&own(messenger).await?),
         Some(user) => context.output.report(&compare(messenger, user, changed, compared).await?),
@@ -117,7 +117,7 @@ async fn compare(
     user: &Username,
     changed: Changed,
     compared: Compared,
-) -> Result<Comparison, Fault> {
+) -> Result<Comparison, CliError> {
     let me = messenger.profile().identity;
     let person = match messenger.resolve(user).await {
         Err(Error::IdentityChanged { .. }) if changed == Changed::Accept => {
@@ -143,7 +143,7 @@ async fn compare(
 
 /// What keeps the safety number from being shown. Of a new key, the number is in the hint: it has to
 /// be compared before the key is accepted.
-async fn refused(messenger: &Messenger, user: &Username, error: Error) -> Result<Fault, Error> {
+async fn refused(messenger: &Messenger, user: &Username, error: Error) -> Result<CliError, Error> {
     let Error::IdentityChanged { known, now, .. } = &error else { return Ok(error.into()) };
     let was = match messenger.compared_at(known).await? {
         Some(at) => format!("you compared the old one on {}", text::utc(at)),
@@ -154,5 +154,5 @@ async fn refused(messenger: &Messenger, user: &Username, error: Error) -> Result
         "the safety number with the new key is\n       {number}\n     ({was}); if {user} confirms in \
          person or by phone that it is theirs, run `qpq keys {user} --accept`"
     );
-    Ok(Fault::from(error).hint(hint))
+    Ok(CliError::from(error).hint(hint))
 }

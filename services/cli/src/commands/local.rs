@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::{
     compose::Context,
-    fault::Fault,
+    error::CliError,
     output::{Report, Style},
     text,
 };
@@ -40,9 +40,9 @@ impl Report for Listed {
     }
 }
 
-pub(crate) fn profiles(context: &Context) -> Result<(), Fault> {
+pub(crate) fn profiles(context: &Context) -> Result<(), CliError> {
     let names = names(context.profiles()).map_err(|error| {
-        Fault::io(format_args!("cannot list {}", context.profiles().display()), &error)
+        CliError::io(format_args!("cannot list {}", context.profiles().display()), &error)
     })?;
     let mut found = false;
     for name in names {

@@ -13,14 +13,14 @@ use serde::Serialize;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    group::{self, matching},
+    find::{find, matching},
     opened,
 };
 use crate::{
     args::Recipient,
     compose::Context,
-    entry::{GroupNames, Place, Shown},
-    fault::{Exit, Fault},
+    entry::{EntryReport, GroupNames, Place},
+    error::{CliError, Exit},
     output::{Report, Style},
     text,
 };
@@ -43,7 +43,7 @@ pub(crate) async fn send(
     context: &Context,
     to: &Recipient,
     given: Option<String>,
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     let body = body(context, given).await?;
     opened::to_send(context, async |messenger, unreachable| {
         let (conversation, name) = resolve(messenger, to, unreachable.as_ref()).await?;
@@ -54,7 +54,7 @@ pub(crate) async fn send(
 }
 
 /// The text given on the command line or on standard input, without the line end that closes it.
-pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<String, Fault> {
+pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<String, CliError> {
     let mut text = match given {
         Some(text) if text != "-" => text,
         _ => {
@@ -65,21 +65,21 @@ pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<Str
             tokio::task::spawn_blocking(|| io::read_to_string(io::stdin()))
                 .await
                 .expect("reading does not panic")
-                .map_err(|error| Fault::io("standard input", &error))?
+                .map_err(|error| CliError::io("standard input", &error))?
         }
     };
     if let Some(line) = text.strip_suffix('\n') {
         text.truncate(line.strip_suffix('\r').unwrap_or(line).len());
     }
     if text.trim().is_empty() {
-        return Err(Fault::usage("there is nothing to send")
+        return Err(CliError::usage("there is nothing to send")
             .hint("give a text, or `-` and a text on standard input"));
     }
     Ok(text)
 }
 
 /// How long a message is prepared where the server is known to be out of reach.
-const OFFLINE_PATIENCE: Duration = Duration::from_secs(2);
+const OFFLINE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Sends, and reports how it went. Where the server is `unreachable`, the message is saved.
 pub(crate) async fn deliver(
@@ -88,11 +88,11 @@ pub(crate) async fn deliver(
     conversation: ConversationId,
     to: &str,
     body: &str,
-    unreachable: Option<Fault>,
-) -> Result<(), Fault> {
+    unreachable: Option<CliError>,
+) -> Result<(), CliError> {
     if let Some(why) = unreachable {
         // A first message needs the server for the key package of whom it is for.
-        return match timeout(OFFLINE_PATIENCE, messenger.queue(conversation, body)).await {
+        return match timeout(OFFLINE_TIMEOUT, messenger.queue(conversation, body)).await {
             Ok(Ok(_)) => Err(queued(Some(why))),
             Ok(Err(error)) if !opened::is_temporary(&error) => Err(error.into()),
             Ok(Err(_)) | Err(_) => Err(why),
@@ -107,7 +107,7 @@ pub(crate) async fn deliver(
             to,
             conversation: conversation.to_string(),
         }),
-        Outcome::Queued(why) => Err(queued(why.map(Fault::from))),
+        Outcome::Queued(why) => Err(queued(why.map(CliError::from))),
         Outcome::Refused => Err(refused(messenger, conversation).await?),
     }
 }
@@ -117,24 +117,24 @@ const QUEUED: &str = "client.queued";
 
 /// Says of a message that it has to be given again, where the server was out of reach before
 /// anything was saved.
-pub(crate) fn unsaved(mut fault: Fault) -> Fault {
-    if fault.exit == Exit::Unreachable && fault.code != QUEUED {
-        fault.message += "; the message is neither sent nor saved";
+pub(crate) fn unsaved(mut error: CliError) -> CliError {
+    if error.exit == Exit::Unreachable && error.code != QUEUED {
+        error.message += "; the message is neither sent nor saved";
     }
-    fault
+    error
 }
 
 /// Something is saved and not yet sent.
-pub(crate) fn queued(why: Option<Fault>) -> Fault {
+pub(crate) fn queued(why: Option<CliError>) -> CliError {
     let (exit, why) = match why {
-        Some(fault) => (fault.exit, fault.message),
+        Some(error) => (error.exit, error.message),
         None => (Exit::Failure, "the server has no room for it now".to_owned()),
     };
-    Fault::new(exit, QUEUED, format_args!("saved, but not sent yet: {why}"))
+    CliError::new(exit, QUEUED, format_args!("saved, but not sent yet: {why}"))
         .hint("whatever qpq command you run next sends it; do not send it again")
 }
 
-async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<Fault, Error> {
+async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<CliError, Error> {
     let unseen = messenger.unseen().await?;
     let reasons: Vec<_> = unseen
         .iter()
@@ -148,7 +148,7 @@ async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<
         .collect();
     let (ids, reasons): (Vec<EntryId>, Vec<String>) = reasons.into_iter().unzip();
     messenger.mark_seen(&ids).await?;
-    Ok(Fault::new(
+    Ok(CliError::new(
         Exit::Failure,
         "client.not_delivered",
         format_args!("not delivered {}", reasons.join("; ")),
@@ -160,8 +160,8 @@ async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<
 pub(crate) async fn resolve(
     messenger: &Messenger,
     to: &Recipient,
-    unreachable: Option<&Fault>,
-) -> Result<(ConversationId, String), Fault> {
+    unreachable: Option<&CliError>,
+) -> Result<(ConversationId, String), CliError> {
     let name = match to {
         Recipient::User(user) => {
             return Ok((with_user(messenger, user, unreachable).await?, user.to_string()));
@@ -172,14 +172,14 @@ pub(crate) async fn resolve(
     let user = Username::parse(name);
     if matching(&conversations, name).is_empty() {
         let user = user.map_err(|error| {
-            Fault::usage(format_args!(
+            CliError::usage(format_args!(
                 "{} is no group of yours and cannot be a user: {error}",
                 text::line(name)
             ))
         })?;
         return Ok((with_user(messenger, &user, unreachable).await?, user.to_string()));
     }
-    let Ok(user) = user else { return group::find(&conversations, name) };
+    let Ok(user) = user else { return find(&conversations, name) };
     let is_user = match (unreachable, messenger.known(&user).await?) {
         (_, Some(_)) => true,
         (Some(_), None) => false,
@@ -190,9 +190,9 @@ pub(crate) async fn resolve(
         },
     };
     if !is_user {
-        return group::find(&conversations, name);
+        return find(&conversations, name);
     }
-    Err(Fault::new(
+    Err(CliError::new(
         Exit::Failure,
         "client.ambiguous_recipient",
         format_args!("{user} is a user, and you are in a group of that name"),
@@ -205,8 +205,8 @@ pub(crate) async fn resolve(
 async fn with_user(
     messenger: &Messenger,
     user: &Username,
-    unreachable: Option<&Fault>,
-) -> Result<ConversationId, Fault> {
+    unreachable: Option<&CliError>,
+) -> Result<ConversationId, CliError> {
     let why = match unreachable {
         Some(why) => why.clone(),
         None => match messenger.conversation_with(user).await {
@@ -222,7 +222,7 @@ pub(crate) async fn recv(
     context: &Context,
     follow: bool,
     seconds: Option<u64>,
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     let until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     opened::with(context, async |messenger| {
         let mut reader = Reader { context, messenger, groups: GroupNames::default() };
@@ -253,7 +253,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     /// Shows what comes until the time is over, or for ever.
-    async fn follow(&mut self, until: Option<Instant>) -> Result<(), Fault> {
+    async fn follow(&mut self, until: Option<Instant>) -> Result<(), CliError> {
         let mut listener = self.messenger.listen();
         while let Some(entries) = next(&mut listener, until).await? {
             self.show(&entries).await?;
@@ -262,21 +262,21 @@ impl Reader<'_> {
     }
 
     /// Waits for the first entries.
-    async fn wait(&mut self, until: Instant) -> Result<(), Fault> {
+    async fn wait(&mut self, until: Instant) -> Result<(), CliError> {
         let mut listener = self.messenger.listen();
         match next(&mut listener, Some(until)).await? {
             Some(entries) => self.show(&entries).await,
-            None => Err(Fault::new(Exit::Nothing, "client.nothing", "nothing arrived in time")),
+            None => Err(CliError::new(Exit::Nothing, "client.nothing", "nothing arrived in time")),
         }
     }
 
-    async fn show(&mut self, entries: &[Entry]) -> Result<(), Fault> {
+    async fn show(&mut self, entries: &[Entry]) -> Result<(), CliError> {
         if !entries.iter().all(|entry| self.groups.knows(entry.conversation)) {
             self.groups = GroupNames::of(&self.messenger.conversations().await?);
         }
         let now = SystemClock.now();
         for entry in entries {
-            self.context.output.report(&Shown {
+            self.context.output.report(&EntryReport {
                 entry,
                 groups: &self.groups,
                 place: Place::Anywhere,
@@ -292,7 +292,7 @@ impl Reader<'_> {
 async fn next(
     listener: &mut Listener,
     until: Option<Instant>,
-) -> Result<Option<Vec<Entry>>, Fault> {
+) -> Result<Option<Vec<Entry>>, CliError> {
     let over = async {
         match until {
             Some(until) => sleep_until(until).await,

@@ -2,6 +2,7 @@
 
 mod account;
 mod block;
+mod find;
 mod group;
 mod keys;
 mod local;
@@ -20,11 +21,11 @@ use crate::{
     args::{Cli, Command, GroupCommand},
     chat,
     compose::Context,
-    fault::Fault,
+    error::CliError,
 };
 
 /// Runs one command.
-pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Fault> {
+pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliError> {
     match command {
         Command::Register { username } => account::register(context, &username).await,
         Command::Login => account::login(context).await,

@@ -10,26 +10,26 @@ use tokio::time::timeout;
 
 use crate::{
     compose::Context,
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     password::Source,
     text,
 };
 
 /// How long a command tries to reach the server. A person waits, so this is shorter than what the
 /// library allows.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a command that sends waits for the inbox to be read first.
-const NEWS_PATIENCE: Duration = Duration::from_secs(5);
+const INBOX_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Opens the chosen profile, connects, lets `work` work with it, and says goodbye to the server.
 pub(crate) async fn with<T>(
     context: &Context,
-    work: impl AsyncFnOnce(&Messenger) -> Result<T, Fault>,
-) -> Result<T, Fault> {
+    work: impl AsyncFnOnce(&Messenger) -> Result<T, CliError>,
+) -> Result<T, CliError> {
     with_or_without_server(context, async |messenger, unreachable| match unreachable {
         None => work(messenger).await,
-        Some(fault) => Err(fault),
+        Some(error) => Err(error),
     })
     .await
 }
@@ -38,8 +38,8 @@ pub(crate) async fn with<T>(
 /// have begun are known.
 pub(crate) async fn with_news<T>(
     context: &Context,
-    work: impl AsyncFnOnce(&Messenger) -> Result<T, Fault>,
-) -> Result<T, Fault> {
+    work: impl AsyncFnOnce(&Messenger) -> Result<T, CliError>,
+) -> Result<T, CliError> {
     with(context, async |messenger| {
         context.progress.during("looking for news", Box::pin(messenger.receive())).await?;
         work(messenger).await
@@ -52,12 +52,12 @@ pub(crate) async fn with_news<T>(
 /// reason for that.
 pub(crate) async fn to_send<T>(
     context: &Context,
-    work: impl AsyncFnOnce(&Messenger, Option<Fault>) -> Result<T, Fault>,
-) -> Result<T, Fault> {
+    work: impl AsyncFnOnce(&Messenger, Option<CliError>) -> Result<T, CliError>,
+) -> Result<T, CliError> {
     with_or_without_server(context, async |messenger, unreachable| {
         if unreachable.is_none() {
             // Dropped at any point, this loses nothing.
-            let news = timeout(NEWS_PATIENCE, Box::pin(messenger.receive()));
+            let news = timeout(INBOX_TIMEOUT, Box::pin(messenger.receive()));
             if let Ok(Err(error)) = context.progress.during("looking for news", news).await
                 && !is_temporary(&error)
             {
@@ -78,15 +78,15 @@ pub(crate) fn is_temporary(error: &Error) -> bool {
 /// the reason for that.
 pub(crate) async fn locally<T>(
     context: &Context,
-    work: impl AsyncFnOnce(&Messenger, Option<Fault>) -> Result<T, Fault>,
-) -> Result<T, Fault> {
+    work: impl AsyncFnOnce(&Messenger, Option<CliError>) -> Result<T, CliError>,
+) -> Result<T, CliError> {
     with_or_without_server(context, work).await
 }
 
 async fn with_or_without_server<T>(
     context: &Context,
-    work: impl AsyncFnOnce(&Messenger, Option<Fault>) -> Result<T, Fault>,
-) -> Result<T, Fault> {
+    work: impl AsyncFnOnce(&Messenger, Option<CliError>) -> Result<T, CliError>,
+) -> Result<T, CliError> {
     let mut messenger = Box::pin(context.progress.during("opening", open(context))).await?;
     let mut done = context.progress.during("connecting", connect(messenger.client())).await;
     if done.is_ok() && has_ended(context, &messenger).await {
@@ -96,8 +96,8 @@ async fn with_or_without_server<T>(
     }
     let done = match done {
         Ok(_) => work(&messenger, None).await,
-        Err(fault) if fault.exit == Exit::Unreachable => work(&messenger, Some(fault)).await,
-        Err(fault) => Err(fault),
+        Err(error) if error.exit == Exit::Unreachable => work(&messenger, Some(error)).await,
+        Err(error) => Err(error),
     };
     if messenger.are_keys_refused() {
         context.output.note(format_args!(
@@ -129,28 +129,28 @@ pub(crate) async fn close(messenger: Messenger) {
 
 /// Opens the chosen profile with the key kept since the login or, if the password is at hand, with
 /// that.
-pub(crate) async fn open(context: &Context) -> Result<Messenger, Fault> {
+pub(crate) async fn open(context: &Context) -> Result<Messenger, CliError> {
     let dir = context.dir();
     context.agree_with(&Profile::read(&dir).map_err(Error::from)?)?;
     if let Some(key) = context.keyring.get(&dir) {
         return Ok(Box::pin(Messenger::unlock_with_key(&dir, key)).await?);
     }
     if context.keyring.exists() && matches!(context.password, Source::Terminal) {
-        return Err(Fault::not_logged_in());
+        return Err(CliError::not_logged_in());
     }
     log_in(context).await
 }
 
 /// Opens the chosen profile with the password.
-async fn log_in(context: &Context) -> Result<Messenger, Fault> {
+async fn log_in(context: &Context) -> Result<Messenger, CliError> {
     let password = context.password.known().await?;
     Ok(Box::pin(Messenger::unlock(&context.dir(), &password)).await?)
 }
 
 /// Makes the connection, or says soon that it cannot be had.
-pub(crate) async fn connect(client: &Client) -> Result<Fingerprint, Fault> {
+pub(crate) async fn connect(client: &Client) -> Result<Fingerprint, CliError> {
     let events = client.connection_events();
-    match timeout(CONNECT_PATIENCE, client.connect()).await {
+    match timeout(CONNECT_TIMEOUT, client.connect()).await {
         Ok(connected) => Ok(connected?),
         Err(_) => {
             let reason = match &*events.borrow() {
@@ -158,14 +158,14 @@ pub(crate) async fn connect(client: &Client) -> Result<Fingerprint, Fault> {
                 _ => "no answer".to_owned().into(),
             };
             let server = client.options().server.clone();
-            Err(CallError::Unreachable { server, waited: CONNECT_PATIENCE, reason }.into())
+            Err(CallError::Unreachable { server, waited: CONNECT_TIMEOUT, reason }.into())
         }
     }
 }
 
 impl Context {
     /// Refuses options that name another server, or another proof of it, than the profile has.
-    fn agree_with(&self, profile: &Profile) -> Result<(), Fault> {
+    fn agree_with(&self, profile: &Profile) -> Result<(), CliError> {
         let differs = self.named_server().is_some_and(|server| *server != profile.server)
             || self.named_trust().is_some_and(|trust| *trust != profile.trust);
         if differs {
@@ -173,7 +173,7 @@ impl Context {
                 "the profile {} belongs to the server {}, known by other means than those given",
                 self.profile, profile.server
             );
-            return Err(Fault::new(Exit::Usage, "client.other_server", message).hint(
+            return Err(CliError::new(Exit::Usage, "client.other_server", message).hint(
                 "leave out --server and --pin; if the server has moved, give them to `qpq login` once",
             ));
         }

@@ -6,12 +6,12 @@ use qpq_client::{Messenger, Request, Requests, UnixMillis, Username};
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
 
-use super::{group::SHORTEST_ID, opened};
+use super::{find::SHORTEST_ID, opened};
 use crate::{
     args::Recipient,
     compose::Context,
     entry::{self, PersonObject},
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::{Report, Style},
     text,
 };
@@ -90,7 +90,7 @@ impl Report for Dropped {
     }
 }
 
-pub(crate) async fn list(context: &Context) -> Result<(), Fault> {
+pub(crate) async fn list(context: &Context) -> Result<(), CliError> {
     opened::with_news(context, async |messenger| {
         let requests = messenger.requests().await?;
         let now = SystemClock.now();
@@ -118,7 +118,7 @@ pub(crate) async fn decide(
     context: &Context,
     which: &Recipient,
     decision: Decision,
-) -> Result<(), Fault> {
+) -> Result<(), CliError> {
     opened::with_news(context, async |messenger| {
         let requests = messenger.requests().await?;
         for request in find(&requests.waiting, which)? {
@@ -138,7 +138,7 @@ pub(crate) async fn decide(
 }
 
 /// Lists the requests as lines for a person.
-pub(crate) async fn lines(messenger: &Messenger, style: Style) -> Result<Vec<String>, Fault> {
+pub(crate) async fn lines(messenger: &Messenger, style: Style) -> Result<Vec<String>, CliError> {
     let requests = messenger.requests().await?;
     let now = SystemClock.now();
     let mut lines: Vec<_> =
@@ -156,8 +156,8 @@ pub(crate) async fn decide_lines(
     which: &str,
     decision: Decision,
     style: Style,
-) -> Result<Vec<String>, Fault> {
-    let which: Recipient = which.parse().map_err(Fault::usage)?;
+) -> Result<Vec<String>, CliError> {
+    let which: Recipient = which.parse().map_err(CliError::usage)?;
     let requests = messenger.requests().await?;
     let mut lines = Vec::new();
     for request in find(&requests.waiting, &which)? {
@@ -167,7 +167,11 @@ pub(crate) async fn decide_lines(
     Ok(lines)
 }
 
-async fn apply(messenger: &Messenger, request: &Request, decision: Decision) -> Result<(), Fault> {
+async fn apply(
+    messenger: &Messenger,
+    request: &Request,
+    decision: Decision,
+) -> Result<(), CliError> {
     match decision {
         Decision::Accept => messenger.accept(request.id).await.map(drop)?,
         Decision::Decline => messenger.decline(request.id).await?,
@@ -210,7 +214,7 @@ fn dropped(requests: &Requests) -> Option<String> {
 
 /// The requests that are meant: all of a user, or that for one group. A name that could be one or
 /// the other is never guessed at, nor is a name that several users claim.
-fn find<'a>(waiting: &'a [Request], which: &Recipient) -> Result<Vec<&'a Request>, Fault> {
+fn find<'a>(waiting: &'a [Request], which: &Recipient) -> Result<Vec<&'a Request>, CliError> {
     let of_user = |user: &Username| -> Vec<_> {
         waiting.iter().filter(|request| request.from.username == *user).collect()
     };
@@ -224,7 +228,7 @@ fn find<'a>(waiting: &'a [Request], which: &Recipient) -> Result<Vec<&'a Request
     };
     let is_one_user = by_user.windows(2).all(|two| two[0].from.identity == two[1].from.identity);
     match (by_user.len(), by_group.len()) {
-        (0, 0) => Err(Fault::new(
+        (0, 0) => Err(CliError::new(
             Exit::Failure,
             "client.no_such_request",
             format_args!("no request of a user or for a group {}", text::line(&meant)),
@@ -232,7 +236,7 @@ fn find<'a>(waiting: &'a [Request], which: &Recipient) -> Result<Vec<&'a Request
         .hint("see `qpq requests`")),
         (0, 1) => Ok(by_group),
         (_, 0) if is_one_user => Ok(by_user),
-        _ => Err(Fault::new(
+        _ => Err(CliError::new(
             Exit::Failure,
             "client.ambiguous_request",
             format_args!("several users or groups are called {}", text::line(&meant)),
@@ -278,7 +282,9 @@ mod tests {
         ];
         let ids = |meant: &str| {
             let found = find(&waiting, &meant.parse().unwrap())?;
-            Ok::<_, Fault>(found.iter().map(|request| request.id.as_bytes()[0]).collect::<Vec<_>>())
+            Ok::<_, CliError>(
+                found.iter().map(|request| request.id.as_bytes()[0]).collect::<Vec<_>>(),
+            )
         };
         assert_eq!(ids("@dave").unwrap(), [0xaa, 0xbb]);
         assert_eq!(ids("frank").unwrap(), [0xee]);

@@ -13,7 +13,7 @@ use super::opened;
 use crate::{
     compose::Context,
     entry,
-    fault::{Exit, Fault},
+    error::{CliError, Exit},
     output::{Report, Style},
     text,
 };
@@ -45,7 +45,7 @@ impl Report for Health {
     }
 }
 
-pub(crate) async fn health(context: &Context) -> Result<(), Fault> {
+pub(crate) async fn health(context: &Context) -> Result<(), CliError> {
     let options = context.any_options()?;
     let server = options.server.clone();
     let client = Client::new(options).map_err(qpq_client::CallError::from)?;
@@ -55,7 +55,7 @@ pub(crate) async fn health(context: &Context) -> Result<(), Fault> {
     context.output.report(&health)?;
     match health.status.as_str() {
         "ok" => Ok(()),
-        status => Err(Fault::new(
+        status => Err(CliError::new(
             Exit::Failure,
             "client.unhealthy",
             format_args!("the server is {}", text::line(status)),
@@ -64,7 +64,7 @@ pub(crate) async fn health(context: &Context) -> Result<(), Fault> {
     }
 }
 
-async fn ask(client: &Client, server: String) -> Result<Health, Fault> {
+async fn ask(client: &Client, server: String) -> Result<Health, CliError> {
     let fingerprint: Fingerprint = opened::connect(client).await?;
     let asked = Instant::now();
     let answer = client.health().await?;

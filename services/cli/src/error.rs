@@ -1,5 +1,5 @@
-//! Whatever goes wrong, as people and programs are told: one line what it is, one line what to do,
-//! a stable code, an exit code.
+//! Errors for people and programs: a line that says what happened, a line that says what to do, a
+//! stable code, and an exit code.
 
 use std::{borrow::Cow, fmt, io, process::ExitCode};
 
@@ -29,9 +29,9 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Why a command ends without having done its work.
+/// The reason why a command failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Fault {
+pub(crate) struct CliError {
     pub(crate) exit: Exit,
     /// Stable: the server's (`delivery.queue_full`) or one of ours (`client.unreachable`).
     pub(crate) code: Cow<'static, str>,
@@ -40,7 +40,7 @@ pub(crate) struct Fault {
     pub(crate) hint: Option<Cow<'static, str>>,
 }
 
-impl Fault {
+impl CliError {
     pub(crate) fn new(exit: Exit, code: &'static str, message: impl fmt::Display) -> Self {
         Self { exit, code: code.into(), message: message.to_string(), hint: None }
     }
@@ -58,10 +58,10 @@ impl Fault {
 
     /// Standard output could not be written.
     pub(crate) fn output(error: &io::Error) -> Self {
-        let fault = Self::io("cannot write to standard output", error);
+        let failed = Self::io("cannot write to standard output", error);
         match error.kind() {
-            io::ErrorKind::BrokenPipe => Self { exit: Exit::PipeClosed, ..fault },
-            _ => fault,
+            io::ErrorKind::BrokenPipe => Self { exit: Exit::PipeClosed, ..failed },
+            _ => failed,
         }
     }
 
@@ -89,7 +89,7 @@ impl Fault {
     }
 }
 
-impl From<Error> for Fault {
+impl From<Error> for CliError {
     fn from(error: Error) -> Self {
         let failure = |code, hint: &'static str| Self::new(Exit::Failure, code, &error).hint(hint);
         match error {
@@ -126,7 +126,7 @@ impl From<Error> for Fault {
     }
 }
 
-impl From<MlsError> for Fault {
+impl From<MlsError> for CliError {
     fn from(error: MlsError) -> Self {
         if let MlsError::BadPackage { reason, .. } = &error
             && matches!(reason.reason(), "expired" | "not_yet_valid")
@@ -165,7 +165,7 @@ impl From<MlsError> for Fault {
     }
 }
 
-impl From<AuthError> for Fault {
+impl From<AuthError> for CliError {
     fn from(error: AuthError) -> Self {
         match error {
             AuthError::WrongPassword => Self::new(Exit::NotLoggedIn, "auth.failed", error)
@@ -186,7 +186,7 @@ impl From<AuthError> for Fault {
     }
 }
 
-impl From<CallError> for Fault {
+impl From<CallError> for CliError {
     fn from(error: CallError) -> Self {
         let unreachable =
             |code, hint: &'static str| Self::new(Exit::Unreachable, code, &error).hint(hint);
@@ -217,21 +217,21 @@ impl From<CallError> for Fault {
     }
 }
 
-fn session_ended() -> Fault {
-    Fault::new(Exit::NotLoggedIn, "client.session_ended", "your session has ended")
+fn session_ended() -> CliError {
+    CliError::new(Exit::NotLoggedIn, "client.session_ended", "your session has ended")
         .hint("run `qpq login`")
 }
 
-fn refused(refusal: &qpq_client::ServerError) -> Fault {
-    let fault = Fault {
+fn refused(refusal: &qpq_client::ServerError) -> CliError {
+    let error = CliError {
         exit: Exit::Failure,
         code: or(&refusal.code, "client.refused"),
         message: text::line(&refusal.to_string()).to_string(),
         hint: None,
     };
     match refusal.retry_after {
-        Some(wait) => fault.hint(format!("try again in {} s", wait.as_secs().max(1))),
-        None => fault,
+        Some(wait) => error.hint(format!("try again in {} s", wait.as_secs().max(1))),
+        None => error,
     }
 }
 
@@ -242,7 +242,7 @@ fn or(code: &str, fallback: &'static str) -> Cow<'static, str> {
     if is_code { code.to_owned().into() } else { fallback.into() }
 }
 
-impl From<ConnectError> for Fault {
+impl From<ConnectError> for CliError {
     fn from(error: ConnectError) -> Self {
         match error {
             ConnectError::PinMismatch { expected, seen } => {
@@ -272,7 +272,7 @@ impl From<ConnectError> for Fault {
     }
 }
 
-impl From<ProfileError> for Fault {
+impl From<ProfileError> for CliError {
     fn from(error: ProfileError) -> Self {
         let failure = |code, hint: &'static str| Self::new(Exit::Failure, code, &error).hint(hint);
         match error {
@@ -312,7 +312,7 @@ mod tests {
 
     use super::*;
 
-    fn server(status: Status, code: &str) -> Fault {
+    fn server(status: Status, code: &str) -> CliError {
         let (message, field) = ("No.\x1b[2J".to_owned(), None);
         let retry_after = Some(Duration::from_millis(2500));
         CallError::Server(ServerError { status, code: code.into(), message, retry_after, field })
@@ -321,24 +321,24 @@ mod tests {
 
     #[test]
     fn a_refusal_keeps_its_code_and_cannot_drive_the_terminal() {
-        let fault = server(Status::RateLimited, "delivery.queue_full");
-        assert_eq!((fault.exit, &*fault.code), (Exit::Failure, "delivery.queue_full"));
-        assert!(fault.message.contains("No.\\u{1b}[2J"), "{}", fault.message);
-        assert_eq!(fault.hint.as_deref(), Some("try again in 2 s"));
+        let error = server(Status::RateLimited, "delivery.queue_full");
+        assert_eq!((error.exit, &*error.code), (Exit::Failure, "delivery.queue_full"));
+        assert!(error.message.contains("No.\\u{1b}[2J"), "{}", error.message);
+        assert_eq!(error.hint.as_deref(), Some("try again in 2 s"));
         assert_eq!(server(Status::Internal, "not a code\n").code, "client.refused");
     }
 
     #[test]
     fn an_ended_session_says_to_log_in() {
-        let fault = server(Status::Unauthorized, "auth.session_expired");
-        assert_eq!((fault.exit, &*fault.code), (Exit::NotLoggedIn, "auth.session_expired"));
-        assert_eq!(fault.hint.as_deref(), Some("run `qpq login`"));
+        let error = server(Status::Unauthorized, "auth.session_expired");
+        assert_eq!((error.exit, &*error.code), (Exit::NotLoggedIn, "auth.session_expired"));
+        assert_eq!(error.hint.as_deref(), Some("run `qpq login`"));
     }
 
     #[test]
     fn a_hint_names_the_profile_that_was_chosen() {
         let hint = |profile: &str| {
-            Fault::not_logged_in().in_profile(&profile.parse().unwrap()).hint.unwrap()
+            CliError::not_logged_in().in_profile(&profile.parse().unwrap()).hint.unwrap()
         };
         assert_eq!(hint("alice"), "run `qpq -p alice login`");
         assert_eq!(hint(ProfileName::DEFAULT), "run `qpq login`");
@@ -347,12 +347,12 @@ mod tests {
     #[test]
     fn a_changed_certificate_shows_both_fingerprints() {
         let (expected, seen) = (Fingerprint::from([1; 32]), Fingerprint::from([2; 32]));
-        let fault = Fault::from(ConnectError::PinMismatch { expected, seen });
-        assert_eq!(fault.exit, Exit::Untrusted);
+        let error = CliError::from(ConnectError::PinMismatch { expected, seen });
+        assert_eq!(error.exit, Exit::Untrusted);
         assert!(
-            fault.message.contains(&expected.to_string())
-                && fault.message.contains(&seen.to_string())
+            error.message.contains(&expected.to_string())
+                && error.message.contains(&seen.to_string())
         );
-        assert!(fault.hint.unwrap().contains("in between"));
+        assert!(error.hint.unwrap().contains("in between"));
     }
 }
