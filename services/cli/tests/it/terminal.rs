@@ -246,3 +246,29 @@ async fn passwords_are_asked_for_unseen_and_twice_for_a_new_account() {
     assert_eq!(code, Some(130), "{shown}");
     assert!(shown.contains("interrupted") && !shown.contains("half"), "{shown}");
 }
+
+#[tokio::test]
+async fn requests_are_listed_and_decided_on_while_chatting() {
+    let world = World::new().await;
+    let [alice, _bob, mallory] =
+        [world.user("alice").await, world.user("bob").await, world.user("mallory").await];
+    let mut terminal = Terminal::start(&alice, &["dm", "bob"]);
+    terminal.shows("you: ").await;
+    for group in ["offers", "party"] {
+        mallory.ok(&["group", "create", group, "alice"]).await;
+    }
+    terminal.shows("mallory wants to add you to the group offers: see `qpq requests`").await;
+    mallory.ok(&["group", "send", "party", "hi"]).await;
+    terminal.types("/requests\r");
+    terminal.shows("wants to add you to the group offers, 2 members").await;
+    terminal.types("/accept nobody\r");
+    terminal.shows("no request of a user or for a group nobody").await;
+    terminal.types("/decline offers\r");
+    terminal.shows("Declined the group").await;
+    terminal.types("/accept party\r");
+    terminal.shows("You joined the group").await;
+    terminal.shows("mallory has written to a group").await;
+    terminal.types("/quit\r");
+    assert_eq!(terminal.ends().await.0, Some(0));
+    assert!(alice.json(&["requests"]).await.is_empty());
+}
