@@ -42,21 +42,23 @@ struct Shared {
     token: RwLock<Option<SessionToken>>,
 }
 
-/// What a login gives. The client it was made with uses the token by itself.
+/// The result of a login. The client that logged in uses the token from then on.
 #[derive(Debug, Clone)]
 pub struct Session {
+    /// The token of the session.
     pub token: SessionToken,
     /// When the session ends unless it is used; `None` if the server does not say.
     pub expires_at: Option<UnixMillis>,
+    /// The key that OPAQUE derives at each login, for the encryption of the profile.
     pub export_key: ExportKey,
     /// The form of the password that the account was registered with.
     pub(crate) password: Password,
 }
 
-/// What a registration gives.
+/// The result of a registration.
 #[derive(Debug, Clone)]
 pub struct Registered {
-    /// The same that every login will give.
+    /// The key that each login derives.
     pub export_key: ExportKey,
 }
 
@@ -66,6 +68,7 @@ pub struct Registered {
 pub struct PendingRegistration {
     username: Username,
     upload: Bytes,
+    /// The key that each login will derive.
     pub export_key: ExportKey,
     /// The form of the password that is registered.
     pub(crate) password: Password,
@@ -88,6 +91,7 @@ impl Client {
         Ok(Self { shared: Arc::new(Shared { options, link, token: RwLock::default() }) })
     }
 
+    /// Returns the options that the client was created with.
     pub fn options(&self) -> &Options {
         &self.shared.options
     }
@@ -272,6 +276,7 @@ impl Client {
         self.shared.link.renew().await
     }
 
+    /// Asks the server how it is. Needs no session.
     pub async fn health(&self) -> Result<v1::HealthResponse, CallError> {
         self.call::<methods::Health>(v1::HealthRequest {}).await
     }

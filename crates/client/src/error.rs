@@ -1,4 +1,4 @@
-//! Everything that can go wrong, by what the caller can do about it.
+//! The errors of the SDK, by what the caller can do about each.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -9,7 +9,7 @@ use qpq_transport::Fingerprint;
 /// Why a call gave no answer.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CallError {
-    /// The server answered, and refused.
+    /// The server refused the call.
     #[error(transparent)]
     Server(#[from] ServerError),
     /// The other side is not the server we trust, or not one that we can talk to. Trying again
@@ -18,22 +18,46 @@ pub enum CallError {
     Connect(#[from] ConnectError),
     /// No connection for as long as [`Options::patience`](crate::Options::patience) allows.
     #[error("no connection to {server} for {} s: {reason}", waited.as_secs())]
-    Unreachable { server: String, waited: Duration, reason: NoConnection },
+    Unreachable {
+        /// The server's address.
+        server: String,
+        /// The time for which a connection was tried.
+        waited: Duration,
+        /// The result of the last attempt.
+        reason: NoConnection,
+    },
     /// Connected, but no answer in time.
     #[error("{method} was not answered in time")]
-    TimedOut { method: &'static str },
+    TimedOut {
+        /// The method that was called.
+        method: &'static str,
+    },
     /// The connection was lost, and the call may or may not have had its effect.
     #[error("the connection was lost during {method}")]
-    Lost { method: &'static str },
+    Lost {
+        /// The method that was called.
+        method: &'static str,
+    },
     /// The request is larger than a frame may be. Nothing was sent.
     #[error("the request has {size} bytes, at most {max} fit")]
-    TooLarge { size: usize, max: usize },
+    TooLarge {
+        /// The bytes of the request.
+        size: usize,
+        /// The most that a frame holds.
+        max: usize,
+    },
     /// The server's answer is not what the protocol says.
     #[error("the server's answer to {method} is malformed")]
-    Malformed { method: &'static str },
+    Malformed {
+        /// The method that was called.
+        method: &'static str,
+    },
     /// The server gave a message a number that no inbox can have reached. Nothing was changed.
     #[error("the server numbered a message {seq}, which no inbox can have reached")]
-    ImpossibleSeq { seq: u64 },
+    ImpossibleSeq {
+        /// The number.
+        seq: u64,
+    },
 }
 
 impl CallError {
@@ -88,6 +112,7 @@ impl From<String> for NoConnection {
 /// A server's refusal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerError {
+    /// The kind of refusal.
     pub status: Status,
     /// Stable, dotted by area: what programs switch on. Empty when the server gave none.
     pub code: String,
@@ -134,16 +159,30 @@ pub enum ConnectError {
         "the server's certificate has changed: expected fingerprint {expected}, got {seen}; \
          if its operator confirms the new one, pin it, otherwise somebody is in between"
     )]
-    PinMismatch { expected: Fingerprint, seen: Fingerprint },
+    PinMismatch {
+        /// The fingerprint that was pinned.
+        expected: Fingerprint,
+        /// The fingerprint of the server's key.
+        seen: Fingerprint,
+    },
     /// The server's certificate is not for its name, or not issued by anyone we trust.
     #[error("the server's certificate is not trusted: {reason}")]
-    Untrusted { reason: String },
+    Untrusted {
+        /// The reason that the TLS library gives.
+        reason: String,
+    },
     /// The other side does not speak our protocol.
     #[error("the other side does not speak qpq: {reason}")]
-    NotQpq { reason: String },
+    NotQpq {
+        /// The reason that the QUIC library gives.
+        reason: String,
+    },
     /// The given address or trust material cannot be used.
     #[error("{reason}")]
-    Misconfigured { reason: String },
+    Misconfigured {
+        /// A sentence that says what cannot be used.
+        reason: String,
+    },
 }
 
 /// Why a registration or a login failed.
@@ -152,15 +191,19 @@ pub enum AuthError {
     /// Login: the password is wrong or the user does not exist; the protocol does not tell which.
     #[error("wrong username or password")]
     WrongPassword,
+    /// Registration: another account has the name.
     #[error("the username is taken")]
     UsernameTaken,
+    /// Registration: another account has the key.
     #[error("the identity key is already registered")]
     IdentityTaken,
+    /// Login: an administrator has banned the account.
     #[error("the account is banned")]
     Banned,
     /// Registration: RFC 8265 allows no such password.
     #[error("a password is not empty and has no control characters, such as tabs")]
     PasswordRefused,
+    /// The call failed.
     #[error(transparent)]
     Call(#[from] CallError),
 }
@@ -181,10 +224,13 @@ impl AuthError {
 /// Why the messenger could not do something.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A registration or a login failed.
     #[error(transparent)]
     Auth(#[from] AuthError),
+    /// A call failed.
     #[error(transparent)]
     Call(#[from] CallError),
+    /// The profile on disk cannot be used.
     #[error(transparent)]
     Profile(#[from] ProfileError),
     /// The server knows nobody of this name.
@@ -198,18 +244,39 @@ pub enum Error {
     #[error(
         "the identity key of {username} has changed; compare safety numbers before you write to them"
     )]
-    IdentityChanged { username: Username, known: IdentityKey, now: IdentityKey },
+    IdentityChanged {
+        /// The name.
+        username: Username,
+        /// The key that the name was confirmed for before.
+        known: IdentityKey,
+        /// The key that the directory gives now.
+        now: IdentityKey,
+    },
     /// Messages of this user are refused, so an answer would not be read.
     #[error("you have blocked {0}")]
     Blocked(Username),
+    /// The profile has no such conversation.
     #[error("there is no such conversation")]
     NoSuchConversation,
+    /// No such request waits: it was accepted, declined or dropped.
     #[error("there is no such request")]
     NoSuchRequest,
+    /// The text is longer than a message may be.
     #[error("a message has at most {max} bytes, this one has {size}")]
-    TextTooLong { size: usize, max: usize },
+    TextTooLong {
+        /// The bytes of the text.
+        size: usize,
+        /// The most that a message has.
+        max: usize,
+    },
+    /// The name of a group is empty or too long.
     #[error("a group's name has 1 to {max} bytes, this one has {size}")]
-    GroupName { size: usize, max: usize },
+    GroupName {
+        /// The bytes of the name.
+        size: usize,
+        /// The most that a name has.
+        max: usize,
+    },
     /// What MLS does not allow (only a group's creator changes its members), or a key package that
     /// cannot be used.
     #[error(transparent)]
@@ -238,8 +305,10 @@ impl Error {
 /// Why a profile on disk could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ProfileError {
+    /// The directory has no profile.
     #[error("there is no profile in {}; register first", .0.display())]
     Missing(PathBuf),
+    /// The directory has a profile already.
     #[error("there is a profile in {} already", .0.display())]
     Exists(PathBuf),
     /// Another process has it for itself: it registers, imports an earlier release's state, or is
@@ -252,8 +321,20 @@ pub enum ProfileError {
     /// The key does not open the encrypted state.
     #[error("the password or key does not open the profile")]
     WrongKey,
+    /// A file cannot be read as what it is.
     #[error("{} is damaged: {reason}", path.display())]
-    Damaged { path: PathBuf, reason: String },
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The reason, as a sentence.
+        reason: String,
+    },
+    /// A file cannot be read or written.
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The error of the operating system.
+        source: std::io::Error,
+    },
 }

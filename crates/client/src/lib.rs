@@ -23,6 +23,8 @@
 //! nothing twice; a message that could not be sent yet is sent, under the same id, by whatever runs
 //! next ([`Messenger::flush`], [`Messenger::receive`], [`Messenger::listen`]).
 
+#![warn(missing_docs)]
+
 mod call;
 mod client;
 mod dial;

@@ -36,12 +36,16 @@ use crate::{
 pub enum ConnectionEvent {
     /// Not needed yet.
     Idle,
+    /// Connected to the server.
     Connected {
+        /// The fingerprint of the server's key.
         fingerprint: Fingerprint,
     },
     /// Lost, or never had; the next call tries again, or one is trying now.
     Reconnecting {
+        /// The time since when there is no connection.
         since: Instant,
+        /// The result of the last attempt.
         reason: NoConnection,
     },
 }

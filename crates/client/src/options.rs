@@ -45,9 +45,11 @@ impl Trust {
 pub struct Options {
     /// `host`, `host:port` or `[ipv6]:port`; the port is 5001 when none is given.
     pub server: String,
+    /// The proof of identity that the server must have.
     pub trust: Trust,
     /// How long a call may be tried again, with reconnects, before it fails.
     pub patience: Duration,
+    /// The delays between attempts to connect.
     pub backoff: Backoff,
 }
 

@@ -25,20 +25,24 @@ use crate::{
     options::{Options, Trust},
 };
 
-/// How long to wait for another process to let go of a profile: as long as a short command takes.
+/// The longest wait for another process that uses a profile: as long as a short command takes.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(25);
 
 /// What is known of a profile without its password.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
+    /// The account's name.
     #[serde(with = "username_text")]
     pub username: Username,
     /// As given: `host` or `host:port`.
     pub server: String,
+    /// The proof of identity that the server must have.
     pub trust: Trust,
+    /// The account's identity key.
     #[serde(with = "identity_hex")]
     pub identity: IdentityKey,
+    /// How far the account's registration got.
     pub status: Status,
 }
 
@@ -48,6 +52,7 @@ pub struct Profile {
 pub enum Status {
     /// Begun; it may or may not have reached the server.
     Registering,
+    /// Complete.
     Registered,
 }
 

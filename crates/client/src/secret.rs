@@ -67,12 +67,14 @@ impl fmt::Debug for Password {
 pub struct ExportKey(Zeroizing<[u8; Self::LEN]>);
 
 impl ExportKey {
+    /// The number of bytes.
     pub const LEN: usize = 64;
 
     pub(crate) fn new(bytes: Zeroizing<[u8; Self::LEN]>) -> Self {
         Self(bytes)
     }
 
+    /// Returns the bytes.
     pub fn expose(&self) -> &[u8; Self::LEN] {
         &self.0
     }

@@ -21,6 +21,7 @@ use super::{
 pub enum ConversationId {
     /// With the owner of this key.
     Direct(IdentityKey),
+    /// A group.
     Group(GroupId),
 }
 
@@ -61,11 +62,13 @@ pub struct EntryId(pub u64);
 /// One thing that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry<P = Person> {
+    /// The entry's number.
     pub id: EntryId,
     /// `None`: it belongs to no conversation.
     pub conversation: Option<ConversationId>,
     /// When the server took the message; for our own, when it was written.
     pub at: UnixMillis,
+    /// The content of the entry.
     pub event: Event<P>,
 }
 
@@ -73,23 +76,59 @@ pub struct Entry<P = Person> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<P = Person> {
     /// We wrote.
-    Sent { text: String, delivery: Delivery },
-    /// Somebody wrote. `sent_at` is by the sender's clock.
-    Received { from: P, text: String, sent_at: UnixMillis },
+    Sent {
+        /// The text.
+        text: String,
+        /// How far the message got.
+        delivery: Delivery,
+    },
+    /// Another person wrote.
+    Received {
+        /// The sender.
+        from: P,
+        /// The text.
+        text: String,
+        /// The time of sending, by the sender's clock.
+        sent_at: UnixMillis,
+    },
     /// `by` took us into the conversation.
-    Joined { by: P },
+    Joined {
+        /// The group's creator.
+        by: P,
+    },
     /// A stranger's request waits, for a group of this name or for a direct conversation. Further
     /// requests have no entry until requests are listed or one is decided on.
-    Requested { by: P, group: Option<String> },
-    /// Somebody was taken into the group.
-    Added { members: Vec<P> },
-    /// Somebody was removed from the group, maybe we.
-    Removed { members: Vec<P> },
+    Requested {
+        /// The stranger.
+        by: P,
+        /// The group's name.
+        group: Option<String>,
+    },
+    /// Members were added to the group.
+    Added {
+        /// The new members.
+        members: Vec<P>,
+    },
+    /// Members were removed from the group.
+    Removed {
+        /// The members that were removed; we may be among them.
+        members: Vec<P>,
+    },
     /// Something in the inbox could not be read. `from` is who it says sent it, where it says so;
     /// nothing proves that.
-    Unreadable { from: Option<P>, reason: String },
+    Unreadable {
+        /// The claimed sender.
+        from: Option<P>,
+        /// The reason, as a sentence.
+        reason: String,
+    },
     /// These messages of the inbox never came: they expired, or another client took them.
-    Missing { first: Seq, last: Seq },
+    Missing {
+        /// The first number that is missing.
+        first: Seq,
+        /// The last number that is missing.
+        last: Seq,
+    },
     /// The server's store went back in time, as when a backup is restored. What it had accepted
     /// since the backup and not delivered is lost; its senders know it as sent.
     WentBack,
@@ -98,11 +137,24 @@ pub enum Event<P = Person> {
     Restored,
     /// Somebody in a conversation of ours claims a name that the directory does not give to its
     /// key.
-    NameRefuted { person: P, claimed: Username },
+    NameRefuted {
+        /// The person.
+        person: P,
+        /// The name that is falsely claimed.
+        claimed: Username,
+    },
     /// Somebody in a conversation of ours has a name that was confirmed for another key before.
-    NewKey { person: P },
+    NewKey {
+        /// The person, with the new key.
+        person: P,
+    },
     /// The server will not take a message of ours for this person.
-    Undeliverable { to: P, reason: String },
+    Undeliverable {
+        /// The recipient.
+        to: P,
+        /// The server's reason.
+        reason: String,
+    },
 }
 
 /// How far a message of ours got.

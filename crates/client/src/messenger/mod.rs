@@ -90,7 +90,9 @@ struct Shared {
 /// A conversation, as a list shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conversation {
+    /// The conversation's id.
     pub id: ConversationId,
+    /// A group or a direct conversation.
     pub kind: ConversationKind,
     /// Entries that were not marked as seen.
     pub unseen: usize,
@@ -101,15 +103,20 @@ pub struct Conversation {
 /// What kind of conversation it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConversationKind {
+    /// Between us and one other person.
     Direct {
+        /// The other person.
         peer: Person,
     },
+    /// A group.
     Group {
+        /// The group's name.
         name: String,
-        /// The only one who adds and removes.
+        /// The only member who adds and removes members.
         creator: Person,
         /// How many there are in it, with us.
         members: usize,
+        /// Whether we are in it.
         membership: Membership,
     },
 }
@@ -117,6 +124,7 @@ pub enum ConversationKind {
 /// Whether we are in a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Membership {
+    /// We are a member.
     Member,
     /// We were removed: nothing more can be sent or read.
     Removed,

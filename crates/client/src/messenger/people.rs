@@ -21,6 +21,7 @@ pub struct Person {
     pub identity: IdentityKey,
     /// The name to show together with `standing`.
     pub username: Username,
+    /// What the name is worth.
     pub standing: Standing,
 }
 

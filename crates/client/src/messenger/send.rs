@@ -41,6 +41,7 @@ const SAVED_WITHIN: Duration = Duration::from_secs(1);
 pub struct Sent {
     /// Its entry in the history.
     pub entry: EntryId,
+    /// How far the message got.
     pub outcome: Outcome,
 }
 
