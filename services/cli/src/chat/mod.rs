@@ -46,7 +46,7 @@ pub(crate) async fn dm(context: &Context, to: &Recipient, linger: u64) -> Result
         return opened::with(context, async |messenger| {
             // So that a conversation is gone on with which the other has begun. A person does not
             // wait for what is still to be sent: it goes out while they read.
-            context.progress.during("looking for news", Box::pin(messenger.catch_up())).await?;
+            context.progress.during("reading the inbox", Box::pin(messenger.catch_up())).await?;
             let chat = Chat::new(context, messenger, to, None).await?;
             Box::pin(interactive::run(&chat)).await
         })

@@ -227,7 +227,7 @@ pub(crate) async fn recv(
     opened::with(context, async |messenger| {
         let mut reader = Reader { context, messenger, groups: GroupNames::default() };
         let there =
-            context.progress.during("looking for news", Box::pin(messenger.receive())).await?;
+            context.progress.during("reading the inbox", Box::pin(messenger.receive())).await?;
         let found = !there.is_empty();
         reader.show(&there).await?;
         match (follow, until) {

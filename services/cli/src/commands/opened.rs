@@ -41,7 +41,7 @@ pub(crate) async fn with_news<T>(
     work: impl AsyncFnOnce(&Messenger) -> Result<T, CliError>,
 ) -> Result<T, CliError> {
     with(context, async |messenger| {
-        context.progress.during("looking for news", Box::pin(messenger.receive())).await?;
+        context.progress.during("reading the inbox", Box::pin(messenger.receive())).await?;
         work(messenger).await
     })
     .await
@@ -58,7 +58,7 @@ pub(crate) async fn to_send<T>(
         if unreachable.is_none() {
             // Dropped at any point, this loses nothing.
             let news = timeout(INBOX_TIMEOUT, Box::pin(messenger.receive()));
-            if let Ok(Err(error)) = context.progress.during("looking for news", news).await
+            if let Ok(Err(error)) = context.progress.during("reading the inbox", news).await
                 && !is_temporary(&error)
             {
                 return Err(error.into());
