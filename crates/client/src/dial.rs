@@ -13,7 +13,7 @@ use crate::{
     options::{Options, Trust, split_address},
 };
 
-/// How long an address is given before the next one is tried beside it.
+/// The time after which the next address is tried as well.
 const HEAD_START: Duration = Duration::from_millis(250);
 /// More addresses than this are not tried.
 const MOST: usize = 8;
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_of_this_machine_are_tried_at_once_and_others_in_turn() {
+    fn addresses_of_this_machine_are_tried_together_and_others_in_turn() {
         let [v4, v6, far] =
             ["127.0.0.1:1", "[::1]:1", "192.0.2.1:1"].map(|text| text.parse().unwrap());
         assert_eq!(head_start(&[v4, v6]), Duration::ZERO);

@@ -8,8 +8,8 @@
 //!
 //! let options = Options::new("localhost:5001", Trust::FirstUse);
 //! let alice = Username::parse("alice").expect("a name");
-//! let messenger =
-//!     Messenger::register("profiles/alice".as_ref(), options, &alice, &Password::from("…"), None).await?;
+//! let (dir, password) = ("profiles/alice".as_ref(), Password::from("…"));
+//! let messenger = Messenger::register(dir, options, &alice, &password, None).await?;
 //! let bob = messenger.conversation_with(&Username::parse("bob").expect("a name")).await?;
 //! messenger.send(bob, "hello").await?;
 //! # Ok(())

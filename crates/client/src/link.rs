@@ -1,9 +1,9 @@
-//! The one connection that a client has at a time: made when it is first needed, made anew when it
+//! The one connection that a client has at a time: made when it is first needed, made again when it
 //! is lost.
 //!
 //! A new connection comes from a new UDP port (the transport sees to that), so that a load balancer
-//! can send it elsewhere. After a loss the first try is at once; failures in a row wait longer and
-//! longer. A connection that was lost before it answered anything counts as a failure.
+//! can send it elsewhere. After a loss the first attempt is immediate; each failure in a row makes
+//! the next wait longer. A connection that was lost before its first answer counts as a failure.
 
 use std::{
     sync::{
@@ -31,7 +31,7 @@ use crate::{
     options::{Options, Trust},
 };
 
-/// How the connection is doing, for whoever shows it to a person.
+/// How the connection is doing, to be shown to a person.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConnectionEvent {
     /// Not needed yet.
@@ -58,7 +58,7 @@ pub(crate) struct Link {
     pin_first: bool,
     slot: Mutex<Slot>,
     events: watch::Sender<ConnectionEvent>,
-    /// How many connections there were: only the last one's loss is told.
+    /// How many connections there were: only the loss of the last one is reported.
     made: Arc<AtomicU64>,
 }
 
@@ -130,7 +130,7 @@ impl Live {
     }
 }
 
-/// How long a server that is told goodbye may take to acknowledge it.
+/// The time that a server has to acknowledge the end of a connection.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 impl Link {

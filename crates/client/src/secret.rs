@@ -21,8 +21,8 @@ impl Password {
         Self(password)
     }
 
-    /// Returns the form to register with, or `None` if RFC 8265 allows no such password: it is empty
-    /// or has a control character.
+    /// Returns the form to register with, or `None` if RFC 8265 allows no such password: it is
+    /// empty or has a control character.
     pub(crate) fn prepared(&self) -> Option<Self> {
         let prepared = OpaqueString::enforce(self.0.as_str()).ok()?.into_owned();
         Some(Self(Zeroizing::new(prepared)))

@@ -71,7 +71,7 @@ pub struct Added {
     pub welcome: Parcel,
 }
 
-/// Somebody to be added, as the directory knows them, with a key package as the server gave it out.
+/// A person to be added, as the directory names them, with a key package of theirs.
 #[derive(Debug, Clone, Copy)]
 pub struct Invitee<'a> {
     pub identity: IdentityKey,
@@ -305,9 +305,9 @@ impl Client {
         self.encrypt_bytes(group, &crate::content::could_not_read(&digests))
     }
 
-    /// Drops a group that somebody else made, and all its keys. What is still sent to it is refused,
-    /// until its creator adds us again. Returns what asks the creator to remove us, unless that has
-    /// happened.
+    /// Drops a group that another person created, and all its keys. What is still sent to it is
+    /// refused until its creator adds us again. Returns the message that asks the creator to remove
+    /// us, unless that has happened.
     pub fn leave(&mut self, id: GroupId) -> Result<Option<Parcel>, Error> {
         let group = self.group(&id)?.ok_or(Error::UnknownGroup)?;
         if group.peer_of(&self.identity.public()).is_some() {

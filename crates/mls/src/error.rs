@@ -17,11 +17,11 @@ pub enum Error {
     /// Nobody could change the group any more.
     #[error("its creator cannot leave a group: nobody else could change it")]
     CreatorStays,
-    #[error("nobody else is in the group: add someone first")]
+    #[error("nobody else is in the group: add a member first")]
     Alone,
     #[error("name at least one person")]
     Nobody,
-    #[error("a conversation needs someone else")]
+    #[error("a conversation needs another person")]
     Yourself,
     #[error("a direct conversation is between two: start a group instead")]
     DirectIsForTwo,

@@ -37,9 +37,8 @@ use crate::{
 /// Ciphertexts are padded to a multiple of this many bytes.
 const PADDING: usize = 32;
 
-/// How many epochs back an application message may come from: what members wrote before they knew
-/// of so many changes. Each costs forward secrecy, and room: 2 KB in a group of four, 80 KB in one
-/// of two hundred.
+/// The most epochs that an application message may be behind its group. Each costs forward secrecy,
+/// and room: 2 KB in a group of four, 80 KB in one of two hundred.
 const PAST_EPOCHS: usize = 10;
 
 /// How far back in one sender's messages a late one may be, and how many may be lost in a row: as
@@ -66,7 +65,7 @@ pub(crate) struct Group {
     departed: Vec<Departed>,
 }
 
-/// Somebody whose leaf was emptied, remembered as long as its messages of earlier epochs can be
+/// A member whose leaf was emptied, remembered as long as its messages of earlier epochs can be
 /// read.
 struct Departed {
     leaf: u32,
@@ -198,7 +197,7 @@ impl Group {
         message.to_bytes().map_err(Error::mls)
     }
 
-    /// Uses up so many of our sending keys.
+    /// Uses up `count` of our sending keys.
     pub(crate) fn skip_keys(&mut self, identity: &Identity, count: u64) -> Result<(), Error> {
         (0..count).try_for_each(|_| self.encrypt(identity, b"").map(drop))
     }

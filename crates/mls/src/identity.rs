@@ -65,7 +65,7 @@ impl Signer for Identity {
     }
 }
 
-/// Somebody in a group.
+/// A member of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
     /// Proven: what the member sends is signed with it.

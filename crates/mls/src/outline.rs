@@ -2,7 +2,7 @@
 //! data, in which our clients name themselves.
 //!
 //! The server knows the sender of each message anyway. For the receiver the name is a mere claim
-//! until the message is decrypted; it says whom to ask about one that cannot be.
+//! until the message is decrypted; it names the person to ask about one that cannot be.
 
 use qpq_domain::IdentityKey;
 

@@ -20,8 +20,8 @@ const VERSION: u8 = 1;
 /// A group's id: 16 random bytes, then the first 16 of SHA-256(`"qpq/group/1"` ‖ creator's identity
 /// key ‖ random bytes).
 ///
-/// The second half binds the creator. Whoever else claims the id, with a Welcome that comes before
-/// the creator's, would have to find a second preimage.
+/// The second half binds the creator. Another person who claims the id, with a Welcome that comes
+/// before the creator's, would have to find a second preimage.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupId([u8; 32]);
 

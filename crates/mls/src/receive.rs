@@ -175,8 +175,8 @@ impl Client {
             waiting::remove_group(&self.database, &id)?;
             return Ok(vec![Received::Refused { used_package: true }]);
         }
-        // The id binds the creator, so the same creator describes the same group; the later epoch is
-        // the newer.
+        // The id binds the creator, so the same creator describes the same group. The later epoch
+        // is the newer.
         let known = self.group(&id)?.map(|group| group.epoch);
         let waits = requests::get(&self.database, &id)?.map(|kept| kept.request.epoch);
         if known.max(waits).is_some_and(|epoch| epoch >= request.epoch) {

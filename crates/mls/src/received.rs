@@ -142,7 +142,7 @@ pub enum Ignored {
     NotMls,
     #[error("a Welcome that is forged, broken, or not its group's creator's")]
     BadWelcome,
-    #[error("a change to the group by someone other than its creator")]
+    #[error("a change to the group by a member that is not its creator")]
     NotTheCreator,
     #[error("a change to the group that not even its creator may make")]
     ForbiddenCommit,
@@ -156,7 +156,7 @@ pub enum Ignored {
     OldCommit,
     #[error("we are not in the group any more")]
     NoLongerMember,
-    #[error("the farewell of somebody who is not in the group any more")]
+    #[error("the farewell of a person who is not in the group any more")]
     AlreadyGone,
     #[error("our own message")]
     OwnMessage,

@@ -26,7 +26,7 @@ const DIGEST_LEN: usize = 32;
 pub enum ImportError {
     #[error("the saved conversations were written by a newer version: update this client")]
     Newer,
-    #[error("the saved conversations are damaged: restore the file from a backup or log in anew")]
+    #[error("the saved conversations are damaged: restore the file from a backup or log in again")]
     Damaged,
     #[error(transparent)]
     Database(#[from] DatabaseError),

@@ -51,9 +51,8 @@ impl VaultKey {
     /// HKDF-SHA-256 of Argon2id(password, salt) ‖ `export_key`, the 64 bytes that an OPAQUE login
     /// gives.
     ///
-    /// Takes some 30 ms of one core and 19 MiB. Whoever has the file alone needs the server's help
-    /// for each guess at the password; whoever has the server's record too needs this much work for
-    /// each.
+    /// Takes some 30 ms of one core and 19 MiB. With the file alone, each guess at the password
+    /// needs the server's help; with the server's record as well, each needs this much work.
     pub fn derive(password: &[u8], export_key: &[u8; 64], salt: Salt) -> Self {
         let params = Params::new(ARGON2_MEMORY_KIB, ARGON2_PASSES, 1, Some(32))
             .expect("the parameters are valid");
@@ -194,7 +193,7 @@ mod tests {
         assert_eq!(&**read(&path, &key(1)).unwrap().unwrap(), b"second");
         assert_eq!(read_salt(&path).unwrap(), Some(key(1).salt));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "no other file is left");
     }
 
     #[test]

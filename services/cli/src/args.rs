@@ -39,7 +39,7 @@ const MAX_SECONDS: u64 = 365 * 24 * 60 * 60;
 
 /// End-to-end encrypted chat over QUIC
 ///
-/// Messages are encrypted with MLS between you and whom you write to: the server
+/// Messages are encrypted with MLS between you and the other members: the server
 /// passes them on and cannot read them. Your password never leaves this machine.
 #[derive(Debug, Parser)]
 #[command(name = "qpq", version, after_help = AFTER_HELP, verbatim_doc_comment)]
@@ -55,8 +55,8 @@ pub(crate) struct Cli {
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// Which account to use [env: QPQ_PROFILE]
-    #[arg(short, long, global = true, value_name = "NAME", env = "QPQ_PROFILE", default_value = ProfileName::DEFAULT)]
-    #[arg(hide_env = true, hide_default_value = true, help_heading = "Account")]
+    #[arg(short, long, global = true, value_name = "NAME", env = "QPQ_PROFILE")]
+    #[arg(default_value = ProfileName::DEFAULT, hide_env = true, hide_default_value = true, help_heading = "Account")]
     pub(crate) profile: ProfileName,
     /// Where profiles are [env: QPQ_HOME]
     #[arg(long, global = true, value_name = "DIR", env = "QPQ_HOME", hide_env = true)]
@@ -102,8 +102,9 @@ fn pins(text: &str) -> Result<Pins, String> {
 #[derive(Debug, Args)]
 pub(crate) struct TrustArgs {
     /// Trust the server key with this SHA-256, or either
-    #[arg(long, global = true, value_name = "PIN[,PIN]", conflicts_with_all = ["ca", "system_roots"])]
-    #[arg(help_heading = "Server", value_parser = pins)]
+    #[arg(long, global = true, value_name = "PIN[,PIN]")]
+    #[arg(conflicts_with_all = ["ca", "system_roots"], value_parser = pins)]
+    #[arg(help_heading = "Server")]
     pub(crate) pin: Option<Pins>,
     /// Trust the authorities in this file (PEM or DER)
     #[arg(
@@ -121,7 +122,7 @@ pub(crate) struct TrustArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Make an account on a server, and log in
+    /// Create an account on a server, and log in
     ///
     /// The account lives in a profile on this machine, encrypted with your password.
     /// Nobody can reset that password.
@@ -206,10 +207,10 @@ pub(crate) enum Command {
         #[arg(value_parser = clap::value_parser!(u64).range(..=MAX_SECONDS))]
         timeout: Option<u64>,
     },
-    /// Make and use groups
+    /// Create and use groups
     #[command(subcommand)]
     Group(GroupCommand),
-    /// Show your keys, or compare them with somebody's
+    /// Show your keys, or compare them with another user's
     ///
     /// A safety number is the same on both sides if and only if nobody, not even the
     /// server, stands between you: read it to each other on the phone.
@@ -218,10 +219,10 @@ pub(crate) enum Command {
     ///   qpq keys                 your fingerprint, and your stock of key packages
     ///   qpq keys bob             the safety number between you and bob
     ///   qpq keys bob --verified  you have compared it, and it is the same
-    ///   qpq keys bob --accept    bob has told you that the new key is theirs
+    ///   qpq keys bob --accept    bob confirmed that the new key is theirs
     #[command(verbatim_doc_comment)]
     Keys {
-        /// With whom to compare
+        /// The user to compare with
         user: Option<Username>,
         /// Note that you compared the number with theirs
         #[arg(long, requires = "user")]
@@ -230,22 +231,22 @@ pub(crate) enum Command {
         #[arg(long, requires = "user")]
         accept: bool,
     },
-    /// Take no more messages from somebody
+    /// Refuse the messages of a user
     ///
     /// What they send from now on is not shown, and groups of theirs are not joined.
-    /// They are not told. What came before stays.
+    /// The user is not notified. What came before stays.
     ///
     /// Examples:
     ///   qpq block mallory
     ///   qpq block --key 9f31a2b3…    the identity in full, as --json shows it
     #[command(verbatim_doc_comment)]
     Block(Whom),
-    /// Take messages from somebody again
+    /// Accept the messages of a user again
     ///
     /// What they sent meanwhile is lost, and so are groups that they added you to.
     #[command(verbatim_doc_comment)]
     Unblock(Whom),
-    /// List those whose messages are not taken
+    /// List the users whose messages are refused
     Blocked,
     /// List requests: groups of strangers, which wait for your decision
     ///
@@ -311,7 +312,7 @@ fn identity(text: &str) -> Result<IdentityKey, &'static str> {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum GroupCommand {
-    /// Make a group; only you, its creator, can add to it
+    /// Create a group; only you, its creator, can add members
     ///
     /// Example:
     ///   qpq group create friends bob carol
@@ -319,10 +320,10 @@ pub(crate) enum GroupCommand {
     Create {
         /// What to call it
         name: String,
-        /// Whom to add at once
+        /// The first members
         members: Vec<Username>,
     },
-    /// Add people to a group that you made
+    /// Add members to a group that you created
     Add {
         /// The group's name, or the beginning of its id
         group: String,
@@ -337,7 +338,7 @@ pub(crate) enum GroupCommand {
         #[arg(allow_hyphen_values = true)]
         text: Option<String>,
     },
-    /// Leave a group that somebody else made
+    /// Leave a group that another user created
     ///
     /// Nothing of it is shown any more. Its members see you leave when the client of
     /// its creator has read that.
@@ -355,7 +356,7 @@ pub(crate) enum GroupCommand {
     },
 }
 
-/// To whom `send` sends.
+/// The recipient of `send`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Recipient {
     /// `@bob`: certainly a user.

@@ -14,7 +14,7 @@ use crate::{
     unlock::Keyring,
 };
 
-/// What is read from the environment beside what the command line names itself.
+/// Settings of the environment that the command line does not read itself.
 #[derive(Default)]
 pub(crate) struct Environment {
     pub(crate) password: Option<Zeroizing<String>>,

@@ -239,7 +239,7 @@ impl EntryReport<'_> {
             Event::NameRefuted { person, claimed } => {
                 let (claimed, person) = (text::line(claimed.as_str()), name(person));
                 style.bold(format_args!(
-                    "* Careful: somebody poses as {claimed} and is not; shown as {person}"
+                    "* Careful: a user who is not {claimed} claims that name; shown as {person}"
                 ))
             }
             Event::NewKey { person } => style.bold(format_args!(

@@ -148,7 +148,7 @@ impl From<MlsError> for CliError {
                 ("client.is_the_maker", "messages of its members can be hidden with `qpq block`")
             }
             MlsError::Alone => ("client.alone", "run `qpq group add GROUP USER`"),
-            MlsError::Yourself => ("client.yourself", "name somebody else"),
+            MlsError::Yourself => ("client.yourself", "name another user"),
             MlsError::AlreadyMember(_) => {
                 ("client.already_member", "`qpq group members GROUP` shows who is in it")
             }
@@ -250,8 +250,9 @@ impl From<ConnectError> for CliError {
                     "the server's key is not the pinned one\n  pinned: {expected}\n  seen:   {seen}"
                 );
                 Self::new(Exit::Untrusted, "client.pin_mismatch", message).hint(
-                    "either the operator has changed it, or somebody is in between: ask the operator for the fingerprint \
-                     and, only if it is the one seen, give it with --pin (with an account: run `qpq login --pin FINGERPRINT`)",
+                    "either the operator has changed it, or another party is in between: ask the \
+                     operator for the fingerprint and, only if it is the one seen, give it with \
+                     --pin (with an account: run `qpq login --pin FINGERPRINT`)",
                 )
             }
             ConnectError::Untrusted { reason } => {

@@ -78,7 +78,7 @@ fn misuse(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args_os().any(|arg| arg == "--json");
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            // Whoever closed standard output does not want to read the help.
+            // A reader that closed standard output does not need the help.
             error.print().ok();
             ExitCode::SUCCESS
         }

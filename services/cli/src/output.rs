@@ -63,7 +63,7 @@ impl Output {
         Self { format, style }
     }
 
-    /// Puts a report on standard output, at once.
+    /// Writes a report to standard output, and flushes it.
     pub(crate) fn report(&self, report: &impl Report) -> Result<(), CliError> {
         let mut out = Vec::new();
         match self.format {
@@ -88,15 +88,15 @@ impl Output {
             .map_err(|error| CliError::output(&error))
     }
 
-    /// A word to a person, on standard error; programs are spared.
+    /// Writes a note for people to standard error; none with `--json`.
     pub(crate) fn note(&self, text: impl std::fmt::Display) {
         if self.format == Format::Human {
-            // Nobody is left to be told that standard error is closed.
+            // There is nowhere to report that standard error is closed.
             writeln!(io::stderr(), "{text}").ok();
         }
     }
 
-    /// Why the command ends, on standard error.
+    /// Writes the reason for a failure to standard error.
     pub(crate) fn error(&self, error: &CliError) {
         let CliError { exit, code, message, hint } = error;
         if *exit == Exit::PipeClosed {

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output::Format;
 
-/// How long nobody needs to be told.
+/// The time after which progress is shown.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Whether to show anything: to a person at a terminal alone.

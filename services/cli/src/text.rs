@@ -1,5 +1,5 @@
 //! Other people's text on our terminal. A message must not be able to move the cursor, change
-//! colours, set the title, reorder what is read or look like a line of somebody else.
+//! colours, set the title, reorder what is read or look like a line of another person.
 
 use std::{
     borrow::Cow,

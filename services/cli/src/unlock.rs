@@ -2,8 +2,8 @@
 //! machine's power: in a file of a memory file system that its owner alone can read.
 //!
 //! Places, in this order: `$XDG_RUNTIME_DIR/qpq`, `/run/user/UID/qpq`, `/dev/shm/qpq-UID`. One that
-//! is not in memory, or that somebody else could read or has made, is not used. With none, commands
-//! ask for the password each time.
+//! is not in memory, or that another user could read or has created, is not used. With none,
+//! commands ask for the password each time.
 
 use std::{
     ffi::OsStr,
@@ -164,7 +164,7 @@ mod tests {
         assert_eq!(fs::metadata(&dir).unwrap().mode() & 0o7777, 0o700);
         let files: Vec<_> =
             fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
-        assert_eq!(files.len(), 1, "nothing is left beside it");
+        assert_eq!(files.len(), 1, "no other file is left");
         assert_eq!(fs::metadata(&files[0]).unwrap().mode() & 0o7777, 0o600);
 
         keyring.remove(&alice).unwrap();

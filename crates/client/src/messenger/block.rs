@@ -1,4 +1,4 @@
-//! People whose messages are not wanted. The server still takes what they send; this client
+//! People whose messages are refused. The server still accepts what they send; this client
 //! acknowledges it and keeps nothing of it.
 //!
 //! A Welcome of theirs is not followed, and what is sent to a group that they made is dropped. In
@@ -16,7 +16,7 @@ use crate::error::Error;
 impl Messenger {
     /// Refuses everything that this person sends from now on, and declines this person's requests.
     /// What came before stays. Works without
-    /// a connection; blocking somebody twice is no error.
+    /// a connection; blocking a person twice is no error.
     pub async fn block(&self, identity: IdentityKey) -> Result<Person, Error> {
         if identity == self.profile().identity {
             return Err(qpq_mls::Error::Yourself.into());

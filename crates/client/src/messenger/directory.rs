@@ -20,7 +20,7 @@ use crate::error::{CallError, Error};
 const ENOUGH: usize = 20;
 const FEW: u32 = 10;
 
-/// Names asked about at once: whoever takes us into a group of thousands cannot make us ask for
+/// Names asked about concurrently. The creator of a group of thousands cannot make us ask for
 /// thousands.
 const NAMES_AT_ONCE: usize = 32;
 
@@ -77,7 +77,7 @@ impl Messenger {
     }
 
     /// Takes the directory's word for a user's new key, after [`Error::IdentityChanged`]: the
-    /// person was asked. What the old key says counts as somebody else's from then on.
+    /// person was asked. What the old key says counts as another person's from then on.
     pub async fn accept_new_identity(&self, username: &Username) -> Result<Person, Error> {
         let identity = self.look_up(username).await?;
         let name = username.clone();
@@ -180,7 +180,7 @@ impl Messenger {
         Ok(())
     }
 
-    /// A key package of somebody, as the server gives it out.
+    /// Fetches a key package of a person from the server.
     pub(super) async fn fetch_key_package(&self, person: &Person) -> Result<bytes::Bytes, Error> {
         let request = v1::FetchKeyPackageRequest {
             identity_key: person.identity.as_bytes().to_vec().into(),

@@ -1,5 +1,6 @@
-//! Leaving a group. Only a group's creator changes its members, so one who leaves drops the group at
-//! once and asks the creator; the creator's client removes everyone who has asked when it reads that.
+//! Leaving a group. Only a group's creator changes its members. A member who leaves drops the group
+//! immediately and asks the creator, whose client removes everyone that has asked in one page of
+//! the inbox.
 
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
@@ -14,13 +15,13 @@ use super::{
 };
 use crate::error::Error;
 
-/// Members that have asked to be removed, and when the last of each group did.
+/// The members of each group that have asked to be removed, and the time of the last request.
 pub(super) type Leaving = BTreeMap<GroupId, (UnixMillis, Vec<IdentityKey>)>;
 
 impl Messenger {
-    /// Leaves a group that somebody else made. Its keys are gone when this returns, and nothing that
-    /// is sent to it is shown any more; the others see us leave when the creator's client has read
-    /// that.
+    /// Leaves a group that another person created. Its keys are deleted when this returns, and
+    /// nothing that is sent to it is shown any more. The others see us leave when the creator's
+    /// client has read that.
     pub async fn leave(&self, group: ConversationId) -> Result<Outcome, Error> {
         let id = group_of(group)?;
         // The keys with which this could be made up for later will be gone.
@@ -42,7 +43,7 @@ impl Messenger {
 
 impl State {
     /// Removes those who have asked for it from groups that we made: one change for each group, so
-    /// that many who leave at once cost the others no old keys.
+    /// that many who leave concurrently cost the others no old keys.
     pub(super) fn remove_leaving(&mut self, leaving: Leaving) -> Result<(), Error> {
         for (id, (at, mut members)) in leaving {
             let Some(group) = self.mls.group(&id)? else { continue };

@@ -22,9 +22,9 @@ use super::{
 };
 use crate::{error::Error, link::Renewed};
 
-/// How often to look without being told to, with half as much jitter.
+/// The interval of looks at the inbox without an event, to which up to half is added.
 const FALLBACK: Duration = Duration::from_secs(4);
-/// The same where the server tells nothing.
+/// The interval where the server sends no events.
 const POLL: Duration = Duration::from_secs(1);
 /// Entries that wait to be taken from the stream before it stops reading.
 const AHEAD: usize = 64;
@@ -40,7 +40,7 @@ pub struct Listener {
 
 impl Listener {
     /// The next entry: first those that were not marked as seen, then what comes. Lost connections
-    /// are made anew without a word
+    /// are made again without an entry
     /// ([`Client::connection_events`](crate::Client::connection_events) tells); an error is the
     /// end, after which comes `None`. Cancel-safe.
     pub async fn next(&mut self) -> Option<Result<Entry, Error>> {
@@ -90,14 +90,14 @@ struct Ear {
     sender: mpsc::Sender<Result<Entry, Error>>,
     /// The last entry given.
     last: Option<EntryId>,
-    /// The outbox being sent, if it is: beside reading, so that nobody who has much to say, or whom
-    /// the server lets say little at a time, is deaf meanwhile.
+    /// The task that sends the outbox, if it runs. It runs concurrently with reading, so that a
+    /// large outbox, or a server that accepts little at a time, does not delay what comes.
     sending: JoinSet<Result<(), Error>>,
 }
 
 /// Why a round of listening ended.
 enum Ended {
-    /// The connection was lost or is about to be: subscribe anew.
+    /// The connection was lost or is about to be: subscribe again.
     Connection,
     /// Nobody listens any more.
     Dropped,

@@ -135,7 +135,7 @@ pub enum Event<P = Person> {
     /// This profile's own state went back in time: an older copy of it was restored. Keys were
     /// renewed before anything was sent.
     Restored,
-    /// Somebody in a conversation of ours claims a name that the directory does not give to its
+    /// A person in a conversation of ours claims a name that the directory does not give to its
     /// key.
     NameRefuted {
         /// The person.
@@ -143,7 +143,7 @@ pub enum Event<P = Person> {
         /// The name that is falsely claimed.
         claimed: Username,
     },
-    /// Somebody in a conversation of ours has a name that was confirmed for another key before.
+    /// A person in a conversation of ours has a name that was confirmed for another key before.
     NewKey {
         /// The person, with the new key.
         person: P,
@@ -164,7 +164,7 @@ pub enum Delivery {
     Queued,
     /// The server has it, durably, for everyone.
     Sent,
-    /// The server refused it for somebody, for good.
+    /// The server refused it permanently for at least one recipient.
     Failed,
 }
 
@@ -217,7 +217,7 @@ impl Log {
         Self { database: database.clone() }
     }
 
-    /// Adds what somebody else did; it is to be shown.
+    /// Adds an entry about others, which is to be shown.
     pub(crate) fn push(
         &self,
         conversation: Option<ConversationId>,

@@ -9,8 +9,8 @@
 //! | `inbox` | Peek, take in, save, then Ack |
 //! | `listen` | the live stream |
 //! | `marker` | the profile's own state that went back in time |
-//! | `block` | whose messages are not wanted |
-//! | `leave` | groups that one does not want to be in any more |
+//! | `block` | people whose messages are refused |
+//! | `leave` | groups that are left |
 //! | `requests` | strangers' groups, which wait to be accepted |
 //! | `repair` | messages that cannot be read: asking for them, and answering |
 //! | `prune` | removal of what nothing can ask for any more |
@@ -63,7 +63,7 @@ pub use self::{
 use self::{state::State, store::StateStore};
 use crate::{client::Client, error::Error, profile::Profile};
 
-/// An account at work. Cheap to clone; all clones are the same one. Other processes may use the same
+/// An account in use. Cheap to clone; all clones share one state. Other processes may use the same
 /// profile.
 #[derive(Clone)]
 pub struct Messenger {
@@ -243,7 +243,7 @@ fn conversations(state: &State) -> Result<Vec<Conversation>, Error> {
         kinds.insert(ConversationId::of(&summary, &me), kind(state, summary)?);
     }
     let last: BTreeMap<_, _> = state.log.conversations()?.into_iter().collect();
-    // Those with whom nothing but queued or past messages is left.
+    // Direct conversations that have a history and no group.
     for id in last.keys() {
         if let ConversationId::Direct(peer) = id
             && !kinds.contains_key(id)

@@ -19,7 +19,7 @@ use super::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Outgoing {
     pub(crate) message_id: MessageId,
-    /// Those for whom the server does not have it yet.
+    /// The recipients for which the server does not have it yet.
     pub(crate) recipients: Vec<IdentityKey>,
     pub(crate) channel: ChannelId,
     pub(crate) payload: Vec<u8>,
@@ -48,7 +48,7 @@ pub(crate) enum Verdict {
     Refused(String),
 }
 
-/// What is to be told about an item after the server's answer.
+/// The result for an item after the server's answer.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Settled {
     pub(crate) entry: Option<EntryId>,

@@ -1,4 +1,4 @@
-//! Whom we know: keys with names, and whether the server's directory agrees on them.
+//! The people that we know: keys with names, and whether the server's directory agrees on them.
 //!
 //! A name in an MLS group is its owner's claim. The directory (ResolveIdentity) is asked about
 //! every key that appears in a conversation of ours; what it says is kept. Against a lying
@@ -14,7 +14,7 @@ use super::{
     tables::{PEOPLE, UNCHECKED},
 };
 
-/// Somebody, as far as we know.
+/// A person, as far as we know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Person {
     /// Proven: what this person sends is signed with it.

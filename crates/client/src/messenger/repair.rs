@@ -160,7 +160,7 @@ impl State {
         Ok(self.questions()?.iter().any(|question| question.is_over(now)))
     }
 
-    /// Gives up the people whom nobody expects to answer any more.
+    /// Gives up the people who did not answer in time.
     fn forget_old_questions(&self, now: UnixMillis) -> Result<(), Error> {
         for question in self.questions()?.iter().filter(|question| question.is_over(now)) {
             self.forget_questions(&question.peer)?;

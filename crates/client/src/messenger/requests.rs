@@ -1,6 +1,6 @@
 //! Requests: groups and conversations that strangers want to bring us into.
 //!
-//! A stranger is anyone whom we never wrote to, accepted, added to a group of ours, or compared a
+//! A stranger is a person that we never wrote to, accepted, added to a group of ours, or compared a
 //! safety number with. A stranger's group waits until it is accepted or declined. A stranger's
 //! direct conversation begins immediately, while fewer than [`MAX_STRANGERS`] strangers wait for an
 //! answer; further ones are requests, too. `qpq-mls` keeps the requests and bounds them.
@@ -33,7 +33,7 @@ const MAX_GROUPS_OF_STRANGER: u64 = 4;
 /// Names asked about concurrently.
 const NAMES_AT_ONCE: usize = 32;
 
-/// Whether the people whom the profile knew when this rule was introduced are noted.
+/// Present once the people of an earlier release's profile are noted.
 const ARE_NOTED: &[u8] = b"acquainted";
 /// The entry that says that a request waits, until requests are listed or one is decided on.
 const ANNOUNCEMENT: &[u8] = b"requests-announced";
@@ -101,8 +101,8 @@ impl Messenger {
         Ok(conversation)
     }
 
-    /// Declines a request: forgets it, and what is sent to its group from now on. Its creator is not
-    /// notified, and can ask again; [`Messenger::block`] prevents that.
+    /// Declines a request: forgets it, and what is sent to its group from now on. The creator is
+    /// not notified, and can ask again; [`Messenger::block`] prevents that.
     pub async fn decline(&self, request: GroupId) -> Result<(), Error> {
         self.store()
             .change(move |state| {
@@ -123,7 +123,7 @@ impl Messenger {
         })
     }
 
-    /// Notes everyone whom a profile of an earlier release knows, once.
+    /// Notes everyone in a profile of an earlier release as acquainted, once.
     pub(super) async fn note_acquaintances(&self) -> Result<(), Error> {
         if self.store().read(|state| Ok(state.number(ARE_NOTED)?.is_some())).await? {
             return Ok(());
@@ -166,7 +166,7 @@ impl State {
         self.set_number(ARE_NOTED, Some(1))
     }
 
-    /// Notes that nobody whom the profile knows is a stranger.
+    /// Notes that nobody in the profile is a stranger.
     fn note_everyone(&self) -> Result<(), DatabaseError> {
         for identity in self.people.everyone()? {
             self.meet(&identity)?;
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_whom_an_earlier_release_knew_is_a_stranger() {
+    fn people_of_an_earlier_release_are_no_strangers() {
         let state = state();
         let (request, _) = direct(&state, 1);
         let group = qpq_mls::Request { kind: Kind::Group { name: "g".into() }, ..request };

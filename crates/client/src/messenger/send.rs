@@ -51,9 +51,9 @@ pub enum Outcome {
     /// The server has it, durably, for everyone.
     Sent,
     /// It is saved here and will be sent by whatever runs next: the server cannot be reached
-    /// (`Some`), or it has no room for somebody now (`None`).
+    /// (`Some`), or a recipient's inbox has no room now (`None`).
     Queued(Option<CallError>),
-    /// The server will not take it for somebody; an [`Event::Undeliverable`] says for whom.
+    /// The server refuses it for a recipient; an [`Event::Undeliverable`] names the recipient.
     Refused,
 }
 
@@ -67,7 +67,7 @@ impl Messenger {
         Ok(ConversationId::Direct(person.identity))
     }
 
-    /// Makes a group of a name (1 to [`MAX_GROUP_NAME`] bytes) with nobody in it but us.
+    /// Creates a group of a name (1 to [`MAX_GROUP_NAME`] bytes) with nobody in it but us.
     pub async fn create_group(&self, name: &str) -> Result<ConversationId, Error> {
         if !(1..=MAX_GROUP_NAME).contains(&name.len()) {
             return Err(Error::GroupName { size: name.len(), max: MAX_GROUP_NAME });
@@ -424,12 +424,12 @@ impl Messenger {
     }
 }
 
-/// What is in the outbox when somebody begins to send it.
+/// The content of the outbox when a task begins to send it.
 struct Backlog {
     /// The item that was sent last.
     from: Option<Place>,
     end: Place,
-    /// Whoever cannot get one message now gets none after it either: the order matters.
+    /// A recipient that cannot get one message now gets none after it either: the order matters.
     stopped: BTreeSet<IdentityKey>,
 }
 
@@ -447,7 +447,7 @@ pub(super) fn group_of(conversation: ConversationId) -> Result<GroupId, Error> {
     }
 }
 
-/// Whether somebody is in a group that we may change.
+/// Returns whether a person is in a group that we may change.
 fn check_ours(state: &State, group: &GroupId, person: &IdentityKey) -> Result<bool, Error> {
     let summary = state.mls.group(group)?.ok_or(Error::NoSuchConversation)?;
     if !summary.active {

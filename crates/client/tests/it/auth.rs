@@ -27,7 +27,7 @@ async fn who_registers_can_log_in_and_gets_the_same_export_key() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_and_an_unknown_user_are_told_alike() {
+async fn a_wrong_password_and_an_unknown_user_get_the_same_error() {
     let server = Server::start().await;
     let client = server.client();
     client.register(&username("alice"), &password(), &Identity::generate(), None).await.unwrap();

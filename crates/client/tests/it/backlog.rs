@@ -1,4 +1,4 @@
-//! Much to send at once: whoever sends still reads, and nothing of the backlog is lost, doubled or
+//! A large outbox: a client that sends still reads, and nothing of the backlog is lost, doubled or
 //! out of order.
 
 use qpq_client::{ConversationId, Delivery, Error, Event, MAX_TEXT, Messenger};
@@ -25,19 +25,19 @@ async fn unsent(messenger: &Messenger, conversation: ConversationId) -> usize {
 /// each with how many of ours were still to be sent then.
 async fn chat(messenger: &Messenger, conversation: ConversationId) -> Vec<(String, usize)> {
     let mut listener = messenger.listen();
-    let mut heard = Vec::new();
-    while heard.len() < BACKLOG {
+    let mut received = Vec::new();
+    while received.len() < BACKLOG {
         let entries = listener.next_all().await.unwrap().unwrap();
         let left = unsent(messenger, conversation).await;
         let shown: Vec<_> = entries.iter().map(|entry| entry.id).collect();
         messenger.mark_seen(&shown).await.unwrap();
-        heard.extend(entries.into_iter().filter_map(|entry| match entry.event {
+        received.extend(entries.into_iter().filter_map(|entry| match entry.event {
             Event::Received { text, .. } => Some((text, left)),
             _ => None,
         }));
     }
     messenger.flush().await.unwrap();
-    heard
+    received
 }
 
 #[tokio::test]
@@ -50,15 +50,19 @@ async fn two_who_have_much_to_send_read_each_other_meanwhile() {
         let entries = messenger.queue_all(conversation, texts(name).collect()).await.unwrap();
         assert_eq!(entries.len(), BACKLOG);
     }
-    // A program that sends of its own accord, besides the listener.
+    // A program that sends in addition to the listener.
     let (flushed_a, flushed_b) = (Box::pin(alice.flush()), Box::pin(bob.flush()));
     let (chat_a, chat_b) = (Box::pin(chat(&alice, with_bob)), Box::pin(chat(&bob, with_alice)));
-    let (sent_a, sent_b, alice_heard, bob_heard) =
+    let (sent_a, sent_b, alice_received, bob_received) =
         soon(async { tokio::join!(flushed_a, flushed_b, chat_a, chat_b) }).await;
     sent_a.and(sent_b).expect("all are sent");
-    for (heard, from) in [(alice_heard, "bob"), (bob_heard, "alice")] {
-        assert!(heard.iter().map(|(text, _)| text.clone()).eq(texts(from)), "{heard:?}");
-        assert!(heard[0].1 > BACKLOG / 2, "the first of {from} came when {} were left", heard[0].1);
+    for (received, from) in [(alice_received, "bob"), (bob_received, "alice")] {
+        assert!(received.iter().map(|(text, _)| text.clone()).eq(texts(from)), "{received:?}");
+        assert!(
+            received[0].1 > BACKLOG / 2,
+            "the first of {from} came when {} were left",
+            received[0].1
+        );
     }
     for (messenger, conversation, name) in [(&alice, with_bob, "alice"), (&bob, with_alice, "bob")]
     {
@@ -69,7 +73,7 @@ async fn two_who_have_much_to_send_read_each_other_meanwhile() {
 }
 
 #[tokio::test]
-async fn whoever_may_send_little_at_a_time_still_reads() {
+async fn a_client_that_may_send_little_at_a_time_still_reads() {
     let limit = Flag { name: "--limit", path: "limits.send.account", value: "20 + 4/m".into() };
     let limited =
         load::<Config>(Sources { flags: vec![limit], ..Sources::default() }).unwrap().settings;
@@ -87,8 +91,8 @@ async fn whoever_may_send_little_at_a_time_still_reads() {
     // Her sending waits for minutes now.
     bob.receive().await.unwrap();
     bob.send(with_alice, "hello").await.unwrap();
-    let heard = soon(listener.next()).await.unwrap().unwrap();
-    assert_eq!(line(&heard), "bob: hello");
+    let received = soon(listener.next()).await.unwrap().unwrap();
+    assert_eq!(line(&received), "bob: hello");
     assert!(unsent(&alice, with_bob).await >= 30);
 }
 

@@ -35,7 +35,7 @@ async fn two_people_chat_both_ways() {
 }
 
 #[tokio::test]
-async fn what_is_sent_to_someone_offline_waits() {
+async fn messages_to_an_offline_user_wait() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let bob = server.user("bob").await;
@@ -87,7 +87,7 @@ async fn three_people_in_a_group() {
 }
 
 #[tokio::test]
-async fn both_may_start_the_conversation_at_once() {
+async fn simultaneous_first_messages_yield_one_conversation() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
@@ -129,7 +129,7 @@ async fn what_cannot_be_sent_is_refused_with_the_reason() {
 }
 
 #[tokio::test]
-async fn someone_without_key_packages_cannot_be_reached_yet() {
+async fn a_user_without_key_packages_cannot_be_reached_yet() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     server
@@ -201,15 +201,15 @@ async fn a_listener_outlives_a_drain() {
 }
 
 #[tokio::test]
-async fn what_the_server_will_never_take_is_told_and_holds_nothing_up() {
+async fn a_refused_message_is_reported_and_delays_no_other() {
     let server = Server::start_with(|config| config.delivery.max_payload.0 = 4096).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;
     let large = "x".repeat(5000);
     let sent = alice.send(with_bob, &large).await.unwrap();
     assert!(matches!(sent.outcome, Outcome::Refused), "{sent:?}");
-    let told = read(&alice).await;
-    assert!(told.len() == 1 && told[0].starts_with("undeliverable to bob: "), "{told:?}");
+    let entries = read(&alice).await;
+    assert!(entries.len() == 1 && entries[0].starts_with("undeliverable to bob: "), "{entries:?}");
     assert!(matches!(alice.send(with_bob, "small").await.unwrap().outcome, Outcome::Sent));
     assert_eq!(read(&bob).await, ["alice: small"]);
     assert_eq!(history(&alice, with_bob).await[0], format!("me: {large} (Failed)"));

@@ -52,7 +52,7 @@ impl Server {
         self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
     }
 
-    /// As on SIGTERM: clients are told, calls in flight end.
+    /// As on SIGTERM: clients are notified, calls in flight end.
     pub(crate) async fn drain(&mut self) {
         self.running.take().expect("it runs").shutdown(std::future::pending()).await;
     }
@@ -192,7 +192,7 @@ pub(crate) async fn restart(dir: &Path, key: &qpq_client::VaultKey) -> Messenger
     reopen(dir, key).await
 }
 
-/// Drops a future after it was polled so many times; its output if it ended before.
+/// Drops a future after `polls` polls; returns its output if it ended before.
 pub(crate) fn crash_after<F: Future>(
     polls: usize,
     future: F,

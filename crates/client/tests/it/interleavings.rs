@@ -65,7 +65,7 @@ impl Side {
 /// What is known of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
-    /// The sender was told that the server has it.
+    /// The sender received the server's acknowledgement.
     Acknowledged,
     /// The sender's process ended, or the server did not accept it: it may arrive or not.
     Unknown,

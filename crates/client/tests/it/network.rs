@@ -9,7 +9,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{net::UdpSocket, task::JoinHandle};
 
-/// Passes datagrams on, each client port from a port of its own, until told to swallow the answers
+/// Passes datagrams on, each client port from a port of its own, until it is to swallow the answers
 /// to some.
 pub(crate) struct Network {
     pub(crate) addr: SocketAddr,

@@ -61,7 +61,7 @@ async fn unlocking_ends_the_session_before_and_logging_out_this_one() {
 }
 
 #[tokio::test]
-async fn a_profile_is_used_by_several_at_once() {
+async fn a_profile_is_used_by_several_processes() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
@@ -86,9 +86,9 @@ async fn a_profile_is_used_by_several_at_once() {
 
     // One listens, another takes in what arrives: it is shown to the listener all the same.
     let mut listener = alice.listen();
-    bob.send(dm(&bob, "alice").await, "to whom it concerns").await.unwrap();
+    bob.send(dm(&bob, "alice").await, "to all concerned").await.unwrap();
     others[0].catch_up().await.unwrap();
-    assert_eq!(line(&soon(listener.next()).await.unwrap().unwrap()), "bob: to whom it concerns");
+    assert_eq!(line(&soon(listener.next()).await.unwrap().unwrap()), "bob: to all concerned");
 }
 
 #[tokio::test]

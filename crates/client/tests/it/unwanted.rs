@@ -1,4 +1,4 @@
-//! People and groups that one does not want to hear of.
+//! Blocked people, and groups that are left.
 
 use qpq_client::{Error, Messenger, MlsError, Outcome};
 
@@ -15,7 +15,7 @@ fn size(server: &Server, name: &str) -> (u64, u64) {
     (counted.0.cast_unsigned(), counted.1.cast_unsigned())
 }
 
-/// Makes a group with somebody, and writes to it.
+/// Creates a group of two, and writes to it.
 async fn invite(creator: &Messenger, guest: &str, name: &str) {
     let group = creator.create_group(name).await.unwrap();
     creator.add(group, &username(guest)).await.unwrap();
@@ -23,7 +23,7 @@ async fn invite(creator: &Messenger, guest: &str, name: &str) {
 }
 
 #[tokio::test]
-async fn what_a_blocked_person_sends_leaves_nothing() {
+async fn messages_of_a_blocked_person_leave_nothing() {
     let server = Server::start().await;
     let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
     mallory.send(dm(&mallory, "bob").await, "hello").await.unwrap();
@@ -52,7 +52,7 @@ async fn what_a_blocked_person_sends_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_blocked_member_is_not_heard_until_unblocked_and_others_are() {
+async fn messages_of_a_blocked_member_are_hidden_until_unblocked() {
     let server = Server::start().await;
     let [alice, bob, mallory] =
         [server.user("alice").await, server.user("bob").await, server.user("mallory").await];
@@ -89,7 +89,7 @@ async fn a_blocked_member_is_not_heard_until_unblocked_and_others_are() {
 }
 
 #[tokio::test]
-async fn nothing_is_sent_to_somebody_who_is_blocked() {
+async fn nothing_is_sent_to_a_blocked_person() {
     let server = Server::start().await;
     let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
     let with_mallory = dm(&bob, "mallory").await;
@@ -107,7 +107,7 @@ async fn nothing_is_sent_to_somebody_who_is_blocked() {
 }
 
 #[tokio::test]
-async fn one_who_leaves_a_group_is_removed_for_everybody_and_hears_nothing_more() {
+async fn a_member_who_leaves_is_removed_for_all_and_receives_nothing_more() {
     let server = Server::start().await;
     let [alice, bob, carol] =
         [server.user("alice").await, server.user("bob").await, server.user("carol").await];
@@ -147,7 +147,7 @@ async fn one_who_leaves_a_group_is_removed_for_everybody_and_hears_nothing_more(
 }
 
 #[tokio::test]
-async fn several_who_leave_at_once_are_removed_at_once_and_the_creator_stays() {
+async fn members_who_leave_concurrently_are_removed_by_one_commit_and_the_creator_stays() {
     let server = Server::start().await;
     let [alice, bob, carol, dave] = [
         server.user("alice").await,
@@ -162,7 +162,7 @@ async fn several_who_leave_at_once_are_removed_at_once_and_the_creator_stays() {
     for member in [&bob, &carol, &dave] {
         accept_and_read(member).await;
     }
-    // One whom the creator does not want to hear leaves all the same.
+    // A member that the creator has blocked can leave.
     alice.block(dave.profile().identity).await.unwrap();
     carol.leave(group).await.unwrap();
     dave.leave(group).await.unwrap();

@@ -92,7 +92,7 @@ fn neither_keys_nor_values_are_in_the_files() {
 }
 
 #[test]
-fn damage_newer_versions_and_full_disks_are_told_apart() {
+fn damage_newer_versions_and_full_disks_have_errors_of_their_own() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("state.db");
     let database = Database::create(&path, &key(1), empty).unwrap();

@@ -49,7 +49,7 @@ fn named_package(client: &mut Client, name: Username) -> KeyPackage {
     KeyPackageIn::validate(package, Store::default().crypto(), ProtocolVersion::Mls10).unwrap()
 }
 
-/// A group of `creator` and `others`, all of whom have joined.
+/// A group of `creator` and `others`, which have all joined.
 fn group_of(creator: &mut Client, others: &mut [&mut Client]) -> GroupId {
     let id = creator.create_group("g", ChannelId::DEFAULT, now()).unwrap();
     let packages: Vec<_> = others.iter_mut().map(|other| package(other)).collect();
@@ -287,7 +287,7 @@ fn ciphertexts_do_not_tell_lengths_within_the_padding() {
 }
 
 #[test]
-fn a_commit_read_too_late_is_told_apart() {
+fn a_commit_read_too_late_has_a_reason_of_its_own() {
     use openmls::treesync::errors::LifetimeError::Expired;
     let over = || Expired { not_after: 1, now: 2 };
     let errors: [ProcessMessageError<()>; 2] = [
@@ -332,7 +332,7 @@ fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
     assert!(matches!(received[..], [Received::Joined(_)]), "{received:?}");
 }
 
-/// A Welcome's list of recipients is not authenticated, so whoever stores it can make many of one.
+/// A Welcome's list of recipients is not authenticated, so the server can make many of one.
 /// With a package that may be used again, each of them would set the group back to where it was
 /// joined, and let old messages pass for new.
 #[test]
@@ -405,11 +405,11 @@ fn an_old_farewell_does_not_remove_one_who_was_added_again() {
     assert_eq!(alice.hear(&farewell.payload), [Received::Ignored(Ignored::AlreadyGone)]);
 
     let second = bob.leave(id).unwrap().unwrap();
-    let heard = alice.hear(&second.payload);
+    let received = alice.hear(&second.payload);
     assert!(
-        matches!(&heard[..], [Received::Leaving { group, sender }]
+        matches!(&received[..], [Received::Leaving { group, sender }]
             if *group == id && sender.identity == bob.identity.public()),
-        "{heard:?}"
+        "{received:?}"
     );
     assert_eq!(alice.leave(id), Err(Error::CreatorStays));
 }

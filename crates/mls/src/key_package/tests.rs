@@ -292,9 +292,17 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_that_begin_like_a_package_make_it_panic(tail in prop::collection::vec(any::<u8>(), 0..600)) {
+    fn no_bytes_that_begin_like_a_package_make_it_panic(
+        tail in prop::collection::vec(any::<u8>(), 0..600),
+    ) {
         let everything = Policy { suites: (0..=0x50).collect(), ..Policy::default() };
-        for prefix in [&[0, 1, 0, 1][..], &[0, 1, 0, 0x4D], &[0, 1, 0, 5, 0, 1, 0, 1], &[0, 1, 0, 5, 0, 1, 0, 4]] {
+        let prefixes = [
+            &[0, 1, 0, 1][..],
+            &[0, 1, 0, 0x4D],
+            &[0, 1, 0, 5, 0, 1, 0, 1],
+            &[0, 1, 0, 5, 0, 1, 0, 4],
+        ];
+        for prefix in prefixes {
             let bytes = [prefix, &tail].concat();
             if let Ok(checked) = check(&bytes, &everything, &identity().public(), NOW) {
                 prop_assert!(!checked.verified);
@@ -319,7 +327,8 @@ proptest! {
         prop_assume!(bad != good);
         for form in [bad.clone(), wrap(&bad)] {
             let verdict = judge(&form);
-            prop_assert!(verdict.as_ref().map_or(true, |checked| !checked.verified), "{:?}", verdict);
+            let is_verified = verdict.as_ref().is_ok_and(|checked| checked.verified);
+            prop_assert!(!is_verified, "{:?}", verdict);
         }
     }
 }

@@ -13,7 +13,7 @@ fn two_people_talk() {
     let (ann, bob) = (world.key(ANN), world.key(BOB));
     let group = world.clients[ANN].create_direct(bob, now()).unwrap();
     let added = world.try_add(ANN, group, &[BOB]).unwrap();
-    assert_eq!(added.commit, None, "nobody is there to be told");
+    assert_eq!(added.commit, None, "nobody else is in the group");
     assert_eq!(added.welcome.recipients, [bob]);
     assert_eq!(added.welcome.channel, direct_channel(&ann, &bob));
     world.post(&added.welcome);
@@ -164,7 +164,7 @@ fn the_server_takes_what_clients_publish() {
 }
 
 #[test]
-fn both_may_start_a_direct_conversation_at_once() {
+fn simultaneous_direct_conversations_become_one() {
     for bobs_delay in [0, 1, 5_000] {
         let mut world = World::new(2);
         let (ann, bob) = (world.key(ANN), world.key(BOB));
@@ -190,7 +190,7 @@ fn both_may_start_a_direct_conversation_at_once() {
 }
 
 #[test]
-fn who_lost_everything_starts_anew_and_is_answered_there() {
+fn a_peer_that_lost_its_state_starts_again_and_is_answered_there() {
     let mut world = World::new(2);
     let (ann, bob) = (world.key(ANN), world.key(BOB));
     let lost = world.clients[ANN].create_direct(bob, now()).unwrap();

@@ -126,7 +126,7 @@ impl Model {
         self.world.post(&parcel);
     }
 
-    /// Adds or removes somebody, if that is a change.
+    /// Adds or removes a member, if that is a change.
     fn change(&mut self, who: usize, remove: bool) {
         let key = self.world.key(who);
         let members = self.world.clients[ANN].group(&self.group).unwrap().unwrap().members;

@@ -67,7 +67,8 @@ fn damage() -> impl Strategy<Value = Damage> {
     prop_oneof![
         4 => (any::<Index>(), 1..=u8::MAX).prop_map(|(at, bits)| Damage::Flip(at, bits)),
         1 => any::<Index>().prop_map(Damage::Cut),
-        1 => (any::<Index>(), prop::collection::vec(any::<u8>(), 1..40)).prop_map(|(at, b)| Damage::Insert(at, b)),
+        1 => (any::<Index>(), prop::collection::vec(any::<u8>(), 1..40))
+            .prop_map(|(at, b)| Damage::Insert(at, b)),
         1 => any::<Index>().prop_map(Damage::Remove),
         1 => any::<Index>().prop_map(Damage::Repeat),
         1 => (any::<Index>(), any::<Index>()).prop_map(|(which, at)| Damage::Splice(which, at)),
@@ -113,7 +114,12 @@ proptest! {
         received.retain(|result| !is_harmless(std::slice::from_ref(result)));
         prop_assert!(matches!(
             received[..],
-            [Received::Joined(_), Received::Message { .. }, Received::Committed { .. }, Received::Message { .. }]
+            [
+                Received::Joined(_),
+                Received::Message { .. },
+                Received::Committed { .. },
+                Received::Message { .. }
+            ]
         ), "{:?}", received);
         prop_assert_eq!(texts(&received), ["one", "two"]);
     }

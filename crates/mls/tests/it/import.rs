@@ -51,7 +51,7 @@ fn conversations_of_an_earlier_release_go_on() {
 }
 
 #[test]
-fn a_snapshot_that_is_none_is_told_apart_from_a_newer_one() {
+fn a_damaged_snapshot_and_a_newer_one_have_errors_of_their_own() {
     let mut bytes = snapshot("alice");
     for len in (0..bytes.len()).step_by(997).chain([bytes.len() - 1]) {
         assert_eq!(import(&bytes[..len]).err(), Some(ImportError::Damaged), "cut to {len}");

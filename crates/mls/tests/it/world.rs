@@ -140,13 +140,13 @@ impl World {
         }
     }
 
-    /// Delivers the oldest message in somebody's inbox.
+    /// Delivers the oldest message in a client's inbox.
     pub(crate) fn deliver(&mut self, who: usize) -> Vec<Received> {
         let message = self.inboxes[who].pop_front().expect("something is in the inbox");
         self.clients[who].hear(&message)
     }
 
-    /// Delivers everything in somebody's inbox.
+    /// Delivers everything in a client's inbox.
     pub(crate) fn deliver_all(&mut self, who: usize) -> Vec<Received> {
         let mut received = Vec::new();
         while !self.inboxes[who].is_empty() {
@@ -155,7 +155,7 @@ impl World {
         received
     }
 
-    /// Ends the client's process and starts it anew from what it would have saved.
+    /// Ends the client's process and starts it again from what it would have saved.
     pub(crate) fn restart(&mut self, who: usize) {
         self.clients[who] = restored(&mut self.clients[who]);
     }

@@ -180,7 +180,7 @@ impl Screen<'_> {
         self.show(&ours).await
     }
 
-    /// Says once that somebody has written elsewhere.
+    /// Says once that a person has written elsewhere.
     fn elsewhere(&mut self, entry: &Entry) {
         if let (Event::Received { from, .. }, Some(elsewhere)) = (&entry.event, entry.conversation)
             && self.others.insert(elsewhere)

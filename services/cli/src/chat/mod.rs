@@ -95,7 +95,7 @@ enum Progress {
 }
 
 /// Saves texts as they come and sends them in their order, each by a task of its own: a text is
-/// safe at once even while the one before it waits for the server.
+/// safe immediately, even while the one before it waits for the server.
 struct Sender {
     texts: mpsc::UnboundedSender<String>,
     progress: mpsc::UnboundedReceiver<Progress>,
@@ -128,7 +128,7 @@ impl Sender {
         }
     }
 
-    /// What happens next; waits for ever while nothing is under way. Cancel-safe.
+    /// Returns what happens next; does not return while nothing is under way. Cancel-safe.
     async fn progress(&mut self) -> Progress {
         let Some(progress) = self.progress.recv().await else {
             return std::future::pending().await;
@@ -157,7 +157,7 @@ impl Sender {
 
 type Saved = (String, EntryId);
 
-/// Texts saved, or sent, before the person is told.
+/// The most texts saved, or sent, before the screen is updated.
 const TOGETHER: usize = 32;
 
 async fn save(
@@ -167,7 +167,7 @@ async fn save(
     saved: mpsc::UnboundedSender<Saved>,
     tell: mpsc::UnboundedSender<Progress>,
 ) {
-    // Nobody is left to be told once the chat is over.
+    // The receiver is gone once the chat is over.
     let note = |text, outcome: Result<EntryId, Error>| match outcome {
         Ok(entry) => {
             let _ = tell.send(Progress::Saved);

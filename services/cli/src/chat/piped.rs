@@ -18,7 +18,7 @@ use crate::{
     text,
 };
 
-/// What programs are told of a line of theirs.
+/// The result of a line, for programs.
 #[derive(Debug, Serialize)]
 struct SentLine<'a> {
     event: &'static str,

@@ -34,8 +34,8 @@ struct LoggedIn {
     identity: String,
     /// Whether other commands need no password now.
     unlocked: bool,
-    /// How far this machine's clock is ahead of the server's; negative if it is behind. Only after a
-    /// registration, and only if it is wrong.
+    /// The difference by which this machine's clock is ahead of the server's; negative if it is
+    /// behind. Only after a registration, and only if the clock is wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     clock_difference_ms: Option<i64>,
     #[serde(skip)]
@@ -176,7 +176,7 @@ struct LoggedOut {
     event: &'static str,
     profile: String,
     username: String,
-    /// How many sessions the server has ended; null if it could not be told.
+    /// The number of sessions that the server has ended; null if it could not be reached.
     sessions_ended: Option<u32>,
     /// Why it could not.
     problem: Option<String>,
@@ -231,7 +231,9 @@ pub(crate) async fn logout(context: &Context, all: bool) -> Result<(), CliError>
             profile: context.profile.to_string(),
             username: profile.username.to_string(),
             sessions_ended: ended.as_ref().ok().copied(),
-            was_locked: matches!(&ended, Err(error) if error.code == CliError::not_logged_in().code),
+            was_locked: ended
+                .as_ref()
+                .is_err_and(|error| error.code == CliError::not_logged_in().code),
             problem: ended.err().map(|error| error.message),
         }),
     }

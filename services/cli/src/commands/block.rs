@@ -1,4 +1,4 @@
-//! `qpq block`, `qpq unblock`, `qpq blocked`: whose messages are not taken.
+//! `qpq block`, `qpq unblock`, `qpq blocked`: users whose messages are refused.
 
 use std::io::{self, Write};
 

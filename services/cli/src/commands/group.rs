@@ -224,11 +224,16 @@ pub(crate) async fn members(context: &Context, group: &str) -> Result<(), CliErr
     opened::with_news(context, async |messenger| {
         let conversations = messenger.conversations().await?;
         let (id, _) = find(&conversations, group)?;
-        let creator = conversations.iter().find(|conversation| conversation.id == id).map(|found| &found.kind);
+        let found = conversations.iter().find(|conversation| conversation.id == id);
+        let creator = found.and_then(|conversation| match &conversation.kind {
+            ConversationKind::Group { creator, .. } => Some(creator.identity),
+            ConversationKind::Direct { .. } => None,
+        });
         for person in messenger.members(id).await? {
-            let is_creator = matches!(creator, Some(ConversationKind::Group { creator, .. }) if creator.identity == person.identity);
             let shown = entry::name(&person);
-            context.output.report(&Member { person: (&person).into(), creator: is_creator, shown })?;
+            let is_creator = creator == Some(person.identity);
+            let person = (&person).into();
+            context.output.report(&Member { person, creator: is_creator, shown })?;
         }
         Ok(())
     })

@@ -61,7 +61,7 @@ impl Report for Comparison {
             out,
             "It must be the same where {username} runs `qpq keys` with your name. If it is not,"
         )?;
-        writeln!(out, "somebody stands between you: do not trust the server.")?;
+        writeln!(out, "another party stands between you: do not trust the server.")?;
         writeln!(out, "If it is, note that with `qpq keys {username} --verified`.")
     }
 }
@@ -72,7 +72,7 @@ fn rows(safety_number: &str) -> Vec<String> {
     groups.chunks(4).map(|row| row.join(" ")).collect()
 }
 
-/// What to do about a key of somebody that has changed.
+/// What to do about a changed key of a user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Changed {
     Refuse,
@@ -141,8 +141,8 @@ async fn compare(
     })
 }
 
-/// What keeps the safety number from being shown. Of a new key, the number is in the hint: it has to
-/// be compared before the key is accepted.
+/// Returns the reason why no safety number is shown. The number with a new key is in the hint: it
+/// has to be compared before the key is accepted.
 async fn refused(messenger: &Messenger, user: &Username, error: Error) -> Result<CliError, Error> {
     let Error::IdentityChanged { known, now, .. } = &error else { return Ok(error.into()) };
     let was = match messenger.compared_at(known).await? {
@@ -151,8 +151,8 @@ async fn refused(messenger: &Messenger, user: &Username, error: Error) -> Result
     };
     let number = rows(&safety_number(&messenger.profile().identity, now)).join("\n       ");
     let hint = format!(
-        "the safety number with the new key is\n       {number}\n     ({was}); if {user} confirms in \
-         person or by phone that it is theirs, run `qpq keys {user} --accept`"
+        "the safety number with the new key is\n       {number}\n     ({was}); if {user} confirms \
+         in person or by phone that it is theirs, run `qpq keys {user} --accept`"
     );
     Ok(CliError::from(error).hint(hint))
 }

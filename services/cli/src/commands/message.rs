@@ -1,4 +1,4 @@
-//! Single messages: send one, show those that came.
+//! `qpq send` and `qpq recv`: sends one message, shows those that came.
 
 use std::{
     io::{self, IsTerminal as _, Write},
@@ -61,7 +61,7 @@ pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<Str
             if io::stdin().is_terminal() {
                 context.output.note("Type the message; Ctrl-D on a line of its own ends it.");
             }
-            // On a thread of its own, so that Ctrl-C is heard.
+            // On a thread of its own, so that Ctrl-C works.
             tokio::task::spawn_blocking(|| io::read_to_string(io::stdin()))
                 .await
                 .expect("reading does not panic")
@@ -91,7 +91,7 @@ pub(crate) async fn deliver(
     unreachable: Option<CliError>,
 ) -> Result<(), CliError> {
     if let Some(why) = unreachable {
-        // A first message needs the server for the key package of whom it is for.
+        // A first message needs the server for the recipient's key package.
         return match timeout(OFFLINE_TIMEOUT, messenger.queue(conversation, body)).await {
             Ok(Ok(_)) => Err(queued(Some(why))),
             Ok(Err(error)) if !opened::is_temporary(&error) => Err(error.into()),
@@ -155,7 +155,7 @@ async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<
     ))
 }
 
-/// The user or the group that is meant, and its name. A group that somebody else has named like a
+/// The user or the group that is meant, and its name. A group that another user has named like a
 /// user must not receive what is meant for the user.
 pub(crate) async fn resolve(
     messenger: &Messenger,
@@ -252,7 +252,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Shows what comes until the time is over, or for ever.
+    /// Shows what comes until the time is over, or until interrupted.
     async fn follow(&mut self, until: Option<Instant>) -> Result<(), CliError> {
         let mut listener = self.messenger.listen();
         while let Some(entries) = next(&mut listener, until).await? {

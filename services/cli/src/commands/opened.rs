@@ -74,8 +74,8 @@ pub(crate) fn is_temporary(error: &Error) -> bool {
     error.call().is_some_and(CallError::is_temporary)
 }
 
-/// As [`with`], for commands that need no server, or only sometimes: `work` runs without one too, with
-/// the reason for that.
+/// As [`with`], for commands that need no server, or only sometimes: `work` runs without one, too,
+/// with the reason for that.
 pub(crate) async fn locally<T>(
     context: &Context,
     work: impl AsyncFnOnce(&Messenger, Option<CliError>) -> Result<T, CliError>,
@@ -101,8 +101,8 @@ async fn with_or_without_server<T>(
     };
     if messenger.are_keys_refused() {
         context.output.note(format_args!(
-            "Note: the server refuses your key packages, so others may be unable to write to you first. \
-             Is this machine's clock right? It says {}.",
+            "Note: the server refuses your key packages, so others may be unable to write to you \
+             first. Is this machine's clock right? It says {}.",
             text::utc(SystemClock.now())
         ));
     }

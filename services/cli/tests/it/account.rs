@@ -31,7 +31,8 @@ async fn who_registers_is_logged_in_and_the_server_is_pinned() {
     assert!(alice.ok(&["whoami"]).await.contains("logged in"));
     let listed = alice.json(&["profiles"]).await;
     let expected = json!({
-        "profile": "default", "username": "alice", "server": world.address, "unlocked": true, "registered": true
+        "profile": "default", "username": "alice", "server": world.address, "unlocked": true,
+        "registered": true
     });
     assert_eq!(listed, [expected]);
     for kept in alice.kept_keys() {
@@ -130,7 +131,7 @@ async fn a_password_comes_from_a_file_or_the_environment_or_is_asked_for() {
     std::fs::write(&file, format!("{PASSWORD}\nnot this line\n")).unwrap();
     let file = file.to_str().unwrap();
 
-    // The file goes before the environment, and whoever gives a password needs no login first.
+    // The file goes before the environment, and with a password no login is needed first.
     let logged_out = alice.ok(&["keys", "--password-file", file]).await;
     assert!(logged_out.starts_with("alice\n"));
     assert!(alice.kept_keys().is_empty());

@@ -1,11 +1,11 @@
-//! People whose messages are not taken.
+//! Users whose messages are refused.
 
 use serde_json::json;
 
 use crate::harness::World;
 
 #[tokio::test]
-async fn somebody_is_blocked_and_unblocked() {
+async fn a_user_is_blocked_and_unblocked() {
     let mut world = World::new().await;
     let (bob, mallory) = (world.user("bob").await, world.user("mallory").await);
     let key = mallory.json(&["whoami"]).await[0]["identity"].clone();

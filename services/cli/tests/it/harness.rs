@@ -119,7 +119,7 @@ impl World {
         .await;
     }
 
-    /// Somebody without an account yet.
+    /// A person without an account yet.
     pub(crate) fn person(&self, name: &str) -> Person {
         Person {
             name: name.to_owned(),
@@ -129,7 +129,7 @@ impl World {
         }
     }
 
-    /// Somebody with an account, logged in.
+    /// A person with an account, logged in.
     pub(crate) async fn user(&self, name: &str) -> Person {
         let person = self.person(name);
         person.ok(&["register", name, "--pin", &self.fingerprint]).await;

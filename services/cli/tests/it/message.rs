@@ -70,7 +70,7 @@ async fn what_cannot_be_sent_is_refused_with_a_reason() {
 }
 
 #[tokio::test]
-async fn receiving_waits_as_long_as_it_was_told_to() {
+async fn receiving_waits_for_the_given_time() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     bob.fails(&["recv", "--timeout", "1"], 7, "client.nothing").await;

@@ -237,7 +237,7 @@ async fn junk_in_an_inbox_hides_nothing_that_follows() {
         b"QPQR".to_vec(),
         vec![0; 100_000],
         vec![0, 1, 0, 3],
-        // MLS 1.0: a private and a public message, a Welcome, a GroupInfo and a KeyPackage of nothing.
+        // MLS 1.0: a private and a public message, a Welcome, a GroupInfo and an empty KeyPackage.
         vec![0, 1, 0, 2],
         vec![0, 1, 0, 1],
         vec![0, 1, 0, 4],

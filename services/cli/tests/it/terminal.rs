@@ -18,7 +18,7 @@ use tokio::{
 
 use crate::harness::{PASSWORD, Person, World, soon};
 
-/// A way to a server that can be cut without either side being told.
+/// A way to a server that can be cut without either side being notified.
 struct Wire {
     address: String,
     is_cut: watch::Sender<bool>,
@@ -31,8 +31,8 @@ impl Wire {
         let server = server.to_owned();
         let (is_cut, cut) = watch::channel(false);
         tokio::spawn(async move {
-            // One socket to the server for each of the client's, or its answers could not be told
-            // apart.
+            // One socket to the server for each of the client's, or its answers could not be
+            // distinguished.
             let mut far = HashMap::<SocketAddr, Arc<UdpSocket>>::new();
             let mut buffer = vec![0; 65_536];
             while let Ok((length, from)) = near.recv_from(&mut buffer).await {

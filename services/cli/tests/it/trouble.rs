@@ -50,7 +50,7 @@ async fn a_server_with_another_certificate_is_refused_until_the_new_one_is_pinne
 }
 
 #[tokio::test]
-async fn a_profile_is_used_by_several_at_once() {
+async fn a_profile_is_used_by_several_processes() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let mut chat = alice.start(&["dm", "bob"]);
