@@ -77,7 +77,9 @@ pub struct PendingRegistration {
 /// Which sessions a logout ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogoutScope {
+    /// The session that the client uses.
     ThisSession,
+    /// Every session of the account.
     EverySession,
 }
 

@@ -18,7 +18,7 @@ use openmls::{
     },
     treesync::errors::LeafNodeValidationError,
 };
-use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
+use qpq_domain::{IdentityKey, UnixMillis, Username};
 
 use crate::{
     codec::{Malformed, Reader, Writer},

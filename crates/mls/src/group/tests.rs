@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use openmls::prelude::{BasicCredential, CredentialWithKey, KeyPackageIn, ProtocolVersion};
 use openmls::prelude::{LeafNodeParameters, MlsMessageBodyIn, MlsMessageIn, NewSignerBundle};
+use qpq_domain::ChannelId;
 use tls_codec::DeserializeBytes as _;
 
 use super::*;
