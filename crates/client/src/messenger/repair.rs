@@ -439,12 +439,12 @@ mod tests {
         let mut state = state();
         state.meet(&key(0)).unwrap();
         lose(&mut state, 0, 0);
-        for peer in 1..2_000 {
+        for peer in 1..300 {
             lose(&mut state, peer, 0);
         }
         assert_eq!(count(&state), (MAX_PEOPLE, MAX_PEOPLE));
-        for peer in 1..30 {
-            (0..300).for_each(|message| lose(&mut state, peer, message));
+        for peer in 1..18 {
+            (0..260).for_each(|message| lose(&mut state, peer, message));
         }
         let (people, lost) = count(&state);
         assert!(people <= MAX_PEOPLE && lost <= MAX_LOST_IN_TOTAL, "{people} {lost}");
