@@ -9,6 +9,7 @@
 //! | `qpq_job_store_errors_total{op}` | counter | failures | failed operations on the queue of jobs |
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use qpq_ports::JobKind;
 
 pub(crate) const RUNS: &str = "qpq_job_runs_total";
 pub(crate) const SECONDS: &str = "qpq_job_run_seconds";
@@ -16,7 +17,19 @@ pub(crate) const JOBS: &str = "qpq_jobs";
 pub(crate) const OVERDUE: &str = "qpq_jobs_overdue_seconds";
 pub(crate) const ERRORS: &str = "qpq_job_store_errors_total";
 
-/// Describes the metrics. Called once, by the runner.
+/// The values of `end`.
+const ENDS: [&str; 6] = ["done", "repeat", "retry", "dead", "released", "lost"];
+/// The values of `op`.
+const OPS: [&str; 5] = ["put", "claim", "renew", "finish", "stats"];
+
+/// Exposes the counters of runs of `kind` from zero on, so that an increase shows the first event.
+pub(crate) fn expose_runs(kind: JobKind) {
+    for end in ENDS {
+        metrics::counter!(RUNS, "kind" => kind.as_str(), "end" => end).increment(0);
+    }
+}
+
+/// Describes the metrics, and exposes the counters of errors. Called once, by the runner.
 pub fn describe() {
     describe_counter!(RUNS, "Runs of jobs on this edge, by kind and end");
     describe_histogram!(SECONDS, Unit::Seconds, "Duration of the runs of jobs, by kind");
@@ -27,4 +40,7 @@ pub fn describe() {
         "Time since the oldest waiting job of a kind became due"
     );
     describe_counter!(ERRORS, "Failed operations on the queue of jobs");
+    for op in OPS {
+        metrics::counter!(ERRORS, "op" => op).increment(0);
+    }
 }

@@ -66,6 +66,7 @@ impl Runner {
 
     /// Adds a kind of work. Returns the handle that announces new jobs of it.
     pub fn add(&mut self, work: Arc<dyn Work>) -> Wake {
+        metric::expose_runs(work.kind());
         let wake = Arc::new(Notify::new());
         self.works.push((work, Arc::clone(&wake)));
         Wake(wake)
@@ -209,7 +210,8 @@ impl Lane {
             kind: self.work.kind(),
             limit: room,
             lease: policy.lease,
-            horizon: policy.horizon,
+            // A lease that is not over must not count as a wrong clock.
+            horizon: policy.horizon.max(policy.lease),
         };
         match self.jobs.claim(request, self.clock.now()).await {
             Ok(jobs) => jobs,

@@ -47,8 +47,6 @@ async fn make_due(cluster: &Cluster, kind: &str) {
 /// Runs `work` while no sweep can end.
 async fn while_sweeps_hang(cluster: &Cluster, work: impl AsyncFnOnce()) {
     let lock = "BEGIN; LOCK TABLE session IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(3600)";
-    let unlock = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-                   WHERE query LIKE '%pg_sleep(3600)' AND pid <> pg_backend_pid()";
     let working = async {
         until("the table is locked", || async {
             let held =
@@ -58,10 +56,17 @@ async fn while_sweeps_hang(cluster: &Cluster, work: impl AsyncFnOnce()) {
         })
         .await;
         work().await;
-        cluster.postgres.sql(unlock).await.expect("unlocked");
+        unlock(cluster).await;
     };
     // The session that has the lock ends with an error, as it is terminated.
     let (_, ()) = tokio::join!(cluster.postgres.sql(lock), working);
+}
+
+/// Lets the sweeps continue.
+async fn unlock(cluster: &Cluster) {
+    let terminate = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                      WHERE query LIKE '%pg_sleep(3600)' AND pid <> pg_backend_pid()";
+    cluster.postgres.sql(terminate).await.expect("unlocked");
 }
 
 async fn start(edges: usize) -> Cluster {
@@ -128,10 +133,15 @@ async fn a_drained_edge_leaves_no_claim() {
     while_sweeps_hang(&cluster, async || {
         make_due(&cluster, "sweep").await;
         until("the edge claims", || async { sweep(&cluster).await.claim != "-" }).await;
-        cluster.drain_edge(0).await.expect("it ends although its sweep hangs");
-        let left = sweep(&cluster).await;
-        assert_eq!(left.claim, "-", "released");
-        assert!(left.run_at <= left.now, "due for the next edge");
+        let released = async {
+            until("the claim is released", || async { sweep(&cluster).await.claim == "-" }).await;
+            let left = sweep(&cluster).await;
+            assert!(left.run_at <= left.now, "due for the next edge");
+            // The connection of the statement ends only with it.
+            unlock(&cluster).await;
+        };
+        let (drained, ()) = tokio::join!(cluster.drain_edge(0), released);
+        drained.expect("it ends as it should");
     })
     .await;
 }
