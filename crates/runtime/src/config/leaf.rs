@@ -178,7 +178,7 @@ impl Leaf for SocketAddr {
     }
 
     fn show(&self) -> Option<String> {
-        quoted("[redacted]")
+        quoted(self.to_string())
     }
 }
 
@@ -238,7 +238,7 @@ impl Leaf for Size {
     }
 
     fn show(&self) -> Option<String> {
-        quoted("[redacted]")
+        quoted(self.to_string())
     }
 }
 
