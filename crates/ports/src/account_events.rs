@@ -1,15 +1,15 @@
-//! What one edge must tell all others at once, so that calls in progress there hear of it.
+//! Account events between edges, for calls in progress at another edge.
 
 use futures_util::stream::BoxStream;
 use qpq_domain::IdentityKey;
 
-/// Something about an account that is to be looked up again. It carries no state, so it may be
-/// lost, doubled or late: then a call in progress learns of it a little later, by its own checks.
+/// A change of an account that calls in progress look up. It carries no state, so loss, duplication
+/// or delay only costs latency: the calls also check by themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AccountEvent {
-    /// One or more sessions of the account were ended before their time.
+    /// One or more sessions of the account were revoked.
     SessionsEnded,
-    /// One of the account's KeyPackages was given out.
+    /// One of the account's KeyPackages was taken.
     KeyPackageTaken,
 }
 
@@ -18,17 +18,17 @@ impl AccountEvent {
     pub const ALL: [Self; 2] = [Self::SessionsEnded, Self::KeyPackageTaken];
 }
 
-/// The way between the edges of a deployment.
+/// Publishes account events to the other edges of a deployment.
 pub trait AccountEvents: Send + Sync {
-    /// Tells every other edge, soon and without waiting for it.
+    /// Publishes an event to every other edge, without waiting for it.
     fn publish(&self, identity: &IdentityKey, event: AccountEvent);
 
-    /// What other edges publish from now on. A deployment of one edge has nothing to hear: its
+    /// Returns the events that other edges publish from now on. In a deployment of one edge the
     /// stream never yields.
     fn listen(&self) -> BoxStream<'static, (IdentityKey, AccountEvent)>;
 }
 
-/// For a deployment of one edge.
+/// The events of a deployment of one edge: none.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SingleEdge;
 

@@ -1,4 +1,4 @@
-//! Accounts: a username, an identity key and an OPAQUE record, bound together for ever.
+//! Accounts: a username, an identity key and an OPAQUE record, bound together permanently.
 
 use std::fmt;
 
@@ -7,31 +7,36 @@ use qpq_domain::{AccountId, IdentityKey, UnixMillis, Username};
 
 use crate::StoreResult;
 
-/// Who exists.
+/// Stores accounts.
 #[async_trait]
 pub trait Accounts: Send + Sync {
-    /// Inserts an account and its inbox. Never replaces anything: a username or key once taken
-    /// stays taken.
+    /// Inserts an account and its inbox. Never replaces one: a registered username or key stays
+    /// taken.
     ///
     /// A username whose skeleton (UTS 39) is that of another account is taken too. Accounts that
     /// were registered before this rule stay, whatever their skeletons are.
     async fn register(&self, account: NewAccount) -> StoreResult<Registration>;
 
-    /// What a login needs to know about `username`.
+    /// Returns what a login with this username needs.
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>>;
 
+    /// Returns the account with this username.
     async fn by_username(&self, username: &Username) -> StoreResult<Option<Account>>;
 
+    /// Returns the account with this identity key.
     async fn by_identity(&self, identity: &IdentityKey) -> StoreResult<Option<Account>>;
 }
 
-/// An account to be made.
+/// An account to be registered.
 #[derive(Clone)]
 pub struct NewAccount {
+    /// The username.
     pub username: Username,
+    /// The identity key.
     pub identity: IdentityKey,
     /// The OPAQUE registration record (RFC 9807 §5), 192 bytes.
     pub opaque_record: Vec<u8>,
+    /// The instant of the call.
     pub now: UnixMillis,
 }
 
@@ -41,22 +46,27 @@ impl fmt::Debug for NewAccount {
     }
 }
 
-/// What became of a registration.
+/// The outcome of a registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Registration {
+    /// The account is registered.
     Registered(AccountId),
-    /// The very same username, key and record are there already: a repeated request.
+    /// An account has the same username, key and record: the request is a repeat.
     Repeated(AccountId),
-    /// Another account has the username, or one that people confuse with it.
+    /// Another account has the username, or one that is easily confused with it.
     UsernameTaken,
+    /// Another account has the identity key.
     IdentityTaken,
 }
 
-/// What OPAQUE needs of an account.
+/// The data of an account that a login with OPAQUE needs.
 #[derive(Clone)]
 pub struct Credentials {
+    /// The account's number.
     pub account: AccountId,
+    /// The account's identity key.
     pub identity: IdentityKey,
+    /// The OPAQUE registration record (RFC 9807 §5).
     pub opaque_record: Vec<u8>,
 }
 
@@ -66,11 +76,15 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// What others may know of an account.
+/// The public data of an account.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Account {
+    /// The account's number.
     pub id: AccountId,
+    /// The username.
     pub username: Username,
+    /// The identity key.
     pub identity: IdentityKey,
+    /// When it was registered.
     pub created_at: UnixMillis,
 }

@@ -1,9 +1,9 @@
-//! Admission for messages that wait to be committed, bounded for all senders together and for each one.
+//! Admission of messages that wait to be committed, bounded for all senders together and for each.
 //!
-//! A backend commits in the order in which calls got room. Without a bound for each sender, the
-//! large batches of one would fill the room, and every other call would wait until most of them are
-//! committed. With it, one sender never has more in the room than one transaction holds, so a call
-//! of another waits for the transaction in progress and its own, and no longer.
+//! A backend commits in the order in which calls were admitted. Without a bound for each sender,
+//! the large batches of one sender would fill the queue, and every other call would wait until most
+//! of them are committed. With it, one sender never has more in the queue than one transaction
+//! holds, so a call of another sender waits for the transaction in progress and its own.
 
 use std::{
     collections::{HashMap, hash_map},
@@ -18,45 +18,45 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a call waits for room before the store counts as unavailable.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Maximum time that a call waits for admission, after which the store counts as unavailable.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes are counted in units of this many.
 const UNIT: usize = 1 << 10;
 
-/// What all calls together may have in the room: 64 MiB.
+/// Maximum of all calls together: 64 MiB.
 const ALL: usize = 64 << 10;
 
-/// What one sender may have in the room: 4 MiB, or 512 messages.
+/// Maximum of one sender: 4 MiB, or 512 messages.
 const SENDER: usize = 4 << 10;
 
-/// What a message counts in its sender's share besides its bytes: what its row costs to write.
+/// What a message counts in its sender's share in addition to its bytes: the cost of its row.
 const MESSAGE: usize = SENDER / 512;
 
-/// A call waited in vain.
+/// A call was not admitted in time.
 #[derive(Debug, thiserror::Error)]
-#[error("there was no room for a call to wait in for {PATIENCE:?}")]
+#[error("the queue of the store was full for {QUEUE_TIMEOUT:?}")]
 pub struct Busy;
 
-/// The room. Cheap to clone.
+/// Admits calls. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Admission {
     all: Arc<Semaphore>,
     senders: Arc<Mutex<HashMap<IdentityKey, Sender>>>,
 }
 
-/// A sender that has something in the room, or waits for it.
+/// A sender that has calls in the queue, or waits for admission.
 #[derive(Debug)]
 struct Sender {
     share: Arc<Semaphore>,
     calls: usize,
 }
 
-/// A call's place in the room, returned when dropped.
+/// The admission of one call, which ends when it is dropped.
 #[derive(Debug)]
 pub struct AdmissionPermit {
     _all: OwnedSemaphorePermit,
-    // In this order: a share is returned before its sender is forgotten.
+    // In this order: the share is returned before its sender is removed.
     _share: Option<OwnedSemaphorePermit>,
     _call: Option<OneCall>,
 }
@@ -75,13 +75,13 @@ impl Default for Admission {
 }
 
 impl Admission {
-    /// Waits for room for work that is no sender's.
+    /// Admits work that belongs to no sender.
     pub async fn admit(&self, bytes: usize) -> Result<AdmissionPermit, Busy> {
-        let all = patiently(&self.all, units(bytes, 0, ALL)).await?;
+        let all = acquire(&self.all, units(bytes, 0, ALL)).await?;
         Ok(AdmissionPermit { _all: all, _share: None, _call: None })
     }
 
-    /// Waits for room for `messages` of `sender`, which have so many bytes.
+    /// Admits a number of messages of `sender`, of `bytes` in total.
     pub async fn admit_from(
         &self,
         sender: &IdentityKey,
@@ -89,9 +89,9 @@ impl Admission {
         bytes: usize,
     ) -> Result<AdmissionPermit, Busy> {
         let (call, share) = self.call_of(sender);
-        // The share first: whoever has used it up waits apart from everybody else.
-        let share = patiently(&share, units(bytes, messages, SENDER)).await?;
-        let all = patiently(&self.all, units(bytes, 0, ALL)).await?;
+        // The share first: a sender that has used it up waits without taking part of the total.
+        let share = acquire(&share, units(bytes, messages, SENDER)).await?;
+        let all = acquire(&self.all, units(bytes, 0, ALL)).await?;
         Ok(AdmissionPermit { _all: all, _share: Some(share), _call: Some(call) })
     }
 
@@ -124,11 +124,11 @@ fn units(bytes: usize, messages: usize, most: usize) -> u32 {
     u32::try_from(units.clamp(1, most)).expect("clamped")
 }
 
-async fn patiently(semaphore: &Arc<Semaphore>, units: u32) -> Result<OwnedSemaphorePermit, Busy> {
+async fn acquire(semaphore: &Arc<Semaphore>, units: u32) -> Result<OwnedSemaphorePermit, Busy> {
     if let Ok(permit) = Arc::clone(semaphore).try_acquire_many_owned(units) {
         return Ok(permit);
     }
-    let permit = timeout(PATIENCE, Arc::clone(semaphore).acquire_many_owned(units)).await;
+    let permit = timeout(QUEUE_TIMEOUT, Arc::clone(semaphore).acquire_many_owned(units)).await;
     Ok(permit.map_err(|_elapsed| Busy)?.expect("never closed"))
 }
 
@@ -142,47 +142,47 @@ mod tests {
     const BOB: IdentityKey = IdentityKey::new([2; 32]);
 
     #[tokio::test]
-    async fn one_sender_never_fills_the_room() {
-        let room = Admission::default();
-        let mut places = Vec::new();
-        while let Some(place) = room.admit_from(&ALICE, 1, 1 << 20).now_or_never() {
-            places.push(place.expect("there is room"));
+    async fn one_sender_never_fills_the_queue() {
+        let admission = Admission::default();
+        let mut permits = Vec::new();
+        while let Some(permit) = admission.admit_from(&ALICE, 1, 1 << 20).now_or_never() {
+            permits.push(permit.expect("admitted"));
         }
-        assert_eq!(places.len(), 3, "the fourth of 1 MiB and its row are beyond 4 MiB");
-        assert!(room.admit_from(&BOB, 1, 1 << 20).now_or_never().is_some());
-        assert!(room.admit(1 << 20).now_or_never().is_some());
-        places.pop();
-        assert!(room.admit_from(&ALICE, 1, 1 << 20).now_or_never().is_some());
+        assert_eq!(permits.len(), 3, "the fourth of 1 MiB and its row are beyond 4 MiB");
+        assert!(admission.admit_from(&BOB, 1, 1 << 20).now_or_never().is_some());
+        assert!(admission.admit(1 << 20).now_or_never().is_some());
+        permits.pop();
+        assert!(admission.admit_from(&ALICE, 1, 1 << 20).now_or_never().is_some());
     }
 
     #[tokio::test]
-    async fn messages_count_whatever_their_size() {
-        let room = Admission::default();
-        let _first = room.admit_from(&ALICE, 256, 0).now_or_never().expect("there is room");
-        let _second = room.admit_from(&ALICE, 256, 0).now_or_never().expect("there is room");
-        assert!(room.admit_from(&ALICE, 1, 0).now_or_never().is_none());
-        assert!(room.admit_from(&BOB, 256, 0).now_or_never().is_some());
+    async fn empty_messages_count_too() {
+        let admission = Admission::default();
+        let _first = admission.admit_from(&ALICE, 256, 0).now_or_never().expect("admitted");
+        let _second = admission.admit_from(&ALICE, 256, 0).now_or_never().expect("admitted");
+        assert!(admission.admit_from(&ALICE, 1, 0).now_or_never().is_none());
+        assert!(admission.admit_from(&BOB, 256, 0).now_or_never().is_some());
     }
 
     #[tokio::test]
-    async fn what_is_larger_than_the_room_gets_all_of_it() {
-        let room = Admission::default();
-        let place = room.admit_from(&ALICE, 1, 1 << 30).now_or_never().expect("there is room");
-        assert!(room.admit_from(&BOB, 1, 0).now_or_never().is_none());
-        drop(place);
-        assert!(room.admit_from(&BOB, 1, 0).now_or_never().is_some());
+    async fn a_call_that_is_larger_than_the_queue_gets_all_of_it() {
+        let admission = Admission::default();
+        let permit = admission.admit_from(&ALICE, 1, 1 << 30).now_or_never().expect("admitted");
+        assert!(admission.admit_from(&BOB, 1, 0).now_or_never().is_none());
+        drop(permit);
+        assert!(admission.admit_from(&BOB, 1, 0).now_or_never().is_some());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_call_that_waits_in_vain_is_refused_and_leaves_nothing() {
-        let room = Admission::default();
-        let place = room.admit_from(&ALICE, 512, 0).await.expect("there is room");
-        room.admit_from(&ALICE, 1, 0).await.expect_err("there is none");
+    async fn a_call_that_is_not_admitted_in_time_is_refused_and_leaves_nothing() {
+        let admission = Admission::default();
+        let permit = admission.admit_from(&ALICE, 512, 0).await.expect("admitted");
+        admission.admit_from(&ALICE, 1, 0).await.expect_err("the share is used up");
         // Dropped while it waits.
-        assert!(room.admit_from(&ALICE, 1, 0).now_or_never().is_none());
-        assert_eq!(room.senders.lock().get(&ALICE).map(|sender| sender.calls), Some(1));
-        drop(place);
-        assert!(room.senders.lock().is_empty());
-        assert_eq!(room.all.available_permits(), ALL);
+        assert!(admission.admit_from(&ALICE, 1, 0).now_or_never().is_none());
+        assert_eq!(admission.senders.lock().get(&ALICE).map(|sender| sender.calls), Some(1));
+        drop(permit);
+        assert!(admission.senders.lock().is_empty());
+        assert_eq!(admission.all.available_permits(), ALL);
     }
 }

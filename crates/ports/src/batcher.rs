@@ -4,8 +4,7 @@
 //! in one statement, and looks up many inboxes in one query. While a worker is busy, the next items
 //! gather in the queue; the more there are, the less each costs. An item is taken in the order in
 //! which it was sent, and a batch ends at its limit, so an item waits for the items before it and
-//! for no later ones. How much one sender may have in a queue is the business of
-//! [`admission`](crate::admission).
+//! for no later ones. [`admission`](crate::admission) bounds what one sender has in a queue.
 
 use std::{collections::VecDeque, fmt, mem, sync::Arc};
 
@@ -208,7 +207,7 @@ impl<T> Drop for Presence<T> {
         let mut state = self.0.state.lock();
         state.workers -= 1;
         if state.workers == 0 {
-            // Nothing processes these items any more: whoever waits for one learns of it now.
+            // No worker is left for these items: their callers get an error now.
             state.closed = true;
             let items = mem::take(&mut state.items);
             drop(state);

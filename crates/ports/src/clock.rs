@@ -1,9 +1,10 @@
-//! Where the time comes from.
+//! The source of the time.
 
 use qpq_domain::UnixMillis;
 
-/// Tells the time of day. Tests and simulation give their own.
+/// Returns the time of day. Tests and simulations have their own.
 pub trait Clock: Send + Sync + 'static {
+    /// Returns the present instant.
     fn now(&self) -> UnixMillis;
 }
 
@@ -14,7 +15,7 @@ pub struct SystemClock;
 impl Clock for SystemClock {
     #[expect(
         clippy::disallowed_methods,
-        reason = "the one place where the time of day is asked for"
+        reason = "the one place that reads the clock of the machine"
     )]
     fn now(&self) -> UnixMillis {
         let since_epoch =

@@ -1,13 +1,13 @@
-//! Inboxes: the queues of ciphertext, one a recipient, read in the order in which messages became
-//! durable.
+//! Inboxes: ordered queues of encrypted messages, one for each account, read in the order in which
+//! messages became durable.
 //!
-//! A read is a *lease*: it shows messages and hides them from every other read until it is completed
-//! (the client has all bytes: they are removed) or released (it has not: they are there again,
-//! unchanged). A view stops in front of the first message that is leased by someone else, so nobody
-//! ever gets a later message while an earlier one may still come back.
+//! A read is a *lease*: it returns messages and hides them from every other read until it is
+//! completed (the client has all bytes, and the messages are removed) or released (the messages are
+//! visible again, unchanged). A view stops before the first message that another read has leased,
+//! so no reader gets a later message while an earlier one may become visible again.
 //!
-//! Nobody polls. [`Wakes::subscribe`] before a read, then wait on the subscription if the read was
-//! empty: whatever is committed, completed or released after the subscription wakes it.
+//! Readers do not poll. They subscribe ([`Wakes::subscribe`]), read, and wait for the subscription
+//! if the read was empty: a commit, a completion or a release after the subscription wakes it.
 
 use std::{fmt, time::Duration};
 
@@ -17,23 +17,24 @@ use qpq_domain::{ChannelId, DeviceId, IdentityKey, MessageId, Seq, StoreId, Unix
 
 use crate::StoreResult;
 
-/// The messages of one call of [`Inboxes::enqueue`] at most.
+/// Maximum messages of a [`Batch`].
 pub const CALL_MESSAGES: usize = 256;
 
-/// The payload bytes of one call of [`Inboxes::enqueue`] at most, unless it is a single message.
+/// Maximum payload bytes of a [`Batch`] of several messages.
 pub const CALL_BYTES: usize = 1 << 20;
 
-/// The queues.
+/// Accepts, returns and removes messages.
 #[async_trait]
 pub trait Inboxes: Send + Sync {
     /// Accepts messages and returns one outcome for each, in their order. A message is durable when
-    /// its outcome is `Accepted`. Messages to one inbox get their seqs in the order of the batch. An
-    /// error means that none was accepted. The backend's configuration ([`qpq_domain::Delivery`])
-    /// limits what an inbox holds and what one sender holds of it, and says how long message ids are
-    /// remembered.
+    /// its outcome is `Accepted`. Messages to one inbox get their seqs in the order of the batch.
+    /// An error means that none was accepted. The backend's configuration
+    /// ([`qpq_domain::Delivery`]) limits what an inbox holds and what one sender holds of it, and
+    /// says how long message ids are remembered.
     async fn enqueue(&self, batch: Batch) -> StoreResult<Vec<Enqueued>>;
 
-    /// Shows the first messages of the view and hides them from other reads until the lease ends.
+    /// Returns the first messages of the view, and hides them from other reads until the lease
+    /// ends.
     async fn lease(
         &self,
         read: ReadQuery,
@@ -41,8 +42,8 @@ pub trait Inboxes: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Box<dyn Lease>>;
 
-    /// Shows the messages of the view behind `after` ([`Seq::ZERO`]: all) and leaves everything as
-    /// it is. Stops, as a lease does, in front of what is leased.
+    /// Returns the messages of the view after `after` ([`Seq::ZERO`]: all) and changes nothing.
+    /// Stops before the first leased message, as a lease does.
     async fn peek(
         &self,
         read: ReadQuery,
@@ -51,39 +52,40 @@ pub trait Inboxes: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Page>;
 
-    /// Removes messages of the view, leased or not: an ack is the reader's own word. Returns how many
-    /// were removed: none if the ack names another history than the present one. Durable when it
-    /// returns.
+    /// Removes messages of the view, leased or not, because the reader says that it has them.
+    /// Returns the number of messages removed: none if the ack names another history than the
+    /// present one. Durable when it returns.
     async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32>;
 }
 
-/// Subscriptions to what happens in an inbox.
+/// Creates subscriptions to changes of inboxes.
 pub trait Wakes: Send + Sync {
-    /// Starts a subscription to everything that may make this read return more: messages of its
-    /// view that are accepted, released, or become visible because others are removed.
+    /// Starts a subscription to every change that lets this read return more: messages of its view
+    /// that are accepted, released, or become visible because others are removed.
     fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake>;
 }
 
-/// One subscription. Dropping it ends it.
+/// A subscription to the changes of an inbox, until it is dropped.
 pub trait Wake: Send + Sync {
-    /// Completes once something happened since the subscription or since the last completion.
-    /// Cancel-safe. May complete without cause.
+    /// Completes after a change since the subscription or since the last completion. Cancel-safe.
+    /// May complete without a change.
     fn woken(&mut self) -> BoxFuture<'_, ()>;
 }
 
 /// Messages that are hidden from other reads. Dropping it releases them.
 #[async_trait]
 pub trait Lease: Send + Sync {
+    /// Returns the messages.
     fn page(&self) -> &Page;
 
-    /// Frees the payloads of the page once they are copied. All else of the page stays.
+    /// Frees the payloads of the page, once the caller has copied them. The rest of the page stays.
     fn free_payloads(&mut self);
 
-    /// Removes exactly the messages shown: the reader has them. Durable when it returns. Their ids
-    /// are remembered from `now` on, or from their expiry if that came before.
+    /// Removes exactly the messages of the page, which the reader has. Durable when it returns.
+    /// Their ids are remembered from `now` on, or from their expiry if that was earlier.
     ///
     /// Removes nothing if the store has begun another history since the page was read: the seqs may
-    /// belong to other messages now.
+    /// then belong to other messages.
     async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
 }
 
@@ -110,14 +112,21 @@ impl Batch {
 /// A message to be accepted.
 #[derive(Clone)]
 pub struct NewMessage {
+    /// The account that sends it.
     pub sender: IdentityKey,
+    /// The account whose inbox gets it.
     pub recipient: IdentityKey,
+    /// The channel of the inbox.
     pub channel: ChannelId,
+    /// The ciphertext.
     pub payload: bytes::Bytes,
-    /// SHA-256 of the payload: kept, so that a repeat gets the same proof.
+    /// SHA-256 of the payload, stored so that a repeat gets the same proof.
     pub payload_sha256: [u8; 32],
+    /// The sender's id for the message, by which a repeat is recognised.
     pub message_id: Option<MessageId>,
+    /// The instant of the call.
     pub now: UnixMillis,
+    /// How long the message is kept for its reader.
     pub ttl: Duration,
 }
 
@@ -136,25 +145,32 @@ impl Page {
     }
 }
 
-/// What became of a message.
+/// The outcome for one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Enqueued {
+    /// The message is durable.
     Accepted(Receipt),
-    /// The sender's message id is known for this recipient: the first message's receipt.
+    /// The sender's message id is known for this recipient. Has the receipt of the first message.
     Duplicate(Receipt),
+    /// No account has the recipient's identity key.
     NoSuchRecipient,
+    /// The inbox has no room.
     QueueFull,
-    /// The inbox is more than half full, and the sender holds its share of it
+    /// The inbox is more than half full, and the sender has used its share of it
     /// ([`qpq_domain::Delivery::sender_share`]).
     SenderShare,
 }
 
-/// What the server can prove about an accepted message.
+/// The proof that the server has accepted a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Receipt {
+    /// The position in the inbox.
     pub seq: Seq,
+    /// The channel of the inbox.
     pub channel: ChannelId,
+    /// SHA-256 of the payload.
     pub payload_sha256: [u8; 32],
+    /// When the message was accepted.
     pub enqueued_at: UnixMillis,
 }
 
@@ -164,7 +180,9 @@ pub struct Receipt {
 /// reader, and the stores read it whatever device is named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Reader {
+    /// The account whose inbox is read.
     pub inbox: IdentityKey,
+    /// The device that reads it, if the call names one.
     pub device: Option<DeviceId>,
 }
 
@@ -178,49 +196,58 @@ impl Reader {
 /// The part of an inbox that a read returns messages of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadQuery {
+    /// Whose position is read.
     pub reader: Reader,
+    /// The channels that are read.
     pub view: View,
 }
 
-/// Which messages a read sees.
+/// The channels that a read returns messages of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum View {
+    /// One channel.
     Channel(ChannelId),
+    /// Every channel.
     All,
 }
 
 impl View {
-    /// Whether a message can be in both.
+    /// Whether a message can be in both views.
     pub fn overlaps(self, other: Self) -> bool {
         self == Self::All || other == Self::All || self == other
     }
 }
 
-/// How much one read takes.
+/// The size of one read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageLimit {
+    /// Maximum messages.
     pub messages: u32,
-    /// Sum over [`Envelope::cost`]; the first message comes whatever its size.
+    /// Maximum sum of [`Envelope::cost`]. The first message is returned whatever its size.
     pub bytes: usize,
 }
 
-/// What a read shows.
+/// The messages that a read returns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Page {
     /// The history that the seqs belong to.
     pub store_id: StoreId,
     /// In seq order.
     pub envelopes: Vec<Envelope>,
-    /// Whether the view has more, unexpired and visible, behind these.
+    /// Whether the view has more visible messages after these.
     pub more: bool,
 }
 
 /// A queued message.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Envelope {
+    /// The position in the inbox.
     pub seq: Seq,
+    /// The channel of the inbox.
     pub channel: ChannelId,
+    /// The ciphertext.
     pub payload: bytes::Bytes,
+    /// When the message was accepted.
     pub enqueued_at: UnixMillis,
 }
 
@@ -232,7 +259,7 @@ impl Page {
 }
 
 impl Envelope {
-    /// Bytes it takes in an answer at most: the payload and 64 of framing around it.
+    /// Returns its maximum size in a response: the payload and 64 bytes of framing.
     pub fn cost(&self) -> usize {
         self.payload.len() + 64
     }
@@ -247,14 +274,14 @@ impl fmt::Debug for Envelope {
     }
 }
 
-/// What an ack removes.
+/// The messages that an ack removes.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Ack {
-    /// Everything in the view with this seq or a lower one.
+    /// All messages of the view up to this seq.
     pub up_to: Option<Seq>,
-    /// Single messages of the view besides.
+    /// Single messages of the view, in addition.
     pub seqs: Vec<Seq>,
-    /// The history that the seqs belong to, where the reader says so.
+    /// The history that the seqs belong to, if the reader names it.
     pub store_id: Option<StoreId>,
 }
 

@@ -156,14 +156,25 @@ pub enum JobEnd {
     /// The work is done: the job is removed.
     Done,
     /// The work is done for now: the job is due again after `wait`, without failed attempts.
-    RepeatAfter { wait: Duration },
+    RepeatAfter {
+        /// Time until the job is due again.
+        wait: Duration,
+    },
     /// The work failed: the job is due again after `wait`.
-    RetryAfter { wait: Duration, error: Cow<'static, str> },
+    RetryAfter {
+        /// Time until the job is due again.
+        wait: Duration,
+        /// Why the attempt failed.
+        error: Cow<'static, str>,
+    },
     /// The work did not end, for a reason that is not its own: the job is due again immediately,
     /// and the attempt does not count.
     Released,
     /// The work can never succeed: the job is kept for the operator to see, and never runs again.
-    Dead { error: Cow<'static, str> },
+    Dead {
+        /// Why the last attempt failed.
+        error: Cow<'static, str>,
+    },
 }
 
 /// Whether a claim was still valid when it was used.

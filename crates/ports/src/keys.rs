@@ -1,5 +1,5 @@
-//! Public keys that others fetch to start a conversation: KeyPackages, each given out once, and
-//! hybrid keys, which stay.
+//! Public keys that others fetch to start a conversation: KeyPackages, each of which is taken once,
+//! and hybrid keys, which stay.
 
 use std::collections::HashSet;
 
@@ -8,17 +8,17 @@ use qpq_domain::{AccountId, IdentityKey, UnixMillis};
 
 use crate::StoreResult;
 
-/// KeyPackages (RFC 9420 §10) on the server, already validated.
+/// Stores validated KeyPackages (RFC 9420 §10).
 #[async_trait]
 pub trait KeyPackages: Send + Sync {
-    /// Stores all of `packages` or none. One that is there already counts as stored and changes
-    /// nothing; a new last-resort package takes the place of the old one. How many one owner may
-    /// have is the backend's configuration ([`qpq_domain::KeyPackageCaps`]).
+    /// Stores all of `packages` or none. A package that is stored already changes nothing. A new
+    /// last-resort package replaces the old one. The backend's configuration limits the packages of
+    /// one owner ([`qpq_domain::KeyPackageCaps`]).
     ///
     /// [`UploadMode::Replace`] first removes what the owner has stored, the last-resort package
-    /// included. Removing and storing are one step: a concurrent [`take`](Self::take) gets a package
-    /// of before or of after, and an upload that is refused removes nothing. A removed package that
-    /// was not given out may be uploaded again.
+    /// included. Removing and storing are one step: a concurrent [`take`](Self::take) gets a
+    /// package from before or after it, and an upload that is refused removes nothing. A removed
+    /// package that was not taken may be uploaded again.
     async fn upload(
         &self,
         owner: AccountId,
@@ -27,23 +27,23 @@ pub trait KeyPackages: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Upload>;
 
-    /// Takes the oldest package of `target` that is valid at `now`, for good: no two calls ever get
-    /// the same one. When none is left, the last-resort package, which stays. `None` when there is
-    /// neither, or no such account.
+    /// Takes the oldest package of `target` that is valid at `now` permanently: no two calls get
+    /// the same one. Without any, returns the last-resort package, which stays. Returns `None`
+    /// without either, or without such an account.
     async fn take(
         &self,
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Option<TakenKeyPackage>>;
 
-    /// The fingerprints of the packages that the owner has stored now.
+    /// Returns the fingerprints of the packages that the owner has stored now.
     async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>>;
 
-    /// What the owner has left at `now`.
+    /// Returns what the owner has left at `now`.
     async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock>;
 }
 
-/// What an upload does with the packages that are stored already.
+/// How an upload treats packages that are stored already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UploadMode {
     /// Keeps them.
@@ -55,48 +55,55 @@ pub enum UploadMode {
 /// A KeyPackage to be stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewKeyPackage {
-    /// What identifies it, however it is wrapped: its reference (RFC 9420 §5.2) where that can be
-    /// computed.
+    /// Identifies the package, however it is wrapped: its reference (RFC 9420 §5.2) where that can
+    /// be computed.
     pub fingerprint: [u8; 32],
     /// As uploaded, byte for byte.
     pub bytes: Vec<u8>,
+    /// Whether it may be taken repeatedly, when no other is left.
     pub last_resort: bool,
-    /// When its lifetime begins: it is neither counted nor given out before.
+    /// When its lifetime begins. It is neither counted nor taken earlier.
     pub not_before: UnixMillis,
-    /// When its lifetime ends: it is not given out after, and not before then forgotten.
+    /// When its lifetime ends. It is not taken later, and not forgotten earlier.
     pub not_after: UnixMillis,
 }
 
-/// What became of an upload.
+/// The outcome of an upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Upload {
+    /// All packages are stored. Has what the owner has now.
     Stored(Stock),
-    /// The package with this index was given out before and may not come again; nothing was stored.
+    /// The package with this index was taken before. Nothing was stored.
     GivenOut(usize),
-    /// The owner has as many as allowed; nothing was stored.
+    /// The owner has as many packages as are allowed. Nothing was stored.
     Full,
 }
 
 /// A package that was taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TakenKeyPackage {
+    /// As uploaded, byte for byte.
     pub bytes: Vec<u8>,
+    /// Whether it is the last resort, which others get too.
     pub last_resort: bool,
 }
 
-/// What an owner has left.
+/// The packages that an owner has left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Stock {
-    /// Packages that are given out once each.
+    /// Packages that can be taken once each.
     pub available: u32,
+    /// Whether there is a last-resort package.
     pub has_last_resort: bool,
 }
 
-/// X25519 ‖ ML-KEM-768 public keys, one an account, replaced by the owner.
+/// Stores X25519 ‖ ML-KEM-768 public keys, one for each account.
 #[async_trait]
 pub trait HybridKeys: Send + Sync {
+    /// Stores the owner's key in place of any earlier one.
     async fn put(&self, owner: AccountId, key: Vec<u8>) -> StoreResult<()>;
 
-    /// The keys of `targets` in their order; `None` where there is none, or no such account.
+    /// Returns the keys of `targets` in their order; `None` without a key or without such an
+    /// account.
     async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>>;
 }

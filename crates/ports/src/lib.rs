@@ -1,9 +1,11 @@
-//! What the server needs from the world: storage, counting, waking and time, as small traits.
+//! The ports of the server: storage, counting, waking and time, as small traits.
 //!
-//! Each trait keeps one kind of state and each of its methods is one atomic operation in the words
-//! of its use, so a backend is free to make it a transaction, a script or a lock. Absence is an
-//! `Option`, what may happen is an enum, and what may fail is a [`StoreError`]. Instants come in as
-//! arguments ([`UnixMillis`]): a backend never asks what time it is.
+//! Each trait has one kind of state. Each of its methods is one atomic operation named after its
+//! use, so a backend may implement it by a transaction, a script or a lock. Absence is an `Option`,
+//! an outcome is an enum, and a failure is a [`StoreError`]. Instants are arguments
+//! ([`UnixMillis`]): a backend does not read the clock to decide what a call sees.
+
+#![warn(missing_docs)]
 
 mod account_events;
 mod accounts;
@@ -13,6 +15,7 @@ pub mod admission;
 pub mod batcher;
 mod clock;
 #[cfg(feature = "conformance")]
+#[expect(missing_docs, reason = "the name of a rule states it")]
 pub mod conformance;
 mod error;
 mod inboxes;
@@ -47,18 +50,28 @@ pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
 pub use sessions::{NewSession, Session, Sessions};
 pub use shard::Shard;
 
-/// Everything that keeps state, as the server's composition hands it to the handlers.
+/// The ports that the server's composition passes to the handlers.
 #[derive(Clone)]
 pub struct Stores {
+    /// Accounts.
     pub accounts: Arc<dyn Accounts>,
+    /// Sessions.
     pub sessions: Arc<dyn Sessions>,
+    /// Inboxes and their messages.
     pub inboxes: Arc<dyn Inboxes>,
+    /// Subscriptions to changes of inboxes.
     pub wakes: Arc<dyn Wakes>,
+    /// KeyPackages.
     pub key_packages: Arc<dyn KeyPackages>,
+    /// Hybrid keys.
     pub hybrid_keys: Arc<dyn HybridKeys>,
+    /// Rate limits.
     pub limiter: Arc<dyn RateLimiter>,
+    /// Account events between edges.
     pub account_events: Arc<dyn AccountEvents>,
+    /// Maintenance of the backend.
     pub maintenance: Arc<dyn Maintenance>,
+    /// Durable jobs.
     pub jobs: Arc<dyn Jobs>,
 }
 
@@ -68,34 +81,35 @@ impl fmt::Debug for Stores {
     }
 }
 
-/// A backend's own care for itself.
+/// Maintenance of a backend.
 #[async_trait]
 pub trait Maintenance: Send + Sync {
-    /// Whether the backend can commit right now: a real write, made durable, or the reason why not.
+    /// Checks that the backend can commit now, by a durable write.
     async fn check(&self) -> StoreResult<()>;
 
-    /// Removes what has expired by `now`: messages, forgotten message ids, sessions, KeyPackages.
-    /// At most one bounded batch of each; answers how many rows went, so that the caller repeats
-    /// while it is worth it.
+    /// Removes rows that have expired by `now`: messages, message ids, sessions, KeyPackages.
+    /// Removes at most one bounded batch of each and returns the number of rows, so that the caller
+    /// can repeat it.
     async fn sweep(&self, now: UnixMillis) -> StoreResult<u64>;
 
-    /// Returns the history that the store is in, as far as this process has noticed. Reads nothing.
-    /// A page has the id that is exact for its seqs.
+    /// Returns the history that the store is in, as far as this process knows. Reads nothing. A
+    /// page has the id that is exact for its seqs.
     fn store_id(&self) -> StoreId;
 
     /// Begins another history, after the store was replaced by an older copy of itself. In one
     /// atomic step:
     /// - the store gets another id;
-    /// - every one-time KeyPackage is removed, since any of them may have been given out after the
-    ///   copy was made, and none of them may be uploaded again.
+    /// - every one-time KeyPackage is removed, since any of them may have been taken after the copy
+    ///   was made, and none of them may be uploaded again.
     ///
-    /// Safe to repeat. Another process that uses the same store notices with its next read.
+    /// Safe to repeat. Another process that uses the same store detects it with its next read.
     async fn begin_history(&self) -> StoreResult<NewHistory>;
 }
 
-/// What [`Maintenance::begin_history`] did.
+/// The result of [`Maintenance::begin_history`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewHistory {
+    /// The id of the new history.
     pub store_id: StoreId,
     /// One-time KeyPackages removed.
     pub removed_packages: u64,

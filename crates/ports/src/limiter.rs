@@ -1,4 +1,4 @@
-//! Rate limits: token buckets that somebody counts, in this process or for the whole cluster.
+//! Rate limits: token buckets, counted in this process or for the whole cluster.
 
 use std::{fmt, time::Duration};
 
@@ -7,7 +7,7 @@ use qpq_domain::UnixMillis;
 
 use crate::StoreResult;
 
-/// Counts.
+/// Counts what callers spend.
 #[async_trait]
 pub trait RateLimiter: Send + Sync {
     /// Takes `cost` tokens from the bucket under `key`, which is full when first seen. A cost above
@@ -20,7 +20,7 @@ pub trait RateLimiter: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Verdict>;
 
-    /// Remembers `key` for `lifetime`, in bounded memory. What is remembered may be lost.
+    /// Remembers `key` for `lifetime`, in bounded memory. It may be forgotten earlier.
     async fn remember(&self, key: LimitKey, lifetime: Duration, now: UnixMillis)
     -> StoreResult<()>;
 
@@ -28,11 +28,13 @@ pub trait RateLimiter: Send + Sync {
     async fn remembers(&self, key: LimitKey, now: UnixMillis) -> StoreResult<bool>;
 }
 
-/// Whose bucket: a class name (fixed, from the table of limits) and whom it counts, hashed by the
-/// caller where it is personal.
+/// The name of a bucket: a class from the table of limits, and a subject, which the caller hashes
+/// if it is personal.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct LimitKey {
+    /// The class, as in the table of limits.
     pub class: &'static str,
+    /// The account, address or other subject that is counted.
     pub subject: [u8; 16],
 }
 
@@ -42,19 +44,20 @@ impl fmt::Debug for LimitKey {
     }
 }
 
-/// The size of a bucket and how fast it fills.
+/// The size of a bucket and its rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bucket {
     /// Tokens in a full bucket.
     pub burst: u32,
-    /// Tokens that come back in a second.
+    /// Tokens added in a second.
     pub per_second: f64,
 }
 
-/// Whether there were enough.
+/// Whether the bucket had enough tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
+    /// The tokens were taken.
     Allowed,
-    /// Not now; there will be enough after this long.
+    /// No token was taken. The bucket has enough after this time.
     RetryAfter(Duration),
 }

@@ -1,29 +1,30 @@
-//! Sessions: who holds which token, and since when.
+//! Sessions: which account a token belongs to, and since when.
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, DeviceId, IdentityKey, TokenHash, UnixMillis};
 
 use crate::StoreResult;
 
-/// The sessions that were opened by a login and not yet ended. Only hashes of tokens are ever seen
-/// here.
+/// Stores the sessions that a login has created and that have not ended. It gets hashes of tokens
+/// only.
 ///
-/// Expiry by time is the caller's to judge (it knows the configured lifetimes); a store only
-/// forgets what `Maintenance` sweeps.
+/// The caller decides whether a session has expired, since it knows the configured lifetimes. A
+/// store only removes what [`Maintenance::sweep`](crate::Maintenance::sweep) removes.
 #[async_trait]
 pub trait Sessions: Send + Sync {
+    /// Creates a session. Durable when it returns.
     async fn create(&self, session: NewSession) -> StoreResult<()>;
 
-    /// The session with this token. May come from a cache that a revocation reaches within a
+    /// Returns the session with this token. May read a cache, which a revocation reaches within a
     /// second.
     async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>>;
 
-    /// The session with this token as it is now, past every cache: for what a revoked session must
-    /// not do even once more.
+    /// Returns the session with this token without any cache, for operations that a revoked session
+    /// must not do even once.
     async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>>;
 
-    /// Notes that the session was used at `now`, and that it now ends at `expires_at` unless used
-    /// again.
+    /// Records that the session was used at `now`, and that it ends at `expires_at` unless it is
+    /// used again.
     async fn touch(
         &self,
         token: &TokenHash,
@@ -31,30 +32,35 @@ pub trait Sessions: Send + Sync {
         expires_at: UnixMillis,
     ) -> StoreResult<()>;
 
-    /// Ends one session; how many were there (0 or 1).
+    /// Ends one session; returns how many there were (0 or 1).
     async fn revoke(&self, token: &TokenHash) -> StoreResult<u32>;
 
-    /// Ends every session of the account; how many there were.
+    /// Ends every session of the account; returns how many there were.
     async fn revoke_all(&self, account: AccountId) -> StoreResult<u32>;
 }
 
-/// A session to be opened.
+/// A session to be created.
 #[derive(Clone, Debug)]
 pub struct NewSession {
+    /// SHA-256 of its token.
     pub token: TokenHash,
+    /// The rest of it.
     pub session: Session,
 }
 
-/// What a session knows.
+/// The state of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Session {
+    /// The account that logged in.
     pub account: AccountId,
+    /// The account's identity key.
     pub identity: IdentityKey,
-    /// The device the session is bound to, if any.
+    /// The device that the session is bound to, if any.
     pub device: Option<DeviceId>,
-    /// When OPAQUE last succeeded: what "fresh" is measured from.
+    /// When OPAQUE last succeeded. A session is fresh for a while from then on.
     pub authenticated_at: UnixMillis,
+    /// When a call last used it, with the precision that the caller records.
     pub last_used_at: UnixMillis,
-    /// When it ends unless it is used before.
+    /// When it ends unless it is used again.
     pub expires_at: UnixMillis,
 }

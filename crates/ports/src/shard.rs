@@ -1,24 +1,26 @@
-//! Where an inbox lives when its store is cut into several.
+//! The parts that work on inboxes is divided into.
 
 use qpq_domain::IdentityKey;
 
-/// One of 65 536 slices of all inboxes, evenly filled, because identity keys are. A store that
-/// spreads over databases or tasks gives each a range of shards; which shard an inbox is in never
-/// changes, so growing means moving whole shards.
+/// One of 65 536 equal parts of all inboxes, since identity keys are evenly distributed. A store
+/// assigns a range of shards to each of its tasks. The shard of an inbox never changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Shard(pub u16);
+pub struct Shard(
+    /// The first two bytes of the identity key.
+    pub u16,
+);
 
 impl Shard {
-    /// The shard of an inbox.
+    /// Returns the shard of an inbox.
     pub fn of(inbox: &IdentityKey) -> Self {
         let [low, high, ..] = *inbox.as_bytes();
         Self(u16::from_be_bytes([low, high]))
     }
 
-    /// Which of `places` equal parts the shard is in, from 0.
+    /// Returns which of `places` equal ranges the shard is in, from 0.
     ///
     /// # Panics
-    /// Without any place.
+    /// If `places` is 0.
     pub fn among(self, places: usize) -> usize {
         assert!(places > 0, "no place for an inbox");
         usize::from(self.0) * places / (usize::from(u16::MAX) + 1)

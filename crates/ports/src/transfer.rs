@@ -1,49 +1,69 @@
-//! What a store holds, as plain rows: for moving all of it into a store of another kind.
+//! The contents of a store as plain rows, for a transfer into a store of another kind.
 //!
-//! A row is moved as it is, column by column, and nobody on its way interprets it; so nothing is
-//! lost that only the store itself understands. Accounts have numbers that differ from store to
-//! store, so two stores are compared by *canonical* rows, in which the account's identity stands in
-//! place of its number, and a [`Digest`] over them that does not depend on their order.
+//! A row is transferred column by column and is not interpreted on the way, so nothing is lost that
+//! only the store itself understands. The numbers of accounts differ from store to store. Two
+//! stores are therefore compared by *canonical* rows, in which an account's identity key replaces
+//! its number, and by a [`Digest`] over them that does not depend on their order. Each store
+//! describes its own tables and generates its SQL from that; this module has the names and kinds
+//! that both share.
 
 use std::fmt;
 
 use sha2::{Digest as _, Sha256};
 
-/// One kind of row. In the order in which they are moved.
+/// A table that is transferred. In the order of the transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Table {
+    /// Accounts.
     Account,
+    /// Sessions.
     Session,
+    /// The heads of inboxes.
     Inbox,
+    /// Messages.
     Message,
+    /// Message ids that are remembered after the removal of their messages.
     RecentId,
+    /// KeyPackages.
     KeyPackage,
+    /// KeyPackages that were taken.
     KeyPackageGiven,
+    /// Hybrid keys.
     HybridKey,
+    /// Jobs.
     Job,
 }
 
 /// A column of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Column {
+    /// Its name in the schema.
     pub name: &'static str,
+    /// The type of its values.
     pub kind: Kind,
 }
 
-/// What a column holds.
+/// The type of the values of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// A 64-bit integer.
     Number,
+    /// Text.
     Text,
+    /// Bytes.
     Bytes,
 }
 
 /// One value of a row.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Cell {
+    /// NULL.
     Nothing,
+    /// A 64-bit integer.
     Number(i64),
+    /// Text.
     Text(String),
+    /// Bytes.
     Bytes(Vec<u8>),
 }
 
@@ -63,6 +83,7 @@ const fn bytes(name: &'static str) -> Column {
 }
 
 impl Table {
+    /// All tables, in the order of the transfer.
     pub const ALL: [Self; 9] = [
         Self::Account,
         Self::Session,
@@ -75,7 +96,7 @@ impl Table {
         Self::Job,
     ];
 
-    /// As the stores call it.
+    /// Returns its name in the schemas.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Account => "account",
@@ -90,7 +111,7 @@ impl Table {
         }
     }
 
-    /// What is moved of each row: first the columns of the key, by which rows are moved in order.
+    /// Returns the columns that are transferred. The first ones are the key, which orders the rows.
     pub const fn columns(self) -> &'static [Column] {
         match self {
             Self::Account => {
@@ -191,7 +212,7 @@ impl Table {
         }
     }
 
-    /// The columns of the key.
+    /// Returns the columns of the key.
     pub fn key(self) -> &'static [Column] {
         let length = match self {
             Self::RecentId => 3,
@@ -201,12 +222,12 @@ impl Table {
         &self.columns()[..length]
     }
 
-    /// The names of the columns as a list in SQL.
+    /// Returns the names of the columns, separated by commas.
     pub fn column_list(self) -> String {
         list(self.columns())
     }
 
-    /// The names of the key's columns as a list in SQL.
+    /// Returns the names of the key's columns, separated by commas.
     pub fn key_list(self) -> String {
         list(self.key())
     }
@@ -217,7 +238,7 @@ fn list(columns: &[Column]) -> String {
 }
 
 impl Cell {
-    /// Bytes it holds.
+    /// Returns its length in bytes.
     pub fn len(&self) -> usize {
         match self {
             Self::Nothing => 0,
@@ -227,11 +248,12 @@ impl Cell {
         }
     }
 
+    /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Adds it to a hash so that no other sequence of cells gives the same bytes.
+    /// Adds it to a hash, so that different sequences of cells add different bytes.
     fn hash(&self, hash: &mut Sha256) {
         let number;
         let (tag, bytes): (u8, &[u8]) = match self {
@@ -249,23 +271,24 @@ impl Cell {
     }
 }
 
-/// Of the contents, only how long they are: they are other people's.
+/// Shows the length only, because the contents belong to the users.
 impl fmt::Debug for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cell").field("bytes", &self.len()).finish_non_exhaustive()
     }
 }
 
-/// How many rows there are, and the sum of their SHA-256 as 256-bit numbers: the same for the same
-/// rows in any order, another when one is missing, doubled or changed.
+/// The number of rows, and the sum of their SHA-256 as 256-bit numbers: equal for the same rows in
+/// any order, different when a row is missing, doubled or changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Digest {
+    /// The number of rows.
     pub rows: u64,
     sum: [u8; 32],
 }
 
 impl Digest {
-    /// Counts a canonical row in.
+    /// Adds a canonical row.
     pub fn add(&mut self, row: &[Cell]) {
         let mut hash = Sha256::new();
         row.iter().for_each(|cell| cell.hash(&mut hash));
@@ -291,21 +314,23 @@ impl fmt::Display for Digest {
 pub struct Digests([Digest; Table::ALL.len()]);
 
 impl Digests {
+    /// Returns the digest of a table.
     pub fn of(&self, table: Table) -> &Digest {
         &self.0[table as usize]
     }
 
+    /// Sets the digest of a table.
     pub fn set(&mut self, table: Table, digest: Digest) {
         self.0[table as usize] = digest;
     }
 
-    /// All rows there are.
+    /// Returns the number of rows of all tables.
     pub fn rows(&self) -> u64 {
         self.0.iter().map(|digest| digest.rows).sum()
     }
 }
 
-/// A line for each table, for people to read and for stores to keep.
+/// One line for each table, which people read and stores keep.
 impl fmt::Display for Digests {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Table::ALL
@@ -314,7 +339,7 @@ impl fmt::Display for Digests {
     }
 }
 
-/// The SHA-256 of bytes, which stands for large ones in a canonical row.
+/// Returns the SHA-256 of bytes, which replaces large values in a canonical row.
 pub fn sha256(bytes: &[u8]) -> Vec<u8> {
     Sha256::digest(bytes).to_vec()
 }
@@ -330,19 +355,19 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_heeds_every_row_and_not_their_order() {
+    fn a_digest_depends_on_every_row_and_not_on_their_order() {
         let (a, b) = ([Cell::Number(1), Cell::Nothing], [Cell::Number(2), Cell::Bytes(vec![7])]);
         assert_eq!(digest(&[&a, &b]), digest(&[&b, &a]));
         let others: [&[&[Cell]]; 4] = [&[&a], &[&a, &a], &[&a, &b, &b], &[]];
         for other in others {
             assert_ne!(digest(&[&a, &b]), digest(other));
         }
-        // As many of each, so only the sum tells.
+        // The numbers of rows are equal, so only the sum differs.
         assert_ne!(digest(&[&a, &a]), digest(&[&b, &b]));
     }
 
     #[test]
-    fn cells_cannot_be_taken_for_others() {
+    fn different_cells_have_different_digests() {
         let rows: [&[Cell]; 7] = [
             &[Cell::Nothing],
             &[Cell::Bytes(vec![])],
@@ -361,7 +386,7 @@ mod tests {
 
     #[test]
     fn the_sum_carries_over_bytes() {
-        // 256 times the same row: the sum is its hash times 256, so every byte moves up by one.
+        // For 256 equal rows the sum is the hash times 256, so every byte moves up by one.
         let row = [Cell::Number(1)];
         let one = digest(&[&row]);
         let many = digest(&[&row[..]; 256]);

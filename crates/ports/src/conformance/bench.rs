@@ -1,4 +1,4 @@
-//! A backend and short words for what the rules do with it.
+//! A backend under test, with short names for what the rules do with it.
 
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use crate::{
     Receipt, Registration, Stores, View,
 };
 
-/// When the tests begin.
+/// The instant at which each test begins.
 pub(super) const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 
 pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
-/// As much as there is.
+/// A page without limits.
 pub(super) const EVERYTHING: PageLimit = PageLimit { messages: u32::MAX, bytes: usize::MAX };
 
 pub(super) struct Bench {
@@ -26,7 +26,7 @@ pub(super) struct Bench {
     pub(super) stores: Stores,
 }
 
-/// Somebody who is registered.
+/// A registered account.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Person {
     pub(super) account: AccountId,
@@ -67,7 +67,7 @@ impl Bench {
         self.stores.inboxes.enqueue(Batch::new(vec![message])).await.expect("enqueue")[0]
     }
 
-    /// Sends, and wants it accepted.
+    /// Sends a message, which must be accepted.
     pub(super) async fn deliver(&self, message: NewMessage) -> Receipt {
         match self.send(message).await {
             Enqueued::Accepted(receipt) => receipt,
@@ -94,7 +94,7 @@ impl Bench {
         self.stores.inboxes.peek(read, Seq::ZERO, EVERYTHING, now).await.expect("peek")
     }
 
-    /// The page of a view that has nothing.
+    /// Returns the page of an empty view.
     pub(super) fn nothing(&self) -> Page {
         Page::empty(self.stores.maintenance.store_id())
     }
@@ -119,7 +119,7 @@ impl Bench {
     }
 }
 
-/// An account to be made: a name, a number for the key and one for the record.
+/// Creates an account from a name, a number for the key and one for the record.
 pub(super) fn account(name: &str, key: u8, record: u8) -> NewAccount {
     NewAccount {
         username: Username::parse(name).expect("a username"),
@@ -129,7 +129,7 @@ pub(super) fn account(name: &str, key: u8, record: u8) -> NewAccount {
     }
 }
 
-/// A message for the default channel, without an id, that lives for a day.
+/// Creates a message for the default channel, without an id, that lives for a day.
 pub(super) fn message(from: Person, to: Person, text: &str) -> NewMessage {
     let payload = bytes::Bytes::copy_from_slice(text.as_bytes());
     let mut payload_sha256 = [0; 32];
@@ -164,7 +164,7 @@ impl NewMessage {
     }
 }
 
-/// The channel with this number; 0 is the default one.
+/// Returns the channel with this number; 0 is the default one.
 pub(super) fn channel(n: u8) -> ChannelId {
     if n == 0 { ChannelId::DEFAULT } else { ChannelId::new([n; 16]) }
 }
@@ -177,7 +177,7 @@ pub(super) fn only(person: Person, n: u8) -> ReadQuery {
     ReadQuery { reader: Reader::single(person.identity), view: View::Channel(channel(n)) }
 }
 
-/// At most this many messages.
+/// Returns a page of at most this number of messages.
 pub(super) fn first(messages: u32) -> PageLimit {
     PageLimit { messages, ..EVERYTHING }
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{Batch, Enqueued, NewMessage, Page, Receipt};
 
-/// Without a limit for each sender: one may fill an inbox.
+/// Without a limit for each sender: one sender may fill an inbox.
 fn unshared() -> Delivery {
     Delivery { sender_share: 1, ..Delivery::default() }
 }
@@ -75,7 +75,7 @@ pub async fn order_is_kept_within_a_call(factory: &dyn Factory) {
     assert_eq!(bench.stores.inboxes.enqueue(Batch::new(vec![])).await.expect("nothing to do"), []);
 }
 
-pub async fn an_unknown_recipient_is_told(factory: &dyn Factory) {
+pub async fn an_unknown_recipient_is_reported(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
@@ -217,7 +217,7 @@ pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) 
     assert_eq!(bench.send(sized(1)).await, Enqueued::QueueFull);
 }
 
-pub async fn what_has_expired_makes_room(factory: &dyn Factory) {
+pub async fn expired_messages_make_room(factory: &dyn Factory) {
     let limits = Delivery { max_messages: 3, max_bytes: 30, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
     let alice = bench.person(1).await;
@@ -239,9 +239,9 @@ pub async fn what_has_expired_makes_room(factory: &dyn Factory) {
     assert_eq!(texts(&bench.peek_at(all(alice), latest).await), ["stays", "first", "second"]);
 }
 
-/// Counted in calls, not in time: what was asked for before must be stored before, but of one sender
-/// that is never more than about a transaction.
-pub async fn large_batches_of_one_sender_let_others_come_between(factory: &dyn Factory) {
+/// Counted in calls, not in time: earlier calls are stored earlier, but those of one sender are
+/// never more than about one transaction.
+pub async fn large_batches_of_one_sender_do_not_block_others(factory: &dyn Factory) {
     const GREEDY: usize = 24;
     const BETWEEN: usize = 8;
     let limits = Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..unshared() };
@@ -274,7 +274,7 @@ pub async fn large_batches_of_one_sender_let_others_come_between(factory: &dyn F
     tasks.shutdown().await;
 }
 
-pub async fn a_caller_that_goes_away_disturbs_nobody(factory: &dyn Factory) {
+pub async fn a_caller_that_goes_away_disturbs_no_other(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let mut accepted = 0;
@@ -299,7 +299,7 @@ pub async fn a_caller_that_goes_away_disturbs_nobody(factory: &dyn Factory) {
     assert_eq!(texts(&page).iter().filter(|text| text.starts_with("kept")).count(), 50);
 }
 
-pub async fn what_was_accepted_survives_a_crash(factory: &dyn Factory) {
+pub async fn accepted_messages_survive_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     for round in 0..3_u64 {

@@ -21,7 +21,7 @@ pub async fn every_page_has_the_id_and_a_crash_keeps_it(factory: &dyn Factory) {
     assert_eq!(bench.peek(all(alice)).await.store_id, id);
 }
 
-pub async fn another_history_has_another_id_for_good(factory: &dyn Factory) {
+pub async fn another_history_has_another_id_permanently(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     bench.deliver(message(alice, alice, "one")).await;
@@ -78,8 +78,8 @@ async fn upload(stores: &Stores, owner: AccountId, n: u8, now: UnixMillis) -> Up
     stores.key_packages.upload(owner, packages, UploadMode::Add, now).await.expect("upload")
 }
 
-/// Any of them may have been given out between the copy and the moment it was restored.
-pub async fn another_history_has_no_one_time_packages_of_before(factory: &dyn Factory) {
+/// Any of them may have been taken between the copy and its restoration.
+pub async fn another_history_has_no_earlier_one_time_packages(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     let keys = &bench.stores.key_packages;

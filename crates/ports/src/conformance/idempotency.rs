@@ -1,4 +1,4 @@
-//! Rules of message ids: what is a repeat, and how long that is known.
+//! Rules of message ids: which messages are repeats, and for how long.
 
 use std::{sync::Arc, time::Duration};
 
@@ -91,8 +91,8 @@ pub async fn an_id_counts_for_one_sender_and_recipient(factory: &dyn Factory) {
     assert_eq!(texts(&bench.peek(all(carol)).await), ["a to c"]);
 }
 
-/// `hello`, the inbox's only message so far, went at `gone`: its repeats are known from `now` on
-/// until the window has passed, to the millisecond, and then it is another message.
+/// `hello`, the inbox's only message so far, was removed at `gone`. Its repeats are recognised from
+/// `now` until the window has passed, to the millisecond. Then it is another message.
 async fn is_remembered(
     bench: &Bench,
     hello: NewMessage,
@@ -128,7 +128,7 @@ pub async fn an_id_is_remembered_after_a_completion(factory: &dyn Factory) {
     is_remembered(&bench, hello, receipt, completed, completed).await;
 }
 
-/// Whether the completion or a sweep comes first makes no difference.
+/// The order of the completion and a sweep makes no difference.
 pub async fn an_id_that_expires_under_a_lease_is_remembered_after_expiry(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);

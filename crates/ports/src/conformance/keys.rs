@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{NewKeyPackage, Stock, TakenKeyPackage, Upload, UploadMode};
 
-/// The package with this number, valid for an hour.
+/// Creates the package with this number, valid for an hour.
 fn package(n: u8) -> NewKeyPackage {
     NewKeyPackage {
         fingerprint: [n; 32],
@@ -152,7 +152,7 @@ pub async fn stored_packages_are_known_to_their_owner(factory: &dyn Factory) {
     assert_eq!(known(bob).await, BTreeSet::new());
 }
 
-pub async fn a_package_that_was_given_out_may_not_come_again(factory: &dyn Factory) {
+pub async fn a_taken_package_cannot_be_uploaded_again(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     bench.upload(alice, vec![package(1)]).await;
@@ -292,7 +292,7 @@ pub async fn a_replacement_makes_room_for_itself(factory: &dyn Factory) {
     assert_eq!(bench.upload(alice, vec![package(5)]).await, Upload::Full);
 }
 
-/// A take gets a package of before or of after, at any moment.
+/// At any moment a take gets a package from before or after the replacement.
 pub async fn a_replaced_stock_never_runs_dry(factory: &dyn Factory) {
     const ROUNDS: u8 = 20;
     let bench = Bench::new(factory).await;
@@ -327,7 +327,7 @@ pub async fn owners_do_not_share_anything(factory: &dyn Factory) {
     assert_eq!(bench.take(bob).await, taken(1));
 }
 
-pub async fn what_was_given_out_stays_so_after_a_crash(factory: &dyn Factory) {
+pub async fn taken_packages_stay_taken_after_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
@@ -338,7 +338,7 @@ pub async fn what_was_given_out_stays_so_after_a_crash(factory: &dyn Factory) {
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
 }
 
-pub async fn hybrid_keys_come_in_the_order_asked_for(factory: &dyn Factory) {
+pub async fn hybrid_keys_are_returned_in_the_requested_order(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let (alice, bob, carol) = (bench.person(1).await, bench.person(2).await, bench.person(3).await);
     let nobody = IdentityKey::new([9; 32]);

@@ -1,4 +1,4 @@
-//! Rules of leases: what is hidden, what comes back, what is gone.
+//! Rules of leases: which messages are hidden, visible again, and removed.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{Batch, Inboxes};
 
-/// Somebody with `n` messages in the default channel.
+/// Registers an account with `n` messages in the default channel.
 async fn filled(factory: &dyn Factory, n: usize) -> (Bench, Person) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
@@ -36,7 +36,7 @@ pub async fn a_lease_hides_until_it_is_released(factory: &dyn Factory) {
     );
 }
 
-pub async fn a_completed_lease_is_gone_for_good(factory: &dyn Factory) {
+pub async fn a_completed_lease_is_removed_permanently(factory: &dyn Factory) {
     let (mut bench, alice) = filled(factory, 3).await;
     bench.lease(all(alice), first(2)).await.complete(NOW).await.expect("complete");
     assert_eq!(seqs(bench.lease(all(alice), EVERYTHING).await.page()), [3]);
@@ -45,7 +45,7 @@ pub async fn a_completed_lease_is_gone_for_good(factory: &dyn Factory) {
     assert_eq!(bench.deliver(message(alice, alice, "next")).await.seq, Seq(4));
 }
 
-pub async fn a_completion_takes_only_what_was_shown(factory: &dyn Factory) {
+pub async fn a_completion_removes_only_the_messages_of_its_page(factory: &dyn Factory) {
     let (bench, alice) = filled(factory, 2).await;
     bench.deliver(message(alice, alice, "other").in_channel(1)).await;
     bench.deliver(message(alice, alice, "m4")).await;
@@ -56,7 +56,7 @@ pub async fn a_completion_takes_only_what_was_shown(factory: &dyn Factory) {
     assert_eq!(seqs(&bench.peek(all(alice)).await), [3, 5]);
 }
 
-pub async fn a_view_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
+pub async fn a_view_stops_before_a_leased_message(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     for (text, n) in [("1", 1), ("2", 2), ("3", 1), ("4", 2)] {
@@ -86,7 +86,7 @@ pub async fn a_view_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
     assert_eq!(seqs(bench.lease(all(alice), EVERYTHING).await.page()), [1, 3, 4]);
 }
 
-pub async fn a_peek_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
+pub async fn a_peek_stops_before_a_leased_message(factory: &dyn Factory) {
     let (bench, alice) = filled(factory, 4).await;
     bench.deliver(message(alice, alice, "other").in_channel(1)).await;
     let lease = bench.lease(all(alice), first(2)).await;
@@ -99,7 +99,7 @@ pub async fn a_peek_stops_in_front_of_what_is_leased(factory: &dyn Factory) {
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3, 4, 5]);
 }
 
-pub async fn an_ack_reaches_what_is_leased(factory: &dyn Factory) {
+pub async fn an_ack_removes_leased_messages(factory: &dyn Factory) {
     let (bench, alice) = filled(factory, 3).await;
     let lease = bench.lease(all(alice), first(2)).await;
     assert_eq!(bench.ack(all(alice), Some(1), &[]).await, 1);
@@ -122,9 +122,8 @@ pub async fn a_crash_releases_leases(factory: &dyn Factory) {
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &page);
 }
 
-/// Readers that complete or release at random while messages come in. What is completed is completed
-/// once, and whatever is shown is in order: a later message never while an earlier one may still
-/// come back.
+/// Readers complete or release at random while messages arrive. Each message is completed once, and
+/// pages are in order: no later message while an earlier one may become visible again.
 pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn Factory) {
     const MESSAGES: u64 = 300;
     let (bench, alice) = filled(factory, 0).await;
@@ -171,14 +170,14 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
             .await
             .expect("enqueue");
     }
-    // A reader that waits is woken by the last completion, whoever made it.
+    // A reader that waits is woken by the last completion, by any reader.
     tasks.join_all().await;
     assert_eq!(*completed.lock(), (1..=MESSAGES).collect());
     assert_eq!(bench.peek(all(alice)).await, bench.nothing());
 }
 
-/// Reads that begin after an ack returned, while others read all the time.
-pub async fn what_was_acked_is_not_shown_by_a_later_read(factory: &dyn Factory) {
+/// Reads begin after an ack has returned, while others read continuously.
+pub async fn acked_messages_are_not_returned_by_later_reads(factory: &dyn Factory) {
     const MESSAGES: usize = 150;
     let (bench, alice) = filled(factory, MESSAGES).await;
     let inboxes = Arc::clone(&bench.stores.inboxes);

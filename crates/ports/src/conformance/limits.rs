@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{Bucket, LimitKey, Verdict};
 
-/// Ten at once, two a second.
+/// Ten immediately, two each second.
 const BUCKET: Bucket = Bucket { burst: 10, per_second: 2.0 };
 
 fn key(n: u8) -> LimitKey {
@@ -42,7 +42,7 @@ pub async fn a_bucket_is_full_when_first_seen(factory: &dyn Factory) {
     assert_eq!(bench.spend(2, 1, NOW).await, retry(500));
 }
 
-pub async fn tokens_come_back_with_time(factory: &dyn Factory) {
+pub async fn tokens_return_with_time(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     assert_eq!(bench.spend(1, 10, NOW).await, Verdict::Allowed);
     assert_eq!(bench.spend(1, 1, after(499)).await, retry(1));
@@ -82,7 +82,7 @@ pub async fn a_cost_above_the_burst_leaves_a_debt(factory: &dyn Factory) {
     assert_eq!(bench.spend(1, 1, after(11_000)).await, Verdict::Allowed);
 }
 
-pub async fn buckets_are_apart(factory: &dyn Factory) {
+pub async fn buckets_are_independent(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     assert_eq!(bench.spend(1, 10, NOW).await, Verdict::Allowed);
     assert_eq!(bench.spend(2, 10, NOW).await, Verdict::Allowed);
@@ -113,7 +113,7 @@ pub async fn concurrent_takes_spend_no_token_twice(factory: &dyn Factory) {
     assert_eq!(tasks.join_all().await.iter().sum::<u32>(), 100);
 }
 
-pub async fn a_clock_that_is_put_back_far_shuts_nobody_out(factory: &dyn Factory) {
+pub async fn a_clock_set_far_back_blocks_no_caller(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let ahead = NOW.plus(100 * 24 * 60 * MINUTE);
     assert_eq!(bench.spend(1, 10, ahead).await, Verdict::Allowed);
@@ -121,7 +121,7 @@ pub async fn a_clock_that_is_put_back_far_shuts_nobody_out(factory: &dyn Factory
     assert_eq!(bench.spend(1, 1, NOW).await, retry(500));
 }
 
-pub async fn what_is_remembered_is_known_under_its_own_key(factory: &dyn Factory) {
+pub async fn a_remembered_key_is_known_under_its_own_name(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let limiter = &bench.stores.limiter;
     assert!(!limiter.remembers(key(1), NOW).await.expect("remembers"));

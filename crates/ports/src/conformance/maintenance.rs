@@ -15,7 +15,7 @@ pub async fn a_healthy_backend_passes_its_check(factory: &dyn Factory) {
     bench.stores.maintenance.check().await.expect("healthy again");
 }
 
-/// Sweeps until nothing is left to sweep; how many rows went.
+/// Sweeps until nothing is left to remove; returns the number of rows.
 pub(super) async fn sweep_all(bench: &Bench, now: UnixMillis) -> u64 {
     let mut rows = 0;
     loop {
@@ -116,7 +116,7 @@ pub async fn a_sweep_changes_no_answer(factory: &dyn Factory) {
     assert_eq!(bench.deliver(expiring.at(now)).await.seq.0, 4);
 }
 
-/// More than one transaction removes, so that some of it is still there when a message comes.
+/// More than one transaction removes, so that some of it is left when a message arrives.
 pub async fn an_inbox_full_of_expired_messages_accepts_new_ones(factory: &dyn Factory) {
     const MANY: u64 = 600;
     let delivery = Delivery { max_messages: MANY, sender_share: 1, ..Delivery::default() };

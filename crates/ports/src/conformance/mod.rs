@@ -1,17 +1,18 @@
-//! What every backend must do, as tests: one function a rule, each with a backend of its own.
+//! The rules that every backend must follow, as tests: one function for each rule, with a backend
+//! of its own.
 //!
-//! A backend's tests name a [`Factory`] and get all of them as tests of their own:
+//! The tests of a backend name a [`Factory`] and get a test for each rule:
 //! ```ignore
 //! mod conformance {
 //!     qpq_ports::conformance!(crate::backend::Postgres::from_env());
 //! }
 //! ```
-//! A backend whose factory is dear (servers to be started) gets one test an area, whose rules share
-//! a factory:
+//! A backend whose factory is expensive (it starts servers) gets one test for each area, whose
+//! rules share a factory:
 //! ```ignore
 //! qpq_ports::conformance!(together: crate::backend::Cluster::start());
 //! ```
-//! A rule that races runs its race many times; none of them waits for time to pass.
+//! A rule about a race runs it many times. No rule waits for time to pass.
 
 mod bench;
 
@@ -35,27 +36,27 @@ use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis};
 
 use crate::Stores;
 
-/// Makes backends.
+/// Creates backends.
 #[async_trait]
 pub trait Factory: Send + Sync {
-    /// An empty backend with these limits, that no other test uses.
+    /// Creates an empty backend with these limits, which no other test uses.
     async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend>;
 }
 
 /// A backend under test.
 #[async_trait]
 pub trait Backend: Send + Sync {
+    /// Returns its ports.
     fn stores(&self) -> Stores;
 
-    /// Loses whatever is not durable, as a process that is killed does, and starts again on what is
-    /// left.
+    /// Loses everything that is not durable, as a killed process does, and starts again.
     async fn crash(&mut self);
 
-    /// Sets the clock that the backend compares the instants of its callers with.
+    /// Sets the clock that the backend compares with the instants of its callers.
     async fn set_clock(&self, now: UnixMillis);
 }
 
-/// Makes a `#[tokio::test]` of each rule for the backends of `$factory`, an expression that
+/// Creates a `#[tokio::test]` for each rule for the backends of `$factory`, an expression that
 /// evaluates to a [`Factory`].
 #[macro_export]
 macro_rules! conformance {
@@ -93,16 +94,16 @@ macro_rules! conformance {
             [
                 seqs_are_contiguous_under_concurrency,
                 order_is_kept_within_a_call,
-                an_unknown_recipient_is_told,
+                an_unknown_recipient_is_reported,
                 each_outcome_of_a_batch_stands_for_itself,
                 messages_that_share_a_payload_are_stored_like_any_other,
                 a_refusal_in_the_middle_leaves_no_gap,
                 an_inbox_is_full_by_count_and_drops_nothing,
                 an_inbox_is_full_by_bytes_and_drops_nothing,
-                what_has_expired_makes_room,
-                large_batches_of_one_sender_let_others_come_between,
-                a_caller_that_goes_away_disturbs_nobody,
-                what_was_accepted_survives_a_crash,
+                expired_messages_make_room,
+                large_batches_of_one_sender_do_not_block_others,
+                a_caller_that_goes_away_disturbs_no_other,
+                accepted_messages_survive_a_crash,
             ]
         );
         $crate::conformance_area!(
@@ -114,8 +115,8 @@ macro_rules! conformance {
                 one_call_is_held_to_the_share_as_many_are,
                 a_share_is_exact_under_concurrency,
                 a_repeat_is_answered_whatever_the_sender_holds,
-                what_has_expired_counts_in_no_share,
-                what_is_removed_gives_its_share_back,
+                expired_messages_count_in_no_share,
+                removed_messages_return_their_share,
             ]
         );
         $crate::conformance_area!(
@@ -143,11 +144,11 @@ macro_rules! conformance {
                 a_page_ends_at_its_limits,
                 the_first_message_comes_whatever_its_size,
                 a_peek_leaves_everything,
-                a_peek_goes_on_behind_a_seq,
+                a_peek_continues_after_a_seq,
                 an_ack_removes_up_to_a_seq_of_its_view,
                 an_ack_removes_single_seqs_of_its_view,
                 an_ack_of_nothing_removes_nothing,
-                an_inbox_that_is_not_there_is_empty,
+                a_missing_inbox_is_empty,
                 without_registered_devices_a_named_device_is_the_single_reader,
             ]
         );
@@ -156,22 +157,22 @@ macro_rules! conformance {
             leases,
             [
                 a_lease_hides_until_it_is_released,
-                a_completed_lease_is_gone_for_good,
-                a_completion_takes_only_what_was_shown,
-                a_view_stops_in_front_of_what_is_leased,
-                a_peek_stops_in_front_of_what_is_leased,
-                an_ack_reaches_what_is_leased,
+                a_completed_lease_is_removed_permanently,
+                a_completion_removes_only_the_messages_of_its_page,
+                a_view_stops_before_a_leased_message,
+                a_peek_stops_before_a_leased_message,
+                an_ack_removes_leased_messages,
                 a_crash_releases_leases,
                 concurrent_readers_get_each_message_once_and_in_order,
-                what_was_acked_is_not_shown_by_a_later_read,
+                acked_messages_are_not_returned_by_later_reads,
             ]
         );
         $crate::conformance_area!(
             [$($how)?] $factory,
             wakes,
             [
-                whatever_makes_a_read_see_more_wakes,
-                a_message_wakes_those_who_see_its_channel,
+                every_change_that_shows_more_wakes,
+                a_message_wakes_the_readers_of_its_channel,
                 a_wait_that_is_dropped_loses_nothing,
                 no_wake_is_lost_in_a_race_with_enqueue,
                 no_wake_is_lost_in_a_race_with_release,
@@ -186,7 +187,7 @@ macro_rules! conformance {
                 the_last_resort_stays_and_is_replaced_by_a_newer_one,
                 a_package_that_is_there_may_be_uploaded_again,
                 stored_packages_are_known_to_their_owner,
-                a_package_that_was_given_out_may_not_come_again,
+                a_taken_package_cannot_be_uploaded_again,
                 an_upload_is_stored_whole_or_not_at_all,
                 an_owner_has_no_more_than_the_cap,
                 an_expired_package_is_not_given_out,
@@ -196,8 +197,8 @@ macro_rules! conformance {
                 a_replacement_makes_room_for_itself,
                 a_replaced_stock_never_runs_dry,
                 owners_do_not_share_anything,
-                what_was_given_out_stays_so_after_a_crash,
-                hybrid_keys_come_in_the_order_asked_for,
+                taken_packages_stay_taken_after_a_crash,
+                hybrid_keys_are_returned_in_the_requested_order,
             ]
         );
         $crate::conformance_area!(
@@ -205,10 +206,10 @@ macro_rules! conformance {
             history,
             [
                 every_page_has_the_id_and_a_crash_keeps_it,
-                another_history_has_another_id_for_good,
+                another_history_has_another_id_permanently,
                 a_lease_of_another_history_removes_nothing,
                 an_ack_that_names_another_history_removes_nothing,
-                another_history_has_no_one_time_packages_of_before,
+                another_history_has_no_earlier_one_time_packages,
             ]
         );
         $crate::conformance_area!(
@@ -216,13 +217,13 @@ macro_rules! conformance {
             limits,
             [
                 a_bucket_is_full_when_first_seen,
-                what_is_remembered_is_known_under_its_own_key,
-                tokens_come_back_with_time,
+                a_remembered_key_is_known_under_its_own_name,
+                tokens_return_with_time,
                 a_refusal_costs_nothing_and_names_the_wait,
                 a_cost_above_the_burst_leaves_a_debt,
-                buckets_are_apart,
+                buckets_are_independent,
                 concurrent_takes_spend_no_token_twice,
-                a_clock_that_is_put_back_far_shuts_nobody_out,
+                a_clock_set_far_back_blocks_no_caller,
             ]
         );
         $crate::conformance_area!(

@@ -107,7 +107,7 @@ pub async fn a_peek_leaves_everything(factory: &dyn Factory) {
     assert_eq!(bench.peek(all(alice)).await, page);
 }
 
-pub async fn a_peek_goes_on_behind_a_seq(factory: &dyn Factory) {
+pub async fn a_peek_continues_after_a_seq(factory: &dyn Factory) {
     let (bench, alice) = mixed(factory).await;
     let peek = async |read, after, limit| {
         bench.stores.inboxes.peek(read, Seq(after), limit, NOW).await.expect("peek")
@@ -144,7 +144,7 @@ pub async fn an_ack_removes_single_seqs_of_its_view(factory: &dyn Factory) {
     );
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 3, 4, 5]);
     assert_eq!(bench.ack(all(alice), None, &[5, 3, 3, 77, u64::MAX, 0]).await, 2);
-    assert_eq!(bench.ack(all(alice), Some(1), &[1, 4]).await, 2, "both kinds at once");
+    assert_eq!(bench.ack(all(alice), Some(1), &[1, 4]).await, 2, "both kinds together");
     assert_eq!(bench.peek(all(alice)).await, bench.nothing());
     assert_eq!(seqs(&bench.peek(all(bob)).await), [1]);
     let many: Vec<u64> = (1..5_000).collect();
@@ -158,7 +158,7 @@ pub async fn an_ack_of_nothing_removes_nothing(factory: &dyn Factory) {
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3, 4, 5]);
 }
 
-pub async fn an_inbox_that_is_not_there_is_empty(factory: &dyn Factory) {
+pub async fn a_missing_inbox_is_empty(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };

@@ -1,5 +1,5 @@
-//! Rules of [`Delivery::sender_share`]: in an inbox that is more than half full, no sender holds more
-//! than its share.
+//! Rules of [`Delivery::sender_share`]: in an inbox that is more than half full, no sender holds
+//! more than its share.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ async fn of_sixteen(factory: &dyn Factory) -> Bench {
     Bench::with(factory, limits, KeyPackageCaps::default()).await
 }
 
-/// Sends messages with these numbers as ids and texts; the outcomes.
+/// Sends messages with these numbers as ids and texts; returns the outcomes.
 async fn send_numbered(
     bench: &Bench,
     from: Person,
@@ -151,7 +151,7 @@ pub async fn a_repeat_is_answered_whatever_the_sender_holds(factory: &dyn Factor
     }
 }
 
-pub async fn what_has_expired_counts_in_no_share(factory: &dyn Factory) {
+pub async fn expired_messages_count_in_no_share(factory: &dyn Factory) {
     let bench = of_sixteen(factory).await;
     let (bob, stranger, friend) =
         (bench.person(1).await, bench.person(2).await, bench.person(3).await);
@@ -174,7 +174,7 @@ pub async fn what_has_expired_counts_in_no_share(factory: &dyn Factory) {
     assert_eq!(bench.send(send(friend, "too much", later)).await, Enqueued::SenderShare);
 }
 
-pub async fn what_is_removed_gives_its_share_back(factory: &dyn Factory) {
+pub async fn removed_messages_return_their_share(factory: &dyn Factory) {
     let mut bench = of_sixteen(factory).await;
     let (bob, stranger, friend) =
         (bench.person(1).await, bench.person(2).await, bench.person(3).await);

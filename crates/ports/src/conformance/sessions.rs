@@ -88,7 +88,7 @@ pub async fn revoking_all_spares_other_accounts(factory: &dyn Factory) {
     assert_eq!(bench.stores.sessions.find(&token(4)).await.expect("find"), Some(bobs));
 }
 
-/// Lookups race with the revocation; none of them may leave the session behind in a cache.
+/// Lookups race with the revocation, and none of them may leave the session in a cache.
 pub async fn a_revoked_session_never_comes_back(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;

@@ -1,5 +1,5 @@
-//! Rules of [`crate::Wakes`]: whoever subscribes, reads nothing and waits, is woken by whatever
-//! comes.
+//! Rules of [`crate::Wakes`]: a call that subscribes, reads nothing and waits is woken by the next
+//! message.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,14 +12,15 @@ use super::{
 };
 use crate::{Stores, Wake};
 
-/// When a wait counts as a lost wake: no measure of speed, only an end for a test that would hang.
+/// Time after which a wait counts as a lost wake: no measure of speed, only an end for a test that
+/// would hang.
 const NEVER: Duration = Duration::from_secs(60);
 
 async fn woken(wake: &mut Box<dyn Wake>, by: &str) {
     timeout(NEVER, wake.woken()).await.unwrap_or_else(|_| panic!("{by} woke nobody"));
 }
 
-pub async fn whatever_makes_a_read_see_more_wakes(factory: &dyn Factory) {
+pub async fn every_change_that_shows_more_wakes(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let (mut one, mut two) =
@@ -46,7 +47,7 @@ pub async fn whatever_makes_a_read_see_more_wakes(factory: &dyn Factory) {
     assert_eq!(seqs(&bench.peek(all(alice)).await), [3]);
 }
 
-pub async fn a_message_wakes_those_who_see_its_channel(factory: &dyn Factory) {
+pub async fn a_message_wakes_the_readers_of_its_channel(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     let subscribe = |n| bench.stores.wakes.subscribe(&only(alice, n));
@@ -87,7 +88,7 @@ pub async fn a_wait_that_is_dropped_loses_nothing(factory: &dyn Factory) {
     woken(&mut wake, "an enqueue").await;
 }
 
-/// Waits for a message as FetchWait does, and takes it.
+/// Waits for a message as FetchWait does, and removes it.
 async fn fetch(stores: &Stores, person: Person) -> Vec<u64> {
     let mut wake = stores.wakes.subscribe(&all(person));
     loop {
