@@ -143,15 +143,12 @@ impl State {
         while self.database().count(QUESTIONS)? > MAX_PEOPLE
             || self.database().count(LOST)? > MAX_LOST_IN_TOTAL
         {
-            let mut last: Option<((bool, u8, Reverse<UnixMillis>), IdentityKey)> = None;
+            let mut ranked = Vec::new();
             for Question { peer, at, asked } in self.questions()? {
-                let rank = (!self.is_acquainted(&peer)?, asked, Reverse(at));
-                if last.as_ref().is_none_or(|(highest, _)| rank > *highest) {
-                    last = Some((rank, peer));
-                }
+                ranked.push((!self.is_acquainted(&peer)?, asked, Reverse(at), peer));
             }
-            let Some((_, peer)) = last else { return Ok(()) };
-            self.forget_questions(&peer)?;
+            let Some((.., last)) = ranked.into_iter().max() else { return Ok(()) };
+            self.forget_questions(&last)?;
         }
         Ok(())
     }
