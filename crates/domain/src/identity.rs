@@ -1,4 +1,4 @@
-//! Identity keys: the Ed25519 public keys by which accounts, and so their inboxes, are addressed.
+//! Identity keys: the Ed25519 public keys that address accounts and their inboxes.
 
 use std::fmt;
 
@@ -10,40 +10,47 @@ use crate::{
     ids::{WrongLength, exact, write_hex},
 };
 
-/// 32 bytes that name an account. As an *address* any 32 bytes will do (an unknown one is simply
-/// not found); what may be *registered* is narrower, see [`IdentityKey::check_enrollable`].
+/// The identity key of an account.
+///
+/// Any 32 bytes are a valid *address*: an unknown one is not found. Only some can be *registered*,
+/// see [`IdentityKey::check_registrable`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IdentityKey([u8; 32]);
 
-/// Why a key cannot be registered, or a proof does not count.
+/// The reason why a key cannot be registered or a signature is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidIdentity {
+    /// The bytes are not the canonical encoding of a point.
     #[error("not a canonical Ed25519 point")]
     NotAPoint,
+    /// The point has small order.
     #[error("a point of small order")]
     SmallOrder,
+    /// The signature does not verify.
     #[error("the signature does not verify")]
     BadSignature,
 }
 
 impl IdentityKey {
+    /// The length in bytes.
     pub const LEN: usize = 32;
 
+    /// Creates a key from its bytes, without a check.
     pub const fn new(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
+    /// Returns the bytes of the key.
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// Whether the key may be registered: a canonical encoding of a point that is not of small
-    /// order.
+    /// Checks that the key can be registered: a canonical encoding of a point of large order.
     ///
-    /// Decompression alone accepts non-canonical encodings (y ≥ p), so the bytes must also be what
-    /// the point encodes to (RFC 8032 §5.1.3); a key of small order would accept one signature for
-    /// every message.
-    pub fn check_enrollable(&self) -> Result<(), InvalidIdentity> {
+    /// Decompression alone accepts non-canonical encodings (y ≥ p), so the bytes must also equal
+    /// the encoding of the point (RFC 8032 §5.1.3). With a key of small order, one signature is
+    /// valid for every message.
+    pub fn check_registrable(&self) -> Result<(), InvalidIdentity> {
         self.verifying_key().map(drop)
     }
 
@@ -65,9 +72,10 @@ impl IdentityKey {
         Ok(key)
     }
 
-    /// What the holder of the key signs to prove, when registering, that it has the private half:
-    /// `"qpq/register/1" ‖ u16 len ‖ username ‖ SHA-256(upload)`, the username canonical, its
-    /// length big-endian.
+    /// Returns the message whose signature proves possession of the private key at registration.
+    ///
+    /// The message is `"qpq/register/1" ‖ u16 len ‖ username ‖ SHA-256(upload)`, with the canonical
+    /// username and its length in big-endian order.
     pub fn registration_message(username: &Username, upload: &[u8]) -> Vec<u8> {
         let name = username.as_str().as_bytes();
         let len = u16::try_from(name.len()).expect("a username is at most 64 characters");
@@ -94,7 +102,7 @@ impl fmt::Display for IdentityKey {
 }
 
 impl fmt::Debug for IdentityKey {
-    /// The first four bytes: enough to tell keys apart, too little to address anyone.
+    /// Writes the first four bytes: enough to distinguish keys, too few to address an account.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("IdentityKey(")?;
         write_hex(f, &self.0[..4])?;
@@ -109,10 +117,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ordinary_key_is_enrollable_and_verifies_its_signatures() {
+    fn a_valid_key_can_be_registered_and_verifies_its_signatures() {
         let signing = SigningKey::from_bytes(&[9; 32]);
         let key = IdentityKey::new(signing.verifying_key().to_bytes());
-        key.check_enrollable().expect("a real key");
+        key.check_registrable().expect("a real key");
         let signature = signing.sign(b"hello").to_bytes();
         key.verify(b"hello", &signature).expect("its own signature");
         assert_eq!(key.verify(b"hullo", &signature), Err(InvalidIdentity::BadSignature));
@@ -120,8 +128,7 @@ mod tests {
 
     #[test]
     fn points_of_small_order_are_refused() {
-        // The neutral element, the point of order two and one of order four (RFC 7748 §7, y = 1, -1
-        // and 0).
+        // The neutral element, the point of order two and one of order four (y = 1, -1 and 0).
         let mut neutral = [0; 32];
         neutral[0] = 1;
         let mut order_two = [0xff; 32];
@@ -129,7 +136,7 @@ mod tests {
         order_two[31] = 0x7f;
         for bytes in [neutral, order_two, [0; 32]] {
             assert_eq!(
-                IdentityKey::new(bytes).check_enrollable(),
+                IdentityKey::new(bytes).check_registrable(),
                 Err(InvalidIdentity::SmallOrder),
                 "{bytes:?}"
             );
@@ -138,23 +145,23 @@ mod tests {
 
     #[test]
     fn non_canonical_encodings_are_refused() {
-        // y = p + 1 encodes the neutral element a second time; y = p + 3 a point of large order, if
-        // one at all.
+        // y = p + 1 is a second encoding of the neutral element. y = p + 3 may encode a point of
+        // large order.
         for low in [0xed_u8, 0xee, 0xf0] {
             let mut bytes = [0xff; 32];
             bytes[0] = low;
             bytes[31] = 0x7f;
             assert_eq!(
-                IdentityKey::new(bytes).check_enrollable(),
+                IdentityKey::new(bytes).check_registrable(),
                 Err(InvalidIdentity::NotAPoint),
                 "{low:#x}"
             );
         }
-        assert_eq!(IdentityKey::new([2; 32]).check_enrollable(), Err(InvalidIdentity::NotAPoint));
+        assert_eq!(IdentityKey::new([2; 32]).check_registrable(), Err(InvalidIdentity::NotAPoint));
     }
 
     #[test]
-    fn the_registration_message_is_the_documented_one() {
+    fn the_registration_message_has_the_documented_layout() {
         let name = Username::parse("Bob").expect("a name");
         let message = IdentityKey::registration_message(&name, b"upload");
         let mut expected = b"qpq/register/1\x00\x03bob".to_vec();
@@ -163,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn debug_does_not_give_the_whole_key_away() {
+    fn debug_output_contains_only_the_beginning_of_a_key() {
         assert_eq!(format!("{:?}", IdentityKey::new([0xab; 32])), "IdentityKey(abababab…)");
     }
 }

@@ -1,13 +1,15 @@
-//! Identifiers that are nothing but bytes or a number. Each has its own type, so that none can
-//! stand in for another.
+//! Identifiers that consist of bytes or of a number. Each has its own type, so that one cannot be
+//! used in place of another.
 
 use std::fmt;
 
-/// A byte string had another length than its type.
+/// The error for a byte string that does not have the length of its type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("expected {expected} bytes, got {actual}")]
 pub struct WrongLength {
+    /// The length of the type, in bytes.
     pub expected: usize,
+    /// The length of the byte string.
     pub actual: usize,
 }
 
@@ -28,12 +30,15 @@ macro_rules! id16 {
         pub struct $name([u8; 16]);
 
         impl $name {
+            /// The length in bytes.
             pub const LEN: usize = 16;
 
+            /// Creates an id from its bytes.
             pub const fn new(bytes: [u8; 16]) -> Self {
                 Self(bytes)
             }
 
+            /// Returns the bytes of the id.
             pub const fn as_bytes(&self) -> &[u8; 16] {
                 &self.0
             }
@@ -62,35 +67,36 @@ macro_rules! id16 {
 }
 
 id16! {
-    /// One of an account's devices, chosen by the client.
+    /// The id of a device of an account, chosen by the client.
     DeviceId
 }
 id16! {
-    /// A sender's idempotency key for one message to one recipient (a UUIDv7 by convention).
+    /// The sender's idempotency key for one message to one recipient (by convention a UUIDv7).
     MessageId
 }
 
 id16! {
-    /// The history that seqs belong to. Seqs of two histories cannot be compared.
+    /// The id of the history that seqs belong to. Seqs of two histories cannot be compared.
     ///
-    /// A store that was restored, or whose standby was promoted, begins another history: seqs that
-    /// were in use before may be assigned again, to other messages.
+    /// A new history begins when a store is restored or its standby is promoted. Seqs that were in
+    /// use before may then be assigned again, to other messages.
     StoreId
 }
 
-/// Which of an inbox's channels a message belongs to: the default one, or one named by 16 bytes.
+/// The channel of an inbox that a message is in: the default channel, or one with a 16-byte id.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ChannelId(Option<[u8; 16]>);
 
 impl ChannelId {
-    /// The channel of a message that names none.
+    /// The channel of messages without a channel id.
     pub const DEFAULT: Self = Self(None);
 
+    /// Creates the id of a channel other than the default one.
     pub const fn new(bytes: [u8; 16]) -> Self {
         Self(Some(bytes))
     }
 
-    /// The wire form: empty for the default channel, else 16 bytes.
+    /// Returns the bytes on the wire: none for the default channel, else 16.
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_ref().map_or(&[], |b| b.as_slice())
     }
@@ -99,7 +105,7 @@ impl ChannelId {
 impl TryFrom<&[u8]> for ChannelId {
     type Error = WrongLength;
 
-    /// Empty is the default channel; everything else must be 16 bytes.
+    /// Parses the bytes on the wire: none for the default channel, else 16.
     fn try_from(bytes: &[u8]) -> Result<Self, WrongLength> {
         if bytes.is_empty() { Ok(Self::DEFAULT) } else { exact(bytes).map(|b| Self(Some(b))) }
     }
@@ -116,19 +122,19 @@ impl fmt::Debug for ChannelId {
     }
 }
 
-/// An account's number inside one deployment. It never goes over the wire.
+/// The number of an account within one deployment. Never sent on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AccountId(pub i64);
 
-/// A message's place in its inbox: 1 for the first, rising by exactly one for each message
-/// accepted.
+/// The position of a message in its inbox: 1 for the first, one more for each accepted message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Seq(pub u64);
 
 impl Seq {
-    /// Before the first message.
+    /// The position before the first message.
     pub const ZERO: Self = Self(0);
 
+    /// Returns the position of the next message.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -140,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_channel_is_empty_or_sixteen_bytes() {
+    fn channel_ids_of_other_lengths_than_0_and_16_are_refused() {
         assert_eq!(ChannelId::try_from(&[][..]), Ok(ChannelId::DEFAULT));
         assert_eq!(ChannelId::try_from(&[7; 16][..]).expect("16 bytes").as_bytes(), &[7; 16]);
         for len in [1, 15, 17, 32] {
@@ -152,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_show_themselves_in_hexadecimal() {
+    fn ids_are_displayed_in_hexadecimal() {
         assert_eq!(DeviceId::new([0xab; 16]).to_string(), "ab".repeat(16));
         assert_eq!(format!("{:?}", ChannelId::DEFAULT), "ChannelId(default)");
     }

@@ -1,9 +1,10 @@
-//! What the server speaks about: identifiers, names, and the rules that need nothing but
-//! themselves.
+//! Identifiers, usernames, keys and limits, with the rules that depend on no other crate.
 //!
-//! Every other crate stands on this one, so it knows no runtime, no wire format and no database.
-//! Bytes become these types at the door (`proto::convert`) and stay these types until they leave
-//! again.
+//! All other crates depend on this one, so it contains no runtime, no wire format and no database.
+//! Bytes of requests become these types at the boundary (`proto::convert`) and become bytes again
+//! only when they are sent or stored.
+
+#![warn(missing_docs)]
 
 mod backoff;
 mod identity;

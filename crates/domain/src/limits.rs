@@ -1,35 +1,39 @@
-//! The sizes and lifetimes that users of the protocol can count on, with their defaults. Rates are
-//! elsewhere (`proto`'s limit classes): these bound what one thing may be, those how often it may
-//! be asked for.
+//! The sizes and lifetimes that clients can rely on, with their defaults.
+//!
+//! These limit a single message, inbox or KeyPackage. The limit classes of `proto` limit the rate
+//! of requests.
 
 use std::time::Duration;
 
-/// Recipients or messages in one BatchEnqueue.
+/// The maximum number of recipients or messages in one BatchEnqueue.
 pub const MAX_BATCH: usize = 1_000;
 
-/// What an inbox takes and for how long.
+/// The limits of messages and inboxes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delivery {
-    /// Largest payload of one message, in bytes.
+    /// The largest payload of a message, in bytes.
     pub max_payload: usize,
-    /// Messages queued in one inbox.
+    /// The maximum number of messages queued in an inbox.
     pub max_messages: u64,
-    /// Bytes of payload queued in one inbox.
+    /// The maximum number of payload bytes queued in an inbox.
     pub max_bytes: u64,
-    /// One sender holds at most one part of so many of an inbox that is more than half full, in
-    /// messages and in bytes; 1 means no such limit.
+    /// The divisor of the share of one sender in an inbox that is more than half full.
+    ///
+    /// With 8, the sender has at most an eighth of the inbox, in messages and in bytes. 1 means no
+    /// limit.
     pub sender_share: u64,
-    /// Largest BatchEnqueue, in bytes: the payload times the recipients, or the sum of the payloads.
+    /// The largest BatchEnqueue, in bytes: the payload times the number of recipients, or the sum
+    /// of the payloads.
     pub max_batch_bytes: u64,
-    /// Lifetime of a message whose sender gave none.
+    /// The lifetime of a message without one.
     pub default_ttl: Duration,
-    /// The longest lifetime a sender may ask for; more is cut to this.
+    /// The longest lifetime of a message. Longer ones are reduced to it.
     pub max_ttl: Duration,
-    /// How long a message id is remembered once its message is gone.
+    /// The time for which a message id is remembered after its message was removed.
     pub recent_ids: Duration,
-    /// How long FetchWait waits when the client names no time.
+    /// The time that a FetchWait without a timeout waits.
     pub default_wait: Duration,
-    /// The longest FetchWait; more is cut to this.
+    /// The longest timeout of a FetchWait. Longer ones are reduced to it.
     pub max_wait: Duration,
 }
 
@@ -52,29 +56,31 @@ impl Default for Delivery {
 }
 
 impl Delivery {
-    /// Whether an inbox that holds `messages` and `bytes` has room for a payload of `size` bytes.
+    /// Returns whether a payload of `size` bytes fits into an inbox of `messages` and `bytes`.
     pub const fn has_room(&self, messages: u64, bytes: u64, size: u64) -> bool {
         messages < self.max_messages && bytes.saturating_add(size) <= self.max_bytes
     }
 
-    /// Whether an inbox that holds `messages` and `bytes` is more than half full, so that each
-    /// sender is held to its share.
+    /// Returns whether an inbox of `messages` and `bytes` limits each sender to its share.
+    ///
+    /// An inbox does once it is more than half full.
     pub const fn limits_senders(&self, messages: u64, bytes: u64) -> bool {
         self.sender_share > 1 && (messages > self.half_messages() || bytes > self.half_bytes())
     }
 
-    /// The most messages in an inbox that is not more than half full.
+    /// Returns the largest number of messages in an inbox that is not more than half full.
     pub const fn half_messages(&self) -> u64 {
         self.max_messages / 2
     }
 
-    /// The most bytes in an inbox that is not more than half full.
+    /// Returns the largest number of bytes in an inbox that is not more than half full.
     pub const fn half_bytes(&self) -> u64 {
         self.max_bytes / 2
     }
 
-    /// The most messages that one sender may hold in an inbox that is more than half full. At least
-    /// one, or nobody could fill an inbox of a few messages.
+    /// Returns one sender's share, in messages, of an inbox that is more than half full.
+    ///
+    /// At least one, or senders could never fill an inbox of few messages.
     pub const fn sender_messages(&self) -> u64 {
         match self.max_messages / self.sender_share {
             0 => 1,
@@ -82,12 +88,12 @@ impl Delivery {
         }
     }
 
-    /// The most bytes that one sender may hold in an inbox that is more than half full.
+    /// Returns one sender's share, in bytes, of an inbox that is more than half full.
     pub const fn sender_bytes(&self) -> u64 {
         self.max_bytes / self.sender_share
     }
 
-    /// The lifetime for a wire `ttl_secs`: 0 means the default, and nothing outlives the maximum.
+    /// Returns the lifetime for `ttl_secs` of a request: the default for 0, at most the maximum.
     pub fn ttl(&self, ttl_secs: u32) -> Duration {
         if ttl_secs == 0 {
             self.default_ttl
@@ -96,8 +102,7 @@ impl Delivery {
         }
     }
 
-    /// How long to wait for a wire `timeout_ms`: 0 means the default, and nothing waits longer than
-    /// the maximum.
+    /// Returns the wait for `timeout_ms` of a request: the default for 0, at most the maximum.
     pub fn wait(&self, timeout_ms: u64) -> Duration {
         if timeout_ms == 0 {
             self.default_wait
@@ -107,12 +112,12 @@ impl Delivery {
     }
 }
 
-/// What one identity may keep in KeyPackages.
+/// The limits of stored KeyPackages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyPackageCaps {
-    /// Largest KeyPackage, in bytes.
+    /// The largest KeyPackage, in bytes.
     pub max_bytes: usize,
-    /// KeyPackages of one identity, the last-resort one included.
+    /// The maximum number of KeyPackages of an account, including the last-resort one.
     pub max_count: u32,
 }
 
@@ -127,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zero_asks_for_the_default_and_too_much_is_cut() {
+    fn zero_means_the_default_and_larger_values_are_reduced_to_the_maximum() {
         let limits = Delivery::default();
         assert_eq!(limits.ttl(0), limits.default_ttl);
         assert_eq!(limits.ttl(5), Duration::from_secs(5));
@@ -138,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn senders_are_limited_from_the_first_message_or_byte_beyond_the_half() {
+    fn senders_are_limited_once_an_inbox_is_more_than_half_full() {
         let limits = Delivery { max_messages: 9, max_bytes: 100, ..Delivery::default() };
         assert!(!limits.limits_senders(4, 50));
         assert!(limits.limits_senders(5, 0) && limits.limits_senders(0, 51));
@@ -148,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_room_up_to_the_last_message_and_byte() {
+    fn an_inbox_has_room_up_to_exactly_its_limits() {
         let limits = Delivery { max_messages: 2, max_bytes: 10, ..Delivery::default() };
         assert!(limits.has_room(1, 9, 1));
         assert!(!limits.has_room(2, 0, 0) && !limits.has_room(0, 9, 2));

@@ -34,6 +34,7 @@ impl Skeleton {
         Self(skeleton(username).collect::<String>().into())
     }
 
+    /// Returns the skeleton as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -63,8 +64,10 @@ impl Username {
         if name.check_restriction_level(level) { Ok(()) } else { Err(InvalidUsername::Scripts) }
     }
 
-    /// Returns whether the name can stand in a display as it is: by the strictest rule for new names,
-    /// and not the word that stands for ourselves.
+    /// Returns whether the name can be displayed without a mark.
+    ///
+    /// It can if it passes the strictest rule for new names and cannot be confused with `you`, the
+    /// word that displays use for the reader's own account.
     pub fn is_plain(&self) -> bool {
         self.check_new(UsernameScripts::HighlyRestrictive).is_ok()
             && self.skeleton().as_str() != "you"
@@ -157,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn looser_levels_accept_more_and_never_what_is_invisible() {
+    fn other_levels_accept_more_scripts_but_no_invisible_characters() {
         let (mixed, cyrillic) = (name("kofi\u{995}"), name("\u{430}lice"));
         assert_eq!(mixed.check_new(HighlyRestrictive), Err(InvalidUsername::Scripts));
         assert_eq!(mixed.check_new(ModeratelyRestrictive), Ok(()));
@@ -170,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_a_display_uses_itself_is_not_plain() {
+    fn names_that_could_be_confused_with_display_words_are_not_plain() {
         for raw in ["alice", "Алиса", "yousuf", "you2"] {
             assert!(name(raw).is_plain(), "{raw}");
         }
@@ -179,7 +182,7 @@ mod tests {
         }
     }
 
-    /// A change here needs a migration of every store: see the top of this file.
+    /// A change of these values needs a migration of every store, see the top of this file.
     #[test]
     fn canonical_names_and_skeletons_are_frozen() {
         for (raw, canonical, skeleton) in [
@@ -217,7 +220,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_skeleton_is_its_own_skeleton(raw in "\\PC{1,20}") {
+        fn the_skeleton_of_a_skeleton_is_the_same(raw in "\\PC{1,20}") {
             let once: String = skeleton(&raw).collect();
             let twice: String = skeleton(&once).collect();
             prop_assert_eq!(once, twice);

@@ -1,4 +1,4 @@
-//! Session tokens: 32 random bytes that only the client keeps; the server stores their SHA-256.
+//! Session tokens: 32 random bytes that only the client stores. The server stores their SHA-256.
 
 use std::fmt;
 
@@ -7,23 +7,29 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::ids::{WrongLength, exact};
 
-/// A bearer secret. It has no `Display`, its `Debug` is redacted, and its memory is wiped.
+/// The bearer secret of a session.
+///
+/// It has no `Display`, its `Debug` is redacted, and its memory is overwritten when it is dropped.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
 pub struct SessionToken([u8; 32]);
 
 impl SessionToken {
+    /// The length in bytes.
     pub const LEN: usize = 32;
 
+    /// Creates a token from random bytes.
     pub const fn new(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// The secret itself, for the one answer that carries it.
+    /// Returns the secret, for the response that carries it.
     pub const fn expose(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// What is stored and looked up. 256 bits of entropy need neither salt nor stretching.
+    /// Returns the hash that stores keep and look up.
+    ///
+    /// A token has 256 bits of entropy, so the hash needs neither salt nor stretching.
     pub fn hash(&self) -> TokenHash {
         TokenHash(Sha256::digest(self.0).into())
     }
@@ -43,16 +49,19 @@ impl fmt::Debug for SessionToken {
     }
 }
 
-/// SHA-256 of a [`SessionToken`]: the key under which a session is kept. Looking it up leaks
-/// nothing about the token.
+/// The SHA-256 of a [`SessionToken`], the key of a session in the stores.
+///
+/// The time that a look-up takes reveals nothing about the token.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TokenHash([u8; 32]);
 
 impl TokenHash {
+    /// Creates a hash from its bytes.
     pub const fn new(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
+    /// Returns the bytes of the hash.
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -69,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neither_token_nor_hash_can_be_printed() {
+    fn debug_output_contains_neither_token_nor_hash() {
         let token = SessionToken::new([0xab; 32]);
         let shown = format!("{token:?} {:?}", token.hash());
         assert_eq!(shown, "SessionToken(redacted) TokenHash(redacted)");

@@ -1,4 +1,4 @@
-//! The one unit of time that goes over the wire and into the stores.
+//! The unit of time on the wire and in the stores.
 
 use std::time::Duration;
 
@@ -7,19 +7,19 @@ use std::time::Duration;
 pub struct UnixMillis(pub u64);
 
 impl UnixMillis {
-    /// This instant, `duration` later; the end of time if that is out of range.
+    /// Returns the time `duration` later, or the largest value if that is out of range.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)))
     }
 
-    /// This instant, `duration` earlier; the epoch if that is out of range.
+    /// Returns the time `duration` earlier, or the epoch if that is out of range.
     #[must_use]
     pub fn minus(self, duration: Duration) -> Self {
         Self(self.0.saturating_sub(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)))
     }
 
-    /// How long ago `earlier` was; zero if it is in the future.
+    /// Returns the time that has passed since `earlier`; zero if `earlier` is in the future.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
     }

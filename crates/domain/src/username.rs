@@ -1,8 +1,8 @@
-//! Usernames: what a person types, made canonical so that look-alikes of case and width are one
-//! name.
+//! Usernames in canonical form, so that names that differ only in case or width are the same.
 //!
-//! The canonical form is the OPAQUE credential identifier (RFC 9807), the key of uniqueness and
-//! what the key log hashes, so it must never change for a name once registered.
+//! The canonical form is the OPAQUE credential identifier (RFC 9807) and the unique key of an
+//! account, and the key log hashes it. Therefore the canonical form of a registered name must never
+//! change.
 
 use std::{borrow::Cow, fmt, str::FromStr};
 
@@ -11,61 +11,74 @@ use precis_core::profile::PrecisFastInvocation as _;
 use precis_profiles::UsernameCaseMapped;
 use unicode_normalization::UnicodeNormalization as _;
 
-/// A username in canonical form: NFKC, case-folded, and a valid PRECIS UsernameCaseMapped string
-/// (RFC 8265 §3.3) of 1 to 64 characters without `@`, `:`, `/` and control characters.
+/// A username in canonical form.
+///
+/// The canonical form is NFKC, case-folded, and a valid PRECIS UsernameCaseMapped string (RFC 8265
+/// §3.3) of 1 to 64 characters without `@`, `:`, `/`, space and control characters.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Username(Box<str>);
 
-/// Why a string is no username.
+/// The reason why a string is not a valid username.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidUsername {
+    /// The name is empty or longer than [`Username::MAX_CHARS`].
     #[error("a username has 1 to 64 characters")]
     Length,
+    /// The name contains `@`, `:`, `/`, a space or a control character.
     #[error("a username has no '@', ':', '/', space or control character")]
     Forbidden,
+    /// The name is not a PRECIS UsernameCaseMapped string.
     #[error("a username has only letters, digits and punctuation that RFC 8265 allows")]
     Precis,
+    /// The new name begins with a combining mark or contains an invisible character.
     #[error("a new username begins with no combining mark and contains nothing invisible")]
     Invisible,
+    /// The new name mixes scripts, or contains characters that are no letters or digits.
     #[error("a new username has letters of one script, digits, '.', '-', '_' and apostrophes")]
     Scripts,
 }
 
 impl Username {
-    /// The most characters (Unicode scalar values) of the canonical form.
+    /// The maximum number of characters (Unicode scalar values) of the canonical form.
     pub const MAX_CHARS: usize = 64;
 
-    /// Makes `raw` canonical, or says why it cannot be.
+    /// Parses a username and returns its canonical form.
     ///
-    /// Accepts every name that has ever been accepted, so that its account can be found. A new
-    /// account's name also passes [`Username::check_new`].
+    /// Accepts every name that has ever been accepted, so that its account can be found. The name
+    /// of a new account must also pass [`Username::check_new`].
     pub fn parse(raw: &str) -> Result<Self, InvalidUsername> {
-        // No input of more than this can fold to 64 characters; the bound keeps hostile input
-        // cheap.
+        // No longer input can fold to 64 characters. The limit bounds the work for hostile input.
         if raw.is_empty() || raw.len() > 8 * Self::MAX_CHARS {
             return Err(InvalidUsername::Length);
         }
-        let canonical =
-            if is_plain(raw) { Cow::Borrowed(raw) } else { Cow::Owned(canonicalize(raw)?) };
+        let canonical = if is_canonical_ascii(raw) {
+            Cow::Borrowed(raw)
+        } else {
+            Cow::Owned(canonicalize(raw)?)
+        };
         if !(1..=Self::MAX_CHARS).contains(&canonical.chars().count()) {
             return Err(InvalidUsername::Length);
         }
         Ok(Self(canonical.into()))
     }
 
+    /// Returns the canonical form.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Whether `raw` is made of lower-case ASCII letters, digits, `.`, `-` and `_`: canonical as it
-/// stands, and most names.
-fn is_plain(raw: &str) -> bool {
+/// Returns whether `raw` has only lower-case ASCII letters, digits, `.`, `-` and `_`.
+///
+/// Such a name is canonical, and most names are such.
+fn is_canonical_ascii(raw: &str) -> bool {
     raw.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'))
 }
 
-/// Folding can undo normalization and the other way round, so both are applied until nothing
-/// changes.
+/// Returns the canonical form of `raw`.
+///
+/// Folding can undo normalization, and normalization can undo folding, so both are applied until
+/// the name no longer changes.
 fn canonicalize(raw: &str) -> Result<String, InvalidUsername> {
     const ROUNDS: usize = 4;
     let mut name = raw.to_owned();
@@ -105,7 +118,7 @@ impl fmt::Display for Username {
 }
 
 impl fmt::Debug for Username {
-    /// Usernames are personal: logs do not carry them by accident.
+    /// Usernames are personal: logs do not contain them by accident.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Username(redacted)")
     }
@@ -122,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn case_width_and_composition_do_not_make_another_name() {
+    fn names_that_differ_in_case_width_or_composition_are_the_same() {
         for raw in ["alice", "Alice", "ALICE", "ａｌｉｃｅ", "ＡＬＩＣＥ"] {
             assert_eq!(canonical(raw), "alice");
         }
@@ -133,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_are_counted_in_characters_of_the_canonical_form() {
+    fn canonical_names_outside_1_to_64_characters_are_refused() {
         assert_eq!(Username::parse(""), Err(InvalidUsername::Length));
         assert_eq!(canonical(&"x".repeat(64)), "x".repeat(64));
         assert_eq!(Username::parse(&"x".repeat(65)), Err(InvalidUsername::Length));
@@ -143,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn separators_controls_and_spaces_are_refused() {
+    fn names_with_separators_control_characters_or_spaces_are_refused() {
         for raw in [
             "a@b",
             "a:b",
@@ -163,14 +176,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_canonical_form_is_canonical(raw in "\\PC{0,70}") {
+        fn the_canonical_form_of_a_canonical_name_is_the_same(raw in "\\PC{0,70}") {
             if let Ok(name) = Username::parse(&raw) {
                 prop_assert_eq!(Username::parse(name.as_str()), Ok(name));
             }
         }
 
         #[test]
-        fn no_input_panics(raw in any::<String>()) {
+        fn parsing_never_panics(raw in any::<String>()) {
             let _ = Username::parse(&raw);
         }
     }

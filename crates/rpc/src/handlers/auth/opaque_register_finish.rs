@@ -33,7 +33,7 @@ impl Handler for OpaqueRegisterFinish {
 
 fn enrollable(bytes: &[u8]) -> Result<IdentityKey, Error> {
     let key = IdentityKey::try_from(bytes).map_err(|_| Error::InvalidIdentityKey)?;
-    key.check_enrollable().map_err(|_| Error::InvalidIdentityKey)?;
+    key.check_registrable().map_err(|_| Error::InvalidIdentityKey)?;
     Ok(key)
 }
 
