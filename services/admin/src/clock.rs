@@ -1,6 +1,7 @@
-//! `qpq-admin clock accept`: tells a server on a single node that the clock of this machine is
-//! right after all. A server whose clock jumped ahead by more than 25 hours removes nothing that has
-//! expired until then. Works whether the server runs or not; one that runs follows within a minute.
+//! `qpq-admin clock accept`: confirms that the clock of a single node is right.
+//!
+//! A single node whose clock jumped by more than 25 hours removes no expired data until then. The
+//! server may be running or stopped. A running server removes expired data again within a minute.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -9,9 +10,9 @@ use clap::Subcommand;
 use qpq_ports::{Clock as _, SystemClock};
 use qpq_store_embedded::{Accepted, accept_clock};
 
-use crate::{block_on, say};
+use crate::{block_on, print};
 
-/// What to do with the clock.
+/// The arguments of `clock`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -20,7 +21,7 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Accept the present time as right, however far it is from what the server has seen.
+    /// Accept the current time as right, however far it is from the last time the server has seen.
     Accept(Accept),
 }
 
@@ -35,12 +36,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let Command::Accept(Accept { data_dir }) = &args.command;
     let accepted = block_on(async { Ok(accept_clock(data_dir, SystemClock.now()).await?) })
         .context("the clock was not accepted")?;
-    say(format_args!("{}\n", sentence(accepted)))
+    print(format_args!("{}\n", sentence(accepted)))
 }
 
 fn sentence(Accepted { before, now }: Accepted) -> String {
     let Some(before) = before else {
-        return "Accepted the clock. The server has stored nothing yet.".into();
+        return "Accepted the clock. The server has stored no data yet.".into();
     };
     let (ahead, back) = (now.since(before), before.since(now));
     let step = if ahead >= back {
@@ -48,7 +49,7 @@ fn sentence(Accepted { before, now }: Accepted) -> String {
     } else {
         format!("{} behind", roughly(back))
     };
-    format!("Accepted the clock, which is {step} the time that the server believed.")
+    format!("Accepted the clock, which is {step} the last time that the server trusted.")
 }
 
 fn roughly(duration: Duration) -> String {

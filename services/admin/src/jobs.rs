@@ -1,5 +1,5 @@
-//! `qpq-admin jobs`: the queue of durable work of a server or a cluster. Works whether the servers
-//! run or not.
+//! `qpq-admin jobs`: the queue of durable work of a single node or a cluster. The servers may be
+//! running or stopped.
 
 use std::{fmt::Write as _, path::Path, sync::Arc, time::Duration};
 
@@ -9,12 +9,12 @@ use qpq_ports::{Clock as _, DeadChange, DeadJob, JobId, JobStats, Jobs, SystemCl
 use qpq_store_embedded::JobsOperator;
 
 use crate::{
-    backup::{Store, Which},
-    block_on, say,
-    settings::patiently,
+    backup::{Store, StoreArgs},
+    block_on, print,
+    settings::connect_with_retry,
 };
 
-/// What to do with the jobs.
+/// The arguments of `jobs`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -23,8 +23,7 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Count the jobs of each kind, and list dead jobs: those that failed and never run again by
-    /// themselves.
+    /// Count the jobs of each kind, and list the dead jobs, which failed and are not retried.
     List(ListArgs),
     /// Run a dead job again.
     Retry(ChangeArgs),
@@ -32,24 +31,24 @@ enum Command {
     Remove(ChangeArgs),
 }
 
-/// What to list.
+/// The arguments of `jobs list`.
 #[derive(Debug, clap::Args)]
 struct ListArgs {
     /// List at most this many dead jobs, the newest ones.
     #[arg(long, value_name = "N", default_value_t = 20)]
     limit: u32,
     #[command(flatten)]
-    which: Which,
+    store: StoreArgs,
 }
 
-/// Which job.
+/// The arguments of `jobs retry` and `jobs remove`.
 #[derive(Debug, clap::Args)]
 struct ChangeArgs {
     /// The number of a dead job, as `qpq-admin jobs list` shows it.
     #[arg(value_name = "ID")]
     id: i64,
     #[command(flatten)]
-    which: Which,
+    store: StoreArgs,
 }
 
 /// The queue of a single node or of a cluster.
@@ -69,12 +68,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn list(args: &ListArgs) -> anyhow::Result<()> {
-    let store = args.which.store()?;
+    let store = args.store.store()?;
     let (stats, dead) = block_on(async {
         let mut queue = Queue::open(&store).await?;
         Ok((queue.stats().await?, queue.dead(args.limit).await?))
     })?;
-    say(tables(&stats, &dead))
+    print(tables(&stats, &dead))
 }
 
 fn change(
@@ -82,13 +81,13 @@ fn change(
     done: &str,
     change: impl AsyncFn(&mut Queue, JobId) -> anyhow::Result<DeadChange>,
 ) -> anyhow::Result<()> {
-    let (store, id) = (args.which.store()?, args.id);
+    let (store, id) = (args.store.store()?, args.id);
     let changed = block_on(async {
         let mut queue = Queue::open(&store).await?;
         change(&mut queue, JobId(id)).await
     })?;
     match changed {
-        DeadChange::Changed => say(format_args!("Job {id} {done}.\n")),
+        DeadChange::Changed => print(format_args!("Job {id} {done}.\n")),
         DeadChange::NotFound => {
             bail!("no dead job has the number {id}. See `qpq-admin jobs list`")
         }
@@ -103,11 +102,11 @@ impl Queue {
     async fn open(store: &Store) -> anyhow::Result<Self> {
         match store {
             Store::Node(dir, _) => Self::open_node(dir).await,
-            Store::Cluster(given) => {
-                // No secret of the cluster is needed to see its jobs.
-                let database = given.database([0; 32])?;
+            Store::Cluster(settings) => {
+                // The OPAQUE setup identifies a cluster, which the jobs do not need.
+                let database = settings.database([0; 32])?;
                 let connect = async || qpq_store_cluster::operator_jobs(&database).await;
-                Ok(Self::Cluster(patiently(database.start_timeout, connect).await?))
+                Ok(Self::Cluster(connect_with_retry(database.start_timeout, connect).await?))
             }
         }
     }

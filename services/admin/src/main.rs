@@ -1,12 +1,12 @@
-//! The `qpq-admin` binary: what an operator does to a server or a cluster from outside. One file per
-//! command, or per family of commands.
+//! The `qpq-admin` binary: commands for operators of a single node or a cluster. One file for each
+//! command or group of commands.
 //!
-//! Exit codes, as `qpq-server`'s: 0 done, 1 failed, 2 the command line or the configuration is
-//! wrong.
+//! The exit codes are those of `qpq-server`: 0 done, 1 failed, 2 the command line or the
+//! configuration is wrong.
 
 #![cfg_attr(
     test,
-    allow(clippy::unwrap_used, reason = "the exception for tests does not reach their helpers")
+    allow(clippy::unwrap_used, reason = "the exception for tests does not cover their helpers")
 )]
 
 mod backup;
@@ -31,7 +31,7 @@ use qpq_runtime::config::ConfigError;
 const FAILED: u8 = 1;
 const MISUSED: u8 = 2;
 
-/// Administers a qpq server or cluster: backs it up, restores it, sets it up and looks after it.
+/// Administers a qpq server or cluster: sets up, backs up, restores, maintains.
 #[derive(Debug, Parser)]
 #[command(name = "qpq-admin", version)]
 struct Args {
@@ -39,40 +39,39 @@ struct Args {
     command: Command,
 }
 
-/// What to do. To add a command: a line here, a file beside this one, an arm in [`run`].
+/// The command. A new command is a variant here, a file next to this one, and an arm in [`run`].
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Back up a server, also while it runs, or a cluster.
+    /// Back up a single node or a cluster, also while it runs.
     Backup(backup::BackupArgs),
     /// Check that a backup is complete and undamaged.
     Verify(backup::VerifyArgs),
-    /// Bring a backup back: to a data directory whose server is stopped, or to an empty database of
-    /// a cluster whose edges are stopped.
+    /// Restore a backup into the data directory of a stopped server, or into an empty database of a
+    /// cluster whose edges are stopped.
     Restore(backup::RestoreArgs),
-    /// Say that a data directory or a cluster's database was restored by other means (a cold copy, a
-    /// snapshot, a recovery to a point in time). To be run before the server or the edges start.
-    MarkRestored(backup::Which),
-    /// Look after the clock of a server without a cluster.
+    /// Mark a data directory or a cluster's database as restored, after a cold copy, a snapshot or
+    /// a point-in-time recovery. Run this before the server or the edges start.
+    MarkRestored(backup::StoreArgs),
+    /// Accept the clock of a single node.
     Clock(clock::Args),
-    /// Show the jobs of a server or a cluster, and retry or remove those that failed for good.
+    /// Show the jobs of a single node or a cluster, and retry or remove those that failed.
     Jobs(jobs::Args),
-    /// Make what all edges of a new cluster share: keys and a certificate.
+    /// Create the files that all edges of a new cluster share: keys and a certificate.
     Init(init::Args),
-    /// Bring the schema in the cluster's Postgres up to date. To be run before edges of a new
-    /// version start.
+    /// Bring the schema in the cluster's Postgres up to date. Run this before edges of a new
+    /// release start.
     Migrate(migrate::Args),
-    /// Move everything that a server without a cluster holds into a cluster: accounts, keys, queued
-    /// messages.
+    /// Transfer the data of a single node into a cluster: accounts, keys, queued messages.
     MigrateToCluster(migrate_to_cluster::Args),
-    /// Take the next key for TLS session tickets; what the last one made stays good. To be run
+    /// Replace the key of TLS session tickets. Tickets of the previous key stay valid. Run this
     /// every 6 hours.
     RotateTicketKeys(rotate::Args),
-    /// Take the next key for the tokens by which clients prove their address.
+    /// Replace the key of the tokens that validate the addresses of clients.
     RotateTokenKey(rotate::Args),
 }
 
 fn main() -> ExitCode {
-    // Whatever is made from now on is its owner's alone.
+    // Files created from now on are readable by their owner only.
     umask(Mode::from_bits_truncate(0o077));
     let args = match Args::try_parse() {
         Ok(args) => args,
@@ -84,7 +83,7 @@ fn main() -> ExitCode {
     match run(&args.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            note(format_args!("{error:#}"));
+            print_note(format_args!("{error:#}"));
             ExitCode::from(if error.is::<ConfigError>() { MISUSED } else { FAILED })
         }
     }
@@ -106,23 +105,27 @@ fn run(command: &Command) -> anyhow::Result<()> {
     }
 }
 
-/// For commands that speak with servers.
+/// Runs the work of a command on an async runtime.
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(work)
 }
 
-/// On standard error. Nobody may be reading, which is no reason to stop.
-fn note(text: impl Display) {
+/// Writes a line to standard error. Ignores errors: a closed standard error ends no command.
+fn print_note(text: impl Display) {
     let _ = writeln!(io::stderr(), "qpq-admin: {text}");
 }
 
-/// On standard output. It may be a file on a full disk, and then what was to be kept there is lost.
-fn say(text: impl Display) -> anyhow::Result<()> {
+/// Writes to standard output.
+///
+/// Fails if the text cannot be written, for example to a file on a full disk, because the text may
+/// be the only copy of a secret.
+fn print(text: impl Display) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     write!(out, "{text}").and_then(|()| out.flush()).map_err(|error| {
         anyhow::anyhow!(
-            "cannot write to standard output: {error}. Nothing that was to be printed is kept anywhere"
+            "cannot write to standard output: {error}. The output is lost. Free space or redirect \
+             it elsewhere, then run this again"
         )
     })
 }
@@ -134,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_well_formed() {
+    fn clap_accepts_the_definition_of_the_command_line() {
         Args::command().debug_assert();
     }
 }

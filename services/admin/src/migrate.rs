@@ -1,13 +1,14 @@
 //! `qpq-admin migrate`: brings the schema in the cluster's Postgres up to date, before edges of a
-//! new version start. Those of the old version go on running: a release only adds what its
-//! predecessor can live with.
+//! new release start.
+//!
+//! Edges of the previous release continue to run, because a release only adds to the schema.
 
 use crate::{
-    block_on, say,
-    settings::{self, patiently},
+    block_on, print,
+    settings::{self, connect_with_retry},
 };
 
-/// Which cluster's.
+/// The arguments of `migrate`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -15,12 +16,12 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let given = args.settings.load()?;
-    // Whose cluster it is matters to nobody who only sees to the schema.
-    let database = given.database([0; 32])?;
+    let settings = args.settings.load()?;
+    // The OPAQUE setup identifies a cluster, which a migration does not check.
+    let database = settings.database([0; 32])?;
     let version = block_on(async {
         let migrate = async || qpq_store_cluster::migrate(&database).await;
-        Ok(patiently(database.start_timeout, migrate).await?)
+        Ok(connect_with_retry(database.start_timeout, migrate).await?)
     })?;
-    say(format_args!("the database's schema is at version {version}\n"))
+    print(format_args!("the database's schema is at version {version}\n"))
 }

@@ -1,15 +1,15 @@
-//! `qpq-admin migrate-to-cluster`: moves everything that an embedded node holds into a cluster.
+//! `qpq-admin migrate-to-cluster`: transfers all data of a single node into a cluster.
 //!
-//! 1. The data directory is taken, so that no server starts on it, and read once: what it comes to
-//!    is the measure of the rest.
-//! 2. It must be this cluster's: made with the node's secrets, without other users of the same
-//!    names.
-//! 3. Its rows are laid out in the cluster's Postgres, from where an earlier run stopped.
-//! 4. One transaction makes them part of the cluster, if they come to the same there.
-//! 5. The data directory is marked, so that no server starts on it again.
+//! 1. The data directory is claimed, so that no server starts on it. All rows are read and hashed.
+//! 2. The cluster is checked: it has the node's secrets, and no other accounts of the same names.
+//! 3. The rows are copied to import tables in the cluster's Postgres, starting where an earlier run
+//!    stopped.
+//! 4. The hashes of the copied rows are compared. One transaction then makes the rows part of the
+//!    cluster.
+//! 5. The data directory is marked as moved, so that no server starts on it again.
 //!
-//! It may be stopped anywhere. Whoever runs it again comes through the same steps, and finds done
-//! what was done.
+//! The transfer may be interrupted at any point. Another run repeats the steps and skips the work
+//! that is done.
 
 mod progress;
 
@@ -25,15 +25,15 @@ use qpq_store_cluster::Import;
 use qpq_store_embedded::{Export, MOVED_FILE};
 
 use crate::{
-    block_on, say,
-    settings::{self, Given, patiently},
+    block_on, print,
+    settings::{self, ClusterSettings, connect_with_retry},
 };
 use progress::Progress;
 
-/// From where to where.
+/// The arguments of `migrate-to-cluster`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The data directory of the server that grows up. It must be stopped.
+    /// The data directory of the single node. Its server must be stopped.
     #[arg(long, value_name = "DATA_DIR")]
     from: PathBuf,
     #[command(flatten)]
@@ -41,46 +41,49 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let given = args.settings.load()?;
-    let fleet = ClusterDir::open(given.secrets_dir()?)?;
+    let settings = args.settings.load()?;
+    let shared = ClusterDir::open(settings.secrets_dir()?)?;
     let from = args.from.as_path();
-    let cluster = fleet.cluster_id()?;
-    let moved = block_on(move_all(from, &given, &fleet))?;
-    let Some(digests) = moved else {
-        return say(format_args!(
-            "{} was moved into this cluster already ({cluster}): nothing is left to do\n",
+    let cluster = shared.cluster_id()?;
+    let transferred = block_on(transfer(from, &settings, &shared))?;
+    let Some(digests) = transferred else {
+        return print(format_args!(
+            "{} was already moved into this cluster ({cluster}): nothing is left to do\n",
             from.display()
         ));
     };
-    say(format_args!(
-        "moved {from} into the cluster {cluster}: {rows} rows, in number and hash the same on both sides\n{digests}\
-         {from} is marked as moved: no server starts on it again. Keep it until you have a backup of the cluster.\n",
+    print(format_args!(
+        "moved {from} into the cluster {cluster}: {rows} rows, with equal counts and hashes on \
+         both sides\n{digests}\
+         {from} is marked as moved: no server starts on it again. Keep it until you have a backup \
+         of the cluster.\n",
         from = from.display(),
         rows = digests.rows(),
     ))
 }
 
-/// What was moved; `None` if it was before.
-async fn move_all(
+/// Transfers the data of `from`. Returns `None` if an earlier run has transferred all of it.
+async fn transfer(
     from: &Path,
-    given: &Given,
-    fleet: &ClusterDir,
+    settings: &ClusterSettings,
+    shared: &ClusterDir,
 ) -> anyhow::Result<Option<Digests>> {
     let mut export = Export::open(from).await?;
-    let cluster = fleet.cluster_id()?;
+    let cluster = shared.cluster_id()?;
     if let Some(note) = export.moved()? {
         ensure!(
             note.contains(&cluster.to_string()),
-            "{} was moved into another cluster than this one ({cluster}): {}",
+            "{} was moved into another cluster than this one ({cluster}): {}. Use the \
+             configuration of that cluster",
             from.display(),
             note.lines().next().unwrap_or_default()
         );
         return Ok(None);
     }
-    let opaque_setup = compare_secrets(from, fleet)?;
-    let database = given.database(opaque_setup)?;
+    let opaque_setup = compare_secrets(from, shared)?;
+    let database = settings.database(opaque_setup)?;
     let connect = async || Import::connect(&database).await;
-    let mut import = patiently(database.start_timeout, connect).await?;
+    let mut import = connect_with_retry(database.start_timeout, connect).await?;
     import.lock(database.start_timeout).await?;
 
     let mut progress = Progress::new("read");
@@ -97,20 +100,23 @@ async fn move_all(
     Ok(Some(digests))
 }
 
-/// Who registered with the node shall log in at the cluster, and what the node signed shall be
-/// checked against it. The fingerprint of what they have in common.
-fn compare_secrets(from: &Path, fleet: &ClusterDir) -> anyhow::Result<[u8; 32]> {
+/// Checks that the cluster has the node's secrets. Returns the fingerprint of the OPAQUE setup.
+///
+/// With other secrets, accounts of the node could not log in at the cluster, and clients could not
+/// verify delivery proofs of the node.
+fn compare_secrets(from: &Path, shared: &ClusterDir) -> anyhow::Result<[u8; 32]> {
     let node = DataDir::create(from)?;
     let secret = |file: SecretFile| {
         let missing = || format!("{} is missing. {}", from.join(file.name).display(), file.if_lost);
         node.read_secret(file)?.with_context(missing)
     };
     for file in [OPAQUE_SETUP, DELIVERY_KEY] {
-        if secret(file)? != fleet.secret(file)? {
+        if secret(file)? != shared.secret(file)? {
             bail!(
-                "{} is another than {}. {} Make the cluster's directory from the node's: `qpq-admin init --out DIR --from {}`",
+                "{} differs from {}. {} Create the cluster's directory from the node's: \
+                 `qpq-admin init --out DIR --from {}`",
                 from.join(file.name).display(),
-                fleet.file(file.name).display(),
+                shared.file(file.name).display(),
                 file.if_lost,
                 from.display()
             );
@@ -119,6 +125,7 @@ fn compare_secrets(from: &Path, fleet: &ClusterDir) -> anyhow::Result<[u8; 32]> 
     Ok(OPAQUE_SETUP.fingerprint(&secret(OPAQUE_SETUP)?))
 }
 
+/// Fails if the cluster has another account with the name or key of one of the node.
 async fn check_names(export: &mut Export, import: &mut Import) -> anyhow::Result<()> {
     let mut accounts = export.rows(Table::Account, None).await?;
     while let Some(last) = accounts.last() {
@@ -129,11 +136,12 @@ async fn check_names(export: &mut Export, import: &mut Import) -> anyhow::Result
     Ok(())
 }
 
+/// Copies the rows that an earlier run has not copied to the import tables.
 async fn copy(export: &mut Export, import: &mut Import, digests: &Digests) -> anyhow::Result<()> {
-    let mut progress = Progress::new("moved").of(digests.rows());
+    let mut progress = Progress::new("transferred").of(digests.rows());
     for table in Table::ALL {
-        let (mut last, there) = import.position(table).await?;
-        progress.rows(there);
+        let (mut last, copied) = import.position(table).await?;
+        progress.rows(copied);
         loop {
             let rows = export.rows(table, last.as_deref()).await?;
             let Some(row) = rows.last() else { break };
@@ -145,12 +153,12 @@ async fn copy(export: &mut Export, import: &mut Import, digests: &Digests) -> an
     Ok(())
 }
 
+/// Marks the data directory as moved.
 fn mark(from: &Path, cluster: ClusterId, digests: &Digests) -> anyhow::Result<()> {
-    let note =
-        format!("moved into the cluster {cluster}, with so many rows of such hashes:\n{digests}");
+    let note = format!("moved into the cluster {cluster}, with these rows and hashes:\n{digests}");
     DataDir::create(from)?.add(MOVED_FILE, note.as_bytes()).with_context(|| {
         format!(
-            "everything was moved, but {} is not marked as moved: see to the disk, then run this again",
+            "all data was moved, but {} cannot be marked as moved: check the disk, then run this again",
             from.display()
         )
     })

@@ -1,10 +1,10 @@
 //! `qpq-admin rotate-ticket-keys` and `rotate-token-key`: the next key becomes the current one, the
-//! current one the previous one, and the previous one is forgotten.
+//! current one the previous one, and the previous one is removed.
 //!
-//! The edges see it by themselves, each at its own time, and meanwhile take what the others make.
-//! So two rotations must be further apart than the slowest edge needs to see one:
-//! `tls.reload_interval`, 30 s if not set, and with Kubernetes the minute or two until a changed
-//! Secret is in the pods.
+//! Each edge reloads the file at its own time, and accepts tickets and tokens of all three keys.
+//! Therefore two rotations must be further apart than the slowest edge needs for a reload:
+//! `tls.reload_interval`, 30 s by default, and with Kubernetes the one or two minutes until a
+//! changed Secret is in the pods.
 
 use std::path::PathBuf;
 
@@ -13,37 +13,29 @@ use qpq_runtime::data_dir::{
     cluster::{TICKET_KEYS, TOKEN_KEY},
 };
 
-use crate::say;
+use crate::print;
 
-/// Whose keys.
+/// The arguments of both commands.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The directory that `qpq-admin init` made.
+    /// The directory that `qpq-admin init` created.
     #[arg(long, value_name = "DIR", env = "QPQ_CLUSTER__SECRETS_DIR")]
     dir: PathBuf,
 }
 
 pub(crate) fn ticket_keys(args: &Args) -> anyhow::Result<()> {
-    rotate(
-        args,
-        TICKET_KEYS,
-        "Rotate again in 6 hours: clients are told that a ticket is good for 12.",
-    )
+    rotate(args, TICKET_KEYS, "Rotate again in 6 hours: tickets are valid for 12.")
 }
 
 pub(crate) fn token_key(args: &Args) -> anyhow::Result<()> {
-    rotate(
-        args,
-        TOKEN_KEY,
-        "Tokens live for 15 s; rotate again when you like, but not within 5 minutes.",
-    )
+    rotate(args, TOKEN_KEY, "Tokens expire after 15 s. Do not rotate again within 5 minutes.")
 }
 
 fn rotate(args: &Args, file: SecretFile, next: &str) -> anyhow::Result<()> {
     let path = qpq_server::rotate(&args.dir, file)?;
-    say(format_args!(
-        "rotated {path}: edges that read this directory take it by themselves\n{next}\n\
-         If the edges have copies, or a Kubernetes Secret, bring them this file now.\n",
+    print(format_args!(
+        "rotated {path}: edges that use this directory reload the file by themselves\n{next}\n\
+         If the edges use copies, or a Kubernetes Secret, update those with this file now.\n",
         path = path.display()
     ))
 }

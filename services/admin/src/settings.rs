@@ -1,5 +1,5 @@
-//! The configuration as `qpq-server` has it, same file and same variables, for commands that need a
-//! cluster's Postgres and little else of it.
+//! The configuration of `qpq-server`, from the same file and variables, for commands that need only
+//! a part of it.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -13,29 +13,29 @@ use qpq_store_cluster::ConnectError;
 use rand::{RngCore as _, rngs::OsRng};
 use tokio::time::{Instant, sleep};
 
-use crate::note;
+use crate::print_note;
 
-/// Where the configuration is.
+/// The location of the configuration.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Location {
-    /// The TOML file with settings that the edges have [env: QPQ_CONFIG].
+    /// The TOML file with the settings of the server or edges [env: QPQ_CONFIG].
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
-/// An edge's settings, of which only Postgres must be there.
+/// The settings of an edge, of which only `postgres.url` is required.
 #[derive(Debug, Default)]
-pub(crate) struct Given(Config);
+pub(crate) struct ClusterSettings(Config);
 
 impl Location {
-    /// The settings from all layers.
-    pub(crate) fn load(&self) -> Result<Given, ConfigError> {
-        Ok(load::<Given>(self.sources())?.settings)
+    /// Loads the settings of a cluster.
+    pub(crate) fn load(&self) -> Result<ClusterSettings, ConfigError> {
+        Ok(load::<ClusterSettings>(self.sources())?.settings)
     }
 
-    /// The settings of a single server or of an edge.
+    /// Loads the settings of a single node or a cluster.
     pub(crate) fn load_any(&self) -> Result<Config, ConfigError> {
-        Ok(load::<Any>(self.sources())?.settings.0)
+        Ok(load::<AnySettings>(self.sources())?.settings.0)
     }
 
     fn sources(&self) -> Sources {
@@ -48,8 +48,8 @@ impl Location {
     }
 }
 
-impl Given {
-    /// The cluster's database.
+impl ClusterSettings {
+    /// Returns the settings of the cluster's database.
     pub(crate) fn database(
         &self,
         opaque_setup: [u8; 32],
@@ -57,20 +57,20 @@ impl Given {
         Ok(self.0.cluster_database(opaque_setup)?)
     }
 
-    /// The directory that all edges share.
+    /// Returns the directory that all edges share.
     pub(crate) fn secrets_dir(&self) -> Result<PathBuf, ConfigError> {
         let missing = || Problem::Broken {
             at: "default".into(),
             path: "cluster.secrets_dir".into(),
-            must_be: "given: the directory that `qpq-admin init` made for the cluster".into(),
+            must_be: "given: the directory that `qpq-admin init` created for the cluster".into(),
         };
         self.0.cluster.secrets_dir.clone().ok_or_else(|| ConfigError { problems: vec![missing()] })
     }
 }
 
-/// Settings of which none must be there.
+/// Settings of which none is required.
 #[derive(Debug, Default)]
-struct Any(Config);
+struct AnySettings(Config);
 
 macro_rules! same_settings {
     ($($name:ident),*) => {$(
@@ -89,15 +89,15 @@ macro_rules! same_settings {
         }
     )*};
 }
-same_settings!(Given, Any);
+same_settings!(ClusterSettings, AnySettings);
 
-impl Settings for Any {
+impl Settings for AnySettings {
     fn validate(&self) -> Vec<Broken> {
         self.0.broken_values()
     }
 }
 
-impl Settings for Given {
+impl Settings for ClusterSettings {
     fn validate(&self) -> Vec<Broken> {
         let mut broken = self.0.broken_values();
         if self.0.postgres.url.is_none() {
@@ -109,28 +109,31 @@ impl Settings for Given {
     }
 }
 
-/// Tries until Postgres is there, or `patience` is at its end; says what it waits for.
-pub(crate) async fn patiently<T>(
-    patience: Duration,
+/// Runs `connect` until Postgres is reachable or `timeout` has passed. Prints each new reason.
+pub(crate) async fn connect_with_retry<T>(
+    timeout: Duration,
     mut connect: impl AsyncFnMut() -> Result<T, ConnectError>,
 ) -> Result<T, ConnectError> {
-    let until = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     let backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     let mut failures = 0;
-    let mut said = String::new();
+    let mut printed = String::new();
     loop {
         match connect().await {
-            Err(error @ ConnectError::Unreachable { .. }) if Instant::now() < until => {
+            Err(error @ ConnectError::Unreachable { .. }) if Instant::now() < deadline => {
                 let reason = error.to_string();
-                if reason != said {
-                    note(format_args!("{reason}. Waiting for it"));
-                    said = reason;
+                if reason != printed {
+                    print_note(format_args!(
+                        "{reason}. Retrying for up to {} s",
+                        timeout.as_secs()
+                    ));
+                    printed = reason;
                 }
                 failures += 1;
                 let wait = backoff.delay(failures, OsRng.next_u64());
-                sleep(wait.min(until - Instant::now())).await;
+                sleep(wait.min(deadline - Instant::now())).await;
             }
-            done => return done,
+            result => return result,
         }
     }
 }
@@ -141,27 +144,29 @@ mod tests {
 
     use super::*;
 
-    fn read(variables: &[(&str, &str)]) -> Result<Given, String> {
+    fn read(variables: &[(&str, &str)]) -> Result<ClusterSettings, String> {
         let environment: Vec<(OsString, OsString)> =
             variables.iter().map(|(name, value)| (name.into(), value.into())).collect();
         let sources = Sources { environment, foreign: FOREIGN_VARIABLES, ..Sources::default() };
-        load::<Given>(sources).map(|loaded| loaded.settings).map_err(|error| error.to_string())
+        load::<ClusterSettings>(sources)
+            .map(|loaded| loaded.settings)
+            .map_err(|error| error.to_string())
     }
 
     const POSTGRES: (&str, &str) = ("QPQ_POSTGRES__URL", "postgres://qpq@localhost/qpq");
 
     #[test]
-    fn postgres_alone_is_enough() {
-        let given = read(&[POSTGRES, ("QPQ_REDIS__PASSWORD_FILE", "/not/here")]).unwrap();
-        let database = given.database([7; 32]).unwrap();
+    fn settings_with_only_postgres_are_accepted() {
+        let settings = read(&[POSTGRES, ("QPQ_REDIS__PASSWORD_FILE", "/not/here")]).unwrap();
+        let database = settings.database([7; 32]).unwrap();
         assert_eq!((database.postgres.url.as_str(), database.opaque_setup), (POSTGRES.1, [7; 32]));
-        assert!(given.secrets_dir().unwrap_err().to_string().contains("qpq-admin init"));
-        let given = read(&[POSTGRES, ("QPQ_CLUSTER__SECRETS_DIR", "/fleet")]).unwrap();
-        assert_eq!(given.secrets_dir().unwrap(), PathBuf::from("/fleet"));
+        assert!(settings.secrets_dir().unwrap_err().to_string().contains("qpq-admin init"));
+        let settings = read(&[POSTGRES, ("QPQ_CLUSTER__SECRETS_DIR", "/shared")]).unwrap();
+        assert_eq!(settings.secrets_dir().unwrap(), PathBuf::from("/shared"));
     }
 
     #[test]
-    fn what_is_missing_or_wrong_is_named() {
+    fn missing_and_invalid_settings_are_named() {
         let said = read(&[("QPQ_REDIS__URL", "redis://localhost")]).unwrap_err();
         assert!(said.contains("postgres.url must be given"), "{said}");
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__CONNECTIONS", "1")]).unwrap_err();
@@ -171,32 +176,34 @@ mod tests {
         );
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__PASSWORT_FILE", "x")]).unwrap_err();
         assert!(said.contains("did you mean QPQ_POSTGRES__PASSWORD_FILE?"), "{said}");
-        let given = read(&[POSTGRES, ("QPQ_POSTGRES__PASSWORD_FILE", "/not/here")]).unwrap();
-        assert!(given.database([0; 32]).unwrap_err().to_string().contains("/not/here"));
+        let settings = read(&[POSTGRES, ("QPQ_POSTGRES__PASSWORD_FILE", "/not/here")]).unwrap();
+        assert!(settings.database([0; 32]).unwrap_err().to_string().contains("/not/here"));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_server_that_is_starting_is_waited_for_and_one_that_refuses_is_not() {
+    async fn an_unreachable_server_is_retried_and_a_refusal_is_not() {
         let unreachable = || ConnectError::Unreachable {
             server: "Postgres",
             setting: "postgres.url",
             cause: "connection refused".into(),
         };
         let mut tries = 0;
-        let connected = patiently(Duration::from_secs(60), async || {
+        let connected = connect_with_retry(Duration::from_secs(60), async || {
             tries += 1;
             if tries < 8 { Err(unreachable()) } else { Ok(tries) }
         });
         assert_eq!(connected.await.unwrap(), 8);
         let begun = Instant::now();
-        let gone = patiently(Duration::from_secs(60), async || Err::<(), _>(unreachable())).await;
-        assert!(matches!(gone, Err(ConnectError::Unreachable { .. })));
+        let failed =
+            connect_with_retry(Duration::from_secs(60), async || Err::<(), _>(unreachable())).await;
+        assert!(matches!(failed, Err(ConnectError::Unreachable { .. })));
         assert!(begun.elapsed() >= Duration::from_secs(60));
         let begun = Instant::now();
-        let other =
-            patiently(Duration::from_secs(60), async || Err::<(), _>(ConnectError::OtherCluster))
-                .await;
-        assert!(matches!(other, Err(ConnectError::OtherCluster)));
+        let refused = connect_with_retry(Duration::from_secs(60), async || {
+            Err::<(), _>(ConnectError::OtherCluster)
+        })
+        .await;
+        assert!(matches!(refused, Err(ConnectError::OtherCluster)));
         assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 }

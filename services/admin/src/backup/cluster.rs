@@ -1,8 +1,8 @@
-//! Backing up a cluster: its database through Postgres' own programs, and the directory that all
-//! edges share. Redis and NATS have nothing that must be kept.
+//! Backup and restore of a cluster: the database by the client programs of Postgres, and the shared
+//! directory. Redis and NATS have no data that a backup needs.
 //!
-//! A restore is one transaction: the tables, and the beginning of another history. So a restore that
-//! is killed leaves an empty database.
+//! A restore is one transaction, which creates the tables and begins another history. Therefore a
+//! killed restore leaves an empty database.
 
 use std::{collections::BTreeMap, path::Path, process::Stdio};
 
@@ -15,24 +15,27 @@ use qpq_store_cluster::{BEGIN_HISTORY, Config, Operator, client_environment};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 
 use super::{
-    manifest::{FORMAT, Kind, Manifest, utc},
+    manifest::{FORMAT, Manifest, StoreKind, utc},
     postgres::{Program, as_sql, copied_table, damaged, dump},
-    restore::Done,
-    unfinished::Unfinished,
+    restore::Restored,
+    unfinished::UnfinishedBackup,
 };
-use crate::settings::{Given, patiently};
+use crate::settings::{ClusterSettings, connect_with_retry};
 
 pub(super) const DUMP: &str = "postgres.dump";
 pub(super) const SHARED: &str = "shared";
 
 /// Copies the shared directory and dumps the database.
-pub(super) async fn back_up(given: &Given, target: &Unfinished) -> anyhow::Result<Manifest> {
-    let fleet = ClusterDir::open(given.secrets_dir()?)?;
-    fleet.cluster_id()?;
-    let config = database(given, &fleet)?;
+pub(super) async fn back_up(
+    settings: &ClusterSettings,
+    target: &UnfinishedBackup,
+) -> anyhow::Result<Manifest> {
+    let shared = ClusterDir::open(settings.secrets_dir()?)?;
+    shared.cluster_id()?;
+    let config = database(settings, &shared)?;
     let taken_at = utc(SystemClock.now().0 / 1_000);
-    let mut operator =
-        patiently(config.start_timeout, async || Operator::connect(&config).await).await?;
+    let connect = async || Operator::connect(&config).await;
+    let mut operator = connect_with_retry(config.start_timeout, connect).await?;
     let snapshot = operator.snapshot().await?;
     let path = target.path().join(DUMP);
     dump(&client_environment(&config)?, &snapshot.name, &path).await?;
@@ -41,16 +44,17 @@ pub(super) async fn back_up(given: &Given, target: &Unfinished) -> anyhow::Resul
     let dumped = rows_in(&path).await?;
     ensure!(
         dumped == rows,
-        "the dump has other numbers of rows than the database: {dumped:?} instead of {rows:?}. Nothing of it was kept"
+        "the dump has other row counts than the database: {dumped:?} instead of {rows:?}. The \
+         backup was removed. Run this again"
     );
     let mut parts = vec![target.measure(DUMP)?];
     let secrets = SECRETS.iter().map(|file| file.name);
     for name in secrets.chain([CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID]) {
-        parts.push(target.copy(&fleet.file(name), &format!("{SHARED}/{name}"))?);
+        parts.push(target.copy(&shared.file(name), &format!("{SHARED}/{name}"))?);
     }
     Ok(Manifest {
         format: FORMAT,
-        kind: Kind::Cluster,
+        kind: StoreKind::Cluster,
         qpq_version: env!("CARGO_PKG_VERSION").into(),
         taken_at,
         store_id: snapshot.store_id,
@@ -60,11 +64,11 @@ pub(super) async fn back_up(given: &Given, target: &Unfinished) -> anyhow::Resul
     })
 }
 
-fn database(given: &Given, fleet: &ClusterDir) -> anyhow::Result<Config> {
-    given.database(OPAQUE_SETUP.fingerprint(&fleet.secret(OPAQUE_SETUP)?))
+fn database(settings: &ClusterSettings, shared: &ClusterDir) -> anyhow::Result<Config> {
+    settings.database(OPAQUE_SETUP.fingerprint(&shared.secret(OPAQUE_SETUP)?))
 }
 
-/// Reads a whole dump, without a server; its rows by table.
+/// Reads a complete dump, without a server. Returns the row counts by table.
 pub(super) async fn rows_in(path: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
     let mut child =
         as_sql(path, true).spawn().map_err(|error| Program::Restore.not_started(error))?;
@@ -87,11 +91,11 @@ pub(super) async fn rows_in(path: &Path) -> anyhow::Result<BTreeMap<String, u64>
         }
         anyhow::Ok((rows, table.is_none()))
     };
-    let mut said = String::new();
-    let (read, _) = tokio::join!(reading, stderr.read_to_string(&mut said));
-    let status = child.wait().await.context("pg_restore was lost")?;
+    let mut errors = String::new();
+    let (read, _) = tokio::join!(reading, stderr.read_to_string(&mut errors));
+    let status = child.wait().await.context("pg_restore did not end")?;
     if !status.success() {
-        return Err(damaged(path, &said.lines().collect::<Vec<_>>().join("; ")));
+        return Err(damaged(path, &errors.lines().collect::<Vec<_>>().join("; ")));
     }
     let (mut rows, is_complete) = read?;
     ensure!(is_complete, "{}", damaged(path, "it ends within a table"));
@@ -99,46 +103,50 @@ pub(super) async fn rows_in(path: &Path) -> anyhow::Result<BTreeMap<String, u64>
     Ok(rows)
 }
 
-/// Brings the checked backup in `from` into the cluster's database, which must be empty.
-pub(super) async fn restore(from: &Path, given: &Given) -> anyhow::Result<Done> {
-    let fleet = ClusterDir::open(given.secrets_dir()?).with_context(|| {
-        format!("copy {} to where cluster.secrets_dir says first", from.join(SHARED).display())
+/// Restores the verified backup in `from` to the cluster's database, which must be empty.
+pub(super) async fn restore(from: &Path, settings: &ClusterSettings) -> anyhow::Result<Restored> {
+    let shared = ClusterDir::open(settings.secrets_dir()?).with_context(|| {
+        format!(
+            "copy {} to the directory that cluster.secrets_dir names first",
+            from.join(SHARED).display()
+        )
     })?;
     let backed_up = ClusterDir::open(from.join(SHARED))?;
     ensure!(
-        fleet.cluster_id()? == backed_up.cluster_id()?
-            && fleet.secret(OPAQUE_SETUP)? == backed_up.secret(OPAQUE_SETUP)?,
+        shared.cluster_id()? == backed_up.cluster_id()?
+            && shared.secret(OPAQUE_SETUP)? == backed_up.secret(OPAQUE_SETUP)?,
         "{} is the shared directory of another cluster. Copy {} there first",
-        fleet.path().display(),
+        shared.path().display(),
         from.join(SHARED).display()
     );
-    let config = database(given, &fleet)?;
-    let mut operator =
-        patiently(config.start_timeout, async || Operator::connect_to_any(&config).await).await?;
+    let config = database(settings, &shared)?;
+    let connect = async || Operator::connect_to_any(&config).await;
+    let mut operator = connect_with_retry(config.start_timeout, connect).await?;
     ensure!(
         operator.is_empty().await?,
-        "the database that postgres.url names is not empty, and nothing is overwritten: create an empty one, and name \
-         it in postgres.url"
+        "the database that postgres.url names is not empty, and nothing is overwritten: create an \
+         empty database, and name it in postgres.url"
     );
     let removed = load(&from.join(DUMP), &client_environment(&config)?).await?;
     drop(operator);
-    // A schema of an earlier release is brought up to date, as before any start of edges.
+    // The backup may be of an earlier release, whose schema must be updated before edges start.
     qpq_store_cluster::migrate(&config).await?;
     let mut operator = Operator::connect(&config).await?;
     let store_id = operator.history().await?;
-    Ok(Done { store_id, removed_packages: removed, aside: None })
+    Ok(Restored { store_id, removed_packages: removed, aside: None })
 }
 
-/// Begins another history in a database that was restored by other means.
-pub(super) async fn mark(given: &Given) -> anyhow::Result<Done> {
-    let fleet = ClusterDir::open(given.secrets_dir()?)?;
-    let config = database(given, &fleet)?;
+/// Begins another history in a database that another program has restored.
+pub(super) async fn mark(settings: &ClusterSettings) -> anyhow::Result<Restored> {
+    let shared = ClusterDir::open(settings.secrets_dir()?)?;
+    let config = database(settings, &shared)?;
     let begin = async || qpq_store_cluster::begin_history(&config).await;
-    Ok(patiently(config.start_timeout, begin).await?.into())
+    Ok(connect_with_retry(config.start_timeout, begin).await?.into())
 }
 
-/// Runs the dump's SQL and the beginning of another history as one transaction. Returns how many
-/// KeyPackages that removed.
+/// Runs the SQL of the dump and begins another history, in one transaction.
+///
+/// Returns the number of removed KeyPackages.
 async fn load(dump: &Path, environment: &[(&'static str, String)]) -> anyhow::Result<u64> {
     let mut reader =
         as_sql(dump, false).spawn().map_err(|error| Program::Restore.not_started(error))?;
@@ -158,15 +166,15 @@ async fn load(dump: &Path, environment: &[(&'static str, String)]) -> anyhow::Re
             let end = format!("\nRESET search_path;\n{renew};\n\\o\n{remove};\nCOMMIT;\n");
             stdin.write_all(end.as_bytes()).await?;
         }
-        // Without its COMMIT the transaction is rolled back.
+        // Without the COMMIT, Postgres rolls the transaction back.
         std::io::Result::Ok(read)
     };
     let (fed, loaded) = tokio::join!(feed, psql.wait_with_output());
-    let loaded = Program::Psql.check(loaded.context("psql was lost")?)?;
+    let loaded = Program::Psql.check(loaded.context("psql did not end")?)?;
     Program::Restore.check(fed.context("the dump cannot be passed to psql")?)?;
     let printed = String::from_utf8_lossy(&loaded.stdout);
     match printed.split_whitespace().last().and_then(|number| number.parse().ok()) {
         Some(removed) => Ok(removed),
-        None => bail!("psql did not say that the restore was committed: {printed}"),
+        None => bail!("psql did not confirm that the restore was committed: {printed}"),
     }
 }

@@ -1,4 +1,4 @@
-//! What a backup says of itself.
+//! The manifest of a backup: its origin, its parts and their hashes.
 
 use std::{
     collections::BTreeMap,
@@ -9,16 +9,16 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-/// The layout that this version writes, and the only one there has been.
+/// The format that this version writes. There has been no other so far.
 pub(super) const FORMAT: u32 = 1;
 
 pub(super) const MANIFEST: &str = "manifest.json";
 pub(super) const MANIFEST_HASH: &str = "manifest.sha256";
 
-/// What is backed up.
+/// The kind of the store in a backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Kind {
+pub(super) enum StoreKind {
     SingleNode,
     Cluster,
 }
@@ -27,16 +27,16 @@ pub(super) enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Manifest {
     pub(super) format: u32,
-    pub(super) kind: Kind,
+    pub(super) kind: StoreKind,
     /// The version of the program that wrote the backup.
     pub(super) qpq_version: String,
-    /// UTC, as in 2026-11-28T13:45:00Z: the backup shows a commit of this time or later.
+    /// The time in UTC, as in 2026-11-28T13:45:00Z. The backup is of a commit at or after it.
     pub(super) taken_at: String,
-    /// The history of the store, in hexadecimal digits.
+    /// The store id, in hexadecimal digits.
     pub(super) store_id: String,
     /// The number of the last migration of the database.
     pub(super) schema: i64,
-    /// Rows by table.
+    /// The row counts by table.
     pub(super) rows: BTreeMap<String, u64>,
     pub(super) parts: Vec<Part>,
 }
@@ -51,11 +51,11 @@ pub(super) struct Part {
     pub(super) sha256: String,
 }
 
-/// Why a directory is no backup that can be used.
+/// The reason why a directory cannot be used as a backup.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ManifestError {
     #[error(
-        "{} is no finished backup: it has no {MANIFEST}. Name a directory that `qpq-admin backup` created",
+        "{} is not a complete backup: it has no {MANIFEST}. Name a directory that `qpq-admin backup` created",
         .0.display()
     )]
     Missing(PathBuf),
@@ -64,14 +64,15 @@ pub(super) enum ManifestError {
     #[error("{} is damaged: {why}. Use another backup", path.display())]
     Damaged { path: PathBuf, why: String },
     #[error(
-        "{} has format {found}, and this version reads format {FORMAT}: use the version of qpq-admin that wrote it, or a newer one",
+        "{} has format {found}, and this version reads format {FORMAT}: use the version of \
+         qpq-admin that wrote it, or a newer one",
         path.display()
     )]
     Format { path: PathBuf, found: u64 },
 }
 
 impl Manifest {
-    /// The contents of `manifest.json` and of `manifest.sha256`.
+    /// Returns the contents of `manifest.json` and of `manifest.sha256`.
     pub(super) fn to_files(&self) -> (Vec<u8>, Vec<u8>) {
         let mut json = serde_json::to_vec_pretty(self).expect("text and numbers");
         json.push(b'\n');
@@ -79,7 +80,7 @@ impl Manifest {
         (json, hash.into_bytes())
     }
 
-    /// Reads the manifest of the backup in `dir`, if it is the one that was written.
+    /// Reads the manifest of the backup in `dir` and checks its hash.
     pub(super) fn read(dir: &Path) -> Result<Self, ManifestError> {
         let path = dir.join(MANIFEST);
         let read = |path: PathBuf| {
@@ -98,26 +99,29 @@ impl Manifest {
         };
         let expected = format!("{}  {MANIFEST}\n", hex::encode(Sha256::digest(&json)));
         if written != expected.as_bytes() {
-            return Err(damaged(&path, &format!("its SHA-256 is not the one in {MANIFEST_HASH}")));
+            return Err(damaged(
+                &path,
+                &format!("its SHA-256 differs from the one in {MANIFEST_HASH}"),
+            ));
         }
         let value: serde_json::Value =
             serde_json::from_slice(&json).map_err(|error| damaged(&path, &error.to_string()))?;
         match value["format"].as_u64() {
             Some(found) if found == u64::from(FORMAT) => {}
             Some(found) => return Err(ManifestError::Format { path, found }),
-            None => return Err(damaged(&path, "it names no format")),
+            None => return Err(damaged(&path, "it has no format")),
         }
         let manifest: Self =
             serde_json::from_value(value).map_err(|error| damaged(&path, &error.to_string()))?;
         if let Some(part) = manifest.parts.iter().find(|part| !part.is_inside()) {
-            return Err(damaged(&path, &format!("{:?} is no name of a part", part.name)));
+            return Err(damaged(&path, &format!("{:?} is not a valid name of a part", part.name)));
         }
         Ok(manifest)
     }
 }
 
 impl Part {
-    /// Whether the name leads nowhere but into the backup.
+    /// Returns whether the name is a path within the backup.
     fn is_inside(&self) -> bool {
         let path = Path::new(&self.name);
         path.components().all(|part| matches!(part, std::path::Component::Normal(_)))
@@ -125,10 +129,10 @@ impl Part {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for StoreKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::SingleNode => "a single server",
+            Self::SingleNode => "a single node",
             Self::Cluster => "a cluster",
         })
     }
@@ -136,7 +140,7 @@ impl fmt::Display for Kind {
 
 impl fmt::Display for Manifest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // In a cluster messages are in several tables, `message_0` and so on.
+        // A cluster stores messages in several tables: `message_0`, `message_1` and so on.
         let is_of = |name: &str, table: &str| {
             let rest = name.strip_prefix(table);
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
@@ -153,10 +157,10 @@ impl fmt::Display for Manifest {
     }
 }
 
-/// An instant as RFC 3339 has it, in UTC, to the second.
+/// Formats a time as in RFC 3339, in UTC, to the second.
 pub(super) fn utc(unix_seconds: u64) -> String {
     let (days, second) = (unix_seconds / 86_400, unix_seconds % 86_400);
-    // Years from March on, in eras of 400 years (Hinnant, "chrono-compatible low-level date
+    // Years that begin in March, in eras of 400 years (Hinnant, "chrono-compatible low-level date
     // algorithms").
     let days = days + 719_468;
     let (era, day) = (days / 146_097, days % 146_097);
@@ -175,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn instants_are_written_as_dates() {
+    fn times_are_formatted_in_utc() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),
@@ -189,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_lies_within_the_backup() {
+    fn part_names_outside_of_the_backup_are_refused() {
         let part = |name: &str| Part { name: name.into(), bytes: 0, sha256: String::new() };
         assert!(part("qpq.db").is_inside() && part("shared/cluster-id").is_inside());
         for outside in ["", "/etc/passwd", "../x", "shared/../../x", "./x"] {

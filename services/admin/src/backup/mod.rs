@@ -1,18 +1,18 @@
-//! `qpq-admin backup`, `verify`, `restore` and `mark-restored`: copies of what a server or a cluster
-//! keeps, and what must happen when a copy takes the place of the original.
+//! `qpq-admin backup`, `verify`, `restore` and `mark-restored`: copies of the data of a single node
+//! or a cluster, and the steps when a copy replaces the original.
 //!
 //! A backup is a directory:
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `qpq.db` | single node: the database, as of one commit |
-//! | `postgres.dump` | cluster: the database, as of one snapshot, in `pg_dump`'s custom format |
+//! | `qpq.db` | single node: the database after some commit |
+//! | `postgres.dump` | cluster: a snapshot of the database, in the custom format of `pg_dump` |
 //! | `opaque-setup.bin` and others | single node: the secrets, certificate and key of the data directory |
 //! | `shared/` | cluster: the directory that all edges share |
 //! | `manifest.json` | `manifest::Manifest`: versions, the time, and size and SHA-256 of every part |
-//! | `manifest.sha256` | SHA-256 of the manifest, as `sha256sum -c` reads it |
+//! | `manifest.sha256` | SHA-256 of the manifest, for `sha256sum -c` |
 //!
-//! It is written as `NAME.unfinished`, made durable, and only then gets its name.
+//! It is written as `NAME.unfinished`, made durable, and then renamed.
 
 mod cluster;
 mod manifest;
@@ -27,30 +27,31 @@ use std::path::PathBuf;
 use qpq_server::Config;
 
 use crate::{
-    block_on, say,
-    settings::{Given, Location},
+    block_on, print,
+    settings::{ClusterSettings, Location},
 };
-use manifest::Kind;
-use unfinished::Unfinished;
+use manifest::StoreKind;
+use unfinished::UnfinishedBackup;
 
-/// The store that a command works on.
+/// The arguments that select the store of a command.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Which {
-    /// The data directory of a single server. Without it the configuration decides: a cluster if it
-    /// has `postgres.url`, else the server of its `data_dir`.
+pub(crate) struct StoreArgs {
+    /// The data directory of a single node. Without it the configuration decides: a cluster if it
+    /// has `postgres.url`, else the single node of its `data_dir`.
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     #[command(flatten)]
     settings: Location,
 }
 
-/// The store that is meant.
+/// The store of a command.
 pub(crate) enum Store {
+    /// A single node's data directory, with its configuration if that named the directory.
     Node(PathBuf, Option<Box<Config>>),
-    Cluster(Box<Given>),
+    Cluster(Box<ClusterSettings>),
 }
 
-impl Which {
+impl StoreArgs {
     pub(crate) fn store(&self) -> anyhow::Result<Store> {
         if let Some(dir) = &self.data_dir {
             return Ok(Store::Node(dir.clone(), None));
@@ -63,17 +64,17 @@ impl Which {
     }
 }
 
-/// From where to where.
+/// The arguments of `backup`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct BackupArgs {
     /// The directory to create. It must not exist.
     #[arg(value_name = "BACKUP")]
     to: PathBuf,
     #[command(flatten)]
-    which: Which,
+    store: StoreArgs,
 }
 
-/// Which backup.
+/// The arguments of `verify`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct VerifyArgs {
     /// A directory that `qpq-admin backup` created.
@@ -81,34 +82,36 @@ pub(crate) struct VerifyArgs {
     from: PathBuf,
 }
 
-/// From where to where.
+/// The arguments of `restore`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct RestoreArgs {
     /// A directory that `qpq-admin backup` created.
     #[arg(value_name = "BACKUP")]
     from: PathBuf,
-    /// Replace the data in the directory. What is there is moved into `before-restore-…` beside
-    /// it, not deleted. A cluster's database must be empty in any case.
+    /// Replace the data in the directory. The previous data is moved to `before-restore-…` in it,
+    /// not deleted. A cluster's database must be empty in any case.
     #[arg(long)]
     replace: bool,
     #[command(flatten)]
-    which: Which,
+    store: StoreArgs,
 }
 
 pub(crate) fn backup(args: &BackupArgs) -> anyhow::Result<()> {
-    let store = args.which.store()?;
-    let target = Unfinished::begin(&args.to)?;
+    let store = args.store.store()?;
+    let target = UnfinishedBackup::create(&args.to)?;
     let (manifest, note) = match &store {
-        Store::Node(dir, config) => {
-            (block_on(node::back_up(dir, &target))?, config.as_deref().and_then(node::left_out))
-        }
-        Store::Cluster(given) => (block_on(cluster::back_up(given, &target))?, None),
+        Store::Node(dir, config) => (
+            block_on(node::back_up(dir, &target))?,
+            config.as_deref().and_then(node::omitted_files),
+        ),
+        Store::Cluster(settings) => (block_on(cluster::back_up(settings, &target))?, None),
     };
     target.finish(&manifest)?;
-    say(format_args!(
+    print(format_args!(
         "backed up {what} to {to}\n{manifest}{note}\
-         {to} holds opaque-setup.bin together with the database: who has both can guess at passwords.\n\
-         Encrypt it, or keep it where you keep passwords.\n",
+         {to} contains opaque-setup.bin together with the database. With both, passwords can be \
+         guessed offline.\n\
+         Encrypt the backup, or store it like passwords.\n",
         what = manifest.kind,
         to = args.to.display(),
         note = note.unwrap_or_default(),
@@ -117,38 +120,38 @@ pub(crate) fn backup(args: &BackupArgs) -> anyhow::Result<()> {
 
 pub(crate) fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
     let manifest = block_on(verify::check(&args.from))?;
-    say(format_args!("{} is complete and undamaged\n{manifest}", args.from.display()))
+    print(format_args!("{} is complete and undamaged\n{manifest}", args.from.display()))
 }
 
 pub(crate) fn restore(args: &RestoreArgs) -> anyhow::Result<()> {
-    let store = args.which.store()?;
+    let store = args.store.store()?;
     let manifest = block_on(verify::check(&args.from))?;
-    let (done, what) = match (&store, manifest.kind) {
-        (Store::Node(dir, _), Kind::SingleNode) => (
+    let (restored, target) = match (&store, manifest.kind) {
+        (Store::Node(dir, _), StoreKind::SingleNode) => (
             block_on(restore::node(&args.from, &manifest, dir, args.replace))?,
             dir.display().to_string(),
         ),
-        (Store::Cluster(given), Kind::Cluster) => {
-            (block_on(cluster::restore(&args.from, given))?, "the cluster's database".into())
+        (Store::Cluster(settings), StoreKind::Cluster) => {
+            (block_on(cluster::restore(&args.from, settings))?, "the cluster's database".into())
         }
         (_, kind) => anyhow::bail!(
-            "{} is a backup of {kind}, and the configuration names another kind of store. Name the right one \
-             with --data-dir or --config",
+            "{} is a backup of {kind}, and the configuration names another kind of store. Name the \
+             right one with --data-dir or --config",
             args.from.display()
         ),
     };
-    say(format_args!(
-        "restored {from} to {what}, in the state of {at}\n{done}{consequences}",
+    print(format_args!(
+        "restored {from} to {target}, in the state of {at}\n{restored}{consequences}",
         from = args.from.display(),
         at = manifest.taken_at,
         consequences = restore::CONSEQUENCES,
     ))
 }
 
-pub(crate) fn mark_restored(which: &Which) -> anyhow::Result<()> {
-    let done = match which.store()? {
+pub(crate) fn mark_restored(args: &StoreArgs) -> anyhow::Result<()> {
+    let restored = match args.store()? {
         Store::Node(dir, _) => block_on(restore::mark_node(&dir))?,
-        Store::Cluster(given) => block_on(cluster::mark(&given))?,
+        Store::Cluster(settings) => block_on(cluster::mark(&settings))?,
     };
-    say(format_args!("marked as restored\n{done}{}", restore::CONSEQUENCES))
+    print(format_args!("marked as restored\n{restored}{}", restore::CONSEQUENCES))
 }

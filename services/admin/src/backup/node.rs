@@ -1,4 +1,4 @@
-//! Backing up a single server, also while it runs.
+//! Backup of a single node, also while its server runs.
 
 use std::path::Path;
 
@@ -9,30 +9,35 @@ use qpq_server::Config;
 use qpq_store_embedded::{DATABASE_FILE, copy_database, inspect};
 
 use super::{
-    manifest::{FORMAT, Kind, Manifest, utc},
-    unfinished::Unfinished,
+    manifest::{FORMAT, Manifest, StoreKind, utc},
+    unfinished::UnfinishedBackup,
 };
 
-/// What a server cannot do without. Its certificate and key may be elsewhere.
+/// The files that every single node needs.
 pub(super) const SECRETS: [&str; 2] = [OPAQUE_SETUP.name, DELIVERY_KEY.name];
+/// The certificate and its key, which may also be in another directory.
 pub(super) const CERTIFICATES: [&str; 2] = [CERTIFICATE, CERTIFICATE_KEY];
 
-/// Copies everything in `data_dir` that cannot be created anew.
-pub(super) async fn back_up(data_dir: &Path, target: &Unfinished) -> anyhow::Result<Manifest> {
+/// Copies all files in `data_dir` that cannot be created again.
+pub(super) async fn back_up(
+    data_dir: &Path,
+    target: &UnfinishedBackup,
+) -> anyhow::Result<Manifest> {
     let taken_at = utc(SystemClock.now().0 / 1_000);
     let database = target.path().join(DATABASE_FILE);
     copy_database(data_dir, &database).await?;
     let inspected = inspect(&database)
         .await
-        .context("the copy of the database is not usable. Nothing of the backup was kept")?;
+        .context("the copy of the database cannot be used. The backup was removed")?;
     let mut parts = vec![target.measure(DATABASE_FILE)?];
-    // After the database: they do not change, and a certificate that was renewed meanwhile is the
-    // better one.
+    // These files are copied after the database. They do not change, except for a renewed
+    // certificate, of which the newer one is preferable.
     for name in SECRETS {
         let path = data_dir.join(name);
         ensure!(
             path.exists(),
-            "{} is missing, and without it nothing of this could be used: nothing was backed up",
+            "{} is missing, and a backup without it cannot be used: no backup was created. Restore \
+             the file from an earlier backup first",
             path.display()
         );
         parts.push(target.copy(&path, name)?);
@@ -45,7 +50,7 @@ pub(super) async fn back_up(data_dir: &Path, target: &Unfinished) -> anyhow::Res
     }
     Ok(Manifest {
         format: FORMAT,
-        kind: Kind::SingleNode,
+        kind: StoreKind::SingleNode,
         qpq_version: env!("CARGO_PKG_VERSION").into(),
         taken_at,
         store_id: inspected.store_id.unwrap_or_default(),
@@ -55,13 +60,16 @@ pub(super) async fn back_up(data_dir: &Path, target: &Unfinished) -> anyhow::Res
     })
 }
 
-/// What the configuration has elsewhere and the backup does not hold, as a line for the operator.
-pub(super) fn left_out(config: &Config) -> Option<String> {
+/// Returns a line that names the configured files that the backup does not contain.
+pub(super) fn omitted_files(config: &Config) -> Option<String> {
     let named: Vec<_> = [("tls.cert", &config.tls.cert), ("tls.key", &config.tls.key)]
         .into_iter()
         .filter_map(|(setting, path)| Some(format!("{} ({setting})", path.as_ref()?.display())))
         .collect();
     (!named.is_empty()).then(|| {
-        format!("Not in it, because they are not in the data directory: {}.\n", named.join(", "))
+        format!(
+            "The backup does not contain files outside of the data directory: {}. Back them up too.\n",
+            named.join(", ")
+        )
     })
 }

@@ -1,4 +1,4 @@
-//! Postgres' own programs, which dump and restore its databases.
+//! The client programs of Postgres, which dump and restore databases.
 
 use std::{
     path::{Path, PathBuf},
@@ -25,7 +25,7 @@ impl Program {
         }
     }
 
-    /// The program as found on the PATH, with the variables that it connects by.
+    /// Returns a command for the program, found on the PATH, with the variables to connect with.
     pub(super) fn command(self, environment: &[(&'static str, String)]) -> Command {
         let mut command = Command::new(self.name());
         command
@@ -37,43 +37,46 @@ impl Program {
         command
     }
 
-    /// Explains why the program did not start.
+    /// Returns the error of a program that did not start.
     pub(super) fn not_started(self, error: std::io::Error) -> anyhow::Error {
         if error.kind() == std::io::ErrorKind::NotFound {
             return anyhow::anyhow!(
-                "{} is not installed, and a cluster's database is backed up and restored with it: install Postgres' \
-                 client programs (the package postgresql-client), of the server's version or newer",
+                "{} is not installed, and is needed to back up or restore a cluster's database: \
+                 install the client programs of Postgres (the package postgresql-client), of the \
+                 server's version or newer",
                 self.name()
             );
         }
         anyhow::Error::new(error).context(format!("{} cannot be started", self.name()))
     }
 
-    /// Runs `command` to its end, which must be a good one.
+    /// Runs `command` to its end. Fails if the command does.
     pub(super) async fn run(self, mut command: Command) -> anyhow::Result<Output> {
         let output = command.output().await.map_err(|error| self.not_started(error))?;
         self.check(output)
     }
 
-    /// The output of a run that ended well; else what the program said, in one line.
+    /// Returns the output of a successful run, else an error with the messages of the program.
     pub(super) fn check(self, output: Output) -> anyhow::Result<Output> {
         if output.status.success() {
             return Ok(output);
         }
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said: Vec<_> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        let said = said.join("; ");
-        if said.contains("server version mismatch") {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let errors: Vec<_> =
+            errors.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let errors = errors.join("; ");
+        if errors.contains("server version mismatch") {
             bail!(
-                "{} is older than the server ({said}): install Postgres' client programs of the server's version or newer",
+                "{} is older than the server ({errors}): install the client programs of Postgres \
+                 of the server's version or newer",
                 self.name()
             );
         }
-        bail!("{} failed ({}): {said}", self.name(), output.status)
+        bail!("{} failed ({}): {errors}", self.name(), output.status)
     }
 }
 
-/// Dumps the database of `environment`, as the exported `snapshot` shows it, to the file `to`.
+/// Dumps the exported `snapshot` of the database of `environment` to the file `to`.
 pub(super) async fn dump(
     environment: &[(&'static str, String)],
     snapshot: &str,
@@ -86,7 +89,7 @@ pub(super) async fn dump(
     qpq_durable_file::sync(to).with_context(|| format!("{} cannot be made durable", to.display()))
 }
 
-/// A program that writes the dump `from` as SQL to its standard output.
+/// Returns a command that writes the dump `from` as SQL to its standard output.
 pub(super) fn as_sql(from: &Path, only_data: bool) -> Command {
     let mut command = Program::Restore.command(&[]);
     command.args(["--no-owner", "--no-privileges", "--file=-"]);
@@ -97,15 +100,16 @@ pub(super) fn as_sql(from: &Path, only_data: bool) -> Command {
     command
 }
 
-/// The text of a COPY statement's table, without its schema: `COPY public.account (id, …) FROM
-/// stdin;`.
+/// Returns the table of a COPY statement, without its schema.
+///
+/// The statement has the form `COPY public.account (id, …) FROM stdin;`.
 pub(super) fn copied_table(line: &str) -> Option<String> {
     let rest = line.strip_prefix("COPY ")?.strip_suffix(" FROM stdin;")?;
     let name = rest.split(" (").next()?;
     Some(name.rsplit('.').next()?.trim_matches('"').to_owned())
 }
 
-/// For errors about a dump.
+/// Returns the error for a damaged dump.
 pub(super) fn damaged(path: &Path, why: &str) -> anyhow::Error {
     let path: PathBuf = path.to_owned();
     anyhow::anyhow!("{} is damaged: {why}. Use another backup", path.display())
@@ -116,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_of_a_copy_is_found() {
+    fn the_table_of_a_copy_statement_is_parsed() {
         let table = |line| copied_table(line);
         assert_eq!(table("COPY public.account (id, username) FROM stdin;").unwrap(), "account");
         assert_eq!(table("COPY public.\"user\" (id) FROM stdin;").unwrap(), "user");

@@ -1,15 +1,16 @@
-//! Bringing back a single server.
+//! Restore of a single node.
 //!
-//! The data directory may be a mount point, so it is filled where it is. From the first step to the
-//! last it holds `restore-unfinished`, beside which no server starts:
+//! The data directory may be a mount point, so files are restored in place. From the first step to
+//! the last the directory contains `restore-unfinished`, and no server starts in a directory with
+//! that file:
 //!
-//! 1. *staging*: the parts are copied to `restoring/`, the database gets another store id there and
-//!    loses its one-time KeyPackages. What was in the directory is untouched.
-//! 2. *clearing*: what was in the directory is moved into `before-restore-…`.
-//! 3. *placing*: the parts are moved from `restoring/` to their places.
+//! 1. *staging*: the parts are copied to `restoring/`. The database there gets another store id and
+//!    loses its one-time KeyPackages. The previous contents of the directory are unchanged.
+//! 2. *clearing*: the previous contents are moved to `before-restore-…`.
+//! 3. *placing*: the parts are moved from `restoring/` to their final names.
 //!
-//! The file says which step it is. A run after one that was killed finishes the clearing if that had
-//! begun, removes the parts that were placed, and begins anew.
+//! `restore-unfinished` contains the step. After a killed run, the next run completes the clearing
+//! if it had begun, removes the parts that were placed, and starts with the staging.
 
 use std::{
     fmt, fs, io,
@@ -31,31 +32,31 @@ use super::{
 const STAGE: &str = "restoring";
 const LOCK_FILE: &str = "lock";
 
-/// What a restore means for those who use the server.
+/// The effects of a restore on the users of the server, printed after it.
 pub(super) const CONSEQUENCES: &str = "\
 For users this means:
-  - What was sent, registered or changed after the backup was taken is gone from the server. Messages
-    that were delivered in time are still on their devices.
-  - Messages that were queued when the backup was taken are delivered, some of them perhaps a second
-    time; clients recognise those.
-  - Sessions and passwords are those of the backup. Who registered or logged in later does so again.
+  - The server has lost what was sent, registered or changed after the backup. Messages that were
+    delivered before the restore are still on the devices.
+  - Messages that were queued at the time of the backup are delivered, some of them again. Clients
+    recognise repeated messages.
+  - Sessions and passwords are those of the backup. Users who registered or logged in later must do
+    so again.
   - Clients notice the new store id, read their inboxes from the start and upload new KeyPackages.
-    Until a client has done so, a first message to its user waits for it or uses the last-resort
-    package.
+    Until then, a first message to such a user waits, or uses the last-resort package.
 Start the server now.
 ";
 
-/// What was done to the store.
+/// The result of a restore.
 #[derive(Debug)]
-pub(super) struct Done {
-    /// In hexadecimal digits.
+pub(super) struct Restored {
+    /// The new store id, in hexadecimal digits.
     pub(super) store_id: String,
     pub(super) removed_packages: u64,
-    /// Where the data is that was there before.
+    /// The directory with the previous data, if there was any.
     pub(super) aside: Option<PathBuf>,
 }
 
-impl From<NewHistory> for Done {
+impl From<NewHistory> for Restored {
     fn from(history: NewHistory) -> Self {
         Self {
             store_id: history.store_id.to_string(),
@@ -65,24 +66,24 @@ impl From<NewHistory> for Done {
     }
 }
 
-impl fmt::Display for Done {
+impl fmt::Display for Restored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "  store id      {} (new)", self.store_id)?;
-        writeln!(f, "  KeyPackages   {} one-time ones removed", self.removed_packages)?;
+        writeln!(f, "  KeyPackages   {} one-time packages removed", self.removed_packages)?;
         if let Some(aside) = &self.aside {
-            writeln!(f, "  data before   {}", aside.display())?;
+            writeln!(f, "  previous data {}", aside.display())?;
         }
         Ok(())
     }
 }
 
-/// How far a restore got; the text of `restore-unfinished`.
+/// The step of an unfinished restore, stored in `restore-unfinished`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Step {
     Staging,
-    /// Into this directory.
+    /// The previous data is moved to this directory.
     Clearing(String),
-    /// What was cleared is in this directory.
+    /// The previous data, if there was any, is in this directory.
     Placing(Option<String>),
 }
 
@@ -110,24 +111,24 @@ impl Step {
     }
 }
 
-/// Restores the checked backup in `from` to `data_dir`.
+/// Restores the verified backup in `from` to `data_dir`.
 pub(super) async fn node(
     from: &Path,
     manifest: &Manifest,
     data_dir: &Path,
     replace: bool,
-) -> anyhow::Result<Done> {
+) -> anyhow::Result<Restored> {
     let dir = DataDir::create(data_dir)?;
     let _claim = Claim::take(data_dir)
         .with_context(|| format!("the data directory {}", data_dir.display()))?;
     let before = unfinished(data_dir)?;
     if matches!(before, None | Some(Step::Staging)) && !replace {
-        let there = entries(data_dir)?;
+        let found = entries(data_dir)?;
         ensure!(
-            there.is_empty(),
-            "{} is not empty ({}): name another directory, or replace what is there with --replace",
+            found.is_empty(),
+            "{} is not empty ({}): name another directory, or replace its contents with --replace",
             data_dir.display(),
-            there.join(", ")
+            found.join(", ")
         );
     }
     let cleared = match before {
@@ -155,14 +156,14 @@ pub(super) async fn node(
     }
     enter(&dir, &Step::Placing(aside.clone()))?;
     place(data_dir)?;
-    Ok(Done { aside: aside.map(|aside| data_dir.join(aside)), ..history.into() })
+    Ok(Restored { aside: aside.map(|aside| data_dir.join(aside)), ..history.into() })
 }
 
-/// Begins another history in a data directory that was restored by other means.
-pub(super) async fn mark_node(data_dir: &Path) -> anyhow::Result<Done> {
+/// Begins another history in a data directory that another program has restored.
+pub(super) async fn mark_node(data_dir: &Path) -> anyhow::Result<Restored> {
     ensure!(
         data_dir.join(DATABASE_FILE).is_file(),
-        "{} holds no server's data: there is no {DATABASE_FILE} in it",
+        "{} holds no server's data: it has no {DATABASE_FILE}. Name a server's data directory",
         data_dir.display()
     );
     Ok(begin_history(data_dir).await?.into())
@@ -177,7 +178,7 @@ async fn begin_history(data_dir: &Path) -> anyhow::Result<NewHistory> {
     Ok(begun?)
 }
 
-/// Copies the parts beside what is there, and makes them another history.
+/// Copies the parts to `restoring/` and begins another history in the database there.
 async fn stage(from: &Path, manifest: &Manifest, data_dir: &Path) -> anyhow::Result<NewHistory> {
     let stage = data_dir.join(STAGE);
     match fs::remove_dir_all(&stage) {
@@ -197,10 +198,12 @@ async fn stage(from: &Path, manifest: &Manifest, data_dir: &Path) -> anyhow::Res
     }
     let history = begin_history(&stage).await?;
     let synced = || -> io::Result<()> {
-        // A store that was closed well has no log, and the lock is the stage's own.
+        // A store that was closed without an error has no log. The lock file belongs to the stage.
         let log = stage.join(format!("{DATABASE_FILE}-wal"));
         if fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
-            return Err(io::Error::other("the database's log could not be written back"));
+            return Err(io::Error::other(
+                "the database's write-ahead log is not empty after the close",
+            ));
         }
         fs::remove_file(stage.join(LOCK_FILE))?;
         durable_file::sync(&stage.join(DATABASE_FILE))?;
@@ -211,12 +214,12 @@ async fn stage(from: &Path, manifest: &Manifest, data_dir: &Path) -> anyhow::Res
     Ok(history)
 }
 
-/// Writes down, durably, that a step begins.
+/// Records durably that a step begins.
 fn enter(dir: &DataDir, step: &Step) -> anyhow::Result<()> {
     Ok(dir.replace(RESTORING_FILE, step.text().as_bytes())?)
 }
 
-/// How far an earlier run got, if it did not end.
+/// Returns the step of an earlier run that did not finish.
 fn unfinished(data_dir: &Path) -> anyhow::Result<Option<Step>> {
     let path = data_dir.join(RESTORING_FILE);
     match fs::read_to_string(&path) {
@@ -228,15 +231,15 @@ fn unfinished(data_dir: &Path) -> anyhow::Result<Option<Step>> {
     }
 }
 
-/// The names of all that is there, but for what a restore itself or an empty volume has.
+/// Returns the names in `data_dir`, except those of a restore and of an empty volume.
 fn entries(data_dir: &Path) -> anyhow::Result<Vec<String>> {
     let cannot = || format!("{} cannot be read", data_dir.display());
     let mut names = Vec::new();
     for entry in fs::read_dir(data_dir).with_context(cannot)? {
         let name = entry.with_context(cannot)?.file_name().to_string_lossy().into_owned();
-        let is_ours = [LOCK_FILE, STAGE, RESTORING_FILE, "lost+found"].contains(&name.as_str())
+        let is_expected = [LOCK_FILE, STAGE, RESTORING_FILE, "lost+found"].contains(&name.as_str())
             || name.starts_with(RESTORING_FILE);
-        if !is_ours {
+        if !is_expected {
             names.push(name);
         }
     }
@@ -244,7 +247,7 @@ fn entries(data_dir: &Path) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
-/// The names of what a server keeps that are there.
+/// Returns the names of a server's files in `data_dir`.
 fn known(data_dir: &Path) -> anyhow::Result<Vec<String>> {
     let is_known = |name: &String| {
         name.starts_with(DATABASE_FILE)
@@ -255,6 +258,7 @@ fn known(data_dir: &Path) -> anyhow::Result<Vec<String>> {
     Ok(entries(data_dir)?.into_iter().filter(is_known).collect())
 }
 
+/// Moves the files of a server to the directory `aside`.
 fn move_aside(data_dir: &Path, aside: &str) -> anyhow::Result<()> {
     let to = DataDir::create(data_dir.join(aside))?;
     for name in known(data_dir)? {
@@ -265,7 +269,7 @@ fn move_aside(data_dir: &Path, aside: &str) -> anyhow::Result<()> {
     synced.with_context(|| format!("{} cannot be written", data_dir.display()))
 }
 
-/// Removes what a run that was killed while it placed the parts has placed.
+/// Removes the parts that a killed run has placed.
 fn remove_placed(data_dir: &Path) -> anyhow::Result<()> {
     for name in known(data_dir)? {
         fs::remove_file(data_dir.join(&name))
@@ -274,7 +278,7 @@ fn remove_placed(data_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Moves the parts to their places, and lets servers start.
+/// Moves the parts to their final names, then removes `restore-unfinished`.
 fn place(data_dir: &Path) -> anyhow::Result<()> {
     let stage = data_dir.join(STAGE);
     let placed = || -> io::Result<()> {
@@ -285,7 +289,7 @@ fn place(data_dir: &Path) -> anyhow::Result<()> {
         fs::remove_dir(&stage)?;
         durable_file::sync(data_dir)?;
         fs::remove_file(data_dir.join(RESTORING_FILE))?;
-        // What runs that were killed have left of the file.
+        // Temporary files of killed runs.
         for entry in fs::read_dir(data_dir)? {
             let entry = entry?;
             if entry.file_name().to_string_lossy().starts_with(RESTORING_FILE) {
@@ -297,7 +301,7 @@ fn place(data_dir: &Path) -> anyhow::Result<()> {
     match placed() {
         Ok(()) => Ok(()),
         Err(error) => bail!(
-            "{} cannot be filled: {error}. See to the disk, then run this again",
+            "{} cannot be written: {error}. Check the disk, then run this again",
             data_dir.display()
         ),
     }
@@ -308,7 +312,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_is_read_as_it_was_written() {
+    fn a_written_step_is_parsed_to_the_same_step() {
         let aside = || "before-restore-1".to_owned();
         for step in [
             Step::Staging,

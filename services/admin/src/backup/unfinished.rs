@@ -1,8 +1,8 @@
-//! A backup that is being written: under another name until it is complete and durable.
+//! A backup that is being written, under another name until it is complete and durable.
 //!
-//! A run that fails removes what it wrote. One that was killed leaves `NAME.unfinished`, which the
-//! next run to the same name clears away; it is locked while it is written, so of two runs to one
-//! name the second is refused.
+//! A run that fails removes its files. A killed run leaves `NAME.unfinished`, which the next run
+//! with the same name removes. The directory is locked while it is written, so a second run with
+//! the same name is refused.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
@@ -21,26 +21,29 @@ const LOCK: &str = "lock";
 /// The mode of every file of a backup.
 const FILE_MODE: u32 = 0o600;
 
-/// Bytes that are copied at a time.
+/// The number of bytes copied at a time.
 const CHUNK: usize = 1 << 20;
 
-/// The directory of an unfinished backup. Dropping it removes it.
+/// The directory of an unfinished backup. Removed when this is dropped.
 #[derive(Debug)]
-pub(super) struct Unfinished {
+pub(super) struct UnfinishedBackup {
     dir: PathBuf,
     target: PathBuf,
     _lock: File,
     is_finished: bool,
 }
 
-/// Why a backup is not written.
+/// The reason why a backup cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WriteError {
     #[error("{} exists already, and nothing is overwritten: name another directory", .0.display())]
     Exists(PathBuf),
-    #[error("{} is being written by another run of this: let it end", .0.display())]
+    #[error("another run writes {}: wait for its end, or name another directory", .0.display())]
     Busy(PathBuf),
-    #[error("no space is left for {}: nothing of the backup was kept", .0.display())]
+    #[error(
+        "no space is left for {}: free space, then run this again. No file was kept",
+        .0.display()
+    )]
     Full(PathBuf),
     #[error("{} cannot be written: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
@@ -48,6 +51,7 @@ pub(super) enum WriteError {
     Read { path: PathBuf, source: io::Error },
 }
 
+/// Returns the conversion of I/O errors on `path`.
 pub(super) fn write_failed(path: &Path) -> impl Fn(io::Error) -> WriteError + use<> {
     let path = path.to_owned();
     move |source| match source.kind() {
@@ -57,9 +61,9 @@ pub(super) fn write_failed(path: &Path) -> impl Fn(io::Error) -> WriteError + us
     }
 }
 
-impl Unfinished {
-    /// Begins the backup that will be called `target`.
-    pub(super) fn begin(target: &Path) -> Result<Self, WriteError> {
+impl UnfinishedBackup {
+    /// Creates and locks the directory of the backup `target`.
+    pub(super) fn create(target: &Path) -> Result<Self, WriteError> {
         if fs::symlink_metadata(target).is_ok() {
             return Err(WriteError::Exists(target.to_owned()));
         }
@@ -83,16 +87,17 @@ impl Unfinished {
             Err(TryLockError::WouldBlock) => return Err(WriteError::Busy(target.to_owned())),
             Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
-        let unfinished = Self { dir, target: target.to_owned(), _lock: lock, is_finished: false };
-        unfinished.clear().map_err(failed)?;
-        Ok(unfinished)
+        let backup = Self { dir, target: target.to_owned(), _lock: lock, is_finished: false };
+        backup.clear().map_err(failed)?;
+        Ok(backup)
     }
 
+    /// Returns the directory.
     pub(super) fn path(&self) -> &Path {
         &self.dir
     }
 
-    /// Removes what a run that was killed left.
+    /// Removes the files of a killed run.
     fn clear(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
@@ -122,13 +127,13 @@ impl Unfinished {
         Ok(Part { name: name.into(), bytes, sha256: hex::encode(hash) })
     }
 
-    /// The part `name`, which was written already, with what it comes to.
+    /// Returns the part `name`, which another program has written, with its size and hash.
     pub(super) fn measure(&self, name: &str) -> Result<Part, WriteError> {
         let (bytes, hash) = digest(&self.dir.join(name))?;
         Ok(Part { name: name.into(), bytes, sha256: hex::encode(hash) })
     }
 
-    /// Makes everything durable and gives the backup its name.
+    /// Makes the backup durable and renames it.
     pub(super) fn finish(mut self, manifest: &Manifest) -> Result<(), WriteError> {
         let (json, hash) = manifest.to_files();
         for (name, bytes) in [(MANIFEST, json), (MANIFEST_HASH, hash)] {
@@ -141,7 +146,7 @@ impl Unfinished {
             }
             fs::remove_file(self.dir.join(LOCK))?;
             durable_file::sync(&self.dir)?;
-            // Replaces nothing: a directory with something in it cannot be renamed over.
+            // Replaces nothing: renaming to a directory that is not empty fails.
             fs::rename(&self.dir, &self.target)?;
             durable_file::sync(durable_file::directory_of(&self.target))
         };
@@ -151,17 +156,18 @@ impl Unfinished {
     }
 }
 
-impl Drop for Unfinished {
+impl Drop for UnfinishedBackup {
     fn drop(&mut self) {
         if !self.is_finished {
-            // What cannot be removed is removed by the next run.
+            // The next run removes files that cannot be removed now.
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
 }
 
-/// Copies a file to a new one for its owner alone, durable when this returns. Returns size and
-/// SHA-256 of what was copied.
+/// Copies a file to a new one that only its owner can read. Returns its size and SHA-256.
+///
+/// The copy is durable when this returns.
 pub(super) fn copy_durably(from: &Path, to: &Path) -> Result<(u64, [u8; 32]), WriteError> {
     let read_failed = |source| WriteError::Read { path: from.to_owned(), source };
     let mut source = File::open(from).map_err(read_failed)?;
@@ -183,7 +189,7 @@ pub(super) fn copy_durably(from: &Path, to: &Path) -> Result<(u64, [u8; 32]), Wr
     Ok((bytes, hash.finalize().into()))
 }
 
-/// Size and SHA-256 of a file.
+/// Returns the size and SHA-256 of a file.
 pub(super) fn digest(path: &Path) -> Result<(u64, [u8; 32]), WriteError> {
     let failed = |source| WriteError::Read { path: path.to_owned(), source };
     let mut file = File::open(path).map_err(failed)?;

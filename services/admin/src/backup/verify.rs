@@ -1,4 +1,4 @@
-//! Checking a backup: every part is the one that was written, and can be used.
+//! Verification of a backup: every part is unchanged and can be used.
 
 use std::{
     fs,
@@ -13,27 +13,27 @@ use qpq_transport::Identity;
 
 use super::{
     cluster,
-    manifest::{Kind, MANIFEST, MANIFEST_HASH, Manifest, Part},
+    manifest::{MANIFEST, MANIFEST_HASH, Manifest, Part, StoreKind},
     node::{CERTIFICATES, SECRETS},
     unfinished::digest,
 };
 
-/// Checks the backup in `dir`; returns its manifest.
+/// Verifies the backup in `dir`. Returns its manifest.
 pub(super) async fn check(dir: &Path) -> anyhow::Result<Manifest> {
     let manifest = Manifest::read(dir)?;
     for part in &manifest.parts {
         check_part(dir, part)?;
     }
-    let strangers = strangers(dir, &manifest)?;
+    let unknown = unknown_files(dir, &manifest)?;
     ensure!(
-        strangers.is_empty(),
-        "{} holds files that are no part of the backup: {}. Move them away",
+        unknown.is_empty(),
+        "{} contains files that are not part of the backup: {}. Move them to another directory",
         dir.display(),
-        strangers.join(", ")
+        unknown.join(", ")
     );
     match manifest.kind {
-        Kind::SingleNode => check_node(dir, &manifest).await?,
-        Kind::Cluster => {
+        StoreKind::SingleNode => check_node(dir, &manifest).await?,
+        StoreKind::Cluster => {
             check_setup(&dir.join(cluster::SHARED))?;
             ClusterDir::open(dir.join(cluster::SHARED))?.cluster_id()?;
             check_rows(dir, &manifest, &cluster::rows_in(&dir.join(cluster::DUMP)).await?)?;
@@ -58,14 +58,14 @@ fn check_part(dir: &Path, part: &Part) -> anyhow::Result<()> {
     );
     ensure!(
         hex::encode(hash) == part.sha256,
-        "{} is damaged: its SHA-256 is not the one in {MANIFEST}. Use another backup",
+        "{} is damaged: its SHA-256 differs from the one in {MANIFEST}. Use another backup",
         path.display()
     );
     Ok(())
 }
 
-/// Files that the manifest does not name.
-fn strangers(dir: &Path, manifest: &Manifest) -> anyhow::Result<Vec<String>> {
+/// Returns the files that the manifest does not name.
+fn unknown_files(dir: &Path, manifest: &Manifest) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     let mut directories = vec![PathBuf::new()];
     while let Some(below) = directories.pop() {
@@ -94,7 +94,7 @@ async fn check_node(dir: &Path, manifest: &Manifest) -> anyhow::Result<()> {
     for name in SECRETS.into_iter().chain([DATABASE_FILE]) {
         ensure!(
             named(name),
-            "{} names no {name}. Use another backup",
+            "{} does not name {name}. Use another backup",
             dir.join(MANIFEST).display()
         );
     }
@@ -105,7 +105,7 @@ async fn check_node(dir: &Path, manifest: &Manifest) -> anyhow::Result<()> {
     let inspected = inspect(&dir.join(DATABASE_FILE)).await?;
     ensure!(
         inspected.schema == manifest.schema,
-        "{} has schema {}, and {MANIFEST} says {}. Use another backup",
+        "{} has schema {}, but {MANIFEST} has {}. Use another backup",
         dir.join(DATABASE_FILE).display(),
         inspected.schema,
         manifest.schema
@@ -120,7 +120,8 @@ fn check_rows(
 ) -> anyhow::Result<()> {
     ensure!(
         *found == manifest.rows,
-        "the database in {} has other numbers of rows than {MANIFEST} says: {found:?} instead of {:?}. Use another backup",
+        "the database in {} has other row counts than {MANIFEST}: {found:?} instead of {:?}. Use \
+         another backup",
         dir.display(),
         manifest.rows
     );
@@ -134,7 +135,7 @@ fn check_setup(dir: &Path) -> anyhow::Result<()> {
             fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
         ensure!(
             bytes.len() == file.length,
-            "{} is damaged: it has {} bytes instead of {}",
+            "{} is damaged: it has {} bytes instead of {}. Use another backup",
             path.display(),
             bytes.len(),
             file.length

@@ -1,4 +1,4 @@
-//! The files of a new cluster, in memory: made here, or taken from where the operator has them.
+//! The files of a new cluster, in memory: generated, or copied from existing files.
 
 use std::{fs, path::Path};
 
@@ -15,98 +15,107 @@ use qpq_transport::{Identity, KeyRing, RESET_KEY_LEN, SelfSigned};
 use rand::{RngCore as _, rngs::OsRng};
 use zeroize::Zeroizing;
 
-use super::Given;
+use super::Sources;
 
 /// All files, in the order in which they are written.
 pub(super) struct Contents {
     pub(super) secrets: [File; 5],
     pub(super) certificate: File,
     pub(super) certificate_key: File,
-    /// What finishes a directory.
+    /// The file that marks a directory as complete.
     pub(super) cluster_id: File,
 }
 
+/// A file of a cluster.
 pub(super) struct File {
     pub(super) name: &'static str,
     pub(super) bytes: Zeroizing<Vec<u8>>,
     pub(super) origin: Origin,
 }
 
+/// The origin of a file's contents.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Origin {
-    /// As good as any other.
-    Made,
-    /// It must be this.
-    Given,
+    /// Generated here. An existing file of the same name is kept instead.
+    Generated,
+    /// Copied from a file of the operator. An existing file must have the same contents.
+    Copied,
 }
 
 impl Contents {
-    pub(super) fn gather(given: &Given) -> anyhow::Result<Self> {
+    /// Generates or copies all files.
+    pub(super) fn gather(sources: &Sources) -> anyhow::Result<Self> {
         let ring = || KeyRing::generate().to_bytes();
         let secrets = [
-            taken_or(given, OPAQUE_SETUP, || OpaqueServer::generate(&mut OsRng).serialize())?,
-            taken_or(given, DELIVERY_KEY, || {
+            copied_or(sources, OPAQUE_SETUP, || OpaqueServer::generate(&mut OsRng).serialize())?,
+            copied_or(sources, DELIVERY_KEY, || {
                 Zeroizing::new(DeliverySigner::generate(&mut OsRng).secret().to_vec())
             })?,
-            File::made(TICKET_KEYS.name, ring()),
-            File::made(TOKEN_KEY.name, ring()),
-            File::made(RESET_KEY.name, random::<RESET_KEY_LEN>()),
+            File::generated(TICKET_KEYS.name, ring()),
+            File::generated(TOKEN_KEY.name, ring()),
+            File::generated(RESET_KEY.name, random::<RESET_KEY_LEN>()),
         ];
         OpaqueServer::parse(&secrets[0].bytes).context("the OPAQUE setup cannot be used")?;
-        let (certificate, certificate_key) = certificate(given)?;
+        let (certificate, certificate_key) = certificate(sources)?;
         let id = random::<16>();
-        let id = ClusterId::new(*id.first_chunk().expect("so many were asked for"));
-        let cluster_id = File::made(CLUSTER_ID, Zeroizing::new(format!("{id}\n").into_bytes()));
+        let id = ClusterId::new(*id.first_chunk().expect("16 bytes"));
+        let cluster_id =
+            File::generated(CLUSTER_ID, Zeroizing::new(format!("{id}\n").into_bytes()));
         Ok(Self { secrets, certificate, certificate_key, cluster_id })
     }
 
+    /// Returns all files.
     pub(super) fn files(&self) -> impl Iterator<Item = &File> {
         self.secrets.iter().chain([&self.certificate, &self.certificate_key, &self.cluster_id])
     }
 }
 
 impl File {
-    fn made(name: &'static str, bytes: Zeroizing<Vec<u8>>) -> Self {
-        Self { name, bytes, origin: Origin::Made }
+    fn generated(name: &'static str, bytes: Zeroizing<Vec<u8>>) -> Self {
+        Self { name, bytes, origin: Origin::Generated }
     }
 
-    fn given(name: &'static str, path: &Path) -> anyhow::Result<Self> {
+    fn copied(name: &'static str, path: &Path) -> anyhow::Result<Self> {
         let bytes = fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
-        Ok(Self { name, bytes: Zeroizing::new(bytes), origin: Origin::Given })
+        Ok(Self { name, bytes: Zeroizing::new(bytes), origin: Origin::Copied })
     }
 }
 
-fn taken_or(
-    given: &Given,
+/// Copies a secret from the data directory of a single node, if there is one, or generates it.
+fn copied_or(
+    sources: &Sources,
     file: SecretFile,
-    make: impl FnOnce() -> Zeroizing<Vec<u8>>,
+    generate: impl FnOnce() -> Zeroizing<Vec<u8>>,
 ) -> anyhow::Result<File> {
-    let Some(from) = &given.from else { return Ok(File::made(file.name, make())) };
+    let Some(from) = &sources.from else { return Ok(File::generated(file.name, generate())) };
     let path = from.join(file.name);
-    let taken = File::given(file.name, &path)?;
+    let copied = File::copied(file.name, &path)?;
     ensure!(
-        taken.bytes.len() == file.length,
-        "{} is damaged: it has {} bytes instead of {}. Name the data directory of a server that starts, with --from",
+        copied.bytes.len() == file.length,
+        "{} is damaged: it has {} bytes instead of {}. Use --from with the data directory of a \
+         working server",
         path.display(),
-        taken.bytes.len(),
+        copied.bytes.len(),
         file.length
     );
-    Ok(taken)
+    Ok(copied)
 }
 
-/// The given pair, else that of the server that grows up, unless it had its elsewhere; else a new
-/// one.
-fn certificate(given: &Given) -> anyhow::Result<(File, File)> {
-    let taken =
-        given.from.as_ref().map(|from| (from.join(CERTIFICATE), from.join(CERTIFICATE_KEY)));
-    let taken = taken.filter(|(cert, key)| cert.exists() || key.exists());
-    let named = given.tls_cert.clone().zip(given.tls_key.clone());
-    if let Some((cert, key)) = named.or(taken) {
+/// Returns a certificate and its key.
+///
+/// These are the files named by options, else those in the single node's data directory, else new
+/// ones.
+fn certificate(sources: &Sources) -> anyhow::Result<(File, File)> {
+    let node =
+        sources.from.as_ref().map(|from| (from.join(CERTIFICATE), from.join(CERTIFICATE_KEY)));
+    let node = node.filter(|(cert, key)| cert.exists() || key.exists());
+    let named = sources.tls_cert.clone().zip(sources.tls_key.clone());
+    if let Some((cert, key)) = named.or(node) {
         Identity::load(&cert, &key)?;
-        return Ok((File::given(CERTIFICATE, &cert)?, File::given(CERTIFICATE_KEY, &key)?));
+        return Ok((File::copied(CERTIFICATE, &cert)?, File::copied(CERTIFICATE_KEY, &key)?));
     }
-    let SelfSigned { cert, key } = SelfSigned::generate(&given.certificate_names())?;
-    Ok((File::made(CERTIFICATE, Zeroizing::new(cert)), File::made(CERTIFICATE_KEY, key)))
+    let SelfSigned { cert, key } = SelfSigned::generate(&sources.certificate_names())?;
+    Ok((File::generated(CERTIFICATE, Zeroizing::new(cert)), File::generated(CERTIFICATE_KEY, key)))
 }
 
 fn random<const LEN: usize>() -> Zeroizing<Vec<u8>> {

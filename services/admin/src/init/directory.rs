@@ -1,5 +1,5 @@
-//! A cluster's files in a directory: written one after the other, looked at as an edge will look at
-//! them, and only then finished.
+//! The files of a cluster in a directory: written in order, then loaded as an edge loads them, and
+//! only then marked as complete.
 
 use std::{
     ffi::OsStr,
@@ -22,15 +22,15 @@ use qpq_transport::{
 
 use super::contents::{Contents, File, Origin};
 
-/// What a directory holds, for the operator to see.
+/// A summary of a directory for the operator.
 #[derive(Debug)]
-pub(super) struct Made {
+pub(super) struct Summary {
     cluster: ClusterId,
     fingerprint: Fingerprint,
     opaque: [u8; 32],
 }
 
-impl fmt::Display for Made {
+impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "  cluster       {}", self.cluster)?;
         writeln!(f, "  opaque setup  {}", hex::encode(self.opaque))?;
@@ -42,30 +42,32 @@ impl fmt::Display for Made {
     }
 }
 
-/// Why nothing was made, or not all.
+/// The reason why a directory was not created, or not completely.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Refused {
+pub(super) enum InitError {
     #[error(
-        "{0} holds a cluster's secrets already, and nothing is overwritten. Use them, or name another directory with --out"
+        "{0} already contains the secrets of a cluster, and nothing is overwritten. Use them, or \
+         name another directory with --out"
     )]
-    Finished(PathBuf),
+    Complete(PathBuf),
     #[error(
-        "{0} is none of a cluster's files: name an empty directory, or one that is not there, with --out"
+        "{0} is not one of a cluster's files: name an empty directory, or a new one, with --out"
     )]
     Foreign(PathBuf),
     #[error(
-        "{0} is there already and is another than was to be taken, and nothing is overwritten. Remove it, or name another \
-         directory with --out"
+        "{0} already exists and differs from the file to copy, and nothing is overwritten. Remove \
+         it, or name another directory with --out"
     )]
-    InTheWay(PathBuf),
+    Conflict(PathBuf),
     #[error(
-        "{key} is there without {cert}, and nothing is overwritten. Restore the certificate, or remove the key"
+        "{key} exists without {cert}, and nothing is overwritten. Restore the certificate, or \
+         remove the key"
     )]
     OrphanKey { cert: PathBuf, key: PathBuf },
-    #[error("{path} cannot be looked at: {source}")]
-    Look { path: PathBuf, source: io::Error },
-    #[error("{path} cannot be kept from other users: {source}. Run this as its owner")]
-    Tighten { path: PathBuf, source: io::Error },
+    #[error("{path} cannot be read: {source}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("the permissions of {path} cannot be restricted: {source}. Run this as its owner")]
+    Restrict { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Write(#[from] DataDirError),
     #[error(transparent)]
@@ -78,35 +80,37 @@ pub(super) enum Refused {
     Opaque { path: PathBuf, source: qpq_rpc::opaque::InvalidSetup },
 }
 
-/// Whether a run of `init` has come to its end here.
-pub(super) fn is_finished(dir: &Path) -> bool {
+/// Returns whether a run of `init` has completed the directory.
+pub(super) fn is_complete(dir: &Path) -> bool {
     dir.join(CLUSTER_ID).exists()
 }
 
-/// Sees that nothing is in the way, and that nobody else can look.
-pub(super) fn prepare(dir: &Path) -> Result<(), Refused> {
-    if is_finished(dir) {
-        return Err(Refused::Finished(dir.to_owned()));
+/// Checks that the directory has no other files, and restricts it to its owner.
+pub(super) fn prepare(dir: &Path) -> Result<(), InitError> {
+    if is_complete(dir) {
+        return Err(InitError::Complete(dir.to_owned()));
     }
     DataDir::create(dir)?;
-    let look = |source| Refused::Look { path: dir.to_owned(), source };
-    for entry in fs::read_dir(dir).map_err(look)? {
-        let entry = entry.map_err(look)?;
-        if !is_ours(&entry.file_name()) {
-            return Err(Refused::Foreign(entry.path()));
+    let failed = |source| InitError::Read { path: dir.to_owned(), source };
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if !is_expected(&entry.file_name()) {
+            return Err(InitError::Foreign(entry.path()));
         }
     }
-    let mode = fs::metadata(dir).map_err(look)?.permissions().mode();
+    let mode = fs::metadata(dir).map_err(failed)?.permissions().mode();
     if mode & 0o077 != 0 {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
-            .map_err(|source| Refused::Tighten { path: dir.to_owned(), source })?;
+            .map_err(|source| InitError::Restrict { path: dir.to_owned(), source })?;
     }
     Ok(())
 }
 
-/// One of a cluster's files, or what a stopped run left of one; or what file systems put into an
-/// empty volume.
-fn is_ours(name: &OsStr) -> bool {
+/// Returns whether a name may be in the directory of an interrupted run.
+///
+/// Expected are the files of a cluster, their temporary files, and the directory that file systems
+/// create in an empty volume.
+fn is_expected(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     let files = SECRETS.iter().map(|file| file.name).chain([CERTIFICATE, CERTIFICATE_KEY]);
     name == "lost+found"
@@ -117,8 +121,8 @@ fn is_ours(name: &OsStr) -> bool {
         })
 }
 
-/// Writes what is not there yet. Of two that do so at a time neither overwrites the other's files.
-pub(super) fn write(dir: &Path, contents: &Contents) -> Result<Made, Refused> {
+/// Writes the files that do not exist yet. Concurrent runs do not overwrite each other's files.
+pub(super) fn write(dir: &Path, contents: &Contents) -> Result<Summary, InitError> {
     let data = DataDir::create(dir)?;
     for file in &contents.secrets {
         put(&data, file)?;
@@ -129,23 +133,26 @@ pub(super) fn write(dir: &Path, contents: &Contents) -> Result<Made, Refused> {
     verify(dir)
 }
 
-fn put(dir: &DataDir, file: &File) -> Result<(), Refused> {
+/// Writes a file unless it exists. An existing file must equal one that is copied.
+fn put(dir: &DataDir, file: &File) -> Result<(), InitError> {
     let path = dir.path().join(file.name);
     dir.add(file.name, &file.bytes)?;
-    let there = fs::read(&path).map_err(|source| Refused::Look { path: path.clone(), source })?;
-    if file.origin == Origin::Given && there != *file.bytes {
-        return Err(Refused::InTheWay(path));
+    let found = fs::read(&path).map_err(|source| InitError::Read { path: path.clone(), source })?;
+    if file.origin == Origin::Copied && found != *file.bytes {
+        return Err(InitError::Conflict(path));
     }
     Ok(())
 }
 
-/// The certificate goes first, so that a run which is stopped between the two leaves nothing that
-/// would be missed.
-fn put_pair(dir: &DataDir, contents: &Contents) -> Result<(), Refused> {
+/// Writes the certificate, then its key.
+///
+/// A certificate without a key is from an interrupted run and is replaced. A key without a
+/// certificate may be the only copy of an operator's key and is never replaced.
+fn put_pair(dir: &DataDir, contents: &Contents) -> Result<(), InitError> {
     let (cert, key) = (dir.path().join(CERTIFICATE), dir.path().join(CERTIFICATE_KEY));
     match (cert.exists(), key.exists()) {
-        (true, true) if contents.certificate.origin == Origin::Made => return Ok(()),
-        (false, true) => return Err(Refused::OrphanKey { cert, key }),
+        (true, true) if contents.certificate.origin == Origin::Generated => return Ok(()),
+        (false, true) => return Err(InitError::OrphanKey { cert, key }),
         (true, false) => dir.replace(CERTIFICATE, &contents.certificate.bytes)?,
         _ => {}
     }
@@ -153,24 +160,25 @@ fn put_pair(dir: &DataDir, contents: &Contents) -> Result<(), Refused> {
     put(dir, &contents.certificate_key)
 }
 
-/// Reads a finished directory as an edge does.
-pub(super) fn verify(dir: &Path) -> Result<Made, Refused> {
+/// Loads a complete directory as an edge does.
+pub(super) fn verify(dir: &Path) -> Result<Summary, InitError> {
     let cluster = ClusterDir::open(dir)?.cluster_id()?;
     let (fingerprint, opaque) = check(dir)?;
-    Ok(Made { cluster, fingerprint, opaque })
+    Ok(Summary { cluster, fingerprint, opaque })
 }
 
-/// Whether all but the cluster's id can be used; how certificate and OPAQUE setup are told from
-/// others.
-fn check(dir: &Path) -> Result<(Fingerprint, [u8; 32]), Refused> {
+/// Checks that all files except the cluster's id can be used.
+///
+/// Returns the fingerprints of the certificate and of the OPAQUE setup.
+fn check(dir: &Path) -> Result<(Fingerprint, [u8; 32]), InitError> {
     let data = DataDir::create(dir)?;
     let secret = |file: SecretFile| {
         let missing = || ClusterDirError::Missing { path: dir.join(file.name) };
-        data.read_secret(file)?.ok_or_else(missing).map_err(Refused::from)
+        data.read_secret(file)?.ok_or_else(missing).map_err(InitError::from)
     };
     let setup = secret(OPAQUE_SETUP)?;
     OpaqueServer::parse(&setup)
-        .map_err(|source| Refused::Opaque { path: dir.join(OPAQUE_SETUP.name), source })?;
+        .map_err(|source| InitError::Opaque { path: dir.join(OPAQUE_SETUP.name), source })?;
     secret(DELIVERY_KEY)?;
     ClusterKeys::load(ClusterKeyFiles {
         tickets: dir.join(TICKET_KEYS.name),

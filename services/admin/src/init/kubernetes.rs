@@ -1,5 +1,5 @@
-//! A cluster's files as the manifest of a Kubernetes Secret, in JSON, which is YAML too: `kubectl
-//! apply -f -` takes it.
+//! The files of a cluster as the manifest of a Kubernetes Secret, in JSON, which is also YAML:
+//! `kubectl apply -f -` accepts it.
 
 use std::{collections::BTreeMap, str::FromStr};
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::contents::Contents;
 
-/// What Kubernetes lets a Secret and a namespace be called (RFC 1123).
+/// The name of a Secret or a namespace (RFC 1123).
 #[derive(Clone, Debug)]
 pub(super) struct Name(String);
 
@@ -27,12 +27,12 @@ impl FromStr for Name {
         if text.len() <= 253 && text.split('.').all(is_label) {
             Ok(Self(text.to_owned()))
         } else {
-            Err("must be lower-case letters, digits and `-`, as in qpq-fleet".to_owned())
+            Err("must be lower-case letters, digits and `-`, as in qpq-cluster".to_owned())
         }
     }
 }
 
-/// The manifest, with a line break at its end.
+/// Returns the manifest, with a line break at its end.
 pub(super) fn manifest(name: &Name, namespace: Option<&Name>, contents: &Contents) -> String {
     let data: BTreeMap<_, _> =
         contents.files().map(|file| (file.name, BASE64_STANDARD.encode(&file.bytes))).collect();
@@ -55,8 +55,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_what_kubernetes_takes() {
-        for good in ["a", "qpq-fleet", "qpq.fleet.1", &"a".repeat(63)] {
+    fn names_that_kubernetes_does_not_accept_are_refused() {
+        for good in ["a", "qpq-cluster", "qpq.cluster.1", &"a".repeat(63)] {
             assert!(good.parse::<Name>().is_ok(), "{good}");
         }
         for bad in ["", "Qpq", "-a", "a-", "a..b", ".a", "a_b", "a b", "a\n", "ä", &"a".repeat(64)]

@@ -1,4 +1,4 @@
-//! `clock accept`: a server whose clock jumped removes what has expired only once the clock was
+//! `clock accept`: a server whose clock jumped removes expired messages only after the clock was
 //! accepted.
 
 use std::time::Duration;
@@ -7,11 +7,11 @@ use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
 use qpq_ports::{Batch, Clock as _, NewAccount, NewMessage, Stores, SystemClock};
 use qpq_store_embedded::{EmbeddedStore, Limits};
 
-use crate::harness::{Place, refusal, run, text};
+use crate::harness::{Workspace, run, run_failing, text};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// Registers somebody and sends them a message that lives for a day.
+/// Registers an account and sends it a message that expires after a day.
 async fn send(stores: &Stores, now: UnixMillis) {
     let (identity, username) = (IdentityKey::new([7; 32]), Username::parse("alice").unwrap());
     let account = NewAccount { username, identity, opaque_record: vec![0; 192], now };
@@ -30,10 +30,10 @@ async fn send(stores: &Stores, now: UnixMillis) {
 }
 
 #[tokio::test]
-async fn a_clock_that_jumped_is_accepted_while_the_server_runs_or_is_stopped() {
+async fn a_jumped_clock_can_be_accepted_while_the_server_runs_or_is_stopped() {
     for stopped in [false, true] {
-        let place = Place::new();
-        let dir = place.path("data");
+        let workspace = Workspace::new();
+        let dir = workspace.path("data");
         let open = || async { EmbeddedStore::open(&dir, Limits::default()).await.unwrap() };
         let mut store = Some(open().await);
         let stores = store.as_ref().unwrap().stores();
@@ -44,20 +44,25 @@ async fn a_clock_that_jumped_is_accepted_while_the_server_runs_or_is_stopped() {
         if stopped {
             store.take().unwrap().close().await;
         }
-        let printed = run(&["clock", "accept", "--data-dir", text(&dir)]);
-        assert!(printed.contains("days ahead of the time"), "{printed}");
+        let stdout = run(&["clock", "accept", "--data-dir", text(&dir)]);
+        assert!(stdout.contains("days ahead of the time"), "{stdout}");
         let store = match store {
             Some(store) => store,
             None => open().await,
         };
-        assert_eq!(store.stores().maintenance.sweep(now).await.unwrap(), 1, "it has expired");
+        assert_eq!(
+            store.stores().maintenance.sweep(now).await.unwrap(),
+            1,
+            "the message has expired"
+        );
         store.close().await;
     }
 }
 
 #[test]
-fn a_directory_without_a_server_is_refused() {
-    let place = Place::new();
-    let said = refusal(1, &["clock", "accept", "--data-dir", text(&place.path("nowhere"))]);
-    assert!(said.contains("the clock was not accepted"), "{said}");
+fn a_directory_without_server_data_is_refused() {
+    let workspace = Workspace::new();
+    let stderr =
+        run_failing(1, &["clock", "accept", "--data-dir", text(&workspace.path("nowhere"))]);
+    assert!(stderr.contains("the clock was not accepted"), "{stderr}");
 }

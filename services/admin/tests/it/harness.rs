@@ -1,4 +1,4 @@
-//! Runs the program as an operator would.
+//! Helpers to run the program as an operator does.
 
 use std::{
     collections::BTreeMap,
@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// What a directory that was made holds.
+/// The files of a directory that `init` created.
 pub(crate) const FILES: [&str; 8] = [
     "cluster-id",
     "delivery-key.bin",
@@ -20,16 +20,16 @@ pub(crate) const FILES: [&str; 8] = [
     "token-key",
 ];
 
-/// The end of a run: exit code, standard output, standard error.
+/// The exit code and output of a run.
 #[derive(Debug)]
-pub(crate) struct End {
+pub(crate) struct RunOutput {
     pub(crate) code: Option<i32>,
-    pub(crate) printed: String,
-    pub(crate) said: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
-/// Runs the program with nothing of the test's own environment.
-pub(crate) fn run_with(arguments: &[&str], variables: &[(&str, &str)]) -> End {
+/// Runs the program, without the environment of the test.
+pub(crate) fn run_with(arguments: &[&str], variables: &[(&str, &str)]) -> RunOutput {
     let output = Command::new(env!("CARGO_BIN_EXE_qpq-admin"))
         .args(arguments)
         .env_clear()
@@ -37,44 +37,47 @@ pub(crate) fn run_with(arguments: &[&str], variables: &[(&str, &str)]) -> End {
         .stdin(Stdio::null())
         .output()
         .unwrap();
-    End {
+    RunOutput {
         code: output.status.code(),
-        printed: String::from_utf8(output.stdout).unwrap(),
-        said: String::from_utf8(output.stderr).unwrap(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
     }
 }
 
-/// Runs the program, which must succeed and not complain; what it printed.
+/// Runs the program, which must succeed without a warning. Returns its standard output.
 pub(crate) fn run(arguments: &[&str]) -> String {
     let end = run_with(arguments, &[]);
-    assert_eq!((end.code, end.said.as_str()), (Some(0), ""), "{end:?}");
-    end.printed
+    assert_eq!((end.code, end.stderr.as_str()), (Some(0), ""), "{end:?}");
+    end.stdout
 }
 
-/// Runs the program, which must fail with `code`, print nothing, and say why; that it says.
-pub(crate) fn refusal(code: i32, arguments: &[&str]) -> String {
+/// Runs the program, which must fail with `code` and without output. Returns its standard error.
+pub(crate) fn run_failing(code: i32, arguments: &[&str]) -> String {
     let end = run_with(arguments, &[]);
-    assert_eq!((end.code, end.printed.as_str()), (Some(code), ""), "{end:?}");
+    assert_eq!((end.code, end.stdout.as_str()), (Some(code), ""), "{end:?}");
     if code == 1 {
-        assert!(end.said.starts_with("qpq-admin: ") && end.said.lines().count() == 1, "{end:?}");
+        assert!(
+            end.stderr.starts_with("qpq-admin: ") && end.stderr.lines().count() == 1,
+            "{end:?}"
+        );
     }
-    end.said
+    end.stderr
 }
 
-/// A place for directories, removed at the end of the test.
-pub(crate) struct Place(tempfile::TempDir);
+/// A temporary directory, removed at the end of the test.
+pub(crate) struct Workspace(tempfile::TempDir);
 
-impl Place {
+impl Workspace {
     pub(crate) fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 
-    /// With a cluster's directory in it.
-    pub(crate) fn with_fleet() -> (Self, PathBuf) {
-        let place = Self::new();
-        let fleet = place.path("fleet");
-        run(&["init", "--out", text(&fleet)]);
-        (place, fleet)
+    /// Creates a temporary directory with the shared directory of a cluster in it.
+    pub(crate) fn with_shared_dir() -> (Self, PathBuf) {
+        let workspace = Self::new();
+        let shared = workspace.path("shared");
+        run(&["init", "--out", text(&shared)]);
+        (workspace, shared)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -86,7 +89,7 @@ pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Names and contents.
+/// Returns the names and contents of the files in a directory.
 pub(crate) fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     fs::read_dir(dir)
         .unwrap()

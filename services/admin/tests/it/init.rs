@@ -1,4 +1,4 @@
-//! `init`: what it makes, what it takes, and that it overwrites nothing.
+//! `init`: the files that it creates and copies, and that it overwrites none.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
@@ -7,12 +7,12 @@ use qpq_rpc::OpaqueServer;
 use qpq_runtime::data_dir::cluster::ClusterDir;
 use qpq_transport::{ClusterKeyFiles, ClusterKeys, Identity};
 
-use crate::harness::{FILES, Place, contents, mode, refusal, run, run_with, text};
+use crate::harness::{FILES, Workspace, contents, mode, run, run_failing, run_with, text};
 
-/// Reads a directory by the same code as an edge; the certificate's fingerprint.
-fn as_an_edge_reads_it(dir: &Path) -> String {
-    let fleet = ClusterDir::open(dir).unwrap();
-    fleet.cluster_id().unwrap();
+/// Loads a directory as an edge does. Returns the fingerprint of the certificate.
+fn load_as_an_edge(dir: &Path) -> String {
+    let shared = ClusterDir::open(dir).unwrap();
+    shared.cluster_id().unwrap();
     OpaqueServer::parse(&fs::read(dir.join("opaque-setup.bin")).unwrap()).unwrap();
     let keys: Arc<ClusterKeys> = ClusterKeys::load(ClusterKeyFiles {
         tickets: dir.join("ticket-keys"),
@@ -27,25 +27,25 @@ fn as_an_edge_reads_it(dir: &Path) -> String {
 }
 
 #[test]
-fn everything_is_made_for_its_owner_alone_and_can_be_used() {
-    let place = Place::new();
-    let fleet = place.path("deeper/fleet");
-    let printed = run(&["init", "--out", text(&fleet)]);
-    assert_eq!(contents(&fleet).into_keys().collect::<Vec<_>>(), FILES);
-    assert_eq!(mode(&fleet), 0o700);
+fn a_new_directory_is_complete_and_readable_by_its_owner_only() {
+    let workspace = Workspace::new();
+    let shared = workspace.path("deeper/shared");
+    let stdout = run(&["init", "--out", text(&shared)]);
+    assert_eq!(contents(&shared).into_keys().collect::<Vec<_>>(), FILES);
+    assert_eq!(mode(&shared), 0o700);
     for name in FILES {
-        assert_eq!(mode(&fleet.join(name)), 0o600, "{name}");
+        assert_eq!(mode(&shared.join(name)), 0o600, "{name}");
     }
-    let fingerprint = as_an_edge_reads_it(&fleet);
-    assert!(printed.contains(&format!("fingerprint   {fingerprint}")), "{printed}");
-    assert!(printed.contains("QPQ_CLUSTER__SECRETS_DIR"), "{printed}");
-    let id = fs::read_to_string(fleet.join("cluster-id")).unwrap();
-    assert!(printed.contains(&format!("cluster       {id}")), "{printed}");
+    let fingerprint = load_as_an_edge(&shared);
+    assert!(stdout.contains(&format!("fingerprint   {fingerprint}")), "{stdout}");
+    assert!(stdout.contains("QPQ_CLUSTER__SECRETS_DIR"), "{stdout}");
+    let id = fs::read_to_string(shared.join("cluster-id")).unwrap();
+    assert!(stdout.contains(&format!("cluster       {id}")), "{stdout}");
 }
 
 #[test]
-fn two_clusters_have_nothing_in_common() {
-    let ((_one, one), (_two, two)) = (Place::with_fleet(), Place::with_fleet());
+fn two_clusters_have_different_secrets() {
+    let ((_one, one), (_two, two)) = (Workspace::with_shared_dir(), Workspace::with_shared_dir());
     let (one, two) = (contents(&one), contents(&two));
     for name in FILES {
         assert_ne!(one[name], two[name], "{name}");
@@ -53,25 +53,28 @@ fn two_clusters_have_nothing_in_common() {
 }
 
 #[test]
-fn a_second_init_refuses_and_touches_nothing() {
-    let (_place, fleet) = Place::with_fleet();
-    let before = contents(&fleet);
-    let said = refusal(1, &["init", "--out", text(&fleet)]);
-    assert!(said.contains(text(&fleet)) && said.contains("nothing is overwritten"), "{said}");
-    assert_eq!(contents(&fleet), before);
-    // Unless that is what was asked for.
-    let printed = run(&["init", "--if-missing", "--out", text(&fleet)]);
-    assert!(printed.contains("is there already"), "{printed}");
-    assert!(printed.contains(&as_an_edge_reads_it(&fleet)), "{printed}");
-    assert_eq!(contents(&fleet), before);
-    fs::remove_file(fleet.join("reset-key")).unwrap();
-    let said = refusal(1, &["init", "--if-missing", "--out", text(&fleet)]);
-    assert!(said.contains("reset-key is missing"), "{said}");
-    assert!(!fleet.join("reset-key").exists());
+fn init_on_a_complete_directory_fails_and_changes_no_file() {
+    let (_workspace, shared) = Workspace::with_shared_dir();
+    let before = contents(&shared);
+    let stderr = run_failing(1, &["init", "--out", text(&shared)]);
+    assert!(
+        stderr.contains(text(&shared)) && stderr.contains("nothing is overwritten"),
+        "{stderr}"
+    );
+    assert_eq!(contents(&shared), before);
+    // With --if-missing it succeeds.
+    let stdout = run(&["init", "--if-missing", "--out", text(&shared)]);
+    assert!(stdout.contains("already exists"), "{stdout}");
+    assert!(stdout.contains(&load_as_an_edge(&shared)), "{stdout}");
+    assert_eq!(contents(&shared), before);
+    fs::remove_file(shared.join("reset-key")).unwrap();
+    let stderr = run_failing(1, &["init", "--if-missing", "--out", text(&shared)]);
+    assert!(stderr.contains("reset-key is missing"), "{stderr}");
+    assert!(!shared.join("reset-key").exists());
 }
 
 #[test]
-fn an_init_that_was_stopped_anywhere_is_completed_by_the_next() {
+fn an_interrupted_init_is_completed_by_the_next_run() {
     let order = [
         "opaque-setup.bin",
         "delivery-key.bin",
@@ -81,19 +84,19 @@ fn an_init_that_was_stopped_anywhere_is_completed_by_the_next() {
         "server-cert.der",
         "server-key.der",
     ];
-    let (place, whole) = Place::with_fleet();
+    let (workspace, whole) = Workspace::with_shared_dir();
     for written in 0..=order.len() {
-        let fleet = place.path(&format!("stopped-{written}"));
-        fs::create_dir(&fleet).unwrap();
+        let shared = workspace.path(&format!("interrupted-{written}"));
+        fs::create_dir(&shared).unwrap();
         for name in &order[..written] {
-            fs::copy(whole.join(name), fleet.join(name)).unwrap();
+            fs::copy(complete.join(name), shared.join(name)).unwrap();
         }
-        fs::write(fleet.join("cluster-id.123.new"), "").unwrap();
-        let before = contents(&fleet);
-        run(&["init", "--if-missing", "--out", text(&fleet)]);
-        as_an_edge_reads_it(&fleet);
-        let after = contents(&fleet);
-        // A certificate without its key is no use to anybody.
+        fs::write(shared.join("cluster-id.123.new"), "").unwrap();
+        let before = contents(&shared);
+        run(&["init", "--if-missing", "--out", text(&shared)]);
+        load_as_an_edge(&shared);
+        let after = contents(&shared);
+        // A certificate without its key is replaced.
         let kept = before.iter().filter(|(name, _)| written != 6 || *name != "server-cert.der");
         for (name, bytes) in kept {
             assert_eq!(&after[name], bytes, "{name}");
@@ -102,177 +105,187 @@ fn an_init_that_was_stopped_anywhere_is_completed_by_the_next() {
 }
 
 #[test]
-fn an_empty_volume_is_taken_and_closed_to_others() {
-    let place = Place::new();
-    let fleet = place.path("volume");
-    fs::create_dir_all(fleet.join("lost+found")).unwrap();
-    fs::set_permissions(&fleet, fs::Permissions::from_mode(0o755)).unwrap();
-    run(&["init", "--out", text(&fleet)]);
-    assert_eq!(mode(&fleet), 0o700);
-    as_an_edge_reads_it(&fleet);
+fn an_empty_volume_is_filled_and_restricted_to_its_owner() {
+    let workspace = Workspace::new();
+    let shared = workspace.path("volume");
+    fs::create_dir_all(shared.join("lost+found")).unwrap();
+    fs::set_permissions(&shared, fs::Permissions::from_mode(0o755)).unwrap();
+    run(&["init", "--out", text(&shared)]);
+    assert_eq!(mode(&shared), 0o700);
+    load_as_an_edge(&shared);
 }
 
 #[test]
-fn a_directory_with_other_things_in_it_is_left_alone() {
-    let place = Place::new();
-    let dir = place.path("home");
+fn a_directory_with_other_files_is_refused_and_unchanged() {
+    let workspace = Workspace::new();
+    let dir = workspace.path("home");
     fs::create_dir(&dir).unwrap();
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(dir.join("qpq.db"), "a database").unwrap();
-    let said = refusal(1, &["init", "--out", text(&dir)]);
-    assert!(said.contains("qpq.db is none of a cluster's files"), "{said}");
+    let stderr = run_failing(1, &["init", "--out", text(&dir)]);
+    assert!(stderr.contains("qpq.db is not one of a cluster's files"), "{stderr}");
     assert_eq!(contents(&dir).len(), 1);
     assert_eq!(mode(&dir), 0o755);
-    // A key alone may be somebody's only copy.
-    let dir = place.path("key");
+    // A key without a certificate may be the only copy of the key.
+    let dir = workspace.path("key");
     fs::create_dir(&dir).unwrap();
     fs::write(dir.join("server-key.der"), "a key").unwrap();
-    let said = refusal(1, &["init", "--out", text(&dir)]);
-    assert!(said.contains("server-key.der is there without"), "{said}");
+    let stderr = run_failing(1, &["init", "--out", text(&dir)]);
+    assert!(stderr.contains("server-key.der exists without"), "{stderr}");
     assert_eq!(fs::read(dir.join("server-key.der")).unwrap(), b"a key");
     assert!(!dir.join("cluster-id").exists());
-    // And what is in the way of a directory is said to be.
-    let file = place.path("file");
+    // A file with the name of the directory is named.
+    let file = workspace.path("file");
     fs::write(&file, "").unwrap();
-    let said = refusal(1, &["init", "--out", text(&file.join("fleet"))]);
-    assert!(said.contains(text(&file)), "{said}");
+    let stderr = run_failing(1, &["init", "--out", text(&file.join("shared"))]);
+    assert!(stderr.contains(text(&file)), "{stderr}");
 }
 
 #[test]
-fn the_certificate_is_for_the_names_that_were_asked_for() {
-    let place = Place::new();
-    let holds = |dir: &Path, name: &str| {
+fn the_certificate_is_valid_for_the_requested_names() {
+    let workspace = Workspace::new();
+    let contains_name = |dir: &Path, name: &str| {
         let cert = fs::read(dir.join("server-cert.der")).unwrap();
         cert.windows(name.len()).any(|window| window == name.as_bytes())
     };
-    let fleet = place.path("flags");
+    let shared = workspace.path("flags");
     let flags = ["--domain", "example.org", "--name", "eu.example.org", "us.example.org"];
-    run(&[&["init", "--out", text(&fleet)][..], &flags].concat());
+    run(&[&["init", "--out", text(&shared)][..], &flags].concat());
     for name in ["example.org", "eu.example.org", "us.example.org", "localhost"] {
-        assert!(holds(&fleet, name), "{name}");
+        assert!(contains_name(&shared, name), "{name}");
     }
-    assert!(!holds(&fleet, "example.net"));
-    let fleet = place.path("variables");
+    assert!(!contains_name(&shared, "example.net"));
+    let shared = workspace.path("variables");
     let variables =
         [("QPQ_DOMAIN", "example.net"), ("QPQ_TLS__NAMES", "a.example.net,b.example.net")];
-    let end = run_with(&["init", "--out", text(&fleet)], &variables);
+    let end = run_with(&["init", "--out", text(&shared)], &variables);
     assert_eq!(end.code, Some(0), "{end:?}");
     for name in ["example.net", "a.example.net", "b.example.net"] {
-        assert!(holds(&fleet, name), "{name}");
+        assert!(contains_name(&shared, name), "{name}");
     }
-    let said = refusal(2, &["init", "--out", text(&place.path("none")), "--domain", "Example.org"]);
-    assert!(said.contains("in lower case"), "{said}");
-    let said = refusal(1, &["init", "--out", text(&place.path("none")), "--name", "ex ämple"]);
-    assert!(said.contains("cannot create a certificate"), "{said}");
+    let stderr = run_failing(
+        2,
+        &["init", "--out", text(&workspace.path("none")), "--domain", "Example.org"],
+    );
+    assert!(stderr.contains("in lower case"), "{stderr}");
+    let stderr =
+        run_failing(1, &["init", "--out", text(&workspace.path("none")), "--name", "ex ämple"]);
+    assert!(stderr.contains("cannot make a certificate"), "{stderr}");
 }
 
 #[test]
-fn a_certificate_that_is_there_is_taken() {
-    let place = Place::new();
-    let (cert, key) = (place.path("chain.pem"), place.path("key.pem"));
+fn a_named_certificate_is_copied_with_its_key() {
+    let workspace = Workspace::new();
+    let (cert, key) = (workspace.path("chain.pem"), workspace.path("key.pem"));
     let identity = Identity::load_or_create(&cert, &key, &["example.org".to_owned()]).unwrap();
-    let fleet = place.path("fleet");
+    let shared = workspace.path("shared");
     let files = ["--tls-cert", text(&cert), "--tls-key", text(&key)];
-    run(&[&["init", "--out", text(&fleet)][..], &files].concat());
-    assert_eq!(as_an_edge_reads_it(&fleet), identity.fingerprint().to_string());
-    assert_eq!(mode(&fleet.join("server-cert.der")), 0o600);
-    // One without the other, and two that do not belong together.
-    let other = place.path("other");
-    let said = refusal(2, &["init", "--out", text(&other), "--tls-cert", text(&cert)]);
-    assert!(said.contains("--tls-key"), "{said}");
-    let (_fleet, stranger) = Place::with_fleet();
+    run(&[&["init", "--out", text(&shared)][..], &files].concat());
+    assert_eq!(load_as_an_edge(&shared), identity.fingerprint().to_string());
+    assert_eq!(mode(&shared.join("server-cert.der")), 0o600);
+    // A certificate without a key, and a key of another certificate, are refused.
+    let other = workspace.path("other");
+    let stderr = run_failing(2, &["init", "--out", text(&other), "--tls-cert", text(&cert)]);
+    assert!(stderr.contains("--tls-key"), "{stderr}");
+    let (_other, stranger) = Workspace::with_shared_dir();
     let stranger = stranger.join("server-key.der");
     let wrong = ["--tls-cert", text(&cert), "--tls-key", text(&stranger)];
-    let said = refusal(1, &[&["init", "--out", text(&other)][..], &wrong].concat());
-    assert!(said.contains("cannot be used together"), "{said}");
+    let stderr = run_failing(1, &[&["init", "--out", text(&other)][..], &wrong].concat());
+    assert!(stderr.contains("cannot be used together"), "{stderr}");
     assert!(!other.join("cluster-id").exists() && !other.join("server-cert.der").exists());
 }
 
 #[test]
-fn a_server_that_ran_alone_can_grow_up() {
-    // Its data directory has these, beside the database.
-    let (place, alone) = Place::with_fleet();
-    fs::write(alone.join("qpq.db"), "a database").unwrap();
-    let fleet = place.path("cluster");
-    run(&["init", "--out", text(&fleet), "--from", text(&alone)]);
-    let (old, new) = (contents(&alone), contents(&fleet));
+fn the_secrets_of_a_single_node_are_copied() {
+    // A data directory has the database in addition to these files.
+    let (workspace, node) = Workspace::with_shared_dir();
+    fs::write(node.join("qpq.db"), "a database").unwrap();
+    let shared = workspace.path("cluster");
+    run(&["init", "--out", text(&shared), "--from", text(&node)]);
+    let (old, new) = (contents(&node), contents(&shared));
     for name in ["opaque-setup.bin", "delivery-key.bin", "server-cert.der", "server-key.der"] {
         assert_eq!(old[name], new[name], "{name}");
     }
     for name in ["ticket-keys", "token-key", "reset-key", "cluster-id"] {
         assert_ne!(old[name], new[name], "{name}");
     }
-    // Where it had its certificate elsewhere, a new one is made.
+    // Without a certificate in the data directory, a new one is created.
     for name in ["server-cert.der", "server-key.der"] {
-        fs::remove_file(alone.join(name)).unwrap();
+        fs::remove_file(node.join(name)).unwrap();
     }
-    let fleet = place.path("another");
-    run(&["init", "--out", text(&fleet), "--from", text(&alone)]);
-    as_an_edge_reads_it(&fleet);
-    // Another setup is never left in its place.
-    let unfinished = place.path("unfinished");
+    let shared = workspace.path("another");
+    run(&["init", "--out", text(&shared), "--from", text(&node)]);
+    load_as_an_edge(&shared);
+    // Another OPAQUE setup in the directory is a conflict.
+    let unfinished = workspace.path("unfinished");
     fs::create_dir(&unfinished).unwrap();
-    let (_other, other) = Place::with_fleet();
+    let (_other, other) = Workspace::with_shared_dir();
     fs::copy(other.join("opaque-setup.bin"), unfinished.join("opaque-setup.bin")).unwrap();
-    let said = refusal(1, &["init", "--out", text(&unfinished), "--from", text(&alone)]);
-    assert!(said.contains("opaque-setup.bin is there already and is another"), "{said}");
+    let stderr = run_failing(1, &["init", "--out", text(&unfinished), "--from", text(&node)]);
+    assert!(stderr.contains("opaque-setup.bin already exists and differs"), "{stderr}");
     for damage in [&b"short"[..], &[0xff; 128]] {
-        fs::write(alone.join("opaque-setup.bin"), damage).unwrap();
-        let said =
-            refusal(1, &["init", "--out", text(&place.path("none")), "--from", text(&alone)]);
-        assert!(said.contains("damaged") || said.contains("cannot be used"), "{said}");
+        fs::write(node.join("opaque-setup.bin"), damage).unwrap();
+        let stderr = run_failing(
+            1,
+            &["init", "--out", text(&workspace.path("none")), "--from", text(&node)],
+        );
+        assert!(stderr.contains("damaged") || stderr.contains("cannot be used"), "{stderr}");
     }
-    fs::remove_file(alone.join("opaque-setup.bin")).unwrap();
-    let said = refusal(1, &["init", "--out", text(&place.path("none")), "--from", text(&alone)]);
-    assert!(said.contains("opaque-setup.bin cannot be read"), "{said}");
+    fs::remove_file(node.join("opaque-setup.bin")).unwrap();
+    let stderr =
+        run_failing(1, &["init", "--out", text(&workspace.path("none")), "--from", text(&node)]);
+    assert!(stderr.contains("opaque-setup.bin cannot be read"), "{stderr}");
 }
 
 #[test]
-fn a_manifest_holds_the_same_files() {
-    let place = Place::new();
-    let printed = run(&["init", "--kubernetes-secret", "qpq-fleet", "--namespace", "chat"]);
-    let secret: serde_json::Value = serde_json::from_str(&printed).unwrap();
+fn a_kubernetes_manifest_contains_the_same_files() {
+    let workspace = Workspace::new();
+    let stdout = run(&["init", "--kubernetes-secret", "qpq-cluster", "--namespace", "chat"]);
+    let secret: serde_json::Value = serde_json::from_str(&stdout).unwrap();
     assert_eq!((&secret["apiVersion"], &secret["kind"]), (&"v1".into(), &"Secret".into()));
-    assert_eq!(secret["metadata"], serde_json::json!({ "name": "qpq-fleet", "namespace": "chat" }));
+    assert_eq!(
+        secret["metadata"],
+        serde_json::json!({ "name": "qpq-cluster", "namespace": "chat" })
+    );
     assert_eq!(secret["type"], "Opaque");
     let data = secret["data"].as_object().unwrap();
     assert_eq!(data.keys().map(String::as_str).collect::<Vec<_>>(), FILES);
-    let mounted = place.path("mounted");
+    let mounted = workspace.path("mounted");
     fs::create_dir(&mounted).unwrap();
     for (name, value) in data {
         fs::write(mounted.join(name), BASE64_STANDARD.decode(value.as_str().unwrap()).unwrap())
             .unwrap();
     }
-    as_an_edge_reads_it(&mounted);
-    let without = run(&["init", "--kubernetes-secret", "qpq-fleet"]);
+    load_as_an_edge(&mounted);
+    let without = run(&["init", "--kubernetes-secret", "qpq-cluster"]);
     let without: serde_json::Value = serde_json::from_str(&without).unwrap();
-    assert_eq!(without["metadata"], serde_json::json!({ "name": "qpq-fleet" }));
+    assert_eq!(without["metadata"], serde_json::json!({ "name": "qpq-cluster" }));
     assert_ne!(without["data"], secret["data"]);
 }
 
 #[test]
-fn it_must_be_said_where_and_only_once() {
-    assert!(refusal(2, &["init"]).contains("--out"));
+fn missing_and_conflicting_options_are_refused() {
+    assert!(run_failing(2, &["init"]).contains("--out"));
     assert!(
-        refusal(2, &["init", "--out", "x", "--kubernetes-secret", "y"])
+        run_failing(2, &["init", "--out", "x", "--kubernetes-secret", "y"])
             .contains("cannot be used with")
     );
-    assert!(refusal(2, &["init", "--kubernetes-secret", "Not_A_Name"]).contains("lower-case"));
+    assert!(run_failing(2, &["init", "--kubernetes-secret", "Not_A_Name"]).contains("lower-case"));
     assert!(
-        refusal(2, &["init", "--out", "x", "--namespace", "y"]).contains("cannot be used with")
+        run_failing(2, &["init", "--out", "x", "--namespace", "y"]).contains("cannot be used with")
     );
     let both = ["init", "--kubernetes-secret", "x", "--if-missing"];
-    assert!(refusal(2, &both).contains("cannot be used with"));
+    assert!(run_failing(2, &both).contains("cannot be used with"));
     let both = ["init", "--out", "x", "--if-missing", "--from", "y"];
-    assert!(refusal(2, &both).contains("cannot be used with"));
-    assert!(refusal(2, &[]).contains("init"));
+    assert!(run_failing(2, &both).contains("cannot be used with"));
+    assert!(run_failing(2, &[]).contains("init"));
 }
 
 #[test]
-fn a_manifest_that_cannot_be_written_is_a_failure() {
+fn a_manifest_that_cannot_be_written_fails_the_command() {
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_qpq-admin"))
-        .args(["init", "--kubernetes-secret", "qpq-fleet"])
+        .args(["init", "--kubernetes-secret", "qpq-cluster"])
         .stdout(full)
         .output()
         .unwrap();

@@ -6,7 +6,7 @@ use qpq_ports::{ClaimRequest, Clock as _, JobEnd, JobKind, Jobs, NewJob, SystemC
 use qpq_store_embedded::{EmbeddedStore, Limits};
 use qpq_test_services::Postgres;
 
-use crate::harness::{End, Place, refusal, run, run_with, text};
+use crate::harness::{RunOutput, Workspace, run, run_failing, run_with, text};
 
 const KIND: JobKind = JobKind::new("relay");
 
@@ -49,8 +49,8 @@ fn counts(listed: &str) -> [&str; 3] {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_job_of_a_single_node_is_shown_retried_and_removed() {
     for stopped in [false, true] {
-        let place = Place::new();
-        let dir = place.path("data");
+        let workspace = Workspace::new();
+        let dir = workspace.path("data");
         let open = || async { EmbeddedStore::open(&dir, Limits::default()).await.unwrap() };
         let store = open().await;
         fill(&*store.stores().jobs).await;
@@ -83,8 +83,8 @@ async fn a_dead_job_of_a_single_node_is_shown_retried_and_removed() {
         }
         store.close().await;
         assert_eq!(jobs(&["remove", &id]), format!("Job {id} is removed.\n"));
-        let said = refusal(1, &["jobs", "remove", &id, "--data-dir", text(&dir)]);
-        assert!(said.contains(&format!("no dead job has the number {id}")), "{said}");
+        let stderr = run_failing(1, &["jobs", "remove", &id, "--data-dir", text(&dir)]);
+        assert!(stderr.contains(&format!("no dead job has the number {id}")), "{stderr}");
         assert_eq!(counts(&jobs(&["list"])), ["0", "0", "1"]);
     }
 }
@@ -93,12 +93,12 @@ async fn a_dead_job_of_a_single_node_is_shown_retried_and_removed() {
 async fn a_dead_job_of_a_cluster_is_shown_retried_and_removed() {
     let postgres = Postgres::start().await.unwrap();
     let url = postgres.url();
-    let jobs = |arguments: &[&str]| -> End {
+    let jobs = |arguments: &[&str]| -> RunOutput {
         run_with(&[&["jobs"], arguments].concat(), &[("QPQ_POSTGRES__URL", &url)])
     };
     let end = jobs(&["list"]);
     assert_eq!(end.code, Some(1), "{end:?}");
-    assert!(end.said.contains("qpq-admin migrate"), "{end:?}");
+    assert!(end.stderr.contains("qpq-admin migrate"), "{end:?}");
     assert_eq!(run_with(&["migrate"], &[("QPQ_POSTGRES__URL", &url)]).code, Some(0));
 
     postgres
@@ -110,25 +110,25 @@ async fn a_dead_job_of_a_cluster_is_shown_retried_and_removed() {
         .await
         .unwrap();
     let end = jobs(&["list"]);
-    assert_eq!((end.code, counts(&end.printed)), (Some(0), ["1", "0", "1"]), "{end:?}");
-    let id = dead_id(&end.printed);
-    assert_eq!(jobs(&["retry", &id]).printed, format!("Job {id} is due now.\n"));
+    assert_eq!((end.code, counts(&end.stdout)), (Some(0), ["1", "0", "1"]), "{end:?}");
+    let id = dead_id(&end.stdout);
+    assert_eq!(jobs(&["retry", &id]).stdout, format!("Job {id} is due now.\n"));
     let live = "SELECT count(*) FROM job WHERE died_at IS NULL AND attempts = 0";
     assert_eq!(postgres.sql(live).await.unwrap(), "2");
 
-    // It dies again, and meanwhile a newer job does its work.
+    // The job fails again, and a newer job does the same work.
     postgres.sql("UPDATE job SET died_at = 1 WHERE key = 'one'").await.unwrap();
     let newer = "INSERT INTO job (kind, key, payload, run_at) VALUES ('relay', 'one', '', 0)";
     postgres.sql(newer).await.unwrap();
     let end = jobs(&["retry", &id]);
-    assert!(end.code == Some(1) && end.said.contains("a newer job"), "{end:?}");
-    assert_eq!(jobs(&["remove", &id]).printed, format!("Job {id} is removed.\n"));
-    assert_eq!(counts(&jobs(&["list"]).printed), ["2", "0", "0"]);
+    assert!(end.code == Some(1) && end.stderr.contains("a newer job"), "{end:?}");
+    assert_eq!(jobs(&["remove", &id]).stdout, format!("Job {id} is removed.\n"));
+    assert_eq!(counts(&jobs(&["list"]).stdout), ["2", "0", "0"]);
 }
 
 #[test]
-fn a_directory_without_a_server_is_refused() {
-    let place = Place::new();
-    let said = refusal(1, &["jobs", "list", "--data-dir", text(&place.path("nowhere"))]);
-    assert!(said.contains("nowhere"), "{said}");
+fn a_directory_without_server_data_is_refused() {
+    let workspace = Workspace::new();
+    let stderr = run_failing(1, &["jobs", "list", "--data-dir", text(&workspace.path("nowhere"))]);
+    assert!(stderr.contains("nowhere"), "{stderr}");
 }

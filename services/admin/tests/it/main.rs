@@ -1,7 +1,6 @@
-//! `qpq-admin` from the outside: the binary with its arguments, what it prints and what it leaves
-//! on disk.
+//! Tests of the binary `qpq-admin`: its arguments, its output and the files that it writes.
 
-#![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
 
 mod backup;
 mod clock;

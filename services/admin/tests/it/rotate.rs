@@ -1,13 +1,14 @@
-//! `rotate-ticket-keys` and `rotate-token-key`: the keys move up by one, and nothing else changes.
+//! `rotate-ticket-keys` and `rotate-token-key`: each key moves up one place, and no other file
+//! changes.
 
 use std::{fs, io::Read as _, os::unix::fs::PermissionsExt as _, path::Path};
 
-use crate::harness::{FILES, Place, contents, mode, refusal, run, run_with, text};
+use crate::harness::{FILES, Workspace, contents, mode, run, run_failing, run_with, text};
 
 const COMMANDS: [(&str, &str); 2] =
     [("rotate-ticket-keys", "ticket-keys"), ("rotate-token-key", "token-key")];
 
-/// Previous, current, next.
+/// Returns the previous, the current and the next key.
 fn ring(dir: &Path, name: &str) -> [Vec<u8>; 3] {
     let bytes = fs::read(dir.join(name)).unwrap();
     assert_eq!(bytes.len(), 96);
@@ -15,36 +16,36 @@ fn ring(dir: &Path, name: &str) -> [Vec<u8>; 3] {
 }
 
 #[test]
-fn a_rotation_keeps_the_key_that_was_current_and_takes_the_next() {
+fn a_rotation_keeps_the_current_key_as_the_previous_one() {
     for (command, name) in COMMANDS {
-        let (_place, fleet) = Place::with_fleet();
-        let mut others = contents(&fleet);
+        let (_workspace, shared) = Workspace::with_shared_dir();
+        let mut others = contents(&shared);
         others.remove(name);
-        let before = ring(&fleet, name);
-        let printed = run(&[command, "--dir", text(&fleet)]);
-        assert!(printed.contains(text(&fleet.join(name))), "{printed}");
-        let after = ring(&fleet, name);
+        let before = ring(&shared, name);
+        let stdout = run(&[command, "--dir", text(&shared)]);
+        assert!(stdout.contains(text(&shared.join(name))), "{stdout}");
+        let after = ring(&shared, name);
         assert_eq!(after[..2], before[1..]);
         assert!(!before.contains(&after[2]));
-        let end = run_with(&[command], &[("QPQ_CLUSTER__SECRETS_DIR", text(&fleet))]);
+        let end = run_with(&[command], &[("QPQ_CLUSTER__SECRETS_DIR", text(&shared))]);
         assert_eq!(end.code, Some(0), "{end:?}");
-        assert_eq!(ring(&fleet, name)[..2], after[1..]);
-        assert_eq!(mode(&fleet.join(name)), 0o600);
-        let mut now = contents(&fleet);
+        assert_eq!(ring(&shared, name)[..2], after[1..]);
+        assert_eq!(mode(&shared.join(name)), 0o600);
+        let mut now = contents(&shared);
         now.remove(name);
-        assert_eq!(now, others, "nothing else changes, nothing is left behind");
+        assert_eq!(now, others, "no other file changes or is created");
     }
 }
 
 #[test]
-fn whoever_reads_meanwhile_finds_whole_keys() {
-    let (_place, fleet) = Place::with_fleet();
-    let path = fleet.join("ticket-keys");
-    // An edge's file, opened before: it stays whole, because the new one comes under its name and
-    // not into its place.
+fn a_reader_during_a_rotation_reads_complete_keys() {
+    let (_workspace, shared) = Workspace::with_shared_dir();
+    let path = shared.join("ticket-keys");
+    // An edge has opened the file before. Its contents stay the same, because the rotation renames
+    // a new file instead of writing to the old one.
     let first = fs::read(&path).unwrap();
     let mut open = fs::File::open(&path).unwrap();
-    run(&["rotate-ticket-keys", "--dir", text(&fleet)]);
+    run(&["rotate-ticket-keys", "--dir", text(&shared)]);
     let mut read = Vec::new();
     open.read_to_end(&mut read).unwrap();
     assert_eq!(read, first);
@@ -52,42 +53,42 @@ fn whoever_reads_meanwhile_finds_whole_keys() {
 }
 
 #[test]
-fn what_is_missing_or_damaged_is_named_and_nothing_is_made() {
+fn missing_and_damaged_files_are_named_and_not_created() {
     for (command, rotated) in COMMANDS {
-        let (place, fleet) = Place::with_fleet();
+        let (workspace, shared) = Workspace::with_shared_dir();
         for name in FILES {
-            let path = fleet.join(name);
+            let path = shared.join(name);
             let good = fs::read(&path).unwrap();
             fs::remove_file(&path).unwrap();
-            let said = refusal(1, &[command, "--dir", text(&fleet)]);
-            assert!(said.contains(&format!("{} is missing", path.display())), "{said}");
-            assert!(said.contains("qpq-admin init"), "{said}");
+            let stderr = run_failing(1, &[command, "--dir", text(&shared)]);
+            assert!(stderr.contains(&format!("{} is missing", path.display())), "{stderr}");
+            assert!(stderr.contains("qpq-admin init"), "{stderr}");
             assert!(!path.exists());
             fs::write(&path, good).unwrap();
         }
         for damage in [&b"short"[..], &[0; 96]] {
-            fs::write(fleet.join(rotated), damage).unwrap();
-            let said = refusal(1, &[command, "--dir", text(&fleet)]);
-            assert!(said.contains(&format!("{rotated} is damaged")), "{said}");
-            assert!(said.contains("qpq-admin init"), "{said}");
-            assert_eq!(fs::read(fleet.join(rotated)).unwrap(), damage);
+            fs::write(shared.join(rotated), damage).unwrap();
+            let stderr = run_failing(1, &[command, "--dir", text(&shared)]);
+            assert!(stderr.contains(&format!("{rotated} is damaged")), "{stderr}");
+            assert!(stderr.contains("qpq-admin init"), "{stderr}");
+            assert_eq!(fs::read(shared.join(rotated)).unwrap(), damage);
         }
-        let none = place.path("none");
-        let said = refusal(1, &[command, "--dir", text(&none)]);
+        let none = workspace.path("none");
+        let stderr = run_failing(1, &[command, "--dir", text(&none)]);
         assert!(
-            said.contains("there is no directory") && said.contains("qpq-admin init --out"),
-            "{said}"
+            stderr.contains("there is no directory") && stderr.contains("qpq-admin init --out"),
+            "{stderr}"
         );
         assert!(!none.exists());
-        assert!(refusal(2, &[command]).contains("--dir"));
+        assert!(run_failing(2, &[command]).contains("--dir"));
     }
 }
 
 #[test]
-fn keys_that_others_could_read_are_closed_by_a_rotation() {
-    let (_place, fleet) = Place::with_fleet();
-    let path = fleet.join("token-key");
+fn a_rotation_restricts_the_file_to_its_owner() {
+    let (_workspace, shared) = Workspace::with_shared_dir();
+    let path = shared.join("token-key");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-    run(&["rotate-token-key", "--dir", text(&fleet)]);
+    run(&["rotate-token-key", "--dir", text(&shared)]);
     assert_eq!(mode(&path), 0o600);
 }

@@ -1,12 +1,12 @@
-//! A cluster's backup: the shared directory, and the database through Postgres' own programs.
+//! Backups of a cluster: the shared directory, and the database by the client programs of Postgres.
 
 use std::fs;
 
 use qpq_test_services::Postgres;
 
-use super::every_damage_is_found;
+use super::assert_damage_is_found;
 use crate::{
-    harness::{End, contents, mode, run, text},
+    harness::{RunOutput, contents, mode, run, text},
     transfer::{content::Amount, scene::Scene},
 };
 
@@ -16,40 +16,40 @@ const COUNTS: &str = "SELECT (SELECT count(*) FROM account), (SELECT count(*) FR
     (SELECT sum(last_seq) FROM inbox), (SELECT md5(string_agg(payload, ''::bytea ORDER BY inbox, seq)) FROM message),
     (SELECT md5(string_agg(concat_ws(' ', id, kind, encode(key, 'hex'), encode(payload, 'hex'), run_at, attempts, last_error), ',' ORDER BY id)) FROM job)";
 
-fn refused(end: &End) -> &str {
-    assert_eq!((end.code, end.printed.as_str()), (Some(1), ""), "{end:?}");
-    assert_eq!(end.said.lines().count(), 1, "{end:?}");
-    &end.said
+fn refused(end: &RunOutput) -> &str {
+    assert_eq!((end.code, end.stdout.as_str()), (Some(1), ""), "{end:?}");
+    assert_eq!(end.stderr.lines().count(), 1, "{end:?}");
+    &end.stderr
 }
 
-fn done(end: End) -> String {
-    assert_eq!((end.code, end.said.as_str()), (Some(0), ""), "{end:?}");
-    end.printed
+fn done(end: RunOutput) -> String {
+    assert_eq!((end.code, end.stderr.as_str()), (Some(0), ""), "{end:?}");
+    end.stdout
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_clusters_backup_is_restored_into_an_empty_database() {
+async fn a_backup_of_a_cluster_is_restored_to_an_empty_database() {
     let scene = Scene::new(SMALL).await;
-    done(scene.move_node());
-    let backup = scene.place.path("backup");
-    let printed = done(scene.run(&["backup", text(&backup)]));
-    assert!(printed.contains("backed up a cluster"), "{printed}");
+    done(scene.transfer_node());
+    let backup = scene.workspace.path("backup");
+    let stdout = done(scene.run(&["backup", text(&backup)]));
+    assert!(stdout.contains("backed up a cluster"), "{stdout}");
     assert_eq!(mode(&backup), 0o700);
     assert_eq!(mode(&backup.join("postgres.dump")), 0o600);
-    assert_eq!(contents(&backup.join("shared")), contents(&scene.fleet));
-    let printed = run(&["verify", text(&backup)]);
-    assert!(printed.contains("accounts   8"), "{printed}");
-    every_damage_is_found(&backup, || crate::harness::refusal(1, &["verify", text(&backup)]));
+    assert_eq!(contents(&backup.join("shared")), contents(&scene.shared));
+    let stdout = run(&["verify", text(&backup)]);
+    assert!(stdout.contains("accounts   8"), "{stdout}");
+    assert_damage_is_found(&backup, || crate::harness::run_failing(1, &["verify", text(&backup)]));
 
-    // Where something is, nothing is overwritten.
+    // A database that is not empty is refused.
     let end = scene.run(&["restore", text(&backup)]);
     assert!(refused(&end).contains("is not empty"), "{end:?}");
     let id = scene.sql("SELECT salt FROM store").await;
 
     let fresh = Postgres::start().await.unwrap();
     let end = scene.run_on(&fresh.url(), &["restore", text(&backup)]);
-    let printed = done(end);
-    assert!(printed.contains("For users this means"), "{printed}");
+    let stdout = done(end);
+    assert!(stdout.contains("For users this means"), "{stdout}");
     assert_ne!(scene.sql("SELECT count(*) FROM job").await, "0");
     assert_eq!(fresh.sql(COUNTS).await.unwrap(), scene.sql(COUNTS).await);
     let packages = "SELECT count(*) FROM key_package WHERE NOT last_resort";
@@ -58,7 +58,7 @@ async fn a_clusters_backup_is_restored_into_an_empty_database() {
     let salt = fresh.sql("SELECT salt FROM store").await.unwrap();
     assert_ne!(salt, id);
 
-    // And after a recovery by other means.
+    // mark-restored begins another history.
     done(scene.run_on(&fresh.url(), &["mark-restored"]));
     assert_ne!(fresh.sql("SELECT salt FROM store").await.unwrap(), salt);
     assert_eq!(fresh.sql(COUNTS).await.unwrap(), scene.sql(COUNTS).await);
@@ -67,10 +67,10 @@ async fn a_clusters_backup_is_restored_into_an_empty_database() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_that_fails_leaves_an_empty_database() {
     let scene = Scene::new(SMALL).await;
-    done(scene.move_node());
-    let backup = scene.place.path("backup");
+    done(scene.transfer_node());
+    let backup = scene.workspace.path("backup");
     done(scene.run(&["backup", text(&backup)]));
-    // The last table cannot be created, and the rest is gone again.
+    // The restore fails after the tables were created.
     let fresh = Postgres::start().await.unwrap();
     fresh
         .sql(
@@ -87,8 +87,8 @@ async fn a_restore_that_fails_leaves_an_empty_database() {
     fresh.sql("DROP EVENT TRIGGER refuse; DROP FUNCTION refuse()").await.unwrap();
     done(scene.run_on(&fresh.url(), &["restore", text(&backup)]));
 
-    // Another cluster's directory is not the one that the accounts need.
-    let other = scene.place.path("other");
+    // The shared directory of another cluster is refused.
+    let other = scene.workspace.path("other");
     run(&["init", "--out", text(&other)]);
     let url = fresh.create_database("another").await.unwrap();
     let end = crate::harness::run_with(
@@ -99,15 +99,15 @@ async fn a_restore_that_fails_leaves_an_empty_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn missing_and_outdated_programs_of_postgres_are_named() {
+async fn missing_and_outdated_client_programs_of_postgres_are_named() {
     let scene = Scene::new(SMALL).await;
-    let backup = scene.place.path("backup");
-    let tools = scene.place.path("tools");
+    let backup = scene.workspace.path("backup");
+    let tools = scene.workspace.path("tools");
     fs::create_dir(&tools).unwrap();
     let url = scene.postgres.url();
     let variables = [
         ("QPQ_POSTGRES__URL", url.as_str()),
-        ("QPQ_CLUSTER__SECRETS_DIR", text(&scene.fleet)),
+        ("QPQ_CLUSTER__SECRETS_DIR", text(&scene.shared)),
         ("PATH", text(&tools)),
     ];
     let end = crate::harness::run_with(&["backup", text(&backup)], &variables);
@@ -119,5 +119,5 @@ async fn missing_and_outdated_programs_of_postgres_are_named() {
     fs::set_permissions(&old, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let end = crate::harness::run_with(&["backup", text(&backup)], &variables);
     assert!(refused(&end).contains("pg_dump is older than the server"), "{end:?}");
-    assert!(!backup.exists() && !scene.place.path("backup.unfinished").exists());
+    assert!(!backup.exists() && !scene.workspace.path("backup.unfinished").exists());
 }

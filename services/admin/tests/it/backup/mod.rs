@@ -6,9 +6,8 @@ mod repeated;
 
 use std::{fs, path::Path};
 
-/// What a cluster's and a node's tests have in common: each file of a backup, damaged in each way, is
-/// named.
-fn every_damage_is_found(backup: &Path, verify: impl Fn() -> String) {
+/// Damages each file of a backup in several ways. `verify` must name the file each time.
+fn assert_damage_is_found(backup: &Path, verify: impl Fn() -> String) {
     let mut files = Vec::new();
     let mut directories = vec![backup.to_owned()];
     while let Some(directory) = directories.pop() {
@@ -29,14 +28,14 @@ fn every_damage_is_found(backup: &Path, verify: impl Fn() -> String) {
                 Some(damaged) => fs::write(&file, damaged).unwrap(),
                 None => fs::remove_file(&file).unwrap(),
             }
-            let said = verify();
-            // The manifest and its hash vouch for each other.
-            assert!(said.contains(name) || said.contains("manifest.json"), "{name}: {said}");
+            let stderr = verify();
+            // A damaged hash of the manifest is reported as damage of the manifest.
+            assert!(stderr.contains(name) || stderr.contains("manifest.json"), "{name}: {stderr}");
         }
         fs::write(&file, good).unwrap();
     }
     fs::write(backup.join("another"), "file").unwrap();
-    let said = verify();
-    assert!(said.contains("no part of the backup: another"), "{said}");
+    let stderr = verify();
+    assert!(stderr.contains("not part of the backup: another"), "{stderr}");
     fs::remove_file(backup.join("another")).unwrap();
 }

@@ -1,4 +1,4 @@
-//! A single server's backup: of a store in use, restored as it was, but for what a restore changes.
+//! Backups of a single node: of a store in use, and the contents after a restore.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -8,9 +8,9 @@ use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View}
 use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
 use rand::{SeedableRng as _, rngs::StdRng};
 
-use super::every_damage_is_found;
+use super::assert_damage_is_found;
 use crate::{
-    harness::{Place, contents, mode, refusal, run, run_with, text},
+    harness::{Workspace, contents, mode, run, run_failing, run_with, text},
     transfer::{
         content::{Amount, Content},
         scene::embedded,
@@ -19,9 +19,9 @@ use crate::{
 
 const SMALL: Amount = Amount { people: 8, acts: 120, payload: 3_000 };
 
-/// A node with something in it, and a server's store that uses it.
+/// A single node with contents, and an open store on it.
 pub(super) struct Node {
-    pub(super) place: Place,
+    pub(super) workspace: Workspace,
     pub(super) dir: PathBuf,
     pub(super) store: EmbeddedStore,
     pub(super) content: Content,
@@ -29,8 +29,8 @@ pub(super) struct Node {
 
 impl Node {
     pub(super) async fn new() -> Self {
-        let (place, made) = Place::with_fleet();
-        let dir = place.path("node");
+        let (workspace, made) = Workspace::with_shared_dir();
+        let dir = workspace.path("node");
         fs::create_dir(&dir).unwrap();
         for name in ["opaque-setup.bin", "delivery-key.bin", "server-cert.der", "server-key.der"] {
             fs::copy(made.join(name), dir.join(name)).unwrap();
@@ -38,19 +38,19 @@ impl Node {
         let store = embedded(&dir).await;
         let random = StdRng::from_entropy();
         let content = Content::fill(&store.stores(), SMALL, random).await;
-        Self { place, dir, store, content }
+        Self { workspace, dir, store, content }
     }
 
-    /// Backs the node up to `name`.
+    /// Backs up the node to `name`.
     pub(super) fn back_up(&self, name: &str) -> PathBuf {
-        let backup = self.place.path(name);
+        let backup = self.workspace.path(name);
         run(&["backup", text(&backup), "--data-dir", text(&self.dir)]);
         backup
     }
 }
 
-/// Both show the same accounts and inboxes, in another history, and the second has no one-time
-/// KeyPackage.
+/// Asserts that both stores have the same accounts and inboxes and different store ids, and that
+/// the second has no one-time KeyPackages.
 async fn assert_restored(content: &Content, one: &EmbeddedStore, two: &EmbeddedStore) {
     let (one, two) = (one.stores(), two.stores());
     content.compare_accounts(&one, &two).await;
@@ -58,23 +58,23 @@ async fn assert_restored(content: &Content, one: &EmbeddedStore, two: &EmbeddedS
     assert_ne!(one.maintenance.store_id(), two.maintenance.store_id());
     for identity in content.identities() {
         let taken = two.key_packages.take(&identity, content.now()).await.unwrap();
-        assert!(taken.is_none_or(|taken| taken.last_resort), "it may have been given out before");
+        assert!(taken.is_none_or(|taken| taken.last_resort), "it may have been handed out before");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_of_a_store_in_use_is_restored_as_it_was() {
+async fn a_backup_of_a_store_in_use_is_restored_with_the_same_contents() {
     let node = Node::new().await;
     let backup = node.back_up("backup");
     assert_eq!(mode(&backup), 0o700);
     for name in contents(&backup).keys() {
         assert_eq!(mode(&backup.join(name)), 0o600, "{name}");
     }
-    let printed = run(&["verify", text(&backup)]);
-    assert!(printed.contains("is complete and undamaged") && printed.contains("accounts   8"));
-    let there = node.place.path("there");
-    let printed = run(&["restore", text(&backup), "--data-dir", text(&there)]);
-    assert!(printed.contains("For users this means") && printed.contains("(new)"), "{printed}");
+    let stdout = run(&["verify", text(&backup)]);
+    assert!(stdout.contains("is complete and undamaged") && stdout.contains("accounts   8"));
+    let there = node.workspace.path("there");
+    let stdout = run(&["restore", text(&backup), "--data-dir", text(&there)]);
+    assert!(stdout.contains("For users this means") && stdout.contains("(new)"), "{stdout}");
     let names: Vec<_> = contents(&there).into_keys().collect();
     let expected = [
         "delivery-key.bin",
@@ -90,15 +90,15 @@ async fn a_backup_of_a_store_in_use_is_restored_as_it_was() {
     }
     let restored = embedded(&there).await;
     assert_restored(&node.content, &node.store, &restored).await;
-    // Its own backup is as good.
+    // A restored directory can be backed up again.
     restored.close().await;
-    let again = node.place.path("again");
+    let again = node.workspace.path("again");
     run(&["backup", text(&again), "--data-dir", text(&there)]);
     run(&["verify", text(&again)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_under_load_shows_one_commit_and_all_that_was_acknowledged_before_it() {
+async fn a_backup_under_load_contains_one_commit_with_all_earlier_messages() {
     let node = Node::new().await;
     let inbox = node.content.identities().next().unwrap();
     let read = ReadQuery { reader: Reader::single(inbox), view: View::All };
@@ -122,7 +122,7 @@ async fn a_backup_under_load_shows_one_commit_and_all_that_was_acknowledged_befo
     };
     let before = stores.inboxes.enqueue(Batch::new((0..50).map(message).collect())).await.unwrap();
     let before: Vec<Seq> = before.iter().map(accepted).collect();
-    let (backup, dir) = (node.place.path("backup"), node.dir.clone());
+    let (backup, dir) = (node.workspace.path("backup"), node.dir.clone());
     let to = backup.clone();
     let mut backing_up = tokio::task::spawn_blocking(move || {
         run(&["backup", text(&to), "--data-dir", text(&dir)]);
@@ -137,7 +137,7 @@ async fn a_backup_under_load_shows_one_commit_and_all_that_was_acknowledged_befo
     }
     (&mut backing_up).await.unwrap();
     run(&["verify", text(&backup)]);
-    let there = node.place.path("there");
+    let there = node.workspace.path("there");
     run(&["restore", text(&backup), "--data-dir", text(&there)]);
     let restored = embedded(&there).await;
     let mut seqs = Vec::new();
@@ -150,71 +150,74 @@ async fn a_backup_under_load_shows_one_commit_and_all_that_was_acknowledged_befo
             break;
         }
     }
-    assert!(before.iter().all(|seq| seqs.contains(seq)), "acknowledged before, and not in it");
+    assert!(
+        before.iter().all(|seq| seqs.contains(seq)),
+        "a message acknowledged before the backup is missing"
+    );
     let first = before[0].0;
     let fresh: Vec<_> = seqs.iter().map(|seq| seq.0).filter(|seq| *seq >= first).collect();
     let end = *fresh.last().unwrap();
-    assert_eq!(fresh, (first..=end).collect::<Vec<_>>(), "one commit, without a gap");
-    assert!(end < last.0, "messages went on being accepted while the backup was made");
+    assert_eq!(fresh, (first..=end).collect::<Vec<_>>(), "the seqs of one commit have no gap");
+    assert!(end < last.0, "messages are accepted during the backup");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn damage_to_any_part_of_a_backup_is_found() {
+async fn damage_to_any_part_of_a_backup_is_reported() {
     let node = Node::new().await;
     let backup = node.back_up("backup");
-    every_damage_is_found(&backup, || refusal(1, &["verify", text(&backup)]));
+    assert_damage_is_found(&backup, || run_failing(1, &["verify", text(&backup)]));
     run(&["verify", text(&backup)]);
-    // What is restored is verified first.
+    // restore verifies the backup first.
     fs::write(backup.join("delivery-key.bin"), [7; 32]).unwrap();
-    let there = node.place.path("there");
-    let said = refusal(1, &["restore", text(&backup), "--data-dir", text(&there)]);
-    assert!(said.contains("delivery-key.bin is damaged"), "{said}");
+    let there = node.workspace.path("there");
+    let stderr = run_failing(1, &["restore", text(&backup), "--data-dir", text(&there)]);
+    assert!(stderr.contains("delivery-key.bin is damaged"), "{stderr}");
     assert!(!there.exists());
-    let said = refusal(1, &["verify", text(&node.dir)]);
-    assert!(said.contains("is no finished backup"), "{said}");
+    let stderr = run_failing(1, &["verify", text(&node.dir)]);
+    assert!(stderr.contains("is not a complete backup"), "{stderr}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_overwritten_and_half_a_backup_never_has_its_name() {
+async fn an_incomplete_backup_never_has_the_final_name_and_no_file_is_overwritten() {
     let node = Node::new().await;
-    let backup = node.place.path("backup");
-    // As a run that was killed leaves it.
-    let unfinished = node.place.path("backup.unfinished");
+    let backup = node.workspace.path("backup");
+    // The state after a killed run.
+    let unfinished = node.workspace.path("backup.unfinished");
     fs::create_dir(&unfinished).unwrap();
     fs::write(unfinished.join("qpq.db"), "half").unwrap();
     fs::write(unfinished.join("lock"), "").unwrap();
     node.back_up("backup");
     assert!(!unfinished.exists());
     let before = contents(&backup);
-    let said = refusal(1, &["backup", text(&backup), "--data-dir", text(&node.dir)]);
-    assert!(said.contains("exists already"), "{said}");
+    let stderr = run_failing(1, &["backup", text(&backup), "--data-dir", text(&node.dir)]);
+    assert!(stderr.contains("exists already"), "{stderr}");
     assert_eq!(contents(&backup), before);
 
-    // One at work is not disturbed.
-    fs::create_dir(node.place.path("other.unfinished")).unwrap();
-    let lock = fs::File::create(node.place.path("other.unfinished/lock")).unwrap();
+    // A backup that another run is writing is refused.
+    fs::create_dir(node.workspace.path("other.unfinished")).unwrap();
+    let lock = fs::File::create(node.workspace.path("other.unfinished/lock")).unwrap();
     lock.lock().unwrap();
-    let other = node.place.path("other");
-    let said = refusal(1, &["backup", text(&other), "--data-dir", text(&node.dir)]);
-    assert!(said.contains("another run of this"), "{said}");
+    let other = node.workspace.path("other");
+    let stderr = run_failing(1, &["backup", text(&other), "--data-dir", text(&node.dir)]);
+    assert!(stderr.contains("another run writes"), "{stderr}");
     drop(lock);
 
-    // One that fails leaves nothing.
+    // A backup that fails leaves no files.
     fs::remove_file(node.dir.join("opaque-setup.bin")).unwrap();
-    let said = refusal(1, &["backup", text(&other), "--data-dir", text(&node.dir)]);
-    assert!(said.contains("opaque-setup.bin is missing"), "{said}");
-    assert!(!other.exists() && !node.place.path("other.unfinished").exists());
-    let empty = node.place.path("empty");
+    let stderr = run_failing(1, &["backup", text(&other), "--data-dir", text(&node.dir)]);
+    assert!(stderr.contains("opaque-setup.bin is missing"), "{stderr}");
+    assert!(!other.exists() && !node.workspace.path("other.unfinished").exists());
+    let empty = node.workspace.path("empty");
     fs::create_dir(&empty).unwrap();
-    let said = refusal(1, &["backup", text(&other), "--data-dir", text(&empty)]);
-    assert!(said.contains("holds no server's data"), "{said}");
+    let stderr = run_failing(1, &["backup", text(&other), "--data-dir", text(&empty)]);
+    assert!(stderr.contains("holds no server's data"), "{stderr}");
 }
 
-/// A limit on the size of files, which SQLite meets as it meets a full disk.
+/// Simulates a full disk by a limit on the size of files.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_is_full_leaves_nothing_behind() {
+async fn a_backup_to_a_full_disk_leaves_no_files() {
     let node = Node::new().await;
-    let backup = node.place.path("backup");
+    let backup = node.workspace.path("backup");
     let script = format!(
         "trap '' XFSZ; ulimit -f 64; exec '{}' backup '{}' --data-dir '{}'",
         env!("CARGO_BIN_EXE_qpq-admin"),
@@ -223,59 +226,59 @@ async fn a_disk_that_is_full_leaves_nothing_behind() {
     );
     let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(!backup.exists() && !node.place.path("backup.unfinished").exists());
+    assert!(!backup.exists() && !node.workspace.path("backup.unfinished").exists());
     node.back_up("backup");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_directory_in_use_or_with_something_in_it_is_refused_unless_told() {
+async fn a_directory_in_use_or_not_empty_is_refused_without_replace() {
     let node = Node::new().await;
     let backup = node.back_up("backup");
     let target = node.dir.clone();
     let restore = ["restore", text(&backup), "--data-dir", text(&target)];
-    let said = refusal(1, &[&restore[..], &["--replace"]].concat());
-    assert!(said.contains("in use by another server"), "{said}");
-    let Node { place, dir, store, content } = node;
+    let stderr = run_failing(1, &[&restore[..], &["--replace"]].concat());
+    assert!(stderr.contains("in use by another server"), "{stderr}");
+    let Node { workspace, dir, store, content } = node;
     store.close().await;
     let before = contents(&dir);
-    let said = refusal(1, &restore);
-    assert!(said.contains("is not empty") && said.contains("--replace"), "{said}");
+    let stderr = run_failing(1, &restore);
+    assert!(stderr.contains("is not empty") && stderr.contains("--replace"), "{stderr}");
     assert_eq!(contents(&dir), before);
 
-    let printed = run(&[&restore[..], &["--replace"]].concat());
+    let stdout = run(&[&restore[..], &["--replace"]].concat());
     let aside: Vec<_> = fs::read_dir(&dir)
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.is_dir())
         .collect();
     assert_eq!(aside.len(), 1, "{aside:?}");
-    assert!(printed.contains(text(&aside[0])), "{printed}");
-    // Both can be used: what was restored, and what was there.
+    assert!(stdout.contains(text(&aside[0])), "{stdout}");
+    // Both the restored and the previous data can be used.
     let (restored, old) = (embedded(&dir).await, embedded(&aside[0]).await);
     assert_restored(&content, &old, &restored).await;
-    drop(place);
+    drop(workspace);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cold_copy_is_marked_as_restored() {
-    let Node { place, dir, store, content } = Node::new().await;
-    let said = refusal(1, &["mark-restored", "--data-dir", text(&dir)]);
-    assert!(said.contains("in use by another server"), "{said}");
+async fn mark_restored_begins_another_history_in_a_cold_copy() {
+    let Node { workspace, dir, store, content } = Node::new().await;
+    let stderr = run_failing(1, &["mark-restored", "--data-dir", text(&dir)]);
+    assert!(stderr.contains("in use by another server"), "{stderr}");
     store.close().await;
-    let copy = place.path("copy");
+    let copy = workspace.path("copy");
     fs::create_dir(&copy).unwrap();
     for (name, bytes) in contents(&dir) {
         fs::write(copy.join(name), bytes).unwrap();
     }
     let end = run_with(&["mark-restored"], &[("QPQ_DATA_DIR", text(&copy))]);
-    assert_eq!((end.code, end.said.as_str()), (Some(0), ""), "{end:?}");
+    assert_eq!((end.code, end.stderr.as_str()), (Some(0), ""), "{end:?}");
     let (one, two) = (embedded(&dir).await, embedded(&copy).await);
     assert_restored(&content, &one, &two).await;
-    let said = refusal(1, &["mark-restored", "--data-dir", text(&place.path("none"))]);
-    assert!(said.contains("holds no server's data"), "{said}");
+    let stderr = run_failing(1, &["mark-restored", "--data-dir", text(&workspace.path("none"))]);
+    assert!(stderr.contains("holds no server's data"), "{stderr}");
 }
 
-/// What a restore that was interrupted left is no server's.
+/// Returns whether no server starts in `dir` because a restore has not finished.
 pub(super) async fn refuses_to_open(dir: &std::path::Path) -> bool {
     matches!(EmbeddedStore::open(dir, Limits::default()).await, Err(OpenError::Restoring(_)))
 }

@@ -1,5 +1,5 @@
-//! Backups and restores that are killed: each can be repeated, and no directory starts as if the
-//! restore had ended.
+//! Killed backups and restores: each can be repeated, and no server starts in the directory of an
+//! unfinished restore.
 
 use std::{
     fs,
@@ -26,12 +26,12 @@ fn start(arguments: &[&str]) -> Child {
         .unwrap()
 }
 
-/// Kills the child once `is_there`; false if it ended before.
-fn kill_once(child: &mut Child, is_there: impl Fn() -> bool) -> bool {
+/// Kills the child as soon as `is_reached`. Returns false if the child ended before.
+fn kill_once(child: &mut Child, is_reached: impl Fn() -> bool) -> bool {
     loop {
-        if is_there() {
+        if is_reached() {
             child.kill().unwrap();
-            // It may have ended between the look and the blow.
+            // The child may have ended before the kill.
             return child.wait().unwrap().code().is_none();
         }
         if child.try_wait().unwrap().is_some() {
@@ -42,10 +42,10 @@ fn kill_once(child: &mut Child, is_there: impl Fn() -> bool) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_is_killed_has_no_name_and_can_be_repeated() {
+async fn a_killed_backup_does_not_have_the_final_name_and_can_be_repeated() {
     let node = Node::new().await;
-    let unfinished = node.place.path("backup.unfinished");
-    let backup = node.place.path("backup");
+    let unfinished = node.workspace.path("backup.unfinished");
+    let backup = node.workspace.path("backup");
     let mut killed = 0;
     for part in ["lock", "qpq.db", "opaque-setup.bin", "manifest.json"] {
         let mut child = start(&["backup", text(&backup), "--data-dir", text(&node.dir)]);
@@ -53,7 +53,7 @@ async fn a_backup_that_is_killed_has_no_name_and_can_be_repeated() {
             killed += 1;
             assert!(!backup.exists());
         } else {
-            // It was faster than this test: the next one begins where it did.
+            // The backup ended before the kill. The next run needs the same start.
             run(&["verify", text(&backup)]);
             fs::remove_dir_all(&backup).unwrap();
         }
@@ -64,9 +64,9 @@ async fn a_backup_that_is_killed_has_no_name_and_can_be_repeated() {
     assert!(!unfinished.exists());
 }
 
-/// Restores once more, to the end; the result is what was backed up.
-async fn ends_well(node: &Node, backup: &Path, dir: &Path, replace: &[&str]) {
-    assert!(refuses_to_open(dir).await, "no server starts on half a restore");
+/// Asserts that another restore succeeds and restores the contents of the backup.
+async fn assert_restore_completes(node: &Node, backup: &Path, dir: &Path, replace: &[&str]) {
+    assert!(refuses_to_open(dir).await, "no server starts in an unfinished restore");
     let arguments = ["restore", text(backup), "--data-dir", text(dir)];
     run(&[&arguments[..], replace].concat());
     assert!(!dir.join(RESTORING_FILE).exists() && !dir.join("restoring").exists());
@@ -79,7 +79,7 @@ async fn ends_well(node: &Node, backup: &Path, dir: &Path, replace: &[&str]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restore_that_is_killed_can_be_repeated_and_never_starts_half() {
+async fn no_server_starts_after_a_killed_restore_until_it_is_repeated() {
     let node = Node::new().await;
     let backup = node.back_up("backup");
     let mut killed = 0;
@@ -92,14 +92,14 @@ async fn a_restore_that_is_killed_can_be_repeated_and_never_starts_half() {
         "server-key.der",
     ];
     for (number, mark) in marks.iter().enumerate() {
-        let dir = node.place.path(&format!("there{number}"));
+        let dir = node.workspace.path(&format!("there{number}"));
         let mut child = start(&["restore", text(&backup), "--data-dir", text(&dir)]);
         if kill_once(&mut child, || dir.join(mark).exists()) {
             if dir.join(RESTORING_FILE).exists() {
                 killed += 1;
-                ends_well(&node, &backup, &dir, &[]).await;
+                assert_restore_completes(&node, &backup, &dir, &[]).await;
             } else {
-                // Killed between its last step and its end.
+                // The restore had completed its last step.
                 embedded(&dir).await.close().await;
             }
         }
@@ -107,12 +107,12 @@ async fn a_restore_that_is_killed_can_be_repeated_and_never_starts_half() {
     assert!(killed > 0);
 }
 
-/// The states that a kill leaves only for an instant, made by hand.
+/// Creates the states of a kill by hand, because most of them exist only for an instant.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replacement_goes_on_from_every_step() {
+async fn a_restore_with_replace_completes_after_a_kill_in_any_step() {
     let node = Node::new().await;
     let backup = node.back_up("backup");
-    let old = node.place.path("old");
+    let old = node.workspace.path("old");
     run(&["restore", text(&backup), "--data-dir", text(&old)]);
     let files = contents(&old);
     let aside = "before-restore-1";
@@ -124,25 +124,26 @@ async fn a_replacement_goes_on_from_every_step() {
         ("clearing before-restore-1\n", &["--replace"]),
     ];
     for (number, (step, replace)) in steps.into_iter().enumerate() {
-        let dir = node.place.path(&format!("dir{number}"));
+        let dir = node.workspace.path(&format!("dir{number}"));
         fs::create_dir_all(dir.join(aside)).unwrap();
         fs::create_dir(dir.join("restoring")).unwrap();
         fs::write(dir.join("restoring/qpq.db"), "half of it").unwrap();
         let is_cleared = step.starts_with("placing");
-        for (place, (name, bytes)) in files.iter().enumerate() {
-            // Half of what was there is aside already; of what is placed, half is there.
-            let at = if is_cleared || place % 2 == 0 { dir.join(aside) } else { dir.clone() };
+        for (index, (name, bytes)) in files.iter().enumerate() {
+            // Half of the previous files were moved. In the placing step half of the new ones are
+            // placed.
+            let at = if is_cleared || index % 2 == 0 { dir.join(aside) } else { dir.clone() };
             fs::write(at.join(name), bytes).unwrap();
-            if is_cleared && place % 2 == 0 {
-                fs::write(dir.join(name), "placed, and perhaps not whole").unwrap();
+            if is_cleared && index % 2 == 0 {
+                fs::write(dir.join(name), "placed, possibly incomplete").unwrap();
             }
         }
         fs::write(dir.join(RESTORING_FILE), step).unwrap();
-        ends_well(&node, &backup, &dir, replace).await;
+        assert_restore_completes(&node, &backup, &dir, replace).await;
         if step.contains(aside) {
             let kept = contents(&dir.join(aside));
             for name in ["qpq.db", "opaque-setup.bin", "server-key.der"] {
-                assert!(kept[name] == files[name], "{step}: {name} is as it was before");
+                assert!(kept[name] == files[name], "{step}: {name} is unchanged");
             }
         }
     }

@@ -1,5 +1,5 @@
-//! A store's content, made at random through its ports, and the question whether two stores answer
-//! the same to whatever can be asked about it.
+//! Random contents of a store, created through its ports, and the comparison of two stores by the
+//! results of all queries.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -20,17 +20,17 @@ const JOB: JobKind = JobKind::new("test");
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// How much there is.
+/// The amount of contents.
 #[derive(Clone, Copy)]
 pub(crate) struct Amount {
     pub(crate) people: usize,
-    /// Things that people do.
+    /// The number of random operations.
     pub(crate) acts: usize,
-    /// Bytes of the largest payload.
+    /// The size of the largest payload, in bytes.
     pub(crate) payload: usize,
 }
 
-/// What was put into a store, as far as one can ask about it.
+/// The contents of a store, as far as queries can return them.
 pub(crate) struct Content {
     people: Vec<(NewAccount, AccountId)>,
     tokens: Vec<TokenHash>,
@@ -53,7 +53,7 @@ async fn accept(stores: &Stores, messages: Vec<NewMessage>) -> Vec<Enqueued> {
 }
 
 impl Content {
-    /// Registers people and lets them do things.
+    /// Registers accounts and runs random operations of them.
     pub(crate) async fn fill(stores: &Stores, amount: Amount, random: StdRng) -> Self {
         let now = UnixMillis(1_800_000_000_000);
         let (people, tokens, messages, packages) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -78,7 +78,7 @@ impl Content {
         content
     }
 
-    /// The user names.
+    /// Returns the usernames.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.people.iter().map(|(person, _)| person.username.as_str())
     }
@@ -123,9 +123,9 @@ impl Content {
     }
 
     fn message(&mut self, largest: usize) -> NewMessage {
-        let sender = self.somebody();
+        let sender = self.random_person();
         let recipient = self.people[sender].0.identity;
-        let sender = self.somebody();
+        let sender = self.random_person();
         let size = self.random.gen_range(0..=largest);
         let payload = self.bytes(size);
         NewMessage {
@@ -157,7 +157,7 @@ impl Content {
     }
 
     async fn log_in(&mut self, stores: &Stores) {
-        let person = self.somebody();
+        let person = self.random_person();
         let token = TokenHash::new(self.random.r#gen());
         let session = Session {
             account: self.people[person].1,
@@ -180,7 +180,7 @@ impl Content {
     }
 
     async fn upload(&mut self, stores: &Stores) {
-        let person = self.somebody();
+        let person = self.random_person();
         let packages: Vec<_> = (0..self.random.gen_range(1..6))
             .map(|_| NewKeyPackage {
                 fingerprint: self.random.r#gen(),
@@ -223,12 +223,12 @@ impl Content {
     }
 
     async fn take(&mut self, stores: &Stores) {
-        let person = self.somebody();
+        let person = self.random_person();
         stores.key_packages.take(&self.people[person].0.identity, self.now).await.unwrap();
     }
 
-    fn somebody(&mut self) -> usize {
-        // Some are more popular than others.
+    fn random_person(&mut self) -> usize {
+        // Some accounts are chosen more often than others.
         let most = self.random.gen_range(0..self.people.len());
         self.random.gen_range(0..=most)
     }
@@ -246,7 +246,7 @@ impl Content {
         bytes
     }
 
-    /// Asks both stores the same, first what changes nothing, then what does.
+    /// Compares the results of both stores: first of reads, then of operations that change them.
     pub(crate) async fn compare(&self, one: &Stores, two: &Stores) {
         self.compare_accounts(one, two).await;
         for at in [self.now, self.now.plus(2 * HOUR)] {
@@ -290,11 +290,11 @@ impl Content {
                     let limit = PageLimit { messages: 50, bytes: 100_000 };
                     let peek = async |stores: &Stores| {
                         let page = stores.inboxes.peek(read, after, limit, at).await.unwrap();
-                        // Each store has an id of its own.
+                        // The store ids differ.
                         Page { store_id: StoreId::new([0; 16]), ..page }
                     };
                     let page: Page = peek(one).await;
-                    assert_eq!(page, peek(two).await, "{view:?} behind {after:?}, page {pages}");
+                    assert_eq!(page, peek(two).await, "{view:?} after {after:?}, page {pages}");
                     pages += 1;
                     match page.envelopes.last() {
                         Some(last) if page.more => after = last.seq,
@@ -315,8 +315,8 @@ impl Content {
             let stock =
                 async |stores: &Stores, id| stores.key_packages.stock(id, now).await.unwrap();
             assert_eq!(stock(one, first[n]).await, stock(two, second[n]).await);
-            // What was given out may not come back, what is there is there already, what has
-            // expired may.
+            // A package that was handed out is refused, a stored one is ignored, an expired one
+            // is accepted again.
             for (_, package) in self.packages.iter().filter(|(owner, _)| *owner == n) {
                 let upload = async |stores: &Stores, id| {
                     let packages = vec![package.clone()];
@@ -366,7 +366,7 @@ impl Content {
             let fetch = async |stores: &Stores| {
                 let limit = PageLimit { messages: 5, bytes: 1 << 20 };
                 let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
-                // Each store has an id of its own.
+                // The store ids differ.
                 let page = Page { store_id: StoreId::new([0; 16]), ..lease.page().clone() };
                 lease.complete(self.now).await.unwrap();
                 let up_to = page.envelopes.last().map(|last| Seq(last.seq.0 + 3));
@@ -384,8 +384,7 @@ impl Content {
         self.compare_inboxes(one, two, self.now).await;
     }
 
-    /// Every message once more, those that are gone included; and each inbox goes on with the next
-    /// seq.
+    /// Compares repeats of every message, including removed ones, and the next seq of each inbox.
     async fn compare_repeats(&self, one: &Stores, two: &Stores) {
         let mut duplicates = 0;
         for messages in self.messages.chunks(100) {
@@ -399,7 +398,7 @@ impl Content {
             duplicates +=
                 outcomes.iter().filter(|outcome| matches!(outcome, Enqueued::Duplicate(_))).count();
         }
-        assert!(duplicates > 0, "none was known");
+        assert!(duplicates > 0, "no repeat was recognised");
         for (person, _) in &self.people {
             let again = async |stores: &Stores| match stores
                 .accounts
@@ -424,25 +423,25 @@ impl Content {
                     let account = stores.accounts.by_identity(&session.identity).await.unwrap();
                     assert_eq!(account.map(|account| account.id), Some(session.account));
                 }
-                // Whose it is both have been asked; the number is each store's own.
+                // The account was compared above. Each store has its own account numbers.
                 found.map(|session| Session { account: AccountId(0), ..session })
             };
             let session = look(one).await;
             assert_eq!(session, look(two).await);
             there += usize::from(session.is_some());
         }
-        assert!(there > 0, "nobody was logged in");
+        assert!(there > 0, "no session was found");
         let mut ended: HashMap<&str, [u32; 2]> = HashMap::new();
-        for (place, stores) in [one, two].into_iter().enumerate() {
+        for (index, stores) in [one, two].into_iter().enumerate() {
             for (name, id) in self.names().zip(self.accounts(stores).await) {
-                ended.entry(name).or_default()[place] =
+                ended.entry(name).or_default()[index] =
                     stores.sessions.revoke_all(id).await.unwrap();
             }
         }
         assert!(ended.values().all(|[first, second]| first == second), "{ended:?}");
     }
 
-    /// The numbers that a store has given.
+    /// Returns the account numbers of a store.
     async fn accounts(&self, stores: &Stores) -> Vec<AccountId> {
         let mut accounts = Vec::new();
         for identity in self.identities() {

@@ -1,4 +1,4 @@
-//! A node with something in it, a cluster with nothing, and the program between them.
+//! A single node with contents, an empty cluster, and the command that transfers the node.
 
 use std::{
     fs,
@@ -16,14 +16,14 @@ use qpq_test_services::{Nats, Postgres, Redis};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use super::content::{Amount, Content};
-use crate::harness::{End, Place, run, run_with, text};
+use crate::harness::{RunOutput, Workspace, run, run_with, text};
 
 pub(crate) struct Scene {
-    pub(crate) place: Place,
-    /// The data directory of a server that ran alone.
+    pub(crate) workspace: Workspace,
+    /// The data directory of the single node.
     pub(crate) node: PathBuf,
-    /// The directory of the cluster that was made from it.
-    pub(crate) fleet: PathBuf,
+    /// The shared directory of the cluster, created from the node.
+    pub(crate) shared: PathBuf,
     pub(crate) postgres: Postgres,
     pub(crate) content: Content,
     pub(crate) random: StdRng,
@@ -32,12 +32,12 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) async fn new(amount: Amount) -> Self {
         let seed = rand::random();
-        // For whoever wants to see a failure again.
+        // To reproduce a failure.
         io::stderr().write_all(format!("seed {seed}\n").as_bytes()).unwrap();
         let mut random = StdRng::seed_from_u64(seed);
-        // What a server keeps beside its database is what a cluster shares.
-        let (place, made) = Place::with_fleet();
-        let node = place.path("node");
+        // A single node has the same secrets as a cluster, in addition to its database.
+        let (workspace, made) = Workspace::with_shared_dir();
+        let node = workspace.path("node");
         fs::create_dir(&node).unwrap();
         for name in ["opaque-setup.bin", "delivery-key.bin", "server-cert.der", "server-key.der"] {
             fs::copy(made.join(name), node.join(name)).unwrap();
@@ -46,12 +46,12 @@ impl Scene {
         let content =
             Content::fill(&store.stores(), amount, StdRng::from_seed(random.r#gen())).await;
         store.close().await;
-        let fleet = place.path("cluster");
-        run(&["init", "--out", text(&fleet), "--from", text(&node)]);
+        let shared = workspace.path("cluster");
+        run(&["init", "--out", text(&shared), "--from", text(&node)]);
         let scene = Self {
-            place,
+            workspace,
             node,
-            fleet,
+            shared,
             postgres: Postgres::start().await.unwrap(),
             content,
             random,
@@ -62,12 +62,12 @@ impl Scene {
 
     pub(crate) fn migrate(&self) {
         let end = self.run(&["migrate"]);
-        assert_eq!((end.code, end.said.as_str()), (Some(0), ""), "{end:?}");
+        assert_eq!((end.code, end.stderr.as_str()), (Some(0), ""), "{end:?}");
     }
 
-    /// Another copy of a directory.
+    /// Copies a directory.
     pub(crate) fn copy(&self, of: &Path, name: &str) -> PathBuf {
-        let copy = self.place.path(name);
+        let copy = self.workspace.path(name);
         fs::create_dir(&copy).unwrap();
         for entry in fs::read_dir(of).unwrap() {
             let path = entry.unwrap().path();
@@ -76,43 +76,43 @@ impl Scene {
         copy
     }
 
-    /// Runs a command with the cluster's settings.
-    pub(crate) fn run(&self, arguments: &[&str]) -> End {
+    /// Runs a command with the settings of the cluster.
+    pub(crate) fn run(&self, arguments: &[&str]) -> RunOutput {
         self.run_on(&self.postgres.url(), arguments)
     }
 
-    /// The same on another database.
-    pub(crate) fn run_on(&self, url: &str, arguments: &[&str]) -> End {
+    /// Runs a command with another database.
+    pub(crate) fn run_on(&self, url: &str, arguments: &[&str]) -> RunOutput {
         run_with(
             arguments,
-            &[("QPQ_POSTGRES__URL", url), ("QPQ_CLUSTER__SECRETS_DIR", text(&self.fleet))],
+            &[("QPQ_POSTGRES__URL", url), ("QPQ_CLUSTER__SECRETS_DIR", text(&self.shared))],
         )
     }
 
-    /// Moves the node.
-    pub(crate) fn move_node(&self) -> End {
+    /// Transfers the node to the cluster.
+    pub(crate) fn transfer_node(&self) -> RunOutput {
         self.run(&["migrate-to-cluster", "--from", text(&self.node)])
     }
 
-    /// What is said when moving it is refused, which leaves nothing behind.
-    pub(crate) async fn refused(&self) -> String {
-        let end = self.move_node();
-        assert_eq!((end.code, end.printed.as_str()), (Some(1), ""), "{end:?}");
+    /// Asserts that a transfer fails and leaves no tables or mark. Returns its standard error.
+    pub(crate) async fn failing_transfer(&self) -> String {
+        let end = self.transfer_node();
+        assert_eq!((end.code, end.stdout.as_str()), (Some(1), ""), "{end:?}");
         assert_eq!(
             self.sql("SELECT count(*) FROM pg_class WHERE relname LIKE 'import\\_%'").await,
             "0"
         );
         assert!(!self.is_marked());
-        end.said
+        end.stderr
     }
 
-    /// Begins to move the node.
-    pub(crate) fn start_moving(&self) -> Child {
+    /// Starts a transfer of the node.
+    pub(crate) fn start_transfer(&self) -> Child {
         Command::new(env!("CARGO_BIN_EXE_qpq-admin"))
             .args(["migrate-to-cluster", "--from", text(&self.node)])
             .env_clear()
             .env("QPQ_POSTGRES__URL", self.postgres.url())
-            .env("QPQ_CLUSTER__SECRETS_DIR", text(&self.fleet))
+            .env("QPQ_CLUSTER__SECRETS_DIR", text(&self.shared))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -128,13 +128,13 @@ impl Scene {
         self.postgres.sql(sql).await.unwrap()
     }
 
-    /// What the node's content comes to.
+    /// Returns the row counts and hashes of the node.
     pub(crate) async fn digests(&self) -> Digests {
         Export::open(&self.node).await.unwrap().digests(|| {}).await.unwrap()
     }
 }
 
-/// An edge's two other servers.
+/// The other stores of an edge: Redis and NATS.
 pub(crate) struct Edge {
     redis: Redis,
     nats: Nats,
@@ -147,7 +147,7 @@ impl Edge {
 
     pub(crate) async fn store(&self, scene: &Scene) -> ClusterStore {
         let endpoint = |url: String| Endpoint { url, password: None, ca: None };
-        let setup = fs::read(scene.fleet.join("opaque-setup.bin")).unwrap();
+        let setup = fs::read(scene.shared.join("opaque-setup.bin")).unwrap();
         let config = Config {
             postgres: endpoint(scene.postgres.url()),
             redis: endpoint(self.redis.url()),
@@ -156,7 +156,7 @@ impl Edge {
             postgres_timeout: Duration::from_secs(20),
             redis_timeout: Duration::from_secs(20),
             start_timeout: Duration::from_secs(60),
-            namespace: "moving".into(),
+            namespace: "transfer".into(),
             migrate: Migrate::Never,
             opaque_setup: OPAQUE_SETUP.fingerprint(&setup),
             limits: qpq_store_cluster::Limits::default(),
