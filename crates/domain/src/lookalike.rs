@@ -66,7 +66,7 @@ impl Username {
 
     /// Returns whether the name can be displayed without a mark.
     ///
-    /// It can if it passes the strictest rule for new names and cannot be confused with `you`, the
+    /// Such a name passes the strictest rule for new names and cannot be confused with `you`, the
     /// word that displays use for the reader's own account.
     pub fn is_plain(&self) -> bool {
         self.check_new(UsernameScripts::HighlyRestrictive).is_ok()

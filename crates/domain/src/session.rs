@@ -9,7 +9,7 @@ use crate::ids::{WrongLength, exact};
 
 /// The bearer secret of a session.
 ///
-/// It has no `Display`, its `Debug` is redacted, and its memory is overwritten when it is dropped.
+/// The type has no `Display` and a redacted `Debug`. Its memory is overwritten on drop.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
 pub struct SessionToken([u8; 32]);
 

@@ -12,7 +12,7 @@
 //! | `manifest.json` | `manifest::Manifest`: versions, the time, and size and SHA-256 of every part |
 //! | `manifest.sha256` | SHA-256 of the manifest, for `sha256sum -c` |
 //!
-//! It is written as `NAME.unfinished`, made durable, and then renamed.
+//! The directory is written as `NAME.unfinished`, made durable, and then renamed.
 
 mod cluster;
 mod manifest;

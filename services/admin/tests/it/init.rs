@@ -84,7 +84,7 @@ fn an_interrupted_init_is_completed_by_the_next_run() {
         "server-cert.der",
         "server-key.der",
     ];
-    let (workspace, whole) = Workspace::with_shared_dir();
+    let (workspace, complete) = Workspace::with_shared_dir();
     for written in 0..=order.len() {
         let shared = workspace.path(&format!("interrupted-{written}"));
         fs::create_dir(&shared).unwrap();
