@@ -107,7 +107,8 @@ fn in_directory(out: &std::path::Path, args: &Args) -> anyhow::Result<()> {
          Keep a copy of {dir} in a safe place: without it no account can log in again.\n\
          Copy all of it to every edge, readable by the edge's user only, and name it in \
          QPQ_CLUSTER__SECRETS_DIR.\n\
-         Run `qpq-admin rotate-ticket-keys --dir {dir}` every 6 hours.\n",
+         Rotate the ticket keys every 6 hours: set cluster.rotate_ticket_keys to 6h on edges that \
+         share {dir}, or run `qpq-admin rotate-ticket-keys --dir {dir}`.\n",
         dir = out.display()
     ))
 }

@@ -12,9 +12,12 @@ use crate::{
 
 const SMALL: Amount = Amount { people: 8, acts: 120, payload: 3_000 };
 
-const COUNTS: &str = "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM message),
-    (SELECT sum(last_seq) FROM inbox), (SELECT md5(string_agg(payload, ''::bytea ORDER BY inbox, seq)) FROM message),
-    (SELECT md5(string_agg(concat_ws(' ', id, kind, encode(key, 'hex'), encode(payload, 'hex'), run_at, attempts, last_error), ',' ORDER BY id)) FROM job)";
+const COUNTS: &str = "SELECT (SELECT count(*) FROM account),
+    (SELECT count(*) FROM message),
+    (SELECT sum(last_seq) FROM inbox),
+    (SELECT md5(string_agg(payload, ''::bytea ORDER BY inbox, seq)) FROM message),
+    (SELECT md5(string_agg(concat_ws(' ', id, kind, encode(key, 'hex'), encode(payload, 'hex'),
+        run_at, attempts, last_error), ',' ORDER BY id)) FROM job)";
 
 fn refused(end: &RunOutput) -> &str {
     assert_eq!((end.code, end.stdout.as_str()), (Some(1), ""), "{end:?}");
