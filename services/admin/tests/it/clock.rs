@@ -45,7 +45,7 @@ async fn a_jumped_clock_can_be_accepted_while_the_server_runs_or_is_stopped() {
             store.take().unwrap().close().await;
         }
         let stdout = run(&["clock", "accept", "--data-dir", text(&dir)]);
-        assert!(stdout.contains("days ahead of the time"), "{stdout}");
+        assert!(stdout.contains("days ahead of the last time"), "{stdout}");
         let store = match store {
             Some(store) => store,
             None => open().await,
