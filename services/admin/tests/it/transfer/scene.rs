@@ -93,9 +93,9 @@ impl Scene {
     /// depends on the speed of the machine.
     pub(crate) fn transfer_node(&self) -> RunOutput {
         let mut end = self.run(&["migrate-to-cluster", "--from", text(&self.node)]);
-        let is_progress = |line: &&str| line.ends_with("%)") || line.ends_with(" rows read");
-        end.stderr =
-            end.stderr.split_inclusive('\n').filter(|l| !is_progress(&l.trim_end())).collect();
+        let is_progress = |line: &str| line.ends_with("%)") || line.ends_with(" rows read");
+        let lines = end.stderr.split_inclusive('\n');
+        end.stderr = lines.filter(|line| !is_progress(line.trim_end())).collect();
         end
     }
 
