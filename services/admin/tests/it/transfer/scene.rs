@@ -89,8 +89,8 @@ impl Scene {
         )
     }
 
-    /// Transfers the node to the cluster. Returns the output without lines of progress, whose number
-    /// depends on the speed of the machine.
+    /// Transfers the node to the cluster. Returns the output without the lines of progress, which
+    /// depend on the speed of the machine.
     pub(crate) fn transfer_node(&self) -> RunOutput {
         let mut end = self.run(&["migrate-to-cluster", "--from", text(&self.node)]);
         let is_progress = |line: &str| line.ends_with("%)") || line.ends_with(" rows read");
