@@ -1,9 +1,9 @@
 //! The memory for answers: the maximum for a connection, an account and the whole process.
 //!
-//! A client that sends requests and does not read keeps its answers in memory. So memory for a large
-//! answer is reserved before the answer is built, and returned when its last byte is freed: the
-//! reservation belongs to the payload (see [`Reservation::attach`]), wherever the transport keeps
-//! slices of it.
+//! A client that sends requests and does not read keeps its answers in memory. So memory for a
+//! large answer is reserved before the answer is built, and returned when its last byte is freed:
+//! the reservation belongs to the payload (see [`Reservation::attach`]), wherever the transport
+//! keeps slices of it.
 //!
 //! A page of messages is smaller while memory is short. If there is no space for the smallest page,
 //! the call waits for [`AnswerMemory::wait`], and is then refused.

@@ -158,7 +158,9 @@ pub(crate) struct Entry {
 }
 
 macro_rules! table {
-    ($($method:path)+) => { &[$(Entry { info: <$method as Method>::INFO, call: call::<$method> }),+] };
+    ($($method:path)+) => {
+        &[$(Entry { info: <$method as Method>::INFO, call: call::<$method> }),+]
+    };
 }
 
 /// Every served method, by id.

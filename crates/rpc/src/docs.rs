@@ -1,18 +1,18 @@
-//! Writes `docs/errors.md`: every code that a client may meet, from the table in `error.rs`. A test
-//! keeps the file current.
+//! Generates `docs/errors.md` from the table in `error.rs`. A test checks that the file is current.
 
 use std::fmt::Write as _;
 
 use crate::Code;
 
-/// The whole of `docs/errors.md`.
+/// Returns the content of `docs/errors.md`.
 pub fn errors_md() -> String {
     let mut page = String::from(
         "# Errors\n\n\
-         Generated from `crates/rpc/src/error.rs`; `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-rpc` rewrites it.\n\n\
-         Every answer other than Ok carries an `ErrorDetail` with one of these codes. Codes never change their meaning;\n\
-         client code and metrics switch on them. `RateLimited` and `Unavailable` always say after how many milliseconds\n\
-         to try again.\n\n\
+         Generated from `crates/rpc/src/error.rs`; \
+         `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-rpc` updates it.\n\n\
+         Every answer other than Ok contains an `ErrorDetail` with one of these codes. A code\n\
+         never changes its meaning; clients and metrics depend on it. `RateLimited` and\n\
+         `Unavailable` always have the number of milliseconds to wait before a retry.\n\n\
          | code | status | meaning |\n|---|---|---|\n",
     );
     for code in Code::ALL {

@@ -1,8 +1,9 @@
-//! Every way in which a call can fail, once: what it means ([`Error`]), and in one table what the client is told, under
-//! which stable code, and how loudly the server logs it. `docs/errors.md` is generated from the same table.
+//! Every failure of a call: its meaning ([`Error`]), and one table with the client's status, code
+//! and message, and the level of the server's log. `docs/errors.md` is generated from the table.
 //!
-//! Handlers name the meaning and nothing else. What caused it travels inside the error to the log and never further:
-//! the wire gets the status, the code, the fixed sentence, perhaps the request field and a time to wait.
+//! Handlers name the meaning and nothing else. The cause is part of the error and is only logged.
+//! The client receives the status, the code, the fixed message, and possibly the name of a field
+//! and a time to wait.
 
 use std::{error::Error as StdError, fmt, time::Duration};
 
@@ -14,25 +15,28 @@ use tracing::Level;
 
 use crate::Answer;
 
-/// What a cause is kept as.
+/// The cause of a failure.
 pub type Cause = Box<dyn StdError + Send + Sync>;
 
 macro_rules! errors {
-    ($($(#[$doc:meta])* $name:ident $(($data:ty))? => $status:ident $code:literal $level:ident $message:literal;)+) => {
-        /// Why a call was not answered Ok.
+    ($(
+        $(#[$doc:meta])*
+        $name:ident $(($data:ty))? => $status:ident $code:literal $level:ident $message:literal;
+    )+) => {
+        /// The reason why a call was not answered Ok.
         #[derive(Debug)]
         pub enum Error {
             $($(#[$doc])* $name $(($data))?,)+
         }
 
-        /// An [`Error`] without what it carries: a row of the table.
+        /// A row of the table: an [`Error`] without its data.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Code {
             $($(#[$doc])* $name,)+
         }
 
         impl Code {
-            /// The table, in its order.
+            /// All rows, in the order of the table.
             pub const ALL: &[Self] = &[$(Self::$name,)+];
 
             const fn row(self) -> Row {
@@ -48,7 +52,7 @@ macro_rules! errors {
         }
 
         impl Error {
-            /// Which row of the table this is.
+            /// Returns the row of the error.
             pub const fn code(&self) -> Code {
                 match self {
                     $(Self::$name { .. } => Code::$name,)+
@@ -58,12 +62,13 @@ macro_rules! errors {
     };
 }
 
-/// A field and what was wrong with it.
+/// A refused field and the reason.
 #[derive(Debug, thiserror::Error)]
 #[error("{field} was refused")]
 pub struct RefusedField {
-    /// Its name in the `.proto` file.
+    /// The field's name in the `.proto` file.
     pub field: &'static str,
+    /// The reason, which is only logged.
     #[source]
     pub cause: Cause,
 }
@@ -76,88 +81,133 @@ struct Row {
 }
 
 errors! {
-    UnknownMethod => UnknownMethod "rpc.unknown_method" DEBUG "The server does not have this method.";
-    TooLarge => BadRequest "rpc.too_large" DEBUG "The request is larger than this method accepts.";
-    MalformedFrame => BadRequest "rpc.malformed_frame" DEBUG "The stream does not hold exactly one request frame.";
-    SlowRequest => DeadlineExceeded "rpc.slow_request" DEBUG "The request did not arrive whole within 10 seconds.";
+    UnknownMethod => UnknownMethod "rpc.unknown_method" DEBUG
+        "The server does not have this method.";
+    TooLarge => BadRequest "rpc.too_large" DEBUG
+        "The request is larger than this method accepts.";
+    MalformedFrame => BadRequest "rpc.malformed_frame" DEBUG
+        "The stream does not contain exactly one request frame.";
+    SlowRequest => DeadlineExceeded "rpc.slow_request" DEBUG
+        "The request was not complete within 10 seconds.";
     /// The payload is not the method's message.
-    Malformed(Cause) => BadRequest "rpc.malformed" DEBUG "The payload is not this method's protobuf message.";
-    /// A field that is not what it must be.
-    InvalidField(FieldError) => BadRequest "rpc.invalid_field" DEBUG "A field of the request has a wrong length or value.";
-    /// A budget is used up until the time given.
-    RateLimited(Duration) => RateLimited "rpc.rate_limited" DEBUG "Too many calls: wait and try again.";
-    DeadlineExceeded => DeadlineExceeded "rpc.deadline" WARN "The call took too long; it may or may not have had its effect.";
-    /// The server has more dear work waiting than it can do soon.
-    Overloaded => Unavailable "rpc.overloaded" WARN "The server is busy: wait and try again.";
-    /// The client has as many unread answers as it may have.
-    UnreadAnswers => RateLimited "rpc.unread_answers" DEBUG "Earlier answers are not read yet: read them and try again.";
+    Malformed(Cause) => BadRequest "rpc.malformed" DEBUG
+        "The payload is not this method's protobuf message.";
+    /// A field has a wrong length or value.
+    InvalidField(FieldError) => BadRequest "rpc.invalid_field" DEBUG
+        "A field of the request has a wrong length or value.";
+    /// A budget is exhausted for this time.
+    RateLimited(Duration) => RateLimited "rpc.rate_limited" DEBUG
+        "Too many calls. Wait and try again.";
+    DeadlineExceeded => DeadlineExceeded "rpc.deadline" WARN
+        "The call took too long. It may or may not have taken effect.";
+    /// Too many computations wait.
+    Overloaded => Unavailable "rpc.overloaded" WARN
+        "The server is busy. Wait and try again.";
+    /// The client has the maximum of unread answers.
+    UnreadAnswers => RateLimited "rpc.unread_answers" DEBUG
+        "Earlier answers are not read yet. Read them and try again.";
     /// All memory for answers is in use.
-    AnswersFull => Unavailable "rpc.answers_full" WARN "The server has no memory for another answer now: wait and try again.";
+    AnswersFull => Unavailable "rpc.answers_full" WARN
+        "The server has no memory for another answer now. Wait and try again.";
     /// A store cannot be reached or cannot commit.
-    Unavailable(StoreError) => Unavailable "rpc.unavailable" WARN "The server cannot do this now: wait and try again.";
-    /// Another writer was first, more often than the store cared to retry.
-    Conflict(StoreError) => Unavailable "rpc.conflict" WARN "Others changed the same thing at once: try again.";
-    Internal(Cause) => Internal "rpc.internal" ERROR "The server failed; the fault is logged there.";
+    Unavailable(StoreError) => Unavailable "rpc.unavailable" WARN
+        "The server cannot do this now. Wait and try again.";
+    /// Another transaction won in every attempt.
+    Conflict(StoreError) => Unavailable "rpc.conflict" WARN
+        "Another call changed the same data at the same time. Try again.";
+    Internal(Cause) => Internal "rpc.internal" ERROR
+        "The server failed. Its log has the cause.";
 
-    SessionRequired => Unauthorized "auth.session_required" DEBUG "This needs a session: log in.";
-    /// Unknown, revoked or expired: nobody is told which.
-    SessionExpired => Unauthorized "auth.session_expired" DEBUG "The session has ended: log in again.";
-    FreshLoginRequired => Unauthorized "auth.fresh_login_required" DEBUG "This needs a login of the last 5 minutes: log in again.";
-    AdminRequired => Forbidden "auth.admin_required" DEBUG "Only the server's administrators may do this.";
-    /// The named field is no OPAQUE message of the right kind.
-    MalformedOpaque(&'static str) => BadRequest "auth.malformed" DEBUG "This is not the OPAQUE message that belongs here.";
-    InvalidUsername => BadRequest "auth.invalid_username" DEBUG "A username has 1 to 64 characters: letters of one script, digits, '.', '-', '_' and apostrophes.";
-    InvalidIdentityKey => BadRequest "auth.invalid_identity_key" DEBUG "An identity key is a canonical Ed25519 public key of 32 bytes.";
-    IdentityProofRequired => BadRequest "auth.identity_proof_required" DEBUG "This server wants the identity key's signature: set identity_proof.";
-    InvalidIdentityProof => BadRequest "auth.invalid_identity_proof" DEBUG "The identity proof is not this identity key's signature over this registration.";
-    UsernameTaken => Forbidden "auth.username_taken" DEBUG "The username, or one that looks like it, is taken: choose another.";
-    IdentityTaken => Forbidden "auth.identity_taken" DEBUG "The identity key belongs to an account already: make a new one.";
-    /// Wrong password, unknown user, no login under way, another account's key: nobody is told which.
-    LoginFailed => Unauthorized "auth.failed" DEBUG "Wrong username or password, or the login took too long: start again.";
+    SessionRequired => Unauthorized "auth.session_required" DEBUG
+        "This method needs a session. Log in.";
+    /// The session is unknown, revoked or expired. Clients cannot distinguish these.
+    SessionExpired => Unauthorized "auth.session_expired" DEBUG
+        "The session has ended. Log in again.";
+    FreshLoginRequired => Unauthorized "auth.fresh_login_required" DEBUG
+        "This method needs a login within the last 5 minutes. Log in again.";
+    AdminRequired => Forbidden "auth.admin_required" DEBUG
+        "Only administrators of the server can call this method.";
+    /// The named field is not the expected OPAQUE message.
+    MalformedOpaque(&'static str) => BadRequest "auth.malformed" DEBUG
+        "The field is not the OPAQUE message that this method expects.";
+    InvalidUsername => BadRequest "auth.invalid_username" DEBUG
+        "A username has 1 to 64 characters: letters of one script, digits, '.', '-', '_' and apostrophes.";
+    InvalidIdentityKey => BadRequest "auth.invalid_identity_key" DEBUG
+        "An identity key is a canonical Ed25519 public key of 32 bytes.";
+    IdentityProofRequired => BadRequest "auth.identity_proof_required" DEBUG
+        "This server requires the identity key's signature. Set identity_proof.";
+    InvalidIdentityProof => BadRequest "auth.invalid_identity_proof" DEBUG
+        "The identity proof is not this identity key's signature over this registration.";
+    UsernameTaken => Forbidden "auth.username_taken" DEBUG
+        "The username, or one that looks like it, is taken. Choose another.";
+    IdentityTaken => Forbidden "auth.identity_taken" DEBUG
+        "The identity key already belongs to an account. Create a new one.";
+    /// A wrong password, an unknown username, no login in progress, or another account's key.
+    /// Clients cannot distinguish these.
+    LoginFailed => Unauthorized "auth.failed" DEBUG
+        "Wrong username or password, or the login took too long. Start again.";
 
-    NotOwner => Forbidden "delivery.not_owner" DEBUG "Only its owner reads an inbox.";
-    DeviceRequired => Forbidden "delivery.device_required" DEBUG "The account has devices: name the one that reads.";
-    NoSuchRecipient => NotFound "delivery.no_such_recipient" DEBUG "No account has this identity key.";
-    QueueFull => RateLimited "delivery.queue_full" DEBUG "The recipient's inbox is full until its owner reads it: try later.";
+    NotOwner => Forbidden "delivery.not_owner" DEBUG
+        "Only the owner can read an inbox.";
+    DeviceRequired => Forbidden "delivery.device_required" DEBUG
+        "The account has devices. Name the one that reads.";
+    NoSuchRecipient => NotFound "delivery.no_such_recipient" DEBUG
+        "No account has this identity key.";
+    QueueFull => RateLimited "delivery.queue_full" DEBUG
+        "The recipient's inbox is full until its owner reads it. Try again later.";
     /// The inbox is more than half full.
-    SenderShare => RateLimited "delivery.sender_share" DEBUG "The recipient's inbox is more than half full, and holds as much of yours as one sender may have there: try later.";
-    PayloadTooLarge => BadRequest "delivery.payload_too_large" DEBUG "The message is larger than this server takes.";
-    InvalidBatch => BadRequest "delivery.invalid_batch" DEBUG "A batch is one payload for many recipients or a list of messages, never both, of at most 1000, no recipient twice.";
-    BatchTooLarge => BadRequest "delivery.batch_too_large" DEBUG "The batch is larger than this server accepts, the payload counted for each recipient: send it in parts.";
-    StaleEpoch => Forbidden "delivery.stale_epoch" DEBUG "The channel has a newer epoch: fetch, apply what is there, and commit anew.";
-    CommitUnsupported => BadRequest "delivery.commit_unsupported" DEBUG "This server does not order commits: send without commit.";
+    SenderShare => RateLimited "delivery.sender_share" DEBUG
+        "The recipient's inbox is more than half full and contains the maximum of your messages. Try again later.";
+    PayloadTooLarge => BadRequest "delivery.payload_too_large" DEBUG
+        "The message is larger than this server accepts.";
+    InvalidBatch => BadRequest "delivery.invalid_batch" DEBUG
+        "A batch is one payload for many recipients or a list of messages, at most 1000, without repeated recipients.";
+    BatchTooLarge => BadRequest "delivery.batch_too_large" DEBUG
+        "The batch is larger than this server accepts; the payload counts for each recipient. Send it in parts.";
+    StaleEpoch => Forbidden "delivery.stale_epoch" DEBUG
+        "The channel has a newer epoch. Fetch and apply its messages, then commit again.";
+    CommitUnsupported => BadRequest "delivery.commit_unsupported" DEBUG
+        "This server does not order commits. Send without commit.";
 
-    /// With the check that failed.
-    InvalidPackage(RefusedField) => BadRequest "keys.invalid_package" DEBUG "The KeyPackage is malformed, expired, of another owner, or was given out before.";
-    KeyPackagesFull => RateLimited "keys.too_many" DEBUG "The account has as many KeyPackages as it may have: wait until some are fetched.";
-    NotKeyOwner => Forbidden "keys.not_owner" DEBUG "Only its owner uploads an identity's keys.";
-    InvalidHybridKey => BadRequest "keys.invalid_hybrid_key" DEBUG "A hybrid key is an X25519 and an ML-KEM-768 public key, 1216 bytes, both valid.";
+    /// The reason is the check that failed.
+    InvalidPackage(RefusedField) => BadRequest "keys.invalid_package" DEBUG
+        "The KeyPackage is malformed, expired, of another owner, or was handed out before.";
+    KeyPackagesFull => RateLimited "keys.too_many" DEBUG
+        "The account has the maximum number of KeyPackages. Wait until some are fetched.";
+    NotKeyOwner => Forbidden "keys.not_owner" DEBUG
+        "Only the owner of an identity key can upload keys for it.";
+    InvalidHybridKey => BadRequest "keys.invalid_hybrid_key" DEBUG
+        "A hybrid key is a valid X25519 and a valid ML-KEM-768 public key, 1216 bytes together.";
 
-    UserNotFound => NotFound "users.not_found" DEBUG "No such user.";
-    UnknownDomain => NotFound "federation.unknown_domain" DEBUG "This server does not know the user's server.";
+    UserNotFound => NotFound "users.not_found" DEBUG
+        "There is no such account.";
+    UnknownDomain => NotFound "federation.unknown_domain" DEBUG
+        "This server does not know the other server of the username.";
 }
 
 impl Code {
+    /// Returns the status of the response frame.
     pub const fn status(self) -> Status {
         self.row().status
     }
 
-    /// What clients and metrics switch on; never changes.
+    /// Returns the code for clients and metrics. It never changes.
     pub const fn as_str(self) -> &'static str {
         self.row().code
     }
 
-    /// A fixed English sentence.
+    /// Returns the fixed message.
     pub const fn message(self) -> &'static str {
         self.row().message
     }
 
-    /// How loudly the server logs it.
+    /// Returns the level of the log.
     pub const fn level(self) -> Level {
         self.row().level
     }
 
-    /// How long to wait where the error itself does not know better. Set for every row that must say it.
+    /// Returns the time to wait for errors without their own. Every `RateLimited` and `Unavailable`
+    /// row has one.
     const fn default_wait(self) -> Option<Duration> {
         match self {
             Self::Conflict => Some(Duration::from_millis(50)),
@@ -173,17 +223,17 @@ impl Code {
 }
 
 impl Error {
-    /// A fault of the server itself.
+    /// Creates a failure of the server itself.
     pub fn internal(cause: impl Into<Cause>) -> Self {
         Self::Internal(cause.into())
     }
 
-    /// A KeyPackage in `field` that may not be stored.
+    /// Creates the refusal of a KeyPackage in `field`.
     pub fn invalid_package(field: &'static str, cause: impl Into<Cause>) -> Self {
         Self::InvalidPackage(RefusedField { field, cause: cause.into() })
     }
 
-    /// When another try makes sense; always there with RateLimited and Unavailable.
+    /// Returns the time to wait before a retry; always set with RateLimited and Unavailable.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::RateLimited(wait) => Some(*wait),
@@ -191,7 +241,7 @@ impl Error {
         }
     }
 
-    /// The request field that was refused.
+    /// Returns the name of the refused field.
     pub const fn field(&self) -> Option<&'static str> {
         match self {
             Self::InvalidField(error) => Some(error.field),
@@ -205,7 +255,7 @@ impl Error {
         }
     }
 
-    /// What goes to the client.
+    /// Returns the answer for the client.
     pub fn answer(&self) -> Answer {
         let code = self.code();
         let mut detail = ErrorDetail::new(code.as_str(), code.message());

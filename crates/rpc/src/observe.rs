@@ -1,19 +1,19 @@
-//! What operators see of each call: one access-log line and two metrics, none with a token, key,
-//! name or address in it.
+//! Observes each call: one access-log line and two metrics, without tokens, keys, names or
+//! addresses.
 //!
-//! | name | kind | unit | what |
+//! | name | kind | unit | meaning |
 //! |---|---|---|---|
-//! | `qpq_rpc_calls_total{method,code}` | counter | calls | calls answered; `code` is `ok`, a code of `docs/errors.md`, or `cancelled` |
-//! | `qpq_rpc_answer_bytes` | gauge | bytes | memory reserved for answers that wait for their clients |
-//! | `qpq_rpc_seconds{method}` | histogram | seconds | time from the whole request to its answer |
+//! | `qpq_rpc_calls_total{method,code}` | counter | calls | ended calls; `code` is `ok`, a code of `docs/errors.md`, or `cancelled` |
+//! | `qpq_rpc_answer_bytes` | gauge | bytes | memory reserved for answers that clients have not received yet |
+//! | `qpq_rpc_seconds{method}` | histogram | seconds | time from the complete request to its answer |
 //!
 //! The access log is the target `qpq::access`, with `method`, `code`, `us`, `bytes_in` and
-//! `bytes_out`. Calls that are answered Ok or cancelled are at debug. Refusals are at info, a few
-//! of each code in ten seconds; `suppressed` counts those that are at debug instead. Failures of
-//! the server get a second event, at their level, with the cause, and at a bounded rate too.
+//! `bytes_out`. Ok and cancelled calls are logged at debug. Refusals are logged at info, a few of
+//! each code in ten seconds; `suppressed` counts those at debug since then. A failure of the server
+//! has a second event with the cause, at its own level and a limited rate too.
 //!
-//! Metric handles are resolved once each, so a call formats and allocates nothing here unless its
-//! line is wanted.
+//! Each metric handle is resolved once, so a call formats and allocates nothing here unless its
+//! line is logged.
 
 use std::{fmt, mem, sync::OnceLock, time::Duration};
 
@@ -27,28 +27,29 @@ use crate::{Answer, Code, Error, dispatch::Entry};
 const CALLS: &str = "qpq_rpc_calls_total";
 const SECONDS: &str = "qpq_rpc_seconds";
 
-/// The label of calls to methods that are not served: what the peer sent instead is its own.
+/// The method label of calls to methods that are not served. The id is the client's choice, so it
+/// is no label.
 const UNKNOWN: &str = "unknown";
 
 /// Counts and logs calls.
 pub(crate) struct Observer {
-    /// By row; the last for what is not served.
+    /// By row; the last entry is for methods that are not served.
     methods: Vec<MethodMetrics>,
     samples: Samples,
 }
 
-/// Which refusals are logged: a few of each code in a time.
+/// Selects the refusals that are logged: a few of each code.
 struct Samples(Vec<Mutex<Sample>>);
 
 #[derive(Default)]
 struct Sample {
     since: Option<Instant>,
     logged: u32,
-    /// Since the last that was logged.
+    /// The number since the last one that was logged.
     suppressed: u64,
 }
 
-/// The time in which at most [`MAX_LINES`] refusals, and as many failures, of one code are logged.
+/// The time in which at most [`MAX_LINES`] refusals of one code are logged.
 const SAMPLE_TIME: Duration = Duration::from_secs(10);
 const MAX_LINES: u32 = 5;
 
@@ -57,7 +58,8 @@ impl Samples {
         Self(Code::ALL.iter().map(|_| Mutex::default()).collect())
     }
 
-    /// Whether the next line of `code` is logged, and how many were not since the last that was.
+    /// Returns whether a line of `code` is logged now: the number of suppressed lines since the
+    /// last one, or `None` to suppress this one too.
     fn take(&self, code: Code, now: Instant) -> Option<u64> {
         let mut sample = self.0[code as usize].lock();
         if sample.since.is_none_or(|since| now - since >= SAMPLE_TIME) {
@@ -75,20 +77,20 @@ impl Samples {
 struct MethodMetrics {
     name: &'static str,
     seconds: OnceLock<Histogram>,
-    /// By outcome, see [`Outcome::index`].
+    /// By outcome, see [`CallOutcome::index`].
     calls: Vec<OnceLock<Counter>>,
 }
 
-/// How a call ended.
+/// The end of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
+enum CallOutcome {
     Ok,
     Failed(Code),
-    /// The client went away before it was answered.
+    /// The client reset the stream or closed the connection before the answer.
     Cancelled,
 }
 
-impl Outcome {
+impl CallOutcome {
     const COUNT: usize = Code::ALL.len() + 2;
 
     const fn index(self) -> usize {
@@ -116,17 +118,17 @@ impl fmt::Debug for Observer {
 
 impl Observer {
     pub(crate) fn new(table: &[Entry]) -> Self {
-        metrics::describe_counter!(CALLS, "Calls answered, by method and code.");
+        metrics::describe_counter!(CALLS, "Ended calls, by method and code.");
         metrics::describe_histogram!(
             SECONDS,
             Unit::Seconds,
-            "Time from the whole request to its answer."
+            "Time from the complete request to its answer."
         );
         let named = table.iter().map(|entry| entry.info.name).chain([UNKNOWN]);
         Self { methods: named.map(MethodMetrics::new).collect(), samples: Samples::new() }
     }
 
-    /// A call of the method at `row` with so many bytes. Dropped without an end, it counts as
+    /// Begins to observe a call of the method at `row`. Dropped without an end, the call counts as
     /// cancelled.
     pub(crate) fn begin(&self, row: Option<usize>, bytes_in: usize) -> Observation<'_> {
         let last = self.methods.len() - 1;
@@ -136,7 +138,7 @@ impl Observer {
     }
 }
 
-/// One call being observed.
+/// A call in progress.
 pub(crate) struct Observation<'a> {
     method: &'a MethodMetrics,
     samples: &'a Samples,
@@ -146,28 +148,28 @@ pub(crate) struct Observation<'a> {
 }
 
 impl Observation<'_> {
-    /// The call was answered Ok.
+    /// Ends a call that is answered Ok.
     pub(crate) fn succeed(mut self, bytes_out: usize) {
-        self.end(Outcome::Ok, bytes_out, None);
+        self.end(CallOutcome::Ok, bytes_out, None);
     }
 
-    /// The call failed: what the client is told.
+    /// Ends a call that is refused, and returns the answer.
     pub(crate) fn refuse(mut self, error: &Error) -> Answer {
         let answer = error.answer();
         let sampled = self.samples.take(error.code(), Instant::now());
-        self.end(Outcome::Failed(error.code()), answer.payload.len(), sampled);
+        self.end(CallOutcome::Failed(error.code()), answer.payload.len(), sampled);
         log_cause(self.method.name, error, sampled);
         answer
     }
 
-    /// `sampled` as from [`Samples::take`].
-    fn end(&mut self, outcome: Outcome, bytes_out: usize, sampled: Option<u64>) {
+    /// Records the end. `sampled` is a result of [`Samples::take`].
+    fn end(&mut self, outcome: CallOutcome, bytes_out: usize, sampled: Option<u64>) {
         self.ended = true;
         let elapsed = self.started.elapsed();
         self.method.count(outcome);
         self.method.seconds().record(elapsed.as_secs_f64());
         let (method, code) = (self.method.name, outcome.as_str());
-        // A `u64`: the JSON format writes a `u128` as text.
+        // The JSON format writes a `u128` as text.
         let us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
         let bytes_in = self.bytes_in;
         match sampled {
@@ -187,7 +189,7 @@ impl Observation<'_> {
 impl Drop for Observation<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            self.end(Outcome::Cancelled, 0, None);
+            self.end(CallOutcome::Cancelled, 0, None);
         }
     }
 }
@@ -197,11 +199,11 @@ impl MethodMetrics {
         Self {
             name,
             seconds: OnceLock::new(),
-            calls: (0..Outcome::COUNT).map(|_| OnceLock::new()).collect(),
+            calls: (0..CallOutcome::COUNT).map(|_| OnceLock::new()).collect(),
         }
     }
 
-    fn count(&self, outcome: Outcome) {
+    fn count(&self, outcome: CallOutcome) {
         let resolve =
             || metrics::counter!(CALLS, "method" => self.name, "code" => outcome.as_str());
         self.calls[outcome.index()].get_or_init(resolve).increment(1);
@@ -212,17 +214,17 @@ impl MethodMetrics {
     }
 }
 
-/// A cause goes to the log, at the level of its row if it is sampled, and nowhere else.
+/// Logs the cause of a refusal, at the level of its row if it is sampled, else at debug.
 fn log_cause(method: &'static str, error: &Error, sampled: Option<u64>) {
     let code = error.code().as_str();
     let cause = std::error::Error::source(error);
     let level = if sampled.is_some() { error.code().level() } else { Level::DEBUG };
     match level {
-        Level::ERROR => tracing::error!(target: "qpq::rpc", method, code, cause, "a call failed"),
+        Level::ERROR => tracing::error!(target: "qpq::rpc", method, code, cause, "call failed"),
         Level::WARN => {
-            tracing::warn!(target: "qpq::rpc", method, code, cause, "a call could not be served")
+            tracing::warn!(target: "qpq::rpc", method, code, cause, "call not served")
         }
-        _ => tracing::debug!(target: "qpq::rpc", method, code, cause, "a call was refused"),
+        _ => tracing::debug!(target: "qpq::rpc", method, code, cause, "call refused"),
     }
 }
 
@@ -231,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_few_lines_of_each_code_are_logged_and_the_others_counted() {
+    fn lines_beyond_the_first_few_of_a_code_are_counted_instead_of_logged() {
         let (samples, start) = (Samples::new(), Instant::now());
         for _ in 0..MAX_LINES {
             assert_eq!(samples.take(Code::RateLimited, start), Some(0));

@@ -1,5 +1,4 @@
-//! The key with which the server signs what it promises: delivery proofs. Health publishes its
-//! public half.
+//! The key that signs delivery proofs. Health publishes the public key.
 
 use std::fmt;
 
@@ -14,11 +13,11 @@ use qpq_proto::{
 use rand::{CryptoRng, RngCore};
 use zeroize::Zeroizing;
 
-/// An Ed25519 key (RFC 8032) with its name.
+/// An Ed25519 key pair (RFC 8032) with its id.
 pub struct DeliverySigner {
     key: SigningKey,
-    /// The same key for the provider that signs more than twice as fast: each accepted message
-    /// takes a signature.
+    /// The same key in aws-lc-rs, which signs more than twice as fast. Each accepted message needs
+    /// a signature.
     signing: Ed25519KeyPair,
     public: [u8; 32],
     id: [u8; 8],
@@ -31,11 +30,12 @@ impl fmt::Debug for DeliverySigner {
 }
 
 impl DeliverySigner {
+    /// Generates a key.
     pub fn generate(rng: &mut (impl RngCore + CryptoRng)) -> Self {
         Self::from_key(SigningKey::generate(rng))
     }
 
-    /// The signer whose [`DeliverySigner::secret`] this is.
+    /// Creates the signer from its [`DeliverySigner::secret`].
     pub fn from_secret(secret: &[u8; 32]) -> Self {
         Self::from_key(SigningKey::from_bytes(secret))
     }
@@ -43,27 +43,27 @@ impl DeliverySigner {
     fn from_key(key: SigningKey) -> Self {
         let public = key.verifying_key().to_bytes();
         let signing = Ed25519KeyPair::from_seed_and_public_key(key.as_bytes(), &public)
-            .expect("a key and its own public half");
+            .expect("a key and its own public key");
         Self { key, signing, public, id: server_key_id(&public) }
     }
 
-    /// What to store, readable by the server's user alone.
+    /// Returns the secret key, to be stored readable by the server's user alone.
     pub fn secret(&self) -> Zeroizing<[u8; 32]> {
         Zeroizing::new(self.key.to_bytes())
     }
 
-    /// The public key, as Health gives it.
+    /// Returns the public key as in Health.
     pub const fn public_key(&self) -> &[u8; 32] {
         &self.public
     }
 
-    /// The first 8 bytes of the public key's SHA-256: how proofs name it.
+    /// Returns the key's id in proofs: the first 8 bytes of SHA-256 of the public key.
     pub const fn key_id(&self) -> &[u8; 8] {
         &self.id
     }
 
-    /// The server's word that `recipient`'s inbox took what `receipt` says. The same receipt gives
-    /// the same bytes.
+    /// Returns the signed statement that `recipient`'s inbox accepted the message of `receipt`.
+    /// Equal receipts have equal proofs.
     pub fn prove(&self, recipient: &IdentityKey, receipt: &Receipt) -> DeliveryProof {
         let UnixMillis(enqueued_at) = receipt.enqueued_at;
         let mut proof = DeliveryProof {
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_proof_verifies_under_the_public_key_and_comes_out_the_same_again() {
+    fn a_proof_verifies_with_the_public_key_and_is_deterministic() {
         let signer = DeliverySigner::from_secret(&[5; 32]);
         let receipt = Receipt {
             seq: Seq(7),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn both_providers_sign_alike() {
+    fn both_providers_create_equal_signatures() {
         use ed25519_dalek::Signer as _;
         for seed in 0..=u8::MAX {
             let signer = DeliverySigner::from_secret(&[seed; 32]);
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn the_secret_is_not_shown() {
+    fn debug_output_redacts_the_secret() {
         let signer = DeliverySigner::from_secret(&[0xab; 32]);
         assert_eq!(format!("{signer:?}"), "DeliverySigner(redacted)");
     }

@@ -1,12 +1,13 @@
-//! Made-up session tokens: how many of them an address may try before the store is no longer asked.
+//! Limits guesses of session tokens: an address with too many unknown tokens is refused without a
+//! look-up in the store.
 //!
-//! Each edge counts for itself, in bounded memory and without asking anyone: the count has to cost
-//! less than what it saves.
+//! Each edge counts separately, in bounded memory and without a store: the count must cost less
+//! than the look-up.
 //!
-//! A token that the store does not know is remembered for [`UNKNOWN_FOR`] and answered without the
-//! store. That cannot shadow a session: a token is 32 random bytes which the client gets after the
-//! session was stored, so nobody asks for it earlier, and a token whose session ended is never
-//! issued again. The time is short all the same, for a store that was restored.
+//! A token that the store does not know is remembered for [`UNKNOWN_LIFETIME`] and refused without
+//! the store. This cannot hide a session: a token is 32 random bytes that the client receives after
+//! the session was stored, so it is not used earlier, and the token of an ended session is never
+//! issued again. The lifetime is short because of stores that are restored.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -21,43 +22,43 @@ use qpq_ports::Bucket;
 
 use crate::{Error, limits::network};
 
-/// How long an unknown token is answered without the store.
-pub(crate) const UNKNOWN_FOR: Duration = Duration::from_secs(5);
+/// The time for which an unknown token is refused without the store.
+pub(crate) const UNKNOWN_LIFETIME: Duration = Duration::from_secs(5);
 
-/// Tokens that are remembered, in each of two generations.
+/// The maximum number of tokens in each of two generations.
 const MAX_TOKENS: usize = 8_192;
 
-/// Addresses that are counted.
+/// The maximum number of counted addresses.
 const MAX_ADDRESSES: usize = 65_536;
 
-/// What sums of times may be off by, in milliseconds.
+/// The tolerance for sums of times, in milliseconds.
 const ROUNDING: f64 = 1_000.0;
 
-/// The failed tokens of all addresses, and the tokens that were seen lately.
+/// The unknown tokens by address, and recently used tokens.
 #[derive(Debug)]
 pub(crate) struct Tokens {
-    /// `None` where nothing is limited.
+    /// `None` if nothing is limited.
     bucket: Option<Bucket>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// When the budget of an address is full again, in milliseconds since the epoch.
+    /// The time at which the budget of an address is full again, in milliseconds since the epoch.
     full_at: HashMap<[u8; 16], f64>,
     unknown: Unknown,
-    /// Tokens of sessions: those who share an address with a guesser go on with theirs.
-    good: Generations,
+    /// Tokens of sessions. They stay usable from an address that guesses.
+    valid: Generations,
 }
 
-/// Unknown tokens, each remembered for one to two times half of [`UNKNOWN_FOR`].
+/// Unknown tokens, each remembered for half of [`UNKNOWN_LIFETIME`] to all of it.
 #[derive(Debug, Default)]
 struct Unknown {
     tokens: Generations,
     since: UnixMillis,
 }
 
-/// A bounded set that forgets its older half.
+/// A bounded set that removes its older half.
 #[derive(Debug, Default)]
 struct Generations {
     young: HashSet<TokenHash>,
@@ -69,8 +70,8 @@ impl Tokens {
         Self { bucket, state: Mutex::default() }
     }
 
-    /// Whether the store is to be asked for a token from `ip`. `is_bound`: the connection has used
-    /// it before.
+    /// Checks whether a token from `ip` may be looked up in the store. `is_bound`: it is the
+    /// connection's session.
     pub(crate) fn admit(
         &self,
         token: &TokenHash,
@@ -79,18 +80,18 @@ impl Tokens {
         now: UnixMillis,
     ) -> Result<(), Error> {
         let mut state = self.state.lock();
-        state.unknown.age(now);
+        state.unknown.expire(now);
         if state.unknown.tokens.contains(token) {
             return Err(Error::SessionExpired);
         }
         let Some(bucket) = self.bucket else { return Ok(()) };
-        if is_bound || state.good.contains(token) {
+        if is_bound || state.valid.contains(token) {
             return Ok(());
         }
         let full_at = state.full_at.get(&network(ip)).copied().unwrap_or_default();
         let millis = 1_000.0 / bucket.per_second;
         let missing = (full_at - now.0 as f64).max(0.0);
-        // No budget lacks more than its burst, unless the clock was put back since.
+        // No budget lacks more than its burst, unless the clock was set back.
         let most = f64::from(bucket.burst) * millis + ROUNDING;
         let missing = if missing > most { 0.0 } else { missing };
         let lacking = missing - (f64::from(bucket.burst) - 1.0) * millis;
@@ -101,21 +102,21 @@ impl Tokens {
         }
     }
 
-    /// The store knows the token.
+    /// Records a token that the store knows.
     pub(crate) fn found(&self, token: TokenHash) {
-        self.state.lock().good.insert(token);
+        self.state.lock().valid.insert(token);
     }
 
-    /// The store does not know the token, which is charged to `ip`.
+    /// Records a token that the store does not know, and takes it from the budget of `ip`.
     pub(crate) fn not_found(&self, token: TokenHash, ip: IpAddr, now: UnixMillis) {
         let mut state = self.state.lock();
-        state.unknown.age(now);
-        state.good.remove(&token);
+        state.unknown.expire(now);
+        state.valid.remove(&token);
         state.unknown.tokens.insert(token);
         let Some(bucket) = self.bucket else { return };
         let (network, now) = (network(ip), now.0 as f64);
         if state.full_at.len() >= MAX_ADDRESSES && !state.full_at.contains_key(&network) {
-            make_room(&mut state.full_at, now);
+            make_space(&mut state.full_at, now);
         }
         let millis = 1_000.0 / bucket.per_second;
         let empty = now + f64::from(bucket.burst) * millis;
@@ -124,8 +125,8 @@ impl Tokens {
     }
 }
 
-/// Forgets the addresses whose budget is full; if none is, the half that is charged least.
-fn make_room(full_at: &mut HashMap<[u8; 16], f64>, now: f64) {
+/// Removes the addresses whose budget is full, and if too few are, the half with the fullest ones.
+fn make_space(full_at: &mut HashMap<[u8; 16], f64>, now: f64) {
     full_at.retain(|_, at| *at > now);
     if full_at.len() > MAX_ADDRESSES / 2 {
         let mut instants: Vec<f64> = full_at.values().copied().collect();
@@ -136,14 +137,14 @@ fn make_room(full_at: &mut HashMap<[u8; 16], f64>, now: f64) {
 }
 
 impl Unknown {
-    fn age(&mut self, now: UnixMillis) {
-        let half = UNKNOWN_FOR / 2;
+    fn expire(&mut self, now: UnixMillis) {
+        let half = UNKNOWN_LIFETIME / 2;
         let age = now.since(self.since);
         if age < half && now >= self.since {
             return;
         }
         self.tokens.turn();
-        if age >= UNKNOWN_FOR || now < self.since {
+        if age >= UNKNOWN_LIFETIME || now < self.since {
             self.tokens.turn();
         }
         self.since = now;
@@ -167,7 +168,7 @@ impl Generations {
         self.old.remove(token);
     }
 
-    /// Forgets the old generation; the young one becomes it.
+    /// Removes the old generation; the young one replaces it.
     fn turn(&mut self) {
         self.old = mem::take(&mut self.young);
     }
@@ -195,35 +196,35 @@ mod tests {
     }
 
     #[test]
-    fn an_address_may_fail_so_often_and_another_is_not_charged() {
+    fn an_address_beyond_its_budget_is_refused_and_others_are_not() {
         let tokens = Tokens::new(Some(BUCKET));
-        let (greedy, neighbour) = (ip("2001:db8::1"), ip("2001:db8::2"));
+        let (guesser, neighbour) = (ip("2001:db8::1"), ip("2001:db8::2"));
         for n in 0..2 {
-            tokens.admit(&token(n), false, greedy, START).expect("within the budget");
-            tokens.not_found(token(n), greedy, START);
+            tokens.admit(&token(n), false, guesser, START).expect("within the budget");
+            tokens.not_found(token(n), guesser, START);
         }
         let refused = tokens.admit(&token(2), false, neighbour, START);
         let Err(Error::RateLimited(wait)) = refused else { panic!("{refused:?}") };
         assert_eq!(wait, Duration::from_secs(1));
         tokens.admit(&token(2), false, ip("2001:db8:0:1::1"), START).expect("the next /64");
-        tokens.admit(&token(2), false, greedy, after(wait)).expect("after the wait");
+        tokens.admit(&token(2), false, guesser, after(wait)).expect("after the wait");
     }
 
     #[test]
-    fn known_tokens_of_a_guessers_address_go_on() {
+    fn known_tokens_stay_usable_from_an_address_that_guesses() {
         let tokens = Tokens::new(Some(BUCKET));
         let shared = ip("192.0.2.1");
         tokens.found(token(1));
         for n in 10..20 {
             tokens.not_found(token(n), shared, START);
         }
-        tokens.admit(&token(1), false, shared, START).expect("seen by this edge");
+        tokens.admit(&token(1), false, shared, START).expect("known to this edge");
         tokens.admit(&token(2), true, shared, START).expect("used by the connection");
-        tokens.admit(&token(3), false, shared, START).expect_err("not seen before");
+        tokens.admit(&token(3), false, shared, START).expect_err("unknown to this edge");
     }
 
     #[test]
-    fn a_clock_that_is_put_back_shuts_nobody_out() {
+    fn a_clock_that_is_set_back_locks_nobody_out() {
         let tokens = Tokens::new(Some(BUCKET));
         let here = ip("192.0.2.1");
         for n in 0..2 {
@@ -233,15 +234,15 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_token_is_remembered_for_a_short_time() {
+    fn an_unknown_token_is_refused_without_the_store_for_a_short_time() {
         let tokens = Tokens::new(None);
         let here = ip("192.0.2.1");
         tokens.not_found(token(1), here, START);
-        for time in [Duration::ZERO, UNKNOWN_FOR / 2 - Duration::from_millis(1)] {
+        for time in [Duration::ZERO, UNKNOWN_LIFETIME / 2 - Duration::from_millis(1)] {
             let refused = tokens.admit(&token(1), true, here, after(time));
             assert!(matches!(refused, Err(Error::SessionExpired)), "{time:?}");
         }
-        tokens.admit(&token(1), false, here, after(UNKNOWN_FOR)).expect("the store is asked again");
+        tokens.admit(&token(1), false, here, after(UNKNOWN_LIFETIME)).expect("looked up again");
     }
 
     #[test]
@@ -254,7 +255,7 @@ mod tests {
         }
         let state = tokens.state.lock();
         assert!(state.full_at.len() <= MAX_ADDRESSES);
-        for set in [&state.unknown.tokens, &state.good] {
+        for set in [&state.unknown.tokens, &state.valid] {
             assert!(set.young.len() <= MAX_TOKENS && set.old.len() <= MAX_TOKENS);
         }
     }

@@ -1,9 +1,9 @@
-//! The calls that wait for messages, by reader: few for each, and one read for all that wait for the
-//! same.
+//! The calls that wait for messages, by reader: a bounded number for each, and one read for all
+//! that wait for the same view.
 //!
-//! What wakes a reader's calls wakes the first of them; it reads, and the next one does so only if
-//! something was left. So a message costs one read however many calls wait for it, and a message in
-//! a channel that nobody waits for costs none.
+//! A wake reaches the first waiting call, which reads. The next call reads only if messages were
+//! left. So a message costs one read, however many calls wait for it, and none if no call waits for
+//! its channel.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -14,50 +14,50 @@ use parking_lot::Mutex;
 use qpq_ports::{ReadQuery, Reader, View, Wake, Wakes};
 use tokio::sync::{Notify, OwnedMutexGuard};
 
-/// The calls of one reader that wait at a time. When there is another, the oldest ends.
+/// The maximum number of waiting calls of one reader. Another call ends the oldest.
 pub(crate) const MAX_WAITERS: usize = 8;
 
-/// All calls that wait here.
+/// All waiting calls of this process.
 #[derive(Default)]
 pub(crate) struct Waiters {
     readers: Mutex<HashMap<Reader, VecDeque<Arc<Call>>>>,
 }
 
-/// One call that waits.
+/// One waiting call.
 struct Call {
     view: View,
     displaced: Notify,
-    shared: Arc<tokio::sync::Mutex<Shared>>,
+    shared: Arc<tokio::sync::Mutex<SharedWake>>,
 }
 
-/// What the calls of a reader that wait for the same view have in common.
-struct Shared {
+/// The wake of all calls of a reader that wait for one view.
+struct SharedWake {
     wake: Box<dyn Wake>,
-    /// Something happened that no read has seen.
+    /// Whether the view may have messages that no call has read.
     unread: bool,
 }
 
-/// A call's place among those that wait. Dropped, it is given up.
+/// The membership of a call in [`Waiters`], until it is dropped.
 pub(crate) struct Waiter<'a> {
     waiters: &'a Waiters,
     reader: Reader,
     call: Arc<Call>,
-    /// Held from the first time that it is this call's turn.
-    turn: Option<OwnedMutexGuard<Shared>>,
+    /// Locked from this call's first turn on.
+    turn: Option<OwnedMutexGuard<SharedWake>>,
 }
 
 impl Waiters {
-    /// Adds a call that waits for what `read` would show. Whatever happens from now on is its
-    /// business, so it reads once by itself after this.
-    pub(crate) fn join(&self, wakes: &dyn Wakes, read: &ReadQuery) -> Waiter<'_> {
-        let reader = read.reader;
+    /// Adds a call that waits for messages of `query`. It receives later wakes only, so the caller
+    /// reads once after this.
+    pub(crate) fn join(&self, wakes: &dyn Wakes, query: &ReadQuery) -> Waiter<'_> {
+        let reader = query.reader;
         let mut readers = self.readers.lock();
         let calls = readers.entry(reader).or_insert_with(|| VecDeque::with_capacity(1));
-        let shared = match calls.iter().find(|call| call.view == read.view) {
+        let shared = match calls.iter().find(|call| call.view == query.view) {
             Some(call) => Arc::clone(&call.shared),
             None => {
-                let wake = wakes.subscribe(read);
-                Arc::new(tokio::sync::Mutex::new(Shared { wake, unread: false }))
+                let wake = wakes.subscribe(query);
+                Arc::new(tokio::sync::Mutex::new(SharedWake { wake, unread: false }))
             }
         };
         if calls.len() >= MAX_WAITERS
@@ -65,7 +65,7 @@ impl Waiters {
         {
             oldest.displaced.notify_one();
         }
-        let call = Arc::new(Call { view: read.view, displaced: Notify::new(), shared });
+        let call = Arc::new(Call { view: query.view, displaced: Notify::new(), shared });
         calls.push_back(Arc::clone(&call));
         drop(readers);
         Waiter { waiters: self, reader, call, turn: None }
@@ -73,7 +73,7 @@ impl Waiters {
 }
 
 impl Waiter<'_> {
-    /// Completes when it is this call's turn to read, or when it has to end.
+    /// Completes when the call is to read, or to end.
     pub(crate) async fn next(&mut self) -> Turn {
         let call = &*self.call;
         tokio::select! {
@@ -83,7 +83,7 @@ impl Waiter<'_> {
         }
     }
 
-    /// This call has read, and `more` says whether anything was left to others.
+    /// Records that the call has read, and whether it left messages to the next one.
     pub(crate) fn has_read(&mut self, left: Left) {
         if let Some(shared) = &mut self.turn {
             shared.unread = left == Left::More;
@@ -91,26 +91,27 @@ impl Waiter<'_> {
     }
 }
 
-/// What [`Waiter::next`] waited for.
+/// The result of [`Waiter::next`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// There may be something to read, and no other call of this reader reads it.
+    /// There may be messages, and no other call of this reader reads them.
     Read,
-    /// The reader has too many calls that wait.
+    /// The reader has too many waiting calls.
     Displaced,
 }
 
-/// What a read left to others that wait for the same.
+/// The messages that a read left to other calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Left {
     Nothing,
     More,
 }
 
-/// Cancel-safe: what happened is unread until somebody says that it was read.
+/// Completes when there may be unread messages and it is the call's turn. Cancel-safe: they stay
+/// unread until [`Waiter::has_read`].
 async fn unread(
-    shared: &Arc<tokio::sync::Mutex<Shared>>,
-    turn: &mut Option<OwnedMutexGuard<Shared>>,
+    shared: &Arc<tokio::sync::Mutex<SharedWake>>,
+    turn: &mut Option<OwnedMutexGuard<SharedWake>>,
 ) {
     let shared = match turn {
         Some(shared) => shared,
@@ -130,8 +131,8 @@ impl Drop for Waiter<'_> {
             if calls.is_empty() {
                 readers.remove(&self.reader);
                 if readers.len() < readers.capacity() / 4 {
-                    let room = readers.len() * 2;
-                    readers.shrink_to(room);
+                    let capacity = readers.len() * 2;
+                    readers.shrink_to(capacity);
                 }
             }
         }
@@ -146,29 +147,29 @@ mod tests {
 
     use super::*;
 
-    /// Wakes by hand, counted.
+    /// Wakes that the test triggers.
     #[derive(Default)]
-    struct ByHand {
+    struct TestWakes {
         subscribed: Mutex<Vec<(View, Arc<Notify>)>>,
     }
 
-    struct HandWake(Arc<Notify>);
+    struct TestWake(Arc<Notify>);
 
-    impl Wakes for ByHand {
+    impl Wakes for TestWakes {
         fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
             let notify = Arc::new(Notify::new());
             self.subscribed.lock().push((query.view, Arc::clone(&notify)));
-            Box::new(HandWake(notify))
+            Box::new(TestWake(notify))
         }
     }
 
-    impl Wake for HandWake {
+    impl Wake for TestWake {
         fn woken(&mut self) -> BoxFuture<'_, ()> {
             Box::pin(self.0.notified())
         }
     }
 
-    impl ByHand {
+    impl TestWakes {
         fn wake(&self) {
             self.subscribed.lock().iter().for_each(|(_, notify)| notify.notify_one());
         }
@@ -183,15 +184,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_event_is_read_by_one_call_and_what_is_left_by_the_next() {
-        let (wakes, waiters) = (ByHand::default(), Waiters::default());
+    async fn a_wake_is_read_by_one_call_and_remaining_messages_by_the_next() {
+        let (wakes, waiters) = (TestWakes::default(), Waiters::default());
         let join = || waiters.join(&wakes, &read(View::All));
         let (mut one, mut two, mut three) = (join(), join(), join());
         assert_eq!(wakes.subscribed.lock().len(), 1, "they share a subscription");
         wakes.wake();
         assert_eq!(one.next().now_or_never(), Some(Turn::Read));
         assert_eq!(two.next().now_or_never(), None);
-        // As long as nobody has read it, whatever becomes of the call.
+        // The first call ends without a read.
         drop(one);
         assert_eq!(two.next().now_or_never(), Some(Turn::Read));
         two.has_read(Left::More);
@@ -205,8 +206,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_oldest_of_too_many_calls_is_displaced_whatever_it_waits_for() {
-        let (wakes, waiters) = (ByHand::default(), Waiters::default());
+    async fn a_call_beyond_the_maximum_displaces_the_oldest_of_any_view() {
+        let (wakes, waiters) = (TestWakes::default(), Waiters::default());
         let mut oldest = waiters.join(&wakes, &read(channel(1)));
         let mut rest: Vec<_> =
             (1..MAX_WAITERS).map(|_| waiters.join(&wakes, &read(channel(2)))).collect();
@@ -215,18 +216,18 @@ mod tests {
         let other = ReadQuery { reader, view: channel(1) };
         let mut of_another_device = waiters.join(&wakes, &other);
         assert_eq!(oldest.next().now_or_never(), None);
-        let mut ninth = waiters.join(&wakes, &read(channel(1)));
+        let mut newest = waiters.join(&wakes, &read(channel(1)));
         assert_eq!(oldest.next().now_or_never(), Some(Turn::Displaced));
-        for waiter in rest.iter_mut().chain([&mut of_another_device, &mut ninth]) {
+        for waiter in rest.iter_mut().chain([&mut of_another_device, &mut newest]) {
             assert_eq!(waiter.next().now_or_never(), None);
         }
-        drop((oldest, rest, of_another_device, ninth));
+        drop((oldest, rest, of_another_device, newest));
         assert!(waiters.readers.lock().is_empty());
     }
 
     #[tokio::test]
-    async fn calls_for_other_channels_have_subscriptions_of_their_own() {
-        let (wakes, waiters) = (ByHand::default(), Waiters::default());
+    async fn calls_for_different_channels_have_separate_subscriptions() {
+        let (wakes, waiters) = (TestWakes::default(), Waiters::default());
         let views = [channel(1), View::All, channel(1), channel(2)];
         let _joined = views.map(|view| waiters.join(&wakes, &read(view)));
         let subscribed: Vec<_> = wakes.subscribed.lock().iter().map(|(view, _)| *view).collect();

@@ -1,10 +1,10 @@
-//! The server's side of OPAQUE-3DH (RFC 9807): registration and login by password, the password
-//! never seen.
+//! The server's part of OPAQUE-3DH (RFC 9807): registration and login without revealing the
+//! password to the server.
 //!
-//! [`OpaqueServer`] owns the deployment's long-term secrets and is the only code that touches
+//! [`OpaqueServer`] owns the deployment's long-term secrets and is the only code that uses
 //! `opaque-ke`. It checks the exact length of every message first, because the library's parsers
-//! let trailing bytes through, and it does the same work for a user that does not exist as for one
-//! that does (RFC 9807 §6.3.2.2).
+//! accept trailing bytes. Its work for an unknown username is the same as for a known one (RFC 9807
+//! §6.3.2.2).
 
 use std::fmt;
 
@@ -20,22 +20,26 @@ use rand::{CryptoRng, RngCore};
 use sha2::Sha512;
 use zeroize::{Zeroize as _, Zeroizing};
 
-/// Lengths of the messages, in bytes (RFC 9807 §5.1 and §6.1 with this suite).
+/// The lengths of the messages in bytes (RFC 9807 §5.1 and §6.1 with this suite).
 pub mod len {
+    /// RegistrationRequest.
     pub const REGISTRATION_REQUEST: usize = 32;
+    /// RegistrationResponse.
     pub const REGISTRATION_RESPONSE: usize = 64;
-    /// The registration record: what the client uploads and what is stored.
+    /// RegistrationRecord: the client's upload, and what is stored.
     pub const RECORD: usize = 192;
+    /// The client's first message of a login.
     pub const KE1: usize = 96;
+    /// The server's message of a login.
     pub const KE2: usize = 320;
+    /// The client's second message of a login.
     pub const KE3: usize = 64;
-    /// OPRF seed 64 ‖ server private key 32 ‖ public key for unknown users 32.
+    /// OPRF seed 64 ‖ server private key 32 ‖ public key for unknown usernames 32.
     pub const SETUP: usize = 128;
 }
 
-/// The suite: ristretto255-SHA512, HKDF- and HMAC-SHA-512, 3DH over ristretto255. The key
-/// stretching function is the client's alone; it is named here because the library's type wants one
-/// and because one client must match another.
+/// The suite: ristretto255-SHA512, HKDF- and HMAC-SHA-512, 3DH over ristretto255. Only clients use
+/// the key stretching function; the library's type requires one.
 #[derive(Debug)]
 pub struct QpqSuite;
 
@@ -45,31 +49,36 @@ impl CipherSuite for QpqSuite {
     type Ksf = argon2::Argon2<'static>;
 }
 
-/// Why a message was not answered.
+/// The reason why an OPAQUE message is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpaqueError {
+    /// The message has a wrong length or does not parse.
     #[error("not a well-formed OPAQUE message")]
     Malformed,
-    /// Or no such user, which nobody can tell.
+    /// The password is wrong, or the username is unknown.
     #[error("wrong password")]
     WrongPassword,
+    /// The stored record is damaged.
     #[error("a stored OPAQUE record does not parse")]
     CorruptRecord,
 }
 
-/// Why the server's OPAQUE secrets cannot be used.
+/// The reason why OPAQUE secrets cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidSetup {
+    /// The length is wrong.
     #[error("the OPAQUE setup must be exactly 128 bytes; restore the file from a backup")]
     Length,
-    #[error("the OPAQUE setup holds no valid key; restore the file from a backup")]
+    /// A key is invalid.
+    #[error("the OPAQUE setup contains no valid key; restore the file from a backup")]
     Key,
+    /// A login with the secrets fails.
     #[error("a login with the OPAQUE setup failed its self-check; restore the file from a backup")]
     SelfCheck,
 }
 
-/// What the server keeps between LoginStart and LoginFinish. As good as a session to whoever reads
-/// it: it stays in memory and is wiped when dropped.
+/// The server's state between OpaqueLoginStart and OpaqueLoginFinish. With it an attacker could log
+/// in, so it stays in memory and is wiped when dropped.
 pub struct PendingLogin(Box<ServerLogin<QpqSuite>>);
 
 impl fmt::Debug for PendingLogin {
@@ -78,12 +87,12 @@ impl fmt::Debug for PendingLogin {
     }
 }
 
-/// The deployment's OPAQUE secrets. One for all edges and for ever: without them no password works
-/// again.
+/// The deployment's OPAQUE secrets, the same on all edges. They are permanent: without them no
+/// password works.
 pub struct OpaqueServer {
     setup: ServerSetup<QpqSuite>,
-    /// A valid record that belongs to nobody, parsed where there is no real one.
-    nobody: [u8; len::RECORD],
+    /// A valid record of no account, which is parsed for unknown usernames.
+    dummy_record: [u8; len::RECORD],
 }
 
 impl fmt::Debug for OpaqueServer {
@@ -93,12 +102,12 @@ impl fmt::Debug for OpaqueServer {
 }
 
 impl OpaqueServer {
-    /// New secrets. Every account registered with others is lost to these.
+    /// Generates new secrets. Accounts that were registered with others cannot log in with them.
     pub fn generate(rng: &mut (impl RngCore + CryptoRng)) -> Self {
         Self::new(ServerSetup::new(rng))
     }
 
-    /// The secrets that [`OpaqueServer::serialize`] gave, checked for use.
+    /// Parses and checks secrets from [`OpaqueServer::serialize`].
     pub fn parse(bytes: &[u8]) -> Result<Self, InvalidSetup> {
         if bytes.len() != len::SETUP {
             return Err(InvalidSetup::Length);
@@ -106,23 +115,23 @@ impl OpaqueServer {
         ServerSetup::deserialize(bytes).map(Self::new).map_err(|_| InvalidSetup::Key)
     }
 
-    /// What to store, readable by the server's user alone.
+    /// Serializes the secrets, to be stored readable by the server's user alone.
     pub fn serialize(&self) -> Zeroizing<Vec<u8>> {
         let mut bytes = self.setup.serialize();
-        let kept = Zeroizing::new(bytes.to_vec());
+        let copy = Zeroizing::new(bytes.to_vec());
         bytes.as_mut_slice().zeroize();
-        kept
+        copy
     }
 
     fn new(setup: ServerSetup<QpqSuite>) -> Self {
-        let mut nobody = [0; len::RECORD];
-        // client_public_key 32 ‖ masking_key 64 ‖ envelope 96: any valid point makes the whole a
-        // valid record.
-        nobody[..32].copy_from_slice(&setup.keypair().public().serialize());
-        Self { setup, nobody }
+        let mut dummy_record = [0; len::RECORD];
+        // client_public_key 32 ‖ masking_key 64 ‖ envelope 96: with any valid point the whole is
+        // a valid record.
+        dummy_record[..32].copy_from_slice(&setup.keypair().public().serialize());
+        Self { setup, dummy_record }
     }
 
-    /// RegistrationResponse, 64 bytes. Depends on the name and the request alone.
+    /// Returns RegistrationResponse, 64 bytes. Depends only on the username and the request.
     pub fn start_registration(
         &self,
         username: &Username,
@@ -136,16 +145,16 @@ impl OpaqueServer {
         Ok(started.message.serialize().to_vec())
     }
 
-    /// The record to store for an upload: 192 bytes, the upload itself once it is known to be one.
+    /// Returns the record to store, 192 bytes: the checked upload.
     pub fn finish_registration(&self, upload: &[u8]) -> Result<Vec<u8>, OpaqueError> {
         exact(upload, len::RECORD)?;
         let upload = RegistrationUpload::<QpqSuite>::deserialize(upload).map_err(malformed)?;
         Ok(ServerRegistration::finish(upload).serialize().to_vec())
     }
 
-    /// KE2, 320 bytes, and what LoginFinish needs. `record` is `None` for a user that does not
-    /// exist: the work is the same, the answer is made up, and no KE3 will match it. About 0.3 ms
-    /// of one core.
+    /// Returns KE2, 320 bytes, and the state for OpaqueLoginFinish. `record` is `None` for an
+    /// unknown username: the work is the same, KE2 is simulated, and no KE3 matches it. Takes about
+    /// 0.3 ms of one core.
     pub fn start_login(
         &self,
         rng: &mut (impl RngCore + CryptoRng),
@@ -156,8 +165,8 @@ impl OpaqueServer {
         self.start_login_in(ServerLoginParameters::default(), rng, username, record, ke1)
     }
 
-    /// The context and identities are parts of the transcript: the protocol has none, the RFC's
-    /// vectors have.
+    /// Like [`OpaqueServer::start_login`], with the context and identities of the RFC's test
+    /// vectors; the protocol has none.
     fn start_login_in(
         &self,
         parameters: ServerLoginParameters<'_, '_>,
@@ -168,7 +177,7 @@ impl OpaqueServer {
     ) -> Result<(Vec<u8>, PendingLogin), OpaqueError> {
         exact(ke1, len::KE1)?;
         let ke1 = CredentialRequest::deserialize(ke1).map_err(malformed)?;
-        let parsed = exact(record.unwrap_or(&self.nobody), len::RECORD)
+        let parsed = exact(record.unwrap_or(&self.dummy_record), len::RECORD)
             .and_then(|bytes| ServerRegistration::<QpqSuite>::deserialize(bytes).map_err(malformed))
             .map_err(|_| OpaqueError::CorruptRecord)?;
         let record = record.is_some().then_some(parsed);
@@ -178,8 +187,8 @@ impl OpaqueServer {
         Ok((started.message.serialize().to_vec(), PendingLogin(Box::new(started.state))))
     }
 
-    /// Registers and logs in a user that is never stored, with the server's own secrets: whether a
-    /// password would work. Cheap, as the client in it does not stretch its password.
+    /// Checks the secrets by a registration and a login of an account that is never stored. Cheap,
+    /// as its client does not stretch the password.
     pub fn self_check(&self, rng: &mut (impl RngCore + CryptoRng)) -> Result<(), InvalidSetup> {
         self.log_in_once(rng).ok_or(InvalidSetup::SelfCheck)
     }
@@ -210,13 +219,12 @@ impl OpaqueServer {
 }
 
 impl PendingLogin {
-    /// Whether `ke3`, 64 bytes, shows knowledge of the password. In constant time.
+    /// Checks in constant time that `ke3`, 64 bytes, proves knowledge of the password.
     pub fn finish(self, ke3: &[u8]) -> Result<(), OpaqueError> {
         self.finish_in(ServerLoginParameters::default(), ke3).map(drop)
     }
 
-    /// The session key that both sides now have; the protocol does not use it (tokens are random
-    /// instead).
+    /// Returns the shared session key. The protocol does not use it; its tokens are random.
     fn finish_in(
         self,
         parameters: ServerLoginParameters<'_, '_>,
@@ -229,8 +237,7 @@ impl PendingLogin {
     }
 }
 
-/// The canonical name is what the password is bound to: it must be the same at registration and at
-/// every login.
+/// Returns the credential identifier: the canonical username, the same at registration and login.
 fn credential_id(username: &Username) -> &[u8] {
     username.as_str().as_bytes()
 }
@@ -239,7 +246,7 @@ fn exact(bytes: &[u8], len: usize) -> Result<&[u8], OpaqueError> {
     if bytes.len() == len { Ok(bytes) } else { Err(OpaqueError::Malformed) }
 }
 
-/// What exactly the library disliked helps nobody but an attacker.
+/// Drops the library's reason, which would only help an attacker.
 fn malformed(_: ProtocolError) -> OpaqueError {
     OpaqueError::Malformed
 }

@@ -1,4 +1,4 @@
-//! OPAQUE by the RFC's numbers, on both sides, and by what hostile clients may send.
+//! OPAQUE with the RFC's test vectors on both sides, and with messages of hostile clients.
 
 use opaque_ke::ksf::Identity;
 use rand::rngs::OsRng;
@@ -10,7 +10,7 @@ use super::{
 
 const CONTEXT: &[u8] = b"OPAQUE-POC";
 
-/// [`QpqSuite`] with the key stretching of the vectors.
+/// [`QpqSuite`] with the key stretching of the test vectors.
 struct VectorSuite;
 
 impl CipherSuite for VectorSuite {
@@ -19,7 +19,7 @@ impl CipherSuite for VectorSuite {
     type Ksf = Identity;
 }
 
-/// Gives out what it was given, and panics when asked for more.
+/// A random number generator that returns fixed bytes and panics at their end.
 struct Script(Vec<u8>);
 
 impl Script {
@@ -27,7 +27,8 @@ impl Script {
         Self(parts.iter().flat_map(|part| unhex(part)).collect())
     }
 
-    /// A blinding scalar as the library draws it: from twice as many bytes, little end first.
+    /// Returns the bytes from which the library creates a blinding scalar: twice its length, little
+    /// endian.
     fn blind(scalar: &str) -> Vec<u8> {
         [unhex(scalar), vec![0; 32]].concat()
     }
@@ -72,7 +73,7 @@ fn parameters(identifiers: Identifiers<'static>) -> ServerLoginParameters<'stati
     ServerLoginParameters { context: Some(CONTEXT), identifiers }
 }
 
-/// One of C.1.1 and C.1.2: what differs between them.
+/// The part of a test vector in which C.1.1 and C.1.2 differ.
 struct Real {
     identifiers: Identifiers<'static>,
     upload: &'static str,
@@ -81,7 +82,8 @@ struct Real {
     session_key: &'static str,
 }
 
-/// Plays registration and login, our server against the library's client, every message compared.
+/// Runs a registration and a login of our server with the library's client, and compares every
+/// message.
 fn play(vector: &Real) {
     let server = server(common::OPRF_SEED, common::SERVER_PRIVATE_KEY, common::SERVER_PUBLIC_KEY);
     let password = unhex(common::PASSWORD);
@@ -198,9 +200,9 @@ fn a_known_and_an_unknown_user_take_the_same_randomness_and_room() {
     let (fake, _) = server.start_login(&mut unknown, &user(), None, &ke1).expect("KE2");
     assert_eq!((real.len(), fake.len()), (len::KE2, len::KE2));
     assert_eq!(known.0.len(), unknown.0.len());
-    // The OPRF's output is bound to the name alone, so asking twice tells nothing either.
+    // The OPRF's output depends on the name alone, so a repeated start reveals nothing either.
     assert_eq!(real[..32], fake[..32]);
-    assert_eq!(server.nobody.len(), record.len());
+    assert_eq!(server.dummy_record.len(), record.len());
 }
 
 #[test]

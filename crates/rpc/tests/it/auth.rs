@@ -32,7 +32,7 @@ async fn resolve(client: &Client, name: &str) -> Bytes {
 }
 
 #[tokio::test]
-async fn who_registered_logs_in_and_is_known_by_its_key() {
+async fn a_registered_account_logs_in_and_is_found_by_its_key() {
     let server = Server::start().await;
     let client = server.connect();
     let identity = new_identity();
@@ -46,7 +46,7 @@ async fn who_registered_logs_in_and_is_known_by_its_key() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_and_an_unknown_user_are_one_answer() {
+async fn a_wrong_password_and_an_unknown_username_have_the_same_answer() {
     let server = Server::start().await;
     let client = server.connect();
     client.register("alice", "password", &new_identity()).await.expect("a free name");
@@ -64,7 +64,7 @@ async fn a_wrong_password_and_an_unknown_user_are_one_answer() {
     );
 }
 
-/// Counts what logins ask the store, in order.
+/// Records the store's calls in order.
 struct Counted {
     inner: Arc<dyn Accounts>,
     asked: Arc<Mutex<Vec<&'static str>>>,
@@ -93,10 +93,10 @@ impl Accounts for Counted {
     }
 }
 
-/// Attack 5. That the curve work is the same is shown beside `OpaqueServer`, by the randomness it
-/// draws.
+/// Attack 5. The tests of `OpaqueServer` show that the computation is the same, by the randomness
+/// that it uses.
 #[tokio::test]
-async fn a_login_asks_the_store_the_same_whether_or_not_the_user_exists() {
+async fn a_login_makes_the_same_store_calls_whether_or_not_the_account_exists() {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let counted = Arc::clone(&asked);
     let server = Server::with_stores(
@@ -110,7 +110,7 @@ async fn a_login_asks_the_store_the_same_whether_or_not_the_user_exists() {
     let client = server.connect();
     client.register("alice", "password", &new_identity()).await.expect("a free name");
     assert_eq!(std::mem::take(&mut *asked.lock()), ["register"], "RegisterStart asks nothing");
-    client.upload("alice", "password").await.expect("taken names are answered alike");
+    client.upload("alice", "password").await.expect("taken names have the same answer");
     assert!(asked.lock().is_empty());
     for name in ["alice", "nobody"] {
         let started = client.start_login(name, "wrong").await.expect("an answer");
@@ -121,13 +121,12 @@ async fn a_login_asks_the_store_the_same_whether_or_not_the_user_exists() {
 }
 
 #[tokio::test]
-async fn the_starts_tell_nothing_of_whether_a_name_is_taken() {
+async fn the_responses_to_starts_do_not_reveal_whether_a_name_is_taken() {
     let server = Server::start().await;
     let client = server.connect();
     client.register("alice", "password", &new_identity()).await.expect("a free name");
     for name in ["alice", "nobody"] {
-        // Not a secret's blinding, but a valid point: what an answer depends on must be the name
-        // alone.
+        // A valid point that blinds no password: the answer depends on the name alone.
         let point = hex::decode("e2f2ae0a6abc4e71a884a961c500515f58e30b6aa582dd8db6a65945e08d2d76")
             .expect("hex");
         let request = OpaqueRegisterStartRequest { username: name.into(), request: point.into() };
@@ -144,7 +143,7 @@ async fn the_starts_tell_nothing_of_whether_a_name_is_taken() {
 
 /// Attack 6.
 #[tokio::test]
-async fn a_byte_more_or_less_is_malformed_and_changes_nothing() {
+async fn messages_of_a_wrong_length_are_malformed_and_change_nothing() {
     let server = Server::start().await;
     let client = server.connect();
     let upload = client.upload("alice", "password").await.expect("an upload");
@@ -162,7 +161,7 @@ async fn a_byte_more_or_less_is_malformed_and_changes_nothing() {
         let request = registration("alice", &upload, &identity);
         assert_eq!(code(client.call::<OpaqueRegisterFinish>(request).await), malformed());
     }
-    client.register("alice", "password", &identity).await.expect("nothing took the name");
+    client.register("alice", "password", &identity).await.expect("the name is still free");
     for request in wrong(&[1; 96]) {
         let request = OpaqueLoginStartRequest { username: "alice".into(), request };
         assert_eq!(code(client.call::<OpaqueLoginStart>(request).await), malformed());
@@ -174,11 +173,14 @@ async fn a_byte_more_or_less_is_malformed_and_changes_nothing() {
         assert_eq!((refused.status, refused.code.as_str()), (Status::BadRequest, "auth.malformed"));
         assert_eq!(refused.field, "finalization");
     }
-    client.call::<OpaqueLoginFinish>(finish).await.expect("a malformed finish uses up nothing");
+    client
+        .call::<OpaqueLoginFinish>(finish)
+        .await
+        .expect("a malformed finish does not end the login");
 }
 
 #[tokio::test]
-async fn what_is_no_point_or_the_identity_is_malformed() {
+async fn invalid_points_and_the_identity_are_malformed() {
     let server = Server::start().await;
     let client = server.connect();
     let malformed = || (Status::BadRequest, "auth.malformed".to_owned());
@@ -198,7 +200,7 @@ async fn what_is_no_point_or_the_identity_is_malformed() {
 
 /// Attack 31.
 #[tokio::test]
-async fn names_are_one_whatever_their_case_and_width_and_bad_ones_are_refused() {
+async fn names_are_equal_across_case_and_width_and_invalid_ones_are_refused() {
     let server = Server::start().await;
     let client = server.connect();
     let identity = new_identity();
@@ -228,7 +230,7 @@ async fn names_are_one_whatever_their_case_and_width_and_bad_ones_are_refused() 
 }
 
 #[tokio::test]
-async fn a_registration_only_ever_inserts() {
+async fn a_registration_never_replaces_an_account() {
     let server = Server::start().await;
     let client = server.connect();
     let identity = new_identity();
@@ -239,13 +241,13 @@ async fn a_registration_only_ever_inserts() {
             client.call::<OpaqueRegisterFinish>(request.clone()).await.expect("a repeat is Ok");
         assert!(done.success);
     }
-    // The same name and key with another password, the name with another key: both would take the
-    // account over.
+    // The same name and key with another password, and the name with another key: both would take
+    // over the account.
     for (password, key) in [("other", &identity), ("password", &new_identity())] {
         let refused = client.register("alice", password, key).await;
         assert_eq!(code(refused), (Status::Forbidden, "auth.username_taken".into()));
     }
-    client.log_in("alice", "password").await.expect("the first record stands");
+    client.log_in("alice", "password").await.expect("the first record is unchanged");
     assert_eq!(code(client.log_in("alice", "other").await).0, Status::Unauthorized);
     // Attack 1: another name with Alice's key.
     let refused = client.register("mallory", "password", &identity).await;
@@ -255,7 +257,7 @@ async fn a_registration_only_ever_inserts() {
 
 /// Attack 2.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn of_many_registrations_of_one_name_at_once_exactly_one_wins() {
+async fn of_concurrent_registrations_of_one_name_exactly_one_wins() {
     let server = Server::start().await;
     let tries = join_all((0..16).map(|n| {
         let client = server.connect();
@@ -275,13 +277,13 @@ async fn of_many_registrations_of_one_name_at_once_exactly_one_wins() {
 }
 
 #[tokio::test]
-async fn only_keys_that_can_sign_are_taken() {
+async fn only_valid_signing_keys_are_accepted() {
     let server = Server::start().await;
     let client = server.connect();
     let upload = client.upload("alice", "password").await.expect("an upload");
     let mut neutral = [0; 32];
     neutral[0] = 1;
-    // y = p + 1: the neutral element, encoded a second time.
+    // y = p + 1: another encoding of the neutral element.
     let mut non_canonical = [0xff; 32];
     non_canonical[0] = 0xee;
     non_canonical[31] = 0x7f;
@@ -298,7 +300,7 @@ async fn only_keys_that_can_sign_are_taken() {
 }
 
 #[tokio::test]
-async fn a_proof_is_checked_when_it_is_there_and_asked_for_where_required() {
+async fn a_proof_is_always_checked_and_its_absence_refused_where_required() {
     let optional = Server::start().await;
     let required = Server::with(|config| config.identity_proof = IdentityProof::Required).await;
     for (server, demanded) in [(&optional, false), (&required, true)] {
@@ -311,7 +313,7 @@ async fn a_proof_is_checked_when_it_is_there_and_asked_for_where_required() {
         let another_key = identity_proof(&SigningKey::generate(&mut OsRng), "Alice", &upload);
         let another_name = identity_proof(&signing, "bob", &upload);
         let another_upload = identity_proof(&signing, "Alice", &[0; 192]);
-        // S + L signs as well as S for a verifier that is not strict.
+        // A verifier that is not strict accepts S + L in place of S.
         let mut malleable = proof.to_vec();
         add_group_order(&mut malleable[32..]);
         let bad = [
@@ -337,10 +339,7 @@ async fn a_proof_is_checked_when_it_is_there_and_asked_for_where_required() {
         client.call::<OpaqueRegisterFinish>(request).await.expect("a valid proof");
     }
     let client = optional.connect();
-    client
-        .register("bob", "password", &new_identity())
-        .await
-        .expect("no proof where it is optional");
+    client.register("bob", "password", &new_identity()).await.expect("a proof is optional");
 }
 
 /// Adds the order of the Ed25519 group to a little-endian scalar.
@@ -357,7 +356,7 @@ fn add_group_order(scalar: &mut [u8]) {
 
 /// Attack 3.
 #[tokio::test]
-async fn nobody_disturbs_a_login_on_another_connection() {
+async fn a_login_cannot_be_disturbed_from_another_connection() {
     let server = Server::start().await;
     let (alice, mallory) = (server.connect(), server.connect());
     alice.register("alice", "password", &new_identity()).await.expect("a free name");
@@ -366,12 +365,12 @@ async fn nobody_disturbs_a_login_on_another_connection() {
         let theirs = mallory.start_login("alice", "guess").await.expect("an answer");
         mallory.call::<OpaqueLoginFinish>(theirs.finish()).await.expect_err("a wrong password");
     }
-    alice.call::<OpaqueLoginFinish>(started.finish()).await.expect("her login stands");
+    alice.call::<OpaqueLoginFinish>(started.finish()).await.expect("her login is unaffected");
 }
 
 /// Attack 4.
 #[tokio::test]
-async fn a_finalization_works_once_and_only_where_it_was_asked_for() {
+async fn a_finalization_works_once_and_only_on_its_own_connection() {
     let server = Server::start().await;
     let (alice, elsewhere) = (server.connect(), server.connect());
     alice.register("alice", "password", &new_identity()).await.expect("a free name");
@@ -410,7 +409,7 @@ async fn a_login_must_be_finished_within_a_minute() {
 }
 
 #[tokio::test]
-async fn four_logins_wait_on_a_connection_and_a_fifth_pushes_the_oldest_out() {
+async fn a_fifth_unfinished_login_removes_the_oldest_of_its_connection() {
     let server = Server::start().await;
     let client = server.connect();
     let mut started = Vec::new();
@@ -426,19 +425,19 @@ async fn four_logins_wait_on_a_connection_and_a_fifth_pushes_the_oldest_out() {
 }
 
 #[tokio::test]
-async fn of_two_logins_of_one_name_on_a_connection_the_later_counts() {
+async fn a_second_login_of_one_name_on_a_connection_replaces_the_first() {
     let server = Server::start().await;
     let client = server.connect();
     client.register("alice", "password", &new_identity()).await.expect("a free name");
     let lost = client.start_login("alice", "password").await.expect("an answer");
     let kept = client.start_login("ALICE", "password").await.expect("an answer");
-    client.call::<OpaqueLoginFinish>(kept.finish()).await.expect("the later");
+    client.call::<OpaqueLoginFinish>(kept.finish()).await.expect("the second login");
     assert_eq!(code(client.call::<OpaqueLoginFinish>(lost.finish()).await).1, "auth.failed");
 }
 
 /// Attack 1.
 #[tokio::test]
-async fn a_session_is_never_bound_to_a_key_because_the_client_named_it() {
+async fn a_session_is_never_bound_to_a_key_that_the_client_names() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let bob = server.user("bob").await;
@@ -482,7 +481,7 @@ async fn a_device_id_is_empty_or_sixteen_bytes() {
 }
 
 #[tokio::test]
-async fn logins_under_way_end_with_their_connection() {
+async fn unfinished_logins_end_with_their_connection() {
     let server = Server::start().await;
     let client = server.connect();
     client.register("alice", "password", &new_identity()).await.expect("a free name");
@@ -492,7 +491,7 @@ async fn logins_under_way_end_with_their_connection() {
 }
 
 #[tokio::test]
-async fn a_new_username_does_not_look_like_another() {
+async fn new_usernames_that_look_like_another_are_refused() {
     let server = Server::start().await;
     let client = server.connect();
     for name in ["alice", "admin"] {
@@ -510,13 +509,13 @@ async fn a_new_username_does_not_look_like_another() {
     ] {
         let refused = client.register(name, "password", &new_identity()).await;
         assert_eq!(code(refused), invalid, "{name:?}");
-        // At Finish too, whatever was started.
+        // Finish refuses it too.
         let upload = client.upload("alice", "password").await.expect("an upload");
         let request = registration(name, &upload, &new_identity());
         let refused = client.call::<OpaqueRegisterFinish>(request).await;
         assert_eq!(code(refused), invalid, "{name:?}");
     }
-    // One script, and the skeleton of a name that is taken: said at Finish.
+    // One script, with the skeleton of a taken name: refused at Finish.
     let upload = client.upload("a1ice", "password").await.expect("an upload");
     let request = registration("a1ice", &upload, &new_identity());
     let refused = client.call::<OpaqueRegisterFinish>(request).await;
@@ -527,7 +526,7 @@ async fn a_new_username_does_not_look_like_another() {
 }
 
 #[tokio::test]
-async fn an_account_whose_name_is_refused_today_still_logs_in() {
+async fn an_older_account_with_a_name_that_is_refused_now_logs_in() {
     let any = Server::with(|config| config.username_scripts = UsernameScripts::Any).await;
     let client = any.connect();
     for name in ["\u{430}lice", "*"] {

@@ -1,5 +1,5 @@
-//! One client that asks for more than its share (`cases/greed.md`): it is refused with a reason,
-//! and the others do not notice.
+//! A client that asks for more than its share is refused with a reason, and others are not
+//! affected.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -26,7 +26,7 @@ use crate::harness::{Client, Refused, Server, User, code, new_identity};
 
 const MIB: usize = 1 << 20;
 
-/// Little memory for answers, and no wait for it.
+/// Configures little memory for answers, and no time to wait for it.
 fn little_memory(config: &mut Config) {
     config.answers = AnswerMemory {
         process: 16 * MIB,
@@ -43,11 +43,12 @@ async fn fill(user: &User, messages: usize, bytes: usize) {
             payload: vec![7; bytes].into(),
             ..Default::default()
         };
-        user.client.call::<Enqueue>(request).await.expect("room in the inbox");
+        user.client.call::<Enqueue>(request).await.expect("space in the inbox");
     }
 }
 
-/// A Peek whose answer is kept, as one that its client does not read.
+/// Returns the answer to a Peek. Keeping it is what the transport does for a client that does not
+/// read.
 async fn unread(client: &Client) -> Answer {
     let method = <Peek as qpq_proto::Method>::INFO.id;
     client.raw(method, PeekRequest::default().encode_to_vec()).await
@@ -58,9 +59,8 @@ fn shown(answer: &Answer) -> PeekResponse {
     PeekResponse::decode(answer.payload.clone()).expect("a page")
 }
 
-/// `cases/greed.md` 2.
 #[tokio::test]
-async fn unread_answers_of_one_account_are_bounded_and_others_read_on() {
+async fn unread_answers_of_one_account_are_bounded_and_other_accounts_can_read() {
     let server = Server::with(little_memory).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     fill(&alice, 4, MIB - 1_000).await;
@@ -87,14 +87,14 @@ async fn unread_answers_of_one_account_are_bounded_and_others_read_on() {
         );
         assert!(refused.retry_after.is_some());
     }
-    // Read at last, the memory is free and nothing is lost.
+    // Once they are read, the memory is free and nothing is lost.
     kept.clear();
     assert_eq!(server.rpc.answer_bytes(), 0);
     assert_eq!(shown(&unread(&alice.client).await).payloads.len(), 4);
 }
 
 #[tokio::test]
-async fn a_page_is_smaller_where_memory_is_short_and_says_that_there_is_more() {
+async fn a_page_is_smaller_while_memory_is_short_and_reports_more() {
     let server = Server::with(|config| {
         little_memory(config);
         config.delivery.max_payload = 100_000;
@@ -110,7 +110,7 @@ async fn a_page_is_smaller_where_memory_is_short_and_says_that_there_is_more() {
 }
 
 #[tokio::test]
-async fn an_unread_fetch_keeps_nothing_once_it_is_dropped() {
+async fn a_dropped_fetch_answer_returns_its_memory_and_messages() {
     let server = Server::with(little_memory).await;
     let alice = server.user("alice").await;
     fill(&alice, 4, MIB - 1_000).await;
@@ -127,7 +127,7 @@ async fn an_unread_fetch_keeps_nothing_once_it_is_dropped() {
 }
 
 #[tokio::test]
-async fn a_process_without_memory_for_answers_says_so_and_recovers() {
+async fn a_process_without_memory_for_answers_refuses_reads_and_recovers() {
     let server = Server::with(little_memory).await;
     let mut users = Vec::new();
     for name in ["alice", "bob", "carol", "dave", "eve"] {
@@ -151,7 +151,7 @@ async fn a_process_without_memory_for_answers_says_so_and_recovers() {
     let full = Refused::new(&unread(&users[4].client).await);
     assert_eq!((full.status, full.code.as_str()), (Status::Unavailable, "rpc.answers_full"));
     assert!(full.retry_after.is_some());
-    // What needs no large answer goes on.
+    // Calls without large answers succeed.
     fill(&users[4], 1, 10).await;
     kept.clear();
     assert!(!server.rpc.is_short_of_memory());
@@ -159,7 +159,7 @@ async fn a_process_without_memory_for_answers_says_so_and_recovers() {
 }
 
 #[tokio::test]
-async fn a_message_above_the_payload_that_is_accepted_now_is_read_and_counted() {
+async fn a_message_above_the_maximum_that_is_accepted_now_can_be_read() {
     let server = Server::with(|config| {
         little_memory(config);
         config.answers.process = 8 * MIB;
@@ -179,7 +179,7 @@ async fn a_message_above_the_payload_that_is_accepted_now_is_read_and_counted() 
         ttl: Duration::from_secs(60),
     };
     server.store.stores().inboxes.enqueue(Batch::new(vec![message])).await.expect("stored");
-    // A page has a quarter of what is left, which is less than the message.
+    // A page has a quarter of the free memory, which is less than the message.
     let answer = unread(&alice.client).await;
     assert_eq!(shown(&answer).payloads.len(), 1);
     assert!(server.rpc.answer_bytes() >= 3 * MIB);
@@ -228,9 +228,8 @@ async fn fetch(client: &Client, token: &[u8]) -> Result<(), Refused> {
     client.call_with::<Fetch>(FetchRequest::default(), token).await.map(drop)
 }
 
-/// `cases/greed.md` 5.
 #[tokio::test]
-async fn made_up_tokens_of_one_address_are_limited_before_the_store_is_asked() {
+async fn guessed_tokens_of_one_address_are_limited_without_a_look_up() {
     let lookups = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&lookups);
     let server = Server::with_stores(
@@ -261,16 +260,16 @@ async fn made_up_tokens_of_one_address_are_limited_before_the_store_is_asked() {
     assert_eq!(lookups.load(Ordering::SeqCst), 300);
 
     fetch(&alice.client, &alice.token).await.expect("the connection's session");
-    fetch(&server.connect(), &alice.token).await.expect("a token that this edge has seen");
+    fetch(&server.connect(), &alice.token).await.expect("a token that this edge knows");
     let elsewhere = server.connect_from((IpAddr::from([192, 0, 2, 1]), 1).into());
     assert_eq!(code(fetch(&elsewhere, &[1; 32]).await).0, Status::Unauthorized);
     let refused = fetch(&mallory, &[2; 32]).await.expect_err("still limited");
-    server.clock.advance(refused.retry_after.expect("always said"));
+    server.clock.advance(refused.retry_after.expect("always set"));
     assert_eq!(code(fetch(&mallory, &[2; 32]).await).0, Status::Unauthorized);
 }
 
 #[tokio::test]
-async fn a_dead_token_that_is_repeated_costs_one_look_up() {
+async fn a_repeated_unknown_token_costs_one_look_up() {
     let lookups = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&lookups);
     let server = Server::with_stores(
@@ -292,9 +291,8 @@ fn at(last: u8) -> SocketAddr {
     (IpAddr::from([192, 0, 2, last]), 4433).into()
 }
 
-/// `cases/greed.md` 6.
 #[tokio::test]
-async fn guesses_at_a_name_do_not_lock_its_user_out_at_another_address() {
+async fn guesses_at_a_username_do_not_lock_its_owner_out_at_another_address() {
     let server = Server::with(|config| config.limits = RateLimits::default()).await;
     server.connect().register("alice", "password", &new_identity()).await.expect("a free name");
     let (mallory, alice) = (server.connect_from(at(1)), server.connect_from(at(2)));
@@ -312,7 +310,7 @@ async fn guesses_at_a_name_do_not_lock_its_user_out_at_another_address() {
 }
 
 #[tokio::test]
-async fn guesses_from_many_addresses_are_bounded_and_do_not_lock_a_known_address_out() {
+async fn guesses_from_many_addresses_are_bounded_and_do_not_lock_out_a_known_address() {
     let server = Server::with(|config| config.limits = RateLimits::default()).await;
     server.connect().register("alice", "password", &new_identity()).await.expect("a free name");
     server.connect_from(at(1)).log_in("alice", "password").await.expect("the right password");
@@ -324,7 +322,7 @@ async fn guesses_from_many_addresses_are_bounded_and_do_not_lock_a_known_address
                 guesses += u32::from(stranger.start_login(name, "guess").await.is_ok());
             }
         }
-        // The user's own first login was one of the 60.
+        // The owner's first login was one of the 60.
         assert_eq!(guesses, if name == "alice" { 59 } else { 60 });
     }
     server.connect_from(at(1)).log_in("alice", "password").await.expect("a known address");
@@ -333,11 +331,11 @@ async fn guesses_from_many_addresses_are_bounded_and_do_not_lock_a_known_address
 }
 
 #[tokio::test]
-async fn from_one_address_a_name_is_limited_alike_whether_or_not_it_exists() {
+async fn a_username_is_limited_equally_whether_or_not_it_exists() {
     let server = Server::with(|config| config.limits = RateLimits::default()).await;
     server.connect().register("alice", "password", &new_identity()).await.expect("a free name");
     server.connect_from(at(1)).log_in("alice", "password").await.expect("the right password");
-    server.connect_from(at(1)).start_login("nobody", "password").await.expect("alike");
+    server.connect_from(at(1)).start_login("nobody", "password").await.expect("the same answer");
     let mut outcomes = Vec::new();
     for name in ["alice", "nobody"] {
         let client = server.connect_from(at(1));

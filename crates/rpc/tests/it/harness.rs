@@ -1,5 +1,5 @@
-//! A whole server in a temporary directory, and clients that call it by method type as the real
-//! ones do.
+//! A complete server in a temporary directory, and clients that call its methods by type, as the
+//! real ones do.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -36,10 +36,10 @@ use qpq_store_embedded::{EmbeddedStore, Limits};
 use rand::rngs::OsRng;
 use tempfile::TempDir;
 
-/// When every test begins: long after the epoch, so that it can also look back.
+/// The start time of every test: long after the epoch, so that a test can also go back.
 pub(crate) const START: UnixMillis = UnixMillis(1_800_000_000_000);
 
-/// The suite of the real client, but for the key stretching, of which the server sees nothing.
+/// The suite of the real client without key stretching, which the server does not observe.
 pub(crate) struct ClientSuite;
 
 impl CipherSuite for ClientSuite {
@@ -48,7 +48,7 @@ impl CipherSuite for ClientSuite {
     type Ksf = Identity;
 }
 
-/// A clock that stands still until it is moved.
+/// A clock that the test advances.
 #[derive(Debug)]
 pub(crate) struct TestClock(AtomicU64);
 
@@ -68,7 +68,7 @@ impl Clock for TestClock {
     }
 }
 
-/// A server and all that it stands on.
+/// A server with its clock and store.
 pub(crate) struct Server {
     pub(crate) rpc: Arc<Rpc>,
     pub(crate) clock: Arc<TestClock>,
@@ -78,17 +78,17 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// With the default configuration, but without rate limits.
+    /// Starts a server with the default configuration without rate limits.
     pub(crate) async fn start() -> Self {
         Self::with(|_| {}).await
     }
 
-    /// With a configuration of its own.
+    /// Starts a server with a changed configuration.
     pub(crate) async fn with(configure: impl FnOnce(&mut Config)) -> Self {
         Self::with_stores(configure, |stores| stores).await
     }
 
-    /// With ports of its own before, or in place of, the real ones.
+    /// Starts a server whose ports are wrapped or replaced.
     pub(crate) async fn with_stores(
         configure: impl FnOnce(&mut Config),
         wrap: impl FnOnce(Stores) -> Stores,
@@ -115,7 +115,7 @@ impl Server {
         Self { rpc, clock, store, opaque_setup, _dir: dir }
     }
 
-    /// A connection to another server on the same store, with a configuration of its own.
+    /// Connects to another server on the same store with another configuration.
     pub(crate) fn reconfigured(&self, config: Config) -> Client {
         let rpc = Rpc::new(Parts {
             stores: self.store.stores(),
@@ -124,26 +124,29 @@ impl Server {
             signer: DeliverySigner::generate(&mut OsRng),
             config,
         });
-        let conn = rpc.connected((Ipv4Addr::LOCALHOST, 4433).into(), Arc::new(Unheard));
+        let conn = rpc.connected((Ipv4Addr::LOCALHOST, 4433).into(), Arc::new(DiscardedEvents));
         Client { rpc, conn }
     }
 
-    /// A new connection.
+    /// Opens a connection.
     pub(crate) fn connect(&self) -> Client {
         self.connect_from((Ipv4Addr::LOCALHOST, 4433).into())
     }
 
     pub(crate) fn connect_from(&self, addr: SocketAddr) -> Client {
-        Client { rpc: Arc::clone(&self.rpc), conn: self.rpc.connected(addr, Arc::new(Unheard)) }
+        Client {
+            rpc: Arc::clone(&self.rpc),
+            conn: self.rpc.connected(addr, Arc::new(DiscardedEvents)),
+        }
     }
 
-    /// A new connection whose events are listened to.
+    /// Opens a connection with a receiver of its events.
     pub(crate) fn connect_with(&self, events: Arc<dyn Events>) -> Client {
         let conn = self.rpc.connected((Ipv4Addr::LOCALHOST, 4433).into(), events);
         Client { rpc: Arc::clone(&self.rpc), conn }
     }
 
-    /// A user with an account and a connection that is logged in.
+    /// Registers an account and logs in on a new connection.
     pub(crate) async fn user(&self, name: &str) -> User {
         let client = self.connect();
         let signing = SigningKey::generate(&mut OsRng);
@@ -154,7 +157,7 @@ impl Server {
     }
 }
 
-/// Somebody who has logged in.
+/// An account with a connection that is logged in.
 pub(crate) struct User {
     pub(crate) client: Client,
     pub(crate) identity: IdentityKey,
@@ -163,22 +166,22 @@ pub(crate) struct User {
     pub(crate) name: String,
 }
 
-/// Takes all events and keeps none.
-struct Unheard;
+/// Discards all events.
+struct DiscardedEvents;
 
-impl Events for Unheard {
+impl Events for DiscardedEvents {
     fn send(&self, _event_type: u16, _payload: Bytes) -> bool {
         true
     }
 }
 
-/// A connection, as a client uses it.
+/// A client's connection.
 pub(crate) struct Client {
     pub(crate) rpc: Arc<Rpc>,
     pub(crate) conn: Arc<Connection>,
 }
 
-/// What a client is told when it does not get what it asked for.
+/// The refusal that a client receives.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Refused {
     pub(crate) status: Status,
@@ -200,12 +203,12 @@ impl Refused {
 }
 
 impl Client {
-    /// The answer itself.
+    /// Calls a method by its id and returns the answer.
     pub(crate) async fn raw(&self, method: u16, payload: impl Into<Bytes>) -> Answer {
         self.rpc.call(&self.conn, method, payload.into()).await
     }
 
-    /// A call whose lease, if there is one, is released: nobody says that the answer arrived.
+    /// Calls a method. A lease is released, as if the answer did not arrive.
     pub(crate) async fn call<M: Method>(
         &self,
         request: M::Request,
@@ -213,7 +216,7 @@ impl Client {
         self.call_with::<M>(request, &[]).await
     }
 
-    /// The same with a session token; none if it is empty.
+    /// Calls a method with a session token; none if it is empty.
     pub(crate) async fn call_with<M: Method>(
         &self,
         request: M::Request,
@@ -231,7 +234,7 @@ impl Client {
         }
     }
 
-    /// An upload for `name` and `password`, from the first of the two calls.
+    /// Returns an upload for `name` and `password`, after the first of the two calls.
     pub(crate) async fn upload(&self, name: &str, password: &str) -> Result<Vec<u8>, Refused> {
         let started = ClientRegistration::<ClientSuite>::start(&mut OsRng, password.as_bytes())
             .expect("blinded");
@@ -259,7 +262,7 @@ impl Client {
         self.call::<OpaqueRegisterFinish>(registration(name, &upload, identity)).await.map(drop)
     }
 
-    /// The first of a login's two calls.
+    /// Makes the first of a login's two calls.
     pub(crate) async fn start_login(
         &self,
         name: &str,
@@ -285,7 +288,7 @@ impl Client {
     }
 }
 
-/// A login between its calls.
+/// A login between its two calls.
 pub(crate) struct StartedLogin {
     state: ClientLogin<ClientSuite>,
     pub ke2: Bytes,
@@ -294,8 +297,8 @@ pub(crate) struct StartedLogin {
 }
 
 impl StartedLogin {
-    /// The second call's request. With a wrong password, or a made-up KE2, the client itself finds
-    /// out; an attacker would then send what it likes, so this does.
+    /// Returns the second request. With a wrong password or a simulated KE2 a real client stops;
+    /// this one sends an invalid finalization, as an attacker would.
     pub(crate) fn finish(self) -> OpaqueLoginFinishRequest {
         let ke2 = CredentialResponse::deserialize(&self.ke2).expect("KE2");
         let parameters = ClientLoginFinishParameters::default();
@@ -309,7 +312,7 @@ impl StartedLogin {
     }
 }
 
-/// A registration's second request, without proof.
+/// Returns a registration's second request, without proof.
 pub(crate) fn registration(
     name: &str,
     upload: &[u8],
@@ -323,7 +326,7 @@ pub(crate) fn registration(
     }
 }
 
-/// The proof that `signing` belongs to this registration.
+/// Returns the identity proof of this registration.
 pub(crate) fn identity_proof(signing: &SigningKey, name: &str, upload: &[u8]) -> Bytes {
     let username = Username::parse(name).expect("a name");
     let message = IdentityKey::registration_message(&username, upload);
@@ -334,7 +337,7 @@ pub(crate) fn new_identity() -> IdentityKey {
     IdentityKey::new(SigningKey::generate(&mut OsRng).verifying_key().to_bytes())
 }
 
-/// A refusal's status and code.
+/// Returns the status and code of a refusal.
 pub(crate) fn code<T: std::fmt::Debug>(outcome: Result<T, Refused>) -> (Status, String) {
     let refused = outcome.expect_err("a refusal");
     (refused.status, refused.code)

@@ -22,7 +22,7 @@ async fn health(client: &Client) -> HealthResponse {
     client.call::<Health>(HealthRequest {}).await.expect("anyone may ask")
 }
 
-/// A store that fails when told to.
+/// A store whose checks fail while `fails` is set.
 struct Failing {
     inner: Arc<dyn Maintenance>,
     fails: Arc<AtomicBool>,
@@ -51,7 +51,7 @@ impl Maintenance for Failing {
 }
 
 #[tokio::test]
-async fn it_says_who_the_server_is_and_since_when() {
+async fn health_contains_identity_and_uptime_of_the_server() {
     let server = Server::with(|config| config.version = "1.2.3".into()).await;
     server.clock.advance(Duration::from_millis(61_999));
     let health = health(&server.connect()).await;
@@ -62,7 +62,7 @@ async fn it_says_who_the_server_is_and_since_when() {
 }
 
 #[tokio::test]
-async fn it_is_degraded_while_the_last_check_of_the_store_failed_and_draining_before_all() {
+async fn health_is_degraded_after_a_failed_store_check_and_draining_takes_precedence() {
     let fails = Arc::new(AtomicBool::new(false));
     let switch = Arc::clone(&fails);
     let server = Server::with_stores(

@@ -1,4 +1,4 @@
-//! Rate limits: which budget a call is taken from, for whom, and what holds when nobody counts.
+//! Rate limits: the budgets of calls, and the consequences when counting fails.
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -27,7 +27,7 @@ use qpq_rpc::{Config, RateLimits};
 
 use crate::harness::{Client, Refused, Server, code, new_identity};
 
-/// Limits in force, with one budget of two calls, one of them coming back each second.
+/// Enables the limits with one budget of two calls, refilled by one call each second.
 fn tight(class: LimitClass, per: LimitSubject) -> impl FnOnce(&mut Config) {
     let two = Bucket { burst: 2, per_second: 1.0 };
     move |config| {
@@ -53,7 +53,7 @@ fn at(ip: &str) -> SocketAddr {
 }
 
 #[tokio::test]
-async fn an_address_has_its_budget_and_the_refusal_says_when_to_come_back() {
+async fn an_address_has_a_budget_and_a_refusal_contains_the_time_to_wait() {
     let server = Server::with(tight(LimitClass::Health, LimitSubject::Ip)).await;
     let client = server.connect_from(at("192.0.2.1"));
     for _ in 0..2 {
@@ -63,7 +63,7 @@ async fn an_address_has_its_budget_and_the_refusal_says_when_to_come_back() {
         .await
         .expect_err("another connection, same address");
     assert_eq!((refused.status, refused.code.as_str()), (Status::RateLimited, "rpc.rate_limited"));
-    let wait = refused.retry_after.expect("always said");
+    let wait = refused.retry_after.expect("always set");
     assert!(wait > Duration::ZERO && wait <= Duration::from_secs(1), "{wait:?}");
     health(&server.connect_from(at("192.0.2.2"))).await.expect("another address");
     server.clock.advance(wait);
@@ -72,7 +72,7 @@ async fn an_address_has_its_budget_and_the_refusal_says_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn a_customer_of_ipv6_is_its_64_bit_prefix_and_a_mapped_address_is_the_ipv4_one() {
+async fn ipv6_addresses_count_by_their_64_bit_prefix_and_mapped_ones_as_ipv4() {
     let server = Server::with(tight(LimitClass::Health, LimitSubject::Ip)).await;
     for ip in ["2001:db8:1:2::1", "2001:db8:1:2:ffff::"] {
         health(&server.connect_from(at(ip))).await.expect("within the budget");
@@ -87,7 +87,7 @@ async fn a_customer_of_ipv6_is_its_64_bit_prefix_and_a_mapped_address_is_the_ipv
 }
 
 #[tokio::test]
-async fn a_username_has_its_budget_whoever_asks_and_whether_or_not_it_exists() {
+async fn a_username_has_one_budget_for_all_addresses_whether_or_not_it_exists() {
     let server = Server::with(tight(LimitClass::Login, LimitSubject::Username)).await;
     server.connect().register("alice", "password", &new_identity()).await.expect("a free name");
     for name in ["alice", "nobody"] {
@@ -111,7 +111,7 @@ async fn a_username_has_its_budget_whoever_asks_and_whether_or_not_it_exists() {
 }
 
 #[tokio::test]
-async fn who_has_started_a_login_finishes_it_though_others_use_up_the_names_budget() {
+async fn a_started_login_can_finish_after_others_exhaust_the_names_budget() {
     let server = Server::with(tight(LimitClass::Login, LimitSubject::Username)).await;
     let alice = server.connect();
     alice.register("alice", "password", &new_identity()).await.expect("a free name");
@@ -119,11 +119,11 @@ async fn who_has_started_a_login_finishes_it_though_others_use_up_the_names_budg
     let mallory = server.connect();
     mallory.start_login("alice", "guess").await.expect("within the budget");
     assert_eq!(code(mallory.start_login("alice", "guess").await.map(|_| ())), limited());
-    alice.call::<OpaqueLoginFinish>(started.finish()).await.expect("hers");
+    alice.call::<OpaqueLoginFinish>(started.finish()).await.expect("her login");
 }
 
 #[tokio::test]
-async fn registrations_are_counted_by_name_too() {
+async fn registrations_have_a_budget_by_name_too() {
     let server = Server::with(tight(LimitClass::Register, LimitSubject::Username)).await;
     let client = server.connect();
     client.register("alice", "password", &new_identity()).await.expect("two calls");
@@ -145,7 +145,7 @@ async fn an_account_has_one_budget_over_all_its_connections() {
     resolve(&bob.client).await.expect("another account");
 }
 
-/// One budget, of so many tokens, of which one comes back each second.
+/// Enables the limits with one budget of `burst` tokens, refilled by one token each second.
 fn budget(class: LimitClass, per: LimitSubject, burst: u32) -> impl FnOnce(&mut Config) {
     let bucket = Bucket { burst, per_second: 1.0 };
     move |config| {
@@ -163,7 +163,7 @@ fn batch(count: usize, payload: &'static [u8]) -> BatchEnqueueRequest {
 }
 
 #[tokio::test]
-async fn a_batch_costs_as_much_as_its_messages() {
+async fn the_cost_of_a_batch_is_the_number_of_its_messages() {
     let server = Server::with(|config| {
         config.limits = RateLimits { enabled: true, ..RateLimits::default() }
     })
@@ -182,13 +182,13 @@ async fn a_batch_costs_as_much_as_its_messages() {
 }
 
 #[tokio::test]
-async fn a_batch_beyond_the_budget_is_accepted_when_it_is_full_and_paid_for_later() {
+async fn a_batch_above_the_burst_needs_a_full_budget_and_leaves_a_debt() {
     let server = Server::with(budget(LimitClass::Send, LimitSubject::Account, 100)).await;
     let alice = server.user("alice").await;
     let one = batch(1, b"").messages.remove(0);
     alice.ok::<BatchEnqueue>(batch(250, b"")).await;
     alice.refused::<BatchEnqueue>(batch(1, b"")).await;
-    // 100 are paid; the next call pays the other 150 and itself, from a full budget.
+    // 100 are paid. The next call needs a full budget and pays the other 150 and itself.
     server.clock.advance(Duration::from_secs(99));
     alice.refused::<Enqueue>(one.clone()).await.assert(Status::RateLimited, "rpc.rate_limited");
     server.clock.advance(Duration::from_secs(1));
@@ -203,7 +203,7 @@ async fn a_batch_beyond_the_budget_is_accepted_when_it_is_full_and_paid_for_late
 }
 
 #[tokio::test]
-async fn a_batch_costs_as_much_at_its_address_as_single_messages() {
+async fn a_batch_costs_its_address_as_much_as_single_messages() {
     let server = Server::with(budget(LimitClass::Send, LimitSubject::Ip, 100)).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.ok::<BatchEnqueue>(batch(60, b"")).await;
@@ -212,7 +212,7 @@ async fn a_batch_costs_as_much_at_its_address_as_single_messages() {
 }
 
 #[tokio::test]
-async fn what_an_account_is_refused_costs_its_address_nothing() {
+async fn calls_refused_by_the_accounts_budget_cost_its_address_nothing() {
     let two = Bucket { burst: 2, per_second: 1.0 };
     let three = Bucket { burst: 3, per_second: 1.0 };
     let server = Server::with(|config| {
@@ -235,7 +235,7 @@ async fn what_an_account_is_refused_costs_its_address_nothing() {
 }
 
 #[tokio::test]
-async fn bytes_have_a_budget_of_their_own_in_which_a_fan_out_counts_for_each_recipient() {
+async fn bytes_have_a_separate_budget_that_counts_a_fan_out_for_each_recipient() {
     let server = Server::with(budget(LimitClass::SendBytes, LimitSubject::Account, 100_000)).await;
     let alice = server.user("alice").await;
     static PAYLOAD: [u8; 20_000] = [0; 20_000];
@@ -246,7 +246,7 @@ async fn bytes_have_a_budget_of_their_own_in_which_a_fan_out_counts_for_each_rec
     };
     alice.ok::<BatchEnqueue>(fan_out(3)).await;
     alice.refused::<BatchEnqueue>(fan_out(3)).await;
-    // Nobody has this key, but the bytes are counted before.
+    // No account has this key, but the bytes are counted first.
     let one = |payload: &'static [u8]| batch(1, payload).messages.remove(0);
     alice
         .refused::<Enqueue>(one(&PAYLOAD))
@@ -257,20 +257,20 @@ async fn bytes_have_a_budget_of_their_own_in_which_a_fan_out_counts_for_each_rec
         .await
         .assert(Status::NotFound, "delivery.no_such_recipient");
     alice.refused::<Enqueue>(one(&PAYLOAD)).await.assert(Status::RateLimited, "rpc.rate_limited");
-    // Small ones are counted by their number alone.
+    // Small messages are counted by their number alone.
     let refused = alice.refused::<Enqueue>(one(&PAYLOAD[..16_000])).await;
     refused.assert(Status::NotFound, "delivery.no_such_recipient");
 }
 
 #[tokio::test]
-async fn a_read_costs_by_what_it_shows_and_the_next_call_pays_for_it() {
+async fn the_cost_of_a_read_depends_on_its_page_and_is_paid_by_the_next_call() {
     let server = Server::with(budget(LimitClass::Receive, LimitSubject::Account, 22)).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let to_alice = EnqueueRequest { recipient_key: alice.key(), ..Default::default() };
     let filled = BatchEnqueueRequest { messages: vec![to_alice; 1_000], ..Default::default() };
     alice.ok::<BatchEnqueue>(filled.clone()).await;
     alice.ok::<BatchEnqueue>(filled).await;
-    // 1, 11 and 11 of 22; the second read is the last that is paid for.
+    // 1, 11 and 11 of 22: the second read exhausts the budget.
     for _ in 0..2 {
         let page = alice.ok::<Peek>(PeekRequest::default()).await;
         assert_eq!((page.payloads.len(), page.more), (1_000, true));
@@ -287,7 +287,7 @@ async fn a_read_costs_by_what_it_shows_and_the_next_call_pays_for_it() {
 }
 
 #[tokio::test]
-async fn a_target_has_a_budget_for_each_who_asks() {
+async fn a_target_has_a_separate_budget_for_each_fetcher() {
     let server = Server::with(tight(LimitClass::KeyFetch, LimitSubject::FetcherAndTarget)).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let fetch = async |client: &Client, target: &[u8]| {
@@ -306,7 +306,7 @@ async fn a_target_has_a_budget_for_each_who_asks() {
 }
 
 #[tokio::test]
-async fn refused_calls_do_nothing() {
+async fn calls_beyond_a_budget_have_no_effect() {
     let server = Server::with(tight(LimitClass::Register, LimitSubject::Ip)).await;
     let client = server.connect();
     let identity = new_identity();
@@ -317,7 +317,7 @@ async fn refused_calls_do_nothing() {
 }
 
 #[tokio::test]
-async fn all_limits_can_be_off() {
+async fn disabled_limits_allow_every_call() {
     let off = |config: &mut Config| {
         let none = Bucket { burst: 1, per_second: 0.001 };
         let overrides = [((LimitClass::Health, LimitSubject::Ip), none)].into();
@@ -330,7 +330,7 @@ async fn all_limits_can_be_off() {
     }
 }
 
-/// A limiter that cannot be reached once it is told so.
+/// A limiter that is unreachable while `gone` is set.
 struct Unreachable {
     inner: Arc<dyn RateLimiter>,
     gone: Arc<AtomicBool>,
@@ -372,7 +372,7 @@ impl RateLimiter for Unreachable {
 }
 
 #[tokio::test]
-async fn without_a_limiter_nobody_logs_in_or_registers_and_the_rest_goes_on() {
+async fn without_a_limiter_logins_and_registrations_fail_and_other_calls_succeed() {
     let gone = Arc::new(AtomicBool::new(false));
     let switch = Arc::clone(&gone);
     let server = Server::with_stores(
@@ -392,7 +392,7 @@ async fn without_a_limiter_nobody_logs_in_or_registers_and_the_rest_goes_on() {
     client
         .call::<Enqueue>(EnqueueRequest { recipient_key, ..Default::default() })
         .await
-        .expect("a message still gets through");
+        .expect("messages are still accepted");
     for refused in [
         client.upload("bob", "password").await.err(),
         client.start_login("alice", "password").await.err(),

@@ -1,5 +1,5 @@
-//! The server as its clients meet it: every call goes through `Rpc::call` to the real embedded
-//! store, under a clock that is set by hand.
+//! Tests of the server from its clients' side: every call goes through `Rpc::call` to a real
+//! embedded store, with a clock that the test advances.
 
 mod auth;
 mod delivery;

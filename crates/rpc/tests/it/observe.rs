@@ -1,5 +1,4 @@
-//! What operators see: every call once, in the log and in the metrics, and nothing that is a secret
-//! or personal.
+//! The log and the metrics: every call once, without secrets and personal data.
 
 use std::{
     collections::BTreeMap,
@@ -31,7 +30,7 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::harness::{Server, registration};
 
-/// Where log lines go.
+/// Captured log lines.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -55,7 +54,7 @@ impl MakeWriter<'_> for Log {
 }
 
 impl Log {
-    /// Captures everything that this thread logs from now on, as far as `directives` let it.
+    /// Captures the log of this thread as filtered by `directives`.
     fn capture(directives: &str) -> (Self, tracing::subscriber::DefaultGuard) {
         let log = Self::default();
         let subscriber = tracing_subscriber::fmt()
@@ -70,7 +69,7 @@ impl Log {
         String::from_utf8(self.0.lock().clone()).expect("UTF-8")
     }
 
-    /// The access log, without times.
+    /// Returns the lines of the access log without their times.
     fn access(&self) -> Vec<String> {
         let text = self.text();
         let lines = text.lines().filter_map(|line| line.split_once(" qpq::access: "));
@@ -123,7 +122,7 @@ impl Recorder for Metrics {
 }
 
 impl Metrics {
-    /// The counters of calls that are not zero.
+    /// Returns the counters of calls that are not zero.
     fn calls(&self) -> BTreeMap<String, u64> {
         let counters = self.counters.lock();
         let calls = counters.iter().filter_map(|(key, count)| {
@@ -141,12 +140,12 @@ impl Metrics {
     }
 }
 
-/// Runs a story under a recorder of its own.
-fn recorded<F: Future<Output = ()>>(story: impl FnOnce() -> F) -> Metrics {
+/// Runs `scenario` with its own recorder.
+fn recorded<F: Future<Output = ()>>(scenario: impl FnOnce() -> F) -> Metrics {
     let metrics = Metrics::default();
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    metrics::with_local_recorder(&metrics, || runtime.block_on(story()));
+    metrics::with_local_recorder(&metrics, || runtime.block_on(scenario()));
     metrics
 }
 
@@ -157,7 +156,7 @@ fn every_call_is_counted_once_by_method_and_code() {
         let alice = server.user("alice").await;
         let client = &alice.client;
         for _ in 0..3 {
-            client.call::<Health>(HealthRequest {}).await.expect("anyone may ask");
+            client.call::<Health>(HealthRequest {}).await.expect("needs no session");
         }
         for name in ["alice", "nobody"] {
             let request = ResolveUserRequest { username: name.into(), ..Default::default() };
@@ -168,7 +167,7 @@ fn every_call_is_counted_once_by_method_and_code() {
         client.raw(400, Bytes::new()).await;
         server.rpc.admit(&client.conn, 9999, 1).expect_err("unknown");
         server.rpc.refuse(&client.conn, Some(200), Refusal::Timeout);
-        // A client that goes away while it waits.
+        // A client that resets a waiting call.
         let wait = client.call::<FetchWait>(FetchWaitRequest::default());
         assert!(wait.now_or_never().is_none());
     });
@@ -194,11 +193,11 @@ fn every_call_is_counted_once_by_method_and_code() {
 }
 
 #[tokio::test]
-async fn every_call_has_one_line_and_answers_are_quieter_than_refusals() {
+async fn every_call_has_one_line_at_debug_for_ok_and_info_for_refusals() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let (log, guard) = Log::capture("debug");
-    alice.client.call::<Health>(HealthRequest {}).await.expect("anyone may ask");
+    alice.client.call::<Health>(HealthRequest {}).await.expect("needs no session");
     let request = ResolveUserRequest { username: "nobody".into(), ..Default::default() };
     alice.client.call::<ResolveUser>(request).await.expect_err("nobody");
     alice.client.raw(9999, Bytes::from_static(b"123")).await;
@@ -220,14 +219,14 @@ async fn every_call_has_one_line_and_answers_are_quieter_than_refusals() {
     );
 
     let (log, _guard) = Log::capture("info");
-    alice.client.call::<Health>(HealthRequest {}).await.expect("anyone may ask");
+    alice.client.call::<Health>(HealthRequest {}).await.expect("needs no session");
     let own = ResolveUserRequest { username: "alice".into(), ..Default::default() };
     alice.client.call::<ResolveUser>(own).await.expect("alice herself");
     assert_eq!(log.text(), "");
 }
 
 #[tokio::test]
-async fn refusals_and_failures_are_logged_at_a_bounded_rate_for_each_code() {
+async fn refusals_and_failures_are_logged_at_a_limited_rate_per_code() {
     let server = Server::start().await;
     let client = server.connect();
     let (log, _guard) = Log::capture("info");
@@ -248,7 +247,7 @@ async fn refusals_and_failures_are_logged_at_a_bounded_rate_for_each_code() {
 }
 
 #[tokio::test]
-async fn a_fault_is_logged_as_an_error_with_its_cause_and_a_refusal_is_not() {
+async fn a_server_failure_is_logged_with_its_cause_and_a_refusal_is_not() {
     let server = Server::start().await;
     let client = server.connect();
     let (log, _guard) = Log::capture("info");
@@ -260,7 +259,7 @@ async fn a_fault_is_logged_as_an_error_with_its_cause_and_a_refusal_is_not() {
     assert!(fault.contains("method=\"Enqueue\"") && fault.contains("a call panicked"), "{fault}");
 }
 
-/// The forms in which bytes slip into logs.
+/// Returns the usual representations of bytes in logs.
 fn forms(secret: &[u8]) -> Vec<String> {
     let list = format!("{secret:?}");
     let base64 = [
@@ -331,9 +330,9 @@ fn no_token_key_name_or_address_is_in_any_log_line_or_label() {
         secrets.extend(["zaphod", "passw0rd", "203.0.113.77", "54321"].map(String::from));
     });
     drop(guard);
-    let seen = format!("{}{:?}", log.text(), metrics.counters.lock().keys());
-    assert!(seen.contains("OpaqueLoginFinish"), "the log was captured");
+    let output = format!("{}{:?}", log.text(), metrics.counters.lock().keys());
+    assert!(output.contains("OpaqueLoginFinish"), "the log was captured");
     for secret in secrets.into_inner() {
-        assert!(!seen.contains(&secret), "{secret} was logged");
+        assert!(!output.contains(&secret), "{secret} was logged");
     }
 }

@@ -1,4 +1,4 @@
-//! The way of a call: rows, refusals, deadlines, failing stores.
+//! Calls in general: rows, refusals, deadlines, failing stores.
 
 use std::{future::pending, sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use qpq_wire::Refusal;
 use crate::harness::{Refused, Server, code};
 
 #[tokio::test]
-async fn every_row_without_a_handler_and_every_id_without_a_row_is_unknown() {
+async fn methods_that_are_not_served_are_unknown() {
     let server = Server::start().await;
     let client = server.connect();
     let later = METHODS.iter().filter(|method| !method.served).map(|method| method.id);
@@ -39,7 +39,7 @@ async fn every_row_without_a_handler_and_every_id_without_a_row_is_unknown() {
 }
 
 #[tokio::test]
-async fn a_request_is_judged_by_its_header() {
+async fn a_request_above_its_rows_size_is_refused_by_its_header() {
     let server = Server::start().await;
     let client = server.connect();
     for method in METHODS.iter().filter(|method| method.served) {
@@ -55,7 +55,7 @@ async fn a_request_is_judged_by_its_header() {
 }
 
 #[tokio::test]
-async fn requests_without_a_payload_of_the_user_are_small() {
+async fn requests_without_messages_or_lists_are_small() {
     let server = Server::start().await;
     let client = server.connect();
     for method in [102, 104, 201, 202, 203, 206, 301, 303, 305, 500, 501, 802] {
@@ -74,7 +74,7 @@ async fn an_enqueue_above_the_configured_payload_is_refused_by_its_header() {
 }
 
 #[tokio::test]
-async fn what_the_transport_refuses_has_its_answer() {
+async fn each_refusal_of_the_transport_has_an_answer() {
     let server = Server::start().await;
     let client = server.connect();
     for (why, status, code) in [
@@ -91,7 +91,7 @@ async fn what_the_transport_refuses_has_its_answer() {
 }
 
 #[tokio::test]
-async fn every_method_survives_rubbish_and_every_one_with_a_session_wants_one() {
+async fn malformed_payloads_and_missing_sessions_are_refused_by_every_method() {
     let server = Server::start().await;
     let client = server.connect();
     for method in METHODS.iter().filter(|method| method.served) {
@@ -114,22 +114,22 @@ async fn every_method_survives_rubbish_and_every_one_with_a_session_wants_one() 
     }
 }
 
-/// Whatever a client with a session sends, it gets an answer that is no fault of the server, and a
-/// refusal says why.
+/// Any payload from a client with a session is answered without a failure of the server, and each
+/// refusal has a documented code.
 #[test]
-fn no_payload_is_a_fault() {
+fn no_payload_makes_the_server_fail() {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (_server, alice) = runtime.block_on(async {
         let server = Server::start().await;
         let alice = server.user("alice").await;
-        // So that nothing waits.
+        // After a drain begins, no call waits.
         server.rpc.drain();
         (server, alice)
     });
     let methods: Vec<_> =
         METHODS.iter().filter(|method| method.served && method.name != "Logout").collect();
-    // Fields that exist, with rubbish in them, are likelier than rubbish that is a field.
+    // Existing fields with random content reach more code than random bytes.
     let field = (1u8..12, prop_oneof![Just(0u8), Just(2)], vec(any::<u8>(), 0..40)).prop_map(
         |(number, wire_type, bytes)| match wire_type {
             0 => vec![number << 3, bytes.len() as u8],
@@ -160,17 +160,17 @@ fn no_payload_is_a_fault() {
         .expect("an answer to everything");
 }
 
-type Fault = fn() -> StoreError;
+type StoreFailure = fn() -> StoreError;
 
-/// Accounts that answer as told.
-enum Faulty {
+/// An accounts port that fails in one way.
+enum FailingAccounts {
     Never,
-    Error(Fault),
-    /// A record that no registration can have stored.
+    Error(StoreFailure),
+    /// Returns a record that does not parse.
     Rubbish,
 }
 
-impl Faulty {
+impl FailingAccounts {
     async fn answer<T>(&self) -> StoreResult<T> {
         match self {
             Self::Error(error) => Err(error()),
@@ -180,7 +180,7 @@ impl Faulty {
 }
 
 #[async_trait]
-impl Accounts for Faulty {
+impl Accounts for FailingAccounts {
     async fn register(&self, _: NewAccount) -> StoreResult<Registration> {
         self.answer().await
     }
@@ -205,7 +205,7 @@ impl Accounts for Faulty {
     }
 }
 
-async fn with_accounts(accounts: Faulty) -> Server {
+async fn with_accounts(accounts: FailingAccounts) -> Server {
     Server::with_stores(
         |_| {},
         |mut stores| {
@@ -217,14 +217,14 @@ async fn with_accounts(accounts: Faulty) -> Server {
 }
 
 #[tokio::test]
-async fn a_failing_store_is_told_by_its_meaning_and_never_by_its_cause() {
-    let cases: [(Fault, Status, &str); 3] = [
+async fn the_answer_to_a_store_failure_has_its_meaning_and_not_its_cause() {
+    let cases: [(StoreFailure, Status, &str); 3] = [
         (|| StoreError::unavailable("SECRET"), Status::Unavailable, "rpc.unavailable"),
         (|| StoreError::conflict("SECRET"), Status::Unavailable, "rpc.conflict"),
         (|| StoreError::corrupt("SECRET"), Status::Internal, "rpc.internal"),
     ];
     for (error, status, expected) in cases {
-        let server = with_accounts(Faulty::Error(error)).await;
+        let server = with_accounts(FailingAccounts::Error(error)).await;
         let client = server.connect();
         let refused = client.start_login("alice", "password").await.err().expect("a failing store");
         assert_eq!((refused.status, refused.code.as_str()), (status, expected));
@@ -233,7 +233,7 @@ async fn a_failing_store_is_told_by_its_meaning_and_never_by_its_cause() {
         let answer = client.raw(102, request.encode_to_vec()).await;
         assert!(!String::from_utf8_lossy(&answer.payload).contains("SECRET"));
     }
-    let server = with_accounts(Faulty::Rubbish).await;
+    let server = with_accounts(FailingAccounts::Rubbish).await;
     let refused = server.connect().start_login("alice", "password").await;
     assert_eq!(code(refused.map(|_| ())), (Status::Internal, "rpc.internal".into()));
 }
@@ -246,8 +246,8 @@ fn ke1() -> Bytes {
 }
 
 #[tokio::test]
-async fn a_call_that_takes_too_long_is_told_so_at_its_deadline_and_not_before() {
-    let server = with_accounts(Faulty::Never).await;
+async fn a_call_fails_exactly_at_its_deadline() {
+    let server = with_accounts(FailingAccounts::Never).await;
     let client = server.connect();
     tokio::time::pause();
     let request = OpaqueLoginStartRequest { username: "alice".into(), request: ke1() };
@@ -262,10 +262,10 @@ async fn a_call_that_takes_too_long_is_told_so_at_its_deadline_and_not_before() 
 }
 
 #[test]
-fn the_table_of_errors_holds_what_the_protocol_promises() {
+fn the_table_of_errors_follows_the_protocol() {
     let mut codes = std::collections::HashSet::new();
     for code in Code::ALL {
-        assert!(codes.insert(code.as_str()), "{code:?} has another's code");
+        assert!(codes.insert(code.as_str()), "{code:?} has the code of another row");
         assert!(
             code.status() != Status::Ok && !matches!(code.status(), Status::Unknown(_)),
             "{code:?}"

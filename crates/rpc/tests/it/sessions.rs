@@ -1,4 +1,4 @@
-//! Sessions: whose token counts where and how long, logout, and the stronger principals.
+//! Sessions: tokens, lifetimes, logout, and callers stronger than a session.
 
 use std::{
     sync::{
@@ -26,7 +26,7 @@ use crate::harness::{Client, Refused, START, Server, User, code};
 const MINUTE: Duration = Duration::from_secs(60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A call that needs a session and nothing else.
+/// Makes a call that needs only a session.
 async fn probe(client: &Client, token: &[u8]) -> Result<(), Refused> {
     let request = ResolveUserRequest { username: "alice".into(), ..Default::default() };
     client.call_with::<ResolveUser>(request, token).await.map(drop)
@@ -46,18 +46,18 @@ fn required() -> (Status, String) {
 }
 
 #[tokio::test]
-async fn a_token_works_on_any_connection_and_becomes_that_connections_own() {
+async fn a_token_works_on_any_connection_and_becomes_its_session() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     probe(&alice.client, &[]).await.expect("the login's connection");
     let elsewhere = server.connect();
     assert_eq!(code(probe(&elsewhere, &[]).await), required());
     probe(&elsewhere, &alice.token).await.expect("the token");
-    probe(&elsewhere, &[]).await.expect("the connection has it now");
+    probe(&elsewhere, &[]).await.expect("the connection's session");
 }
 
 #[tokio::test]
-async fn a_token_that_is_no_good_is_one_answer_and_binds_nothing() {
+async fn invalid_tokens_have_one_answer_and_do_not_become_the_connections_session() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let revoked = server.user("revoked").await;
@@ -73,13 +73,13 @@ async fn a_token_that_is_no_good_is_one_answer_and_binds_nothing() {
     }
     assert_eq!(Status::from(answers[0].status), Status::Unauthorized);
     assert!(answers.iter().all(|answer| answer.payload == answers[0].payload));
-    // A bad token does not fall back on the connection's good session, nor does it end that.
+    // With an invalid token the connection's session is neither used nor ended.
     assert_eq!(code(probe(&alice.client, &[7; 32]).await), expired());
     probe(&alice.client, &[]).await.expect("the connection's own session");
 }
 
 #[tokio::test]
-async fn the_last_of_two_token_fields_counts_and_a_broken_one_is_malformed() {
+async fn of_two_token_fields_the_last_counts_and_an_invalid_field_is_malformed() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let mut payload = ResolveUserRequest {
@@ -101,7 +101,7 @@ async fn a_session_ends_thirty_days_after_its_last_use() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     server.clock.advance(DAY * 30 - Duration::from_millis(1));
-    probe(&alice.client, &[]).await.expect("its last millisecond");
+    probe(&alice.client, &[]).await.expect("the last millisecond");
     server.clock.advance(DAY * 30 - Duration::from_millis(1));
     probe(&alice.client, &[]).await.expect("it was used");
     server.clock.advance(DAY * 30);
@@ -110,7 +110,7 @@ async fn a_session_ends_thirty_days_after_its_last_use() {
 }
 
 #[tokio::test]
-async fn a_session_ends_ninety_days_after_its_login_however_much_it_is_used() {
+async fn a_session_ends_ninety_days_after_its_login_in_spite_of_uses() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     for _ in 0..89 {
@@ -118,13 +118,13 @@ async fn a_session_ends_ninety_days_after_its_login_however_much_it_is_used() {
         probe(&alice.client, &[]).await.expect("used daily");
     }
     server.clock.set(START.plus(DAY * 90 - Duration::from_millis(1)));
-    probe(&alice.client, &[]).await.expect("its last millisecond");
+    probe(&alice.client, &[]).await.expect("the last millisecond");
     server.clock.set(START.plus(DAY * 90));
     assert_eq!(code(probe(&alice.client, &[]).await), expired());
 }
 
 #[tokio::test]
-async fn lifetimes_are_configurable_and_short_ones_slide_too() {
+async fn lifetimes_are_configurable_and_short_ones_are_extended_by_uses() {
     let lifetimes = SessionLifetimes { idle: MINUTE, absolute: MINUTE * 5 };
     let server = Server::with(|config| config.sessions = lifetimes).await;
     let alice = server.user("alice").await;
@@ -140,15 +140,15 @@ async fn lifetimes_are_configurable_and_short_ones_slide_too() {
     assert_eq!(code(probe(&alice.client, &[]).await), expired());
 }
 
-/// Counts uses being noted, and can be told to fail that.
-struct Touched {
+/// Counts the recorded uses. Recording fails if `fails` is set.
+struct CountingSessions {
     inner: Arc<dyn Sessions>,
     touches: Arc<AtomicU32>,
     fails: bool,
 }
 
 #[async_trait]
-impl Sessions for Touched {
+impl Sessions for CountingSessions {
     async fn create(&self, session: NewSession) -> StoreResult<()> {
         self.inner.create(session).await
     }
@@ -184,7 +184,7 @@ impl Sessions for Touched {
 }
 
 #[tokio::test]
-async fn a_use_is_noted_once_in_ten_minutes_and_failing_to_refuses_nobody() {
+async fn a_use_is_recorded_every_ten_minutes_and_a_failure_refuses_no_call() {
     for fails in [false, true] {
         let touches = Arc::new(AtomicU32::new(0));
         let counter = Arc::clone(&touches);
@@ -192,7 +192,7 @@ async fn a_use_is_noted_once_in_ten_minutes_and_failing_to_refuses_nobody() {
             |_| {},
             |mut stores| {
                 stores.sessions =
-                    Arc::new(Touched { inner: stores.sessions, touches: counter, fails });
+                    Arc::new(CountingSessions { inner: stores.sessions, touches: counter, fails });
                 stores
             },
         )
@@ -201,7 +201,7 @@ async fn a_use_is_noted_once_in_ten_minutes_and_failing_to_refuses_nobody() {
         for _ in 0..10 {
             probe(&alice.client, &[]).await.expect("a session");
         }
-        assert_eq!(touches.load(Ordering::SeqCst), 0, "just made");
+        assert_eq!(touches.load(Ordering::SeqCst), 0, "just created");
         server.clock.advance(MINUTE * 10 - Duration::from_millis(1));
         probe(&alice.client, &[]).await.expect("a session");
         assert_eq!(touches.load(Ordering::SeqCst), 0, "not yet");
@@ -223,7 +223,7 @@ async fn logout_ends_the_session_everywhere_and_only_that() {
     let elsewhere = server.connect();
     probe(&elsewhere, &alice.token).await.expect("a session");
     assert_eq!(logout(&alice.client, false, &[]).await, Ok(1));
-    assert_eq!(code(probe(&alice.client, &[]).await), required(), "the connection forgot it");
+    assert_eq!(code(probe(&alice.client, &[]).await), required(), "the connection has no session");
     assert_eq!(code(probe(&elsewhere, &[]).await), expired(), "bound before it ended");
     assert_eq!(code(probe(&server.connect(), &alice.token).await), expired());
     assert_eq!(code(logout(&elsewhere, false, &[]).await), expired());
@@ -239,13 +239,13 @@ async fn logout_of_all_ends_every_session_of_the_account_and_of_no_other() {
     for other in &others {
         other.log_in("alice", "password").await.expect("the right password");
     }
-    // By a token that is not the connection's own: what the connection has is ended all the same.
+    // By a token other than the connection's session, which ends too.
     assert_eq!(logout(&others[0], true, &alice.token).await, Ok(3));
     for client in [&alice.client, &others[1]] {
         assert_eq!(code(probe(client, &[]).await), expired());
     }
-    probe(&bob.client, &[]).await.expect("somebody else's");
-    alice.client.log_in("alice", "password").await.expect("the account is still there");
+    probe(&bob.client, &[]).await.expect("another account's session");
+    alice.client.log_in("alice", "password").await.expect("the account is unchanged");
 }
 
 fn payload(token: &Bytes) -> Vec<u8> {
@@ -262,7 +262,7 @@ async fn admit<A: Authorize<()>>(server: &Server, user: &User) -> Result<A::Call
 }
 
 #[tokio::test]
-async fn a_caller_is_what_its_session_says() {
+async fn a_caller_has_the_account_and_device_of_its_session() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let caller = admit::<auth::Session>(&server, &alice).await.expect("a session");
@@ -279,7 +279,7 @@ async fn a_caller_is_what_its_session_says() {
 }
 
 #[tokio::test]
-async fn a_fresh_caller_logged_in_within_five_minutes() {
+async fn a_login_is_fresh_for_five_minutes() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     server.clock.advance(MINUTE * 5);
@@ -289,7 +289,7 @@ async fn a_fresh_caller_logged_in_within_five_minutes() {
     let refused = admit::<auth::Fresh>(&server, &alice).await.expect_err("too old");
     assert_eq!(refused.code().as_str(), "auth.fresh_login_required");
     assert_eq!(refused.code().status(), Status::Unauthorized);
-    // Using a session does not make it fresh, logging in does.
+    // A use of the session does not make it fresh, a login does.
     admit::<auth::Session>(&server, &alice).await.expect("still a session");
     admit::<auth::Fresh>(&server, &alice).await.expect_err("still too old");
     let token =
@@ -298,13 +298,13 @@ async fn a_fresh_caller_logged_in_within_five_minutes() {
 }
 
 #[tokio::test]
-async fn an_administrator_is_named_in_the_configuration() {
+async fn administrators_are_the_accounts_in_the_configuration() {
     let root = Username::parse("Root").expect("a name");
     let server = Server::with(|config| config.admins = [root].into()).await;
     let (root, alice) = (server.user("ROOT").await, server.user("alice").await);
     let admin = admit::<auth::Admin>(&server, &root).await.expect("an administrator");
     assert_eq!(admin.caller().identity, root.identity);
-    let refused = admit::<auth::Admin>(&server, &alice).await.expect_err("somebody else");
+    let refused = admit::<auth::Admin>(&server, &alice).await.expect_err("another account");
     assert_eq!(
         (refused.code().status(), refused.code().as_str()),
         (Status::Forbidden, "auth.admin_required")
@@ -315,5 +315,5 @@ async fn an_administrator_is_named_in_the_configuration() {
 
     let without = Server::start().await;
     let root = without.user("root").await;
-    admit::<auth::Admin>(&without, &root).await.expect_err("nobody is named");
+    admit::<auth::Admin>(&without, &root).await.expect_err("no administrator is configured");
 }

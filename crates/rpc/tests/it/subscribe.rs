@@ -1,5 +1,5 @@
-//! 206 Subscribe: each event, when it comes and when it does not. That an event does *not* come is
-//! shown by one that is made to come after it.
+//! Subscribe (206): the conditions of each event. The absence of an event is shown by a later one
+//! that the test triggers.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -34,11 +34,11 @@ use crate::{
 const CHANNEL: Bytes = Bytes::from_static(&[0xc1; 16]);
 const OTHER_CHANNEL: Bytes = Bytes::from_static(&[0xc2; 16]);
 
-/// What a client was sent, or would have been had it taken more.
+/// The events that a client has accepted, and the last one that it refused.
 struct Inbound {
-    takes: AtomicBool,
-    taken: Mutex<VecDeque<Event>>,
-    /// The newest seq of each channel that `news` has shown.
+    accepts: AtomicBool,
+    accepted: Mutex<VecDeque<Event>>,
+    /// The newest seq of each channel that `next_new` has returned.
     known: Mutex<HashMap<Bytes, u64>>,
     refused: Mutex<Option<Event>>,
     changed: Notify,
@@ -47,8 +47,8 @@ struct Inbound {
 impl Default for Inbound {
     fn default() -> Self {
         Self {
-            takes: AtomicBool::new(true),
-            taken: Mutex::default(),
+            accepts: AtomicBool::new(true),
+            accepted: Mutex::default(),
             known: Mutex::default(),
             refused: Mutex::default(),
             changed: Notify::new(),
@@ -59,29 +59,29 @@ impl Default for Inbound {
 impl Events for Inbound {
     fn send(&self, event_type: u16, payload: Bytes) -> bool {
         let event = Event::decode(event_type, payload).expect("well-formed").expect("a known type");
-        let takes = self.takes.load(Ordering::SeqCst);
-        if takes {
-            self.taken.lock().push_back(event);
+        let accepts = self.accepts.load(Ordering::SeqCst);
+        if accepts {
+            self.accepted.lock().push_back(event);
         } else {
             *self.refused.lock() = Some(event);
         }
         self.changed.notify_one();
-        takes
+        accepts
     }
 }
 
 impl Inbound {
     async fn next(&self) -> Event {
         loop {
-            if let Some(event) = self.taken.lock().pop_front() {
+            if let Some(event) = self.accepted.lock().pop_front() {
                 return event;
             }
             self.changed.notified().await;
         }
     }
 
-    /// The next event that says something: a Wake may come twice.
-    async fn news(&self) -> Event {
+    /// Returns the next event, without repeated Wakes.
+    async fn next_new(&self) -> Event {
         loop {
             let event = self.next().await;
             let Event::Wake(WakeEvent { channel_id, seq }) = &event else { return event };
@@ -99,7 +99,7 @@ impl Inbound {
     }
 }
 
-/// `user` on a connection of its own that shows its events.
+/// Opens another connection of `user`, with its events.
 fn listen(server: &Server, user: &User) -> (User, Arc<Inbound>) {
     let inbound = Arc::new(Inbound::default());
     let mut user = user.elsewhere(server);
@@ -124,7 +124,7 @@ fn wake(channel_id: Bytes, seq: u64) -> Event {
     Event::Wake(WakeEvent { channel_id, seq })
 }
 
-/// Moves the runtime's time, and lets everyone see it.
+/// Advances the runtime's time and runs the tasks that wait for it.
 async fn pass(time: Duration) {
     tokio::time::pause();
     tokio::time::advance(time).await;
@@ -132,7 +132,7 @@ async fn pass(time: Duration) {
     tokio::time::resume();
 }
 
-/// Lets everyone do what they can do without waiting.
+/// Runs all tasks until they wait.
 async fn complete() {
     for _ in 0..16 {
         tokio::task::yield_now().await;
@@ -140,19 +140,19 @@ async fn complete() {
 }
 
 #[tokio::test]
-async fn each_message_wakes_and_none_is_pushed() {
+async fn each_message_sends_a_wake_and_no_content() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);
     subscribe(&bob).await;
     for seq in 1..=3 {
         alice.send(&bob, b"hello").await;
-        assert_eq!(inbound.news().await, wake(Bytes::new(), seq));
+        assert_eq!(inbound.next_new().await, wake(Bytes::new(), seq));
     }
 }
 
 #[tokio::test]
-async fn what_is_there_already_is_announced_by_its_newest_in_each_channel() {
+async fn messages_in_the_inbox_are_reported_by_the_newest_of_each_channel() {
     let server = Server::start().await;
     let bob = server.user("bob").await;
     for channel in [Bytes::new(), CHANNEL, OTHER_CHANNEL, Bytes::new(), CHANNEL] {
@@ -161,18 +161,18 @@ async fn what_is_there_already_is_announced_by_its_newest_in_each_channel() {
     let (all, inbound) = listen(&server, &bob);
     subscribe_to_all(&all).await;
     for expected in [wake(Bytes::new(), 4), wake(CHANNEL, 5), wake(OTHER_CHANNEL, 3)] {
-        assert_eq!(inbound.news().await, expected);
+        assert_eq!(inbound.next_new().await, expected);
     }
     let (one, inbound) = listen(&server, &bob);
     subscribe(&one).await;
-    assert_eq!(inbound.news().await, wake(Bytes::new(), 4));
+    assert_eq!(inbound.next_new().await, wake(Bytes::new(), 4));
     send_in(&bob, CHANNEL).await;
     send_in(&bob, Bytes::new()).await;
-    assert_eq!(inbound.news().await, wake(Bytes::new(), 7));
+    assert_eq!(inbound.next_new().await, wake(Bytes::new(), 7));
 }
 
 #[tokio::test]
-async fn a_long_inbox_is_announced_to_its_end() {
+async fn a_long_inbox_is_reported_to_its_end() {
     let server = Server::start().await;
     let bob = server.user("bob").await;
     let batch = qpq_proto::v1::BatchEnqueueRequest {
@@ -182,29 +182,29 @@ async fn a_long_inbox_is_announced_to_its_end() {
     bob.ok::<methods::BatchEnqueue>(batch).await;
     let (bob, inbound) = listen(&server, &bob);
     subscribe(&bob).await;
-    while inbound.news().await != wake(Bytes::new(), 700) {}
+    while inbound.next_new().await != wake(Bytes::new(), 700) {}
 }
 
 #[tokio::test]
-async fn a_client_that_is_behind_gets_the_newest_of_each_channel() {
+async fn a_slow_client_receives_the_newest_wake_of_each_channel() {
     let server = Server::start().await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);
-    inbound.takes.store(false, Ordering::SeqCst);
+    inbound.accepts.store(false, Ordering::SeqCst);
     subscribe_to_all(&bob).await;
     for channel in [CHANNEL, Bytes::new(), Bytes::new(), CHANNEL, OTHER_CHANNEL, Bytes::new()] {
         send_in(&bob, channel).await;
     }
     inbound.refused(&wake(Bytes::new(), 6)).await;
-    inbound.takes.store(true, Ordering::SeqCst);
+    inbound.accepts.store(true, Ordering::SeqCst);
     for expected in [wake(Bytes::new(), 6), wake(CHANNEL, 4), wake(OTHER_CHANNEL, 5)] {
-        assert_eq!(inbound.news().await, expected);
+        assert_eq!(inbound.next_new().await, expected);
     }
     send_in(&bob, CHANNEL).await;
-    assert_eq!(inbound.news().await, wake(CHANNEL, 7));
+    assert_eq!(inbound.next_new().await, wake(CHANNEL, 7));
 }
 
 #[tokio::test]
-async fn a_client_that_is_behind_in_many_channels_misses_none_of_them() {
+async fn a_slow_client_receives_a_wake_for_each_of_many_channels() {
     let server = Server::start().await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);
     let channel = |n: u16| Bytes::from([&n.to_be_bytes()[..], &[0xc3; 14]].concat());
@@ -213,83 +213,83 @@ async fn a_client_that_is_behind_in_many_channels_misses_none_of_them() {
     let batch =
         qpq_proto::v1::BatchEnqueueRequest { messages: messages.collect(), ..Default::default() };
     bob.ok::<methods::BatchEnqueue>(batch).await;
-    inbound.takes.store(false, Ordering::SeqCst);
+    inbound.accepts.store(false, Ordering::SeqCst);
     subscribe_to_all(&bob).await;
     inbound.refused(&wake(channel(0), 1)).await;
-    inbound.takes.store(true, Ordering::SeqCst);
+    inbound.accepts.store(true, Ordering::SeqCst);
     for n in 0..1_000 {
-        assert_eq!(inbound.news().await, wake(channel(n), u64::from(n) + 1));
+        assert_eq!(inbound.next_new().await, wake(channel(n), u64::from(n) + 1));
     }
 }
 
 #[tokio::test]
-async fn what_comes_back_from_a_lost_answer_is_announced() {
+async fn messages_of_a_lost_answer_are_reported() {
     let server = Server::start().await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);
     bob.send(&bob, b"hello").await;
-    let under_way = bob.ask::<methods::Fetch>(FetchRequest::default()).await.expect("one message");
+    let leased = bob.ask::<methods::Fetch>(FetchRequest::default()).await.expect("one message");
     subscribe_to_all(&bob).await;
-    // Behind what is on its way nothing is visible.
+    // Messages after a leased one are not visible.
     send_in(&bob, CHANNEL).await;
-    drop(under_way);
-    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
-    assert_eq!(inbound.news().await, wake(CHANNEL, 2));
+    drop(leased);
+    assert_eq!(inbound.next_new().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.next_new().await, wake(CHANNEL, 2));
 }
 
 #[tokio::test]
-async fn what_was_announced_and_looked_for_in_vain_is_announced_again() {
+async fn a_reported_message_that_was_leased_and_released_is_reported_again() {
     let server = Server::start().await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);
     subscribe(&bob).await;
     bob.send(&bob, b"hello").await;
     assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
-    // Another connection is faster, and dies with the answer.
-    let under_way = bob.elsewhere(&server).ask::<methods::Fetch>(FetchRequest::default()).await;
+    // Another connection leases the message and loses the answer.
+    let leased = bob.elsewhere(&server).ask::<methods::Fetch>(FetchRequest::default()).await;
     assert!(bob.ok::<methods::Peek>(PeekRequest::default()).await.payloads.is_empty());
-    drop(under_way.expect("one message"));
+    drop(leased.expect("one message"));
     assert_eq!(inbound.next().await, wake(Bytes::new(), 1));
     assert_eq!(bob.ok::<methods::Peek>(PeekRequest::default()).await.payloads.len(), 1);
 }
 
 #[tokio::test]
-async fn a_client_that_is_behind_is_told_of_a_drain_once() {
+async fn a_slow_client_receives_draining_once() {
     let (server, waiters) = Waiters::server().await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);
-    inbound.takes.store(false, Ordering::SeqCst);
+    inbound.accepts.store(false, Ordering::SeqCst);
     subscribe(&bob).await;
     waiters.waited(1).await;
     server.rpc.drain();
     complete().await;
     pass(Duration::from_secs(5)).await;
     assert!(matches!(*inbound.refused.lock(), Some(Event::Draining(_))));
-    inbound.takes.store(true, Ordering::SeqCst);
+    inbound.accepts.store(true, Ordering::SeqCst);
     pass(Duration::from_secs(10)).await;
-    assert!(matches!(inbound.news().await, Event::Draining(_)));
+    assert!(matches!(inbound.next_new().await, Event::Draining(_)));
     server.rpc.drained().await;
     pass(Duration::from_secs(10)).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.next_new().await, wake(Bytes::new(), 1));
 }
 
 #[tokio::test]
-async fn a_second_subscription_takes_the_place_of_the_first() {
+async fn a_second_subscription_replaces_the_first() {
     let (server, waiters) = Waiters::server().await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);
     subscribe_to_all(&bob).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.next_new().await, wake(Bytes::new(), 1));
     subscribe(&bob).await;
-    assert_eq!(inbound.next().await, wake(Bytes::new(), 1), "announced again");
+    assert_eq!(inbound.next().await, wake(Bytes::new(), 1), "reported again");
     waiters.subscribed(1).await;
     send_in(&bob, CHANNEL).await;
     for seq in [3, 4] {
         send_in(&bob, Bytes::new()).await;
-        assert_eq!(inbound.news().await, wake(Bytes::new(), seq));
+        assert_eq!(inbound.next_new().await, wake(Bytes::new(), seq));
     }
 }
 
 #[tokio::test]
-async fn it_ends_with_the_connection() {
+async fn a_subscription_ends_with_its_connection() {
     let (server, waiters) = Waiters::server().await;
     let bob = server.user("bob").await;
     let (first, _) = listen(&server, &bob);
@@ -299,24 +299,24 @@ async fn it_ends_with_the_connection() {
     waiters.subscribed(2).await;
     server.rpc.disconnected(&first.client.conn);
     waiters.subscribed(1).await;
-    // One that comes when its connection has gone already is not begun.
+    // On a closed connection no subscription starts.
     subscribe(&first).await;
     waiters.subscribed(1).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.next_new().await, wake(Bytes::new(), 1));
     server.rpc.disconnected(&second.client.conn);
     waiters.subscribed(0).await;
 }
 
 #[tokio::test]
-async fn it_takes_a_session() {
+async fn a_subscription_needs_a_session() {
     let server = Server::start().await;
     let refused = server.connect().call::<methods::Subscribe>(SubscribeRequest::default()).await;
     refused.expect_err("no session").assert(Status::Unauthorized, "auth.session_required");
 }
 
 #[tokio::test]
-async fn who_is_logged_out_is_told_so_and_nothing_more() {
+async fn an_ended_session_receives_session_revoked_and_no_later_event() {
     let (server, waiters) = Waiters::server().await;
     let bob = server.user("bob").await;
     let (first, first_inbound) = listen(&server, &bob);
@@ -324,38 +324,38 @@ async fn who_is_logged_out_is_told_so_and_nothing_more() {
     subscribe(&first).await;
     subscribe(&second).await;
     bob.ok::<methods::Logout>(LogoutRequest::default()).await;
-    assert!(matches!(first_inbound.news().await, Event::SessionRevoked(_)));
+    assert!(matches!(first_inbound.next_new().await, Event::SessionRevoked(_)));
     waiters.subscribed(1).await;
-    // The other session goes on.
+    // The other session's subscription continues.
     second.send(&second, b"hello").await;
-    assert_eq!(second_inbound.news().await, wake(Bytes::new(), 1));
-    assert!(first_inbound.taken.lock().is_empty());
+    assert_eq!(second_inbound.next_new().await, wake(Bytes::new(), 1));
+    assert!(first_inbound.accepted.lock().is_empty());
 
-    // One that takes nothing now is told later, and of nothing that happened meanwhile.
-    second_inbound.takes.store(false, Ordering::SeqCst);
+    // A slow client receives it later, and no event of the time in between.
+    second_inbound.accepts.store(false, Ordering::SeqCst);
     second.ok::<methods::Logout>(LogoutRequest::default()).await;
     bob.again().await.send(&second, b"too late").await;
     complete().await;
-    second_inbound.takes.store(true, Ordering::SeqCst);
-    assert!(matches!(second_inbound.news().await, Event::SessionRevoked(_)));
+    second_inbound.accepts.store(true, Ordering::SeqCst);
+    assert!(matches!(second_inbound.next_new().await, Event::SessionRevoked(_)));
     waiters.subscribed(0).await;
-    assert!(second_inbound.taken.lock().is_empty());
+    assert!(second_inbound.accepted.lock().is_empty());
 }
 
 #[tokio::test]
-async fn a_session_that_expired_is_found_within_minutes() {
+async fn an_expired_session_is_detected_within_ten_minutes() {
     let (server, waiters) = Waiters::server().await;
     let (bob, inbound) = listen(&server, &server.user("bob").await);
     subscribe(&bob).await;
     waiters.waited(1).await;
     server.clock.advance(Duration::from_secs(31 * 24 * 3600));
     pass(Duration::from_secs(10 * 60)).await;
-    assert!(matches!(inbound.news().await, Event::SessionRevoked(_)));
+    assert!(matches!(inbound.next_new().await, Event::SessionRevoked(_)));
     waiters.subscribed(0).await;
 }
 
 #[tokio::test]
-async fn a_drain_is_told_to_all_over_five_seconds() {
+async fn draining_is_sent_to_all_subscribers_over_five_seconds() {
     let (server, waiters) = Waiters::server().await;
     let bob = server.user("bob").await;
     let listeners: Vec<_> = (0..40).map(|_| listen(&server, &bob)).collect();
@@ -369,24 +369,25 @@ async fn a_drain_is_told_to_all_over_five_seconds() {
         async move { rpc.drained().await }
     });
     complete().await;
-    let told = || listeners.iter().filter(|(_, inbound)| !inbound.taken.lock().is_empty()).count();
+    let notified =
+        || listeners.iter().filter(|(_, inbound)| !inbound.accepted.lock().is_empty()).count();
     pass(Duration::from_secs(1)).await;
-    assert!(told() < 40, "all were told in the first second");
+    assert!(notified() < 40, "all were notified in the first second");
     assert!(!drained.is_finished());
     pass(Duration::from_secs(4)).await;
     drained.await.expect("no panic");
     for (_, inbound) in &listeners {
-        let Event::Draining(event) = inbound.news().await else { panic!("another event") };
+        let Event::Draining(event) = inbound.next_new().await else { panic!("another event") };
         assert!((20_000..=30_000).contains(&event.deadline_ms), "{event:?}");
     }
-    // Until the connection is closed everything goes on.
+    // Until the connection is closed its subscription continues.
     bob.send(&bob, b"hello").await;
     for (_, inbound) in &listeners {
-        assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
+        assert_eq!(inbound.next_new().await, wake(Bytes::new(), 1));
     }
 }
 
-/// Uploads so many packages for `user`.
+/// Uploads `count` packages for `user`.
 async fn stock(server: &Server, user: &User, count: usize) {
     let name = Username::parse(&user.name).expect("a username");
     let mut mls = qpq_mls::Client::in_memory(Identity::from_seed(&user.signing.to_bytes()), name);
@@ -406,30 +407,30 @@ async fn take(user: &User, target: &User) {
 }
 
 #[tokio::test]
-async fn an_owner_whose_packages_run_low_is_told_once_a_minute() {
+async fn key_packages_low_is_sent_below_ten_packages_at_most_once_a_minute() {
     let server = Server::start().await;
     let (alice, other) = (server.user("alice").await, server.user("other").await);
     let (bob, inbound) = listen(&server, &server.user("bob").await);
-    let (_, not_concerned) = listen(&server, &other);
+    let (_, other_inbound) = listen(&server, &other);
     subscribe(&bob).await;
     stock(&server, &bob, 11).await;
 
     // Ten are enough.
     take(&alice, &bob).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.news().await, wake(Bytes::new(), 1));
+    assert_eq!(inbound.next_new().await, wake(Bytes::new(), 1));
     // Nine are not.
     take(&alice, &bob).await;
-    let Event::KeyPackagesLow(low) = inbound.news().await else { panic!("another event") };
+    let Event::KeyPackagesLow(low) = inbound.next_new().await else { panic!("another event") };
     assert_eq!(low.available, 9);
-    // That was said.
+    // It was sent already.
     take(&alice, &bob).await;
     take(&alice, &bob).await;
     bob.send(&bob, b"hello").await;
-    assert_eq!(inbound.news().await, wake(Bytes::new(), 2));
-    // A minute later it is said again, with what is left by then.
+    assert_eq!(inbound.next_new().await, wake(Bytes::new(), 2));
+    // A minute later it is sent again with the current number.
     pass(Duration::from_secs(60)).await;
-    let Event::KeyPackagesLow(low) = inbound.news().await else { panic!("another event") };
+    let Event::KeyPackagesLow(low) = inbound.next_new().await else { panic!("another event") };
     assert_eq!(low.available, 7);
-    assert!(not_concerned.taken.lock().is_empty());
+    assert!(other_inbound.accepted.lock().is_empty());
 }

@@ -1,5 +1,4 @@
-//! What users do in the tests of delivery and keys: calls with the user's token, whose answers
-//! arrive or get lost.
+//! Calls with an account's token, whose answers arrive or are lost.
 
 use std::{fmt, future::Future, panic::Location, sync::Arc};
 
@@ -34,19 +33,19 @@ impl<R: fmt::Debug> fmt::Debug for OkAnswer<R> {
 }
 
 impl Server {
-    /// The store id, as answers carry it.
+    /// Returns the store id as in answers.
     pub(crate) fn store_id(&self) -> Bytes {
         Bytes::copy_from_slice(self.rpc.app().stores.maintenance.store_id().as_bytes())
     }
 }
 
 impl User {
-    /// The identity key, as it stands in requests.
+    /// Returns the identity key as in requests.
     pub(crate) fn key(&self) -> Bytes {
         Bytes::copy_from_slice(self.identity.as_bytes())
     }
 
-    /// The same user on a connection of its own.
+    /// Opens another connection of the account.
     pub(crate) fn elsewhere(&self, server: &Server) -> Self {
         Self {
             client: server.connect(),
@@ -57,14 +56,14 @@ impl User {
         }
     }
 
-    /// The user with a new session, on a connection that was there.
+    /// Logs in again on the same connection.
     pub(crate) async fn again(self) -> Self {
         let session = self.client.log_in(&self.name, "password").await.expect("the right password");
         Self { token: session.session_token, ..self }
     }
 
-    /// Calls a method. Dropping the answer's lease is what the transport does when the connection ends
-    /// before the answer arrived.
+    /// Calls a method. Dropping the answer's lease is what the transport does when the connection
+    /// ends before the answer arrived.
     pub(crate) async fn ask<M: Method>(
         &self,
         request: M::Request,
@@ -82,7 +81,7 @@ impl User {
         Ok(OkAnswer { response, lease: answer.lease, clock })
     }
 
-    /// The response of a call that must be Ok; it arrives.
+    /// Returns the response of a call that must succeed. The answer arrives.
     #[track_caller]
     pub(crate) fn ok<M: Method>(&self, request: M::Request) -> impl Future<Output = M::Response> {
         let caller = Location::caller();
@@ -94,7 +93,7 @@ impl User {
         }
     }
 
-    /// The refusal of a call that must not be Ok.
+    /// Returns the refusal of a call that must fail.
     #[track_caller]
     pub(crate) fn refused<M: Method>(&self, request: M::Request) -> impl Future<Output = Refused> {
         let caller = Location::caller();
@@ -106,7 +105,7 @@ impl User {
         }
     }
 
-    /// Sends to `recipient`'s default channel.
+    /// Sends a message to `recipient`'s default channel.
     pub(crate) async fn send(
         &self,
         recipient: &Self,
@@ -117,8 +116,8 @@ impl User {
 }
 
 impl Refused {
-    /// Asserts what clients switch on, and that a time to wait is there exactly where the protocol
-    /// wants one.
+    /// Asserts status and code, and that there is a time to wait exactly if the protocol requires
+    /// it.
     #[track_caller]
     pub(crate) fn assert(&self, status: Status, code: &str) {
         assert_eq!((self.status, self.code.as_str()), (status, code), "{self:?}");
@@ -126,7 +125,7 @@ impl Refused {
         assert_eq!(self.retry_after.is_some(), waits, "{self:?}");
     }
 
-    /// Asserts that `field` was refused for its length or value.
+    /// Asserts that `field` is refused for its length or value.
     #[track_caller]
     pub(crate) fn assert_field(&self, field: &str) {
         self.assert(Status::BadRequest, "rpc.invalid_field");
@@ -134,7 +133,7 @@ impl Refused {
     }
 }
 
-/// A message to `recipient`'s default channel with nothing else set.
+/// Returns a message to `recipient`'s default channel without other fields.
 pub(crate) fn message(recipient: &User, payload: &'static [u8]) -> v1::EnqueueRequest {
     v1::EnqueueRequest {
         recipient_key: recipient.key(),

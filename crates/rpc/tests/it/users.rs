@@ -46,7 +46,7 @@ async fn a_name_gives_the_key_and_the_key_the_canonical_name() {
 }
 
 #[tokio::test]
-async fn what_does_not_exist_is_not_found() {
+async fn unknown_usernames_and_keys_are_not_found() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let client = &alice.client;

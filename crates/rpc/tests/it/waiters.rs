@@ -1,5 +1,5 @@
-//! The store's wakes and reads, counted: so that a test knows when a call waits, what it cost, and
-//! that nothing is left of one that has gone.
+//! Counts the wakes and reads of a store, so that a test can await a waiting call and check its
+//! cost and its end.
 
 use std::{
     mem,
@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 
 use crate::harness::Server;
 
-/// What is known of those who wait.
+/// The counts of waiting calls.
 #[derive(Default)]
 pub(crate) struct Waiters {
     subscribed: AtomicUsize,
@@ -40,7 +40,7 @@ impl Waiters {
         waiters
     }
 
-    /// A server whose wakes are counted.
+    /// Starts a server whose wakes are counted.
     pub(crate) async fn server() -> (Server, Arc<Self>) {
         let mut counted = None;
         let server = Server::with_stores(
@@ -54,24 +54,23 @@ impl Waiters {
         (server, counted.expect("the stores were wrapped"))
     }
 
-    /// Completes once there were `count` destructive reads since the server's start, by Fetch and
-    /// FetchWait: a call that waits begins with one.
+    /// Completes after `count` leases since the server's start. A waiting call begins with one.
     pub(crate) async fn leased(&self, count: usize) {
         self.until(|waiters| waiters.leases() >= count).await;
     }
 
-    /// The destructive reads since the server's start.
+    /// Returns the number of leases since the server's start.
     pub(crate) fn leases(&self) -> usize {
         self.leases.load(Ordering::SeqCst)
     }
 
-    /// Completes once the wait for a wake has begun `count` times since the server's start. Of the
-    /// calls that wait for the same, one does.
+    /// Completes after a wait for a wake has begun `count` times since the server's start. Of the
+    /// calls that wait for one view, one waits for its wake.
     pub(crate) async fn waited(&self, count: usize) {
         self.until(|waiters| waiters.waits.load(Ordering::SeqCst) >= count).await;
     }
 
-    /// Completes once `count` are subscribed.
+    /// Completes once there are `count` subscriptions.
     pub(crate) async fn subscribed(&self, count: usize) {
         self.until(|waiters| waiters.subscribed.load(Ordering::SeqCst) == count).await;
     }
@@ -154,7 +153,7 @@ impl Wake for CountedWake {
 
 impl Drop for CountedWake {
     fn drop(&mut self) {
-        // The subscription first, then the word of it.
+        // The subscription ends before its end is counted.
         drop(mem::replace(&mut self.inner, Box::new(Gone)));
         self.waiters.subscribed.fetch_sub(1, Ordering::SeqCst);
         self.waiters.changed.notify_waiters();

@@ -73,7 +73,7 @@ async fn damaged_secrets_are_refused_and_left_alone() {
         (
             "opaque-setup.bin",
             &[0xff; 128],
-            "opaque-setup.bin is damaged: the OPAQUE setup holds no valid key",
+            "opaque-setup.bin is damaged: the OPAQUE setup contains no valid key",
         ),
         (
             "delivery-key.bin",

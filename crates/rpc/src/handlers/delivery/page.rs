@@ -152,7 +152,8 @@ mod tests {
         #[test]
         fn an_envelope_is_at_most_as_large_as_its_cost(payload_len in 0_usize..70_000) {
             let envelope = largest(payload_len);
-            let (one, two) = (encoded_len(vec![envelope.clone()]), encoded_len(vec![envelope.clone(); 2]));
+            let one = encoded_len(vec![envelope.clone()]);
+            let two = encoded_len(vec![envelope.clone(); 2]);
             prop_assert!(two - one <= envelope.cost());
         }
     }

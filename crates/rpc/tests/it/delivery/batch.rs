@@ -1,4 +1,4 @@
-//! 205 BatchEnqueue.
+//! BatchEnqueue (205).
 
 use std::{
     collections::HashSet,
@@ -57,7 +57,7 @@ fn outcomes(response: &BatchEnqueueResponse) -> Vec<(u64, u32, &str)> {
 }
 
 #[tokio::test]
-async fn a_batch_is_a_fan_out_or_a_list_never_both_nor_neither() {
+async fn a_batch_is_either_a_fan_out_or_a_list() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let (fan, one) = (fan_out(&[&alice], b"hello"), message(&alice, b"hello"));
@@ -84,7 +84,7 @@ async fn a_batch_is_a_fan_out_or_a_list_never_both_nor_neither() {
 }
 
 #[tokio::test]
-async fn commits_are_refused_until_the_server_orders_them() {
+async fn commits_are_refused_as_unsupported() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     for request in [
@@ -103,7 +103,7 @@ async fn commits_are_refused_until_the_server_orders_them() {
 }
 
 #[tokio::test]
-async fn in_a_fan_out_each_recipient_stands_for_itself() {
+async fn each_recipient_of_a_fan_out_has_its_own_result() {
     let server = Server::with(|config| config.delivery.max_messages = 1).await;
     let (alice, bob, carol) =
         (server.user("alice").await, server.user("bob").await, server.user("carol").await);
@@ -129,7 +129,7 @@ async fn in_a_fan_out_each_recipient_stands_for_itself() {
 }
 
 #[tokio::test]
-async fn what_all_of_a_fan_out_share_fails_the_whole() {
+async fn an_invalid_shared_field_fails_the_whole_fan_out() {
     let server = Server::with(|config| config.delivery.max_payload = 5).await;
     let alice = server.user("alice").await;
     let good = fan_out(&[&alice], b"hello");
@@ -143,7 +143,7 @@ async fn what_all_of_a_fan_out_share_fails_the_whole() {
 }
 
 #[tokio::test]
-async fn in_a_list_each_message_stands_for_itself() {
+async fn each_message_of_a_list_has_its_own_result() {
     let server = Server::with(|config| config.delivery.max_payload = 5).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let response = send(
@@ -178,7 +178,7 @@ async fn in_a_list_each_message_stands_for_itself() {
 }
 
 #[tokio::test]
-async fn nothing_but_refusals_is_an_answer_too() {
+async fn a_batch_of_only_refused_messages_is_answered_ok() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let response = send(&alice, list(vec![EnqueueRequest::default(); 2])).await;
@@ -186,7 +186,7 @@ async fn nothing_but_refusals_is_an_answer_too() {
 }
 
 #[tokio::test]
-async fn the_token_of_a_listed_message_means_nothing() {
+async fn the_token_of_a_listed_message_is_ignored() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_token = EnqueueRequest {
@@ -195,7 +195,7 @@ async fn the_token_of_a_listed_message_means_nothing() {
         ..message(&alice, b"hello")
     };
     send(&alice, list(vec![with_token])).await;
-    // It was alice's: the id is hers, not bob's.
+    // Alice sent it: the id is hers, not bob's.
     let hers = EnqueueRequest { message_id: message_id(1), ..message(&alice, b"hello") };
     assert!(alice.ok::<methods::Enqueue>(hers.clone()).await.duplicate);
     assert!(!bob.ok::<methods::Enqueue>(hers).await.duplicate);
@@ -212,13 +212,13 @@ async fn a_fan_out_that_names_a_recipient_twice_is_refused() {
         refused.assert(Status::BadRequest, "delivery.invalid_batch");
     }
     assert!(peek_all(&bob).await.payloads.is_empty());
-    // In a list each message has its recipient, and may have the same.
+    // The messages of a list may have the same recipient.
     let twice = send(&alice, list(vec![message(&bob, b"one"), message(&bob, b"two")])).await;
     assert_eq!(twice.seqs, [1, 2]);
 }
 
 #[tokio::test]
-async fn a_repeated_fan_out_answers_the_first_receipts() {
+async fn a_repeated_fan_out_returns_the_first_receipts() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let request =
@@ -234,7 +234,7 @@ async fn a_repeated_fan_out_answers_the_first_receipts() {
 }
 
 #[tokio::test]
-async fn a_batch_is_bounded_by_its_bytes_for_all_recipients() {
+async fn the_bytes_of_a_batch_for_all_recipients_are_bounded() {
     let server = Server::with(|config| config.delivery.max_batch_bytes = 100).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let [half, more] = [&[b'x'; 50][..], &[b'x'; 51]];
@@ -265,12 +265,12 @@ async fn the_largest_batch_is_64_mib() {
     assert_eq!(send(&alice, request).await.results.len(), 64);
 }
 
-/// The calls that a batch becomes, as the store gets them.
+/// The store's calls for a batch.
 #[derive(Default)]
 struct Calls {
     sizes: Mutex<Vec<(usize, usize)>>,
     payloads: Mutex<HashSet<usize>>,
-    /// How many calls are accepted until one fails.
+    /// The number of calls before the first that fails.
     accepted: AtomicUsize,
 }
 
@@ -359,7 +359,7 @@ async fn a_batch_is_stored_in_calls_of_bounded_size_that_share_one_payload() {
 }
 
 #[tokio::test]
-async fn a_batch_that_is_half_stored_says_so_and_its_repeat_doubles_nothing() {
+async fn a_partly_stored_batch_reports_it_and_its_repetition_duplicates_nothing() {
     let (server, calls) = recorded().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let numbered = |n: u32| EnqueueRequest {
@@ -375,7 +375,7 @@ async fn a_batch_that_is_half_stored_says_so_and_its_repeat_doubles_nothing() {
     assert!(half.results[512..].iter().all(|r| (r.status, &*r.code) == (9, "rpc.unavailable")));
     assert_eq!(calls.sizes.lock().len(), 3, "nothing is tried after the failure, or again");
 
-    // Nothing at all accepted is the call's failure.
+    // If nothing is accepted, the call fails.
     let refused = alice.refused::<methods::BatchEnqueue>(request.clone()).await;
     refused.assert(Status::Unavailable, "rpc.unavailable");
 
@@ -388,7 +388,7 @@ async fn a_batch_that_is_half_stored_says_so_and_its_repeat_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn a_stranger_leaves_room_in_an_inbox_for_everybody_else() {
+async fn one_sender_cannot_fill_an_inbox_with_messages() {
     let server = Server::start().await;
     let (bob, stranger, friend) =
         (server.user("bob").await, server.user("stranger").await, server.user("friend").await);
@@ -408,7 +408,7 @@ async fn a_stranger_leaves_room_in_an_inbox_for_everybody_else() {
 }
 
 #[tokio::test]
-async fn a_stranger_leaves_bytes_in_an_inbox_for_everybody_else() {
+async fn one_sender_cannot_fill_an_inbox_with_bytes() {
     let server = Server::start().await;
     let (bob, stranger, friend) =
         (server.user("bob").await, server.user("stranger").await, server.user("friend").await);
@@ -426,7 +426,7 @@ async fn a_stranger_leaves_bytes_in_an_inbox_for_everybody_else() {
 }
 
 #[tokio::test]
-async fn an_enqueue_and_a_batch_know_each_others_message_ids() {
+async fn an_enqueue_and_a_batch_share_message_ids() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let one = EnqueueRequest { message_id: message_id(1), ..message(&bob, b"hello") };

@@ -1,4 +1,4 @@
-//! 200 Enqueue.
+//! Enqueue (200).
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ async fn enqueue(user: &User, request: EnqueueRequest) -> v1::EnqueueResponse {
     user.ok::<methods::Enqueue>(request).await
 }
 
-/// Whether the proof is `server_key`'s.
+/// Asserts that the proof is signed by `server_key`.
 fn verifies(server_key: &IdentityKey, proof: &DeliveryProof) -> bool {
     let signature: [u8; 64] = proof.signature.as_ref().try_into().expect("64 bytes");
     server_key.verify(&delivery_proof::signed_bytes(proof), &signature).is_ok()
@@ -35,7 +35,7 @@ async fn server_key(user: &User) -> IdentityKey {
 }
 
 #[tokio::test]
-async fn seq_rises_by_one_for_each_message_whatever_its_channel_or_sender() {
+async fn seqs_rise_by_one_across_channels_and_senders() {
     let server = Server::start().await;
     let (alice, bob, carol) =
         (server.user("alice").await, server.user("bob").await, server.user("carol").await);
@@ -55,7 +55,7 @@ async fn seq_rises_by_one_for_each_message_whatever_its_channel_or_sender() {
 }
 
 #[tokio::test]
-async fn fields_of_another_length_are_refused_by_name() {
+async fn fields_of_a_wrong_length_are_refused_by_name() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let good = message(&alice, b"hello");
@@ -74,7 +74,7 @@ async fn fields_of_another_length_are_refused_by_name() {
 }
 
 #[tokio::test]
-async fn a_payload_is_empty_at_the_least_and_as_configured_at_the_most() {
+async fn payloads_from_empty_to_the_configured_maximum_are_accepted() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     enqueue(&alice, message(&alice, b"")).await;
@@ -98,7 +98,7 @@ async fn a_payload_is_empty_at_the_least_and_as_configured_at_the_most() {
 }
 
 #[tokio::test]
-async fn nothing_is_taken_that_could_not_be_read_again() {
+async fn messages_that_could_not_be_read_are_refused() {
     let server = Server::with(|config| config.delivery.max_payload = usize::MAX).await;
     let alice = server.user("alice").await;
     let of = |len: usize| EnqueueRequest {
@@ -151,7 +151,7 @@ async fn a_full_inbox_refuses_the_sender_and_drops_nothing() {
 }
 
 #[tokio::test]
-async fn the_proof_says_what_was_taken_and_verifies_with_the_key_of_health() {
+async fn the_proof_describes_the_message_and_verifies_with_the_key_in_health() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.send(&bob, b"one").await;
@@ -202,7 +202,7 @@ async fn without_a_commit_there_is_no_proof() {
 }
 
 #[tokio::test]
-async fn a_repeated_message_id_is_answered_with_the_first_ones_seq_and_proof() {
+async fn a_repeated_message_id_returns_the_first_seq_and_proof() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let request = EnqueueRequest { message_id: message_id(1), ..message(&bob, b"hello") };
@@ -210,7 +210,7 @@ async fn a_repeated_message_id_is_answered_with_the_first_ones_seq_and_proof() {
     alice.send(&bob, b"in between").await;
     server.clock.advance(Duration::from_secs(3));
 
-    // Whatever else it says, and on whatever connection it comes.
+    // With any other fields, and on any connection.
     let other = EnqueueRequest {
         payload: "changed".into(),
         channel_id: CHANNEL,
@@ -228,7 +228,7 @@ async fn a_repeated_message_id_is_answered_with_the_first_ones_seq_and_proof() {
 }
 
 #[tokio::test]
-async fn a_message_id_is_its_senders_for_one_recipient() {
+async fn a_message_id_is_scoped_to_its_sender_and_recipient() {
     let server = Server::start().await;
     let (alice, bob, carol) =
         (server.user("alice").await, server.user("bob").await, server.user("carol").await);
@@ -248,12 +248,12 @@ async fn a_message_id_is_its_senders_for_one_recipient() {
 }
 
 #[tokio::test]
-async fn a_message_id_is_remembered_for_a_quarter_of_an_hour_after_the_message_went() {
+async fn a_message_id_is_remembered_for_15_minutes_after_the_messages_removal() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let request = EnqueueRequest { message_id: message_id(1), ..message(&bob, b"hello") };
     let first = enqueue(&alice, request.clone()).await;
-    // As long as it is queued, however long that is.
+    // While the message is queued.
     server.clock.advance(DAY);
     server
         .store
@@ -304,7 +304,7 @@ async fn an_expired_message_is_never_delivered() {
     server.clock.advance(Duration::from_secs(9));
     assert_eq!(seqs(&fetch(&bob).await.response.payloads), [3, 4]);
 
-    // No ttl is 30 days, and 90 is the most. Sessions last for 30, so bob logs in again.
+    // No ttl means 30 days, and the maximum is 90. Sessions last 30 days, so bob logs in again.
     server.clock.advance(DAY * 30);
     let bob = bob.again().await;
     assert_eq!(seqs(&peek_all(&bob).await.payloads), [4]);

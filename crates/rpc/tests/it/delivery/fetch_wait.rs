@@ -1,4 +1,4 @@
-//! 202 FetchWait: nothing is missed, nothing is kept waiting, nothing is left behind.
+//! FetchWait (202).
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
 
 type Waited = Result<OkAnswer<v1::FetchWaitResponse>, Refused>;
 
-/// Waits for the default channel, as long as one may.
+/// Waits for the default channel with the maximum timeout.
 fn wait(user: User) -> JoinHandle<Waited> {
     wait_for(user, FetchWaitRequest { timeout_ms: u64::MAX, ..Default::default() })
 }
@@ -32,7 +32,7 @@ async fn answered(waiting: JoinHandle<Waited>) -> OkAnswer<v1::FetchWaitResponse
 }
 
 #[tokio::test]
-async fn what_is_there_is_answered_at_once() {
+async fn a_queued_message_is_answered_immediately() {
     let server = Server::start().await;
     let user = server.user("reader").await;
     user.send(&user, b"one").await;
@@ -42,7 +42,7 @@ async fn what_is_there_is_answered_at_once() {
 }
 
 #[tokio::test]
-async fn what_comes_while_waiting_is_answered_and_kept_until_it_arrived() {
+async fn a_message_that_arrives_while_waiting_is_answered_and_kept_until_delivered() {
     let (server, waiters) = Waiters::server().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let waiting = wait(bob.elsewhere(&server));
@@ -56,7 +56,7 @@ async fn what_comes_while_waiting_is_answered_and_kept_until_it_arrived() {
 }
 
 #[tokio::test]
-async fn other_channels_do_not_end_the_wait() {
+async fn messages_of_other_channels_do_not_end_the_wait() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let waiting = wait(user.elsewhere(&server));
@@ -69,7 +69,7 @@ async fn other_channels_do_not_end_the_wait() {
 }
 
 #[tokio::test]
-async fn a_lost_answer_wakes_who_waits_behind_it() {
+async fn a_lost_answer_wakes_the_next_waiting_call() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     user.send(&user, b"one").await;
@@ -81,7 +81,7 @@ async fn a_lost_answer_wakes_who_waits_behind_it() {
 }
 
 #[tokio::test]
-async fn of_two_that_wait_one_gets_a_message_and_the_other_the_next() {
+async fn of_two_waiting_calls_each_receives_one_of_two_messages() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let (first, second) = (wait(user.elsewhere(&server)), wait(user.elsewhere(&server)));
@@ -100,7 +100,7 @@ fn nothing(server: &Server) -> v1::FetchWaitResponse {
 }
 
 #[tokio::test]
-async fn a_ninth_wait_of_a_reader_ends_the_oldest_empty() {
+async fn a_ninth_waiting_call_of_a_reader_ends_the_oldest_empty() {
     let (server, waiters) = Waiters::server().await;
     let (user, other) = (server.user("reader").await, server.user("other").await);
     let in_channel = |channel_id: &Bytes| FetchWaitRequest {
@@ -108,7 +108,7 @@ async fn a_ninth_wait_of_a_reader_ends_the_oldest_empty() {
         timeout_ms: u64::MAX,
         ..Default::default()
     };
-    // Whatever they wait for.
+    // For any view.
     let channels = [CHANNEL, OTHER_CHANNEL, Bytes::new()];
     let mut waits = VecDeque::new();
     for n in 0..8 {
@@ -122,7 +122,7 @@ async fn a_ninth_wait_of_a_reader_ends_the_oldest_empty() {
         let oldest = answered(waits.pop_front().expect("a wait")).await;
         assert!(oldest.response.payloads.is_empty());
     }
-    // The newest eight wait on, in turn of their channels.
+    // The newest eight keep waiting, by turns of their channels.
     assert_eq!(waits.len(), 8);
     waiters.leased(15).await;
     for channel_id in &channels {
@@ -143,7 +143,7 @@ async fn a_ninth_wait_of_a_reader_ends_the_oldest_empty() {
 }
 
 #[tokio::test]
-async fn a_message_costs_one_read_however_many_wait() {
+async fn a_message_costs_one_read_for_any_number_of_waiting_calls() {
     let (server, waiters) = Waiters::server().await;
     let (user, alice) = (server.user("reader").await, server.user("alice").await);
     let mut waits: VecDeque<_> = (0..8).map(|_| wait(user.elsewhere(&server))).collect();
@@ -153,7 +153,7 @@ async fn a_message_costs_one_read_however_many_wait() {
         alice.ok::<methods::Enqueue>(elsewhere).await;
     }
     alice.send(&user, b"here").await;
-    // One of them has it, and the others go on.
+    // One of them has it, and the others keep waiting.
     let (first, _, rest) = futures_util::future::select_all(waits.drain(..)).await;
     let first = first.expect("no panic").expect("an answer");
     assert_eq!(bodies(&first.response.payloads), [b"here"]);
@@ -171,7 +171,7 @@ async fn a_message_costs_one_read_however_many_wait() {
 }
 
 #[tokio::test]
-async fn hundreds_of_waits_of_one_account_cost_others_nothing() {
+async fn hundreds_of_waiting_calls_of_one_account_do_not_delay_others() {
     let (server, waiters) = Waiters::server().await;
     let (greedy, bob) = (server.user("greedy").await, server.user("bob").await);
     let nowhere =
@@ -195,7 +195,7 @@ async fn hundreds_of_waits_of_one_account_cost_others_nothing() {
 }
 
 #[tokio::test]
-async fn nothing_comes_so_the_answer_is_empty() {
+async fn without_a_message_the_answer_is_empty_at_the_timeout() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let briefly = FetchWaitRequest { timeout_ms: 1, ..Default::default() };
@@ -206,7 +206,7 @@ async fn nothing_comes_so_the_answer_is_empty() {
 }
 
 #[tokio::test]
-async fn a_drain_ends_every_wait_empty_and_no_other_begins() {
+async fn a_drain_ends_all_waiting_calls_and_no_new_one_waits() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let waiting: Vec<_> = (0..5).map(|_| wait(user.elsewhere(&server))).collect();
@@ -217,13 +217,13 @@ async fn a_drain_ends_every_wait_empty_and_no_other_begins() {
     }
     server.rpc.drained().await;
     assert_eq!(answered(wait(user.elsewhere(&server))).await.response, nothing(&server));
-    // What is there is still given.
+    // Queued messages are still answered.
     user.send(&user, b"one").await;
     assert_eq!(bodies(&answered(wait(user)).await.response.payloads), [b"one"]);
 }
 
 #[tokio::test]
-async fn who_goes_away_leaves_nothing_behind() {
+async fn a_cancelled_call_frees_its_subscription() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let waiting = wait(user.elsewhere(&server));
@@ -236,14 +236,14 @@ async fn who_goes_away_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn who_goes_away_between_message_and_answer_loses_nothing() {
+async fn a_call_cancelled_between_message_and_answer_loses_nothing() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     for round in 0..50 {
         let waiting = wait(user.elsewhere(&server));
         waiters.waited(round + 1).await;
         let seq = user.send(&user, b"one").await.seq;
-        // Somewhere between the wake and the answer, or after it.
+        // Between the wake and the answer, or after it.
         for _ in 0..round % 5 {
             tokio::task::yield_now().await;
         }
@@ -256,7 +256,7 @@ async fn who_goes_away_between_message_and_answer_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_revoked_session_stops_waiting_and_others_do_not() {
+async fn a_revoked_session_ends_its_waiting_calls_and_no_others() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let mut other = user.elsewhere(&server);
@@ -275,7 +275,7 @@ async fn a_revoked_session_stops_waiting_and_others_do_not() {
     assert_eq!(bodies(&answered(stays).await.arrived().await.payloads), [b"for who stays"]);
     waiters.subscribed(0).await;
 
-    // All of them, from a session that is not the waiting one.
+    // All sessions, revoked by another one than the waiting one.
     let another =
         user.client.log_in("reader", "password").await.expect("the right password").session_token;
     let waiting = wait(other.elsewhere(&server));
@@ -287,7 +287,7 @@ async fn a_revoked_session_stops_waiting_and_others_do_not() {
 }
 
 #[tokio::test]
-async fn a_session_that_ends_beside_a_message_gets_none() {
+async fn a_session_that_ends_before_a_message_does_not_receive_it() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     let mut other = user.elsewhere(&server);
@@ -302,7 +302,7 @@ async fn a_session_that_ends_beside_a_message_gets_none() {
 }
 
 #[tokio::test]
-async fn a_message_that_expires_before_the_look_is_not_given() {
+async fn a_message_that_expires_before_the_read_is_not_delivered() {
     let (server, waiters) = Waiters::server().await;
     let user = server.user("reader").await;
     user.ok::<methods::Enqueue>(EnqueueRequest { ttl_secs: 1, ..message(&user, b"short-lived") })
@@ -317,9 +317,9 @@ async fn a_message_that_expires_before_the_look_is_not_given() {
     assert_eq!(bodies(&answered(waiting).await.response.payloads), [b"fresh"]);
 }
 
-/// A wake-up that gets lost would leave the wait to its timeout of a minute, and its answer empty.
+/// With a lost wake the call would end empty at its timeout of a minute.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn no_wake_up_is_lost_however_message_and_wait_meet() {
+async fn no_wake_is_lost_in_any_order_of_message_and_wait() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     for round in 0..200 {

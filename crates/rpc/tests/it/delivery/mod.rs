@@ -1,4 +1,4 @@
-//! Sending and reading, rule by rule.
+//! Sending messages and reading an inbox.
 
 mod batch;
 mod enqueue;
@@ -13,17 +13,17 @@ use crate::{harness::User, user::OkAnswer};
 const CHANNEL: Bytes = Bytes::from_static(&[0xc1; 16]);
 const OTHER_CHANNEL: Bytes = Bytes::from_static(&[0xc2; 16]);
 
-/// Sixteen bytes that are an idempotency key.
+/// Returns an idempotency key.
 fn message_id(n: u8) -> Bytes {
     vec![n; 16].into()
 }
 
-/// Everything in the default channel, leased.
+/// Leases all messages of the default channel.
 async fn fetch(user: &User) -> OkAnswer<v1::FetchResponse> {
     user.ask::<methods::Fetch>(v1::FetchRequest::default()).await.expect("the user's own inbox")
 }
 
-/// Everything in all channels, left there.
+/// Peeks the messages of all channels.
 async fn peek_all(user: &User) -> v1::PeekResponse {
     user.ok::<methods::Peek>(v1::PeekRequest { all_channels: true, ..Default::default() }).await
 }

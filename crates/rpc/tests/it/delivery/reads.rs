@@ -1,4 +1,4 @@
-//! 201 Fetch, 203 Peek and 204 Ack; what 202 FetchWait has in common with them.
+//! Fetch (201), Peek (203) and Ack (204), and the rules that FetchWait (202) shares with them.
 
 use bytes::Bytes;
 use qpq_proto::{
@@ -12,7 +12,7 @@ use crate::{
     user::message,
 };
 
-/// Messages 1 to 6, by turns in the default channel and in two others.
+/// Sends messages 1 to 6, by turns in the default channel and in two others.
 async fn three_channels(server: &Server) -> User {
     let user = server.user("reader").await;
     for body in [&b"one"[..], b"four"] {
@@ -30,7 +30,7 @@ async fn ack(user: &User, request: AckRequest) -> u32 {
 }
 
 #[tokio::test]
-async fn a_fetch_whose_answer_arrived_removes_what_it_gave() {
+async fn a_delivered_fetch_removes_its_messages() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     for body in [&b"one"[..], b"two", b"three"] {
@@ -51,7 +51,7 @@ async fn a_fetch_whose_answer_arrived_removes_what_it_gave() {
 }
 
 #[tokio::test]
-async fn a_fetch_whose_answer_was_lost_gives_the_same_again() {
+async fn messages_of_a_lost_fetch_are_delivered_again() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.send(&bob, b"one").await;
@@ -61,19 +61,19 @@ async fn a_fetch_whose_answer_was_lost_gives_the_same_again() {
     drop(first.lease);
     let second = fetch(&bob).await;
     assert_eq!(second.response, first.response);
-    // The connection that it was for need not be the same.
+    // On another connection too.
     drop(second.lease);
     assert_eq!(fetch(&bob.elsewhere(&server)).await.arrived().await, first.response);
     assert!(fetch(&bob).await.response.payloads.is_empty());
 }
 
 #[tokio::test]
-async fn what_is_on_its_way_is_seen_by_no_other_read() {
+async fn leased_messages_are_hidden_from_other_reads() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.send(&bob, b"one").await;
     let under_way = fetch(&bob).await;
-    // Nor is anything behind it, which would then come first.
+    // Later messages are hidden too, so that they do not overtake.
     alice.send(&bob, b"two").await;
     let elsewhere = bob.elsewhere(&server);
     let nothing = fetch(&elsewhere).await;
@@ -107,7 +107,7 @@ async fn a_read_sees_one_channel_or_all_in_seq_order() {
 }
 
 #[tokio::test]
-async fn a_peek_leaves_everything_and_begins_where_it_is_told() {
+async fn a_peek_removes_nothing_and_starts_after_the_given_seq() {
     let server = Server::start().await;
     let user = three_channels(&server).await;
     for _ in 0..2 {
@@ -123,12 +123,12 @@ async fn a_peek_leaves_everything_and_begins_where_it_is_told() {
 }
 
 #[tokio::test]
-async fn an_ack_removes_up_to_a_seq_and_single_ones_of_its_view() {
+async fn an_ack_removes_messages_up_to_a_seq_and_single_ones_of_its_view() {
     let server = Server::start().await;
     let user = three_channels(&server).await;
-    // An empty one removes nothing.
+    // An empty ack removes nothing.
     assert_eq!(ack(&user, AckRequest { all_channels: true, ..Default::default() }).await, 0);
-    // The default channel has 1 and 4; what is not in it stays.
+    // The default channel has 1 and 4; messages of other channels stay.
     assert_eq!(ack(&user, AckRequest { seq_up_to: 3, ..Default::default() }).await, 1);
     assert_eq!(ack(&user, AckRequest { seqs: vec![2, 3], ..Default::default() }).await, 0);
     assert_eq!(
@@ -154,7 +154,7 @@ async fn an_ack_removes_up_to_a_seq_and_single_ones_of_its_view() {
 }
 
 #[tokio::test]
-async fn an_ack_is_the_readers_own_word_even_for_what_is_on_its_way() {
+async fn an_ack_removes_leased_messages_too() {
     let server = Server::start().await;
     let user = server.user("reader").await;
     user.send(&user, b"one").await;
@@ -168,7 +168,7 @@ async fn an_ack_is_the_readers_own_word_even_for_what_is_on_its_way() {
 }
 
 #[tokio::test]
-async fn an_ack_names_ten_thousand_seqs_at_the_most() {
+async fn an_ack_has_at_most_ten_thousand_seqs() {
     let server = Server::start().await;
     let user = server.user("reader").await;
     user.send(&user, b"one").await;
@@ -181,14 +181,14 @@ async fn an_ack_names_ten_thousand_seqs_at_the_most() {
 }
 
 #[tokio::test]
-async fn a_page_is_what_fits_one_answer() {
+async fn a_page_never_exceeds_one_answer() {
     let server = Server::start().await;
     let user = server.user("reader").await;
     for _ in 0..5 {
         let request = EnqueueRequest { payload: vec![7; 1 << 20].into(), ..message(&user, b"") };
         user.ok::<methods::Enqueue>(request).await;
     }
-    // Whatever limit is asked for; that the answer fits is asserted of every call.
+    // For any limit. Every call of these tests asserts that its answer fits.
     for limit in [0, 5, u32::MAX] {
         let page = user.ok::<methods::Peek>(PeekRequest { limit, ..Default::default() }).await;
         assert_eq!((seqs(&page.payloads), page.more), (vec![1, 2, 3], true));
@@ -241,7 +241,7 @@ async fn only_the_owner_reads_an_inbox() {
 }
 
 #[tokio::test]
-async fn fields_of_another_length_are_refused_by_name() {
+async fn fields_of_a_wrong_length_are_refused_by_name() {
     let server = Server::start().await;
     let user = server.user("reader").await;
     let short = Bytes::from_static(b"short");
@@ -275,7 +275,7 @@ async fn without_registered_devices_any_device_reads_the_one_stream() {
 }
 
 #[tokio::test]
-async fn reading_takes_a_session() {
+async fn reading_needs_a_session() {
     let server = Server::start().await;
     let stranger = server.connect();
     let refused =
@@ -286,7 +286,7 @@ async fn reading_takes_a_session() {
 }
 
 #[tokio::test]
-async fn every_answer_of_a_read_names_the_history() {
+async fn every_answer_of_a_read_has_the_store_id() {
     let server = Server::start().await;
     let user = server.user("reader").await;
     user.send(&user, b"one").await;
@@ -304,7 +304,7 @@ async fn every_answer_of_a_read_names_the_history() {
 }
 
 #[tokio::test]
-async fn an_ack_of_what_was_peeked_in_another_history_removes_nothing() {
+async fn an_ack_of_messages_peeked_in_another_history_removes_nothing() {
     let server = Server::start().await;
     let user = server.user("reader").await;
     user.send(&user, b"one").await;
@@ -317,7 +317,7 @@ async fn an_ack_of_what_was_peeked_in_another_history_removes_nothing() {
     assert_eq!(ack(&user, first.clone()).await, 0, "seq 1 may be another message now");
     assert_eq!(seqs(&peek_all(&user).await.payloads), [1]);
     assert_eq!(ack(&user, first.clone()).await, 1);
-    // A client that reads on one connection and acknowledges on another is not shut out.
+    // A client that peeks on one connection and acks on another is not locked out.
     user.send(&user, b"two").await;
     peek_all(&user).await;
     let second = AckRequest { seq_up_to: 2, ..first };

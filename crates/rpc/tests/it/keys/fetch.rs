@@ -1,4 +1,4 @@
-//! 301 FetchKeyPackage and 305 CountKeyPackages.
+//! FetchKeyPackage (301) and CountKeyPackages (305).
 
 use std::{collections::HashSet, time::Duration};
 
@@ -14,7 +14,7 @@ use crate::harness::{Server, new_identity};
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 #[tokio::test]
-async fn the_oldest_comes_first_byte_for_byte_and_once() {
+async fn packages_are_handed_out_once_unchanged_and_oldest_first() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let packages = packages(&server, &alice, 3);
@@ -30,7 +30,7 @@ async fn the_oldest_comes_first_byte_for_byte_and_once() {
 }
 
 #[tokio::test]
-async fn nobody_nothing_and_not_yet_anything_look_the_same() {
+async fn unknown_accounts_and_accounts_without_packages_have_the_same_answer() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let nobody = Bytes::copy_from_slice(new_identity().as_bytes());
@@ -47,12 +47,12 @@ async fn nobody_nothing_and_not_yet_anything_look_the_same() {
 }
 
 #[tokio::test]
-async fn the_last_resort_comes_when_no_other_is_left_and_stays() {
+async fn the_last_resort_package_is_returned_when_no_other_is_left_and_stays() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let once = packages(&server, &alice, 2);
     let by_extension = last_resort(&server, &alice);
-    // The last-resort one is there first, and yet comes last.
+    // The last-resort package is the oldest, and returned last.
     alice.ok::<methods::UploadKeyPackage>(upload(std::slice::from_ref(&by_extension))).await;
     assert_eq!(stock(&alice).await, (0, true));
     alice.ok::<methods::UploadKeyPackage>(upload(&once[..1])).await;
@@ -63,7 +63,7 @@ async fn the_last_resort_comes_when_no_other_is_left_and_stays() {
     }
     assert_eq!(stock(&alice).await, (0, true));
 
-    // A new one takes its place: here one that says nothing of itself, by the request's flag.
+    // A new one replaces it: here one without the extension, by the request's flag.
     let by_flag = UploadKeyPackageRequest {
         package: once[1].clone(),
         last_resort: true,
@@ -76,7 +76,7 @@ async fn the_last_resort_comes_when_no_other_is_left_and_stays() {
 }
 
 #[tokio::test]
-async fn an_expired_package_is_not_given_out() {
+async fn an_expired_package_is_not_handed_out() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.ok::<methods::UploadKeyPackage>(upload(&packages(&server, &alice, 1))).await;
@@ -93,7 +93,7 @@ async fn an_expired_package_is_not_given_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn of_64_that_fetch_at_once_no_two_get_the_same() {
+async fn no_two_of_64_concurrent_fetches_get_the_same_package() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let once = packages(&server, &alice, 40);
@@ -123,7 +123,7 @@ async fn of_64_that_fetch_at_once_no_two_get_the_same() {
 }
 
 #[tokio::test]
-async fn draining_somebodys_packages_runs_into_a_budget_of_ones_own() {
+async fn fetching_another_accounts_packages_is_limited_by_fetcher_and_target() {
     let server = Server::with(|config| config.limits.enabled = true).await;
     let (alice, carol) = (server.user("alice").await, server.user("carol").await);
     let (bob, dave) = (server.user("bob").await, server.user("dave").await);
@@ -135,7 +135,7 @@ async fn draining_somebodys_packages_runs_into_a_budget_of_ones_own() {
     }
     let refused = bob.refused::<methods::FetchKeyPackage>(fetch_of(&alice)).await;
     refused.assert(Status::RateLimited, "rpc.rate_limited");
-    // Nothing was taken, others are not hindered, nor is he with others.
+    // The refused call took nothing. Other fetchers and other targets are not affected.
     assert_eq!(stock(&alice).await, (10, false));
     assert!(take(&dave, &alice).await.is_some());
     assert!(take(&bob, &carol).await.is_some());

@@ -1,4 +1,4 @@
-//! 302 UploadHybridKey, 303 FetchHybridKey and 304 FetchHybridKeys.
+//! UploadHybridKey (302), FetchHybridKey (303) and FetchHybridKeys (304).
 
 use bytes::Bytes;
 use libcrux_ml_kem::mlkem768;
@@ -32,7 +32,7 @@ async fn fetch_many(user: &User, identity_keys: Vec<Bytes>) -> Vec<Bytes> {
 }
 
 #[tokio::test]
-async fn a_key_is_found_by_all_until_its_owner_replaces_it() {
+async fn every_session_can_fetch_a_key_until_its_owner_replaces_it() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     assert!(fetch(&bob, alice.key()).await.is_empty());
@@ -66,7 +66,7 @@ async fn only_the_owner_uploads() {
 }
 
 #[tokio::test]
-async fn a_key_that_would_not_keep_a_secret_is_refused() {
+async fn an_unsafe_key_is_refused() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let good = hybrid_key(1).to_vec();
@@ -86,7 +86,7 @@ async fn a_key_that_would_not_keep_a_secret_is_refused() {
 }
 
 #[tokio::test]
-async fn many_come_in_the_order_asked_for_with_gaps() {
+async fn many_keys_are_returned_in_the_requested_order_with_gaps() {
     let server = Server::start().await;
     let (alice, bob, carol) =
         (server.user("alice").await, server.user("bob").await, server.user("carol").await);
@@ -100,7 +100,7 @@ async fn many_come_in_the_order_asked_for_with_gaps() {
 }
 
 #[tokio::test]
-async fn a_thousand_fit_one_answer_and_more_are_refused() {
+async fn a_thousand_keys_fit_one_answer_and_more_are_refused() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     upload(&alice, hybrid_key(1)).await;

@@ -1,4 +1,4 @@
-//! KeyPackages and hybrid keys, rule by rule.
+//! KeyPackages and hybrid keys.
 
 mod fetch;
 mod hybrid;
@@ -15,13 +15,13 @@ use qpq_proto::{
 
 use crate::harness::{Server, User};
 
-/// The user's MLS client.
+/// Returns the account's MLS client.
 fn mls(user: &User) -> MlsClient {
     let name = Username::parse(&user.name).expect("a username");
     MlsClient::in_memory(Identity::from_seed(&user.signing.to_bytes()), name)
 }
 
-/// New packages of the user, each in an MLSMessage.
+/// Returns new packages of the account, each in an MLSMessage.
 fn packages(server: &Server, user: &User, count: usize) -> Vec<Bytes> {
     mls(user)
         .key_packages(count, server.clock.now())
@@ -31,18 +31,18 @@ fn packages(server: &Server, user: &User, count: usize) -> Vec<Bytes> {
         .collect()
 }
 
-/// A package that says of itself that it may be used more than once.
+/// Returns a package with the last-resort extension.
 fn last_resort(server: &Server, user: &User) -> Bytes {
     mls(user).last_resort_key_package(server.clock.now()).expect("a package").into()
 }
 
-/// The package without the MLSMessage around it.
+/// Returns the package without its MLSMessage.
 fn bare(package: &Bytes) -> Bytes {
     assert_eq!(package[..4], [0, 1, 0, 5]);
     package.slice(4..)
 }
 
-/// An upload of nothing but once-only packages.
+/// Returns an upload of single-use packages.
 fn upload(packages: &[Bytes]) -> UploadKeyPackageRequest {
     UploadKeyPackageRequest { more_packages: packages.to_vec(), ..Default::default() }
 }
@@ -51,8 +51,7 @@ fn fetch_of(target: &User) -> v1::FetchKeyPackageRequest {
     v1::FetchKeyPackageRequest { identity_key: target.key(), ..Default::default() }
 }
 
-/// What `user` gets of `target`: the package, and whether it is the last-resort one. `None` where
-/// nothing is left.
+/// Fetches a package of `target`, and whether it is the last-resort one. `None` if there is none.
 async fn take(user: &User, target: &User) -> Option<(Bytes, bool)> {
     let v1::FetchKeyPackageResponse { package, last_resort, .. } =
         user.ok::<methods::FetchKeyPackage>(fetch_of(target)).await;
@@ -60,7 +59,7 @@ async fn take(user: &User, target: &User) -> Option<(Bytes, bool)> {
     (!package.is_empty()).then_some((package, last_resort))
 }
 
-/// How many once-only packages the user has, and whether a last-resort one.
+/// Returns the number of single-use packages, and whether there is a last-resort one.
 async fn stock(user: &User) -> (u32, bool) {
     let stock = user.ok::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default()).await;
     (stock.available, stock.has_last_resort)

@@ -1,4 +1,4 @@
-//! 300 UploadKeyPackage.
+//! UploadKeyPackage (300).
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ fn one(package: &Bytes) -> UploadKeyPackageRequest {
     UploadKeyPackageRequest { package: package.clone(), ..Default::default() }
 }
 
-/// How many are available after an upload that must be Ok.
+/// Returns the number of available packages after an upload that must succeed.
 async fn available(user: &User, request: UploadKeyPackageRequest) -> u32 {
     user.ok::<methods::UploadKeyPackage>(request).await.available
 }
@@ -28,7 +28,7 @@ async fn assert_invalid(user: &User, request: UploadKeyPackageRequest, field: &s
 }
 
 #[tokio::test]
-async fn an_upload_answers_fingerprint_and_stock() {
+async fn an_upload_returns_the_fingerprint_and_the_stock() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let packages = packages(&server, &alice, 5);
@@ -49,7 +49,7 @@ async fn an_upload_answers_fingerprint_and_stock() {
 }
 
 #[tokio::test]
-async fn the_flag_speaks_of_the_first_package_alone() {
+async fn last_resort_applies_to_the_first_package_alone() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let packages = packages(&server, &alice, 3);
@@ -74,17 +74,17 @@ async fn only_the_owner_uploads() {
     refused.assert(Status::Forbidden, "keys.not_owner");
     let request = UploadKeyPackageRequest { identity_key: "short".into(), ..one(&package) };
     mallory.refused::<methods::UploadKeyPackage>(request).await.assert_field("identity_key");
-    // Nor another's package under one's own name.
+    // Also another account's package under the own key.
     assert_invalid(&mallory, one(&packages(&server, &alice, 1)[0]), "package").await;
     assert_eq!((stock(&alice).await, stock(&mallory).await), ((0, false), (0, false)));
 }
 
 #[tokio::test]
-async fn one_that_is_still_there_may_come_again_to_no_effect() {
+async fn an_upload_of_a_stored_package_has_no_effect() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let package = packages(&server, &alice, 1).remove(0);
-    // Also twice in one call, and without the message around it: it is one package.
+    // Also twice in one call, and without its MLSMessage: it is one package.
     assert_eq!(available(&alice, upload(&[package.clone(), package.clone()])).await, 1);
     assert_eq!(available(&alice, one(&package)).await, 1);
     assert_eq!(available(&alice, one(&bare(&package))).await, 1);
@@ -93,7 +93,7 @@ async fn one_that_is_still_there_may_come_again_to_no_effect() {
 }
 
 #[tokio::test]
-async fn one_that_was_given_out_is_refused() {
+async fn a_package_that_was_handed_out_is_refused() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let packages = packages(&server, &alice, 2);
@@ -108,7 +108,7 @@ async fn one_that_was_given_out_is_refused() {
 }
 
 #[tokio::test]
-async fn all_are_stored_or_none() {
+async fn an_upload_stores_all_its_packages_or_none() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let mut packages = packages(&server, &alice, 20);
@@ -119,7 +119,7 @@ async fn all_are_stored_or_none() {
 }
 
 #[tokio::test]
-async fn there_are_as_many_as_configured_at_the_most() {
+async fn packages_beyond_the_configured_maximum_are_refused() {
     let server = Server::with(|config| config.key_packages.max_count = 3).await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let packages = packages(&server, &alice, 5);
@@ -131,7 +131,7 @@ async fn there_are_as_many_as_configured_at_the_most() {
     let refused = alice.refused::<methods::UploadKeyPackage>(upload(&packages[2..4])).await;
     refused.assert(Status::RateLimited, "keys.too_many");
     assert_eq!(stock(&alice).await, (2, false), "all or none");
-    // The last-resort one is one of them.
+    // The last-resort package counts too.
     assert_eq!(available(&alice, one(&last_resort(&server, &alice))).await, 2);
     let refused = alice.refused::<methods::UploadKeyPackage>(one(&packages[4])).await;
     refused.assert(Status::RateLimited, "keys.too_many");
@@ -140,7 +140,7 @@ async fn there_are_as_many_as_configured_at_the_most() {
 }
 
 #[tokio::test]
-async fn a_thousand_come_in_one_call() {
+async fn one_call_can_upload_a_thousand_packages() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let packages = packages(&server, &alice, 1_001);
@@ -166,7 +166,7 @@ async fn an_expired_or_oversized_package_is_refused() {
 }
 
 #[tokio::test]
-async fn every_flipped_bit_is_found() {
+async fn a_package_with_any_flipped_bit_is_refused() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let package = packages(&server, &alice, 1).remove(0);
@@ -204,7 +204,7 @@ fn no_bytes_are_stored_that_are_no_package() {
 }
 
 #[tokio::test]
-async fn a_replacement_removes_the_packages_of_before_or_changes_nothing() {
+async fn a_replacement_removes_the_earlier_packages_or_changes_nothing() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let packages = packages(&server, &alice, 4);
