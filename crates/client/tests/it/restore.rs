@@ -4,7 +4,7 @@ use std::fs;
 
 use qpq_client::{Event, Messenger, VaultKey};
 
-use crate::harness::{Server, copy_dir, dm, history, read, reopen, username};
+use crate::harness::{Server, accept_and_read, copy_dir, dm, history, read, reopen, username};
 
 #[tokio::test]
 async fn what_a_restored_server_accepts_is_shown_and_the_restore_is_said() {
@@ -69,7 +69,7 @@ async fn what_a_restored_profile_sends_is_shown() {
     let group = bob.create_group("friends").await.unwrap();
     bob.add(group, &username("alice")).await.unwrap();
     alice.send(with_bob, "hello").await.unwrap();
-    alice.receive().await.unwrap();
+    accept_and_read(&alice).await;
     let dir = server.profile("alice");
     let key = closed(alice).await;
     let night = tempfile::tempdir().unwrap();
