@@ -40,7 +40,7 @@ metrics-check: ## check dashboard, alerts and docs/metrics.md against the metric
 	cargo build --locked --profile $(PROFILE) --workspace --bins
 	tests/observability/check $(TARGET)
 
-chaos: ## send a million messages through a cluster while its processes are killed; none may be lost
+chaos: ## send a million messages through faults, failovers and restores; none may be lost
 	cargo build --locked --release -p qpq-server -p qpq-admin -p qpq-tests --bins
 	$(BUILT)/release/qpq-chaos
 

@@ -11,7 +11,8 @@ use std::{
 use clap::Parser;
 use qpq_tests::{havoc::Campaign, traffic::Plan};
 
-/// Sends messages while edges and stores are killed, and checks that none is lost.
+/// Sends messages while edges and stores are killed, clocks are wrong, standbys are promoted and
+/// backups restored. Checks that every acknowledged message that the store still has is delivered.
 #[derive(Debug, Parser)]
 #[command(name = "qpq-chaos")]
 struct Args {

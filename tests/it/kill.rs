@@ -1,9 +1,9 @@
-//! `kill -9` at any moment under load loses no acknowledged message, gives no number twice, skips
-//! none, and brings nothing back that a reader's Ack was answered for.
+//! `kill -9` at any time under load loses no acknowledged message, uses no seq twice, skips none,
+//! and returns no message after the answer to its Ack.
 //!
-//! Writers and readers go on while the server is killed and started again on the same data, fifty
-//! times, each time after another number of answers. What every call was answered is kept and held
-//! against what is there at the end.
+//! Writers and readers run while the server is killed and started again on the same data, fifty
+//! times, each time after a random number of answers. The answers are recorded and compared with
+//! the messages that are left at the end.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,26 +30,26 @@ use crate::server::{self, Running};
 
 const ROUNDS: usize = 50;
 const WRITERS: usize = 12;
-/// Inboxes that are only ever written to; the last has a reader that peeks and acks, the one before
-/// one that drains.
+/// The number of inboxes. The last one has a reader that peeks and acks, the one before a reader
+/// that drains, and all others have none.
 const INBOXES: usize = 6;
 const PEEKED: usize = INBOXES - 1;
 const DRAINED: usize = INBOXES - 2;
 
-/// What the calls were answered, over all lives of the server.
+/// The answers to calls, over all restarts of the server.
 #[derive(Default)]
 struct History {
-    /// For each inbox: what was acknowledged, by number.
+    /// The acknowledged payloads of each inbox, by seq.
     acknowledged: Mutex<[BTreeMap<u64, Bytes>; INBOXES]>,
-    /// Numbers whose removal by Ack was answered, and those for which it was asked: an ack that was
-    /// not answered may or may not have happened.
+    /// The seqs of answered Acks, and those of all Acks. An Ack without an answer may have had its
+    /// effect.
     acked: Mutex<BTreeSet<u64>>,
     ack_asked: Mutex<BTreeSet<u64>>,
-    /// What the drained inbox has shown, by number.
+    /// The payloads that the drained inbox delivered, by seq.
     drained: Mutex<BTreeMap<u64, Bytes>>,
     answers: AtomicU64,
     progress: Notify,
-    /// Set while this life of the server is to end.
+    /// Set when the server is about to be killed.
     stop: AtomicBool,
 }
 
@@ -63,7 +63,7 @@ impl History {
         let before = self.acknowledged.lock()[inbox].insert(seq, payload.clone());
         assert!(
             before.is_none_or(|b| b == *payload),
-            "inbox {inbox}: number {seq} was given to two messages"
+            "inbox {inbox}: seq {seq} is used for two messages"
         );
     }
 }
@@ -89,8 +89,8 @@ async fn fifty_kills_under_load_lose_nothing() {
         }
         history.stop.store(true, Ordering::SeqCst);
         running.process.stop().await.expect("kill -9");
-        // An answer that the client's QUIC stack has is still read; what was in flight fails and
-        // does not count.
+        // Answers that the client's QUIC stack has are still read. Other calls fail and do not
+        // count.
         clients.iter().for_each(Client::close);
         tasks.join_all().await;
         history.stop.store(false, Ordering::SeqCst);
@@ -111,7 +111,7 @@ async fn load(
         clients.push(client.clone());
         let (history, accounts) = (Arc::clone(history), Arc::clone(accounts));
         tasks.spawn(async move {
-            // Each ends with an error when its connection does.
+            // Each ends with an error when its connection is lost.
             let _lost = match worker {
                 WRITERS => peek_and_ack(&client, &history, &accounts[PEEKED]).await,
                 writer if writer < WRITERS => write(writer, &client, &history, &accounts).await,
@@ -163,7 +163,7 @@ async fn write(
     Ok(())
 }
 
-/// Peeks from the start, checks that nothing acked comes back, acks half of what it sees.
+/// Peeks from the start, checks that no acked message is returned, and acks half of the page.
 async fn peek_and_ack(client: &Client, history: &History, account: &Account) -> anyhow::Result<()> {
     while !history.stop.load(Ordering::SeqCst) {
         let gone = history.acked.lock().clone();
@@ -172,7 +172,7 @@ async fn peek_and_ack(client: &Client, history: &History, account: &Account) -> 
         for envelope in &page {
             assert!(
                 !gone.contains(&envelope.seq),
-                "number {} is back after its Ack was answered",
+                "seq {} is returned after the answer to its Ack",
                 envelope.seq
             );
         }
@@ -189,7 +189,7 @@ async fn peek_and_ack(client: &Client, history: &History, account: &Account) -> 
     Ok(())
 }
 
-/// Drains, remembering everything that was shown.
+/// Drains and records all messages.
 async fn drain(client: &Client, history: &History, account: &Account) -> anyhow::Result<()> {
     while !history.stop.load(Ordering::SeqCst) {
         let request = v1::FetchRequest { limit: 10, ..Default::default() };
@@ -199,7 +199,7 @@ async fn drain(client: &Client, history: &History, account: &Account) -> anyhow:
             let before = drained.insert(envelope.seq, envelope.data.clone());
             assert!(
                 before.is_none_or(|b| b == envelope.data),
-                "number {} names two messages",
+                "seq {} is used for two messages",
                 envelope.seq
             );
         }
@@ -223,34 +223,35 @@ async fn verify(running: &Running, history: &History, accounts: &[Account]) {
             let there = left.get(seq).or_else(|| drained.get(seq));
             assert!(
                 there.is_some() || ack_asked.contains(seq),
-                "inbox {inbox}: acknowledged number {seq} is lost"
+                "inbox {inbox}: acknowledged seq {seq} is lost"
             );
             assert!(
                 there.is_none_or(|p| p == payload),
-                "inbox {inbox}: number {seq} is another message"
+                "inbox {inbox}: seq {seq} is another message"
             );
             checked += 1;
         }
         if inbox == PEEKED {
             let back: Vec<_> =
                 history.acked.lock().iter().filter(|seq| left.contains_key(seq)).copied().collect();
-            assert!(back.is_empty(), "back after their Ack was answered: {back:?}");
+            assert!(back.is_empty(), "returned after the answer to their Ack: {back:?}");
         }
-        // What is left and what was taken away make an unbroken run of numbers from 1 on. (An
-        // unanswered Enqueue may have happened, so there can be more than was acknowledged.)
+        // Messages that are left and messages that were removed have all seqs from 1. They can be
+        // more than the acknowledged ones, because an Enqueue without answer may have had its
+        // effect.
         let known: BTreeSet<u64> =
             left.keys().chain(drained.keys()).chain(&ack_asked).copied().collect();
         let last = known.last().copied().unwrap_or(0);
         let missing: Vec<u64> = (1..=last).filter(|seq| !known.contains(seq)).collect();
-        assert!(missing.is_empty(), "inbox {inbox}: numbers {missing:?} of {last} are skipped");
+        assert!(missing.is_empty(), "inbox {inbox}: seqs {missing:?} of {last} are skipped");
     }
     assert!(
         checked > ROUNDS * 10,
-        "only {checked} messages were acknowledged in all: this proved nothing"
+        "only {checked} messages were acknowledged, too few for this test"
     );
 }
 
-/// All that is in the account's inbox, by number.
+/// Returns all messages of the account's inbox, by seq.
 async fn everything(client: &Client, account: &Account) -> BTreeMap<u64, Bytes> {
     let mut all = BTreeMap::new();
     let mut after_seq = 0;

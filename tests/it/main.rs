@@ -1,4 +1,4 @@
-//! Scenarios over the whole: the binaries as users run them, seen from outside.
+//! Scenarios with the binaries as users run them.
 
 mod cluster;
 mod kill;

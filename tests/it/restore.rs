@@ -1,6 +1,6 @@
-//! A single server goes back in time, by each way that an operator has, while people use it. What was
-//! acknowledged after the restore is delivered once and in order, and what was lost is no silent loss:
-//! the store has another id.
+//! A single server goes back in time under load, in each way that an operator has. Messages that
+//! are acknowledged after the restore are delivered once and in order. The store has another id, so
+//! that clients notice the loss of others.
 
 use std::{
     collections::BTreeMap,
@@ -31,7 +31,7 @@ use crate::server::{self, Running};
 const INBOXES: usize = 3;
 const WRITERS: usize = 3;
 
-/// How the store goes back.
+/// The way in which the store goes back.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// `qpq-admin backup` while the server runs, `qpq-admin restore`.
@@ -40,11 +40,11 @@ enum Way {
     ColdCopy,
 }
 
-/// What was acknowledged, by inbox and number.
+/// The acknowledged messages, by inbox and seq.
 #[derive(Clone, Default)]
 struct Acknowledged(Arc<Mutex<BTreeMap<(u32, u64), Tag>>>);
 
-/// What the writers of one phase share.
+/// The state that the writers of one phase share.
 struct Writing {
     stop: AtomicBool,
     answers: AtomicU64,
@@ -62,7 +62,7 @@ impl Writing {
         })
     }
 
-    /// Waits for so many answers more.
+    /// Waits for this number of further answers.
     async fn answers(&self, more: u64) {
         let until = self.answers.load(Ordering::SeqCst) + more;
         while self.answers.load(Ordering::SeqCst) < until {
@@ -73,7 +73,7 @@ impl Writing {
 
 async fn admin(arguments: &[&str]) {
     let mut command = Command::new(sibling("qpq-admin").expect("the program"));
-    let output = command.args(arguments).env_clear().output().await.expect("it runs");
+    let output = command.args(arguments).env_clear().output().await.expect("it can be started");
     assert!(output.status.success(), "{arguments:?}: {output:?}");
 }
 
@@ -93,7 +93,7 @@ fn id(tag: Tag) -> MessageId {
     MessageId::new((u128::from(tag.0) << 64).to_be_bytes())
 }
 
-/// Sends to the inboxes in turn until told to stop.
+/// Sends to the inboxes in turn until `stop` is set.
 async fn write(
     client: Client,
     accounts: Arc<Vec<Account>>,
@@ -122,8 +122,8 @@ async fn write(
     }
 }
 
-/// Reads an inbox from its start and acks, by number, what it saw; until told to stop, and then until
-/// it finds nothing.
+/// Reads an inbox from its start and acks the messages by their seqs, until `stop` is set and the
+/// inbox is empty.
 async fn read(
     client: Client,
     inbox: u32,
@@ -161,7 +161,7 @@ async fn store_id(running: &Running) -> Bytes {
     health.store_id
 }
 
-/// All that is in an inbox.
+/// Returns all messages of an inbox.
 async fn everything(client: &Client, account: &Account) -> BTreeMap<u64, Tag> {
     let mut all = BTreeMap::new();
     loop {
@@ -183,7 +183,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Keeps a copy of the running server, or of a stopped one that is then started again.
+/// Copies the running server, or stops it, copies it and starts it again.
 async fn keep(way: Way, data: &Path, kept: &Path, running: Running) -> Running {
     match way {
         Way::Backup => {
@@ -218,7 +218,7 @@ async fn a_restored_backup_delivers_all_that_is_acknowledged_afterwards() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cold_copy_that_is_marked_delivers_all_that_is_acknowledged_afterwards() {
+async fn a_marked_cold_copy_delivers_all_that_is_acknowledged_afterwards() {
     go_back(Way::ColdCopy).await;
 }
 
@@ -230,7 +230,7 @@ async fn go_back(way: Way) {
     let made = accounts::make(&socket, running.addr, INBOXES).await;
     let accounts = Arc::new(made.expect("accounts"));
 
-    // Before: nobody reads, so each inbox is an unbroken run of numbers from 1 on.
+    // Before: without readers, so each inbox has all seqs from 1.
     let acknowledged = Acknowledged::default();
     let mut first_tag = 0;
     let mut before = BTreeMap::new();
@@ -244,7 +244,7 @@ async fn go_back(way: Way) {
         }
         writing.answers(60).await;
         if part == 0 && way == Way::Backup {
-            // Online: writers go on.
+            // Online: the writers keep running.
             before = acknowledged.0.lock().clone();
             running = keep(way, &data, &kept, running).await;
         }
@@ -261,8 +261,8 @@ async fn go_back(way: Way) {
     bring_back(way, &data, &kept).await;
     let running = server::start(&data).await;
 
-    // What is there is what was acknowledged first, and the loss of the rest is no secret.
-    assert_ne!(store_id(&running).await, id_before, "clients are told of the restore");
+    // The messages from before the copy are there, and the new store id reveals the loss of others.
+    assert_ne!(store_id(&running).await, id_before, "clients notice the restore");
     let acknowledged = acknowledged.0.lock().clone();
     let history = History::new();
     let mut recorder = history.recorder();
@@ -271,21 +271,21 @@ async fn go_back(way: Way) {
     for (inbox, account) in accounts.iter().enumerate() {
         let inbox = u32::try_from(inbox).expect("a small number");
         let there = everything(&client, account).await;
-        assert!(there.keys().copied().eq(1..=there.len() as u64), "an unbroken run: {there:?}");
+        assert!(there.keys().copied().eq(1..=there.len() as u64), "a seq is missing: {there:?}");
         for ((_, seq), tag) in before.iter().filter(|((of, _), _)| *of == inbox) {
             assert_eq!(there.get(seq), Some(tag), "acknowledged before the copy was made");
         }
-        // The history that is judged begins with what is there.
+        // The checked history begins with the messages that are there.
         for (seq, tag) in there {
             let sending = recorder.sending(Inbox(inbox), id(tag), tag, Edge(0));
             recorder.acknowledged(sending, Seq(seq));
             lost -= usize::from(acknowledged.get(&(inbox, seq)) == Some(&tag));
         }
     }
-    assert!(lost > 0, "nothing was lost: this proved nothing");
+    assert!(lost > 0, "no message was lost, too few for this test");
     drop(recorder);
 
-    // After: the same numbers, other messages.
+    // After: other messages with the same seqs.
     let writing = Writing::new(first_tag);
     let (mut writers, mut readers) = (JoinSet::new(), JoinSet::new());
     for _ in 0..WRITERS {
@@ -306,7 +306,7 @@ async fn go_back(way: Way) {
     writing.stop.store(true, Ordering::SeqCst);
     writers.join_all().await;
     readers.join_all().await;
-    // What came after a reader's last look.
+    // Messages that came after the last read of a reader.
     for (inbox, account) in accounts.iter().enumerate() {
         let number = u32::try_from(inbox).expect("a small number");
         read(client.clone(), number, account, &writing, history.recorder()).await;

@@ -1,4 +1,4 @@
-//! A `qpq-server` of the tests' own, as a process.
+//! A `qpq-server` process for one test.
 
 use std::{net::SocketAddr, path::Path};
 
@@ -8,15 +8,14 @@ use qpq_tests::{
 };
 use tokio::process::Command;
 
-/// The server's process and how to reach it.
+/// A running server with its address and pin.
 pub(crate) struct Running {
     pub(crate) process: Server,
     pub(crate) addr: SocketAddr,
     pub(crate) pin: Pin,
 }
 
-/// Starts a server on a free port of loopback that keeps its data in `dir`; its rate limits are
-/// off.
+/// Starts a server without rate limits on a free port of 127.0.0.1, with its data in `dir`.
 pub(crate) async fn start(dir: &Path) -> Running {
     let mut command = Command::new(sibling("qpq-server").expect("the server's binary"));
     command

@@ -1,4 +1,4 @@
-//! The wire against the real server, frame by frame: what any client in any language can rely on.
+//! The wire format, frame by frame against the real server, as a client in any language uses it.
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -7,11 +7,11 @@ use qpq_proto::{METHODS, Status, v1};
 use crate::server;
 
 fn code(payload: Bytes) -> String {
-    v1::ErrorDetail::decode(payload).expect("every refusal has its detail").code
+    v1::ErrorDetail::decode(payload).expect("a refusal has an ErrorDetail").code
 }
 
 #[tokio::test]
-async fn health_needs_nobody_and_shows_the_servers_key() {
+async fn health_needs_no_session_and_returns_the_servers_key() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let running = server::start(&dir.path().join("data")).await;
     let client = running.connect().await;
@@ -23,7 +23,7 @@ async fn health_needs_nobody_and_shows_the_servers_key() {
 }
 
 #[tokio::test]
-async fn every_method_answers_by_its_row() {
+async fn every_method_answers_as_its_row_says() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let running = server::start(&dir.path().join("data")).await;
     let client = running.connect().await;
@@ -38,7 +38,7 @@ async fn every_method_answers_by_its_row() {
         };
         assert_eq!(status, expected, "{} {}", method.id, method.name);
         if status != Status::Ok {
-            assert!(!code(response.payload).is_empty(), "{} says why", method.name);
+            assert!(!code(response.payload).is_empty(), "{} has a code", method.name);
         }
     }
     for unknown in [0, 1, 99, 106, 207, 65_535] {
@@ -64,6 +64,6 @@ async fn random_payloads_never_harm_the_server() {
             );
         }
     }
-    let response = client.exchange(802, Bytes::new()).await.expect("it is still there");
+    let response = client.exchange(802, Bytes::new()).await.expect("an answer afterwards");
     assert_eq!(response.status, 0);
 }

@@ -112,8 +112,8 @@ async fn enqueue(args: &ClusterArgs) -> anyhow::Result<()> {
         let mut figures = Series::default();
         for _ in 0..args.repeats {
             let cluster = cluster(1).await?;
-            let fleet = cluster.fleet();
-            let stage = Stage::set(fleet.addrs[0], fleet.pin, 64, ACCOUNTS).await?;
+            let entry_points = cluster.entry_points();
+            let stage = Stage::set(entry_points.addrs[0], entry_points.pin, 64, ACCOUNTS).await?;
             let payload = Bytes::from(vec![7; PAYLOAD]);
             let before = Cpu::now(&cluster).await?;
             let tally = closed_loop(in_flight, args.duration(), |i| {
@@ -177,8 +177,8 @@ async fn floors(
     let scripts = used / floor.messages as f64;
     figures.add("scripts", scripts);
 
-    let echo = crate::bench::start_echo_of(&cluster.fleet_dir(), 120).await?;
-    let stage = Stage::set(echo.addr, cluster.fleet().pin, 64, 0).await?;
+    let echo = crate::bench::start_echo_of(&cluster.secrets_dir(), 120).await?;
+    let stage = Stage::set(echo.addr, cluster.entry_points().pin, 64, 0).await?;
     let request = Bytes::from(vec![7; PAYLOAD + 100]);
     let before = qpq_tests::process::cpu_time(echo.server.pid())?;
     let tally = closed_loop(in_flight, duration, |i| {
@@ -224,12 +224,12 @@ async fn store(cluster: &Cluster, namespace: &str) -> anyhow::Result<Config> {
 
 async fn pair(args: &ClusterArgs) -> anyhow::Result<()> {
     let cluster = cluster(2).await?;
-    let fleet = cluster.fleet();
-    let stage = Stage::set(fleet.addrs[0], fleet.pin, 64, ACCOUNTS).await?;
+    let entry_points = cluster.entry_points();
+    let stage = Stage::set(entry_points.addrs[0], entry_points.pin, 64, ACCOUNTS).await?;
     // The waiting readers are on the other edge.
     let apart = Arc::new(Stage {
         endpoint: stage.endpoint.clone(),
-        server: fleet.addrs[1],
+        server: entry_points.addrs[1],
         clients: stage.clients.clone(),
         accounts: stage.accounts.clone(),
     });
@@ -269,10 +269,10 @@ async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
     for _ in 0..args.repeats {
         for (name, count, in_flight) in layouts {
             let cluster = cluster(count).await?;
-            let fleet = cluster.fleet();
-            let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, ACCOUNTS).await?;
+            let entry_points = cluster.entry_points();
+            let stage = Stage::set(entry_points.addrs[0], entry_points.pin, 1, ACCOUNTS).await?;
             let mut clients = Vec::new();
-            for addr in fleet.addrs.iter() {
+            for addr in entry_points.addrs.iter() {
                 clients.extend(modes::connect_many(&stage.endpoint, *addr, 64 / count).await?);
             }
             let stage = Arc::new(Stage {
@@ -306,11 +306,11 @@ async fn edges(args: &ClusterArgs) -> anyhow::Result<()> {
 
 async fn parked(args: &ClusterArgs) -> anyhow::Result<()> {
     let cluster = cluster(1).await?;
-    let fleet = cluster.fleet();
-    let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, 200).await?;
+    let entry_points = cluster.entry_points();
+    let stage = Stage::set(entry_points.addrs[0], entry_points.pin, 1, 200).await?;
     let pid = edge_pids()?[0];
     // The first clients cost an edge more memory than further ones.
-    drop(modes::connect_many(&stage.endpoint, fleet.addrs[0], 64).await?);
+    drop(modes::connect_many(&stage.endpoint, entry_points.addrs[0], 64).await?);
     tokio::time::sleep(Duration::from_secs(1)).await;
     let before = resident(pid)?;
     let clients = connections(&cluster, args.connections).await?;
@@ -337,8 +337,8 @@ async fn parked(args: &ClusterArgs) -> anyhow::Result<()> {
 
 async fn drain(args: &ClusterArgs) -> anyhow::Result<()> {
     let cluster = cluster(2).await?;
-    let fleet = cluster.fleet();
-    let stage = Stage::set(fleet.addrs[0], fleet.pin, 1, 200).await?;
+    let entry_points = cluster.entry_points();
+    let stage = Stage::set(entry_points.addrs[0], entry_points.pin, 1, 200).await?;
     let clients = connections(&cluster, args.connections).await?;
     let mut waiting = park(&clients, &stage);
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -361,12 +361,12 @@ async fn drain(args: &ClusterArgs) -> anyhow::Result<()> {
 /// Opens connections to the first edge from several sockets, because the buffer of one is too small
 /// for that number of handshakes.
 async fn connections(cluster: &Cluster, count: usize) -> anyhow::Result<Vec<Client>> {
-    let fleet = cluster.fleet();
+    let entry_points = cluster.entry_points();
     let mut clients = Vec::with_capacity(count);
     while clients.len() < count {
-        let endpoint = client::endpoint(fleet.pin)?;
+        let endpoint = client::endpoint(entry_points.pin)?;
         let more = (count - clients.len()).min(1_000);
-        clients.extend(modes::connect_many(&endpoint, fleet.addrs[0], more).await?);
+        clients.extend(modes::connect_many(&endpoint, entry_points.addrs[0], more).await?);
     }
     Ok(clients)
 }

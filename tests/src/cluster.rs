@@ -13,9 +13,12 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, ensure};
+use qpq_domain::StoreId;
+use qpq_proto::{methods::Health, v1};
 use qpq_runtime::config::{self, Sources};
 use qpq_server::{Config, FOREIGN_VARIABLES, Running, compose};
 use qpq_test_services::{
@@ -25,17 +28,25 @@ use qpq_test_services::{
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use rustls::pki_types::CertificateDer;
 use tempfile::TempDir;
-use tokio::process::Command;
+use tokio::{
+    process::Command,
+    time::{Instant, sleep},
+};
 
 use crate::{
     accounts::{self, Account},
-    client::{Pin, endpoint},
+    client::{Client, Pin, endpoint},
     process::{Server, sibling},
+    roaming::PATIENCE,
+    traffic::store_id,
 };
 
 /// The ports of edges: below Linux's ports for outgoing connections, and apart from those of the
 /// stores.
 const PORTS: std::ops::Range<u16> = 12_000..20_000;
+
+/// The interval between two checks of a condition.
+const POLL: Duration = Duration::from_millis(10);
 
 /// The place where edges run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +111,7 @@ pub struct Cluster {
 
 /// The addresses of the edges, for clients.
 #[derive(Clone, Debug)]
-pub struct Fleet {
+pub struct EntryPoints {
     pub pin: Pin,
     pub addrs: Arc<[SocketAddr]>,
 }
@@ -118,7 +129,7 @@ pub struct Links {
 struct Edge {
     port: Port,
     links: Option<Links>,
-    /// How far its clock is off, as faketime has it.
+    /// The offset of its clock in the format of faketime.
     clock: parking_lot::Mutex<Option<&'static str>>,
     life: tokio::sync::Mutex<Life>,
 }
@@ -170,12 +181,12 @@ impl Cluster {
         Ok(cluster)
     }
 
-    pub fn fleet(&self) -> Fleet {
+    pub fn entry_points(&self) -> EntryPoints {
         let addr = |edge: &Edge| match &edge.links {
             Some(links) => links.clients.addr(),
             None => edge.port.addr(),
         };
-        Fleet { pin: self.pin, addrs: self.edges.iter().map(addr).collect() }
+        EntryPoints { pin: self.pin, addrs: self.edges.iter().map(addr).collect() }
     }
 
     /// Returns the proxies of an edge.
@@ -193,13 +204,13 @@ impl Cluster {
     }
 
     /// Returns the directory with the secrets that all edges share.
-    pub fn fleet_dir(&self) -> PathBuf {
+    pub fn secrets_dir(&self) -> PathBuf {
         self.dir().join("secrets")
     }
 
     /// Creates accounts, each with a session, through the first edge.
     pub async fn accounts(&self, count: usize) -> anyhow::Result<Vec<Account>> {
-        accounts::make(&endpoint(self.pin)?, self.fleet().addrs[0], count).await
+        accounts::make(&endpoint(self.pin)?, self.entry_points().addrs[0], count).await
     }
 
     /// Returns the number of messages in Postgres.
@@ -207,7 +218,44 @@ impl Cluster {
         Ok(self.postgres.sql("SELECT count(*) FROM message").await?.parse()?)
     }
 
-    /// Starts an edge and waits until it is ready.
+    /// Calls Health at an edge.
+    pub async fn health(&self, n: usize) -> anyhow::Result<v1::HealthResponse> {
+        let client = Client::connect(&endpoint(self.pin)?, self.entry_points().addrs[n]).await?;
+        client.must::<Health>(&v1::HealthRequest {}, None).await
+    }
+
+    /// Waits until every edge reports the same store id, other than `before`. Returns it.
+    pub async fn store_id_other_than(&self, before: Option<StoreId>) -> anyhow::Result<StoreId> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut reported = Vec::new();
+            for n in 0..self.edges.len() {
+                reported.push(store_id(&self.health(n).await?.store_id));
+            }
+            if reported.iter().all(|id| *id == reported[0] && Some(*id) != before) {
+                return Ok(reported[0]);
+            }
+            ensure!(Instant::now() < deadline, "edges report the stores {reported:?}");
+            sleep(POLL).await;
+        }
+    }
+
+    /// Runs `qpq-admin mark-restored` for the database with this URL.
+    pub async fn mark_restored(&self, postgres: &str) -> anyhow::Result<()> {
+        let output = Command::new(sibling("qpq-admin")?)
+            .arg("mark-restored")
+            .env_clear()
+            .envs(self.variables(0))
+            .env("QPQ_POSTGRES__URL", postgres)
+            .stdin(Stdio::null())
+            .output()
+            .await?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "qpq-admin mark-restored: {error}");
+        Ok(())
+    }
+
+    /// Starts an edge and waits until it is ready. An edge whose clock is wrong only serves.
     pub async fn start_edge(&self, n: usize) -> anyhow::Result<()> {
         let mut life = self.edges[n].life.lock().await;
         ensure!(matches!(*life, Life::Down), "edge {n} is running");
@@ -279,7 +327,7 @@ impl Cluster {
                 through(self.redis.url(), self.redis.port(), links.map(|l| &l.redis)),
             ),
             ("QPQ_NATS__URL", through(self.nats.url(), self.nats.port(), links.map(|l| &l.nats))),
-            ("QPQ_CLUSTER__SECRETS_DIR", self.fleet_dir().display().to_string()),
+            ("QPQ_CLUSTER__SECRETS_DIR", self.secrets_dir().display().to_string()),
             ("QPQ_CLUSTER__EDGE", format!("edge-{n}")),
             ("QPQ_CLUSTER__MIGRATE", "at_start".into()),
             ("QPQ_CLUSTER__POLL", "500ms".into()),
@@ -315,7 +363,7 @@ impl Cluster {
             command
                 .env("LD_PRELOAD", faketime()?)
                 .env("FAKETIME", offset)
-                // What the edge waits for is measured by the monotonic clock.
+                // The edge measures waits by the monotonic clock.
                 .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
         }
         Ok(command)
@@ -370,10 +418,10 @@ fn directories_in(dir: &str) -> impl Iterator<Item = PathBuf> {
 }
 
 /// Creates the secrets that the edges of a cluster share.
-pub async fn init(fleet: &Path) -> anyhow::Result<()> {
+pub async fn init(secrets: &Path) -> anyhow::Result<()> {
     let output = Command::new(sibling("qpq-admin")?)
         .args(["init", "--out"])
-        .arg(fleet)
+        .arg(secrets)
         .env_clear()
         .stdin(Stdio::null())
         .output()

@@ -1,15 +1,17 @@
 //! Faults of a running cluster: edges and stores are killed, Redis is flushed or rolled back,
-//! connections are closed. A seed and the progress of the traffic decide which fault happens when,
-//! independent of time.
+//! connections are closed, clocks are wrong, standbys are promoted and backups restored. A seed and
+//! the progress of the traffic decide which fault happens when, independent of time.
 
 use std::{fmt, time::Duration};
 
+use anyhow::ensure;
 use qpq_test_services::Snapshot;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::sleep;
 
 use crate::{
     cluster::{Cluster, Place, Plan},
+    store_change::{Change, StoreHistory},
     traffic::{self, Summary, Traffic},
 };
 
@@ -30,11 +32,14 @@ pub enum Strike {
     KillEdgeAndRedis,
     /// Kills both servers that may lose their data.
     KillRedisAndNats,
-    /// Restarts an edge with a clock that is a hundred days off, until it is killed.
+    /// Restarts an edge with a clock that is a hundred days off, until it is killed. It is not
+    /// ready during that time.
     WrongClock,
+    /// Changes the history of the store.
+    Store(Change),
 }
 
-const ALL: [Strike; 11] = [
+const ALL: [Strike; 15] = [
     Strike::KillEdge,
     Strike::KillRedis,
     Strike::FlushRedis,
@@ -46,6 +51,10 @@ const ALL: [Strike; 11] = [
     Strike::KillEdgeAndRedis,
     Strike::KillRedisAndNats,
     Strike::WrongClock,
+    Strike::Store(Change::FailOver),
+    Strike::Store(Change::FailOverToLagging),
+    Strike::Store(Change::Recover),
+    Strike::Store(Change::RestoreCopy),
 ];
 
 /// The offsets of wrong clocks.
@@ -59,16 +68,21 @@ const DOWN: Duration = Duration::from_millis(500);
 pub struct Havoc {
     random: StdRng,
     deck: Vec<Strike>,
+    /// The maximum number of messages that a change of the store loses on purpose.
+    max_lag: u64,
     snapshot: Snapshot,
+    store: StoreHistory,
     struck: Vec<Strike>,
 }
 
 impl Havoc {
-    pub async fn new(cluster: &Cluster, seed: u64) -> anyhow::Result<Self> {
+    pub async fn new(cluster: &Cluster, seed: u64, max_lag: u64) -> anyhow::Result<Self> {
         Ok(Self {
             random: StdRng::seed_from_u64(seed),
             deck: Vec::new(),
+            max_lag,
             snapshot: cluster.redis.snapshot().await?,
+            store: StoreHistory::of(cluster).await?,
             struck: Vec::new(),
         })
     }
@@ -80,7 +94,7 @@ impl Havoc {
             self.deck.shuffle(&mut self.random);
         }
         let strike = self.deck.pop().expect("the deck was filled");
-        let edge = self.random.gen_range(0..cluster.fleet().addrs.len());
+        let edge = self.random.gen_range(0..cluster.entry_points().addrs.len());
         let down = DOWN.mul_f64(self.random.r#gen());
         match strike {
             Strike::KillEdge => {
@@ -92,6 +106,8 @@ impl Havoc {
                 cluster.kill_edge(edge).await?;
                 cluster.set_clock(edge, OFFSETS.choose(&mut self.random).copied());
                 cluster.start_edge(edge).await?;
+                let status = cluster.health(edge).await?.status;
+                ensure!(status == "degraded", "an edge with a wrong clock is {status}");
             }
             Strike::KillRedis => {
                 cluster.redis.kill9().await?;
@@ -123,8 +139,15 @@ impl Havoc {
                 sleep(down).await;
                 tokio::try_join!(cluster.nats.start_again(), cluster.redis.start_again())?;
             }
+            Strike::Store(change) => {
+                let lag = self.random.gen_range(1..=self.max_lag);
+                self.store.change(change, cluster, traffic, lag).await?;
+            }
         }
-        self.snapshot = cluster.redis.snapshot().await?;
+        // After a change of the store, Redis may also go back to a state of another history.
+        if !matches!(strike, Strike::Store(_)) {
+            self.snapshot = cluster.redis.snapshot().await?;
+        }
         self.struck.push(strike);
         Ok(())
     }
@@ -150,8 +173,10 @@ impl Campaign {
     pub async fn run(self) -> anyhow::Result<Outcome> {
         let plan = Plan { place: Place::Apart, seed: self.traffic.seed, ..Plan::default() };
         let cluster = Cluster::start(plan).await?;
-        let mut havoc = Havoc::new(&cluster, self.traffic.seed).await?;
+        // The accounts are created first, because a backup without them is of no use.
         let traffic = Traffic::start(&cluster, self.traffic).await?;
+        let max_lag = (self.every / 2).max(1);
+        let mut havoc = Havoc::new(&cluster, self.traffic.seed, max_lag).await?;
         let mut next = 0;
         loop {
             next += havoc.random.gen_range(1..=2 * self.every);
@@ -175,8 +200,17 @@ impl fmt::Display for Outcome {
             strikes.len()
         )?;
         for kind in ALL {
-            write!(f, " {kind:?} {}", strikes.iter().filter(|strike| **strike == kind).count())?;
+            write!(f, " {kind} {}", strikes.iter().filter(|strike| **strike == kind).count())?;
         }
         writeln!(f)
+    }
+}
+
+impl fmt::Display for Strike {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Store(change) => write!(f, "{change:?}"),
+            strike => write!(f, "{strike:?}"),
+        }
     }
 }

@@ -11,4 +11,5 @@ pub mod cluster;
 pub mod havoc;
 pub mod process;
 pub mod roaming;
+pub mod store_change;
 pub mod traffic;

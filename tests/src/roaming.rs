@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     client::{Client, Refused, Silence, endpoint_with},
-    cluster::Fleet,
+    cluster::EntryPoints,
 };
 
 /// Short timeouts, so that a killed edge is noticed quickly.
@@ -48,7 +48,7 @@ const UNAVAILABLE: u8 = 9;
 /// A client that moves between edges.
 #[derive(Debug)]
 pub struct Roamer {
-    fleet: Fleet,
+    entry_points: EntryPoints,
     silence: Silence,
     random: StdRng,
     edge: usize,
@@ -87,11 +87,11 @@ impl Refused {
 
 impl Roamer {
     /// Creates a client that starts at a random edge.
-    pub fn new(fleet: &Fleet, seed: u64) -> Self {
+    pub fn new(entry_points: &EntryPoints, seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let edge = random.gen_range(0..fleet.addrs.len());
+        let edge = random.gen_range(0..entry_points.addrs.len());
         Self {
-            fleet: fleet.clone(),
+            entry_points: entry_points.clone(),
             silence: SILENCE,
             random,
             edge,
@@ -103,8 +103,8 @@ impl Roamer {
     }
 
     /// Creates a client that starts at this edge.
-    pub fn at(fleet: &Fleet, edge: usize) -> Self {
-        Self { edge, ..Self::new(fleet, edge as u64) }
+    pub fn at(entry_points: &EntryPoints, edge: usize) -> Self {
+        Self { edge, ..Self::new(entry_points, edge as u64) }
     }
 
     /// Uses the timeouts of production, so that the client does not leave a busy edge.
@@ -134,7 +134,7 @@ impl Roamer {
                 Some(_) => self.move_on(),
                 None => {}
             }
-            match self.connect(self.fleet.addrs[self.edge]).await {
+            match self.connect(self.entry_points.addrs[self.edge]).await {
                 Some(client) => {
                     self.listen(&client);
                     self.client = Some(client);
@@ -163,11 +163,7 @@ impl Roamer {
         token: Option<&Bytes>,
     ) -> Outcome<M::Response> {
         let client = self.connected().await;
-        match client.call::<M>(request, token.map(|token| &token[..])).await {
-            Ok(Ok(response)) => Outcome::Ok(response),
-            Ok(Err(refused)) => Outcome::Refused(refused),
-            Err(_) => Outcome::Lost(loss(&client)),
-        }
+        call_on::<M>(&client, request, token).await
     }
 
     /// Calls a method and retries until the answer is Ok.
@@ -198,7 +194,7 @@ impl Roamer {
 
     async fn connect(&mut self, addr: SocketAddr) -> Option<Client> {
         self.connects += 1;
-        let endpoint = endpoint_with(self.fleet.pin, self.silence).expect("a socket");
+        let endpoint = endpoint_with(self.entry_points.pin, self.silence).expect("a socket");
         timeout(CONNECTING, Client::connect(&endpoint, addr)).await.ok()?.ok()
     }
 
@@ -217,10 +213,23 @@ impl Roamer {
     fn move_on(&mut self) {
         self.client = None;
         self.drains = Arc::default();
-        let others = self.fleet.addrs.len();
+        let others = self.entry_points.addrs.len();
         if others > 1 {
             self.edge = (self.edge + self.random.gen_range(1..others)) % others;
         }
+    }
+}
+
+/// Calls a method once, on this connection.
+pub async fn call_on<M: Method>(
+    client: &Client,
+    request: &M::Request,
+    token: Option<&Bytes>,
+) -> Outcome<M::Response> {
+    match client.call::<M>(request, token.map(|token| &token[..])).await {
+        Ok(Ok(response)) => Outcome::Ok(response),
+        Ok(Err(refused)) => Outcome::Refused(refused),
+        Err(_) => Outcome::Lost(loss(client)),
     }
 }
 

@@ -3,8 +3,8 @@
 //!
 //! Writers send one message or many, to one inbox or to all, and retry each until it is
 //! acknowledged. Readers drain inboxes with FetchWait, one or two for each inbox, or peek and ack.
-//! All of them move to another edge when theirs ends. At the end the rest is read, until Postgres
-//! has no messages.
+//! All of them move to another edge when theirs ends. Each read is recorded with the store id of
+//! its answer. At the end the rest is read, until Postgres has no messages.
 
 mod party;
 
@@ -21,9 +21,9 @@ use std::{
 use anyhow::Context as _;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use parking_lot::Mutex;
-use qpq_domain::{MessageId, Seq};
+use qpq_domain::{MessageId, Seq, StoreId};
 use qpq_proto::v1;
-use qpq_test_services::history::{History, Report, Tag};
+use qpq_test_services::history::{History, Inbox, Report, Tag};
 use rand::{Rng as _, RngCore as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
     sync::watch,
@@ -148,16 +148,16 @@ impl Traffic {
             lost: AtomicU64::new(0),
             drained: AtomicU64::new(0),
         });
-        let fleet = cluster.fleet();
+        let entry_points = cluster.entry_points();
         let mut random = StdRng::seed_from_u64(plan.seed);
         let mut count = 0;
         let mut party = || Party {
             recorder: state.history.recorder(),
             roamer: match plan.temper {
-                Temper::Hasty => Roamer::new(&fleet, random.r#gen()),
+                Temper::Hasty => Roamer::new(&entry_points, random.r#gen()),
                 Temper::Patient => {
                     count += 1;
-                    let roamer = Roamer::new(&fleet, random.r#gen()).patient();
+                    let roamer = Roamer::new(&entry_points, random.r#gen()).patient();
                     if count % 2 == 0 { roamer.attentive(&state.accounts[0].token) } else { roamer }
                 }
             },
@@ -196,6 +196,27 @@ impl Traffic {
         }
     }
 
+    /// Waits until `count` more messages are acknowledged, or all.
+    pub async fn acknowledged_more(&self, count: u64) {
+        let now = *self.state.acknowledged.borrow();
+        self.acknowledged(now + count).await;
+    }
+
+    /// Returns the records of the traffic.
+    pub fn history(&self) -> &History {
+        &self.state.history
+    }
+
+    pub fn inboxes(&self) -> usize {
+        self.state.accounts.len()
+    }
+
+    /// Returns the number of an account's inbox in the records.
+    pub fn inbox_of(&self, identity: &[u8]) -> Option<Inbox> {
+        let position = self.state.accounts.iter().position(|account| account.identity == identity);
+        position.map(|number| Inbox(number as u32))
+    }
+
     /// Ends the writers before all messages are acknowledged.
     pub fn enough(&self) {
         self.state.enough.store(true, Ordering::Relaxed);
@@ -221,7 +242,7 @@ impl Traffic {
         for inbox in 0..self.state.accounts.len() {
             let party = Party {
                 recorder: self.state.history.recorder(),
-                roamer: Roamer::new(&cluster.fleet(), inbox as u64),
+                roamer: Roamer::new(&cluster.entry_points(), inbox as u64),
                 random: StdRng::seed_from_u64(inbox as u64),
                 state: Arc::clone(&self.state),
             };
@@ -302,6 +323,14 @@ pub fn seen(envelopes: &[v1::Envelope]) -> impl Iterator<Item = (Seq, Tag)> + '_
         let tag = envelope.data.first_chunk().map_or(0, |tag| u64::from_be_bytes(*tag));
         (Seq(envelope.seq), Tag(tag))
     })
+}
+
+/// Returns the store id of an answer.
+///
+/// # Panics
+/// If it does not have 16 bytes.
+pub fn store_id(bytes: &[u8]) -> StoreId {
+    StoreId::try_from(bytes).expect("a store id of 16 bytes")
 }
 
 /// Writes a history to a file that is kept after the test.

@@ -1,5 +1,5 @@
-//! *One login, one account*: whoever registers a name or a key first has it, whatever others do at
-//! other edges at that moment.
+//! *One login, one account*: of concurrent registrations of a username or an identity key, at any
+//! edges, exactly one succeeds.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use qpq_proto::{
 };
 use qpq_tests::{
     accounts::{identity, login_with, registration, upload},
-    cluster::{Cluster, Fleet, Plan},
+    cluster::{Cluster, EntryPoints, Plan},
     roaming::{Outcome, Roamer},
 };
 use tokio::{sync::Barrier, task::JoinSet};
@@ -19,19 +19,20 @@ const EDGES: usize = 2;
 const RIVALS: usize = 6;
 const NAMES: usize = 25;
 
-/// Finishes all registrations at once, at the edges in turn: what each is answered, in order.
+/// Finishes all registrations concurrently, at the edges in turn. Returns the answers in order.
 async fn race(
-    fleet: &Fleet,
+    entry_points: &EntryPoints,
     requests: &[v1::OpaqueRegisterFinishRequest],
 ) -> Vec<Result<(), String>> {
-    let at_once = Arc::new(Barrier::new(requests.len()));
+    let barrier = Arc::new(Barrier::new(requests.len()));
     let mut racing = JoinSet::new();
     for (place, request) in requests.iter().enumerate() {
-        let (mut roamer, request) = (Roamer::at(fleet, place % EDGES).patient(), request.clone());
-        let at_once = Arc::clone(&at_once);
+        let (mut roamer, request) =
+            (Roamer::at(entry_points, place % EDGES).patient(), request.clone());
+        let barrier = Arc::clone(&barrier);
         racing.spawn(async move {
             roamer.connected().await;
-            at_once.wait().await;
+            barrier.wait().await;
             let answer = match roamer.call::<OpaqueRegisterFinish>(&request, None).await {
                 Outcome::Ok(response) => {
                     assert!(response.success);
@@ -51,10 +52,10 @@ async fn race(
 #[tokio::test(flavor = "multi_thread")]
 async fn one_login_one_account() {
     let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
-    let fleet = cluster.fleet();
+    let entry_points = cluster.entry_points();
     let mut clients = Vec::new();
     for edge in 0..EDGES {
-        clients.push(Roamer::at(&fleet, edge).patient().connected().await);
+        clients.push(Roamer::at(&entry_points, edge).patient().connected().await);
     }
     for n in 0..NAMES {
         let name = format!("name-{n}");
@@ -64,7 +65,7 @@ async fn one_login_one_account() {
             let upload = upload(&clients[rival % EDGES], &name, password.as_bytes()).await.unwrap();
             requests.push(registration(&name, upload, &identity()));
         }
-        let answers = race(&fleet, &requests).await;
+        let answers = race(&entry_points, &requests).await;
         let winners: Vec<usize> = (0..RIVALS).filter(|rival| answers[*rival].is_ok()).collect();
         let [winner] = winners[..] else {
             panic!("{name} has {} accounts: {answers:?}", winners.len())
@@ -90,8 +91,9 @@ async fn one_login_one_account() {
                 }
             }
         }
-        let again = race(&fleet, &[requests[winner].clone(), requests[winner].clone()]).await;
-        assert_eq!(again, [Ok(()), Ok(())], "a repeat of the very same registration");
+        let again =
+            race(&entry_points, &[requests[winner].clone(), requests[winner].clone()]).await;
+        assert_eq!(again, [Ok(()), Ok(())], "the same registration again");
     }
     let rows = cluster
         .postgres
@@ -108,8 +110,8 @@ async fn one_login_one_account() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_identity_one_account() {
     let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
-    let fleet = cluster.fleet();
-    let client = Roamer::at(&fleet, 0).patient().connected().await;
+    let entry_points = cluster.entry_points();
+    let client = Roamer::at(&entry_points, 0).patient().connected().await;
     for n in 0..NAMES {
         let key: Bytes = identity();
         let mut requests = Vec::new();
@@ -121,7 +123,7 @@ async fn one_identity_one_account() {
                 &key,
             ));
         }
-        let answers = race(&fleet, &requests).await;
+        let answers = race(&entry_points, &requests).await;
         assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 1, "{answers:?}");
         let taken = Err("auth.identity_taken".to_owned());
         assert_eq!(

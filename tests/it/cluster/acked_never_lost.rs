@@ -1,6 +1,6 @@
 //! *Acked, never lost*: a hundred thousand acknowledged messages while edges, Redis, NATS and
-//! Postgres are killed, Redis is flushed and rolled back, and the readers' connections are cut.
-//! `make chaos` does a million.
+//! Postgres are killed, Redis is flushed and rolled back, the readers' connections are cut, clocks
+//! are wrong, standbys are promoted and backups restored. `make chaos` sends a million.
 
 use qpq_tests::{havoc::Campaign, traffic::Plan};
 
@@ -22,6 +22,6 @@ async fn acked_never_lost() {
     let report = &outcome.summary.report;
     report.assert_clean();
     assert!(report.acknowledged as u64 >= MESSAGES, "{report}");
-    assert!(outcome.strikes.len() > 20, "it was too quiet: {outcome}");
-    assert!(outcome.summary.lost > 0, "no call was ever interrupted: {outcome}");
+    assert!(outcome.strikes.len() > 20, "too few faults: {outcome}");
+    assert!(outcome.summary.lost > 0, "no call was interrupted: {outcome}");
 }

@@ -1,5 +1,5 @@
-//! A client whose edge dies goes on at another, in the same session: the SDK and `qpq` show it as a
-//! blink, not as an error.
+//! A client whose edge is killed continues at another edge, in the same session. The SDK and `qpq`
+//! show a short pause and no error.
 
 use std::{net::SocketAddr, path::Path, process::Stdio, time::Duration};
 
@@ -21,8 +21,7 @@ use tokio::{
 };
 
 const PASSWORD: &str = "correct horse battery staple";
-/// For what a client does by itself; it takes an edge for dead after a minute of silence at the
-/// latest.
+/// The time limit of what a client does by itself. It leaves a silent edge after at most a minute.
 const STUCK: Duration = Duration::from_secs(150);
 
 struct World {
@@ -32,33 +31,33 @@ struct World {
 }
 
 impl World {
-    /// Two edges, of which the balancer uses the first.
+    /// Starts two edges. The balancer uses the first.
     async fn new() -> Self {
         let plan = Plan { edges: 2, place: Place::Apart, ..Plan::default() };
         let cluster = Cluster::start(plan).await.expect("a cluster");
-        let edges = cluster.fleet().addrs.to_vec();
+        let edges = cluster.entry_points().addrs.to_vec();
         let balancer = Balancer::start(&edges[..1]).await.expect("a balancer");
         Self { cluster, balancer, edges }
     }
 
-    /// The edge dies, and whoever comes anew is sent to the other.
-    async fn first_dies(&self) {
+    /// Kills the first edge, and sends new connections to the other.
+    async fn kill_first(&self) {
         self.balancer.aim(&self.edges[1..]);
-        self.cluster.kill_edge(0).await.expect("it dies");
+        self.cluster.kill_edge(0).await.expect("killed");
     }
 
     fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::from(self.cluster.fleet().pin.0)
+        Fingerprint::from(self.cluster.entry_points().pin.0)
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_sdk_goes_on_at_another_edge_with_the_same_token() {
+async fn the_sdk_continues_at_another_edge_with_the_same_token() {
     let world = World::new().await;
     let account = world.cluster.accounts(1).await.unwrap().remove(0);
     let mut options =
         Options::new(world.balancer.addr().to_string(), Trust::Pinned(world.fingerprint()));
-    // As much as it takes; by default a call gives up after half a minute.
+    // By default a call fails after half a minute.
     options.patience = STUCK;
     let client = Client::new(options).unwrap();
     client.set_session(Some(SessionToken::try_from(&account.token[..]).unwrap()));
@@ -71,10 +70,12 @@ async fn the_sdk_goes_on_at_another_edge_with_the_same_token() {
     for n in 1..=3 {
         client.call::<Enqueue>(send(n)).await.unwrap();
     }
-    world.first_dies().await;
+    world.kill_first().await;
     for n in 4..=6 {
-        let receipt =
-            timeout(STUCK, client.call::<Enqueue>(send(n))).await.expect("it goes on").unwrap();
+        let receipt = timeout(STUCK, client.call::<Enqueue>(send(n)))
+            .await
+            .expect("an answer from the other edge")
+            .unwrap();
         assert_eq!((receipt.seq, receipt.duplicate), (u64::from(n), false));
     }
     let page = client.call::<Peek>(v1::PeekRequest::default()).await.unwrap().payloads;
@@ -82,7 +83,7 @@ async fn the_sdk_goes_on_at_another_edge_with_the_same_token() {
     assert_eq!(shown, [1, 2, 3, 4, 5, 6]);
 }
 
-/// Somebody with a home of their own.
+/// An account with a home directory of its own.
 struct Person<'a> {
     world: &'a World,
     name: &'static str,
@@ -113,7 +114,7 @@ impl Person<'_> {
         let output = timeout(STUCK, self.command(arguments).output())
             .await
             .expect("it ends")
-            .expect("it runs");
+            .expect("it can be started");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{} {arguments:?}: {said}", self.name);
     }
@@ -124,21 +125,21 @@ impl Person<'_> {
     }
 
     fn follow(&self) -> (Child, Lines<BufReader<ChildStdout>>) {
-        let mut child = self.command(&["recv", "--follow"]).spawn().expect("it runs");
+        let mut child = self.command(&["recv", "--follow"]).spawn().expect("it can be started");
         let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         (child, lines)
     }
 }
 
-async fn hears(lines: &mut Lines<BufReader<ChildStdout>>, expected: &str) {
+async fn prints(lines: &mut Lines<BufReader<ChildStdout>>, expected: &str) {
     let line = timeout(STUCK, lines.next_line())
         .await
-        .unwrap_or_else(|_| panic!("{expected} does not come"));
-    assert_eq!(line.expect("it can be read").expect("it ended instead"), expected);
+        .unwrap_or_else(|_| panic!("{expected} is not printed"));
+    assert_eq!(line.expect("readable").expect("a further line"), expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn qpq_goes_on_at_another_edge_without_an_error() {
+async fn qpq_continues_at_another_edge_without_an_error() {
     let world = World::new().await;
     let (alice, bob) =
         (Person { world: &world, name: "alice" }, Person { world: &world, name: "bob" });
@@ -146,15 +147,15 @@ async fn qpq_goes_on_at_another_edge_without_an_error() {
     bob.registered().await;
     let (mut following, mut lines) = bob.follow();
     alice.ok(&["send", "bob", "one"]).await;
-    hears(&mut lines, "alice: one").await;
-    world.first_dies().await;
+    prints(&mut lines, "alice: one").await;
+    world.kill_first().await;
     alice.ok(&["send", "bob", "two"]).await;
-    hears(&mut lines, "alice: two").await;
+    prints(&mut lines, "alice: two").await;
     alice.ok(&["send", "bob", "three"]).await;
-    hears(&mut lines, "alice: three").await;
+    prints(&mut lines, "alice: three").await;
     following.kill().await.unwrap();
     let said = following.wait_with_output().await.unwrap().stderr;
     let said = String::from_utf8_lossy(&said);
     assert!(!said.to_lowercase().contains("error"), "{said}");
-    println!("what bob saw of it: {said:?}");
+    println!("standard error of bob: {said:?}");
 }

@@ -1,5 +1,5 @@
-//! An edge whose clock is wrong by a hundred days, beside one whose clock is right: it is not ready,
-//! removes nothing, and what it accepts is delivered.
+//! An edge with a clock that is a hundred days off, in a cluster with an edge whose clock is right.
+//! The wrong one is not ready and removes nothing, and messages that it accepts are delivered.
 
 use bytes::Bytes;
 use qpq_proto::{
@@ -27,7 +27,7 @@ async fn send(client: &Client, account: &Account, text: &'static str) {
     client.must::<Enqueue>(&request, Some(&account.token)).await.expect("accepted");
 }
 
-/// Waits: what was fetched before may be leased for a moment longer.
+/// Fetches, and waits for messages, because those of an earlier read may still be leased.
 async fn fetched(client: &Client, account: &Account) -> Vec<Bytes> {
     let request = v1::FetchWaitRequest { timeout_ms: 30_000, ..Default::default() };
     let page = client.must::<FetchWait>(&request, Some(&account.token)).await.expect("a page");
@@ -41,14 +41,14 @@ async fn a_wrong_clock_loses_nothing(offset: &'static str, says: &str) {
     cluster.kill_edge(WRONG).await.expect("killed");
     send(&client_at_each(&cluster, 1).await[0], &account, "one").await;
     cluster.set_clock(WRONG, Some(offset));
-    cluster.start_edge(WRONG).await.expect("it starts, and is not ready");
+    cluster.start_edge(WRONG).await.expect("it starts without being ready");
 
     let clients = client_at_each(&cluster, EDGES).await;
     let health = async |edge: usize| {
         let health = clients[edge].must::<Health>(&v1::HealthRequest {}, None).await;
         health.expect("Health answers").status
     };
-    assert_eq!(health(WRONG).await, "degraded", "from its first call on");
+    assert_eq!(health(WRONG).await, "degraded", "at its first call");
     until("the right one is ready", || async { health(0).await == "ok" }).await;
     send(&clients[WRONG], &account, "two").await;
     send(&clients[0], &account, "three").await;
@@ -57,19 +57,23 @@ async fn a_wrong_clock_loses_nothing(offset: &'static str, says: &str) {
         log.contains("clock of this edge") && log.contains(says)
     })
     .await;
-    // Which sweeps when it starts, as the other did long ago.
+    // An edge removes expired messages when it starts. The other one did so before.
     assert_eq!(cluster.messages_left().await.expect("a count"), 3);
     assert_eq!(fetched(&clients[0], &account).await, ["one", "two", "three"]);
     send(&clients[WRONG], &account, "four").await;
     assert_eq!(fetched(&clients[WRONG], &account).await, ["four"]);
     assert_eq!(health(WRONG).await, "degraded");
 
-    cluster.drain_edge(WRONG).await.expect("it ends as it should");
+    cluster.drain_edge(WRONG).await.expect("drained");
     cluster.set_clock(WRONG, None);
     cluster.start_edge(WRONG).await.expect("started");
     let clients = client_at_each(&cluster, EDGES).await;
     send(&clients[0], &account, "five").await;
-    assert_eq!(fetched(&clients[WRONG], &account).await, ["five"], "its clock is right");
+    assert_eq!(
+        fetched(&clients[WRONG], &account).await,
+        ["five"],
+        "after its clock is right again"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

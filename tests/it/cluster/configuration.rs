@@ -1,4 +1,5 @@
-//! Edges that must not start, and say why: of another cluster, half configured, or not let in.
+//! Edges that do not start, with the reason: the secrets of another cluster, missing settings, or a
+//! store that refuses the password.
 
 use std::process::Stdio;
 
@@ -7,13 +8,13 @@ use qpq_tests::cluster::{Cluster, Place, Plan, init};
 const FAILED: Option<i32> = Some(1);
 const MISUSED: Option<i32> = Some(2);
 
-/// Runs an edge that must end by itself: its exit code and what it said.
+/// Runs an edge that ends by itself. Returns its exit code and its output.
 async fn refusal(
     cluster: &Cluster,
     change: impl FnOnce(&mut tokio::process::Command),
 ) -> (Option<i32>, String) {
     let mut command = cluster.command(0).expect("the program");
-    // Beside the one that runs.
+    // The other edge has the port of the plan.
     command.env("QPQ_LISTEN", "127.0.0.1:0").stdin(Stdio::null()).stderr(Stdio::piped());
     change(&mut command);
     let output = command.output().await.expect("it ends");
@@ -24,7 +25,7 @@ async fn refusal(
 async fn an_edge_with_another_opaque_setup_does_not_start() {
     let plan = Plan { edges: 1, place: Place::Apart, ..Plan::default() };
     let cluster = Cluster::start(plan).await.unwrap();
-    let other = cluster.dir().join("other-fleet");
+    let other = cluster.dir().join("other-cluster");
     init(&other).await.unwrap();
     let (code, said) = refusal(&cluster, |command| {
         command.env("QPQ_CLUSTER__SECRETS_DIR", &other);
@@ -35,14 +36,14 @@ async fn an_edge_with_another_opaque_setup_does_not_start() {
         said.contains("OPAQUE setup is not the cluster's") && said.contains("qpq-admin init"),
         "{said}"
     );
-    // The cluster is none the worse for it.
+    // The cluster still works.
     cluster.kill_edge(0).await.unwrap();
     cluster.start_edge(0).await.unwrap();
     cluster.accounts(1).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_half_given_configuration_is_refused_by_name() {
+async fn an_incomplete_configuration_is_refused_with_the_names_of_missing_settings() {
     let plan = Plan { edges: 1, place: Place::Apart, ..Plan::default() };
     let cluster = Cluster::start(plan).await.unwrap();
     let needed = [
@@ -77,7 +78,7 @@ async fn a_half_given_configuration_is_refused_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_edge_that_a_server_does_not_let_in_says_which_and_by_what_settings() {
+async fn an_edge_whose_password_is_refused_names_the_store_and_its_settings() {
     let plan = Plan { edges: 1, place: Place::Apart, ..Plan::default() };
     let cluster = Cluster::start(plan).await.unwrap();
     let file = cluster.dir().join("wrong-password");
@@ -85,7 +86,7 @@ async fn an_edge_that_a_server_does_not_let_in_says_which_and_by_what_settings()
     for section in ["postgres", "redis", "nats"] {
         let (code, said) = refusal(&cluster, |command| {
             command.env(format!("QPQ_{}__PASSWORD_FILE", section.to_uppercase()), &file);
-            // Whoever waits for that long never ends.
+            // An edge that retries does not end before.
             command.env("QPQ_CLUSTER__START_TIMEOUT", "1d");
         })
         .await;

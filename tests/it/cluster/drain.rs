@@ -1,6 +1,6 @@
 //! *Lossless drain*: all edges are restarted one after the other, twice, by SIGTERM and under load.
-//! No call fails but by the words "try again" or by the close that ends a drain, and nothing that
-//! was acknowledged is lost.
+//! A call is answered, refused temporarily, or ends with the close at the end of a drain. No
+//! acknowledged message is lost.
 
 use qpq_tests::{
     cluster::{Cluster, Place, Plan},
@@ -9,17 +9,17 @@ use qpq_tests::{
 
 const EDGES: usize = 3;
 const ROUNDS: u64 = 2;
-/// Messages acknowledged between two restarts.
+/// The number of acknowledged messages between two restarts.
 const BETWEEN: u64 = 600;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lossless_drain() {
-    // Under load that never pauses a drain lasts as long as it may.
+    // Under constant load a drain takes all of its time.
     let plan = Plan { edges: EDGES, place: Place::Apart, ..Plan::default() }
         .with("QPQ_DRAIN__TIMEOUT", "8s");
     let cluster = Cluster::start(plan).await.unwrap();
     let load = traffic::Plan {
-        // They end after the last restart.
+        // The test ends the writers after the last restart.
         messages: u64::MAX,
         batches: 1,
         temper: Temper::Patient,
@@ -40,9 +40,9 @@ async fn lossless_drain() {
     traffic.enough();
     let summary = traffic.finish(&cluster).await.unwrap();
     println!(
-        "{}{} calls, {} told to try again, {} closed by a drain",
+        "{}{} calls, {} refused temporarily, {} closed by a drain",
         summary.report, summary.calls, summary.refused, summary.drained
     );
     summary.report.assert_clean();
-    assert_eq!(summary.lost, 0, "calls that no drain accounts for");
+    assert_eq!(summary.lost, 0, "connections that ended without a drain");
 }

@@ -1,6 +1,5 @@
-//! The faults of a network, each a scenario of its own: an edge down, a partition, latency, a
-//! throttle, resets, all at once. Traffic flows meanwhile, and the judge finds nothing lost,
-//! doubled after its ack, left out or late.
+//! The faults of a network, each in its own scenario: a killed edge, a partition, latency, low
+//! bandwidth, resets, and all of them together. The records of the traffic have no violation.
 
 use std::{num::NonZeroU64, time::Duration};
 
@@ -14,9 +13,9 @@ use tokio::time::sleep;
 
 const EDGES: usize = 3;
 const MESSAGES: u64 = 3_000;
-/// Messages between two faults.
+/// The number of acknowledged messages between two faults.
 const EVERY: u64 = 300;
-/// How long a partition lasts at most: longer than clients take an edge for dead.
+/// The maximum duration of a partition, longer than the timeout of clients for a silent edge.
 const CUT_OFF: Duration = Duration::from_secs(4);
 
 struct Scenario {
@@ -36,7 +35,7 @@ impl Scenario {
         Self { cluster, traffic, random: StdRng::seed_from_u64(seed), next: 0 }
     }
 
-    /// When a few more messages are acknowledged: an edge, if any are still to come.
+    /// Waits for [`EVERY`] more acknowledged messages. Returns a random edge, or `None` at the end.
     async fn next_edge(&mut self) -> Option<usize> {
         self.next += EVERY;
         if self.next >= MESSAGES {
@@ -58,7 +57,7 @@ impl Scenario {
 
     async fn ends_clean(self) {
         self.all(Faults::default());
-        let summary = self.traffic.finish(&self.cluster).await.expect("it comes to its end");
+        let summary = self.traffic.finish(&self.cluster).await.expect("an end of the traffic");
         summary.report.assert_clean();
         assert!(summary.report.acknowledged as u64 >= MESSAGES);
     }
@@ -80,7 +79,7 @@ async fn node_down() {
     scenario.ends_clean().await;
 }
 
-/// One edge loses sight of its clients or of one store, in one direction or both.
+/// One edge loses its clients or one store, in one direction or both.
 #[tokio::test(flavor = "multi_thread")]
 async fn network_partition() {
     let mut scenario = Scenario::new(Place::Here, 0xba).await;
@@ -139,8 +138,8 @@ async fn connection_reset() {
     scenario.ends_clean().await;
 }
 
-/// Datagrams get lost, doubled and out of order while stores are slow, connections are cut and
-/// edges die.
+/// Datagrams are lost, duplicated and reordered while stores are slow, connections are cut and
+/// edges are killed.
 #[tokio::test(flavor = "multi_thread")]
 async fn compound_fault() {
     let mut scenario = Scenario::new(Place::Apart, 0xc0).await;

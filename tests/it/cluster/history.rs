@@ -1,6 +1,6 @@
-//! A Postgres that goes back in time under running edges, with Redis kept: what was lost is never
-//! shown, what is accepted afterwards is shown exactly once, and every answer says that the history
-//! is another one.
+//! A Postgres that goes back in time while edges run and Redis keeps its data. A lost message is
+//! never delivered, a message accepted afterwards is delivered exactly once, and every answer has
+//! the id of the new history.
 
 use std::time::Duration;
 
@@ -20,8 +20,8 @@ use tokio::time::sleep;
 use super::{client_at_each, until};
 
 const EDGES: usize = 2;
-/// Before what was refused is asked for again.
-const AGAIN: Duration = Duration::from_millis(20);
+/// The pause before a refused call is repeated.
+const PAUSE: Duration = Duration::from_millis(20);
 
 struct World {
     cluster: Cluster,
@@ -40,7 +40,7 @@ impl World {
         Self { cluster, clients, alice, bob }
     }
 
-    /// Sends to bob through the first edge, until that is accepted.
+    /// Sends to bob through the first edge, until the message is accepted. Returns its seq.
     async fn send(&self, text: &'static str) -> u64 {
         let request = v1::EnqueueRequest {
             recipient_key: self.bob.identity.clone(),
@@ -55,11 +55,11 @@ impl World {
                 assert!(!accepted.delivery_proof.is_empty());
                 return accepted.seq;
             }
-            sleep(AGAIN).await;
+            sleep(PAUSE).await;
         }
     }
 
-    /// What bob sees at the second edge, and the history that it is in.
+    /// Returns the messages of bob at the second edge, and the id of the history.
     async fn peek(&self) -> (Vec<String>, Bytes) {
         let request = v1::PeekRequest::default();
         loop {
@@ -67,14 +67,14 @@ impl World {
             if let Ok(page) = answer.expect("an answer") {
                 return (texts(&page.payloads), page.store_id);
             }
-            sleep(AGAIN).await;
+            sleep(PAUSE).await;
         }
     }
 
     async fn fetch(&self) -> Vec<String> {
         let request = v1::FetchRequest::default();
         let page = self.clients[1].must::<Fetch>(&request, Some(&self.bob.token)).await;
-        texts(&page.expect("it is there").payloads)
+        texts(&page.expect("a page").payloads)
     }
 
     async fn store_id(&self, edge: usize) -> Bytes {
@@ -82,7 +82,7 @@ impl World {
         health.expect("Health answers").store_id
     }
 
-    /// A standby that has what there is now and nothing of what follows.
+    /// Starts a standby with the state of now, which does not follow the primary any further.
     async fn standby_of_now(&self) -> Standby {
         let postgres = &self.cluster.postgres;
         let standby = postgres.standby(&[]).await.expect("a standby");
@@ -96,8 +96,9 @@ impl World {
         self.cluster.postgres.fail_over_to(standby).await.expect("promoted");
     }
 
-    /// What was sent after the past is lost, what is sent now is shown once, the history is another.
-    async fn shows_what_is_new_once(&self, before: Bytes) {
+    /// Checks that only new messages follow m3, that they are delivered once, and that the store id
+    /// is not `before`.
+    async fn delivers_new_messages_once(&self, before: Bytes) {
         for (text, seq) in [("NEW4", 4), ("NEW5", 5), ("NEW6", 6)] {
             assert_eq!(self.send(text).await, seq, "the seqs of lost messages again");
         }
@@ -106,11 +107,14 @@ impl World {
         assert_eq!(seen, now);
         assert_ne!(store_id, before);
         for edge in 0..EDGES {
-            until("Health to say so", || async { self.store_id(edge).await == store_id }).await;
+            until("Health reports the new history", || async {
+                self.store_id(edge).await == store_id
+            })
+            .await;
         }
         assert_eq!(self.fetch().await, now);
-        until("nothing to be left", || async { self.fetch().await.is_empty() }).await;
-        until("nothing to be left in Postgres", || async {
+        until("the inbox is empty", || async { self.fetch().await.is_empty() }).await;
+        until("Postgres has no messages", || async {
             self.cluster.messages_left().await.expect("Postgres") == 0
         })
         .await;
@@ -122,7 +126,7 @@ fn texts(payloads: &[v1::Envelope]) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_a_promotion_what_is_new_is_shown_once_and_what_was_lost_never() {
+async fn after_a_promotion_new_messages_are_delivered_once_and_lost_ones_never() {
     let world = World::new().await;
     for text in ["m1", "m2", "m3"] {
         world.send(text).await;
@@ -138,11 +142,11 @@ async fn after_a_promotion_what_is_new_is_shown_once_and_what_was_lost_never() {
     }
     assert_eq!(world.peek().await.0.len(), 6);
     world.fail_over_to(standby).await;
-    world.shows_what_is_new_once(before).await;
+    world.delivers_new_messages_once(before).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_a_recovery_what_is_new_is_shown_once_and_what_was_lost_never() {
+async fn after_a_recovery_new_messages_are_delivered_once_and_lost_ones_never() {
     let world = World::new().await;
     for text in ["m1", "m2", "m3"] {
         world.send(text).await;
@@ -154,11 +158,11 @@ async fn after_a_recovery_what_is_new_is_shown_once_and_what_was_lost_never() {
     }
     assert_eq!(world.peek().await.0.len(), 6);
     world.cluster.postgres.restore(&backup, Restore::Recovered).await.expect("recovered");
-    world.shows_what_is_new_once(before).await;
+    world.delivers_new_messages_once(before).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_removal_that_was_lost_shows_messages_again_and_loses_none() {
+async fn messages_whose_removal_was_lost_are_delivered_again() {
     let world = World::new().await;
     for text in ["m1", "m2", "m3"] {
         world.send(text).await;
@@ -179,8 +183,7 @@ async fn a_synchronous_standby_loses_nothing() {
     let postgres = &world.cluster.postgres;
     let standby = postgres.standby(&[]).await.expect("a standby");
     standby.catches_up(postgres).await.expect("it follows");
-    postgres.sql("ALTER SYSTEM SET synchronous_standby_names = '*'").await.expect("set");
-    postgres.sql("SELECT pg_reload_conf()").await.expect("reloaded");
+    standby.becomes_synchronous(postgres).await.expect("commits wait for it");
     for text in ["m1", "m2", "m3"] {
         world.send(text).await;
     }

@@ -1,5 +1,5 @@
-//! What an inbox promises, over several edges at once: *never after ack*, *gap-free and in order*,
-//! *idempotent*.
+//! The guarantees of an inbox that several edges use concurrently: *never after ack*, *gap-free and
+//! in order*, *idempotent*.
 
 use std::{
     sync::{
@@ -18,7 +18,7 @@ use qpq_proto::{
 use qpq_test_services::history::{Edge, History, Inbox, Recorder, Tag};
 use qpq_tests::{
     accounts::Account,
-    cluster::{Cluster, Fleet, Plan},
+    cluster::{Cluster, EntryPoints, Plan},
     roaming::Roamer,
     traffic::{keep, payload, seen},
 };
@@ -42,7 +42,7 @@ fn judge(history: &History) -> qpq_test_services::history::Report {
     report
 }
 
-/// One who sends to one inbox through one edge.
+/// Sends to one inbox through one edge.
 struct Sender {
     roamer: Roamer,
     recorder: Recorder,
@@ -52,9 +52,14 @@ struct Sender {
 }
 
 impl Sender {
-    fn new(fleet: &Fleet, history: &History, account: &Account, number: usize) -> Self {
+    fn new(
+        entry_points: &EntryPoints,
+        history: &History,
+        account: &Account,
+        number: usize,
+    ) -> Self {
         Self {
-            roamer: Roamer::at(fleet, number % EDGES),
+            roamer: Roamer::at(entry_points, number % EDGES),
             recorder: history.recorder(),
             random: StdRng::seed_from_u64(SEED + number as u64),
             account: account.clone(),
@@ -82,7 +87,7 @@ impl Sender {
         self.recorder.acknowledged(sending, Seq(response.seq));
     }
 
-    /// Many at once, and in the middle one that is for nobody.
+    /// Sends a batch with an unknown recipient in the middle.
     async fn send_batch(&mut self, count: usize) {
         let mut sendings = Vec::new();
         let mut request = v1::BatchEnqueueRequest::default();
@@ -102,7 +107,7 @@ impl Sender {
         let response = self.roamer.must::<BatchEnqueue>(&request, Some(&self.account.token)).await;
         let mut results = response.results;
         let refused = results.remove(count / 2);
-        assert_ne!(refused.status, 0, "nobody has that key");
+        assert_ne!(refused.status, 0, "the recipient is unknown");
         for (sending, result) in sendings.into_iter().zip(results) {
             assert_eq!(result.status, 0, "{result:?}");
             self.recorder.acknowledged(sending, Seq(result.seq));
@@ -110,21 +115,21 @@ impl Sender {
     }
 }
 
-/// Peeks and acks at all edges at once, in random bits, while Redis forgets, is rolled back and
-/// evicts: what an ack was answered for is shown by no read that begins later, at whatever edge.
+/// Readers at all edges peek and ack random parts while Redis is flushed, rolled back and evicts.
+/// No read that begins after the answer to an ack returns its messages, at any edge.
 #[tokio::test(flavor = "multi_thread")]
 async fn never_after_ack() {
     const SENT: u64 = 3_000;
     const SENDERS: usize = 15;
     let cluster = cluster().await;
-    let fleet = cluster.fleet();
+    let entry_points = cluster.entry_points();
     let history = History::new();
     let account = cluster.accounts(1).await.expect("an account").remove(0);
     let done = Arc::new(AtomicBool::new(false));
     let mut readers = JoinSet::new();
     for number in 0..2 * EDGES {
         readers.spawn(peek_and_ack(
-            Roamer::at(&fleet, number % EDGES),
+            Roamer::at(&entry_points, number % EDGES),
             history.recorder(),
             StdRng::seed_from_u64(number as u64),
             account.token.clone(),
@@ -133,7 +138,7 @@ async fn never_after_ack() {
     }
     let mut senders = JoinSet::new();
     for number in 0..SENDERS {
-        let mut sender = Sender::new(&fleet, &history, &account, number);
+        let mut sender = Sender::new(&entry_points, &history, &account, number);
         senders.spawn(async move {
             for _ in 0..SENT / SENDERS as u64 {
                 sender.send().await;
@@ -147,10 +152,10 @@ async fn never_after_ack() {
             0 => cluster.redis.flush_all().await.expect("FLUSHALL"),
             1 => cluster.redis.roll_back_to(&snapshot).await.expect("an old dump"),
             2 => snapshot = cluster.redis.snapshot().await.expect("a snapshot"),
-            // As an eviction does: one part of one inbox.
+            // One key of one inbox, like an eviction.
             _ => drop(cluster.redis.command(["EVAL", EVICT, "0"]).await.expect("a key is deleted")),
         }
-        // Another strike a little later, as long as anybody sends.
+        // The next fault follows until all senders have ended.
         let later = sleep(Duration::from_millis(random.gen_range(10..400)));
         tokio::select! {
             sender = senders.join_next() => sender.into_iter().for_each(|sender| sender.expect("a sender")),
@@ -168,7 +173,7 @@ async fn never_after_ack() {
     assert_eq!((report.acknowledged as u64, report.delivered as u64), (SENT, SENT));
     assert!(
         report.deliveries > report.delivered,
-        "nothing was shown twice, so no ack was put to the test"
+        "no message was delivered twice, so acks were not tested"
     );
 }
 
@@ -208,20 +213,19 @@ async fn peek_and_ack(
     }
 }
 
-/// Senders at every edge fill one inbox, one by one and in batches with a refusal inside, while
-/// readers at every edge walk through it: each sees 1, 2, 3 and so on, with nothing left out and
-/// nothing late.
+/// Senders at every edge fill one inbox, with single messages and with batches that contain a
+/// refused one. A reader at every edge receives the seqs 1, 2, 3 and so on.
 #[tokio::test(flavor = "multi_thread")]
 async fn gap_free_and_in_order() {
     const SENDERS: usize = 9;
     const ROUNDS: usize = 60;
     let cluster = cluster().await;
-    let fleet = cluster.fleet();
+    let entry_points = cluster.entry_points();
     let history = History::new();
     let account = cluster.accounts(1).await.expect("an account").remove(0);
     let mut senders = JoinSet::new();
     for number in 0..SENDERS {
-        let mut sender = Sender::new(&fleet, &history, &account, number);
+        let mut sender = Sender::new(&entry_points, &history, &account, number);
         senders.spawn(async move {
             for _ in 0..ROUNDS {
                 match sender.random.gen_range(0..4) {
@@ -234,7 +238,7 @@ async fn gap_free_and_in_order() {
     let sent = Arc::new(AtomicBool::new(false));
     let mut readers = JoinSet::new();
     for edge in 0..EDGES {
-        let (mut roamer, mut recorder) = (Roamer::at(&fleet, edge), history.recorder());
+        let (mut roamer, mut recorder) = (Roamer::at(&entry_points, edge), history.recorder());
         let (token, sent) = (account.token.clone(), Arc::clone(&sent));
         readers.spawn(async move {
             let mut after_seq = 0;
@@ -245,7 +249,7 @@ async fn gap_free_and_in_order() {
                 let page = roamer.must::<Peek>(&request, Some(&token)).await.payloads;
                 recorder.delivered(reading, seen(&page));
                 for envelope in &page {
-                    assert_eq!(envelope.seq, after_seq + 1, "edge {edge} leaves something out");
+                    assert_eq!(envelope.seq, after_seq + 1, "edge {edge} skips a message");
                     after_seq = envelope.seq;
                 }
                 if was_all && page.is_empty() {
@@ -264,28 +268,32 @@ async fn gap_free_and_in_order() {
     }
     let report = judge(&history);
     assert!(report.acknowledged > SENDERS * ROUNDS, "{report}");
-    assert_eq!(lasts, vec![report.acknowledged as u64; EDGES], "every reader has seen all");
+    assert_eq!(
+        lasts,
+        vec![report.acknowledged as u64; EDGES],
+        "every reader received all messages"
+    );
 }
 
-/// The same message goes to every edge at once, and again while it is queued, after it was drained,
-/// after it was acked, and after Redis forgot everything: one number, accepted once.
+/// The same message is sent to every edge concurrently, and again while it is queued, after it was
+/// drained, after it was acked, and after Redis was flushed. It is accepted once, with one seq.
 #[tokio::test(flavor = "multi_thread")]
 async fn idempotent() {
     const MESSAGES: usize = 40;
     let cluster = cluster().await;
-    let fleet = cluster.fleet();
+    let entry_points = cluster.entry_points();
     let history = History::new();
     let account = cluster.accounts(1).await.expect("an account").remove(0);
-    let mut author = Sender::new(&fleet, &history, &account, 0);
-    let mut reader = Roamer::at(&fleet, 1);
+    let mut author = Sender::new(&entry_points, &history, &account, 0);
+    let mut reader = Roamer::at(&entry_points, 1);
     let mut reads = history.recorder();
     for round in 0..MESSAGES {
         let (id, tag, request) = author.message();
-        let answers = everywhere(&fleet, &history, &account, (id, tag, &request)).await;
+        let answers = everywhere(&entry_points, &history, &account, (id, tag, &request)).await;
         let seq = round as u64 + 1;
         assert!(answers.iter().all(|(answered, _)| *answered == seq), "{answers:?}");
         let first = answers.iter().filter(|(_, duplicate)| !duplicate).count();
-        assert_eq!(first, 1, "accepted as new so often: {answers:?}");
+        assert_eq!(first, 1, "accepted as new more or less than once: {answers:?}");
         match round % 4 {
             0 => {
                 let reading = reads.reading(Inbox(0));
@@ -308,7 +316,7 @@ async fn idempotent() {
             2 => cluster.redis.flush_all().await.expect("FLUSHALL"),
             _ => {}
         }
-        let again = everywhere(&fleet, &history, &account, (id, tag, &request)).await;
+        let again = everywhere(&entry_points, &history, &account, (id, tag, &request)).await;
         assert!(again.iter().all(|answer| *answer == (seq, true)), "{again:?}");
     }
     let reading = reads.reading(Inbox(0));
@@ -323,17 +331,17 @@ async fn idempotent() {
     );
 }
 
-/// Sends the message twice through each edge, all at once: numbers, and whether it was there
-/// already.
+/// Sends the message twice through each edge, concurrently. Returns its seqs, and whether each
+/// answer says that it is a duplicate.
 async fn everywhere(
-    fleet: &Fleet,
+    entry_points: &EntryPoints,
     history: &History,
     account: &Account,
     (id, tag, request): (MessageId, Tag, &v1::EnqueueRequest),
 ) -> Vec<(u64, bool)> {
     let mut sends = JoinSet::new();
     for edge in (0..EDGES).chain(0..EDGES) {
-        let (mut roamer, mut recorder) = (Roamer::at(fleet, edge), history.recorder());
+        let (mut roamer, mut recorder) = (Roamer::at(entry_points, edge), history.recorder());
         let (request, token) = (request.clone(), account.token.clone());
         sends.spawn(async move {
             let sending = recorder.sending(Inbox(0), id, tag, Edge(edge as u16));

@@ -1,5 +1,5 @@
-//! *Claimed once*: a KeyPackage is given to one claimer, whichever edges the claims come in at, and
-//! the last resort never runs dry.
+//! *Claimed once*: a KeyPackage is issued once, at whatever edges it is claimed, and the
+//! last-resort package is always available.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -26,12 +26,12 @@ const EDGES: usize = 3;
 #[tokio::test(flavor = "multi_thread")]
 async fn claimed_once() {
     let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
-    let fleet = cluster.fleet();
+    let entry_points = cluster.entry_points();
     let accounts = cluster.accounts(9).await.unwrap();
     let (owner, claimers) = accounts.split_first().unwrap();
-    let mut roamer = Roamer::at(&fleet, 0);
+    let mut roamer = Roamer::at(&entry_points, 0);
     let mut mls = client_of(owner);
-    // Too few, just enough, more than enough, none.
+    // Fewer packages than claims, as many, more, none.
     for stock in [40, CLAIMS, CLAIMS + 10, 0] {
         let now = SystemClock.now();
         let packages: Vec<Bytes> =
@@ -46,15 +46,16 @@ async fn claimed_once() {
         let uploaded = roamer.must::<UploadKeyPackage>(&request, Some(&owner.token)).await;
         assert_eq!(uploaded.available as usize, stock);
 
-        let at_once = Arc::new(Barrier::new(CLAIMS));
+        let barrier = Arc::new(Barrier::new(CLAIMS));
         let mut claims = JoinSet::new();
         for claim in 0..CLAIMS {
-            let (mut roamer, at_once) = (Roamer::at(&fleet, claim % EDGES), Arc::clone(&at_once));
+            let (mut roamer, barrier) =
+                (Roamer::at(&entry_points, claim % EDGES), Arc::clone(&barrier));
             let (token, target) =
                 (claimers[claim % claimers.len()].token.clone(), owner.identity.clone());
             claims.spawn(async move {
                 roamer.connected().await;
-                at_once.wait().await;
+                barrier.wait().await;
                 let request =
                     v1::FetchKeyPackageRequest { identity_key: target, ..Default::default() };
                 roamer.must::<FetchKeyPackage>(&request, Some(&token)).await
@@ -68,9 +69,9 @@ async fn claimed_once() {
             "of {stock}: another last resort"
         );
         let distinct: HashSet<&Bytes> = own.iter().map(|claim| &claim.package).collect();
-        assert_eq!(distinct.len(), own.len(), "of {stock}: one was given twice");
-        assert_eq!(own.len(), stock.min(CLAIMS), "of {stock}: so many were given");
-        // The oldest are given first.
+        assert_eq!(distinct.len(), own.len(), "of {stock}: a package was issued twice");
+        assert_eq!(own.len(), stock.min(CLAIMS), "of {stock}: the number of issued packages");
+        // The oldest are issued first.
         let given: BTreeSet<usize> = own
             .iter()
             .map(|claim| packages.iter().position(|p| *p == claim.package).unwrap())

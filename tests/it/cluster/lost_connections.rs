@@ -1,11 +1,11 @@
 //! *Two lost connections*: the connections to Postgres are lost in the middle of every kind of
-//! transaction. Each call is answered Ok, and then it is so, or by the words "try again"; and
-//! repeated, it is so exactly once.
+//! transaction. A call that is answered Ok has had its effect, and one that is refused temporarily
+//! may be repeated. After all repeats it has had its effect exactly once.
 //!
-//! Each operation goes through two storms. In the first the table that it writes is locked, so it
-//! stands in the middle of its statement for sure, and two backends that stand there are
-//! terminated. In the second the answers of Postgres take a while and all connections are cut again
-//! and again, so that some are lost while a commit is on its way.
+//! Each operation runs in two storms. In the first the table that it writes is locked, so that it
+//! waits in the middle of its statement, and two backends that wait there are terminated. In the
+//! second the answers of Postgres are delayed and all connections are cut repeatedly, so that some
+//! are lost during a commit.
 
 use std::{collections::HashSet, future::Future, time::Duration};
 
@@ -25,7 +25,7 @@ use qpq_test_services::{
 use qpq_tests::{
     accounts::{self, Account, identity, login_with, registration, upload},
     client::Client,
-    cluster::{Cluster, Fleet, Plan, Wiring},
+    cluster::{Cluster, EntryPoints, Plan, Wiring},
     roaming::{Outcome, Roamer},
     traffic::{keep, payload, seen},
 };
@@ -41,14 +41,14 @@ use super::{STUCK, key_packages::client_of, until};
 const EDGES: usize = 2;
 const SEED: u64 = 0x2c0;
 const UNAUTHORIZED: u8 = 2;
-/// How often each operation is done in a storm; at both edges, all at once.
+/// The number of calls of each operation in a storm, concurrently at both edges.
 const TIMES: usize = 12;
 
-/// After so many cuts a storm is over; and so many come quickly.
+/// The number of cuts in a storm, and how many of them follow each other quickly.
 const CUTS: usize = 40;
 const EARLY: usize = 6;
 
-/// Backends of edges that wait for a lock, two at most.
+/// Terminates at most two backends of edges that wait for a lock.
 const TERMINATE: &str = "
     SELECT count(pg_terminate_backend(pid)) FROM (
         SELECT pid FROM pg_stat_activity
@@ -56,15 +56,15 @@ const TERMINATE: &str = "
 
 #[derive(Clone, Copy, Debug)]
 enum Storm {
-    /// Two are terminated in the middle of what they do to this table.
+    /// Two backends are terminated while they write this table.
     Terminated { table: &'static str },
-    /// All are cut, again and again.
+    /// All connections are cut repeatedly.
     Cut,
 }
 
 struct World {
     cluster: Cluster,
-    fleet: Fleet,
+    entry_points: EntryPoints,
     account: Account,
     seed: u64,
 }
@@ -72,15 +72,15 @@ struct World {
 impl World {
     async fn new() -> Self {
         let plan = Plan { edges: EDGES, wiring: Wiring::Proxied, seed: SEED, ..Plan::default() }
-            // So that each call finds its session in Postgres, and a use is noted when it is due.
+            // Each call reads its session from Postgres, and records the use when that is due.
             .with("QPQ_CLUSTER__SESSION_CACHE", "1ms");
         let cluster = Cluster::start(plan).await.expect("a cluster");
-        let fleet = cluster.fleet();
+        let entry_points = cluster.entry_points();
         let account = cluster.accounts(1).await.expect("an account").remove(0);
-        Self { cluster, fleet, account, seed: SEED }
+        Self { cluster, entry_points, account, seed: SEED }
     }
 
-    /// Does the work in that storm.
+    /// Runs the work in that storm.
     async fn weather<T>(&mut self, storm: Storm, work: impl Future<Output = T>) -> T {
         self.seed += 1;
         match storm {
@@ -103,14 +103,14 @@ impl World {
                 let more: i64 = sqlx::query_scalar(TERMINATE)
                     .fetch_one(&mut operator)
                     .await
-                    .expect("it is done");
+                    .expect("terminated");
                 terminated += more;
                 sleep(Duration::from_millis(5)).await;
             }
             lock.rollback().await.expect("unlocked");
         };
         tokio::join!(work, async {
-            timeout(STUCK, strike).await.expect("nothing waits for the table")
+            timeout(STUCK, strike).await.expect("two backends wait for the table")
         })
         .0
     }
@@ -123,8 +123,8 @@ impl World {
         let mut work = std::pin::pin!(work);
         let mut cuts = 0;
         let done = loop {
-            // At first while something is going on for sure, then now and then long enough for a
-            // new connection and a whole operation on it.
+            // Quickly at first, while calls are in progress. Later also with pauses that are long
+            // enough for a new connection and a whole operation on it.
             let most = if cuts < EARLY { 20 } else { 250 };
             let calm = Duration::from_millis(random.gen_range(5..most));
             tokio::select! {
@@ -146,28 +146,28 @@ impl World {
     }
 
     async fn client(&self, edge: usize) -> Client {
-        Roamer::at(&self.fleet, edge).patient().connected().await
+        Roamer::at(&self.entry_points, edge).patient().connected().await
     }
 
     async fn number(&self, sql: &str) -> u64 {
         self.cluster.postgres.sql(sql).await.expect("an answer").parse().expect("a number")
     }
 
-    /// Both storms, for what writes this table.
+    /// Returns both storms, for operations that write this table.
     fn storms(table: &'static str) -> [Storm; 2] {
         [Storm::Terminated { table }, Storm::Cut]
     }
 }
 
-/// Does it [`TIMES`] times, at all edges, all at once.
-async fn many<T, F>(fleet: &Fleet, work: impl Fn(usize, Roamer) -> F) -> Vec<T>
+/// Runs the work [`TIMES`] times, concurrently at all edges.
+async fn many<T, F>(entry_points: &EntryPoints, work: impl Fn(usize, Roamer) -> F) -> Vec<T>
 where
     F: Future<Output = T> + Send + 'static,
     T: Send + 'static,
 {
     let mut all = JoinSet::new();
     for n in 0..TIMES {
-        all.spawn(work(n, Roamer::at(fleet, n % EDGES).patient()));
+        all.spawn(work(n, Roamer::at(entry_points, n % EDGES).patient()));
     }
     all.join_all().await
 }
@@ -187,8 +187,8 @@ async fn registrations_and_logins_with_lost_connections() {
             ));
         }
         let before = world.number("SELECT count(*) FROM account").await;
-        let fleet = world.fleet.clone();
-        let registering = many(&fleet, |n, mut roamer| {
+        let entry_points = world.entry_points.clone();
+        let registering = many(&entry_points, |n, mut roamer| {
             let request = requests[n].clone();
             async move { roamer.must::<OpaqueRegisterFinish>(&request, None).await.success }
         });
@@ -205,8 +205,8 @@ async fn registrations_and_logins_with_lost_connections() {
         );
     }
     for (run, storm) in World::storms("session").into_iter().enumerate() {
-        let fleet = world.fleet.clone();
-        let logins = many(&fleet, |n, mut roamer| async move {
+        let entry_points = world.entry_points.clone();
+        let logins = many(&entry_points, |n, mut roamer| async move {
             let name = format!("name-{run}-{n}");
             let deadline = tokio::time::Instant::now() + STUCK;
             loop {
@@ -215,11 +215,11 @@ async fn registrations_and_logins_with_lost_connections() {
                     Ok(Err(refused)) => assert!(refused.is_temporary(), "{name}: {refused:?}"),
                     Err(_) => {}
                 }
-                assert!(tokio::time::Instant::now() < deadline, "{name} does not get in");
+                assert!(tokio::time::Instant::now() < deadline, "{name} cannot log in");
             }
         });
         let tokens = world.weather(storm, logins).await;
-        let mut other = Roamer::at(&world.fleet, 1).patient();
+        let mut other = Roamer::at(&world.entry_points, 1).patient();
         for token in &tokens {
             other.must::<Peek>(&v1::PeekRequest::default(), Some(token)).await;
         }
@@ -229,23 +229,25 @@ async fn registrations_and_logins_with_lost_connections() {
 #[tokio::test(flavor = "multi_thread")]
 async fn uses_and_ends_of_sessions_with_lost_connections() {
     let mut world = World::new().await;
-    // A use that is to be noted.
+    // A use that is due to be recorded.
     for storm in World::storms("session") {
         let aged = "UPDATE session SET last_used_at = last_used_at - 3600000";
         world.cluster.postgres.sql(aged).await.unwrap();
         world.cluster.redis.flush_all().await.unwrap();
-        let (fleet, token) = (world.fleet.clone(), world.account.token.clone());
-        let uses = many(&fleet, |_, mut roamer| {
+        let (entry_points, token) = (world.entry_points.clone(), world.account.token.clone());
+        let uses = many(&entry_points, |_, mut roamer| {
             let token = token.clone();
-            async move { drop(roamer.must::<Peek>(&v1::PeekRequest::default(), Some(&token)).await) }
+            async move {
+                roamer.must::<Peek>(&v1::PeekRequest::default(), Some(&token)).await;
+            }
         });
         world.weather(storm, uses).await;
-        // What failed to be noted is due again at the next use.
-        let mut roamer = Roamer::at(&world.fleet, 0).patient();
+        // A use that could not be recorded is due again at the next call.
+        let mut roamer = Roamer::at(&world.entry_points, 0).patient();
         roamer.must::<Peek>(&v1::PeekRequest::default(), Some(&world.account.token)).await;
         let age =
             "SELECT (extract(epoch FROM now()) * 1000)::int8 - last_used_at FROM session LIMIT 1";
-        assert!(world.number(age).await < 3_600_000, "{storm:?}: the use was not noted");
+        assert!(world.number(age).await < 3_600_000, "{storm:?}: the use was not recorded");
     }
     for storm in World::storms("session") {
         let client = world.client(0).await;
@@ -254,14 +256,14 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
             tokens.push(accounts::login(&client, &world.account.username).await.unwrap());
         }
         let before = world.number("SELECT count(*) FROM session").await;
-        let fleet = world.fleet.clone();
-        let logouts = many(&fleet, |n, mut roamer| {
+        let entry_points = world.entry_points.clone();
+        let logouts = many(&entry_points, |n, mut roamer| {
             let token = tokens[n].clone();
             async move {
                 loop {
                     match roamer.call::<Logout>(&v1::LogoutRequest::default(), Some(&token)).await {
                         Outcome::Ok(_) => return,
-                        // It had happened, and was not answered.
+                        // An earlier attempt had its effect without an answer.
                         Outcome::Refused(refused) if refused.status == UNAUTHORIZED => return,
                         Outcome::Refused(refused) => assert!(refused.is_temporary(), "{refused:?}"),
                         Outcome::Lost(_) => {}
@@ -279,7 +281,7 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
         for edge in 0..EDGES {
             let client = world.client(edge).await;
             for token in &tokens {
-                until("it is dead", || async {
+                until("the session has ended", || async {
                     let peek = client.call::<Peek>(&v1::PeekRequest::default(), Some(token)).await;
                     peek.expect("an answer").is_err_and(|refused| refused.status == UNAUTHORIZED)
                 })
@@ -293,10 +295,10 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
 async fn messages_with_lost_connections() {
     let mut world = World::new().await;
     let history = History::new();
-    let (fleet, account) = (world.fleet.clone(), world.account.clone());
+    let (entry_points, account) = (world.entry_points.clone(), world.account.clone());
     let mut random = StdRng::seed_from_u64(SEED);
     let mut next_tag = 0;
-    // Accepting, delivering, acking; each after the other and each in its storms.
+    // Enqueue, Fetch and Ack, one after the other, each in its storms.
     for round in 0..2 {
         for storm in World::storms("message") {
             let mut messages = Vec::new();
@@ -311,7 +313,7 @@ async fn messages_with_lost_connections() {
                 };
                 messages.push((id, Tag(next_tag), request));
             }
-            let sending = many(&fleet, |n, mut roamer| {
+            let sending = many(&entry_points, |n, mut roamer| {
                 let (mut recorder, token) = (history.recorder(), account.token.clone());
                 let (id, tag, request) = messages[n].clone();
                 async move {
@@ -338,8 +340,8 @@ async fn messages_with_lost_connections() {
 }
 
 async fn drain(world: &mut World, storm: Storm, history: &History) {
-    let (fleet, account) = (world.fleet.clone(), world.account.clone());
-    let draining = many(&fleet, |_, mut roamer| {
+    let (entry_points, account) = (world.entry_points.clone(), world.account.clone());
+    let draining = many(&entry_points, |_, mut roamer| {
         let (mut recorder, token) = (history.recorder(), account.token.clone());
         async move {
             let request = v1::FetchRequest { limit: 2, ..Default::default() };
@@ -351,16 +353,16 @@ async fn drain(world: &mut World, storm: Storm, history: &History) {
     world.weather(storm, draining).await;
 }
 
-/// Looks at the inbox in calm weather, and acks what is there in a storm.
+/// Peeks without faults, and acks the messages in a storm.
 async fn ack(world: &mut World, storm: Storm, history: &History) {
-    let (fleet, account) = (world.fleet.clone(), world.account.clone());
-    let (mut reader, mut recorder) = (Roamer::at(&fleet, 0).patient(), history.recorder());
+    let (entry_points, account) = (world.entry_points.clone(), world.account.clone());
+    let (mut reader, mut recorder) = (Roamer::at(&entry_points, 0).patient(), history.recorder());
     let reading = recorder.reading(Inbox(0));
     let page =
         reader.must::<Peek>(&v1::PeekRequest::default(), Some(&account.token)).await.payloads;
     recorder.delivered(reading, seen(&page));
     let seqs: Vec<u64> = page.iter().map(|envelope| envelope.seq).collect();
-    let acking = many(&fleet, |n, mut roamer| {
+    let acking = many(&entry_points, |n, mut roamer| {
         let (mut recorder, token) = (history.recorder(), account.token.clone());
         let seqs: Vec<u64> =
             seqs.iter().copied().filter(|seq| *seq as usize % TIMES == n).collect();
@@ -374,9 +376,10 @@ async fn ack(world: &mut World, storm: Storm, history: &History) {
     world.weather(storm, acking).await;
 }
 
-/// Drains the inbox until Postgres says that nothing is left.
+/// Drains the inbox until Postgres has no messages.
 async fn empty(world: &World, history: &History) {
-    let (mut roamer, mut recorder) = (Roamer::at(&world.fleet, 0).patient(), history.recorder());
+    let (mut roamer, mut recorder) =
+        (Roamer::at(&world.entry_points, 0).patient(), history.recorder());
     while world.cluster.messages_left().await.expect("a count") > 0 {
         let reading = recorder.reading(Inbox(0));
         let page = roamer
@@ -391,14 +394,14 @@ async fn empty(world: &World, history: &History) {
 #[tokio::test(flavor = "multi_thread")]
 async fn key_packages_with_lost_connections() {
     let mut world = World::new().await;
-    let (fleet, owner) = (world.fleet.clone(), world.account.clone());
+    let (entry_points, owner) = (world.entry_points.clone(), world.account.clone());
     let mut mls = client_of(&owner);
     for storm in World::storms("key_package") {
         let now = qpq_ports::Clock::now(&qpq_ports::SystemClock);
         let packages: Vec<Bytes> =
             mls.key_packages(2 * TIMES, now).unwrap().into_iter().map(Bytes::from).collect();
         let last_resort = Bytes::from(mls.last_resort_key_package(now).unwrap());
-        let uploading = many(&fleet, |n, mut roamer| {
+        let uploading = many(&entry_points, |n, mut roamer| {
             let request = v1::UploadKeyPackageRequest {
                 package: last_resort.clone(),
                 last_resort: true,
@@ -409,7 +412,7 @@ async fn key_packages_with_lost_connections() {
             async move { drop(roamer.must::<UploadKeyPackage>(&request, Some(&token)).await) }
         });
         world.weather(storm, uploading).await;
-        let mut roamer = Roamer::at(&fleet, 0).patient();
+        let mut roamer = Roamer::at(&entry_points, 0).patient();
         let stock = roamer.must::<CountKeyPackages>(&Default::default(), Some(&owner.token)).await;
         assert_eq!(
             (stock.available as usize, stock.has_last_resort),
@@ -417,47 +420,46 @@ async fn key_packages_with_lost_connections() {
             "{storm:?}"
         );
 
-        let taking = many(&fleet, |_, mut roamer| {
+        let claiming = many(&entry_points, |_, mut roamer| {
             let (token, identity_key) = (owner.token.clone(), owner.identity.clone());
             async move {
                 let request = v1::FetchKeyPackageRequest { identity_key, ..Default::default() };
                 roamer.must::<FetchKeyPackage>(&request, Some(&token)).await
             }
         });
-        let mut given: Vec<_> = world.weather(storm, taking).await;
-        // The rest in calm weather, until only the last resort is left.
+        let mut issued: Vec<_> = world.weather(storm, claiming).await;
+        // The rest is claimed without faults, until only the last-resort package is left.
         let request = v1::FetchKeyPackageRequest {
             identity_key: owner.identity.clone(),
             ..Default::default()
         };
-        while !given.last().is_some_and(|claim| claim.last_resort) {
-            given.push(roamer.must::<FetchKeyPackage>(&request, Some(&owner.token)).await);
+        while !issued.last().is_some_and(|claim| claim.last_resort) {
+            issued.push(roamer.must::<FetchKeyPackage>(&request, Some(&owner.token)).await);
         }
         assert!(
-            given.iter().all(|claim| !claim.package.is_empty()),
-            "{storm:?}: the last resort ran dry"
+            issued.iter().all(|claim| !claim.package.is_empty()),
+            "{storm:?}: an answer has no package"
         );
         let own: Vec<&Bytes> =
-            given.iter().filter(|c| !c.last_resort).map(|c| &c.package).collect();
+            issued.iter().filter(|c| !c.last_resort).map(|c| &c.package).collect();
         let distinct: HashSet<&Bytes> = own.iter().copied().collect();
-        assert_eq!(distinct.len(), own.len(), "{storm:?}: one was given twice");
+        assert_eq!(distinct.len(), own.len(), "{storm:?}: a package was issued twice");
         assert!(
             own.iter().all(|package| packages.contains(package)),
-            "{storm:?}: nobody uploaded that"
+            "{storm:?}: a package was not uploaded"
         );
-        // One that was taken while the answer got lost is nobody's, which is better than two
-        // people's.
-        assert!(!own.is_empty(), "{storm:?}: none was given");
+        // A package whose answer was lost is issued to nobody, which is better than twice.
+        assert!(!own.is_empty(), "{storm:?}: no package was issued");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hybrid_keys_with_lost_connections() {
     let mut world = World::new().await;
-    let (fleet, owner) = (world.fleet.clone(), world.account.clone());
+    let (entry_points, owner) = (world.entry_points.clone(), world.account.clone());
     for storm in World::storms("hybrid_key") {
         let keys: Vec<Bytes> = (0..TIMES).map(|_| hybrid_key()).collect();
-        let putting = many(&fleet, |n, mut roamer| {
+        let putting = many(&entry_points, |n, mut roamer| {
             let request = v1::UploadHybridKeyRequest {
                 hybrid_public_key: keys[n].clone(),
                 ..Default::default()
@@ -472,11 +474,11 @@ async fn hybrid_keys_with_lost_connections() {
             identity_key: owner.identity.clone(),
             ..Default::default()
         };
-        let mut roamer = Roamer::at(&fleet, 1).patient();
+        let mut roamer = Roamer::at(&entry_points, 1).patient();
         let got =
             roamer.must::<FetchHybridKey>(&request, Some(&owner.token)).await.hybrid_public_key;
         assert!(keys.contains(&got), "{storm:?}");
-        // Of several in a row the last one stays.
+        // A later key replaces an earlier one.
         let last = hybrid_key();
         let put =
             v1::UploadHybridKeyRequest { hybrid_public_key: last.clone(), ..Default::default() };
@@ -488,12 +490,12 @@ async fn hybrid_keys_with_lost_connections() {
     }
 }
 
-/// X25519 ‖ ML-KEM-768: any point, and a matrix of nothing with a random seed, which is a valid key
-/// that nobody could use.
+/// Returns X25519 ‖ ML-KEM-768: any point, and a zero matrix with a random seed, which is a valid
+/// key without a use.
 fn hybrid_key() -> Bytes {
     let point = curve_point();
-    let (nothing, seed) = ([0_u8; 1_152], rand::random::<[u8; 32]>());
-    [&point[..], &nothing[..], &seed[..]].concat().into()
+    let (matrix, seed) = ([0_u8; 1_152], rand::random::<[u8; 32]>());
+    [&point[..], &matrix[..], &seed[..]].concat().into()
 }
 
 fn curve_point() -> [u8; 32] {

@@ -1,5 +1,5 @@
-//! The promises of a cluster, each a test by its name, on real stores: what every call was answered
-//! is recorded and judged.
+//! The guarantees of a cluster, each with a test of its name, on real stores. The answer to every
+//! call is recorded and checked.
 
 mod accounts;
 mod acked_never_lost;
@@ -15,6 +15,7 @@ mod key_packages;
 mod lost_connections;
 mod outage;
 mod revocation;
+mod store_changes;
 mod wakes;
 
 use std::time::Duration;
@@ -22,13 +23,13 @@ use std::time::Duration;
 use qpq_tests::{client::Client, cluster::Cluster, roaming::Roamer};
 use tokio::time::{Instant, sleep};
 
-/// After this a test is stuck.
+/// The time limit of [`until`].
 const STUCK: Duration = Duration::from_secs(60);
 
-/// Returns how long it took until `holds`, looking often.
+/// Waits until `holds` returns true. Returns the time that it took.
 ///
 /// # Panics
-/// If that never comes.
+/// If the condition does not hold within [`STUCK`].
 async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) -> Duration {
     let begun = Instant::now();
     while !holds().await {
@@ -38,12 +39,12 @@ async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> 
     begun.elapsed()
 }
 
-/// A connection to each of the first `edges` edges, which stays there.
+/// Connects to each of the first `edges` edges. The connections stay at their edges.
 async fn client_at_each(cluster: &Cluster, edges: usize) -> Vec<Client> {
-    let fleet = cluster.fleet();
+    let entry_points = cluster.entry_points();
     let mut clients = Vec::new();
     for edge in 0..edges {
-        clients.push(Roamer::at(&fleet, edge).patient().connected().await);
+        clients.push(Roamer::at(&entry_points, edge).patient().connected().await);
     }
     clients
 }

@@ -1,5 +1,5 @@
-//! A store that goes away: calls that need it say "try again" and when, Health says `degraded`, and
-//! when the store is back so is the cluster, without anybody's doing.
+//! A store that is killed or hangs. Calls that need it are refused temporarily, with the time to
+//! wait, and Health is `degraded`. Once the store runs again, the cluster serves again by itself.
 
 use bytes::Bytes;
 use qpq_proto::{
@@ -63,13 +63,14 @@ impl World {
             .expect("an answer")
     }
 
+    /// Waits until every edge reports this status.
     async fn becomes(&self, status: &'static str) {
         for edge in 0..EDGES {
             until(status, || async { self.health(edge).await == status }).await;
         }
     }
 
-    /// What was sent at one edge arrives at the other.
+    /// Checks that a message sent at one edge arrives at the other.
     async fn serves(&self) {
         for edge in 0..EDGES {
             until("a message is accepted", || async { self.send(edge, "hello").await.is_ok() })
@@ -93,20 +94,20 @@ impl World {
 }
 
 #[track_caller]
-fn says_when<T: std::fmt::Debug>(outcome: Result<T, Refused>, what: &str) {
+fn is_refused_temporarily<T: std::fmt::Debug>(outcome: Result<T, Refused>, what: &str) {
     let refused = outcome.expect_err(what);
     assert_eq!(refused.status, UNAVAILABLE, "{what}: {refused:?}");
     assert!(refused.retry_after_ms > 0, "{what}: {refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_postgres_calls_say_when_to_try_again_and_it_heals() {
+async fn without_postgres_calls_are_refused_temporarily_until_it_runs_again() {
     let world = World::new().await;
     world.becomes("ok").await;
     world.cluster.postgres.kill9().await.unwrap();
     for edge in 0..EDGES {
-        says_when(world.peek(edge).await, "a read");
-        says_when(world.send(edge, "lost?").await, "a message");
+        is_refused_temporarily(world.peek(edge).await, "a read");
+        is_refused_temporarily(world.send(edge, "lost?").await, "a message");
     }
     world.becomes("degraded").await;
     world.cluster.postgres.start_again().await.unwrap();
@@ -115,12 +116,12 @@ async fn without_postgres_calls_say_when_to_try_again_and_it_heals() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_redis_messages_are_accepted_reads_say_when_to_try_again_and_it_heals() {
+async fn without_redis_messages_are_accepted_and_reads_are_refused_temporarily() {
     let world = World::new().await;
     world.cluster.redis.kill9().await.unwrap();
     for edge in 0..EDGES {
-        world.send(edge, "kept").await.expect("Postgres is enough to accept it");
-        says_when(world.peek(edge).await, "a read");
+        world.send(edge, "kept").await.expect("accepting needs only Postgres");
+        is_refused_temporarily(world.peek(edge).await, "a read");
     }
     world.becomes("degraded").await;
     world.cluster.redis.start_again().await.unwrap();
@@ -131,10 +132,10 @@ async fn without_redis_messages_are_accepted_reads_say_when_to_try_again_and_it_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stores_that_hang_do_not_hang_calls() {
+async fn calls_end_when_a_store_hangs() {
     let world = World::new().await;
     world.cluster.redis.freeze();
-    says_when(world.peek(0).await, "a read, Redis hangs");
+    is_refused_temporarily(world.peek(0).await, "a read, Redis hangs");
     world.becomes("degraded").await;
     world.cluster.redis.thaw();
     world.becomes("ok").await;
@@ -142,8 +143,8 @@ async fn stores_that_hang_do_not_hang_calls() {
     world.serves().await;
     world.cluster.nats.thaw();
     world.cluster.postgres.freeze();
-    says_when(world.send(1, "hangs").await, "a message, Postgres hangs");
-    says_when(world.peek(0).await, "a read, Postgres hangs");
+    is_refused_temporarily(world.send(1, "hangs").await, "a message, Postgres hangs");
+    is_refused_temporarily(world.peek(0).await, "a read, Postgres hangs");
     world.becomes("degraded").await;
     world.cluster.postgres.thaw();
     world.becomes("ok").await;
@@ -151,7 +152,7 @@ async fn stores_that_hang_do_not_hang_calls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_nats_everything_goes_on() {
+async fn without_nats_all_calls_succeed() {
     let world = World::new().await;
     world.cluster.nats.kill9().await.unwrap();
     world.serves().await;

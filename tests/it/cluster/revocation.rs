@@ -1,6 +1,6 @@
-//! *Revoked means dead everywhere*: a session that was ended at one edge is refused at all others,
-//! soon by word through NATS, and without NATS once no copy of it is believed any more. What waits
-//! in that session ends too, and shows nothing first.
+//! *Revoked means dead everywhere*: a session that is ended at one edge is refused at all others,
+//! after an account event through NATS, and without NATS once cached copies of it are too old.
+//! Calls that wait in the session end too, without messages.
 
 use std::time::Duration;
 
@@ -19,10 +19,9 @@ use tokio::task::JoinSet;
 use super::{client_at_each, until};
 
 const EDGES: usize = 3;
-/// The protocol says one second. This is for a machine that does much else; what it took is
-/// printed.
+/// The protocol says one second. This is for a busy machine; the measured time is printed.
 const WITHIN: Duration = Duration::from_secs(10);
-/// How long an edge may believe a copy, as the cluster is configured.
+/// The configured maximum age of a cached session.
 const CACHED: Duration = Duration::from_secs(2);
 const UNAUTHORIZED: u8 = 2;
 
@@ -41,19 +40,19 @@ impl World {
         Self { cluster, clients, account }
     }
 
-    /// A session that every edge has in use.
+    /// Creates a session that every edge has cached.
     async fn session(&self) -> Bytes {
         let token = login(&self.clients[0], &self.account.username).await.expect("a session");
         for client in &self.clients {
             client
                 .must::<Peek>(&v1::PeekRequest::default(), Some(&token))
                 .await
-                .expect("it is good");
+                .expect("a valid session");
         }
         token
     }
 
-    /// Waits in the session at every edge but the first.
+    /// Starts a waiting call in the session at every edge but the first.
     async fn park(&self, token: &Bytes) -> JoinSet<Result<v1::FetchWaitResponse, Refused>> {
         let mut parked = JoinSet::new();
         for client in &self.clients[1..] {
@@ -97,15 +96,16 @@ impl World {
         }
     }
 
-    /// How long after now the session is dead at every edge. It stays so.
+    /// Waits until the session has ended at every edge, and checks that it stays so. Returns the
+    /// time.
     async fn dies(&self, token: &Bytes) -> Duration {
         let mut longest = Duration::ZERO;
         for edge in 0..EDGES {
-            longest += until("the session is dead", || self.is_dead(edge, token)).await;
+            longest += until("the session has ended", || self.is_dead(edge, token)).await;
         }
         self.cluster.redis.flush_all().await.expect("FLUSHALL");
         for edge in (0..EDGES).cycle().take(30) {
-            assert!(self.is_dead(edge, token).await, "edge {edge} lets a session live again");
+            assert!(self.is_dead(edge, token).await, "edge {edge} accepts the session again");
         }
         longest
     }
@@ -119,16 +119,16 @@ async fn revoked_means_dead_everywhere() {
         let (token, other) = (world.session().await, world.session().await);
         assert_eq!(world.revoke(&token, false).await, 1);
         longest = longest.max(world.dies(&token).await);
-        assert!(!world.is_dead(1, &other).await, "another session of the account goes on");
+        assert!(!world.is_dead(1, &other).await, "another session of the account is valid");
         assert!(world.revoke(&other, true).await >= 1);
         longest = longest.max(world.dies(&other).await);
     }
-    println!("dead everywhere within {longest:?}");
+    println!("ended everywhere within {longest:?}");
     assert!(longest < WITHIN, "it took {longest:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_waits_in_a_revoked_session_ends() {
+async fn waiting_calls_of_a_revoked_session_end() {
     let world = World::new().await;
     for _ in 0..3 {
         let token = world.session().await;
@@ -150,10 +150,10 @@ async fn revoked_means_dead_everywhere_without_nats() {
         let token = world.session().await;
         world.revoke(&token, all_sessions).await;
         let longest = world.dies(&token).await;
-        println!("without NATS dead everywhere within {longest:?}");
+        println!("without NATS ended everywhere within {longest:?}");
         assert!(longest < CACHED + WITHIN, "it took {longest:?}");
     }
-    // What waits in it is not told of its end, and ends all the same.
+    // Waiting calls are not notified of the end of the session, and end all the same.
     let token = world.session().await;
     let parked = world.park(&token).await;
     world.revoke(&token, false).await;

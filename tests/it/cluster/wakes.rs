@@ -1,5 +1,5 @@
-//! *Wakes all dropped*: every word from edge to edge gets lost, and every message arrives all the
-//! same, because each edge looks after the inboxes that somebody waits for.
+//! *Wakes all dropped*: all wakes between edges are lost, and every message arrives all the same,
+//! because each edge polls the inboxes that its calls wait for.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use super::until;
 
 const EDGES: usize = 3;
 const WAITERS: usize = 12;
-/// Far longer than the poll takes, and far shorter than any other reason to look again.
+/// Far longer than the interval of polls, and far shorter than any other reason for a read.
 const SOON: Duration = Duration::from_secs(25);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -32,7 +32,7 @@ async fn wakes_all_dropped() {
     for edge in 0..EDGES {
         cluster.links(edge).nats.switch().change(|faults| faults.link = Link::Blackhole(Way::Both));
     }
-    for round in ["every word is swallowed", "once more"] {
+    for round in ["all wakes are dropped", "again"] {
         all_arrive(&cluster, &accounts, round).await;
     }
     for edge in 0..EDGES {
@@ -44,23 +44,23 @@ async fn wakes_all_dropped() {
     all_arrive(&cluster, &accounts, "NATS is back").await;
 }
 
-/// Everybody waits at an edge; then everybody is sent something through another.
+/// Waits for each account at an edge, then sends it a message through another one.
 async fn all_arrive(cluster: &Cluster, accounts: &[Account], when: &'static str) {
-    let fleet = cluster.fleet();
+    let entry_points = cluster.entry_points();
     let mut waits = JoinSet::new();
     for (n, account) in accounts.iter().enumerate() {
-        let client: Client = Roamer::at(&fleet, 1 + n % (EDGES - 1)).patient().connected().await;
+        let client: Client =
+            Roamer::at(&entry_points, 1 + n % (EDGES - 1)).patient().connected().await;
         let token = account.token.clone();
         waits.spawn(async move {
             let request = v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() };
             let wait = client.must::<FetchWait>(&request, Some(&token));
-            let page =
-                timeout(2 * SOON, wait).await.expect("it waits for ever").expect("an answer");
+            let page = timeout(2 * SOON, wait).await.expect("the call ends").expect("an answer");
             (n, page.payloads.into_iter().map(|envelope| envelope.data).collect::<Vec<_>>())
         });
     }
     until("all wait", || async { waiting(cluster).await == WAITERS }).await;
-    let mut sender = Roamer::at(&fleet, 0);
+    let mut sender = Roamer::at(&entry_points, 0);
     for (n, account) in accounts.iter().enumerate() {
         let request = v1::EnqueueRequest {
             recipient_key: account.identity.clone(),
@@ -76,7 +76,7 @@ async fn all_arrive(cluster: &Cluster, accounts: &[Account], when: &'static str)
     }
 }
 
-/// For how many inboxes an edge is registered in Redis as waiting.
+/// Returns the number of inboxes for which an edge is registered in Redis as waiting.
 async fn waiting(cluster: &Cluster) -> usize {
     let count = cluster.redis.command(["EVAL", "return #redis.call('KEYS', '*}w')", "0"]).await;
     match count.expect("Redis counts") {

@@ -8,17 +8,28 @@
 //! Recording needs no lock: a recorder owns its log and passes it on when it is dropped, also when
 //! its task is aborted.
 //!
-//! The result is valid only if the test follows three rules:
+//! A store may go back in time: a standby is promoted, a backup is restored. The test records each
+//! such [`StoreChange`] and the store id of each read. A message that was acknowledged in a history
+//! of the store that ended, beyond the state that the next one began with, is lost with its
+//! history: the report counts it, and it is no violation. All other guarantees hold in each
+//! history.
+//!
+//! The result is valid only if the test follows four rules:
 //! - **Record every read.** Messages that the server may count as delivered are recorded as
 //!   delivered. An answer that reached the client's QUIC stack is read to its end, even when the
 //!   test is stopping.
 //! - **Read the rest.** At the end a last read of each inbox records all messages that are left.
 //! - **Use a tag once for each inbox.** The payload contains the tag, which identifies the
 //!   delivered message.
+//! - **Ack where the messages were read.** An ack goes over the connection of the read that
+//!   returned the messages. On another connection the server cannot know to which history of the
+//!   store the seqs belong.
 
 mod check;
+mod stores;
 
 use std::{
+    collections::BTreeMap,
     mem,
     ops::Range,
     sync::{
@@ -28,7 +39,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use qpq_domain::{MessageId, Seq};
+use qpq_domain::{MessageId, Seq, StoreId};
 use tokio::time::Instant;
 
 pub use check::{Report, Violation};
@@ -53,6 +64,29 @@ pub struct Party(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(u64);
 
+/// A change of the store's history that the test caused.
+#[derive(Debug, Clone)]
+pub struct StoreChange {
+    /// The history whose state the new one begins with.
+    pub continues: StoreId,
+    /// The new history.
+    pub store: StoreId,
+    pub kept: Kept,
+    /// The previous history ended after `from` and before `until`, and the new one began between
+    /// these times. The two are equal if no store ran at that time.
+    pub from: Moment,
+    pub until: Moment,
+}
+
+/// The part of a history that the next one begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kept {
+    /// All acknowledged messages and all answered removals.
+    Everything,
+    /// The messages up to these seqs, and none of other inboxes. Removals may be missing.
+    UpTo(BTreeMap<Inbox, Seq>),
+}
+
 /// The records of all parties of a run.
 #[derive(Debug, Clone)]
 pub struct History(Arc<State>);
@@ -63,6 +97,7 @@ struct State {
     parties: AtomicU32,
     recording: AtomicUsize,
     logs: Mutex<Vec<Log>>,
+    changes: Mutex<Vec<StoreChange>>,
 }
 
 impl Default for History {
@@ -78,6 +113,7 @@ impl History {
             parties: AtomicU32::new(0),
             recording: AtomicUsize::new(0),
             logs: Mutex::new(Vec::new()),
+            changes: Mutex::new(Vec::new()),
         }))
     }
 
@@ -90,22 +126,28 @@ impl History {
         Recorder { history: self.clone(), log: Log::of(party) }
     }
 
+    /// Records that the store has another history now. Changes are recorded in their order.
+    pub fn store_changed(&self, change: StoreChange) {
+        self.0.changes.lock().push(change);
+    }
+
+    /// Returns the current time of the records.
+    pub fn now(&self) -> Moment {
+        Moment(u64::try_from(self.0.begun.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
     /// Checks the history.
     ///
     /// # Panics
     /// If a recorder is not dropped, because its records would be missing. If a tag is used for two
-    /// messages of an inbox.
+    /// messages of an inbox. If the store changed and a read was recorded without store id.
     pub fn check(&self) -> Report {
         let recording = self.0.recording.load(Ordering::Acquire);
         assert_eq!(
             recording, 0,
             "recorders are still in use: join their tasks and drop them first"
         );
-        check::check(&self.0.logs.lock())
-    }
-
-    fn now(&self) -> Moment {
-        Moment(u64::try_from(self.0.begun.elapsed().as_nanos()).unwrap_or(u64::MAX))
+        check::check(&self.0.logs.lock(), &self.0.changes.lock())
     }
 }
 
@@ -138,18 +180,23 @@ impl Recorder {
 
     /// Records the begin of an Enqueue, also of each retry with the same id.
     pub fn sending(&mut self, inbox: Inbox, id: MessageId, tag: Tag, edge: Edge) -> Sending {
-        let begun = self.history.now();
-        Sending(self.log.send(Send { inbox, id, tag, edge, begun, outcome: Outcome::Unknown }))
+        let (begun, outcome) = (self.history.now(), Outcome::Unknown);
+        Sending(self.log.send(Send { inbox, id, tag, edge, begun, ended: None, outcome }))
     }
 
     /// Records that the server accepted the message with this seq.
     pub fn acknowledged(&mut self, sending: Sending, seq: Seq) {
-        self.log.sends[sending.0].outcome = Outcome::Acknowledged(seq);
+        self.answered(&sending, Outcome::Acknowledged(seq));
     }
 
     /// Records that the server refused the message. A missing answer is no refusal.
     pub fn refused(&mut self, sending: Sending) {
-        self.log.sends[sending.0].outcome = Outcome::Refused;
+        self.answered(&sending, Outcome::Refused);
+    }
+
+    fn answered(&mut self, sending: &Sending, outcome: Outcome) {
+        let send = &mut self.log.sends[sending.0];
+        (send.ended, send.outcome) = (Some(self.history.now()), outcome);
     }
 
     /// Records the begin of a read.
@@ -158,20 +205,48 @@ impl Recorder {
         Reading(self.log.read(inbox, begun))
     }
 
-    /// Records the messages that a read delivered, in the order of the answer.
+    /// Records the messages that a read delivered, in the order of the answer. For tests in which
+    /// the store does not change.
     pub fn delivered(&mut self, reading: Reading, messages: impl IntoIterator<Item = (Seq, Tag)>) {
         let ended = self.history.now();
-        self.log.show(reading.0, ended, messages);
+        self.log.show(reading.0, ended, None, messages);
     }
 
-    /// Records the begin of an ack of these messages.
+    /// Records the messages that a read delivered, with the store id of the answer.
+    pub fn delivered_in(
+        &mut self,
+        store: StoreId,
+        reading: Reading,
+        messages: impl IntoIterator<Item = (Seq, Tag)>,
+    ) {
+        let ended = self.history.now();
+        self.log.show(reading.0, ended, Some(store), messages);
+    }
+
+    /// Records the begin of an ack of these messages. For tests in which the store does not change.
     pub fn acking(&mut self, inbox: Inbox, seqs: impl IntoIterator<Item = Seq>) -> Acking {
-        Acking(self.log.ack(inbox, seqs))
+        Acking(self.log.ack(inbox, None, seqs))
     }
 
-    /// Records the begin of an ack of all messages up to this seq, in all channels.
+    /// Records the begin of an ack of messages that were delivered with this store id.
+    pub fn acking_in(
+        &mut self,
+        store: StoreId,
+        inbox: Inbox,
+        seqs: impl IntoIterator<Item = Seq>,
+    ) -> Acking {
+        Acking(self.log.ack(inbox, Some(store), seqs))
+    }
+
+    /// Records the begin of an ack of all messages up to this seq, in all channels. For tests in
+    /// which the store does not change.
     pub fn acking_through(&mut self, inbox: Inbox, seq: Seq) -> Acking {
-        Acking(self.log.ack_through(inbox, seq))
+        Acking(self.log.ack_through(inbox, None, seq))
+    }
+
+    /// Records the begin of an ack of all messages up to one that was delivered with this store id.
+    pub fn acking_through_in(&mut self, store: StoreId, inbox: Inbox, seq: Seq) -> Acking {
+        Acking(self.log.ack_through(inbox, Some(store), seq))
     }
 
     /// Records the answer to an ack. No read that begins later may deliver these messages.
@@ -209,6 +284,8 @@ struct Send {
     tag: Tag,
     edge: Edge,
     begun: Moment,
+    /// `None` if there was no answer.
+    ended: Option<Moment>,
     outcome: Outcome,
 }
 
@@ -225,12 +302,17 @@ struct Read {
     begun: Moment,
     /// `None` if there was no answer.
     ended: Option<Moment>,
+    /// `None` if there was no answer, or in a test in which the store does not change.
+    store: Option<StoreId>,
     shown: Range<usize>,
 }
 
 #[derive(Debug, Clone)]
 struct Ack {
     inbox: Inbox,
+    /// The store id of the read that delivered the messages. `None` in a test in which the store
+    /// does not change.
+    store: Option<StoreId>,
     what: AckRange,
     ended: Option<Moment>,
 }
@@ -259,28 +341,39 @@ impl Log {
     }
 
     fn read(&mut self, inbox: Inbox, begun: Moment) -> usize {
-        self.reads.push(Read { inbox, begun, ended: None, shown: 0..0 });
+        self.reads.push(Read { inbox, begun, ended: None, store: None, shown: 0..0 });
         self.reads.len() - 1
     }
 
-    fn show(&mut self, read: usize, ended: Moment, messages: impl IntoIterator<Item = (Seq, Tag)>) {
+    fn show(
+        &mut self,
+        read: usize,
+        ended: Moment,
+        store: Option<StoreId>,
+        messages: impl IntoIterator<Item = (Seq, Tag)>,
+    ) {
         let from = self.shown.len();
         self.shown.extend(messages);
         let read = &mut self.reads[read];
-        read.ended = Some(ended);
+        (read.ended, read.store) = (Some(ended), store);
         read.shown = from..self.shown.len();
     }
 
-    fn ack(&mut self, inbox: Inbox, seqs: impl IntoIterator<Item = Seq>) -> usize {
+    fn ack(
+        &mut self,
+        inbox: Inbox,
+        store: Option<StoreId>,
+        seqs: impl IntoIterator<Item = Seq>,
+    ) -> usize {
         let from = self.named.len();
         self.named.extend(seqs);
         let what = AckRange::Named(from..self.named.len());
-        self.acks.push(Ack { inbox, what, ended: None });
+        self.acks.push(Ack { inbox, store, what, ended: None });
         self.acks.len() - 1
     }
 
-    fn ack_through(&mut self, inbox: Inbox, seq: Seq) -> usize {
-        self.acks.push(Ack { inbox, what: AckRange::Through(seq), ended: None });
+    fn ack_through(&mut self, inbox: Inbox, store: Option<StoreId>, seq: Seq) -> usize {
+        self.acks.push(Ack { inbox, store, what: AckRange::Through(seq), ended: None });
         self.acks.len() - 1
     }
 }

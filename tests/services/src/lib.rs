@@ -30,4 +30,4 @@ pub use nats::Nats;
 pub use postgres::Postgres;
 pub use redis::{Redis, Snapshot};
 pub use sentinel::RedisSentinel;
-pub use standby::{Backup, Restore, Standby};
+pub use standby::{Backup, Replacement, Restore, Standby};

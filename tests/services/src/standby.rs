@@ -1,7 +1,7 @@
-//! A Postgres that goes back in time: to what a standby had, or to a copy of its data.
+//! A Postgres that goes back in time: to the state of a standby, or to a copy of its data.
 //!
-//! What takes the place of a server's data is started by the same command on the same address, so
-//! any client that uses the server finds another one there.
+//! The server with the earlier state takes the address of the other one, so any client that uses
+//! the address finds it there.
 
 use std::{fs, path::Path, process::Stdio};
 
@@ -22,17 +22,21 @@ pub struct Standby(Postgres);
 #[derive(Debug)]
 pub struct Backup(Home);
 
+/// A primary with an earlier state of another server, which can take the place of that server.
+#[derive(Debug)]
+pub struct Replacement(Postgres);
+
 /// How a copy is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restore {
-    /// As after a point-in-time recovery: on another timeline.
+    /// As a point-in-time recovery: on another timeline.
     Recovered,
     /// As if nothing had happened: on the same timeline.
     AsItIs,
 }
 
 impl Postgres {
-    /// Starts an asynchronous standby with these settings, which has what this server has now.
+    /// Starts an asynchronous standby with these settings and the state of this server.
     pub async fn standby(&self, settings: &[(&str, &str)]) -> anyhow::Result<Standby> {
         let Backup(home) = self.copy(&["--write-recovery-conf"]).await?;
         let standby = Self::launch_on(home, self.password().to_owned(), settings, None).await?;
@@ -53,25 +57,41 @@ impl Postgres {
         self.is_primary().await
     }
 
-    /// Goes on from a copy, which may be used again.
+    /// Continues from a copy, which may be used again.
     pub async fn restore(&self, backup: &Backup, how: Restore) -> anyhow::Result<()> {
+        let replacement = self.recover(backup, how).await?;
         self.stop().await?;
-        let copy = backup.0.path().join("restored");
+        self.replace_with(replacement).await
+    }
+
+    /// Starts a server from a copy, which may be used again, on an address of its own.
+    pub async fn recover(&self, backup: &Backup, how: Restore) -> anyhow::Result<Replacement> {
+        let (owner, home) = (RunAs::find()?, Home::new("postgres", Signal::SIGQUIT)?);
+        owner.give_ownership(home.path())?;
+        let data = home.path().join("data");
         let mut cp = std::process::Command::new("cp");
-        cp.arg("-a").arg(backup.0.path().join("data")).arg(&copy);
-        run(cp)?;
+        cp.arg("-a").arg(backup.0.path().join("data")).arg(&data);
+        tokio::task::spawn_blocking(move || run(cp)).await??;
         if how == Restore::Recovered {
-            // As far as the log in the copy goes.
-            let signal = copy.join("recovery.signal");
+            // To the end of the log in the copy.
+            let signal = data.join("recovery.signal");
             fs::write(&signal, "")?;
-            RunAs::find()?.give_ownership(&signal)?;
-            let settings = copy.join("postgresql.auto.conf");
+            owner.give_ownership(&signal)?;
+            let settings = data.join("postgresql.auto.conf");
             let mut text = fs::read_to_string(&settings)?;
             text.push_str("restore_command = '/bin/false'\n");
             fs::write(&settings, text)?;
         }
-        self.replace_data(&copy).await?;
-        self.is_primary().await
+        let replacement = Self::launch_on(home, self.password().to_owned(), &[], None).await?;
+        replacement.is_primary().await?;
+        Ok(Replacement(replacement))
+    }
+
+    /// Starts with the data of the replacement. This server must have ended.
+    pub async fn replace_with(&self, replacement: Replacement) -> anyhow::Result<()> {
+        let Replacement(replacement) = replacement;
+        replacement.stop().await?;
+        self.replace_data(&replacement.path().join("data")).await
     }
 
     async fn copy(&self, options: &[&str]) -> anyhow::Result<Backup> {
@@ -101,7 +121,7 @@ impl Postgres {
     async fn is_primary(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + TIMEOUT;
         while self.sql("SELECT pg_is_in_recovery()").await? == "t" {
-            ensure!(Instant::now() < deadline, "it is still recovering");
+            ensure!(Instant::now() < deadline, "Postgres is still in recovery");
             sleep(POLL_INTERVAL).await;
         }
         Ok(())
@@ -109,27 +129,77 @@ impl Postgres {
 }
 
 impl Standby {
-    /// Completes once the standby has all that the primary has now.
+    /// Waits until the standby has everything that the primary has now.
     pub async fn catches_up(&self, primary: &Postgres) -> anyhow::Result<()> {
         let position = primary.sql("SELECT pg_current_wal_lsn()").await?;
         let sql = format!("SELECT coalesce(pg_last_wal_replay_lsn() >= '{position}', false)");
         let deadline = Instant::now() + TIMEOUT;
         while self.0.sql(&sql).await? != "t" {
-            ensure!(Instant::now() < deadline, "it does not catch up");
+            ensure!(Instant::now() < deadline, "the standby does not catch up");
             sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// Has the standby follow no longer. What the primary commits from now on is not on it.
+    /// Makes every later commit of the primary wait for this standby, which must be the only one.
+    ///
+    /// Backends of the primary notice the setting at different times. So this waits until a commit
+    /// is observed to wait for the standby.
+    pub async fn becomes_synchronous(&self, primary: &Postgres) -> anyhow::Result<()> {
+        const COMMIT: &str = "SELECT pg_logical_emit_message(true, 'qpq', '')";
+        const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        primary.sql("ALTER SYSTEM SET synchronous_standby_names = '*'").await?;
+        primary.sql("SELECT pg_reload_conf()").await?;
+        self.0.freeze();
+        let deadline = Instant::now() + TIMEOUT;
+        let waits = async {
+            while primary.sql(WAITING).await? == "0" {
+                ensure!(Instant::now() < deadline, "no commit waits for the standby");
+                sleep(POLL_INTERVAL).await;
+            }
+            Ok(())
+        };
+        let commits = async {
+            // Returns only if a commit fails, because one that waits does so until the standby
+            // continues.
+            while Instant::now() < deadline {
+                primary.sql(COMMIT).await?;
+            }
+            anyhow::bail!("commits do not wait for the standby")
+        };
+        let observed = tokio::select! { waited = waits => waited, failed = commits => failed };
+        self.0.thaw();
+        observed
+    }
+
+    /// Stops following the primary. What the primary commits from now on is not on the standby.
     pub async fn cut_off(&self) -> anyhow::Result<()> {
         self.0.sql("ALTER SYSTEM SET primary_conninfo = ''").await?;
         self.0.sql("SELECT pg_reload_conf()").await?;
         let deadline = Instant::now() + TIMEOUT;
         while self.0.sql("SELECT count(*) FROM pg_stat_wal_receiver").await? != "0" {
-            ensure!(Instant::now() < deadline, "it still follows");
+            ensure!(Instant::now() < deadline, "the standby still follows");
             sleep(POLL_INTERVAL).await;
         }
         Ok(())
+    }
+
+    /// Promotes the standby on an address of its own.
+    pub async fn promote(self) -> anyhow::Result<Replacement> {
+        self.0.sql("SELECT pg_promote(true, 60)").await?;
+        self.0.is_primary().await?;
+        Ok(Replacement(self.0))
+    }
+}
+
+impl Replacement {
+    /// Returns the URL of the replacement's own address.
+    pub fn url(&self) -> String {
+        self.0.url()
+    }
+
+    /// Returns the output of `psql` for `sql`, as [`Postgres::sql`].
+    pub async fn sql(&self, sql: &str) -> anyhow::Result<String> {
+        self.0.sql(sql).await
     }
 }

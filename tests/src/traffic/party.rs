@@ -3,8 +3,9 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
-use qpq_domain::{MessageId, Seq};
+use qpq_domain::{MessageId, Seq, StoreId};
 use qpq_proto::{
+    Method,
     methods::{Ack, BatchEnqueue, Enqueue, FetchWait, Peek},
     v1,
 };
@@ -12,10 +13,11 @@ use qpq_test_services::history::{Edge, Inbox, Recorder, Tag};
 use rand::{Rng as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::{sync::watch, time::sleep};
 
-use super::{IDLE, LIST, Outgoing, State, WAIT, seen};
+use super::{IDLE, LIST, Outgoing, State, WAIT, seen, store_id};
 use crate::{
     accounts::Account,
-    roaming::{Loss, Outcome, Roamer},
+    client::Client,
+    roaming::{Loss, Outcome, Roamer, call_on},
 };
 
 /// A writer or reader.
@@ -64,13 +66,23 @@ impl Party {
     }
 
     /// Calls a method. Only an answer, a temporary refusal or a lost connection are allowed.
-    async fn call<M: qpq_proto::Method>(
+    async fn call<M: Method>(
         &mut self,
         request: &M::Request,
         token: &Bytes,
     ) -> Option<M::Response> {
+        let client = self.roamer.connected().await;
+        self.call_on::<M>(&client, request, token).await
+    }
+
+    async fn call_on<M: Method>(
+        &mut self,
+        client: &Client,
+        request: &M::Request,
+        token: &Bytes,
+    ) -> Option<M::Response> {
         self.state.calls.fetch_add(1, Ordering::Relaxed);
-        match self.roamer.call::<M>(request, Some(token)).await {
+        match call_on::<M>(client, request, Some(token)).await {
             Outcome::Ok(response) => return Some(response),
             Outcome::Refused(refused) if refused.is_temporary() => {
                 self.state.refused.fetch_add(1, Ordering::Relaxed);
@@ -191,7 +203,8 @@ impl Party {
             self.state.note_reader(client);
             let reading = self.recorder.reading(Inbox(inbox as u32));
             if let Some(response) = self.call::<FetchWait>(&request, &token).await {
-                self.recorder.delivered(reading, seen(&response.payloads));
+                let store = store_id(&response.store_id);
+                self.recorder.delivered_in(store, reading, seen(&response.payloads));
             }
             // So that the next read has more than one message.
             sleep(IDLE.mul_f64(self.random.r#gen())).await;
@@ -202,40 +215,46 @@ impl Party {
         let token = self.state.accounts[inbox].token.clone();
         while !self.state.stopped() {
             let limit = self.random.gen_range(1..150);
-            let page = self.peek(inbox, limit, &token).await;
-            let Some(last) = page.last() else {
+            let Some(page) = self.peek(inbox, limit, &token).await else {
                 sleep(IDLE.mul_f64(self.random.r#gen())).await;
                 continue;
             };
             let request = if self.random.r#gen() {
-                v1::AckRequest { seq_up_to: last.seq, all_channels: true, ..Default::default() }
+                v1::AckRequest { seq_up_to: page.last, all_channels: true, ..Default::default() }
             } else {
-                let seqs = page.iter().map(|e| e.seq).filter(|_| self.random.r#gen()).collect();
+                let seqs = page.seqs.iter().copied().filter(|_| self.random.r#gen()).collect();
                 v1::AckRequest { seqs, all_channels: true, ..Default::default() }
             };
-            self.ack(inbox, &request, &token).await;
+            self.ack(inbox, &page, &request, &token).await;
             sleep(IDLE.mul_f64(self.random.r#gen())).await;
         }
     }
 
-    async fn peek(&mut self, inbox: usize, limit: u32, token: &Bytes) -> Vec<v1::Envelope> {
+    /// Reads without removing. Returns the page unless it is empty or there was no answer.
+    async fn peek(&mut self, inbox: usize, limit: u32, token: &Bytes) -> Option<Page> {
         let request = v1::PeekRequest { limit, all_channels: true, ..Default::default() };
+        let client = self.roamer.connected().await;
+        self.state.note_reader(client.clone());
         let reading = self.recorder.reading(Inbox(inbox as u32));
-        let Some(response) = self.call::<Peek>(&request, token).await else { return Vec::new() };
-        self.recorder.delivered(reading, seen(&response.payloads));
-        response.payloads
+        let response = self.call_on::<Peek>(&client, &request, token).await?;
+        let store = store_id(&response.store_id);
+        self.recorder.delivered_in(store, reading, seen(&response.payloads));
+        let seqs: Vec<_> = response.payloads.iter().map(|envelope| envelope.seq).collect();
+        Some(Page { store, last: *seqs.last()?, seqs, client })
     }
 
-    /// Acks messages and retries until that is answered.
-    async fn ack(&mut self, inbox: usize, request: &v1::AckRequest, token: &Bytes) {
-        loop {
+    /// Acks messages of a page, and retries until that is answered or the connection ends.
+    async fn ack(&mut self, inbox: usize, page: &Page, request: &v1::AckRequest, token: &Bytes) {
+        let inbox = Inbox(inbox as u32);
+        while page.client.ended().is_none() {
             let acking = match request.seq_up_to {
                 0 => {
-                    self.recorder.acking(Inbox(inbox as u32), request.seqs.iter().copied().map(Seq))
+                    let seqs = request.seqs.iter().copied().map(Seq);
+                    self.recorder.acking_in(page.store, inbox, seqs)
                 }
-                seq => self.recorder.acking_through(Inbox(inbox as u32), Seq(seq)),
+                seq => self.recorder.acking_through_in(page.store, inbox, Seq(seq)),
             };
-            if self.call::<Ack>(request, token).await.is_some() {
+            if self.call_on::<Ack>(&page.client, request, token).await.is_some() {
                 return self.recorder.acked(acking);
             }
         }
@@ -245,19 +264,29 @@ impl Party {
     pub(super) async fn sweep(mut self, inbox: usize, emptied: watch::Receiver<bool>) {
         let token = self.state.accounts[inbox].token.clone();
         while !*emptied.borrow() {
-            match self.peek(inbox, 0, &token).await.last() {
-                Some(last) => {
+            match self.peek(inbox, 0, &token).await {
+                Some(page) => {
                     let request = v1::AckRequest {
-                        seq_up_to: last.seq,
+                        seq_up_to: page.last,
                         all_channels: true,
                         ..Default::default()
                     };
-                    self.ack(inbox, &request, &token).await;
+                    self.ack(inbox, &page, &request, &token).await;
                 }
                 None => sleep(IDLE).await,
             }
         }
     }
+}
+
+/// Messages that were read, to be acked.
+struct Page {
+    store: StoreId,
+    seqs: Vec<u64>,
+    last: u64,
+    /// The connection of the read. An ack on another one could remove other messages: only here the
+    /// server knows the history of the store that the seqs belong to.
+    client: Client,
 }
 
 fn request(message: &Outgoing, accounts: &[Account]) -> v1::EnqueueRequest {

@@ -1,19 +1,32 @@
 //! Checks a history: finds violations of the guarantees of an inbox over all logs together. Mostly
 //! sorting, so a million messages take seconds.
+//!
+//! A seq belongs to a history of the store. So deliveries and acknowledgements are compared by
+//! their [`Place`]: a seq in the branch of the store's history that gave it to a message. A read
+//! has the store id in its answer. An Enqueue has not: an answer to a call during a change belongs
+//! to any history that existed during the call, and counts for the one that explains the other
+//! records.
+
+mod acks;
 
 use std::{
     collections::{HashMap, HashSet},
     fmt,
 };
 
-use qpq_domain::{MessageId, Seq};
+use qpq_domain::{MessageId, Seq, StoreId};
 
-use super::{AckRange, Edge, Inbox, Log, Moment, Outcome, Party, Read, Tag};
+use self::acks::Acks;
+use super::{
+    Edge, Inbox, Log, Moment, Outcome, Party, Read, StoreChange, Tag,
+    stores::{Branch, Place, Stores},
+};
 
 /// A violated guarantee. One violation fails a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Violation {
-    /// An acknowledged message that no read delivered, not even the last.
+    /// An acknowledged message that the last history of the store has, and that no read delivered
+    /// in it or in one that it began with, not even the last read.
     Lost { inbox: Inbox, seq: Seq, id: MessageId, edge: Edge },
     /// A message delivered by a read that began after the answer to its ack.
     DeliveredAfterAck { inbox: Inbox, seq: Seq, reader: Party, acked: Moment, read_begun: Moment },
@@ -34,6 +47,11 @@ pub enum Violation {
     Invented { inbox: Inbox, seq: Seq, tag: Tag },
     /// A message whose delivery ended before its first Enqueue began.
     DeliveredBeforeSent { inbox: Inbox, seq: Seq, id: MessageId },
+    /// A message that was lost with a history of the store, and was delivered in another one
+    /// although it was not sent again.
+    DeliveredThoughLost { inbox: Inbox, seq: Seq, id: MessageId, store: Option<StoreId> },
+    /// A read of messages with the id of a history that did not exist at any time of the read.
+    OtherStore { inbox: Inbox, reader: Party, store: Option<StoreId>, read_begun: Moment },
 }
 
 /// The result of a check.
@@ -48,6 +66,12 @@ pub struct Report {
     pub deliveries: usize,
     /// Different messages that were delivered.
     pub delivered: usize,
+    /// The number of histories of the store.
+    pub histories: usize,
+    /// Acknowledgements beyond the state that the next history of the store began with.
+    pub rolled_back: usize,
+    /// Those of them whose message was not delivered before.
+    pub lost_with_history: usize,
     pub violations: Vec<Violation>,
 }
 
@@ -61,30 +85,45 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { messages, acknowledged, unknown, deliveries, delivered, violations } = self;
+        let Self { messages, acknowledged, unknown, deliveries, delivered, violations, .. } = self;
         writeln!(
             f,
             "{messages} messages, {acknowledged} acknowledged, {unknown} with unknown outcome; \
              {deliveries} deliveries of {delivered}; {} violations",
             violations.len()
         )?;
+        let Self { histories, rolled_back, lost_with_history, .. } = self;
+        if *histories > 1 {
+            writeln!(
+                f,
+                "{histories} histories of the store: {rolled_back} acknowledged messages were \
+                 accepted after the state that was restored, {lost_with_history} of them were lost \
+                 before a read delivered them"
+            )?;
+        }
         violations.iter().take(30).try_for_each(|violation| writeln!(f, "  {violation:?}"))
     }
 }
 
-pub(super) fn check(logs: &[Log]) -> Report {
+pub(super) fn check(logs: &[Log], changes: &[StoreChange]) -> Report {
+    let first = logs.iter().flat_map(|log| &log.reads).find_map(|read| read.store);
+    let stores = Stores::new(first, changes);
     let mut check = Check {
         messages: messages(logs),
-        acks: acks(logs),
-        sightings: Vec::new(),
-        report: Report::default(),
+        acks: Acks::of(logs, &stores),
+        report: Report { histories: stores.count(), ..Report::default() },
+        stores,
+        deliveries: Vec::new(),
     };
     for log in logs {
         check.deliveries(log);
         check.order(log);
     }
-    check.seqs(logs);
-    check.fates()
+    check.deliveries.sort_unstable();
+    check.deliveries.dedup();
+    let acknowledged = check.acknowledgements();
+    check.seqs(&acknowledged);
+    check.fates(&acknowledged)
 }
 
 /// A message to one inbox, with all its attempts.
@@ -92,16 +131,37 @@ struct Message {
     inbox: Inbox,
     id: MessageId,
     first_begun: Moment,
-    acknowledged: Option<(Seq, Edge)>,
     /// Whether an attempt may have taken effect.
     possible: bool,
     answered: bool,
     delivered: bool,
+    /// Whether it was delivered at a place that the last history of the store has.
+    delivered_at_last: bool,
+}
+
+/// A call that sends a message.
+#[derive(Clone, Copy)]
+struct Attempt {
+    message: usize,
+    begun: Moment,
+    ended: Option<Moment>,
+    outcome: Outcome,
+    edge: Edge,
+}
+
+/// An acknowledged message.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Acknowledged {
+    message: usize,
+    place: Place,
+    edge: Edge,
 }
 
 #[derive(Default)]
 struct Messages {
     all: Vec<Message>,
+    /// In the order of their messages.
+    attempts: Vec<Attempt>,
     by_id: HashMap<(Inbox, MessageId), usize>,
     by_tag: HashMap<(Inbox, Tag), usize>,
 }
@@ -114,10 +174,10 @@ fn messages(logs: &[Log]) -> Messages {
                 inbox: send.inbox,
                 id: send.id,
                 first_begun: send.begun,
-                acknowledged: None,
                 possible: false,
                 answered: false,
                 delivered: false,
+                delivered_at_last: false,
             });
             messages.all.len() - 1
         });
@@ -127,67 +187,32 @@ fn messages(logs: &[Log]) -> Messages {
         message.first_begun = message.first_begun.min(send.begun);
         message.answered |= send.outcome != Outcome::Unknown;
         message.possible |= send.outcome != Outcome::Refused;
-        if let Outcome::Acknowledged(seq) = send.outcome {
-            message.acknowledged.get_or_insert((seq, send.edge));
-        }
+        messages.attempts.push(Attempt {
+            message: index,
+            begun: send.begun,
+            ended: send.ended,
+            outcome: send.outcome,
+            edge: send.edge,
+        });
     }
+    messages.attempts.sort_by_key(|attempt| attempt.message);
     messages
 }
 
-/// The times of answers to acks.
-#[derive(Default)]
-struct Acks {
-    named: HashMap<(Inbox, Seq), Moment>,
-    /// In seq order, each with the earliest answer to an ack up to it or to a higher seq.
-    through: HashMap<Inbox, Vec<(Seq, Moment)>>,
-}
-
-impl Acks {
-    /// Returns the time from which a message must not be delivered.
-    fn ended(&self, inbox: Inbox, seq: Seq) -> Option<Moment> {
-        let named = self.named.get(&(inbox, seq)).copied();
-        let through = self.through.get(&inbox).and_then(|acks| {
-            let covering = acks.partition_point(|(through, _)| *through < seq);
-            acks.get(covering).map(|(_, ended)| *ended)
-        });
-        named.into_iter().chain(through).min()
+impl Messages {
+    fn attempts(&self, message: usize) -> &[Attempt] {
+        let first = self.attempts.partition_point(|attempt| attempt.message < message);
+        let rest = &self.attempts[first..];
+        &rest[..rest.partition_point(|attempt| attempt.message == message)]
     }
-}
-
-fn acks(logs: &[Log]) -> Acks {
-    let mut acks = Acks::default();
-    for log in logs {
-        for ack in &log.acks {
-            let Some(ended) = ack.ended else { continue };
-            match &ack.what {
-                AckRange::Named(range) => {
-                    for &seq in &log.named[range.clone()] {
-                        let earliest = acks.named.entry((ack.inbox, seq)).or_insert(ended);
-                        *earliest = ended.min(*earliest);
-                    }
-                }
-                AckRange::Through(seq) => {
-                    acks.through.entry(ack.inbox).or_default().push((*seq, ended))
-                }
-            }
-        }
-    }
-    for through in acks.through.values_mut() {
-        through.sort_unstable();
-        let mut earliest = Moment(u64::MAX);
-        for (_, ended) in through.iter_mut().rev() {
-            earliest = earliest.min(*ended);
-            *ended = earliest;
-        }
-    }
-    acks
 }
 
 struct Check {
     messages: Messages,
     acks: Acks,
-    /// Inbox, seq and message of each delivery or answer; `None` for a message that was not sent.
-    sightings: Vec<(Inbox, Seq, Option<usize>)>,
+    stores: Stores,
+    /// The place and message of each delivery; `None` for a message that was not sent.
+    deliveries: Vec<(Place, Option<usize>)>,
     report: Report,
 }
 
@@ -196,19 +221,27 @@ impl Check {
         self.report.violations.push(violation);
     }
 
-    /// Checks each delivery: the message was sent, and is not yet acked.
+    /// Checks each delivery: the message was sent, is not yet acked, and is in the history.
     fn deliveries(&mut self, log: &Log) {
         let reader = log.party;
-        for read in &log.reads {
-            let inbox = read.inbox;
+        for read in log.reads.iter().filter(|read| !read.shown.is_empty()) {
+            let (inbox, read_begun) = (read.inbox, read.begun);
+            let store = self.stores.get(read.store);
+            let Some(store) = store.filter(|s| self.stores.existed(*s, read.begun, read.ended))
+            else {
+                let store = read.store;
+                self.violation(Violation::OtherStore { inbox, reader, store, read_begun });
+                continue;
+            };
+            let branch = self.stores.branch(store);
             for &(seq, tag) in &log.shown[read.shown.clone()] {
                 self.report.deliveries += 1;
                 let index = self.messages.by_tag.get(&(inbox, tag)).copied();
-                self.sightings.push((inbox, seq, index));
-                if let Some(acked) = self.acks.ended(inbox, seq)
-                    && acked < read.begun
+                let place = self.stores.place(store, inbox, seq);
+                self.deliveries.push((place, index));
+                if let Some(acked) = self.acks.ended(branch, inbox, seq)
+                    && acked < read_begun
                 {
-                    let read_begun = read.begun;
                     self.violation(Violation::DeliveredAfterAck {
                         inbox,
                         seq,
@@ -217,30 +250,46 @@ impl Check {
                         read_begun,
                     });
                 }
-                let Some(index) = index else {
-                    self.violation(Violation::Invented { inbox, seq, tag });
-                    continue;
-                };
-                let message = &mut self.messages.all[index];
-                message.delivered = true;
-                let (id, possible) = (message.id, message.possible);
-                if read.ended.is_some_and(|ended| ended < message.first_begun) {
-                    self.violation(Violation::DeliveredBeforeSent { inbox, seq, id });
-                }
-                if !possible {
-                    self.violation(Violation::DeliveredThoughRefused { inbox, seq, id });
+                match index {
+                    Some(index) => self.delivery(index, place, read),
+                    None => self.violation(Violation::Invented { inbox, seq, tag }),
                 }
             }
         }
     }
 
-    /// Checks the order of one reader, in each of its inboxes.
-    fn order(&mut self, log: &Log) {
-        let mut inboxes: HashMap<Inbox, Vec<&Read>> = HashMap::new();
-        for read in log.reads.iter().filter(|read| read.ended.is_some()) {
-            inboxes.entry(read.inbox).or_default().push(read);
+    /// Checks one delivery of a message that was sent.
+    fn delivery(&mut self, index: usize, place: Place, read: &Read) {
+        let Place { inbox, seq, branch } = place;
+        let message = &mut self.messages.all[index];
+        message.delivered = true;
+        message.delivered_at_last = message.delivered_at_last || self.stores.survives(place);
+        let (id, possible, first_begun) = (message.id, message.possible, message.first_begun);
+        if read.ended.is_some_and(|ended| ended < first_begun) {
+            return self.violation(Violation::DeliveredBeforeSent { inbox, seq, id });
         }
-        for (inbox, mut reads) in inboxes {
+        if !possible {
+            return self.violation(Violation::DeliveredThoughRefused { inbox, seq, id });
+        }
+        let may_be_there = self.messages.attempts(index).iter().any(|attempt| {
+            attempt.outcome != Outcome::Refused
+                && self.stores.may_reach(branch, attempt.begun, attempt.ended)
+        });
+        if !may_be_there {
+            let store = read.store;
+            self.violation(Violation::DeliveredThoughLost { inbox, seq, id, store });
+        }
+    }
+
+    /// Checks the order of one reader, in each of its inboxes and each branch.
+    fn order(&mut self, log: &Log) {
+        let mut inboxes: HashMap<(Inbox, Branch), Vec<&Read>> = HashMap::new();
+        for read in log.reads.iter().filter(|read| read.ended.is_some()) {
+            let Some(store) = self.stores.get(read.store) else { continue };
+            let branch = self.stores.branch(store);
+            inboxes.entry((read.inbox, branch)).or_default().push(read);
+        }
+        for ((inbox, _), mut reads) in inboxes {
             reads.sort_unstable_by_key(|read| read.begun);
             let mut by_end = reads.clone();
             by_end.sort_unstable_by_key(|read| read.ended);
@@ -277,43 +326,116 @@ impl Check {
         }
     }
 
-    /// Checks the seqs of each inbox: from 1, without gaps, one for each message and one message
-    /// for each.
-    fn seqs(&mut self, logs: &[Log]) {
-        for send in logs.iter().flat_map(|log| &log.sends) {
-            if let Outcome::Acknowledged(seq) = send.outcome {
-                let index = self.messages.by_id[&(send.inbox, send.id)];
-                self.sightings.push((send.inbox, seq, Some(index)));
+    /// Returns the place of each acknowledgement.
+    fn acknowledgements(&self) -> Vec<Acknowledged> {
+        let mut sightings = self.deliveries.clone();
+        let (mut known, mut doubtful) = (Vec::new(), Vec::new());
+        for attempt in &self.messages.attempts {
+            let Outcome::Acknowledged(seq) = attempt.outcome else { continue };
+            let (message, edge) = (attempt.message, attempt.edge);
+            let inbox = self.messages.all[message].inbox;
+            match self.stores.places((inbox, seq), attempt.begun, attempt.ended)[..] {
+                [place] => {
+                    sightings.push((place, Some(message)));
+                    known.push(Acknowledged { message, place, edge });
+                }
+                ref places => doubtful.push((attempt.ended, message, places.to_vec(), edge)),
             }
         }
-        let mut sightings = std::mem::take(&mut self.sightings);
+        sightings.sort_unstable();
+        // The first to end has the fewest places to choose from.
+        doubtful.sort_by_key(|(ended, ..)| *ended);
+        let in_doubt: HashSet<_> = doubtful.iter().map(|(_, message, ..)| *message).collect();
+        let mut of_message: HashMap<usize, Vec<Place>> = HashMap::new();
+        for (place, message) in &sightings {
+            if let Some(message) = message.filter(|message| in_doubt.contains(message)) {
+                of_message.entry(message).or_default().push(*place);
+            }
+        }
+        let mut taken = HashMap::new();
+        for (_, message, places, edge) in doubtful {
+            let own = of_message.entry(message).or_default();
+            let place = self.most_likely(&sightings, &taken, own, &places);
+            taken.insert(place, message);
+            own.push(place);
+            known.push(Acknowledged { message, place, edge });
+        }
+        known.sort_unstable();
+        known.dedup_by_key(|known| (known.message, known.place));
+        known
+    }
+
+    /// Returns the place of an acknowledgement that was given during a change of the store: where
+    /// the message was seen, else where it was lost, if no other message was seen there, and the
+    /// message has no other seq there. If it was not lost, the last history has a gap, which is
+    /// reported.
+    fn most_likely(
+        &self,
+        sightings: &[(Place, Option<usize>)],
+        taken: &HashMap<Place, usize>,
+        own: &[Place],
+        places: &[Place],
+    ) -> Place {
+        let seen = |place: &Place| own.contains(place);
+        let is_free = |place: &Place| {
+            let first = sightings.partition_point(|(other, _)| other < place);
+            sightings.get(first).is_none_or(|(other, _)| other != place)
+                && !taken.contains_key(place)
+                && own.iter().all(|other| !self.are_together(place, other))
+        };
+        let lost = |place: &Place| is_free(place) && !self.stores.survives(*place);
+        let find = |wanted: &dyn Fn(&Place) -> bool| places.iter().copied().find(wanted);
+        let place = find(&seen).or_else(|| find(&lost)).or_else(|| find(&is_free));
+        place.or(places.last().copied()).expect("the store had a history at any time")
+    }
+
+    /// Returns whether a history has what is at both places.
+    fn are_together(&self, one: &Place, other: &Place) -> bool {
+        self.stores.has(one.branch, *other) || self.stores.has(other.branch, *one)
+    }
+
+    /// Checks the seqs of each inbox: from 1, without gaps, one for each message and one message
+    /// for each.
+    fn seqs(&mut self, acknowledged: &[Acknowledged]) {
+        let mut sightings = self.deliveries.clone();
+        sightings.extend(acknowledged.iter().map(|known| (known.place, Some(known.message))));
         sightings.sort_unstable();
         sightings.dedup();
-        for inbox in sightings.chunk_by(|a, b| a.0 == b.0) {
+        // Of a history that ended, messages without an answer may be lost before they were seen.
+        let there: Vec<_> = sightings
+            .iter()
+            .filter(|(place, _)| self.stores.survives(*place))
+            .map(|(place, _)| (place.inbox, place.seq))
+            .collect();
+        for inbox in there.chunk_by(|a, b| a.0 == b.0) {
             self.contiguous(inbox);
         }
         for pair in sightings.windows(2) {
-            let [(inbox, seq, Some(one)), (other_inbox, other_seq, Some(other))] = *pair else {
-                continue;
-            };
-            if (inbox, seq) == (other_inbox, other_seq) {
+            let [(place, Some(one)), (other_place, Some(other))] = *pair else { continue };
+            if place == other_place {
+                let Place { inbox, seq, .. } = place;
                 let ids = [one, other].map(|index| self.messages.all[index].id);
                 self.violation(Violation::SeqUsedTwice { inbox, seq, ids });
             }
         }
-        sightings.sort_unstable_by_key(|&(_, seq, message)| (message, seq));
-        for pair in sightings.windows(2) {
-            let [(inbox, one, Some(message)), (_, other, Some(same))] = *pair else { continue };
-            if message == same {
-                let id = self.messages.all[message].id;
-                self.violation(Violation::TwoSeqs { inbox, id, seqs: [one, other] });
+        sightings.sort_unstable_by_key(|&(place, message)| (message, place));
+        for places in sightings.chunk_by(|a, b| a.1 == b.1) {
+            let Some(message) = places[0].1 else { continue };
+            for (n, (one, _)) in places.iter().enumerate() {
+                for (other, _) in &places[n + 1..] {
+                    if self.are_together(one, other) {
+                        let Message { inbox, id, .. } = self.messages.all[message];
+                        let seqs = [one.seq, other.seq];
+                        self.violation(Violation::TwoSeqs { inbox, id, seqs });
+                    }
+                }
             }
         }
     }
 
-    fn contiguous(&mut self, sightings: &[(Inbox, Seq, Option<usize>)]) {
+    fn contiguous(&mut self, sightings: &[(Inbox, Seq)]) {
         let mut expected = Seq(1);
-        for &(inbox, seq, _) in sightings {
+        for &(inbox, seq) in sightings {
             if seq == Seq::ZERO {
                 self.violation(Violation::SeqZero { inbox });
                 continue;
@@ -325,16 +447,30 @@ impl Check {
         }
     }
 
-    /// Checks that each acknowledged message was delivered.
-    fn fates(mut self) -> Report {
+    /// Checks that each acknowledged message was delivered, unless it was lost with its history.
+    fn fates(mut self, acknowledged: &[Acknowledged]) -> Report {
         for message in &self.messages.all {
             self.report.messages += 1;
             self.report.unknown += usize::from(!message.answered);
             self.report.delivered += usize::from(message.delivered);
-            let Some((seq, edge)) = message.acknowledged else { continue };
+        }
+        for places in acknowledged.chunk_by(|a, b| a.message == b.message) {
             self.report.acknowledged += 1;
-            if !message.delivered {
-                let (inbox, id) = (message.inbox, message.id);
+            let Message { inbox, id, delivered_at_last, .. } = self.messages.all[places[0].message];
+            let mut there = None;
+            for known in places {
+                if self.stores.survives(known.place) {
+                    there.get_or_insert((known.place.seq, known.edge));
+                    continue;
+                }
+                let delivery = (known.place, Some(known.message));
+                self.report.rolled_back += 1;
+                self.report.lost_with_history +=
+                    usize::from(self.deliveries.binary_search(&delivery).is_err());
+            }
+            if let Some((seq, edge)) = there
+                && !delivered_at_last
+            {
                 self.report.violations.push(Violation::Lost { inbox, seq, id, edge });
             }
         }

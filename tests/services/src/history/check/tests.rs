@@ -1,15 +1,16 @@
 //! Tests of the checker: histories of a correct inbox have no violations, and each inserted
 //! violation is reported, without others.
 
+mod changes;
 mod model;
 
 use std::collections::BTreeMap;
 
-use model::{AFTER_ALL, START, acts, logs_of};
+use model::{AFTER_ALL, START, acts, logs_of, store_id};
 use proptest::{prelude::*, sample::Index};
 
 use super::*;
-use crate::history::{History, Send};
+use crate::history::{AckRange, History, Send};
 
 /// The party of inserted records.
 const STRANGER: Party = Party(99);
@@ -89,25 +90,26 @@ fn renumber(logs: &mut [Log], inbox: Inbox, number: impl Fn(Seq) -> Seq) {
 fn one_read(inbox: Inbox, at: u64, shown: &[(Seq, Tag)]) -> Log {
     let mut log = Log::of(STRANGER);
     let read = log.read(inbox, Moment(at));
-    log.show(read, Moment(at), shown.iter().copied());
+    log.show(read, Moment(at), Some(store_id(0)), shown.iter().copied());
     log
 }
 
 fn stranger_sends(inbox: Inbox, id: MessageId, tag: Tag, outcome: Outcome) -> Log {
     let mut log = Log::of(STRANGER);
-    log.send(Send { inbox, id, tag, edge: Edge(1), begun: Moment(START), outcome });
+    let (begun, ended) = (Moment(START), Some(Moment(START)));
+    log.send(Send { inbox, id, tag, edge: Edge(1), begun, ended, outcome });
     log
 }
 
 fn violations(logs: &[Log]) -> Vec<Violation> {
-    check(logs).violations
+    check(logs, &[]).violations
 }
 
 proptest! {
     #[test]
     fn histories_of_a_correct_inbox_have_no_violations(acts in acts()) {
         let logs = logs_of(&acts);
-        let report = check(&logs);
+        let report = check(&logs, &[]);
         prop_assert_eq!(&report.violations, &[], "{}", report);
         prop_assert_eq!(report.acknowledged, acked(&logs).len());
         prop_assert_eq!(report.deliveries, logs.iter().map(|log| log.shown.len()).sum::<usize>());
@@ -126,11 +128,13 @@ proptest! {
     #[test]
     fn a_message_delivered_after_its_ack_is_reported(acts in acts(), pick: Index) {
         let mut logs = logs_of(&acts);
-        let known = acks(&logs);
+        let stores = Stores::new(Some(store_id(0)), &[]);
+        let known = Acks::of(&logs, &stores);
+        let branch = stores.branch(stores.get(Some(store_id(0))).expect("the only one"));
         let acked: Vec<_> =
             acked(&logs)
                 .into_iter()
-                .filter_map(|a| Some((a, known.ended(a.inbox, a.seq)?)))
+                .filter_map(|a| Some((a, known.ended(branch, a.inbox, a.seq)?)))
                 .collect();
         prop_assume!(!acked.is_empty());
         let (Acked { inbox, tag, seq, .. }, ended) = *pick.get(&acked);
@@ -254,12 +258,14 @@ fn order_of(calls: &[(u64, u64, &[u64])]) -> Vec<Violation> {
     for i in 1..=3 {
         let id = MessageId::new(u128::from(i).to_be_bytes());
         let outcome = Outcome::Acknowledged(Seq(i));
-        sender.send(Send { inbox, id, tag: Tag(i), edge: Edge(0), begun: Moment(0), outcome });
+        let (begun, ended, edge) = (Moment(0), Some(Moment(0)), Edge(0));
+        sender.send(Send { inbox, id, tag: Tag(i), edge, begun, ended, outcome });
     }
     let mut reader = Log::of(Party(1));
     for &(begun, ended, seqs) in calls {
         let read = reader.read(inbox, Moment(begun));
-        reader.show(read, Moment(ended), seqs.iter().map(|&seq| (Seq(seq), Tag(seq))));
+        let shown = seqs.iter().map(|&seq| (Seq(seq), Tag(seq)));
+        reader.show(read, Moment(ended), Some(store_id(0)), shown);
     }
     violations(&[sender, reader])
 }
@@ -280,7 +286,7 @@ fn order_is_checked_over_consecutive_calls() {
     assert_eq!(
         order_of(&[(1, 4, &[1, 3]), (3, 6, &[2])]),
         [],
-        "side by side, either may have been first"
+        "of concurrent reads, either may have been first"
     );
 }
 
@@ -291,16 +297,17 @@ fn the_earliest_answered_ack_of_a_message_counts() {
     for i in 1..=6 {
         let id = MessageId::new(u128::from(i).to_be_bytes());
         let outcome = Outcome::Acknowledged(Seq(i));
-        log.send(Send { inbox, id, tag: Tag(i), edge: Edge(0), begun: Moment(0), outcome });
+        let (begun, ended, edge) = (Moment(0), Some(Moment(0)), Edge(0));
+        log.send(Send { inbox, id, tag: Tag(i), edge, begun, ended, outcome });
     }
     let read = log.read(inbox, Moment(1));
-    log.show(read, Moment(1), (1..=6).map(|i| (Seq(i), Tag(i))));
+    log.show(read, Moment(1), Some(store_id(0)), (1..=6).map(|i| (Seq(i), Tag(i))));
     for (through, ended) in [(2, Some(30)), (3, Some(10)), (5, Some(20)), (6, None)] {
-        let ack = log.ack_through(inbox, Seq(through));
+        let ack = log.ack_through(inbox, Some(store_id(0)), Seq(through));
         log.acks[ack].ended = ended.map(Moment);
     }
     for (named, ended) in [(4, 12), (4, 8), (5, 25)] {
-        let ack = log.ack(inbox, [Seq(named)]);
+        let ack = log.ack(inbox, Some(store_id(0)), [Seq(named)]);
         log.acks[ack].ended = Some(Moment(ended));
     }
     for (seq, last_allowed) in [(1, 10), (2, 10), (3, 10), (4, 8), (5, 20), (6, AFTER_ALL)] {

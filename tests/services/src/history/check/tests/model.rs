@@ -1,11 +1,12 @@
-//! A correct inbox with random users. Their records are a history without violations.
+//! A correct inbox with random users, on a store that may go back in time. Their records are a
+//! history without violations.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::{collection::vec, prelude::*, sample::Index};
-use qpq_domain::{MessageId, Seq};
+use qpq_domain::{MessageId, Seq, StoreId};
 
-use crate::history::{Edge, Inbox, Log, Moment, Outcome, Party, Send, Tag};
+use crate::history::{Edge, Inbox, Kept, Log, Moment, Outcome, Party, Send, StoreChange, Tag};
 
 const INBOXES: u32 = 3;
 const READERS: u32 = 3;
@@ -35,12 +36,43 @@ pub(super) enum Act {
     Read { inbox: u32, reader: u32, limit: usize, drains: bool, answer: Answer },
     /// Acks delivered messages: all from the first, or every second one.
     Ack { inbox: u32, reader: u32, through: bool, answer: Answer },
+    /// Acks all messages that were delivered before the store changed. That removes nothing.
+    LateAck { inbox: u32, reader: u32 },
+    /// Copies the store.
+    Backup,
+    /// The store is replaced by one that has everything, or by the last copy.
+    Change { keeps_everything: bool },
 }
 
 /// An act, with the times from the begin of its call to its effect, and to its end.
 pub(super) type Timed = (Act, u64, u64);
 
 pub(super) fn acts() -> impl Strategy<Value = Vec<Timed>> {
+    vec((call(), 0..45_u64, 0..45_u64), 1..120)
+}
+
+/// Acts with at least one change of the store that loses everything since the copy.
+pub(super) fn acts_with_changes() -> impl Strategy<Value = Vec<Timed>> {
+    let act = || {
+        prop_oneof![
+            24 => call(),
+            2 => (0..INBOXES, 0..READERS)
+                .prop_map(|(inbox, reader)| Act::LateAck { inbox, reader }),
+            1 => Just(Act::Backup),
+            1 => any::<bool>().prop_map(|keeps_everything| Act::Change { keeps_everything }),
+        ]
+    };
+    let timed = |act| (act, 0..45_u64, 0..45_u64);
+    let some = move || vec(timed(act().boxed()), 1..60);
+    let lossy = Act::Change { keeps_everything: false };
+    (some(), some(), some()).prop_map(move |(before, lost, after)| {
+        let copy = std::iter::once((Act::Backup, 0, 0));
+        let change = std::iter::once((lossy.clone(), 0, 0));
+        before.into_iter().chain(copy).chain(lost).chain(change).chain(after).collect()
+    })
+}
+
+fn call() -> impl Strategy<Value = Act> {
     let answer = prop_oneof![
         6 => Just(Answer::Given),
         1 => Just(Answer::LostAfter),
@@ -49,7 +81,7 @@ pub(super) fn acts() -> impl Strategy<Value = Vec<Timed>> {
     ];
     let inbox = 0..INBOXES;
     let reader = 0..READERS;
-    let act = prop_oneof![
+    prop_oneof![
         5 => (inbox.clone(), proptest::option::weighted(0.3, any::<Index>()), answer.clone())
             .prop_map(|(inbox, again, answer)| Act::Send { inbox, again, answer }),
         3 => (inbox.clone(), reader.clone(), 1..6_usize, any::<bool>(), answer.clone())
@@ -60,49 +92,88 @@ pub(super) fn acts() -> impl Strategy<Value = Vec<Timed>> {
             .prop_map(|(inbox, reader, through, answer)| {
                 Act::Ack { inbox, reader, through, answer }
             }),
-    ];
-    vec((act, 0..45_u64, 0..45_u64), 1..120)
+    ]
+}
+
+/// The records of a run.
+#[derive(Debug, Clone)]
+pub(super) struct Run {
+    pub(super) logs: Vec<Log>,
+    pub(super) changes: Vec<StoreChange>,
+    /// The newest seqs of the last history.
+    pub(super) newest: BTreeMap<Inbox, u64>,
 }
 
 /// A correct inbox with the logs of its users.
 struct Model {
     logs: Vec<Log>,
     sent: Vec<(Inbox, MessageId, Tag)>,
+    content: Content,
+    store: StoreId,
+    /// What was delivered from this history of the store, and from the one before.
+    delivered: BTreeSet<(Inbox, Seq)>,
+    delivered_before: BTreeSet<(Inbox, Seq)>,
+    store_before: StoreId,
+    backup: (StoreId, Content),
+    changes: Vec<StoreChange>,
+}
+
+/// What the store has.
+#[derive(Clone, Default)]
+struct Content {
     numbers: BTreeMap<(Inbox, MessageId), Seq>,
     given: BTreeMap<Inbox, u64>,
     queued: BTreeMap<Inbox, BTreeMap<Seq, Tag>>,
-    delivered: BTreeSet<(Inbox, Seq)>,
+}
+
+/// Returns the logs of acts without changes of the store.
+pub(super) fn logs_of(acts: &[Timed]) -> Vec<Log> {
+    run(acts).logs
+}
+
+pub(super) fn store_id(number: usize) -> StoreId {
+    StoreId::new((number as u128).to_be_bytes())
 }
 
 /// Runs the acts one after the other, each within the time of its call. Calls overlap.
-pub(super) fn logs_of(acts: &[Timed]) -> Vec<Log> {
+pub(super) fn run(acts: &[Timed]) -> Run {
+    let (store, content) = (store_id(0), Content::default());
     let mut model = Model {
         logs: (0..=LAST_READER).map(|party| Log::of(Party(party))).collect(),
         sent: Vec::new(),
-        numbers: BTreeMap::new(),
-        given: BTreeMap::new(),
-        queued: BTreeMap::new(),
+        content: content.clone(),
+        store,
         delivered: BTreeSet::new(),
+        delivered_before: BTreeSet::new(),
+        store_before: store,
+        backup: (store, content),
+        changes: Vec::new(),
     };
     let mut at = START;
     for (act, before, after) in acts {
         at += 10;
-        model.happen(act, Moment(at - before), Moment(at + after));
+        match *act {
+            Act::Backup => model.backup = (model.store, model.content.clone()),
+            Act::Change { keeps_everything } => model.change(keeps_everything, Moment(at)),
+            _ => model.happen(act, Moment(at - before), Moment(at + after)),
+        }
     }
     for inbox in (0..INBOXES).map(Inbox) {
-        let left: Vec<_> =
-            model.queued.entry(inbox).or_default().iter().map(|(s, t)| (*s, *t)).collect();
+        let queued = model.content.queued.entry(inbox).or_default();
+        let left: Vec<_> = queued.iter().map(|(s, t)| (*s, *t)).collect();
         let log = &mut model.logs[LAST_READER as usize];
         let read = log.read(inbox, Moment(at + 100));
-        log.show(read, Moment(at + 101), left);
+        log.show(read, Moment(at + 101), Some(model.store), left);
     }
-    model.logs
+    Run { logs: model.logs, changes: model.changes, newest: model.content.given }
 }
 
 impl Model {
     fn happen(&mut self, act: &Act, begun: Moment, ended: Moment) {
         match *act {
-            Act::Send { inbox, again, answer } => self.send(Inbox(inbox), again, answer, begun),
+            Act::Send { inbox, again, answer } => {
+                self.send(Inbox(inbox), again, answer, (begun, ended));
+            }
             Act::Read { inbox, reader, limit, drains, answer } => {
                 self.read(
                     Inbox(inbox),
@@ -116,10 +187,34 @@ impl Model {
             Act::Ack { inbox, reader, through, answer } => {
                 self.ack(Inbox(inbox), reader, through, answer, ended);
             }
+            Act::LateAck { inbox, reader } => self.ack_late(Inbox(inbox), reader, ended),
+            Act::Backup | Act::Change { .. } => unreachable!("they are no calls"),
         }
     }
 
-    fn send(&mut self, inbox: Inbox, again: Option<Index>, answer: Answer, begun: Moment) {
+    fn change(&mut self, keeps_everything: bool, at: Moment) {
+        let (continues, kept) = if keeps_everything {
+            (self.store, Kept::Everything)
+        } else {
+            let (store, content) = self.backup.clone();
+            self.content = content;
+            let seqs = self.content.given.iter();
+            (store, Kept::UpTo(seqs.map(|(inbox, last)| (*inbox, Seq(*last))).collect()))
+        };
+        self.store_before = self.store;
+        self.store = store_id(self.changes.len() + 1);
+        self.delivered_before = std::mem::take(&mut self.delivered);
+        let store = self.store;
+        self.changes.push(StoreChange { continues, store, kept, from: at, until: at });
+    }
+
+    fn send(
+        &mut self,
+        inbox: Inbox,
+        again: Option<Index>,
+        answer: Answer,
+        (begun, ended): (Moment, Moment),
+    ) {
         let new = u128::try_from(self.sent.len()).expect("few");
         let new = (inbox, MessageId::new(new.to_be_bytes()), Tag(self.sent.len() as u64));
         let (inbox, id, tag) = match again {
@@ -138,14 +233,17 @@ impl Model {
                 Outcome::Unknown
             }
         };
-        self.logs[SENDER as usize].send(Send { inbox, id, tag, edge: Edge(0), begun, outcome });
+        let ended = (outcome != Outcome::Unknown).then_some(ended);
+        let edge = Edge(0);
+        self.logs[SENDER as usize].send(Send { inbox, id, tag, edge, begun, ended, outcome });
     }
 
     fn store(&mut self, inbox: Inbox, id: MessageId, tag: Tag) -> Seq {
-        *self.numbers.entry((inbox, id)).or_insert_with(|| {
-            let last = self.given.entry(inbox).or_default();
+        let Content { numbers, given, queued } = &mut self.content;
+        *numbers.entry((inbox, id)).or_insert_with(|| {
+            let last = given.entry(inbox).or_default();
             *last += 1;
-            self.queued.entry(inbox).or_default().insert(Seq(*last), tag);
+            queued.entry(inbox).or_default().insert(Seq(*last), tag);
             Seq(*last)
         })
     }
@@ -164,17 +262,17 @@ impl Model {
         if answer != Answer::Given {
             return;
         }
-        let queued = self.queued.entry(inbox).or_default();
+        let queued = self.content.queued.entry(inbox).or_default();
         let shown: Vec<_> = queued.iter().take(limit).map(|(seq, tag)| (*seq, *tag)).collect();
         self.delivered.extend(shown.iter().map(|(seq, _)| (inbox, *seq)));
         if drains {
             queued.retain(|seq, _| !shown.iter().any(|(s, _)| s == seq));
         }
-        log.show(read, ended, shown);
+        log.show(read, ended, Some(self.store), shown);
     }
 
     fn ack(&mut self, inbox: Inbox, reader: u32, through: bool, answer: Answer, ended: Moment) {
-        let queued = self.queued.entry(inbox).or_default();
+        let queued = self.content.queued.entry(inbox).or_default();
         let known = |seq: &Seq| self.delivered.contains(&(inbox, *seq));
         let log = &mut self.logs[reader as usize];
         let gone: Vec<_> = if through {
@@ -184,9 +282,9 @@ impl Model {
         };
         let Some(&last) = gone.last() else { return };
         let ack = if through {
-            log.ack_through(inbox, last)
+            log.ack_through(inbox, Some(self.store), last)
         } else {
-            log.ack(inbox, gone.iter().copied())
+            log.ack(inbox, Some(self.store), gone.iter().copied())
         };
         if matches!(answer, Answer::Given | Answer::LostAfter) {
             queued.retain(|seq, _| !gone.contains(seq));
@@ -194,5 +292,13 @@ impl Model {
         if answer == Answer::Given {
             log.acks[ack].ended = Some(ended);
         }
+    }
+
+    fn ack_late(&mut self, inbox: Inbox, reader: u32, ended: Moment) {
+        let last = self.delivered_before.iter().filter(|(of, _)| *of == inbox).next_back();
+        let Some(&(_, seq)) = last else { return };
+        let log = &mut self.logs[reader as usize];
+        let ack = log.ack_through(inbox, Some(self.store_before), seq);
+        log.acks[ack].ended = Some(ended);
     }
 }
