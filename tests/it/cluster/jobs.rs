@@ -152,7 +152,7 @@ async fn one_edge_rotates_the_ticket_keys_that_all_edges_share() {
     let plan = Plan { edges: 2, place: Place::Apart, ..Plan::default() }
         .with("QPQ_CLUSTER__ROTATE_TICKET_KEYS", "6h");
     let cluster = Cluster::start(plan).await.expect("a cluster");
-    let path = cluster.fleet_dir().join("ticket-keys");
+    let path = cluster.secrets_dir().join("ticket-keys");
     let read = || fs::read(&path).expect("three keys");
     let before = read();
     until("the job is stored", || async { stored(&cluster, KIND).await.is_some() }).await;
