@@ -23,7 +23,6 @@ mod jobs;
 mod keys;
 mod limiter;
 mod sessions;
-mod shard;
 pub mod transfer;
 
 use std::{fmt, sync::Arc};
@@ -48,7 +47,6 @@ pub use keys::{
 };
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
 pub use sessions::{NewSession, Session, Sessions};
-pub use shard::Shard;
 
 /// The ports that the server's composition passes to the handlers.
 #[derive(Clone)]

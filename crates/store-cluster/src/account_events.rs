@@ -1,8 +1,8 @@
-//! AccountEvents between edges, over NATS. While nothing is heard through it, whoever waits here is told
-//! every now and then that sessions may have ended; each then looks its own up, which no copy of
-//! stands in the way of for long.
+//! Account events between edges, over NATS. While no message arrives through NATS, every waiting
+//! call gets an event now and then that its sessions may have ended. It then looks its session up,
+//! which no copy answers for long.
 
-use std::{mem, sync::Arc, time::Duration};
+use std::mem;
 
 use futures_util::stream::{self, BoxStream};
 use qpq_domain::IdentityKey;
@@ -12,34 +12,20 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::{
-    nats::{Bus, Heard},
-    sessions::ClusterSessions,
-    wakes::Waking,
-};
+use crate::{ClusterStore, nats::BusMessage};
 
-/// The port over the bus.
-#[derive(Clone, Debug)]
-pub(crate) struct ClusterAccountEvents {
-    pub(crate) bus: Bus,
-    pub(crate) sessions: Arc<ClusterSessions>,
-    pub(crate) waking: Waking,
-    /// Between two such looks.
-    pub(crate) every: Duration,
-}
-
-impl AccountEvents for ClusterAccountEvents {
+impl AccountEvents for ClusterStore {
     fn publish(&self, identity: &IdentityKey, event: AccountEvent) {
-        self.bus.event(*identity, event);
+        self.inner.bus.event(*identity, event);
     }
 
     fn listen(&self) -> BoxStream<'static, (IdentityKey, AccountEvent)> {
         let listener = Listener {
-            heard: self.bus.hear(),
-            to_look: Vec::new(),
+            messages: self.inner.bus.messages(),
+            pending: Vec::new(),
             missed: Missed::Nothing,
-            next_look: Instant::now() + self.every,
-            account_events: self.clone(),
+            next_check: Instant::now() + self.inner.event_interval,
+            store: self.clone(),
         };
         Box::pin(stream::unfold(listener, |mut listener| async {
             let event = listener.next().await?;
@@ -48,7 +34,7 @@ impl AccountEvents for ClusterAccountEvents {
     }
 }
 
-/// Whether other edges may have said something that was not heard here.
+/// Whether messages of other edges may have been lost.
 #[derive(PartialEq, Eq)]
 enum Missed {
     Nothing,
@@ -56,49 +42,51 @@ enum Missed {
 }
 
 struct Listener {
-    heard: Receiver<Heard>,
-    /// Who is still to be told to look.
-    to_look: Vec<IdentityKey>,
+    messages: Receiver<BusMessage>,
+    /// Accounts whose sessions are to be looked up.
+    pending: Vec<IdentityKey>,
     missed: Missed,
-    next_look: Instant,
-    account_events: ClusterAccountEvents,
+    next_check: Instant,
+    store: ClusterStore,
 }
 
 impl Listener {
     async fn next(&mut self) -> Option<(IdentityKey, AccountEvent)> {
         loop {
-            if let Some(identity) = self.to_look.pop() {
+            if let Some(identity) = self.pending.pop() {
                 return Some((identity, AccountEvent::SessionsEnded));
             }
             tokio::select! {
-                word = self.heard.recv() => match word {
-                    Ok(Heard::AccountEvent(identity, event)) => return Some((identity, event)),
-                    // Comes before the notice of it, and whoever hears that looks the session up at
-                    // once: the copy here must be gone by then, whether or not anybody else who
-                    // forgets it has had a turn.
-                    Ok(Heard::SessionEnded(token)) => self.account_events.sessions.forget(&token),
-                    Ok(Heard::Wake(..)) => {}
-                    Err(RecvError::Lagged(_)) => self.look_anew(),
+                message = self.messages.recv() => match message {
+                    Ok(BusMessage::AccountEvent(identity, event)) => return Some((identity, event)),
+                    // Precedes the event, whose receiver looks the session up immediately: the copy
+                    // here must be dropped by then, whether or not the task that drops copies has
+                    // run.
+                    Ok(BusMessage::SessionEnded(token)) => {
+                        self.store.inner.applier.sessions.drop_local(&token);
+                    }
+                    Ok(BusMessage::Wake(..)) => {}
+                    Err(RecvError::Lagged(_)) => self.look_up_all(),
                     Err(RecvError::Closed) => return None,
                 },
-                () = sleep_until(self.next_look) => self.look(),
+                () = sleep_until(self.next_check) => self.check(),
             }
         }
     }
 
-    fn look(&mut self) {
-        self.next_look = Instant::now() + self.account_events.every;
-        if self.account_events.bus.is_deaf() {
+    fn check(&mut self) {
+        self.next_check = Instant::now() + self.store.inner.event_interval;
+        if self.store.inner.bus.is_silent() {
             self.missed = Missed::Something;
-            self.to_look = self.account_events.waking.waiting();
+            self.pending = self.store.inner.wakes.waiting();
         } else if mem::replace(&mut self.missed, Missed::Nothing) == Missed::Something {
-            self.look_anew();
+            self.look_up_all();
         }
     }
 
-    /// Something was missed and nothing more is: believing no copy once is enough.
-    fn look_anew(&mut self) {
-        self.account_events.sessions.forget_all();
-        self.to_look = self.account_events.waking.waiting();
+    /// Drops all copies of sessions and lets every waiting call look its session up, once.
+    fn look_up_all(&mut self) {
+        self.store.inner.applier.sessions.drop_all_local();
+        self.pending = self.store.inner.wakes.waiting();
     }
 }

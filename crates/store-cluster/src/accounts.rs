@@ -2,8 +2,6 @@
 //! same name, skeleton or key at a time, the unique indexes let one through, and the other answers
 //! by what is there.
 
-use std::sync::Arc;
-
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, Username};
 use qpq_ports::{
@@ -12,11 +10,12 @@ use qpq_ports::{
 use sqlx::{PgConnection, postgres::PgRow};
 
 use crate::{
+    ClusterStore,
     postgres::{
-        Database, Repeat,
+        Repeat, Scope, Statement,
         row::{Columns as _, millis},
     },
-    skeletons,
+    skeletons::FillSkeletons,
 };
 
 /// Maximum attempts to register while edges of the previous release add accounts without a
@@ -45,131 +44,128 @@ const BY_USERNAME: &str =
 const BY_IDENTITY: &str =
     "SELECT id, username, identity, created_at FROM account WHERE identity = $1";
 
-#[derive(Debug)]
-pub(crate) struct ClusterAccounts {
-    database: Database,
-}
-
-impl ClusterAccounts {
-    pub(crate) fn new(database: Database) -> Self {
-        Self { database }
-    }
-
-    /// Computes the skeletons of the accounts that edges of the previous release have inserted.
-    async fn fill_skeletons(&self) -> StoreResult<()> {
-        loop {
-            let filled = self
-                .database
-                .once("skeletons", Repeat::Harmless, |connection| {
-                    Box::pin(skeletons::fill(connection))
-                })
-                .await?;
-            if filled == 0 {
-                return Ok(());
-            }
-        }
-    }
-}
-
 /// Other edges insert accounts without a skeleton faster than this one computes them.
 #[derive(Debug, thiserror::Error)]
 #[error("accounts without a skeleton were added during each of {MAX_ATTEMPTS} attempts")]
 struct SkeletonsUnknown;
 
 #[async_trait]
-impl Accounts for ClusterAccounts {
+impl Accounts for ClusterStore {
     async fn register(&self, account: NewAccount) -> StoreResult<Registration> {
-        let skeleton = Arc::new(account.username.skeleton());
-        let account = Arc::new(account);
+        let database = &self.inner.database;
+        let register = Register { skeleton: account.username.skeleton(), account };
         for _ in 0..MAX_ATTEMPTS {
-            // Twice is as good as once: the second attempt finds a repeated request.
-            let registered = self
-                .database
-                .run("register", Repeat::Harmless, |connection| {
-                    let (account, skeleton) = (Arc::clone(&account), Arc::clone(&skeleton));
-                    Box::pin(async move { register(connection, &account, &skeleton).await })
-                })
-                .await?;
-            match registered {
-                Some(registration) => return Ok(registration),
-                None => self.fill_skeletons().await?,
+            if let Some(registration) = database.run(&register).await? {
+                return Ok(registration);
             }
+            while database.run(&FillSkeletons).await? > 0 {}
         }
         Err(StoreError::unavailable(SkeletonsUnknown))
     }
 
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>> {
-        self.database
-            .once("credentials", Repeat::Harmless, |connection| {
-                let username = username.clone();
-                Box::pin(async move { find_credentials(connection, &username).await })
-            })
-            .await
+        Ok(self.inner.database.run(&FindCredentials(username)).await?)
     }
 
     async fn by_username(&self, username: &Username) -> StoreResult<Option<Account>> {
-        self.database
-            .once("account", Repeat::Harmless, |connection| {
-                let username = username.clone();
-                Box::pin(async move {
-                    let row = sqlx::query(BY_USERNAME)
-                        .bind(username.as_str())
-                        .fetch_optional(connection)
-                        .await?;
-                    row.as_ref().map(account).transpose()
-                })
-            })
-            .await
+        Ok(self.inner.database.run(&FindAccount::ByUsername(username)).await?)
     }
 
     async fn by_identity(&self, identity: &IdentityKey) -> StoreResult<Option<Account>> {
-        let identity = *identity;
-        self.database
-            .once("account", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    let query = sqlx::query(BY_IDENTITY).bind(&identity.as_bytes()[..]);
-                    query.fetch_optional(connection).await?.as_ref().map(account).transpose()
-                })
-            })
-            .await
+        Ok(self.inner.database.run(&FindAccount::ByIdentity(identity)).await?)
     }
 }
 
-/// Registers an account, or returns `None` if the skeleton of some account is not known yet.
-async fn register(
-    connection: &mut PgConnection,
-    new: &NewAccount,
-    skeleton: &Skeleton,
-) -> sqlx::Result<Option<Registration>> {
-    let inserted: Option<i64> = sqlx::query_scalar(INSERT)
-        .bind(new.username.as_str())
-        .bind(&new.identity.as_bytes()[..])
-        .bind(&new.opaque_record[..])
-        .bind(millis(new.now))
-        .bind(skeleton.as_str())
-        .fetch_optional(&mut *connection)
-        .await?;
-    if let Some(id) = inserted {
-        return Ok(Some(Registration::Registered(AccountId(id))));
+/// Registers an account. Returns `None` if the skeleton of some account is not known yet.
+struct Register {
+    account: NewAccount,
+    skeleton: Skeleton,
+}
+
+impl Statement for Register {
+    type Output = Option<Registration>;
+
+    /// A repeat finds the account of the first attempt.
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "register"
     }
-    // A statement of its own sees the row that the insert conflicts with.
-    if let Some(held) = find_credentials(connection, &new.username).await? {
-        let same = held.identity == new.identity && held.opaque_record == new.opaque_record;
-        return Ok(Some(match same {
-            true => Registration::Repeated(held.account),
-            false => Registration::UsernameTaken,
-        }));
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<Registration>> {
+        let Self { account: new, skeleton } = self;
+        let inserted: Option<i64> = sqlx::query_scalar(INSERT)
+            .bind(new.username.as_str())
+            .bind(&new.identity.as_bytes()[..])
+            .bind(&new.opaque_record[..])
+            .bind(millis(new.now))
+            .bind(skeleton.as_str())
+            .fetch_optional(&mut *connection)
+            .await?;
+        if let Some(id) = inserted {
+            return Ok(Some(Registration::Registered(AccountId(id))));
+        }
+        // A statement of its own sees the row that the insert conflicts with.
+        if let Some(held) = find_credentials(connection, &new.username).await? {
+            let same = held.identity == new.identity && held.opaque_record == new.opaque_record;
+            return Ok(Some(match same {
+                true => Registration::Repeated(held.account),
+                false => Registration::UsernameTaken,
+            }));
+        }
+        let taken: (bool, bool) = sqlx::query_as(TAKEN)
+            .bind(skeleton.as_str())
+            .bind(&new.identity.as_bytes()[..])
+            .fetch_one(connection)
+            .await?;
+        Ok(match taken {
+            (true, _) => Some(Registration::UsernameTaken),
+            (false, true) => Some(Registration::IdentityTaken),
+            (false, false) => None,
+        })
     }
-    let taken: (bool, bool) = sqlx::query_as(TAKEN)
-        .bind(skeleton.as_str())
-        .bind(&new.identity.as_bytes()[..])
-        .fetch_one(connection)
-        .await?;
-    Ok(match taken {
-        (true, _) => Some(Registration::UsernameTaken),
-        (false, true) => Some(Registration::IdentityTaken),
-        (false, false) => None,
-    })
+}
+
+struct FindCredentials<'a>(&'a Username);
+
+impl Statement for FindCredentials<'_> {
+    type Output = Option<Credentials>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "credentials"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<Credentials>> {
+        find_credentials(connection, self.0).await
+    }
+}
+
+enum FindAccount<'a> {
+    ByUsername(&'a Username),
+    ByIdentity(&'a IdentityKey),
+}
+
+impl Statement for FindAccount<'_> {
+    type Output = Option<Account>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "account"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<Account>> {
+        let query = match self {
+            Self::ByUsername(username) => sqlx::query(BY_USERNAME).bind(username.as_str()),
+            Self::ByIdentity(identity) => sqlx::query(BY_IDENTITY).bind(&identity.as_bytes()[..]),
+        };
+        query.fetch_optional(connection).await?.as_ref().map(account).transpose()
+    }
 }
 
 async fn find_credentials(

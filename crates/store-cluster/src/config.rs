@@ -1,5 +1,5 @@
-//! What the cluster store is given: where its three servers are, how long to wait for them, what
-//! the deployment allows.
+//! The configuration of the cluster store: the three servers, timeouts, and the limits of the
+//! deployment.
 
 use std::{fmt, fs, path::PathBuf, time::Duration};
 
@@ -14,47 +14,52 @@ use crate::{Clocks, ConnectError, error::Server};
 /// Everything [`ClusterStore::connect`](crate::ClusterStore::connect) needs.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Postgres.
     pub postgres: Endpoint,
+    /// Redis.
     pub redis: Endpoint,
+    /// NATS.
     pub nats: Endpoint,
-    /// Connections to Postgres, of this edge. A few of them are the committers'.
+    /// Connections of this edge to Postgres. The committers use some of them.
     pub postgres_connections: u32,
-    /// How long one statement may take, one lock be waited for, one connection be waited for.
+    /// Timeout of one statement, of one lock and of one connection.
     pub postgres_timeout: Duration,
-    /// How long Redis may take to answer.
+    /// Timeout of an answer of Redis.
     pub redis_timeout: Duration,
-    /// How long each of the servers is waited for at the start, before that is an error.
+    /// Timeout of the first connection to each server.
     pub start_timeout: Duration,
-    /// In front of every key in Redis and every subject in NATS, so that several clusters can share
-    /// those.
+    /// The prefix of every key in Redis and every subject in NATS, so that clusters can share both.
     pub namespace: String,
-    /// Whether the schema is brought up to date at the start. Else it must be already.
+    /// Whether the schema is migrated at the start. Otherwise it must be up to date.
     pub migrate: Migrate,
-    /// What identifies the cluster's OPAQUE setup; the first edge writes it down, all others must
+    /// The fingerprint of the cluster's OPAQUE setup. The first edge stores it, and all others must
     /// have the same.
     pub opaque_setup: [u8; 32],
+    /// The limits of the deployment.
     pub limits: Limits,
+    /// Intervals between edges.
     pub timing: Timing,
+    /// The clocks of the edge.
     pub clocks: Clocks,
 }
 
-/// Where one server is, and how to be let in.
+/// The address and the credentials of one server.
 #[derive(Clone)]
 pub struct Endpoint {
     /// `postgres://`; `redis://`, `rediss://`, `redis+cluster://a,b,c`,
     /// `redis+sentinel://a,b/primary` (`rediss+…` with TLS); `nats://`, `tls://`, several separated
-    /// by commas. User and password may be in it.
+    /// by commas. May contain user and password.
     pub url: String,
-    /// In place of the one in the URL.
+    /// Replaces the password in the URL.
     pub password: Option<String>,
-    /// PEM file with the certificates that the server's must come from: for Redis and NATS in place
-    /// of the system's, for Postgres beside the public ones.
+    /// PEM file with the authorities of the server's certificate: for Redis and NATS instead of the
+    /// system's, for Postgres in addition to the public ones.
     pub ca: Option<PathBuf>,
 }
 
 impl Endpoint {
-    /// What is in the file of `ca`, once it is known to be of use: a client library may take one
-    /// without certificates for none.
+    /// Returns the contents of the file `ca`, which must have a certificate: a client library may
+    /// ignore a file without any.
     pub(crate) fn authorities(&self, server: Server) -> Result<Option<Vec<u8>>, ConnectError> {
         let Some(path) = &self.ca else { return Ok(None) };
         let unusable =
@@ -79,30 +84,34 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// Whether to bring the schema up to date.
+/// Whether the schema is migrated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Migrate {
+    /// Whenever an edge starts.
     AtStart,
+    /// By `qpq-admin migrate` only.
     Never,
 }
 
-/// What the deployment allows.
+/// The limits of the deployment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits {
+    /// Limits of inboxes.
     pub delivery: Delivery,
+    /// Limits of KeyPackages.
     pub key_packages: KeyPackageCaps,
 }
 
-/// How quickly the edges notice each other's doings when nobody tells them.
+/// The intervals by which edges detect each other's changes without a message.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// Between two looks at the inboxes that somebody waits for: the delay of a message whose wake
+    /// Time between two polls of the inboxes that calls wait for: the delay of a message whose wake
     /// was lost.
     pub poll: Duration,
-    /// How long a lease outlives the edge that took it.
+    /// Time for which a lease outlives its edge.
     pub lease: Duration,
-    /// How long this edge, and how long Redis, may believe in a session without asking further: how
-    /// long a revocation can go unnoticed while NATS is down.
+    /// Time for which copies of a session in this edge and in Redis are valid: the delay of a
+    /// revocation while NATS is down.
     pub session_cache: Duration,
 }
 

@@ -1,10 +1,9 @@
-//! What the failures of Postgres, Redis and NATS mean, for whoever asked and for whoever would try
-//! again.
+//! Failures of Postgres, Redis and NATS: whether a caller or the store itself retries them.
 //!
-//! When an edge starts, a server that is not there yet is waited for; one that is there and
-//! refuses, or whose certificate is not to be trusted, is a mistake in somebody's settings, which
-//! waiting does not mend. Which of the two it is, each server says in its own way; what is said of
-//! it is the same for all three ([`Server`]).
+//! When an edge starts, it retries a server that is unreachable. A server that rejects the
+//! credentials, or whose certificate is not trusted, is a mistake in the configuration, which a
+//! retry does not correct. Each server reports these in its own way; the errors are the same for
+//! all three ([`Server`]).
 
 use std::{error::Error, io, sync::Arc, time::Duration};
 
@@ -12,29 +11,28 @@ use qpq_ports::StoreError;
 use rustls::AlertDescription;
 use tokio::time::timeout;
 
-/// What kind of failure it is.
+/// The kind of a failure of Postgres.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// Another transaction was in the way and this one was rolled back: the same again may well
-    /// succeed.
+pub(crate) enum PostgresErrorKind {
+    /// Another transaction interfered, and this one was rolled back. A retry may succeed.
     Contention,
-    /// A rule of the schema refused a row.
-    Refused,
-    /// One row cannot be read as what it should be, or the data are damaged.
+    /// A constraint of the schema rejected a row.
+    Rejected,
+    /// A row has invalid values, or the data is damaged.
     Corrupt,
-    /// The server cannot be reached, is going away, has no room, or did not answer in time.
+    /// The server is unreachable, shutting down or full, or did not answer in time.
     Unreachable,
 }
 
-impl Kind {
-    /// By SQLSTATE (<https://www.postgresql.org/docs/15/errcodes-appendix.html>).
+impl PostgresErrorKind {
+    /// Returns the kind by SQLSTATE (<https://www.postgresql.org/docs/15/errcodes-appendix.html>).
     pub(crate) fn of(error: &sqlx::Error) -> Self {
         match error {
             sqlx::Error::Database(database) => match database.code().as_deref() {
-                // Serialization failure, deadlock, a lock that was not to be had in time.
+                // Serialization failure, deadlock, lock timeout.
                 Some("40001" | "40P01" | "55P03") => Self::Contention,
                 Some("XX001" | "XX002") => Self::Corrupt,
-                Some(code) if code.starts_with("23") => Self::Refused,
+                Some(code) if code.starts_with("23") => Self::Rejected,
                 _ => Self::Unreachable,
             },
             sqlx::Error::ColumnDecode { .. }
@@ -45,31 +43,31 @@ impl Kind {
         }
     }
 
-    /// The label in metrics.
+    /// Returns the label in metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Contention => "contention",
-            Self::Refused => "refused",
+            Self::Rejected => "refused",
             Self::Corrupt => "corrupt",
             Self::Unreachable => "unreachable",
         }
     }
 }
 
-/// One failure that many callers share, because they were one transaction.
+/// A failure of Postgres. Cheap to clone, since the calls of one transaction share it.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error(transparent)]
-pub(crate) struct Shared(Arc<sqlx::Error>);
+pub(crate) struct PostgresError(Arc<sqlx::Error>);
 
-impl Shared {
-    pub(crate) fn kind(&self) -> Kind {
-        Kind::of(&self.0)
+impl PostgresError {
+    pub(crate) fn kind(&self) -> PostgresErrorKind {
+        PostgresErrorKind::of(&self.0)
     }
 
-    /// Whether it reached Postgres and was not done in time.
+    /// Whether Postgres began the operation and did not end it in time.
     pub(crate) fn took_too_long(&self) -> bool {
         match &*self.0 {
-            // A statement that was cancelled by its timeout.
+            // A statement was cancelled by its timeout.
             sqlx::Error::Database(database) => database.code().as_deref() == Some("57014"),
             sqlx::Error::Io(error) => error.kind() == io::ErrorKind::TimedOut,
             _ => false,
@@ -77,23 +75,23 @@ impl Shared {
     }
 }
 
-impl From<sqlx::Error> for Shared {
+impl From<sqlx::Error> for PostgresError {
     fn from(error: sqlx::Error) -> Self {
         Self(Arc::new(error))
     }
 }
 
-impl From<Shared> for StoreError {
-    fn from(error: Shared) -> Self {
+impl From<PostgresError> for StoreError {
+    fn from(error: PostgresError) -> Self {
         match error.kind() {
-            Kind::Contention | Kind::Refused => Self::conflict(error),
-            Kind::Corrupt => Self::corrupt(error),
-            Kind::Unreachable => Self::unavailable(error),
+            PostgresErrorKind::Contention | PostgresErrorKind::Rejected => Self::conflict(error),
+            PostgresErrorKind::Corrupt => Self::corrupt(error),
+            PostgresErrorKind::Unreachable => Self::unavailable(error),
         }
     }
 }
 
-/// A stored value has a length or range that no code here ever writes.
+/// A stored value has a length or a range that this program never writes.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("{0} holds a value that was never written by this program")]
 pub(crate) struct NeverWritten(pub(crate) &'static str);
@@ -104,7 +102,7 @@ impl From<NeverWritten> for sqlx::Error {
     }
 }
 
-/// One of the three servers, as errors name it and its settings.
+/// One of the three servers, with the names of its settings in errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Server {
     Postgres,
@@ -113,35 +111,35 @@ pub(crate) enum Server {
 }
 
 impl Server {
-    /// It is not there, or not yet: worth another try.
+    /// Creates the error of an unreachable server, which is retried.
     pub(crate) fn unreachable(self, cause: impl ToString) -> ConnectError {
         let (server, setting) = (self.name(), self.url());
         ConnectError::Unreachable { server, setting, cause: cause.to_string() }
     }
 
-    /// It is there and lets nobody in with these credentials.
+    /// Creates the error of a server that rejects the credentials.
     pub(crate) fn refuses(self, cause: impl ToString) -> ConnectError {
         let (url, password) = (self.url(), self.password());
         ConnectError::Refused { server: self.name(), url, password, cause: cause.to_string() }
     }
 
-    /// There is no encryption with it, or nothing says that it is who it should be.
+    /// Creates the error of a server without encryption or without a trusted certificate.
     pub(crate) fn untrusted(self, cause: impl ToString) -> ConnectError {
         let (url, ca) = (self.url(), self.ca());
         ConnectError::Untrusted { server: self.name(), url, ca, cause: cause.to_string() }
     }
 
-    /// [`untrusted`](Self::untrusted) if it was TLS that failed.
+    /// Returns [`untrusted`](Self::untrusted) if TLS has failed.
     pub(crate) fn tls_failure(self, error: &(dyn Error + 'static)) -> Option<ConnectError> {
         use AlertDescription::{CloseNotify, InternalError, UserCanceled};
         match tls_error(error)? {
-            // Something is amiss over there, which may pass.
+            // A problem of the server, which may be temporary.
             rustls::Error::AlertReceived(CloseNotify | InternalError | UserCanceled) => None,
             error => Some(self.untrusted(error)),
         }
     }
 
-    /// What comes of `work`, unless that takes too long.
+    /// Returns the outcome of `work`, or an error if it takes too long.
     pub(crate) async fn answers<T>(
         self,
         within: Duration,
@@ -185,7 +183,7 @@ impl Server {
     }
 }
 
-/// The error of TLS among the causes of a failure, however the client libraries wrap it.
+/// Returns the error of TLS among the causes of a failure, however the client libraries wrap it.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -193,7 +191,7 @@ fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> 
             return Some(found);
         }
         next = if let Some(io) = error.downcast_ref::<io::Error>() {
-            // Its `source` is that of what is in it, not that itself.
+            // Its `source` is the source of the error in it, not that error.
             io.get_ref().map(|inner| inner as &(dyn Error + 'static))
         } else if let Some(shared) = error.downcast_ref::<Arc<dyn Error + Send + Sync>>() {
             Some(&**shared as &(dyn Error + 'static))
@@ -204,7 +202,7 @@ fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> 
     None
 }
 
-/// Why the store cannot be used, and what to do about it. No URL is in it: it may hold a password.
+/// Why the store cannot be used, and what to do about it. Has no URL, which may contain a password.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     #[error("{setting} cannot be understood ({cause}): {expected}")]

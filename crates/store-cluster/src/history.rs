@@ -1,14 +1,14 @@
-//! Which history the store is in, and the noticing of another one.
+//! The history that the store is in, and how another one is detected.
 //!
 //! The id is derived from what changes whenever Postgres may have gone back in time: the identifier
 //! of the database system (another server, or a dump that was restored into one), the timeline (a
 //! promoted standby, a point-in-time recovery), and a stored salt (for what changes neither). It is
-//! read in the very statement whose rows it speaks of. So a connection that silently leads to
-//! another server, as through a pooler, is noticed by its next statement.
+//! read in the same statement as the rows that belong to it. So a connection that silently leads to
+//! another server, as through a pooler, is detected by its next statement.
 //!
 //! The timeline comes from the position of the log that is being written, since the one of the last
-//! checkpoint is still the old one right after a promotion. A standby writes no log and answers with
-//! an error. The functions need no rights beyond those of any role.
+//! checkpoint is still the old one right after a promotion. A standby writes no log and answers
+//! with an error. The functions need no rights beyond those of any role.
 
 use std::sync::Arc;
 
@@ -19,14 +19,15 @@ use tokio::sync::watch;
 
 use crate::{
     Config, ConnectError, metrics as names,
-    postgres::{self, Database, Repeat, row::Columns as _},
+    postgres::{self, Database, Repeat, Scope, Statement, row::Columns as _},
 };
 
 /// The id of the history, as an expression that Postgres evaluates once a statement.
 macro_rules! store_id {
     () => {
         "(SELECT substr(sha256(int8send(c.system_identifier)
-                 || decode(substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), 'hex') || s.salt), 1, 16)
+                 || decode(substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), 'hex')
+                 || s.salt), 1, 16)
             FROM pg_control_system() c CROSS JOIN store s)"
     };
 }
@@ -39,7 +40,7 @@ pub(crate) const CURRENT_HEX: &str = concat!("SELECT encode(", store_id!(), ", '
 
 pub(crate) const RENEW: &str = "UPDATE store SET salt = uuid_send(gen_random_uuid())";
 
-/// Any of them may have been given out after the copy was made that is the store now.
+/// Any of them may have been taken after the copy was made that is the store now.
 pub(crate) const REMOVE_PACKAGES: &str = "
     WITH removed AS (
         DELETE FROM key_package WHERE NOT last_resort RETURNING owner, fingerprint, not_after),
@@ -53,11 +54,9 @@ pub(crate) const REMOVE_PACKAGES: &str = "
 pub(crate) struct History(Arc<watch::Sender<StoreId>>);
 
 impl History {
-    /// Asks Postgres for the present history.
+    /// Reads the present history from Postgres.
     pub(crate) async fn read(database: &Database) -> StoreResult<Self> {
-        let id = database
-            .once("store_id", Repeat::Harmless, |connection| Box::pin(current(connection)))
-            .await?;
+        let id = database.run(&ReadStoreId).await?;
         Ok(Self(Arc::new(watch::Sender::new(id))))
     }
 
@@ -65,7 +64,7 @@ impl History {
         *self.0.borrow()
     }
 
-    /// Notes the history of what was just read.
+    /// Records the history of rows that were just read.
     pub(crate) fn note(&self, id: StoreId) {
         let changed = self.0.send_if_modified(|seen| {
             let changed = *seen != id;
@@ -81,24 +80,56 @@ impl History {
         }
     }
 
-    /// Completes whenever another history was noticed.
+    /// Changes whenever another history is detected.
     pub(crate) fn changes(&self) -> watch::Receiver<StoreId> {
         self.0.subscribe()
     }
 
     /// Begins another history: another salt, no one-time KeyPackages.
     pub(crate) async fn begin(&self, database: &Database) -> StoreResult<NewHistory> {
-        let new = database
-            .run("begin_history", Repeat::Harmless, |connection| Box::pin(begin(connection)))
-            .await?;
+        let new = database.run(&BeginHistory).await?;
         self.note(new.store_id);
         Ok(new)
     }
 }
 
-/// Begins another history, as [`Maintenance::begin_history`](qpq_ports::Maintenance::begin_history), with
-/// Postgres alone and for as long as that takes: of a large cluster there are many packages to
-/// remove. Edges that run notice it.
+struct ReadStoreId;
+
+impl Statement for ReadStoreId {
+    type Output = StoreId;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "store_id"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<StoreId> {
+        current(connection).await
+    }
+}
+
+struct BeginHistory;
+
+impl Statement for BeginHistory {
+    type Output = NewHistory;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "begin_history"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<NewHistory> {
+        begin(connection).await
+    }
+}
+
+/// Begins another history, as
+/// [`Maintenance::begin_history`](qpq_ports::Maintenance::begin_history), with Postgres alone and
+/// without a timeout: a large cluster has many packages to remove. Running edges detect it.
 pub async fn begin_history(config: &Config) -> Result<NewHistory, ConnectError> {
     let mut connection = postgres::connect_patiently(config).await?;
     let outcome = async {
@@ -108,7 +139,7 @@ pub async fn begin_history(config: &Config) -> Result<NewHistory, ConnectError> 
         Ok(new)
     };
     let new = outcome.await.map_err(|error: sqlx::Error| postgres::failed(&error))?;
-    // The work is done and committed.
+    // The transaction is committed.
     let _ = connection.close().await;
     Ok(new)
 }

@@ -16,7 +16,7 @@ use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use crate::{
     Config, ConnectError, Migrate,
     postgres::{
-        self, Database, Repeat,
+        self, Database, Repeat, Scope, Statement,
         row::{Columns as _, millis, millis_of},
     },
 };
@@ -146,12 +146,13 @@ const RETRY_DEAD: &str = concat!(
 const IS_DEAD: &str = "SELECT EXISTS (SELECT 1 FROM job WHERE id = $1 AND died_at IS NOT NULL)";
 const REMOVE_DEAD: &str = "DELETE FROM job WHERE id = $1 AND died_at IS NOT NULL";
 
+/// The queue of jobs in one database. It needs neither Redis nor NATS.
 #[derive(Debug)]
-pub(crate) struct ClusterJobs {
+pub(crate) struct JobQueue {
     database: Database,
 }
 
-impl ClusterJobs {
+impl JobQueue {
     pub(crate) fn new(database: Database) -> Self {
         Self { database }
     }
@@ -162,7 +163,7 @@ impl ClusterJobs {
 pub async fn operator_jobs(config: &Config) -> Result<Arc<dyn Jobs>, ConnectError> {
     let options = postgres::options(config)?;
     postgres::prepare(&options, Migrate::Never, config.start_timeout).await?;
-    Ok(Arc::new(ClusterJobs::new(Database::new(options, 1, config.postgres_timeout))))
+    Ok(Arc::new(JobQueue::new(Database::new(options, 1, config.postgres_timeout))))
 }
 
 /// Stores jobs in the transaction of their cause. Returns how many are new.
@@ -183,41 +184,14 @@ pub(crate) async fn put(
 }
 
 #[async_trait]
-impl Jobs for ClusterJobs {
+impl Jobs for JobQueue {
     async fn put(&self, jobs: Vec<NewJob>, now: UnixMillis) -> StoreResult<u64> {
-        let jobs = Arc::new(jobs);
-        // A repetition would store jobs without a key twice.
-        self.database
-            .once("put_jobs", Repeat::Never, |connection| {
-                let jobs = Arc::clone(&jobs);
-                Box::pin(async move { put(connection, &jobs, now).await })
-            })
-            .await
+        Ok(self.database.run(&PutJobs { jobs: &jobs, now }).await?)
     }
 
     async fn claim(&self, request: ClaimRequest, now: UnixMillis) -> StoreResult<Vec<Job>> {
-        let ClaimRequest { kind, limit, lease, horizon } = request;
-        let token: [u8; 16] = rand::random();
-        // A claim whose answer is lost ends with its lease.
-        let mut jobs = self
-            .database
-            .once("claim_jobs", Repeat::Never, move |connection| {
-                Box::pin(async move {
-                    sqlx::query(CLAIM)
-                        .bind(kind.as_str())
-                        .bind(millis(now))
-                        .bind(i64::from(limit))
-                        .bind(wait(lease))
-                        .bind(&token[..])
-                        .bind(wait(horizon))
-                        .fetch_all(connection)
-                        .await?
-                        .iter()
-                        .map(|row| Ok((row.at("due")?, job(row, token)?)))
-                        .collect::<sqlx::Result<Vec<_>>>()
-                })
-            })
-            .await?;
+        let claim = ClaimJobs { request, token: rand::random(), now };
+        let mut jobs = self.database.run(&claim).await?;
         jobs.sort_by_key(|(due, job)| (*due, job.claim.job));
         Ok(jobs.into_iter().map(|(_, job)| job).collect())
     }
@@ -228,67 +202,204 @@ impl Jobs for ClusterJobs {
         lease: Duration,
         now: UnixMillis,
     ) -> StoreResult<ClaimState> {
-        self.database
-            .once("renew_job", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    let query = sqlx::query(RENEW).bind(claim.job.0).bind(claim.token.to_vec());
-                    let query = query.bind(millis(now)).bind(wait(lease));
-                    Ok(state(query.execute(connection).await?.rows_affected()))
-                })
-            })
-            .await
+        Ok(self.database.run(&RenewClaim { claim, lease, now }).await?)
     }
 
     async fn finish(&self, claim: Claim, end: JobEnd, now: UnixMillis) -> StoreResult<ClaimState> {
-        let end = Arc::new(end);
-        self.database
-            .run("finish_job", Repeat::Harmless, |connection| {
-                let end = Arc::clone(&end);
-                Box::pin(async move { finish(connection, claim, &end, now).await })
-            })
-            .await
+        Ok(self.database.run(&FinishJob { claim, end, now }).await?)
     }
 
     async fn stats(&self, now: UnixMillis) -> StoreResult<Vec<JobStats>> {
-        self.database
-            .once("job_stats", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    let rows = sqlx::query(STATS).bind(millis(now)).fetch_all(connection).await?;
-                    rows.iter().map(stats).collect()
-                })
-            })
-            .await
+        Ok(self.database.run(&ReadStats(now)).await?)
     }
 
     async fn dead(&self, limit: u32) -> StoreResult<Vec<DeadJob>> {
-        self.database
-            .once("dead_jobs", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    let query = sqlx::query(DEAD).bind(i64::from(limit));
-                    query.fetch_all(connection).await?.iter().map(dead).collect()
-                })
-            })
-            .await
+        Ok(self.database.run(&ReadDead { limit }).await?)
     }
 
     async fn retry_dead(&self, job: JobId, now: UnixMillis) -> StoreResult<DeadChange> {
-        self.database
-            .run("retry_dead_job", Repeat::Harmless, move |connection| {
-                Box::pin(retry_dead(connection, job, now))
-            })
-            .await
+        Ok(self.database.run(&RetryDead { job, now }).await?)
     }
 
     async fn remove_dead(&self, job: JobId) -> StoreResult<DeadChange> {
-        self.database
-            .once("remove_dead_job", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    let removed = sqlx::query(REMOVE_DEAD).bind(job.0).execute(connection).await?;
-                    let found = removed.rows_affected() > 0;
-                    Ok(if found { DeadChange::Changed } else { DeadChange::NotFound })
-                })
-            })
-            .await
+        Ok(self.database.run(&RemoveDead(job)).await?)
+    }
+}
+
+struct PutJobs<'a> {
+    jobs: &'a [NewJob],
+    now: UnixMillis,
+}
+
+impl Statement for PutJobs<'_> {
+    type Output = u64;
+
+    /// A repeat would store jobs without a key twice.
+    const REPEAT: Repeat = Repeat::Never;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "put_jobs"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<u64> {
+        put(connection, self.jobs, self.now).await
+    }
+}
+
+struct ClaimJobs {
+    request: ClaimRequest,
+    token: [u8; 16],
+    now: UnixMillis,
+}
+
+impl Statement for ClaimJobs {
+    /// The jobs, and since when each was due.
+    type Output = Vec<(UnixMillis, Job)>;
+
+    /// A claim whose answer is lost ends with its lease.
+    const REPEAT: Repeat = Repeat::Never;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "claim_jobs"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let ClaimRequest { kind, limit, lease, horizon } = self.request;
+        sqlx::query(CLAIM)
+            .bind(kind.as_str())
+            .bind(millis(self.now))
+            .bind(i64::from(limit))
+            .bind(wait(lease))
+            .bind(&self.token[..])
+            .bind(wait(horizon))
+            .fetch_all(connection)
+            .await?
+            .iter()
+            .map(|row| Ok((row.at("due")?, job(row, self.token)?)))
+            .collect()
+    }
+}
+
+struct RenewClaim {
+    claim: Claim,
+    lease: Duration,
+    now: UnixMillis,
+}
+
+impl Statement for RenewClaim {
+    type Output = ClaimState;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "renew_job"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<ClaimState> {
+        let query = sqlx::query(RENEW).bind(self.claim.job.0).bind(&self.claim.token[..]);
+        let query = query.bind(millis(self.now)).bind(wait(self.lease));
+        Ok(state(query.execute(connection).await?.rows_affected()))
+    }
+}
+
+struct FinishJob {
+    claim: Claim,
+    end: JobEnd,
+    now: UnixMillis,
+}
+
+impl Statement for FinishJob {
+    type Output = ClaimState;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "finish_job"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<ClaimState> {
+        finish(connection, self.claim, &self.end, self.now).await
+    }
+}
+
+struct ReadStats(UnixMillis);
+
+impl Statement for ReadStats {
+    type Output = Vec<JobStats>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "job_stats"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Vec<JobStats>> {
+        let rows = sqlx::query(STATS).bind(millis(self.0)).fetch_all(connection).await?;
+        rows.iter().map(stats).collect()
+    }
+}
+
+struct ReadDead {
+    limit: u32,
+}
+
+impl Statement for ReadDead {
+    type Output = Vec<DeadJob>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "dead_jobs"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Vec<DeadJob>> {
+        let query = sqlx::query(DEAD).bind(i64::from(self.limit));
+        query.fetch_all(connection).await?.iter().map(dead).collect()
+    }
+}
+
+struct RetryDead {
+    job: JobId,
+    now: UnixMillis,
+}
+
+impl Statement for RetryDead {
+    type Output = DeadChange;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "retry_dead_job"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<DeadChange> {
+        retry_dead(connection, self.job, self.now).await
+    }
+}
+
+struct RemoveDead(JobId);
+
+impl Statement for RemoveDead {
+    type Output = DeadChange;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "remove_dead_job"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<DeadChange> {
+        let removed = sqlx::query(REMOVE_DEAD).bind(self.0.0).execute(connection).await?;
+        let found = removed.rows_affected() > 0;
+        Ok(if found { DeadChange::Changed } else { DeadChange::NotFound })
     }
 }
 

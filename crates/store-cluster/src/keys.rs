@@ -1,28 +1,26 @@
 //! KeyPackages and hybrid keys in Postgres.
 //!
-//! A KeyPackage leaves its table in the statement that gives it out, and its fingerprint goes into
-//! another, where it stays until its lifetime ends: so it is given out once, by whichever edge, and
-//! cannot come back. Whether a package has expired is judged by the caller's instant in every
-//! statement, never by whether a sweep has already come by. What has expired is deleted only where
-//! Postgres' and the edge's clock say so too.
+//! A KeyPackage leaves its table in the statement that takes it, and its fingerprint goes into
+//! another table, where it stays until the package's lifetime ends. So a package is taken once, by
+//! whichever edge, and cannot be uploaded again. Whether a package has expired is decided by the
+//! caller's instant in every statement, not by whether a sweep has removed it. Expired packages are
+//! deleted only if the clocks of Postgres and of the edge agree that they have expired.
 //!
-//! Uploads of one owner go one after the other, by a lock on the account; takes wait for nobody.
+//! Uploads of one owner are serialized by a lock on the account. Takes do not wait for a lock.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::collections::{HashMap, HashSet};
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, KeyPackageCaps, UnixMillis};
+use qpq_domain::{AccountId, IdentityKey, UnixMillis};
 use qpq_ports::{
     HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload, UploadMode,
 };
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
 use crate::{
+    ClusterStore,
     postgres::{
-        Database, Repeat,
+        Repeat, Scope, Statement,
         row::{Columns as _, millis, now_of},
     },
     time::Time,
@@ -36,10 +34,10 @@ macro_rules! alive {
     };
 }
 
-/// The oldest package that nobody else is just taking. One that is locked is as good as gone:
-/// whoever locked it commits next. (If that fails instead, it was there all the time, and somebody
-/// got a later one or the last resort, which is no harm.) `=` and not IN: a sub-select that is
-/// planned as a join may lock and take more than one row.
+/// Takes the oldest package that no other transaction is taking. A locked package is skipped: the
+/// transaction that locked it commits next. (If that fails, a later package or the last resort was
+/// taken instead, which is harmless.) `=` and not IN: a sub-select that is planned as a join may
+/// lock and take more than one row.
 const TAKE: &str = concat!(
     "WITH taken AS (
         DELETE FROM key_package WHERE id = (
@@ -54,12 +52,13 @@ const TAKE: &str = concat!(
     SELECT bytes FROM taken"
 );
 
-/// It is noted as given, too: once a newer one has taken its place, it may not come back. Locked,
-/// so that it is not replaced, and uploaded again, before that is noted; if it is just being
-/// replaced, this waits and gets the newer one.
+/// Returns the last-resort package, and records it as given: once a newer one has replaced it, it
+/// may not be uploaded again. The lock prevents a replacement and a new upload before that is
+/// recorded. During a replacement this waits, and returns the newer one.
 const TAKE_LAST_RESORT: &str = concat!(
     "WITH shown AS (
-        SELECT k.owner, k.fingerprint, k.not_after, k.bytes FROM account a JOIN key_package k ON k.owner = a.id
+        SELECT k.owner, k.fingerprint, k.not_after, k.bytes
+          FROM account a JOIN key_package k ON k.owner = a.id
          WHERE a.identity = $1 AND k.last_resort AND ",
     alive!(),
     "    FOR KEY SHARE OF k),
@@ -72,21 +71,24 @@ const TAKE_LAST_RESORT: &str = concat!(
 /// Waits for an upload of $1 that is not committed yet.
 const AFTER_UPLOAD: &str = "SELECT FROM account WHERE identity = $1 FOR SHARE";
 
-/// Whoever inserts a package locks its owner's key alone, which this leaves free.
+/// Compatible with the lock on the owner's key that the insertion of a package takes.
 const LOCK: &str = "SELECT store_now() AS postgres FROM account WHERE id = $1 FOR NO KEY UPDATE";
 
 const EXPIRE: &str = "
     WITH packages AS (DELETE FROM key_package WHERE owner = $1 AND not_after < $2)
     DELETE FROM key_package_given WHERE owner = $1 AND not_after < $2";
 
-/// One snapshot, in which a package is in one of the two or in neither.
+/// One snapshot, in which a package is in one of the two tables or in neither.
 const KNOWN: &str = "
-    SELECT fingerprint, last_resort, false AS given FROM key_package WHERE owner = $1 AND fingerprint = ANY ($2)
+    SELECT fingerprint, last_resort, false AS given FROM key_package
+     WHERE owner = $1 AND fingerprint = ANY ($2)
     UNION ALL
-    SELECT fingerprint, false, true FROM key_package_given WHERE owner = $1 AND fingerprint = ANY ($2)";
+    SELECT fingerprint, false, true FROM key_package_given
+     WHERE owner = $1 AND fingerprint = ANY ($2)";
 
 const STOCK: &str = concat!(
-    "SELECT count(*) FILTER (WHERE NOT last_resort) AS available, coalesce(bool_or(last_resort), false) AS last_resort
+    "SELECT count(*) FILTER (WHERE NOT last_resort) AS available,
+            coalesce(bool_or(last_resort), false) AS last_resort
        FROM key_package WHERE owner = $1 AND ",
     alive!()
 );
@@ -94,7 +96,7 @@ const STOCK: &str = concat!(
 /// $2: whether the last-resort package is removed, too.
 const REMOVE: &str = "DELETE FROM key_package WHERE owner = $1 AND ($2 OR NOT last_resort)";
 
-/// In its place, so that whoever waits for the old one finds the new one.
+/// Keeps the row, so that a take that waits for the old package finds the new one.
 const REPLACE_LAST_RESORT: &str = "
     UPDATE key_package SET fingerprint = $2, not_after = $3, bytes = $4, not_before = $5
      WHERE owner = $1 AND last_resort";
@@ -112,21 +114,8 @@ const GET_HYBRID: &str = "
     SELECT h.key FROM unnest($1::bytea[]) WITH ORDINALITY AS t (identity, place)
       LEFT JOIN account a ON a.identity = t.identity LEFT JOIN hybrid_key h ON h.owner = a.id ORDER BY t.place";
 
-#[derive(Debug)]
-pub(crate) struct ClusterKeys {
-    database: Database,
-    time: Time,
-    caps: KeyPackageCaps,
-}
-
-impl ClusterKeys {
-    pub(crate) fn new(database: Database, time: Time, caps: KeyPackageCaps) -> Self {
-        Self { database, time, caps }
-    }
-}
-
 #[async_trait]
-impl KeyPackages for ClusterKeys {
+impl KeyPackages for ClusterStore {
     async fn upload(
         &self,
         owner: AccountId,
@@ -134,18 +123,9 @@ impl KeyPackages for ClusterKeys {
         mode: UploadMode,
         now: UnixMillis,
     ) -> StoreResult<Upload> {
-        let (packages, most, time) = (Arc::new(packages), self.caps.max_count, self.time.clone());
-        // A repeat finds the packages there. One of them may have been taken meanwhile, which is
-        // then what it says.
-        self.database
-            .run("upload_key_packages", Repeat::Harmless, |connection| {
-                let (packages, time) = (Arc::clone(&packages), time.clone());
-                Box::pin(async move {
-                    expire(connection, owner, now, &time).await?;
-                    upload(connection, owner, &packages, mode, now, most).await
-                })
-            })
-            .await
+        let (max_count, time) = (self.inner.limits.key_packages.max_count, &self.inner.time);
+        let upload = UploadPackages { owner, packages: &packages, mode, now, max_count, time };
+        Ok(self.inner.database.run(&upload).await?)
     }
 
     async fn take(
@@ -153,80 +133,162 @@ impl KeyPackages for ClusterKeys {
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Option<TakenKeyPackage>> {
-        let target = *target;
-        // In a transaction, so that a dead connection is noticed before anything can have been
-        // taken.
-        self.database
-            .run("take_key_package", Repeat::Never, move |connection| {
-                Box::pin(async move {
-                    if let Some(taken) = take(connection, &target, now).await? {
-                        return Ok(Some(taken));
-                    }
-                    // All of them may just be replaced: the new ones are seen once that is
-                    // committed.
-                    sqlx::query(AFTER_UPLOAD)
-                        .bind(&target.as_bytes()[..])
-                        .execute(&mut *connection)
-                        .await?;
-                    take(connection, &target, now).await
-                })
-            })
-            .await
+        Ok(self.inner.database.run(&TakePackage { target, now }).await?)
     }
 
     async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>> {
-        self.database
-            .once("key_packages_known", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    let rows = sqlx::query("SELECT fingerprint FROM key_package WHERE owner = $1")
-                        .bind(owner.0)
-                        .fetch_all(connection)
-                        .await?;
-                    rows.iter().map(|row| row.hash("fingerprint")).collect()
-                })
-            })
-            .await
+        Ok(self.inner.database.run(&ListPackages(owner)).await?)
     }
 
     async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock> {
-        self.database
-            .once("key_package_stock", Repeat::Harmless, move |connection| {
-                Box::pin(stock(connection, owner, now))
-            })
-            .await
+        Ok(self.inner.database.run(&CountPackages { owner, now }).await?)
     }
 }
 
 #[async_trait]
-impl HybridKeys for ClusterKeys {
+impl HybridKeys for ClusterStore {
     async fn put(&self, owner: AccountId, key: Vec<u8>) -> StoreResult<()> {
-        let key = Arc::new(key);
-        self.database
-            .once("put_hybrid_key", Repeat::Harmless, |connection| {
-                let key = Arc::clone(&key);
-                Box::pin(async move {
-                    sqlx::query(PUT_HYBRID)
-                        .bind(owner.0)
-                        .bind(&key[..])
-                        .execute(connection)
-                        .await
-                        .map(drop)
-                })
-            })
-            .await
+        Ok(self.inner.database.run(&PutHybridKey { owner, key: &key }).await?)
     }
 
     async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>> {
-        let targets: Arc<[Vec<u8>]> =
-            targets.iter().map(|target| target.as_bytes().to_vec()).collect();
-        self.database
-            .once("get_hybrid_keys", Repeat::Harmless, |connection| {
-                let targets = Arc::clone(&targets);
-                Box::pin(async move {
-                    sqlx::query_scalar(GET_HYBRID).bind(&targets[..]).fetch_all(connection).await
-                })
-            })
-            .await
+        Ok(self.inner.database.run(&GetHybridKeys(targets)).await?)
+    }
+}
+
+struct UploadPackages<'a> {
+    owner: AccountId,
+    packages: &'a [NewKeyPackage],
+    mode: UploadMode,
+    now: UnixMillis,
+    max_count: u32,
+    time: &'a Time,
+}
+
+impl Statement for UploadPackages<'_> {
+    type Output = Upload;
+
+    /// A repeat finds the packages of the first attempt, or reports one that was taken meanwhile.
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "upload_key_packages"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Upload> {
+        expire(connection, self.owner, self.now, self.time).await?;
+        upload(connection, self).await
+    }
+}
+
+struct TakePackage<'a> {
+    target: &'a IdentityKey,
+    now: UnixMillis,
+}
+
+impl Statement for TakePackage<'_> {
+    type Output = Option<TakenKeyPackage>;
+
+    const REPEAT: Repeat = Repeat::Never;
+    /// So that a dead connection is detected before a package can have been taken.
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "take_key_package"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<TakenKeyPackage>> {
+        if let Some(taken) = take(connection, self.target, self.now).await? {
+            return Ok(Some(taken));
+        }
+        // A concurrent upload may be replacing all packages. The new ones are visible once it has
+        // committed.
+        sqlx::query(AFTER_UPLOAD)
+            .bind(&self.target.as_bytes()[..])
+            .execute(&mut *connection)
+            .await?;
+        take(connection, self.target, self.now).await
+    }
+}
+
+struct ListPackages(AccountId);
+
+impl Statement for ListPackages {
+    type Output = HashSet<[u8; 32]>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "key_packages_known"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<HashSet<[u8; 32]>> {
+        let rows = sqlx::query("SELECT fingerprint FROM key_package WHERE owner = $1")
+            .bind(self.0.0)
+            .fetch_all(connection)
+            .await?;
+        rows.iter().map(|row| row.hash("fingerprint")).collect()
+    }
+}
+
+struct CountPackages {
+    owner: AccountId,
+    now: UnixMillis,
+}
+
+impl Statement for CountPackages {
+    type Output = Stock;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "key_package_stock"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Stock> {
+        stock(connection, self.owner, self.now).await
+    }
+}
+
+struct PutHybridKey<'a> {
+    owner: AccountId,
+    key: &'a [u8],
+}
+
+impl Statement for PutHybridKey<'_> {
+    type Output = ();
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "put_hybrid_key"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
+        let query = sqlx::query(PUT_HYBRID).bind(self.owner.0).bind(self.key);
+        query.execute(connection).await.map(drop)
+    }
+}
+
+struct GetHybridKeys<'a>(&'a [IdentityKey]);
+
+impl Statement for GetHybridKeys<'_> {
+    type Output = Vec<Option<Vec<u8>>>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "get_hybrid_keys"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let targets: Vec<&[u8]> = self.0.iter().map(|target| &target.as_bytes()[..]).collect();
+        sqlx::query_scalar(GET_HYBRID).bind(targets).fetch_all(connection).await
     }
 }
 
@@ -275,16 +337,11 @@ async fn expire(
     sqlx::query(EXPIRE).bind(owner.0).bind(millis(expired_by)).execute(connection).await.map(drop)
 }
 
-/// Decides first and then stores all or nothing. Nobody else stores anything for this owner
-/// meanwhile; what others take makes room that was not needed, and the answer is of the moment
-/// before that.
+/// Decides first, and then stores all packages or none. The lock keeps other uploads of the owner
+/// out. Concurrent takes only make room that was not needed; the result is as of before them.
 async fn upload(
     connection: &mut PgConnection,
-    owner: AccountId,
-    packages: &[NewKeyPackage],
-    mode: UploadMode,
-    now: UnixMillis,
-    most: u32,
+    &UploadPackages { owner, packages, mode, now, max_count, .. }: &UploadPackages<'_>,
 ) -> sqlx::Result<Upload> {
     let mut known = Known::of(connection, owner, packages).await?;
     if mode == UploadMode::Replace {
@@ -305,7 +362,7 @@ async fn upload(
     if let Some(package) = last_resort {
         stock.has_last_resort = is_alive(package);
     }
-    if stock.available.saturating_add(stock.has_last_resort.into()) > most {
+    if stock.available.saturating_add(stock.has_last_resort.into()) > max_count {
         return Ok(Upload::Full);
     }
     if mode == UploadMode::Replace {
@@ -325,9 +382,9 @@ async fn upload(
     Ok(Upload::Stored(stock))
 }
 
-/// What the store knows of the packages of an upload.
+/// What the store has of the packages of an upload.
 struct Known {
-    /// Which are there, and whether as last resort.
+    /// The stored packages, and whether each is the last resort.
     there: HashMap<[u8; 32], bool>,
     given: HashSet<[u8; 32]>,
 }
@@ -359,8 +416,8 @@ impl Known {
         Ok(())
     }
 
-    /// Which packages are to be stored, at most one of them a last resort; or the first that was
-    /// given out before.
+    /// Returns the packages to store, at most one of them a last resort, or the index of the first
+    /// that was taken before.
     fn choose(mut self, packages: &[NewKeyPackage]) -> Result<Vec<&NewKeyPackage>, usize> {
         let mut new: Vec<&NewKeyPackage> = Vec::new();
         for (index, package) in packages.iter().enumerate() {
@@ -371,7 +428,7 @@ impl Known {
                 return Err(index);
             }
             if package.last_resort {
-                // It takes the place of any before it, stored or of this upload.
+                // It replaces any earlier one, stored or of this upload.
                 self.there.retain(|_, last_resort| !*last_resort);
                 new.retain(|package| !package.last_resort);
             }
@@ -382,7 +439,7 @@ impl Known {
     }
 }
 
-/// Whether there was one to be replaced.
+/// Replaces the last-resort package; returns whether there was one.
 async fn replace_last_resort(
     connection: &mut PgConnection,
     owner: AccountId,

@@ -1,9 +1,9 @@
 //! Rate limits, counted in Redis for all edges together.
 //!
 //! A bucket is one number: when it will be full again (the generic cell rate algorithm), with the
-//! arithmetic of the embedded store in `redis/scripts/spend.lua`. A Redis that was flushed has full
-//! buckets, which is what it costs to lose it. The time is Redis' own, so that an edge with a wrong
-//! clock neither empties nor fills a bucket.
+//! arithmetic of the embedded store in `redis/scripts/spend.lua`. After a flush of Redis all
+//! buckets are full. The time is that of Redis, so that an edge with a wrong clock neither empties
+//! nor fills a bucket.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -13,7 +13,7 @@ use qpq_domain::UnixMillis;
 use qpq_ports::{Bucket, LimitKey, RateLimiter, StoreResult, Verdict};
 use redis::Script;
 
-use crate::{Clocks, metrics as names, redis::Redis};
+use crate::{ClusterStore, metrics as names, redis::Redis};
 
 /// Time for which a key outlives its bucket.
 const SLACK: Duration = Duration::from_secs(60);
@@ -29,26 +29,13 @@ static REMEMBER: LazyLock<Script> =
 static REMEMBERS: LazyLock<Script> =
     LazyLock::new(|| Script::new("return redis.call('EXISTS', KEYS[1])"));
 
-#[derive(Debug)]
-pub(crate) struct ClusterLimiter {
-    redis: Redis,
-    /// Whether the caller's instant counts in place of Redis' time.
-    injected: bool,
-}
-
-impl ClusterLimiter {
-    pub(crate) fn new(redis: Redis, clocks: &Clocks) -> Self {
-        Self { redis, injected: clocks.edge.is_none() }
-    }
-
-    /// The key of what is remembered, which Redis itself expires.
-    fn remembered(&self, LimitKey { class, subject }: &LimitKey) -> String {
-        self.redis.key(format_args!("k:{class}:{:032x}", u128::from_be_bytes(*subject)))
-    }
+/// Returns the key of what is remembered, which Redis itself expires.
+fn remembered(redis: &Redis, LimitKey { class, subject }: &LimitKey) -> String {
+    redis.key(format_args!("k:{class}:{:032x}", u128::from_be_bytes(*subject)))
 }
 
 #[async_trait]
-impl RateLimiter for ClusterLimiter {
+impl RateLimiter for ClusterStore {
     async fn take(
         &self,
         key: LimitKey,
@@ -60,17 +47,18 @@ impl RateLimiter for ClusterLimiter {
             return Ok(Verdict::RetryAfter(Duration::MAX));
         };
         let LimitKey { class, subject } = key;
-        let key = self.redis.key(format_args!("r:{class}:{:032x}", u128::from_be_bytes(subject)));
+        let key =
+            self.inner.redis.key(format_args!("r:{class}:{:032x}", u128::from_be_bytes(subject)));
         let args = [
             text(bucket.burst),
             // As Rust prints a float, it is read as the very same one.
             text(millis_per_token),
             text(cost),
-            if self.injected { text(now.0) } else { Bytes::new() },
+            if self.inner.time_is_injected { text(now.0) } else { Bytes::new() },
             text(SLACK.as_millis()),
             text(LONGEST.as_millis()),
         ];
-        match self.redis.script::<Option<f64>>("spend", &SPEND, &[key], &args).await {
+        match self.inner.redis.script::<Option<f64>>("spend", &SPEND, &[key], &args).await {
             Ok(None) => Ok(Verdict::Allowed),
             Ok(Some(wait)) => Ok(Verdict::RetryAfter(Duration::from_millis(wait as u64))),
             Err(error) => {
@@ -81,14 +69,14 @@ impl RateLimiter for ClusterLimiter {
     }
 
     async fn remember(&self, key: LimitKey, lifetime: Duration, _: UnixMillis) -> StoreResult<()> {
-        let key = self.remembered(&key);
+        let key = remembered(&self.inner.redis, &key);
         let lifetime = text(lifetime.as_millis());
-        self.redis.script::<()>("remember", &REMEMBER, &[key], &[lifetime]).await
+        self.inner.redis.script::<()>("remember", &REMEMBER, &[key], &[lifetime]).await
     }
 
     async fn remembers(&self, key: LimitKey, _: UnixMillis) -> StoreResult<bool> {
-        let key = self.remembered(&key);
-        self.redis.script::<bool>("remembers", &REMEMBERS, &[key], &[]).await
+        let key = remembered(&self.inner.redis, &key);
+        self.inner.redis.script::<bool>("remembers", &REMEMBERS, &[key], &[]).await
     }
 }
 

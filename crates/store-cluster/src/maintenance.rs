@@ -1,15 +1,12 @@
-//! The store's care for itself: a commit and a write to see whether both are possible, a look at
-//! the clocks, and the removal of what has expired, by one edge at a time.
+//! Maintenance of the store: a check that Postgres commits, Redis writes and the clocks agree, and
+//! the removal of expired rows, by one edge at a time.
 //!
 //! Each kind of row is removed in a transaction of its own, of bounded size. A transaction that
-//! takes too long is tried again with fewer rows, so that a sweep makes progress however slow
-//! removing is; the size grows back with each success.
+//! takes too long is retried with fewer rows, so that a sweep makes progress however slow removing
+//! is. The size grows back with each success.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering},
-    },
+    sync::atomic::{AtomicI64, Ordering},
     time::Duration,
 };
 
@@ -22,27 +19,28 @@ use sqlx::PgConnection;
 use tokio::time::Instant;
 
 use crate::{
-    ConnectError,
-    error::{Server, Shared},
-    history::{History, store_id},
+    ClusterStore, ConnectError,
+    effects::Effects,
+    error::{PostgresError, Server},
+    history::store_id,
     inboxes::{self, SWEEP},
     metrics as names,
     postgres::{
-        Database, Repeat,
+        Database, Repeat, Scope, Statement,
         row::{Columns as _, millis, now_of},
     },
-    redis::Redis,
-    sessions::{ClusterSessions, tokens},
+    sessions::tokens,
+    store::Inner,
     time::Time,
 };
 
-/// How long Redis keeps what a check wrote.
+/// Time for which Redis keeps what a check wrote.
 const CHECKED: Duration = Duration::from_secs(60);
 
-/// Any number that nothing else in this database uses: "qpqsweep".
+/// A number that no other advisory lock in this database uses: "qpqsweep".
 const SWEEPER: i64 = i64::from_be_bytes(*b"qpqsweep");
 
-/// A transaction that timed out is tried again with a fraction of its rows.
+/// A transaction that timed out is retried with a fraction of its rows.
 const SHRINK: i64 = 4;
 
 const BEAT: &str = concat!(
@@ -51,7 +49,7 @@ const BEAT: &str = concat!(
     " AS store_id"
 );
 
-/// What somebody is busy with has its turn next time, so a sweep waits for nobody.
+/// Rows that are locked are left to the next sweep.
 const SESSIONS: &str = "
     DELETE FROM session WHERE token = ANY (ARRAY (
         SELECT token FROM session WHERE expires_at <= (SELECT least($1, store_now()))
@@ -68,7 +66,7 @@ const GIVEN: &str = "
 
 /// A kind of row that expires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum Expiring {
     Messages,
     Ids,
     Sessions,
@@ -76,7 +74,7 @@ enum Kind {
     Given,
 }
 
-impl Kind {
+impl Expiring {
     const ALL: [Self; 5] = [Self::Messages, Self::Ids, Self::Sessions, Self::Packages, Self::Given];
 
     /// The label in metrics.
@@ -93,66 +91,44 @@ impl Kind {
 
 /// Rows in the next transaction of each kind.
 #[derive(Debug)]
-struct Sizes([AtomicI64; Kind::ALL.len()]);
+pub(crate) struct SweepSizes([AtomicI64; Expiring::ALL.len()]);
 
-impl Default for Sizes {
+impl Default for SweepSizes {
     fn default() -> Self {
-        Self(Kind::ALL.map(|_| AtomicI64::new(SWEEP)))
+        Self(Expiring::ALL.map(|_| AtomicI64::new(SWEEP)))
     }
 }
 
-impl Sizes {
-    fn get(&self, kind: Kind) -> i64 {
+impl SweepSizes {
+    fn get(&self, kind: Expiring) -> i64 {
         self.0[kind as usize].load(Ordering::Relaxed)
     }
 
-    /// The size after one that was removed in time.
-    fn grow(&self, kind: Kind) {
+    /// Sets the size after a transaction in time.
+    fn grow(&self, kind: Expiring) {
         self.set(kind, (self.get(kind) * 2).min(SWEEP));
     }
 
-    /// The size after one that was not; none if it was the smallest.
-    fn shrink(&self, kind: Kind) -> Option<i64> {
+    /// Sets and returns the size after a transaction that was not; `None` if it was the smallest.
+    fn shrink(&self, kind: Expiring) -> Option<i64> {
         let before = self.get(kind);
         let size = (before / SHRINK).max(1);
         self.set(kind, size);
         (before > 1).then_some(size)
     }
 
-    fn set(&self, kind: Kind, size: i64) {
+    fn set(&self, kind: Expiring, size: i64) {
         self.0[kind as usize].store(size, Ordering::Relaxed);
     }
 }
 
-#[derive(Debug)]
-pub(crate) struct ClusterMaintenance {
-    database: Database,
-    redis: Redis,
-    sessions: Arc<ClusterSessions>,
-    history: History,
-    time: Time,
-    recent_ids: Duration,
-    sizes: Sizes,
-}
-
-impl ClusterMaintenance {
-    pub(crate) fn new(
-        database: Database,
-        redis: Redis,
-        sessions: Arc<ClusterSessions>,
-        history: History,
-        time: Time,
-        recent_ids: Duration,
-    ) -> Self {
-        Self { database, redis, sessions, history, time, recent_ids, sizes: Sizes::default() }
-    }
-
+impl Inner {
     async fn commit(&self) -> StoreResult<()> {
         self.history.note(beat(&self.database, &self.time).await?);
         self.time.check().map_err(StoreError::unavailable)
     }
 
-    async fn write(&self) -> StoreResult<()> {
+    async fn write_redis(&self) -> StoreResult<()> {
         let mut set = Cmd::new();
         set.arg("SET").arg(self.redis.key(format_args!("check"))).arg("1");
         set.arg("PX").arg(CHECKED.as_millis() as u64);
@@ -160,33 +136,24 @@ impl ClusterMaintenance {
     }
 
     /// Removes a batch of one kind, in smaller ones if that takes too long.
-    async fn sweep_kind(&self, kind: Kind, now: UnixMillis) -> Result<u64, Shared> {
+    async fn sweep_kind(&self, kind: Expiring, now: UnixMillis) -> Result<u64, PostgresError> {
+        let (sizes, recent_ids) = (&self.sweep_sizes, self.limits.delivery.recent_ids);
         loop {
-            let (size, recent_ids) = (self.sizes.get(kind), self.recent_ids);
-            let ended: Arc<Mutex<Vec<TokenHash>>> = Arc::default();
-            let swept = self
-                .database
-                .run_shared(kind.op(), Repeat::Harmless, |connection| {
-                    let ended = Arc::clone(&ended);
-                    Box::pin(async move {
-                        let (rows, tokens) = sweep(connection, kind, now, size, recent_ids).await?;
-                        ended.lock().extend(tokens);
-                        Ok(rows)
-                    })
-                })
-                .await;
-            let ended = std::mem::take(&mut *ended.lock());
-            self.sessions.ended(&ended).await;
+            let ended = Mutex::default();
+            let sweep = Sweep { kind, now, rows: sizes.get(kind), recent_ids, ended };
+            let swept = self.database.run(&sweep).await;
+            let ended_sessions = sweep.ended.into_inner();
+            self.applier.apply(Effects { ended_sessions, ..Effects::default() }).await;
             match swept {
                 Ok(rows) => {
-                    self.sizes.grow(kind);
+                    sizes.grow(kind);
                     return Ok(rows);
                 }
                 Err(error) if error.took_too_long() => {
                     metrics::counter!(names::SWEEPS_SHRUNK).increment(1);
-                    let Some(smaller) = self.sizes.shrink(kind) else { return Err(error) };
+                    let Some(smaller) = sizes.shrink(kind) else { return Err(error) };
                     tracing::warn!(
-                        kind = kind.op(),
+                        kind = sweep.kind.op(),
                         rows = smaller,
                         "sweep took too long, continuing with fewer rows"
                     );
@@ -198,17 +165,17 @@ impl ClusterMaintenance {
 }
 
 #[async_trait]
-impl Maintenance for ClusterMaintenance {
+impl Maintenance for ClusterStore {
     async fn check(&self) -> StoreResult<()> {
-        tokio::try_join!(self.commit(), self.write()).map(drop)
+        tokio::try_join!(self.inner.commit(), self.inner.write_redis()).map(drop)
     }
 
     async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
         // Postgres compares with its own clock, too.
-        let now = self.time.bounds(now, None).earliest;
+        let now = self.inner.time.bounds(now, None).earliest;
         let (mut rows, mut failed) = (0, None);
-        for kind in Kind::ALL {
-            match self.sweep_kind(kind, now).await {
+        for kind in Expiring::ALL {
+            match self.inner.sweep_kind(kind, now).await {
                 Ok(swept) => rows += swept,
                 // The other kinds need not wait for this one.
                 Err(error) => failed = Some(error),
@@ -221,62 +188,94 @@ impl Maintenance for ClusterMaintenance {
     }
 
     fn store_id(&self) -> StoreId {
-        self.history.id()
+        self.inner.history.id()
     }
 
     async fn begin_history(&self) -> StoreResult<NewHistory> {
-        self.history.begin(&self.database).await
+        self.inner.history.begin(&self.inner.database).await
+    }
+}
+
+/// Commits a heartbeat. Returns the history and Postgres' time.
+struct Beat;
+
+impl Statement for Beat {
+    type Output = (StoreId, Option<UnixMillis>);
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "check"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let row = sqlx::query(BEAT).fetch_one(connection).await?;
+        Ok((row.store_id("store_id")?, now_of(&row)?))
     }
 }
 
 /// Commits, and observes Postgres' time.
-async fn beat(database: &Database, time: &Time) -> Result<StoreId, Shared> {
+async fn beat(database: &Database, time: &Time) -> Result<StoreId, PostgresError> {
     let asked = Instant::now();
-    let row = database
-        .once_shared("check", Repeat::Harmless, |connection| {
-            Box::pin(async move { sqlx::query(BEAT).fetch_one(connection).await })
-        })
-        .await?;
-    time.observe(now_of(&row)?, asked);
-    Ok(row.store_id("store_id")?)
+    let (store_id, postgres) = database.run(&Beat).await?;
+    time.observe(postgres, asked);
+    Ok(store_id)
 }
 
-/// Observes Postgres' time before anything uses it.
+/// Observes Postgres' time before it is used.
 pub(crate) async fn first_beat(database: &Database, time: &Time) -> Result<(), ConnectError> {
     beat(database, time).await.map_err(|error| Server::Postgres.unreachable(error))?;
-    // Logged there; the edge starts, and is not ready until the clocks agree.
+    // An error is logged there. The edge starts, and is not ready until the clocks agree.
     let _ = time.check();
     Ok(())
 }
 
-/// Removes at most `size` rows of one kind; returns how many, and whose sessions have ended.
-async fn sweep(
-    connection: &mut PgConnection,
-    kind: Kind,
+/// Removes at most `rows` expired rows of one kind; returns how many.
+struct Sweep {
+    kind: Expiring,
     now: UnixMillis,
-    size: i64,
+    rows: i64,
     recent_ids: Duration,
-) -> sqlx::Result<(u64, Vec<TokenHash>)> {
-    // Until the end of the transaction; who does not get it leaves the work to who has it.
-    let mine: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
-        .bind(SWEEPER)
-        .fetch_one(&mut *connection)
-        .await?;
-    if !mine {
-        return Ok((0, Vec::new()));
+    /// Sessions that were removed, in all attempts.
+    ended: Mutex<Vec<TokenHash>>,
+}
+
+impl Statement for Sweep {
+    type Output = u64;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        self.kind.op()
     }
-    let plain = |sql| sqlx::query(sql).bind(millis(now)).bind(size);
-    let rows = match kind {
-        Kind::Messages => inboxes::sweep(connection, now, size, recent_ids).await?,
-        Kind::Ids => inboxes::forget(connection, now, size).await?,
-        Kind::Packages => plain(PACKAGES).execute(connection).await?.rows_affected(),
-        Kind::Given => plain(GIVEN).execute(connection).await?.rows_affected(),
-        Kind::Sessions => {
-            let tokens = tokens(&plain(SESSIONS).fetch_all(connection).await?)?;
-            return Ok((tokens.len() as u64, tokens));
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<u64> {
+        let Self { kind, now, rows, recent_ids, ref ended } = *self;
+        // Until the end of the transaction. An edge that does not get the lock leaves the work to
+        // the edge that has it.
+        let locked: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
+            .bind(SWEEPER)
+            .fetch_one(&mut *connection)
+            .await?;
+        if !locked {
+            return Ok(0);
         }
-    };
-    Ok((rows, Vec::new()))
+        let plain = |sql| sqlx::query(sql).bind(millis(now)).bind(rows);
+        Ok(match kind {
+            Expiring::Messages => inboxes::sweep(connection, now, rows, recent_ids).await?,
+            Expiring::Ids => inboxes::forget(connection, now, rows).await?,
+            Expiring::Packages => plain(PACKAGES).execute(connection).await?.rows_affected(),
+            Expiring::Given => plain(GIVEN).execute(connection).await?.rows_affected(),
+            Expiring::Sessions => {
+                let tokens = tokens(&plain(SESSIONS).fetch_all(connection).await?)?;
+                let rows = tokens.len() as u64;
+                ended.lock().extend(tokens);
+                rows
+            }
+        })
+    }
 }
 
 #[cfg(test)]
@@ -285,13 +284,13 @@ mod tests {
 
     #[test]
     fn a_size_shrinks_to_one_row_and_grows_back() {
-        let sizes = Sizes::default();
-        let shrunk: Vec<_> = std::iter::from_fn(|| sizes.shrink(Kind::Messages)).collect();
+        let sizes = SweepSizes::default();
+        let shrunk: Vec<_> = std::iter::from_fn(|| sizes.shrink(Expiring::Messages)).collect();
         assert_eq!(shrunk, [64, 16, 4, 1]);
-        assert_eq!(sizes.get(Kind::Ids), SWEEP, "each kind has its own");
+        assert_eq!(sizes.get(Expiring::Ids), SWEEP, "each kind has its own");
         for expected in [2, 4, 8, 16, 32, 64, 128, 256, 256] {
-            sizes.grow(Kind::Messages);
-            assert_eq!(sizes.get(Kind::Messages), expected);
+            sizes.grow(Expiring::Messages);
+            assert_eq!(sizes.get(Expiring::Messages), expected);
         }
     }
 }

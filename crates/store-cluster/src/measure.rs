@@ -1,8 +1,7 @@
-//! The floors that the cluster's speed is measured beside: the very transaction that commits
-//! messages, and the very script that pushes them, each alone. For the load generator; nothing else
-//! enables it.
+//! The floors that the cluster's speed is compared with: the transaction that commits messages, and
+//! the script that pushes them, each alone. Only the load generator enables it.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
 use qpq_ports::{
@@ -12,11 +11,11 @@ use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
     COMMITTERS, Clocks, Config, ConnectError,
-    inboxes::commit,
-    postgres::{self, Database, Repeat},
+    inboxes::Accept,
+    postgres::{self, Database},
     redis::{
         Redis,
-        queue::{Accept, Found, Look, Queued, State},
+        queue::{Freshness, QueueAnswer, QueueRead, Queued, State},
     },
     time::Time,
 };
@@ -24,14 +23,14 @@ use crate::{
 /// Any history.
 const STORE: StoreId = StoreId::new([0; 16]);
 
-/// What a floor came to.
+/// The result of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Floor {
     pub messages: u64,
     pub elapsed: Duration,
 }
 
-/// Who the messages are for: inboxes that exist.
+/// Creates the inboxes that the messages are for.
 pub async fn inboxes(
     stores: &qpq_ports::Stores,
     count: u8,
@@ -53,8 +52,8 @@ pub async fn inboxes(
     Ok(inboxes)
 }
 
-/// Commits batches of `batch` messages of `payload` bytes, as many at a time as an edge has
-/// committers.
+/// Commits batches of `batch` messages of `payload` bytes, with one task for each committer of an
+/// edge.
 pub async fn transactions(
     config: &Config,
     inboxes: &[IdentityKey],
@@ -71,21 +70,15 @@ pub async fn transactions(
     let mut tasks = JoinSet::new();
     for committer in 0..COMMITTERS {
         let (database, inboxes) = (database.clone(), inboxes.to_vec());
+        let time = Time::new(Clocks::default());
         tasks.spawn(async move {
             let mut messages = 0;
             while start.elapsed() < duration {
-                let batch: Arc<[NewMessage]> = (0..batch)
+                let batch: Vec<NewMessage> = (0..batch)
                     .map(|n| message(&inboxes, committer + COMMITTERS * n, payload))
                     .collect();
-                database
-                    .run("floor", Repeat::Never, |connection| {
-                        let batch = Arc::clone(&batch);
-                        let time = Time::new(Clocks::default());
-                        Box::pin(async move {
-                            commit(connection, &batch, &limits, &time).await.map(drop)
-                        })
-                    })
-                    .await?;
+                let accept = Accept { messages: &batch, limits: &limits, time: &time };
+                database.run(&accept).await?;
                 messages += batch.len() as u64;
             }
             Ok(messages)
@@ -111,17 +104,18 @@ pub async fn pushes(
         tasks.spawn(async move {
             let mut messages = 0;
             while start.elapsed() < duration {
-                // A queue is dropped when it is full, as in use, and loaded anew now and then.
+                // A queue is dropped when it is full, as in use, and loaded again from time to
+                // time.
                 if messages % 128 == 0 {
                     load_empty(
                         &redis,
-                        inbox,
+                        Reader::single(inbox),
                         State { store_id: STORE, head: messages, removals: messages },
                     )
                     .await?;
                 }
                 messages += 1;
-                redis.push(&inbox, &STORE, &[queued(messages, payload)]).await?;
+                redis.push(&Reader::single(inbox), &STORE, &[queued(messages, payload)]).await?;
             }
             Ok(messages)
         });
@@ -130,22 +124,22 @@ pub async fn pushes(
     Ok(messages.map(|messages| Floor { messages, elapsed: start.elapsed() }))
 }
 
-async fn load_empty(redis: &Redis, inbox: IdentityKey, state: State) -> StoreResult<()> {
-    let read = ReadQuery { reader: Reader::single(inbox), view: View::All };
+async fn load_empty(redis: &Redis, reader: Reader, state: State) -> StoreResult<()> {
+    let read = ReadQuery { reader, view: View::All };
     let limit = PageLimit { messages: 0, bytes: 0 };
-    let look = Look {
+    let look = QueueRead {
         read: &read,
         state,
-        accept: Accept::AtLeast,
+        accept: Freshness::AtLeast,
         after: Seq::ZERO,
         limit,
         now: UnixMillis::default(),
-        hold: None,
+        term: None,
         edge: None,
     };
     match redis.read(look).await? {
-        Found::NotLoaded(permit) => redis.load(&inbox, permit, state, &[]).await,
-        Found::Ahead(_) | Found::Page(_) => Ok(()),
+        QueueAnswer::NotLoaded(permit) => redis.load(&reader, permit, state, &[]).await,
+        QueueAnswer::Ahead(_) | QueueAnswer::Page(_) => Ok(()),
     }
 }
 

@@ -1,31 +1,31 @@
-//! What the cluster store counts, all names in one place.
+//! The metrics of the cluster store.
 //!
 //! | name | kind | unit | what |
 //! |---|---|---|---|
-//! | `qpq_pg_seconds{op}` | histogram | seconds | a transaction or statement, waiting for a connection included |
-//! | `qpq_pg_retries_total{op}` | counter | retries | transactions that were done again because another was in the way |
-//! | `qpq_pg_errors_total{op,kind}` | counter | failures | transactions and statements that failed for good |
-//! | `qpq_pg_connections{state}` | gauge | connections | this edge's, `busy` and `idle` |
-//! | `qpq_clock_skew_seconds` | gauge | seconds | how far the edge's clock is ahead of Postgres', negative if behind |
-//! | `qpq_sweeps_shrunk_total` | counter | sweeps | transactions of a sweep that took too long and were tried again with fewer rows |
+//! | `qpq_pg_seconds{op}` | histogram | seconds | duration of a transaction or statement, including the wait for a connection |
+//! | `qpq_pg_retries_total{op}` | counter | retries | transactions that were retried because another one interfered |
+//! | `qpq_pg_errors_total{op,kind}` | counter | failures | transactions and statements that failed after all retries |
+//! | `qpq_pg_connections{state}` | gauge | connections | connections of this edge, `busy` and `idle` |
+//! | `qpq_clock_skew_seconds` | gauge | seconds | time by which the edge's clock is ahead of Postgres', negative if behind |
+//! | `qpq_sweeps_shrunk_total` | counter | sweeps | transactions of a sweep that took too long and were retried with fewer rows |
 //! | `qpq_enqueue_queue_messages` | gauge | messages | messages that wait for a committer |
-//! | `qpq_enqueue_batch_messages` | histogram | messages | messages that were committed together |
-//! | `qpq_completion_batch_pages` | histogram | pages | pages that clients have got and that were removed together |
-//! | `qpq_redis_seconds{op}` | histogram | seconds | a script or command |
+//! | `qpq_enqueue_batch_messages` | histogram | messages | messages that were committed in one transaction |
+//! | `qpq_completion_batch_pages` | histogram | pages | pages that clients have received and that were removed in one transaction |
+//! | `qpq_redis_seconds{op}` | histogram | seconds | duration of a script or command |
 //! | `qpq_redis_errors_total{op}` | counter | failures | scripts and commands that failed |
-//! | `qpq_redis_breaker_open` | gauge | 0 or 1 | whether Redis does not answer and is not asked |
-//! | `qpq_redis_skipped_total` | counter | calls | scripts and commands that were not tried because Redis does not answer |
-//! | `qpq_hot_reads_total{from}` | counter | reads | reads by what answered them: `redis`, `reloaded`, `postgres` |
-//! | `qpq_lost_queues_total` | counter | queues | queues in Redis that had what Postgres had lost though its history was the same: it was restored without `qpq-admin restore` |
-//! | `qpq_leases` | gauge | leases | messages of this edge on their way to a client, by page |
+//! | `qpq_redis_breaker_open` | gauge | 0 or 1 | whether Redis does not answer and is not called |
+//! | `qpq_redis_skipped_total` | counter | calls | scripts and commands that were not sent because Redis does not answer |
+//! | `qpq_hot_reads_total{from}` | counter | reads | reads by their source: `redis`, `reloaded`, `postgres` |
+//! | `qpq_lost_queues_total` | counter | queues | queues in Redis with messages that Postgres had lost although its history was the same: it was restored without `qpq-admin restore` |
+//! | `qpq_leases` | gauge | leases | pages of this edge on their way to a client |
 //! | `qpq_waiters` | gauge | subscriptions | calls and subscriptions of this edge that wait for an inbox |
-//! | `qpq_wakes_total{way}` | counter | wakes | inboxes that were woken: `local`, `sent`, `received`, `found` by looking |
-//! | `qpq_bus_dropped_total` | counter | messages | what NATS did not take in time; whoever waits finds it by looking |
+//! | `qpq_wakes_total{way}` | counter | wakes | inboxes that were woken: `local`, `sent`, `received`, `found` by a poll |
+//! | `qpq_bus_dropped_total` | counter | messages | messages that NATS did not accept in time; waiting calls poll instead |
 //! | `qpq_bus_connected` | gauge | 0 or 1 | whether NATS is connected |
-//! | `qpq_cluster_edges` | gauge | edges | edges that this one has had a sign of life from through NATS in the last seconds, itself always included: 1 while NATS is away |
+//! | `qpq_cluster_edges` | gauge | edges | edges whose heartbeats arrived through NATS in the last seconds, including this one: 1 while NATS is disconnected |
 //! | `qpq_session_lookups_total{from}` | counter | lookups | sessions by where they were found: `process`, `redis`, `postgres` |
-//! | `qpq_histories_total` | counter | histories | times that this edge found the store in another history: after a promotion or a restore |
-//! | `qpq_limit_failures_total` | counter | failures | calls that could not be counted against their budget |
+//! | `qpq_histories_total` | counter | histories | times that this edge detected another history of the store: after a promotion or a restore |
+//! | `qpq_limit_failures_total` | counter | failures | calls that could not be counted against their limit |
 
 pub(crate) const PG_SECONDS: &str = "qpq_pg_seconds";
 pub(crate) const PG_RETRIES: &str = "qpq_pg_retries_total";
@@ -52,7 +52,7 @@ pub(crate) const SESSION_LOOKUPS: &str = "qpq_session_lookups_total";
 pub(crate) const HISTORIES: &str = "qpq_histories_total";
 pub(crate) const LIMIT_FAILURES: &str = "qpq_limit_failures_total";
 
-/// Tells the recorder what the names mean.
+/// Describes the metrics to the recorder.
 pub(crate) fn describe() {
     use metrics::{
         Unit::{Count, Seconds},
@@ -61,68 +61,80 @@ pub(crate) fn describe() {
     describe_histogram!(
         PG_SECONDS,
         Seconds,
-        "A transaction or statement, waiting for a connection included"
+        "Duration of a transaction or statement, including the wait for a connection"
     );
     describe_counter!(
         PG_RETRIES,
         Count,
-        "Transactions that were done again because another was in the way"
+        "Transactions that were retried because another one interfered"
     );
-    describe_counter!(PG_ERRORS, Count, "Transactions and statements that failed for good");
-    describe_gauge!(PG_CONNECTIONS, Count, "This edge's connections to Postgres");
+    describe_counter!(
+        PG_ERRORS,
+        Count,
+        "Transactions and statements that failed after all retries"
+    );
+    describe_gauge!(PG_CONNECTIONS, Count, "Connections of this edge, `busy` and `idle`");
     describe_gauge!(
         CLOCK_SKEW,
         Seconds,
-        "How far the edge's clock is ahead of Postgres', negative if behind"
+        "Time by which the edge's clock is ahead of Postgres', negative if behind"
     );
     describe_counter!(
         SWEEPS_SHRUNK,
         Count,
-        "Transactions of a sweep that took too long and were tried again with fewer rows"
+        "Transactions of a sweep that took too long and were retried with fewer rows"
     );
     describe_gauge!(ENQUEUE_QUEUE, Count, "Messages that wait for a committer");
-    describe_histogram!(ENQUEUE_BATCH, Count, "Messages that were committed together");
+    describe_histogram!(ENQUEUE_BATCH, Count, "Messages that were committed in one transaction");
     describe_histogram!(
         COMPLETION_BATCH,
         Count,
-        "Pages that clients have got and that were removed together"
+        "Pages that clients have received and that were removed in one transaction"
     );
-    describe_histogram!(REDIS_SECONDS, Seconds, "A script or command");
+    describe_histogram!(REDIS_SECONDS, Seconds, "Duration of a script or command");
     describe_counter!(REDIS_ERRORS, Count, "Scripts and commands that failed");
-    describe_gauge!(REDIS_BREAKER, Count, "Whether Redis does not answer and is not asked");
+    describe_gauge!(REDIS_BREAKER, Count, "Whether Redis does not answer and is not called");
     describe_counter!(
         REDIS_SKIPPED,
         Count,
-        "Scripts and commands that were not tried because Redis does not answer"
+        "Scripts and commands that were not sent because Redis does not answer"
     );
-    describe_counter!(HOT_READS, Count, "Reads by what answered them");
+    describe_counter!(HOT_READS, Count, "Reads by their source: `redis`, `reloaded`, `postgres`");
     describe_counter!(
         LOST_QUEUES,
         Count,
-        "Queues in Redis that had what Postgres had lost though its history was the same: it was restored without `qpq-admin restore`"
+        "Queues in Redis with messages that Postgres had lost although its history was the same: it was restored without `qpq-admin restore`"
     );
     describe_gauge!(LEASES, Count, "Pages of this edge on their way to a client");
     describe_gauge!(WAITERS, Count, "Calls and subscriptions of this edge that wait for an inbox");
-    describe_counter!(WAKES, Count, "Inboxes that were woken, by the way the word took");
-    describe_counter!(BUS_DROPPED, Count, "Messages that NATS did not take in time");
+    describe_counter!(
+        WAKES,
+        Count,
+        "Inboxes that were woken: `local`, `sent`, `received`, `found` by a poll"
+    );
+    describe_counter!(
+        BUS_DROPPED,
+        Count,
+        "Messages that NATS did not accept in time; waiting calls poll instead"
+    );
     describe_gauge!(BUS_CONNECTED, Count, "Whether NATS is connected");
     describe_gauge!(
         EDGES,
         Count,
-        "Edges that this one has had a sign of life from lately, itself included: 1 while NATS is away"
+        "Edges whose heartbeats arrived through NATS in the last seconds, including this one: 1 while NATS is disconnected"
     );
-    describe_counter!(SESSION_LOOKUPS, Count, "Sessions by where they were found");
+    describe_counter!(
+        SESSION_LOOKUPS,
+        Count,
+        "Sessions by where they were found: `process`, `redis`, `postgres`"
+    );
     describe_counter!(
         HISTORIES,
         Count,
-        "Times that this edge found the store in another history: after a promotion or a restore"
+        "Times that this edge detected another history of the store: after a promotion or a restore"
     );
-    describe_counter!(
-        LIMIT_FAILURES,
-        Count,
-        "Calls that could not be counted against their budget"
-    );
-    // From the start at zero, so that a rate sees the first.
+    describe_counter!(LIMIT_FAILURES, Count, "Calls that could not be counted against their limit");
+    // Zero from the start, so that a rate includes the first event.
     for name in [BUS_DROPPED, HISTORIES, LOST_QUEUES, LIMIT_FAILURES, REDIS_SKIPPED, SWEEPS_SHRUNK]
     {
         metrics::counter!(name).increment(0);

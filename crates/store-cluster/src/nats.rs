@@ -1,10 +1,9 @@
-//! NATS: word from edge to edge. Every message may be lost, doubled or late, and nothing is wrong
-//! then but a delay.
+//! Messages between edges, through NATS. Loss, duplication or delay costs latency, never
+//! correctness.
 //!
-//! An edge listens to two subjects: its own, where it is told which inboxes to look at, and the one
-//! of all edges, for sessions that have ended, notices and signs of life. Publishing is putting
-//! something into a bounded queue, which never waits: what NATS does not take in time is dropped
-//! and counted.
+//! An edge subscribes to two subjects: its own, for wakes, and that of all edges, for ended
+//! sessions, account events and heartbeats. Publishing adds to a bounded queue and never waits. A
+//! message that NATS does not accept in time is dropped and counted.
 
 use std::{borrow::Cow, collections::HashMap, fmt, io, sync::Arc, time::Duration};
 
@@ -23,22 +22,22 @@ use tokio::{
 
 use crate::{Config, ConnectError, error::Server, metrics as names};
 
-/// Words that wait to be published.
-const QUEUE: usize = 64 << 10;
-/// What one message carries at most, in wakes.
-const INBOXES: usize = 1_024;
-/// How long NATS may take one message.
-const PATIENCE: Duration = Duration::from_millis(500);
-/// Between two signs of life, and how long after the last one an edge counts as gone.
-const SIGN: Duration = Duration::from_secs(2);
-const GONE: Duration = Duration::from_secs(7);
-/// What a slow listener may be behind.
-const HEARD: usize = 4_096;
+/// Messages that wait to be published.
+const QUEUE_CAPACITY: usize = 64 << 10;
+/// Maximum wakes in one message.
+const MAX_WAKES: usize = 1_024;
+/// Maximum time for NATS to accept one message.
+const PUBLISH_TIMEOUT: Duration = Duration::from_millis(500);
+/// Time between two heartbeats, and after the last one of an edge until it counts as dead.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+const DEAD_AFTER: Duration = Duration::from_secs(7);
+/// Messages that a slow receiver may lag.
+const RECEIVED_CAPACITY: usize = 4_096;
 
-/// What the id of an edge begins with that understands tagged wakes.
+/// The prefix of the id of an edge that reads tagged wakes.
 const TAGGED: &str = "2-";
 
-/// One edge, from its start to its end.
+/// The id of one edge, new at each start.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct EdgeId(pub(crate) Arc<str>);
 
@@ -54,41 +53,41 @@ impl fmt::Debug for EdgeId {
     }
 }
 
-/// What other edges say.
+/// A message from another edge.
 #[derive(Clone, Debug)]
-pub(crate) enum Heard {
-    /// Something came into this view of the inbox, or became visible in it.
+pub(crate) enum BusMessage {
+    /// A message was accepted into this view of the inbox, or became visible in it.
     Wake(IdentityKey, View),
     SessionEnded(TokenHash),
     AccountEvent(IdentityKey, AccountEvent),
 }
 
+/// A message to another edge, or to all.
 #[derive(Debug)]
-enum Say {
+enum Outgoing {
     Wake(Arc<str>, IdentityKey, View),
     SessionEnded(TokenHash),
     AccountEvent(IdentityKey, AccountEvent),
 }
 
-/// The way to the other edges. Cheap to clone.
+/// The connection to the other edges. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Bus {
-    say: mpsc::Sender<Say>,
-    heard: broadcast::Sender<Heard>,
-    back: watch::Sender<()>,
-    /// When the last sign of life came through, of whatever edge: this one's own if there is no
-    /// other.
-    signed_at: Arc<Mutex<Instant>>,
+    outgoing: mpsc::Sender<Outgoing>,
+    received: broadcast::Sender<BusMessage>,
+    reconnects: watch::Sender<()>,
+    /// When the last heartbeat of any edge arrived; without others this edge's own.
+    last_heartbeat: Arc<Mutex<Instant>>,
     client: Client,
 }
 
 impl Bus {
-    /// Connects and listens as `edge`. Needs a tokio runtime, on which it goes on until
+    /// Connects and subscribes as `edge`. Needs a tokio runtime. Works until
     /// [`close`](Self::close).
     pub(crate) async fn connect(config: &Config, edge: &EdgeId) -> Result<Self, ConnectError> {
         config.nats.authorities(Server::Nats)?;
-        let back = watch::Sender::new(());
-        let options = options(config, back.clone())?;
+        let reconnects = watch::Sender::new(());
+        let options = options(config, reconnects.clone())?;
         let client = options.connect(servers(config)?).await.map_err(|error| failed(&error))?;
         metrics::gauge!(names::BUS_CONNECTED).set(1.0);
         let subjects = Subjects { namespace: config.namespace.as_str().into() };
@@ -97,56 +96,58 @@ impl Bus {
         };
         let own = subscribe(subjects.of(&edge.0)).await?;
         let all = subscribe(subjects.all()).await?;
-        let (say, said) = mpsc::channel(QUEUE);
-        let (heard, _) = broadcast::channel(HEARD);
-        let signed_at = Arc::new(Mutex::new(Instant::now()));
+        let (outgoing, queue) = mpsc::channel(QUEUE_CAPACITY);
+        let (received, _) = broadcast::channel(RECEIVED_CAPACITY);
+        let last_heartbeat = Arc::new(Mutex::new(Instant::now()));
         tokio::spawn(listen(
             own,
             all,
-            heard.clone(),
-            Neighbours::new(edge, Arc::clone(&signed_at)),
+            received.clone(),
+            LiveEdges::new(edge, Arc::clone(&last_heartbeat)),
         ));
-        tokio::spawn(publish(client.clone(), subjects, edge.clone(), said));
-        Ok(Self { say, heard, back, signed_at, client })
+        tokio::spawn(publish(client.clone(), subjects, edge.clone(), queue));
+        Ok(Self { outgoing, received, reconnects, last_heartbeat, client })
     }
 
-    /// Has `edge` look at the inbox, if somebody there waits for what is in this view.
+    /// Wakes the calls of `edge` that wait for this view of the inbox.
     pub(crate) fn wake(&self, edge: &str, inbox: IdentityKey, view: View) {
-        self.put(Say::Wake(edge.into(), inbox, view));
+        self.put(Outgoing::Wake(edge.into(), inbox, view));
     }
 
-    /// Has every other edge forget the session.
+    /// Invalidates the session's copy in every other edge.
     pub(crate) fn session_ended(&self, token: TokenHash) {
-        self.put(Say::SessionEnded(token));
+        self.put(Outgoing::SessionEnded(token));
     }
 
+    /// Publishes an account event to every other edge.
     pub(crate) fn event(&self, identity: IdentityKey, event: AccountEvent) {
-        self.put(Say::AccountEvent(identity, event));
+        self.put(Outgoing::AccountEvent(identity, event));
     }
 
-    /// What is heard from now on.
-    pub(crate) fn hear(&self) -> broadcast::Receiver<Heard> {
-        self.heard.subscribe()
+    /// Returns the messages of other edges from now on.
+    pub(crate) fn messages(&self) -> broadcast::Receiver<BusMessage> {
+        self.received.subscribe()
     }
 
-    /// Changes whenever NATS was away and is back: what was said meanwhile is lost.
-    pub(crate) fn back(&self) -> watch::Receiver<()> {
-        self.back.subscribe()
+    /// Changes whenever NATS was disconnected and is connected again: messages in between are lost.
+    pub(crate) fn reconnects(&self) -> watch::Receiver<()> {
+        self.reconnects.subscribe()
     }
 
-    /// Whether nothing comes through now, as far as can be told.
-    pub(crate) fn is_deaf(&self) -> bool {
-        self.client.connection_state() != State::Connected || self.signed_at.lock().elapsed() > GONE
+    /// Whether no message arrives now, as far as is known.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.client.connection_state() != State::Connected
+            || self.last_heartbeat.lock().elapsed() > DEAD_AFTER
     }
 
-    /// Says what is still to be said, and no more.
+    /// Outgoings what is still to be said, and no more.
     pub(crate) async fn close(&self) {
         // An error says that there is no connection to end.
-        let _ = timeout(PATIENCE, self.client.drain()).await;
+        let _ = timeout(PUBLISH_TIMEOUT, self.client.drain()).await;
     }
 
-    fn put(&self, say: Say) {
-        if self.say.try_send(say).is_err() {
+    fn put(&self, message: Outgoing) {
+        if self.outgoing.try_send(message).is_err() {
             metrics::counter!(names::BUS_DROPPED).increment(1);
         }
     }
@@ -163,27 +164,27 @@ fn failed(error: &async_nats::ConnectError) -> ConnectError {
     }
 }
 
-fn options(config: &Config, back: watch::Sender<()>) -> Result<ConnectOptions, ConnectError> {
+fn options(config: &Config, reconnects: watch::Sender<()>) -> Result<ConnectOptions, ConnectError> {
     let mut options = ConnectOptions::new()
         .name("qpq-server")
         .connection_timeout(Duration::from_secs(5))
         .ping_interval(Duration::from_secs(10))
         .event_callback(move |event| {
-            let back = back.clone();
+            let reconnects = reconnects.clone();
             async move {
                 match event {
                     Event::Connected => {
                         metrics::gauge!(names::BUS_CONNECTED).set(1.0);
-                        back.send_replace(());
+                        reconnects.send_replace(());
                     }
                     Event::Disconnected | Event::Closed => {
                         metrics::gauge!(names::BUS_CONNECTED).set(0.0);
                         tracing::warn!(
-                            "NATS is away: messages arrive a little later until it is back"
+                            "nats is disconnected, waiting calls poll until it is connected again"
                         );
                     }
-                    // Something was dropped: as if it had been away.
-                    Event::SlowConsumer(_) => back.send_replace(()),
+                    // Messages were dropped, as during a disconnection.
+                    Event::SlowConsumer(_) => reconnects.send_replace(()),
                     other => tracing::debug!(event = %other, "NATS"),
                 }
             }
@@ -197,7 +198,7 @@ fn options(config: &Config, back: watch::Sender<()>) -> Result<ConnectOptions, C
     let password = first.password().map(unescaped).transpose()?;
     Ok(match (user, config.nats.password.clone().or(password)) {
         (Some(user), Some(password)) => options.user_and_password(user, password),
-        // One word alone is a token, as everywhere with NATS.
+        // A user or a password alone is a token, as in all clients of NATS.
         (Some(token), None) | (None, Some(token)) => options.token(token),
         (None, None) => options,
     })
@@ -226,8 +227,8 @@ fn bad_url(cause: String) -> ConnectError {
     ConnectError::Url {
         setting: "nats.url",
         cause,
-        expected: "it must be like nats://host:4222 or tls://host:4222, several separated by commas; what is special in a \
-                   user or password is percent-encoded",
+        expected: "it must be like nats://host:4222 or tls://host:4222, several separated by \
+                   commas; special characters of a user or password are percent-encoded",
     }
 }
 
@@ -245,10 +246,10 @@ impl Subjects {
     }
 }
 
-/// First byte of a message: its version and its kind, in one. An edge that does not know it ignores
-/// the message.
+/// The first byte of a message: its version and its kind in one. An edge ignores a message whose
+/// first byte it does not know.
 mod tag {
-    /// Inboxes to look at, to one edge.
+    /// Wakes, to one edge.
     pub(super) const WAKES: u8 = b'W';
     pub(super) const ALIVE: u8 = b'A';
     pub(super) const SESSION_ENDED: u8 = b'S';
@@ -256,25 +257,25 @@ mod tag {
     pub(super) const KEY_PACKAGE_TAKEN: u8 = b'K';
 }
 
-/// Begins the 32 bytes that name the channel of the inbox before them. An edge of the release that
-/// has no such bytes takes them for an inbox that nobody waits for, and looks at the one before
-/// whatever the channel.
+/// The prefix of the 32 bytes that name the channel of the inbox before them. An edge of the
+/// previous release reads them as an inbox that no call waits for, and wakes the one before for all
+/// channels.
 const IN_CHANNEL: &[u8; 12] = b"in channel 1";
 
 /// Appends a wake: the inbox, and then its channel if there is one.
-fn put_wake(words: &mut BytesMut, inbox: &IdentityKey, view: View) {
-    words.put_slice(inbox.as_bytes());
+fn put_wake(bytes: &mut BytesMut, inbox: &IdentityKey, view: View) {
+    bytes.put_slice(inbox.as_bytes());
     if let View::Channel(channel) = view {
         let channel = channel.as_bytes();
-        words.put_slice(IN_CHANNEL);
-        words.put_u8(u8::try_from(channel.len()).expect("0 or 16"));
-        words.put_slice(channel);
-        words.put_bytes(0, IdentityKey::LEN - IN_CHANNEL.len() - 1 - channel.len());
+        bytes.put_slice(IN_CHANNEL);
+        bytes.put_u8(u8::try_from(channel.len()).expect("0 or 16"));
+        bytes.put_slice(channel);
+        bytes.put_bytes(0, IdentityKey::LEN - IN_CHANNEL.len() - 1 - channel.len());
     }
 }
 
-/// The wakes of a message to this edge: what [`put_wake`] wrote, after the tag unless the message is
-/// of the release before.
+/// The wakes of a message to this edge: what [`put_wake`] wrote, after the tag unless the message
+/// is of the release before.
 fn wakes(message: &[u8]) -> impl Iterator<Item = (IdentityKey, View)> + '_ {
     let words = match message.split_first() {
         Some((&tag::WAKES, words)) if words.len().is_multiple_of(IdentityKey::LEN) => words,
@@ -296,33 +297,38 @@ fn channel_of(word: &[u8]) -> Option<ChannelId> {
     ChannelId::try_from(rest.get(..length.into())?).ok()
 }
 
-async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mpsc::Receiver<Say>) {
-    let mut signs = interval(SIGN);
-    signs.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut words = Vec::with_capacity(INBOXES);
+async fn publish(
+    client: Client,
+    subjects: Subjects,
+    edge: EdgeId,
+    mut queue: mpsc::Receiver<Outgoing>,
+) {
+    let mut heartbeats = interval(HEARTBEAT);
+    heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut messages = Vec::with_capacity(MAX_WAKES);
     loop {
         tokio::select! {
-            count = said.recv_many(&mut words, INBOXES) => if count == 0 { return },
-            _ = signs.tick() => {
-                let sign = [&[tag::ALIVE][..], edge.0.as_bytes()].concat();
-                send(&client, subjects.all(), sign.into(), 1).await;
+            count = queue.recv_many(&mut messages, MAX_WAKES) => if count == 0 { return },
+            _ = heartbeats.tick() => {
+                let heartbeat = [&[tag::ALIVE][..], edge.0.as_bytes()].concat();
+                send(&client, subjects.all(), heartbeat.into(), 1).await;
                 continue;
             }
         }
         let mut wakes: HashMap<Arc<str>, (usize, BytesMut)> = HashMap::new();
-        for word in words.drain(..) {
-            match word {
-                Say::Wake(edge, inbox, view) => {
-                    let (count, words) =
-                        wakes.entry(edge).or_insert_with_key(|edge| (0, untold(edge)));
+        for message in messages.drain(..) {
+            match message {
+                Outgoing::Wake(edge, inbox, view) => {
+                    let (count, bytes) =
+                        wakes.entry(edge).or_insert_with_key(|edge| (0, no_wakes(edge)));
                     *count += 1;
-                    put_wake(words, &inbox, view);
+                    put_wake(bytes, &inbox, view);
                 }
-                Say::SessionEnded(token) => {
-                    let word = [&[tag::SESSION_ENDED][..], token.as_bytes()].concat();
-                    send(&client, subjects.all(), word.into(), 1).await;
+                Outgoing::SessionEnded(token) => {
+                    let message = [&[tag::SESSION_ENDED][..], token.as_bytes()].concat();
+                    send(&client, subjects.all(), message.into(), 1).await;
                 }
-                Say::AccountEvent(identity, event) => {
+                Outgoing::AccountEvent(identity, event) => {
                     let tag = match event {
                         AccountEvent::SessionsEnded => tag::SESSIONS_ENDED,
                         AccountEvent::KeyPackageTaken => tag::KEY_PACKAGE_TAKEN,
@@ -337,50 +343,54 @@ async fn publish(client: Client, subjects: Subjects, edge: EdgeId, mut said: mps
                 }
             }
         }
-        for (edge, (count, words)) in wakes {
+        for (edge, (count, bytes)) in wakes {
             metrics::counter!(names::WAKES, "way" => "sent").increment(count as u64);
-            send(&client, subjects.of(&edge), words.freeze(), count).await;
+            send(&client, subjects.of(&edge), bytes.freeze(), count).await;
         }
     }
 }
 
-/// A message to an edge that names no inbox yet. One of the release before wants no tag.
-fn untold(edge: &str) -> BytesMut {
+/// Returns a message without wakes to an edge. One of the previous release reads no tag.
+fn no_wakes(edge: &str) -> BytesMut {
     let tag: &[u8] = if edge.starts_with(TAGGED) { &[tag::WAKES] } else { &[] };
     BytesMut::from(tag)
 }
 
-/// While NATS is away its client takes a few thousand messages and then none, for ever: hence the
-/// patience.
+/// Publishes a message. While NATS is disconnected its client accepts a few thousand messages and
+/// then blocks, so this has a timeout.
 async fn send(client: &Client, subject: String, payload: Bytes, count: usize) {
-    if !matches!(timeout(PATIENCE, client.publish(subject, payload)).await, Ok(Ok(()))) {
+    if !matches!(timeout(PUBLISH_TIMEOUT, client.publish(subject, payload)).await, Ok(Ok(()))) {
         metrics::counter!(names::BUS_DROPPED).increment(count as u64);
     }
 }
 
-/// The edges whose signs of life come through. Without NATS none do, and what is left is this one.
-struct Neighbours {
+/// The edges whose heartbeats arrive. Without NATS none do, and this edge is the only one.
+struct LiveEdges {
     own: Bytes,
     others: HashMap<Bytes, Instant>,
-    signed_at: Arc<Mutex<Instant>>,
+    last_heartbeat: Arc<Mutex<Instant>>,
 }
 
-impl Neighbours {
-    fn new(own: &EdgeId, signed_at: Arc<Mutex<Instant>>) -> Self {
-        Self { own: Bytes::copy_from_slice(own.0.as_bytes()), others: HashMap::new(), signed_at }
+impl LiveEdges {
+    fn new(own: &EdgeId, last_heartbeat: Arc<Mutex<Instant>>) -> Self {
+        Self {
+            own: Bytes::copy_from_slice(own.0.as_bytes()),
+            others: HashMap::new(),
+            last_heartbeat,
+        }
     }
 
-    fn signed(&mut self, edge: Bytes) {
+    fn record(&mut self, edge: Bytes) {
         let now = Instant::now();
-        *self.signed_at.lock() = now;
+        *self.last_heartbeat.lock() = now;
         if edge != self.own {
             self.others.insert(edge, now);
         }
     }
 
-    /// Forgets those that are silent, and says how many there are.
+    /// Removes the dead edges, and updates the gauge.
     fn count(&mut self) {
-        self.others.retain(|_, seen| seen.elapsed() < GONE);
+        self.others.retain(|_, seen| seen.elapsed() < DEAD_AFTER);
         metrics::gauge!(names::EDGES).set((1 + self.others.len()) as f64);
     }
 }
@@ -388,17 +398,17 @@ impl Neighbours {
 async fn listen(
     mut own: Subscriber,
     mut all: Subscriber,
-    heard: broadcast::Sender<Heard>,
-    mut neighbours: Neighbours,
+    received: broadcast::Sender<BusMessage>,
+    mut edges: LiveEdges,
 ) {
-    let mut counts = interval(SIGN);
+    let mut counts = interval(HEARTBEAT);
     counts.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let (message, to_all) = tokio::select! {
             message = own.next() => (message, false),
             message = all.next() => (message, true),
             _ = counts.tick() => {
-                neighbours.count();
+                edges.count();
                 continue;
             }
         };
@@ -406,29 +416,29 @@ async fn listen(
         let payload = message.payload;
         if !to_all {
             for (inbox, view) in wakes(&payload) {
-                // Nobody to tell is no error.
-                let _ = heard.send(Heard::Wake(inbox, view));
+                // Without a receiver there is nothing to do.
+                let _ = received.send(BusMessage::Wake(inbox, view));
             }
             continue;
         }
         let Some((&tag, rest)) = payload.split_first() else { continue };
         if tag == tag::ALIVE {
-            neighbours.signed(payload.slice(1..));
-            neighbours.count();
+            edges.record(payload.slice(1..));
+            edges.count();
             continue;
         }
-        let word = match (tag, rest.try_into()) {
-            (tag::SESSION_ENDED, Ok(token)) => Heard::SessionEnded(TokenHash::new(token)),
+        let message = match (tag, rest.try_into()) {
+            (tag::SESSION_ENDED, Ok(token)) => BusMessage::SessionEnded(TokenHash::new(token)),
             (tag::SESSIONS_ENDED, Ok(key)) => {
-                Heard::AccountEvent(IdentityKey::new(key), AccountEvent::SessionsEnded)
+                BusMessage::AccountEvent(IdentityKey::new(key), AccountEvent::SessionsEnded)
             }
             (tag::KEY_PACKAGE_TAKEN, Ok(key)) => {
-                Heard::AccountEvent(IdentityKey::new(key), AccountEvent::KeyPackageTaken)
+                BusMessage::AccountEvent(IdentityKey::new(key), AccountEvent::KeyPackageTaken)
             }
-            // Of a newer release.
+            // From an edge of a newer release.
             _ => continue,
         };
-        let _ = heard.send(word);
+        let _ = received.send(message);
     }
 }
 
@@ -437,10 +447,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wakes_are_read_from_edges_of_either_release_and_from_no_other() {
+    fn wakes_of_both_releases_are_read_and_no_others() {
         let keys = [IdentityKey::new([b'W'; 32]), IdentityKey::new([2; 32])];
         for to in [&*EdgeId::random().0, "0123456789abcdef"] {
-            let mut message = untold(to);
+            let mut message = no_wakes(to);
             keys.iter().for_each(|key| message.put_slice(key.as_bytes()));
             assert_eq!(
                 wakes(&message).collect::<Vec<_>>(),
@@ -454,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn wakes_are_read_as_they_were_written() {
+    fn wakes_are_decoded_as_they_were_encoded() {
         let inbox = |n| IdentityKey::new([n; 32]);
         let sent = [
             (inbox(1), View::All),
@@ -462,10 +472,10 @@ mod tests {
             (inbox(2), View::Channel(ChannelId::DEFAULT)),
             (inbox(3), View::All),
         ];
-        let mut words = untold(&EdgeId::random().0);
+        let mut bytes = no_wakes(&EdgeId::random().0);
         for (inbox, view) in &sent {
-            put_wake(&mut words, inbox, *view);
+            put_wake(&mut bytes, inbox, *view);
         }
-        assert_eq!(wakes(&words).collect::<Vec<_>>(), sent);
+        assert_eq!(wakes(&bytes).collect::<Vec<_>>(), sent);
     }
 }

@@ -1,5 +1,5 @@
-//! The cluster's Postgres for the tools that back it up and restore it: one connection, a snapshot
-//! that other programs can read too, and how to connect them.
+//! The cluster's Postgres for backups and restores: one connection, a snapshot that other programs
+//! can read, and the environment by which they connect.
 
 use percent_encoding::percent_decode_str;
 use sqlx::{
@@ -14,28 +14,28 @@ use crate::{Config, ConnectError, error::Server, history, nats, postgres, redis}
 pub const BEGIN_HISTORY: [&str; 2] = [history::RENEW, history::REMOVE_PACKAGES];
 
 impl Config {
-    /// What is wrong with the addresses of the servers and with the files of their authorities, as
-    /// far as that shows without a connection.
+    /// Returns the errors in the addresses of the servers and in the files of their authorities
+    /// that can be found without a connection.
     pub fn problems(&self) -> Vec<ConnectError> {
-        let looks = [
+        let checks = [
             postgres::options(self).map(drop),
             redis::check_url(&self.redis.url),
             self.redis.authorities(Server::Redis).map(drop),
             nats::check_urls(self),
             self.nats.authorities(Server::Nats).map(drop),
         ];
-        looks.into_iter().filter_map(Result::err).collect()
+        checks.into_iter().filter_map(Result::err).collect()
     }
 }
 
-/// A connection to the cluster's Postgres that may be used for as long as it takes.
+/// A connection to the cluster's Postgres without timeouts of statements.
 #[derive(Debug)]
 pub struct Operator(PgConnection);
 
-/// What the database held at one moment.
+/// The contents of the database at one moment.
 #[derive(Clone, Debug)]
 pub struct DatabaseSnapshot {
-    /// The name by which `pg_dump` reads the same moment, for as long as the connection lives.
+    /// The name by which `pg_dump` reads the same moment while the connection lives.
     pub name: String,
     /// The number of the last migration.
     pub schema: i64,
@@ -46,12 +46,12 @@ pub struct DatabaseSnapshot {
 }
 
 impl Operator {
-    /// Connects to a database that has this version's schema and is of this cluster, if it is of
-    /// one. Writes nothing.
+    /// Connects to a database that has this version's schema and belongs to this cluster, if it
+    /// belongs to one. Writes nothing.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         let options = postgres::options(config)?;
         postgres::prepare(&options, config.migrate, config.start_timeout).await?;
-        let mut operator = Self::patient(options).await?;
+        let mut operator = Self::without_timeouts(options).await?;
         let setup: Option<Vec<u8>> = sqlx::query_scalar("SELECT opaque_setup FROM cluster")
             .fetch_optional(&mut operator.0)
             .await
@@ -62,13 +62,13 @@ impl Operator {
         }
     }
 
-    /// Connects to a database that may hold nothing yet.
+    /// Connects to a database that may be empty.
     pub async fn connect_to_any(config: &Config) -> Result<Self, ConnectError> {
-        Self::patient(postgres::options(config)?).await
+        Self::without_timeouts(postgres::options(config)?).await
     }
 
-    /// With statements that may take as long as they need.
-    async fn patient(options: PgConnectOptions) -> Result<Self, ConnectError> {
+    /// Connects without timeouts of statements.
+    async fn without_timeouts(options: PgConnectOptions) -> Result<Self, ConnectError> {
         let patient = options.options([
             ("statement_timeout", "0"),
             ("lock_timeout", "0"),
@@ -123,7 +123,7 @@ impl Operator {
         Ok(DatabaseSnapshot { name, schema: schema.unwrap_or_default(), store_id, rows })
     }
 
-    /// The history that the database is in.
+    /// Returns the history that the database is in.
     pub async fn history(&mut self) -> Result<String, ConnectError> {
         sqlx::query_scalar(history::CURRENT_HEX)
             .fetch_one(&mut self.0)
@@ -132,8 +132,8 @@ impl Operator {
     }
 }
 
-/// The variables by which Postgres' own programs (`pg_dump`, `psql`) connect as an edge does. The
-/// password is one of them: a command line would show it to everybody on the machine.
+/// Returns the variables by which the programs of Postgres (`pg_dump`, `psql`) connect as an edge
+/// does. The password is one of them, since a command line is visible to every user of the machine.
 pub fn client_environment(config: &Config) -> Result<Vec<(&'static str, String)>, ConnectError> {
     let options = postgres::as_given(config)?;
     let host = options

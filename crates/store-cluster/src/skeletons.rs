@@ -1,10 +1,10 @@
 //! The skeletons of accounts that were inserted without one: before the schema had them, by an edge
 //! of the previous release, or from a single node.
 //!
-//! An edge fills them in at its start, in batches of which each is committed, so that a killed start
-//! continues where it stopped. Before each registration an edge fills in those that were added
-//! since. An edge of the previous release does not know the rule: a name that it registers beside
-//! a name with the same skeleton stays, as a *lookalike*.
+//! An edge fills them in at its start, in batches that are committed one by one, so that a killed
+//! start continues where it stopped. Before each registration an edge fills in those that were
+//! added since. An edge of the previous release does not know the rule: a name that it registers
+//! although another one has the same skeleton stays, as a *lookalike*.
 
 use qpq_domain::Skeleton;
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
@@ -13,7 +13,7 @@ use tokio::time::Duration;
 use crate::{
     ConnectError,
     error::Server,
-    postgres::{self, connect},
+    postgres::{self, Repeat, Scope, Statement, connect},
 };
 
 /// Accounts in one statement.
@@ -33,7 +33,7 @@ const FILL: &str = "
                OR EXISTS (SELECT 1 FROM account h WHERE h.skeleton = n.skeleton AND NOT h.lookalike)
       FROM new n WHERE a.id = n.id AND a.skeleton IS NULL";
 
-/// Fills in the skeletons of all accounts, however long that takes.
+/// Fills in the skeletons of all accounts, without a timeout.
 pub(crate) async fn fill_all(
     options: &PgConnectOptions,
     within: Duration,
@@ -56,7 +56,7 @@ pub(crate) async fn fill_all(
     Ok(())
 }
 
-/// Fills in the skeletons of some accounts. Returns how many accounts it tried, 0 at the end.
+/// Fills in the skeletons of a batch of accounts. Returns the number of accounts, 0 at the end.
 pub(crate) async fn fill(connection: &mut PgConnection) -> sqlx::Result<usize> {
     let unknown: Vec<(i64, String)> =
         sqlx::query_as(UNKNOWN).bind(BATCH).fetch_all(&mut *connection).await?;
@@ -73,5 +73,23 @@ pub(crate) async fn fill(connection: &mut PgConnection) -> sqlx::Result<usize> {
         // attempt sees it.
         Err(sqlx::Error::Database(refusal)) if refusal.is_unique_violation() => Ok(ids.len()),
         Err(error) => Err(error),
+    }
+}
+
+/// Fills in the skeletons of some accounts, as [`fill`].
+pub(crate) struct FillSkeletons;
+
+impl Statement for FillSkeletons {
+    type Output = usize;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "skeletons"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<usize> {
+        fill(connection).await
     }
 }

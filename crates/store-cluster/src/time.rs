@@ -15,11 +15,11 @@ use tokio::time::Instant;
 
 use crate::metrics as names;
 
-/// Where the store takes the time from.
+/// The sources of the store's time.
 #[derive(Clone)]
 pub struct Clocks {
-    /// The clock of this machine. None where the time is injected: then the instant passed with each
-    /// call stands for it, and for Redis' time.
+    /// The clock of this machine. None where the time is injected: then the instant passed with
+    /// each call stands for it, and for Redis' time.
     pub edge: Option<Arc<dyn Clock>>,
     /// Maximum difference between the edge's and Postgres' clock.
     pub max_skew: Duration,
@@ -59,22 +59,22 @@ struct Anchor {
     at: Instant,
 }
 
-/// The earliest and the latest instant that it may be now.
+/// The earliest and the latest instant that the present may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bounds {
     /// Data that has not expired at this instant is kept.
     pub(crate) earliest: UnixMillis,
     /// The instant from which a promise to keep data counts.
     pub(crate) latest: UnixMillis,
-    /// The time to write down: Postgres' where the clocks disagree.
+    /// The time to store: Postgres' where the clocks disagree.
     pub(crate) agreed: UnixMillis,
 }
 
 /// The edge's clock is wrong, or Postgres' is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the clock of this edge is {difference:?} {direction} that of Postgres, at most {max_skew:?} is \
-     allowed: set both clocks, best by NTP; the edge becomes ready by itself"
+    "the clock of this edge is {difference:?} {direction} that of Postgres, at most {max_skew:?} \
+     is allowed: set both clocks, best by NTP; the edge becomes ready by itself"
 )]
 pub(crate) struct Skewed {
     difference: Duration,
@@ -87,12 +87,12 @@ impl Time {
         Self(Arc::new(Inner { clocks, observed: Mutex::default() }))
     }
 
-    /// The time of this machine.
+    /// Returns the time of this machine.
     fn edge(&self) -> Option<UnixMillis> {
         self.0.clocks.edge.as_ref().map(|clock| clock.now())
     }
 
-    /// Records the time that Postgres answered to a question asked at `asked`.
+    /// Records the time that Postgres returned to a query sent at `asked`.
     pub(crate) fn observe(&self, postgres: Option<UnixMillis>, asked: Instant) {
         let answered = Instant::now();
         let at = asked + answered.saturating_duration_since(asked) / 2;
@@ -140,7 +140,7 @@ impl Time {
         }
     }
 
-    /// Postgres' time, as far as it was observed.
+    /// Returns Postgres' time, if it was observed.
     pub(crate) fn postgres(&self) -> Option<UnixMillis> {
         let anchor = self.0.observed.lock().anchor?;
         Some(anchor.postgres.plus(anchor.at.elapsed()))
@@ -159,8 +159,8 @@ impl Time {
 }
 
 impl Clock for Time {
-    /// Postgres' time; the earlier of both while the clocks disagree, so that nothing counts as
-    /// expired too soon.
+    /// Returns Postgres' time; while the clocks disagree the earlier of both, so that nothing
+    /// expires too early.
     fn now(&self) -> UnixMillis {
         match (self.edge(), self.postgres()) {
             (Some(edge), Some(postgres)) if self.skewed().is_some() => postgres.min(edge),

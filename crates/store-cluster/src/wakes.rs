@@ -1,48 +1,51 @@
-//! Who of this edge waits for which inbox, and how word of something new gets there.
+//! The waiting calls of this edge, and how they are woken.
 //!
-//! A read of an inbox that somebody here waits for registers this edge with the inbox in Redis, in
-//! the same script that looks; whatever changes the inbox reads the registrations, in the same
-//! script that makes the change, and sends each of those edges one word through NATS. So either the
-//! read sees the message, or the message sees the reader. The word names the channel if there is
-//! one, and wakes only those who wait for it; a registration lasts for a while, whoever was woken. Every part of that may fail: then a poll
-//! of the heads, every few seconds for all that wait here together, finds what nobody told.
+//! A read of an inbox that a call here waits for registers this edge with the inbox in Redis, in
+//! the script that reads. A change of the inbox reads the registrations in the script that makes
+//! the change, and sends each of those edges one wake through NATS. So either the read sees the
+//! message, or the message finds the waiting edge. The wake names the channel if there is one, and
+//! wakes only the calls that wait for it. A registration lasts for a while, whether or not it was
+//! used. Any part of that may fail: then a poll of the heads, every few seconds for all calls that
+//! wait here, finds the message.
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream};
 use parking_lot::Mutex;
 use qpq_domain::{IdentityKey, Seq, StoreId};
-use qpq_ports::{ReadQuery, Reader, View, Wake, Wakes};
+use qpq_ports::{ReadQuery, Reader, StoreResult, View, Wake, Wakes};
 use tokio::{
     sync::{Notify, broadcast::error::RecvError},
     time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
+    ClusterStore,
+    effects::Removal,
     history::History,
     inboxes::page,
     metrics as names,
-    nats::{Bus, EdgeId, Heard},
+    nats::{Bus, BusMessage, EdgeId},
     postgres::Database,
     redis::{
         Redis,
-        queue::{LeaseId, Queued, REGISTERED, Shown},
+        queue::{LeaseId, Queued, REGISTERED, VisiblePage},
     },
 };
 
-/// How long a subscription waits at most before it looks again by itself, which renews its
-/// registration.
-const LOOK_AGAIN: Duration = Duration::from_secs(60);
-const _: () = assert!(LOOK_AGAIN.as_secs() < REGISTERED.as_secs());
+/// Maximum time that a subscription waits before it wakes by itself, so that the read that follows
+/// renews its registration.
+const RENEW_AFTER: Duration = Duration::from_secs(60);
+const _: () = assert!(RENEW_AFTER.as_secs() < REGISTERED.as_secs());
 
-/// Inboxes told to Redis at a time, of one batch.
+/// Concurrent updates of queues in Redis, of one batch.
 const PUSHES: usize = 64;
 /// Heads in one statement of a poll.
 const POLLED: usize = 1_000;
 
-/// All that has to do with waking. Cheap to clone.
+/// The waiting calls of this edge, and the ways to wake those of others. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Waking {
+pub(crate) struct WakeRegistry {
     redis: Redis,
     bus: Bus,
     edge: EdgeId,
@@ -59,7 +62,7 @@ struct Entry {
     subscribers: Vec<Arc<Subscriber>>,
 }
 
-/// How far somebody has looked, and in which history.
+/// How far an inbox has been read, and in which history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seen {
     store_id: StoreId,
@@ -67,7 +70,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Whether somebody who has looked so far has missed something.
+    /// Whether a read as far as `seen` misses something.
     fn is_news_to(self, seen: Self) -> bool {
         self.store_id != seen.store_id || self.head > seen.head
     }
@@ -76,11 +79,12 @@ impl Seen {
 struct Subscriber {
     view: View,
     woken: Notify,
-    /// How far somebody here has looked at the view, if anybody has.
+    /// How far a call here has read the view, if any has.
     seen: Mutex<Option<Seen>>,
-    /// When to look again: a lease ends that was in the way, or it is time to register again.
-    look_at: Mutex<Option<Instant>>,
-    /// That time was changed while somebody waits for it.
+    /// When to wake without a cause: a lease that hid messages ends, or the registration is
+    /// renewed.
+    wake_at: Mutex<Option<Instant>>,
+    /// Notified when `wake_at` changes.
     rescheduled: Notify,
 }
 
@@ -90,7 +94,7 @@ impl fmt::Debug for Table {
     }
 }
 
-impl Waking {
+impl WakeRegistry {
     pub(crate) fn new(redis: Redis, bus: Bus, edge: EdgeId) -> Self {
         Self { redis, bus, edge, table: Arc::default() }
     }
@@ -99,73 +103,70 @@ impl Waking {
         &self.redis
     }
 
-    /// The inboxes that somebody here waits for.
+    /// Returns the inboxes that calls here wait for.
     pub(crate) fn waiting(&self) -> Vec<IdentityKey> {
         self.table.inboxes.lock().keys().copied().collect()
     }
 
-    /// This edge, if it is to be told of what happens in the inbox.
+    /// Returns this edge, if a call here waits for the inbox.
     pub(crate) fn waiting_edge(&self, inbox: &IdentityKey) -> Option<&str> {
         self.table.inboxes.lock().contains_key(inbox).then_some(&*self.edge.0)
     }
 
-    /// Somebody here has looked at a view of the inbox, and has `lease` on what it showed, or leased
-    /// nothing.
-    pub(crate) fn looked(&self, read: &ReadQuery, shown: &Shown, lease: Option<&LeaseId>) {
-        self.table.looked(read, shown, lease);
+    /// Records a read, and the lease that it took of the page.
+    pub(crate) fn record_read(
+        &self,
+        read: &ReadQuery,
+        page: &VisiblePage,
+        lease: Option<&LeaseId>,
+    ) {
+        self.table.record_read(read, page, lease);
     }
 
-    /// Tells Redis of messages that were committed in a history, and whoever waits for them.
+    /// Starts a subscription of this edge.
+    pub(crate) fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
+        Box::new(self.table.subscribe(&query.reader.inbox, query.view))
+    }
+
+    /// Adds messages that were committed in a history to their queues, and wakes waiting edges.
     pub(crate) async fn push(&self, store_id: StoreId, inboxes: HashMap<IdentityKey, Vec<Queued>>) {
         stream::iter(inboxes)
             .for_each_concurrent(PUSHES, |(inbox, messages)| async move {
                 let view = common_view(&messages);
-                match self.redis.push(&inbox, &store_id, &messages).await {
-                    Ok(edges) => self.tell(&inbox, view, &edges),
-                    Err(error) => self.untold(&inbox, view, &error),
-                }
+                let reader = Reader::single(inbox);
+                let waiting = self.redis.push(&reader, &store_id, &messages).await;
+                self.notify(&inbox, view, waiting);
             })
             .await;
     }
 
-    /// Tells Redis of messages that were removed in a history, after this read of them.
-    pub(crate) async fn removed(
-        &self,
-        read: &ReadQuery,
-        store_id: &StoreId,
-        removal: u64,
-        lease: Option<&LeaseId>,
-        seqs: &[Seq],
-    ) {
-        let ReadQuery { reader: Reader { inbox, .. }, view } = read;
-        match self.redis.removed(inbox, store_id, removal, lease, seqs).await {
-            Ok(edges) => self.tell(inbox, *view, &edges),
-            Err(error) => self.untold(inbox, *view, &error),
-        }
+    /// Removes messages from their queue, ends their lease, and wakes waiting edges.
+    pub(crate) async fn removed(&self, removal: &Removal) {
+        let waiting = self.redis.removed(removal).await;
+        self.notify(&removal.query.reader.inbox, removal.query.view, waiting);
     }
 
-    /// Ends a lease; what it held is to be seen again.
-    pub(crate) async fn release(&self, inbox: &IdentityKey, lease: &LeaseId, seqs: &[Seq]) {
-        match self.redis.released(inbox, lease, seqs).await {
-            Ok(edges) => self.tell(inbox, View::All, &edges),
-            Err(error) => self.untold(inbox, View::All, &error),
-        }
+    /// Ends a lease and wakes waiting edges, since its messages are visible again.
+    pub(crate) async fn release(&self, reader: &Reader, lease: &LeaseId, seqs: &[Seq]) {
+        let waiting = self.redis.released(reader, lease, seqs).await;
+        self.notify(&reader.inbox, View::All, waiting);
     }
 
-    fn tell(&self, inbox: &IdentityKey, view: View, edges: &[String]) {
-        for edge in edges.iter().filter(|edge| **edge != *self.edge.0) {
-            self.bus.wake(edge, *inbox, view);
+    /// Wakes the edges that wait for a view of the inbox. Without an answer of Redis these are
+    /// unknown, and other edges find the change with their next poll.
+    fn notify(&self, inbox: &IdentityKey, view: View, waiting: StoreResult<Vec<String>>) {
+        match waiting {
+            Ok(edges) => {
+                for edge in edges.iter().filter(|edge| **edge != *self.edge.0) {
+                    self.bus.wake(edge, *inbox, view);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "redis missed a change of an inbox"),
         }
         self.wake_here(inbox, view, "local");
     }
 
-    /// Redis does not know, so nobody elsewhere is told: they find it by looking.
-    fn untold(&self, inbox: &IdentityKey, view: View, error: &(dyn std::error::Error + 'static)) {
-        tracing::debug!(error, "Redis was not told of a change in an inbox");
-        self.wake_here(inbox, view, "local");
-    }
-
-    /// Wakes those here who may see a change in this view.
+    /// Wakes the calls here that see a change in this view.
     fn wake_here(&self, inbox: &IdentityKey, view: View, way: &'static str) {
         if self.table.wake(inbox, view) > 0 {
             metrics::counter!(names::WAKES, "way" => way).increment(1);
@@ -178,49 +179,49 @@ impl Waking {
         }
     }
 
-    /// Passes on what other edges tell, as long as there is a bus.
+    /// Passes on the wakes from other edges, until the bus is closed.
     pub(crate) async fn listen(self) {
-        let mut heard = self.bus.hear();
+        let mut messages = self.bus.messages();
         loop {
-            match heard.recv().await {
-                Ok(Heard::Wake(inbox, view)) => self.wake_here(&inbox, view, "received"),
+            match messages.recv().await {
+                Ok(BusMessage::Wake(inbox, view)) => self.wake_here(&inbox, view, "received"),
                 Ok(_) => {}
-                // Something was missed, and nobody knows what.
+                // Messages were lost, and any of them may have been a wake.
                 Err(RecvError::Lagged(_)) => self.wake_all(),
                 Err(RecvError::Closed) => return,
             }
         }
     }
 
-    /// Looks every `every`, and after each time that NATS was away, whether an inbox has something
-    /// that nobody told.
+    /// Reads the heads of all inboxes that calls here wait for, each `every` and after each time
+    /// that NATS was disconnected.
     pub(crate) async fn poll(self, database: Database, history: History, every: Duration) {
-        let mut back = self.bus.back();
+        let mut back = self.bus.reconnects();
         loop {
-            // Edges that started together do not look together for ever.
+            // Edges that started together do not poll together.
             let pause = every.mul_f64(0.8 + 0.4 * rand::random::<f64>());
             tokio::select! {
                 () = sleep(pause) => {}
                 Ok(()) = back.changed() => {}
             }
-            self.look(&database, &history).await;
+            self.poll_once(&database, &history).await;
         }
     }
 
-    async fn look(&self, database: &Database, history: &History) {
+    async fn poll_once(&self, database: &Database, history: &History) {
         for inboxes in self.waiting().chunks(POLLED) {
-            // A failure is noted where it happens; the next poll looks again.
+            // A failure is logged where it happens; the next poll reads again.
             let Ok((_, heads)) = page::heads(database, history, inboxes).await else { return };
             for (inbox, head) in heads {
                 let now = Seen { store_id: head.state.store_id, head: head.state.head };
-                self.table.found(&inbox, now);
+                self.table.record_head(&inbox, now);
             }
         }
     }
 }
 
 impl Table {
-    /// Wakes those who may see a change in this view; how many they are.
+    /// Wakes the calls that see a change in this view; returns their number.
     fn wake(&self, inbox: &IdentityKey, view: View) -> usize {
         let inboxes = self.inboxes.lock();
         let Some(entry) = inboxes.get(inbox) else { return 0 };
@@ -233,7 +234,7 @@ impl Table {
             view,
             woken: Notify::new(),
             seen: Mutex::new(None),
-            look_at: Mutex::new(None),
+            wake_at: Mutex::new(None),
             rescheduled: Notify::new(),
         });
         let mut inboxes = self.inboxes.lock();
@@ -245,19 +246,18 @@ impl Table {
         Subscription { table: Arc::clone(self), inbox: *inbox, subscriber }
     }
 
-    /// Somebody here has looked at a view of the inbox, and has `lease` on what it showed, or leased
-    /// nothing.
-    fn looked(&self, read: &ReadQuery, shown: &Shown, lease: Option<&LeaseId>) {
+    /// Records a read of a view, and the lease that it took of the page.
+    fn record_read(&self, read: &ReadQuery, shown: &VisiblePage, lease: Option<&LeaseId>) {
         let inboxes = self.inboxes.lock();
         let Some(entry) = inboxes.get(&read.reader.inbox) else { return };
-        // A lease that showed all there is has left nothing for others that look at the same.
+        // A lease of everything leaves nothing for other reads of the view.
         let left = lease.is_none() || shown.page.more;
         let now = Seen { store_id: shown.page.store_id, head: shown.head };
         for subscriber in entry.subscribers.iter().filter(|other| other.view == read.view) {
             let mut seen = subscriber.seen.lock();
             let news = seen.is_some_and(|seen| now.is_news_to(seen));
             if left && news {
-                // The poll does not find this any more.
+                // The poll no longer finds this.
                 subscriber.woken.notify_one();
             }
             if news || seen.is_none() {
@@ -266,14 +266,14 @@ impl Table {
             if let Some(wait) = shown.stopped_for {
                 // A moment later, so that it has ended by then.
                 let at = Instant::now() + wait + Duration::from_millis(5);
-                *subscriber.look_at.lock() = Some(at);
+                *subscriber.wake_at.lock() = Some(at);
                 subscriber.rescheduled.notify_one();
             }
         }
     }
 
-    /// Wakes those who have not looked so far.
-    fn found(&self, inbox: &IdentityKey, now: Seen) {
+    /// Wakes the calls that have not read as far as the head.
+    fn record_head(&self, inbox: &IdentityKey, now: Seen) {
         let inboxes = self.inboxes.lock();
         let Some(entry) = inboxes.get(inbox) else { return };
         for subscriber in &entry.subscribers {
@@ -297,13 +297,9 @@ fn common_view(messages: &[Queued]) -> View {
     }
 }
 
-/// The port over it.
-#[derive(Debug)]
-pub(crate) struct ClusterWakes(pub(crate) Waking);
-
-impl Wakes for ClusterWakes {
+impl Wakes for ClusterStore {
     fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
-        Box::new(self.0.table.subscribe(&query.reader.inbox, query.view))
+        self.inner.wakes.subscribe(query)
     }
 }
 
@@ -315,12 +311,12 @@ struct Subscription {
 
 impl Wake for Subscription {
     fn woken(&mut self) -> BoxFuture<'_, ()> {
-        let again = Instant::now() + LOOK_AGAIN.mul_f64(0.75 + 0.25 * rand::random::<f64>());
+        let again = Instant::now() + RENEW_AFTER.mul_f64(0.75 + 0.25 * rand::random::<f64>());
         Box::pin(async move {
             let subscriber = &*self.subscriber;
             loop {
-                // Kept beyond this wait, or one that is dropped often would never end.
-                let at = *subscriber.look_at.lock().get_or_insert(again);
+                // Kept beyond this wait, or a wait that is dropped often would never end.
+                let at = *subscriber.wake_at.lock().get_or_insert(again);
                 tokio::select! {
                     biased;
                     () = subscriber.woken.notified() => break,
@@ -328,7 +324,7 @@ impl Wake for Subscription {
                     () = sleep_until(at) => break,
                 }
             }
-            *subscriber.look_at.lock() = None;
+            *subscriber.wake_at.lock() = None;
         })
     }
 }
@@ -369,13 +365,13 @@ mod tests {
         Seen { store_id: StoreId::new([0; 16]), head }
     }
 
-    fn shown(head: u64, stopped_for: Option<Duration>) -> Shown {
+    fn shown(head: u64, stopped_for: Option<Duration>) -> VisiblePage {
         let page = Page { store_id: StoreId::new([0; 16]), envelopes: Vec::new(), more: false };
-        Shown { page, head, stopped_for }
+        VisiblePage { page, head, stopped_for }
     }
 
     #[tokio::test]
-    async fn a_change_wakes_those_who_may_see_it_and_nobody_else() {
+    async fn a_change_wakes_the_calls_that_see_it_and_no_others() {
         let table = Arc::new(Table::default());
         let mut subscribed =
             [channel(1), channel(2), View::All].map(|view| table.subscribe(&INBOX, view));
@@ -389,22 +385,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_poll_wakes_those_who_have_not_looked_so_far() {
+    async fn the_poll_wakes_the_calls_that_have_not_read_so_far() {
         let table = Arc::new(Table::default());
         let (mut one, mut two) =
             (table.subscribe(&INBOX, channel(1)), table.subscribe(&INBOX, channel(2)));
         let lease = LeaseId("lease".into());
         let read = |view| ReadQuery { reader: Reader::single(INBOX), view };
-        table.looked(&read(channel(1)), &shown(5, None), Some(&lease));
-        table.found(&INBOX, seen(5));
+        table.record_read(&read(channel(1)), &shown(5, None), Some(&lease));
+        table.record_head(&INBOX, seen(5));
         assert_eq!((woken(&mut one), woken(&mut two)), (false, true));
-        table.found(&INBOX, seen(6));
+        table.record_head(&INBOX, seen(6));
         assert!(woken(&mut one));
-        // What was looked at and left there is found by nobody else.
-        table.looked(&read(channel(1)), &shown(7, None), None);
-        table.found(&INBOX, seen(7));
+        // A peek leaves the message to the others.
+        table.record_read(&read(channel(1)), &shown(7, None), None);
+        table.record_head(&INBOX, seen(7));
         assert!(woken(&mut one) && !woken(&mut one));
-        table.looked(&read(channel(1)), &shown(8, None), Some(&lease));
+        table.record_read(&read(channel(1)), &shown(8, None), Some(&lease));
         assert!(!woken(&mut one), "all there is has been leased");
     }
 
@@ -416,8 +412,8 @@ mod tests {
         assert!(futures_util::poll!(&mut waiting).is_pending());
         let read = ReadQuery { reader: Reader::single(INBOX), view: View::All };
         let (stopped, begun) = (Duration::from_secs(3), Instant::now());
-        table.looked(&read, &shown(1, Some(stopped)), None);
+        table.record_read(&read, &shown(1, Some(stopped)), None);
         waiting.await;
-        assert!((stopped..LOOK_AGAIN / 2).contains(&begun.elapsed()));
+        assert!((stopped..RENEW_AFTER / 2).contains(&begun.elapsed()));
     }
 }

@@ -1,184 +1,187 @@
-//! Group commit: a few tasks, each of which commits the messages of all calls that it finds waiting
-//! in one transaction, and then answers them. While one commits, the next calls gather; the more
-//! there are, the cheaper each becomes.
+//! Group commit: the messages of all calls that wait are accepted in one transaction, and then
+//! answered. While one transaction commits, the next calls gather; the more there are, the less
+//! each costs.
 //!
-//! A transaction is bounded in messages and bytes, and a sender has no more waiting than one of them
-//! holds ([`qpq_ports::room`]), so a large batch of one sender delays nobody else's message by more
-//! than that.
+//! A transaction is bounded in messages and bytes, and a sender has no more waiting than one of
+//! them holds ([`qpq_ports::admission`]), so a large batch of one sender delays another sender's
+//! message by no more than that.
 //!
-//! Which task a call goes to is its inbox's shard, so the messages to an inbox that come in here
-//! are committed in the order in which they came, and two tasks of an edge rarely want the same
-//! head.
+//! A call goes to the committer of its inbox's shard. Messages to an inbox that arrive at this edge
+//! are therefore committed in the order of their arrival, and two committers of an edge rarely lock
+//! the same head.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, mem, sync::Arc};
 
 use qpq_domain::{Delivery, IdentityKey};
 use qpq_ports::{
-    Batch, Enqueued, Envelope, NewMessage, Shard, StoreError, StoreResult,
+    Batch, Enqueued, Envelope, NewMessage, StoreError, StoreResult,
     admission::{Admission, AdmissionPermit},
+    batcher::{self, BatchSize, BatchWorker, Batcher},
 };
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::{sync::Semaphore, task::JoinSet};
 use tracing::{Instrument as _, Span};
 
-use super::enqueue::{self, Outcomes};
+use super::enqueue::{Accept, Outcomes};
 use crate::{
-    error::{Kind, Shared},
+    effects::{Accepted, Applier, Effects},
+    error::{PostgresError, PostgresErrorKind},
     history::History,
     metrics as names,
-    postgres::{Database, Repeat},
+    postgres::Database,
     redis::queue::Queued,
     time::Time,
-    wakes::Waking,
 };
 
-/// Transactions at a time: one is on its way to the disk while the other is at work. With more,
-/// each has fewer messages, and what a transaction costs by itself is most of what a message costs
-/// when few are in flight.
+/// Transactions at a time: one waits for the disk while the other is prepared. With more, each has
+/// fewer messages, and the fixed cost of a transaction is most of the cost of a message when few
+/// are in flight.
 pub const COMMITTERS: usize = 2;
-/// Messages and bytes in one transaction, from which on no more calls are added.
-const BATCH: usize = 256;
-const BATCH_BYTES: usize = 8 << 20;
-/// What a message takes in memory beside its payload, while it waits.
+/// Memory of a waiting message in addition to its payload.
 const MESSAGE_BYTES: usize = 256;
-/// What committed batches of one committer may hold on their way to Redis, in units of [`UNIT`]
-/// bytes; each takes at least [`PUSH`]. While Redis is slow, committing is too.
+/// Memory of committed batches of one committer on their way to Redis, in units of [`UNIT`] bytes;
+/// each takes at least [`PUSH`]. While Redis is slow, committing is too.
 const PUSHES: usize = 16 << 10;
 const UNIT: usize = 1 << 10;
 const PUSH: usize = PUSHES / 32;
 
-#[derive(Debug, thiserror::Error)]
-#[error("the store is closed")]
-struct Closed;
-
-/// Takes messages to be committed. Cheap to clone.
+/// Accepts messages. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(super) struct Committers {
-    calls: Arc<[mpsc::UnboundedSender<Call>]>,
-    room: Admission,
+pub(crate) struct Committers {
+    committers: Arc<[Batcher<Call>]>,
+    admission: Admission,
 }
 
+type Call = batcher::Call<Messages, StoreResult<Vec<Enqueued>>>;
+
+/// The messages of one call.
 #[derive(Debug)]
-struct Call {
+struct Messages {
     messages: Vec<NewMessage>,
     bytes: usize,
-    answer: oneshot::Sender<StoreResult<Vec<Enqueued>>>,
-    /// What traces show it in.
+    /// The span of the call, in whose trace the commit is shown.
     span: Span,
-    _room: AdmissionPermit,
+    _permit: AdmissionPermit,
 }
 
 impl Committers {
-    /// Needs a tokio runtime, on which they work as long as somebody has them.
-    pub(super) fn start(
+    /// Starts the committers. Needs a tokio runtime.
+    pub(crate) fn start(
         database: &Database,
         history: &History,
         limits: Delivery,
         time: &Time,
-        waking: &Waking,
+        applier: &Applier,
     ) -> Self {
         let start = |_| {
-            let (calls, waiting) = mpsc::unbounded_channel();
-            let committer = Committer {
-                waiting,
+            Batcher::start([Committer {
                 database: database.clone(),
                 history: history.clone(),
                 limits,
                 time: time.clone(),
-                waking: waking.clone(),
-                pushes: Arc::new(Semaphore::new(PUSHES)),
-            };
-            tokio::spawn(committer.run());
-            calls
+                applier: applier.clone(),
+                budget: Arc::new(Semaphore::new(PUSHES)),
+                pushes: JoinSet::new(),
+            }])
         };
-        Self { calls: (0..COMMITTERS).map(start).collect(), room: Admission::default() }
+        Self { committers: (0..COMMITTERS).map(start).collect(), admission: Admission::default() }
     }
 
-    /// Accepts the messages; answered once that is durable.
+    /// Accepts the messages of a batch durably.
     pub(super) async fn enqueue(&self, Batch { messages }: Batch) -> StoreResult<Vec<Enqueued>> {
         let Some(first) = messages.first() else { return Ok(Vec::new()) };
-        let committer = Shard::of(&first.recipient).among(self.calls.len());
+        let committer = committer_of(&first.recipient, self.committers.len());
         let bytes = messages.iter().map(|message| message.payload.len() + MESSAGE_BYTES).sum();
-        let room = self.room.admit_from(&first.sender, messages.len(), bytes).await;
-        let room = room.map_err(StoreError::unavailable)?;
-        let (answer, outcome) = oneshot::channel();
+        let permit = self.admission.admit_from(&first.sender, messages.len(), bytes).await;
+        let permit = permit.map_err(StoreError::unavailable)?;
         metrics::gauge!(names::ENQUEUE_QUEUE).increment(messages.len() as f64);
-        self.calls[committer]
-            .send(Call { messages, bytes, answer, span: Span::current(), _room: room })
-            .map_err(|_| StoreError::unavailable(Closed))?;
-        outcome.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+        let call = Messages { messages, bytes, span: Span::current(), _permit: permit };
+        self.committers[committer].call(call).await
+    }
+
+    /// Commits what waits, and ends.
+    pub(crate) async fn close(&self) {
+        for committer in &*self.committers {
+            committer.close().await;
+        }
     }
 }
 
+/// Returns which of `committers` an inbox belongs to: equal ranges of the first two bytes of its
+/// key, since keys are evenly distributed.
+fn committer_of(inbox: &IdentityKey, committers: usize) -> usize {
+    let [high, low, ..] = *inbox.as_bytes();
+    usize::from(u16::from_be_bytes([high, low])) * committers / (usize::from(u16::MAX) + 1)
+}
+
 struct Committer {
-    waiting: mpsc::UnboundedReceiver<Call>,
     database: Database,
     history: History,
     limits: Delivery,
     time: Time,
-    waking: Waking,
-    pushes: Arc<Semaphore>,
+    applier: Applier,
+    /// Bounds the memory of `pushes`.
+    budget: Arc<Semaphore>,
+    /// Committed batches on their way to Redis.
+    pushes: JoinSet<()>,
 }
 
-impl Committer {
-    async fn run(mut self) {
-        while let Some(first) = self.waiting.recv().await {
-            let (mut messages, mut bytes) = (first.messages.len(), first.bytes);
-            let mut calls = vec![first];
-            while messages < BATCH && bytes < BATCH_BYTES {
-                let Ok(call) = self.waiting.try_recv() else { break };
-                messages += call.messages.len();
-                bytes += call.bytes;
-                calls.push(call);
-            }
-            metrics::gauge!(names::ENQUEUE_QUEUE).decrement(messages as f64);
-            metrics::histogram!(names::ENQUEUE_BATCH).record(messages as f64);
-            self.commit(calls).await;
-        }
+impl BatchWorker for Committer {
+    type Item = Call;
+
+    const LIMIT: BatchSize = BatchSize { count: 256, bytes: 8 << 20 };
+
+    fn size(call: &Call) -> BatchSize {
+        BatchSize { count: call.item.messages.len(), bytes: call.item.bytes }
     }
 
-    async fn commit(&self, mut calls: Vec<Call>) {
-        let sizes: Vec<_> = calls.iter().map(|call| call.messages.len()).collect();
-        let messages: Arc<[NewMessage]> =
-            calls.iter_mut().flat_map(|call| std::mem::take(&mut call.messages)).collect();
-        // Each call's trace shows the commit that it shared; the first one's also what was in it.
-        let shares: Vec<_> = calls.iter().filter_map(|call| call.share(messages.len())).collect();
+    async fn run(&mut self, mut calls: Vec<Call>) {
+        let sizes: Vec<_> = calls.iter().map(|call| call.item.messages.len()).collect();
+        let messages: Vec<NewMessage> =
+            calls.iter_mut().flat_map(|call| mem::take(&mut call.item.messages)).collect();
+        metrics::gauge!(names::ENQUEUE_QUEUE).decrement(messages.len() as f64);
+        metrics::histogram!(names::ENQUEUE_BATCH).record(messages.len() as f64);
+        // Each call's trace shows the commit that it shared; the first one also shows the
+        // statements.
+        let count = messages.len();
+        let shares: Vec<_> = calls.iter().filter_map(|call| call.item.share(count)).collect();
         let first = shares.first().cloned().unwrap_or_else(Span::none);
-        let outcome = self.transaction(&messages).instrument(first).await;
+        let outcome = self.commit(&messages).instrument(first).await;
         drop(shares);
         match outcome {
             Ok(outcomes) => self.committed(calls, &sizes, &messages, outcomes).await,
-            // Something in the batch is refused by the schema, which no message should be: the
-            // others are not to suffer.
-            Err(error) if error.kind() == Kind::Refused && calls.len() > 1 => {
+            // The schema rejects a message, which none should be. The other calls succeed.
+            Err(error) if error.kind() == PostgresErrorKind::Rejected && calls.len() > 1 => {
                 let mut messages = &messages[..];
                 for (call, size) in calls.into_iter().zip(sizes) {
                     let (own, rest) = messages.split_at(size);
                     messages = rest;
-                    let own: Arc<[NewMessage]> = own.into();
-                    match self.transaction(&own).await {
-                        Ok(outcomes) => self.committed(vec![call], &[size], &own, outcomes).await,
-                        Err(error) => call.failed(&error),
+                    match self.commit(own).await {
+                        Ok(outcomes) => self.committed(vec![call], &[size], own, outcomes).await,
+                        Err(error) => call.answer.send(Err(error.into())),
                     }
                 }
             }
-            Err(error) => calls.into_iter().for_each(|call| call.failed(&error)),
+            Err(error) => {
+                calls.into_iter().for_each(|call| call.answer.send(Err(error.clone().into())));
+            }
         }
     }
 
-    async fn transaction(&self, messages: &Arc<[NewMessage]>) -> Result<Outcomes, Shared> {
-        let limits = self.limits;
-        self.database
-            .run_shared("enqueue", Repeat::Never, |connection| {
-                let (messages, time) = (Arc::clone(messages), self.time.clone());
-                Box::pin(async move { enqueue::all(connection, &messages, &limits, &time).await })
-            })
-            .await
+    async fn end(mut self) {
+        while self.pushes.join_next().await.is_some() {}
+    }
+}
+
+impl Committer {
+    async fn commit(&self, messages: &[NewMessage]) -> Result<Outcomes, PostgresError> {
+        let accept = Accept { messages, limits: &self.limits, time: &self.time };
+        self.database.run(&accept).await
     }
 
-    /// Answers, and only then tells Redis: what is durable is true whether or not anybody hears of
-    /// it.
+    /// Answers the calls, and only then updates Redis: the messages are durable whether or not that
+    /// succeeds.
     async fn committed(
-        &self,
+        &mut self,
         calls: Vec<Call>,
         sizes: &[usize],
         messages: &[NewMessage],
@@ -201,37 +204,57 @@ impl Committer {
         }
         let mut outcomes = outcomes.into_iter().map(|outcome| outcome.enqueued);
         for (call, size) in calls.into_iter().zip(sizes) {
-            // Whoever gave up changes nothing.
-            let _ = call.answer.send(Ok(outcomes.by_ref().take(*size).collect()));
+            call.answer.send(Ok(outcomes.by_ref().take(*size).collect()));
         }
         let Some(store_id) = store_id else { return };
         self.history.note(store_id);
-        if inboxes.is_empty() {
-            return;
+        if !inboxes.is_empty() {
+            self.push(Accepted { store_id, inboxes }).await;
         }
-        let bytes: usize = inboxes.values().flatten().map(|queued| queued.envelope.cost()).sum();
+    }
+
+    /// Updates Redis and wakes waiting edges, concurrently with the next transactions.
+    async fn push(&mut self, accepted: Accepted) {
+        let queued = accepted.inboxes.values().flatten();
+        let bytes: usize = queued.map(|queued| queued.envelope.cost()).sum();
         let units = u32::try_from((bytes / UNIT).clamp(PUSH, PUSHES)).expect("clamped");
-        let pushes = Arc::clone(&self.pushes);
-        let permit = pushes.acquire_many_owned(units).await.expect("never closed");
-        let waking = self.waking.clone();
-        tokio::spawn(async move {
-            waking.push(store_id, inboxes).await;
+        let budget = Arc::clone(&self.budget);
+        let permit = budget.acquire_many_owned(units).await.expect("never closed");
+        let applier = self.applier.clone();
+        while self.pushes.try_join_next().is_some() {}
+        self.pushes.spawn(async move {
+            applier.apply(Effects { accepted: Some(accepted), ..Effects::default() }).await;
             drop(permit);
         });
     }
 }
 
-impl Call {
-    /// A span of this call's trace, if it is traced, for the commit of a batch of so many messages.
+impl Messages {
+    /// Returns a span of this call's trace, if it is traced, for the commit of a batch.
     fn share(&self, messages: usize) -> Option<Span> {
         let traced = !self.span.is_none();
         traced.then(
             || tracing::debug_span!(target: "qpq::store", parent: &self.span, "commit", messages),
         )
     }
+}
 
-    fn failed(self, error: &Shared) {
-        // As above.
-        let _ = self.answer.send(Err(error.clone().into()));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn committers_have_equal_ranges_of_the_inboxes() {
+        let inbox = |prefix: u16| {
+            let mut key = [7; 32];
+            key[..2].copy_from_slice(&prefix.to_be_bytes());
+            IdentityKey::new(key)
+        };
+        for committers in [1, 2, 3, 7] {
+            let of_each: Vec<_> =
+                (0..=u16::MAX).map(|prefix| committer_of(&inbox(prefix), committers)).collect();
+            assert!(of_each.is_sorted());
+            assert_eq!((of_each[0], of_each[usize::from(u16::MAX)]), (0, committers - 1));
+        }
     }
 }

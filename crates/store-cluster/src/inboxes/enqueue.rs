@@ -1,9 +1,8 @@
-//! Accepting messages: those of many calls in one transaction.
+//! Acceptance of the messages of many calls in one transaction.
 //!
-//! The heads of all inboxes concerned are locked, in the order of their numbers, before anything is
-//! looked at; so what is then decided about seqs, caps and repeated message ids stays true until
-//! the commit, and no two transactions wait for each other in a circle. Deciding is plain code over
-//! what two statements read; one statement writes it all.
+//! The heads of all inboxes are locked first, in the order of their numbers. So decisions about
+//! seqs, caps and repeated message ids stay valid until the commit, and no two transactions
+//! deadlock. Two statements read what the decisions need, and one statement writes all results.
 
 use std::collections::{HashMap, HashSet};
 
@@ -14,43 +13,53 @@ use sqlx::{PgConnection, Row as _};
 use super::remove::{self, Due, SWEEP, Stale};
 use crate::{
     history::store_id,
-    postgres::row::{Columns as _, millis, millis_of, now_of, number},
+    postgres::{
+        Repeat, Scope, Statement,
+        row::{Columns as _, millis, millis_of, now_of, number},
+    },
     time::{Bounds, Time},
 };
 
 const LOCK: &str = concat!(
-    "SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry, store_now() AS postgres, ",
+    "SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry,
+            store_now() AS postgres, ",
     store_id!(),
     " AS store_id
        FROM account a JOIN inbox i ON i.id = a.id
       WHERE a.identity = ANY ($1) ORDER BY i.id FOR NO KEY UPDATE OF i"
 );
 
-/// Receipts of messages that are queued, or gone but remembered. $6: how long ids are remembered.
+/// Receipts of messages that are queued, or removed and remembered. $6: how long ids are
+/// remembered.
 const KNOWN: &str = "
     SELECT k.n, x.seq, x.channel, x.payload_sha256, x.enqueued_at
-      FROM unnest($1::int4[], $2::int8[], $3::bytea[], $4::bytea[], $5::int8[]) AS k (n, inbox, sender, id, now)
+      FROM unnest($1::int4[], $2::int8[], $3::bytea[], $4::bytea[], $5::int8[])
+           AS k (n, inbox, sender, id, now)
      CROSS JOIN LATERAL (
         SELECT m.seq, m.channel, m.payload_sha256, m.enqueued_at FROM message m
-         WHERE m.inbox = k.inbox AND m.sender = k.sender AND m.message_id = k.id AND m.expires_at > k.now - $6
+         WHERE m.inbox = k.inbox AND m.sender = k.sender AND m.message_id = k.id
+           AND m.expires_at > k.now - $6
         UNION ALL
         SELECT r.seq, r.channel, r.payload_sha256, r.enqueued_at FROM recent_id r
-         WHERE r.inbox = k.inbox AND r.sender = k.sender AND r.message_id = k.id AND r.forget_at > k.now
+         WHERE r.inbox = k.inbox AND r.sender = k.sender AND r.message_id = k.id
+           AND r.forget_at > k.now
          LIMIT 1) x";
 
 const WRITE: &str = "
     WITH moved AS (
         UPDATE inbox i
-           SET last_seq = i.last_seq + h.added, messages = i.messages + h.added, bytes = i.bytes + h.bytes,
-               next_expiry = least(i.next_expiry, h.expiry)
-          FROM unnest($1::int8[], $2::int8[], $3::int8[], $4::int8[]) AS h (id, added, bytes, expiry)
+           SET last_seq = i.last_seq + h.added, messages = i.messages + h.added,
+               bytes = i.bytes + h.bytes, next_expiry = least(i.next_expiry, h.expiry)
+          FROM unnest($1::int8[], $2::int8[], $3::int8[], $4::int8[])
+               AS h (id, added, bytes, expiry)
          WHERE i.id = h.id)
-    INSERT INTO message (inbox, seq, expires_at, enqueued_at, channel, sender, message_id, payload_sha256, payload)
-    SELECT * FROM unnest($5::int8[], $6::int8[], $7::int8[], $8::int8[], $9::bytea[], $10::bytea[], $11::bytea[],
-                         $12::bytea[], $13::bytea[])";
+    INSERT INTO message (inbox, seq, expires_at, enqueued_at, channel, sender, message_id,
+                         payload_sha256, payload)
+    SELECT * FROM unnest($5::int8[], $6::int8[], $7::int8[], $8::int8[], $9::bytea[], $10::bytea[],
+                         $11::bytea[], $12::bytea[], $13::bytea[])";
 
-/// As [`WRITE`], for payloads that several messages share: $13 the payloads, each once, $14 which of
-/// them each message has, from 1.
+/// As [`WRITE`], for payloads that several messages share: $13 the payloads, each once, $14 which
+/// of them each message has, from 1.
 const WRITE_SHARED: &str = "
     WITH moved AS (
         UPDATE inbox i
@@ -71,7 +80,7 @@ const WRITE_SHARED: &str = "
                  place)
       JOIN shared s ON s.place = m.place";
 
-/// What a sender holds in an inbox whose head is locked, as far as it matters: $1 inbox, $2 sender,
+/// What a sender has in an inbox whose head is locked, up to a number of rows: $1 inbox, $2 sender,
 /// $3 rows to look at, $4 now. Each index has the messages that the other one lacks.
 const HELD: &str = "
     SELECT count(*) AS messages, coalesce(sum(octet_length(payload)), 0)::int8 AS bytes
@@ -83,7 +92,7 @@ const HELD: &str = "
               WHERE inbox = $1 AND sender = $2 AND message_id IS NULL
                 AND expires_at > $4 LIMIT $3)) AS held";
 
-/// An inbox whose head is locked, and what is decided about it.
+/// An inbox whose head is locked, and the decisions about it.
 struct Head {
     id: i64,
     next: Seq,
@@ -94,18 +103,18 @@ struct Head {
     postgres: Option<UnixMillis>,
     added: i64,
     added_bytes: i64,
-    /// What each sender holds that was looked up, in messages and bytes.
+    /// The messages and bytes of each sender that was looked up.
     held: HashMap<IdentityKey, (u64, u64)>,
 }
 
-/// What became of a message, and when it expires if it was accepted.
+/// The outcome for a message, and when it expires if it was accepted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Outcome {
     pub(crate) enqueued: Enqueued,
     pub(crate) expires_at: UnixMillis,
 }
 
-/// What became of the messages of one transaction.
+/// The outcomes for the messages of one transaction.
 #[derive(Clone, Debug)]
 pub(crate) struct Outcomes {
     /// The history that the seqs belong to; none if no message had a recipient.
@@ -114,15 +123,35 @@ pub(crate) struct Outcomes {
     pub(crate) of_each: Vec<Outcome>,
 }
 
-/// Accepts each message or says why not. In a transaction, which it ends neither way.
+/// Accepts each message or returns why not.
 ///
 /// Nothing is removed before its time by both clocks is over, and the time to live of a message
 /// counts from the later of the two.
-pub(crate) async fn all(
+pub(crate) struct Accept<'a> {
+    pub(crate) messages: &'a [NewMessage],
+    pub(crate) limits: &'a Delivery,
+    pub(crate) time: &'a Time,
+}
+
+impl Statement for Accept<'_> {
+    type Output = Outcomes;
+
+    /// A caller repeats a message by its id.
+    const REPEAT: Repeat = Repeat::Never;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "enqueue"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Outcomes> {
+        accept(connection, self).await
+    }
+}
+
+async fn accept(
     connection: &mut PgConnection,
-    messages: &[NewMessage],
-    limits: &Delivery,
-    time: &Time,
+    Accept { messages, limits, time }: &Accept<'_>,
 ) -> sqlx::Result<Outcomes> {
     let (store_id, mut heads) = lock(connection, messages).await?;
     let postgres = heads.values().find_map(|head| head.postgres);
@@ -170,7 +199,7 @@ impl Head {
         so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<Enqueued> {
         let size = message.payload.len() as u64;
-        // What has expired counts for nothing, be it removed yet or not.
+        // Expired messages count for nothing, removed or not.
         let messages = self.messages.saturating_sub(self.stale.messages);
         let bytes = self.bytes.saturating_sub(self.stale.bytes);
         if !limits.has_room(messages, bytes, size) {
@@ -189,8 +218,8 @@ impl Head {
         Ok(Enqueued::Accepted(self.accept(message, times)))
     }
 
-    /// What the message's sender holds in the inbox, in messages and bytes: exact below its share of
-    /// messages, and at least that share otherwise.
+    /// What the message's sender holds in the inbox, in messages and bytes: exact below its share
+    /// of messages, and at least that share otherwise.
     async fn look_up(
         &self,
         connection: &mut PgConnection,
@@ -206,7 +235,7 @@ impl Head {
             .bind(millis(now))
             .fetch_one(connection)
             .await?;
-        // What is accepted is written at the end of the transaction.
+        // Accepted messages are written at the end of the transaction.
         let unwritten = so_far.filter(|(other, outcome)| {
             (other.recipient, other.sender) == (message.recipient, message.sender)
                 && matches!(outcome.enqueued, Enqueued::Accepted(_))
@@ -217,7 +246,7 @@ impl Head {
         ))
     }
 
-    /// Gives the message the next place in the inbox.
+    /// Assigns the next seq of the inbox to the message.
     fn accept(
         &mut self,
         message: &NewMessage,
@@ -270,8 +299,8 @@ async fn lock(
     Ok((store_id, rows.iter().map(head).collect::<sqlx::Result<_>>()?))
 }
 
-/// Removes expired messages where there are any, since they may fill an inbox or hold a message id
-/// longer than they may. At most [`SWEEP`] rows in all: the others count for nothing, and go with a
+/// Removes expired messages of the inboxes, since they may fill an inbox or keep a message id too
+/// long. At most [`SWEEP`] rows in all: the others count for nothing, and go with a
 /// sweep or with the next messages.
 async fn make_room(
     connection: &mut PgConnection,
@@ -301,7 +330,7 @@ async fn make_room(
     Ok(())
 }
 
-/// The receipts of those messages that came before, by their place.
+/// Returns the receipts of repeated messages, by their place.
 async fn known(
     connection: &mut PgConnection,
     heads: &HashMap<IdentityKey, Head>,
@@ -396,7 +425,7 @@ async fn write(
     query.execute(connection).await.map(drop)
 }
 
-/// The payloads of messages, each once, however many messages share it.
+/// The distinct payloads of messages.
 struct Payloads<'a> {
     all: Vec<&'a [u8]>,
     /// Which of them each message has, from 1.

@@ -1,9 +1,10 @@
-//! What this edge has on its way to clients. A lease lives in Redis, where all edges see it, for a
-//! few seconds; as long as its page is on its way it is renewed from here, and if this edge dies it
-//! runs out.
+//! The leases of this edge. A lease lives in Redis, where all edges see it, for a few seconds.
+//! While its page is on its way to the client this edge renews it; if the edge dies, the lease
+//! expires.
 
 use std::{
     collections::HashMap,
+    mem,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -13,18 +14,20 @@ use std::{
 
 use futures_util::{StreamExt as _, stream};
 use parking_lot::Mutex;
-use qpq_domain::{IdentityKey, Seq};
+use qpq_domain::Seq;
+use qpq_ports::Reader;
 use tokio::{
     runtime::Handle,
     sync::Notify,
+    task::JoinSet,
     time::{MissedTickBehavior, interval},
 };
 
 use crate::{
     metrics as names,
     nats::EdgeId,
-    redis::queue::{Hold, LeaseId},
-    wakes::Waking,
+    redis::queue::{LeaseId, LeaseTerm},
+    wakes::WakeRegistry,
 };
 
 /// Renewals at a time.
@@ -32,20 +35,22 @@ const RENEWALS: usize = 64;
 
 /// The leases of this edge. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(super) struct Leases {
-    shared: Arc<Shared>,
+pub(crate) struct Leases {
+    inner: Arc<Inner>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct Inner {
     edge: EdgeId,
     next: AtomicU64,
     lasts: Duration,
-    waking: Waking,
-    live: Mutex<HashMap<LeaseId, IdentityKey>>,
-    /// Inboxes with leases that are being released: whoever reads one of those here waits for that,
-    /// so that a read after a release sees what was released.
-    releasing: Mutex<HashMap<IdentityKey, Releasing>>,
+    wakes: WakeRegistry,
+    live: Mutex<HashMap<LeaseId, Reader>>,
+    /// Readers whose leases are being released. A read of one of them waits for that here, so that
+    /// a read after a release sees the released messages.
+    releasing: Mutex<HashMap<Reader, Releasing>>,
+    /// The tasks that release leases.
+    releases: Mutex<JoinSet<()>>,
 }
 
 #[derive(Debug, Default)]
@@ -54,60 +59,59 @@ struct Releasing {
     done: Arc<Notify>,
 }
 
-/// Messages that are hidden from other reads. Dropped, they are released, soon.
+/// Messages that are hidden from other reads. Dropping it releases them soon.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(super) struct LeaseGuard {
     leases: Leases,
     pub(super) id: LeaseId,
-    inbox: IdentityKey,
-    /// What it holds; none while that is not known.
+    reader: Reader,
+    /// The messages that are leased; none while they are not known.
     pub(super) seqs: Vec<Seq>,
     ended: bool,
 }
 
 impl Leases {
-    /// Needs a tokio runtime, on which leases are renewed as long as somebody has this.
-    pub(super) fn start(edge: EdgeId, lasts: Duration, waking: Waking) -> Self {
-        let shared = Arc::new(Shared {
-            edge,
-            next: AtomicU64::new(0),
-            lasts,
-            waking,
-            live: Mutex::default(),
-            releasing: Mutex::default(),
-        });
-        let weak = Arc::downgrade(&shared);
-        tokio::spawn(async move {
-            let mut ticks = interval(lasts / 3);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                let Some(shared) = weak.upgrade() else { return };
-                shared.renew().await;
-            }
-        });
-        Self { shared }
+    pub(crate) fn new(edge: EdgeId, lasts: Duration, wakes: WakeRegistry) -> Self {
+        let (live, releasing) = (Mutex::default(), Mutex::default());
+        let (next, releases) = (AtomicU64::new(0), Mutex::default());
+        Self { inner: Arc::new(Inner { edge, next, lasts, wakes, live, releasing, releases }) }
     }
 
-    /// For how long `id` is to hold.
-    pub(super) fn hold<'a>(&self, id: &'a LeaseId) -> Hold<'a> {
-        Hold { lease: id, lasts: self.shared.lasts }
-    }
-
-    /// Looks after a lease that is about to be taken, so that it is released even if who takes it
-    /// goes away meanwhile.
-    pub(super) fn taking(&self, inbox: IdentityKey) -> Held {
-        let n = self.shared.next.fetch_add(1, Ordering::Relaxed);
-        let id = LeaseId(format!("{}.{n}", self.shared.edge.0));
-        self.shared.live.lock().insert(id.clone(), inbox);
-        metrics::gauge!(names::LEASES).increment(1);
-        Held { leases: self.clone(), id, inbox, seqs: Vec::new(), ended: false }
-    }
-
-    /// Completes when nothing of the inbox is being released here.
-    pub(super) async fn completed(&self, inbox: &IdentityKey) {
+    /// Renews the leases of this edge, until it is dropped.
+    pub(crate) async fn renew(self) {
+        let mut ticks = interval(self.inner.lasts / 3);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let done = match self.shared.releasing.lock().get(inbox) {
+            ticks.tick().await;
+            self.inner.renew().await;
+        }
+    }
+
+    /// Completes when the leases that are being released have ended.
+    pub(crate) async fn close(&self) {
+        let mut releases = mem::take(&mut *self.inner.releases.lock());
+        while releases.join_next().await.is_some() {}
+    }
+
+    /// Returns the lease `id` with its duration.
+    pub(super) fn term<'a>(&self, id: &'a LeaseId) -> LeaseTerm<'a> {
+        LeaseTerm { lease: id, lasts: self.inner.lasts }
+    }
+
+    /// Creates the guard of a lease that is about to begin, so that it is released even if the call
+    /// is dropped meanwhile.
+    pub(super) fn begin(&self, reader: Reader) -> LeaseGuard {
+        let n = self.inner.next.fetch_add(1, Ordering::Relaxed);
+        let id = LeaseId(format!("{}.{n}", self.inner.edge.0));
+        self.inner.live.lock().insert(id.clone(), reader);
+        metrics::gauge!(names::LEASES).increment(1);
+        LeaseGuard { leases: self.clone(), id, reader, seqs: Vec::new(), ended: false }
+    }
+
+    /// Completes when no lease of the reader is being released here.
+    pub(super) async fn releases_ended(&self, reader: &Reader) {
+        loop {
+            let done = match self.inner.releasing.lock().get(reader) {
                 None => return,
                 Some(releasing) => Arc::clone(&releasing.done).notified_owned(),
             };
@@ -116,53 +120,62 @@ impl Leases {
     }
 }
 
-impl Shared {
+impl Inner {
     async fn renew(&self) {
         let live: Vec<_> =
-            self.live.lock().iter().map(|(id, inbox)| (id.clone(), *inbox)).collect();
+            self.live.lock().iter().map(|(id, reader)| (id.clone(), *reader)).collect();
         stream::iter(live)
-            .for_each_concurrent(RENEWALS, |(id, inbox)| async move {
-                // A failure may cost the lease, and then its messages are read again.
-                let _ =
-                    self.waking.redis().renew(&inbox, Hold { lease: &id, lasts: self.lasts }).await;
+            .for_each_concurrent(RENEWALS, |(id, reader)| async move {
+                // A failure may end the lease, and then its messages are read again.
+                let _ = self
+                    .wakes
+                    .redis()
+                    .renew(&reader, LeaseTerm { lease: &id, lasts: self.lasts })
+                    .await;
             })
             .await;
     }
 
-    fn release_began(&self, inbox: IdentityKey) {
-        self.releasing.lock().entry(inbox).or_default().count += 1;
+    fn release_began(&self, reader: Reader) {
+        self.releasing.lock().entry(reader).or_default().count += 1;
     }
 
-    fn release_ended(&self, inbox: &IdentityKey) {
+    fn release_ended(&self, reader: &Reader) {
         let mut releasing = self.releasing.lock();
-        let entry = releasing.get_mut(inbox).expect("it began");
+        let entry = releasing.get_mut(reader).expect("it began");
         entry.count -= 1;
         if entry.count == 0 {
             entry.done.notify_waiters();
-            releasing.remove(inbox);
+            releasing.remove(reader);
         }
     }
 }
 
-impl Held {
-    /// The lease was ended otherwise, or holds nothing.
+impl LeaseGuard {
+    /// Records that the lease has ended, or has no messages.
     pub(super) fn ended(mut self) {
         self.ended = true;
     }
 }
 
-impl Drop for Held {
+impl Drop for LeaseGuard {
     fn drop(&mut self) {
-        let shared = Arc::clone(&self.leases.shared);
-        shared.live.lock().remove(&self.id);
+        let inner = Arc::clone(&self.leases.inner);
+        inner.live.lock().remove(&self.id);
         metrics::gauge!(names::LEASES).decrement(1);
-        // Without a runtime the process is ending, and the lease runs out.
+        // Without a runtime the process is ending, and the lease expires.
         let (false, Ok(runtime)) = (self.ended, Handle::try_current()) else { return };
-        let (id, inbox, seqs) = (self.id.clone(), self.inbox, std::mem::take(&mut self.seqs));
-        shared.release_began(inbox);
-        runtime.spawn(async move {
-            shared.waking.release(&inbox, &id, &seqs).await;
-            shared.release_ended(&inbox);
-        });
+        let (id, reader, seqs) = (self.id.clone(), self.reader, mem::take(&mut self.seqs));
+        inner.release_began(reader);
+        let releasing = Arc::clone(&inner);
+        let mut releases = inner.releases.lock();
+        while releases.try_join_next().is_some() {}
+        releases.spawn_on(
+            async move {
+                releasing.wakes.release(&reader, &id, &seqs).await;
+                releasing.release_ended(&reader);
+            },
+            &runtime,
+        );
     }
 }

@@ -1,29 +1,29 @@
-//! Reading inboxes in Postgres: heads, many in one statement, and messages, each page one snapshot
-//! with its head.
+//! Reads of inboxes in Postgres: heads, many in one statement, and messages, of which each page is
+//! one snapshot together with its head.
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
 use qpq_domain::{IdentityKey, Seq, StoreId, UnixMillis};
-use qpq_ports::{Envelope, PageLimit, ReadQuery, StoreError, StoreResult, View};
-use sqlx::{Row as _, postgres::PgRow};
-use tokio::sync::{mpsc, oneshot};
+use qpq_ports::{
+    Envelope, PageLimit, ReadQuery, Reader, StoreResult, View,
+    batcher::{self, BatchSize, BatchWorker, Batcher},
+};
+use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
 use crate::{
-    error::Shared,
+    error::PostgresError,
     history::{History, store_id},
     postgres::{
-        Database, Repeat,
+        Database, Repeat, Scope, Statement,
         row::{Columns as _, millis, number},
     },
-    redis::queue::{MOST_MESSAGES, Queued, State},
+    redis::queue::{MAX_MESSAGES, Queued, State},
 };
 
-/// Heads in one statement.
-pub(super) const HEADS: usize = 512;
-/// Statements for heads at a time.
+/// Concurrent statements for heads.
 const READERS: usize = 2;
 
-/// The store id stands alone where there is no such inbox.
+/// The store id is alone in its row where there is no such inbox.
 const HEAD: &str = concat!(
     "SELECT s.store_id, h.identity, h.id, h.last_seq, h.removals, h.messages, h.bytes
        FROM (SELECT ",
@@ -33,8 +33,8 @@ const HEAD: &str = concat!(
           FROM account a JOIN inbox i ON i.id = a.id WHERE a.identity = ANY ($1)) h ON true"
 );
 
-/// $1 inbox, $2 after which seq, $3 now, $4 rows, $5 the store id, $6 the channel. Of another
-/// history there are no rows.
+/// $1 inbox, $2 after which seq, $3 now, $4 rows, $5 the store id, $6 the channel. Returns no rows
+/// of another history.
 macro_rules! messages {
     ($condition:literal) => {
         concat!(
@@ -49,19 +49,19 @@ macro_rules! messages {
 const ALL: &str = messages!("");
 const CHANNEL: &str = messages!(" AND channel = $6");
 
-/// $1 inbox, $2 rows. The head stands alone where there is no message.
+/// $1 inbox, $2 rows. The head is alone in its row where there is no message.
 const WHOLE: &str = concat!(
     "SELECT ",
     store_id!(),
     " AS store_id, i.last_seq, i.removals, m.seq, m.channel, m.enqueued_at, m.expires_at, m.payload
       FROM inbox i LEFT JOIN LATERAL (
-        SELECT seq, channel, enqueued_at, expires_at, payload FROM message WHERE inbox = $1 ORDER BY seq LIMIT $2) m
-        ON true
+        SELECT seq, channel, enqueued_at, expires_at, payload FROM message
+         WHERE inbox = $1 ORDER BY seq LIMIT $2) m ON true
      WHERE i.id = $1"
 );
 
 /// Rows in one statement.
-const MOST_ROWS: u64 = 1_024;
+const MAX_ROWS: u64 = 1_024;
 
 /// An inbox's head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,17 +72,11 @@ pub(crate) struct Head {
     pub(crate) bytes: u64,
 }
 
-/// Looks heads up, those that are asked for at a time together.
+/// Reads heads, those of concurrent calls together. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Heads {
-    ask: mpsc::UnboundedSender<Asked>,
-}
+pub(crate) struct Heads(Batcher<Call>);
 
-#[derive(Debug)]
-struct Asked {
-    inbox: IdentityKey,
-    answer: oneshot::Sender<StoreResult<Present>>,
-}
+type Call = batcher::Call<IdentityKey, StoreResult<Present>>;
 
 /// An inbox's head, and the history that it was read in.
 #[derive(Clone, Copy, Debug)]
@@ -92,53 +86,46 @@ pub(super) struct Present {
     pub(super) head: Option<Head>,
 }
 
-#[derive(Debug, thiserror::Error)]
-#[error("the store is closed")]
-struct Closed;
-
 impl Heads {
-    /// Needs a tokio runtime, on which it works as long as somebody has it.
-    pub(super) fn start(database: &Database, history: &History) -> Self {
-        let (ask, asked) = mpsc::unbounded_channel();
-        let asked = Arc::new(tokio::sync::Mutex::new(asked));
-        for _ in 0..READERS {
-            tokio::spawn(look_up(database.clone(), history.clone(), Arc::clone(&asked)));
-        }
-        Self { ask }
+    /// Starts the readers. Needs a tokio runtime.
+    pub(crate) fn start(database: &Database, history: &History) -> Self {
+        let start = |_| HeadReader { database: database.clone(), history: history.clone() };
+        Self(Batcher::start((0..READERS).map(start)))
     }
 
-    /// Returns the head of the inbox.
-    pub(super) async fn get(&self, inbox: &IdentityKey) -> StoreResult<Present> {
-        let (answer, head) = oneshot::channel();
-        self.ask
-            .send(Asked { inbox: *inbox, answer })
-            .map_err(|_| StoreError::unavailable(Closed))?;
-        head.await.unwrap_or_else(|_| Err(StoreError::unavailable(Closed)))
+    /// Returns the head of the reader's inbox.
+    ///
+    /// While no inbox has registered devices, every reader of an inbox has its head.
+    pub(super) async fn get(&self, reader: &Reader) -> StoreResult<Present> {
+        self.0.call(reader.inbox).await
+    }
+
+    /// Answers the calls that wait, and ends.
+    pub(crate) async fn close(&self) {
+        self.0.close().await;
     }
 }
 
-async fn look_up(
+struct HeadReader {
     database: Database,
     history: History,
-    asked: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Asked>>>,
-) {
-    let mut batch = Vec::with_capacity(HEADS);
-    loop {
-        // Held while it waits: the other reader is then at work, or has nothing to do either.
-        if asked.lock().await.recv_many(&mut batch, HEADS).await == 0 {
-            return;
-        }
-        let inboxes: Vec<_> = batch.iter().map(|asked| asked.inbox).collect();
-        let found = heads(&database, &history, &inboxes).await;
-        for Asked { inbox, answer } in batch.drain(..) {
-            let head = match &found {
+}
+
+impl BatchWorker for HeadReader {
+    type Item = Call;
+
+    const LIMIT: BatchSize = BatchSize { count: 512, bytes: usize::MAX };
+
+    async fn run(&mut self, calls: Vec<Call>) {
+        let inboxes: Vec<_> = calls.iter().map(|call| call.item).collect();
+        let found = heads(&self.database, &self.history, &inboxes).await;
+        for Call { item: inbox, answer } in calls {
+            answer.send(match &found {
                 Ok((store_id, heads)) => {
                     Ok(Present { store_id: *store_id, head: heads.get(&inbox).copied() })
                 }
                 Err(error) => Err(error.clone().into()),
-            };
-            // Whoever gave up changes nothing.
-            let _ = answer.send(head);
+            });
         }
     }
 }
@@ -148,20 +135,31 @@ pub(crate) async fn heads(
     database: &Database,
     history: &History,
     inboxes: &[IdentityKey],
-) -> Result<(StoreId, HashMap<IdentityKey, Head>), Shared> {
-    let keys: Vec<Vec<u8>> = inboxes.iter().map(|key| key.as_bytes().to_vec()).collect();
-    let keys = Arc::new(keys);
-    let rows = database
-        .once_shared("heads", Repeat::Harmless, move |connection| {
-            let keys = Arc::clone(&keys);
-            Box::pin(async move { sqlx::query(HEAD).bind(&keys[..]).fetch_all(connection).await })
-        })
-        .await?;
-    let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-    let store_id = first.store_id("store_id")?;
+) -> Result<(StoreId, HashMap<IdentityKey, Head>), PostgresError> {
+    let (store_id, heads) = database.run(&ReadHeads(inboxes)).await?;
     history.note(store_id);
-    let heads = rows.iter().filter_map(|row| head(row).transpose()).collect::<sqlx::Result<_>>()?;
     Ok((store_id, heads))
+}
+
+struct ReadHeads<'a>(&'a [IdentityKey]);
+
+impl Statement for ReadHeads<'_> {
+    type Output = (StoreId, HashMap<IdentityKey, Head>);
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "heads"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let keys: Vec<&[u8]> = self.0.iter().map(|key| &key.as_bytes()[..]).collect();
+        let rows = sqlx::query(HEAD).bind(keys).fetch_all(connection).await?;
+        let store_id = rows.first().ok_or(sqlx::Error::RowNotFound)?.store_id("store_id")?;
+        let heads = rows.iter().filter_map(|row| head(row).transpose());
+        Ok((store_id, heads.collect::<sqlx::Result<_>>()?))
+    }
 }
 
 fn head(row: &PgRow) -> sqlx::Result<Option<(IdentityKey, Head)>> {
@@ -175,17 +173,17 @@ fn head(row: &PgRow) -> sqlx::Result<Option<(IdentityKey, Head)>> {
     Ok(Some((row.identity("identity")?, head)))
 }
 
-/// What a view held in one state of its inbox, leased or not, as far as the limit goes.
+/// The messages of a view in one state of its inbox, leased or not, up to the limit.
 #[derive(Clone, Debug)]
 pub(super) struct Snapshot {
     pub(super) state: State,
     pub(super) messages: Vec<Queued>,
-    /// The first message behind the limit.
+    /// The first message after the limit.
     pub(super) next: Option<Seq>,
 }
 
-/// The messages of the view behind `after` that are alive at `now`. The state is the one before all
-/// of them: what was removed since may be among them.
+/// Returns the messages of the view after `after` that have not expired at `now`. The state is that
+/// before all of them: messages that were removed since may be among them.
 pub(super) async fn page(
     database: &Database,
     head: &Head,
@@ -198,7 +196,9 @@ pub(super) async fn page(
     let mut page = Snapshot { state: head.state, messages: Vec::new(), next: None };
     let (mut bytes, mut after) = (0_usize, after);
     loop {
-        let messages = messages(database, head, read.view, after, now, rows).await?;
+        let (inbox, store_id, view) = (head.inbox, head.state.store_id, read.view);
+        let read = ReadMessages { inbox, store_id, view, after, now, rows };
+        let messages = database.run(&read).await?;
         let last = (messages.len() as u64) < rows;
         for queued in messages {
             bytes = bytes.saturating_add(queued.envelope.cost());
@@ -218,68 +218,86 @@ pub(super) async fn page(
     }
 }
 
-/// About as many rows as the page will have: an inbox holds ten thousand messages, and a page ends
-/// after four of a MiB.
+/// Returns about the number of rows that the page will have: an inbox has up to ten thousand
+/// messages, and a page ends after four of a MiB.
 fn chunk(head: &Head, limit: PageLimit) -> u64 {
     let size = head.bytes / head.messages.max(1) + 64;
     let fit = limit.bytes as u64 / size + 2;
-    fit.min(u64::from(limit.messages) + 1).clamp(2, MOST_ROWS)
+    fit.min(u64::from(limit.messages) + 1).clamp(2, MAX_ROWS)
 }
 
-async fn messages(
-    database: &Database,
-    head: &Head,
+/// Reads messages of a view in the history of its head.
+struct ReadMessages {
+    inbox: i64,
+    store_id: StoreId,
     view: View,
     after: Seq,
     now: UnixMillis,
     rows: u64,
-) -> StoreResult<Vec<Queued>> {
-    let (inbox, store_id) = (head.inbox, head.state.store_id);
-    database
-        .once("page", Repeat::Harmless, move |connection| {
-            Box::pin(async move {
-                let (sql, channel) = match &view {
-                    View::All => (ALL, None),
-                    View::Channel(channel) => (CHANNEL, Some(channel.as_bytes())),
-                };
-                let mut query = sqlx::query(sql)
-                    .bind(inbox)
-                    .bind(number(after.0))
-                    .bind(millis(now))
-                    .bind(number(rows))
-                    .bind(&store_id.as_bytes()[..]);
-                if let Some(channel) = channel {
-                    query = query.bind(channel);
-                }
-                query.fetch_all(connection).await?.iter().map(queued).collect()
-            })
-        })
-        .await
 }
 
-/// Returns a whole inbox, expired messages and all, if it is there and small enough to be a queue.
+impl Statement for ReadMessages {
+    type Output = Vec<Queued>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "page"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Vec<Queued>> {
+        let (sql, channel) = match &self.view {
+            View::All => (ALL, None),
+            View::Channel(channel) => (CHANNEL, Some(channel.as_bytes())),
+        };
+        let mut query = sqlx::query(sql)
+            .bind(self.inbox)
+            .bind(number(self.after.0))
+            .bind(millis(self.now))
+            .bind(number(self.rows))
+            .bind(&self.store_id.as_bytes()[..]);
+        if let Some(channel) = channel {
+            query = query.bind(channel);
+        }
+        query.fetch_all(connection).await?.iter().map(queued).collect()
+    }
+}
+
+/// Returns a whole inbox, expired messages included, if it exists and is small enough to be a
+/// queue.
 pub(super) async fn whole(database: &Database, inbox: i64) -> StoreResult<Option<Snapshot>> {
-    let snapshot: Option<Snapshot> = database
-        .once("load", Repeat::Harmless, move |connection| {
-            Box::pin(async move {
-                let rows = sqlx::query(WHOLE)
-                    .bind(inbox)
-                    .bind(number(MOST_MESSAGES) + 1)
-                    .fetch_all(connection)
-                    .await?;
-                let Some(first) = rows.first() else { return Ok(None) };
-                let mut snapshot =
-                    Snapshot { state: state(first)?, messages: Vec::new(), next: None };
-                for row in &rows {
-                    if row.try_get::<Option<i64>, _>("seq")?.is_some() {
-                        snapshot.messages.push(queued(row)?);
-                    }
-                }
-                Ok(Some(snapshot))
-            })
-        })
-        .await?;
-    Ok(snapshot.filter(|snapshot| snapshot.messages.len() as u64 <= MOST_MESSAGES))
+    let snapshot = database.run(&ReadInbox(inbox)).await?;
+    Ok(snapshot.filter(|snapshot| snapshot.messages.len() as u64 <= MAX_MESSAGES))
+}
+
+struct ReadInbox(i64);
+
+impl Statement for ReadInbox {
+    type Output = Option<Snapshot>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "load"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<Snapshot>> {
+        let rows = sqlx::query(WHOLE)
+            .bind(self.0)
+            .bind(number(MAX_MESSAGES) + 1)
+            .fetch_all(connection)
+            .await?;
+        let Some(first) = rows.first() else { return Ok(None) };
+        let mut snapshot = Snapshot { state: state(first)?, messages: Vec::new(), next: None };
+        for row in &rows {
+            if row.try_get::<Option<i64>, _>("seq")?.is_some() {
+                snapshot.messages.push(queued(row)?);
+            }
+        }
+        Ok(Some(snapshot))
+    }
 }
 
 fn state(row: &PgRow) -> sqlx::Result<State> {

@@ -1,19 +1,18 @@
-//! Postgres: the one place where anything is durable.
+//! Postgres, where everything durable is committed.
 //!
-//! Every operation is a named transaction ([`Database::run`]) or a single statement
-//! ([`Database::once`]), measured by its name, and done again where another transaction was in its
-//! way. What was lost *before* its commit was sent changed nothing, so it is tried once more on
-//! another connection; what was lost *while* it committed may have happened, so it is tried again
-//! only where that does no harm ([`Repeat`]).
+//! An operation is a value ([`Statement`]): its parameters, its name in metrics and logs, whether
+//! it needs a transaction, and whether it may be repeated. [`Database::run`] measures it and
+//! retries it. An operation that another transaction interfered with is rolled back and repeated. A
+//! connection that is lost *before* the commit was sent has changed nothing, so the operation is
+//! repeated once on another connection. A connection that is lost *during* the commit leaves the
+//! outcome unknown, so the operation is repeated only where that is harmless ([`Repeat`]).
 
 pub(crate) mod row;
 mod schema;
 
 use std::{io, time::Duration};
 
-use futures_util::future::BoxFuture;
 use qpq_domain::Backoff;
-use qpq_ports::StoreResult;
 use sqlx::{
     Connection as _, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
@@ -23,125 +22,93 @@ use tracing::{Instrument as _, field::Empty};
 
 use crate::{
     Config, ConnectError,
-    error::{Kind, Server, Shared},
+    error::{PostgresError, PostgresErrorKind, Server},
     metrics as names,
 };
 
 pub use schema::migrate;
 pub(crate) use schema::{check_cluster, connect, connect_patiently, failed, prepare};
 
-/// How often an operation is tried that others are in the way of.
-const TRIES: u32 = 6;
+/// Maximum attempts at an operation under lock contention.
+const MAX_ATTEMPTS: u32 = 6;
 
 /// The waits between attempts.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(320));
 
-/// Whether an operation of unknown outcome may be done again by itself.
+/// Whether an operation of unknown outcome is repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Repeat {
-    /// Twice is as good as once.
+    /// Doing it twice has the same result as doing it once.
     Harmless,
-    /// It gives something away, or tells apart first and second: the caller decides.
+    /// It hands something out, or distinguishes first from second: the caller decides.
     Never,
 }
 
-/// A pool of connections and how work is done on them. Cheap to clone.
+/// How much of an operation is undone when it fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// All statements of the operation, which are one transaction.
+    Transaction,
+    /// Nothing needs to be: the operation is a single statement, or only reads.
+    Statement,
+}
+
+/// An operation on the database, with its parameters.
+pub(crate) trait Statement: Sync {
+    /// The result of the operation.
+    type Output: Send;
+
+    /// Whether it is repeated when its outcome is unknown.
+    const REPEAT: Repeat;
+
+    /// What is undone when it fails.
+    const SCOPE: Scope;
+
+    /// Returns its name in metrics, traces and logs.
+    fn name(&self) -> &'static str;
+
+    /// Executes it on a connection. Called again for each attempt.
+    fn run(
+        &self,
+        connection: &mut PgConnection,
+    ) -> impl Future<Output = sqlx::Result<Self::Output>> + Send;
+}
+
+/// A pool of connections. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Database {
     pool: PgPool,
-    /// How long an attempt may take with a connection: a server that is there ends it sooner, by
-    /// its own timeouts.
-    patience: Duration,
+    /// Maximum duration of one attempt with a connection. A reachable server ends it earlier by its
+    /// own timeouts.
+    attempt_timeout: Duration,
 }
 
-/// Postgres is silent: it hangs, or the way to it is cut without anybody having been told.
+/// Postgres hangs, or the network drops its packets.
 #[derive(Debug, thiserror::Error)]
 #[error("Postgres did not answer within {0:?}")]
-struct Silent(Duration);
-
-/// What an operation does with its connection. It may be done several times.
-pub(crate) trait Work<T>:
-    for<'c> Fn(&'c mut PgConnection) -> BoxFuture<'c, sqlx::Result<T>>
-{
-}
-
-impl<T, W: for<'c> Fn(&'c mut PgConnection) -> BoxFuture<'c, sqlx::Result<T>>> Work<T> for W {}
+struct NoAnswer(Duration);
 
 impl Database {
-    /// A pool that connects when it is needed.
+    /// Creates a pool that connects on first use.
     pub(crate) fn new(options: PgConnectOptions, connections: u32, timeout: Duration) -> Self {
         let pool = PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(timeout)
-            // A ping before every use would be a round trip each; a dead connection is noticed by
-            // its first statement.
+            // A ping before every use would be a round trip each. The first statement on a dead
+            // connection reports it.
             .test_before_acquire(false)
             .idle_timeout(Some(Duration::from_secs(600)))
             .max_lifetime(Some(Duration::from_secs(3_600)))
             .connect_lazy_with(options);
-        Self { pool, patience: 2 * timeout }
+        Self { pool, attempt_timeout: 2 * timeout }
     }
 
-    /// Does `work` in a transaction.
-    pub(crate) async fn run<T>(
+    /// Executes an operation, retrying it where that is safe.
+    pub(crate) async fn run<S: Statement>(
         &self,
-        name: &'static str,
-        repeat: Repeat,
-        work: impl Work<T> + Send + Sync,
-    ) -> StoreResult<T> {
-        self.measured(name, repeat, true, &work).await.map_err(Into::into)
-    }
-
-    /// As [`run`](Self::run), for who has to tell many callers of one failure.
-    pub(crate) async fn run_shared<T>(
-        &self,
-        name: &'static str,
-        repeat: Repeat,
-        work: impl Work<T> + Send + Sync,
-    ) -> Result<T, Shared> {
-        self.measured(name, repeat, true, &work).await
-    }
-
-    /// Does `work`, which is a single statement, or reads alone.
-    pub(crate) async fn once<T>(
-        &self,
-        name: &'static str,
-        repeat: Repeat,
-        work: impl Work<T> + Send + Sync,
-    ) -> StoreResult<T> {
-        self.measured(name, repeat, false, &work).await.map_err(Into::into)
-    }
-
-    /// As [`once`](Self::once), for who has to tell many callers of one failure.
-    pub(crate) async fn once_shared<T>(
-        &self,
-        name: &'static str,
-        repeat: Repeat,
-        work: impl Work<T> + Send + Sync,
-    ) -> Result<T, Shared> {
-        self.measured(name, repeat, false, &work).await
-    }
-
-    /// Notes how many connections there are.
-    pub(crate) fn observe(&self) {
-        let (all, idle) = (self.pool.size() as usize, self.pool.num_idle());
-        metrics::gauge!(names::PG_CONNECTIONS, "state" => "idle").set(idle as f64);
-        metrics::gauge!(names::PG_CONNECTIONS, "state" => "busy")
-            .set(all.saturating_sub(idle) as f64);
-    }
-
-    pub(crate) async fn close(&self) {
-        self.pool.close().await;
-    }
-
-    async fn measured<T>(
-        &self,
-        name: &'static str,
-        repeat: Repeat,
-        transaction: bool,
-        work: &(impl Work<T> + Send + Sync),
-    ) -> Result<T, Shared> {
-        let begun = Instant::now();
+        statement: &S,
+    ) -> Result<S::Output, PostgresError> {
+        let (name, begun) = (statement.name(), Instant::now());
         let span = tracing::debug_span!(
             target: "qpq::store",
             "postgres",
@@ -151,70 +118,98 @@ impl Database {
             db.system.name = "postgresql",
             retries = Empty
         );
-        let mut tries = 0;
+        let mut attempts = 0;
         let outcome = loop {
-            tries += 1;
-            let sql =
-                tracing::debug_span!(target: "qpq::store", parent: &span, "sql", attempt = tries);
-            match self.attempt(transaction, work).instrument(sql).await {
+            attempts += 1;
+            let n = attempts;
+            let sql = tracing::debug_span!(target: "qpq::store", parent: &span, "sql", attempt = n);
+            match self.attempt(statement).instrument(sql).await {
                 Ok(done) => break Ok(done),
-                Err(Failed { error, happened }) => {
-                    let again = match Kind::of(&error) {
-                        Kind::Contention => tries < TRIES,
-                        // Who has waited in vain has waited long enough.
-                        Kind::Unreachable if is_timeout(&error) => false,
-                        Kind::Unreachable => {
-                            tries == 1 && (happened == Happened::No || repeat == Repeat::Harmless)
-                        }
-                        Kind::Refused | Kind::Corrupt => false,
-                    };
-                    if !again {
-                        break Err(error);
-                    }
+                Err(failure) if failure.is_retried::<S>(attempts) => {
                     metrics::counter!(names::PG_RETRIES, "op" => name).increment(1);
-                    tokio::time::sleep(BACKOFF.delay(tries, rand::random())).await;
+                    tokio::time::sleep(BACKOFF.delay(attempts, rand::random())).await;
                 }
+                Err(Failure { error, .. }) => break Err(error),
             }
         };
         metrics::histogram!(names::PG_SECONDS, "op" => name).record(begun.elapsed());
-        span.record("retries", tries - 1);
+        span.record("retries", attempts - 1);
         outcome.map_err(|error| {
-            let kind = Kind::of(&error);
+            let kind = PostgresErrorKind::of(&error);
             span.record("otel.status_code", "ERROR");
             metrics::counter!(names::PG_ERRORS, "op" => name, "kind" => kind.name()).increment(1);
-            tracing::warn!(%error, kind = kind.name(), op = name, "Postgres did not do it");
+            tracing::warn!(%error, kind = kind.name(), op = name, "postgres operation failed");
             error.into()
         })
     }
 
-    async fn attempt<T>(
-        &self,
-        transaction: bool,
-        work: &(impl Work<T> + Send + Sync),
-    ) -> Result<T, Failed> {
-        let no = |error| Failed { error, happened: Happened::No };
-        let perhaps = |error| Failed { error, happened: Happened::Perhaps };
+    /// Records the number of connections.
+    pub(crate) fn observe(&self) {
+        let (all, idle) = (self.pool.size() as usize, self.pool.num_idle());
+        metrics::gauge!(names::PG_CONNECTIONS, "state" => "idle").set(idle as f64);
+        metrics::gauge!(names::PG_CONNECTIONS, "state" => "busy")
+            .set(all.saturating_sub(idle) as f64);
+    }
+
+    /// Closes all connections.
+    pub(crate) async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    async fn attempt<S: Statement>(&self, statement: &S) -> Result<S::Output, Failure> {
+        let no = |error| Failure { error, committed: Committed::No };
+        let unknown = |error| Failure { error, committed: Committed::Unknown };
         let mut connection = self.pool.acquire().await.map_err(no)?;
         let attempt = async {
-            if !transaction {
-                return work(&mut connection).await.map_err(perhaps);
+            match S::SCOPE {
+                Scope::Statement => statement.run(&mut connection).await.map_err(unknown),
+                Scope::Transaction => {
+                    let mut open = connection.begin().await.map_err(no)?;
+                    let done = statement.run(&mut open).await.map_err(no)?;
+                    open.commit().await.map_err(unknown)?;
+                    Ok(done)
+                }
             }
-            let mut open = connection.begin().await.map_err(no)?;
-            let done = work(&mut open).await.map_err(no)?;
-            open.commit().await.map_err(perhaps)?;
-            Ok(done)
         };
-        match timeout(self.patience, attempt).await {
+        match timeout(self.attempt_timeout, attempt).await {
             Ok(outcome) => outcome,
             Err(_) => {
-                // In the pool it would keep its place until the kernel gives the connection up,
-                // which takes minutes.
+                // Returned to the pool it would occupy a place until the kernel gives the
+                // connection up, which takes minutes.
                 drop(connection.detach());
-                Err(perhaps(sqlx::Error::Io(io::Error::new(
+                Err(unknown(sqlx::Error::Io(io::Error::new(
                     io::ErrorKind::TimedOut,
-                    Silent(self.patience),
+                    NoAnswer(self.attempt_timeout),
                 ))))
             }
+        }
+    }
+}
+
+/// A failed attempt.
+struct Failure {
+    error: sqlx::Error,
+    committed: Committed,
+}
+
+/// Whether a failed attempt changed the database.
+#[derive(PartialEq, Eq)]
+enum Committed {
+    No,
+    Unknown,
+}
+
+impl Failure {
+    /// Whether the operation is repeated after this many attempts.
+    fn is_retried<S: Statement>(&self, attempts: u32) -> bool {
+        match PostgresErrorKind::of(&self.error) {
+            PostgresErrorKind::Contention => attempts < MAX_ATTEMPTS,
+            // A caller that has waited for a timeout has waited long enough.
+            PostgresErrorKind::Unreachable if is_timeout(&self.error) => false,
+            PostgresErrorKind::Unreachable => {
+                attempts == 1 && (self.committed == Committed::No || S::REPEAT == Repeat::Harmless)
+            }
+            PostgresErrorKind::Rejected | PostgresErrorKind::Corrupt => false,
         }
     }
 }
@@ -227,19 +222,7 @@ fn is_timeout(error: &sqlx::Error) -> bool {
     }
 }
 
-struct Failed {
-    error: sqlx::Error,
-    happened: Happened,
-}
-
-/// Whether what failed may have happened all the same.
-#[derive(PartialEq, Eq)]
-enum Happened {
-    No,
-    Perhaps,
-}
-
-/// How to connect, from the configuration, with what an edge needs besides.
+/// Returns how an edge connects: the configuration, durable commits and timeouts.
 pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError> {
     let options = as_given(config)?;
     let timeout = config.postgres_timeout.as_millis().to_string();
@@ -253,7 +236,7 @@ pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError>
     ]))
 }
 
-/// How to connect, from the configuration alone.
+/// Returns how to connect, from the configuration alone.
 pub(crate) fn as_given(config: &Config) -> Result<PgConnectOptions, ConnectError> {
     const SETTING: &str = "postgres.url";
     let endpoint = &config.postgres;

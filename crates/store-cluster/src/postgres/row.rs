@@ -1,5 +1,5 @@
-//! Between domain types and columns. What does not fit its type was never written by this program:
-//! the row is bad.
+//! Conversions between domain types and columns. A value that does not fit its type was never
+//! written by this program: the row is invalid.
 
 use std::time::Duration;
 
@@ -8,23 +8,23 @@ use sqlx::{Row as _, postgres::PgRow};
 
 use crate::error::NeverWritten;
 
-/// An instant as a column; the end of time is what an `i64` holds.
+/// Returns an instant as a column. A later one than an `i64` can store becomes the latest.
 pub(crate) fn millis(at: UnixMillis) -> i64 {
     i64::try_from(at.0).unwrap_or(i64::MAX)
 }
 
-/// A duration as a column.
+/// Returns a duration as a column.
 pub(crate) fn millis_of(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// A seq, count or size as a column.
+/// Returns a seq, count or size as a column.
 pub(crate) fn number(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
-/// Postgres' time, from the column `postgres` of a statement that selects `store_now()`. NULL is a
-/// Postgres that is not asked.
+/// Returns Postgres' time, from the column `postgres` of a statement that selects `store_now()`.
+/// NULL means that Postgres is not asked.
 pub(crate) fn now_of(row: &PgRow) -> sqlx::Result<Option<UnixMillis>> {
     let millis: Option<i64> = row.try_get("postgres")?;
     Ok(millis.map(|millis| UnixMillis(u64::try_from(millis).unwrap_or_default())))

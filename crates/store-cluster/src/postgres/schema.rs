@@ -1,6 +1,6 @@
-//! The schema: brought up to date by `qpq-admin migrate` (or at the start, where that is
-//! configured), and checked by every edge. A schema that is newer than this program is fine: a
-//! release only adds what its predecessor can live with.
+//! The schema: migrated by `qpq-admin migrate` (or at the start, if that is configured), and
+//! checked by every edge. A schema that is newer than this program is accepted, since the
+//! migrations of a release are compatible with the previous one.
 
 use std::time::Duration;
 
@@ -12,11 +12,10 @@ use sqlx::{
 
 use crate::{Config, ConnectError, Migrate, error::Server, skeletons};
 
-/// The oldest Postgres that will do, as `server_version_num` has it.
+/// The oldest Postgres that is supported, as in `server_version_num`.
 const OLDEST: i32 = 150_000;
 
-/// Brings the schema up to date and returns its version. Of several at a time, one does it and the
-/// others wait.
+/// Migrates the schema and returns its version. Concurrent calls wait for each other.
 pub async fn migrate(config: &Config) -> Result<i64, ConnectError> {
     let options = super::options(config)?;
     let version = bring_up(&options, config.start_timeout).await?;
@@ -24,7 +23,7 @@ pub async fn migrate(config: &Config) -> Result<i64, ConnectError> {
     Ok(version)
 }
 
-/// Checks server and schema, and migrates if that is wanted.
+/// Checks server and schema, and migrates if that is configured.
 pub(crate) async fn prepare(
     options: &PgConnectOptions,
     migrate: Migrate,
@@ -34,13 +33,12 @@ pub(crate) async fn prepare(
         return bring_up(options, within).await.map(drop);
     }
     let (connection, found) = Server::Postgres.answers(within, Box::pin(look(options))).await?;
-    // How the connection ends changes nothing.
     let _ = connection.close().await;
     let needed = newest();
     if found < needed { Err(ConnectError::Behind { found, needed }) } else { Ok(()) }
 }
 
-/// Writes down which OPAQUE setup the cluster has, or compares it with what is written.
+/// Stores the fingerprint of the cluster's OPAQUE setup, or compares it with the stored one.
 pub(crate) async fn check_cluster(
     options: &PgConnectOptions,
     opaque_setup: &[u8; 32],
@@ -58,7 +56,7 @@ pub(crate) async fn check_cluster(
     if written == opaque_setup { Ok(()) } else { Err(ConnectError::OtherCluster) }
 }
 
-/// What it means for an edge that Postgres cannot be used.
+/// Returns the error for a failure of Postgres at the start.
 pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
     let server = Server::Postgres;
     match error {
@@ -75,8 +73,8 @@ pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
     }
 }
 
-/// Connecting is bounded. The work itself is not: nobody knows how long an index takes, or another
-/// who migrates already.
+/// Connecting has a timeout. The migration has none, since it may build an index or wait for
+/// another migration.
 async fn bring_up(options: &PgConnectOptions, within: Duration) -> Result<i64, ConnectError> {
     let (mut connection, found) = Server::Postgres.answers(within, Box::pin(look(options))).await?;
     let version = if found < newest() {
@@ -89,12 +87,12 @@ async fn bring_up(options: &PgConnectOptions, within: Duration) -> Result<i64, C
     } else {
         Server::Postgres.answers(within, Box::pin(run(&mut connection))).await?
     };
-    // The work is done and committed.
+    // The transactions are committed.
     let _ = connection.close().await;
     Ok(version)
 }
 
-/// Connects for work that takes as long as it takes, to a schema that must be this program's.
+/// Connects without timeouts of statements, to a schema that must be this program's.
 pub(crate) async fn connect_patiently(config: &Config) -> Result<PgConnection, ConnectError> {
     let options = super::options(config)?;
     prepare(&options, config.migrate, config.start_timeout).await?;
@@ -107,9 +105,9 @@ async fn look(options: &PgConnectOptions) -> Result<(PgConnection, i64), Connect
     Ok((connection, version))
 }
 
-/// Connects for work that may take longer than a call.
+/// Connects without timeouts of statements.
 pub(crate) async fn connect(options: &PgConnectOptions) -> Result<PgConnection, ConnectError> {
-    // Building an index may take longer than a call may.
+    // Building an index may take longer than a call.
     let patient = options.clone().options([
         ("statement_timeout", "0"),
         ("lock_timeout", "0"),
@@ -134,7 +132,7 @@ async fn run(connection: &mut PgConnection) -> Result<i64, ConnectError> {
     version(connection).await
 }
 
-/// The version of the schema; 0 before the first migration.
+/// Returns the version of the schema; 0 before the first migration.
 async fn version(connection: &mut PgConnection) -> Result<i64, ConnectError> {
     connection.ensure_migrations_table("_sqlx_migrations").await.map_err(unmigrated)?;
     if let Some(version) = connection.dirty_version("_sqlx_migrations").await.map_err(unmigrated)? {
@@ -147,7 +145,7 @@ async fn version(connection: &mut PgConnection) -> Result<i64, ConnectError> {
 
 fn migrations() -> Migrator {
     let mut migrations = sqlx::migrate!();
-    // Those of a newer release.
+    // Migrations of a newer release.
     migrations.set_ignore_missing(true);
     migrations
 }
@@ -156,7 +154,8 @@ fn newest() -> i64 {
     migrations().iter().map(|migration| migration.version).max().unwrap_or_default()
 }
 
-/// What was lost on the way was rolled back, and may be done again.
+/// Returns the error for a failure of a migration. A connection that was lost is retried, since its
+/// transaction was rolled back.
 fn unmigrated(error: MigrateError) -> ConnectError {
     match &error {
         MigrateError::VersionMismatch(version) => ConnectError::OtherSchema(*version),
@@ -170,7 +169,7 @@ fn unmigrated(error: MigrateError) -> ConnectError {
 fn is_lost(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) => true,
-        // The server is going away, or coming.
+        // The server is shutting down or starting.
         sqlx::Error::Database(database) => {
             database.code().is_some_and(|code| code.starts_with("57P"))
         }

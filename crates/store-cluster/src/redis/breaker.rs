@@ -1,9 +1,9 @@
 //! A circuit breaker in front of Redis.
 //!
-//! A Redis that hangs costs each call its timeout. After a few calls in a row without an answer,
-//! and none with one for as long as an answer may take, the breaker opens: calls fail immediately,
-//! and a task asks Redis now and then, one question at a time, until it answers. An answer is an
-//! answer, also one that refuses: a Redis that is full or read-only is not waited for.
+//! Each call to a Redis that hangs costs its timeout. After several calls in a row without an
+//! answer, and no answer for as long as the timeout, the breaker opens: calls fail immediately, and
+//! a task probes Redis, one command at a time, until it answers. An error of Redis is an answer
+//! too: the breaker stays closed for a Redis that is full or read-only.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ const FAILURES: u32 = 3;
 #[error("Redis does not answer, and is not asked until it does")]
 pub(super) struct Skipped;
 
-/// What came of a call, as far as it says something about Redis.
+/// What the outcome of a call says about Redis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sign {
     Answered,
@@ -28,7 +28,7 @@ pub(super) enum Sign {
 }
 
 impl Sign {
-    /// A failure that Redis itself answered is no silence.
+    /// Returns the sign of an outcome. An error that Redis returned is an answer.
     pub(super) fn of<T>(outcome: &Result<T, RedisError>) -> Self {
         match outcome {
             Err(error)
@@ -45,7 +45,7 @@ impl Sign {
 
 #[derive(Debug)]
 pub(super) struct Breaker {
-    /// How long an answer may take.
+    /// Timeout of an answer.
     timeout: Duration,
     state: Mutex<State>,
     opened: Notify,
@@ -64,7 +64,7 @@ impl Breaker {
         Self { timeout, state: Mutex::new(state), opened: Notify::new() }
     }
 
-    /// Whether a call may be tried.
+    /// Returns an error while the breaker is open.
     pub(super) fn admit(&self) -> Result<(), Skipped> {
         if self.state.lock().open {
             metrics::counter!(names::REDIS_SKIPPED).increment(1);
@@ -74,7 +74,7 @@ impl Breaker {
         }
     }
 
-    /// Notes what came of a call.
+    /// Records the outcome of a call.
     pub(super) fn note(&self, sign: Sign, now: Instant) {
         let mut state = self.state.lock();
         match sign {
@@ -92,7 +92,7 @@ impl Breaker {
                 if !state.open && state.failures >= FAILURES && silent_for >= self.timeout {
                     state.open = true;
                     metrics::gauge!(names::REDIS_BREAKER).set(1);
-                    tracing::warn!(?silent_for, "redis does not answer, calls go on without it");
+                    tracing::warn!(?silent_for, "redis does not answer, calls continue without it");
                     self.opened.notify_one();
                 }
             }
@@ -137,7 +137,7 @@ mod tests {
         for n in 0..100 {
             let now = start + n * Duration::from_secs(1);
             breaker.note(Sign::Answered, now);
-            // Many that began together.
+            // Concurrent calls.
             (0..10).for_each(|_| breaker.note(Sign::Silent, now + Duration::from_millis(500)));
             breaker.admit().expect("closed");
         }

@@ -1,5 +1,5 @@
-//! One connection to whatever kind of Redis there is: a single server, a Sentinel's primary, or a
-//! Cluster. Each finds its way back by itself after it was lost.
+//! One connection to any kind of Redis: a single server, the primary of Sentinels, or a Cluster.
+//! Each reconnects by itself.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -46,13 +46,13 @@ impl Link {
         let opened = match address.kind {
             Kind::Single => match access.try_out(&nodes[0]).await {
                 Ok(()) => single(nodes[0].clone(), tls, timeout).await,
-                // The client would try again by itself, and say nothing for so long.
+                // The client would retry by itself without an error.
                 Err(error) => Err(error),
             },
             Kind::Cluster => cluster(nodes.clone(), tls, timeout).await,
             Kind::Sentinel => {
-                // Within the deadline of a call, so that the call learns of it and the Sentinels
-                // are asked.
+                // Less than the timeout of a call, so that the call gets the error and the
+                // Sentinels are asked.
                 let access = Access { tls, timeout: timeout.mul_f64(0.8) };
                 let primary = Primary::find(nodes.clone(), address.path, access).await;
                 primary.map(|primary| Self::Sentinel(Arc::new(primary)))
@@ -79,7 +79,7 @@ async fn single(
         .set_max_delay(Duration::from_millis(500))
         .set_number_of_retries(3)
         .set_connection_timeout(Some(timeout))
-        // Every call has its own deadline, which also bounds the wait for a new connection.
+        // Every call has its own timeout, which includes a new connection.
         .set_response_timeout(Some(timeout));
     ConnectionManager::new_with_config(client, config).await.map(Link::Single)
 }
@@ -100,7 +100,7 @@ async fn cluster(
     builder.build()?.get_async_connection().await.map(Link::Cluster)
 }
 
-/// Small requests that wait for nothing to be added to them.
+/// Sends small requests immediately.
 fn tcp() -> TcpSettings {
     TcpSettings::default().set_nodelay(true)
 }
@@ -147,16 +147,16 @@ enum Kind {
     Sentinel,
 }
 
-/// A URL, taken apart as far as the client library does not do it.
+/// The parts of a URL that the client library does not parse.
 #[derive(Debug, PartialEq, Eq)]
 struct Address {
     kind: Kind,
     /// `redis` or `rediss`.
     scheme: String,
-    /// With the `@` behind it, or nothing.
+    /// Ends with `@`, or is empty.
     user_info: String,
     hosts: Vec<String>,
-    /// Without the `/` in front.
+    /// Without the leading `/`.
     path: String,
 }
 
@@ -197,13 +197,13 @@ impl Address {
             ));
         }
         if kind == Kind::Sentinel && path.is_empty() {
-            return Err(wrong("it does not name the primary behind the hosts"));
+            return Err(wrong("it does not name the primary of the hosts"));
         }
         Ok(Self { kind, scheme: scheme.into(), user_info, hosts, path: path.into() })
     }
 
-    /// A connection that is not encrypted has no use for authorities, and whoever named them thinks
-    /// that it is.
+    /// Returns the TLS settings for an authority. An unencrypted connection has no use for one, so
+    /// the configuration is a mistake.
     fn trusting(&self, root_cert: Vec<u8>) -> Result<TlsCertificates, ConnectError> {
         if self.scheme != "rediss" {
             let cause = "redis.ca is given, but the scheme asks for no encryption".into();
@@ -217,7 +217,7 @@ impl Address {
     }
 
     fn nodes(&self, password: Option<&str>) -> Result<Vec<ConnectionInfo>, ConnectError> {
-        // Behind Sentinels and in a Cluster the path is no database.
+        // With Sentinels and in a Cluster the path is no database.
         let path = if self.kind == Kind::Single { self.path.as_str() } else { "" };
         let node = |host: &String| {
             let node = format!("{}://{}{host}/{path}", self.scheme, self.user_info)
@@ -230,7 +230,7 @@ impl Address {
         };
         self.hosts.iter().map(node).collect::<RedisResult<_>>().map_err(|error| ConnectError::Url {
             setting: SETTING,
-            // The library's own words may quote the URL.
+            // The message of the library may contain the URL.
             cause: format!("{:?}", error.kind()),
             expected: EXPECTED,
         })
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_address_is_understood() {
+    fn each_kind_of_address_is_parsed() {
         assert_eq!(parse("redis://localhost:6379/2").kind, Kind::Single);
         let cluster = parse("rediss+cluster://:p%40ss@a:1,b:2");
         assert_eq!(
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_without_the_password() {
+    fn errors_in_an_address_do_not_contain_the_password() {
         for url in [
             "localhost:6379",
             "http://:secret@localhost",

@@ -1,7 +1,6 @@
-//! Redis: what is quick and may be lost. Inboxes that are being read, who waits for them, what is
-//! on its way to a client, rate limits, sessions in use. Everything here can be flushed, evicted or
-//! rolled back at any moment; what that breaks is noticed by comparing with Postgres, or costs a
-//! delay.
+//! Redis, for state that may be lost: inboxes that are being read, waiting edges, leases, rate
+//! limits, sessions in use. All of it can be flushed, evicted or rolled back at any time. A
+//! comparison with Postgres detects that, or it costs a delay.
 
 mod breaker;
 mod link;
@@ -23,8 +22,7 @@ use link::Link;
 
 pub(crate) use link::check_url;
 
-/// The connection that everything shares: commands of many callers go out one behind the other,
-/// without waiting for each other's answers. Cheap to clone.
+/// The connection that all calls share: their commands are pipelined. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Redis {
     link: Link,
@@ -33,7 +31,7 @@ pub(crate) struct Redis {
     timeout: Duration,
 }
 
-/// Between two questions to a Redis that does not answer.
+/// Time between two probes of a Redis that does not answer.
 const PROBE: Duration = Duration::from_millis(500);
 
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +39,7 @@ const PROBE: Duration = Duration::from_millis(500);
 struct NoAnswer(Duration);
 
 impl Redis {
-    /// Connects, and asks for the version.
+    /// Connects, and checks the version.
     pub(crate) async fn connect(config: &Config) -> Result<Self, ConnectError> {
         let link = Link::connect(config).await?;
         let redis = Self {
@@ -54,12 +52,12 @@ impl Redis {
         Ok(redis)
     }
 
-    /// The key for `name`, which has a `{hash tag}` where several keys must lie together.
+    /// Returns the key for `name`, which has a `{hash tag}` if several keys must be on one node.
     pub(crate) fn key(&self, name: std::fmt::Arguments<'_>) -> String {
         format!("{}:{name}", self.namespace)
     }
 
-    /// Runs a script; `op` is what metrics call it.
+    /// Runs a script; `op` is its label in metrics.
     pub(crate) async fn script<T: FromRedisValue>(
         &self,
         op: &'static str,
@@ -115,7 +113,7 @@ impl Redis {
         outcome
     }
 
-    /// What comes of `work`, which the breaker learns too.
+    /// Returns the outcome of `work`, and passes it to the breaker.
     async fn answer<T>(&self, work: impl Future<Output = Result<T, RedisError>>) -> StoreResult<T> {
         let answer = timeout(self.timeout, work).await;
         let sign = answer.as_ref().map_or(Sign::Silent, Sign::of);
@@ -127,22 +125,21 @@ impl Redis {
         }
     }
 
-    /// Asks a Redis that does not answer until it does, for as long as it is polled.
+    /// Probes a Redis that does not answer, until it answers. Never completes.
     pub(crate) async fn probe(self) {
         let mut ask = Cmd::new();
         ask.arg("GET").arg(self.key(format_args!("check")));
         loop {
             self.breaker.opened().await;
             let mut link = self.link.clone();
-            // The breaker learns of it, and that is all.
+            // Only the breaker uses the outcome.
             let _ = self.answer(link.req_packed_command(&ask)).await;
             sleep(PROBE).await;
         }
     }
 
     async fn check_version(&self) -> Result<(), ConnectError> {
-        // Answers with the version on every kind of deployment, where INFO would have to be asked
-        // node by node.
+        // Returns the version on every kind of deployment. INFO would need a call to each node.
         let script = Script::new("return redis.REDIS_VERSION or '6'");
         let mut invocation = script.prepare_invoke();
         invocation.key(self.key(format_args!("version")));

@@ -1,4 +1,4 @@
-//! One node among those that make a Redis: the way in, and what it means not to get in.
+//! One node of a Redis: how to connect, and the error if that fails.
 
 use std::time::Duration;
 
@@ -9,11 +9,11 @@ use redis::{
 
 use crate::{ConnectError, error::Server};
 
-/// What is the same for all nodes.
+/// The settings that all nodes share.
 #[derive(Clone)]
 pub(super) struct Access {
     pub(super) tls: Option<TlsCertificates>,
-    /// How long connecting may take, and how long each answer.
+    /// Timeout of a connection, and of each answer.
     pub(super) timeout: Duration,
 }
 
@@ -48,8 +48,8 @@ impl Access {
         client.get_multiplexed_async_connection_with_config(&config).await
     }
 
-    /// Why none of the nodes could be used, given what the client library made of it: that says
-    /// little, so they are asked.
+    /// Returns why no node could be used. The error of the client library says little, so the nodes
+    /// are asked.
     pub(super) async fn why(&self, error: &RedisError, nodes: &[ConnectionInfo]) -> ConnectError {
         let mut why = failed(error);
         for node in nodes {
@@ -63,13 +63,13 @@ impl Access {
         why
     }
 
-    /// Whether this node lets us in and answers.
+    /// Checks that this node accepts the credentials and answers.
     pub(super) async fn try_out(&self, node: &ConnectionInfo) -> RedisResult<()> {
         Cmd::new().arg("PING").exec_async(&mut self.open(node).await?).await
     }
 }
 
-/// Whether it is the credentials that the server does not take, or not for this.
+/// Whether the server rejects the credentials, or what they are used for.
 pub(super) fn is_refusal(error: &RedisError) -> bool {
     match error.code() {
         Some("WRONGPASS" | "NOAUTH" | "NOPERM" | "DENIED") => true,
@@ -77,7 +77,7 @@ pub(super) fn is_refusal(error: &RedisError) -> bool {
     }
 }
 
-/// What it means for an edge that a Redis cannot be used.
+/// Returns the error for a failure of Redis at the start.
 pub(super) fn failed(error: &RedisError) -> ConnectError {
     let server = Server::Redis;
     if is_refusal(error) {

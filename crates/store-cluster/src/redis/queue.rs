@@ -1,49 +1,50 @@
-//! Inboxes that are being read, as queues in Redis: what the scripts beside this file do, with
-//! types around it.
+//! Inboxes that are being read, as queues in Redis: typed calls of the scripts in `scripts/`.
 //!
-//! A queue is a copy of one inbox in one state: everything up to seq `head`, after the first
-//! `removals` removals, in one history. It is only shown to a reader who knows, from Postgres, that
-//! the inbox has not gone beyond that state; so whatever Redis lost, evicted or rolled back makes a
-//! queue that is not shown, and it is loaded anew. Only small inboxes are loaded: the many that a
+//! A queue is a copy of what one reader has in its inbox in one state: everything up to seq `head`,
+//! after the first `removals` removals, in one history. A read shows it only if Postgres says that
+//! the inbox has not gone beyond that state. Whatever Redis lost, evicted or rolled back makes a
+//! queue that is not shown, and it is loaded again. Only small inboxes are loaded: the many that a
 //! connected client keeps nearly empty. The others are read from Postgres, and Redis has their
 //! leases and waiters alone.
 //!
-//! A queue that is *ahead* of what the reader knows is legitimate if something was committed since
-//! the reader asked Postgres. The reader asks once more: if Postgres is still not as far, then
-//! Postgres has lost what the queue shows, and the queue is dropped. Numbers of different histories
-//! say nothing about each other, so the store id is compared for equality, before any number.
+//! A queue that is *ahead* of the state that the reader knows is legitimate if something was
+//! committed since the reader asked Postgres. The reader asks once more: if Postgres is still
+//! behind, then Postgres has lost what the queue shows, and the queue is dropped. Numbers of
+//! different histories cannot be compared, so the store id is compared for equality before any
+//! number.
 //!
 //! A removal goes to Postgres first and then here, where it also ends the lease. So a load must not
-//! come from before a removal that has been here: whoever is turned away gets a [`Permit`], which
-//! the next removal ends.
+//! come from before a removal that has been here: a reader that finds no queue gets a [`Permit`],
+//! which the next removal ends.
 //!
-//! Keys, all with the inbox as hash tag: `m2` the state and the permit, `q2` the members by seq, `l`
-//! leases (seq → lease, `e`lease → end, `s`lease → history), `w` edges that wait.
+//! Keys, all with the inbox as hash tag: `m2` the state and the permit, `q2` the members by seq,
+//! `l` leases (seq → lease, `e`lease → end, `s`lease → history), `w` edges that wait. All but `w`
+//! belong to a reader.
 //!
-//! The store id is preceded by the [`VERSION`] of all this, so whatever another release has written
-//! is of another history and is not believed. The release before kept state and members in `m` and
-//! `q`, which nobody looks at any more. It shares leases and waiters, so that edges of both releases
-//! neither show a message twice at a time nor leave each other's readers asleep.
+//! The store id is preceded by the [`VERSION`] of all this, so what another release has written is
+//! of another history and is a miss. The previous release kept state and members in `m` and `q`,
+//! which no code reads any more. It shares leases and waiters, so that edges of both releases
+//! neither show a message twice at a time nor fail to wake each other's readers.
 
 use std::{sync::LazyLock, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use qpq_domain::{ChannelId, IdentityKey, Seq, StoreId, UnixMillis};
-use qpq_ports::{Envelope, Page, PageLimit, ReadQuery, StoreError, StoreResult, View};
+use qpq_domain::{ChannelId, Seq, StoreId, UnixMillis};
+use qpq_ports::{Envelope, Page, PageLimit, ReadQuery, Reader, StoreError, StoreResult, View};
 use redis::{Cmd, Script, Value};
 
 use super::Redis;
-use crate::error::NeverWritten;
+use crate::{effects::Removal, error::NeverWritten};
 
-/// What an inbox may hold to be loaded, in messages and in bytes of members.
-pub(crate) const MOST_MESSAGES: u64 = 256;
-pub(crate) const MOST_BYTES: u64 = 512 << 10;
-/// Bytes pushed to a queue before it is dropped, to be loaded with a new count: nothing is taken
-/// off it when messages go.
+/// Maximum messages, and bytes of members, of an inbox that is loaded.
+pub(crate) const MAX_MESSAGES: u64 = 256;
+pub(crate) const MAX_BYTES: u64 = 512 << 10;
+/// Bytes pushed to a queue before it is dropped, to be loaded with a new count: removals do not
+/// reduce the count.
 const BYTES_PUSHED: u64 = 4 << 20;
-/// How long a queue stays loaded after the last read.
+/// Time for which a queue stays loaded after the last read.
 const LOADED: Duration = Duration::from_secs(15 * 60);
-/// How long an edge stays registered as waiting. Whoever waits longer looks again before.
+/// Time for which an edge stays registered as waiting. A call that waits longer reads again before.
 pub(crate) const REGISTERED: Duration = Duration::from_secs(90);
 
 static PUSH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/push.lua")));
@@ -55,21 +56,24 @@ static REGISTER: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("scripts/register.lua")));
 static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
 
+/// The part of the keys that belongs to the inbox, not to a reader.
+const WAITERS: &str = "w";
+
 /// Version of what the scripts keep: the first byte of the state, the permit and a lease's history.
 const VERSION: u8 = 2;
 
-/// In place of a removal's number: messages are gone, and nobody can say by which. Whatever queue
-/// there is goes too.
+/// In place of a removal's number: messages are removed, by an unknown removal. The queue is
+/// dropped.
 pub(crate) const UNKNOWN_REMOVAL: u64 = u64::MAX;
 
-/// Which of its states an inbox is in. Within one history both numbers only ever grow.
+/// A state of an inbox. Within one history both numbers only grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct State {
     /// The history that the numbers belong to.
     pub(crate) store_id: StoreId,
-    /// The seq of the newest message there ever was.
+    /// The seq of the newest message that was ever accepted.
     pub(crate) head: u64,
-    /// How often something was removed.
+    /// The number of removals.
     pub(crate) removals: u64,
 }
 
@@ -89,60 +93,60 @@ pub(crate) struct Queued {
     pub(crate) expires_at: UnixMillis,
 }
 
-/// A lease's name, which tells it from every other there ever was.
+/// The name of a lease, which no other lease has.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct LeaseId(pub(crate) String);
 
 /// How far the queue that a read finds may be from the state that the reader knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Accept {
+pub(crate) enum Freshness {
     /// The very state.
     Same,
     /// The state or a later one: Postgres has just confirmed that the queue was not ahead of it.
     AtLeast,
 }
 
-/// Whether a read hides what it shows, and for how long.
+/// The lease that a read takes, and how long it lasts unless it is renewed.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Hold<'a> {
+pub(crate) struct LeaseTerm<'a> {
     pub(crate) lease: &'a LeaseId,
     pub(crate) lasts: Duration,
 }
 
 /// A read of a queue.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Look<'a> {
+pub(crate) struct QueueRead<'a> {
     pub(crate) read: &'a ReadQuery,
     /// What it must show.
     pub(crate) state: State,
-    pub(crate) accept: Accept,
+    pub(crate) accept: Freshness,
     pub(crate) after: Seq,
     pub(crate) limit: PageLimit,
     pub(crate) now: UnixMillis,
-    pub(crate) hold: Option<Hold<'a>>,
+    pub(crate) term: Option<LeaseTerm<'a>>,
     /// Who is registered as waiting, first of all.
     pub(crate) edge: Option<&'a str>,
 }
 
 /// What a read of a queue found.
 #[derive(Debug)]
-pub(crate) enum Found {
+pub(crate) enum QueueAnswer {
     /// The queue is not loaded, behind or of another history. Who reads the inbox in Postgres from
     /// now on may load it.
     NotLoaded(Permit),
     /// The queue shows this state, which is later than the reader knows of.
     Ahead(State),
-    Page(Shown),
+    Page(VisiblePage),
 }
 
-/// Leave to load a queue with what is read in Postgres after this was given. It ends with the next
-/// removal, and when Redis loses it: what was removed meanwhile cannot come back.
+/// Permission to load a queue with what is read in Postgres after it was issued. It ends with the
+/// next removal, and when Redis loses it, so a message that was removed meanwhile cannot return.
 #[derive(Debug)]
 pub(crate) struct Permit(Bytes);
 
 /// A page that may be shown.
 #[derive(Debug)]
-pub(crate) struct Shown {
+pub(crate) struct VisiblePage {
     pub(crate) page: Page,
     pub(crate) head: u64,
     /// When the lease ends that the page stops at.
@@ -151,7 +155,7 @@ pub(crate) struct Shown {
 
 /// How far a page from Postgres may be shown.
 #[derive(Debug)]
-pub(crate) struct Free {
+pub(crate) struct Claimed {
     pub(crate) seqs: usize,
     pub(crate) stopped_for: Option<Duration>,
 }
@@ -161,21 +165,21 @@ impl Redis {
     /// same one. Answers who waits for the inbox.
     pub(crate) async fn push(
         &self,
-        inbox: &IdentityKey,
+        reader: &Reader,
         store_id: &StoreId,
         messages: &[Queued],
     ) -> StoreResult<Vec<String>> {
-        let mut args = vec![history(store_id), number(MOST_MESSAGES), number(BYTES_PUSHED)];
+        let mut args = vec![history(store_id), number(MAX_MESSAGES), number(BYTES_PUSHED)];
         for message in messages {
             args.push(number(message.envelope.seq.0));
             args.push(message.encode());
         }
-        self.script("push", &PUSH, &self.keys(inbox, ["m2", "q2", "w"]), &args).await
+        self.script("push", &PUSH, &self.keys(reader, ["m2", "q2", WAITERS]), &args).await
     }
 
     /// The first messages of the view, if the queue shows an acceptable state.
-    pub(crate) async fn read(&self, look: Look<'_>) -> StoreResult<Found> {
-        let Look { read, state, accept, after, limit, now, hold, edge } = look;
+    pub(crate) async fn read(&self, look: QueueRead<'_>) -> StoreResult<QueueAnswer> {
+        let QueueRead { read, state, accept, after, limit, now, term, edge } = look;
         let (view, channel) = match &read.view {
             View::All => ("all", Bytes::new()),
             View::Channel(channel) => ("channel", Bytes::copy_from_slice(channel.as_bytes())),
@@ -184,20 +188,20 @@ impl Redis {
             history(&state.store_id),
             number(state.head),
             number(state.removals),
-            text(if accept == Accept::AtLeast { "1" } else { "0" }),
+            text(if accept == Freshness::AtLeast { "1" } else { "0" }),
             number(after.0),
             Bytes::from_static(view.as_bytes()),
             channel,
             number(limit.messages.into()),
             number(limit.bytes as u64),
             number(now.0),
-            text(hold.map_or("", |hold| &hold.lease.0)),
-            millis(hold.map_or(Duration::ZERO, |hold| hold.lasts)),
+            text(term.map_or("", |term| &term.lease.0)),
+            millis(term.map_or(Duration::ZERO, |term| term.lasts)),
             text(edge.unwrap_or_default()),
             millis(REGISTERED),
             millis(LOADED),
         ];
-        let keys = self.keys(&read.reader.inbox, ["m2", "q2", "l", "w"]);
+        let keys = self.keys(&read.reader, ["m2", "q2", "l", WAITERS]);
         found(state.store_id, self.script("read", &READ, &keys, &args).await?)
     }
 
@@ -205,7 +209,7 @@ impl Redis {
     /// if that has ended.
     pub(crate) async fn load(
         &self,
-        inbox: &IdentityKey,
+        reader: &Reader,
         permit: Permit,
         state: State,
         messages: &[Queued],
@@ -225,70 +229,66 @@ impl Redis {
             args.push(number(seq.0));
             args.push(member);
         }
-        self.script("load", &LOAD, &self.keys(inbox, ["m2", "q2"]), &args).await
+        self.script("load", &LOAD, &self.keys(reader, ["m2", "q2"]), &args).await
     }
 
     /// Drops the queue, whatever it shows.
-    pub(crate) async fn drop_queue(&self, inbox: &IdentityKey) -> StoreResult<()> {
+    pub(crate) async fn drop_queue(&self, reader: &Reader) -> StoreResult<()> {
         let mut unlink = Cmd::new();
-        unlink.arg("UNLINK").arg(&self.keys(inbox, ["m2", "q2"])[..]);
+        unlink.arg("UNLINK").arg(&self.keys(reader, ["m2", "q2"])[..]);
         self.command::<u64>("drop", &unlink).await.map(drop)
     }
 
-    /// Holds the first `page` of `seqs` as far as they are free; one more may follow, to know
+    /// Leases the first `page` of `seqs` as far as they are free; one more may follow, to know
     /// whether it is.
     pub(crate) async fn claim(
         &self,
-        inbox: &IdentityKey,
+        reader: &Reader,
         store_id: &StoreId,
         seqs: &[Seq],
         page: usize,
-        hold: Option<Hold<'_>>,
-    ) -> StoreResult<Free> {
+        term: Option<LeaseTerm<'_>>,
+    ) -> StoreResult<Claimed> {
         let mut args = vec![
             history(store_id),
-            text(hold.map_or("", |hold| &hold.lease.0)),
-            millis(hold.map_or(Duration::ZERO, |hold| hold.lasts)),
+            text(term.map_or("", |term| &term.lease.0)),
+            millis(term.map_or(Duration::ZERO, |term| term.lasts)),
             number(page as u64),
         ];
         args.extend(seqs.iter().map(|seq| number(seq.0)));
         let (seqs, stopped): (usize, u64) =
-            self.script("claim", &CLAIM, &self.keys(inbox, ["l"]), &args).await?;
-        Ok(Free { seqs, stopped_for: stopped_for(stopped) })
+            self.script("claim", &CLAIM, &self.keys(reader, ["l"]), &args).await?;
+        Ok(Claimed { seqs, stopped_for: stopped_for(stopped) })
     }
 
     /// Says that `edge` waits for the inbox, before it is read from Postgres.
-    pub(crate) async fn register(&self, inbox: &IdentityKey, edge: &str) -> StoreResult<()> {
+    pub(crate) async fn register(&self, reader: &Reader, edge: &str) -> StoreResult<()> {
         let args = [text(edge), millis(REGISTERED)];
-        self.script::<u64>("register", &REGISTER, &self.keys(inbox, ["w"]), &args).await.map(drop)
+        self.script::<u64>("register", &REGISTER, &self.keys(reader, [WAITERS]), &args)
+            .await
+            .map(drop)
     }
 
-    /// The messages are gone, in a history, by the inbox's removal of that number, and so is
-    /// `lease`. Answers who waits for the inbox.
-    pub(crate) async fn removed(
-        &self,
-        inbox: &IdentityKey,
-        store_id: &StoreId,
-        removal: u64,
-        lease: Option<&LeaseId>,
-        seqs: &[Seq],
-    ) -> StoreResult<Vec<String>> {
-        self.remove(inbox, history(store_id), removal, lease, seqs).await
+    /// Removes messages that Postgres has removed, and ends their lease. Returns the edges that
+    /// wait for the inbox.
+    pub(crate) async fn removed(&self, removal: &Removal) -> StoreResult<Vec<String>> {
+        let Removal { query, store_id, number, lease, seqs } = removal;
+        self.remove(&query.reader, history(store_id), *number, lease.as_ref(), seqs).await
     }
 
-    /// Nothing is gone, but the lease is. Answers who waits for the inbox.
+    /// Ends a lease without a removal. Returns the edges that wait for the inbox.
     pub(crate) async fn released(
         &self,
-        inbox: &IdentityKey,
+        reader: &Reader,
         lease: &LeaseId,
         seqs: &[Seq],
     ) -> StoreResult<Vec<String>> {
-        self.remove(inbox, Bytes::new(), 0, Some(lease), seqs).await
+        self.remove(reader, Bytes::new(), 0, Some(lease), seqs).await
     }
 
     async fn remove(
         &self,
-        inbox: &IdentityKey,
+        reader: &Reader,
         history: Bytes,
         removal: u64,
         lease: Option<&LeaseId>,
@@ -296,29 +296,35 @@ impl Redis {
     ) -> StoreResult<Vec<String>> {
         let mut args = vec![history, number(removal), text(lease.map_or("", |lease| &lease.0))];
         args.extend(seqs.iter().map(|seq| number(seq.0)));
-        self.script("remove", &REMOVE, &self.keys(inbox, ["m2", "q2", "l", "w"]), &args).await
+        self.script("remove", &REMOVE, &self.keys(reader, ["m2", "q2", "l", WAITERS]), &args).await
     }
 
     /// The lease lasts on from now.
-    pub(crate) async fn renew(&self, inbox: &IdentityKey, hold: Hold<'_>) -> StoreResult<()> {
-        let args = [text(&hold.lease.0), millis(hold.lasts)];
-        self.script::<u64>("renew", &RENEW, &self.keys(inbox, ["l"]), &args).await.map(drop)
+    pub(crate) async fn renew(&self, reader: &Reader, term: LeaseTerm<'_>) -> StoreResult<()> {
+        let args = [text(&term.lease.0), millis(term.lasts)];
+        self.script::<u64>("renew", &RENEW, &self.keys(reader, ["l"]), &args).await.map(drop)
     }
 
-    fn keys<const N: usize>(&self, inbox: &IdentityKey, names: [&str; N]) -> [String; N] {
-        names.map(|name| self.key(format_args!("{{{inbox}}}{name}")))
+    /// Returns the keys of a reader. Waiting edges are those of the inbox, whatever the reader; the
+    /// single reader has the names alone.
+    fn keys<const N: usize>(&self, reader: &Reader, names: [&str; N]) -> [String; N] {
+        let Reader { inbox, device } = reader;
+        names.map(|name| match device {
+            Some(device) if name != WAITERS => self.key(format_args!("{{{inbox}}}{name}:{device}")),
+            _ => self.key(format_args!("{{{inbox}}}{name}")),
+        })
     }
 }
 
-fn found(store_id: StoreId, answer: Value) -> StoreResult<Found> {
+fn found(store_id: StoreId, answer: Value) -> StoreResult<QueueAnswer> {
     let wrong = || StoreError::corrupt(NeverWritten("the answer of read.lua"));
     let Value::Array(fields) = answer else { return Err(wrong()) };
     let number = |value: &Value| redis::from_redis_value::<u64>(value.clone()).map_err(|_| wrong());
     match &fields[..] {
-        [_, Value::BulkString(permit)] => Ok(Found::NotLoaded(Permit(permit.clone().into()))),
+        [_, Value::BulkString(permit)] => Ok(QueueAnswer::NotLoaded(Permit(permit.clone().into()))),
         [_, head, removals] => {
             let (head, removals) = (number(head)?, number(removals)?);
-            Ok(Found::Ahead(State { store_id, head, removals }))
+            Ok(QueueAnswer::Ahead(State { store_id, head, removals }))
         }
         [_, head, more, stopped, Value::Array(members)] => {
             let envelope = |member: &Value| match member {
@@ -328,7 +334,7 @@ fn found(store_id: StoreId, answer: Value) -> StoreResult<Found> {
                 _ => Err(wrong()),
             };
             let envelopes = members.iter().map(envelope).collect::<StoreResult<_>>()?;
-            Ok(Found::Page(Shown {
+            Ok(QueueAnswer::Page(VisiblePage {
                 page: Page { store_id, envelopes, more: number(more)? == 1 },
                 head: number(head)?,
                 stopped_for: stopped_for(number(stopped)?),
@@ -397,14 +403,14 @@ fn millis(duration: Duration) -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use qpq_ports::Reader;
+    use qpq_domain::IdentityKey;
     use qpq_test_services::Redis as Server;
 
     use super::*;
     use crate::config::{Config, Endpoint, Limits, Migrate, Timing};
 
-    const INBOX: IdentityKey = IdentityKey::new([1; 32]);
-    const READ: ReadQuery = ReadQuery { reader: Reader::single(INBOX), view: View::All };
+    const READER: Reader = Reader::single(IdentityKey::new([1; 32]));
+    const READ: ReadQuery = ReadQuery { reader: READER, view: View::All };
     const NOW: UnixMillis = UnixMillis(1);
     const STORE: StoreId = StoreId::new([2; 16]);
 
@@ -431,17 +437,17 @@ mod tests {
     }
 
     impl Redis {
-        async fn found(&self, head: u64, removals: u64) -> Found {
+        async fn found(&self, head: u64, removals: u64) -> QueueAnswer {
             let limit = PageLimit { messages: 10, bytes: 1 << 20 };
             let state = State { store_id: STORE, head, removals };
-            let look = Look {
+            let look = QueueRead {
                 read: &READ,
                 state,
-                accept: Accept::AtLeast,
+                accept: Freshness::AtLeast,
                 after: Seq::ZERO,
                 limit,
                 now: NOW,
-                hold: None,
+                term: None,
                 edge: None,
             };
             self.read(look).await.unwrap()
@@ -450,7 +456,7 @@ mod tests {
         /// What is shown to a reader who knows of that state.
         async fn shown(&self, head: u64, removals: u64) -> Vec<u64> {
             match self.found(head, removals).await {
-                Found::Page(shown) => {
+                QueueAnswer::Page(shown) => {
                     shown.page.envelopes.iter().map(|envelope| envelope.seq.0).collect()
                 }
                 other => panic!("{other:?}"),
@@ -459,17 +465,22 @@ mod tests {
 
         async fn permit(&self, head: u64, removals: u64) -> Permit {
             match self.found(head, removals).await {
-                Found::NotLoaded(permit) => permit,
+                QueueAnswer::NotLoaded(permit) => permit,
                 other => panic!("{other:?}"),
             }
         }
 
         async fn load_seqs(&self, permit: Permit, head: u64, removals: u64, seqs: &[u64]) {
             let messages: Vec<_> = seqs.iter().map(|seq| queued(*seq)).collect();
-            self.load(&INBOX, permit, State { store_id: STORE, head, removals }, &messages)
+            self.load(&READER, permit, State { store_id: STORE, head, removals }, &messages)
                 .await
                 .unwrap();
         }
+    }
+
+    /// The removal of message 1.
+    fn removal(number: u64) -> Removal {
+        Removal { query: READ, store_id: STORE, number, lease: None, seqs: vec![Seq(1)] }
     }
 
     fn queued(seq: u64) -> Queued {
@@ -486,7 +497,7 @@ mod tests {
     /// One reader has read message 1 in Postgres and is slow to load it, while another removes it,
     /// and a third comes who had asked for the inbox's state before.
     #[tokio::test]
-    async fn a_slow_load_brings_nothing_back() {
+    async fn a_slow_load_restores_no_removed_message() {
         let (_server, redis) = redis().await;
         let permit = redis.permit(1, 0).await;
         redis.load_seqs(permit, 1, 0, &[1]).await;
@@ -494,7 +505,7 @@ mod tests {
 
         // Message 2 is committed; who wants to see it must load, for it has not been pushed yet.
         let slow = redis.permit(2, 0).await;
-        redis.removed(&INBOX, &STORE, 1, None, &[Seq(1)]).await.unwrap();
+        redis.removed(&removal(1)).await.unwrap();
         redis.load_seqs(slow, 2, 0, &[1, 2]).await;
         assert_eq!(redis.shown(1, 0).await, [0; 0], "it has been removed");
 
@@ -504,12 +515,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_removal_without_a_number_shows_nothing_that_may_be_gone() {
+    async fn an_unnumbered_removal_drops_the_queue() {
         let (_server, redis) = redis().await;
         let permit = redis.permit(2, 0).await;
         redis.load_seqs(permit, 2, 0, &[1, 2]).await;
         let slow = redis.permit(3, 0).await;
-        redis.removed(&INBOX, &STORE, UNKNOWN_REMOVAL, None, &[Seq(1)]).await.unwrap();
+        redis.removed(&removal(UNKNOWN_REMOVAL)).await.unwrap();
         redis.load_seqs(slow, 3, 0, &[1, 2, 3]).await;
         let permit = redis.permit(1, 0).await;
         redis.load_seqs(permit, 3, 1, &[2, 3]).await;
@@ -517,20 +528,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_slow_load_into_an_empty_place_brings_nothing_back() {
+    async fn a_slow_load_into_an_empty_queue_restores_no_removed_message() {
         let (server, redis) = redis().await;
         let slow = redis.permit(1, 0).await;
-        redis.removed(&INBOX, &STORE, 1, None, &[Seq(1)]).await.unwrap();
+        redis.removed(&removal(1)).await.unwrap();
         redis.load_seqs(slow, 1, 0, &[1]).await;
         let slow = redis.permit(1, 0).await;
 
         // Nor does it when Redis has lost everything, and with it that something was removed.
-        redis.removed(&INBOX, &STORE, 1, None, &[Seq(1)]).await.unwrap();
+        redis.removed(&removal(1)).await.unwrap();
         server.flush_all().await.unwrap();
         redis.load_seqs(slow, 1, 0, &[1]).await;
         let permit = redis.permit(1, 0).await;
 
-        // Two who load at a time have one permit, and whoever is later finds it done.
+        // Two concurrent loads have the same permit, and the later one changes nothing.
         let same = redis.permit(1, 0).await;
         redis.load_seqs(permit, 1, 1, &[]).await;
         redis.load_seqs(same, 1, 1, &[]).await;
@@ -538,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn a_member_is_read_as_it_was_written() {
+    fn a_member_is_decoded_as_it_was_encoded() {
         for (channel, payload) in [(ChannelId::DEFAULT, ""), (ChannelId::new([0xff; 16]), "\0text")]
         {
             let envelope = Envelope {
@@ -553,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn no_other_bytes_are_a_member() {
+    fn truncated_bytes_are_no_member() {
         let envelope = Envelope {
             seq: Seq(1),
             channel: ChannelId::new([1; 16]),

@@ -1,6 +1,7 @@
-//! A Redis behind Sentinels: the primary, as they name it. They are asked when the connection is
-//! made, and again when what happens to it says that the primary is gone or is none any more. All
-//! of them are asked at once and the first good answer counts, so one that hangs holds nobody up.
+//! The primary of a Redis with Sentinels. The Sentinels are asked for it before the first
+//! connection, and again when a failure shows that the primary is unreachable or no longer the
+//! primary. All of them are asked concurrently and the first valid answer counts, so one that hangs
+//! delays no call.
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use parking_lot::Mutex;
@@ -12,17 +13,17 @@ use redis::{
 use super::node::{Access, is_refusal};
 
 pub(super) struct Primary {
-    /// With the credentials, which are those for the primary.
+    /// With the credentials of the primary.
     sentinels: Vec<ConnectionInfo>,
-    /// What the Sentinels call it.
+    /// Its name in the Sentinels.
     name: String,
     access: Access,
-    /// Held by whoever looks for it; the others wait for what that comes to.
+    /// Locked by the call that searches for the primary. The others wait for the result.
     search: tokio::sync::Mutex<()>,
     current: Mutex<Option<Current>>,
 }
 
-/// A connection, told from the one before.
+/// A connection with a number that no earlier one has.
 #[derive(Clone)]
 pub(super) struct Current {
     number: u64,
@@ -30,7 +31,7 @@ pub(super) struct Current {
 }
 
 impl Primary {
-    /// Returns once there is a connection to it.
+    /// Completes when the primary is connected.
     pub(super) async fn find(
         sentinels: Vec<ConnectionInfo>,
         name: String,
@@ -52,7 +53,7 @@ impl Primary {
             return Ok(current.clone());
         }
         let _search = self.search.lock().await;
-        // Whoever searched before has it by now.
+        // Another call may have found it meanwhile.
         if let Some(current) = &*self.current.lock() {
             return Ok(current.clone());
         }
@@ -61,13 +62,13 @@ impl Primary {
         Ok(new)
     }
 
-    /// Looks at what came of a command on `used`, and lets go of that if the primary is another by
-    /// now.
+    /// Returns the outcome of a command on `used`, and drops that connection if the outcome shows
+    /// that another node is the primary now.
     pub(super) fn judge<T>(&self, used: &Current, outcome: RedisResult<T>) -> RedisResult<T> {
         if outcome.as_ref().is_err_and(lost_primary) {
             let mut current = self.current.lock();
-            // Many calls share a connection and fail together; the last of them must not take the
-            // new one away.
+            // Many calls share a connection and fail together. The last of them must not drop the
+            // new one.
             if current.as_ref().is_some_and(|current| current.number == used.number) {
                 *current = None;
             }
@@ -82,7 +83,7 @@ impl Primary {
         while let Some(answer) = asked.next().await {
             match answer {
                 Ok(connection) => return Ok(connection),
-                // What needs somebody to do something is what has to be said.
+                // An error that an operator must correct takes precedence.
                 Err(error) if is_refusal(&error) => worst = Some(error),
                 Err(error) => worst = worst.or(Some(error)),
             }
@@ -90,10 +91,10 @@ impl Primary {
         Err(worst.expect("there is at least one Sentinel"))
     }
 
-    /// The primary that this Sentinel names, if it is one.
+    /// Returns the primary that this Sentinel names, if that node is one.
     async fn ask(&self, sentinel: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
         let (mut connection, refusal) = match self.access.open(sentinel).await {
-            // Many a Sentinel knows no password where the servers behind it want one.
+            // Sentinels often have no password although their servers do.
             Err(refusal) if is_refusal(&refusal) => {
                 (self.access.open_anonymously(sentinel).await?, Some(refusal))
             }
@@ -123,7 +124,7 @@ impl Primary {
         let role: Vec<Value> = role.query_async(&mut primary).await?;
         match role.first() {
             Some(Value::BulkString(role)) if role == b"master" => Ok(primary),
-            // The Sentinel is behind: it will know better in a moment.
+            // The Sentinel has not noticed the failover yet.
             _ => Err((
                 ErrorKind::Server(ServerErrorKind::MasterDown),
                 "what the Sentinel names is no primary",
@@ -133,7 +134,8 @@ impl Primary {
     }
 }
 
-/// One that does not answer in time counts as gone, too: the Sentinels know whether it is.
+/// Whether the primary must be searched again. A node that does not answer in time counts as lost,
+/// and the Sentinels know whether it is.
 fn lost_primary(error: &RedisError) -> bool {
     use ServerErrorKind::{MasterDown, ReadOnly};
     error.is_unrecoverable_error()

@@ -1,22 +1,21 @@
-//! Sessions: Postgres knows them, and those in use are in Redis and in each edge's process too,
-//! because every call looks its session up and hardly any changes it.
+//! Sessions in Postgres, with copies of those in use in Redis and in each edge's process: every
+//! call looks its session up, and hardly any changes it.
 //!
-//! **No copy is believed for longer than `ttl` after Postgres was asked**, whatever happens to
-//! Redis and NATS. A revocation that all goes well for is quicker: it is committed, then Redis is
-//! told so, and that mark stays until every lookup that may have read the row before is too old to
-//! be believed; then the other edges are told through NATS to forget their own copy. `confirm` asks
-//! Postgres, always.
+//! **No copy is valid for longer than `ttl` after Postgres was asked**, whatever happens to Redis
+//! and NATS. Normally a revocation takes effect sooner. It is committed; then Redis gets a mark,
+//! which stays until every lookup that may have read the row before is too old to be valid; then
+//! the other edges drop their copies, by a message through NATS. `confirm` always asks Postgres.
 
 mod process;
 mod shared;
 
-use std::{collections::HashSet, slice, sync::Arc, time::Duration};
+use std::{collections::HashSet, mem, slice, time::Duration};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use qpq_domain::{AccountId, StoreId, TokenHash, UnixMillis};
 use qpq_ports::{NewSession, Session, Sessions, StoreError, StoreResult};
-use sqlx::{Row as _, postgres::PgRow};
+use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use tokio::{sync::broadcast::error::RecvError, time::Instant};
 
 use self::{
@@ -24,18 +23,20 @@ use self::{
     shared::{Copy, ENDED, Fill, InRedis},
 };
 use crate::{
+    ClusterStore,
+    effects::Effects,
     history::{History, store_id},
     metrics as names,
-    nats::{Bus, Heard},
+    nats::{Bus, BusMessage},
     postgres::{
-        Database, Repeat, Work,
+        Repeat, Scope, Statement,
         row::{Columns as _, millis},
     },
     redis::Redis,
-    time::Time,
+    store::Inner,
 };
 
-// A token is 256 random bits: one that is there already is this very session, made twice.
+// A token is 256 random bits: one that exists already is of this session, created twice.
 const CREATE: &str = "
     INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
     VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
@@ -50,203 +51,165 @@ const FIND: &str = concat!(
           FROM session s JOIN account a ON a.id = s.account WHERE s.token = $1) f ON true"
 );
 
-/// Of two edges that note a use at a time, the later use counts.
+/// Of two concurrent uses at different edges the later one counts.
 const TOUCH: &str =
     "UPDATE session SET last_used_at = $2, expires_at = $3 WHERE token = $1 AND last_used_at <= $2";
 
 const REVOKE: &str = "DELETE FROM session WHERE token = $1 RETURNING token";
 const REVOKE_ALL: &str = "DELETE FROM session WHERE account = $1 RETURNING token";
 
-#[derive(Debug)]
-pub(crate) struct ClusterSessions {
-    database: Database,
-    history: History,
-    copies: Copies,
-    time: Time,
-    ttl: Duration,
-}
-
-/// Where copies of sessions are. Cheap to clone.
+/// The copies of sessions: in this process, in Redis, and in the processes of other edges. Cheap to
+/// clone.
 #[derive(Clone, Debug)]
-struct Copies {
+pub(crate) struct SessionCopies {
     process: InProcess,
     redis: InRedis,
     bus: Bus,
+    /// How long a copy is valid after Postgres was asked.
+    ttl: Duration,
 }
 
-impl ClusterSessions {
-    pub(crate) fn new(
-        database: Database,
-        history: History,
-        redis: Redis,
-        bus: Bus,
-        time: Time,
-        ttl: Duration,
-    ) -> Self {
+impl SessionCopies {
+    pub(crate) fn new(redis: Redis, bus: Bus, ttl: Duration) -> Self {
         let ttl = ttl.min(ENDED);
-        let copies = Copies { process: InProcess::new(ttl), redis: InRedis::new(redis, ttl), bus };
-        Self { database, history, copies, time, ttl }
+        Self { process: InProcess::new(ttl), redis: InRedis::new(redis, ttl), bus, ttl }
     }
 
-    /// Forgets what other edges say has ended, from now on and as long as there is a bus; and
-    /// everything, when something may have been missed.
-    pub(crate) fn listen(self: Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
-        let (mut heard, mut back) = (self.copies.bus.hear(), self.copies.bus.back());
-        let mut histories = self.history.changes();
-        async move {
-            loop {
-                let word = tokio::select! {
-                    word = heard.recv() => word,
-                    // It ends with the bus, which the other branch notices.
-                    Ok(()) = back.changed() => Err(RecvError::Lagged(0)),
-                    // What the store knew before, it may not know now.
-                    Ok(()) = histories.changed() => Err(RecvError::Lagged(0)),
-                };
-                match word {
-                    Ok(Heard::SessionEnded(token)) => self.forget(&token),
-                    Ok(_) => {}
-                    Err(RecvError::Lagged(_)) => self.forget_all(),
-                    Err(RecvError::Closed) => return,
-                }
+    /// Drops the copies here of sessions that other edges ended, until the bus is closed; and all
+    /// copies when a message may have been lost.
+    pub(crate) async fn listen(self, history: History) {
+        let (mut messages, mut reconnects) = (self.bus.messages(), self.bus.reconnects());
+        let mut histories = history.changes();
+        loop {
+            let message = tokio::select! {
+                message = messages.recv() => message,
+                // An error means that the bus has ended, which the other branch reports.
+                Ok(()) = reconnects.changed() => Err(RecvError::Lagged(0)),
+                // A session of the earlier history may not exist in this one.
+                Ok(()) = histories.changed() => Err(RecvError::Lagged(0)),
+            };
+            match message {
+                Ok(BusMessage::SessionEnded(token)) => self.drop_local(&token),
+                Ok(_) => {}
+                Err(RecvError::Lagged(_)) => self.drop_all_local(),
+                Err(RecvError::Closed) => return,
             }
         }
     }
 
-    /// Believes this process's copy of the session no more.
-    pub(crate) fn forget(&self, token: &TokenHash) {
-        self.copies.process.forget(slice::from_ref(token));
+    /// Drops this process's copy of the session.
+    pub(crate) fn drop_local(&self, token: &TokenHash) {
+        self.process.forget(slice::from_ref(token));
     }
 
-    /// Believes none of this process's copies any more.
-    pub(crate) fn forget_all(&self) {
-        self.copies.process.clear();
+    /// Drops all copies of this process.
+    pub(crate) fn drop_all_local(&self) {
+        self.process.clear();
     }
 
-    /// Asks Postgres for a session, and for the history that it is in.
-    async fn ask(&self, token: &TokenHash) -> StoreResult<(StoreId, Option<Session>)> {
-        let token = *token;
-        let (store_id, session) = self
-            .database
-            .once("session", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    let query = sqlx::query(FIND).bind(&token.as_bytes()[..]);
-                    let row = query.fetch_one(connection).await?;
-                    let is_there = row.try_get::<Option<i64>, _>("account")?.is_some();
-                    let session = is_there.then(|| session(&row)).transpose()?;
-                    Ok((row.store_id("store_id")?, session))
-                })
-            })
-            .await?;
+    /// Invalidates the copies of sessions that have ended. The mark in Redis comes first, so that
+    /// an edge that drops its copy afterwards finds no older one there.
+    pub(crate) async fn ended(&self, tokens: &[TokenHash]) {
+        self.redis.ended(tokens).await;
+        self.invalidate(tokens);
+    }
+
+    /// Drops the copies of sessions that may have ended: Postgres is asked again.
+    async fn uncertain(&self, tokens: &[TokenHash]) {
+        self.redis.drop(tokens).await;
+        self.invalidate(tokens);
+    }
+
+    fn invalidate(&self, tokens: &[TokenHash]) {
+        self.process.forget(tokens);
+        tokens.iter().for_each(|token| self.bus.session_ended(*token));
+    }
+}
+
+impl Inner {
+    /// Reads a session, and the history that it is in, from Postgres.
+    async fn read_session(&self, token: &TokenHash) -> StoreResult<(StoreId, Option<Session>)> {
+        let (store_id, session) = self.database.run(&FindSession(token)).await?;
         self.history.note(store_id);
         Ok((store_id, session))
     }
+}
 
-    /// For who has removed sessions past this port.
-    pub(crate) async fn ended(&self, tokens: &[TokenHash]) {
-        self.copies.ended(tokens).await;
-    }
-
-    /// Removes sessions and tells everybody, to the end, even if who waits for it goes away.
-    async fn remove(
-        &self,
-        token: Option<TokenHash>,
-        delete: impl Work<Vec<TokenHash>> + Send + Sync + 'static,
-    ) -> StoreResult<u32> {
-        let (database, copies) = (self.database.clone(), self.copies.clone());
-        let removing = tokio::spawn(async move {
-            // Of all tries: one whose commit was not answered may have been the one.
-            let gone: Arc<Mutex<HashSet<TokenHash>>> = Arc::default();
-            let delete = Arc::new(delete);
-            let removed = database
-                .run("revoke", Repeat::Harmless, |connection| {
-                    let (gone, deleting) = (Arc::clone(&gone), delete(connection));
-                    Box::pin(async move {
-                        let tokens = deleting.await?;
-                        gone.lock().extend(tokens);
-                        Ok(())
-                    })
-                })
-                .await;
-            let mut tokens = std::mem::take(&mut *gone.lock());
+impl ClusterStore {
+    /// Removes sessions and invalidates their copies, even if the caller is dropped meanwhile.
+    async fn end_sessions(&self, end: EndSessions) -> StoreResult<u32> {
+        let store = self.clone();
+        let ending = tokio::spawn(async move {
+            let Inner { database, applier, .. } = &*store.inner;
+            let ended = database.run(&end).await;
+            // Of all attempts: one whose commit was not answered may have succeeded.
+            let mut tokens = mem::take(&mut *end.tokens.lock());
             let count = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
-            tokens.extend(token);
-            let tokens: Vec<_> = tokens.into_iter().collect();
-            match removed {
-                Ok(()) => copies.ended(&tokens).await,
-                Err(_) => copies.doubted(&tokens).await,
+            if let Ending::One(token) = end.ending {
+                tokens.insert(token);
             }
-            removed.map(|()| count)
+            let ended_sessions = tokens.into_iter().collect::<Vec<_>>();
+            match ended {
+                Ok(()) => {
+                    applier.apply(Effects { ended_sessions, ..Effects::default() }).await;
+                    Ok(count)
+                }
+                Err(error) => {
+                    applier.sessions.uncertain(&ended_sessions).await;
+                    Err(error.into())
+                }
+            }
         });
-        removing.await.unwrap_or_else(|error| Err(StoreError::unavailable(error)))
+        ending.await.unwrap_or_else(|error| Err(StoreError::unavailable(error)))
     }
 }
 
 #[async_trait]
-impl Sessions for ClusterSessions {
+impl Sessions for ClusterStore {
     async fn create(&self, mut new: NewSession) -> StoreResult<()> {
         // A session whose login was answered does not end early because a clock was behind.
         let used = new.session.last_used_at;
-        let behind = self.time.bounds(used, self.time.postgres()).latest.since(used);
+        let time = &self.inner.time;
+        let behind = time.bounds(used, time.postgres()).latest.since(used);
         new.session.expires_at = new.session.expires_at.plus(behind);
-        self.database
-            .once("create_session", Repeat::Harmless, |connection| {
-                let NewSession { token, session } = new.clone();
-                Box::pin(async move {
-                    sqlx::query(CREATE)
-                        .bind(&token.as_bytes()[..])
-                        .bind(session.account.0)
-                        .bind(session.device.as_ref().map(|device| &device.as_bytes()[..]))
-                        .bind(millis(session.authenticated_at))
-                        .bind(millis(session.last_used_at))
-                        .bind(millis(session.expires_at))
-                        .execute(connection)
-                        .await
-                        .map(drop)
-                })
-            })
-            .await
+        Ok(self.inner.database.run(&CreateSession(new)).await?)
     }
 
     async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
-        let Copies { process, redis, .. } = &self.copies;
+        let SessionCopies { process, redis, ttl, .. } = &self.inner.applier.sessions;
         if let Some(session) = process.get(token) {
             found_in("process");
             return Ok(Some(session));
         }
         let (generation, begun) = (process.generation(), Instant::now());
-        let asked_at = match redis.find(token, self.history.id()).await {
+        let asked_at = match redis.find(token, self.inner.history.id()).await {
             Ok(Copy::Ended) => {
                 found_in("redis");
                 return Ok(None);
             }
             Ok(Copy::Found { session, age }) => {
                 found_in("redis");
-                process.keep(
-                    *token,
-                    session.clone(),
-                    begun + self.ttl.saturating_sub(age),
-                    generation,
-                );
+                process.keep(*token, session.clone(), begun + ttl.saturating_sub(age), generation);
                 return Ok(Some(session));
             }
             Ok(Copy::Absent(now)) => Some(now),
-            // Noted where it happens; Postgres knows too.
+            // Logged where it happens. Postgres is asked.
             Err(_) => None,
         };
         found_in("postgres");
-        let (store_id, session) = self.ask(token).await?;
+        let (store_id, session) = self.inner.read_session(token).await?;
         let Some(session) = session else { return Ok(None) };
         if let Some(asked_at) = asked_at
             && matches!(redis.fill(token, store_id, &session, asked_at).await, Ok(Fill::Ended))
         {
             return Ok(None);
         }
-        process.keep(*token, session.clone(), begun + self.ttl, generation);
+        process.keep(*token, session.clone(), begun + *ttl, generation);
         Ok(Some(session))
     }
 
     async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
-        self.ask(token).await.map(|(_, session)| session)
+        self.inner.read_session(token).await.map(|(_, session)| session)
     }
 
     async fn touch(
@@ -255,65 +218,136 @@ impl Sessions for ClusterSessions {
         now: UnixMillis,
         expires_at: UnixMillis,
     ) -> StoreResult<()> {
-        let key = *token;
-        self.database
-            .once("touch", Repeat::Harmless, move |connection| {
-                Box::pin(async move {
-                    sqlx::query(TOUCH)
-                        .bind(&key.as_bytes()[..])
-                        .bind(millis(now))
-                        .bind(millis(expires_at))
-                        .execute(connection)
-                        .await
-                        .map(drop)
-                })
-            })
-            .await?;
-        self.copies.process.touch(token, now, expires_at);
-        // A copy that does not know is looked at by somebody who notes the use again; and Redis
-        // notes its failures.
-        let _ = self.copies.redis.touch(token, now, expires_at).await;
+        let Inner { database, applier, .. } = &*self.inner;
+        database.run(&TouchSession { token, now, expires_at }).await?;
+        applier.sessions.process.touch(token, now, expires_at);
+        // Another edge that reads a copy without this use records it again; failures of Redis are
+        // logged there.
+        let _ = applier.sessions.redis.touch(token, now, expires_at).await;
         Ok(())
     }
 
     async fn revoke(&self, token: &TokenHash) -> StoreResult<u32> {
-        let token = *token;
-        self.remove(Some(token), move |connection| {
-            Box::pin(async move {
-                let query = sqlx::query(REVOKE).bind(&token.as_bytes()[..]);
-                tokens(&query.fetch_all(connection).await?)
-            })
-        })
-        .await
+        self.end_sessions(EndSessions::new(Ending::One(*token))).await
     }
 
     async fn revoke_all(&self, account: AccountId) -> StoreResult<u32> {
-        self.remove(None, move |connection| {
-            Box::pin(async move {
-                tokens(&sqlx::query(REVOKE_ALL).bind(account.0).fetch_all(connection).await?)
-            })
-        })
-        .await
+        self.end_sessions(EndSessions::new(Ending::AllOf(account))).await
     }
 }
 
-impl Copies {
-    /// The sessions are no more. The mark in Redis comes first: whoever forgets afterwards reads
-    /// nothing old from there.
-    async fn ended(&self, tokens: &[TokenHash]) {
-        self.redis.ended(tokens).await;
-        self.forget(tokens);
+struct CreateSession(NewSession);
+
+impl Statement for CreateSession {
+    type Output = ();
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "create_session"
     }
 
-    /// Whether the sessions are any more is for Postgres to say.
-    async fn doubted(&self, tokens: &[TokenHash]) {
-        self.redis.drop(tokens).await;
-        self.forget(tokens);
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
+        let NewSession { token, session } = &self.0;
+        sqlx::query(CREATE)
+            .bind(&token.as_bytes()[..])
+            .bind(session.account.0)
+            .bind(session.device.as_ref().map(|device| &device.as_bytes()[..]))
+            .bind(millis(session.authenticated_at))
+            .bind(millis(session.last_used_at))
+            .bind(millis(session.expires_at))
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+}
+
+struct FindSession<'a>(&'a TokenHash);
+
+impl Statement for FindSession<'_> {
+    type Output = (StoreId, Option<Session>);
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "session"
     }
 
-    fn forget(&self, tokens: &[TokenHash]) {
-        self.process.forget(tokens);
-        tokens.iter().for_each(|token| self.bus.session_ended(*token));
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let query = sqlx::query(FIND).bind(&self.0.as_bytes()[..]);
+        let row = query.fetch_one(connection).await?;
+        let exists = row.try_get::<Option<i64>, _>("account")?.is_some();
+        let session = exists.then(|| session(&row)).transpose()?;
+        Ok((row.store_id("store_id")?, session))
+    }
+}
+
+struct TouchSession<'a> {
+    token: &'a TokenHash,
+    now: UnixMillis,
+    expires_at: UnixMillis,
+}
+
+impl Statement for TouchSession<'_> {
+    type Output = ();
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "touch"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
+        sqlx::query(TOUCH)
+            .bind(&self.token.as_bytes()[..])
+            .bind(millis(self.now))
+            .bind(millis(self.expires_at))
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+}
+
+/// Which sessions are ended.
+#[derive(Clone, Copy)]
+enum Ending {
+    One(TokenHash),
+    AllOf(AccountId),
+}
+
+/// Ends sessions. Collects the tokens of all attempts.
+struct EndSessions {
+    ending: Ending,
+    tokens: Mutex<HashSet<TokenHash>>,
+}
+
+impl EndSessions {
+    fn new(ending: Ending) -> Self {
+        Self { ending, tokens: Mutex::default() }
+    }
+}
+
+impl Statement for EndSessions {
+    type Output = ();
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "revoke"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
+        let query = match &self.ending {
+            Ending::One(token) => sqlx::query(REVOKE).bind(&token.as_bytes()[..]),
+            Ending::AllOf(account) => sqlx::query(REVOKE_ALL).bind(account.0),
+        };
+        let ended = tokens(&query.fetch_all(connection).await?)?;
+        self.tokens.lock().extend(ended);
+        Ok(())
     }
 }
 

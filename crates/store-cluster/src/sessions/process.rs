@@ -1,8 +1,8 @@
-//! Sessions in use, in this process.
+//! Copies of sessions in this process.
 //!
-//! What could make a copy wrong is a lookup that reads, is overtaken by a change, and only then
-//! keeps what it read; so each change counts up a generation, and a lookup keeps nothing when the
-//! generation is not the one it began with.
+//! A lookup that reads a row, and stores its copy only after a change of the session, would store a
+//! wrong copy. So each change increments a generation, and a lookup stores nothing if the
+//! generation has changed since it began.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,10 +12,10 @@ use qpq_domain::{TokenHash, UnixMillis};
 use qpq_ports::Session;
 use tokio::time::Instant;
 
-/// Sessions at most, about 300 bytes each.
+/// Maximum sessions, of about 300 bytes each.
 const MOST: u64 = 100_000;
 
-/// Cheap to clone.
+/// The copies in this process. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct InProcess {
     entries: Cache<TokenHash, Entry>,
@@ -25,12 +25,12 @@ pub(super) struct InProcess {
 #[derive(Clone, Debug)]
 struct Entry {
     session: Session,
-    /// How long it is believed.
+    /// The end of its validity.
     until: Instant,
 }
 
 impl InProcess {
-    /// Nothing is kept for longer than `ttl`.
+    /// Creates an empty cache, in which a copy is valid for at most `ttl`.
     pub(super) fn new(ttl: Duration) -> Self {
         let entries = Cache::builder().max_capacity(MOST).time_to_live(ttl).build();
         Self { entries, generation: Arc::default() }
@@ -45,7 +45,7 @@ impl InProcess {
         *self.generation.lock()
     }
 
-    /// Keeps what was read, unless something changed since `generation` was noted.
+    /// Stores a copy, unless a session has changed since `generation` was read.
     pub(super) fn keep(&self, token: TokenHash, session: Session, until: Instant, generation: u64) {
         let current = self.generation.lock();
         if *current == generation {

@@ -1,10 +1,10 @@
-//! Sessions in use, in Redis, where all edges find them.
+//! Copies of sessions in Redis, which all edges share.
 //!
-//! A copy says when Postgres was asked, by Redis's own clock, and every reader judges its age by
-//! that: so one that comes back with an old dump, or that an edge with other settings made, counts
-//! for no longer than any other. What takes a session's place when it ends is a mark that no copy
-//! overwrites. It stays for longer than a copy is believed, so a copy made from what was read
-//! before the end comes either before the mark or too late.
+//! A copy has the time of Redis at which Postgres was asked, and every reader computes its age from
+//! that. So a copy from an old dump, or of an edge with other settings, is valid for no longer than
+//! any other. When a session ends, a mark replaces its copy, and no copy overwrites the mark. The
+//! mark stays for longer than a copy is valid, so a copy of a row that was read before the end is
+//! stored either before the mark or too late to be valid.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -16,12 +16,12 @@ use redis::{Cmd, Script};
 
 use crate::redis::Redis;
 
-/// How long a session's end is remembered; and no edge may believe in a copy for longer.
+/// Time for which the mark of an ended session stays, and the maximum validity of a copy.
 pub(super) const ENDED: Duration = Duration::from_secs(10 * 60);
-/// First byte of a copy. The release before had `S` there, and takes none of our copies for its own:
-/// none of the lengths that follow is one of its.
+/// The first byte of a copy. The previous release wrote `S`, and does not accept these copies,
+/// since their lengths differ from its own.
 const VERSION: &[u8] = &[2];
-/// Keys written at a time.
+/// Concurrent writes.
 const KEYS: usize = 64;
 
 static FIND: LazyLock<Script> =
@@ -31,18 +31,18 @@ static FILL: LazyLock<Script> =
 static TOUCH: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("../redis/scripts/session_touch.lua")));
 
-/// Cheap to clone.
+/// The copies in Redis. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct InRedis {
     redis: Redis,
     ttl: Duration,
 }
 
-/// Redis's clock, when it was asked for a copy.
+/// The time of Redis when it was asked for a copy.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AskedAt(u64);
 
-/// What Redis knows of a session.
+/// What Redis has of a session.
 #[derive(Debug)]
 pub(super) enum Copy {
     Found { session: Session, age: Duration },
@@ -50,10 +50,10 @@ pub(super) enum Copy {
     Absent(AskedAt),
 }
 
-/// What became of a copy.
+/// The outcome of storing a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fill {
-    /// It is there, or it was too old to be.
+    /// The copy is stored, or it was too old.
     Done,
     /// The session has ended since Postgres was asked.
     Ended,
@@ -64,7 +64,7 @@ impl InRedis {
         Self { redis, ttl }
     }
 
-    /// Finds a copy that was made in this history.
+    /// Returns a copy of this history.
     pub(super) async fn find(&self, token: &TokenHash, store_id: StoreId) -> StoreResult<Copy> {
         let args = [
             millis(self.ttl),
@@ -82,7 +82,7 @@ impl InRedis {
         })
     }
 
-    /// Makes a copy of what Postgres said after `asked_at`, in that history.
+    /// Stores a copy of what Postgres returned after `asked_at`, in that history.
     pub(super) async fn fill(
         &self,
         token: &TokenHash,
@@ -102,7 +102,7 @@ impl InRedis {
         Ok(if ended { Fill::Ended } else { Fill::Done })
     }
 
-    /// Notes the use in the copy, if there is one.
+    /// Records a use in the copy, if there is one.
     pub(super) async fn touch(
         &self,
         token: &TokenHash,
@@ -116,8 +116,8 @@ impl InRedis {
         self.redis.script::<u64>("session_touch", &TOUCH, &[self.key(token)], &args).await.map(drop)
     }
 
-    /// Marks the sessions as ended. One that cannot be marked is believed for as long as its copy
-    /// is.
+    /// Marks the sessions as ended. A session that cannot be marked is valid for as long as its
+    /// copy.
     pub(super) async fn ended(&self, tokens: &[TokenHash]) {
         self.each(tokens, |key| {
             let mut set = Cmd::new();
@@ -142,7 +142,7 @@ impl InRedis {
             .for_each_concurrent(KEYS, |token| {
                 let command = command(self.key(token));
                 async move {
-                    // Redis notes its failures.
+                    // Failures of Redis are counted there.
                     let _ = self.redis.command::<redis::Value>("session_end", &command).await;
                 }
             })
@@ -156,8 +156,8 @@ impl InRedis {
     }
 }
 
-/// last_used_at (8) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8) ‖ identity (32) ‖ length of
-/// the device (1) ‖ device (0 or 16), big-endian. `session_touch.lua` writes the first two.
+/// last_used_at (8) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8) ‖ identity (32) ‖ length
+/// of the device (1) ‖ device (0 or 16), big-endian. `session_touch.lua` writes the first two.
 fn encode(session: &Session) -> Bytes {
     let Session { account, identity, device, authenticated_at, last_used_at, expires_at } = session;
     let device = device.as_ref().map_or(&[][..], |device| device.as_bytes());

@@ -1,7 +1,6 @@
-//! Postgres, Redis and NATS of a test's own, and edges on them. A backend under test is one edge
-//! with a database and a namespace for itself. Its crash is the loss of its runtime: tasks, leases
-//! and caches are gone wherever they were, and nothing is closed. Then another edge takes its
-//! place.
+//! Postgres, Redis and NATS for one test, and edges on them. A backend under test is one edge with
+//! a database and a namespace of its own. Its crash is the loss of its runtime: tasks, leases and
+//! caches are lost in any state, and nothing is closed. Then another edge replaces it.
 
 use std::{
     fmt,
@@ -29,22 +28,22 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-/// When waiting for something counts as waiting in vain.
+/// Time after which a wait has failed.
 pub(crate) const NEVER: Duration = Duration::from_secs(60);
-/// Between two looks at what is waited for.
+/// Time between two checks of a condition.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// A database with the schema in it, which others are copied from.
+/// The database with the schema that others are copied from.
 const TEMPLATE: &str = "template";
 
-/// No test here takes the power away, so nothing waits for a disk.
+/// No test here simulates a power failure, so Postgres need not wait for the disk.
 pub(crate) const QUICK: &[(&str, &str)] = &[("fsync", "off")];
 
-/// Whatever kind of Redis.
+/// Any kind of Redis.
 pub(crate) trait AnyRedis: fmt::Debug + Send + Sync + 'static {
     fn url(&self) -> String;
 
-    /// Where its keys lie, all of them together.
+    /// The nodes that have its keys.
     fn nodes(&self) -> &[Redis];
 }
 
@@ -84,18 +83,18 @@ pub(crate) struct Servers<R = Redis> {
     pub(crate) postgres: Postgres,
     pub(crate) redis: R,
     pub(crate) nats: Nats,
-    /// Who vouches for them, where they are encrypted.
+    /// The authority of their certificates, if they are encrypted.
     authority: Option<Authority>,
     clusters: AtomicU32,
 }
 
-// Starting servers takes large futures, which none of the many tests is to carry.
+// Starting servers takes large futures, which are boxed here for all tests.
 impl Servers {
     pub(crate) fn start() -> BoxFuture<'static, Arc<Self>> {
         Self::with(Redis::start())
     }
 
-    /// All of them with TLS, by an authority that nobody knows.
+    /// Starts all of them with TLS, with certificates of an authority that no system trusts.
     pub(crate) fn start_encrypted() -> BoxFuture<'static, Arc<Self>> {
         Box::pin(async {
             let authority = Authority::new().expect("an authority");
@@ -106,7 +105,7 @@ impl Servers {
 }
 
 impl<R: AnyRedis> Servers<R> {
-    /// Around a Redis that is encrypted, the other two encrypted by the same authority.
+    /// Starts the other two servers with TLS, with certificates of the authority of a Redis.
     pub(crate) fn encrypted(redis: R, authority: Authority) -> BoxFuture<'static, Arc<Self>> {
         Box::pin(async {
             let postgres = Postgres::start_encrypted(QUICK, &authority).await.expect("Postgres");
@@ -141,7 +140,7 @@ impl<R: AnyRedis> Servers<R> {
         Arc::new(servers)
     }
 
-    /// A cluster that nobody uses yet, on a database and a namespace of its own.
+    /// Creates a cluster with a database and a namespace of its own.
     pub(crate) async fn cluster(&self, limits: Limits) -> Config {
         let name = format!("cluster{}", self.clusters.fetch_add(1, Ordering::Relaxed));
         let create = format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}");
@@ -151,7 +150,7 @@ impl<R: AnyRedis> Servers<R> {
         Config { namespace: name.clone(), ..self.config(format!("{server}/{name}"), limits) }
     }
 
-    /// Makes Postgres' clock show `millis` in a database; NULL is a Postgres that is not asked.
+    /// Sets Postgres' clock in a database to `millis`; NULL is a Postgres that is not asked.
     pub(crate) async fn set_postgres_clock(&self, database: &str, millis: &str) {
         let set = format!(
             "CREATE OR REPLACE FUNCTION store_now() RETURNS bigint LANGUAGE sql VOLATILE AS
@@ -184,8 +183,7 @@ impl<R: AnyRedis> Servers<R> {
         }
     }
 
-    /// Completes when nothing of the cluster is leased: its edges are dead, so nobody renews
-    /// anything.
+    /// Completes when all leases of the cluster have expired: its edges are dead and renew none.
     async fn leases_have_run_out(&self, config: &Config) {
         eventually("the leases of a dead edge to run out", || async {
             for node in self.redis.nodes() {
@@ -199,7 +197,7 @@ impl<R: AnyRedis> Servers<R> {
     }
 }
 
-/// Whether something is leased at this node. One that is down has nothing.
+/// Whether a lease at this node has not expired. A node that is down has none.
 async fn has_leases(node: &Redis, namespace: &str) -> bool {
     let Ok(mut redis) = node.connect().await else { return false };
     let now = redis.command(["TIME"]).await.expect("TIME");
@@ -218,7 +216,7 @@ async fn has_leases(node: &Redis, namespace: &str) -> bool {
     false
 }
 
-/// An edge in this runtime.
+/// Starts an edge in this runtime.
 pub(crate) async fn edge(config: &Config) -> ClusterStore {
     ClusterStore::connect(config).await.unwrap_or_else(|error| panic!("{error}"))
 }
@@ -231,7 +229,7 @@ fn number<T: std::str::FromStr>(reply: &Reply) -> T {
         .unwrap_or_else(|| panic!("{reply:?} is no number"))
 }
 
-/// Waits for what must come to be so.
+/// Waits until a condition is true.
 pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut is_so: impl FnMut() -> F) {
     let deadline = Instant::now() + NEVER;
     while !is_so().await {
@@ -240,7 +238,7 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut is_so: 
     }
 }
 
-/// Clusters of one edge each, on the same servers.
+/// Creates clusters of one edge each, on the same servers.
 #[derive(Debug)]
 pub(crate) struct Clusters<R = Redis>(pub(crate) Arc<Servers<R>>);
 
@@ -290,7 +288,7 @@ impl<R> Drop for Running<R> {
     }
 }
 
-/// What a process is to the store: a runtime.
+/// An edge in a runtime of its own, as in a process.
 pub(crate) struct Process {
     pub(crate) store: ClusterStore,
     runtime: Runtime,
@@ -307,7 +305,7 @@ impl Process {
     }
 
     pub(crate) async fn crash(self) {
-        // A runtime must not be dropped by a task; its end is waited for, as a dead process does
+        // A runtime must not be dropped by a task. Its end is awaited, since a dead process does
         // nothing more.
         let runtime = self.runtime;
         tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");

@@ -11,7 +11,9 @@ mod on_a_redis_cluster {
 
     use crate::backend::{Clusters, Servers};
 
-    qpq_ports::conformance!(together: async { Clusters(Servers::with(RedisCluster::start(3)).await) });
+    qpq_ports::conformance!(
+        together: async { Clusters(Servers::with(RedisCluster::start(3)).await) }
+    );
 }
 
 mod behind_a_sentinel {
@@ -19,7 +21,9 @@ mod behind_a_sentinel {
 
     use crate::backend::{Clusters, Servers};
 
-    qpq_ports::conformance!(together: async { Clusters(Servers::with(RedisSentinel::start()).await) });
+    qpq_ports::conformance!(
+        together: async { Clusters(Servers::with(RedisSentinel::start()).await) }
+    );
 }
 
 mod with_tls {

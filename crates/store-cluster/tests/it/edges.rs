@@ -266,7 +266,7 @@ async fn without_postgres_the_check_fails() {
     person(&stores, 1).await;
 }
 
-/// A message of somebody to oneself, that lives for an hour.
+/// Creates a message of an account to itself, which lives for an hour.
 fn brief(person: Person) -> NewMessage {
     NewMessage {
         sender: person.identity,
@@ -281,7 +281,7 @@ fn brief(person: Person) -> NewMessage {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn edges_that_sweep_at_a_time_remove_each_row_once() {
+async fn concurrent_sweeps_remove_each_row_once() {
     const PEOPLE: u8 = 8;
     const EACH: usize = 100;
     let edges = Edges::<3>::start(KeyPackageCaps::default()).await;

@@ -56,7 +56,7 @@ async fn persist<T, F: Future<Output = Result<T, StoreError>>>(
     }
 }
 
-/// The message with this number, from somebody to oneself.
+/// Creates the message with this number, from an account to itself.
 fn message(to: Person, n: u64) -> NewMessage {
     NewMessage {
         sender: to.identity,
@@ -221,7 +221,7 @@ async fn move_slot(cluster: &RedisCluster, key: &str) {
             owner = Some(n);
         }
     }
-    let next = &nodes[(owner.expect("somebody has it") + 1) % nodes.len()];
+    let next = &nodes[(owner.expect("a node has it") + 1) % nodes.len()];
     cluster.flush_all().await.expect("Redis");
     let id = next.command(["CLUSTER", "MYID"]).await.expect("Redis");
     let set = ["CLUSTER", "SETSLOT", &slot.to_string(), "NODE", id.text().expect("text")];
@@ -232,7 +232,7 @@ async fn move_slot(cluster: &RedisCluster, key: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_cluster_is_followed_wherever_slots_and_scripts_go() {
+async fn moved_slots_and_lost_scripts_of_a_redis_cluster_fail_no_call() {
     let servers = Servers::with(RedisCluster::start(3)).await;
     let config = servers.cluster(Limits::default()).await;
     let store = edge(&config).await;

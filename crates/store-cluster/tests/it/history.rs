@@ -161,7 +161,7 @@ fn texts(page: &Page) -> Vec<&str> {
     payloads.map(|payload| std::str::from_utf8(payload).expect("text")).collect()
 }
 
-async fn what_was_lost_is_never_shown_and_what_is_new_is_shown_once(how: How) {
+async fn lost_messages_are_never_shown_and_new_ones_once(how: How) {
     let world = World::new().await;
     assert_eq!(world.send(&["m1", "m2", "m3"]).await, [1, 2, 3]);
     assert_eq!(texts(&world.peek(1).await), ["m1", "m2", "m3"], "the queue is loaded");
@@ -200,17 +200,17 @@ async fn what_was_lost_is_never_shown_and_what_is_new_is_shown_once(how: How) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_promoted_standby_s_messages_are_shown_once_and_lost_ones_never() {
-    what_was_lost_is_never_shown_and_what_is_new_is_shown_once(How::Promotion).await;
+    lost_messages_are_never_shown_and_new_ones_once(How::Promotion).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_recovered_postgres_s_messages_are_shown_once_and_lost_ones_never() {
-    what_was_lost_is_never_shown_and_what_is_new_is_shown_once(How::Recovery).await;
+    lost_messages_are_never_shown_and_new_ones_once(How::Recovery).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restored_copy_s_messages_are_shown_once_and_lost_ones_never() {
-    what_was_lost_is_never_shown_and_what_is_new_is_shown_once(How::Copy).await;
+    lost_messages_are_never_shown_and_new_ones_once(How::Copy).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -232,7 +232,7 @@ async fn a_removal_that_postgres_lost_shows_the_messages_again_in_another_histor
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_copy_that_nobody_told_of_is_noticed_by_what_it_has_lost() {
+async fn an_unannounced_copy_is_detected_by_its_lost_messages() {
     let world = World::new().await;
     world.send(&["m1"]).await;
     let store_id = world.peek(1).await.store_id;
@@ -266,7 +266,7 @@ async fn a_synchronous_standby_loses_nothing_and_its_promotion_is_another_histor
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_session_that_postgres_lost_ends_and_one_that_was_revoked_stays_so() {
+async fn a_lost_session_ends_and_a_revoked_one_stays_revoked() {
     let world = World::new().await;
     let revoked = open(&world.stores(0), 2, world.bob).await;
     let past = world.note(How::Promotion).await;

@@ -52,7 +52,7 @@ impl Recorder for Gauges {
 
 /// On one thread, whose gauges are this edge's alone: the others are processes of their own.
 #[tokio::test]
-async fn an_edge_counts_the_edges_it_hears_and_itself() {
+async fn an_edge_counts_itself_and_the_edges_whose_heartbeats_arrive() {
     let gauges = Gauges::default();
     let _here = metrics::set_default_local_recorder(&gauges);
     let servers = Servers::start().await;
@@ -72,7 +72,7 @@ async fn an_edge_counts_the_edges_it_hears_and_itself() {
     sees(3.0).await;
     three.crash().await;
     sees(2.0).await;
-    // It hangs, and nobody is told that it is away.
+    // It hangs, without a closed connection.
     servers.nats.freeze();
     sees(1.0).await;
     servers.nats.thaw();
@@ -83,7 +83,7 @@ async fn an_edge_counts_the_edges_it_hears_and_itself() {
 
 /// On one thread, as above. Whether a call was tried is what counts, not how long it took.
 #[tokio::test]
-async fn a_redis_that_hangs_is_not_asked_until_it_answers() {
+async fn a_redis_that_hangs_gets_no_calls_until_it_answers() {
     let gauges = Gauges::default();
     let _here = metrics::set_default_local_recorder(&gauges);
     let servers = Servers::start().await;

@@ -8,7 +8,7 @@ use qpq_ports::{NewAccount, NewKeyPackage, NewSession, Registration, Session, St
 pub(crate) const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 pub(crate) const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// Somebody who is registered.
+/// A registered account.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Person {
     pub(crate) account: AccountId,

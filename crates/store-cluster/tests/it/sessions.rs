@@ -40,7 +40,7 @@ async fn is_over(stores: &Stores, n: u8) {
 }
 
 /// Completes when `to` hears what `from` says: a subscription takes a moment.
-async fn hear_each_other(from: &Stores, to: &Stores, person: Person) {
+async fn receive_each_other_s_messages(from: &Stores, to: &Stores, person: Person) {
     let mut heard = to.account_events.listen();
     loop {
         from.account_events.publish(&person.identity, AccountEvent::KeyPackageTaken);
@@ -58,12 +58,12 @@ fn copy_of(config: &Config, n: u8) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_one_edge_revokes_the_others_forget() {
+async fn a_revocation_at_one_edge_reaches_the_others() {
     let (_servers, config) = cluster(FOR_EVER).await;
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());
     let alice = person(&a, 1).await;
-    hear_each_other(&a, &b, alice).await;
+    receive_each_other_s_messages(&a, &b, alice).await;
     let mut opened = Vec::new();
     for n in 1..=3 {
         opened.push(open(&a, n, alice).await);
@@ -80,7 +80,7 @@ async fn what_one_edge_revokes_the_others_forget() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_nats_a_copy_is_believed_for_a_while() {
+async fn without_nats_a_copy_is_valid_for_a_while() {
     let (servers, config) = cluster(BRIEF).await;
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());
@@ -95,7 +95,7 @@ async fn without_nats_a_copy_is_believed_for_a_while() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_edge_forgets_all_copies_when_nats_comes_back() {
+async fn an_edge_drops_all_copies_when_nats_reconnects() {
     let (servers, config) = cluster(FOR_EVER).await;
     let one = Process::start(&config).await;
     let two = edge(&config).await;
@@ -105,9 +105,9 @@ async fn an_edge_forgets_all_copies_when_nats_comes_back() {
     assert_eq!(find(&b, 1).await, Some(opened.clone()));
     servers.nats.kill9().await.expect("NATS");
     assert_eq!(revoke(&a, 1).await, 1);
-    // With it goes the word that it could not send.
+    // The message that it could not send is lost with it.
     one.crash().await;
-    assert_eq!(find(&b, 1).await, Some(opened), "nobody has told it");
+    assert_eq!(find(&b, 1).await, Some(opened), "no message has reached it");
     servers.nats.start_again().await.expect("NATS");
     is_over(&b, 1).await;
 }
@@ -118,7 +118,7 @@ async fn lookups_that_race_with_a_revocation_leave_no_copy() {
     let (one, two, three) = (edge(&config).await, edge(&config).await, edge(&config).await);
     let (a, b, c) = (one.stores(), two.stores(), three.stores());
     let alice = person(&a, 1).await;
-    hear_each_other(&a, &b, alice).await;
+    receive_each_other_s_messages(&a, &b, alice).await;
     for n in 0..100 {
         open(&a, n, alice).await;
         let finders: Vec<_> = [&a, &b, &b, &a, &b]
@@ -146,7 +146,7 @@ async fn a_flushed_redis_ends_no_session_and_brings_none_back() {
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());
     let alice = person(&a, 1).await;
-    hear_each_other(&a, &b, alice).await;
+    receive_each_other_s_messages(&a, &b, alice).await;
     let (kept, _) = (open(&a, 1, alice).await, open(&a, 2, alice).await);
     find(&b, 2).await.expect("B has a copy now");
     servers.redis.flush_all().await.expect("Redis");
@@ -190,7 +190,7 @@ async fn a_redis_that_was_rolled_back_brings_no_session_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_is_away_fails_no_lookup_and_no_revocation() {
+async fn an_unreachable_redis_fails_no_lookup_and_no_revocation() {
     let (servers, config) = cluster(BRIEF).await;
     let config = Config { redis_timeout: Duration::from_millis(200), ..config };
     let (one, two) = (edge(&config).await, edge(&config).await);
@@ -217,7 +217,7 @@ async fn a_redis_that_is_away_fails_no_lookup_and_no_revocation() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_use_that_one_edge_notes_the_others_know() {
+async fn a_use_at_one_edge_is_visible_at_the_others() {
     let (_servers, config) = cluster(FOR_EVER).await;
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());

@@ -15,7 +15,8 @@ use crate::{
 const INSERT: &str = "
     WITH new AS (
         INSERT INTO account (username, identity, opaque_record, created_at)
-        SELECT $1 || n, sha256(($1 || n)::bytea), sha256(''), 1 FROM generate_series($2, $3) AS s (n)
+        SELECT $1 || n, sha256(($1 || n)::bytea), sha256(''), 1
+          FROM generate_series($2, $3) AS s (n)
         RETURNING id)
     INSERT INTO inbox (id) SELECT id FROM new";
 

@@ -1,5 +1,5 @@
-//! An edge that starts: servers that are not there yet are waited for, servers that hang only so
-//! long; and what waiting does not mend is said at once, for all three in the same words.
+//! The start of an edge: unreachable servers are retried until a timeout, and permanent errors are
+//! reported immediately, in the same words for all three servers.
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -16,14 +16,14 @@ use crate::{
     people::NOW,
 };
 
-/// Whoever waits for that long in one of these tests never ends.
-const FOR_EVER: Duration = Duration::from_secs(24 * 60 * 60);
-/// In which a server that hangs does not answer.
+/// Longer than any of these tests.
+const FOREVER: Duration = Duration::from_secs(24 * 60 * 60);
+/// A start timeout for servers that do not answer.
 const BRIEF: Duration = Duration::from_secs(1);
 const WRONG: &str = "not-the-password";
 
 async fn ready<R: AnyRedis>(servers: &Servers<R>) -> Config {
-    Config { start_timeout: FOR_EVER, ..servers.cluster(Limits::default()).await }
+    Config { start_timeout: FOREVER, ..servers.cluster(Limits::default()).await }
 }
 
 async fn failure(config: &Config) -> ConnectError {
@@ -33,7 +33,8 @@ async fn failure(config: &Config) -> ConnectError {
     error
 }
 
-/// The edge must be told that `server` refuses it, for a reason with `why` in it.
+/// Asserts that the start fails because `server` refuses the edge, for a reason that contains
+/// `why`.
 async fn is_refused(config: &Config, name: &str, section: &str, why: &str) {
     let error = failure(config).await;
     let said = error.to_string();
@@ -46,7 +47,7 @@ async fn is_refused(config: &Config, name: &str, section: &str, why: &str) {
     assert!(said.contains(url) && said.contains(password), "{said}");
 }
 
-/// The edge must be told that it cannot trust `server`, for a reason with `why` in it.
+/// Asserts that the start fails because `server` is not trusted, for a reason that contains `why`.
 async fn is_untrusted(config: &Config, name: &str, section: &str, why: &str) {
     let error = failure(config).await;
     let said = error.to_string();
@@ -58,7 +59,7 @@ async fn is_untrusted(config: &Config, name: &str, section: &str, why: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_postgres_that_refuses_says_why_at_once() {
+async fn a_refusal_of_postgres_is_reported_immediately() {
     let servers = Servers::start().await;
     let good = ready(&servers).await;
     let refused = async |url: String, why| {
@@ -118,7 +119,7 @@ async fn a_redis_refuses<R: AnyRedis>(servers: &Servers<R>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_refuses_says_why_at_once() {
+async fn a_refusal_of_redis_is_reported_immediately() {
     let servers = Servers::start().await;
     a_redis_refuses(&servers).await;
     let mut config = ready(&servers).await;
@@ -134,12 +135,12 @@ async fn a_redis_that_refuses_says_why_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_cluster_that_refuses_says_why_at_once() {
+async fn a_refusal_of_a_redis_cluster_is_reported_immediately() {
     a_redis_refuses(&*Servers::with(RedisCluster::start(1)).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sentinel_or_what_is_behind_it_that_refuses_says_why_at_once() {
+async fn a_refusal_of_a_sentinel_or_its_primary_is_reported_immediately() {
     let servers = Servers::with(RedisSentinel::start()).await;
     a_redis_refuses(&servers).await;
     let config = ready(&servers).await;
@@ -154,7 +155,7 @@ async fn a_sentinel_or_what_is_behind_it_that_refuses_says_why_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_nats_that_refuses_says_why_at_once() {
+async fn a_refusal_of_nats_is_reported_immediately() {
     let servers = Servers::start().await;
     let mut config = ready(&servers).await;
     config.nats.password = Some(WRONG.into());
@@ -166,7 +167,7 @@ async fn a_nats_that_refuses_says_why_at_once() {
 
 /// By a token in the URL or in a file; users and passwords are what all other tests come with.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_nats_that_wants_a_token_gets_it() {
+async fn a_nats_that_requires_a_token_gets_it() {
     let servers = Servers::start().await;
     let nats = Nats::start_with_token().await.expect("NATS");
     let mut config = ready(&servers).await;
@@ -183,7 +184,7 @@ async fn a_nats_that_wants_a_token_gets_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_certificate_of_another_authority_or_for_another_name_is_said_at_once() {
+async fn an_untrusted_certificate_is_reported_immediately() {
     let servers = Servers::start_encrypted().await;
     let good = ready(&servers).await;
     edge(&good).await.close().await;
@@ -244,7 +245,7 @@ async fn an_encrypted_redis_cluster_is_trusted_by_its_authority() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_encrypted_sentinel_and_what_is_behind_it_are_trusted_by_their_authority() {
+async fn encrypted_sentinels_and_their_primary_are_trusted_by_their_authority() {
     let authority = Authority::new().expect("an authority");
     let redis = RedisSentinel::start_encrypted(&authority).await.expect("Redis");
     let servers = Servers::encrypted(redis, authority).await;
@@ -258,7 +259,7 @@ async fn an_encrypted_sentinel_and_what_is_behind_it_are_trusted_by_their_author
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_without_tls_is_never_used_where_tls_is_asked_for() {
+async fn a_server_without_tls_is_refused_where_tls_is_required() {
     let servers = Servers::start().await;
     let good = ready(&servers).await;
     let authority = Authority::new().expect("an authority");
@@ -275,7 +276,7 @@ async fn a_server_without_tls_is_never_used_where_tls_is_asked_for() {
     config.redis.url = config.redis.url.replace("redis://", "rediss://");
     config.start_timeout = BRIEF;
     // A Redis that is greeted so waits for the rest of what it takes for a command.
-    is_given_up_on(&config, "Redis", "redis.url", "no answer within").await;
+    fails_after_the_start_timeout(&config, "Redis", "redis.url", "no answer within").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -302,7 +303,7 @@ async fn a_file_without_authorities_is_refused_by_name() {
 }
 
 /// The edge must give up on `server`, and say how long it has waited by which setting.
-async fn is_given_up_on(config: &Config, name: &str, setting: &str, why: &str) {
+async fn fails_after_the_start_timeout(config: &Config, name: &str, setting: &str, why: &str) {
     let said = failure(config).await.to_string();
     assert!(
         said.contains(&format!("{name} cannot be reached")) && said.contains(setting),
@@ -312,19 +313,19 @@ async fn is_given_up_on(config: &Config, name: &str, setting: &str, why: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_hangs_is_given_up_on_in_time() {
+async fn a_server_that_hangs_fails_the_start_after_its_timeout() {
     let servers = Servers::start().await;
     let config = Config { start_timeout: BRIEF, ..ready(&servers).await };
     // Only `start_timeout` ends it.
-    let config = Config { redis_timeout: FOR_EVER, postgres_timeout: FOR_EVER, ..config };
+    let config = Config { redis_timeout: FOREVER, postgres_timeout: FOREVER, ..config };
     servers.nats.freeze();
-    is_given_up_on(&config, "NATS", "nats.url", "no answer within").await;
+    fails_after_the_start_timeout(&config, "NATS", "nats.url", "no answer within").await;
     servers.redis.freeze();
-    is_given_up_on(&config, "Redis", "redis.url", "no answer within").await;
+    fails_after_the_start_timeout(&config, "Redis", "redis.url", "no answer within").await;
     servers.postgres.freeze();
-    is_given_up_on(&config, "Postgres", "postgres.url", "no answer within").await;
+    fails_after_the_start_timeout(&config, "Postgres", "postgres.url", "no answer within").await;
     let migrating = Config { migrate: Migrate::AtStart, ..config.clone() };
-    is_given_up_on(&migrating, "Postgres", "postgres.url", "no answer within").await;
+    fails_after_the_start_timeout(&migrating, "Postgres", "postgres.url", "no answer within").await;
     let migrated = qpq_store_cluster::migrate(&migrating).await;
     assert!(matches!(migrated, Err(ConnectError::Unreachable { .. })), "{migrated:?}");
     servers.postgres.thaw();
@@ -334,9 +335,9 @@ async fn a_server_that_hangs_is_given_up_on_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_way_on_which_nothing_comes_back_is_given_up_on_in_time() {
+async fn a_network_without_answers_fails_the_start_after_its_timeout() {
     let servers = Servers::start().await;
-    let good = Config { start_timeout: BRIEF, redis_timeout: FOR_EVER, ..ready(&servers).await };
+    let good = Config { start_timeout: BRIEF, redis_timeout: FOREVER, ..ready(&servers).await };
     let random = || StdRng::seed_from_u64(1);
     let to_postgres = TcpProxy::start(servers.postgres.addr(), random()).await.expect("a proxy");
     let to_redis = TcpProxy::start(servers.redis.addr(), random()).await.expect("a proxy");
@@ -355,27 +356,27 @@ async fn a_way_on_which_nothing_comes_back_is_given_up_on_in_time() {
     ];
     for (proxy, name, setting) in ways {
         proxy.switch().change(|faults| faults.link = Link::Blackhole(Way::ToClient));
-        is_given_up_on(&config, name, setting, "no answer within").await;
+        fails_after_the_start_timeout(&config, name, setting, "no answer within").await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_is_not_there_is_given_up_on_in_time() {
+async fn a_missing_server_fails_the_start_after_its_timeout() {
     let servers = Servers::start().await;
     let config = Config { start_timeout: BRIEF, ..ready(&servers).await };
     servers.nats.kill9().await.expect("NATS");
-    is_given_up_on(&config, "NATS", "nats.url", "refused").await;
+    fails_after_the_start_timeout(&config, "NATS", "nats.url", "refused").await;
     servers.redis.kill9().await.expect("Redis");
-    is_given_up_on(&config, "Redis", "redis.url", "refused").await;
+    fails_after_the_start_timeout(&config, "Redis", "redis.url", "refused").await;
     servers.postgres.kill9().await.expect("Postgres");
-    is_given_up_on(&config, "Postgres", "postgres.url", "refused").await;
+    fails_after_the_start_timeout(&config, "Postgres", "postgres.url", "refused").await;
     let mut nowhere = config.clone();
     nowhere.postgres.url = "postgres://qpq@nowhere.invalid/qpq".into();
-    is_given_up_on(&nowhere, "Postgres", "postgres.url", "").await;
+    fails_after_the_start_timeout(&nowhere, "Postgres", "postgres.url", "").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn servers_that_come_later_are_waited_for() {
+async fn servers_that_start_later_are_retried() {
     let servers = Servers::start().await;
     let config = ready(&servers).await;
     servers.postgres.kill9().await.expect("Postgres");
@@ -392,7 +393,7 @@ async fn servers_that_come_later_are_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_loads_its_dump_is_waited_for() {
+async fn a_redis_that_loads_its_dump_is_retried() {
     // Slowly, and looking up now and then, so that it can say so.
     let slow = [("key-load-delay", "1000"), ("loading-process-events-interval-bytes", "1024")];
     let servers = Servers::with(Redis::start_with(&slow)).await;

@@ -21,10 +21,13 @@ async fn fill(servers: &Servers, config: &Config, stores: &Stores, inboxes: u8) 
         person(stores, n).await;
     }
     let sql = format!(
-        "INSERT INTO message (inbox, seq, expires_at, enqueued_at, channel, sender, message_id, payload_sha256, payload)
-         SELECT i.id, s, {expired}, {expired} - 1, '', sha256('sender'), NULL, sha256('hash'), 'payload'
+        "INSERT INTO message (inbox, seq, expires_at, enqueued_at, channel, sender, message_id,
+                              payload_sha256, payload)
+         SELECT i.id, s, {expired}, {expired} - 1, '', sha256('sender'), NULL, sha256('hash'),
+                'payload'
            FROM inbox i, generate_series(1, {EXPIRED}) s;
-         UPDATE inbox SET last_seq = {EXPIRED}, messages = {EXPIRED}, bytes = {EXPIRED} * 7, next_expiry = {expired};
+         UPDATE inbox SET last_seq = {EXPIRED}, messages = {EXPIRED}, bytes = {EXPIRED} * 7,
+                          next_expiry = {expired};
          ANALYZE",
         expired = NOW.minus(HOUR).0
     );
@@ -51,7 +54,7 @@ fn message(n: u8) -> NewMessage {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_enqueue_among_many_expired_messages_removes_few_of_them() {
+async fn an_enqueue_removes_few_of_many_expired_messages() {
     let servers = Servers::start().await;
     let config = servers.cluster(Limits::default()).await;
     let store = edge(&config).await;
@@ -72,7 +75,7 @@ async fn an_enqueue_among_many_expired_messages_removes_few_of_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sweep_goes_through_many_full_inboxes() {
+async fn a_sweep_empties_many_full_inboxes() {
     let servers = Servers::start().await;
     let config = servers.cluster(Limits::default()).await;
     let store = edge(&config).await;

@@ -1,9 +1,10 @@
--- Leases messages of a page that was read from Postgres, up to the first that is leased already. A lease of another history
--- hides nothing: its seqs belong to other messages.
+-- Leases messages of a page that was read from Postgres, up to the first that is leased already. A
+-- lease of another history hides nothing, since its seqs belong to other messages.
 -- KEYS: leases
--- ARGV: version and store id, lease id or '' for a peek, how long it lasts in ms, how many of the seqs are the page (another may
---   follow), seqs
--- Answers how many of the seqs are free, and the ms until the lease ends that they stop at, or 0.
+-- ARGV: version and store id, lease id or '' for a peek, its duration in ms, the number of seqs in
+--   the page (another seq may follow), seqs
+-- Returns the number of seqs that are not leased, and the ms until the lease at which they stop
+--   ends, or 0.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
 local free, stopped = 0, 0
@@ -12,7 +13,7 @@ for i = 5, #ARGV do
   if id then
     local lease = redis.call('HMGET', KEYS[1], 'e' .. id, 's' .. id)
     local ends = tonumber(lease[1] or 0) or 0
-    -- An edge of an earlier release says nothing of the history.
+    -- An edge of an earlier release stores no history.
     if ends > clock and (not lease[2] or lease[2] == ARGV[1]) then
       stopped = ends - clock
       break

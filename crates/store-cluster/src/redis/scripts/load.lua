@@ -1,16 +1,19 @@
--- An inbox as it was in Postgres at one instant becomes its queue, unless the queue shows a later state of the same history. It
--- needs a permit of that history from before that instant, which ends with the next removal: else a slow load would bring back
--- messages that were removed meanwhile, and whose lease has ended.
+-- Stores an inbox as it was in Postgres at one instant as its queue, unless the queue shows a later
+-- state of the same history. Needs a permit of that history from before that instant, which ends
+-- with the next removal: a slow load would otherwise restore messages that were removed meanwhile
+-- and whose lease has ended.
 -- KEYS: state, queue
--- ARGV: version and store id, head, removals, bytes, how long it stays loaded in ms, permit, (seq, member)*
-if redis.call('HGET', KEYS[1], 'p') ~= ARGV[6] or string.sub(ARGV[6], 1, #ARGV[1]) ~= ARGV[1] then return 0 end
+-- ARGV: version and store id, head, removals, bytes, time for which it stays loaded in ms, permit,
+--   (seq, member)*
+if redis.call('HGET', KEYS[1], 'p') ~= ARGV[6] then return 0 end
+if string.sub(ARGV[6], 1, #ARGV[1]) ~= ARGV[1] then return 0 end
 local state = redis.call('HMGET', KEYS[1], 'h', 'r', 's')
 local head, removals = tonumber(ARGV[2]), tonumber(ARGV[3])
 if state[1] and state[3] == ARGV[1] then
-  -- A queue with a part missing is loaded anew whatever it says.
+  -- A queue with a missing part is loaded again, whatever its state is.
   local whole = redis.call('ZCARD', KEYS[2]) == tonumber(redis.call('HGET', KEYS[1], 'n'))
   if whole and tonumber(state[1]) >= head and tonumber(state[2]) >= removals then return 0 end
-  -- Later messages that were pushed already are kept; whether they are all, a read finds out.
+  -- Later messages that were pushed already are kept. A read finds out whether they are complete.
   redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', head)
 else
   redis.call('DEL', KEYS[2])
@@ -18,8 +21,11 @@ end
 for i = 7, #ARGV, 2 do redis.call('ZADD', KEYS[2], ARGV[i], ARGV[i + 1]) end
 while redis.call('ZCOUNT', KEYS[2], head + 1, head + 1) == 1 do head = head + 1 end
 redis.call('HDEL', KEYS[1], 'g')
-redis.call('HSET', KEYS[1], 's', ARGV[1], 'h', head, 'r', removals, 'n', redis.call('ZCARD', KEYS[2]), 'b', ARGV[4])
-if redis.call('ZCOUNT', KEYS[2], '(' .. head, '+inf') > 0 then redis.call('HSET', KEYS[1], 'g', '1') end
+local count = redis.call('ZCARD', KEYS[2])
+redis.call('HSET', KEYS[1], 's', ARGV[1], 'h', head, 'r', removals, 'n', count, 'b', ARGV[4])
+if redis.call('ZCOUNT', KEYS[2], '(' .. head, '+inf') > 0 then
+  redis.call('HSET', KEYS[1], 'g', '1')
+end
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 redis.call('PEXPIRE', KEYS[2], ARGV[5])
 return 1

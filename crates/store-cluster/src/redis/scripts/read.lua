@@ -1,16 +1,18 @@
--- Shows the first messages of a view, and leases them unless it is a peek. A reader that is turned away gets a permit to load
--- what it then reads in Postgres.
+-- Returns the first messages of a view, and leases them unless it is a peek. Without a usable queue
+--   the reader gets a permit to load what it then reads from Postgres.
 -- KEYS: state, queue, leases, waiters
--- ARGV: 1 version and store id, 2 the least head and 3 the least removals that the queue must show, 4 '1' if it may show a later
---   state, 5 after which seq, 6 'all' or 'channel', 7 the channel, 8 most messages, 9 most bytes, 10 now, 11 lease id or '' for a
---   peek, 12 how long it lasts, 13 edge that wants to be woken or '', 14 how long it wants that, and how long a permit lasts,
---   15 how long the queue stays loaded; all times in ms
--- Answers {'C', permit to load} when the queue is not loaded, is of another history or shows an older state than it must;
---   {'A', head, removals} when it shows a later state than it may; else
---   {'M', head, 1 if the view has more, ms until the lease ends that the view stops at or 0, members}.
+-- ARGV: 1 version and store id, 2 the minimum head and 3 the minimum removals that the queue must
+--   show, 4 '1' if it may show a later state, 5 after which seq, 6 'all' or 'channel', 7 the
+--   channel, 8 maximum messages, 9 maximum bytes, 10 now, 11 lease id or '' for a peek, 12 its
+--   duration, 13 edge to wake or '', 14 for how long, and the duration of a permit, 15 time for
+--   which the queue stays loaded; all times in ms
+-- Returns {'C', permit to load} when the queue is not loaded, is of another history or shows an
+--   older state than it must; {'A', head, removals} when it shows a later state than it may; else
+--   {'M', head, 1 if the view has more, ms until the lease at which the view stops ends or 0,
+--   members}.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
--- First of all: what is pushed from here on wakes the edge, whatever this read finds.
+-- Before the read: a message that is pushed from now on wakes the edge, whatever is read.
 if ARGV[13] ~= '' then
   redis.call('HSET', KEYS[4], ARGV[13], string.format('%.0f', clock + ARGV[14]))
   redis.call('PEXPIRE', KEYS[4], ARGV[14])
@@ -34,8 +36,8 @@ redis.call('PEXPIRE', KEYS[1], ARGV[15])
 redis.call('PEXPIRE', KEYS[2], ARGV[15])
 local leases, flat = {}, redis.call('HGETALL', KEYS[3])
 for i = 1, #flat, 2 do leases[flat[i]] = flat[i + 1] end
--- When the lease of a message ends. A lease of another history hides nothing: its seqs belong to other messages. An edge of an
--- earlier release says nothing of the history.
+-- Returns when the lease of a message ends. A lease of another history hides nothing, since its
+-- seqs belong to other messages. An edge of an earlier release stores no history.
 local function lease_ends(field)
   local id = leases[field]
   if not id or (leases['s' .. id] or ARGV[1]) ~= ARGV[1] then return 0 end
@@ -44,7 +46,8 @@ end
 local after, all, channel = tonumber(ARGV[5]), ARGV[6] == 'all', ARGV[7]
 local most, most_bytes, now = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local members, seqs, bytes, more, stopped = {}, {}, 0, 0, 0
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. string.format('%.0f', after), state[1])) do
+local first = '(' .. string.format('%.0f', after)
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], first, state[1])) do
   local seq, expires, _, length = struct.unpack('>I8I8I8B', member)
   if expires > now and (all or string.sub(member, 26, 25 + length) == channel) then
     local field = string.format('%.0f', seq)

@@ -1,4 +1,4 @@
--- An edge waits for the inbox, before it is read from Postgres.
+-- Registers an edge as waiting for the inbox, before that is read from Postgres.
 -- KEYS: waiters
 -- ARGV: edge, for how long in ms
 local time = redis.call('TIME')

@@ -1,6 +1,7 @@
--- A lease lasts on. One that is not there any more stays so: somebody else may have taken its messages.
+-- Renews a lease. A lease that no longer exists is not restored, since another reader may have
+-- leased its messages.
 -- KEYS: leases
--- ARGV: lease id, how long it lasts in ms
+-- ARGV: lease id, its duration in ms
 local field = 'e' .. ARGV[1]
 if redis.call('HEXISTS', KEYS[1], field) == 0 then return 0 end
 local time = redis.call('TIME')

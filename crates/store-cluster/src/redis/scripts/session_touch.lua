@@ -1,4 +1,4 @@
--- Notes in a session's copy that the session was used. The copy gets no younger by that.
+-- Records a use of a session in its copy. The age of the copy stays.
 -- KEYS: copy
 -- ARGV: last_used_at and expires_at, 8 bytes each, and version
 local copy = redis.call('GET', KEYS[1])

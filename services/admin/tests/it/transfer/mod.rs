@@ -223,7 +223,7 @@ async fn rows_that_differ_after_the_copy_fail_the_transfer() {
         let end = scene.transfer_node();
         assert_eq!((end.code, end.stdout.as_str()), (Some(1), ""), "{table}: {end:?}");
         assert!(
-            end.stderr.contains(&format!("what arrived is not what was sent ({table})")),
+            end.stderr.contains(&format!("differ from those that were sent ({table})")),
             "{end:?}"
         );
         assert!(!scene.is_marked());

@@ -1,0 +1,71 @@
+//! What follows from a committed transaction: copies to invalidate, leases to end, edges to wake.
+//!
+//! A transaction returns its effects as one value, and they are applied in one place, after the
+//! commit. Postgres is the truth before and after, so an edge that dies in between costs a delay: a
+//! queue in Redis is then behind, a session's copy lives until its time is over, and a waiting edge
+//! finds the message with its next poll.
+
+use std::collections::HashMap;
+
+use qpq_domain::{IdentityKey, Seq, StoreId, TokenHash};
+use qpq_ports::ReadQuery;
+
+use crate::{
+    redis::queue::{LeaseId, Queued},
+    sessions::SessionCopies,
+    wakes::WakeRegistry,
+};
+
+/// The effects of one transaction. Empty by default.
+#[derive(Debug, Default)]
+pub(crate) struct Effects {
+    /// Messages that were accepted.
+    pub(crate) accepted: Option<Accepted>,
+    /// Messages that were removed.
+    pub(crate) removed: Option<Removal>,
+    /// Sessions that were ended.
+    pub(crate) ended_sessions: Vec<TokenHash>,
+}
+
+/// Messages that were accepted in a history, by inbox.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) store_id: StoreId,
+    pub(crate) inboxes: HashMap<IdentityKey, Vec<Queued>>,
+}
+
+/// Messages that were removed from an inbox in a history.
+#[derive(Debug)]
+pub(crate) struct Removal {
+    /// The read that they were of.
+    pub(crate) query: ReadQuery,
+    pub(crate) store_id: StoreId,
+    /// The number of the removal among those of the inbox.
+    pub(crate) number: u64,
+    /// The lease that ends with them.
+    pub(crate) lease: Option<LeaseId>,
+    pub(crate) seqs: Vec<Seq>,
+}
+
+/// Applies effects. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Applier {
+    pub(crate) wakes: WakeRegistry,
+    pub(crate) sessions: SessionCopies,
+}
+
+impl Applier {
+    /// Applies the effects of a transaction that has committed.
+    pub(crate) async fn apply(&self, effects: Effects) {
+        let Effects { accepted, removed, ended_sessions } = effects;
+        if let Some(Accepted { store_id, inboxes }) = accepted {
+            self.wakes.push(store_id, inboxes).await;
+        }
+        if let Some(removal) = removed {
+            self.wakes.removed(&removal).await;
+        }
+        if !ended_sessions.is_empty() {
+            self.sessions.ended(&ended_sessions).await;
+        }
+    }
+}

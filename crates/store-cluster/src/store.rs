@@ -1,0 +1,222 @@
+//! The store of one edge: it connects to the three servers, implements every port in the file of
+//! its area, and owns the tasks that keep it up to date.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use qpq_ports::{Clock, Stores};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+
+use crate::{
+    Config, ConnectError, Limits,
+    effects::Applier,
+    error::Server,
+    history::History,
+    inboxes::{Committers, Completers, Heads, Leases},
+    jobs::JobQueue,
+    maintenance::{self, SweepSizes},
+    metrics,
+    nats::{Bus, EdgeId},
+    postgres::{self, Database},
+    redis::Redis,
+    sessions::SessionCopies,
+    skeletons,
+    time::Time,
+    wakes::WakeRegistry,
+};
+
+/// Time between two observations of the pool of connections.
+const OBSERVE_EVERY: Duration = Duration::from_secs(5);
+/// Maximum time of one attempt to connect, so that an attempt that hangs is not the last.
+const ATTEMPT: Duration = Duration::from_secs(10);
+/// Pause before the second attempt.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// The store of this edge, which implements every port. Cheap to clone.
+///
+/// Its tasks end when the last clone is dropped. That loses nothing: what the edge had leased is
+/// visible again a few seconds later.
+#[derive(Clone)]
+pub struct ClusterStore {
+    pub(crate) inner: Arc<Inner>,
+}
+
+/// The parts that the ports of the store share.
+pub(crate) struct Inner {
+    pub(crate) database: Database,
+    pub(crate) redis: Redis,
+    pub(crate) bus: Bus,
+    pub(crate) history: History,
+    pub(crate) time: Time,
+    pub(crate) limits: Limits,
+    /// Whether the instants of callers replace the time of Redis.
+    pub(crate) time_is_injected: bool,
+    pub(crate) heads: Heads,
+    pub(crate) committers: Committers,
+    pub(crate) completers: Completers,
+    pub(crate) leases: Leases,
+    pub(crate) wakes: WakeRegistry,
+    pub(crate) applier: Applier,
+    pub(crate) sweep_sizes: SweepSizes,
+    /// Time between two checks whether NATS delivers account events.
+    pub(crate) event_interval: Duration,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+impl ClusterStore {
+    /// Connects to all three servers, retrying those that are unreachable, and checks that they are
+    /// this cluster's. Needs a tokio runtime, and uses it while the store is open.
+    pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
+        metrics::describe();
+        let edge = EdgeId::random();
+        let timeout = config.start_timeout;
+        let (database, history, time) = open_database(config).await?;
+        let connect = |within| Server::Redis.answers(within, Redis::connect(config));
+        let redis = retrying(timeout, connect).await?;
+        let connect = |within| Server::Nats.answers(within, Bus::connect(config, &edge));
+        let bus = retrying(timeout, connect).await?;
+        Ok(Self::start(config, edge, (database, history, time), redis, bus))
+    }
+
+    fn start(
+        config: &Config,
+        edge: EdgeId,
+        (database, history, time): (Database, History, Time),
+        redis: Redis,
+        bus: Bus,
+    ) -> Self {
+        let (limits, timing) = (config.limits, &config.timing);
+        let delivery = limits.delivery;
+        let wakes = WakeRegistry::new(redis.clone(), bus.clone(), edge.clone());
+        let sessions = SessionCopies::new(redis.clone(), bus.clone(), timing.session_cache);
+        let applier = Applier { wakes: wakes.clone(), sessions: sessions.clone() };
+        let leases = Leases::new(edge, timing.lease, wakes.clone());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(redis.clone().probe());
+        tasks.spawn(wakes.clone().listen());
+        tasks.spawn(wakes.clone().poll(database.clone(), history.clone(), timing.poll));
+        tasks.spawn(sessions.listen(history.clone()));
+        tasks.spawn(leases.clone().renew());
+        tasks.spawn(observe(database.clone()));
+        let inner = Inner {
+            heads: Heads::start(&database, &history),
+            committers: Committers::start(&database, &history, delivery, &time, &applier),
+            completers: Completers::start(&database, delivery.recent_ids),
+            leases,
+            wakes,
+            applier,
+            database,
+            redis,
+            bus,
+            history,
+            time,
+            limits,
+            time_is_injected: config.clocks.edge.is_none(),
+            sweep_sizes: SweepSizes::default(),
+            event_interval: (timing.session_cache / 3).max(Duration::from_millis(100)),
+            tasks: Mutex::new(tasks),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Returns the cluster's time, which callers pass to the ports.
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        Arc::new(self.inner.time.clone())
+    }
+
+    /// Returns the ports.
+    pub fn stores(&self) -> Stores {
+        let store = Arc::new(self.clone());
+        Stores {
+            accounts: Arc::clone(&store) as _,
+            sessions: Arc::clone(&store) as _,
+            inboxes: Arc::clone(&store) as _,
+            wakes: Arc::clone(&store) as _,
+            key_packages: Arc::clone(&store) as _,
+            hybrid_keys: Arc::clone(&store) as _,
+            limiter: Arc::clone(&store) as _,
+            account_events: Arc::clone(&store) as _,
+            jobs: Arc::new(JobQueue::new(self.inner.database.clone())),
+            maintenance: store,
+        }
+    }
+
+    /// Commits what waits, publishes what other edges still have to receive, and disconnects.
+    pub async fn close(self) {
+        let inner = &*self.inner;
+        inner.committers.close().await;
+        inner.completers.close().await;
+        inner.heads.close().await;
+        inner.leases.close().await;
+        inner.tasks.lock().abort_all();
+        inner.bus.close().await;
+        inner.database.close().await;
+    }
+}
+
+impl fmt::Debug for ClusterStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClusterStore").finish_non_exhaustive()
+    }
+}
+
+/// Prepares the database, checks that it is this cluster's, and reads its history and time.
+async fn open_database(config: &Config) -> Result<(Database, History, Time), ConnectError> {
+    let (options, timeout) = (postgres::options(config)?, config.start_timeout);
+    retrying(timeout, |within| postgres::prepare(&options, config.migrate, within)).await?;
+    retrying(timeout, |within| skeletons::fill_all(&options, within)).await?;
+    let check = || postgres::check_cluster(&options, &config.opaque_setup);
+    retrying(timeout, |within| Server::Postgres.answers(within, check())).await?;
+    let database = Database::new(options, config.postgres_connections, config.postgres_timeout);
+    let read = || async {
+        History::read(&database).await.map_err(|error| Server::Postgres.unreachable(error))
+    };
+    let history = retrying(timeout, |within| Server::Postgres.answers(within, read())).await?;
+    let time = Time::new(config.clocks.clone());
+    let beat = || maintenance::first_beat(&database, &time);
+    retrying(timeout, |within| Server::Postgres.answers(within, beat())).await?;
+    Ok((database, history, time))
+}
+
+/// Retries an attempt until it succeeds, its failure is permanent, or the timeout is over. An
+/// attempt gets the time that it may take.
+async fn retrying<T, F>(
+    start_timeout: Duration,
+    mut connect: impl FnMut(Duration) -> F,
+) -> Result<T, ConnectError>
+where
+    F: Future<Output = Result<T, ConnectError>>,
+{
+    let until = Instant::now() + start_timeout;
+    let left = || until.saturating_duration_since(Instant::now());
+    let mut pause = FIRST_PAUSE;
+    loop {
+        // The futures of the client libraries are large.
+        let outcome = Box::pin(connect(left().min(ATTEMPT))).await;
+        let Err(ConnectError::Unreachable { server, setting, cause }) = outcome else {
+            return outcome;
+        };
+        if left() < FIRST_PAUSE {
+            let cause = format!("{cause}; cluster.start_timeout, {start_timeout:?}, is over");
+            return Err(ConnectError::Unreachable { server, setting, cause });
+        }
+        tracing::warn!(
+            error = %ConnectError::Unreachable { server, setting, cause },
+            "connection failed, retrying"
+        );
+        // The last attempts come in shorter intervals, and each of them has some time.
+        sleep(pause.mul_f64(0.5 + 0.5 * rand::random::<f64>()).min(left() / 2)).await;
+        pause = (pause * 2).min(Duration::from_secs(5));
+    }
+}
+
+async fn observe(database: Database) {
+    let mut ticks = tokio::time::interval(OBSERVE_EVERY);
+    loop {
+        ticks.tick().await;
+        database.observe();
+    }
+}

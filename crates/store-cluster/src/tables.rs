@@ -1,0 +1,410 @@
+//! The description of every table of the schema.
+//!
+//! The tables and statements by which a single node is moved in, and the canonical rows that verify
+//! the transfer, are generated from it. A test compares it with the schema, so a new table or
+//! column needs an entry here and a migration.
+
+use std::fmt::Write as _;
+
+use qpq_ports::transfer::{Column as MovedColumn, Kind, Table};
+
+/// A table and all of its columns.
+#[derive(Debug)]
+pub(crate) struct TableDescription {
+    name: &'static str,
+    content: Content,
+    columns: &'static [Column],
+}
+
+/// Where the rows of a table come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    /// A transfer moves them, in the order of the key.
+    Moved(Table),
+    /// They describe this database alone.
+    Local,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Column {
+    name: &'static str,
+    role: Role,
+}
+
+/// The part of a column in a transfer and in canonical rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// In both.
+    Value,
+    /// In both. The canonical row has the SHA-256 of the value.
+    LargeValue,
+    /// In both, as 0 or 1.
+    Flag,
+    /// The number of an account. The account gets another number here, and the canonical row has
+    /// its identity key instead.
+    Account,
+    /// As `Account`, and the rows of an account have an order, that of the named column. The
+    /// canonical row has the identity key and the position.
+    AccountInOrder(&'static str),
+    /// A number that this store assigns, in the order of the numbers of the other store. Not in
+    /// canonical rows.
+    RowNumber,
+    /// As `RowNumber`, of a table without accounts. Canonical rows are found by the new number.
+    Renumbered,
+    /// A key that is unique here. A row whose key exists already is not moved, so rows with a key
+    /// are not canonical.
+    UniqueKey,
+    /// An expression in SQL for rows that are moved in. Not in canonical rows.
+    Set(&'static str),
+    /// A value that follows from other columns and is computed later, or a column of a table that
+    /// is not moved. In neither.
+    Local,
+}
+
+const fn column(name: &'static str, role: Role) -> Column {
+    Column { name, role }
+}
+
+const fn value(name: &'static str) -> Column {
+    column(name, Role::Value)
+}
+
+const fn local(name: &'static str) -> Column {
+    column(name, Role::Local)
+}
+
+/// All tables of the schema, except that of the migrations and the partitions of `message`.
+/// Accounts come first, since the other rows are moved to their new numbers.
+static TABLES: [TableDescription; 12] = [
+    TableDescription {
+        name: "account",
+        content: Content::Moved(Table::Account),
+        columns: &[
+            column("id", Role::RowNumber),
+            value("username"),
+            value("identity"),
+            value("opaque_record"),
+            value("created_at"),
+            // Computed after the transfer: an account whose name looks like that of one of the
+            // cluster's accounts keeps its name.
+            local("skeleton"),
+            local("lookalike"),
+        ],
+    },
+    TableDescription {
+        name: "session",
+        content: Content::Moved(Table::Session),
+        columns: &[
+            value("token"),
+            column("account", Role::Account),
+            value("device"),
+            value("authenticated_at"),
+            value("last_used_at"),
+            value("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "inbox",
+        content: Content::Moved(Table::Inbox),
+        columns: &[
+            column("id", Role::Account),
+            value("last_seq"),
+            // More than any inbox of a cluster reaches, see `import`.
+            column("removals", Role::Set("1::bigint << 40")),
+            value("messages"),
+            value("bytes"),
+            value("next_expiry"),
+        ],
+    },
+    TableDescription {
+        name: "message",
+        content: Content::Moved(Table::Message),
+        columns: &[
+            column("inbox", Role::Account),
+            value("seq"),
+            value("expires_at"),
+            value("enqueued_at"),
+            value("channel"),
+            value("sender"),
+            value("message_id"),
+            value("payload_sha256"),
+            // Hashed again, because a transfer does not rely on the stored hash.
+            column("payload", Role::LargeValue),
+        ],
+    },
+    TableDescription {
+        name: "recent_id",
+        content: Content::Moved(Table::RecentId),
+        columns: &[
+            column("inbox", Role::Account),
+            value("sender"),
+            value("message_id"),
+            value("seq"),
+            value("channel"),
+            value("payload_sha256"),
+            value("enqueued_at"),
+            value("forget_at"),
+        ],
+    },
+    TableDescription {
+        name: "key_package",
+        content: Content::Moved(Table::KeyPackage),
+        columns: &[
+            column("id", Role::RowNumber),
+            // They are taken in the order of their upload.
+            column("owner", Role::AccountInOrder("id")),
+            value("fingerprint"),
+            column("last_resort", Role::Flag),
+            value("not_after"),
+            value("bytes"),
+            value("not_before"),
+        ],
+    },
+    TableDescription {
+        name: "key_package_given",
+        content: Content::Moved(Table::KeyPackageGiven),
+        columns: &[column("owner", Role::Account), value("fingerprint"), value("not_after")],
+    },
+    TableDescription {
+        name: "hybrid_key",
+        content: Content::Moved(Table::HybridKey),
+        columns: &[column("owner", Role::Account), value("key")],
+    },
+    TableDescription {
+        name: "job",
+        content: Content::Moved(Table::Job),
+        columns: &[
+            column("id", Role::Renumbered),
+            value("kind"),
+            column("key", Role::UniqueKey),
+            value("payload"),
+            value("run_at"),
+            // No worker of the single node is left, so every claim is released.
+            local("claim"),
+            local("again_at"),
+            value("attempts"),
+            value("died_at"),
+            value("last_error"),
+        ],
+    },
+    TableDescription {
+        name: "cluster",
+        content: Content::Local,
+        columns: &[local("singleton"), local("opaque_setup")],
+    },
+    TableDescription {
+        name: "heartbeat",
+        content: Content::Local,
+        columns: &[local("singleton"), local("beats")],
+    },
+    TableDescription {
+        name: "store",
+        content: Content::Local,
+        columns: &[local("singleton"), local("salt")],
+    },
+];
+
+impl TableDescription {
+    /// Returns the descriptions of the tables that are moved, accounts first.
+    pub(crate) fn moved() -> impl Iterator<Item = (Table, &'static Self)> {
+        TABLES.iter().filter_map(|description| match description.content {
+            Content::Moved(table) => Some((table, description)),
+            Content::Local => None,
+        })
+    }
+
+    /// Returns the statement that moves the rows of `import_…` to this table.
+    pub(crate) fn move_in(&self) -> String {
+        let (mut names, mut values) = (Vec::new(), Vec::new());
+        let (mut join, mut order, mut conflict) = (String::new(), String::new(), "");
+        for Column { name, role } in self.columns {
+            let value = match role {
+                Role::Value | Role::LargeValue => format!("t.{name}"),
+                Role::Renumbered => "t.moved".to_owned(),
+                Role::UniqueKey => {
+                    conflict = " ON CONFLICT DO NOTHING";
+                    format!("t.{name}")
+                }
+                Role::Flag => format!("t.{name} <> 0"),
+                Role::Account | Role::AccountInOrder(_) => {
+                    join = format!(" JOIN import_account s ON s.id = t.{name}");
+                    "s.moved".to_owned()
+                }
+                Role::RowNumber => {
+                    order = format!(" ORDER BY t.{name}");
+                    continue;
+                }
+                Role::Set(expression) => (*expression).to_owned(),
+                Role::Local => continue,
+            };
+            names.push(*name);
+            values.push(value);
+        }
+        let (names, values, name) = (names.join(", "), values.join(", "), self.name);
+        format!(
+            "INSERT INTO {name} ({names}) SELECT {values} FROM import_{name} t{join}{order}{conflict}"
+        )
+    }
+
+    /// Returns the statement that assigns the new numbers of rows before they are moved, if the
+    /// table needs one.
+    pub(crate) fn renumber(&self) -> Option<String> {
+        let number = self.columns.iter().find(|column| column.role == Role::Renumbered)?.name;
+        let name = self.name;
+        Some(format!(
+            "UPDATE import_{name} SET moved = nextval(pg_get_serial_sequence('{name}', '{number}'))"
+        ))
+    }
+
+    /// Returns the query for the canonical rows of the accounts that were moved in. The exporter of
+    /// the single node has the same cells in the same order.
+    pub(crate) fn canonical_rows(&self) -> String {
+        let (mut cells, mut filter) = (Vec::new(), String::new());
+        let (mut moved, mut key) = ("import_account".to_owned(), "id");
+        for Column { name, role } in self.columns {
+            match role {
+                Role::Value => cells.push(format!("t.{name}")),
+                Role::LargeValue => cells.push(format!("sha256(t.{name})")),
+                Role::Flag => cells.push(format!("t.{name}::int::bigint")),
+                Role::Account => {
+                    cells.push("a.identity".to_owned());
+                    key = name;
+                }
+                Role::AccountInOrder(order) => {
+                    key = name;
+                    cells.push("a.identity".to_owned());
+                    cells.push(format!(
+                        "row_number() OVER (PARTITION BY t.{name} ORDER BY t.{order})"
+                    ));
+                }
+                Role::Renumbered => (moved, key) = (format!("import_{}", self.name), name),
+                Role::UniqueKey => filter = format!(" WHERE t.{name} IS NULL"),
+                Role::RowNumber | Role::Set(_) | Role::Local => {}
+            }
+        }
+        let (cells, name) = (cells.join(", "), self.name);
+        format!("SELECT {cells} FROM {name} t JOIN {moved} a ON a.moved = t.{key}{filter}")
+    }
+}
+
+/// Returns the statements that create the tables `import_…`, where rows wait to be moved in: the
+/// columns of the other store, and for accounts and renumbered rows the new number. They are no
+/// part of the schema, and exist only during a transfer.
+pub(crate) fn create_import_tables() -> String {
+    let mut sql = String::new();
+    for (table, TableDescription { name, columns, .. }) in TableDescription::moved() {
+        let _ = write!(sql, "CREATE TABLE import_{name} (");
+        for MovedColumn { name, kind } in table.columns() {
+            let _ = write!(sql, "{name} {}, ", sql_type(*kind));
+        }
+        let is_renumbered = columns.iter().any(|column| column.role == Role::Renumbered);
+        if table == Table::Account || is_renumbered {
+            sql.push_str("moved bigint UNIQUE, ");
+        }
+        let _ = write!(sql, "PRIMARY KEY ({}));", table.key_list());
+        // Ciphertext does not compress.
+        for column in columns.iter().filter(|column| column.role == Role::LargeValue) {
+            let _ = write!(
+                sql,
+                "ALTER TABLE import_{name} ALTER COLUMN {} SET STORAGE EXTERNAL;",
+                column.name
+            );
+        }
+    }
+    sql
+}
+
+/// Returns the statements that drop the tables of [`create_import_tables`].
+pub(crate) fn drop_import_tables() -> String {
+    let drop = |(_, description): (Table, &TableDescription)| {
+        format!("DROP TABLE IF EXISTS import_{};", description.name)
+    };
+    TableDescription::moved().map(drop).collect()
+}
+
+/// Returns the statement that lets Postgres plan with the contents of the tables `import_…`.
+pub(crate) fn analyze_import_tables() -> String {
+    let names = TableDescription::moved().map(|(_, table)| format!("import_{}", table.name));
+    format!("ANALYZE {}", names.collect::<Vec<_>>().join(", "))
+}
+
+/// Returns the type of a column of the other store.
+pub(crate) const fn sql_type(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Number => "bigint",
+        Kind::Text => "text",
+        Kind::Bytes => "bytea",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use qpq_test_services::Postgres;
+    use sqlx::{Connection as _, PgConnection};
+
+    use super::*;
+
+    /// The columns of all tables but that of the migrations. A partition has those of its table.
+    const COLUMNS: &str = "
+        SELECT c.relname::text, a.attname::text
+          FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
+         WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND a.attnum > 0
+           AND NOT a.attisdropped AND c.relnamespace = current_schema()::regnamespace
+           AND c.relname <> '_sqlx_migrations'";
+
+    #[tokio::test]
+    async fn every_table_and_column_of_the_schema_is_described() {
+        let postgres = Postgres::start().await.expect("Postgres");
+        let url = postgres.create_database("described").await.expect("a database");
+        let mut connection = PgConnection::connect(&url).await.expect("connected");
+        sqlx::migrate!().run(&mut connection).await.expect("the schema");
+        let schema: Vec<(String, String)> =
+            sqlx::query_as(COLUMNS).fetch_all(&mut connection).await.expect("read");
+        let schema: BTreeSet<_> = schema.into_iter().collect();
+        let described: BTreeSet<_> = TABLES
+            .iter()
+            .flat_map(|table| {
+                let of_column = |column: &Column| (table.name.to_owned(), column.name.to_owned());
+                table.columns.iter().map(of_column)
+            })
+            .collect();
+        assert_eq!(described, schema);
+        assert!(schema.len() > 40);
+    }
+
+    #[test]
+    fn every_moved_table_and_column_is_described_once() {
+        let described: Vec<_> = TableDescription::moved().map(|(table, _)| table).collect();
+        assert_eq!(described, Table::ALL);
+        for (table, description) in TableDescription::moved() {
+            assert_eq!(table.name(), description.name);
+            for MovedColumn { name, .. } in table.columns() {
+                let is_here = description.columns.iter().any(|column| column.name == *name);
+                // The number of a message belongs to the single node alone.
+                assert!(is_here || (table, *name) == (Table::Message, "id"), "{table:?}.{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn statements_are_generated_from_the_roles_of_the_columns() {
+        let (_, packages) = TableDescription::moved()
+            .find(|(table, _)| *table == Table::KeyPackage)
+            .expect("described");
+        assert_eq!(
+            packages.move_in(),
+            "INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes, \
+             not_before) SELECT s.moved, t.fingerprint, t.last_resort <> 0, t.not_after, t.bytes, \
+             t.not_before FROM import_key_package t JOIN import_account s ON s.id = t.owner \
+             ORDER BY t.id"
+        );
+        assert_eq!(
+            packages.canonical_rows(),
+            "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), \
+             t.fingerprint, t.last_resort::int::bigint, t.not_after, t.bytes, t.not_before \
+             FROM key_package t JOIN import_account a ON a.moved = t.owner"
+        );
+    }
+}
