@@ -131,6 +131,14 @@ impl Client {
     /// retryable refusals retried within [`Options::patience`], as far as the method's
     /// [retry policy](qpq_proto::RetryPolicy) allows it.
     pub async fn call<M: Method>(&self, request: M::Request) -> Result<M::Response, CallError> {
+        Ok(self.call_any::<M>(request).await?.0)
+    }
+
+    /// Calls a method as [`Client::call`] does. Returns the connection that answered, too.
+    pub(crate) async fn call_any<M: Method>(
+        &self,
+        request: M::Request,
+    ) -> Result<(M::Response, Arc<Live>), CallError> {
         let payload = call::encode::<M>(&request, self.shared.token.read().as_ref())?;
         let repeat = call::repeat::<M>(&request);
         let until = self.patience();
@@ -139,7 +147,7 @@ impl Client {
         loop {
             let live = self.shared.link.live(until).await?;
             let error = match self.exchange::<M>(&live, payload.clone(), limit).await {
-                Ok(response) => return Ok(response),
+                Ok(response) => return Ok((response, live)),
                 Err(error) => error,
             };
             if !may_retry(&error, repeat) {
@@ -151,6 +159,16 @@ impl Client {
             }
             limit = limit.min(until.saturating_duration_since(Instant::now()).max(SHORTEST_TRY));
         }
+    }
+
+    /// Calls a method once, on this connection alone.
+    pub(crate) async fn call_on<M: Method>(
+        &self,
+        live: &Arc<Live>,
+        request: M::Request,
+    ) -> Result<M::Response, CallError> {
+        let payload = call::encode::<M>(&request, self.shared.token.read().as_ref())?;
+        self.exchange::<M>(live, payload, self.try_limit::<M>(&request)).await
     }
 
     /// Registers an account. The password never leaves this machine; `identity` signs to prove that

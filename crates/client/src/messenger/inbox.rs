@@ -5,7 +5,11 @@
 //! acknowledges, by their seqs, exactly the messages that were processed. What was processed in a
 //! read that crashed before its Ack is recognized when it comes again.
 
-use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis};
 use qpq_mls::{Arrival, Ignored, Lost, Received, Rules};
@@ -24,6 +28,7 @@ use super::{
 };
 use crate::{
     error::{CallError, Error},
+    link::Live,
     profile::{self, Task},
 };
 
@@ -93,7 +98,7 @@ impl Messenger {
         let mut keys = NewKeys::NotNeeded;
         let (mut after, mut newest, mut news) = (Seq::ZERO, None, false);
         for _ in 0..MAX_PAGES {
-            let page = self.peek(after).await?;
+            let (page, connection) = self.peek(after).await?;
             let more = page.more;
             if let Some(last) = page.payloads.last().map(|envelope| Seq(envelope.seq)) {
                 check_order(after, &page.payloads)?;
@@ -106,7 +111,7 @@ impl Messenger {
                 news |= taken.news;
                 newest = taken.newest;
                 if !taken.processed.is_empty() {
-                    self.ack(taken.processed).await?;
+                    self.ack(&connection, taken.processed).await?;
                 }
                 after = last;
             }
@@ -135,9 +140,9 @@ impl Messenger {
         Ok(())
     }
 
-    async fn peek(&self, after: Seq) -> Result<v1::PeekResponse, CallError> {
+    async fn peek(&self, after: Seq) -> Result<(v1::PeekResponse, Arc<Live>), CallError> {
         self.client()
-            .call::<methods::Peek>(v1::PeekRequest {
+            .call_any::<methods::Peek>(v1::PeekRequest {
                 all_channels: true,
                 after_seq: after.0,
                 limit: PAGE,
@@ -146,11 +151,19 @@ impl Messenger {
             .await
     }
 
-    async fn ack(&self, seqs: Vec<u64>) -> Result<(), CallError> {
-        self.client()
-            .call::<methods::Ack>(v1::AckRequest { all_channels: true, seqs, ..Default::default() })
-            .await
-            .map(drop)
+    /// Acks on the connection of the Peek that returned these seqs: the server compares the history
+    /// of both there. On another connection, after a restore, the same seqs could be those of other
+    /// messages. Where that connection has ended, the messages come again and are recognized.
+    async fn ack(&self, connection: &Arc<Live>, seqs: Vec<u64>) -> Result<(), CallError> {
+        let request = v1::AckRequest { all_channels: true, seqs, ..Default::default() };
+        match self.client().call_on::<methods::Ack>(connection, request).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_temporary() => {
+                tracing::debug!(%error, "ack failed, the messages will be read again");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -1,13 +1,20 @@
 //! Servers whose answers to Peek are false. Every call is passed on to an honest server; the
 //! answers to Peek are changed on the way back.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prost::Message as _;
 use qpq_client::{
-    CallError, Error, Fingerprint, Messenger, Method as _, Options, Trust, methods, v1,
+    CallError, Error, Fingerprint, Messenger, Method as _, Options, Status, Trust, methods, v1,
 };
 use qpq_transport::{
     Certificates, Config, EventSink, Peer, Reply, Service,
@@ -35,6 +42,9 @@ struct Relay {
     dialer: Dialer,
     lie: Mutex<Option<Lie>>,
     peeks: Mutex<usize>,
+    fails_acks: AtomicBool,
+    /// The ids of the methods of all calls.
+    calls: Mutex<Vec<u16>>,
 }
 
 impl Liar {
@@ -48,6 +58,8 @@ impl Liar {
             dialer: Dialer::new(transport::Trust::Pin(server.fingerprint)).unwrap(),
             lie: Mutex::default(),
             peeks: Mutex::default(),
+            fails_acks: AtomicBool::default(),
+            calls: Mutex::default(),
         });
         let fingerprint = certificates.fingerprint();
         let config = Config::new(([127, 0, 0, 1], 0).into());
@@ -74,6 +86,14 @@ impl Liar {
 
     fn peeks(&self) -> usize {
         *self.service.peeks.lock()
+    }
+
+    /// Returns the Peeks and Acks since the last time, in their order.
+    fn take_reads(&self) -> Vec<&'static str> {
+        let calls = std::mem::take(&mut *self.service.calls.lock());
+        let reads = [methods::Peek::INFO, methods::Ack::INFO];
+        let name = |id| reads.iter().find(|info| info.id == id).map(|info| info.name);
+        calls.into_iter().filter_map(name).collect()
     }
 }
 
@@ -105,6 +125,10 @@ impl Service for Relay {
             .await
             .expect("the honest server runs");
         let Request { method_id, request_id, payload } = request;
+        self.calls.lock().push(method_id);
+        if method_id == methods::Ack::INFO.id && self.fails_acks.load(Ordering::Relaxed) {
+            return Reply::new(u8::from(Status::Unavailable), Bytes::new());
+        }
         let (status, answer) = honest
             .call(method_id, payload, request_id, Duration::from_secs(60))
             .await
@@ -170,4 +194,25 @@ async fn a_page_that_comes_again_and_again_ends_the_read_and_is_shown_once() {
     alice.send(with_bob, "three").await.unwrap();
     assert_eq!(read(&bob).await, ["alice: one", "alice: two", "alice: three"]);
     assert!(read(&bob).await.is_empty());
+}
+
+/// A repeated Ack can reach a server whose store was restored since the Peek. The same seqs are
+/// those of other messages there.
+#[tokio::test]
+async fn an_ack_that_fails_is_left_to_the_next_read() {
+    let server = Server::start().await;
+    let liar = Liar::before(&server);
+    let (alice, bob) = (server.user("alice").await, liar.user(&server, "bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    read(&bob).await;
+    alice.send(with_bob, "one").await.unwrap();
+    liar.take_reads();
+    liar.service.fails_acks.store(true, Ordering::Relaxed);
+    assert_eq!(read(&bob).await, ["alice: one"]);
+    assert_eq!(liar.take_reads(), ["Peek", "Ack"]);
+    liar.service.fails_acks.store(false, Ordering::Relaxed);
+    assert!(read(&bob).await.is_empty(), "the message is recognized");
+    assert_eq!(liar.take_reads(), ["Peek", "Ack"]);
+    assert!(read(&bob).await.is_empty());
+    assert_eq!(liar.take_reads(), ["Peek"], "the inbox is empty");
 }

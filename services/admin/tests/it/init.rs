@@ -170,7 +170,7 @@ fn the_certificate_is_valid_for_the_requested_names() {
     assert!(stderr.contains("in lower case"), "{stderr}");
     let stderr =
         run_failing(1, &["init", "--out", text(&workspace.path("none")), "--name", "ex ämple"]);
-    assert!(stderr.contains("cannot make a certificate"), "{stderr}");
+    assert!(stderr.contains("cannot create a certificate"), "{stderr}");
 }
 
 #[test]
