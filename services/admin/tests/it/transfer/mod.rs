@@ -256,14 +256,14 @@ async fn a_node_that_does_not_fit_the_cluster_is_refused_before_any_write() {
         .sql(&format!("{account} VALUES ('{name}', decode(repeat('ab', 32), 'hex'), '', 0)"))
         .await;
     let stderr = scene.failing_transfer().await;
-    assert!(stderr.contains(&format!("same name or identity: {name}.")), "{stderr}");
+    assert!(stderr.contains(&format!("same name or identity key: {name}.")), "{stderr}");
     scene.sql("DELETE FROM account").await;
     let identity = scene.content.identities().nth(5).unwrap();
     let hex: String = identity.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
     scene.sql(&format!("{account} VALUES ('else', decode('{hex}', 'hex'), '', 0)")).await;
     let name = scene.content.names().nth(5).unwrap().to_owned();
     let stderr = scene.failing_transfer().await;
-    assert!(stderr.contains(&format!("same name or identity: {name}.")), "{stderr}");
+    assert!(stderr.contains(&format!("same name or identity key: {name}.")), "{stderr}");
     scene.sql("DELETE FROM account").await;
 
     scene.sql("INSERT INTO cluster (opaque_setup) VALUES (decode(repeat('00', 32), 'hex'))").await;
