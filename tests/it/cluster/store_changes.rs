@@ -23,9 +23,8 @@ async fn traffic_with(change: Change) -> Report {
     traffic.acknowledged(BEFORE).await;
     store.change(change, &cluster, &traffic, LAG).await.expect("a new history");
     let report = traffic.finish(&cluster).await.expect("an end of the traffic").report;
-    println!("{change:?}: {report}");
     report.assert_clean();
-    assert!(report.acknowledged as u64 >= MESSAGES);
+    assert!(report.acknowledged as u64 >= MESSAGES, "{report}");
     report
 }
 
