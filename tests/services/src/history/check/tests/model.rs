@@ -295,7 +295,7 @@ impl Model {
     }
 
     fn ack_late(&mut self, inbox: Inbox, reader: u32, ended: Moment) {
-        let last = self.delivered_before.iter().filter(|(of, _)| *of == inbox).next_back();
+        let last = self.delivered_before.iter().rfind(|(of, _)| *of == inbox);
         let Some(&(_, seq)) = last else { return };
         let log = &mut self.logs[reader as usize];
         let ack = log.ack_through(inbox, Some(self.store_before), seq);
