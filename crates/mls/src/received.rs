@@ -48,8 +48,9 @@ pub enum Received {
     Buffered,
     /// It was here before. It may be acknowledged.
     Duplicate,
-    /// A stranger's Welcome, which waits until [`Client::accept`] or [`Client::decline`]. The
-    /// Welcome has used up a key package of ours. It may be acknowledged once the state is saved.
+    /// A stranger's Welcome, which waits for [`accept`](crate::Client::accept) or
+    /// [`decline`](crate::Client::decline). The Welcome has used up a key package of ours. It may
+    /// be acknowledged once the state is saved.
     Requested(Request),
     /// It is from a person whose messages are refused, or for a group that we have left or declined
     /// to join. It has no effect. It may be acknowledged.
