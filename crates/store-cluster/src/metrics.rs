@@ -16,7 +16,7 @@
 //! | `qpq_redis_breaker_open` | gauge | 0 or 1 | whether Redis does not answer and is not called |
 //! | `qpq_redis_skipped_total` | counter | calls | scripts and commands that were not sent because Redis does not answer |
 //! | `qpq_hot_reads_total{from}` | counter | reads | reads by their source: `redis`, `reloaded`, `postgres` |
-//! | `qpq_lost_queues_total` | counter | queues | queues in Redis with messages that Postgres had lost although its history was the same: it was restored without `qpq-admin restore` |
+//! | `qpq_lost_queues_total` | counter | queues | queues in Redis with messages that Postgres had lost although its history was the same: it was restored without `qpq-admin mark-restored` |
 //! | `qpq_leases` | gauge | leases | pages of this edge on their way to a client |
 //! | `qpq_waiters` | gauge | subscriptions | calls and subscriptions of this edge that wait for an inbox |
 //! | `qpq_wakes_total{way}` | counter | wakes | inboxes that were woken: `local`, `sent`, `received`, `found` by a poll |
@@ -103,7 +103,7 @@ pub(crate) fn describe() {
     describe_counter!(
         LOST_QUEUES,
         Count,
-        "Queues in Redis with messages that Postgres had lost although its history was the same: it was restored without `qpq-admin restore`"
+        "Queues in Redis with messages that Postgres had lost although its history was the same: it was restored without `qpq-admin mark-restored`"
     );
     describe_gauge!(LEASES, Count, "Pages of this edge on their way to a client");
     describe_gauge!(WAITERS, Count, "Calls and subscriptions of this edge that wait for an inbox");

@@ -304,7 +304,7 @@ fn a_commit_read_too_late_has_a_reason_of_its_own() {
 }
 
 #[test]
-fn nothing_held_or_said_is_shown() {
+fn debug_output_contains_no_secret_and_no_text() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let id = group_of(&mut ann, &mut [&mut bob]);
     let message = say(&mut ann, id, "secret words");
