@@ -326,7 +326,7 @@ impl Group {
         })
     }
 
-    /// Who had `leaf` in `epoch`, if that member is gone.
+    /// Returns the member that had `leaf` in `epoch` and was removed since.
     fn departed_as(&self, leaf: LeafNodeIndex, epoch: u64) -> Option<&Member> {
         self.departed
             .iter()

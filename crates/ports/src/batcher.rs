@@ -239,7 +239,7 @@ pub struct Call<I, A> {
 pub struct Answer<A>(oneshot::Sender<A>);
 
 impl<A> Answer<A> {
-    /// Answers the caller. A caller that has gone away changes nothing.
+    /// Answers the caller. Does nothing if the call was dropped.
     pub fn send(self, answer: A) {
         let _ = self.0.send(answer);
     }
@@ -366,11 +366,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_caller_that_goes_away_disturbs_no_other() {
+    async fn a_dropped_call_delays_and_fails_no_other() {
         let mut bench = Bench::busy().await;
         {
-            let mut gone = Box::pin(bench.batcher.call(1));
-            assert!(poll!(&mut gone).is_pending());
+            let mut dropped = Box::pin(bench.batcher.call(1));
+            assert!(poll!(&mut dropped).is_pending());
         }
         let (batcher, permits) = (bench.batcher.clone(), Arc::clone(&bench.permits));
         let mut stays = Box::pin(batcher.call(2));

@@ -24,7 +24,7 @@ impl Messenger {
     /// client has read that.
     pub async fn leave(&self, group: ConversationId) -> Result<Outcome, Error> {
         let id = group_of(group)?;
-        // The keys with which this could be made up for later will be gone.
+        // Messages that are not read before the keys are deleted can never be decrypted.
         if !self.shared.verified.load(Ordering::Relaxed) {
             self.sync().await?;
         }

@@ -155,12 +155,12 @@ impl Ear {
                 Waited::Nothing => {}
                 Waited::Dropped => return Ok(Ended::Dropped),
                 Waited::End => return Ok(Ended::Connection),
-                Waited::Signals(heard) => {
-                    if heard.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
+                Waited::Signals(received) => {
+                    if received.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
                         keys = NewKeys::Needed;
                     }
                     let is_draining =
-                        heard.iter().any(|signal| matches!(signal, Signal::Draining(_)));
+                        received.iter().any(|signal| matches!(signal, Signal::Draining(_)));
                     if is_draining && self.messenger.client().renew().await == Renewed::Yes {
                         return Ok(Ended::Connection);
                     }
@@ -193,14 +193,14 @@ impl Ear {
         Ok(())
     }
 
-    /// Waits for signals, and gives what came of sending when that ends.
+    /// Waits for signals. Passes on the results of sending meanwhile.
     async fn wait(&mut self, signals: &mut Signals, until: Instant) -> Result<Waited, Error> {
         loop {
             tokio::select! {
-                heard = timeout_at(until, next_signals(signals)) => return Ok(match heard {
+                received = timeout_at(until, next_signals(signals)) => return Ok(match received {
                     Err(_) => Waited::Nothing,
                     Ok(None) => Waited::End,
-                    Ok(Some(heard)) => Waited::Signals(heard),
+                    Ok(Some(received)) => Waited::Signals(received),
                 }),
                 Some(sent) = self.sending.join_next() => {
                     unless_final("outbox", sent.expect("sending does not panic"))?;

@@ -91,20 +91,20 @@ pub async fn an_id_counts_for_one_sender_and_recipient(factory: &dyn Factory) {
     assert_eq!(texts(&bench.peek(all(carol)).await), ["a to c"]);
 }
 
-/// `hello`, the inbox's only message so far, was removed at `gone`. Its repeats are recognised from
-/// `now` until the window has passed, to the millisecond. Then it is another message.
+/// Checks that repeats of `hello`, which was removed at `removed_at`, are recognised from `now` to
+/// the last millisecond of the window, and that a later repeat is another message.
 async fn is_remembered(
     bench: &Bench,
     hello: NewMessage,
     receipt: Receipt,
-    gone: UnixMillis,
+    removed_at: UnixMillis,
     now: UnixMillis,
 ) {
-    let just_before = gone.plus(window() - Duration::from_millis(1));
+    let just_before = removed_at.plus(window() - Duration::from_millis(1));
     for now in [now, just_before] {
         assert_eq!(bench.send(hello.clone().at(now)).await, Enqueued::Duplicate(receipt));
     }
-    assert_eq!(bench.deliver(hello.at(gone.plus(window()))).await.seq, Seq(2));
+    assert_eq!(bench.deliver(hello.at(removed_at.plus(window()))).await.seq, Seq(2));
 }
 
 pub async fn an_id_is_remembered_after_an_ack(factory: &dyn Factory) {

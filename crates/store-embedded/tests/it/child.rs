@@ -212,7 +212,7 @@ const ARGUMENTS: [&str; 6] =
     ["--exact", "child::serve", "--ignored", "--nocapture", "--test-threads", "1"];
 
 #[test]
-#[ignore = "not a test: the child process runs it, and without commands it does nothing"]
+#[ignore = "the entry point of the child process that the tests kill; it waits for commands"]
 fn serve() {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();

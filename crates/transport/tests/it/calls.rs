@@ -66,12 +66,12 @@ async fn the_end_of_a_connection_drops_its_calls() {
     let (mut one, mut two) = (false, false);
     harness.wait_for(Report::Started(2)).await;
     raw.quic.close(VarInt::from_u32(7), b"enough");
-    let mut gone = false;
-    while !(one && two && gone) {
+    let mut disconnected = false;
+    while !(one && two && disconnected) {
         match harness.next_report().await {
             Report::Cancelled(1) => one = true,
             Report::Cancelled(2) => two = true,
-            Report::Disconnected => gone = true,
+            Report::Disconnected => disconnected = true,
             other => assert_eq!(other, Report::Started(1)),
         }
     }
