@@ -7,10 +7,9 @@ use std::{collections::BTreeMap, fs, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use bytes::Bytes;
 use nix::unistd::{SysconfVar, sysconf};
+use qpq_domain::StoreLimits;
 use qpq_ports::{Clock as _, SystemClock};
-use qpq_store_cluster::{
-    COMMITTERS, ClusterStore, Config, Endpoint, Limits, Migrate, Timing, measure,
-};
+use qpq_store_cluster::{COMMITTERS, ClusterStore, Config, Endpoint, Migrate, Timing, measure};
 use tokio::task::JoinSet;
 
 use qpq_tests::{
@@ -209,13 +208,13 @@ async fn store(cluster: &Cluster, namespace: &str) -> anyhow::Result<Config> {
         namespace: namespace.into(),
         migrate: Migrate::AtStart,
         opaque_setup: [7; 32],
-        limits: Limits {
-            delivery: qpq_domain::Delivery {
+        limits: StoreLimits {
+            delivery: qpq_domain::DeliveryLimits {
                 max_messages: u64::MAX / 4,
                 max_bytes: u64::MAX / 4,
-                ..qpq_domain::Delivery::default()
+                ..qpq_domain::DeliveryLimits::default()
             },
-            ..Limits::default()
+            ..StoreLimits::default()
         },
         timing: Timing::default(),
         clocks: qpq_store_cluster::Clocks::default(),

@@ -7,10 +7,11 @@ use std::{path::Path, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use qpq_domain::{
-    ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis, Username,
+    ChannelId, DeliveryLimits, IdentityKey, KeyPackageLimits, MessageId, Seq, StoreLimits,
+    UnixMillis, Username,
 };
 use qpq_ports::{Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores, View};
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 use sha2::{Digest as _, Sha256};
 
 use crate::floor::own_cpu;
@@ -38,8 +39,10 @@ fn identity(i: usize) -> IdentityKey {
 
 impl Subject {
     pub(crate) async fn with_inboxes(dir: &Path, inboxes: usize) -> anyhow::Result<Self> {
-        let limits =
-            Limits { delivery: Delivery::default(), key_packages: KeyPackageCaps::default() };
+        let limits = StoreLimits {
+            delivery: DeliveryLimits::default(),
+            key_packages: KeyPackageLimits::default(),
+        };
         let store = EmbeddedStore::open(dir, limits).await?;
         let stores = store.stores();
         stream::iter(0..inboxes)

@@ -18,7 +18,7 @@ mod username;
 pub use backoff::Backoff;
 pub use identity::{IdentityKey, InvalidIdentity};
 pub use ids::{AccountId, ChannelId, DeviceId, MessageId, Seq, StoreId, WrongLength};
-pub use limits::{Delivery, KeyPackageCaps, MAX_BATCH};
+pub use limits::{DeliveryLimits, KeyPackageLimits, MAX_BATCH, StoreLimits};
 pub use lookalike::{Skeleton, UsernameScripts};
 pub use session::{SessionToken, TokenHash};
 pub use time::UnixMillis;

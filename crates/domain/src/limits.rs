@@ -10,7 +10,7 @@ pub const MAX_BATCH: usize = 1_000;
 
 /// The limits of messages and inboxes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Delivery {
+pub struct DeliveryLimits {
     /// The largest payload of a message, in bytes.
     pub max_payload: usize,
     /// The maximum number of messages queued in an inbox.
@@ -37,7 +37,7 @@ pub struct Delivery {
     pub max_wait: Duration,
 }
 
-impl Default for Delivery {
+impl Default for DeliveryLimits {
     fn default() -> Self {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         Self {
@@ -55,7 +55,7 @@ impl Default for Delivery {
     }
 }
 
-impl Delivery {
+impl DeliveryLimits {
     /// Returns whether a payload of `size` bytes fits into an inbox of `messages` and `bytes`.
     pub const fn has_room(&self, messages: u64, bytes: u64, size: u64) -> bool {
         messages < self.max_messages && bytes.saturating_add(size) <= self.max_bytes
@@ -114,17 +114,26 @@ impl Delivery {
 
 /// The limits of stored KeyPackages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KeyPackageCaps {
+pub struct KeyPackageLimits {
     /// The largest KeyPackage, in bytes.
     pub max_bytes: usize,
     /// The maximum number of KeyPackages of an account, including the last-resort one.
     pub max_count: u32,
 }
 
-impl Default for KeyPackageCaps {
+impl Default for KeyPackageLimits {
     fn default() -> Self {
         Self { max_bytes: 64 << 10, max_count: 1_000 }
     }
+}
+
+/// The limits that a store enforces.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreLimits {
+    /// Limits of messages and inboxes.
+    pub delivery: DeliveryLimits,
+    /// Limits of KeyPackages.
+    pub key_packages: KeyPackageLimits,
 }
 
 #[cfg(test)]
@@ -133,7 +142,7 @@ mod tests {
 
     #[test]
     fn zero_means_the_default_and_larger_values_are_reduced_to_the_maximum() {
-        let limits = Delivery::default();
+        let limits = DeliveryLimits::default();
         assert_eq!(limits.ttl(0), limits.default_ttl);
         assert_eq!(limits.ttl(5), Duration::from_secs(5));
         assert_eq!(limits.ttl(u32::MAX), limits.max_ttl);
@@ -144,17 +153,18 @@ mod tests {
 
     #[test]
     fn senders_are_limited_once_an_inbox_is_more_than_half_full() {
-        let limits = Delivery { max_messages: 9, max_bytes: 100, ..Delivery::default() };
+        let limits =
+            DeliveryLimits { max_messages: 9, max_bytes: 100, ..DeliveryLimits::default() };
         assert!(!limits.limits_senders(4, 50));
         assert!(limits.limits_senders(5, 0) && limits.limits_senders(0, 51));
         assert_eq!((limits.sender_messages(), limits.sender_bytes()), (1, 12));
-        assert_eq!(Delivery { max_messages: 3, ..limits }.sender_messages(), 1);
-        assert!(!Delivery { sender_share: 1, ..limits }.limits_senders(9, 100));
+        assert_eq!(DeliveryLimits { max_messages: 3, ..limits }.sender_messages(), 1);
+        assert!(!DeliveryLimits { sender_share: 1, ..limits }.limits_senders(9, 100));
     }
 
     #[test]
     fn an_inbox_has_room_up_to_exactly_its_limits() {
-        let limits = Delivery { max_messages: 2, max_bytes: 10, ..Delivery::default() };
+        let limits = DeliveryLimits { max_messages: 2, max_bytes: 10, ..DeliveryLimits::default() };
         assert!(limits.has_room(1, 9, 1));
         assert!(!limits.has_room(2, 0, 0) && !limits.has_room(0, 9, 2));
         assert!(!limits.has_room(0, 1, u64::MAX));

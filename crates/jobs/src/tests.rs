@@ -10,9 +10,9 @@ use std::{
 };
 
 use async_trait::async_trait;
-use qpq_domain::UnixMillis;
+use qpq_domain::{StoreLimits, UnixMillis};
 use qpq_ports::{ClaimRequest, Clock, Job, JobKind, NewJob};
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -143,7 +143,7 @@ fn request(lease: Duration) -> ClaimRequest {
 }
 
 async fn open(dir: &Path) -> EmbeddedStore {
-    EmbeddedStore::open(dir, Limits::default()).await.expect("open")
+    EmbeddedStore::open(dir, StoreLimits::default()).await.expect("open")
 }
 
 /// Never polls, and retries immediately.

@@ -29,7 +29,7 @@ pub trait Inboxes: Send + Sync {
     /// Accepts messages and returns one outcome for each, in their order. A message is durable when
     /// its outcome is `Accepted`. Messages to one inbox get their seqs in the order of the batch.
     /// An error means that none was accepted. The backend's configuration
-    /// ([`qpq_domain::Delivery`]) limits what an inbox holds and what one sender holds of it, and
+    /// ([`qpq_domain::DeliveryLimits`]) limits what an inbox holds and what one sender holds of it, and
     /// says how long message ids are remembered.
     async fn enqueue(&self, batch: Batch) -> StoreResult<Vec<Enqueued>>;
 
@@ -157,7 +157,7 @@ pub enum Enqueued {
     /// The inbox has no room.
     QueueFull,
     /// The inbox is more than half full, and the sender has used its share of it
-    /// ([`qpq_domain::Delivery::sender_share`]).
+    /// ([`qpq_domain::DeliveryLimits::sender_share`]).
     SenderShare,
 }
 

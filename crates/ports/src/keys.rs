@@ -13,7 +13,7 @@ use crate::StoreResult;
 pub trait KeyPackages: Send + Sync {
     /// Stores all of `packages` or none. A package that is stored already changes nothing. A new
     /// last-resort package replaces the old one. The backend's configuration limits the packages of
-    /// one owner ([`qpq_domain::KeyPackageCaps`]).
+    /// one owner ([`qpq_domain::KeyPackageLimits`]).
     ///
     /// [`UploadMode::Replace`] first removes what the owner has stored, the last-resort package
     /// included. Removing and storing are one step: a concurrent [`take`](Self::take) gets a

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis, Username, UsernameScripts};
+use qpq_domain::{DeliveryLimits, KeyPackageLimits, UnixMillis, Username, UsernameScripts};
 use qpq_mls::key_package;
 use qpq_ports::{Clock, Stores};
 use qpq_proto::{LimitClass, LimitSubject};
@@ -62,8 +62,8 @@ pub struct Config {
     /// The usernames of administrators.
     pub admins: HashSet<Username>,
     pub limits: RateLimits,
-    pub delivery: Delivery,
-    pub key_packages: KeyPackageCaps,
+    pub delivery: DeliveryLimits,
+    pub key_packages: KeyPackageLimits,
     /// The MLS ciphersuites (RFC 9420 §17.1) of accepted KeyPackages. Packages of suites that the
     /// server cannot check are stored unchecked.
     pub key_package_suites: Vec<u16>,
@@ -84,8 +84,8 @@ impl Default for Config {
             username_scripts: UsernameScripts::default(),
             admins: HashSet::new(),
             limits: RateLimits::default(),
-            delivery: Delivery::default(),
-            key_packages: KeyPackageCaps::default(),
+            delivery: DeliveryLimits::default(),
+            key_packages: KeyPackageLimits::default(),
             key_package_suites: key_package::Policy::default().suites,
             waiting_logins: 256,
             answers: AnswerMemory::default(),

@@ -3,7 +3,7 @@
 
 use std::{fmt, fs, path::PathBuf, time::Duration};
 
-use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_domain::StoreLimits;
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, pem::PemObject as _},
@@ -36,7 +36,7 @@ pub struct Config {
     /// have the same.
     pub opaque_setup: [u8; 32],
     /// The limits of the deployment.
-    pub limits: Limits,
+    pub limits: StoreLimits,
     /// Intervals between edges.
     pub timing: Timing,
     /// The clocks of the edge.
@@ -91,15 +91,6 @@ pub enum Migrate {
     AtStart,
     /// By `qpq-admin migrate` only.
     Never,
-}
-
-/// The limits of the deployment.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Limits {
-    /// Limits of inboxes.
-    pub delivery: Delivery,
-    /// Limits of KeyPackages.
-    pub key_packages: KeyPackageCaps,
 }
 
 /// The intervals by which edges detect each other's changes without a message.

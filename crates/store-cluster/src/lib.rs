@@ -38,7 +38,7 @@ mod tables;
 mod time;
 mod wakes;
 
-pub use config::{Config, Endpoint, Limits, Migrate, Timing};
+pub use config::{Config, Endpoint, Migrate, Timing};
 pub use error::ConnectError;
 pub use history::begin_history;
 pub use import::{Import, ImportError};

@@ -4,6 +4,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
+use qpq_domain::StoreLimits;
 use qpq_ports::{Clock, Stores};
 use tokio::{
     task::JoinSet,
@@ -11,7 +12,7 @@ use tokio::{
 };
 
 use crate::{
-    Config, ConnectError, Limits,
+    Config, ConnectError,
     effects::Applier,
     error::Server,
     history::History,
@@ -51,7 +52,7 @@ pub(crate) struct Inner {
     pub(crate) bus: Bus,
     pub(crate) history: History,
     pub(crate) time: Time,
-    pub(crate) limits: Limits,
+    pub(crate) limits: StoreLimits,
     /// Whether the instants of callers replace the time of Redis.
     pub(crate) time_is_injected: bool,
     pub(crate) heads: Heads,

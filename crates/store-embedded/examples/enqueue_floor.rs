@@ -13,9 +13,9 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
-use qpq_domain::{ChannelId, Delivery, IdentityKey, MessageId, Seq, UnixMillis};
+use qpq_domain::{ChannelId, DeliveryLimits, IdentityKey, MessageId, Seq, StoreLimits, UnixMillis};
 use qpq_ports::{Ack, Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, Stores, View};
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 use sqlx::{
     ConnectOptions as _, Connection as _, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
@@ -177,8 +177,9 @@ async fn floor() {
 /// Opens a store with this many accounts. Inserts them without the ports, because a million take
 /// long there.
 async fn store_with(path: &Path, accounts: u64) -> EmbeddedStore {
-    let delivery = Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..Delivery::default() };
-    let limits = Limits { delivery, ..Limits::default() };
+    let delivery =
+        DeliveryLimits { max_messages: u64::MAX, max_bytes: u64::MAX, ..DeliveryLimits::default() };
+    let limits = StoreLimits { delivery, ..StoreLimits::default() };
     EmbeddedStore::open(path, limits).await.unwrap_or_else(|error| panic!("{error}")).close().await;
     let mut connection =
         SqliteConnectOptions::new().filename(path.join("qpq.db")).connect().await.expect("connect");

@@ -181,11 +181,11 @@ fn cells(row: &SqliteRow) -> sqlx::Result<Row> {
 
 #[cfg(test)]
 mod tests {
-    use qpq_domain::{IdentityKey, UnixMillis, Username};
+    use qpq_domain::{IdentityKey, StoreLimits, UnixMillis, Username};
     use qpq_ports::NewAccount;
 
     use super::*;
-    use crate::{EmbeddedStore, Limits};
+    use crate::EmbeddedStore;
 
     /// A server that was killed leaves its last commits in the log next to the database.
     #[tokio::test]
@@ -193,7 +193,7 @@ mod tests {
         let (directory, copy) =
             (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("two"));
         let store =
-            EmbeddedStore::open(directory.path(), Limits::default()).await.expect("it opens");
+            EmbeddedStore::open(directory.path(), StoreLimits::default()).await.expect("it opens");
         let account = NewAccount {
             username: Username::parse("alice").expect("a name"),
             identity: IdentityKey::new([1; 32]),

@@ -59,4 +59,4 @@ pub use export::{Export, ExportError};
 pub use files::{DATABASE_FILE, MOVED_FILE, RESTORING_FILE};
 pub use jobs::JobsOperator;
 pub use open_error::OpenError;
-pub use store::{EmbeddedStore, Limits};
+pub use store::EmbeddedStore;

@@ -1,6 +1,7 @@
 //! Opening of a data directory: it is created if missing, locked, migrated to the newest schema,
 //! and tested with one commit. Then the store is built.
 
+use qpq_domain::StoreLimits;
 use std::{path::Path, sync::Arc, time::Duration};
 
 use sqlx::{
@@ -19,7 +20,7 @@ use crate::{
     metrics as names,
     open_error::{OpenError, failed},
     schema,
-    store::{EmbeddedStore, Limits},
+    store::EmbeddedStore,
     writer::Writer,
 };
 
@@ -33,7 +34,7 @@ pub(crate) const ROWS_AHEAD: usize = 8;
 impl EmbeddedStore {
     /// Opens `data_dir`, and creates it if it is missing. Needs a tokio runtime for as long as the
     /// store is open.
-    pub async fn open(data_dir: &Path, limits: Limits) -> Result<Self, OpenError> {
+    pub async fn open(data_dir: &Path, limits: StoreLimits) -> Result<Self, OpenError> {
         names::describe();
         directory::create(data_dir)?;
         let lock = directory::lock(data_dir)?;

@@ -3,7 +3,7 @@
 
 use std::{fmt, sync::Arc};
 
-use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_domain::StoreLimits;
 use qpq_ports::{SingleEdge, Stores};
 use sqlx::SqlitePool;
 
@@ -12,13 +12,6 @@ use crate::{
     memory::{Limiter, Memory},
     writer::Writer,
 };
-
-/// The limits of a deployment.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Limits {
-    pub delivery: Delivery,
-    pub key_packages: KeyPackageCaps,
-}
 
 /// An open data directory, which implements the ports. Cheap to clone.
 ///
@@ -30,7 +23,7 @@ pub struct EmbeddedStore {
     pub(crate) memory: Arc<Memory>,
     pub(crate) limiter: Arc<Limiter>,
     pub(crate) damage: Arc<Damage>,
-    pub(crate) limits: Limits,
+    pub(crate) limits: StoreLimits,
 }
 
 impl EmbeddedStore {

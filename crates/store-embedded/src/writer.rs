@@ -27,7 +27,7 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use qpq_domain::Delivery;
+use qpq_domain::DeliveryLimits;
 use qpq_ports::{
     Enqueued, NewMessage, StoreError, StoreResult,
     admission::{Admission, AdmissionPermit},
@@ -91,7 +91,7 @@ impl Writer {
     pub(crate) fn start(
         connection: SqliteConnection,
         options: SqliteConnectOptions,
-        limits: Delivery,
+        limits: DeliveryLimits,
         memory: Arc<Memory>,
         lock: File,
     ) -> Self {
@@ -273,7 +273,7 @@ impl Transaction {
 /// The state of the writer's task.
 struct Committer {
     options: SqliteConnectOptions,
-    limits: Delivery,
+    limits: DeliveryLimits,
     memory: Arc<Memory>,
     /// `None` from a failure until the next batch.
     connection: Option<SqliteConnection>,

@@ -4,12 +4,12 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_domain::{DeliveryLimits, KeyPackageLimits, StoreLimits};
 use qpq_runtime::{
     config::{Broken, Choice},
     section,
 };
-use qpq_store_cluster::{Clocks, Endpoint, Limits, Migrate, Timing};
+use qpq_store_cluster::{Clocks, Endpoint, Migrate, Timing};
 use secrecy::{ExposeSecret as _, SecretString};
 
 section! {
@@ -164,8 +164,8 @@ impl<'a> Sections<'a> {
     pub(crate) fn store(
         &self,
         opaque_setup: [u8; 32],
-        delivery: Delivery,
-        key_packages: KeyPackageCaps,
+        delivery: DeliveryLimits,
+        key_packages: KeyPackageLimits,
     ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
         let Self { redis, nats, .. } = self;
         Ok(qpq_store_cluster::Config {
@@ -180,8 +180,8 @@ impl<'a> Sections<'a> {
     pub(crate) fn database(
         &self,
         opaque_setup: [u8; 32],
-        delivery: Delivery,
-        key_packages: KeyPackageCaps,
+        delivery: DeliveryLimits,
+        key_packages: KeyPackageLimits,
     ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
         let Self { postgres, redis, cluster, .. } = self;
         let none = || Endpoint { url: String::new(), password: None, ca: None };
@@ -204,7 +204,7 @@ impl<'a> Sections<'a> {
                 MigrateWhen::AtStart => Migrate::AtStart,
             },
             opaque_setup,
-            limits: Limits { delivery, key_packages },
+            limits: StoreLimits { delivery, key_packages },
             timing: Timing {
                 poll: cluster.poll,
                 lease: cluster.lease,

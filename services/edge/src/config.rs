@@ -163,27 +163,27 @@ section! {
     /// Messages and inboxes.
     pub struct Delivery {
         /// The largest payload of one message.
-        max_payload: Size = Size(qpq_domain::Delivery::default().max_payload as u64);
+        max_payload: Size = Size(qpq_domain::DeliveryLimits::default().max_payload as u64);
         /// Messages queued in one inbox.
-        max_messages: u64 = qpq_domain::Delivery::default().max_messages;
+        max_messages: u64 = qpq_domain::DeliveryLimits::default().max_messages;
         /// Payload queued in one inbox.
-        max_bytes: Size = Size(qpq_domain::Delivery::default().max_bytes);
+        max_bytes: Size = Size(qpq_domain::DeliveryLimits::default().max_bytes);
         /// While an inbox is more than half full, one sender may have at most its n-th part, in
         /// messages and in bytes. 1: no limit.
-        sender_share: u64 = qpq_domain::Delivery::default().sender_share;
+        sender_share: u64 = qpq_domain::DeliveryLimits::default().sender_share;
         /// The largest BatchEnqueue: the payload times the recipients, or the sum of the payloads.
-        max_batch_bytes: Size = Size(qpq_domain::Delivery::default().max_batch_bytes);
+        max_batch_bytes: Size = Size(qpq_domain::DeliveryLimits::default().max_batch_bytes);
         /// The lifetime of a message without one in the request.
-        default_ttl: Duration = qpq_domain::Delivery::default().default_ttl;
+        default_ttl: Duration = qpq_domain::DeliveryLimits::default().default_ttl;
         /// The longest lifetime that a request may have.
-        max_ttl: Duration = qpq_domain::Delivery::default().max_ttl;
+        max_ttl: Duration = qpq_domain::DeliveryLimits::default().max_ttl;
         /// How long a message id is kept after its message was removed, so that a repeated Enqueue
         /// is not delivered twice.
-        recent_ids: Duration = qpq_domain::Delivery::default().recent_ids;
+        recent_ids: Duration = qpq_domain::DeliveryLimits::default().recent_ids;
         /// The time that FetchWait waits if the request has none.
-        default_wait: Duration = qpq_domain::Delivery::default().default_wait;
+        default_wait: Duration = qpq_domain::DeliveryLimits::default().default_wait;
         /// The longest time that FetchWait waits.
-        max_wait: Duration = qpq_domain::Delivery::default().max_wait;
+        max_wait: Duration = qpq_domain::DeliveryLimits::default().max_wait;
     }
 }
 
@@ -191,9 +191,9 @@ section! {
     /// KeyPackages.
     pub struct Keys {
         /// The largest KeyPackage.
-        max_package: Size = Size(qpq_domain::KeyPackageCaps::default().max_bytes as u64);
+        max_package: Size = Size(qpq_domain::KeyPackageLimits::default().max_bytes as u64);
         /// Maximum number of KeyPackages of one account.
-        max_packages: u32 = qpq_domain::KeyPackageCaps::default().max_count;
+        max_packages: u32 = qpq_domain::KeyPackageLimits::default().max_count;
         /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are accepted. KeyPackages of
         /// 0x0001 and 0x0003, the defaults, are checked in full. Of other suites the signature is
         /// not checked.
@@ -455,9 +455,9 @@ impl Config {
         }
     }
 
-    pub fn delivery(&self) -> qpq_domain::Delivery {
+    pub fn delivery(&self) -> qpq_domain::DeliveryLimits {
         let given = &self.delivery;
-        qpq_domain::Delivery {
+        qpq_domain::DeliveryLimits {
             max_payload: bytes(given.max_payload),
             max_messages: given.max_messages,
             max_bytes: given.max_bytes.0,
@@ -471,8 +471,8 @@ impl Config {
         }
     }
 
-    pub fn key_packages(&self) -> qpq_domain::KeyPackageCaps {
-        qpq_domain::KeyPackageCaps {
+    pub fn key_packages(&self) -> qpq_domain::KeyPackageLimits {
+        qpq_domain::KeyPackageLimits {
             max_bytes: bytes(self.keys.max_package),
             max_count: self.keys.max_packages,
         }

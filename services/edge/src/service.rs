@@ -99,11 +99,11 @@ impl Events for Sink {
 mod tests {
     use std::time::Duration;
 
-    use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis, Username};
+    use qpq_domain::{ChannelId, IdentityKey, Seq, StoreLimits, UnixMillis, Username};
     use qpq_ports::{
         Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores, SystemClock, View,
     };
-    use qpq_store_embedded::{EmbeddedStore, Limits};
+    use qpq_store_embedded::EmbeddedStore;
 
     use super::*;
 
@@ -113,7 +113,7 @@ mod tests {
     /// Creates a store with one message in one inbox.
     async fn one_message() -> (tempfile::TempDir, EmbeddedStore, ReadQuery) {
         let dir = tempfile::tempdir().unwrap();
-        let store = EmbeddedStore::open(dir.path(), Limits::default()).await.unwrap();
+        let store = EmbeddedStore::open(dir.path(), StoreLimits::default()).await.unwrap();
         let stores = store.stores();
         let inbox = IdentityKey::new([7; 32]);
         let username = Username::parse("alice").unwrap();

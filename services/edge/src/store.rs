@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use qpq_domain::StoreLimits;
 use qpq_ports::{Clock, Stores, SystemClock};
 use qpq_runtime::data_dir::DataDir;
 use qpq_store_cluster::ClusterStore;
@@ -49,10 +50,8 @@ impl Store {
             return Err(OpenError::Restoring(dir.path().to_owned()).into());
         }
         let secrets = secrets::load_or_create(&dir)?;
-        let limits = qpq_store_embedded::Limits {
-            delivery: config.delivery(),
-            key_packages: config.key_packages(),
-        };
+        let limits =
+            StoreLimits { delivery: config.delivery(), key_packages: config.key_packages() };
         let store = EmbeddedStore::open(dir.path(), limits).await?;
         match certificate::open(config) {
             Ok(opened) => Ok(Opened {

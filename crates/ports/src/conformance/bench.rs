@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use qpq_domain::{
-    AccountId, ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis,
-    Username,
+    AccountId, ChannelId, DeliveryLimits, IdentityKey, KeyPackageLimits, MessageId, Seq,
+    UnixMillis, Username,
 };
 
 use super::{Backend, Factory};
@@ -35,13 +35,13 @@ pub(super) struct Person {
 
 impl Bench {
     pub(super) async fn new(factory: &dyn Factory) -> Self {
-        Self::with(factory, Delivery::default(), KeyPackageCaps::default()).await
+        Self::with(factory, DeliveryLimits::default(), KeyPackageLimits::default()).await
     }
 
     pub(super) async fn with(
         factory: &dyn Factory,
-        delivery: Delivery,
-        caps: KeyPackageCaps,
+        delivery: DeliveryLimits,
+        caps: KeyPackageLimits,
     ) -> Self {
         let backend = factory.fresh(delivery, caps).await;
         let stores = backend.stores();

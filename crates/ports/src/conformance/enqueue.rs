@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use qpq_domain::{Delivery, IdentityKey, KeyPackageCaps, Seq};
+use qpq_domain::{DeliveryLimits, IdentityKey, KeyPackageLimits, Seq};
 use tokio::task::JoinSet;
 
 use super::{
@@ -18,8 +18,8 @@ use super::{
 use crate::{Batch, Enqueued, NewMessage, Page, Receipt};
 
 /// Without a limit for each sender: one sender may fill an inbox.
-fn unshared() -> Delivery {
-    Delivery { sender_share: 1, ..Delivery::default() }
+fn unshared() -> DeliveryLimits {
+    DeliveryLimits { sender_share: 1, ..DeliveryLimits::default() }
 }
 
 pub async fn seqs_are_contiguous_under_concurrency(factory: &dyn Factory) {
@@ -87,9 +87,12 @@ pub async fn an_unknown_recipient_is_reported(factory: &dyn Factory) {
 }
 
 pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
-    let bench =
-        Bench::with(factory, Delivery { max_messages: 2, ..unshared() }, KeyPackageCaps::default())
-            .await;
+    let bench = Bench::with(
+        factory,
+        DeliveryLimits { max_messages: 2, ..unshared() },
+        KeyPackageLimits::default(),
+    )
+    .await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
     let messages = vec![
@@ -152,8 +155,8 @@ pub async fn messages_that_share_a_payload_are_stored_like_any_other(factory: &d
 }
 
 pub async fn a_refusal_in_the_middle_leaves_no_gap(factory: &dyn Factory) {
-    let limits = Delivery { max_bytes: 100, ..unshared() };
-    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let limits = DeliveryLimits { max_bytes: 100, ..unshared() };
+    let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     let known = bench.deliver(message(alice, bob, "one").with_id(1)).await;
     let messages = vec![
@@ -178,8 +181,8 @@ pub async fn a_refusal_in_the_middle_leaves_no_gap(factory: &dyn Factory) {
 }
 
 pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) {
-    let limits = Delivery { max_messages: 3, ..unshared() };
-    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let limits = DeliveryLimits { max_messages: 3, ..unshared() };
+    let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let alice = bench.person(1).await;
     bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
     for _ in 0..3 {
@@ -197,8 +200,8 @@ pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) 
 }
 
 pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) {
-    let limits = Delivery { max_bytes: 100, ..unshared() };
-    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let limits = DeliveryLimits { max_bytes: 100, ..unshared() };
+    let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let alice = bench.person(1).await;
     let sized = |n: usize| message(alice, alice, &"x".repeat(n));
     assert_eq!(
@@ -218,8 +221,8 @@ pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) 
 }
 
 pub async fn expired_messages_make_room(factory: &dyn Factory) {
-    let limits = Delivery { max_messages: 3, max_bytes: 30, ..unshared() };
-    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let limits = DeliveryLimits { max_messages: 3, max_bytes: 30, ..unshared() };
+    let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let alice = bench.person(1).await;
     bench.deliver(message(alice, alice, "stays")).await;
     bench.deliver(message(alice, alice, "goes").living(MINUTE)).await;
@@ -244,8 +247,8 @@ pub async fn expired_messages_make_room(factory: &dyn Factory) {
 pub async fn large_batches_of_one_sender_do_not_block_others(factory: &dyn Factory) {
     const GREEDY: usize = 24;
     const BETWEEN: usize = 8;
-    let limits = Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..unshared() };
-    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let limits = DeliveryLimits { max_messages: u64::MAX, max_bytes: u64::MAX, ..unshared() };
+    let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let (greedy, friend) = (bench.person(1).await, bench.person(2).await);
     let batch = vec![message(greedy, greedy, &"x".repeat(4 << 10)); crate::CALL_MESSAGES];
     let stored = Arc::new(AtomicUsize::new(0));

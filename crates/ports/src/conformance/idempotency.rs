@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use qpq_domain::{Delivery, Seq, UnixMillis};
+use qpq_domain::{DeliveryLimits, Seq, UnixMillis};
 use tokio::task::JoinSet;
 
 use super::{
@@ -13,7 +13,7 @@ use crate::{Batch, Enqueued, NewMessage, Receipt};
 
 /// How long ids are remembered by default.
 fn window() -> Duration {
-    Delivery::default().recent_ids
+    DeliveryLimits::default().recent_ids
 }
 
 pub async fn a_repeat_of_a_queued_message_gets_its_receipt(factory: &dyn Factory) {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use qpq_domain::{Delivery, IdentityKey, KeyPackageCaps, UnixMillis};
+use qpq_domain::{DeliveryLimits, IdentityKey, KeyPackageLimits, UnixMillis};
 use tokio::task::JoinSet;
 
 use super::{
@@ -185,8 +185,8 @@ pub async fn an_upload_is_stored_whole_or_not_at_all(factory: &dyn Factory) {
 }
 
 pub async fn an_owner_has_no_more_than_the_cap(factory: &dyn Factory) {
-    let caps = KeyPackageCaps { max_count: 3, ..KeyPackageCaps::default() };
-    let bench = Bench::with(factory, Delivery::default(), caps).await;
+    let caps = KeyPackageLimits { max_count: 3, ..KeyPackageLimits::default() };
+    let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
     let alice = bench.person(1).await;
     assert_eq!(bench.upload(alice, (1..=4).map(package).collect()).await, Upload::Full);
     assert_eq!(bench.stock(alice).await, stock(0, false), "nothing was stored");
@@ -268,8 +268,8 @@ pub async fn a_replacement_removes_what_is_stored(factory: &dyn Factory) {
 }
 
 pub async fn a_replacement_that_is_refused_removes_nothing(factory: &dyn Factory) {
-    let caps = KeyPackageCaps { max_count: 3, ..KeyPackageCaps::default() };
-    let bench = Bench::with(factory, Delivery::default(), caps).await;
+    let caps = KeyPackageLimits { max_count: 3, ..KeyPackageLimits::default() };
+    let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
     let alice = bench.person(1).await;
     bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
@@ -284,8 +284,8 @@ pub async fn a_replacement_that_is_refused_removes_nothing(factory: &dyn Factory
 }
 
 pub async fn a_replacement_makes_room_for_itself(factory: &dyn Factory) {
-    let caps = KeyPackageCaps { max_count: 2, ..KeyPackageCaps::default() };
-    let bench = Bench::with(factory, Delivery::default(), caps).await;
+    let caps = KeyPackageLimits { max_count: 2, ..KeyPackageLimits::default() };
+    let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
     let alice = bench.person(1).await;
     assert_eq!(bench.upload(alice, vec![package(1), last_resort(2)]).await, stock(1, true));
     assert_eq!(bench.replace(alice, vec![package(3), package(4)]).await, stock(2, false));
@@ -317,8 +317,8 @@ pub async fn a_replaced_stock_never_runs_dry(factory: &dyn Factory) {
 }
 
 pub async fn owners_do_not_share_anything(factory: &dyn Factory) {
-    let caps = KeyPackageCaps { max_count: 2, ..KeyPackageCaps::default() };
-    let bench = Bench::with(factory, Delivery::default(), caps).await;
+    let caps = KeyPackageLimits { max_count: 2, ..KeyPackageLimits::default() };
+    let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);
     assert_eq!(bench.upload(alice, vec![package(1), last_resort(2)]).await, stock(1, true));
     assert_eq!(bench.take(alice).await, taken(1));

@@ -1,6 +1,6 @@
 //! Rules of [`crate::Maintenance`].
 
-use qpq_domain::{Delivery, KeyPackageCaps, TokenHash, UnixMillis};
+use qpq_domain::{DeliveryLimits, KeyPackageLimits, TokenHash, UnixMillis};
 
 use super::{
     Factory,
@@ -119,8 +119,9 @@ pub async fn a_sweep_changes_no_answer(factory: &dyn Factory) {
 /// More than one transaction removes, so that some of it is left when a message arrives.
 pub async fn an_inbox_full_of_expired_messages_accepts_new_ones(factory: &dyn Factory) {
     const MANY: u64 = 600;
-    let delivery = Delivery { max_messages: MANY, sender_share: 1, ..Delivery::default() };
-    let bench = Bench::with(factory, delivery, KeyPackageCaps::default()).await;
+    let delivery =
+        DeliveryLimits { max_messages: MANY, sender_share: 1, ..DeliveryLimits::default() };
+    let bench = Bench::with(factory, delivery, KeyPackageLimits::default()).await;
     let alice = bench.person(1).await;
     let mut brief = vec![message(alice, alice, "brief").living(MINUTE); 599];
     brief.push(message(alice, alice, "last").with_id(1).living(MINUTE));

@@ -32,7 +32,7 @@ pub mod sessions;
 pub mod wakes;
 
 use async_trait::async_trait;
-use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis};
+use qpq_domain::{DeliveryLimits, KeyPackageLimits, UnixMillis};
 
 use crate::Stores;
 
@@ -40,7 +40,11 @@ use crate::Stores;
 #[async_trait]
 pub trait Factory: Send + Sync {
     /// Creates an empty backend with these limits, which no other test uses.
-    async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend>;
+    async fn fresh(
+        &self,
+        delivery: DeliveryLimits,
+        key_packages: KeyPackageLimits,
+    ) -> Box<dyn Backend>;
 }
 
 /// A backend under test.

@@ -1,9 +1,9 @@
-//! Rules of [`Delivery::sender_share`]: in an inbox that is more than half full, no sender holds
+//! Rules of [`DeliveryLimits::sender_share`]: in an inbox that is more than half full, no sender holds
 //! more than its share.
 
 use std::sync::Arc;
 
-use qpq_domain::{Delivery, KeyPackageCaps};
+use qpq_domain::{DeliveryLimits, KeyPackageLimits};
 use tokio::task::JoinSet;
 
 use super::{
@@ -14,8 +14,8 @@ use crate::{Batch, Enqueued, NewMessage};
 
 /// 16 messages: half is 8, a share is 2.
 async fn of_sixteen(factory: &dyn Factory) -> Bench {
-    let limits = Delivery { max_messages: 16, ..Delivery::default() };
-    Bench::with(factory, limits, KeyPackageCaps::default()).await
+    let limits = DeliveryLimits { max_messages: 16, ..DeliveryLimits::default() };
+    Bench::with(factory, limits, KeyPackageLimits::default()).await
 }
 
 /// Sends messages with these numbers as ids and texts; returns the outcomes.
@@ -71,8 +71,8 @@ pub async fn beyond_the_half_a_sender_holds_no_more_than_its_share_of_messages(
 
 pub async fn beyond_the_half_a_sender_holds_no_more_than_its_share_of_bytes(factory: &dyn Factory) {
     // Half is 400 bytes, a share is 100.
-    let limits = Delivery { max_bytes: 800, ..Delivery::default() };
-    let bench = Bench::with(factory, limits, KeyPackageCaps::default()).await;
+    let limits = DeliveryLimits { max_bytes: 800, ..DeliveryLimits::default() };
+    let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let (bob, stranger, friend) =
         (bench.person(1).await, bench.person(2).await, bench.person(3).await);
     let sized = |from, n: usize| message(from, bob, &"x".repeat(n));

@@ -4,14 +4,14 @@ use std::{cell::RefCell, future::pending, net::Ipv4Addr, sync::Arc, time::Durati
 
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
-use qpq_domain::UnixMillis;
+use qpq_domain::{StoreLimits, UnixMillis};
 use qpq_ports::{Bucket, Clock, LimitKey, RateLimiter, StoreResult, Verdict};
 use qpq_proto::{
     LimitSubject, auth as marker,
     methods::{Enqueue, FetchWait, Health, RelayEnqueue},
     v1::{RelayEnqueueRequest, RelayEnqueueResponse},
 };
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 use rand::rngs::OsRng;
 
 use super::*;
@@ -166,7 +166,7 @@ struct TestServer {
 impl TestServer {
     async fn with_budget(calls: u32) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let store = EmbeddedStore::open(dir.path(), Limits::default()).await.expect("a store");
+        let store = EmbeddedStore::open(dir.path(), StoreLimits::default()).await.expect("a store");
         let mut stores = store.stores();
         stores.limiter = Arc::new(RecordingLimiter(stores.limiter));
         let budget = (

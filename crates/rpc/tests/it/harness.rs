@@ -17,7 +17,7 @@ use opaque_ke::{
     ClientRegistrationFinishParameters, CredentialResponse, RegistrationResponse, ksf::Identity,
 };
 use prost::Message as _;
-use qpq_domain::{IdentityKey, UnixMillis, Username};
+use qpq_domain::{IdentityKey, StoreLimits, UnixMillis, Username};
 use qpq_ports::{Clock, Stores};
 use qpq_proto::{
     Method, Status,
@@ -32,7 +32,7 @@ use qpq_rpc::{
     Answer, Config, Connection, DeliverySigner, Events, OpaqueServer, Parts, RateLimits, Rpc,
     opaque::QpqSuite,
 };
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 use rand::rngs::OsRng;
 use tempfile::TempDir;
 
@@ -100,7 +100,7 @@ impl Server {
             ..Config::default()
         };
         configure(&mut config);
-        let limits = Limits { delivery: config.delivery, key_packages: config.key_packages };
+        let limits = StoreLimits { delivery: config.delivery, key_packages: config.key_packages };
         let store = EmbeddedStore::open(dir.path(), limits).await.expect("an empty directory");
         let clock = Arc::new(TestClock(AtomicU64::new(START.0)));
         let opaque = OpaqueServer::generate(&mut OsRng);

@@ -12,7 +12,7 @@
 
 use std::{collections::HashMap, mem, sync::Arc};
 
-use qpq_domain::{Delivery, IdentityKey};
+use qpq_domain::{DeliveryLimits, IdentityKey};
 use qpq_ports::{
     Batch, Enqueued, Envelope, NewMessage, StoreError, StoreResult,
     admission::{Admission, AdmissionPermit},
@@ -68,7 +68,7 @@ impl Committers {
     pub(crate) fn start(
         database: &Database,
         history: &History,
-        limits: Delivery,
+        limits: DeliveryLimits,
         time: &Time,
         applier: &Applier,
     ) -> Self {
@@ -116,7 +116,7 @@ fn committer_of(inbox: &IdentityKey, committers: usize) -> usize {
 struct Committer {
     database: Database,
     history: History,
-    limits: Delivery,
+    limits: DeliveryLimits,
     time: Time,
     applier: Applier,
     /// Bounds the memory of `pushes`.

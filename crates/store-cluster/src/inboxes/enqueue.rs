@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use qpq_domain::{Delivery, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
+use qpq_domain::{DeliveryLimits, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
 use qpq_ports::{Enqueued, NewMessage, Receipt};
 use sqlx::{PgConnection, Row as _};
 
@@ -129,7 +129,7 @@ pub(crate) struct Outcomes {
 /// counts from the later of the two.
 pub(crate) struct Accept<'a> {
     pub(crate) messages: &'a [NewMessage],
-    pub(crate) limits: &'a Delivery,
+    pub(crate) limits: &'a DeliveryLimits,
     pub(crate) time: &'a Time,
 }
 
@@ -194,7 +194,7 @@ impl Head {
         &mut self,
         connection: &mut PgConnection,
         message: &NewMessage,
-        limits: &Delivery,
+        limits: &DeliveryLimits,
         times: (UnixMillis, UnixMillis),
         so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<Enqueued> {
@@ -224,7 +224,7 @@ impl Head {
         &self,
         connection: &mut PgConnection,
         message: &NewMessage,
-        limits: &Delivery,
+        limits: &DeliveryLimits,
         now: UnixMillis,
         so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<(u64, u64)> {
@@ -307,7 +307,7 @@ async fn make_room(
     heads: &mut HashMap<IdentityKey, Head>,
     messages: &[NewMessage],
     bounds: &[Bounds],
-    limits: &Delivery,
+    limits: &DeliveryLimits,
 ) -> sqlx::Result<()> {
     let mut rows = SWEEP;
     let mut seen = HashSet::new();
@@ -336,7 +336,7 @@ async fn known(
     heads: &HashMap<IdentityKey, Head>,
     messages: &[NewMessage],
     bounds: &[Bounds],
-    limits: &Delivery,
+    limits: &DeliveryLimits,
 ) -> sqlx::Result<HashMap<usize, Receipt>> {
     let (mut places, mut inboxes, mut senders) = (Vec::new(), Vec::new(), Vec::new());
     let (mut ids, mut nows): (Vec<&[u8]>, Vec<i64>) = (Vec::new(), Vec::new());

@@ -407,7 +407,9 @@ mod tests {
     use qpq_test_services::Redis as Server;
 
     use super::*;
-    use crate::config::{Config, Endpoint, Limits, Migrate, Timing};
+    use qpq_domain::StoreLimits;
+
+    use crate::config::{Config, Endpoint, Migrate, Timing};
 
     const READER: Reader = Reader::single(IdentityKey::new([1; 32]));
     const READ: ReadQuery = ReadQuery { reader: READER, view: View::All };
@@ -428,7 +430,7 @@ mod tests {
             namespace: "test".to_owned(),
             migrate: Migrate::Never,
             opaque_setup: [0; 32],
-            limits: Limits::default(),
+            limits: StoreLimits::default(),
             timing: Timing::default(),
             clocks: crate::Clocks::default(),
         };

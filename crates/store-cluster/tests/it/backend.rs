@@ -14,12 +14,12 @@ use std::{
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis};
+use qpq_domain::{DeliveryLimits, KeyPackageLimits, StoreLimits, UnixMillis};
 use qpq_ports::{
     Stores,
     conformance::{Backend, Factory},
 };
-use qpq_store_cluster::{Clocks, ClusterStore, Config, Endpoint, Limits, Migrate, Timing};
+use qpq_store_cluster::{Clocks, ClusterStore, Config, Endpoint, Migrate, Timing};
 use qpq_test_services::{
     Authority, Nats, Postgres, Redis, RedisCluster, RedisSentinel, resp::Reply,
 };
@@ -133,7 +133,7 @@ impl<R: AnyRedis> Servers<R> {
     ) -> Arc<Self> {
         let servers = Self { postgres, redis, nats, authority, clusters: AtomicU32::new(0) };
         let template = servers.postgres.create_database(TEMPLATE).await.expect("a database");
-        qpq_store_cluster::migrate(&servers.config(template, Limits::default()))
+        qpq_store_cluster::migrate(&servers.config(template, StoreLimits::default()))
             .await
             .expect("the schema");
         servers.set_postgres_clock(TEMPLATE, "NULL").await;
@@ -141,7 +141,7 @@ impl<R: AnyRedis> Servers<R> {
     }
 
     /// Creates a cluster with a database and a namespace of its own.
-    pub(crate) async fn cluster(&self, limits: Limits) -> Config {
+    pub(crate) async fn cluster(&self, limits: StoreLimits) -> Config {
         let name = format!("cluster{}", self.clusters.fetch_add(1, Ordering::Relaxed));
         let create = format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}");
         self.postgres.sql(&create).await.expect("a database");
@@ -159,7 +159,7 @@ impl<R: AnyRedis> Servers<R> {
         self.postgres.sql_in(database, &set).await.expect("a clock that stands");
     }
 
-    fn config(&self, database: String, limits: Limits) -> Config {
+    fn config(&self, database: String, limits: StoreLimits) -> Config {
         let ca: Option<PathBuf> = self.authority.as_ref().map(Authority::file);
         let endpoint = |url: String| Endpoint { url, password: None, ca: ca.clone() };
         Config {
@@ -250,8 +250,12 @@ impl Clusters {
 
 #[async_trait]
 impl<R: AnyRedis> Factory for Clusters<R> {
-    async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend> {
-        let config = self.0.cluster(Limits { delivery, key_packages }).await;
+    async fn fresh(
+        &self,
+        delivery: DeliveryLimits,
+        key_packages: KeyPackageLimits,
+    ) -> Box<dyn Backend> {
+        let config = self.0.cluster(StoreLimits { delivery, key_packages }).await;
         let servers = Arc::clone(&self.0);
         Box::new(Running { process: Some(Process::start(&config).await), config, servers })
     }

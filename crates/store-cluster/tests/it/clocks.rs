@@ -9,9 +9,9 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::UnixMillis;
+use qpq_domain::{StoreLimits, UnixMillis};
 use qpq_ports::{Bucket, Clock, LimitKey, StoreError, SystemClock, Verdict};
-use qpq_store_cluster::{Clocks, Config, Limits};
+use qpq_store_cluster::{Clocks, Config};
 
 use crate::{
     backend::{Servers, edge},
@@ -40,7 +40,7 @@ impl Clock for Wrong {
 
 /// A cluster whose Postgres has a clock of its own, and an edge's clock.
 async fn cluster(servers: &Servers) -> (Config, Wrong) {
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let real = "extract(epoch FROM clock_timestamp()) * 1000";
     servers.set_postgres_clock(&config.namespace, real).await;
     let wrong = Wrong::default();

@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use qpq_domain::{ChannelId, IdentityKey, KeyPackageCaps, UnixMillis};
+use qpq_domain::{ChannelId, IdentityKey, KeyPackageLimits, StoreLimits, UnixMillis};
 use qpq_ports::{
     Batch, Bucket, Enqueued, LimitKey, NewAccount, NewMessage, Registration, Stock, StoreError,
     Stores, TakenKeyPackage, Upload, UploadMode, Verdict,
 };
-use qpq_store_cluster::{ClusterStore, Config, Limits};
+use qpq_store_cluster::{ClusterStore, Config};
 use tokio::task::JoinSet;
 
 use crate::{
@@ -23,9 +23,9 @@ struct Edges<const N: usize> {
 }
 
 impl<const N: usize> Edges<N> {
-    async fn start(key_packages: KeyPackageCaps) -> Self {
+    async fn start(key_packages: KeyPackageLimits) -> Self {
         let servers = Servers::start().await;
-        let config = servers.cluster(Limits { key_packages, ..Limits::default() }).await;
+        let config = servers.cluster(StoreLimits { key_packages, ..StoreLimits::default() }).await;
         let running = futures_util::future::join_all((0..N).map(|_| edge(&config))).await;
         let running = running.try_into().expect("as many");
         Self { servers, config, running }
@@ -45,7 +45,7 @@ async fn register(a: &Stores, b: &Stores, one: NewAccount, two: NewAccount) -> [
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_registrations_on_two_edges_one_wins() {
     use Registration::{IdentityTaken, Registered, Repeated, UsernameTaken};
-    let edges = Edges::<2>::start(KeyPackageCaps::default()).await;
+    let edges = Edges::<2>::start(KeyPackageLimits::default()).await;
     let [a, b] = edges.stores();
     for n in 0..60_u8 {
         let (name, other) = (format!("name{n}"), format!("other{n}"));
@@ -91,7 +91,7 @@ async fn upload(stores: &Stores, owner: Person, packages: Vec<qpq_ports::NewKeyP
 async fn claims_on_three_edges_never_share_a_package_and_never_run_dry() {
     const PACKAGES: u8 = 40;
     const CLAIMS: usize = 64;
-    let edges = Edges::<3>::start(KeyPackageCaps::default()).await;
+    let edges = Edges::<3>::start(KeyPackageLimits::default()).await;
     let stores = edges.stores();
     for round in 1..=5 {
         let alice = person(&stores[0], round).await;
@@ -124,7 +124,7 @@ async fn claims_on_three_edges_never_share_a_package_and_never_run_dry() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_last_resort_that_is_replaced_is_never_missing() {
-    let edges = Edges::<3>::start(KeyPackageCaps::default()).await;
+    let edges = Edges::<3>::start(KeyPackageLimits::default()).await;
     let stores = edges.stores();
     let alice = person(&stores[0], 1).await;
     upload(&stores[0], alice, vec![last_resort(0)]).await;
@@ -162,7 +162,7 @@ async fn a_last_resort_that_is_replaced_is_never_missing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn uploads_on_two_edges_keep_the_cap() {
     let edges =
-        Edges::<2>::start(KeyPackageCaps { max_count: 10, ..KeyPackageCaps::default() }).await;
+        Edges::<2>::start(KeyPackageLimits { max_count: 10, ..KeyPackageLimits::default() }).await;
     let [a, b] = edges.stores();
     for n in 1..=30 {
         let alice = person(&a, n).await;
@@ -188,7 +188,7 @@ fn budget(n: u8) -> LimitKey {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn edges_count_one_budget() {
-    let edges = Edges::<2>::start(KeyPackageCaps::default()).await;
+    let edges = Edges::<2>::start(KeyPackageLimits::default()).await;
     let [a, b] = edges.stores();
     let slow = Bucket { burst: 100, per_second: 0.001 };
     let mut tasks = JoinSet::new();
@@ -236,7 +236,7 @@ fn retry(millis: u64) -> Verdict {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_redis_nothing_is_counted_and_the_check_fails() {
-    let edges = Edges::<1>::start(KeyPackageCaps::default()).await;
+    let edges = Edges::<1>::start(KeyPackageLimits::default()).await;
     let [stores] = edges.stores();
     let bucket = Bucket { burst: 1, per_second: 0.001 };
     let take = || stores.limiter.take(budget(1), bucket, 1, NOW);
@@ -253,7 +253,7 @@ async fn without_redis_nothing_is_counted_and_the_check_fails() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_postgres_the_check_fails() {
-    let edges = Edges::<1>::start(KeyPackageCaps::default()).await;
+    let edges = Edges::<1>::start(KeyPackageLimits::default()).await;
     let [stores] = edges.stores();
     stores.maintenance.check().await.expect("healthy");
     edges.servers.postgres.kill9().await.expect("Postgres");
@@ -284,7 +284,7 @@ fn brief(person: Person) -> NewMessage {
 async fn concurrent_sweeps_remove_each_row_once() {
     const PEOPLE: u8 = 8;
     const EACH: usize = 100;
-    let edges = Edges::<3>::start(KeyPackageCaps::default()).await;
+    let edges = Edges::<3>::start(KeyPackageLimits::default()).await;
     let stores = edges.stores();
     for n in 1..=PEOPLE {
         let somebody = person(&stores[0], n).await;

@@ -9,11 +9,11 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{ChannelId, IdentityKey, Seq};
+use qpq_domain::{ChannelId, IdentityKey, Seq, StoreLimits};
 use qpq_ports::{
     Ack, Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, StoreError, Stores, View,
 };
-use qpq_store_cluster::{Config, Limits};
+use qpq_store_cluster::Config;
 use qpq_test_services::{RedisCluster, RedisSentinel};
 use tokio::time::{Instant, sleep};
 
@@ -122,7 +122,7 @@ async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves() {
     let servers = Servers::with(RedisSentinel::start()).await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let config = Config { redis_timeout: Duration::from_secs(1), ..config };
     let (one, two) = (edge(&config).await, edge(&config).await);
     let alice = person(&one.stores(), 1).await;
@@ -234,7 +234,7 @@ async fn move_slot(cluster: &RedisCluster, key: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn moved_slots_and_lost_scripts_of_a_redis_cluster_fail_no_call() {
     let servers = Servers::with(RedisCluster::start(3)).await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let store = edge(&config).await;
     let stores = store.stores();
     let mut people = Vec::new();

@@ -3,12 +3,12 @@
 
 use std::sync::Arc;
 
-use qpq_domain::{ChannelId, MessageId, Seq, StoreId};
+use qpq_domain::{ChannelId, MessageId, Seq, StoreId, StoreLimits};
 use qpq_ports::{
     Ack, Batch, Enqueued, Lease, NewMessage, Page, PageLimit, ReadQuery, Reader, StoreError,
     Stores, View,
 };
-use qpq_store_cluster::{ClusterStore, Config, Limits};
+use qpq_store_cluster::{ClusterStore, Config};
 use qpq_test_services::{Backup, Restore, Standby};
 use tokio::time::{Instant, sleep};
 
@@ -48,7 +48,7 @@ struct World {
 impl World {
     async fn new() -> Self {
         let servers = Servers::start().await;
-        let config = servers.cluster(Limits::default()).await;
+        let config = servers.cluster(StoreLimits::default()).await;
         let edges = [edge(&config).await, edge(&config).await];
         let stores = edges[0].stores();
         let (alice, bob) = (person(&stores, 1).await, person(&stores, 2).await);

@@ -8,9 +8,9 @@ use std::{
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use parking_lot::Mutex;
-use qpq_domain::{ChannelId, Seq};
+use qpq_domain::{ChannelId, Seq, StoreLimits};
 use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View};
-use qpq_store_cluster::{Config, Limits};
+use qpq_store_cluster::Config;
 
 use crate::{
     backend::{Process, Servers, edge, eventually},
@@ -56,7 +56,7 @@ async fn an_edge_counts_itself_and_the_edges_whose_heartbeats_arrive() {
     let gauges = Gauges::default();
     let _here = metrics::set_default_local_recorder(&gauges);
     let servers = Servers::start().await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let one = edge(&config).await;
     let sees = async |count: f64| {
         let what = format!("{count} edges to be seen");
@@ -87,7 +87,7 @@ async fn a_redis_that_hangs_gets_no_calls_until_it_answers() {
     let gauges = Gauges::default();
     let _here = metrics::set_default_local_recorder(&gauges);
     let servers = Servers::start().await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let config = Config { redis_timeout: Duration::from_millis(300), ..config };
     let store = edge(&config).await;
     let stores = store.stores();

@@ -3,9 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
-use qpq_domain::TokenHash;
+use qpq_domain::{StoreLimits, TokenHash};
 use qpq_ports::{AccountEvent, Session, Stores};
-use qpq_store_cluster::{Config, Limits, Timing};
+use qpq_store_cluster::{Config, Timing};
 use qpq_test_services::resp::Reply;
 use tokio::time::timeout;
 
@@ -22,7 +22,7 @@ const BRIEF: Duration = Duration::from_secs(2);
 /// A cluster whose edges believe in copies of sessions for that long.
 async fn cluster(session_cache: Duration) -> (Arc<Servers>, Config) {
     let servers = Servers::start().await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let timing = Timing { session_cache, ..config.timing };
     (servers, Config { timing, ..config })
 }

@@ -1,8 +1,9 @@
 //! Usernames that people confuse, where edges of the previous release, which do not know the rule,
 //! insert accounts without a skeleton.
 
+use qpq_domain::StoreLimits;
 use qpq_ports::{Registration, Stores};
-use qpq_store_cluster::{Config, Limits};
+use qpq_store_cluster::Config;
 use sqlx::{Connection as _, PgConnection};
 
 use crate::{
@@ -40,7 +41,7 @@ async fn register(stores: &Stores, name: &str, key: u8) -> Registration {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn names_from_edges_without_the_rule_stay_and_guard_their_skeletons() {
     let servers = Servers::start().await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());
     assert!(matches!(register(&a, "al0", 1).await, Registration::Registered(_)));
@@ -64,7 +65,7 @@ async fn names_from_edges_without_the_rule_stay_and_guard_their_skeletons() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_starting_edge_computes_every_skeleton_that_is_missing() {
     let servers = Servers::start().await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     insert(&config, "x1", 1_000, 2_199).await;
     insert(&config, "xl", 1_000, 2_199).await;
     assert_eq!(count(&config, "skeleton IS NULL").await, 2_400);

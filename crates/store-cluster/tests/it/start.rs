@@ -3,8 +3,9 @@
 
 use std::{fs, sync::Arc, time::Duration};
 
+use qpq_domain::StoreLimits;
 use qpq_ports::{Bucket, LimitKey, Verdict};
-use qpq_store_cluster::{ClusterStore, Config, ConnectError, Limits, Migrate};
+use qpq_store_cluster::{ClusterStore, Config, ConnectError, Migrate};
 use qpq_test_services::{
     Authority, Nats, Redis, RedisCluster, RedisSentinel,
     proxy::{Link, TcpProxy, Way},
@@ -23,7 +24,7 @@ const BRIEF: Duration = Duration::from_secs(1);
 const WRONG: &str = "not-the-password";
 
 async fn ready<R: AnyRedis>(servers: &Servers<R>) -> Config {
-    Config { start_timeout: FOREVER, ..servers.cluster(Limits::default()).await }
+    Config { start_timeout: FOREVER, ..servers.cluster(StoreLimits::default()).await }
 }
 
 async fn failure(config: &Config) -> ConnectError {

@@ -3,9 +3,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use qpq_domain::{ChannelId, IdentityKey, MessageId};
+use qpq_domain::{ChannelId, IdentityKey, MessageId, StoreLimits};
 use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, Stores, View};
-use qpq_store_cluster::{Config, Limits};
+use qpq_store_cluster::Config;
 
 use crate::{
     backend::{Servers, edge},
@@ -56,7 +56,7 @@ fn message(n: u8) -> NewMessage {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_enqueue_removes_few_of_many_expired_messages() {
     let servers = Servers::start().await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let store = edge(&config).await;
     let stores = store.stores();
     fill(&servers, &config, &stores, INBOXES).await;
@@ -77,7 +77,7 @@ async fn an_enqueue_removes_few_of_many_expired_messages() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sweep_empties_many_full_inboxes() {
     let servers = Servers::start().await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let store = edge(&config).await;
     let stores = store.stores();
     fill(&servers, &config, &stores, INBOXES).await;
@@ -96,7 +96,7 @@ async fn a_sweep_empties_many_full_inboxes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sweep_that_takes_too_long_goes_on_with_fewer_rows() {
     let servers = Servers::start().await;
-    let config = servers.cluster(Limits::default()).await;
+    let config = servers.cluster(StoreLimits::default()).await;
     let config = Config { postgres_timeout: Duration::from_millis(500), ..config };
     let store = edge(&config).await;
     let stores = Arc::new(store.stores());

@@ -12,7 +12,7 @@
 
 use std::{collections::HashMap, slice, sync::LazyLock, time::Duration};
 
-use qpq_domain::{Delivery, IdentityKey, Seq, UnixMillis};
+use qpq_domain::{DeliveryLimits, IdentityKey, Seq, UnixMillis};
 use qpq_ports::{Enqueued, NewMessage, Reader, Receipt, View};
 use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 
@@ -142,7 +142,7 @@ pub(super) fn statements() -> impl Iterator<Item = &'static str> {
 pub(crate) async fn all(
     connection: &mut SqliteConnection,
     messages: &[&NewMessage],
-    limits: &Delivery,
+    limits: &DeliveryLimits,
     clock: &ClockGuard,
 ) -> sqlx::Result<Done<Vec<Enqueued>>> {
     let next_row = sqlx::query_scalar(NEXT_ROW).fetch_one(&mut *connection).await?;
@@ -213,7 +213,7 @@ fn next_statement(messages: &[Timed<'_>]) -> (usize, Payloads) {
 
 struct Inserting<'a> {
     connection: &'a mut SqliteConnection,
-    limits: &'a Delivery,
+    limits: &'a DeliveryLimits,
     next_row: i64,
     /// Expired messages that this transaction may still remove beyond the necessary ones.
     removable: i64,

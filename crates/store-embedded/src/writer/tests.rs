@@ -3,15 +3,15 @@
 use std::io;
 
 use futures_util::{FutureExt as _, poll};
-use qpq_domain::StoreId;
+use qpq_domain::{StoreId, StoreLimits};
 use tempfile::TempDir;
 
 use super::*;
-use crate::{EmbeddedStore, Limits, effects::Effects};
+use crate::{EmbeddedStore, effects::Effects};
 
 async fn open() -> (EmbeddedStore, TempDir) {
     let directory = tempfile::tempdir().expect("a directory");
-    let store = EmbeddedStore::open(directory.path(), Limits::default()).await;
+    let store = EmbeddedStore::open(directory.path(), StoreLimits::default()).await;
     (store.unwrap_or_else(|error| panic!("{error}")), directory)
 }
 
@@ -144,7 +144,8 @@ async fn a_closed_writer_has_answered_what_waited_and_unlocked_the_directory() {
     let refused = writer.run(SetBeats(8)).await;
     assert!(matches!(refused, Err(StoreError::Unavailable(_))), "{refused:?}");
     writer.close().await;
-    let store = EmbeddedStore::open(directory.path(), Limits::default()).await.expect("unlocked");
+    let store =
+        EmbeddedStore::open(directory.path(), StoreLimits::default()).await.expect("unlocked");
     // The start has added one.
     assert_eq!(beats(&store).await, 8);
     store.close().await;

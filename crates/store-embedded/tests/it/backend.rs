@@ -3,12 +3,12 @@
 //! process.
 
 use async_trait::async_trait;
-use qpq_domain::{Delivery, KeyPackageCaps, UnixMillis};
+use qpq_domain::{DeliveryLimits, KeyPackageLimits, StoreLimits, UnixMillis};
 use qpq_ports::{
     Stores,
     conformance::{Backend, Factory},
 };
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
@@ -17,9 +17,13 @@ pub(crate) struct Embedded;
 
 #[async_trait]
 impl Factory for Embedded {
-    async fn fresh(&self, delivery: Delivery, key_packages: KeyPackageCaps) -> Box<dyn Backend> {
+    async fn fresh(
+        &self,
+        delivery: DeliveryLimits,
+        key_packages: KeyPackageLimits,
+    ) -> Box<dyn Backend> {
         let directory = tempfile::tempdir().expect("a directory");
-        let limits = Limits { delivery, key_packages };
+        let limits = StoreLimits { delivery, key_packages };
         Box::new(Running {
             process: Some(Process::start(&directory, limits).await),
             directory,
@@ -31,7 +35,7 @@ impl Factory for Embedded {
 struct Running {
     process: Option<Process>,
     directory: TempDir,
-    limits: Limits,
+    limits: StoreLimits,
 }
 
 #[async_trait]
@@ -65,7 +69,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    pub(crate) async fn start(directory: &TempDir, limits: Limits) -> Self {
+    pub(crate) async fn start(directory: &TempDir, limits: StoreLimits) -> Self {
         let runtime =
             Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let path = directory.path().to_owned();

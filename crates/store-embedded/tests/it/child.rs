@@ -11,9 +11,12 @@ use std::{
 };
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use qpq_domain::{ChannelId, Delivery, IdentityKey, KeyPackageCaps, MessageId, Seq, UnixMillis};
+use qpq_domain::{
+    ChannelId, DeliveryLimits, IdentityKey, KeyPackageLimits, MessageId, Seq, StoreLimits,
+    UnixMillis,
+};
 use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, StoreError, View};
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
@@ -137,7 +140,7 @@ impl Child {
     }
 
     /// Opens the store. The error is the text of the `OpenError`.
-    pub(crate) fn open(&mut self, directory: &Path, limits: Limits) -> Result<(), String> {
+    pub(crate) fn open(&mut self, directory: &Path, limits: StoreLimits) -> Result<(), String> {
         self.ask_result(&Command::Open {
             directory: directory.to_owned(),
             max_messages: limits.delivery.max_messages,
@@ -230,27 +233,28 @@ fn serve() {
                     recent_secs,
                     max_packages,
                 } => {
-                    let delivery = Delivery {
+                    let delivery = DeliveryLimits {
                         max_messages,
                         max_bytes,
                         sender_share,
                         recent_ids: Duration::from_secs(recent_secs),
-                        ..Delivery::default()
+                        ..DeliveryLimits::default()
                     };
                     let key_packages =
-                        KeyPackageCaps { max_count: max_packages, ..KeyPackageCaps::default() };
-                    answer(
-                        &match EmbeddedStore::open(&directory, Limits { delivery, key_packages })
-                            .await
-                        {
-                            Err(error) => error.to_string(),
-                            Ok(store) => {
-                                let machine = Machine::new(store.stores());
-                                opened = Some((store, machine));
-                                "ok".to_owned()
-                            }
-                        },
-                    );
+                        KeyPackageLimits { max_count: max_packages, ..KeyPackageLimits::default() };
+                    answer(&match EmbeddedStore::open(
+                        &directory,
+                        StoreLimits { delivery, key_packages },
+                    )
+                    .await
+                    {
+                        Err(error) => error.to_string(),
+                        Ok(store) => {
+                            let machine = Machine::new(store.stores());
+                            opened = Some((store, machine));
+                            "ok".to_owned()
+                        }
+                    });
                 }
                 Command::FileLimit { bytes } => {
                     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).expect("a limit");

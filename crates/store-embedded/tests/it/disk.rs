@@ -3,18 +3,21 @@
 
 use std::{collections::HashMap, path::Path};
 
-use qpq_domain::Delivery;
-use qpq_store_embedded::Limits;
+use qpq_domain::{DeliveryLimits, StoreLimits};
 
 use crate::{
     child::{Burst, Child},
     ops::{Op, START},
 };
 
-fn limits() -> Limits {
-    Limits {
-        delivery: Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..Delivery::default() },
-        ..Limits::default()
+fn limits() -> StoreLimits {
+    StoreLimits {
+        delivery: DeliveryLimits {
+            max_messages: u64::MAX,
+            max_bytes: u64::MAX,
+            ..DeliveryLimits::default()
+        },
+        ..StoreLimits::default()
     }
 }
 

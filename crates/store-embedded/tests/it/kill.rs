@@ -3,8 +3,7 @@
 
 use std::collections::HashMap;
 
-use qpq_domain::Delivery;
-use qpq_store_embedded::Limits;
+use qpq_domain::{DeliveryLimits, StoreLimits};
 
 use crate::{
     child::Child,
@@ -16,8 +15,9 @@ fn acknowledged_messages_survive_a_kill() {
     const ROUNDS: u64 = 15;
     const COUNT: u64 = 4_000;
     let directory = tempfile::tempdir().expect("a directory");
-    let delivery = Delivery { max_messages: u64::MAX, max_bytes: u64::MAX, ..Delivery::default() };
-    let limits = Limits { delivery, ..Limits::default() };
+    let delivery =
+        DeliveryLimits { max_messages: u64::MAX, max_bytes: u64::MAX, ..DeliveryLimits::default() };
+    let limits = StoreLimits { delivery, ..StoreLimits::default() };
     let mut acknowledged: HashMap<u64, u64> = HashMap::new();
     for round in 0..ROUNDS {
         let mut child = Child::spawn();

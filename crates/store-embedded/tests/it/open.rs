@@ -7,9 +7,9 @@ use std::{
     path::Path,
 };
 
-use qpq_domain::{IdentityKey, Seq, UnixMillis, Username};
+use qpq_domain::{IdentityKey, Seq, StoreLimits, UnixMillis, Username};
 use qpq_ports::{NewAccount, PageLimit, ReadQuery, Reader, Registration, StoreError, View};
-use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
+use qpq_store_embedded::{EmbeddedStore, OpenError};
 use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
 
 use crate::{
@@ -18,11 +18,13 @@ use crate::{
 };
 
 async fn refused(path: &Path) -> OpenError {
-    EmbeddedStore::open(path, Limits::default()).await.expect_err("not usable")
+    EmbeddedStore::open(path, StoreLimits::default()).await.expect_err("not usable")
 }
 
 async fn open(path: &Path) -> EmbeddedStore {
-    EmbeddedStore::open(path, Limits::default()).await.unwrap_or_else(|error| panic!("{error}"))
+    EmbeddedStore::open(path, StoreLimits::default())
+        .await
+        .unwrap_or_else(|error| panic!("{error}"))
 }
 
 async fn sql(path: &Path, statement: &'static str) {
@@ -61,7 +63,7 @@ async fn a_second_server_is_refused_until_the_first_has_closed() {
     let error = refused(directory.path()).await;
     assert!(matches!(error, OpenError::InUse(_)), "{error}");
     let mut child = Child::spawn();
-    let error = child.open(directory.path(), Limits::default()).expect_err("in use");
+    let error = child.open(directory.path(), StoreLimits::default()).expect_err("in use");
     assert!(error.contains("in use by another server: stop that one first"), "{error}");
     first.stores().maintenance.check().await.expect("undisturbed");
 
@@ -71,7 +73,7 @@ async fn a_second_server_is_refused_until_the_first_has_closed() {
         matches!(stores.maintenance.check().await, Err(StoreError::Unavailable(_))),
         "a closed store refuses calls"
     );
-    child.open(directory.path(), Limits::default()).expect("now it is free");
+    child.open(directory.path(), StoreLimits::default()).expect("now it is free");
     assert!(matches!(refused(directory.path()).await, OpenError::InUse(_)));
     child.kill();
     open(directory.path()).await.close().await;
@@ -104,12 +106,12 @@ fn a_read_only_directory_is_refused() {
     } else {
         Child::spawn()
     };
-    let error = child.open(&path, Limits::default()).expect_err("read-only");
+    let error = child.open(&path, StoreLimits::default()).expect_err("read-only");
     assert!(error.contains("make it writable for the user that runs the server"), "{error}");
-    let error = child.open(&path.join("below"), Limits::default()).expect_err("read-only");
+    let error = child.open(&path.join("below"), StoreLimits::default()).expect_err("read-only");
     assert!(error.contains("make it writable for the user that runs the server"), "{error}");
     fs::set_permissions(&path, Permissions::from_mode(0o777)).expect("own directory");
-    child.open(&path, Limits::default()).expect("now it can be written");
+    child.open(&path, StoreLimits::default()).expect("now it can be written");
 }
 
 #[tokio::test]
@@ -221,7 +223,7 @@ async fn a_database_is_clean_only_after_an_end_in_good_order() {
     };
     assert!(clean().await);
     let mut child = Child::spawn();
-    child.open(directory.path(), Limits::default()).expect("free");
+    child.open(directory.path(), StoreLimits::default()).expect("free");
     assert!(!clean().await, "the file says so without its log");
     child.kill();
     assert!(!clean().await);

@@ -4,14 +4,13 @@
 use std::{collections::HashMap, time::Duration};
 
 use qpq_domain::{
-    AccountId, ChannelId, Delivery, DeviceId, IdentityKey, KeyPackageCaps, MessageId, Seq,
-    TokenHash, UnixMillis, Username,
+    AccountId, ChannelId, DeliveryLimits, DeviceId, IdentityKey, KeyPackageLimits, MessageId, Seq,
+    StoreLimits, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
     Ack, Batch, Enqueued, Lease, NewAccount, NewKeyPackage, NewMessage, NewSession, Page,
     PageLimit, ReadQuery, Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
 };
-use qpq_store_embedded::Limits;
 use serde::{Deserialize, Serialize};
 
 /// The instant at which histories begin.
@@ -21,16 +20,16 @@ pub(crate) const START: UnixMillis = UnixMillis(1_800_000_000_000);
 pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 
 /// Returns small limits, which random histories reach.
-pub(crate) fn limits() -> Limits {
-    Limits {
-        delivery: Delivery {
+pub(crate) fn limits() -> StoreLimits {
+    StoreLimits {
+        delivery: DeliveryLimits {
             max_messages: 6,
             max_bytes: 400,
             sender_share: 3,
             recent_ids: 15 * MINUTE,
-            ..Delivery::default()
+            ..DeliveryLimits::default()
         },
-        key_packages: KeyPackageCaps { max_count: 4, ..KeyPackageCaps::default() },
+        key_packages: KeyPackageLimits { max_count: 4, ..KeyPackageLimits::default() },
     }
 }
 

@@ -18,10 +18,11 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use qpq_domain::StoreLimits;
 use qpq_durable_file as durable_file;
 use qpq_ports::{Clock as _, NewHistory, SystemClock};
 use qpq_runtime::data_dir::DataDir;
-use qpq_store_embedded::{Claim, DATABASE_FILE, EmbeddedStore, Limits, MOVED_FILE, RESTORING_FILE};
+use qpq_store_embedded::{Claim, DATABASE_FILE, EmbeddedStore, MOVED_FILE, RESTORING_FILE};
 
 use super::{
     manifest::Manifest,
@@ -170,7 +171,7 @@ pub(super) async fn mark_node(data_dir: &Path) -> anyhow::Result<Restored> {
 }
 
 async fn begin_history(data_dir: &Path) -> anyhow::Result<NewHistory> {
-    let store = EmbeddedStore::open(data_dir, Limits::default())
+    let store = EmbeddedStore::open(data_dir, StoreLimits::default())
         .await
         .with_context(|| format!("the data directory {}", data_dir.display()))?;
     let begun = store.stores().maintenance.begin_history().await;

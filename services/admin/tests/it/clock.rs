@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
+use qpq_domain::{ChannelId, IdentityKey, StoreLimits, UnixMillis, Username};
 use qpq_ports::{Batch, Clock as _, NewAccount, NewMessage, Stores, SystemClock};
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 
 use crate::harness::{Workspace, run, run_failing, text};
 
@@ -34,7 +34,7 @@ async fn a_jumped_clock_can_be_accepted_while_the_server_runs_or_is_stopped() {
     for stopped in [false, true] {
         let workspace = Workspace::new();
         let dir = workspace.path("data");
-        let open = || async { EmbeddedStore::open(&dir, Limits::default()).await.unwrap() };
+        let open = || async { EmbeddedStore::open(&dir, StoreLimits::default()).await.unwrap() };
         let mut store = Some(open().await);
         let stores = store.as_ref().unwrap().stores();
         let (now, before) = (SystemClock.now(), SystemClock.now().minus(100 * DAY));

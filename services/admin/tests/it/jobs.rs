@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use qpq_domain::StoreLimits;
 use qpq_ports::{ClaimRequest, Clock as _, JobEnd, JobKind, Jobs, NewJob, SystemClock};
-use qpq_store_embedded::{EmbeddedStore, Limits};
+use qpq_store_embedded::EmbeddedStore;
 use qpq_test_services::Postgres;
 
 use crate::harness::{RunOutput, Workspace, run, run_failing, run_with, text};
@@ -51,7 +52,7 @@ async fn a_dead_job_of_a_single_node_is_shown_retried_and_removed() {
     for stopped in [false, true] {
         let workspace = Workspace::new();
         let dir = workspace.path("data");
-        let open = || async { EmbeddedStore::open(&dir, Limits::default()).await.unwrap() };
+        let open = || async { EmbeddedStore::open(&dir, StoreLimits::default()).await.unwrap() };
         let store = open().await;
         fill(&*store.stores().jobs).await;
         let store = if stopped {

@@ -15,8 +15,8 @@ fn with(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
 fn the_defaults_are_valid_and_equal_those_of_the_other_crates() {
     let config = with(&[]).unwrap();
     assert_eq!(config.listen.to_string(), "0.0.0.0:5001");
-    assert_eq!(config.delivery(), qpq_domain::Delivery::default());
-    assert_eq!(config.key_packages(), qpq_domain::KeyPackageCaps::default());
+    assert_eq!(config.delivery(), qpq_domain::DeliveryLimits::default());
+    assert_eq!(config.key_packages(), qpq_domain::KeyPackageLimits::default());
     let (ours, theirs) = (config.rpc(), qpq_rpc::Config::default());
     assert_eq!(ours.domain, "localhost");
     assert_eq!(ours.key_package_suites, theirs.key_package_suites);

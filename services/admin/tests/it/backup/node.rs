@@ -3,9 +3,9 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use bytes::Bytes;
-use qpq_domain::{ChannelId, Seq};
+use qpq_domain::{ChannelId, Seq, StoreLimits};
 use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View};
-use qpq_store_embedded::{EmbeddedStore, Limits, OpenError};
+use qpq_store_embedded::{EmbeddedStore, OpenError};
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use super::assert_damage_is_found;
@@ -280,5 +280,5 @@ async fn mark_restored_begins_another_history_in_a_cold_copy() {
 
 /// Returns whether no server starts in `dir` because a restore has not finished.
 pub(super) async fn refuses_to_open(dir: &std::path::Path) -> bool {
-    matches!(EmbeddedStore::open(dir, Limits::default()).await, Err(OpenError::Restoring(_)))
+    matches!(EmbeddedStore::open(dir, StoreLimits::default()).await, Err(OpenError::Restoring(_)))
 }

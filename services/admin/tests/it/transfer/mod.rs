@@ -6,9 +6,10 @@ pub(crate) mod scene;
 
 use std::{fs, io::Read as _, path::Path, process::Child, time::Duration};
 
+use qpq_domain::StoreLimits;
 use qpq_ports::transfer::Table;
 use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View};
-use qpq_store_embedded::{EmbeddedStore, Limits, MOVED_FILE, OpenError};
+use qpq_store_embedded::{EmbeddedStore, MOVED_FILE, OpenError};
 use rand::Rng as _;
 use tokio::time::{Instant, sleep};
 
@@ -150,7 +151,7 @@ async fn a_transferred_node_cannot_be_opened_or_transferred_elsewhere() {
     let unmarked = scene.copy(&scene.node, "unmarked");
     let first = scene.transfer_node();
     assert_eq!(first.code, Some(0), "{first:?}");
-    let refused = EmbeddedStore::open(&scene.node, Limits::default()).await.unwrap_err();
+    let refused = EmbeddedStore::open(&scene.node, StoreLimits::default()).await.unwrap_err();
     assert!(matches!(refused, OpenError::Moved(_)), "{refused}");
     assert!(refused.to_string().contains(text(&scene.node.join(MOVED_FILE))), "{refused}");
     // Another transfer changes nothing, even after the cluster has changed.

@@ -8,10 +8,11 @@ use std::{
     time::Duration,
 };
 
+use qpq_domain::StoreLimits;
 use qpq_ports::transfer::Digests;
 use qpq_runtime::data_dir::cluster::OPAQUE_SETUP;
 use qpq_store_cluster::{ClusterStore, Config, Endpoint, Migrate, Timing};
-use qpq_store_embedded::{EmbeddedStore, Export, Limits};
+use qpq_store_embedded::{EmbeddedStore, Export};
 use qpq_test_services::{Nats, Postgres, Redis};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
@@ -164,7 +165,7 @@ impl Edge {
             namespace: "transfer".into(),
             migrate: Migrate::Never,
             opaque_setup: OPAQUE_SETUP.fingerprint(&setup),
-            limits: qpq_store_cluster::Limits::default(),
+            limits: StoreLimits::default(),
             timing: Timing::default(),
             clocks: qpq_store_cluster::Clocks { edge: None, ..Default::default() },
         };
@@ -173,5 +174,5 @@ impl Edge {
 }
 
 pub(crate) async fn embedded(data_dir: &Path) -> EmbeddedStore {
-    EmbeddedStore::open(data_dir, Limits::default()).await.unwrap()
+    EmbeddedStore::open(data_dir, StoreLimits::default()).await.unwrap()
 }
