@@ -163,14 +163,14 @@ pub struct Campaign {
 
 /// The result of a run.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct HavocReport {
     pub summary: Summary,
     pub strikes: Vec<Strike>,
 }
 
 impl Campaign {
     /// Runs the traffic through three edges as processes, with all faults.
-    pub async fn run(self) -> anyhow::Result<Outcome> {
+    pub async fn run(self) -> anyhow::Result<HavocReport> {
         let plan = Plan { place: Place::Apart, seed: self.traffic.seed, ..Plan::default() };
         let cluster = Cluster::start(plan).await?;
         // The accounts are created first, because a backup without them is of no use.
@@ -187,11 +187,11 @@ impl Campaign {
             havoc.strike(&cluster, &traffic).await?;
         }
         let summary = traffic.finish(&cluster).await?;
-        Ok(Outcome { summary, strikes: havoc.struck })
+        Ok(HavocReport { summary, strikes: havoc.struck })
     }
 }
 
-impl fmt::Display for Outcome {
+impl fmt::Display for HavocReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { summary: Summary { report, calls, refused, lost, .. }, strikes } = self;
         write!(

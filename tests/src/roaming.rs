@@ -63,7 +63,7 @@ pub struct Roamer {
 
 /// The outcome of a call.
 #[derive(Debug)]
-pub enum Outcome<T> {
+pub enum CallOutcome<T> {
     Ok(T),
     Refused(Refused),
     /// No answer: the call may have taken effect.
@@ -161,7 +161,7 @@ impl Roamer {
         &mut self,
         request: &M::Request,
         token: Option<&Bytes>,
-    ) -> Outcome<M::Response> {
+    ) -> CallOutcome<M::Response> {
         let client = self.connected().await;
         call_on::<M>(&client, request, token).await
     }
@@ -178,10 +178,10 @@ impl Roamer {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.call::<M>(request, token).await {
-                Outcome::Ok(response) => return response,
-                Outcome::Refused(refused) if refused.is_temporary() => self.pause().await,
-                Outcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
-                Outcome::Lost(_) => {}
+                CallOutcome::Ok(response) => return response,
+                CallOutcome::Refused(refused) if refused.is_temporary() => self.pause().await,
+                CallOutcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
+                CallOutcome::Lost(_) => {}
             }
             assert!(Instant::now() < deadline, "{} was not answered in {PATIENCE:?}", M::INFO.name);
         }
@@ -225,11 +225,11 @@ pub async fn call_on<M: Method>(
     client: &Client,
     request: &M::Request,
     token: Option<&Bytes>,
-) -> Outcome<M::Response> {
+) -> CallOutcome<M::Response> {
     match client.call::<M>(request, token.map(|token| &token[..])).await {
-        Ok(Ok(response)) => Outcome::Ok(response),
-        Ok(Err(refused)) => Outcome::Refused(refused),
-        Err(_) => Outcome::Lost(loss(client)),
+        Ok(Ok(response)) => CallOutcome::Ok(response),
+        Ok(Err(refused)) => CallOutcome::Refused(refused),
+        Err(_) => CallOutcome::Lost(loss(client)),
     }
 }
 

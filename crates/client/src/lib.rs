@@ -43,12 +43,12 @@ pub use error::{
 };
 pub use link::ConnectionEvent;
 pub use messenger::{
-    Conversation, ConversationId, ConversationKind, Delivery, Entry, EntryId, Event, Listener,
-    MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT, Membership, Messenger, Outcome, Person, Request,
-    Requests, Sent, Standing,
+    ContactRequest, Conversation, ConversationId, ConversationKind, DeliveryState, Entry, EntryId,
+    Event, Listener, MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT, Membership, Messenger, Person,
+    Requests, SendOutcome, Sent, Standing,
 };
 pub use options::{DEFAULT_PORT, Options, Trust};
-pub use profile::{Profile, Status as ProfileStatus};
+pub use profile::{Profile, ProfileStatus};
 pub use qpq_domain::Backoff;
 pub use safety::{fingerprint, safety_number};
 pub use secret::{ExportKey, Password};

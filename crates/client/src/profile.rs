@@ -43,13 +43,13 @@ pub struct Profile {
     #[serde(with = "identity_hex")]
     pub identity: IdentityKey,
     /// How far the account's registration got.
-    pub status: Status,
+    pub status: ProfileStatus,
 }
 
 /// How far the account's registration got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Status {
+pub enum ProfileStatus {
     /// Begun; it may or may not have reached the server.
     Registering,
     /// Complete.
@@ -244,7 +244,7 @@ mod tests {
             server: "localhost:5001".into(),
             trust: Trust::System,
             identity: IdentityKey::new([0xab; 32]),
-            status: Status::Registered,
+            status: ProfileStatus::Registered,
         }
     }
 

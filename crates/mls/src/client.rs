@@ -21,7 +21,7 @@ use crate::{
     identity::{Identity, read_username},
     key_package::{self, Policy},
     packages::{self, Use},
-    profile::{self, GroupId, Kind, Profile},
+    profile::{self, GroupId, GroupKind, Profile},
     received::Request,
     requests,
     summary::GroupSummary,
@@ -184,7 +184,12 @@ impl Client {
     ) -> Result<GroupId, Error> {
         let creator = self.identity.public();
         self.make(
-            Profile { kind: Kind::Group { name: name.into() }, channel, creator, created_at: now },
+            Profile {
+                kind: GroupKind::Group { name: name.into() },
+                channel,
+                creator,
+                created_at: now,
+            },
             now,
         )
     }
@@ -249,7 +254,7 @@ impl Client {
                 return Err(Error::AlreadyMember(invitee.identity));
             }
             packages.push(open(invitee, now)?);
-            let is_group = matches!(group.profile().kind, Kind::Group { .. });
+            let is_group = matches!(group.profile().kind, GroupKind::Group { .. });
             if is_group && expires_soon(invitee, now) {
                 return Err(Error::PackageTooOld(invitee.identity));
             }

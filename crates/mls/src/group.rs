@@ -27,7 +27,7 @@ use crate::{
     error::Error,
     identity::{Identity, Member},
     outline, packages,
-    profile::{GroupId, Kind, Profile},
+    profile::{GroupId, GroupKind, Profile},
     received::{Ignored, Lost},
     store::Store,
     summary::GroupSummary,
@@ -48,7 +48,7 @@ pub(crate) const FORWARD: u32 = 10_000;
 
 /// What became of one message.
 #[derive(Debug)]
-pub(crate) enum Outcome {
+pub(crate) enum MessageEffect {
     Message { sender: Member, content: Content },
     Asked { sender: Member, digests: Vec<[u8; 32]> },
     Leaving { sender: Member },
@@ -203,25 +203,25 @@ impl Group {
     }
 
     /// Processes a message of this group that is not of a future epoch.
-    pub(crate) fn process(&mut self, message: PrivateMessageIn) -> Outcome {
+    pub(crate) fn process(&mut self, message: PrivateMessageIn) -> MessageEffect {
         if !self.is_active() {
-            return Outcome::Ignored(Ignored::NoLongerMember);
+            return MessageEffect::Ignored(Ignored::NoLongerMember);
         }
         let (epoch, content_type) = (message.epoch().as_u64(), message.content_type());
         if content_type != ContentType::Application && epoch < self.epoch() {
             // Each epoch has one commit, and another was applied. A creator who restored an older
             // state makes a second one.
-            return Outcome::Ignored(Ignored::OldCommit);
+            return MessageEffect::Ignored(Ignored::OldCommit);
         }
         let processed = match self.mls.process_message(&self.store, ProtocolMessage::from(message))
         {
             Ok(processed) => processed,
             Err(error) => return unreadable(&error),
         };
-        self.apply(processed).unwrap_or_else(Outcome::Ignored)
+        self.apply(processed).unwrap_or_else(MessageEffect::Ignored)
     }
 
-    fn apply(&mut self, processed: ProcessedMessage) -> Result<Outcome, Ignored> {
+    fn apply(&mut self, processed: ProcessedMessage) -> Result<MessageEffect, Ignored> {
         let epoch = processed.epoch().as_u64();
         let Sender::Member(leaf) = *processed.sender() else { return Err(Ignored::Invalid) };
         let sender = self.sender(leaf, epoch);
@@ -236,10 +236,10 @@ impl Group {
                     })
                     .ok_or(Ignored::Invalid)?;
                 match Said::decode(&message.into_bytes()).ok_or(Ignored::UnknownContent)? {
-                    Said::Text(content) => Ok(Outcome::Message { sender, content }),
-                    Said::CouldNotRead(digests) => Ok(Outcome::Asked { sender, digests }),
+                    Said::Text(content) => Ok(MessageEffect::Message { sender, content }),
+                    Said::CouldNotRead(digests) => Ok(MessageEffect::Asked { sender, digests }),
                     Said::Leaving if has_departed => Err(Ignored::AlreadyGone),
-                    Said::Leaving => Ok(Outcome::Leaving { sender }),
+                    Said::Leaving => Ok(MessageEffect::Leaving { sender }),
                 }
             }
             ProcessedMessageContent::StagedCommitMessage(commit) => {
@@ -254,7 +254,7 @@ impl Group {
     }
 
     /// Applies the creator's commit, if it does nothing but add, remove and refresh keys.
-    fn merge(&mut self, commit: StagedCommit) -> Result<Outcome, Ignored> {
+    fn merge(&mut self, commit: StagedCommit) -> Result<MessageEffect, Ignored> {
         let before = self.leaves();
         let mut added = Vec::new();
         let mut removed = Vec::new();
@@ -290,7 +290,7 @@ impl Group {
         });
         self.departed.extend(departed);
         self.forget_departed();
-        Ok(Outcome::Committed {
+        Ok(MessageEffect::Committed {
             added,
             removed: removed.into_iter().map(|(_, member)| member).collect(),
         })
@@ -359,8 +359,8 @@ impl Group {
         self.store.save(database, self.id.as_bytes())?;
         let summary = self.summary();
         let name_len = match &summary.kind {
-            Kind::Direct { .. } => 0,
-            Kind::Group { name } => name.len(),
+            GroupKind::Direct { .. } => 0,
+            GroupKind::Group { name } => name.len(),
         };
         let names = summary.members.iter().map(|member| 36 + member.username.as_str().len());
         let departed = self.departed.iter().map(|d| 48 + d.member.username.as_str().len());
@@ -452,7 +452,7 @@ pub(crate) fn are_distinct<'a>(members: impl Iterator<Item = &'a Member>) -> boo
     members.into_iter().all(|member| keys.insert(member.identity) && names.insert(&member.username))
 }
 
-fn unreadable<E>(error: &ProcessMessageError<E>) -> Outcome {
+fn unreadable<E>(error: &ProcessMessageError<E>) -> MessageEffect {
     use LeafNodeValidationError::Lifetime;
     use MessageDecryptionError::{AeadError, SecretTreeError};
     use ProposalValidationError::LeafNodeValidation;
@@ -460,18 +460,18 @@ fn unreadable<E>(error: &ProcessMessageError<E>) -> Outcome {
         ProcessMessageError::ValidationError(validation) => validation,
         ProcessMessageError::InvalidCommit(StageCommitError::ProposalValidationError(
             LeafNodeValidation(Lifetime(_)),
-        )) => return Outcome::Ignored(Ignored::LifetimeOver),
-        _ => return Outcome::Ignored(Ignored::Invalid),
+        )) => return MessageEffect::Ignored(Ignored::LifetimeOver),
+        _ => return MessageEffect::Ignored(Ignored::Invalid),
     };
     match validation {
         ValidationError::KeyPackageVerifyError(KeyPackageVerifyError::LifetimeError(_)) => {
-            Outcome::Ignored(Ignored::LifetimeOver)
+            MessageEffect::Ignored(Ignored::LifetimeOver)
         }
         // The keys were used, deleted, or are too far ahead. Which of them it is does not matter: a
         // message that was here before was recognized by its digest.
-        ValidationError::UnableToDecrypt(SecretTreeError(_)) => Outcome::Lost(Lost::NoKeys),
-        ValidationError::UnableToDecrypt(AeadError) => Outcome::Lost(Lost::Undecryptable),
-        ValidationError::NoPastEpochData => Outcome::Lost(Lost::NoKeys),
-        _ => Outcome::Ignored(Ignored::Invalid),
+        ValidationError::UnableToDecrypt(SecretTreeError(_)) => MessageEffect::Lost(Lost::NoKeys),
+        ValidationError::UnableToDecrypt(AeadError) => MessageEffect::Lost(Lost::Undecryptable),
+        ValidationError::NoPastEpochData => MessageEffect::Lost(Lost::NoKeys),
+        _ => MessageEffect::Ignored(Ignored::Invalid),
     }
 }

@@ -64,7 +64,7 @@ pub use client::{Added, Client, Invitee, Parcel};
 pub use content::Content;
 pub use error::Error;
 pub use identity::{Identity, Member};
-pub use profile::{GroupId, Kind, direct_channel};
+pub use profile::{GroupId, GroupKind, direct_channel};
 pub use received::{Arrival, Ignored, Lost, Received, Request, Rules, Unreadable};
 pub use requests::{MAX_REQUESTS, MAX_REQUESTS_EACH};
 pub use snapshot::ImportError;

@@ -79,7 +79,7 @@ impl fmt::Debug for GroupId {
 
 /// The two kinds of conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kind {
+pub enum GroupKind {
     /// Between two people; nobody else can be added. `peer` is the one who did not make the group.
     Direct {
         peer: IdentityKey,
@@ -104,7 +104,7 @@ pub fn direct_channel(one: &IdentityKey, other: &IdentityKey) -> ChannelId {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Profile {
-    pub(crate) kind: Kind,
+    pub(crate) kind: GroupKind,
     pub(crate) channel: ChannelId,
     pub(crate) creator: IdentityKey,
     /// By the creator's clock.
@@ -130,7 +130,7 @@ struct Encoded {
 impl Profile {
     pub(crate) fn direct(creator: IdentityKey, peer: IdentityKey, created_at: UnixMillis) -> Self {
         Self {
-            kind: Kind::Direct { peer },
+            kind: GroupKind::Direct { peer },
             channel: direct_channel(&creator, &peer),
             creator,
             created_at,
@@ -140,8 +140,8 @@ impl Profile {
     /// Whether `key` may be a member at all.
     pub(crate) fn admits(&self, key: &IdentityKey) -> bool {
         match &self.kind {
-            Kind::Direct { peer } => *key == self.creator || key == peer,
-            Kind::Group { .. } => true,
+            GroupKind::Direct { peer } => *key == self.creator || key == peer,
+            GroupKind::Group { .. } => true,
         }
     }
 
@@ -165,8 +165,8 @@ impl Profile {
 
     fn encode(&self) -> Vec<u8> {
         let (peer, name) = match &self.kind {
-            Kind::Direct { peer } => (Some(peer.as_bytes().to_vec()), None),
-            Kind::Group { name } => (None, Some(name.clone())),
+            GroupKind::Direct { peer } => (Some(peer.as_bytes().to_vec()), None),
+            GroupKind::Group { name } => (None, Some(name.clone())),
         };
         let encoded = Encoded {
             creator: self.creator.as_bytes().to_vec(),
@@ -193,7 +193,7 @@ impl Profile {
                 (direct.channel == channel).then_some(direct)
             }
             (None, Some(name)) => {
-                Some(Self { kind: Kind::Group { name }, channel, creator, created_at })
+                Some(Self { kind: GroupKind::Group { name }, channel, creator, created_at })
             }
             _ => None,
         }
@@ -233,7 +233,7 @@ mod tests {
         let direct = Profile::direct(ANN, BOB, UnixMillis(5));
         assert_eq!(Profile::read(&id, &direct.extensions()), Some(direct.clone()));
         let group = Profile {
-            kind: Kind::Group { name: "friends".into() },
+            kind: GroupKind::Group { name: "friends".into() },
             channel: ChannelId::new([9; 16]),
             creator: ANN,
             created_at: UnixMillis(7),

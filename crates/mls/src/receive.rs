@@ -15,7 +15,7 @@ use tls_codec::DeserializeBytes as _;
 use crate::{
     client::Client,
     database::DatabaseError,
-    group::{Group, Outcome},
+    group::{Group, MessageEffect},
     invitation::Invitation,
     outline, packages,
     profile::GroupId,
@@ -279,18 +279,20 @@ impl Client {
     ) -> Result<Received, DatabaseError> {
         let group = self.load(id)?.expect("the callers looked it up");
         Ok(match group.process(message) {
-            Outcome::Message { sender, content } => {
+            MessageEffect::Message { sender, content } => {
                 Received::Message { group: id, channel: group.profile().channel, sender, content }
             }
-            Outcome::Asked { sender, digests } => Received::Asked { group: id, sender, digests },
-            Outcome::Leaving { sender } => Received::Leaving { group: id, sender },
-            Outcome::Committed { added, removed } => {
+            MessageEffect::Asked { sender, digests } => {
+                Received::Asked { group: id, sender, digests }
+            }
+            MessageEffect::Leaving { sender } => Received::Leaving { group: id, sender },
+            MessageEffect::Committed { added, removed } => {
                 Received::Committed { group: id, added, removed }
             }
-            Outcome::Lost(reason) => {
+            MessageEffect::Lost(reason) => {
                 Received::Unreadable(unreadable(bytes, Some(id), reason, arrival))
             }
-            Outcome::Ignored(reason) => Received::Ignored(reason),
+            MessageEffect::Ignored(reason) => Received::Ignored(reason),
         })
     }
 }

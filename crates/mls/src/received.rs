@@ -8,7 +8,7 @@ use crate::{
     content::Content,
     database::DatabaseError,
     identity::Member,
-    profile::{GroupId, Kind},
+    profile::{GroupId, GroupKind},
     summary::GroupSummary,
 };
 
@@ -95,7 +95,7 @@ pub struct Arrival {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     pub group: GroupId,
-    pub kind: Kind,
+    pub kind: GroupKind,
     /// The group's creator, who sent the Welcome. The key is proven, the name is a claim.
     pub creator: Member,
     /// The number of members, including us.

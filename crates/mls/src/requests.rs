@@ -13,7 +13,7 @@ use crate::{
     database::{Database, DatabaseError, Item, Measure, NewItem},
     identity::Member,
     packages::Package,
-    profile::{GroupId, Kind},
+    profile::{GroupId, GroupKind},
     received::{Arrival, Request},
     tables::{DECLINED, HELD, REQUESTS},
     waiting::PutAside,
@@ -200,13 +200,13 @@ fn encode(request: &Request, package: &Package, welcome: &[u8]) -> Writer {
     let package = package.encode();
     let name = request.creator.username.as_str();
     let label = match &request.kind {
-        Kind::Direct { peer } => &peer.as_bytes()[..],
-        Kind::Group { name } => name.as_bytes(),
+        GroupKind::Direct { peer } => &peer.as_bytes()[..],
+        GroupKind::Group { name } => name.as_bytes(),
     };
     let len = 256 + label.len() + name.len() + package.written().len() + welcome.len();
     let mut writer = Writer::with_capacity(len);
     writer.raw(request.group.as_bytes());
-    writer.raw(&[u8::from(matches!(request.kind, Kind::Group { .. }))]);
+    writer.raw(&[u8::from(matches!(request.kind, GroupKind::Group { .. }))]);
     writer.bytes(label);
     request.creator.write(&mut writer);
     writer.count(request.members);
@@ -227,9 +227,9 @@ fn read(reader: &mut Reader<'_>) -> Result<Kept, Malformed> {
     let is_group = reader.array()? == [1];
     let label = reader.bytes()?;
     let kind = if is_group {
-        Kind::Group { name: std::str::from_utf8(label).map_err(|_| Malformed)?.to_owned() }
+        GroupKind::Group { name: std::str::from_utf8(label).map_err(|_| Malformed)?.to_owned() }
     } else {
-        Kind::Direct { peer: IdentityKey::try_from(label).map_err(|_| Malformed)? }
+        GroupKind::Direct { peer: IdentityKey::try_from(label).map_err(|_| Malformed)? }
     };
     let request = Request {
         group,
@@ -282,7 +282,7 @@ mod tests {
         let username = Username::parse("mallory").unwrap();
         Request {
             group: GroupId::random(&identity),
-            kind: Kind::Group { name: "offer".into() },
+            kind: GroupKind::Group { name: "offer".into() },
             creator: Member { identity, username },
             members: 2,
             epoch,

@@ -6,14 +6,14 @@ use crate::{
     codec::{Malformed, Reader, Writer},
     database::DatabaseError,
     identity::Member,
-    profile::{GroupId, Kind},
+    profile::{GroupId, GroupKind},
 };
 
 /// What the world may know of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupSummary {
     pub id: GroupId,
-    pub kind: Kind,
+    pub kind: GroupKind,
     pub channel: ChannelId,
     /// The only one who adds and removes.
     pub creator: IdentityKey,
@@ -30,20 +30,20 @@ impl GroupSummary {
     /// The other one of a direct group.
     pub fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
         match &self.kind {
-            Kind::Direct { peer } if self.creator == *me => Some(*peer),
-            Kind::Direct { .. } => Some(self.creator),
-            Kind::Group { .. } => None,
+            GroupKind::Direct { peer } if self.creator == *me => Some(*peer),
+            GroupKind::Direct { .. } => Some(self.creator),
+            GroupKind::Group { .. } => None,
         }
     }
 
     pub(crate) fn write(&self, writer: &mut Writer) {
         writer.raw(self.id.as_bytes());
         match &self.kind {
-            Kind::Direct { peer } => {
+            GroupKind::Direct { peer } => {
                 writer.raw(&[0]);
                 writer.raw(peer.as_bytes());
             }
-            Kind::Group { name } => {
+            GroupKind::Group { name } => {
                 writer.raw(&[1]);
                 writer.bytes(name.as_bytes());
             }
@@ -62,10 +62,10 @@ impl GroupSummary {
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         let id = GroupId::try_from(reader.raw(32)?).map_err(|_| Malformed)?;
         let kind = match reader.array()? {
-            [0] => Kind::Direct { peer: IdentityKey::new(reader.array()?) },
+            [0] => GroupKind::Direct { peer: IdentityKey::new(reader.array()?) },
             [1] => {
                 let name = std::str::from_utf8(reader.bytes()?).map_err(|_| Malformed)?;
-                Kind::Group { name: name.to_owned() }
+                GroupKind::Group { name: name.to_owned() }
             }
             _ => return Err(Malformed),
         };

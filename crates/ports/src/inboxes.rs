@@ -29,8 +29,8 @@ pub trait Inboxes: Send + Sync {
     /// Accepts messages and returns one outcome for each, in their order. A message is durable when
     /// its outcome is `Accepted`. Messages to one inbox get their seqs in the order of the batch.
     /// An error means that none was accepted. The backend's configuration
-    /// ([`qpq_domain::DeliveryLimits`]) limits what an inbox holds and what one sender holds of it, and
-    /// says how long message ids are remembered.
+    /// ([`qpq_domain::DeliveryLimits`]) limits what an inbox holds and what one sender holds of it,
+    /// and says how long message ids are remembered.
     async fn enqueue(&self, batch: Batch) -> StoreResult<Vec<Enqueued>>;
 
     /// Returns the first messages of the view, and hides them from other reads until the lease

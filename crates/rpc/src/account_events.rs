@@ -37,7 +37,7 @@ struct Topic {
 }
 
 /// Receives the events of one account that are published after its creation, until it is dropped.
-pub struct Listener {
+pub struct AccountEventListener {
     account_events: Arc<AccountEvents>,
     identity: IdentityKey,
     topic: Arc<Topic>,
@@ -50,10 +50,15 @@ impl AccountEvents {
     }
 
     /// Starts to listen to the events of `identity`.
-    pub fn listen(self: &Arc<Self>, identity: &IdentityKey) -> Listener {
+    pub fn listen(self: &Arc<Self>, identity: &IdentityKey) -> AccountEventListener {
         let topic = Arc::clone(self.topics.lock().entry(*identity).or_default());
         let received = array::from_fn(|event| topic.counts[event].load(Ordering::Acquire));
-        Listener { account_events: Arc::clone(self), identity: *identity, topic, received }
+        AccountEventListener {
+            account_events: Arc::clone(self),
+            identity: *identity,
+            topic,
+            received,
+        }
     }
 
     /// Sends an event to all listeners of `identity`, here and on the other edges.
@@ -87,7 +92,7 @@ impl fmt::Debug for AccountEvents {
     }
 }
 
-impl Listener {
+impl AccountEventListener {
     /// Returns the next event. Equal events since the last call are one. Cancel-safe.
     pub async fn next(&mut self) -> AccountEvent {
         loop {
@@ -104,7 +109,7 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for AccountEventListener {
     fn drop(&mut self) {
         let mut topics = self.account_events.topics.lock();
         // The map's reference and this one: no other can be created while the map is locked.
@@ -114,9 +119,11 @@ impl Drop for Listener {
     }
 }
 
-impl fmt::Debug for Listener {
+impl fmt::Debug for AccountEventListener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Listener").field("identity", &self.identity).finish_non_exhaustive()
+        f.debug_struct("AccountEventListener")
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
     }
 }
 

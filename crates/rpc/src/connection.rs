@@ -29,7 +29,7 @@ pub trait Events: Send + Sync {
 }
 
 /// One client connection.
-pub struct Connection {
+pub struct ClientConnection {
     ip: IpAddr,
     events: Arc<dyn Events>,
     answer_memory: Memory,
@@ -60,13 +60,13 @@ pub(crate) struct UnfinishedLogin {
     pub(crate) account: Option<(AccountId, IdentityKey)>,
 }
 
-impl fmt::Debug for Connection {
+impl fmt::Debug for ClientConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").finish_non_exhaustive()
+        f.debug_struct("ClientConnection").finish_non_exhaustive()
     }
 }
 
-impl Connection {
+impl ClientConnection {
     pub(crate) fn new(addr: SocketAddr, events: Arc<dyn Events>, answer_memory: Memory) -> Self {
         Self { ip: addr.ip().to_canonical(), events, answer_memory, state: Mutex::default() }
     }
@@ -166,7 +166,7 @@ impl Connection {
 }
 
 /// A connection that the embedder drops without removing it has no subscription either.
-impl Drop for Connection {
+impl Drop for ClientConnection {
     fn drop(&mut self) {
         self.close();
     }

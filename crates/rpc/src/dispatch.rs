@@ -27,7 +27,7 @@ use qpq_proto::{
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    Answer, App, Connection, Error, Subject,
+    Answer, App, ClientConnection, Error, Subject,
     answers::Reservation,
     auth::{Authenticate, Authorize, Principal as _},
     limits::SubjectKey,
@@ -43,7 +43,7 @@ pub struct Cx<'a> {
     /// The state that all handlers share.
     pub app: &'a Arc<App>,
     /// The connection of the call.
-    pub conn: &'a Arc<Connection>,
+    pub conn: &'a Arc<ClientConnection>,
     /// The time at which the call began.
     pub now: UnixMillis,
 }

@@ -32,7 +32,7 @@ mod waiters;
 pub use answers::AnswerMemory;
 pub use app::{App, Config, IdentityProof, Parts};
 pub use auth::{Admin, Caller, FreshCaller, SessionLifetimes};
-pub use connection::{Connection, Events};
+pub use connection::{ClientConnection, Events};
 pub use dispatch::{Cx, Handled, Handler, Response};
 pub use error::{Code, Error};
 pub use limits::{RateLimits, Subject};

@@ -9,7 +9,7 @@ use qpq_wire::Refusal;
 use tracing::{Instrument as _, Level, Span, field::Empty};
 
 use crate::{
-    App, Connection, Cx, Error, Events, Parts,
+    App, ClientConnection, Cx, Error, Events, Parts,
     dispatch::{self, TABLE},
     observe::Observer,
 };
@@ -49,8 +49,8 @@ impl Rpc {
     }
 
     /// Adds a connection from `addr`. After a Subscribe its events are sent to `events`.
-    pub fn connected(&self, addr: SocketAddr, events: Arc<dyn Events>) -> Arc<Connection> {
-        Arc::new(Connection::new(addr, events, self.app.answers.new_connection()))
+    pub fn connected(&self, addr: SocketAddr, events: Arc<dyn Events>) -> Arc<ClientConnection> {
+        Arc::new(ClientConnection::new(addr, events, self.app.answers.new_connection()))
     }
 
     /// Returns whether memory for answers is short, so that slow clients get less time.
@@ -64,12 +64,17 @@ impl Rpc {
     }
 
     /// Removes a closed connection, its unfinished logins and its subscription.
-    pub fn disconnected(&self, conn: &Connection) {
+    pub fn disconnected(&self, conn: &ClientConnection) {
         conn.close();
     }
 
     /// Accepts or refuses a request by its header, before any of its payload is read.
-    pub fn admit(&self, _conn: &Connection, method: u16, payload_len: u32) -> Result<(), Answer> {
+    pub fn admit(
+        &self,
+        _conn: &ClientConnection,
+        method: u16,
+        payload_len: u32,
+    ) -> Result<(), Answer> {
         let row = dispatch::row(method);
         let checked = match row.and_then(|row| TABLE.get(row)) {
             Some(entry) => dispatch::check_size(&self.app, &entry.info, payload_len),
@@ -81,7 +86,7 @@ impl Rpc {
     /// Executes one call. Dropping the future cancels it.
     pub async fn call(
         self: &Arc<Self>,
-        conn: &Arc<Connection>,
+        conn: &Arc<ClientConnection>,
         method: u16,
         payload: Bytes,
     ) -> Answer {
@@ -107,7 +112,7 @@ impl Rpc {
 
     /// Returns the answer to a request that the transport refuses. `method` is `None` if the
     /// header was not read.
-    pub fn refuse(&self, _conn: &Connection, method: Option<u16>, why: Refusal) -> Answer {
+    pub fn refuse(&self, _conn: &ClientConnection, method: Option<u16>, why: Refusal) -> Answer {
         let error = match why {
             Refusal::TooLarge => Error::TooLarge,
             Refusal::Malformed => Error::MalformedFrame,

@@ -84,9 +84,9 @@ impl Waiter<'_> {
     }
 
     /// Records that the call has read, and whether it left messages to the next one.
-    pub(crate) fn has_read(&mut self, left: Left) {
+    pub(crate) fn has_read(&mut self, left: Unread) {
         if let Some(shared) = &mut self.turn {
-            shared.unread = left == Left::More;
+            shared.unread = left == Unread::More;
         }
     }
 }
@@ -102,7 +102,7 @@ pub(crate) enum Turn {
 
 /// The messages that a read left to other calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Left {
+pub(crate) enum Unread {
     Nothing,
     More,
 }
@@ -195,11 +195,11 @@ mod tests {
         // The first call ends without a read.
         drop(one);
         assert_eq!(two.next().now_or_never(), Some(Turn::Read));
-        two.has_read(Left::More);
+        two.has_read(Unread::More);
         assert_eq!(three.next().now_or_never(), None);
         drop(two);
         assert_eq!(three.next().now_or_never(), Some(Turn::Read));
-        three.has_read(Left::Nothing);
+        three.has_read(Unread::Nothing);
         assert_eq!(three.next().now_or_never(), None);
         wakes.wake();
         assert_eq!(three.next().now_or_never(), Some(Turn::Read));

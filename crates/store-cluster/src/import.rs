@@ -17,7 +17,7 @@
 use std::fmt::Write as _;
 
 use futures_util::TryStreamExt as _;
-use qpq_ports::transfer::{Cell, Digest, Digests, Kind, Row, Table};
+use qpq_ports::transfer::{Cell, ColumnType, Digest, Digests, Row, Table};
 use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, Postgres, Row as _,
     TypeInfo as _, ValueRef as _,
@@ -325,19 +325,19 @@ impl<'a> Values<'a> {
             columns.iter().position(|column| column.name == name).expect("a column of the table");
         let cells = rows.iter().map(|row| &row[place]);
         match columns[place].kind {
-            Kind::Number => Self::Numbers(
+            ColumnType::Number => Self::Numbers(
                 cells
                     .map(|cell| if let Cell::Number(number) = cell { Some(*number) } else { None })
                     .collect(),
             ),
-            Kind::Text => Self::Texts(
+            ColumnType::Text => Self::Texts(
                 cells
                     .map(
                         |cell| if let Cell::Text(text) = cell { Some(text.as_str()) } else { None },
                     )
                     .collect(),
             ),
-            Kind::Bytes => Self::Bytes(
+            ColumnType::Bytes => Self::Bytes(
                 cells
                     .map(|cell| if let Cell::Bytes(bytes) = cell { Some(&bytes[..]) } else { None })
                     .collect(),

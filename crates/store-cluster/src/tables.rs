@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 
-use qpq_ports::transfer::{Column as MovedColumn, Kind, Table};
+use qpq_ports::transfer::{Column as TransferredColumn, ColumnType, Table};
 
 /// A table and all of its columns.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub(crate) struct TableDescription {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Content {
     /// A transfer moves them, in the order of the key.
-    Moved(Table),
+    Transferred(Table),
     /// They describe this database alone.
     Local,
 }
@@ -78,7 +78,7 @@ const fn local(name: &'static str) -> Column {
 static TABLES: [TableDescription; 12] = [
     TableDescription {
         name: "account",
-        content: Content::Moved(Table::Account),
+        content: Content::Transferred(Table::Account),
         columns: &[
             column("id", Role::RowNumber),
             value("username"),
@@ -93,7 +93,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "session",
-        content: Content::Moved(Table::Session),
+        content: Content::Transferred(Table::Session),
         columns: &[
             value("token"),
             column("account", Role::Account),
@@ -105,7 +105,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "inbox",
-        content: Content::Moved(Table::Inbox),
+        content: Content::Transferred(Table::Inbox),
         columns: &[
             column("id", Role::Account),
             value("last_seq"),
@@ -118,7 +118,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "message",
-        content: Content::Moved(Table::Message),
+        content: Content::Transferred(Table::Message),
         columns: &[
             column("inbox", Role::Account),
             value("seq"),
@@ -134,7 +134,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "recent_id",
-        content: Content::Moved(Table::RecentId),
+        content: Content::Transferred(Table::RecentId),
         columns: &[
             column("inbox", Role::Account),
             value("sender"),
@@ -148,7 +148,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "key_package",
-        content: Content::Moved(Table::KeyPackage),
+        content: Content::Transferred(Table::KeyPackage),
         columns: &[
             column("id", Role::RowNumber),
             // They are taken in the order of their upload.
@@ -162,17 +162,17 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "key_package_given",
-        content: Content::Moved(Table::KeyPackageGiven),
+        content: Content::Transferred(Table::KeyPackageGiven),
         columns: &[column("owner", Role::Account), value("fingerprint"), value("not_after")],
     },
     TableDescription {
         name: "hybrid_key",
-        content: Content::Moved(Table::HybridKey),
+        content: Content::Transferred(Table::HybridKey),
         columns: &[column("owner", Role::Account), value("key")],
     },
     TableDescription {
         name: "job",
-        content: Content::Moved(Table::Job),
+        content: Content::Transferred(Table::Job),
         columns: &[
             column("id", Role::Renumbered),
             value("kind"),
@@ -208,7 +208,7 @@ impl TableDescription {
     /// Returns the descriptions of the tables that are moved, accounts first.
     pub(crate) fn moved() -> impl Iterator<Item = (Table, &'static Self)> {
         TABLES.iter().filter_map(|description| match description.content {
-            Content::Moved(table) => Some((table, description)),
+            Content::Transferred(table) => Some((table, description)),
             Content::Local => None,
         })
     }
@@ -294,7 +294,7 @@ pub(crate) fn create_import_tables() -> String {
     let mut sql = String::new();
     for (table, TableDescription { name, columns, .. }) in TableDescription::moved() {
         let _ = write!(sql, "CREATE TABLE import_{name} (");
-        for MovedColumn { name, kind } in table.columns() {
+        for TransferredColumn { name, kind } in table.columns() {
             let _ = write!(sql, "{name} {}, ", sql_type(*kind));
         }
         let is_renumbered = columns.iter().any(|column| column.role == Role::Renumbered);
@@ -329,11 +329,11 @@ pub(crate) fn analyze_import_tables() -> String {
 }
 
 /// Returns the type of a column of the other store.
-pub(crate) const fn sql_type(kind: Kind) -> &'static str {
+pub(crate) const fn sql_type(kind: ColumnType) -> &'static str {
     match kind {
-        Kind::Number => "bigint",
-        Kind::Text => "text",
-        Kind::Bytes => "bytea",
+        ColumnType::Number => "bigint",
+        ColumnType::Text => "text",
+        ColumnType::Bytes => "bytea",
     }
 }
 
@@ -380,7 +380,7 @@ mod tests {
         assert_eq!(described, Table::ALL);
         for (table, description) in TableDescription::moved() {
             assert_eq!(table.name(), description.name);
-            for MovedColumn { name, .. } in table.columns() {
+            for TransferredColumn { name, .. } in table.columns() {
                 let is_here = description.columns.iter().any(|column| column.name == *name);
                 // The number of a message belongs to the single node alone.
                 assert!(is_here || (table, *name) == (Table::Message, "id"), "{table:?}.{name}");

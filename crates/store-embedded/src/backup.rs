@@ -22,7 +22,7 @@ use sqlx::{
 
 use crate::{
     directory,
-    files::{DATABASE_FILE, MOVED_FILE, RESTORING_FILE},
+    files::{DATABASE_FILE, RESTORING_FILE, TRANSFERRED_FILE},
     open::ROWS_AHEAD,
     open_error::{OpenError, failed as open_failed},
     schema,
@@ -83,8 +83,8 @@ pub async fn copy_database(data_dir: &Path, to: &Path) -> Result<(), BackupError
     if !from.is_file() {
         return Err(BackupError::NoData(data_dir.to_owned()));
     }
-    if data_dir.join(MOVED_FILE).exists() {
-        return Err(BackupError::Source(OpenError::Moved(data_dir.to_owned())));
+    if data_dir.join(TRANSFERRED_FILE).exists() {
+        return Err(BackupError::Source(OpenError::Transferred(data_dir.to_owned())));
     }
     if data_dir.join(RESTORING_FILE).exists() {
         return Err(BackupError::Source(OpenError::Restoring(data_dir.to_owned())));

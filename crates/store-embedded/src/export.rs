@@ -21,7 +21,7 @@ use sqlx::{
 
 use crate::{
     directory,
-    files::{DATABASE_FILE, MOVED_FILE},
+    files::{DATABASE_FILE, TRANSFERRED_FILE},
     open::ROWS_AHEAD,
     open_error::{OpenError, failed as open_failed},
     schema,
@@ -85,9 +85,9 @@ impl Export {
         Ok(Self { connection, data_dir: data_dir.to_owned(), _lock: lock })
     }
 
-    /// Returns the text that was stored when the directory was moved, if it was.
-    pub fn moved(&self) -> Result<Option<String>, ExportError> {
-        let path = self.data_dir.join(MOVED_FILE);
+    /// Returns the text that was stored when the directory was transferred, if it was.
+    pub fn transferred(&self) -> Result<Option<String>, ExportError> {
+        let path = self.data_dir.join(TRANSFERRED_FILE);
         match std::fs::read_to_string(&path) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),

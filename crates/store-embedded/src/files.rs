@@ -5,7 +5,7 @@ pub const DATABASE_FILE: &str = "qpq.db";
 
 /// The file in a data directory that was moved into a cluster. It names the cluster, and no server
 /// starts there.
-pub const MOVED_FILE: &str = "moved-to-cluster";
+pub const TRANSFERRED_FILE: &str = "moved-to-cluster";
 
 /// The file in a data directory during a restore. No server starts there.
 pub const RESTORING_FILE: &str = "restore-unfinished";

@@ -14,7 +14,7 @@ use crate::{
     clock::{Belief, ClockGuard},
     damage::{self, Damage},
     directory,
-    files::{DATABASE_FILE, MOVED_FILE},
+    files::{DATABASE_FILE, TRANSFERRED_FILE},
     jobs, maintenance,
     memory::{History, Limiter, Memory},
     metrics as names,
@@ -39,8 +39,8 @@ impl EmbeddedStore {
         directory::create(data_dir)?;
         let lock = directory::lock(data_dir)?;
         // Readers in the cluster would not receive a message that is stored here.
-        if data_dir.join(MOVED_FILE).exists() {
-            return Err(OpenError::Moved(data_dir.to_owned()));
+        if data_dir.join(TRANSFERRED_FILE).exists() {
+            return Err(OpenError::Transferred(data_dir.to_owned()));
         }
         let path = data_dir.join(DATABASE_FILE);
         directory::create_private_file(&path)?;

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{error::ErrorKind, files::MOVED_FILE};
+use crate::{error::ErrorKind, files::TRANSFERRED_FILE};
 
 /// Why a data directory cannot be used, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -47,9 +47,9 @@ pub enum OpenError {
     OtherSchema { path: PathBuf, version: i64 },
     #[error(
         "{} was moved into a cluster and is no longer updated: start the edges of that cluster. {} names it",
-        .0.display(), .0.join(MOVED_FILE).display()
+        .0.display(), .0.join(TRANSFERRED_FILE).display()
     )]
-    Moved(PathBuf),
+    Transferred(PathBuf),
     #[error(
         "{} was written by an older version (schema {found}, this one has {known}): start this version's qpq-server on it once and stop it",
         path.display()

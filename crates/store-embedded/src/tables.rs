@@ -17,7 +17,7 @@ pub(crate) struct TableDescription {
 #[derive(Clone, Copy, Debug)]
 enum Content {
     /// The rows are moved, in the order of the first `key` columns.
-    Moved { to: Table, key: usize },
+    Transferred { to: Table, key: usize },
     /// The rows describe this database alone.
     Local,
 }
@@ -67,7 +67,7 @@ const fn local(name: &'static str) -> Column {
 static TABLES: [TableDescription; 12] = [
     TableDescription {
         name: "account",
-        content: Content::Moved { to: Table::Account, key: 1 },
+        content: Content::Transferred { to: Table::Account, key: 1 },
         columns: &[
             column("id", Role::RowNumber),
             value("username"),
@@ -80,7 +80,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "session",
-        content: Content::Moved { to: Table::Session, key: 1 },
+        content: Content::Transferred { to: Table::Session, key: 1 },
         columns: &[
             value("token"),
             column("account", Role::Account),
@@ -92,7 +92,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "inbox",
-        content: Content::Moved { to: Table::Inbox, key: 1 },
+        content: Content::Transferred { to: Table::Inbox, key: 1 },
         columns: &[
             column("id", Role::Account),
             value("last_seq"),
@@ -103,7 +103,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "message",
-        content: Content::Moved { to: Table::Message, key: 1 },
+        content: Content::Transferred { to: Table::Message, key: 1 },
         columns: &[
             column("id", Role::RowNumber),
             column("inbox", Role::Account),
@@ -121,7 +121,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "recent_id",
-        content: Content::Moved { to: Table::RecentId, key: 3 },
+        content: Content::Transferred { to: Table::RecentId, key: 3 },
         columns: &[
             column("inbox", Role::Account),
             value("sender"),
@@ -135,7 +135,7 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "key_package",
-        content: Content::Moved { to: Table::KeyPackage, key: 1 },
+        content: Content::Transferred { to: Table::KeyPackage, key: 1 },
         columns: &[
             column("id", Role::RowNumber),
             // They are given out in the order of their upload.
@@ -149,17 +149,17 @@ static TABLES: [TableDescription; 12] = [
     },
     TableDescription {
         name: "key_package_given",
-        content: Content::Moved { to: Table::KeyPackageGiven, key: 2 },
+        content: Content::Transferred { to: Table::KeyPackageGiven, key: 2 },
         columns: &[column("owner", Role::Account), value("fingerprint"), value("not_after")],
     },
     TableDescription {
         name: "hybrid_key",
-        content: Content::Moved { to: Table::HybridKey, key: 1 },
+        content: Content::Transferred { to: Table::HybridKey, key: 1 },
         columns: &[column("owner", Role::Account), value("key")],
     },
     TableDescription {
         name: "job",
-        content: Content::Moved { to: Table::Job, key: 1 },
+        content: Content::Transferred { to: Table::Job, key: 1 },
         columns: &[
             column("id", Role::RowNumber),
             value("kind"),
@@ -255,7 +255,7 @@ impl TableDescription {
 
     fn moved(&self) -> Option<(Table, usize)> {
         match self.content {
-            Content::Moved { to, key } => Some((to, key)),
+            Content::Transferred { to, key } => Some((to, key)),
             Content::Local => None,
         }
     }

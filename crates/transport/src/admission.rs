@@ -18,11 +18,11 @@ use std::{
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Limits;
+use crate::config::TransportLimits;
 
 /// The admission of connections to a server.
 pub(crate) struct Admission {
-    limits: Limits,
+    limits: TransportLimits,
     /// Once cancelled, every attempt is refused.
     draining: CancellationToken,
     handshakes: AtomicUsize,
@@ -83,7 +83,7 @@ impl LimitReached {
     }
 
     /// Returns the name and the value of the setting to raise. `None` while the server drains.
-    pub(crate) fn setting(self, limits: &Limits) -> Option<(&'static str, usize)> {
+    pub(crate) fn setting(self, limits: &TransportLimits) -> Option<(&'static str, usize)> {
         Some(match self {
             Self::Draining => return None,
             Self::Connections => ("transport.max_connections", limits.max_connections),
@@ -121,7 +121,7 @@ pub(crate) struct HandshakePermit {
 }
 
 impl Admission {
-    pub(crate) fn new(limits: Limits, draining: CancellationToken) -> Arc<Self> {
+    pub(crate) fn new(limits: TransportLimits, draining: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
             limits,
             draining,
@@ -161,7 +161,7 @@ impl Admission {
         self.is_under_pressure.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn limits(&self) -> &Limits {
+    pub(crate) fn limits(&self) -> &TransportLimits {
         &self.limits
     }
 
@@ -274,7 +274,7 @@ mod tests {
 
     type Permits = (ConnectionPermit, HandshakePermit);
 
-    fn admission(limits: Limits) -> Arc<Admission> {
+    fn admission(limits: TransportLimits) -> Arc<Admission> {
         Admission::new(limits, CancellationToken::new())
     }
 
@@ -298,10 +298,10 @@ mod tests {
 
     #[test]
     fn connections_beyond_a_limit_are_refused_until_a_permit_is_dropped() {
-        let admission = admission(Limits {
+        let admission = admission(TransportLimits {
             max_connections: 2,
             max_connections_per_ip: 1,
-            ..Limits::default()
+            ..TransportLimits::default()
         });
         let first = accept(&admission, IP);
         assert_eq!(refused(&admission, IP), LimitReached::ConnectionsPerIp);
@@ -317,7 +317,8 @@ mod tests {
 
     #[test]
     fn addresses_of_one_ipv6_network_share_a_limit() {
-        let admission = admission(Limits { max_connections_per_ip: 1, ..Limits::default() });
+        let admission =
+            admission(TransportLimits { max_connections_per_ip: 1, ..TransportLimits::default() });
         let _first = accept(&admission, "2001:db8::1".parse().unwrap());
         assert_eq!(
             refused(&admission, "2001:db8::2".parse().unwrap()),
@@ -334,11 +335,11 @@ mod tests {
     /// Half-open handshakes of two addresses, at a tenth of the default caps.
     #[test]
     fn half_open_handshakes_of_two_addresses_do_not_refuse_a_third() {
-        let limits = Limits {
+        let limits = TransportLimits {
             max_handshakes: 204,
             max_handshakes_per_ip: 25,
             retry_above: 25,
-            ..Limits::default()
+            ..TransportLimits::default()
         };
         let admission = admission(limits);
         let mut half_open = Vec::new();
@@ -371,7 +372,11 @@ mod tests {
 
     #[test]
     fn a_spoofed_address_does_not_use_up_the_limit_of_its_owner() {
-        let limits = Limits { max_handshakes_per_ip: 1, retry_above: 9, ..Limits::default() };
+        let limits = TransportLimits {
+            max_handshakes_per_ip: 1,
+            retry_above: 9,
+            ..TransportLimits::default()
+        };
         let admission = admission(limits);
         let _spoofed: Vec<_> = (0..8).map(|_| accept(&admission, IP)).collect();
         let owner = admission.decide(IP, Address::Validated);
@@ -381,8 +386,11 @@ mod tests {
 
     #[test]
     fn retries_start_at_the_limit_and_end_at_half_of_it() {
-        let admission =
-            admission(Limits { retry_above: 4, max_handshakes: 6, ..Limits::default() });
+        let admission = admission(TransportLimits {
+            retry_above: 4,
+            max_handshakes: 6,
+            ..TransportLimits::default()
+        });
         let mut accepted: Vec<_> = (0..4).map(|_| accept(&admission, IP)).collect();
         assert!(matches!(admission.decide(IP, Address::Claimed), Decision::Retry));
         for _ in 0..2 {

@@ -29,7 +29,7 @@ pub struct Config {
     /// Whether clients must have a certificate.
     pub client_auth: ClientAuth,
     /// The limits.
-    pub limits: Limits,
+    pub limits: TransportLimits,
     /// The timeouts.
     pub timeouts: Timeouts,
     /// The drain token of the process. While cancelled, new connections are refused and replies
@@ -45,7 +45,7 @@ impl Config {
             listen: vec![listen],
             alpn: Alpn::CLIENTS.to_vec(),
             client_auth: ClientAuth::None,
-            limits: Limits::default(),
+            limits: TransportLimits::default(),
             timeouts: Timeouts::default(),
             draining: CancellationToken::new(),
         }
@@ -54,7 +54,7 @@ impl Config {
 
 /// The limits of a server. Beyond a limit it refuses, and neither queues nor ignores.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct TransportLimits {
     /// Connections, including those in their handshake. An idle one costs about 45 KiB. Default:
     /// 16 384.
     pub max_connections: usize,
@@ -79,7 +79,7 @@ pub struct Limits {
     pub min_reply_rate: u64,
 }
 
-impl Default for Limits {
+impl Default for TransportLimits {
     fn default() -> Self {
         Self {
             max_connections: 16_384,
@@ -127,7 +127,7 @@ impl Default for Timeouts {
 }
 
 /// Returns quinn's configuration for the connections of a server.
-pub(crate) fn transport(limits: &Limits, timeouts: &Timeouts) -> Arc<TransportConfig> {
+pub(crate) fn transport(limits: &TransportLimits, timeouts: &Timeouts) -> Arc<TransportConfig> {
     let mut transport = TransportConfig::default();
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(limits.max_streams))

@@ -37,7 +37,7 @@ pub use cluster::{
     ClusterEdge, ClusterKeyFiles, ClusterKeys, ClusterKeysError, KeyReload, RESET_KEY_LEN,
     ring::KeyRing,
 };
-pub use config::{Config, DRAIN_DEADLINE, Limits, Timeouts};
+pub use config::{Config, DRAIN_DEADLINE, Timeouts, TransportLimits};
 pub use events::{EventError, EventSink};
 pub use fingerprint::{Fingerprint, ParseFingerprintError};
 pub use identity::{Identity, IdentityError, SelfSigned};

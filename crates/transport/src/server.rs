@@ -385,11 +385,11 @@ impl LimitWarnings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Limits;
+    use crate::config::TransportLimits;
 
     #[test]
     fn a_full_server_warns_once_in_ten_seconds_for_each_reason() {
-        let admission = Admission::new(Limits::default(), CancellationToken::new());
+        let admission = Admission::new(TransportLimits::default(), CancellationToken::new());
         let (mut warnings, start) = (LimitWarnings::default(), Instant::now());
         let mut warn =
             |reason, after| warnings.warn(reason, &admission, start + Duration::from_secs(after));

@@ -22,7 +22,7 @@ use qpq_runtime::data_dir::{
     cluster::{ClusterDir, ClusterId, DELIVERY_KEY, OPAQUE_SETUP},
 };
 use qpq_store_cluster::Import;
-use qpq_store_embedded::{Export, MOVED_FILE};
+use qpq_store_embedded::{Export, TRANSFERRED_FILE};
 
 use crate::{
     block_on, print,
@@ -70,7 +70,7 @@ async fn transfer(
 ) -> anyhow::Result<Option<Digests>> {
     let mut export = Export::open(from).await?;
     let cluster = shared.cluster_id()?;
-    if let Some(note) = export.moved()? {
+    if let Some(note) = export.transferred()? {
         ensure!(
             note.contains(&cluster.to_string()),
             "{} was moved into another cluster than this one ({cluster}): {}. Use the \
@@ -156,7 +156,7 @@ async fn copy(export: &mut Export, import: &mut Import, digests: &Digests) -> an
 /// Marks the data directory as moved.
 fn mark(from: &Path, cluster: ClusterId, digests: &Digests) -> anyhow::Result<()> {
     let note = format!("moved into the cluster {cluster}, with these rows and hashes:\n{digests}");
-    DataDir::create(from)?.add(MOVED_FILE, note.as_bytes()).with_context(|| {
+    DataDir::create(from)?.add(TRANSFERRED_FILE, note.as_bytes()).with_context(|| {
         format!(
             "all data was moved, but {} cannot be marked as moved: check the disk, then run this again",
             from.display()

@@ -5,8 +5,8 @@ use std::{path::PathBuf, time::Duration};
 
 use qpq_domain::Backoff;
 use qpq_runtime::config::{
-    About, Broken, ConfigError, Declared, Node, Problem, Reader, Settings, Sources, environment,
-    load,
+    About, Broken, ConfigError, Declared, Node, Problem, SettingReader, Settings, Sources,
+    environment, load,
 };
 use qpq_server::{Config, FOREIGN_VARIABLES};
 use qpq_store_cluster::ConnectError;
@@ -79,7 +79,7 @@ macro_rules! same_settings {
                 self.0.describe(about, declared);
             }
 
-            fn read(&mut self, path: &str, reader: &mut Reader<'_>) {
+            fn read(&mut self, path: &str, reader: &mut SettingReader<'_>) {
                 self.0.read(path, reader);
             }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use qpq_client::{
-    Conversation, ConversationId, ConversationKind, Delivery, Entry, Event, Person, Standing,
+    Conversation, ConversationId, ConversationKind, DeliveryState, Entry, Event, Person, Standing,
     UnixMillis,
 };
 use serde::Serialize;
@@ -192,9 +192,9 @@ impl EntryReport<'_> {
         match &self.entry.event {
             Event::Sent { text, delivery } => {
                 let mark = match delivery {
-                    Delivery::Sent => "",
-                    Delivery::Queued => " (not sent yet)",
-                    Delivery::Failed => " (not delivered)",
+                    DeliveryState::Sent => "",
+                    DeliveryState::Queued => " (not sent yet)",
+                    DeliveryState::Failed => " (not delivered)",
                 };
                 self.said(&place, "you", text, mark, style)
             }
@@ -282,11 +282,11 @@ impl EntryReport<'_> {
 }
 
 /// How far a message got, as the JSON of every command says it.
-pub(crate) fn delivery_name(delivery: Delivery) -> &'static str {
+pub(crate) fn delivery_name(delivery: DeliveryState) -> &'static str {
     match delivery {
-        Delivery::Queued => "queued",
-        Delivery::Sent => "sent",
-        Delivery::Failed => "failed",
+        DeliveryState::Queued => "queued",
+        DeliveryState::Sent => "sent",
+        DeliveryState::Failed => "failed",
     }
 }
 
@@ -361,7 +361,7 @@ mod tests {
         assert_eq!(line(received("hi"), 181_000), "bob (3 min ago): hi");
         assert_eq!(line(received("hi"), 0), "bob: hi", "a clock that is behind");
         assert_eq!(line(received("a\nb\x1b"), 2_000), "bob: a\n  | b\\u{1b}");
-        let queued = Event::Sent { text: "hi".into(), delivery: Delivery::Queued };
+        let queued = Event::Sent { text: "hi".into(), delivery: DeliveryState::Queued };
         assert_eq!(line(queued, 2_000), "you: hi (not sent yet)");
         assert_eq!(
             line(Event::Missing { first: Seq(3), last: Seq(4) }, 0).split_whitespace().nth(1),

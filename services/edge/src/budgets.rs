@@ -7,13 +7,13 @@ use std::{collections::HashMap, time::Duration};
 use qpq_ports::Bucket;
 use qpq_proto::{LimitClass, LimitDefault, LimitSubject};
 use qpq_rpc::RateLimits;
-use qpq_runtime::config::{About, Declared, Leaf, Node, Reader, Section, Value, join};
+use qpq_runtime::config::{About, Declared, Leaf, Node, Section, SettingReader, Value, join};
 
 const UNITS: [(&str, u64); 3] = [("s", 1), ("m", 60), ("h", 3_600)];
 
 /// The rate limits of calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct CallLimits {
     pub enabled: bool,
     budgets: Vec<(LimitClass, LimitSubject, Budget)>,
 }
@@ -32,7 +32,7 @@ impl From<&LimitDefault> for Budget {
     }
 }
 
-impl Default for Limits {
+impl Default for CallLimits {
     fn default() -> Self {
         let of_class = |class: LimitClass| {
             class
@@ -44,7 +44,7 @@ impl Default for Limits {
     }
 }
 
-impl Limits {
+impl CallLimits {
     /// Returns the limits in the form of the dispatcher.
     pub fn to_rpc(&self) -> RateLimits {
         let bucket = |budget: Budget| Bucket {
@@ -64,7 +64,7 @@ fn key(class: LimitClass, subject: LimitSubject) -> String {
     format!("{}.{}", class.name(), subject.name())
 }
 
-impl Node for Limits {
+impl Node for CallLimits {
     fn describe(&self, about: About, declared: &mut Declared) {
         declared.sections.push(Section { path: about.path.clone(), doc: about.doc });
         let enabled = About::new(join(&about.path, "enabled"), "Whether calls are counted at all.");
@@ -75,7 +75,7 @@ impl Node for Limits {
         }
     }
 
-    fn read(&mut self, path: &str, reader: &mut Reader<'_>) {
+    fn read(&mut self, path: &str, reader: &mut SettingReader<'_>) {
         self.enabled.read(&join(path, "enabled"), reader);
         for (class, subject, budget) in &mut self.budgets {
             budget.read(&join(path, &key(*class, *subject)), reader);
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn the_defaults_are_those_of_the_table() {
-        let rates = Limits::default().to_rpc();
+        let rates = CallLimits::default().to_rpc();
         for class in LimitClass::ALL {
             for default in class.defaults() {
                 let bucket = rates.overrides[&(class, default.subject)];
@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn a_shown_budget_is_read_back_and_malformed_ones_are_refused() {
         let read = |text: &str| <Budget as Leaf>::read(&Value::from(text));
-        for (_, _, budget) in Limits::default().budgets {
+        for (_, _, budget) in CallLimits::default().budgets {
             let shown = Leaf::show(&budget).unwrap();
             assert_eq!(read(shown.trim_matches('"')), Some(budget), "{shown}");
         }

@@ -16,7 +16,7 @@ use qpq_runtime::{
         cluster::{DELIVERY_KEY, OPAQUE_SETUP},
     },
 };
-use qpq_store_embedded::{Claim, DATABASE_FILE, MOVED_FILE, OpenError, RESTORING_FILE};
+use qpq_store_embedded::{Claim, DATABASE_FILE, OpenError, RESTORING_FILE, TRANSFERRED_FILE};
 use qpq_transport::Identity;
 
 use crate::{
@@ -117,8 +117,11 @@ fn check_data_dir(path: &Path, report: &mut Report) -> Running {
         return Running::Unknown;
     }
     report.fact("data in", format_args!("{}, writable", path.display()));
-    if path.join(MOVED_FILE).exists() {
-        report.problem(format_args!("the data directory {}", OpenError::Moved(path.to_owned())));
+    if path.join(TRANSFERRED_FILE).exists() {
+        report.problem(format_args!(
+            "the data directory {}",
+            OpenError::Transferred(path.to_owned())
+        ));
     }
     if path.join(RESTORING_FILE).exists() {
         report

@@ -13,11 +13,11 @@ use qpq_runtime::{
     section,
     trace::Trace,
 };
-use qpq_transport::{Alpn, ClientAuth, Limits as TransportLimits, Timeouts};
+use qpq_transport::{Alpn, ClientAuth, Timeouts, TransportLimits};
 
 use crate::{
     Listen,
-    budgets::Limits,
+    budgets::CallLimits,
     cluster::{Cluster, Nats, PasswordFileError, Postgres, Redis, Sections},
 };
 
@@ -56,7 +56,7 @@ section! {
         /// are smaller.
         answers: Answers = Answers::default();
         /// Rate limits of calls. [rpc.md](rpc.md) lists the methods that share a budget.
-        limits: Limits = Limits::default();
+        limits: CallLimits = CallLimits::default();
         /// Messages and inboxes.
         delivery: Delivery = Delivery::default();
         /// KeyPackages.

@@ -41,7 +41,7 @@ pub(crate) struct Secrets {
 }
 
 /// What all edges of a cluster share.
-pub(crate) struct Shared {
+pub(crate) struct ClusterSecrets {
     pub(crate) secrets: Secrets,
     /// For [`qpq_transport::ClusterEdge`]. Must be watched, like the certificates.
     pub(crate) keys: Arc<ClusterKeys>,
@@ -98,7 +98,7 @@ pub(crate) fn load_or_create(dir: &DataDir) -> Result<Secrets, SecretsError> {
 }
 
 /// Reads what all edges share, and creates nothing. The error names what is missing or damaged.
-pub(crate) fn load_shared(dir: &Path) -> Result<Shared, SecretsError> {
+pub(crate) fn load_shared(dir: &Path) -> Result<ClusterSecrets, SecretsError> {
     let dir = ClusterDir::open(dir)?;
     let cluster = dir.cluster_id()?;
     let setup = dir.secret(OPAQUE_SETUP)?;
@@ -121,7 +121,7 @@ pub(crate) fn load_shared(dir: &Path) -> Result<Shared, SecretsError> {
         Certificates::load(&dir.file(cluster::CERTIFICATE), &dir.file(cluster::CERTIFICATE_KEY))
             .map_err(|source| SecretsError::ClusterCertificate { source })?;
     let opaque_fingerprint = OPAQUE_SETUP.fingerprint(&setup);
-    Ok(Shared {
+    Ok(ClusterSecrets {
         secrets: Secrets { opaque, signer },
         keys,
         certificates,

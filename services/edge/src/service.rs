@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use qpq_ports::{Clock, Lease};
-use qpq_rpc::{Answer, Connection, Events, Rpc};
+use qpq_rpc::{Answer, ClientConnection, Events, Rpc};
 use qpq_transport::{DeliveryObserver, EventSink, Peer, Reply, Service};
 use qpq_wire::{Refusal, Request, RequestHeader};
 
@@ -14,28 +14,33 @@ use qpq_wire::{Refusal, Request, RequestHeader};
 pub(crate) struct Edge(pub(crate) Arc<Rpc>);
 
 impl Service for Edge {
-    type Connection = Connection;
+    type Connection = ClientConnection;
 
-    fn connected(&self, peer: Peer, events: EventSink) -> Arc<Connection> {
+    fn connected(&self, peer: Peer, events: EventSink) -> Arc<ClientConnection> {
         self.0.connected(peer.addr, Arc::new(Sink(events)))
     }
 
-    fn disconnected(&self, conn: &Connection) {
+    fn disconnected(&self, conn: &ClientConnection) {
         self.0.disconnected(conn);
     }
 
-    fn admit(&self, conn: &Connection, header: &RequestHeader) -> Result<(), Reply> {
+    fn admit(&self, conn: &ClientConnection, header: &RequestHeader) -> Result<(), Reply> {
         self.0
             .admit(conn, header.method_id, header.payload_len)
             .map_err(|answer| self.reply(answer))
     }
 
-    async fn call(self: Arc<Self>, conn: Arc<Connection>, request: Request) -> Reply {
+    async fn call(self: Arc<Self>, conn: Arc<ClientConnection>, request: Request) -> Reply {
         let answer = self.0.call(&conn, request.method_id, request.payload).await;
         self.reply(answer)
     }
 
-    fn refuse(&self, conn: &Connection, header: Option<&RequestHeader>, why: Refusal) -> Reply {
+    fn refuse(
+        &self,
+        conn: &ClientConnection,
+        header: Option<&RequestHeader>,
+        why: Refusal,
+    ) -> Reply {
         self.reply(self.0.refuse(conn, header.map(|header| header.method_id), why))
     }
 

@@ -11,7 +11,7 @@ use qpq_proto::{
 use qpq_tests::{
     accounts::{identity, login_with, registration, upload},
     cluster::{Cluster, EntryPoints, Plan},
-    roaming::{Outcome, Roamer},
+    roaming::{CallOutcome, Roamer},
 };
 use tokio::{sync::Barrier, task::JoinSet};
 
@@ -34,12 +34,12 @@ async fn race(
             roamer.connected().await;
             barrier.wait().await;
             let answer = match roamer.call::<OpaqueRegisterFinish>(&request, None).await {
-                Outcome::Ok(response) => {
+                CallOutcome::Ok(response) => {
                     assert!(response.success);
                     Ok(())
                 }
-                Outcome::Refused(refused) => Err(refused.code),
-                Outcome::Lost(_) => panic!("a registration was not answered"),
+                CallOutcome::Refused(refused) => Err(refused.code),
+                CallOutcome::Lost(_) => panic!("a registration was not answered"),
             };
             (place, answer)
         });

@@ -26,7 +26,7 @@ use qpq_tests::{
     accounts::{self, Account, identity, login_with, registration, upload},
     client::Client,
     cluster::{Cluster, EntryPoints, Plan, Wiring},
-    roaming::{Outcome, Roamer},
+    roaming::{CallOutcome, Roamer},
     traffic::{keep, payload, seen},
 };
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
@@ -262,11 +262,13 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
             async move {
                 loop {
                     match roamer.call::<Logout>(&v1::LogoutRequest::default(), Some(&token)).await {
-                        Outcome::Ok(_) => return,
+                        CallOutcome::Ok(_) => return,
                         // An earlier attempt had its effect without an answer.
-                        Outcome::Refused(refused) if refused.status == UNAUTHORIZED => return,
-                        Outcome::Refused(refused) => assert!(refused.is_temporary(), "{refused:?}"),
-                        Outcome::Lost(_) => {}
+                        CallOutcome::Refused(refused) if refused.status == UNAUTHORIZED => return,
+                        CallOutcome::Refused(refused) => {
+                            assert!(refused.is_temporary(), "{refused:?}")
+                        }
+                        CallOutcome::Lost(_) => {}
                     }
                     roamer.pause().await;
                 }

@@ -17,7 +17,7 @@ use super::{IDLE, LIST, Outgoing, State, WAIT, seen, store_id};
 use crate::{
     accounts::Account,
     client::Client,
-    roaming::{Loss, Outcome, Roamer, call_on},
+    roaming::{CallOutcome, Loss, Roamer, call_on},
 };
 
 /// A writer or reader.
@@ -83,16 +83,16 @@ impl Party {
     ) -> Option<M::Response> {
         self.state.calls.fetch_add(1, Ordering::Relaxed);
         match call_on::<M>(client, request, Some(token)).await {
-            Outcome::Ok(response) => return Some(response),
-            Outcome::Refused(refused) if refused.is_temporary() => {
+            CallOutcome::Ok(response) => return Some(response),
+            CallOutcome::Refused(refused) if refused.is_temporary() => {
                 self.state.refused.fetch_add(1, Ordering::Relaxed);
                 self.roamer.pause().await;
             }
-            Outcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
-            Outcome::Lost(Loss::Drained) => {
+            CallOutcome::Refused(refused) => panic!("{} is refused: {refused:?}", M::INFO.name),
+            CallOutcome::Lost(Loss::Drained) => {
                 self.state.drained.fetch_add(1, Ordering::Relaxed);
             }
-            Outcome::Lost(Loss::Otherwise) => {
+            CallOutcome::Lost(Loss::Otherwise) => {
                 self.state.lost.fetch_add(1, Ordering::Relaxed);
             }
         }

@@ -5,12 +5,12 @@
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use qpq_domain::{IdentityKey, UnixMillis};
-use qpq_mls::{GroupId, Kind};
+use qpq_mls::{GroupId, GroupKind};
 
 use super::{
     Messenger,
     log::{ConversationId, Event},
-    send::{Outcome, group_of},
+    send::{SendOutcome, group_of},
     state::State,
 };
 use crate::error::Error;
@@ -22,7 +22,7 @@ impl Messenger {
     /// Leaves a group that another person created. Its keys are deleted when this returns, and
     /// nothing that is sent to it is shown any more. The others see us leave when the creator's
     /// client has read that.
-    pub async fn leave(&self, group: ConversationId) -> Result<Outcome, Error> {
+    pub async fn leave(&self, group: ConversationId) -> Result<SendOutcome, Error> {
         let id = group_of(group)?;
         // Messages that are not read before the keys are deleted can never be decrypted.
         if !self.shared.verified.load(Ordering::Relaxed) {
@@ -49,7 +49,7 @@ impl State {
             let Some(group) = self.mls.group(&id)? else { continue };
             let is_ours = group.active
                 && group.creator == self.me()
-                && matches!(group.kind, Kind::Group { .. });
+                && matches!(group.kind, GroupKind::Group { .. });
             members.retain(|key| group.members.iter().any(|member| member.identity == *key));
             if !is_ours || members.is_empty() {
                 continue;

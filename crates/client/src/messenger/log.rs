@@ -6,7 +6,7 @@ use std::fmt;
 
 use qpq_domain::{IdentityKey, Seq, UnixMillis, Username};
 use qpq_mls::{
-    GroupId, GroupSummary, Kind,
+    GroupId, GroupKind, GroupSummary,
     database::{Database, DatabaseError, Item, NewItem},
 };
 
@@ -29,9 +29,9 @@ impl ConversationId {
     /// The conversation that an MLS group is (part of), as `me` sees it.
     pub(crate) fn of(group: &GroupSummary, me: &IdentityKey) -> Self {
         match &group.kind {
-            Kind::Direct { peer } if group.creator == *me => Self::Direct(*peer),
-            Kind::Direct { .. } => Self::Direct(group.creator),
-            Kind::Group { .. } => Self::Group(group.id),
+            GroupKind::Direct { peer } if group.creator == *me => Self::Direct(*peer),
+            GroupKind::Direct { .. } => Self::Direct(group.creator),
+            GroupKind::Group { .. } => Self::Group(group.id),
         }
     }
 }
@@ -80,7 +80,7 @@ pub enum Event<P = Person> {
         /// The text.
         text: String,
         /// How far the message got.
-        delivery: Delivery,
+        delivery: DeliveryState,
     },
     /// Another person wrote.
     Received {
@@ -159,7 +159,7 @@ pub enum Event<P = Person> {
 
 /// How far a message of ours got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Delivery {
+pub enum DeliveryState {
     /// On this machine, until the server can be reached.
     Queued,
     /// The server has it, durably, for everyone.
@@ -325,7 +325,7 @@ impl Log {
     }
 
     /// How far our message got, if there is one of this id.
-    pub(crate) fn delivery(&self, id: EntryId) -> Result<Option<Delivery>, DatabaseError> {
+    pub(crate) fn delivery(&self, id: EntryId) -> Result<Option<DeliveryState>, DatabaseError> {
         Ok(match self.get(id)?.map(|kept| kept.entry.event) {
             Some(Event::Sent { delivery, .. }) => Some(delivery),
             _ => None,
@@ -333,7 +333,11 @@ impl Log {
     }
 
     /// Notes how far our message got.
-    pub(crate) fn set_delivery(&self, id: EntryId, new: Delivery) -> Result<(), DatabaseError> {
+    pub(crate) fn set_delivery(
+        &self,
+        id: EntryId,
+        new: DeliveryState,
+    ) -> Result<(), DatabaseError> {
         let Some(mut kept) = self.get(id)? else { return Ok(()) };
         if let Event::Sent { delivery, .. } = &mut kept.entry.event {
             *delivery = new;

@@ -49,16 +49,16 @@ use std::{
 };
 
 use qpq_domain::{IdentityKey, UnixMillis};
-use qpq_mls::{GroupSummary, Kind, vault::VaultKey};
+use qpq_mls::{GroupKind, GroupSummary, vault::VaultKey};
 use qpq_ports::{Clock as _, SystemClock};
 use tokio::sync::Mutex;
 
 pub use self::{
     listen::Listener,
-    log::{ConversationId, Delivery, Entry, EntryId, Event},
+    log::{ConversationId, DeliveryState, Entry, EntryId, Event},
     people::{Person, Standing},
-    requests::{MAX_STRANGERS, Request, Requests},
-    send::{MAX_GROUP_NAME, MAX_TEXT, Outcome, Sent},
+    requests::{ContactRequest, MAX_STRANGERS, Requests},
+    send::{MAX_GROUP_NAME, MAX_TEXT, SendOutcome, Sent},
 };
 use self::{state::State, store::StateStore};
 use crate::{client::Client, error::Error, profile::Profile};
@@ -262,7 +262,7 @@ fn conversations(state: &State) -> Result<Vec<Conversation>, Error> {
 
 fn kind(state: &State, summary: GroupSummary) -> Result<ConversationKind, Error> {
     Ok(match (ConversationId::of(&summary, &state.me()), summary.kind) {
-        (ConversationId::Group(_), Kind::Group { name }) => ConversationKind::Group {
+        (ConversationId::Group(_), GroupKind::Group { name }) => ConversationKind::Group {
             name,
             creator: state.people.person(&summary.creator)?,
             members: summary.members.len(),
@@ -271,7 +271,7 @@ fn kind(state: &State, summary: GroupSummary) -> Result<ConversationKind, Error>
         (ConversationId::Direct(peer), _) => {
             ConversationKind::Direct { peer: state.people.person(&peer)? }
         }
-        (ConversationId::Group(_), Kind::Direct { .. }) => {
+        (ConversationId::Group(_), GroupKind::Direct { .. }) => {
             unreachable!("a direct group is no group conversation")
         }
     })

@@ -26,7 +26,7 @@ use crate::{
     client::{Client, LogoutScope, Session, blocking},
     error::{AuthError, CallError, Error, ProfileError},
     options::{Options, Trust},
-    profile::{self, InUse, Profile, Status, database_path, vault_path},
+    profile::{self, InUse, Profile, ProfileStatus, database_path, vault_path},
     secret::{ExportKey, Password},
 };
 
@@ -49,7 +49,8 @@ impl Messenger {
         let in_use = profile::lock(dir).await?;
         match Profile::read(dir) {
             Ok(profile)
-                if profile.status == Status::Registering && profile.username == *username =>
+                if profile.status == ProfileStatus::Registering
+                    && profile.username == *username =>
             {
                 Box::pin(resume(in_use, options, profile, password, invite)).await
             }
@@ -140,7 +141,7 @@ async fn begin(
         server: options.server,
         trust: options.trust,
         identity: identity.public(),
-        status: Status::Registering,
+        status: ProfileStatus::Registering,
     };
     let pending = client.begin_registration(username, password).await?;
     let key = derive(&pending.password, &pending.export_key, Salt::random()).await;
@@ -157,7 +158,7 @@ async fn begin(
     }
     let session = client.login(username, password).await?;
     adopt(&store, &session).await?;
-    profile.status = Status::Registered;
+    profile.status = ProfileStatus::Registered;
     profile.write(&dir)?;
     let messenger = assemble(client, profile, store).await?;
     messenger.settle_keys(NewKeys::Needed).await?;
@@ -198,7 +199,7 @@ async fn resume(
     let key = existing_key(&dir, &session.password, &session.export_key).await?;
     let store = StateStore::open(in_use, key).await?;
     adopt(&store, &session).await?;
-    profile.status = Status::Registered;
+    profile.status = ProfileStatus::Registered;
     profile.write(&dir)?;
     let messenger = assemble(client, profile, store).await?;
     messenger.settle_keys(NewKeys::Needed).await?;
@@ -208,7 +209,7 @@ async fn resume(
 /// The profile in `dir`, if its registration is complete.
 fn registered(dir: &Path) -> Result<Profile, ProfileError> {
     match Profile::read(dir)? {
-        Profile { status: Status::Registering, .. } => {
+        Profile { status: ProfileStatus::Registering, .. } => {
             Err(ProfileError::Unfinished(dir.to_owned()))
         }
         profile => Ok(profile),

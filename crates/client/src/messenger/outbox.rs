@@ -35,11 +35,11 @@ pub(crate) struct Outbox {
 
 /// An item's place in the outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Place(u64);
+pub(crate) struct OutboxPosition(u64);
 
 /// What the server said about one recipient of an item.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum RecipientStatus {
     /// It has it, durably.
     Accepted,
     /// Not now: the recipient's inbox is full, or the like.
@@ -105,35 +105,35 @@ impl Outbox {
     }
 
     /// The place after the last item.
-    pub(crate) fn end(&self) -> Result<Place, DatabaseError> {
-        self.database.next_number(OUTBOX).map(Place)
+    pub(crate) fn end(&self) -> Result<OutboxPosition, DatabaseError> {
+        self.database.next_number(OUTBOX).map(OutboxPosition)
     }
 
     /// The place after the last item of a message of ours; `None` if that is not here.
-    pub(crate) fn end_of(&self, entry: EntryId) -> Result<Option<Place>, DatabaseError> {
+    pub(crate) fn end_of(&self, entry: EntryId) -> Result<Option<OutboxPosition>, DatabaseError> {
         let last = self.database.last_in_lane(OUTBOX, &entry.0.to_be_bytes(), 1)?;
-        Ok(last.first().map(|item| Place(item.number + 1)))
+        Ok(last.first().map(|item| OutboxPosition(item.number + 1)))
     }
 
     /// The first item after `from` and before `end`, and its place.
     pub(crate) fn next(
         &self,
-        from: Option<Place>,
-        end: Place,
-    ) -> Result<Option<(Place, Outgoing)>, DatabaseError> {
-        let after = from.map(|Place(number)| number);
+        from: Option<OutboxPosition>,
+        end: OutboxPosition,
+    ) -> Result<Option<(OutboxPosition, Outgoing)>, DatabaseError> {
+        let after = from.map(|OutboxPosition(number)| number);
         let items = self.database.items_after(OUTBOX, after, 1)?;
         let Some(item) = items.first().filter(|item| item.number < end.0) else {
             return Ok(None);
         };
-        Ok(Some((Place(item.number), decode::<SavedOutgoing>(&item.value)?.restore()?)))
+        Ok(Some((OutboxPosition(item.number), decode::<SavedOutgoing>(&item.value)?.restore()?)))
     }
 
     /// Takes in what the server said about the recipients of an item.
     pub(crate) fn settle(
         &self,
-        Place(number): Place,
-        verdicts: &[(IdentityKey, Verdict)],
+        OutboxPosition(number): OutboxPosition,
+        statuses: &[(IdentityKey, RecipientStatus)],
     ) -> Result<Settled, DatabaseError> {
         let Some(item) = self.database.item(OUTBOX, number)? else {
             return Ok(Settled::default());
@@ -141,11 +141,11 @@ impl Outbox {
         let mut item = decode::<SavedOutgoing>(&item.value)?.restore()?;
         let mut settled = Settled { entry: item.entry, ..Settled::default() };
         let before = item.recipients.len();
-        for (recipient, verdict) in verdicts {
-            if let Verdict::Refused(reason) = verdict {
+        for (recipient, status) in statuses {
+            if let RecipientStatus::Refused(reason) = status {
                 settled.refused.push((*recipient, reason.clone()));
             }
-            if *verdict != Verdict::Later {
+            if *status != RecipientStatus::Later {
                 item.recipients.retain(|left| left != recipient);
             }
         }
@@ -201,19 +201,19 @@ mod tests {
         assert_eq!(outbox.end_of(EntryId(4)).unwrap(), Some(second));
         assert_eq!(outbox.end_of(EntryId(5)).unwrap(), None);
 
-        let verdicts = [
-            (people[0], Verdict::Accepted),
-            (people[1], Verdict::Later),
-            (people[2], Verdict::Refused("gone".into())),
+        let statuses = [
+            (people[0], RecipientStatus::Accepted),
+            (people[1], RecipientStatus::Later),
+            (people[2], RecipientStatus::Refused("gone".into())),
         ];
-        let settled = outbox.settle(first, &verdicts).unwrap();
+        let settled = outbox.settle(first, &statuses).unwrap();
         assert_eq!(settled.refused, [(people[2], "gone".to_owned())]);
         assert!(!settled.done);
         let (place, left) = outbox.next(None, end).unwrap().unwrap();
         assert_eq!((place, left.message_id), (first, item.message_id));
         assert_eq!(left.recipients, people[1..2]);
 
-        let settled = outbox.settle(first, &[(people[1], Verdict::Accepted)]).unwrap();
+        let settled = outbox.settle(first, &[(people[1], RecipientStatus::Accepted)]).unwrap();
         assert_eq!((settled.entry, settled.done), (Some(EntryId(4)), true));
         assert_eq!(outbox.next(None, end).unwrap().unwrap().0, second);
         assert_eq!(outbox.settle(first, &[]).unwrap(), Settled::default());

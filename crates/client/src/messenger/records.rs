@@ -6,7 +6,7 @@ use qpq_mls::{GroupId, database::DatabaseError};
 use zeroize::Zeroizing;
 
 use super::{
-    log::{ConversationId, Delivery, Entry, EntryId, Event, Kept},
+    log::{ConversationId, DeliveryState, Entry, EntryId, Event, Kept},
     outbox::Outgoing,
     people::{Known, Standing},
 };
@@ -255,16 +255,16 @@ fn key(bytes: &[u8]) -> Result<IdentityKey, Corrupt> {
     IdentityKey::try_from(bytes).map_err(Corrupt::new)
 }
 
-const fn delivery_code(delivery: Delivery) -> u64 {
+const fn delivery_code(delivery: DeliveryState) -> u64 {
     match delivery {
-        Delivery::Queued => 0,
-        Delivery::Sent => 1,
-        Delivery::Failed => 2,
+        DeliveryState::Queued => 0,
+        DeliveryState::Sent => 1,
+        DeliveryState::Failed => 2,
     }
 }
 
-fn delivery(code: u64) -> Result<Delivery, Corrupt> {
-    [Delivery::Queued, Delivery::Sent, Delivery::Failed]
+fn delivery(code: u64) -> Result<DeliveryState, Corrupt> {
+    [DeliveryState::Queued, DeliveryState::Sent, DeliveryState::Failed]
         .into_iter()
         .find(|delivery| delivery_code(*delivery) == code)
         .ok_or_else(|| Corrupt::new("an unknown delivery"))

@@ -15,7 +15,7 @@ use std::{cmp::Reverse, time::Duration};
 
 use qpq_domain::{IdentityKey, UnixMillis};
 use qpq_mls::{
-    Content, GroupId, Kind, Member, Unreadable,
+    Content, GroupId, GroupKind, Member, Unreadable,
     database::{DatabaseError, Item, NewItem, Table},
     direct_channel,
 };
@@ -276,7 +276,7 @@ impl State {
         Ok(match conversation {
             Some(ConversationId::Direct(peer)) => peer == *asker,
             Some(ConversationId::Group(id)) => self.mls.group(&id)?.is_some_and(|group| {
-                matches!(group.kind, Kind::Group { .. })
+                matches!(group.kind, GroupKind::Group { .. })
                     && group.members.iter().any(|member| member.identity == *asker)
             }),
             None => false,

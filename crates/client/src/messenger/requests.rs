@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use futures_util::future::join_all;
 use qpq_domain::{IdentityKey, UnixMillis, Username};
 use qpq_mls::{
-    GroupId, GroupSummary, Kind, Received,
+    GroupId, GroupKind, GroupSummary, Received,
     database::{Database, DatabaseError},
 };
 
@@ -40,7 +40,7 @@ const ANNOUNCEMENT: &[u8] = b"requests-announced";
 
 /// A stranger's group or direct conversation that waits to be accepted or declined.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Request {
+pub struct ContactRequest {
     /// The id to accept or decline it by.
     pub id: GroupId,
     /// The stranger, who created the group.
@@ -57,7 +57,7 @@ pub struct Request {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Requests {
     /// The oldest first.
-    pub waiting: Vec<Request>,
+    pub waiting: Vec<ContactRequest>,
     /// The number of requests that were dropped because too many waited.
     pub dropped: u64,
 }
@@ -85,7 +85,7 @@ impl Messenger {
             // A request can be shown without a name that is certain.
             names.extend(join_all(asked).await.into_iter().flatten());
         }
-        for Request { from, .. } in &mut requests.waiting {
+        for ContactRequest { from, .. } in &mut requests.waiting {
             if let Some(name) = names.get(&from.identity) {
                 from.standing = self.standing(from, name.as_ref()).await?;
             }
@@ -145,7 +145,7 @@ pub(super) fn joins(
     if database.get(ACQUAINTED, creator)?.is_some() {
         return Ok(true);
     }
-    if matches!(request.kind, Kind::Group { .. }) {
+    if matches!(request.kind, GroupKind::Group { .. }) {
         return Ok(false);
     }
     Ok(match database.get(STRANGERS, creator)? {
@@ -197,7 +197,7 @@ impl State {
     pub(super) fn count_stranger(&self, group: &GroupSummary) -> Result<(), DatabaseError> {
         let creator = group.creator.as_bytes();
         let is_stranger = !self.is_acquainted(&group.creator)?;
-        if matches!(group.kind, Kind::Direct { .. }) && is_stranger {
+        if matches!(group.kind, GroupKind::Direct { .. }) && is_stranger {
             let groups = match self.database().get(STRANGERS, creator)? {
                 Some(row) => groups_of_stranger(&row)?,
                 None => 0,
@@ -241,7 +241,7 @@ impl State {
                 },
             };
             let (id, members, at) = (request.group, request.members, request.arrival.at);
-            Ok(Request { id, from, group: name_of(request.kind), members, at })
+            Ok(ContactRequest { id, from, group: name_of(request.kind), members, at })
         });
         let waiting = waiting.collect::<Result<_, DatabaseError>>()?;
         Ok(Requests { waiting, dropped: self.mls.dropped_requests()? })
@@ -273,10 +273,10 @@ impl State {
     }
 }
 
-fn name_of(kind: Kind) -> Option<String> {
+fn name_of(kind: GroupKind) -> Option<String> {
     match kind {
-        Kind::Group { name } => Some(name),
-        Kind::Direct { .. } => None,
+        GroupKind::Group { name } => Some(name),
+        GroupKind::Direct { .. } => None,
     }
 }
 
@@ -295,7 +295,7 @@ mod tests {
     fn direct(state: &State, stranger: u8) -> (qpq_mls::Request, GroupSummary) {
         let (identity, at) = (IdentityKey::new([stranger; 32]), UnixMillis(1));
         let creator = Member { identity, username: Username::parse("mallory").unwrap() };
-        let kind = Kind::Direct { peer: state.me() };
+        let kind = GroupKind::Direct { peer: state.me() };
         let (group, channel) =
             (GroupId::try_from(&[stranger; 32][..]).unwrap(), ChannelId::DEFAULT);
         let request = qpq_mls::Request {
@@ -347,7 +347,7 @@ mod tests {
         state.count_stranger(&summary).unwrap();
         assert_eq!(state.database().count(STRANGERS).unwrap(), MAX_STRANGERS - 1);
         let group = |request: &qpq_mls::Request| qpq_mls::Request {
-            kind: Kind::Group { name: "friends".into() },
+            kind: GroupKind::Group { name: "friends".into() },
             ..request.clone()
         };
         assert!(joins(&group(&first)) && !joins(&group(&further)));
@@ -357,7 +357,7 @@ mod tests {
     fn people_of_an_earlier_release_are_no_strangers() {
         let state = state();
         let (request, _) = direct(&state, 1);
-        let group = qpq_mls::Request { kind: Kind::Group { name: "g".into() }, ..request };
+        let group = qpq_mls::Request { kind: GroupKind::Group { name: "g".into() }, ..request };
         let creator = &group.creator;
         state.people.claim(creator.identity, &creator.username).unwrap();
         assert!(!joins(state.database(), &group).unwrap());

@@ -11,10 +11,10 @@ use tokio::time::Instant;
 
 use super::{
     Messenger,
-    log::{ConversationId, Delivery, EntryId, Event},
+    log::{ConversationId, DeliveryState, EntryId, Event},
     marker::{MARKER_TTL_SECS, Marker, UNVERIFIED},
     now,
-    outbox::{Outgoing, Place, Verdict, fresh_message_id},
+    outbox::{OutboxPosition, Outgoing, RecipientStatus, fresh_message_id},
     people::Person,
     state::State,
 };
@@ -42,12 +42,12 @@ pub struct Sent {
     /// Its entry in the history.
     pub entry: EntryId,
     /// How far the message got.
-    pub outcome: Outcome,
+    pub outcome: SendOutcome,
 }
 
 /// How far a message got before [`Messenger::send`] returned.
 #[derive(Debug)]
-pub enum Outcome {
+pub enum SendOutcome {
     /// The server has it, durably, for everyone.
     Sent,
     /// It is saved here and will be sent by whatever runs next: the server cannot be reached
@@ -83,7 +83,11 @@ impl Messenger {
     }
 
     /// Adds a user to a group of ours.
-    pub async fn add(&self, group: ConversationId, username: &Username) -> Result<Outcome, Error> {
+    pub async fn add(
+        &self,
+        group: ConversationId,
+        username: &Username,
+    ) -> Result<SendOutcome, Error> {
         let id = group_of(group)?;
         self.verify().await?;
         let person = self.resolve(username).await?;
@@ -116,7 +120,7 @@ impl Messenger {
         &self,
         group: ConversationId,
         member: IdentityKey,
-    ) -> Result<Outcome, Error> {
+    ) -> Result<SendOutcome, Error> {
         let id = group_of(group)?;
         self.verify().await?;
         self.store()
@@ -175,7 +179,7 @@ impl Messenger {
     }
 
     /// How far a message of ours got; `None` once its entry is gone.
-    pub async fn delivery(&self, entry: EntryId) -> Result<Option<Delivery>, Error> {
+    pub async fn delivery(&self, entry: EntryId) -> Result<Option<DeliveryState>, Error> {
         self.store().read(move |state| Ok(state.log.delivery(entry)?)).await
     }
 
@@ -218,7 +222,7 @@ impl Messenger {
         }
     }
 
-    async fn work_off(&self, mut end: Place) -> Result<(), Error> {
+    async fn work_off(&self, mut end: OutboxPosition) -> Result<(), Error> {
         if !self.has_unsent().await? {
             return Ok(());
         }
@@ -230,7 +234,7 @@ impl Messenger {
             end = if after > before { after } else { end };
         }
         let mut backlog = Backlog { from: None, end, stopped: BTreeSet::new() };
-        while self.send_some(&mut backlog).await? == Left::Some {}
+        while self.send_some(&mut backlog).await? == Unsent::Some {}
         Ok(())
     }
 
@@ -242,14 +246,14 @@ impl Messenger {
     /// Sends the first of a backlog, few enough that others may wait for it, and saves what came of
     /// them. Backlogs may be worked off concurrently, also by several processes: each begins with
     /// the oldest that is left.
-    async fn send_some(&self, backlog: &mut Backlog) -> Result<Left, Error> {
+    async fn send_some(&self, backlog: &mut Backlog) -> Result<Unsent, Error> {
         let _alone = self.shared.flushing.lock().await;
         let patience = self.client().options().patience;
         let turn = profile::turn(self.store().dir(), Task::SendOutbox, patience).await?;
         // Another process is sending all this time, ours among the rest.
-        let Some(_turn) = turn else { return Ok(Left::Nothing) };
+        let Some(_turn) = turn else { return Ok(Unsent::Nothing) };
         let (mut answers, mut sent, mut marked) = (Vec::new(), Ok(()), 0);
-        let mut left = Left::Some;
+        let mut left = Unsent::Some;
         let until = Instant::now() + SAVED_WITHIN;
         while sent.is_ok() && answers.len() < SENT_AT_ONCE && Instant::now() < until {
             let (from, end) = (backlog.from, backlog.end);
@@ -258,15 +262,15 @@ impl Messenger {
                 Ok(Some((place, item, state.due_marker()?)))
             });
             let Some((place, item, marker)) = next.await? else {
-                left = Left::Nothing;
+                left = Unsent::Nothing;
                 break;
             };
             backlog.from = Some(place);
             let marker = marker.as_ref().filter(|marker| marker.generation > marked);
-            let (verdicts, outcome) =
+            let (statuses, outcome) =
                 self.send_item(&item, marker, &mut marked, &mut backlog.stopped).await;
-            if !verdicts.is_empty() {
-                answers.push((place, verdicts));
+            if !statuses.is_empty() {
+                answers.push((place, statuses));
             }
             sent = outcome;
         }
@@ -274,7 +278,7 @@ impl Messenger {
             self.store()
                 .change(move |state| {
                     state.set_marked(marked)?;
-                    answers.iter().try_for_each(|(place, verdicts)| settle(state, *place, verdicts))
+                    answers.iter().try_for_each(|(place, statuses)| settle(state, *place, statuses))
                 })
                 .await?;
         }
@@ -290,20 +294,20 @@ impl Messenger {
         marker: Option<&Marker>,
         marked: &mut u64,
         stopped: &mut BTreeSet<IdentityKey>,
-    ) -> (Vec<(IdentityKey, Verdict)>, Result<(), CallError>) {
+    ) -> (Vec<(IdentityKey, RecipientStatus)>, Result<(), CallError>) {
         let recipients = item.recipients.iter().filter(|key| !stopped.contains(*key));
         let recipients: Vec<_> = recipients.copied().collect();
-        let mut verdicts = Vec::with_capacity(recipients.len());
+        let mut statuses = Vec::with_capacity(recipients.len());
         for some in recipients.chunks(MAX_BATCH) {
             let due = marker.filter(|marker| marker.generation > *marked);
             match self.enqueue_marked(item, some, due, marked).await {
-                Ok(said) => verdicts.extend(said),
-                Err(error) => return (verdicts, Err(error)),
+                Ok(said) => statuses.extend(said),
+                Err(error) => return (statuses, Err(error)),
             }
         }
-        let later = verdicts.iter().filter(|(_, verdict)| *verdict == Verdict::Later);
+        let later = statuses.iter().filter(|(_, status)| *status == RecipientStatus::Later);
         stopped.extend(later.map(|(recipient, _)| *recipient));
-        (verdicts, Ok(()))
+        (statuses, Ok(()))
     }
 
     /// Makes sure that there is a group with `peer` to send to.
@@ -332,7 +336,7 @@ impl Messenger {
         recipients: &[IdentityKey],
         due: Option<&Marker>,
         marked: &mut u64,
-    ) -> Result<Vec<(IdentityKey, Verdict)>, CallError> {
+    ) -> Result<Vec<(IdentityKey, RecipientStatus)>, CallError> {
         let Some(marker) = due else { return self.enqueue(item, recipients).await };
         let to_self = v1::EnqueueRequest {
             recipient_key: marker.owner.as_bytes().to_vec().into(),
@@ -364,14 +368,16 @@ impl Messenger {
         let said = match self.client().call::<methods::BatchEnqueue>(request).await {
             Ok(answer) => match &answer.results[..] {
                 [of_marker, of_item] => {
-                    if verdict(of_marker.status, &of_marker.code) == Verdict::Accepted {
+                    if recipient_status(of_marker.status, &of_marker.code)
+                        == RecipientStatus::Accepted
+                    {
                         *marked = marker.generation;
                     }
-                    verdict(of_item.status, &of_item.code)
+                    recipient_status(of_item.status, &of_item.code)
                 }
                 _ => return Err(CallError::Malformed { method: "BatchEnqueue" }),
             },
-            Err(error) => verdict_of_all(error)?,
+            Err(error) => status_of_all(error)?,
         };
         Ok(vec![(*recipient, said)])
     }
@@ -380,7 +386,7 @@ impl Messenger {
         &self,
         item: &Outgoing,
         recipients: &[IdentityKey],
-    ) -> Result<Vec<(IdentityKey, Verdict)>, CallError> {
+    ) -> Result<Vec<(IdentityKey, RecipientStatus)>, CallError> {
         let request = v1::BatchEnqueueRequest {
             recipient_keys: recipients.iter().map(|key| key.as_bytes().to_vec().into()).collect(),
             payload: item.payload.clone().into(),
@@ -392,10 +398,10 @@ impl Messenger {
             Ok(answer) if answer.results.len() == recipients.len() => answer
                 .results
                 .into_iter()
-                .map(|result| verdict(result.status, &result.code))
+                .map(|result| recipient_status(result.status, &result.code))
                 .collect(),
             Ok(_) => return Err(CallError::Malformed { method: "BatchEnqueue" }),
-            Err(error) => vec![verdict_of_all(error)?; recipients.len()],
+            Err(error) => vec![status_of_all(error)?; recipients.len()],
         };
         Ok(recipients.iter().copied().zip(results).collect())
     }
@@ -405,7 +411,7 @@ impl Messenger {
         &self,
         flushed: Result<(), Error>,
         entry: Option<EntryId>,
-    ) -> Result<Outcome, Error> {
+    ) -> Result<SendOutcome, Error> {
         let reason = match flushed {
             Ok(()) => None,
             Err(Error::Call(error)) => Some(error),
@@ -413,13 +419,13 @@ impl Messenger {
         };
         let delivery = match entry {
             Some(entry) => self.delivery(entry).await?,
-            None if !self.has_unsent().await? => Some(Delivery::Sent),
-            None => Some(Delivery::Queued),
+            None if !self.has_unsent().await? => Some(DeliveryState::Sent),
+            None => Some(DeliveryState::Queued),
         };
         Ok(match delivery {
-            Some(Delivery::Queued) => Outcome::Queued(reason),
-            Some(Delivery::Failed) => Outcome::Refused,
-            Some(Delivery::Sent) | None => Outcome::Sent,
+            Some(DeliveryState::Queued) => SendOutcome::Queued(reason),
+            Some(DeliveryState::Failed) => SendOutcome::Refused,
+            Some(DeliveryState::Sent) | None => SendOutcome::Sent,
         })
     }
 }
@@ -427,15 +433,15 @@ impl Messenger {
 /// The content of the outbox when a task begins to send it.
 struct Backlog {
     /// The item that was sent last.
-    from: Option<Place>,
-    end: Place,
+    from: Option<OutboxPosition>,
+    end: OutboxPosition,
     /// A recipient that cannot get one message now gets none after it either: the order matters.
     stopped: BTreeSet<IdentityKey>,
 }
 
 /// Whether something of a backlog is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Left {
+enum Unsent {
     Some,
     Nothing,
 }
@@ -481,7 +487,7 @@ fn encrypt(
     conversation: ConversationId,
     text: String,
 ) -> Result<EntryId, Error> {
-    let sent = Event::Sent { text: text.clone(), delivery: Delivery::Queued };
+    let sent = Event::Sent { text: text.clone(), delivery: DeliveryState::Queued };
     let entry = state.log.push_own(conversation, now(), sent)?;
     encrypt_entry(state, conversation, entry, text)?;
     Ok(entry)
@@ -515,10 +521,10 @@ pub(super) fn encrypt_entry(
 /// Takes in what the server said about an item.
 fn settle(
     state: &mut State,
-    place: Place,
-    verdicts: &[(IdentityKey, Verdict)],
+    place: OutboxPosition,
+    statuses: &[(IdentityKey, RecipientStatus)],
 ) -> Result<(), Error> {
-    let settled = state.outbox.settle(place, verdicts)?;
+    let settled = state.outbox.settle(place, statuses)?;
     let kept = match settled.entry {
         Some(entry) => state.log.get(entry)?,
         None => None,
@@ -533,31 +539,31 @@ fn settle(
     };
     let entry = kept.as_ref().map(|kept| kept.entry.id).expect("it was matched");
     if !settled.refused.is_empty() {
-        state.log.set_delivery(entry, Delivery::Failed)?;
-    } else if settled.done && *delivery == Delivery::Queued {
-        state.log.set_delivery(entry, Delivery::Sent)?;
+        state.log.set_delivery(entry, DeliveryState::Failed)?;
+    } else if settled.done && *delivery == DeliveryState::Queued {
+        state.log.set_delivery(entry, DeliveryState::Sent)?;
     }
     Ok(())
 }
 
-fn verdict(status: u32, code: &str) -> Verdict {
+fn recipient_status(status: u32, code: &str) -> RecipientStatus {
     let status = u8::try_from(status).map_or(Status::Internal, Status::from);
     match status {
-        Status::Ok => Verdict::Accepted,
-        status if status.is_retryable() || status == Status::Unauthorized => Verdict::Later,
-        status if code.is_empty() => Verdict::Refused(status.name().to_owned()),
-        _ => Verdict::Refused(code.to_owned()),
+        Status::Ok => RecipientStatus::Accepted,
+        status if status.is_retryable() || status == Status::Unauthorized => RecipientStatus::Later,
+        status if code.is_empty() => RecipientStatus::Refused(status.name().to_owned()),
+        _ => RecipientStatus::Refused(code.to_owned()),
     }
 }
 
 /// What a refusal of the whole call says about each of its recipients; an error if it says nothing
 /// about the message.
-fn verdict_of_all(error: CallError) -> Result<Verdict, CallError> {
+fn status_of_all(error: CallError) -> Result<RecipientStatus, CallError> {
     match &error {
-        CallError::TooLarge { .. } => Ok(Verdict::Refused(error.to_string())),
+        CallError::TooLarge { .. } => Ok(RecipientStatus::Refused(error.to_string())),
         CallError::Server(refusal) => match refusal.status {
             Status::BadRequest | Status::Forbidden | Status::NotFound => {
-                Ok(Verdict::Refused(refusal.to_string()))
+                Ok(RecipientStatus::Refused(refusal.to_string()))
             }
             _ => Err(error),
         },

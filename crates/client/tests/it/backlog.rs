@@ -1,7 +1,7 @@
 //! A large outbox: a client that sends still reads, and nothing of the backlog is lost, doubled or
 //! out of order.
 
-use qpq_client::{ConversationId, Delivery, Error, Event, MAX_TEXT, Messenger};
+use qpq_client::{ConversationId, DeliveryState, Error, Event, MAX_TEXT, Messenger};
 use qpq_runtime::config::{Flag, Sources, load};
 use qpq_server::Config;
 
@@ -17,7 +17,8 @@ fn texts(from: &str) -> impl Iterator<Item = String> {
 /// How many messages of ours are still to be sent.
 async fn unsent(messenger: &Messenger, conversation: ConversationId) -> usize {
     let entries = messenger.history(conversation, usize::MAX).await.unwrap();
-    let is_queued = |event: &Event| matches!(event, Event::Sent { delivery: Delivery::Queued, .. });
+    let is_queued =
+        |event: &Event| matches!(event, Event::Sent { delivery: DeliveryState::Queued, .. });
     entries.iter().filter(|entry| is_queued(&entry.event)).count()
 }
 

@@ -1,7 +1,7 @@
 //! People talking.
 
 use qpq_client::{
-    ConversationKind, Error, MAX_GROUP_NAME, MAX_TEXT, Membership, MlsError, Outcome, Standing,
+    ConversationKind, Error, MAX_GROUP_NAME, MAX_TEXT, Membership, MlsError, SendOutcome, Standing,
     methods, v1,
 };
 
@@ -13,7 +13,7 @@ async fn two_people_chat_both_ways() {
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;
     let sent = alice.send(with_bob, "hello Bob").await.unwrap();
-    assert!(matches!(sent.outcome, Outcome::Sent), "{sent:?}");
+    assert!(matches!(sent.outcome, SendOutcome::Sent), "{sent:?}");
     alice.send(with_bob, "are you there?").await.unwrap();
     assert_eq!(read(&bob).await, ["alice: hello Bob", "alice: are you there?"]);
     assert!(read(&bob).await.is_empty(), "what was seen does not come again");
@@ -207,10 +207,10 @@ async fn a_refused_message_is_reported_and_delays_no_other() {
     let with_bob = dm(&alice, "bob").await;
     let large = "x".repeat(5000);
     let sent = alice.send(with_bob, &large).await.unwrap();
-    assert!(matches!(sent.outcome, Outcome::Refused), "{sent:?}");
+    assert!(matches!(sent.outcome, SendOutcome::Refused), "{sent:?}");
     let entries = read(&alice).await;
     assert!(entries.len() == 1 && entries[0].starts_with("undeliverable to bob: "), "{entries:?}");
-    assert!(matches!(alice.send(with_bob, "small").await.unwrap().outcome, Outcome::Sent));
+    assert!(matches!(alice.send(with_bob, "small").await.unwrap().outcome, SendOutcome::Sent));
     assert_eq!(read(&bob).await, ["alice: small"]);
     assert_eq!(history(&alice, with_bob).await[0], format!("me: {large} (Failed)"));
 }
@@ -274,7 +274,12 @@ async fn a_full_inbox_keeps_the_order_and_gets_the_rest_later() {
     // The Welcome and two messages fit.
     assert!(matches!(
         outcomes[..],
-        [Outcome::Sent, Outcome::Sent, Outcome::Queued(None), Outcome::Queued(None)]
+        [
+            SendOutcome::Sent,
+            SendOutcome::Sent,
+            SendOutcome::Queued(None),
+            SendOutcome::Queued(None)
+        ]
     ));
     assert_eq!(read(&bob).await, ["alice: 0", "alice: 1"]);
     alice.flush().await.unwrap();

@@ -2,7 +2,7 @@
 //! second, and so on, and everything is read from disk again. Nothing may be lost, nothing may come
 //! twice.
 
-use qpq_client::{Delivery, Event, Messenger};
+use qpq_client::{DeliveryState, Event, Messenger};
 
 use crate::harness::{
     Server, accept_and_read, crash_after, dm, history, password, read, restart, soon, username,
@@ -115,7 +115,7 @@ async fn a_crash_while_making_a_group_leaves_it_as_its_creator_knows_it() {
         let sent = alice.history(group, usize::MAX).await.unwrap();
         let sent = sent
             .iter()
-            .any(|entry| matches!(entry.event, Event::Sent { delivery: Delivery::Sent, .. }));
+            .any(|entry| matches!(entry.event, Event::Sent { delivery: DeliveryState::Sent, .. }));
         let expected: &[&str] = match (members, sent) {
             (1, false) => &[],
             (2, false) => &["joined by alice"],

@@ -9,7 +9,7 @@ use std::{
 };
 
 use qpq_client::{
-    Client, ConversationId, Delivery, Entry, Event, Fingerprint, Messenger, Options, Password,
+    Client, ConversationId, DeliveryState, Entry, Event, Fingerprint, Messenger, Options, Password,
     Trust, Username,
 };
 use qpq_runtime::{config::ListenOn, http::Http};
@@ -161,7 +161,7 @@ pub(crate) fn line(entry: &Entry) -> String {
         people.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
     };
     match &entry.event {
-        Event::Sent { text, delivery: Delivery::Sent } => format!("me: {text}"),
+        Event::Sent { text, delivery: DeliveryState::Sent } => format!("me: {text}"),
         Event::Sent { text, delivery } => format!("me: {text} ({delivery:?})"),
         Event::Received { from, text, .. } => format!("{from}: {text}"),
         Event::Joined { by } => format!("joined by {by}"),

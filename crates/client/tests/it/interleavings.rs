@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use qpq_client::{ConversationId, Event, Messenger, Outcome, VaultKey};
+use qpq_client::{ConversationId, Event, Messenger, SendOutcome, VaultKey};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use crate::harness::{Server, copy_dir, crash_after, dm, restart, soon};
@@ -162,7 +162,7 @@ impl World {
         let messenger = self.sides[side].messenger();
         let sent = soon(messenger.send(self.sides[side].other, &text)).await;
         let fate = match &sent {
-            Ok(sent) if matches!(sent.outcome, Outcome::Sent) => Fate::Acknowledged,
+            Ok(sent) if matches!(sent.outcome, SendOutcome::Sent) => Fate::Acknowledged,
             _ => Fate::Unknown,
         };
         self.acknowledged += usize::from(fate == Fate::Acknowledged);
@@ -177,7 +177,7 @@ impl World {
         let sending = messenger.send(self.sides[side].other, &text);
         let sent = soon(crash_after(polls, sending)).await;
         let fate = match sent {
-            Some(Ok(sent)) if matches!(sent.outcome, Outcome::Sent) => Fate::Acknowledged,
+            Some(Ok(sent)) if matches!(sent.outcome, SendOutcome::Sent) => Fate::Acknowledged,
             _ => Fate::Unknown,
         };
         drop(messenger);

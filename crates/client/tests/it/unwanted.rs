@@ -1,6 +1,6 @@
 //! Blocked people, and groups that are left.
 
-use qpq_client::{Error, Messenger, MlsError, Outcome};
+use qpq_client::{Error, Messenger, MlsError, SendOutcome};
 
 use crate::harness::{Server, accept_and_read, dm, read, reopen, restart, username};
 
@@ -120,7 +120,7 @@ async fn a_member_who_leaves_is_removed_for_all_and_receives_nothing_more() {
     alice.send(group, "unread by Bob").await.unwrap();
     read(&carol).await;
     bob.receive().await.unwrap();
-    assert!(matches!(bob.leave(group).await.unwrap(), Outcome::Sent));
+    assert!(matches!(bob.leave(group).await.unwrap(), SendOutcome::Sent));
     let again = bob.leave(group).await;
     assert!(matches!(again, Err(Error::Mls(MlsError::UnknownGroup))), "{again:?}");
     assert!(bob.conversations().await.unwrap().is_empty());

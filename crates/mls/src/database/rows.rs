@@ -4,7 +4,7 @@ use rusqlite::{OptionalExtension as _, params};
 
 use super::{
     Database, DatabaseError, Table, Value,
-    seal::{Kind, Name},
+    seal::{Name, NameKind},
 };
 
 /// The table of digests, for their names alone.
@@ -134,7 +134,7 @@ impl Database {
     /// Notes a digest until [`Database::forget_digests`] is called for a later day; returns whether
     /// it is new.
     pub fn note_digest(&self, digest: &[u8; 32], day: u64) -> Result<bool, DatabaseError> {
-        let name = self.inner.secrets.name(DIGESTS, Kind::Digest, digest);
+        let name = self.inner.secrets.name(DIGESTS, NameKind::Digest, digest);
         let connection = self.inner.connection.lock();
         let mut statement =
             connection.prepare_cached("INSERT OR IGNORE INTO digests VALUES (?1, ?2)")?;
@@ -143,7 +143,7 @@ impl Database {
 
     /// Whether a digest was noted.
     pub fn knows_digest(&self, digest: &[u8; 32]) -> Result<bool, DatabaseError> {
-        let name = self.inner.secrets.name(DIGESTS, Kind::Digest, digest);
+        let name = self.inner.secrets.name(DIGESTS, NameKind::Digest, digest);
         let connection = self.inner.connection.lock();
         let mut statement =
             connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM digests WHERE digest = ?1)")?;
@@ -161,11 +161,11 @@ impl Database {
     }
 
     pub(super) fn key(&self, table: Table, key: &[u8]) -> Name {
-        self.inner.secrets.name(table, Kind::Key, key)
+        self.inner.secrets.name(table, NameKind::Key, key)
     }
 
     pub(super) fn lane(&self, table: Table, lane: &[u8]) -> Name {
-        self.inner.secrets.name(table, Kind::Lane, lane)
+        self.inner.secrets.name(table, NameKind::Lane, lane)
     }
 }
 

@@ -42,7 +42,7 @@ impl Secrets {
     }
 
     /// The name of `key` in `table`: equal keys of one table have equal names.
-    pub(super) fn name(&self, table: Table, kind: Kind, key: &[u8]) -> Name {
+    pub(super) fn name(&self, table: Table, kind: NameKind, key: &[u8]) -> Name {
         let mut mac =
             <Hmac<Sha256> as hkdf::hmac::Mac>::new_from_slice(&self.naming).expect("any length");
         mac.update(&[table.0, kind as u8]);
@@ -74,7 +74,7 @@ impl Secrets {
 
 /// What a name stands for.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Kind {
+pub(super) enum NameKind {
     Key = 1,
     Lane = 2,
     Digest = 3,

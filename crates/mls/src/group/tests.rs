@@ -299,7 +299,10 @@ fn a_commit_read_too_late_has_a_reason_of_its_own() {
         .into(),
     ];
     for error in errors {
-        assert!(matches!(unreadable(&error), Outcome::Ignored(Ignored::LifetimeOver)), "{error:?}");
+        assert!(
+            matches!(unreadable(&error), MessageEffect::Ignored(Ignored::LifetimeOver)),
+            "{error:?}"
+        );
     }
 }
 
@@ -319,7 +322,7 @@ fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
     let (ann, mut bob) = (client("ann"), client("bob"));
     let creator = ann.identity.public();
     let profile = Profile {
-        kind: Kind::Group { name: "old".into() },
+        kind: GroupKind::Group { name: "old".into() },
         channel: ChannelId::DEFAULT,
         creator,
         created_at: UnixMillis(0),

@@ -2,7 +2,7 @@
 
 use qpq_domain::{ChannelId, Username};
 use qpq_mls::{
-    Error, Identity, Ignored, Invitee, Kind, Lost, Received, direct_channel, key_package,
+    Error, GroupKind, Identity, Ignored, Invitee, Lost, Received, direct_channel, key_package,
 };
 
 use crate::world::{ANN, BOB, CAT, DAN, Hear as _, World, client, content, is_lost, now, texts};
@@ -19,7 +19,7 @@ fn two_people_talk() {
     world.post(&added.welcome);
 
     let [Received::Joined(joined)] = &world.deliver(BOB)[..] else { panic!("joined") };
-    assert_eq!(joined.kind, Kind::Direct { peer: bob });
+    assert_eq!(joined.kind, GroupKind::Direct { peer: bob });
     assert_eq!(
         (joined.id, joined.creator, joined.channel),
         (group, ann, direct_channel(&ann, &bob))
@@ -49,7 +49,10 @@ fn a_group_grows_and_shrinks() {
     world.add(ANN, group, &[CAT, DAN]);
 
     let [Received::Joined(joined)] = &world.deliver(BOB)[..] else { panic!("joined") };
-    assert_eq!((&joined.kind, joined.channel), (&Kind::Group { name: "the four".into() }, channel));
+    assert_eq!(
+        (&joined.kind, joined.channel),
+        (&GroupKind::Group { name: "the four".into() }, channel)
+    );
     let added = vec![world.member(CAT), world.member(DAN)];
     assert_eq!(world.deliver(BOB), [Received::Committed { group, added, removed: vec![] }]);
     for newcomer in [CAT, DAN] {

@@ -159,7 +159,7 @@ impl Clock for Stopped {
 /// A server on which the budget of a peer allows `calls` calls.
 struct TestServer {
     app: Arc<App>,
-    conn: Arc<Connection>,
+    conn: Arc<ClientConnection>,
     _dir: tempfile::TempDir,
 }
 
@@ -185,7 +185,7 @@ impl TestServer {
             config,
         });
         let address = (Ipv4Addr::LOCALHOST, 4433).into();
-        let conn = Connection::new(address, Arc::new(NoEvents), app.answers.new_connection());
+        let conn = ClientConnection::new(address, Arc::new(NoEvents), app.answers.new_connection());
         Self { app: Arc::new(app), conn: Arc::new(conn), _dir: dir }
     }
 

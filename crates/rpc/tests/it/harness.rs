@@ -29,7 +29,7 @@ use qpq_proto::{
     },
 };
 use qpq_rpc::{
-    Answer, Config, Connection, DeliverySigner, Events, OpaqueServer, Parts, RateLimits, Rpc,
+    Answer, ClientConnection, Config, DeliverySigner, Events, OpaqueServer, Parts, RateLimits, Rpc,
     opaque::QpqSuite,
 };
 use qpq_store_embedded::EmbeddedStore;
@@ -178,7 +178,7 @@ impl Events for DiscardedEvents {
 /// A client's connection.
 pub(crate) struct Client {
     pub(crate) rpc: Arc<Rpc>,
-    pub(crate) conn: Arc<Connection>,
+    pub(crate) conn: Arc<ClientConnection>,
 }
 
 /// The refusal that a client receives.

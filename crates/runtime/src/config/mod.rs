@@ -25,7 +25,7 @@ pub use figment::value::Value;
 pub use docs::markdown;
 pub use leaf::{Choice, Leaf, ListenOn, Size};
 pub use problem::{ConfigError, Problem};
-pub use section::{About, Declared, Node, Reader, Section, Setting, join};
+pub use section::{About, Declared, Node, Section, Setting, SettingReader, join};
 
 /// The outermost section of a program's settings.
 pub trait Settings: Node + Default {
@@ -81,7 +81,7 @@ pub fn load<T: Settings>(sources: Sources) -> Result<Loaded<T>, ConfigError> {
     let mut problems = Vec::new();
     let merged = layers::merge(&declared, sources, &mut problems);
     let mut settings = T::default();
-    let mut reader = Reader::new(&merged, &mut problems);
+    let mut reader = SettingReader::new(&merged, &mut problems);
     settings.read("", &mut reader);
     if problems.is_empty() {
         problems.extend(settings.validate().into_iter().map(|broken| Problem::Broken {

@@ -10,7 +10,7 @@ pub trait Node {
     fn describe(&self, about: About, declared: &mut Declared);
 
     /// Replaces the values that a layer sets.
-    fn read(&mut self, path: &str, reader: &mut Reader<'_>);
+    fn read(&mut self, path: &str, reader: &mut SettingReader<'_>);
 
     /// Appends the path and the value as TOML, `None` where nothing is set.
     fn show(&self, path: &str, values: &mut Vec<(String, Option<String>)>);
@@ -119,12 +119,12 @@ fn below<'a>(path: &'a str, ancestor: &str) -> Option<&'a str> {
 
 /// Reads values from the merged layers and collects problems.
 #[derive(Debug)]
-pub struct Reader<'a> {
+pub struct SettingReader<'a> {
     merged: &'a Figment,
     problems: &'a mut Vec<Problem>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> SettingReader<'a> {
     pub(super) fn new(merged: &'a Figment, problems: &'a mut Vec<Problem>) -> Self {
         Self { merged, problems }
     }
@@ -163,7 +163,7 @@ impl<T: Leaf> Node for T {
         });
     }
 
-    fn read(&mut self, path: &str, reader: &mut Reader<'_>) {
+    fn read(&mut self, path: &str, reader: &mut SettingReader<'_>) {
         if let Some(value) = reader.leaf(path) {
             *self = value;
         }
@@ -233,7 +233,7 @@ macro_rules! section {
                 );)*
             }
 
-            fn read(&mut self, path: &str, reader: &mut $crate::config::Reader<'_>) {
+            fn read(&mut self, path: &str, reader: &mut $crate::config::SettingReader<'_>) {
                 $($crate::config::Node::read(
                     &mut self.$field, &$crate::config::join(path, stringify!($field)), reader,
                 );)*

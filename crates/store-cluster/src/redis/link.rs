@@ -44,13 +44,13 @@ impl Link {
         let timeout = config.redis_timeout;
         let access = Access { tls: tls.clone(), timeout };
         let opened = match address.kind {
-            Kind::Single => match access.try_out(&nodes[0]).await {
+            Topology::Single => match access.try_out(&nodes[0]).await {
                 Ok(()) => single(nodes[0].clone(), tls, timeout).await,
                 // The client would retry by itself without an error.
                 Err(error) => Err(error),
             },
-            Kind::Cluster => cluster(nodes.clone(), tls, timeout).await,
-            Kind::Sentinel => {
+            Topology::Cluster => cluster(nodes.clone(), tls, timeout).await,
+            Topology::Sentinel => {
                 // Less than the timeout of a call, so that the call gets the error and the
                 // Sentinels are asked.
                 let access = Access { tls, timeout: timeout.mul_f64(0.8) };
@@ -141,7 +141,7 @@ impl ConnectionLike for Link {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum Topology {
     Single,
     Cluster,
     Sentinel,
@@ -150,7 +150,7 @@ enum Kind {
 /// The parts of a URL that the client library does not parse.
 #[derive(Debug, PartialEq, Eq)]
 struct Address {
-    kind: Kind,
+    kind: Topology,
     /// `redis` or `rediss`.
     scheme: String,
     /// Ends with `@`, or is empty.
@@ -174,9 +174,9 @@ impl Address {
         };
         let (scheme, rest) = url.split_once("://").ok_or_else(|| wrong("it has no scheme"))?;
         let (scheme, kind) = match scheme.split_once('+') {
-            None => (scheme, Kind::Single),
-            Some((scheme, "cluster")) => (scheme, Kind::Cluster),
-            Some((scheme, "sentinel")) => (scheme, Kind::Sentinel),
+            None => (scheme, Topology::Single),
+            Some((scheme, "cluster")) => (scheme, Topology::Cluster),
+            Some((scheme, "sentinel")) => (scheme, Topology::Sentinel),
             Some(_) => return Err(wrong("that kind of Redis is unknown")),
         };
         if !["redis", "rediss"].contains(&scheme) {
@@ -191,12 +191,12 @@ impl Address {
         if hosts.iter().any(String::is_empty) {
             return Err(wrong("it names no host"));
         }
-        if kind == Kind::Single && hosts.len() > 1 {
+        if kind == Topology::Single && hosts.len() > 1 {
             return Err(wrong(
                 "several hosts are a cluster or sentinels, and it does not say which",
             ));
         }
-        if kind == Kind::Sentinel && path.is_empty() {
+        if kind == Topology::Sentinel && path.is_empty() {
             return Err(wrong("it does not name the primary of the hosts"));
         }
         Ok(Self { kind, scheme: scheme.into(), user_info, hosts, path: path.into() })
@@ -218,7 +218,7 @@ impl Address {
 
     fn nodes(&self, password: Option<&str>) -> Result<Vec<ConnectionInfo>, ConnectError> {
         // With Sentinels and in a Cluster the path is no database.
-        let path = if self.kind == Kind::Single { self.path.as_str() } else { "" };
+        let path = if self.kind == Topology::Single { self.path.as_str() } else { "" };
         let node = |host: &String| {
             let node = format!("{}://{}{host}/{path}", self.scheme, self.user_info)
                 .into_connection_info()?;
@@ -247,16 +247,16 @@ mod tests {
 
     #[test]
     fn each_kind_of_address_is_parsed() {
-        assert_eq!(parse("redis://localhost:6379/2").kind, Kind::Single);
+        assert_eq!(parse("redis://localhost:6379/2").kind, Topology::Single);
         let cluster = parse("rediss+cluster://:p%40ss@a:1,b:2");
         assert_eq!(
             (cluster.kind, cluster.scheme.as_str(), cluster.hosts.len()),
-            (Kind::Cluster, "rediss", 2)
+            (Topology::Cluster, "rediss", 2)
         );
         let nodes = cluster.nodes(None).expect("two nodes");
         assert_eq!(nodes[1].redis_settings().password(), Some("p@ss"));
         let sentinel = parse("redis+sentinel://a:26379,b:26379/primary");
-        assert_eq!((sentinel.kind, sentinel.path.as_str()), (Kind::Sentinel, "primary"));
+        assert_eq!((sentinel.kind, sentinel.path.as_str()), (Topology::Sentinel, "primary"));
     }
 
     #[test]

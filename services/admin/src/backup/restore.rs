@@ -22,7 +22,7 @@ use qpq_domain::StoreLimits;
 use qpq_durable_file as durable_file;
 use qpq_ports::{Clock as _, NewHistory, SystemClock};
 use qpq_runtime::data_dir::DataDir;
-use qpq_store_embedded::{Claim, DATABASE_FILE, EmbeddedStore, MOVED_FILE, RESTORING_FILE};
+use qpq_store_embedded::{Claim, DATABASE_FILE, EmbeddedStore, RESTORING_FILE, TRANSFERRED_FILE};
 
 use super::{
     manifest::Manifest,
@@ -254,7 +254,7 @@ fn known(data_dir: &Path) -> anyhow::Result<Vec<String>> {
         name.starts_with(DATABASE_FILE)
             || SECRETS.contains(&name.as_str())
             || CERTIFICATES.contains(&name.as_str())
-            || name == MOVED_FILE
+            || name == TRANSFERRED_FILE
     };
     Ok(entries(data_dir)?.into_iter().filter(is_known).collect())
 }

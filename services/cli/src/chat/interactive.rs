@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use qpq_client::{ConnectionEvent, ConversationId, Delivery, Entry, Error, Event, safety_number};
+use qpq_client::{
+    ConnectionEvent, ConversationId, DeliveryState, Entry, Error, Event, safety_number,
+};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
@@ -65,7 +67,7 @@ async fn is_unsent(chat: &Chat<'_>) -> Result<bool, Error> {
     let recent = chat.messenger.history(chat.conversation, RECENT).await?;
     Ok(recent
         .iter()
-        .any(|entry| matches!(entry.event, Event::Sent { delivery: Delivery::Queued, .. })))
+        .any(|entry| matches!(entry.event, Event::Sent { delivery: DeliveryState::Queued, .. })))
 }
 
 struct Screen<'a> {
@@ -154,13 +156,13 @@ impl Screen<'_> {
     fn progressed(&mut self, progress: Progress) {
         match progress {
             // A refusal comes as an entry of its own.
-            Progress::Saved | Progress::Tried { delivery: Delivery::Failed, .. } => {}
-            Progress::Tried { delivery: Delivery::Sent, .. } => {
+            Progress::Saved | Progress::Tried { delivery: DeliveryState::Failed, .. } => {}
+            Progress::Tried { delivery: DeliveryState::Sent, .. } => {
                 if std::mem::take(&mut self.is_stuck) {
                     self.dim("* sent");
                 }
             }
-            Progress::Tried { delivery: Delivery::Queued, why, .. } => {
+            Progress::Tried { delivery: DeliveryState::Queued, why, .. } => {
                 let why = message::queued(why).message;
                 if !std::mem::replace(&mut self.is_stuck, true) {
                     self.dim(format_args!("* {why}"));

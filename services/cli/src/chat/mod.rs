@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use qpq_client::{ConversationId, Delivery, Entry, EntryId, Error, Messenger};
+use qpq_client::{ConversationId, DeliveryState, Entry, EntryId, Error, Messenger};
 use qpq_ports::{Clock as _, SystemClock};
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
@@ -91,7 +91,7 @@ enum Progress {
     /// It was not even saved.
     Unsaved { text: String, why: CliError },
     /// An attempt to send it has ended; `why` it is still queued, if that is known.
-    Tried { text: String, entry: EntryId, delivery: Delivery, why: Option<CliError> },
+    Tried { text: String, entry: EntryId, delivery: DeliveryState, why: Option<CliError> },
 }
 
 /// Saves texts as they come and sends them in their order, each by a task of its own: a text is
@@ -206,8 +206,8 @@ async fn send(
             }
             for (text, entry) in some {
                 let delivery =
-                    messenger.delivery(*entry).await.ok().flatten().unwrap_or(Delivery::Sent);
-                let why = failed.clone().filter(|_| delivery == Delivery::Queued);
+                    messenger.delivery(*entry).await.ok().flatten().unwrap_or(DeliveryState::Sent);
+                let why = failed.clone().filter(|_| delivery == DeliveryState::Queued);
                 let _ =
                     tell.send(Progress::Tried { text: text.clone(), entry: *entry, delivery, why });
             }

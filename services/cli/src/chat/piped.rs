@@ -3,7 +3,7 @@
 
 use std::{future::pending, time::Duration};
 
-use qpq_client::{Delivery, Entry};
+use qpq_client::{DeliveryState, Entry};
 use serde::Serialize;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader, stdin},
@@ -90,12 +90,12 @@ impl Script<'_> {
     fn progressed(&mut self, progress: Progress) -> Result<(), CliError> {
         let error = match progress {
             Progress::Saved => return Ok(()),
-            Progress::Tried { text, entry, delivery: Delivery::Sent, .. } => {
+            Progress::Tried { text, entry, delivery: DeliveryState::Sent, .. } => {
                 let sent = SentLine { event: "sent", id: entry.0, text: &text };
                 return self.chat.context.output.report(&sent);
             }
-            Progress::Tried { delivery: Delivery::Queued, why, .. } => message::queued(why),
-            Progress::Tried { delivery: Delivery::Failed, .. } => {
+            Progress::Tried { delivery: DeliveryState::Queued, why, .. } => message::queued(why),
+            Progress::Tried { delivery: DeliveryState::Failed, .. } => {
                 let message = format!("not delivered to {}", text::line(&self.chat.name));
                 CliError::new(Exit::Failure, "client.not_delivered", message)
             }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use qpq_client::{
     Conversation, ConversationId, ConversationKind, Error, Membership, Messenger, MlsError,
-    Outcome, Username,
+    SendOutcome, Username,
 };
 use serde::Serialize;
 
@@ -112,9 +112,9 @@ async fn add_all(
             Err(error) => return Err(error.into()),
         };
         match added {
-            Outcome::Sent => {}
-            Outcome::Queued(why) => return Err(message::queued(why.map(CliError::from))),
-            Outcome::Refused => {
+            SendOutcome::Sent => {}
+            SendOutcome::Queued(why) => return Err(message::queued(why.map(CliError::from))),
+            SendOutcome::Refused => {
                 let message = format!("the server does not take messages for {member}");
                 return Err(CliError::new(Exit::Failure, "client.not_delivered", message));
             }

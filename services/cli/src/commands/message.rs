@@ -6,7 +6,7 @@ use std::{
 };
 
 use qpq_client::{
-    ConversationId, Entry, EntryId, Error, Event, Listener, Messenger, Outcome, Sent, Username,
+    ConversationId, Entry, EntryId, Error, Event, Listener, Messenger, SendOutcome, Sent, Username,
 };
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
@@ -101,14 +101,14 @@ pub(crate) async fn deliver(
     let Sent { entry, outcome } =
         context.progress.during("sending", Box::pin(messenger.send(conversation, body))).await?;
     match outcome {
-        Outcome::Sent => context.output.report(&Delivered {
+        SendOutcome::Sent => context.output.report(&Delivered {
             event: "sent",
             id: entry.0,
             to,
             conversation: conversation.to_string(),
         }),
-        Outcome::Queued(why) => Err(queued(why.map(CliError::from))),
-        Outcome::Refused => Err(refused(messenger, conversation).await?),
+        SendOutcome::Queued(why) => Err(queued(why.map(CliError::from))),
+        SendOutcome::Refused => Err(refused(messenger, conversation).await?),
     }
 }
 

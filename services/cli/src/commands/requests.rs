@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use qpq_client::{Messenger, Request, Requests, UnixMillis, Username};
+use qpq_client::{ContactRequest, Messenger, Requests, UnixMillis, Username};
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
 
@@ -61,8 +61,8 @@ struct Object<'a> {
     from: PersonObject<'a>,
 }
 
-impl<'a> From<&'a Request> for Object<'a> {
-    fn from(request: &'a Request) -> Self {
+impl<'a> From<&'a ContactRequest> for Object<'a> {
+    fn from(request: &'a ContactRequest) -> Self {
         Self {
             id: request.id.to_string(),
             kind: if request.group.is_some() { "group" } else { "direct" },
@@ -169,7 +169,7 @@ pub(crate) async fn decide_lines(
 
 async fn apply(
     messenger: &Messenger,
-    request: &Request,
+    request: &ContactRequest,
     decision: Decision,
 ) -> Result<(), CliError> {
     match decision {
@@ -179,7 +179,7 @@ async fn apply(
     Ok(())
 }
 
-fn line(request: &Request, now: UnixMillis, style: Style) -> String {
+fn line(request: &ContactRequest, now: UnixMillis, style: Style) -> String {
     let name = style.bold(entry::name(&request.from));
     let wish = entry::wish(request.group.as_deref());
     let members = match request.group {
@@ -191,7 +191,7 @@ fn line(request: &Request, now: UnixMillis, style: Style) -> String {
     format!("{name} {wish}{members}, {age} ago  {id}")
 }
 
-fn decided(request: &Request, decision: Decision, style: Style) -> String {
+fn decided(request: &ContactRequest, decision: Decision, style: Style) -> String {
     let name = entry::name(&request.from);
     match (decision, request.group.as_deref()) {
         (Decision::Accept, Some(group)) => {
@@ -214,7 +214,10 @@ fn dropped(requests: &Requests) -> Option<String> {
 
 /// The requests that are meant: all of a user, or that for one group. A name that could be one or
 /// the other is never guessed at, nor is a name that several users claim.
-fn find<'a>(waiting: &'a [Request], which: &Recipient) -> Result<Vec<&'a Request>, CliError> {
+fn find<'a>(
+    waiting: &'a [ContactRequest],
+    which: &Recipient,
+) -> Result<Vec<&'a ContactRequest>, CliError> {
     let of_user = |user: &Username| -> Vec<_> {
         waiting.iter().filter(|request| request.from.username == *user).collect()
     };
@@ -245,7 +248,7 @@ fn find<'a>(waiting: &'a [Request], which: &Recipient) -> Result<Vec<&'a Request
     }
 }
 
-fn is_group(request: &Request, meant: &str) -> bool {
+fn is_group(request: &ContactRequest, meant: &str) -> bool {
     let is_id = meant.len() >= SHORTEST_ID && meant.bytes().all(|b| b.is_ascii_hexdigit());
     request.group.as_deref() == Some(meant)
         || is_id && request.id.to_string().starts_with(&meant.to_ascii_lowercase())
@@ -257,8 +260,8 @@ mod tests {
 
     use super::*;
 
-    fn request(id: u8, key: u8, user: &str, group: Option<&str>) -> Request {
-        Request {
+    fn request(id: u8, key: u8, user: &str, group: Option<&str>) -> ContactRequest {
+        ContactRequest {
             id: GroupId::try_from(&[id; 32][..]).unwrap(),
             from: Person {
                 identity: IdentityKey::new([key; 32]),

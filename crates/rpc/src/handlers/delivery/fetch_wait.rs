@@ -14,7 +14,7 @@ use crate::{
     app::drain_began,
     auth,
     dispatch::requested_wait,
-    waiters::{Left, Turn},
+    waiters::{Turn, Unread},
 };
 
 impl Handler for methods::FetchWait {
@@ -90,7 +90,7 @@ async fn wait(
         }
         let leased = lease(cx, caller, *query, limit).await?;
         let more = leased.as_ref().is_some_and(|(lease, _)| lease.page().more);
-        waiter.has_read(if more { Left::More } else { Left::Nothing });
+        waiter.has_read(if more { Unread::More } else { Unread::Nothing });
         if leased.is_some() {
             return Ok(leased);
         }

@@ -26,8 +26,8 @@ use tokio::{
 
 use self::outbox::{Outbox, Outgoing};
 use crate::{
-    App, Caller, Connection, Cx, Error, Handled, Handler,
-    account_events::{AccountEvent, Listener},
+    App, Caller, ClientConnection, Cx, Error, Handled, Handler,
+    account_events::{AccountEvent, AccountEventListener},
     app::drain_began,
     auth,
 };
@@ -72,11 +72,11 @@ impl Handler for methods::Subscribe {
 struct Subscription {
     app: Arc<App>,
     /// The connection owns the task, and aborts it when it closes.
-    conn: Weak<Connection>,
+    conn: Weak<ClientConnection>,
     caller: Caller,
     query: ReadQuery,
     wake: Box<dyn Wake>,
-    account_events: Listener,
+    account_events: AccountEventListener,
     /// Kept until Draining is sent: the drain waits for that.
     draining: Option<watch::Receiver<bool>>,
     /// The highest seq that was reported.
@@ -175,7 +175,7 @@ impl Subscription {
         self.flush(&conn, now)
     }
 
-    async fn recheck(&mut self, conn: &Arc<Connection>, now: Instant) {
+    async fn recheck(&mut self, conn: &Arc<ClientConnection>, now: Instant) {
         let cx = Cx { app: &self.app, conn, now: self.app.clock.now() };
         self.due.recheck = match auth::recheck(cx, &self.caller).await {
             Ok(()) => Some(now + RECHECK_INTERVAL),
@@ -235,7 +235,7 @@ impl Subscription {
     }
 
     /// Sends the events of the outbox until the client takes no more.
-    fn flush(&mut self, conn: &Connection, now: Instant) -> ControlFlow<()> {
+    fn flush(&mut self, conn: &ClientConnection, now: Instant) -> ControlFlow<()> {
         self.due.flush = None;
         while let Some(outgoing) = self.outbox.pop() {
             let event = outgoing.event(now);

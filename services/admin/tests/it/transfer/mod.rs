@@ -9,7 +9,7 @@ use std::{fs, io::Read as _, path::Path, process::Child, time::Duration};
 use qpq_domain::StoreLimits;
 use qpq_ports::transfer::Table;
 use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View};
-use qpq_store_embedded::{EmbeddedStore, MOVED_FILE, OpenError};
+use qpq_store_embedded::{EmbeddedStore, OpenError, TRANSFERRED_FILE};
 use rand::Rng as _;
 use tokio::time::{Instant, sleep};
 
@@ -135,7 +135,7 @@ async fn start_over(scene: &Scene) {
     scene.sql("DROP SCHEMA public CASCADE").await;
     scene.sql("CREATE SCHEMA public").await;
     scene.migrate();
-    let _absent = fs::remove_file(scene.node.join(MOVED_FILE));
+    let _absent = fs::remove_file(scene.node.join(TRANSFERRED_FILE));
 }
 
 fn end(mut child: Child) -> (Option<i32>, String, String) {
@@ -152,15 +152,15 @@ async fn a_transferred_node_cannot_be_opened_or_transferred_elsewhere() {
     let first = scene.transfer_node();
     assert_eq!(first.code, Some(0), "{first:?}");
     let refused = EmbeddedStore::open(&scene.node, StoreLimits::default()).await.unwrap_err();
-    assert!(matches!(refused, OpenError::Moved(_)), "{refused}");
-    assert!(refused.to_string().contains(text(&scene.node.join(MOVED_FILE))), "{refused}");
+    assert!(matches!(refused, OpenError::Transferred(_)), "{refused}");
+    assert!(refused.to_string().contains(text(&scene.node.join(TRANSFERRED_FILE))), "{refused}");
     // Another transfer changes nothing, even after the cluster has changed.
     scene.sql("UPDATE inbox SET last_seq = last_seq + 1").await;
     let again = scene.transfer_node();
     assert_eq!((again.code, again.stderr.as_str()), (Some(0), ""), "{again:?}");
     assert!(again.stdout.contains("already"), "{again:?}");
     // The transfer was interrupted just before the mark.
-    fs::remove_file(scene.node.join(MOVED_FILE)).unwrap();
+    fs::remove_file(scene.node.join(TRANSFERRED_FILE)).unwrap();
     assert_eq!(scene.transfer_node().stdout, first.stdout);
     assert!(scene.is_marked());
     // A transfer to another cluster is refused.

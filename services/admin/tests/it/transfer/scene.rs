@@ -127,7 +127,7 @@ impl Scene {
     }
 
     pub(crate) fn is_marked(&self) -> bool {
-        self.node.join(qpq_store_embedded::MOVED_FILE).exists()
+        self.node.join(qpq_store_embedded::TRANSFERRED_FILE).exists()
     }
 
     pub(crate) async fn sql(&self, sql: &str) -> String {
