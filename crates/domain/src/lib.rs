@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 mod backoff;
+mod choice;
 mod identity;
 mod ids;
 mod limits;
@@ -16,6 +17,7 @@ mod time;
 mod username;
 
 pub use backoff::Backoff;
+pub use choice::Choice;
 pub use identity::{IdentityKey, InvalidIdentity};
 pub use ids::{AccountId, ChannelId, DeviceId, MessageId, Seq, StoreId, WrongLength};
 pub use limits::{DeliveryLimits, KeyPackageLimits, MAX_BATCH, StoreLimits};

@@ -10,7 +10,7 @@
 use unicode_normalization::char::is_combining_mark;
 use unicode_security::{RestrictionLevel, RestrictionLevelDetection as _, skeleton};
 
-use crate::{InvalidUsername, Username};
+use crate::{Choice, InvalidUsername, Username};
 
 /// The scripts that may be mixed in a new username (UTS 39 §5.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -22,6 +22,14 @@ pub enum UsernameScripts {
     ModeratelyRestrictive,
     /// Every mixture, and every symbol that RFC 8265 allows.
     Any,
+}
+
+impl Choice for UsernameScripts {
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("highly-restrictive", Self::HighlyRestrictive),
+        ("moderately-restrictive", Self::ModeratelyRestrictive),
+        ("any", Self::Any),
+    ];
 }
 
 /// The form that usernames share if people confuse them: the skeleton of UTS 39 §4.

@@ -11,12 +11,14 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{DeliveryLimits, KeyPackageLimits, UnixMillis, Username, UsernameScripts};
+use qpq_domain::{Choice, DeliveryLimits, KeyPackageLimits, UnixMillis, Username, UsernameScripts};
 use qpq_mls::key_package;
 use qpq_ports::{Clock, Stores};
 use qpq_proto::{LimitClass, LimitSubject};
-use tokio::sync::watch;
-use tokio_util::task::TaskTracker;
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 
 use crate::{
     AnswerMemory, DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes,
@@ -40,6 +42,8 @@ pub struct Parts {
     pub signer: DeliverySigner,
     /// The configuration.
     pub config: Config,
+    /// The drain signal of the process. [`Rpc::drain`](crate::Rpc::drain) cancels it, too.
+    pub draining: CancellationToken,
 }
 
 impl fmt::Debug for Parts {
@@ -103,6 +107,11 @@ pub enum IdentityProof {
     Required,
 }
 
+impl Choice for IdentityProof {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("optional", Self::Optional), ("required", Self::Required)];
+}
+
 /// The state that all handlers share.
 pub struct App {
     pub stores: Stores,
@@ -125,7 +134,9 @@ pub struct App {
     pub account_events: Arc<AccountEvents>,
     pub(crate) key_package_policy: key_package::Policy,
     started_at: UnixMillis,
-    draining: watch::Sender<bool>,
+    draining: CancellationToken,
+    /// The calls and subscriptions that still have to react to the drain.
+    drain_observers: TaskTracker,
     store_fails: AtomicBool,
 }
 
@@ -137,7 +148,7 @@ impl fmt::Debug for App {
 
 impl App {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { stores, clock, opaque, signer, config } = parts;
+        let Parts { stores, clock, opaque, signer, config, draining } = parts;
         let budgets = Budgets::new(&config.limits);
         Self {
             started_at: clock.now(),
@@ -155,7 +166,8 @@ impl App {
                 max_bytes: config.key_packages.max_bytes,
                 ..key_package::Policy::default()
             },
-            draining: watch::Sender::new(false),
+            draining,
+            drain_observers: TaskTracker::new(),
             store_fails: AtomicBool::new(false),
             stores,
             clock,
@@ -165,23 +177,24 @@ impl App {
         }
     }
 
-    /// Returns the drain signal, which turns true once. A waiting call then ends; it drops the
-    /// receiver when it has.
-    pub fn draining(&self) -> watch::Receiver<bool> {
-        self.draining.subscribe()
+    /// Returns the drain signal for a call or a subscription, which drops it when it has reacted.
+    pub(crate) fn observe_drain(&self) -> DrainObserver {
+        let draining = self.draining.clone();
+        DrainObserver { draining, _reacts: self.drain_observers.token() }
     }
 
     pub(crate) fn is_draining(&self) -> bool {
-        *self.draining.borrow()
+        self.draining.is_cancelled()
     }
 
     pub(crate) fn drain(&self) {
-        self.draining.send_replace(true);
+        self.draining.cancel();
     }
 
-    /// Completes once all receivers of the drain signal are dropped.
+    /// Completes once all observers of the drain are dropped.
     pub(crate) async fn drained(&self) {
-        self.draining.closed().await;
+        self.drain_observers.close();
+        self.drain_observers.wait().await;
     }
 
     pub(crate) fn uptime(&self) -> Duration {
@@ -198,8 +211,15 @@ impl App {
     }
 }
 
-/// Completes when the drain has begun.
-pub(crate) async fn drain_began(draining: &mut watch::Receiver<bool>) {
-    // The sender belongs to the application, which outlives its calls.
-    let _ = draining.wait_for(|drains| *drains).await;
+/// The drain signal of the process. The drain waits until all observers are dropped.
+pub(crate) struct DrainObserver {
+    draining: CancellationToken,
+    _reacts: TaskTrackerToken,
+}
+
+impl DrainObserver {
+    /// Completes when the drain has begun. Cancel-safe.
+    pub(crate) async fn began(&self) {
+        self.draining.cancelled().await;
+    }
 }

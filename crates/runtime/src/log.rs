@@ -19,7 +19,11 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-use crate::{config, lifecycle::panic_message, trace::Traces};
+use crate::{
+    config::{self, Named},
+    lifecycle::panic_message,
+    trace::Traces,
+};
 
 /// The capacity of the queue, in lines.
 const QUEUE_CAPACITY: usize = 4_096;
@@ -30,7 +34,7 @@ crate::section! {
         /// The logged events, by level and by module.
         filter: Filter = Filter("info".into()), variable: "RUST_LOG";
         /// The format of a line: for people or for machines.
-        format: Format = Format::Text;
+        format: Named<Format> = Named(Format::Text);
     }
 }
 
@@ -64,7 +68,7 @@ pub enum Format {
     Json,
 }
 
-impl config::Choice for Format {
+impl qpq_domain::Choice for Format {
     const ALL: &'static [(&'static str, Self)] = &[("text", Self::Text), ("json", Self::Json)];
 }
 
@@ -84,12 +88,12 @@ pub fn init(log: &Log, traces: &Traces) -> io::Result<LogGuard> {
     let (installed, set_filter): (_, Box<dyn Fn(_) -> _ + Send + Sync>) = match traces.layer() {
         None => {
             let (filter, handle) = reload::Layer::new(filter);
-            let subscriber = Registry::default().with(filter).with(layer(log.format, queue));
+            let subscriber = Registry::default().with(filter).with(layer(log.format.0, queue));
             (subscriber.try_init(), Box::new(move |filter| handle.reload(filter)))
         }
         Some(spans) => {
             let (filter, handle) = reload::Layer::new(filter);
-            let lines = layer(log.format, queue).with_filter(filter);
+            let lines = layer(log.format.0, queue).with_filter(filter);
             let subscriber = Registry::default().with(spans).with(lines);
             (subscriber.try_init(), Box::new(move |filter| handle.reload(filter)))
         }

@@ -3,7 +3,7 @@
 
 use std::{fmt, fs, path::PathBuf, time::Duration};
 
-use qpq_domain::StoreLimits;
+use qpq_domain::{Choice, StoreLimits};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, pem::PemObject as _},
@@ -91,6 +91,11 @@ pub enum Migrate {
     AtStart,
     /// By `qpq-admin migrate` only.
     Never,
+}
+
+impl Choice for Migrate {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("never", Self::Never), ("at_start", Self::AtStart)];
 }
 
 /// The intervals by which edges detect each other's changes without a message.

@@ -4,7 +4,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use qpq_domain::StoreLimits;
+use qpq_domain::{Backoff, StoreLimits};
 use qpq_ports::{Clock, Stores};
 use tokio::{
     task::JoinSet,
@@ -33,8 +33,8 @@ use crate::{
 const OBSERVE_EVERY: Duration = Duration::from_secs(5);
 /// Maximum time of one attempt to connect, so that an attempt that hangs is not the last.
 const ATTEMPT: Duration = Duration::from_secs(10);
-/// Pause before the second attempt.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// The waits between attempts to connect.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
 
 /// The store of this edge, which implements every port. Cheap to clone.
 ///
@@ -193,14 +193,14 @@ where
 {
     let until = Instant::now() + start_timeout;
     let left = || until.saturating_duration_since(Instant::now());
-    let mut pause = FIRST_PAUSE;
+    let mut failures = 0;
     loop {
         // The futures of the client libraries are large.
         let outcome = Box::pin(connect(left().min(ATTEMPT))).await;
         let Err(ConnectError::Unreachable { server, setting, cause }) = outcome else {
             return outcome;
         };
-        if left() < FIRST_PAUSE {
+        if left() < BACKOFF.base {
             let cause = format!("{cause}; cluster.start_timeout, {start_timeout:?}, is over");
             return Err(ConnectError::Unreachable { server, setting, cause });
         }
@@ -209,8 +209,8 @@ where
             "connection failed, retrying"
         );
         // The last attempts come in shorter intervals, and each of them has some time.
-        sleep(pause.mul_f64(0.5 + 0.5 * rand::random::<f64>()).min(left() / 2)).await;
-        pause = (pause * 2).min(Duration::from_secs(5));
+        failures += 1;
+        sleep(BACKOFF.delay(failures, rand::random()).min(left() / 2)).await;
     }
 }
 

@@ -79,14 +79,14 @@ pub(crate) fn look(config: &Config) -> Result<Found, CertificateError> {
 /// Reads both files, or creates them.
 pub(crate) fn open(config: &Config) -> Result<Opened, CertificateError> {
     let (cert, key) = config.tls_files();
-    let created_at = match (look(config)?, config.tls.generate) {
+    let created_at = match (look(config)?, config.tls.generate.0) {
         (Found::Both, _) | (Found::Neither { is_named: false }, Generate::IfMissing) => None,
         (Found::Neither { .. }, Generate::Never) => {
             return Err(CertificateError::Missing { cert, key });
         }
         (Found::Neither { is_named: true }, Generate::IfMissing) => Some(cert.clone()),
     };
-    let certificates = match config.tls.generate {
+    let certificates = match config.tls.generate.0 {
         Generate::IfMissing => Certificates::load_or_create(&cert, &key, &config.tls_names())?,
         Generate::Never => Certificates::load(&cert, &key)?,
     };

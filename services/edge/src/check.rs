@@ -174,7 +174,7 @@ fn lost(path: &Path, file: SecretFile) -> String {
 
 fn check_certificate(config: &Config, report: &mut Report) {
     let (cert, key) = config.tls_files();
-    match (certificate::look(config), config.tls.generate) {
+    match (certificate::look(config), config.tls.generate.0) {
         (Err(error), _) => report.problem(error),
         (Ok(Found::Both), _) => match Identity::load(&cert, &key) {
             Ok(identity) => describe(&identity, &cert, report),

@@ -6,7 +6,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use qpq_domain::{DeliveryLimits, KeyPackageLimits, StoreLimits};
 use qpq_runtime::{
-    config::{Broken, Choice},
+    config::{Broken, Named},
     section,
 };
 use qpq_store_cluster::{Clocks, Endpoint, Migrate, Timing};
@@ -75,7 +75,7 @@ section! {
         namespace: String = "qpq".into();
         /// Whether an edge migrates the schema when it starts. Otherwise run `qpq-admin migrate`
         /// before edges of a new version start.
-        migrate: MigrateWhen = MigrateWhen::Never;
+        migrate: Named<Migrate> = Named(Migrate::Never);
         /// Maximum difference between the clocks of this edge and of Postgres. With a larger one
         /// the edge is not ready.
         max_clock_skew: Duration = Clocks::default().max_skew;
@@ -96,18 +96,6 @@ section! {
         /// rotate-ticket-keys` every 6 hours instead.
         rotate_ticket_keys: Option<Duration> = None, unset: "the edges rotate nothing";
     }
-}
-
-/// When the schema is migrated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MigrateWhen {
-    Never,
-    AtStart,
-}
-
-impl Choice for MigrateWhen {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("never", Self::Never), ("at_start", Self::AtStart)];
 }
 
 /// The sections of an edge.
@@ -199,10 +187,7 @@ impl<'a> Sections<'a> {
             redis_timeout: redis.timeout,
             start_timeout: cluster.start_timeout,
             namespace: cluster.namespace.clone(),
-            migrate: match cluster.migrate {
-                MigrateWhen::Never => Migrate::Never,
-                MigrateWhen::AtStart => Migrate::AtStart,
-            },
+            migrate: cluster.migrate.0,
             opaque_setup,
             limits: StoreLimits { delivery, key_packages },
             timing: Timing {

@@ -119,6 +119,7 @@ pub async fn compose_with(
         opaque: secrets.opaque,
         signer: secrets.signer,
         config: config.rpc(),
+        draining: draining.clone(),
     });
     // Health answers correctly from the first call on. A failure is reported by the probe, and does
     // not prevent the start.

@@ -4,10 +4,10 @@
 
 use std::{collections::HashSet, net::SocketAddr, path::PathBuf, time::Duration};
 
-use qpq_domain::Username;
-use qpq_rpc::{AnswerMemory, SessionLifetimes};
+use qpq_domain::{Choice, Username, UsernameScripts};
+use qpq_rpc::{AnswerMemory, IdentityProof, SessionLifetimes};
 use qpq_runtime::{
-    config::{Broken, Choice, Leaf, Settings, Size, Value},
+    config::{Broken, Leaf, Named, Settings, Size, Value},
     http::Http,
     log::Log,
     section,
@@ -96,7 +96,7 @@ section! {
             variable: "QPQ_TLS_KEY", flag: "--tls-key";
         /// Whether a self-signed certificate and its key are created if neither file exists. If
         /// this section names a file that does not exist, the log has a warning.
-        generate: Generate = Generate::IfMissing;
+        generate: Named<Generate> = Named(Generate::IfMissing);
         /// Names and IP addresses in a certificate that is created, in addition to the domain and
         /// `localhost`.
         names: Vec<String> = Vec::new();
@@ -216,11 +216,11 @@ section! {
     pub struct Auth {
         /// Whether a registration must prove possession of the identity key. A proof in a request
         /// is always checked.
-        identity_proof: IdentityProof = IdentityProof(qpq_rpc::IdentityProof::Optional);
+        identity_proof: Named<IdentityProof> = Named(IdentityProof::Optional);
         /// The scripts that a new username may mix (UTS 39): none but Latin with Japanese or
         /// Korean; in addition Latin with one other that is not Cyrillic or Greek; or any, symbols
         /// too. Accounts that exist keep their names.
-        username_scripts: UsernameScripts = UsernameScripts::HighlyRestrictive;
+        username_scripts: Named<UsernameScripts> = Named(UsernameScripts::HighlyRestrictive);
         /// Maximum number of logins and registrations that wait for the processor. More are refused
         /// and may try again later.
         waiting_logins: usize = 256;
@@ -272,32 +272,6 @@ impl Leaf for Suites {
     }
 }
 
-/// The scripts that a new username may mix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UsernameScripts {
-    HighlyRestrictive,
-    ModeratelyRestrictive,
-    Any,
-}
-
-impl Choice for UsernameScripts {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("highly-restrictive", Self::HighlyRestrictive),
-        ("moderately-restrictive", Self::ModeratelyRestrictive),
-        ("any", Self::Any),
-    ];
-}
-
-impl From<UsernameScripts> for qpq_domain::UsernameScripts {
-    fn from(scripts: UsernameScripts) -> Self {
-        match scripts {
-            UsernameScripts::HighlyRestrictive => Self::HighlyRestrictive,
-            UsernameScripts::ModeratelyRestrictive => Self::ModeratelyRestrictive,
-            UsernameScripts::Any => Self::Any,
-        }
-    }
-}
-
 /// Whether a certificate is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Generate {
@@ -308,17 +282,6 @@ pub enum Generate {
 impl Choice for Generate {
     const ALL: &'static [(&'static str, Self)] =
         &[("if_missing", Self::IfMissing), ("never", Self::Never)];
-}
-
-/// Whether a registration must prove its identity key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IdentityProof(pub qpq_rpc::IdentityProof);
-
-impl Choice for IdentityProof {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("optional", Self(qpq_rpc::IdentityProof::Optional)),
-        ("required", Self(qpq_rpc::IdentityProof::Required)),
-    ];
 }
 
 impl Settings for Config {
@@ -484,7 +447,7 @@ impl Config {
             version: env!("CARGO_PKG_VERSION").into(),
             sessions: SessionLifetimes { idle: self.session.idle, absolute: self.session.absolute },
             identity_proof: self.auth.identity_proof.0,
-            username_scripts: self.auth.username_scripts.into(),
+            username_scripts: self.auth.username_scripts.0,
             admins: self.admins().unwrap_or_default(),
             limits: self.limits.to_rpc(),
             delivery: self.delivery(),

@@ -23,6 +23,7 @@ mod store;
 pub use check::{Report, check};
 pub use cluster::PasswordFileError;
 pub use compose::{Running, StartError, compose, compose_with};
-pub use config::{Config, FOREIGN_VARIABLES, UsernameScripts};
+pub use config::{Config, FOREIGN_VARIABLES};
 pub use listen::Listen;
+pub use qpq_domain::UsernameScripts;
 pub use rotation::{RotateError, rotate};

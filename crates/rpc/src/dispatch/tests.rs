@@ -13,6 +13,7 @@ use qpq_proto::{
 };
 use qpq_store_embedded::EmbeddedStore;
 use rand::rngs::OsRng;
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{Config, DeliverySigner, Events, OpaqueServer, Parts, RateLimits, auth::Principal};
@@ -183,6 +184,7 @@ impl TestServer {
             opaque: OpaqueServer::generate(&mut OsRng),
             signer: DeliverySigner::generate(&mut OsRng),
             config,
+            draining: CancellationToken::new(),
         });
         let address = (Ipv4Addr::LOCALHOST, 4433).into();
         let conn = ClientConnection::new(address, Arc::new(NoEvents), app.answers.new_connection());

@@ -35,6 +35,7 @@ use qpq_rpc::{
 use qpq_store_embedded::EmbeddedStore;
 use rand::rngs::OsRng;
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 /// The start time of every test: long after the epoch, so that a test can also go back.
 pub(crate) const START: UnixMillis = UnixMillis(1_800_000_000_000);
@@ -111,6 +112,7 @@ impl Server {
             opaque,
             signer: DeliverySigner::generate(&mut OsRng),
             config,
+            draining: CancellationToken::new(),
         });
         Self { rpc, clock, store, opaque_setup, _dir: dir }
     }
@@ -123,6 +125,7 @@ impl Server {
             opaque: OpaqueServer::parse(&self.opaque_setup).expect("the same setup"),
             signer: DeliverySigner::generate(&mut OsRng),
             config,
+            draining: CancellationToken::new(),
         });
         let conn = rpc.connected((Ipv4Addr::LOCALHOST, 4433).into(), Arc::new(DiscardedEvents));
         Client { rpc, conn }

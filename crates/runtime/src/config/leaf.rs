@@ -4,6 +4,7 @@
 use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use figment::value::Value;
+use qpq_domain::Choice;
 use secrecy::SecretString;
 
 /// A kind of value.
@@ -24,11 +25,9 @@ pub trait Leaf: Sized {
     fn show(&self) -> Option<String>;
 }
 
-/// An enum whose values are names.
-pub trait Choice: Sized + Copy + PartialEq + 'static {
-    /// All values with their names.
-    const ALL: &'static [(&'static str, Self)];
-}
+/// A value that is one of a few names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Named<T>(pub T);
 
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -316,7 +315,7 @@ impl Leaf for SecretString {
     }
 }
 
-impl<T: Choice> Leaf for T {
+impl<T: Choice> Leaf for Named<T> {
     fn kind() -> String {
         T::ALL.iter().map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(" or ")
     }
@@ -327,10 +326,10 @@ impl<T: Choice> Leaf for T {
 
     fn read(value: &Value) -> Option<Self> {
         let given = text(value)?;
-        T::ALL.iter().find(|(name, _)| *name == given).map(|(_, choice)| *choice)
+        T::ALL.iter().find(|(name, _)| *name == given).map(|(_, choice)| Self(*choice))
     }
 
     fn show(&self) -> Option<String> {
-        T::ALL.iter().find(|(_, choice)| choice == self).and_then(|(name, _)| quoted(*name))
+        T::ALL.iter().find(|(_, choice)| *choice == self.0).and_then(|(name, _)| quoted(*name))
     }
 }

@@ -23,7 +23,7 @@ use figment::Figment;
 pub use figment::value::Value;
 
 pub use docs::markdown;
-pub use leaf::{Choice, Leaf, ListenOn, Size};
+pub use leaf::{Leaf, ListenOn, Named, Size};
 pub use problem::{ConfigError, Problem};
 pub use section::{About, Declared, Node, Section, Setting, SettingReader, join};
 

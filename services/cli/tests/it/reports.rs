@@ -140,7 +140,7 @@ async fn a_chat_with_a_group_goes_to_the_group() {
 #[tokio::test]
 async fn no_name_passes_for_oneself_or_for_a_notice() {
     let world = World::with(|config| {
-        config.auth.username_scripts = UsernameScripts::Any;
+        config.auth.username_scripts.0 = UsernameScripts::Any;
     })
     .await;
     let bob = world.user("bob").await;

@@ -11,7 +11,6 @@ use super::{
 use crate::{
     Caller, Cx, Error, Handled, Handler, Response,
     account_events::AccountEvent,
-    app::drain_began,
     auth,
     dispatch::requested_wait,
     waiters::{Turn, Unread},
@@ -70,11 +69,11 @@ async fn wait(
     let mut account_events = cx.app.account_events.listen(&caller.identity);
     // The session was checked before, but no event reported a revocation since then.
     auth::recheck(cx, caller).await?;
-    let mut draining = cx.app.draining();
+    let drain = cx.app.observe_drain();
     loop {
         tokio::select! {
             biased;
-            () = drain_began(&mut draining) => return Ok(None),
+            () = drain.began() => return Ok(None),
             event = account_events.next() => {
                 if event == AccountEvent::SessionsEnded {
                     auth::recheck(cx, caller).await?;

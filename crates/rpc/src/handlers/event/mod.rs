@@ -19,16 +19,13 @@ use qpq_domain::{ChannelId, Seq};
 use qpq_ports::{Page, PageLimit, ReadQuery, Reader, StoreResult, View, Wake};
 use qpq_proto::{methods, v1};
 use rand::{Rng as _, rngs::OsRng};
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep_until},
-};
+use tokio::time::{Instant, sleep_until};
 
 use self::outbox::{Outbox, Outgoing};
 use crate::{
     App, Caller, ClientConnection, Cx, Error, Handled, Handler,
     account_events::{AccountEvent, AccountEventListener},
-    app::drain_began,
+    app::DrainObserver,
     auth,
 };
 
@@ -78,7 +75,7 @@ struct Subscription {
     wake: Box<dyn Wake>,
     account_events: AccountEventListener,
     /// Kept until Draining is sent: the drain waits for that.
-    draining: Option<watch::Receiver<bool>>,
+    drain: Option<DrainObserver>,
     /// The highest seq that was reported.
     reported: Seq,
     /// The latest time at which the connection is closed, once a drain has begun.
@@ -110,7 +107,7 @@ impl Subscription {
             wake: cx.app.stores.wakes.subscribe(&query),
             query,
             account_events: cx.app.account_events.listen(&caller.identity),
-            draining: Some(cx.app.draining()),
+            drain: Some(cx.app.observe_drain()),
             caller,
             reported: Seq::ZERO,
             closing_at: None,
@@ -137,14 +134,14 @@ impl Subscription {
     /// Waits for an event or the next planned action.
     async fn wait(&mut self) {
         let next = self.due.next(self.outbox.has_space());
-        let draining = self.draining.as_mut().filter(|_| self.closing_at.is_none());
+        let drain = self.drain.as_ref().filter(|_| self.closing_at.is_none());
         tokio::select! {
             biased;
             event = self.account_events.next() => match event {
                 AccountEvent::SessionsEnded => self.due.recheck = Some(Instant::now()),
                 AccountEvent::KeyPackageTaken => self.due.count_packages = Some(self.low_allowed),
             },
-            () = began(draining) => {
+            () = began(drain) => {
                 let now = Instant::now();
                 self.due.draining = Some(now + OsRng.gen_range(Duration::ZERO..DRAIN_SPREAD));
                 self.closing_at = Some(now + DRAIN_DEADLINE);
@@ -246,7 +243,7 @@ impl Subscription {
             }
             match outgoing {
                 Outgoing::SessionRevoked => return ControlFlow::Break(()),
-                Outgoing::Draining { .. } => self.draining = None,
+                Outgoing::Draining { .. } => self.drain = None,
                 Outgoing::KeyPackagesLow { .. } => self.low_allowed = now + LOW_STOCK_INTERVAL,
                 Outgoing::Wake { .. } => {}
             }
@@ -267,9 +264,9 @@ impl Due {
 }
 
 /// Completes when the server begins to drain; never for `None`.
-async fn began(draining: Option<&mut watch::Receiver<bool>>) {
-    match draining {
-        Some(draining) => drain_began(draining).await,
+async fn began(drain: Option<&DrainObserver>) {
+    match drain {
+        Some(drain) => drain.began().await,
         None => std::future::pending().await,
     }
 }
