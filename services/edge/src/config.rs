@@ -1,13 +1,13 @@
 //! Every setting of the server, declared once. `docs/configuration.md`, the environment variables
 //! and `config show` are generated from here. To add one: a line in its section with a doc comment,
-//! its use below or in `compose`, and `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
+//! its bounds in `config/validate.rs`, its use below or in `compose`, and `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
 
 use std::{collections::HashSet, net::SocketAddr, path::PathBuf, time::Duration};
 
 use qpq_domain::{Choice, Username, UsernameScripts};
 use qpq_rpc::{AnswerMemory, IdentityProof, SessionLifetimes};
 use qpq_runtime::{
-    config::{Broken, Leaf, Named, Settings, Size, Value},
+    config::{Leaf, Named, Size, Value},
     http::Http,
     log::Log,
     section,
@@ -25,11 +25,6 @@ use crate::{
 pub const FOREIGN_VARIABLES: &[&str] =
     &["QPQ_HOME", "QPQ_PASSWORD", "QPQ_PROFILE", "QPQ_SERVER", "QPQ_UPDATE_DOCS"];
 
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-/// The longest duration. Sums of such durations do not overflow.
-const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
-/// The largest payload of a frame.
-const LARGEST_PAYLOAD: u64 = qpq_wire::MAX_PAYLOAD as u64;
 
 section! {
     /// The whole configuration.
@@ -284,55 +279,7 @@ impl Choice for Generate {
         &[("if_missing", Self::IfMissing), ("never", Self::Never)];
 }
 
-impl Settings for Config {
-    fn validate(&self) -> Vec<Broken> {
-        let mut broken = self.broken_values();
-        broken.extend(self.cluster_sections().broken());
-        broken.extend(self.half_named_certificate());
-        broken
-    }
-}
-
 impl Config {
-    /// Returns the values that break a rule. Does not check that a cluster is given whole or not at
-    /// all, for programs that need only a part of it.
-    pub fn broken_values(&self) -> Vec<Broken> {
-        let mut broken = Vec::new();
-        let mut must = |holds: bool, path, be: &str| {
-            if !holds {
-                broken.push(Broken { path, must_be: be.into() });
-            }
-        };
-        self.check_times(&mut must);
-        self.check_sizes(&mut must);
-        let domain_is_plain = self
-            .domain
-            .chars()
-            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-'));
-        must(
-            domain_is_plain && !self.domain.is_empty(),
-            "domain",
-            "a domain name in lower case, as in example.org",
-        );
-        must(self.admins().is_ok(), "admin.usernames", "valid usernames");
-        must(
-            self.session.idle <= self.session.absolute,
-            "session.idle",
-            "at most session.absolute",
-        );
-        must(
-            self.delivery.default_ttl <= self.delivery.max_ttl,
-            "delivery.default_ttl",
-            "at most delivery.max_ttl",
-        );
-        must(
-            self.delivery.default_wait <= self.delivery.max_wait,
-            "delivery.default_wait",
-            "at most delivery.max_wait",
-        );
-        broken
-    }
-
     /// Returns the configuration of the cluster's database alone, for programs that are no edges.
     /// `opaque_setup` identifies the cluster.
     pub fn cluster_database(
@@ -363,20 +310,6 @@ impl Config {
     /// Returns the paths of certificate and key if both are named.
     pub(crate) fn own_tls_files(&self) -> Option<(PathBuf, PathBuf)> {
         Some((self.tls.cert.clone()?, self.tls.key.clone()?))
-    }
-
-    /// Checks that an edge has both of certificate and key, or neither. With one alone, an edge
-    /// would use the certificate of the shared directory.
-    fn half_named_certificate(&self) -> Option<Broken> {
-        self.cluster_sections().secrets_dir()?;
-        let path = match (&self.tls.cert, &self.tls.key) {
-            (Some(_), None) => "tls.key",
-            (None, Some(_)) => "tls.cert",
-            _ => return None,
-        };
-        let must_be = "given too: an edge uses the certificate in cluster.secrets_dir, or the one \
-                       that tls.cert and tls.key name together";
-        Some(Broken { path, must_be: must_be.into() })
     }
 
     /// Returns the names in a certificate that is created.
@@ -471,135 +404,13 @@ impl Config {
     fn admins(&self) -> Result<HashSet<Username>, qpq_domain::InvalidUsername> {
         self.admin.usernames.iter().map(|name| Username::parse(name)).collect()
     }
-
-    fn check_times(&self, must: &mut impl FnMut(bool, &'static str, &str)) {
-        let (transport, delivery, session) = (&self.transport, &self.delivery, &self.session);
-        let times = [
-            ("tls.reload_interval", self.tls.reload_interval),
-            ("trace.timeout", self.trace.timeout),
-            ("transport.handshake_timeout", transport.handshake_timeout),
-            (
-                "transport.handshake_timeout_under_pressure",
-                transport.handshake_timeout_under_pressure,
-            ),
-            ("transport.idle_timeout", transport.idle_timeout),
-            ("transport.request_timeout", transport.request_timeout),
-            ("transport.silent_peer_timeout", transport.silent_peer_timeout),
-            ("transport.stalled_reply_timeout", transport.stalled_reply_timeout),
-            ("delivery.default_ttl", delivery.default_ttl),
-            ("delivery.max_ttl", delivery.max_ttl),
-            ("delivery.default_wait", delivery.default_wait),
-            ("delivery.max_wait", delivery.max_wait),
-            ("session.idle", session.idle),
-            ("session.absolute", session.absolute),
-            ("postgres.timeout", self.postgres.timeout),
-            ("redis.timeout", self.redis.timeout),
-            ("cluster.start_timeout", self.cluster.start_timeout),
-            ("cluster.poll", self.cluster.poll),
-            ("cluster.lease", self.cluster.lease),
-            ("cluster.session_cache", self.cluster.session_cache),
-        ];
-        for (path, time) in times {
-            must(!time.is_zero() && time <= LONGEST, path, "more than zero and at most 3650d");
-        }
-        must(delivery.recent_ids <= LONGEST, "delivery.recent_ids", "at most 3650d");
-        let (second, hour) = (Duration::from_secs(1), Duration::from_secs(3_600));
-        must(
-            (second..=hour).contains(&self.cluster.max_clock_skew),
-            "cluster.max_clock_skew",
-            "between 1s and 1h",
-        );
-        if let Some(interval) = self.cluster.rotate_ticket_keys {
-            must(
-                (300 * second..=24 * hour).contains(&interval),
-                "cluster.rotate_ticket_keys",
-                "between 5m and 24h: a ticket is valid for two intervals, and clients expect 12h",
-            );
-        }
-        let whole_wait = Duration::from_secs(20);
-        must(self.answers.wait <= whole_wait, "answers.wait", "at most 20s: a call has 30 s");
-        must(self.drain.timeout <= DAY, "drain.timeout", "at most 1d");
-    }
-
-    fn check_sizes(&self, must: &mut impl FnMut(bool, &'static str, &str)) {
-        let (transport, delivery, keys) = (&self.transport, &self.delivery, &self.keys);
-        let fits = |size: Size| (1..=LARGEST_PAYLOAD - 4_096).contains(&size.0);
-        must(
-            fits(delivery.max_payload),
-            "delivery.max_payload",
-            "between 1B and 4092KiB, so that it fits a frame",
-        );
-        must(
-            fits(keys.max_package),
-            "keys.max_package",
-            "between 1B and 4092KiB, so that it fits a frame",
-        );
-        let answers = &self.answers;
-        must(
-            answers.connection.0 >= AnswerMemory::MIN as u64,
-            "answers.connection",
-            "at least 4MiB, one answer",
-        );
-        must(
-            answers.account >= answers.connection,
-            "answers.account",
-            "at least answers.connection",
-        );
-        must(
-            (answers.account.0..=1 << 40).contains(&answers.process.0),
-            "answers.process",
-            "at least answers.account and at most 1024GiB",
-        );
-        must(delivery.max_messages > 0, "delivery.max_messages", "at least 1");
-        must(
-            delivery.max_bytes >= delivery.max_payload,
-            "delivery.max_bytes",
-            "at least delivery.max_payload, so that a message fits",
-        );
-        must(
-            (1..=1_000).contains(&delivery.sender_share),
-            "delivery.sender_share",
-            "between 1 (no limit) and 1000",
-        );
-        must(
-            delivery.max_batch_bytes >= delivery.max_payload,
-            "delivery.max_batch_bytes",
-            "at least delivery.max_payload, so that a message fits",
-        );
-        must(keys.max_packages > 0, "keys.max_packages", "at least 1");
-        must(transport.max_connections > 0, "transport.max_connections", "at least 1");
-        must(
-            transport.max_connections_per_ip > 0,
-            "transport.max_connections_per_ip",
-            "at least 1",
-        );
-        must(transport.max_handshakes > 0, "transport.max_handshakes", "at least 1");
-        must(transport.max_handshakes_per_ip > 0, "transport.max_handshakes_per_ip", "at least 1");
-        must(transport.min_reply_rate.0 > 0, "transport.min_reply_rate", "at least 1B");
-        must(
-            (1..=65_536).contains(&transport.max_streams),
-            "transport.max_streams",
-            "between 1 and 65536",
-        );
-        must(self.auth.waiting_logins > 0, "auth.waiting_logins", "at least 1");
-        must(
-            self.postgres.connections as usize > qpq_store_cluster::COMMITTERS,
-            "postgres.connections",
-            "at least 3: two are used to commit messages",
-        );
-        let namespace = &self.cluster.namespace;
-        must(
-            !namespace.is_empty()
-                && namespace.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b)),
-            "cluster.namespace",
-            "letters, digits, - and _",
-        );
-    }
 }
 
 fn bytes(size: Size) -> usize {
     usize::try_from(size.0).unwrap_or(usize::MAX)
 }
+
+mod validate;
 
 #[cfg(test)]
 mod reference;
