@@ -1,6 +1,7 @@
 //! Every setting of the server, declared once. `docs/configuration.md`, the environment variables
 //! and `config show` are generated from here. To add one: a line in its section with a doc comment,
-//! its bounds in `config/validate.rs`, its use below or in `compose`, and `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
+//! its bounds in `config/validate.rs`, its use below or in `compose`, and
+//! `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
 
 use std::{collections::HashSet, net::SocketAddr, path::PathBuf, time::Duration};
 
