@@ -41,7 +41,7 @@ pub(crate) fn encode<M: Method>(
     Ok(payload.freeze())
 }
 
-/// What a response frame says.
+/// The content of a response frame.
 pub(crate) fn decode<M: Method>(status: u8, payload: Bytes) -> Result<M::Response, CallError> {
     match Status::from(status) {
         Status::Ok => {
@@ -65,7 +65,7 @@ pub(crate) fn time_limit<M: Method>(request: &M::Request) -> Duration {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Repeat {
     Safe,
-    /// It could take effect twice, or is bound to its connection.
+    /// The call could take effect twice, or is bound to its connection.
     Unsafe,
 }
 

@@ -208,7 +208,7 @@ impl Client {
         Ok(PendingRegistration { username, upload: upload.into(), export_key, password })
     }
 
-    /// Makes the account. May be repeated with the same registration and identity.
+    /// Creates the account. May be repeated with the same registration and identity.
     pub async fn finish_registration(
         &self,
         pending: &PendingRegistration,

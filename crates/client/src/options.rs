@@ -1,4 +1,4 @@
-//! What a client needs to know before it connects.
+//! The settings that a client needs before it connects.
 
 use std::{net::Ipv6Addr, path::PathBuf, time::Duration};
 

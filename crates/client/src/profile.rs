@@ -29,7 +29,7 @@ use crate::{
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(25);
 
-/// What is known of a profile without its password.
+/// The facts about a profile that need no password.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
     /// The account's name.
@@ -151,7 +151,7 @@ async fn acquire(
     }
 }
 
-/// What only one process of a profile does at a time.
+/// Work that only one process of a profile does at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Task {
     ReadInbox,

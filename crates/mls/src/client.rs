@@ -44,7 +44,7 @@ pub struct Client {
 }
 
 impl fmt::Debug for Client {
-    /// Whose it is, and nothing that it holds.
+    /// Shows the owner and no content.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("identity", &self.identity).finish_non_exhaustive()
     }
@@ -62,7 +62,7 @@ pub struct Parcel {
     pub payload: Vec<u8>,
 }
 
-/// What adding members gives to send.
+/// The messages to send after members were added.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Added {
     /// For those who were members before; `None` if there was nobody but us. To be sent first.
@@ -145,7 +145,7 @@ impl Client {
         &self.username
     }
 
-    /// Makes `count` key packages to be uploaded, each for one use, good for 84 days.
+    /// Creates `count` KeyPackages for upload, each for one use and valid for 84 days.
     pub fn key_packages(
         &mut self,
         count: usize,
@@ -163,7 +163,7 @@ impl Client {
         packages::make(&self.database, &self.identity, &self.username, Use::LastResort, now)
     }
 
-    /// Makes a direct conversation with `peer`, who is to be added next.
+    /// Creates a direct conversation with `peer`, who is added next.
     ///
     /// Look for one with [`Client::direct`] first; a second one is right when the peer has lost the
     /// first.
@@ -230,7 +230,7 @@ impl Client {
     /// Adds people to a group that we made. See the crate's documentation on saving before sending.
     ///
     /// # Errors
-    /// Whatever is wrong with any of them; then none is added.
+    /// The reason why one of them cannot be added. Then none is added.
     pub fn add(
         &mut self,
         group: GroupId,

@@ -23,7 +23,7 @@ pub struct Content {
     pub repeats: Option<[u8; 32]>,
 }
 
-/// What an application message says.
+/// The content of an application message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Said {
     Text(Content),

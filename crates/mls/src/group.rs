@@ -46,7 +46,7 @@ const PAST_EPOCHS: usize = 10;
 const OUT_OF_ORDER: u32 = 1_000;
 pub(crate) const FORWARD: u32 = 10_000;
 
-/// What became of one message.
+/// The effect of one message on a group.
 #[derive(Debug)]
 pub(crate) enum MessageEffect {
     Message { sender: Member, content: Content },
@@ -74,7 +74,7 @@ struct Departed {
 }
 
 impl Group {
-    /// Makes a group with nobody in it but us.
+    /// Creates a group whose only member is this account.
     pub(crate) fn make(
         identity: &Identity,
         username: &Username,
@@ -318,7 +318,7 @@ impl Group {
             .collect()
     }
 
-    /// Who had `leaf` in `epoch`.
+    /// Returns the member that had `leaf` in `epoch`.
     fn sender(&self, leaf: LeafNodeIndex, epoch: u64) -> Option<Member> {
         self.departed_as(leaf, epoch).cloned().or_else(|| {
             let now = self.mls.member_at(leaf)?;

@@ -1,4 +1,4 @@
-//! Who speaks in a group: our own signing key, and what is known of the other members.
+//! The members of a group: this account's signing key, and the facts about the other members.
 //!
 //! A member's MLS signature key is its account's identity key, and its credential (RFC 9420 §5.3)
 //! is the canonical username. The key is proven by every message; the name is a claim.
@@ -18,7 +18,7 @@ use crate::codec::{Malformed, Reader, Writer};
 pub struct Identity(SigningKey);
 
 impl Identity {
-    /// Makes a new identity from the operating system's randomness.
+    /// Creates an identity from the randomness of the operating system.
     pub fn generate() -> Self {
         Self(SigningKey::generate(&mut rand::rngs::OsRng))
     }

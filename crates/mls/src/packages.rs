@@ -58,7 +58,7 @@ pub(crate) struct Package {
     pub(crate) store: Store,
 }
 
-/// Makes a package and saves its private half; returns the public one as an MLSMessage.
+/// Creates a package and saves its private half. Returns the public half as an MLSMessage.
 pub(crate) fn make(
     database: &Database,
     identity: &Identity,

@@ -1,4 +1,4 @@
-//! What a received message turned out to be.
+//! The results of processing a received message.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -12,7 +12,7 @@ use crate::{
     summary::GroupSummary,
 };
 
-/// What a message turned out to be.
+/// The result of processing a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Received {
@@ -46,7 +46,7 @@ pub enum Received {
     /// It came too early and is kept until what it needs is there. It may be acknowledged once the
     /// state is saved.
     Buffered,
-    /// It was here before. It may be acknowledged.
+    /// The message was processed before. It may be acknowledged.
     Duplicate,
     /// A stranger's Welcome, which waits for [`accept`](crate::Client::accept) or
     /// [`decline`](crate::Client::decline). The Welcome has used up a key package of ours. It may
@@ -58,9 +58,10 @@ pub enum Received {
         /// Whether it has used up a key package of ours.
         used_package: bool,
     },
-    /// It may have said something to us, and cannot be read. It may be acknowledged.
+    /// The message may have had content for this account, and cannot be read. It may be
+    /// acknowledged.
     Unreadable(Unreadable),
-    /// It has no effect and never will. It may be acknowledged.
+    /// The message has no effect, now or later. It may be acknowledged.
     Ignored(Ignored),
 }
 
@@ -114,12 +115,12 @@ pub struct Unreadable {
     pub digest: [u8; 32],
     /// The group that it names, if it names one.
     pub group: Option<GroupId>,
-    /// Who it says sent it. Nothing proves that.
+    /// The sender that the message names, without a proof.
     pub claimed_sender: Option<IdentityKey>,
     pub arrival: Arrival,
 }
 
-/// Why the content of a message is lost.
+/// The reason why the content of a message is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Lost {
@@ -135,7 +136,7 @@ pub enum Lost {
     Displaced,
 }
 
-/// Why a message has no effect.
+/// The reason why a message has no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Ignored {

@@ -24,7 +24,7 @@ const UNPOISONED: &str = "no code panics while it holds the map";
 #[derive(Default)]
 pub(crate) struct Store {
     memory: OpenMlsRustCrypto,
-    /// What the database has: a digest of the value of each key.
+    /// The content of the database: a digest of the value of each key.
     saved: HashMap<Vec<u8>, [u8; 32]>,
 }
 

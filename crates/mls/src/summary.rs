@@ -9,7 +9,7 @@ use crate::{
     profile::{GroupId, GroupKind},
 };
 
-/// What the world may know of a group.
+/// The public facts about a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupSummary {
     pub id: GroupId,

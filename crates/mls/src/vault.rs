@@ -27,7 +27,7 @@ const NONCE_LEN: usize = 24;
 const ARGON2_MEMORY_KIB: u32 = 19 * 1024;
 const ARGON2_PASSES: u32 = 2;
 
-/// What makes the same password give another key in each vault. It is in the file, in the open.
+/// The salt: the same password has another key in each vault. Stored in the file, unencrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Salt([u8; SALT_LEN]);
 
@@ -123,7 +123,7 @@ pub fn seal(key: &VaultKey, content: &[u8]) -> Vec<u8> {
     [&header[..], &nonce, &sealed].concat()
 }
 
-/// Decrypts what [`seal`] made.
+/// Decrypts the output of [`seal`].
 pub fn open(key: &VaultKey, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, VaultError> {
     salt_of(sealed)?;
     let (header, rest) = sealed.split_at(HEADER_LEN);

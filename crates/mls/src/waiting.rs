@@ -200,7 +200,7 @@ fn oldest(database: &Database, needs: Needs) -> Result<Option<(u64, PutAside)>, 
     }
 }
 
-/// What waits for `group`, in the order of arrival.
+/// Returns the messages that wait for `group`, in the order of arrival.
 fn of_group(database: &Database, group: &GroupId) -> Result<Vec<(u64, PutAside)>, DatabaseError> {
     let mut items = database.last_in_lane(WAITING, group.as_bytes(), u32::MAX)?;
     items.reverse();
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_groups_cannot_displace_what_known_ones_need_and_what_is_displaced_is_returned() {
+    fn unknown_groups_displace_no_messages_of_known_ones_and_displaced_messages_are_returned() {
         let known = group();
         let database = Database::in_memory();
         put_aside(&database, &message(known, 2, Needs::Commit, b"needed")).unwrap();

@@ -50,7 +50,7 @@ pub trait Jobs: Send + Sync {
     /// Returns the newest `limit` dead jobs, newest first.
     async fn dead(&self, limit: u32) -> StoreResult<Vec<DeadJob>>;
 
-    /// Makes a dead job due at `now`, without failed attempts.
+    /// Revives a dead job: due at `now`, without failed attempts.
     async fn retry_dead(&self, job: JobId, now: UnixMillis) -> StoreResult<DeadChange>;
 
     /// Removes a dead job.

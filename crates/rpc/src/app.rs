@@ -101,9 +101,9 @@ impl Default for Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum IdentityProof {
     #[default]
-    /// It may omit the proof.
+    /// A registration may omit the proof.
     Optional,
-    /// It is refused without the proof.
+    /// A registration without the proof is refused.
     Required,
 }
 

@@ -382,7 +382,7 @@ async fn upload(
     Ok(Upload::Stored(stock))
 }
 
-/// What the store has of the packages of an upload.
+/// The packages of an upload that the store has.
 struct Known {
     /// The stored packages, and whether each is the last resort.
     there: HashMap<[u8; 32], bool>,

@@ -75,7 +75,7 @@ const fn local(name: &'static str) -> Column {
 
 /// All tables of the schema, except that of the migrations and the partitions of `message`.
 /// Accounts come first, since the other rows are moved to their new numbers.
-static TABLES: [TableDescription; 12] = [
+static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "account",
         content: Content::Transferred(Table::Account),

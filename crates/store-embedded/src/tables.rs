@@ -64,7 +64,7 @@ const fn local(name: &'static str) -> Column {
 }
 
 /// All tables of the schema, except those of SQLite and of the migrations.
-static TABLES: [TableDescription; 12] = [
+static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "account",
         content: Content::Transferred { to: Table::Account, key: 1 },
@@ -310,7 +310,7 @@ mod tests {
 
     #[test]
     fn only_tables_that_are_not_moved_have_local_columns() {
-        for table in &TABLES {
+        for table in TABLES {
             for column in table.columns {
                 let is_local = column.role == Role::Local;
                 assert_eq!(is_local, table.moved().is_none(), "{}.{}", table.name, column.name);

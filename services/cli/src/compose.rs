@@ -46,7 +46,7 @@ impl Environment {
     }
 }
 
-/// What a command works with.
+/// The context of a command.
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) output: Output,

@@ -36,7 +36,7 @@ pub(crate) struct CliError {
     /// Stable: the server's (`delivery.queue_full`) or one of ours (`client.unreachable`).
     pub(crate) code: Cow<'static, str>,
     pub(crate) message: String,
-    /// What to do next, where there is something to do.
+    /// The advice what to do next, if there is any.
     pub(crate) hint: Option<Cow<'static, str>>,
 }
 

@@ -1,4 +1,4 @@
-//! Tells a waiting person what is being waited for, once it has taken a second.
+//! Shows the user the reason for a wait that is longer than a second.
 
 use std::{future::Future, io::IsTerminal as _, time::Duration};
 

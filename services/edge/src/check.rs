@@ -33,9 +33,9 @@ const EXPIRY_DAYS: i64 = 30;
 /// The findings of [`check`].
 #[derive(Debug, Default)]
 pub struct Report {
-    /// What a start would use.
+    /// The facts about a start with this configuration.
     facts: Vec<(&'static str, String)>,
-    /// What the operator may not expect.
+    /// The facts that may surprise the operator.
     remarks: Vec<String>,
     /// Reasons why a start would fail.
     problems: Vec<String>,

@@ -26,7 +26,6 @@ use crate::{
 pub const FOREIGN_VARIABLES: &[&str] =
     &["QPQ_HOME", "QPQ_PASSWORD", "QPQ_PROFILE", "QPQ_SERVER", "QPQ_UPDATE_DOCS"];
 
-
 section! {
     /// The whole configuration.
     pub struct Config {

@@ -40,7 +40,7 @@ pub(crate) struct Secrets {
     pub(crate) signer: DeliverySigner,
 }
 
-/// What all edges of a cluster share.
+/// The secrets and keys that all edges of a cluster share.
 pub(crate) struct ClusterSecrets {
     pub(crate) secrets: Secrets,
     /// For [`qpq_transport::ClusterEdge`]. Must be watched, like the certificates.

@@ -1,7 +1,7 @@
-//! Reading the inbox: Peek, take in, save, then Ack.
+//! Reading the inbox: Peek, process, save, then Ack.
 //!
-//! A message is known by its content, never by its seq: a server that was restored from a backup
-//! gives the same numbers to other messages. Each read begins at the start of the queue and
+//! A message is recognized by its content, never by its seq: a server that was restored from a
+//! backup assigns the same seqs to other messages. Each read begins at the start of the queue and
 //! acknowledges, by their seqs, exactly the messages that were processed. What was processed in a
 //! read that crashed before its Ack is recognized when it comes again.
 
@@ -461,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_received_is_forgotten_once_both_clocks_say_that_no_inbox_has_it() {
+    fn digests_are_removed_once_both_clocks_are_past_the_lifetime_of_messages() {
         let name = Username::parse("alice").unwrap();
         let mut state = State::create(&Database::in_memory(), Identity::generate(), name).unwrap();
         let later = START.plus(DAY * 200);

@@ -103,7 +103,7 @@ enum Ended {
     Dropped,
 }
 
-/// What waiting for signals came to.
+/// The result of waiting for signals.
 enum Waited {
     Signals(Vec<Signal>),
     /// It is time to look without one.

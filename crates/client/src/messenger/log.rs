@@ -72,7 +72,7 @@ pub struct Entry<P = Person> {
     pub event: Event<P>,
 }
 
-/// What happened.
+/// An event of the history.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<P = Person> {
     /// We wrote.

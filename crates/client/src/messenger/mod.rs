@@ -100,7 +100,7 @@ pub struct Conversation {
     pub last: Option<UnixMillis>,
 }
 
-/// What kind of conversation it is.
+/// The kind of the conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConversationKind {
     /// Between us and one other person.
@@ -116,7 +116,7 @@ pub enum ConversationKind {
         creator: Person,
         /// How many there are in it, with us.
         members: usize,
-        /// Whether we are in it.
+        /// Whether this account is a member.
         membership: Membership,
     },
 }
@@ -186,7 +186,7 @@ impl Messenger {
         self.store().read(move |state| shown(state, state.log.last_of(&conversation, limit)?)).await
     }
 
-    /// What was not marked as seen, oldest first, without asking the server.
+    /// Returns the entries that were not marked as seen, oldest first. Sends nothing to the server.
     pub async fn unseen(&self) -> Result<Vec<Entry>, Error> {
         self.unseen_after(None, usize::MAX).await
     }

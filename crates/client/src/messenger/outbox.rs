@@ -1,6 +1,7 @@
-//! What is still to be sent. An item is put here, and saved, together with the encryption state
-//! that made it; it goes once the server has it for everyone. A crash in between sends the same
-//! bytes under the same message id again, which the server recognizes.
+//! The ciphertexts that the server does not have yet. An item is stored in the transaction that
+//! stores the encryption state after it, and is removed once the server has it for all recipients.
+//! After a crash in between, the same bytes are sent again under the same message id, which the
+//! server recognizes.
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId, UnixMillis};
 use qpq_mls::{
@@ -23,7 +24,7 @@ pub(crate) struct Outgoing {
     pub(crate) recipients: Vec<IdentityKey>,
     pub(crate) channel: ChannelId,
     pub(crate) payload: Vec<u8>,
-    /// The message of ours that it is; `None` for what MLS itself has to say.
+    /// The entry of the own message; `None` for a message of MLS itself.
     pub(crate) entry: Option<EntryId>,
 }
 
@@ -33,18 +34,18 @@ pub(crate) struct Outbox {
     database: Database,
 }
 
-/// An item's place in the outbox.
+/// The position of an item in the outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct OutboxPosition(u64);
 
-/// What the server said about one recipient of an item.
+/// The server's answer for one recipient of an item.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum RecipientStatus {
-    /// It has it, durably.
+    /// The server has stored the item.
     Accepted,
-    /// Not now: the recipient's inbox is full, or the like.
+    /// Temporarily refused, for example because the recipient's inbox is full.
     Later,
-    /// Never.
+    /// Permanently refused, with the reason.
     Refused(String),
 }
 
@@ -52,9 +53,9 @@ pub(crate) enum RecipientStatus {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Settled {
     pub(crate) entry: Option<EntryId>,
-    /// Those who will never get it, and why.
+    /// The recipients for which the server refuses it permanently, and the reasons.
     pub(crate) refused: Vec<(IdentityKey, String)>,
-    /// Whether nobody is left to send it to.
+    /// Whether no recipient is left.
     pub(crate) done: bool,
 }
 
@@ -79,7 +80,7 @@ impl Outbox {
         })
     }
 
-    /// Puts back an item that was saved.
+    /// Appends an item that was saved.
     pub(crate) fn restore(&self, item: &Outgoing) -> Result<(), DatabaseError> {
         let lane = item.entry.map(|entry| entry.0.to_be_bytes());
         let new = NewItem { key: None, lane: lane.as_ref().map(|lane| &lane[..]), open: true };
@@ -104,18 +105,18 @@ impl Outbox {
         Ok(self.database.items_after(OUTBOX, None, 1)?.is_empty())
     }
 
-    /// The place after the last item.
+    /// Returns the position after the last item.
     pub(crate) fn end(&self) -> Result<OutboxPosition, DatabaseError> {
         self.database.next_number(OUTBOX).map(OutboxPosition)
     }
 
-    /// The place after the last item of a message of ours; `None` if that is not here.
+    /// Returns the position after the last item of an own message; `None` if there is none.
     pub(crate) fn end_of(&self, entry: EntryId) -> Result<Option<OutboxPosition>, DatabaseError> {
         let last = self.database.last_in_lane(OUTBOX, &entry.0.to_be_bytes(), 1)?;
         Ok(last.first().map(|item| OutboxPosition(item.number + 1)))
     }
 
-    /// The first item after `from` and before `end`, and its place.
+    /// Returns the first item after `from` and before `end`, and its position.
     pub(crate) fn next(
         &self,
         from: Option<OutboxPosition>,
@@ -129,7 +130,7 @@ impl Outbox {
         Ok(Some((OutboxPosition(item.number), decode::<SavedOutgoing>(&item.value)?.restore()?)))
     }
 
-    /// Takes in what the server said about the recipients of an item.
+    /// Stores the server's answer for the recipients of an item.
     pub(crate) fn settle(
         &self,
         OutboxPosition(number): OutboxPosition,

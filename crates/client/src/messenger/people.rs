@@ -21,14 +21,14 @@ pub struct Person {
     pub identity: IdentityKey,
     /// The name to show together with `standing`.
     pub username: Username,
-    /// What the name is worth.
+    /// How far the name is verified.
     pub standing: Standing,
 }
 
-/// What a name is worth.
+/// How far a name is verified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Standing {
-    /// It is us.
+    /// The own account.
     Own,
     /// The person claims the name; the directory was not asked yet.
     Claimed,

@@ -49,7 +49,7 @@ pub(super) fn conversation_key(conversation: Option<ConversationId>) -> Vec<u8> 
     }
 }
 
-/// What is noted of a conversation that has a history.
+/// The record of a conversation that has a history.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SavedConversation {
     #[prost(bytes = "vec", tag = "1")]

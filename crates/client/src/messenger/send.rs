@@ -29,14 +29,14 @@ pub const MAX_TEXT: usize = 64 * 1024;
 /// The most bytes of UTF-8 in a group's name.
 pub const MAX_GROUP_NAME: usize = 256;
 
-/// Messages sent before what the server said of them is saved. Each that a crash leaves unsaved is
-/// sent again under its message id, which the server recognizes.
-const SENT_AT_ONCE: usize = 16;
-/// How long it may take until that is saved, unless a single one takes longer: a server may let us
-/// send little at a time.
+/// Messages that are sent before the server's answers to them are saved. After a crash, a message
+/// without a saved answer is sent again under its message id, which the server recognizes.
+const SEND_BATCH: usize = 16;
+/// Maximum time until the answers are saved, unless one message takes longer: a server may accept
+/// only a few bytes at a time.
 const SAVED_WITHIN: Duration = Duration::from_secs(1);
 
-/// A message that is safely on its way.
+/// A message that is saved and sent, or will be sent.
 #[derive(Debug)]
 pub struct Sent {
     /// Its entry in the history.
@@ -48,7 +48,7 @@ pub struct Sent {
 /// How far a message got before [`Messenger::send`] returned.
 #[derive(Debug)]
 pub enum SendOutcome {
-    /// The server has it, durably, for everyone.
+    /// The server has stored it for all recipients.
     Sent,
     /// It is saved here and will be sent by whatever runs next: the server cannot be reached
     /// (`Some`), or a recipient's inbox has no room now (`None`).
@@ -91,7 +91,7 @@ impl Messenger {
         let id = group_of(group)?;
         self.verify().await?;
         let person = self.resolve(username).await?;
-        // What would be refused anyway is not paid for with one of the user's key packages.
+        // Checked first, because an addition that is refused would still use up a KeyPackage.
         let is_member = self
             .store()
             .read(move |state| {
@@ -229,7 +229,7 @@ impl Messenger {
         if !self.shared.verified.load(Ordering::Relaxed) {
             let before = self.store().read(|state| Ok(state.outbox.end()?)).await?;
             self.sync().await?;
-            // What was encrypted again has other places.
+            // Messages that were encrypted again have other positions.
             let after = self.store().read(|state| Ok(state.outbox.end()?)).await?;
             end = if after > before { after } else { end };
         }
@@ -255,7 +255,7 @@ impl Messenger {
         let (mut answers, mut sent, mut marked) = (Vec::new(), Ok(()), 0);
         let mut left = Unsent::Some;
         let until = Instant::now() + SAVED_WITHIN;
-        while sent.is_ok() && answers.len() < SENT_AT_ONCE && Instant::now() < until {
+        while sent.is_ok() && answers.len() < SEND_BATCH && Instant::now() < until {
             let (from, end) = (backlog.from, backlog.end);
             let next = self.store().read(move |state| {
                 let Some((place, item)) = state.outbox.next(from, end)? else { return Ok(None) };
@@ -286,8 +286,8 @@ impl Messenger {
         Ok(left)
     }
 
-    /// Sends one thing to everyone who is not `stopped`; answers what was said before it failed, if
-    /// it did.
+    /// Sends one item to all recipients that are not in `stopped`. Returns the answers before the
+    /// failure, if there was one.
     async fn send_item(
         &self,
         item: &Outgoing,
@@ -406,7 +406,7 @@ impl Messenger {
         Ok(recipients.iter().copied().zip(results).collect())
     }
 
-    /// How far something got, by what came of the flush behind it.
+    /// Returns how far a message got, from the result of the flush after it.
     pub(super) async fn outcome(
         &self,
         flushed: Result<(), Error>,
@@ -439,7 +439,7 @@ struct Backlog {
     stopped: BTreeSet<IdentityKey>,
 }
 
-/// Whether something of a backlog is left.
+/// Whether a backlog has unsent items.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unsent {
     Some,
@@ -518,7 +518,7 @@ pub(super) fn encrypt_entry(
     Ok(state.outbox.push(parcel, Some(entry), at)?)
 }
 
-/// Takes in what the server said about an item.
+/// Stores the server's answer to an item, and notes it in the history.
 fn settle(
     state: &mut State,
     place: OutboxPosition,
@@ -556,8 +556,8 @@ fn recipient_status(status: u32, code: &str) -> RecipientStatus {
     }
 }
 
-/// What a refusal of the whole call says about each of its recipients; an error if it says nothing
-/// about the message.
+/// Returns the answer for each recipient after a refusal of the whole call. The error is returned
+/// if it is not about the message.
 fn status_of_all(error: CallError) -> Result<RecipientStatus, CallError> {
     match &error {
         CallError::TooLarge { .. } => Ok(RecipientStatus::Refused(error.to_string())),

@@ -69,7 +69,7 @@ impl Server {
         self.running = Some(Box::pin(compose(&self.config)).await.unwrap());
     }
 
-    /// Makes a cold copy of the data directory; returns where it is.
+    /// Copies the data directory while the server is stopped. Returns the path of the copy.
     pub(crate) async fn copy_data(&mut self) -> PathBuf {
         self.stop().await;
         let copy = self.dir.path().join("night");

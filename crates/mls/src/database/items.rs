@@ -88,7 +88,7 @@ impl Database {
         Ok(next.map_or(0, i64::cast_unsigned))
     }
 
-    /// Makes sure that the next item gets at least this number.
+    /// Reserves the numbers below this one: the next item has at least this number.
     pub fn skip_numbers(&self, table: Table, next: u64) -> Result<(), DatabaseError> {
         let connection = self.inner.connection.lock();
         let mut statement = connection.prepare_cached(

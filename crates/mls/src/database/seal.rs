@@ -72,7 +72,7 @@ impl Secrets {
     }
 }
 
-/// What a name stands for.
+/// The kind of value that a name is derived from.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum NameKind {
     Key = 1,

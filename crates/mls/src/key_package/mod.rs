@@ -24,7 +24,7 @@ use outline::Outline;
 /// are behind.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(84 * 24 * 3600 + 3600);
 
-/// What a server accepts.
+/// The rules by which a server accepts KeyPackages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     /// The ciphersuites (RFC 9420 §17.1, by number) that may be uploaded, whether or not they can

@@ -311,7 +311,7 @@ proptest! {
     }
 
     #[test]
-    fn no_edited_package_passes_for_verified(
+    fn edited_packages_are_not_verified(
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
         cut in any::<prop::sample::Index>(),
         insert in prop::collection::vec(any::<u8>(), 0..4),

@@ -23,7 +23,7 @@ fn any_order_within_an_epoch_will_do() {
 }
 
 #[test]
-fn what_is_lost_is_no_hindrance_to_what_follows() {
+fn messages_after_a_lost_one_are_read() {
     let mut world = World::new(2);
     let group = world.group(&[ANN, BOB]);
     for _ in 0..1_500 {

@@ -161,7 +161,7 @@ impl World {
     }
 }
 
-/// What a new process finds that opens a copy of what the client saved.
+/// Returns the state of a new process that opens a copy of the client's files.
 pub(crate) fn restored(client: &mut Client) -> Client {
     client.save().unwrap();
     Client::open(&client.database().copy()).unwrap()

@@ -241,7 +241,7 @@ fn a_byte_more_or_less_is_refused() {
 }
 
 #[test]
-fn the_identity_element_is_refused_wherever_a_point_is() {
+fn the_identity_element_is_refused_in_place_of_every_point() {
     let server = OpaqueServer::generate(&mut OsRng);
     let identity = [0; 32];
     assert_eq!(server.start_registration(&user(), &identity), Err(OpaqueError::Malformed));

@@ -61,7 +61,7 @@ pub(crate) trait Statement: Sync {
     /// Whether it is repeated when its outcome is unknown.
     const REPEAT: Repeat;
 
-    /// What is undone when it fails.
+    /// The part that is undone after a failure.
     const SCOPE: Scope;
 
     /// Returns its name in metrics, traces and logs.

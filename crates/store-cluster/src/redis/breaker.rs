@@ -20,7 +20,7 @@ const FAILURES: u32 = 3;
 #[error("Redis does not answer, and is not asked until it does")]
 pub(super) struct Skipped;
 
-/// What the outcome of a call says about Redis.
+/// The evidence of one call about the state of Redis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sign {
     Answered,

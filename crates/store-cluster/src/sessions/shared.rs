@@ -42,7 +42,7 @@ pub(super) struct InRedis {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AskedAt(u64);
 
-/// What Redis has of a session.
+/// The copy of a session in Redis.
 #[derive(Debug)]
 pub(super) enum Copy {
     Found { session: Session, age: Duration },

@@ -1,4 +1,4 @@
-//! What several edges do at a time to the same accounts, KeyPackages, budgets and rows.
+//! Concurrent operations of several edges on the same accounts, KeyPackages, budgets and rows.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -173,7 +173,7 @@ async fn uploads_on_two_edges_keep_the_cap() {
             outcomes == (stored, Upload::Full) || outcomes == (Upload::Full, stored),
             "round {n}: {outcomes:?}"
         );
-        // The very same from both: the second finds them there.
+        // Both upload the same KeyPackages. The second upload finds them stored.
         let bob = person(&a, 100 + n).await;
         let same = || (0..6).map(package).chain([last_resort(9)]).collect();
         let outcomes = tokio::join!(upload(&a, bob, same()), upload(&b, bob, same()));

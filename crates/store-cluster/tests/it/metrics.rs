@@ -1,4 +1,4 @@
-//! What an edge tells of the cluster it sees.
+//! The metrics of an edge about its cluster.
 
 use std::{
     collections::HashMap,

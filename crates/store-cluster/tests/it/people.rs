@@ -1,4 +1,4 @@
-//! Who the tests are about.
+//! The accounts of the tests.
 
 use std::time::Duration;
 

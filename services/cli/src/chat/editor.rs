@@ -53,7 +53,7 @@ fn read(editor: &mut DefaultEditor, typed: &mpsc::UnboundedSender<String>) {
     }
 }
 
-/// What a line means.
+/// The meaning of a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Typed {
     Nothing,
@@ -89,7 +89,7 @@ impl Typed {
     }
 }
 
-/// What `/help` shows.
+/// The text of `/help`.
 pub(super) const HELP: &str = "\
 /help           this list
 /safety         the number by which you and the other know that nobody stands

@@ -88,7 +88,7 @@ impl Chat<'_> {
 enum Progress {
     /// It is on this machine's disk and will be sent, whatever happens.
     Saved,
-    /// It was not even saved.
+    /// The message was not saved.
     Unsaved { text: String, why: CliError },
     /// An attempt to send it has ended; `why` it is still queued, if that is known.
     Tried { text: String, entry: EntryId, delivery: DeliveryState, why: Option<CliError> },

@@ -22,7 +22,7 @@ use crate::{
     unlock::Kept,
 };
 
-/// What a registration and a login report.
+/// The report of a registration and of a login.
 #[derive(Debug, Serialize)]
 struct LoggedIn {
     event: &'static str,
@@ -118,8 +118,7 @@ pub(crate) async fn login(context: &Context) -> Result<(), CliError> {
     reported
 }
 
-/// Makes sure, before anybody is asked for a password, that the server is there and is the one that
-/// is trusted.
+/// Checks that the server is reachable and is the trusted one, before the user types a password.
 async fn meet(context: &Context, options: &Options) -> Result<Fingerprint, CliError> {
     let client = Client::new(options.clone()).map_err(CallError::from)?;
     let seen = context.progress.during("connecting", connect(&client)).await?;
@@ -322,7 +321,7 @@ pub(crate) async fn whoami(context: &Context) -> Result<(), CliError> {
     })
 }
 
-/// Makes a call that needs the session.
+/// Calls a method that needs the session.
 async fn check_session(context: &Context) -> Result<(), CliError> {
     opened::with(context, async |messenger| {
         let count = v1::CountKeyPackagesRequest::default();

@@ -72,7 +72,7 @@ fn rows(safety_number: &str) -> Vec<String> {
     groups.chunks(4).map(|row| row.join(" ")).collect()
 }
 
-/// What to do about a changed key of a user.
+/// The reaction to a changed key of a user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Changed {
     Refuse,

@@ -1,4 +1,4 @@
-//! What needs neither server nor password: the profiles on this machine.
+//! Commands that need neither server nor password: the profiles on this machine.
 
 use std::{
     fs,

@@ -1,4 +1,4 @@
-//! What each command does. A command opens what it needs, acts, reports and closes.
+//! The commands. Each opens the profile or the connection that it needs, acts, reports and closes.
 
 mod account;
 mod block;

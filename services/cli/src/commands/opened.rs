@@ -147,7 +147,7 @@ async fn log_in(context: &Context) -> Result<Messenger, CliError> {
     Ok(Box::pin(Messenger::unlock(&context.dir(), &password)).await?)
 }
 
-/// Makes the connection, or says soon that it cannot be had.
+/// Connects, or fails soon if the server cannot be reached.
 pub(crate) async fn connect(client: &Client) -> Result<Fingerprint, CliError> {
     let events = client.connection_events();
     match timeout(CONNECT_TIMEOUT, client.connect()).await {

@@ -65,7 +65,7 @@ impl World {
         self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
     }
 
-    /// Makes a cold copy of the data directory; returns its path.
+    /// Copies the data directory while the server is stopped. Returns the path of the copy.
     pub(crate) async fn copy_data(&mut self) -> PathBuf {
         self.stop().await;
         let night = self.dir.path().join("night");
@@ -240,7 +240,7 @@ impl Person {
         ran.error()
     }
 
-    /// Starts a command that goes on until its input ends or it is interrupted.
+    /// Starts a command that runs until its input ends or it is interrupted.
     pub(crate) fn start(&self, args: &[&str]) -> Talk {
         let mut child =
             self.command(args).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
@@ -255,7 +255,7 @@ impl Person {
         entries.map(|entry| entry.unwrap().path()).collect()
     }
 
-    /// Makes a copy of the profile, which no command is using; returns its path.
+    /// Copies the profile, which no command uses. Returns the path of the copy.
     pub(crate) fn copy_profile(&self) -> PathBuf {
         let night = self.home.join("night");
         copy(&self.home.join("profiles/default"), &night);
@@ -330,7 +330,7 @@ impl Talk {
     }
 }
 
-/// Gives a command its input and waits for its end.
+/// Writes the input of a command and waits for its end.
 pub(crate) async fn finish(mut child: Child, input: &str) -> Ran {
     let mut stdin = child.stdin.take().unwrap();
     // A command that does not read its input may be gone before it is written.

@@ -99,7 +99,7 @@ impl Terminal {
         let (got, screen) = mpsc::unbounded_channel();
         tokio::task::spawn_blocking(move || {
             let mut buffer = [0; 4096];
-            // The terminal reports an error once nobody has it open any more.
+            // A read of the terminal fails after the last process has closed it.
             while let Ok(read @ 1..) = output.read(&mut buffer) {
                 if got.send(buffer[..read].to_vec()).is_err() {
                     return;
