@@ -171,7 +171,8 @@ class Servers:
         waiting = self.qpq("bob", "recv", "--follow", background=True)
         until("a waiting reader", lambda: edges[1].counted("qpq_waiters"))
         self.qpq("alice", "send", "bob", "this wake arrives")
-        until("a wake from another edge", lambda: edges[1].counted("qpq_wakes_total", way="received"))
+        received = lambda: edges[1].counted("qpq_wakes_total", way="received")
+        until("a wake from another edge", received)
         self.without(programs["nats-server"], lambda: self.found_by_polling(edges))
         self.without(programs["redis-server"], lambda: until("Redis to fail", lambda: (
             self.try_to_send()
