@@ -1,6 +1,7 @@
 //! Scenarios with the binaries as users run them.
 
 mod cluster;
+mod greed;
 mod kill;
 mod restore;
 mod server;

@@ -161,6 +161,20 @@ async fn store_id(running: &Running) -> Bytes {
     health.store_id
 }
 
+/// Logs in to accounts whose sessions ended with the restore.
+async fn log_in_again(running: &Running, accounts: &[Account]) -> Vec<Account> {
+    let mut again = Vec::new();
+    for account in accounts {
+        let client = running.connect().await;
+        let request = v1::PeekRequest::default();
+        let refused = client.call::<Peek>(&request, Some(&account.token)).await.expect("an answer");
+        assert_eq!(refused.expect_err("the session has ended").code, "auth.session_expired");
+        let token = accounts::login(&client, &account.username).await.expect("a login");
+        again.push(Account { token, ..account.clone() });
+    }
+    again
+}
+
 /// Returns all messages of an inbox.
 async fn everything(client: &Client, account: &Account) -> BTreeMap<u64, Tag> {
     let mut all = BTreeMap::new();
@@ -228,7 +242,7 @@ async fn go_back(way: Way) {
     let mut running = server::start(&data).await;
     let socket = endpoint(running.pin).expect("a socket");
     let made = accounts::make(&socket, running.addr, INBOXES).await;
-    let accounts = Arc::new(made.expect("accounts"));
+    let mut accounts = Arc::new(made.expect("accounts"));
 
     // Before: without readers, so each inbox has all seqs from 1.
     let acknowledged = Acknowledged::default();
@@ -267,6 +281,7 @@ async fn go_back(way: Way) {
     let history = History::new();
     let mut recorder = history.recorder();
     let client = running.connect().await;
+    accounts = Arc::new(log_in_again(&running, &accounts).await);
     let mut lost = acknowledged.len();
     for (inbox, account) in accounts.iter().enumerate() {
         let inbox = u32::try_from(inbox).expect("a small number");

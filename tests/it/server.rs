@@ -17,12 +17,16 @@ pub(crate) struct Running {
 
 /// Starts a server without rate limits on a free port of 127.0.0.1, with its data in `dir`.
 pub(crate) async fn start(dir: &Path) -> Running {
+    start_with(dir, &[("QPQ_LIMITS__ENABLED", "false"), ("QPQ_HTTP__LISTEN", "off")]).await
+}
+
+/// Starts a server with these settings on a free port of 127.0.0.1, with its data in `dir`.
+pub(crate) async fn start_with(dir: &Path, variables: &[(&str, &str)]) -> Running {
     let mut command = Command::new(sibling("qpq-server").expect("the server's binary"));
     command
         .args(["--listen", "127.0.0.1:0", "--data-dir"])
         .arg(dir)
-        .env("QPQ_LIMITS__ENABLED", "false")
-        .env("QPQ_HTTP__LISTEN", "off")
+        .envs(variables.iter().copied())
         .env("RUST_LOG", "warn");
     let process =
         Server::start(command, |line| line.contains(" dm bob")).await.expect("the server starts");

@@ -1,7 +1,7 @@
 //! The client's side of the protocol on bare quinn: connections, and calls with one stream each.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
     sync::{
         Arc,
@@ -15,7 +15,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use qpq_proto::{Status, methods::Method};
 use qpq_wire::{Event, EventDecoder, Request, Response};
-use quinn::{Connection, ConnectionError, Endpoint, RecvStream};
+use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream};
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -76,13 +76,29 @@ impl Default for Silence {
     }
 }
 
-/// Creates a UDP socket for any number of connections.
-pub fn endpoint(pin: Pin) -> anyhow::Result<Endpoint> {
-    endpoint_with(pin, Silence::default())
+/// The address of a client, and the bytes that its server may send.
+#[derive(Clone, Copy, Debug)]
+pub struct Dial {
+    /// An address of this machine.
+    pub from: IpAddr,
+    pub silence: Silence,
+    /// The credit of each stream, in bytes; `None` for quinn's default.
+    pub stream_credit: Option<u32>,
 }
 
-/// Creates a UDP socket for connections with these timeouts.
-pub fn endpoint_with(pin: Pin, silence: Silence) -> anyhow::Result<Endpoint> {
+impl Default for Dial {
+    fn default() -> Self {
+        Self { from: Ipv4Addr::LOCALHOST.into(), silence: Silence::default(), stream_credit: None }
+    }
+}
+
+/// Creates a UDP socket for any number of connections.
+pub fn endpoint(pin: Pin) -> anyhow::Result<Endpoint> {
+    endpoint_with(pin, Dial::default())
+}
+
+/// Creates a UDP socket for connections with these settings.
+pub fn endpoint_with(pin: Pin, dial: Dial) -> anyhow::Result<Endpoint> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut tls = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -93,12 +109,15 @@ pub fn endpoint_with(pin: Pin, silence: Silence) -> anyhow::Result<Endpoint> {
     let mut transport = quinn::TransportConfig::default();
     transport
         .max_concurrent_uni_streams(4_u32.into())
-        .keep_alive_interval(Some(silence.keep_alive))
-        .max_idle_timeout(Some(silence.idle.try_into()?));
+        .keep_alive_interval(Some(dial.silence.keep_alive))
+        .max_idle_timeout(Some(dial.silence.idle.try_into()?));
+    if let Some(credit) = dial.stream_credit {
+        transport.stream_receive_window(credit.into());
+    }
     let mut config =
         quinn::ClientConfig::new(Arc::new(quinn::crypto::rustls::QuicClientConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport));
-    let mut endpoint = Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+    let mut endpoint = Endpoint::client(SocketAddr::new(dial.from, 0))?;
     endpoint.set_default_client_config(config);
     Ok(endpoint)
 }
@@ -124,12 +143,23 @@ impl Client {
         self.connection.closed().await
     }
 
-    /// Sends a request frame and receives the response frame.
-    pub async fn exchange(&self, method_id: u16, payload: Bytes) -> anyhow::Result<Response> {
+    /// Opens a stream, for a client that deviates from the protocol.
+    pub async fn open(&self) -> anyhow::Result<(SendStream, RecvStream)> {
+        Ok(self.connection.open_bi().await?)
+    }
+
+    /// Sends a request frame. Returns its id and the stream of the response.
+    pub async fn ask(&self, method_id: u16, payload: Bytes) -> anyhow::Result<(u32, RecvStream)> {
         let request_id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let (mut send, mut recv) = self.connection.open_bi().await?;
+        let (mut send, recv) = self.open().await?;
         send.write_chunk(Request { method_id, request_id, payload }.encode()?).await?;
         send.finish()?;
+        Ok((request_id, recv))
+    }
+
+    /// Sends a request frame and receives the response frame.
+    pub async fn exchange(&self, method_id: u16, payload: Bytes) -> anyhow::Result<Response> {
+        let (request_id, mut recv) = self.ask(method_id, payload).await?;
         let answer = recv.read_to_end(qpq_wire::MAX_PAYLOAD as usize + 9).await?;
         let response = Response::decode(answer.into())?;
         if response.request_id != request_id {
@@ -149,11 +179,7 @@ impl Client {
         request: &M::Request,
         token: Option<&[u8]>,
     ) -> anyhow::Result<Result<M::Response, Refused>> {
-        let mut payload = request.encode_to_vec();
-        if let Some(token) = token {
-            qpq_proto::session::append_session_token(&mut payload, token);
-        }
-        let response = self.exchange(M::INFO.id, payload.into()).await?;
+        let response = self.exchange(M::INFO.id, encode::<M>(request, token)).await?;
         if response.status == u8::from(Status::Ok) {
             return Ok(Ok(M::Response::decode(response.payload)?));
         }
@@ -176,6 +202,15 @@ impl Client {
             Err(Refused { status, code, .. }) => bail!("{} answered {status} {code}", M::INFO.name),
         }
     }
+}
+
+/// Serializes a request, with `token` in that session.
+pub fn encode<M: Method>(request: &M::Request, token: Option<&[u8]>) -> Bytes {
+    let mut payload = request.encode_to_vec();
+    if let Some(token) = token {
+        qpq_proto::session::append_session_token(&mut payload, token);
+    }
+    payload.into()
 }
 
 /// A stream of events.

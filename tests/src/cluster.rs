@@ -36,6 +36,7 @@ use tokio::{
 use crate::{
     accounts::{self, Account},
     client::{Client, Pin, endpoint},
+    metrics::Metrics,
     process::{Server, sibling},
     roaming::PATIENCE,
     traffic::store_id,
@@ -240,10 +241,11 @@ impl Cluster {
         }
     }
 
-    /// Runs `qpq-admin mark-restored` for the database with this URL.
+    /// Runs `qpq-admin mark-restored` for the database with this URL. The sessions stay valid, so
+    /// that traffic goes on.
     pub async fn mark_restored(&self, postgres: &str) -> anyhow::Result<()> {
         let output = Command::new(sibling("qpq-admin")?)
-            .arg("mark-restored")
+            .args(["mark-restored", "--keep-sessions"])
             .env_clear()
             .envs(self.variables(0))
             .env("QPQ_POSTGRES__URL", postgres)
@@ -253,6 +255,14 @@ impl Cluster {
         let error = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "qpq-admin mark-restored: {error}");
         Ok(())
+    }
+
+    /// Returns the metrics of an edge that runs as a process.
+    pub async fn metrics(&self, n: usize) -> anyhow::Result<Metrics> {
+        match &*self.edges[n].life.lock().await {
+            Life::Apart(server) => Metrics::of(server).await,
+            Life::Down | Life::Here(_) => anyhow::bail!("edge {n} is no process"),
+        }
     }
 
     /// Starts an edge and waits until it is ready. An edge whose clock is wrong only serves.

@@ -9,6 +9,7 @@ pub mod balancer;
 pub mod client;
 pub mod cluster;
 pub mod havoc;
+pub mod metrics;
 pub mod process;
 pub mod roaming;
 pub mod store_change;

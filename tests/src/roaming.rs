@@ -20,7 +20,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
-    client::{Client, Refused, Silence, endpoint_with},
+    client::{Client, Dial, Refused, Silence, endpoint_with},
     cluster::EntryPoints,
 };
 
@@ -194,7 +194,9 @@ impl Roamer {
 
     async fn connect(&mut self, addr: SocketAddr) -> Option<Client> {
         self.connects += 1;
-        let endpoint = endpoint_with(self.entry_points.pin, self.silence).expect("a socket");
+        let endpoint =
+            endpoint_with(self.entry_points.pin, Dial { silence: self.silence, ..Dial::default() })
+                .expect("a socket");
         timeout(CONNECTING, Client::connect(&endpoint, addr)).await.ok()?.ok()
     }
 

@@ -15,7 +15,8 @@ use crate::{Choice, InvalidUsername, Username};
 /// The scripts that may be mixed in a new username (UTS 39 §5.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum UsernameScripts {
-    /// One script, or Latin with the scripts of Japanese, Korean or Bopomofo Chinese.
+    /// One script, or Latin together with the scripts of one of these: Chinese (Han and Bopomofo),
+    /// Japanese (Han, Hiragana and Katakana), Korean (Han and Hangul).
     #[default]
     HighlyRestrictive,
     /// In addition, Latin with one other recommended script that is not Cyrillic or Greek.

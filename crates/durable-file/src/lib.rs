@@ -5,16 +5,23 @@
 //! target, synced, given the target's name in one step, and then the directory is synced. Without
 //! the first sync a crash may leave an empty file, without the second the old one.
 //!
-//! A process that is killed leaves its temporary file, `TARGET.PID.NUMBER.new`. Nothing reads it.
+//! A process that is killed leaves its temporary file, `TARGET.PID.NUMBER.new`. Nothing reads it,
+//! and a later write of the target removes it once it is an hour old. Its age decides, since the
+//! process of a younger one may still run, possibly on another machine with the same directory.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     process,
     sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
 };
+
+/// The time after its last write from which on a temporary file is left over.
+const LEFT_OVER_AFTER: Duration = Duration::from_secs(60 * 60);
 
 /// Writes or replaces the file at `path`, with the permissions `mode`.
 ///
@@ -91,6 +98,7 @@ impl Draft {
         // A killed process with the same id may have left a file with other permissions.
         remove_if_exists(&path)?;
         let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path)?;
+        remove_left_over(target, &file);
         Ok(Self { file, path, target: target.to_owned() })
     }
 
@@ -154,6 +162,36 @@ impl Drop for Draft {
         // After a rename there is no file with this name. One that cannot be removed is harmless.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// Removes the temporary files of killed processes for `target`. Failures are harmless.
+///
+/// The new temporary file has the current time of the file system, which all processes that use the
+/// directory share.
+fn remove_left_over(target: &Path, new: &File) {
+    let modified = |file: io::Result<fs::Metadata>| file.and_then(|file| file.modified()).ok();
+    let Some(now) = modified(new.metadata()) else { return };
+    let Some(name) = target.file_name() else { return };
+    let Ok(entries) = fs::read_dir(directory_of(target)) else { return };
+    for entry in entries.flatten() {
+        let is_left_over = || {
+            let age = now.duration_since(modified(entry.metadata())?).ok()?;
+            Some(age >= LEFT_OVER_AFTER)
+        };
+        if is_temporary(&entry.file_name(), name) && is_left_over() == Some(true) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Returns whether `name` is `TARGET.PID.NUMBER.new`.
+fn is_temporary(name: &OsStr, target: &OsStr) -> bool {
+    let rest = name.as_encoded_bytes().strip_prefix(target.as_encoded_bytes());
+    let numbers = rest.and_then(|rest| rest.strip_prefix(b".")?.strip_suffix(b".new"));
+    let mut parts = numbers.into_iter().flat_map(|numbers| numbers.split(|byte| *byte == b'.'));
+    let mut is_number =
+        || parts.next().is_some_and(|part| !part.is_empty() && part.iter().all(u8::is_ascii_digit));
+    is_number() && is_number() && parts.next().is_none()
 }
 
 fn remove_if_exists(path: &Path) -> io::Result<()> {

@@ -9,6 +9,7 @@ use std::{
     path::Path,
     process::{Command, ExitStatus},
     thread,
+    time::Duration,
 };
 
 use qpq_durable_file::{Created, Draft, create, publish, replace};
@@ -151,4 +152,33 @@ fn a_process_killed_in_the_middle_leaves_the_old_file_and_the_next_write_succeed
     assert_eq!(fs::read(&path).unwrap(), b"old");
     replace(&path, b"new", 0o600).unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"new");
+}
+
+/// Moves the time of the last write of a file back.
+fn set_age(path: &Path, age: Duration) {
+    let file = fs::File::options().append(true).open(path).unwrap();
+    let now = file.metadata().unwrap().modified().unwrap();
+    file.set_modified(now - age).unwrap();
+}
+
+#[test]
+fn temporary_files_of_killed_processes_are_removed_once_they_are_old() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let old = Duration::from_secs(2 * 60 * 60);
+    for name in ["file.1.0.new", "file.4194304.17.new"] {
+        fs::write(at(name), "half").unwrap();
+        set_age(&at(name), old);
+    }
+    let others = ["file.1.new", "file.1.0.2.new", "file.1.x.new", "file.1..new", "files.1.0.new"];
+    for name in others {
+        fs::write(at(name), "not a temporary file of this target").unwrap();
+        set_age(&at(name), old);
+    }
+    fs::write(at("file.2.0.new"), "being written").unwrap();
+    replace(&at("file"), b"new", 0o600).unwrap();
+    let mut expected = others.map(str::to_owned).to_vec();
+    expected.extend(["file".to_owned(), "file.2.0.new".to_owned()]);
+    expected.sort();
+    assert_eq!(names_in(directory.path()), expected);
 }

@@ -98,10 +98,22 @@ pub trait Maintenance: Send + Sync {
     /// atomic step:
     /// - the store gets another id;
     /// - every one-time KeyPackage is removed, since any of them may have been taken after the copy
-    ///   was made, and none of them may be uploaded again.
+    ///   was made, and none of them may be uploaded again;
+    /// - with [`OldSessions::End`] every session ends, since any of them may have been ended after
+    ///   the copy was made.
     ///
     /// Safe to repeat. Another process that uses the same store detects it with its next read.
-    async fn begin_history(&self) -> StoreResult<NewHistory>;
+    async fn begin_history(&self, sessions: OldSessions) -> StoreResult<NewHistory>;
+}
+
+/// The sessions of a store that was replaced by an older copy of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OldSessions {
+    /// All of them end, and accounts log in again. A session that was revoked after the copy was
+    /// made stays revoked.
+    End,
+    /// Those of the copy are valid, also if they were revoked after the copy was made.
+    Keep,
 }
 
 /// The result of [`Maintenance::begin_history`].
@@ -111,4 +123,6 @@ pub struct NewHistory {
     pub store_id: StoreId,
     /// One-time KeyPackages removed.
     pub removed_packages: u64,
+    /// Sessions ended.
+    pub ended_sessions: u64,
 }

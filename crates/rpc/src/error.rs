@@ -103,6 +103,12 @@ errors! {
     /// Too many computations wait.
     Overloaded => Unavailable "rpc.overloaded" WARN
         "The server is busy. Wait and try again.";
+    /// The requests of the client use the maximum of memory.
+    UnfinishedRequests => RateLimited "rpc.unfinished_requests" DEBUG
+        "Earlier requests are not finished yet. Wait for their answers and try again.";
+    /// All memory for requests is in use.
+    RequestsFull => Unavailable "rpc.requests_full" WARN
+        "The server has no memory for another request now. Wait and try again.";
     /// The client has the maximum of unread answers.
     UnreadAnswers => RateLimited "rpc.unread_answers" DEBUG
         "Earlier answers are not read yet. Read them and try again.";

@@ -117,6 +117,8 @@ impl Rpc {
             Refusal::TooLarge => Error::TooLarge,
             Refusal::Malformed => Error::MalformedFrame,
             Refusal::Timeout => Error::SlowRequest,
+            Refusal::ClientMemory => Error::UnfinishedRequests,
+            Refusal::ServerMemory => Error::RequestsFull,
             Refusal::Internal => Error::internal("a call panicked, see the log"),
         };
         self.observer.begin(method.and_then(dispatch::row), 0).refuse(&error)

@@ -13,7 +13,7 @@
 use std::sync::Arc;
 
 use qpq_domain::StoreId;
-use qpq_ports::{NewHistory, StoreResult};
+use qpq_ports::{NewHistory, OldSessions, StoreResult};
 use sqlx::{Connection as _, PgConnection};
 use tokio::sync::watch;
 
@@ -48,6 +48,10 @@ pub(crate) const REMOVE_PACKAGES: &str = "
         INSERT INTO key_package_given (owner, fingerprint, not_after)
         SELECT owner, fingerprint, not_after FROM removed ON CONFLICT DO NOTHING)
     SELECT count(*) FROM removed";
+
+/// Any of them may have been ended after the copy was made that is the store now.
+pub(crate) const END_SESSIONS: &str = "
+    WITH ended AS (DELETE FROM session RETURNING 1) SELECT count(*) FROM ended";
 
 /// The history that this edge saw last. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -86,8 +90,12 @@ impl History {
     }
 
     /// Begins another history: another salt, no one-time KeyPackages.
-    pub(crate) async fn begin(&self, database: &Database) -> StoreResult<NewHistory> {
-        let new = database.run(&BeginHistory).await?;
+    pub(crate) async fn begin(
+        &self,
+        database: &Database,
+        sessions: OldSessions,
+    ) -> StoreResult<NewHistory> {
+        let new = database.run(&BeginHistory(sessions)).await?;
         self.note(new.store_id);
         Ok(new)
     }
@@ -110,7 +118,7 @@ impl Statement for ReadStoreId {
     }
 }
 
-struct BeginHistory;
+struct BeginHistory(OldSessions);
 
 impl Statement for BeginHistory {
     type Output = NewHistory;
@@ -123,18 +131,21 @@ impl Statement for BeginHistory {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<NewHistory> {
-        begin(connection).await
+        begin(connection, self.0).await
     }
 }
 
 /// Begins another history, as
 /// [`Maintenance::begin_history`](qpq_ports::Maintenance::begin_history), with Postgres alone and
 /// without a timeout: a large cluster has many packages to remove. Running edges detect it.
-pub async fn begin_history(config: &Config) -> Result<NewHistory, ConnectError> {
+pub async fn begin_history(
+    config: &Config,
+    sessions: OldSessions,
+) -> Result<NewHistory, ConnectError> {
     let mut connection = postgres::connect_patiently(config).await?;
     let outcome = async {
         let mut open = connection.begin().await?;
-        let new = begin(&mut open).await?;
+        let new = begin(&mut open, sessions).await?;
         open.commit().await?;
         Ok(new)
     };
@@ -144,11 +155,19 @@ pub async fn begin_history(config: &Config) -> Result<NewHistory, ConnectError> 
     Ok(new)
 }
 
-async fn begin(connection: &mut PgConnection) -> sqlx::Result<NewHistory> {
+async fn begin(connection: &mut PgConnection, sessions: OldSessions) -> sqlx::Result<NewHistory> {
     sqlx::query(RENEW).execute(&mut *connection).await?;
-    let removed: i64 = sqlx::query_scalar(REMOVE_PACKAGES).fetch_one(&mut *connection).await?;
-    let removed_packages = u64::try_from(removed).unwrap_or_default();
-    Ok(NewHistory { store_id: current(connection).await?, removed_packages })
+    let count = |rows: i64| u64::try_from(rows).unwrap_or_default();
+    let removed = sqlx::query_scalar(REMOVE_PACKAGES).fetch_one(&mut *connection).await?;
+    let ended = match sessions {
+        OldSessions::End => sqlx::query_scalar(END_SESSIONS).fetch_one(&mut *connection).await?,
+        OldSessions::Keep => 0,
+    };
+    Ok(NewHistory {
+        store_id: current(connection).await?,
+        removed_packages: count(removed),
+        ended_sessions: count(ended),
+    })
 }
 
 async fn current(connection: &mut PgConnection) -> sqlx::Result<StoreId> {

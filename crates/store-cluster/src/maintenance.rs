@@ -13,7 +13,7 @@ use std::{
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use qpq_domain::{StoreId, TokenHash, UnixMillis};
-use qpq_ports::{Maintenance, NewHistory, StoreError, StoreResult};
+use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreError, StoreResult};
 use redis::Cmd;
 use sqlx::PgConnection;
 use tokio::time::Instant;
@@ -191,8 +191,8 @@ impl Maintenance for ClusterStore {
         self.inner.history.id()
     }
 
-    async fn begin_history(&self) -> StoreResult<NewHistory> {
-        self.inner.history.begin(&self.inner.database).await
+    async fn begin_history(&self, sessions: OldSessions) -> StoreResult<NewHistory> {
+        self.inner.history.begin(&self.inner.database, sessions).await
     }
 }
 

@@ -10,8 +10,10 @@ use sqlx::{
 use crate::{Config, ConnectError, error::Server, history, nats, postgres, redis};
 
 /// The statements that end a restore, in the transaction that brings the tables back: another
-/// history begins. The last one returns the number of KeyPackages removed.
-pub const BEGIN_HISTORY: [&str; 2] = [history::RENEW, history::REMOVE_PACKAGES];
+/// history begins. The second one returns the number of KeyPackages removed, the third one that of
+/// sessions ended.
+pub const BEGIN_HISTORY: [&str; 3] =
+    [history::RENEW, history::REMOVE_PACKAGES, history::END_SESSIONS];
 
 impl Config {
     /// Returns the errors in the addresses of the servers and in the files of their authorities

@@ -1,16 +1,17 @@
 //! The beginning of another history, after the store was replaced by an older copy of itself.
 
-use qpq_ports::NewHistory;
+use qpq_ports::{NewHistory, OldSessions};
 use sqlx::SqliteConnection;
 
 use crate::{
     effects::Effects,
     row::Columns as _,
+    sessions::tokens,
     statement::{Done, Scope, Statement},
 };
 
-/// Stores another store id and removes all one-time KeyPackages.
-pub(crate) struct BeginHistory;
+/// Stores another store id, removes all one-time KeyPackages and ends the sessions, if asked to.
+pub(crate) struct BeginHistory(pub(crate) OldSessions);
 
 impl Statement for BeginHistory {
     type Answer = NewHistory;
@@ -30,10 +31,18 @@ impl Statement for BeginHistory {
         .execute(&mut *tx)
         .await?;
         let removed_packages = sqlx::query("DELETE FROM key_package WHERE last_resort = 0")
-            .execute(tx)
+            .execute(&mut *tx)
             .await?
             .rows_affected();
-        let effects = Effects { new_store_id: Some(store_id), ..Effects::default() };
-        Ok(Done::with(NewHistory { store_id, removed_packages }, effects))
+        let sessions_ended = match self.0 {
+            OldSessions::Keep => Vec::new(),
+            OldSessions::End => {
+                tokens(&sqlx::query("DELETE FROM session RETURNING token").fetch_all(tx).await?)?
+            }
+        };
+        let ended_sessions = sessions_ended.len() as u64;
+        let effects =
+            Effects { new_store_id: Some(store_id), sessions_ended, ..Effects::default() };
+        Ok(Done::with(NewHistory { store_id, removed_packages, ended_sessions }, effects))
     }
 }

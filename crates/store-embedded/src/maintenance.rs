@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use qpq_domain::{StoreId, UnixMillis};
-use qpq_ports::{Maintenance, NewHistory, StoreResult};
+use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreResult};
 use sqlx::SqliteConnection;
 
 use crate::{
@@ -57,8 +57,8 @@ impl Maintenance for EmbeddedStore {
         self.memory.history.id()
     }
 
-    async fn begin_history(&self) -> StoreResult<NewHistory> {
-        self.writer.run(BeginHistory).await
+    async fn begin_history(&self, sessions: OldSessions) -> StoreResult<NewHistory> {
+        self.writer.run(BeginHistory(sessions)).await
     }
 }
 

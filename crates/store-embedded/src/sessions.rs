@@ -174,7 +174,7 @@ impl Statement for SweepSessions {
     }
 }
 
-fn tokens(rows: &[SqliteRow]) -> sqlx::Result<Vec<TokenHash>> {
+pub(crate) fn tokens(rows: &[SqliteRow]) -> sqlx::Result<Vec<TokenHash>> {
     rows.iter().map(|row| row.hash("token").map(TokenHash::new)).collect()
 }
 

@@ -219,7 +219,7 @@ impl Admission {
 }
 
 /// Returns the address that `ip` is counted as: itself, or the /64 network of an IPv6 address.
-fn network(ip: IpAddr) -> IpAddr {
+pub(crate) fn network(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) & (u128::MAX << 64)).into()),
         ip => ip,
@@ -230,13 +230,14 @@ impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut connections = self.admission.connections.lock();
         connections.total -= 1;
-        count_out(&mut connections.by_ip, self.ip);
+        count_out(&mut connections.by_ip, self.ip, 1);
     }
 }
 
-fn count_out(by_ip: &mut HashMap<IpAddr, usize>, ip: IpAddr) {
+/// Subtracts `amount` from the count of `ip`, and removes a count of zero.
+pub(crate) fn count_out(by_ip: &mut HashMap<IpAddr, usize>, ip: IpAddr, amount: usize) {
     if let Entry::Occupied(mut count) = by_ip.entry(ip) {
-        *count.get_mut() -= 1;
+        *count.get_mut() -= amount;
         if *count.get() == 0 {
             count.remove();
         }
@@ -249,7 +250,7 @@ impl Drop for HandshakePermit {
         // Also updated here: without further attempts the pressure would never end.
         self.admission.update_pressure(handshakes);
         if let Some(ip) = self.counted_for {
-            count_out(&mut self.admission.handshakes_by_ip.lock(), ip);
+            count_out(&mut self.admission.handshakes_by_ip.lock(), ip, 1);
         }
     }
 }

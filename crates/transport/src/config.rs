@@ -73,6 +73,14 @@ pub struct TransportLimits {
     /// Calls in flight on one connection. A client that opens more waits. Default: 64, because each
     /// permitted stream costs 83 bytes on every connection, used or not.
     pub max_streams: u32,
+    /// Bytes of requests that are being received or executed. Requests up to 4 KiB are not counted.
+    /// Default: 256 MiB.
+    pub max_request_bytes: usize,
+    /// Bytes of the requests from one IP address, a share of `max_request_bytes`. Choose more if
+    /// many clients share an address, as behind a load balancer. Default: 64 MiB.
+    pub max_request_bytes_per_ip: usize,
+    /// Bytes of the requests on one connection. Default: 16 MiB, four of the largest.
+    pub max_request_bytes_per_connection: usize,
     /// The rate, in bytes per second over the whole reply, below which a client is too slow. The
     /// time for a reply is `stalled_reply` plus its length divided by this rate. Default: 8 KiB,
     /// half the rate of GPRS.
@@ -88,6 +96,9 @@ impl Default for TransportLimits {
             max_handshakes_per_ip: 256,
             retry_above: 256,
             max_streams: 64,
+            max_request_bytes: 256 << 20,
+            max_request_bytes_per_ip: 64 << 20,
+            max_request_bytes_per_connection: 16 << 20,
             min_reply_rate: 8 * 1024,
         }
     }

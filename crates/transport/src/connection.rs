@@ -92,6 +92,7 @@ async fn serve_open<S: Service>(
     let events = EventSink::new(quic.clone(), server.connections.clone());
     let open = OpenConnection {
         context: Arc::new(ConnectionContext {
+            request_memory: server.request_memory.connection(peer.addr.ip()),
             state: server.service.connected(peer, events.clone()),
             stream_permits: Semaphore::new(server.max_streams),
             quic,

@@ -8,7 +8,13 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{admission::Admission, config::Timeouts, metric::Metrics, service::Service};
+use crate::{
+    admission::Admission,
+    config::Timeouts,
+    metric::Metrics,
+    request_memory::{ConnectionMemory, RequestMemory},
+    service::Service,
+};
 
 /// The state of a server.
 pub(crate) struct ServerContext<S> {
@@ -17,6 +23,7 @@ pub(crate) struct ServerContext<S> {
     pub(crate) max_streams: usize,
     pub(crate) metrics: Metrics,
     pub(crate) admission: Arc<Admission>,
+    pub(crate) request_memory: Arc<RequestMemory>,
     /// Cancelled when the drain starts.
     pub(crate) draining: CancellationToken,
     /// The streams that are being served. A drain waits for them.
@@ -31,6 +38,7 @@ pub(crate) struct ConnectionContext<S: Service> {
     pub(crate) server: Arc<ServerContext<S>>,
     pub(crate) quic: quinn::Connection,
     pub(crate) state: Arc<S::Connection>,
+    pub(crate) request_memory: ConnectionMemory,
     /// Bounds the stream tasks. QUIC bounds only the open streams, and a task may outlive its
     /// stream: a cancelled call that is slow to drop, an observer that is being notified.
     pub(crate) stream_permits: Semaphore,

@@ -24,6 +24,7 @@ mod events;
 mod fingerprint;
 mod identity;
 pub mod metric;
+mod request_memory;
 mod server;
 mod service;
 mod socket;

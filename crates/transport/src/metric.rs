@@ -9,7 +9,8 @@
 //! | `qpq_transport_handshakes_failed_total{reason}` | counter | handshakes | handshakes that failed: not in time (`timeout`), or otherwise (`failed`) |
 //! | `qpq_transport_retries_sent_total` | counter | packets | Retry packets, which ask a client to prove its address |
 //! | `qpq_transport_streams_open` | gauge | calls | calls in flight: from the first byte of the request until the reply is sent, or acknowledged if that is awaited |
-//! | `qpq_transport_requests_refused_total{why}` | counter | requests | requests that the transport refused: `too_large`, `malformed`, `timeout`, `internal` |
+//! | `qpq_transport_requests_refused_total{why}` | counter | requests | requests that the transport refused: `too_large`, `malformed`, `timeout`, the memory of the client (`client_memory`) or of the server (`server_memory`) is in use, `internal` |
+//! | `qpq_transport_request_bytes` | gauge | bytes | memory of requests above 4 KiB that are being received or executed |
 //! | `qpq_transport_calls_cancelled_total` | counter | calls | calls dropped because the client cancelled them or its connection ended |
 //! | `qpq_transport_calls_panicked_total` | counter | calls | calls that panicked |
 //! | `qpq_transport_replies_delivered_total` | counter | replies | observed replies that the client acknowledged |
@@ -21,7 +22,7 @@
 
 use metrics::{
     Counter, Gauge,
-    Unit::{Count, Seconds},
+    Unit::{Bytes, Count, Seconds},
     counter, describe_counter, describe_gauge, gauge,
 };
 
@@ -51,6 +52,7 @@ pub(crate) struct Metrics {
     pub(crate) retries_sent: Counter,
     pub(crate) streams_open: Gauge,
     requests_refused: [Counter; Refusal::ALL.len()],
+    pub(crate) request_bytes: Gauge,
     pub(crate) calls_cancelled: Counter,
     pub(crate) calls_panicked: Counter,
     pub(crate) replies_delivered: Counter,
@@ -79,6 +81,7 @@ impl Metrics {
             streams_open: gauge!("qpq_transport_streams_open"),
             requests_refused: Refusal::ALL
                 .map(|why| counter!("qpq_transport_requests_refused_total", "why" => why.label())),
+            request_bytes: gauge!("qpq_transport_request_bytes"),
             calls_cancelled: counter!("qpq_transport_calls_cancelled_total"),
             calls_panicked: counter!("qpq_transport_calls_panicked_total"),
             replies_delivered: counter!("qpq_transport_replies_delivered_total"),
@@ -125,6 +128,11 @@ fn describe() {
         "qpq_transport_requests_refused_total",
         Count,
         "Requests that the transport refused, by reason"
+    );
+    describe_gauge!(
+        "qpq_transport_request_bytes",
+        Bytes,
+        "Memory of requests above 4 KiB that are being received or executed"
     );
     describe_counter!(
         "qpq_transport_calls_cancelled_total",

@@ -33,6 +33,7 @@ use crate::{
     connection,
     context::ServerContext,
     metric::Metrics,
+    request_memory::RequestMemory,
     service::Service,
     socket, tls,
 };
@@ -159,11 +160,13 @@ impl<S: Service> Server<S> {
             endpoints.push(endpoint);
             local_addrs.push(local_addr);
         }
+        let metrics = Metrics::new();
         let context = Arc::new(ServerContext {
             service,
             timeouts: config.timeouts,
             max_streams: config.limits.max_streams as usize,
-            metrics: Metrics::new(),
+            request_memory: RequestMemory::new(&config.limits, metrics.request_bytes.clone()),
+            metrics,
             admission: Admission::new(config.limits, config.draining.clone()),
             draining: config.draining,
             streams: TaskTracker::new(),

@@ -10,13 +10,24 @@ pub enum Refusal {
     Malformed,
     /// The request was not complete in time.
     Timeout,
+    /// The client's requests use all the memory that it may use.
+    ClientMemory,
+    /// The requests of all clients use all the memory for requests.
+    ServerMemory,
     /// The call panicked, or its reply does not fit a frame.
     Internal,
 }
 
 impl Refusal {
     /// All reasons.
-    pub const ALL: [Self; 4] = [Self::TooLarge, Self::Malformed, Self::Timeout, Self::Internal];
+    pub const ALL: [Self; 6] = [
+        Self::TooLarge,
+        Self::Malformed,
+        Self::Timeout,
+        Self::ClientMemory,
+        Self::ServerMemory,
+        Self::Internal,
+    ];
 
     /// Returns the name of the reason in metrics.
     pub fn label(self) -> &'static str {
@@ -24,6 +35,8 @@ impl Refusal {
             Self::TooLarge => "too_large",
             Self::Malformed => "malformed",
             Self::Timeout => "timeout",
+            Self::ClientMemory => "client_memory",
+            Self::ServerMemory => "server_memory",
             Self::Internal => "internal",
         }
     }

@@ -51,7 +51,7 @@ enum Command {
     Restore(backup::RestoreArgs),
     /// Mark a data directory or a cluster's database as restored, after a cold copy, a snapshot or
     /// a point-in-time recovery. Run this before the server or the edges start.
-    MarkRestored(backup::StoreArgs),
+    MarkRestored(backup::MarkRestoredArgs),
     /// Accept the clock of a single node.
     Clock(clock::Args),
     /// Show the jobs of a single node or a cluster, and retry or remove those that failed.

@@ -133,6 +133,15 @@ section! {
         /// Time without progress after which an answer is aborted, a third of it while the memory
         /// for answers is short.
         stalled_reply_timeout: Duration = Timeouts::default().stalled_reply;
+        /// Memory for requests above 4 KiB that are being received or executed.
+        max_request_bytes: Size = Size(TransportLimits::default().max_request_bytes as u64);
+        /// Memory for such requests from one IP address (IPv6: its /64). Many clients may share
+        /// one.
+        max_request_bytes_per_ip: Size =
+            Size(TransportLimits::default().max_request_bytes_per_ip as u64);
+        /// Memory for such requests on one connection.
+        max_request_bytes_per_connection: Size =
+            Size(TransportLimits::default().max_request_bytes_per_connection as u64);
         /// Minimum bytes a second at which a client must accept an answer, on average and after
         /// `stalled_reply_timeout`. Eight times the value while the memory for answers is short.
         /// The messages of an aborted answer are back in the inbox.
@@ -337,6 +346,9 @@ impl Config {
                 max_handshakes_per_ip: given.max_handshakes_per_ip,
                 retry_above: given.retry_above,
                 max_streams: given.max_streams,
+                max_request_bytes: bytes(given.max_request_bytes),
+                max_request_bytes_per_ip: bytes(given.max_request_bytes_per_ip),
+                max_request_bytes_per_connection: bytes(given.max_request_bytes_per_connection),
                 min_reply_rate: given.min_reply_rate.0,
             },
             timeouts: Timeouts {

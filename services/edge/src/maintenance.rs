@@ -85,7 +85,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use qpq_domain::StoreId;
-    use qpq_ports::{Claim, JobId, NewHistory, StoreError, StoreResult};
+    use qpq_ports::{Claim, JobId, NewHistory, OldSessions, StoreError, StoreResult};
 
     use super::*;
 
@@ -117,7 +117,7 @@ mod tests {
             StoreId::new([0; 16])
         }
 
-        async fn begin_history(&self) -> StoreResult<NewHistory> {
+        async fn begin_history(&self, _: OldSessions) -> StoreResult<NewHistory> {
             unreachable!("a sweep begins no history")
         }
     }

@@ -8,6 +8,7 @@ mod clocks;
 mod configuration;
 mod drain;
 mod faults;
+mod greed;
 mod history;
 mod inboxes;
 mod jobs;

@@ -11,18 +11,19 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use parking_lot::Mutex;
 use prost::Message as _;
 use qpq_client::{
     CallError, Error, Fingerprint, Messenger, Method as _, Options, Status, Trust, methods, v1,
 };
 use qpq_transport::{
-    Certificates, Config, EventSink, Peer, Reply, Service,
+    Certificates, Config, DeliveryObserver, EventSink, Peer, Reply, Service,
     client::{self as transport, Connection, Dialer},
 };
 use qpq_wire::{Refusal, Request, RequestHeader};
 use tempfile::TempDir;
-use tokio::sync::OnceCell;
+use tokio::sync::{Notify, OnceCell};
 
 use crate::harness::{Server, dm, password, read, soon, username};
 
@@ -32,7 +33,9 @@ type Lie = Box<dyn FnMut(v1::PeekResponse) -> v1::PeekResponse + Send>;
 /// A server between the clients and an honest one.
 struct Liar {
     service: Arc<Relay>,
-    server: qpq_transport::Server<Relay>,
+    /// `None` while it is replaced.
+    server: Option<qpq_transport::Server<Relay>>,
+    certificates: Arc<Certificates>,
     fingerprint: Fingerprint,
     _dir: TempDir,
 }
@@ -43,6 +46,10 @@ struct Relay {
     lie: Mutex<Option<Lie>>,
     peeks: Mutex<usize>,
     fails_acks: AtomicBool,
+    /// Acks are not passed on and not answered.
+    parks_acks: AtomicBool,
+    /// Notified when a client has received an answer to Peek.
+    peeked: Arc<Notify>,
     /// The ids of the methods of all calls.
     calls: Mutex<Vec<u16>>,
 }
@@ -59,17 +66,44 @@ impl Liar {
             lie: Mutex::default(),
             peeks: Mutex::default(),
             fails_acks: AtomicBool::default(),
+            parks_acks: AtomicBool::default(),
+            peeked: Arc::default(),
             calls: Mutex::default(),
         });
         let fingerprint = certificates.fingerprint();
         let config = Config::new(([127, 0, 0, 1], 0).into());
         let server =
-            qpq_transport::Server::bind(config, certificates, Arc::clone(&service)).unwrap();
-        Self { service, server, fingerprint, _dir: dir }
+            qpq_transport::Server::bind(config, Arc::clone(&certificates), Arc::clone(&service))
+                .unwrap();
+        Self { service, server: Some(server), certificates, fingerprint, _dir: dir }
+    }
+
+    fn addr(&self) -> SocketAddr {
+        self.server.as_ref().expect("it runs").local_addr()
+    }
+
+    /// Ends all connections of clients and accepts new ones at the same address.
+    async fn end_connections(&mut self) {
+        let config = Config::new(self.addr());
+        let server = self.server.take().expect("it runs");
+        server.abort().await;
+        drop(server);
+        let bind = || {
+            let (certificates, service) =
+                (Arc::clone(&self.certificates), Arc::clone(&self.service));
+            qpq_transport::Server::bind(config.clone(), certificates, service)
+        };
+        // The port is free once the tasks of the old endpoint have ended.
+        let mut bound = bind();
+        while bound.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            bound = bind();
+        }
+        self.server = Some(bound.unwrap());
     }
 
     async fn user(&self, server: &Server, name: &str) -> Messenger {
-        let addr = self.server.local_addr().to_string();
+        let addr = self.addr().to_string();
         let options = Options::new(addr, Trust::Pinned(self.fingerprint));
         let dir = server.profile(name);
         Messenger::register(&dir, options, &username(name), &password(), None).await.unwrap()
@@ -129,18 +163,35 @@ impl Service for Relay {
         if method_id == methods::Ack::INFO.id && self.fails_acks.load(Ordering::Relaxed) {
             return Reply::new(u8::from(Status::Unavailable), Bytes::new());
         }
+        if method_id == methods::Ack::INFO.id && self.parks_acks.load(Ordering::Relaxed) {
+            return std::future::pending().await;
+        }
         let (status, answer) = honest
             .call(method_id, payload, request_id, Duration::from_secs(60))
             .await
             .expect("the honest server answers");
         if method_id == methods::Peek::INFO.id && status == 0 {
-            return Reply::new(status, self.change(answer));
+            let on_delivery = Box::new(Peeked(Arc::clone(&self.peeked)));
+            let reply = Reply::new(status, self.change(answer));
+            return Reply { on_delivery: Some(on_delivery), ..reply };
         }
         Reply::new(status, answer)
     }
 
     fn refuse(&self, _: &Self::Connection, _: Option<&RequestHeader>, why: Refusal) -> Reply {
         panic!("the client's requests are well formed: {why:?}")
+    }
+}
+
+struct Peeked(Arc<Notify>);
+
+impl DeliveryObserver for Peeked {
+    fn delivered(self: Box<Self>) -> BoxFuture<'static, ()> {
+        Box::pin(async move { self.0.notify_one() })
+    }
+
+    fn lost(self: Box<Self>) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
     }
 }
 
@@ -212,6 +263,39 @@ async fn an_ack_that_fails_is_left_to_the_next_read() {
     assert_eq!(liar.take_reads(), ["Peek", "Ack"]);
     liar.service.fails_acks.store(false, Ordering::Relaxed);
     assert!(read(&bob).await.is_empty(), "the message is recognized");
+    assert_eq!(liar.take_reads(), ["Peek", "Ack"]);
+    assert!(read(&bob).await.is_empty());
+    assert_eq!(liar.take_reads(), ["Peek"], "the inbox is empty");
+}
+
+#[tokio::test]
+async fn an_ack_is_not_sent_on_another_connection_than_its_peek() {
+    let server = Server::start().await;
+    let mut liar = Liar::before(&server);
+    let (alice, bob) = (server.user("alice").await, liar.user(&server, "bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    read(&bob).await;
+    alice.send(with_bob, "one").await.unwrap();
+    let peeked = Arc::clone(&liar.service.peeked);
+    // Forgets the answers before this one.
+    let _ = soon(peeked.notified()).now_or_never();
+    liar.service.parks_acks.store(true, Ordering::Relaxed);
+    liar.take_reads();
+    let (shown, ()) = soon(async {
+        tokio::join!(read(&bob), async {
+            peeked.notified().await;
+            liar.end_connections().await;
+        })
+    })
+    .await;
+    assert_eq!(shown, ["alice: one"]);
+    // An Ack that was on its way when the connection ended was not passed on, and none followed.
+    let reads = liar.take_reads();
+    assert!(reads == ["Peek"] || reads == ["Peek", "Ack"], "{reads:?}");
+
+    liar.service.parks_acks.store(false, Ordering::Relaxed);
+    alice.send(with_bob, "two").await.unwrap();
+    assert_eq!(read(&bob).await, ["alice: two"], "the first one is recognized");
     assert_eq!(liar.take_reads(), ["Peek", "Ack"]);
     assert!(read(&bob).await.is_empty());
     assert_eq!(liar.take_reads(), ["Peek"], "the inbox is empty");

@@ -6,7 +6,7 @@ use super::{
     Factory,
     bench::{Bench, EVERYTHING, MINUTE, NOW, all, message, seqs},
 };
-use crate::{Ack, NewKeyPackage, Stock, Stores, Upload, UploadMode};
+use crate::{Ack, NewKeyPackage, OldSessions, Stock, Stores, Upload, UploadMode};
 
 pub async fn every_page_has_the_id_and_a_crash_keeps_it(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
@@ -26,8 +26,15 @@ pub async fn another_history_has_another_id_permanently(factory: &dyn Factory) {
     let alice = bench.person(1).await;
     bench.deliver(message(alice, alice, "one")).await;
     let first = bench.peek(all(alice)).await.store_id;
-    let second = bench.stores.maintenance.begin_history().await.expect("begun").store_id;
-    let third = bench.stores.maintenance.begin_history().await.expect("and again").store_id;
+    let second =
+        bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun").store_id;
+    let third = bench
+        .stores
+        .maintenance
+        .begin_history(OldSessions::Keep)
+        .await
+        .expect("and again")
+        .store_id;
     assert!(first != second && second != third && third != first);
     let page = bench.peek(all(alice)).await;
     assert_eq!((page.store_id, seqs(&page)), (third, vec![1]), "messages stay as they are");
@@ -41,7 +48,7 @@ pub async fn a_lease_of_another_history_removes_nothing(factory: &dyn Factory) {
     let alice = bench.person(1).await;
     bench.deliver_all(alice, alice, &["one", "two"]).await;
     let lease = bench.lease(all(alice), EVERYTHING).await;
-    bench.stores.maintenance.begin_history().await.expect("begun");
+    bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun");
     lease.complete(NOW).await.expect("it is no failure");
     let lease = bench.lease(all(alice), EVERYTHING).await;
     assert_eq!(seqs(lease.page()), [1, 2]);
@@ -56,7 +63,8 @@ pub async fn an_ack_that_names_another_history_removes_nothing(factory: &dyn Fac
     let first = bench.peek(all(alice)).await.store_id;
     let ack = |store_id| Ack { up_to: Some(Seq(1)), seqs: vec![Seq(3)], store_id: Some(store_id) };
     let inboxes = &bench.stores.inboxes;
-    let second = bench.stores.maintenance.begin_history().await.expect("begun").store_id;
+    let second =
+        bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun").store_id;
     assert_eq!(inboxes.ack(all(alice), ack(first), NOW).await.expect("ack"), 0);
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3]);
     assert_eq!(inboxes.ack(all(alice), ack(second), NOW).await.expect("ack"), 2);
@@ -87,7 +95,7 @@ pub async fn another_history_has_no_earlier_one_time_packages(factory: &dyn Fact
         let packages = vec![package(n, false), package(n + 1, false), package(n + 2, true)];
         keys.upload(owner.account, packages, UploadMode::Add, NOW).await.expect("upload");
     }
-    let new = bench.stores.maintenance.begin_history().await.expect("begun");
+    let new = bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun");
     assert_eq!(new.removed_packages, 4);
     for (owner, n) in [(alice, 1), (bob, 11)] {
         let left = keys.stock(owner.account, NOW).await.expect("stock");
@@ -98,6 +106,6 @@ pub async fn another_history_has_no_earlier_one_time_packages(factory: &dyn Fact
         let fresh = upload(&bench.stores, owner.account, n + 3, NOW).await;
         assert_eq!(fresh, Upload::Stored(Stock { available: 1, has_last_resort: true }));
     }
-    let new = bench.stores.maintenance.begin_history().await.expect("and again");
+    let new = bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("and again");
     assert_eq!(new.removed_packages, 2);
 }

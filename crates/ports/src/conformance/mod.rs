@@ -90,6 +90,7 @@ macro_rules! conformance {
                 revoking_all_spares_other_accounts,
                 a_revoked_session_never_comes_back,
                 sessions_survive_a_crash,
+                a_new_history_ends_all_sessions_or_keeps_them,
             ]
         );
         $crate::conformance_area!(

@@ -8,7 +8,7 @@ use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, Person},
 };
-use crate::{NewSession, Session};
+use crate::{NewSession, OldSessions, Session};
 
 fn token(n: u8) -> TokenHash {
     TokenHash::new([n; 32])
@@ -118,4 +118,29 @@ pub async fn sessions_survive_a_crash(factory: &dyn Factory) {
     bench.crash().await;
     assert_eq!(bench.stores.sessions.find(&token(1)).await.expect("find"), Some(kept));
     assert_eq!(bench.stores.sessions.find(&token(2)).await.expect("find"), None);
+}
+
+pub async fn a_new_history_ends_all_sessions_or_keeps_them(factory: &dyn Factory) {
+    let mut bench = Bench::new(factory).await;
+    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (first, second) = (open(&bench, 1, alice).await, open(&bench, 2, bob).await);
+    let begun = bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun");
+    assert_eq!(begun.ended_sessions, 0);
+    for (n, session) in [(1, &first), (2, &second)] {
+        let found = bench.stores.sessions.find(&token(n)).await.expect("find");
+        assert_eq!(found.as_ref(), Some(session));
+    }
+    let begun = bench.stores.maintenance.begin_history(OldSessions::End).await.expect("begun");
+    assert_eq!(begun.ended_sessions, 2);
+    for restarted in [false, true] {
+        if restarted {
+            bench.crash().await;
+        }
+        for n in [1, 2] {
+            assert_eq!(bench.stores.sessions.find(&token(n)).await.expect("find"), None);
+            assert_eq!(bench.stores.sessions.confirm(&token(n)).await.expect("confirm"), None);
+        }
+    }
+    open(&bench, 3, alice).await;
+    assert!(bench.stores.sessions.find(&token(3)).await.expect("find").is_some(), "a new login");
 }

@@ -10,7 +10,7 @@ use std::{
 
 use async_trait::async_trait;
 use qpq_domain::{StoreId, UnixMillis};
-use qpq_ports::{Maintenance, NewHistory, StoreError, StoreResult};
+use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreError, StoreResult};
 use qpq_proto::{
     methods::Health,
     v1::{HealthRequest, HealthResponse},
@@ -45,8 +45,8 @@ impl Maintenance for Failing {
         self.inner.store_id()
     }
 
-    async fn begin_history(&self) -> StoreResult<NewHistory> {
-        self.inner.begin_history().await
+    async fn begin_history(&self, sessions: OldSessions) -> StoreResult<NewHistory> {
+        self.inner.begin_history(sessions).await
     }
 }
 

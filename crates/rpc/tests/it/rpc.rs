@@ -81,6 +81,8 @@ async fn each_refusal_of_the_transport_has_an_answer() {
         (Refusal::TooLarge, Status::BadRequest, "rpc.too_large"),
         (Refusal::Malformed, Status::BadRequest, "rpc.malformed_frame"),
         (Refusal::Timeout, Status::DeadlineExceeded, "rpc.slow_request"),
+        (Refusal::ClientMemory, Status::RateLimited, "rpc.unfinished_requests"),
+        (Refusal::ServerMemory, Status::Unavailable, "rpc.requests_full"),
         (Refusal::Internal, Status::Internal, "rpc.internal"),
     ] {
         for method in [None, Some(802), Some(9)] {

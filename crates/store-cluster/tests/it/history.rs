@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use qpq_domain::{ChannelId, MessageId, Seq, StoreId, StoreLimits};
 use qpq_ports::{
-    Ack, Batch, Enqueued, Lease, NewMessage, Page, PageLimit, ReadQuery, Reader, StoreError,
-    Stores, View,
+    Ack, Batch, Enqueued, Lease, NewMessage, OldSessions, Page, PageLimit, ReadQuery, Reader,
+    StoreError, Stores, View,
 };
 use qpq_store_cluster::{ClusterStore, Config};
 use qpq_test_services::{Backup, Restore, Standby};
@@ -86,7 +86,9 @@ impl World {
             Past::Backup(backup, how) => {
                 postgres.restore(&backup, how).await.expect("restored");
                 if how == Restore::AsItIs {
-                    qpq_store_cluster::begin_history(&self.config).await.expect("renewed");
+                    qpq_store_cluster::begin_history(&self.config, OldSessions::Keep)
+                        .await
+                        .expect("renewed");
                 }
             }
         }

@@ -32,7 +32,8 @@ pub(crate) fn serve<S: Service>(
     let mut request_stream = RequestStream::new(recv);
     async move {
         let connection = &*stream.connection;
-        let reply = match request::receive(connection, &mut request_stream).await {
+        let mut memory = connection.request_memory.reserve();
+        let reply = match request::receive(connection, &mut request_stream, &mut memory).await {
             Received::Request(request) => {
                 match run(connection, &reply_stream, request_stream.header(), request).await {
                     Some(reply) => reply,
@@ -45,6 +46,7 @@ pub(crate) fn serve<S: Service>(
         let header = request_stream.header();
         // If the request has not ended, this drop asks the client to send no more of it.
         drop(request_stream);
+        drop(memory);
         reply::send(connection, reply_stream, header, reply).await;
     }
 }

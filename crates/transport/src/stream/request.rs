@@ -1,4 +1,5 @@
-//! Reading one request, at the memory cost of the bytes that have arrived.
+//! Reading one request, at the memory cost of the bytes that have arrived, within the limits of the
+//! memory for requests.
 
 use std::ops::ControlFlow;
 
@@ -10,12 +11,13 @@ use tokio::time::timeout;
 use super::refuse;
 use crate::{
     context::ConnectionContext,
+    request_memory::{Reservation, UNCOUNTED},
     service::{Reply, Service},
 };
 
 /// The most memory reserved for a payload before any of it has arrived. Later, at most as much
 /// again as has arrived.
-const FIRST_CHUNK: usize = 4096;
+const FIRST_CHUNK: usize = UNCOUNTED;
 
 /// The outcome of reading a request.
 pub(super) enum Received {
@@ -41,6 +43,12 @@ enum Stop {
     Cancelled,
 }
 
+impl From<Refusal> for Stop {
+    fn from(why: Refusal) -> Self {
+        Self::Refused(why)
+    }
+}
+
 impl From<ReadError> for Stop {
     fn from(_: ReadError) -> Self {
         Self::Cancelled
@@ -51,6 +59,7 @@ impl From<ReadError> for Stop {
 pub(super) async fn receive<S: Service>(
     connection: &ConnectionContext<S>,
     stream: &mut RequestStream,
+    memory: &mut Reservation<'_>,
 ) -> Received {
     // The time limit starts with the first byte. A stream may be open long before, if the client
     // has used a later one first.
@@ -59,7 +68,7 @@ pub(super) async fn receive<S: Service>(
         Ok(ControlFlow::Break(())) => Err(Stop::Refused(Refusal::Malformed)),
         Ok(ControlFlow::Continue(())) => {
             let limit = connection.server.timeouts.request;
-            match timeout(limit, read_request(connection, stream)).await {
+            match timeout(limit, read_request(connection, stream, memory)).await {
                 Ok(read) => read,
                 Err(_) => Err(Stop::Refused(Refusal::Timeout)),
             }
@@ -78,11 +87,12 @@ pub(super) async fn receive<S: Service>(
 async fn read_request<S: Service>(
     connection: &ConnectionContext<S>,
     stream: &mut RequestStream,
+    memory: &mut Reservation<'_>,
 ) -> Result<Request, Stop> {
     let header = stream.read_header().await?;
     header.check().map_err(|_| Stop::Refused(Refusal::TooLarge))?;
     connection.server.service.admit(&connection.state, &header).map_err(Stop::NotAdmitted)?;
-    let payload = stream.read_payload(header.payload_len as usize).await?;
+    let payload = stream.read_payload(header.payload_len as usize, memory).await?;
     stream.read_end().await?;
     Ok(Request { method_id: header.method_id, request_id: header.request_id, payload })
 }
@@ -134,14 +144,18 @@ impl RequestStream {
 
     /// Copies the payload into its own memory: quinn returns slices of whole batches of datagrams,
     /// which a waiting call would keep alive.
-    async fn read_payload(&mut self, len: usize) -> Result<Bytes, Stop> {
+    async fn read_payload(
+        &mut self,
+        len: usize,
+        memory: &mut Reservation<'_>,
+    ) -> Result<Bytes, Stop> {
         if len == 0 {
             return Ok(Bytes::new());
         }
-        let mut payload = Vec::with_capacity(len.min(FIRST_CHUNK.max(self.rest.len())));
+        let mut payload = Vec::new();
         loop {
             let part = self.rest.split_to(self.rest.len().min(len - payload.len()));
-            append(&mut payload, &part, len);
+            append(&mut payload, &part, len, memory)?;
             if payload.len() == len {
                 return Ok(payload.into());
             }
@@ -162,26 +176,43 @@ impl RequestStream {
 
 /// Appends to a payload that will have `len` bytes. Complete, it has no spare capacity; before, at
 /// most as much again as has arrived.
-fn append(payload: &mut Vec<u8>, part: &[u8], len: usize) {
+///
+/// # Errors
+/// A refusal, if the memory for requests is in use.
+fn append(
+    payload: &mut Vec<u8>,
+    part: &[u8],
+    len: usize,
+    memory: &mut Reservation<'_>,
+) -> Result<(), Refusal> {
     if payload.capacity() - payload.len() < part.len() {
-        let wanted = (payload.len() + part.len()).max(2 * payload.capacity()).min(len);
+        let least = FIRST_CHUNK.max(2 * payload.capacity());
+        let wanted = (payload.len() + part.len()).max(least).min(len);
+        memory.grow_to(wanted)?;
         payload.reserve_exact(wanted - payload.len());
     }
     payload.extend_from_slice(part);
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use metrics::Gauge;
+
     use super::*;
+    use crate::{config::TransportLimits, request_memory::RequestMemory};
 
     #[test]
     fn memory_is_reserved_as_bytes_arrive() {
         let len = qpq_wire::MAX_PAYLOAD as usize;
         for part in [1_200, 64 * 1024, len] {
-            let mut payload = Vec::with_capacity(FIRST_CHUNK);
+            let mut payload = Vec::new();
+            let memory = RequestMemory::new(&TransportLimits::default(), Gauge::noop());
+            let connection = memory.connection([192, 0, 2, 1].into());
+            let mut memory = connection.reserve();
             while payload.len() < len {
                 let part = vec![7; part.min(len - payload.len())];
-                append(&mut payload, &part, len);
+                append(&mut payload, &part, len, &mut memory).unwrap();
                 assert!(payload.capacity() <= FIRST_CHUNK.max(2 * payload.len()).min(len));
             }
             assert_eq!(payload.capacity(), len);

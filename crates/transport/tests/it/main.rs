@@ -18,4 +18,5 @@ mod frames;
 mod metrics;
 mod mutual_tls;
 mod relay;
+mod requests;
 mod support;

@@ -20,7 +20,7 @@ use crate::support::{Harness, Report, config, frame, method, within};
 
 /// Stores every counter and gauge by name and label.
 #[derive(Default)]
-struct TestRecorder {
+pub(crate) struct TestRecorder {
     values: Mutex<BTreeMap<String, Arc<AtomicU64>>>,
 }
 
@@ -32,11 +32,11 @@ impl TestRecorder {
         Arc::clone(self.values.lock().entry(name).or_default())
     }
 
-    fn count(&self, name: &str) -> u64 {
+    pub(crate) fn count(&self, name: &str) -> u64 {
         self.values.lock()[name].load(Ordering::SeqCst)
     }
 
-    fn gauge(&self, name: &str) -> f64 {
+    pub(crate) fn gauge(&self, name: &str) -> f64 {
         f64::from_bits(self.count(name))
     }
 }

@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, path::Path, process::Stdio};
 
 use anyhow::{Context as _, bail, ensure};
-use qpq_ports::{Clock as _, SystemClock};
+use qpq_ports::{Clock as _, OldSessions, SystemClock};
 use qpq_runtime::data_dir::cluster::{
     CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterDir, OPAQUE_SETUP, SECRETS,
 };
@@ -127,27 +127,31 @@ pub(super) async fn restore(from: &Path, settings: &ClusterSettings) -> anyhow::
         "the database that postgres.url names is not empty, and nothing is overwritten: create an \
          empty database, and name it in postgres.url"
     );
-    let removed = load(&from.join(DUMP), &client_environment(&config)?).await?;
+    let (removed_packages, ended_sessions) =
+        load(&from.join(DUMP), &client_environment(&config)?).await?;
     drop(operator);
     // The backup may be of an earlier release, whose schema must be updated before edges start.
     qpq_store_cluster::migrate(&config).await?;
     let mut operator = Operator::connect(&config).await?;
     let store_id = operator.history().await?;
-    Ok(Restored { store_id, removed_packages: removed, aside: None })
+    Ok(Restored { store_id, removed_packages, ended_sessions, aside: None })
 }
 
 /// Begins another history in a database that another program has restored.
-pub(super) async fn mark(settings: &ClusterSettings) -> anyhow::Result<Restored> {
+pub(super) async fn mark(
+    settings: &ClusterSettings,
+    sessions: OldSessions,
+) -> anyhow::Result<Restored> {
     let shared = ClusterDir::open(settings.secrets_dir()?)?;
     let config = database(settings, &shared)?;
-    let begin = async || qpq_store_cluster::begin_history(&config).await;
+    let begin = async || qpq_store_cluster::begin_history(&config, sessions).await;
     Ok(connect_with_retry(config.start_timeout, begin).await?.into())
 }
 
 /// Runs the SQL of the dump and begins another history, in one transaction.
 ///
-/// Returns the number of removed KeyPackages.
-async fn load(dump: &Path, environment: &[(&'static str, String)]) -> anyhow::Result<u64> {
+/// Returns the numbers of removed KeyPackages and of ended sessions.
+async fn load(dump: &Path, environment: &[(&'static str, String)]) -> anyhow::Result<(u64, u64)> {
     let mut reader =
         as_sql(dump, false).spawn().map_err(|error| Program::Restore.not_started(error))?;
     let mut psql = Program::Psql.command(environment);
@@ -162,8 +166,10 @@ async fn load(dump: &Path, environment: &[(&'static str, String)]) -> anyhow::Re
         tokio::io::copy(&mut sql, &mut stdin).await?;
         let read = reader.wait_with_output().await?;
         if read.status.success() {
-            let [renew, remove] = BEGIN_HISTORY;
-            let end = format!("\nRESET search_path;\n{renew};\n\\o\n{remove};\nCOMMIT;\n");
+            let [renew, remove, end_sessions] = BEGIN_HISTORY;
+            let end = format!(
+                "\nRESET search_path;\n{renew};\n\\o\n{remove};\n{end_sessions};\nCOMMIT;\n"
+            );
             stdin.write_all(end.as_bytes()).await?;
         }
         // Without the COMMIT, Postgres rolls the transaction back.
@@ -173,8 +179,9 @@ async fn load(dump: &Path, environment: &[(&'static str, String)]) -> anyhow::Re
     let loaded = Program::Psql.check(loaded.context("psql did not end")?)?;
     Program::Restore.check(fed.context("the dump cannot be passed to psql")?)?;
     let printed = String::from_utf8_lossy(&loaded.stdout);
-    match printed.split_whitespace().last().and_then(|number| number.parse().ok()) {
-        Some(removed) => Ok(removed),
-        None => bail!("psql did not confirm that the restore was committed: {printed}"),
+    let mut numbers = printed.split_whitespace().rev().map_while(|number| number.parse().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(ended_sessions), Some(removed_packages)) => Ok((removed_packages, ended_sessions)),
+        _ => bail!("psql did not confirm that the restore was committed: {printed}"),
     }
 }

@@ -24,6 +24,7 @@ mod verify;
 
 use std::path::PathBuf;
 
+use qpq_ports::OldSessions;
 use qpq_server::Config;
 
 use crate::{
@@ -80,6 +81,18 @@ pub(crate) struct VerifyArgs {
     /// A directory that `qpq-admin backup` created.
     #[arg(value_name = "BACKUP")]
     from: PathBuf,
+}
+
+/// The arguments of `mark-restored`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct MarkRestoredArgs {
+    /// Keep the sessions of the restored data. Otherwise all sessions end and users log in again,
+    /// because sessions that were revoked after the copy was made would be valid again. Choose this
+    /// only if no more than the last seconds were lost, as after a failover.
+    #[arg(long)]
+    keep_sessions: bool,
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 /// The arguments of `restore`.
@@ -141,17 +154,23 @@ pub(crate) fn restore(args: &RestoreArgs) -> anyhow::Result<()> {
         ),
     };
     print(format_args!(
-        "restored {from} to {target}, in the state of {at}\n{restored}{consequences}",
+        "restored {from} to {target}, in the state of {at}\n{restored}{sessions}{consequences}",
         from = args.from.display(),
         at = manifest.taken_at,
+        sessions = restore::SESSIONS_ENDED,
         consequences = restore::CONSEQUENCES,
     ))
 }
 
-pub(crate) fn mark_restored(args: &StoreArgs) -> anyhow::Result<()> {
-    let restored = match args.store()? {
-        Store::Node(dir, _) => block_on(restore::mark_node(&dir))?,
-        Store::Cluster(settings) => block_on(cluster::mark(&settings))?,
+pub(crate) fn mark_restored(args: &MarkRestoredArgs) -> anyhow::Result<()> {
+    let (sessions, effect) = if args.keep_sessions {
+        (OldSessions::Keep, restore::SESSIONS_KEPT)
+    } else {
+        (OldSessions::End, restore::SESSIONS_ENDED)
     };
-    print(format_args!("marked as restored\n{restored}{}", restore::CONSEQUENCES))
+    let restored = match args.store.store()? {
+        Store::Node(dir, _) => block_on(restore::mark_node(&dir, sessions))?,
+        Store::Cluster(settings) => block_on(cluster::mark(&settings, sessions))?,
+    };
+    print(format_args!("marked as restored\n{restored}{effect}{}", restore::CONSEQUENCES))
 }

@@ -5,7 +5,8 @@
 //! that file:
 //!
 //! 1. *staging*: the parts are copied to `restoring/`. The database there gets another store id and
-//!    loses its one-time KeyPackages. The previous contents of the directory are unchanged.
+//!    loses its one-time KeyPackages and its sessions. The previous contents of the directory are
+//!    unchanged.
 //! 2. *clearing*: the previous contents are moved to `before-restore-…`.
 //! 3. *placing*: the parts are moved from `restoring/` to their final names.
 //!
@@ -20,7 +21,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use qpq_domain::StoreLimits;
 use qpq_durable_file as durable_file;
-use qpq_ports::{Clock as _, NewHistory, SystemClock};
+use qpq_ports::{Clock as _, NewHistory, OldSessions, SystemClock};
 use qpq_runtime::data_dir::DataDir;
 use qpq_store_embedded::{Claim, DATABASE_FILE, EmbeddedStore, RESTORING_FILE, TRANSFERRED_FILE};
 
@@ -33,15 +34,27 @@ use super::{
 const STAGE: &str = "restoring";
 const LOCK_FILE: &str = "lock";
 
-/// The effects of a restore on the users of the server, printed after it.
+/// The effects of ended sessions on the users of the server, printed after a restore.
+pub(super) const SESSIONS_ENDED: &str = "\
+All sessions have ended, because some of them may have been revoked after the backup:
+  - Every user must log in again (`qpq login`), with the password of the backup. Users who
+    registered later must do so again. A password that was changed later is the old one again.
+";
+
+/// The effects of kept sessions on the users of the server, printed after a restore.
+pub(super) const SESSIONS_KEPT: &str = "\
+The sessions of the backup are valid:
+  - Sessions that were revoked later, and passwords that were changed later, are valid again. Users
+    who registered or logged in later must do so again.
+";
+
+/// The other effects of a restore on the users of the server, printed after it.
 pub(super) const CONSEQUENCES: &str = "\
 For users this means:
   - The server has lost what was sent, registered or changed after the backup. Messages that were
     delivered before the restore are still on the devices.
   - Messages that were queued at the time of the backup are delivered, some of them again. Clients
     recognise repeated messages.
-  - Sessions and passwords are those of the backup. Users who registered or logged in later must do
-    so again.
   - Clients notice the new store id, read their inboxes from the start and upload new KeyPackages.
     Until then, a first message to such a user waits, or uses the last-resort package.
 Start the server now.
@@ -53,6 +66,7 @@ pub(super) struct Restored {
     /// The new store id, in hexadecimal digits.
     pub(super) store_id: String,
     pub(super) removed_packages: u64,
+    pub(super) ended_sessions: u64,
     /// The directory with the previous data, if there was any.
     pub(super) aside: Option<PathBuf>,
 }
@@ -62,6 +76,7 @@ impl From<NewHistory> for Restored {
         Self {
             store_id: history.store_id.to_string(),
             removed_packages: history.removed_packages,
+            ended_sessions: history.ended_sessions,
             aside: None,
         }
     }
@@ -71,6 +86,7 @@ impl fmt::Display for Restored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "  store id      {} (new)", self.store_id)?;
         writeln!(f, "  KeyPackages   {} one-time packages removed", self.removed_packages)?;
+        writeln!(f, "  sessions      {} ended", self.ended_sessions)?;
         if let Some(aside) = &self.aside {
             writeln!(f, "  previous data {}", aside.display())?;
         }
@@ -161,20 +177,20 @@ pub(super) async fn node(
 }
 
 /// Begins another history in a data directory that another program has restored.
-pub(super) async fn mark_node(data_dir: &Path) -> anyhow::Result<Restored> {
+pub(super) async fn mark_node(data_dir: &Path, sessions: OldSessions) -> anyhow::Result<Restored> {
     ensure!(
         data_dir.join(DATABASE_FILE).is_file(),
         "{} holds no server's data: it has no {DATABASE_FILE}. Name a server's data directory",
         data_dir.display()
     );
-    Ok(begin_history(data_dir).await?.into())
+    Ok(begin_history(data_dir, sessions).await?.into())
 }
 
-async fn begin_history(data_dir: &Path) -> anyhow::Result<NewHistory> {
+async fn begin_history(data_dir: &Path, sessions: OldSessions) -> anyhow::Result<NewHistory> {
     let store = EmbeddedStore::open(data_dir, StoreLimits::default())
         .await
         .with_context(|| format!("the data directory {}", data_dir.display()))?;
-    let begun = store.stores().maintenance.begin_history().await;
+    let begun = store.stores().maintenance.begin_history(sessions).await;
     store.close().await;
     Ok(begun?)
 }
@@ -197,7 +213,7 @@ async fn stage(from: &Path, manifest: &Manifest, data_dir: &Path) -> anyhow::Res
             from.join(&part.name).display()
         );
     }
-    let history = begin_history(&stage).await?;
+    let history = begin_history(&stage, OldSessions::End).await?;
     let synced = || -> io::Result<()> {
         // A store that was closed without an error has no log. The lock file belongs to the stage.
         let log = stage.join(format!("{DATABASE_FILE}-wal"));

@@ -234,7 +234,10 @@ fn find<'a>(
         (0, 0) => Err(CliError::new(
             Exit::Failure,
             "client.no_such_request",
-            format_args!("no request of a user or for a group {}", text::line(&meant)),
+            format_args!(
+                "no request from {0}, and none for a group called {0}",
+                text::line(&meant)
+            ),
         )
         .hint("see `qpq requests`")),
         (0, 1) => Ok(by_group),

@@ -262,7 +262,7 @@ async fn requests_are_listed_and_decided_on_while_chatting() {
     terminal.types("/requests\r");
     terminal.shows("wants to add you to the group offers, 2 members").await;
     terminal.types("/accept nobody\r");
-    terminal.shows("no request of a user or for a group nobody").await;
+    terminal.shows("no request from nobody, and none for a group called nobody").await;
     terminal.types("/decline offers\r");
     terminal.shows("Declined the group").await;
     terminal.types("/accept party\r");

@@ -179,6 +179,22 @@ impl Config {
         );
         must(transport.max_handshakes > 0, "transport.max_handshakes", "at least 1");
         must(transport.max_handshakes_per_ip > 0, "transport.max_handshakes_per_ip", "at least 1");
+        must(
+            transport.max_request_bytes_per_connection.0 >= LARGEST_PAYLOAD,
+            "transport.max_request_bytes_per_connection",
+            "at least 4MiB, one request",
+        );
+        must(
+            transport.max_request_bytes_per_ip >= transport.max_request_bytes_per_connection,
+            "transport.max_request_bytes_per_ip",
+            "at least transport.max_request_bytes_per_connection",
+        );
+        must(
+            (transport.max_request_bytes_per_ip.0..=1 << 40)
+                .contains(&transport.max_request_bytes.0),
+            "transport.max_request_bytes",
+            "at least transport.max_request_bytes_per_ip and at most 1024GiB",
+        );
         must(transport.min_reply_rate.0 > 0, "transport.min_reply_rate", "at least 1B");
         must(
             (1..=65_536).contains(&transport.max_streams),

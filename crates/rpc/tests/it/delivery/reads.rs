@@ -293,7 +293,14 @@ async fn every_answer_of_a_read_has_the_store_id() {
     let first = server.store_id();
     assert_eq!(first.len(), 16);
     assert_eq!(peek_all(&user).await.store_id, first);
-    server.rpc.app().stores.maintenance.begin_history().await.expect("another history");
+    server
+        .rpc
+        .app()
+        .stores
+        .maintenance
+        .begin_history(qpq_ports::OldSessions::Keep)
+        .await
+        .expect("another history");
     let second = server.store_id();
     assert_ne!(first, second);
     assert_eq!(peek_all(&user).await.store_id, second);
@@ -312,7 +319,14 @@ async fn an_ack_of_messages_peeked_in_another_history_removes_nothing() {
     for reader in [&user, &elsewhere] {
         assert_eq!(seqs(&peek_all(reader).await.payloads), [1]);
     }
-    server.rpc.app().stores.maintenance.begin_history().await.expect("another history");
+    server
+        .rpc
+        .app()
+        .stores
+        .maintenance
+        .begin_history(qpq_ports::OldSessions::Keep)
+        .await
+        .expect("another history");
     let first = AckRequest { all_channels: true, seq_up_to: 1, ..Default::default() };
     assert_eq!(ack(&user, first.clone()).await, 0, "seq 1 may be another message now");
     assert_eq!(seqs(&peek_all(&user).await.payloads), [1]);
