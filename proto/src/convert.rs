@@ -3,7 +3,7 @@
 
 use std::num::NonZeroU32;
 
-use qpq_domain::{ChannelId, DeviceId, IdentityKey, MAX_BATCH, MessageId, WrongLength};
+use qpq_domain::{ChannelId, DeviceId, GroupId, IdentityKey, MAX_BATCH, MessageId, WrongLength};
 
 /// The refusal of a request field. The field's name is returned to the client, the reason is
 /// logged.
@@ -28,6 +28,15 @@ pub enum FieldReason {
         /// The maximum length.
         max: usize,
     },
+    /// The text or the bytes are too long.
+    #[error("at most {max} bytes are allowed")]
+    TooLong {
+        /// The maximum length in bytes.
+        max: usize,
+    },
+    /// The field must not be set together with another one, or is required.
+    #[error("not allowed in this combination")]
+    Combination,
 }
 
 impl FieldError {
@@ -69,6 +78,16 @@ pub fn device_id(bytes: &[u8], field: &'static str) -> Result<Option<DeviceId>, 
     optional(bytes, field)
 }
 
+/// Parses the id of a device that the request is about: exactly 16 bytes.
+pub fn required_device_id(bytes: &[u8], field: &'static str) -> Result<DeviceId, FieldError> {
+    parse(bytes, field)
+}
+
+/// Parses the id of a group: exactly 16 bytes.
+pub fn group_id(bytes: &[u8], field: &'static str) -> Result<GroupId, FieldError> {
+    parse(bytes, field)
+}
+
 /// Parses an idempotency key: 16 bytes, or empty for `None`.
 pub fn message_id(bytes: &[u8], field: &'static str) -> Result<Option<MessageId>, FieldError> {
     optional(bytes, field)
@@ -82,6 +101,18 @@ pub fn limit(limit: u32) -> Option<NonZeroU32> {
 /// Refuses a list with more than `max` entries.
 pub fn at_most(len: usize, max: usize, field: &'static str) -> Result<(), FieldError> {
     if len > max { Err(FieldError::new(field, FieldReason::TooMany { max })) } else { Ok(()) }
+}
+
+/// Refuses a text or bytes longer than `max` bytes.
+pub fn no_longer_than(
+    bytes: impl AsRef<[u8]>,
+    max: usize,
+    field: &'static str,
+) -> Result<(), FieldError> {
+    if bytes.as_ref().len() > max {
+        return Err(FieldError::new(field, FieldReason::TooLong { max }));
+    }
+    Ok(())
 }
 
 fn parse<'a, T>(bytes: &'a [u8], field: &'static str) -> Result<T, FieldError>
@@ -127,9 +158,20 @@ mod tests {
         assert_eq!(device_id(&[7; 16], "f"), Ok(Some(DeviceId::new([7; 16]))));
         assert_eq!(message_id(&[7; 16], "f"), Ok(Some(MessageId::new([7; 16]))));
         assert_eq!(channel_id(&[7; 16], "f"), Ok(ChannelId::new([7; 16])));
+        assert_eq!(group_id(&[7; 16], "f"), Ok(GroupId::new([7; 16])));
+        assert_eq!(required_device_id(&[7; 16], "f"), Ok(DeviceId::new([7; 16])));
+        assert_eq!(no_longer_than("four", 4, "f"), Ok(()));
+        let too_long = FieldReason::TooLong { max: 3 };
+        assert_eq!(no_longer_than("four", 3, "f"), Err(FieldError::new("f", too_long)));
         assert_eq!(optional_identity_key(&[7; 32], "f"), Ok(Some(IdentityKey::new([7; 32]))));
-        for len in [1, 15, 17, 32] {
+        for len in [0, 1, 15, 17, 32] {
             let bytes = vec![0; len];
+            assert_eq!(group_id(&bytes, "f"), Err(FieldError::new("f", length(16, len))));
+            let refused = required_device_id(&bytes, "f");
+            assert_eq!(refused, Err(FieldError::new("f", length(16, len))));
+            if len == 0 {
+                continue;
+            }
             assert_eq!(device_id(&bytes, "f"), Err(FieldError::new("f", length(16, len))));
             assert_eq!(message_id(&bytes, "f"), Err(FieldError::new("f", length(16, len))));
             assert_eq!(channel_id(&bytes, "f"), Err(FieldError::new("f", length(16, len))));

@@ -303,8 +303,14 @@ fn blocks() {
 #[test]
 fn refusals_and_health() {
     assert_encoding(
-        ErrorDetail { code: "c".into(), message: "m".into(), retry_after_ms: 3, field: "f".into() },
-        &[data(1, "c"), data(2, "m"), number(3, 3), data(4, "f")],
+        ErrorDetail {
+            code: "c".into(),
+            message: "m".into(),
+            retry_after_ms: 3,
+            field: "f".into(),
+            epoch: 5,
+        },
+        &[data(1, "c"), data(2, "m"), number(3, 3), data(4, "f"), number(5, 5)],
     );
     assert_encoding(
         HealthResponse {

@@ -28,6 +28,9 @@ pub use methods::{METHODS, Method, MethodInfo, RequestSize};
 pub use retry::RetryPolicy;
 pub use status::Status;
 
+/// The first bytes of a message with a serialized [`v1::RotationRequest`] after them.
+pub const ROTATION_PREFIX: [u8; 4] = *b"QPQR";
+
 /// The generated messages; the `.proto` files document them. `Debug` shows only whether a secret
 /// field is set. `bytes` fields are slices of the buffer that they were decoded from, and keep it
 /// alive.

@@ -235,19 +235,19 @@ methods! {
     305 CountKeyPackages(CountKeyPackagesRequest) -> CountKeyPackagesResponse, Session, Lookup, Standard, Small, Idempotent, served;
 
     /// Creates a channel of two, with the same id for both, or of many members.
-    400 CreateChannel(CreateChannelRequest) -> CreateChannelResponse, Session, Channel, Standard, Medium, Idempotent, later;
+    400 CreateChannel(CreateChannelRequest) -> CreateChannelResponse, Session, Channel, Standard, Medium, Idempotent, served;
     /// Removes a member, or the caller, from a channel.
-    410 RemoveMember(RemoveMemberRequest) -> RemoveMemberResponse, Session, Channel, Standard, Small, Idempotent, later;
+    410 RemoveMember(RemoveMemberRequest) -> RemoveMemberResponse, Session, Channel, Standard, Small, Idempotent, served;
     /// Changes a channel's name, description or settings.
-    411 UpdateGroupMetadata(UpdateGroupMetadataRequest) -> UpdateGroupMetadataResponse, Session, Channel, Standard, Small, Idempotent, later;
+    411 UpdateGroupMetadata(UpdateGroupMetadataRequest) -> UpdateGroupMetadataResponse, Session, Channel, Standard, Small, Idempotent, served;
     /// Lists the members and metadata of a channel, in pages.
-    412 ListGroupMembers(ListGroupMembersRequest) -> ListGroupMembersResponse, Session, Channel, Standard, Small, Idempotent, later;
+    412 ListGroupMembers(ListGroupMembersRequest) -> ListGroupMembersResponse, Session, Channel, Standard, Small, Idempotent, served;
     /// Asks every member's client to rotate its keys.
-    413 RotateKeys(RotateKeysRequest) -> RotateKeysResponse, Session, Channel, Standard, Small, Idempotent, later;
+    413 RotateKeys(RotateKeysRequest) -> RotateKeysResponse, Session, Channel, Standard, Small, Idempotent, served;
     /// Adds members to a channel.
-    414 AddMembers(AddMembersRequest) -> AddMembersResponse, Session, Channel, Standard, Medium, Idempotent, later;
+    414 AddMembers(AddMembersRequest) -> AddMembersResponse, Session, Channel, Standard, Medium, Idempotent, served;
     /// Returns the group info of a channel's last commit.
-    415 FetchGroupInfo(FetchGroupInfoRequest) -> FetchGroupInfoResponse, Session, Channel, Standard, Small, Idempotent, later;
+    415 FetchGroupInfo(FetchGroupInfoRequest) -> FetchGroupInfoResponse, Session, Channel, Standard, Small, Idempotent, served;
     /// Reports a message to the administrators.
     420 ReportMessage(ReportMessageRequest) -> ReportMessageResponse, Session, Report, Standard, Medium, Idempotent, later;
     /// Bans a user from the server or from a channel.
@@ -280,11 +280,11 @@ methods! {
     601 DownloadBlob(DownloadBlobRequest) -> DownloadBlobResponse, Session, Blob, Blob, Small, Idempotent, later;
 
     /// Registers a device, which reads the inbox on its own position from then on.
-    700 RegisterDevice(RegisterDeviceRequest) -> RegisterDeviceResponse, Session, Device, Standard, Small, Idempotent, later;
+    700 RegisterDevice(RegisterDeviceRequest) -> RegisterDeviceResponse, Session, Device, Standard, Small, Idempotent, served;
     /// Lists the caller's devices.
-    701 ListDevices(ListDevicesRequest) -> ListDevicesResponse, Session, Device, Standard, Small, Idempotent, later;
+    701 ListDevices(ListDevicesRequest) -> ListDevicesResponse, Session, Device, Standard, Small, Idempotent, served;
     /// Removes a device, its sessions and its reader of the inbox.
-    702 RevokeDevice(RevokeDeviceRequest) -> RevokeDeviceResponse, Session, Device, Standard, Small, Idempotent, later;
+    702 RevokeDevice(RevokeDeviceRequest) -> RevokeDeviceResponse, Session, Device, Standard, Small, Idempotent, served;
     /// Stores or removes the push token of a device.
     710 RegisterPushToken(RegisterPushTokenRequest) -> RegisterPushTokenResponse, Session, Device, Standard, Small, Idempotent, later;
     /// Stores the bundle that restores the account after a loss.

@@ -148,6 +148,13 @@ impl ErrorDetail {
         self
     }
 
+    /// Sets the present epoch of the group.
+    #[must_use]
+    pub fn with_epoch(mut self, epoch: u64) -> Self {
+        self.epoch = epoch;
+        self
+    }
+
     /// Returns the time to wait before a retry, if the server set one.
     pub fn retry_after(&self) -> Option<Duration> {
         (self.retry_after_ms > 0).then(|| Duration::from_millis(self.retry_after_ms.into()))

@@ -214,6 +214,11 @@ impl Cluster {
         accounts::make(&endpoint(self.pin)?, self.entry_points().addrs[0], count).await
     }
 
+    /// Connects to an edge.
+    pub async fn client(&self, edge: usize) -> anyhow::Result<Client> {
+        Client::connect(&endpoint(self.pin)?, self.entry_points().addrs[edge]).await
+    }
+
     /// Returns the number of messages in Postgres.
     pub async fn messages_left(&self) -> anyhow::Result<u64> {
         Ok(self.postgres.sql("SELECT count(*) FROM message").await?.parse()?)

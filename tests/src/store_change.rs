@@ -148,14 +148,16 @@ impl Changing<'_> {
     /// Returns the seqs up to which a primary has the messages of the traffic's inboxes.
     async fn kept_by(&self, primary: &Replacement) -> anyhow::Result<Kept> {
         let rows = primary.sql(LAST_SEQS).await?;
-        let mut seqs = BTreeMap::new();
+        let (mut seqs, mut found) = (BTreeMap::new(), 0);
         for row in rows.lines() {
             let (identity, seq) = row.split_once('|').context("two columns")?;
-            if let Some(inbox) = self.traffic.inbox_of(&hex::decode(identity)?) {
-                seqs.insert(inbox, Seq(seq.parse()?));
+            let streams = self.traffic.streams_of(&hex::decode(identity)?);
+            found += usize::from(!streams.is_empty());
+            for stream in streams {
+                seqs.insert(stream, Seq(seq.parse()?));
             }
         }
-        ensure!(seqs.len() == self.traffic.inboxes(), "an account is missing: {seqs:?}");
+        ensure!(found == self.traffic.inboxes(), "an account is missing: {seqs:?}");
         Ok(Kept::UpTo(seqs))
     }
 }

@@ -5,7 +5,12 @@
 //! acknowledged. Readers drain inboxes with FetchWait, one or two for each inbox, or peek and ack.
 //! All of them move to another edge when theirs ends. Each read is recorded with the store id of
 //! its answer. At the end the rest is read, until Postgres has no messages.
+//!
+//! Every fourth inbox has two devices, whose streams are recorded each as an inbox of its own:
+//! every message is sent to both. A third device is registered and revoked again and again; it
+//! checks that its stream has no gap.
 
+mod device;
 mod party;
 
 use std::{
@@ -96,6 +101,7 @@ pub struct Traffic {
 #[derive(Debug)]
 struct State {
     accounts: Vec<Account>,
+    readers: Vec<Reader>,
     history: History,
     plan: Plan,
     acknowledged: watch::Sender<u64>,
@@ -123,6 +129,30 @@ pub struct Summary {
     pub drained: u64,
 }
 
+/// A reader of an inbox: the single one, or a device.
+#[derive(Clone, Debug)]
+struct Reader {
+    inbox: usize,
+    /// Its stream in the records.
+    stream: Inbox,
+    token: Bytes,
+}
+
+/// The distance between the numbers of an inbox's two streams.
+const SECOND_STREAM: u32 = 1 << 16;
+
+/// Whether an inbox has devices.
+const fn has_devices(inbox: usize) -> bool {
+    inbox % 4 == 3
+}
+
+/// Returns the streams of an inbox in the records.
+fn streams(inbox: usize) -> impl Iterator<Item = Inbox> {
+    let first = inbox as u32;
+    let second = has_devices(inbox).then_some(Inbox(first + SECOND_STREAM));
+    std::iter::once(Inbox(first)).chain(second)
+}
+
 /// A message to send.
 struct Outgoing {
     inbox: usize,
@@ -134,8 +164,10 @@ struct Outgoing {
 impl Traffic {
     /// Creates accounts and starts the traffic.
     pub async fn start(cluster: &Cluster, plan: Plan) -> anyhow::Result<Self> {
+        let accounts = cluster.accounts(plan.inboxes).await?;
         let state = Arc::new(State {
-            accounts: cluster.accounts(plan.inboxes).await?,
+            readers: device::readers(cluster, &accounts).await?,
+            accounts,
             history: History::new(),
             plan,
             acknowledged: watch::Sender::new(0),
@@ -165,12 +197,15 @@ impl Traffic {
             state: Arc::clone(&state),
         };
         let (mut writers, mut readers) = (JoinSet::new(), JoinSet::new());
-        for inbox in 0..plan.inboxes {
-            match inbox % 3 {
-                0 => drop(readers.spawn(party().drain(inbox))),
-                1 => (0..2).for_each(|_| drop(readers.spawn(party().drain(inbox)))),
-                _ => drop(readers.spawn(party().peek_and_ack(inbox))),
+        for (n, reader) in state.readers.iter().enumerate() {
+            match n % 3 {
+                0 => drop(readers.spawn(party().drain(reader.clone()))),
+                1 => (0..2).for_each(|_| drop(readers.spawn(party().drain(reader.clone())))),
+                _ => drop(readers.spawn(party().peek_and_ack(reader.clone()))),
             }
+        }
+        for inbox in (0..plan.inboxes).filter(|inbox| has_devices(*inbox)) {
+            readers.spawn(party().visit(inbox));
         }
         for _ in 0..plan.writers {
             writers.spawn(party().write());
@@ -211,10 +246,10 @@ impl Traffic {
         self.state.accounts.len()
     }
 
-    /// Returns the number of an account's inbox in the records.
-    pub fn inbox_of(&self, identity: &[u8]) -> Option<Inbox> {
+    /// Returns the streams of an account's inbox in the records.
+    pub fn streams_of(&self, identity: &[u8]) -> Vec<Inbox> {
         let position = self.state.accounts.iter().position(|account| account.identity == identity);
-        position.map(|number| Inbox(number as u32))
+        position.into_iter().flat_map(streams).collect()
     }
 
     /// Ends the writers before all messages are acknowledged.
@@ -239,14 +274,17 @@ impl Traffic {
         }
         let mut sweepers = JoinSet::new();
         let emptied = watch::Sender::new(false);
-        for inbox in 0..self.state.accounts.len() {
-            let party = Party {
+        for (n, reader) in self.state.readers.iter().enumerate() {
+            let party = || Party {
                 recorder: self.state.history.recorder(),
-                roamer: Roamer::new(&cluster.entry_points(), inbox as u64),
-                random: StdRng::seed_from_u64(inbox as u64),
+                roamer: Roamer::new(&cluster.entry_points(), n as u64),
+                random: StdRng::seed_from_u64(n as u64),
                 state: Arc::clone(&self.state),
             };
-            sweepers.spawn(party.sweep(inbox, emptied.subscribe()));
+            if has_devices(reader.inbox) {
+                party().revoke_visitors(&reader.token).await;
+            }
+            sweepers.spawn(party().sweep(reader.clone(), emptied.subscribe()));
         }
         let deadline = Instant::now() + PATIENCE;
         loop {

@@ -51,25 +51,14 @@ impl IdentityKey {
     /// the encoding of the point (RFC 8032 §5.1.3). With a key of small order, one signature is
     /// valid for every message.
     pub fn check_registrable(&self) -> Result<(), InvalidIdentity> {
-        self.verifying_key().map(drop)
+        verifying_key(&self.0).map(drop)
     }
 
     /// Verifies `signature` over `message` strictly: canonical `S`, no small-order points.
     pub fn verify(&self, message: &[u8], signature: &[u8; 64]) -> Result<(), InvalidIdentity> {
-        self.verifying_key()?
+        verifying_key(&self.0)?
             .verify_strict(message, &Signature::from_bytes(signature))
             .map_err(|_| InvalidIdentity::BadSignature)
-    }
-
-    fn verifying_key(&self) -> Result<VerifyingKey, InvalidIdentity> {
-        let key = VerifyingKey::from_bytes(&self.0).map_err(|_| InvalidIdentity::NotAPoint)?;
-        if key.to_edwards().compress().to_bytes() != self.0 {
-            return Err(InvalidIdentity::NotAPoint);
-        }
-        if key.is_weak() {
-            return Err(InvalidIdentity::SmallOrder);
-        }
-        Ok(key)
     }
 
     /// Returns the message whose signature proves possession of the private key at registration.
@@ -85,6 +74,18 @@ impl IdentityKey {
         message.extend_from_slice(&Sha256::digest(upload));
         message
     }
+}
+
+/// Parses a canonical encoding of a point of large order.
+pub(crate) fn verifying_key(bytes: &[u8; 32]) -> Result<VerifyingKey, InvalidIdentity> {
+    let key = VerifyingKey::from_bytes(bytes).map_err(|_| InvalidIdentity::NotAPoint)?;
+    if key.to_edwards().compress().to_bytes() != *bytes {
+        return Err(InvalidIdentity::NotAPoint);
+    }
+    if key.is_weak() {
+        return Err(InvalidIdentity::SmallOrder);
+    }
+    Ok(key)
 }
 
 impl TryFrom<&[u8]> for IdentityKey {

@@ -71,6 +71,10 @@ id16! {
     DeviceId
 }
 id16! {
+    /// The id of a group: the channel of its messages.
+    GroupId
+}
+id16! {
     /// The sender's idempotency key for one message to one recipient (by convention a UUIDv7).
     MessageId
 }
@@ -86,6 +90,12 @@ id16! {
 /// The channel of an inbox that a message is in: the default channel, or one with a 16-byte id.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ChannelId(Option<[u8; 16]>);
+
+impl From<GroupId> for ChannelId {
+    fn from(group: GroupId) -> Self {
+        Self::new(*group.as_bytes())
+    }
+}
 
 impl ChannelId {
     /// The channel of messages without a channel id.

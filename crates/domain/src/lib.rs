@@ -8,6 +8,8 @@
 
 mod backoff;
 mod choice;
+mod device;
+mod group;
 mod identity;
 mod ids;
 mod limits;
@@ -18,8 +20,13 @@ mod username;
 
 pub use backoff::Backoff;
 pub use choice::Choice;
+pub use device::{DeviceKey, MAX_DEVICE_NAME, MAX_DEVICES};
+pub use group::{
+    MAX_GROUP_DESCRIPTION, MAX_GROUP_INFO, MAX_GROUP_NAME, MAX_GROUP_SETTINGS, MAX_MEMBERS, Pair,
+    Role,
+};
 pub use identity::{IdentityKey, InvalidIdentity};
-pub use ids::{AccountId, ChannelId, DeviceId, MessageId, Seq, StoreId, WrongLength};
+pub use ids::{AccountId, ChannelId, DeviceId, GroupId, MessageId, Seq, StoreId, WrongLength};
 pub use limits::{DeliveryLimits, KeyPackageLimits, MAX_BATCH, StoreLimits};
 pub use lookalike::{Skeleton, UsernameScripts};
 pub use session::{SessionToken, TokenHash};

@@ -31,6 +31,9 @@ pub struct DeliveryLimits {
     pub max_ttl: Duration,
     /// The time for which a message id is remembered after its message was removed.
     pub recent_ids: Duration,
+    /// The time after which a device that has not read, and holds back more than half of its inbox,
+    /// loses its position.
+    pub device_absence: Duration,
     /// The time that a FetchWait without a timeout waits.
     pub default_wait: Duration,
     /// The longest timeout of a FetchWait. Longer ones are reduced to it.
@@ -49,6 +52,7 @@ impl Default for DeliveryLimits {
             default_ttl: DAY * 30,
             max_ttl: DAY * 90,
             recent_ids: Duration::from_secs(15 * 60),
+            device_absence: DAY * 30,
             default_wait: Duration::from_secs(30),
             max_wait: Duration::from_secs(60),
         }
@@ -117,7 +121,8 @@ impl DeliveryLimits {
 pub struct KeyPackageLimits {
     /// The largest KeyPackage, in bytes.
     pub max_bytes: usize,
-    /// The maximum number of KeyPackages of an account, including the last-resort one.
+    /// The maximum number of KeyPackages of a device, including the last-resort one. An account
+    /// without devices counts as one.
     pub max_count: u32,
 }
 

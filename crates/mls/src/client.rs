@@ -494,7 +494,7 @@ const MIN_LEFT: Duration = Duration::from_secs(31 * 24 * 3600);
 
 fn expires_soon(invitee: &Invitee<'_>, now: UnixMillis) -> bool {
     let policy = Policy { suites: vec![packages::SUITE.into()], ..Policy::default() };
-    key_package::check(invitee.key_package, &policy, &invitee.identity, now)
+    key_package::check(invitee.key_package, &policy, &[*invitee.identity.as_bytes()], now)
         .is_ok_and(|checked| checked.not_after < now.plus(MIN_LEFT))
 }
 
@@ -503,7 +503,7 @@ fn open(invitee: &Invitee<'_>, now: UnixMillis) -> Result<openmls::prelude::KeyP
     let identity = invitee.identity;
     let policy = Policy { suites: vec![packages::SUITE.into()], ..Policy::default() };
     let bad = |reason| Error::BadPackage { identity, reason };
-    key_package::check(invitee.key_package, &policy, &identity, now).map_err(bad)?;
+    key_package::check(invitee.key_package, &policy, &[*identity.as_bytes()], now).map_err(bad)?;
     let package = key_package::parse_verified(invitee.key_package).map_err(bad)?;
     let leaf = package.leaf_node();
     let member = crate::Member::read(leaf.signature_key().as_slice(), leaf.credential());

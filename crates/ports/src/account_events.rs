@@ -11,11 +11,13 @@ pub enum AccountEvent {
     SessionsEnded,
     /// One of the account's KeyPackages was taken.
     KeyPackageTaken,
+    /// A device of the account was registered, renamed, revoked, or moved to another position.
+    DevicesChanged,
 }
 
 impl AccountEvent {
     /// All account events. `event as usize` is the index of `event`.
-    pub const ALL: [Self; 2] = [Self::SessionsEnded, Self::KeyPackageTaken];
+    pub const ALL: [Self; 3] = [Self::SessionsEnded, Self::KeyPackageTaken, Self::DevicesChanged];
 }
 
 /// Publishes account events to the other edges of a deployment.

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use qpq_domain::{ChannelId, DeviceId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
 
-use crate::StoreResult;
+use crate::{StoreError, StoreResult};
 
 /// Maximum messages of a [`Batch`].
 pub const CALL_MESSAGES: usize = 256;
@@ -24,6 +24,9 @@ pub const CALL_MESSAGES: usize = 256;
 pub const CALL_BYTES: usize = 1 << 20;
 
 /// Accepts, returns and removes messages.
+///
+/// Reads and acks fail with [`ReadError::DeviceRequired`] if the inbox has registered devices and
+/// the reader is none of them. The check and the read are of one instant.
 #[async_trait]
 pub trait Inboxes: Send + Sync {
     /// Accepts messages and returns one outcome for each, in their order. A message is durable when
@@ -40,7 +43,7 @@ pub trait Inboxes: Send + Sync {
         read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Box<dyn Lease>>;
+    ) -> Result<Box<dyn Lease>, ReadError>;
 
     /// Returns the messages of the view after `after` ([`Seq::ZERO`]: all) and changes nothing.
     /// Stops before the first leased message, as a lease does.
@@ -50,12 +53,12 @@ pub trait Inboxes: Send + Sync {
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Page>;
+    ) -> Result<Page, ReadError>;
 
-    /// Removes messages of the view, leased or not, because the reader says that it has them.
-    /// Returns the number of messages removed: none if the ack names another history than the
-    /// present one. Durable when it returns.
-    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32>;
+    /// Removes messages of the view for the reader, leased or not, because the reader says that it
+    /// has them. Returns the number of messages that the reader is newly done with: none if the ack
+    /// names another history than the present one. Durable when it returns.
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> Result<u32, ReadError>;
 }
 
 /// Creates subscriptions to changes of inboxes.
@@ -81,11 +84,17 @@ pub trait Lease: Send + Sync {
     /// Frees the payloads of the page, once the caller has copied them. The rest of the page stays.
     fn free_payloads(&mut self);
 
-    /// Removes exactly the messages of the page, which the reader has. Durable when it returns.
-    /// Their ids are remembered from `now` on, or from their expiry if that was earlier.
+    /// Removes exactly the messages of the page for the reader, which has them. Durable when it
+    /// returns. A message goes when no reader waits for it any more; its id is then remembered from
+    /// `now` on, or from its expiry if that was earlier.
     ///
-    /// Removes nothing if the store has begun another history since the page was read: the seqs may
-    /// then belong to other messages.
+    /// Removes nothing
+    /// - if the store has begun another history since the page was read: the seqs may then belong
+    ///   to other messages;
+    /// - if the page was the single reader's and a device has been registered since: the first
+    ///   device inherits the messages;
+    /// - if the page was a device's and this registration was revoked since, even if a device with
+    ///   the same id was registered again.
     async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
 }
 
@@ -94,8 +103,8 @@ pub trait Lease: Send + Sync {
 /// Callers keep a batch within [`CALL_MESSAGES`] and [`CALL_BYTES`]. Messages that share a payload
 /// should share its [`Bytes`](bytes::Bytes): a backend then binds it once.
 ///
-/// The condition of a group commit (the channel and the epoch that it must still have) becomes a
-/// field of this type, so that it is checked in the transaction that accepts the messages.
+/// Messages with a commit, and those to all members of a group, go through
+/// [`Groups::send`](crate::Groups::send).
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     /// The messages, in the order in which each inbox gets them.
@@ -174,10 +183,27 @@ pub struct Receipt {
     pub enqueued_at: UnixMillis,
 }
 
+/// Why an inbox was not read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The inbox has registered devices, and the reader is none of them.
+    #[error("the reader is not a registered device of the inbox")]
+    DeviceRequired,
+    /// The device was away too long and held back too much: its position was moved to the newest
+    /// message. Every read and ack says so until
+    /// [`Devices::confirm_position`](crate::Devices::confirm_position).
+    #[error("the device lost its position in the inbox")]
+    PositionLost,
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
 /// One position in an inbox: that of a device, or of the account.
 ///
 /// Leases, acks and wakes belong to a reader. An inbox without registered devices has a single
-/// reader, and the stores read it whatever device is named.
+/// reader, and the stores read it whatever device is named. With registered devices, each of them
+/// is a reader, and there is no other ([`Devices`](crate::Devices)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Reader {
     /// The account whose inbox is read.

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, UnixMillis};
+use qpq_domain::{AccountId, DeviceId, IdentityKey, UnixMillis};
 
 use crate::StoreResult;
 
@@ -12,35 +12,62 @@ use crate::StoreResult;
 #[async_trait]
 pub trait KeyPackages: Send + Sync {
     /// Stores all of `packages` or none. A package that is stored already changes nothing. A new
-    /// last-resort package replaces the old one. The backend's configuration limits the packages of
-    /// one owner ([`qpq_domain::KeyPackageLimits`]).
+    /// last-resort package replaces the old one of the same device. The backend's configuration
+    /// limits the packages of one device ([`qpq_domain::KeyPackageLimits`]).
     ///
-    /// [`UploadMode::Replace`] first removes what the owner has stored, the last-resort package
+    /// [`UploadMode::Replace`] first removes what `owner` has stored, the last-resort package
     /// included. Removing and storing are one step: a concurrent [`take`](Self::take) gets a
     /// package from before or after it, and an upload that is refused removes nothing. A removed
     /// package that was not taken may be uploaded again.
     async fn upload(
         &self,
-        owner: AccountId,
+        owner: PackageOwner,
         packages: Vec<NewKeyPackage>,
         mode: UploadMode,
         now: UnixMillis,
     ) -> StoreResult<Upload>;
 
-    /// Takes the oldest package of `target` that is valid at `now` permanently: no two calls get
-    /// the same one. Without any, returns the last-resort package, which stays. Returns `None`
-    /// without either, or without such an account.
+    /// Takes the oldest package of `target`, of any device, that is valid at `now` permanently: no
+    /// two calls get the same one. Without any, returns the last-resort package, which stays.
+    /// Returns `None` without either, or without such an account.
     async fn take(
         &self,
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Option<TakenKeyPackage>>;
 
-    /// Returns the fingerprints of the packages that the owner has stored now.
-    async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>>;
+    /// Takes one package of each registered device of `target`, as [`take`](Self::take) does, in
+    /// one step. In the order of registration; empty without devices or without such an account. A
+    /// device without a key of its own has those of the account ([`PackageOwner::device`] is
+    /// `None`) in addition to its own.
+    async fn take_of_devices(
+        &self,
+        target: &IdentityKey,
+        now: UnixMillis,
+    ) -> StoreResult<Vec<DevicePackage>>;
 
-    /// Returns what the owner has left at `now`.
-    async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock>;
+    /// Returns the fingerprints of the packages that all devices of the account have stored now.
+    async fn known(&self, account: AccountId) -> StoreResult<HashSet<[u8; 32]>>;
+
+    /// Returns what `owner` has left at `now`.
+    async fn stock(&self, owner: PackageOwner, now: UnixMillis) -> StoreResult<Stock>;
+}
+
+/// Whose KeyPackages are meant: a device's, or those of the account itself, which its identity key
+/// signs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PackageOwner {
+    /// The account.
+    pub account: AccountId,
+    /// The device; `None` for the account itself.
+    pub device: Option<DeviceId>,
+}
+
+impl PackageOwner {
+    /// Returns the owner of the packages that the account's identity key signs.
+    pub const fn account(account: AccountId) -> Self {
+        Self { account, device: None }
+    }
 }
 
 /// How an upload treats packages that are stored already.
@@ -60,6 +87,8 @@ pub struct NewKeyPackage {
     pub fingerprint: [u8; 32],
     /// As uploaded, byte for byte.
     pub bytes: Vec<u8>,
+    /// The device whose key signs it; `None` if the identity key does.
+    pub device: Option<DeviceId>,
     /// Whether it may be taken repeatedly, when no other is left.
     pub last_resort: bool,
     /// When its lifetime begins. It is neither counted nor taken earlier.
@@ -71,11 +100,11 @@ pub struct NewKeyPackage {
 /// The outcome of an upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Upload {
-    /// All packages are stored. Has what the owner has now.
+    /// All packages are stored. Has what the uploading owner has now.
     Stored(Stock),
     /// The package with this index was taken before. Nothing was stored.
     GivenOut(usize),
-    /// The owner has as many packages as are allowed. Nothing was stored.
+    /// A device, or the account itself, has as many packages as are allowed. Nothing was stored.
     Full,
 }
 
@@ -86,6 +115,15 @@ pub struct TakenKeyPackage {
     pub bytes: Vec<u8>,
     /// Whether it is the last resort, which others get too.
     pub last_resort: bool,
+}
+
+/// A device, and the package of it that was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DevicePackage {
+    /// The device.
+    pub device: DeviceId,
+    /// `None` if it has none.
+    pub package: Option<TakenKeyPackage>,
 }
 
 /// The packages that an owner has left.
@@ -101,9 +139,18 @@ pub struct Stock {
 #[async_trait]
 pub trait HybridKeys: Send + Sync {
     /// Stores the owner's key in place of any earlier one.
-    async fn put(&self, owner: AccountId, key: Vec<u8>) -> StoreResult<()>;
+    async fn put(&self, owner: AccountId, key: HybridKey) -> StoreResult<()>;
 
     /// Returns the keys of `targets` in their order; `None` without a key or without such an
     /// account.
-    async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>>;
+    async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<HybridKey>>>;
+}
+
+/// A hybrid key as its owner uploaded it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HybridKey {
+    /// X25519 (32 bytes) ‖ ML-KEM-768 encapsulation key (1184 bytes, FIPS 203).
+    pub key: Vec<u8>,
+    /// The identity key's signature over `"qpq/hybrid/1" ‖ key`, if the owner uploaded one.
+    pub signature: Option<[u8; 64]>,
 }

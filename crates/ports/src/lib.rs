@@ -17,7 +17,9 @@ mod clock;
 #[cfg(feature = "conformance")]
 #[expect(missing_docs, reason = "the name of a rule states it")]
 pub mod conformance;
+mod devices;
 mod error;
+mod groups;
 mod inboxes;
 mod jobs;
 mod keys;
@@ -28,22 +30,28 @@ pub mod transfer;
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
-use qpq_domain::{StoreId, UnixMillis};
+use qpq_domain::{IdentityKey, StoreId, UnixMillis};
 
 pub use account_events::{AccountEvent, AccountEvents, SingleEdge};
 pub use accounts::{Account, Accounts, Credentials, NewAccount, Registration};
 pub use clock::{Clock, SystemClock};
+pub use devices::{CertifiedKey, Device, DeviceRegistration, DeviceRevocation, Devices, NewDevice};
 pub use error::{StoreError, StoreResult};
+pub use groups::{
+    Commit, Creation, GroupInfo, GroupMessage, GroupRecipients, GroupRefusal, GroupSent, GroupView,
+    Groups, Member, MemberPage, MetadataChange, NewGroup, NewMembers,
+};
 pub use inboxes::{
     Ack, Batch, CALL_BYTES, CALL_MESSAGES, Enqueued, Envelope, Inboxes, Lease, NewMessage, Page,
-    PageLimit, ReadQuery, Reader, Receipt, View, Wake, Wakes,
+    PageLimit, ReadError, ReadQuery, Reader, Receipt, View, Wake, Wakes,
 };
 pub use jobs::{
     Claim, ClaimRequest, ClaimState, DeadChange, DeadJob, Job, JobEnd, JobId, JobKind, JobStats,
     Jobs, NewJob,
 };
 pub use keys::{
-    HybridKeys, KeyPackages, NewKeyPackage, Stock, TakenKeyPackage, Upload, UploadMode,
+    DevicePackage, HybridKey, HybridKeys, KeyPackages, NewKeyPackage, PackageOwner, Stock,
+    TakenKeyPackage, Upload, UploadMode,
 };
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
 pub use sessions::{NewSession, Session, Sessions};
@@ -55,6 +63,10 @@ pub struct Stores {
     pub accounts: Arc<dyn Accounts>,
     /// Sessions.
     pub sessions: Arc<dyn Sessions>,
+    /// Devices.
+    pub devices: Arc<dyn Devices>,
+    /// Groups.
+    pub groups: Arc<dyn Groups>,
     /// Inboxes and their messages.
     pub inboxes: Arc<dyn Inboxes>,
     /// Subscriptions to changes of inboxes.
@@ -86,9 +98,12 @@ pub trait Maintenance: Send + Sync {
     async fn check(&self) -> StoreResult<()>;
 
     /// Removes rows that have expired by `now`: messages, message ids, sessions, KeyPackages.
-    /// Removes at most one bounded batch of each and returns the number of rows, so that the caller
-    /// can repeat it.
-    async fn sweep(&self, now: UnixMillis) -> StoreResult<u64>;
+    /// Removes at most one bounded batch of each, so that the caller can repeat it.
+    ///
+    /// Moves devices to the newest message that have not read for
+    /// [`DeliveryLimits::device_absence`](qpq_domain::DeliveryLimits::device_absence) and hold back
+    /// more than half of what their inbox may hold, in messages or in bytes.
+    async fn sweep(&self, now: UnixMillis) -> StoreResult<Swept>;
 
     /// Returns the history that the store is in, as far as this process knows. Reads nothing. A
     /// page has the id that is exact for its seqs.
@@ -114,6 +129,15 @@ pub enum OldSessions {
     End,
     /// Those of the copy are valid, also if they were revoked after the copy was made.
     Keep,
+}
+
+/// The result of [`Maintenance::sweep`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Rows that were removed or changed.
+    pub rows: u64,
+    /// The accounts of which a device was moved to the newest message.
+    pub moved: Vec<IdentityKey>,
 }
 
 /// The result of [`Maintenance::begin_history`].

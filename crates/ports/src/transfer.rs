@@ -30,6 +30,18 @@ pub enum Table {
     KeyPackageGiven,
     /// Hybrid keys.
     HybridKey,
+    /// Devices, and their positions in the inboxes.
+    Device,
+    /// Messages that a device is done with beyond its position.
+    DeviceDone,
+    /// Device keys that are or were registered.
+    DeviceKey,
+    /// Groups.
+    Group,
+    /// Members of groups.
+    GroupMember,
+    /// Commits that were accepted.
+    GroupCommit,
     /// Jobs.
     Job,
 }
@@ -84,7 +96,7 @@ const fn bytes(name: &'static str) -> Column {
 
 impl Table {
     /// All tables, in the order of the transfer.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 15] = [
         Self::Account,
         Self::Session,
         Self::Inbox,
@@ -93,6 +105,12 @@ impl Table {
         Self::KeyPackage,
         Self::KeyPackageGiven,
         Self::HybridKey,
+        Self::Device,
+        Self::DeviceDone,
+        Self::DeviceKey,
+        Self::Group,
+        Self::GroupMember,
+        Self::GroupCommit,
         Self::Job,
     ];
 
@@ -107,6 +125,12 @@ impl Table {
             Self::KeyPackage => "key_package",
             Self::KeyPackageGiven => "key_package_given",
             Self::HybridKey => "hybrid_key",
+            Self::Device => "device",
+            Self::DeviceDone => "device_done",
+            Self::DeviceKey => "device_key",
+            Self::Group => "mls_group",
+            Self::GroupMember => "group_member",
+            Self::GroupCommit => "group_commit",
             Self::Job => "job",
         }
     }
@@ -188,13 +212,70 @@ impl Table {
                         number("not_after"),
                         bytes("bytes"),
                         number("not_before"),
+                        bytes("device"),
                     ]
                 }
             }
             Self::KeyPackageGiven => {
                 &const { [number("owner"), bytes("fingerprint"), number("not_after")] }
             }
-            Self::HybridKey => &const { [number("owner"), bytes("key")] },
+            Self::HybridKey => &const { [number("owner"), bytes("key"), bytes("signature")] },
+            Self::Device => {
+                &const {
+                    [
+                        number("id"),
+                        number("account"),
+                        bytes("device"),
+                        text("name"),
+                        bytes("key"),
+                        bytes("proof"),
+                        number("registered_at"),
+                        number("last_seen_at"),
+                        number("upto"),
+                        number("position_lost"),
+                    ]
+                }
+            }
+            Self::DeviceDone => &const { [number("inbox"), number("seq"), bytes("device")] },
+            Self::DeviceKey => &const { [bytes("key"), number("account"), bytes("device")] },
+            Self::Group => {
+                &const {
+                    [
+                        bytes("id"),
+                        bytes("pair"),
+                        text("name"),
+                        text("description"),
+                        bytes("settings"),
+                        number("version"),
+                        number("epoch"),
+                        bytes("group_info"),
+                        number("created_at"),
+                    ]
+                }
+            }
+            Self::GroupMember => {
+                &const {
+                    [
+                        number("id"),
+                        bytes("group_id"),
+                        number("account"),
+                        number("role"),
+                        number("joined_at"),
+                    ]
+                }
+            }
+            Self::GroupCommit => {
+                &const {
+                    [
+                        bytes("group_id"),
+                        number("account"),
+                        bytes("message_id"),
+                        number("epoch"),
+                        number("committed_at"),
+                        bytes("outcome"),
+                    ]
+                }
+            }
             Self::Job => {
                 &const {
                     [
@@ -215,7 +296,7 @@ impl Table {
     /// Returns the columns of the key.
     pub fn key(self) -> &'static [Column] {
         let length = match self {
-            Self::RecentId => 3,
+            Self::RecentId | Self::DeviceDone | Self::GroupCommit => 3,
             Self::KeyPackageGiven => 2,
             _ => 1,
         };

@@ -45,7 +45,8 @@ pub struct AccountEventListener {
 }
 
 impl AccountEvents {
-    pub(crate) fn new(other_edges: Arc<dyn qpq_ports::AccountEvents>) -> Self {
+    /// Creates listeners whose events `other_edges` carries to and from the other edges.
+    pub fn new(other_edges: Arc<dyn qpq_ports::AccountEvents>) -> Self {
         Self { topics: Mutex::default(), other_edges }
     }
 

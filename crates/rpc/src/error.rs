@@ -9,7 +9,7 @@ use std::{error::Error as StdError, fmt, time::Duration};
 
 use bytes::Bytes;
 use prost::Message as _;
-use qpq_ports::StoreError;
+use qpq_ports::{GroupRefusal, ReadError, StoreError};
 use qpq_proto::{FieldError, Status, session::Malformed, v1::ErrorDetail};
 use tracing::Level;
 
@@ -156,7 +156,12 @@ errors! {
     NotOwner => Forbidden "delivery.not_owner" DEBUG
         "Only the owner can read an inbox.";
     DeviceRequired => Forbidden "delivery.device_required" DEBUG
-        "The account has devices. Name the one that reads.";
+        "The account has devices. Register this one, and name the device that reads.";
+    OtherDevice => Forbidden "delivery.other_device" DEBUG
+        "The session belongs to another device. Read as that device.";
+    /// Answered once for each loss.
+    PositionLost => Forbidden "delivery.position_lost" INFO
+        "The device was away too long: messages that waited for it were removed. Read again.";
     NoSuchRecipient => NotFound "delivery.no_such_recipient" DEBUG
         "No account has this identity key.";
     QueueFull => RateLimited "delivery.queue_full" DEBUG
@@ -170,10 +175,9 @@ errors! {
         "A batch is one payload for many recipients or a list of messages, at most 1000, without repeated recipients.";
     BatchTooLarge => BadRequest "delivery.batch_too_large" DEBUG
         "The batch is larger than this server accepts; the payload counts for each recipient. Send it in parts.";
-    StaleEpoch => Forbidden "delivery.stale_epoch" DEBUG
-        "The channel has a newer epoch. Fetch and apply its messages, then commit again.";
-    CommitUnsupported => BadRequest "delivery.commit_unsupported" DEBUG
-        "This server does not order commits. Send without commit.";
+    /// The group is in this epoch.
+    StaleEpoch(u64) => Forbidden "delivery.stale_epoch" DEBUG
+        "The group has another epoch. Fetch and apply its messages, then commit again.";
 
     /// The reason is the check that failed.
     InvalidPackage(RefusedField) => BadRequest "keys.invalid_package" DEBUG
@@ -184,6 +188,38 @@ errors! {
         "Only the owner of an identity key can upload keys for it.";
     InvalidHybridKey => BadRequest "keys.invalid_hybrid_key" DEBUG
         "A hybrid key is a valid X25519 and a valid ML-KEM-768 public key, 1216 bytes together.";
+    InvalidHybridSignature => BadRequest "keys.invalid_signature" DEBUG
+        "The signature is not the identity key's over this hybrid key.";
+
+    /// There is no such group.
+    GroupNotFound => NotFound "group.not_found" DEBUG
+        "There is no such group.";
+    NotGroupMember => Forbidden "group.not_member" DEBUG
+        "Only members of the group can do this.";
+    NotGroupAdmin => Forbidden "group.admin_required" DEBUG
+        "Only admins of the group can do this.";
+    NoSuchMember => NotFound "group.no_such_account" DEBUG
+        "No account has one of these identity keys. Nothing was changed.";
+    GroupFull => Forbidden "group.too_many_members" DEBUG
+        "A group has at most 10000 members. Nothing was changed.";
+    GroupIdTaken => Forbidden "group.id_taken" DEBUG
+        "Another group has this id. Choose another one.";
+    StaleGroupVersion => Forbidden "group.stale_version" DEBUG
+        "The group was changed meanwhile. Read it and try again.";
+
+    InvalidDeviceKey => BadRequest "device.invalid_key" DEBUG
+        "A device key is a canonical Ed25519 public key of 32 bytes.";
+    InvalidDeviceProof => BadRequest "device.invalid_proof" DEBUG
+        "The device proof is not the identity key's signature over this device and its key.";
+    DeviceExists => Forbidden "device.exists" DEBUG
+        "The device is registered with another key. Choose another device id.";
+    DeviceKeyTaken => Forbidden "device.key_taken" DEBUG
+        "The device key belongs to another device or account. Create a new one.";
+    DevicesFull => Forbidden "device.too_many" DEBUG
+        "An account has at most 16 devices. Revoke one first.";
+    /// An edge of the cluster runs a release that does not know devices.
+    OlderEdges => Unavailable "device.older_servers" WARN
+        "Devices can be registered once every server of the cluster is upgraded. Try again later.";
 
     UserNotFound => NotFound "users.not_found" DEBUG
         "There is no such account.";
@@ -219,7 +255,7 @@ impl Code {
             Self::Conflict => Some(Duration::from_millis(50)),
             Self::Overloaded => Some(Duration::from_millis(500)),
             Self::QueueFull | Self::SenderShare => Some(Duration::from_secs(10)),
-            Self::KeyPackagesFull => Some(Duration::from_secs(60)),
+            Self::KeyPackagesFull | Self::OlderEdges => Some(Duration::from_secs(60)),
             _ => match self.status() {
                 Status::RateLimited | Status::Unavailable => Some(Duration::from_secs(1)),
                 _ => None,
@@ -257,6 +293,9 @@ impl Error {
             Self::InvalidIdentityKey => Some("identity_key"),
             Self::InvalidIdentityProof | Self::IdentityProofRequired => Some("identity_proof"),
             Self::InvalidHybridKey => Some("hybrid_public_key"),
+            Self::InvalidHybridSignature => Some("signature"),
+            Self::InvalidDeviceKey => Some("device_key"),
+            Self::InvalidDeviceProof => Some("device_proof"),
             _ => None,
         }
     }
@@ -270,6 +309,9 @@ impl Error {
         }
         if let Some(field) = self.field() {
             detail = detail.with_field(field);
+        }
+        if let Self::StaleEpoch(epoch) = self {
+            detail = detail.with_epoch(*epoch);
         }
         Answer {
             status: code.status().code(),
@@ -303,6 +345,31 @@ impl From<StoreError> for Error {
             StoreError::Unavailable(_) => Self::Unavailable(error),
             StoreError::Conflict(_) => Self::Conflict(error),
             StoreError::Corrupt(_) => Self::Internal(error.into()),
+        }
+    }
+}
+
+impl From<ReadError> for Error {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::DeviceRequired => Self::DeviceRequired,
+            ReadError::PositionLost => Self::PositionLost,
+            ReadError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<GroupRefusal> for Error {
+    fn from(refusal: GroupRefusal) -> Self {
+        match refusal {
+            GroupRefusal::NotFound => Self::GroupNotFound,
+            GroupRefusal::NotMember => Self::NotGroupMember,
+            GroupRefusal::NotAdmin => Self::NotGroupAdmin,
+            GroupRefusal::NoSuchAccount(_) => Self::NoSuchMember,
+            GroupRefusal::Full => Self::GroupFull,
+            GroupRefusal::IdTaken => Self::GroupIdTaken,
+            GroupRefusal::StaleVersion(_) => Self::StaleGroupVersion,
+            GroupRefusal::StaleEpoch(epoch) => Self::StaleEpoch(epoch),
         }
     }
 }

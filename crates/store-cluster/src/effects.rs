@@ -8,10 +8,10 @@
 use std::collections::HashMap;
 
 use qpq_domain::{IdentityKey, Seq, StoreId, TokenHash};
-use qpq_ports::ReadQuery;
+use qpq_ports::View;
 
 use crate::{
-    redis::queue::{LeaseId, Queued},
+    redis::queue::{LeaseId, Queued, ReaderId, RegistrationId},
     sessions::SessionCopies,
     wakes::WakeRegistry,
 };
@@ -31,16 +31,32 @@ pub(crate) struct Effects {
 #[derive(Debug)]
 pub(crate) struct Accepted {
     pub(crate) store_id: StoreId,
-    pub(crate) inboxes: HashMap<IdentityKey, Vec<Queued>>,
+    pub(crate) inboxes: HashMap<IdentityKey, ToInbox>,
 }
 
-/// Messages that were removed from an inbox in a history.
+/// Messages that were accepted into one inbox.
+#[derive(Debug, Default)]
+pub(crate) struct ToInbox {
+    /// The devices that they wait for; `None` if they wait for the single reader.
+    pub(crate) devices: Option<Vec<RegistrationId>>,
+    pub(crate) messages: Vec<Queued>,
+}
+
+impl ToInbox {
+    /// Returns about the bytes that the messages take in a queue.
+    pub(crate) fn bytes(&self) -> usize {
+        self.messages.iter().map(|queued| queued.envelope.cost()).sum()
+    }
+}
+
+/// Messages that were removed for a reader in a history.
 #[derive(Debug)]
 pub(crate) struct Removal {
-    /// The read that they were of.
-    pub(crate) query: ReadQuery,
+    pub(crate) reader: ReaderId,
+    /// The view that they were read in.
+    pub(crate) view: View,
     pub(crate) store_id: StoreId,
-    /// The number of the removal among those of the inbox.
+    /// The number of the removal among those of the reader.
     pub(crate) number: u64,
     /// The lease that ends with them.
     pub(crate) lease: Option<LeaseId>,

@@ -12,7 +12,7 @@
 //! edge waits for it. Another database that used the same Redis under the same namespace may have
 //! left a queue that shows a state of *its* inbox. Therefore an imported head begins with 2⁴⁰
 //! removals, in the transaction that makes it visible: no inbox that began in a cluster reaches
-//! that.
+//! that. So does an imported device.
 
 use std::fmt::Write as _;
 
@@ -60,6 +60,10 @@ pub enum ImportError {
         .0.iter().map(|table| table.name()).collect::<Vec<_>>().join(", ")
     )]
     Differs(Vec<Table>),
+    #[error(
+        "the node has devices, and an edge of the cluster runs a release that does not know them: replace that edge, then run this again"
+    )]
+    OlderEdges,
     #[error(transparent)]
     Cluster(#[from] ConnectError),
     #[error(
@@ -88,14 +92,10 @@ impl Import {
         ]);
         let connection = patient.connect().await.map_err(|error| postgres::failed(&error))?;
         let mut import = Self { connection, opaque_setup: config.opaque_setup };
-        let setup: Option<Vec<u8>> = sqlx::query_scalar("SELECT opaque_setup FROM cluster")
-            .fetch_optional(&mut import.connection)
+        let is_own = postgres::is_cluster_of(&mut import.connection, &import.opaque_setup)
             .await
             .map_err(|error| postgres::failed(&error))?;
-        match setup {
-            Some(setup) if setup != import.opaque_setup => Err(ConnectError::OtherCluster),
-            _ => Ok(import),
-        }
+        if is_own.unwrap_or(true) { Ok(import) } else { Err(ConnectError::OtherCluster) }
     }
 
     /// Excludes other imports while this is connected. The connection of an import that was killed
@@ -208,10 +208,14 @@ impl Import {
             .bind(&self.opaque_setup[..])
             .execute(&mut *open)
             .await?;
-        let setup: Vec<u8> =
-            sqlx::query_scalar("SELECT opaque_setup FROM cluster").fetch_one(&mut *open).await?;
-        if setup != self.opaque_setup {
+        if postgres::is_cluster_of(&mut open, &self.opaque_setup).await? != Some(true) {
             return Err(ConnectError::OtherCluster.into());
+        }
+        let has_devices: bool = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM import_device)")
+            .fetch_one(&mut *open)
+            .await?;
+        if has_devices && postgres::mark_cluster(&mut open, &self.opaque_setup).await?.is_err() {
+            return Err(ImportError::OlderEdges);
         }
         move_in(&mut open).await?;
         let arrived = digests(&mut open, seen).await?;
@@ -288,8 +292,15 @@ async fn move_in(connection: &mut PgConnection) -> sqlx::Result<()> {
             sqlx::raw_sql(analyze).execute(&mut *connection).await?;
         }
     }
-    Ok(())
+    sqlx::raw_sql(COUNT_DEVICES).execute(connection).await.map(drop)
 }
+
+/// From then on, the devices are the readers of their inboxes.
+const COUNT_DEVICES: &str = "
+    UPDATE inbox i SET devices = c.devices
+      FROM (SELECT s.moved, count(*) AS devices
+              FROM import_device d JOIN import_account s ON s.id = d.account GROUP BY s.moved) c
+     WHERE i.id = c.moved";
 
 const NUMBER_ACCOUNTS: &str =
     "UPDATE import_account s SET moved = a.id FROM account a WHERE a.identity = s.identity";

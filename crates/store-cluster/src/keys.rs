@@ -6,19 +6,23 @@
 //! caller's instant in every statement, not by whether a sweep has removed it. Expired packages are
 //! deleted only if the clocks of Postgres and of the edge agree that they have expired.
 //!
-//! Uploads of one owner are serialized by a lock on the account. Takes do not wait for a lock.
+//! A package belongs to a device, or to the account itself (`device` is NULL). Uploads of one
+//! account are serialized by a lock on the account, which a revocation of a device takes, too.
+//! Takes do not wait for a lock.
 
 use std::collections::{HashMap, HashSet};
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, UnixMillis};
+use qpq_domain::{AccountId, DeviceId, IdentityKey, UnixMillis};
 use qpq_ports::{
-    HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload, UploadMode,
+    DevicePackage, HybridKey, HybridKeys, KeyPackages, NewKeyPackage, PackageOwner, Stock,
+    StoreResult, TakenKeyPackage, Upload, UploadMode,
 };
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
 use crate::{
     ClusterStore,
+    error::NeverWritten,
     postgres::{
         Repeat, Scope, Statement,
         row::{Columns as _, millis, now_of},
@@ -38,35 +42,56 @@ macro_rules! alive {
 /// transaction that locked it commits next. (If that fails, a later package or the last resort was
 /// taken instead, which is harmless.) `=` and not IN: a sub-select that is planned as a join may
 /// lock and take more than one row.
-const TAKE: &str = concat!(
-    "WITH taken AS (
-        DELETE FROM key_package WHERE id = (
-            SELECT k.id FROM account a JOIN key_package k ON k.owner = a.id
-             WHERE a.identity = $1 AND NOT k.last_resort AND ",
-    alive!(),
-    "        ORDER BY k.id LIMIT 1 FOR UPDATE OF k SKIP LOCKED)
-        RETURNING owner, fingerprint, not_after, bytes),
-    given AS (
-        INSERT INTO key_package_given (owner, fingerprint, not_after)
-        SELECT owner, fingerprint, not_after FROM taken ON CONFLICT DO NOTHING)
-    SELECT bytes FROM taken"
-);
+macro_rules! take {
+    ($of:literal) => {
+        concat!(
+            "WITH taken AS (
+                DELETE FROM key_package WHERE id = (
+                    SELECT k.id FROM account a JOIN key_package k ON k.owner = a.id
+                     WHERE a.identity = $1 AND NOT k.last_resort AND ",
+            alive!(),
+            $of,
+            "        ORDER BY k.id LIMIT 1 FOR UPDATE OF k SKIP LOCKED)
+                RETURNING owner, fingerprint, not_after, bytes),
+            given AS (
+                INSERT INTO key_package_given (owner, fingerprint, not_after)
+                SELECT owner, fingerprint, not_after FROM taken ON CONFLICT DO NOTHING)
+            SELECT bytes FROM taken"
+        )
+    };
+}
 
-/// Returns the last-resort package, and records it as given: once a newer one has replaced it, it
-/// may not be uploaded again. The lock prevents a replacement and a new upload before that is
-/// recorded. During a replacement this waits, and returns the newer one.
-const TAKE_LAST_RESORT: &str = concat!(
-    "WITH shown AS (
-        SELECT k.owner, k.fingerprint, k.not_after, k.bytes
-          FROM account a JOIN key_package k ON k.owner = a.id
-         WHERE a.identity = $1 AND k.last_resort AND ",
-    alive!(),
-    "    FOR KEY SHARE OF k),
-    given AS (
-        INSERT INTO key_package_given (owner, fingerprint, not_after)
-        SELECT owner, fingerprint, not_after FROM shown ON CONFLICT DO NOTHING)
-    SELECT bytes FROM shown"
-);
+/// Returns a last-resort package, and records it as given: once a newer one has replaced it, it may
+/// not be uploaded again. The lock prevents a replacement and a new upload before that is recorded.
+/// During a replacement this waits, and returns the newer one.
+macro_rules! take_last_resort {
+    ($of:literal) => {
+        concat!(
+            "WITH shown AS (
+                SELECT k.owner, k.fingerprint, k.not_after, k.bytes
+                  FROM account a JOIN key_package k ON k.owner = a.id
+                 WHERE a.identity = $1 AND k.last_resort AND ",
+            alive!(),
+            $of,
+            "    ORDER BY k.id LIMIT 1 FOR KEY SHARE OF k),
+            given AS (
+                INSERT INTO key_package_given (owner, fingerprint, not_after)
+                SELECT owner, fingerprint, not_after FROM shown ON CONFLICT DO NOTHING)
+            SELECT bytes FROM shown"
+        )
+    };
+}
+
+const TAKE: &str = take!("");
+const TAKE_LAST_RESORT: &str = take_last_resort!("");
+/// $3 the device, $4 whether it has those of the account in addition.
+const TAKE_OF_DEVICE: &str = take!(" AND (k.device = $3 OR $4 AND k.device IS NULL) ");
+const TAKE_LAST_RESORT_OF_DEVICE: &str =
+    take_last_resort!(" AND (k.device = $3 OR $4 AND k.device IS NULL) ");
+
+const DEVICES: &str = "
+    SELECT d.device, d.key IS NULL AS keyless
+      FROM account a JOIN device d ON d.account = a.id WHERE a.identity = $1 ORDER BY d.id";
 
 /// Waits for an upload of $1 that is not committed yet.
 const AFTER_UPLOAD: &str = "SELECT FROM account WHERE identity = $1 FOR SHARE";
@@ -80,45 +105,57 @@ const EXPIRE: &str = "
 
 /// One snapshot, in which a package is in one of the two tables or in neither.
 const KNOWN: &str = "
-    SELECT fingerprint, last_resort, false AS given FROM key_package
+    SELECT fingerprint, last_resort, device, false AS given FROM key_package
      WHERE owner = $1 AND fingerprint = ANY ($2)
     UNION ALL
-    SELECT fingerprint, false, true FROM key_package_given
+    SELECT fingerprint, false, NULL, true FROM key_package_given
      WHERE owner = $1 AND fingerprint = ANY ($2)";
 
 const STOCK: &str = concat!(
     "SELECT count(*) FILTER (WHERE NOT last_resort) AS available,
             coalesce(bool_or(last_resort), false) AS last_resort
-       FROM key_package WHERE owner = $1 AND ",
+       FROM key_package WHERE owner = $1 AND device IS NOT DISTINCT FROM $3 AND ",
     alive!()
 );
 
-/// $2: whether the last-resort package is removed, too.
-const REMOVE: &str = "DELETE FROM key_package WHERE owner = $1 AND ($2 OR NOT last_resort)";
+/// $2: the device, $3: whether the last-resort package is removed, too.
+const REMOVE: &str = "
+    DELETE FROM key_package
+     WHERE owner = $1 AND device IS NOT DISTINCT FROM $2 AND ($3 OR NOT last_resort)";
+
+/// $3: whether the device had no key of its own. Without another such device, the packages that the
+/// identity key signs have no device any more.
+const REMOVE_OF_DEVICE: &str = "
+    DELETE FROM key_package
+     WHERE owner = $1 AND (device = $2 OR $3 AND device IS NULL AND NOT EXISTS (
+        SELECT 1 FROM device WHERE account = $1 AND key IS NULL))";
 
 /// Keeps the row, so that a take that waits for the old package finds the new one.
 const REPLACE_LAST_RESORT: &str = "
     UPDATE key_package SET fingerprint = $2, not_after = $3, bytes = $4, not_before = $5
-     WHERE owner = $1 AND last_resort";
+     WHERE owner = $1 AND last_resort AND device IS NOT DISTINCT FROM $6";
 
 const STORE: &str = "
-    INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes, not_before)
-    SELECT $1, n.fingerprint, n.last_resort, n.not_after, n.bytes, n.not_before
-      FROM unnest($2::bytea[], $3::bool[], $4::int8[], $5::bytea[], $6::int8[])
-      WITH ORDINALITY AS n (fingerprint, last_resort, not_after, bytes, not_before, place) ORDER BY n.place";
+    INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes, not_before, device)
+    SELECT $1, n.fingerprint, n.last_resort, n.not_after, n.bytes, n.not_before, n.device
+      FROM unnest($2::bytea[], $3::bool[], $4::int8[], $5::bytea[], $6::int8[], $7::bytea[])
+      WITH ORDINALITY
+        AS n (fingerprint, last_resort, not_after, bytes, not_before, device, place)
+     ORDER BY n.place";
 
 const PUT_HYBRID: &str = "
-    INSERT INTO hybrid_key (owner, key) VALUES ($1, $2) ON CONFLICT (owner) DO UPDATE SET key = excluded.key";
+    INSERT INTO hybrid_key (owner, key, signature) VALUES ($1, $2, $3)
+    ON CONFLICT (owner) DO UPDATE SET key = excluded.key, signature = excluded.signature";
 
 const GET_HYBRID: &str = "
-    SELECT h.key FROM unnest($1::bytea[]) WITH ORDINALITY AS t (identity, place)
+    SELECT h.key, h.signature FROM unnest($1::bytea[]) WITH ORDINALITY AS t (identity, place)
       LEFT JOIN account a ON a.identity = t.identity LEFT JOIN hybrid_key h ON h.owner = a.id ORDER BY t.place";
 
 #[async_trait]
 impl KeyPackages for ClusterStore {
     async fn upload(
         &self,
-        owner: AccountId,
+        owner: PackageOwner,
         packages: Vec<NewKeyPackage>,
         mode: UploadMode,
         now: UnixMillis,
@@ -136,28 +173,36 @@ impl KeyPackages for ClusterStore {
         Ok(self.inner.database.run(&TakePackage { target, now }).await?)
     }
 
-    async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>> {
-        Ok(self.inner.database.run(&ListPackages(owner)).await?)
+    async fn take_of_devices(
+        &self,
+        target: &IdentityKey,
+        now: UnixMillis,
+    ) -> StoreResult<Vec<DevicePackage>> {
+        Ok(self.inner.database.run(&TakePackages { target, now }).await?)
     }
 
-    async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock> {
+    async fn known(&self, account: AccountId) -> StoreResult<HashSet<[u8; 32]>> {
+        Ok(self.inner.database.run(&ListPackages(account)).await?)
+    }
+
+    async fn stock(&self, owner: PackageOwner, now: UnixMillis) -> StoreResult<Stock> {
         Ok(self.inner.database.run(&CountPackages { owner, now }).await?)
     }
 }
 
 #[async_trait]
 impl HybridKeys for ClusterStore {
-    async fn put(&self, owner: AccountId, key: Vec<u8>) -> StoreResult<()> {
+    async fn put(&self, owner: AccountId, key: HybridKey) -> StoreResult<()> {
         Ok(self.inner.database.run(&PutHybridKey { owner, key: &key }).await?)
     }
 
-    async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>> {
+    async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<HybridKey>>> {
         Ok(self.inner.database.run(&GetHybridKeys(targets)).await?)
     }
 }
 
 struct UploadPackages<'a> {
-    owner: AccountId,
+    owner: PackageOwner,
     packages: &'a [NewKeyPackage],
     mode: UploadMode,
     now: UnixMillis,
@@ -177,7 +222,7 @@ impl Statement for UploadPackages<'_> {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Upload> {
-        expire(connection, self.owner, self.now, self.time).await?;
+        expire(connection, self.owner.account, self.now, self.time).await?;
         upload(connection, self).await
     }
 }
@@ -199,17 +244,61 @@ impl Statement for TakePackage<'_> {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<TakenKeyPackage>> {
-        if let Some(taken) = take(connection, self.target, self.now).await? {
+        if let Some(taken) = take(connection, self.target, None, self.now).await? {
             return Ok(Some(taken));
         }
-        // A concurrent upload may be replacing all packages. The new ones are visible once it has
-        // committed.
-        sqlx::query(AFTER_UPLOAD)
-            .bind(&self.target.as_bytes()[..])
-            .execute(&mut *connection)
-            .await?;
-        take(connection, self.target, self.now).await
+        after_upload(connection, self.target).await?;
+        take(connection, self.target, None, self.now).await
     }
+}
+
+/// Takes a package of each device.
+struct TakePackages<'a> {
+    target: &'a IdentityKey,
+    now: UnixMillis,
+}
+
+impl Statement for TakePackages<'_> {
+    type Output = Vec<DevicePackage>;
+
+    const REPEAT: Repeat = Repeat::Never;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "take_key_packages"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Vec<DevicePackage>> {
+        let &Self { target, now } = self;
+        let query = sqlx::query(DEVICES).bind(&target.as_bytes()[..]);
+        let devices = query.fetch_all(&mut *connection).await?;
+        let devices: Vec<_> = devices.iter().map(signer).collect::<sqlx::Result<_>>()?;
+        let mut packages = Vec::with_capacity(devices.len());
+        for signer in &devices {
+            let package = take(connection, target, Some(signer), now).await?;
+            packages.push(DevicePackage { device: signer.device, package });
+        }
+        if packages.iter().any(|of_device| of_device.package.is_none()) {
+            after_upload(connection, target).await?;
+        }
+        for (of_device, signer) in packages.iter_mut().zip(&devices) {
+            if of_device.package.is_none() {
+                of_device.package = take(connection, target, Some(signer), now).await?;
+            }
+        }
+        Ok(packages)
+    }
+}
+
+/// A device, and whether the identity key signs its packages.
+struct Signer {
+    device: DeviceId,
+    is_keyless: bool,
+}
+
+fn signer(row: &PgRow) -> sqlx::Result<Signer> {
+    let device = row.device("device")?.ok_or(NeverWritten("device"))?;
+    Ok(Signer { device, is_keyless: row.try_get("keyless")? })
 }
 
 struct ListPackages(AccountId);
@@ -234,7 +323,7 @@ impl Statement for ListPackages {
 }
 
 struct CountPackages {
-    owner: AccountId,
+    owner: PackageOwner,
     now: UnixMillis,
 }
 
@@ -255,7 +344,7 @@ impl Statement for CountPackages {
 
 struct PutHybridKey<'a> {
     owner: AccountId,
-    key: &'a [u8],
+    key: &'a HybridKey,
 }
 
 impl Statement for PutHybridKey<'_> {
@@ -269,15 +358,21 @@ impl Statement for PutHybridKey<'_> {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
-        let query = sqlx::query(PUT_HYBRID).bind(self.owner.0).bind(self.key);
-        query.execute(connection).await.map(drop)
+        let HybridKey { key, signature } = self.key;
+        sqlx::query(PUT_HYBRID)
+            .bind(self.owner.0)
+            .bind(key)
+            .bind(signature.as_ref().map(|signature| &signature[..]))
+            .execute(connection)
+            .await
+            .map(drop)
     }
 }
 
 struct GetHybridKeys<'a>(&'a [IdentityKey]);
 
 impl Statement for GetHybridKeys<'_> {
-    type Output = Vec<Option<Vec<u8>>>;
+    type Output = Vec<Option<HybridKey>>;
 
     const REPEAT: Repeat = Repeat::Harmless;
     const SCOPE: Scope = Scope::Statement;
@@ -288,21 +383,41 @@ impl Statement for GetHybridKeys<'_> {
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
         let targets: Vec<&[u8]> = self.0.iter().map(|target| &target.as_bytes()[..]).collect();
-        sqlx::query_scalar(GET_HYBRID).bind(targets).fetch_all(connection).await
+        let rows = sqlx::query(GET_HYBRID).bind(targets).fetch_all(connection).await?;
+        rows.iter().map(hybrid_key).collect()
     }
 }
 
+fn hybrid_key(row: &PgRow) -> sqlx::Result<Option<HybridKey>> {
+    let key: Option<Vec<u8>> = row.try_get("key")?;
+    let signature = row.signature("signature")?;
+    Ok(key.map(|key| HybridKey { key, signature }))
+}
+
+/// Completes when no upload of the account is going on. A concurrent upload may be replacing all
+/// packages. The new ones are visible once it has committed.
+async fn after_upload(connection: &mut PgConnection, target: &IdentityKey) -> sqlx::Result<()> {
+    let query = sqlx::query(AFTER_UPLOAD).bind(&target.as_bytes()[..]);
+    query.execute(connection).await.map(drop)
+}
+
+/// Takes a package of one device, or of any.
 async fn take(
     connection: &mut PgConnection,
     target: &IdentityKey,
+    of: Option<&Signer>,
     now: UnixMillis,
 ) -> sqlx::Result<Option<TakenKeyPackage>> {
-    for (sql, last_resort) in [(TAKE, false), (TAKE_LAST_RESORT, true)] {
-        let bytes: Option<Vec<u8>> = sqlx::query_scalar(sql)
-            .bind(&target.as_bytes()[..])
-            .bind(millis(now))
-            .fetch_optional(&mut *connection)
-            .await?;
+    let [single, last] = match of {
+        None => [TAKE, TAKE_LAST_RESORT],
+        Some(_) => [TAKE_OF_DEVICE, TAKE_LAST_RESORT_OF_DEVICE],
+    };
+    for (sql, last_resort) in [(single, false), (last, true)] {
+        let mut query = sqlx::query_scalar(sql).bind(&target.as_bytes()[..]).bind(millis(now));
+        if let Some(Signer { device, is_keyless }) = of {
+            query = query.bind(&device.as_bytes()[..]).bind(is_keyless);
+        }
+        let bytes: Option<Vec<u8>> = query.fetch_optional(&mut *connection).await?;
         if let Some(bytes) = bytes {
             return Ok(Some(TakenKeyPackage { bytes, last_resort }));
         }
@@ -310,17 +425,35 @@ async fn take(
     Ok(None)
 }
 
+/// Removes the packages of a device that was removed. The head of the account's inbox is locked.
+pub(crate) async fn remove_of_device(
+    connection: &mut PgConnection,
+    account: AccountId,
+    device: &DeviceId,
+    is_keyless: bool,
+) -> sqlx::Result<()> {
+    sqlx::query(LOCK).bind(account.0).execute(&mut *connection).await?;
+    let query = sqlx::query(REMOVE_OF_DEVICE).bind(account.0).bind(&device.as_bytes()[..]);
+    query.bind(is_keyless).execute(connection).await.map(drop)
+}
+
 async fn stock(
     connection: &mut PgConnection,
-    owner: AccountId,
+    owner: PackageOwner,
     now: UnixMillis,
 ) -> sqlx::Result<Stock> {
-    let row = sqlx::query(STOCK).bind(owner.0).bind(millis(now)).fetch_one(connection).await?;
+    let query = sqlx::query(STOCK).bind(owner.account.0).bind(millis(now));
+    let row = query.bind(device_of(&owner)).fetch_one(connection).await?;
     let available = row.unsigned("available")?;
     Ok(Stock {
         available: u32::try_from(available).unwrap_or(u32::MAX),
         has_last_resort: row.try_get("last_resort")?,
     })
+}
+
+/// The device of an owner as a column.
+fn device_of(owner: &PackageOwner) -> Option<&[u8]> {
+    owner.device.as_ref().map(|device| &device.as_bytes()[..])
 }
 
 /// Locks the owner's account against other uploads, and removes what has expired.
@@ -337,56 +470,84 @@ async fn expire(
     sqlx::query(EXPIRE).bind(owner.0).bind(millis(expired_by)).execute(connection).await.map(drop)
 }
 
-/// Decides first, and then stores all packages or none. The lock keeps other uploads of the owner
+/// Decides first, and then stores all packages or none. The lock keeps other uploads of the account
 /// out. Concurrent takes only make room that was not needed; the result is as of before them.
 async fn upload(
     connection: &mut PgConnection,
     &UploadPackages { owner, packages, mode, now, max_count, .. }: &UploadPackages<'_>,
 ) -> sqlx::Result<Upload> {
-    let mut known = Known::of(connection, owner, packages).await?;
+    let mut known = Known::of(connection, owner.account, packages).await?;
     if mode == UploadMode::Replace {
-        known.there.clear();
+        known.there.retain(|_, there| there.device != owner.device);
     }
     let new = match known.choose(packages) {
         Ok(new) => new,
         Err(index) => return Ok(Upload::GivenOut(index)),
     };
-    let mut stock = match mode {
-        UploadMode::Add => stock(connection, owner, now).await?,
-        UploadMode::Replace => Stock::default(),
-    };
-    let is_alive = |package: &NewKeyPackage| package.not_before <= now && now <= package.not_after;
-    let singles = new.iter().filter(|package| !package.last_resort && is_alive(package)).count();
-    stock.available = stock.available.saturating_add(u32::try_from(singles).unwrap_or(u32::MAX));
-    let last_resort = new.iter().rfind(|package| package.last_resort);
-    if let Some(package) = last_resort {
-        stock.has_last_resort = is_alive(package);
-    }
-    if stock.available.saturating_add(stock.has_last_resort.into()) > max_count {
-        return Ok(Upload::Full);
+    let account = owner.account;
+    let others = new.iter().map(|package| PackageOwner { account, device: package.device });
+    let mut stocks = HashMap::new();
+    for of in others.chain([owner]).collect::<HashSet<_>>() {
+        let stock = match mode {
+            UploadMode::Replace if of == owner => Stock::default(),
+            UploadMode::Add | UploadMode::Replace => stock(connection, of, now).await?,
+        };
+        let own = new.iter().filter(|package| package.device == of.device);
+        let stock = with(stock, own, now);
+        if stock.available.saturating_add(stock.has_last_resort.into()) > max_count {
+            return Ok(Upload::Full);
+        }
+        stocks.insert(of, stock);
     }
     if mode == UploadMode::Replace {
         // A last resort is replaced in its place, as below.
+        let has_another =
+            new.iter().any(|package| package.last_resort && package.device == owner.device);
         sqlx::query(REMOVE)
-            .bind(owner.0)
-            .bind(last_resort.is_none())
+            .bind(account.0)
+            .bind(device_of(&owner))
+            .bind(!has_another)
             .execute(&mut *connection)
             .await?;
     }
-    let replaced = match last_resort {
-        Some(package) => replace_last_resort(connection, owner, package).await?,
-        None => false,
-    };
-    store(connection, owner, new.iter().filter(|package| !(replaced && package.last_resort)))
-        .await?;
-    Ok(Upload::Stored(stock))
+    let mut stored = Vec::with_capacity(new.len());
+    for package in new {
+        if !package.last_resort || !replace_last_resort(connection, account, package).await? {
+            stored.push(package);
+        }
+    }
+    store(connection, account, &stored).await?;
+    Ok(Upload::Stored(stocks[&owner]))
+}
+
+/// Returns a stock with new packages of the same owner added, at most one of them a last resort.
+fn with<'a>(
+    mut stock: Stock,
+    new: impl Iterator<Item = &'a &'a NewKeyPackage>,
+    now: UnixMillis,
+) -> Stock {
+    for package in new {
+        let is_alive = package.not_before <= now && now <= package.not_after;
+        if package.last_resort {
+            stock.has_last_resort = is_alive;
+        } else {
+            stock.available = stock.available.saturating_add(is_alive.into());
+        }
+    }
+    stock
 }
 
 /// The packages of an upload that the store has.
 struct Known {
-    /// The stored packages, and whether each is the last resort.
-    there: HashMap<[u8; 32], bool>,
+    /// The stored packages.
+    there: HashMap<[u8; 32], There>,
     given: HashSet<[u8; 32]>,
+}
+
+/// A package that is stored.
+struct There {
+    device: Option<DeviceId>,
+    last_resort: bool,
 }
 
 impl Known {
@@ -411,13 +572,14 @@ impl Known {
         if row.try_get("given")? {
             self.given.insert(fingerprint);
         } else {
-            self.there.insert(fingerprint, row.try_get("last_resort")?);
+            let (device, last_resort) = (row.device("device")?, row.try_get("last_resort")?);
+            self.there.insert(fingerprint, There { device, last_resort });
         }
         Ok(())
     }
 
-    /// Returns the packages to store, at most one of them a last resort, or the index of the first
-    /// that was taken before.
+    /// Returns the packages to store, of each device at most one last resort, or the index of the
+    /// first that was taken before.
     fn choose(mut self, packages: &[NewKeyPackage]) -> Result<Vec<&NewKeyPackage>, usize> {
         let mut new: Vec<&NewKeyPackage> = Vec::new();
         for (index, package) in packages.iter().enumerate() {
@@ -427,19 +589,20 @@ impl Known {
             if self.given.contains(&package.fingerprint) {
                 return Err(index);
             }
-            if package.last_resort {
-                // It replaces any earlier one, stored or of this upload.
-                self.there.retain(|_, last_resort| !*last_resort);
-                new.retain(|package| !package.last_resort);
+            let NewKeyPackage { device, last_resort, .. } = *package;
+            if last_resort {
+                // It replaces any earlier one of the device, stored or of this upload.
+                self.there.retain(|_, there| !(there.last_resort && there.device == device));
+                new.retain(|other| !(other.last_resort && other.device == device));
             }
-            self.there.insert(package.fingerprint, package.last_resort);
+            self.there.insert(package.fingerprint, There { device, last_resort });
             new.push(package);
         }
         Ok(new)
     }
 }
 
-/// Replaces the last-resort package; returns whether there was one.
+/// Replaces the last-resort package of the same device; returns whether there was one.
 async fn replace_last_resort(
     connection: &mut PgConnection,
     owner: AccountId,
@@ -451,17 +614,17 @@ async fn replace_last_resort(
         .bind(millis(package.not_after))
         .bind(&package.bytes[..])
         .bind(millis(package.not_before))
-        .execute(connection)
+        .bind(package.device.as_ref().map(|device| &device.as_bytes()[..]))
+        .execute(&mut *connection)
         .await?;
     Ok(done.rows_affected() > 0)
 }
 
-async fn store<'a>(
+async fn store(
     connection: &mut PgConnection,
     owner: AccountId,
-    packages: impl Iterator<Item = &'a &'a NewKeyPackage>,
+    packages: &[&NewKeyPackage],
 ) -> sqlx::Result<()> {
-    let packages: Vec<_> = packages.collect();
     if packages.is_empty() {
         return Ok(());
     }
@@ -477,6 +640,7 @@ async fn store<'a>(
         .bind(of_packages!(|package| millis(package.not_after)))
         .bind(of_packages!(|package| &package.bytes[..]))
         .bind(of_packages!(|package| millis(package.not_before)))
+        .bind(of_packages!(|package| package.device.as_ref().map(|device| &device.as_bytes()[..])))
         .execute(connection)
         .await
         .map(drop)

@@ -9,14 +9,16 @@
 //! - `postgres`: operations and the schema; `redis`: one connection, the scripts of the queues;
 //!   `nats`: the bus between edges.
 //! - `tables`: the description of every table, from which `import` generates its statements.
-//! - `inboxes`, `wakes`: the path of a message. `accounts`, `sessions`, `keys`, `limiter`,
-//!   `account_events`, `maintenance`, `jobs`: one port each.
+//! - `inboxes`, `wakes`: the path of a message. `accounts`, `sessions`, `devices`, `groups`,
+//!   `keys`, `limiter`, `account_events`, `maintenance`, `jobs`: one port each.
 
 mod account_events;
 mod accounts;
 mod config;
+mod devices;
 mod effects;
 mod error;
+mod groups;
 mod history;
 mod import;
 mod inboxes;

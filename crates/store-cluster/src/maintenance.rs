@@ -1,7 +1,8 @@
 //! Maintenance of the store: a check that Postgres commits, Redis writes and the clocks agree, and
 //! the removal of expired rows, by one edge at a time.
 //!
-//! Each kind of row is removed in a transaction of its own, of bounded size. A transaction that
+//! Each kind of row is removed in a transaction of its own, of bounded size. Devices that are away
+//! are moved in such transactions, too. A transaction that
 //! takes too long is retried with fewer rows, so that a sweep makes progress however slow removing
 //! is. The size grows back with each success.
 
@@ -12,8 +13,8 @@ use std::{
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use qpq_domain::{StoreId, TokenHash, UnixMillis};
-use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreError, StoreResult};
+use qpq_domain::{DeliveryLimits, IdentityKey, StoreId, TokenHash, UnixMillis};
+use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreError, StoreResult, Swept};
 use redis::Cmd;
 use sqlx::PgConnection;
 use tokio::time::Instant;
@@ -22,8 +23,9 @@ use crate::{
     ClusterStore, ConnectError,
     effects::Effects,
     error::{PostgresError, Server},
+    groups::FORGET_COMMITS,
     history::store_id,
-    inboxes::{self, SWEEP},
+    inboxes::{self, Absence, SWEEP, move_absent},
     metrics as names,
     postgres::{
         Database, Repeat, Scope, Statement,
@@ -64,27 +66,41 @@ const GIVEN: &str = "
         SELECT ctid FROM key_package_given WHERE not_after < (SELECT least($1, store_now()))
          ORDER BY not_after LIMIT $2 FOR UPDATE SKIP LOCKED))";
 
-/// A kind of row that expires.
+/// A kind of row that a sweep removes or changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expiring {
     Messages,
+    /// Positions of devices that are away.
+    Positions,
     Ids,
     Sessions,
     Packages,
     Given,
+    /// Commits of groups that are remembered no longer.
+    Commits,
 }
 
 impl Expiring {
-    const ALL: [Self; 5] = [Self::Messages, Self::Ids, Self::Sessions, Self::Packages, Self::Given];
+    const ALL: [Self; 7] = [
+        Self::Messages,
+        Self::Positions,
+        Self::Ids,
+        Self::Sessions,
+        Self::Packages,
+        Self::Given,
+        Self::Commits,
+    ];
 
     /// The label in metrics.
     const fn op(self) -> &'static str {
         match self {
             Self::Messages => "sweep_messages",
+            Self::Positions => "sweep_positions",
             Self::Ids => "sweep_message_ids",
             Self::Sessions => "sweep_sessions",
             Self::Packages => "sweep_key_packages",
             Self::Given => "sweep_given_key_packages",
+            Self::Commits => "sweep_commits",
         }
     }
 }
@@ -136,18 +152,18 @@ impl Inner {
     }
 
     /// Removes a batch of one kind, in smaller ones if that takes too long.
-    async fn sweep_kind(&self, kind: Expiring, now: UnixMillis) -> Result<u64, PostgresError> {
-        let (sizes, recent_ids) = (&self.sweep_sizes, self.limits.delivery.recent_ids);
+    async fn sweep_kind(&self, kind: Expiring, now: UnixMillis) -> Result<Swept, PostgresError> {
+        let (sizes, limits) = (&self.sweep_sizes, &self.limits.delivery);
         loop {
-            let ended = Mutex::default();
-            let sweep = Sweep { kind, now, rows: sizes.get(kind), recent_ids, ended };
+            let (ended, moved) = (Mutex::default(), Mutex::default());
+            let sweep = Sweep { kind, now, rows: sizes.get(kind), limits, ended, moved };
             let swept = self.database.run(&sweep).await;
             let ended_sessions = sweep.ended.into_inner();
             self.applier.apply(Effects { ended_sessions, ..Effects::default() }).await;
             match swept {
                 Ok(rows) => {
                     sizes.grow(kind);
-                    return Ok(rows);
+                    return Ok(Swept { rows, moved: sweep.moved.into_inner() });
                 }
                 Err(error) if error.took_too_long() => {
                     metrics::counter!(names::SWEEPS_SHRUNK).increment(1);
@@ -170,20 +186,23 @@ impl Maintenance for ClusterStore {
         tokio::try_join!(self.inner.commit(), self.inner.write_redis()).map(drop)
     }
 
-    async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
+    async fn sweep(&self, now: UnixMillis) -> StoreResult<Swept> {
         // Postgres compares with its own clock, too.
         let now = self.inner.time.bounds(now, None).earliest;
-        let (mut rows, mut failed) = (0, None);
+        let (mut all, mut failed) = (Swept::default(), None);
         for kind in Expiring::ALL {
             match self.inner.sweep_kind(kind, now).await {
-                Ok(swept) => rows += swept,
+                Ok(swept) => {
+                    all.rows += swept.rows;
+                    all.moved.extend(swept.moved);
+                }
                 // The other kinds need not wait for this one.
                 Err(error) => failed = Some(error),
             }
         }
         match failed {
-            Some(error) if rows == 0 => Err(error.into()),
-            _ => Ok(rows),
+            Some(error) if all.rows == 0 => Err(error.into()),
+            _ => Ok(all),
         }
     }
 
@@ -192,7 +211,10 @@ impl Maintenance for ClusterStore {
     }
 
     async fn begin_history(&self, sessions: OldSessions) -> StoreResult<NewHistory> {
-        self.inner.history.begin(&self.inner.database, sessions).await
+        let new = self.inner.history.begin(&self.inner.database, sessions).await?;
+        // Other edges drop their copies when they detect the history.
+        self.inner.applier.sessions.drop_all_local();
+        Ok(new)
     }
 }
 
@@ -232,16 +254,18 @@ pub(crate) async fn first_beat(database: &Database, time: &Time) -> Result<(), C
 }
 
 /// Removes at most `rows` expired rows of one kind; returns how many.
-struct Sweep {
+struct Sweep<'a> {
     kind: Expiring,
     now: UnixMillis,
     rows: i64,
-    recent_ids: Duration,
+    limits: &'a DeliveryLimits,
     /// Sessions that were removed, in all attempts.
     ended: Mutex<Vec<TokenHash>>,
+    /// Accounts of which a device began to be moved, in all attempts.
+    moved: Mutex<Vec<IdentityKey>>,
 }
 
-impl Statement for Sweep {
+impl Statement for Sweep<'_> {
     type Output = u64;
 
     const REPEAT: Repeat = Repeat::Harmless;
@@ -252,7 +276,7 @@ impl Statement for Sweep {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<u64> {
-        let Self { kind, now, rows, recent_ids, ref ended } = *self;
+        let Self { kind, now, rows, limits, ref ended, ref moved } = *self;
         // Until the end of the transaction. An edge that does not get the lock leaves the work to
         // the edge that has it.
         let locked: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
@@ -264,10 +288,16 @@ impl Statement for Sweep {
         }
         let plain = |sql| sqlx::query(sql).bind(millis(now)).bind(rows);
         Ok(match kind {
-            Expiring::Messages => inboxes::sweep(connection, now, rows, recent_ids).await?,
+            Expiring::Messages => inboxes::sweep(connection, now, rows, limits.recent_ids).await?,
+            Expiring::Positions => {
+                let step = move_absent(connection, Absence { limits, now, rows }).await?;
+                moved.lock().extend(step.marked);
+                step.rows
+            }
             Expiring::Ids => inboxes::forget(connection, now, rows).await?,
             Expiring::Packages => plain(PACKAGES).execute(connection).await?.rows_affected(),
             Expiring::Given => plain(GIVEN).execute(connection).await?.rows_affected(),
+            Expiring::Commits => plain(FORGET_COMMITS).execute(connection).await?.rows_affected(),
             Expiring::Sessions => {
                 let tokens = tokens(&plain(SESSIONS).fetch_all(connection).await?)?;
                 let rows = tokens.len() as u64;

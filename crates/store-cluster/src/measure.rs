@@ -4,18 +4,16 @@
 use std::time::Duration;
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
-use qpq_ports::{
-    Envelope, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, StoreResult, View,
-};
+use qpq_ports::{Envelope, NewAccount, NewMessage, PageLimit, StoreResult, View};
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
     COMMITTERS, Clocks, Config, ConnectError,
     inboxes::Accept,
-    postgres::{self, Database},
+    postgres::{self, ClusterMark, Database},
     redis::{
         Redis,
-        queue::{Freshness, QueueAnswer, QueueRead, Queued, State},
+        queue::{Freshness, QueueAnswer, QueueRead, Queued, ReaderId, State},
     },
     time::Time,
 };
@@ -71,13 +69,14 @@ pub async fn transactions(
     for committer in 0..COMMITTERS {
         let (database, inboxes) = (database.clone(), inboxes.to_vec());
         let time = Time::new(Clocks::default());
+        let mark = ClusterMark::new(config.opaque_setup);
         tasks.spawn(async move {
             let mut messages = 0;
             while start.elapsed() < duration {
                 let batch: Vec<NewMessage> = (0..batch)
                     .map(|n| message(&inboxes, committer + COMMITTERS * n, payload))
                     .collect();
-                let accept = Accept { messages: &batch, limits: &limits, time: &time };
+                let accept = Accept { messages: &batch, limits: &limits, time: &time, mark: &mark };
                 database.run(&accept).await?;
                 messages += batch.len() as u64;
             }
@@ -109,13 +108,13 @@ pub async fn pushes(
                 if messages % 128 == 0 {
                     load_empty(
                         &redis,
-                        Reader::single(inbox),
+                        ReaderId::single(inbox),
                         State { store_id: STORE, head: messages, removals: messages },
                     )
                     .await?;
                 }
                 messages += 1;
-                redis.push(&Reader::single(inbox), &STORE, &[queued(messages, payload)]).await?;
+                redis.push(&ReaderId::single(inbox), &STORE, &[queued(messages, payload)]).await?;
             }
             Ok(messages)
         });
@@ -124,11 +123,11 @@ pub async fn pushes(
     Ok(messages.map(|messages| Floor { messages, elapsed: start.elapsed() }))
 }
 
-async fn load_empty(redis: &Redis, reader: Reader, state: State) -> StoreResult<()> {
-    let read = ReadQuery { reader, view: View::All };
+async fn load_empty(redis: &Redis, reader: ReaderId, state: State) -> StoreResult<()> {
     let limit = PageLimit { messages: 0, bytes: 0 };
     let look = QueueRead {
-        read: &read,
+        reader: &reader,
+        view: View::All,
         state,
         accept: Freshness::AtLeast,
         after: Seq::ZERO,

@@ -255,6 +255,7 @@ mod tag {
     pub(super) const SESSION_ENDED: u8 = b'S';
     pub(super) const SESSIONS_ENDED: u8 = b'E';
     pub(super) const KEY_PACKAGE_TAKEN: u8 = b'K';
+    pub(super) const DEVICES_CHANGED: u8 = b'D';
 }
 
 /// The prefix of the 32 bytes that name the channel of the inbox before them. An edge of the
@@ -332,6 +333,7 @@ async fn publish(
                     let tag = match event {
                         AccountEvent::SessionsEnded => tag::SESSIONS_ENDED,
                         AccountEvent::KeyPackageTaken => tag::KEY_PACKAGE_TAKEN,
+                        AccountEvent::DevicesChanged => tag::DEVICES_CHANGED,
                     };
                     send(
                         &client,
@@ -434,6 +436,9 @@ async fn listen(
             }
             (tag::KEY_PACKAGE_TAKEN, Ok(key)) => {
                 BusMessage::AccountEvent(IdentityKey::new(key), AccountEvent::KeyPackageTaken)
+            }
+            (tag::DEVICES_CHANGED, Ok(key)) => {
+                BusMessage::AccountEvent(IdentityKey::new(key), AccountEvent::DevicesChanged)
             }
             // From an edge of a newer release.
             _ => continue,

@@ -54,14 +54,10 @@ impl Operator {
         let options = postgres::options(config)?;
         postgres::prepare(&options, config.migrate, config.start_timeout).await?;
         let mut operator = Self::without_timeouts(options).await?;
-        let setup: Option<Vec<u8>> = sqlx::query_scalar("SELECT opaque_setup FROM cluster")
-            .fetch_optional(&mut operator.0)
+        let is_own = postgres::is_cluster_of(&mut operator.0, &config.opaque_setup)
             .await
             .map_err(|error| postgres::failed(&error))?;
-        match setup {
-            Some(setup) if setup != config.opaque_setup => Err(ConnectError::OtherCluster),
-            _ => Ok(operator),
-        }
+        if is_own.unwrap_or(true) { Ok(operator) } else { Err(ConnectError::OtherCluster) }
     }
 
     /// Connects to a database that may be empty.

@@ -15,13 +15,14 @@ use crate::{
     Config, ConnectError,
     effects::Applier,
     error::Server,
+    groups::GroupSenders,
     history::History,
     inboxes::{Committers, Completers, Heads, Leases},
     jobs::JobQueue,
     maintenance::{self, SweepSizes},
     metrics,
     nats::{Bus, EdgeId},
-    postgres::{self, Database},
+    postgres::{self, ClusterMark, Database},
     redis::Redis,
     sessions::SessionCopies,
     skeletons,
@@ -53,10 +54,13 @@ pub(crate) struct Inner {
     pub(crate) history: History,
     pub(crate) time: Time,
     pub(crate) limits: StoreLimits,
+    /// The fingerprint of the cluster's OPAQUE setup.
+    pub(crate) opaque_setup: [u8; 32],
     /// Whether the instants of callers replace the time of Redis.
     pub(crate) time_is_injected: bool,
     pub(crate) heads: Heads,
     pub(crate) committers: Committers,
+    pub(crate) group_senders: GroupSenders,
     pub(crate) completers: Completers,
     pub(crate) leases: Leases,
     pub(crate) wakes: WakeRegistry,
@@ -95,6 +99,7 @@ impl ClusterStore {
         let sessions = SessionCopies::new(redis.clone(), bus.clone(), timing.session_cache);
         let applier = Applier { wakes: wakes.clone(), sessions: sessions.clone() };
         let leases = Leases::new(edge, timing.lease, wakes.clone());
+        let mark = ClusterMark::new(config.opaque_setup);
         let mut tasks = JoinSet::new();
         tasks.spawn(redis.clone().probe());
         tasks.spawn(wakes.clone().listen());
@@ -104,7 +109,10 @@ impl ClusterStore {
         tasks.spawn(observe(database.clone()));
         let inner = Inner {
             heads: Heads::start(&database, &history),
-            committers: Committers::start(&database, &history, delivery, &time, &applier),
+            committers: Committers::start(&database, &history, delivery, &time, &mark, &applier),
+            group_senders: GroupSenders::start(
+                &database, &history, delivery, &time, &mark, &applier,
+            ),
             completers: Completers::start(&database, delivery.recent_ids),
             leases,
             wakes,
@@ -115,6 +123,7 @@ impl ClusterStore {
             history,
             time,
             limits,
+            opaque_setup: config.opaque_setup,
             time_is_injected: config.clocks.edge.is_none(),
             sweep_sizes: SweepSizes::default(),
             event_interval: (timing.session_cache / 3).max(Duration::from_millis(100)),
@@ -134,6 +143,8 @@ impl ClusterStore {
         Stores {
             accounts: Arc::clone(&store) as _,
             sessions: Arc::clone(&store) as _,
+            devices: Arc::clone(&store) as _,
+            groups: Arc::clone(&store) as _,
             inboxes: Arc::clone(&store) as _,
             wakes: Arc::clone(&store) as _,
             key_packages: Arc::clone(&store) as _,
@@ -149,6 +160,7 @@ impl ClusterStore {
     pub async fn close(self) {
         let inner = &*self.inner;
         inner.committers.close().await;
+        inner.group_senders.close().await;
         inner.completers.close().await;
         inner.heads.close().await;
         inner.leases.close().await;

@@ -40,6 +40,10 @@ enum Role {
     LargeValue,
     /// In both, as 0 or 1.
     Flag,
+    /// In both. Here a smaller number.
+    SmallNumber,
+    /// In both: the key of a table without accounts. Canonical rows are found by it.
+    Key,
     /// The number of an account. The account gets another number here, and the canonical row has
     /// its identity key instead.
     Account,
@@ -49,6 +53,9 @@ enum Role {
     /// A number that this store assigns, in the order of the numbers of the other store. Not in
     /// canonical rows.
     RowNumber,
+    /// As `RowNumber`, and the rows with one value of the named column have an order. The canonical
+    /// row has the position.
+    OrderWithin(&'static str),
     /// As `RowNumber`, of a table without accounts. Canonical rows are found by the new number.
     Renumbered,
     /// A key that is unique here. A row whose key exists already is not moved, so rows with a key
@@ -114,6 +121,8 @@ static TABLES: &[TableDescription] = &[
             value("messages"),
             value("bytes"),
             value("next_expiry"),
+            // Counted after the transfer.
+            local("devices"),
         ],
     },
     TableDescription {
@@ -130,6 +139,9 @@ static TABLES: &[TableDescription] = &[
             value("payload_sha256"),
             // Hashed again, because a transfer does not rely on the stored hash.
             column("payload", Role::LargeValue),
+            // Moved messages have their payloads. The canonical rows are read before any other.
+            local("payload_id"),
+            local("size"),
         ],
     },
     TableDescription {
@@ -158,6 +170,7 @@ static TABLES: &[TableDescription] = &[
             value("not_after"),
             value("bytes"),
             value("not_before"),
+            value("device"),
         ],
     },
     TableDescription {
@@ -168,7 +181,75 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "hybrid_key",
         content: Content::Transferred(Table::HybridKey),
-        columns: &[column("owner", Role::Account), value("key")],
+        columns: &[column("owner", Role::Account), value("key"), value("signature")],
+    },
+    TableDescription {
+        name: "device",
+        content: Content::Transferred(Table::Device),
+        columns: &[
+            column("id", Role::RowNumber),
+            // The order of their registration.
+            column("account", Role::AccountInOrder("id")),
+            value("device"),
+            value("name"),
+            value("key"),
+            value("proof"),
+            value("registered_at"),
+            value("last_seen_at"),
+            value("upto"),
+            // As those of an inbox.
+            column("removals", Role::Set("1::bigint << 40")),
+            column("position_lost", Role::Flag),
+        ],
+    },
+    TableDescription {
+        name: "device_done",
+        content: Content::Transferred(Table::DeviceDone),
+        columns: &[column("inbox", Role::Account), value("seq"), value("device")],
+    },
+    TableDescription {
+        name: "device_key",
+        content: Content::Transferred(Table::DeviceKey),
+        columns: &[value("key"), column("account", Role::Account), value("device")],
+    },
+    TableDescription {
+        name: "mls_group",
+        content: Content::Transferred(Table::Group),
+        columns: &[
+            column("id", Role::Key),
+            value("pair"),
+            value("name"),
+            value("description"),
+            value("settings"),
+            value("version"),
+            value("epoch"),
+            column("group_info", Role::LargeValue),
+            value("created_at"),
+        ],
+    },
+    TableDescription {
+        name: "group_member",
+        content: Content::Transferred(Table::GroupMember),
+        columns: &[
+            // The order in which they joined.
+            column("id", Role::OrderWithin("group_id")),
+            value("group_id"),
+            column("account", Role::Account),
+            column("role", Role::SmallNumber),
+            value("joined_at"),
+        ],
+    },
+    TableDescription {
+        name: "group_commit",
+        content: Content::Transferred(Table::GroupCommit),
+        columns: &[
+            value("group_id"),
+            column("account", Role::Account),
+            value("message_id"),
+            value("epoch"),
+            value("committed_at"),
+            value("outcome"),
+        ],
     },
     TableDescription {
         name: "job",
@@ -186,6 +267,11 @@ static TABLES: &[TableDescription] = &[
             value("died_at"),
             value("last_error"),
         ],
+    },
+    TableDescription {
+        name: "payload",
+        content: Content::Local,
+        columns: &[local("id"), local("refs"), local("bytes")],
     },
     TableDescription {
         name: "cluster",
@@ -219,7 +305,9 @@ impl TableDescription {
         let (mut join, mut order, mut conflict) = (String::new(), String::new(), "");
         for Column { name, role } in self.columns {
             let value = match role {
-                Role::Value | Role::LargeValue => format!("t.{name}"),
+                Role::Value | Role::LargeValue | Role::SmallNumber | Role::Key => {
+                    format!("t.{name}")
+                }
                 Role::Renumbered => "t.moved".to_owned(),
                 Role::UniqueKey => {
                     conflict = " ON CONFLICT DO NOTHING";
@@ -230,7 +318,7 @@ impl TableDescription {
                     join = format!(" JOIN import_account s ON s.id = t.{name}");
                     "s.moved".to_owned()
                 }
-                Role::RowNumber => {
+                Role::RowNumber | Role::OrderWithin(_) => {
                     order = format!(" ORDER BY t.{name}");
                     continue;
                 }
@@ -260,30 +348,40 @@ impl TableDescription {
     /// the single node has the same cells in the same order.
     pub(crate) fn canonical_rows(&self) -> String {
         let (mut cells, mut filter) = (Vec::new(), String::new());
-        let (mut moved, mut key) = ("import_account".to_owned(), "id");
+        let (mut moved, mut key) = ("import_account".to_owned(), ("moved", "id"));
         for Column { name, role } in self.columns {
             match role {
                 Role::Value => cells.push(format!("t.{name}")),
                 Role::LargeValue => cells.push(format!("sha256(t.{name})")),
                 Role::Flag => cells.push(format!("t.{name}::int::bigint")),
+                Role::SmallNumber => cells.push(format!("t.{name}::bigint")),
+                Role::Key => {
+                    cells.push(format!("t.{name}"));
+                    (moved, key) = (format!("import_{}", self.name), (*name, *name));
+                }
+                Role::OrderWithin(group) => cells
+                    .push(format!("row_number() OVER (PARTITION BY t.{group} ORDER BY t.{name})")),
                 Role::Account => {
                     cells.push("a.identity".to_owned());
-                    key = name;
+                    key = ("moved", *name);
                 }
                 Role::AccountInOrder(order) => {
-                    key = name;
+                    key = ("moved", *name);
                     cells.push("a.identity".to_owned());
                     cells.push(format!(
                         "row_number() OVER (PARTITION BY t.{name} ORDER BY t.{order})"
                     ));
                 }
-                Role::Renumbered => (moved, key) = (format!("import_{}", self.name), name),
+                Role::Renumbered => {
+                    (moved, key) = (format!("import_{}", self.name), ("moved", *name));
+                }
                 Role::UniqueKey => filter = format!(" WHERE t.{name} IS NULL"),
                 Role::RowNumber | Role::Set(_) | Role::Local => {}
             }
         }
         let (cells, name) = (cells.join(", "), self.name);
-        format!("SELECT {cells} FROM {name} t JOIN {moved} a ON a.moved = t.{key}{filter}")
+        let (of_moved, own) = key;
+        format!("SELECT {cells} FROM {name} t JOIN {moved} a ON a.{of_moved} = t.{own}{filter}")
     }
 }
 
@@ -396,15 +494,15 @@ mod tests {
         assert_eq!(
             packages.move_in(),
             "INSERT INTO key_package (owner, fingerprint, last_resort, not_after, bytes, \
-             not_before) SELECT s.moved, t.fingerprint, t.last_resort <> 0, t.not_after, t.bytes, \
-             t.not_before FROM import_key_package t JOIN import_account s ON s.id = t.owner \
-             ORDER BY t.id"
+             not_before, device) SELECT s.moved, t.fingerprint, t.last_resort <> 0, t.not_after, \
+             t.bytes, t.not_before, t.device FROM import_key_package t \
+             JOIN import_account s ON s.id = t.owner ORDER BY t.id"
         );
         assert_eq!(
             packages.canonical_rows(),
             "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), \
-             t.fingerprint, t.last_resort::int::bigint, t.not_after, t.bytes, t.not_before \
-             FROM key_package t JOIN import_account a ON a.moved = t.owner"
+             t.fingerprint, t.last_resort::int::bigint, t.not_after, t.bytes, t.not_before, \
+             t.device FROM key_package t JOIN import_account a ON a.moved = t.owner"
         );
     }
 }

@@ -10,7 +10,11 @@
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
-use futures_util::{StreamExt as _, future::BoxFuture, stream};
+use futures_util::{
+    StreamExt as _,
+    future::{BoxFuture, join_all},
+    stream,
+};
 use parking_lot::Mutex;
 use qpq_domain::{IdentityKey, Seq, StoreId};
 use qpq_ports::{ReadQuery, Reader, StoreResult, View, Wake, Wakes};
@@ -21,7 +25,7 @@ use tokio::{
 
 use crate::{
     ClusterStore,
-    effects::Removal,
+    effects::{Removal, ToInbox},
     history::History,
     inboxes::page,
     metrics as names,
@@ -29,7 +33,7 @@ use crate::{
     postgres::Database,
     redis::{
         Redis,
-        queue::{LeaseId, Queued, REGISTERED, VisiblePage},
+        queue::{LeaseId, MAX_BYTES, Queued, REGISTERED, ReaderId, RegistrationId, VisiblePage},
     },
 };
 
@@ -40,6 +44,9 @@ const _: () = assert!(RENEW_AFTER.as_secs() < REGISTERED.as_secs());
 
 /// Concurrent updates of queues in Redis, of one batch.
 const PUSHES: usize = 64;
+/// Maximum bytes of a batch that are added to queues. A message of a MiB to all members of a large
+/// group would be gigabytes, most of them for queues that are not loaded.
+const PUSHED: usize = 64 << 20;
 /// Heads in one statement of a poll.
 const POLLED: usize = 1_000;
 
@@ -77,9 +84,10 @@ impl Seen {
 }
 
 struct Subscriber {
-    view: View,
+    /// What the call reads.
+    query: ReadQuery,
     woken: Notify,
-    /// How far a call here has read the view, if any has.
+    /// How far a call of this reader has read the view here, if any has.
     seen: Mutex<Option<Seen>>,
     /// When to wake without a cause: a lease that hid messages ends, or the registration is
     /// renewed.
@@ -125,29 +133,59 @@ impl WakeRegistry {
 
     /// Starts a subscription of this edge.
     pub(crate) fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
-        Box::new(self.table.subscribe(&query.reader.inbox, query.view))
+        Box::new(self.table.subscribe(query))
     }
 
     /// Adds messages that were committed in a history to their queues, and wakes waiting edges.
-    pub(crate) async fn push(&self, store_id: StoreId, inboxes: HashMap<IdentityKey, Vec<Queued>>) {
+    pub(crate) async fn push(&self, store_id: StoreId, inboxes: HashMap<IdentityKey, ToInbox>) {
+        let bytes: usize = inboxes.values().map(ToInbox::bytes).sum();
         stream::iter(inboxes)
-            .for_each_concurrent(PUSHES, |(inbox, messages)| async move {
-                let view = common_view(&messages);
-                let reader = Reader::single(inbox);
-                let waiting = self.redis.push(&reader, &store_id, &messages).await;
+            .for_each_concurrent(PUSHES, |(inbox, mut accepted)| async move {
+                let view = common_view(&accepted.messages);
+                // A queue that misses a message is loaded again by the next read.
+                if bytes > PUSHED || accepted.bytes() as u64 > MAX_BYTES {
+                    accepted = ToInbox::default();
+                }
+                let waiting = self.push_to(inbox, &store_id, &accepted).await;
                 self.notify(&inbox, view, waiting);
             })
             .await;
     }
 
+    /// Adds messages to the queue of each reader. Returns the edges that wait for the inbox.
+    async fn push_to(
+        &self,
+        inbox: IdentityKey,
+        store_id: &StoreId,
+        ToInbox { devices, messages }: &ToInbox,
+    ) -> StoreResult<Vec<String>> {
+        let single = ReaderId::single(inbox);
+        match devices.as_deref() {
+            None => self.redis.push(&single, store_id, messages).await,
+            // Registered so recently that the committer has not seen it. The single reader's queue
+            // gets nothing, and the edges that wait are those of the inbox.
+            Some([]) => self.redis.push(&single, store_id, &[]).await,
+            Some(devices) => {
+                let push = |registration: &RegistrationId| {
+                    let reader = ReaderId { inbox, registration: Some(*registration) };
+                    async move { self.redis.push(&reader, store_id, messages).await }
+                };
+                let mut answers = join_all(devices.iter().map(push)).await;
+                // Each of them is complete, and a failure concerns one queue.
+                let answered = answers.iter().position(Result::is_ok).unwrap_or_default();
+                answers.swap_remove(answered)
+            }
+        }
+    }
+
     /// Removes messages from their queue, ends their lease, and wakes waiting edges.
     pub(crate) async fn removed(&self, removal: &Removal) {
         let waiting = self.redis.removed(removal).await;
-        self.notify(&removal.query.reader.inbox, removal.query.view, waiting);
+        self.notify(&removal.reader.inbox, removal.view, waiting);
     }
 
     /// Ends a lease and wakes waiting edges, since its messages are visible again.
-    pub(crate) async fn release(&self, reader: &Reader, lease: &LeaseId, seqs: &[Seq]) {
+    pub(crate) async fn release(&self, reader: &ReaderId, lease: &LeaseId, seqs: &[Seq]) {
         let waiting = self.redis.released(reader, lease, seqs).await;
         self.notify(&reader.inbox, View::All, waiting);
     }
@@ -211,10 +249,11 @@ impl WakeRegistry {
     async fn poll_once(&self, database: &Database, history: &History) {
         for inboxes in self.waiting().chunks(POLLED) {
             // A failure is logged where it happens; the next poll reads again.
-            let Ok((_, heads)) = page::heads(database, history, inboxes).await else { return };
-            for (inbox, head) in heads {
+            let readers: Vec<_> = inboxes.iter().copied().map(Reader::single).collect();
+            let Ok((_, heads)) = page::heads(database, history, &readers).await else { return };
+            for (reader, head) in heads {
                 let now = Seen { store_id: head.state.store_id, head: head.state.head };
-                self.table.record_head(&inbox, now);
+                self.table.record_head(&reader.inbox, now);
             }
         }
     }
@@ -225,13 +264,14 @@ impl Table {
     fn wake(&self, inbox: &IdentityKey, view: View) -> usize {
         let inboxes = self.inboxes.lock();
         let Some(entry) = inboxes.get(inbox) else { return 0 };
-        let concerned = entry.subscribers.iter().filter(|other| view.overlaps(other.view));
+        let concerned = entry.subscribers.iter().filter(|other| view.overlaps(other.query.view));
         concerned.inspect(|subscriber| subscriber.woken.notify_one()).count()
     }
 
-    fn subscribe(self: &Arc<Self>, inbox: &IdentityKey, view: View) -> Subscription {
+    fn subscribe(self: &Arc<Self>, query: &ReadQuery) -> Subscription {
+        let inbox = query.reader.inbox;
         let subscriber = Arc::new(Subscriber {
-            view,
+            query: *query,
             woken: Notify::new(),
             seen: Mutex::new(None),
             wake_at: Mutex::new(None),
@@ -239,11 +279,11 @@ impl Table {
         });
         let mut inboxes = self.inboxes.lock();
         let entry =
-            inboxes.entry(*inbox).or_insert_with(|| Entry { subscribers: Vec::with_capacity(1) });
+            inboxes.entry(inbox).or_insert_with(|| Entry { subscribers: Vec::with_capacity(1) });
         entry.subscribers.push(Arc::clone(&subscriber));
         drop(inboxes);
         metrics::gauge!(names::WAITERS).increment(1);
-        Subscription { table: Arc::clone(self), inbox: *inbox, subscriber }
+        Subscription { table: Arc::clone(self), inbox, subscriber }
     }
 
     /// Records a read of a view, and the lease that it took of the page.
@@ -253,7 +293,7 @@ impl Table {
         // A lease of everything leaves nothing for other reads of the view.
         let left = lease.is_none() || shown.page.more;
         let now = Seen { store_id: shown.page.store_id, head: shown.head };
-        for subscriber in entry.subscribers.iter().filter(|other| other.view == read.view) {
+        for subscriber in entry.subscribers.iter().filter(|other| other.query == *read) {
             let mut seen = subscriber.seen.lock();
             let news = seen.is_some_and(|seen| now.is_news_to(seen));
             if left && news {
@@ -346,7 +386,7 @@ impl Drop for Subscription {
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt as _;
-    use qpq_domain::{ChannelId, StoreId};
+    use qpq_domain::{ChannelId, DeviceId, StoreId};
     use qpq_ports::Page;
 
     use super::*;
@@ -355,6 +395,10 @@ mod tests {
 
     fn channel(n: u8) -> View {
         View::Channel(ChannelId::new([n; 16]))
+    }
+
+    fn read(view: View) -> ReadQuery {
+        ReadQuery { reader: Reader::single(INBOX), view }
     }
 
     fn woken(wake: &mut Subscription) -> bool {
@@ -374,7 +418,7 @@ mod tests {
     async fn a_change_wakes_the_calls_that_see_it_and_no_others() {
         let table = Arc::new(Table::default());
         let mut subscribed =
-            [channel(1), channel(2), View::All].map(|view| table.subscribe(&INBOX, view));
+            [channel(1), channel(2), View::All].map(|view| table.subscribe(&read(view)));
         let mut woken = || subscribed.each_mut().map(woken);
         assert_eq!(table.wake(&INBOX, channel(1)), 2);
         assert_eq!(woken(), [true, false, true]);
@@ -388,9 +432,8 @@ mod tests {
     async fn the_poll_wakes_the_calls_that_have_not_read_so_far() {
         let table = Arc::new(Table::default());
         let (mut one, mut two) =
-            (table.subscribe(&INBOX, channel(1)), table.subscribe(&INBOX, channel(2)));
+            (table.subscribe(&read(channel(1))), table.subscribe(&read(channel(2))));
         let lease = LeaseId("lease".into());
-        let read = |view| ReadQuery { reader: Reader::single(INBOX), view };
         table.record_read(&read(channel(1)), &shown(5, None), Some(&lease));
         table.record_head(&INBOX, seen(5));
         assert_eq!((woken(&mut one), woken(&mut two)), (false, true));
@@ -404,15 +447,28 @@ mod tests {
         assert!(!woken(&mut one), "all there is has been leased");
     }
 
+    #[tokio::test]
+    async fn a_read_of_one_device_says_nothing_about_those_of_another() {
+        let table = Arc::new(Table::default());
+        let [own, other] = [1, 2].map(|device| ReadQuery {
+            reader: Reader { inbox: INBOX, device: Some(DeviceId::new([device; 16])) },
+            view: View::All,
+        });
+        let (mut reads, mut waits) = (table.subscribe(&own), table.subscribe(&other));
+        table.record_read(&own, &shown(5, None), Some(&LeaseId("lease".into())));
+        table.record_read(&other, &shown(4, None), Some(&LeaseId("other".into())));
+        table.record_head(&INBOX, seen(5));
+        assert_eq!((woken(&mut reads), woken(&mut waits)), (false, true));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_wait_ends_when_a_lease_does_that_another_read_stopped_at() {
         let table = Arc::new(Table::default());
-        let mut wake = table.subscribe(&INBOX, View::All);
+        let mut wake = table.subscribe(&read(View::All));
         let mut waiting = wake.woken();
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        let read = ReadQuery { reader: Reader::single(INBOX), view: View::All };
         let (stopped, begun) = (Duration::from_secs(3), Instant::now());
-        table.record_read(&read, &shown(1, Some(stopped)), None);
+        table.record_read(&read(View::All), &shown(1, Some(stopped)), None);
         waiting.await;
         assert!((stopped..RENEW_AFTER / 2).contains(&begun.elapsed()));
     }

@@ -2,10 +2,11 @@
 //! through the same sqlx, alternating in one run and directory. Prints rates, CPU time and their
 //! ratios.
 //!
-//! `cargo run --release -p qpq-store-embedded --example enqueue_floor [floor|inboxes|depth]`
+//! `cargo run --release -p qpq-store-embedded --example enqueue_floor [floor|inboxes|depth|groups]`
 //! - `floor` (default): bare inserts against `Inboxes::enqueue`, without and with message ids;
 //! - `inboxes`: enqueue and fetch with 10³ to 10⁶ inboxes; `depth`: with 1 to 10 000 messages in
-//!   the inbox.
+//!   the inbox;
+//! - `groups`: one message to each of 1 000 inboxes against one to a group of them.
 
 #![allow(clippy::print_stdout, reason = "the program prints its measurements")]
 
@@ -13,8 +14,14 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
-use qpq_domain::{ChannelId, DeliveryLimits, IdentityKey, MessageId, Seq, StoreLimits, UnixMillis};
-use qpq_ports::{Ack, Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, Stores, View};
+use qpq_domain::{
+    AccountId, ChannelId, DeliveryLimits, GroupId, IdentityKey, MessageId, Seq, StoreLimits,
+    UnixMillis,
+};
+use qpq_ports::{
+    Ack, Batch, Enqueued, GroupMessage, GroupRecipients, NewGroup, NewMembers, NewMessage,
+    PageLimit, ReadQuery, Reader, Stores, View,
+};
 use qpq_store_embedded::EmbeddedStore;
 use sqlx::{
     ConnectOptions as _, Connection as _, SqliteConnection,
@@ -36,7 +43,8 @@ async fn main() {
         None | Some("floor") => floor().await,
         Some("inboxes") => inboxes().await,
         Some("depth") => depth().await,
-        Some(other) => println!("{other}: neither floor nor inboxes nor depth"),
+        Some("groups") => groups().await,
+        Some(other) => println!("{other}: neither floor nor inboxes nor depth nor groups"),
     }
 }
 
@@ -292,7 +300,8 @@ async fn depth() {
     let mut floors: Option<(Cost, Cost, Cost)> = None;
     let mut there = 0;
     for depth in [1, 10, 100, 1_000, 10_000] {
-        let filling = vec![message(0, None); usize::try_from(depth - there).expect("small")];
+        // Each with a payload of its own.
+        let filling: Vec<_> = (there..depth).map(|_| message(0, None)).collect();
         for part in filling.chunks(500) {
             stores.inboxes.enqueue(Batch::new(part.to_vec())).await.expect("enqueue");
         }
@@ -325,4 +334,119 @@ async fn depth() {
     }
     drop(stores);
     store.close().await;
+}
+
+// Groups
+// -----------------------------------------------------------------------------------------------
+
+const GROUP: GroupId = GroupId::new([9; 16]);
+
+/// Opens a store with a group of this many members.
+async fn store_with_group(path: &Path, members: u64) -> EmbeddedStore {
+    let store = store_with(path, members).await;
+    let group = NewGroup {
+        id: GROUP,
+        creator: AccountId(1),
+        members: NewMembers::Listed((0..members).map(identity).collect()),
+        name: String::new(),
+        description: String::new(),
+        now: NOW,
+    };
+    let created = store.stores().groups.create(group).await.expect("create");
+    assert!(created.is_ok(), "{created:?}");
+    store
+}
+
+async fn send_to_group(stores: &Stores, size: usize, id: Option<u64>) {
+    let message = message(0, id);
+    let message = GroupMessage {
+        group: GROUP,
+        sender: AccountId(1),
+        sender_key: message.sender,
+        sender_device: None,
+        recipients: GroupRecipients::All,
+        payload: vec![7; size].into(),
+        payload_sha256: message.payload_sha256,
+        message_id: message.message_id,
+        ttl: message.ttl,
+        now: NOW,
+        commit: None,
+    };
+    let sent = stores.groups.send(message).await.expect("send").expect("a member");
+    assert_eq!(sent.skipped, 0);
+}
+
+/// Runs an operation a number of times. Prints its time, and the CPU time for each recipient.
+async fn repeat<O: Future<Output = ()>>(
+    what: &str,
+    times: u64,
+    recipients: u64,
+    operation: impl Fn(u64) -> O,
+) {
+    let (mut longest, mut sum, cpu_before) = (Duration::ZERO, Duration::ZERO, cpu());
+    for n in 0..times {
+        let begun = Instant::now();
+        operation(n).await;
+        let elapsed = begun.elapsed();
+        (longest, sum) = (longest.max(elapsed), sum + elapsed);
+    }
+    let micros = (cpu() - cpu_before).as_secs_f64() * 1e6 / (times * recipients) as f64;
+    let mean = sum / u32::try_from(times).expect("few");
+    println!("  {what:<34} {mean:>10.1?}, {longest:>10.1?} at most, {micros:>6.1} µs CPU each");
+}
+
+/// Acknowledges everything in all inboxes.
+async fn acks(stores: &Stores, inboxes: u64) {
+    let port = Arc::clone(&stores.inboxes);
+    measure(inboxes, move |n| {
+        let port = Arc::clone(&port);
+        async move {
+            let everything = Ack { up_to: Some(Seq(u64::MAX)), ..Ack::default() };
+            port.ack(all(n), everything, NOW).await.expect("ack");
+        }
+    })
+    .await;
+}
+
+async fn groups() {
+    let directory = tempfile::tempdir_in(".").expect("a directory");
+    for (members, sizes) in [(1_000, &[256, 1_024, 65_536][..]), (10_000, &[1_024])] {
+        let path = directory.path().join(members.to_string());
+        let store = store_with_group(&path, members).await;
+        let stores = store.stores();
+        for size in sizes.iter().copied() {
+            println!("{members} recipients, {size} bytes");
+            repeat("single messages", 5, members, |_| async {
+                let port = Arc::clone(&stores.inboxes);
+                measure(members, move |n| {
+                    let port = Arc::clone(&port);
+                    async move {
+                        let message =
+                            NewMessage { payload: vec![7; size].into(), ..message(n, None) };
+                        let outcomes = port.enqueue(Batch::new(vec![message])).await;
+                        let outcomes = outcomes.expect("enqueue");
+                        assert!(matches!(outcomes[..], [Enqueued::Accepted(_)]), "{outcomes:?}");
+                    }
+                })
+                .await;
+            })
+            .await;
+            let first = size as u64 * 100;
+            repeat("one message to the group", 5, members, |n| {
+                send_to_group(&stores, size, Some(first + n))
+            })
+            .await;
+            repeat("the same, repeated", 5, members, |n| {
+                send_to_group(&stores, size, Some(first + n))
+            })
+            .await;
+            repeat("acks of 5 and 5 each", 1, members, |_| acks(&stores, members)).await;
+            for n in 5..10 {
+                send_to_group(&stores, size, Some(first + n)).await;
+            }
+            repeat("acks of 5 that are stored once", 1, members, |_| acks(&stores, members)).await;
+        }
+        drop(stores);
+        store.close().await;
+    }
 }

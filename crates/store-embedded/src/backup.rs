@@ -132,7 +132,7 @@ pub async fn inspect(path: &Path) -> Result<Inspection, BackupError> {
         .await
         .map_err(failed)?;
     let schema = schema::check_known(&mut connection, path).await.map_err(BackupError::Copied)?;
-    let damages = damages(&mut connection).await.map_err(failed)?;
+    let damages = damages(&mut connection, schema).await.map_err(failed)?;
     if !damages.is_empty() {
         return Err(BackupError::Damaged { path: path.to_owned(), damages });
     }
@@ -173,7 +173,7 @@ async fn count(connection: &mut SqliteConnection) -> sqlx::Result<Vec<(String, u
 ///
 /// Removed messages leave gaps in an inbox, so its seqs need not be contiguous. None is beyond the
 /// last one that was assigned, and the indexes prevent that one is used twice.
-const RULES: [(&str, &str); 5] = [
+const RULES: [(&str, &str); 4] = [
     (
         "inboxes with a message whose seq was never assigned",
         "SELECT count(DISTINCT m.inbox) FROM message m JOIN inbox i ON i.id = m.inbox
@@ -194,13 +194,51 @@ const RULES: [(&str, &str); 5] = [
         "message ids remembered of a seq that was never assigned",
         "SELECT count(*) FROM recent_id r JOIN inbox i ON i.id = r.inbox WHERE r.seq > i.last_seq",
     ),
+];
+
+/// The number of the migration from which on messages can share a payload.
+const SHARED_PAYLOADS: i64 = 11;
+
+/// The rules of the payloads in a schema without shared ones.
+const RULES_OF_OWN: [(&str, &str); 1] = [(
+    "messages of another size than their payload",
+    "SELECT count(*) FROM message WHERE size <> length(payload)",
+)];
+
+/// The rules of the payloads in a schema with shared ones.
+const RULES_OF_SHARED: [(&str, &str); 4] = [
     (
         "messages of another size than their payload",
-        "SELECT count(*) FROM message WHERE size <> length(payload)",
+        "SELECT count(*) FROM message WHERE payload_id IS NULL AND size <> length(payload)",
+    ),
+    (
+        "messages of another size than the payload that they share",
+        "SELECT count(*) FROM payload p JOIN message m ON m.payload_id = p.id
+          WHERE m.size <> length(p.bytes) OR length(m.payload) > 0",
+    ),
+    (
+        "messages whose shared payload is missing",
+        "SELECT count(*) FROM message m WHERE m.payload_id IS NOT NULL
+            AND NOT EXISTS (SELECT 1 FROM payload p WHERE p.id = m.payload_id)",
+    ),
+    (
+        "shared payloads without a message",
+        "SELECT count(*) FROM payload p
+          WHERE NOT EXISTS (SELECT 1 FROM message m WHERE m.payload_id = p.id)",
     ),
 ];
 
-async fn damages(connection: &mut SqliteConnection) -> sqlx::Result<Vec<String>> {
+/// Payloads with their stored hashes, and how many messages have them.
+const HASHES_OF_OWN: &str = "SELECT payload, payload_sha256, 1 FROM message";
+const HASHES_OF_SHARED: &str = "
+    SELECT payload, payload_sha256, 1 FROM message WHERE payload_id IS NULL
+     UNION ALL
+    SELECT p.bytes, m.payload_sha256, m.messages
+      FROM (SELECT payload_id, payload_sha256, count(*) AS messages FROM message
+             WHERE payload_id IS NOT NULL GROUP BY payload_id, payload_sha256) m
+           JOIN payload p ON p.id = m.payload_id";
+
+async fn damages(connection: &mut SqliteConnection, schema: i64) -> sqlx::Result<Vec<String>> {
     let checked: Vec<String> =
         sqlx::query_scalar(AssertSqlSafe(format!("PRAGMA integrity_check({MAX_NAMED_DAMAGES})")))
             .fetch_all(&mut *connection)
@@ -213,18 +251,24 @@ async fn damages(connection: &mut SqliteConnection) -> sqlx::Result<Vec<String>>
     if !orphans.is_empty() {
         damages.push(format!("{} rows refer to rows that are not there", orphans.len()));
     }
-    for (rule, sql) in RULES {
+    let (rules, hashes): (&[_], _) = if schema < SHARED_PAYLOADS {
+        (&RULES_OF_OWN, HASHES_OF_OWN)
+    } else {
+        (&RULES_OF_SHARED, HASHES_OF_SHARED)
+    };
+    for (rule, sql) in RULES.iter().chain(rules).copied() {
         let broken: i64 = sqlx::query_scalar(sql).fetch_one(&mut *connection).await?;
         if broken > 0 {
             damages.push(format!("{broken} {rule}"));
         }
     }
-    let mut changed = 0_u64;
-    let mut payloads =
-        sqlx::query("SELECT payload, payload_sha256 FROM message").fetch(&mut *connection);
+    let mut changed = 0_i64;
+    let mut payloads = sqlx::query(hashes).fetch(&mut *connection);
     while let Some(row) = payloads.try_next().await? {
         let (payload, hash): (Vec<u8>, Vec<u8>) = (row.try_get(0)?, row.try_get(1)?);
-        changed += u64::from(sha256(&payload) != hash);
+        if sha256(&payload) != hash {
+            changed += row.try_get::<i64, _>(2)?;
+        }
     }
     if changed > 0 {
         damages.push(format!("{changed} messages of another hash than their payload"));

@@ -1,20 +1,22 @@
 //! The changes in memory that follow from a committed transaction.
 
-use qpq_domain::{StoreId, TokenHash, UnixMillis};
-use qpq_ports::{Reader, View};
+use qpq_domain::{IdentityKey, StoreId, TokenHash, UnixMillis};
+use qpq_ports::View;
 
-use crate::clock::ClockCheck;
+use crate::{clock::ClockCheck, reader::InboxReader};
 
 /// The changes in memory after the commit of a transaction. `Memory::apply` applies them.
 #[derive(Debug, Default)]
 pub(crate) struct Effects {
-    /// Sessions that were revoked or have expired.
-    pub(crate) sessions_ended: Vec<TokenHash>,
+    /// Sessions that were revoked, have expired, or were bound to a device.
+    pub(crate) sessions_changed: Vec<TokenHash>,
     pub(crate) session_used: Option<SessionUse>,
-    /// The reader from whose inbox messages were removed.
-    pub(crate) removed_from: Option<Reader>,
-    /// The readers whose reads may return more, in which view.
-    pub(crate) wakes: Vec<(Reader, View)>,
+    /// The reader that is done with messages.
+    pub(crate) removed_from: Option<InboxReader>,
+    /// The inbox that has got or lost a reader.
+    pub(crate) readers_changed: Option<IdentityKey>,
+    /// The inboxes whose reads may return more, in which view.
+    pub(crate) wakes: Vec<(IdentityKey, View)>,
     /// The id of the history that begins with this transaction.
     pub(crate) new_store_id: Option<StoreId>,
     pub(crate) clock_check: Option<ClockCheck>,

@@ -103,12 +103,12 @@ impl Export {
     ) -> Result<Vec<Row>, ExportError> {
         let failed = failed(&self.data_dir);
         let description = TableDescription::of(table);
-        let (columns, key) = (description.column_list(), description.key_list());
+        let (values, key) = (description.value_list(), description.key_list());
         let condition = after.map_or(String::new(), |after| {
             format!("WHERE ({key}) > ({})", vec!["?"; after.len()].join(", "))
         });
         let sql = format!(
-            "SELECT {columns} FROM {} {condition} ORDER BY {key} LIMIT {BATCH_ROWS}",
+            "SELECT {values} FROM {} t {condition} ORDER BY {key} LIMIT {BATCH_ROWS}",
             description.name
         );
         let query = after.into_iter().flatten().fold(sqlx::query(AssertSqlSafe(sql)), bind);

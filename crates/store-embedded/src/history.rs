@@ -41,8 +41,11 @@ impl Statement for BeginHistory {
             }
         };
         let ended_sessions = sessions_ended.len() as u64;
-        let effects =
-            Effects { new_store_id: Some(store_id), sessions_ended, ..Effects::default() };
+        let effects = Effects {
+            new_store_id: Some(store_id),
+            sessions_changed: sessions_ended,
+            ..Effects::default()
+        };
         Ok(Done::with(NewHistory { store_id, removed_packages, ended_sessions }, effects))
     }
 }

@@ -3,21 +3,25 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use qpq_domain::{IdentityKey, Seq, StoreId, UnixMillis};
+use qpq_domain::{Seq, StoreId, UnixMillis};
 use qpq_ports::{
-    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, Reader, StoreResult, View,
+    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadError, ReadQuery, StoreResult, View,
     Wake, Wakes,
 };
-use sqlx::SqliteConnection;
+use sqlx::{Row as _, SqliteConnection};
 
 use crate::{
+    absence::{SEEN_PRECISION, Seen},
     effects::Effects,
     error::read_failed,
-    memory::{History, LeaseGuard, ReadInProgress},
+    memory::{ChangeCount, History, LeaseGuard, ReadInProgress},
     messages::{
-        read::{self, Snapshot},
-        remove::{Removal, Selection},
+        position::Completion,
+        read::{self, NoSnapshot, Snapshot, SnapshotReader},
+        remove::{Named, Removal, Selection, Seqs},
     },
+    reader::{InboxReader, RegistrationNumber},
+    row::Columns as _,
     statement::{Done, SMALL, Scope, Statement},
     store::EmbeddedStore,
 };
@@ -36,19 +40,14 @@ impl Inboxes for EmbeddedStore {
         read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Box<dyn Lease>> {
-        let read = position(read);
-        let in_progress = ReadInProgress::begin(&self.memory.leases, read.reader);
-        // Before the count is noted, so that the wait for a connection does not cost a second read.
-        let mut connection = self.readers.acquire().await.map_err(read_failed)?;
-        loop {
-            let (noted, store_id) = (in_progress.removals(), self.memory.history.id());
-            let snapshot = read::snapshot(&mut connection, &read, Seq::ZERO, limit, now).await?;
-            if let Some((page, guard)) = in_progress.lease(noted, store_id, &snapshot, read.view) {
-                let leased = leased(guard, &snapshot, &page, &read, now);
-                return Ok(Box::new(InboxLease { store: self.clone(), page, leased }));
-            }
-        }
+    ) -> Result<Box<dyn Lease>, ReadError> {
+        let query = Query { read, after: Seq::ZERO, limit, now };
+        let lease = |in_progress: &ReadInProgress<'_>, noted, store_id, snapshot: &Snapshot| {
+            let (page, guard) = in_progress.lease(noted, store_id, snapshot, read.view)?;
+            let leased = leased(guard, snapshot, &page, &read, now);
+            Some(InboxLease { store: self.clone(), page, leased })
+        };
+        Ok(Box::new(self.read(&query, lease).await?))
     }
 
     async fn peek(
@@ -57,54 +56,97 @@ impl Inboxes for EmbeddedStore {
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Page> {
-        let read = position(read);
-        let in_progress = ReadInProgress::begin(&self.memory.leases, read.reader);
-        let mut connection = self.readers.acquire().await.map_err(read_failed)?;
-        loop {
-            let (noted, store_id) = (in_progress.removals(), self.memory.history.id());
-            let snapshot = read::snapshot(&mut connection, &read, after, limit, now).await?;
-            if let Some(page) = in_progress.page(noted, store_id, &snapshot) {
-                return Ok(page);
-            }
-        }
+    ) -> Result<Page, ReadError> {
+        let query = Query { read, after, limit, now };
+        self.read(&query, |in_progress, noted, store_id, snapshot| {
+            in_progress.page(noted, store_id, snapshot)
+        })
+        .await
     }
 
-    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
-        let read = position(read);
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> Result<u32, ReadError> {
         let mut ack = normalized(ack);
         if ack.seqs.len() > LONG_ACK {
             // A list can be much longer than the inbox. The writer does not search for all of it.
             let queued = read::seqs(&self.readers, &read.reader.inbox).await?;
             ack.seqs.retain(|seq| queued.contains(seq));
         }
-        if ack.is_empty() {
-            return Ok(0);
-        }
+        let bounds = self.memory.clock.bounds(now);
         let acknowledge = Acknowledge {
             read,
             ack,
             now,
+            kept_at: bounds.earliest,
             // With a clock that went back, the ids would be forgotten too early.
-            removed_at: self.memory.clock.bounds(now).latest,
+            removed_at: bounds.latest,
             recent_ids: self.limits.delivery.recent_ids,
             history: self.memory.history.clone(),
         };
-        self.writer.run(acknowledge).await
+        match self.writer.run(acknowledge).await? {
+            Acked::Messages(count) => Ok(count),
+            Acked::DeviceRequired => Err(ReadError::DeviceRequired),
+            Acked::PositionLost => Err(ReadError::PositionLost),
+        }
     }
 }
 
 impl Wakes for EmbeddedStore {
     fn subscribe(&self, query: &ReadQuery) -> Box<dyn Wake> {
-        let ReadQuery { reader, view } = position(*query);
-        self.memory.wakes.subscribe(reader, view)
+        self.memory.wakes.subscribe(query.reader.inbox, query.view)
     }
 }
 
-/// Returns the query of the reader whose position a query uses. No inbox has registered devices, so
-/// that is the single reader of the inbox, whatever device is named.
-fn position(query: ReadQuery) -> ReadQuery {
-    ReadQuery { reader: Reader::single(query.reader.inbox), ..query }
+/// The parameters of a read.
+struct Query {
+    read: ReadQuery,
+    after: Seq,
+    limit: PageLimit,
+    now: UnixMillis,
+}
+
+impl EmbeddedStore {
+    /// Reads, and returns what `show` returns of the snapshot. Takes another snapshot if `show`
+    /// returns nothing.
+    async fn read<T>(
+        &self,
+        query: &Query,
+        show: impl Fn(&ReadInProgress<'_>, ChangeCount, StoreId, &Snapshot) -> Option<T> + Sync,
+    ) -> Result<T, ReadError> {
+        let Query { read, after, limit, now } = query;
+        let in_progress = ReadInProgress::begin(&self.memory.leases, read.reader.inbox);
+        // Before the count is noted, so that the wait for a connection does not cost a second read.
+        let mut connection = self.readers.acquire().await.map_err(read_failed)?;
+        loop {
+            let (noted, store_id) = (in_progress.changes(), self.memory.history.id());
+            match read::snapshot(&mut connection, read, *after, *limit, *now).await {
+                Ok(snapshot) => {
+                    if let Some(shown) = show(&in_progress, noted, store_id, &snapshot) {
+                        drop(connection);
+                        self.note_seen(snapshot.reader, *now).await;
+                        return Ok(shown);
+                    }
+                }
+                Err(NoSnapshot::PositionLost(reader)) => {
+                    drop(connection);
+                    self.note_seen(reader, *now).await;
+                    return Err(ReadError::PositionLost);
+                }
+                Err(NoSnapshot::DeviceRequired) => return Err(ReadError::DeviceRequired),
+                Err(NoSnapshot::Store(error)) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Records that a device has read, unless it has a short while ago.
+    async fn note_seen(&self, reader: SnapshotReader, now: UnixMillis) {
+        let SnapshotReader::Device { registration, last_seen_at } = reader else { return };
+        // With a clock that went back, the device would look absent.
+        let at = self.memory.clock.bounds(now).latest;
+        if at > last_seen_at.plus(SEEN_PRECISION) {
+            // The read has succeeded in any case. The next one tries this again.
+            let _ = self.writer.run(Seen { registration, at }).await;
+        }
+    }
 }
 
 /// Removes duplicates and impossible seqs from an ack.
@@ -159,10 +201,12 @@ impl Lease for InboxLease {
     async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
         let Self { store, page, leased } = *self;
         let Some(leased) = leased else { return Ok(()) };
+        let bounds = store.memory.clock.bounds(now);
         let complete = Complete {
             leased,
             store_id: page.store_id,
-            removed_at: store.memory.clock.bounds(now).latest,
+            kept_at: bounds.earliest,
+            removed_at: bounds.latest,
             recent_ids: store.limits.delivery.recent_ids,
             history: store.memory.history.clone(),
         };
@@ -170,11 +214,13 @@ impl Lease for InboxLease {
     }
 }
 
-/// Removes the messages of a lease, unless another history has begun. The lease ends with the
-/// statement.
+/// Removes the messages of a lease for its reader, unless another history has begun. The lease ends
+/// with the statement.
 struct Complete {
     leased: Leased,
     store_id: StoreId,
+    /// The instant at which messages that are not read keep the position of a device.
+    kept_at: UnixMillis,
     removed_at: UnixMillis,
     recent_ids: Duration,
     history: History,
@@ -192,36 +238,57 @@ impl Statement for Complete {
         let Leased { guard, inbox, view, first, last, read_at } = &self.leased;
         // The messages of the view between the first and the last one that had not expired when
         // they were read: exactly those of the page.
-        let removal = Removal {
-            selection: Selection::Range {
-                inbox: *inbox,
-                view: *view,
-                from: *first,
-                to: *last,
-                alive_at: *read_at,
-            },
-            at: self.removed_at,
-            recent_ids: self.recent_ids,
+        let named = Named {
+            inbox: *inbox,
+            view: *view,
+            seqs: Seqs::Range { from: *first, to: *last },
+            alive_at: *read_at,
         };
-        removal.run(tx).await?;
+        let (at, recent_ids) = (self.removed_at, self.recent_ids);
+        match guard.reader().registration {
+            None => {
+                Removal { selection: Selection::Named(named), at, recent_ids }.run(tx).await?;
+            }
+            Some(registration) => {
+                let completion = Completion { registration, named, kept_at: self.kept_at };
+                completion.run(tx, at, recent_ids).await?;
+            }
+        }
         // The end of the lease wakes the reader.
         let effects = Effects { removed_from: Some(guard.reader()), ..Effects::default() };
         Ok(Done::with((), effects))
     }
 }
 
-/// Removes the messages that an ack names, leased or not. Answers how many.
+/// Removes the messages that an ack names, leased or not, for the reader.
 struct Acknowledge {
     read: ReadQuery,
     ack: Ack,
     now: UnixMillis,
+    /// As in [`Complete`].
+    kept_at: UnixMillis,
     removed_at: UnixMillis,
     recent_ids: Duration,
     history: History,
 }
 
+/// The answer to an ack.
+enum Acked {
+    /// The number of messages that the reader is newly done with.
+    Messages(u32),
+    DeviceRequired,
+    PositionLost,
+}
+
+/// Finds the inbox and the reader: ?1 identity, ?2 device.
+pub(crate) const READER: &str = "
+    SELECT i.id AS inbox, i.devices, r.id AS registration, r.position_lost, r.upto
+      FROM account a CROSS JOIN inbox i ON i.id = a.id
+      LEFT JOIN device r ON i.devices > 0 AND r.account = i.id AND r.device = ?2
+     WHERE a.identity = ?1";
+
 impl Statement for Acknowledge {
-    type Answer = u32;
+    type Answer = Acked;
     const NAME: &'static str = "acknowledge messages";
     const SCOPE: Scope = Scope::Batch;
 
@@ -229,49 +296,66 @@ impl Statement for Acknowledge {
         SMALL + self.ack.seqs.len() * size_of::<Seq>()
     }
 
-    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<u32>> {
-        if self.ack.store_id.is_some_and(|store_id| store_id != self.history.id()) {
-            return Ok(Done::keep(0));
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Acked>> {
+        let reader = &self.read.reader;
+        let row = sqlx::query(READER)
+            .bind(&reader.inbox.as_bytes()[..])
+            .bind(reader.device.as_ref().map(|device| &device.as_bytes()[..]))
+            .fetch_optional(&mut *tx)
+            .await?;
+        let Some(row) = row else { return Ok(Done::keep(Acked::Messages(0))) };
+        let inbox = row.try_get("inbox")?;
+        let (mut registration, mut position) = (None, Seq::ZERO);
+        if row.try_get::<i64, _>("devices")? > 0 {
+            let Some(found) = row.try_get("registration")? else {
+                return Ok(Done::keep(Acked::DeviceRequired));
+            };
+            if row.try_get("position_lost")? {
+                return Ok(Done::keep(Acked::PositionLost));
+            }
+            (registration, position) = (Some(RegistrationNumber(found)), row.seq("upto")?);
         }
-        let ReadQuery { reader, view } = self.read;
-        let Some(inbox) = number_of(tx, &reader.inbox).await? else { return Ok(Done::keep(0)) };
-        let mut removed = 0;
-        if let Some(to) = self.ack.up_to {
-            let from = Seq::ZERO;
-            let selection = Selection::Range { inbox, view, from, to, alive_at: self.now };
-            removed += self.remove(tx, selection).await?;
-        }
-        if !self.ack.seqs.is_empty() {
-            let seqs = &self.ack.seqs;
-            let selection = Selection::Seqs { inbox, view, seqs, alive_at: self.now };
-            removed += self.remove(tx, selection).await?;
-        }
-        if removed == 0 {
-            return Ok(Done::keep(0));
+        let is_of_history = self.ack.store_id.is_none_or(|id| id == self.history.id());
+        let done =
+            if is_of_history { self.remove(tx, inbox, registration, position).await? } else { 0 };
+        let answer = Acked::Messages(u32::try_from(done).unwrap_or(u32::MAX));
+        if done == 0 {
+            return Ok(Done::keep(answer));
         }
         let effects = Effects {
-            removed_from: Some(reader),
-            wakes: vec![(reader, view)],
+            removed_from: Some(InboxReader { inbox: reader.inbox, registration }),
+            wakes: vec![(reader.inbox, self.read.view)],
             ..Effects::default()
         };
-        Ok(Done::with(u32::try_from(removed).unwrap_or(u32::MAX), effects))
+        Ok(Done::with(answer, effects))
     }
 }
 
 impl Acknowledge {
+    /// Removes the messages after `position`. Returns how many the reader is newly done with.
     async fn remove(
         &self,
         tx: &mut SqliteConnection,
-        selection: Selection<'_>,
+        inbox: i64,
+        registration: Option<RegistrationNumber>,
+        position: Seq,
     ) -> sqlx::Result<u64> {
-        Removal { selection, at: self.removed_at, recent_ids: self.recent_ids }.run(tx).await
+        let range = self.ack.up_to.map(|to| Seqs::Range { from: Seq(position.0 + 1), to });
+        let list = (!self.ack.seqs.is_empty()).then_some(Seqs::List(&self.ack.seqs));
+        let (at, recent_ids) = (self.removed_at, self.recent_ids);
+        let mut done = 0;
+        for seqs in range.into_iter().chain(list) {
+            let named = Named { inbox, view: self.read.view, seqs, alive_at: self.now };
+            done += match registration {
+                None => {
+                    Removal { selection: Selection::Named(named), at, recent_ids }.run(tx).await?
+                }
+                Some(registration) => {
+                    let completion = Completion { registration, named, kept_at: self.kept_at };
+                    completion.run(tx, at, recent_ids).await?
+                }
+            };
+        }
+        Ok(done)
     }
-}
-
-/// Returns the number of an inbox, if the account exists.
-async fn number_of(tx: &mut SqliteConnection, inbox: &IdentityKey) -> sqlx::Result<Option<i64>> {
-    sqlx::query_scalar("SELECT id FROM account WHERE identity = ?1")
-        .bind(&inbox.as_bytes()[..])
-        .fetch_optional(tx)
-        .await
 }

@@ -8,14 +8,19 @@
 use std::collections::HashSet;
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, UnixMillis};
+use qpq_domain::{AccountId, DeviceId, IdentityKey, UnixMillis};
 use qpq_ports::{
-    HybridKeys, KeyPackages, NewKeyPackage, Stock, StoreResult, TakenKeyPackage, Upload, UploadMode,
+    DevicePackage, HybridKey, HybridKeys, KeyPackages, NewKeyPackage, PackageOwner, Stock,
+    StoreResult, TakenKeyPackage, Upload, UploadMode,
 };
-use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
+use sqlx::{
+    Row as _, SqliteConnection,
+    query::Query,
+    sqlite::{SqliteArguments, SqliteRow},
+};
 
 use crate::{
-    error::read_failed,
+    error::{NeverWritten, read_failed},
     messages::remove::SWEEP_ROWS,
     row::{Columns as _, millis},
     statement::{Done, SMALL, Statement},
@@ -26,7 +31,7 @@ use crate::{
 impl KeyPackages for EmbeddedStore {
     async fn upload(
         &self,
-        owner: AccountId,
+        owner: PackageOwner,
         packages: Vec<NewKeyPackage>,
         mode: UploadMode,
         now: UnixMillis,
@@ -44,9 +49,17 @@ impl KeyPackages for EmbeddedStore {
         self.writer.run(TakePackage { target: *target, now }).await
     }
 
-    async fn known(&self, owner: AccountId) -> StoreResult<HashSet<[u8; 32]>> {
+    async fn take_of_devices(
+        &self,
+        target: &IdentityKey,
+        now: UnixMillis,
+    ) -> StoreResult<Vec<DevicePackage>> {
+        self.writer.run(TakePackageOfEachDevice { target: *target, now }).await
+    }
+
+    async fn known(&self, account: AccountId) -> StoreResult<HashSet<[u8; 32]>> {
         let rows = sqlx::query("SELECT fingerprint FROM key_package WHERE owner = ?1")
-            .bind(owner.0)
+            .bind(account.0)
             .fetch_all(&self.readers)
             .await
             .map_err(read_failed)?;
@@ -56,77 +69,147 @@ impl KeyPackages for EmbeddedStore {
             .map_err(read_failed)
     }
 
-    async fn stock(&self, owner: AccountId, now: UnixMillis) -> StoreResult<Stock> {
-        sqlx::query(STOCK)
-            .bind(owner.0)
-            .bind(millis(now))
-            .fetch_one(&self.readers)
-            .await
-            .and_then(|row| stock(&row))
-            .map_err(read_failed)
+    async fn stock(&self, owner: PackageOwner, now: UnixMillis) -> StoreResult<Stock> {
+        let found = of_owner(STOCK, &owner).bind(millis(now)).fetch_one(&self.readers).await;
+        found.and_then(|row| stock(&row)).map_err(read_failed)
     }
 }
 
 #[async_trait]
 impl HybridKeys for EmbeddedStore {
-    async fn put(&self, owner: AccountId, key: Vec<u8>) -> StoreResult<()> {
+    async fn put(&self, owner: AccountId, key: HybridKey) -> StoreResult<()> {
         self.writer.run(PutHybridKey { owner, key }).await
     }
 
-    async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<Vec<u8>>>> {
+    async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<HybridKey>>> {
         let mut reader = self.readers.acquire().await.map_err(read_failed)?;
         let mut keys = Vec::with_capacity(targets.len());
         for target in targets {
-            let key = sqlx::query_scalar(
-                "SELECT h.key FROM account a JOIN hybrid_key h ON h.owner = a.id
+            let row = sqlx::query(
+                "SELECT h.key, h.signature FROM account a JOIN hybrid_key h ON h.owner = a.id
                   WHERE a.identity = ?1",
             )
             .bind(&target.as_bytes()[..])
             .fetch_optional(&mut *reader)
             .await
             .map_err(read_failed)?;
-            keys.push(key);
+            keys.push(row.as_ref().map(hybrid_key).transpose().map_err(read_failed)?);
         }
         Ok(keys)
     }
 }
 
-/// The condition for a package whose lifetime contains ?2. A release without the column did not
-/// store when the lifetime begins.
-macro_rules! valid {
-    () => {
-        "not_after >= ?2 AND coalesce(not_before, 0) <= ?2"
+fn hybrid_key(row: &SqliteRow) -> sqlx::Result<HybridKey> {
+    let signature = row.try_get::<Option<&[u8]>, _>("signature")?.map(<[u8; 64]>::try_from);
+    let signature = signature.transpose().map_err(|_| NeverWritten("signature"))?;
+    Ok(HybridKey { key: row.bytes("key")?, signature })
+}
+
+type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
+
+/// Binds an account to ?1 and a device to ?2.
+fn of_owner<'q>(sql: &'static str, owner: &'q PackageOwner) -> SqliteQuery<'q> {
+    let device = owner.device.as_ref().map(|device| &device.as_bytes()[..]);
+    sqlx::query(sql).bind(owner.account.0).bind(device)
+}
+
+/// The condition for a package whose lifetime contains an instant. A release without the column did
+/// not store when the lifetime begins.
+macro_rules! valid_at {
+    ($now:literal) => {
+        concat!("not_after >= ", $now, " AND coalesce(not_before, 0) <= ", $now)
     };
 }
 
-/// Counts the packages that ?1 has at ?2. Reads at most the cap of short index entries.
+/// Counts the packages that the account ?1 has of the device ?2 at ?3. Reads at most the cap of
+/// short index entries.
 const STOCK: &str = concat!(
     "SELECT
-        (SELECT count(*) FROM key_package WHERE owner = ?1 AND last_resort = 0 AND ",
-    valid!(),
+        (SELECT count(*) FROM key_package INDEXED BY key_package_of_device
+          WHERE owner = ?1 AND device IS ?2 AND last_resort = 0 AND ",
+    valid_at!("?3"),
     ") AS available,
-        EXISTS (SELECT 1 FROM key_package WHERE owner = ?1 AND last_resort = 1 AND ",
-    valid!(),
+        EXISTS (SELECT 1 FROM key_package INDEXED BY key_package_of_device
+                 WHERE owner = ?1 AND device IS ?2 AND last_resort = 1 AND ",
+    valid_at!("?3"),
     ") AS last_resort"
 );
 
-/// Removes the oldest package of ?1 that is valid at ?2.
-const TAKE: &str = concat!(
-    "DELETE FROM key_package WHERE id = (
-        SELECT k.id FROM account a JOIN key_package k ON k.owner = a.id
-         WHERE a.identity = ?1 AND k.last_resort = 0 AND ",
-    valid!(),
-    " ORDER BY k.id LIMIT 1)
-     RETURNING owner, fingerprint, last_resort, not_after, bytes"
-);
+/// The oldest package of the account with the identity ?1 that is valid at ?2: a last resort or
+/// not.
+macro_rules! oldest {
+    ($last_resort:literal) => {
+        concat!(
+            "SELECT k.id FROM account a
+              CROSS JOIN key_package k INDEXED BY key_package_next ON k.owner = a.id
+              WHERE a.identity = ?1 AND k.last_resort = ",
+            $last_resort,
+            " AND ",
+            valid_at!("?2"),
+            " ORDER BY k.id LIMIT 1"
+        )
+    };
+}
 
-/// Returns the last-resort package of ?1, if it is valid at ?2.
-const LAST_RESORT: &str = concat!(
-    "SELECT k.owner, k.fingerprint, k.last_resort, k.not_after, k.bytes
-       FROM account a JOIN key_package k ON k.owner = a.id
-      WHERE a.identity = ?1 AND k.last_resort = 1 AND ",
-    valid!()
-);
+/// The same for the device with the registration number ?1, which has the packages of the account
+/// too if it has no key of its own.
+macro_rules! oldest_of_device {
+    ($last_resort:literal) => {
+        concat!(
+            "SELECT min(id) FROM (
+                SELECT (SELECT id FROM key_package INDEXED BY key_package_of_device
+                         WHERE owner = r.account AND device IS r.device AND last_resort = ",
+            $last_resort,
+            " AND ",
+            valid_at!("?2"),
+            " ORDER BY id LIMIT 1) AS id FROM device r WHERE r.id = ?1
+                UNION ALL
+                SELECT (SELECT id FROM key_package INDEXED BY key_package_of_device
+                         WHERE owner = r.account AND device IS NULL AND last_resort = ",
+            $last_resort,
+            " AND ",
+            valid_at!("?2"),
+            " ORDER BY id LIMIT 1) FROM device r WHERE r.id = ?1 AND r.key IS NULL)"
+        )
+    };
+}
+
+/// Two statements that select by the same condition.
+struct TakeStatements {
+    /// Removes the oldest package that is not a last resort.
+    one_time: &'static str,
+    /// Returns the oldest last-resort package.
+    last_resort: &'static str,
+}
+
+macro_rules! take_statements {
+    ($oldest:ident) => {
+        TakeStatements {
+            one_time: concat!(
+                "DELETE FROM key_package WHERE id = (",
+                $oldest!("0"),
+                ") RETURNING owner, fingerprint, last_resort, not_after, bytes"
+            ),
+            last_resort: concat!(
+                "SELECT owner, fingerprint, last_resort, not_after, bytes
+                   FROM key_package WHERE id = (",
+                $oldest!("1"),
+                ")"
+            ),
+        }
+    };
+}
+const OF_ACCOUNT: TakeStatements = take_statements!(oldest);
+const OF_DEVICE: TakeStatements = take_statements!(oldest_of_device);
+
+/// Returns the devices of the account with the identity ?1.
+const DEVICES: &str = "
+    SELECT r.id, r.device FROM account a CROSS JOIN device r ON r.account = a.id
+     WHERE a.identity = ?1 ORDER BY r.id";
+
+#[cfg(test)]
+pub(crate) const STATEMENTS: [&str; 5] =
+    [STOCK, OF_ACCOUNT.one_time, OF_ACCOUNT.last_resort, OF_DEVICE.one_time, OF_DEVICE.last_resort];
 
 fn stock(row: &SqliteRow) -> sqlx::Result<Stock> {
     let available = row.unsigned("available")?;
@@ -138,7 +221,7 @@ fn stock(row: &SqliteRow) -> sqlx::Result<Stock> {
 
 /// Stores packages of one owner, all or none.
 struct UploadPackages {
-    owner: AccountId,
+    owner: PackageOwner,
     packages: Vec<NewKeyPackage>,
     mode: UploadMode,
     now: UnixMillis,
@@ -158,28 +241,23 @@ impl Statement for UploadPackages {
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Upload>> {
         self.remove_expired(tx).await?;
         if self.mode == UploadMode::Replace {
-            sqlx::query("DELETE FROM key_package WHERE owner = ?1")
-                .bind(self.owner.0)
-                .execute(&mut *tx)
-                .await?;
+            let sql = "DELETE FROM key_package WHERE owner = ?1 AND device IS ?2";
+            of_owner(sql, &self.owner).execute(&mut *tx).await?;
         }
         for (index, package) in self.packages.iter().enumerate() {
             if self.store(tx, package).await? == Stored::GivenOut {
                 return Ok(Done::undo(Upload::GivenOut(index)));
             }
         }
-        let row = sqlx::query(STOCK)
-            .bind(self.owner.0)
-            .bind(millis(self.now))
-            .fetch_one(&mut *tx)
-            .await?;
-        let stock = stock(&row)?;
-        let count = stock.available.saturating_add(stock.has_last_resort.into());
-        Ok(if count > self.max_count {
-            Done::undo(Upload::Full)
-        } else {
-            Done::keep(Upload::Stored(stock))
-        })
+        let signers: HashSet<_> = self.packages.iter().map(|package| package.device).collect();
+        for device in signers {
+            let stock = self.stock(tx, PackageOwner { device, ..self.owner }).await?;
+            let count = stock.available.saturating_add(stock.has_last_resort.into());
+            if count > self.max_count {
+                return Ok(Done::undo(Upload::Full));
+            }
+        }
+        Ok(Done::keep(Upload::Stored(self.stock(tx, self.owner).await?)))
     }
 }
 
@@ -199,7 +277,7 @@ impl UploadPackages {
             "DELETE FROM key_package_given WHERE owner = ?1 AND not_after < ?2",
         ] {
             sqlx::query(sql)
-                .bind(self.owner.0)
+                .bind(self.owner.account.0)
                 .bind(millis(self.expired_by))
                 .execute(&mut *tx)
                 .await?;
@@ -212,7 +290,7 @@ impl UploadPackages {
         tx: &mut SqliteConnection,
         package: &NewKeyPackage,
     ) -> sqlx::Result<Stored> {
-        let owner = self.owner.0;
+        let PackageOwner { account: AccountId(owner), .. } = self.owner;
         let known = sqlx::query(
             "SELECT EXISTS (SELECT 1 FROM key_package
                              WHERE owner = ?1 AND fingerprint = ?2) AS stored,
@@ -230,14 +308,15 @@ impl UploadPackages {
             return Ok(Stored::GivenOut);
         }
         if package.last_resort {
-            sqlx::query("DELETE FROM key_package WHERE owner = ?1 AND last_resort = 1")
-                .bind(owner)
-                .execute(&mut *tx)
-                .await?;
+            let sql = "DELETE FROM key_package
+                        WHERE owner = ?1 AND device IS ?2 AND last_resort = 1";
+            let signer = PackageOwner { device: package.device, ..self.owner };
+            of_owner(sql, &signer).execute(&mut *tx).await?;
         }
         sqlx::query(
-            "INSERT INTO key_package (owner, fingerprint, last_resort, not_before, not_after, bytes)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            "INSERT INTO key_package
+                 (owner, fingerprint, last_resort, not_before, not_after, bytes, device)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )
         .bind(owner)
         .bind(&package.fingerprint[..])
@@ -245,9 +324,15 @@ impl UploadPackages {
         .bind(millis(package.not_before))
         .bind(millis(package.not_after))
         .bind(&package.bytes[..])
+        .bind(package.device.as_ref().map(|device| &device.as_bytes()[..]))
         .execute(tx)
         .await?;
         Ok(Stored::Yes)
+    }
+
+    async fn stock(&self, tx: &mut SqliteConnection, owner: PackageOwner) -> sqlx::Result<Stock> {
+        let row = of_owner(STOCK, &owner).bind(millis(self.now)).fetch_one(tx).await?;
+        stock(&row)
     }
 }
 
@@ -262,38 +347,70 @@ impl Statement for TakePackage {
     const NAME: &'static str = "take key package";
 
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Option<TakenKeyPackage>>> {
-        let mut taken = None;
-        for sql in [TAKE, LAST_RESORT] {
-            taken = sqlx::query(sql)
-                .bind(&self.target.as_bytes()[..])
-                .bind(millis(self.now))
-                .fetch_optional(&mut *tx)
-                .await?;
-            if taken.is_some() {
-                break;
-            }
-        }
-        let Some(row) = taken else { return Ok(Done::keep(None)) };
-        // The last-resort package too: after a newer one has replaced it, it may not come back.
-        sqlx::query(
-            "INSERT OR IGNORE INTO key_package_given (owner, fingerprint, not_after)
-             VALUES (?1, ?2, ?3)",
-        )
-        .bind(row.account("owner")?.0)
-        .bind(&row.hash("fingerprint")?[..])
-        .bind(millis(row.at("not_after")?))
-        .execute(tx)
-        .await?;
-        Ok(Done::keep(Some(TakenKeyPackage {
-            bytes: row.bytes("bytes")?,
-            last_resort: row.try_get("last_resort")?,
-        })))
+        let of_target = |sql| sqlx::query(sql).bind(&self.target.as_bytes()[..]);
+        take(tx, &OF_ACCOUNT, of_target, self.now).await.map(Done::keep)
     }
+}
+
+/// Removes the oldest package of each device of an account, as [`TakePackage`] does of the account.
+struct TakePackageOfEachDevice {
+    target: IdentityKey,
+    now: UnixMillis,
+}
+
+impl Statement for TakePackageOfEachDevice {
+    type Answer = Vec<DevicePackage>;
+    const NAME: &'static str = "take key package of each device";
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Vec<DevicePackage>>> {
+        let query = sqlx::query(DEVICES).bind(&self.target.as_bytes()[..]);
+        let devices = query.fetch_all(&mut *tx).await?;
+        let mut taken = Vec::with_capacity(devices.len());
+        for row in devices {
+            let registration: i64 = row.try_get("id")?;
+            let device: DeviceId = row.device("device")?.ok_or(NeverWritten("device"))?;
+            let of_device = |sql| sqlx::query(sql).bind(registration);
+            let package = take(tx, &OF_DEVICE, of_device, self.now).await?;
+            taken.push(DevicePackage { device, package });
+        }
+        Ok(Done::keep(taken))
+    }
+}
+
+/// Takes a package. `query` binds the first parameter of the statements.
+async fn take<'q>(
+    tx: &mut SqliteConnection,
+    statements: &TakeStatements,
+    query: impl Fn(&'static str) -> SqliteQuery<'q>,
+    now: UnixMillis,
+) -> sqlx::Result<Option<TakenKeyPackage>> {
+    let mut taken = None;
+    for sql in [statements.one_time, statements.last_resort] {
+        taken = query(sql).bind(millis(now)).fetch_optional(&mut *tx).await?;
+        if taken.is_some() {
+            break;
+        }
+    }
+    let Some(row) = taken else { return Ok(None) };
+    // The last-resort package too: after a newer one has replaced it, it may not come back.
+    sqlx::query(
+        "INSERT OR IGNORE INTO key_package_given (owner, fingerprint, not_after)
+         VALUES (?1, ?2, ?3)",
+    )
+    .bind(row.account("owner")?.0)
+    .bind(&row.hash("fingerprint")?[..])
+    .bind(millis(row.at("not_after")?))
+    .execute(tx)
+    .await?;
+    Ok(Some(TakenKeyPackage {
+        bytes: row.bytes("bytes")?,
+        last_resort: row.try_get("last_resort")?,
+    }))
 }
 
 struct PutHybridKey {
     owner: AccountId,
-    key: Vec<u8>,
+    key: HybridKey,
 }
 
 impl Statement for PutHybridKey {
@@ -301,15 +418,19 @@ impl Statement for PutHybridKey {
     const NAME: &'static str = "put hybrid key";
 
     fn bytes(&self) -> usize {
-        SMALL + self.key.len()
+        SMALL + self.key.key.len()
     }
 
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<()>> {
-        sqlx::query("INSERT OR REPLACE INTO hybrid_key (owner, key) VALUES (?1, ?2)")
-            .bind(self.owner.0)
-            .bind(&self.key[..])
-            .execute(tx)
-            .await?;
+        let HybridKey { key, signature } = &self.key;
+        sqlx::query(
+            "INSERT OR REPLACE INTO hybrid_key (owner, key, signature) VALUES (?1, ?2, ?3)",
+        )
+        .bind(self.owner.0)
+        .bind(&key[..])
+        .bind(signature.as_ref().map(|signature| &signature[..]))
+        .execute(tx)
+        .await?;
         Ok(Done::keep(()))
     }
 }

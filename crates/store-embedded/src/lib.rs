@@ -13,26 +13,29 @@
 //!
 //! | modules | content |
 //! |---|---|
-//! | `metrics`, `error`, `row`, `clock`, `effects`, `statement` | the vocabulary |
+//! | `metrics`, `error`, `row`, `reader`, `clock`, `effects`, `statement` | the vocabulary |
 //! | `messages` | the SQL of the message tables |
 //! | `memory` | the state in memory, and the one place that applies the effects of a commit |
 //! | `files`, `directory`, `open_error`, `schema`, `tables` | the files and the schema |
 //! | `damage`, `history` | damage to the file, and its replacement by an older copy |
 //! | `writer` | the queue and the transactions |
 //! | `store` | [`EmbeddedStore`] |
-//! | `accounts`, `sessions`, `inboxes`, `keys`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
+//! | `accounts`, `sessions`, `devices`, `inboxes`, `absence`, `groups`, `keys`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
 //! | `open`, `accept_clock`, `backup`, `export` | the entry points |
 
+mod absence;
 mod accept_clock;
 mod accounts;
 mod backup;
 mod clock;
 mod damage;
+mod devices;
 mod directory;
 mod effects;
 mod error;
 mod export;
 mod files;
+mod groups;
 mod history;
 mod inboxes;
 mod jobs;
@@ -44,6 +47,7 @@ mod messages;
 mod metrics;
 mod open;
 mod open_error;
+mod reader;
 mod row;
 mod schema;
 mod sessions;

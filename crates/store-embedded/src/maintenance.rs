@@ -8,13 +8,16 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use qpq_domain::{StoreId, UnixMillis};
-use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreResult};
+use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreResult, Swept};
 use sqlx::SqliteConnection;
 
 use crate::{
-    clock::ClockGuard,
+    absence::{Absence, MoveAbsent, Moved},
+    clock::{Bounds, ClockGuard},
     damage::CheckStructure,
     effects::Effects,
+    error::read_failed,
+    groups::send::SweepCommits,
     history::BeginHistory,
     keys::SweepKeyPackages,
     messages::remove::{self, Removal, SWEEP_ROWS, Selection},
@@ -39,18 +42,24 @@ impl Maintenance for EmbeddedStore {
         self.writer.run(Beat).await
     }
 
-    async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
+    async fn sweep(&self, now: UnixMillis) -> StoreResult<Swept> {
         let clock = self.memory.clock.clone();
         // First, because a clock that jumped must not remove anything.
         self.writer.run(CheckClock { clock, now }).await?;
-        let now = self.memory.clock.bounds(now).earliest;
+        let bounds = self.memory.clock.bounds(now);
+        let now = bounds.earliest;
         let recent_ids = self.limits.delivery.recent_ids;
         // One statement for each kind of row, so that no message waits for all of them.
         let messages = self.writer.run(SweepMessages { now, recent_ids }).await?;
         let ids = self.writer.run(SweepIds { now }).await?;
         let key_packages = self.writer.run(SweepKeyPackages { now }).await?;
         let sessions = self.writer.run(SweepSessions { now }).await?;
-        Ok(messages + ids + key_packages + sessions)
+        let commits = self.writer.run(SweepCommits { now }).await?;
+        let moved = self.move_absent(bounds).await?;
+        Ok(Swept {
+            rows: messages + ids + key_packages + sessions + commits + moved.rows,
+            moved: moved.account.into_iter().collect(),
+        })
     }
 
     fn store_id(&self) -> StoreId {
@@ -59,6 +68,18 @@ impl Maintenance for EmbeddedStore {
 
     async fn begin_history(&self, sessions: OldSessions) -> StoreResult<NewHistory> {
         self.writer.run(BeginHistory(sessions)).await
+    }
+}
+
+impl EmbeddedStore {
+    /// Moves a device that is away too long by one step, if there is one.
+    async fn move_absent(&self, bounds: Bounds) -> StoreResult<Moved> {
+        let absence = Absence { bounds, limits: self.limits.delivery };
+        // Searched outside the writer: most sweeps find nothing.
+        match absence.find(&self.readers).await.map_err(read_failed)? {
+            Some(registration) => self.writer.run(MoveAbsent { registration, absence }).await,
+            None => Ok(Moved::default()),
+        }
     }
 }
 

@@ -178,6 +178,6 @@ pub(crate) fn tokens(rows: &[SqliteRow]) -> sqlx::Result<Vec<TokenHash>> {
     rows.iter().map(|row| row.hash("token").map(TokenHash::new)).collect()
 }
 
-fn ended(sessions_ended: Vec<TokenHash>) -> Effects {
-    Effects { sessions_ended, ..Effects::default() }
+fn ended(sessions_changed: Vec<TokenHash>) -> Effects {
+    Effects { sessions_changed, ..Effects::default() }
 }

@@ -33,6 +33,8 @@ impl EmbeddedStore {
         Stores {
             accounts: store.clone(),
             sessions: store.clone(),
+            devices: store.clone(),
+            groups: store.clone(),
             inboxes: store.clone(),
             wakes: store.clone(),
             key_packages: store.clone(),

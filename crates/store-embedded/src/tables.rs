@@ -35,12 +35,17 @@ enum Role {
     Value,
     /// In both. The canonical row has the SHA-256 of the value.
     LargeValue,
+    /// As `LargeValue`, and the value is the one of the expression, in which `t` is the row.
+    LargeValueOf(&'static str),
     /// The number of an account. The canonical row has the account's identity key instead, because
     /// the numbers differ from store to store.
     Account,
     /// As `Account`, and the rows of an account have an order, that of the named column. The
     /// canonical row has the identity key and the position.
     AccountInOrder(&'static str),
+    /// A number that only this store uses, and that orders the rows with one value of the named
+    /// column. The canonical row has the position.
+    OrderWithin(&'static str),
     /// A number that only this store uses. Not in canonical rows.
     RowNumber,
     /// The key of a row that the cluster may have already. Rows with a key are not canonical.
@@ -62,6 +67,10 @@ const fn value(name: &'static str) -> Column {
 const fn local(name: &'static str) -> Column {
     column(name, Role::Local)
 }
+
+/// The payload of a message, which others may share.
+const PAYLOAD: &str = "CASE WHEN t.payload_id IS NULL THEN t.payload \
+                       ELSE (SELECT p.bytes FROM payload p WHERE p.id = t.payload_id) END";
 
 /// All tables of the schema, except those of SQLite and of the migrations.
 static TABLES: &[TableDescription] = &[
@@ -99,6 +108,7 @@ static TABLES: &[TableDescription] = &[
             value("messages"),
             value("bytes"),
             value("next_expiry"),
+            column("devices", Role::Derived),
         ],
     },
     TableDescription {
@@ -116,7 +126,8 @@ static TABLES: &[TableDescription] = &[
             value("message_id"),
             value("payload_sha256"),
             // Hashed again, because a transfer does not rely on the stored hash.
-            column("payload", Role::LargeValue),
+            column("payload", Role::LargeValueOf(PAYLOAD)),
+            column("payload_id", Role::Derived),
         ],
     },
     TableDescription {
@@ -145,6 +156,7 @@ static TABLES: &[TableDescription] = &[
             value("not_after"),
             value("bytes"),
             value("not_before"),
+            value("device"),
         ],
     },
     TableDescription {
@@ -155,7 +167,73 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "hybrid_key",
         content: Content::Transferred { to: Table::HybridKey, key: 1 },
-        columns: &[column("owner", Role::Account), value("key")],
+        columns: &[column("owner", Role::Account), value("key"), value("signature")],
+    },
+    TableDescription {
+        name: "device",
+        content: Content::Transferred { to: Table::Device, key: 1 },
+        columns: &[
+            column("id", Role::RowNumber),
+            // The order of their registration is the order in which they are listed.
+            column("account", Role::AccountInOrder("id")),
+            value("device"),
+            value("name"),
+            value("key"),
+            value("proof"),
+            value("registered_at"),
+            value("last_seen_at"),
+            value("upto"),
+            value("position_lost"),
+        ],
+    },
+    TableDescription {
+        name: "device_done",
+        content: Content::Transferred { to: Table::DeviceDone, key: 3 },
+        columns: &[column("inbox", Role::Account), value("seq"), value("device")],
+    },
+    TableDescription {
+        name: "device_key",
+        content: Content::Transferred { to: Table::DeviceKey, key: 1 },
+        columns: &[value("key"), column("account", Role::Account), value("device")],
+    },
+    TableDescription {
+        name: "mls_group",
+        content: Content::Transferred { to: Table::Group, key: 1 },
+        columns: &[
+            value("id"),
+            value("pair"),
+            value("name"),
+            value("description"),
+            value("settings"),
+            value("version"),
+            value("epoch"),
+            column("group_info", Role::LargeValue),
+            value("created_at"),
+        ],
+    },
+    TableDescription {
+        name: "group_member",
+        content: Content::Transferred { to: Table::GroupMember, key: 1 },
+        columns: &[
+            // The order in which they joined decides who follows the last admin.
+            column("id", Role::OrderWithin("group_id")),
+            value("group_id"),
+            column("account", Role::Account),
+            value("role"),
+            value("joined_at"),
+        ],
+    },
+    TableDescription {
+        name: "group_commit",
+        content: Content::Transferred { to: Table::GroupCommit, key: 3 },
+        columns: &[
+            value("group_id"),
+            column("account", Role::Account),
+            value("message_id"),
+            value("epoch"),
+            value("committed_at"),
+            value("outcome"),
+        ],
     },
     TableDescription {
         name: "job",
@@ -173,6 +251,12 @@ static TABLES: &[TableDescription] = &[
             value("died_at"),
             value("last_error"),
         ],
+    },
+    // Its rows are moved as the payloads of their messages.
+    TableDescription {
+        name: "payload",
+        content: Content::Local,
+        columns: &[local("id"), local("bytes")],
     },
     TableDescription {
         name: "heartbeat",
@@ -199,6 +283,15 @@ pub(crate) struct CanonicalRows {
     pub(crate) hashed: Vec<usize>,
 }
 
+impl Column {
+    fn value(&self) -> String {
+        match self.role {
+            Role::LargeValueOf(expression) => expression.to_owned(),
+            _ => format!("t.{}", self.name),
+        }
+    }
+}
+
 impl TableDescription {
     /// Returns the description of a table that is moved.
     ///
@@ -210,14 +303,20 @@ impl TableDescription {
     }
 
     /// Returns the names of the moved columns as a list in SQL.
-    pub(crate) fn column_list(&self) -> String {
-        self.moved_columns().collect::<Vec<_>>().join(", ")
+    #[cfg(test)]
+    fn column_list(&self) -> String {
+        self.moved_columns().map(|column| column.name).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Returns the values of the moved columns as a list in SQL, in which `t` is the row.
+    pub(crate) fn value_list(&self) -> String {
+        self.moved_columns().map(|column| column.value()).collect::<Vec<_>>().join(", ")
     }
 
     /// Returns the names of the columns of the key as a list in SQL.
     pub(crate) fn key_list(&self) -> String {
         let key = self.moved().map_or(0, |(_, key)| key);
-        self.moved_columns().take(key).collect::<Vec<_>>().join(", ")
+        self.moved_columns().take(key).map(|column| column.name).collect::<Vec<_>>().join(", ")
     }
 
     /// Returns the query for the canonical rows. The importer of the cluster has the same cells in
@@ -225,12 +324,13 @@ impl TableDescription {
     pub(crate) fn canonical_rows(&self) -> CanonicalRows {
         let (mut cells, mut hashed, mut account) = (Vec::new(), Vec::new(), None);
         let mut filter = String::new();
-        for Column { name, role } in self.columns {
+        for column in self.columns {
+            let Column { name, role } = column;
             match role {
-                Role::Value => cells.push(format!("t.{name}")),
-                Role::LargeValue => {
+                Role::Value => cells.push(column.value()),
+                Role::LargeValue | Role::LargeValueOf(_) => {
                     hashed.push(cells.len());
-                    cells.push(format!("t.{name}"));
+                    cells.push(column.value());
                 }
                 Role::Account => {
                     cells.push("a.identity".to_owned());
@@ -242,6 +342,9 @@ impl TableDescription {
                         "row_number() OVER (PARTITION BY t.{name} ORDER BY t.{order})"
                     ));
                     account = Some(name);
+                }
+                Role::OrderWithin(of) => {
+                    cells.push(format!("row_number() OVER (PARTITION BY t.{of} ORDER BY t.{name})"))
                 }
                 Role::UniqueKey => filter = format!(" WHERE t.{name} IS NULL"),
                 Role::RowNumber | Role::Derived | Role::Local => {}
@@ -260,9 +363,9 @@ impl TableDescription {
         }
     }
 
-    fn moved_columns(&self) -> impl Iterator<Item = &'static str> {
+    fn moved_columns(&self) -> impl Iterator<Item = &'static Column> {
         let is_moved = |column: &&Column| !matches!(column.role, Role::Derived | Role::Local);
-        self.columns.iter().filter(is_moved).map(|column| column.name)
+        self.columns.iter().filter(is_moved)
     }
 }
 
@@ -327,13 +430,20 @@ mod tests {
         );
         assert_eq!(
             sql(Table::HybridKey),
-            "SELECT a.identity, t.key FROM hybrid_key t JOIN account a ON a.id = t.owner"
+            "SELECT a.identity, t.key, t.signature \
+             FROM hybrid_key t JOIN account a ON a.id = t.owner"
         );
         assert_eq!(
             sql(Table::KeyPackage),
             "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), \
-             t.fingerprint, t.last_resort, t.not_after, t.bytes, t.not_before \
+             t.fingerprint, t.last_resort, t.not_after, t.bytes, t.not_before, t.device \
              FROM key_package t JOIN account a ON a.id = t.owner"
+        );
+        assert_eq!(
+            sql(Table::GroupMember),
+            "SELECT row_number() OVER (PARTITION BY t.group_id ORDER BY t.id), t.group_id, \
+             a.identity, t.role, t.joined_at \
+             FROM group_member t JOIN account a ON a.id = t.account"
         );
         assert_eq!(
             sql(Table::Job),

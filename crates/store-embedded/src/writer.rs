@@ -27,7 +27,7 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use qpq_domain::DeliveryLimits;
+use qpq_domain::{DeliveryLimits, IdentityKey};
 use qpq_ports::{
     Enqueued, NewMessage, StoreError, StoreResult,
     admission::{Admission, AdmissionPermit},
@@ -118,7 +118,25 @@ impl Writer {
     /// The effects are applied in the order of the commits, whether or not the caller still waits.
     pub(crate) async fn run<S: Statement>(&self, statement: S) -> StoreResult<S::Answer> {
         let permit = self.admission.admit(statement.bytes()).await;
-        let permit = permit.map_err(StoreError::unavailable)?;
+        self.run_admitted(statement, permit.map_err(StoreError::unavailable)?).await
+    }
+
+    /// As [`Writer::run`], for a statement that accepts a number of messages of `sender`.
+    pub(crate) async fn run_from<S: Statement>(
+        &self,
+        sender: &IdentityKey,
+        messages: usize,
+        statement: S,
+    ) -> StoreResult<S::Answer> {
+        let permit = self.admission.admit_from(sender, messages, statement.bytes()).await;
+        self.run_admitted(statement, permit.map_err(StoreError::unavailable)?).await
+    }
+
+    async fn run_admitted<S: Statement>(
+        &self,
+        statement: S,
+        permit: AdmissionPermit,
+    ) -> StoreResult<S::Answer> {
         let (answer, answered) = oneshot::channel();
         let queued = Queued { statement, done: None, answer, _permit: permit };
         self.queue(Item::Statement(Box::new(queued)), answered).await

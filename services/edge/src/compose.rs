@@ -258,8 +258,9 @@ impl Running {
             let rpc = Arc::clone(&checked);
             async move { rpc.check_store().await.map_err(|error| with_causes(&error)) }
         });
+        let account_events = Arc::clone(&rpc.app().account_events);
         tasks.spawn("account events", Arc::clone(&rpc).receive_account_events());
-        self.jobs = Some(jobs::Running::start(tasks, config, &self.store, clock));
+        self.jobs = Some(jobs::Running::start(tasks, config, &self.store, clock, account_events));
         tasks.spawn(
             "certificates",
             Arc::clone(&self.certificates).watch(config.tls.reload_interval),

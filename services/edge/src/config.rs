@@ -184,6 +184,9 @@ section! {
         /// How long a message id is kept after its message was removed, so that a repeated Enqueue
         /// is not delivered twice.
         recent_ids: Duration = qpq_domain::DeliveryLimits::default().recent_ids;
+        /// A device that has not read for so much time, and holds back more than half of its inbox,
+        /// is moved to the newest message.
+        device_absence: Duration = qpq_domain::DeliveryLimits::default().device_absence;
         /// The time that FetchWait waits if the request has none.
         default_wait: Duration = qpq_domain::DeliveryLimits::default().default_wait;
         /// The longest time that FetchWait waits.
@@ -374,6 +377,7 @@ impl Config {
             default_ttl: given.default_ttl,
             max_ttl: given.max_ttl,
             recent_ids: given.recent_ids,
+            device_absence: given.device_absence,
             default_wait: given.default_wait,
             max_wait: given.max_wait,
         }

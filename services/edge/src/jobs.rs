@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use qpq_jobs::{Runner, Work};
 use qpq_ports::Clock;
+use qpq_rpc::account_events::AccountEvents;
 use qpq_runtime::lifecycle::Tasks;
 use tokio::sync::watch;
 
@@ -22,9 +23,10 @@ impl Running {
         config: &Config,
         store: &Store,
         clock: Arc<dyn Clock>,
+        account_events: Arc<AccountEvents>,
     ) -> Self {
         let mut runner = Runner::new(store.stores().jobs, clock);
-        for work in kinds(config, store) {
+        for work in kinds(config, store, account_events) {
             runner.add(work);
         }
         let (stop, stopped) = watch::channel(false);
@@ -42,8 +44,9 @@ impl Running {
 }
 
 /// The kinds of work. To add one: a type that implements [`Work`], and a line here.
-fn kinds(config: &Config, store: &Store) -> Vec<Arc<dyn Work>> {
-    let mut kinds: Vec<Arc<dyn Work>> = vec![Arc::new(Sweep(store.stores().maintenance))];
+fn kinds(config: &Config, store: &Store, account_events: Arc<AccountEvents>) -> Vec<Arc<dyn Work>> {
+    let maintenance = store.stores().maintenance;
+    let mut kinds: Vec<Arc<dyn Work>> = vec![Arc::new(Sweep { maintenance, account_events })];
     let cluster = config.cluster_sections();
     if let (Some(dir), Some(interval)) = (cluster.secrets_dir(), config.cluster.rotate_ticket_keys)
     {

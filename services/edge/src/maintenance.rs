@@ -8,7 +8,8 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use qpq_domain::UnixMillis;
 use qpq_jobs::{Completion, Failure, Policy, Work};
-use qpq_ports::{Job, JobKind, Maintenance, NewJob};
+use qpq_ports::{AccountEvent, Job, JobKind, Maintenance, NewJob, Swept};
+use qpq_rpc::account_events::AccountEvents;
 use qpq_runtime::metrics::Metrics;
 use tokio::time::interval;
 
@@ -23,7 +24,11 @@ const FOLD: Duration = Duration::from_secs(5);
 ///
 /// Edges of earlier releases sweep by themselves. In a cluster one sweep at a time removes rows,
 /// and another one finds nothing to do, so both may run together.
-pub(crate) struct Sweep(pub(crate) Arc<dyn Maintenance>);
+pub(crate) struct Sweep {
+    pub(crate) maintenance: Arc<dyn Maintenance>,
+    /// Informs the other devices of an account of one that lost its position.
+    pub(crate) account_events: Arc<AccountEvents>,
+}
 
 impl Sweep {
     const KIND: JobKind = JobKind::new("sweep");
@@ -55,13 +60,17 @@ impl Work for Sweep {
         let mut removed = 0;
         let mut next = Duration::ZERO;
         for _ in 0..BATCHES {
-            match self.0.sweep(now).await.map_err(|error| Failure::temporary(&error))? {
-                0 => {
-                    next = INTERVAL;
-                    break;
-                }
-                rows => removed += rows,
+            let swept = self.maintenance.sweep(now).await;
+            let Swept { rows, moved } = swept.map_err(|error| Failure::temporary(&error))?;
+            for identity in moved {
+                tracing::info!("a device that was away too long lost its position in an inbox");
+                self.account_events.publish(&identity, AccountEvent::DevicesChanged);
             }
+            if rows == 0 {
+                next = INTERVAL;
+                break;
+            }
+            removed += rows;
             tokio::task::yield_now().await;
         }
         if removed > 0 {
@@ -85,7 +94,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use qpq_domain::StoreId;
-    use qpq_ports::{Claim, JobId, NewHistory, OldSessions, StoreError, StoreResult};
+    use qpq_ports::{Claim, JobId, NewHistory, OldSessions, SingleEdge, StoreError, StoreResult};
 
     use super::*;
 
@@ -103,14 +112,14 @@ mod tests {
             Ok(())
         }
 
-        async fn sweep(&self, _: UnixMillis) -> StoreResult<u64> {
+        async fn sweep(&self, _: UnixMillis) -> StoreResult<Swept> {
             if self.fails {
                 return Err(StoreError::unavailable(std::io::Error::other("disk full")));
             }
             let taken = self
                 .left
                 .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
-            Ok(u64::from(taken.is_ok()))
+            Ok(Swept { rows: taken.is_ok().into(), moved: Vec::new() })
         }
 
         fn store_id(&self) -> StoreId {
@@ -125,7 +134,9 @@ mod tests {
     async fn run(rows: &Arc<Rows>) -> Result<Completion, Failure> {
         let claim = Claim { job: JobId(1), token: [0; 16] };
         let job = Job { claim, payload: Vec::new(), attempt: 1 };
-        Sweep(Arc::clone(rows) as _).run(&job, NOW).await
+        let account_events = Arc::new(AccountEvents::new(Arc::new(SingleEdge)));
+        let maintenance = Arc::clone(rows) as _;
+        Sweep { maintenance, account_events }.run(&job, NOW).await
     }
 
     fn rows(left: u64) -> Arc<Rows> {

@@ -18,7 +18,7 @@ use crate::{
 /// An open store.
 #[derive(Debug)]
 pub(crate) enum Store {
-    Embedded(EmbeddedStore),
+    Embedded(Box<EmbeddedStore>),
     Cluster(ClusterStore),
 }
 
@@ -55,7 +55,7 @@ impl Store {
         let store = EmbeddedStore::open(dir.path(), limits).await?;
         match certificate::open(config) {
             Ok(opened) => Ok(Opened {
-                store: Self::Embedded(store),
+                store: Self::Embedded(Box::new(store)),
                 secrets,
                 certificates: opened.certificates,
                 certificate_created: opened.created_at,

@@ -52,7 +52,7 @@ const EARLY: usize = 6;
 const TERMINATE: &str = "
     SELECT count(pg_terminate_backend(pid)) FROM (
         SELECT pid FROM pg_stat_activity
-         WHERE application_name = 'qpq-server' AND wait_event_type = 'Lock' LIMIT 2) AS waiting";
+         WHERE application_name LIKE 'qpq-server%' AND wait_event_type = 'Lock' LIMIT 2) AS waiting";
 
 #[derive(Clone, Copy, Debug)]
 enum Storm {

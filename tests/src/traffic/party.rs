@@ -9,11 +9,11 @@ use qpq_proto::{
     methods::{Ack, BatchEnqueue, Enqueue, FetchWait, Peek},
     v1,
 };
-use qpq_test_services::history::{Edge, Inbox, Recorder, Tag};
+use qpq_test_services::history::{Edge, Recorder, Sending, Tag};
 use rand::{Rng as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::{sync::watch, time::sleep};
 
-use super::{IDLE, LIST, Outgoing, State, WAIT, seen, store_id};
+use super::{IDLE, LIST, Outgoing, Reader, State, WAIT, seen, store_id, streams};
 use crate::{
     accounts::Account,
     client::Client,
@@ -66,7 +66,7 @@ impl Party {
     }
 
     /// Calls a method. Only an answer, a temporary refusal or a lost connection are allowed.
-    async fn call<M: Method>(
+    pub(super) async fn call<M: Method>(
         &mut self,
         request: &M::Request,
         token: &Bytes,
@@ -75,7 +75,7 @@ impl Party {
         self.call_on::<M>(&client, request, token).await
     }
 
-    async fn call_on<M: Method>(
+    pub(super) async fn call_on<M: Method>(
         &mut self,
         client: &Client,
         request: &M::Request,
@@ -104,14 +104,9 @@ impl Party {
         let request = request(&message, &self.state.accounts);
         loop {
             self.roamer.connected().await;
-            let sending = self.recorder.sending(
-                Inbox(message.inbox as u32),
-                message.id,
-                message.tag,
-                self.edge(),
-            );
+            let sendings = self.sending(message.inbox, message.id, message.tag);
             if let Some(response) = self.call::<Enqueue>(&request, &token).await {
-                self.recorder.acknowledged(sending, Seq(response.seq));
+                self.acknowledged(sendings, Seq(response.seq));
                 self.state.acknowledged.send_modify(|count| *count += 1);
                 return;
             }
@@ -167,11 +162,8 @@ impl Party {
         messages: Vec<(usize, (MessageId, Tag))>,
     ) -> Vec<bool> {
         self.roamer.connected().await;
-        let edge = self.edge();
-        let sendings: Vec<_> = messages
-            .into_iter()
-            .map(|(inbox, (id, tag))| self.recorder.sending(Inbox(inbox as u32), id, tag, edge))
-            .collect();
+        let sendings: Vec<_> =
+            messages.into_iter().map(|(inbox, (id, tag))| self.sending(inbox, id, tag)).collect();
         let Some(response) = self.call::<BatchEnqueue>(&request, token).await else {
             return vec![false; sendings.len()];
         };
@@ -180,7 +172,7 @@ impl Party {
         for (sending, result) in sendings.into_iter().zip(&response.results) {
             accepted.push(result.status == 0);
             if result.status == 0 {
-                self.recorder.acknowledged(sending, Seq(result.seq));
+                self.acknowledged(sending, Seq(result.seq));
             } else {
                 assert!(result.status == 9, "a message of a batch is refused: {result:?}");
             }
@@ -190,8 +182,20 @@ impl Party {
         accepted
     }
 
-    pub(super) async fn drain(mut self, inbox: usize) {
-        let token = self.state.accounts[inbox].token.clone();
+    /// Records the begin of an Enqueue, for each stream of the inbox.
+    fn sending(&mut self, inbox: usize, id: MessageId, tag: Tag) -> Vec<Sending> {
+        let edge = self.edge();
+        streams(inbox).map(|stream| self.recorder.sending(stream, id, tag, edge)).collect()
+    }
+
+    fn acknowledged(&mut self, sendings: Vec<Sending>, seq: Seq) {
+        for sending in sendings {
+            self.recorder.acknowledged(sending, seq);
+        }
+    }
+
+    pub(super) async fn drain(mut self, reader: Reader) {
+        let Reader { stream, token, .. } = reader;
         while !self.state.stopped() {
             let request = v1::FetchWaitRequest {
                 timeout_ms: WAIT.as_millis() as u64,
@@ -201,7 +205,7 @@ impl Party {
             };
             let client = self.roamer.connected().await;
             self.state.note_reader(client);
-            let reading = self.recorder.reading(Inbox(inbox as u32));
+            let reading = self.recorder.reading(stream);
             if let Some(response) = self.call::<FetchWait>(&request, &token).await {
                 let store = store_id(&response.store_id);
                 self.recorder.delivered_in(store, reading, seen(&response.payloads));
@@ -211,11 +215,10 @@ impl Party {
         }
     }
 
-    pub(super) async fn peek_and_ack(mut self, inbox: usize) {
-        let token = self.state.accounts[inbox].token.clone();
+    pub(super) async fn peek_and_ack(mut self, reader: Reader) {
         while !self.state.stopped() {
             let limit = self.random.gen_range(1..150);
-            let Some(page) = self.peek(inbox, limit, &token).await else {
+            let Some(page) = self.peek(&reader, limit).await else {
                 sleep(IDLE.mul_f64(self.random.r#gen())).await;
                 continue;
             };
@@ -225,18 +228,18 @@ impl Party {
                 let seqs = page.seqs.iter().copied().filter(|_| self.random.r#gen()).collect();
                 v1::AckRequest { seqs, all_channels: true, ..Default::default() }
             };
-            self.ack(inbox, &page, &request, &token).await;
+            self.ack(&reader, &page, &request).await;
             sleep(IDLE.mul_f64(self.random.r#gen())).await;
         }
     }
 
     /// Reads without removing. Returns the page unless it is empty or there was no answer.
-    async fn peek(&mut self, inbox: usize, limit: u32, token: &Bytes) -> Option<Page> {
+    async fn peek(&mut self, reader: &Reader, limit: u32) -> Option<Page> {
         let request = v1::PeekRequest { limit, all_channels: true, ..Default::default() };
         let client = self.roamer.connected().await;
         self.state.note_reader(client.clone());
-        let reading = self.recorder.reading(Inbox(inbox as u32));
-        let response = self.call_on::<Peek>(&client, &request, token).await?;
+        let reading = self.recorder.reading(reader.stream);
+        let response = self.call_on::<Peek>(&client, &request, &reader.token).await?;
         let store = store_id(&response.store_id);
         self.recorder.delivered_in(store, reading, seen(&response.payloads));
         let seqs: Vec<_> = response.payloads.iter().map(|envelope| envelope.seq).collect();
@@ -244,8 +247,8 @@ impl Party {
     }
 
     /// Acks messages of a page, and retries until that is answered or the connection ends.
-    async fn ack(&mut self, inbox: usize, page: &Page, request: &v1::AckRequest, token: &Bytes) {
-        let inbox = Inbox(inbox as u32);
+    async fn ack(&mut self, reader: &Reader, page: &Page, request: &v1::AckRequest) {
+        let inbox = reader.stream;
         while page.client.ended().is_none() {
             let acking = match request.seq_up_to {
                 0 => {
@@ -254,24 +257,23 @@ impl Party {
                 }
                 seq => self.recorder.acking_through_in(page.store, inbox, Seq(seq)),
             };
-            if self.call_on::<Ack>(&page.client, request, token).await.is_some() {
+            if self.call_on::<Ack>(&page.client, request, &reader.token).await.is_some() {
                 return self.recorder.acked(acking);
             }
         }
     }
 
     /// Reads and acks all messages until `emptied` is set.
-    pub(super) async fn sweep(mut self, inbox: usize, emptied: watch::Receiver<bool>) {
-        let token = self.state.accounts[inbox].token.clone();
+    pub(super) async fn sweep(mut self, reader: Reader, emptied: watch::Receiver<bool>) {
         while !*emptied.borrow() {
-            match self.peek(inbox, 0, &token).await {
+            match self.peek(&reader, 0).await {
                 Some(page) => {
                     let request = v1::AckRequest {
                         seq_up_to: page.last,
                         all_channels: true,
                         ..Default::default()
                     };
-                    self.ack(inbox, &page, &request, &token).await;
+                    self.ack(&reader, &page, &request).await;
                 }
                 None => sleep(IDLE).await,
             }

@@ -23,7 +23,9 @@ async fn fetch(by: &Messenger, of: &Messenger) -> UnixMillis {
     };
     let answer = by.client().call::<methods::FetchKeyPackage>(request).await.unwrap();
     let policy = Policy { suites: vec![1], ..Policy::default() };
-    key_package::check(&answer.package, &policy, &identity, SystemClock.now()).unwrap().not_after
+    key_package::check(&answer.package, &policy, &[*identity.as_bytes()], SystemClock.now())
+        .unwrap()
+        .not_after
 }
 
 /// The owner of the packages comes online at random times of the last 80 days. Each time others

@@ -1,7 +1,8 @@
 //! What a server checks before it stores a KeyPackage: that the package is one, is signed, is
 //! alive, and is its owner's.
 //!
-//! The check depends on the bytes, the policy, the owner and the given time, and on nothing else.
+//! The check depends on the bytes, the policy, the keys of the owner and the given time, and on
+//! nothing else.
 
 mod outline;
 #[cfg(test)]
@@ -14,7 +15,7 @@ use openmls::prelude::{
     ProtocolVersion,
 };
 use openmls_rust_crypto::RustCrypto;
-use qpq_domain::{IdentityKey, UnixMillis};
+use qpq_domain::UnixMillis;
 use sha2::{Digest as _, Sha256};
 use tls_codec::DeserializeBytes as _;
 
@@ -60,6 +61,8 @@ pub struct Checked {
     pub not_before: UnixMillis,
     /// From when on it must not be given out.
     pub not_after: UnixMillis,
+    /// The key that signs the package; `None` where the suite is unknown to the crypto library.
+    pub signature_key: Option<[u8; 32]>,
     /// The KeyPackageRef (RFC 9420 §5.2), made with SHA-256 whatever the suite: the same for a
     /// package sent bare and wrapped, different for any two packages.
     pub reference: [u8; 32],
@@ -77,7 +80,7 @@ pub enum Rejected {
     WrongVersion,
     #[error("the server does not take key packages of this ciphersuite")]
     SuiteNotAllowed,
-    #[error("the key package is signed by another key than the uploader's identity key")]
+    #[error("the key package is signed by none of the uploader's keys")]
     ForeignSigner,
     #[error("the key package's lifetime is over")]
     Expired,
@@ -109,21 +112,22 @@ impl Rejected {
     }
 }
 
-/// Judges an uploaded package, bare or inside an MLSMessage. Init keys may have any length.
+/// Checks an uploaded package, bare or inside an MLSMessage, which one of `signers` must have
+/// signed. Init keys may have any length.
 ///
 /// # Errors
 /// The first reason found, the cheap ones being looked for first.
 pub fn check(
     bytes: &[u8],
     policy: &Policy,
-    owner: &IdentityKey,
+    signers: &[[u8; 32]],
     now: UnixMillis,
 ) -> Result<Checked, Rejected> {
-    let checked = inspect(bytes, policy, owner, now)?;
+    let checked = inspect(bytes, policy, signers, now)?;
     Ok(Checked { verified: verify_signatures(bytes)?, ..checked })
 }
 
-/// Judges all of a package but its signatures, which take most of the time. For a package that may
+/// Checks all of a package but its signatures, which take most of the time. For a package that may
 /// be known by its reference: then they have been verified before.
 ///
 /// # Errors
@@ -131,7 +135,7 @@ pub fn check(
 pub fn inspect(
     bytes: &[u8],
     policy: &Policy,
-    owner: &IdentityKey,
+    signers: &[[u8; 32]],
     now: UnixMillis,
 ) -> Result<Checked, Rejected> {
     if bytes.len() > policy.max_bytes {
@@ -142,13 +146,17 @@ pub fn inspect(
         return Err(Rejected::SuiteNotAllowed);
     }
     check_lifetime(&outline, policy, now)?;
-    if matches!(checkable(outline.suite), Checkable::Yes)
-        && outline.signature_key != owner.as_bytes()
-    {
-        return Err(Rejected::ForeignSigner);
-    }
+    let signature_key = match checkable(outline.suite) {
+        Checkable::Yes => {
+            let is_signer = |key: &&[u8; 32]| key[..] == *outline.signature_key;
+            let key = signers.iter().find(is_signer).ok_or(Rejected::ForeignSigner)?;
+            Some(*key)
+        }
+        Checkable::No => None,
+    };
     Ok(Checked {
         verified: false,
+        signature_key,
         last_resort: outline.last_resort,
         not_before: UnixMillis(outline.not_before.saturating_mul(1000)),
         not_after: UnixMillis(outline.not_after.saturating_mul(1000)),

@@ -22,8 +22,13 @@ fn identity() -> Identity {
     Identity::from_seed(&[7; 32])
 }
 
+/// The keys that may sign: that of the one identity of these tests.
+fn own() -> [[u8; 32]; 1] {
+    [*identity().public().as_bytes()]
+}
+
 fn judge(bytes: &[u8]) -> Result<Checked, Rejected> {
-    check(bytes, &Policy::default(), &identity().public(), NOW)
+    check(bytes, &Policy::default(), &own(), NOW)
 }
 
 struct Recipe {
@@ -173,8 +178,18 @@ fn lifetimes_are_judged_at_the_given_time() {
 #[test]
 fn another_owners_package_is_refused() {
     let other = Identity::from_seed(&[8; 32]).public();
-    let verdict = check(&Recipe::default().bytes(), &Policy::default(), &other, NOW);
+    let verdict = check(&Recipe::default().bytes(), &Policy::default(), &[*other.as_bytes()], NOW);
     assert_eq!(verdict, Err(Rejected::ForeignSigner));
+}
+
+#[test]
+fn a_package_of_any_of_the_owners_keys_is_accepted_and_names_the_key() {
+    let other = *Identity::from_seed(&[8; 32]).public().as_bytes();
+    let [own] = own();
+    for signers in [[own, other], [other, own]] {
+        let checked = check(&Recipe::default().bytes(), &Policy::default(), &signers, NOW);
+        assert_eq!(checked.map(|checked| checked.signature_key), Ok(Some(own)));
+    }
 }
 
 #[test]
@@ -199,11 +214,10 @@ fn size_version_and_suite_are_limited() {
 #[test]
 fn a_suite_that_cannot_be_checked_is_taken_unchecked_and_never_called_badly_signed() {
     let policy = Policy { suites: vec![1, 4, 5, 6, 0x004D, 0xF123], ..Policy::default() };
-    let owner = identity().public();
     for suite in [4, 5, 6, 0x004D, 0xF123] {
         let bare = with_suite(Recipe::default().bytes(), suite);
         for form in [bare.clone(), wrap(&bare)] {
-            let checked = check(&form, &policy, &owner, NOW).unwrap();
+            let checked = check(&form, &policy, &own(), NOW).unwrap();
             assert!(!checked.verified, "{suite}");
             assert_eq!(checked.not_after, NOW.plus(84 * 24 * 3600 * SECOND));
         }
@@ -304,7 +318,7 @@ proptest! {
         ];
         for prefix in prefixes {
             let bytes = [prefix, &tail].concat();
-            if let Ok(checked) = check(&bytes, &everything, &identity().public(), NOW) {
+            if let Ok(checked) = check(&bytes, &everything, &own(), NOW) {
                 prop_assert!(!checked.verified);
             }
         }

@@ -153,11 +153,11 @@ fn the_server_takes_what_clients_publish() {
     let owner = world.key(ANN);
     let policy = key_package::Policy::default();
     let last_resort = world.clients[ANN].last_resort_key_package(now()).unwrap();
-    let checked = key_package::check(&last_resort, &policy, &owner, now()).unwrap();
+    let checked = key_package::check(&last_resort, &policy, &[*owner.as_bytes()], now()).unwrap();
     assert!(checked.verified && checked.last_resort);
     let mut references = vec![checked.reference];
     for package in world.clients[ANN].key_packages(20, now()).unwrap() {
-        let checked = key_package::check(&package, &policy, &owner, now()).unwrap();
+        let checked = key_package::check(&package, &policy, &[*owner.as_bytes()], now()).unwrap();
         assert!(checked.verified && !checked.last_resort);
         references.push(checked.reference);
     }

@@ -3,14 +3,15 @@
 use std::time::Duration;
 
 use qpq_domain::{
-    AccountId, ChannelId, DeliveryLimits, IdentityKey, KeyPackageLimits, MessageId, Seq,
-    UnixMillis, Username,
+    AccountId, ChannelId, DeliveryLimits, DeviceId, DeviceKey, IdentityKey, KeyPackageLimits,
+    MessageId, Seq, TokenHash, UnixMillis, Username,
 };
 
 use super::{Backend, Factory};
 use crate::{
-    Ack, Batch, Enqueued, Lease, NewAccount, NewMessage, Page, PageLimit, ReadQuery, Reader,
-    Receipt, Registration, Stores, View,
+    Ack, Batch, CertifiedKey, DeviceRegistration, DeviceRevocation, Enqueued, Lease, NewAccount,
+    NewDevice, NewMessage, Page, PageLimit, ReadError, ReadQuery, Reader, Receipt, Registration,
+    Stores, View,
 };
 
 /// The instant at which each test begins.
@@ -61,6 +62,41 @@ impl Bench {
             Registration::Registered(account) => Person { account, identity },
             other => panic!("person {n}: {other:?}"),
         }
+    }
+
+    /// Registers a device of the person, with a key of its own, by a session that does not exist.
+    pub(super) async fn device(&self, person: Person, n: u8) -> DeviceRegistration {
+        self.stores.devices.register(device(person, n)).await.expect("register")
+    }
+
+    /// Revokes a device, which must be registered.
+    pub(super) async fn revoke(&self, person: Person, n: u8) {
+        let revoked = self.stores.devices.revoke(person.account, device_id(n), NOW).await;
+        assert!(matches!(revoked, Ok(DeviceRevocation::Revoked { .. })), "{revoked:?}");
+    }
+
+    /// Returns the texts that wait for a reader.
+    pub(super) async fn waiting(&self, read: ReadQuery) -> Vec<String> {
+        texts(&self.peek(read).await).into_iter().map(str::to_owned).collect()
+    }
+
+    /// Reads what waits for a reader, and completes the read.
+    pub(super) async fn drain(&self, read: ReadQuery) -> Vec<String> {
+        let lease = self.lease(read, EVERYTHING).await;
+        let got = texts(lease.page()).into_iter().map(str::to_owned).collect();
+        lease.complete(NOW).await.expect("complete");
+        got
+    }
+
+    /// Returns why a read is refused, by each of the three ways to read.
+    pub(super) async fn refused(&self, read: ReadQuery, now: UnixMillis) -> [Option<ReadError>; 3] {
+        let inboxes = &self.stores.inboxes;
+        let ack = Ack { up_to: Some(Seq(1)), ..Ack::default() };
+        [
+            inboxes.lease(read, EVERYTHING, now).await.err(),
+            inboxes.peek(read, Seq::ZERO, EVERYTHING, now).await.err(),
+            inboxes.ack(read, ack, now).await.err(),
+        ]
     }
 
     pub(super) async fn send(&self, message: NewMessage) -> Enqueued {
@@ -175,6 +211,36 @@ pub(super) fn all(person: Person) -> ReadQuery {
 
 pub(super) fn only(person: Person, n: u8) -> ReadQuery {
     ReadQuery { reader: Reader::single(person.identity), view: View::Channel(channel(n)) }
+}
+
+/// Returns the id of the device with this number.
+pub(super) fn device_id(n: u8) -> DeviceId {
+    DeviceId::new([n; 16])
+}
+
+/// Creates a device from a number. Devices of different accounts have different keys.
+pub(super) fn device(person: Person, n: u8) -> NewDevice {
+    let mut key = [n; 32];
+    key[..2].copy_from_slice(&[person.identity.as_bytes()[0], 0xdd]);
+    NewDevice {
+        account: person.account,
+        device: device_id(n),
+        name: format!("device {n}"),
+        key: Some(CertifiedKey { key: DeviceKey::new(key), proof: [n; 64] }),
+        session: TokenHash::new([0; 32]),
+        now: NOW,
+    }
+}
+
+/// Returns the query of a device for all channels.
+pub(super) fn of_device(person: Person, n: u8) -> ReadQuery {
+    let reader = Reader { inbox: person.identity, device: Some(device_id(n)) };
+    ReadQuery { reader, view: View::All }
+}
+
+/// Returns the query of a device for one channel.
+pub(super) fn of_device_in(person: Person, n: u8, in_channel: u8) -> ReadQuery {
+    ReadQuery { view: View::Channel(channel(in_channel)), ..of_device(person, n) }
 }
 
 /// Returns a page of at most this number of messages.

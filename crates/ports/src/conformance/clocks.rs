@@ -10,7 +10,7 @@ use super::{
     bench::{Bench, MINUTE, NOW, all, message, seqs, texts},
     maintenance::{open, package, sweep_all},
 };
-use crate::{Enqueued, Upload, UploadMode};
+use crate::{Enqueued, PackageOwner, Upload, UploadMode};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -41,23 +41,30 @@ pub async fn a_clock_that_is_ahead_destroys_nothing(factory: &dyn Factory) {
     let session = open(&bench, 1, alice, NOW.plus(30 * DAY)).await;
     let packages = vec![package(1, NOW.plus(DAY)), package(2, NOW.plus(DAY))];
     let keys = &bench.stores.key_packages;
-    keys.upload(bob.account, packages, UploadMode::Add, NOW).await.expect("upload");
+    keys.upload(PackageOwner::account(bob.account), packages, UploadMode::Add, NOW)
+        .await
+        .expect("upload");
     keys.take(&bob.identity, NOW).await.expect("take").expect("a package");
 
     assert_eq!(sweep_all(&bench, ahead()).await, 0);
     // These remove what has expired on their way.
     bench.deliver(message(alice, bob, "three").at(ahead())).await;
     let more = vec![package(3, ahead().plus(DAY))];
-    keys.upload(bob.account, more, UploadMode::Add, ahead()).await.expect("upload");
+    keys.upload(PackageOwner::account(bob.account), more, UploadMode::Add, ahead())
+        .await
+        .expect("upload");
 
     assert_eq!(texts(&bench.peek(all(bob)).await), ["one", "two", "three"]);
     let repeat = message(alice, bob, "acked").with_id(1);
     assert_eq!(bench.send(repeat).await, Enqueued::Duplicate(acked));
     assert!(bench.stores.sessions.find(&session).await.expect("find").is_some());
     let again = vec![package(1, NOW.plus(DAY))];
-    let again = keys.upload(bob.account, again, UploadMode::Add, NOW).await;
+    let again = keys.upload(PackageOwner::account(bob.account), again, UploadMode::Add, NOW).await;
     assert_eq!(again.expect("upload"), Upload::GivenOut(0), "given out stays given out");
-    assert_eq!(keys.stock(bob.account, NOW).await.expect("stock").available, 2);
+    assert_eq!(
+        keys.stock(PackageOwner::account(bob.account), NOW).await.expect("stock").available,
+        2
+    );
 }
 
 pub async fn a_message_accepted_by_a_clock_that_is_behind_is_delivered(factory: &dyn Factory) {

@@ -6,7 +6,7 @@ use super::{
     Factory,
     bench::{Bench, EVERYTHING, MINUTE, NOW, all, message, seqs},
 };
-use crate::{Ack, NewKeyPackage, OldSessions, Stock, Stores, Upload, UploadMode};
+use crate::{Ack, NewKeyPackage, OldSessions, PackageOwner, Stock, Stores, Upload, UploadMode};
 
 pub async fn every_page_has_the_id_and_a_crash_keeps_it(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
@@ -75,6 +75,7 @@ fn package(n: u8, last_resort: bool) -> NewKeyPackage {
     NewKeyPackage {
         fingerprint: [n; 32],
         bytes: vec![n; 300],
+        device: None,
         last_resort,
         not_before: NOW,
         not_after: NOW.plus(60 * MINUTE),
@@ -83,7 +84,11 @@ fn package(n: u8, last_resort: bool) -> NewKeyPackage {
 
 async fn upload(stores: &Stores, owner: AccountId, n: u8, now: UnixMillis) -> Upload {
     let packages = vec![package(n, false)];
-    stores.key_packages.upload(owner, packages, UploadMode::Add, now).await.expect("upload")
+    stores
+        .key_packages
+        .upload(PackageOwner::account(owner), packages, UploadMode::Add, now)
+        .await
+        .expect("upload")
 }
 
 /// Any of them may have been taken between the copy and its restoration.
@@ -93,12 +98,14 @@ pub async fn another_history_has_no_earlier_one_time_packages(factory: &dyn Fact
     let keys = &bench.stores.key_packages;
     for (owner, n) in [(alice, 1), (bob, 11)] {
         let packages = vec![package(n, false), package(n + 1, false), package(n + 2, true)];
-        keys.upload(owner.account, packages, UploadMode::Add, NOW).await.expect("upload");
+        keys.upload(PackageOwner::account(owner.account), packages, UploadMode::Add, NOW)
+            .await
+            .expect("upload");
     }
     let new = bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun");
     assert_eq!(new.removed_packages, 4);
     for (owner, n) in [(alice, 1), (bob, 11)] {
-        let left = keys.stock(owner.account, NOW).await.expect("stock");
+        let left = keys.stock(PackageOwner::account(owner.account), NOW).await.expect("stock");
         assert_eq!(left, Stock { available: 0, has_last_resort: true });
         let taken = keys.take(&owner.identity, NOW).await.expect("take").expect("the last resort");
         assert_eq!((taken.bytes[0], taken.last_resort), (n + 2, true));

@@ -139,7 +139,7 @@ pub async fn an_id_that_expires_under_a_lease_is_remembered_after_expiry(factory
         let receipt = bench.deliver(hello.clone()).await;
         let lease = bench.lease(all(person), EVERYTHING).await;
         if swept {
-            while bench.stores.maintenance.sweep(completed).await.expect("sweep") > 0 {}
+            while bench.stores.maintenance.sweep(completed).await.expect("sweep").rows > 0 {}
         }
         lease.complete(completed).await.expect("complete");
         is_remembered(&bench, hello, receipt, expired, completed).await;

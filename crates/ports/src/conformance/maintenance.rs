@@ -6,7 +6,9 @@ use super::{
     Factory,
     bench::{Bench, MINUTE, NOW, Person, all, message, seqs, texts},
 };
-use crate::{Batch, Enqueued, NewKeyPackage, NewSession, Session, Upload, UploadMode};
+use crate::{
+    Batch, Enqueued, NewKeyPackage, NewSession, PackageOwner, Session, Upload, UploadMode,
+};
 
 pub async fn a_healthy_backend_passes_its_check(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
@@ -19,7 +21,7 @@ pub async fn a_healthy_backend_passes_its_check(factory: &dyn Factory) {
 pub(super) async fn sweep_all(bench: &Bench, now: UnixMillis) -> u64 {
     let mut rows = 0;
     loop {
-        match bench.stores.maintenance.sweep(now).await.expect("sweep") {
+        match bench.stores.maintenance.sweep(now).await.expect("sweep").rows {
             0 => return rows,
             some => rows += some,
         }
@@ -49,6 +51,7 @@ pub(super) fn package(n: u8, not_after: UnixMillis) -> NewKeyPackage {
     NewKeyPackage {
         fingerprint: [n; 32],
         bytes: vec![n],
+        device: None,
         last_resort: false,
         not_before: UnixMillis(0),
         not_after,
@@ -69,7 +72,10 @@ pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Fac
     bench.stores.sessions.find(&expired).await.expect("find");
     let packages = vec![package(1, NOW.plus(MINUTE)), package(2, NOW.plus(9 * MINUTE))];
     let keys = &bench.stores.key_packages;
-    let upload = keys.upload(alice.account, packages, UploadMode::Add, NOW).await.expect("upload");
+    let upload = keys
+        .upload(PackageOwner::account(alice.account), packages, UploadMode::Add, NOW)
+        .await
+        .expect("upload");
     assert!(matches!(upload, Upload::Stored(_)));
 
     assert_eq!(sweep_all(&bench, NOW).await, 0);

@@ -18,7 +18,9 @@ mod bench;
 
 pub mod accounts;
 pub mod clocks;
+pub mod devices;
 pub mod enqueue;
+pub mod groups;
 pub mod history;
 pub mod idempotency;
 pub mod jobs;
@@ -26,6 +28,7 @@ pub mod keys;
 pub mod leases;
 pub mod limits;
 pub mod maintenance;
+pub mod readers;
 pub mod reading;
 pub mod sender_share;
 pub mod sessions;
@@ -204,6 +207,83 @@ macro_rules! conformance {
                 owners_do_not_share_anything,
                 taken_packages_stay_taken_after_a_crash,
                 hybrid_keys_are_returned_in_the_requested_order,
+                each_device_has_packages_of_its_own,
+                one_call_takes_a_package_of_each_device,
+                concurrent_takes_of_devices_never_share_a_package,
+                a_replacement_removes_the_packages_of_its_device_alone,
+                a_device_without_a_key_has_the_packages_of_the_account,
+                a_revocation_removes_the_packages_of_its_device_alone,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            devices,
+            [
+                a_device_is_listed_as_it_was_registered,
+                a_repeat_changes_nothing_but_the_name,
+                another_key_of_a_registered_device_is_refused,
+                a_key_belongs_to_one_device_permanently,
+                an_identity_key_is_no_device_key,
+                of_concurrent_registrations_as_many_as_fit_succeed,
+                a_registration_binds_a_session_without_a_device,
+                a_refused_registration_binds_no_session,
+                a_revocation_ends_the_sessions_of_its_device_alone,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            readers,
+            [
+                the_first_device_inherits_and_a_later_one_starts_at_the_end,
+                only_registered_devices_read_an_inbox_with_devices,
+                leases_and_acks_of_one_device_are_nothing_to_another,
+                one_channel_of_a_device_is_read_like_that_of_the_single_reader,
+                a_message_goes_with_its_last_device_and_counts_once_until_then,
+                acks_out_of_order_are_remembered_for_each_device,
+                an_ack_of_what_does_not_wait_for_its_device_changes_nothing,
+                a_page_of_the_single_reader_is_void_after_a_registration,
+                a_page_of_a_revoked_registration_completes_nothing,
+                messages_of_the_last_revoked_device_stay,
+                an_expired_message_holds_up_no_device,
+                an_id_is_known_while_a_device_waits_and_for_a_while_after,
+                a_message_wakes_every_device,
+                a_device_registered_during_sends_misses_nothing_afterwards,
+                two_devices_that_ack_the_same_messages_concurrently_remove_them_once,
+                a_revocation_of_the_last_device_during_sends_loses_nothing,
+                concurrent_devices_get_each_message_once_and_in_order,
+                an_absent_device_that_holds_back_half_of_the_inbox_loses_its_position,
+                a_device_keeps_its_position_while_it_reads_or_holds_back_little,
+                a_clock_that_is_ahead_moves_no_device,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            groups,
+            [
+                a_group_is_as_it_was_created,
+                a_repeated_creation_returns_the_group,
+                a_creation_with_an_unknown_member_creates_nothing,
+                a_direct_group_has_one_id_whichever_member_creates_it,
+                a_direct_group_gets_back_the_member_who_left,
+                only_admins_change_a_group_and_only_members_see_it,
+                there_is_no_group_without_its_creation,
+                members_are_added_once_and_all_or_none,
+                the_oldest_member_follows_the_last_admin,
+                a_group_goes_with_its_last_member,
+                metadata_changes_field_by_field_with_a_version,
+                of_concurrent_changes_with_one_version_one_wins,
+                a_list_of_members_is_read_page_by_page,
+                a_message_to_a_group_is_in_its_channel_of_every_other_member,
+                the_senders_other_devices_get_its_message,
+                full_inboxes_are_skipped_and_counted,
+                a_repeated_message_to_a_group_is_stored_once,
+                a_commit_raises_the_epoch_and_replaces_the_group_info,
+                a_commit_for_another_epoch_stores_nothing,
+                of_concurrent_commits_for_one_epoch_one_wins,
+                a_repeat_of_a_commit_that_won_has_its_result,
+                no_message_of_an_epoch_precedes_its_commit,
+                a_payload_of_any_size_reaches_all_members_unchanged,
+                a_group_has_no_more_than_the_maximum_of_members,
             ]
         );
         $crate::conformance_area!(

@@ -3,7 +3,9 @@
 
 mod auth;
 mod delivery;
+mod device;
 mod event;
+mod group;
 mod health;
 mod keys;
 mod user;

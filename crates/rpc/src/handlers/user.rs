@@ -1,12 +1,15 @@
 //! Look-ups from a username to an identity key (500) and back (501). Both need a session and
 //! consume its account's budget, so that nobody can read out the directory.
 
+use bytes::Bytes;
 use qpq_domain::Username;
+use qpq_ports::Device;
 use qpq_proto::{
     convert,
     methods::{ResolveIdentity, ResolveUser},
     v1::{
-        ResolveIdentityRequest, ResolveIdentityResponse, ResolveUserRequest, ResolveUserResponse,
+        DeviceKey, ResolveIdentityRequest, ResolveIdentityResponse, ResolveUserRequest,
+        ResolveUserResponse,
     },
 };
 
@@ -31,14 +34,26 @@ impl Handler for ResolveIdentity {
         let identity = convert::identity_key(&request.identity_key, "identity_key")?;
         let account =
             cx.app.stores.accounts.by_identity(&identity).await?.ok_or(Error::UserNotFound)?;
+        let devices = cx.app.stores.devices.list(account.id).await?;
         Ok(ResolveIdentityResponse {
             username: account.username.as_str().to_owned(),
             created_at: account.created_at.0,
-            device_count: 0,
+            device_count: u32::try_from(devices.len()).unwrap_or(u32::MAX),
             revoked: false,
-            devices: Vec::new(),
+            devices: devices.into_iter().map(device_key).collect(),
         }
         .into())
+    }
+}
+
+fn device_key(device: Device) -> DeviceKey {
+    let bytes = |bytes: &[u8]| Bytes::copy_from_slice(bytes);
+    let key = device.key.as_ref();
+    DeviceKey {
+        device_id: bytes(device.id.as_bytes()),
+        device_key: key.map_or_else(Bytes::new, |key| bytes(key.key.as_bytes())),
+        device_proof: key.map_or_else(Bytes::new, |key| bytes(&key.proof)),
+        registered_at: device.registered_at.0,
     }
 }
 

@@ -75,7 +75,7 @@ pub(crate) struct Server {
     pub(crate) clock: Arc<TestClock>,
     pub(crate) store: EmbeddedStore,
     opaque_setup: Vec<u8>,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Server {
@@ -114,7 +114,7 @@ impl Server {
             config,
             draining: CancellationToken::new(),
         });
-        Self { rpc, clock, store, opaque_setup, _dir: dir }
+        Self { rpc, clock, store, opaque_setup, dir }
     }
 
     /// Connects to another server on the same store with another configuration.
@@ -129,6 +129,13 @@ impl Server {
         });
         let conn = rpc.connected((Ipv4Addr::LOCALHOST, 4433).into(), Arc::new(DiscardedEvents));
         Client { rpc, conn }
+    }
+
+    /// Makes the store believe the test's clock, however far it has jumped.
+    pub(crate) async fn believe_clock(&self) {
+        let now = self.clock.now();
+        qpq_store_embedded::accept_clock(self.dir.path(), now).await.expect("accepted");
+        self.store.stores().maintenance.sweep(now).await.expect("a sweep reads the acceptance");
     }
 
     /// Opens a connection.

@@ -10,7 +10,7 @@ use std::{
 
 use async_trait::async_trait;
 use qpq_domain::{StoreId, UnixMillis};
-use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreError, StoreResult};
+use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreError, StoreResult, Swept};
 use qpq_proto::{
     methods::Health,
     v1::{HealthRequest, HealthResponse},
@@ -37,7 +37,7 @@ impl Maintenance for Failing {
         self.inner.check().await
     }
 
-    async fn sweep(&self, now: UnixMillis) -> StoreResult<u64> {
+    async fn sweep(&self, now: UnixMillis) -> StoreResult<Swept> {
         self.inner.sweep(now).await
     }
 

@@ -3,7 +3,9 @@
 
 mod auth;
 mod delivery;
+mod devices;
 mod greed;
+mod groups;
 mod harness;
 mod health;
 mod keys;

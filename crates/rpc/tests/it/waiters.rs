@@ -13,8 +13,8 @@ use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use qpq_domain::{Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreResult, Stores, Wake,
-    Wakes,
+    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadError, ReadQuery, StoreResult,
+    Stores, Wake, Wakes,
 };
 use tokio::sync::Notify;
 
@@ -116,7 +116,7 @@ impl Inboxes for CountedInboxes {
         read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Box<dyn Lease>> {
+    ) -> Result<Box<dyn Lease>, ReadError> {
         let lease = self.inner.lease(read, limit, now).await;
         self.waiters.leases.fetch_add(1, Ordering::SeqCst);
         self.waiters.changed.notify_waiters();
@@ -129,11 +129,11 @@ impl Inboxes for CountedInboxes {
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Page> {
+    ) -> Result<Page, ReadError> {
         self.inner.peek(read, after, limit, now).await
     }
 
-    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> Result<u32, ReadError> {
         self.inner.ack(read, ack, now).await
     }
 }

@@ -10,25 +10,26 @@
 //! are therefore committed in the order of their arrival, and two committers of an edge rarely lock
 //! the same head.
 
-use std::{collections::HashMap, mem, sync::Arc};
+use std::{mem, sync::Arc};
 
 use qpq_domain::{DeliveryLimits, IdentityKey};
 use qpq_ports::{
-    Batch, Enqueued, Envelope, NewMessage, StoreError, StoreResult,
+    Batch, Enqueued, NewMessage, StoreError, StoreResult,
     admission::{Admission, AdmissionPermit},
     batcher::{self, BatchSize, BatchWorker, Batcher},
 };
-use tokio::{sync::Semaphore, task::JoinSet};
 use tracing::{Instrument as _, Span};
 
-use super::enqueue::{Accept, Outcomes};
+use super::{
+    enqueue::{Accept, Outcomes},
+    pushes::Pushes,
+};
 use crate::{
-    effects::{Accepted, Applier, Effects},
+    effects::Applier,
     error::{PostgresError, PostgresErrorKind},
     history::History,
     metrics as names,
-    postgres::Database,
-    redis::queue::Queued,
+    postgres::{ClusterMark, Database},
     time::Time,
 };
 
@@ -38,11 +39,6 @@ use crate::{
 pub const COMMITTERS: usize = 2;
 /// Memory of a waiting message in addition to its payload.
 const MESSAGE_BYTES: usize = 256;
-/// Memory of committed batches of one committer on their way to Redis, in units of [`UNIT`] bytes;
-/// each takes at least [`PUSH`]. While Redis is slow, committing is too.
-const PUSHES: usize = 16 << 10;
-const UNIT: usize = 1 << 10;
-const PUSH: usize = PUSHES / 32;
 
 /// Accepts messages. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -70,6 +66,7 @@ impl Committers {
         history: &History,
         limits: DeliveryLimits,
         time: &Time,
+        mark: &ClusterMark,
         applier: &Applier,
     ) -> Self {
         let start = |_| {
@@ -78,9 +75,8 @@ impl Committers {
                 history: history.clone(),
                 limits,
                 time: time.clone(),
-                applier: applier.clone(),
-                budget: Arc::new(Semaphore::new(PUSHES)),
-                pushes: JoinSet::new(),
+                mark: mark.clone(),
+                pushes: Pushes::new(applier.clone()),
             }])
         };
         Self { committers: (0..COMMITTERS).map(start).collect(), admission: Admission::default() }
@@ -118,11 +114,8 @@ struct Committer {
     history: History,
     limits: DeliveryLimits,
     time: Time,
-    applier: Applier,
-    /// Bounds the memory of `pushes`.
-    budget: Arc<Semaphore>,
-    /// Committed batches on their way to Redis.
-    pushes: JoinSet<()>,
+    mark: ClusterMark,
+    pushes: Pushes,
 }
 
 impl BatchWorker for Committer {
@@ -167,14 +160,14 @@ impl BatchWorker for Committer {
         }
     }
 
-    async fn end(mut self) {
-        while self.pushes.join_next().await.is_some() {}
+    async fn end(self) {
+        self.pushes.end().await;
     }
 }
 
 impl Committer {
     async fn commit(&self, messages: &[NewMessage]) -> Result<Outcomes, PostgresError> {
-        let accept = Accept { messages, limits: &self.limits, time: &self.time };
+        let accept = Accept { messages, limits: &self.limits, time: &self.time, mark: &self.mark };
         self.database.run(&accept).await
     }
 
@@ -187,45 +180,16 @@ impl Committer {
         messages: &[NewMessage],
         outcomes: Outcomes,
     ) {
-        let Outcomes { store_id, of_each: outcomes } = outcomes;
-        let mut inboxes: HashMap<IdentityKey, Vec<Queued>> = HashMap::new();
-        for (message, outcome) in messages.iter().zip(&outcomes) {
-            if let Enqueued::Accepted(receipt) = &outcome.enqueued {
-                inboxes.entry(message.recipient).or_default().push(Queued {
-                    envelope: Envelope {
-                        seq: receipt.seq,
-                        channel: message.channel,
-                        payload: message.payload.clone(),
-                        enqueued_at: receipt.enqueued_at,
-                    },
-                    expires_at: outcome.expires_at,
-                });
-            }
-        }
-        let mut outcomes = outcomes.into_iter().map(|outcome| outcome.enqueued);
+        let mut of_each = outcomes.of_each.iter().map(|outcome| outcome.enqueued);
         for (call, size) in calls.into_iter().zip(sizes) {
-            call.answer.send(Ok(outcomes.by_ref().take(*size).collect()));
+            call.answer.send(Ok(of_each.by_ref().take(*size).collect()));
         }
-        let Some(store_id) = store_id else { return };
-        self.history.note(store_id);
-        if !inboxes.is_empty() {
-            self.push(Accepted { store_id, inboxes }).await;
+        if let Some(store_id) = outcomes.store_id {
+            self.history.note(store_id);
         }
-    }
-
-    /// Updates Redis and wakes waiting edges, concurrently with the next transactions.
-    async fn push(&mut self, accepted: Accepted) {
-        let queued = accepted.inboxes.values().flatten();
-        let bytes: usize = queued.map(|queued| queued.envelope.cost()).sum();
-        let units = u32::try_from((bytes / UNIT).clamp(PUSH, PUSHES)).expect("clamped");
-        let budget = Arc::clone(&self.budget);
-        let permit = budget.acquire_many_owned(units).await.expect("never closed");
-        let applier = self.applier.clone();
-        while self.pushes.try_join_next().is_some() {}
-        self.pushes.spawn(async move {
-            applier.apply(Effects { accepted: Some(accepted), ..Effects::default() }).await;
-            drop(permit);
-        });
+        if let Some(accepted) = outcomes.accepted(messages) {
+            self.pushes.push(accepted).await;
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Group completion: the pages of many completed leases are removed in one transaction. A
-//! transaction for each would cost many times what removing its rows costs.
+//! transaction for each would cost many times what removing its rows costs. Pages of single readers
+//! take one statement, those of devices a transaction of their own.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,8 +13,16 @@ use qpq_ports::{
     batcher::{self, BatchSize, BatchWorker, Batcher},
 };
 
-use super::remove::RemovePages;
-use crate::{metrics as names, postgres::Database, redis::queue::UNKNOWN_REMOVAL};
+use super::{
+    done::{Done, DonePage, FinishPages},
+    remove::RemovePages,
+};
+use crate::{
+    error::PostgresError,
+    metrics as names,
+    postgres::Database,
+    redis::queue::{RegistrationId, UNKNOWN_REMOVAL},
+};
 
 /// Transactions at a time.
 const COMPLETERS: usize = 2;
@@ -29,6 +38,8 @@ type Call = batcher::Call<CompletedPage, StoreResult<Completion>>;
 pub(super) struct CompletedPage {
     pub(super) store_id: StoreId,
     pub(super) inbox: i64,
+    /// None for the single reader.
+    pub(super) registration: Option<RegistrationId>,
     pub(super) seqs: Vec<Seq>,
     pub(super) now: UnixMillis,
 }
@@ -36,9 +47,9 @@ pub(super) struct CompletedPage {
 /// The result of a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Completion {
-    /// The messages are removed, by the inbox's removal of this number. The number is unknown if
-    /// nothing of the page was left: another reader removed it, or this edge did and the answer of
-    /// Postgres was lost.
+    /// The messages are removed, by the reader's removal of this number. The number is unknown if
+    /// nothing of the page was left for the reader: an ack removed it, this edge did and the answer
+    /// of Postgres was lost, or there is no such reader any more.
     Removed(u64),
     /// The page is of another history than the present one. Nothing was removed.
     OtherHistory,
@@ -74,39 +85,86 @@ impl BatchWorker for Completer {
 
     async fn run(&mut self, mut pages: Vec<Call>) {
         while let [first, ..] = &pages[..] {
-            // One page of an inbox at a time, so that each removal stands for one page; and pages
+            // One page of a reader at a time, so that each removal stands for one page; and pages
             // of one history, which is nearly always all of them.
-            let (mut inboxes, store_id) = (HashSet::new(), first.item.store_id);
+            let (mut readers, store_id) = (HashSet::new(), first.item.store_id);
+            let of_devices = first.item.registration.is_some();
             let (batch, later) = pages.into_iter().partition(|Call { item, .. }| {
-                item.store_id == store_id && inboxes.insert(item.inbox)
+                item.store_id == store_id
+                    && item.registration.is_some() == of_devices
+                    && readers.insert((item.inbox, item.registration))
             });
             pages = later;
-            self.remove(store_id, batch).await;
+            self.remove(store_id, of_devices, batch).await;
         }
     }
 }
 
+/// The numbers of removals, by inbox and registration; `None` if the pages are of another history.
+type Removals = Option<HashMap<(i64, Option<RegistrationId>), u64>>;
+
 impl Completer {
-    async fn remove(&self, store_id: StoreId, batch: Vec<Call>) {
+    async fn remove(&self, store_id: StoreId, of_devices: bool, batch: Vec<Call>) {
         metrics::histogram!(names::COMPLETION_BATCH).record(batch.len() as f64);
-        let pages = || batch.iter().map(|call| &call.item);
-        let rows = || pages().flat_map(|page| page.seqs.iter().map(|seq| (page.inbox, *seq)));
-        let remove = RemovePages {
-            store_id,
-            inboxes: rows().map(|(inbox, _)| inbox).collect(),
-            seqs: rows().map(|(_, seq)| seq).collect(),
-            now: pages().map(|page| page.now).max().unwrap_or_default(),
-            recent_ids: self.recent_ids,
+        let removed = if of_devices {
+            self.finish_pages(store_id, &batch).await
+        } else {
+            self.remove_pages(store_id, &batch).await
         };
-        let removed: Result<Option<HashMap<i64, u64>>, _> = self.database.run(&remove).await;
         for call in batch {
+            let reader = (call.item.inbox, call.item.registration);
             call.answer.send(match &removed {
                 Ok(Some(removed)) => Ok(Completion::Removed(
-                    removed.get(&call.item.inbox).copied().unwrap_or(UNKNOWN_REMOVAL),
+                    removed.get(&reader).copied().unwrap_or(UNKNOWN_REMOVAL),
                 )),
                 Ok(None) => Ok(Completion::OtherHistory),
                 Err(error) => Err(error.clone().into()),
             });
         }
     }
+
+    async fn remove_pages(
+        &self,
+        store_id: StoreId,
+        batch: &[Call],
+    ) -> Result<Removals, PostgresError> {
+        let pages = || batch.iter().map(|call| &call.item);
+        let rows = || pages().flat_map(|page| page.seqs.iter().map(|seq| (page.inbox, *seq)));
+        let remove = RemovePages {
+            store_id,
+            inboxes: rows().map(|(inbox, _)| inbox).collect(),
+            seqs: rows().map(|(_, seq)| seq).collect(),
+            now: latest(batch),
+            recent_ids: self.recent_ids,
+        };
+        let removed = self.database.run(&remove).await?;
+        let of_single = |(inbox, number)| ((inbox, None), number);
+        Ok(removed.map(|removed| removed.into_iter().map(of_single).collect()))
+    }
+
+    async fn finish_pages(
+        &self,
+        store_id: StoreId,
+        batch: &[Call],
+    ) -> Result<Removals, PostgresError> {
+        let page = |call: &Call| {
+            let CompletedPage { inbox, registration, seqs, .. } = &call.item;
+            Some(DonePage { inbox: *inbox, registration: (*registration)?, seqs: seqs.clone() })
+        };
+        let finish = FinishPages {
+            store_id,
+            pages: batch.iter().filter_map(page).collect(),
+            now: latest(batch),
+            recent_ids: self.recent_ids,
+        };
+        let done = self.database.run(&finish).await?;
+        Ok(done.map(|done| {
+            let removal = |done: Done| ((done.inbox, Some(done.registration)), done.number);
+            done.into_iter().map(removal).collect()
+        }))
+    }
+}
+
+fn latest(batch: &[Call]) -> UnixMillis {
+    batch.iter().map(|call| call.item.now).max().unwrap_or_default()
 }

@@ -4,25 +4,33 @@
 //! seqs, caps and repeated message ids stay valid until the commit, and no two transactions
 //! deadlock. Two statements read what the decisions need, and one statement writes all results.
 
+mod room;
+
 use std::collections::{HashMap, HashSet};
 
 use qpq_domain::{DeliveryLimits, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
-use qpq_ports::{Enqueued, NewMessage, Receipt};
+use qpq_ports::{Enqueued, Envelope, NewMessage, Receipt};
 use sqlx::{PgConnection, Row as _};
 
-use super::remove::{self, Due, SWEEP, Stale};
+use self::room::Holder;
+use super::{payloads::Payloads, remove::Stale};
 use crate::{
+    effects::{Accepted, ToInbox},
     history::store_id,
     postgres::{
-        Repeat, Scope, Statement,
+        ClusterMark, Repeat, Scope, Statement,
         row::{Columns as _, millis, millis_of, now_of, number},
     },
+    redis::queue::{Queued, RegistrationId},
     time::{Bounds, Time},
 };
 
+/// Of the devices, the list is as of before the lock: a registration that it waited for is not in
+/// it. That is only a queue to push to.
 const LOCK: &str = concat!(
     "SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry,
-            store_now() AS postgres, ",
+            CASE WHEN i.devices > 0 THEN ARRAY (SELECT id FROM device WHERE account = i.id) END
+            AS devices, store_now() AS postgres, ",
     store_id!(),
     " AS store_id
        FROM account a JOIN inbox i ON i.id = a.id
@@ -58,8 +66,8 @@ const WRITE: &str = "
     SELECT * FROM unnest($5::int8[], $6::int8[], $7::int8[], $8::int8[], $9::bytea[], $10::bytea[],
                          $11::bytea[], $12::bytea[], $13::bytea[])";
 
-/// As [`WRITE`], for payloads that several messages share: $13 the payloads, each once, $14 which
-/// of them each message has, from 1.
+/// As [`WRITE`], for payloads that several messages share: $13 the payloads, $14 their numbers and
+/// $15 their sizes if they are stored once, $16 which of them each message has, from 1.
 const WRITE_SHARED: &str = "
     WITH moved AS (
         UPDATE inbox i
@@ -69,28 +77,17 @@ const WRITE_SHARED: &str = "
                AS h (id, added, bytes, expiry)
          WHERE i.id = h.id),
     shared AS MATERIALIZED (
-        SELECT * FROM unnest($13::bytea[]) WITH ORDINALITY AS s (payload, place))
+        SELECT * FROM unnest($13::bytea[], $14::int8[], $15::int4[])
+          WITH ORDINALITY AS s (payload, payload_id, size, place))
     INSERT INTO message (inbox, seq, expires_at, enqueued_at, channel, sender, message_id,
-                         payload_sha256, payload)
+                         payload_sha256, payload, payload_id, size)
     SELECT m.inbox, m.seq, m.expires_at, m.enqueued_at, m.channel, m.sender, m.message_id,
-           m.payload_sha256, s.payload
+           m.payload_sha256, s.payload, s.payload_id, s.size
       FROM unnest($5::int8[], $6::int8[], $7::int8[], $8::int8[], $9::bytea[], $10::bytea[],
-                  $11::bytea[], $12::bytea[], $14::int8[])
+                  $11::bytea[], $12::bytea[], $16::int8[])
            AS m (inbox, seq, expires_at, enqueued_at, channel, sender, message_id, payload_sha256,
                  place)
       JOIN shared s ON s.place = m.place";
-
-/// What a sender has in an inbox whose head is locked, up to a number of rows: $1 inbox, $2 sender,
-/// $3 rows to look at, $4 now. Each index has the messages that the other one lacks.
-const HELD: &str = "
-    SELECT count(*) AS messages, coalesce(sum(octet_length(payload)), 0)::int8 AS bytes
-      FROM ((SELECT payload FROM message
-              WHERE inbox = $1 AND sender = $2 AND message_id IS NOT NULL
-                AND expires_at > $4 LIMIT $3)
-            UNION ALL
-            (SELECT payload FROM message
-              WHERE inbox = $1 AND sender = $2 AND message_id IS NULL
-                AND expires_at > $4 LIMIT $3)) AS held";
 
 /// An inbox whose head is locked, and the decisions about it.
 struct Head {
@@ -101,6 +98,8 @@ struct Head {
     next_expiry: i64,
     stale: Stale,
     postgres: Option<UnixMillis>,
+    /// None without registered devices.
+    devices: Option<Vec<RegistrationId>>,
     added: i64,
     added_bytes: i64,
     /// The messages and bytes of each sender that was looked up.
@@ -115,12 +114,39 @@ pub(crate) struct Outcome {
 }
 
 /// The outcomes for the messages of one transaction.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Outcomes {
     /// The history that the seqs belong to; none if no message had a recipient.
     pub(crate) store_id: Option<StoreId>,
     /// In the order of the messages.
     pub(crate) of_each: Vec<Outcome>,
+    /// The devices of the inboxes that have any.
+    pub(crate) devices: HashMap<IdentityKey, Vec<RegistrationId>>,
+}
+
+impl Outcomes {
+    /// Returns the messages that were accepted; `None` if there are none.
+    pub(crate) fn accepted(mut self, messages: &[NewMessage]) -> Option<Accepted> {
+        let mut inboxes: HashMap<IdentityKey, ToInbox> = HashMap::new();
+        for (message, outcome) in messages.iter().zip(&self.of_each) {
+            let Enqueued::Accepted(receipt) = &outcome.enqueued else { continue };
+            let inbox = inboxes.entry(message.recipient).or_insert_with(|| ToInbox {
+                devices: self.devices.remove(&message.recipient),
+                messages: Vec::with_capacity(1),
+            });
+            inbox.messages.push(Queued {
+                envelope: Envelope {
+                    seq: receipt.seq,
+                    channel: message.channel,
+                    payload: message.payload.clone(),
+                    enqueued_at: receipt.enqueued_at,
+                },
+                expires_at: outcome.expires_at,
+            });
+        }
+        let store_id = self.store_id?;
+        (!inboxes.is_empty()).then_some(Accepted { store_id, inboxes })
+    }
 }
 
 /// Accepts each message or returns why not.
@@ -131,6 +157,7 @@ pub(crate) struct Accept<'a> {
     pub(crate) messages: &'a [NewMessage],
     pub(crate) limits: &'a DeliveryLimits,
     pub(crate) time: &'a Time,
+    pub(crate) mark: &'a ClusterMark,
 }
 
 impl Statement for Accept<'_> {
@@ -149,16 +176,18 @@ impl Statement for Accept<'_> {
     }
 }
 
-async fn accept(
+/// Accepts messages in a transaction that may have locked groups, and no inbox yet.
+pub(crate) async fn accept(
     connection: &mut PgConnection,
-    Accept { messages, limits, time }: &Accept<'_>,
+    Accept { messages, limits, time, mark }: &Accept<'_>,
 ) -> sqlx::Result<Outcomes> {
     let (store_id, mut heads) = lock(connection, messages).await?;
     let postgres = heads.values().find_map(|head| head.postgres);
     let bounds: Vec<_> =
         messages.iter().map(|message| time.bounds(message.now, postgres)).collect();
-    make_room(connection, &mut heads, messages, &bounds, limits).await?;
+    room::make_room(connection, &mut heads, messages, &bounds, limits).await?;
     let mut known = known(connection, &heads, messages, &bounds, limits).await?;
+    room::look_up_senders(connection, &mut heads, messages, &bounds, &known, limits).await?;
     let mut ids: HashMap<(IdentityKey, IdentityKey, MessageId), Receipt> = HashMap::new();
     let mut outcomes = Vec::with_capacity(messages.len());
     for (n, (message, bounds)) in messages.iter().zip(&bounds).enumerate() {
@@ -182,11 +211,19 @@ async fn accept(
         }
         outcomes.push(Outcome { enqueued, expires_at });
     }
-    write(connection, &heads, messages, &outcomes).await?;
-    Ok(Outcomes { store_id, of_each: outcomes })
+    write(connection, &heads, messages, &outcomes, mark).await?;
+    let devices = heads.into_iter().filter_map(|(key, head)| Some((key, head.devices?))).collect();
+    Ok(Outcomes { store_id, of_each: outcomes, devices })
 }
 
 impl Head {
+    /// Returns what the inbox holds, in messages and bytes. Expired messages count for nothing,
+    /// removed or not.
+    fn counts(&self) -> (u64, u64) {
+        let Stale { messages, bytes } = self.stale;
+        (self.messages.saturating_sub(messages), self.bytes.saturating_sub(bytes))
+    }
+
     /// Accepts the message unless the inbox is full, or is more than half full and the sender holds
     /// its share. `times` are those of its acceptance and of its expiry, `so_far` is what this
     /// transaction has decided.
@@ -199,9 +236,7 @@ impl Head {
         so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<Enqueued> {
         let size = message.payload.len() as u64;
-        // Expired messages count for nothing, removed or not.
-        let messages = self.messages.saturating_sub(self.stale.messages);
-        let bytes = self.bytes.saturating_sub(self.stale.bytes);
+        let (messages, bytes) = self.counts();
         if !limits.has_room(messages, bytes, size) {
             return Ok(Enqueued::QueueFull);
         }
@@ -218,8 +253,8 @@ impl Head {
         Ok(Enqueued::Accepted(self.accept(message, times)))
     }
 
-    /// What the message's sender holds in the inbox, in messages and bytes: exact below its share
-    /// of messages, and at least that share otherwise.
+    /// Returns what the message's sender holds in the inbox, in messages and bytes: exact below its
+    /// share of messages, and at least that share otherwise.
     async fn look_up(
         &self,
         connection: &mut PgConnection,
@@ -228,22 +263,16 @@ impl Head {
         now: UnixMillis,
         so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<(u64, u64)> {
-        let row = sqlx::query(HELD)
-            .bind(self.id)
-            .bind(&message.sender.as_bytes()[..])
-            .bind(number(limits.sender_messages()))
-            .bind(millis(now))
-            .fetch_one(connection)
-            .await?;
+        let (recipient, sender) = (message.recipient, message.sender);
+        let holder = Holder { recipient, inbox: self.id, sender, now };
+        let held = room::held(connection, &[holder], limits).await?;
         // Accepted messages are written at the end of the transaction.
         let unwritten = so_far.filter(|(other, outcome)| {
-            (other.recipient, other.sender) == (message.recipient, message.sender)
+            (other.recipient, other.sender) == (recipient, sender)
                 && matches!(outcome.enqueued, Enqueued::Accepted(_))
         });
-        Ok(unwritten.fold(
-            (row.unsigned("messages")?, row.unsigned("bytes")?),
-            |(messages, bytes), (other, _)| (messages + 1, bytes + other.payload.len() as u64),
-        ))
+        let own = unwritten.map(|(other, _)| (1, other.payload.len() as u64));
+        Ok(held.into_iter().chain(own).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1)))
     }
 
     /// Assigns the next seq of the inbox to the message.
@@ -281,6 +310,7 @@ async fn lock(
     let keys: Vec<&[u8]> = recipients.iter().map(|key| &key.as_bytes()[..]).collect();
     let rows = sqlx::query(LOCK).bind(keys).fetch_all(connection).await?;
     let head = |row: &sqlx::postgres::PgRow| {
+        let devices: Option<Vec<i64>> = row.try_get("devices")?;
         let head = Head {
             id: row.try_get("id")?,
             next: row.seq("last_seq")?.next(),
@@ -289,6 +319,7 @@ async fn lock(
             next_expiry: row.try_get("next_expiry")?,
             stale: Stale::default(),
             postgres: now_of(row)?,
+            devices: devices.map(|ids| ids.into_iter().map(RegistrationId).collect()),
             added: 0,
             added_bytes: 0,
             held: HashMap::new(),
@@ -297,37 +328,6 @@ async fn lock(
     };
     let store_id = rows.first().map(|row| row.store_id("store_id")).transpose()?;
     Ok((store_id, rows.iter().map(head).collect::<sqlx::Result<_>>()?))
-}
-
-/// Removes expired messages of the inboxes, since they may fill an inbox or keep a message id too
-/// long. At most [`SWEEP`] rows in all: the others count for nothing, and go with a
-/// sweep or with the next messages.
-async fn make_room(
-    connection: &mut PgConnection,
-    heads: &mut HashMap<IdentityKey, Head>,
-    messages: &[NewMessage],
-    bounds: &[Bounds],
-    limits: &DeliveryLimits,
-) -> sqlx::Result<()> {
-    let mut rows = SWEEP;
-    let mut seen = HashSet::new();
-    for (message, bounds) in messages.iter().zip(bounds) {
-        let Some(head) = heads.get_mut(&message.recipient) else { continue };
-        if head.next_expiry > millis(bounds.earliest) || !seen.insert(message.recipient) {
-            continue;
-        }
-        let ids = messages.iter().filter(|other| other.recipient == message.recipient);
-        let ids = ids.filter_map(|other| {
-            Some((&other.sender.as_bytes()[..], &other.message_id.as_ref()?.as_bytes()[..]))
-        });
-        let due = Due { inbox: head.id, now: bounds.earliest, rows, ids: ids.collect() };
-        let left = remove::expired(connection, due, limits.recent_ids).await?;
-        rows = (rows - left.removed).max(0);
-        (head.messages, head.bytes, head.next_expiry) =
-            (left.messages, left.bytes, left.next_expiry);
-        head.stale = left.stale;
-    }
-    Ok(())
 }
 
 /// Returns the receipts of repeated messages, by their place.
@@ -380,6 +380,7 @@ async fn write(
     heads: &HashMap<IdentityKey, Head>,
     messages: &[NewMessage],
     outcomes: &[Outcome],
+    mark: &ClusterMark,
 ) -> sqlx::Result<()> {
     let moved: Vec<&Head> = heads.values().filter(|head| head.added > 0).collect();
     if moved.is_empty() {
@@ -403,7 +404,8 @@ async fn write(
             accepted.iter().map($value).collect::<Vec<_>>()
         };
     }
-    let payloads = Payloads::of(accepted.iter().map(|(message, ..)| *message));
+    let mut payloads = Payloads::of(accepted.iter().map(|(message, ..)| *message));
+    payloads.store(connection, mark).await?;
     let query = sqlx::query(if payloads.are_shared() { WRITE_SHARED } else { WRITE })
         .bind(of_heads!(|head| head.id))
         .bind(of_heads!(|head| head.added))
@@ -420,67 +422,11 @@ async fn write(
             .as_ref()
             .map(|id| &id.as_bytes()[..])))
         .bind(of_messages!(|(message, ..)| &message.payload_sha256[..]))
-        .bind(&payloads.all);
-    let query = if payloads.are_shared() { query.bind(&payloads.places) } else { query };
+        .bind(payloads.in_rows());
+    let query = if payloads.are_shared() {
+        query.bind(payloads.ids()).bind(payloads.sizes()).bind(&payloads.places)
+    } else {
+        query
+    };
     query.execute(connection).await.map(drop)
-}
-
-/// The distinct payloads of messages.
-struct Payloads<'a> {
-    all: Vec<&'a [u8]>,
-    /// Which of them each message has, from 1.
-    places: Vec<i64>,
-}
-
-impl<'a> Payloads<'a> {
-    /// Two messages share a payload if they share its memory: a fan-out does.
-    fn of(messages: impl IntoIterator<Item = &'a NewMessage>) -> Self {
-        let (mut all, mut places, mut known) = (Vec::new(), Vec::new(), HashMap::new());
-        for message in messages {
-            let payload = &message.payload[..];
-            let place = *known.entry((payload.as_ptr(), payload.len())).or_insert_with(|| {
-                all.push(payload);
-                number(all.len() as u64)
-            });
-            places.push(place);
-        }
-        Self { all, places }
-    }
-
-    fn are_shared(&self) -> bool {
-        self.all.len() < self.places.len()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use bytes::Bytes;
-    use qpq_domain::{ChannelId, UnixMillis};
-
-    use super::*;
-
-    fn message(payload: Bytes) -> NewMessage {
-        NewMessage {
-            sender: IdentityKey::new([1; 32]),
-            recipient: IdentityKey::new([2; 32]),
-            channel: ChannelId::DEFAULT,
-            payload,
-            payload_sha256: [0; 32],
-            message_id: None,
-            now: UnixMillis(0),
-            ttl: Duration::ZERO,
-        }
-    }
-
-    #[test]
-    fn a_payload_is_bound_once_however_many_messages_share_it() {
-        let (shared, own) = (Bytes::from(vec![1; 9]), Bytes::from(vec![1; 9]));
-        let messages = [&shared, &own, &shared, &shared].map(|payload| message(payload.clone()));
-        let payloads = Payloads::of(&messages);
-        assert_eq!((payloads.all.len(), &payloads.places[..]), (2, &[1, 2, 1, 1][..]));
-        assert!(payloads.are_shared());
-        assert!(!Payloads::of(&messages[..2]).are_shared());
-    }
 }

@@ -15,7 +15,7 @@ use std::{
 use futures_util::{StreamExt as _, stream};
 use parking_lot::Mutex;
 use qpq_domain::Seq;
-use qpq_ports::Reader;
+use qpq_ports::Page;
 use tokio::{
     runtime::Handle,
     sync::Notify,
@@ -26,7 +26,7 @@ use tokio::{
 use crate::{
     metrics as names,
     nats::EdgeId,
-    redis::queue::{LeaseId, LeaseTerm},
+    redis::queue::{LeaseId, LeaseTerm, ReaderId},
     wakes::WakeRegistry,
 };
 
@@ -45,10 +45,10 @@ struct Inner {
     next: AtomicU64,
     lasts: Duration,
     wakes: WakeRegistry,
-    live: Mutex<HashMap<LeaseId, Reader>>,
+    live: Mutex<HashMap<LeaseId, ReaderId>>,
     /// Readers whose leases are being released. A read of one of them waits for that here, so that
     /// a read after a release sees the released messages.
-    releasing: Mutex<HashMap<Reader, Releasing>>,
+    releasing: Mutex<HashMap<ReaderId, Releasing>>,
     /// The tasks that release leases.
     releases: Mutex<JoinSet<()>>,
 }
@@ -64,7 +64,7 @@ struct Releasing {
 pub(super) struct LeaseGuard {
     leases: Leases,
     pub(super) id: LeaseId,
-    reader: Reader,
+    pub(super) reader: ReaderId,
     /// The messages that are leased; none while they are not known.
     pub(super) seqs: Vec<Seq>,
     ended: bool,
@@ -93,14 +93,9 @@ impl Leases {
         while releases.join_next().await.is_some() {}
     }
 
-    /// Returns the lease `id` with its duration.
-    pub(super) fn term<'a>(&self, id: &'a LeaseId) -> LeaseTerm<'a> {
-        LeaseTerm { lease: id, lasts: self.inner.lasts }
-    }
-
     /// Creates the guard of a lease that is about to begin, so that it is released even if the call
     /// is dropped meanwhile.
-    pub(super) fn begin(&self, reader: Reader) -> LeaseGuard {
+    pub(super) fn begin(&self, reader: ReaderId) -> LeaseGuard {
         let n = self.inner.next.fetch_add(1, Ordering::Relaxed);
         let id = LeaseId(format!("{}.{n}", self.inner.edge.0));
         self.inner.live.lock().insert(id.clone(), reader);
@@ -109,7 +104,7 @@ impl Leases {
     }
 
     /// Completes when no lease of the reader is being released here.
-    pub(super) async fn releases_ended(&self, reader: &Reader) {
+    pub(super) async fn releases_ended(&self, reader: &ReaderId) {
         loop {
             let done = match self.inner.releasing.lock().get(reader) {
                 None => return,
@@ -136,11 +131,11 @@ impl Inner {
             .await;
     }
 
-    fn release_began(&self, reader: Reader) {
+    fn release_began(&self, reader: ReaderId) {
         self.releasing.lock().entry(reader).or_default().count += 1;
     }
 
-    fn release_ended(&self, reader: &Reader) {
+    fn release_ended(&self, reader: &ReaderId) {
         let mut releasing = self.releasing.lock();
         let entry = releasing.get_mut(reader).expect("it began");
         entry.count -= 1;
@@ -152,6 +147,22 @@ impl Inner {
 }
 
 impl LeaseGuard {
+    /// Returns the lease with its duration.
+    pub(super) fn term(&self) -> LeaseTerm<'_> {
+        LeaseTerm { lease: &self.id, lasts: self.leases.inner.lasts }
+    }
+
+    /// Returns the guard of the lease of a page, if that has messages.
+    pub(super) fn with(mut self, page: &Page) -> Option<Self> {
+        self.seqs = page.envelopes.iter().map(|envelope| envelope.seq).collect();
+        if self.seqs.is_empty() {
+            self.ended();
+            None
+        } else {
+            Some(self)
+        }
+    }
+
     /// Records that the lease has ended, or has no messages.
     pub(super) fn ended(mut self) {
         self.ended = true;

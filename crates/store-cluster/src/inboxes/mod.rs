@@ -1,59 +1,66 @@
 //! Inboxes of the cluster: messages are accepted by Postgres (`committer`, `enqueue`), read from
 //! Redis where its copy is current and from Postgres otherwise, and removed from Postgres first.
 //!
-//! A read begins with the inbox's head in Postgres, which says which state is the present one. A
-//! queue in Redis that shows that state, or a later one, is read; any other is loaded again.
-//! Inboxes that are too large for a queue are read page by page from Postgres, and only leased in
-//! Redis.
+//! A read begins with the inbox's head in Postgres, which says which state is the present one, and
+//! who the reader is: the single reader of an inbox without devices, or a device, by the number of
+//! its registration. A queue in Redis that shows that state, or a later one, is read; any other is
+//! loaded again. Inboxes that are too large for a queue are read page by page from Postgres, and
+//! only leased in Redis.
+//!
+//! What a page removes when it is completed is decided by who read it (`remove` for the single
+//! reader, `done` for devices), under the lock of the head.
 
+mod absent;
 mod committer;
 mod completer;
+mod done;
 mod enqueue;
 mod leases;
 pub(crate) mod page;
+mod payloads;
+mod pushes;
 mod remove;
+mod seen;
 
 use std::{fmt, mem};
 
 use async_trait::async_trait;
 use qpq_domain::{Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, Reader, StoreError,
-    StoreResult,
+    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadError, ReadQuery, StoreError,
+    StoreResult, View,
 };
 
 pub use committer::COMMITTERS;
-#[cfg(feature = "measure")]
-pub(crate) use enqueue::Accept;
 pub(crate) use {
+    absent::{Absence, move_absent},
     committer::Committers,
     completer::Completers,
+    done::remove_spent,
+    enqueue::{Accept, Outcomes, accept},
     leases::Leases,
     page::Heads,
+    pushes::Pushes,
     remove::{SWEEP, forget, sweep},
 };
 
 use self::{
     completer::{CompletedPage, Completion},
+    done::{AckAsDevice, DeviceAck},
     leases::LeaseGuard,
-    page::{Head, Present},
-    remove::RemoveAcked,
+    page::{Access, Head, Present, Whole},
+    remove::{RemoveAcked, SingleAck},
 };
 use crate::{
     ClusterStore,
     effects::{Effects, Removal},
     metrics as names,
-    redis::queue::{
-        Freshness, LeaseId, MAX_BYTES, MAX_MESSAGES, QueueAnswer, QueueRead, State, VisiblePage,
-    },
+    redis::queue::{Freshness, LeaseTerm, QueueAnswer, QueueRead, ReaderId, State, VisiblePage},
     store::Inner,
 };
 
 /// Maximum attempts at a read whose messages are removed meanwhile.
 const MAX_ATTEMPTS: usize = 16;
-
-/// The number of an inbox that does not exist.
-const NO_INBOX: i64 = 0;
 
 #[derive(Debug, thiserror::Error)]
 #[error("the inbox changed during each of {MAX_ATTEMPTS} attempts to read it")]
@@ -62,135 +69,200 @@ struct InboxChanged;
 /// What is read, and how much of it.
 #[derive(Clone, Copy)]
 struct Request<'a> {
-    read: &'a ReadQuery,
+    query: &'a ReadQuery,
     after: Seq,
     limit: PageLimit,
     now: UnixMillis,
-    /// The lease to begin; none for a peek.
-    lease: Option<&'a LeaseId>,
+    hides: Hides,
 }
 
-/// Returns the query with the reader that the store knows. No inbox has registered devices yet, so
-/// a device that is named reads as the single reader of the inbox.
-pub(crate) fn resolved(query: ReadQuery) -> ReadQuery {
-    ReadQuery { reader: Reader::single(query.reader.inbox), ..query }
+/// Whether a read hides its messages from other reads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hides {
+    /// It is a lease.
+    Yes,
+    /// It is a peek.
+    No,
+}
+
+/// A read of an inbox by one reader that it has.
+#[derive(Clone, Copy)]
+struct InboxRead<'a> {
+    request: Request<'a>,
+    head: Head,
+    reader: ReaderId,
+    /// The lease to begin; none for a peek.
+    guard: Option<&'a LeaseGuard>,
+}
+
+impl InboxRead<'_> {
+    fn term(&self) -> Option<LeaseTerm<'_>> {
+        self.guard.map(LeaseGuard::term)
+    }
+
+    /// Returns the state of the inbox for the reader, if it still is one.
+    async fn present(&self, inner: &Inner) -> StoreResult<Option<State>> {
+        let head = inner.heads.get(&self.request.query.reader).await?.head;
+        let is_same = |head: &Head| {
+            head.access != Access::Refused && head.registration() == self.reader.registration
+        };
+        Ok(head.filter(is_same).map(|head| head.state))
+    }
+}
+
+/// What a read has found.
+struct Found {
+    page: Page,
+    /// Where the messages are; none if there is no such inbox.
+    inbox: Option<i64>,
+    /// The lease of the page, if one was begun and it has messages.
+    guard: Option<LeaseGuard>,
+}
+
+/// What an attempt at a read has found.
+enum Attempt {
+    Page(VisiblePage),
+    /// The queue cannot have all that waits for the reader.
+    TooLarge,
+    /// The inbox has changed meanwhile.
+    Changed,
 }
 
 impl Inner {
-    /// Returns what the read shows now, leased if that is requested, and the inbox's number.
-    async fn read(&self, request: Request<'_>) -> StoreResult<(Page, i64)> {
-        let reader = &request.read.reader;
-        self.leases.releases_ended(reader).await;
-        let mut registered = false;
+    /// Returns what the read shows now, leased if that is requested.
+    async fn read(&self, request: Request<'_>) -> Result<Found, ReadError> {
+        let (mut registered, mut too_large) = (false, false);
+        let mut guard: Option<LeaseGuard> = None;
         for _ in 0..MAX_ATTEMPTS {
-            let Present { store_id, head } = self.heads.get(reader).await?;
-            let Some(head) = head else { return Ok((Page::empty(store_id), NO_INBOX)) };
-            let visible = if head.messages <= MAX_MESSAGES && head.bytes <= MAX_BYTES {
-                self.read_queue(request, head).await?
+            let Present { store_id, head } = self.heads.get(&request.query.reader).await?;
+            let Some(head) = head else {
+                return Ok(Found { page: Page::empty(store_id), inbox: None, guard: None });
+            };
+            self.admit(&head, request.now).await?;
+            let inbox = request.query.reader.inbox;
+            let reader = ReaderId { inbox, registration: head.registration() };
+            self.leases.releases_ended(&reader).await;
+            if request.hides == Hides::Yes
+                && guard.as_ref().map(|guard| guard.reader) != Some(reader)
+            {
+                guard = Some(self.leases.begin(reader));
+            }
+            let read = InboxRead { request, head, reader, guard: guard.as_ref() };
+            let attempt = if head.may_be_queue() && !too_large {
+                self.read_queue(read).await?
             } else {
                 if !registered {
-                    self.register(request).await?;
+                    self.register(&reader).await?;
                     registered = true;
                     // A message that was committed before the registration is in a head that is
                     // read after it.
                     continue;
                 }
-                self.read_postgres(request, head).await?
+                self.read_postgres(read).await?
             };
-            if let Some(visible) = visible {
-                self.wakes.record_read(request.read, &visible, request.lease);
-                return Ok((visible.page, head.inbox));
+            match attempt {
+                Attempt::Page(visible) => {
+                    let lease = guard.as_ref().map(|guard| &guard.id);
+                    self.wakes.record_read(request.query, &visible, lease);
+                    let guard = guard.and_then(|guard| guard.with(&visible.page));
+                    return Ok(Found { page: visible.page, inbox: Some(head.inbox), guard });
+                }
+                Attempt::TooLarge => too_large = true,
+                Attempt::Changed => {}
             }
         }
-        Err(StoreError::conflict(InboxChanged))
+        Err(StoreError::conflict(InboxChanged).into())
     }
 
-    /// Reads from the queue in Redis, which is loaded if it is missing. Returns `None` when the
-    /// inbox has outgrown it meanwhile, or no longer exists.
-    async fn read_queue(
-        &self,
-        request: Request<'_>,
-        head: Head,
-    ) -> StoreResult<Option<VisiblePage>> {
-        let Request { read, after, limit, now, lease } = request;
-        let (term, edge) =
-            (lease.map(|id| self.leases.term(id)), self.wakes.waiting_edge(&read.reader.inbox));
+    /// Checks that the head lets its reader read, and records that a device does.
+    async fn admit(&self, head: &Head, now: UnixMillis) -> Result<(), ReadError> {
+        let position = match head.access {
+            Access::Single => return Ok(()),
+            Access::Refused => return Err(ReadError::DeviceRequired),
+            Access::Device(position) => position,
+        };
+        seen::record(&self.database, &position, now).await?;
+        if position.is_lost { Err(ReadError::PositionLost) } else { Ok(()) }
+    }
+
+    /// Reads from the queue in Redis, which is loaded if it is missing.
+    async fn read_queue(&self, read: InboxRead<'_>) -> StoreResult<Attempt> {
+        let InboxRead { request, head, reader, .. } = read;
+        let Request { query, after, limit, now, .. } = request;
+        let edge = self.wakes.waiting_edge(&reader.inbox);
         let (mut state, mut from, mut accept) = (head.state, "redis", Freshness::Same);
         let redis = &self.redis;
         for _ in 0..MAX_ATTEMPTS {
-            let queue_read = QueueRead { read, state, accept, after, limit, now, term, edge };
+            let (view, term) = (query.view, read.term());
+            let queue_read =
+                QueueRead { reader: &reader, view, state, accept, after, limit, now, term, edge };
             let permit = match redis.read(queue_read).await? {
                 QueueAnswer::Page(visible) => {
                     metrics::counter!(names::HOT_READS, "from" => from).increment(1);
-                    return Ok(Some(visible));
+                    return Ok(Attempt::Page(visible));
                 }
                 QueueAnswer::Ahead(queue) => {
-                    let Some(head) = self.heads.get(&read.reader).await?.head else {
-                        return Ok(None);
+                    let Some(present) = read.present(self).await? else {
+                        return Ok(Attempt::Changed);
                     };
-                    if head.state.has_lost(&queue) {
+                    if present.has_lost(&queue) {
                         metrics::counter!(names::LOST_QUEUES).increment(1);
                         tracing::warn!(
                             "a queue in redis has messages that postgres has lost, dropping the queue"
                         );
-                        redis.drop_queue(&read.reader).await?;
+                        redis.drop_queue(&reader).await?;
                     }
-                    (state, accept) = (head.state, Freshness::AtLeast);
+                    (state, accept) = (present, Freshness::AtLeast);
                     continue;
                 }
                 QueueAnswer::NotLoaded(permit) => permit,
             };
-            let Some(whole) = page::whole(&self.database, head.inbox).await? else {
-                return Ok(None);
+            let whole = match page::whole(&self.database, &head).await? {
+                Whole::Small(whole) => whole,
+                Whole::Large => return Ok(Attempt::TooLarge),
+                Whole::NoReader => return Ok(Attempt::Changed),
             };
-            redis.load(&read.reader, permit, whole.state, &whole.messages).await?;
+            redis.load(&reader, permit, whole.state, &whole.messages).await?;
             // The queue may already have messages that are committed from now on.
             (state, from, accept) = (whole.state, "reloaded", Freshness::AtLeast);
         }
         Err(StoreError::conflict(InboxChanged))
     }
 
-    /// Reads from Postgres, and leases in Redis. Returns `None` when a message was removed
-    /// meanwhile, perhaps by a reader that had leased it.
-    async fn read_postgres(
-        &self,
-        request: Request<'_>,
-        head: Head,
-    ) -> StoreResult<Option<VisiblePage>> {
-        let Request { read, after, limit, now, lease } = request;
-        let reader = &read.reader;
-        let snapshot = page::page(&self.database, &head, read, after, limit, now).await?;
+    /// Reads from Postgres, and leases in Redis. The inbox has changed if a message was removed
+    /// meanwhile, perhaps by a read that had leased it.
+    async fn read_postgres(&self, read: InboxRead<'_>) -> StoreResult<Attempt> {
+        let InboxRead { request, head, reader, guard } = read;
+        let Request { query, after, limit, now, .. } = request;
+        let snapshot = page::page(&self.database, &head, query.view, after, limit, now).await?;
         let mut envelopes: Vec<_> =
             snapshot.messages.into_iter().map(|queued| queued.envelope).collect();
         let mut seqs: Vec<_> =
             envelopes.iter().map(|envelope| envelope.seq).chain(snapshot.next).collect();
-        let term = lease.map(|id| self.leases.term(id));
-        let store_id = &snapshot.state.store_id;
-        let claimed = self.redis.claim(reader, store_id, &seqs, envelopes.len(), term).await?;
+        let (store_id, term) = (&snapshot.state.store_id, read.term());
+        let claimed = self.redis.claim(&reader, store_id, &seqs, envelopes.len(), term).await?;
         let more = claimed.seqs > envelopes.len();
         envelopes.truncate(claimed.seqs);
         seqs.truncate(envelopes.len());
         // A reader that leased and removed some of them in between has counted that by now.
-        let present = self.heads.get(reader).await?.head.map(|head| head.state);
         let is_present = |state: State| {
             (state.store_id, state.removals) == (snapshot.state.store_id, snapshot.state.removals)
         };
-        if !present.is_some_and(is_present) {
-            if let Some(id) = lease {
-                self.wakes.release(reader, id, &seqs).await;
+        if !read.present(self).await?.is_some_and(is_present) {
+            if let Some(guard) = guard {
+                self.wakes.release(&reader, &guard.id, &seqs).await;
             }
-            return Ok(None);
+            return Ok(Attempt::Changed);
         }
         metrics::counter!(names::HOT_READS, "from" => "postgres").increment(1);
-        Ok(Some(VisiblePage {
+        Ok(Attempt::Page(VisiblePage {
             page: Page { store_id: snapshot.state.store_id, envelopes, more },
             head: snapshot.state.head,
             stopped_for: claimed.stopped_for,
         }))
     }
 
-    async fn register(&self, request: Request<'_>) -> StoreResult<()> {
-        let reader = &request.read.reader;
+    async fn register(&self, reader: &ReaderId) -> StoreResult<()> {
         match self.wakes.waiting_edge(&reader.inbox) {
             Some(edge) => self.redis.register(reader, edge).await,
             None => Ok(()),
@@ -209,20 +281,11 @@ impl Inboxes for ClusterStore {
         query: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Box<dyn Lease>> {
-        let query = resolved(query);
-        let mut guard = self.inner.leases.begin(query.reader);
-        let request =
-            Request { read: &query, after: Seq::ZERO, limit, now, lease: Some(&guard.id) };
-        let (page, inbox) = self.inner.read(request).await?;
-        guard.seqs = page.envelopes.iter().map(|envelope| envelope.seq).collect();
-        let guard = if guard.seqs.is_empty() {
-            guard.ended();
-            None
-        } else {
-            Some(guard)
-        };
-        Ok(Box::new(InboxLease { page, guard, query, inbox, store: self.clone() }))
+    ) -> Result<Box<dyn Lease>, ReadError> {
+        let request = Request { query: &query, after: Seq::ZERO, limit, now, hides: Hides::Yes };
+        let Found { page, inbox, guard } = self.inner.read(request).await?;
+        let leased = guard.zip(inbox).map(|(guard, inbox)| Leased { guard, inbox });
+        Ok(Box::new(InboxLease { page, leased, view: query.view, store: self.clone() }))
     }
 
     async fn peek(
@@ -231,32 +294,48 @@ impl Inboxes for ClusterStore {
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Page> {
-        let query = resolved(query);
-        let request = Request { read: &query, after, limit, now, lease: None };
-        let (page, _) = self.inner.read(request).await?;
-        Ok(page)
+    ) -> Result<Page, ReadError> {
+        let request = Request { query: &query, after, limit, now, hides: Hides::No };
+        Ok(self.inner.read(request).await?.page)
     }
 
-    async fn ack(&self, query: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
-        let query = resolved(query);
+    async fn ack(&self, query: ReadQuery, ack: Ack, now: UnixMillis) -> Result<u32, ReadError> {
+        let database = &self.inner.database;
         let recent_ids = self.inner.limits.delivery.recent_ids;
         let remove = RemoveAcked { query: &query, ack: &ack, now, recent_ids };
-        let Some(removal) = self.inner.database.run(&remove).await? else { return Ok(0) };
+        let removal = match database.run(&remove).await.map_err(StoreError::from)? {
+            SingleAck::Removed(removal) => removal,
+            SingleAck::HasDevices => {
+                let Some(device) = query.reader.device else {
+                    return Err(ReadError::DeviceRequired);
+                };
+                let remove = AckAsDevice { query: &query, device, ack: &ack, now, recent_ids };
+                match database.run(&remove).await.map_err(StoreError::from)? {
+                    DeviceAck::Done(removal) => removal,
+                    DeviceAck::NoDevice => return Err(ReadError::DeviceRequired),
+                    DeviceAck::PositionLost => return Err(ReadError::PositionLost),
+                }
+            }
+        };
+        let Some(removal) = removal else { return Ok(0) };
         let removed = u32::try_from(removal.seqs.len()).unwrap_or(u32::MAX);
         self.inner.applier.apply(Effects { removed: Some(removal), ..Effects::default() }).await;
         Ok(removed)
     }
 }
 
-/// A page and, unless it is empty, the guard of its lease.
+/// A page and, unless it is empty, its lease.
 struct InboxLease {
     page: Page,
-    guard: Option<LeaseGuard>,
-    query: ReadQuery,
+    leased: Option<Leased>,
+    view: View,
+    store: ClusterStore,
+}
+
+struct Leased {
+    guard: LeaseGuard,
     /// The inbox's number.
     inbox: i64,
-    store: ClusterStore,
 }
 
 impl fmt::Debug for InboxLease {
@@ -276,13 +355,15 @@ impl Lease for InboxLease {
     }
 
     async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()> {
-        let Self { page: Page { store_id, .. }, guard, query, inbox, store } = *self;
-        let Some(mut guard) = guard else { return Ok(()) };
-        let completed = CompletedPage { store_id, inbox, seqs: guard.seqs.clone(), now };
+        let Self { page: Page { store_id, .. }, leased, view, store } = *self;
+        let Some(Leased { mut guard, inbox }) = leased else { return Ok(()) };
+        let reader = guard.reader;
+        let (registration, seqs) = (reader.registration, guard.seqs.clone());
+        let completed = CompletedPage { store_id, inbox, registration, seqs, now };
         match store.inner.completers.complete(completed).await? {
             Completion::Removed(number) => {
                 let (lease, seqs) = (Some(guard.id.clone()), mem::take(&mut guard.seqs));
-                let removal = Removal { query, store_id, number, lease, seqs };
+                let removal = Removal { reader, view, store_id, number, lease, seqs };
                 let effects = Effects { removed: Some(removal), ..Effects::default() };
                 store.inner.applier.apply(effects).await;
                 guard.ended();

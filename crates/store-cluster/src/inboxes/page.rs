@@ -1,15 +1,16 @@
 //! Reads of inboxes in Postgres: heads, many in one statement, and messages, of which each page is
 //! one snapshot together with its head.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use qpq_domain::{IdentityKey, Seq, StoreId, UnixMillis};
+use qpq_domain::{Seq, StoreId, UnixMillis};
 use qpq_ports::{
-    Envelope, PageLimit, ReadQuery, Reader, StoreResult, View,
+    Envelope, PageLimit, Reader, StoreResult, View,
     batcher::{self, BatchSize, BatchWorker, Batcher},
 };
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
+use super::payloads::{payload, size};
 use crate::{
     error::PostgresError,
     history::{History, store_id},
@@ -17,66 +18,167 @@ use crate::{
         Database, Repeat, Scope, Statement,
         row::{Columns as _, millis, number},
     },
-    redis::queue::{MAX_MESSAGES, Queued, State},
+    redis::queue::{MAX_BYTES, MAX_MESSAGES, Queued, RegistrationId, State},
 };
 
 /// Concurrent statements for heads.
 const READERS: usize = 2;
 
+/// One row for each device of an inbox, at most [`qpq_domain::MAX_DEVICES`], or one without. OFFSET
+/// keeps the look for devices a query of its own, which is not executed for an inbox that has none.
 /// The store id is alone in its row where there is no such inbox.
 const HEAD: &str = concat!(
-    "SELECT s.store_id, h.identity, h.id, h.last_seq, h.removals, h.messages, h.bytes
+    "SELECT s.store_id, h.identity, h.id, h.last_seq, h.removals, h.messages, h.bytes, h.devices,
+            h.device, h.registration, h.upto, h.last_seen_at, h.position_lost
        FROM (SELECT ",
     store_id!(),
     " AS store_id) s LEFT JOIN (
-        SELECT a.identity, i.id, i.last_seq, i.removals, i.messages, i.bytes
-          FROM account a JOIN inbox i ON i.id = a.id WHERE a.identity = ANY ($1)) h ON true"
+        SELECT a.identity, i.id, i.last_seq, coalesce(d.removals, i.removals) AS removals,
+               i.messages, i.bytes, i.devices, d.device, d.id AS registration, d.upto,
+               d.last_seen_at, d.position_lost
+          FROM account a JOIN inbox i ON i.id = a.id
+          LEFT JOIN LATERAL (
+            SELECT id, device, removals, upto, last_seen_at, position_lost FROM device
+             WHERE i.devices > 0 AND account = i.id OFFSET 0) d ON true
+         WHERE a.identity = ANY ($1)) h ON true"
 );
 
-/// $1 inbox, $2 after which seq, $3 now, $4 rows, $5 the store id, $6 the channel. Returns no rows
-/// of another history.
+/// $1 inbox, $2 after which seq, $3 now, $4 rows, $5 the store id, then the registration, if it is
+/// of one, and the channel. Returns no rows of another history, and none for a registration that
+/// does not exist any more.
 macro_rules! messages {
-    ($condition:literal) => {
+    ($after:literal, $condition:expr) => {
         concat!(
-            "SELECT seq, channel, enqueued_at, expires_at, payload FROM message
-              WHERE inbox = $1 AND seq > $2 AND expires_at > $3 AND $5 = ",
+            "SELECT seq, channel, enqueued_at, expires_at, ",
+            payload!(),
+            " AS payload FROM message m WHERE inbox = $1 AND seq > ",
+            $after,
+            " AND expires_at > $3 AND $5 = ",
             store_id!(),
             $condition,
             " ORDER BY seq LIMIT $4"
         )
     };
 }
-const ALL: &str = messages!("");
-const CHANNEL: &str = messages!(" AND channel = $6");
+/// As [`messages`], those that wait for the device.
+macro_rules! messages_of_device {
+    ($condition:literal) => {
+        messages!(
+            "(SELECT greatest(upto, $2) FROM device WHERE id = $6)",
+            concat!(
+                " AND NOT EXISTS (
+                    SELECT 1 FROM device_done o
+                     WHERE o.inbox = $1 AND o.seq = m.seq
+                       AND o.device = (SELECT device FROM device WHERE id = $6) OFFSET 0)",
+                $condition
+            )
+        )
+    };
+}
+const ALL: &str = messages!("$2", "");
+const CHANNEL: &str = messages!("$2", " AND channel = $6");
+const ALL_OF_DEVICE: &str = messages_of_device!("");
+const CHANNEL_OF_DEVICE: &str = messages_of_device!(" AND channel = $7");
 
-/// $1 inbox, $2 rows. The head is alone in its row where there is no message.
+/// $1 inbox, $2 rows. The head is alone in its row where there is no message. Returns nothing once
+/// the inbox has devices: the single reader's queue has nothing that was accepted after the first
+/// registration.
 const WHOLE: &str = concat!(
     "SELECT ",
     store_id!(),
-    " AS store_id, i.last_seq, i.removals, m.seq, m.channel, m.enqueued_at, m.expires_at, m.payload
+    " AS store_id, i.last_seq, i.removals, m.seq, m.channel, m.enqueued_at, m.expires_at, ",
+    payload!(),
+    " AS payload, 0::int8 AS total
       FROM inbox i LEFT JOIN LATERAL (
-        SELECT seq, channel, enqueued_at, expires_at, payload FROM message
+        SELECT seq, channel, enqueued_at, expires_at, payload, payload_id FROM message
          WHERE inbox = $1 ORDER BY seq LIMIT $2) m ON true
-     WHERE i.id = $1"
+     WHERE i.id = $1 AND i.devices = 0"
+);
+
+/// As [`WHOLE`], what waits for the registration $3. An inbox may have much that waits for other
+/// devices alone, so its head does not say whether this is small: payloads of more than $4 bytes
+/// are not read.
+const WHOLE_OF_DEVICE: &str = concat!(
+    "SELECT ",
+    store_id!(),
+    " AS store_id, i.last_seq, d.removals, m.seq, m.channel, m.enqueued_at, m.expires_at, m.total,
+            CASE WHEN m.total <= $4 THEN ",
+    payload!(),
+    " END AS payload
+      FROM device d JOIN inbox i ON i.id = d.account LEFT JOIN LATERAL (
+        SELECT w.*, sum(w.bytes) OVER () AS total FROM (
+            SELECT seq, channel, enqueued_at, expires_at, payload, payload_id, ",
+    size!(),
+    " AS bytes FROM message m
+             WHERE m.inbox = $1 AND m.seq > d.upto AND NOT EXISTS (
+                SELECT 1 FROM device_done o
+                 WHERE o.inbox = $1 AND o.seq = m.seq AND o.device = d.device OFFSET 0)
+             ORDER BY seq LIMIT $2) w) m ON true
+     WHERE d.id = $3 AND d.account = $1"
 );
 
 /// Rows in one statement.
 const MAX_ROWS: u64 = 1_024;
 
-/// An inbox's head.
+/// An inbox's head, as one reader sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Head {
     pub(crate) inbox: i64,
+    /// Without access, the removals are those of no reader.
     pub(crate) state: State,
     pub(crate) messages: u64,
     pub(crate) bytes: u64,
+    pub(crate) access: Access,
+}
+
+/// As what a reader may read an inbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// As its single reader: it has no devices.
+    Single,
+    /// As one of its devices.
+    Device(Position),
+    /// It has devices, and the reader is none of them.
+    Refused,
+}
+
+/// Where a device is in an inbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Position {
+    pub(crate) registration: RegistrationId,
+    pub(crate) upto: u64,
+    pub(crate) last_seen_at: UnixMillis,
+    /// Whether it was moved, and the device has not confirmed that it knows.
+    pub(crate) is_lost: bool,
+}
+
+impl Head {
+    /// Returns the registration that reads; `None` for the single reader.
+    pub(super) fn registration(&self) -> Option<RegistrationId> {
+        match self.access {
+            Access::Device(position) => Some(position.registration),
+            Access::Single | Access::Refused => None,
+        }
+    }
+
+    /// Whether a queue can have all that waits for the reader, as far as the head says.
+    pub(super) fn may_be_queue(&self) -> bool {
+        let is_small = self.messages <= MAX_MESSAGES && self.bytes <= MAX_BYTES;
+        match self.access {
+            // The rest waits for others.
+            Access::Device(Position { upto, .. }) => {
+                is_small || self.state.head.saturating_sub(upto) <= MAX_MESSAGES
+            }
+            Access::Single | Access::Refused => is_small,
+        }
+    }
 }
 
 /// Reads heads, those of concurrent calls together. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Heads(Batcher<Call>);
 
-type Call = batcher::Call<IdentityKey, StoreResult<Present>>;
+type Call = batcher::Call<Reader, StoreResult<Present>>;
 
 /// An inbox's head, and the history that it was read in.
 #[derive(Clone, Copy, Debug)]
@@ -94,10 +196,8 @@ impl Heads {
     }
 
     /// Returns the head of the reader's inbox.
-    ///
-    /// While no inbox has registered devices, every reader of an inbox has its head.
     pub(super) async fn get(&self, reader: &Reader) -> StoreResult<Present> {
-        self.0.call(reader.inbox).await
+        self.0.call(*reader).await
     }
 
     /// Answers the calls that wait, and ends.
@@ -117,12 +217,13 @@ impl BatchWorker for HeadReader {
     const LIMIT: BatchSize = BatchSize { count: 512, bytes: usize::MAX };
 
     async fn run(&mut self, calls: Vec<Call>) {
-        let inboxes: Vec<_> = calls.iter().map(|call| call.item).collect();
-        let found = heads(&self.database, &self.history, &inboxes).await;
-        for Call { item: inbox, answer } in calls {
+        let readers: HashSet<_> = calls.iter().map(|call| call.item).collect();
+        let readers: Vec<_> = readers.into_iter().collect();
+        let found = heads(&self.database, &self.history, &readers).await;
+        for Call { item: reader, answer } in calls {
             answer.send(match &found {
                 Ok((store_id, heads)) => {
-                    Ok(Present { store_id: *store_id, head: heads.get(&inbox).copied() })
+                    Ok(Present { store_id: *store_id, head: heads.get(&reader).copied() })
                 }
                 Err(error) => Err(error.clone().into()),
             });
@@ -134,17 +235,17 @@ impl BatchWorker for HeadReader {
 pub(crate) async fn heads(
     database: &Database,
     history: &History,
-    inboxes: &[IdentityKey],
-) -> Result<(StoreId, HashMap<IdentityKey, Head>), PostgresError> {
-    let (store_id, heads) = database.run(&ReadHeads(inboxes)).await?;
+    readers: &[Reader],
+) -> Result<(StoreId, HashMap<Reader, Head>), PostgresError> {
+    let (store_id, heads) = database.run(&ReadHeads(readers)).await?;
     history.note(store_id);
     Ok((store_id, heads))
 }
 
-struct ReadHeads<'a>(&'a [IdentityKey]);
+struct ReadHeads<'a>(&'a [Reader]);
 
 impl Statement for ReadHeads<'_> {
-    type Output = (StoreId, HashMap<IdentityKey, Head>);
+    type Output = (StoreId, HashMap<Reader, Head>);
 
     const REPEAT: Repeat = Repeat::Harmless;
     const SCOPE: Scope = Scope::Statement;
@@ -154,23 +255,56 @@ impl Statement for ReadHeads<'_> {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
-        let keys: Vec<&[u8]> = self.0.iter().map(|key| &key.as_bytes()[..]).collect();
+        let inboxes: HashSet<_> = self.0.iter().map(|reader| reader.inbox).collect();
+        let keys: Vec<&[u8]> = inboxes.iter().map(|key| &key.as_bytes()[..]).collect();
         let rows = sqlx::query(HEAD).bind(keys).fetch_all(connection).await?;
         let store_id = rows.first().ok_or(sqlx::Error::RowNotFound)?.store_id("store_id")?;
-        let heads = rows.iter().filter_map(|row| head(row).transpose());
-        Ok((store_id, heads.collect::<sqlx::Result<_>>()?))
+        let mut heads = HashMap::with_capacity(rows.len());
+        for row in &rows {
+            if let Some((reader, head)) = head(row)? {
+                heads.insert(reader, head);
+                if reader.device.is_some() {
+                    let refused = Head { access: Access::Refused, ..head };
+                    heads.entry(Reader::single(reader.inbox)).or_insert(refused);
+                }
+            }
+        }
+        let of_reader = |reader: &Reader| {
+            // A device that the inbox does not have reads as none.
+            let head = heads.get(reader).or_else(|| heads.get(&Reader::single(reader.inbox)))?;
+            Some((*reader, *head))
+        };
+        let heads = self.0.iter().filter_map(of_reader).collect();
+        Ok((store_id, heads))
     }
 }
 
-fn head(row: &PgRow) -> sqlx::Result<Option<(IdentityKey, Head)>> {
+/// Returns the head for the device of the row; for the reader without a device if it has none.
+fn head(row: &PgRow) -> sqlx::Result<Option<(Reader, Head)>> {
     let Some(inbox) = row.try_get("id")? else { return Ok(None) };
     let head = Head {
         inbox,
         state: state(row)?,
         messages: row.unsigned("messages")?,
         bytes: row.unsigned("bytes")?,
+        access: access(row)?,
     };
-    Ok(Some((row.identity("identity")?, head)))
+    Ok(Some((Reader { inbox: row.identity("identity")?, device: row.device("device")? }, head)))
+}
+
+fn access(row: &PgRow) -> sqlx::Result<Access> {
+    let (devices, registration): (i16, Option<i64>) =
+        (row.try_get("devices")?, row.try_get("registration")?);
+    Ok(match registration {
+        Some(registration) => Access::Device(Position {
+            registration: RegistrationId(registration),
+            upto: row.unsigned("upto")?,
+            last_seen_at: row.at("last_seen_at")?,
+            is_lost: row.try_get("position_lost")?,
+        }),
+        None if devices == 0 => Access::Single,
+        None => Access::Refused,
+    })
 }
 
 /// The messages of a view in one state of its inbox, leased or not, up to the limit.
@@ -187,7 +321,7 @@ pub(super) struct Snapshot {
 pub(super) async fn page(
     database: &Database,
     head: &Head,
-    read: &ReadQuery,
+    view: View,
     after: Seq,
     limit: PageLimit,
     now: UnixMillis,
@@ -196,8 +330,9 @@ pub(super) async fn page(
     let mut page = Snapshot { state: head.state, messages: Vec::new(), next: None };
     let (mut bytes, mut after) = (0_usize, after);
     loop {
-        let (inbox, store_id, view) = (head.inbox, head.state.store_id, read.view);
-        let read = ReadMessages { inbox, store_id, view, after, now, rows };
+        let (inbox, registration, store_id) =
+            (head.inbox, head.registration(), head.state.store_id);
+        let read = ReadMessages { inbox, registration, store_id, view, after, now, rows };
         let messages = database.run(&read).await?;
         let last = (messages.len() as u64) < rows;
         for queued in messages {
@@ -229,6 +364,7 @@ fn chunk(head: &Head, limit: PageLimit) -> u64 {
 /// Reads messages of a view in the history of its head.
 struct ReadMessages {
     inbox: i64,
+    registration: Option<RegistrationId>,
     store_id: StoreId,
     view: View,
     after: Seq,
@@ -247,9 +383,15 @@ impl Statement for ReadMessages {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Vec<Queued>> {
-        let (sql, channel) = match &self.view {
-            View::All => (ALL, None),
-            View::Channel(channel) => (CHANNEL, Some(channel.as_bytes())),
+        let channel = match &self.view {
+            View::All => None,
+            View::Channel(channel) => Some(channel.as_bytes()),
+        };
+        let sql = match (self.registration, channel) {
+            (None, None) => ALL,
+            (None, Some(_)) => CHANNEL,
+            (Some(_), None) => ALL_OF_DEVICE,
+            (Some(_), Some(_)) => CHANNEL_OF_DEVICE,
         };
         let mut query = sqlx::query(sql)
             .bind(self.inbox)
@@ -257,6 +399,9 @@ impl Statement for ReadMessages {
             .bind(millis(self.now))
             .bind(number(self.rows))
             .bind(&self.store_id.as_bytes()[..]);
+        if let Some(RegistrationId(registration)) = self.registration {
+            query = query.bind(registration);
+        }
         if let Some(channel) = channel {
             query = query.bind(channel);
         }
@@ -264,17 +409,30 @@ impl Statement for ReadMessages {
     }
 }
 
-/// Returns a whole inbox, expired messages included, if it exists and is small enough to be a
-/// queue.
-pub(super) async fn whole(database: &Database, inbox: i64) -> StoreResult<Option<Snapshot>> {
-    let snapshot = database.run(&ReadInbox(inbox)).await?;
-    Ok(snapshot.filter(|snapshot| snapshot.messages.len() as u64 <= MAX_MESSAGES))
+/// All that waits for a reader.
+#[derive(Debug)]
+pub(super) enum Whole {
+    /// Expired messages included.
+    Small(Snapshot),
+    /// More than a queue has.
+    Large,
+    /// The reader is not one of the inbox any more.
+    NoReader,
 }
 
-struct ReadInbox(i64);
+/// Returns all that waits for the reader of the head, if that is little enough to be a queue.
+pub(super) async fn whole(database: &Database, head: &Head) -> StoreResult<Whole> {
+    let read = ReadInbox { inbox: head.inbox, registration: head.registration() };
+    Ok(database.run(&read).await?)
+}
+
+struct ReadInbox {
+    inbox: i64,
+    registration: Option<RegistrationId>,
+}
 
 impl Statement for ReadInbox {
-    type Output = Option<Snapshot>;
+    type Output = Whole;
 
     const REPEAT: Repeat = Repeat::Harmless;
     const SCOPE: Scope = Scope::Statement;
@@ -283,20 +441,25 @@ impl Statement for ReadInbox {
         "load"
     }
 
-    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<Snapshot>> {
-        let rows = sqlx::query(WHOLE)
-            .bind(self.0)
-            .bind(number(MAX_MESSAGES) + 1)
-            .fetch_all(connection)
-            .await?;
-        let Some(first) = rows.first() else { return Ok(None) };
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Whole> {
+        let sql = if self.registration.is_some() { WHOLE_OF_DEVICE } else { WHOLE };
+        let mut query = sqlx::query(sql).bind(self.inbox).bind(number(MAX_MESSAGES) + 1);
+        if let Some(RegistrationId(registration)) = self.registration {
+            query = query.bind(registration).bind(number(MAX_BYTES));
+        }
+        let rows = query.fetch_all(connection).await?;
+        let Some(first) = rows.first() else { return Ok(Whole::NoReader) };
+        let size = first.try_get::<Option<i64>, _>("total")?.unwrap_or_default();
+        if rows.len() as u64 > MAX_MESSAGES || size > number(MAX_BYTES) {
+            return Ok(Whole::Large);
+        }
         let mut snapshot = Snapshot { state: state(first)?, messages: Vec::new(), next: None };
         for row in &rows {
             if row.try_get::<Option<i64>, _>("seq")?.is_some() {
                 snapshot.messages.push(queued(row)?);
             }
         }
-        Ok(Some(snapshot))
+        Ok(Whole::Small(snapshot))
     }
 }
 

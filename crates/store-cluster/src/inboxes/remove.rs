@@ -1,5 +1,8 @@
 //! Removal of messages. Every removal is one statement of one shape: lock the heads of the inboxes,
 //! delete messages, remember the ids of those that had one, and count down the heads.
+//!
+//! A single reader removes only where the locked head has no devices. Postgres compares that with
+//! the head as it is once it is locked, so a registration that the statement waited for counts.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -7,6 +10,7 @@ use qpq_domain::{Seq, StoreId, UnixMillis};
 use qpq_ports::{Ack, ReadQuery, View};
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
+use super::payloads::{counted_down, size};
 use crate::{
     effects::Removal,
     history::store_id,
@@ -14,6 +18,7 @@ use crate::{
         Repeat, Scope, Statement,
         row::{Columns as _, millis, millis_of, number},
     },
+    redis::queue::ReaderId,
 };
 
 /// Maximum rows removed in one transaction.
@@ -29,6 +34,7 @@ macro_rules! removal {
         forget_at: $forget_at:literal,
         remember: $remember:literal,
         head: $head:literal,
+        also: $also:expr,
         select: $select:expr $(,)?
     ) => {
         concat!(
@@ -38,7 +44,9 @@ macro_rules! removal {
                 DELETE FROM message m ",
             $delete,
             "   RETURNING m.inbox, m.seq, m.sender, m.message_id, m.channel, m.payload_sha256,
-                          m.enqueued_at, m.expires_at, octet_length(m.payload) AS size),
+                          m.enqueued_at, m.expires_at, m.payload_id, ",
+            $crate::inboxes::payloads::size!(),
+            " AS size),
             remembered AS (
                 INSERT INTO recent_id (inbox, sender, message_id, seq, channel, payload_sha256,
                                        enqueued_at, forget_at)
@@ -59,10 +67,12 @@ macro_rules! removal {
                  WHERE i.id = g.inbox
                 RETURNING i.id, i.removals)
             ",
+            $also,
             $select
         )
     };
 }
+pub(super) use removal;
 
 /// What changes in the head of an inbox that a reader's messages are removed from.
 macro_rules! reader_removal {
@@ -70,6 +80,7 @@ macro_rules! reader_removal {
         with: $with:expr,
         delete: $delete:expr,
         forget_at: $forget_at:literal,
+        also: $also:expr,
         select: $select:expr $(,)?
     ) => {
         removal! {
@@ -80,10 +91,12 @@ macro_rules! reader_removal {
             head: "removals = i.removals + 1,
                    next_expiry = CASE i.messages - g.n WHEN 0 THEN 9223372036854775807
                                  ELSE i.next_expiry END",
+            also: concat!($crate::inboxes::payloads::counted_down!(), $also),
             select: $select,
         }
     };
 }
+pub(super) use reader_removal;
 
 /// Removes pages of many inboxes. $1 and $2 inboxes and seqs, $3 now, $4 how long ids are
 /// remembered, $5 the history of the pages: in another one the seqs are other messages'.
@@ -94,12 +107,13 @@ const PAGES: &str = reader_removal! {
             SELECT s.* FROM unnest($1::int8[], $2::int8[]) AS s (inbox, seq)
              CROSS JOIN present p WHERE p.store_id = $5),
         head AS MATERIALIZED (
-            SELECT id FROM inbox WHERE id IN (SELECT inbox FROM page)
+            SELECT id FROM inbox WHERE id IN (SELECT inbox FROM page) AND devices = 0
              ORDER BY id FOR NO KEY UPDATE)"
     ),
     delete: "USING page s JOIN head h ON h.id = s.inbox
               WHERE m.inbox = s.inbox AND m.seq = s.seq",
     forget_at: "least(greatest($3, store_now()), expires_at) + $4",
+    also: "",
     select: "SELECT p.store_id, c.id, c.removals FROM present p LEFT JOIN counted c ON true"
 };
 
@@ -110,18 +124,20 @@ macro_rules! ack {
         reader_removal! {
             with: concat!(
                 "head AS MATERIALIZED (
-                    SELECT i.id FROM account a JOIN inbox i ON i.id = a.id
+                    SELECT i.id, i.devices FROM account a JOIN inbox i ON i.id = a.id
                      WHERE a.identity = $1 AND ($6::bytea IS NULL OR $6 = ", store_id!(), ")
                        FOR NO KEY UPDATE OF i)"
             ),
             delete: concat!(
                 "USING head h
-WHERE m.inbox = h.id AND (m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2",
+WHERE h.devices = 0 AND m.inbox = h.id AND (m.seq <= $4 OR m.seq = ANY ($5)) AND m.expires_at > $2",
                 $view
             ),
             forget_at: "least(greatest($2, store_now()), expires_at) + $3",
+            also: "",
             select: concat!(
-                "SELECT (SELECT removals FROM counted) AS removal,
+                "SELECT (SELECT devices > 0 FROM head) AS has_devices,
+(SELECT removals FROM counted) AS removal,
 ARRAY (SELECT seq FROM gone) AS seqs, ", store_id!(), " AS store_id"
             )
         }
@@ -134,18 +150,54 @@ const ACK_IN_CHANNEL: &str = ack!(" AND m.channel = $7");
 /// Removes expired messages of one inbox, whose head is locked: the first $4 of them, and those
 /// that have one of the ids $6 of the senders $5. $1 inbox, $2 now, $3 how long ids are remembered.
 /// To a reader that changes nothing, so it is not counted as a removal.
-const EXPIRED: &str = removal! {
+macro_rules! expired {
+    ($also:literal) => {
+        removal! {
+            with: "due AS MATERIALIZED (
+                (SELECT seq FROM message WHERE inbox = $1 AND expires_at <= $2
+                  ORDER BY seq LIMIT $4)
+                UNION
+                SELECT m.seq FROM unnest($5::bytea[], $6::bytea[]) AS k (sender, id)
+                  JOIN message m ON m.inbox = $1 AND m.sender = k.sender AND m.message_id = k.id
+                 WHERE m.expires_at <= $2)",
+            delete: "WHERE m.inbox = $1 AND m.seq IN (SELECT seq FROM due)",
+            forget_at: "expires_at + $3",
+            remember: "AND expires_at + $3 > $2",
+            head: "next_expiry = i.next_expiry",
+            also: $also,
+            select: "SELECT count(*) AS removed,
+                            coalesce(array_agg(payload_id) FILTER (WHERE payload_id IS NOT NULL),
+                                     '{}') AS payloads FROM gone",
+        }
+    };
+}
+const EXPIRED: &str = expired!("");
+const EXPIRED_OF_DEVICES: &str = expired!(
+    ", undone AS (
+        DELETE FROM device_done o USING gone g WHERE o.inbox = g.inbox AND o.seq = g.seq)"
+);
+
+/// Removes expired messages that have certain ids, of inboxes whose heads are locked. $1 inboxes,
+/// $2 senders, $3 ids, $4 now, $5 how long ids are remembered, $6 now, at the earliest.
+const EXPIRED_IDS: &str = removal! {
     with: "due AS MATERIALIZED (
-        (SELECT seq FROM message WHERE inbox = $1 AND expires_at <= $2 ORDER BY seq LIMIT $4)
-        UNION
-        SELECT m.seq FROM unnest($5::bytea[], $6::bytea[]) AS k (sender, id)
-          JOIN message m ON m.inbox = $1 AND m.sender = k.sender AND m.message_id = k.id
-         WHERE m.expires_at <= $2)",
-    delete: "WHERE m.inbox = $1 AND m.seq IN (SELECT seq FROM due)",
-    forget_at: "expires_at + $3",
-    remember: "AND expires_at + $3 > $2",
+        SELECT m.inbox, m.seq
+          FROM unnest($1::int8[], $2::bytea[], $3::bytea[], $4::int8[])
+               AS k (inbox, sender, id, now)
+         CROSS JOIN LATERAL (
+            SELECT inbox, seq FROM message
+             WHERE inbox = k.inbox AND sender = k.sender AND message_id = k.id
+               AND expires_at <= k.now LIMIT 1) m)",
+    delete: "USING due d WHERE m.inbox = d.inbox AND m.seq = d.seq",
+    forget_at: "expires_at + $5",
+    remember: "AND expires_at + $5 > $6",
     head: "next_expiry = i.next_expiry",
-    select: "SELECT count(*) FROM gone",
+    also: ", undone AS (
+        DELETE FROM device_done o USING gone g WHERE o.inbox = g.inbox AND o.seq = g.seq)",
+    select: "SELECT inbox, count(*) AS messages, coalesce(sum(size), 0)::int8 AS bytes,
+                    coalesce(array_agg(payload_id) FILTER (WHERE payload_id IS NOT NULL),
+                             '{}') AS payloads
+               FROM gone GROUP BY inbox",
 };
 
 /// Removes the oldest expired messages of all inboxes. Inboxes whose heads are locked are left to
@@ -157,7 +209,7 @@ const SWEPT: &str = removal! {
             SELECT inbox, seq FROM message
              WHERE expires_at <= (SELECT now FROM present) ORDER BY expires_at LIMIT $3),
         head AS MATERIALIZED (
-            SELECT id FROM inbox WHERE id IN (SELECT inbox FROM due)
+            SELECT id, devices FROM inbox WHERE id IN (SELECT inbox FROM due)
              ORDER BY id FOR NO KEY UPDATE SKIP LOCKED)",
     delete: "USING due d JOIN head h ON h.id = d.inbox
               WHERE m.inbox = d.inbox AND m.seq = d.seq",
@@ -165,6 +217,12 @@ const SWEPT: &str = removal! {
     remember: "AND expires_at + $2 > (SELECT now FROM present)",
     head: "next_expiry = CASE i.messages - g.n WHEN 0 THEN 9223372036854775807
                          ELSE i.next_expiry END",
+    also: concat!(
+        counted_down!(),
+        ", undone AS (
+            DELETE FROM device_done o USING gone g JOIN head h ON h.id = g.inbox
+             WHERE h.devices > 0 AND o.inbox = g.inbox AND o.seq = g.seq)"
+    ),
     select: "SELECT count(*) FROM gone",
 };
 
@@ -179,9 +237,11 @@ const COUNT: &str = "
      WHERE id = $1 RETURNING messages, bytes, next_expiry";
 
 /// Counts the expired messages that an inbox still has. Reads no payload.
-const STALE: &str = "
-    SELECT count(*) AS n, coalesce(sum(octet_length(payload)), 0)::int8 AS size
-      FROM message WHERE inbox = $1 AND expires_at <= $2";
+const STALE: &str = concat!(
+    "SELECT count(*) AS n, coalesce(sum(",
+    size!(),
+    "), 0)::int8 AS size FROM message m WHERE inbox = $1 AND expires_at <= $2"
+);
 
 const FORGET: &str = "
     DELETE FROM recent_id WHERE ctid = ANY (ARRAY (
@@ -234,7 +294,7 @@ impl Statement for RemovePages {
     }
 }
 
-/// Removes the messages that a reader acks.
+/// Removes the messages that a single reader acks.
 pub(super) struct RemoveAcked<'a> {
     pub(super) query: &'a ReadQuery,
     pub(super) ack: &'a Ack,
@@ -242,9 +302,16 @@ pub(super) struct RemoveAcked<'a> {
     pub(super) recent_ids: Duration,
 }
 
+/// The outcome of an ack by a reader who may be the single reader of the inbox.
+pub(super) enum SingleAck {
+    /// It is. None if nothing was removed.
+    Removed(Option<Removal>),
+    /// The inbox has devices, and nothing was removed.
+    HasDevices,
+}
+
 impl Statement for RemoveAcked<'_> {
-    /// None if nothing was removed.
-    type Output = Option<Removal>;
+    type Output = SingleAck;
 
     const REPEAT: Repeat = Repeat::Harmless;
     const SCOPE: Scope = Scope::Statement;
@@ -269,7 +336,11 @@ impl Statement for RemoveAcked<'_> {
         if let Some(channel) = channel {
             query = query.bind(channel);
         }
-        removal(*read, &query.fetch_one(connection).await?)
+        let row = query.fetch_one(connection).await?;
+        Ok(match row.try_get("has_devices")? {
+            Some(true) => SingleAck::HasDevices,
+            Some(false) | None => SingleAck::Removed(removal_of(read, &row)?),
+        })
     }
 }
 
@@ -282,6 +353,8 @@ pub(super) struct Left {
     pub(super) removed: i64,
     /// Expired messages that are left.
     pub(super) stale: Stale,
+    /// The payloads to count down, one for each message removed that shared one.
+    pub(super) payloads: Vec<i64>,
 }
 
 /// Expired messages, which count for nothing.
@@ -294,6 +367,7 @@ pub(super) struct Stale {
 /// Expired messages of an inbox that are to be removed.
 pub(super) struct Due<'a> {
     pub(super) inbox: i64,
+    pub(super) has_devices: bool,
     pub(super) now: UnixMillis,
     /// Maximum rows.
     pub(super) rows: i64,
@@ -301,15 +375,16 @@ pub(super) struct Due<'a> {
     pub(super) ids: Vec<(&'a [u8], &'a [u8])>,
 }
 
-/// Removes expired messages of an inbox whose head the transaction has locked.
+/// Removes expired messages of an inbox whose head the transaction has locked. Leaves their
+/// payloads to be counted down.
 pub(super) async fn expired(
     connection: &mut PgConnection,
     due: Due<'_>,
     recent_ids: Duration,
 ) -> sqlx::Result<Left> {
-    let Due { inbox, now, rows, ids } = due;
+    let Due { inbox, has_devices, now, rows, ids } = due;
     let (senders, ids): (Vec<_>, Vec<_>) = ids.into_iter().unzip();
-    let removed: i64 = sqlx::query_scalar(EXPIRED)
+    let gone = sqlx::query(if has_devices { EXPIRED_OF_DEVICES } else { EXPIRED })
         .bind(inbox)
         .bind(millis(now))
         .bind(millis_of(recent_ids))
@@ -318,6 +393,7 @@ pub(super) async fn expired(
         .bind(ids)
         .fetch_one(&mut *connection)
         .await?;
+    let removed: i64 = gone.try_get("removed")?;
     let all = removed < rows;
     let row = sqlx::query(COUNT).bind(inbox).bind(all).fetch_one(&mut *connection).await?;
     let stale = if all { Stale::default() } else { stale(connection, inbox, now).await? };
@@ -327,7 +403,49 @@ pub(super) async fn expired(
         next_expiry: row.try_get("next_expiry")?,
         removed,
         stale,
+        payloads: gone.try_get("payloads")?,
     })
+}
+
+/// A message id that is used again in an inbox, where an expired message may have it.
+pub(super) struct DueId<'a> {
+    pub(super) inbox: i64,
+    pub(super) sender: &'a [u8; 32],
+    pub(super) id: &'a [u8; 16],
+    pub(super) now: UnixMillis,
+}
+
+/// The expired messages of an inbox that were removed because their ids are used again.
+pub(super) struct FreedIds {
+    pub(super) messages: u64,
+    pub(super) bytes: u64,
+    /// As [`Left::payloads`].
+    pub(super) payloads: Vec<i64>,
+}
+
+/// Removes the expired messages that have these ids, of inboxes whose heads the transaction has
+/// locked. Returns what was removed of each inbox. Leaves the payloads to be counted down.
+pub(super) async fn expired_ids(
+    connection: &mut PgConnection,
+    ids: &[DueId<'_>],
+    recent_ids: Duration,
+) -> sqlx::Result<HashMap<i64, FreedIds>> {
+    let earliest = ids.iter().map(|id| id.now).min().unwrap_or_default();
+    let rows = sqlx::query(EXPIRED_IDS)
+        .bind(ids.iter().map(|id| id.inbox).collect::<Vec<_>>())
+        .bind(ids.iter().map(|id| &id.sender[..]).collect::<Vec<_>>())
+        .bind(ids.iter().map(|id| &id.id[..]).collect::<Vec<_>>())
+        .bind(ids.iter().map(|id| millis(id.now)).collect::<Vec<_>>())
+        .bind(millis_of(recent_ids))
+        .bind(millis(earliest))
+        .fetch_all(connection)
+        .await?;
+    let removed = rows.iter().map(|row| {
+        let (messages, bytes) = (row.unsigned("messages")?, row.unsigned("bytes")?);
+        let freed = FreedIds { messages, bytes, payloads: row.try_get("payloads")? };
+        Ok((row.try_get("inbox")?, freed))
+    });
+    removed.collect()
 }
 
 async fn stale(connection: &mut PgConnection, inbox: i64, now: UnixMillis) -> sqlx::Result<Stale> {
@@ -361,17 +479,24 @@ pub(crate) async fn forget(
     Ok(done.rows_affected())
 }
 
-fn removal(query: ReadQuery, row: &PgRow) -> sqlx::Result<Option<Removal>> {
-    let seqs: Vec<i64> = row.try_get("seqs")?;
+fn removal_of(query: &ReadQuery, row: &PgRow) -> sqlx::Result<Option<Removal>> {
+    let seqs = seqs_of(row)?;
     if seqs.is_empty() {
         return Ok(None);
     }
-    let seqs = seqs.into_iter().map(|seq| Seq(u64::try_from(seq).unwrap_or_default())).collect();
+    let (reader, view) = (ReaderId::single(query.reader.inbox), query.view);
     let (store_id, number) = (row.store_id("store_id")?, row.unsigned("removal")?);
-    Ok(Some(Removal { query, store_id, number, lease: None, seqs }))
+    Ok(Some(Removal { reader, view, store_id, number, lease: None, seqs }))
 }
 
-fn numbers(seqs: &[Seq]) -> Vec<i64> {
+/// Returns the column `seqs`.
+pub(super) fn seqs_of(row: &PgRow) -> sqlx::Result<Vec<Seq>> {
+    let seqs: Vec<i64> = row.try_get("seqs")?;
+    Ok(seqs.into_iter().map(|seq| Seq(u64::try_from(seq).unwrap_or_default())).collect())
+}
+
+/// Returns the seqs that a column can hold.
+pub(super) fn numbers(seqs: &[Seq]) -> Vec<i64> {
     // A seq that no column can hold is no message's.
     seqs.iter().filter_map(|seq| i64::try_from(seq.0).ok()).collect()
 }

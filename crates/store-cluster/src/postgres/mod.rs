@@ -7,6 +7,7 @@
 //! repeated once on another connection. A connection that is lost *during* the commit leaves the
 //! outcome unknown, so the operation is repeated only where that is harmless ([`Repeat`]).
 
+mod release;
 pub(crate) mod row;
 mod schema;
 
@@ -26,6 +27,7 @@ use crate::{
     metrics as names,
 };
 
+pub(crate) use release::{ClusterMark, OlderEdges, is_cluster_of, mark_cluster};
 pub use schema::migrate;
 pub(crate) use schema::{check_cluster, connect, connect_patiently, failed, prepare};
 
@@ -226,7 +228,7 @@ fn is_timeout(error: &sqlx::Error) -> bool {
 pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError> {
     let options = as_given(config)?;
     let timeout = config.postgres_timeout.as_millis().to_string();
-    Ok(options.application_name("qpq-server").options([
+    Ok(options.application_name(release::APPLICATION_NAME).options([
         // Acknowledged means durable, whatever the server's default is.
         ("synchronous_commit", "on"),
         ("statement_timeout", timeout.as_str()),

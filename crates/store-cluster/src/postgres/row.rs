@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use qpq_domain::{AccountId, ChannelId, DeviceId, IdentityKey, Seq, StoreId, UnixMillis, Username};
+use qpq_domain::{
+    AccountId, ChannelId, DeviceId, GroupId, IdentityKey, Seq, StoreId, UnixMillis, Username,
+};
 use sqlx::{Row as _, postgres::PgRow};
 
 use crate::error::NeverWritten;
@@ -39,7 +41,9 @@ pub(crate) trait Columns {
     fn hash(&self, column: &'static str) -> sqlx::Result<[u8; 32]>;
     fn identity(&self, column: &'static str) -> sqlx::Result<IdentityKey>;
     fn channel(&self, column: &'static str) -> sqlx::Result<ChannelId>;
+    fn group(&self, column: &'static str) -> sqlx::Result<GroupId>;
     fn device(&self, column: &'static str) -> sqlx::Result<Option<DeviceId>>;
+    fn signature(&self, column: &'static str) -> sqlx::Result<Option<[u8; 64]>>;
     fn username(&self, column: &'static str) -> sqlx::Result<Username>;
     fn store_id(&self, column: &'static str) -> sqlx::Result<StoreId>;
     fn bytes(&self, column: &'static str) -> sqlx::Result<Vec<u8>>;
@@ -74,9 +78,18 @@ impl Columns for PgRow {
         Ok(self.try_get::<&[u8], _>(column)?.try_into().map_err(|_| NeverWritten(column))?)
     }
 
+    fn group(&self, column: &'static str) -> sqlx::Result<GroupId> {
+        Ok(self.try_get::<&[u8], _>(column)?.try_into().map_err(|_| NeverWritten(column))?)
+    }
+
     fn device(&self, column: &'static str) -> sqlx::Result<Option<DeviceId>> {
         let bytes = self.try_get::<Option<&[u8]>, _>(column)?;
         Ok(bytes.map(DeviceId::try_from).transpose().map_err(|_| NeverWritten(column))?)
+    }
+
+    fn signature(&self, column: &'static str) -> sqlx::Result<Option<[u8; 64]>> {
+        let bytes = self.try_get::<Option<&[u8]>, _>(column)?;
+        Ok(bytes.map(TryInto::try_into).transpose().map_err(|_| NeverWritten(column))?)
     }
 
     fn username(&self, column: &'static str) -> sqlx::Result<Username> {

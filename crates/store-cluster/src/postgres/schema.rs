@@ -10,6 +10,7 @@ use sqlx::{
     postgres::PgConnectOptions,
 };
 
+use super::release;
 use crate::{Config, ConnectError, Migrate, error::Server, skeletons};
 
 /// The oldest Postgres that is supported, as in `server_version_num`.
@@ -44,16 +45,20 @@ pub(crate) async fn check_cluster(
     opaque_setup: &[u8; 32],
 ) -> Result<(), ConnectError> {
     let mut connection = connect(options).await?;
-    let written: Vec<u8> = sqlx::query_scalar(
-        "WITH new AS (INSERT INTO cluster (opaque_setup) VALUES ($1) ON CONFLICT DO NOTHING RETURNING opaque_setup)
-         SELECT opaque_setup FROM new UNION ALL SELECT opaque_setup FROM cluster LIMIT 1",
-    )
-    .bind(&opaque_setup[..])
-    .fetch_one(&mut connection)
-    .await
-    .map_err(|error| failed(&error))?;
+    let is_own = adopt(&mut connection, opaque_setup).await.map_err(|error| failed(&error))?;
     let _ = connection.close().await;
-    if written == opaque_setup { Ok(()) } else { Err(ConnectError::OtherCluster) }
+    if is_own { Ok(()) } else { Err(ConnectError::OtherCluster) }
+}
+
+async fn adopt(connection: &mut PgConnection, opaque_setup: &[u8; 32]) -> sqlx::Result<bool> {
+    if let Some(is_own) = release::is_cluster_of(connection, opaque_setup).await? {
+        return Ok(is_own);
+    }
+    sqlx::query("INSERT INTO cluster (opaque_setup) VALUES ($1) ON CONFLICT DO NOTHING")
+        .bind(&opaque_setup[..])
+        .execute(&mut *connection)
+        .await?;
+    Ok(release::is_cluster_of(connection, opaque_setup).await? == Some(true))
 }
 
 /// Returns the error for a failure of Postgres at the start.

@@ -1,11 +1,11 @@
 //! Inboxes that are being read, as queues in Redis: typed calls of the scripts in `scripts/`.
 //!
 //! A queue is a copy of what one reader has in its inbox in one state: everything up to seq `head`,
-//! after the first `removals` removals, in one history. A read shows it only if Postgres says that
-//! the inbox has not gone beyond that state. Whatever Redis lost, evicted or rolled back makes a
-//! queue that is not shown, and it is loaded again. Only small inboxes are loaded: the many that a
-//! connected client keeps nearly empty. The others are read from Postgres, and Redis has their
-//! leases and waiters alone.
+//! after the first `removals` removals of that reader, in one history. A read shows it only if
+//! Postgres says that the inbox has not gone beyond that state. Whatever Redis lost, evicted or
+//! rolled back makes a queue that is not shown, and it is loaded again. Only small inboxes are
+//! loaded: the many that a connected client keeps nearly empty. The others are read from Postgres,
+//! and Redis has their leases and waiters alone.
 //!
 //! A queue that is *ahead* of the state that the reader knows is legitimate if something was
 //! committed since the reader asked Postgres. The reader asks once more: if Postgres is still
@@ -19,7 +19,20 @@
 //!
 //! Keys, all with the inbox as hash tag: `m2` the state and the permit, `q2` the members by seq,
 //! `l` leases (seq → lease, `e`lease → end, `s`lease → history), `w` edges that wait. All but `w`
-//! belong to a reader.
+//! belong to a reader: the single reader has the names alone, a device has them with the number of
+//! its registration.
+//!
+//! Everything above holds for each reader by itself, because what it is based on does. Postgres
+//! counts the removals of a device (its completions and acks, and moves of its position) under the
+//! lock of the inbox's head, as it counts those of the single reader, and returns that number and
+//! the head in one snapshot. Every accepted message waits for every registered device, so the seqs
+//! that are pushed to the queue of a device are contiguous. A committer that does not know of a
+//! registration yet, or never pushes, leaves a queue behind the head, which is a miss.
+//!
+//! A change of the readers needs no change in Redis. A new device has a number that no queue has. A
+//! revoked device's number is never read again, and its queue expires. The single reader's queue
+//! gets no message while devices are registered. When the last one is revoked, the single reader's
+//! removals are counted up in Postgres, so a queue from before is behind the state of the inbox.
 //!
 //! The store id is preceded by the [`VERSION`] of all this, so what another release has written is
 //! of another history and is a miss. The previous release kept state and members in `m` and `q`,
@@ -29,8 +42,8 @@
 use std::{sync::LazyLock, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use qpq_domain::{ChannelId, Seq, StoreId, UnixMillis};
-use qpq_ports::{Envelope, Page, PageLimit, ReadQuery, Reader, StoreError, StoreResult, View};
+use qpq_domain::{ChannelId, IdentityKey, Seq, StoreId, UnixMillis};
+use qpq_ports::{Envelope, Page, PageLimit, StoreError, StoreResult, View};
 use redis::{Cmd, Script, Value};
 
 use super::Redis;
@@ -66,14 +79,33 @@ const VERSION: u8 = 2;
 /// dropped.
 pub(crate) const UNKNOWN_REMOVAL: u64 = u64::MAX;
 
-/// A state of an inbox. Within one history both numbers only grow.
+/// The number of one registration of a device. It is never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct RegistrationId(pub(crate) i64);
+
+/// A reader of an inbox, as Postgres has said that it is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ReaderId {
+    pub(crate) inbox: IdentityKey,
+    /// None for the single reader of an inbox without devices.
+    pub(crate) registration: Option<RegistrationId>,
+}
+
+impl ReaderId {
+    /// Returns the reader of an inbox without devices.
+    pub(crate) const fn single(inbox: IdentityKey) -> Self {
+        Self { inbox, registration: None }
+    }
+}
+
+/// A state of an inbox for one reader. Within one history both numbers only grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct State {
     /// The history that the numbers belong to.
     pub(crate) store_id: StoreId,
     /// The seq of the newest message that was ever accepted.
     pub(crate) head: u64,
-    /// The number of removals.
+    /// The number of the reader's removals.
     pub(crate) removals: u64,
 }
 
@@ -116,7 +148,8 @@ pub(crate) struct LeaseTerm<'a> {
 /// A read of a queue.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QueueRead<'a> {
-    pub(crate) read: &'a ReadQuery,
+    pub(crate) reader: &'a ReaderId,
+    pub(crate) view: View,
     /// What it must show.
     pub(crate) state: State,
     pub(crate) accept: Freshness,
@@ -165,7 +198,7 @@ impl Redis {
     /// same one. Answers who waits for the inbox.
     pub(crate) async fn push(
         &self,
-        reader: &Reader,
+        reader: &ReaderId,
         store_id: &StoreId,
         messages: &[Queued],
     ) -> StoreResult<Vec<String>> {
@@ -179,8 +212,8 @@ impl Redis {
 
     /// The first messages of the view, if the queue shows an acceptable state.
     pub(crate) async fn read(&self, look: QueueRead<'_>) -> StoreResult<QueueAnswer> {
-        let QueueRead { read, state, accept, after, limit, now, term, edge } = look;
-        let (view, channel) = match &read.view {
+        let QueueRead { reader, view, state, accept, after, limit, now, term, edge } = look;
+        let (view, channel) = match &view {
             View::All => ("all", Bytes::new()),
             View::Channel(channel) => ("channel", Bytes::copy_from_slice(channel.as_bytes())),
         };
@@ -201,7 +234,7 @@ impl Redis {
             millis(REGISTERED),
             millis(LOADED),
         ];
-        let keys = self.keys(&read.reader, ["m2", "q2", "l", WAITERS]);
+        let keys = self.keys(reader, ["m2", "q2", "l", WAITERS]);
         found(state.store_id, self.script("read", &READ, &keys, &args).await?)
     }
 
@@ -209,7 +242,7 @@ impl Redis {
     /// if that has ended.
     pub(crate) async fn load(
         &self,
-        reader: &Reader,
+        reader: &ReaderId,
         permit: Permit,
         state: State,
         messages: &[Queued],
@@ -233,7 +266,7 @@ impl Redis {
     }
 
     /// Drops the queue, whatever it shows.
-    pub(crate) async fn drop_queue(&self, reader: &Reader) -> StoreResult<()> {
+    pub(crate) async fn drop_queue(&self, reader: &ReaderId) -> StoreResult<()> {
         let mut unlink = Cmd::new();
         unlink.arg("UNLINK").arg(&self.keys(reader, ["m2", "q2"])[..]);
         self.command::<u64>("drop", &unlink).await.map(drop)
@@ -243,7 +276,7 @@ impl Redis {
     /// whether it is.
     pub(crate) async fn claim(
         &self,
-        reader: &Reader,
+        reader: &ReaderId,
         store_id: &StoreId,
         seqs: &[Seq],
         page: usize,
@@ -262,7 +295,7 @@ impl Redis {
     }
 
     /// Says that `edge` waits for the inbox, before it is read from Postgres.
-    pub(crate) async fn register(&self, reader: &Reader, edge: &str) -> StoreResult<()> {
+    pub(crate) async fn register(&self, reader: &ReaderId, edge: &str) -> StoreResult<()> {
         let args = [text(edge), millis(REGISTERED)];
         self.script::<u64>("register", &REGISTER, &self.keys(reader, [WAITERS]), &args)
             .await
@@ -272,14 +305,14 @@ impl Redis {
     /// Removes messages that Postgres has removed, and ends their lease. Returns the edges that
     /// wait for the inbox.
     pub(crate) async fn removed(&self, removal: &Removal) -> StoreResult<Vec<String>> {
-        let Removal { query, store_id, number, lease, seqs } = removal;
-        self.remove(&query.reader, history(store_id), *number, lease.as_ref(), seqs).await
+        let Removal { reader, store_id, number, lease, seqs, .. } = removal;
+        self.remove(reader, history(store_id), *number, lease.as_ref(), seqs).await
     }
 
     /// Ends a lease without a removal. Returns the edges that wait for the inbox.
     pub(crate) async fn released(
         &self,
-        reader: &Reader,
+        reader: &ReaderId,
         lease: &LeaseId,
         seqs: &[Seq],
     ) -> StoreResult<Vec<String>> {
@@ -288,7 +321,7 @@ impl Redis {
 
     async fn remove(
         &self,
-        reader: &Reader,
+        reader: &ReaderId,
         history: Bytes,
         removal: u64,
         lease: Option<&LeaseId>,
@@ -300,17 +333,19 @@ impl Redis {
     }
 
     /// The lease lasts on from now.
-    pub(crate) async fn renew(&self, reader: &Reader, term: LeaseTerm<'_>) -> StoreResult<()> {
+    pub(crate) async fn renew(&self, reader: &ReaderId, term: LeaseTerm<'_>) -> StoreResult<()> {
         let args = [text(&term.lease.0), millis(term.lasts)];
         self.script::<u64>("renew", &RENEW, &self.keys(reader, ["l"]), &args).await.map(drop)
     }
 
     /// Returns the keys of a reader. Waiting edges are those of the inbox, whatever the reader; the
     /// single reader has the names alone.
-    fn keys<const N: usize>(&self, reader: &Reader, names: [&str; N]) -> [String; N] {
-        let Reader { inbox, device } = reader;
-        names.map(|name| match device {
-            Some(device) if name != WAITERS => self.key(format_args!("{{{inbox}}}{name}:{device}")),
+    fn keys<const N: usize>(&self, reader: &ReaderId, names: [&str; N]) -> [String; N] {
+        let ReaderId { inbox, registration } = reader;
+        names.map(|name| match registration {
+            Some(RegistrationId(number)) if name != WAITERS => {
+                self.key(format_args!("{{{inbox}}}{name}:{number}"))
+            }
             _ => self.key(format_args!("{{{inbox}}}{name}")),
         })
     }
@@ -403,7 +438,6 @@ fn millis(duration: Duration) -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use qpq_domain::IdentityKey;
     use qpq_test_services::Redis as Server;
 
     use super::*;
@@ -411,8 +445,7 @@ mod tests {
 
     use crate::config::{Config, Endpoint, Migrate, Timing};
 
-    const READER: Reader = Reader::single(IdentityKey::new([1; 32]));
-    const READ: ReadQuery = ReadQuery { reader: READER, view: View::All };
+    const READER: ReaderId = ReaderId::single(IdentityKey::new([1; 32]));
     const NOW: UnixMillis = UnixMillis(1);
     const STORE: StoreId = StoreId::new([2; 16]);
 
@@ -443,7 +476,8 @@ mod tests {
             let limit = PageLimit { messages: 10, bytes: 1 << 20 };
             let state = State { store_id: STORE, head, removals };
             let look = QueueRead {
-                read: &READ,
+                reader: &READER,
+                view: View::All,
                 state,
                 accept: Freshness::AtLeast,
                 after: Seq::ZERO,
@@ -482,7 +516,14 @@ mod tests {
 
     /// The removal of message 1.
     fn removal(number: u64) -> Removal {
-        Removal { query: READ, store_id: STORE, number, lease: None, seqs: vec![Seq(1)] }
+        Removal {
+            reader: READER,
+            view: View::All,
+            store_id: STORE,
+            number,
+            lease: None,
+            seqs: vec![Seq(1)],
+        }
     }
 
     fn queued(seq: u64) -> Queued {

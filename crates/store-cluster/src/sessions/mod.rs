@@ -4,7 +4,8 @@
 //! **No copy is valid for longer than `ttl` after Postgres was asked**, whatever happens to Redis
 //! and NATS. Normally a revocation takes effect sooner. It is committed; then Redis gets a mark,
 //! which stays until every lookup that may have read the row before is too old to be valid; then
-//! the other edges drop their copies, by a message through NATS. `confirm` always asks Postgres.
+//! the other edges drop their copies, by a message through NATS. `confirm` always asks Postgres. A
+//! session that is bound to a device gets a new copy in Redis in the same way.
 
 mod process;
 mod shared;
@@ -57,6 +58,9 @@ const TOUCH: &str =
 
 const REVOKE: &str = "DELETE FROM session WHERE token = $1 RETURNING token";
 const REVOKE_ALL: &str = "DELETE FROM session WHERE account = $1 RETURNING token";
+
+/// Maximum attempts at replacing a copy while other edges make copies.
+const MAX_REPLACEMENTS: usize = 8;
 
 /// The copies of sessions: in this process, in Redis, and in the processes of other edges. Cheap to
 /// clone.
@@ -115,9 +119,35 @@ impl SessionCopies {
     }
 
     /// Drops the copies of sessions that may have ended: Postgres is asked again.
-    async fn uncertain(&self, tokens: &[TokenHash]) {
+    pub(crate) async fn uncertain(&self, tokens: &[TokenHash]) {
         self.redis.drop(tokens).await;
         self.invalidate(tokens);
+    }
+
+    /// Renews the copies of a session that has changed. Redis gets what Postgres has now, in place
+    /// of a copy that another edge may have made of what it read before. Then the edges drop their
+    /// own copies, and find that one.
+    pub(crate) async fn changed(&self, inner: &Inner, token: &TokenHash) {
+        // Without Redis a copy of another edge is as old as any may be.
+        let _ = self.replace(inner, token).await;
+        self.invalidate(slice::from_ref(token));
+    }
+
+    async fn replace(&self, inner: &Inner, token: &TokenHash) -> StoreResult<()> {
+        for _ in 0..MAX_REPLACEMENTS {
+            self.redis.drop(slice::from_ref(token)).await;
+            let asked_at = match self.redis.find(token, inner.history.id()).await? {
+                Copy::Absent(asked_at) => asked_at,
+                Copy::Ended => return Ok(()),
+                // Of what was read before or after the change.
+                Copy::Found { .. } => continue,
+            };
+            let (store_id, session) = inner.read_session(token).await?;
+            let Some(session) = session else { return Ok(()) };
+            self.redis.replace(token, store_id, &session, asked_at).await?;
+            return Ok(());
+        }
+        Ok(())
     }
 
     fn invalidate(&self, tokens: &[TokenHash]) {

@@ -21,6 +21,9 @@ pub(super) const ENDED: Duration = Duration::from_secs(10 * 60);
 /// The first byte of a copy. The previous release wrote `S`, and does not accept these copies,
 /// since their lengths differ from its own.
 const VERSION: &[u8] = &[2];
+/// What happens to another copy that is valid.
+const KEEP: &[u8] = b"keep";
+const REPLACE: &[u8] = b"replace";
 /// Concurrent writes.
 const KEYS: usize = 64;
 
@@ -90,12 +93,35 @@ impl InRedis {
         session: &Session,
         asked_at: AskedAt,
     ) -> StoreResult<Fill> {
+        self.store(token, store_id, session, asked_at, KEEP).await
+    }
+
+    /// As [`fill`](Self::fill), in place of any copy.
+    pub(super) async fn replace(
+        &self,
+        token: &TokenHash,
+        store_id: StoreId,
+        session: &Session,
+        asked_at: AskedAt,
+    ) -> StoreResult<Fill> {
+        self.store(token, store_id, session, asked_at, REPLACE).await
+    }
+
+    async fn store(
+        &self,
+        token: &TokenHash,
+        store_id: StoreId,
+        session: &Session,
+        asked_at: AskedAt,
+        other: &'static [u8],
+    ) -> StoreResult<Fill> {
         let args = [
             asked_at.0.to_string().into(),
             millis(self.ttl),
             Bytes::from_static(VERSION),
             Bytes::copy_from_slice(store_id.as_bytes()),
             encode(session),
+            Bytes::from_static(other),
         ];
         let ended: bool =
             self.redis.script("session_fill", &FILL, &[self.key(token)], &args).await?;

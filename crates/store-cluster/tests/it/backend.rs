@@ -159,6 +159,13 @@ impl<R: AnyRedis> Servers<R> {
         self.postgres.sql_in(database, &set).await.expect("a clock that stands");
     }
 
+    /// Marks a cluster without edges as one that has had devices.
+    pub(crate) async fn mark(&self, config: &Config) {
+        let mark = "INSERT INTO cluster (opaque_setup)
+                    SELECT sha256('qpq/devices/1'::bytea || decode(repeat('07', 32), 'hex'))";
+        self.postgres.sql_in(&config.namespace, mark).await.expect("a new cluster");
+    }
+
     fn config(&self, database: String, limits: StoreLimits) -> Config {
         let ca: Option<PathBuf> = self.authority.as_ref().map(Authority::file);
         let endpoint = |url: String| Endpoint { url, password: None, ca: ca.clone() };
@@ -203,7 +210,7 @@ async fn has_leases(node: &Redis, namespace: &str) -> bool {
     let now = redis.command(["TIME"]).await.expect("TIME");
     let [seconds, micros] = now.array().expect("a list") else { panic!("{now:?} is no time") };
     let clock = number::<u64>(seconds) * 1_000 + number::<u64>(micros) / 1_000;
-    let leases = redis.command(["KEYS", &format!("{namespace}:*l")]).await.expect("KEYS");
+    let leases = redis.command(["KEYS", &format!("{namespace}:*}}l*")]).await.expect("KEYS");
     for key in leases.array().expect("a list") {
         let fields = redis.command(["HGETALL", key.text().expect("text")]).await.expect("HGETALL");
         for pair in fields.array().expect("a list").chunks(2) {
@@ -240,11 +247,23 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut is_so: 
 
 /// Creates clusters of one edge each, on the same servers.
 #[derive(Debug)]
-pub(crate) struct Clusters<R = Redis>(pub(crate) Arc<Servers<R>>);
+pub(crate) struct Clusters<R = Redis> {
+    servers: Arc<Servers<R>>,
+    /// Whether they store payloads once that several messages share.
+    are_marked: bool,
+}
 
 impl Clusters {
+    /// Creates clusters that are marked from the beginning.
     pub(crate) async fn start() -> Self {
-        Self(Servers::start().await)
+        Self { servers: Servers::start().await, are_marked: true }
+    }
+}
+
+impl<R> Clusters<R> {
+    /// Creates clusters that the first device marks.
+    pub(crate) const fn on(servers: Arc<Servers<R>>) -> Self {
+        Self { servers, are_marked: false }
     }
 }
 
@@ -255,8 +274,11 @@ impl<R: AnyRedis> Factory for Clusters<R> {
         delivery: DeliveryLimits,
         key_packages: KeyPackageLimits,
     ) -> Box<dyn Backend> {
-        let config = self.0.cluster(StoreLimits { delivery, key_packages }).await;
-        let servers = Arc::clone(&self.0);
+        let servers = Arc::clone(&self.servers);
+        let config = servers.cluster(StoreLimits { delivery, key_packages }).await;
+        if self.are_marked {
+            servers.mark(&config).await;
+        }
         Box::new(Running { process: Some(Process::start(&config).await), config, servers })
     }
 }

@@ -12,7 +12,7 @@ mod on_a_redis_cluster {
     use crate::backend::{Clusters, Servers};
 
     qpq_ports::conformance!(
-        together: async { Clusters(Servers::with(RedisCluster::start(3)).await) }
+        together: async { Clusters::on(Servers::with(RedisCluster::start(3)).await) }
     );
 }
 
@@ -22,12 +22,12 @@ mod behind_a_sentinel {
     use crate::backend::{Clusters, Servers};
 
     qpq_ports::conformance!(
-        together: async { Clusters(Servers::with(RedisSentinel::start()).await) }
+        together: async { Clusters::on(Servers::with(RedisSentinel::start()).await) }
     );
 }
 
 mod with_tls {
     use crate::backend::{Clusters, Servers};
 
-    qpq_ports::conformance!(together: async { Clusters(Servers::start_encrypted().await) });
+    qpq_ports::conformance!(together: async { Clusters::on(Servers::start_encrypted().await) });
 }

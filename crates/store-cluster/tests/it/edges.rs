@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use qpq_domain::{ChannelId, IdentityKey, KeyPackageLimits, StoreLimits, UnixMillis};
 use qpq_ports::{
-    Batch, Bucket, Enqueued, LimitKey, NewAccount, NewMessage, Registration, Stock, StoreError,
-    Stores, TakenKeyPackage, Upload, UploadMode, Verdict,
+    Batch, Bucket, Enqueued, LimitKey, NewAccount, NewMessage, PackageOwner, Registration, Stock,
+    StoreError, Stores, TakenKeyPackage, Upload, UploadMode, Verdict,
 };
 use qpq_store_cluster::{ClusterStore, Config};
 use tokio::task::JoinSet;
@@ -84,7 +84,8 @@ async fn of_two_registrations_on_two_edges_one_wins() {
 }
 
 async fn upload(stores: &Stores, owner: Person, packages: Vec<qpq_ports::NewKeyPackage>) -> Upload {
-    stores.key_packages.upload(owner.account, packages, UploadMode::Add, NOW).await.expect("upload")
+    let owner = PackageOwner::account(owner.account);
+    stores.key_packages.upload(owner, packages, UploadMode::Add, NOW).await.expect("upload")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -305,7 +306,7 @@ async fn concurrent_sweeps_remove_each_row_once() {
             // Who finds another at it answers 0 as well, so each looks more often than there are
             // batches.
             for _ in 0..20 {
-                rows += maintenance.sweep(after).await.expect("sweep");
+                rows += maintenance.sweep(after).await.expect("sweep").rows;
             }
             rows
         });
@@ -314,11 +315,12 @@ async fn concurrent_sweeps_remove_each_row_once() {
     let mut swept = tasks.join_all().await.iter().sum::<u64>();
     // The last of a batch may have been left to nobody.
     loop {
-        match stores[0].maintenance.sweep(after).await.expect("sweep") {
+        match stores[0].maintenance.sweep(after).await.expect("sweep").rows {
             0 => break,
             rows => swept += rows,
         }
     }
     assert_eq!(swept, all as u64);
-    assert_eq!(stores[1].maintenance.sweep(UnixMillis(after.0 + 1)).await.expect("sweep"), 0);
+    let swept = stores[1].maintenance.sweep(UnixMillis(after.0 + 1)).await.expect("sweep");
+    assert_eq!(swept.rows, 0);
 }

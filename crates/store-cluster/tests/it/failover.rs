@@ -11,7 +11,8 @@ use std::{
 
 use qpq_domain::{ChannelId, IdentityKey, Seq, StoreLimits};
 use qpq_ports::{
-    Ack, Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, StoreError, Stores, View,
+    Ack, Batch, Enqueued, NewMessage, PageLimit, ReadError, ReadQuery, Reader, StoreError, Stores,
+    View,
 };
 use qpq_store_cluster::Config;
 use qpq_test_services::{RedisCluster, RedisSentinel};
@@ -39,15 +40,15 @@ struct Progress {
 
 /// Does it until it is done; what a Redis that is away may make of a call is Unavailable and
 /// nothing else.
-async fn persist<T, F: Future<Output = Result<T, StoreError>>>(
+async fn persist<T, E: Into<ReadError>, F: Future<Output = Result<T, E>>>(
     what: &str,
     mut attempt: impl FnMut() -> F,
 ) -> T {
     let deadline = Instant::now() + NEVER;
     loop {
-        match attempt().await {
+        match attempt().await.map_err(Into::into) {
             Ok(done) => return done,
-            Err(StoreError::Unavailable(_)) => {
+            Err(ReadError::Store(StoreError::Unavailable(_))) => {
                 assert!(Instant::now() < deadline, "{what} has not recovered");
                 sleep(AGAIN).await;
             }
@@ -190,12 +191,12 @@ async fn serves_again(stores: &Stores, who: Person) {
 
 /// Sends the message with this number, takes it, and has it removed; it is the only one that is
 /// there.
-async fn pass(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
+async fn pass(stores: &Stores, who: Person, n: u64) -> Result<(), ReadError> {
     stores.inboxes.enqueue(Batch::new(vec![message(who, n)])).await.expect("Postgres is there");
     take(stores, who, n).await
 }
 
-async fn take(stores: &Stores, who: Person, n: u64) -> Result<(), StoreError> {
+async fn take(stores: &Stores, who: Person, n: u64) -> Result<(), ReadError> {
     let limit = PageLimit { messages: 7, bytes: 1 << 20 };
     let lease = stores.inboxes.lease(everything(who.identity), limit, NOW).await?;
     let texts: Vec<_> =

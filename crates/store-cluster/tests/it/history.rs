@@ -1,12 +1,12 @@
 //! A Postgres that goes back in time while Redis keeps what it has: a promoted standby, a
 //! point-in-time recovery, a copy that is restored.
 
-use std::sync::Arc;
+use std::{fmt::Display, sync::Arc};
 
 use qpq_domain::{ChannelId, MessageId, Seq, StoreId, StoreLimits};
 use qpq_ports::{
     Ack, Batch, Enqueued, Lease, NewMessage, OldSessions, Page, PageLimit, ReadQuery, Reader,
-    StoreError, Stores, View,
+    Stores, View,
 };
 use qpq_store_cluster::{ClusterStore, Config};
 use qpq_test_services::{Backup, Restore, Standby};
@@ -145,7 +145,7 @@ impl World {
 }
 
 /// Does it again while a connection of before is in the way.
-async fn available<T, F: Future<Output = Result<T, StoreError>>>(attempt: impl Fn() -> F) -> T {
+async fn available<T, E: Display, F: Future<Output = Result<T, E>>>(attempt: impl Fn() -> F) -> T {
     let deadline = Instant::now() + NEVER;
     loop {
         match attempt().await {

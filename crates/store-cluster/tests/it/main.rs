@@ -4,10 +4,13 @@
 mod backend;
 mod clocks;
 mod conformance;
+mod devices;
 mod edges;
 mod failover;
+mod groups;
 mod history;
 mod metrics;
+mod payloads;
 mod people;
 mod sessions;
 mod skeletons;

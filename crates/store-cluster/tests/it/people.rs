@@ -58,6 +58,7 @@ pub(crate) fn package(n: u8) -> NewKeyPackage {
     NewKeyPackage {
         fingerprint: [n; 32],
         bytes: vec![n; 300],
+        device: None,
         last_resort: false,
         not_before: NOW,
         not_after: NOW.plus(HOUR),

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 pub(crate) use self::{
     history::History,
-    leases::{LeaseGuard, LeaseTable, ReadInProgress},
+    leases::{ChangeCount, LeaseGuard, LeaseTable, ReadInProgress},
     limits::Limiter,
     sessions::SessionCache,
     wakes::WakeTable,
@@ -40,21 +40,25 @@ impl Memory {
     /// before the callers are answered.
     pub(crate) fn apply(&self, effects: Effects) {
         let Effects {
-            sessions_ended,
+            sessions_changed,
             session_used,
             removed_from,
+            readers_changed,
             wakes,
             new_store_id,
             clock_check,
         } = effects;
-        if !sessions_ended.is_empty() {
-            self.sessions.forget(&sessions_ended);
+        if !sessions_changed.is_empty() {
+            self.sessions.forget(&sessions_changed);
         }
         if let Some(session_use) = session_used {
             self.sessions.touch(&session_use);
         }
         if let Some(reader) = removed_from {
             self.leases.removed(&reader);
+        }
+        if let Some(inbox) = readers_changed {
+            self.leases.readers_changed(&inbox);
         }
         if let Some(store_id) = new_store_id {
             self.history.set(store_id);
@@ -63,8 +67,8 @@ impl Memory {
             self.clock.checked(&check);
         }
         // Last, so that a read that is woken sees all of the above.
-        for (reader, view) in wakes {
-            self.wakes.wake(&reader, view);
+        for (inbox, view) in wakes {
+            self.wakes.wake(&inbox, view);
         }
     }
 }

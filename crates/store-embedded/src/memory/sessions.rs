@@ -55,7 +55,7 @@ impl SessionCache {
         }
     }
 
-    /// Removes sessions that have ended.
+    /// Removes sessions that have ended, or that the next lookup must read again.
     pub(super) fn forget(&self, tokens: &[TokenHash]) {
         let mut current = self.generation.lock();
         current.0 += 1;

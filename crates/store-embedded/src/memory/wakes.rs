@@ -1,6 +1,9 @@
 //! The subscriptions to what happens in an inbox. All of them are in this process, so a wake is one
 //! lock and one flag.
 //!
+//! A subscription is to an inbox, so a message wakes all of its readers. What one device is done
+//! with wakes the others too, whose next read returns nothing then.
+//!
 //! Each subscription stores a wake until it is awaited. The writer commits and then wakes; a read
 //! subscribes and then reads. So either the read sees the message, or the wake reaches its
 //! subscription.
@@ -8,15 +11,16 @@
 use std::{fmt, sync::Arc};
 
 use futures_util::future::BoxFuture;
-use qpq_ports::{Reader, View, Wake};
+use qpq_domain::IdentityKey;
+use qpq_ports::{View, Wake};
 use tokio::sync::Notify;
 
 use super::shards::{Shards, shrink};
 
-/// All subscriptions. A reader without any takes no memory.
+/// All subscriptions. An inbox without any takes no memory.
 #[derive(Debug, Default)]
 pub(crate) struct WakeTable {
-    subscribers: Shards<Reader, Vec<Arc<Subscriber>>>,
+    subscribers: Shards<IdentityKey, Vec<Arc<Subscriber>>>,
 }
 
 #[derive(Debug)]
@@ -26,34 +30,34 @@ struct Subscriber {
 }
 
 impl WakeTable {
-    /// Wakes every present subscription of `reader` that can see a change in `view`.
-    pub(super) fn wake(&self, reader: &Reader, view: View) {
-        if let Some(subscribers) = self.subscribers.lock(reader).get(reader) {
+    /// Wakes every present subscription of `inbox` that can see a change in `view`.
+    pub(super) fn wake(&self, inbox: &IdentityKey, view: View) {
+        if let Some(subscribers) = self.subscribers.lock(inbox).get(inbox) {
             let concerned = subscribers.iter().filter(|subscriber| view.overlaps(subscriber.view));
             concerned.for_each(|subscriber| subscriber.woken.notify_one());
         }
     }
 
-    pub(crate) fn subscribe(self: &Arc<Self>, reader: Reader, view: View) -> Box<dyn Wake> {
+    pub(crate) fn subscribe(self: &Arc<Self>, inbox: IdentityKey, view: View) -> Box<dyn Wake> {
         let subscriber = Arc::new(Subscriber { view, woken: Notify::new() });
-        let mut shard = self.subscribers.lock(&reader);
+        let mut shard = self.subscribers.lock(&inbox);
         // Nearly always the only one, so there is room for one.
-        let subscribers = shard.entry(reader).or_insert_with(|| Vec::with_capacity(1));
+        let subscribers = shard.entry(inbox).or_insert_with(|| Vec::with_capacity(1));
         subscribers.push(Arc::clone(&subscriber));
         drop(shard);
-        Box::new(Subscription { table: Arc::clone(self), reader, subscriber })
+        Box::new(Subscription { table: Arc::clone(self), inbox, subscriber })
     }
 }
 
 struct Subscription {
     table: Arc<WakeTable>,
-    reader: Reader,
+    inbox: IdentityKey,
     subscriber: Arc<Subscriber>,
 }
 
 impl fmt::Debug for Subscription {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subscription").field("reader", &self.reader).finish_non_exhaustive()
+        f.debug_struct("Subscription").field("inbox", &self.inbox).finish_non_exhaustive()
     }
 }
 
@@ -65,11 +69,11 @@ impl Wake for Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        let mut shard = self.table.subscribers.lock(&self.reader);
-        if let Some(subscribers) = shard.get_mut(&self.reader) {
+        let mut shard = self.table.subscribers.lock(&self.inbox);
+        if let Some(subscribers) = shard.get_mut(&self.inbox) {
             subscribers.retain(|other| !Arc::ptr_eq(other, &self.subscriber));
             if subscribers.is_empty() {
-                shard.remove(&self.reader);
+                shard.remove(&self.inbox);
                 shrink(&mut shard);
             }
         }
@@ -79,38 +83,36 @@ impl Drop for Subscription {
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt as _;
-    use qpq_domain::{ChannelId, DeviceId, IdentityKey};
+    use qpq_domain::ChannelId;
 
     use super::*;
 
-    const READER: Reader = Reader::single(IdentityKey::new([1; 32]));
+    const INBOX: IdentityKey = IdentityKey::new([1; 32]);
 
     #[tokio::test]
     async fn wakes_before_the_wait_complete_it_once() {
         let table = Arc::new(WakeTable::default());
-        let mut wake = table.subscribe(READER, View::All);
+        let mut wake = table.subscribe(INBOX, View::All);
         assert!(wake.woken().now_or_never().is_none());
-        table.wake(&READER, View::All);
-        table.wake(&READER, View::All);
+        table.wake(&INBOX, View::All);
+        table.wake(&INBOX, View::All);
         assert!(wake.woken().now_or_never().is_some());
         assert!(wake.woken().now_or_never().is_none());
     }
 
     #[tokio::test]
-    async fn a_wake_reaches_its_reader_alone() {
+    async fn a_wake_reaches_its_inbox_alone() {
         let table = Arc::new(WakeTable::default());
-        let mut wake = table.subscribe(READER, View::All);
-        table.wake(&Reader::single(IdentityKey::new([2; 32])), View::All);
-        let device = Some(DeviceId::new([1; 16]));
-        table.wake(&Reader { device, ..READER }, View::All);
+        let mut wake = table.subscribe(INBOX, View::All);
+        table.wake(&IdentityKey::new([2; 32]), View::All);
         assert!(wake.woken().now_or_never().is_none());
     }
 
     #[tokio::test]
-    async fn memory_is_freed_with_the_last_subscription_of_a_reader() {
+    async fn memory_is_freed_with_the_last_subscription_of_an_inbox() {
         let table = Arc::new(WakeTable::default());
         let (first, second) =
-            (table.subscribe(READER, View::All), table.subscribe(READER, View::All));
+            (table.subscribe(INBOX, View::All), table.subscribe(INBOX, View::All));
         assert_eq!(table.subscribers.len(), 1);
         drop(first);
         assert_eq!(table.subscribers.len(), 1);
@@ -123,13 +125,13 @@ mod tests {
         let channel = |n| View::Channel(ChannelId::new([n; 16]));
         let table = Arc::new(WakeTable::default());
         let mut subscribed =
-            [channel(1), channel(2), View::All].map(|view| table.subscribe(READER, view));
+            [channel(1), channel(2), View::All].map(|view| table.subscribe(INBOX, view));
         let mut woken = || subscribed.each_mut().map(|wake| wake.woken().now_or_never().is_some());
-        table.wake(&READER, channel(1));
+        table.wake(&INBOX, channel(1));
         assert_eq!(woken(), [true, false, true]);
-        table.wake(&READER, channel(3));
+        table.wake(&INBOX, channel(3));
         assert_eq!(woken(), [false, false, true]);
-        table.wake(&READER, View::All);
+        table.wake(&INBOX, View::All);
         assert_eq!(woken(), [true, true, true]);
     }
 }

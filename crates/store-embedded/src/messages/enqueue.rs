@@ -8,42 +8,55 @@
 //! all calls that wait, and they are inserted up to [`MAX_ROWS`] at a time. Each row contains how
 //! many messages to its inbox are before it in the same statement. If one of those is not accepted,
 //! a trigger leaves out the ones after it, because their seqs would not be the next. Each message
-//! that was left out for any reason is then handled by itself, in order.
+//! that was left out for any reason is then handled by itself, in order; the reasons are asked for
+//! together (`left_out`).
+//!
+//! A payload that several messages in a row share is stored once, in a row of its own, and they
+//! refer to it.
 
-use std::{collections::HashMap, slice, sync::LazyLock, time::Duration};
+use std::{collections::HashMap, slice, sync::LazyLock};
 
-use qpq_domain::{DeliveryLimits, IdentityKey, Seq, UnixMillis};
-use qpq_ports::{Enqueued, NewMessage, Reader, Receipt, View};
-use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
+use qpq_domain::{DeliveryLimits, IdentityKey, Seq};
+use qpq_ports::{Enqueued, NewMessage, Receipt, View};
+use sqlx::{Row as _, SqliteConnection};
 
-use super::remove::{self, Removal, SWEEP_ROWS, Selection};
+use super::{
+    left_out::{self, LeftOut},
+    remove::{self, Removal, SWEEP_ROWS, Selection},
+};
 use crate::{
     clock::{Bounds, ClockGuard},
     effects::Effects,
-    row::{Columns as _, millis, millis_of, number},
+    row::{Columns as _, millis, number},
     statement::Done,
 };
 
 /// Maximum rows in one statement.
-const MAX_ROWS: usize = 32;
+pub(super) const MAX_ROWS: usize = 32;
 
 /// Expired messages removed for one message, in a transaction that has removed many already.
 const MIN_REMOVAL: i64 = 16;
 
-/// The bytes that a statement of their own must save for messages with one payload. If it saves
-/// less, they are inserted with others.
-const MIN_BYTES_SHARED: usize = 16 << 10;
+/// The messages with one payload, and its bytes, from which on it is stored once.
+///
+/// Measured (`docs/decisions/0008`): a payload of 256 bytes costs as much either way, one of a KiB
+/// a quarter of the CPU time and half of the bytes written less for each of 1 000 recipients.
+const MIN_SHARING: usize = 4;
+const MIN_BYTES: usize = 512;
+
+/// The bytes that must be saved for a payload with fewer messages to be stored once.
+const MIN_BYTES_SAVED: usize = 16 << 10;
 
 /// The statement for each number of rows, from zero.
 static INSERTS: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Own)).collect());
 
-/// The same, for rows that all have one payload. It is bound once, as the first parameter.
+/// The same, for rows that refer to one payload. Its number is the parameter after the rows.
 static INSERTS_SHARED: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Shared)).collect());
 
 /// Whether each row of a statement has a payload of its own.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Payloads {
     Own,
     Shared,
@@ -64,25 +77,20 @@ enum Fill {
 /// A row is left out if the inbox does not exist or has no room, if the message id is known, or if
 /// the seq would not be the next.
 fn insert_sql(rows: usize, payloads: Payloads) -> String {
-    // The number of a bare parameter is one more than the largest before it.
-    let (payload, first) = match payloads {
-        Payloads::Own => ("?", "?"),
-        Payloads::Shared => ("?1", "?2"),
+    // Bare parameters only: sqlx does not count numbered ones before them.
+    let (payload, payload_id) = match payloads {
+        Payloads::Own => ("?", "NULL"),
+        Payloads::Shared => ("x''", "?"),
     };
-    let values: Vec<_> = (0..rows)
-        .map(|row| {
-            let id = if row == 0 { first } else { "?" };
-            format!("({id}, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {payload})")
-        })
-        .collect();
-    let values = values.join(", ");
+    let values = format!("(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {payload})");
+    let values = vec![values; rows].join(", ");
     format!(
         "WITH new (id, recipient, ahead, bytes_ahead, expires_at, enqueued_at, known_at, size,
                    channel, sender, message_id, payload_sha256, payload) AS (VALUES {values})
          INSERT INTO message (id, inbox, seq, expires_at, enqueued_at, size, channel, sender,
-                              message_id, payload_sha256, payload)
+                              message_id, payload_sha256, payload, payload_id)
          SELECT n.id, i.id, i.last_seq + n.ahead + 1, n.expires_at, n.enqueued_at, n.size,
-                n.channel, n.sender, n.message_id, n.payload_sha256, n.payload
+                n.channel, n.sender, n.message_id, n.payload_sha256, n.payload, {payload_id}
            FROM new n CROSS JOIN account a ON a.identity = n.recipient
                 CROSS JOIN inbox i ON i.id = a.id
           WHERE i.messages + n.ahead < ? AND i.bytes + n.bytes_ahead <= ?
@@ -99,20 +107,13 @@ fn insert_sql(rows: usize, payloads: Payloads) -> String {
 /// have no other meaning.
 const NEXT_ROW: &str = "SELECT coalesce(max(id), 0) + 1 FROM message";
 
-/// Returns why nothing was inserted. No row: the recipient does not exist. A row with a `seq`: the
-/// receipt of a known message, queued or removed. A row without: the inbox is full, or an expired
-/// message has the id.
-const WHY: &str = "
-    SELECT i.id AS inbox, i.messages, i.bytes, i.next_expiry <= ?4 AS stale,
-           coalesce(m.seq, r.seq) AS seq, coalesce(m.channel, r.channel) AS channel,
-           coalesce(m.payload_sha256, r.payload_sha256) AS payload_sha256,
-           coalesce(m.enqueued_at, r.enqueued_at) AS enqueued_at
-      FROM account a CROSS JOIN inbox i ON i.id = a.id
-      LEFT JOIN message m ON m.inbox = i.id AND m.sender = ?2 AND m.message_id = ?3
-                         AND m.expires_at > ?4 - ?5
-      LEFT JOIN recent_id r ON r.inbox = i.id AND r.sender = ?2 AND r.message_id = ?3
-                           AND r.forget_at > ?4
-     WHERE a.identity = ?1";
+/// Returns the first free number of a payload.
+const NEXT_PAYLOAD: &str = "SELECT coalesce(max(id), 0) + 1 FROM payload";
+
+/// Stores the payload ?2 with the number ?1, if a message refers to it.
+const STORE_PAYLOAD: &str = "
+    INSERT INTO payload (id, bytes)
+    SELECT ?1, ?2 WHERE EXISTS (SELECT 1 FROM message WHERE payload_id = ?1)";
 
 /// Counts the messages of a sender in an inbox, up to a limit: ?1 inbox, ?2 sender, ?3 limit for
 /// each index, ?4 now. Each index has the messages that the other one lacks.
@@ -133,9 +134,10 @@ const ALIVE: &str = "
 
 #[cfg(test)]
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    let shared = INSERTS_SHARED[MAX_ROWS].as_str();
-    [INSERTS[1].as_str(), INSERTS[MAX_ROWS].as_str(), shared, NEXT_ROW, WHY, OF_SENDER, ALIVE]
+    [&INSERTS, &INSERTS_SHARED]
         .into_iter()
+        .flat_map(|inserts| [inserts[1].as_str(), inserts[MAX_ROWS].as_str()])
+        .chain([NEXT_ROW, NEXT_PAYLOAD, STORE_PAYLOAD, OF_SENDER, ALIVE])
 }
 
 /// Accepts messages. Answers their outcomes in order, and wakes the readers of those accepted.
@@ -146,7 +148,8 @@ pub(crate) async fn all(
     clock: &ClockGuard,
 ) -> sqlx::Result<Done<Vec<Enqueued>>> {
     let next_row = sqlx::query_scalar(NEXT_ROW).fetch_one(&mut *connection).await?;
-    let mut inserting = Inserting { connection, limits, next_row, removable: SWEEP_ROWS };
+    let (shared, removable) = (None, SWEEP_ROWS);
+    let mut inserting = Inserting { connection, limits, next_row, shared, removable };
     let messages: Vec<_> = messages
         .iter()
         .map(|message| Timed { message, bounds: clock.bounds(message.now) })
@@ -155,30 +158,29 @@ pub(crate) async fn all(
     let mut wakes = Vec::with_capacity(messages.len());
     let mut rest = &messages[..];
     while !rest.is_empty() {
-        let (rows, payloads) = next_statement(rest);
-        let (chunk, after) = rest.split_at(rows);
+        let (number, payloads) = next_run(rest);
+        let (run, after) = rest.split_at(number);
         rest = after;
-        let seqs = inserting.insert(chunk, payloads, Fill::Half).await?;
-        for (timed, seq) in chunk.iter().zip(seqs) {
-            let outcome = match seq {
-                Some(seq) => timed.accepted(seq),
-                None => inserting.one(timed).await?,
-            };
-            if matches!(outcome, Enqueued::Accepted(_)) {
-                let NewMessage { recipient, channel, .. } = timed.message;
-                wakes.push((Reader::single(*recipient), View::Channel(*channel)));
+        inserting.begin_run(payloads).await?;
+        for chunk in run.chunks(MAX_ROWS) {
+            for (timed, outcome) in chunk.iter().zip(inserting.chunk(chunk).await?) {
+                if matches!(outcome, Enqueued::Accepted(_)) {
+                    let NewMessage { recipient, channel, .. } = timed.message;
+                    wakes.push((*recipient, View::Channel(*channel)));
+                }
+                outcomes.push(outcome);
             }
-            outcomes.push(outcome);
         }
+        inserting.end_run(run).await?;
     }
     Ok(Done::with(outcomes, Effects { wakes, ..Effects::default() }))
 }
 
 /// A message, and the bounds of the present for it.
 #[derive(Clone, Copy)]
-struct Timed<'a> {
-    message: &'a NewMessage,
-    bounds: Bounds,
+pub(super) struct Timed<'a> {
+    pub(super) message: &'a NewMessage,
+    pub(super) bounds: Bounds,
 }
 
 impl Timed<'_> {
@@ -192,49 +194,108 @@ impl Timed<'_> {
     }
 }
 
-/// Returns how many of the messages the next statement inserts, and whether they share a payload.
-fn next_statement(messages: &[Timed<'_>]) -> (usize, Payloads) {
-    let messages = &messages[..messages.len().min(MAX_ROWS)];
-    let shares = |pair: &[Timed<'_>]| {
-        let [one, next] = [&pair[0].message.payload, &pair[1].message.payload];
-        (one.as_ptr(), one.len()) == (next.as_ptr(), next.len())
-    };
-    let saved = |pairs: usize| pairs * messages[0].message.payload.len();
-    let sharing = messages.windows(2).take_while(|pair| shares(pair)).count();
-    if saved(sharing) >= MIN_BYTES_SHARED {
-        return (sharing + 1, Payloads::Shared);
+/// Returns how many of the messages are next in a row that refer to one payload, or that have
+/// payloads of their own.
+fn next_run(messages: &[Timed<'_>]) -> (usize, Payloads) {
+    let sharing = sharing(messages);
+    if is_stored_once(&messages[..sharing]) {
+        return (sharing, Payloads::Shared);
     }
-    // Two messages that share a large payload begin a statement of their own.
-    let is_large =
-        |pair: &[Timed<'_>]| shares(pair) && pair[0].message.payload.len() >= MIN_BYTES_SHARED;
-    let own = messages.windows(2).position(is_large).unwrap_or(messages.len());
-    (own.max(1), Payloads::Own)
+    let mut own = sharing;
+    while own < messages.len() {
+        let sharing = self::sharing(&messages[own..]);
+        if is_stored_once(&messages[own..own + sharing]) {
+            break;
+        }
+        own += sharing;
+    }
+    (own, Payloads::Own)
+}
+
+/// Returns how many messages, from the first one on, have its payload.
+fn sharing(messages: &[Timed<'_>]) -> usize {
+    let payload = |timed: &Timed<'_>| {
+        let payload = &timed.message.payload;
+        (payload.as_ptr(), payload.len())
+    };
+    messages.iter().take_while(|timed| payload(timed) == payload(&messages[0])).count()
+}
+
+fn is_stored_once(sharing: &[Timed<'_>]) -> bool {
+    let bytes = sharing[0].message.payload.len();
+    let saved = (sharing.len() - 1) * bytes;
+    bytes >= MIN_BYTES && (sharing.len() >= MIN_SHARING || saved >= MIN_BYTES_SAVED)
 }
 
 struct Inserting<'a> {
     connection: &'a mut SqliteConnection,
     limits: &'a DeliveryLimits,
     next_row: i64,
+    /// The number of the payload that the messages refer to, if they share one.
+    shared: Option<i64>,
     /// Expired messages that this transaction may still remove beyond the necessary ones.
     removable: i64,
 }
 
 impl Inserting<'_> {
+    /// Begins a run of messages, and reserves a number if they share a payload.
+    async fn begin_run(&mut self, payloads: Payloads) -> sqlx::Result<()> {
+        self.shared = match payloads {
+            Payloads::Own => None,
+            Payloads::Shared => {
+                Some(sqlx::query_scalar(NEXT_PAYLOAD).fetch_one(&mut *self.connection).await?)
+            }
+        };
+        Ok(())
+    }
+
+    /// Stores the payload that the messages share. After the messages, so that a payload of which
+    /// none was accepted is not written.
+    async fn end_run(&mut self, messages: &[Timed<'_>]) -> sqlx::Result<()> {
+        let Some(id) = self.shared.take() else { return Ok(()) };
+        sqlx::query(STORE_PAYLOAD)
+            .bind(id)
+            .bind(&messages[0].message.payload[..])
+            .execute(&mut *self.connection)
+            .await
+            .map(drop)
+    }
+
+    /// Handles at most [`MAX_ROWS`] messages of a run.
+    async fn chunk(&mut self, messages: &[Timed<'_>]) -> sqlx::Result<Vec<Enqueued>> {
+        let seqs = self.insert(messages, Fill::Half).await?;
+        // Of a message that is the first one to its inbox, nothing changes the reason meanwhile.
+        let is_first = |index: usize| {
+            let recipient = &messages[index].message.recipient;
+            !messages[..index].iter().any(|timed| timed.message.recipient == *recipient)
+        };
+        let first: Vec<_> =
+            (0..messages.len()).filter(|n| seqs[*n].is_none() && is_first(*n)).collect();
+        let asked: Vec<_> = first.iter().map(|index| &messages[*index]).collect();
+        let reasons = left_out::why(self.connection, &asked, self.limits.recent_ids).await?;
+        let mut reasons = first.into_iter().zip(reasons).peekable();
+        let mut outcomes = Vec::with_capacity(messages.len());
+        for (index, (timed, seq)) in messages.iter().zip(seqs).enumerate() {
+            outcomes.push(match (seq, reasons.next_if(|(first, _)| *first == index)) {
+                (Some(seq), _) => timed.accepted(seq),
+                (None, Some((_, reason))) => self.explained(timed, reason).await?,
+                (None, None) => self.one(timed).await?,
+            });
+        }
+        Ok(outcomes)
+    }
+
     /// Inserts messages and returns the seqs of those accepted. Of the messages to one inbox, these
     /// are the first ones.
     async fn insert(
         &mut self,
         messages: &[Timed<'_>],
-        payloads: Payloads,
         fill: Fill,
     ) -> sqlx::Result<Vec<Option<Seq>>> {
         let first_row = self.next_row;
         let mut before: HashMap<IdentityKey, (i64, i64)> = HashMap::with_capacity(messages.len());
-        let mut query = match payloads {
-            Payloads::Own => sqlx::query(INSERTS[messages.len()].as_str()),
-            Payloads::Shared => sqlx::query(INSERTS_SHARED[messages.len()].as_str())
-                .bind(&messages[0].message.payload[..]),
-        };
+        let inserts = if self.shared.is_some() { &INSERTS_SHARED } else { &INSERTS };
+        let mut query = sqlx::query(inserts[messages.len()].as_str());
         for Timed { message, bounds } in messages {
             let NewMessage {
                 sender,
@@ -262,12 +323,15 @@ impl Inserting<'_> {
                 .bind(&sender.as_bytes()[..])
                 .bind(message_id.as_ref().map(|id| &id.as_bytes()[..]))
                 .bind(&payload_sha256[..]);
-            if payloads == Payloads::Own {
+            if self.shared.is_none() {
                 query = query.bind(&payload[..]);
             }
             *count += 1;
             *bytes += size;
             self.next_row += 1;
+        }
+        if let Some(payload) = self.shared {
+            query = query.bind(payload);
         }
         let (below, up_to) = self.room(fill);
         let inserted = query
@@ -296,27 +360,29 @@ impl Inserting<'_> {
         }
     }
 
-    /// Handles a message that was left out: inserts it by itself, or finds the reason.
+    /// Handles a message that was left out after another one to its inbox: inserts it by itself, or
+    /// finds the reason.
     async fn one(&mut self, timed: &Timed<'_>) -> sqlx::Result<Enqueued> {
-        let Timed { message, bounds } = *timed;
         if let Some(seq) = self.try_one(timed, Fill::Half).await? {
             return Ok(timed.accepted(seq));
         }
-        let (recent_ids, now) = (self.limits.recent_ids, bounds.earliest);
-        let Some(row) = why(self.connection, message, now, recent_ids).await? else {
+        let reasons = left_out::why(self.connection, &[timed], self.limits.recent_ids).await?;
+        self.explained(timed, reasons[0]).await
+    }
+
+    /// Handles a message that was left out for a reason.
+    async fn explained(
+        &mut self,
+        timed: &Timed<'_>,
+        reason: Option<LeftOut>,
+    ) -> sqlx::Result<Enqueued> {
+        let message = timed.message;
+        let Some(LeftOut { inbox, mut head, stale, known }) = reason else {
             return Ok(Enqueued::NoSuchRecipient);
         };
-        if row.try_get::<Option<i64>, _>("seq")?.is_some() {
-            return Ok(Enqueued::Duplicate(Receipt {
-                seq: row.seq("seq")?,
-                channel: row.channel("channel")?,
-                payload_sha256: row.hash("payload_sha256")?,
-                enqueued_at: row.at("enqueued_at")?,
-            }));
+        if let Some(receipt) = known {
+            return Ok(Enqueued::Duplicate(receipt));
         }
-        let inbox = row.try_get("inbox")?;
-        let mut head = (row.unsigned("messages")?, row.unsigned("bytes")?);
-        let stale = row.try_get("stale")?;
         if stale {
             match self.after_removal(timed, inbox).await? {
                 Removed::Accepted(seq) => return Ok(timed.accepted(seq)),
@@ -367,7 +433,7 @@ impl Inserting<'_> {
     }
 
     async fn try_one(&mut self, timed: &Timed<'_>, fill: Fill) -> sqlx::Result<Option<Seq>> {
-        Ok(self.insert(slice::from_ref(timed), Payloads::Own, fill).await?[0])
+        Ok(self.insert(slice::from_ref(timed), fill).await?[0])
     }
 
     /// Removes expired messages until the message fits, and some more while the transaction has
@@ -410,24 +476,10 @@ enum Removed {
     Head(u64, u64),
 }
 
-async fn why(
-    connection: &mut SqliteConnection,
-    message: &NewMessage,
-    now: UnixMillis,
-    recent_ids: Duration,
-) -> sqlx::Result<Option<SqliteRow>> {
-    sqlx::query(WHY)
-        .bind(&message.recipient.as_bytes()[..])
-        .bind(&message.sender.as_bytes()[..])
-        .bind(message.message_id.as_ref().map(|id| &id.as_bytes()[..]))
-        .bind(millis(now))
-        .bind(millis_of(recent_ids))
-        .fetch_optional(connection)
-        .await
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use bytes::Bytes;
     use qpq_domain::{ChannelId, UnixMillis};
 
@@ -448,31 +500,42 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds { earliest: UnixMillis(0), latest: UnixMillis(0) };
 
-    /// Returns the rows of each statement, and whether they share a payload.
-    fn statements(payloads: &[&Bytes]) -> Vec<(usize, bool)> {
+    /// Returns the messages of each run, and whether they share a stored payload.
+    fn runs(payloads: &[&Bytes]) -> Vec<(usize, bool)> {
         let messages: Vec<_> = payloads.iter().map(|payload| message(payload)).collect();
         let messages: Vec<_> =
             messages.iter().map(|message| Timed { message, bounds: BOUNDS }).collect();
-        let (mut rest, mut statements) = (&messages[..], Vec::new());
+        let (mut rest, mut runs) = (&messages[..], Vec::new());
         while !rest.is_empty() {
-            let (rows, payloads) = next_statement(rest);
-            statements.push((rows, payloads == Payloads::Shared));
-            rest = &rest[rows..];
+            let (number, payloads) = next_run(rest);
+            runs.push((number, payloads == Payloads::Shared));
+            rest = &rest[number..];
         }
-        statements
+        runs
     }
 
     #[test]
-    fn a_large_shared_payload_is_bound_once_and_small_ones_share_a_statement() {
-        let large = Bytes::from(vec![0; MIN_BYTES_SHARED]);
-        let small = Bytes::from(vec![0; 100]);
-        let others: Vec<_> = (0..40).map(|_| Bytes::from(vec![0; MIN_BYTES_SHARED])).collect();
+    fn a_payload_is_stored_once_from_512_bytes_and_four_messages_on() {
+        let [small, enough] = [511, 512].map(|size| Bytes::from(vec![0; size]));
+        let equal = Bytes::from(vec![0; 512]);
+        assert_eq!(runs(&[&small; 40]), [(40, false)]);
+        assert_eq!(runs(&[&enough; 40]), [(40, true)]);
+        assert_eq!(runs(&[&enough; 4]), [(4, true)]);
+        assert_eq!(runs(&[&enough; 3]), [(3, false)]);
+        let mixed =
+            [&small, &enough, &enough, &small, &small, &enough, &enough, &enough, &enough, &equal];
+        assert_eq!(runs(&mixed), [(5, false), (4, true), (1, false)]);
+    }
+
+    #[test]
+    fn a_large_payload_is_stored_once_for_two_messages() {
+        let large = Bytes::from(vec![0; MIN_BYTES_SAVED]);
+        let others: Vec<_> = (0..40).map(|_| Bytes::from(vec![0; MIN_BYTES_SAVED])).collect();
         let own: Vec<_> = others.iter().collect();
-        assert_eq!(statements(&[&small; 40]), [(MAX_ROWS, false), (8, false)]);
-        assert_eq!(statements(&own), [(MAX_ROWS, false), (8, false)]);
-        assert_eq!(statements(&[&large; 40]), [(MAX_ROWS, true), (8, true)]);
-        let mixed = [&small, own[0], &large, &large, &large, &small, &small, own[1]];
-        assert_eq!(statements(&mixed), [(2, false), (3, true), (3, false)]);
-        assert_eq!(statements(&[&large]), [(1, false)]);
+        assert_eq!(runs(&own), [(40, false)]);
+        assert_eq!(runs(&[&large]), [(1, false)]);
+        assert_eq!(runs(&[&large, &large]), [(2, true)]);
+        let mixed = [own[0], &large, &large, &large, own[1], own[2]];
+        assert_eq!(runs(&mixed), [(1, false), (3, true), (2, false)]);
     }
 }

@@ -2,13 +2,23 @@
 
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _, sqlite::SqliteConnectOptions};
 
-use super::{enqueue, read, remove};
+use super::{enqueue, left_out, position, read, remove};
+use crate::{absence, devices, groups, inboxes, keys};
 
 #[tokio::test]
 async fn frequent_statements_use_indexes_and_sort_nothing() {
     let mut connection = SqliteConnectOptions::new().connect().await.expect("in memory");
     sqlx::migrate!().run(&mut connection).await.expect("schema");
-    let statements = enqueue::statements().chain(read::STATEMENTS).chain(remove::statements());
+    let statements = enqueue::statements()
+        .chain(left_out::statements())
+        .chain(read::STATEMENTS)
+        .chain(position::statements())
+        .chain(remove::statements())
+        .chain([inboxes::READER])
+        .chain(absence::STATEMENTS)
+        .chain(devices::STATEMENTS)
+        .chain(keys::STATEMENTS)
+        .chain(groups::statements());
     for sql in statements {
         let plan: Vec<String> = sqlx::query(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}")))
             .fetch_all(&mut connection)
@@ -18,11 +28,12 @@ async fn frequent_statements_use_indexes_and_sort_nothing() {
             .map(|row| row.get("detail"))
             .collect();
         for step in &plan {
-            // Complete scans of parameters: the list of an ack, the rows of an insert, and
-            // subqueries with a limit.
+            // Complete scans of parameters: the list of an ack, the rows of an insert, the keys
+            // of members, and subqueries with a limit.
             let parameters = [
                 "SCAN json_each",
                 "SCAN CONSTANT ROW",
+                "SCAN l",
                 "SCAN n",
                 "SCAN 32 CONSTANT ROWS",
                 "SCAN (subquery-",

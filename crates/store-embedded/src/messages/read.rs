@@ -1,29 +1,49 @@
 //! Snapshots of an inbox: one statement each, with rows in seq order until the page is full.
+//!
+//! The first row says whose position is read too, so the check of the reader and the messages are
+//! of one instant.
 
 use std::collections::HashSet;
 
 use futures_util::TryStreamExt as _;
 use qpq_domain::{IdentityKey, Seq, UnixMillis};
-use qpq_ports::{Envelope, PageLimit, ReadQuery, StoreResult, View};
+use qpq_ports::{Envelope, PageLimit, ReadQuery, StoreError, StoreResult, View};
 use sqlx::{Row as _, SqliteConnection, SqlitePool, sqlite::SqliteRow};
 
 use crate::{
     error::read_failed,
+    reader::RegistrationNumber,
     row::{Columns as _, millis, number},
 };
 
-// ?1 identity, ?2 the seq before the first, ?3 now, ?4 maximum rows, ?5 channel.
-const ALL: &str = "
-    SELECT m.inbox, m.seq, m.channel, m.enqueued_at, m.payload
-      FROM account a CROSS JOIN message m INDEXED BY message_inbox
-     WHERE a.identity = ?1 AND m.inbox = a.id AND m.seq > ?2 AND m.expires_at > ?3
-     ORDER BY m.seq LIMIT ?4";
-const CHANNEL: &str = "
-    SELECT m.inbox, m.seq, m.channel, m.enqueued_at, m.payload
-      FROM account a CROSS JOIN message m INDEXED BY message_channel
-     WHERE a.identity = ?1 AND m.inbox = a.id AND m.channel = ?5 AND m.seq > ?2
-       AND m.expires_at > ?3
-     ORDER BY m.seq LIMIT ?4";
+/// The statement for a view. Of an inbox without messages for the reader, there is one row without
+/// a seq.
+///
+/// ?1 identity, ?2 the seq before the first, ?3 now, ?4 maximum rows, ?5 channel, ?6 device.
+macro_rules! snapshot {
+    ($index:literal, $channel:literal) => {
+        concat!(
+            "SELECT i.id AS inbox, i.devices, r.id AS registration, r.position_lost,
+                    r.last_seen_at, m.seq, m.channel, m.enqueued_at,
+                    CASE WHEN m.payload_id IS NULL THEN m.payload
+                         ELSE (SELECT p.bytes FROM payload p WHERE p.id = m.payload_id)
+                         END AS payload
+               FROM account a CROSS JOIN inbox i ON i.id = a.id
+               LEFT JOIN device r ON i.devices > 0 AND r.account = i.id AND r.device = ?6
+               LEFT JOIN message m INDEXED BY ",
+            $index,
+            " ON m.inbox = i.id AND m.seq > max(?2, coalesce(r.upto, 0)) AND m.expires_at > ?3 ",
+            $channel,
+            "    AND (i.devices = 0
+                      OR NOT EXISTS (SELECT 1 FROM device_done d
+                                      WHERE d.inbox = m.inbox AND d.seq = m.seq
+                                        AND d.device = r.device))
+              WHERE a.identity = ?1 ORDER BY m.seq LIMIT ?4"
+        )
+    };
+}
+const ALL: &str = snapshot!("message_inbox", "");
+const CHANNEL: &str = snapshot!("message_channel", "AND m.channel = ?5");
 
 const SEQS: &str = "
     SELECT m.seq FROM account a CROSS JOIN message m INDEXED BY message_inbox
@@ -32,14 +52,51 @@ const SEQS: &str = "
 #[cfg(test)]
 pub(super) const STATEMENTS: [&str; 3] = [ALL, CHANNEL, SEQS];
 
-/// The messages of a view at one instant, leased or not, up to the limit.
-#[derive(Debug, Default)]
+/// The messages of a view that wait for the reader at one instant, leased or not, up to the limit.
+#[derive(Debug)]
 pub(crate) struct Snapshot {
-    /// The number of the inbox, if it has messages.
+    /// The number of the inbox, if it exists.
     pub(crate) inbox: Option<i64>,
+    pub(crate) reader: SnapshotReader,
     pub(crate) envelopes: Vec<Envelope>,
     /// The first message beyond the limit.
     pub(crate) next: Option<Seq>,
+}
+
+/// The reader that a snapshot is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum SnapshotReader {
+    /// The single reader of an inbox without devices.
+    Single,
+    Device {
+        registration: RegistrationNumber,
+        last_seen_at: UnixMillis,
+    },
+}
+
+/// Why there is no snapshot.
+#[derive(Debug)]
+pub(crate) enum NoSnapshot {
+    /// The inbox has devices, and the reader is none of them.
+    DeviceRequired,
+    /// A sweep has moved the device, whose client was not informed yet.
+    PositionLost(SnapshotReader),
+    Store(StoreError),
+}
+
+impl From<sqlx::Error> for NoSnapshot {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Store(read_failed(error))
+    }
+}
+
+impl Snapshot {
+    pub(crate) fn registration(&self) -> Option<RegistrationNumber> {
+        match self.reader {
+            SnapshotReader::Single => None,
+            SnapshotReader::Device { registration, .. } => Some(registration),
+        }
+    }
 }
 
 /// Reads the messages of the view after `after` that have not expired at `now`.
@@ -49,7 +106,7 @@ pub(crate) async fn snapshot(
     after: Seq,
     limit: PageLimit,
     now: UnixMillis,
-) -> StoreResult<Snapshot> {
+) -> Result<Snapshot, NoSnapshot> {
     let (sql, channel) = match &read.view {
         View::All => (ALL, None),
         View::Channel(channel) => (CHANNEL, Some(channel.as_bytes())),
@@ -60,11 +117,17 @@ pub(crate) async fn snapshot(
         .bind(millis(now))
         .bind(i64::from(limit.messages) + 1)
         .bind(channel)
+        .bind(read.reader.device.as_ref().map(|device| &device.as_bytes()[..]))
         .fetch(connection);
-    let mut snapshot = Snapshot::default();
+    let (reader, envelopes) = (SnapshotReader::Single, Vec::new());
+    let mut snapshot = Snapshot { inbox: None, reader, envelopes, next: None };
     let mut bytes = 0_usize;
-    while let Some(row) = rows.try_next().await.map_err(read_failed)? {
-        let envelope = envelope(&row).map_err(read_failed)?;
+    while let Some(row) = rows.try_next().await? {
+        if snapshot.inbox.is_none() {
+            snapshot.reader = reader_of(&row)?;
+            snapshot.inbox = Some(row.try_get("inbox")?);
+        }
+        let Some(envelope) = envelope(&row)? else { break };
         bytes = bytes.saturating_add(envelope.cost());
         let is_full = snapshot.envelopes.len()
             >= usize::try_from(limit.messages).unwrap_or(usize::MAX)
@@ -73,7 +136,6 @@ pub(crate) async fn snapshot(
             snapshot.next = Some(envelope.seq);
             break;
         }
-        snapshot.inbox = Some(row.try_get("inbox").map_err(read_failed)?);
         snapshot.envelopes.push(envelope);
     }
     Ok(snapshot)
@@ -89,11 +151,25 @@ pub(crate) async fn seqs(readers: &SqlitePool, inbox: &IdentityKey) -> StoreResu
     rows.iter().map(|row| row.seq("seq")).collect::<sqlx::Result<_>>().map_err(read_failed)
 }
 
-fn envelope(row: &SqliteRow) -> sqlx::Result<Envelope> {
-    Ok(Envelope {
+/// Returns the reader that a row is for, if it may read.
+fn reader_of(row: &SqliteRow) -> Result<SnapshotReader, NoSnapshot> {
+    if row.try_get::<i64, _>("devices")? == 0 {
+        return Ok(SnapshotReader::Single);
+    }
+    let registration = row.try_get::<Option<i64>, _>("registration")?.map(RegistrationNumber);
+    let registration = registration.ok_or(NoSnapshot::DeviceRequired)?;
+    let reader = SnapshotReader::Device { registration, last_seen_at: row.at("last_seen_at")? };
+    if row.try_get("position_lost")? { Err(NoSnapshot::PositionLost(reader)) } else { Ok(reader) }
+}
+
+fn envelope(row: &SqliteRow) -> sqlx::Result<Option<Envelope>> {
+    if row.try_get::<Option<i64>, _>("seq")?.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(Envelope {
         seq: row.seq("seq")?,
         channel: row.channel("channel")?,
         payload: row.bytes("payload")?.into(),
         enqueued_at: row.at("enqueued_at")?,
-    })
+    }))
 }

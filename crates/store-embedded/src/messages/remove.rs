@@ -1,5 +1,7 @@
 //! The removal of messages. Every removal deletes its selection, remembers the ids for a while, and
 //! counts the inboxes down, in one transaction: two statements with one condition, and a trigger.
+//!
+//! Of an inbox with devices, a message is deleted once it waits for none of them (`position`).
 
 use std::time::Duration;
 
@@ -25,41 +27,52 @@ pub(crate) struct Removal<'a> {
 /// The messages that a removal deletes.
 #[derive(Clone, Copy)]
 pub(crate) enum Selection<'a> {
-    /// Messages of a view that have not expired at an instant.
-    Range { inbox: i64, view: View, from: Seq, to: Seq, alive_at: UnixMillis },
-    /// Single messages of a view that have not expired at an instant.
-    Seqs { inbox: i64, view: View, seqs: &'a [Seq], alive_at: UnixMillis },
+    /// Messages that the single reader names, if the inbox has no devices.
+    Named(Named<'a>),
+    /// Messages that wait for no device, of those that a device names.
+    Unread(Named<'a>),
+    /// All messages of an inbox with devices after a seq up to another that wait for none of them.
+    AllUnread { inbox: i64, after: Seq, to: Seq },
     /// Expired messages of an inbox: up to `rows`, and the one with the message id of `conflict`.
     Expired { inbox: i64, rows: i64, conflict: &'a NewMessage },
     /// Up to `rows` expired messages of any inbox.
     AnyExpired { rows: i64 },
 }
 
+/// Messages of a view that have not expired at an instant.
+#[derive(Clone, Copy)]
+pub(crate) struct Named<'a> {
+    pub(crate) inbox: i64,
+    pub(crate) view: View,
+    pub(crate) seqs: Seqs<'a>,
+    pub(crate) alive_at: UnixMillis,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum Seqs<'a> {
+    Range { from: Seq, to: Seq },
+    List(&'a [Seq]),
+}
+
 impl Removal<'_> {
     /// Removes the messages. Returns how many.
     pub(crate) async fn run(&self, connection: &mut SqliteConnection) -> sqlx::Result<u64> {
         let statements = self.selection.statements();
-        // A JSON array, because SQLite binds no lists.
-        let seqs = match self.selection {
-            Selection::Seqs { seqs, .. } => json_array(seqs),
+        let list = match &self.selection {
+            Selection::Named(named) | Selection::Unread(named) => named.list(),
             _ => String::new(),
         };
-        self.bind(sqlx::query(statements.remember), &seqs).execute(&mut *connection).await?;
-        let deleted = self.bind(sqlx::query(statements.delete), &seqs).execute(connection).await?;
+        self.bind(sqlx::query(statements.remember), &list).execute(&mut *connection).await?;
+        let deleted = self.bind(sqlx::query(statements.delete), &list).execute(connection).await?;
         Ok(deleted.rows_affected())
     }
 
-    fn bind<'q>(&'q self, query: SqliteQuery<'q>, seqs: &'q str) -> SqliteQuery<'q> {
+    fn bind<'q>(&'q self, query: SqliteQuery<'q>, list: &'q str) -> SqliteQuery<'q> {
         let query = query.bind(millis(self.at)).bind(millis_of(self.recent_ids));
         match &self.selection {
-            Selection::Range { inbox, view, from, to, alive_at } => query
-                .bind(inbox)
-                .bind(millis(*alive_at))
-                .bind(number(from.0))
-                .bind(number(to.0))
-                .bind(channel(view)),
-            Selection::Seqs { inbox, view, alive_at, .. } => {
-                query.bind(inbox).bind(millis(*alive_at)).bind(seqs).bind(channel(view))
+            Selection::Named(named) | Selection::Unread(named) => named.bind(query, list),
+            Selection::AllUnread { inbox, after, to } => {
+                query.bind(inbox).bind(number(after.0)).bind(number(to.0))
             }
             Selection::Expired { inbox, rows, conflict } => query
                 .bind(inbox)
@@ -74,14 +87,95 @@ impl Removal<'_> {
 impl Selection<'_> {
     fn statements(&self) -> &'static Statements {
         match self {
-            Self::Range { view: View::All, .. } => &RANGE,
-            Self::Range { view: View::Channel(_), .. } => &CHANNEL_RANGE,
-            Self::Seqs { view: View::All, .. } => &SEQS,
-            Self::Seqs { view: View::Channel(_), .. } => &CHANNEL_SEQS,
+            Self::Named(named) => named.choose(&NAMED),
+            Self::Unread(named) => named.choose(&UNREAD),
+            Self::AllUnread { .. } => &ALL_UNREAD,
             Self::Expired { .. } => &EXPIRED,
             Self::AnyExpired { .. } => &ANY_EXPIRED,
         }
     }
+}
+
+impl<'a> Named<'a> {
+    /// Returns the statement for the kind of view and of seqs.
+    pub(super) fn choose<T>(&self, statements: &'static ForNamed<T>) -> &'static T {
+        match (&self.view, self.seqs) {
+            (View::All, Seqs::Range { .. }) => &statements.range,
+            (View::Channel(_), Seqs::Range { .. }) => &statements.channel_range,
+            (View::All, Seqs::List(_)) => &statements.list,
+            (View::Channel(_), Seqs::List(_)) => &statements.channel_list,
+        }
+    }
+
+    /// Returns a list of seqs as a JSON array, because SQLite binds no lists.
+    pub(super) fn list(&self) -> String {
+        let Seqs::List(seqs) = self.seqs else { return String::new() };
+        let seqs: Vec<_> = seqs.iter().map(|seq| seq.0.to_string()).collect();
+        format!("[{}]", seqs.join(","))
+    }
+
+    /// Binds ?3 to ?7. `list` is the list of seqs.
+    pub(super) fn bind<'q>(&'q self, query: SqliteQuery<'q>, list: &'q str) -> SqliteQuery<'q> {
+        let channel = match &self.view {
+            View::All => None,
+            View::Channel(channel) => Some(channel.as_bytes()),
+        };
+        let query = query.bind(self.inbox).bind(millis(self.alive_at)).bind(channel);
+        match self.seqs {
+            Seqs::Range { from, to } => query.bind(number(from.0)).bind(number(to.0)),
+            Seqs::List(_) => query.bind(list).bind(None::<i64>),
+        }
+    }
+}
+
+/// One statement for each kind of view and of seqs of [`Named`].
+pub(super) struct ForNamed<T> {
+    pub(super) range: T,
+    pub(super) channel_range: T,
+    pub(super) list: T,
+    pub(super) channel_list: T,
+}
+
+#[cfg(test)]
+impl<T> ForNamed<T> {
+    pub(super) fn each(&self) -> [&T; 4] {
+        [&self.range, &self.channel_range, &self.list, &self.channel_list]
+    }
+}
+
+/// Creates a [`ForNamed`] by a macro that gets the condition for the messages.
+///
+/// ?3 inbox, ?4 not expired at, ?5 channel; ?6 the first and ?7 the last seq, or ?6 the seqs as a
+/// JSON array.
+macro_rules! for_named {
+    ($statement:ident) => {
+        ForNamed {
+            range: $statement!("inbox = ?3 AND seq BETWEEN ?6 AND ?7 AND +expires_at > ?4"),
+            channel_range: $statement!(
+                "inbox = ?3 AND channel = ?5 AND seq BETWEEN ?6 AND ?7 AND +expires_at > ?4"
+            ),
+            list: $statement!(
+                "inbox = ?3 AND seq IN (SELECT value FROM json_each(?6)) AND +expires_at > ?4"
+            ),
+            channel_list: $statement!(
+                "inbox = ?3 AND channel = ?5 AND seq IN (SELECT value FROM json_each(?6))
+                 AND +expires_at > ?4"
+            ),
+        }
+    };
+}
+pub(super) use for_named;
+
+/// The condition for a message of the inbox ?3 that waits for no device.
+macro_rules! unread {
+    () => {
+        " AND NOT EXISTS (
+              SELECT 1 FROM device r
+               WHERE r.account = ?3 AND r.upto < message.seq
+                 AND NOT EXISTS (SELECT 1 FROM device_done d
+                                  WHERE d.inbox = ?3 AND d.seq = message.seq
+                                    AND d.device = r.device))"
+    };
 }
 
 /// The two statements of a removal. A trigger on the second one counts the inbox down.
@@ -93,7 +187,7 @@ struct Statements {
 }
 
 macro_rules! statements {
-    ($condition:literal) => {
+    ($($condition:expr),+) => {
         Statements {
             remember: concat!(
                 "INSERT OR REPLACE INTO recent_id
@@ -102,24 +196,29 @@ macro_rules! statements {
                  SELECT inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at,
                         min(?1, expires_at) + ?2
                    FROM message WHERE message_id IS NOT NULL AND +expires_at > ?1 - ?2 AND ",
-                $condition
+                $($condition),+
             ),
-            delete: concat!("DELETE FROM message WHERE ", $condition),
+            delete: concat!("DELETE FROM message WHERE ", $($condition),+),
         }
     };
 }
 
-// ?3 inbox, ?4 not expired at, ?5 first and ?6 last seq, ?7 channel.
-static RANGE: Statements = statements!("inbox = ?3 AND seq BETWEEN ?5 AND ?6 AND +expires_at > ?4");
-static CHANNEL_RANGE: Statements =
-    statements!("inbox = ?3 AND channel = ?7 AND seq BETWEEN ?5 AND ?6 AND +expires_at > ?4");
+macro_rules! without_devices {
+    ($condition:literal) => {
+        statements!($condition, " AND (SELECT devices FROM inbox WHERE id = ?3) = 0")
+    };
+}
+static NAMED: ForNamed<Statements> = for_named!(without_devices);
 
-// ?3 inbox, ?4 not expired at, ?5 the seqs as a JSON array, ?6 channel.
-static SEQS: Statements =
-    statements!("inbox = ?3 AND seq IN (SELECT value FROM json_each(?5)) AND +expires_at > ?4");
-static CHANNEL_SEQS: Statements = statements!(
-    "inbox = ?3 AND channel = ?6 AND seq IN (SELECT value FROM json_each(?5)) AND +expires_at > ?4"
-);
+macro_rules! of_no_device {
+    ($condition:literal) => {
+        statements!($condition, unread!())
+    };
+}
+static UNREAD: ForNamed<Statements> = for_named!(of_no_device);
+
+// ?3 inbox, ?4 the seq before the first, ?5 the last seq.
+static ALL_UNREAD: Statements = statements!("inbox = ?3 AND seq > ?4 AND seq <= ?5", unread!());
 
 // ?3 inbox, ?4 rows, ?5 sender and ?6 message id of one more message. The index by channel has all
 // columns of the condition; the index by expiry would visit other inboxes.
@@ -145,8 +244,9 @@ const FORGET: &str = "
 
 #[cfg(test)]
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    [&RANGE, &CHANNEL_RANGE, &SEQS, &CHANNEL_SEQS, &EXPIRED, &ANY_EXPIRED]
-        .into_iter()
+    let named = NAMED.each().into_iter().chain(UNREAD.each());
+    named
+        .chain([&ALL_UNREAD, &EXPIRED, &ANY_EXPIRED])
         .flat_map(|statements| [statements.remember, statements.delete])
         .chain([NEXT_EXPIRY, FORGET])
 }
@@ -168,16 +268,4 @@ pub(crate) async fn forget_ids(
     Ok(done.rows_affected())
 }
 
-type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
-
-fn channel(view: &View) -> Option<&[u8]> {
-    match view {
-        View::All => None,
-        View::Channel(channel) => Some(channel.as_bytes()),
-    }
-}
-
-fn json_array(seqs: &[Seq]) -> String {
-    let seqs: Vec<_> = seqs.iter().map(|seq| seq.0.to_string()).collect();
-    format!("[{}]", seqs.join(","))
-}
+pub(super) type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;

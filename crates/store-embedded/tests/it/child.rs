@@ -34,6 +34,7 @@ enum Command {
         max_bytes: u64,
         sender_share: u64,
         recent_secs: u64,
+        absence_secs: u64,
         max_packages: u32,
     },
     Apply {
@@ -147,6 +148,7 @@ impl Child {
             max_bytes: limits.delivery.max_bytes,
             sender_share: limits.delivery.sender_share,
             recent_secs: limits.delivery.recent_ids.as_secs(),
+            absence_secs: limits.delivery.device_absence.as_secs(),
             max_packages: limits.key_packages.max_count,
         })
     }
@@ -231,6 +233,7 @@ fn serve() {
                     max_bytes,
                     sender_share,
                     recent_secs,
+                    absence_secs,
                     max_packages,
                 } => {
                     let delivery = DeliveryLimits {
@@ -238,6 +241,7 @@ fn serve() {
                         max_bytes,
                         sender_share,
                         recent_ids: Duration::from_secs(recent_secs),
+                        device_absence: Duration::from_secs(absence_secs),
                         ..DeliveryLimits::default()
                     };
                     let key_packages =

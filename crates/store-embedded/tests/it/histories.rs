@@ -11,7 +11,10 @@ use crate::{
     backend::Process,
     child::Child,
     model::Model,
-    ops::{MINUTE, Machine, Message, Op, Package, START, limits},
+    ops::{
+        GROUP, GroupSend, MEMBERS, MINUTE, Machine, Message, OF_AN_ACCOUNT, Op, Package, START,
+        limits,
+    },
 };
 
 #[derive(Clone, Debug)]
@@ -21,41 +24,62 @@ enum Step {
     Crash,
 }
 
-/// Four accounts of which three exist, three channels, five ids: few enough that operations often
-/// concern the same one.
+/// Four accounts of which three exist, three channels and that of a group, five ids: few enough
+/// that operations often concern the same one.
 fn op() -> impl Strategy<Value = Op> {
-    let account = || 1..=4_u8;
-    let view = || prop::option::of(0..=2_u8);
+    // Account 1 has devices from the start, so it is in more operations than the others.
+    let account = || prop_oneof![3 => Just(1_u8), 4 => 1..=4_u8];
+    let view = || prop::option::of(0..=GROUP);
     let slot = || 0..=2_u8;
+    let device = || 1..=3_u8;
+    // Often none, as of accounts without devices.
+    let reader = || prop::option::weighted(0.7, device());
     let seqs = || prop::collection::vec(0..=20_u64, 0..4);
-    let message =
-        (account(), account(), 0..=2_u8, prop::option::of(1..=5_u8), 0..=150_usize, 0..=20_u8)
-            .prop_map(|(from, to, channel, id, size, minutes)| Message {
-                from,
-                to,
-                channel,
-                id,
-                size,
-                minutes,
-            });
-    let package = (1..=8_u8, any::<bool>(), 0..=20_u8)
-        .prop_map(|(n, last_resort, minutes)| Package { n, last_resort, minutes });
+    let id = || prop::option::of(1..=5_u8);
+    // Large ones are stored once if they are for several members.
+    let size = || prop_oneof![3 => 0..=150_usize, 1 => 500..=700_usize];
+    let message = (account(), account(), 0..=2_u8, id(), size(), 0..=20_u8).prop_map(
+        |(from, to, channel, id, size, minutes)| Message { from, to, channel, id, size, minutes },
+    );
+    let listed = prop::option::of(prop::sample::subsequence(vec![1, 2, 3, 4, 11, 12], 0..=6));
+    let ahead = prop::option::of(prop_oneof![4 => Just(0_u64), 1 => Just(1_u64)]);
+    let group_send = (account(), reader(), listed, id(), size(), 0..=20_u8, ahead).prop_map(
+        |(from, device, to, id, size, minutes, ahead)| GroupSend {
+            from,
+            device,
+            to,
+            id,
+            size,
+            minutes,
+            ahead,
+        },
+    );
+    let package = (1..=8_u8, prop::option::of(device()), any::<bool>(), 0..=20_u8)
+        .prop_map(|(n, device, last_resort, minutes)| Package { n, device, last_resort, minutes });
     let inboxes = prop_oneof![
         6 => prop::collection::vec(message, 1..4).prop_map(Op::Enqueue),
-        3 => (account(), view(), 0..=5_u32, 0..=600_usize, slot()).prop_map(
-            |(inbox, view, messages, bytes, slot)| Op::Lease { inbox, view, messages, bytes, slot }
+        3 => group_send.prop_map(Op::SendToGroup),
+        3 => (account(), reader(), view(), 0..=5_u32, 0..=600_usize, slot()).prop_map(
+            |(inbox, device, view, messages, bytes, slot)| {
+                Op::Lease { inbox, device, view, messages, bytes, slot }
+            }
         ),
         2 => slot().prop_map(|slot| Op::Complete { slot }),
         1 => slot().prop_map(|slot| Op::Release { slot }),
-        3 => (account(), view(), 0..=8_u64, 0..=8_u32)
-            .prop_map(|(inbox, view, after, messages)| Op::Peek { inbox, view, after, messages }),
-        2 => (account(), view(), prop::option::of(0..=20_u64), seqs())
-            .prop_map(|(inbox, view, up_to, seqs)| Op::Ack { inbox, view, up_to, seqs }),
+        3 => (account(), reader(), view(), 0..=8_u64, 0..=8_u32).prop_map(
+            |(inbox, device, view, after, messages)| {
+                Op::Peek { inbox, device, view, after, messages }
+            }
+        ),
+        2 => (account(), reader(), view(), prop::option::of(0..=20_u64), seqs()).prop_map(
+            |(inbox, device, view, up_to, seqs)| Op::Ack { inbox, device, view, up_to, seqs }
+        ),
     ];
     let keys = prop_oneof![
-        3 => (account(), prop::collection::vec(package, 1..4))
-            .prop_map(|(owner, packages)| Op::Upload { owner, packages }),
-        3 => account().prop_map(|target| Op::Take { target }),
+        3 => (account(), prop::option::of(device()), prop::collection::vec(package, 1..4))
+            .prop_map(|(owner, device, packages)| Op::Upload { owner, device, packages }),
+        2 => account().prop_map(|target| Op::Take { target }),
+        2 => account().prop_map(|target| Op::TakeOfDevices { target }),
         1 => (account(), any::<u8>()).prop_map(|(owner, key)| Op::PutHybrid { owner, key }),
         1 => prop::collection::vec(account(), 0..4).prop_map(|targets| Op::GetHybrid { targets }),
     ];
@@ -72,7 +96,27 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(name, key, record)| Op::Register { name, key, record }),
         1 => account().prop_map(|key| Op::Find { key }),
     ];
-    prop_oneof![12 => inboxes, 4 => keys, 3 => sessions, 2 => accounts, 1 => Just(Op::Sweep)]
+    let key = || prop::option::of(1..=OF_AN_ACCOUNT);
+    let devices = prop_oneof![
+        6 => (account(), device(), 1..=2_u8, key(), 1..=4_u8).prop_map(
+            |(owner, device, name, key, token)| {
+                Op::RegisterDevice { owner, device, name, key, token }
+            }
+        ),
+        3 => (account(), device())
+            .prop_map(|(owner, device)| Op::RevokeDevice { owner, device }),
+        2 => (account(), device())
+            .prop_map(|(owner, device)| Op::ConfirmPosition { owner, device }),
+        2 => account().prop_map(|owner| Op::ListDevices { owner }),
+    ];
+    prop_oneof![
+        12 => inboxes,
+        4 => keys,
+        3 => sessions,
+        2 => accounts,
+        3 => devices,
+        1 => Just(Op::Sweep),
+    ]
 }
 
 fn history(steps: usize, crashes: u32) -> impl Strategy<Value = Vec<Step>> {
@@ -82,8 +126,14 @@ fn history(steps: usize, crashes: u32) -> impl Strategy<Value = Vec<Step>> {
         crashes => Just(Step::Crash),
     ];
     prop::collection::vec(step, steps / 2..steps).prop_map(|steps| {
-        let accounts = (1..=3).map(|n| Step::Do(Op::Register { name: n, key: n, record: 1 }));
-        accounts.chain(steps).collect()
+        let register = |n| Step::Do(Op::Register { name: n, key: n, record: 1 });
+        let group = [Step::Do(Op::CreateGroup)];
+        // So that most histories have an inbox with two readers.
+        let device = |device| {
+            Step::Do(Op::RegisterDevice { owner: 1, device, name: 1, key: None, token: 1 })
+        };
+        let setup = MEMBERS.into_iter().map(register).chain(group).chain([1, 2].map(device));
+        setup.chain(steps).collect()
     })
 }
 

@@ -5,9 +5,12 @@
 mod backend;
 mod child;
 mod conformance;
+mod devices;
 mod disk;
+mod groups;
 mod histories;
 mod kill;
 mod model;
 mod open;
 mod ops;
+mod payloads;

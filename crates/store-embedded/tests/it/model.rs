@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use qpq_domain::UnixMillis;
 
 use crate::ops::{
-    MINUTE, Message, Op, Package, channel, limits, page_text, receipt_text, session_text,
+    GROUP, GroupResult, GroupSend, MEMBERS, MINUTE, Message, OF_AN_ACCOUNT, Op, Package, channel,
+    device_text, limits, page_text, receipt_text, session_text,
 };
 
 /// The state of a store, where each number is an account, channel, id, package or session.
@@ -17,6 +18,10 @@ pub(crate) struct Model {
     packages: BTreeMap<u8, Packages>,
     hybrid: BTreeMap<u8, u8>,
     sessions: BTreeMap<u8, (u8, Option<u8>, [UnixMillis; 3])>,
+    registrations: u64,
+    /// The account and device of each key.
+    device_keys: BTreeMap<u8, (u8, u8)>,
+    group: Option<Group>,
 }
 
 struct Account {
@@ -29,6 +34,7 @@ struct Account {
 #[derive(Default)]
 struct Inbox {
     last_seq: u64,
+    devices: Vec<Device>,
     queue: BTreeMap<u64, Queued>,
     /// By sender and id: removed messages, and until when their ids are remembered.
     removed: HashMap<(u8, u8), (u64, Queued, UnixMillis)>,
@@ -44,20 +50,53 @@ struct Queued {
     expires: UnixMillis,
 }
 
+struct Device {
+    id: u8,
+    registration: u64,
+    name: u8,
+    key: Option<u8>,
+    registered_at: UnixMillis,
+    seen_at: UnixMillis,
+    /// The messages that wait for it.
+    waiting: BTreeSet<u64>,
+    has_lost_position: bool,
+}
+
 struct Leased {
     inbox: u8,
+    /// The registration of the device that has the lease, if it is a device.
+    registration: Option<u64>,
     seqs: Vec<u64>,
+}
+
+/// A group whose members stay.
+#[derive(Default)]
+struct Group {
+    epoch: u64,
+    /// Accepted commits, by sender and id.
+    commits: HashMap<(u8, u8), GroupResult>,
 }
 
 #[derive(Default)]
 struct Packages {
-    /// In order of upload: number, last resort, last valid instant.
-    stored: Vec<(u8, bool, UnixMillis)>,
+    /// In order of upload.
+    stored: Vec<StoredPackage>,
     given_out: HashMap<u8, UnixMillis>,
+}
+
+#[derive(Clone, Copy)]
+struct StoredPackage {
+    n: u8,
+    device: Option<u8>,
+    last_resort: bool,
+    until: UnixMillis,
 }
 
 impl Inbox {
     fn remove(&mut self, seq: u64, at: UnixMillis) {
+        self.devices.iter_mut().for_each(|device| {
+            device.waiting.remove(&seq);
+        });
         if let Some(queued) = self.queue.remove(&seq)
             && let Some(id) = queued.id
         {
@@ -75,6 +114,81 @@ impl Inbox {
             .map(|(seq, q)| (*seq, q.expires))
             .collect();
         expired.into_iter().for_each(|(seq, at)| self.remove(seq, at));
+    }
+
+    /// Returns the registration of the device that reads, if the inbox has devices.
+    fn reader(&self, device: Option<u8>) -> Result<Option<u64>, &'static str> {
+        if self.devices.is_empty() {
+            return Ok(None);
+        }
+        let found = self.devices.iter().find(|found| Some(found.id) == device);
+        let found = found.ok_or("device required")?;
+        if found.has_lost_position {
+            return Err("position lost");
+        }
+        Ok(Some(found.registration))
+    }
+
+    /// Notes that a device has read, with a precision of ten minutes.
+    fn note_seen(&mut self, device: Option<u8>, now: UnixMillis) {
+        let mut seen = self.devices.iter_mut().filter(|found| Some(found.id) == device);
+        if let Some(device) = seen.next()
+            && now > device.seen_at.plus(10 * MINUTE)
+        {
+            device.seen_at = now;
+        }
+    }
+
+    fn waits_for(&self, seq: u64, registration: Option<u64>) -> bool {
+        match registration {
+            None => self.devices.is_empty() && self.queue.contains_key(&seq),
+            Some(registration) => self
+                .devices
+                .iter()
+                .any(|device| device.registration == registration && device.waiting.contains(&seq)),
+        }
+    }
+
+    /// Completes messages for a reader. Returns how many waited for it.
+    fn complete(&mut self, seqs: &[u64], registration: Option<u64>, now: UnixMillis) -> usize {
+        let waiting = |seq: &&u64| self.waits_for(**seq, registration);
+        let done: Vec<u64> = seqs.iter().filter(waiting).copied().collect();
+        for seq in &done {
+            let mut devices = self.devices.iter_mut();
+            if let Some(device) = devices.find(|device| Some(device.registration) == registration) {
+                device.waiting.remove(seq);
+            }
+            if self.devices.iter().all(|device| !device.waiting.contains(seq)) {
+                self.remove(*seq, now);
+            }
+        }
+        done.len()
+    }
+
+    /// Removes the messages that wait for no device, if there are devices.
+    fn remove_unread(&mut self, now: UnixMillis) {
+        if self.devices.is_empty() {
+            return;
+        }
+        let waits = |seq: &u64| self.devices.iter().any(|device| device.waiting.contains(seq));
+        let unread: Vec<_> = self.queue.keys().copied().filter(|seq| !waits(seq)).collect();
+        unread.into_iter().for_each(|seq| self.remove(seq, now));
+    }
+
+    /// Moves the devices that are away too long and keep more than half of what the inbox may hold.
+    fn move_absent(&mut self, now: UnixMillis) {
+        let limits = limits().delivery;
+        for device in &mut self.devices {
+            let kept = device.waiting.iter().map(|seq| self.queue[seq].size as u64);
+            let keeps_much = kept.clone().count() as u64 > limits.half_messages()
+                || kept.sum::<u64>() > limits.half_bytes();
+            let is_absent = device.seen_at.plus(limits.device_absence) <= now;
+            if is_absent && (keeps_much || device.has_lost_position) {
+                device.has_lost_position = true;
+                device.waiting.clear();
+            }
+        }
+        self.remove_unread(now);
     }
 
     fn known(&self, from: u8, id: u8, now: UnixMillis) -> Option<(u64, &Queued)> {
@@ -116,16 +230,29 @@ impl Model {
                 .map(|message| self.enqueue(message, now))
                 .collect::<Vec<_>>()
                 .join(", "),
+            Op::CreateGroup => {
+                self.group.get_or_insert_default();
+                "created".to_owned()
+            }
+            Op::SendToGroup(send) => self.send_to_group(send, now),
             Op::Upload { owner, .. }
             | Op::PutHybrid { owner, .. }
             | Op::CreateSession { owner, .. }
             | Op::RevokeAll { owner }
+            | Op::RegisterDevice { owner, .. }
+            | Op::RevokeDevice { owner, .. }
+            | Op::ConfirmPosition { owner, .. }
+            | Op::ListDevices { owner }
                 if !self.exists(*owner) =>
             {
                 "no account".to_owned()
             }
-            Op::Upload { owner, packages } => self.upload(*owner, packages, now),
-            Op::Take { target } => self.take(*target, now),
+            Op::Upload { owner, device, packages } => self.upload(*owner, *device, packages, now),
+            Op::Take { target } => match self.take(*target, now, |_| true) {
+                None => "none".to_owned(),
+                Some((n, last_resort)) => format!("took {n} {last_resort}"),
+            },
+            Op::TakeOfDevices { target } => self.take_of_devices(*target, now),
             Op::PutHybrid { owner, key } => {
                 self.hybrid.insert(*owner, *key);
                 "put".to_owned()
@@ -143,10 +270,106 @@ impl Model {
             | Op::Ack { .. } => self.read(op, now),
             Op::Sweep => {
                 self.sessions.retain(|_, (_, _, [.., expires])| *expires > now);
+                self.inboxes.values_mut().for_each(|inbox| inbox.move_absent(now));
                 "swept".to_owned()
             }
+            Op::RegisterDevice { .. }
+            | Op::RevokeDevice { .. }
+            | Op::ConfirmPosition { .. }
+            | Op::ListDevices { .. } => self.device(op, now),
             _ => self.session(op, now),
         }
+    }
+
+    fn device(&mut self, op: &Op, now: UnixMillis) -> String {
+        match op {
+            Op::RegisterDevice { owner, device, name, key, token } => {
+                let outcome = self.register_device(*owner, *device, *name, *key, now);
+                let is_registered = matches!(outcome, "Registered" | "Repeated");
+                if let Some((of, bound @ None, _)) = self.sessions.get_mut(token)
+                    && is_registered
+                    && of == owner
+                {
+                    *bound = Some(*device);
+                }
+                outcome.to_owned()
+            }
+            Op::RevokeDevice { owner, device } => self.revoke_device(*owner, *device, now),
+            Op::ConfirmPosition { owner, device } => {
+                let devices = &mut self.inboxes.get_mut(owner).expect("there").devices;
+                devices
+                    .iter_mut()
+                    .filter(|found| found.id == *device)
+                    .for_each(|found| found.has_lost_position = false);
+                "confirmed".to_owned()
+            }
+            Op::ListDevices { owner } => {
+                let devices = self.inboxes[owner].devices.iter().map(|device| {
+                    let instants = [device.registered_at, device.seen_at];
+                    device_text(device.id, &device.name.to_string(), device.key, instants)
+                });
+                devices.collect::<Vec<_>>().join(", ")
+            }
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    fn register_device(
+        &mut self,
+        owner: u8,
+        id: u8,
+        name: u8,
+        key: Option<u8>,
+        now: UnixMillis,
+    ) -> &'static str {
+        let inbox = self.inboxes.get_mut(&owner).expect("there");
+        if let Some(known) = inbox.devices.iter_mut().find(|device| device.id == id) {
+            if known.key != key {
+                return "OtherKey";
+            }
+            known.name = name;
+            return "Repeated";
+        }
+        if let Some(key) = key {
+            let belongs_to = *self.device_keys.get(&key).unwrap_or(&(owner, id));
+            if key == OF_AN_ACCOUNT || belongs_to != (owner, id) {
+                return "KeyTaken";
+            }
+            self.device_keys.insert(key, (owner, id));
+        }
+        self.registrations += 1;
+        let is_first = inbox.devices.is_empty();
+        let inherited = inbox.queue.keys().copied().filter(|_| is_first).collect();
+        inbox.devices.push(Device {
+            id,
+            registration: self.registrations,
+            name,
+            key,
+            registered_at: now,
+            seen_at: now,
+            waiting: inherited,
+            has_lost_position: false,
+        });
+        "Registered"
+    }
+
+    fn revoke_device(&mut self, owner: u8, id: u8, now: UnixMillis) -> String {
+        let inbox = self.inboxes.get_mut(&owner).expect("there");
+        let Some(index) = inbox.devices.iter().position(|device| device.id == id) else {
+            return "NotFound".to_owned();
+        };
+        let revoked = inbox.devices.remove(index);
+        inbox.remove_unread(now);
+        let is_last_without_key =
+            revoked.key.is_none() && inbox.devices.iter().all(|device| device.key.is_some());
+        if let Some(packages) = self.packages.get_mut(&owner) {
+            packages.stored.retain(|package| {
+                package.device != Some(id) && !(is_last_without_key && package.device.is_none())
+            });
+        }
+        let before = self.sessions.len();
+        self.sessions.retain(|_, (of, device, _)| (*of, *device) != (owner, Some(id)));
+        format!("Revoked {{ ended_sessions: {} }}", before - self.sessions.len())
     }
 
     fn register(&mut self, name: u8, key: u8, record: u8, now: UnixMillis) -> &'static str {
@@ -198,28 +421,88 @@ impl Model {
         let queued = Queued { from, id, channel, size, at: now, expires };
         let text = receipt("accepted", inbox.last_seq, &queued);
         inbox.queue.insert(inbox.last_seq, queued);
+        for device in &mut inbox.devices {
+            device.waiting.insert(inbox.last_seq);
+        }
         text
     }
 
-    fn leased(&self, inbox: u8) -> BTreeSet<u64> {
-        let leases = self.leases.values().filter(|lease| lease.inbox == inbox);
+    fn send_to_group(&mut self, send: &GroupSend, now: UnixMillis) -> String {
+        let GroupSend { from, device, to, id, size, minutes, ahead } = send;
+        if !self.exists(*from) {
+            return "no account".to_owned();
+        }
+        let Some(group) = &self.group else { return "NotFound".to_owned() };
+        if !MEMBERS.contains(from) {
+            return "NotMember".to_owned();
+        }
+        let mut epoch = group.epoch;
+        if let Some(ahead) = ahead {
+            if let Some(first) = id.and_then(|id| group.commits.get(&(*from, id))) {
+                return first.text(true);
+            }
+            if *ahead > 0 {
+                return format!("StaleEpoch({epoch})");
+            }
+            epoch += 1;
+        }
+        let has_other_device =
+            self.inboxes[from].devices.iter().any(|other| Some(other.id) != *device);
+        let is_recipient = |member: &u8| member != from || has_other_device;
+        let others = || MEMBERS.into_iter().filter(is_recipient).collect();
+        let recipients = to.clone().unwrap_or_else(others);
+        let message =
+            Message { from: *from, to: 0, channel: GROUP, id: *id, size: *size, minutes: *minutes };
+        let mut outcomes: Vec<_> = recipients
+            .iter()
+            .map(|to| self.enqueue(&Message { to: *to, ..message.clone() }, now))
+            .collect();
+        let is_repeat = ahead.is_none()
+            && !outcomes.is_empty()
+            && outcomes.iter().all(|outcome| outcome.starts_with("duplicate"));
+        let mut skipped = 0;
+        if to.is_none() {
+            let is_skipped =
+                |outcome: &&String| ["QueueFull", "SenderShare"].contains(&&***outcome);
+            skipped = outcomes.iter().filter(is_skipped).count();
+            outcomes.clear();
+        }
+        let result = GroupResult { epoch, recipients: recipients.len(), skipped, outcomes };
+        let text = result.text(is_repeat);
+        let group = self.group.as_mut().expect("found above");
+        group.epoch = epoch;
+        if let (Some(id), Some(_)) = (id, ahead) {
+            let as_duplicate = |outcome: &String| outcome.replace("accepted", "duplicate");
+            let outcomes = result.outcomes.iter().map(as_duplicate).collect();
+            group.commits.insert((*from, *id), GroupResult { outcomes, ..result });
+        }
+        text
+    }
+
+    fn leased(&self, inbox: u8, registration: Option<u64>) -> BTreeSet<u64> {
+        let is_of_reader =
+            |lease: &&Leased| (lease.inbox, lease.registration) == (inbox, registration);
+        let leases = self.leases.values().filter(is_of_reader);
         leases.flat_map(|lease| lease.seqs.iter().copied()).collect()
     }
 
     /// Returns the page as text, and its seqs.
     fn page(
         &self,
-        inbox: u8,
+        of: u8,
+        registration: Option<u64>,
         view: Option<u8>,
         after: u64,
         messages: u32,
         bytes: usize,
     ) -> (String, Vec<u64>) {
-        let leased = self.leased(inbox);
-        let none = BTreeMap::new();
-        let queue = self.inboxes.get(&inbox).map_or(&none, |inbox| &inbox.queue);
-        let visible: Vec<_> = queue
+        let leased = self.leased(of, registration);
+        let nothing = Inbox::default();
+        let inbox = self.inboxes.get(&of).unwrap_or(&nothing);
+        let visible: Vec<_> = inbox
+            .queue
             .iter()
+            .filter(|(seq, _)| inbox.waits_for(**seq, registration))
             .filter(|(seq, q)| **seq > after && view.is_none_or(|n| n == q.channel))
             .take_while(|(seq, _)| !leased.contains(seq))
             .collect();
@@ -240,19 +523,39 @@ impl Model {
         (text, shown.iter().map(|(seq, ..)| *seq).collect())
     }
 
+    /// Returns the registration of the device that reads, if the inbox has devices.
+    fn reader(&self, inbox: u8, device: Option<u8>) -> Result<Option<u64>, &'static str> {
+        self.inboxes.get(&inbox).map_or(Ok(None), |inbox| inbox.reader(device))
+    }
+
     fn read(&mut self, op: &Op, now: UnixMillis) -> String {
+        if let Op::Lease { slot, .. } = op {
+            self.leases.remove(slot);
+        }
+        let registration = match op {
+            Op::Lease { inbox, device, .. }
+            | Op::Peek { inbox, device, .. }
+            | Op::Ack { inbox, device, .. } => match self.reader(*inbox, *device) {
+                Ok(registration) => registration,
+                Err(refusal) => {
+                    self.note_seen(op, now);
+                    return refusal.to_owned();
+                }
+            },
+            _ => None,
+        };
+        self.note_seen(op, now);
         match op {
-            Op::Lease { inbox, view, messages, bytes, slot } => {
-                self.leases.remove(slot);
-                let (text, seqs) = self.page(*inbox, *view, 0, *messages, *bytes);
-                self.leases.insert(*slot, Leased { inbox: *inbox, seqs });
+            Op::Lease { inbox, view, messages, bytes, slot, .. } => {
+                let (text, seqs) = self.page(*inbox, registration, *view, 0, *messages, *bytes);
+                self.leases.insert(*slot, Leased { inbox: *inbox, registration, seqs });
                 text
             }
             Op::Complete { slot } => match self.leases.remove(slot) {
                 None => "no lease".to_owned(),
-                Some(lease) => {
-                    if let Some(inbox) = self.inboxes.get_mut(&lease.inbox) {
-                        lease.seqs.into_iter().for_each(|seq| inbox.remove(seq, now));
+                Some(Leased { inbox, registration, seqs }) => {
+                    if let Some(inbox) = self.inboxes.get_mut(&inbox) {
+                        inbox.complete(&seqs, registration, now);
                     }
                     "completed".to_owned()
                 }
@@ -260,12 +563,12 @@ impl Model {
             Op::Release { slot } => {
                 self.leases.remove(slot).map_or("no lease", |_| "released").to_owned()
             }
-            Op::Peek { inbox, view, after, messages } => {
-                self.page(*inbox, *view, *after, *messages, usize::MAX).0
+            Op::Peek { inbox, view, after, messages, .. } => {
+                self.page(*inbox, registration, *view, *after, *messages, usize::MAX).0
             }
-            Op::Ack { inbox, view, up_to, seqs } => {
+            Op::Ack { inbox, view, up_to, seqs, .. } => {
                 let Some(inbox) = self.inboxes.get_mut(inbox) else { return "acked 0".to_owned() };
-                let acked: Vec<u64> = inbox
+                let named: Vec<u64> = inbox
                     .queue
                     .iter()
                     .filter(|(seq, q)| {
@@ -274,50 +577,89 @@ impl Model {
                     })
                     .map(|(seq, _)| *seq)
                     .collect();
-                acked.iter().for_each(|seq| inbox.remove(*seq, now));
-                format!("acked {}", acked.len())
+                format!("acked {}", inbox.complete(&named, registration, now))
             }
             other => unreachable!("{other:?}"),
         }
     }
 
-    fn upload(&mut self, owner: u8, packages: &[Package], now: UnixMillis) -> String {
-        let kept = self.packages.entry(owner).or_default();
-        let mut stored: Vec<_> =
-            kept.stored.iter().copied().filter(|(.., until)| *until >= now).collect();
-        for (index, package) in packages.iter().enumerate() {
-            if stored.iter().any(|(n, ..)| *n == package.n) {
-                continue;
-            }
-            if kept.given_out.get(&package.n).is_some_and(|until| *until >= now) {
-                return format!("GivenOut({index})");
-            }
-            if package.last_resort {
-                stored.retain(|(_, last_resort, _)| !last_resort);
-            }
-            let until = now.plus(MINUTE * package.minutes.into());
-            stored.push((package.n, package.last_resort, until));
+    /// Notes that a device has read, which an ack does not.
+    fn note_seen(&mut self, op: &Op, now: UnixMillis) {
+        if let Op::Lease { inbox, device, .. } | Op::Peek { inbox, device, .. } = op
+            && let Some(inbox) = self.inboxes.get_mut(inbox)
+        {
+            inbox.note_seen(*device, now);
         }
-        if stored.len() > limits().key_packages.max_count as usize {
-            return "Full".to_owned();
-        }
-        kept.stored = stored;
-        let last = kept.stored.iter().filter(|(_, last_resort, _)| *last_resort).count();
-        format!("stored {} {}", kept.stored.len() - last, last > 0)
     }
 
-    fn take(&mut self, target: u8, now: UnixMillis) -> String {
-        let Some(kept) = self.packages.get_mut(&target) else { return "none".to_owned() };
-        let pick = |wanted| {
-            kept.stored.iter().position(|(_, last, until)| *last == wanted && *until >= now)
+    fn upload(
+        &mut self,
+        owner: u8,
+        by: Option<u8>,
+        packages: &[Package],
+        now: UnixMillis,
+    ) -> String {
+        let kept = self.packages.entry(owner).or_default();
+        let mut stored: Vec<_> =
+            kept.stored.iter().copied().filter(|package| package.until >= now).collect();
+        for (index, Package { n, device, last_resort, minutes }) in packages.iter().enumerate() {
+            if stored.iter().any(|package| package.n == *n) {
+                continue;
+            }
+            if kept.given_out.get(n).is_some_and(|until| *until >= now) {
+                return format!("GivenOut({index})");
+            }
+            if *last_resort {
+                stored.retain(|package| !package.last_resort || package.device != *device);
+            }
+            let until = now.plus(MINUTE * (*minutes).into());
+            stored.push(StoredPackage { n: *n, device: *device, last_resort: *last_resort, until });
+        }
+        let of = |device| {
+            let is_of = move |package: &&StoredPackage| package.device == device;
+            stored.iter().filter(is_of)
         };
-        let Some(index) = pick(false).or_else(|| pick(true)) else { return "none".to_owned() };
-        let (n, last_resort, until) = kept.stored[index];
+        let max_count = limits().key_packages.max_count as usize;
+        if packages.iter().any(|package| of(package.device).count() > max_count) {
+            return "Full".to_owned();
+        }
+        let last = of(by).filter(|package| package.last_resort).count();
+        let text = format!("stored {} {}", of(by).count() - last, last > 0);
+        kept.stored = stored;
+        text
+    }
+
+    /// Takes the oldest package of those that `is_of` selects.
+    fn take(
+        &mut self,
+        target: u8,
+        now: UnixMillis,
+        is_of: impl Fn(Option<u8>) -> bool,
+    ) -> Option<(u8, bool)> {
+        let kept = self.packages.get_mut(&target)?;
+        let pick = |wanted| {
+            kept.stored.iter().position(|package| {
+                package.last_resort == wanted && package.until >= now && is_of(package.device)
+            })
+        };
+        let index = pick(false).or_else(|| pick(true))?;
+        let StoredPackage { n, last_resort, until, .. } = kept.stored[index];
         if !last_resort {
             kept.stored.remove(index);
         }
         kept.given_out.insert(n, until);
-        format!("took {n} {last_resort}")
+        Some((n, last_resort))
+    }
+
+    fn take_of_devices(&mut self, target: u8, now: UnixMillis) -> String {
+        let devices = self.inboxes.get(&target).map_or(&[][..], |inbox| &inbox.devices);
+        let devices: Vec<_> = devices.iter().map(|device| (device.id, device.key)).collect();
+        let taken = devices.into_iter().map(|(id, key)| {
+            let is_of =
+                |device: Option<u8>| device == Some(id) || (device.is_none() && key.is_none());
+            (id, self.take(target, now, is_of))
+        });
+        format!("{:?}", taken.collect::<Vec<_>>())
     }
 
     fn session(&mut self, op: &Op, now: UnixMillis) -> String {

@@ -8,7 +8,9 @@ use std::{
 };
 
 use qpq_domain::{IdentityKey, Seq, StoreLimits, UnixMillis, Username};
-use qpq_ports::{NewAccount, PageLimit, ReadQuery, Reader, Registration, StoreError, View};
+use qpq_ports::{
+    NewAccount, PageLimit, ReadError, ReadQuery, Reader, Registration, StoreError, View,
+};
 use qpq_store_embedded::{EmbeddedStore, OpenError};
 use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
 
@@ -247,10 +249,10 @@ async fn damage_is_reported_when_a_statement_meets_it() {
     let read = ReadQuery { reader: Reader::single(key(1)), view: View::All };
     let everything = PageLimit { messages: u32::MAX, bytes: usize::MAX };
     let error = inboxes.peek(read, Seq::ZERO, everything, START).await.expect_err("damaged");
-    assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
+    assert!(matches!(error, ReadError::Store(StoreError::Corrupt(_))), "{error:?}");
     let ack = qpq_ports::Ack { up_to: Some(Seq(400)), ..qpq_ports::Ack::default() };
     let error = inboxes.ack(read, ack, START).await.expect_err("damaged");
-    assert!(matches!(error, StoreError::Corrupt(_)), "{error:?}");
+    assert!(matches!(error, ReadError::Store(StoreError::Corrupt(_))), "{error:?}");
     for _ in 0..2 {
         let error = store.stores().maintenance.check().await.expect_err("readiness says so");
         let cause = std::error::Error::source(&error).expect("a cause").to_string();

@@ -4,12 +4,14 @@
 use std::{collections::HashMap, time::Duration};
 
 use qpq_domain::{
-    AccountId, ChannelId, DeliveryLimits, DeviceId, IdentityKey, KeyPackageLimits, MessageId, Seq,
-    StoreLimits, TokenHash, UnixMillis, Username,
+    AccountId, ChannelId, DeliveryLimits, DeviceId, DeviceKey, GroupId, IdentityKey,
+    KeyPackageLimits, MessageId, Seq, StoreLimits, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Batch, Enqueued, Lease, NewAccount, NewKeyPackage, NewMessage, NewSession, Page,
-    PageLimit, ReadQuery, Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
+    Ack, Batch, CertifiedKey, Commit, DevicePackage, Enqueued, GroupMessage, GroupRecipients,
+    GroupSent, HybridKey, Lease, NewAccount, NewDevice, NewGroup, NewKeyPackage, NewMembers,
+    NewMessage, NewSession, PackageOwner, Page, PageLimit, ReadError, ReadQuery, Reader, Receipt,
+    Registration, Session, Stores, Upload, UploadMode, View,
 };
 use serde::{Deserialize, Serialize};
 
@@ -24,35 +26,116 @@ pub(crate) fn limits() -> StoreLimits {
     StoreLimits {
         delivery: DeliveryLimits {
             max_messages: 6,
-            max_bytes: 400,
+            max_bytes: 2_000,
             sender_share: 3,
             recent_ids: 15 * MINUTE,
+            device_absence: 5 * MINUTE,
             ..DeliveryLimits::default()
         },
         key_packages: KeyPackageLimits { max_count: 4, ..KeyPackageLimits::default() },
     }
 }
 
-/// One operation. Accounts, channels, ids, packages and sessions are numbers.
+/// The number of a device key that is the identity key of account 1.
+pub(crate) const OF_AN_ACCOUNT: u8 = 5;
+
+/// One operation. Accounts, channels, ids, packages, devices and sessions are numbers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Op {
-    Register { name: u8, key: u8, record: u8 },
-    Find { key: u8 },
+    Register {
+        name: u8,
+        key: u8,
+        record: u8,
+    },
+    Find {
+        key: u8,
+    },
     Enqueue(Vec<Message>),
-    Lease { inbox: u8, view: Option<u8>, messages: u32, bytes: usize, slot: u8 },
-    Complete { slot: u8 },
-    Release { slot: u8 },
-    Peek { inbox: u8, view: Option<u8>, after: u64, messages: u32 },
-    Ack { inbox: u8, view: Option<u8>, up_to: Option<u64>, seqs: Vec<u64> },
-    Upload { owner: u8, packages: Vec<Package> },
-    Take { target: u8 },
-    PutHybrid { owner: u8, key: u8 },
-    GetHybrid { targets: Vec<u8> },
-    CreateSession { token: u8, owner: u8, minutes: u8 },
-    FindSession { token: u8 },
-    Touch { token: u8, minutes: u8 },
-    Revoke { token: u8 },
-    RevokeAll { owner: u8 },
+    /// Creates the group of [`MEMBERS`].
+    CreateGroup,
+    SendToGroup(GroupSend),
+    Lease {
+        inbox: u8,
+        device: Option<u8>,
+        view: Option<u8>,
+        messages: u32,
+        bytes: usize,
+        slot: u8,
+    },
+    Complete {
+        slot: u8,
+    },
+    Release {
+        slot: u8,
+    },
+    Peek {
+        inbox: u8,
+        device: Option<u8>,
+        view: Option<u8>,
+        after: u64,
+        messages: u32,
+    },
+    Ack {
+        inbox: u8,
+        device: Option<u8>,
+        view: Option<u8>,
+        up_to: Option<u64>,
+        seqs: Vec<u64>,
+    },
+    Upload {
+        owner: u8,
+        device: Option<u8>,
+        packages: Vec<Package>,
+    },
+    Take {
+        target: u8,
+    },
+    TakeOfDevices {
+        target: u8,
+    },
+    PutHybrid {
+        owner: u8,
+        key: u8,
+    },
+    GetHybrid {
+        targets: Vec<u8>,
+    },
+    CreateSession {
+        token: u8,
+        owner: u8,
+        minutes: u8,
+    },
+    FindSession {
+        token: u8,
+    },
+    Touch {
+        token: u8,
+        minutes: u8,
+    },
+    Revoke {
+        token: u8,
+    },
+    RevokeAll {
+        owner: u8,
+    },
+    RegisterDevice {
+        owner: u8,
+        device: u8,
+        name: u8,
+        key: Option<u8>,
+        token: u8,
+    },
+    RevokeDevice {
+        owner: u8,
+        device: u8,
+    },
+    ConfirmPosition {
+        owner: u8,
+        device: u8,
+    },
+    ListDevices {
+        owner: u8,
+    },
     Sweep,
 }
 
@@ -66,9 +149,46 @@ pub(crate) struct Message {
     pub(crate) minutes: u8,
 }
 
+/// The number of the group, and of its channel.
+pub(crate) const GROUP: u8 = 3;
+
+/// The members of the group. The first one creates it.
+pub(crate) const MEMBERS: [u8; 6] = [1, 2, 3, 11, 12, 13];
+
+/// A message to the group: to listed accounts, or to all other members.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct GroupSend {
+    pub(crate) from: u8,
+    pub(crate) device: Option<u8>,
+    pub(crate) to: Option<Vec<u8>>,
+    pub(crate) id: Option<u8>,
+    pub(crate) size: usize,
+    pub(crate) minutes: u8,
+    /// For a commit: how far the expected epoch is ahead.
+    pub(crate) ahead: Option<u64>,
+}
+
+/// The result of a message to the group. The outcomes are those of listed accounts.
+#[derive(Clone, Debug)]
+pub(crate) struct GroupResult {
+    pub(crate) epoch: u64,
+    pub(crate) recipients: usize,
+    pub(crate) skipped: usize,
+    pub(crate) outcomes: Vec<String>,
+}
+
+impl GroupResult {
+    pub(crate) fn text(&self, is_repeat: bool) -> String {
+        let Self { epoch, recipients, skipped, outcomes } = self;
+        let outcomes = outcomes.join(", ");
+        format!("epoch {epoch}, {recipients} - {skipped}, repeat {is_repeat}: {outcomes}")
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Package {
     pub(crate) n: u8,
+    pub(crate) device: Option<u8>,
     pub(crate) last_resort: bool,
     pub(crate) minutes: u8,
 }
@@ -83,9 +203,27 @@ pub(crate) fn key(n: u8) -> IdentityKey {
     IdentityKey::new([n; 32])
 }
 
-fn read(inbox: u8, view: Option<u8>) -> ReadQuery {
+/// Returns the device key with this number. The last one is an identity key.
+fn device_key(n: u8) -> DeviceKey {
+    DeviceKey::new(if n == OF_AN_ACCOUNT { [1; 32] } else { [0xd0 + n; 32] })
+}
+
+fn device_id(n: u8) -> DeviceId {
+    DeviceId::new([n; 16])
+}
+
+fn read(inbox: u8, device: Option<u8>, view: Option<u8>) -> ReadQuery {
     let view = view.map_or(View::All, |n| View::Channel(channel(n)));
-    ReadQuery { reader: Reader::single(key(inbox)), view }
+    ReadQuery { reader: Reader { inbox: key(inbox), device: device.map(device_id) }, view }
+}
+
+/// Returns why a read was refused.
+fn refusal(error: &ReadError) -> String {
+    match error {
+        ReadError::DeviceRequired => "device required".to_owned(),
+        ReadError::PositionLost => "position lost".to_owned(),
+        ReadError::Store(error) => panic!("{error}"),
+    }
 }
 
 pub(crate) fn channel(n: u8) -> ChannelId {
@@ -134,18 +272,26 @@ impl Machine {
         match op {
             Op::Register { .. } | Op::Find { .. } => self.accounts(op, now).await,
             Op::Enqueue(messages) => self.enqueue(messages, now).await,
+            Op::CreateGroup => self.create_group(now).await,
+            Op::SendToGroup(send) => self.send_to_group(send, now).await,
             Op::Lease { .. }
             | Op::Complete { .. }
             | Op::Release { .. }
             | Op::Peek { .. }
             | Op::Ack { .. } => self.inboxes(op, now).await,
-            Op::Upload { .. } | Op::Take { .. } | Op::PutHybrid { .. } | Op::GetHybrid { .. } => {
-                self.keys(op, now).await
-            }
+            Op::Upload { .. }
+            | Op::Take { .. }
+            | Op::TakeOfDevices { .. }
+            | Op::PutHybrid { .. }
+            | Op::GetHybrid { .. } => self.keys(op, now).await,
             Op::Sweep => {
-                while self.stores.maintenance.sweep(now).await.expect("sweep") > 0 {}
+                while self.stores.maintenance.sweep(now).await.expect("sweep").rows > 0 {}
                 "swept".to_owned()
             }
+            Op::RegisterDevice { .. }
+            | Op::RevokeDevice { .. }
+            | Op::ConfirmPosition { .. }
+            | Op::ListDevices { .. } => self.devices(op, now).await,
             _ => self.sessions(op, now).await,
         }
     }
@@ -198,31 +344,75 @@ impl Machine {
     async fn enqueue(&self, messages: Vec<Message>, now: UnixMillis) -> String {
         let messages = messages.into_iter().map(|message| enqueue(&message, now)).collect();
         let outcomes = self.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
-        let receipt = |what, r: Receipt| {
-            receipt_text(what, r.seq.0, r.channel.as_bytes(), r.payload_sha256[0], r.enqueued_at.0)
+        outcomes.into_iter().map(outcome_text).collect::<Vec<_>>().join(", ")
+    }
+
+    async fn create_group(&self, now: UnixMillis) -> String {
+        let [creator, members @ ..] = MEMBERS;
+        let group = NewGroup {
+            id: GroupId::new([GROUP; 16]),
+            creator: self.account(creator).await.expect("registered"),
+            members: NewMembers::Listed(members.map(key).to_vec()),
+            name: String::new(),
+            description: String::new(),
+            now,
         };
-        let texts: Vec<_> = outcomes
-            .into_iter()
-            .map(|outcome| match outcome {
-                Enqueued::Accepted(r) => receipt("accepted", r),
-                Enqueued::Duplicate(r) => receipt("duplicate", r),
-                other => format!("{other:?}"),
-            })
-            .collect();
-        texts.join(", ")
+        let created = self.stores.groups.create(group).await.expect("create");
+        assert!(created.is_ok(), "{created:?}");
+        "created".to_owned()
+    }
+
+    async fn send_to_group(&self, send: GroupSend, now: UnixMillis) -> String {
+        let Some(sender) = self.account(send.from).await else { return "no account".to_owned() };
+        let (groups, id) = (&self.stores.groups, GroupId::new([GROUP; 16]));
+        let info = match groups.info(id, sender).await.expect("info") {
+            Ok(info) => info,
+            Err(refusal) => return format!("{refusal:?}"),
+        };
+        let GroupSend { from, device, to, id: message_id, size, minutes, ahead } = send;
+        let one = Message { from, to: from, channel: GROUP, id: message_id, size, minutes };
+        let one = enqueue(&one, now);
+        let expected = |ahead| Commit { expected_epoch: info.epoch + ahead, group_info: None };
+        let message = GroupMessage {
+            group: id,
+            sender,
+            sender_key: one.sender,
+            sender_device: device.map(device_id),
+            recipients: to.map_or(GroupRecipients::Others, |listed| {
+                GroupRecipients::Listed(listed.into_iter().map(key).collect())
+            }),
+            payload: one.payload,
+            payload_sha256: one.payload_sha256,
+            message_id: one.message_id,
+            ttl: one.ttl,
+            now,
+            commit: ahead.map(expected),
+        };
+        match groups.send(message).await.expect("send") {
+            Ok(GroupSent { epoch, recipients, outcomes, skipped, is_repeat }) => {
+                let outcomes = outcomes.into_iter().map(outcome_text).collect();
+                let [recipients, skipped] = [recipients, skipped].map(|n| n as usize);
+                GroupResult { epoch, recipients, skipped, outcomes }.text(is_repeat)
+            }
+            Err(refusal) => format!("{refusal:?}"),
+        }
     }
 
     async fn inboxes(&mut self, op: Op, now: UnixMillis) -> String {
         let inboxes = &self.stores.inboxes;
         match op {
-            Op::Lease { inbox, view, messages, bytes, slot } => {
+            Op::Lease { inbox, device, view, messages, bytes, slot } => {
                 // Releases the previous lease of the slot first.
                 self.leases.remove(&slot);
                 let limit = PageLimit { messages, bytes };
-                let lease = inboxes.lease(read(inbox, view), limit, now).await.expect("lease");
-                let text = page(lease.page());
-                self.leases.insert(slot, lease);
-                text
+                match inboxes.lease(read(inbox, device, view), limit, now).await {
+                    Ok(lease) => {
+                        let text = page(lease.page());
+                        self.leases.insert(slot, lease);
+                        text
+                    }
+                    Err(error) => refusal(&error),
+                }
             }
             Op::Complete { slot } => match self.leases.remove(&slot) {
                 None => "no lease".to_owned(),
@@ -234,14 +424,16 @@ impl Machine {
             Op::Release { slot } => {
                 self.leases.remove(&slot).map_or("no lease", |_| "released").to_owned()
             }
-            Op::Peek { inbox, view, after, messages } => {
+            Op::Peek { inbox, device, view, after, messages } => {
                 let limit = PageLimit { messages, bytes: usize::MAX };
-                page(&inboxes.peek(read(inbox, view), Seq(after), limit, now).await.expect("peek"))
+                let peeked = inboxes.peek(read(inbox, device, view), Seq(after), limit, now).await;
+                peeked.map_or_else(|error| refusal(&error), |peeked| page(&peeked))
             }
-            Op::Ack { inbox, view, up_to, seqs } => {
+            Op::Ack { inbox, device, view, up_to, seqs } => {
                 let seqs = seqs.into_iter().map(Seq).collect();
                 let ack = Ack { up_to: up_to.map(Seq), seqs, store_id: None };
-                format!("acked {}", inboxes.ack(read(inbox, view), ack, now).await.expect("ack"))
+                let acked = inboxes.ack(read(inbox, device, view), ack, now).await;
+                acked.map_or_else(|error| refusal(&error), |count| format!("acked {count}"))
             }
             other => unreachable!("{other:?}"),
         }
@@ -250,14 +442,15 @@ impl Machine {
     async fn keys(&self, op: Op, now: UnixMillis) -> String {
         let keys = &self.stores.key_packages;
         match op {
-            Op::Upload { owner, packages } => {
+            Op::Upload { owner, device, packages } => {
                 let Some(account) = self.account(owner).await else {
                     return "no account".to_owned();
                 };
                 let packages = packages.iter().map(|package| new_package(package, now)).collect();
-                match keys.upload(account, packages, UploadMode::Add, now).await.expect("upload") {
+                let owner = PackageOwner { account, device: device.map(device_id) };
+                match keys.upload(owner, packages, UploadMode::Add, now).await.expect("upload") {
                     Upload::Stored(stock) => {
-                        assert_eq!(keys.stock(account, now).await.expect("stock"), stock);
+                        assert_eq!(keys.stock(owner, now).await.expect("stock"), stock);
                         format!("stored {} {}", stock.available, stock.has_last_resort)
                     }
                     other => format!("{other:?}"),
@@ -267,18 +460,74 @@ impl Machine {
                 None => "none".to_owned(),
                 Some(taken) => format!("took {} {}", taken.bytes[0], taken.last_resort),
             },
+            Op::TakeOfDevices { target } => {
+                let taken = keys.take_of_devices(&key(target), now).await.expect("take");
+                let packages = taken.iter().map(|DevicePackage { device, package }| {
+                    let package = package.as_ref().map(|taken| (taken.bytes[0], taken.last_resort));
+                    (device.as_bytes()[0], package)
+                });
+                format!("{:?}", packages.collect::<Vec<_>>())
+            }
             Op::PutHybrid { owner, key } => {
                 let Some(account) = self.account(owner).await else {
                     return "no account".to_owned();
                 };
-                self.stores.hybrid_keys.put(account, vec![key; 1216]).await.expect("put");
+                let key = HybridKey { key: vec![key; 1216], signature: Some([key; 64]) };
+                self.stores.hybrid_keys.put(account, key).await.expect("put");
                 "put".to_owned()
             }
             Op::GetHybrid { targets } => {
                 let targets: Vec<_> = targets.into_iter().map(key).collect();
                 let found = self.stores.hybrid_keys.get(&targets).await.expect("get");
-                let found: Vec<_> = found.into_iter().map(|key| key.map(|key| key[0])).collect();
+                let found: Vec<_> = found
+                    .into_iter()
+                    .map(|key| key.and_then(|key| Some(key.signature?[0])))
+                    .collect();
                 format!("{found:?}")
+            }
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    async fn devices(&self, op: Op, now: UnixMillis) -> String {
+        let (Op::RegisterDevice { owner, .. }
+        | Op::RevokeDevice { owner, .. }
+        | Op::ConfirmPosition { owner, .. }
+        | Op::ListDevices { owner }) = op
+        else {
+            unreachable!("{op:?}")
+        };
+        let Some(account) = self.account(owner).await else { return "no account".to_owned() };
+        let devices = &self.stores.devices;
+        match op {
+            Op::RegisterDevice { device, name, key, token: n, .. } => {
+                let certified = |n| CertifiedKey { key: device_key(n), proof: [n; 64] };
+                let new = NewDevice {
+                    account,
+                    device: device_id(device),
+                    name: name.to_string(),
+                    key: key.map(certified),
+                    session: token(n),
+                    now,
+                };
+                format!("{:?}", devices.register(new).await.expect("register"))
+            }
+            Op::RevokeDevice { device, .. } => {
+                let revoked = devices.revoke(account, device_id(device), now).await;
+                format!("{:?}", revoked.expect("revoke"))
+            }
+            Op::ConfirmPosition { device, .. } => {
+                devices.confirm_position(account, device_id(device)).await.expect("confirm");
+                "confirmed".to_owned()
+            }
+            Op::ListDevices { .. } => {
+                let listed = devices.list(account).await.expect("list");
+                let texts = listed.into_iter().map(|device| {
+                    let key = device.key.map(|certified| certified.proof[0]);
+                    let instants = [device.registered_at, device.last_seen_at];
+                    device_text(device.id.as_bytes()[0], &device.name, key, instants)
+                });
+                texts.collect::<Vec<_>>().join(", ")
             }
             other => unreachable!("{other:?}"),
         }
@@ -336,8 +585,28 @@ impl Machine {
     }
 }
 
+fn outcome_text(outcome: Enqueued) -> String {
+    let receipt = |what, r: Receipt| {
+        receipt_text(what, r.seq.0, r.channel.as_bytes(), r.payload_sha256[0], r.enqueued_at.0)
+    };
+    match outcome {
+        Enqueued::Accepted(r) => receipt("accepted", r),
+        Enqueued::Duplicate(r) => receipt("duplicate", r),
+        other => format!("{other:?}"),
+    }
+}
+
 pub(crate) fn session_text(owner: u8, device: Option<u8>, instants: [UnixMillis; 3]) -> String {
     format!("session of {owner} {device:?} {:?}", instants.map(|at| at.0))
+}
+
+pub(crate) fn device_text(
+    device: u8,
+    name: &str,
+    key: Option<u8>,
+    instants: [UnixMillis; 2],
+) -> String {
+    format!("device {device} {name} {key:?} {:?}", instants.map(|at| at.0))
 }
 
 fn token(n: u8) -> TokenHash {
@@ -362,6 +631,7 @@ fn new_package(package: &Package, now: UnixMillis) -> NewKeyPackage {
     NewKeyPackage {
         fingerprint: [package.n; 32],
         bytes: vec![package.n; 100],
+        device: package.device.map(device_id),
         last_resort: package.last_resort,
         not_before: now,
         not_after: now.plus(MINUTE * package.minutes.into()),

@@ -6,7 +6,7 @@ use qpq_proto::{convert, methods, v1};
 
 use super::{
     page,
-    read::{Target, owe},
+    read::{Target, owe, refused},
 };
 use crate::{Caller, Cx, Handled, Handler};
 
@@ -35,7 +35,10 @@ impl Handler for methods::Ack {
             0
         } else {
             let named = ack.seqs.len();
-            let removed = cx.app.stores.inboxes.ack(query, ack, cx.now).await?;
+            let removed = match cx.app.stores.inboxes.ack(query, ack, cx.now).await {
+                Ok(removed) => removed,
+                Err(error) => return Err(refused(cx, &caller, &query, error).await),
+            };
             owe(cx, &caller, page::calls(named.max(removed as usize)));
             removed
         };

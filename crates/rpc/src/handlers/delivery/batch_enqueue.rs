@@ -1,4 +1,5 @@
-//! BatchEnqueue (205): sends one payload to many recipients, or a list of messages.
+//! BatchEnqueue (205): sends one payload to many recipients, or a list of messages. A commit and a
+//! message to all members are in `group_message`.
 //!
 //! A batch is stored in several calls of bounded size, so that no transaction is large and other
 //! calls are executed in between. Each result stands alone: if the store fails, the messages of
@@ -12,12 +13,15 @@ use qpq_domain::{IdentityKey, MAX_BATCH, UnixMillis};
 use qpq_ports::{Batch, CALL_BYTES, CALL_MESSAGES, Enqueued, Inboxes, NewMessage};
 use qpq_proto::{convert, methods, v1};
 
-use super::message::{Accepted, accepted, charge, parse};
+use super::{
+    group_message,
+    message::{Accepted, accepted, charge, parse},
+};
 use crate::{App, Caller, Cx, Error, Handled, Handler, error::Code};
 
 /// The number of signatures or digests, about a millisecond, after which the call yields to others
 /// on its worker.
-const STRIDE: usize = 32;
+pub(super) const STRIDE: usize = 32;
 
 /// The maximum size of one result: a proof of about 230 bytes, a seq, a code.
 const RESULT_BYTES: usize = 512;
@@ -28,6 +32,9 @@ impl Handler for methods::BatchEnqueue {
     }
 
     async fn handle(cx: Cx<'_>, caller: Caller, request: v1::BatchEnqueueRequest) -> Handled<Self> {
+        if group_message::is_for_group(&request) {
+            return Ok(group_message::send(cx, caller, request).await?.into());
+        }
         let Size { messages, bytes } = size(cx.app, &request)?;
         charge(cx, caller.account, messages, bytes).await?;
         let parsed = parse_batch(cx.app, &caller.identity, request, cx.now).await?;
@@ -61,9 +68,6 @@ struct Size {
 
 /// Checks the form and the size of a batch before its messages are parsed.
 fn size(app: &App, request: &v1::BatchEnqueueRequest) -> Result<Size, Error> {
-    if request.commit || request.expected_epoch != 0 {
-        return Err(Error::CommitUnsupported);
-    }
     let is_list = !request.messages.is_empty();
     let is_fan_out = !request.recipient_keys.is_empty();
     let has_shared = !(request.payload.is_empty()
@@ -202,11 +206,13 @@ async fn results(
     results
 }
 
-fn batch_result(Accepted { seq, delivery_proof, duplicate }: Accepted) -> v1::BatchResult {
+pub(super) fn batch_result(
+    Accepted { seq, delivery_proof, duplicate }: Accepted,
+) -> v1::BatchResult {
     v1::BatchResult { seq, delivery_proof, duplicate, ..v1::BatchResult::default() }
 }
 
-fn refused(code: Code) -> v1::BatchResult {
+pub(super) fn refused(code: Code) -> v1::BatchResult {
     v1::BatchResult {
         status: code.status().code().into(),
         code: code.as_str().into(),

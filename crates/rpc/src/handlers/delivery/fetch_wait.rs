@@ -74,12 +74,15 @@ async fn wait(
         tokio::select! {
             biased;
             () = drain.began() => return Ok(None),
-            event = account_events.next() => {
-                if event == AccountEvent::SessionsEnded {
+            event = account_events.next() => match event {
+                AccountEvent::SessionsEnded => {
                     auth::recheck(cx, caller).await?;
+                    continue;
                 }
-                continue;
-            }
+                AccountEvent::KeyPackageTaken => continue,
+                // Another device may be the reader now: the read decides.
+                AccountEvent::DevicesChanged => {}
+            },
             turn = waiter.next() => {
                 if turn == Turn::Displaced {
                     return Ok(None);

@@ -10,6 +10,7 @@ mod batch_enqueue;
 mod enqueue;
 mod fetch;
 mod fetch_wait;
+pub(super) mod group_message;
 mod message;
 mod page;
 mod peek;

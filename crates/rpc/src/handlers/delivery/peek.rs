@@ -5,7 +5,7 @@ use qpq_proto::{methods, v1};
 
 use super::{
     page,
-    read::{Target, owe},
+    read::{Target, owe, refused},
 };
 use crate::{Caller, Cx, Handled, Handler, Response};
 
@@ -22,12 +22,17 @@ impl Handler for methods::Peek {
         let after = Seq(request.after_seq);
         let inboxes = &cx.app.stores.inboxes;
         let mut space = page::space(cx, &caller, wanted).await?;
-        let mut page = inboxes.peek(query, after, space.limit, cx.now).await?;
-        while !space.fits(&page) {
+        let page = loop {
+            let page = match inboxes.peek(query, after, space.limit, cx.now).await {
+                Ok(page) => page,
+                Err(error) => return Err(refused(cx, &caller, &query, error).await),
+            };
+            if space.fits(&page) {
+                break page;
+            }
             drop((page, space));
             space = page::full_space(cx, &caller, wanted).await?;
-            page = inboxes.peek(query, after, space.limit, cx.now).await?;
-        }
+        };
         if !page.envelopes.is_empty() {
             cx.conn.set_peeked_history(page.store_id);
         }

@@ -2,11 +2,11 @@
 
 use bytes::Bytes;
 use qpq_domain::{DeviceId, IdentityKey};
-use qpq_ports::{Lease, PageLimit, ReadQuery, Reader, View};
+use qpq_ports::{Lease, PageLimit, ReadError, ReadQuery, Reader, View};
 use qpq_proto::{LimitClass, convert};
 
 use super::page;
-use crate::{Caller, Cx, Error, Subject, answers::Reservation};
+use crate::{Caller, Cx, Error, Subject, answers::Reservation, auth};
 
 /// The fields of a request that name the inbox, the device and the channels.
 pub(super) struct Target<'a> {
@@ -29,12 +29,34 @@ impl Target<'_> {
         } else {
             View::Channel(convert::channel_id(self.channel_id, "channel_id")?)
         };
-        let device: Option<DeviceId> = convert::device_id(self.device_id, "device_id")?;
-        Ok(ReadQuery {
-            reader: Reader { inbox: caller.identity, device: device.or(caller.device) },
-            view,
-        })
+        let named: Option<DeviceId> = convert::device_id(self.device_id, "device_id")?;
+        let device = match (caller.device, named) {
+            (Some(own), Some(named)) if named != own => return Err(Error::OtherDevice),
+            (own, named) => named.or(own),
+        };
+        Ok(ReadQuery { reader: Reader { inbox: caller.identity, device }, view })
     }
+}
+
+/// Returns the error for a read that the store refused.
+///
+/// The client of a device that lost its position is informed once, and its next read is of the new
+/// position. That of a device that was revoked meanwhile learns that its session has ended.
+pub(super) async fn refused(
+    cx: Cx<'_>,
+    caller: &Caller,
+    query: &ReadQuery,
+    error: ReadError,
+) -> Error {
+    let prepared = match (&error, query.reader.device) {
+        (ReadError::DeviceRequired, _) => auth::recheck(cx, caller).await,
+        (ReadError::PositionLost, Some(device)) => {
+            let devices = &cx.app.stores.devices;
+            devices.confirm_position(caller.account, device).await.map_err(Error::from)
+        }
+        _ => Ok(()),
+    };
+    prepared.err().unwrap_or_else(|| error.into())
 }
 
 /// Makes the caller's next call pay for the cost of this one in addition to the call.
@@ -55,12 +77,16 @@ pub(super) async fn lease(
 ) -> Result<Option<Leased>, Error> {
     let inboxes = &cx.app.stores.inboxes;
     let mut space = page::space(cx, caller, wanted).await?;
-    let mut lease = inboxes.lease(query, space.limit, cx.app.clock.now()).await?;
-    while !space.fits(lease.page()) {
+    loop {
+        let lease = match inboxes.lease(query, space.limit, cx.app.clock.now()).await {
+            Ok(lease) => lease,
+            Err(error) => return Err(refused(cx, caller, &query, error).await),
+        };
+        if space.fits(lease.page()) {
+            let is_empty = lease.page().envelopes.is_empty();
+            return Ok((!is_empty).then_some((lease, space.memory)));
+        }
         drop((lease, space));
         space = page::full_space(cx, caller, wanted).await?;
-        lease = inboxes.lease(query, space.limit, cx.app.clock.now()).await?;
     }
-    let is_empty = lease.page().envelopes.is_empty();
-    Ok((!is_empty).then_some((lease, space.memory)))
 }

@@ -16,7 +16,9 @@ use std::{
 };
 
 use qpq_domain::{ChannelId, Seq};
-use qpq_ports::{Page, PageLimit, ReadQuery, Reader, StoreResult, View, Wake};
+use qpq_ports::{
+    PackageOwner, Page, PageLimit, ReadError, ReadQuery, Reader, Stock, StoreResult, View, Wake,
+};
 use qpq_proto::{methods, v1};
 use rand::{Rng as _, rngs::OsRng};
 use tokio::time::{Instant, sleep_until};
@@ -140,6 +142,12 @@ impl Subscription {
             event = self.account_events.next() => match event {
                 AccountEvent::SessionsEnded => self.due.recheck = Some(Instant::now()),
                 AccountEvent::KeyPackageTaken => self.due.count_packages = Some(self.low_allowed),
+                AccountEvent::DevicesChanged => {
+                    self.outbox.push(Outgoing::DevicesChanged);
+                    // The session may read the inbox from now on, on another position.
+                    self.reported = Seq::ZERO;
+                    self.due.look = Some(Instant::now());
+                }
             },
             () = began(drain) => {
                 let now = Instant::now();
@@ -196,7 +204,15 @@ impl Subscription {
         };
         let page = match looked {
             Ok(page) => page,
-            Err(error) => {
+            // The session reads no inbox until its device is registered.
+            Err(ReadError::DeviceRequired) => return,
+            // A read answers the client that its device lost its position. This brings it to read.
+            Err(ReadError::PositionLost) => {
+                let channel = ChannelId::DEFAULT;
+                self.outbox.push(Outgoing::Wake { channel, seq: Seq::ZERO });
+                return;
+            }
+            Err(ReadError::Store(error)) => {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "peeking for a subscription failed, retrying"
@@ -215,20 +231,27 @@ impl Subscription {
         }
     }
 
-    async fn peek(&self, after: Seq, limit: PageLimit) -> StoreResult<Page> {
+    async fn peek(&self, after: Seq, limit: PageLimit) -> Result<Page, ReadError> {
         self.app.stores.inboxes.peek(self.query, after, limit, self.app.clock.now()).await
     }
 
     async fn count_packages(&mut self, now: Instant) {
-        let stock =
-            self.app.stores.key_packages.stock(self.caller.account, self.app.clock.now()).await;
-        match stock {
+        match self.stock().await {
             Ok(stock) if stock.available < LOW_STOCK => {
                 self.outbox.push(Outgoing::KeyPackagesLow { available: stock.available });
             }
             Ok(_) => {}
             Err(_) => self.due.count_packages = Some(now + RETRY_DELAY),
         }
+    }
+
+    /// Returns the KeyPackages that are left of the session's device.
+    async fn stock(&self) -> StoreResult<Stock> {
+        let Caller { account, device, .. } = self.caller;
+        let stores = &self.app.stores;
+        let devices = stores.devices.list(account).await?;
+        let device = device.filter(|id| devices.iter().any(|device| device.id == *id));
+        stores.key_packages.stock(PackageOwner { account, device }, self.app.clock.now()).await
     }
 
     /// Sends the events of the outbox until the client takes no more.
@@ -245,7 +268,7 @@ impl Subscription {
                 Outgoing::SessionRevoked => return ControlFlow::Break(()),
                 Outgoing::Draining { .. } => self.drain = None,
                 Outgoing::KeyPackagesLow { .. } => self.low_allowed = now + LOW_STOCK_INTERVAL,
-                Outgoing::Wake { .. } => {}
+                Outgoing::DevicesChanged | Outgoing::Wake { .. } => {}
             }
         }
         ControlFlow::Continue(())

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use qpq_domain::{ChannelId, Seq};
 use qpq_proto::{
     Event,
-    v1::{DrainingEvent, KeyPackagesLowEvent, SessionRevokedEvent, WakeEvent},
+    v1::{DevicesChangedEvent, DrainingEvent, KeyPackagesLowEvent, SessionRevokedEvent, WakeEvent},
 };
 use tokio::time::Instant;
 
@@ -25,6 +25,8 @@ pub(super) enum Outgoing {
     Draining { closing_at: Instant },
     /// This number of KeyPackages is left.
     KeyPackagesLow { available: u32 },
+    /// The devices of the account have changed.
+    DevicesChanged,
     /// The newest message of a channel.
     Wake { channel: ChannelId, seq: Seq },
 }
@@ -35,6 +37,7 @@ enum Position {
     SessionRevoked,
     Draining,
     KeyPackagesLow,
+    DevicesChanged,
     Wake(ChannelId),
 }
 
@@ -73,6 +76,7 @@ impl Outgoing {
             Self::SessionRevoked => Position::SessionRevoked,
             Self::Draining { .. } => Position::Draining,
             Self::KeyPackagesLow { .. } => Position::KeyPackagesLow,
+            Self::DevicesChanged => Position::DevicesChanged,
             Self::Wake { channel, .. } => Position::Wake(*channel),
         }
     }
@@ -91,6 +95,7 @@ impl Outgoing {
             Self::KeyPackagesLow { available } => {
                 Event::KeyPackagesLow(KeyPackagesLowEvent { available: *available })
             }
+            Self::DevicesChanged => Event::DevicesChanged(DevicesChangedEvent {}),
             Self::Wake { channel, seq } => {
                 let channel_id = Bytes::copy_from_slice(channel.as_bytes());
                 Event::Wake(WakeEvent { channel_id, seq: seq.0 })

@@ -1,6 +1,5 @@
 //! FetchHybridKeys (304).
 
-use bytes::Bytes;
 use qpq_proto::{convert, methods, v1};
 
 use super::hybrid;
@@ -18,7 +17,7 @@ impl Handler for methods::FetchHybridKeys {
         let owners = convert::identity_keys(&request.identity_keys, "identity_keys")?;
         // At most 1 000 keys of 1 216 bytes, which fit one answer.
         let keys = cx.app.stores.hybrid_keys.get(&owners).await?;
-        let keys = keys.into_iter().map(|key| key.map_or_else(Bytes::new, Bytes::from)).collect();
-        Ok(v1::FetchHybridKeysResponse { keys, signatures: Vec::new() }.into())
+        let (keys, signatures) = keys.into_iter().map(hybrid::fields).unzip();
+        Ok(v1::FetchHybridKeysResponse { keys, signatures }.into())
     }
 }

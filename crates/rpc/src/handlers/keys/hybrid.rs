@@ -3,7 +3,9 @@
 //! The server does not use these keys. It refuses those with which a sender's part of the secret
 //! would be public or whose use would fail, so that senders can rely on fetched keys.
 
+use bytes::Bytes;
 use libcrux_ml_kem::mlkem768::{MlKem768PublicKey, validate_public_key};
+use qpq_ports::HybridKey;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 const X25519_LEN: usize = 32;
@@ -11,6 +13,17 @@ const ML_KEM_768_LEN: usize = 1184;
 
 /// The length of a hybrid public key in bytes.
 pub(super) const LEN: usize = X25519_LEN + ML_KEM_768_LEN;
+
+/// The text before the key in the message that the identity key signs.
+pub(super) const SIGNATURE_CONTEXT: &[u8] = b"qpq/hybrid/1";
+
+/// Returns the fields of an answer for a stored key: the key and its signature, each empty if there
+/// is none.
+pub(super) fn fields(stored: Option<HybridKey>) -> (Bytes, Bytes) {
+    let Some(HybridKey { key, signature }) = stored else { return Default::default() };
+    let signature = signature.map_or_else(Bytes::new, |bytes| Bytes::copy_from_slice(&bytes));
+    (key.into(), signature)
+}
 
 /// The reason why bytes are not a hybrid public key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

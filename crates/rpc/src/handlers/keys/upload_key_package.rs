@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
-use qpq_domain::{AccountId, IdentityKey, UnixMillis};
+use qpq_domain::{AccountId, UnixMillis};
 use qpq_mls::key_package;
 use qpq_ports::{NewKeyPackage, Stock, Upload, UploadMode};
 use qpq_proto::{Method as _, convert, methods, v1};
 use sha2::{Digest as _, Sha256};
 
-use super::check_owner;
+use super::{OwnDevices, check_owner};
 use crate::{App, Caller, Cx, Error, Handled, Handler, Subject};
 
 /// The number of KeyPackages, with two signatures and a hash each about a millisecond, after which
@@ -27,9 +27,18 @@ impl Handler for methods::UploadKeyPackage {
         let more = u32::try_from(uploads.len() - 1).unwrap_or(u32::MAX);
         cx.charge(Self::INFO.limit, Subject::Account(caller.account), more).await?;
         let known = known(cx.app, caller.account, &uploads).await?;
-        let packages = check(cx.app, &caller.identity, &uploads, &known, cx.now).await?;
+        let devices = OwnDevices::of(cx, &caller).await?;
+        let checks = Checks {
+            app: cx.app,
+            signers: devices.signers(&caller.identity),
+            devices: &devices,
+            known,
+            now: cx.now,
+        };
+        let packages = checks.all(&uploads).await?;
         let mode = if request.replace { UploadMode::Replace } else { UploadMode::Add };
-        let stored = cx.app.stores.key_packages.upload(caller.account, packages, mode, cx.now);
+        let owner = devices.owner(&caller);
+        let stored = cx.app.stores.key_packages.upload(owner, packages, mode, cx.now);
         let Stock { available, .. } = match stored.await? {
             Upload::Stored(stock) => stock,
             Upload::GivenOut(index) => {
@@ -91,47 +100,50 @@ async fn known(
     Ok(app.stores.key_packages.known(owner).await?)
 }
 
-/// Checks every package; the error names the field of the first invalid one. The signatures of
-/// known packages were verified when they were stored. The work is limited and done in small
-/// steps, so that other calls are executed in between.
-async fn check(
-    app: &App,
-    owner: &IdentityKey,
-    uploads: &[Uploaded<'_>],
-    known: &HashSet<[u8; 32]>,
+/// The checks of the packages of one request.
+struct Checks<'a> {
+    app: &'a App,
+    devices: &'a OwnDevices,
+    /// The keys of the account and of its devices.
+    signers: Vec<[u8; 32]>,
+    /// The stored packages, whose signatures were verified when they were stored.
+    known: HashSet<[u8; 32]>,
     now: UnixMillis,
-) -> Result<Vec<NewKeyPackage>, Error> {
-    let mut packages = Vec::with_capacity(uploads.len());
-    for some in uploads.chunks(STRIDE) {
-        let checked = app
-            .key_package_limiter
-            .run(|| some.iter().map(|upload| check_one(app, owner, upload, known, now)).collect());
-        let checked: Result<Vec<_>, Error> = checked.await?;
-        packages.extend(checked?);
-        tokio::task::yield_now().await;
-    }
-    Ok(packages)
 }
 
-fn check_one(
-    app: &App,
-    owner: &IdentityKey,
-    upload: &Uploaded<'_>,
-    known: &HashSet<[u8; 32]>,
-    now: UnixMillis,
-) -> Result<NewKeyPackage, Error> {
-    let rejected = |rejected| Error::invalid_package(upload.field, rejected);
-    let checked = key_package::inspect(upload.bytes, &app.key_package_policy, owner, now)
-        .map_err(rejected)?;
-    if !known.contains(&checked.reference) {
-        key_package::verify_signatures(upload.bytes).map_err(rejected)?;
+impl Checks<'_> {
+    /// Checks every package; the error names the field of the first invalid one. The work is
+    /// limited and done in small steps, so that other calls are executed in between.
+    async fn all(&self, uploads: &[Uploaded<'_>]) -> Result<Vec<NewKeyPackage>, Error> {
+        let mut packages = Vec::with_capacity(uploads.len());
+        for some in uploads.chunks(STRIDE) {
+            let checked = self
+                .app
+                .key_package_limiter
+                .run(|| some.iter().map(|upload| self.one(upload)).collect());
+            let checked: Result<Vec<_>, Error> = checked.await?;
+            packages.extend(checked?);
+            tokio::task::yield_now().await;
+        }
+        Ok(packages)
     }
-    Ok(NewKeyPackage {
-        // The fingerprint of the KeyPackage itself: bare or wrapped, it is handed out once.
-        fingerprint: checked.reference,
-        bytes: upload.bytes.to_vec(),
-        last_resort: upload.last_resort || checked.last_resort,
-        not_before: checked.not_before,
-        not_after: checked.not_after,
-    })
+
+    fn one(&self, upload: &Uploaded<'_>) -> Result<NewKeyPackage, Error> {
+        let rejected = |rejected| Error::invalid_package(upload.field, rejected);
+        let policy = &self.app.key_package_policy;
+        let checked = key_package::inspect(upload.bytes, policy, &self.signers, self.now)
+            .map_err(rejected)?;
+        if !self.known.contains(&checked.reference) {
+            key_package::verify_signatures(upload.bytes).map_err(rejected)?;
+        }
+        Ok(NewKeyPackage {
+            // The fingerprint of the KeyPackage itself: bare or wrapped, it is handed out once.
+            fingerprint: checked.reference,
+            bytes: upload.bytes.to_vec(),
+            device: self.devices.signed_by(checked.signature_key.as_ref()),
+            last_resort: upload.last_resort || checked.last_resort,
+            not_before: checked.not_before,
+            not_after: checked.not_after,
+        })
+    }
 }

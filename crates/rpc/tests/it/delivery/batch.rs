@@ -13,8 +13,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use qpq_domain::{Seq, UnixMillis};
 use qpq_ports::{
-    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadQuery, StoreError, StoreResult,
-    Stores,
+    Ack, Batch, Enqueued, Inboxes, Lease, Page, PageLimit, ReadError, ReadQuery, StoreError,
+    StoreResult, Stores,
 };
 use qpq_proto::{
     Status, methods,
@@ -79,25 +79,6 @@ async fn a_batch_is_either_a_fan_out_or_a_list() {
             .refused::<methods::BatchEnqueue>(request)
             .await
             .assert(Status::BadRequest, "delivery.invalid_batch");
-    }
-    assert!(peek_all(&alice).await.payloads.is_empty());
-}
-
-#[tokio::test]
-async fn commits_are_refused_as_unsupported() {
-    let server = Server::start().await;
-    let alice = server.user("alice").await;
-    for request in [
-        BatchEnqueueRequest { commit: true, ..fan_out(&[&alice], b"hello") },
-        BatchEnqueueRequest { expected_epoch: 1, ..fan_out(&[&alice], b"hello") },
-        BatchEnqueueRequest {
-            commit: true,
-            expected_epoch: 1,
-            ..list(vec![message(&alice, b"hello")])
-        },
-    ] {
-        let refused = alice.refused::<methods::BatchEnqueue>(request).await;
-        refused.assert(Status::BadRequest, "delivery.commit_unsupported");
     }
     assert!(peek_all(&alice).await.payloads.is_empty());
 }
@@ -303,7 +284,7 @@ impl Inboxes for Recorded {
         read: ReadQuery,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Box<dyn Lease>> {
+    ) -> Result<Box<dyn Lease>, ReadError> {
         self.inner.lease(read, limit, now).await
     }
 
@@ -313,11 +294,11 @@ impl Inboxes for Recorded {
         after: Seq,
         limit: PageLimit,
         now: UnixMillis,
-    ) -> StoreResult<Page> {
+    ) -> Result<Page, ReadError> {
         self.inner.peek(read, after, limit, now).await
     }
 
-    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> StoreResult<u32> {
+    async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> Result<u32, ReadError> {
         self.inner.ack(read, ack, now).await
     }
 }

@@ -1,6 +1,7 @@
 //! UploadHybridKey (302), FetchHybridKey (303) and FetchHybridKeys (304).
 
 use bytes::Bytes;
+use ed25519_dalek::Signer as _;
 use libcrux_ml_kem::mlkem768;
 use qpq_proto::{
     Status, methods,
@@ -44,6 +45,43 @@ async fn every_session_can_fetch_a_key_until_its_owner_replaces_it() {
     }
     assert!(fetch(&alice, bob.key()).await.is_empty());
     assert!(fetch(&alice, Bytes::copy_from_slice(new_identity().as_bytes())).await.is_empty());
+}
+
+#[tokio::test]
+async fn a_signature_is_verified_and_returned_with_its_key() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let key = hybrid_key(1);
+    let signed = |user: &User| -> Bytes {
+        let message = [&b"qpq/hybrid/1"[..], &key].concat();
+        user.signing.sign(&message).to_bytes().to_vec().into()
+    };
+    let upload_with = |signature| UploadHybridKeyRequest {
+        hybrid_public_key: key.clone(),
+        signature,
+        ..Default::default()
+    };
+    for signature in [signed(&bob), vec![7; 64].into(), vec![7; 63].into()] {
+        let refused = alice.refused::<methods::UploadHybridKey>(upload_with(signature)).await;
+        refused.assert(Status::BadRequest, "keys.invalid_signature");
+        assert_eq!(refused.field, "signature");
+    }
+    assert!(fetch(&bob, alice.key()).await.is_empty());
+    alice.ok::<methods::UploadHybridKey>(upload_with(signed(&alice))).await;
+    let one = FetchHybridKeyRequest { identity_key: alice.key(), ..Default::default() };
+    let fetched = bob.ok::<methods::FetchHybridKey>(one).await;
+    assert_eq!((fetched.hybrid_public_key, fetched.signature), (key.clone(), signed(&alice)));
+    upload(&bob, hybrid_key(2)).await;
+    let many = FetchHybridKeysRequest {
+        identity_keys: vec![bob.key(), alice.key()],
+        ..Default::default()
+    };
+    let fetched = alice.ok::<methods::FetchHybridKeys>(many).await;
+    assert_eq!(fetched.signatures, [Bytes::new(), signed(&alice)]);
+    // A key without a signature replaces the signature too.
+    upload(&alice, hybrid_key(3)).await;
+    let one = FetchHybridKeyRequest { identity_key: alice.key(), ..Default::default() };
+    assert!(bob.ok::<methods::FetchHybridKey>(one).await.signature.is_empty());
 }
 
 #[tokio::test]

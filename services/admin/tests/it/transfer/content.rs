@@ -5,18 +5,25 @@ use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use qpq_domain::{
-    AccountId, ChannelId, DeviceId, IdentityKey, MessageId, Seq, StoreId, TokenHash, UnixMillis,
-    Username,
+    AccountId, ChannelId, DeviceId, DeviceKey, GroupId, IdentityKey, MessageId, Seq, StoreId,
+    TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Batch, ClaimRequest, Enqueued, JobEnd, JobId, JobKind, NewAccount, NewJob, NewKeyPackage,
-    NewMessage, NewSession, Page, PageLimit, ReadQuery, Reader, Registration, Session, Stores,
-    UploadMode, View,
+    Ack, Batch, CertifiedKey, ClaimRequest, Commit, DeviceRegistration, Enqueued, GroupMessage,
+    GroupRecipients, HybridKey, JobEnd, JobId, JobKind, MemberPage, NewAccount, NewDevice,
+    NewGroup, NewJob, NewKeyPackage, NewMembers, NewMessage, NewSession, PackageOwner, Page,
+    PageLimit, ReadQuery, Reader, Registration, Session, Stores, UploadMode, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
 
 const JOB: JobKind = JobKind::new("test");
+
+/// The devices of the first account.
+const DEVICES: [DeviceId; 2] = [DeviceId::new([1; 16]), DeviceId::new([2; 16])];
+const REVOKED: DeviceId = DeviceId::new([3; 16]);
+
+const GROUP: GroupId = GroupId::new([9; 16]);
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
@@ -61,6 +68,8 @@ impl Content {
         for number in 0..amount.people {
             content.register(stores, number).await;
         }
+        content.devices(stores).await;
+        content.group(stores).await;
         for _ in 0..amount.acts {
             content.now =
                 content.now.plus(Duration::from_millis(content.random.gen_range(0..5_000)));
@@ -107,6 +116,80 @@ impl Content {
         self.people.push((account, id));
     }
 
+    /// Returns the readers of an inbox. The first account has two devices.
+    fn readers(&self, person: usize) -> Vec<Reader> {
+        let inbox = self.people[person].0.identity;
+        if person > 0 {
+            return vec![Reader::single(inbox)];
+        }
+        DEVICES.map(|device| Reader { inbox, device: Some(device) }).to_vec()
+    }
+
+    /// Registers the devices of the first account, and one that is revoked.
+    async fn devices(&mut self, stores: &Stores) {
+        for device in DEVICES.into_iter().chain([REVOKED]) {
+            let key = DeviceKey::new(self.random.r#gen());
+            let new = NewDevice {
+                account: self.people[0].1,
+                device,
+                name: "phone".into(),
+                key: Some(CertifiedKey { key, proof: [self.random.r#gen(); 64] }),
+                session: TokenHash::new([0; 32]),
+                now: self.now,
+            };
+            let registered = stores.devices.register(new).await.unwrap();
+            assert_eq!(registered, DeviceRegistration::Registered);
+        }
+        stores.devices.revoke(self.people[0].1, REVOKED, self.now).await.unwrap();
+        // Read out of order, so that the device is done with single messages.
+        for channel in [1, 2] {
+            let message = NewMessage {
+                recipient: self.people[0].0.identity,
+                channel: ChannelId::new([channel; 16]),
+                ttl: 7 * 24 * HOUR,
+                ..self.message(100)
+            };
+            stores.inboxes.enqueue(Batch::new(vec![message])).await.unwrap();
+        }
+        let reader = self.readers(0)[0];
+        let read = ReadQuery { reader, view: View::Channel(ChannelId::new([2; 16])) };
+        let ack = Ack { up_to: Some(Seq(u64::MAX >> 1)), ..Ack::default() };
+        assert_eq!(stores.inboxes.ack(read, ack, self.now).await.unwrap(), 1);
+    }
+
+    /// Creates a group of all accounts, with a commit and a payload that its inboxes share.
+    async fn group(&mut self, stores: &Stores) {
+        let members = self.identities().skip(1).collect();
+        let group = NewGroup {
+            id: GROUP,
+            creator: self.people[0].1,
+            members: NewMembers::Listed(members),
+            name: "everyone".into(),
+            description: "of the test".into(),
+            now: self.now,
+        };
+        stores.groups.create(group).await.unwrap().unwrap();
+        stores.groups.send(self.commit()).await.unwrap().unwrap();
+    }
+
+    /// The commit of the group. A repeat has the same result.
+    fn commit(&self) -> GroupMessage {
+        let payload = Bytes::from_static(&[7; 2_000]);
+        GroupMessage {
+            group: GROUP,
+            sender: self.people[0].1,
+            sender_key: self.people[0].0.identity,
+            sender_device: None,
+            recipients: GroupRecipients::Listed(self.identities().collect()),
+            payload_sha256: Sha256::digest(&payload).into(),
+            payload,
+            message_id: Some(MessageId::new([7; 16])),
+            ttl: 7 * 24 * HOUR,
+            now: self.now,
+            commit: Some(Commit { expected_epoch: 0, group_info: Some("info".into()) }),
+        }
+    }
+
     async fn send(&mut self, stores: &Stores, amount: Amount) {
         let count = self.random.gen_range(1..40);
         let messages: Vec<_> = (0..count).map(|_| self.message(amount.payload)).collect();
@@ -141,9 +224,11 @@ impl Content {
     }
 
     async fn read(&mut self, stores: &Stores) {
-        let inbox = self.people[self.random.gen_range(0..self.people.len())].0.identity;
+        let person = self.random.gen_range(0..self.people.len());
+        let readers = self.readers(person);
+        let reader = readers[self.random.gen_range(0..readers.len())];
         let view = if self.random.r#gen() { View::All } else { View::Channel(self.channel()) };
-        let read = ReadQuery { reader: Reader::single(inbox), view };
+        let read = ReadQuery { reader, view };
         let limit = PageLimit { messages: self.random.gen_range(1..20), bytes: 1 << 20 };
         let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();
         let seen: Vec<Seq> = lease.page().envelopes.iter().map(|envelope| envelope.seq).collect();
@@ -175,7 +260,8 @@ impl Content {
             1 => drop(stores.sessions.revoke(&other).await.unwrap()),
             _ => {}
         }
-        let key = self.bytes(1_184);
+        let signature = self.random.r#gen::<bool>().then(|| [self.random.r#gen(); 64]);
+        let key = HybridKey { key: self.bytes(1_216), signature };
         stores.hybrid_keys.put(self.people[person].1, key).await.unwrap();
     }
 
@@ -185,16 +271,15 @@ impl Content {
             .map(|_| NewKeyPackage {
                 fingerprint: self.random.r#gen(),
                 bytes: self.bytes(300),
+                device: None,
                 last_resort: self.random.gen_bool(0.2),
                 not_before: self.now,
                 not_after: self.now.plus(self.random.gen_range(1..200) * HOUR / 10),
             })
             .collect();
-        stores
-            .key_packages
-            .upload(self.people[person].1, packages.clone(), UploadMode::Add, self.now)
-            .await
-            .unwrap();
+        let owner = PackageOwner::account(self.people[person].1);
+        let keys = &stores.key_packages;
+        keys.upload(owner, packages.clone(), UploadMode::Add, self.now).await.unwrap();
         self.packages.extend(packages.into_iter().map(|package| (person, package)));
     }
 
@@ -249,6 +334,8 @@ impl Content {
     /// Compares the results of both stores: first of reads, then of operations that change them.
     pub(crate) async fn compare(&self, one: &Stores, two: &Stores) {
         self.compare_accounts(one, two).await;
+        self.compare_devices(one, two).await;
+        self.compare_groups(one, two).await;
         for at in [self.now, self.now.plus(2 * HOUR)] {
             self.compare_inboxes(one, two, at).await;
         }
@@ -279,12 +366,34 @@ impl Content {
         }
     }
 
+    async fn compare_devices(&self, one: &Stores, two: &Stores) {
+        let (first, second) = (self.accounts(one).await, self.accounts(two).await);
+        let list = async |stores: &Stores, id| stores.devices.list(id).await.unwrap();
+        let devices = list(one, first[0]).await;
+        assert_eq!(devices.iter().map(|device| device.id).collect::<Vec<_>>(), DEVICES);
+        assert_eq!(devices, list(two, second[0]).await);
+    }
+
+    async fn compare_groups(&self, one: &Stores, two: &Stores) {
+        let (first, second) = (self.accounts(one).await, self.accounts(two).await);
+        let page = MemberPage { after: 0, limit: 1_000 };
+        let view = async |stores: &Stores, id| {
+            let view = stores.groups.members(GROUP, id, page).await.unwrap().unwrap();
+            let info = stores.groups.info(GROUP, id).await.unwrap().unwrap();
+            let commit = GroupMessage { sender: id, ..self.commit() };
+            let repeat = stores.groups.send(commit).await.unwrap().unwrap();
+            assert!(repeat.is_repeat);
+            (view, info, repeat)
+        };
+        assert_eq!(view(one, first[0]).await, view(two, second[0]).await);
+    }
+
     pub(crate) async fn compare_inboxes(&self, one: &Stores, two: &Stores, at: UnixMillis) {
         let channels = [ChannelId::DEFAULT, ChannelId::new([1; 16]), ChannelId::new([2; 16])];
         let views: Vec<View> = channels.map(View::Channel).into_iter().chain([View::All]).collect();
-        for (person, _) in &self.people {
+        for reader in (0..self.people.len()).flat_map(|person| self.readers(person)) {
             for view in &views {
-                let read = ReadQuery { reader: Reader::single(person.identity), view: *view };
+                let read = ReadQuery { reader, view: *view };
                 let (mut pages, mut after) = (0, Seq::ZERO);
                 loop {
                     let limit = PageLimit { messages: 50, bytes: 100_000 };
@@ -314,7 +423,8 @@ impl Content {
             let now = self.now;
             let stock =
                 async |stores: &Stores, id| stores.key_packages.stock(id, now).await.unwrap();
-            assert_eq!(stock(one, first[n]).await, stock(two, second[n]).await);
+            let owners = [first[n], second[n]].map(PackageOwner::account);
+            assert_eq!(stock(one, owners[0]).await, stock(two, owners[1]).await);
             // A package that was handed out is refused, a stored one is ignored, an expired one
             // is accepted again.
             for (_, package) in self.packages.iter().filter(|(owner, _)| *owner == n) {
@@ -322,7 +432,7 @@ impl Content {
                     let packages = vec![package.clone()];
                     stores.key_packages.upload(id, packages, UploadMode::Add, now).await.unwrap()
                 };
-                assert_eq!(upload(one, first[n]).await, upload(two, second[n]).await);
+                assert_eq!(upload(one, owners[0]).await, upload(two, owners[1]).await);
             }
             loop {
                 let take = async |stores: &Stores| {
@@ -361,8 +471,8 @@ impl Content {
     }
 
     async fn compare_reading(&self, one: &Stores, two: &Stores) {
-        for (person, _) in &self.people {
-            let read = ReadQuery { reader: Reader::single(person.identity), view: View::All };
+        for reader in (0..self.people.len()).flat_map(|person| self.readers(person)) {
+            let read = ReadQuery { reader, view: View::All };
             let fetch = async |stores: &Stores| {
                 let limit = PageLimit { messages: 5, bytes: 1 << 20 };
                 let lease = stores.inboxes.lease(read, limit, self.now).await.unwrap();

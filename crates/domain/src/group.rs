@@ -1,0 +1,63 @@
+//! Groups: who belongs to a channel, and the limits of what the server keeps about it.
+
+use crate::IdentityKey;
+
+/// The maximum number of members.
+pub const MAX_MEMBERS: usize = 10_000;
+/// The maximum length of a name, in bytes.
+pub const MAX_GROUP_NAME: usize = 256;
+/// The maximum length of a description, in bytes.
+pub const MAX_GROUP_DESCRIPTION: usize = 4 << 10;
+/// The maximum length of the members' settings, in bytes.
+pub const MAX_GROUP_SETTINGS: usize = 16 << 10;
+/// The maximum length of a GroupInfo (RFC 9420 §12.4.3), in bytes.
+pub const MAX_GROUP_INFO: usize = 1 << 20;
+
+/// What a member may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Sends, commits, and reads the list and the group info.
+    Member,
+    /// Changes members and metadata too.
+    Admin,
+}
+
+/// The two members of a direct group, whichever of them created it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Pair {
+    /// The lesser key, then the greater one.
+    keys: [IdentityKey; 2],
+}
+
+impl Pair {
+    /// Creates a pair. `None` if the keys are equal.
+    pub fn new(one: IdentityKey, other: IdentityKey) -> Option<Self> {
+        (one != other).then(|| Self { keys: [one.min(other), one.max(other)] })
+    }
+
+    /// Returns the two keys, the lesser one first.
+    pub const fn keys(&self) -> [IdentityKey; 2] {
+        self.keys
+    }
+
+    /// Returns the 64 bytes that are the same for both orders of the keys.
+    pub fn as_bytes(&self) -> [u8; 64] {
+        let mut bytes = [0; 64];
+        bytes[..32].copy_from_slice(self.keys[0].as_bytes());
+        bytes[32..].copy_from_slice(self.keys[1].as_bytes());
+        bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pair_does_not_depend_on_the_order_of_its_keys() {
+        let (one, other) = (IdentityKey::new([1; 32]), IdentityKey::new([2; 32]));
+        assert_eq!(Pair::new(one, other), Pair::new(other, one));
+        assert_eq!(Pair::new(other, one).map(|pair| pair.as_bytes()[0]), Some(1));
+        assert_eq!(Pair::new(one, one), None);
+    }
+}

@@ -1,0 +1,270 @@
+//! Groups: the members, the metadata and the epoch behind a channel, and messages to all members.
+//!
+//! Server-side membership decides who may commit, read the metadata and receive messages to all
+//! members. The members' clients trust the MLS group instead.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use qpq_domain::{
+    AccountId, ChannelId, DeviceId, GroupId, IdentityKey, MessageId, Pair, Role, UnixMillis,
+};
+
+use crate::{Enqueued, StoreResult};
+
+/// Stores groups.
+#[async_trait]
+pub trait Groups: Send + Sync {
+    /// Creates a group with the creator as admin and the others as members.
+    ///
+    /// Safe to repeat: a group that exists is returned unchanged if the creator is a member of it.
+    /// A direct group is found by its pair, whatever id is proposed, and gets back a member who
+    /// left it.
+    async fn create(&self, group: NewGroup) -> StoreResult<Result<Creation, GroupRefusal>>;
+
+    /// Adds members; those who are members already stay as they are. Only for admins. Adds all or
+    /// none. Returns the number of new members.
+    async fn add_members(
+        &self,
+        group: GroupId,
+        actor: AccountId,
+        members: Vec<IdentityKey>,
+        now: UnixMillis,
+    ) -> StoreResult<Result<u32, GroupRefusal>>;
+
+    /// Removes a member; a key that is no member's changes nothing. Only for admins, and for the
+    /// member itself.
+    ///
+    /// When the last admin leaves, the oldest member becomes admin. When the last member leaves,
+    /// the group is removed.
+    async fn remove_member(
+        &self,
+        group: GroupId,
+        actor: AccountId,
+        member: IdentityKey,
+    ) -> StoreResult<Result<(), GroupRefusal>>;
+
+    /// Changes the metadata and returns its new version. Only for admins.
+    async fn update(
+        &self,
+        group: GroupId,
+        actor: AccountId,
+        change: MetadataChange,
+    ) -> StoreResult<Result<u64, GroupRefusal>>;
+
+    /// Returns the group and a page of its members in the order in which they joined. Only for
+    /// members.
+    async fn members(
+        &self,
+        group: GroupId,
+        viewer: AccountId,
+        page: MemberPage,
+    ) -> StoreResult<Result<GroupView, GroupRefusal>>;
+
+    /// Returns the GroupInfo of the last commit that had one, and the epoch. Only for members.
+    async fn info(
+        &self,
+        group: GroupId,
+        viewer: AccountId,
+    ) -> StoreResult<Result<GroupInfo, GroupRefusal>>;
+
+    /// Accepts one message of a member for the listed recipients or for all members, and its commit
+    /// if it has one, in one atomic step.
+    ///
+    /// A commit is accepted only in the epoch that it expects. The epoch then rises by one and the
+    /// GroupInfo replaces the stored one. Of concurrent commits for one epoch exactly one is
+    /// accepted; nothing of the others is stored. A commit that repeats the message id of an
+    /// accepted one of the same sender has the first one's result.
+    async fn send(&self, message: GroupMessage) -> StoreResult<Result<GroupSent, GroupRefusal>>;
+}
+
+/// Why a group refuses a call. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupRefusal {
+    /// There is no such group.
+    NotFound,
+    /// The caller is not a member.
+    NotMember,
+    /// The caller is not an admin.
+    NotAdmin,
+    /// No account has this identity key.
+    NoSuchAccount(IdentityKey),
+    /// The group would have more than [`qpq_domain::MAX_MEMBERS`] members.
+    Full,
+    /// Another group has the id.
+    IdTaken,
+    /// The metadata has this version, which is not the expected one.
+    StaleVersion(u64),
+    /// The group is in this epoch, which is not the expected one.
+    StaleEpoch(u64),
+}
+
+/// A group to be created.
+#[derive(Clone, Debug)]
+pub struct NewGroup {
+    /// The proposed id.
+    pub id: GroupId,
+    /// The account that creates it.
+    pub creator: AccountId,
+    /// The members.
+    pub members: NewMembers,
+    /// The name.
+    pub name: String,
+    /// The description.
+    pub description: String,
+    /// The instant of the call.
+    pub now: UnixMillis,
+}
+
+/// The members of a new group.
+#[derive(Clone, Debug)]
+pub enum NewMembers {
+    /// Exactly two, of which one is the creator.
+    Direct(Pair),
+    /// The creator and these.
+    Listed(Vec<IdentityKey>),
+}
+
+/// The outcome of a creation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Creation {
+    /// The group is created.
+    Created(GroupId),
+    /// The group existed.
+    Existed(GroupId),
+}
+
+/// A change of the metadata. `None` leaves a field as it is.
+#[derive(Clone, Debug, Default)]
+pub struct MetadataChange {
+    /// The name.
+    pub name: Option<String>,
+    /// The description.
+    pub description: Option<String>,
+    /// Settings in the members' own format.
+    pub settings: Option<Bytes>,
+    /// The version that must be the present one.
+    pub expected_version: Option<u64>,
+}
+
+/// A page of members.
+#[derive(Clone, Copy, Debug)]
+pub struct MemberPage {
+    /// The place of the last member of the previous page ([`GroupView::next`]); 0 for the first
+    /// page.
+    pub after: u64,
+    /// Maximum members.
+    pub limit: u32,
+}
+
+/// A group as its members see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupView {
+    /// The members of the page.
+    pub members: Vec<Member>,
+    /// The place after which the next page begins; `None` if this is the last one.
+    pub next: Option<u64>,
+    /// The name.
+    pub name: String,
+    /// The description.
+    pub description: String,
+    /// Settings in the members' own format.
+    pub settings: Bytes,
+    /// The version of the metadata. Increases with each change.
+    pub version: u64,
+    /// Increases with each accepted commit.
+    pub epoch: u64,
+}
+
+/// A member of a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// The identity key.
+    pub identity: IdentityKey,
+    /// The username.
+    pub username: String,
+    /// What the member may do.
+    pub role: Role,
+    /// When the member was added.
+    pub joined_at: UnixMillis,
+}
+
+/// What a device that lost its state needs to join again by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupInfo {
+    /// The GroupInfo of the last commit that had one (RFC 9420 §12.4.3).
+    pub group_info: Option<Bytes>,
+    /// The epoch.
+    pub epoch: u64,
+}
+
+/// A message of a member to a group.
+#[derive(Clone, Debug)]
+pub struct GroupMessage {
+    /// The group, whose channel the message is in.
+    pub group: GroupId,
+    /// The account that sends it.
+    pub sender: AccountId,
+    /// The sender's identity key.
+    pub sender_key: IdentityKey,
+    /// The device that sends it.
+    pub sender_device: Option<DeviceId>,
+    /// The inboxes that get it.
+    pub recipients: GroupRecipients,
+    /// The ciphertext.
+    pub payload: Bytes,
+    /// SHA-256 of the payload.
+    pub payload_sha256: [u8; 32],
+    /// The sender's id for the message, by which a repeat is recognised.
+    pub message_id: Option<MessageId>,
+    /// How long the message is kept.
+    pub ttl: Duration,
+    /// The instant of the call.
+    pub now: UnixMillis,
+    /// The commit that the message has.
+    pub commit: Option<Commit>,
+}
+
+impl GroupMessage {
+    /// Returns the channel of the message.
+    pub fn channel(&self) -> ChannelId {
+        self.group.into()
+    }
+}
+
+/// The inboxes that a message to a group gets into.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GroupRecipients {
+    /// Those of these accounts, members or not, none of them twice.
+    Listed(Vec<IdentityKey>),
+    /// Those of all members; the sender's own only if it has another device than the one that
+    /// sends.
+    Others,
+    /// Those of all members.
+    All,
+}
+
+/// The condition and the result of a commit (RFC 9420 §12.4).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// The epoch that the commit is for.
+    pub expected_epoch: u64,
+    /// The GroupInfo of the epoch that it leads to.
+    pub group_info: Option<Bytes>,
+}
+
+/// A message to a group that was accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupSent {
+    /// The epoch after the message.
+    pub epoch: u64,
+    /// The number of inboxes that the message was for.
+    pub recipients: u32,
+    /// For listed recipients: the outcome of each, in order.
+    pub outcomes: Vec<Enqueued>,
+    /// For all members: how many did not get it, because their inbox is full.
+    pub skipped: u32,
+    /// Whether the message is a repeat of an accepted one.
+    pub is_repeat: bool,
+}

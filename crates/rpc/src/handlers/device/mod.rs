@@ -1,0 +1,5 @@
+//! Devices of the caller's account (700 to 702): each reads the inbox on a position of its own.
+
+mod list_devices;
+mod register_device;
+mod revoke_device;

@@ -1,0 +1,10 @@
+//! Groups (400, 410 to 415): the members, the metadata and the epoch behind a channel. The store
+//! decides what a member may do.
+
+mod add_members;
+mod create_channel;
+mod fetch_group_info;
+mod list_group_members;
+mod remove_member;
+mod rotate_keys;
+mod update_group_metadata;

@@ -1,0 +1,323 @@
+//! Changes of groups: their creation, members and metadata.
+
+use std::collections::{HashMap, HashSet};
+
+use qpq_domain::{AccountId, GroupId, IdentityKey, MAX_MEMBERS, Pair, UnixMillis};
+use qpq_ports::{Creation, GroupRefusal, MetadataChange, NewGroup, NewMembers};
+use sqlx::{PgConnection, Row as _};
+
+use super::{lock, lock_as_admin, role_of};
+use crate::postgres::{
+    Repeat, Scope, Statement,
+    row::{Columns as _, millis},
+};
+
+const FIND: &str = "SELECT id, identity FROM account WHERE identity = ANY ($1)";
+
+/// Waits for a concurrent insert of the same id or pair, and inserts nothing if that is committed.
+const CREATE: &str = "
+    INSERT INTO mls_group (id, pair, name, description, settings, version, epoch, created_at)
+    VALUES ($1, $2, $3, $4, '', 0, 0, $5) ON CONFLICT DO NOTHING";
+
+const ADD_ADMIN: &str =
+    "INSERT INTO group_member (group_id, account, role, joined_at) VALUES ($1, $2, 1, $3)";
+
+/// Adds accounts in their order, as members.
+const ADD: &str = "
+    INSERT INTO group_member (group_id, account, role, joined_at)
+    SELECT $1, l.account, 0, $3 FROM unnest($2::int8[]) WITH ORDINALITY AS l (account, place)
+     ORDER BY l.place ON CONFLICT (group_id, account) DO NOTHING";
+
+/// How many members the group would have with these accounts.
+const COUNT_WITH: &str = "
+    SELECT (SELECT count(*) FROM group_member WHERE group_id = $1)
+         + (SELECT count(*) FROM unnest($2::int8[]) AS l (account)
+             WHERE NOT EXISTS (SELECT 1 FROM group_member m
+                                WHERE m.group_id = $1 AND m.account = l.account))";
+
+const LOCK_PAIR: &str = "SELECT id FROM mls_group WHERE pair = $1 FOR NO KEY UPDATE";
+const EXISTS: &str = "SELECT EXISTS (SELECT 1 FROM mls_group WHERE id = $1)";
+
+const REMOVE: &str = "DELETE FROM group_member WHERE group_id = $1 AND account = $2";
+
+/// Makes the oldest member an admin if there is no admin.
+const PROMOTE: &str = "
+    UPDATE group_member SET role = 1
+     WHERE id = (SELECT min(id) FROM group_member WHERE group_id = $1)
+       AND NOT EXISTS (SELECT 1 FROM group_member WHERE group_id = $1 AND role = 1)";
+
+const HAS_MEMBERS: &str = "SELECT EXISTS (SELECT 1 FROM group_member WHERE group_id = $1)";
+const DELETE_COMMITS: &str = "DELETE FROM group_commit WHERE group_id = $1";
+const DELETE: &str = "DELETE FROM mls_group WHERE id = $1";
+
+const UPDATE: &str = "
+    UPDATE mls_group SET name = coalesce($2, name), description = coalesce($3, description),
+                         settings = coalesce($4, settings), version = version + 1
+     WHERE id = $1 RETURNING version";
+
+/// Creates a group, or finds the one that exists. Returns `None` if the one that it conflicts with
+/// was removed meanwhile.
+pub(super) struct CreateGroup<'a>(pub(super) &'a NewGroup);
+
+impl Statement for CreateGroup<'_> {
+    type Output = Option<Result<Creation, GroupRefusal>>;
+
+    /// A repeat would find the group of the first attempt, and not have created it.
+    const REPEAT: Repeat = Repeat::Never;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "create_group"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        if let Some(found) = self.find(connection).await? {
+            return Ok(Some(found));
+        }
+        let accounts = match resolve(connection, &self.keys()).await? {
+            Ok(accounts) => accounts,
+            Err(refusal) => return Ok(Some(Err(refusal))),
+        };
+        let NewGroup { id, creator, name, description, now, .. } = self.0;
+        let others: Vec<_> = accounts.into_iter().filter(|account| *account != creator.0).collect();
+        if 1 + others.len() > MAX_MEMBERS {
+            return Ok(Some(Err(GroupRefusal::Full)));
+        }
+        let created = sqlx::query(CREATE)
+            .bind(&id.as_bytes()[..])
+            .bind(self.pair().map(|pair| pair.as_bytes().to_vec()))
+            .bind(name)
+            .bind(description)
+            .bind(millis(*now))
+            .execute(&mut *connection)
+            .await?;
+        if created.rows_affected() == 0 {
+            // A statement of its own sees the group that the insert conflicts with.
+            return self.find(connection).await;
+        }
+        sqlx::query(ADD_ADMIN)
+            .bind(&id.as_bytes()[..])
+            .bind(creator.0)
+            .bind(millis(*now))
+            .execute(&mut *connection)
+            .await?;
+        add(connection, id, &others, *now).await?;
+        Ok(Some(Ok(Creation::Created(*id))))
+    }
+}
+
+impl CreateGroup<'_> {
+    const fn pair(&self) -> Option<&Pair> {
+        match &self.0.members {
+            NewMembers::Direct(pair) => Some(pair),
+            NewMembers::Listed(_) => None,
+        }
+    }
+
+    /// Returns the keys of the members. The creator's may be among them.
+    fn keys(&self) -> Vec<IdentityKey> {
+        match &self.0.members {
+            NewMembers::Direct(pair) => pair.keys().to_vec(),
+            NewMembers::Listed(keys) => keys.clone(),
+        }
+    }
+
+    /// Returns the group that exists, or why another one prevents that it is created.
+    async fn find(
+        &self,
+        connection: &mut PgConnection,
+    ) -> sqlx::Result<Option<Result<Creation, GroupRefusal>>> {
+        let NewGroup { id, creator, now, .. } = self.0;
+        if let Some(pair) = self.pair() {
+            let query = sqlx::query(LOCK_PAIR).bind(pair.as_bytes().to_vec());
+            if let Some(row) = query.fetch_optional(&mut *connection).await? {
+                let existing = row.group("id")?;
+                return Ok(Some(match resolve(connection, &pair.keys()).await? {
+                    Ok(both) => {
+                        // One of the two may have left it.
+                        add(connection, &existing, &both, *now).await?;
+                        Ok(Creation::Existed(existing))
+                    }
+                    Err(refusal) => Err(refusal),
+                }));
+            }
+        }
+        let exists = sqlx::query_scalar(EXISTS).bind(&id.as_bytes()[..]);
+        if !exists.fetch_one(&mut *connection).await? {
+            return Ok(None);
+        }
+        let is_member = role_of(connection, id, *creator).await?.is_some();
+        Ok(Some(if is_member && self.pair().is_none() {
+            Ok(Creation::Existed(*id))
+        } else {
+            Err(GroupRefusal::IdTaken)
+        }))
+    }
+}
+
+/// Adds members to a group. Only for its admins.
+pub(super) struct AddMembers<'a> {
+    pub(super) group: GroupId,
+    pub(super) actor: AccountId,
+    pub(super) members: &'a [IdentityKey],
+    pub(super) now: UnixMillis,
+}
+
+impl Statement for AddMembers<'_> {
+    type Output = Result<u32, GroupRefusal>;
+
+    /// A repeat would count none as new.
+    const REPEAT: Repeat = Repeat::Never;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "add_members"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let Self { group, actor, members, now } = self;
+        if let Err(refusal) = lock_as_admin(connection, group, *actor).await? {
+            return Ok(Err(refusal));
+        }
+        let accounts = match resolve(connection, members).await? {
+            Ok(accounts) => accounts,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let count: i64 = sqlx::query_scalar(COUNT_WITH)
+            .bind(&group.as_bytes()[..])
+            .bind(&accounts)
+            .fetch_one(&mut *connection)
+            .await?;
+        if usize::try_from(count).unwrap_or_default() > MAX_MEMBERS {
+            return Ok(Err(GroupRefusal::Full));
+        }
+        let added = add(connection, group, &accounts, *now).await?;
+        Ok(Ok(u32::try_from(added).unwrap_or(u32::MAX)))
+    }
+}
+
+/// Returns the accounts of the keys, each once and in their order, if there is one for each and
+/// they may be one group.
+async fn resolve(
+    connection: &mut PgConnection,
+    keys: &[IdentityKey],
+) -> sqlx::Result<Result<Vec<i64>, GroupRefusal>> {
+    let mut seen = HashSet::with_capacity(keys.len());
+    let distinct: Vec<_> = keys.iter().copied().filter(|key| seen.insert(*key)).collect();
+    // With a creator who is not among them there is one more.
+    if distinct.len() > MAX_MEMBERS {
+        return Ok(Err(GroupRefusal::Full));
+    }
+    let bytes: Vec<&[u8]> = distinct.iter().map(|key| &key.as_bytes()[..]).collect();
+    let rows = sqlx::query(FIND).bind(bytes).fetch_all(connection).await?;
+    let found = rows.iter().map(|row| Ok((row.identity("identity")?, row.try_get("id")?)));
+    let found: HashMap<IdentityKey, i64> = found.collect::<sqlx::Result<_>>()?;
+    let account = |key| found.get(&key).copied().ok_or(GroupRefusal::NoSuchAccount(key));
+    Ok(distinct.into_iter().map(account).collect())
+}
+
+/// Adds those of the accounts that are not members. Returns how many.
+async fn add(
+    connection: &mut PgConnection,
+    group: &GroupId,
+    accounts: &[i64],
+    now: UnixMillis,
+) -> sqlx::Result<u64> {
+    let query = sqlx::query(ADD).bind(&group.as_bytes()[..]).bind(accounts).bind(millis(now));
+    Ok(query.execute(connection).await?.rows_affected())
+}
+
+/// Removes a member, and the group with its last one.
+pub(super) struct RemoveMember {
+    pub(super) group: GroupId,
+    pub(super) actor: AccountId,
+    pub(super) member: IdentityKey,
+}
+
+impl Statement for RemoveMember {
+    type Output = Result<(), GroupRefusal>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "remove_member"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let Self { group, actor, member } = self;
+        let keys = vec![&member.as_bytes()[..]];
+        let found = sqlx::query(FIND).bind(keys).fetch_optional(&mut *connection).await?;
+        let account: Option<i64> = found.map(|row| row.try_get("id")).transpose()?;
+        let locked = if account == Some(actor.0) {
+            // Also for an account that has left the group, so that the call can be repeated.
+            lock(connection, group).await?.ok_or(GroupRefusal::NotFound)
+        } else {
+            lock_as_admin(connection, group, *actor).await?
+        };
+        if let Err(refusal) = locked {
+            return Ok(Err(refusal));
+        }
+        let Some(account) = account else { return Ok(Ok(())) };
+        let removed = sqlx::query(REMOVE)
+            .bind(&group.as_bytes()[..])
+            .bind(account)
+            .execute(&mut *connection)
+            .await?;
+        if removed.rows_affected() > 0 {
+            after_removal(connection, group).await?;
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// Removes a locked group without members. Any other one has an admin afterwards.
+async fn after_removal(connection: &mut PgConnection, group: &GroupId) -> sqlx::Result<()> {
+    let group = &group.as_bytes()[..];
+    let has_members = sqlx::query_scalar(HAS_MEMBERS).bind(group).fetch_one(&mut *connection);
+    let statements: &[&'static str] =
+        if has_members.await? { &[PROMOTE] } else { &[DELETE_COMMITS, DELETE] };
+    for sql in statements {
+        sqlx::query(*sql).bind(group).execute(&mut *connection).await?;
+    }
+    Ok(())
+}
+
+/// Changes the metadata. Only for admins. Returns the new version.
+pub(super) struct UpdateMetadata<'a> {
+    pub(super) group: GroupId,
+    pub(super) actor: AccountId,
+    pub(super) change: &'a MetadataChange,
+}
+
+impl Statement for UpdateMetadata<'_> {
+    type Output = Result<u64, GroupRefusal>;
+
+    /// A repeat would find the version that the first attempt led to.
+    const REPEAT: Repeat = Repeat::Never;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "update_group"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let Self { group, actor, change } = self;
+        let locked = match lock_as_admin(connection, group, *actor).await? {
+            Ok(locked) => locked,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let MetadataChange { name, description, settings, expected_version } = change;
+        if expected_version.is_some_and(|expected| expected != locked.version) {
+            return Ok(Err(GroupRefusal::StaleVersion(locked.version)));
+        }
+        let row = sqlx::query(UPDATE)
+            .bind(&group.as_bytes()[..])
+            .bind(name.as_deref())
+            .bind(description.as_deref())
+            .bind(settings.as_deref())
+            .fetch_one(connection)
+            .await?;
+        row.unsigned("version").map(Ok)
+    }
+}

@@ -1,0 +1,329 @@
+//! What devices are done with: completed pages and acks of the readers of inboxes with devices.
+//!
+//! A message waits for a device if its seq is above the device's `upto` and it is not in
+//! `device_done`. A device that reads in order only moves `upto`, which is one heap-only update of
+//! its row however much it covers. What it is done with out of order goes to `device_done`, until
+//! `upto` passes it.
+//!
+//! The heads of the inboxes are locked first, in the order of their numbers, and by a statement of
+//! their own: a later statement of the transaction sees what was committed before the locks, and
+//! until the commit no registration, revocation or other removal changes it. A message is deleted
+//! when no device waits for it, in the shape of every removal.
+//!
+//! OFFSET keeps a look into `device_done` one probe of its index for each message. Postgres would
+//! otherwise plan it as a join with the whole table, by what it guesses about arrays.
+
+use std::time::Duration;
+
+use qpq_domain::{DeviceId, Seq, StoreId, UnixMillis};
+use qpq_ports::{Ack, ReadQuery, View};
+use sqlx::{PgConnection, Row as _};
+
+use super::remove::{numbers, reader_removal, removal, seqs_of};
+use crate::{
+    effects::Removal,
+    history::store_id,
+    postgres::{
+        Repeat, Scope, Statement,
+        row::{Columns as _, millis, millis_of, number},
+    },
+    redis::queue::{ReaderId, RegistrationId},
+};
+
+const LOCK: &str = concat!(
+    "SELECT ",
+    store_id!(),
+    " AS store_id FROM inbox WHERE id = ANY ($1) ORDER BY id FOR NO KEY UPDATE"
+);
+
+const LOCK_INBOX: &str = concat!(
+    "SELECT i.id, ",
+    store_id!(),
+    " AS store_id FROM account a JOIN inbox i ON i.id = a.id WHERE a.identity = $1
+       FOR NO KEY UPDATE OF i"
+);
+
+/// What an ack names of what waits for the device. $1 inbox, $2 device, $3 now, $4 up to which seq,
+/// $5 single seqs, $6 the channel. The device is alone in its row where that is nothing.
+macro_rules! acked {
+    ($view:literal) => {
+        concat!(
+            "SELECT d.id, d.position_lost, ARRAY (
+                SELECT m.seq FROM message m
+                 WHERE m.inbox = $1 AND m.seq > d.upto AND (m.seq <= $4 OR m.seq = ANY ($5))
+                   AND m.expires_at > $3",
+            $view,
+            "      AND NOT EXISTS (
+                    SELECT 1 FROM device_done o
+                     WHERE o.inbox = $1 AND o.seq = m.seq AND o.device = d.device
+                    OFFSET 0)) AS seqs
+               FROM device d WHERE d.account = $1 AND d.device = $2"
+        )
+    };
+}
+const ACKED: &str = acked!("");
+const ACKED_IN_CHANNEL: &str = acked!(" AND m.channel = $6");
+
+/// Records what devices are done with. $1 registrations, $2 inboxes and $3 seqs, of which those
+/// count that still wait; $4 now. A page is in order if nothing else waits for the device up to its
+/// last message; what has expired waits for none. Returns what is new, with the number of the
+/// removal of each device.
+const MARK: &str = "
+    WITH done AS MATERIALIZED (
+        SELECT d.id, d.account, d.device, d.upto, m.seq,
+               m.expires_at > least($4, store_now()) AS is_alive
+          FROM unnest($1::int8[], $2::int8[], $3::int8[]) AS s (registration, inbox, seq)
+          JOIN device d ON d.id = s.registration AND d.account = s.inbox
+          JOIN message m ON m.inbox = s.inbox AND m.seq = s.seq
+         WHERE s.seq > d.upto AND NOT EXISTS (
+            SELECT 1 FROM device_done o
+             WHERE o.inbox = m.inbox AND o.seq = m.seq AND o.device = d.device OFFSET 0)),
+    page AS MATERIALIZED (
+        SELECT id, account, device, upto, max(seq) AS last, array_agg(seq) AS seqs,
+               count(*) FILTER (WHERE is_alive) AS alive
+          FROM done GROUP BY id, account, device, upto),
+    placed AS MATERIALIZED (
+        SELECT p.*, p.alive >= (SELECT count(*) FROM (
+            SELECT 1 FROM message m
+             WHERE m.inbox = p.account AND m.seq > p.upto AND m.seq <= p.last
+               AND m.expires_at > least($4, store_now()) AND NOT EXISTS (
+                SELECT 1 FROM device_done o
+                 WHERE o.inbox = m.inbox AND o.seq = m.seq AND o.device = p.device OFFSET 0)
+             LIMIT p.alive + 1) w) AS in_order
+          FROM page p),
+    moved AS (
+        UPDATE device d
+           SET upto = CASE WHEN p.in_order THEN p.last ELSE d.upto END, removals = d.removals + 1
+          FROM placed p WHERE d.id = p.id
+        RETURNING d.id, d.removals),
+    passed AS (
+        DELETE FROM device_done o USING placed p
+         WHERE p.in_order AND o.inbox = p.account AND o.seq > p.upto AND o.seq <= p.last
+           AND o.device = p.device),
+    kept AS (
+        INSERT INTO device_done (inbox, seq, device)
+        SELECT d.account, d.seq, d.device FROM done d JOIN placed p ON p.id = d.id
+         WHERE NOT p.in_order)
+    SELECT p.id, p.account, p.seqs, v.removals FROM placed p JOIN moved v ON v.id = p.id";
+
+/// Whether no device waits for a message `m`.
+macro_rules! is_spent {
+    () => {
+        "NOT EXISTS (
+            SELECT 1 FROM device d
+             WHERE d.account = m.inbox AND d.upto < m.seq AND NOT EXISTS (
+                SELECT 1 FROM device_done o
+                 WHERE o.inbox = m.inbox AND o.seq = m.seq AND o.device = d.device OFFSET 0)
+            OFFSET 0)"
+    };
+}
+
+/// Removes those of some messages that wait for no device. $2 now, $3 how long ids are remembered.
+macro_rules! spent {
+    ($candidates:literal) => {
+        reader_removal! {
+            with: concat!(
+                "spent AS MATERIALIZED (SELECT m.inbox, m.seq ",
+                $candidates,
+                " AND ",
+                is_spent!(),
+                ")"
+            ),
+            delete: "USING spent s WHERE m.inbox = s.inbox AND m.seq = s.seq",
+            forget_at: "least(greatest($2, store_now()), expires_at) + $3",
+            also: ", undone AS (
+DELETE FROM device_done o USING gone g WHERE o.inbox = g.inbox AND o.seq = g.seq)",
+            select: "SELECT count(*) FROM gone"
+        }
+    };
+}
+/// $1 and $4 inboxes and seqs.
+const SPENT: &str = spent!("FROM unnest($1::int8[], $4::int8[]) AS m (inbox, seq) WHERE true");
+/// $1 inbox, $4 after which seq, $5 up to which.
+const SPENT_BETWEEN: &str =
+    spent!("FROM message m WHERE m.inbox = $1 AND m.seq > $4 AND m.seq <= $5");
+
+/// A page that a device is done with.
+#[derive(Clone, Debug)]
+pub(super) struct DonePage {
+    pub(super) inbox: i64,
+    pub(super) registration: RegistrationId,
+    pub(super) seqs: Vec<Seq>,
+}
+
+/// What a device is newly done with.
+#[derive(Clone, Debug)]
+pub(super) struct Done {
+    pub(super) inbox: i64,
+    pub(super) registration: RegistrationId,
+    pub(super) seqs: Vec<Seq>,
+    /// The number of the removal among those of the device.
+    pub(super) number: u64,
+}
+
+/// Completes pages of devices that were read in one history, at most one of each registration.
+///
+/// Returns what is new; `None` if the store is in another history. A registration that does not
+/// exist any more is done with nothing.
+pub(super) struct FinishPages {
+    pub(super) store_id: StoreId,
+    pub(super) pages: Vec<DonePage>,
+    pub(super) now: UnixMillis,
+    pub(super) recent_ids: Duration,
+}
+
+impl Statement for FinishPages {
+    type Output = Option<Vec<Done>>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "complete_as_device"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let inboxes: Vec<_> = self.pages.iter().map(|page| page.inbox).collect();
+        let rows = sqlx::query(LOCK).bind(inboxes).fetch_all(&mut *connection).await?;
+        let Some(row) = rows.first() else { return Ok(Some(Vec::new())) };
+        if row.store_id("store_id")? != self.store_id {
+            return Ok(None);
+        }
+        finish(connection, &self.pages, self.now, self.recent_ids).await.map(Some)
+    }
+}
+
+/// Removes what a device acks.
+pub(super) struct AckAsDevice<'a> {
+    pub(super) query: &'a ReadQuery,
+    pub(super) device: DeviceId,
+    pub(super) ack: &'a Ack,
+    pub(super) now: UnixMillis,
+    pub(super) recent_ids: Duration,
+}
+
+/// The outcome of an ack by a device.
+pub(super) enum DeviceAck {
+    /// None if the device is newly done with nothing.
+    Done(Option<Removal>),
+    /// The inbox has no such device.
+    NoDevice,
+    /// The device does not know yet that its position was moved.
+    PositionLost,
+}
+
+impl Statement for AckAsDevice<'_> {
+    type Output = DeviceAck;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "ack_as_device"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<DeviceAck> {
+        let Self { query: ReadQuery { reader, view }, device, ack, now, recent_ids } = self;
+        let query = sqlx::query(LOCK_INBOX).bind(&reader.inbox.as_bytes()[..]);
+        let Some(head) = query.fetch_optional(&mut *connection).await? else {
+            return Ok(DeviceAck::NoDevice);
+        };
+        let (inbox, store_id) = (head.try_get("id")?, head.store_id("store_id")?);
+        let (sql, channel) = match view {
+            View::All => (ACKED, None),
+            View::Channel(channel) => (ACKED_IN_CHANNEL, Some(channel.as_bytes())),
+        };
+        let mut query = sqlx::query(sql)
+            .bind(inbox)
+            .bind(&device.as_bytes()[..])
+            .bind(millis(*now))
+            .bind(number(ack.up_to.unwrap_or(Seq::ZERO).0))
+            .bind(numbers(&ack.seqs));
+        if let Some(channel) = channel {
+            query = query.bind(channel);
+        }
+        let Some(row) = query.fetch_optional(&mut *connection).await? else {
+            return Ok(DeviceAck::NoDevice);
+        };
+        if row.try_get("position_lost")? {
+            return Ok(DeviceAck::PositionLost);
+        }
+        let (registration, seqs) = (RegistrationId(row.try_get("id")?), seqs_of(&row)?);
+        if seqs.is_empty() || ack.store_id.is_some_and(|named| named != store_id) {
+            return Ok(DeviceAck::Done(None));
+        }
+        let page = DonePage { inbox, registration, seqs };
+        let done = finish(connection, &[page], *now, *recent_ids).await?;
+        Ok(DeviceAck::Done(done.into_iter().next().map(|Done { seqs, number, .. }| Removal {
+            reader: ReaderId { inbox: reader.inbox, registration: Some(registration) },
+            view: *view,
+            store_id,
+            number,
+            lease: None,
+            seqs,
+        })))
+    }
+}
+
+/// Records what devices are done with, and removes what waits for no other. The heads are locked.
+async fn finish(
+    connection: &mut PgConnection,
+    pages: &[DonePage],
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<Vec<Done>> {
+    let rows = || pages.iter().flat_map(|page| page.seqs.iter().map(move |seq| (page, seq)));
+    let done = sqlx::query(MARK)
+        .bind(rows().map(|(page, _)| page.registration.0).collect::<Vec<_>>())
+        .bind(rows().map(|(page, _)| page.inbox).collect::<Vec<_>>())
+        .bind(rows().map(|(_, seq)| number(seq.0)).collect::<Vec<_>>())
+        .bind(millis(now))
+        .fetch_all(&mut *connection)
+        .await?;
+    let done: Vec<_> = done
+        .iter()
+        .map(|row| {
+            Ok(Done {
+                inbox: row.try_get("account")?,
+                registration: RegistrationId(row.try_get("id")?),
+                seqs: seqs_of(row)?,
+                number: row.unsigned("removals")?,
+            })
+        })
+        .collect::<sqlx::Result<_>>()?;
+    let mut rows: Vec<_> =
+        done.iter().flat_map(|done| done.seqs.iter().map(|seq| (done.inbox, *seq))).collect();
+    // Two devices may be done with a message at the same time.
+    rows.sort_unstable();
+    rows.dedup();
+    if !rows.is_empty() {
+        sqlx::query(SPENT)
+            .bind(rows.iter().map(|(inbox, _)| *inbox).collect::<Vec<_>>())
+            .bind(millis(now))
+            .bind(millis_of(recent_ids))
+            .bind(rows.iter().map(|(_, seq)| number(seq.0)).collect::<Vec<_>>())
+            .execute(connection)
+            .await?;
+    }
+    Ok(done)
+}
+
+/// Removes the messages of an inbox after a seq, up to another, that wait for no device; returns
+/// their number. The head is locked, and the inbox has devices.
+pub(crate) async fn remove_spent(
+    connection: &mut PgConnection,
+    inbox: i64,
+    (after, up_to): (i64, i64),
+    now: UnixMillis,
+    recent_ids: Duration,
+) -> sqlx::Result<u64> {
+    let removed: i64 = sqlx::query_scalar(SPENT_BETWEEN)
+        .bind(inbox)
+        .bind(millis(now))
+        .bind(millis_of(recent_ids))
+        .bind(after)
+        .bind(up_to)
+        .fetch_one(connection)
+        .await?;
+    Ok(u64::try_from(removed).unwrap_or_default())
+}

@@ -1,0 +1,48 @@
+//! Updates of Redis after commits, and the wakes that follow, concurrently with the next
+//! transactions and in bounded memory.
+
+use std::sync::Arc;
+
+use tokio::{sync::Semaphore, task::JoinSet};
+
+use crate::effects::{Accepted, Applier, Effects, ToInbox};
+
+/// Memory of committed messages of one worker on their way to Redis, in units of [`UNIT`] bytes;
+/// each transaction's take at least [`PUSH`]. While Redis is slow, committing is too.
+const PUSHES: usize = 16 << 10;
+const UNIT: usize = 1 << 10;
+const PUSH: usize = PUSHES / 32;
+
+/// The committed messages of one worker on their way to Redis.
+#[derive(Debug)]
+pub(crate) struct Pushes {
+    applier: Applier,
+    /// Bounds the memory of `tasks`.
+    budget: Arc<Semaphore>,
+    tasks: JoinSet<()>,
+}
+
+impl Pushes {
+    pub(crate) fn new(applier: Applier) -> Self {
+        Self { applier, budget: Arc::new(Semaphore::new(PUSHES)), tasks: JoinSet::new() }
+    }
+
+    /// Updates Redis and wakes waiting edges, once there is room.
+    pub(crate) async fn push(&mut self, accepted: Accepted) {
+        let bytes: usize = accepted.inboxes.values().map(ToInbox::bytes).sum();
+        let units = u32::try_from((bytes / UNIT).clamp(PUSH, PUSHES)).expect("clamped");
+        let budget = Arc::clone(&self.budget);
+        let permit = budget.acquire_many_owned(units).await.expect("never closed");
+        let applier = self.applier.clone();
+        while self.tasks.try_join_next().is_some() {}
+        self.tasks.spawn(async move {
+            applier.apply(Effects { accepted: Some(accepted), ..Effects::default() }).await;
+            drop(permit);
+        });
+    }
+
+    /// Completes when all updates have.
+    pub(crate) async fn end(mut self) {
+        while self.tasks.join_next().await.is_some() {}
+    }
+}

@@ -1,0 +1,339 @@
+//! Changes of groups: their creation, members and metadata.
+
+use std::{borrow::Cow, collections::HashSet};
+
+use qpq_domain::{AccountId, GroupId, IdentityKey, MAX_MEMBERS, Pair, UnixMillis};
+use qpq_ports::{Creation, GroupRefusal, MetadataChange, NewGroup, NewMembers};
+use sqlx::{Row as _, SqliteConnection};
+
+use super::Head;
+use crate::{
+    error::NeverWritten,
+    row::{Columns as _, millis},
+    statement::{Done, SMALL, Statement},
+};
+
+type Refusable<T> = Result<T, GroupRefusal>;
+
+/// The start of a statement: the table of the keys in ?1, which are 32 bytes each. SQLite binds no
+/// lists.
+macro_rules! with_listed {
+    ($statement:literal) => {
+        concat!(
+            "WITH RECURSIVE listed (place, identity) AS (
+                 SELECT 1, substr(?1, 1, 32) WHERE length(?1) >= 32
+                  UNION ALL
+                 SELECT place + 1, substr(?1, place * 32 + 1, 32)
+                   FROM listed WHERE (place + 1) * 32 <= length(?1)) ",
+            $statement
+        )
+    };
+}
+
+const UNKNOWN: &str = with_listed!(
+    "SELECT l.identity FROM listed l
+      WHERE NOT EXISTS (SELECT 1 FROM account a WHERE a.identity = l.identity) LIMIT 1"
+);
+
+/// Adds the listed accounts to the group ?2 at ?3, in their order.
+const ADD: &str = with_listed!(
+    "INSERT INTO group_member (group_id, account, role, joined_at)
+     SELECT ?2, a.id, 0, ?3 FROM listed l CROSS JOIN account a ON a.identity = l.identity
+      WHERE true ON CONFLICT DO NOTHING"
+);
+
+const CREATE: &str = "
+    INSERT INTO mls_group (id, pair, name, description, settings, version, epoch, created_at)
+    VALUES (?1, ?2, ?3, ?4, x'', 0, 0, ?5)";
+
+const ADD_ADMIN: &str =
+    "INSERT INTO group_member (group_id, account, role, joined_at) VALUES (?1, ?2, 1, ?3)";
+
+const BY_PAIR: &str = "SELECT id FROM mls_group WHERE pair = ?1";
+
+const REMOVE: &str = "
+    DELETE FROM group_member
+     WHERE group_id = ?1 AND account = (SELECT id FROM account WHERE identity = ?2)";
+
+/// Makes the oldest member an admin if there is no admin.
+const PROMOTE: &str = "
+    UPDATE group_member SET role = 1
+     WHERE id = (SELECT id FROM group_member INDEXED BY group_member_joined
+                  WHERE group_id = ?1 ORDER BY id LIMIT 1)
+       AND NOT EXISTS (SELECT 1 FROM group_member INDEXED BY group_member_admin
+                        WHERE group_id = ?1 AND role = 1)";
+
+const IS_EMPTY: &str = "SELECT NOT EXISTS (SELECT 1 FROM group_member WHERE group_id = ?1)";
+const FORGET_COMMITS: &str = "DELETE FROM group_commit WHERE group_id = ?1";
+const DELETE: &str = "DELETE FROM mls_group WHERE id = ?1";
+
+const UPDATE: &str = "
+    UPDATE mls_group SET name = coalesce(?2, name), description = coalesce(?3, description),
+                         settings = coalesce(?4, settings), version = version + 1
+     WHERE id = ?1 RETURNING version";
+
+#[cfg(test)]
+pub(super) const STATEMENTS: [&str; 11] = [
+    UNKNOWN,
+    ADD,
+    CREATE,
+    ADD_ADMIN,
+    BY_PAIR,
+    REMOVE,
+    PROMOTE,
+    IS_EMPTY,
+    FORGET_COMMITS,
+    DELETE,
+    UPDATE,
+];
+
+/// Creates a group, or finds the one that exists.
+pub(super) struct CreateGroup(pub(super) NewGroup);
+
+impl Statement for CreateGroup {
+    type Answer = Refusable<Creation>;
+    const NAME: &'static str = "create group";
+
+    fn bytes(&self) -> usize {
+        let NewGroup { name, description, .. } = &self.0;
+        SMALL + name.len() + description.len() + self.keys().len() * size_of::<IdentityKey>()
+    }
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Refusable<Creation>>> {
+        let NewGroup { id, creator, now, .. } = &self.0;
+        if let Some(pair) = self.pair()
+            && let Some(existing) = by_pair(tx, pair).await?
+        {
+            // One of the two may have left it.
+            add(tx, &existing, &self.keys(), *now).await?;
+            return Ok(Done::keep(Ok(Creation::Existed(existing))));
+        }
+        if let Some(head) = Head::find(tx, id, *creator).await? {
+            let is_repeat = head.role.is_some() && self.pair().is_none();
+            let found =
+                if is_repeat { Ok(Creation::Existed(*id)) } else { Err(GroupRefusal::IdTaken) };
+            return Ok(Done::keep(found));
+        }
+        let keys = match resolve(tx, &self.keys()).await? {
+            Ok(keys) => keys,
+            Err(refusal) => return Ok(Done::keep(Err(refusal))),
+        };
+        self.insert(tx).await?;
+        let others = add(tx, id, &keys, *now).await?;
+        if 1 + others > MAX_MEMBERS as u64 {
+            return Ok(Done::undo(Err(GroupRefusal::Full)));
+        }
+        Ok(Done::keep(Ok(Creation::Created(*id))))
+    }
+}
+
+impl CreateGroup {
+    fn pair(&self) -> Option<&Pair> {
+        match &self.0.members {
+            NewMembers::Direct(pair) => Some(pair),
+            NewMembers::Listed(_) => None,
+        }
+    }
+
+    /// Returns the keys of the members. The creator's may be among them.
+    fn keys(&self) -> Cow<'_, [IdentityKey]> {
+        match &self.0.members {
+            NewMembers::Direct(pair) => Cow::Owned(pair.keys().to_vec()),
+            NewMembers::Listed(keys) => Cow::Borrowed(keys),
+        }
+    }
+
+    /// Inserts the group with its creator.
+    async fn insert(&self, tx: &mut SqliteConnection) -> sqlx::Result<()> {
+        let NewGroup { id, creator, name, description, now, .. } = &self.0;
+        sqlx::query(CREATE)
+            .bind(&id.as_bytes()[..])
+            .bind(self.pair().map(|pair| pair.as_bytes().to_vec()))
+            .bind(&name[..])
+            .bind(&description[..])
+            .bind(millis(*now))
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query(ADD_ADMIN)
+            .bind(&id.as_bytes()[..])
+            .bind(creator.0)
+            .bind(millis(*now))
+            .execute(tx)
+            .await
+            .map(drop)
+    }
+}
+
+async fn by_pair(tx: &mut SqliteConnection, pair: &Pair) -> sqlx::Result<Option<GroupId>> {
+    let row = sqlx::query(BY_PAIR).bind(&pair.as_bytes()[..]).fetch_optional(tx).await?;
+    row.map(|row| {
+        let id = GroupId::try_from(row.try_get::<&[u8], _>("id")?);
+        id.map_err(|_| NeverWritten("id").into())
+    })
+    .transpose()
+}
+
+/// Adds members to a group. Only for its admins.
+pub(super) struct AddMembers {
+    pub(super) group: GroupId,
+    pub(super) actor: AccountId,
+    pub(super) members: Vec<IdentityKey>,
+    pub(super) now: UnixMillis,
+}
+
+impl Statement for AddMembers {
+    type Answer = Refusable<u32>;
+    const NAME: &'static str = "add members";
+
+    fn bytes(&self) -> usize {
+        SMALL + self.members.len() * size_of::<IdentityKey>()
+    }
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Refusable<u32>>> {
+        if let Err(refusal) = Head::of_admin(tx, &self.group, self.actor).await? {
+            return Ok(Done::keep(Err(refusal)));
+        }
+        let keys = match resolve(tx, &self.members).await? {
+            Ok(keys) => keys,
+            Err(refusal) => return Ok(Done::keep(Err(refusal))),
+        };
+        let added = add(tx, &self.group, &keys, self.now).await?;
+        let members: i64 =
+            sqlx::query_scalar(super::COUNT).bind(&self.group.as_bytes()[..]).fetch_one(tx).await?;
+        if members > MAX_MEMBERS as i64 {
+            return Ok(Done::undo(Err(GroupRefusal::Full)));
+        }
+        Ok(Done::keep(Ok(u32::try_from(added).unwrap_or(u32::MAX))))
+    }
+}
+
+/// Returns the keys without repetitions, if each is of an account and they may be one group.
+async fn resolve(
+    tx: &mut SqliteConnection,
+    keys: &[IdentityKey],
+) -> sqlx::Result<Refusable<Vec<IdentityKey>>> {
+    let mut seen = HashSet::with_capacity(keys.len());
+    let distinct: Vec<_> = keys.iter().copied().filter(|key| seen.insert(*key)).collect();
+    if distinct.len() > MAX_MEMBERS {
+        return Ok(Err(GroupRefusal::Full));
+    }
+    let unknown = sqlx::query(UNKNOWN).bind(concatenated(&distinct)).fetch_optional(tx).await?;
+    Ok(match unknown {
+        Some(row) => Err(GroupRefusal::NoSuchAccount(row.identity("identity")?)),
+        None => Ok(distinct),
+    })
+}
+
+/// Adds those of the accounts that are no members. Returns how many.
+async fn add(
+    tx: &mut SqliteConnection,
+    group: &GroupId,
+    keys: &[IdentityKey],
+    now: UnixMillis,
+) -> sqlx::Result<u64> {
+    let added = sqlx::query(ADD)
+        .bind(concatenated(keys))
+        .bind(&group.as_bytes()[..])
+        .bind(millis(now))
+        .execute(tx)
+        .await?;
+    Ok(added.rows_affected())
+}
+
+fn concatenated(keys: &[IdentityKey]) -> Vec<u8> {
+    keys.iter().flat_map(|key| *key.as_bytes()).collect()
+}
+
+/// Removes a member, and the group with its last one.
+pub(super) struct RemoveMember {
+    pub(super) group: GroupId,
+    pub(super) actor: AccountId,
+    pub(super) member: IdentityKey,
+}
+
+impl Statement for RemoveMember {
+    type Answer = Refusable<()>;
+    const NAME: &'static str = "remove member";
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Refusable<()>>> {
+        let head = if self.is_of_actor(tx).await? {
+            // Also for an account that has left the group, so that the call can be repeated.
+            let head = Head::find(tx, &self.group, self.actor).await?;
+            head.ok_or(GroupRefusal::NotFound)
+        } else {
+            Head::of_admin(tx, &self.group, self.actor).await?
+        };
+        if let Err(refusal) = head {
+            return Ok(Done::keep(Err(refusal)));
+        }
+        let removed = sqlx::query(REMOVE)
+            .bind(&self.group.as_bytes()[..])
+            .bind(&self.member.as_bytes()[..])
+            .execute(&mut *tx)
+            .await?;
+        if removed.rows_affected() > 0 {
+            self.after_removal(tx).await?;
+        }
+        Ok(Done::keep(Ok(())))
+    }
+}
+
+impl RemoveMember {
+    /// Returns whether the member is the actor.
+    async fn is_of_actor(&self, tx: &mut SqliteConnection) -> sqlx::Result<bool> {
+        let account = sqlx::query_scalar("SELECT id FROM account WHERE identity = ?1")
+            .bind(&self.member.as_bytes()[..])
+            .fetch_optional(tx)
+            .await?;
+        Ok(account == Some(self.actor.0))
+    }
+
+    /// Removes the group if it has no members, and else makes sure that it has an admin.
+    async fn after_removal(&self, tx: &mut SqliteConnection) -> sqlx::Result<()> {
+        let group = &self.group.as_bytes()[..];
+        let is_empty: bool = sqlx::query_scalar(IS_EMPTY).bind(group).fetch_one(&mut *tx).await?;
+        let statements: &[&'static str] =
+            if is_empty { &[FORGET_COMMITS, DELETE] } else { &[PROMOTE] };
+        for sql in statements {
+            sqlx::query(*sql).bind(group).execute(&mut *tx).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Changes the metadata. Only for admins. Answers the new version.
+pub(super) struct UpdateMetadata {
+    pub(super) group: GroupId,
+    pub(super) actor: AccountId,
+    pub(super) change: MetadataChange,
+}
+
+impl Statement for UpdateMetadata {
+    type Answer = Refusable<u64>;
+    const NAME: &'static str = "update metadata";
+
+    fn bytes(&self) -> usize {
+        let MetadataChange { name, description, settings, expected_version: _ } = &self.change;
+        let texts = [name, description].map(|text| text.as_ref().map_or(0, String::len));
+        SMALL + texts.iter().sum::<usize>() + settings.as_ref().map_or(0, |bytes| bytes.len())
+    }
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Refusable<u64>>> {
+        let head = match Head::of_admin(tx, &self.group, self.actor).await? {
+            Ok(head) => head,
+            Err(refusal) => return Ok(Done::keep(Err(refusal))),
+        };
+        let MetadataChange { name, description, settings, expected_version } = &self.change;
+        if expected_version.is_some_and(|expected| expected != head.version) {
+            return Ok(Done::keep(Err(GroupRefusal::StaleVersion(head.version))));
+        }
+        let row = sqlx::query(UPDATE)
+            .bind(&self.group.as_bytes()[..])
+            .bind(name.as_deref())
+            .bind(description.as_deref())
+            .bind(settings.as_deref())
+            .fetch_one(tx)
+            .await?;
+        Ok(Done::keep(Ok(row.unsigned("version")?)))
+    }
+}
