@@ -167,9 +167,16 @@ impl Database {
                 Scope::Statement => statement.run(&mut connection).await.map_err(unknown),
                 Scope::Transaction => {
                     let mut open = connection.begin().await.map_err(no)?;
-                    let done = statement.run(&mut open).await.map_err(no)?;
-                    open.commit().await.map_err(unknown)?;
-                    Ok(done)
+                    match statement.run(&mut open).await {
+                        Ok(done) => open.commit().await.map(|()| done).map_err(unknown),
+                        Err(error) => {
+                            // Dropped, it would be rolled back later, and a retry on another
+                            // connection would meet its locks. A failure changes nothing: the
+                            // connection is lost, and its transaction with it.
+                            let _ = open.rollback().await;
+                            Err(no(error))
+                        }
+                    }
                 }
             }
         };
