@@ -166,12 +166,12 @@ async fn write(
 /// Peeks from the start, checks that no acked message is returned, and acks half of the page.
 async fn peek_and_ack(client: &Client, history: &History, account: &Account) -> anyhow::Result<()> {
     while !history.stop.load(Ordering::SeqCst) {
-        let gone = history.acked.lock().clone();
+        let acked = history.acked.lock().clone();
         let request = v1::PeekRequest { limit: 20, ..Default::default() };
         let page = client.must::<Peek>(&request, Some(&account.token)).await?.payloads;
         for envelope in &page {
             assert!(
-                !gone.contains(&envelope.seq),
+                !acked.contains(&envelope.seq),
                 "seq {} is returned after the answer to its Ack",
                 envelope.seq
             );

@@ -1,5 +1,6 @@
 //! Scenarios with the binaries as users run them.
 
+mod advisories;
 mod cluster;
 mod greed;
 mod kill;

@@ -3,6 +3,8 @@
 //! Server-side membership decides who may commit, read the metadata and receive messages to all
 //! members. The members' clients trust the MLS group instead.
 
+mod outcome;
+
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -23,13 +25,17 @@ pub trait Groups: Send + Sync {
     /// left it.
     async fn create(&self, group: NewGroup) -> StoreResult<Result<Creation, GroupRefusal>>;
 
-    /// Adds members; those who are members already stay as they are. Only for admins. Adds all or
-    /// none. Returns the number of new members.
+    /// Adds members with a role. Only for admins. Adds all or none. Returns the number of new
+    /// members.
+    ///
+    /// With [`Role::Admin`] those who are members already become admins. With [`Role::Member`] they
+    /// keep their role, so a repeat demotes nobody.
     async fn add_members(
         &self,
         group: GroupId,
         actor: AccountId,
         members: Vec<IdentityKey>,
+        role: Role,
         now: UnixMillis,
     ) -> StoreResult<Result<u32, GroupRefusal>>;
 

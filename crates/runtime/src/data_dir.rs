@@ -53,7 +53,7 @@ pub enum DataDirError {
     )]
     Damaged { path: PathBuf, found: usize, expected: usize, if_lost: &'static str },
     #[error("{path} was removed while the server was starting; start it again")]
-    Gone { path: PathBuf },
+    Missing { path: PathBuf },
 }
 
 impl DataDir {
@@ -109,7 +109,8 @@ impl DataDir {
             return Ok(secret);
         }
         self.add(file.name, &create())?;
-        self.read_secret(file)?.ok_or_else(|| DataDirError::Gone { path: self.0.join(file.name) })
+        self.read_secret(file)?
+            .ok_or_else(|| DataDirError::Missing { path: self.0.join(file.name) })
     }
 
     /// Writes the file `name` with mode 0600, unless it exists. After a crash it is complete or

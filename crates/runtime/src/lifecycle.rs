@@ -178,7 +178,7 @@ mod tests {
                 let _ = self.0.take().unwrap().send(());
             }
         }
-        let (sender, gone) = tokio::sync::oneshot::channel();
+        let (sender, dropped) = tokio::sync::oneshot::channel();
         let mut tasks = Tasks::default();
         let guard = NotifyOnDrop(Some(sender));
         tasks.spawn("endless", async move {
@@ -186,6 +186,6 @@ mod tests {
             std::future::pending::<()>().await;
         });
         tasks.stop().await;
-        gone.await.expect("the task's state was dropped");
+        dropped.await.expect("the task's state was dropped");
     }
 }

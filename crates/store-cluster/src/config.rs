@@ -8,6 +8,7 @@ use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, pem::PemObject as _},
 };
+use secrecy::SecretString;
 
 use crate::{Clocks, ConnectError, error::Server};
 
@@ -51,7 +52,7 @@ pub struct Endpoint {
     /// by commas. May contain user and password.
     pub url: String,
     /// Replaces the password in the URL.
-    pub password: Option<String>,
+    pub password: Option<SecretString>,
     /// PEM file with the authorities of the server's certificate: for Redis and NATS instead of the
     /// system's, for Postgres in addition to the public ones.
     pub ca: Option<PathBuf>,

@@ -15,6 +15,7 @@ use futures_util::StreamExt as _;
 use parking_lot::Mutex;
 use qpq_domain::{ChannelId, IdentityKey, TokenHash};
 use qpq_ports::{AccountEvent, View};
+use secrecy::ExposeSecret as _;
 use tokio::{
     sync::{broadcast, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, timeout},
@@ -196,7 +197,8 @@ fn options(config: &Config, reconnects: watch::Sender<()>) -> Result<ConnectOpti
     let first = servers.first().expect("at least one");
     let user = first.username().map(unescaped).transpose()?;
     let password = first.password().map(unescaped).transpose()?;
-    Ok(match (user, config.nats.password.clone().or(password)) {
+    let own = config.nats.password.as_ref().map(|own| own.expose_secret().to_owned());
+    Ok(match (user, own.or(password)) {
         (Some(user), Some(password)) => options.user_and_password(user, password),
         // A user or a password alone is a token, as in all clients of NATS.
         (Some(token), None) | (None, Some(token)) => options.token(token),

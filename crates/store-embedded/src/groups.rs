@@ -4,7 +4,6 @@
 //! transaction, so what a statement has checked stays true until its end.
 
 mod change;
-mod outcome;
 pub(crate) mod send;
 
 use async_trait::async_trait;
@@ -36,9 +35,10 @@ impl Groups for EmbeddedStore {
         group: GroupId,
         actor: AccountId,
         members: Vec<IdentityKey>,
+        role: Role,
         now: UnixMillis,
     ) -> StoreResult<Result<u32, GroupRefusal>> {
-        self.writer.run(AddMembers { group, actor, members, now }).await
+        self.writer.run(AddMembers { group, actor, members, role, now }).await
     }
 
     async fn remove_member(

@@ -211,7 +211,7 @@ fn endpoint(
 ) -> Result<Endpoint, PasswordFileError> {
     let read = |path: &PathBuf| {
         fs::read_to_string(path)
-            .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
+            .map(|text| SecretString::from(text.trim_end_matches(['\r', '\n'])))
             .map_err(|source| PasswordFileError { setting, path: path.clone(), source })
     };
     Ok(Endpoint {

@@ -137,8 +137,14 @@ impl Work for RotateTicketKeys {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
+    use std::{
+        fs::Permissions,
+        os::unix::fs::{PermissionsExt as _, chown},
+        thread,
+        time::SystemTime,
+    };
 
+    use nix::unistd::{Uid, setfsuid};
     use qpq_ports::{Claim, Clock as _, JobId, SystemClock};
 
     use super::*;
@@ -201,5 +207,44 @@ mod tests {
         };
         assert!(error.contains("ticket-keys is damaged"), "{error}");
         assert_eq!(ring(dir.path()), [0; 96]);
+    }
+
+    /// Passes `dir` read-only to a user that its permissions apply to.
+    fn make_read_only(dir: &Path, reader: Option<Uid>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            chown(entry.unwrap().path(), reader.map(Uid::as_raw), None).unwrap();
+        }
+        chown(dir, reader.map(Uid::as_raw), None).unwrap();
+        fs::set_permissions(dir, Permissions::from_mode(0o555)).unwrap();
+    }
+
+    #[test]
+    fn a_read_only_directory_is_named_with_what_to_do() {
+        let dir = shared_dir();
+        let now = SystemClock.now();
+        let before = ring(dir.path());
+        set_age(dir.path(), now, 6 * HOUR);
+        // No directory is read-only for root.
+        let reader = Uid::effective().is_root().then_some(Uid::from_raw(65_534));
+        make_read_only(dir.path(), reader);
+        // The threads of the runtime have the user of the thread that starts them.
+        let rotated = thread::scope(|scope| {
+            let rotated = scope.spawn(|| {
+                if let Some(reader) = reader {
+                    setfsuid(reader);
+                }
+                let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+                runtime.block_on(run(dir.path(), now))
+            });
+            rotated.join().unwrap()
+        });
+        let Err(Failure::Temporary(error)) = rotated else {
+            panic!("it fails, and another edge may succeed");
+        };
+        assert!(error.contains(&dir.path().display().to_string()), "{error}");
+        assert!(error.contains("Permission denied"), "{error}");
+        assert!(error.contains("Make cluster.secrets_dir writable for the edges, or"), "{error}");
+        assert_eq!(ring(dir.path()), before);
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
     }
 }

@@ -91,8 +91,8 @@ async fn the_job_of_a_killed_edge_runs_on_another_one_after_its_lease() {
         loop {
             let next = sweep(&cluster).await;
             // Only another edge changes the claim of a dead one. Its sweep may have ended by now:
-            // Postgres has not noticed that the killed edge is gone, whose transaction still waits
-            // and has the lock of the sweep, so the other edge finds nothing to do.
+            // Postgres has not noticed that the edge was killed. The transaction of that edge
+            // still waits and has the lock of the sweep, so the other edge finds nothing to do.
             if next.claim != held {
                 assert!(next.now >= last.run_at, "not before the lease ended: {last:?} {next:?}");
                 break;

@@ -39,7 +39,7 @@ async fn wakes_all_dropped() {
         cluster.links(edge).nats.switch().heal();
     }
     cluster.nats.kill9().await.unwrap();
-    all_arrive(&cluster, &accounts, "NATS is gone").await;
+    all_arrive(&cluster, &accounts, "NATS has stopped").await;
     cluster.nats.start_again().await.unwrap();
     all_arrive(&cluster, &accounts, "NATS is back").await;
 }

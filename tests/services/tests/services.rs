@@ -214,7 +214,7 @@ async fn a_dropped_service_leaves_nothing() {
         assert!(!listens(port).await);
     }
     for home in homes.iter().chain([&home_of_killed]) {
-        assert!(!home.exists(), "{} is gone", home.display());
+        assert!(!home.exists(), "{} is removed", home.display());
     }
     assert!(!segments.iter().any(|id| segment_exists(id)), "no shared memory is left");
 }

@@ -80,7 +80,7 @@ pub async fn a_device_is_listed_as_it_was_registered(factory: &dyn Factory) {
 }
 
 pub async fn a_repeat_changes_nothing_but_the_name(factory: &dyn Factory) {
-    let bench = Bench::new(factory).await;
+    let mut bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
     bench.register(device(alice, 1)).await;
     let before = bench.devices(alice).await;
@@ -89,6 +89,7 @@ pub async fn a_repeat_changes_nothing_but_the_name(factory: &dyn Factory) {
     assert_eq!(bench.devices(alice).await, before);
     let renamed = NewDevice { name: "phone".into(), ..repeat };
     assert_eq!(bench.register(renamed).await, Registered::Repeated);
+    bench.crash().await;
     let [now] = &bench.devices(alice).await[..] else { panic!("one device") };
     assert_eq!(now, &Device { name: "phone".into(), ..before[0].clone() });
 }

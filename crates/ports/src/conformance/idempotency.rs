@@ -178,13 +178,13 @@ pub async fn a_forgotten_id_may_be_used_again(factory: &dyn Factory) {
 pub async fn ids_survive_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
-    let gone = bench.deliver(message(alice, alice, "gone").with_id(1)).await;
+    let removed = bench.deliver(message(alice, alice, "removed").with_id(1)).await;
     bench.ack(all(alice), Some(1), &[]).await;
     let queued = bench.deliver(message(alice, alice, "queued").with_id(2)).await;
     bench.crash().await;
     assert_eq!(
-        bench.send(message(alice, alice, "gone").with_id(1)).await,
-        Enqueued::Duplicate(gone)
+        bench.send(message(alice, alice, "removed").with_id(1)).await,
+        Enqueued::Duplicate(removed)
     );
     assert_eq!(
         bench.send(message(alice, alice, "queued").with_id(2)).await,

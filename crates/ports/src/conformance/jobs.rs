@@ -291,7 +291,7 @@ pub async fn stats_count_each_kind(factory: &dyn Factory) {
     put(&bench, NewJob { kind: OTHER, delay: 9 * MINUTE, ..job("future") }).await;
     let long = ClaimRequest { lease: 9 * MINUTE, ..request(2) };
     let claimed = bench.stores.jobs.claim(long, NOW).await.expect("claim");
-    finish(&bench, claimed[0].claim, JobEnd::Dead { error: "gone".into() }, NOW).await;
+    finish(&bench, claimed[0].claim, JobEnd::Dead { error: "removed".into() }, NOW).await;
     let stats = |kind: &str, counts: [u64; 3], overdue| JobStats {
         kind: kind.into(),
         waiting: counts[0],

@@ -505,7 +505,7 @@ pub async fn a_device_without_a_key_has_the_packages_of_the_account(factory: &dy
     bench.revoke(alice, 8).await;
     assert_eq!(bench.take_of_devices(alice).await, [(7, Some((2, false)))]);
     bench.revoke(alice, 7).await;
-    assert_eq!(bench.take(alice).await, None, "its private keys are gone");
+    assert_eq!(bench.take(alice).await, None, "its private keys are lost");
 }
 
 pub async fn a_revocation_removes_the_packages_of_its_device_alone(factory: &dyn Factory) {

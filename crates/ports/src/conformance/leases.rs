@@ -192,11 +192,11 @@ pub async fn acked_messages_are_not_returned_by_later_reads(factory: &dyn Factor
     for seq in 1..=MESSAGES as u64 {
         assert_eq!(bench.ack(all(alice), None, &[seq]).await, 1);
         let page = bench.peek(all(alice)).await;
-        assert!(page.envelopes.iter().all(|envelope| envelope.seq > Seq(seq)), "{seq} is gone");
+        assert!(page.envelopes.iter().all(|envelope| envelope.seq > Seq(seq)), "{seq} is removed");
         let lease = bench.lease(all(alice), first(3)).await;
         assert!(
             lease.page().envelopes.iter().all(|envelope| envelope.seq > Seq(seq)),
-            "{seq} is gone"
+            "{seq} is removed"
         );
     }
     reader.await.expect("no panic");

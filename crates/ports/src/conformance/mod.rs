@@ -268,6 +268,8 @@ macro_rules! conformance {
                 only_admins_change_a_group_and_only_members_see_it,
                 there_is_no_group_without_its_creation,
                 members_are_added_once_and_all_or_none,
+                listed_members_become_admins_and_stay_admins,
+                a_refused_addition_promotes_no_member,
                 the_oldest_member_follows_the_last_admin,
                 a_group_goes_with_its_last_member,
                 metadata_changes_field_by_field_with_a_version,

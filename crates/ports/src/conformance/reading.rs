@@ -58,7 +58,7 @@ pub async fn an_expired_message_is_never_shown(factory: &dyn Factory) {
     assert_eq!(
         bench.ack_at(all(alice), Some(3), &[], now).await,
         1,
-        "what has expired is gone already"
+        "expired messages are removed already"
     );
 }
 

@@ -93,6 +93,16 @@ impl User {
         Ok(self.ask::<methods::AddMembers>(request).await?.response.added)
     }
 
+    async fn promote(&self, members: &[&Self]) -> Result<u32, Refused> {
+        let request = AddMembersRequest {
+            channel_id: GROUP,
+            member_keys: keys(members),
+            admins: true,
+            ..Default::default()
+        };
+        Ok(self.ask::<methods::AddMembers>(request).await?.response.added)
+    }
+
     async fn update(
         &self,
         change: UpdateGroupMetadataRequest,
@@ -212,8 +222,21 @@ async fn admins_change_members_and_metadata_and_strangers_see_nothing() {
     let view = carol.members(0, Bytes::new()).await.expect("a member");
     assert_eq!(role_of(&view.members), [("carol", 1)]);
     carol.remove(&carol).await.expect("the last member leaves");
-    let gone = carol.members(0, Bytes::new()).await.expect_err("no group");
-    gone.assert(Status::NotFound, "group.not_found");
+    let refused = carol.members(0, Bytes::new()).await.expect_err("no group");
+    refused.assert(Status::NotFound, "group.not_found");
+}
+
+#[tokio::test]
+async fn an_admin_promotes_members_and_adds_admins() {
+    let (server, [alice, bob, carol]) = group().await;
+    let (dave, erin) = (server.user("dave").await, server.user("erin").await);
+    let refused = bob.promote(&[&bob]).await.expect_err("refused");
+    refused.assert(Status::Forbidden, "group.admin_required");
+    assert_eq!(alice.promote(&[&bob, &dave]).await, Ok(1), "bob is a member");
+    assert_eq!(bob.add(&[&alice, &bob, &erin]).await, Ok(1), "a promoted admin adds members");
+    let view = carol.members(0, Bytes::new()).await.expect("a member");
+    let roles = [("alice", 1), ("bob", 1), ("carol", 0), ("dave", 1), ("erin", 0)];
+    assert_eq!(role_of(&view.members), roles);
 }
 
 #[tokio::test]

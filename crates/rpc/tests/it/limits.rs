@@ -330,10 +330,10 @@ async fn disabled_limits_allow_every_call() {
     }
 }
 
-/// A limiter that is unreachable while `gone` is set.
+/// A limiter that is unreachable while `unreachable` is set.
 struct Unreachable {
     inner: Arc<dyn RateLimiter>,
-    gone: Arc<AtomicBool>,
+    unreachable: Arc<AtomicBool>,
 }
 
 #[async_trait]
@@ -345,7 +345,7 @@ impl RateLimiter for Unreachable {
         cost: u32,
         now: UnixMillis,
     ) -> StoreResult<Verdict> {
-        if self.gone.load(Ordering::SeqCst) {
+        if self.unreachable.load(Ordering::SeqCst) {
             return Err(StoreError::unavailable("no limiter"));
         }
         self.inner.take(key, bucket, cost, now).await
@@ -357,14 +357,14 @@ impl RateLimiter for Unreachable {
         lifetime: Duration,
         now: UnixMillis,
     ) -> StoreResult<()> {
-        if self.gone.load(Ordering::SeqCst) {
+        if self.unreachable.load(Ordering::SeqCst) {
             return Err(StoreError::unavailable("no limiter"));
         }
         self.inner.remember(key, lifetime, now).await
     }
 
     async fn remembers(&self, key: LimitKey, now: UnixMillis) -> StoreResult<bool> {
-        if self.gone.load(Ordering::SeqCst) {
+        if self.unreachable.load(Ordering::SeqCst) {
             return Err(StoreError::unavailable("no limiter"));
         }
         self.inner.remembers(key, now).await
@@ -373,18 +373,18 @@ impl RateLimiter for Unreachable {
 
 #[tokio::test]
 async fn without_a_limiter_logins_and_registrations_fail_and_other_calls_succeed() {
-    let gone = Arc::new(AtomicBool::new(false));
-    let switch = Arc::clone(&gone);
+    let unreachable = Arc::new(AtomicBool::new(false));
+    let switch = Arc::clone(&unreachable);
     let server = Server::with_stores(
         |config| config.limits = RateLimits::default(),
         |mut stores| {
-            stores.limiter = Arc::new(Unreachable { inner: stores.limiter, gone: switch });
+            stores.limiter = Arc::new(Unreachable { inner: stores.limiter, unreachable: switch });
             stores
         },
     )
     .await;
     let alice = server.user("alice").await;
-    gone.store(true, Ordering::SeqCst);
+    unreachable.store(true, Ordering::SeqCst);
     let client = &alice.client;
     health(client).await.expect("open");
     resolve(client).await.expect("open");

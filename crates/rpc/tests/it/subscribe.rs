@@ -18,8 +18,8 @@ use qpq_ports::Clock as _;
 use qpq_proto::{
     Event, Status, methods,
     v1::{
-        EnqueueRequest, FetchKeyPackageRequest, FetchRequest, LogoutRequest, PeekRequest,
-        SubscribeRequest, UploadKeyPackageRequest, WakeEvent,
+        DevicesChangedEvent, EnqueueRequest, FetchKeyPackageRequest, FetchRequest, LogoutRequest,
+        PeekRequest, RegisterDeviceRequest, SubscribeRequest, UploadKeyPackageRequest, WakeEvent,
     },
 };
 use qpq_rpc::Events;
@@ -433,4 +433,22 @@ async fn key_packages_low_is_sent_below_ten_packages_at_most_once_a_minute() {
     let Event::KeyPackagesLow(low) = inbound.next_new().await else { panic!("another event") };
     assert_eq!(low.available, 7);
     assert!(other_inbound.accepted.lock().is_empty());
+}
+
+#[tokio::test]
+async fn a_registered_and_a_renamed_device_are_reported_to_the_account() {
+    let server = Server::start().await;
+    let alice = server.user("alice").await;
+    let (subscribed, inbound) = listen(&server, &alice);
+    subscribe(&subscribed).await;
+    for name in ["phone", "old phone"] {
+        let device = RegisterDeviceRequest {
+            device_id: vec![1; 16].into(),
+            device_name: name.into(),
+            ..Default::default()
+        };
+        assert!(alice.ok::<methods::RegisterDevice>(device).await.success);
+        // Registration of the first device changes the reader of the inbox, which is a Wake.
+        while inbound.next().await != Event::DevicesChanged(DevicesChangedEvent {}) {}
+    }
 }

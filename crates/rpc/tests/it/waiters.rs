@@ -154,15 +154,15 @@ impl Wake for CountedWake {
 impl Drop for CountedWake {
     fn drop(&mut self) {
         // The subscription ends before its end is counted.
-        drop(mem::replace(&mut self.inner, Box::new(Gone)));
+        drop(mem::replace(&mut self.inner, Box::new(Ended)));
         self.waiters.subscribed.fetch_sub(1, Ordering::SeqCst);
         self.waiters.changed.notify_waiters();
     }
 }
 
-struct Gone;
+struct Ended;
 
-impl Wake for Gone {
+impl Wake for Ended {
     fn woken(&mut self) -> BoxFuture<'_, ()> {
         Box::pin(std::future::pending())
     }

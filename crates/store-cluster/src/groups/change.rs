@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use qpq_domain::{AccountId, GroupId, IdentityKey, MAX_MEMBERS, Pair, UnixMillis};
+use qpq_domain::{AccountId, GroupId, IdentityKey, MAX_MEMBERS, Pair, Role, UnixMillis};
 use qpq_ports::{Creation, GroupRefusal, MetadataChange, NewGroup, NewMembers};
 use sqlx::{PgConnection, Row as _};
 
@@ -22,11 +22,16 @@ const CREATE: &str = "
 const ADD_ADMIN: &str =
     "INSERT INTO group_member (group_id, account, role, joined_at) VALUES ($1, $2, 1, $3)";
 
-/// Adds accounts in their order, as members.
+/// Adds accounts in their order, with the role $4.
 const ADD: &str = "
     INSERT INTO group_member (group_id, account, role, joined_at)
-    SELECT $1, l.account, 0, $3 FROM unnest($2::int8[]) WITH ORDINALITY AS l (account, place)
+    SELECT $1, l.account, $4, $3 FROM unnest($2::int8[]) WITH ORDINALITY AS l (account, place)
      ORDER BY l.place ON CONFLICT (group_id, account) DO NOTHING";
+
+/// Gives members the role of an admin.
+const PROMOTE_LISTED: &str = "
+    UPDATE group_member SET role = 1
+     WHERE group_id = $1 AND account = ANY ($2::int8[]) AND role = 0";
 
 /// How many members the group would have with these accounts.
 const COUNT_WITH: &str = "
@@ -101,7 +106,7 @@ impl Statement for CreateGroup<'_> {
             .bind(millis(*now))
             .execute(&mut *connection)
             .await?;
-        add(connection, id, &others, *now).await?;
+        add(connection, id, &others, Role::Member, *now).await?;
         Ok(Some(Ok(Creation::Created(*id))))
     }
 }
@@ -135,7 +140,7 @@ impl CreateGroup<'_> {
                 return Ok(Some(match resolve(connection, &pair.keys()).await? {
                     Ok(both) => {
                         // One of the two may have left it.
-                        add(connection, &existing, &both, *now).await?;
+                        add(connection, &existing, &both, Role::Member, *now).await?;
                         Ok(Creation::Existed(existing))
                     }
                     Err(refusal) => Err(refusal),
@@ -160,6 +165,7 @@ pub(super) struct AddMembers<'a> {
     pub(super) group: GroupId,
     pub(super) actor: AccountId,
     pub(super) members: &'a [IdentityKey],
+    pub(super) role: Role,
     pub(super) now: UnixMillis,
 }
 
@@ -175,7 +181,7 @@ impl Statement for AddMembers<'_> {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
-        let Self { group, actor, members, now } = self;
+        let Self { group, actor, members, role, now } = self;
         if let Err(refusal) = lock_as_admin(connection, group, *actor).await? {
             return Ok(Err(refusal));
         }
@@ -191,7 +197,7 @@ impl Statement for AddMembers<'_> {
         if usize::try_from(count).unwrap_or_default() > MAX_MEMBERS {
             return Ok(Err(GroupRefusal::Full));
         }
-        let added = add(connection, group, &accounts, *now).await?;
+        let added = add(connection, group, &accounts, *role, *now).await?;
         Ok(Ok(u32::try_from(added).unwrap_or(u32::MAX)))
     }
 }
@@ -216,15 +222,26 @@ async fn resolve(
     Ok(distinct.into_iter().map(account).collect())
 }
 
-/// Adds those of the accounts that are not members. Returns how many.
+/// Adds those of the accounts that are not members, and promotes the others if the role is that of
+/// an admin. Returns how many were added.
 async fn add(
     connection: &mut PgConnection,
     group: &GroupId,
     accounts: &[i64],
+    role: Role,
     now: UnixMillis,
 ) -> sqlx::Result<u64> {
-    let query = sqlx::query(ADD).bind(&group.as_bytes()[..]).bind(accounts).bind(millis(now));
-    Ok(query.execute(connection).await?.rows_affected())
+    let group = &group.as_bytes()[..];
+    let stored = match role {
+        Role::Member => 0_i16,
+        Role::Admin => {
+            let promote = sqlx::query(PROMOTE_LISTED).bind(group).bind(accounts);
+            promote.execute(&mut *connection).await?;
+            1
+        }
+    };
+    let add = sqlx::query(ADD).bind(group).bind(accounts).bind(millis(now)).bind(stored);
+    Ok(add.execute(connection).await?.rows_affected())
 }
 
 /// Removes a member, and the group with its last one.

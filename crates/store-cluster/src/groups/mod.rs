@@ -6,7 +6,6 @@
 //! each is one statement.
 
 mod change;
-mod outcome;
 mod send;
 mod sender;
 
@@ -87,9 +86,10 @@ impl Groups for ClusterStore {
         group: GroupId,
         actor: AccountId,
         members: Vec<IdentityKey>,
+        role: Role,
         now: UnixMillis,
     ) -> StoreResult<Result<u32, GroupRefusal>> {
-        let add = AddMembers { group, actor, members: &members, now };
+        let add = AddMembers { group, actor, members: &members, role, now };
         Ok(self.inner.database.run(&add).await?)
     }
 

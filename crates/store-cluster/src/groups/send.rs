@@ -8,16 +8,10 @@
 use std::time::Duration;
 
 use qpq_domain::{DeliveryLimits, IdentityKey, UnixMillis};
-use qpq_ports::{
-    Commit, Enqueued, GroupMessage, GroupRecipients, GroupRefusal, GroupSent, NewMessage,
-};
-use sqlx::{PgConnection, Row as _};
+use qpq_ports::{Commit, GroupMessage, GroupRecipients, GroupRefusal, GroupSent, NewMessage};
+use sqlx::PgConnection;
 
-use super::{
-    Locked, lock,
-    outcome::{self, Outcome},
-    role_of,
-};
+use super::{Locked, lock, role_of};
 use crate::{
     error::NeverWritten,
     inboxes::{Accept, Outcomes, accept},
@@ -118,7 +112,8 @@ impl Statement for SendToGroup<'_> {
         let (limits, time, mark) = (self.limits, self.time, self.mark);
         let accepting = Accept { messages: &messages, limits, time, mark };
         let outcomes = accept(connection, &accepting).await?;
-        let mut sent = self.sent(locked.epoch, &outcomes);
+        let each = outcomes.of_each.iter().map(|outcome| outcome.enqueued).collect();
+        let mut sent = GroupSent::new(self.message, locked.epoch, each);
         if let Some(commit) = commit {
             sent.epoch += 1;
             self.raise_epoch(connection, commit, sent.epoch).await?;
@@ -146,13 +141,9 @@ impl SendToGroup<'_> {
             .fetch_optional(connection)
             .await?;
         let Some(row) = row else { return Ok(None) };
-        let outcome = outcome::decode(row.try_get("outcome")?, self.message.channel());
-        let (recipients, outcomes, skipped) = match outcome.ok_or(NeverWritten("outcome"))? {
-            Outcome::Listed(outcomes) => (count(&outcomes), outcomes, 0),
-            Outcome::Members { recipients, skipped } => (recipients, Vec::new(), skipped),
-        };
-        let epoch = row.unsigned("epoch")?;
-        Ok(Some(GroupSent { epoch, recipients, outcomes, skipped, is_repeat: true }))
+        let (outcome, epoch) = (row.bytes("outcome")?, row.unsigned("epoch")?);
+        let first = GroupSent::decode(&outcome, self.message.channel(), epoch);
+        Ok(Some(first.ok_or(NeverWritten("outcome"))?))
     }
 
     /// Returns the message to each recipient. All of them share the payload.
@@ -181,24 +172,6 @@ impl SendToGroup<'_> {
         rows.iter().map(|row| row.identity("identity").map(to)).collect()
     }
 
-    /// Returns the result without a commit.
-    fn sent(&self, epoch: u64, outcomes: &Outcomes) -> GroupSent {
-        let outcomes: Vec<_> = outcomes.of_each.iter().map(|outcome| outcome.enqueued).collect();
-        let is_duplicate = |outcome: &Enqueued| matches!(outcome, Enqueued::Duplicate(_));
-        let is_repeat = self.message.commit.is_none()
-            && !outcomes.is_empty()
-            && outcomes.iter().all(is_duplicate);
-        let recipients = count(&outcomes);
-        if let GroupRecipients::Listed(_) = self.message.recipients {
-            return GroupSent { epoch, recipients, outcomes, skipped: 0, is_repeat };
-        }
-        let is_skipped =
-            |outcome: &&Enqueued| matches!(outcome, Enqueued::QueueFull | Enqueued::SenderShare);
-        let skipped: Vec<_> = outcomes.iter().filter(is_skipped).collect();
-        let skipped = count(&skipped);
-        GroupSent { epoch, recipients, outcomes: Vec::new(), skipped, is_repeat }
-    }
-
     async fn raise_epoch(
         &self,
         connection: &mut PgConnection,
@@ -220,16 +193,8 @@ impl SendToGroup<'_> {
         locked: &Locked,
         sent: &GroupSent,
     ) -> sqlx::Result<()> {
-        let GroupMessage { group, sender, message_id, now, recipients, .. } = self.message;
+        let GroupMessage { group, sender, message_id, now, .. } = self.message;
         let Some(message_id) = message_id else { return Ok(()) };
-        let encoded = match recipients {
-            GroupRecipients::Listed(_) => {
-                outcome::encode_listed(&sent.outcomes, self.message.channel())
-            }
-            GroupRecipients::Others | GroupRecipients::All => {
-                outcome::encode_members(sent.recipients, sent.skipped)
-            }
-        };
         let committed_at: UnixMillis = self.time.bounds(*now, locked.postgres).latest;
         sqlx::query(REMEMBER)
             .bind(&group.as_bytes()[..])
@@ -237,13 +202,9 @@ impl SendToGroup<'_> {
             .bind(&message_id.as_bytes()[..])
             .bind(number(sent.epoch))
             .bind(millis(committed_at))
-            .bind(encoded)
+            .bind(sent.encode(self.message))
             .execute(connection)
             .await
             .map(drop)
     }
-}
-
-fn count<T>(items: &[T]) -> u32 {
-    u32::try_from(items.len()).unwrap_or(u32::MAX)
 }

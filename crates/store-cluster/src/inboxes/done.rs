@@ -132,8 +132,8 @@ macro_rules! spent {
             delete: "USING spent s WHERE m.inbox = s.inbox AND m.seq = s.seq",
             forget_at: "least(greatest($2, store_now()), expires_at) + $3",
             also: ", undone AS (
-DELETE FROM device_done o USING gone g WHERE o.inbox = g.inbox AND o.seq = g.seq)",
-            select: "SELECT count(*) FROM gone"
+DELETE FROM device_done o USING removed g WHERE o.inbox = g.inbox AND o.seq = g.seq)",
+            select: "SELECT count(*) FROM removed"
         }
     };
 }

@@ -21,6 +21,7 @@ mod payloads;
 mod pushes;
 mod remove;
 mod seen;
+mod sweep;
 
 use std::{fmt, mem};
 
@@ -41,7 +42,7 @@ pub(crate) use {
     leases::Leases,
     page::Heads,
     pushes::Pushes,
-    remove::{SWEEP, forget, sweep},
+    sweep::{SWEEP, forget, sweep},
 };
 
 use self::{

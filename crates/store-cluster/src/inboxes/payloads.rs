@@ -36,14 +36,14 @@ macro_rules! payload {
 }
 pub(super) use payload;
 
-/// Common table expressions that count down the payloads of the rows of `gone`, and remove those
+/// Common table expressions that count down the payloads of the rows of `removed`, and remove those
 /// without messages. The numbers are those under the lock.
 macro_rules! counted_down {
     () => {
         ", shared AS MATERIALIZED (
             SELECT p.id, p.refs, g.n
               FROM payload p
-              JOIN (SELECT payload_id, count(*)::int AS n FROM gone
+              JOIN (SELECT payload_id, count(*)::int AS n FROM removed
                      WHERE payload_id IS NOT NULL GROUP BY payload_id) g ON g.payload_id = p.id
              ORDER BY p.id FOR NO KEY UPDATE OF p),
         counted_down AS (
@@ -56,7 +56,7 @@ pub(super) use counted_down;
 
 /// $1: the payload of each message that was removed.
 const COUNT_DOWN: &str = concat!(
-    "WITH gone AS (SELECT * FROM unnest($1::int8[]) AS g (payload_id))",
+    "WITH removed AS (SELECT * FROM unnest($1::int8[]) AS g (payload_id))",
     counted_down!(),
     "SELECT 1"
 );

@@ -10,7 +10,7 @@ use qpq_domain::{Seq, StoreId, UnixMillis};
 use qpq_ports::{Ack, ReadQuery, View};
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
-use super::payloads::{counted_down, size};
+use super::payloads::size;
 use crate::{
     effects::Removal,
     history::store_id,
@@ -20,9 +20,6 @@ use crate::{
     },
     redis::queue::ReaderId,
 };
-
-/// Maximum rows removed in one transaction.
-pub(crate) const SWEEP: i64 = 256;
 
 /// A removal: common table expressions that lock the heads, the messages to delete, when their ids
 /// are forgotten and which are remembered at all, what changes in the heads in addition to the
@@ -40,7 +37,7 @@ macro_rules! removal {
         concat!(
             "WITH ",
             $with,
-            ", gone AS (
+            ", removed AS (
                 DELETE FROM message m ",
             $delete,
             "   RETURNING m.inbox, m.seq, m.sender, m.message_id, m.channel, m.payload_sha256,
@@ -52,7 +49,7 @@ macro_rules! removal {
                                        enqueued_at, forget_at)
                 SELECT inbox, sender, message_id, seq, channel, payload_sha256, enqueued_at, ",
             $forget_at,
-            "     FROM gone WHERE message_id IS NOT NULL ",
+            "     FROM removed WHERE message_id IS NOT NULL ",
             $remember,
             "   ON CONFLICT (inbox, sender, message_id) DO UPDATE
                    SET seq = excluded.seq, channel = excluded.channel,
@@ -63,7 +60,7 @@ macro_rules! removal {
                    SET messages = i.messages - g.n, bytes = i.bytes - g.size, ",
             $head,
             "     FROM (SELECT inbox, count(*) AS n, coalesce(sum(size), 0)::int8 AS size
-                          FROM gone GROUP BY inbox) g
+                          FROM removed GROUP BY inbox) g
                  WHERE i.id = g.inbox
                 RETURNING i.id, i.removals)
             ",
@@ -138,7 +135,7 @@ WHERE h.devices = 0 AND m.inbox = h.id AND (m.seq <= $4 OR m.seq = ANY ($5)) AND
             select: concat!(
                 "SELECT (SELECT devices > 0 FROM head) AS has_devices,
 (SELECT removals FROM counted) AS removal,
-ARRAY (SELECT seq FROM gone) AS seqs, ", store_id!(), " AS store_id"
+ARRAY (SELECT seq FROM removed) AS seqs, ", store_id!(), " AS store_id"
             )
         }
     };
@@ -167,14 +164,14 @@ macro_rules! expired {
             also: $also,
             select: "SELECT count(*) AS removed,
                             coalesce(array_agg(payload_id) FILTER (WHERE payload_id IS NOT NULL),
-                                     '{}') AS payloads FROM gone",
+                                     '{}') AS payloads FROM removed",
         }
     };
 }
 const EXPIRED: &str = expired!("");
 const EXPIRED_OF_DEVICES: &str = expired!(
     ", undone AS (
-        DELETE FROM device_done o USING gone g WHERE o.inbox = g.inbox AND o.seq = g.seq)"
+        DELETE FROM device_done o USING removed g WHERE o.inbox = g.inbox AND o.seq = g.seq)"
 );
 
 /// Removes expired messages that have certain ids, of inboxes whose heads are locked. $1 inboxes,
@@ -193,37 +190,11 @@ const EXPIRED_IDS: &str = removal! {
     remember: "AND expires_at + $5 > $6",
     head: "next_expiry = i.next_expiry",
     also: ", undone AS (
-        DELETE FROM device_done o USING gone g WHERE o.inbox = g.inbox AND o.seq = g.seq)",
+        DELETE FROM device_done o USING removed g WHERE o.inbox = g.inbox AND o.seq = g.seq)",
     select: "SELECT inbox, count(*) AS messages, coalesce(sum(size), 0)::int8 AS bytes,
                     coalesce(array_agg(payload_id) FILTER (WHERE payload_id IS NOT NULL),
                              '{}') AS payloads
-               FROM gone GROUP BY inbox",
-};
-
-/// Removes the oldest expired messages of all inboxes. Inboxes whose heads are locked are left to
-/// the next sweep. The time of the next expiry stays unless the inbox is empty: too early is
-/// harmless. $1 now, $2 how long ids are remembered, $3 rows.
-const SWEPT: &str = removal! {
-    with: "present AS MATERIALIZED (SELECT least($1, store_now()) AS now),
-        due AS MATERIALIZED (
-            SELECT inbox, seq FROM message
-             WHERE expires_at <= (SELECT now FROM present) ORDER BY expires_at LIMIT $3),
-        head AS MATERIALIZED (
-            SELECT id, devices FROM inbox WHERE id IN (SELECT inbox FROM due)
-             ORDER BY id FOR NO KEY UPDATE SKIP LOCKED)",
-    delete: "USING due d JOIN head h ON h.id = d.inbox
-              WHERE m.inbox = d.inbox AND m.seq = d.seq",
-    forget_at: "expires_at + $2",
-    remember: "AND expires_at + $2 > (SELECT now FROM present)",
-    head: "next_expiry = CASE i.messages - g.n WHEN 0 THEN 9223372036854775807
-                         ELSE i.next_expiry END",
-    also: concat!(
-        counted_down!(),
-        ", undone AS (
-            DELETE FROM device_done o USING gone g JOIN head h ON h.id = g.inbox
-             WHERE h.devices > 0 AND o.inbox = g.inbox AND o.seq = g.seq)"
-    ),
-    select: "SELECT count(*) FROM gone",
+               FROM removed GROUP BY inbox",
 };
 
 /// Returns the head after [`EXPIRED`]. $2: whether nothing that has expired is left, so that the
@@ -242,11 +213,6 @@ const STALE: &str = concat!(
     size!(),
     "), 0)::int8 AS size FROM message m WHERE inbox = $1 AND expires_at <= $2"
 );
-
-const FORGET: &str = "
-    DELETE FROM recent_id WHERE ctid = ANY (ARRAY (
-        SELECT ctid FROM recent_id WHERE forget_at <= (SELECT least($1, store_now()))
-         ORDER BY forget_at LIMIT $2 FOR UPDATE SKIP LOCKED))";
 
 /// Removes pages that were read in one history.
 ///
@@ -384,7 +350,7 @@ pub(super) async fn expired(
 ) -> sqlx::Result<Left> {
     let Due { inbox, has_devices, now, rows, ids } = due;
     let (senders, ids): (Vec<_>, Vec<_>) = ids.into_iter().unzip();
-    let gone = sqlx::query(if has_devices { EXPIRED_OF_DEVICES } else { EXPIRED })
+    let row = sqlx::query(if has_devices { EXPIRED_OF_DEVICES } else { EXPIRED })
         .bind(inbox)
         .bind(millis(now))
         .bind(millis_of(recent_ids))
@@ -393,17 +359,17 @@ pub(super) async fn expired(
         .bind(ids)
         .fetch_one(&mut *connection)
         .await?;
-    let removed: i64 = gone.try_get("removed")?;
+    let removed: i64 = row.try_get("removed")?;
     let all = removed < rows;
-    let row = sqlx::query(COUNT).bind(inbox).bind(all).fetch_one(&mut *connection).await?;
+    let head = sqlx::query(COUNT).bind(inbox).bind(all).fetch_one(&mut *connection).await?;
     let stale = if all { Stale::default() } else { stale(connection, inbox, now).await? };
     Ok(Left {
-        messages: row.unsigned("messages")?,
-        bytes: row.unsigned("bytes")?,
-        next_expiry: row.try_get("next_expiry")?,
+        messages: head.unsigned("messages")?,
+        bytes: head.unsigned("bytes")?,
+        next_expiry: head.try_get("next_expiry")?,
         removed,
         stale,
-        payloads: gone.try_get("payloads")?,
+        payloads: row.try_get("payloads")?,
     })
 }
 
@@ -451,32 +417,6 @@ pub(super) async fn expired_ids(
 async fn stale(connection: &mut PgConnection, inbox: i64, now: UnixMillis) -> sqlx::Result<Stale> {
     let row = sqlx::query(STALE).bind(inbox).bind(millis(now)).fetch_one(connection).await?;
     Ok(Stale { messages: row.unsigned("n")?, bytes: row.unsigned("size")? })
-}
-
-/// Removes at most `rows` expired messages; returns how many.
-pub(crate) async fn sweep(
-    connection: &mut PgConnection,
-    now: UnixMillis,
-    rows: i64,
-    recent_ids: Duration,
-) -> sqlx::Result<u64> {
-    let gone: i64 = sqlx::query_scalar(SWEPT)
-        .bind(millis(now))
-        .bind(millis_of(recent_ids))
-        .bind(rows)
-        .fetch_one(connection)
-        .await?;
-    Ok(u64::try_from(gone).unwrap_or_default())
-}
-
-/// Forgets at most `rows` message ids that are due; returns how many.
-pub(crate) async fn forget(
-    connection: &mut PgConnection,
-    now: UnixMillis,
-    rows: i64,
-) -> sqlx::Result<u64> {
-    let done = sqlx::query(FORGET).bind(millis(now)).bind(rows).execute(connection).await?;
-    Ok(done.rows_affected())
 }
 
 fn removal_of(query: &ReadQuery, row: &PgRow) -> sqlx::Result<Option<Removal>> {

@@ -14,6 +14,7 @@ mod schema;
 use std::{io, time::Duration};
 
 use qpq_domain::Backoff;
+use secrecy::ExposeSecret as _;
 use sqlx::{
     Connection as _, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
@@ -256,7 +257,7 @@ pub(crate) fn as_given(config: &Config) -> Result<PgConnectOptions, ConnectError
             expected: "it must be like postgres://user@host:5432/database",
         })?;
     if let Some(password) = &endpoint.password {
-        options = options.password(password);
+        options = options.password(password.expose_secret());
     }
     endpoint.authorities(Server::Postgres)?;
     if let Some(ca) = &endpoint.ca {

@@ -11,6 +11,7 @@ use redis::{
     cluster_async::ClusterConnection,
     io::tcp::TcpSettings,
 };
+use secrecy::ExposeSecret;
 
 use super::{node::Access, sentinel::Primary};
 use crate::{Config, ConnectError, error::Server};
@@ -40,7 +41,8 @@ impl Link {
         let address = Address::parse(&config.redis.url)?;
         let tls =
             config.redis.authorities(Server::Redis)?.map(|ca| address.trusting(ca)).transpose()?;
-        let nodes = address.nodes(config.redis.password.as_deref())?;
+        let password = config.redis.password.as_ref();
+        let nodes = address.nodes(password.map(ExposeSecret::expose_secret))?;
         let timeout = config.redis_timeout;
         let access = Access { tls: tls.clone(), timeout };
         let opened = match address.kind {

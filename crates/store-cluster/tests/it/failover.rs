@@ -112,8 +112,8 @@ async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
             lease.complete(NOW).await.expect("Postgres is there");
         } else {
             let ack = Ack { up_to: Some(Seq(last)), ..Ack::default() };
-            let gone = stores.inboxes.ack(read, ack, NOW).await.expect("Postgres is there");
-            assert_eq!(u64::from(gone), last - acked);
+            let removed = stores.inboxes.ack(read, ack, NOW).await.expect("Postgres is there");
+            assert_eq!(u64::from(removed), last - acked);
         }
         acked = last;
         progress.acked.store(acked, Ordering::Release);

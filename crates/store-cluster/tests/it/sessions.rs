@@ -14,7 +14,7 @@ use crate::{
     people::{HOUR, NOW, Person, open, person, token},
 };
 
-/// So long that a copy which is gone was not merely too old.
+/// So long that a copy that is missing was removed, and not too old.
 const FOR_EVER: Duration = Duration::from_secs(10 * 60);
 /// So short that a test can wait until a copy is too old.
 const BRIEF: Duration = Duration::from_secs(2);

@@ -175,7 +175,7 @@ async fn a_nats_that_requires_a_token_gets_it() {
     config.nats.url = nats.url();
     edge(&config).await.close().await;
     config.nats.url = format!("nats://{}", nats.addr());
-    config.nats.password = Some(nats.password().to_owned());
+    config.nats.password = Some(nats.password().into());
     edge(&config).await.close().await;
     config.nats.password = Some(WRONG.into());
     is_refused(&config, "NATS", "nats", "authorization violation").await;

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, collections::HashSet};
 
-use qpq_domain::{AccountId, GroupId, IdentityKey, MAX_MEMBERS, Pair, UnixMillis};
+use qpq_domain::{AccountId, GroupId, IdentityKey, MAX_MEMBERS, Pair, Role, UnixMillis};
 use qpq_ports::{Creation, GroupRefusal, MetadataChange, NewGroup, NewMembers};
 use sqlx::{Row as _, SqliteConnection};
 
@@ -35,11 +35,18 @@ const UNKNOWN: &str = with_listed!(
       WHERE NOT EXISTS (SELECT 1 FROM account a WHERE a.identity = l.identity) LIMIT 1"
 );
 
-/// Adds the listed accounts to the group ?2 at ?3, in their order.
+/// Adds the listed accounts to the group ?2 at ?3 with the role ?4, in their order.
 const ADD: &str = with_listed!(
     "INSERT INTO group_member (group_id, account, role, joined_at)
-     SELECT ?2, a.id, 0, ?3 FROM listed l CROSS JOIN account a ON a.identity = l.identity
+     SELECT ?2, a.id, ?4, ?3 FROM listed l CROSS JOIN account a ON a.identity = l.identity
       WHERE true ON CONFLICT DO NOTHING"
+);
+
+/// Gives the listed members of the group ?2 the role of an admin.
+const PROMOTE_LISTED: &str = with_listed!(
+    "UPDATE group_member SET role = 1
+      WHERE group_id = ?2 AND role = 0
+        AND account IN (SELECT a.id FROM listed l CROSS JOIN account a ON a.identity = l.identity)"
 );
 
 const CREATE: &str = "
@@ -73,9 +80,10 @@ const UPDATE: &str = "
      WHERE id = ?1 RETURNING version";
 
 #[cfg(test)]
-pub(super) const STATEMENTS: [&str; 11] = [
+pub(super) const STATEMENTS: [&str; 12] = [
     UNKNOWN,
     ADD,
+    PROMOTE_LISTED,
     CREATE,
     ADD_ADMIN,
     BY_PAIR,
@@ -105,7 +113,7 @@ impl Statement for CreateGroup {
             && let Some(existing) = by_pair(tx, pair).await?
         {
             // One of the two may have left it.
-            add(tx, &existing, &self.keys(), *now).await?;
+            add(tx, &existing, &self.keys(), Role::Member, *now).await?;
             return Ok(Done::keep(Ok(Creation::Existed(existing))));
         }
         if let Some(head) = Head::find(tx, id, *creator).await? {
@@ -119,7 +127,7 @@ impl Statement for CreateGroup {
             Err(refusal) => return Ok(Done::keep(Err(refusal))),
         };
         self.insert(tx).await?;
-        let others = add(tx, id, &keys, *now).await?;
+        let others = add(tx, id, &keys, Role::Member, *now).await?;
         if 1 + others > MAX_MEMBERS as u64 {
             return Ok(Done::undo(Err(GroupRefusal::Full)));
         }
@@ -178,6 +186,7 @@ pub(super) struct AddMembers {
     pub(super) group: GroupId,
     pub(super) actor: AccountId,
     pub(super) members: Vec<IdentityKey>,
+    pub(super) role: Role,
     pub(super) now: UnixMillis,
 }
 
@@ -197,7 +206,7 @@ impl Statement for AddMembers {
             Ok(keys) => keys,
             Err(refusal) => return Ok(Done::keep(Err(refusal))),
         };
-        let added = add(tx, &self.group, &keys, self.now).await?;
+        let added = add(tx, &self.group, &keys, self.role, self.now).await?;
         let members: i64 =
             sqlx::query_scalar(super::COUNT).bind(&self.group.as_bytes()[..]).fetch_one(tx).await?;
         if members > MAX_MEMBERS as i64 {
@@ -224,17 +233,28 @@ async fn resolve(
     })
 }
 
-/// Adds those of the accounts that are no members. Returns how many.
+/// Adds those of the accounts that are no members, and promotes the others if the role is that of
+/// an admin. Returns how many were added.
 async fn add(
     tx: &mut SqliteConnection,
     group: &GroupId,
     keys: &[IdentityKey],
+    role: Role,
     now: UnixMillis,
 ) -> sqlx::Result<u64> {
+    let (keys, group) = (concatenated(keys), &group.as_bytes()[..]);
+    let stored = match role {
+        Role::Member => 0_i64,
+        Role::Admin => {
+            sqlx::query(PROMOTE_LISTED).bind(&keys[..]).bind(group).execute(&mut *tx).await?;
+            1
+        }
+    };
     let added = sqlx::query(ADD)
-        .bind(concatenated(keys))
-        .bind(&group.as_bytes()[..])
+        .bind(&keys[..])
+        .bind(group)
         .bind(millis(now))
+        .bind(stored)
         .execute(tx)
         .await?;
     Ok(added.rows_affected())

@@ -8,15 +8,10 @@
 use std::time::Duration;
 
 use qpq_domain::{DeliveryLimits, UnixMillis};
-use qpq_ports::{
-    Commit, Enqueued, GroupMessage, GroupRecipients, GroupRefusal, GroupSent, NewMessage,
-};
+use qpq_ports::{Commit, GroupMessage, GroupRecipients, GroupRefusal, GroupSent, NewMessage};
 use sqlx::SqliteConnection;
 
-use super::{
-    Head,
-    outcome::{self, Outcome},
-};
+use super::Head;
 use crate::{
     clock::ClockGuard,
     error::NeverWritten,
@@ -103,7 +98,7 @@ impl Statement for SendToGroup {
         let messages = self.messages(tx).await?;
         let messages: Vec<_> = messages.iter().collect();
         let accepted = enqueue::all(tx, &messages, &self.limits, &self.clock).await?;
-        let mut sent = self.sent(head.epoch, accepted.answer);
+        let mut sent = GroupSent::new(&self.message, head.epoch, accepted.answer);
         if let Some(commit) = commit {
             sent.epoch += 1;
             self.raise_epoch(tx, commit, sent.epoch).await?;
@@ -130,13 +125,9 @@ impl SendToGroup {
             .fetch_optional(tx)
             .await?;
         let Some(row) = row else { return Ok(None) };
-        let outcome = outcome::decode(&row.bytes("outcome")?, self.message.channel());
-        let (recipients, outcomes, skipped) = match outcome.ok_or(NeverWritten("outcome"))? {
-            Outcome::Listed(outcomes) => (count(&outcomes), outcomes, 0),
-            Outcome::Members { recipients, skipped } => (recipients, Vec::new(), skipped),
-        };
-        let epoch = row.unsigned("epoch")?;
-        Ok(Some(GroupSent { epoch, recipients, outcomes, skipped, is_repeat: true }))
+        let (outcome, epoch) = (row.bytes("outcome")?, row.unsigned("epoch")?);
+        let first = GroupSent::decode(&outcome, self.message.channel(), epoch);
+        Ok(Some(first.ok_or(NeverWritten("outcome"))?))
     }
 
     /// Returns the message to each recipient. They share the payload.
@@ -166,23 +157,6 @@ impl SendToGroup {
         rows.iter().map(|row| row.identity("identity").map(to)).collect()
     }
 
-    /// Returns the result without a commit.
-    fn sent(&self, epoch: u64, outcomes: Vec<Enqueued>) -> GroupSent {
-        let is_duplicate = |outcome: &Enqueued| matches!(outcome, Enqueued::Duplicate(_));
-        let is_repeat = self.message.commit.is_none()
-            && !outcomes.is_empty()
-            && outcomes.iter().all(is_duplicate);
-        let recipients = count(&outcomes);
-        if matches!(self.message.recipients, GroupRecipients::Listed(_)) {
-            return GroupSent { epoch, recipients, outcomes, skipped: 0, is_repeat };
-        }
-        let is_skipped =
-            |outcome: &Enqueued| matches!(outcome, Enqueued::QueueFull | Enqueued::SenderShare);
-        let skipped: Vec<_> = outcomes.into_iter().filter(is_skipped).collect();
-        let skipped = count(&skipped);
-        GroupSent { epoch, recipients, outcomes: Vec::new(), skipped, is_repeat }
-    }
-
     async fn raise_epoch(
         &self,
         tx: &mut SqliteConnection,
@@ -201,31 +175,19 @@ impl SendToGroup {
     }
 
     async fn remember(&self, tx: &mut SqliteConnection, sent: &GroupSent) -> sqlx::Result<()> {
-        let GroupMessage { group, sender, message_id, now, recipients, .. } = &self.message;
+        let GroupMessage { group, sender, message_id, now, .. } = &self.message;
         let Some(message_id) = message_id else { return Ok(()) };
-        let encoded = match recipients {
-            GroupRecipients::Listed(_) => {
-                outcome::encode_listed(&sent.outcomes, self.message.channel())
-            }
-            GroupRecipients::Others | GroupRecipients::All => {
-                outcome::encode_members(sent.recipients, sent.skipped)
-            }
-        };
         sqlx::query(REMEMBER)
             .bind(&group.as_bytes()[..])
             .bind(sender.0)
             .bind(&message_id.as_bytes()[..])
             .bind(number(sent.epoch))
             .bind(millis(self.clock.bounds(*now).latest))
-            .bind(encoded)
+            .bind(sent.encode(&self.message))
             .execute(tx)
             .await
             .map(drop)
     }
-}
-
-fn count(outcomes: &[Enqueued]) -> u32 {
-    u32::try_from(outcomes.len()).unwrap_or(u32::MAX)
 }
 
 /// Forgets up to [`SWEEP_ROWS`] commits whose time is over. Answers how many.

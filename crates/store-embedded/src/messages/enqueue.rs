@@ -14,12 +14,15 @@
 //! A payload that several messages in a row share is stored once, in a row of its own, and they
 //! refer to it.
 
+mod runs;
+
 use std::{collections::HashMap, slice, sync::LazyLock};
 
 use qpq_domain::{DeliveryLimits, IdentityKey, Seq};
 use qpq_ports::{Enqueued, NewMessage, Receipt, View};
 use sqlx::{Row as _, SqliteConnection};
 
+use self::runs::{Payloads, next_run};
 use super::{
     left_out::{self, LeftOut},
     remove::{self, Removal, SWEEP_ROWS, Selection},
@@ -37,16 +40,6 @@ pub(super) const MAX_ROWS: usize = 32;
 /// Expired messages removed for one message, in a transaction that has removed many already.
 const MIN_REMOVAL: i64 = 16;
 
-/// The messages with one payload, and its bytes, from which on it is stored once.
-///
-/// Measured (`docs/decisions/0008`): a payload of 256 bytes costs as much either way, one of a KiB
-/// a quarter of the CPU time and half of the bytes written less for each of 1 000 recipients.
-const MIN_SHARING: usize = 4;
-const MIN_BYTES: usize = 512;
-
-/// The bytes that must be saved for a payload with fewer messages to be stored once.
-const MIN_BYTES_SAVED: usize = 16 << 10;
-
 /// The statement for each number of rows, from zero.
 static INSERTS: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Own)).collect());
@@ -54,13 +47,6 @@ static INSERTS: LazyLock<Vec<String>> =
 /// The same, for rows that refer to one payload. Its number is the parameter after the rows.
 static INSERTS_SHARED: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Shared)).collect());
-
-/// Whether each row of a statement has a payload of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Payloads {
-    Own,
-    Shared,
-}
 
 /// How far an inbox is filled.
 #[derive(Clone, Copy)]
@@ -192,39 +178,6 @@ impl Timed<'_> {
             enqueued_at: self.bounds.latest,
         })
     }
-}
-
-/// Returns how many of the messages are next in a row that refer to one payload, or that have
-/// payloads of their own.
-fn next_run(messages: &[Timed<'_>]) -> (usize, Payloads) {
-    let sharing = sharing(messages);
-    if is_stored_once(&messages[..sharing]) {
-        return (sharing, Payloads::Shared);
-    }
-    let mut own = sharing;
-    while own < messages.len() {
-        let sharing = self::sharing(&messages[own..]);
-        if is_stored_once(&messages[own..own + sharing]) {
-            break;
-        }
-        own += sharing;
-    }
-    (own, Payloads::Own)
-}
-
-/// Returns how many messages, from the first one on, have its payload.
-fn sharing(messages: &[Timed<'_>]) -> usize {
-    let payload = |timed: &Timed<'_>| {
-        let payload = &timed.message.payload;
-        (payload.as_ptr(), payload.len())
-    };
-    messages.iter().take_while(|timed| payload(timed) == payload(&messages[0])).count()
-}
-
-fn is_stored_once(sharing: &[Timed<'_>]) -> bool {
-    let bytes = sharing[0].message.payload.len();
-    let saved = (sharing.len() - 1) * bytes;
-    bytes >= MIN_BYTES && (sharing.len() >= MIN_SHARING || saved >= MIN_BYTES_SAVED)
 }
 
 struct Inserting<'a> {
@@ -474,68 +427,4 @@ enum Removed {
     Accepted(Seq),
     /// The messages and bytes of the inbox, including expired ones that are left.
     Head(u64, u64),
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use bytes::Bytes;
-    use qpq_domain::{ChannelId, UnixMillis};
-
-    use super::*;
-
-    fn message(payload: &Bytes) -> NewMessage {
-        NewMessage {
-            sender: IdentityKey::new([1; 32]),
-            recipient: IdentityKey::new([2; 32]),
-            channel: ChannelId::DEFAULT,
-            payload: payload.clone(),
-            payload_sha256: [0; 32],
-            message_id: None,
-            now: UnixMillis(0),
-            ttl: Duration::ZERO,
-        }
-    }
-
-    const BOUNDS: Bounds = Bounds { earliest: UnixMillis(0), latest: UnixMillis(0) };
-
-    /// Returns the messages of each run, and whether they share a stored payload.
-    fn runs(payloads: &[&Bytes]) -> Vec<(usize, bool)> {
-        let messages: Vec<_> = payloads.iter().map(|payload| message(payload)).collect();
-        let messages: Vec<_> =
-            messages.iter().map(|message| Timed { message, bounds: BOUNDS }).collect();
-        let (mut rest, mut runs) = (&messages[..], Vec::new());
-        while !rest.is_empty() {
-            let (number, payloads) = next_run(rest);
-            runs.push((number, payloads == Payloads::Shared));
-            rest = &rest[number..];
-        }
-        runs
-    }
-
-    #[test]
-    fn a_payload_is_stored_once_from_512_bytes_and_four_messages_on() {
-        let [small, enough] = [511, 512].map(|size| Bytes::from(vec![0; size]));
-        let equal = Bytes::from(vec![0; 512]);
-        assert_eq!(runs(&[&small; 40]), [(40, false)]);
-        assert_eq!(runs(&[&enough; 40]), [(40, true)]);
-        assert_eq!(runs(&[&enough; 4]), [(4, true)]);
-        assert_eq!(runs(&[&enough; 3]), [(3, false)]);
-        let mixed =
-            [&small, &enough, &enough, &small, &small, &enough, &enough, &enough, &enough, &equal];
-        assert_eq!(runs(&mixed), [(5, false), (4, true), (1, false)]);
-    }
-
-    #[test]
-    fn a_large_payload_is_stored_once_for_two_messages() {
-        let large = Bytes::from(vec![0; MIN_BYTES_SAVED]);
-        let others: Vec<_> = (0..40).map(|_| Bytes::from(vec![0; MIN_BYTES_SAVED])).collect();
-        let own: Vec<_> = others.iter().collect();
-        assert_eq!(runs(&own), [(40, false)]);
-        assert_eq!(runs(&[&large]), [(1, false)]);
-        assert_eq!(runs(&[&large, &large]), [(2, true)]);
-        let mixed = [own[0], &large, &large, &large, own[1], own[2]];
-        assert_eq!(runs(&mixed), [(1, false), (3, true), (2, false)]);
-    }
 }

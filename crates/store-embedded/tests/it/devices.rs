@@ -98,7 +98,7 @@ async fn only_messages_read_out_of_order_have_rows() {
     assert_eq!(ack(&stores, one, 40).await, 40);
     assert_eq!(rows().await, 0, "in order");
     assert_eq!(ack(&stores, one_channel, 60).await, 30);
-    assert_eq!(rows().await, 10, "those that wait for device 1; the first 20 are gone");
+    assert_eq!(rows().await, 10, "those that wait for device 1; the first 20 are removed");
     assert_eq!(ack(&stores, two, 50).await, 25);
     assert_eq!(rows().await, 5, "those after the position");
     assert_eq!(ack(&stores, one, 100).await, 60);

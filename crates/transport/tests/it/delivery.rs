@@ -36,7 +36,7 @@ async fn a_reply_to_a_silent_client_is_lost_long_before_its_connection() {
     let mut harness = Harness::with(config);
     let relay = Relay::to(harness.addr()).await;
     let raw = Raw::connect(&harness, relay.addr, quinn::TransportConfig::default()).await;
-    let (_send, mut recv) = raw.ask(&frame(method::OBSERVED, 1, b"gone")).await;
+    let (_send, mut recv) = raw.ask(&frame(method::OBSERVED, 1, b"lost")).await;
     harness.wait_for(Report::Started(1)).await;
     relay.set_up(false);
     relay.set_down(false);

@@ -10,6 +10,7 @@ mod docs;
 mod group;
 mod harness;
 mod message;
+mod pins;
 mod reports;
 mod restore;
 mod terminal;

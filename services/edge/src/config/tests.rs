@@ -110,6 +110,28 @@ fn an_invalid_value_is_refused_with_the_name_of_its_setting() {
             "2d",
             "cluster.rotate_ticket_keys must be between 5m and 24h",
         ),
+        (
+            "QPQ_TRANSPORT__MAX_REQUEST_BYTES_PER_CONNECTION",
+            "4095KiB",
+            "transport.max_request_bytes_per_connection must be at least 4MiB",
+        ),
+        (
+            "QPQ_TRANSPORT__MAX_REQUEST_BYTES_PER_IP",
+            "4095KiB",
+            "transport.max_request_bytes_per_ip must be at least \
+             transport.max_request_bytes_per_connection",
+        ),
+        (
+            "QPQ_TRANSPORT__MAX_REQUEST_BYTES",
+            "4095KiB",
+            "transport.max_request_bytes must be at least transport.max_request_bytes_per_ip",
+        ),
+        (
+            "QPQ_TRANSPORT__MAX_REQUEST_BYTES",
+            "1025GiB",
+            "transport.max_request_bytes must be at least transport.max_request_bytes_per_ip and \
+             at most 1024GiB",
+        ),
         ("QPQ_TRANSPORT__MAX_STREAMS", "0", "transport.max_streams must be between 1 and 65536"),
         ("QPQ_TLS__RELOAD_INTERVAL", "0", "tls.reload_interval must be more than zero"),
         ("QPQ_DRAIN__TIMEOUT", "2d", "drain.timeout must be at most 1d"),
@@ -120,5 +142,17 @@ fn an_invalid_value_is_refused_with_the_name_of_its_setting() {
     for (name, value, expected) in refused {
         let text = with(&[(name, value)]).unwrap_err().to_string();
         assert!(text.contains(expected), "{name}={value}: {text}");
+    }
+}
+
+#[test]
+fn the_bounds_of_request_memory_themselves_are_accepted() {
+    let names = ["_PER_CONNECTION", "_PER_IP", ""]
+        .map(|name| format!("QPQ_TRANSPORT__MAX_REQUEST_BYTES{name}"));
+    for (value, bytes) in [("4MiB", 4 << 20), ("1024GiB", 1 << 40)] {
+        let transport = with(&names.each_ref().map(|name| (&name[..], value))).unwrap().transport();
+        assert_eq!(transport.limits.max_request_bytes_per_connection, bytes);
+        assert_eq!(transport.limits.max_request_bytes_per_ip, bytes);
+        assert_eq!(transport.limits.max_request_bytes, bytes);
     }
 }

@@ -1,6 +1,12 @@
 //! The configuration of the binary: its layers, `config show` and `config check`.
 
-use std::fs;
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
+    time::Duration,
+};
+
+use qpq_ports::{Clock as _, SystemClock};
 
 use crate::harness::{Data, output, refusal};
 
@@ -119,6 +125,49 @@ async fn the_check_reads_the_named_files() {
     let said = found_wrong(&[dir]).await;
     assert!(said.contains("opaque-setup.bin is missing although there is a database"), "{said}");
     assert!(said.contains("delivery-key.bin is damaged"), "every problem is named: {said}");
+}
+
+/// Writes a certificate that expires this long after 1970, and its key. Returns their paths.
+fn write_certificate(data: &Data, not_after: Duration) -> [String; 2] {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap();
+    params.not_before = rcgen::date_time_ymd(2000, 1, 1);
+    params.not_after = rcgen::date_time_ymd(1970, 1, 1) + not_after;
+    let certificate = params.self_signed(&key).unwrap();
+    let write = |name: &str, pem: String| {
+        let path = data.file(name);
+        fs::write(&path, pem).unwrap();
+        // The key must not be readable by others.
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    [write("cert.pem", certificate.pem()), write("key.pem", key.serialize_pem())]
+}
+
+#[tokio::test]
+async fn the_check_has_a_note_about_a_certificate_that_expires_soon_or_has_expired() {
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+    let now = Duration::from_millis(SystemClock.now().0);
+    for (not_after, note) in [
+        (now - 2 * DAY - DAY / 2, Some("note: the certificate expired 3 days ago: clients that")),
+        (now + 10 * DAY + DAY / 2, Some("note: the certificate expires in 10 days: renew it")),
+        (now + 31 * DAY, None),
+    ] {
+        let data = Data::new();
+        let [cert, key] = write_certificate(&data, not_after);
+        let new = data.file("new");
+        let printed = checked(&[
+            ("QPQ_DATA_DIR", new.to_str().unwrap()),
+            ("QPQ_TLS_CERT", &cert),
+            ("QPQ_TLS_KEY", &key),
+        ])
+        .await;
+        assert!(printed.contains("matches its key"), "{printed}");
+        match note {
+            Some(note) => assert!(printed.contains(note), "{printed}"),
+            None => assert!(!printed.contains("note:"), "{printed}"),
+        }
+    }
 }
 
 #[tokio::test]

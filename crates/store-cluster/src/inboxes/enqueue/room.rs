@@ -19,7 +19,8 @@ use super::Head;
 use crate::{
     inboxes::{
         payloads::{self, size},
-        remove::{self, Due, DueId, SWEEP},
+        remove::{self, Due, DueId},
+        sweep::SWEEP,
     },
     postgres::row::{Columns as _, millis, number},
     time::Bounds,

@@ -7,7 +7,10 @@ use qpq_test_services::Postgres;
 use super::assert_damage_is_found;
 use crate::{
     harness::{RunOutput, contents, mode, run, text},
-    transfer::{content::Amount, scene::Scene},
+    transfer::{
+        content::Amount,
+        scene::{Edge, Scene},
+    },
 };
 
 const SMALL: Amount = Amount { people: 8, acts: 120, payload: 3_000 };
@@ -65,6 +68,28 @@ async fn a_backup_of_a_cluster_is_restored_to_an_empty_database() {
     done(scene.run_on(&fresh.url(), &["mark-restored"]));
     assert_ne!(fresh.sql("SELECT salt FROM store").await.unwrap(), salt);
     assert_eq!(fresh.sql(COUNTS).await.unwrap(), scene.sql(COUNTS).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_of_a_dump_ends_all_sessions() {
+    let scene = Scene::new(SMALL).await;
+    done(scene.transfer_node());
+    let sessions = scene.sql("SELECT count(*) FROM session").await;
+    assert_ne!(sessions, "0");
+    let backup = scene.workspace.path("backup");
+    done(scene.run(&["backup", text(&backup)]));
+    let fresh = Postgres::start().await.unwrap();
+    let stdout = done(scene.run_on(&fresh.url(), &["restore", text(&backup)]));
+    assert!(stdout.contains(&format!("sessions      {sessions} ended")), "{stdout}");
+    assert!(stdout.contains("All sessions have ended"), "{stdout}");
+
+    let servers = Edge::servers().await;
+    let edge = servers.store_on(&fresh, &scene.shared).await;
+    for token in scene.content.tokens() {
+        assert_eq!(edge.stores().sessions.find(token).await.unwrap(), None);
+    }
+    edge.close().await;
+    assert_eq!(scene.sql("SELECT count(*) FROM session").await, sessions, "those of the source");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -152,10 +152,15 @@ impl Edge {
     }
 
     pub(crate) async fn store(&self, scene: &Scene) -> ClusterStore {
+        self.store_on(&scene.postgres, &scene.shared).await
+    }
+
+    /// Returns the store of an edge of the cluster with this database and shared directory.
+    pub(crate) async fn store_on(&self, postgres: &Postgres, shared: &Path) -> ClusterStore {
         let endpoint = |url: String| Endpoint { url, password: None, ca: None };
-        let setup = fs::read(scene.shared.join("opaque-setup.bin")).unwrap();
+        let setup = fs::read(shared.join("opaque-setup.bin")).unwrap();
         let config = Config {
-            postgres: endpoint(scene.postgres.url()),
+            postgres: endpoint(postgres.url()),
             redis: endpoint(self.redis.url()),
             nats: endpoint(self.nats.url()),
             postgres_connections: 8,

@@ -275,19 +275,19 @@ impl Model {
         let queued = self.content.queued.entry(inbox).or_default();
         let known = |seq: &Seq| self.delivered.contains(&(inbox, *seq));
         let log = &mut self.logs[reader as usize];
-        let gone: Vec<_> = if through {
+        let acked: Vec<_> = if through {
             queued.keys().copied().take_while(known).collect()
         } else {
             queued.keys().copied().filter(known).step_by(2).collect()
         };
-        let Some(&last) = gone.last() else { return };
+        let Some(&last) = acked.last() else { return };
         let ack = if through {
             log.ack_through(inbox, Some(self.store), last)
         } else {
-            log.ack(inbox, Some(self.store), gone.iter().copied())
+            log.ack(inbox, Some(self.store), acked.iter().copied())
         };
         if matches!(answer, Answer::Given | Answer::LostAfter) {
-            queued.retain(|seq, _| !gone.contains(seq));
+            queued.retain(|seq, _| !acked.contains(seq));
         }
         if answer == Answer::Given {
             log.acks[ack].ended = Some(ended);

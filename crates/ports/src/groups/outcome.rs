@@ -1,14 +1,15 @@
-//! The stored result of an accepted commit, from which a repeat is answered.
+//! The result of a message to a group, and the encoding of that of an accepted commit, from which a
+//! store answers a repeat.
 //!
 //! A transfer moves the bytes to a store of another kind and does not interpret them, so every
-//! store has this encoding. Integers are big-endian.
+//! store uses this encoding. Integers are big-endian.
 //!
 //! | content | bytes |
 //! |---|---|
 //! | version | u8: 1 |
 //! | recipients | u8: 0 all members, 1 listed |
 //! | their number | u32 |
-//! | all members: the number of those who did not get it | u32 |
+//! | all members: the number of those that were skipped | u32 |
 //! | listed: when the first accepted message was | u64, milliseconds; 0 if none was |
 //! | listed: the SHA-256 of its payload | 32; zeros if none was |
 //! | listed: for each, the outcome | u8 and its fields, as follows |
@@ -17,7 +18,9 @@
 //! | 2: no such recipient; 3: queue full; 4: sender share | |
 
 use qpq_domain::{ChannelId, Seq, UnixMillis};
-use qpq_ports::{Enqueued, Receipt};
+
+use super::{GroupMessage, GroupRecipients, GroupSent};
+use crate::{Enqueued, Receipt};
 
 const VERSION: u8 = 1;
 
@@ -30,17 +33,61 @@ const NO_SUCH_RECIPIENT: u8 = 2;
 const QUEUE_FULL: u8 = 3;
 const SENDER_SHARE: u8 = 4;
 
+impl GroupSent {
+    /// Returns the result of a message that was accepted in `epoch` with this outcome for each
+    /// recipient.
+    pub fn new(message: &GroupMessage, epoch: u64, outcomes: Vec<Enqueued>) -> Self {
+        let is_duplicate = |outcome: &Enqueued| matches!(outcome, Enqueued::Duplicate(_));
+        let is_repeat =
+            message.commit.is_none() && !outcomes.is_empty() && outcomes.iter().all(is_duplicate);
+        let sent = Self { epoch, recipients: count(&outcomes), outcomes, skipped: 0, is_repeat };
+        if let GroupRecipients::Listed(_) = message.recipients {
+            return sent;
+        }
+        let is_skipped =
+            |outcome: &&Enqueued| matches!(outcome, Enqueued::QueueFull | Enqueued::SenderShare);
+        let skipped: Vec<_> = sent.outcomes.iter().filter(is_skipped).collect();
+        Self { skipped: count(&skipped), outcomes: Vec::new(), ..sent }
+    }
+
+    /// Encodes the result of the commit `message`, without the epoch.
+    pub fn encode(&self, message: &GroupMessage) -> Vec<u8> {
+        match message.recipients {
+            GroupRecipients::Listed(_) => encode_listed(&self.outcomes, message.channel()),
+            GroupRecipients::Others | GroupRecipients::All => {
+                encode_members(self.recipients, self.skipped)
+            }
+        }
+    }
+
+    /// Decodes the result of a commit in `channel` that led to `epoch`, for its repeat. `None` if
+    /// the bytes are no such encoding.
+    ///
+    /// Recipients that have the message have it as [`Enqueued::Duplicate`].
+    pub fn decode(bytes: &[u8], channel: ChannelId, epoch: u64) -> Option<Self> {
+        let (recipients, outcomes, skipped) = match decode(bytes, channel)? {
+            Outcome::Listed(outcomes) => (count(&outcomes), outcomes, 0),
+            Outcome::Members { recipients, skipped } => (recipients, Vec::new(), skipped),
+        };
+        Some(Self { epoch, recipients, outcomes, skipped, is_repeat: true })
+    }
+}
+
+fn count<T>(items: &[T]) -> u32 {
+    u32::try_from(items.len()).unwrap_or(u32::MAX)
+}
+
 /// The result of an accepted commit, without its epoch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
-    /// For each listed recipient. Those who have it have it as [`Enqueued::Duplicate`].
+enum Outcome {
+    /// For each listed recipient.
     Listed(Vec<Enqueued>),
-    /// For a number of members, and the number of those who did not get it.
+    /// For a number of members, some of which were skipped.
     Members { recipients: u32, skipped: u32 },
 }
 
 /// Encodes the result for all members.
-pub(super) fn encode_members(recipients: u32, skipped: u32) -> Vec<u8> {
+fn encode_members(recipients: u32, skipped: u32) -> Vec<u8> {
     let mut bytes = vec![VERSION, MEMBERS];
     bytes.extend(recipients.to_be_bytes());
     bytes.extend(skipped.to_be_bytes());
@@ -48,7 +95,7 @@ pub(super) fn encode_members(recipients: u32, skipped: u32) -> Vec<u8> {
 }
 
 /// Encodes the result for listed recipients of a message in `channel`.
-pub(super) fn encode_listed(outcomes: &[Enqueued], channel: ChannelId) -> Vec<u8> {
+fn encode_listed(outcomes: &[Enqueued], channel: ChannelId) -> Vec<u8> {
     let first = outcomes.iter().find_map(|outcome| match outcome {
         Enqueued::Accepted(receipt) => Some(*receipt),
         _ => None,
@@ -84,7 +131,7 @@ pub(super) fn encode_listed(outcomes: &[Enqueued], channel: ChannelId) -> Vec<u8
 }
 
 /// Decodes the result of a message in `channel`. `None` if the bytes are no such encoding.
-pub(super) fn decode(mut bytes: &[u8], channel: ChannelId) -> Option<Outcome> {
+fn decode(mut bytes: &[u8], channel: ChannelId) -> Option<Outcome> {
     let bytes = &mut bytes;
     if take(bytes)? != [VERSION] {
         return None;

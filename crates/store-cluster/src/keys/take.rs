@@ -1,0 +1,177 @@
+//! Takes of KeyPackages: of an account, or one of each of its devices.
+
+use qpq_domain::{DeviceId, IdentityKey, UnixMillis};
+use qpq_ports::{DevicePackage, TakenKeyPackage};
+use sqlx::{PgConnection, Row as _, postgres::PgRow};
+
+use super::alive;
+use crate::{
+    error::NeverWritten,
+    postgres::{
+        Repeat, Scope, Statement,
+        row::{Columns as _, millis},
+    },
+};
+
+/// Takes the oldest package that no other transaction is taking. A locked package is skipped: the
+/// transaction that locked it commits next. (If that fails, a later package or the last resort was
+/// taken instead, which is harmless.) `=` and not IN: a sub-select that is planned as a join may
+/// lock and take more than one row.
+macro_rules! take {
+    ($of:literal) => {
+        concat!(
+            "WITH taken AS (
+                DELETE FROM key_package WHERE id = (
+                    SELECT k.id FROM account a JOIN key_package k ON k.owner = a.id
+                     WHERE a.identity = $1 AND NOT k.last_resort AND ",
+            alive!(),
+            $of,
+            "        ORDER BY k.id LIMIT 1 FOR UPDATE OF k SKIP LOCKED)
+                RETURNING owner, fingerprint, not_after, bytes),
+            given AS (
+                INSERT INTO key_package_given (owner, fingerprint, not_after)
+                SELECT owner, fingerprint, not_after FROM taken ON CONFLICT DO NOTHING)
+            SELECT bytes FROM taken"
+        )
+    };
+}
+
+/// Returns a last-resort package, and records it as given: once a newer one has replaced it, it may
+/// not be uploaded again. The lock prevents a replacement and a new upload before that is recorded.
+/// During a replacement this waits, and returns the newer one.
+macro_rules! take_last_resort {
+    ($of:literal) => {
+        concat!(
+            "WITH shown AS (
+                SELECT k.owner, k.fingerprint, k.not_after, k.bytes
+                  FROM account a JOIN key_package k ON k.owner = a.id
+                 WHERE a.identity = $1 AND k.last_resort AND ",
+            alive!(),
+            $of,
+            "    ORDER BY k.id LIMIT 1 FOR KEY SHARE OF k),
+            given AS (
+                INSERT INTO key_package_given (owner, fingerprint, not_after)
+                SELECT owner, fingerprint, not_after FROM shown ON CONFLICT DO NOTHING)
+            SELECT bytes FROM shown"
+        )
+    };
+}
+
+const TAKE: &str = take!("");
+const TAKE_LAST_RESORT: &str = take_last_resort!("");
+/// $3 the device, $4 whether it has those of the account in addition.
+const TAKE_OF_DEVICE: &str = take!(" AND (k.device = $3 OR $4 AND k.device IS NULL) ");
+const TAKE_LAST_RESORT_OF_DEVICE: &str =
+    take_last_resort!(" AND (k.device = $3 OR $4 AND k.device IS NULL) ");
+
+const DEVICES: &str = "
+    SELECT d.device, d.key IS NULL AS keyless
+      FROM account a JOIN device d ON d.account = a.id WHERE a.identity = $1 ORDER BY d.id";
+
+/// Waits for an upload of $1 that is not committed yet.
+const AFTER_UPLOAD: &str = "SELECT FROM account WHERE identity = $1 FOR SHARE";
+
+pub(super) struct TakePackage<'a> {
+    pub(super) target: &'a IdentityKey,
+    pub(super) now: UnixMillis,
+}
+
+impl Statement for TakePackage<'_> {
+    type Output = Option<TakenKeyPackage>;
+
+    const REPEAT: Repeat = Repeat::Never;
+    /// So that a dead connection is detected before a package can have been taken.
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "take_key_package"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<TakenKeyPackage>> {
+        if let Some(taken) = take(connection, self.target, None, self.now).await? {
+            return Ok(Some(taken));
+        }
+        after_upload(connection, self.target).await?;
+        take(connection, self.target, None, self.now).await
+    }
+}
+
+/// Takes a package of each device.
+pub(super) struct TakePackages<'a> {
+    pub(super) target: &'a IdentityKey,
+    pub(super) now: UnixMillis,
+}
+
+impl Statement for TakePackages<'_> {
+    type Output = Vec<DevicePackage>;
+
+    const REPEAT: Repeat = Repeat::Never;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "take_key_packages"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Vec<DevicePackage>> {
+        let &Self { target, now } = self;
+        let query = sqlx::query(DEVICES).bind(&target.as_bytes()[..]);
+        let devices = query.fetch_all(&mut *connection).await?;
+        let devices: Vec<_> = devices.iter().map(signer).collect::<sqlx::Result<_>>()?;
+        let mut packages = Vec::with_capacity(devices.len());
+        for signer in &devices {
+            let package = take(connection, target, Some(signer), now).await?;
+            packages.push(DevicePackage { device: signer.device, package });
+        }
+        if packages.iter().any(|of_device| of_device.package.is_none()) {
+            after_upload(connection, target).await?;
+        }
+        for (of_device, signer) in packages.iter_mut().zip(&devices) {
+            if of_device.package.is_none() {
+                of_device.package = take(connection, target, Some(signer), now).await?;
+            }
+        }
+        Ok(packages)
+    }
+}
+
+/// A device, and whether the identity key signs its packages.
+struct Signer {
+    device: DeviceId,
+    is_keyless: bool,
+}
+
+fn signer(row: &PgRow) -> sqlx::Result<Signer> {
+    let device = row.device("device")?.ok_or(NeverWritten("device"))?;
+    Ok(Signer { device, is_keyless: row.try_get("keyless")? })
+}
+
+/// Completes when no upload of the account is going on. A concurrent upload may be replacing all
+/// packages. The new ones are visible once it has committed.
+async fn after_upload(connection: &mut PgConnection, target: &IdentityKey) -> sqlx::Result<()> {
+    let query = sqlx::query(AFTER_UPLOAD).bind(&target.as_bytes()[..]);
+    query.execute(connection).await.map(drop)
+}
+
+/// Takes a package of one device, or of any.
+async fn take(
+    connection: &mut PgConnection,
+    target: &IdentityKey,
+    of: Option<&Signer>,
+    now: UnixMillis,
+) -> sqlx::Result<Option<TakenKeyPackage>> {
+    let [single, last] = match of {
+        None => [TAKE, TAKE_LAST_RESORT],
+        Some(_) => [TAKE_OF_DEVICE, TAKE_LAST_RESORT_OF_DEVICE],
+    };
+    for (sql, last_resort) in [(single, false), (last, true)] {
+        let mut query = sqlx::query_scalar(sql).bind(&target.as_bytes()[..]).bind(millis(now));
+        if let Some(Signer { device, is_keyless }) = of {
+            query = query.bind(&device.as_bytes()[..]).bind(is_keyless);
+        }
+        let bytes: Option<Vec<u8>> = query.fetch_optional(&mut *connection).await?;
+        if let Some(bytes) = bytes {
+            return Ok(Some(TakenKeyPackage { bytes, last_resort }));
+        }
+    }
+    Ok(None)
+}
