@@ -5,7 +5,8 @@ TARGET  := $(BUILT)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 DATA    ?= data
 LISTEN  ?= 0.0.0.0:5001
 
-.PHONY: help run demo test lint bench bench-cluster compose-test metrics-check chaos fuzz
+.PHONY: help run demo test lint bench bench-cluster compose-test metrics-check chaos
+.PHONY: conversations fuzz
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -43,6 +44,10 @@ metrics-check: ## check dashboard, alerts and docs/metrics.md against the metric
 chaos: ## send a million messages through faults, failovers and restores; none may be lost
 	cargo build --locked --release -p qpq-server -p qpq-admin -p qpq-tests --bins
 	$(BUILT)/release/qpq-chaos
+
+conversations: ## let devices write, change groups, crash and lose state at random, ten minutes
+	cargo nextest run --locked -p qpq-tests --run-ignored only --no-capture \
+	    -E 'test(many_conversations)'
 
 fuzz: ## fuzz each frame decoder for a minute (needs a nightly toolchain)
 	scripts/fuzz

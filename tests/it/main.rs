@@ -3,6 +3,7 @@
 mod advisories;
 mod cluster;
 mod greed;
+mod interop;
 mod kill;
 mod restore;
 mod server;

@@ -60,6 +60,8 @@ pub struct Refused {
     pub code: String,
     /// The time to wait before a retry; 0 if the answer has none.
     pub retry_after_ms: u32,
+    /// The present epoch of the group, for a commit that is refused as stale.
+    pub epoch: u64,
 }
 
 /// The idle timeout of a connection and the interval of its keep-alive packets.
@@ -188,6 +190,7 @@ impl Client {
             status: response.status,
             code: detail.code,
             retry_after_ms: detail.retry_after_ms,
+            epoch: detail.epoch,
         }))
     }
 

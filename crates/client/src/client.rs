@@ -6,7 +6,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
 use parking_lot::RwLock;
-use qpq_domain::{IdentityKey, SessionToken, UnixMillis, Username};
+use qpq_domain::{DeviceId, IdentityKey, SessionToken, UnixMillis, Username};
 use qpq_mls::Identity;
 use qpq_proto::{DeadlineClass, Event, Method, Status, methods, v1};
 use qpq_transport::Fingerprint;
@@ -40,6 +40,8 @@ struct Shared {
     options: Options,
     link: Link,
     token: RwLock<Option<SessionToken>>,
+    /// The device that sessions are bound to.
+    device: RwLock<Option<DeviceId>>,
 }
 
 /// The result of a login. The client that logged in uses the token from then on.
@@ -90,7 +92,14 @@ impl Client {
     /// [`ConnectError::Misconfigured`]: the address or the trust material cannot be used.
     pub fn new(options: Options) -> Result<Self, ConnectError> {
         let link = Link::new(&options)?;
-        Ok(Self { shared: Arc::new(Shared { options, link, token: RwLock::default() }) })
+        Ok(Self {
+            shared: Arc::new(Shared {
+                options,
+                link,
+                token: RwLock::default(),
+                device: RwLock::default(),
+            }),
+        })
     }
 
     /// Returns the options that the client was created with.
@@ -123,6 +132,11 @@ impl Client {
     /// Uses this session from now on.
     pub fn set_session(&self, token: Option<SessionToken>) {
         *self.shared.token.write() = token;
+    }
+
+    /// Binds the sessions of later logins to this device.
+    pub fn set_device(&self, device: Option<DeviceId>) {
+        *self.shared.device.write() = device;
     }
 
     /// Calls a method: `client.call::<methods::Health>(HealthRequest {})`.
@@ -402,6 +416,7 @@ impl Client {
         let finish = v1::OpaqueLoginFinishRequest {
             username: username.to_string(),
             finalization: finalization.into(),
+            device_id: self.device_field(),
             ..Default::default()
         };
         let answer = self.once::<methods::OpaqueLoginFinish>(live, &finish).await?;
@@ -409,6 +424,11 @@ impl Client {
             .map_err(|_| malformed::<methods::OpaqueLoginFinish>())?;
         let expires_at = (answer.expires_at > 0).then_some(UnixMillis(answer.expires_at));
         Ok(Session { token, expires_at, export_key, password: password.clone() })
+    }
+
+    fn device_field(&self) -> Bytes {
+        let device = *self.shared.device.read();
+        device.map(|device| Bytes::copy_from_slice(device.as_bytes())).unwrap_or_default()
     }
 
     /// One try on one connection, of a method without session.

@@ -255,6 +255,57 @@ pub enum Error {
     /// Messages of this user are refused, so an answer would not be read.
     #[error("you have blocked {0}")]
     Blocked(Username),
+    /// The person is in the group already.
+    #[error("{0} is in the group already")]
+    AlreadyMember(Username),
+    /// Other members changed the group each time that we tried to.
+    #[error("others are changing the group all the time; try again later")]
+    GroupBusy,
+    /// The server has nothing to join the group by: no change of it was made since its members use
+    /// this release, or it is too large.
+    #[error("the group cannot be joined without an invitation: ask an admin to add you again")]
+    NoGroupInfo,
+    /// The account has no device of this id.
+    #[error("there is no such device")]
+    NoSuchDevice,
+    /// A device is revoked from another one.
+    #[error("this is the device in use; revoke it from another one, or log out")]
+    ThisDevice,
+    /// This profile is no device: the server does not know devices yet, or did not accept it.
+    #[error(
+        "this profile is not a device of the account yet; the server may be of an older release"
+    )]
+    NoDevice,
+    /// This device was revoked, or the account has devices and this profile is none of them.
+    #[error("this device was revoked; link it again with `qpq device link`")]
+    DeviceRevoked,
+    /// The account has as many devices as it may have.
+    #[error("the account has {max} devices, the most that it may have; revoke one first")]
+    TooManyDevices {
+        /// The most devices of an account.
+        max: usize,
+    },
+    /// No device of the account approved the request in time.
+    #[error("no device of the account has approved this one in time")]
+    LinkNotApproved,
+    /// The answer to a request to be linked came, and is not from a device of the account.
+    #[error(
+        "the answer that came is not from a device of yours: the server, or another user of it, \
+         may have forged it"
+    )]
+    LinkGrantForged,
+    /// The request of a new device was approved too late, or one of the clocks is wrong.
+    #[error("the new device's request is too old, or the clock of one of the two is wrong")]
+    LinkRequestExpired,
+    /// No request with this code waits.
+    #[error("no device that asks to be linked has this code")]
+    NoSuchLinkRequest,
+    /// The name of a device is empty, too long, or has control characters.
+    #[error("a device's name has 1 to {max} bytes and no control characters")]
+    DeviceName {
+        /// The most bytes that a name has.
+        max: usize,
+    },
     /// The profile has no such conversation.
     #[error("there is no such conversation")]
     NoSuchConversation,
@@ -277,7 +328,7 @@ pub enum Error {
         /// The most that a name has.
         max: usize,
     },
-    /// What MLS does not allow (only a group's creator changes its members), or a key package that
+    /// What MLS does not allow (only a group's admins change its members), or a KeyPackage that
     /// cannot be used.
     #[error(transparent)]
     Mls(#[from] qpq_mls::Error),

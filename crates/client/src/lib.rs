@@ -44,8 +44,10 @@ pub use error::{
 pub use link::ConnectionEvent;
 pub use messenger::{
     ContactRequest, Conversation, ConversationId, ConversationKind, DeliveryState, Entry, EntryId,
-    Event, Listener, MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT, Membership, Messenger, Person,
-    Requests, SendOutcome, Sent, Standing,
+    Event, FIRST_DEVICE, GroupMember, InvalidLinkCode, LINK_REQUEST_LIFETIME, LinkCode,
+    LinkRequest, Linking, Listener, MAX_DEVICE_NAME, MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT,
+    Membership, Messenger, NewAccount, OwnDevice, Person, Requests, Role, SendOutcome, Sent,
+    Standing,
 };
 pub use options::{DEFAULT_PORT, Options, Trust};
 pub use profile::{Profile, ProfileStatus};
@@ -53,7 +55,7 @@ pub use qpq_domain::Backoff;
 pub use safety::{fingerprint, safety_number};
 pub use secret::{ExportKey, Password};
 
-pub use qpq_domain::{IdentityKey, Seq, SessionToken, UnixMillis, Username};
+pub use qpq_domain::{DeviceId, IdentityKey, Seq, SessionToken, UnixMillis, Username};
 pub use qpq_mls::{Error as MlsError, GroupId, Identity, vault::VaultKey};
 pub use qpq_proto::{Event as ServerEvent, Method, Status, methods, v1};
 pub use qpq_transport::{Fingerprint, ParseFingerprintError};

@@ -51,6 +51,9 @@ pub struct Options {
     pub patience: Duration,
     /// The delays between attempts to connect.
     pub backoff: Backoff,
+    /// The age at which what is known of a person's devices is asked for again before something is
+    /// sent.
+    pub devices_every: Duration,
 }
 
 impl Options {
@@ -61,6 +64,7 @@ impl Options {
             trust,
             patience: Duration::from_secs(30),
             backoff: Backoff::new(Duration::from_millis(200), Duration::from_secs(30)),
+            devices_every: Duration::from_secs(600),
         }
     }
 }

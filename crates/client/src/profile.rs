@@ -6,7 +6,7 @@
 //! | `state.db` (`-wal`, `-shm`) | everything secret, sealed value by value |
 //! | `state.vault` | the same as earlier releases kept it; imported and removed at the first unlock |
 //! | `lock` | shared by the processes that use the profile; one that registers has it alone |
-//! | `inbox.lock`, `outbox.lock` | held by the process that reads the inbox, or sends |
+//! | `inbox.lock`, `outbox.lock`, `changes.lock` | held by the process that reads the inbox, sends, or changes groups |
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{IdentityKey, Username};
+use qpq_domain::{DeviceId, IdentityKey, Username};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
@@ -44,6 +44,9 @@ pub struct Profile {
     pub identity: IdentityKey,
     /// How far the account's registration got.
     pub status: ProfileStatus,
+    /// The device that this profile is; absent while the account has no devices.
+    #[serde(with = "device_hex", default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceId>,
 }
 
 /// How far the account's registration got.
@@ -156,6 +159,7 @@ async fn acquire(
 pub(crate) enum Task {
     ReadInbox,
     SendOutbox,
+    ChangeGroups,
 }
 
 /// The right to do a [`Task`], until dropped.
@@ -173,6 +177,7 @@ pub(crate) async fn turn(
     let path = dir.join(match task {
         Task::ReadInbox => "inbox.lock",
         Task::SendOutbox => "outbox.lock",
+        Task::ChangeGroups => "changes.lock",
     });
     match wait_for(&path, File::try_lock, patience).await {
         Ok(file) => Ok(file.map(|file| Turn { _file: file })),
@@ -217,6 +222,29 @@ mod username_text {
     }
 }
 
+mod device_hex {
+    use qpq_domain::DeviceId;
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(
+        device: &Option<DeviceId>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        match device {
+            Some(device) => to.serialize_str(&hex::encode(device.as_bytes())),
+            None => to.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<DeviceId>, D::Error> {
+        let Some(text) = Option::<String>::deserialize(from)? else { return Ok(None) };
+        let bytes = hex::decode(text).map_err(D::Error::custom)?;
+        DeviceId::try_from(&bytes[..]).map(Some).map_err(D::Error::custom)
+    }
+}
+
 mod identity_hex {
     use qpq_domain::IdentityKey;
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
@@ -245,6 +273,7 @@ mod tests {
             trust: Trust::System,
             identity: IdentityKey::new([0xab; 32]),
             status: ProfileStatus::Registered,
+            device: Some(DeviceId::new([0xcd; 16])),
         }
     }
 

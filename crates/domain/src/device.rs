@@ -35,6 +35,11 @@ impl DeviceKey {
         verifying_key(&self.0).map(drop)
     }
 
+    /// Verifies `signature` over `message` strictly, as [`IdentityKey::verify`] does.
+    pub fn verify(&self, message: &[u8], signature: &[u8; 64]) -> Result<(), InvalidIdentity> {
+        IdentityKey::new(self.0).verify(message, signature)
+    }
+
     /// Returns the message that the identity key signs to certify the key of a device:
     /// `"qpq/device/1" ‖ identity_key ‖ device_id ‖ device_key`.
     pub fn certification(&self, identity: &IdentityKey, device: &DeviceId) -> Vec<u8> {

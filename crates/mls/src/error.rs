@@ -10,13 +10,17 @@ use crate::{database::DatabaseError, key_package::Rejected};
 pub enum Error {
     #[error("there is no such group here")]
     UnknownGroup,
-    #[error("only the group's creator adds and removes members: ask them")]
-    NotTheCreator,
-    #[error("we were removed from the group: ask its creator to be added again")]
+    #[error("only an admin of the group may do that: ask one")]
+    NotAdmin,
+    #[error("we were removed from the group: ask an admin to be added again")]
     NoLongerMember,
     /// Nobody could change the group any more.
-    #[error("its creator cannot leave a group: nobody else could change it")]
-    CreatorStays,
+    #[error("the group needs an admin: make another member one first")]
+    LastAdmin,
+    #[error("what the server has of the group cannot be used to join it")]
+    BadGroupInfo,
+    #[error("no change to the group is waiting for the server")]
+    NothingPending,
     #[error("nobody else is in the group: add a member first")]
     Alone,
     #[error("name at least one person")]
@@ -39,7 +43,7 @@ pub enum Error {
     #[error("the key package of {0} is about to run out: they have to come online once")]
     PackageTooOld(IdentityKey),
     /// The state is an older copy, and more keys were used since than others allow to be skipped.
-    #[error("this copy of the profile is too old for the group: ask its creator to add you again")]
+    #[error("this copy of the profile is too old for the group: join it again")]
     CopyTooOld,
     #[error("MLS: {0}")]
     Mls(String),

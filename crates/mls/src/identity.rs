@@ -1,19 +1,14 @@
-//! The members of a group: this account's signing key, and the facts about the other members.
-//!
-//! A member's MLS signature key is its account's identity key, and its credential (RFC 9420 §5.3)
-//! is the canonical username. The key is proven by every message; the name is a claim.
+//! Accounts: this account's identity key, and the accounts that are members of groups.
 
 use std::fmt;
 
 use ed25519_dalek::{Signer as _, SigningKey};
-use openmls::prelude::{BasicCredential, Credential, CredentialWithKey, SignatureScheme};
-use openmls_traits::signatures::{Signer, SignerError};
-use qpq_domain::{IdentityKey, Username};
+use qpq_domain::{DeviceId, DeviceKey, IdentityKey, Username};
 
 use crate::codec::{Malformed, Reader, Writer};
 
-/// An account's identity: the Ed25519 key by which its inbox is addressed and with which it signs
-/// in groups.
+/// An account's identity: the Ed25519 key by which its inbox is addressed, and which certifies the
+/// account's devices.
 #[derive(Clone)]
 pub struct Identity(SigningKey);
 
@@ -41,11 +36,9 @@ impl Identity {
         self.0.sign(message).to_bytes()
     }
 
-    pub(crate) fn credential(&self, username: &Username) -> CredentialWithKey {
-        CredentialWithKey {
-            credential: BasicCredential::new(username.as_str().as_bytes().to_vec()).into(),
-            signature_key: self.public().as_bytes().to_vec().into(),
-        }
+    /// Signs the statement that a device with this key is one of this account.
+    pub fn certify(&self, device: &DeviceId, key: &DeviceKey) -> [u8; 64] {
+        self.sign(&key.certification(&self.public(), device))
     }
 }
 
@@ -55,20 +48,10 @@ impl fmt::Debug for Identity {
     }
 }
 
-impl Signer for Identity {
-    fn sign(&self, payload: &[u8]) -> Result<Vec<u8>, SignerError> {
-        Ok(Self::sign(self, payload).to_vec())
-    }
-
-    fn signature_scheme(&self) -> SignatureScheme {
-        SignatureScheme::ED25519
-    }
-}
-
-/// A member of a group.
+/// An account that is a member of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
-    /// Proven: what the member sends is signed with it.
+    /// Proven: the key of each of the member's devices is certified with it.
     pub identity: IdentityKey,
     /// Claimed: compare it with the directory's name for `identity` before showing it.
     pub username: Username,
@@ -84,11 +67,10 @@ impl Member {
         Ok(Self { identity: IdentityKey::new(reader.array()?), username: read_username(reader)? })
     }
 
-    /// `None` unless the key is an identity key and the credential a username in canonical form.
-    pub(crate) fn read(signature_key: &[u8], credential: &Credential) -> Option<Self> {
-        let identity = IdentityKey::try_from(signature_key).ok()?;
-        let basic = BasicCredential::try_from(credential.clone()).ok()?;
-        let claimed = std::str::from_utf8(basic.identity()).ok()?;
+    /// `None` unless the key is an identity key and the name a username in canonical form.
+    pub(crate) fn read(identity: &[u8], claimed: &[u8]) -> Option<Self> {
+        let identity = IdentityKey::try_from(identity).ok()?;
+        let claimed = std::str::from_utf8(claimed).ok()?;
         let username = Username::parse(claimed).ok().filter(|name| name.as_str() == claimed)?;
         Some(Self { identity, username })
     }

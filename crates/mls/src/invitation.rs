@@ -7,8 +7,9 @@ use openmls::{
 use qpq_domain::IdentityKey;
 
 use crate::{
-    group::{Group, are_distinct, join_config},
+    group::{Group, accounts, are_consistent, join_config},
     identity::Member,
+    leaf::MemberDevice,
     packages::Package,
     profile::{GroupId, Profile},
     received::{Arrival, Ignored, Request},
@@ -21,12 +22,12 @@ pub(crate) struct Invitation {
     store: Store,
     id: GroupId,
     profile: Profile,
-    creator: Member,
+    inviter: Member,
     members: usize,
 }
 
 impl Invitation {
-    /// Opens a Welcome that was made for `package`. The package is left as it was.
+    /// Opens a Welcome that was created for `package`. The package does not change.
     ///
     /// Lifetimes in the tree are not judged: members that joined long ago and never committed have
     /// old ones (RFC 9420 §7.3).
@@ -40,21 +41,16 @@ impl Invitation {
         let staged = StagedWelcome::build_from_welcome(&store, &config, welcome)
             .and_then(|builder| builder.skip_lifetime_validation().build())
             .map_err(|_| Ignored::BadWelcome)?;
-        let (id, profile, members) = check(&staged, me).ok_or(Ignored::BadWelcome)?;
-        let count = members.len();
-        let creator = members
-            .into_iter()
-            .find(|member| member.identity == profile.creator)
-            .ok_or(Ignored::BadWelcome)?;
-        Ok(Self { staged, store, id, profile, creator, members: count })
+        let (id, profile, inviter, members) = check(&staged, me).ok_or(Ignored::BadWelcome)?;
+        Ok(Self { staged, store, id, profile, inviter, members })
     }
 
-    /// The description of the group, for the decision whether to join it.
+    /// Returns the description of the group, for the decision whether to join.
     pub(crate) fn request(&self, arrival: Arrival) -> Request {
         Request {
             group: self.id,
             kind: self.profile.kind.clone(),
-            creator: self.creator.clone(),
+            inviter: self.inviter.clone(),
             members: self.members,
             epoch: self.staged.group_context().epoch().as_u64(),
             arrival,
@@ -69,22 +65,36 @@ impl Invitation {
     }
 }
 
-/// Returns id, profile and members if the Welcome leads to a group that is true to itself: created
-/// by who sent it, with us in it, and only with members that belong there.
-fn check(staged: &StagedWelcome, me: &IdentityKey) -> Option<(GroupId, Profile, Vec<Member>)> {
+/// Returns id, profile, inviter and the number of accounts of a valid group.
+///
+/// In a valid group we are a member, the profile admits all members, and the inviter may invite us.
+///
+/// An admin invites anybody; any member adds a device of an account that is a member already.
+fn check(staged: &StagedWelcome, me: &IdentityKey) -> Option<(GroupId, Profile, Member, usize)> {
     let context = staged.group_context();
     let id = GroupId::try_from(context.group_id().as_slice()).ok()?;
     let profile = Profile::read(&id, context.extensions())?;
+    let leaves: Vec<MemberDevice> = staged
+        .members()
+        .map(|leaf| MemberDevice::verify(&leaf.signature_key, &leaf.credential))
+        .collect::<Option<_>>()?;
     // openmls has verified the group info's signature with this leaf's key.
     let sender = staged.welcome_sender().ok()?;
-    if sender.signature_key().as_slice() != profile.creator.as_bytes() {
-        return None;
-    }
-    let members: Vec<Member> = staged
-        .members()
-        .map(|leaf| Member::read(&leaf.signature_key, &leaf.credential))
-        .collect::<Option<_>>()?;
-    let admitted = members.iter().all(|member| profile.admits(&member.identity));
-    let with_us = members.iter().any(|member| member.identity == *me);
-    (admitted && with_us && are_distinct(members.iter())).then_some((id, profile, members))
+    let inviter = leaves
+        .iter()
+        .find(|leaf| leaf.signature_key()[..] == *sender.signature_key().as_slice())?
+        .member
+        .clone();
+    let accounts = accounts(leaves.iter());
+    let ours = leaves.iter().filter(|leaf| leaf.member.identity == *me).count();
+    let may_invite = profile.admins_of(&accounts).contains(&inviter.identity)
+        || inviter.identity == *me
+        || ours > 1;
+    let admitted = accounts.iter().all(|key| profile.admits(key));
+    (admitted && ours > 0 && may_invite && are_consistent(leaves.iter())).then_some((
+        id,
+        profile,
+        inviter,
+        accounts.len(),
+    ))
 }

@@ -11,11 +11,14 @@
 //! MLS keys are used once and then deleted, so the order in which a caller saves and sends is what
 //! makes it safe:
 //!
-//! - **Sending**: in one transaction of the database, call [`Client::encrypt`], [`Client::add`] or
-//!   [`Client::remove`], then [`Client::save`], and save the returned [`Parcel`]s. Once that is
-//!   committed, send them, again after a crash, until the server has them. A parcel that is sent
-//!   from a state that was never saved would reuse a key; one that is saved but never sent (a
-//!   commit above all) leaves the other members behind.
+//! - **Sending**: in one transaction of the database, call [`Client::encrypt`], then
+//!   [`Client::save`], and save the returned [`Parcel`]. Once that is committed, send it, again
+//!   after a crash, until the server has it. A parcel that is sent from a state that was never
+//!   saved would reuse a key.
+//! - **Changing a group**: in one transaction, call [`Client::commit`], then [`Client::save`], and
+//!   save the [`Commit`]. Then offer it to the server, again after a crash under the same message
+//!   id, until the server has accepted it ([`Client::confirm`]) or another one for the same epoch
+//!   ([`Client::discard`], read the inbox, begin again). Send the Welcome after that.
 //! - **Receiving**: in one transaction, call [`Client::receive`], then [`Client::save`], and save
 //!   what it returned, until it has been shown. Then acknowledge the message to the server. A
 //!   message that arrives again after a crash between the two is [`Received::Duplicate`].
@@ -24,10 +27,11 @@
 //!
 //! # Who may do what
 //!
-//! Only a group's creator commits (adds and removes members), until the server orders commits. The
-//! creator is bound into the group's id, see [`GroupId`], so nobody else can pass for it. Usernames
-//! in groups are their owners' claims: compare every [`Member`] of [`Received::Joined`] and
-//! [`Received::Committed`] with the directory before showing its name.
+//! Any member commits; the server accepts one commit for each epoch. What a commit may change
+//! depends on its author (see `group::rules`), and every member checks it. A group's creator is
+//! bound into its id, see [`GroupId`]. Usernames in groups are their owners' claims: compare every
+//! [`Member`] of [`Received::Joined`] and [`Received::Committed`] with the directory before showing
+//! its name.
 //!
 //! # Time
 //!
@@ -47,25 +51,30 @@ mod group;
 mod identity;
 mod invitation;
 pub mod key_package;
+mod leaf;
 mod outline;
 mod packages;
 mod profile;
 mod receive;
 mod received;
 mod requests;
+pub mod sealed;
 mod snapshot;
 mod store;
 mod summary;
 mod tables;
 pub mod vault;
+#[cfg(test)]
+mod vectors;
 mod waiting;
 
-pub use client::{Added, Client, Invitee, Parcel};
+pub use client::{Change, Client, Commit, NewMember, Parcel};
 pub use content::Content;
 pub use error::Error;
 pub use identity::{Identity, Member};
+pub use leaf::{Device, DeviceDescription, MemberDevice};
 pub use profile::{GroupId, GroupKind, direct_channel};
-pub use received::{Arrival, Ignored, Lost, Received, Request, Rules, Unreadable};
+pub use received::{Arrival, GroupChange, Ignored, Lost, Received, Request, Rules, Unreadable};
 pub use requests::{MAX_REQUESTS, MAX_REQUESTS_EACH};
 pub use snapshot::ImportError;
 pub use summary::GroupSummary;

@@ -1,23 +1,24 @@
-//! What an MLS message says in the open (RFC 9420 §6.3): for a private message the authenticated
-//! data, in which our clients name themselves.
+//! The unencrypted parts of MLS messages (RFC 9420 §6.3).
+//!
+//! In the authenticated data of a private message, our clients name themselves.
 //!
 //! The server knows the sender of each message anyway. For the receiver the name is a mere claim
 //! until the message is decrypted; it names the person to ask about one that cannot be.
 
 use qpq_domain::IdentityKey;
 
-/// The version of what our clients put in the authenticated data.
+/// The version of our clients' authenticated data.
 const VERSION: u8 = 1;
 
 /// `mls10` and `mls_private_message` (RFC 9420 §6 and §17.2).
 const PRIVATE_MESSAGE: [u8; 4] = [0, 1, 0, 2];
 
-/// What the sender `me` puts in a message's authenticated data.
+/// Returns the authenticated data of a message of `me`.
 pub(crate) fn claim(me: &IdentityKey) -> Vec<u8> {
     [&[VERSION][..], me.as_bytes()].concat()
 }
 
-/// Who a private message says sent it.
+/// Returns the sender that a private message names, without a proof.
 pub(crate) fn claimed_sender(bytes: &[u8]) -> Option<IdentityKey> {
     let mut rest = bytes.strip_prefix(&PRIVATE_MESSAGE)?;
     vector(&mut rest)?; // group_id
@@ -26,7 +27,16 @@ pub(crate) fn claimed_sender(bytes: &[u8]) -> Option<IdentityKey> {
     IdentityKey::try_from(key).ok()
 }
 
-/// Takes a vector off the front of `rest` (RFC 9420 §2.1.2).
+/// Returns the leaf index of the author of a GroupInfo (RFC 9420 §12.4.3), which stands before the
+/// signature at its end. An Ed25519 signature has 64 bytes, after two of length.
+pub(crate) fn author_of_group_info(bytes: &[u8]) -> Option<u32> {
+    let (rest, signature) = bytes.split_at_checked(bytes.len().checked_sub(66)?)?;
+    let author = rest.get(rest.len().checked_sub(4)?..)?;
+    let has_length = signature.starts_with(&[0x40, 0x40]);
+    has_length.then(|| u32::from_be_bytes(author.try_into().expect("four bytes")))
+}
+
+/// Removes and returns the vector at the front of `rest` (RFC 9420 §2.1.2).
 fn vector<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
     let first = *rest.first()?;
     let len_len = match first >> 6 {

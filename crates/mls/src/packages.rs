@@ -1,4 +1,4 @@
-//! Our own unused key packages. The private halves are kept for the Welcome that uses them.
+//! Our own unused KeyPackages. The private halves are kept for the Welcome that uses them.
 
 use std::time::Duration;
 
@@ -6,12 +6,12 @@ use openmls::prelude::{
     Capabilities, Ciphersuite, CredentialType, ExtensionType, KeyPackage, Lifetime, MlsMessageOut,
     OpenMlsProvider as _, Welcome,
 };
-use qpq_domain::{UnixMillis, Username};
+use qpq_domain::UnixMillis;
 
 use crate::{
     codec::{Malformed, Reader, Writer},
     database::{Database, DatabaseError},
-    identity::Identity,
+    leaf::LeafSigner,
     profile,
     store::Store,
     tables,
@@ -20,16 +20,18 @@ use crate::{
 /// The suite of every group: X25519, AES-128-GCM, SHA-256, Ed25519.
 pub(crate) const SUITE: Ciphersuite = Ciphersuite::MLS_128_DHKEMX25519_AES128GCM_SHA256_Ed25519;
 
-/// A package is good for 84 days, and from an hour ago on for those whose clock is behind.
+/// The lifetime of a package, which begins an hour early for clients with a late clock.
 const LIFETIME: Duration = Duration::from_secs(84 * 24 * 3600);
 const MARGIN: Duration = Duration::from_secs(3600);
 
-/// How long a private half outlives its package: a Welcome may lie in the inbox for the longest
-/// time to live.
+/// The time for which a private half is kept after the end of its package.
+///
+/// A Welcome stays in an inbox for at most this time.
 const AFTERLIFE: Duration = Duration::from_secs(90 * 24 * 3600);
 
-/// What our clients can do, said in every leaf. openmls wants last-resort listed here, or nobody
-/// takes such a package.
+/// Returns the capabilities of our clients, which every leaf has.
+///
+/// Without last_resort in them, openmls refuses last-resort packages.
 pub(crate) fn capabilities() -> Capabilities {
     Capabilities::new(
         None,
@@ -54,15 +56,14 @@ pub(crate) struct Package {
     reference: Vec<u8>,
     not_after: UnixMillis,
     kind: Use,
-    /// Holds openmls's bundle of the package and its private keys, and nothing else.
+    /// Contains openmls's bundle of the package and its private keys, and nothing else.
     pub(crate) store: Store,
 }
 
 /// Creates a package and saves its private half. Returns the public half as an MLSMessage.
-pub(crate) fn make(
+pub(crate) fn create(
     database: &Database,
-    identity: &Identity,
-    username: &Username,
+    leaf: &LeafSigner,
     kind: Use,
     now: UnixMillis,
 ) -> Result<Vec<u8>, DatabaseError> {
@@ -74,16 +75,18 @@ pub(crate) fn make(
         builder = builder.mark_as_last_resort();
     }
     let bundle = builder
-        .build(SUITE, &store, identity, identity.credential(username))
+        .build(SUITE, &store, leaf, leaf.credential())
         .expect("the suite is supported and the store is memory");
     let package = bundle.key_package().clone();
     let reference = package.hash_ref(store.crypto()).expect("SHA-256 of a package");
     let reference = reference.as_slice().to_vec();
     Package { reference, not_after: now.plus(LIFETIME), kind, store }.save(database)?;
-    Ok(MlsMessageOut::from(package).to_bytes().expect("a package made here is within MLS's limits"))
+    Ok(MlsMessageOut::from(package)
+        .to_bytes()
+        .expect("a package created here is within MLS's limits"))
 }
 
-/// The package of ours that `welcome` was made for.
+/// Returns the package of ours that `welcome` was created for.
 pub(crate) fn addressed_by(
     database: &Database,
     welcome: &Welcome,
@@ -96,12 +99,36 @@ pub(crate) fn addressed_by(
     Ok(None)
 }
 
-/// Removes a package that was used, unless it may be used again.
-pub(crate) fn used(database: &Database, package: &Package) -> Result<(), DatabaseError> {
-    if package.kind == Use::Once {
-        database.delete(tables::PACKAGES, &package.reference)?;
+/// Removes a used package, unless it is a last-resort package.
+///
+/// Where the account has other devices, the reference of the package is kept: a Welcome for an
+/// unknown package is for another device.
+pub(crate) fn used(
+    database: &Database,
+    package: &Package,
+    has_other_devices: bool,
+) -> Result<(), DatabaseError> {
+    if package.kind == Use::LastResort {
+        return Ok(());
+    }
+    database.delete(tables::PACKAGES, &package.reference)?;
+    if has_other_devices {
+        let mut row = Writer::with_capacity(4 + package.reference.len() + 8);
+        row.bytes(&package.reference);
+        row.number(package.not_after.0);
+        database.put(tables::USED, &package.reference, None, row.written())?;
     }
     Ok(())
+}
+
+/// Returns whether `welcome` was created for a package of ours that was used before.
+pub(crate) fn was_used(database: &Database, welcome: &Welcome) -> Result<bool, DatabaseError> {
+    for secrets in welcome.secrets() {
+        if database.get(tables::USED, secrets.new_member().as_slice())?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Removes the packages that no Welcome can need any more.
@@ -112,7 +139,19 @@ pub(crate) fn remove_expired(database: &Database, now: UnixMillis) -> Result<(),
             database.delete(tables::PACKAGES, &package.reference)?;
         }
     }
+    for row in database.all(tables::USED)? {
+        let mut reader = Reader::new(&row);
+        let parsed = reader.bytes().and_then(|reference| Ok((reference, reader.number()?)));
+        let (reference, not_after) = parsed.map_err(|Malformed| damaged())?;
+        if UnixMillis(not_after).plus(AFTERLIFE) <= now {
+            database.delete(tables::USED, reference)?;
+        }
+    }
     Ok(())
+}
+
+fn damaged() -> DatabaseError {
+    DatabaseError::Damaged("a KeyPackage is cut short".into())
 }
 
 impl Package {
@@ -134,8 +173,7 @@ impl Package {
     }
 
     fn parse(row: &[u8]) -> Result<Self, DatabaseError> {
-        Self::read(&mut Reader::new(row))
-            .map_err(|Malformed| DatabaseError::Damaged("a key package is cut short".into()))
+        Self::read(&mut Reader::new(row)).map_err(|Malformed| damaged())
     }
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {

@@ -1,5 +1,6 @@
-//! What a group is: its id, kind, channel and creator. It is part of the group's context (RFC 9420
-//! §8.1), so every member has the same and a joiner learns it authenticated by the group's keys.
+//! What a group is: its id, kind, channel, creator and admins. It is part of the group's context
+//! (RFC 9420 §8.1), so every member has the same and a joiner learns it authenticated by the
+//! group's keys.
 
 use std::fmt;
 
@@ -109,6 +110,8 @@ pub(crate) struct Profile {
     pub(crate) creator: IdentityKey,
     /// By the creator's clock.
     pub(crate) created_at: UnixMillis,
+    /// The accounts that may change the group; none stands for the creator.
+    pub(crate) admins: Vec<IdentityKey>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -125,6 +128,8 @@ struct Encoded {
     /// Of a group.
     #[prost(string, optional, tag = "5")]
     name: Option<String>,
+    #[prost(bytes = "vec", repeated, tag = "6")]
+    admins: Vec<Vec<u8>>,
 }
 
 impl Profile {
@@ -134,7 +139,31 @@ impl Profile {
             channel: direct_channel(&creator, &peer),
             creator,
             created_at,
+            admins: Vec::new(),
         }
+    }
+
+    /// Returns the accounts of `members`, given in the order of the tree, that may change the
+    /// group: in a direct conversation both, in a group its admins. Where no admin is a member any
+    /// more, the first member is one.
+    pub(crate) fn admins_of(&self, members: &[IdentityKey]) -> Vec<IdentityKey> {
+        if matches!(self.kind, GroupKind::Direct { .. }) {
+            return members.to_vec();
+        }
+        let named = if self.admins.is_empty() { &[self.creator][..] } else { &self.admins };
+        let mut admins: Vec<_> =
+            members.iter().filter(|key| named.contains(key)).copied().collect();
+        if admins.is_empty() {
+            admins.extend(members.first());
+        }
+        admins
+    }
+
+    /// Returns whether `next` is what an admin may make of this profile.
+    pub(crate) fn may_become(&self, next: &Self) -> bool {
+        matches!((&self.kind, &next.kind), (GroupKind::Group { .. }, GroupKind::Group { .. }))
+            && (self.channel, self.creator, self.created_at)
+                == (next.channel, next.creator, next.created_at)
     }
 
     /// Whether `key` may be a member at all.
@@ -174,6 +203,7 @@ impl Profile {
             channel: self.channel.as_bytes().to_vec(),
             peer,
             name,
+            admins: self.admins.iter().map(|key| key.as_bytes().to_vec()).collect(),
         };
         let mut bytes = vec![VERSION];
         encoded.encode(&mut bytes).expect("a Vec grows as needed");
@@ -186,14 +216,19 @@ impl Profile {
         let creator = IdentityKey::try_from(&encoded.creator[..]).ok()?;
         let channel = ChannelId::try_from(&encoded.channel[..]).ok()?;
         let created_at = UnixMillis(encoded.created_at);
+        let admins: Vec<_> = encoded
+            .admins
+            .iter()
+            .map(|key| IdentityKey::try_from(&key[..]).ok())
+            .collect::<Option<_>>()?;
         match (encoded.peer, encoded.name) {
-            (Some(peer), None) => {
+            (Some(peer), None) if admins.is_empty() => {
                 let direct =
                     Self::direct(creator, IdentityKey::try_from(&peer[..]).ok()?, created_at);
                 (direct.channel == channel).then_some(direct)
             }
             (None, Some(name)) => {
-                Some(Self { kind: GroupKind::Group { name }, channel, creator, created_at })
+                Some(Self { kind: GroupKind::Group { name }, channel, creator, created_at, admins })
             }
             _ => None,
         }
@@ -237,6 +272,7 @@ mod tests {
             channel: ChannelId::new([9; 16]),
             creator: ANN,
             created_at: UnixMillis(7),
+            admins: vec![ANN, BOB],
         };
         assert_eq!(Profile::read(&id, &group.extensions()), Some(group.clone()));
 
@@ -253,6 +289,24 @@ mod tests {
             "not the two people's channel"
         );
         assert_eq!(Profile::read(&id, &Extensions::empty()), None);
+    }
+
+    #[test]
+    fn where_no_admin_is_left_the_first_member_is_one() {
+        let cat = IdentityKey::new([3; 32]);
+        let mut profile = Profile {
+            kind: GroupKind::Group { name: "friends".into() },
+            channel: ChannelId::new([9; 16]),
+            creator: ANN,
+            created_at: UnixMillis(7),
+            admins: vec![],
+        };
+        assert_eq!(profile.admins_of(&[BOB, ANN]), [ANN]);
+        assert_eq!(profile.admins_of(&[BOB, cat]), [BOB]);
+        profile.admins = vec![BOB, cat];
+        assert_eq!(profile.admins_of(&[ANN, BOB, cat]), [BOB, cat]);
+        assert_eq!(profile.admins_of(&[ANN]), [ANN]);
+        assert_eq!(Profile::direct(ANN, BOB, UnixMillis(5)).admins_of(&[ANN, BOB]), [ANN, BOB]);
     }
 
     #[test]

@@ -1,5 +1,4 @@
-//! What a client does with bytes that it receives. Whatever they are, it neither panics nor loses
-//! what it had.
+//! Processing of received messages. No input causes a panic or a loss of state.
 //!
 //! A message is known by the SHA-256 of its bytes. One that was processed before is a
 //! [`Received::Duplicate`]; one that was not, and cannot be decrypted, is
@@ -7,8 +6,10 @@
 
 use std::collections::BTreeSet;
 
-use openmls::prelude::{MlsMessageBodyIn, MlsMessageIn, PrivateMessageIn, Welcome};
-use qpq_domain::{IdentityKey, UnixMillis};
+use openmls::prelude::{
+    ContentType, MlsMessageBodyIn, MlsMessageIn, ProtocolMessage, PublicMessageIn, Sender, Welcome,
+};
+use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
 use sha2::{Digest as _, Sha256};
 use tls_codec::DeserializeBytes as _;
 
@@ -16,13 +17,19 @@ use crate::{
     client::Client,
     database::DatabaseError,
     group::{Group, MessageEffect},
+    identity::Member,
     invitation::Invitation,
     outline, packages,
     profile::GroupId,
     received::{Arrival, Ignored, Lost, Received, Rules, Unreadable},
-    requests, tables,
+    requests,
+    summary::GroupSummary,
+    tables,
     waiting::{self, Needs, PutAside},
 };
+
+/// The first bytes of the server's request that all members renew their keys.
+const ROTATION_REQUEST: &[u8] = b"QPQR";
 
 /// The day of a time, by which digests are kept.
 pub(crate) fn day(at: UnixMillis) -> u64 {
@@ -30,9 +37,10 @@ pub(crate) fn day(at: UnixMillis) -> u64 {
 }
 
 impl Client {
-    /// Takes in one message of anybody, and joins each group that it is a Welcome to. The first
-    /// result is about the message; further ones are about messages that waited for it, or that it
-    /// displaced.
+    /// Processes one message of any sender. Joins the group if the message is a Welcome.
+    ///
+    /// The first result is about the message. Further ones are about messages that waited for it,
+    /// or that it displaced.
     ///
     /// See the crate's documentation on saving before acknowledging.
     pub fn receive(
@@ -40,11 +48,12 @@ impl Client {
         bytes: &[u8],
         arrival: Arrival,
     ) -> Result<Vec<Received>, DatabaseError> {
-        let rules = Rules { blocked: &BTreeSet::new(), joins: &|_| Ok(true) };
+        let rules =
+            Rules { blocked: &BTreeSet::new(), joins: &|_| Ok(true), has_other_devices: false };
         self.receive_by(bytes, arrival, &rules)
     }
 
-    /// Takes in one message as [`Client::receive`] does, by rules about people.
+    /// Processes one message as [`Client::receive`] does, by rules about people.
     pub fn receive_by(
         &mut self,
         bytes: &[u8],
@@ -54,23 +63,24 @@ impl Client {
         if !self.database.note_digest(&Sha256::digest(bytes).into(), day(arrival.at))? {
             return Ok(vec![Received::Duplicate]);
         }
+        if bytes.starts_with(ROTATION_REQUEST) {
+            return Ok(vec![Received::RotationRequested { channel: arrival.channel }]);
+        }
         let Ok(message) = MlsMessageIn::tls_deserialize_exact_bytes(bytes) else {
             return Ok(vec![Received::Ignored(Ignored::NotMls)]);
         };
         match message.extract() {
-            MlsMessageBodyIn::PrivateMessage(message) => {
-                self.receive_private(message, bytes, arrival, rules.blocked)
-            }
             MlsMessageBodyIn::Welcome(welcome) => {
                 self.receive_welcome(welcome, bytes, arrival, rules)
             }
-            // Everything else travels in the open, where our groups say nothing; an external commit
-            // above all.
-            _ => Ok(vec![Received::Ignored(Ignored::NotMls)]),
+            body => match to_group(body) {
+                Some(message) => self.receive_to_group(message, bytes, arrival, rules.blocked),
+                None => Ok(vec![Received::Ignored(Ignored::NotMls)]),
+            },
         }
     }
 
-    /// Whether a message was received before, by the SHA-256 of its bytes.
+    /// Returns whether a message was received before, by the SHA-256 of its bytes.
     pub fn knows(&self, digest: &[u8; 32]) -> Result<bool, DatabaseError> {
         self.database.knows_digest(digest)
     }
@@ -81,8 +91,7 @@ impl Client {
         self.database.forget_digests(day(before), limit)
     }
 
-    /// Gives up on the messages that have waited for what they need since before `now` for longer
-    /// than it can still come.
+    /// Removes the messages that have waited too long, and returns them as lost.
     pub fn give_up_waiting(&mut self, now: UnixMillis) -> Result<Vec<Unreadable>, DatabaseError> {
         let over = waiting::remove_if(&self.database, |message| {
             message.arrival.at.plus(waiting::RETENTION) <= now
@@ -90,7 +99,7 @@ impl Client {
         Ok(over.into_iter().map(|message| message.give_up(Lost::NeverCame)).collect())
     }
 
-    /// Gives up on the messages of unknown groups that `is_over` says wait in vain.
+    /// Removes the messages of unknown groups that satisfy `is_over`, and returns them as lost.
     pub fn give_up_on(
         &mut self,
         is_over: impl Fn(&Unreadable) -> bool,
@@ -101,9 +110,24 @@ impl Client {
         Ok(over.into_iter().map(|message| message.give_up(Lost::NeverCame)).collect())
     }
 
-    fn receive_private(
+    /// Returns the groups of which messages wait for a commit.
+    pub fn behind(&self) -> Result<Vec<GroupId>, DatabaseError> {
+        let waiting = waiting::groups(&self.database, Needs::Commit)?;
+        Ok(waiting.into_keys().collect())
+    }
+
+    /// Returns the channels of messages that wait for a Welcome.
+    pub fn unknown_channels(&self) -> Result<Vec<ChannelId>, DatabaseError> {
+        let waiting = waiting::groups(&self.database, Needs::Welcome)?;
+        let mut channels: Vec<_> = waiting.into_values().collect();
+        channels.sort_unstable();
+        channels.dedup();
+        Ok(channels)
+    }
+
+    fn receive_to_group(
         &mut self,
-        message: PrivateMessageIn,
+        message: ProtocolMessage,
         bytes: &[u8],
         arrival: Arrival,
         blocked: &BTreeSet<IdentityKey>,
@@ -161,6 +185,9 @@ impl Client {
         rules: &Rules<'_>,
     ) -> Result<Vec<Received>, DatabaseError> {
         let Some(package) = packages::addressed_by(&self.database, &welcome)? else {
+            if rules.has_other_devices && !packages::was_used(&self.database, &welcome)? {
+                return Ok(vec![Received::Ignored(Ignored::ForAnotherDevice)]);
+            }
             let lost = unreadable(bytes, None, Lost::NoPackage, arrival);
             return Ok(vec![Received::Unreadable(lost)]);
         };
@@ -170,20 +197,32 @@ impl Client {
         };
         let request = invitation.request(arrival);
         let id = request.group;
-        if rules.blocked.contains(&request.creator.identity) {
-            packages::used(&self.database, &package)?;
+        if rules.blocked.contains(&request.inviter.identity) {
+            packages::used(&self.database, &package, rules.has_other_devices)?;
             waiting::remove_group(&self.database, &id)?;
             return Ok(vec![Received::Refused { used_package: true }]);
         }
-        // The id binds the creator, so the same creator describes the same group. The later epoch
-        // is the newer.
-        let known = self.group(&id)?.map(|group| group.epoch);
+        let present = self.group(&id)?;
+        let joins = present.is_some() || (rules.joins)(&request)?;
+        // The later epoch is the newer. A stranger's request, which may be for another group of the
+        // same id, does not keep others from inviting us.
+        let known = present.as_ref().map(|group| group.epoch);
         let waits = requests::get(&self.database, &id)?.map(|kept| kept.request.epoch);
-        if known.max(waits).is_some_and(|epoch| epoch >= request.epoch) {
+        let newest = if joins { known } else { known.max(waits) };
+        if newest.is_some_and(|epoch| epoch >= request.epoch) {
             return Ok(vec![Received::Duplicate]);
         }
-        if known.is_none() && !(rules.joins)(&request)? {
-            packages::used(&self.database, &package)?;
+        // A Welcome replaces the state of a group that we are in. Its own content proves only that
+        // its sender may invite to some group of that id, which anybody can create.
+        let inviter = request.inviter.identity;
+        let may_replace = |group: &GroupSummary| {
+            !group.active || group.admins.contains(&inviter) || inviter == self.identity.public()
+        };
+        if !present.as_ref().is_none_or(may_replace) {
+            return Ok(vec![Received::Ignored(Ignored::BadWelcome)]);
+        }
+        if !joins {
+            packages::used(&self.database, &package, rules.has_other_devices)?;
             requests::keep(&self.database, &request, &package, bytes)?;
             for message in waiting::remove_group(&self.database, &id)? {
                 requests::hold(&self.database, &message)?;
@@ -194,8 +233,8 @@ impl Client {
             Ok(group) => group,
             Err(reason) => return Ok(vec![Received::Ignored(reason)]),
         };
-        packages::used(&self.database, &package)?;
-        self.join(group)
+        packages::used(&self.database, &package, rules.has_other_devices)?;
+        self.join(group, Some(request.inviter))
     }
 
     /// Joins the group of a request; `None` if there is none. The results are those of a Welcome
@@ -208,7 +247,7 @@ impl Client {
         };
         let me = self.identity.public();
         match Invitation::open(&kept.package, welcome, &me).and_then(Invitation::join) {
-            Ok(group) => self.join(group).map(Some),
+            Ok(group) => self.join(group, Some(kept.request.inviter)).map(Some),
             Err(reason) => {
                 requests::decline(&self.database, id)?;
                 Ok(Some(vec![Received::Ignored(reason)]))
@@ -216,11 +255,22 @@ impl Client {
         }
     }
 
-    /// Adds a group that was joined, and processes what waited for it.
-    fn join(&mut self, group: Group) -> Result<Vec<Received>, DatabaseError> {
+    /// Adds a joined group, and processes the messages that waited for it.
+    ///
+    /// `by` is the inviter; `None` if this device joined by an external commit.
+    pub(crate) fn join(
+        &mut self,
+        group: Group,
+        by: Option<Member>,
+    ) -> Result<Vec<Received>, DatabaseError> {
         let id = group.id();
-        let mut results = vec![Received::Joined(group.summary())];
+        let itself =
+            || Member { identity: self.identity.public(), username: self.username.clone() };
+        let by = by.unwrap_or_else(itself);
+        let mut results = vec![Received::Joined { group: group.summary(), by }];
         self.database.delete(tables::LEFT, id.as_bytes())?;
+        // The keys of the state that this one replaces.
+        Group::delete(&self.database, id)?;
         self.insert(group);
         let mut held = requests::accepted(&self.database, &id)?;
         held.sort_by_key(|message| message.epoch);
@@ -238,8 +288,12 @@ impl Client {
         message: PutAside,
         results: &mut Vec<Received>,
     ) -> Result<(), DatabaseError> {
-        let epoch = self.group(&id)?.map_or(0, |group| group.epoch);
-        if message.epoch > epoch {
+        let Some(group) = self.group(&id)? else {
+            // A message before it said that this account has left.
+            results.push(Received::Refused { used_package: false });
+            return Ok(());
+        };
+        if message.epoch > group.epoch {
             let message = PutAside { needs: Needs::Commit, ..message };
             let displaced = waiting::put_aside(&self.database, &message)?;
             results.extend(
@@ -249,15 +303,19 @@ impl Client {
         }
         let PutAside { bytes, arrival, .. } = message;
         let parsed = MlsMessageIn::tls_deserialize_exact_bytes(&bytes).map(MlsMessageIn::extract);
-        if let Ok(MlsMessageBodyIn::PrivateMessage(message)) = parsed {
+        if let Some(message) = parsed.ok().and_then(to_group) {
             results.push(self.process(id, message, &bytes, arrival)?);
         }
         Ok(())
     }
 
-    /// Processes what waited for the state that `id` is in now, and for the states that this leads
-    /// to.
-    fn retry(&mut self, id: GroupId, results: &mut Vec<Received>) -> Result<(), DatabaseError> {
+    /// Processes the messages that waited for the present epoch of a group, and for those that
+    /// follow.
+    pub(crate) fn retry(
+        &mut self,
+        id: GroupId,
+        results: &mut Vec<Received>,
+    ) -> Result<(), DatabaseError> {
         while let Some(epoch) = self.group(&id)?.map(|group| group.epoch) {
             let ready = waiting::release(&self.database, &id, epoch)?;
             if ready.is_empty() {
@@ -273,27 +331,58 @@ impl Client {
     fn process(
         &mut self,
         id: GroupId,
-        message: PrivateMessageIn,
+        message: ProtocolMessage,
         bytes: &[u8],
         arrival: Arrival,
     ) -> Result<Received, DatabaseError> {
         let group = self.load(id)?.expect("the callers looked it up");
         Ok(match group.process(message) {
+            MessageEffect::Lost(reason) => {
+                Received::Unreadable(unreadable(bytes, Some(id), reason, arrival))
+            }
+            effect => {
+                let me = self.identity.public();
+                let is_over = matches!(&effect, MessageEffect::Leaving { sender }
+                    if sender.identity == me);
+                let result = self.result(id, effect);
+                if is_over {
+                    self.forget_left(&id)?;
+                }
+                result
+            }
+        })
+    }
+
+    pub(crate) fn result(&self, id: GroupId, effect: MessageEffect) -> Received {
+        match effect {
             MessageEffect::Message { sender, content } => {
-                Received::Message { group: id, channel: group.profile().channel, sender, content }
+                let channel = self.groups[&id].profile().channel;
+                Received::Message { group: id, channel, sender, content }
             }
             MessageEffect::Asked { sender, digests } => {
                 Received::Asked { group: id, sender, digests }
             }
             MessageEffect::Leaving { sender } => Received::Leaving { group: id, sender },
-            MessageEffect::Committed { added, removed } => {
-                Received::Committed { group: id, added, removed }
+            MessageEffect::Committed { by, changes } => {
+                Received::Committed { group: id, by, changes }
             }
-            MessageEffect::Lost(reason) => {
-                Received::Unreadable(unreadable(bytes, Some(id), reason, arrival))
-            }
+            MessageEffect::Lost(_) => unreachable!("it needs the message"),
             MessageEffect::Ignored(reason) => Received::Ignored(reason),
-        })
+        }
+    }
+}
+
+/// Returns a message to a group: a private one or, of those that travel in the open, the commit by
+/// which a device joins by itself.
+fn to_group(body: MlsMessageBodyIn) -> Option<ProtocolMessage> {
+    let is_join = |message: &PublicMessageIn| {
+        matches!(message.sender(), Sender::NewMemberCommit)
+            && message.content_type() == ContentType::Commit
+    };
+    match body {
+        MlsMessageBodyIn::PrivateMessage(message) => Some(message.into()),
+        MlsMessageBodyIn::PublicMessage(message) => is_join(&message).then(|| message.into()),
+        _ => None,
     }
 }
 

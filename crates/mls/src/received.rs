@@ -8,6 +8,7 @@ use crate::{
     content::Content,
     database::DatabaseError,
     identity::Member,
+    leaf::MemberDevice,
     profile::{GroupId, GroupKind},
     summary::GroupSummary,
 };
@@ -16,9 +17,13 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Received {
-    /// We are in a group: a new one, or one that its creator added us to again. `members` are to be
-    /// compared with the directory; the inviter is `creator`.
-    Joined(GroupSummary),
+    /// We are in a group: a new one, or one that we are in again. Its members are to be compared
+    /// with the directory.
+    Joined {
+        group: GroupSummary,
+        /// The member that invited us; this account where this device joined by itself.
+        by: Member,
+    },
     Message {
         group: GroupId,
         channel: ChannelId,
@@ -32,19 +37,25 @@ pub enum Received {
         sender: Member,
         digests: Vec<[u8; 32]>,
     },
-    /// A member has left the group, and asks its creator to be removed.
+    /// A member has left the group, and asks the admins to be removed. If the member is this
+    /// account, on another device, the group is dropped.
     Leaving {
         group: GroupId,
         sender: Member,
     },
-    /// The group's creator changed who is in it. `added` are to be compared with the directory.
+    /// A member changed the group. Accounts that were added are to be compared with the directory.
+    /// A commit that only renews keys has no changes.
     Committed {
         group: GroupId,
-        added: Vec<Member>,
-        removed: Vec<Member>,
+        by: Member,
+        changes: Vec<GroupChange>,
     },
-    /// It came too early and is kept until what it needs is there. It may be acknowledged once the
-    /// state is saved.
+    /// A member's client asked, by the server, that all members renew their keys in this channel.
+    RotationRequested {
+        channel: ChannelId,
+    },
+    /// The message is kept until the commit or Welcome before it arrives. It may be acknowledged
+    /// once the state is saved.
     Buffered,
     /// The message was processed before. It may be acknowledged.
     Duplicate,
@@ -52,10 +63,10 @@ pub enum Received {
     /// [`decline`](crate::Client::decline). The Welcome has used up a key package of ours. It may
     /// be acknowledged once the state is saved.
     Requested(Request),
-    /// It is from a person whose messages are refused, or for a group that we have left or declined
-    /// to join. It has no effect. It may be acknowledged.
+    /// The message is from a blocked person, or for a group that we have left or declined to join.
+    /// It has no effect. It may be acknowledged.
     Refused {
-        /// Whether it has used up a key package of ours.
+        /// Whether the message has used up a KeyPackage of ours.
         used_package: bool,
     },
     /// The message may have had content for this account, and cannot be read. It may be
@@ -63,6 +74,44 @@ pub enum Received {
     Unreadable(Unreadable),
     /// The message has no effect, now or later. It may be acknowledged.
     Ignored(Ignored),
+}
+
+/// A change of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GroupChange {
+    /// An account was added, with its devices.
+    Added(Member),
+    /// An account was removed, with all of its devices; this account may be the one.
+    Removed(Member),
+    /// A further device of a member was added.
+    DeviceAdded { member: Member, name: String },
+    /// A device of a member was removed, and others of it stay.
+    DeviceRemoved { member: Member, name: String },
+    /// A device of a member that had lost its state joined again by itself.
+    Rejoined { member: Member, name: String },
+    /// The group was renamed.
+    Renamed { name: String },
+    /// A member became an admin.
+    Promoted(Member),
+    /// A member is no longer an admin.
+    Demoted(Member),
+}
+
+impl GroupChange {
+    pub(crate) fn added(leaf: &MemberDevice, is_new: bool) -> Self {
+        let (member, name) = (leaf.member.clone(), leaf.name().to_owned());
+        if is_new { Self::Added(member) } else { Self::DeviceAdded { member, name } }
+    }
+
+    pub(crate) fn removed(leaf: &MemberDevice, is_over: bool) -> Self {
+        let (member, name) = (leaf.member.clone(), leaf.name().to_owned());
+        if is_over { Self::Removed(member) } else { Self::DeviceRemoved { member, name } }
+    }
+
+    pub(crate) fn joined(leaf: &MemberDevice, was_known: bool) -> Self {
+        let (member, name) = (leaf.member.clone(), leaf.name().to_owned());
+        if was_known { Self::Rejoined { member, name } } else { Self::DeviceAdded { member, name } }
+    }
 }
 
 /// The rules about people that a message is received by.
@@ -77,6 +126,9 @@ pub struct Rules<'a> {
     /// Returns whether the group of a Welcome is joined immediately. If not, the Welcome waits as a
     /// request.
     pub joins: &'a dyn Fn(&Request) -> Result<bool, DatabaseError>,
+    /// Whether the account has other devices. A Welcome that is for none of our KeyPackages is then
+    /// taken for theirs.
+    pub has_other_devices: bool,
 }
 
 impl fmt::Debug for Rules<'_> {
@@ -85,7 +137,7 @@ impl fmt::Debug for Rules<'_> {
     }
 }
 
-/// When and on which channel a message arrived.
+/// The time and channel of a message's arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arrival {
     pub at: UnixMillis,
@@ -97,8 +149,8 @@ pub struct Arrival {
 pub struct Request {
     pub group: GroupId,
     pub kind: GroupKind,
-    /// The group's creator, who sent the Welcome. The key is proven, the name is a claim.
-    pub creator: Member,
+    /// The member that sent the Welcome. The key is proven, the name is a claim.
+    pub inviter: Member,
     /// The number of members, including us.
     pub members: usize,
     pub epoch: u64,
@@ -142,16 +194,16 @@ pub enum Lost {
 pub enum Ignored {
     #[error("not a private MLS message or Welcome of ours")]
     NotMls,
-    #[error("a Welcome that is forged, broken, or not its group's creator's")]
+    #[error("a Welcome that is forged, broken, or of a person that may not invite")]
     BadWelcome,
-    #[error("a change to the group by a member that is not its creator")]
-    NotTheCreator,
-    #[error("a change to the group that not even its creator may make")]
+    #[error("a change to the group by a member that may not make it")]
+    NotAllowed,
+    #[error("a change to the group that nobody may make")]
     ForbiddenCommit,
     /// openmls compares lifetimes with the time of reading, not of sending. The group goes on
     /// without us from here.
     #[error(
-        "a change to the group, read after the added member's key package ran out: ask its creator to add us again"
+        "a change to the group, read after the added member's key package ran out: join it again"
     )]
     LifetimeOver,
     #[error("a change to the group from before the last one")]
@@ -159,7 +211,11 @@ pub enum Ignored {
     #[error("we are not in the group any more")]
     NoLongerMember,
     #[error("the farewell of a person who is not in the group any more")]
-    AlreadyGone,
+    AlreadyLeft,
+    #[error("from before we joined the group")]
+    BeforeJoining,
+    #[error("a Welcome for another device of this account")]
+    ForAnotherDevice,
     #[error("our own message")]
     OwnMessage,
     #[error("against the rules of MLS")]

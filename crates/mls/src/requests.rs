@@ -55,11 +55,11 @@ pub(crate) fn keep(
             database.remove_item(table, earlier)?;
         }
     }
-    let creator = request.creator.identity;
-    let new = NewItem { key: Some(group), lane: Some(creator.as_bytes()), open: true };
+    let inviter = request.inviter.identity;
+    let new = NewItem { key: Some(group), lane: Some(inviter.as_bytes()), open: true };
     database.append(REQUESTS, new, encode(request, package, welcome).written())?;
-    if database.count_open(REQUESTS, creator.as_bytes())? > MAX_REQUESTS_EACH
-        && let Some(oldest) = database.first_in_lane(REQUESTS, creator.as_bytes())?
+    if database.count_open(REQUESTS, inviter.as_bytes())? > MAX_REQUESTS_EACH
+        && let Some(oldest) = database.first_in_lane(REQUESTS, inviter.as_bytes())?
     {
         drop_request(database, &oldest)?;
     }
@@ -135,8 +135,8 @@ pub(crate) fn decline(database: &Database, group: &GroupId) -> Result<bool, Data
 }
 
 /// Declines all requests of a person.
-pub(crate) fn decline_all(database: &Database, creator: &IdentityKey) -> Result<(), DatabaseError> {
-    for item in database.in_lane_ascending(REQUESTS, creator.as_bytes())? {
+pub(crate) fn decline_all(database: &Database, inviter: &IdentityKey) -> Result<(), DatabaseError> {
+    for item in database.in_lane_ascending(REQUESTS, inviter.as_bytes())? {
         decline(database, &parse(&item)?.request.group)?;
     }
     Ok(())
@@ -198,7 +198,7 @@ fn count(database: &Database, key: &[u8]) -> Result<u64, DatabaseError> {
 
 fn encode(request: &Request, package: &Package, welcome: &[u8]) -> Writer {
     let package = package.encode();
-    let name = request.creator.username.as_str();
+    let name = request.inviter.username.as_str();
     let label = match &request.kind {
         GroupKind::Direct { peer } => &peer.as_bytes()[..],
         GroupKind::Group { name } => name.as_bytes(),
@@ -208,7 +208,7 @@ fn encode(request: &Request, package: &Package, welcome: &[u8]) -> Writer {
     writer.raw(request.group.as_bytes());
     writer.raw(&[u8::from(matches!(request.kind, GroupKind::Group { .. }))]);
     writer.bytes(label);
-    request.creator.write(&mut writer);
+    request.inviter.write(&mut writer);
     writer.count(request.members);
     writer.number(request.epoch);
     writer.number(request.arrival.at.0);
@@ -234,7 +234,7 @@ fn read(reader: &mut Reader<'_>) -> Result<Kept, Malformed> {
     let request = Request {
         group,
         kind,
-        creator: Member::from_reader(reader)?,
+        inviter: Member::from_reader(reader)?,
         members: usize::try_from(reader.number()?).map_err(|_| Malformed)?,
         epoch: reader.number()?,
         arrival: Arrival {
@@ -269,7 +269,8 @@ mod tests {
         let database = Database::in_memory();
         let name = Username::parse("bob").unwrap();
         let once = packages::Use::Once;
-        packages::make(&database, &Identity::generate(), &name, once, UnixMillis(0)).unwrap();
+        let leaf = crate::leaf::LeafSigner::of_account(&Identity::generate(), &name);
+        packages::create(&database, &leaf, once, UnixMillis(0)).unwrap();
         let row = database.all(crate::tables::PACKAGES).unwrap().pop().unwrap();
         let package = Package::read(&mut Reader::new(&row)).ok().unwrap();
         (database, package)
@@ -283,7 +284,7 @@ mod tests {
         Request {
             group: GroupId::random(&identity),
             kind: GroupKind::Group { name: "offer".into() },
-            creator: Member { identity, username },
+            inviter: Member { identity, username },
             members: 2,
             epoch,
             arrival: AT,

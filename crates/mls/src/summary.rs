@@ -5,8 +5,9 @@ use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
 use crate::{
     codec::{Malformed, Reader, Writer},
     database::DatabaseError,
+    group::Row,
     identity::Member,
-    profile::{GroupId, GroupKind},
+    profile::{GroupId, GroupKind, Profile},
 };
 
 /// The public facts about a group.
@@ -15,12 +16,13 @@ pub struct GroupSummary {
     pub id: GroupId,
     pub kind: GroupKind,
     pub channel: ChannelId,
-    /// The only one who adds and removes.
     pub creator: IdentityKey,
     /// By the creator's clock.
     pub created_at: UnixMillis,
     pub epoch: u64,
-    /// Everyone, in the order of the tree; not us once we were removed.
+    /// The members that add and remove others, and change the group's name.
+    pub admins: Vec<IdentityKey>,
+    /// Every account, in the order of the tree; not us once we were removed.
     pub members: Vec<Member>,
     /// `false` once we were removed: nothing more can be sent or read.
     pub active: bool,
@@ -69,21 +71,22 @@ impl GroupSummary {
             }
             _ => return Err(Malformed),
         };
-        Ok(Self {
-            id,
-            kind,
-            channel: ChannelId::try_from(reader.bytes()?).map_err(|_| Malformed)?,
-            creator: IdentityKey::new(reader.array()?),
-            created_at: UnixMillis(reader.number()?),
-            epoch: reader.number()?,
-            active: reader.array()? == [1],
-            members: reader.list(Member::from_reader)?,
-        })
+        let channel = ChannelId::try_from(reader.bytes()?).map_err(|_| Malformed)?;
+        let creator = IdentityKey::new(reader.array()?);
+        let created_at = UnixMillis(reader.number()?);
+        let epoch = reader.number()?;
+        let active = reader.array()? == [1];
+        let members = reader.list(Member::from_reader)?;
+        // Of a group whose profile names none.
+        let profile = Profile { kind, channel, creator, created_at, admins: Vec::new() };
+        let keys: Vec<_> = members.iter().map(|member| member.identity).collect();
+        let admins = profile.admins_of(&keys);
+        let Profile { kind, .. } = profile;
+        Ok(Self { id, kind, channel, creator, created_at, epoch, admins, members, active })
     }
 
     /// The summary of a group that was saved.
     pub(crate) fn parse(row: &[u8]) -> Result<Self, DatabaseError> {
-        Self::read(&mut Reader::new(row))
-            .map_err(|Malformed| DatabaseError::Damaged("a group's row is cut short".into()))
+        Ok(Row::parse(row)?.summary)
     }
 }

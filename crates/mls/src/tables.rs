@@ -24,3 +24,9 @@ pub(crate) const REQUESTS: Table = Table::new(9);
 pub(crate) const HELD: Table = Table::new(10);
 /// Groups whose request was declined or dropped: what is still sent to them is dropped.
 pub(crate) const DECLINED: Table = Table::new(11);
+/// This device: its id, name, secret seed, and the account's statement about it.
+pub(crate) const DEVICE: Table = Table::new(12);
+/// Groups that we are about to join by ourselves.
+pub(crate) const JOINING: Table = Table::new(13);
+/// The KeyPackages of ours that were used, by their reference, with the end of their lifetime.
+pub(crate) const USED: Table = Table::new(14);

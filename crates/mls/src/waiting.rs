@@ -5,7 +5,7 @@
 //! moved. Nothing leaves here unseen: what exceeds the bounds or waits too long is returned to the
 //! caller as a [`PutAside`].
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use qpq_domain::{ChannelId, UnixMillis};
 
@@ -140,6 +140,26 @@ pub(crate) fn release(
     totals.save(database)?;
     ready.sort_by_key(|message| message.epoch);
     Ok(ready)
+}
+
+/// Returns the groups that messages wait for, with the channel of the last message of each.
+pub(crate) fn groups(
+    database: &Database,
+    needs: Needs,
+) -> Result<BTreeMap<GroupId, ChannelId>, DatabaseError> {
+    let mut groups = BTreeMap::new();
+    let mut after = None;
+    loop {
+        let items = database.items_after(WAITING, after, 64)?;
+        let Some(last) = items.last() else { return Ok(groups) };
+        after = Some(last.number);
+        for item in &items {
+            let (_, message) = parse(item)?;
+            if message.needs == needs {
+                groups.insert(message.group, message.arrival.channel);
+            }
+        }
+    }
 }
 
 /// Removes and returns what waits for `group`.

@@ -1,11 +1,16 @@
 //! What can be typed: every command, option and environment variable, with the help that `qpq help`
 //! shows.
 
+mod device;
+mod group;
+
 use std::{fmt, path::PathBuf, str::FromStr};
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use qpq_client::{Fingerprint, IdentityKey, Username};
+use qpq_client::{FIRST_DEVICE, Fingerprint, IdentityKey, Username};
+
+pub(crate) use self::{device::DeviceCommand, group::GroupCommand};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -136,6 +141,9 @@ pub(crate) enum Command {
     Register {
         /// 1 to 64 letters, digits and marks; case does not matter
         username: Username,
+        /// The name of this device, which the people that you write to see
+        #[arg(long, value_name = "NAME", default_value = FIRST_DEVICE, hide_default_value = true)]
+        device: String,
     },
     /// Log in, until `qpq logout` or the next reboot
     ///
@@ -210,6 +218,9 @@ pub(crate) enum Command {
     /// Create and use groups
     #[command(subcommand)]
     Group(GroupCommand),
+    /// Link, list and revoke your devices
+    #[command(subcommand)]
+    Device(DeviceCommand),
     /// Show your keys, or compare them with another user's
     ///
     /// A safety number is the same on both sides if and only if nobody, not even the
@@ -308,52 +319,6 @@ fn identity(text: &str) -> Result<IdentityKey, &'static str> {
         .filter(|_| text.bytes().all(|byte| byte.is_ascii_hexdigit()))
         .and_then(|bytes| IdentityKey::try_from(&bytes[..]).ok())
         .ok_or("an identity has 64 hexadecimal digits")
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum GroupCommand {
-    /// Create a group; only you, its creator, can add members
-    ///
-    /// Example:
-    ///   qpq group create friends bob carol
-    #[command(verbatim_doc_comment)]
-    Create {
-        /// What to call it
-        name: String,
-        /// The first members
-        members: Vec<Username>,
-    },
-    /// Add members to a group that you created
-    Add {
-        /// The group's name, or the beginning of its id
-        group: String,
-        #[arg(required = true)]
-        members: Vec<Username>,
-    },
-    /// Send one message to a group
-    Send {
-        /// The group's name, or the beginning of its id
-        group: String,
-        /// The text; `-`, or nothing, reads it from standard input
-        #[arg(allow_hyphen_values = true)]
-        text: Option<String>,
-    },
-    /// Leave a group that another user created
-    ///
-    /// Nothing of it is shown any more. Its members see you leave when the client of
-    /// its creator has read that.
-    #[command(verbatim_doc_comment)]
-    Leave {
-        /// The group's name, or the beginning of its id
-        group: String,
-    },
-    /// List your groups
-    List,
-    /// List a group's members
-    Members {
-        /// The group's name, or the beginning of its id
-        group: String,
-    },
 }
 
 /// The recipient of `send`.

@@ -41,9 +41,9 @@ impl GroupNames {
 /// Where an entry is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// Among those of all conversations: which one it belongs to is said.
+    /// Among the entries of all conversations. The entry names its own.
     Anywhere,
-    /// Among those of its own conversation.
+    /// Among the entries of its own conversation.
     Chat,
 }
 
@@ -77,7 +77,10 @@ struct Object<'a> {
     delivery: Option<&'static str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     people: Vec<PersonObject<'a>>,
-    /// The name of a group that is asked for.
+    /// The name of a device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<&'a str>,
+    /// The name of a group that is asked for, or the new name of one.
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,6 +89,12 @@ struct Object<'a> {
     first: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     last: Option<u64>,
+}
+
+impl<'a> Object<'a> {
+    fn device(&mut self, event: &'static str, owner: &'a Person, device: &'a str) {
+        (self.event, self.people, self.device) = (event, vec![owner.into()], Some(device));
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -165,6 +174,29 @@ impl Serialize for EntryReport<'_> {
             Event::NewKey { person } => {
                 (object.event, object.people) = ("new_key", vec![person.into()]);
             }
+            Event::DeviceRequested { name } => {
+                (object.event, object.device) = ("device_request", Some(name.as_str()));
+            }
+            Event::DeviceAdded { person, device } => object.device("device_added", person, device),
+            Event::DeviceRemoved { person, device } => {
+                object.device("device_removed", person, device);
+            }
+            Event::Rejoined { person, device } => object.device("rejoined", person, device),
+            Event::Renamed { by, name } => {
+                (object.event, object.from) = ("renamed", Some(by.into()));
+                object.group = Some(name);
+            }
+            Event::Promoted { members } => {
+                (object.event, object.people) =
+                    ("promoted", members.iter().map(Into::into).collect());
+            }
+            Event::Demoted { members } => {
+                (object.event, object.people) =
+                    ("demoted", members.iter().map(Into::into).collect());
+            }
+            Event::NotChanged { reason } => {
+                (object.event, object.reason) = ("not_changed", Some(reason.as_str()));
+            }
             Event::Undeliverable { to, reason } => {
                 (object.event, object.people) = ("undeliverable", vec![to.into()]);
                 object.reason = Some(reason.as_str());
@@ -202,7 +234,11 @@ impl EntryReport<'_> {
             Event::Joined { by } => {
                 let group =
                     self.entry.conversation.map(|id| self.group_name(id)).unwrap_or_default();
-                style.dim(format_args!("* {} added you to the group {group}", name(by)))
+                if by.standing == Standing::Own {
+                    style.dim(format_args!("* you joined the group {group} on this device"))
+                } else {
+                    style.dim(format_args!("* {} added you to the group {group}", name(by)))
+                }
             }
             Event::Requested { by, group } => {
                 let wish = wish(group.as_deref());
@@ -211,9 +247,50 @@ impl EntryReport<'_> {
             Event::Added { members } => {
                 style.dim(format_args!("* {place}{} joined", names(members)))
             }
+            Event::Removed { members }
+                if members.iter().any(|member| member.standing == Standing::Own) =>
+            {
+                style.dim(format_args!("* {place}you are no longer in the group"))
+            }
             Event::Removed { members } => {
                 style.dim(format_args!("* {place}{} left", names(members)))
             }
+            Event::DeviceRequested { name } => style.bold(format_args!(
+                "* a new device asks to be linked: {}. Run `qpq device approve` if it is yours",
+                text::line(name)
+            )),
+            Event::DeviceAdded { person, device } => style.dim(format_args!(
+                "* {place}{} added a device: {}",
+                self.owner(person),
+                text::line(device)
+            )),
+            Event::DeviceRemoved { person, device } => style.dim(format_args!(
+                "* {place}{} removed a device: {}",
+                self.owner(person),
+                text::line(device)
+            )),
+            Event::Rejoined { person, device } => style.dim(format_args!(
+                "* {place}{} joined again on a device that had lost its keys: {}",
+                self.owner(person),
+                text::line(device)
+            )),
+            Event::Renamed { by, name: new } => style.dim(format_args!(
+                "* {place}{} named the group {}",
+                self.owner(by),
+                text::line(new)
+            )),
+            Event::Promoted { members } => style.dim(format_args!(
+                "* {place}now an admin: {}",
+                names(members)
+            )),
+            Event::Demoted { members } => style.dim(format_args!(
+                "* {place}no longer an admin: {}",
+                names(members)
+            )),
+            Event::NotChanged { reason } => style.dim(format_args!(
+                "* {place}a change could not be made: {}",
+                text::line(reason)
+            )),
             Event::Unreadable { from, reason } => {
                 let from =
                     from.as_ref().map_or(String::new(), |from| format!(" from {}", name(from)));
@@ -255,6 +332,11 @@ impl EntryReport<'_> {
         }
     }
 
+    /// Returns a person's name, or `you`.
+    fn owner(&self, person: &Person) -> String {
+        if person.standing == Standing::Own { "you".to_owned() } else { name(person) }
+    }
+
     fn said(&self, place: &str, who: &str, text: &str, mark: &str, style: Style) -> String {
         let age = self.now.since(self.entry.at);
         let age = if age < FRESH {
@@ -281,7 +363,7 @@ impl EntryReport<'_> {
     }
 }
 
-/// How far a message got, as the JSON of every command says it.
+/// Returns the name of a delivery state in JSON.
 pub(crate) fn delivery_name(delivery: DeliveryState) -> &'static str {
     match delivery {
         DeliveryState::Queued => "queued",
@@ -290,7 +372,7 @@ pub(crate) fn delivery_name(delivery: DeliveryState) -> &'static str {
     }
 }
 
-/// What a stranger asks for, after the stranger's name.
+/// Describes the request of a stranger, to follow the stranger's name.
 pub(crate) fn wish(group: Option<&str>) -> String {
     match group {
         Some(name) => format!("wants to add you to the group {}", text::line(name)),
@@ -308,7 +390,7 @@ pub(crate) fn names(people: &[Person]) -> String {
     people.iter().map(name).collect::<Vec<_>>().join(", ")
 }
 
-/// A time span as people say it.
+/// Formats a time span for people.
 pub(crate) fn span(span: Duration) -> String {
     match span.as_secs() {
         secs @ 0..120 => format!("{secs} s"),

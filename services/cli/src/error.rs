@@ -118,6 +118,37 @@ impl From<Error> for CliError {
                 failure("client.text_too_long", "send it in several messages")
             }
             Error::GroupName { .. } => failure("client.group_name", "choose another name"),
+            Error::AlreadyMember(_) => {
+                failure("client.already_member", "`qpq group show GROUP` shows who is in it")
+            }
+            Error::GroupBusy => failure("client.group_busy", "try again in a minute"),
+            Error::NoGroupInfo => {
+                failure("client.no_group_info", "ask an admin of the group to add you again")
+            }
+            Error::NoSuchDevice => failure("client.no_such_device", "see `qpq device list`"),
+            Error::ThisDevice => failure("client.this_device", "see `qpq device list`"),
+            Error::NoDevice => failure("client.no_device", "ask the server's operator to upgrade"),
+            Error::DeviceRevoked => failure(
+                "client.device_revoked",
+                "to use this machine again: qpq -p NAME device link …",
+            ),
+            Error::TooManyDevices { .. } => {
+                failure("client.too_many_devices", "run `qpq device revoke` for one of them")
+            }
+            Error::LinkNotApproved => {
+                failure("client.link_not_approved", "run `qpq device link` again, and approve it")
+            }
+            Error::LinkGrantForged => {
+                failure("client.link_forged", "ask the server's operator, and link again")
+            }
+            Error::LinkRequestExpired => {
+                failure("client.link_expired", "check both clocks, and run `qpq device link` again")
+            }
+            Error::NoSuchLinkRequest => failure(
+                "client.no_such_link_request",
+                "compare it with the new device; `qpq device approve` lists those that ask",
+            ),
+            Error::DeviceName { .. } => failure("client.device_name", "choose another name"),
             Error::Mls(error) => error.into(),
             Error::State(_) => {
                 failure("profile.io", "check that the directory is yours and the disk has space")
@@ -138,22 +169,18 @@ impl From<MlsError> for CliError {
         }
         let (code, hint) = match error {
             MlsError::UnknownGroup => ("client.no_such_conversation", "see `qpq group list`"),
-            MlsError::NotTheCreator => {
-                ("client.not_the_maker", "`qpq group members GROUP` shows who created it")
-            }
+            MlsError::NotAdmin => ("client.not_admin", "`qpq group show GROUP` shows the admins"),
             MlsError::NoLongerMember => {
                 ("client.not_a_member", "the group's history can still be read")
             }
-            MlsError::CreatorStays => {
-                ("client.is_the_maker", "messages of its members can be hidden with `qpq block`")
+            MlsError::LastAdmin => ("client.last_admin", "run `qpq group admin GROUP USER` first"),
+            MlsError::BadGroupInfo => {
+                ("client.no_group_info", "ask an admin of the group to add you again")
             }
-            MlsError::Alone => ("client.alone", "run `qpq group add GROUP USER`"),
+            MlsError::Alone => ("client.alone", "run `qpq group invite GROUP USER`"),
             MlsError::Yourself => ("client.yourself", "name another user"),
-            MlsError::AlreadyMember(_) => {
-                ("client.already_member", "`qpq group members GROUP` shows who is in it")
-            }
             MlsError::NotAMember(_) => {
-                ("client.not_a_member", "`qpq group members GROUP` shows who is in it")
+                ("client.not_a_member", "`qpq group show GROUP` shows who is in it")
             }
             MlsError::DirectIsForTwo => ("client.direct", "run `qpq group create NAME USER…`"),
             MlsError::BadPackage { .. } | MlsError::WrongName(_) | MlsError::Incompatible(_) => {
@@ -223,6 +250,11 @@ fn session_ended() -> CliError {
 }
 
 fn refused(refusal: &qpq_client::ServerError) -> CliError {
+    if refusal.code == "group.not_member" {
+        let message = "you are not a member of the group any more";
+        return CliError::new(Exit::Failure, "client.not_a_member", message)
+            .hint("ask an admin of the group to invite you again");
+    }
     let error = CliError {
         exit: Exit::Failure,
         code: or(&refusal.code, "client.refused"),

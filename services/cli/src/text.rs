@@ -36,6 +36,12 @@ pub(crate) fn message(text: &str) -> Safe<'_> {
     Safe { text, lines: Lines::Many }
 }
 
+/// A number of things, as people say it.
+pub(crate) fn count(number: usize, thing: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {thing}{plural}")
+}
+
 /// Names as people list them: `bob, carol and dave`.
 pub(crate) fn list(names: &[String]) -> String {
     match names {

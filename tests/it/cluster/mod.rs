@@ -6,6 +6,7 @@ mod acked_never_lost;
 mod clients;
 mod clocks;
 mod configuration;
+mod conversations;
 mod drain;
 mod faults;
 mod greed;

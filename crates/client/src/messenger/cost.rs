@@ -6,7 +6,7 @@ use std::path::Path;
 
 use qpq_domain::{UnixMillis, Username};
 use qpq_mls::{
-    Content, GroupId, Identity, Invitee,
+    Change, Content, GroupId, Identity, NewMember,
     database::{Database, DatabaseError},
     vault::VaultKey,
 };
@@ -60,9 +60,12 @@ fn peer(number: usize, bob: &Database) -> (Peer, Vec<u8>) {
     let mut state = State::create(&Database::in_memory(), Identity::generate(), name).unwrap();
     let (me, packages) = change(bob, |state| Ok((state.me(), state.mls.key_packages(1, now())?)));
     let group = state.mls.create_direct(me, now()).unwrap();
-    let bobs = username("bob");
-    let invitee = Invitee { identity: me, username: &bobs, key_package: &packages[0] };
-    let welcome = state.mls.add(group, &[invitee], now()).unwrap().welcome.payload;
+    let added =
+        NewMember { identity: me, username: username("bob"), key_package: packages[0].clone() };
+    let change = Change { add: vec![added], ..Change::default() };
+    let commit = state.mls.commit(group, &change, now()).unwrap().unwrap();
+    state.mls.confirm(group).unwrap();
+    let welcome = commit.welcome.unwrap();
     (Peer { state, group }, welcome)
 }
 

@@ -125,6 +125,7 @@ impl Messenger {
     /// As [`Messenger::publish_key_packages`], at a given time. For tests.
     #[doc(hidden)]
     pub async fn publish_key_packages_at(&self, now: UnixMillis) -> Result<(), Error> {
+        self.ensure_device().await?;
         let client = self.client();
         let left = client
             .call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default())
@@ -178,21 +179,6 @@ impl Messenger {
             })
             .await?;
         Ok(())
-    }
-
-    /// Fetches a key package of a person from the server.
-    pub(super) async fn fetch_key_package(&self, person: &Person) -> Result<bytes::Bytes, Error> {
-        let request = v1::FetchKeyPackageRequest {
-            identity_key: person.identity.as_bytes().to_vec().into(),
-            ..Default::default()
-        };
-        let answer = self.client().call::<methods::FetchKeyPackage>(request).await;
-        match answer {
-            Ok(answer) if answer.package.is_empty() => Err(Error::NoKeys(person.username.clone())),
-            Ok(answer) => Ok(answer.package),
-            Err(error) if is_not_found(&error) => Err(Error::NoKeys(person.username.clone())),
-            Err(error) => Err(error.into()),
-        }
     }
 
     /// Who owns a key, by what we know or what the directory says.
@@ -304,7 +290,7 @@ fn is_replacement_due(state: &State, now: UnixMillis) -> Result<bool, Error> {
     Ok(state.number(PACKAGES_SINCE)?.is_none_or(is_due))
 }
 
-fn is_not_found(error: &CallError) -> bool {
+pub(super) fn is_not_found(error: &CallError) -> bool {
     error.server().is_some_and(|error| error.status == Status::NotFound)
 }
 

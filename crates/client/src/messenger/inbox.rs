@@ -6,27 +6,26 @@
 //! read that crashed before its Ack is recognized when it comes again.
 
 use std::{
-    collections::BTreeSet,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis};
-use qpq_mls::{Arrival, Ignored, Lost, Received, Rules};
+use qpq_domain::{ChannelId, Seq, UnixMillis};
+use qpq_mls::{Arrival, Received, Rules};
 use qpq_proto::{methods, v1};
 use sha2::{Digest as _, Sha256};
 
 use super::{
     Messenger,
     leave::Leaving,
-    log::{ConversationId, Entry, Event},
-    marker::Marking,
+    log::{Entry, Event},
+    note::{is_from, note},
     now,
     requests::joins,
-    send::MAX_TEXT,
     state::{LEGACY_CURSOR, REPLACE_PACKAGES, State},
 };
 use crate::{
+    client::LogoutScope,
     error::{CallError, Error},
     link::Live,
     profile::{self, Task},
@@ -43,22 +42,27 @@ const MAX_STEP: u64 = 1 << 40;
 /// in.
 const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The most turns that are waited for where the end of the inbox is needed.
+const MAX_TURNS: usize = 6;
+
 /// The highest seq that was taken in, of the server's present history.
-const LAST_SEQ: &[u8] = b"last-seq";
+pub(super) const LAST_SEQ: &[u8] = b"last-seq";
 
 impl Messenger {
     /// Takes in what the inbox has and returns everything that was not marked as seen, oldest
     /// first. Sends what is still to be sent, fills up our key packages and asks the directory
     /// about new names on the way.
     pub async fn receive(&self) -> Result<Vec<Entry>, Error> {
+        unless_final("devices", self.refresh_own_devices().await)?;
         let mut keys = self.sync().await?;
         if !self.shared.keys_checked.swap(true, Ordering::Relaxed) {
             keys = NewKeys::Needed;
         }
         self.settle_names().await?;
         self.settle_keys(keys).await?;
-        unless_final("repair", self.repair().await)?;
-        unless_final("outbox", self.flush().await)?;
+        Box::pin(self.settle_groups()).await?;
+        unless_final("repair", Box::pin(self.repair()).await)?;
+        unless_final("outbox", Box::pin(self.flush()).await)?;
         self.unseen().await
     }
 
@@ -72,6 +76,15 @@ impl Messenger {
     /// Asks the directory about new names.
     pub(super) async fn settle_names(&self) -> Result<(), Error> {
         unless_final("names", self.check_names().await)
+    }
+
+    /// Runs the changes of groups that are due.
+    ///
+    /// These are pending changes, renewals of keys, and joins of groups that cannot be read here.
+    pub(super) async fn settle_groups(&self) -> Result<(), Error> {
+        unless_final("changes", self.run_changes(None).await.map(drop))?;
+        unless_final("key renewal", self.renew_keys().await)?;
+        unless_final("joining again", self.rejoin_lost().await)
     }
 
     /// Fills up our key packages.
@@ -92,13 +105,37 @@ impl Messenger {
 
     /// Takes in everything that the inbox has.
     pub(super) async fn sync(&self) -> Result<NewKeys, Error> {
+        Ok(self.read_inbox().await?.0)
+    }
+
+    /// Takes in everything that the inbox has, and waits for other processes that do.
+    ///
+    /// # Errors
+    /// [`Error::GroupBusy`] if the end is not reached.
+    pub(super) async fn sync_to_end(&self) -> Result<(), Error> {
+        for _ in 0..MAX_TURNS {
+            if self.read_inbox().await?.1 == Extent::Whole {
+                return Ok(());
+            }
+        }
+        Err(Error::GroupBusy)
+    }
+
+    /// Takes in what the inbox has. Returns whether its end was reached.
+    async fn read_inbox(&self) -> Result<(NewKeys, Extent), Error> {
         let _alone = self.shared.reading.lock().await;
         let turn = profile::turn(self.store().dir(), Task::ReadInbox, TURN_TIMEOUT).await?;
-        let Some(_turn) = turn else { return Ok(NewKeys::NotNeeded) };
-        let mut keys = NewKeys::NotNeeded;
+        let Some(_turn) = turn else { return Ok((NewKeys::NotNeeded, Extent::Part)) };
+        let (mut keys, mut extent) = (NewKeys::NotNeeded, Extent::Part);
         let (mut after, mut newest, mut news) = (Seq::ZERO, None, false);
         for _ in 0..MAX_PAGES {
-            let (page, connection) = self.peek(after).await?;
+            let (page, connection) = match self.peek(after).await {
+                Err(Error::DeviceRevoked) => {
+                    self.end_revoked().await?;
+                    return Err(Error::DeviceRevoked);
+                }
+                peeked => peeked?,
+            };
             let more = page.more;
             if let Some(last) = page.payloads.last().map(|envelope| Seq(envelope.seq)) {
                 check_order(after, &page.payloads)?;
@@ -117,10 +154,11 @@ impl Messenger {
             }
             if !more {
                 self.end_pass(newest.map(|marker| marker.generation), news).await?;
+                extent = Extent::Whole;
                 break;
             }
         }
-        Ok(keys)
+        Ok((keys, extent))
     }
 
     /// Does what needs an inbox that was read to its end.
@@ -140,7 +178,7 @@ impl Messenger {
         Ok(())
     }
 
-    async fn peek(&self, after: Seq) -> Result<(v1::PeekResponse, Arc<Live>), CallError> {
+    async fn peek(&self, after: Seq) -> Result<(v1::PeekResponse, Arc<Live>), Error> {
         self.client()
             .call_any::<methods::Peek>(v1::PeekRequest {
                 all_channels: true,
@@ -149,6 +187,17 @@ impl Messenger {
                 ..Default::default()
             })
             .await
+            .map_err(|error| match error.is_code("delivery.device_required") {
+                true => Error::DeviceRevoked,
+                false => error.into(),
+            })
+    }
+
+    /// Ends the session of a device that was revoked.
+    async fn end_revoked(&self) -> Result<(), Error> {
+        let ended = self.client().logout(LogoutScope::ThisSession).await;
+        unless_final("logout", ended.map(drop).map_err(Error::from))?;
+        self.store().change(|state| Ok(state.set_token(None)?)).await
     }
 
     /// Acks on the connection of the Peek that returned these seqs: the server compares the history
@@ -194,6 +243,13 @@ pub(super) fn unless_final(what: &'static str, done: Result<(), Error>) -> Resul
     }
 }
 
+/// How much of the inbox was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    Whole,
+    Part,
+}
+
 /// Whether our key packages on the server are to be looked after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NewKeys {
@@ -217,6 +273,56 @@ pub(super) struct TakenIn {
     newest: Option<Seen>,
     /// Whether there was a message that is no marker and was not processed before.
     news: bool,
+    /// The members that are to be removed.
+    leaving: Leaving,
+}
+
+impl TakenIn {
+    fn new(newest: Option<Seen>) -> Self {
+        Self {
+            keys: NewKeys::NotNeeded,
+            processed: Vec::new(),
+            newest,
+            news: false,
+            leaving: Leaving::new(),
+        }
+    }
+
+    /// Notes a message on the marker channel, with its count if it is a marker of this device. All
+    /// but the newest marker are processed, which removes them.
+    fn add_marker(&mut self, seq: u64, generation: Option<u64>) {
+        let replaced = match (generation.map(|generation| Seen { seq, generation }), self.newest) {
+            (Some(marker), Some(newest)) if marker.generation < newest.generation => Some(seq),
+            (Some(marker), _) => self.newest.replace(marker).map(|older| older.seq),
+            (None, _) => Some(seq),
+        };
+        self.processed.extend(replaced);
+    }
+
+    /// Notes one result of a message.
+    fn add(
+        &mut self,
+        state: &mut State,
+        received: Received,
+        at: UnixMillis,
+        now: UnixMillis,
+    ) -> Result<(), Error> {
+        match received {
+            Received::Leaving { group, sender } => {
+                let members = self.leaving.entry(group).or_default();
+                if !members.contains(&sender.identity) {
+                    members.push(sender.identity);
+                }
+                return Ok(());
+            }
+            Received::RotationRequested { channel } => return state.note_rotation(channel, now),
+            Received::Joined { .. }
+            | Received::Requested(_)
+            | Received::Refused { used_package: true } => self.keys = NewKeys::Needed,
+            _ => {}
+        }
+        note(state, received, at)
+    }
 }
 
 /// The state of the inbox's seqs.
@@ -236,12 +342,16 @@ pub(super) fn take_in(
     newest: Option<Seen>,
     now: UnixMillis,
 ) -> Result<TakenIn, Error> {
-    let marking = Marking::of(state.mls.identity());
-    let mut taken =
-        TakenIn { keys: NewKeys::NotNeeded, processed: Vec::new(), newest, news: false };
+    let marking = state.marking();
+    let mut taken = TakenIn::new(newest);
     let (blocked, database) = (state.blocked()?, state.database().clone());
-    let rules = Rules { blocked: &blocked, joins: &|request| joins(&database, request) };
-    let mut leaving = Leaving::new();
+    let has_other_devices = state.has_other_devices()?;
+    let me = state.me();
+    // Another device of this account is no stranger.
+    let joins = |request: &qpq_mls::Request| {
+        Ok(request.inviter.identity == me || joins(&database, request)?)
+    };
+    let rules = Rules { blocked: &blocked, joins: &joins, has_other_devices };
     let legacy = state.number(LEGACY_CURSOR)?.unwrap_or(0);
     let last = Some(state.number(LAST_SEQ)?.unwrap_or(legacy));
     let mut numbers = Numbers { last, legacy, went_back: false };
@@ -257,46 +367,31 @@ pub(super) fn take_in(
         if arrival.channel == marking.channel {
             // Noted like any message, so that its seq is known.
             state.mls.receive(&envelope.data, arrival)?;
-            let marker = marking.open(&envelope.data);
-            let replaced = match (marker.map(|generation| Seen { seq, generation }), taken.newest) {
-                (Some(marker), Some(newest)) if marker.generation < newest.generation => Some(seq),
-                (Some(marker), _) => taken.newest.replace(marker).map(|older| older.seq),
-                (None, _) => Some(seq),
-            };
-            taken.processed.extend(replaced);
+            taken.add_marker(seq, marking.open(&envelope.data));
             continue;
         }
         taken.processed.push(seq);
+        if let Some(message) = state.link_message(arrival.channel, &envelope.data) {
+            // Noted like any message, so that its seq is known.
+            state.mls.receive(&envelope.data, arrival)?;
+            if is_news {
+                state.note_link_message(message, at, now)?;
+            }
+            continue;
+        }
         taken.news |= is_news;
         for received in state.mls.receive_by(&envelope.data, arrival, &rules)? {
             if is_from(&received, &blocked) {
                 continue;
             }
-            let used_package = matches!(
-                received,
-                Received::Joined(_)
-                    | Received::Requested(_)
-                    | Received::Refused { used_package: true }
-            );
-            if used_package {
-                taken.keys = NewKeys::Needed;
-            }
             if matches!(received, Received::Unreadable(_)) && seq <= numbers.legacy {
                 tracing::info!(seq, "a message that an earlier release has read arrived again");
                 continue;
             }
-            if let Received::Leaving { group, sender } = received {
-                let (last, members) = leaving.entry(group).or_insert((at, Vec::new()));
-                *last = at;
-                if !members.contains(&sender.identity) {
-                    members.push(sender.identity);
-                }
-                continue;
-            }
-            note(state, received, at)?;
+            taken.add(state, received, at, now)?;
         }
     }
-    state.remove_leaving(leaving)?;
+    state.remove_leaving(std::mem::take(&mut taken.leaving))?;
     state.set_number(LAST_SEQ, numbers.last)?;
     state.forget_old(newest_at.map_or(UnixMillis(0), |at| at.min(now)))?;
     if numbers.went_back || state.number(REPLACE_PACKAGES)?.is_some() {
@@ -340,6 +435,7 @@ impl Numbers {
         if !self.went_back {
             state.log.push(None, at, Event::WentBack)?;
             state.replace_packages()?;
+            state.renew_server_groups(at)?;
         }
         (self.last, self.legacy, self.went_back) = (None, 0, true);
         Ok(state.set_number(LEGACY_CURSOR, None)?)
@@ -352,96 +448,6 @@ fn digest(bytes: &[u8]) -> [u8; 32] {
 
 fn channel(envelope: &v1::Envelope) -> ChannelId {
     ChannelId::try_from(&envelope.channel_id[..]).unwrap_or(ChannelId::DEFAULT)
-}
-
-/// Whether something was said by one of these people, or says that it was.
-pub(super) fn is_from(received: &Received, people: &BTreeSet<IdentityKey>) -> bool {
-    match received {
-        Received::Message { sender, .. } | Received::Asked { sender, .. } => {
-            people.contains(&sender.identity)
-        }
-        Received::Unreadable(lost) => {
-            lost.claimed_sender.is_some_and(|sender| people.contains(&sender))
-        }
-        _ => false,
-    }
-}
-
-/// Notes a received message in the history.
-pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Error> {
-    match received {
-        Received::Joined(summary) => {
-            for member in &summary.members {
-                state.people.claim(member.identity, &member.username)?;
-            }
-            state.count_stranger(&summary)?;
-            // A direct conversation begins with its first message.
-            if let conversation @ ConversationId::Group(_) =
-                ConversationId::of(&summary, &state.me())
-            {
-                state.log.push(Some(conversation), at, Event::Joined { by: summary.creator })?;
-            }
-        }
-        Received::Requested(request) => state.announce(request, at)?,
-        Received::Message { sender, content, .. } if content.repeats.is_some() => {
-            let digest = content.repeats.expect("it was matched");
-            state.people.claim(sender.identity, &sender.username)?;
-            state.take_in_repeat(&sender, content, digest, at)?;
-        }
-        Received::Asked { group, sender, digests } => {
-            state.people.claim(sender.identity, &sender.username)?;
-            state.answer(group, &sender.identity, digests)?;
-        }
-        Received::Message { group, sender, content, .. } => {
-            state.people.claim(sender.identity, &sender.username)?;
-            let size = content.text.len();
-            let event = if size <= MAX_TEXT {
-                let sent_at = UnixMillis(content.sent_at);
-                Event::Received { from: sender.identity, text: content.text, sent_at }
-            } else {
-                Event::Unreadable {
-                    from: Some(sender.identity),
-                    reason: format!("it has {size} bytes, the most is {MAX_TEXT}"),
-                }
-            };
-            state.log.push(state.conversation_of(&group)?, at, event)?;
-        }
-        Received::Committed { group, added, removed } => {
-            let conversation = state.conversation_of(&group)?;
-            for member in &added {
-                state.people.claim(member.identity, &member.username)?;
-            }
-            let keys = |members: Vec<qpq_mls::Member>| {
-                members.into_iter().map(|member| member.identity).collect()
-            };
-            if !added.is_empty() {
-                state.log.push(conversation, at, Event::Added { members: keys(added) })?;
-            }
-            if !removed.is_empty() {
-                state.log.push(conversation, at, Event::Removed { members: keys(removed) })?;
-            }
-        }
-        Received::Buffered
-        | Received::Duplicate
-        | Received::Refused { .. }
-        | Received::Ignored(Ignored::OwnMessage | Ignored::AlreadyGone) => {}
-        Received::Unreadable(lost) => {
-            if lost.reason == Lost::NoPackage {
-                state.replace_packages()?;
-            }
-            state.note_unreadable(&lost, at)?;
-        }
-        Received::Ignored(reason) => {
-            let event = Event::Unreadable { from: None, reason: reason.to_string() };
-            state.log.push(None, at, event)?;
-        }
-        // A kind of a later version of the MLS crate.
-        _ => {
-            let event = Event::Unreadable { from: None, reason: "not understood".to_owned() };
-            state.log.push(None, at, event)?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

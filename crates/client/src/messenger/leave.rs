@@ -1,63 +1,115 @@
-//! Leaving a group. Only a group's creator changes its members. A member who leaves drops the group
-//! immediately and asks the creator, whose client removes everyone that has asked in one page of
-//! the inbox.
+//! Leaving a group.
+//!
+//! A member that leaves drops the group immediately and notifies the others. The client of an admin
+//! removes all members that have left in one page of the inbox. The last admin promotes another
+//! member before it leaves.
 
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
-use qpq_domain::{IdentityKey, UnixMillis};
-use qpq_mls::{GroupId, GroupKind};
+use qpq_domain::IdentityKey;
+use qpq_mls::{Change, GroupId, GroupKind};
+use qpq_proto::{methods, v1};
 
 use super::{
     Messenger,
-    log::{ConversationId, Event},
+    changes::{Cause, Operation},
+    log::ConversationId,
     send::{SendOutcome, group_of},
     state::State,
 };
 use crate::error::Error;
 
-/// The members of each group that have asked to be removed, and the time of the last request.
-pub(super) type Leaving = BTreeMap<GroupId, (UnixMillis, Vec<IdentityKey>)>;
+/// The members of each group that have asked to be removed.
+pub(super) type Leaving = BTreeMap<GroupId, Vec<IdentityKey>>;
 
 impl Messenger {
-    /// Leaves a group that another person created. Its keys are deleted when this returns, and
-    /// nothing that is sent to it is shown any more. The others see us leave when the creator's
-    /// client has read that.
+    /// Leaves a group.
+    ///
+    /// When this returns, the group's keys are deleted, and no later message of the group is shown.
+    /// The others see us leave once the client of an admin has read the farewell. If we are the
+    /// only admin, the oldest other member becomes one.
     pub async fn leave(&self, group: ConversationId) -> Result<SendOutcome, Error> {
         let id = group_of(group)?;
         // Messages that are not read before the keys are deleted can never be decrypted.
         if !self.shared.verified.load(Ordering::Relaxed) {
             self.sync().await?;
         }
+        self.promote_successor(id).await?;
         self.store()
             .change(move |state| {
                 state.count_encryption()?;
+                let channel = state.server_group(&id)?.map(|known| known.channel);
                 if let Some(farewell) = state.mls.leave(id)? {
                     state.outbox.push(farewell, None, super::now())?;
+                }
+                if let Some(channel) = channel {
+                    state.add_change(Operation::Leave { channel })?;
                 }
                 Ok(state.log.mark_all_seen(group)?)
             })
             .await?;
-        self.outcome(self.flush().await, None).await
+        let sent = self.outcome(self.flush_outbox().await, None).await?;
+        self.run_changes(None).await?;
+        Ok(sent)
+    }
+
+    /// Promotes another member, if we are the only admin.
+    async fn promote_successor(&self, id: GroupId) -> Result<(), Error> {
+        let me = self.profile().identity;
+        let summary = self.store().read(move |state| Ok(state.mls.group(&id)?)).await?;
+        let summary = summary.ok_or(Error::NoSuchConversation)?;
+        if !summary.active || summary.members.len() < 2 || summary.admins != [me] {
+            return Ok(());
+        }
+        let is_other = |key: &IdentityKey| {
+            *key != me && summary.members.iter().any(|member| member.identity == *key)
+        };
+        let channel = summary.channel;
+        let request = v1::ListGroupMembersRequest {
+            channel_id: channel.as_bytes().to_vec().into(),
+            limit: 100,
+            ..Default::default()
+        };
+        // The server's list is in the order of joining. The server promotes its first member, too.
+        let oldest = match self.client().call::<methods::ListGroupMembers>(request).await {
+            Ok(answer) => answer
+                .members
+                .iter()
+                .filter_map(|member| IdentityKey::try_from(&member.identity_key[..]).ok())
+                .find(is_other),
+            Err(error) if error.server().is_some() && !error.is_unauthorized() => None,
+            Err(error) => return Err(error.into()),
+        };
+        let others = summary.members.iter().map(|member| member.identity);
+        let successor = oldest.or_else(|| others.clone().find(|key| *key != me));
+        let promote = successor.into_iter().collect();
+        match self.change_group(id, Change { promote, ..Change::default() }).await? {
+            SendOutcome::Queued(Some(reason)) => Err(reason.into()),
+            _ => Ok(()),
+        }
     }
 }
 
 impl State {
-    /// Removes those who have asked for it from groups that we made: one change for each group, so
-    /// that many who leave concurrently cost the others no old keys.
+    /// Saves a change that removes the members that have left, for each group that we administer.
+    ///
+    /// One change for each group, since members keep the keys of a limited number of epochs. A
+    /// group that this account has left on another device was dropped.
     pub(super) fn remove_leaving(&mut self, leaving: Leaving) -> Result<(), Error> {
-        for (id, (at, mut members)) in leaving {
+        let me = self.me();
+        for (id, mut members) in leaving {
+            if members.contains(&me) {
+                self.log.mark_all_seen(ConversationId::Group(id))?;
+            }
             let Some(group) = self.mls.group(&id)? else { continue };
-            let is_ours = group.active
-                && group.creator == self.me()
+            let is_admin = group.active
+                && group.admins.contains(&me)
                 && matches!(group.kind, GroupKind::Group { .. });
             members.retain(|key| group.members.iter().any(|member| member.identity == *key));
-            if !is_ours || members.is_empty() {
-                continue;
+            if is_admin && !members.is_empty() {
+                let change = Change { remove: members, ..Change::default() };
+                self.add_change(Operation::Change { group: id, change, cause: Cause::Client })?;
             }
-            self.count_encryption()?;
-            let commit = self.mls.remove(id, &members)?;
-            self.outbox.push(commit, None, super::now())?;
-            self.log.push(Some(ConversationId::Group(id)), at, Event::Removed { members })?;
         }
         Ok(())
     }

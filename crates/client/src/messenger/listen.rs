@@ -1,8 +1,8 @@
-//! The live stream: what comes in, as it comes in.
+//! The live stream of entries.
 //!
-//! The server's events only say when to look; what there is comes from Peek alone. So a lost event
-//! costs seconds, never a message: every few seconds, and after every reconnect, the inbox is
-//! looked at anyway.
+//! The server's events only signal when to read the inbox; messages come from Peek alone. A lost
+//! event costs seconds, never a message: the inbox is also read every few seconds, and after every
+//! reconnect.
 
 use std::{pin::Pin, time::Duration};
 
@@ -22,27 +22,28 @@ use super::{
 };
 use crate::{error::Error, link::Renewed};
 
-/// The interval of looks at the inbox without an event, to which up to half is added.
+/// The interval of reads of the inbox without an event, to which up to half is added.
 const FALLBACK: Duration = Duration::from_secs(4);
 /// The interval where the server sends no events.
 const POLL: Duration = Duration::from_secs(1);
-/// Entries that wait to be taken from the stream before it stops reading.
+/// Maximum number of entries that wait in the stream. At the limit it reads no further.
 const AHEAD: usize = 64;
 
 /// A stream of entries that runs until it is dropped.
 #[derive(Debug)]
 pub struct Listener {
     entries: mpsc::Receiver<Result<Entry, Error>>,
-    /// The error after the entries that were given last.
+    /// The error after the entries that were returned last.
     failed: Option<Error>,
     task: JoinHandle<()>,
 }
 
 impl Listener {
-    /// The next entry: first those that were not marked as seen, then what comes. Lost connections
-    /// are made again without an entry
-    /// ([`Client::connection_events`](crate::Client::connection_events) tells); an error is the
-    /// end, after which comes `None`. Cancel-safe.
+    /// Returns the next entry: first those that are not marked as seen, then new ones. Cancel-safe.
+    ///
+    /// Lost connections are created again without an entry
+    /// ([`Client::connection_events`](crate::Client::connection_events) reports them). After an
+    /// error the stream ends with `None`.
     pub async fn next(&mut self) -> Option<Result<Entry, Error>> {
         match self.failed.take() {
             Some(error) => Some(Err(error)),
@@ -50,16 +51,17 @@ impl Listener {
         }
     }
 
-    /// As [`Listener::next`], together with all that has come already, at least one: to be marked
-    /// as seen together, at the price of one. Cancel-safe.
+    /// Returns all entries that are ready, at least one. Cancel-safe.
+    ///
+    /// As [`Listener::next`], for entries that are marked as seen together, at the price of one.
     pub async fn next_all(&mut self) -> Option<Result<Vec<Entry>, Error>> {
         if let Some(error) = self.failed.take() {
             return Some(Err(error));
         }
-        let mut taken = Vec::new();
-        self.entries.recv_many(&mut taken, AHEAD).await;
-        let mut entries = Vec::with_capacity(taken.len());
-        for entry in taken {
+        let mut ready = Vec::new();
+        self.entries.recv_many(&mut ready, AHEAD).await;
+        let mut entries = Vec::with_capacity(ready.len());
+        for entry in ready {
             match entry {
                 Ok(entry) => entries.push(entry),
                 Err(error) => self.failed = Some(error),
@@ -76,47 +78,49 @@ impl Drop for Listener {
 }
 
 impl Messenger {
-    /// Listens to the inbox. Entries come once; mark them as seen once they were shown.
+    /// Starts a stream of the entries. Each comes once; mark it as seen once it was shown.
     pub fn listen(&self) -> Listener {
         let (sender, entries) = mpsc::channel(AHEAD);
-        let ear = Ear { messenger: self.clone(), sender, last: None, sending: JoinSet::new() };
-        let task = tokio::spawn(ear.run());
+        let reader =
+            InboxReader { messenger: self.clone(), sender, last: None, sending: JoinSet::new() };
+        let task = tokio::spawn(reader.run());
         Listener { entries, failed: None, task }
     }
 }
 
-struct Ear {
+/// The task of a [`Listener`]: reads the inbox, and sends the entries to the listener.
+struct InboxReader {
     messenger: Messenger,
     sender: mpsc::Sender<Result<Entry, Error>>,
-    /// The last entry given.
+    /// The last entry that was sent to the listener.
     last: Option<EntryId>,
     /// The task that sends the outbox, if it runs. It runs concurrently with reading, so that a
-    /// large outbox, or a server that accepts little at a time, does not delay what comes.
+    /// large outbox, or a server that accepts little at a time, does not delay new entries.
     sending: JoinSet<Result<(), Error>>,
 }
 
-/// Why a round of listening ended.
+/// The reason why a round ended.
 enum Ended {
     /// The connection was lost or is about to be: subscribe again.
     Connection,
-    /// Nobody listens any more.
+    /// The listener was dropped.
     Dropped,
 }
 
 /// The result of waiting for signals.
 enum Waited {
     Signals(Vec<Signal>),
-    /// It is time to look without one.
+    /// The interval without a signal has passed.
     Nothing,
-    /// There will be no more.
+    /// The stream of signals has ended.
     End,
-    /// Nobody listens any more.
+    /// The listener was dropped.
     Dropped,
 }
 
 type Signals = Pin<Box<dyn Stream<Item = Signal> + Send>>;
 
-impl Ear {
+impl InboxReader {
     async fn run(mut self) {
         let mut failures = 0;
         loop {
@@ -126,7 +130,7 @@ impl Ear {
                 Err(error) => error,
             };
             if !error.call().is_some_and(crate::CallError::is_temporary) {
-                // If nobody listens any more, nobody needs the error.
+                // A dropped listener needs no error.
                 let _ = self.sender.send(Err(error)).await;
                 return;
             }
@@ -136,7 +140,7 @@ impl Ear {
         }
     }
 
-    /// Subscribes, then looks whenever there may be something.
+    /// Subscribes, and reads the inbox after each signal or interval.
     async fn round(&mut self, failures: &mut u32) -> Result<Ended, Error> {
         let (mut signals, every): (Signals, _) = match self.messenger.client().subscribe().await? {
             Some(signals) => (Box::pin(signals), FALLBACK),
@@ -147,7 +151,7 @@ impl Ear {
             if !self.read(keys).await? {
                 return Ok(Ended::Dropped);
             }
-            self.send().await?;
+            self.start_sending().await?;
             keys = NewKeys::NotNeeded;
             *failures = 0;
             let until = Instant::now() + every + OsRng.gen_range(Duration::ZERO..=every / 2);
@@ -159,6 +163,12 @@ impl Ear {
                     if received.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
                         keys = NewKeys::Needed;
                     }
+                    let are_devices_changed =
+                        received.iter().any(|signal| matches!(signal, Signal::DevicesChanged(_)));
+                    if are_devices_changed {
+                        let updated = self.messenger.update_own_devices().await;
+                        unless_final("devices", updated)?;
+                    }
                     let is_draining =
                         received.iter().any(|signal| matches!(signal, Signal::Draining(_)));
                     if is_draining && self.messenger.client().renew().await == Renewed::Yes {
@@ -169,23 +179,24 @@ impl Ear {
         }
     }
 
-    /// Takes in what has come and gives it; answers whether anyone still listens.
+    /// Reads the inbox, and sends its entries. Returns whether the listener still exists.
     async fn read(&mut self, mut keys: NewKeys) -> Result<bool, Error> {
         if self.messenger.sync().await? == NewKeys::Needed {
             keys = NewKeys::Needed;
         }
         self.messenger.settle_names().await?;
         // Messages come before everything that can wait.
-        if !self.give().await? {
+        if !self.send_entries().await? {
             return Ok(false);
         }
         self.messenger.settle_keys(keys).await?;
+        self.messenger.settle_groups().await?;
         unless_final("repair", self.messenger.repair().await)?;
         Ok(true)
     }
 
-    /// Starts to send what is to be sent, unless that is under way.
-    async fn send(&mut self) -> Result<(), Error> {
+    /// Starts to send the outbox, unless that is in progress.
+    async fn start_sending(&mut self) -> Result<(), Error> {
         if self.sending.is_empty() && self.messenger.has_unsent().await? {
             let messenger = self.messenger.clone();
             self.sending.spawn(async move { messenger.flush().await });
@@ -204,7 +215,7 @@ impl Ear {
                 }),
                 Some(sent) = self.sending.join_next() => {
                     unless_final("outbox", sent.expect("sending does not panic"))?;
-                    if !self.give().await? {
+                    if !self.send_entries().await? {
                         return Ok(Waited::Dropped);
                     }
                 }
@@ -212,8 +223,8 @@ impl Ear {
         }
     }
 
-    /// Gives what was not given yet; answers whether anyone still listens.
-    async fn give(&mut self) -> Result<bool, Error> {
+    /// Sends the new entries to the listener. Returns whether the listener still exists.
+    async fn send_entries(&mut self) -> Result<bool, Error> {
         loop {
             let entries = self.messenger.unseen_after(self.last, AHEAD).await?;
             let Some(last) = entries.last().map(|entry| entry.id) else { return Ok(true) };
@@ -227,12 +238,13 @@ impl Ear {
     }
 }
 
-/// Waits for a signal, and takes all that are there with it: one look serves them all. `None`:
-/// there will be no more. Cancel-safe.
+/// Returns the next signal, and all that are ready with it. Cancel-safe.
+///
+/// One read of the inbox serves them all. `None` once the stream has ended.
 async fn next_signals(signals: &mut Signals) -> Option<Vec<Signal>> {
-    let mut heard = vec![signals.next().await?];
+    let mut received = vec![signals.next().await?];
     while let Some(Some(signal)) = signals.next().now_or_never() {
-        heard.push(signal);
+        received.push(signal);
     }
-    Some(heard)
+    Some(received)
 }

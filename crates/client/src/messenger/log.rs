@@ -91,9 +91,9 @@ pub enum Event<P = Person> {
         /// The time of sending, by the sender's clock.
         sent_at: UnixMillis,
     },
-    /// `by` took us into the conversation.
+    /// `by` invited us into the conversation.
     Joined {
-        /// The group's creator.
+        /// The member that invited us.
         by: P,
     },
     /// A stranger's request waits, for a group of this name or for a direct conversation. Further
@@ -103,6 +103,55 @@ pub enum Event<P = Person> {
         by: P,
         /// The group's name.
         group: Option<String>,
+    },
+    /// A new device asks to be linked to the account. Further requests have no entry while this one
+    /// is unseen.
+    DeviceRequested {
+        /// The name that the device gives itself. Nothing proves it.
+        name: String,
+    },
+    /// A further device of a person is in the conversation.
+    DeviceAdded {
+        /// The device's owner.
+        person: P,
+        /// The name of the device.
+        device: String,
+    },
+    /// A device of a person was removed from the conversation, and others of it stay.
+    DeviceRemoved {
+        /// The device's owner.
+        person: P,
+        /// The name of the device.
+        device: String,
+    },
+    /// A device that had lost its state of the conversation joined it again by itself.
+    Rejoined {
+        /// The device's owner.
+        person: P,
+        /// The name of the device.
+        device: String,
+    },
+    /// The group has another name.
+    Renamed {
+        /// The admin who renamed it.
+        by: P,
+        /// The new name.
+        name: String,
+    },
+    /// Members are admins from now on.
+    Promoted {
+        /// The new admins.
+        members: Vec<P>,
+    },
+    /// Members are no admins from now on.
+    Demoted {
+        /// The former admins.
+        members: Vec<P>,
+    },
+    /// A change of the conversation that we wanted could not be made.
+    NotChanged {
+        /// The reason, as a sentence.
+        reason: String,
     },
     /// Members were added to the group.
     Added {
@@ -182,6 +231,18 @@ impl<P> Event<P> {
             }
             Self::Requested { by, group } => Event::Requested { by: see(&by)?, group },
             Self::Joined { by } => Event::Joined { by: see(&by)? },
+            Self::DeviceRequested { name } => Event::DeviceRequested { name },
+            Self::DeviceAdded { person, device } => {
+                Event::DeviceAdded { person: see(&person)?, device }
+            }
+            Self::DeviceRemoved { person, device } => {
+                Event::DeviceRemoved { person: see(&person)?, device }
+            }
+            Self::Rejoined { person, device } => Event::Rejoined { person: see(&person)?, device },
+            Self::Renamed { by, name } => Event::Renamed { by: see(&by)?, name },
+            Self::Promoted { members } => Event::Promoted { members: all(members)? },
+            Self::Demoted { members } => Event::Demoted { members: all(members)? },
+            Self::NotChanged { reason } => Event::NotChanged { reason },
             Self::Added { members } => Event::Added { members: all(members)? },
             Self::Removed { members } => Event::Removed { members: all(members)? },
             Self::Unreadable { from, reason } => {

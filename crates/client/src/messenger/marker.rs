@@ -2,15 +2,16 @@
 //! back, and its sending keys were used before.
 //!
 //! The state counts what it encrypts. Before anything is sent, the count is sent to the account's
-//! own inbox: sealed, on a channel that only the account can derive, in the same call where that
-//! can be. This *marker* stays there until a newer one replaces it. A state that finds a marker of
-//! a higher count than its own is an older copy. As many keys as may have been used since it was
-//! made are then skipped in every group before anything is encrypted.
+//! own inbox: sealed, with the device's id, on a channel that only the account can derive, in the
+//! same call where that can be. This *marker* stays there until a newer one of the device replaces
+//! it. A state that finds a marker of a higher count than its own is an older copy. As many keys as
+//! may have been used since it was made are then skipped in every group before anything is
+//! encrypted.
 //!
 //! A marker expires after 90 days, and a restored server may have lost it. Then nothing is
 //! detected here; a receiver that cannot decrypt what we send asks for it again (`repair`).
 
-use qpq_domain::{ChannelId, IdentityKey};
+use qpq_domain::{ChannelId, DeviceId, IdentityKey};
 use qpq_mls::{
     Identity,
     database::DatabaseError,
@@ -21,12 +22,15 @@ use sha2::{Digest as _, Sha256};
 use super::{log::Event, now, state::State};
 use crate::error::Error;
 
-/// What the state has encrypted so far.
+/// The number of messages that the state has encrypted.
 const GENERATION: &[u8] = b"generation";
 /// The count of the last marker that the server accepted.
 const MARKED: &[u8] = b"marked";
 /// The place in the outbox from which on items were encrypted before the inbox was looked at.
 pub(super) const UNVERIFIED: &[u8] = b"unverified";
+
+/// Present in the state of a device that was linked to an account.
+pub(super) const LINKED: &[u8] = b"linked";
 
 /// Markers live as long as the server allows.
 pub(super) const MARKER_TTL_SECS: u32 = 90 * 24 * 3600;
@@ -34,15 +38,18 @@ pub(super) const MARKER_TTL_SECS: u32 = 90 * 24 * 3600;
 /// Keys skipped beyond those known to be used, for markers that the server did not accept.
 const SLACK: u64 = 64;
 
-/// How an account seals and finds its markers.
+/// The key and the channel of an account's markers.
 pub(super) struct Marking {
     key: VaultKey,
     pub(super) channel: ChannelId,
     pub(super) owner: IdentityKey,
+    device: Option<DeviceId>,
+    /// Whether markers without a device are ours, from before this device was registered.
+    has_unnamed: bool,
 }
 
 impl Marking {
-    pub(super) fn of(identity: &Identity) -> Self {
+    fn of(identity: &Identity, device: Option<DeviceId>, has_unnamed: bool) -> Self {
         let derive = |label: &[u8]| Sha256::digest([label, &identity.seed()[..]].concat());
         let mut key = [0; 48];
         key[..32].copy_from_slice(&derive(b"qpq/marker-key/1"));
@@ -52,17 +59,27 @@ impl Marking {
             key: VaultKey::from_bytes(&key),
             channel: ChannelId::new(channel),
             owner: identity.public(),
+            device,
+            has_unnamed,
         }
     }
 
+    /// Seals a marker: the count, and the id of the device.
     fn seal(&self, generation: u64) -> Vec<u8> {
-        vault::seal(&self.key, &generation.to_be_bytes())
+        let mut content = generation.to_be_bytes().to_vec();
+        content.extend(self.device.iter().flat_map(|device| *device.as_bytes()));
+        vault::seal(&self.key, &content)
     }
 
-    /// The count in a marker; `None` if it is none of ours.
+    /// Returns the count in a marker; `None` if the marker is not of this device.
     pub(super) fn open(&self, bytes: &[u8]) -> Option<u64> {
         let content = vault::open(&self.key, bytes).ok()?;
-        Some(u64::from_be_bytes(content[..].try_into().ok()?))
+        let (count, device) = content.split_at_checked(8)?;
+        let is_ours = match device {
+            [] => self.has_unnamed,
+            device => self.device.is_some_and(|own| device == own.as_bytes()),
+        };
+        is_ours.then(|| u64::from_be_bytes(count.try_into().expect("eight bytes")))
     }
 }
 
@@ -76,19 +93,27 @@ pub(super) struct Marker {
 }
 
 impl State {
+    /// Returns the key and the channel of this device's markers.
+    pub(super) fn marking(&self) -> Marking {
+        let device = self.mls.device().map(qpq_mls::Device::id);
+        // A linked device had no state before it was registered.
+        let is_linked = self.number(LINKED).is_ok_and(|linked| linked.is_some());
+        Marking::of(self.mls.identity(), device, !is_linked)
+    }
+
     /// Counts something that is encrypted.
     pub(super) fn count_encryption(&self) -> Result<(), DatabaseError> {
         let generation = self.number(GENERATION)?.unwrap_or(0);
         self.set_number(GENERATION, Some(generation + 1))
     }
 
-    /// The marker to be sent before anything else is; `None` if the server has it.
+    /// Returns the marker to be sent before anything else; `None` if the server has it.
     pub(super) fn due_marker(&self) -> Result<Option<Marker>, DatabaseError> {
         let generation = self.number(GENERATION)?.unwrap_or(0);
         if self.number(MARKED)?.unwrap_or(0) >= generation {
             return Ok(None);
         }
-        let marking = Marking::of(self.mls.identity());
+        let marking = self.marking();
         let payload = marking.seal(generation);
         Ok(Some(Marker { generation, owner: marking.owner, channel: marking.channel, payload }))
     }

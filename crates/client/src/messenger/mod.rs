@@ -4,9 +4,15 @@
 //! | file | what |
 //! |---|---|
 //! | `open` | register, unlock, log out |
+//! | `changes` | changes of groups that wait for the server |
+//! | `groups` | creating, inviting, removing, renaming, admins, joining again |
+//! | `devices` | this account's devices, and those of people in our conversations |
+//! | `link` | a new device becomes one of the account's |
+//! | `rotation` | renewal of keys that a member has asked for |
 //! | `directory` | names to keys and back; our own key packages |
-//! | `send` | messages and groups: encrypt, save, then send |
+//! | `send` | messages: encrypt, save, then send |
 //! | `inbox` | Peek, take in, save, then Ack |
+//! | `note` | what received messages add to the history |
 //! | `listen` | the live stream |
 //! | `marker` | the profile's own state that went back in time |
 //! | `block` | people whose messages are refused |
@@ -18,15 +24,20 @@
 //! | `tables`, `records` | how it is kept; `legacy`: how earlier releases kept it |
 
 mod block;
+mod changes;
 #[cfg(test)]
 mod cost;
+mod devices;
 mod directory;
+mod groups;
 mod inbox;
 mod leave;
 mod legacy;
+mod link;
 mod listen;
 mod log;
 mod marker;
+mod note;
 mod open;
 mod outbox;
 mod people;
@@ -34,6 +45,7 @@ mod prune;
 mod records;
 mod repair;
 mod requests;
+mod rotation;
 mod send;
 mod state;
 mod store;
@@ -54,11 +66,15 @@ use qpq_ports::{Clock as _, SystemClock};
 use tokio::sync::Mutex;
 
 pub use self::{
+    devices::{FIRST_DEVICE, MAX_DEVICE_NAME, OwnDevice},
+    groups::{GroupMember, MAX_GROUP_NAME, Role},
+    link::{InvalidLinkCode, LINK_REQUEST_LIFETIME, LinkCode, LinkRequest, Linking},
     listen::Listener,
     log::{ConversationId, DeliveryState, Entry, EntryId, Event},
+    open::NewAccount,
     people::{Person, Standing},
     requests::{ContactRequest, MAX_STRANGERS, Requests},
-    send::{MAX_GROUP_NAME, MAX_TEXT, SendOutcome, Sent},
+    send::{MAX_TEXT, SendOutcome, Sent},
 };
 use self::{state::State, store::StateStore};
 use crate::{client::Client, error::Error, profile::Profile};
@@ -80,6 +96,8 @@ struct Shared {
     verified: AtomicBool,
     /// Held while the outbox is sent.
     flushing: Mutex<()>,
+    /// Held while groups are changed.
+    changing: Mutex<()>,
     /// Whether our key packages were counted since the profile was opened: they also run out by
     /// growing old.
     keys_checked: AtomicBool,
@@ -112,8 +130,10 @@ pub enum ConversationKind {
     Group {
         /// The group's name.
         name: String,
-        /// The only member who adds and removes members.
+        /// The person who created it.
         creator: Person,
+        /// The members who add and remove members and rename the group.
+        admins: Vec<Person>,
         /// How many there are in it, with us.
         members: usize,
         /// Whether this account is a member.
@@ -265,6 +285,11 @@ fn kind(state: &State, summary: GroupSummary) -> Result<ConversationKind, Error>
         (ConversationId::Group(_), GroupKind::Group { name }) => ConversationKind::Group {
             name,
             creator: state.people.person(&summary.creator)?,
+            admins: summary
+                .admins
+                .iter()
+                .map(|admin| Ok(state.people.person(admin)?))
+                .collect::<Result<_, Error>>()?,
             members: summary.members.len(),
             membership: if summary.active { Membership::Member } else { Membership::Removed },
         },

@@ -19,6 +19,7 @@ use tokio::sync::Mutex;
 
 use super::{
     Messenger, Shared,
+    devices::{self, FIRST_DEVICE, check_name},
     inbox::NewKeys,
     store::{self, StateStore},
 };
@@ -29,6 +30,19 @@ use crate::{
     profile::{self, InUse, Profile, ProfileStatus, database_path, vault_path},
     secret::{ExportKey, Password},
 };
+
+/// An account that is to be registered.
+#[derive(Debug, Clone, Copy)]
+pub struct NewAccount<'a> {
+    /// The name of the account.
+    pub username: &'a Username,
+    /// The password.
+    pub password: &'a Password,
+    /// The invite, where the server needs one.
+    pub invite: Option<&'a str>,
+    /// The name of the device that it is registered on.
+    pub device: &'a str,
+}
 
 impl Messenger {
     /// Registers an account and makes its profile in `dir`, which must hold none yet. With
@@ -46,18 +60,27 @@ impl Messenger {
         password: &Password,
         invite: Option<&str>,
     ) -> Result<Self, Error> {
+        let account = NewAccount { username, password, invite, device: FIRST_DEVICE };
+        Self::register_account(dir, options, account).await
+    }
+
+    /// Registers an account as [`Messenger::register`] does, with a name for its first device.
+    pub async fn register_account(
+        dir: &Path,
+        options: Options,
+        account: NewAccount<'_>,
+    ) -> Result<Self, Error> {
+        check_name(account.device)?;
         let in_use = profile::lock(dir).await?;
         match Profile::read(dir) {
             Ok(profile)
                 if profile.status == ProfileStatus::Registering
-                    && profile.username == *username =>
+                    && profile.username == *account.username =>
             {
-                Box::pin(resume(in_use, options, profile, password, invite)).await
+                Box::pin(resume(in_use, options, profile, account)).await
             }
             Ok(_) => Err(ProfileError::Exists(dir.to_owned()).into()),
-            Err(ProfileError::Missing(_)) => {
-                Box::pin(begin(in_use, options, username, password, invite)).await
-            }
+            Err(ProfileError::Missing(_)) => Box::pin(begin(in_use, options, account)).await,
             Err(error) => Err(error.into()),
         }
     }
@@ -100,6 +123,7 @@ impl Messenger {
         let profile = registered(dir)?;
         let in_use = profile::enter(dir).await?;
         let client = Client::new(profile.options()).map_err(CallError::from)?;
+        client.set_device(profile.device);
         let store = StateStore::open(in_use, key).await?;
         client.set_session(store.read(|state| Ok(state.token()?)).await?);
         assemble(client, profile, store).await
@@ -126,10 +150,9 @@ impl Messenger {
 async fn begin(
     in_use: InUse,
     mut options: Options,
-    username: &Username,
-    password: &Password,
-    invite: Option<&str>,
+    account: NewAccount<'_>,
 ) -> Result<Messenger, Error> {
+    let NewAccount { username, password, invite, device } = account;
     let client = Client::new(options.clone()).map_err(CallError::from)?;
     let seen = client.connect().await?;
     if options.trust == Trust::FirstUse {
@@ -142,11 +165,14 @@ async fn begin(
         trust: options.trust,
         identity: identity.public(),
         status: ProfileStatus::Registering,
+        device: None,
     };
     let pending = client.begin_registration(username, password).await?;
     let key = derive(&pending.password, &pending.export_key, Salt::random()).await;
     let dir = in_use.dir.clone();
     let store = StateStore::create(in_use, key, identity.clone(), username.clone()).await?;
+    let device = device.to_owned();
+    store.change(move |state| state.name_device(&device)).await?;
     profile.write(&dir)?;
     if let Err(error) = client.finish_registration(&pending, &identity, invite).await {
         // Unless it is certain that there is no account with this identity, the profile is needed.
@@ -159,6 +185,7 @@ async fn begin(
     let session = client.login(username, password).await?;
     adopt(&store, &session).await?;
     profile.status = ProfileStatus::Registered;
+    profile.device = devices::register_this(&client, &store).await?;
     profile.write(&dir)?;
     let messenger = assemble(client, profile, store).await?;
     messenger.settle_keys(NewKeys::Needed).await?;
@@ -170,18 +197,17 @@ async fn resume(
     in_use: InUse,
     options: Options,
     mut profile: Profile,
-    password: &Password,
-    invite: Option<&str>,
+    account: NewAccount<'_>,
 ) -> Result<Messenger, Error> {
     let dir = in_use.dir.clone();
     let client = Client::new(profile.options()).map_err(CallError::from)?;
-    let session = match client.login(&profile.username, password).await {
+    let session = match client.login(&profile.username, account.password).await {
         Ok(session) => session,
         // Either it did not reach the server, or this is another password: then the name turns out
         // to be taken.
         Err(AuthError::WrongPassword) => {
             let set_aside = set_aside(&dir)?;
-            let begun = begin(in_use, options, &profile.username, password, invite).await;
+            let begun = begin(in_use, options, account).await;
             if let Err(Error::Auth(AuthError::UsernameTaken)) = begun {
                 for (path, aside) in &set_aside {
                     rename(aside, path)?;
@@ -199,7 +225,9 @@ async fn resume(
     let key = existing_key(&dir, &session.password, &session.export_key).await?;
     let store = StateStore::open(in_use, key).await?;
     adopt(&store, &session).await?;
+    devices::bind_session(&client, &store).await?;
     profile.status = ProfileStatus::Registered;
+    profile.device = devices::register_this(&client, &store).await?;
     profile.write(&dir)?;
     let messenger = assemble(client, profile, store).await?;
     messenger.settle_keys(NewKeys::Needed).await?;
@@ -219,10 +247,14 @@ fn registered(dir: &Path) -> Result<Profile, ProfileError> {
 /// Opens a profile by logging in.
 async fn log_in(in_use: InUse, profile: Profile, password: &Password) -> Result<Messenger, Error> {
     let client = Client::new(profile.options()).map_err(CallError::from)?;
+    client.set_device(profile.device);
     let session = client.login(&profile.username, password).await?;
     let key = existing_key(&in_use.dir, &session.password, &session.export_key).await?;
     let store = StateStore::open(in_use, key).await?;
     let before = adopt(&store, &session).await?;
+    if profile.device.is_none() {
+        devices::bind_session(&client, &store).await?;
+    }
     let messenger = assemble(client, profile, store).await?;
     messenger.end_session(before).await;
     Ok(messenger)
@@ -240,7 +272,11 @@ async fn adopt(store: &StateStore, session: &Session) -> Result<Option<SessionTo
         .await
 }
 
-async fn assemble(client: Client, profile: Profile, store: StateStore) -> Result<Messenger, Error> {
+pub(super) async fn assemble(
+    client: Client,
+    profile: Profile,
+    store: StateStore,
+) -> Result<Messenger, Error> {
     let identity = store.read(|state| Ok(state.me())).await?;
     if identity != profile.identity {
         let reason = "the encrypted state is another account's".to_owned();
@@ -254,6 +290,7 @@ async fn assemble(client: Client, profile: Profile, store: StateStore) -> Result
         reading: Mutex::default(),
         verified: AtomicBool::default(),
         flushing: Mutex::default(),
+        changing: Mutex::default(),
         keys_checked: AtomicBool::default(),
         keys_refused: AtomicBool::default(),
     };
@@ -272,13 +309,13 @@ async fn existing_key(
     Ok(derive(password, export_key, salt).await)
 }
 
-async fn derive(password: &Password, export_key: &ExportKey, salt: Salt) -> VaultKey {
+pub(super) async fn derive(password: &Password, export_key: &ExportKey, salt: Salt) -> VaultKey {
     let (password, export_key) = (password.clone(), export_key.clone());
     blocking(move || VaultKey::derive(password.expose(), export_key.expose(), salt)).await
 }
 
 /// Removes a profile that came to nothing.
-fn discard(dir: &Path) -> Result<(), ProfileError> {
+pub(super) fn discard(dir: &Path) -> Result<(), ProfileError> {
     remove(&dir.join("profile.json"))?;
     state_files(dir).iter().try_for_each(|path| remove(path))
 }

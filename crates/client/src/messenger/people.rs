@@ -180,6 +180,17 @@ impl People {
         Ok(None)
     }
 
+    /// Returns everyone, with what is known.
+    pub(super) fn all(&self) -> Result<Vec<(IdentityKey, Known)>, DatabaseError> {
+        let rows = self.database.all(PEOPLE)?;
+        rows.iter().map(|row| Ok(decode::<SavedPerson>(row)?.restore()?)).collect()
+    }
+
+    /// Notes a person as another device of this account knows it.
+    pub(super) fn adopt(&self, identity: &IdentityKey, known: &Known) -> Result<(), DatabaseError> {
+        self.put(identity, known)
+    }
+
     /// Returns whether a name is known for this key.
     pub(crate) fn is_named(&self, identity: &IdentityKey) -> Result<bool, DatabaseError> {
         Ok(self.get(identity)?.is_some())

@@ -78,13 +78,13 @@ impl SavedConversation {
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SavedPerson {
     #[prost(bytes = "vec", tag = "1")]
-    identity: Vec<u8>,
+    pub(super) identity: Vec<u8>,
     #[prost(string, tag = "2")]
-    username: String,
+    pub(super) username: String,
     #[prost(uint32, tag = "3")]
-    standing: u32,
+    pub(super) standing: u32,
     #[prost(uint64, optional, tag = "4")]
-    compared_at: Option<u64>,
+    pub(super) compared_at: Option<u64>,
 }
 
 impl SavedPerson {
@@ -199,6 +199,14 @@ impl SavedEntry {
             Event::NameRefuted { person, claimed } => (8, claimed.as_str(), &[*person], vec![]),
             Event::Undeliverable { to, reason } => (9, reason, &[*to], vec![]),
             Event::NewKey { person } => (20, "", &[*person], vec![]),
+            Event::DeviceAdded { person, device } => (21, device, &[*person], vec![]),
+            Event::DeviceRemoved { person, device } => (22, device, &[*person], vec![]),
+            Event::Rejoined { person, device } => (23, device, &[*person], vec![]),
+            Event::Renamed { by, name } => (24, name, &[*by], vec![]),
+            Event::Promoted { members } => (25, "", members, vec![]),
+            Event::Demoted { members } => (26, "", members, vec![]),
+            Event::NotChanged { reason } => (27, reason, &[], vec![]),
+            Event::DeviceRequested { name } => (28, name, &[], vec![]),
         };
         self.kind = kind;
         text.clone_into(&mut self.text);
@@ -246,6 +254,14 @@ impl SavedEntry {
             },
             (9, &[to], []) => Event::Undeliverable { to, reason: text },
             (20, &[person], []) => Event::NewKey { person },
+            (21, &[person], []) => Event::DeviceAdded { person, device: text },
+            (22, &[person], []) => Event::DeviceRemoved { person, device: text },
+            (23, &[person], []) => Event::Rejoined { person, device: text },
+            (24, &[by], []) => Event::Renamed { by, name: text },
+            (25, _, []) => Event::Promoted { members: people },
+            (26, _, []) => Event::Demoted { members: people },
+            (27, [], []) => Event::NotChanged { reason: text },
+            (28, [], []) => Event::DeviceRequested { name: text },
             _ => return Err(Corrupt::new("an entry of a kind that this version does not know")),
         })
     }

@@ -11,7 +11,7 @@
 //! [`MAX_PEOPLE`] people are to be asked, for at most [`MAX_LOST_IN_TOTAL`] messages; above that,
 //! strangers are given up first. A person who did not answer within [`ASKED_WITHIN`] is given up.
 
-use std::{cmp::Reverse, time::Duration};
+use std::{cmp::Reverse, collections::BTreeSet, time::Duration};
 
 use qpq_domain::{IdentityKey, UnixMillis};
 use qpq_mls::{
@@ -89,17 +89,22 @@ impl Messenger {
 
     async fn ask(&self, peer: IdentityKey) -> Result<(), Error> {
         let person = self.person(peer).await?;
-        let package = self.fetch_key_package(&person).await?;
+        let newest = self
+            .store()
+            .read(move |state| {
+                if state.lost_of(&peer)?.is_empty() || state.is_blocked(&peer)? {
+                    return Ok(None);
+                }
+                let known = state.mls.direct_groups(&peer)?;
+                let newest = known.iter().map(|group| group.created_at.0 + 1).max();
+                Ok(Some(UnixMillis(newest.unwrap_or(0))))
+            })
+            .await?;
+        let Some(newest) = newest else { return Ok(()) };
+        let group = self.begin_direct(&person, newest).await?;
         self.store()
             .change(move |state| {
                 let digests = state.lost_of(&peer)?;
-                if digests.is_empty() || state.is_blocked(&peer)? {
-                    return Ok(());
-                }
-                let known = state.mls.direct_groups(&peer)?;
-                let newest = known.iter().map(|group| group.created_at.0 + 1).max().unwrap_or(0);
-                let group = state.mls.create_direct(peer, UnixMillis(now().0.max(newest)))?;
-                super::send::add(state, group, &person, &package)?;
                 state.count_encryption()?;
                 let question = state.mls.ask(group, digests)?;
                 Ok(state.outbox.push(question, None, now())?)
@@ -170,8 +175,17 @@ impl State {
     /// waited too long.
     pub(super) fn give_up(&mut self) -> Result<(), Error> {
         let me = self.me();
+        let mut over = BTreeSet::new();
+        for channel in self.mls.unknown_channels()? {
+            // This device may join the group by itself, if the account has other devices.
+            if !self.has_other_devices()? || self.was_tried(channel)? {
+                over.insert(channel);
+            }
+        }
         let mut lost = self.mls.give_up_on(|lost| {
-            lost.claimed_sender.is_some_and(|sender| is_direct(&me, &sender, lost))
+            let channel = lost.arrival.channel;
+            let is_direct = lost.claimed_sender.is_some_and(|sender| is_direct(&me, &sender, lost));
+            is_direct && over.contains(&channel)
         })?;
         lost.extend(self.mls.give_up_waiting(now())?);
         let blocked = self.blocked()?;
@@ -295,6 +309,11 @@ impl State {
         let new = NewItem { key: Some(&digest), ..NewItem::default() };
         self.database().append(SENT, new, &sent(entry, now))?;
         Ok(())
+    }
+
+    /// Returns whether this device sent the ciphertext of a digest.
+    pub(super) fn was_sent_here(&self, digest: &[u8; 32]) -> Result<bool, DatabaseError> {
+        Ok(self.database().number_of_key(SENT, digest)?.is_some())
     }
 
     /// Forgets ciphertexts of ours that nobody asks for any more: of the `limit` oldest, those

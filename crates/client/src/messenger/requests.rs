@@ -16,8 +16,9 @@ use qpq_mls::{
 
 use super::{
     Messenger,
-    inbox::{is_from, note, unless_final},
+    inbox::unless_final,
     log::{ConversationId, EntryId, Event},
+    note::{is_from, note},
     people::{Person, Standing},
     state::State,
     tables::{ACQUAINTED, STRANGERS},
@@ -141,7 +142,7 @@ pub(super) fn joins(
     database: &Database,
     request: &qpq_mls::Request,
 ) -> Result<bool, DatabaseError> {
-    let creator = request.creator.identity.as_bytes();
+    let creator = request.inviter.identity.as_bytes();
     if database.get(ACQUAINTED, creator)?.is_some() {
         return Ok(true);
     }
@@ -179,6 +180,18 @@ impl State {
         Ok(self.database().get(ACQUAINTED, identity.as_bytes())?.is_some())
     }
 
+    /// Returns everyone who is no stranger.
+    pub(super) fn acquaintances(&self) -> Result<Vec<IdentityKey>, DatabaseError> {
+        let people = self.people.everyone()?;
+        let mut known = Vec::new();
+        for identity in people {
+            if self.is_acquainted(&identity)? {
+                known.push(identity);
+            }
+        }
+        Ok(known)
+    }
+
     /// Notes that a person is no stranger.
     pub(super) fn meet(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
         if !self.is_acquainted(identity)? {
@@ -213,8 +226,8 @@ impl State {
         if self.number(ANNOUNCEMENT)?.is_some() {
             return Ok(());
         }
-        let by = request.creator.identity;
-        self.people.claim(by, &request.creator.username)?;
+        let by = request.inviter.identity;
+        self.people.claim(by, &request.inviter.username)?;
         let entry =
             self.log.push(None, at, Event::Requested { by, group: name_of(request.kind) })?;
         Ok(self.set_number(ANNOUNCEMENT, Some(entry.0))?)
@@ -231,12 +244,12 @@ impl State {
 
     fn list_requests(&self) -> Result<Requests, Error> {
         let waiting = self.mls.requests()?.into_iter().map(|request| {
-            let identity = request.creator.identity;
+            let identity = request.inviter.identity;
             let from = match self.people.is_named(&identity)? {
                 true => self.people.person(&identity)?,
                 false => Person {
                     identity,
-                    username: request.creator.username,
+                    username: request.inviter.username,
                     standing: Standing::Claimed,
                 },
             };
@@ -251,12 +264,12 @@ impl State {
         let request = self.mls.request(id)?.ok_or(Error::NoSuchRequest)?;
         let at = request.arrival.at;
         self.end_announcement()?;
-        self.meet(&request.creator.identity)?;
+        self.meet(&request.inviter.identity)?;
         let blocked = self.blocked()?;
         let received = self.mls.accept(id)?.ok_or(Error::NoSuchRequest)?;
         let conversation = self.conversation_of(id)?;
         for one in received {
-            // A member who leaves asks the creator, who is another person.
+            // We are no admin of a group that we were just invited to.
             if !is_from(&one, &blocked) && !matches!(one, Received::Leaving { .. }) {
                 note(self, one, at)?;
             }
@@ -301,13 +314,14 @@ mod tests {
         let request = qpq_mls::Request {
             group,
             kind: kind.clone(),
-            creator: creator.clone(),
+            inviter: creator.clone(),
             members: 2,
             epoch: 1,
             arrival: Arrival { at, channel },
             missed: 0,
         };
         let (id, creator, members) = (group, identity, vec![creator]);
+        let admins = vec![creator];
         let created_at = at;
         let summary = GroupSummary {
             id,
@@ -316,6 +330,7 @@ mod tests {
             creator,
             created_at,
             epoch: 1,
+            admins,
             members,
             active: true,
         };
@@ -358,7 +373,7 @@ mod tests {
         let state = state();
         let (request, _) = direct(&state, 1);
         let group = qpq_mls::Request { kind: GroupKind::Group { name: "g".into() }, ..request };
-        let creator = &group.creator;
+        let creator = &group.inviter;
         state.people.claim(creator.identity, &creator.username).unwrap();
         assert!(!joins(state.database(), &group).unwrap());
         state.note_everyone().unwrap();

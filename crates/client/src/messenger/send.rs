@@ -1,12 +1,10 @@
-//! Sending: encrypt, save the ciphertext together with the state that made it, then send it from
-//! the outbox.
+//! Sending: encrypts, saves the ciphertext together with the state, then sends the outbox.
 
 use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
 
-use qpq_domain::{ChannelId, IdentityKey, MAX_BATCH, Username};
-use qpq_mls::{Content, GroupId, Invitee};
+use qpq_domain::{IdentityKey, MAX_BATCH, UnixMillis, Username};
+use qpq_mls::{Change, Content, GroupId};
 use qpq_proto::{Status, methods, v1};
-use rand::{RngCore as _, rngs::OsRng};
 use tokio::time::Instant;
 
 use super::{
@@ -26,8 +24,6 @@ use crate::{
 
 /// The most bytes of UTF-8 in one message.
 pub const MAX_TEXT: usize = 64 * 1024;
-/// The most bytes of UTF-8 in a group's name.
-pub const MAX_GROUP_NAME: usize = 256;
 
 /// Messages that are sent before the server's answers to them are saved. After a crash, a message
 /// without a saved answer is sent again under its message id, which the server recognizes.
@@ -58,81 +54,13 @@ pub enum SendOutcome {
 }
 
 impl Messenger {
-    /// The conversation with a user. Nothing is sent yet; the first message starts it.
+    /// Returns the conversation with an account. Nothing is sent; the first message starts it.
     pub async fn conversation_with(&self, username: &Username) -> Result<ConversationId, Error> {
         let person = self.resolve(username).await?;
         if person.identity == self.profile().identity {
             return Err(qpq_mls::Error::Yourself.into());
         }
         Ok(ConversationId::Direct(person.identity))
-    }
-
-    /// Creates a group of a name (1 to [`MAX_GROUP_NAME`] bytes) with nobody in it but us.
-    pub async fn create_group(&self, name: &str) -> Result<ConversationId, Error> {
-        if !(1..=MAX_GROUP_NAME).contains(&name.len()) {
-            return Err(Error::GroupName { size: name.len(), max: MAX_GROUP_NAME });
-        }
-        let mut channel = [0; 16];
-        OsRng.fill_bytes(&mut channel);
-        let (name, channel) = (name.to_owned(), ChannelId::new(channel));
-        let id = self
-            .store()
-            .change(move |state| Ok(state.mls.create_group(&name, channel, now())?))
-            .await?;
-        Ok(ConversationId::Group(id))
-    }
-
-    /// Adds a user to a group of ours.
-    pub async fn add(
-        &self,
-        group: ConversationId,
-        username: &Username,
-    ) -> Result<SendOutcome, Error> {
-        let id = group_of(group)?;
-        self.verify().await?;
-        let person = self.resolve(username).await?;
-        // Checked first, because an addition that is refused would still use up a KeyPackage.
-        let is_member = self
-            .store()
-            .read(move |state| {
-                state.check_not_blocked(&person.identity)?;
-                check_ours(state, &id, &person.identity)
-            })
-            .await?;
-        if is_member {
-            return Err(qpq_mls::Error::AlreadyMember(person.identity).into());
-        }
-        let package = self.fetch_key_package(&person).await?;
-        self.store()
-            .change(move |state| {
-                let added = Event::Added { members: vec![person.identity] };
-                add(state, id, &person, &package)?;
-                state.meet(&person.identity)?;
-                state.log.push_own(group, now(), added)?;
-                Ok(())
-            })
-            .await?;
-        self.outcome(self.flush().await, None).await
-    }
-
-    /// Removes a member from a group of ours.
-    pub async fn remove(
-        &self,
-        group: ConversationId,
-        member: IdentityKey,
-    ) -> Result<SendOutcome, Error> {
-        let id = group_of(group)?;
-        self.verify().await?;
-        self.store()
-            .change(move |state| {
-                state.count_encryption()?;
-                let commit = state.mls.remove(id, &[member])?;
-                state.outbox.push(commit, None, now())?;
-                state.log.push_own(group, now(), Event::Removed { members: vec![member] })?;
-                Ok(())
-            })
-            .await?;
-        self.outcome(self.flush().await, None).await
     }
 
     /// Sends a text of at most [`MAX_TEXT`] bytes to everyone in a conversation. When this returns,
@@ -151,8 +79,7 @@ impl Messenger {
         Ok(entries[0])
     }
 
-    /// As [`Messenger::queue`], for many texts at the price of one: all are saved, or none is.
-    /// Answers their entries.
+    /// Saves texts as [`Messenger::queue`] does, all or none, and returns their entries.
     pub async fn queue_all(
         &self,
         conversation: ConversationId,
@@ -168,6 +95,7 @@ impl Messenger {
         if let ConversationId::Direct(peer) = conversation {
             self.start_direct(peer).await?;
         }
+        self.update_devices(conversation).await?;
         self.store()
             .change(move |state| {
                 if let ConversationId::Direct(peer) = conversation {
@@ -178,20 +106,27 @@ impl Messenger {
             .await
     }
 
-    /// How far a message of ours got; `None` once its entry is gone.
+    /// Returns how far a message of ours got; `None` once its entry was removed.
     pub async fn delivery(&self, entry: EntryId) -> Result<Option<DeliveryState>, Error> {
         self.store().read(move |state| Ok(state.log.delivery(entry)?)).await
     }
 
-    /// Sends everything that is still to be sent, oldest first. What the server has no room for now
-    /// stays.
+    /// Runs the pending changes of groups, and sends the outbox, oldest first.
+    ///
+    /// Messages that the server has no room for now stay in the outbox.
     pub async fn flush(&self) -> Result<(), Error> {
-        let end = self.store().read(|state| Ok(state.outbox.end()?)).await?;
-        self.work_off(end).await
+        self.run_changes(None).await?;
+        self.flush_outbox().await
     }
 
-    /// Makes sure that this state is no older copy of the profile, before anything is encrypted.
-    /// Where the server cannot be asked now, that is noted, and made up for later.
+    pub(super) async fn flush_outbox(&self) -> Result<(), Error> {
+        let end = self.store().read(|state| Ok(state.outbox.end()?)).await?;
+        self.send_until(end).await
+    }
+
+    /// Checks that this state is no older copy of the profile, before anything is encrypted.
+    ///
+    /// Where the server cannot be asked now, that is noted and checked later.
     pub(super) async fn verify(&self) -> Result<(), Error> {
         if self.shared.verified.load(Ordering::Relaxed) {
             return Ok(());
@@ -217,13 +152,13 @@ impl Messenger {
     /// As [`Messenger::flush`], but nothing that was written after this message of ours.
     pub async fn flush_until(&self, entry: EntryId) -> Result<(), Error> {
         match self.store().read(move |state| Ok(state.outbox.end_of(entry)?)).await? {
-            Some(end) => self.work_off(end).await,
+            Some(end) => self.send_until(end).await,
             None => Ok(()),
         }
     }
 
-    async fn work_off(&self, mut end: OutboxPosition) -> Result<(), Error> {
-        if !self.has_unsent().await? {
+    async fn send_until(&self, mut end: OutboxPosition) -> Result<(), Error> {
+        if self.store().read(|state| Ok(state.outbox.is_empty()?)).await? {
             return Ok(());
         }
         if !self.shared.verified.load(Ordering::Relaxed) {
@@ -238,19 +173,20 @@ impl Messenger {
         Ok(())
     }
 
-    /// Whether something is still to be sent.
+    /// Returns whether the outbox has messages, or a change is pending.
     pub(super) async fn has_unsent(&self) -> Result<bool, Error> {
-        self.store().read(|state| Ok(!state.outbox.is_empty()?)).await
+        self.store().read(|state| Ok(!state.outbox.is_empty()? || state.has_changes()?)).await
     }
 
-    /// Sends the first of a backlog, few enough that others may wait for it, and saves what came of
-    /// them. Backlogs may be worked off concurrently, also by several processes: each begins with
-    /// the oldest that is left.
+    /// Sends the first items of a backlog, and saves the answers.
+    ///
+    /// Sends few enough that others may wait for it. Several tasks and processes may send
+    /// concurrently: each begins with the oldest item that is left.
     async fn send_some(&self, backlog: &mut Backlog) -> Result<Unsent, Error> {
         let _alone = self.shared.flushing.lock().await;
         let patience = self.client().options().patience;
         let turn = profile::turn(self.store().dir(), Task::SendOutbox, patience).await?;
-        // Another process is sending all this time, ours among the rest.
+        // Another process is sending the outbox, which includes our messages.
         let Some(_turn) = turn else { return Ok(Unsent::Nothing) };
         let (mut answers, mut sent, mut marked) = (Vec::new(), Ok(()), 0);
         let mut left = Unsent::Some;
@@ -301,7 +237,7 @@ impl Messenger {
         for some in recipients.chunks(MAX_BATCH) {
             let due = marker.filter(|marker| marker.generation > *marked);
             match self.enqueue_marked(item, some, due, marked).await {
-                Ok(said) => statuses.extend(said),
+                Ok(answers) => statuses.extend(answers),
                 Err(error) => return (statuses, Err(error)),
             }
         }
@@ -310,23 +246,67 @@ impl Messenger {
         (statuses, Ok(()))
     }
 
-    /// Makes sure that there is a group with `peer` to send to.
+    /// Creates a direct group with `peer`, unless there is one to send to.
     async fn start_direct(&self, peer: IdentityKey) -> Result<(), Error> {
         if self.store().read(move |state| Ok(state.mls.direct(&peer)?.is_some())).await? {
             return Ok(());
         }
+        // An earlier attempt may have been interrupted.
+        self.run_changes(None).await?;
+        if self.store().read(move |state| Ok(state.mls.direct(&peer)?.is_some())).await? {
+            return Ok(());
+        }
         let person = self.person(peer).await?;
-        let package = self.fetch_key_package(&person).await?;
-        self.store()
+        self.begin_direct(&person, UnixMillis(0)).await.map(drop)
+    }
+
+    /// Creates a direct group with all devices of a person and of this account.
+    ///
+    /// Its time of creation is after `after`, so that both sides send to this group.
+    pub(super) async fn begin_direct(
+        &self,
+        person: &Person,
+        after: UnixMillis,
+    ) -> Result<GroupId, Error> {
+        let mut add = self.fetch_packages(person).await?;
+        add.extend(self.fetch_own_packages().await?);
+        let peer = person.identity;
+        let group = self
+            .store()
             .change(move |state| {
-                // The peer's own may have come meanwhile.
-                if state.mls.direct(&peer)?.is_none() {
-                    let group = state.mls.create_direct(peer, now())?;
-                    add(state, group, &person, &package)?;
+                let at = UnixMillis(now().0.max(after.0));
+                Ok(state.mls.create_direct(peer, at)?)
+            })
+            .await?;
+        match self.change_group(group, Change { add, ..Change::default() }).await {
+            Ok(SendOutcome::Queued(Some(reason))) => Err(reason.into()),
+            Ok(_) => Ok(group),
+            Err(error) => {
+                self.store().change(move |state| Ok(state.mls.forget(&group)?)).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Sends a marker to the account's own inbox, if one is due.
+    pub(super) async fn send_due_marker(&self) -> Result<(), CallError> {
+        let due = self.store().read(|state| Ok(state.due_marker()?)).await;
+        let Ok(Some(marker)) = due else { return Ok(()) };
+        match self.client().call::<methods::Enqueue>(to_self(&marker)).await {
+            Ok(_) => {
+                let generation = marker.generation;
+                let noted = self.store().change(move |state| Ok(state.set_marked(generation)?));
+                if let Err(error) = noted.await {
+                    tracing::warn!(%error, "a marker was sent and not noted");
                 }
                 Ok(())
-            })
-            .await
+            }
+            Err(error) if error.server().is_some() && !error.is_unauthorized() => {
+                tracing::info!(%error, "the server does not accept a marker now");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Sends a marker, if one is due, and then the item: in one call where that can be.
@@ -338,19 +318,12 @@ impl Messenger {
         marked: &mut u64,
     ) -> Result<Vec<(IdentityKey, RecipientStatus)>, CallError> {
         let Some(marker) = due else { return self.enqueue(item, recipients).await };
-        let to_self = v1::EnqueueRequest {
-            recipient_key: marker.owner.as_bytes().to_vec().into(),
-            payload: marker.payload.clone().into(),
-            channel_id: marker.channel.as_bytes().to_vec().into(),
-            message_id: fresh_message_id(now()).as_bytes().to_vec().into(),
-            ttl_secs: MARKER_TTL_SECS,
-            ..Default::default()
-        };
+        let to_self = to_self(marker);
         let [recipient] = recipients else {
             match self.client().call::<methods::Enqueue>(to_self).await {
                 Ok(_) => *marked = marker.generation,
                 Err(error) if error.server().is_some() && !error.is_unauthorized() => {
-                    tracing::info!(%error, "the server does not take a marker now");
+                    tracing::info!(%error, "the server does not accept a marker now");
                 }
                 Err(error) => return Err(error),
             }
@@ -365,7 +338,7 @@ impl Messenger {
         };
         let request =
             v1::BatchEnqueueRequest { messages: vec![to_self, message], ..Default::default() };
-        let said = match self.client().call::<methods::BatchEnqueue>(request).await {
+        let status = match self.client().call::<methods::BatchEnqueue>(request).await {
             Ok(answer) => match &answer.results[..] {
                 [of_marker, of_item] => {
                     if recipient_status(of_marker.status, &of_marker.code)
@@ -379,7 +352,7 @@ impl Messenger {
             },
             Err(error) => status_of_all(error)?,
         };
-        Ok(vec![(*recipient, said)])
+        Ok(vec![(*recipient, status)])
     }
 
     async fn enqueue(
@@ -446,40 +419,23 @@ enum Unsent {
     Nothing,
 }
 
+/// Returns the request that puts a marker into the account's own inbox.
+fn to_self(marker: &Marker) -> v1::EnqueueRequest {
+    v1::EnqueueRequest {
+        recipient_key: marker.owner.as_bytes().to_vec().into(),
+        payload: marker.payload.clone().into(),
+        channel_id: marker.channel.as_bytes().to_vec().into(),
+        message_id: fresh_message_id(now()).as_bytes().to_vec().into(),
+        ttl_secs: MARKER_TTL_SECS,
+        ..Default::default()
+    }
+}
+
 pub(super) fn group_of(conversation: ConversationId) -> Result<GroupId, Error> {
     match conversation {
         ConversationId::Group(id) => Ok(id),
         ConversationId::Direct(_) => Err(qpq_mls::Error::DirectIsForTwo.into()),
     }
-}
-
-/// Returns whether a person is in a group that we may change.
-fn check_ours(state: &State, group: &GroupId, person: &IdentityKey) -> Result<bool, Error> {
-    let summary = state.mls.group(group)?.ok_or(Error::NoSuchConversation)?;
-    if !summary.active {
-        return Err(qpq_mls::Error::NoLongerMember.into());
-    }
-    if summary.creator != state.me() {
-        return Err(qpq_mls::Error::NotTheCreator.into());
-    }
-    Ok(summary.members.iter().any(|member| member.identity == *person))
-}
-
-/// Adds a person to a group of ours: the others learn of it before the Welcome goes out.
-pub(super) fn add(
-    state: &mut State,
-    group: GroupId,
-    person: &Person,
-    key_package: &[u8],
-) -> Result<(), Error> {
-    let invitee = Invitee { identity: person.identity, username: &person.username, key_package };
-    state.count_encryption()?;
-    let added = state.mls.add(group, &[invitee], now())?;
-    if let Some(commit) = added.commit {
-        state.outbox.push(commit, None, now())?;
-    }
-    state.outbox.push(added.welcome, None, now())?;
-    Ok(())
 }
 
 fn encrypt(
@@ -546,7 +502,7 @@ fn settle(
     Ok(())
 }
 
-fn recipient_status(status: u32, code: &str) -> RecipientStatus {
+pub(super) fn recipient_status(status: u32, code: &str) -> RecipientStatus {
     let status = u8::try_from(status).map_or(Status::Internal, Status::from);
     match status {
         Status::Ok => RecipientStatus::Accepted,

@@ -42,13 +42,23 @@ impl StateStore {
         identity: qpq_mls::Identity,
         username: qpq_domain::Username,
     ) -> Result<Self, ProfileError> {
+        Self::create_with(in_use, key, move |database| {
+            State::create(database, identity, username)?.save()
+        })
+        .await
+    }
+
+    /// Creates the state of a new profile, with a given content.
+    pub(crate) async fn create_with(
+        in_use: InUse,
+        key: VaultKey,
+        fill: impl FnOnce(&Database) -> Result<(), DatabaseError> + Send + 'static,
+    ) -> Result<Self, ProfileError> {
         let dir = in_use.dir.clone();
         let open = blocking(move || {
             let path = database_path(&in_use.dir);
-            let database = Database::create(&path, &key, |database| {
-                State::create(database, identity, username)?.save()
-            })
-            .map_err(|error| explain(&in_use.dir, error))?;
+            let database =
+                Database::create(&path, &key, fill).map_err(|error| explain(&in_use.dir, error))?;
             Ok::<_, ProfileError>(Open { database, key, in_use })
         })
         .await?;

@@ -18,5 +18,14 @@ pub(super) const BLOCKED: Table = Table::new(42);
 pub(super) const SETTINGS: Table = Table::new(37);
 /// Keys of people who are no strangers: whose groups are joined without asking.
 pub(super) const ACQUAINTED: Table = Table::new(43);
+/// 45 and 46 are in `changes`. When the directory was last asked about the devices of an account,
+/// or of all accounts of a group.
+pub(super) const CHECKED: Table = Table::new(47);
+/// Requests to renew keys: when they came, when they are due, and the group.
+pub(super) const ROTATIONS: Table = Table::new(48);
+/// When we last tried to join a channel's group by ourselves.
+pub(super) const TRIED: Table = Table::new(49);
+/// Requests of new devices to be linked: the time of arrival, and the request.
+pub(super) const LINK_REQUESTS: Table = Table::new(50);
 /// The number of direct MLS groups that each stranger has begun.
 pub(super) const STRANGERS: Table = Table::new(44);

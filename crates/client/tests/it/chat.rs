@@ -72,7 +72,7 @@ async fn three_people_in_a_group() {
     assert_eq!(carol.members(group).await.unwrap().len(), 3);
 
     let refused = bob.add(group, &username("alice")).await.unwrap_err();
-    assert!(matches!(refused, Error::Mls(MlsError::NotTheCreator)), "{refused:?}");
+    assert!(matches!(refused, Error::Mls(MlsError::NotAdmin)), "{refused:?}");
 
     let carols = carol.profile().identity;
     alice.remove(group, carols).await.unwrap();

@@ -176,6 +176,14 @@ pub(crate) fn line(entry: &Entry) -> String {
         Event::Missing { first, last } => format!("missing {}-{}", first.0, last.0),
         Event::NameRefuted { claimed, .. } => format!("not {claimed}"),
         Event::NewKey { person } => person.to_string(),
+        Event::DeviceRequested { name } => format!("{name} asks to be linked"),
+        Event::DeviceAdded { person, device } => format!("{person} added {device}"),
+        Event::DeviceRemoved { person, device } => format!("{person} removed {device}"),
+        Event::Rejoined { person, device } => format!("{person} rejoined on {device}"),
+        Event::Renamed { by, name } => format!("{by} named it {name}"),
+        Event::Promoted { members } => format!("admins: {}", names(members)),
+        Event::Demoted { members } => format!("no admins: {}", names(members)),
+        Event::NotChanged { reason } => format!("not changed: {reason}"),
         Event::Undeliverable { to, reason } => format!("undeliverable to {to}: {reason}"),
     }
 }

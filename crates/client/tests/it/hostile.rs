@@ -81,14 +81,15 @@ async fn a_name_that_is_not_ones_own_is_refuted() {
     .unwrap();
     let now = qpq_client::UnixMillis(0);
     let group = mls.create_direct(bob.profile().identity, now).unwrap();
-    let bobs = username("bob");
-    let invitee = qpq_mls::Invitee {
+    let added = qpq_mls::NewMember {
         identity: bob.profile().identity,
-        username: &bobs,
-        key_package: &package,
+        username: username("bob"),
+        key_package: package.to_vec(),
     };
-    let added = mls.add(group, &[invitee], system_now()).unwrap();
-    enqueue(&mallory, &bob, added.welcome.payload).await;
+    let change = qpq_mls::Change { add: vec![added], ..Default::default() };
+    let commit = mls.commit(group, &change, system_now()).unwrap().unwrap();
+    mls.confirm(group).unwrap();
+    enqueue(&mallory, &bob, commit.welcome.unwrap()).await;
     let text = "it's me, Alice".into();
     let content = qpq_mls::Content { id: [1; 16], sent_at: 0, text, repeats: None };
     enqueue(&mallory, &bob, mls.encrypt(group, &content).unwrap().payload).await;

@@ -31,12 +31,12 @@ use crate::harness::{Server, dm, password, read, soon, username};
 type Lie = Box<dyn FnMut(v1::PeekResponse) -> v1::PeekResponse + Send>;
 
 /// A server between the clients and an honest one.
-struct Liar {
+pub(crate) struct Liar {
     service: Arc<Relay>,
     /// `None` while it is replaced.
     server: Option<qpq_transport::Server<Relay>>,
     certificates: Arc<Certificates>,
-    fingerprint: Fingerprint,
+    pub(crate) fingerprint: Fingerprint,
     _dir: TempDir,
 }
 
@@ -55,7 +55,7 @@ struct Relay {
 }
 
 impl Liar {
-    fn before(server: &Server) -> Self {
+    pub(crate) fn before(server: &Server) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (cert, key) = (dir.path().join("cert.der"), dir.path().join("key.der"));
         let certificates =
@@ -78,7 +78,7 @@ impl Liar {
         Self { service, server: Some(server), certificates, fingerprint, _dir: dir }
     }
 
-    fn addr(&self) -> SocketAddr {
+    pub(crate) fn addr(&self) -> SocketAddr {
         self.server.as_ref().expect("it runs").local_addr()
     }
 
@@ -110,11 +110,14 @@ impl Liar {
     }
 
     /// Changes the answers to Peek from now on.
-    fn lie(&self, lie: impl FnMut(v1::PeekResponse) -> v1::PeekResponse + Send + 'static) {
+    pub(crate) fn lie(
+        &self,
+        lie: impl FnMut(v1::PeekResponse) -> v1::PeekResponse + Send + 'static,
+    ) {
         *self.service.lie.lock() = Some(Box::new(lie));
     }
 
-    fn be_honest(&self) {
+    pub(crate) fn be_honest(&self) {
         *self.service.lie.lock() = None;
     }
 
@@ -282,7 +285,7 @@ async fn an_ack_is_not_sent_on_another_connection_than_its_peek() {
     liar.service.parks_acks.store(true, Ordering::Relaxed);
     liar.take_reads();
     let (shown, ()) = soon(async {
-        tokio::join!(read(&bob), async {
+        tokio::join!(Box::pin(read(&bob)), async {
             peeked.notified().await;
             liar.end_connections().await;
         })

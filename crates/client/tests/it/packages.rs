@@ -21,11 +21,15 @@ async fn fetch(by: &Messenger, of: &Messenger) -> UnixMillis {
         identity_key: identity.as_bytes().to_vec().into(),
         ..Default::default()
     };
+    let resolve = v1::ResolveIdentityRequest {
+        identity_key: identity.as_bytes().to_vec().into(),
+        ..Default::default()
+    };
+    let devices = by.client().call::<methods::ResolveIdentity>(resolve).await.unwrap().devices;
+    let device: [u8; 32] = devices[0].device_key[..].try_into().unwrap();
     let answer = by.client().call::<methods::FetchKeyPackage>(request).await.unwrap();
     let policy = Policy { suites: vec![1], ..Policy::default() };
-    key_package::check(&answer.package, &policy, &[*identity.as_bytes()], SystemClock.now())
-        .unwrap()
-        .not_after
+    key_package::check(&answer.package, &policy, &[device], SystemClock.now()).unwrap().not_after
 }
 
 /// The owner of the packages comes online at random times of the last 80 days. Each time others

@@ -122,7 +122,7 @@ async fn a_member_who_leaves_is_removed_for_all_and_receives_nothing_more() {
     bob.receive().await.unwrap();
     assert!(matches!(bob.leave(group).await.unwrap(), SendOutcome::Sent));
     let again = bob.leave(group).await;
-    assert!(matches!(again, Err(Error::Mls(MlsError::UnknownGroup))), "{again:?}");
+    assert!(matches!(again, Err(Error::NoSuchConversation)), "{again:?}");
     assert!(bob.conversations().await.unwrap().is_empty());
 
     let (dir, key) = (server.profile("bob"), bob.vault_key().await);
@@ -147,7 +147,7 @@ async fn a_member_who_leaves_is_removed_for_all_and_receives_nothing_more() {
 }
 
 #[tokio::test]
-async fn members_who_leave_concurrently_are_removed_by_one_commit_and_the_creator_stays() {
+async fn members_who_leave_concurrently_are_removed_by_one_commit_of_an_admin() {
     let server = Server::start().await;
     let [alice, bob, carol, dave] = [
         server.user("alice").await,
@@ -170,14 +170,13 @@ async fn members_who_leave_concurrently_are_removed_by_one_commit_and_the_creato
     assert_eq!(read(&bob).await, ["-carol,dave"]);
     assert_eq!(bob.members(group).await.unwrap().len(), 2);
 
-    let refused = alice.leave(group).await;
-    assert!(matches!(refused, Err(Error::Mls(MlsError::CreatorStays))), "{refused:?}");
     let direct = alice.leave(dm(&alice, "bob").await).await;
     assert!(matches!(direct, Err(Error::Mls(MlsError::DirectIsForTwo))), "{direct:?}");
 
-    // Removed by the creator: there is nobody to ask.
-    alice.remove(group, bob.profile().identity).await.unwrap();
-    read(&bob).await;
+    alice.leave(group).await.unwrap();
+    assert_eq!(read(&bob).await, ["admins: bob", "-alice"]);
+    alice.receive().await.unwrap();
+    assert_eq!(bob.members(group).await.unwrap().len(), 1);
     bob.leave(group).await.unwrap();
     assert!(bob.conversations().await.unwrap().is_empty());
     assert_eq!(read(&alice).await, [""; 0]);

@@ -11,7 +11,7 @@ use qpq_domain::Username;
 use tls_codec::Serialize as _;
 
 use super::*;
-use crate::{Identity, packages, store::Store};
+use crate::{Identity, leaf::LeafSigner, packages, store::Store};
 
 /// A day in 2001: openmls, which reads the system's clock, finds every lifetime around it long
 /// over.
@@ -53,17 +53,13 @@ impl Recipe {
     }
 
     fn make(self) -> MlsKeyPackage {
-        let (store, identity) = (Store::default(), identity());
+        let name = Username::parse("ann").unwrap();
+        let (store, leaf) = (Store::default(), LeafSigner::of_account(&identity(), &name));
         MlsKeyPackage::builder()
             .key_package_lifetime(self.lifetime)
             .key_package_extensions(self.extensions)
             .leaf_node_capabilities(self.capabilities)
-            .build(
-                packages::SUITE,
-                &store,
-                &identity,
-                identity.credential(&Username::parse("ann").unwrap()),
-            )
+            .build(packages::SUITE, &store, &leaf, leaf.credential())
             .unwrap()
             .key_package()
             .clone()

@@ -2,23 +2,29 @@
 
 use qpq_domain::{ChannelId, Username};
 use qpq_mls::{
-    Error, GroupKind, Identity, Ignored, Invitee, Lost, Received, direct_channel, key_package,
+    Change, Error, GroupChange, GroupKind, Identity, Ignored, Lost, NewMember, Received,
+    direct_channel, key_package,
 };
 
-use crate::world::{ANN, BOB, CAT, DAN, Hear as _, World, client, content, is_lost, now, texts};
+use crate::world::{
+    ANN, BOB, CAT, DAN, ReceiveNow as _, World, client, content, is_lost, now, texts,
+};
 
 #[test]
 fn two_people_talk() {
     let mut world = World::new(2);
     let (ann, bob) = (world.key(ANN), world.key(BOB));
     let group = world.clients[ANN].create_direct(bob, now()).unwrap();
-    let added = world.try_add(ANN, group, &[BOB]).unwrap();
-    assert_eq!(added.commit, None, "nobody else is in the group");
-    assert_eq!(added.welcome.recipients, [bob]);
-    assert_eq!(added.welcome.channel, direct_channel(&ann, &bob));
-    world.post(&added.welcome);
+    let commit = world.add(ANN, group, &[BOB]);
+    assert_eq!(commit.recipients, [], "nobody else is in the group");
+    assert_eq!((&commit.invited, &commit.added), (&vec![bob], &vec![bob]));
+    assert_eq!(commit.channel, direct_channel(&ann, &bob));
 
-    let [Received::Joined(joined)] = &world.deliver(BOB)[..] else { panic!("joined") };
+    let [Received::Joined { group: joined, by }] = &world.deliver(BOB)[..] else {
+        panic!("joined")
+    };
+    assert_eq!(*by, world.member(ANN));
+    assert_eq!(joined.admins, [ann, bob]);
     assert_eq!(joined.kind, GroupKind::Direct { peer: bob });
     assert_eq!(
         (joined.id, joined.creator, joined.channel),
@@ -48,15 +54,20 @@ fn a_group_grows_and_shrinks() {
     world.add(ANN, group, &[BOB]);
     world.add(ANN, group, &[CAT, DAN]);
 
-    let [Received::Joined(joined)] = &world.deliver(BOB)[..] else { panic!("joined") };
+    let [Received::Joined { group: joined, .. }] = &world.deliver(BOB)[..] else {
+        panic!("joined")
+    };
     assert_eq!(
         (&joined.kind, joined.channel),
         (&GroupKind::Group { name: "the four".into() }, channel)
     );
-    let added = vec![world.member(CAT), world.member(DAN)];
-    assert_eq!(world.deliver(BOB), [Received::Committed { group, added, removed: vec![] }]);
+    let by = world.member(ANN);
+    let changes = [CAT, DAN].map(|who| GroupChange::Added(world.member(who))).to_vec();
+    assert_eq!(world.deliver(BOB), [Received::Committed { group, by: by.clone(), changes }]);
     for newcomer in [CAT, DAN] {
-        let [Received::Joined(joined)] = &world.deliver(newcomer)[..] else { panic!("joined") };
+        let [Received::Joined { group: joined, .. }] = &world.deliver(newcomer)[..] else {
+            panic!("joined")
+        };
         assert_eq!(joined.members, [ANN, BOB, CAT, DAN].map(|who| world.member(who)));
     }
 
@@ -66,13 +77,13 @@ fn a_group_grows_and_shrinks() {
     assert_eq!(texts(&world.deliver_all(BOB)), ["from ann", "from cat", "from dan"]);
     assert_eq!(texts(&world.deliver_all(DAN)), ["from ann", "from bob", "from cat"]);
 
-    let cat = world.key(CAT);
-    let commit = world.clients[ANN].remove(group, &[cat]).unwrap();
+    let commit = world.remove(ANN, group, &[CAT]);
+    assert_eq!(commit.removed, [world.key(CAT)]);
     assert_eq!(commit.recipients, [BOB, CAT, DAN].map(|who| world.key(who)));
-    world.post(&commit);
     world.say(ANN, group, "without cat");
     assert_eq!(texts(&world.deliver_all(BOB)), ["without cat"]);
-    let removed = Received::Committed { group, added: vec![], removed: vec![world.member(CAT)] };
+    let changes = vec![GroupChange::Removed(world.member(CAT))];
+    let removed = Received::Committed { group, by, changes };
     assert_eq!(world.deliver_all(CAT).last(), Some(&removed));
     assert!(!world.clients[CAT].group(&group).unwrap().unwrap().active);
     assert_eq!(
@@ -82,27 +93,35 @@ fn a_group_grows_and_shrinks() {
 
     // What ann says now does not even go to cat, and would be of no use to it.
     let secret = world.encrypt(ANN, group, "secret");
-    assert_eq!(world.clients[CAT].hear(&secret), [Received::Ignored(Ignored::NoLongerMember)]);
+    assert_eq!(
+        world.clients[CAT].receive_now(&secret),
+        [Received::Ignored(Ignored::NoLongerMember)]
+    );
 
     world.add(ANN, group, &[CAT]);
-    assert!(matches!(world.deliver_all(CAT)[..], [Received::Joined(_)]), "and back again");
+    assert!(matches!(world.deliver_all(CAT)[..], [Received::Joined { .. }]), "and back again");
     world.say(CAT, group, "back");
     assert_eq!(texts(&world.deliver_all(ANN)).last(), Some(&"back"));
 }
 
 #[test]
-fn only_the_creator_changes_a_group() {
-    let mut world = World::new(3);
-    let group = world.group(&[ANN, BOB]);
-    assert_eq!(world.try_add(BOB, group, &[CAT]), Err(Error::NotTheCreator));
-    let ann = world.key(ANN);
-    assert_eq!(world.clients[BOB].remove(group, &[ann]), Err(Error::NotTheCreator));
+fn only_an_admin_adds_and_removes_accounts() {
+    let mut world = World::new(4);
+    let group = world.group(&[ANN, BOB, CAT]);
+    assert_eq!(world.try_add(BOB, group, &[DAN]), Err(Error::NotAdmin));
+    for other in [ANN, CAT] {
+        let removal = world.removal(&[other]);
+        assert_eq!(world.create(BOB, group, &removal), Err(Error::NotAdmin));
+    }
+    assert_eq!(world.clients[BOB].confirm(group), Err(Error::NothingPending));
+    world.say(BOB, group, "as before");
+    assert_eq!(texts(&world.deliver(ANN)), ["as before"]);
 }
 
 #[test]
 fn what_cannot_be_done_is_said_and_changes_nothing() {
     let mut world = World::new(3);
-    let (ann, bob, cat) = (world.key(ANN), world.key(BOB), world.key(CAT));
+    let (ann, bob) = (world.key(ANN), world.key(BOB));
     assert_eq!(world.clients[ANN].create_direct(ann, now()), Err(Error::Yourself));
     let direct = world.clients[ANN].create_direct(bob, now()).unwrap();
     let group = world.clients[ANN].create_group("g", ChannelId::DEFAULT, now()).unwrap();
@@ -111,17 +130,23 @@ fn what_cannot_be_done_is_said_and_changes_nothing() {
 
     assert_eq!(world.clients[ANN].encrypt(group, &content("hello?")), Err(Error::Alone));
     assert_eq!(world.clients[ANN].encrypt(other, &content("hello?")), Err(Error::UnknownGroup));
-    assert_eq!(world.clients[ANN].add(group, &[], now()), Err(Error::Nobody));
     assert_eq!(world.try_add(ANN, direct, &[CAT]), Err(Error::DirectIsForTwo));
-    assert_eq!(world.try_add(ANN, group, &[BOB, BOB]), Err(Error::AlreadyMember(bob)));
-    assert_eq!(world.clients[ANN].remove(group, &[]), Err(Error::Nobody));
-    assert_eq!(world.clients[ANN].remove(group, &[ann]), Err(Error::Yourself));
-    assert_eq!(world.clients[ANN].remove(group, &[cat]), Err(Error::NotAMember(cat)));
+    let itself = world.removal(&[ANN]);
+    assert_eq!(world.create(ANN, group, &itself), Err(Error::Yourself));
+    let stranger = Change { promote: vec![bob], ..Change::default() };
+    assert_eq!(world.create(ANN, group, &stranger), Err(Error::NotAMember(bob)));
+    assert_eq!(world.clients[ANN].confirm(group), Err(Error::NothingPending));
+    assert_eq!(world.clients[ANN].confirm_joining(group), Err(Error::NothingPending));
     assert_eq!(world.clients[ANN].forget(&other), Err(Error::UnknownGroup));
     assert_eq!(world.clients[ANN].groups().unwrap(), before);
 
+    // Present already, or absent already: nothing is left to change.
+    let absent = world.removal(&[CAT]);
+    assert_eq!(world.create(ANN, group, &absent), Ok(None));
     world.add(ANN, group, &[BOB]);
-    assert_eq!(world.try_add(ANN, group, &[CAT, BOB]), Err(Error::AlreadyMember(bob)));
+    assert_eq!(world.try_add(ANN, group, &[BOB]), Ok(None));
+    let commit = world.add(ANN, group, &[CAT, BOB]);
+    assert_eq!(commit.invited, [world.key(CAT)]);
 }
 
 #[test]
@@ -133,13 +158,13 @@ fn a_package_that_is_not_its_invitees_is_refused() {
     *broken.last_mut().unwrap() ^= 1;
     let (bobs_name, cats_name) = (world.name(BOB).clone(), world.name(CAT).clone());
     let mut add = |identity, username: &Username, key_package: &[u8]| {
-        world.clients[ANN]
-            .add(group, &[Invitee { identity, username, key_package }], now())
-            .unwrap_err()
+        let (username, key_package) = (username.clone(), key_package.to_vec());
+        let add = vec![NewMember { identity, username, key_package }];
+        let change = Change { add, ..Change::default() };
+        world.clients[ANN].commit(group, &change, now()).unwrap_err()
     };
 
-    let foreign = Error::BadPackage { identity: cat, reason: key_package::Rejected::ForeignSigner };
-    assert_eq!(add(cat, &cats_name, &bobs), foreign);
+    assert_eq!(add(cat, &cats_name, &bobs), Error::WrongName(cat));
     assert_eq!(add(bob, &cats_name, &bobs), Error::WrongName(bob));
     let bad = Error::BadPackage { identity: bob, reason: key_package::Rejected::BadSignature };
     assert_eq!(add(bob, &bobs_name, &broken), bad);
@@ -217,18 +242,20 @@ fn a_last_resort_package_serves_more_than_once_and_another_does_not() {
     let (cat, cats_name) = (world.key(CAT), world.name(CAT).clone());
     let mut invite = |creator: usize, key_package: &[u8]| {
         let group = world.clients[creator].create_group("g", ChannelId::DEFAULT, now()).unwrap();
-        let invitee = Invitee { identity: cat, username: &cats_name, key_package };
-        let welcome = world.clients[creator].add(group, &[invitee], now()).unwrap().welcome.payload;
-        (world.clients[CAT].hear(&welcome), world.clients[CAT].hear(&welcome))
+        let (username, key_package) = (cats_name.clone(), key_package.to_vec());
+        let add = vec![NewMember { identity: cat, username, key_package }];
+        let change = Change { add, ..Change::default() };
+        let welcome = world.change(creator, group, &change).welcome.unwrap();
+        (world.clients[CAT].receive_now(&welcome), world.clients[CAT].receive_now(&welcome))
     };
 
     for creator in [ANN, BOB] {
         let (first, again) = invite(creator, &last_resort);
-        assert!(matches!(first[..], [Received::Joined(_)]));
+        assert!(matches!(first[..], [Received::Joined { .. }]));
         assert_eq!(again, [Received::Duplicate]);
     }
     let (first, again) = invite(ANN, &once);
-    assert!(matches!(first[..], [Received::Joined(_)]));
+    assert!(matches!(first[..], [Received::Joined { .. }]));
     assert_eq!(again, [Received::Duplicate]);
     let (reused, _) = invite(BOB, &once);
     assert!(is_lost(&reused, Lost::NoPackage), "{reused:?}");
@@ -242,12 +269,13 @@ fn a_package_that_runs_out_soon_is_refused_in_a_group_and_not_in_a_direct_conver
         let made = now().minus(days(age));
         let package = world.clients[BOB].key_packages(1, made).unwrap().remove(0);
         let (bob, name) = (world.key(BOB), world.name(BOB).clone());
-        let invitee = Invitee { identity: bob, username: &name, key_package: &package };
+        let invitee = NewMember { identity: bob, username: name, key_package: package };
+        let change = Change { add: vec![invitee], ..Change::default() };
         let group = world.clients[ANN].create_group("g", ChannelId::DEFAULT, now()).unwrap();
-        let added = world.clients[ANN].add(group, &[invitee], now());
+        let added = world.create(ANN, group, &change);
         assert_eq!(added.err(), is_refused.then_some(Error::PackageTooOld(bob)), "{age} days");
         let direct = world.clients[ANN].create_direct(bob, now()).unwrap();
-        world.clients[ANN].add(direct, &[invitee], now()).unwrap();
+        world.change(ANN, direct, &change);
     }
 }
 

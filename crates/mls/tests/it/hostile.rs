@@ -2,11 +2,13 @@
 //! is lost.
 
 use proptest::{prelude::*, sample::Index};
-use qpq_mls::{Client, Received};
+use qpq_mls::{Change, Client, Received};
 
-use crate::world::{ANN, BOB, CAT, Hear as _, World, restored, texts};
+use crate::world::{ANN, BOB, CAT, ReceiveNow as _, World, now, restored, texts};
 
-/// Bob, and four messages for him that need one another: a Welcome, a message, a commit, a message.
+/// Bob, and seven messages for him that need one another: a Welcome, a message, a commit, a
+/// message, two commits, the second of a device that joins by itself and not encrypted, and a
+/// message.
 fn bob_and_his_inbox() -> (Client, Vec<Vec<u8>>) {
     let mut world = World::new(3);
     let group = world.clients[ANN]
@@ -16,6 +18,13 @@ fn bob_and_his_inbox() -> (Client, Vec<Vec<u8>>) {
     world.say(ANN, group, "one");
     world.add(ANN, group, &[CAT]);
     world.say(ANN, group, "two");
+    let info = world.change(ANN, group, &Change::default()).group_info;
+    let phone = world.new_device(ANN, "phone");
+    let known = [world.key(ANN)].into();
+    let commit = world.clients[phone].join_by_itself(&info, &known, now()).unwrap();
+    world.clients[phone].confirm_joining(group).unwrap();
+    world.post_commit(&commit);
+    world.say(phone, group, "three");
     let inbox = world.inboxes[BOB].drain(..).collect();
     (world.clients.remove(BOB), inbox)
 }
@@ -76,7 +85,7 @@ fn damage() -> impl Strategy<Value = Damage> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(ProptestConfig::with_cases(80))]
 
     #[test]
     fn random_bytes_do_nothing(
@@ -84,11 +93,11 @@ proptest! {
         tail in prop::collection::vec(any::<u8>(), 0..500),
     ) {
         let (mut bob, inbox) = bob_and_his_inbox();
-        bob.hear(&inbox[0]);
-        prop_assert!(is_harmless(&bob.hear(&tail)));
+        bob.receive_now(&inbox[0]);
+        prop_assert!(is_harmless(&bob.receive_now(&tail)));
         let framed = [&[0, 1, 0, kind], &tail[..]].concat();
-        prop_assert!(is_harmless(&bob.hear(&framed)));
-        let received = bob.hear(&inbox[1]);
+        prop_assert!(is_harmless(&bob.receive_now(&framed)));
+        let received = bob.receive_now(&inbox[1]);
         prop_assert_eq!(texts(&received), ["one"]);
     }
 
@@ -96,7 +105,7 @@ proptest! {
     /// change nothing.
     #[test]
     fn damaged_messages_do_not_get_in_the_way(
-        damages in prop::collection::vec((any::<Index>(), damage()), 4 * 3),
+        damages in prop::collection::vec((any::<Index>(), damage()), 7 * 3),
     ) {
         let (mut bob, inbox) = bob_and_his_inbox();
         let mut received = Vec::new();
@@ -104,24 +113,27 @@ proptest! {
             for (which, damage) in &damages[3 * at..3 * at + 3] {
                 let damaged = damage.apply(&inbox[which.index(inbox.len())], &inbox);
                 if !inbox.contains(&damaged) {
-                    let result = bob.hear(&damaged);
+                    let result = bob.receive_now(&damaged);
                     prop_assert!(is_harmless(&result), "{:?}", result);
                 }
             }
-            received.extend(bob.hear(message));
+            received.extend(bob.receive_now(message));
             bob = restored(&mut bob);
         }
         received.retain(|result| !is_harmless(std::slice::from_ref(result)));
         prop_assert!(matches!(
             received[..],
             [
-                Received::Joined(_),
+                Received::Joined { .. },
                 Received::Message { .. },
+                Received::Committed { .. },
+                Received::Message { .. },
+                Received::Committed { .. },
                 Received::Committed { .. },
                 Received::Message { .. }
             ]
         ), "{:?}", received);
-        prop_assert_eq!(texts(&received), ["one", "two"]);
+        prop_assert_eq!(texts(&received), ["one", "two", "three"]);
     }
 }
 
@@ -131,9 +143,26 @@ fn each_single_flipped_bit_of_a_welcome_leaves_the_real_one_good() {
     let mut damaged = inbox[0].clone();
     for bit in (0..damaged.len() * 8).step_by(5) {
         damaged[bit / 8] ^= 1 << (bit % 8);
-        let received = bob.hear(&damaged);
+        let received = bob.receive_now(&damaged);
         assert!(is_harmless(&received), "bit {bit}: {received:?}");
         damaged[bit / 8] ^= 1 << (bit % 8);
     }
-    assert!(matches!(bob.hear(&inbox[0])[..], [Received::Joined(_)]));
+    assert!(matches!(bob.receive_now(&inbox[0])[..], [Received::Joined { .. }]));
+}
+
+#[test]
+fn each_single_flipped_bit_of_a_joining_leaves_the_real_one_good() {
+    let (mut bob, inbox) = bob_and_his_inbox();
+    for message in &inbox[..5] {
+        bob.receive_now(message);
+    }
+    let mut damaged = inbox[5].clone();
+    for bit in (0..damaged.len() * 8).step_by(11) {
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        let received = bob.receive_now(&damaged);
+        assert!(is_harmless(&received), "bit {bit}: {received:?}");
+        damaged[bit / 8] ^= 1 << (bit % 8);
+    }
+    assert!(matches!(bob.receive_now(&inbox[5])[..], [Received::Committed { .. }]));
+    assert_eq!(texts(&bob.receive_now(&inbox[6])), ["three"]);
 }

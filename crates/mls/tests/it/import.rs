@@ -5,12 +5,12 @@ use std::path::Path;
 use proptest::{prelude::*, sample::Index};
 use prost::Message as _;
 use qpq_mls::{
-    Client, ImportError,
+    Change, Client, Device, ImportError, Received,
     database::Database,
     vault::{self, VaultKey},
 };
 
-use crate::world::{Hear as _, content, now, texts};
+use crate::world::{ReceiveNow as _, content, now, texts};
 
 /// The part of a vault's content that is this crate's.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -43,10 +43,24 @@ fn conversations_of_an_earlier_release_go_on() {
     let direct = alice.direct(&bob.identity().public()).unwrap().unwrap();
     let message = alice.encrypt(direct, &content("after the import")).unwrap();
     // Bob has not read what alice wrote before.
-    assert_eq!(texts(&bob.hear(&message.payload)), ["after the import"]);
+    assert_eq!(texts(&bob.receive_now(&message.payload)), ["after the import"]);
     for group in bob.groups().unwrap() {
         let message = bob.encrypt(group.id, &content("and back")).unwrap();
-        assert_eq!(texts(&alice.hear(&message.payload)), ["and back"]);
+        assert_eq!(texts(&alice.receive_now(&message.payload)), ["and back"]);
+    }
+    // Groups of earlier releases change like any others, and get leaves of devices.
+    let device = Device::generate(bob.identity(), "laptop");
+    bob.set_device(device).unwrap();
+    for group in bob.groups().unwrap() {
+        assert_eq!(bob.joined_at(&group.id).unwrap(), Some(0));
+        let commit = bob.commit(group.id, &Change::default(), now()).unwrap().unwrap();
+        bob.confirm(group.id).unwrap();
+        let received = alice.receive_now(&commit.payload);
+        assert!(matches!(received[..], [Received::Committed { .. }]), "{received:?}");
+        let message = bob.encrypt(group.id, &content("as a device")).unwrap();
+        assert_eq!(texts(&alice.receive_now(&message.payload)), ["as a device"]);
+        let names: Vec<_> = alice.devices(&group.id).unwrap();
+        assert!(names.iter().any(|leaf| leaf.name() == "laptop"));
     }
 }
 

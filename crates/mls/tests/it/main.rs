@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+mod changes;
 mod conversations;
 mod crashes;
+mod devices;
 mod hostile;
 mod import;
+mod joining;
 mod order;
 mod world;

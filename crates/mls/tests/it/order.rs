@@ -2,7 +2,7 @@
 
 use qpq_mls::{Lost, Received};
 
-use crate::world::{ANN, BOB, CAT, DAN, Hear as _, World, is_lost, texts};
+use crate::world::{ANN, BOB, CAT, DAN, ReceiveNow as _, World, is_lost, texts};
 
 #[test]
 fn any_order_within_an_epoch_will_do() {
@@ -13,12 +13,12 @@ fn any_order_within_an_epoch_will_do() {
     // 7 is prime to 50: every message once, neighbours far apart.
     for step in 0..50 {
         let number = (step * 7 + 3) % 50;
-        let received = world.clients[BOB].hear(&sent[number]);
+        let received = world.clients[BOB].receive_now(&sent[number]);
         assert_eq!(texts(&received), [number.to_string()]);
         world.restart(BOB);
     }
     for message in &sent {
-        assert_eq!(world.clients[BOB].hear(message), [Received::Duplicate]);
+        assert_eq!(world.clients[BOB].receive_now(message), [Received::Duplicate]);
     }
 }
 
@@ -46,12 +46,12 @@ fn everything_may_come_twice() {
     let everything: Vec<_> = world.inboxes[BOB].drain(..).collect();
     assert_eq!(everything.len(), 4, "Welcome, message, commit, message");
     for message in &everything {
-        let first = world.clients[BOB].hear(message);
+        let first = world.clients[BOB].receive_now(message);
         assert!(!matches!(first[..], [Received::Duplicate | Received::Ignored(_)]), "{first:?}");
-        assert_eq!(world.clients[BOB].hear(message), [Received::Duplicate]);
+        assert_eq!(world.clients[BOB].receive_now(message), [Received::Duplicate]);
     }
     for message in &everything {
-        assert_eq!(world.clients[BOB].hear(message), [Received::Duplicate]);
+        assert_eq!(world.clients[BOB].receive_now(message), [Received::Duplicate]);
     }
 }
 
@@ -67,10 +67,10 @@ fn a_message_before_its_welcome_waits() {
     let welcome = world.inboxes[BOB].pop_front().unwrap();
     assert_eq!(world.deliver_all(BOB), [Received::Buffered, Received::Buffered]);
     world.restart(BOB);
-    let received = world.clients[BOB].hear(&welcome);
+    let received = world.clients[BOB].receive_now(&welcome);
     assert!(matches!(
         received[..],
-        [Received::Joined(_), Received::Message { .. }, Received::Message { .. }]
+        [Received::Joined { .. }, Received::Message { .. }, Received::Message { .. }]
     ));
     assert_eq!(texts(&received), ["one", "two"]);
 }
@@ -86,15 +86,19 @@ fn messages_and_commits_of_later_epochs_wait_for_the_commits_between() {
     let mut queue: Vec<_> = world.inboxes[BOB].drain(..).collect();
     let first_commit = queue.remove(0);
     for message in queue.iter().rev() {
-        assert_eq!(world.clients[BOB].hear(message), [Received::Buffered]);
-        assert_eq!(world.clients[BOB].hear(message), [Received::Duplicate], "it waits already");
+        assert_eq!(world.clients[BOB].receive_now(message), [Received::Buffered]);
+        assert_eq!(
+            world.clients[BOB].receive_now(message),
+            [Received::Duplicate],
+            "it waits already"
+        );
         world.restart(BOB);
     }
-    let received = world.clients[BOB].hear(&first_commit);
+    let received = world.clients[BOB].receive_now(&first_commit);
     assert_eq!(texts(&received), ["after cat", "after dan"]);
     assert_eq!(received.iter().filter(|r| matches!(r, Received::Committed { .. })).count(), 2);
     for message in &queue {
-        assert_eq!(world.clients[BOB].hear(message), [Received::Duplicate]);
+        assert_eq!(world.clients[BOB].receive_now(message), [Received::Duplicate]);
     }
 }
 
@@ -104,9 +108,8 @@ fn late_messages_are_read_for_ten_epochs_and_then_no_more() {
     let group = world.group(&[ANN, BOB]);
     let late: Vec<_> =
         (0..12).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
-    let cat = world.key(CAT);
     for (epochs, message) in late.iter().enumerate() {
-        let received = world.clients[BOB].hear(message);
+        let received = world.clients[BOB].receive_now(message);
         match epochs {
             0..=10 => assert_eq!(texts(&received), [epochs.to_string()], "{epochs} epochs late"),
             _ => assert!(is_lost(&received, Lost::NoKeys), "{received:?}"),
@@ -114,8 +117,7 @@ fn late_messages_are_read_for_ten_epochs_and_then_no_more() {
         if epochs % 2 == 0 {
             world.add(ANN, group, &[CAT]);
         } else {
-            let commit = world.clients[ANN].remove(group, &[cat]).unwrap();
-            world.post(&commit);
+            world.remove(ANN, group, &[CAT]);
         }
         world.deliver_all(BOB);
     }
@@ -127,16 +129,16 @@ fn a_late_message_of_a_removed_member_is_not_taken_for_its_successors() {
     let mut world = World::new(4);
     let group = world.group(&[ANN, BOB, CAT]);
     let bobs = world.encrypt(BOB, group, "bob was here");
-    let bob = world.key(BOB);
-    let commit = world.clients[ANN].remove(group, &[bob]).unwrap();
-    world.post(&commit);
+    world.remove(ANN, group, &[BOB]);
     world.add(ANN, group, &[DAN]);
     world.deliver_all(CAT);
     world.restart(CAT);
     world.deliver_all(DAN);
     world.say(DAN, group, "dan is here");
 
-    for (received, author) in [(world.clients[CAT].hear(&bobs), BOB), (world.deliver(CAT), DAN)] {
+    for (received, author) in
+        [(world.clients[CAT].receive_now(&bobs), BOB), (world.deliver(CAT), DAN)]
+    {
         let [Received::Message { sender, .. }] = &received[..] else { panic!("{received:?}") };
         assert_eq!(*sender, world.member(author));
     }

@@ -1,11 +1,11 @@
 //! A few clients, and in place of the server a queue for each and a directory of key packages.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
 use qpq_mls::{
-    Added, Arrival, Client, Content, GroupId, Identity, Invitee, Lost, Member, Parcel, Received,
-    database::Database,
+    Arrival, Change, Client, Commit, Content, Device, Error, GroupId, Identity, Lost, Member,
+    NewMember, Parcel, Received, Rules, database::Database,
 };
 
 pub(crate) const ANN: usize = 0;
@@ -20,13 +20,13 @@ pub(crate) fn now() -> UnixMillis {
     UnixMillis(u64::try_from(since_epoch.as_millis()).unwrap())
 }
 
-pub(crate) trait Hear {
+pub(crate) trait ReceiveNow {
     /// Receives a message that arrives now.
-    fn hear(&mut self, bytes: &[u8]) -> Vec<Received>;
+    fn receive_now(&mut self, bytes: &[u8]) -> Vec<Received>;
 }
 
-impl Hear for Client {
-    fn hear(&mut self, bytes: &[u8]) -> Vec<Received> {
+impl ReceiveNow for Client {
+    fn receive_now(&mut self, bytes: &[u8]) -> Vec<Received> {
         self.receive(bytes, Arrival { at: now(), channel: ChannelId::DEFAULT }).unwrap()
     }
 }
@@ -40,15 +40,18 @@ pub(crate) fn is_lost(received: &[Received], reason: Lost) -> bool {
     matches!(received, [Received::Unreadable(lost)] if lost.reason == reason)
 }
 
+/// Each client is a device. Those of one account share its identity, and each reads all that the
+/// account gets.
 pub(crate) struct World {
     pub(crate) clients: Vec<Client>,
     pub(crate) inboxes: Vec<VecDeque<Vec<u8>>>,
     names: Vec<Username>,
     packages: Vec<VecDeque<Vec<u8>>>,
-    index: BTreeMap<IdentityKey, usize>,
+    devices: BTreeMap<IdentityKey, Vec<usize>>,
 }
 
 impl World {
+    /// Creates accounts without devices.
     pub(crate) fn new(size: usize) -> Self {
         let names: Vec<Username> = ["ann", "bob", "cat", "dan"][..size]
             .iter()
@@ -56,14 +59,52 @@ impl World {
             .collect();
         let clients: Vec<Client> =
             names.iter().map(|name| client(Identity::generate(), name)).collect();
-        let index = clients.iter().enumerate().map(|(at, c)| (c.identity().public(), at)).collect();
+        let key = |client: &Client| client.identity().public();
+        let devices = clients.iter().enumerate().map(|(at, one)| (key(one), vec![at])).collect();
         Self {
             clients,
             names,
-            index,
+            devices,
             inboxes: vec![VecDeque::new(); size],
             packages: vec![VecDeque::new(); size],
         }
+    }
+
+    /// Creates accounts with one device each, named after it.
+    pub(crate) fn with_devices(size: usize) -> Self {
+        let mut world = Self::new(size);
+        for client in &mut world.clients {
+            let device = Device::generate(client.identity(), client.username().as_str());
+            client.set_device(device).unwrap();
+        }
+        world
+    }
+
+    /// Creates a further device of the account that `who` is a device of.
+    pub(crate) fn new_device(&mut self, who: usize, name: &str) -> usize {
+        let identity = self.clients[who].identity();
+        let device = Device::generate(identity, name);
+        let identity = Identity::from_seed(self.clients[who].identity().seed());
+        let place = self.clients.len();
+        self.devices.get_mut(&identity.public()).unwrap().push(place);
+        let mut new = client(identity, &self.names[who]);
+        new.set_device(device).unwrap();
+        self.clients.push(new);
+        self.names.push(self.names[who].clone());
+        self.inboxes.push(VecDeque::new());
+        self.packages.push(VecDeque::new());
+        place
+    }
+
+    /// Replaces a client by one of the same device that has lost everything else.
+    pub(crate) fn lose_state(&mut self, who: usize) {
+        let identity = Identity::from_seed(self.clients[who].identity().seed());
+        let device = self.clients[who].device().cloned();
+        self.clients[who] = client(identity, &self.names[who]);
+        if let Some(device) = device {
+            self.clients[who].set_device(device).unwrap();
+        }
+        self.packages[who].clear();
     }
 
     pub(crate) fn key(&self, who: usize) -> IdentityKey {
@@ -86,32 +127,79 @@ impl World {
         self.packages[who].pop_front().unwrap()
     }
 
-    pub(crate) fn try_add(
-        &mut self,
-        creator: usize,
-        group: GroupId,
-        who: &[usize],
-    ) -> Result<Added, qpq_mls::Error> {
-        let packages: Vec<_> = who.iter().map(|&who| self.package(who)).collect();
-        let invitees: Vec<Invitee<'_>> = who
-            .iter()
-            .zip(&packages)
-            .map(|(&who, key_package)| Invitee {
-                identity: self.clients[who].identity().public(),
-                username: &self.names[who],
-                key_package,
-            })
-            .collect();
-        self.clients[creator].add(group, &invitees, now())
+    /// The device `who`, with a package that the server gives out.
+    pub(crate) fn offer(&mut self, who: usize) -> NewMember {
+        let key_package = self.package(who);
+        NewMember { identity: self.key(who), username: self.names[who].clone(), key_package }
     }
 
-    /// Adds people and posts what comes of it.
-    pub(crate) fn add(&mut self, creator: usize, group: GroupId, who: &[usize]) {
-        let added = self.try_add(creator, group, who).unwrap();
-        if let Some(commit) = added.commit {
-            self.post(&commit);
+    /// The change that adds devices.
+    pub(crate) fn addition(&mut self, who: &[usize]) -> Change {
+        let add = who.iter().map(|&who| self.offer(who)).collect();
+        Change { add, ..Change::default() }
+    }
+
+    /// The change that removes accounts.
+    pub(crate) fn removal(&self, who: &[usize]) -> Change {
+        Change { remove: who.iter().map(|&who| self.key(who)).collect(), ..Change::default() }
+    }
+
+    /// The change that removes a device.
+    pub(crate) fn device_removal(&self, who: usize) -> Change {
+        let device = self.clients[who].device().map(Device::id);
+        Change { remove_devices: vec![(self.key(who), device)], ..Change::default() }
+    }
+
+    /// Creates a commit, and offers it to nobody.
+    pub(crate) fn create(
+        &mut self,
+        author: usize,
+        group: GroupId,
+        change: &Change,
+    ) -> Result<Option<Commit>, Error> {
+        self.clients[author].commit(group, change, now())
+    }
+
+    pub(crate) fn try_add(
+        &mut self,
+        author: usize,
+        group: GroupId,
+        who: &[usize],
+    ) -> Result<Option<Commit>, Error> {
+        let change = self.addition(who);
+        self.create(author, group, &change)
+    }
+
+    /// Commits a change that the server accepts, and posts what the commit consists of.
+    pub(crate) fn change(&mut self, author: usize, group: GroupId, change: &Change) -> Commit {
+        let commit = self.create(author, group, change).unwrap().expect("it changes something");
+        self.accept(author, &commit);
+        commit
+    }
+
+    /// Accepts a commit as the server does, and posts what it consists of. Returns the results of
+    /// its author.
+    pub(crate) fn accept(&mut self, author: usize, commit: &Commit) -> Vec<Received> {
+        let received = self.clients[author].confirm(commit.group).unwrap();
+        self.post_commit(commit);
+        received
+    }
+
+    pub(crate) fn post_commit(&mut self, commit: &Commit) {
+        self.post_to(&commit.recipients, &commit.payload);
+        if let Some(welcome) = &commit.welcome {
+            self.post_to(&commit.invited, welcome);
         }
-        self.post(&added.welcome);
+    }
+
+    pub(crate) fn add(&mut self, author: usize, group: GroupId, who: &[usize]) -> Commit {
+        let change = self.addition(who);
+        self.change(author, group, &change)
+    }
+
+    pub(crate) fn remove(&mut self, author: usize, group: GroupId, who: &[usize]) -> Commit {
+        let change = self.removal(who);
+        self.change(author, group, &change)
     }
 
     /// A group of `who`, made by the first of them; everyone has joined.
@@ -120,7 +208,7 @@ impl World {
         let group = self.clients[who[0]].create_group("friends", channel, now()).unwrap();
         self.add(who[0], group, &who[1..]);
         for &member in &who[1..] {
-            assert!(matches!(self.deliver(member)[..], [Received::Joined(_)]));
+            assert!(matches!(self.deliver(member)[..], [Received::Joined { .. }]));
         }
         group
     }
@@ -135,15 +223,31 @@ impl World {
     }
 
     pub(crate) fn post(&mut self, parcel: &Parcel) {
-        for recipient in &parcel.recipients {
-            self.inboxes[self.index[recipient]].push_back(parcel.payload.clone());
+        self.post_to(&parcel.recipients, &parcel.payload);
+    }
+
+    fn post_to(&mut self, recipients: &[IdentityKey], payload: &[u8]) {
+        for device in recipients.iter().flat_map(|recipient| &self.devices[recipient]) {
+            self.inboxes[*device].push_back(payload.to_vec());
         }
+    }
+
+    /// Receives a message that arrives now.
+    pub(crate) fn receive(&mut self, who: usize, bytes: &[u8]) -> Vec<Received> {
+        let arrival = Arrival { at: now(), channel: ChannelId::DEFAULT };
+        self.receive_at(who, bytes, arrival)
+    }
+
+    pub(crate) fn receive_at(&mut self, who: usize, bytes: &[u8], at: Arrival) -> Vec<Received> {
+        let has_other_devices = self.devices[&self.key(who)].len() > 1;
+        let rules = Rules { blocked: &BTreeSet::new(), joins: &|_| Ok(true), has_other_devices };
+        self.clients[who].receive_by(bytes, at, &rules).unwrap()
     }
 
     /// Delivers the oldest message in a client's inbox.
     pub(crate) fn deliver(&mut self, who: usize) -> Vec<Received> {
         let message = self.inboxes[who].pop_front().expect("something is in the inbox");
-        self.clients[who].hear(&message)
+        self.receive(who, &message)
     }
 
     /// Delivers everything in a client's inbox.

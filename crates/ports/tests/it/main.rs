@@ -1,7 +1,18 @@
-//! What the compiler cannot say of the conformance suite: a rule that the list in `conformance!`
-//! leaves out compiles, binds nobody, and would be missed by nobody.
+//! A rule of the conformance suite that is not in the list of `conformance!` compiles and is never
+//! run. The compiler cannot find that.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Returns the files of a directory and of those in it.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).expect("the areas").map(|entry| entry.expect("an area"));
+    let all = entries.map(|entry| entry.path());
+    all.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
 
 #[test]
 fn every_rule_of_the_conformance_suite_is_in_its_list() {
@@ -10,8 +21,7 @@ fn every_rule_of_the_conformance_suite_is_in_its_list() {
     let listed: BTreeSet<&str> =
         list.lines().filter_map(|line| line.trim().strip_suffix(',')).collect();
     let mut rules = 0;
-    for entry in fs::read_dir(&directory).expect("the areas") {
-        let path = entry.expect("an area").path();
+    for path in files(&directory) {
         if ["mod.rs", "bench.rs"].iter().any(|other| path.ends_with(other)) {
             continue;
         }
@@ -26,5 +36,5 @@ fn every_rule_of_the_conformance_suite_is_in_its_list() {
             rules += 1;
         }
     }
-    assert!(rules > 50, "only {rules} rules were found: they are written otherwise now");
+    assert!(rules > 100, "only {rules} rules were found: they are written otherwise now");
 }

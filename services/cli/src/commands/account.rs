@@ -6,8 +6,8 @@ use std::{
 };
 
 use qpq_client::{
-    CallError, Client, Error, Fingerprint, LogoutScope, Messenger, Options, Profile, ProfileError,
-    ProfileStatus, Trust, Username, fingerprint, methods, v1,
+    CallError, Client, Error, Fingerprint, LogoutScope, Messenger, NewAccount, Options, Profile,
+    ProfileError, ProfileStatus, Trust, Username, fingerprint, methods, v1,
 };
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
@@ -22,7 +22,7 @@ use crate::{
     unlock::Kept,
 };
 
-/// The report of a registration and of a login.
+/// The report of a registration, of a login, and of a device that was linked.
 #[derive(Debug, Serialize)]
 struct LoggedIn {
     event: &'static str,
@@ -50,6 +50,11 @@ impl Report for LoggedIn {
             "registered" => {
                 writeln!(out, "{} is registered on {server} and logged in.", style.bold(username))?
             }
+            "linked" => writeln!(
+                out,
+                "This device is linked to {} on {server} and logged in.",
+                style.bold(username)
+            )?,
             _ => writeln!(out, "{} is logged in on {server}.", style.bold(username))?,
         }
         if self.is_pinned_now {
@@ -78,7 +83,11 @@ impl Report for LoggedIn {
     }
 }
 
-pub(crate) async fn register(context: &Context, username: &Username) -> Result<(), CliError> {
+pub(crate) async fn register(
+    context: &Context,
+    username: &Username,
+    device: &str,
+) -> Result<(), CliError> {
     let dir = context.dir();
     let mut options = match Profile::read(&dir) {
         Ok(Profile { status: ProfileStatus::Registered, .. }) => return Err(exists(context)),
@@ -91,7 +100,8 @@ pub(crate) async fn register(context: &Context, username: &Username) -> Result<(
     let is_pinned_now = options.trust == Trust::FirstUse;
     options.trust = options.trust.settled(seen);
     let password = context.password.chosen(&context.output).await?;
-    let registering = Box::pin(Messenger::register(&dir, options, username, &password, None));
+    let account = NewAccount { username, password: &password, invite: None, device };
+    let registering = Box::pin(Messenger::register_account(&dir, options, account));
     let messenger = context.progress.during("registering", registering).await?;
     let reported = report(context, "registered", &messenger, is_pinned_now).await;
     opened::close(messenger).await;
@@ -113,20 +123,24 @@ pub(crate) async fn login(context: &Context) -> Result<(), CliError> {
         }
     };
     let messenger = context.progress.during("logging in", Box::pin(unlocking)).await?;
+    if messenger.is_revoked().await {
+        opened::close(messenger).await;
+        return Err(Error::DeviceRevoked.into());
+    }
     let reported = report(context, "logged_in", &messenger, false).await;
     opened::close(messenger).await;
     reported
 }
 
 /// Checks that the server is reachable and is the trusted one, before the user types a password.
-async fn meet(context: &Context, options: &Options) -> Result<Fingerprint, CliError> {
+pub(super) async fn meet(context: &Context, options: &Options) -> Result<Fingerprint, CliError> {
     let client = Client::new(options.clone()).map_err(CallError::from)?;
     let seen = context.progress.during("connecting", connect(&client)).await?;
     client.close().await;
     Ok(seen)
 }
 
-async fn report(
+pub(super) async fn report(
     context: &Context,
     event: &'static str,
     messenger: &Messenger,

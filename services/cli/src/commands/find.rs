@@ -70,6 +70,7 @@ mod tests {
             id: ConversationId::Group(GroupId::try_from(&[byte; 32][..]).unwrap()),
             kind: ConversationKind::Group {
                 name: name.into(),
+                admins: vec![creator.clone()],
                 creator,
                 members: 2,
                 membership: Membership::Member,

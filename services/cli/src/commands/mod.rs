@@ -2,6 +2,7 @@
 
 mod account;
 mod block;
+mod device;
 mod find;
 mod group;
 mod keys;
@@ -18,7 +19,7 @@ use self::{
     requests::Decision,
 };
 use crate::{
-    args::{Cli, Command, GroupCommand},
+    args::{Cli, Command},
     chat,
     compose::Context,
     error::CliError,
@@ -27,7 +28,9 @@ use crate::{
 /// Runs one command.
 pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliError> {
     match command {
-        Command::Register { username } => account::register(context, &username).await,
+        Command::Register { username, device } => {
+            account::register(context, &username, &device).await
+        }
         Command::Login => account::login(context).await,
         Command::Logout { all } => account::logout(context, all).await,
         Command::Whoami => account::whoami(context).await,
@@ -35,18 +38,8 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliEr
         Command::Dm { to, linger } => chat::dm(context, &to, linger).await,
         Command::Send { to, text } => message::send(context, &to, text).await,
         Command::Recv { follow, timeout } => message::recv(context, follow, timeout).await,
-        Command::Group(GroupCommand::Create { name, members }) => {
-            group::create(context, &name, &members).await
-        }
-        Command::Group(GroupCommand::Add { group, members }) => {
-            group::add(context, &group, &members).await
-        }
-        Command::Group(GroupCommand::Send { group, text }) => {
-            group::send(context, &group, text).await
-        }
-        Command::Group(GroupCommand::Leave { group }) => group::leave(context, &group).await,
-        Command::Group(GroupCommand::List) => group::list(context).await,
-        Command::Group(GroupCommand::Members { group }) => group::members(context, &group).await,
+        Command::Group(command) => group::run(context, command).await,
+        Command::Device(command) => device::run(context, command).await,
         Command::Keys { user, verified, accept } => {
             let changed = if accept { Changed::Accept } else { Changed::Refuse };
             let compared = if verified { Compared::Now } else { Compared::AsNoted };

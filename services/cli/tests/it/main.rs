@@ -6,6 +6,7 @@ mod account;
 mod block;
 mod chat;
 mod concurrent;
+mod device;
 mod docs;
 mod group;
 mod harness;

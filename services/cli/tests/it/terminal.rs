@@ -272,3 +272,32 @@ async fn requests_are_listed_and_decided_on_while_chatting() {
     assert_eq!(terminal.ends().await.0, Some(0));
     assert!(alice.json(&["requests"]).await.is_empty());
 }
+
+#[tokio::test]
+async fn a_new_device_is_linked_by_a_person_at_two_terminals() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    let laptop = world.person("alice-laptop");
+    let mut new = Terminal::start(&laptop, &["device", "link", "--name", "laptop", "alice"]);
+    new.shows("Password: ").await;
+    new.types(&format!("{PASSWORD}\r"));
+    new.shows("qpq device approve ").await;
+    new.shows("This device waits for 10 min").await;
+
+    let mut old = Terminal::start(&alice, &["device", "approve"]);
+    old.shows("Does the new device show ").await;
+    old.types("\r");
+    assert_eq!(old.ends().await.0, Some(0), "no is the answer unless it is yes");
+    assert_eq!(alice.json(&["device", "list"]).await.len(), 1);
+
+    let mut old = Terminal::start(&alice, &["device", "approve"]);
+    old.shows("? [y/N] ").await;
+    old.types("y\r");
+    old.shows("Password: ").await;
+    old.types(&format!("{PASSWORD}\r"));
+    old.shows(" is now a device of yours.").await;
+    assert_eq!(old.ends().await.0, Some(0));
+    new.shows("This device is linked to ").await;
+    assert_eq!(new.ends().await.0, Some(0));
+    assert_eq!(laptop.json(&["device", "list"]).await.len(), 2);
+}

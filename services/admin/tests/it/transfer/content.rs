@@ -84,6 +84,7 @@ impl Content {
                 _ => content.take(stores).await,
             }
         }
+        content.read_out_of_order(stores).await;
         content
     }
 
@@ -141,7 +142,11 @@ impl Content {
             assert_eq!(registered, DeviceRegistration::Registered);
         }
         stores.devices.revoke(self.people[0].1, REVOKED, self.now).await.unwrap();
-        // Read out of order, so that the device is done with single messages.
+    }
+
+    /// Reads out of order, so that a device is done with single messages. Comes last: a later read
+    /// would move the device's position past them.
+    async fn read_out_of_order(&mut self, stores: &Stores) {
         for channel in [1, 2] {
             let message = NewMessage {
                 recipient: self.people[0].0.identity,
@@ -154,7 +159,7 @@ impl Content {
         let reader = self.readers(0)[0];
         let read = ReadQuery { reader, view: View::Channel(ChannelId::new([2; 16])) };
         let ack = Ack { up_to: Some(Seq(u64::MAX >> 1)), ..Ack::default() };
-        assert_eq!(stores.inboxes.ack(read, ack, self.now).await.unwrap(), 1);
+        assert!(stores.inboxes.ack(read, ack, self.now).await.unwrap() > 0);
     }
 
     /// Creates a group of all accounts, with a commit and a payload that its inboxes share.

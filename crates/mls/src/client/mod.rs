@@ -1,14 +1,16 @@
-//! A client's MLS state, and what it does of its own accord: publish key packages, start groups,
-//! add, remove, send. What it does with what it receives is in [`crate::receive`].
+//! A client's MLS state. Creates KeyPackages, groups and messages.
+//!
+//! [`change`] has the changes of groups, [`crate::receive`] the processing of received messages.
+
+mod change;
 
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt,
-    time::Duration,
 };
 
-use qpq_domain::{ChannelId, IdentityKey, UnixMillis, Username};
+use qpq_domain::{ChannelId, DeviceId, IdentityKey, UnixMillis, Username};
 
 use zeroize::Zeroizing;
 
@@ -19,14 +21,16 @@ use crate::{
     error::Error,
     group::Group,
     identity::{Identity, read_username},
-    key_package::{self, Policy},
+    leaf::{Device, LeafSigner, MemberDevice},
     packages::{self, Use},
-    profile::{self, GroupId, GroupKind, Profile},
+    profile::{GroupId, GroupKind, Profile},
     received::Request,
     requests,
     summary::GroupSummary,
     tables, waiting,
 };
+
+pub use self::change::{Change, Commit, NewMember};
 
 /// One account's MLS state, in a [`Database`].
 ///
@@ -37,6 +41,7 @@ pub struct Client {
     pub(crate) database: Database,
     pub(crate) identity: Identity,
     pub(crate) username: Username,
+    pub(crate) device: Option<Device>,
     /// Groups in use.
     pub(crate) groups: BTreeMap<GroupId, Group>,
     /// Those of them that have changed since they were saved.
@@ -62,23 +67,6 @@ pub struct Parcel {
     pub payload: Vec<u8>,
 }
 
-/// The messages to send after members were added.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Added {
-    /// For those who were members before; `None` if there was nobody but us. To be sent first.
-    pub commit: Option<Parcel>,
-    /// For the new members.
-    pub welcome: Parcel,
-}
-
-/// A person to be added, as the directory names them, with a key package of theirs.
-#[derive(Debug, Clone, Copy)]
-pub struct Invitee<'a> {
-    pub identity: IdentityKey,
-    pub username: &'a Username,
-    pub key_package: &'a [u8],
-}
-
 impl Client {
     /// Creates an account's state in a database that has none.
     pub fn create(
@@ -91,7 +79,7 @@ impl Client {
         writer.raw(identity.seed());
         writer.bytes(name);
         database.put(tables::ACCOUNT, b"account", None, writer.written())?;
-        Ok(Self::assemble(database, identity, username))
+        Ok(Self::assemble(database, identity, username, None))
     }
 
     /// Creates an account's state that ends with the process.
@@ -108,20 +96,29 @@ impl Client {
         let mut reader = Reader::new(&row);
         let seed = Zeroizing::new(reader.array().map_err(damaged)?);
         let username = read_username(&mut reader).map_err(damaged)?;
-        Ok(Self::assemble(database, Identity::from_seed(&seed), username))
+        let device = database.get(tables::DEVICE, b"device")?;
+        let device = device.map(|row| read_device(&mut Reader::new(&row))).transpose();
+        let device = device.map_err(damaged)?;
+        Ok(Self::assemble(database, Identity::from_seed(&seed), username, device))
     }
 
-    fn assemble(database: &Database, identity: Identity, username: Username) -> Self {
+    fn assemble(
+        database: &Database,
+        identity: Identity,
+        username: Username,
+        device: Option<Device>,
+    ) -> Self {
         Self {
             database: database.clone(),
             identity,
             username,
+            device,
             groups: BTreeMap::new(),
             changed: BTreeSet::new(),
         }
     }
 
-    /// Writes what has changed to the database. To be called before its transaction ends.
+    /// Writes the changed groups to the database. To be called before its transaction ends.
     pub fn save(&mut self) -> Result<(), DatabaseError> {
         let me = self.identity.public();
         for id in std::mem::take(&mut self.changed) {
@@ -132,7 +129,7 @@ impl Client {
         Ok(())
     }
 
-    /// The database that holds the state.
+    /// Returns the database of the state.
     pub fn database(&self) -> &Database {
         &self.database
     }
@@ -145,6 +142,43 @@ impl Client {
         &self.username
     }
 
+    /// Returns this device; `None` while the account has no devices.
+    pub fn device(&self) -> Option<&Device> {
+        self.device.as_ref()
+    }
+
+    /// Signs as this device from now on. In groups that the account is in, its leaf changes with
+    /// the next commit of ours.
+    pub fn set_device(&mut self, device: Device) -> Result<(), DatabaseError> {
+        let mut writer = Writer::with_capacity(16 + 4 + device.name().len() + 32 + 64);
+        writer.raw(device.id().as_bytes());
+        writer.bytes(device.name().as_bytes());
+        writer.raw(device.seed());
+        writer.raw(device.proof());
+        self.database.put(tables::DEVICE, b"device", None, writer.written())?;
+        self.device = Some(device);
+        Ok(())
+    }
+
+    /// Returns the key and credential of new leaves of ours.
+    pub(crate) fn leaf(&self) -> LeafSigner {
+        match &self.device {
+            Some(device) => LeafSigner::of_device(device, &self.identity.public(), &self.username),
+            None => LeafSigner::of_account(&self.identity, &self.username),
+        }
+    }
+
+    /// Returns the key and credential of our leaf in a group, which may be older than our device.
+    fn signer_in(&self, group: &Group) -> LeafSigner {
+        let leaf = self.leaf();
+        match group.own_key() {
+            Some(key) if key != leaf.public() => {
+                LeafSigner::of_account(&self.identity, &self.username)
+            }
+            _ => leaf,
+        }
+    }
+
     /// Creates `count` KeyPackages for upload, each for one use and valid for 84 days.
     pub fn key_packages(
         &mut self,
@@ -152,15 +186,15 @@ impl Client {
         now: UnixMillis,
     ) -> Result<Vec<Vec<u8>>, DatabaseError> {
         packages::remove_expired(&self.database, now)?;
-        (0..count)
-            .map(|_| packages::make(&self.database, &self.identity, &self.username, Use::Once, now))
-            .collect()
+        let leaf = self.leaf();
+        (0..count).map(|_| packages::create(&self.database, &leaf, Use::Once, now)).collect()
     }
 
-    /// Makes the package that the server gives out when no other is left, good for 84 days. Earlier
-    /// ones keep working.
+    /// Creates a last-resort KeyPackage, valid for 84 days. Earlier ones remain usable.
+    ///
+    /// The server issues it when no other is left.
     pub fn last_resort_key_package(&mut self, now: UnixMillis) -> Result<Vec<u8>, DatabaseError> {
-        packages::make(&self.database, &self.identity, &self.username, Use::LastResort, now)
+        packages::create(&self.database, &self.leaf(), Use::LastResort, now)
     }
 
     /// Creates a direct conversation with `peer`, who is added next.
@@ -172,10 +206,10 @@ impl Client {
         if peer == me {
             return Err(Error::Yourself);
         }
-        self.make(Profile::direct(me, peer, now), now)
+        self.create_group_of(Profile::direct(me, peer, now), now)
     }
 
-    /// Makes a group of the given name, whose messages go to `channel`. Nobody is in it yet but us.
+    /// Creates a group whose only member is this account, and whose messages go to `channel`.
     pub fn create_group(
         &mut self,
         name: &str,
@@ -183,19 +217,20 @@ impl Client {
         now: UnixMillis,
     ) -> Result<GroupId, Error> {
         let creator = self.identity.public();
-        self.make(
+        self.create_group_of(
             Profile {
                 kind: GroupKind::Group { name: name.into() },
                 channel,
                 creator,
                 created_at: now,
+                admins: Vec::new(),
             },
             now,
         )
     }
 
-    fn make(&mut self, profile: Profile, now: UnixMillis) -> Result<GroupId, Error> {
-        let group = Group::make(&self.identity, &self.username, profile, now)?;
+    fn create_group_of(&mut self, profile: Profile, now: UnixMillis) -> Result<GroupId, Error> {
+        let group = Group::create(&self.leaf(), profile, now)?;
         let id = group.id();
         self.insert(group);
         Ok(id)
@@ -206,7 +241,7 @@ impl Client {
         self.groups.insert(group.id(), group);
     }
 
-    /// The group of this id, loaded if need be. The caller changes it.
+    /// Returns the group of an id, to be changed. Loads the group if it is not in use.
     pub(crate) fn load(&mut self, id: GroupId) -> Result<Option<&mut Group>, DatabaseError> {
         if let Entry::Vacant(place) = self.groups.entry(id) {
             let Some(group) = Group::load(&self.database, id)? else { return Ok(None) };
@@ -221,83 +256,6 @@ impl Client {
         if group.is_active() { Ok(group) } else { Err(Error::NoLongerMember) }
     }
 
-    fn created_by_us(&mut self, id: GroupId) -> Result<&mut Group, Error> {
-        let me = self.identity.public();
-        let group = self.active(id)?;
-        if group.profile().creator == me { Ok(group) } else { Err(Error::NotTheCreator) }
-    }
-
-    /// Adds people to a group that we made. See the crate's documentation on saving before sending.
-    ///
-    /// # Errors
-    /// The reason why one of them cannot be added. Then none is added.
-    pub fn add(
-        &mut self,
-        group: GroupId,
-        invitees: &[Invitee<'_>],
-        now: UnixMillis,
-    ) -> Result<Added, Error> {
-        let me = self.identity.public();
-        let identity = self.identity.clone();
-        let group = self.created_by_us(group)?;
-        if invitees.is_empty() {
-            return Err(Error::Nobody);
-        }
-        let before = group.members();
-        let mut keys: BTreeSet<_> = before.iter().map(|member| member.identity).collect();
-        let mut packages = Vec::with_capacity(invitees.len());
-        for invitee in invitees {
-            if !group.profile().admits(&invitee.identity) {
-                return Err(Error::DirectIsForTwo);
-            }
-            if !keys.insert(invitee.identity) {
-                return Err(Error::AlreadyMember(invitee.identity));
-            }
-            packages.push(open(invitee, now)?);
-            let is_group = matches!(group.profile().kind, GroupKind::Group { .. });
-            if is_group && expires_soon(invitee, now) {
-                return Err(Error::PackageTooOld(invitee.identity));
-            }
-        }
-        let (commit, welcome) = group.add(&identity, &packages)?;
-        let channel = group.profile().channel;
-        let others = others(&before, &me);
-        Ok(Added {
-            commit: (!others.is_empty()).then_some(Parcel {
-                recipients: others,
-                channel,
-                payload: commit,
-            }),
-            welcome: Parcel {
-                recipients: invitees.iter().map(|invitee| invitee.identity).collect(),
-                channel,
-                payload: welcome,
-            },
-        })
-    }
-
-    /// Removes people from a group that we made. The commit is for everyone, those removed too:
-    /// they learn of it so.
-    pub fn remove(&mut self, group: GroupId, members: &[IdentityKey]) -> Result<Parcel, Error> {
-        let me = self.identity.public();
-        let identity = self.identity.clone();
-        let group = self.created_by_us(group)?;
-        if members.is_empty() {
-            return Err(Error::Nobody);
-        }
-        let before = group.members();
-        for key in members {
-            if *key == me {
-                return Err(Error::Yourself);
-            }
-            if !before.iter().any(|member| member.identity == *key) {
-                return Err(Error::NotAMember(*key));
-            }
-        }
-        let payload = group.remove(&identity, members)?;
-        Ok(Parcel { recipients: others(&before, &me), channel: group.profile().channel, payload })
-    }
-
     /// Encrypts a message to everyone in a group. See the crate's documentation on saving before
     /// sending.
     pub fn encrypt(&mut self, group: GroupId, content: &Content) -> Result<Parcel, Error> {
@@ -310,40 +268,54 @@ impl Client {
         self.encrypt_bytes(group, &crate::content::could_not_read(&digests))
     }
 
-    /// Drops a group that another person created, and all its keys. What is still sent to it is
-    /// refused until its creator adds us again. Returns the message that asks the creator to remove
-    /// us, unless that has happened.
+    /// Drops a group and all its keys. Returns the message that asks the admins to remove us.
+    ///
+    /// Later messages to the group are refused until a member adds us again. There is no message if
+    /// we are no longer a member, or are the only one.
+    ///
+    /// # Errors
+    /// [`Error::LastAdmin`] where no other admin could remove us.
     pub fn leave(&mut self, id: GroupId) -> Result<Option<Parcel>, Error> {
         let group = self.group(&id)?.ok_or(Error::UnknownGroup)?;
-        if group.peer_of(&self.identity.public()).is_some() {
+        let me = self.identity.public();
+        if group.peer_of(&me).is_some() {
             return Err(Error::DirectIsForTwo);
         }
-        if group.creator == self.identity.public() {
-            return Err(Error::CreatorStays);
+        if group.active && group.members.len() > 1 && group.admins == [me] {
+            return Err(Error::LastAdmin);
         }
         let farewell = match self.encrypt_bytes(id, &crate::content::leaving()) {
-            Ok(parcel) => Some(Parcel { recipients: vec![group.creator], ..parcel }),
-            Err(Error::NoLongerMember | Error::CopyTooOld) => None,
+            Ok(parcel) => Some(parcel),
+            Err(Error::NoLongerMember | Error::CopyTooOld | Error::Alone) => None,
             Err(error) => return Err(error),
         };
-        self.forget(&id)?;
-        self.database.put(tables::LEFT, id.as_bytes(), None, b"")?;
+        self.forget_left(&id)?;
         Ok(farewell)
     }
 
+    /// Drops a group that this account has left, on this device or another.
+    pub(crate) fn forget_left(&mut self, id: &GroupId) -> Result<(), DatabaseError> {
+        match self.forget(id) {
+            Err(Error::Database(error)) => Err(error),
+            _ => self.database.put(tables::LEFT, id.as_bytes(), None, b""),
+        }
+    }
+
     fn encrypt_bytes(&mut self, id: GroupId, content: &[u8]) -> Result<Parcel, Error> {
-        let identity = self.identity.clone();
+        let me = self.identity.public();
         let skipped = self.skipped(&id)?;
         let group = self.active(id)?;
-        let recipients = others(&group.members(), &identity.public());
+        let recipients = recipients(group, &me);
         if recipients.is_empty() {
             return Err(Error::Alone);
         }
         if skipped > MAX_SKIPPED {
             return Err(Error::CopyTooOld);
         }
-        group.skip_keys(&identity, skipped)?;
-        let payload = group.encrypt(&identity, content)?;
+        let signer = self.signer_in(&self.groups[&id]);
+        let group = self.active(id)?;
+        group.skip_keys(&signer, &me, skipped)?;
+        let payload = group.encrypt(&signer, &me, content)?;
         let parcel = Parcel { recipients, channel: group.profile().channel, payload };
         if skipped > 0 {
             self.database.delete(tables::SKIPPED, id.as_bytes())?;
@@ -351,10 +323,10 @@ impl Client {
         Ok(parcel)
     }
 
-    /// Makes sure that none of our next `count` sending keys is used, in any group: they were used
-    /// by a later state, of which this is an older copy. Receivers allow for such gaps.
+    /// Skips our next `count` sending keys in every group.
     ///
-    /// Direct groups with a larger gap than receivers allow are retired.
+    /// A later state, of which this is an older copy, has used them. Receivers allow for such gaps.
+    /// Direct groups with a larger gap are retired.
     pub fn skip_keys(&mut self, count: u64) -> Result<(), DatabaseError> {
         let me = self.identity.public();
         for group in self.groups()?.into_iter().filter(|group| group.active) {
@@ -384,16 +356,16 @@ impl Client {
             .map_err(|_| DatabaseError::Damaged("a count is cut short".into()))
     }
 
-    /// Sends nothing to a direct group any more. It can still be read.
+    /// Excludes a direct group from sending. Its messages can still be read.
     pub fn retire(&mut self, group: &GroupId) -> Result<(), DatabaseError> {
         self.database.put(tables::RETIRED, group.as_bytes(), None, b"")
     }
 
-    /// The direct conversation to use with `peer`, if there is one that both are in.
+    /// Returns the direct group to send to with `peer`, if there is one that both are in.
     ///
-    /// If both started one at the same time there are two, which both can be read; each side finds
-    /// the same one here: the one made last, or of the smaller id. A peer that has lost its state
-    /// makes a new one, which wins so.
+    /// If both created one at the same time there are two, and both can be read. Each side finds
+    /// the same one here: the one created last, or of the smaller id. A peer that has lost its
+    /// state creates a new one, which is then used.
     pub fn direct(&self, peer: &IdentityKey) -> Result<Option<GroupId>, DatabaseError> {
         let mut groups = Vec::new();
         for group in self.direct_groups(peer)? {
@@ -409,7 +381,7 @@ impl Client {
             .map(|group| group.id))
     }
 
-    /// Every direct group with `peer`.
+    /// Returns every direct group with `peer`.
     pub fn direct_groups(&self, peer: &IdentityKey) -> Result<Vec<GroupSummary>, DatabaseError> {
         let saved = self.database.in_lane(tables::GROUPS, peer.as_bytes())?;
         let mut groups = self.overlay(&saved)?;
@@ -426,12 +398,23 @@ impl Client {
         row.map(|row| GroupSummary::parse(&row)).transpose()
     }
 
+    /// Returns every device that is in a group.
+    pub fn devices(&mut self, group: &GroupId) -> Result<Vec<MemberDevice>, DatabaseError> {
+        let Some(group) = self.load(*group)? else { return Ok(Vec::new()) };
+        Ok(group.leaves().into_iter().map(|(_, leaf)| leaf).collect())
+    }
+
+    /// Returns the first epoch that we were a member in.
+    pub fn joined_at(&mut self, group: &GroupId) -> Result<Option<u64>, DatabaseError> {
+        Ok(self.load(*group)?.map(|group| group.joined_at()))
+    }
+
     pub fn groups(&self) -> Result<Vec<GroupSummary>, DatabaseError> {
         let saved = self.database.all(tables::GROUPS)?;
         self.overlay(&saved)
     }
 
-    /// The summaries that were saved, and instead of them those of groups in use.
+    /// Returns the saved summaries, with those of groups in use in their place.
     fn overlay(&self, saved: &[Value]) -> Result<Vec<GroupSummary>, DatabaseError> {
         let mut groups = saved
             .iter()
@@ -483,36 +466,20 @@ impl Client {
     }
 }
 
-fn others(members: &[crate::Member], me: &IdentityKey) -> Vec<IdentityKey> {
-    members.iter().map(|member| member.identity).filter(|key| key != me).collect()
+/// Returns the recipients of our messages to a group.
+///
+/// These are the other accounts, and our own where it has other devices in the group.
+fn recipients(group: &Group, me: &IdentityKey) -> Vec<IdentityKey> {
+    let leaves = group.leaves();
+    let ours = leaves.iter().filter(|(_, leaf)| leaf.member.identity == *me).count();
+    let mut accounts = crate::group::accounts(leaves.iter().map(|(_, leaf)| leaf));
+    accounts.retain(|key| key != me || ours > 1);
+    accounts
 }
 
-/// What an invitee's key package must have left when it is used in a group: the longest that a
-/// commit waits in a member's inbox, by the default time to live, and a day. A member who reads the
-/// commit after the package's end cannot follow it.
-const MIN_LEFT: Duration = Duration::from_secs(31 * 24 * 3600);
-
-fn expires_soon(invitee: &Invitee<'_>, now: UnixMillis) -> bool {
-    let policy = Policy { suites: vec![packages::SUITE.into()], ..Policy::default() };
-    key_package::check(invitee.key_package, &policy, &[*invitee.identity.as_bytes()], now)
-        .is_ok_and(|checked| checked.not_after < now.plus(MIN_LEFT))
-}
-
-/// Checks that a key package is usable and its invitee's.
-fn open(invitee: &Invitee<'_>, now: UnixMillis) -> Result<openmls::prelude::KeyPackage, Error> {
-    let identity = invitee.identity;
-    let policy = Policy { suites: vec![packages::SUITE.into()], ..Policy::default() };
-    let bad = |reason| Error::BadPackage { identity, reason };
-    key_package::check(invitee.key_package, &policy, &[*identity.as_bytes()], now).map_err(bad)?;
-    let package = key_package::parse_verified(invitee.key_package).map_err(bad)?;
-    let leaf = package.leaf_node();
-    let member = crate::Member::read(leaf.signature_key().as_slice(), leaf.credential());
-    if member.is_none_or(|member| member.username != *invitee.username) {
-        return Err(Error::WrongName(identity));
-    }
-    let ours = openmls::prelude::ExtensionType::Unknown(profile::EXTENSION);
-    if !leaf.capabilities().extensions().contains(&ours) {
-        return Err(Error::Incompatible(identity));
-    }
-    Ok(package)
+fn read_device(reader: &mut Reader<'_>) -> Result<Device, Malformed> {
+    let id = DeviceId::new(reader.array()?);
+    let name = std::str::from_utf8(reader.bytes()?).map_err(|_| Malformed)?;
+    let seed = Zeroizing::new(reader.array()?);
+    Ok(Device::new(id, name, &seed, reader.array()?))
 }

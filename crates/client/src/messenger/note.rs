@@ -1,0 +1,185 @@
+//! Entries in the history for the results of received messages.
+
+use std::collections::BTreeSet;
+
+use qpq_domain::{IdentityKey, UnixMillis};
+use qpq_mls::{GroupChange, GroupId, Ignored, Lost, Member, Received};
+
+use super::{
+    log::{ConversationId, DeliveryState, Event},
+    send::MAX_TEXT,
+    state::State,
+};
+use crate::error::Error;
+
+/// Returns whether a message is from one of these people, or claims to be.
+pub(super) fn is_from(received: &Received, people: &BTreeSet<IdentityKey>) -> bool {
+    match received {
+        Received::Message { sender, .. } | Received::Asked { sender, .. } => {
+            people.contains(&sender.identity)
+        }
+        Received::Unreadable(lost) => {
+            lost.claimed_sender.is_some_and(|sender| people.contains(&sender))
+        }
+        _ => false,
+    }
+}
+
+/// Notes a received message in the history.
+pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Error> {
+    match received {
+        Received::Joined { group, by } => {
+            for member in &group.members {
+                state.people.claim(member.identity, &member.username)?;
+            }
+            state.count_stranger(&group)?;
+            state.forget_server_epoch(&group.id)?;
+            // A direct conversation begins with its first message.
+            if let conversation @ ConversationId::Group(_) = ConversationId::of(&group, &state.me())
+            {
+                state.log.push(Some(conversation), at, Event::Joined { by: by.identity })?;
+            }
+        }
+        Received::Requested(request) => state.announce(request, at)?,
+        Received::Message { sender, content, .. } if content.repeats.is_some() => {
+            let digest = content.repeats.expect("it was matched");
+            state.people.claim(sender.identity, &sender.username)?;
+            state.take_in_repeat(&sender, content, digest, at)?;
+        }
+        Received::Asked { group, sender, digests } => {
+            state.people.claim(sender.identity, &sender.username)?;
+            state.answer(group, &sender.identity, digests)?;
+        }
+        // Written on another device of this account.
+        Received::Message { group, sender, content, .. } if sender.identity == state.me() => {
+            let sent = Event::Sent { text: content.text, delivery: DeliveryState::Sent };
+            state.log.push(state.conversation_of(&group)?, at, sent)?;
+        }
+        Received::Message { group, sender, content, .. } => {
+            state.people.claim(sender.identity, &sender.username)?;
+            let size = content.text.len();
+            let event = if size <= MAX_TEXT {
+                let sent_at = UnixMillis(content.sent_at);
+                Event::Received { from: sender.identity, text: content.text, sent_at }
+            } else {
+                Event::Unreadable {
+                    from: Some(sender.identity),
+                    reason: format!("it has {size} bytes, the most is {MAX_TEXT}"),
+                }
+            };
+            state.log.push(state.conversation_of(&group)?, at, event)?;
+        }
+        Received::Committed { group, by, changes } => {
+            state.forget_server_epoch(&group)?;
+            let shown = if by.identity == state.me() { Shown::Already } else { Shown::NotYet };
+            state.note_changes(&group, &by, changes, at, shown)?;
+        }
+        Received::Buffered
+        | Received::Duplicate
+        | Received::Refused { .. }
+        | Received::Ignored(
+            Ignored::OwnMessage
+            | Ignored::AlreadyLeft
+            | Ignored::BeforeJoining
+            | Ignored::ForAnotherDevice,
+        ) => {}
+        // A message of this device, from before it joined its group again.
+        Received::Unreadable(lost) if state.was_sent_here(&lost.digest)? => {}
+        Received::Unreadable(lost) => {
+            if lost.reason == Lost::NoPackage {
+                state.replace_packages()?;
+            }
+            state.note_unreadable(&lost, at)?;
+        }
+        Received::Ignored(reason) => {
+            let event = Event::Unreadable { from: None, reason: reason.to_string() };
+            state.log.push(None, at, event)?;
+        }
+        // A kind of a later version of the MLS crate.
+        _ => {
+            let event = Event::Unreadable { from: None, reason: "not understood".to_owned() };
+            state.log.push(None, at, event)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a change is news to the person.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shown {
+    /// The person has changed this, here or on another device.
+    Already,
+    NotYet,
+}
+
+impl State {
+    /// Notes what a commit changed in a group.
+    pub(super) fn note_changes(
+        &mut self,
+        group: &GroupId,
+        by: &Member,
+        changes: Vec<GroupChange>,
+        at: UnixMillis,
+        shown: Shown,
+    ) -> Result<(), Error> {
+        let Some(conversation) = self.conversation_of(group)? else { return Ok(()) };
+        let is_direct = matches!(conversation, ConversationId::Direct(_));
+        for event in events(by.identity, &changes) {
+            // A direct conversation has the same two people from its first message on.
+            if is_direct && matches!(event, Event::Added { .. } | Event::Removed { .. }) {
+                continue;
+            }
+            match shown {
+                Shown::Already => self.log.push_own(conversation, at, event)?,
+                Shown::NotYet => self.log.push(Some(conversation), at, event)?,
+            };
+        }
+        for change in &changes {
+            match change {
+                GroupChange::Added(member) | GroupChange::DeviceAdded { member, .. } => {
+                    self.people.claim(member.identity, &member.username)?;
+                    if member.identity == self.me() {
+                        self.note_other_devices()?;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the entries for the changes of one commit. Members that are added or removed together
+/// are one entry.
+fn events(by: IdentityKey, changes: &[GroupChange]) -> Vec<Event<IdentityKey>> {
+    let (mut added, mut removed, mut promoted, mut demoted) = (vec![], vec![], vec![], vec![]);
+    for change in changes {
+        match change {
+            GroupChange::Added(member) => added.push(member.identity),
+            GroupChange::Removed(member) => removed.push(member.identity),
+            GroupChange::Promoted(member) => promoted.push(member.identity),
+            GroupChange::Demoted(member) => demoted.push(member.identity),
+            _ => {}
+        }
+    }
+    let lists = [
+        (!added.is_empty()).then_some(Event::Added { members: added }),
+        (!removed.is_empty()).then_some(Event::Removed { members: removed }),
+        (!promoted.is_empty()).then_some(Event::Promoted { members: promoted }),
+        (!demoted.is_empty()).then_some(Event::Demoted { members: demoted }),
+    ];
+    let single = changes.iter().filter_map(|change| match change {
+        GroupChange::DeviceAdded { member, name } => {
+            Some(Event::DeviceAdded { person: member.identity, device: name.clone() })
+        }
+        GroupChange::DeviceRemoved { member, name } => {
+            Some(Event::DeviceRemoved { person: member.identity, device: name.clone() })
+        }
+        GroupChange::Rejoined { member, name } => {
+            Some(Event::Rejoined { person: member.identity, device: name.clone() })
+        }
+        GroupChange::Renamed { name } => Some(Event::Renamed { by, name: name.clone() }),
+        _ => None,
+    });
+    lists.into_iter().flatten().chain(single).collect()
+}

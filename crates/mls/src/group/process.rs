@@ -1,0 +1,155 @@
+//! The effect of received messages on a group.
+
+use openmls::{
+    framing::errors::MessageDecryptionError,
+    group::{
+        ProcessMessageError, ProposalValidationError, StageCommitError, StagedCommit,
+        ValidationError,
+    },
+    prelude::{
+        ContentType, Credential, KeyPackageVerifyError, LeafNodeIndex, ProcessedMessage,
+        ProcessedMessageContent, ProtocolMessage, Sender,
+    },
+    treesync::errors::LeafNodeValidationError,
+};
+
+use super::{
+    Departed, Group,
+    rules::{self, Accepted, Before, Committer},
+};
+use crate::{
+    content::{Content, Said},
+    identity::Member,
+    leaf::MemberDevice,
+    received::{GroupChange, Ignored, Lost},
+};
+
+/// The effect of one message on a group.
+#[derive(Debug)]
+pub(crate) enum MessageEffect {
+    Message { sender: Member, content: Content },
+    Asked { sender: Member, digests: Vec<[u8; 32]> },
+    Leaving { sender: Member },
+    Committed { by: Member, changes: Vec<GroupChange> },
+    Lost(Lost),
+    Ignored(Ignored),
+}
+
+impl Group {
+    /// Processes a message of this group that is not of a future epoch.
+    pub(crate) fn process(&mut self, message: ProtocolMessage) -> MessageEffect {
+        if !self.is_active() {
+            return MessageEffect::Ignored(Ignored::NoLongerMember);
+        }
+        let (epoch, content_type) = (message.epoch().as_u64(), message.content_type());
+        if epoch < self.joined_at {
+            return MessageEffect::Ignored(Ignored::BeforeJoining);
+        }
+        if content_type != ContentType::Application && epoch < self.epoch() {
+            // Each epoch has one commit, and another was applied.
+            return MessageEffect::Ignored(Ignored::OldCommit);
+        }
+        let processed = match self.mls.process_message(&self.store, message) {
+            Ok(processed) => processed,
+            Err(error) => return unreadable(&error),
+        };
+        self.apply(processed).unwrap_or_else(MessageEffect::Ignored)
+    }
+
+    fn apply(&mut self, processed: ProcessedMessage) -> Result<MessageEffect, Ignored> {
+        let epoch = processed.epoch().as_u64();
+        let sender = processed.sender().clone();
+        let credential = processed.credential().clone();
+        match (processed.into_content(), sender) {
+            (ProcessedMessageContent::ApplicationMessage(message), Sender::Member(leaf)) => {
+                self.application_message(leaf, epoch, &credential, &message.into_bytes())
+            }
+            (ProcessedMessageContent::StagedCommitMessage(commit), Sender::Member(leaf)) => {
+                self.merge(Committer::Member(leaf), *commit)
+            }
+            (ProcessedMessageContent::StagedCommitMessage(commit), Sender::NewMemberCommit) => {
+                self.merge(Committer::Joiner, *commit)
+            }
+            (ProcessedMessageContent::OwnPrivateMessage, _) => Err(Ignored::OwnMessage),
+            (_, Sender::Member(_)) => Err(Ignored::NotAllowed),
+            _ => Err(Ignored::Invalid),
+        }
+    }
+
+    fn application_message(
+        &self,
+        leaf: LeafNodeIndex,
+        epoch: u64,
+        credential: &Credential,
+        bytes: &[u8],
+    ) -> Result<MessageEffect, Ignored> {
+        let has_departed = self.departed_as(leaf, epoch).is_some();
+        let sender = self
+            .sender(leaf, epoch)
+            .filter(|member| {
+                let claimed = MemberDevice::read(member.identity.as_bytes(), credential);
+                claimed.is_some_and(|claimed| claimed.member == *member)
+            })
+            .ok_or(Ignored::Invalid)?;
+        match Said::decode(bytes).ok_or(Ignored::UnknownContent)? {
+            Said::Text(content) => Ok(MessageEffect::Message { sender, content }),
+            Said::CouldNotRead(digests) => Ok(MessageEffect::Asked { sender, digests }),
+            Said::Leaving if has_departed => Err(Ignored::AlreadyLeft),
+            Said::Leaving => Ok(MessageEffect::Leaving { sender }),
+        }
+    }
+
+    fn merge(
+        &mut self,
+        committer: Committer,
+        commit: StagedCommit,
+    ) -> Result<MessageEffect, Ignored> {
+        let leaves = self.leaves();
+        let before = Before { id: &self.id, profile: &self.profile, leaves: &leaves };
+        let accepted = rules::judge(&before, committer, &commit)?;
+        // A commit of ours for the same epoch has lost.
+        self.discard_commit().map_err(|_| Ignored::Invalid)?;
+        let last_epoch = self.epoch();
+        self.mls.merge_staged_commit(&self.store, commit).map_err(|_| Ignored::Invalid)?;
+        Ok(self.applied(accepted, last_epoch))
+    }
+
+    /// Notes an accepted commit that openmls has applied.
+    pub(super) fn applied(&mut self, accepted: Accepted, last_epoch: u64) -> MessageEffect {
+        let Accepted { by, changes, removed, profile } = accepted;
+        self.departed.extend(removed.into_iter().map(|(leaf, device)| Departed {
+            leaf: leaf.u32(),
+            last_epoch,
+            member: device.member,
+        }));
+        self.forget_departed();
+        if let Some(profile) = profile {
+            self.profile = profile;
+        }
+        MessageEffect::Committed { by, changes }
+    }
+}
+
+pub(super) fn unreadable<E>(error: &ProcessMessageError<E>) -> MessageEffect {
+    use LeafNodeValidationError::Lifetime;
+    use MessageDecryptionError::{AeadError, SecretTreeError};
+    use ProposalValidationError::LeafNodeValidation;
+    let validation = match error {
+        ProcessMessageError::ValidationError(validation) => validation,
+        ProcessMessageError::InvalidCommit(StageCommitError::ProposalValidationError(
+            LeafNodeValidation(Lifetime(_)),
+        )) => return MessageEffect::Ignored(Ignored::LifetimeOver),
+        _ => return MessageEffect::Ignored(Ignored::Invalid),
+    };
+    match validation {
+        ValidationError::KeyPackageVerifyError(KeyPackageVerifyError::LifetimeError(_)) => {
+            MessageEffect::Ignored(Ignored::LifetimeOver)
+        }
+        // The keys were used, deleted, or are too far ahead. Which of them it is does not matter: a
+        // message that was here before was recognized by its digest.
+        ValidationError::UnableToDecrypt(SecretTreeError(_)) => MessageEffect::Lost(Lost::NoKeys),
+        ValidationError::UnableToDecrypt(AeadError) => MessageEffect::Lost(Lost::Undecryptable),
+        ValidationError::NoPastEpochData => MessageEffect::Lost(Lost::NoKeys),
+        _ => MessageEffect::Ignored(Ignored::Invalid),
+    }
+}
