@@ -25,7 +25,6 @@ use super::{
     state::{LEGACY_CURSOR, REPLACE_PACKAGES, State},
 };
 use crate::{
-    client::LogoutScope,
     error::{CallError, Error},
     link::Live,
     profile::{self, Task},
@@ -129,13 +128,7 @@ impl Messenger {
         let (mut keys, mut extent) = (NewKeys::NotNeeded, Extent::Part);
         let (mut after, mut newest, mut news) = (Seq::ZERO, None, false);
         for _ in 0..MAX_PAGES {
-            let (page, connection) = match self.peek(after).await {
-                Err(Error::DeviceRevoked) => {
-                    self.end_revoked().await?;
-                    return Err(Error::DeviceRevoked);
-                }
-                peeked => peeked?,
-            };
+            let (page, connection) = self.peek(after).await?;
             let more = page.more;
             if let Some(last) = page.payloads.last().map(|envelope| Seq(envelope.seq)) {
                 check_order(after, &page.payloads)?;
@@ -191,13 +184,6 @@ impl Messenger {
                 true => Error::DeviceRevoked,
                 false => error.into(),
             })
-    }
-
-    /// Ends the session of a device that was revoked.
-    async fn end_revoked(&self) -> Result<(), Error> {
-        let ended = self.client().logout(LogoutScope::ThisSession).await;
-        unless_final("logout", ended.map(drop).map_err(Error::from))?;
-        self.store().change(|state| Ok(state.set_token(None)?)).await
     }
 
     /// Acks on the connection of the Peek that returned these seqs: the server compares the history

@@ -19,7 +19,7 @@ pub(crate) enum DeviceCommand {
     Link {
         /// The account
         username: Username,
-        /// The name of this device, which the people that you write to see
+        /// The name of this device; people you write to see it
         #[arg(long)]
         name: String,
         /// The longest time to wait [default: 600]

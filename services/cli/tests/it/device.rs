@@ -187,7 +187,7 @@ async fn a_revoked_device_says_so_and_what_to_do() {
     assert_eq!(
         alice.ok(&["device", "revoke", "laptop"]).await,
         "laptop is revoked: its sessions have ended.\n\
-         It keeps what it has received. New messages do not reach it.\n"
+         It keeps the messages that it has received. New messages do not reach it.\n"
     );
     assert_eq!(names(&alice).await, ["first device"]);
 

@@ -60,8 +60,18 @@ impl Messenger {
         let number = self.store().change(move |state| Ok(state.add_change(operation)?)).await?;
         match self.run_changes(Some(number)).await? {
             // The Welcomes are in the outbox.
-            SendOutcome::Sent => self.outcome(self.flush_outbox().await, None).await,
+            SendOutcome::Sent => self.send_welcomes().await,
             other => Ok(other),
+        }
+    }
+
+    /// Sends what an accepted commit left in the outbox. Messages that are written meanwhile, also by
+    /// other processes, do not matter to the outcome.
+    async fn send_welcomes(&self) -> Result<SendOutcome, Error> {
+        match self.flush_outbox().await {
+            Ok(()) => Ok(SendOutcome::Sent),
+            Err(Error::Call(reason)) => Ok(SendOutcome::Queued(Some(reason))),
+            Err(error) => Err(error),
         }
     }
 
