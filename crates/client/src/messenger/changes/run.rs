@@ -65,8 +65,8 @@ impl Messenger {
         }
     }
 
-    /// Sends what an accepted commit left in the outbox. Messages that are written meanwhile, also by
-    /// other processes, do not matter to the outcome.
+    /// Sends what an accepted commit left in the outbox. Messages that are written meanwhile, also
+    /// by other processes, do not matter to the outcome.
     async fn send_welcomes(&self) -> Result<SendOutcome, Error> {
         match self.flush_outbox().await {
             Ok(()) => Ok(SendOutcome::Sent),
