@@ -141,7 +141,7 @@ pub(crate) enum Command {
     Register {
         /// 1 to 64 letters, digits and marks; case does not matter
         username: Username,
-        /// The name of this device; people you write to see it
+        /// What to call this device; others see it
         #[arg(long, value_name = "NAME", default_value = FIRST_DEVICE, hide_default_value = true)]
         device: String,
     },

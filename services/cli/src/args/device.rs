@@ -19,7 +19,7 @@ pub(crate) enum DeviceCommand {
     Link {
         /// The account
         username: Username,
-        /// The name of this device; people you write to see it
+        /// What to call this device; others see it
         #[arg(long)]
         name: String,
         /// The longest time to wait [default: 600]
@@ -46,8 +46,8 @@ pub(crate) enum DeviceCommand {
     },
     /// Revoke another device of yours: one that is lost, sold or stolen
     ///
-    /// Its sessions end, and your conversations remove it. It keeps the messages that it
-    /// has received, and the key of your account.
+    /// Its sessions end, and your conversations remove it. It keeps the messages that
+    /// it has received, and the key of your account.
     #[command(verbatim_doc_comment)]
     Revoke {
         /// The device's name, or the beginning of its id
