@@ -6,7 +6,8 @@
 //! | `state.db` (`-wal`, `-shm`) | everything secret, sealed value by value |
 //! | `state.vault` | the same as earlier releases kept it; imported and removed at the first unlock |
 //! | `lock` | shared by the processes that use the profile; one that registers has it alone |
-//! | `inbox.lock`, `outbox.lock`, `changes.lock` | held by the process that reads the inbox, sends, or changes groups |
+//! | `inbox.lock`, `outbox.lock` | held by the process that reads the inbox, or sends |
+//! | `changes.lock` | held by the process that changes groups |
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},

@@ -274,10 +274,10 @@ impl Report for Listed {
             0 => String::new(),
             many => format!(", {many} new"),
         };
-        let gone = if self.member { "" } else { ", you are no longer in it" };
+        let membership = if self.member { "" } else { ", you are no longer in it" };
         writeln!(
             out,
-            "{name}  {}, created by {creator}{news}{gone}  {}",
+            "{name}  {}, created by {creator}{news}{membership}  {}",
             text::count(*members, "member"),
             style.dim(format_args!("{id:.8}"))
         )
