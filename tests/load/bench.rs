@@ -15,7 +15,9 @@ use qpq_tests::{
 };
 
 use crate::{
-    echo, flat, floor,
+    echo,
+    fan_out::{self, CpuTimes, Subject},
+    flat, floor,
     modes::{self, Mode, Plan, Stage},
     open_loop::{closed_loop, open_loop},
 };
@@ -36,6 +38,9 @@ pub(crate) struct BenchArgs {
     /// The number of connections in `idle`.
     #[arg(long, default_value_t = 1_000)]
     connections: usize,
+    /// The number of members in `group`.
+    #[arg(long, default_value_t = 1_000)]
+    members: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -52,6 +57,10 @@ enum Part {
     Pair,
     /// Cost with many inboxes and with long inboxes.
     Flat,
+    /// Server CPU of an Enqueue to an account with four devices, compared with one reader.
+    Devices,
+    /// Server CPU of a message to a group, compared with single messages.
+    Group,
 }
 
 pub(crate) async fn bench(args: BenchArgs) -> anyhow::Result<()> {
@@ -79,6 +88,24 @@ pub(crate) async fn bench(args: BenchArgs) -> anyhow::Result<()> {
     if wanted(Part::Flat) {
         flatness(&args).await?;
     }
+    if wanted(Part::Devices) {
+        let mut figures = Series::default();
+        for _ in 0..args.repeats {
+            let server = start_server().await?;
+            server.as_subject().devices(args.duration(), &mut figures).await?;
+            server.server.stop().await?;
+        }
+        fan_out::print_devices(&figures);
+    }
+    if wanted(Part::Group) {
+        let mut figures = Series::default();
+        for _ in 0..args.repeats {
+            let server = start_server().await?;
+            server.as_subject().group(args.members, args.duration(), &mut figures).await?;
+            server.server.stop().await?;
+        }
+        fan_out::print_group(args.members, &figures);
+    }
     Ok(())
 }
 
@@ -89,6 +116,14 @@ struct Running {
     addr: SocketAddr,
     pin: Pin,
     dir: TempDir,
+}
+
+impl Running {
+    fn as_subject(&self) -> Subject<impl AsyncFn() -> anyhow::Result<CpuTimes>> {
+        let pid = self.server.pid();
+        let cpu = async move || Ok(vec![("server", cpu_time(pid)?.as_secs_f64() * 1e6)]);
+        Subject { addr: self.addr, pin: self.pin, cpu }
+    }
 }
 
 /// Starts a server with default settings, but without rate limits and with many connections per
@@ -371,15 +406,20 @@ pub(crate) enum Target {
 
 /// Measurements by name, in order.
 #[derive(Default)]
-pub(crate) struct Series(BTreeMap<&'static str, Vec<f64>>);
+pub(crate) struct Series(BTreeMap<String, Vec<f64>>);
 
 impl Series {
-    pub(crate) fn add(&mut self, name: &'static str, value: f64) {
-        self.0.entry(name).or_default().push(value);
+    pub(crate) fn add(&mut self, name: impl Into<String>, value: f64) {
+        self.0.entry(name.into()).or_default().push(value);
+    }
+
+    /// Prints the series that are parts of others: `whole, part`.
+    pub(crate) fn show_parts(&self) {
+        self.0.keys().filter(|name| name.contains(", ")).for_each(|name| self.show(name));
     }
 
     pub(crate) fn show(&self, name: &str) {
-        println!("  {name:<20} {}", spread(&self.0[name]));
+        println!("  {name:<26} {}", spread(&self.0[name]));
     }
 
     /// Prints both series and the ratio of each pair. Ratios are stable when the machine's speed
@@ -395,7 +435,7 @@ impl Series {
             Target::AtLeast(least) => (format!("≥ {least}"), median >= least),
         };
         println!(
-            "  {:<20} {}   target {bound}: {}\n",
+            "  {:<26} {}   target {bound}: {}\n",
             "ratio",
             spread(&ratios),
             if met { "met" } else { "MISSED" }

@@ -20,6 +20,7 @@ use qpq_tests::{
 
 use crate::{
     bench::{Series, Target},
+    fan_out::{self, CpuTimes, Subject},
     floor::own_cpu,
     modes::{self, Stage},
     open_loop::closed_loop,
@@ -39,6 +40,9 @@ pub(crate) struct ClusterArgs {
     /// Connections in `parked` and `drain`.
     #[arg(long, default_value_t = 10_000)]
     connections: usize,
+    /// The number of members in `group`.
+    #[arg(long, default_value_t = 1_000)]
+    members: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -51,6 +55,10 @@ enum Part {
     Pair,
     /// CPU per call with four edges compared with one, for the same load per edge and in total.
     Edges,
+    /// CPU of an Enqueue to an account with four devices, compared with one reader.
+    Devices,
+    /// CPU of a message to a group, compared with single messages.
+    Group,
     /// Memory of waiting FetchWait calls.
     Parked,
     /// Duration of the drain of many connections.
@@ -79,6 +87,22 @@ pub(crate) async fn bench(args: ClusterArgs) -> anyhow::Result<()> {
     if wanted(Part::Edges) {
         edges(&args).await?;
     }
+    if wanted(Part::Devices) {
+        let mut figures = Series::default();
+        for _ in 0..args.repeats {
+            let cluster = cluster(1).await?;
+            subject(&cluster).devices(args.duration(), &mut figures).await?;
+        }
+        fan_out::print_devices(&figures);
+    }
+    if wanted(Part::Group) {
+        let mut figures = Series::default();
+        for _ in 0..args.repeats {
+            let cluster = cluster(1).await?;
+            subject(&cluster).group(args.members, args.duration(), &mut figures).await?;
+        }
+        fan_out::print_group(args.members, &figures);
+    }
     if wanted(Part::Parked) {
         parked(&args).await?;
     }
@@ -106,6 +130,12 @@ async fn cluster(edges: usize) -> anyhow::Result<Cluster> {
     Cluster::start(plan).await
 }
 
+fn subject(cluster: &Cluster) -> Subject<impl AsyncFn() -> anyhow::Result<CpuTimes>> {
+    let entry_points = cluster.entry_points();
+    let cpu = async || Ok(Cpu::now(cluster).await?.each().to_vec());
+    Subject { addr: entry_points.addrs[0], pin: entry_points.pin, cpu }
+}
+
 async fn enqueue(args: &ClusterArgs) -> anyhow::Result<()> {
     for in_flight in [64, 256, 1_024] {
         let mut figures = Series::default();
@@ -128,11 +158,11 @@ async fn enqueue(args: &ClusterArgs) -> anyhow::Result<()> {
             for (name, cpu) in used.each() {
                 figures.add(name, cpu / messages);
             }
-            figures.add("all, CPU µs", used.total() / messages);
+            figures.add("all CPU µs", used.total() / messages);
             drop(stage);
             let floor =
                 Box::pin(floors(&cluster, in_flight, args.duration(), &mut figures)).await?;
-            figures.add("floors, CPU µs", floor);
+            figures.add("floors CPU µs", floor);
         }
         println!("Durable Enqueue of 1 KiB, {in_flight} in flight");
         for name in ["messages/s", "p50 ms", "p99 ms", "edge", "postgres", "redis", "nats"] {
@@ -141,7 +171,7 @@ async fn enqueue(args: &ClusterArgs) -> anyhow::Result<()> {
         for name in ["transactions/s alone", "transactions", "scripts", "echo"] {
             figures.show(name);
         }
-        figures.print("all, CPU µs", "floors, CPU µs", Target::AtMost(1.5));
+        figures.print("all CPU µs", "floors CPU µs", Target::AtMost(1.5));
     }
     Ok(())
 }

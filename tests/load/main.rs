@@ -14,6 +14,7 @@
 mod bench;
 mod cluster;
 mod echo;
+mod fan_out;
 mod flat;
 mod floor;
 mod modes;

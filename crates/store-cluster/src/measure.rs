@@ -13,7 +13,7 @@ use crate::{
     postgres::{self, ClusterMark, Database},
     redis::{
         Redis,
-        queue::{Freshness, QueueAnswer, QueueRead, Queued, ReaderId, State},
+        queue::{Freshness, Push, QueueAnswer, QueueRead, Queued, ReaderId, State},
     },
     time::Time,
 };
@@ -114,7 +114,9 @@ pub async fn pushes(
                     .await?;
                 }
                 messages += 1;
-                redis.push(&ReaderId::single(inbox), &STORE, &[queued(messages, payload)]).await?;
+                let messages = vec![queued(messages, payload)];
+                let push = Push { inbox, devices: None, view: View::All, messages };
+                redis.push(&STORE, &[push]).await?;
             }
             Ok(messages)
         });

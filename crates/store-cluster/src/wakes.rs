@@ -10,11 +10,7 @@
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
-use futures_util::{
-    StreamExt as _,
-    future::{BoxFuture, join_all},
-    stream,
-};
+use futures_util::{StreamExt as _, future::BoxFuture, stream};
 use parking_lot::Mutex;
 use qpq_domain::{IdentityKey, Seq, StoreId};
 use qpq_ports::{ReadQuery, Reader, StoreResult, View, Wake, Wakes};
@@ -33,7 +29,7 @@ use crate::{
     postgres::Database,
     redis::{
         Redis,
-        queue::{LeaseId, MAX_BYTES, Queued, REGISTERED, ReaderId, RegistrationId, VisiblePage},
+        queue::{LeaseId, MAX_BYTES, Push, Queued, REGISTERED, ReaderId, VisiblePage},
     },
 };
 
@@ -42,7 +38,7 @@ use crate::{
 const RENEW_AFTER: Duration = Duration::from_secs(60);
 const _: () = assert!(RENEW_AFTER.as_secs() < REGISTERED.as_secs());
 
-/// Concurrent updates of queues in Redis, of one batch.
+/// Concurrent calls of Redis for the queues of one batch.
 const PUSHES: usize = 64;
 /// Maximum bytes of a batch that are added to queues. A message of a MiB to all members of a large
 /// group would be gigabytes, most of them for queues that are not loaded.
@@ -139,67 +135,41 @@ impl WakeRegistry {
     /// Adds messages that were committed in a history to their queues, and wakes waiting edges.
     pub(crate) async fn push(&self, store_id: StoreId, inboxes: HashMap<IdentityKey, ToInbox>) {
         let bytes: usize = inboxes.values().map(ToInbox::bytes).sum();
-        stream::iter(inboxes)
-            .for_each_concurrent(PUSHES, |(inbox, mut accepted)| async move {
-                let view = common_view(&accepted.messages);
-                // A queue that misses a message is loaded again by the next read.
-                if bytes > PUSHED || accepted.bytes() as u64 > MAX_BYTES {
-                    accepted = ToInbox::default();
+        let push = |(inbox, mut accepted): (IdentityKey, ToInbox)| {
+            let view = common_view(&accepted.messages);
+            // A queue that misses a message is loaded again by the next read.
+            if bytes > PUSHED || accepted.bytes() as u64 > MAX_BYTES {
+                accepted.messages.clear();
+            }
+            Push { inbox, devices: accepted.devices, view, messages: accepted.messages }
+        };
+        let pushes = inboxes.into_iter().map(push).collect();
+        stream::iter(self.redis.calls(pushes))
+            .for_each_concurrent(PUSHES, |pushes| async move {
+                let mut waiting = known(self.redis.push(&store_id, &pushes).await).into_iter();
+                for push in &pushes {
+                    self.notify(&push.inbox, push.view, &waiting.next().unwrap_or_default());
                 }
-                let waiting = self.push_to(inbox, &store_id, &accepted).await;
-                self.notify(&inbox, view, waiting);
             })
             .await;
     }
 
-    /// Adds messages to the queue of each reader. Returns the edges that wait for the inbox.
-    async fn push_to(
-        &self,
-        inbox: IdentityKey,
-        store_id: &StoreId,
-        ToInbox { devices, messages }: &ToInbox,
-    ) -> StoreResult<Vec<String>> {
-        let single = ReaderId::single(inbox);
-        match devices.as_deref() {
-            None => self.redis.push(&single, store_id, messages).await,
-            // Registered so recently that the committer has not seen it. The single reader's queue
-            // gets nothing, and the edges that wait are those of the inbox.
-            Some([]) => self.redis.push(&single, store_id, &[]).await,
-            Some(devices) => {
-                let push = |registration: &RegistrationId| {
-                    let reader = ReaderId { inbox, registration: Some(*registration) };
-                    async move { self.redis.push(&reader, store_id, messages).await }
-                };
-                let mut answers = join_all(devices.iter().map(push)).await;
-                // Each of them is complete, and a failure concerns one queue.
-                let answered = answers.iter().position(Result::is_ok).unwrap_or_default();
-                answers.swap_remove(answered)
-            }
-        }
-    }
-
     /// Removes messages from their queue, ends their lease, and wakes waiting edges.
     pub(crate) async fn removed(&self, removal: &Removal) {
-        let waiting = self.redis.removed(removal).await;
-        self.notify(&removal.reader.inbox, removal.view, waiting);
+        let waiting = known(self.redis.removed(removal).await);
+        self.notify(&removal.reader.inbox, removal.view, &waiting);
     }
 
     /// Ends a lease and wakes waiting edges, since its messages are visible again.
     pub(crate) async fn release(&self, reader: &ReaderId, lease: &LeaseId, seqs: &[Seq]) {
-        let waiting = self.redis.released(reader, lease, seqs).await;
-        self.notify(&reader.inbox, View::All, waiting);
+        let waiting = known(self.redis.released(reader, lease, seqs).await);
+        self.notify(&reader.inbox, View::All, &waiting);
     }
 
-    /// Wakes the edges that wait for a view of the inbox. Without an answer of Redis these are
-    /// unknown, and other edges find the change with their next poll.
-    fn notify(&self, inbox: &IdentityKey, view: View, waiting: StoreResult<Vec<String>>) {
-        match waiting {
-            Ok(edges) => {
-                for edge in edges.iter().filter(|edge| **edge != *self.edge.0) {
-                    self.bus.wake(edge, *inbox, view);
-                }
-            }
-            Err(error) => tracing::debug!(%error, "redis missed a change of an inbox"),
+    /// Wakes the edges that wait for a view of the inbox, and the calls here.
+    fn notify(&self, inbox: &IdentityKey, view: View, waiting: &[String]) {
+        for edge in waiting.iter().filter(|edge| **edge != *self.edge.0) {
+            self.bus.wake(edge, *inbox, view);
         }
         self.wake_here(inbox, view, "local");
     }
@@ -323,6 +293,15 @@ impl Table {
             }
         }
     }
+}
+
+/// Returns the edges that wait. Without an answer of Redis these are unknown, and they find the
+/// change with their next poll.
+fn known<T>(waiting: StoreResult<Vec<T>>) -> Vec<T> {
+    waiting.unwrap_or_else(|error| {
+        tracing::debug!(%error, "redis missed a change of an inbox");
+        Vec::new()
+    })
 }
 
 /// The channel that the messages are all in, or all channels.

@@ -140,7 +140,7 @@ const BATCH: i64 = 1_000;
 pub(crate) async fn fill_skeletons(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     loop {
         let unknown: Vec<(i64, String)> = sqlx::query_as(
-            "SELECT id, username FROM account WHERE skeleton IS NULL ORDER BY id LIMIT ?1",
+            "SELECT id, username FROM account WHERE skeleton IS NULL ORDER BY id LIMIT +?1",
         )
         .bind(BATCH)
         .fetch_all(&mut *connection)

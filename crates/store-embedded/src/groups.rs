@@ -131,7 +131,7 @@ const PAGE: &str = "
     SELECT m.id, a.identity, a.username, m.role, m.joined_at
       FROM group_member m INDEXED BY group_member_joined
            CROSS JOIN account a ON a.id = m.account
-     WHERE m.group_id = ?1 AND m.id > ?2 ORDER BY m.id LIMIT ?3";
+     WHERE m.group_id = ?1 AND m.id > ?2 ORDER BY m.id LIMIT +?3";
 
 #[cfg(test)]
 pub(crate) fn statements() -> impl Iterator<Item = &'static str> {

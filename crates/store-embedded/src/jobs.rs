@@ -39,12 +39,12 @@ const DUE: &str = "
     SELECT id FROM (
         SELECT id, run_at, 0 AS astray FROM (
             SELECT id, run_at FROM job WHERE kind = ?1 AND died_at IS NULL AND run_at <= ?2
-             ORDER BY run_at, id LIMIT ?4)
+             ORDER BY run_at, id LIMIT +?4)
         UNION ALL
         SELECT id, run_at, 1 FROM (
             SELECT id, run_at FROM job WHERE kind = ?1 AND died_at IS NULL AND run_at > ?3
-             ORDER BY run_at, id LIMIT ?4))
-     ORDER BY astray, run_at, id LIMIT ?4";
+             ORDER BY run_at, id LIMIT +?4))
+     ORDER BY astray, run_at, id LIMIT +?4";
 const CLAIM: &str = "
     UPDATE job SET run_at = ?2, claim = ?3, again_at = NULL, attempts = attempts + 1 WHERE id = ?1
     RETURNING payload, attempts";
@@ -90,7 +90,7 @@ const STATS: &str = "
 
 const DEAD: &str = "
     SELECT id, kind, attempts, died_at, last_error FROM job WHERE died_at IS NOT NULL
-     ORDER BY died_at DESC, id DESC LIMIT ?1";
+     ORDER BY died_at DESC, id DESC LIMIT +?1";
 const RETRY_DEAD: &str = "
     UPDATE job SET run_at = ?2, died_at = NULL, again_at = NULL, attempts = 0
      WHERE id = ?1 AND died_at IS NOT NULL AND NOT EXISTS (

@@ -448,10 +448,10 @@ impl Statement for SweepKeyPackages {
         let mut rows = 0;
         for sql in [
             "DELETE FROM key_package WHERE id IN (
-                 SELECT id FROM key_package WHERE not_after < ?1 ORDER BY not_after LIMIT ?2)",
+                 SELECT id FROM key_package WHERE not_after < ?1 ORDER BY not_after LIMIT +?2)",
             "DELETE FROM key_package_given WHERE (owner, fingerprint) IN (
                  SELECT owner, fingerprint FROM key_package_given
-                  WHERE not_after < ?1 ORDER BY not_after LIMIT ?2)",
+                  WHERE not_after < ?1 ORDER BY not_after LIMIT +?2)",
         ] {
             rows += sqlx::query(sql)
                 .bind(millis(self.now))

@@ -8,6 +8,8 @@
 //!   counts or scans (`migrations/0001_init.sql`, `messages`).
 //! - Leases, wakes, rate limits and the session cache are in memory (`memory`): this process is the
 //!   only one.
+//! - A parameter of LIMIT is written `+?`. SQLite plans with the value of a bare parameter there,
+//!   and compiles the statement again for each value.
 //!
 //! Modules import from rows above their own, or from their row without a circle:
 //!

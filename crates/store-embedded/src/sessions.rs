@@ -163,7 +163,7 @@ impl Statement for SweepSessions {
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<u64>> {
         let rows = sqlx::query(
             "DELETE FROM session WHERE token IN (
-                 SELECT token FROM session WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)
+                 SELECT token FROM session WHERE expires_at <= ?1 ORDER BY expires_at LIMIT +?2)
              RETURNING token",
         )
         .bind(millis(self.now))

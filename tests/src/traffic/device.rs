@@ -1,5 +1,7 @@
 //! Devices of the inboxes: those that read until the end, and those that come and go.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use qpq_domain::StoreId;
 use qpq_proto::{
@@ -7,14 +9,14 @@ use qpq_proto::{
     v1,
 };
 use rand::Rng as _;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::{IDLE, Reader, WAIT, has_devices, party::Party, store_id, streams};
 use crate::{
     accounts::{self, Account},
     client::Client,
     cluster::Cluster,
-    roaming::{CallOutcome, call_on},
+    roaming::{CallOutcome, PATIENCE, call_on},
 };
 
 /// The ids of the devices that stay.
@@ -43,6 +45,24 @@ pub(super) async fn readers(
         }
     }
     Ok(readers)
+}
+
+/// The pages that a device has read in one history of the store.
+#[derive(Debug, Default)]
+struct DeviceReads {
+    store: Option<StoreId>,
+    pages: Vec<Vec<u64>>,
+}
+
+impl DeviceReads {
+    /// Returns the first seq that is missing between two others.
+    fn missing(&self) -> Option<u64> {
+        let seqs: BTreeSet<u64> = self.pages.iter().flatten().copied().collect();
+        seqs.iter()
+            .zip(seqs.iter().skip(1))
+            .find(|(one, next)| *one + 1 < **next)
+            .map(|(one, _)| one + 1)
+    }
 }
 
 fn registration(device: [u8; 16]) -> v1::RegisterDeviceRequest {
@@ -103,11 +123,18 @@ impl Party {
         }
     }
 
-    /// Reads as a device. Reads of one history follow one another without a gap: every message
-    /// since the registration is for every device.
+    /// Reads as a device, until it has no gap: every message since the registration is for every
+    /// device. A gap may last as long as the lease of an edge that was killed.
+    ///
+    /// Ends at a lost answer, because its messages may be removed, and at a change of the history,
+    /// because the new history may lack some of the device's reads and have later ones.
     async fn read_without_gaps(&mut self, token: &Bytes, device: [u8; 16], registered_in: StoreId) {
-        let mut last: Option<(StoreId, u64)> = None;
-        for _ in 0..self.random.gen_range(READS) {
+        let mut reads = DeviceReads::default();
+        let mut left = self.random.gen_range(READS);
+        let deadline = Instant::now() + PATIENCE;
+        while reads.missing().is_some() || (left > 0 && !self.state.stopped()) {
+            left = left.saturating_sub(1);
+            assert!(Instant::now() < deadline, "a device misses messages: {reads:?}");
             let request = v1::FetchWaitRequest {
                 timeout_ms: WAIT.as_millis() as u64 / 4,
                 limit: self.random.gen_range(0..150),
@@ -129,27 +156,13 @@ impl Party {
                     self.roamer.pause().await;
                     continue;
                 }
-                // What the answer had may have been removed. What follows is again without a gap.
-                CallOutcome::Lost(_) => {
-                    last = None;
-                    continue;
-                }
+                CallOutcome::Lost(_) => return,
             };
             let store = store_id(&response.store_id);
-            let seqs: Vec<u64> = response.payloads.iter().map(|envelope| envelope.seq).collect();
-            assert!(seqs.is_sorted_by(|one, next| one + 1 == *next), "a gap in a page: {seqs:?}");
-            let (Some(first), Some(newest)) = (seqs.first(), seqs.last()) else { continue };
-            if let Some((known, seq)) = last
-                && known == store
-            {
-                // The messages of the last answer come again if the edge ended before it knew that
-                // the client has them.
-                assert!(*first <= seq + 1, "a device missed messages: {first} after {seq}");
-            }
-            last = Some((store, *newest));
-            if self.state.stopped() {
+            if *reads.store.get_or_insert(store) != store {
                 return;
             }
+            reads.pages.push(response.payloads.iter().map(|envelope| envelope.seq).collect());
         }
     }
 

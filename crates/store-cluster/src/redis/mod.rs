@@ -57,6 +57,11 @@ impl Redis {
         format!("{}:{name}", self.namespace)
     }
 
+    /// Whether all keys of a call must be in one slot.
+    fn has_slots(&self) -> bool {
+        matches!(self.link, Link::Cluster(_))
+    }
+
     /// Runs a script; `op` is its label in metrics.
     pub(crate) async fn script<T: FromRedisValue>(
         &self,

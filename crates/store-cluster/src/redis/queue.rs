@@ -39,6 +39,8 @@
 //! which no code reads any more. It shares leases and waiters, so that edges of both releases
 //! neither show a message twice at a time nor fail to wake each other's readers.
 
+mod push;
+
 use std::{sync::LazyLock, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -46,21 +48,18 @@ use qpq_domain::{ChannelId, IdentityKey, Seq, StoreId, UnixMillis};
 use qpq_ports::{Envelope, Page, PageLimit, StoreError, StoreResult, View};
 use redis::{Cmd, Script, Value};
 
+pub(crate) use self::push::Push;
 use super::Redis;
 use crate::{effects::Removal, error::NeverWritten};
 
 /// Maximum messages, and bytes of members, of an inbox that is loaded.
 pub(crate) const MAX_MESSAGES: u64 = 256;
 pub(crate) const MAX_BYTES: u64 = 512 << 10;
-/// Bytes pushed to a queue before it is dropped, to be loaded with a new count: removals do not
-/// reduce the count.
-const BYTES_PUSHED: u64 = 4 << 20;
 /// Time for which a queue stays loaded after the last read.
 const LOADED: Duration = Duration::from_secs(15 * 60);
 /// Time for which an edge stays registered as waiting. A call that waits longer reads again before.
 pub(crate) const REGISTERED: Duration = Duration::from_secs(90);
 
-static PUSH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/push.lua")));
 static READ: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/read.lua")));
 static LOAD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/load.lua")));
 static CLAIM: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/claim.lua")));
@@ -194,22 +193,6 @@ pub(crate) struct Claimed {
 }
 
 impl Redis {
-    /// Adds messages that were committed in a history to the queue, if that is loaded and of the
-    /// same one. Answers who waits for the inbox.
-    pub(crate) async fn push(
-        &self,
-        reader: &ReaderId,
-        store_id: &StoreId,
-        messages: &[Queued],
-    ) -> StoreResult<Vec<String>> {
-        let mut args = vec![history(store_id), number(MAX_MESSAGES), number(BYTES_PUSHED)];
-        for message in messages {
-            args.push(number(message.envelope.seq.0));
-            args.push(message.encode());
-        }
-        self.script("push", &PUSH, &self.keys(reader, ["m2", "q2", WAITERS]), &args).await
-    }
-
     /// The first messages of the view, if the queue shows an acceptable state.
     pub(crate) async fn read(&self, look: QueueRead<'_>) -> StoreResult<QueueAnswer> {
         let QueueRead { reader, view, state, accept, after, limit, now, term, edge } = look;
@@ -387,9 +370,16 @@ impl Queued {
     /// seq (8) ‖ expires_at (8) ‖ enqueued_at (8) ‖ length of channel (1) ‖ channel ‖ payload,
     /// big-endian. `read.lua` reads all but the payload.
     fn encode(&self) -> Bytes {
-        let Envelope { seq, channel, payload, enqueued_at } = &self.envelope;
+        let mut member = BytesMut::with_capacity(41 + self.envelope.payload.len());
+        self.put_prefix(&mut member);
+        member.put_slice(&self.envelope.payload);
+        member.freeze()
+    }
+
+    /// Writes the member up to its payload.
+    fn put_prefix(&self, member: &mut BytesMut) {
+        let Envelope { seq, channel, enqueued_at, .. } = &self.envelope;
         let channel = channel.as_bytes();
-        let mut member = BytesMut::with_capacity(25 + channel.len() + payload.len());
         member.put_u64(seq.0);
         // Beyond what Lua's numbers can tell apart; and the year 287 396 is as good as any later
         // one.
@@ -397,8 +387,6 @@ impl Queued {
         member.put_u64(enqueued_at.0);
         member.put_u8(u8::try_from(channel.len()).expect("0 or 16"));
         member.put_slice(channel);
-        member.put_slice(payload);
-        member.freeze()
     }
 
     fn decode(member: &[u8]) -> Option<Self> {

@@ -57,7 +57,7 @@ const REMEMBER: &str = "
 
 const FORGET: &str = "
     DELETE FROM group_commit WHERE rowid IN (
-        SELECT rowid FROM group_commit WHERE committed_at <= ?1 ORDER BY committed_at LIMIT ?2)";
+        SELECT rowid FROM group_commit WHERE committed_at <= ?1 ORDER BY committed_at LIMIT +?2)";
 
 #[cfg(test)]
 pub(super) const STATEMENTS: [&str; 7] =

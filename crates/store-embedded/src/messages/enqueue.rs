@@ -107,11 +107,11 @@ const OF_SENDER: &str = "
     SELECT count(*) AS messages, coalesce(sum(size), 0) AS bytes
       FROM (SELECT size FROM (SELECT size FROM message
                                WHERE inbox = ?1 AND sender = ?2 AND message_id IS NOT NULL
-                                 AND +expires_at > ?4 LIMIT ?3)
+                                 AND +expires_at > ?4 LIMIT +?3)
             UNION ALL
             SELECT size FROM (SELECT size FROM message
                                WHERE inbox = ?1 AND sender = ?2 AND message_id IS NULL
-                                 AND +expires_at > ?4 LIMIT ?3))";
+                                 AND +expires_at > ?4 LIMIT +?3))";
 
 /// Counts the messages of an inbox that have not expired: ?1 inbox, ?2 now.
 const ALIVE: &str = "

@@ -38,7 +38,7 @@ macro_rules! snapshot {
                       OR NOT EXISTS (SELECT 1 FROM device_done d
                                       WHERE d.inbox = m.inbox AND d.seq = m.seq
                                         AND d.device = r.device))
-              WHERE a.identity = ?1 ORDER BY m.seq LIMIT ?4"
+              WHERE a.identity = ?1 ORDER BY m.seq LIMIT +?4"
         )
     };
 }

@@ -223,14 +223,14 @@ static ALL_UNREAD: Statements = statements!("inbox = ?3 AND seq > ?4 AND seq <= 
 // ?3 inbox, ?4 rows, ?5 sender and ?6 message id of one more message. The index by channel has all
 // columns of the condition; the index by expiry would visit other inboxes.
 static EXPIRED: Statements = statements!(
-    "(id IN (SELECT id FROM message WHERE inbox = ?3 AND +expires_at <= ?1 LIMIT ?4)
+    "(id IN (SELECT id FROM message WHERE inbox = ?3 AND +expires_at <= ?1 LIMIT +?4)
       OR id = (SELECT id FROM message
                 WHERE inbox = ?3 AND sender = ?5 AND message_id = ?6 AND +expires_at <= ?1))"
 );
 
 // ?3 rows.
 static ANY_EXPIRED: Statements = statements!(
-    "id IN (SELECT id FROM message WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?3)"
+    "id IN (SELECT id FROM message WHERE expires_at <= ?1 ORDER BY expires_at LIMIT +?3)"
 );
 
 const NEXT_EXPIRY: &str = "
@@ -240,7 +240,7 @@ const NEXT_EXPIRY: &str = "
 const FORGET: &str = "
     DELETE FROM recent_id WHERE (inbox, sender, message_id) IN (
         SELECT inbox, sender, message_id FROM recent_id
-         WHERE forget_at <= ?1 ORDER BY forget_at LIMIT ?2)";
+         WHERE forget_at <= ?1 ORDER BY forget_at LIMIT +?2)";
 
 #[cfg(test)]
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
