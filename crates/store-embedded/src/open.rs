@@ -78,6 +78,8 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .pragma("journal_size_limit", "67108864")
         // Temporary tables of an insert.
         .pragma("temp_store", "memory")
+        // All statements of the writer stay compiled. The inserts of messages alone are 66.
+        .statement_cache_capacity(256)
         .disable_statement_logging()
 }
 
