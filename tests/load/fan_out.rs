@@ -5,7 +5,6 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use qpq_proto::{
     methods::{AddMembers, BatchEnqueue, CreateChannel, Peek, RegisterDevice},
     v1,
@@ -176,16 +175,14 @@ async fn create_group(stage: &Stage) -> anyhow::Result<Bytes> {
     let token = Some(&creator.token[..]);
     let request = v1::CreateChannelRequest { name: "bench".into(), ..Default::default() };
     let created = stage.client(0).must::<CreateChannel>(&request, token).await?;
-    stream::iter(others.chunks(ADDED_AT_ONCE).map(anyhow::Ok))
-        .try_for_each(|some| {
-            let request = v1::AddMembersRequest {
-                channel_id: created.channel_id.clone(),
-                member_keys: some.iter().map(|account| account.identity.clone()).collect(),
-                ..Default::default()
-            };
-            async move { stage.client(0).must::<AddMembers>(&request, token).await.map(drop) }
-        })
-        .await?;
+    for some in others.chunks(ADDED_AT_ONCE) {
+        let request = v1::AddMembersRequest {
+            channel_id: created.channel_id.clone(),
+            member_keys: some.iter().map(|account| account.identity.clone()).collect(),
+            ..Default::default()
+        };
+        stage.client(0).must::<AddMembers>(&request, token).await?;
+    }
     Ok(created.channel_id)
 }
 
