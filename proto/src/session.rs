@@ -44,8 +44,7 @@ pub fn session_token(payload: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     Ok(token.filter(|token| !token.is_empty()))
 }
 
-/// Appends the session token to a serialized request. It replaces a token that the message already
-/// has.
+/// Appends the session token to a serialized request, replacing a token already in it.
 pub fn append_session_token(payload: &mut impl BufMut, token: &[u8]) {
     encode_key(SESSION_TOKEN_FIELD, WireType::LengthDelimited, payload);
     prost::encode_length_delimiter(token.len(), payload)

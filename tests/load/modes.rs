@@ -343,7 +343,7 @@ pub(crate) async fn pair(
         enqueue(stage, i, Readers::payload(size, due))
     })
     .await?;
-    // What was acknowledged must be read.
+    // Every acknowledged message must be read.
     let read = readers.read(report.tally.answered).await?;
     let missing = report.tally.answered.saturating_sub(read.len());
     if missing > 0 {

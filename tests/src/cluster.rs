@@ -198,8 +198,9 @@ impl Cluster {
         self.edges[edge].links.as_ref().expect("the plan has Wiring::Proxied")
     }
 
-    /// Returns the directory of the cluster, also for files of the test. It is removed with the
-    /// cluster, unless the test fails.
+    /// Returns the directory of the cluster, also for files of the test.
+    ///
+    /// The directory is removed with the cluster, unless the test fails.
     pub fn dir(&self) -> &Path {
         self.dir.as_ref().expect("only drop removes it").path()
     }

@@ -32,8 +32,8 @@ pub enum Strike {
     KillEdgeAndRedis,
     /// Kills both servers that may lose their data.
     KillRedisAndNats,
-    /// Restarts an edge with a clock that is a hundred days off, until it is killed. It is not
-    /// ready during that time.
+    /// Restarts an edge with a clock that is a hundred days off, until it is killed. The edge is
+    /// not ready during that time.
     WrongClock,
     /// Changes the history of the store.
     Store(Change),

@@ -1,8 +1,8 @@
 //! The parts that the scenario tests and the load generator share: a client, accounts, and servers
 //! as processes.
 //!
-//! The client is a second implementation of the protocol, on bare quinn. It shares only the
-//! messages with the SDK, so a deviation of one of them from the protocol shows as a difference.
+//! The client is a second implementation of the protocol, on bare quinn. The two implementations
+//! share only the messages, so a deviation of either from the protocol shows as a difference.
 
 pub mod accounts;
 pub mod balancer;

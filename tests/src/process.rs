@@ -86,8 +86,9 @@ pub fn resident(pid: i32) -> anyhow::Result<u64> {
     Ok(kib * 1024)
 }
 
-/// Returns the path of another binary of this build. It is in the folder of the running binary, or
-/// above `deps` for a test.
+/// Returns the path of another binary of this build.
+///
+/// Binaries are in the folder of the running binary, or above `deps` for a test.
 pub fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let dir = own.ancestors().skip(1).find(|dir| !dir.ends_with("deps")).unwrap_or(Path::new("."));

@@ -16,8 +16,9 @@ use crate::error::{CallError, ServerError};
 /// How much longer than the server the client waits, so that the server's own answer to a late call
 /// arrives.
 const GRACE: Duration = Duration::from_secs(2);
-/// What FetchWait waits when the request names no time, and the most that it waits.
+/// The waiting time of a FetchWait that names none.
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+/// The longest waiting time of a FetchWait.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// Room for field 15: its key, its length, the token.
@@ -93,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_frame_can_carry_is_refused_here() {
+    fn requests_beyond_the_frame_size_are_refused_before_sending() {
         let max = qpq_wire::MAX_PAYLOAD as usize;
         let of = |len| v1::EnqueueRequest { payload: vec![0; len].into(), ..Default::default() };
         assert!(encode::<methods::Enqueue>(&of(max - 16), None).is_ok());
@@ -102,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_keeps_what_the_server_said() {
+    fn a_refusal_keeps_the_message_of_the_server() {
         let detail = ErrorDetail::new("delivery.queue_full", "The inbox is full.")
             .with_retry_after(Duration::from_secs(1))
             .with_field("recipient_key");

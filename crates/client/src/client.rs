@@ -114,7 +114,7 @@ impl Client {
         Ok(live.connection().fingerprint())
     }
 
-    /// How the connection is doing, now and from now on.
+    /// Returns a receiver of the connection's present state and of each later one.
     pub fn connection_events(&self) -> watch::Receiver<ConnectionEvent> {
         self.shared.link.events()
     }
@@ -364,8 +364,9 @@ impl Client {
 }
 
 impl Client {
-    /// One try on one connection. One that does not answer is used no more: it may be dead without
-    /// anyone having said so.
+    /// Calls a method once, on one connection.
+    ///
+    /// A connection that does not answer is not used again: the connection may be dead unnoticed.
     async fn exchange<M: Method>(
         &self,
         live: &Arc<Live>,
@@ -431,7 +432,7 @@ impl Client {
         device.map(|device| Bytes::copy_from_slice(device.as_bytes())).unwrap_or_default()
     }
 
-    /// One try on one connection, of a method without session.
+    /// Calls a method without session once, on one connection.
     async fn once<M: Method>(
         &self,
         live: &Arc<Live>,

@@ -101,7 +101,7 @@ impl From<transport::ConnectError> for Failed {
     }
 }
 
-/// What makes connections to servers that are known in this way.
+/// Returns a dialer that checks servers against `trust`.
 pub(crate) fn dialer(trust: &Trust) -> Result<Dialer, ConnectError> {
     let trust = match trust {
         Trust::FirstUse => transport::Trust::FirstUse,
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_may_pass_is_tried_again() {
+    fn only_temporary_failures_are_retried() {
         use transport::{ConnectError as Seen, Lost};
         for passing in [Seen::Refused, Seen::TimedOut, Seen::Lost(Lost::Reset)] {
             assert!(matches!(Failed::from(passing), Failed::ForNow(_)));

@@ -98,7 +98,7 @@ pub enum NoConnection {
     /// The server refuses new connections: it has as many as it may have, or it is stopping.
     #[error("The server is full and refuses new connections, or it is stopping")]
     Full,
-    /// Anything else, as a sentence.
+    /// Another problem, as a sentence.
     #[error("{0}")]
     Other(String),
 }
@@ -116,7 +116,7 @@ pub struct ServerError {
     pub status: Status,
     /// Stable, dotted by area: what programs switch on. Empty when the server gave none.
     pub code: String,
-    /// An English sentence. It is the server's: show it as such.
+    /// An English sentence from the server. Show it as the server's words.
     pub message: String,
     /// How long to wait before another try, where the server said so.
     pub retry_after: Option<Duration>,
@@ -328,8 +328,8 @@ pub enum Error {
         /// The most that a name has.
         max: usize,
     },
-    /// What MLS does not allow (only a group's admins change its members), or a KeyPackage that
-    /// cannot be used.
+    /// MLS does not allow the operation (only a group's admins change its members), or a
+    /// KeyPackage cannot be used.
     #[error(transparent)]
     Mls(#[from] qpq_mls::Error),
     /// The profile's state could not be used. The messenger reports this as the

@@ -16,7 +16,7 @@
 //! # }
 //! ```
 //!
-//! # What survives what
+//! # Crashes, lost connections and restored copies
 //!
 //! Everything that is received or sent is on disk, encrypted, before it is acknowledged to the
 //! server or leaves the machine. A crash or a dropped future at any point loses nothing and shows

@@ -31,7 +31,7 @@ use crate::{
     options::{Options, Trust},
 };
 
-/// How the connection is doing, to be shown to a person.
+/// The state of the connection, to be shown to a person.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConnectionEvent {
     /// Not needed yet.
@@ -65,13 +65,13 @@ pub(crate) struct Link {
 #[derive(Default)]
 struct Slot {
     live: Option<Arc<Live>>,
-    /// What the first connection showed, where that is what counts.
+    /// The dialer pinned to the first connection's certificate, where trust is on first use.
     pinned: Option<Dialer>,
     /// Connections in a row that were lost before they answered anything.
     barren: u32,
 }
 
-/// A connection that was alive when it was handed out. It closes with the last call on it.
+/// A connection that was alive when a call received it. The last call to end closes it.
 pub(crate) struct Live {
     connection: Connection,
     answered: AtomicBool,

@@ -29,8 +29,9 @@ pub enum Trust {
 }
 
 impl Trust {
-    /// What to trust from now on, after a server whose key is `seen` was found trustworthy: that
-    /// key, where its certificate or nothing was pinned before.
+    /// Returns the trust to use after a server whose key is `seen` was found trustworthy.
+    ///
+    /// That is the key itself, where the server's certificate or nothing was pinned before.
     #[must_use]
     pub fn settled(self, seen: Fingerprint) -> Self {
         match self {

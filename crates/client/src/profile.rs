@@ -97,12 +97,12 @@ impl Profile {
     }
 }
 
-/// Where a profile's state is.
+/// Returns the path of a profile's state.
 pub(crate) fn database_path(dir: &Path) -> PathBuf {
     dir.join("state.db")
 }
 
-/// Where earlier releases kept it.
+/// Returns the path at which earlier releases kept a profile's state.
 pub(crate) fn vault_path(dir: &Path) -> PathBuf {
     dir.join("state.vault")
 }

@@ -6,7 +6,7 @@ use precis_core::profile::PrecisFastInvocation as _;
 use precis_profiles::OpaqueString;
 use zeroize::Zeroizing;
 
-/// A password, as typed. It never leaves the machine.
+/// A password, as typed. A password never leaves the machine.
 ///
 /// The same password has several encodings: a keyboard may send `ä` as one character or as two. So
 /// a registration uses the form of RFC 8265 §4.2 (OpaqueString), and a login tries that form first.
@@ -60,9 +60,9 @@ impl fmt::Debug for Password {
     }
 }
 
-/// What OPAQUE gives the client and never the server: 64 bytes that depend on the password and on
-/// the server's record (RFC 9807 §3), the same at registration and at every login. The profile's
-/// encryption key comes from it.
+/// The OPAQUE export key, which the client computes and the server never sees: 64 bytes that depend
+/// on the password and on the server's record (RFC 9807 §3), the same at registration and at every
+/// login. The profile's encryption key is derived from these bytes.
 #[derive(Clone)]
 pub struct ExportKey(Zeroizing<[u8; Self::LEN]>);
 
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_login_tries_the_prepared_form_and_then_what_was_typed() {
+    fn a_login_tries_the_prepared_form_and_then_the_typed_one() {
         assert_eq!(forms("correct horse"), ["correct horse"]);
         assert_eq!(forms("p\u{e4}ss"), ["p\u{e4}ss"]);
         assert_eq!(forms("pa\u{308}ss"), ["p\u{e4}ss", "pa\u{308}ss"]);

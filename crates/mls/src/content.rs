@@ -1,5 +1,5 @@
-//! What a chat message says, and its bytes inside an MLS application message: one version byte,
-//! then protobuf.
+//! The content of a chat message, and its encoding inside an MLS application message: one version
+//! byte, then protobuf.
 
 use std::fmt;
 
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_encoded_decodes() {
+    fn encoded_contents_decode() {
         assert_eq!(Said::decode(&content().encode()), Some(Said::Text(content())));
         let question = could_not_read(&[[1; 32], [2; 32]]);
         assert_eq!(Said::decode(&question), Some(Said::CouldNotRead(vec![[1; 32], [2; 32]])));

@@ -14,7 +14,7 @@ pub enum Error {
     NotAdmin,
     #[error("we were removed from the group: ask an admin to be added again")]
     NoLongerMember,
-    /// Nobody could change the group any more.
+    /// The change would leave the group without an admin, and so without any further change.
     #[error("the group needs an admin: make another member one first")]
     LastAdmin,
     #[error("what the server has of the group cannot be used to join it")]

@@ -25,10 +25,10 @@
 //! - **Key packages**: commit before uploading what [`Client::key_packages`] returned: the private
 //!   halves are in the database.
 //!
-//! # Who may do what
+//! # Permissions
 //!
-//! Any member commits; the server accepts one commit for each epoch. What a commit may change
-//! depends on its author (see `group::rules`), and every member checks it. A group's creator is
+//! Any member commits; the server accepts one commit for each epoch. The changes that a commit may
+//! have depend on its author (see `group::rules`); every member checks them. A group's creator is
 //! bound into its id, see [`GroupId`]. Usernames in groups are their owners' claims: compare every
 //! [`Member`] of [`Received::Joined`] and [`Received::Committed`] with the directory before showing
 //! its name.

@@ -1,6 +1,6 @@
-//! What a group is: its id, kind, channel, creator and admins. It is part of the group's context
-//! (RFC 9420 §8.1), so every member has the same and a joiner learns it authenticated by the
-//! group's keys.
+//! The profile of a group: its id, kind, channel, creator and admins. The profile is part of the
+//! group's context (RFC 9420 §8.1), so all members have the same one, and a joining device receives
+//! it authenticated by the group's keys.
 
 use std::fmt;
 

@@ -54,25 +54,25 @@ pub enum Received {
     RotationRequested {
         channel: ChannelId,
     },
-    /// The message is kept until the commit or Welcome before it arrives. It may be acknowledged
-    /// once the state is saved.
+    /// The message is kept until the commit or Welcome before it arrives. The caller may
+    /// acknowledge the message once the state is saved.
     Buffered,
-    /// The message was processed before. It may be acknowledged.
+    /// The message was processed before, and may be acknowledged.
     Duplicate,
     /// A stranger's Welcome, which waits for [`accept`](crate::Client::accept) or
-    /// [`decline`](crate::Client::decline). The Welcome has used up a key package of ours. It may
-    /// be acknowledged once the state is saved.
+    /// [`decline`](crate::Client::decline). The Welcome has used up a key package of ours, and
+    /// may be acknowledged once the state is saved.
     Requested(Request),
     /// The message is from a blocked person, or for a group that we have left or declined to join.
-    /// It has no effect. It may be acknowledged.
+    /// Such a message has no effect, and may be acknowledged.
     Refused {
         /// Whether the message has used up a KeyPackage of ours.
         used_package: bool,
     },
-    /// The message may have had content for this account, and cannot be read. It may be
+    /// The message may have had content for this account, cannot be read, and may be
     /// acknowledged.
     Unreadable(Unreadable),
-    /// The message has no effect, now or later. It may be acknowledged.
+    /// The message has no effect, now or later, and may be acknowledged.
     Ignored(Ignored),
 }
 
@@ -120,8 +120,8 @@ pub struct Rules<'a> {
     /// People whose messages are refused. Their Welcomes are not used, and no message is kept for a
     /// group that one of them created, or that names one of them as its sender.
     ///
-    /// What they send to a group that we are in is processed like anything else: the group's keys
-    /// stay in step.
+    /// Their messages to a group that we are in are processed like all others, so that the group's
+    /// keys stay in step.
     pub blocked: &'a BTreeSet<IdentityKey>,
     /// Returns whether the group of a Welcome is joined immediately. If not, the Welcome waits as a
     /// request.

@@ -19,8 +19,7 @@ use crate::{
 
 const UNPOISONED: &str = "no code panics while it holds the map";
 
-/// A provider of cryptography and storage to openmls. What it holds is overwritten when it is
-/// dropped.
+/// A provider of cryptography and storage to openmls. Its contents are overwritten on drop.
 #[derive(Default)]
 pub(crate) struct Store {
     memory: OpenMlsRustCrypto,

@@ -6,7 +6,7 @@ use crate::database::Table;
 pub(crate) const ACCOUNT: Table = Table::new(1);
 /// openmls's values, in the lane of their group.
 pub(crate) const MLS: Table = Table::new(2);
-/// What we note about each group, in the lane of the peer where it is a direct one.
+/// The record of each group; that of a direct group is in the lane of the peer.
 pub(crate) const GROUPS: Table = Table::new(3);
 /// Our key packages with their private halves.
 pub(crate) const PACKAGES: Table = Table::new(4);

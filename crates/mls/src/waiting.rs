@@ -29,7 +29,7 @@ const MAX_BYTES: u64 = 8 * 1024 * 1024;
 /// sender's client had not sent yet.
 pub(crate) const RETENTION: Duration = Duration::from_secs(31 * 24 * 3600);
 
-/// What one number of an item holds: the totals, kept in a row.
+/// The key of the row that holds the totals.
 const TOTALS: &[u8] = b"totals";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,9 +114,10 @@ fn append(database: &Database, message: &PutAside) -> Result<(), DatabaseError> 
     database.append(WAITING, new, message.encode().written()).map(drop)
 }
 
-/// Removes and returns the messages of `group` that need nothing more when the group is at `epoch`,
-/// those of earlier epochs first, then in the order of arrival. What waited for the Welcome waits
-/// for commits from now on.
+/// Removes and returns the messages of `group` that can be read at `epoch`.
+///
+/// Messages of earlier epochs come first, then the order of arrival decides. Messages that waited
+/// for the Welcome wait for commits from now on.
 pub(crate) fn release(
     database: &Database,
     group: &GroupId,
@@ -346,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_in_vain_is_returned_once() {
+    fn removed_messages_are_returned_once() {
         let database = Database::in_memory();
         for epoch in 0..100 {
             put_aside(&database, &message(group(), epoch, Needs::Welcome, b"x")).unwrap();

@@ -1,4 +1,4 @@
-//! What can be typed: every command, option and environment variable, with the help that `qpq help`
+//! The command line: every command, option and environment variable, with the text that `qpq help`
 //! shows.
 
 mod device;
@@ -141,7 +141,7 @@ pub(crate) enum Command {
     Register {
         /// 1 to 64 letters, digits and marks; case does not matter
         username: Username,
-        /// What to call this device; others see it
+        /// The name of this device, which others see
         #[arg(long, value_name = "NAME", default_value = FIRST_DEVICE, hide_default_value = true)]
         device: String,
     },
@@ -244,8 +244,8 @@ pub(crate) enum Command {
     },
     /// Refuse the messages of a user
     ///
-    /// What they send from now on is not shown, and groups of theirs are not joined.
-    /// The user is not notified. What came before stays.
+    /// New messages from the user are not shown, and groups created by the user are not
+    /// joined. The user is not notified. Earlier messages stay.
     ///
     /// Examples:
     ///   qpq block mallory
@@ -254,7 +254,8 @@ pub(crate) enum Command {
     Block(Whom),
     /// Accept the messages of a user again
     ///
-    /// What they sent meanwhile is lost, and so are groups that they added you to.
+    /// Messages sent while the user was blocked are lost, and so are groups that the
+    /// user added you to.
     #[command(verbatim_doc_comment)]
     Unblock(Whom),
     /// List the users whose messages are refused
@@ -356,7 +357,7 @@ impl ProfileName {
         &self.0
     }
 
-    /// What to type to log in to it.
+    /// Returns the command that logs in to this profile.
     pub(crate) fn login(&self) -> String {
         match self.as_str() {
             Self::DEFAULT => "qpq login".to_owned(),

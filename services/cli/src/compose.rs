@@ -1,4 +1,4 @@
-//! What every command works with, made of the command line and the environment in one place.
+//! The context of every command, built from the command line and the environment in one place.
 
 use std::{env, ffi::OsString, path::PathBuf};
 
@@ -87,17 +87,17 @@ impl Context {
         })
     }
 
-    /// Where all profiles are, each in a directory of its name.
+    /// Returns the directory of all profiles, each in a directory of its name.
     pub(crate) fn profiles(&self) -> &std::path::Path {
         &self.profiles
     }
 
-    /// Where the chosen profile is.
+    /// Returns the directory of the chosen profile.
     pub(crate) fn dir(&self) -> PathBuf {
         self.profiles.join(self.profile.as_str())
     }
 
-    /// How to reach the server of a profile that is to be made.
+    /// Returns the connection options for a profile that is yet to be created.
     pub(crate) fn fresh_options(&self) -> Result<Options, CliError> {
         let server =
             self.server.clone().or_else(|| self.default_server.clone()).ok_or_else(|| {
@@ -107,17 +107,17 @@ impl Context {
         Ok(Options::new(server, self.trust.clone().unwrap_or(Trust::FirstUse)))
     }
 
-    /// The server that the command line names.
+    /// Returns the server that the command line names.
     pub(crate) fn named_server(&self) -> Option<&String> {
         self.server.as_ref()
     }
 
-    /// The proof of the server that the command line names.
+    /// Returns the proof of the server that the command line names.
     pub(crate) fn named_trust(&self) -> Option<&Trust> {
         self.trust.as_ref()
     }
 
-    /// How to reach whichever server is meant: the one named, else the profile's.
+    /// Returns the connection options for the server named, or else for the profile's.
     pub(crate) fn any_options(&self) -> Result<Options, CliError> {
         match Profile::read(&self.dir()) {
             Ok(profile) if self.server.as_ref().is_none_or(|server| *server == profile.server) => {
@@ -127,8 +127,8 @@ impl Context {
         }
     }
 
-    /// How to reach the profile's server: as the profile has it, unless the command line says
-    /// otherwise.
+    /// Returns the connection options of the profile, with those of the command line instead where
+    /// given.
     pub(crate) fn options(&self, profile: &Profile) -> Options {
         let mut options = profile.options();
         if let Some(server) = &self.server {

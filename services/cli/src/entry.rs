@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_are_said_in_one_unit() {
+    fn durations_are_shown_in_one_unit() {
         let said = [0, 119, 120, 7_199, 7_200, 172_799, 172_800]
             .map(|secs| span(Duration::from_secs(secs)));
         assert_eq!(said, ["0 s", "119 s", "2 min", "119 min", "2 h", "47 h", "2 days"]);

@@ -19,7 +19,7 @@ pub(crate) enum Exit {
     InUse = 6,
     Nothing = 7,
     Interrupted = 130,
-    /// What a shell gives for SIGPIPE: the reader of standard output has gone away, and knows it.
+    /// The exit code that a shell reports for SIGPIPE: the reader of standard output has closed it.
     PipeClosed = 141,
 }
 

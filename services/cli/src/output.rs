@@ -1,4 +1,4 @@
-//! What is shown: text for people or JSON for programs on standard output, everything else on
+//! The output: text for people or JSON for programs on standard output, everything else on
 //! standard error.
 
 use std::io::{self, IsTerminal as _, Write};

@@ -9,8 +9,7 @@ use std::{
 use qpq_client::UnixMillis;
 use unicode_normalization::char::is_combining_mark;
 
-/// What goes before each further line of a message, so that no line of it passes for a message of
-/// its own.
+/// The prefix of each further line of a message, so that no line of it passes for another message.
 const CONTINUATION: &str = "\n  | ";
 
 /// Shows a text on one line or, for a message of several lines, with each further one marked.
@@ -90,7 +89,7 @@ pub(crate) fn utc(at: UnixMillis) -> String {
 impl fmt::Display for Safe<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut chars = self.text.chars().peekable();
-        // It would be drawn over whatever stands before.
+        // A leading combining mark would be drawn over the character before the text.
         if self.lines == Lines::One
             && let Some(mark) = chars.next_if(|c| is_combining_mark(*c))
         {

@@ -29,7 +29,7 @@ use crate::error::CliError;
 
 /// Key and salt.
 const LEN: usize = 48;
-/// What `statfs` says of ramfs; the nix crate has no name for it.
+/// The type that `statfs` returns for ramfs; the nix crate has no constant for it.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// Where keys are kept, if there is such a place.

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 const PASSWORD: &str = "correct horse battery staple";
-/// The time limit of what a client does by itself. It leaves a silent edge after at most a minute.
+/// The time limit of a client's own recovery. A client leaves a silent edge after at most a minute.
 const STUCK: Duration = Duration::from_secs(150);
 
 struct World {

@@ -39,11 +39,11 @@ struct Device {
     messenger: Option<Messenger>,
     /// An older copy of its directory.
     copy: Option<PathBuf>,
-    /// The step in which it went back to an older copy of itself. What was sent before may be lost
-    /// or shown again.
+    /// The step in which the device went back to an older copy of itself. Messages sent before
+    /// may be lost or shown again.
     lost_at: Option<usize>,
-    /// The step in which it joined its groups by itself. What is sent by those that have not read
-    /// since is only asked for again.
+    /// The step in which the device joined its groups by itself. Messages from devices that have
+    /// not read since then are only requested again.
     rejoined_at: Option<usize>,
     /// The step in which it read its inbox.
     read_at: usize,
@@ -136,8 +136,8 @@ struct World {
     dir: PathBuf,
     devices: Vec<Device>,
     sent: Vec<Sent>,
-    /// The last step in which an account has left a group or was removed from one. What it had not
-    /// read is lost, and so is what is sent by those that do not know of it yet.
+    /// The last step in which an account has left a group or was removed from one. Its unread
+    /// messages are lost, and so are messages from devices that have not processed the change yet.
     left: BTreeMap<&'static str, usize>,
     copies: usize,
 }
@@ -246,7 +246,7 @@ impl World {
             (93..=94, Some(_)) => self.keep_a_copy(who).await,
             (95, Some(_)) => self.lose_state(who, number).await,
             (_, Some(group)) => {
-                // It crashes on the way.
+                // The device crashes during the change.
                 let name = format!("half {number}");
                 let polls = Duration::from_millis(self.random.gen_range(1..60));
                 let renamed = self.devices[who].messenger().rename(group, &name);

@@ -276,7 +276,8 @@ async fn gap_free_and_in_order() {
 }
 
 /// The same message is sent to every edge concurrently, and again while it is queued, after it was
-/// drained, after it was acked, and after Redis was flushed. It is accepted once, with one seq.
+/// drained, after it was acked, and after Redis was flushed. The message is accepted once, with one
+/// seq.
 #[tokio::test(flavor = "multi_thread")]
 async fn idempotent() {
     const MESSAGES: usize = 40;

@@ -13,7 +13,7 @@ use super::until;
 /// Longer than any wait in these tests: a statement that waits for the lock must not fail.
 const PATIENT: &str = "10m";
 
-/// What is stored about a job.
+/// The stored record of a job.
 #[derive(Debug, PartialEq, Eq)]
 struct Stored {
     /// The token of the worker, or nothing.

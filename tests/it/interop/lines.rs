@@ -1,4 +1,4 @@
-//! What mls-rs says about a message, as a line that a test can compare.
+//! The result of mls-rs for a message, as a line that a test can compare.
 
 use std::collections::BTreeMap;
 

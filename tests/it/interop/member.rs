@@ -1,5 +1,5 @@
-//! A member whose MLS is mls-rs, on the bare client of these tests. It shares no code with our
-//! client but the messages of the protocol and the form of usernames.
+//! A member whose MLS is mls-rs, on the bare client of these tests. This member and our client
+//! share no code except the messages of the protocol and the form of usernames.
 
 use std::{
     cmp::Reverse,
@@ -57,7 +57,8 @@ pub(crate) struct Member {
     groups: BTreeMap<GroupId, MlsGroup>,
     /// The server's epoch of each channel, as far as it is known.
     epochs: BTreeMap<Vec<u8>, u64>,
-    /// What this member has sent, which comes back where its account has other devices.
+    /// Messages that this member has sent; its inbox receives them too if the account has other
+    /// devices.
     sent: HashSet<Bytes>,
     /// The lines of messages that were read while a commit was repeated.
     unseen: Vec<String>,

@@ -1,4 +1,4 @@
-//! A certificate authority for one test. It issues server certificates for 127.0.0.1 only.
+//! A certificate authority for one test, which issues server certificates for 127.0.0.1 only.
 
 use std::{
     fmt, fs,

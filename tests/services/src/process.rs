@@ -258,8 +258,10 @@ impl Drop for Service {
     }
 }
 
-/// Generates a password. It contains all characters with a meaning in URLs, so that code that does
-/// not decode them fails. No configuration file gives them a meaning.
+/// Generates a password with all characters that have a meaning in URLs.
+///
+/// Code that does not decode these characters fails. No configuration file treats the characters
+/// specially.
 pub(crate) fn new_password() -> String {
     use rand::{Rng as _, distributions::Alphanumeric, rngs::OsRng};
     "p@:/?#[]%&=+"

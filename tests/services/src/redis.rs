@@ -172,8 +172,9 @@ impl Redis {
         self.service.end(Signal::SIGKILL).await
     }
 
-    /// Starts the server after `stop` or `kill9`, on the same port. It is empty, unless its
-    /// settings keep data.
+    /// Starts the server after `stop` or `kill9`, on the same port.
+    ///
+    /// The server is empty, unless its settings keep data.
     pub async fn start_again(&self) -> anyhow::Result<()> {
         // While it loads data, it refuses the command.
         self.service.start(|| async { self.command(["PING"]).await.is_ok() }).await

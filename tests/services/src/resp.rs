@@ -1,7 +1,7 @@
 //! Connections with which tests inspect or change a Redis directly, with the `redis` crate.
 //!
-//! [`Reply`] has only the kinds of replies that tests compare. It hides the crate, so that a change
-//! of its version concerns this file alone.
+//! [`Reply`] has only the kinds of replies that tests compare, and hides the crate, so that a new
+//! version of the crate concerns this file alone.
 
 use std::{net::SocketAddr, time::Duration};
 

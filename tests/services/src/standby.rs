@@ -172,7 +172,7 @@ impl Standby {
         observed
     }
 
-    /// Stops following the primary. What the primary commits from now on is not on the standby.
+    /// Stops following the primary. The standby receives no later commits of the primary.
     pub async fn cut_off(&self) -> anyhow::Result<()> {
         self.0.sql("ALTER SYSTEM SET primary_conninfo = ''").await?;
         self.0.sql("SELECT pg_reload_conf()").await?;

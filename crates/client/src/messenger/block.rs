@@ -3,7 +3,7 @@
 //!
 //! A Welcome of theirs is not followed, and what is sent to a group that they made is dropped. In
 //! groups that we were in before, their messages are decrypted, so that the keys stay in step, and
-//! then dropped. What they change in a group of theirs is still noted: it is about others too.
+//! then dropped. Their changes of such a group still enter its history: they concern all members.
 
 use std::collections::BTreeSet;
 
@@ -15,8 +15,8 @@ use crate::error::Error;
 
 impl Messenger {
     /// Refuses everything that this person sends from now on, and declines this person's requests.
-    /// What came before stays. Works without
-    /// a connection; blocking a person twice is no error.
+    ///
+    /// Earlier messages stay. Works without a connection; blocking a person twice is no error.
     pub async fn block(&self, identity: IdentityKey) -> Result<Person, Error> {
         if identity == self.profile().identity {
             return Err(qpq_mls::Error::Yourself.into());
@@ -32,9 +32,10 @@ impl Messenger {
             .await
     }
 
-    /// Takes what this person sends again; returns whether it was refused before. What was sent
-    /// meanwhile is lost, and so are the groups that this person added us to: it has to add us
-    /// again.
+    /// Accepts messages of this person again; returns whether the person was blocked.
+    ///
+    /// Messages sent in between are lost, and so are the groups that this person added us to: the
+    /// person has to add us again.
     pub async fn unblock(&self, identity: IdentityKey) -> Result<bool, Error> {
         self.store()
             .change(move |state| Ok(state.database().delete(BLOCKED, identity.as_bytes())?))

@@ -1,5 +1,4 @@
-//! What the server knows about people: names to keys and back, and the key packages that start a
-//! conversation.
+//! The server's directory: names to keys and back, and the key packages that start a conversation.
 
 use std::time::Duration;
 
@@ -30,7 +29,7 @@ const RENEWED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How far this machine's clock may be moved back before packages are replaced.
 const CLOCK_MARGIN: Duration = Duration::from_secs(3600);
 
-/// What an upload of key packages does with those on the server.
+/// The effect of an upload of key packages on those that the server already has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Upload {
     Adding,
@@ -38,7 +37,7 @@ enum Upload {
 }
 
 impl Messenger {
-    /// Looks a user up. What the directory said before about the name must still be true.
+    /// Looks a user up. The directory must return the same key for the name as before.
     ///
     /// # Errors
     /// [`Error::NoSuchUser`], [`Error::IdentityChanged`].
@@ -76,8 +75,10 @@ impl Messenger {
         Ok(UnixMillis(answer.created_at))
     }
 
-    /// Takes the directory's word for a user's new key, after [`Error::IdentityChanged`]: the
-    /// person was asked. What the old key says counts as another person's from then on.
+    /// Accepts the directory's new key for a user, after [`Error::IdentityChanged`].
+    ///
+    /// Call this only once the person has confirmed the new key. Messages from the old key count as
+    /// another person's from then on.
     pub async fn accept_new_identity(&self, username: &Username) -> Result<Person, Error> {
         let identity = self.look_up(username).await?;
         let name = username.clone();
@@ -115,9 +116,9 @@ impl Messenger {
 
     /// Fills up our key packages on the server, so that others can start conversations with us.
     ///
-    /// They are all replaced where they would be useless, or given out a second time: after the
-    /// server's store went back in time, where they were made with a clock that was wrong, and
-    /// every 30 days, so that nobody is handed one that is about to expire.
+    /// All packages are replaced where the old ones would be useless or issued a second time: after
+    /// the server's store went back in time, where the packages were created with a wrong clock,
+    /// and every 30 days, so that no client receives a package that is about to expire.
     pub async fn publish_key_packages(&self) -> Result<(), Error> {
         self.publish_key_packages_at(now()).await
     }
@@ -181,7 +182,7 @@ impl Messenger {
         Ok(())
     }
 
-    /// Who owns a key, by what we know or what the directory says.
+    /// Returns the owner of a key, from the profile's own records or from the directory.
     pub(super) async fn person(&self, identity: IdentityKey) -> Result<Person, Error> {
         let person = self.store().read(move |state| Ok(state.people.person(&identity)?)).await?;
         if matches!(person.standing, Standing::Confirmed | Standing::Own) {
@@ -312,7 +313,7 @@ mod tests {
         assert!(!is_due(start));
         assert!(!is_due(start.plus(RENEWED_AFTER).minus(Duration::from_secs(1))));
         assert!(is_due(start.plus(day * 30)));
-        // They were made while the clock was ahead. A small correction is not one.
+        // The packages were created while the clock was ahead. A small correction replaces none.
         assert!(!is_due(start.minus(CLOCK_MARGIN)));
         assert!(is_due(start.minus(CLOCK_MARGIN + Duration::from_secs(1))));
         assert!(is_due(start.minus(day * 365)));

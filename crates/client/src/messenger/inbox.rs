@@ -2,8 +2,8 @@
 //!
 //! A message is recognized by its content, never by its seq: a server that was restored from a
 //! backup assigns the same seqs to other messages. Each read begins at the start of the queue and
-//! acknowledges, by their seqs, exactly the messages that were processed. What was processed in a
-//! read that crashed before its Ack is recognized when it comes again.
+//! acknowledges, by their seqs, exactly the messages that were processed. A message processed in a
+//! read that crashed before its Ack is recognized when it arrives again.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -102,7 +102,7 @@ impl Messenger {
         }
     }
 
-    /// Takes in everything that the inbox has.
+    /// Reads and processes all messages of the inbox.
     pub(super) async fn sync(&self) -> Result<NewKeys, Error> {
         Ok(self.read_inbox().await?.0)
     }

@@ -94,7 +94,7 @@ struct InboxReader {
     sender: mpsc::Sender<Result<Entry, Error>>,
     /// The last entry that was sent to the listener.
     last: Option<EntryId>,
-    /// The task that sends the outbox, if it runs. It runs concurrently with reading, so that a
+    /// The task that sends the outbox, if one runs. Sending is concurrent with reading, so that a
     /// large outbox, or a server that accepts little at a time, does not delay new entries.
     sending: JoinSet<Result<(), Error>>,
 }
@@ -240,7 +240,7 @@ impl InboxReader {
 
 /// Returns the next signal, and all that are ready with it. Cancel-safe.
 ///
-/// One read of the inbox serves them all. `None` once the stream has ended.
+/// One read of the inbox serves all of these signals. `None` once the stream has ended.
 async fn next_signals(signals: &mut Signals) -> Option<Vec<Signal>> {
     let mut received = vec![signals.next().await?];
     while let Some(Some(signal)) = signals.next().now_or_never() {

@@ -1,6 +1,6 @@
-//! What happened in the conversations: messages sent and received, members coming and going, and
-//! what the reader of an inbox must know (something was missing, something could not be read). Kept
-//! inside the profile's encrypted state.
+//! The history of the conversations: messages sent and received, members added and removed, and
+//! notices for the reader of an inbox (messages are missing, or could not be read). Kept inside the
+//! profile's encrypted state.
 
 use std::fmt;
 
@@ -59,14 +59,14 @@ impl fmt::Debug for ConversationId {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EntryId(pub u64);
 
-/// One thing that happened.
+/// An event in the history of a profile, with its time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry<P = Person> {
     /// The entry's number.
     pub id: EntryId,
     /// `None`: it belongs to no conversation.
     pub conversation: Option<ConversationId>,
-    /// When the server took the message; for our own, when it was written.
+    /// When the server accepted the message; for our own, when the message was written.
     pub at: UnixMillis,
     /// The content of the entry.
     pub event: Event<P>,
@@ -163,8 +163,8 @@ pub enum Event<P = Person> {
         /// The members that were removed; we may be among them.
         members: Vec<P>,
     },
-    /// Something in the inbox could not be read. `from` is who it says sent it, where it says so;
-    /// nothing proves that.
+    /// A message in the inbox could not be read. `from` is the sender that the message names, if
+    /// any, without proof.
     Unreadable {
         /// The claimed sender.
         from: Option<P>,
@@ -178,8 +178,8 @@ pub enum Event<P = Person> {
         /// The last number that is missing.
         last: Seq,
     },
-    /// The server's store went back in time, as when a backup is restored. What it had accepted
-    /// since the backup and not delivered is lost; its senders know it as sent.
+    /// The server's store went back in time, as when a backup is restored. Messages accepted since
+    /// the backup and not yet delivered are lost; their senders see them as sent.
     WentBack,
     /// This profile's own state went back in time: an older copy of it was restored. Keys were
     /// renewed before anything was sent.
@@ -380,12 +380,12 @@ impl Log {
             .collect()
     }
 
-    /// An entry.
+    /// Returns an entry.
     pub(crate) fn get(&self, id: EntryId) -> Result<Option<Kept>, DatabaseError> {
         self.database.item(ENTRIES, id.0)?.as_ref().map(read).transpose()
     }
 
-    /// How far our message got, if there is one of this id.
+    /// Returns the delivery state of our message with this id.
     pub(crate) fn delivery(&self, id: EntryId) -> Result<Option<DeliveryState>, DatabaseError> {
         Ok(match self.get(id)?.map(|kept| kept.entry.event) {
             Some(Event::Sent { delivery, .. }) => Some(delivery),

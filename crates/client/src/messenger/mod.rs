@@ -114,7 +114,7 @@ pub struct Conversation {
     pub kind: ConversationKind,
     /// Entries that were not marked as seen.
     pub unseen: usize,
-    /// When anything last happened in it.
+    /// The time of the conversation's latest entry.
     pub last: Option<UnixMillis>,
 }
 
@@ -181,7 +181,7 @@ impl Messenger {
         Ok(all)
     }
 
-    /// Who is in a conversation, we among them.
+    /// Returns the members of a conversation, including this account.
     pub async fn members(&self, conversation: ConversationId) -> Result<Vec<Person>, Error> {
         self.store()
             .read(move |state| {

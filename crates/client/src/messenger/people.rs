@@ -166,7 +166,7 @@ impl People {
             .collect()
     }
 
-    /// Whose name this is for certain, if anyone's.
+    /// Returns the identity key for which the directory confirmed `username`.
     pub(crate) fn confirmed(
         &self,
         username: &Username,

@@ -35,7 +35,7 @@ pub(super) fn encode(record: &impl Message) -> Zeroizing<Vec<u8>> {
     bytes
 }
 
-/// The record in bytes that [`encode`] gave.
+/// Decodes a record from bytes that [`encode`] returned.
 pub(super) fn decode<R: Message + Default>(bytes: &[u8]) -> Result<R, DatabaseError> {
     R::decode(bytes).map_err(|error| DatabaseError::Damaged(error.to_string()))
 }

@@ -6,7 +6,7 @@
 //! that it still has, to those who were to read them, marked as repeats. The newest direct group
 //! wins, so both go on in it.
 //!
-//! Who sent an unreadable message is a claim, so all of this is bounded: one question an hour to
+//! An unreadable message only claims its sender, so repair is bounded: one question an hour to
 //! each person, five questions for what that person sent, one answer in ten minutes. At most
 //! [`MAX_PEOPLE`] people are to be asked, for at most [`MAX_LOST_IN_TOTAL`] messages; above that,
 //! strangers are given up first. A person who did not answer within [`ASKED_WITHIN`] is given up.

@@ -46,8 +46,8 @@ pub struct Sent {
 pub enum SendOutcome {
     /// The server has stored it for all recipients.
     Sent,
-    /// It is saved here and will be sent by whatever runs next: the server cannot be reached
-    /// (`Some`), or a recipient's inbox has no room now (`None`).
+    /// The message is saved here, and the next operation that sends will send it: the server
+    /// cannot be reached (`Some`), or a recipient's inbox has no room now (`None`).
     Queued(Option<CallError>),
     /// The server refuses it for a recipient; an [`Event::Undeliverable`] names the recipient.
     Refused,

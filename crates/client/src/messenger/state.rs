@@ -24,8 +24,8 @@ pub(super) const PACKAGES_SINCE: &[u8] = b"packages-since";
 /// The seq up to which an earlier release processed the inbox, without noting what it processed.
 pub(super) const LEGACY_CURSOR: &[u8] = b"legacy-cursor";
 
-/// A profile's state within one transaction of its database. What is changed here is saved before
-/// anything of it leaves the machine.
+/// A profile's state within one transaction of its database. Changes are saved before anything that
+/// depends on them leaves the machine.
 #[derive(Debug)]
 pub(crate) struct State {
     database: Database,

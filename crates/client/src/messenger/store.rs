@@ -1,7 +1,7 @@
 //! A profile's state on disk: each change is committed before anyone sees its result.
 //!
 //! Nothing of the state stays in memory between transactions, so other processes may use the same
-//! profile. What only one of them may do at a time has a `Turn`.
+//! profile. An operation that only one process may perform at a time has a `Turn`.
 
 use std::{
     fs, io,

@@ -6,7 +6,7 @@ use qpq_mls::database::Table;
 pub(super) const ENTRIES: Table = Table::new(32);
 /// The conversations that have a history.
 pub(super) const CONVERSATIONS: Table = Table::new(33);
-/// What is still to be sent, in the lane of the entry that it belongs to.
+/// The queue of outgoing messages, in the lane of the entry that each belongs to.
 pub(super) const OUTBOX: Table = Table::new(34);
 /// Keys with names, in the lane of the name.
 pub(super) const PEOPLE: Table = Table::new(35);

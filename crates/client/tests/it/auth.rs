@@ -15,7 +15,7 @@ use rand::rngs::OsRng;
 use crate::harness::{Server, password, username};
 
 #[tokio::test]
-async fn who_registers_can_log_in_and_gets_the_same_export_key() {
+async fn a_registered_account_logs_in_with_the_same_export_key() {
     let server = Server::start().await;
     let client = server.client();
     let identity = Identity::generate();

@@ -42,7 +42,7 @@ async fn chat(messenger: &Messenger, conversation: ConversationId) -> Vec<(Strin
 }
 
 #[tokio::test]
-async fn two_who_have_much_to_send_read_each_other_meanwhile() {
+async fn two_clients_with_large_outboxes_read_each_other_while_sending() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);

@@ -169,7 +169,7 @@ async fn key_packages_are_filled_up_when_few_are_left() {
 }
 
 #[tokio::test]
-async fn a_listener_hears_what_comes_and_survives_a_restart_of_the_server() {
+async fn a_listener_receives_new_entries_across_a_restart_of_the_server() {
     let mut server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;
@@ -229,7 +229,7 @@ async fn a_listener_ends_with_the_session() {
 }
 
 #[tokio::test]
-async fn what_is_written_while_the_server_is_away_is_sent_later() {
+async fn messages_written_while_the_server_is_down_are_sent_later() {
     let mut server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;
@@ -240,7 +240,8 @@ async fn what_is_written_while_the_server_is_away_is_sent_later() {
         let alice = alice.clone();
         async move { alice.send(with_bob, "two").await }
     });
-    // It is saved first, and then waits for the server; the program ends before that is back.
+    // The message is saved first, and then waits for the server; the program ends before the
+    // server is back.
     soon(async {
         while history(&alice, with_bob).await.len() < 2 {
             tokio::task::yield_now().await;

@@ -1,4 +1,4 @@
-//! Who the server is, and what happens when it goes away.
+//! Authentication of the server, and the loss of the connection to it.
 
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ async fn an_authority_that_did_not_issue_the_certificate_is_refused() {
 }
 
 #[test]
-fn what_cannot_be_used_is_said_before_anything_is_sent() {
+fn unusable_options_are_reported_before_anything_is_sent() {
     for options in [
         Options::new("host:port", Trust::FirstUse),
         Options::new("localhost", Trust::Authority("/nowhere/ca.pem".into())),

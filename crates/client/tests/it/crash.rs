@@ -144,7 +144,7 @@ async fn a_crash_while_registering_is_mended_by_registering_again() {
         let survived = soon(crash_after(polls, register())).await.is_some();
         let messenger = match soon(register()).await {
             Ok(messenger) => messenger,
-            // It was complete but for the key packages, or entirely.
+            // The profile was complete, perhaps without the key packages.
             Err(qpq_client::Error::Profile(qpq_client::ProfileError::Exists(_))) => {
                 Messenger::unlock(&dir, &password).await.unwrap()
             }

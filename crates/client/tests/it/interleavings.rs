@@ -1,9 +1,9 @@
 //! Random interleavings of everything that goes back in time or stops in the middle.
 //!
 //! Two people write to each other. The server is replaced by an older copy, a profile is replaced
-//! by an older copy, and a process ends between any two steps of sending and receiving. What was
+//! by an older copy, and a process ends between any two steps of sending and receiving. Each text
 //! acknowledged to its sender after the last replacement is shown exactly once, or an entry names
-//! its sender as the author of an unreadable message.
+//! the sender as the author of an unreadable message.
 //!
 //! `QPQ_SEED` and `QPQ_SEEDS` set the first seed and their number.
 
@@ -62,7 +62,7 @@ impl Side {
     }
 }
 
-/// What is known of a text.
+/// The outcome of sending a text, as far as it is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     /// The sender received the server's acknowledgement.

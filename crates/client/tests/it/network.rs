@@ -71,7 +71,7 @@ async fn forward(front: Arc<UdpSocket>, server: SocketAddr, flows: Arc<Mutex<Flo
                 back
             }
         };
-        // What the network loses, QUIC repeats.
+        // QUIC retransmits a datagram that is lost here.
         let _ = back.send(&datagram[..len]).await;
     }
 }

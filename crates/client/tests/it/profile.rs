@@ -84,7 +84,7 @@ async fn a_profile_is_used_by_several_processes() {
     let expected: Vec<_> = expected.iter().map(|line| line.replace("me:", "alice:")).collect();
     assert_eq!(read_by_bob, expected, "each once, in the order in which they were saved");
 
-    // One listens, another takes in what arrives: it is shown to the listener all the same.
+    // One handle listens, another processes the new messages: the listener shows them too.
     let mut listener = alice.listen();
     bob.send(dm(&bob, "alice").await, "to all concerned").await.unwrap();
     others[0].catch_up().await.unwrap();

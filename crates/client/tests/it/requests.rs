@@ -127,7 +127,7 @@ async fn a_declined_request_leaves_nothing_and_its_key_package_is_replaced() {
     assert_eq!(read(&bob).await, [""; 0]);
     assert_eq!(bytes(&server, "bob"), before);
 
-    // Who was declined can ask again.
+    // A person whose request was declined can ask again.
     invite(&mallory, "bob").await;
     assert_eq!(accept_and_read(&bob).await, ["joined by mallory", "mallory: join us"]);
 }

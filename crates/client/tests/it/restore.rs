@@ -7,7 +7,7 @@ use qpq_client::{Event, Messenger, VaultKey};
 use crate::harness::{Server, accept_and_read, copy_dir, dm, history, read, reopen, username};
 
 #[tokio::test]
-async fn what_a_restored_server_accepts_is_shown_and_the_restore_is_said() {
+async fn messages_after_a_restore_of_the_server_are_shown_and_the_restore_is_reported() {
     let mut server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;
@@ -32,7 +32,7 @@ async fn what_a_restored_server_accepts_is_shown_and_the_restore_is_said() {
 }
 
 #[tokio::test]
-async fn what_comes_again_from_a_restored_server_is_shown_once() {
+async fn messages_repeated_by_a_restored_server_are_shown_once() {
     let mut server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);

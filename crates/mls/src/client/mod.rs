@@ -44,7 +44,7 @@ pub struct Client {
     pub(crate) device: Option<Device>,
     /// Groups in use.
     pub(crate) groups: BTreeMap<GroupId, Group>,
-    /// Those of them that have changed since they were saved.
+    /// Groups in use that have changed since they were saved.
     pub(crate) changed: BTreeSet<GroupId>,
 }
 

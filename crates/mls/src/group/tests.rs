@@ -280,8 +280,8 @@ fn a_group_id_or_a_creator_cannot_be_usurped() {
         "the real one is not hindered"
     );
 
-    // A group may lose its creator, so a Welcome need not come from it. It leads to no group that
-    // we are in, unless one of the admins that we know sent it.
+    // A group may lose its creator, so another member may send a Welcome. A Welcome to a group that
+    // we are in has no effect, unless an admin that we know sent it.
     let mut group = Group::create_as(id, &mallory.leaf(), anns, now()).unwrap();
     let me = mallory.identity.public();
     for _ in 0..3 {

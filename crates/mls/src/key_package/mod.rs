@@ -1,5 +1,5 @@
-//! What a server checks before it stores a KeyPackage: that the package is one, is signed, is
-//! alive, and is its owner's.
+//! The server's check of a KeyPackage before storing it: well-formed, signed, within its lifetime,
+//! and of the account that uploads it.
 //!
 //! The check depends on the bytes, the policy, the keys of the owner and the given time, and on
 //! nothing else.

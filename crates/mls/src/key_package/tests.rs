@@ -220,7 +220,7 @@ fn a_suite_that_cannot_be_checked_is_taken_unchecked_and_never_called_badly_sign
     }
 }
 
-/// Where openmls does not read along, the outline alone keeps one package from having two forms.
+/// For a suite that openmls does not parse, the outline alone refuses a second form of a package.
 #[test]
 fn an_unchecked_package_has_one_form() {
     let good = with_suite(Recipe::default().bytes(), 0x004D);

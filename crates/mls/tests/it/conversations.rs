@@ -1,4 +1,4 @@
-//! What people do: direct conversations, groups, adding and removing, and what is refused.
+//! Direct conversations and groups: creating, adding, removing, and the changes that are refused.
 
 use qpq_domain::{ChannelId, Username};
 use qpq_mls::{
@@ -91,7 +91,7 @@ fn a_group_grows_and_shrinks() {
         Err(Error::NoLongerMember)
     );
 
-    // What ann says now does not even go to cat, and would be of no use to it.
+    // The server no longer delivers ann's messages to cat, and cat could not decrypt them.
     let secret = world.encrypt(ANN, group, "secret");
     assert_eq!(
         world.clients[CAT].receive_now(&secret),

@@ -140,7 +140,7 @@ const MAX_LAG: u64 = 10;
 struct Model {
     world: World,
     group: GroupId,
-    /// What the server knows of the group.
+    /// The server's epoch of the group.
     epoch: u64,
     group_info: Vec<u8>,
     /// The epoch at which every inbox was empty last.
@@ -361,7 +361,7 @@ impl Model {
         };
         match results {
             Ok(results) => self.note(who, results),
-            // It was removed and added again meanwhile.
+            // The device was removed and added again in between.
             Err(error) => {
                 assert_eq!(error, Error::NothingPending);
                 assert!(self.is_unsteady[who]);
@@ -417,8 +417,8 @@ impl Model {
                 }
                 Received::Ignored(Ignored::OwnMessage | Ignored::ForAnotherDevice) => {}
                 Received::Ignored(Ignored::BadWelcome) => {
-                    // It was removed, and added again by a member that is no admin, and does not
-                    // know of the first yet.
+                    // The device was removed, and added again by a member that is no admin. The
+                    // device has not processed its removal yet.
                     assert!(!is_steady);
                     if let Some(since) = self.leaves.get_mut(&who) {
                         *since = None;

@@ -1,5 +1,5 @@
-//! Bytes that nobody honest sent: whatever they are, nothing panics, nothing is believed, nothing
-//! is lost.
+//! Bytes from a dishonest sender cause no panic, change no state that they may not change, and lose
+//! no message.
 
 use proptest::{prelude::*, sample::Index};
 use qpq_mls::{Change, Client, Received};

@@ -68,7 +68,7 @@ fn a_new_device_of_a_member_joins_and_the_others_see_a_device_added() {
     }
     assert_eq!(world.deliver(phone), [Received::Duplicate], "its own commit");
     world.assert_all_talk(group, &[ANN, BOB, CAT, phone]);
-    // It changes the group like any other device.
+    // The phone changes the group like any other device.
     world.restart(phone);
     world.change(phone, group, &Change::default());
     for who in [ANN, BOB, CAT] {

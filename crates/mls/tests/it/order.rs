@@ -5,7 +5,7 @@ use qpq_mls::{Lost, Received};
 use crate::world::{ANN, BOB, CAT, DAN, ReceiveNow as _, World, is_lost, texts};
 
 #[test]
-fn any_order_within_an_epoch_will_do() {
+fn messages_of_an_epoch_are_read_in_any_order() {
     let mut world = World::new(2);
     let group = world.group(&[ANN, BOB]);
     let sent: Vec<_> =

@@ -19,7 +19,7 @@ pub(crate) enum DeviceCommand {
     Link {
         /// The account
         username: Username,
-        /// What to call this device; others see it
+        /// The name of this device, which others see
         #[arg(long)]
         name: String,
         /// The longest time to wait [default: 600]
@@ -46,8 +46,8 @@ pub(crate) enum DeviceCommand {
     },
     /// Revoke another device of yours: one that is lost, sold or stolen
     ///
-    /// Its sessions end, and your conversations remove it. It keeps the messages that
-    /// it has received, and the key of your account.
+    /// The device's sessions end, and your conversations remove the device. The device
+    /// keeps the messages that it has received, and the key of your account.
     #[command(verbatim_doc_comment)]
     Revoke {
         /// The device's name, or the beginning of its id

@@ -3,7 +3,7 @@
 use rustyline::{Config, DefaultEditor, ExternalPrinter, error::ReadlineError};
 use tokio::sync::mpsc;
 
-/// What stands before the line being typed; it stays before what was sent.
+/// The prompt before the line being typed. A sent line keeps the prompt.
 const PROMPT: &str = "you: ";
 
 /// A line editor at work.

@@ -75,7 +75,7 @@ struct Screen<'a> {
     editor: Editor,
     sender: Sender,
     style: Style,
-    /// Who was already said to have written elsewhere.
+    /// Other conversations whose new messages were already announced.
     others: BTreeSet<ConversationId>,
     is_connected: bool,
     /// Whether it was said that what is typed is not sent for now.
@@ -241,7 +241,7 @@ impl Screen<'_> {
             }
             Ok::<_, Error>(())
         };
-        // How it went is seen by what is left.
+        // The unsaved and unsent texts that remain show the outcome.
         let _ = chat.context.progress.during("sending", timeout_at(until, Box::pin(rest))).await;
         match self.sender.unsaved {
             0 if is_unsent(chat).await? => Err(message::queued(Some(CliError::new(

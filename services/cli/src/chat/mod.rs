@@ -1,4 +1,4 @@
-//! `qpq dm`: a conversation as it happens. What is typed is saved and sent by tasks of their own,
+//! `qpq dm`: a conversation as it happens. Separate tasks save and send the typed messages,
 //! in order, so that neither a slow server nor a lost connection keeps the person from typing or
 //! reading.
 //!
@@ -86,7 +86,7 @@ impl Chat<'_> {
 
 /// Something that happened to a text that was to be sent.
 enum Progress {
-    /// It is on this machine's disk and will be sent, whatever happens.
+    /// The message is on this machine's disk, and will be sent even after a crash.
     Saved,
     /// The message was not saved.
     Unsaved { text: String, why: CliError },
@@ -103,7 +103,7 @@ struct Sender {
     _tasks: JoinSet<()>,
     unsaved: usize,
     untried: usize,
-    /// When something last happened to what is under way, or it was given.
+    /// The time of the latest progress of a text, or of the latest new text.
     moved: Instant,
 }
 
@@ -145,7 +145,7 @@ impl Sender {
         progress
     }
 
-    /// When something will have been on its way for so long without a word, if anything is.
+    /// Returns when the texts in progress will have been without progress for `patience`.
     fn overdue_at(&self, patience: Duration) -> Option<Instant> {
         (self.untried > 0).then(|| self.moved + patience)
     }
@@ -167,7 +167,7 @@ async fn save(
     saved: mpsc::UnboundedSender<Saved>,
     tell: mpsc::UnboundedSender<Progress>,
 ) {
-    // The receiver is gone once the chat is over.
+    // The receiver is closed once the chat has ended.
     let note = |text, outcome: Result<EntryId, Error>| match outcome {
         Ok(entry) => {
             let _ = tell.send(Progress::Saved);

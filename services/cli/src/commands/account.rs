@@ -168,8 +168,9 @@ pub(super) async fn report(
 /// A smaller difference between two clocks than this is of no consequence.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5 * 60);
 
-/// How far this machine's clock is ahead of the server's, if that matters. The account was
-/// registered just now, so the server's time of that is the server's time.
+/// Returns the milliseconds that this machine's clock is ahead of the server's, if they matter.
+///
+/// The account was registered just now, so its time of registration is the server's present time.
 async fn clock_difference(messenger: &Messenger) -> Option<i64> {
     let (server, here) = (messenger.registered_at().await.ok()?, SystemClock.now());
     let difference = i128::from(here.0) - i128::from(server.0);

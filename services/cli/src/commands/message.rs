@@ -124,7 +124,7 @@ pub(crate) fn unsaved(mut error: CliError) -> CliError {
     error
 }
 
-/// Something is saved and not yet sent.
+/// Returns the error for a message that is saved and not yet sent.
 pub(crate) fn queued(why: Option<CliError>) -> CliError {
     let (exit, why) = match why {
         Some(error) => (error.exit, error.message),

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::harness::{PASSWORD, World};
 
 #[tokio::test]
-async fn who_registers_is_logged_in_and_the_server_is_pinned() {
+async fn registering_logs_in_and_pins_the_server() {
     let world = World::new().await;
     let alice = world.person("alice");
     let said = alice.ok(&["register", "Alice"]).await;

@@ -15,7 +15,8 @@ async fn two_scripts_talk() {
         b.say(&format!("pong {round}")).await;
         assert_eq!(a.hear().await, format!("bob: pong {round}"));
     }
-    // What is given before the end is sent before the end; /quit is a text like any other here.
+    // Lines typed before the end of input are sent before the program ends; /quit is a text like
+    // any other here.
     a.say("/quit").await;
     a.say("").await;
     a.say("bye").await;
@@ -26,7 +27,7 @@ async fn two_scripts_talk() {
 }
 
 #[tokio::test]
-async fn objects_for_what_is_sent_and_what_comes() {
+async fn sent_and_received_messages_are_json_objects() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     bob.ok(&["send", "alice", "waiting"]).await;
@@ -41,7 +42,7 @@ async fn objects_for_what_is_sent_and_what_comes() {
 }
 
 #[tokio::test]
-async fn a_script_that_lingers_hears_the_answer() {
+async fn a_script_that_lingers_receives_the_answer() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let mut asking = alice.start(&["dm", "bob", "--linger", "600"]);

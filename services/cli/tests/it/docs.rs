@@ -1,4 +1,4 @@
-//! What `docs/cli.md` promises is what there is.
+//! `docs/cli.md` agrees with the program.
 
 use std::{collections::BTreeSet, fs, path::Path};
 

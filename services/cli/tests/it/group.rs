@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::harness::World;
 
 #[tokio::test]
-async fn a_group_of_three_reads_alike() {
+async fn three_members_of_a_group_read_the_same_messages() {
     let world = World::new().await;
     let (alice, bob, carol) =
         (world.user("alice").await, world.user("bob").await, world.user("carol").await);
@@ -107,7 +107,7 @@ async fn a_group_can_be_left() {
 }
 
 #[tokio::test]
-async fn what_strangers_ask_for_is_listed_accepted_and_declined() {
+async fn requests_of_strangers_are_listed_accepted_and_declined() {
     let world = World::new().await;
     let [bob, mallory, eve] =
         [world.user("bob").await, world.user("mallory").await, world.user("eve").await];

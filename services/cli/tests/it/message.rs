@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::harness::World;
 
 #[tokio::test]
-async fn what_one_sends_the_other_receives_once_and_in_order() {
+async fn messages_are_received_once_and_in_order() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     assert_eq!(alice.ok(&["send", "bob", "one"]).await, "Sent to bob.\n");
@@ -89,6 +89,6 @@ async fn receiving_waits_for_the_given_time() {
     carol.ok(&["send", "alice", "two"]).await;
     assert_eq!(following.hear().await, "carol: two");
     assert_eq!(following.interrupt().await.code(), Some(130));
-    // What was shown is not shown again.
+    // Messages that were shown are not shown again.
     assert_eq!(alice.ok(&["recv", "--follow", "--timeout", "1"]).await, "");
 }

@@ -1,4 +1,4 @@
-//! What users of comparable programs reported, tried here.
+//! Bugs that users of comparable programs reported, tested here.
 
 use std::{fs::OpenOptions, process::Stdio};
 
@@ -273,7 +273,7 @@ async fn names_and_texts_of_any_script_come_through_in_the_c_locale() {
 }
 
 #[tokio::test]
-async fn what_is_exactly_as_large_as_allowed_is_taken() {
+async fn texts_and_names_of_the_largest_size_are_accepted() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let text = "x".repeat(64 * 1024);

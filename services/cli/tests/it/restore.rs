@@ -3,7 +3,7 @@
 
 use crate::harness::{Person, World};
 
-/// What is shown by two reads, as one text.
+/// Returns the output of two reads, as one text.
 async fn two_reads(person: &Person) -> String {
     let mut shown = person.run(&["recv"]).await.out;
     shown += &person.run(&["recv"]).await.out;
@@ -31,7 +31,7 @@ fn assert_shown_once(shown: &str, from: &str, texts: &[String]) {
 }
 
 #[tokio::test]
-async fn what_a_server_accepts_after_a_restore_is_shown() {
+async fn messages_accepted_after_a_restore_of_the_server_are_shown() {
     let mut world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let (carol, dave) = (world.user("carol").await, world.user("dave").await);

@@ -165,7 +165,7 @@ async fn a_line_that_comes_while_another_is_typed_disturbs_nothing() {
 }
 
 #[tokio::test]
-async fn what_is_typed_while_the_server_is_away_is_saved_and_sent_later() {
+async fn texts_typed_while_the_server_is_down_are_saved_and_sent_later() {
     let mut world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let mut terminal = Terminal::start(&alice, &["dm", "bob"]);

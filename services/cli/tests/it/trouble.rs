@@ -1,4 +1,4 @@
-//! What goes wrong, and what is said about it.
+//! Failures, and the messages that report them.
 
 use serde_json::json;
 

@@ -7,7 +7,7 @@
 //! change continues with the saved step: the server answers the repeat of an accepted commit as it
 //! did the first time.
 //!
-//! The server's epoch is not that of MLS, and not trusted. It decides only which commit is first.
+//! The server's epoch is not that of MLS, and not trusted: it only decides which commit is first.
 //!
 //! | file | contents |
 //! |---|---|

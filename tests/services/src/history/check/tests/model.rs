@@ -110,7 +110,7 @@ struct Model {
     sent: Vec<(Inbox, MessageId, Tag)>,
     content: Content,
     store: StoreId,
-    /// What was delivered from this history of the store, and from the one before.
+    /// Messages delivered from this history of the store; the next field has those of the previous.
     delivered: BTreeSet<(Inbox, Seq)>,
     delivered_before: BTreeSet<(Inbox, Seq)>,
     store_before: StoreId,
@@ -118,7 +118,7 @@ struct Model {
     changes: Vec<StoreChange>,
 }
 
-/// What the store has.
+/// The content of the store.
 #[derive(Clone, Default)]
 struct Content {
     numbers: BTreeMap<(Inbox, MessageId), Seq>,
