@@ -104,7 +104,7 @@ async fn simultaneous_first_messages_yield_one_conversation() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_sent_is_refused_with_the_reason() {
+async fn unsendable_texts_are_refused_with_the_reason() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;

@@ -19,7 +19,7 @@ async fn drain(messenger: &Messenger) -> Vec<v1::Envelope> {
 }
 
 #[tokio::test]
-async fn rubbish_is_named_acknowledged_and_passed_over() {
+async fn unreadable_bytes_are_shown_as_such_and_acknowledged() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.send(dm(&alice, "bob").await, "before").await.unwrap();

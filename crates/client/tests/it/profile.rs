@@ -114,7 +114,7 @@ async fn a_profile_is_made_once_and_must_be_there() {
 }
 
 #[tokio::test]
-async fn what_is_on_disk_shows_nothing() {
+async fn files_on_disk_reveal_no_secret_and_no_text() {
     let server = Server::start().await;
     let (alice, _bob) = (server.user("alice").await, server.user("bob").await);
     alice.send(dm(&alice, "bob").await, "a very secret sentence").await.unwrap();

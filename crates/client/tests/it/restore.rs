@@ -62,7 +62,7 @@ async fn closed(messenger: Messenger) -> VaultKey {
 }
 
 #[tokio::test]
-async fn what_a_restored_profile_sends_is_shown() {
+async fn messages_of_a_restored_profile_are_shown() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);

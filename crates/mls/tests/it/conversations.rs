@@ -119,7 +119,7 @@ fn only_an_admin_adds_and_removes_accounts() {
 }
 
 #[test]
-fn what_cannot_be_done_is_said_and_changes_nothing() {
+fn impossible_changes_are_refused_and_change_nothing() {
     let mut world = World::new(3);
     let (ann, bob) = (world.key(ANN), world.key(BOB));
     assert_eq!(world.clients[ANN].create_direct(ann, now()), Err(Error::Yourself));
@@ -173,7 +173,7 @@ fn a_package_that_is_not_its_invitees_is_refused() {
 }
 
 #[test]
-fn the_server_takes_what_clients_publish() {
+fn packages_of_clients_pass_the_servers_check() {
     let mut world = World::new(1);
     let owner = world.key(ANN);
     let policy = key_package::Policy::default();

@@ -166,7 +166,7 @@ async fn no_name_passes_for_oneself_or_for_a_notice() {
 }
 
 #[tokio::test]
-async fn names_that_look_like_others_are_refused_with_what_to_do() {
+async fn confusable_usernames_are_refused_with_advice() {
     let world = World::new().await;
     world.user("alice").await;
     for (name, code) in [

@@ -75,7 +75,7 @@ async fn a_first_message_to_a_key_package_that_was_used_before_is_named_and_repe
 }
 
 #[tokio::test]
-async fn what_a_restored_profile_sends_is_shown() {
+async fn messages_of_a_restored_profile_are_shown() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.ok(&["send", "bob", "x"]).await;

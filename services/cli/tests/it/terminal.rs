@@ -185,7 +185,7 @@ async fn texts_typed_while_the_server_is_down_are_saved_and_sent_later() {
 }
 
 #[tokio::test]
-async fn a_server_that_falls_silent_is_spoken_of_and_what_was_typed_arrives_when_it_answers() {
+async fn a_silent_server_is_announced_and_typed_text_arrives_when_it_answers() {
     let world = World::new().await;
     let bob = world.user("bob").await;
     let wire = Wire::to(&world.address).await;
