@@ -14,7 +14,7 @@ use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use prost::Message as _;
 use qpq_proto::{Status, methods::Method};
-use qpq_wire::{Event, EventDecoder, Request, Response};
+use qpq_wire::{EventDecoder, EventFrame, Request, Response};
 use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream};
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
@@ -225,7 +225,7 @@ pub struct Events {
 
 impl Events {
     /// Waits for the next event. Returns `None` at the end of the stream.
-    pub async fn next(&mut self) -> anyhow::Result<Option<Event>> {
+    pub async fn next(&mut self) -> anyhow::Result<Option<EventFrame>> {
         loop {
             if let Some(event) = self.decoder.next_event()? {
                 return Ok(Some(event));

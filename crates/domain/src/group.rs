@@ -1,4 +1,4 @@
-//! Groups: who belongs to a channel, and the limits of what the server keeps about it.
+//! Groups: the members of a channel, and the limits of the server's record of it.
 
 use crate::IdentityKey;
 
@@ -13,7 +13,7 @@ pub const MAX_GROUP_SETTINGS: usize = 16 << 10;
 /// The maximum length of a GroupInfo (RFC 9420 §12.4.3), in bytes.
 pub const MAX_GROUP_INFO: usize = 1 << 20;
 
-/// What a member may do.
+/// The rights of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     /// Sends, commits, and reads the list and the group info.

@@ -31,8 +31,8 @@ pub struct DeliveryLimits {
     pub max_ttl: Duration,
     /// The time for which a message id is remembered after its message was removed.
     pub recent_ids: Duration,
-    /// The time after which a device that has not read, and holds back more than half of its inbox,
-    /// loses its position.
+    /// The time after which a device that has not read, and whose messages fill more than half of
+    /// its inbox, loses its position.
     pub device_absence: Duration,
     /// The time that a FetchWait without a timeout waits.
     pub default_wait: Duration,

@@ -1,4 +1,4 @@
-//! What readers find after a success, a failure and a crash.
+//! The contents that readers find after a success, a failure and a crash.
 
 #![allow(clippy::unwrap_used, reason = "the exception for tests does not reach their helpers")]
 

@@ -1,8 +1,8 @@
 //! Runs durable work after the answer: claims jobs from the port [`Jobs`](qpq_ports::Jobs), runs
 //! the [`Work`] of their kind, and records how each run ended.
 //!
-//! Every edge of a cluster runs the same [`Runner`]. The store gives each job to one of them. The
-//! jobs of a killed edge run on another one after their lease, so work is safe to repeat.
+//! Every edge of a cluster runs the same [`Runner`]. Each job is claimed by one of them. The jobs
+//! of a killed edge run on another one after their lease, so work is safe to repeat.
 //!
 //! | file | content |
 //! |---|---|

@@ -1,8 +1,8 @@
 //! Claims jobs and runs them: one task per kind, and within it one future per claimed job.
 //!
-//! The runner owns all of them. It stops in two steps. After `stop` nothing more is claimed, and
-//! runs in progress may end. Runs that have not ended within the grace period are dropped, and
-//! their jobs are released in the store, for another edge to claim.
+//! The runner owns all of them and stops in two steps. Once `draining` is cancelled, nothing more
+//! is claimed, and runs in progress may end. Runs that have not ended within the grace period are
+//! dropped, and their jobs are released in the store, for another edge to claim.
 
 use std::{
     collections::HashSet, fmt, future::Future, panic::AssertUnwindSafe, pin::pin, sync::Arc,
@@ -13,10 +13,11 @@ use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::Fu
 use parking_lot::Mutex;
 use qpq_ports::{Claim, ClaimRequest, ClaimState, Clock, Job, JobEnd, Jobs};
 use tokio::{
-    sync::{Notify, watch},
+    sync::Notify,
     task::JoinSet,
     time::{Instant, interval, sleep, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{Completion, Failure, Work, metric};
 
@@ -72,8 +73,8 @@ impl Runner {
         Wake(wake)
     }
 
-    /// Runs until `stop` turns true or its sender is dropped, and then until all runs have ended.
-    pub async fn run(self, stop: watch::Receiver<bool>) {
+    /// Runs until `draining` is cancelled, and then until all runs have ended.
+    pub async fn run(self, draining: CancellationToken) {
         let mut tasks = JoinSet::new();
         let Self { jobs, clock, works, random, grace } = self;
         for (work, wake) in works {
@@ -86,14 +87,10 @@ impl Runner {
                 grace,
                 claims: Mutex::default(),
             };
-            tasks.spawn(lane.run(stop.clone()));
+            tasks.spawn(lane.run(draining.clone()));
         }
-        let mut counting = stop.clone();
         tasks.spawn(async move {
-            tokio::select! {
-                () = count(jobs, clock) => {}
-                () = stopped(&mut counting) => {}
-            }
+            draining.run_until_cancelled(count(jobs, clock)).await;
         });
         while let Some(ended) = tasks.join_next().await {
             // A panic of the runner itself, not of a run.
@@ -123,11 +120,6 @@ async fn count(jobs: Arc<dyn Jobs>, clock: Arc<dyn Clock>) {
     }
 }
 
-async fn stopped(stop: &mut watch::Receiver<bool>) {
-    // A dropped sender stops the runner too: nothing else could.
-    let _ = stop.wait_for(|stop| *stop).await;
-}
-
 /// The jobs of one kind.
 struct Lane {
     jobs: Arc<dyn Jobs>,
@@ -141,31 +133,26 @@ struct Lane {
 }
 
 impl Lane {
-    async fn run(self, mut stop: watch::Receiver<bool>) {
+    async fn run(self, draining: CancellationToken) {
         let mut running = FuturesUnordered::<BoxFuture<'_, ()>>::new();
-        {
-            let mut stopping = pin!(stopped(&mut stop));
-            let mut recurring_is_stored = false;
-            loop {
-                recurring_is_stored = recurring_is_stored || self.put_recurring().await;
-                let claimed = self.claim(running.len()).await;
-                let found = !claimed.is_empty();
-                running.extend(
-                    claimed
-                        .into_iter()
-                        .map(|job| -> BoxFuture<'_, ()> { Box::pin(self.run_one(job)) }),
-                );
-                let has_room = running.len() < self.work.policy().concurrency as usize;
-                // More jobs may be due: claim again as soon as there is room.
-                if found && has_room {
-                    continue;
-                }
-                tokio::select! {
-                    () = &mut stopping => break,
-                    Some(()) = running.next(), if !running.is_empty() => {}
-                    () = self.wake.notified(), if has_room => {}
-                    () = sleep(self.work.policy().poll), if has_room => {}
-                }
+        let mut recurring_is_stored = false;
+        loop {
+            recurring_is_stored = recurring_is_stored || self.put_recurring().await;
+            let claimed = self.claim(running.len()).await;
+            let found = !claimed.is_empty();
+            running.extend(
+                claimed.into_iter().map(|job| -> BoxFuture<'_, ()> { Box::pin(self.run_one(job)) }),
+            );
+            let has_room = running.len() < self.work.policy().concurrency as usize;
+            // More jobs may be due: claim again as soon as there is room.
+            if found && has_room {
+                continue;
+            }
+            tokio::select! {
+                () = draining.cancelled() => break,
+                Some(()) = running.next(), if !running.is_empty() => {}
+                () = self.wake.notified(), if has_room => {}
+                () = sleep(self.work.policy().poll), if has_room => {}
             }
         }
         let ended = timeout(self.grace, async { while running.next().await.is_some() {} }).await;

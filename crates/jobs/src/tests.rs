@@ -13,10 +13,8 @@ use async_trait::async_trait;
 use qpq_domain::{StoreLimits, UnixMillis};
 use qpq_ports::{ClaimRequest, Clock, Job, JobKind, NewJob};
 use qpq_store_embedded::EmbeddedStore;
-use tokio::{
-    sync::{mpsc, watch},
-    task::JoinHandle,
-};
+use tokio::{sync::mpsc, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 
 use crate::{Completion, Failure, Policy, Runner, Wake, Work};
 
@@ -95,7 +93,7 @@ struct Bench {
 struct Running {
     runs: mpsc::UnboundedReceiver<(String, u32)>,
     wake: Wake,
-    stop: watch::Sender<bool>,
+    draining: CancellationToken,
     task: JoinHandle<()>,
 }
 
@@ -122,8 +120,9 @@ impl Bench {
             Runner::new(self.store.stores().jobs, Arc::clone(&self.clock) as Arc<dyn Clock>);
         runner.grace = self.grace;
         let wake = runner.add(Arc::new(TestWork { policy, recurring, runs: sender }));
-        let (stop, stopped) = watch::channel(false);
-        Running { runs, wake, stop, task: tokio::spawn(runner.run(stopped)) }
+        let draining = CancellationToken::new();
+        let task = tokio::spawn(runner.run(draining.clone()));
+        Running { runs, wake, draining, task }
     }
 }
 
@@ -133,7 +132,7 @@ impl Running {
     }
 
     async fn stop(self) {
-        self.stop.send_replace(true);
+        self.draining.cancel();
         self.task.await.expect("ends");
     }
 }

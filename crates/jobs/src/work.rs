@@ -12,7 +12,7 @@ pub trait Work: Send + Sync {
     /// The kind of the jobs that this work runs.
     fn kind(&self) -> JobKind;
 
-    /// The bounds by which the runner claims, repeats and gives up.
+    /// The bounds of claims, retries and attempts.
     fn policy(&self) -> Policy {
         Policy::default()
     }

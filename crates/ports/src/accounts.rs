@@ -17,7 +17,7 @@ pub trait Accounts: Send + Sync {
     /// were registered before this rule stay, whatever their skeletons are.
     async fn register(&self, account: NewAccount) -> StoreResult<Registration>;
 
-    /// Returns what a login with this username needs.
+    /// Returns the account and the OPAQUE record of a username, for a login.
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>>;
 
     /// Returns the account with this username.

@@ -2,8 +2,8 @@
 //!
 //! A backend commits in the order in which calls were admitted. Without a bound for each sender,
 //! the large batches of one sender would fill the queue, and every other call would wait until most
-//! of them are committed. With it, one sender never has more in the queue than one transaction
-//! holds, so a call of another sender waits for the transaction in progress and its own.
+//! of them are committed. With it, the messages of one sender in the queue fit in one transaction,
+//! so a call of another sender waits for the transaction in progress and its own.
 
 use std::{
     collections::{HashMap, hash_map},
@@ -30,7 +30,8 @@ const ALL: usize = 64 << 10;
 /// Maximum of one sender: 4 MiB, or 512 messages.
 const SENDER: usize = 4 << 10;
 
-/// What a message counts in its sender's share in addition to its bytes: the cost of its row.
+/// The bytes that a message counts in its sender's share in addition to its payload: the cost of
+/// its row.
 const MESSAGE: usize = SENDER / 512;
 
 /// A call was not admitted in time.

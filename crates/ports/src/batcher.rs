@@ -1,10 +1,12 @@
-//! Work that is cheaper many items at a time: one queue, and workers that each take what waits.
+//! Work that is cheaper many items at a time: one queue, and workers that each take a batch from
+//! it.
 //!
 //! A backend commits the messages of many calls in one transaction, removes the pages of many reads
 //! in one statement, and looks up many inboxes in one query. While a worker is busy, the next items
-//! gather in the queue; the more there are, the less each costs. An item is taken in the order in
-//! which it was sent, and a batch ends at its limit, so an item waits for the items before it and
-//! for no later ones. [`admission`](crate::admission) bounds what one sender has in a queue.
+//! gather in the queue. The cost of an item falls with the size of its batch. An item is taken in
+//! the order in which it was sent, and a batch ends at its limit, so an item waits for the items
+//! before it and for no later ones. [`admission`](crate::admission) bounds the items of one sender
+//! in a queue.
 
 use std::{collections::VecDeque, fmt, mem, sync::Arc};
 
@@ -30,7 +32,7 @@ impl From<Closed> for StoreError {
 /// The size of an item, or of a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BatchSize {
-    /// Items, or what an item counts as: messages, pages, calls.
+    /// Items, or the units that an item counts as: messages, pages, calls.
     pub count: usize,
     /// Bytes in memory.
     pub bytes: usize,
@@ -41,10 +43,10 @@ pub trait BatchWorker: Send + 'static {
     /// An element of the queue.
     type Item: Send + 'static;
 
-    /// A batch that has reached either bound gets no further item.
+    /// A batch that has reached either bound is complete.
     const LIMIT: BatchSize;
 
-    /// Returns the size of an item. By default it counts as one, whatever its bytes are.
+    /// Returns the size of an item. By default an item counts as one and has no bytes.
     fn size(_item: &Self::Item) -> BatchSize {
         BatchSize { count: 1, bytes: 0 }
     }
@@ -63,7 +65,7 @@ pub trait BatchWorker: Send + 'static {
 
 /// A queue and its workers. Cheap to clone.
 ///
-/// When the last clone is dropped, the workers process what is in the queue and end.
+/// When the last clone is dropped, the workers process the items in the queue and end.
 pub struct Batcher<T> {
     handle: Arc<Handle<T>>,
 }
@@ -75,7 +77,7 @@ struct Handle<T> {
 
 struct Queue<T> {
     state: Mutex<State<T>>,
-    /// Notified when the queue gets its first item, and when items are left after a batch.
+    /// Notified when the first item is added to the queue, and when items are left after a batch.
     filled: Notify,
 }
 
@@ -106,7 +108,8 @@ impl<T: Send + 'static> Batcher<T> {
         let was_empty = state.items.is_empty();
         state.items.push_back(item);
         drop(state);
-        // A worker that takes a batch passes on what it leaves, so one notification is enough.
+        // A worker that leaves items in the queue notifies the next worker, so one notification is
+        // enough.
         if was_empty {
             queue.filled.notify_one();
         }
@@ -151,7 +154,7 @@ impl<T> Drop for Handle<T> {
 impl<T> Queue<T> {
     fn close(&self) {
         self.state.lock().closed = true;
-        // A worker that is not waiting looks at the state before it waits.
+        // A worker that is not waiting checks the state before it waits.
         self.filled.notify_waiters();
     }
 
@@ -207,7 +210,7 @@ impl<T> Drop for Presence<T> {
         let mut state = self.0.state.lock();
         state.workers -= 1;
         if state.workers == 0 {
-            // No worker is left for these items: their callers get an error now.
+            // No worker is left for these items: their callers receive an error now.
             state.closed = true;
             let items = mem::take(&mut state.items);
             drop(state);
@@ -228,7 +231,7 @@ async fn work<W: BatchWorker>(mut worker: W, presence: Presence<W::Item>) {
 pub struct Call<I, A> {
     /// The request.
     pub item: I,
-    /// Where the answer goes.
+    /// The receiver of the answer.
     pub answer: Answer<A>,
 }
 
@@ -246,8 +249,8 @@ impl<A> Answer<A> {
 }
 
 impl<I: Send + 'static, T: Send + 'static> Batcher<Call<I, StoreResult<T>>> {
-    /// Sends a request and returns its answer. A caller that goes away leaves the request in the
-    /// queue.
+    /// Sends a request and returns its answer. The request stays in the queue if the caller is
+    /// dropped.
     pub async fn call(&self, item: I) -> StoreResult<T> {
         let (answer, answered) = oneshot::channel();
         self.send(Call { item, answer: Answer(answer) })?;
@@ -446,13 +449,13 @@ mod tests {
 
         async fn run(&mut self, batch: Vec<Self::Item>) {
             self.0.send(batch.iter().map(|(sender, ..)| *sender).collect()).expect("a test");
-            // Others come between.
+            // Other senders' messages come between.
             tokio::task::yield_now().await;
         }
     }
 
     /// One sender sends large calls as fast as it is admitted. The call of another sender is in one
-    /// of the next three transactions: two hold all that the first may have in the queue.
+    /// of the next three transactions: all that the first may have in the queue fits in two.
     #[tokio::test(start_paused = true)]
     async fn a_call_waits_for_no_more_of_another_sender_than_its_share() {
         let (report, mut batches) = mpsc::unbounded_channel();

@@ -10,11 +10,11 @@ use crate::StoreResult;
 /// An inbox without devices has a single reader. From the first registration on, each device is a
 /// reader:
 ///
-/// - The first device inherits what the single reader had left. A later one starts after the newest
-///   message.
-/// - A message is removed once every device that was registered when it was accepted is done with
-///   it or revoked.
-/// - When the last device is revoked, what is queued stays, for the single reader.
+/// - The first device inherits the messages that the single reader has not completed. A later one
+///   starts after the newest message.
+/// - A message is removed once every device that was registered when it was accepted has completed
+///   it or was revoked.
+/// - When the last device is revoked, its queued messages stay, for the single reader.
 #[async_trait]
 pub trait Devices: Send + Sync {
     /// Registers a device, which is a reader of the account's inbox from then on. Binds the session
@@ -86,7 +86,7 @@ pub enum DeviceRegistration {
     KeyTaken,
     /// The account has [`qpq_domain::MAX_DEVICES`] devices.
     Full,
-    /// An edge of the cluster runs a release that does not know devices.
+    /// An edge of the cluster runs a release without devices.
     OlderEdges,
 }
 

@@ -1,4 +1,4 @@
-//! Groups: the members, the metadata and the epoch behind a channel, and messages to all members.
+//! Groups: the members, the metadata and the epoch of a channel, and messages to all members.
 //!
 //! Server-side membership decides who may commit, read the metadata and receive messages to all
 //! members. The members' clients trust the MLS group instead.
@@ -21,15 +21,15 @@ pub trait Groups: Send + Sync {
     /// Creates a group with the creator as admin and the others as members.
     ///
     /// Safe to repeat: a group that exists is returned unchanged if the creator is a member of it.
-    /// A direct group is found by its pair, whatever id is proposed, and gets back a member who
-    /// left it.
+    /// A direct group is found by its pair, whatever id is proposed, and a member who left it is
+    /// added again.
     async fn create(&self, group: NewGroup) -> StoreResult<Result<Creation, GroupRefusal>>;
 
     /// Adds members with a role. Only for admins. Adds all or none. Returns the number of new
     /// members.
     ///
-    /// With [`Role::Admin`] those who are members already become admins. With [`Role::Member`] they
-    /// keep their role, so a repeat demotes nobody.
+    /// With [`Role::Admin`], present members become admins. With [`Role::Member`] they keep their
+    /// role, so a repeat demotes nobody.
     async fn add_members(
         &self,
         group: GroupId,
@@ -39,8 +39,8 @@ pub trait Groups: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Result<u32, GroupRefusal>>;
 
-    /// Removes a member; a key that is no member's changes nothing. Only for admins, and for the
-    /// member itself.
+    /// Removes a member. Does nothing for a key that is not a member's. Only for admins, and for
+    /// the member itself.
     ///
     /// When the last admin leaves, the oldest member becomes admin. When the last member leaves,
     /// the group is removed.
@@ -81,7 +81,7 @@ pub trait Groups: Send + Sync {
     /// A commit is accepted only in the epoch that it expects. The epoch then rises by one and the
     /// GroupInfo replaces the stored one. Of concurrent commits for one epoch exactly one is
     /// accepted; nothing of the others is stored. A commit that repeats the message id of an
-    /// accepted one of the same sender has the first one's result.
+    /// accepted commit of the same sender has the result of that one.
     async fn send(&self, message: GroupMessage) -> StoreResult<Result<GroupSent, GroupRefusal>>;
 }
 
@@ -164,7 +164,7 @@ pub struct MemberPage {
     pub limit: u32,
 }
 
-/// A group as its members see it.
+/// The view of a group for its members.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupView {
     /// The members of the page.
@@ -190,13 +190,13 @@ pub struct Member {
     pub identity: IdentityKey,
     /// The username.
     pub username: String,
-    /// What the member may do.
+    /// The rights of the member.
     pub role: Role,
     /// When the member was added.
     pub joined_at: UnixMillis,
 }
 
-/// What a device that lost its state needs to join again by itself.
+/// The GroupInfo and the epoch, from which a device that lost its state joins again by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupInfo {
     /// The GroupInfo of the last commit that had one (RFC 9420 §12.4.3).
@@ -216,7 +216,7 @@ pub struct GroupMessage {
     pub sender_key: IdentityKey,
     /// The device that sends it.
     pub sender_device: Option<DeviceId>,
-    /// The inboxes that get it.
+    /// The recipients.
     pub recipients: GroupRecipients,
     /// The ciphertext.
     pub payload: Bytes,
@@ -239,15 +239,15 @@ impl GroupMessage {
     }
 }
 
-/// The inboxes that a message to a group gets into.
+/// The recipients of a message to a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GroupRecipients {
-    /// Those of these accounts, members or not, none of them twice.
+    /// The inboxes of these accounts, members or not. Each account is listed once.
     Listed(Vec<IdentityKey>),
-    /// Those of all members; the sender's own only if it has another device than the one that
+    /// The inboxes of all members. The sender's own only if it has another device than the one that
     /// sends.
     Others,
-    /// Those of all members.
+    /// The inboxes of all members.
     All,
 }
 
@@ -269,7 +269,8 @@ pub struct GroupSent {
     pub recipients: u32,
     /// For listed recipients: the outcome of each, in order.
     pub outcomes: Vec<Enqueued>,
-    /// For all members: how many did not get it, because their inbox is full.
+    /// For all members: the number of members that did not receive it, because their inboxes are
+    /// full.
     pub skipped: u32,
     /// Whether the message is a repeat of an accepted one.
     pub is_repeat: bool,

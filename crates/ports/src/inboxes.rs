@@ -32,8 +32,8 @@ pub trait Inboxes: Send + Sync {
     /// Accepts messages and returns one outcome for each, in their order. A message is durable when
     /// its outcome is `Accepted`. Messages to one inbox get their seqs in the order of the batch.
     /// An error means that none was accepted. The backend's configuration
-    /// ([`qpq_domain::DeliveryLimits`]) limits what an inbox holds and what one sender holds of it,
-    /// and says how long message ids are remembered.
+    /// ([`qpq_domain::DeliveryLimits`]) limits the messages of an inbox and of one sender in it,
+    /// and the time for which message ids are remembered.
     async fn enqueue(&self, batch: Batch) -> StoreResult<Vec<Enqueued>>;
 
     /// Returns the first messages of the view, and hides them from other reads until the lease
@@ -55,8 +55,8 @@ pub trait Inboxes: Send + Sync {
         now: UnixMillis,
     ) -> Result<Page, ReadError>;
 
-    /// Removes messages of the view for the reader, leased or not, because the reader says that it
-    /// has them. Returns the number of messages that the reader is newly done with: none if the ack
+    /// Removes messages of the view for the reader, leased or not, because the client has received
+    /// them. Returns the number of messages that were newly removed for the reader: none if the ack
     /// names another history than the present one. Durable when it returns.
     async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> Result<u32, ReadError>;
 }
@@ -85,15 +85,15 @@ pub trait Lease: Send + Sync {
     fn free_payloads(&mut self);
 
     /// Removes exactly the messages of the page for the reader, which has them. Durable when it
-    /// returns. A message goes when no reader waits for it any more; its id is then remembered from
+    /// returns. A message that waits for no other reader is deleted, and its id is remembered from
     /// `now` on, or from its expiry if that was earlier.
     ///
     /// Removes nothing
     /// - if the store has begun another history since the page was read: the seqs may then belong
     ///   to other messages;
-    /// - if the page was the single reader's and a device has been registered since: the first
+    /// - if the single reader read the page and a device has been registered since: the first
     ///   device inherits the messages;
-    /// - if the page was a device's and this registration was revoked since, even if a device with
+    /// - if a device read the page and its registration was revoked since, even if a device with
     ///   the same id was registered again.
     async fn complete(self: Box<Self>, now: UnixMillis) -> StoreResult<()>;
 }
@@ -107,7 +107,7 @@ pub trait Lease: Send + Sync {
 /// [`Groups::send`](crate::Groups::send).
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    /// The messages, in the order in which each inbox gets them.
+    /// The messages, in the order of their seqs in each inbox.
     pub messages: Vec<NewMessage>,
 }
 
@@ -123,13 +123,13 @@ impl Batch {
 pub struct NewMessage {
     /// The account that sends it.
     pub sender: IdentityKey,
-    /// The account whose inbox gets it.
+    /// The recipient's account.
     pub recipient: IdentityKey,
     /// The channel of the inbox.
     pub channel: ChannelId,
     /// The ciphertext.
     pub payload: bytes::Bytes,
-    /// SHA-256 of the payload, stored so that a repeat gets the same proof.
+    /// SHA-256 of the payload, stored so that the answer to a repeat has the same proof.
     pub payload_sha256: [u8; 32],
     /// The sender's id for the message, by which a repeat is recognised.
     pub message_id: Option<MessageId>,
@@ -189,8 +189,8 @@ pub enum ReadError {
     /// The inbox has registered devices, and the reader is none of them.
     #[error("the reader is not a registered device of the inbox")]
     DeviceRequired,
-    /// The device was away too long and held back too much: its position was moved to the newest
-    /// message. Every read and ack says so until
+    /// The device had not read for too long while its messages filled more than half of the inbox,
+    /// so its position was moved to the newest message. Every read and ack returns this error until
     /// [`Devices::confirm_position`](crate::Devices::confirm_position).
     #[error("the device lost its position in the inbox")]
     PositionLost,
@@ -202,8 +202,8 @@ pub enum ReadError {
 /// One position in an inbox: that of a device, or of the account.
 ///
 /// Leases, acks and wakes belong to a reader. An inbox without registered devices has a single
-/// reader, and the stores read it whatever device is named. With registered devices, each of them
-/// is a reader, and there is no other ([`Devices`](crate::Devices)).
+/// reader, and the stores read it for any named device. With registered devices, each of them is a
+/// reader, and there is no other ([`Devices`](crate::Devices)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Reader {
     /// The account whose inbox is read.
@@ -222,7 +222,7 @@ impl Reader {
 /// The part of an inbox that a read returns messages of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadQuery {
-    /// Whose position is read.
+    /// The reader whose position is read.
     pub reader: Reader,
     /// The channels that are read.
     pub view: View,
@@ -249,7 +249,7 @@ impl View {
 pub struct PageLimit {
     /// Maximum messages.
     pub messages: u32,
-    /// Maximum sum of [`Envelope::cost`]. The first message is returned whatever its size.
+    /// Maximum sum of [`Envelope::cost`]. The first message is always returned.
     pub bytes: usize,
 }
 

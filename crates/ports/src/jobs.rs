@@ -20,11 +20,11 @@ use crate::StoreResult;
 /// The queue of jobs.
 #[async_trait]
 pub trait Jobs: Send + Sync {
-    /// Stores jobs in a transaction of their own. Returns how many are new.
+    /// Stores jobs in a transaction of their own. Returns the number of new ones.
     ///
     /// A job whose key is present already keeps its payload and becomes due earlier if the new one
     /// is, never later. If the present job is claimed, it runs once more after that run, which may
-    /// have missed what the new job is for.
+    /// have missed the cause of the new job.
     ///
     /// A transaction that is itself the cause of a job stores it by the backend's own means.
     async fn put(&self, jobs: Vec<NewJob>, now: UnixMillis) -> StoreResult<u64>;
@@ -206,7 +206,7 @@ pub struct JobStats {
     pub waiting: u64,
     /// Claimed by a worker.
     pub claimed: u64,
-    /// Given up, see [`JobEnd::Dead`].
+    /// Not retried any more, see [`JobEnd::Dead`].
     pub dead: u64,
     /// The time since the oldest waiting job became due. Zero where none is due.
     pub overdue: Duration,

@@ -15,9 +15,9 @@ pub trait KeyPackages: Send + Sync {
     /// last-resort package replaces the old one of the same device. The backend's configuration
     /// limits the packages of one device ([`qpq_domain::KeyPackageLimits`]).
     ///
-    /// [`UploadMode::Replace`] first removes what `owner` has stored, the last-resort package
-    /// included. Removing and storing are one step: a concurrent [`take`](Self::take) gets a
-    /// package from before or after it, and an upload that is refused removes nothing. A removed
+    /// [`UploadMode::Replace`] first removes the stored packages of `owner`, the last-resort
+    /// package included. Removing and storing are one step: a concurrent [`take`](Self::take) gets
+    /// a package from before or after it, and an upload that is refused removes nothing. A removed
     /// package that was not taken may be uploaded again.
     async fn upload(
         &self,
@@ -49,12 +49,11 @@ pub trait KeyPackages: Send + Sync {
     /// Returns the fingerprints of the packages that all devices of the account have stored now.
     async fn known(&self, account: AccountId) -> StoreResult<HashSet<[u8; 32]>>;
 
-    /// Returns what `owner` has left at `now`.
+    /// Returns the number of packages that `owner` has left at `now`.
     async fn stock(&self, owner: PackageOwner, now: UnixMillis) -> StoreResult<Stock>;
 }
 
-/// Whose KeyPackages are meant: a device's, or those of the account itself, which its identity key
-/// signs.
+/// The owner of KeyPackages: a device, or the account itself, whose identity key signs them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PackageOwner {
     /// The account.
@@ -82,8 +81,8 @@ pub enum UploadMode {
 /// A KeyPackage to be stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewKeyPackage {
-    /// Identifies the package, however it is wrapped: its reference (RFC 9420 §5.2) where that can
-    /// be computed.
+    /// Identifies the package in any wrapping: its reference (RFC 9420 §5.2) where that can be
+    /// computed.
     pub fingerprint: [u8; 32],
     /// As uploaded, byte for byte.
     pub bytes: Vec<u8>,
@@ -100,7 +99,7 @@ pub struct NewKeyPackage {
 /// The outcome of an upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Upload {
-    /// All packages are stored. Has what the uploading owner has now.
+    /// All packages are stored. Contains the present stock of the uploading owner.
     Stored(Stock),
     /// The package with this index was taken before. Nothing was stored.
     GivenOut(usize),
@@ -113,7 +112,7 @@ pub enum Upload {
 pub struct TakenKeyPackage {
     /// As uploaded, byte for byte.
     pub bytes: Vec<u8>,
-    /// Whether it is the last resort, which others get too.
+    /// Whether it is the last-resort package, which other calls return too.
     pub last_resort: bool,
 }
 

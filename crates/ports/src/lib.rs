@@ -101,12 +101,12 @@ pub trait Maintenance: Send + Sync {
     /// Removes at most one bounded batch of each, so that the caller can repeat it.
     ///
     /// Moves devices to the newest message that have not read for
-    /// [`DeliveryLimits::device_absence`](qpq_domain::DeliveryLimits::device_absence) and hold back
-    /// more than half of what their inbox may hold, in messages or in bytes.
+    /// [`DeliveryLimits::device_absence`](qpq_domain::DeliveryLimits::device_absence) and whose
+    /// messages fill more than half of their inbox, by count or by bytes.
     async fn sweep(&self, now: UnixMillis) -> StoreResult<Swept>;
 
-    /// Returns the history that the store is in, as far as this process knows. Reads nothing. A
-    /// page has the id that is exact for its seqs.
+    /// Returns the last known history of the store, without reading it. A page contains the exact
+    /// id for its seqs.
     fn store_id(&self) -> StoreId;
 
     /// Begins another history, after the store was replaced by an older copy of itself. In one
@@ -127,7 +127,7 @@ pub enum OldSessions {
     /// All of them end, and accounts log in again. A session that was revoked after the copy was
     /// made stays revoked.
     End,
-    /// Those of the copy are valid, also if they were revoked after the copy was made.
+    /// Sessions of the copy stay valid, also those that were revoked after the copy was created.
     Keep,
 }
 

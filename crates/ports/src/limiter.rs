@@ -7,7 +7,7 @@ use qpq_domain::UnixMillis;
 
 use crate::StoreResult;
 
-/// Counts what callers spend.
+/// Counts the calls, messages and bytes of callers.
 #[async_trait]
 pub trait RateLimiter: Send + Sync {
     /// Takes `cost` tokens from the bucket under `key`, which is full when first seen. A cost above

@@ -1,11 +1,10 @@
 //! The contents of a store as plain rows, for a transfer into a store of another kind.
 //!
-//! A row is transferred column by column and is not interpreted on the way, so nothing is lost that
-//! only the store itself understands. The numbers of accounts differ from store to store. Two
-//! stores are therefore compared by *canonical* rows, in which an account's identity key replaces
-//! its number, and by a [`Digest`] over them that does not depend on their order. Each store
-//! describes its own tables and generates its SQL from that; this module has the names and kinds
-//! that both share.
+//! A row is transferred column by column and is not interpreted on the way, so values that only a
+//! store understands are kept. The numbers of accounts differ from store to store. Two stores are
+//! therefore compared by *canonical* rows, in which an account's identity key replaces its number,
+//! and by a [`Digest`] over them that does not depend on their order. Each store describes its own
+//! tables and generates its SQL from that; this module has the names and kinds that both share.
 
 use std::fmt;
 
@@ -32,7 +31,7 @@ pub enum Table {
     HybridKey,
     /// Devices, and their positions in the inboxes.
     Device,
-    /// Messages that a device is done with beyond its position.
+    /// Messages after the position of a device that the device has finished.
     DeviceDone,
     /// Device keys that are or were registered.
     DeviceKey,
@@ -49,7 +48,7 @@ pub enum Table {
 /// A column of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Column {
-    /// Its name in the schema.
+    /// The name in the schema.
     pub name: &'static str,
     /// The type of its values.
     pub kind: ColumnType,
@@ -411,7 +410,7 @@ impl Digests {
     }
 }
 
-/// One line for each table, which people read and stores keep.
+/// One line for each table, for people to read and for stores to compare.
 impl fmt::Display for Digests {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Table::ALL

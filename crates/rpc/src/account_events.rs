@@ -78,8 +78,8 @@ impl AccountEvents {
 
     /// Sends an event to the listeners here. Costs one look-up if there are none.
     fn notify(&self, identity: &IdentityKey, event: AccountEvent) {
-        // Locked to the end: a listener that is dropped meanwhile must see that only it and the
-        // map have the topic.
+        // Locked to the end, so that a listener that is dropped concurrently finds that only it and
+        // the map have the topic.
         let topics = self.topics.lock();
         let Some(topic) = topics.get(identity) else { return };
         topic.counts[event as usize].fetch_add(1, Ordering::Release);

@@ -140,8 +140,9 @@ impl Answers {
         bytes: usize,
     ) -> Result<Reservation, Error> {
         let units = bytes.min(AnswerMemory::MIN).div_ceil(UNIT);
-        // The client's own memory comes first: while it waits for that, it takes nothing from
-        // others. All calls wait in this order, so no two wait for one another.
+        // The client's own memory comes first: a call that waits for it has reserved none of the
+        // memory that others share. All calls wait in this order, so none waits for another in a
+        // circle.
         let own = [Some(cx.conn.answer_memory().clone()), subject.map(|subject| self.of(subject))];
         let mut reservation =
             Reservation { permits: Vec::with_capacity(3), units: 0, used: self.used.clone() };

@@ -1,6 +1,6 @@
 //! The state of one client connection: its address, its session, its unfinished logins, its
-//! subscription. No other connection can change it, so nobody can disturb a login. It ends with the
-//! connection, so any edge can be killed.
+//! subscription. No other connection can change this state, so no other client can disturb a login.
+//! The state ends with the connection, so any edge can be killed.
 
 use std::{
     fmt,

@@ -69,7 +69,8 @@ impl Cx<'_> {
         let address = Subject::Ip(self.conn.ip());
         // The call is taken from the same budgets, so they are not full.
         let payable = budgets.payable(class, subject, cost);
-        // The subject first: a cost that it is refused does not count for others at its address.
+        // The subject first, so that a refused call of one subject does not count for others at its
+        // address.
         budgets.take(self, class, subject, payable).await?;
         budgets.take(self, class, address, budgets.payable(class, address, cost)).await?;
         self.app.debts.add(class, subject.key(), cost - payable, self.now);

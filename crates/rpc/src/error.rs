@@ -118,7 +118,7 @@ errors! {
     /// A store cannot be reached or cannot commit.
     Unavailable(StoreError) => Unavailable "rpc.unavailable" WARN
         "The server cannot do this now. Wait and try again.";
-    /// Another transaction won in every attempt.
+    /// Another transaction committed first in every attempt.
     Conflict(StoreError) => Unavailable "rpc.conflict" WARN
         "Another call changed the same data at the same time. Try again.";
     Internal(Cause) => Internal "rpc.internal" ERROR
@@ -217,7 +217,7 @@ errors! {
         "The device key belongs to another device or account. Create a new one.";
     DevicesFull => Forbidden "device.too_many" DEBUG
         "An account has at most 16 devices. Revoke one first.";
-    /// An edge of the cluster runs a release that does not know devices.
+    /// An edge of the cluster runs a release without devices.
     OlderEdges => Unavailable "device.older_servers" WARN
         "Devices can be registered once every server of the cluster is upgraded. Try again later.";
 

@@ -27,8 +27,8 @@ pub struct Answer {
     pub status: u8,
     /// The method's response message, or an `ErrorDetail`.
     pub payload: Bytes,
-    /// The lease of the messages in the payload. To be completed once the client has the whole
-    /// payload; dropped, it is released.
+    /// The lease of the messages in the payload. Completed once the client has the whole payload,
+    /// released if it is dropped before.
     pub lease: Option<Box<dyn Lease>>,
 }
 
@@ -53,7 +53,7 @@ impl Rpc {
         Arc::new(ClientConnection::new(addr, events, self.app.answers.new_connection()))
     }
 
-    /// Returns whether memory for answers is short, so that slow clients get less time.
+    /// Returns whether memory for answers is short, so that slow clients have less time.
     pub fn is_short_of_memory(&self) -> bool {
         self.app.answers.is_short()
     }

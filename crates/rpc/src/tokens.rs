@@ -4,7 +4,7 @@
 //! Each edge counts separately, in bounded memory and without a store: the count must cost less
 //! than the look-up.
 //!
-//! A token that the store does not know is remembered for [`UNKNOWN_LIFETIME`] and refused without
+//! A token that the store does not have is remembered for [`UNKNOWN_LIFETIME`] and refused without
 //! the store. This cannot hide a session: a token is 32 random bytes that the client receives after
 //! the session was stored, so it is not used earlier, and the token of an ended session is never
 //! issued again. The lifetime is short because of stores that are restored.
@@ -102,12 +102,12 @@ impl Tokens {
         }
     }
 
-    /// Records a token that the store knows.
+    /// Records a token that the store has.
     pub(crate) fn found(&self, token: TokenHash) {
         self.state.lock().valid.insert(token);
     }
 
-    /// Records a token that the store does not know, and takes it from the budget of `ip`.
+    /// Records a token that the store does not have, and charges it to the budget of `ip`.
     pub(crate) fn not_found(&self, token: TokenHash, ip: IpAddr, now: UnixMillis) {
         let mut state = self.state.lock();
         state.unknown.expire(now);

@@ -2,7 +2,7 @@
 //! that wait for the same view.
 //!
 //! A wake reaches the first waiting call, which reads. The next call reads only if messages were
-//! left. So a message costs one read, however many calls wait for it, and none if no call waits for
+//! left. So a message costs one read for any number of waiting calls, and none if no call waits for
 //! its channel.
 
 use std::{
@@ -107,8 +107,8 @@ pub(crate) enum Unread {
     More,
 }
 
-/// Completes when there may be unread messages and it is the call's turn. Cancel-safe: they stay
-/// unread until [`Waiter::has_read`].
+/// Completes when there may be unread messages and it is the call's turn. Cancel-safe: messages
+/// stay unread until [`Waiter::has_read`].
 async fn unread(
     shared: &Arc<tokio::sync::Mutex<SharedWake>>,
     turn: &mut Option<OwnedMutexGuard<SharedWake>>,

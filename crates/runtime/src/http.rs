@@ -245,7 +245,7 @@ mod tests {
         assert!(get(address, "/").await.starts_with("HTTP/1.1 404 "));
     }
 
-    /// 173 idle connections used up the descriptors, and `/livez` failed for that alone.
+    /// 173 idle connections used up the descriptors, and therefore `/livez` failed.
     #[tokio::test]
     async fn idle_connections_keep_no_probe_out() {
         let mut tasks = Tasks::default();

@@ -1,8 +1,8 @@
 //! Logs: lines on standard error, as text for people or JSON for machines.
 //!
 //! Lines go through a bounded queue to a thread of its own (`tracing-appender`), so that a terminal
-//! or a pipe that nobody reads never blocks the server. Lines that do not fit are dropped, and the
-//! log says how many.
+//! or a pipe without a reader never blocks the server. Lines that do not fit are dropped, and their
+//! number is logged.
 
 use std::{
     fmt,

@@ -1,5 +1,6 @@
-//! Measures messages to groups: what a message to a thousand members costs as one send and as
-//! single messages, how long a send to ten thousand members takes, and how long it delays others.
+//! Measures messages to groups: the cost of a message to a thousand members as one send and as
+//! single messages, the duration of a send to ten thousand members, and the delay that it causes
+//! others.
 //!
 //! `cargo run --release -p qpq-store-cluster --example group_send`, on Linux, with the servers of
 //! the tests installed. CPU is that of the process and of the backends of its connections.
@@ -56,7 +57,7 @@ struct World {
     identities: Vec<IdentityKey>,
 }
 
-/// What was used up to an instant, or between two.
+/// The resources that were used up to an instant, or between two.
 #[derive(Clone, Copy, Debug)]
 struct Used {
     process: f64,

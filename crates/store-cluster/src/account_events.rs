@@ -1,6 +1,6 @@
 //! Account events between edges, over NATS. While no message arrives through NATS, every waiting
-//! call gets an event now and then that its sessions may have ended. It then looks its session up,
-//! which no copy answers for long.
+//! call regularly receives the event that its session may have ended. The call then looks its
+//! session up, and copies of sessions are valid for a short time only.
 
 use std::mem;
 
@@ -43,7 +43,7 @@ enum Missed {
 
 struct Listener {
     messages: Receiver<BusMessage>,
-    /// Accounts whose sessions are to be looked up.
+    /// The accounts whose sessions are looked up.
     pending: Vec<IdentityKey>,
     missed: Missed,
     next_check: Instant,
@@ -59,8 +59,8 @@ impl Listener {
             tokio::select! {
                 message = self.messages.recv() => match message {
                     Ok(BusMessage::AccountEvent(identity, event)) => return Some((identity, event)),
-                    // Precedes the event, whose receiver looks the session up immediately: the copy
-                    // here must be dropped by then, whether or not the task that drops copies has
+                    // Drops the copy here before the event, because the receiver of the event looks
+                    // the session up immediately, perhaps before the task that drops copies has
                     // run.
                     Ok(BusMessage::SessionEnded(token)) => {
                         self.store.inner.applier.sessions.drop_local(&token);
@@ -84,7 +84,7 @@ impl Listener {
         }
     }
 
-    /// Drops all copies of sessions and lets every waiting call look its session up, once.
+    /// Drops all copies of sessions and makes every waiting call look its session up once.
     fn look_up_all(&mut self) {
         self.store.inner.applier.sessions.drop_all_local();
         self.pending = self.store.inner.wakes.waiting();

@@ -1,6 +1,6 @@
-//! Accounts in Postgres. An account is inserted and never replaced: of two edges that register the
-//! same name, skeleton or key at a time, the unique indexes let one through, and the other answers
-//! by what is there.
+//! Accounts in Postgres. An account is inserted and never replaced: if two edges register the same
+//! name, skeleton or key concurrently, the unique indexes accept one, and the other edge answers
+//! from the stored row.
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, Username};
@@ -22,9 +22,9 @@ use crate::{
 /// skeleton.
 const MAX_ATTEMPTS: u32 = 8;
 
-/// Inserts an account and its inbox, unless there is an account whose skeleton is not known yet.
-/// Waits for a concurrent insert of the same name, skeleton or key, and inserts nothing if that one
-/// is committed.
+/// Inserts an account and its inbox, unless an account without a skeleton exists. Waits for a
+/// concurrent insert of the same name, skeleton or key, and inserts nothing if that one is
+/// committed.
 const INSERT: &str = "
     WITH new AS (
         INSERT INTO account (username, identity, opaque_record, created_at, skeleton)
@@ -106,7 +106,7 @@ impl Statement for Register {
         if let Some(id) = inserted {
             return Ok(Some(Registration::Registered(AccountId(id))));
         }
-        // A statement of its own sees the row that the insert conflicts with.
+        // A separate statement, because it sees the row that the insert conflicts with.
         if let Some(held) = find_credentials(connection, &new.username).await? {
             let same = held.identity == new.identity && held.opaque_record == new.opaque_record;
             return Ok(Some(match same {

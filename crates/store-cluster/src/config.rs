@@ -90,7 +90,7 @@ impl fmt::Debug for Endpoint {
 pub enum Migrate {
     /// Whenever an edge starts.
     AtStart,
-    /// By `qpq-admin migrate` only.
+    /// The schema is updated by `qpq-admin migrate` only.
     Never,
 }
 
@@ -102,7 +102,7 @@ impl Choice for Migrate {
 /// The intervals by which edges detect each other's changes without a message.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// Time between two polls of the inboxes that calls wait for: the delay of a message whose wake
+    /// Time between two polls of the inboxes with waiting calls: the delay of a message whose wake
     /// was lost.
     pub poll: Duration,
     /// Time for which a lease outlives its edge.

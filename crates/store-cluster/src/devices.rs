@@ -1,9 +1,9 @@
-//! Devices in Postgres, and what a registration or a revocation changes in the inbox, the sessions
-//! and the KeyPackages of the account.
+//! Devices in Postgres, and the changes of a registration or a revocation to the inbox, the
+//! sessions and the KeyPackages of the account.
 //!
-//! Both lock the inbox's head first, by a statement of their own, as everything does that changes
-//! who waits for a message. Messages are therefore accepted before or after a registration and are
-//! due to the new device or not, and a page is completed before or after a revocation.
+//! Both lock the inbox's head first, by a statement of their own, as every transaction does that
+//! changes the readers of a message. So each message is accepted either before or after a
+//! registration, and each page is completed either before or after a revocation.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -46,7 +46,7 @@ const FIND: &str = "SELECT key FROM device WHERE account = $1 AND device = $2";
 const RENAME: &str =
     "UPDATE device SET name = $3 WHERE account = $1 AND device = $2 AND name <> $3";
 
-/// Needs no lock of the head: nobody else clears the mark.
+/// Needs no lock of the head: no other statement clears the mark.
 const CONFIRM: &str = "
     UPDATE device SET position_lost = false WHERE account = $1 AND device = $2 AND position_lost";
 
@@ -70,8 +70,8 @@ const REMOVE: &str =
     "DELETE FROM device WHERE account = $1 AND device = $2 RETURNING upto, key IS NULL AS keyless";
 const REMOVE_DONE: &str = "DELETE FROM device_done WHERE inbox = $1 AND device = $2";
 
-/// Without devices, the single reader continues with what is left. Its queue in Redis may be from
-/// before the first registration.
+/// Without devices, the single reader continues with the messages that are left. Its queue in Redis
+/// may be from before the first registration, so its removals are counted up.
 const COUNT_DOWN: &str = "
     UPDATE inbox SET devices = devices - 1, removals = removals + (devices = 1)::int
      WHERE id = $1 RETURNING devices, last_seq";
@@ -81,7 +81,7 @@ const END_SESSIONS: &str = "DELETE FROM session WHERE account = $1 AND device = 
 #[async_trait]
 impl Devices for ClusterStore {
     async fn register(&self, mut device: NewDevice) -> StoreResult<DeviceRegistration> {
-        // A device does not look absent because a clock was behind.
+        // With a clock that is behind, the device would look absent.
         let time = &self.inner.time;
         device.now = time.bounds(device.now, time.postgres()).latest;
         let store = self.clone();
@@ -144,8 +144,8 @@ impl Devices for ClusterStore {
 }
 
 impl Inner {
-    /// Wakes the calls that wait for an inbox, at every edge: what other readers had leased may be
-    /// visible to them now.
+    /// Wakes the calls that wait for an inbox, at every edge: messages that other readers had
+    /// leased may be visible to them now.
     async fn readers_changed(&self, inbox: IdentityKey) {
         let nothing = ToInbox { devices: Some(Vec::new()), messages: Vec::new() };
         let inboxes = HashMap::from([(inbox, nothing)]);
@@ -272,7 +272,7 @@ async fn register_in(
         .bind(own_key)
         .bind(key.as_ref().map(|own| &own.proof[..]))
         .bind(millis(*now))
-        // The first device inherits what the single reader had left.
+        // The first device inherits the messages of the single reader.
         .bind(if devices == 0 { 0 } else { last_seq })
         .execute(&mut *connection)
         .await?;
@@ -298,7 +298,7 @@ async fn claim(connection: &mut PgConnection, key: &[u8], new: &NewDevice) -> sq
     Ok(!is_taken)
 }
 
-/// What all attempts at a revocation have removed: one whose commit was not answered may have
+/// The removals of all attempts at a revocation: an attempt whose commit was not answered may have
 /// succeeded.
 #[derive(Default)]
 struct Revoked {

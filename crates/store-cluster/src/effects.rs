@@ -1,9 +1,10 @@
-//! What follows from a committed transaction: copies to invalidate, leases to end, edges to wake.
+//! The effects of a committed transaction outside Postgres: copies to invalidate, leases to end,
+//! edges to wake.
 //!
 //! A transaction returns its effects as one value, and they are applied in one place, after the
-//! commit. Postgres is the truth before and after, so an edge that dies in between costs a delay: a
-//! queue in Redis is then behind, a session's copy lives until its time is over, and a waiting edge
-//! finds the message with its next poll.
+//! commit. Postgres alone decides, so an edge that is killed between the commit and its effects
+//! causes only a delay: a queue in Redis is behind, a session's copy is used until it expires, and
+//! a waiting edge finds the message with its next poll.
 
 use std::collections::HashMap;
 

@@ -183,7 +183,8 @@ impl Server {
     }
 }
 
-/// Returns the error of TLS among the causes of a failure, however the client libraries wrap it.
+/// Returns the error of TLS among the causes of a failure, in any form in which the client
+/// libraries wrap it.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -191,7 +192,7 @@ fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> 
             return Some(found);
         }
         next = if let Some(io) = error.downcast_ref::<io::Error>() {
-            // Its `source` is the source of the error in it, not that error.
+            // An `io::Error` skips the error that it wraps in `source`.
             io.get_ref().map(|inner| inner as &(dyn Error + 'static))
         } else if let Some(shared) = error.downcast_ref::<Arc<dyn Error + Send + Sync>>() {
             Some(&**shared as &(dyn Error + 'static))

@@ -3,8 +3,8 @@
 //! Rows are first stored in tables `import_…`, which no edge reads. That may be interrupted at any
 //! time, and continues after the last row that was committed. Then one transaction moves all rows
 //! to the tables of the cluster, reads them back, and commits if their digests are those of the
-//! node. So the cluster has all data of the node or none, however often this is killed, and no
-//! other transaction can have changed what is compared.
+//! node. So the cluster has all data of the node or none, however often the import is killed, and
+//! no other transaction can have changed the compared rows.
 //!
 //! Redis needs no change. Edges read a queue in Redis if it shows the state of the inbox's head in
 //! Postgres, and load it from Postgres otherwise. An imported inbox belongs to an account that the
@@ -98,8 +98,8 @@ impl Import {
         if is_own.unwrap_or(true) { Ok(import) } else { Err(ConnectError::OtherCluster) }
     }
 
-    /// Excludes other imports while this is connected. The connection of an import that was killed
-    /// may live until Postgres notices, and then its last transaction is decided.
+    /// Excludes other imports while this is connected. The connection of a killed import may last
+    /// until Postgres detects its end, so this waits for the lock.
     pub async fn lock(&mut self, timeout: Duration) -> Result<(), ImportError> {
         let until = Instant::now() + timeout;
         loop {

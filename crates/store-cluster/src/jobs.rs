@@ -63,8 +63,8 @@ const PUT: &str = concat!(
     SELECT (SELECT count(*) FROM plain) + (SELECT count(*) FROM keyed WHERE is_new)"
 );
 
-/// A lease has ended when Postgres' clock and the caller's both say so, so a clock that jumps ahead
-/// takes no job from its worker. `RETURNING` keeps no order: the caller sorts.
+/// A lease has ended when it is over by both Postgres' clock and the caller's, so a clock that
+/// jumps ahead ends no lease. `RETURNING` keeps no order: the caller sorts.
 const CLAIM: &str = concat!(
     "
     WITH clock AS MATERIALIZED (SELECT ",
@@ -166,7 +166,7 @@ pub async fn operator_jobs(config: &Config) -> Result<Arc<dyn Jobs>, ConnectErro
     Ok(Arc::new(JobQueue::new(Database::new(options, 1, config.postgres_timeout))))
 }
 
-/// Stores jobs in the transaction of their cause. Returns how many are new.
+/// Stores jobs in the transaction of their cause. Returns the number of new ones.
 pub(crate) async fn put(
     connection: &mut PgConnection,
     jobs: &[NewJob],

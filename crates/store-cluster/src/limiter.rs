@@ -29,7 +29,7 @@ static REMEMBER: LazyLock<Script> =
 static REMEMBERS: LazyLock<Script> =
     LazyLock::new(|| Script::new("return redis.call('EXISTS', KEYS[1])"));
 
-/// Returns the key of what is remembered, which Redis itself expires.
+/// Returns the key of a counter, which Redis itself expires.
 fn remembered(redis: &Redis, LimitKey { class, subject }: &LimitKey) -> String {
     redis.key(format_args!("k:{class}:{:032x}", u128::from_be_bytes(*subject)))
 }
@@ -51,7 +51,7 @@ impl RateLimiter for ClusterStore {
             self.inner.redis.key(format_args!("r:{class}:{:032x}", u128::from_be_bytes(subject)));
         let args = [
             text(bucket.burst),
-            // As Rust prints a float, it is read as the very same one.
+            // A float that is printed by Rust is parsed as the same value.
             text(millis_per_token),
             text(cost),
             if self.inner.time_is_injected { text(now.0) } else { Bytes::new() },

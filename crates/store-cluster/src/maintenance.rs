@@ -36,7 +36,7 @@ use crate::{
     time::Time,
 };
 
-/// Time for which Redis keeps what a check wrote.
+/// Time for which Redis keeps the value of a check.
 const CHECKED: Duration = Duration::from_secs(60);
 
 /// A number that no other advisory lock in this database uses: "qpqsweep".
@@ -70,7 +70,7 @@ const GIVEN: &str = "
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expiring {
     Messages,
-    /// Positions of devices that are away.
+    /// Positions of absent devices.
     Positions,
     Ids,
     Sessions,
@@ -253,7 +253,7 @@ pub(crate) async fn first_beat(database: &Database, time: &Time) -> Result<(), C
     Ok(())
 }
 
-/// Removes at most `rows` expired rows of one kind; returns how many.
+/// Removes at most `rows` expired rows of one kind; returns their number.
 struct Sweep<'a> {
     kind: Expiring,
     now: UnixMillis,
@@ -277,8 +277,8 @@ impl Statement for Sweep<'_> {
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<u64> {
         let Self { kind, now, rows, limits, ref ended, ref moved } = *self;
-        // Until the end of the transaction. An edge that does not get the lock leaves the work to
-        // the edge that has it.
+        // Until the end of the transaction. An edge without the lock leaves the work to the edge
+        // that has it.
         let locked: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
             .bind(SWEEPER)
             .fetch_one(&mut *connection)

@@ -1,5 +1,5 @@
-//! The floors that the cluster's speed is compared with: the transaction that commits messages, and
-//! the script that pushes them, each alone. Only the load generator enables it.
+//! The lower bounds of the cluster's times: the transaction that commits messages, and the script
+//! that pushes them, each measured by itself. Only the load generator enables it.
 
 use std::time::Duration;
 

@@ -141,9 +141,9 @@ impl Bus {
             || self.last_heartbeat.lock().elapsed() > DEAD_AFTER
     }
 
-    /// Outgoings what is still to be said, and no more.
+    /// Sends the outgoing messages that are left, and accepts no more.
     pub(crate) async fn close(&self) {
-        // An error says that there is no connection to end.
+        // An error means that there is no connection to close.
         let _ = timeout(PUBLISH_TIMEOUT, self.client.drain()).await;
     }
 
@@ -248,8 +248,8 @@ impl Subjects {
     }
 }
 
-/// The first byte of a message: its version and its kind in one. An edge ignores a message whose
-/// first byte it does not know.
+/// The first byte of a message: its version and its kind in one. An edge ignores a message with an
+/// unknown first byte.
 mod tag {
     /// Wakes, to one edge.
     pub(super) const WAKES: u8 = b'W';
@@ -283,7 +283,7 @@ fn wakes(message: &[u8]) -> impl Iterator<Item = (IdentityKey, View)> + '_ {
     let words = match message.split_first() {
         Some((&tag::WAKES, words)) if words.len().is_multiple_of(IdentityKey::LEN) => words,
         _ if message.len().is_multiple_of(IdentityKey::LEN) => message,
-        // Of a newer release.
+        // A message of a newer release.
         _ => &[],
     };
     let mut words = words.chunks_exact(IdentityKey::LEN).peekable();
@@ -368,7 +368,7 @@ async fn send(client: &Client, subject: String, payload: Bytes, count: usize) {
     }
 }
 
-/// The edges whose heartbeats arrive. Without NATS none do, and this edge is the only one.
+/// The edges whose heartbeats arrive. Without NATS none arrive, and this edge is the only one.
 struct LiveEdges {
     own: Bytes,
     others: HashMap<Bytes, Instant>,
@@ -420,7 +420,7 @@ async fn listen(
         let payload = message.payload;
         if !to_all {
             for (inbox, view) in wakes(&payload) {
-                // Without a receiver there is nothing to do.
+                // Without a receiver, the message is dropped.
                 let _ = received.send(BusMessage::Wake(inbox, view));
             }
             continue;

@@ -3,7 +3,7 @@
 //!
 //! An edge fills them in at its start, in batches that are committed one by one, so that a killed
 //! start continues where it stopped. Before each registration an edge fills in those that were
-//! added since. An edge of the previous release does not know the rule: a name that it registers
+//! added since. An edge of the previous release does not check the rule: a name that it registers
 //! although another one has the same skeleton stays, as a *lookalike*.
 
 use qpq_domain::Skeleton;
@@ -22,7 +22,7 @@ const BATCH: i64 = 1_000;
 const UNKNOWN: &str =
     "SELECT id, username FROM account WHERE skeleton IS NULL ORDER BY id LIMIT $1";
 
-/// Of accounts with the same skeleton, the oldest holds it and the others are lookalikes.
+/// Of accounts with the same skeleton, the oldest has it and the others are lookalikes.
 const FILL: &str = "
     WITH new AS (
         SELECT id, skeleton, row_number() OVER (PARTITION BY skeleton ORDER BY id) > 1 AS later
@@ -70,7 +70,7 @@ pub(crate) async fn fill(connection: &mut PgConnection) -> sqlx::Result<usize> {
     match sqlx::query(FILL).bind(&ids).bind(&skeletons).execute(connection).await {
         Ok(_) => Ok(ids.len()),
         // Another edge registered or filled in one of these skeletons at the same time. The next
-        // attempt sees it.
+        // attempt reads it.
         Err(sqlx::Error::Database(refusal)) if refusal.is_unique_violation() => Ok(ids.len()),
         Err(error) => Err(error),
     }

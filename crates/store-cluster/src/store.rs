@@ -39,8 +39,8 @@ const BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from
 
 /// The store of this edge, which implements every port. Cheap to clone.
 ///
-/// Its tasks end when the last clone is dropped. That loses nothing: what the edge had leased is
-/// visible again a few seconds later.
+/// Its tasks end when the last clone is dropped. No message is lost: those that the edge had leased
+/// are visible again a few seconds later.
 #[derive(Clone)]
 pub struct ClusterStore {
     pub(crate) inner: Arc<Inner>,
@@ -156,7 +156,7 @@ impl ClusterStore {
         }
     }
 
-    /// Commits what waits, publishes what other edges still have to receive, and disconnects.
+    /// Commits the waiting messages, publishes the outgoing events and wakes, and disconnects.
     pub async fn close(self) {
         let inner = &*self.inner;
         inner.committers.close().await;
@@ -194,8 +194,8 @@ async fn open_database(config: &Config) -> Result<(Database, History, Time), Con
     Ok((database, history, time))
 }
 
-/// Retries an attempt until it succeeds, its failure is permanent, or the timeout is over. An
-/// attempt gets the time that it may take.
+/// Retries an attempt until it succeeds, its failure is permanent, or the timeout is over. The
+/// argument of an attempt is its maximum time.
 async fn retrying<T, F>(
     start_timeout: Duration,
     mut connect: impl FnMut(Duration) -> F,
@@ -220,7 +220,7 @@ where
             error = %ConnectError::Unreachable { server, setting, cause },
             "connection failed, retrying"
         );
-        // The last attempts come in shorter intervals, and each of them has some time.
+        // The last attempts have shorter intervals, and each attempt has a minimum time.
         failures += 1;
         sleep(BACKOFF.delay(failures, rand::random()).min(left() / 2)).await;
     }

@@ -16,12 +16,12 @@ pub(crate) struct TableDescription {
     columns: &'static [Column],
 }
 
-/// Where the rows of a table come from.
+/// The source of the rows of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Content {
-    /// A transfer moves them, in the order of the key.
+    /// A transfer moves the rows, in the order of the key.
     Transferred(Table),
-    /// They describe this database alone.
+    /// The rows describe this database alone.
     Local,
 }
 
@@ -197,7 +197,7 @@ static TABLES: &[TableDescription] = &[
             value("registered_at"),
             value("last_seen_at"),
             value("upto"),
-            // As those of an inbox.
+            // As the removals of an inbox.
             column("removals", Role::Set("1::bigint << 40")),
             column("position_lost", Role::Flag),
         ],
@@ -420,7 +420,8 @@ pub(crate) fn drop_import_tables() -> String {
     TableDescription::moved().map(drop).collect()
 }
 
-/// Returns the statement that lets Postgres plan with the contents of the tables `import_…`.
+/// Returns the statement that collects the statistics of the tables `import_…`, for Postgres' query
+/// plans.
 pub(crate) fn analyze_import_tables() -> String {
     let names = TableDescription::moved().map(|(_, table)| format!("import_{}", table.name));
     format!("ANALYZE {}", names.collect::<Vec<_>>().join(", "))

@@ -1,9 +1,9 @@
 //! The two clocks of an edge: its own and Postgres'.
 //!
 //! Postgres' clock is the cluster's: the time passed to the ports follows it, so that all edges
-//! agree to a few milliseconds however far their own clocks are off. Neither clock is trusted
-//! alone. Data is destroyed only where both say that its time is over, and a promise to keep data
-//! counts from the later of the two. An edge whose own clock differs by more than
+//! agree to a few milliseconds, also with wrong clocks of their own. Neither clock is trusted
+//! alone. Data is removed only when it has expired by both clocks, and the time for which data is
+//! kept counts from the later of the two. An edge whose own clock differs by more than
 //! [`Clocks::max_skew`] is not ready; that ends when the clocks agree again.
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -64,7 +64,7 @@ struct Anchor {
 pub(crate) struct Bounds {
     /// Data that has not expired at this instant is kept.
     pub(crate) earliest: UnixMillis,
-    /// The instant from which a promise to keep data counts.
+    /// The instant from which the time for which data is kept counts.
     pub(crate) latest: UnixMillis,
     /// The time to store: Postgres' where the clocks disagree.
     pub(crate) agreed: UnixMillis,
@@ -127,8 +127,8 @@ impl Time {
         }
     }
 
-    /// The bounds of the present, where the caller says that it is `now` and Postgres that it is
-    /// `postgres`. NULL is a Postgres that was not asked.
+    /// The bounds of the present, from the caller's time `now` and Postgres' time `postgres`. NULL
+    /// if Postgres was not asked.
     pub(crate) fn bounds(&self, now: UnixMillis, postgres: Option<UnixMillis>) -> Bounds {
         let (edge, postgres) = (self.edge().unwrap_or(now), postgres.unwrap_or(now));
         let earliest = now.min(edge).min(postgres);

@@ -1,11 +1,11 @@
-//! The waiting calls of this edge, and how they are woken.
+//! The waiting calls of this edge, and their wakes.
 //!
 //! A read of an inbox that a call here waits for registers this edge with the inbox in Redis, in
 //! the script that reads. A change of the inbox reads the registrations in the script that makes
 //! the change, and sends each of those edges one wake through NATS. So either the read sees the
 //! message, or the message finds the waiting edge. The wake names the channel if there is one, and
-//! wakes only the calls that wait for it. A registration lasts for a while, whether or not it was
-//! used. Any part of that may fail: then a poll of the heads, every few seconds for all calls that
+//! wakes only the calls that wait for it. A registration lasts for a fixed time, whether or not it
+//! was used. If any of these steps fails, a poll of the heads, every few seconds for all calls that
 //! wait here, finds the message.
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
@@ -65,7 +65,7 @@ struct Entry {
     subscribers: Vec<Arc<Subscriber>>,
 }
 
-/// How far an inbox has been read, and in which history.
+/// The position up to which an inbox has been read, and its history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seen {
     store_id: StoreId,
@@ -80,10 +80,10 @@ impl Seen {
 }
 
 struct Subscriber {
-    /// What the call reads.
+    /// The view that the call reads.
     query: ReadQuery,
     woken: Notify,
-    /// How far a call of this reader has read the view here, if any has.
+    /// The position up to which a call of this reader has read the view on this edge, if any has.
     seen: Mutex<Option<Seen>>,
     /// When to wake without a cause: a lease that hid messages ends, or the registration is
     /// renewed.
@@ -174,7 +174,7 @@ impl WakeRegistry {
         self.wake_here(inbox, view, "local");
     }
 
-    /// Wakes the calls here that see a change in this view.
+    /// Wakes the calls of this edge that read a changed view.
     fn wake_here(&self, inbox: &IdentityKey, view: View, way: &'static str) {
         if self.table.wake(inbox, view) > 0 {
             metrics::counter!(names::WAKES, "way" => way).increment(1);
@@ -230,7 +230,7 @@ impl WakeRegistry {
 }
 
 impl Table {
-    /// Wakes the calls that see a change in this view; returns their number.
+    /// Wakes the calls that read a changed view; returns their number.
     fn wake(&self, inbox: &IdentityKey, view: View) -> usize {
         let inboxes = self.inboxes.lock();
         let Some(entry) = inboxes.get(inbox) else { return 0 };
@@ -260,7 +260,7 @@ impl Table {
     fn record_read(&self, read: &ReadQuery, shown: &VisiblePage, lease: Option<&LeaseId>) {
         let inboxes = self.inboxes.lock();
         let Some(entry) = inboxes.get(&read.reader.inbox) else { return };
-        // A lease of everything leaves nothing for other reads of the view.
+        // A lease of all messages leaves none for other reads of the view.
         let left = lease.is_none() || shown.page.more;
         let now = Seen { store_id: shown.page.store_id, head: shown.head };
         for subscriber in entry.subscribers.iter().filter(|other| other.query == *read) {
@@ -334,7 +334,8 @@ impl Wake for Subscription {
         Box::pin(async move {
             let subscriber = &*self.subscriber;
             loop {
-                // Kept beyond this wait, or a wait that is dropped often would never end.
+                // Kept beyond this wait, because a wait that is dropped often would otherwise never
+                // end.
                 let at = *subscriber.wake_at.lock().get_or_insert(again);
                 tokio::select! {
                     biased;

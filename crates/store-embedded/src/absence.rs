@@ -1,8 +1,8 @@
-//! When devices were last seen, and the positions of those that are away too long.
+//! The last reads of devices, and the positions of those that are absent too long.
 //!
-//! A device that does not read keeps its messages queued until the inbox is full. So a sweep moves
-//! a device to the newest message if it has not read for a long time and keeps more than half of
-//! what the inbox may hold. The device may not read until its client has confirmed the new
+//! The messages of a device that does not read stay queued until the inbox is full. So a sweep
+//! moves a device to the newest message if it has not read for a long time and its messages fill
+//! more than half of the inbox. The device may not read until its client has confirmed the new
 //! position.
 
 use std::time::Duration;
@@ -69,7 +69,7 @@ impl Statement for ConfirmPosition {
 
 /// The condition for a device that is moved: it was last seen at ?1 or earlier, and a sweep has
 /// begun to move it, or it keeps more than ?3 messages or ?4 bytes that have not expired at ?2.
-/// Those are counted only in an inbox that has as many.
+/// They are counted only in an inbox with more messages or bytes than that.
 macro_rules! held_back {
     () => {
         "r.last_seen_at <= ?1 AND r.upto < i.last_seq

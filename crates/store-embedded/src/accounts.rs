@@ -63,7 +63,7 @@ fn account(row: &SqliteRow) -> sqlx::Result<Account> {
     })
 }
 
-/// Inserts an account and its inbox, or finds what prevents it.
+/// Inserts an account and its inbox, or finds the reason against it.
 struct Register(NewAccount);
 
 impl Statement for Register {

@@ -28,7 +28,7 @@ use crate::{
     schema,
 };
 
-/// How long a copy waits for a lock. A running server has one for at most a checkpoint.
+/// The time for which a copy waits for a lock. A running server has one for at most a checkpoint.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Maximum damages in one error.
@@ -228,7 +228,7 @@ const RULES_OF_SHARED: [(&str, &str); 4] = [
     ),
 ];
 
-/// Payloads with their stored hashes, and how many messages have them.
+/// Payloads with their stored hashes, and the number of their messages.
 const HASHES_OF_OWN: &str = "SELECT payload, payload_sha256, 1 FROM message";
 const HASHES_OF_SHARED: &str = "
     SELECT payload, payload_sha256, 1 FROM message WHERE payload_id IS NULL

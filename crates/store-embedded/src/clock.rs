@@ -1,12 +1,11 @@
 //! Trust in the clock of this machine: a single node has no other clock to compare it with.
 //!
-//! The store keeps the newest instant that it believes to have come. A clock that shows more than
-//! [`JUMP`] after it has jumped: nothing is removed because of what that clock shows. A clock that
-//! went back by more than [`STEP`] is not believed either: the times for which data is kept count
-//! from the believed instant. Meanwhile the believed time advances with the monotonic clock. A
-//! clock that is not believed is believed again when it returns, when an operator accepts it, or
-//! after it has advanced in step with the monotonic clock for [`JUMP`] of running time, restarts
-//! included.
+//! The store keeps the newest instant that it believes to have come. A clock that is more than
+//! [`JUMP`] ahead of it has jumped: no data is removed by such a clock. A clock that went back by
+//! more than [`STEP`] is not believed either: the times for which data is kept count from the
+//! believed instant. Meanwhile the believed time advances with the monotonic clock. A clock that is
+//! not believed is believed again when it returns, when an operator accepts it, or after it has
+//! advanced in step with the monotonic clock for [`JUMP`] of running time, restarts included.
 //!
 //! The table `clock` stores all of this. Each sweep reads and writes it, so another process can
 //! accept the clock while the server runs.
@@ -23,7 +22,7 @@ use crate::{
     row::{Columns as _, millis, millis_of},
 };
 
-/// Maximum step ahead that is believed: more than any mistake in a time zone.
+/// Maximum step ahead that is believed: more than an error in the time zone causes.
 pub const JUMP: Duration = Duration::from_secs(25 * 3_600);
 
 /// Maximum difference between two clocks that are in step.
@@ -81,7 +80,7 @@ struct State {
     origin: Origin,
 }
 
-/// Where a belief comes from.
+/// The source of a belief.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
     /// Read at the start.

@@ -83,7 +83,7 @@ impl Damage {
     }
 }
 
-/// Checks the structure of every page. Answers what is damaged.
+/// Checks the structure of every page. Returns the damage.
 pub(crate) struct CheckStructure;
 
 impl Statement for CheckStructure {
@@ -130,7 +130,7 @@ pub(crate) async fn mark_clean_end(connection: &mut SqliteConnection) -> sqlx::R
     sqlx::query("UPDATE heartbeat SET clean = 1").execute(connection).await.map(drop)
 }
 
-/// Checks as much as the size of the database permits. Returns what is damaged.
+/// Checks as much as the size of the database permits. Returns the damage.
 async fn check(connection: &mut SqliteConnection) -> sqlx::Result<Option<String>> {
     let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&mut *connection).await?;
     let page: i64 = sqlx::query_scalar("PRAGMA page_size").fetch_one(&mut *connection).await?;

@@ -1,5 +1,5 @@
-//! Devices in SQLite. A row is one registration, whose number is never used again: what was read
-//! for an earlier registration of the same device completes nothing.
+//! Devices in SQLite. A row is one registration, whose number is never used again, so a page of an
+//! earlier registration of the same device completes no message.
 
 use std::time::Duration;
 
@@ -80,7 +80,7 @@ fn certified_key(row: &SqliteRow) -> sqlx::Result<Option<CertifiedKey>> {
     Ok(Some(CertifiedKey { key, proof }))
 }
 
-/// Registers a device, or finds what prevents it.
+/// Registers a device, or finds the reason against it.
 struct RegisterDevice {
     device: NewDevice,
 }
@@ -256,7 +256,7 @@ impl Statement for RevokeDevice {
         let effects = Effects {
             sessions_changed: sessions,
             readers_changed: Some(inbox),
-            // The single reader may have what the last device has left.
+            // The single reader may read the messages that the last device has left.
             wakes: vec![(inbox, View::All)],
             ..Effects::default()
         };
@@ -269,8 +269,8 @@ impl RevokeDevice {
         sqlx::query(sql).bind(self.account.0).bind(&self.device.as_bytes()[..])
     }
 
-    /// Removes the messages that waited for the device alone, unless it was the last one: what is
-    /// left is the single reader's then.
+    /// Removes the messages that waited for the device alone, unless it was the last one: then they
+    /// wait for the single reader.
     async fn remove_unread(&self, tx: &mut SqliteConnection, after: Seq) -> sqlx::Result<()> {
         let inbox = self.account.0;
         let devices: i64 = sqlx::query_scalar("SELECT devices FROM inbox WHERE id = ?1")

@@ -30,7 +30,7 @@ pub(crate) fn lock(data_dir: &Path) -> Result<File, OpenError> {
     Ok(lock)
 }
 
-/// Locks the directory for this process, whatever its content is.
+/// Locks the directory for this process, without a check of its content.
 pub(crate) fn lock_any(data_dir: &Path) -> Result<File, OpenError> {
     let path = data_dir.join(LOCK_FILE);
     let file = create_private_file(&path)?;

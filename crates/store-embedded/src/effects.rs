@@ -11,11 +11,11 @@ pub(crate) struct Effects {
     /// Sessions that were revoked, have expired, or were bound to a device.
     pub(crate) sessions_changed: Vec<TokenHash>,
     pub(crate) session_used: Option<SessionUse>,
-    /// The reader that is done with messages.
+    /// The reader that has finished messages.
     pub(crate) removed_from: Option<InboxReader>,
-    /// The inbox that has got or lost a reader.
+    /// The inbox with an added or removed reader.
     pub(crate) readers_changed: Option<IdentityKey>,
-    /// The inboxes whose reads may return more, in which view.
+    /// The inboxes and views whose reads may return more.
     pub(crate) wakes: Vec<(IdentityKey, View)>,
     /// The id of the history that begins with this transaction.
     pub(crate) new_store_id: Option<StoreId>,

@@ -84,7 +84,7 @@ impl ErrorKind {
 /// The number of statements that failed on a damaged page, in all stores of this process.
 static CORRUPT_PAGES_MET: AtomicU64 = AtomicU64::new(0);
 
-/// Returns how many statements failed on a damaged page, in all stores of this process.
+/// Returns the number of statements that failed on a damaged page, in all stores of this process.
 pub(crate) fn corrupt_pages_met() -> u64 {
     CORRUPT_PAGES_MET.load(Ordering::Relaxed)
 }
@@ -120,7 +120,7 @@ pub(crate) fn read_failed(error: sqlx::Error) -> StoreError {
     SharedError::from(error).into()
 }
 
-/// The error of a column whose value this program never writes.
+/// The error of a column with a value that this program never writes.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("column {0} has a value that this program never writes")]
 pub(crate) struct NeverWritten(pub(crate) &'static str);

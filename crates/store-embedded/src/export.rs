@@ -43,7 +43,7 @@ pub struct Export {
     _lock: File,
 }
 
-/// Why a data directory cannot be exported, and what to do about it.
+/// The reason why a data directory cannot be exported, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     #[error(

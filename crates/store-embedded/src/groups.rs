@@ -1,7 +1,7 @@
 //! Groups in SQLite: the members, the metadata and the epoch of a channel, and messages to members.
 //!
 //! A read is one snapshot. A change is a statement of the writer, which runs alone in its
-//! transaction, so what a statement has checked stays true until its end.
+//! transaction, so the results of its checks stay true until its end.
 
 mod change;
 pub(crate) mod send;
@@ -96,7 +96,7 @@ impl Groups for EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Returns how many members a group has.
+    /// Returns the number of members of a group.
     async fn count(&self, group: &GroupId) -> StoreResult<usize> {
         let members: i64 = sqlx::query_scalar(COUNT)
             .bind(&group.as_bytes()[..])
@@ -148,7 +148,7 @@ struct Head {
 }
 
 impl Head {
-    /// Returns `None` without such a group.
+    /// `None` without such a group.
     async fn find(
         connection: &mut SqliteConnection,
         group: &GroupId,

@@ -23,7 +23,7 @@ impl Statement for BeginHistory {
             .fetch_one(&mut *tx)
             .await?;
         let store_id = row.store_id("store_id")?;
-        // Any of them may have been given out after the copy was made.
+        // Any of them may have been taken after the copy was created.
         sqlx::query(
             "INSERT OR IGNORE INTO key_package_given (owner, fingerprint, not_after)
              SELECT owner, fingerprint, not_after FROM key_package WHERE last_resort = 0",

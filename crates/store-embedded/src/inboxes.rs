@@ -105,8 +105,8 @@ struct Query {
 }
 
 impl EmbeddedStore {
-    /// Reads, and returns what `show` returns of the snapshot. Takes another snapshot if `show`
-    /// returns nothing.
+    /// Reads a snapshot, and returns the result of `show` for it. Reads another snapshot if `show`
+    /// returns `None`.
     async fn read<T>(
         &self,
         query: &Query,
@@ -274,7 +274,7 @@ struct Acknowledge {
 
 /// The answer to an ack.
 enum Acked {
-    /// The number of messages that the reader is newly done with.
+    /// The number of messages that were newly removed for the reader.
     Messages(u32),
     DeviceRequired,
     PositionLost,
@@ -332,7 +332,8 @@ impl Statement for Acknowledge {
 }
 
 impl Acknowledge {
-    /// Removes the messages after `position`. Returns how many the reader is newly done with.
+    /// Removes the messages after `position`. Returns the number of those that were newly removed
+    /// for the reader.
     async fn remove(
         &self,
         tx: &mut SqliteConnection,

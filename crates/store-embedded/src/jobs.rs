@@ -167,8 +167,8 @@ pub(crate) async fn release_all(connection: &mut SqliteConnection) -> sqlx::Resu
         .map(drop)
 }
 
-/// Stores jobs in the transaction of their cause, at the believed time `now`. Returns how many are
-/// new.
+/// Stores jobs in the transaction of their cause, at the believed time `now`. Returns the number of
+/// new ones.
 pub(crate) async fn put(
     connection: &mut SqliteConnection,
     jobs: &[NewJob],
@@ -208,7 +208,7 @@ impl Jobs for EmbeddedStore {
 
     async fn claim(&self, request: ClaimRequest, now: UnixMillis) -> StoreResult<Vec<Job>> {
         let now = self.believed(now);
-        // Read outside the writer first: most claims find nothing.
+        // Read outside the writer first: most claims find no job.
         let due = due(request, now).fetch_optional(&self.readers).await.map_err(read_failed)?;
         if due.is_none() {
             return Ok(Vec::new());

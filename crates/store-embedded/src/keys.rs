@@ -1,9 +1,9 @@
 //! KeyPackages and hybrid keys in SQLite.
 //!
-//! A KeyPackage is deleted in the transaction that gives it out, and its fingerprint is inserted
-//! into another table until its lifetime ends. So each is given out once and cannot be uploaded
-//! again. Every statement decides by the caller's instant whether a package has expired, never by
-//! whether a sweep has removed it.
+//! A KeyPackage is deleted in the transaction that takes it, and its fingerprint is stored in
+//! another table until its lifetime ends. So each is taken once and cannot be uploaded again. Every
+//! statement decides by the caller's instant whether a package has expired, never by whether a
+//! sweep has removed it.
 
 use std::collections::HashSet;
 
@@ -114,7 +114,7 @@ fn of_owner<'q>(sql: &'static str, owner: &'q PackageOwner) -> SqliteQuery<'q> {
 }
 
 /// The condition for a package whose lifetime contains an instant. A release without the column did
-/// not store when the lifetime begins.
+/// not store the beginning of the lifetime.
 macro_rules! valid_at {
     ($now:literal) => {
         concat!("not_after >= ", $now, " AND coalesce(not_before, 0) <= ", $now)
@@ -151,8 +151,8 @@ macro_rules! oldest {
     };
 }
 
-/// The same for the device with the registration number ?1, which has the packages of the account
-/// too if it has no key of its own.
+/// The same for the device with the registration number ?1, and for the account's packages if the
+/// device has no key of its own.
 macro_rules! oldest_of_device {
     ($last_resort:literal) => {
         concat!(
@@ -266,7 +266,7 @@ impl Statement for UploadPackages {
 enum Stored {
     /// The package is stored, now or since an earlier upload.
     Yes,
-    /// The package was given out before.
+    /// The package was taken before.
     GivenOut,
 }
 
@@ -392,7 +392,7 @@ async fn take<'q>(
         }
     }
     let Some(row) = taken else { return Ok(None) };
-    // The last-resort package too: after a newer one has replaced it, it may not come back.
+    // The last-resort package too: after a newer one has replaced it, it may not be uploaded again.
     sqlx::query(
         "INSERT OR IGNORE INTO key_package_given (owner, fingerprint, not_after)
          VALUES (?1, ?2, ?3)",
@@ -435,7 +435,7 @@ impl Statement for PutHybridKey {
     }
 }
 
-/// Removes up to [`SWEEP_ROWS`] expired packages, and as many fingerprints. Answers how many.
+/// Removes up to [`SWEEP_ROWS`] expired packages, and as many fingerprints. Returns their number.
 pub(crate) struct SweepKeyPackages {
     pub(crate) now: UnixMillis,
 }

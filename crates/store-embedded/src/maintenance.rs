@@ -1,4 +1,4 @@
-//! Maintenance: a commit that shows whether commits work, and the removal of what has expired.
+//! Maintenance: a commit that shows whether commits work, and the removal of expired rows.
 //!
 //! A disk without room for a message may still accept a commit of a few bytes, because the log
 //! keeps its length and is overwritten from its start. So after a batch has failed, the check
@@ -72,10 +72,10 @@ impl Maintenance for EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Moves a device that is away too long by one step, if there is one.
+    /// Moves a device that is absent too long by one step, if there is one.
     async fn move_absent(&self, bounds: Bounds) -> StoreResult<Moved> {
         let absence = Absence { bounds, limits: self.limits.delivery };
-        // Searched outside the writer: most sweeps find nothing.
+        // Searched outside the writer: most sweeps find no device.
         match absence.find(&self.readers).await.map_err(read_failed)? {
             Some(registration) => self.writer.run(MoveAbsent { registration, absence }).await,
             None => Ok(Moved::default()),
@@ -144,7 +144,7 @@ impl Statement for CheckClock {
     }
 }
 
-/// Removes up to [`SWEEP_ROWS`] expired messages of any inbox. Answers how many.
+/// Removes up to [`SWEEP_ROWS`] expired messages of any inbox. Returns their number.
 struct SweepMessages {
     now: UnixMillis,
     recent_ids: Duration,
@@ -164,7 +164,7 @@ impl Statement for SweepMessages {
     }
 }
 
-/// Forgets up to [`SWEEP_ROWS`] message ids whose time is over. Answers how many.
+/// Forgets up to [`SWEEP_ROWS`] message ids whose time is over. Returns their number.
 struct SweepIds {
     now: UnixMillis,
 }

@@ -1,4 +1,4 @@
-//! Why a data directory cannot be used, and what the operator can do.
+//! The reasons why a data directory cannot be used, and what the operator can do.
 
 use std::{
     io,
@@ -7,7 +7,7 @@ use std::{
 
 use crate::{error::ErrorKind, files::TRANSFERRED_FILE};
 
-/// Why a data directory cannot be used, and what to do about it.
+/// The reason why a data directory cannot be used, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(

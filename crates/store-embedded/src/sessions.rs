@@ -118,7 +118,7 @@ impl Statement for Touch {
     }
 }
 
-/// Ends one session. Answers how many there were.
+/// Ends one session. Returns the number of ended ones.
 struct Revoke(TokenHash);
 
 impl Statement for Revoke {
@@ -134,7 +134,7 @@ impl Statement for Revoke {
     }
 }
 
-/// Ends the sessions of an account. Answers how many there were.
+/// Ends the sessions of an account. Returns their number.
 struct RevokeAll(AccountId);
 
 impl Statement for RevokeAll {
@@ -151,7 +151,7 @@ impl Statement for RevokeAll {
     }
 }
 
-/// Removes up to [`SWEEP_ROWS`] sessions that have expired. Answers how many.
+/// Removes up to [`SWEEP_ROWS`] sessions that have expired. Returns their number.
 pub(crate) struct SweepSessions {
     pub(crate) now: UnixMillis,
 }

@@ -6,8 +6,9 @@ use crate::effects::Effects;
 
 /// A change of the store: its parameters and the SQL that they are for.
 ///
-/// A statement changes nothing in memory. [`Done::effects`] says what the writer changes there once
-/// the transaction is committed. The value is dropped after that, or after the failure.
+/// A statement changes nothing in memory. [`Done::effects`] are the changes of memory that the
+/// writer applies once the transaction is committed. The value is dropped after that, or after the
+/// failure.
 pub(crate) trait Statement: Send + Sync + 'static {
     type Answer: Send + 'static;
 
@@ -34,13 +35,13 @@ pub(crate) const SMALL: usize = 256;
 /// The changes that the failure of a statement rolls back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
-    /// Those of the statement, which runs in a savepoint.
+    /// The changes of the statement, which runs in a savepoint.
     Savepoint,
-    /// Those of its batch. For frequent statements that no row can make fail: a savepoint costs two
-    /// round trips to SQLite's thread.
+    /// The changes of its batch. For frequent statements that fail for no row: a savepoint costs
+    /// two round trips to SQLite's thread.
     Batch,
-    /// Those of the statement, which has a transaction of its own. For statements that are likely
-    /// to fail with the whole transaction.
+    /// The changes of the statement, which has a transaction of its own. For statements that are
+    /// likely to fail with the whole transaction.
     Alone,
 }
 
@@ -61,7 +62,7 @@ pub(crate) enum Changes {
 }
 
 impl<T> Done<T> {
-    /// Returns a result that changes nothing in memory.
+    /// Returns a result without effects in memory.
     pub(crate) fn keep(answer: T) -> Self {
         Self::with(answer, Effects::default())
     }

@@ -15,7 +15,7 @@ use crate::{
 
 /// An open data directory, which implements the ports. Cheap to clone.
 ///
-/// Dropping all clones loses nothing that was answered; the next start reads the log.
+/// After all clones are dropped, every answered change is kept; the next start reads the log.
 #[derive(Clone)]
 pub struct EmbeddedStore {
     pub(crate) writer: Writer,
@@ -46,7 +46,7 @@ impl EmbeddedStore {
         }
     }
 
-    /// Commits what waits to be written, writes the log back into the database file and unlocks the
+    /// Commits the waiting changes, writes the log back into the database file and unlocks the
     /// directory. Ports that are still in use return `Unavailable` from then on.
     pub async fn close(self) {
         self.readers.close().await;

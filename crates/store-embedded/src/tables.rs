@@ -35,7 +35,7 @@ enum Role {
     Value,
     /// In both. The canonical row has the SHA-256 of the value.
     LargeValue,
-    /// As `LargeValue`, and the value is the one of the expression, in which `t` is the row.
+    /// As `LargeValue`, with the value of the expression, in which `t` is the row.
     LargeValueOf(&'static str),
     /// The number of an account. The canonical row has the account's identity key instead, because
     /// the numbers differ from store to store.
@@ -149,7 +149,7 @@ static TABLES: &[TableDescription] = &[
         content: Content::Transferred { to: Table::KeyPackage, key: 1 },
         columns: &[
             column("id", Role::RowNumber),
-            // They are given out in the order of their upload.
+            // Packages are taken in the order of their upload.
             column("owner", Role::AccountInOrder("id")),
             value("fingerprint"),
             value("last_resort"),
@@ -252,7 +252,7 @@ static TABLES: &[TableDescription] = &[
             value("last_error"),
         ],
     },
-    // Its rows are moved as the payloads of their messages.
+    // The rows of `payload` are moved as the payloads of their messages.
     TableDescription {
         name: "payload",
         content: Content::Local,
@@ -370,87 +370,4 @@ impl TableDescription {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use sqlx::{ConnectOptions as _, sqlite::SqliteConnectOptions};
-
-    use super::*;
-
-    #[tokio::test]
-    async fn every_table_and_column_of_the_schema_is_described() {
-        let mut connection = SqliteConnectOptions::new().connect().await.expect("in memory");
-        sqlx::migrate!().run(&mut connection).await.expect("schema");
-        let schema: Vec<(String, String)> = sqlx::query_as(
-            "SELECT t.name, c.name FROM sqlite_schema t JOIN pragma_table_info(t.name) c
-              WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
-                AND t.name <> '_sqlx_migrations'",
-        )
-        .fetch_all(&mut connection)
-        .await
-        .expect("read");
-        let schema: BTreeSet<_> = schema.into_iter().collect();
-        let described: BTreeSet<_> = TABLES
-            .iter()
-            .flat_map(|table| {
-                table.columns.iter().map(|column| (table.name.to_owned(), column.name.to_owned()))
-            })
-            .collect();
-        assert_eq!(schema, described);
-    }
-
-    #[test]
-    fn moved_tables_have_the_columns_and_keys_of_the_transfer() {
-        for table in Table::ALL {
-            let description = TableDescription::of(table);
-            assert_eq!(description.name, table.name());
-            assert_eq!(description.column_list(), table.column_list(), "{}", table.name());
-            assert_eq!(description.key_list(), table.key_list(), "{}", table.name());
-        }
-        let moved = TABLES.iter().filter(|description| description.moved().is_some());
-        assert_eq!(moved.count(), Table::ALL.len(), "each is moved once");
-    }
-
-    #[test]
-    fn only_tables_that_are_not_moved_have_local_columns() {
-        for table in TABLES {
-            for column in table.columns {
-                let is_local = column.role == Role::Local;
-                assert_eq!(is_local, table.moved().is_none(), "{}.{}", table.name, column.name);
-            }
-        }
-    }
-
-    #[test]
-    fn canonical_rows_have_identities_positions_and_hashes() {
-        let sql = |table| TableDescription::of(table).canonical_rows().sql;
-        assert_eq!(
-            sql(Table::Account),
-            "SELECT t.username, t.identity, t.opaque_record, t.created_at FROM account t"
-        );
-        assert_eq!(
-            sql(Table::HybridKey),
-            "SELECT a.identity, t.key, t.signature \
-             FROM hybrid_key t JOIN account a ON a.id = t.owner"
-        );
-        assert_eq!(
-            sql(Table::KeyPackage),
-            "SELECT a.identity, row_number() OVER (PARTITION BY t.owner ORDER BY t.id), \
-             t.fingerprint, t.last_resort, t.not_after, t.bytes, t.not_before, t.device \
-             FROM key_package t JOIN account a ON a.id = t.owner"
-        );
-        assert_eq!(
-            sql(Table::GroupMember),
-            "SELECT row_number() OVER (PARTITION BY t.group_id ORDER BY t.id), t.group_id, \
-             a.identity, t.role, t.joined_at \
-             FROM group_member t JOIN account a ON a.id = t.account"
-        );
-        assert_eq!(
-            sql(Table::Job),
-            "SELECT t.kind, t.payload, t.run_at, t.attempts, t.died_at, t.last_error \
-             FROM job t WHERE t.key IS NULL"
-        );
-        let messages = TableDescription::of(Table::Message).canonical_rows();
-        assert_eq!(messages.hashed, [8], "the payload");
-    }
-}
+mod tests;

@@ -399,7 +399,7 @@ impl Committer {
         Ok(Results { failures, enqueued })
     }
 
-    /// Closes the connection, whatever state it is in.
+    /// Closes the connection in any state.
     async fn disconnect(&mut self) {
         if let Some(mut connection) = self.connection.take() {
             // SQLite may have rolled back already, or the connection may be unusable. Closing it

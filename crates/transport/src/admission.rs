@@ -156,7 +156,7 @@ impl Admission {
         }
     }
 
-    /// Returns whether the number of handshakes is so high that each gets less time.
+    /// Returns whether the number of handshakes is so high that each has less time.
     pub(crate) fn is_under_pressure(&self) -> bool {
         self.is_under_pressure.load(Ordering::Relaxed)
     }

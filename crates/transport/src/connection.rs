@@ -115,7 +115,7 @@ async fn accept_streams<S: Service>(connection: &Arc<ConnectionContext<S>>) {
     }
 }
 
-/// An open connection. Its drop notifies the service, however the task ends.
+/// An open connection. Its drop notifies the service at any end of the task.
 struct OpenConnection<S: Service> {
     context: Arc<ConnectionContext<S>>,
     events: EventSink,

@@ -44,7 +44,7 @@ pub(crate) struct ConnectionContext<S: Service> {
     pub(crate) stream_permits: Semaphore,
 }
 
-/// A stream that is being served. Its drop frees its permit, however its task ends.
+/// A stream that is being served. Its drop frees its permit at any end of its task.
 pub(crate) struct OpenStream<S: Service> {
     pub(crate) connection: Arc<ConnectionContext<S>>,
 }

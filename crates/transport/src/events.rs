@@ -7,7 +7,7 @@ use std::{collections::VecDeque, fmt, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use qpq_wire::{Event, FrameError};
+use qpq_wire::{EventFrame, FrameError};
 use quinn::{SendStream, VarInt};
 use tokio::runtime::Handle;
 use tokio_util::task::TaskTracker;
@@ -66,7 +66,7 @@ impl EventSink {
     /// # Errors
     /// [`EventError`]. The event is then not sent.
     pub fn send(&self, event_type: u16, payload: Bytes) -> Result<(), EventError> {
-        let event = Event { event_type, payload };
+        let event = EventFrame { event_type, payload };
         let header = event.header()?.encode();
         let frame = [Bytes::copy_from_slice(&header), event.payload];
         let mut state = self.queue.state.lock();

@@ -1,7 +1,7 @@
 //! A server's certificate chain and private key, read from files, or created if there are none.
 //!
-//! Files may be DER or PEM, whatever their names. A created certificate is self-signed with ECDSA
-//! P-256, which all QUIC stacks support. It does not expire, because clients trust its key by the
+//! Files may be DER or PEM, with any name. A created certificate is self-signed with ECDSA P-256,
+//! which all QUIC stacks support. It does not expire, because clients trust its key by the
 //! [`Fingerprint`].
 
 use std::{

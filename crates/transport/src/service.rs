@@ -28,8 +28,7 @@ pub trait Service: Send + Sync + 'static {
 
     /// Checks the header of a request, before a byte of its payload is buffered.
     ///
-    /// # Errors
-    /// The reply, if the payload is not worth reading, as for an unknown method.
+    /// # Errors The reply, if the payload need not be read, as for an unknown method.
     fn admit(&self, conn: &Self::Connection, header: &RequestHeader) -> Result<(), Reply>;
 
     /// Runs a call. The future is dropped, and the call so cancelled, when the client stops or
@@ -49,7 +48,7 @@ pub trait Service: Send + Sync + 'static {
         why: Refusal,
     ) -> Reply;
 
-    /// Returns whether replies in progress use so much memory that slow clients get less time for
+    /// Returns whether replies in progress use so much memory that slow clients have less time for
     /// theirs. Called about once a second for each reply that waits for its client.
     fn is_short_of_memory(&self) -> bool {
         false

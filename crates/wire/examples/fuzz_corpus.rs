@@ -6,7 +6,9 @@
 use std::{env, fs, io, path::Path};
 
 use bytes::Bytes;
-use qpq_wire::{Event, EventHeader, MAX_PAYLOAD, Request, RequestHeader, Response, ResponseHeader};
+use qpq_wire::{
+    EventFrame, EventHeader, MAX_PAYLOAD, Request, RequestHeader, Response, ResponseHeader,
+};
 
 fn main() -> io::Result<()> {
     let directory =
@@ -44,7 +46,7 @@ fn main() -> io::Result<()> {
     let header = ResponseHeader { status: 0, request_id: 3, payload_len: MAX_PAYLOAD + 1 };
     write(directory, "response", "too_large", &header.encode())?;
 
-    let event = |event_type, payload| Event { event_type, payload }.encode();
+    let event = |event_type, payload| EventFrame { event_type, payload }.encode();
     let wake = event(1, vec![0x10, 9].into()).map_err(io::Error::other)?;
     let draining = event(4, vec![8, 0xb0, 0xea, 1].into()).map_err(io::Error::other)?;
     // The first byte of the target's input is the size of the pieces.

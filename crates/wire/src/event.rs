@@ -49,14 +49,14 @@ impl EventHeader {
 
 /// An event.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Event {
+pub struct EventFrame {
     /// The type of the event.
     pub event_type: u16,
     /// The serialized message of the event.
     pub payload: Bytes,
 }
 
-impl Event {
+impl EventFrame {
     /// Returns the header of this event.
     ///
     /// # Errors
@@ -110,7 +110,7 @@ impl EventDecoder {
     ///
     /// # Errors
     /// [`FrameError::TooLarge`], also for each later call: the start of the next frame is unknown.
-    pub fn next_event(&mut self) -> Result<Option<Event>, FrameError> {
+    pub fn next_event(&mut self) -> Result<Option<EventFrame>, FrameError> {
         let Some(header) = self.buffer.first_chunk() else { return Ok(None) };
         let header = EventHeader::decode(header);
         header.check()?;
@@ -119,7 +119,7 @@ impl EventDecoder {
             return Ok(None);
         }
         let payload = self.buffer.split_to(frame_len).freeze().slice(EventHeader::LEN..);
-        Ok(Some(Event { event_type: header.event_type, payload }))
+        Ok(Some(EventFrame { event_type: header.event_type, payload }))
     }
 
     /// Ends the stream.
@@ -131,7 +131,7 @@ impl EventDecoder {
         if self.buffer.is_empty() {
             return Ok(());
         }
-        let event = Event::decode(self.buffer.freeze())?;
+        let event = EventFrame::decode(self.buffer.freeze())?;
         Err(FrameError::TrailingBytes { extra: EventHeader::LEN + event.payload.len() })
     }
 }
@@ -143,13 +143,13 @@ mod tests {
     use super::*;
     use crate::MAX_PAYLOAD;
 
-    fn drain(decoder: &mut EventDecoder) -> Result<Vec<Event>, FrameError> {
+    fn drain(decoder: &mut EventDecoder) -> Result<Vec<EventFrame>, FrameError> {
         std::iter::from_fn(|| decoder.next_event().transpose()).collect()
     }
 
     #[test]
     fn encoded_event_has_the_documented_layout() {
-        let event = Event { event_type: 0x0102, payload: Bytes::from_static(b"ab") };
+        let event = EventFrame { event_type: 0x0102, payload: Bytes::from_static(b"ab") };
         assert_eq!(&event.encode().unwrap()[..], [1, 2, 0, 0, 0, 2, b'a', b'b']);
     }
 
@@ -159,7 +159,7 @@ mod tests {
         let mut decoder = EventDecoder::new();
         decoder.push(&EventHeader { event_type: 1, payload_len: u32::MAX }.encode());
         assert_eq!(decoder.next_event(), Err(too_large));
-        decoder.push(&Event { event_type: 1, payload: Bytes::new() }.encode().unwrap());
+        decoder.push(&EventFrame { event_type: 1, payload: Bytes::new() }.encode().unwrap());
         assert_eq!(decoder.next_event(), Err(too_large));
         assert_eq!(decoder.finish(), Err(too_large));
     }
@@ -167,8 +167,8 @@ mod tests {
     proptest! {
         #[test]
         fn an_encoded_event_decodes_to_itself(event_type: u16, payload: Vec<u8>) {
-            let event = Event { event_type, payload: payload.into() };
-            prop_assert_eq!(Event::decode(event.encode().unwrap()), Ok(event));
+            let event = EventFrame { event_type, payload: payload.into() };
+            prop_assert_eq!(EventFrame::decode(event.encode().unwrap()), Ok(event));
         }
 
         #[test]
@@ -178,7 +178,7 @@ mod tests {
 
         #[test]
         fn a_frame_of_the_wrong_length_is_refused(payload: Vec<u8>) {
-            let event = Event { event_type: 7, payload: payload.into() };
+            let event = EventFrame { event_type: 7, payload: payload.into() };
             let frame = event.encode().unwrap();
             let header = event.header().unwrap();
             prop_assert_eq!(frame.len(), EventHeader::LEN + header.payload_len as usize);
@@ -186,7 +186,7 @@ mod tests {
                 let end = if cut < EventHeader::LEN { EventHeader::LEN } else { frame.len() };
                 let missing = end - cut;
                 let truncated = Err(FrameError::Truncated { missing });
-                prop_assert_eq!(Event::decode(frame.slice(..cut)), truncated);
+                prop_assert_eq!(EventFrame::decode(frame.slice(..cut)), truncated);
                 let mut decoder = EventDecoder::new();
                 decoder.push(&frame[..cut]);
                 prop_assert_eq!(decoder.next_event(), Ok(None));
@@ -195,7 +195,7 @@ mod tests {
             let mut longer = frame.to_vec();
             longer.push(0);
             let too_long = Err(FrameError::TrailingBytes { extra: 1 });
-            prop_assert_eq!(Event::decode(longer.into()), too_long);
+            prop_assert_eq!(EventFrame::decode(longer.into()), too_long);
         }
 
         #[test]
@@ -203,10 +203,10 @@ mod tests {
             events in prop::collection::vec((any::<u16>(), any::<Vec<u8>>()), 0..8),
             piece in 1usize..64,
         ) {
-            let events: Vec<Event> =
+            let events: Vec<EventFrame> =
                 events
                     .into_iter()
-                    .map(|(event_type, p)| Event { event_type, payload: p.into() })
+                    .map(|(event_type, p)| EventFrame { event_type, payload: p.into() })
                     .collect();
             let stream: Vec<u8> = events.iter().flat_map(|event| event.encode().unwrap()).collect();
             let mut decoder = EventDecoder::new();
@@ -235,7 +235,7 @@ mod tests {
             }
             let again: Vec<u8> = seen.iter().flat_map(|event| event.encode().unwrap()).collect();
             prop_assert!(stream.starts_with(&again));
-            let _ = Event::decode(stream.into());
+            let _ = EventFrame::decode(stream.into());
         }
     }
 }

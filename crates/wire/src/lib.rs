@@ -13,7 +13,7 @@
 //! |---|---|---|
 //! | [`Request`] | `method_id u16` · `request_id u32` · `payload_len u32` · payload | 10 bytes |
 //! | [`Response`] | `status u8` · `request_id u32` · `payload_len u32` · payload | 9 bytes |
-//! | [`Event`] | `event_type u16` · `payload_len u32` · payload | 6 bytes |
+//! | [`EventFrame`] | `event_type u16` · `payload_len u32` · payload | 6 bytes |
 
 mod error;
 mod event;
@@ -22,7 +22,7 @@ mod request;
 mod response;
 
 pub use error::FrameError;
-pub use event::{Event, EventDecoder, EventHeader};
+pub use event::{EventDecoder, EventFrame, EventHeader};
 pub use refusal::Refusal;
 pub use request::{Request, RequestHeader};
 pub use response::{Response, ResponseHeader};

@@ -21,7 +21,8 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Accept the current time as right, however far it is from the last time the server has seen.
+    /// Accept the current time as right, at any distance from the last time that the server has
+    /// seen.
     Accept(Accept),
 }
 

@@ -82,7 +82,7 @@ section! {
         /// How long an edge that starts waits for each server that cannot be reached or does not
         /// answer. A server that refuses the edge ends the start immediately.
         start_timeout: Duration = Duration::from_secs(60);
-        /// Interval between two checks of the inboxes that calls wait for: the maximum delay of a
+        /// Interval between two checks of the inboxes with waiting calls: the maximum delay of a
         /// message whose wake was lost.
         poll: Duration = Timing::default().poll;
         /// How long messages that a killed edge was delivering stay hidden.

@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use qpq_ports::Clock;
 use qpq_rpc::{Parts, Rpc};
 use qpq_runtime::{
     config::ListenOn,
@@ -55,8 +54,8 @@ pub struct Running {
     cluster_edge: Option<ClusterEdge>,
     store: Store,
     tasks: Tasks,
-    /// Present once the server is composed.
-    jobs: Option<jobs::Running>,
+    /// Cancelled when no job runs any more. Present once the server is composed.
+    jobs_ended: Option<CancellationToken>,
     drain: Duration,
 }
 
@@ -112,10 +111,9 @@ pub async fn compose_with(
     let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
     let Opened { store, secrets, certificates, certificate_created, edge: cluster_edge } =
         Store::open(config).await?;
-    let clock = store.clock();
     let rpc = Rpc::new(Parts {
         stores: store.stores(),
-        clock: clock.clone(),
+        clock: store.clock(),
         opaque: secrets.opaque,
         signer: secrets.signer,
         config: config.rpc(),
@@ -124,7 +122,7 @@ pub async fn compose_with(
     // Health answers correctly from the first call on. A failure is reported by the probe, and does
     // not prevent the start.
     let _ = rpc.check_store().await;
-    let transport = qpq_transport::Config { draining, ..config.transport() };
+    let transport = qpq_transport::Config { draining: draining.clone(), ..config.transport() };
     match listen(config, transport, &rpc, &certificates, cluster_edge.clone()).await {
         Ok((http, server)) => {
             let mut running = Running {
@@ -136,10 +134,10 @@ pub async fn compose_with(
                 cluster_edge,
                 store,
                 tasks: Tasks::default(),
-                jobs: None,
+                jobs_ended: None,
                 drain: config.drain.timeout,
             };
-            running.look_after(config, http, rpc, clock, metrics);
+            running.look_after(config, http, rpc, metrics, draining);
             Ok(running)
         }
         Err(error) => {
@@ -217,8 +215,8 @@ impl Running {
         );
         let drained = async {
             let jobs = async {
-                if let Some(jobs) = &self.jobs {
-                    jobs.drain().await;
+                if let Some(ended) = &self.jobs_ended {
+                    ended.cancelled().await;
                 }
             };
             tokio::join!(self.server.drain(self.drain), jobs);
@@ -245,8 +243,8 @@ impl Running {
         config: &Config,
         http: Option<HttpServer>,
         rpc: Arc<Rpc>,
-        clock: Arc<dyn Clock>,
         metrics: Metrics,
+        draining: CancellationToken,
     ) {
         let tasks = &mut self.tasks;
         let (listening, certificates) = (self.server.local_addr(), Arc::clone(&self.certificates));
@@ -260,7 +258,7 @@ impl Running {
         });
         let account_events = Arc::clone(&rpc.app().account_events);
         tasks.spawn("account events", Arc::clone(&rpc).receive_account_events());
-        self.jobs = Some(jobs::Running::start(tasks, config, &self.store, clock, account_events));
+        self.jobs_ended = Some(jobs::start(tasks, config, &self.store, account_events, draining));
         tasks.spawn(
             "certificates",
             Arc::clone(&self.certificates).watch(config.tls.reload_interval),

@@ -184,8 +184,8 @@ section! {
         /// How long a message id is kept after its message was removed, so that a repeated Enqueue
         /// is not delivered twice.
         recent_ids: Duration = qpq_domain::DeliveryLimits::default().recent_ids;
-        /// A device that has not read for so much time, and holds back more than half of its inbox,
-        /// is moved to the newest message.
+        /// A device that has not read for this time, and whose messages fill more than half of its
+        /// inbox, is moved to the newest message.
         device_absence: Duration = qpq_domain::DeliveryLimits::default().device_absence;
         /// The time that FetchWait waits if the request has none.
         default_wait: Duration = qpq_domain::DeliveryLimits::default().default_wait;

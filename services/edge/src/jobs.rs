@@ -3,44 +3,33 @@
 use std::sync::Arc;
 
 use qpq_jobs::{Runner, Work};
-use qpq_ports::Clock;
 use qpq_rpc::account_events::AccountEvents;
 use qpq_runtime::lifecycle::Tasks;
-use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::{Config, maintenance::Sweep, rotation::RotateTicketKeys, store::Store};
 
-/// The jobs that run on this server.
-#[derive(Debug)]
-pub(crate) struct Running {
-    stop: watch::Sender<bool>,
-}
-
-impl Running {
-    /// Starts the runner as one of `tasks`.
-    pub(crate) fn start(
-        tasks: &mut Tasks,
-        config: &Config,
-        store: &Store,
-        clock: Arc<dyn Clock>,
-        account_events: Arc<AccountEvents>,
-    ) -> Self {
-        let mut runner = Runner::new(store.stores().jobs, clock);
-        for work in kinds(config, store, account_events) {
-            runner.add(work);
-        }
-        let (stop, stopped) = watch::channel(false);
-        tasks.spawn("jobs", runner.run(stopped));
-        Self { stop }
+/// Starts the runner as one of `tasks`. Once `draining` is cancelled, the runner claims no more
+/// jobs and waits for the runs in progress. Runs that do not end in time are released for another
+/// edge. Returns a token that is cancelled when the runner has ended.
+pub(crate) fn start(
+    tasks: &mut Tasks,
+    config: &Config,
+    store: &Store,
+    account_events: Arc<AccountEvents>,
+    draining: CancellationToken,
+) -> CancellationToken {
+    let mut runner = Runner::new(store.stores().jobs, store.clock());
+    for work in kinds(config, store, account_events) {
+        runner.add(work);
     }
-
-    /// Claims no more jobs and waits for the runs in progress. Those that do not end in time are
-    /// released for another edge.
-    pub(crate) async fn drain(&self) {
-        self.stop.send_replace(true);
-        // The runner drops its receiver at its end.
-        self.stop.closed().await;
-    }
+    let ended = CancellationToken::new();
+    let end = ended.clone().drop_guard();
+    tasks.spawn("jobs", async move {
+        let _end = end;
+        runner.run(draining).await;
+    });
+    ended
 }
 
 /// The kinds of work. To add one: a type that implements [`Work`], and a line here.

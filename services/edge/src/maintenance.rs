@@ -23,7 +23,7 @@ const FOLD: Duration = Duration::from_secs(5);
 /// Removes expired rows, in batches, so that no other work waits long.
 ///
 /// Edges of earlier releases sweep by themselves. In a cluster one sweep at a time removes rows,
-/// and another one finds nothing to do, so both may run together.
+/// and a concurrent one ends immediately, so both may run together.
 pub(crate) struct Sweep {
     pub(crate) maintenance: Arc<dyn Maintenance>,
     /// Informs the other devices of an account of one that lost its position.
@@ -80,7 +80,7 @@ impl Work for Sweep {
     }
 }
 
-/// Keeps the memory of measurements small while nothing scrapes them.
+/// Limits the memory of measurements while no scraper reads them.
 pub(crate) async fn fold(metrics: Metrics) {
     let mut ticks = interval(FOLD);
     loop {

@@ -1,5 +1,5 @@
-//! The liveness probe: a handshake and a call over loopback. Nothing else notices that the task of
-//! the socket has ended.
+//! The liveness probe: a handshake and a call over loopback. No other check detects that the task
+//! of the socket has ended.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},

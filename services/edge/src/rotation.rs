@@ -87,7 +87,7 @@ impl RotateTicketKeys {
         let modified = fs::metadata(path).and_then(|file| file.modified()).map_err(read)?;
         let since_epoch = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
         let rotated = UnixMillis::default().plus(since_epoch);
-        // A time far in the future was written by a wrong clock and says nothing.
+        // A time far in the future was written by a wrong clock and is ignored.
         if rotated > now.plus(self.interval) {
             return Ok(None);
         }

@@ -47,8 +47,7 @@ pub(crate) struct ClusterSecrets {
     pub(crate) keys: Arc<ClusterKeys>,
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) cluster: ClusterId,
-    /// Identifies the OPAQUE setup, which must be the same on every edge, and reveals nothing of
-    /// it.
+    /// Identifies the OPAQUE setup, which must be the same on every edge, without revealing it.
     pub(crate) opaque_fingerprint: [u8; 32],
 }
 

@@ -1,4 +1,4 @@
-//! A backend under test, with short names for what the rules do with it.
+//! A backend under test, with short names for the operations of the rules.
 
 use std::time::Duration;
 
@@ -69,6 +69,13 @@ impl Bench {
         self.stores.devices.register(device(person, n)).await.expect("register")
     }
 
+    /// Registers a device that uses the identity key.
+    pub(super) async fn device_without_key(&self, person: Person, n: u8) {
+        let device = NewDevice { key: None, ..device(person, n) };
+        let registered = self.stores.devices.register(device).await.expect("register");
+        assert_eq!(registered, DeviceRegistration::Registered);
+    }
+
     /// Revokes a device, which must be registered.
     pub(super) async fn revoke(&self, person: Person, n: u8) {
         let revoked = self.stores.devices.revoke(person.account, device_id(n), NOW).await;
@@ -80,7 +87,7 @@ impl Bench {
         texts(&self.peek(read).await).into_iter().map(str::to_owned).collect()
     }
 
-    /// Reads what waits for a reader, and completes the read.
+    /// Reads the messages that wait for a reader, and completes the read.
     pub(super) async fn drain(&self, read: ReadQuery) -> Vec<String> {
         let lease = self.lease(read, EVERYTHING).await;
         let got = texts(lease.page()).into_iter().map(str::to_owned).collect();

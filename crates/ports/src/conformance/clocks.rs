@@ -1,5 +1,4 @@
-//! Rules of wrong clocks: nothing that was acknowledged is lost because the clock of a caller is
-//! wrong.
+//! Rules of wrong clocks: no acknowledged message is lost because the clock of a caller is wrong.
 
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use crate::{Enqueued, PackageOwner, Upload, UploadMode};
 const DAY: Duration = Duration::from_secs(86_400);
 
 impl Bench {
-    /// A bench whose backend knows that it is [`NOW`].
+    /// A bench whose backend has the time [`NOW`].
     async fn at_noon(factory: &dyn Factory) -> Self {
         let bench = Self::new(factory).await;
         bench.backend.set_clock(NOW).await;
@@ -23,7 +22,7 @@ impl Bench {
     }
 }
 
-/// 100 days are beyond the time to live of everything.
+/// 100 days are beyond every time to live.
 fn ahead() -> UnixMillis {
     NOW.plus(100 * DAY)
 }
@@ -47,7 +46,7 @@ pub async fn a_clock_that_is_ahead_destroys_nothing(factory: &dyn Factory) {
     keys.take(&bob.identity, NOW).await.expect("take").expect("a package");
 
     assert_eq!(sweep_all(&bench, ahead()).await, 0);
-    // These remove what has expired on their way.
+    // These calls also remove expired messages.
     bench.deliver(message(alice, bob, "three").at(ahead())).await;
     let more = vec![package(3, ahead().plus(DAY))];
     keys.upload(PackageOwner::account(bob.account), more, UploadMode::Add, ahead())

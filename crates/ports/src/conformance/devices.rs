@@ -37,8 +37,8 @@ impl Bench {
         token
     }
 
-    /// Returns the device of a session, as each of the two ways to look it up says; `None` if the
-    /// session has ended.
+    /// Returns the device of a session, from both ways to look it up; `None` if the session has
+    /// ended.
     async fn bound(&self, token: TokenHash) -> Option<Option<u8>> {
         let sessions = &self.stores.sessions;
         let found = sessions.find(&token).await.expect("find");

@@ -258,7 +258,7 @@ pub async fn large_batches_of_one_sender_do_not_block_others(factory: &dyn Facto
         let stored = Arc::clone(&stored);
         tasks.spawn(async move {
             loop {
-                // Some wait in vain for their turn, which is theirs to bear.
+                // Some callers are dropped before their messages are committed.
                 if inboxes.enqueue(Batch::new(batch.clone())).await.is_ok() {
                     stored.fetch_add(1, Ordering::SeqCst);
                 }
@@ -296,7 +296,8 @@ pub async fn a_caller_that_goes_away_disturbs_no_other(factory: &dyn Factory) {
         assert!(kept.seq > Seq(accepted), "{kept:?}");
         accepted = kept.seq.0;
     }
-    // Who was aborted may have been accepted or not; what is there is in order and without a gap.
+    // A message of an aborted call may have been accepted or not. The accepted ones are in order
+    // and without a gap.
     let page = bench.peek(all(alice)).await;
     assert_eq!(seqs(&page), (1..=page.envelopes.len() as u64).collect::<Vec<_>>());
     assert_eq!(texts(&page).iter().filter(|text| text.starts_with("kept")).count(), 50);

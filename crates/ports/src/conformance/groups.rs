@@ -125,7 +125,7 @@ impl Bench {
         self.groups().members(G, viewer.account, FIRST_PAGE).await.expect("members")
     }
 
-    /// Returns the members and their roles, as a member sees them.
+    /// Returns the members and their roles, as listed for a member.
     async fn roles(&self, viewer: Person) -> Vec<(String, Role)> {
         let view = self.view(viewer).await.expect("a member");
         view.members.into_iter().map(|member| (member.username, member.role)).collect()
@@ -312,7 +312,7 @@ pub async fn listed_members_become_admins_and_stay_admins(factory: &dyn Factory)
     assert_eq!(bench.add_as(Role::Admin, alice, &[bob]).await, Ok(0), "a repeat");
     bench.crash().await;
     assert_eq!(bench.roles(eve).await, expected);
-    // With another admin in the group, none follows the one that leaves.
+    // With another admin in the group, no member becomes admin.
     assert_eq!(bench.remove(alice, alice).await, Ok(()));
     assert_eq!(bench.roles(bob).await, expected[1..]);
 }
@@ -398,7 +398,7 @@ pub async fn a_list_of_members_is_read_page_by_page(factory: &dyn Factory) {
         let view = view.expect("a member");
         sizes.push(view.members.len());
         names.extend(view.members.into_iter().map(|member| member.username));
-        // A member who leaves meanwhile shifts no page.
+        // A member who leaves between two pages shifts neither.
         if after == 0 {
             bench.remove(people[0], people[1]).await.expect("removed");
         }

@@ -1,4 +1,5 @@
-//! Rules of the store id: [`crate::Maintenance::begin_history`] and what it ends.
+//! Rules of the store id: [`crate::Maintenance::begin_history`], and the leases, acks and
+//! KeyPackages that it ends.
 
 use qpq_domain::{AccountId, Seq, UnixMillis};
 

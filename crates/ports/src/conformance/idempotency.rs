@@ -22,7 +22,7 @@ pub async fn a_repeat_of_a_queued_message_gets_its_receipt(factory: &dyn Factory
     bench.deliver(message(alice, bob, "before")).await;
     let receipt = bench.deliver(message(alice, bob, "hello").in_channel(1).with_id(1)).await;
     assert_eq!(receipt.enqueued_at, NOW);
-    // Neither another text nor another channel or time makes it another message.
+    // A repeat with another text, channel or time is the same message.
     let much_later = NOW.plus(2 * window());
     for repeat in [
         message(alice, bob, "hello").in_channel(1).with_id(1),

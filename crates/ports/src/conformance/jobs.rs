@@ -311,7 +311,7 @@ pub async fn jobs_survive_a_crash(factory: &dyn Factory) {
     put(&bench, NewJob { delay: MINUTE, ..job("later") }).await;
     let claimed = claim(&bench, 1, NOW).await.remove(0);
     bench.crash().await;
-    // A backend may wait for the end of the lease, or know that no worker is left.
+    // A backend waits for the end of the lease, or finds that no worker is left.
     let at = NOW.plus(2 * MINUTE);
     let again = claim(&bench, 9, at).await;
     assert_eq!(HashSet::from_iter(payloads(&again)), HashSet::from(["waiting", "later"]));

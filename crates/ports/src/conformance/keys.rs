@@ -1,5 +1,7 @@
 //! Rules of [`crate::KeyPackages`] and [`crate::HybridKeys`].
 
+mod devices;
+
 use std::{collections::BTreeSet, sync::Arc};
 
 use qpq_domain::{DeliveryLimits, IdentityKey, KeyPackageLimits, UnixMillis};
@@ -7,12 +9,11 @@ use tokio::task::JoinSet;
 
 use super::{
     Factory,
-    bench::{Bench, MINUTE, NOW, Person, device, device_id},
+    bench::{Bench, MINUTE, NOW, Person},
 };
-use crate::{
-    DevicePackage, DeviceRegistration, HybridKey, NewKeyPackage, PackageOwner, Stock,
-    TakenKeyPackage, Upload, UploadMode,
-};
+use crate::{HybridKey, NewKeyPackage, PackageOwner, Stock, TakenKeyPackage, Upload, UploadMode};
+
+pub use self::devices::*;
 
 /// Creates the package with this number, valid for an hour.
 fn package(n: u8) -> NewKeyPackage {
@@ -30,18 +31,9 @@ fn last_resort(n: u8) -> NewKeyPackage {
     NewKeyPackage { last_resort: true, ..package(n) }
 }
 
-/// Creates the package with this number, signed by a device.
-fn package_of(n: u8, device: u8) -> NewKeyPackage {
-    NewKeyPackage { device: Some(device_id(device)), ..package(n) }
-}
-
 /// Returns the owner of the packages of the account itself.
 fn own(person: Person) -> PackageOwner {
     PackageOwner::account(person.account)
-}
-
-fn owned_by(person: Person, device: u8) -> PackageOwner {
-    PackageOwner { device: Some(device_id(device)), ..own(person) }
 }
 
 fn hybrid(key: u8, signature: Option<u8>) -> HybridKey {
@@ -300,7 +292,7 @@ pub async fn a_replacement_that_is_refused_removes_nothing(factory: &dyn Factory
     assert_eq!(bench.stock(alice).await, stock(1, true));
     assert_eq!(bench.take(alice).await, taken(2));
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
-    // It was given out, and a replacement removes it before it is stored again.
+    // The package was taken before, and a replacement removes it before it is stored again.
     assert_eq!(bench.replace(alice, vec![last_resort(3)]).await, Upload::GivenOut(0));
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
 }
@@ -314,7 +306,7 @@ pub async fn a_replacement_makes_room_for_itself(factory: &dyn Factory) {
     assert_eq!(bench.upload(alice, vec![package(5)]).await, Upload::Full);
 }
 
-/// At any moment a take gets a package from before or after the replacement.
+/// At any time a take returns a package from before or after the replacement.
 pub async fn a_replaced_stock_never_runs_dry(factory: &dyn Factory) {
     const ROUNDS: u8 = 20;
     let bench = Bench::new(factory).await;
@@ -378,146 +370,4 @@ pub async fn hybrid_keys_are_returned_in_the_requested_order(factory: &dyn Facto
         bench.stores.hybrid_keys.get(&[]).await.expect("get"),
         Vec::<Option<HybridKey>>::new()
     );
-}
-
-impl Bench {
-    async fn upload_as(
-        &self,
-        owner: PackageOwner,
-        packages: Vec<NewKeyPackage>,
-        mode: UploadMode,
-    ) -> Upload {
-        self.stores.key_packages.upload(owner, packages, mode, NOW).await.expect("upload")
-    }
-
-    /// Takes a package of each device; returns the devices and the first bytes of the packages.
-    async fn take_of_devices(&self, target: Person) -> Vec<(u8, Option<(u8, bool)>)> {
-        let taken = self.stores.key_packages.take_of_devices(&target.identity, NOW).await;
-        let entry = |entry: DevicePackage| {
-            let package = entry.package.map(|taken| (taken.bytes[0], taken.last_resort));
-            (entry.device.as_bytes()[0], package)
-        };
-        taken.expect("take").into_iter().map(entry).collect()
-    }
-
-    /// Registers a device that uses the identity key.
-    async fn device_without_key(&self, person: Person, n: u8) {
-        let device = crate::NewDevice { key: None, ..device(person, n) };
-        let registered = self.stores.devices.register(device).await.expect("register");
-        assert_eq!(registered, DeviceRegistration::Registered);
-    }
-}
-
-pub async fn each_device_has_packages_of_its_own(factory: &dyn Factory) {
-    let caps = KeyPackageLimits { max_count: 2, ..KeyPackageLimits::default() };
-    let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
-    let alice = bench.person(1).await;
-    for n in [1, 2] {
-        assert_eq!(bench.device(alice, n).await, DeviceRegistration::Registered);
-    }
-    let add = |owner, packages| bench.upload_as(owner, packages, UploadMode::Add);
-    let both = vec![package_of(1, 1), package_of(2, 1)];
-    assert_eq!(add(owned_by(alice, 1), both).await, stock(2, false));
-    assert_eq!(add(owned_by(alice, 1), vec![package_of(3, 1)]).await, Upload::Full);
-    let resort = NewKeyPackage { last_resort: true, ..package_of(4, 2) };
-    assert_eq!(add(owned_by(alice, 2), vec![resort, package_of(5, 2)]).await, stock(1, true));
-    // Counted for the device that uploads.
-    assert_eq!(add(own(alice), vec![]).await, stock(0, false));
-    assert_eq!(bench.take(alice).await, taken(1), "the oldest of all devices");
-    let keys = &bench.stores.key_packages;
-    let left = keys.stock(owned_by(alice, 1), NOW).await.expect("stock");
-    assert_eq!(Upload::Stored(left), stock(1, false));
-    assert_eq!(bench.take(alice).await, taken(2));
-    assert_eq!(bench.take(alice).await, taken(5));
-    assert_eq!(bench.take(alice).await, taken_last_resort(4));
-}
-
-pub async fn one_call_takes_a_package_of_each_device(factory: &dyn Factory) {
-    let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
-    assert_eq!(bench.take_of_devices(bob).await, [], "no devices");
-    for n in [3, 1, 2] {
-        bench.device(alice, n).await;
-    }
-    let add = |n, packages| bench.upload_as(owned_by(alice, n), packages, UploadMode::Add);
-    add(1, vec![package_of(10, 1), package_of(11, 1)]).await;
-    let resort = NewKeyPackage { last_resort: true, ..package_of(30, 3) };
-    add(3, vec![resort, package_of(31, 3)]).await;
-    let first = [(3, Some((31, false))), (1, Some((10, false))), (2, None)];
-    assert_eq!(bench.take_of_devices(alice).await, first);
-    let second = [(3, Some((30, true))), (1, Some((11, false))), (2, None)];
-    assert_eq!(bench.take_of_devices(alice).await, second);
-    let third = [(3, Some((30, true))), (1, None), (2, None)];
-    assert_eq!(bench.take_of_devices(alice).await, third);
-}
-
-pub async fn concurrent_takes_of_devices_never_share_a_package(factory: &dyn Factory) {
-    let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
-    for n in [1, 2] {
-        bench.device(alice, n).await;
-        let packages = (0..20).map(|i| package_of(20 * n + i, n)).collect();
-        bench.upload_as(owned_by(alice, n), packages, UploadMode::Add).await;
-    }
-    let mut tasks = JoinSet::new();
-    for round in 0..20 {
-        let keys = Arc::clone(&bench.stores.key_packages);
-        tasks.spawn(async move {
-            if round % 2 == 0 {
-                let taken = keys.take(&alice.identity, NOW).await.expect("take");
-                return vec![taken.expect("there are 40").bytes[0]];
-            }
-            let taken = keys.take_of_devices(&alice.identity, NOW).await.expect("take");
-            taken.into_iter().map(|entry| entry.package.expect("20 each").bytes[0]).collect()
-        });
-    }
-    let all: Vec<u8> = tasks.join_all().await.concat();
-    assert_eq!(all.len(), 30);
-    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 30, "{all:?}");
-}
-
-pub async fn a_replacement_removes_the_packages_of_its_device_alone(factory: &dyn Factory) {
-    let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
-    for n in [1, 2] {
-        bench.device(alice, n).await;
-        let packages = vec![package_of(10 * n, n), package_of(10 * n + 1, n)];
-        bench.upload_as(owned_by(alice, n), packages, UploadMode::Add).await;
-    }
-    let replaced =
-        bench.upload_as(owned_by(alice, 1), vec![package_of(15, 1)], UploadMode::Replace).await;
-    assert_eq!(replaced, stock(1, false));
-    assert_eq!(
-        bench.take_of_devices(alice).await,
-        [(1, Some((15, false))), (2, Some((20, false)))]
-    );
-}
-
-pub async fn a_device_without_a_key_has_the_packages_of_the_account(factory: &dyn Factory) {
-    let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
-    bench.upload(alice, vec![package(1), package(2)]).await;
-    bench.device_without_key(alice, 7).await;
-    bench.device(alice, 8).await;
-    bench.upload_as(owned_by(alice, 7), vec![package(3)], UploadMode::Add).await;
-    let taken = [(7, Some((1, false))), (8, None)];
-    assert_eq!(bench.take_of_devices(alice).await, taken);
-    bench.revoke(alice, 8).await;
-    assert_eq!(bench.take_of_devices(alice).await, [(7, Some((2, false)))]);
-    bench.revoke(alice, 7).await;
-    assert_eq!(bench.take(alice).await, None, "its private keys are lost");
-}
-
-pub async fn a_revocation_removes_the_packages_of_its_device_alone(factory: &dyn Factory) {
-    let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
-    bench.upload(alice, vec![package(1)]).await;
-    for n in [1, 2] {
-        bench.device(alice, n).await;
-        bench.upload_as(owned_by(alice, n), vec![package_of(10 + n, n)], UploadMode::Add).await;
-    }
-    bench.revoke(alice, 1).await;
-    assert_eq!(bench.take(alice).await, taken(1), "the account's own");
-    assert_eq!(bench.take(alice).await, taken(12));
-    assert_eq!(bench.take(alice).await, None);
 }

@@ -17,7 +17,7 @@ use crate::{Ack, Batch, DeviceRegistration, Enqueued, ReadError, ReadQuery, Read
 
 const NONE: [&str; 0] = [];
 
-/// Registers an account with devices, each of which sees what is sent from now on.
+/// Registers an account with devices, each of which reads the messages that are sent from now on.
 async fn with_devices(factory: &dyn Factory, devices: &[u8]) -> (Bench, Person) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
@@ -131,7 +131,7 @@ pub async fn acks_out_of_order_are_remembered_for_each_device(factory: &dyn Fact
     assert_eq!(bench.waiting(one).await, ["a", "c", "e"]);
     assert_eq!(bench.ack(one, None, &[5]).await, 1);
     assert_eq!(bench.waiting(one).await, ["a", "c"]);
-    // Nothing is left for any device but these two: the inbox has room for four more.
+    // No message but these two is left for any device: the inbox has room for four more.
     for n in 0..4 {
         bench.deliver(message(alice, alice, &format!("g{n}"))).await;
     }
@@ -252,7 +252,8 @@ pub async fn a_message_wakes_every_device(factory: &dyn Factory) {
     }
 }
 
-/// Each device gets everything after some message, without a gap, whenever it was registered.
+/// Each device receives all messages after some message, without a gap, independent of the time of
+/// its registration.
 pub async fn a_device_registered_during_sends_misses_nothing_afterwards(factory: &dyn Factory) {
     const MESSAGES: usize = 60;
     let bench = Bench::new(factory).await;
@@ -334,7 +335,7 @@ pub async fn a_revocation_of_the_last_device_during_sends_loses_nothing(factory:
     assert_eq!(acked, (1..=MESSAGES as u64).collect::<Vec<_>>(), "each once and in order");
 }
 
-/// Devices read concurrently by all ways, with releases: each gets each message once, in order.
+/// Devices read concurrently by all ways, with releases: each receives each message once, in order.
 pub async fn concurrent_devices_get_each_message_once_and_in_order(factory: &dyn Factory) {
     const MESSAGES: u64 = 60;
     let (bench, alice) = with_devices(factory, &[1, 2, 3]).await;
@@ -377,7 +378,7 @@ pub async fn concurrent_devices_get_each_message_once_and_in_order(factory: &dyn
     }
 }
 
-/// The instant at which a device that was last seen at the start has been away too long.
+/// The instant at which a device that was last seen at the start has been absent too long.
 fn long_after() -> qpq_domain::UnixMillis {
     NOW.plus(DeliveryLimits::default().device_absence).plus(MINUTE)
 }
@@ -448,7 +449,8 @@ pub async fn a_device_keeps_its_position_while_it_reads_or_holds_back_little(
     for n in 0..3 {
         bench.deliver(message(alice, bob, &format!("m{n}")).living(2 * month)).await;
     }
-    // Alice's device holds back more than half, but has read a day ago; bob's holds back half.
+    // Messages for alice's device fill more than half of her inbox, but it has read a day ago.
+    // Those for bob's fill half of his.
     let day = Duration::from_secs(24 * 60 * 60);
     let seen = long_after().minus(day);
     bench.backend.set_clock(seen).await;

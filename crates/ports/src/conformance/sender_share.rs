@@ -1,5 +1,5 @@
 //! Rules of [`DeliveryLimits::sender_share`]: in an inbox that is more than half full, no sender
-//! holds more than its share.
+//! has more than its share.
 
 use std::sync::Arc;
 

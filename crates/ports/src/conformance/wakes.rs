@@ -55,7 +55,7 @@ pub async fn a_message_wakes_the_readers_of_its_channel(factory: &dyn Factory) {
     let mut every = bench.stores.wakes.subscribe(&all(alice));
     for round in 0..30 {
         let n = round % 3;
-        // As one who waits does: it reads before, and after whatever has woken it.
+        // As a waiting call does: reads before it waits, and after each wake.
         let read = only(alice, n);
         assert!(bench.peek(read).await.envelopes.is_empty());
         let sent = bench.deliver(message(alice, alice, "hello").in_channel(n)).await;

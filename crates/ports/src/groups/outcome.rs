@@ -1,5 +1,5 @@
-//! The result of a message to a group, and the encoding of that of an accepted commit, from which a
-//! store answers a repeat.
+//! The result of a message to a group. Stores keep the encoded result of an accepted commit, to
+//! answer a repeat of it.
 //!
 //! A transfer moves the bytes to a store of another kind and does not interpret them, so every
 //! store uses this encoding. Integers are big-endian.
@@ -61,7 +61,7 @@ impl GroupSent {
     }
 
     /// Decodes the result of a commit in `channel` that led to `epoch`, for its repeat. `None` if
-    /// the bytes are no such encoding.
+    /// the bytes are malformed.
     ///
     /// Recipients that have the message have it as [`Enqueued::Duplicate`].
     pub fn decode(bytes: &[u8], channel: ChannelId, epoch: u64) -> Option<Self> {
@@ -80,7 +80,7 @@ fn count<T>(items: &[T]) -> u32 {
 /// The result of an accepted commit, without its epoch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// For each listed recipient.
+    /// The outcomes of listed recipients.
     Listed(Vec<Enqueued>),
     /// For a number of members, some of which were skipped.
     Members { recipients: u32, skipped: u32 },
@@ -130,7 +130,7 @@ fn encode_listed(outcomes: &[Enqueued], channel: ChannelId) -> Vec<u8> {
     bytes
 }
 
-/// Decodes the result of a message in `channel`. `None` if the bytes are no such encoding.
+/// Decodes the result of a message in `channel`. `None` if the bytes are malformed.
 fn decode(mut bytes: &[u8], channel: ChannelId) -> Option<Outcome> {
     let bytes = &mut bytes;
     if take(bytes)? != [VERSION] {

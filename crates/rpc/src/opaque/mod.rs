@@ -26,7 +26,7 @@ pub mod len {
     pub const REGISTRATION_REQUEST: usize = 32;
     /// RegistrationResponse.
     pub const REGISTRATION_RESPONSE: usize = 64;
-    /// RegistrationRecord: the client's upload, and what is stored.
+    /// RegistrationRecord: the client's upload, which is stored unchanged.
     pub const RECORD: usize = 192;
     /// The client's first message of a login.
     pub const KE1: usize = 96;

@@ -1,4 +1,4 @@
-//! Devices (700 to 702), and what they change in other areas: reads, KeyPackages, look-ups, events.
+//! Devices (700 to 702), and their effects in other areas: reads, KeyPackages, look-ups, events.
 
 use std::time::Duration;
 

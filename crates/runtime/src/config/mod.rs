@@ -1,5 +1,5 @@
 //! Configuration in layers: defaults, then a TOML file, then the environment, then flags; the later
-//! one wins.
+//! one overrides.
 //!
 //! A setting is declared once, by [`section!`](crate::section): name, type, default and doc
 //! comment. The declaration generates the struct that the program uses, the names of the

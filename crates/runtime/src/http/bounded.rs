@@ -1,8 +1,8 @@
 //! The TCP connections of the HTTP port, bounded in number and time.
 //!
-//! Idle connections would otherwise use up the process's descriptors, and `/livez` would fail for
-//! that alone. At the cap the oldest connection makes room for a new one, so that a probe always
-//! gets through, and no connection lives longer than [`LIFETIME`].
+//! Idle connections would otherwise use up the process's descriptors, and `/livez` would fail
+//! although the service works. At the cap the oldest connection makes room for a new one, so that a
+//! probe always gets through, and no connection lives longer than [`LIFETIME`].
 
 use std::{
     collections::VecDeque,

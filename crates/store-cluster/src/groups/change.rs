@@ -33,7 +33,7 @@ const PROMOTE_LISTED: &str = "
     UPDATE group_member SET role = 1
      WHERE group_id = $1 AND account = ANY ($2::int8[]) AND role = 0";
 
-/// How many members the group would have with these accounts.
+/// Returns the number of members that the group would have with these accounts.
 const COUNT_WITH: &str = "
     SELECT (SELECT count(*) FROM group_member WHERE group_id = $1)
          + (SELECT count(*) FROM unnest($2::int8[]) AS l (account)
@@ -97,7 +97,7 @@ impl Statement for CreateGroup<'_> {
             .execute(&mut *connection)
             .await?;
         if created.rows_affected() == 0 {
-            // A statement of its own sees the group that the insert conflicts with.
+            // A separate statement, because it sees the group that the insert conflicts with.
             return self.find(connection).await;
         }
         sqlx::query(ADD_ADMIN)
@@ -139,7 +139,7 @@ impl CreateGroup<'_> {
                 let existing = row.group("id")?;
                 return Ok(Some(match resolve(connection, &pair.keys()).await? {
                     Ok(both) => {
-                        // One of the two may have left it.
+                        // One of the two may have left the group.
                         add(connection, &existing, &both, Role::Member, *now).await?;
                         Ok(Creation::Existed(existing))
                     }
@@ -210,7 +210,7 @@ async fn resolve(
 ) -> sqlx::Result<Result<Vec<i64>, GroupRefusal>> {
     let mut seen = HashSet::with_capacity(keys.len());
     let distinct: Vec<_> = keys.iter().copied().filter(|key| seen.insert(*key)).collect();
-    // With a creator who is not among them there is one more.
+    // A creator who is not among them is one more member.
     if distinct.len() > MAX_MEMBERS {
         return Ok(Err(GroupRefusal::Full));
     }
@@ -222,8 +222,8 @@ async fn resolve(
     Ok(distinct.into_iter().map(account).collect())
 }
 
-/// Adds those of the accounts that are not members, and promotes the others if the role is that of
-/// an admin. Returns how many were added.
+/// Adds the accounts that are not members, and promotes the others if the role is admin. Returns
+/// the number of added ones.
 async fn add(
     connection: &mut PgConnection,
     group: &GroupId,

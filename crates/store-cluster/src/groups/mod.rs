@@ -1,9 +1,9 @@
 //! Groups in Postgres: the members, the metadata and the epoch of a channel, and messages to
 //! members.
 //!
-//! A change locks the group first, by a statement of its own. What later statements of the
-//! transaction find about the members therefore stays true until its end. Reads lock nothing, and
-//! each is one statement.
+//! A change locks the group first, by a statement of its own. The members and roles that later
+//! statements of the transaction read therefore stay the same until its end. Reads lock nothing,
+//! and each is one statement.
 
 mod change;
 mod send;
@@ -38,8 +38,8 @@ const LOCK: &str = "
 
 const ROLE: &str = "SELECT role FROM group_member WHERE group_id = $1 AND account = $2";
 
-/// $1 group, $2 viewer, $3 the member before the first, $4 maximum members. One row with the
-/// members as arrays, so that all of it is of one instant.
+/// $1 group, $2 viewer, $3 the member before the first, $4 maximum members. Returns one row, with
+/// the members as arrays, so that all data is of one instant.
 const VIEW: &str = "
     SELECT g.name, g.description, g.settings, g.version, g.epoch,
            v.account IS NOT NULL AS is_member,
@@ -64,7 +64,7 @@ const INFO: &str = "
       FROM mls_group g LEFT JOIN group_member v ON v.group_id = g.id AND v.account = $2
      WHERE g.id = $1";
 
-/// Other calls create and remove the group faster than this one finds it.
+/// Other calls create and remove the group faster than this one reads it.
 #[derive(Debug, thiserror::Error)]
 #[error("the group was created and removed during each of {MAX_ATTEMPTS} attempts")]
 struct GroupChanged;
@@ -212,7 +212,7 @@ impl Statement for ViewGroup {
             .bind(&group.as_bytes()[..])
             .bind(viewer.0)
             .bind(number(page.after))
-            // One more says whether another page follows.
+            // One more row shows whether another page follows.
             .bind(i64::from(page.limit) + 1)
             .fetch_optional(connection)
             .await?;

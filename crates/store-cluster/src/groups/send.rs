@@ -22,8 +22,8 @@ use crate::{
     time::Time,
 };
 
-/// Time for which an accepted commit is remembered: longer than any client repeats a call whose
-/// answer it waits for.
+/// Time for which an accepted commit is remembered. Longer than clients repeat a call without an
+/// answer.
 pub(super) const REMEMBERED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// $4: the instant after which a commit is remembered.
@@ -72,7 +72,7 @@ pub(super) struct SendToGroup<'a> {
     pub(super) mark: &'a ClusterMark,
 }
 
-/// A message that was accepted, and what follows from that.
+/// An accepted message and its effects.
 pub(super) struct Sent {
     pub(super) sent: GroupSent,
     /// The message to each recipient. None if an accepted commit is repeated.

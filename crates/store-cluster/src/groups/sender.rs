@@ -29,8 +29,9 @@ const SENDERS: usize = 2;
 /// Memory of a message for each recipient, in addition to the payload.
 const RECIPIENT_BYTES: usize = 256;
 
-/// Maximum bytes that a message has in the rows of its recipients. A larger one is stored once, or
-/// would keep the inboxes locked for seconds: 64 KiB for 10 000 members take 8 s in their rows.
+/// Maximum bytes of a message in the rows of its recipients together. The payload of a larger
+/// message is stored once. In all rows, it would keep the inboxes locked for seconds: 64 KiB for
+/// 10 000 members take 8 s in their rows.
 const IN_ROWS: usize = 64 << 20;
 
 const COUNT: &str = "SELECT count(*) FROM group_member WHERE group_id = $1";
@@ -117,7 +118,7 @@ impl GroupSenders {
         self.senders.call(Waiting { message, span: Span::current(), _permit: permit }).await
     }
 
-    /// Sends what waits, and ends.
+    /// Sends the waiting messages, and ends.
     pub(crate) async fn close(&self) {
         self.senders.close().await;
     }

@@ -1,8 +1,8 @@
-//! Devices that are away and hold back much of their inbox. Their position is moved to the newest
-//! message, a bounded number of messages in each transaction.
+//! Devices that are absent while their messages fill much of their inbox. Their position is moved
+//! to the newest message, a bounded number of messages in each transaction.
 //!
 //! The device is marked first, and then moved on by later sweeps until it is at the newest message
-//! or reads. Its reads are refused until its client knows.
+//! or reads. Its reads are refused until its client has confirmed the new position.
 
 use qpq_domain::{DeliveryLimits, IdentityKey, UnixMillis};
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
@@ -10,7 +10,7 @@ use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use super::{done::remove_spent, payloads::size};
 use crate::postgres::row::{Columns as _, millis, millis_of, number};
 
-/// The instant at which a device that has not read since is away. $1 now, $2 how long ago that is.
+/// The newest last read of an absent device. $1 now, $2 the time after which a device is absent.
 macro_rules! away {
     () => {
         "(SELECT least($1, store_now()) - $2)"
@@ -18,8 +18,8 @@ macro_rules! away {
 }
 
 /// Locks the head of an inbox with a device to move. Inboxes whose heads are locked are left to the
-/// next sweep. $3 messages and $4 bytes that a device may hold back. Only an inbox that has more
-/// than that is looked into.
+/// next sweep. $3 and $4: the messages and bytes that may wait for an absent device. Only inboxes
+/// with more are searched.
 const FIND: &str = concat!(
     "SELECT d.id, i.id AS inbox, a.identity
        FROM device d JOIN inbox i ON i.id = d.account JOIN account a ON a.id = i.id
@@ -59,7 +59,7 @@ const MOVE: &str = concat!(
     SELECT b.upto AS after, v.upto, b.position_lost FROM moved v CROSS JOIN before b"
 );
 
-/// When a device is away, and what it may not hold back then.
+/// The time after which a device is absent, and the messages and bytes that may wait for it then.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Absence<'a> {
     pub(crate) limits: &'a DeliveryLimits,
@@ -68,7 +68,7 @@ pub(crate) struct Absence<'a> {
     pub(crate) rows: i64,
 }
 
-/// What a step of a move has changed.
+/// The changes of one step of a move.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Moved {
     /// Rows removed or changed.
@@ -77,7 +77,7 @@ pub(crate) struct Moved {
     pub(crate) marked: Option<IdentityKey>,
 }
 
-/// Moves one device that is away, if there is one to move.
+/// Moves one absent device, if there is one.
 pub(crate) async fn move_absent(
     connection: &mut PgConnection,
     absence: Absence<'_>,

@@ -1,10 +1,10 @@
 //! Group commit: the messages of all calls that wait are accepted in one transaction, and then
-//! answered. While one transaction commits, the next calls gather; the more there are, the less
-//! each costs.
+//! answered. While one transaction commits, the next calls gather. The cost of a call falls with
+//! their number.
 //!
-//! A transaction is bounded in messages and bytes, and a sender has no more waiting than one of
-//! them holds ([`qpq_ports::admission`]), so a large batch of one sender delays another sender's
-//! message by no more than that.
+//! A transaction is bounded in messages and bytes, and the waiting messages of one sender fit in
+//! one transaction ([`qpq_ports::admission`]). So a large batch of one sender delays another
+//! sender's message by at most one transaction.
 //!
 //! A call goes to the committer of its inbox's shard. Messages to an inbox that arrive at this edge
 //! are therefore committed in the order of their arrival, and two committers of an edge rarely lock
@@ -94,7 +94,7 @@ impl Committers {
         self.committers[committer].call(call).await
     }
 
-    /// Commits what waits, and ends.
+    /// Commits the waiting messages, and ends.
     pub(crate) async fn close(&self) {
         for committer in &*self.committers {
             committer.close().await;
@@ -142,7 +142,8 @@ impl BatchWorker for Committer {
         drop(shares);
         match outcome {
             Ok(outcomes) => self.committed(calls, &sizes, &messages, outcomes).await,
-            // The schema rejects a message, which none should be. The other calls succeed.
+            // The schema rejects one message, which does not happen otherwise. The other calls
+            // succeed.
             Err(error) if error.kind() == PostgresErrorKind::Rejected && calls.len() > 1 => {
                 let mut messages = &messages[..];
                 for (call, size) in calls.into_iter().zip(sizes) {

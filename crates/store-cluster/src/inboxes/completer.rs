@@ -1,6 +1,6 @@
-//! Group completion: the pages of many completed leases are removed in one transaction. A
-//! transaction for each would cost many times what removing its rows costs. Pages of single readers
-//! take one statement, those of devices a transaction of their own.
+//! Group completion: the pages of many completed leases are removed in one transaction. One
+//! transaction for each page would cost many times as much as the removal of its rows. Pages of
+//! single readers take one statement, those of devices a transaction of their own.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -47,9 +47,9 @@ pub(super) struct CompletedPage {
 /// The result of a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Completion {
-    /// The messages are removed, by the reader's removal of this number. The number is unknown if
-    /// nothing of the page was left for the reader: an ack removed it, this edge did and the answer
-    /// of Postgres was lost, or there is no such reader any more.
+    /// The messages are removed, by the reader's removal with this number. The number is unknown if
+    /// no message of the page was left for the reader: an ack removed them, this edge removed them
+    /// and the answer of Postgres was lost, or the reader does not exist any more.
     Removed(u64),
     /// The page is of another history than the present one. Nothing was removed.
     OtherHistory,
@@ -85,8 +85,8 @@ impl BatchWorker for Completer {
 
     async fn run(&mut self, mut pages: Vec<Call>) {
         while let [first, ..] = &pages[..] {
-            // One page of a reader at a time, so that each removal stands for one page; and pages
-            // of one history, which is nearly always all of them.
+            // Takes at most one page of each reader, so that each removal is that of one page, and
+            // only pages of one history.
             let (mut readers, store_id) = (HashSet::new(), first.item.store_id);
             let of_devices = first.item.registration.is_some();
             let (batch, later) = pages.into_iter().partition(|Call { item, .. }| {

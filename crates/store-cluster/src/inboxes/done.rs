@@ -1,17 +1,18 @@
-//! What devices are done with: completed pages and acks of the readers of inboxes with devices.
+//! Records which messages each device has finished: completed pages and acks of inboxes with
+//! devices.
 //!
-//! A message waits for a device if its seq is above the device's `upto` and it is not in
-//! `device_done`. A device that reads in order only moves `upto`, which is one heap-only update of
-//! its row however much it covers. What it is done with out of order goes to `device_done`, until
-//! `upto` passes it.
+//! A message waits for a device if its seq is above the device's `upto` and `device_done` has no
+//! row for it. A device that reads in order only moves `upto`, by one heap-only update of its row
+//! for any number of messages. Messages that it finishes out of order are rows of `device_done`,
+//! until `upto` passes them.
 //!
 //! The heads of the inboxes are locked first, in the order of their numbers, and by a statement of
 //! their own: a later statement of the transaction sees what was committed before the locks, and
-//! until the commit no registration, revocation or other removal changes it. A message is deleted
-//! when no device waits for it, in the shape of every removal.
+//! until the commit no registration, revocation or other removal changes it. A message that waits
+//! for no device is deleted, as in every removal.
 //!
-//! OFFSET keeps a look into `device_done` one probe of its index for each message. Postgres would
-//! otherwise plan it as a join with the whole table, by what it guesses about arrays.
+//! OFFSET makes Postgres look up `device_done` by one probe of its index for each message. Without
+//! it, Postgres plans a join with the whole table, because it only guesses the lengths of arrays.
 
 use std::time::Duration;
 
@@ -43,8 +44,9 @@ const LOCK_INBOX: &str = concat!(
        FOR NO KEY UPDATE OF i"
 );
 
-/// What an ack names of what waits for the device. $1 inbox, $2 device, $3 now, $4 up to which seq,
-/// $5 single seqs, $6 the channel. The device is alone in its row where that is nothing.
+/// The messages of an ack that wait for the device. $1 inbox, $2 device, $3 now, $4 the last seq of
+/// a range, $5 single seqs, $6 the channel. Returns one row with the registration and the seqs, of
+/// which there may be none.
 macro_rules! acked {
     ($view:literal) => {
         concat!(
@@ -64,10 +66,10 @@ macro_rules! acked {
 const ACKED: &str = acked!("");
 const ACKED_IN_CHANNEL: &str = acked!(" AND m.channel = $6");
 
-/// Records what devices are done with. $1 registrations, $2 inboxes and $3 seqs, of which those
-/// count that still wait; $4 now. A page is in order if nothing else waits for the device up to its
-/// last message; what has expired waits for none. Returns what is new, with the number of the
-/// removal of each device.
+/// Records finished messages. $1 registrations, $2 inboxes and $3 seqs, of which only the waiting
+/// ones count; $4 now. A page is in order if no other message up to its last one waits for the
+/// device; expired messages do not wait. Returns the newly finished messages, with the number of
+/// the removal of each device.
 const MARK: &str = "
     WITH done AS MATERIALIZED (
         SELECT d.id, d.account, d.device, d.upto, m.seq,
@@ -118,7 +120,7 @@ macro_rules! is_spent {
     };
 }
 
-/// Removes those of some messages that wait for no device. $2 now, $3 how long ids are remembered.
+/// Removes the messages that wait for no device. $2 now, $3 the time for which ids are remembered.
 macro_rules! spent {
     ($candidates:literal) => {
         reader_removal! {
@@ -143,7 +145,7 @@ const SPENT: &str = spent!("FROM unnest($1::int8[], $4::int8[]) AS m (inbox, seq
 const SPENT_BETWEEN: &str =
     spent!("FROM message m WHERE m.inbox = $1 AND m.seq > $4 AND m.seq <= $5");
 
-/// A page that a device is done with.
+/// A page that a device has finished.
 #[derive(Clone, Debug)]
 pub(super) struct DonePage {
     pub(super) inbox: i64,
@@ -151,7 +153,7 @@ pub(super) struct DonePage {
     pub(super) seqs: Vec<Seq>,
 }
 
-/// What a device is newly done with.
+/// The messages that a device has newly finished.
 #[derive(Clone, Debug)]
 pub(super) struct Done {
     pub(super) inbox: i64,
@@ -163,8 +165,8 @@ pub(super) struct Done {
 
 /// Completes pages of devices that were read in one history, at most one of each registration.
 ///
-/// Returns what is new; `None` if the store is in another history. A registration that does not
-/// exist any more is done with nothing.
+/// Returns the newly finished messages; `None` if the store is in another history. Pages of
+/// registrations that do not exist any more are ignored.
 pub(super) struct FinishPages {
     pub(super) store_id: StoreId,
     pub(super) pages: Vec<DonePage>,
@@ -193,7 +195,7 @@ impl Statement for FinishPages {
     }
 }
 
-/// Removes what a device acks.
+/// Removes the messages that a device acks.
 pub(super) struct AckAsDevice<'a> {
     pub(super) query: &'a ReadQuery,
     pub(super) device: DeviceId,
@@ -204,11 +206,11 @@ pub(super) struct AckAsDevice<'a> {
 
 /// The outcome of an ack by a device.
 pub(super) enum DeviceAck {
-    /// None if the device is newly done with nothing.
+    /// None if no message was newly finished.
     Done(Option<Removal>),
     /// The inbox has no such device.
     NoDevice,
-    /// The device does not know yet that its position was moved.
+    /// The device's position was moved, and its client has not confirmed that.
     PositionLost,
 }
 
@@ -265,7 +267,8 @@ impl Statement for AckAsDevice<'_> {
     }
 }
 
-/// Records what devices are done with, and removes what waits for no other. The heads are locked.
+/// Records finished messages, and removes those that wait for no other device. The heads are
+/// locked.
 async fn finish(
     connection: &mut PgConnection,
     pages: &[DonePage],
@@ -293,7 +296,7 @@ async fn finish(
         .collect::<sqlx::Result<_>>()?;
     let mut rows: Vec<_> =
         done.iter().flat_map(|done| done.seqs.iter().map(|seq| (done.inbox, *seq))).collect();
-    // Two devices may be done with a message at the same time.
+    // Two devices may finish a message at the same time.
     rows.sort_unstable();
     rows.dedup();
     if !rows.is_empty() {

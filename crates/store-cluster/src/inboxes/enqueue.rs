@@ -2,7 +2,7 @@
 //!
 //! The heads of all inboxes are locked first, in the order of their numbers. So decisions about
 //! seqs, caps and repeated message ids stay valid until the commit, and no two transactions
-//! deadlock. Two statements read what the decisions need, and one statement writes all results.
+//! deadlock. Two statements read the data for the decisions, and one statement writes all results.
 
 mod room;
 
@@ -25,8 +25,8 @@ use crate::{
     time::{Bounds, Time},
 };
 
-/// Of the devices, the list is as of before the lock: a registration that it waited for is not in
-/// it. That is only a queue to push to.
+/// The list of devices is as of before the lock: a registration that the lock waited for is
+/// missing. The list only determines the queues to push to.
 const LOCK: &str = concat!(
     "SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry,
             CASE WHEN i.devices > 0 THEN ARRAY (SELECT id FROM device WHERE account = i.id) END
@@ -37,7 +37,7 @@ const LOCK: &str = concat!(
       WHERE a.identity = ANY ($1) ORDER BY i.id FOR NO KEY UPDATE OF i"
 );
 
-/// Receipts of messages that are queued, or removed and remembered. $6: how long ids are
+/// Receipts of messages that are queued, or removed and remembered. $6: the time for which ids are
 /// remembered.
 const KNOWN: &str = "
     SELECT k.n, x.seq, x.channel, x.payload_sha256, x.enqueued_at
@@ -67,7 +67,7 @@ const WRITE: &str = "
                          $11::bytea[], $12::bytea[], $13::bytea[])";
 
 /// As [`WRITE`], for payloads that several messages share: $13 the payloads, $14 their numbers and
-/// $15 their sizes if they are stored once, $16 which of them each message has, from 1.
+/// $15 their sizes if they are stored once, $16 the index of each message's payload, from 1.
 const WRITE_SHARED: &str = "
     WITH moved AS (
         UPDATE inbox i
@@ -149,10 +149,10 @@ impl Outcomes {
     }
 }
 
-/// Accepts each message or returns why not.
+/// Accepts each message or returns the reason against it.
 ///
-/// Nothing is removed before its time by both clocks is over, and the time to live of a message
-/// counts from the later of the two.
+/// A message is removed only after it has expired by both clocks, and its time to live counts from
+/// the later of the two.
 pub(crate) struct Accept<'a> {
     pub(crate) messages: &'a [NewMessage],
     pub(crate) limits: &'a DeliveryLimits,
@@ -217,16 +217,15 @@ pub(crate) async fn accept(
 }
 
 impl Head {
-    /// Returns what the inbox holds, in messages and bytes. Expired messages count for nothing,
-    /// removed or not.
+    /// Returns the number and the bytes of the inbox's messages, without expired ones.
     fn counts(&self) -> (u64, u64) {
         let Stale { messages, bytes } = self.stale;
         (self.messages.saturating_sub(messages), self.bytes.saturating_sub(bytes))
     }
 
-    /// Accepts the message unless the inbox is full, or is more than half full and the sender holds
-    /// its share. `times` are those of its acceptance and of its expiry, `so_far` is what this
-    /// transaction has decided.
+    /// Accepts the message unless the inbox is full, or is more than half full and the sender has
+    /// used up its share. `times` are those of its acceptance and of its expiry, `so_far` are the
+    /// decisions of this transaction.
     async fn decide(
         &mut self,
         connection: &mut PgConnection,
@@ -253,7 +252,7 @@ impl Head {
         Ok(Enqueued::Accepted(self.accept(message, times)))
     }
 
-    /// Returns what the message's sender holds in the inbox, in messages and bytes: exact below its
+    /// Returns the number and the bytes of the sender's messages in the inbox: exact below its
     /// share of messages, and at least that share otherwise.
     async fn look_up(
         &self,

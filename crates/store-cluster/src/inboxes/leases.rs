@@ -1,6 +1,6 @@
-//! The leases of this edge. A lease lives in Redis, where all edges see it, for a few seconds.
-//! While its page is on its way to the client this edge renews it; if the edge dies, the lease
-//! expires.
+//! The leases of this edge. A lease is stored in Redis, visible to all edges, for a few seconds.
+//! While its page is on its way to the client, this edge renews it; if the edge is killed, the
+//! lease expires.
 
 use std::{
     collections::HashMap,
@@ -46,8 +46,8 @@ struct Inner {
     lasts: Duration,
     wakes: WakeRegistry,
     live: Mutex<HashMap<LeaseId, ReaderId>>,
-    /// Readers whose leases are being released. A read of one of them waits for that here, so that
-    /// a read after a release sees the released messages.
+    /// Readers whose leases are being released. A read by one of them waits here for the end of the
+    /// release, so that it sees the released messages.
     releasing: Mutex<HashMap<ReaderId, Releasing>>,
     /// The tasks that release leases.
     releases: Mutex<JoinSet<()>>,
@@ -121,7 +121,7 @@ impl Inner {
             self.live.lock().iter().map(|(id, reader)| (id.clone(), *reader)).collect();
         stream::iter(live)
             .for_each_concurrent(RENEWALS, |(id, reader)| async move {
-                // A failure may end the lease, and then its messages are read again.
+                // After a failure the lease may end, and then its messages are read again.
                 let _ = self
                     .wakes
                     .redis()

@@ -1,14 +1,14 @@
 //! Inboxes of the cluster: messages are accepted by Postgres (`committer`, `enqueue`), read from
 //! Redis where its copy is current and from Postgres otherwise, and removed from Postgres first.
 //!
-//! A read begins with the inbox's head in Postgres, which says which state is the present one, and
-//! who the reader is: the single reader of an inbox without devices, or a device, by the number of
-//! its registration. A queue in Redis that shows that state, or a later one, is read; any other is
+//! A read begins with the inbox's head in Postgres, which determines the present state, and the
+//! reader: the single reader of an inbox without devices, or a device, by the number of its
+//! registration. A queue in Redis that shows that state, or a later one, is read; any other is
 //! loaded again. Inboxes that are too large for a queue are read page by page from Postgres, and
 //! only leased in Redis.
 //!
-//! What a page removes when it is completed is decided by who read it (`remove` for the single
-//! reader, `done` for devices), under the lock of the head.
+//! A completed page is removed under the lock of the head, by `remove` for the single reader and by
+//! `done` for devices.
 
 mod absent;
 mod committer;
@@ -60,14 +60,14 @@ use crate::{
     store::Inner,
 };
 
-/// Maximum attempts at a read whose messages are removed meanwhile.
+/// Maximum attempts at a read whose messages are concurrently removed.
 const MAX_ATTEMPTS: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
 #[error("the inbox changed during each of {MAX_ATTEMPTS} attempts to read it")]
 struct InboxChanged;
 
-/// What is read, and how much of it.
+/// The view and the page limit of a read.
 #[derive(Clone, Copy)]
 struct Request<'a> {
     query: &'a ReadQuery,
@@ -111,16 +111,16 @@ impl InboxRead<'_> {
     }
 }
 
-/// What a read has found.
+/// The result of a read.
 struct Found {
     page: Page,
-    /// Where the messages are; none if there is no such inbox.
+    /// The source of the messages; none if there is no such inbox.
     inbox: Option<i64>,
     /// The lease of the page, if one was begun and it has messages.
     guard: Option<LeaseGuard>,
 }
 
-/// What an attempt at a read has found.
+/// The result of an attempt at a read.
 enum Attempt {
     Page(VisiblePage),
     /// The queue cannot have all that waits for the reader.
@@ -130,7 +130,7 @@ enum Attempt {
 }
 
 impl Inner {
-    /// Returns what the read shows now, leased if that is requested.
+    /// Returns the present page of the read, leased if that is requested.
     async fn read(&self, request: Request<'_>) -> Result<Found, ReadError> {
         let (mut registered, mut too_large) = (false, false);
         let mut guard: Option<LeaseGuard> = None;
@@ -245,7 +245,8 @@ impl Inner {
         let more = claimed.seqs > envelopes.len();
         envelopes.truncate(claimed.seqs);
         seqs.truncate(envelopes.len());
-        // A reader that leased and removed some of them in between has counted that by now.
+        // If a reader has leased and removed some of them in between, its removal is counted by
+        // now.
         let is_present = |state: State| {
             (state.store_id, state.removals) == (snapshot.state.store_id, snapshot.state.removals)
         };

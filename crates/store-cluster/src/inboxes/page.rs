@@ -25,8 +25,8 @@ use crate::{
 const READERS: usize = 2;
 
 /// One row for each device of an inbox, at most [`qpq_domain::MAX_DEVICES`], or one without. OFFSET
-/// keeps the look for devices a query of its own, which is not executed for an inbox that has none.
-/// The store id is alone in its row where there is no such inbox.
+/// keeps the search for devices a query of its own, which is not executed for an inbox that has
+/// none. Without such an inbox, the result is one row with the store id and NULLs.
 const HEAD: &str = concat!(
     "SELECT s.store_id, h.identity, h.id, h.last_seq, h.removals, h.messages, h.bytes, h.devices,
             h.device, h.registration, h.upto, h.last_seen_at, h.position_lost
@@ -43,9 +43,9 @@ const HEAD: &str = concat!(
          WHERE a.identity = ANY ($1)) h ON true"
 );
 
-/// $1 inbox, $2 after which seq, $3 now, $4 rows, $5 the store id, then the registration, if it is
-/// of one, and the channel. Returns no rows of another history, and none for a registration that
-/// does not exist any more.
+/// $1 inbox, $2 the seq after which to read, $3 now, $4 rows, $5 the store id, then the
+/// registration and the channel, where the condition has them. Returns no rows of another history,
+/// and none for a registration that does not exist any more.
 macro_rules! messages {
     ($after:literal, $condition:expr) => {
         concat!(
@@ -60,7 +60,7 @@ macro_rules! messages {
         )
     };
 }
-/// As [`messages`], those that wait for the device.
+/// As [`messages`], for the messages that wait for the device.
 macro_rules! messages_of_device {
     ($condition:literal) => {
         messages!(
@@ -80,9 +80,9 @@ const CHANNEL: &str = messages!("$2", " AND channel = $6");
 const ALL_OF_DEVICE: &str = messages_of_device!("");
 const CHANNEL_OF_DEVICE: &str = messages_of_device!(" AND channel = $7");
 
-/// $1 inbox, $2 rows. The head is alone in its row where there is no message. Returns nothing once
-/// the inbox has devices: the single reader's queue has nothing that was accepted after the first
-/// registration.
+/// $1 inbox, $2 rows. Without messages, the result is one row with the head and NULLs. Returns no
+/// row once the inbox has devices: the single reader's queue has no message that was accepted after
+/// the first registration.
 const WHOLE: &str = concat!(
     "SELECT ",
     store_id!(),
@@ -95,9 +95,9 @@ const WHOLE: &str = concat!(
      WHERE i.id = $1 AND i.devices = 0"
 );
 
-/// As [`WHOLE`], what waits for the registration $3. An inbox may have much that waits for other
-/// devices alone, so its head does not say whether this is small: payloads of more than $4 bytes
-/// are not read.
+/// As [`WHOLE`], the messages that wait for the registration $3. Most messages of an inbox may wait
+/// for other devices only, so its head does not determine their size: payloads of more than $4
+/// bytes are not read.
 const WHOLE_OF_DEVICE: &str = concat!(
     "SELECT ",
     store_id!(),
@@ -124,17 +124,17 @@ const MAX_ROWS: u64 = 1_024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Head {
     pub(crate) inbox: i64,
-    /// Without access, the removals are those of no reader.
+    /// Without access, the removals belong to no reader.
     pub(crate) state: State,
     pub(crate) messages: u64,
     pub(crate) bytes: u64,
     pub(crate) access: Access,
 }
 
-/// As what a reader may read an inbox.
+/// The kind of reader as which an inbox may be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// As its single reader: it has no devices.
+    /// As its single reader, because the inbox has no devices.
     Single,
     /// As one of its devices.
     Device(Position),
@@ -148,7 +148,7 @@ pub(crate) struct Position {
     pub(crate) registration: RegistrationId,
     pub(crate) upto: u64,
     pub(crate) last_seen_at: UnixMillis,
-    /// Whether it was moved, and the device has not confirmed that it knows.
+    /// Whether the position was moved, and the device has not confirmed that.
     pub(crate) is_lost: bool,
 }
 
@@ -161,7 +161,7 @@ impl Head {
         }
     }
 
-    /// Whether a queue can have all that waits for the reader, as far as the head says.
+    /// Whether a queue can have all messages that wait for the reader, by the counts of the head.
     pub(super) fn may_be_queue(&self) -> bool {
         let is_small = self.messages <= MAX_MESSAGES && self.bytes <= MAX_BYTES;
         match self.access {

@@ -78,7 +78,7 @@ pub(super) struct Payloads<'a> {
 struct Payload<'a> {
     bytes: &'a [u8],
     messages: usize,
-    /// Its number, if it is stored once.
+    /// The number of the payload, if it is stored once.
     id: Option<i64>,
 }
 

@@ -7,13 +7,14 @@ use tokio::{sync::Semaphore, task::JoinSet};
 
 use crate::effects::{Accepted, Applier, Effects, ToInbox};
 
-/// Memory of committed messages of one worker on their way to Redis, in units of [`UNIT`] bytes;
-/// each transaction's take at least [`PUSH`]. While Redis is slow, committing is too.
+/// The memory for committed messages of one worker that are not in Redis yet, in units of [`UNIT`]
+/// bytes. The messages of each transaction count at least [`PUSH`]. While Redis is slow, commits
+/// wait for memory.
 const PUSHES: usize = 16 << 10;
 const UNIT: usize = 1 << 10;
 const PUSH: usize = PUSHES / 32;
 
-/// The committed messages of one worker on their way to Redis.
+/// The committed messages of one worker that are not in Redis yet.
 #[derive(Debug)]
 pub(crate) struct Pushes {
     applier: Applier,

@@ -21,9 +21,9 @@ use crate::{
     redis::queue::ReaderId,
 };
 
-/// A removal: common table expressions that lock the heads, the messages to delete, when their ids
-/// are forgotten and which are remembered at all, what changes in the heads in addition to the
-/// counts, and the result of the statement.
+/// A removal. The parameters are: common table expressions that lock the heads; the messages to
+/// delete; the time at which their ids are forgotten, and which ids are remembered; changes of the
+/// heads in addition to the counts; the result of the statement.
 macro_rules! removal {
     (
         with: $with:expr,
@@ -71,7 +71,7 @@ macro_rules! removal {
 }
 pub(super) use removal;
 
-/// What changes in the head of an inbox that a reader's messages are removed from.
+/// The change of the head of an inbox when a reader's messages are removed.
 macro_rules! reader_removal {
     (
         with: $with:expr,
@@ -95,8 +95,8 @@ macro_rules! reader_removal {
 }
 pub(super) use reader_removal;
 
-/// Removes pages of many inboxes. $1 and $2 inboxes and seqs, $3 now, $4 how long ids are
-/// remembered, $5 the history of the pages: in another one the seqs are other messages'.
+/// Removes pages of many inboxes. $1 and $2 inboxes and seqs, $3 now, $4 the time for which ids are
+/// remembered, $5 the history of the pages: in another one the seqs belong to other messages.
 const PAGES: &str = reader_removal! {
     with: concat!(
         "present AS MATERIALIZED (SELECT ", store_id!(), " AS store_id),
@@ -114,8 +114,9 @@ const PAGES: &str = reader_removal! {
     select: "SELECT p.store_id, c.id, c.removals FROM present p LEFT JOIN counted c ON true"
 };
 
-/// Removes what a reader acks. $1 identity, $2 now, $3 how long ids are remembered, $4 up to which
-/// seq, $5 single seqs, $6 the history in which the seqs were read, if the reader names it.
+/// Removes the messages that a reader acks. $1 identity, $2 now, $3 the time for which ids are
+/// remembered, $4 the last seq of a range, $5 single seqs, $6 the history in which the seqs were
+/// read, if the reader names it.
 macro_rules! ack {
     ($view:literal) => {
         reader_removal! {
@@ -145,8 +146,8 @@ const ACK: &str = ack!("");
 const ACK_IN_CHANNEL: &str = ack!(" AND m.channel = $7");
 
 /// Removes expired messages of one inbox, whose head is locked: the first $4 of them, and those
-/// that have one of the ids $6 of the senders $5. $1 inbox, $2 now, $3 how long ids are remembered.
-/// To a reader that changes nothing, so it is not counted as a removal.
+/// that have one of the ids $6 of the senders $5. $1 inbox, $2 now, $3 the time for which ids are
+/// remembered. Expired messages are invisible to readers, so this is not counted as a removal.
 macro_rules! expired {
     ($also:literal) => {
         removal! {
@@ -175,7 +176,8 @@ const EXPIRED_OF_DEVICES: &str = expired!(
 );
 
 /// Removes expired messages that have certain ids, of inboxes whose heads are locked. $1 inboxes,
-/// $2 senders, $3 ids, $4 now, $5 how long ids are remembered, $6 now, at the earliest.
+/// $2 senders, $3 ids, $4 now, $5 the time for which ids are remembered, $6 the earliest bound of
+/// now.
 const EXPIRED_IDS: &str = removal! {
     with: "due AS MATERIALIZED (
         SELECT m.inbox, m.seq
@@ -197,8 +199,8 @@ const EXPIRED_IDS: &str = removal! {
                FROM removed GROUP BY inbox",
 };
 
-/// Returns the head after [`EXPIRED`]. $2: whether nothing that has expired is left, so that the
-/// next expiry is looked up.
+/// Returns the head after [`EXPIRED`]. $2: whether no expired message is left, so that the next
+/// expiry is looked up.
 const COUNT: &str = "
     UPDATE inbox
        SET next_expiry = CASE WHEN $2
@@ -270,7 +272,7 @@ pub(super) struct RemoveAcked<'a> {
 
 /// The outcome of an ack by a reader who may be the single reader of the inbox.
 pub(super) enum SingleAck {
-    /// It is. None if nothing was removed.
+    /// It is the single reader's. None if no message was removed.
     Removed(Option<Removal>),
     /// The inbox has devices, and nothing was removed.
     HasDevices,
@@ -323,7 +325,7 @@ pub(super) struct Left {
     pub(super) payloads: Vec<i64>,
 }
 
-/// Expired messages, which count for nothing.
+/// Expired messages, which are not counted.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Stale {
     pub(super) messages: u64,
@@ -337,7 +339,8 @@ pub(super) struct Due<'a> {
     pub(super) now: UnixMillis,
     /// Maximum rows.
     pub(super) rows: i64,
-    /// Senders and ids whose expired messages are removed beyond that, since they are used again.
+    /// Senders and ids whose expired messages are removed in addition, because the ids are used
+    /// again.
     pub(super) ids: Vec<(&'a [u8], &'a [u8])>,
 }
 
@@ -390,7 +393,7 @@ pub(super) struct FreedIds {
 }
 
 /// Removes the expired messages that have these ids, of inboxes whose heads the transaction has
-/// locked. Returns what was removed of each inbox. Leaves the payloads to be counted down.
+/// locked. Returns the removed messages of each inbox. Leaves the payloads to be counted down.
 pub(super) async fn expired_ids(
     connection: &mut PgConnection,
     ids: &[DueId<'_>],
@@ -435,8 +438,8 @@ pub(super) fn seqs_of(row: &PgRow) -> sqlx::Result<Vec<Seq>> {
     Ok(seqs.into_iter().map(|seq| Seq(u64::try_from(seq).unwrap_or_default())).collect())
 }
 
-/// Returns the seqs that a column can hold.
+/// Returns the seqs that fit the column.
 pub(super) fn numbers(seqs: &[Seq]) -> Vec<i64> {
-    // A seq that no column can hold is no message's.
+    // A seq that does not fit the column belongs to no message.
     seqs.iter().filter_map(|seq| i64::try_from(seq.0).ok()).collect()
 }

@@ -1,4 +1,4 @@
-//! Removal of what has expired, of all inboxes.
+//! The removal of expired messages of all inboxes.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ pub(crate) const SWEEP: i64 = 256;
 
 /// Removes the oldest expired messages of all inboxes. Inboxes whose heads are locked are left to
 /// the next sweep. The time of the next expiry stays unless the inbox is empty: too early is
-/// harmless. $1 now, $2 how long ids are remembered, $3 rows.
+/// harmless. $1 now, $2 the time for which ids are remembered, $3 rows.
 const SWEPT: &str = removal! {
     with: "present AS MATERIALIZED (SELECT least($1, store_now()) AS now),
         due AS MATERIALIZED (
@@ -42,7 +42,7 @@ const FORGET: &str = "
         SELECT ctid FROM recent_id WHERE forget_at <= (SELECT least($1, store_now()))
          ORDER BY forget_at LIMIT $2 FOR UPDATE SKIP LOCKED))";
 
-/// Removes at most `rows` expired messages; returns how many.
+/// Removes at most `rows` expired messages; returns their number.
 pub(crate) async fn sweep(
     connection: &mut PgConnection,
     now: UnixMillis,
@@ -58,7 +58,7 @@ pub(crate) async fn sweep(
     Ok(u64::try_from(removed).unwrap_or_default())
 }
 
-/// Forgets at most `rows` message ids that are due; returns how many.
+/// Forgets at most `rows` message ids that are due; returns their number.
 pub(crate) async fn forget(
     connection: &mut PgConnection,
     now: UnixMillis,

@@ -1,10 +1,10 @@
 //! KeyPackages and hybrid keys in Postgres.
 //!
-//! A KeyPackage leaves its table in the statement that takes it, and its fingerprint goes into
-//! another table, where it stays until the package's lifetime ends. So a package is taken once, by
-//! whichever edge, and cannot be uploaded again. Whether a package has expired is decided by the
-//! caller's instant in every statement, not by whether a sweep has removed it. Expired packages are
-//! deleted only if the clocks of Postgres and of the edge agree that they have expired.
+//! A KeyPackage is deleted by the statement that takes it, and its fingerprint is stored in another
+//! table until the package's lifetime ends. So a package is taken once over all edges, and cannot
+//! be uploaded again. Whether a package has expired is decided by the caller's instant in every
+//! statement, not by whether a sweep has removed it. Expired packages are deleted only if the
+//! clocks of Postgres and of the edge agree that they have expired.
 //!
 //! A package belongs to a device, or to the account itself (`device` is NULL). Uploads of one
 //! account are serialized by a lock on the account, which a revocation of a device takes, too.
@@ -25,7 +25,7 @@ use qpq_ports::{
 use sqlx::{PgConnection, Row as _};
 
 use self::{
-    take::{TakePackage, TakePackages},
+    take::{Of, TakePackages},
     upload::UploadPackages,
 };
 use crate::{
@@ -36,8 +36,8 @@ use crate::{
     },
 };
 
-/// The condition for a package whose lifetime contains $2. Where the beginning is not known, the
-/// package was stored by a release that did not keep it.
+/// The condition for a package whose lifetime contains $2. A package without a beginning was stored
+/// by a release that did not store it.
 macro_rules! alive {
     () => {
         "not_after >= $2 AND coalesce(not_before, 0) <= $2"
@@ -81,7 +81,9 @@ impl KeyPackages for ClusterStore {
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Option<TakenKeyPackage>> {
-        Ok(self.inner.database.run(&TakePackage { target, now }).await?)
+        let take = TakePackages { target, of: Of::Account, now };
+        let taken = self.inner.database.run(&take).await?;
+        Ok(taken.into_iter().find_map(|(_, package)| package))
     }
 
     async fn take_of_devices(
@@ -89,7 +91,10 @@ impl KeyPackages for ClusterStore {
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Vec<DevicePackage>> {
-        Ok(self.inner.database.run(&TakePackages { target, now }).await?)
+        let take = TakePackages { target, of: Of::EachDevice, now };
+        let taken = self.inner.database.run(&take).await?;
+        let of_device = |(device, package)| Some(DevicePackage { device: device?, package });
+        Ok(taken.into_iter().filter_map(of_device).collect())
     }
 
     async fn known(&self, account: AccountId) -> StoreResult<HashSet<[u8; 32]>> {

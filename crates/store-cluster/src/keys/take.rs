@@ -1,7 +1,7 @@
 //! Takes of KeyPackages: of an account, or one of each of its devices.
 
 use qpq_domain::{DeviceId, IdentityKey, UnixMillis};
-use qpq_ports::{DevicePackage, TakenKeyPackage};
+use qpq_ports::TakenKeyPackage;
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
 use super::alive;
@@ -71,67 +71,66 @@ const DEVICES: &str = "
 /// Waits for an upload of $1 that is not committed yet.
 const AFTER_UPLOAD: &str = "SELECT FROM account WHERE identity = $1 FOR SHARE";
 
-pub(super) struct TakePackage<'a> {
+/// Takes a package of the account, or one of each of its devices.
+pub(super) struct TakePackages<'a> {
     pub(super) target: &'a IdentityKey,
+    pub(super) of: Of,
     pub(super) now: UnixMillis,
 }
 
-impl Statement for TakePackage<'_> {
-    type Output = Option<TakenKeyPackage>;
+/// The owner of the packages to take.
+#[derive(Clone, Copy)]
+pub(super) enum Of {
+    /// The account, including all of its devices: one package.
+    Account,
+    /// Each device: one package of each.
+    EachDevice,
+}
+
+impl Statement for TakePackages<'_> {
+    /// The packages, in the order of the devices.
+    type Output = Vec<(Option<DeviceId>, Option<TakenKeyPackage>)>;
 
     const REPEAT: Repeat = Repeat::Never;
     /// So that a dead connection is detected before a package can have been taken.
     const SCOPE: Scope = Scope::Transaction;
 
     fn name(&self) -> &'static str {
-        "take_key_package"
-    }
-
-    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<TakenKeyPackage>> {
-        if let Some(taken) = take(connection, self.target, None, self.now).await? {
-            return Ok(Some(taken));
+        match self.of {
+            Of::Account => "take_key_package",
+            Of::EachDevice => "take_key_packages",
         }
-        after_upload(connection, self.target).await?;
-        take(connection, self.target, None, self.now).await
-    }
-}
-
-/// Takes a package of each device.
-pub(super) struct TakePackages<'a> {
-    pub(super) target: &'a IdentityKey,
-    pub(super) now: UnixMillis,
-}
-
-impl Statement for TakePackages<'_> {
-    type Output = Vec<DevicePackage>;
-
-    const REPEAT: Repeat = Repeat::Never;
-    const SCOPE: Scope = Scope::Transaction;
-
-    fn name(&self) -> &'static str {
-        "take_key_packages"
     }
 
-    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Vec<DevicePackage>> {
-        let &Self { target, now } = self;
-        let query = sqlx::query(DEVICES).bind(&target.as_bytes()[..]);
-        let devices = query.fetch_all(&mut *connection).await?;
-        let devices: Vec<_> = devices.iter().map(signer).collect::<sqlx::Result<_>>()?;
-        let mut packages = Vec::with_capacity(devices.len());
-        for signer in &devices {
-            let package = take(connection, target, Some(signer), now).await?;
-            packages.push(DevicePackage { device: signer.device, package });
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let &Self { target, of, now } = self;
+        let signers = match of {
+            Of::Account => vec![None],
+            Of::EachDevice => devices(connection, target).await?,
+        };
+        let mut packages = Vec::with_capacity(signers.len());
+        for signer in &signers {
+            let package = take(connection, target, signer.as_ref(), now).await?;
+            packages.push((signer.as_ref().map(|signer| signer.device), package));
         }
-        if packages.iter().any(|of_device| of_device.package.is_none()) {
+        if packages.iter().any(|(_, package)| package.is_none()) {
             after_upload(connection, target).await?;
         }
-        for (of_device, signer) in packages.iter_mut().zip(&devices) {
-            if of_device.package.is_none() {
-                of_device.package = take(connection, target, Some(signer), now).await?;
+        for ((_, package), signer) in packages.iter_mut().zip(&signers) {
+            if package.is_none() {
+                *package = take(connection, target, signer.as_ref(), now).await?;
             }
         }
         Ok(packages)
     }
+}
+
+async fn devices(
+    connection: &mut PgConnection,
+    target: &IdentityKey,
+) -> sqlx::Result<Vec<Option<Signer>>> {
+    let rows = sqlx::query(DEVICES).bind(&target.as_bytes()[..]).fetch_all(connection).await?;
+    rows.iter().map(|row| signer(row).map(Some)).collect()
 }
 
 /// A device, and whether the identity key signs its packages.

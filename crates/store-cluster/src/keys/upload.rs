@@ -72,7 +72,7 @@ impl Statement for UploadPackages<'_> {
     }
 }
 
-/// Locks the owner's account against other uploads, and removes what has expired.
+/// Locks the owner's account against other uploads, and removes expired packages.
 async fn expire(
     connection: &mut PgConnection,
     owner: AccountId,
@@ -87,7 +87,7 @@ async fn expire(
 }
 
 /// Decides first, and then stores all packages or none. The lock keeps other uploads of the account
-/// out. Concurrent takes only make room that was not needed; the result is as of before them.
+/// out. Concurrent takes only free room; the result is that of an upload before them.
 async fn upload(
     connection: &mut PgConnection,
     &UploadPackages { owner, packages, mode, now, max_count, .. }: &UploadPackages<'_>,

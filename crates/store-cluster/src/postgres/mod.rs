@@ -47,12 +47,12 @@ pub(crate) enum Repeat {
     Never,
 }
 
-/// How much of an operation is undone when it fails.
+/// The part of an operation that is rolled back when it fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
     /// All statements of the operation, which are one transaction.
     Transaction,
-    /// Nothing needs to be: the operation is a single statement, or only reads.
+    /// Nothing: the operation is a single statement, or only reads.
     Statement,
 }
 
@@ -184,8 +184,8 @@ impl Database {
         match timeout(self.attempt_timeout, attempt).await {
             Ok(outcome) => outcome,
             Err(_) => {
-                // Returned to the pool it would occupy a place until the kernel gives the
-                // connection up, which takes minutes.
+                // In the pool, the connection would occupy a place until the kernel closes it,
+                // which takes minutes.
                 drop(connection.detach());
                 Err(unknown(sqlx::Error::Io(io::Error::new(
                     io::ErrorKind::TimedOut,
@@ -237,7 +237,7 @@ pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError>
     let options = as_given(config)?;
     let timeout = config.postgres_timeout.as_millis().to_string();
     Ok(options.application_name(release::APPLICATION_NAME).options([
-        // Acknowledged means durable, whatever the server's default is.
+        // An acknowledged commit is durable, also if the server's default differs.
         ("synchronous_commit", "on"),
         ("statement_timeout", timeout.as_str()),
         ("lock_timeout", timeout.as_str()),
@@ -246,7 +246,7 @@ pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError>
     ]))
 }
 
-/// Returns how to connect, from the configuration alone.
+/// Returns the connection options, from the configuration alone.
 pub(crate) fn as_given(config: &Config) -> Result<PgConnectOptions, ConnectError> {
     const SETTING: &str = "postgres.url";
     let endpoint = &config.postgres;

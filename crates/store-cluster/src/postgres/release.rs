@@ -1,7 +1,7 @@
-//! Whether every edge of the cluster runs a release that knows devices.
+//! Checks that every edge of the cluster runs a release with devices.
 //!
-//! An edge of an earlier release removes messages for the single reader, whatever devices an inbox
-//! has. So the first registration of a device in a cluster is refused while such an edge is
+//! An edge of an earlier release removes messages for the single reader, also in an inbox with
+//! devices. So the first registration of a device in a cluster is refused while such an edge is
 //! connected, and marks the cluster so that no such edge starts again: an edge compares its
 //! fingerprint of the OPAQUE setup with the stored one and refuses to start with another, and the
 //! mark replaces the stored one by a hash of it.
@@ -48,7 +48,7 @@ const MARK: &str =
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OlderEdges;
 
-/// Marks the cluster as one of edges that know devices, unless it is marked or another edge is
+/// Marks the cluster as one whose edges support devices, unless it is marked or another edge is
 /// connected.
 pub(crate) async fn mark_cluster(
     connection: &mut PgConnection,

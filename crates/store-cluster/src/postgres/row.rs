@@ -10,7 +10,7 @@ use sqlx::{Row as _, postgres::PgRow};
 
 use crate::error::NeverWritten;
 
-/// Returns an instant as a column. A later one than an `i64` can store becomes the latest.
+/// Returns an instant as a column. An instant after the maximum of an `i64` becomes that maximum.
 pub(crate) fn millis(at: UnixMillis) -> i64 {
     i64::try_from(at.0).unwrap_or(i64::MAX)
 }

@@ -87,7 +87,7 @@ impl Breaker {
             }
             Sign::Silent => {
                 state.failures = state.failures.saturating_add(1);
-                // Of a Redis Cluster one node may be silent while the others answer.
+                // In a Redis Cluster, one node may be silent while the others answer.
                 let silent_for = now.saturating_duration_since(state.answered_at);
                 if !state.open && state.failures >= FAILURES && silent_for >= self.timeout {
                     state.open = true;

@@ -53,7 +53,7 @@ impl Link {
             },
             Topology::Cluster => cluster(nodes.clone(), tls, timeout).await,
             Topology::Sentinel => {
-                // Less than the timeout of a call, so that the call gets the error and the
+                // Less than the timeout of a call, so that the call returns the error and the
                 // Sentinels are asked.
                 let access = Access { tls, timeout: timeout.mul_f64(0.8) };
                 let primary = Primary::find(nodes.clone(), address.path, access).await;
@@ -204,8 +204,8 @@ impl Address {
         Ok(Self { kind, scheme: scheme.into(), user_info, hosts, path: path.into() })
     }
 
-    /// Returns the TLS settings for an authority. An unencrypted connection has no use for one, so
-    /// the configuration is a mistake.
+    /// Returns the TLS settings for an authority. An authority for an unencrypted connection is a
+    /// mistake in the configuration.
     fn trusting(&self, root_cert: Vec<u8>) -> Result<TlsCertificates, ConnectError> {
         if self.scheme != "rediss" {
             let cause = "redis.ca is given, but the scheme asks for no encryption".into();
@@ -219,7 +219,7 @@ impl Address {
     }
 
     fn nodes(&self, password: Option<&str>) -> Result<Vec<ConnectionInfo>, ConnectError> {
-        // With Sentinels and in a Cluster the path is no database.
+        // With Sentinels and in a Cluster, the path does not name a database.
         let path = if self.kind == Topology::Single { self.path.as_str() } else { "" };
         let node = |host: &String| {
             let node = format!("{}://{}{host}/{path}", self.scheme, self.user_info)

@@ -18,9 +18,9 @@ pub(super) struct Access {
 }
 
 impl Access {
-    /// A connection to this node alone. The password is shown by a command of ours, so that a
-    /// refusal comes in the server's words: the client library's own are the same whatever the
-    /// server said, that it has no room left included.
+    /// A connection to this node alone. The password is sent by a command of this module, because
+    /// the client library replaces the server's error message by its own, for example that of a
+    /// server without free connections.
     pub(super) async fn open(&self, node: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
         let mut connection = self.open_anonymously(node).await?;
         let credentials = node.redis_settings();
@@ -48,8 +48,8 @@ impl Access {
         client.get_multiplexed_async_connection_with_config(&config).await
     }
 
-    /// Returns why no node could be used. The error of the client library says little, so the nodes
-    /// are asked.
+    /// Returns the reason why no node could be used. The error of the client library is not
+    /// specific, so each node is asked.
     pub(super) async fn why(&self, error: &RedisError, nodes: &[ConnectionInfo]) -> ConnectError {
         let mut why = failed(error);
         for node in nodes {

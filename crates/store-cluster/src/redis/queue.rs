@@ -1,33 +1,32 @@
 //! Inboxes that are being read, as queues in Redis: typed calls of the scripts in `scripts/`.
 //!
 //! A queue is a copy of what one reader has in its inbox in one state: everything up to seq `head`,
-//! after the first `removals` removals of that reader, in one history. A read shows it only if
-//! Postgres says that the inbox has not gone beyond that state. Whatever Redis lost, evicted or
-//! rolled back makes a queue that is not shown, and it is loaded again. Only small inboxes are
-//! loaded: the many that a connected client keeps nearly empty. The others are read from Postgres,
-//! and Redis has their leases and waiters alone.
+//! after the first `removals` removals of that reader, in one history. A read shows it only if the
+//! inbox in Postgres is in that state. After a loss, an eviction or a rollback in Redis, the states
+//! differ, and the queue is loaded again. Only small inboxes are loaded: most inboxes are nearly
+//! empty, because a connected client reads them. The others are read from Postgres, and Redis has
+//! only their leases and waiters.
 //!
-//! A queue that is *ahead* of the state that the reader knows is legitimate if something was
-//! committed since the reader asked Postgres. The reader asks once more: if Postgres is still
-//! behind, then Postgres has lost what the queue shows, and the queue is dropped. Numbers of
-//! different histories cannot be compared, so the store id is compared for equality before any
-//! number.
+//! A queue may be *ahead* of the state that the reader has read, if a transaction committed since.
+//! The reader reads the state again: if Postgres is still behind, then Postgres has lost messages
+//! that the queue shows, and the queue is dropped. Numbers of different histories cannot be
+//! compared, so the store id is compared for equality before any number.
 //!
-//! A removal goes to Postgres first and then here, where it also ends the lease. So a load must not
-//! come from before a removal that has been here: a reader that finds no queue gets a [`Permit`],
-//! which the next removal ends.
+//! A removal is committed in Postgres first and then applied here, where it also ends the lease. A
+//! load from before such a removal would restore the removed messages. Therefore a reader that
+//! finds no queue receives a [`Permit`] to load one, and the next removal ends the permit.
 //!
 //! Keys, all with the inbox as hash tag: `m2` the state and the permit, `q2` the members by seq,
 //! `l` leases (seq → lease, `e`lease → end, `s`lease → history), `w` edges that wait. All but `w`
-//! belong to a reader: the single reader has the names alone, a device has them with the number of
-//! its registration.
+//! belong to a reader: those of the single reader have these names, those of a device also the
+//! number of its registration.
 //!
-//! Everything above holds for each reader by itself, because what it is based on does. Postgres
-//! counts the removals of a device (its completions and acks, and moves of its position) under the
-//! lock of the inbox's head, as it counts those of the single reader, and returns that number and
-//! the head in one snapshot. Every accepted message waits for every registered device, so the seqs
-//! that are pushed to the queue of a device are contiguous. A committer that does not know of a
-//! registration yet, or never pushes, leaves a queue behind the head, which is a miss.
+//! Everything above applies to each reader separately. Postgres counts the removals of a device
+//! (its completions and acks, and moves of its position) under the lock of the inbox's head, as it
+//! counts those of the single reader, and returns that number and the head in one snapshot. Every
+//! accepted message waits for every registered device, so the seqs that are pushed to the queue of
+//! a device are contiguous. If a committer has not seen a registration yet, or never pushes, the
+//! queue is behind the head, which is a miss.
 //!
 //! A change of the readers needs no change in Redis. A new device has a number that no queue has. A
 //! revoked device's number is never read again, and its queue expires. The single reader's queue
@@ -71,11 +70,11 @@ static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scri
 /// The part of the keys that belongs to the inbox, not to a reader.
 const WAITERS: &str = "w";
 
-/// Version of what the scripts keep: the first byte of the state, the permit and a lease's history.
+/// Version of the data that the scripts store: the first byte of the state, the permit and a
+/// lease's history.
 const VERSION: u8 = 2;
 
-/// In place of a removal's number: messages are removed, by an unknown removal. The queue is
-/// dropped.
+/// In place of a removal's number, if it is unknown. The queue is dropped.
 pub(crate) const UNKNOWN_REMOVAL: u64 = u64::MAX;
 
 /// The number of one registration of a device. It is never used again.
@@ -109,8 +108,8 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Whether Postgres, in this state after a queue showed `queue`, has lost something that is in
-    /// the queue: a queue only ever shows what was committed.
+    /// Returns whether Postgres, in this state after a queue showed `queue`, has lost messages of
+    /// the queue: a queue only shows committed messages.
     pub(crate) fn has_lost(&self, queue: &Self) -> bool {
         self.store_id == queue.store_id
             && (self.head < queue.head || self.removals < queue.removals)
@@ -128,7 +127,7 @@ pub(crate) struct Queued {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct LeaseId(pub(crate) String);
 
-/// How far the queue that a read finds may be from the state that the reader knows.
+/// The bounds of the queue's state for a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Freshness {
     /// The very state.
@@ -149,30 +148,31 @@ pub(crate) struct LeaseTerm<'a> {
 pub(crate) struct QueueRead<'a> {
     pub(crate) reader: &'a ReaderId,
     pub(crate) view: View,
-    /// What it must show.
+    /// The state that the queue must show.
     pub(crate) state: State,
     pub(crate) accept: Freshness,
     pub(crate) after: Seq,
     pub(crate) limit: PageLimit,
     pub(crate) now: UnixMillis,
     pub(crate) term: Option<LeaseTerm<'a>>,
-    /// Who is registered as waiting, first of all.
+    /// The edge that is registered as waiting, before the read.
     pub(crate) edge: Option<&'a str>,
 }
 
-/// What a read of a queue found.
+/// The result of a read of a queue.
 #[derive(Debug)]
 pub(crate) enum QueueAnswer {
-    /// The queue is not loaded, behind or of another history. Who reads the inbox in Postgres from
-    /// now on may load it.
+    /// The queue is not loaded, behind or of another history. A reader that reads the inbox in
+    /// Postgres from now on may load it.
     NotLoaded(Permit),
-    /// The queue shows this state, which is later than the reader knows of.
+    /// The queue shows this state, which is later than the reader's.
     Ahead(State),
     Page(VisiblePage),
 }
 
-/// Permission to load a queue with what is read in Postgres after it was issued. It ends with the
-/// next removal, and when Redis loses it, so a message that was removed meanwhile cannot return.
+/// Permission to load a queue with messages that are read in Postgres after the permit was issued.
+/// A permit ends with the next removal, or when Redis loses it, so a load cannot restore removed
+/// messages.
 #[derive(Debug)]
 pub(crate) struct Permit(Bytes);
 
@@ -185,7 +185,7 @@ pub(crate) struct VisiblePage {
     pub(crate) stopped_for: Option<Duration>,
 }
 
-/// How far a page from Postgres may be shown.
+/// The part of a page from Postgres that may be shown.
 #[derive(Debug)]
 pub(crate) struct Claimed {
     pub(crate) seqs: usize,
@@ -221,8 +221,8 @@ impl Redis {
         found(state.store_id, self.script("read", &READ, &keys, &args).await?)
     }
 
-    /// Makes the queue from what Postgres had in `state`, read after the permit was given; nothing,
-    /// if that has ended.
+    /// Stores the queue with the messages of the inbox in `state`, which was read after the permit
+    /// was issued. Does nothing if the permit has ended.
     pub(crate) async fn load(
         &self,
         reader: &ReaderId,
@@ -248,15 +248,15 @@ impl Redis {
         self.script("load", &LOAD, &self.keys(reader, ["m2", "q2"]), &args).await
     }
 
-    /// Drops the queue, whatever it shows.
+    /// Drops the queue in any state.
     pub(crate) async fn drop_queue(&self, reader: &ReaderId) -> StoreResult<()> {
         let mut unlink = Cmd::new();
         unlink.arg("UNLINK").arg(&self.keys(reader, ["m2", "q2"])[..]);
         self.command::<u64>("drop", &unlink).await.map(drop)
     }
 
-    /// Leases the first `page` of `seqs` as far as they are free; one more may follow, to know
-    /// whether it is.
+    /// Leases the first `page` of `seqs`, up to the first one that is leased already. One more seq
+    /// may follow, to find out whether it is leased.
     pub(crate) async fn claim(
         &self,
         reader: &ReaderId,
@@ -321,8 +321,8 @@ impl Redis {
         self.script::<u64>("renew", &RENEW, &self.keys(reader, ["l"]), &args).await.map(drop)
     }
 
-    /// Returns the keys of a reader. Waiting edges are those of the inbox, whatever the reader; the
-    /// single reader has the names alone.
+    /// Returns the keys of a reader. The key of waiting edges is the same for all readers of the
+    /// inbox; the other keys of a device contain its number.
     fn keys<const N: usize>(&self, reader: &ReaderId, names: [&str; N]) -> [String; N] {
         let ReaderId { inbox, registration } = reader;
         names.map(|name| match registration {
@@ -381,8 +381,7 @@ impl Queued {
         let Envelope { seq, channel, enqueued_at, .. } = &self.envelope;
         let channel = channel.as_bytes();
         member.put_u64(seq.0);
-        // Beyond what Lua's numbers can tell apart; and the year 287 396 is as good as any later
-        // one.
+        // Lua's numbers are exact up to this value, which is in the year 287 396.
         member.put_u64(self.expires_at.0.min(1 << 53));
         member.put_u64(enqueued_at.0);
         member.put_u8(u8::try_from(channel.len()).expect("0 or 16"));
@@ -407,7 +406,7 @@ impl Queued {
     }
 }
 
-/// A history as the scripts compare it: with the version of what they keep.
+/// A history as the scripts compare it: with the version of their data.
 fn history(store_id: &StoreId) -> Bytes {
     [&[VERSION][..], store_id.as_bytes()].concat().into()
 }

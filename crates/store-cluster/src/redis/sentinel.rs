@@ -134,8 +134,8 @@ impl Primary {
     }
 }
 
-/// Whether the primary must be searched again. A node that does not answer in time counts as lost,
-/// and the Sentinels know whether it is.
+/// Whether the primary must be searched again. A node that does not answer in time counts as lost;
+/// the Sentinels decide whether another one is the primary.
 fn lost_primary(error: &RedisError) -> bool {
     use ServerErrorKind::{MasterDown, ReadOnly};
     error.is_unrecoverable_error()

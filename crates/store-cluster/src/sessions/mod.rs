@@ -1,10 +1,10 @@
 //! Sessions in Postgres, with copies of those in use in Redis and in each edge's process: every
-//! call looks its session up, and hardly any changes it.
+//! call looks its session up, and few calls change one.
 //!
-//! **No copy is valid for longer than `ttl` after Postgres was asked**, whatever happens to Redis
-//! and NATS. Normally a revocation takes effect sooner. It is committed; then Redis gets a mark,
-//! which stays until every lookup that may have read the row before is too old to be valid; then
-//! the other edges drop their copies, by a message through NATS. `confirm` always asks Postgres. A
+//! **No copy is valid for longer than `ttl` after its row was read in Postgres**, also without
+//! Redis and NATS. Normally a revocation takes effect sooner: it is committed; then a mark is
+//! stored in Redis, until every copy of the row from before is too old to be valid; then the other
+//! edges receive a message through NATS and drop their copies. `confirm` always asks Postgres. A
 //! session that is bound to a device gets a new copy in Redis in the same way.
 
 mod process;
@@ -42,7 +42,7 @@ const CREATE: &str = "
     INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
     VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
 
-/// The store id stands alone where there is no such session.
+/// Without such a session, the result is one row with the store id and NULLs.
 const FIND: &str = concat!(
     "SELECT h.store_id, f.account, f.identity, f.device, f.authenticated_at, f.last_used_at, f.expires_at
        FROM (SELECT ",
@@ -52,14 +52,14 @@ const FIND: &str = concat!(
           FROM session s JOIN account a ON a.id = s.account WHERE s.token = $1) f ON true"
 );
 
-/// Of two concurrent uses at different edges the later one counts.
+/// Of two concurrent uses at different edges, the later one is stored.
 const TOUCH: &str =
     "UPDATE session SET last_used_at = $2, expires_at = $3 WHERE token = $1 AND last_used_at <= $2";
 
 const REVOKE: &str = "DELETE FROM session WHERE token = $1 RETURNING token";
 const REVOKE_ALL: &str = "DELETE FROM session WHERE account = $1 RETURNING token";
 
-/// Maximum attempts at replacing a copy while other edges make copies.
+/// Maximum attempts at replacing a copy while other edges store copies.
 const MAX_REPLACEMENTS: usize = 8;
 
 /// The copies of sessions: in this process, in Redis, and in the processes of other edges. Cheap to
@@ -69,7 +69,7 @@ pub(crate) struct SessionCopies {
     process: InProcess,
     redis: InRedis,
     bus: Bus,
-    /// How long a copy is valid after Postgres was asked.
+    /// The time for which a copy is valid after its row was read in Postgres.
     ttl: Duration,
 }
 
@@ -124,11 +124,11 @@ impl SessionCopies {
         self.invalidate(tokens);
     }
 
-    /// Renews the copies of a session that has changed. Redis gets what Postgres has now, in place
-    /// of a copy that another edge may have made of what it read before. Then the edges drop their
-    /// own copies, and find that one.
+    /// Renews the copies of a session that has changed. The present row is stored in Redis, in
+    /// place of a copy that another edge may have stored from an earlier read. Then the edges drop
+    /// their own copies, and read that one.
     pub(crate) async fn changed(&self, inner: &Inner, token: &TokenHash) {
-        // Without Redis a copy of another edge is as old as any may be.
+        // Without Redis, a copy of another edge may have the maximum age.
         let _ = self.replace(inner, token).await;
         self.invalidate(slice::from_ref(token));
     }
@@ -139,7 +139,7 @@ impl SessionCopies {
             let asked_at = match self.redis.find(token, inner.history.id()).await? {
                 Copy::Absent(asked_at) => asked_at,
                 Copy::Ended => return Ok(()),
-                // Of what was read before or after the change.
+                // A copy of the row before or after the change.
                 Copy::Found { .. } => continue,
             };
             let (store_id, session) = inner.read_session(token).await?;
@@ -172,7 +172,8 @@ impl ClusterStore {
         let ending = tokio::spawn(async move {
             let Inner { database, applier, .. } = &*store.inner;
             let ended = database.run(&end).await;
-            // Of all attempts: one whose commit was not answered may have succeeded.
+            // The tokens of all attempts: an attempt whose commit was not answered may have
+            // succeeded.
             let mut tokens = mem::take(&mut *end.tokens.lock());
             let count = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
             if let Ending::One(token) = end.ending {
@@ -197,7 +198,7 @@ impl ClusterStore {
 #[async_trait]
 impl Sessions for ClusterStore {
     async fn create(&self, mut new: NewSession) -> StoreResult<()> {
-        // A session whose login was answered does not end early because a clock was behind.
+        // With a clock that is behind, a new session would end early.
         let used = new.session.last_used_at;
         let time = &self.inner.time;
         let behind = time.bounds(used, time.postgres()).latest.since(used);

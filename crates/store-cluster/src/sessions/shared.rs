@@ -21,7 +21,7 @@ pub(super) const ENDED: Duration = Duration::from_secs(10 * 60);
 /// The first byte of a copy. The previous release wrote `S`, and does not accept these copies,
 /// since their lengths differ from its own.
 const VERSION: &[u8] = &[2];
-/// What happens to another copy that is valid.
+/// The treatment of another valid copy.
 const KEEP: &[u8] = b"keep";
 const REPLACE: &[u8] = b"replace";
 /// Concurrent writes.
@@ -85,7 +85,7 @@ impl InRedis {
         })
     }
 
-    /// Stores a copy of what Postgres returned after `asked_at`, in that history.
+    /// Stores a copy of the row that Postgres returned after `asked_at`, in that history.
     pub(super) async fn fill(
         &self,
         token: &TokenHash,
@@ -96,7 +96,7 @@ impl InRedis {
         self.store(token, store_id, session, asked_at, KEEP).await
     }
 
-    /// As [`fill`](Self::fill), in place of any copy.
+    /// As [`fill`](Self::fill), but replaces any copy.
     pub(super) async fn replace(
         &self,
         token: &TokenHash,

@@ -70,7 +70,7 @@ async fn an_edge_with_a_wrong_clock_fails_its_check_until_the_clock_is_right() {
     }
 }
 
-/// The clock of an edge decides nothing about rate limits.
+/// The clock of an edge has no effect on rate limits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_edge_whose_clock_is_ahead_refills_no_bucket() {
     let servers = Servers::start().await;
@@ -88,8 +88,8 @@ async fn an_edge_whose_clock_is_ahead_refills_no_bucket() {
     assert!(matches!(earlier, Verdict::RetryAfter(wait) if wait < Duration::from_secs(86_400)));
 }
 
-/// Postgres is asked in the statement itself, so that not even the first sweep of an edge trusts
-/// its clock.
+/// The statement itself reads Postgres' clock, so that also the first sweep of an edge compares the
+/// clocks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sweep_of_an_edge_whose_clock_is_ahead_ends_no_session() {
     let servers = Servers::start().await;

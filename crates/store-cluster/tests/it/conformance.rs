@@ -1,11 +1,11 @@
-//! The rules that every backend keeps, on each kind of Redis there is, and with everything
-//! encrypted.
+//! The rules of every backend, on each kind of Redis, and with encrypted connections.
 
 use crate::backend::Clusters;
 
 qpq_ports::conformance!(together: Clusters::start());
 
-/// Three primaries: what belongs together must lie together, and a script is new to each of them.
+/// Three primaries: the keys of a script must be on one of them, and each of them must load each
+/// script.
 mod on_a_redis_cluster {
     use qpq_test_services::RedisCluster;
 

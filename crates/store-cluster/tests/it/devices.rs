@@ -1,5 +1,5 @@
-//! Devices over several edges: who registers, reads, completes and revokes where, and what Redis
-//! loses meanwhile.
+//! Devices over several edges: registrations, reads, completions and revocations at different
+//! edges, with losses in Redis.
 
 use std::{sync::Arc, time::Duration};
 
@@ -160,7 +160,7 @@ async fn a_page_of_a_registration_that_was_replaced_at_another_edge_completes_no
     assert_eq!(world.sql("SELECT count(*) FROM message").await, "0");
 }
 
-/// Redis loses everything, or returns with what it had before a completion.
+/// Redis loses everything, or is rolled back to its state before a completion.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_forgets_a_completion_returns_nothing_twice_and_hides_nothing() {
     let world = World::<2>::new().await;
@@ -325,7 +325,7 @@ async fn devices_that_come_during_sends_at_two_edges_miss_nothing() {
     }
 }
 
-/// What a device waits for is more than a queue has, and read from Postgres.
+/// More messages wait for a device than fit a queue, and they are read from Postgres.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_large_inbox_is_read_by_each_device_on_its_own_position() {
     const MESSAGES: usize = 600;
@@ -391,7 +391,7 @@ async fn no_device_is_registered_while_an_older_edge_is_connected_and_none_start
     let refused = ClusterStore::connect(&other).await.expect_err("another cluster's");
     assert!(matches!(refused, qpq_store_cluster::ConnectError::OtherCluster), "{refused}");
     qpq_store_cluster::Operator::connect(&world.config).await.expect("the operator's");
-    // Such an edge has ended by itself.
+    // An edge of an older release has ended by itself.
     let _older = older_edge(&world.config).await;
     world.is_registered(&a, 2).await;
 }
@@ -427,7 +427,7 @@ async fn a_change_of_devices_is_published_to_other_edges() {
     let [a, b] = world.stores();
     let mut events = b.account_events.listen();
     let event = (world.alice.identity, AccountEvent::DevicesChanged);
-    // A subscription takes a moment.
+    // A subscription takes effect after some time.
     loop {
         a.account_events.publish(&event.0, event.1);
         if let Ok(received) = timeout(Duration::from_millis(100), events.next()).await {

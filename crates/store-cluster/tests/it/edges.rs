@@ -15,7 +15,7 @@ use crate::{
     people::{HOUR, NOW, Person, last_resort, new_account, open, package, person},
 };
 
-/// Edges of one cluster, and what it runs on.
+/// Edges of one cluster, and its servers.
 struct Edges<const N: usize> {
     servers: Arc<Servers>,
     config: Config,
@@ -303,8 +303,8 @@ async fn concurrent_sweeps_remove_each_row_once() {
     for maintenance in stores.iter().map(|stores| Arc::clone(&stores.maintenance)) {
         tasks.spawn(async move {
             let mut rows = 0;
-            // Who finds another at it answers 0 as well, so each looks more often than there are
-            // batches.
+            // A sweep that finds another one in progress answers 0 too, so each sweeps more often
+            // than there are batches.
             for _ in 0..20 {
                 rows += maintenance.sweep(after).await.expect("sweep").rows;
             }
@@ -313,7 +313,7 @@ async fn concurrent_sweeps_remove_each_row_once() {
     }
     let all = usize::from(PEOPLE) * (EACH + 2);
     let mut swept = tasks.join_all().await.iter().sum::<u64>();
-    // The last of a batch may have been left to nobody.
+    // The last rows of a batch may have been skipped by every sweep.
     loop {
         match stores[0].maintenance.sweep(after).await.expect("sweep").rows {
             0 => break,

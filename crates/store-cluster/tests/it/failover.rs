@@ -1,5 +1,5 @@
-//! A Redis that changes while messages pass: a primary by order, or because it is killed or hangs;
-//! a Cluster whose nodes come and go and change their slots.
+//! A Redis that changes while messages are sent and read: a primary is replaced by command, or
+//! because it is killed or hangs; nodes of a Cluster are added and removed and change their slots.
 
 use std::{
     sync::{
@@ -27,10 +27,10 @@ use crate::{
 const LAP: u64 = 60;
 const LAPS: u64 = 4;
 const ALL: u64 = LAP * LAPS;
-/// Before what was refused is asked for again.
+/// The pause before a refused call is repeated.
 const AGAIN: Duration = Duration::from_millis(20);
 
-/// How far each side has come.
+/// The progress of each side.
 #[derive(Debug, Default)]
 struct Progress {
     acked: AtomicU64,
@@ -38,8 +38,7 @@ struct Progress {
     open: AtomicU64,
 }
 
-/// Does it until it is done; what a Redis that is away may make of a call is Unavailable and
-/// nothing else.
+/// Repeats a call until it succeeds. While Redis is away, a call may fail with Unavailable only.
 async fn persist<T, E: Into<ReadError>, F: Future<Output = Result<T, E>>>(
     what: &str,
     mut attempt: impl FnMut() -> F,
@@ -90,8 +89,8 @@ fn everything(inbox: IdentityKey) -> ReadQuery {
     ReadQuery { reader: Reader::single(inbox), view: View::All }
 }
 
-/// Takes what is there, page by page: every message comes in its turn, and what was acknowledged
-/// never again. Half of the pages are completed, the other half acknowledged.
+/// Reads the messages page by page: each is next in order, and no acknowledged one is returned
+/// again. Half of the pages are completed, the other half acknowledged.
 async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
     let (read, limit) = (everything(who.identity), PageLimit { messages: 7, bytes: 1 << 20 });
     let mut acked = 0;
@@ -179,7 +178,7 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
     }
 }
 
-/// Redis answers again, and nothing is left in the inbox.
+/// Redis answers again, and the inbox is empty.
 async fn serves_again(stores: &Stores, who: Person) {
     persist("the check", || stores.maintenance.check()).await;
     let limit = PageLimit { messages: 7, bytes: 1 << 20 };
@@ -206,7 +205,7 @@ async fn take(stores: &Stores, who: Person, n: u64) -> Result<(), ReadError> {
     Ok(())
 }
 
-/// Gives a slot to another node, when nothing is in it: what clients knew of it is then wrong.
+/// Moves an empty slot to another node, so that clients have the wrong node for it.
 async fn move_slot(cluster: &RedisCluster, key: &str) {
     let nodes = cluster.nodes();
     let slot = nodes[0]
@@ -217,7 +216,7 @@ async fn move_slot(cluster: &RedisCluster, key: &str) {
         .expect("a slot");
     let mut owner = None;
     for (n, node) in nodes.iter().enumerate() {
-        // The others say where to go.
+        // The other nodes redirect clients.
         if node.command(["EXISTS", key]).await.is_ok() {
             owner = Some(n);
         }

@@ -1,5 +1,4 @@
-//! Groups over several edges: who commits where, what is accepted at the same time, and which
-//! answers are lost.
+//! Groups over several edges: concurrent commits at different edges, and lost answers.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -250,7 +249,7 @@ async fn commits_and_plain_messages_to_the_same_inboxes_do_not_deadlock() {
             }
             0
         });
-        // Removals of what was accepted.
+        // Removals of accepted messages.
         let (stores, people) = (edge.clone(), world.people.clone());
         tasks.spawn(async move {
             for _ in 0..EACH {
@@ -275,7 +274,7 @@ async fn commits_and_plain_messages_to_the_same_inboxes_do_not_deadlock() {
                 (SELECT count(*) FROM message m WHERE m.payload_id = p.id)";
     assert_eq!(world.sql(refs).await, "0");
     for person in world.people.iter().filter(|person| person.account.0 % 4 == 0) {
-        // The inboxes that nothing was removed from have all of it.
+        // The inboxes without removals have all messages.
         let texts = waiting(&stores[1], *person).await;
         assert_eq!(texts.iter().filter(|text| **text == c).count() as u64, won);
     }
@@ -304,7 +303,7 @@ async fn a_member_that_is_removed_gets_nothing_from_then_on() {
         let sent = sends.await.expect("no panic");
         let texts = waiting(&two, leaving).await;
         assert!(!texts.contains(&format!("after {n}")));
-        // The member got what was sent before its removal, in order, and nothing of the rest.
+        // The member received the messages before its removal, in order, and no later one.
         let recipients: BTreeMap<_, _> = sent
             .iter()
             .map(|(text, sent)| (text.clone(), sent.as_ref().expect("accepted").recipients))

@@ -1,5 +1,5 @@
-//! A Postgres that goes back in time while Redis keeps what it has: a promoted standby, a
-//! point-in-time recovery, a copy that is restored.
+//! A Postgres that goes back in time while Redis does not: a promoted standby, a point-in-time
+//! recovery, a restored copy.
 
 use std::{fmt::Display, sync::Arc};
 
@@ -19,18 +19,18 @@ use crate::{
 
 const EVERYTHING: PageLimit = PageLimit { messages: 100, bytes: 1 << 20 };
 
-/// How Postgres goes back.
+/// The way in which Postgres goes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum How {
     /// Its asynchronous standby is promoted.
     Promotion,
     /// It is recovered to a point in time.
     Recovery,
-    /// A copy is started as it is, and the operator says so.
+    /// A copy is started, and the operator marks it as restored.
     Copy,
 }
 
-/// To where it goes back.
+/// The state to which Postgres goes back.
 enum Past {
     Standby(Box<Standby>),
     Backup(Backup, Restore),
@@ -169,7 +169,7 @@ async fn lost_messages_are_never_shown_and_new_ones_once(how: How) {
     assert_eq!(texts(&world.peek(1).await), ["m1", "m2", "m3"], "the queue is loaded");
     let past = world.note(how).await;
     assert_eq!(world.send(&["m4", "m5", "m6"]).await, [4, 5, 6]);
-    // On its way to a client, while Postgres goes back.
+    // The page is on its way to a client while Postgres goes back.
     let stale = world.fetch(1).await;
     assert_eq!(texts(stale.page()), ["m1", "m2", "m3", "m4", "m5", "m6"]);
 
@@ -183,7 +183,7 @@ async fn lost_messages_are_never_shown_and_new_ones_once(how: How) {
         assert_eq!(world.stores(edge).maintenance.store_id(), page.store_id);
     }
 
-    // The client of before has everything, which says nothing of what is there now.
+    // A client of the earlier history has read everything, but in that history.
     let old = stale.page().store_id;
     stale.complete(NOW).await.expect("nothing is wrong with that");
     let ack = Ack { up_to: Some(Seq(6)), store_id: Some(old), ..Ack::default() };

@@ -1,5 +1,5 @@
-//! The cluster store from outside, on real servers: the rules of every backend, and what edges owe
-//! each other.
+//! Tests of the cluster store on real servers: the rules of every backend, and the rules between
+//! edges.
 
 mod backend;
 mod clocks;

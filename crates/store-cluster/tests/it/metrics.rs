@@ -50,7 +50,7 @@ impl Recorder for Gauges {
     }
 }
 
-/// On one thread, whose gauges are this edge's alone: the others are processes of their own.
+/// On one thread, so that the gauges are those of this edge alone.
 #[tokio::test]
 async fn an_edge_counts_itself_and_the_edges_whose_heartbeats_arrive() {
     let gauges = Gauges::default();
@@ -81,7 +81,7 @@ async fn an_edge_counts_itself_and_the_edges_whose_heartbeats_arrive() {
     one.close().await;
 }
 
-/// On one thread, as above. Whether a call was tried is what counts, not how long it took.
+/// On one thread, as above. Counts the attempted calls, not their duration.
 #[tokio::test]
 async fn a_redis_that_hangs_gets_no_calls_until_it_answers() {
     let gauges = Gauges::default();

@@ -1,4 +1,4 @@
-//! Payloads that are stored once: when they are, and that each goes with its last message.
+//! Shared payloads: which messages share one, and its removal with the last of them.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! Sessions over several edges: what one ends is over on all, whatever becomes of Redis and NATS.
+//! Sessions over several edges: a session that one edge ends is invalid on all, also without Redis
+//! and NATS.
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,7 +20,7 @@ const FOR_EVER: Duration = Duration::from_secs(10 * 60);
 /// So short that a test can wait until a copy is too old.
 const BRIEF: Duration = Duration::from_secs(2);
 
-/// A cluster whose edges believe in copies of sessions for that long.
+/// A cluster whose edges use copies of sessions for that time.
 async fn cluster(session_cache: Duration) -> (Arc<Servers>, Config) {
     let servers = Servers::start().await;
     let config = servers.cluster(StoreLimits::default()).await;
@@ -39,7 +40,7 @@ async fn is_over(stores: &Stores, n: u8) {
     eventually("a session to be over", || async { find(stores, n).await.is_none() }).await;
 }
 
-/// Completes when `to` hears what `from` says: a subscription takes a moment.
+/// Completes when `to` receives an event of `from`: a subscription takes effect after some time.
 async fn receive_each_other_s_messages(from: &Stores, to: &Stores, person: Person) {
     let mut heard = to.account_events.listen();
     loop {
@@ -152,7 +153,7 @@ async fn a_flushed_redis_ends_no_session_and_brings_none_back() {
     servers.redis.flush_all().await.expect("Redis");
     assert_eq!(find(&a, 1).await, Some(kept.clone()));
     assert_eq!(revoke(&a, 2).await, 1);
-    // The mark that it has ended goes, too.
+    // The mark of its end is lost too.
     servers.redis.flush_all().await.expect("Redis");
     is_over(&b, 2).await;
     let three = edge(&config).await;
@@ -168,7 +169,7 @@ async fn a_redis_that_was_rolled_back_brings_no_session_back() {
     let alice = person(&a, 1).await;
     let opened = open(&a, 1, alice).await;
     assert_eq!(find(&a, 1).await, Some(opened), "and Redis has a copy");
-    // So that it is not Redis who finds it too old.
+    // So that the copy does not expire in Redis first.
     let copy = copy_of(&config, 1);
     assert_eq!(servers.redis.command(["PERSIST", &copy]).await.expect("Redis"), Reply::Integer(1));
     let before = servers.redis.snapshot().await.expect("a dump");

@@ -1,5 +1,5 @@
-//! Usernames that people confuse, where edges of the previous release, which do not know the rule,
-//! insert accounts without a skeleton.
+//! Confusable usernames in a cluster with edges of the previous release, which insert accounts
+//! without a skeleton.
 
 use qpq_domain::StoreLimits;
 use qpq_ports::{Registration, Stores};
@@ -27,7 +27,7 @@ async fn insert(config: &Config, prefix: &str, from: i32, to: i32) {
     query.execute(&mut connection).await.expect("inserted");
 }
 
-/// Accounts by whether their skeleton is known and whether they are lookalikes.
+/// Counts the accounts that match a condition.
 async fn count(config: &Config, condition: &'static str) -> i64 {
     let mut connection = PgConnection::connect(&config.postgres.url).await.expect("Postgres");
     let sql = sqlx::AssertSqlSafe(format!("SELECT count(*) FROM account WHERE {condition}"));
@@ -45,7 +45,7 @@ async fn names_from_edges_without_the_rule_stay_and_guard_their_skeletons() {
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());
     assert!(matches!(register(&a, "al0", 1).await, Registration::Registered(_)));
-    // An edge without the rule does not see that `a10` looks like `al0`.
+    // An edge of the previous release accepts `a10`, which looks like `al0`.
     insert(&config, "a1", 0, 0).await;
     insert(&config, "zoe", 1, 2).await;
     assert_eq!(register(&a, "\u{430}10", 10).await, Registration::UsernameTaken);

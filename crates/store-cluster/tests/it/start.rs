@@ -146,7 +146,7 @@ async fn a_refusal_of_a_sentinel_or_its_primary_is_reported_immediately() {
     a_redis_refuses(&servers).await;
     let config = ready(&servers).await;
     let sentinel = servers.redis.sentinel();
-    // A Sentinel that wants no password, before servers that do, as most are.
+    // A Sentinel without a password, in front of servers with one, as is usual.
     sentinel.command(["CONFIG", "SET", "requirepass", ""]).await.ok();
     sentinel.command(["ACL", "SETUSER", "default", "nopass"]).await.expect("the Sentinel");
     edge(&config).await.close().await;
@@ -166,7 +166,7 @@ async fn a_refusal_of_nats_is_reported_immediately() {
     is_refused(&config, "NATS", "nats", "authorization violation").await;
 }
 
-/// By a token in the URL or in a file; users and passwords are what all other tests come with.
+/// By a token in the URL or in a file. All other tests use a user and a password.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_nats_that_requires_a_token_gets_it() {
     let servers = Servers::start().await;
@@ -211,7 +211,7 @@ async fn an_untrusted_certificate_is_reported_immediately() {
     config.nats.url = by_name(&good.nats.url);
     is_untrusted(&config, "NATS", "nats", "not valid for name \"localhost\"").await;
 
-    // The URL alone can ask Postgres for the same.
+    // The URL alone can require the same of Postgres.
     config = good.clone();
     let ca = config.postgres.ca.take().expect("an authority");
     config.postgres.url += &format!("?sslmode=verify-full&sslrootcert={}", ca.display());
@@ -221,7 +221,7 @@ async fn an_untrusted_certificate_is_reported_immediately() {
     is_untrusted(&config, "Postgres", "postgres", "UnknownIssuer").await;
 }
 
-/// Good for an edge that knows the authority, and for no other.
+/// Accepted by an edge that trusts the authority, and by no other.
 async fn trusts_its_authority<R: AnyRedis>(servers: &Servers<R>) {
     let mut config = ready(servers).await;
     let store = edge(&config).await;
@@ -276,7 +276,7 @@ async fn a_server_without_tls_is_refused_where_tls_is_required() {
     assert!(said.contains("redis.ca is given") && said.contains("rediss"), "{said}");
     config.redis.url = config.redis.url.replace("redis://", "rediss://");
     config.start_timeout = BRIEF;
-    // A Redis that is greeted so waits for the rest of what it takes for a command.
+    // A Redis that receives this byte waits for the rest of a command.
     fails_after_the_start_timeout(&config, "Redis", "redis.url", "no answer within").await;
 }
 
@@ -303,7 +303,7 @@ async fn a_file_without_authorities_is_refused_by_name() {
     }
 }
 
-/// The edge must give up on `server`, and say how long it has waited by which setting.
+/// The edge must stop waiting for `server`, and name the time and the setting.
 async fn fails_after_the_start_timeout(config: &Config, name: &str, setting: &str, why: &str) {
     let said = failure(config).await.to_string();
     assert!(
@@ -384,7 +384,8 @@ async fn servers_that_start_later_are_retried() {
     servers.redis.kill9().await.expect("Redis");
     servers.nats.kill9().await.expect("NATS");
     let starts = async {
-        // Each of them once the one before has been found: Postgres recovers first, and says so.
+        // Each server is started after the one before was reached. Postgres is the first, and its
+        // recovery is reported.
         servers.postgres.start_again().await.expect("Postgres");
         servers.redis.start_again().await.expect("Redis");
         servers.nats.start_again().await.expect("NATS");
@@ -395,7 +396,7 @@ async fn servers_that_start_later_are_retried() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_loads_its_dump_is_retried() {
-    // Slowly, and looking up now and then, so that it can say so.
+    // Slowly, with pauses in which the recovery is reported.
     let slow = [("key-load-delay", "1000"), ("loading-process-events-interval-bytes", "1024")];
     let servers = Servers::with(Redis::start_with(&slow)).await;
     let config = ready(&servers).await;

@@ -1,5 +1,5 @@
-//! Sweeps and enqueues among very many expired rows: what one transaction removes is bounded, and
-//! the rest follows.
+//! Sweeps and enqueues with very many expired rows: the removals of one transaction are bounded,
+//! and later ones remove the rest.
 
 use std::{sync::Arc, time::Duration};
 

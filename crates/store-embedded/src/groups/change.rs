@@ -112,7 +112,7 @@ impl Statement for CreateGroup {
         if let Some(pair) = self.pair()
             && let Some(existing) = by_pair(tx, pair).await?
         {
-            // One of the two may have left it.
+            // One of the two may have left the group.
             add(tx, &existing, &self.keys(), Role::Member, *now).await?;
             return Ok(Done::keep(Ok(Creation::Existed(existing))));
         }
@@ -216,7 +216,8 @@ impl Statement for AddMembers {
     }
 }
 
-/// Returns the keys without repetitions, if each is of an account and they may be one group.
+/// Returns the keys without repetitions, if each belongs to an account and they are not too many
+/// for a group.
 async fn resolve(
     tx: &mut SqliteConnection,
     keys: &[IdentityKey],
@@ -233,8 +234,8 @@ async fn resolve(
     })
 }
 
-/// Adds those of the accounts that are no members, and promotes the others if the role is that of
-/// an admin. Returns how many were added.
+/// Adds the accounts that are not members, and promotes the others if the role is admin. Returns
+/// the number of added ones.
 async fn add(
     tx: &mut SqliteConnection,
     group: &GroupId,
@@ -308,7 +309,8 @@ impl RemoveMember {
         Ok(account == Some(self.actor.0))
     }
 
-    /// Removes the group if it has no members, and else makes sure that it has an admin.
+    /// Removes the group if it has no members. Otherwise makes its oldest member an admin if it has
+    /// none.
     async fn after_removal(&self, tx: &mut SqliteConnection) -> sqlx::Result<()> {
         let group = &self.group.as_bytes()[..];
         let is_empty: bool = sqlx::query_scalar(IS_EMPTY).bind(group).fetch_one(&mut *tx).await?;
@@ -321,7 +323,7 @@ impl RemoveMember {
     }
 }
 
-/// Changes the metadata. Only for admins. Answers the new version.
+/// Changes the metadata. Only for admins. Returns the new version.
 pub(super) struct UpdateMetadata {
     pub(super) group: GroupId,
     pub(super) actor: AccountId,

@@ -24,8 +24,8 @@ use crate::{
 /// waiting for its answer repeats the call.
 const REMEMBERED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// What a message counts in the queue and in a transaction for each recipient: about the bytes that
-/// its row and index entries have.
+/// The bytes that a message counts in the queue and in a transaction for each recipient: about the
+/// size of its row and index entries.
 const RECIPIENT_BYTES: usize = 1 << 10;
 
 /// ?1 group, ?2 sender, ?3 message id, ?4 the instant after which a commit is remembered.
@@ -63,7 +63,7 @@ const FORGET: &str = "
 pub(super) const STATEMENTS: [&str; 7] =
     [FIRST_RESULT, ALL, OTHERS, RAISE_EPOCH, STORE_INFO, REMEMBER, FORGET];
 
-/// Accepts a message to a group. Answers what became of it.
+/// Accepts a message to a group. Returns the outcome.
 pub(super) struct SendToGroup {
     pub(super) message: GroupMessage,
     /// The number of recipients, or about that.
@@ -190,7 +190,7 @@ impl SendToGroup {
     }
 }
 
-/// Forgets up to [`SWEEP_ROWS`] commits whose time is over. Answers how many.
+/// Forgets up to [`SWEEP_ROWS`] commits whose time is over. Returns their number.
 pub(crate) struct SweepCommits {
     pub(crate) now: UnixMillis,
 }

@@ -4,13 +4,15 @@
 //! messages that are in the snapshot. So removals are counted while an inbox is read:
 //!
 //! 1. The read registers itself ([`ReadInProgress`]) and notes the count.
-//! 2. The read takes its snapshot, which says whose position it is of.
-//! 3. Under the lock, the read leases what it may return. If the reader has removed messages since,
-//!    or the inbox has got or lost a reader, the read begins again at step 1.
+//! 2. The read takes its snapshot, which includes the reader's registration.
+//! 3. Under the lock, the read leases the messages that it may return. If the reader has removed
+//!    messages since, or a reader of the inbox was added or removed, the read begins again at step
+//!    1.
 //!
 //! A removal is counted after its commit and before its lease ends. So only a read with an older
-//! count can have removed messages in its snapshot, and that read begins again. What one device
-//! removes is in no other one's way: a message that goes because of it waits for no other device.
+//! count can have removed messages in its snapshot, and that read begins again. Removals by one
+//! device do not affect reads of another: a message is deleted only when it waits for no other
+//! device.
 
 use std::{collections::HashSet, sync::Arc};
 

@@ -36,8 +36,8 @@ impl Memory {
         Self { sessions: SessionCache::new(), leases, wakes, history, clock }
     }
 
-    /// Applies what follows from a committed transaction. Called in the order of the commits,
-    /// before the callers are answered.
+    /// Applies the effects of a committed transaction. Called in the order of the commits, before
+    /// the callers are answered.
     pub(crate) fn apply(&self, effects: Effects) {
         let Effects {
             sessions_changed,
@@ -66,7 +66,7 @@ impl Memory {
         if let Some(check) = clock_check {
             self.clock.checked(&check);
         }
-        // Last, so that a read that is woken sees all of the above.
+        // Last, so that a read after a wake sees all changes above.
         for (inbox, view) in wakes {
             self.wakes.wake(&inbox, view);
         }

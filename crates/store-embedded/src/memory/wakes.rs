@@ -1,8 +1,8 @@
-//! The subscriptions to what happens in an inbox. All of them are in this process, so a wake is one
-//! lock and one flag.
+//! The subscriptions to changes of an inbox. All of them are in this process, so a wake is one lock
+//! and one flag.
 //!
-//! A subscription is to an inbox, so a message wakes all of its readers. What one device is done
-//! with wakes the others too, whose next read returns nothing then.
+//! A subscription is to an inbox, so a message wakes all of its readers. A completion by one device
+//! wakes the others too, whose next read then returns no message.
 //!
 //! Each subscription stores a wake until it is awaited. The writer commits and then wakes; a read
 //! subscribes and then reads. So either the read sees the message, or the wake reaches its
@@ -30,7 +30,7 @@ struct Subscriber {
 }
 
 impl WakeTable {
-    /// Wakes every present subscription of `inbox` that can see a change in `view`.
+    /// Wakes every present subscription of `inbox` whose view overlaps `view`.
     pub(super) fn wake(&self, inbox: &IdentityKey, view: View) {
         if let Some(subscribers) = self.subscribers.lock(inbox).get(inbox) {
             let concerned = subscribers.iter().filter(|subscriber| view.overlaps(subscriber.view));

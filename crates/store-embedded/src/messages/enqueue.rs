@@ -5,11 +5,11 @@
 //! are handled one by one, because their senders are limited to a share of the inbox.
 //!
 //! A round trip to SQLite's thread costs more than an insert. So the writer passes the messages of
-//! all calls that wait, and they are inserted up to [`MAX_ROWS`] at a time. Each row contains how
-//! many messages to its inbox are before it in the same statement. If one of those is not accepted,
-//! a trigger leaves out the ones after it, because their seqs would not be the next. Each message
-//! that was left out for any reason is then handled by itself, in order; the reasons are asked for
-//! together (`left_out`).
+//! all calls that wait, and they are inserted up to [`MAX_ROWS`] at a time. Each row contains the
+//! number of messages to its inbox before it in the same statement. If one of those is not
+//! accepted, a trigger leaves out the ones after it, because their seqs would not be the next. Each
+//! message that was left out for any reason is then handled by itself, in order; the reasons are
+//! looked up together (`left_out`).
 //!
 //! A payload that several messages in a row share is stored once, in a row of its own, and they
 //! refer to it.
@@ -20,7 +20,7 @@ use std::{collections::HashMap, slice, sync::LazyLock};
 
 use qpq_domain::{DeliveryLimits, IdentityKey, Seq};
 use qpq_ports::{Enqueued, NewMessage, Receipt, View};
-use sqlx::{Row as _, SqliteConnection};
+use sqlx::{Row as _, SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use self::runs::{Payloads, next_run};
 use super::{
@@ -48,7 +48,7 @@ static INSERTS: LazyLock<Vec<String>> =
 static INSERTS_SHARED: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Shared)).collect());
 
-/// How far an inbox is filled.
+/// The level up to which an inbox is filled.
 #[derive(Clone, Copy)]
 enum Fill {
     /// Until it is half full, if senders are limited to a share above that.
@@ -162,6 +162,8 @@ pub(crate) async fn all(
     Ok(Done::with(outcomes, Effects { wakes, ..Effects::default() }))
 }
 
+type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
+
 /// A message, and the bounds of the present for it.
 #[derive(Clone, Copy)]
 pub(super) struct Timed<'a> {
@@ -169,7 +171,37 @@ pub(super) struct Timed<'a> {
     pub(super) bounds: Bounds,
 }
 
-impl Timed<'_> {
+/// The messages to an inbox before a message in the same statement.
+#[derive(Default)]
+struct Ahead {
+    messages: i64,
+    bytes: i64,
+}
+
+impl<'a> Timed<'a> {
+    fn size(&self) -> i64 {
+        number(self.message.payload.len() as u64)
+    }
+
+    /// Binds the values of a row, except the payload.
+    fn bind(&self, query: SqliteQuery<'a>, row: i64, ahead: &Ahead) -> SqliteQuery<'a> {
+        let Bounds { earliest, latest } = self.bounds;
+        let message = self.message;
+        query
+            .bind(row)
+            .bind(&message.recipient.as_bytes()[..])
+            .bind(ahead.messages)
+            .bind(ahead.bytes)
+            .bind(millis(latest.plus(message.ttl)))
+            .bind(millis(latest))
+            .bind(millis(earliest))
+            .bind(self.size())
+            .bind(message.channel.as_bytes())
+            .bind(&message.sender.as_bytes()[..])
+            .bind(message.message_id.as_ref().map(|id| &id.as_bytes()[..]))
+            .bind(&message.payload_sha256[..])
+    }
+
     fn accepted(&self, seq: Seq) -> Enqueued {
         Enqueued::Accepted(Receipt {
             seq,
@@ -217,7 +249,7 @@ impl Inserting<'_> {
     /// Handles at most [`MAX_ROWS`] messages of a run.
     async fn chunk(&mut self, messages: &[Timed<'_>]) -> sqlx::Result<Vec<Enqueued>> {
         let seqs = self.insert(messages, Fill::Half).await?;
-        // Of a message that is the first one to its inbox, nothing changes the reason meanwhile.
+        // For the first message to an inbox, no other message of the chunk changes the reason.
         let is_first = |index: usize| {
             let recipient = &messages[index].message.recipient;
             !messages[..index].iter().any(|timed| timed.message.recipient == *recipient)
@@ -246,41 +278,17 @@ impl Inserting<'_> {
         fill: Fill,
     ) -> sqlx::Result<Vec<Option<Seq>>> {
         let first_row = self.next_row;
-        let mut before: HashMap<IdentityKey, (i64, i64)> = HashMap::with_capacity(messages.len());
+        let mut before: HashMap<IdentityKey, Ahead> = HashMap::with_capacity(messages.len());
         let inserts = if self.shared.is_some() { &INSERTS_SHARED } else { &INSERTS };
         let mut query = sqlx::query(inserts[messages.len()].as_str());
-        for Timed { message, bounds } in messages {
-            let NewMessage {
-                sender,
-                recipient,
-                channel,
-                payload,
-                payload_sha256,
-                message_id,
-                now: _,
-                ttl,
-            } = message;
-            let Bounds { earliest, latest } = *bounds;
-            let size = number(payload.len() as u64);
-            let (count, bytes) = before.entry(*recipient).or_default();
-            query = query
-                .bind(self.next_row)
-                .bind(&recipient.as_bytes()[..])
-                .bind(*count)
-                .bind(*bytes)
-                .bind(millis(latest.plus(*ttl)))
-                .bind(millis(latest))
-                .bind(millis(earliest))
-                .bind(size)
-                .bind(channel.as_bytes())
-                .bind(&sender.as_bytes()[..])
-                .bind(message_id.as_ref().map(|id| &id.as_bytes()[..]))
-                .bind(&payload_sha256[..]);
+        for timed in messages {
+            let ahead = before.entry(timed.message.recipient).or_default();
+            query = timed.bind(query, self.next_row, ahead);
             if self.shared.is_none() {
-                query = query.bind(&payload[..]);
+                query = query.bind(&timed.message.payload[..]);
             }
-            *count += 1;
-            *bytes += size;
+            ahead.messages += 1;
+            ahead.bytes += timed.size();
             self.next_row += 1;
         }
         if let Some(payload) = self.shared {
@@ -354,7 +362,7 @@ impl Inserting<'_> {
     }
 
     /// Returns whether the sender may add this message to an inbox that is more than half full.
-    /// `stale` says that it has expired messages.
+    /// `stale` is true if the inbox has expired messages.
     async fn may_share(
         &mut self,
         timed: &Timed<'_>,

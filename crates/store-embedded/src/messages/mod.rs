@@ -2,8 +2,8 @@
 //!
 //! A message is a row, found by its inbox and seq. The head of the inbox (last seq, count, bytes)
 //! is another row, which triggers keep. `enqueue` accepts messages, `read` takes snapshots,
-//! `position` has what devices are done with, and `remove` deletes messages and remembers their
-//! ids.
+//! `position` records the messages that devices have finished, and `remove` deletes messages and
+//! remembers their ids.
 //!
 //! An expired message counts as removed, whether or not a sweep has deleted it: it is not returned
 //! and not counted as acked, and its id is remembered from its expiry on. So the answers do not

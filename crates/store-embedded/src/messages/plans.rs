@@ -21,7 +21,7 @@ async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
         .chain(groups::statements());
     for sql in statements {
         // SQLite plans with the value of such a parameter, and compiles the statement again for the
-        // next value. `LIMIT +?` has a value that it does not look at.
+        // next value. The value of `LIMIT +?` is not used for the plan.
         assert!(!sql.contains("LIMIT ?"), "{sql}");
         let plan: Vec<String> = sqlx::query(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}")))
             .fetch_all(&mut connection)

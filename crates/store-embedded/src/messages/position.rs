@@ -1,8 +1,9 @@
-//! Positions of devices: what a device is done with, and the messages that go because of it.
+//! Positions of devices: the messages that a device has finished, and the removal of those that
+//! wait for no device.
 //!
 //! A message waits for a device if its seq is above the position of the device (`device.upto`) and
 //! `device_done` has no row for both. Messages that are read in order move the position, which is
-//! one update whatever their number; only what is read out of order has rows.
+//! one update for any number of them. Only messages that are read out of order have rows.
 
 use std::time::Duration;
 
@@ -24,8 +25,8 @@ pub(crate) struct Completion<'a> {
 }
 
 impl Completion<'_> {
-    /// Completes the messages that wait for the device. Returns how many. None if the registration
-    /// was revoked.
+    /// Completes the messages that wait for the device. Returns their number; `None` if the
+    /// registration was revoked.
     pub(crate) async fn run(
         &self,
         connection: &mut SqliteConnection,
@@ -145,7 +146,7 @@ macro_rules! waiting {
 }
 static WAITING: ForNamed<&str> = for_named!(waiting);
 
-/// Notes that the device is done with the messages.
+/// Records that the device has finished the messages.
 macro_rules! done {
     ($condition:literal) => {
         concat!(

@@ -1,7 +1,7 @@
 //! Snapshots of an inbox: one statement each, with rows in seq order until the page is full.
 //!
-//! The first row says whose position is read too, so the check of the reader and the messages are
-//! of one instant.
+//! The first row also has the reader's position, so the check of the reader and the messages are of
+//! one instant.
 
 use std::collections::HashSet;
 
@@ -79,7 +79,7 @@ pub(crate) enum SnapshotReader {
 pub(crate) enum NoSnapshot {
     /// The inbox has devices, and the reader is none of them.
     DeviceRequired,
-    /// A sweep has moved the device, whose client was not informed yet.
+    /// A sweep has moved the device, and its client has not confirmed that.
     PositionLost(SnapshotReader),
     Store(StoreError),
 }

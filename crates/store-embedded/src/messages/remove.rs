@@ -55,7 +55,7 @@ pub(crate) enum Seqs<'a> {
 }
 
 impl Removal<'_> {
-    /// Removes the messages. Returns how many.
+    /// Removes the messages. Returns their number.
     pub(crate) async fn run(&self, connection: &mut SqliteConnection) -> sqlx::Result<u64> {
         let statements = self.selection.statements();
         let list = match &self.selection {
@@ -143,7 +143,7 @@ impl<T> ForNamed<T> {
     }
 }
 
-/// Creates a [`ForNamed`] by a macro that gets the condition for the messages.
+/// Creates a [`ForNamed`] by a macro whose argument is the condition for the messages.
 ///
 /// ?3 inbox, ?4 not expired at, ?5 channel; ?6 the first and ?7 the last seq, or ?6 the seqs as a
 /// JSON array.
@@ -259,7 +259,7 @@ pub(super) async fn find_next_expiry(
     sqlx::query(NEXT_EXPIRY).bind(inbox).execute(connection).await.map(drop)
 }
 
-/// Forgets up to [`SWEEP_ROWS`] message ids whose time is over. Returns how many.
+/// Forgets up to [`SWEEP_ROWS`] message ids whose time is over. Returns their number.
 pub(crate) async fn forget_ids(
     connection: &mut SqliteConnection,
     now: UnixMillis,

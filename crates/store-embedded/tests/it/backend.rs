@@ -65,7 +65,7 @@ impl Drop for Running {
     }
 }
 
-/// A runtime, which is what a process is to the store.
+/// A runtime, which stands for the process of the store.
 pub(crate) struct Process {
     pub(crate) store: EmbeddedStore,
     runtime: Runtime,

@@ -1,4 +1,4 @@
-//! Groups beyond the shared rules: wakes, and how long an accepted commit is remembered.
+//! Groups beyond the shared rules: wakes, and the time for which an accepted commit is remembered.
 
 use std::{future::Future as _, path::Path, pin::pin, task, time::Duration};
 

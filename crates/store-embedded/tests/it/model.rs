@@ -149,7 +149,7 @@ impl Inbox {
         }
     }
 
-    /// Completes messages for a reader. Returns how many waited for it.
+    /// Completes messages for a reader. Returns the number of those that waited for it.
     fn complete(&mut self, seqs: &[u64], registration: Option<u64>, now: UnixMillis) -> usize {
         let waiting = |seq: &&u64| self.waits_for(**seq, registration);
         let done: Vec<u64> = seqs.iter().filter(waiting).copied().collect();
@@ -175,7 +175,8 @@ impl Inbox {
         unread.into_iter().for_each(|seq| self.remove(seq, now));
     }
 
-    /// Moves the devices that are away too long and keep more than half of what the inbox may hold.
+    /// Moves the devices that are absent too long and whose messages fill more than half of the
+    /// inbox.
     fn move_absent(&mut self, now: UnixMillis) {
         let limits = limits().delivery;
         for device in &mut self.devices {

@@ -1,5 +1,5 @@
-//! Directories that can be opened and those that cannot. Each refusal has its own error, which says
-//! what to do.
+//! Directories that can be opened and those that cannot. Each refusal has its own error, with the
+//! step that corrects it.
 
 use std::{
     fs::{self, OpenOptions, Permissions},

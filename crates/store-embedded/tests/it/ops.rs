@@ -164,7 +164,7 @@ pub(crate) struct GroupSend {
     pub(crate) id: Option<u8>,
     pub(crate) size: usize,
     pub(crate) minutes: u8,
-    /// For a commit: how far the expected epoch is ahead.
+    /// For a commit: the number of epochs by which the expected one is ahead.
     pub(crate) ahead: Option<u64>,
 }
 

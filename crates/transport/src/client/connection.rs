@@ -130,7 +130,7 @@ struct RequestStream {
 
 impl Drop for RequestStream {
     fn drop(&mut self) {
-        // Without effect once the server has received everything.
+        // Has no effect once the server has received everything.
         let _ = self.send.reset(NO_CODE);
     }
 }

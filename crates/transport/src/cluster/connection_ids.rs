@@ -17,7 +17,7 @@ use quinn::{ConnectionId, ConnectionIdGenerator};
 use quinn_proto::InvalidCid;
 
 const RANDOM_LEN: usize = 8;
-/// Of the ids of other edges, an edge recognises one in 2³² as its own.
+/// An edge recognises one in 2³² ids of other edges as its own.
 const MAC_LEN: usize = 4;
 const LEN: usize = RANDOM_LEN + MAC_LEN;
 

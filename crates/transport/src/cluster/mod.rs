@@ -65,7 +65,8 @@ pub struct ClusterEdge {
     /// A name that no other running edge has.
     ///
     /// An edge restarted with the same name notifies the clients of its previous process at their
-    /// next packet that their connections have ended. Without a name they find out by a timeout.
+    /// next packet that their connections have ended. Without a name, those clients wait for a
+    /// timeout.
     pub name: Option<String>,
 }
 

@@ -16,7 +16,8 @@ use crate::{
 use reply::ReplyStream;
 use request::{Received, RequestStream};
 
-/// The code of resets and stops. It carries no meaning: the reply says what went wrong.
+/// The code of resets and stops. All resets and stops have the same code: the reply contains the
+/// error.
 const NO_CODE: VarInt = VarInt::from_u32(0);
 
 /// Serves one stream to its end.

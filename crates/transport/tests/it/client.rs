@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use qpq_transport::client::{CallError, ConnectError, Dialer, Lost, Trust};
-use qpq_wire::{Event, FrameError, MAX_PAYLOAD, Response, ResponseHeader};
+use qpq_wire::{EventFrame, FrameError, MAX_PAYLOAD, Response, ResponseHeader};
 use quinn::{VarInt, crypto::rustls::QuicServerConfig};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
@@ -211,7 +211,7 @@ async fn each_malformed_answer_has_its_own_error() {
 
 #[tokio::test]
 async fn malformed_events_are_errors() {
-    let event = Event { event_type: 1, payload: "wake".into() }.encode().unwrap();
+    let event = EventFrame { event_type: 1, payload: "wake".into() }.encode().unwrap();
     let (outcome, error) = call_to(Violation::Events(event[..8].to_vec())).await;
     assert_eq!(outcome, Ok((0, Bytes::new())));
     assert_eq!(error, Some(CallError::Malformed("the events end inside a frame")));

@@ -394,7 +394,7 @@ async fn a_packet_for_an_ended_connection_is_answered_with_a_reset() {
     let (packet, answered) = tokio::join!(short_packet(&mut relay), echo(&connection));
     answered.unwrap();
     within(connection.close()).await;
-    // For a while the server answers with nothing, or with another close.
+    // For some time the server does not answer, or answers with another close.
     within(async {
         loop {
             relay.send_up(&packet).await;

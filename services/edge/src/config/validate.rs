@@ -34,6 +34,8 @@ impl Config {
         };
         self.check_times(&mut must);
         self.check_sizes(&mut must);
+        self.check_transport(&mut must);
+        self.check_cluster(&mut must);
         let domain_is_plain = self
             .domain
             .chars()
@@ -126,7 +128,7 @@ impl Config {
     }
 
     fn check_sizes(&self, must: &mut impl FnMut(bool, &'static str, &str)) {
-        let (transport, delivery, keys) = (&self.transport, &self.delivery, &self.keys);
+        let (delivery, keys, answers) = (&self.delivery, &self.keys, &self.answers);
         let fits = |size: Size| (1..=LARGEST_PAYLOAD - 4_096).contains(&size.0);
         must(
             fits(delivery.max_payload),
@@ -138,7 +140,6 @@ impl Config {
             "keys.max_package",
             "between 1B and 4092KiB, so that it fits a frame",
         );
-        let answers = &self.answers;
         must(
             answers.connection.0 >= AnswerMemory::MIN as u64,
             "answers.connection",
@@ -171,6 +172,11 @@ impl Config {
             "at least delivery.max_payload, so that a message fits",
         );
         must(keys.max_packages > 0, "keys.max_packages", "at least 1");
+        must(self.auth.waiting_logins > 0, "auth.waiting_logins", "at least 1");
+    }
+
+    fn check_transport(&self, must: &mut impl FnMut(bool, &'static str, &str)) {
+        let transport = &self.transport;
         must(transport.max_connections > 0, "transport.max_connections", "at least 1");
         must(
             transport.max_connections_per_ip > 0,
@@ -201,7 +207,9 @@ impl Config {
             "transport.max_streams",
             "between 1 and 65536",
         );
-        must(self.auth.waiting_logins > 0, "auth.waiting_logins", "at least 1");
+    }
+
+    fn check_cluster(&self, must: &mut impl FnMut(bool, &'static str, &str)) {
         must(
             self.postgres.connections as usize > qpq_store_cluster::COMMITTERS,
             "postgres.connections",

@@ -78,7 +78,7 @@ pub async fn a_repeated_message_to_a_group_is_stored_once(factory: &dyn Factory)
     let again = bench.send_to_group(sent.clone()).await.expect("accepted");
     assert!(again.is_repeat);
     assert_eq!(bench.waiting(all(people[1])).await, ["hello"]);
-    // A member that is added since gets the repeat.
+    // A member that was added since receives the repeat.
     let dave = bench.person(4).await;
     bench.add(people[0], &[dave]).await.expect("added");
     let again = bench.send_to_group(sent).await.expect("accepted");
@@ -179,7 +179,7 @@ pub async fn a_repeat_of_a_commit_that_won_has_its_result(factory: &dyn Factory)
     assert_eq!(bench.send_to_group(by_another).await, Err(GroupRefusal::StaleEpoch(2)));
 }
 
-/// In each inbox a commit precedes everything of the epoch that it leads to.
+/// In each inbox a commit precedes every message of its new epoch.
 pub async fn no_message_of_an_epoch_precedes_its_commit(factory: &dyn Factory) {
     const EPOCHS: u64 = 12;
     let bench = Bench::new(factory).await;
@@ -189,7 +189,7 @@ pub async fn no_message_of_an_epoch_precedes_its_commit(factory: &dyn Factory) {
         let stores: Stores = bench.stores.clone();
         tasks.spawn(async move {
             loop {
-                // A member sends for the epoch that it knows of, and tries to begin the next one.
+                // A member sends for its last known epoch, and tries to begin the next one.
                 let info = stores.groups.info(G, sender.account).await.expect("info");
                 let epoch = info.expect("a member").epoch;
                 if epoch >= EPOCHS {
@@ -244,7 +244,7 @@ pub async fn a_payload_of_any_size_reaches_all_members_unchanged(factory: &dyn F
             lease.complete(NOW).await.expect("complete");
         }
     }
-    // Each inbox counts the whole payload, and gives back as much.
+    // Each inbox counts the whole payload, and subtracts as much when the message is removed.
     let limits = DeliveryLimits { max_bytes: 5_000, sender_share: 1, ..DeliveryLimits::default() };
     let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let people = bench.group(6).await;

@@ -37,7 +37,7 @@ fn certified_key(
     request: &v1::RegisterDeviceRequest,
 ) -> Result<Option<CertifiedKey>, Error> {
     if request.device_key.is_empty() {
-        // A signature over no key says nothing.
+        // A signature without a key proves nothing.
         let has_proof = !request.device_proof.is_empty();
         return if has_proof { Err(Error::InvalidDeviceKey) } else { Ok(None) };
     }

@@ -50,7 +50,8 @@ const DRAIN_SPREAD: Duration = Duration::from_secs(5);
 /// The time from the start of a drain to the latest closing of connections (protocol §5).
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
-/// The limit of one look at the inbox. It uses only seqs and channels, but reads whole messages.
+/// The limit of one read of the inbox. The read uses only seqs and channels, but returns whole
+/// messages.
 const LOOK_LIMIT: PageLimit = PageLimit { messages: 256, bytes: 256 << 10 };
 
 /// One message of any size.
@@ -193,8 +194,8 @@ impl Subscription {
         };
     }
 
-    /// Reports new messages. If there are none, a message that was reported before may have been
-    /// leased by another reader and released: then the first message is reported again.
+    /// Reports new messages. Without new ones, reports the first message again, because another
+    /// reader may have leased and released it.
     async fn look(&mut self, now: Instant) {
         let looked = match self.peek(self.reported, LOOK_LIMIT).await {
             Ok(page) if page.envelopes.is_empty() && self.reported > Seq::ZERO => {
@@ -279,7 +280,7 @@ impl Due {
     /// Returns the time of the next action. `recheck` is planned until the session ends, and then
     /// `flush`.
     fn next(&self, outbox_has_space: bool) -> Instant {
-        // Without space, a look waits for the flush that makes space for its events.
+        // Without space, the next read waits for the flush that makes space for its events.
         let look = self.look.filter(|_| outbox_has_space);
         let all = [look, self.recheck, self.count_packages, self.draining, self.flush];
         all.into_iter().flatten().min().expect("a recheck or a flush is planned")

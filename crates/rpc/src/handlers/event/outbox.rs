@@ -48,7 +48,7 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    /// Returns whether there is space for the Wakes of another look at the inbox.
+    /// Returns whether there is space for the Wakes of another read of the inbox.
     pub(super) fn has_space(&self) -> bool {
         self.queue.len() < MAX_WAKES
     }

@@ -1,4 +1,4 @@
-//! Groups (400, 410 to 415): the members, the metadata and the epoch behind a channel. The store
+//! Groups (400, 410 to 415): the members, the metadata and the epoch of a channel. The store
 //! decides what a member may do.
 
 mod add_members;

@@ -135,7 +135,7 @@ async fn fetching_another_accounts_packages_is_limited_by_fetcher_and_target() {
     }
     let refused = bob.refused::<methods::FetchKeyPackage>(fetch_of(&alice)).await;
     refused.assert(Status::RateLimited, "rpc.rate_limited");
-    // The refused call took nothing. Other fetchers and other targets are not affected.
+    // The refused call took no package. Other fetchers and other targets are not affected.
     assert_eq!(stock(&alice).await, (10, false));
     assert!(take(&dave, &alice).await.is_some());
     assert!(take(&bob, &carol).await.is_some());

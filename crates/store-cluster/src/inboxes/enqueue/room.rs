@@ -1,10 +1,10 @@
-//! What the decisions about messages need to know of inboxes that have expired messages or are more
-//! than half full.
+//! Looks up the free room of inboxes that have expired messages or are more than half full, for the
+//! decisions about messages.
 //!
 //! A transaction accepts messages into up to ten thousand inboxes, whose heads are locked until it
-//! ends. So what it looks at is bounded. An inbox beyond the bounds is taken as its head says, with
-//! the expired messages that a sweep has not removed yet; a sender beyond them is taken to hold its
-//! share of the inbox.
+//! ends. So the number of rows that it reads is bounded. For an inbox beyond the bound, the counts
+//! of its head are used, with the expired messages that a sweep has not removed yet. A sender
+//! beyond the bound counts as having used up its share of the inbox.
 
 use std::{
     cmp::Reverse,
@@ -29,15 +29,15 @@ use crate::{
 /// Maximum inboxes whose expired messages are removed and counted one inbox at a time.
 const INSPECTED: usize = 64;
 
-/// Inboxes in one statement that looks up what senders hold.
+/// Maximum inboxes in one statement that counts messages of senders.
 const LOOKED_UP: usize = 64;
 
-/// Messages of one sender that are counted, after which the sender is taken to hold its share of
-/// each further inbox. A sender that is far below its shares never reaches it.
+/// Maximum messages of one sender that are counted. Beyond it, the sender counts as having used up
+/// its share of each further inbox. A sender that is far below its shares never reaches it.
 const COUNTED: u64 = 64 << 10;
 
-/// What senders have in inboxes whose heads are locked: $1 inboxes, $2 senders, $3 now, $4 maximum
-/// rows of each. Each of the two indexes has the messages that the other one lacks.
+/// Counts the messages of senders in inboxes whose heads are locked: $1 inboxes, $2 senders, $3
+/// now, $4 maximum rows of each. Each of the two indexes has the messages that the other one lacks.
 const HELD: &str = concat!(
     "SELECT h.messages, h.bytes
       FROM unnest($1::int8[], $2::bytea[], $3::int8[]) WITH ORDINALITY
@@ -144,7 +144,7 @@ async fn free_ids(
     Ok(payloads)
 }
 
-/// Looks up what the senders hold of inboxes that are more than half full.
+/// Counts the senders' messages in inboxes that are more than half full.
 pub(super) async fn look_up_senders(
     connection: &mut PgConnection,
     heads: &mut HashMap<IdentityKey, Head>,
@@ -198,8 +198,8 @@ pub(super) struct Holder {
     pub(super) now: UnixMillis,
 }
 
-/// Returns what the senders hold of the inboxes, in messages and bytes: exact below the share of
-/// messages, and at least that share otherwise.
+/// Returns the number and the bytes of the senders' messages in the inboxes: exact below the share
+/// of messages, and at least that share otherwise.
 pub(super) async fn held(
     connection: &mut PgConnection,
     holders: &[Holder],

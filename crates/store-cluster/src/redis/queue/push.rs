@@ -1,5 +1,5 @@
-//! Additions to queues. One call of the script serves many inboxes, and carries a payload once for
-//! all queues that get it: a message to a group, or to an account with several devices.
+//! Additions to queues. One call of the script adds to the queues of many inboxes, and contains a
+//! payload once for all of its queues: a message to a group, or to an account with several devices.
 
 use std::{collections::HashMap, sync::LazyLock};
 

@@ -140,7 +140,7 @@ async fn a_slow_load_into_an_empty_queue_restores_no_removed_message() {
     redis.load_seqs(slow, 1, 0, &[1]).await;
     let slow = redis.permit(1, 0).await;
 
-    // Nor does it when Redis has lost everything, and with it that something was removed.
+    // Also after Redis has lost everything, including the number of removals.
     redis.removed(&removal(1)).await.unwrap();
     server.flush_all().await.unwrap();
     redis.load_seqs(slow, 1, 0, &[1]).await;

@@ -10,10 +10,10 @@ if string.sub(ARGV[6], 1, #ARGV[1]) ~= ARGV[1] then return 0 end
 local state = redis.call('HMGET', KEYS[1], 'h', 'r', 's')
 local head, removals = tonumber(ARGV[2]), tonumber(ARGV[3])
 if state[1] and state[3] == ARGV[1] then
-  -- A queue with a missing part is loaded again, whatever its state is.
+  -- A queue with a missing part is loaded again in any state.
   local whole = redis.call('ZCARD', KEYS[2]) == tonumber(redis.call('HGET', KEYS[1], 'n'))
   if whole and tonumber(state[1]) >= head and tonumber(state[2]) >= removals then return 0 end
-  -- Later messages that were pushed already are kept. A read finds out whether they are complete.
+  -- Later messages that were pushed already are kept. A read checks whether they are complete.
   redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', head)
 else
   redis.call('DEL', KEYS[2])

@@ -12,7 +12,7 @@
 --   members}.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
--- Before the read: a message that is pushed from now on wakes the edge, whatever is read.
+-- Before the read, so that a message that is pushed from now on wakes the edge.
 if ARGV[13] ~= '' then
   redis.call('HSET', KEYS[4], ARGV[13], string.format('%.0f', clock + ARGV[14]))
   redis.call('PEXPIRE', KEYS[4], ARGV[14])
@@ -36,7 +36,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[15])
 redis.call('PEXPIRE', KEYS[2], ARGV[15])
 local leases, flat = {}, redis.call('HGETALL', KEYS[3])
 for i = 1, #flat, 2 do leases[flat[i]] = flat[i + 1] end
--- Returns when the lease of a message ends. A lease of another history hides nothing, since its
+-- Returns the end of the lease of a message. A lease of another history hides no message, since its
 -- seqs belong to other messages. An edge of an earlier release stores no history.
 local function lease_ends(field)
   local id = leases[field]

@@ -2,7 +2,7 @@
 
 use super::Timed;
 
-/// The messages with one payload, and its bytes, from which on it is stored once.
+/// The minimum messages with one payload, and its minimum bytes, for which it is stored once.
 ///
 /// Measured (`docs/decisions/0008`): a payload of 256 bytes costs as much either way, one of a KiB
 /// a quarter of the CPU time and half of the bytes written less for each of 1 000 recipients.
@@ -19,8 +19,8 @@ pub(super) enum Payloads {
     Shared,
 }
 
-/// Returns how many of the messages are next in a row that refer to one payload, or that have
-/// payloads of their own.
+/// Returns the number of messages at the beginning that refer to one payload, or that have payloads
+/// of their own.
 pub(super) fn next_run(messages: &[Timed<'_>]) -> (usize, Payloads) {
     let sharing = sharing(messages);
     if is_stored_once(&messages[..sharing]) {
@@ -37,7 +37,7 @@ pub(super) fn next_run(messages: &[Timed<'_>]) -> (usize, Payloads) {
     (own, Payloads::Own)
 }
 
-/// Returns how many messages, from the first one on, have its payload.
+/// Returns the number of messages, from the first one on, that have its payload.
 fn sharing(messages: &[Timed<'_>]) -> usize {
     let payload = |timed: &Timed<'_>| {
         let payload = &timed.message.payload;
