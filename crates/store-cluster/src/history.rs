@@ -1,9 +1,9 @@
 //! The present history of the store, and the detection of another one.
 //!
-//! The id is derived from three values, one of which changes whenever Postgres may have gone back
-//! in time: the identifier of the database system (another server, or a dump that was restored into
-//! one), the timeline (a promoted standby, a point-in-time recovery), and a stored salt (for
-//! restores that change neither). It is read in the same statement as the rows that belong to it.
+//! The id is derived from three values. At least one of them changes when Postgres may have returned
+//! to an earlier state: the identifier of the database system (another server, or a dump that was
+//! restored into one), the timeline (a promoted standby, a point-in-time recovery), and a stored
+//! salt (for restores that change neither). It is read in the same statement as the rows that belong to it.
 //! So a connection that silently leads to another server, as through a pooler, is detected by its
 //! next statement.
 //!

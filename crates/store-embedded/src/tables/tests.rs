@@ -82,6 +82,7 @@ fn canonical_rows_have_identities_positions_and_hashes() {
     let messages = TableDescription::of(Table::Message).canonical_rows();
     assert_eq!(messages.hashed, [8], "the payload");
 }
+
 /// Returns the column that names the account of a row; `None` if no row belongs to an account.
 fn owner(table: &TableDescription) -> Option<&'static str> {
     let names_account =
