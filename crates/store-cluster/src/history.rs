@@ -1,11 +1,11 @@
 //! The present history of the store, and the detection of another one.
 //!
-//! The id is derived from three values. At least one of them changes when Postgres may have returned
-//! to an earlier state: the identifier of the database system (another server, or a dump that was
-//! restored into one), the timeline (a promoted standby, a point-in-time recovery), and a stored
-//! salt (for restores that change neither). It is read in the same statement as the rows that belong to it.
-//! So a connection that silently leads to another server, as through a pooler, is detected by its
-//! next statement.
+//! The id is derived from three values. At least one of them changes when Postgres may have
+//! returned to an earlier state: the identifier of the database system (another server, or a dump
+//! that was restored into one), the timeline (a promoted standby, a point-in-time recovery), and a
+//! stored salt (for restores that change neither). The id is read in the same statement as the rows
+//! that belong to it, so a connection that silently leads to another server, as through a pooler,
+//! is detected by its next statement.
 //!
 //! The timeline comes from the position of the log that is being written, since the one of the last
 //! checkpoint is still the old one right after a promotion. A standby writes no log and answers
