@@ -196,7 +196,8 @@ impl fmt::Display for HavocReport {
         let Self { summary: Summary { report, calls, refused, lost, .. }, strikes } = self;
         write!(
             f,
-            "{report}{calls} calls, {refused} refused temporarily, {lost} without an answer; {} faults:",
+            "{report}{calls} calls, {refused} refused temporarily, {} without an answer; {} faults:",
+            lost.len(),
             strikes.len()
         )?;
         for kind in ALL {

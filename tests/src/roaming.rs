@@ -27,6 +27,9 @@ use crate::{
 /// Short timeouts, so that a killed edge is noticed quickly.
 const SILENCE: Silence =
     Silence { keep_alive: Duration::from_millis(500), idle: Duration::from_millis(2_500) };
+/// The credit of each stream in bytes, so that all that is in flight fits the buffer of the socket.
+/// Otherwise the close that ends a drain would be dropped while this process is stalled.
+const CREDIT: u32 = 32 * 1024;
 /// The time limit of a handshake.
 const CONNECTING: Duration = Duration::from_secs(5);
 /// The maximum pause before a retry.
@@ -71,11 +74,12 @@ pub enum CallOutcome<T> {
 }
 
 /// The reason for a missing answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// The edge closed the connection at the end of a drain.
     Drained,
-    Otherwise,
+    /// The stream or the connection failed with this error.
+    Failed(String),
 }
 
 impl Refused {
@@ -194,9 +198,8 @@ impl Roamer {
 
     async fn connect(&mut self, addr: SocketAddr) -> Option<Client> {
         self.connects += 1;
-        let endpoint =
-            endpoint_with(self.entry_points.pin, Dial { silence: self.silence, ..Dial::default() })
-                .expect("a socket");
+        let dial = Dial { silence: self.silence, stream_credit: Some(CREDIT), ..Dial::default() };
+        let endpoint = endpoint_with(self.entry_points.pin, dial).expect("a socket");
         timeout(CONNECTING, Client::connect(&endpoint, addr)).await.ok()?.ok()
     }
 
@@ -231,7 +234,7 @@ pub async fn call_on<M: Method>(
     match client.call::<M>(request, token.map(|token| &token[..])).await {
         Ok(Ok(response)) => CallOutcome::Ok(response),
         Ok(Err(refused)) => CallOutcome::Refused(refused),
-        Err(_) => CallOutcome::Lost(loss(client)),
+        Err(error) => CallOutcome::Lost(loss(client, &error)),
     }
 }
 
@@ -250,11 +253,11 @@ async fn watch_for_drain(
     Ok(())
 }
 
-fn loss(client: &Client) -> Loss {
+fn loss(client: &Client, error: &anyhow::Error) -> Loss {
     match client.ended() {
         Some(ConnectionError::ApplicationClosed(close)) if close.reason == SHUTTING_DOWN => {
             Loss::Drained
         }
-        _ => Loss::Otherwise,
+        ended => Loss::Failed(format!("{error:#}; connection: {ended:?}")),
     }
 }

@@ -40,7 +40,7 @@ use self::party::Party;
 use crate::{
     accounts::Account,
     client::Client,
-    cluster::Cluster,
+    cluster::{Cluster, EntryPoints},
     roaming::{PATIENCE, Roamer},
 };
 
@@ -67,6 +67,16 @@ pub enum Temper {
     /// As in production. Every second client also subscribes to events and leaves an edge that
     /// drains.
     Patient,
+}
+
+impl Temper {
+    fn roamer(self, entry_points: &EntryPoints, seed: u64) -> Roamer {
+        let roamer = Roamer::new(entry_points, seed);
+        match self {
+            Self::Hasty => roamer,
+            Self::Patient => roamer.patient(),
+        }
+    }
 }
 
 impl Default for Plan {
@@ -112,7 +122,7 @@ struct State {
     connections: Mutex<Vec<Client>>,
     calls: AtomicU64,
     refused: AtomicU64,
-    lost: AtomicU64,
+    lost: Mutex<Vec<String>>,
     drained: AtomicU64,
 }
 
@@ -123,8 +133,8 @@ pub struct Summary {
     pub calls: u64,
     /// Calls that were refused temporarily.
     pub refused: u64,
-    /// Calls whose connection ended before the answer.
-    pub lost: u64,
+    /// The errors of calls whose connection or stream ended before the answer.
+    pub lost: Vec<String>,
     /// Calls whose connection ended at the end of a drain.
     pub drained: u64,
 }
@@ -177,7 +187,7 @@ impl Traffic {
             connections: Mutex::default(),
             calls: AtomicU64::new(0),
             refused: AtomicU64::new(0),
-            lost: AtomicU64::new(0),
+            lost: Mutex::default(),
             drained: AtomicU64::new(0),
         });
         let entry_points = cluster.entry_points();
@@ -185,12 +195,13 @@ impl Traffic {
         let mut count = 0;
         let mut party = || Party {
             recorder: state.history.recorder(),
-            roamer: match plan.temper {
-                Temper::Hasty => Roamer::new(&entry_points, random.r#gen()),
-                Temper::Patient => {
-                    count += 1;
-                    let roamer = Roamer::new(&entry_points, random.r#gen()).patient();
-                    if count % 2 == 0 { roamer.attentive(&state.accounts[0].token) } else { roamer }
+            roamer: {
+                count += 1;
+                let roamer = plan.temper.roamer(&entry_points, random.r#gen());
+                if plan.temper == Temper::Patient && count % 2 == 0 {
+                    roamer.attentive(&state.accounts[0].token)
+                } else {
+                    roamer
                 }
             },
             random: StdRng::seed_from_u64(random.r#gen()),
@@ -277,7 +288,7 @@ impl Traffic {
         for (n, reader) in self.state.readers.iter().enumerate() {
             let party = || Party {
                 recorder: self.state.history.recorder(),
-                roamer: Roamer::new(&cluster.entry_points(), n as u64),
+                roamer: self.state.plan.temper.roamer(&cluster.entry_points(), n as u64),
                 random: StdRng::seed_from_u64(n as u64),
                 state: Arc::clone(&self.state),
             };
@@ -312,7 +323,7 @@ impl Traffic {
             report,
             calls: read(calls),
             refused: read(refused),
-            lost: read(lost),
+            lost: std::mem::take(&mut *lost.lock()),
             drained: read(drained),
         })
     }

@@ -14,9 +14,11 @@ const BETWEEN: u64 = 600;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lossless_drain() {
-    // Under constant load a drain takes all of its time.
+    // Under constant load a drain takes all of its time. Neither end gives up on a peer that is
+    // silent because the machine is busy.
     let plan = Plan { edges: EDGES, place: Place::Apart, ..Plan::default() }
-        .with("QPQ_DRAIN__TIMEOUT", "8s");
+        .with("QPQ_DRAIN__TIMEOUT", "8s")
+        .with("QPQ_TRANSPORT__SILENT_PEER_TIMEOUT", "60s");
     let cluster = Cluster::start(plan).await.unwrap();
     let load = traffic::Plan {
         // The test ends the writers after the last restart.
@@ -44,5 +46,5 @@ async fn lossless_drain() {
         summary.report, summary.calls, summary.refused, summary.drained
     );
     summary.report.assert_clean();
-    assert_eq!(summary.lost, 0, "connections that ended without a drain");
+    assert!(summary.lost.is_empty(), "calls that ended without a drain: {:#?}", summary.lost);
 }

@@ -92,8 +92,8 @@ impl Party {
             CallOutcome::Lost(Loss::Drained) => {
                 self.state.drained.fetch_add(1, Ordering::Relaxed);
             }
-            CallOutcome::Lost(Loss::Otherwise) => {
-                self.state.lost.fetch_add(1, Ordering::Relaxed);
+            CallOutcome::Lost(Loss::Failed(error)) => {
+                self.state.lost.lock().push(format!("{}: {error}", M::INFO.name));
             }
         }
         None
