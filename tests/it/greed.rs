@@ -23,11 +23,11 @@ use crate::server::{self, Running};
 
 const MIB: u64 = 1 << 20;
 
-/// A test that hangs ends after this time.
+/// The time after which a waiting test fails.
 const HANGS: Duration = Duration::from_secs(120);
 
 /// The memory that the server may use in addition to its budgets: pages that are being encoded, the
-/// state of connections and streams, and what the allocator keeps.
+/// state of connections and streams, and freed memory that the allocator keeps.
 const OVERHEAD: u64 = 64 * MIB;
 
 const NO_RATE_LIMITS: (&str, &str) = ("QPQ_LIMITS__ENABLED", "false");
@@ -59,7 +59,7 @@ async fn fill(client: &Client, account: &Account) {
     }
 }
 
-/// Asks for the account's messages.
+/// Sends a Peek of the account's inbox. Returns the stream of the answer.
 async fn peek(client: &Client, account: &Account) -> RecvStream {
     let request = encode::<Peek>(&v1::PeekRequest::default(), Some(&account.token));
     client.ask(Peek::INFO.id, request).await.expect("the request is sent").1
@@ -69,7 +69,7 @@ async fn metrics(running: &Running) -> Metrics {
     Metrics::of(&running.process).await.expect("a page of metrics")
 }
 
-/// Waits until the page of metrics fulfils a condition.
+/// Waits until `holds` returns true for the page of metrics.
 async fn until(running: &Running, what: &str, holds: impl Fn(&Metrics) -> bool) {
     let begun = Instant::now();
     while !holds(&metrics(running).await) {
@@ -125,7 +125,7 @@ async fn unread_answers_of_eight_connections_stay_within_a_bound_and_others_are_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_reads_a_little_does_not_occupy_memory_permanently() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    // Progress alone would let this client keep its answers for hours.
+    // Without the minimum rate, this client could keep its answers for hours.
     let pace = [
         ("QPQ_TRANSPORT__STALLED_REPLY_TIMEOUT", "3s"),
         ("QPQ_TRANSPORT__MIN_REPLY_RATE", "1MiB"),
@@ -158,7 +158,8 @@ async fn a_client_that_reads_a_little_does_not_occupy_memory_permanently() {
     assert_eq!(page.expect("nothing is lost").payloads.len(), 4);
 }
 
-/// Sends 3 MiB of a request of 4 MiB without a session, until the server answers.
+/// Sends 3 MiB of a request of 4 MiB, without a session. Returns the stream of the request, or
+/// `None` if the server answers before.
 async fn unfinished_request(client: &Client) -> Option<SendStream> {
     let (mut send, mut recv) = client.open().await.expect("a stream");
     let header = RequestHeader {
@@ -209,7 +210,7 @@ fn from(address: [u8; 4]) -> Dial {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn guesses_at_a_name_from_one_address_do_not_lock_its_owner_out_at_another() {
+async fn guesses_from_one_address_do_not_lock_the_account_at_another() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let running = server::start_with(&dir.path().join("data"), &[HTTP]).await;
     let alice = accounts_at(&running, 1).await.remove(0);

@@ -41,9 +41,9 @@ const DRAINED: usize = INBOXES - 2;
 struct History {
     /// The acknowledged payloads of each inbox, by seq.
     acknowledged: Mutex<[BTreeMap<u64, Bytes>; INBOXES]>,
-    /// The seqs of answered Acks, and those of all Acks. An Ack without an answer may have had its
-    /// effect.
+    /// The seqs of answered Acks.
     acked: Mutex<BTreeSet<u64>>,
+    /// The seqs of all Acks. An Ack without an answer may have taken effect.
     ack_asked: Mutex<BTreeSet<u64>>,
     /// The payloads that the drained inbox delivered, by seq.
     drained: Mutex<BTreeMap<u64, Bytes>>,
@@ -89,8 +89,8 @@ async fn fifty_kills_under_load_lose_nothing() {
         }
         history.stop.store(true, Ordering::SeqCst);
         running.process.stop().await.expect("kill -9");
-        // Answers that the client's QUIC stack has are still read. Other calls fail and do not
-        // count.
+        // Answers that the client's QUIC stack has already received are still read. Other calls
+        // fail and do not count.
         clients.iter().for_each(Client::close);
         tasks.join_all().await;
         history.stop.store(false, Ordering::SeqCst);
@@ -111,7 +111,7 @@ async fn load(
         clients.push(client.clone());
         let (history, accounts) = (Arc::clone(history), Arc::clone(accounts));
         tasks.spawn(async move {
-            // Each ends with an error when its connection is lost.
+            // Each worker ends with an error when its connection is lost.
             let _lost = match worker {
                 WRITERS => peek_and_ack(&client, &history, &accounts[PEEKED]).await,
                 writer if writer < WRITERS => write(writer, &client, &history, &accounts).await,
@@ -236,8 +236,8 @@ async fn verify(running: &Running, history: &History, accounts: &[Account]) {
                 history.acked.lock().iter().filter(|seq| left.contains_key(seq)).copied().collect();
             assert!(back.is_empty(), "returned after the answer to their Ack: {back:?}");
         }
-        // Messages that are left and messages that were removed have all seqs from 1. They can be
-        // more than the acknowledged ones, because an Enqueue without answer may have had its
+        // Messages that are left and messages that were removed together have all seqs from 1. Some
+        // of them may not be acknowledged, because an Enqueue without an answer may have taken
         // effect.
         let known: BTreeSet<u64> =
             left.keys().chain(drained.keys()).chain(&ack_asked).copied().collect();

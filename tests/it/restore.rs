@@ -1,6 +1,6 @@
-//! A single server goes back in time under load, in each way that an operator has. Messages that
-//! are acknowledged after the restore are delivered once and in order. The store has another id, so
-//! that clients notice the loss of others.
+//! A single node is restored to an earlier state under load, in each way that an operator has.
+//! Messages that are acknowledged after the restore are delivered once and in order. The store has
+//! another id, so that clients notice the loss of other messages.
 
 use std::{
     collections::BTreeMap,
@@ -31,7 +31,7 @@ use crate::server::{self, Running};
 const INBOXES: usize = 3;
 const WRITERS: usize = 3;
 
-/// The way in which the store goes back.
+/// The way in which an earlier state is restored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// `qpq-admin backup` while the server runs, `qpq-admin restore`.
@@ -62,7 +62,7 @@ impl Writing {
         })
     }
 
-    /// Waits for this number of further answers.
+    /// Waits for `more` further answers.
     async fn answers(&self, more: u64) {
         let until = self.answers.load(Ordering::SeqCst) + more;
         while self.answers.load(Ordering::SeqCst) < until {
@@ -227,12 +227,12 @@ async fn bring_back(way: Way, data: &Path, kept: &Path) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restored_backup_delivers_all_that_is_acknowledged_afterwards() {
+async fn a_restored_backup_delivers_all_messages_acknowledged_afterwards() {
     go_back(Way::Backup).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_marked_cold_copy_delivers_all_that_is_acknowledged_afterwards() {
+async fn a_marked_cold_copy_delivers_all_messages_acknowledged_afterwards() {
     go_back(Way::ColdCopy).await;
 }
 
@@ -244,7 +244,7 @@ async fn go_back(way: Way) {
     let made = accounts::make(&socket, running.addr, INBOXES).await;
     let mut accounts = Arc::new(made.expect("accounts"));
 
-    // Before: without readers, so each inbox has all seqs from 1.
+    // Before the restore there are no readers, so each inbox has all seqs from 1.
     let acknowledged = Acknowledged::default();
     let mut first_tag = 0;
     let mut before = BTreeMap::new();
@@ -258,7 +258,7 @@ async fn go_back(way: Way) {
         }
         writing.answers(60).await;
         if part == 0 && way == Way::Backup {
-            // Online: the writers keep running.
+            // The backup is online: the writers keep running.
             before = acknowledged.0.lock().clone();
             running = keep(way, &data, &kept, running).await;
         }
@@ -275,7 +275,7 @@ async fn go_back(way: Way) {
     bring_back(way, &data, &kept).await;
     let running = server::start(&data).await;
 
-    // The messages from before the copy are there, and the new store id reveals the loss of others.
+    // Messages from before the copy are there, and the new store id reveals the loss of later ones.
     assert_ne!(store_id(&running).await, id_before, "clients notice the restore");
     let acknowledged = acknowledged.0.lock().clone();
     let history = History::new();
@@ -290,7 +290,7 @@ async fn go_back(way: Way) {
         for ((_, seq), tag) in before.iter().filter(|((of, _), _)| *of == inbox) {
             assert_eq!(there.get(seq), Some(tag), "acknowledged before the copy was made");
         }
-        // The checked history begins with the messages that are there.
+        // The checked history begins with the messages that the store has after the restore.
         for (seq, tag) in there {
             let sending = recorder.sending(Inbox(inbox), id(tag), tag, Edge(0));
             recorder.acknowledged(sending, Seq(seq));
@@ -300,7 +300,7 @@ async fn go_back(way: Way) {
     assert!(lost > 0, "no message was lost, too few for this test");
     drop(recorder);
 
-    // After: other messages with the same seqs.
+    // After the restore, other messages have the seqs of the lost ones.
     let writing = Writing::new(first_tag);
     let (mut writers, mut readers) = (JoinSet::new(), JoinSet::new());
     for _ in 0..WRITERS {
@@ -321,7 +321,7 @@ async fn go_back(way: Way) {
     writing.stop.store(true, Ordering::SeqCst);
     writers.join_all().await;
     readers.join_all().await;
-    // Messages that came after the last read of a reader.
+    // Messages may have arrived after the last read of a reader.
     for (inbox, account) in accounts.iter().enumerate() {
         let number = u32::try_from(inbox).expect("a small number");
         read(client.clone(), number, account, &writing, history.recorder()).await;

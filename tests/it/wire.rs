@@ -23,7 +23,7 @@ async fn health_needs_no_session_and_returns_the_servers_key() {
 }
 
 #[tokio::test]
-async fn every_method_answers_as_its_row_says() {
+async fn every_method_answers_as_the_method_table_declares() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let running = server::start(&dir.path().join("data")).await;
     let client = running.connect().await;

@@ -1,5 +1,5 @@
-//! `bench`: compares everything with its floor, several times in one run, as ratios of medians with
-//! their spread.
+//! `bench`: compares each part of the server with its floor several times in one run. Prints the
+//! ratio of each pair of measurements as median and spread.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
@@ -264,7 +264,7 @@ async fn park(
     for (client, call) in clients.iter().cloned().zip(calls.iter().cloned()) {
         waiting.spawn(async move { client.exchange(method, call).await.map(drop) });
     }
-    // The client cannot observe that the last call waits; two seconds are far more than it takes.
+    // The client cannot observe that the last call waits; two seconds are far more than needed.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let grown = resident(pid)?.saturating_sub(before);
     anyhow::ensure!(waiting.try_join_next().is_none(), "a waiting call was answered");
@@ -413,7 +413,7 @@ impl Series {
         self.0.entry(name.into()).or_default().push(value);
     }
 
-    /// Prints the series that are parts of others: `whole, part`.
+    /// Prints the series that are parts of another series, with names of the form `whole, part`.
     pub(crate) fn show_parts(&self) {
         self.0.keys().filter(|name| name.contains(", ")).for_each(|name| self.show(name));
     }

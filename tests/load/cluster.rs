@@ -37,7 +37,7 @@ pub(crate) struct ClusterArgs {
     /// Duration of a measurement in seconds.
     #[arg(long, default_value_t = 4)]
     seconds: u64,
-    /// Connections in `parked` and `drain`.
+    /// The number of connections in `parked` and `drain`.
     #[arg(long, default_value_t = 10_000)]
     connections: usize,
     /// The number of members in `group`.
@@ -50,8 +50,8 @@ enum Part {
     /// Durable messages per second and CPU per message, at 64, 256 and 1 024 in flight, with
     /// floors.
     Enqueue,
-    /// Latency from an Enqueue at one edge to the FetchWait at another, at half of the maximum
-    /// rate.
+    /// Latency from an Enqueue at one edge to the FetchWait at another, at a half, a quarter and a
+    /// tenth of the maximum rate.
     Pair,
     /// CPU per call with four edges compared with one, for the same load per edge and in total.
     Edges,
@@ -191,7 +191,7 @@ async fn floors(
         .context("inboxes")?;
     stores.close().await;
 
-    // The number of messages that a transaction can have with `in_flight` messages.
+    // The maximum number of messages in a transaction while `in_flight` messages are sent.
     let batch = (in_flight / COMMITTERS).min(BATCH);
     let (before, own) = (Cpu::now(cluster).await?, own_cpu());
     let floor = measure::transactions(&config, &inboxes, batch, PAYLOAD, duration).await??;
@@ -387,8 +387,8 @@ async fn drain(args: &ClusterArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Opens connections to the first edge from several sockets, because the buffer of one is too small
-/// for that number of handshakes.
+/// Opens connections to the first edge from several sockets, because the buffer of one socket is
+/// too small for that number of handshakes.
 async fn connections(cluster: &Cluster, count: usize) -> anyhow::Result<Vec<Client>> {
     let entry_points = cluster.entry_points();
     let mut clients = Vec::with_capacity(count);
@@ -400,7 +400,7 @@ async fn connections(cluster: &Cluster, count: usize) -> anyhow::Result<Vec<Clie
     Ok(clients)
 }
 
-/// Starts a FetchWait on each connection. Each task returns whether it was answered.
+/// Starts a FetchWait on each connection. Each task returns `true` if its call was answered.
 fn park(clients: &[Client], stage: &Arc<Stage>) -> JoinSet<bool> {
     let mut waiting = JoinSet::new();
     for (n, client) in clients.iter().cloned().enumerate() {

@@ -1,5 +1,5 @@
 //! The cost of several devices, and of a message to a group, compared with single messages to
-//! accounts without devices. The same for one server and for a cluster.
+//! accounts without devices. The measurements are the same for a single node and for a cluster.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -22,14 +22,17 @@ use crate::{
 };
 
 const PAYLOAD: usize = 1_024;
-/// Accounts, and single messages in flight.
+/// The number of accounts in measurements of single messages.
 const ACCOUNTS: usize = 64;
+/// The number of single messages in flight.
 const IN_FLIGHT: usize = 256;
-/// Single messages in flight in place of a message to a group: the streams of one connection.
+/// The number of single messages in flight where they are compared with a message to a group: the
+/// number of streams of one connection.
 const PIPELINE: usize = 64;
 const DEVICES: u8 = 4;
-/// The maximum number of members in one AddMembers call, and messages to the group in flight.
+/// The maximum number of members in one AddMembers call.
 const ADDED_AT_ONCE: usize = 500;
+/// The number of messages to the group in flight.
 const GROUP_IN_FLIGHT: usize = 4;
 /// Messages per second to other inboxes while messages are sent to the group.
 const OTHERS_RATE: f64 = 100.0;
@@ -56,7 +59,7 @@ impl<C: AsyncFn() -> anyhow::Result<CpuTimes>> Subject<C> {
         Stage::set(self.addr, self.pin, 64, accounts).await
     }
 
-    /// Runs calls, and adds the CPU microseconds of each, `times` over.
+    /// Runs calls, and adds the CPU microseconds of one call, multiplied by `times`, to `figures`.
     async fn measure(
         &self,
         load: impl Future<Output = Tally>,
@@ -78,8 +81,8 @@ impl<C: AsyncFn() -> anyhow::Result<CpuTimes>> Subject<C> {
         Ok(())
     }
 
-    /// Measures an Enqueue to an account without devices and to one with four. Each reader has read
-    /// before, so that a cluster keeps its queue in Redis.
+    /// Measures an Enqueue to an account without devices and to one with four devices. Each reader
+    /// reads before the measurement, so that a cluster has its inbox in Redis.
     pub(crate) async fn devices(
         &self,
         duration: Duration,
@@ -151,7 +154,7 @@ pub(crate) fn print_group(members: usize, figures: &Series) {
 
 async fn register_devices(client: &Client, account: &Account) -> anyhow::Result<()> {
     for device in 1..=DEVICES {
-        // A registration binds the session, so each device has one of its own.
+        // A registration binds the session to the device, so each device needs its own session.
         let token = accounts::login(client, &account.username).await?;
         let request = v1::RegisterDeviceRequest {
             device_id: Bytes::copy_from_slice(&[device; 16]),

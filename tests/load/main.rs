@@ -60,7 +60,7 @@ struct RunArgs {
     /// The address of the server, on this machine.
     #[arg(long, default_value = "127.0.0.1:5001")]
     server: SocketAddr,
-    /// SHA-256 of the server's certificate, in hexadecimal.
+    /// SHA-256 of the server's public key, in hexadecimal.
     #[arg(long)]
     pin: Pin,
     /// Arrivals per second.

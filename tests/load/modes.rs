@@ -33,7 +33,7 @@ pub(crate) enum Mode {
     Health,
     /// Enqueue of one message to one of the accounts.
     Enqueue,
-    /// Enqueue to a waiting reader: from the time at which it was due to its delivery.
+    /// Enqueue to a waiting reader: the latency from the due time of the message to its delivery.
     Pair,
     /// Fetch from filled inboxes, ten messages at a time.
     Drain,
@@ -94,8 +94,8 @@ pub(crate) async fn connect_many(
 ) -> anyhow::Result<Vec<Client>> {
     stream::iter(0..count)
         .map(|_| Client::connect(endpoint, server))
-        // With 64, a busy machine dropped datagrams because of full buffers, and handshakes timed
-        // out.
+        // With 64 concurrent handshakes, a busy machine dropped datagrams because of full buffers,
+        // and handshakes timed out.
         .buffer_unordered(16)
         .try_collect()
         .await
@@ -247,11 +247,10 @@ async fn stock_up(stage: &Arc<Stage>, count: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Accounts that wait, each on its own connection. Messages contain the time at which they were
-/// due.
+/// Accounts that wait, each on its own connection. Each message contains its due time.
 struct Readers {
     start: Instant,
-    /// Microseconds from the time at which a message was due to its delivery.
+    /// Microseconds from the due time of a message to its delivery.
     seen: Arc<Mutex<Histogram<u64>>>,
     waiting: JoinSet<()>,
 }
@@ -287,7 +286,7 @@ impl Readers {
         Ok(Self { start, seen, waiting })
     }
 
-    /// A message that is due so long after the start.
+    /// Returns a payload that contains the due time of its message, counted from the start.
     fn payload(size: usize, due: Duration) -> Bytes {
         let mut payload = vec![7; size.max(8)];
         payload[..8]
@@ -295,7 +294,8 @@ impl Readers {
         payload.into()
     }
 
-    /// Waits until `count` messages are read, at most as long as a FetchWait.
+    /// Waits until `count` messages are read, at most for the timeout of a FetchWait. Returns the
+    /// latencies of the messages that were read.
     async fn read(mut self, count: u64) -> anyhow::Result<Histogram<u64>> {
         let deadline = Instant::now() + Duration::from_secs(30);
         while self.seen.lock().len() < count && Instant::now() < deadline {
@@ -307,7 +307,7 @@ impl Readers {
     }
 }
 
-/// How many messages a second are both accepted and read, at most.
+/// Measures the maximum number of messages per second that are both accepted and read.
 pub(crate) async fn pair_peak(
     stage: &Arc<Stage>,
     in_flight: usize,

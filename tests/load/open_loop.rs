@@ -17,7 +17,7 @@ pub(crate) type Ending = Result<(), String>;
 
 /// The result of a run.
 pub(crate) struct Tally {
-    /// Microseconds from the time at which a call was due to its answer. Only calls with answer Ok.
+    /// Microseconds from the due time of a call to its answer, of calls with answer Ok.
     pub(crate) latency: Histogram<u64>,
     pub(crate) answered: u64,
     /// Calls without answer Ok, by code.

@@ -1,6 +1,6 @@
-//! Accounts for measurements. These clients do not stretch passwords, which the server cannot
-//! notice. So an account costs the server as much as any other, and the load generator almost
-//! nothing.
+//! Accounts for tests and measurements. These clients do not stretch passwords, and the server
+//! cannot notice it. A login costs the server as much as any other login, and the load generator
+//! almost nothing.
 
 use std::{fmt, net::SocketAddr};
 
@@ -132,8 +132,10 @@ pub async fn login(client: &Client, username: &str) -> anyhow::Result<Bytes> {
     }
 }
 
-/// Logs in with that password. Returns the session token or the refusal. A client notices a wrong
-/// password itself; this one then sends an invalid finalization.
+/// Logs in with `password`. Returns the session token or the refusal.
+///
+/// A client detects a wrong password itself. This client then sends an invalid finalization, so
+/// that the server refuses the login.
 pub async fn login_with(
     client: &Client,
     username: &str,

@@ -1,5 +1,5 @@
 //! A minimal UDP load balancer: assigns each new flow to the next target in turn. A flow stays with
-//! its target, also when that does not run.
+//! its target, also while the target does not run.
 
 use std::{
     collections::HashMap,

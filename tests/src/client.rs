@@ -25,7 +25,7 @@ use rustls::{
 };
 use sha2::{Digest as _, Sha256};
 
-/// SHA-256 of the only key that is accepted.
+/// The SHA-256 of the only accepted public key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pin(pub [u8; 32]);
 
@@ -60,7 +60,7 @@ pub struct Refused {
     pub code: String,
     /// The time to wait before a retry; 0 if the answer has none.
     pub retry_after_ms: u32,
-    /// The present epoch of the group, for a commit that is refused as stale.
+    /// The current epoch of the group, if a commit is refused as stale.
     pub epoch: u64,
 }
 
@@ -78,7 +78,7 @@ impl Default for Silence {
     }
 }
 
-/// The address of a client, and the bytes that its server may send.
+/// The address, the timeouts and the flow control of a client.
 #[derive(Clone, Copy, Debug)]
 pub struct Dial {
     /// An address of this machine.
@@ -175,7 +175,7 @@ impl Client {
         Ok(Events { stream: self.connection.accept_uni().await?, decoder: EventDecoder::new() })
     }
 
-    /// Calls a method, with `token` in that session.
+    /// Calls a method, in the session of `token` if it is given.
     pub async fn call<M: Method>(
         &self,
         request: &M::Request,
@@ -207,7 +207,7 @@ impl Client {
     }
 }
 
-/// Serializes a request, with `token` in that session.
+/// Serializes a request, in the session of `token` if it is given.
 pub fn encode<M: Method>(request: &M::Request, token: Option<&[u8]>) -> Bytes {
     let mut payload = request.encode_to_vec();
     if let Some(token) = token {

@@ -130,7 +130,7 @@ pub struct Links {
 struct Edge {
     port: Port,
     links: Option<Links>,
-    /// The offset of its clock in the format of faketime.
+    /// The offset of the edge's clock, in the format of faketime.
     clock: parking_lot::Mutex<Option<&'static str>>,
     life: tokio::sync::Mutex<Life>,
 }
@@ -271,7 +271,8 @@ impl Cluster {
         }
     }
 
-    /// Starts an edge and waits until it is ready. An edge whose clock is wrong only serves.
+    /// Starts an edge and waits until it serves clients. An edge with a wrong clock serves without
+    /// being ready.
     pub async fn start_edge(&self, n: usize) -> anyhow::Result<()> {
         let mut life = self.edges[n].life.lock().await;
         ensure!(matches!(*life, Life::Down), "edge {n} is running");
@@ -379,7 +380,7 @@ impl Cluster {
             command
                 .env("LD_PRELOAD", faketime()?)
                 .env("FAKETIME", offset)
-                // The edge measures waits by the monotonic clock.
+                // Only the wall clock is wrong. The edge measures waits by the monotonic clock.
                 .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
         }
         Ok(command)

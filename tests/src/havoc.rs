@@ -1,6 +1,6 @@
 //! Faults of a running cluster: edges and stores are killed, Redis is flushed or rolled back,
-//! connections are closed, clocks are wrong, standbys are promoted and backups restored. A seed and
-//! the progress of the traffic decide which fault happens when, independent of time.
+//! connections are closed, clocks are wrong, standbys are promoted and backups restored. A seed
+//! selects the faults, and the progress of the traffic triggers them, independent of time.
 
 use std::{fmt, time::Duration};
 
@@ -87,7 +87,7 @@ impl Havoc {
         })
     }
 
-    /// Causes the next fault. Everything runs again when this returns.
+    /// Causes the next fault. All edges and stores run when this returns.
     pub async fn strike(&mut self, cluster: &Cluster, traffic: &Traffic) -> anyhow::Result<()> {
         if self.deck.is_empty() {
             self.deck = ALL.to_vec();
@@ -144,7 +144,8 @@ impl Havoc {
                 self.store.change(change, cluster, traffic, lag).await?;
             }
         }
-        // After a change of the store, Redis may also go back to a state of another history.
+        // There is no new snapshot after a change of the store, so that Redis may also go back to a
+        // state of another history.
         if !matches!(strike, Strike::Store(_)) {
             self.snapshot = cluster.redis.snapshot().await?;
         }

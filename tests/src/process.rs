@@ -21,7 +21,7 @@ use tokio::{
 #[derive(Debug)]
 pub struct Server {
     child: Child,
-    /// The lines of its output until it was ready.
+    /// The lines of the server's output until it was ready.
     pub said: Vec<String>,
 }
 

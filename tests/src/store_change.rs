@@ -2,7 +2,7 @@
 //! and the edges keep running.
 //!
 //! Each change is recorded for the checker of [`qpq_test_services::history`], with the seqs that
-//! the new history begins with. They are read from the new primary before an edge reaches it.
+//! the new history begins with. These seqs are read from the new primary before an edge reaches it.
 
 use std::collections::BTreeMap;
 
@@ -29,7 +29,7 @@ pub enum Change {
     RestoreCopy,
 }
 
-/// The accounts' newest seqs.
+/// Selects the newest seq of each account.
 const LAST_SEQS: &str =
     "SELECT encode(a.identity, 'hex'), i.last_seq FROM account a JOIN inbox i ON i.id = a.id";
 
@@ -44,8 +44,8 @@ impl StoreHistory {
         Ok(Self { store: cluster.store_id_other_than(None).await? })
     }
 
-    /// Changes the history. A change that loses messages loses at least `lag` acknowledged ones, if
-    /// there are as many to come. Returns when every edge reports the new store id.
+    /// Changes the history. Returns when every edge reports the new store id. A change that loses
+    /// messages loses at least `lag` acknowledged messages, if the traffic has not ended before.
     pub async fn change(
         &mut self,
         change: Change,

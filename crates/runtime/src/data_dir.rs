@@ -26,7 +26,7 @@ pub struct DataDir(PathBuf);
 #[derive(Clone, Copy, Debug)]
 pub struct SecretFile {
     pub name: &'static str,
-    /// In bytes.
+    /// The length in bytes.
     pub length: usize,
     /// The damage if the secret is replaced by another one, as a sentence for people.
     pub if_lost: &'static str,
@@ -99,7 +99,7 @@ impl DataDir {
     }
 
     /// Returns the secret in `file`. If there is none, writes one from `create` with mode 0600,
-    /// durable before this returns. Processes that do so concurrently all get the same secret.
+    /// durable before this returns. Concurrent processes get the same secret.
     pub fn secret(
         &self,
         file: SecretFile,
@@ -113,8 +113,8 @@ impl DataDir {
             .ok_or_else(|| DataDirError::Missing { path: self.0.join(file.name) })
     }
 
-    /// Writes the file `name` with mode 0600, unless it exists. After a crash it is complete or
-    /// absent.
+    /// Writes the file `name` with mode 0600, unless it exists. After a crash the file is complete
+    /// or absent.
     pub fn add(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
         let path = self.0.join(name);
         if path.exists() {
@@ -127,8 +127,8 @@ impl DataDir {
         }
     }
 
-    /// Writes or replaces the file `name` with mode 0600. After a crash it has the old contents or
-    /// the new ones; once this has returned, the new ones.
+    /// Writes or replaces the file `name` with mode 0600, durable before this returns. After a
+    /// crash during the call the file has the old contents or the new ones.
     pub fn replace(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
         let path = self.0.join(name);
         durable_file::replace(&path, contents, FILE_MODE)
@@ -137,8 +137,8 @@ impl DataDir {
 }
 
 impl SecretFile {
-    /// Returns a hash that identifies this secret among others of its kind. It reveals nothing else
-    /// of a secret with at least 128 bits of entropy. The same in every version.
+    /// Returns a hash that identifies this secret among others of its kind, the same in every
+    /// version. The hash reveals nothing else of a secret with at least 128 bits of entropy.
     pub fn fingerprint(&self, secret: &[u8]) -> [u8; 32] {
         let domain =
             Sha256::new().chain_update(b"qpq secret fingerprint v1\0").chain_update(self.name);

@@ -24,7 +24,7 @@ mod bounded;
 crate::section! {
     /// Health and metrics over HTTP, unencrypted: keep it off public networks.
     pub struct Http {
-        /// Where `/livez`, `/readyz` and `/metrics` are served.
+        /// The address that serves `/livez`, `/readyz` and `/metrics`.
         listen: ListenOn = ListenOn::At(SocketAddr::from(([127, 0, 0, 1], 9464)));
     }
 }
@@ -39,7 +39,7 @@ pub struct Schedule {
     pub every: Duration,
     /// The time limit of one check.
     pub within: Duration,
-    /// Consecutive failed checks until the probe fails.
+    /// The number of consecutive failed checks after which the probe fails.
     pub tolerance: u32,
 }
 
@@ -140,7 +140,7 @@ impl HttpServer {
         self.address
     }
 
-    /// Serves until the tasks end.
+    /// Serves the pages in one of `tasks`, until it is stopped.
     pub fn serve(self, tasks: &mut Tasks, live: Probe, ready: Probe, metrics: Metrics) {
         let pages = Arc::new(Pages { live, ready, metrics });
         let router = Router::new()
@@ -184,7 +184,7 @@ mod tests {
 
     type Checked = std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
-    /// A check that returns the given outcomes in order and then never completes.
+    /// Returns a check with the given outcomes in order. Afterwards the check never completes.
     fn scripted(
         outcomes: &[Result<(), &str>],
     ) -> impl Fn() -> Checked + Send + Sync + 'static + use<> {
@@ -245,9 +245,9 @@ mod tests {
         assert!(get(address, "/").await.starts_with("HTTP/1.1 404 "));
     }
 
-    /// 173 idle connections used up the descriptors, and therefore `/livez` failed.
+    /// Without a limit, 173 idle connections used up the descriptors, and `/livez` failed.
     #[tokio::test]
-    async fn idle_connections_keep_no_probe_out() {
+    async fn idle_connections_do_not_block_probes() {
         let mut tasks = Tasks::default();
         let once = Schedule { tolerance: 1, ..SCHEDULE };
         let live = Probe::start(&mut tasks, "live", once, scripted(&[Ok(())]));

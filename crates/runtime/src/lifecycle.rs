@@ -32,13 +32,13 @@ impl Shutdown {
         &self.draining
     }
 
-    /// Returns the token of the second step. Once cancelled, the process ends immediately.
-    /// Cancelling it cancels the first one too.
+    /// Returns the token of the second step. Once cancelled, the process ends immediately. A cancel
+    /// of this token also cancels the token of the first step.
     pub fn stopping(&self) -> &CancellationToken {
         &self.stopping
     }
 
-    /// Starts a task that takes one step on each SIGTERM or SIGINT.
+    /// Starts a task that advances by one step on each SIGTERM or SIGINT.
     pub fn on_signals(&self, tasks: &mut Tasks) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -76,7 +76,7 @@ pub enum TaskFailure {
 }
 
 impl Tasks {
-    /// Spawns `work`. Its return is no failure.
+    /// Spawns `work`. The process continues after `work` has returned.
     pub fn spawn(&mut self, task: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         self.try_spawn(task, async move {
             work.await;

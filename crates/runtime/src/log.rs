@@ -1,8 +1,8 @@
 //! Logs: lines on standard error, as text for people or JSON for machines.
 //!
-//! Lines go through a bounded queue to a thread of its own (`tracing-appender`), so that a terminal
-//! or a pipe without a reader never blocks the server. Lines that do not fit are dropped, and their
-//! number is logged.
+//! Lines go through a bounded queue to a separate thread (`tracing-appender`), so that a terminal
+//! or a pipe without a reader never blocks the server. Lines that do not fit into the queue are
+//! dropped, and their number is logged.
 
 use std::{
     fmt,
@@ -72,14 +72,14 @@ impl qpq_domain::Choice for Format {
     const ALL: &'static [(&'static str, Self)] = &[("text", Self::Text), ("json", Self::Json)];
 }
 
-/// Keeps the log running. Dropping it writes the queued lines, within about a second, and ends it.
+/// The running log. Dropping it writes the queued lines, within about a second, and ends the log.
 pub struct LogGuard {
     set_filter: Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>,
     worker: WorkerGuard,
 }
 
-/// Starts logging for the whole process, panics included, and tracing if `traces` are on. Called
-/// once, before the first log event.
+/// Starts logging for the whole process, panics included, and tracing if `traces` are on. Must be
+/// called once, before the first log event.
 pub fn init(log: &Log, traces: &Traces) -> io::Result<LogGuard> {
     let (queue, worker) = queue(io::stderr(), QUEUE_CAPACITY);
     let filter = EnvFilter::new(&log.filter.0);
@@ -132,7 +132,7 @@ fn queue(out: impl Write + Send + 'static, capacity: usize) -> (NonBlocking, Wor
     (queue, worker)
 }
 
-/// A writer that reports dropped lines after the next line that is written.
+/// A writer that reports the number of dropped lines after the next written line.
 struct DropReporter<W> {
     out: W,
     /// Set after the queue has been created.

@@ -1,5 +1,5 @@
 //! Metrics: one Prometheus recorder for each process. Each crate documents and describes its own
-//! names. A name ends in `_seconds` or `_bytes`, and its ending selects the histogram's buckets.
+//! names. The ending of a histogram's name, `_seconds` or `_bytes`, selects its buckets.
 //!
 //! | name | kind | unit | meaning |
 //! |---|---|---|---|
@@ -63,8 +63,8 @@ impl Metrics {
         self.0.render()
     }
 
-    /// Moves observations from the recorder's buffers into the histograms. Called every few
-    /// seconds, or the buffers grow until the next scrape.
+    /// Moves observations from the recorder's buffers into the histograms. Must be called every few
+    /// seconds, because otherwise the buffers grow until the next scrape.
     pub fn run_maintenance(&self) {
         self.0.run_upkeep();
     }

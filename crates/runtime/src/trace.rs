@@ -3,11 +3,12 @@
 //!
 //! The code marks its steps with `tracing` spans at level debug: target `qpq::rpc` for a call,
 //! `qpq::store` for the requests to Postgres and Redis. Spans contain names, counts and codes;
-//! never a user, a key, an address or a payload. This layer exports these spans and no others,
+//! never an account, a key, an address or a payload. This layer exports these spans and no others,
 //! independent of the log's filter. Without it the spans are disabled and cost one comparison each.
 //!
 //! A sampled call is traced with all its child spans. A separate thread exports spans in batches
-//! from a bounded queue: a collector that is slow or unreachable costs spans, never time.
+//! from a bounded queue. If the collector is slow or unreachable, spans are dropped and no call
+//! waits.
 
 use std::{fmt, time::Duration};
 
@@ -35,16 +36,17 @@ const TARGETS: [&str; 2] = ["qpq::rpc", "qpq::store"];
 crate::section! {
     /// Traces of calls, for an OpenTelemetry collector.
     pub struct Trace {
-        /// Where the collector receives OTLP over gRPC, as in `http://127.0.0.1:4317`; `https`
-        /// trusts the system's certificate authorities. OpenTelemetry's own variables that begin
-        /// with `OTEL_EXPORTER_OTLP_` and `OTEL_BSP_` apply too, for example for headers with
-        /// credentials.
+        /// The address at which the collector receives OTLP over gRPC, as in
+        /// `http://127.0.0.1:4317`; `https` trusts the system's certificate authorities.
+        /// OpenTelemetry's own variables that begin with `OTEL_EXPORTER_OTLP_` and `OTEL_BSP_`
+        /// apply too, for example for headers with credentials.
         endpoint: Option<Endpoint> = None, unset: "none: nothing is traced";
         /// The share of calls that are traced, from 0 to 1.
         sample: Ratio = Ratio(0.01);
         /// The service name in the collector.
         service: String = "qpq-server".into();
-        /// The time limit for a batch, and at the end of the server for the spans that are left.
+        /// The time limit for sending a batch, and for sending the remaining spans when the server
+        /// ends.
         timeout: Duration = Duration::from_secs(5);
     }
 }
@@ -97,14 +99,14 @@ impl config::Leaf for Ratio {
     }
 }
 
-/// The exporter of spans. Dropping it sends the spans that are left, within `trace.timeout`. The
-/// tokio runtime must still run then.
+/// The exporter of spans. Dropping it sends the remaining spans within `trace.timeout`, which needs
+/// a running tokio runtime.
 pub struct Traces {
     provider: Option<SdkTracerProvider>,
     timeout: Duration,
 }
 
-/// The collector's address cannot be used.
+/// The error for an address of a collector that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("the collector in trace.endpoint cannot be used: {0}")]
 pub struct TraceError(#[from] ExporterBuildError);
@@ -116,8 +118,8 @@ impl fmt::Debug for Traces {
 }
 
 impl Traces {
-    /// Creates the exporter that the configuration asks for. It connects with the first batch.
-    /// Needs a tokio runtime.
+    /// Creates the configured exporter, which connects when it sends the first batch. Needs a
+    /// tokio runtime.
     pub fn start(trace: &Trace, version: &'static str) -> Result<Self, TraceError> {
         let provider = match &trace.endpoint {
             Some(Endpoint(endpoint)) => {
@@ -148,7 +150,7 @@ impl Traces {
         Ok(Self { provider, timeout: trace.timeout })
     }
 
-    /// Returns the layer that exports spans, the innermost one, if tracing is on.
+    /// Returns the layer that exports spans, if tracing is on. The layer must be the innermost.
     pub(crate) fn layer(&self) -> Option<Box<dyn Layer<Registry> + Send + Sync>> {
         let tracer = self.provider.as_ref()?.tracer("qpq");
         let spans = filter_fn(is_traced).and(LevelFilter::DEBUG);

@@ -103,7 +103,7 @@ impl Queue {
         match store {
             Store::Node(dir, _) => Self::open_node(dir).await,
             Store::Cluster(settings) => {
-                // The OPAQUE setup identifies a cluster, which the jobs do not need.
+                // The commands for jobs do not check the OPAQUE setup, which identifies a cluster.
                 let database = settings.database([0; 32])?;
                 let connect = async || qpq_store_cluster::operator_jobs(&database).await;
                 Ok(Self::Cluster(connect_with_retry(database.start_timeout, connect).await?))

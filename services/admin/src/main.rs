@@ -111,7 +111,8 @@ fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
     runtime.block_on(work)
 }
 
-/// Writes a line to standard error. Ignores errors: a closed standard error ends no command.
+/// Writes a line to standard error. Ignores errors, so that a closed standard error does not end a
+/// command.
 fn print_note(text: impl Display) {
     let _ = writeln!(io::stderr(), "qpq-admin: {text}");
 }

@@ -17,7 +17,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let settings = args.settings.load()?;
-    // The OPAQUE setup identifies a cluster, which a migration does not check.
+    // A migration does not check the OPAQUE setup, which identifies a cluster.
     let database = settings.database([0; 32])?;
     let version = block_on(async {
         let migrate = async || qpq_store_cluster::migrate(&database).await;

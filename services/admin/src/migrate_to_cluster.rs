@@ -125,7 +125,7 @@ fn compare_secrets(from: &Path, shared: &ClusterDir) -> anyhow::Result<[u8; 32]>
     Ok(OPAQUE_SETUP.fingerprint(&secret(OPAQUE_SETUP)?))
 }
 
-/// Fails if the cluster has another account with the name or key of one of the node.
+/// Fails if the cluster has another account with the name or key of an account of the node.
 async fn check_names(export: &mut Export, import: &mut Import) -> anyhow::Result<()> {
     let mut accounts = export.rows(Table::Account, None).await?;
     while let Some(last) = accounts.last() {
@@ -136,7 +136,7 @@ async fn check_names(export: &mut Export, import: &mut Import) -> anyhow::Result
     Ok(())
 }
 
-/// Copies the rows that an earlier run has not copied to the import tables.
+/// Copies rows to the import tables, except those that an earlier run has copied.
 async fn copy(export: &mut Export, import: &mut Import, digests: &Digests) -> anyhow::Result<()> {
     let mut progress = Progress::new("transferred").of(digests.rows());
     for table in Table::ALL {

@@ -68,7 +68,7 @@ impl ClusterSettings {
     }
 }
 
-/// Settings of which none is required.
+/// The settings of a single node or a cluster. None of them is required.
 #[derive(Debug, Default)]
 struct AnySettings(Config);
 

@@ -1,6 +1,6 @@
 //! The `[limits]` section: one budget for each class and subject of the table in `qpq_proto`, which
-//! also has the defaults. The `section!` macro cannot declare this section, because its keys come
-//! from that table.
+//! also contains the defaults. The `section!` macro cannot declare this section, because its keys
+//! come from that table.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -67,7 +67,7 @@ fn key(class: LimitClass, subject: LimitSubject) -> String {
 impl Node for CallLimits {
     fn describe(&self, about: About, declared: &mut Declared) {
         declared.sections.push(Section { path: about.path.clone(), doc: about.doc });
-        let enabled = About::new(join(&about.path, "enabled"), "Whether calls are counted at all.");
+        let enabled = About::new(join(&about.path, "enabled"), "Turns the rate limits on.");
         self.enabled.describe(enabled, declared);
         for (class, subject, budget) in &self.budgets {
             let doc = format!("{} Counted per {}.", class.doc(), subject.name().replace('_', " "));

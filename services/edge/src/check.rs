@@ -66,7 +66,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Checks everything that `config` names.
+/// Checks all files, keys and ports that `config` names.
 pub fn check(config: &Config) -> Report {
     let mut report = Report::default();
     let is_running = if config.cluster_sections().secrets_dir().is_some() {
@@ -82,7 +82,7 @@ pub fn check(config: &Config) -> Report {
     report
 }
 
-/// Whether a server with this configuration is running.
+/// The state of a server with this configuration.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Running {
     Yes,
@@ -128,7 +128,7 @@ fn check_data_dir(path: &Path, report: &mut Report) -> Running {
             .problem(format_args!("the data directory {}", OpenError::Restoring(path.to_owned())));
     }
     check_secrets(path, report);
-    // Opening the lock would create it.
+    // Opening a missing lock file would create it.
     if !path.join("lock").exists() {
         return Running::No;
     }

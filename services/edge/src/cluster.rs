@@ -41,7 +41,7 @@ section! {
         /// A file with the password, instead of the password in the URL.
         password_file: Option<PathBuf> = None;
         /// A PEM file with the authorities to trust. Only with `rediss` in the URL.
-        ca: Option<PathBuf> = None, unset: "the system's";
+        ca: Option<PathBuf> = None, unset: "the authorities of the system";
         /// Maximum time of an operation.
         timeout: Duration = Duration::from_secs(2);
     }
@@ -56,7 +56,7 @@ section! {
         /// A file with the password, or with the token if the URL names no user.
         password_file: Option<PathBuf> = None;
         /// A PEM file with the authorities to trust. The connection is encrypted.
-        ca: Option<PathBuf> = None, unset: "the system's";
+        ca: Option<PathBuf> = None, unset: "the authorities of the system";
     }
 }
 
@@ -66,35 +66,35 @@ section! {
         /// The directory that `qpq-admin init` created, with the same content for every edge:
         /// secrets, keys, the certificate.
         secrets_dir: Option<PathBuf> = None;
-        /// The name of this edge, which no other running edge has. An edge that is restarted with
-        /// its name can immediately notify the clients of its predecessor that their connections
-        /// have ended.
-        edge: Option<String> = None, unset: "their connections time out";
+        /// The name of this edge, unique among the running edges. An edge that is restarted under
+        /// the same name can immediately notify the clients of its predecessor that their
+        /// connections have ended.
+        edge: Option<String> = None, unset: "none: connections of a killed edge time out";
         /// The prefix of every key in Redis and every subject in NATS, for several clusters that
         /// share those servers.
         namespace: String = "qpq".into();
-        /// Whether an edge migrates the schema when it starts. Otherwise run `qpq-admin migrate`
-        /// before edges of a new version start.
+        /// The migration of the schema at the start of an edge. With `never`, run `qpq-admin
+        /// migrate` before edges of a new version start.
         migrate: Named<Migrate> = Named(Migrate::Never);
         /// Maximum difference between the clocks of this edge and of Postgres. With a larger one
         /// the edge is not ready.
         max_clock_skew: Duration = Clocks::default().max_skew;
-        /// How long an edge that starts waits for each server that cannot be reached or does not
-        /// answer. A server that refuses the edge ends the start immediately.
+        /// Maximum time that a starting edge waits for each server that cannot be reached or does
+        /// not answer. A server that refuses the edge ends the start immediately.
         start_timeout: Duration = Duration::from_secs(60);
         /// Interval between two checks of the inboxes with waiting calls: the maximum delay of a
         /// message whose wake was lost.
         poll: Duration = Timing::default().poll;
-        /// How long messages that a killed edge was delivering stay hidden.
+        /// Maximum time for which messages that a killed edge was delivering stay hidden.
         lease: Duration = Timing::default().lease;
-        /// How long an edge and Redis each cache a session: the maximum time for which the end of a
-        /// session goes unnoticed while NATS is unavailable.
+        /// Time for which an edge and Redis each cache a session: the maximum time for which the
+        /// end of a session goes unnoticed while NATS is unavailable.
         session_cache: Duration = Timing::default().session_cache;
         /// Interval at which one of the edges rotates the keys of TLS session tickets in
         /// `secrets_dir`. Only for edges that all read one directory, and may write to it. Where
         /// each edge has a copy, or the directory is a Secret of Kubernetes, run `qpq-admin
         /// rotate-ticket-keys` every 6 hours instead.
-        rotate_ticket_keys: Option<Duration> = None, unset: "the edges rotate nothing";
+        rotate_ticket_keys: Option<Duration> = None, unset: "none: the edges rotate no keys";
     }
 }
 
@@ -122,7 +122,7 @@ impl<'a> Sections<'a> {
         self.cluster.secrets_dir.as_ref().filter(|_| self.missing().is_empty())
     }
 
-    /// Returns the settings that are missing, if only some of a cluster are given.
+    /// Returns the missing settings of a cluster, if some of them are given.
     pub(crate) fn broken(&self) -> Option<Broken> {
         let missing = self.missing();
         let &first = missing.first()?;
@@ -163,7 +163,7 @@ impl<'a> Sections<'a> {
         })
     }
 
-    /// Returns a configuration for Postgres alone. The other two have no address, and their
+    /// Returns a configuration for Postgres alone. Redis and NATS have no address in it, and their
     /// password files are not read.
     pub(crate) fn database(
         &self,

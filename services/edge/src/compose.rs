@@ -34,15 +34,16 @@ use crate::{
     store::{Opened, Store},
 };
 
-/// The probe of /livez: a connection from outside. Three failures are tolerated, because a restart
-/// ends every connection.
+/// The schedule of the probe of /livez, which connects as a client does. Two failures in a row are
+/// tolerated, because a restart ends every connection.
 const LIVENESS: Schedule =
     Schedule { every: Duration::from_secs(10), within: Duration::from_secs(8), tolerance: 3 };
-/// The probe of /readyz and Health: whether the store can commit.
+/// The schedule of the probe of /readyz and Health, which checks that the store can commit.
 const READINESS: Schedule =
     Schedule { every: Duration::from_secs(5), within: Duration::from_secs(5), tolerance: 1 };
 
-/// A running server. Dropping it ends it abruptly, [`Running::shutdown`] gently.
+/// A running server. Dropping it closes all connections immediately. [`Running::shutdown`] lets
+/// calls in progress end.
 #[derive(Debug)]
 #[must_use = "a dropped server closes its connections"]
 pub struct Running {
@@ -54,7 +55,7 @@ pub struct Running {
     cluster_edge: Option<ClusterEdge>,
     store: Store,
     tasks: Tasks,
-    /// Cancelled when no job runs any more. Present once the server is composed.
+    /// Cancelled when the last job has ended. `None` until the server is composed.
     jobs_ended: Option<CancellationToken>,
     drain: Duration,
 }
@@ -103,7 +104,7 @@ pub async fn compose(config: &Config) -> Result<Running, StartError> {
 }
 
 /// Starts a server as [`compose`] does, with the drain token of the process.
-/// [`Running::shutdown`] cancels it, unless a signal has.
+/// [`Running::shutdown`] cancels the token if no signal has cancelled it.
 pub async fn compose_with(
     config: &Config,
     draining: CancellationToken,
@@ -119,8 +120,8 @@ pub async fn compose_with(
         config: config.rpc(),
         draining: draining.clone(),
     });
-    // Health answers correctly from the first call on. A failure is reported by the probe, and does
-    // not prevent the start.
+    // The first check, so that Health answers correctly from the first call on. A failure does not
+    // prevent the start, because the probe reports it.
     let _ = rpc.check_store().await;
     let transport = qpq_transport::Config { draining: draining.clone(), ..config.transport() };
     match listen(config, transport, &rpc, &certificates, cluster_edge.clone()).await {
@@ -205,9 +206,9 @@ impl Running {
         self.tasks.failure().await
     }
 
-    /// Stops gently: refuses new connections, claims no more jobs, lets calls and jobs in progress
-    /// end, and closes all connections and the store. Once `hurry` completes, nothing in progress
-    /// is waited for.
+    /// Stops the server: refuses new connections, claims no more jobs, waits for calls and jobs in
+    /// progress, and closes all connections and the store. Once `hurry` completes, calls and jobs
+    /// in progress are aborted.
     pub async fn shutdown(self, hurry: impl Future<Output = ()>) {
         tracing::info!(
             up_to = ?self.drain,

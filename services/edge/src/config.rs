@@ -1,6 +1,8 @@
 //! Every setting of the server, declared once. `docs/configuration.md`, the environment variables
-//! and `config show` are generated from here. To add one: a line in its section with a doc comment,
-//! its bounds in `config/validate.rs`, its use below or in `compose`, and
+//! and `config show` are generated from this file.
+//!
+//! To add a setting, write a line with a doc comment in its section, check its bounds in
+//! `config/validate.rs`, use it below or in `compose`, and run
 //! `QPQ_UPDATE_DOCS=1 cargo nextest run -p qpq-server`.
 
 use std::{collections::HashSet, net::SocketAddr, path::PathBuf, time::Duration};
@@ -45,7 +47,8 @@ section! {
         log: Log = Log::default();
         /// Traces of calls, for an OpenTelemetry collector.
         trace: Trace = Trace::default();
-        /// Limits of connections, calls and times. What exceeds them is refused, never queued.
+        /// Limits of connections, calls and times. Connections and calls beyond a limit are
+        /// refused, never queued.
         transport: Transport = Transport::default();
         /// Memory for answers that wait for their clients. When memory is short, pages of messages
         /// are smaller.
@@ -89,8 +92,8 @@ section! {
         key: Option<PathBuf> = None,
             unset: "`server-key.der` in the data directory",
             variable: "QPQ_TLS_KEY", flag: "--tls-key";
-        /// Whether a self-signed certificate and its key are created if neither file exists. If
-        /// this section names a file that does not exist, the log has a warning.
+        /// The creation of a self-signed certificate and its key if neither file exists. If this
+        /// section names a file that does not exist, the creation is logged as a warning.
         generate: Named<Generate> = Named(Generate::IfMissing);
         /// Names and IP addresses in a certificate that is created, in addition to the domain and
         /// `localhost`.
@@ -103,24 +106,24 @@ section! {
 section! {
     /// Limits of connections, calls and times.
     pub struct Transport {
-        /// Maximum number of connections. An idle one uses about 45 KiB.
+        /// Maximum number of connections. An idle connection uses about 45 KiB.
         max_connections: usize = TransportLimits::default().max_connections;
-        /// Maximum number of connections from one IP address. Many clients may share one.
+        /// Maximum number of connections from one IP address, which many clients may share.
         max_connections_per_ip: usize = TransportLimits::default().max_connections_per_ip;
         /// Maximum number of handshakes in progress.
         max_handshakes: usize = TransportLimits::default().max_handshakes;
-        /// Maximum number of handshakes in progress from one IP address (IPv6: its /64). Many
-        /// clients may share one.
+        /// Maximum number of handshakes in progress from one IP address (IPv6: its /64), which many
+        /// clients may share.
         max_handshakes_per_ip: usize = TransportLimits::default().max_handshakes_per_ip;
-        /// Handshakes in progress from which on clients must prove their address, which costs a
-        /// round trip.
+        /// Number of handshakes in progress from which on clients must prove their address, which
+        /// costs a round trip.
         retry_above: usize = TransportLimits::default().retry_above;
-        /// Maximum number of calls in progress on one connection. Each uses 83 bytes on every
-        /// connection, also if there is no call.
+        /// Maximum number of calls in progress on one connection. Each possible call uses 83 bytes
+        /// on every connection, also while no call is in progress.
         max_streams: u32 = TransportLimits::default().max_streams;
         /// Maximum time of a handshake.
         handshake_timeout: Duration = Timeouts::default().handshake;
-        /// Maximum time of a handshake while at least `retry_above` are in progress.
+        /// Maximum time of a handshake while at least `retry_above` handshakes are in progress.
         handshake_timeout_under_pressure: Duration = Timeouts::default().handshake_under_pressure;
         /// Time without a packet after which a connection is dropped. Clients send a keep-alive
         /// every 15 s.
@@ -130,21 +133,22 @@ section! {
         /// Time without a packet after which messages that the client has not confirmed are back in
         /// its inbox.
         silent_peer_timeout: Duration = Timeouts::default().silent_peer;
-        /// Time without progress after which an answer is aborted, a third of it while the memory
-        /// for answers is short.
+        /// Time without progress after which an answer is aborted. A third of this time applies
+        /// while the memory for answers is short.
         stalled_reply_timeout: Duration = Timeouts::default().stalled_reply;
-        /// Memory for requests above 4 KiB that are being received or executed.
+        /// Maximum memory for requests above 4 KiB that are being received or executed.
         max_request_bytes: Size = Size(TransportLimits::default().max_request_bytes as u64);
-        /// Memory for such requests from one IP address (IPv6: its /64). Many clients may share
-        /// one.
+        /// Maximum memory for requests above 4 KiB from one IP address (IPv6: its /64), which many
+        /// clients may share.
         max_request_bytes_per_ip: Size =
             Size(TransportLimits::default().max_request_bytes_per_ip as u64);
-        /// Memory for such requests on one connection.
+        /// Maximum memory for requests above 4 KiB on one connection.
         max_request_bytes_per_connection: Size =
             Size(TransportLimits::default().max_request_bytes_per_connection as u64);
-        /// Minimum bytes a second at which a client must accept an answer, on average and after
-        /// `stalled_reply_timeout`. Eight times the value while the memory for answers is short.
-        /// The messages of an aborted answer are back in the inbox.
+        /// Minimum rate at which a client must accept an answer, in bytes a second. The time limit
+        /// of an answer is `stalled_reply_timeout` plus its length divided by this rate. Eight
+        /// times this rate applies while the memory for answers is short. The messages of an
+        /// aborted answer are back in the inbox.
         min_reply_rate: Size = Size(TransportLimits::default().min_reply_rate);
     }
 }
@@ -152,13 +156,13 @@ section! {
 section! {
     /// Memory for answers that wait for their clients.
     pub struct Answers {
-        /// Memory for all answers. Above three quarters of it, clients must read faster.
+        /// Maximum memory for all answers. Above three quarters of it, clients must read faster.
         process: Size = Size(AnswerMemory::default().process as u64);
-        /// Memory for the answers to one account, over all its connections.
+        /// Maximum memory for the answers to one account, over all its connections.
         account: Size = Size(AnswerMemory::default().account as u64);
-        /// Memory for the answers to one connection.
+        /// Maximum memory for the answers to one connection.
         connection: Size = Size(AnswerMemory::default().connection as u64);
-        /// How long a call waits for memory before it is refused.
+        /// Maximum time that a call waits for memory before it is refused.
         wait: Duration = AnswerMemory::default().wait;
     }
 }
@@ -168,21 +172,21 @@ section! {
     pub struct Delivery {
         /// The largest payload of one message.
         max_payload: Size = Size(qpq_domain::DeliveryLimits::default().max_payload as u64);
-        /// Messages queued in one inbox.
+        /// Maximum number of messages queued in one inbox.
         max_messages: u64 = qpq_domain::DeliveryLimits::default().max_messages;
-        /// Payload queued in one inbox.
+        /// Maximum total payload of the messages queued in one inbox.
         max_bytes: Size = Size(qpq_domain::DeliveryLimits::default().max_bytes);
-        /// While an inbox is more than half full, one sender may have at most its n-th part, in
-        /// messages and in bytes. 1: no limit.
+        /// The divisor n of the share of one sender: while an inbox is more than half full, one
+        /// sender may have at most its n-th part, in messages and in bytes. 1: no limit.
         sender_share: u64 = qpq_domain::DeliveryLimits::default().sender_share;
         /// The largest BatchEnqueue: the payload times the recipients, or the sum of the payloads.
         max_batch_bytes: Size = Size(qpq_domain::DeliveryLimits::default().max_batch_bytes);
-        /// The lifetime of a message without one in the request.
+        /// The lifetime of a message if the request has none.
         default_ttl: Duration = qpq_domain::DeliveryLimits::default().default_ttl;
         /// The longest lifetime that a request may have.
         max_ttl: Duration = qpq_domain::DeliveryLimits::default().max_ttl;
-        /// How long a message id is kept after its message was removed, so that a repeated Enqueue
-        /// is not delivered twice.
+        /// Time for which a message id is kept after its message was removed, so that a repeated
+        /// Enqueue is not delivered twice.
         recent_ids: Duration = qpq_domain::DeliveryLimits::default().recent_ids;
         /// A device that has not read for this time, and whose messages fill more than half of its
         /// inbox, is moved to the newest message.
@@ -202,8 +206,8 @@ section! {
         /// Maximum number of KeyPackages of one account.
         max_packages: u32 = qpq_domain::KeyPackageLimits::default().max_count;
         /// The MLS ciphersuites (RFC 9420 §17.1) whose KeyPackages are accepted. KeyPackages of
-        /// 0x0001 and 0x0003, the defaults, are checked in full. Of other suites the signature is
-        /// not checked.
+        /// 0x0001 and 0x0003, the defaults, are checked in full. The signatures of KeyPackages of
+        /// other suites are not checked.
         suites: Suites = Suites(qpq_rpc::Config::default().key_package_suites);
     }
 }
@@ -221,12 +225,13 @@ section! {
 section! {
     /// Registration and login.
     pub struct Auth {
-        /// Whether a registration must prove possession of the identity key. A proof in a request
-        /// is always checked.
+        /// The proof of possession of the identity key in a registration. With `optional` the
+        /// proof may be missing; a proof in a request is always checked.
         identity_proof: Named<IdentityProof> = Named(IdentityProof::Optional);
-        /// The scripts that a new username may mix (UTS 39): none but Latin with Japanese or
-        /// Korean; in addition Latin with one other that is not Cyrillic or Greek; or any, symbols
-        /// too. Accounts that exist keep their names.
+        /// The scripts that a new username may mix (UTS 39 §5.2). `highly-restrictive`: only Latin
+        /// with Chinese, Japanese or Korean. `moderately-restrictive`: in addition, Latin with one
+        /// other script that is not Cyrillic or Greek. `any`: all scripts, and symbols. Existing
+        /// accounts keep their names.
         username_scripts: Named<UsernameScripts> = Named(UsernameScripts::HighlyRestrictive);
         /// Maximum number of logins and registrations that wait for the processor. More are refused
         /// and may try again later.
@@ -279,7 +284,7 @@ impl Leaf for Suites {
     }
 }
 
-/// Whether a certificate is created.
+/// The rule for a missing certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Generate {
     IfMissing,
@@ -292,8 +297,8 @@ impl Choice for Generate {
 }
 
 impl Config {
-    /// Returns the configuration of the cluster's database alone, for programs that are no edges.
-    /// `opaque_setup` identifies the cluster.
+    /// Returns the configuration of the cluster's database alone, for programs other than edges.
+    /// `opaque_setup` is the fingerprint that identifies the cluster.
     pub fn cluster_database(
         &self,
         opaque_setup: [u8; 32],

@@ -32,7 +32,7 @@ pub(crate) fn start(
     ended
 }
 
-/// The kinds of work. To add one: a type that implements [`Work`], and a line here.
+/// Returns the kinds of work. A new kind is a type that implements [`Work`], and a line here.
 fn kinds(config: &Config, store: &Store, account_events: Arc<AccountEvents>) -> Vec<Arc<dyn Work>> {
     let maintenance = store.stores().maintenance;
     let mut kinds: Vec<Arc<dyn Work>> = vec![Arc::new(Sweep { maintenance, account_events })];

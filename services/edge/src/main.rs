@@ -77,7 +77,7 @@ fn start(args: &Args, loaded: &Loaded<Config>) -> ExitCode {
         Err(error) => return complain(FAILED, format_args!("cannot start logging: {error}")),
     };
     let code = runtime.block_on(run(args, loaded, &log));
-    // The last spans are sent on the runtime.
+    // Sends the last spans, which needs the runtime.
     drop(traces);
     drop(inside);
     runtime.shutdown_timeout(LEFTOVERS);
@@ -119,8 +119,8 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
     code
 }
 
-/// Reloads what can change while the server runs: the filter of the log, certificate and key. Logs
-/// the names of other settings that have changed.
+/// Reloads the log filter, the certificate and its key, which can change while the server runs.
+/// Logs the names of other settings that have changed.
 fn reload(args: &Args, started: &Loaded<Config>, log: &LogGuard, running: &Running) {
     match args.load() {
         Ok(now) => {
@@ -165,7 +165,7 @@ fn list(settings: &[String]) -> String {
     if settings.is_empty() { "nothing".to_owned() } else { settings.join(", ") }
 }
 
-/// Prints to standard output. A closed output is no reason to stop.
+/// Prints to standard output. Ignores errors, so that a closed output does not stop the server.
 fn say(text: impl Display) -> ExitCode {
     let mut out = io::stdout().lock();
     let _ = write!(out, "{text}").and_then(|()| out.flush());

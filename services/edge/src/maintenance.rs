@@ -15,18 +15,19 @@ use tokio::time::interval;
 
 /// Interval between two sweeps.
 const INTERVAL: Duration = Duration::from_secs(60);
-/// Batches in one run. A larger backlog is continued by the next run, which is due immediately.
+/// Maximum number of batches in one run. The next run, which is due immediately, continues a larger
+/// backlog.
 const BATCHES: usize = 100;
 /// Interval between two foldings of measurements.
 const FOLD: Duration = Duration::from_secs(5);
 
 /// Removes expired rows, in batches, so that no other work waits long.
 ///
-/// Edges of earlier releases sweep by themselves. In a cluster one sweep at a time removes rows,
-/// and a concurrent one ends immediately, so both may run together.
+/// Edges of earlier releases sweep without a job. In a cluster one sweep at a time removes rows,
+/// and a concurrent sweep ends immediately, so edges of both releases may run together.
 pub(crate) struct Sweep {
     pub(crate) maintenance: Arc<dyn Maintenance>,
-    /// Informs the other devices of an account of one that lost its position.
+    /// Notifies the other devices of an account about a device that lost its position.
     pub(crate) account_events: Arc<AccountEvents>,
 }
 
@@ -44,7 +45,7 @@ impl Work for Sweep {
         Policy {
             concurrency: 1,
             lease: Duration::from_secs(15),
-            // The next sweep is the only remedy of a sweep that failed.
+            // Only another sweep removes the rows that a failed sweep left.
             max_attempts: None,
             backoff_cap: Duration::from_secs(5 * 60),
             ..Policy::default()
@@ -80,7 +81,7 @@ impl Work for Sweep {
     }
 }
 
-/// Limits the memory of measurements while no scraper reads them.
+/// Folds measurements at intervals, to limit their memory while no scraper reads them.
 pub(crate) async fn fold(metrics: Metrics) {
     let mut ticks = interval(FOLD);
     loop {

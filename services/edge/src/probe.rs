@@ -19,8 +19,8 @@ const WITHIN: Duration = Duration::from_secs(4);
 
 /// Connects to the server at `listening` and calls Health.
 ///
-/// Any answer shows that the server is alive, a refused connection too: a full or draining server
-/// refuses.
+/// Any answer shows that the server is alive. A refused connection is an answer too: a full or
+/// draining server refuses connections.
 pub(crate) async fn alive(
     listening: SocketAddr,
     certificates: Arc<Certificates>,

@@ -2,8 +2,8 @@
 //! ([`rotate`], for `qpq-admin`), and by a job.
 //!
 //! The job is right only where all edges read one directory. Where each edge has a copy, a rotation
-//! by one edge would separate its copy from the others. Therefore `cluster.rotate_ticket_keys`
-//! turns the job on, and the operator decides.
+//! by one edge would separate its copy from the others. Therefore the job runs only if the operator
+//! sets `cluster.rotate_ticket_keys`.
 
 use std::{
     fs, io,
@@ -21,8 +21,8 @@ use qpq_runtime::data_dir::{
 };
 use qpq_transport::KeyRing;
 
-/// Largest difference between the interval and the age of a ring that is rotated. The clock of the
-/// file system is not exactly that of the jobs.
+/// Maximum time by which a rotation may be early, because the clock of the file system is not
+/// exactly the clock of the jobs.
 const TOLERANCE: Duration = Duration::from_secs(60);
 
 /// The reason why a ring was not rotated.
@@ -44,8 +44,8 @@ pub enum RotateError {
 /// Rotates the ring in `file` of the shared directory: the next key becomes the current one, and
 /// the current one stays valid as the previous one. Returns the path of the file.
 ///
-/// Edges reload the file at different times. So two rotations must be further apart than the
-/// slowest edge needs.
+/// Edges reload the file at different times. Therefore two rotations must be further apart than the
+/// time that the slowest edge needs for a reload.
 pub fn rotate(dir: &Path, file: SecretFile) -> Result<PathBuf, RotateError> {
     let dir = ClusterDir::open(dir)?;
     let path = dir.file(file.name);
@@ -59,8 +59,8 @@ pub fn rotate(dir: &Path, file: SecretFile) -> Result<PathBuf, RotateError> {
 
 /// Rotates the keys of TLS session tickets, on one edge at a time.
 ///
-/// The age of the file decides, so a rotation by the operator counts, and a run that is repeated
-/// rotates nothing.
+/// A rotation is due by the age of the file. Therefore a rotation by the operator counts, and a
+/// repeated run rotates nothing.
 #[derive(Clone, Debug)]
 pub(crate) struct RotateTicketKeys {
     pub(crate) dir: PathBuf,
@@ -209,7 +209,7 @@ mod tests {
         assert_eq!(ring(dir.path()), [0; 96]);
     }
 
-    /// Passes `dir` read-only to a user that its permissions apply to.
+    /// Makes `dir` read-only and, if there is a `reader`, changes its owner to that user.
     fn make_read_only(dir: &Path, reader: Option<Uid>) {
         for entry in fs::read_dir(dir).unwrap() {
             chown(entry.unwrap().path(), reader.map(Uid::as_raw), None).unwrap();
@@ -224,10 +224,11 @@ mod tests {
         let now = SystemClock.now();
         let before = ring(dir.path());
         set_age(dir.path(), now, 6 * HOUR);
-        // No directory is read-only for root.
+        // Root may write to read-only directories, so as root the test runs the job as another
+        // user.
         let reader = Uid::effective().is_root().then_some(Uid::from_raw(65_534));
         make_read_only(dir.path(), reader);
-        // The threads of the runtime have the user of the thread that starts them.
+        // Only this thread and the threads of the runtime that it starts run as that user.
         let rotated = thread::scope(|scope| {
             let rotated = scope.spawn(|| {
                 if let Some(reader) = reader {

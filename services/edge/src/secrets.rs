@@ -24,7 +24,7 @@ use qpq_transport::{
 use rand::rngs::OsRng;
 use zeroize::Zeroizing;
 
-// The runtime knows the lengths of the files, not their content.
+// `qpq-runtime` declares the lengths of the files without the types of their content.
 const _: () = assert!(OPAQUE_SETUP.length == opaque::len::SETUP);
 const _: () = assert!(
     cluster::TICKET_KEYS.length == KeyRing::LEN && cluster::TOKEN_KEY.length == KeyRing::LEN
@@ -43,11 +43,12 @@ pub(crate) struct Secrets {
 /// The secrets and keys that all edges of a cluster share.
 pub(crate) struct ClusterSecrets {
     pub(crate) secrets: Secrets,
-    /// For [`qpq_transport::ClusterEdge`]. Must be watched, like the certificates.
+    /// The keys for [`qpq_transport::ClusterEdge`]. Their files must be watched, as those of the
+    /// certificates.
     pub(crate) keys: Arc<ClusterKeys>,
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) cluster: ClusterId,
-    /// Identifies the OPAQUE setup, which must be the same on every edge, without revealing it.
+    /// The fingerprint of the OPAQUE setup, which must be the same on every edge.
     pub(crate) opaque_fingerprint: [u8; 32],
 }
 
@@ -96,7 +97,8 @@ pub(crate) fn load_or_create(dir: &DataDir) -> Result<Secrets, SecretsError> {
     Ok(Secrets { opaque, signer: signer(&seed) })
 }
 
-/// Reads what all edges share, and creates nothing. The error names what is missing or damaged.
+/// Reads the directory that all edges share, and creates nothing. The error names the file that is
+/// missing or damaged.
 pub(crate) fn load_shared(dir: &Path) -> Result<ClusterSecrets, SecretsError> {
     let dir = ClusterDir::open(dir)?;
     let cluster = dir.cluster_id()?;
@@ -221,7 +223,8 @@ pub(crate) mod tests {
         for entry in fs::read_dir(dir.path()).unwrap() {
             let path = entry.unwrap().path();
             let good = fs::read(&path).unwrap();
-            // Too short, and zeros of the right length. Any 32 bytes are a delivery key.
+            // A file that is too short, and zeros of the right length. Any 32 bytes are a valid
+            // delivery key.
             let blank = vec![0; good.len()];
             let damages = if path.ends_with(DELIVERY_KEY.name) {
                 vec![&b"x"[..]]

@@ -1,5 +1,6 @@
 //! An edge with a clock that is a hundred days off, in a cluster with an edge whose clock is right.
-//! The wrong one is not ready and removes nothing, and messages that it accepts are delivered.
+//! The edge with the wrong clock is not ready and removes nothing, and messages that it accepts are
+//! delivered.
 
 use bytes::Bytes;
 use qpq_proto::{
@@ -27,7 +28,7 @@ async fn send(client: &Client, account: &Account, text: &'static str) {
     client.must::<Enqueue>(&request, Some(&account.token)).await.expect("accepted");
 }
 
-/// Fetches, and waits for messages, because those of an earlier read may still be leased.
+/// Fetches with a wait, because messages of an earlier read may still be leased.
 async fn fetched(client: &Client, account: &Account) -> Vec<Bytes> {
     let request = v1::FetchWaitRequest { timeout_ms: 30_000, ..Default::default() };
     let page = client.must::<FetchWait>(&request, Some(&account.token)).await.expect("a page");
@@ -57,7 +58,7 @@ async fn a_wrong_clock_loses_nothing(offset: &'static str, says: &str) {
         log.contains("clock of this edge") && log.contains(says)
     })
     .await;
-    // An edge removes expired messages when it starts. The other one did so before.
+    // A sweep by a clock that is ahead would have removed the messages as expired.
     assert_eq!(cluster.messages_left().await.expect("a count"), 3);
     assert_eq!(fetched(&clients[0], &account).await, ["one", "two", "three"]);
     send(&clients[WRONG], &account, "four").await;

@@ -14,7 +14,7 @@ async fn refusal(
     change: impl FnOnce(&mut tokio::process::Command),
 ) -> (Option<i32>, String) {
     let mut command = cluster.command(0).expect("the program");
-    // The other edge has the port of the plan.
+    // The running edge uses the port of the plan.
     command.env("QPQ_LISTEN", "127.0.0.1:0").stdin(Stdio::null()).stderr(Stdio::piped());
     change(&mut command);
     let output = command.output().await.expect("it ends");
@@ -86,7 +86,7 @@ async fn an_edge_whose_password_is_refused_names_the_store_and_its_settings() {
     for section in ["postgres", "redis", "nats"] {
         let (code, said) = refusal(&cluster, |command| {
             command.env(format!("QPQ_{}__PASSWORD_FILE", section.to_uppercase()), &file);
-            // An edge that retries does not end before.
+            // With this time limit, an edge that retries would not end during the test.
             command.env("QPQ_CLUSTER__START_TIMEOUT", "1d");
         })
         .await;

@@ -75,7 +75,7 @@ async fn many_waits_of_one_account_cause_few_reads_of_the_stores() {
     println!(
         "{WAITS} waits, {ENQUEUES} messages: {hot} reads, {postgres} of Postgres, {redis} of Redis"
     );
-    // Without the limits there were 42 257.
+    // Without the limits there were 42 257 reads.
     assert!(hot <= (2 * EDGES * ENQUEUES) as f64, "{hot} reads");
     drop(waits);
 }

@@ -82,7 +82,7 @@ impl World {
         health.expect("Health answers").store_id
     }
 
-    /// Starts a standby with the state of now, which does not follow the primary any further.
+    /// Starts a standby with the current state and ends its replication from the primary.
     async fn standby_of_now(&self) -> Standby {
         let postgres = &self.cluster.postgres;
         let standby = postgres.standby(&[]).await.expect("a standby");

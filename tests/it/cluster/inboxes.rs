@@ -42,7 +42,7 @@ fn judge(history: &History) -> qpq_test_services::history::Report {
     report
 }
 
-/// Sends to one inbox through one edge.
+/// A sender of messages to one inbox through one edge.
 struct Sender {
     roamer: Roamer,
     recorder: Recorder,
@@ -116,7 +116,7 @@ impl Sender {
 }
 
 /// Readers at all edges peek and ack random parts while Redis is flushed, rolled back and evicts.
-/// No read that begins after the answer to an ack returns its messages, at any edge.
+/// No read that begins after the answer to an ack returns the acked messages, at any edge.
 #[tokio::test(flavor = "multi_thread")]
 async fn never_after_ack() {
     const SENT: u64 = 3_000;
@@ -152,10 +152,10 @@ async fn never_after_ack() {
             0 => cluster.redis.flush_all().await.expect("FLUSHALL"),
             1 => cluster.redis.roll_back_to(&snapshot).await.expect("an old dump"),
             2 => snapshot = cluster.redis.snapshot().await.expect("a snapshot"),
-            // One key of one inbox, like an eviction.
+            // Deletes one random key, like an eviction.
             _ => drop(cluster.redis.command(["EVAL", EVICT, "0"]).await.expect("a key is deleted")),
         }
-        // The next fault follows until all senders have ended.
+        // Faults continue until all senders have ended.
         let later = sleep(Duration::from_millis(random.gen_range(10..400)));
         tokio::select! {
             sender = senders.join_next() => sender.into_iter().for_each(|sender| sender.expect("a sender")),
@@ -332,8 +332,8 @@ async fn idempotent() {
     );
 }
 
-/// Sends the message twice through each edge, concurrently. Returns its seqs, and whether each
-/// answer says that it is a duplicate.
+/// Sends the message twice through each edge, concurrently. Returns the seq in each answer, and
+/// `true` if the answer reports a duplicate.
 async fn everywhere(
     entry_points: &EntryPoints,
     history: &History,

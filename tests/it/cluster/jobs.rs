@@ -1,8 +1,8 @@
 //! Jobs in a cluster of real processes: one edge at a time runs a job, and the job of an edge that
 //! is killed runs on another one, after the lease.
 //!
-//! The job is the sweep. A lock on the table of sessions holds it up, so a run lasts as long as the
-//! test needs.
+//! The job is the sweep. A lock on the table of sessions delays it, so that a run lasts as long as
+//! the test needs.
 
 use std::fs;
 
@@ -10,16 +10,17 @@ use qpq_tests::cluster::{Cluster, Place, Plan};
 
 use super::until;
 
-/// Longer than any wait in these tests: a statement that waits for the lock must not fail.
+/// The timeout of statements, longer than any wait in these tests, because a statement that waits
+/// for the lock must not fail.
 const PATIENT: &str = "10m";
 
 /// The stored record of a job.
 #[derive(Debug, PartialEq, Eq)]
 struct Stored {
-    /// The token of the worker, or nothing.
+    /// The token of the worker in hexadecimal digits, or `-` without a worker.
     claim: String,
     run_at: i64,
-    /// Postgres' time.
+    /// The time of Postgres, in the unit of `run_at`.
     now: i64,
 }
 
@@ -58,7 +59,7 @@ async fn while_sweeps_hang(cluster: &Cluster, work: impl AsyncFnOnce()) {
         work().await;
         unlock(cluster).await;
     };
-    // The session that has the lock ends with an error, as it is terminated.
+    // The database session with the lock ends with an error, because it is terminated.
     let (_, ()) = tokio::join!(cluster.postgres.sql(lock), working);
 }
 
@@ -90,9 +91,9 @@ async fn the_job_of_a_killed_edge_runs_on_another_one_after_its_lease() {
         let held = last.claim.clone();
         loop {
             let next = sweep(&cluster).await;
-            // Only another edge changes the claim of a dead one. Its sweep may have ended by now:
-            // Postgres has not noticed that the edge was killed. The transaction of that edge
-            // still waits and has the lock of the sweep, so the other edge finds nothing to do.
+            // Only another edge changes the claim of the killed edge. Its sweep may have ended
+            // already: Postgres has not noticed the kill, and the transaction of the killed edge
+            // still has the lock of the sweep. Therefore the other edge finds nothing to do.
             if next.claim != held {
                 assert!(next.now >= last.run_at, "not before the lease ended: {last:?} {next:?}");
                 break;
@@ -139,7 +140,7 @@ async fn a_drained_edge_leaves_no_claim() {
             until("the claim is released", || async { sweep(&cluster).await.claim == "-" }).await;
             let left = sweep(&cluster).await;
             assert!(left.run_at <= left.now, "due for the next edge");
-            // The connection of the statement ends only with it.
+            // The drain waits for the connection, which ends with its statement.
             unlock(&cluster).await;
         };
         let (drained, ()) = tokio::join!(cluster.drain_edge(0), released);
@@ -167,7 +168,7 @@ async fn one_edge_rotates_the_ticket_keys_that_all_edges_share() {
     until("the keys are rotated", || async { read() != before }).await;
     let after = read();
     assert_eq!(after[..64], before[32..], "by one step");
-    // The same job again, as after a lost result.
+    // Runs the same job again, as after a lost result.
     until("the run ends", || async {
         stored(&cluster, KIND).await.is_some_and(|job| job.claim == "-" && job.run_at > job.now)
     })

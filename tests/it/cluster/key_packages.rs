@@ -1,5 +1,5 @@
-//! *Claimed once*: a KeyPackage is issued once, at whatever edges it is claimed, and the
-//! last-resort package is always available.
+//! *Claimed once*: a KeyPackage is issued once, also if it is claimed at several edges
+//! concurrently, and the last-resort package is always available.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -31,7 +31,7 @@ async fn claimed_once() {
     let (owner, claimers) = accounts.split_first().unwrap();
     let mut roamer = Roamer::at(&entry_points, 0);
     let mut mls = client_of(owner);
-    // Fewer packages than claims, as many, more, none.
+    // Stocks with fewer packages than claims, as many as claims, more, and none.
     for stock in [40, CLAIMS, CLAIMS + 10, 0] {
         let now = SystemClock.now();
         let packages: Vec<Bytes> =

@@ -1,11 +1,11 @@
 //! *Two lost connections*: the connections to Postgres are lost in the middle of every kind of
-//! transaction. A call that is answered Ok has had its effect, and one that is refused temporarily
-//! may be repeated. After all repeats it has had its effect exactly once.
+//! transaction. A call that is answered Ok has taken effect, and a call that is refused temporarily
+//! may be repeated. After all repeats the call has taken effect exactly once.
 //!
-//! Each operation runs in two storms. In the first the table that it writes is locked, so that it
-//! waits in the middle of its statement, and two backends that wait there are terminated. In the
-//! second the answers of Postgres are delayed and all connections are cut repeatedly, so that some
-//! are lost during a commit.
+//! Each operation runs in two storms. In the first storm the table that the operation writes is
+//! locked, so that its statements wait, and two waiting backends are terminated. In the second
+//! storm the answers of Postgres are delayed and all connections are cut repeatedly, so that some
+//! connections are lost during a commit.
 
 use std::{collections::HashSet, future::Future, time::Duration};
 
@@ -44,7 +44,7 @@ const UNAUTHORIZED: u8 = 2;
 /// The number of calls of each operation in a storm, concurrently at both edges.
 const TIMES: usize = 12;
 
-/// The number of cuts in a storm, and how many of them follow each other quickly.
+/// The number of cuts in a storm. The first [`EARLY`] cuts follow each other quickly.
 const CUTS: usize = 40;
 const EARLY: usize = 6;
 
@@ -72,7 +72,8 @@ struct World {
 impl World {
     async fn new() -> Self {
         let plan = Plan { edges: EDGES, wiring: Wiring::Proxied, seed: SEED, ..Plan::default() }
-            // Each call reads its session from Postgres, and records the use when that is due.
+            // Without a cache, each call reads its session from Postgres and records its use if a
+            // record is due.
             .with("QPQ_CLUSTER__SESSION_CACHE", "1ms");
         let cluster = Cluster::start(plan).await.expect("a cluster");
         let entry_points = cluster.entry_points();
@@ -80,7 +81,7 @@ impl World {
         Self { cluster, entry_points, account, seed: SEED }
     }
 
-    /// Runs the work in that storm.
+    /// Runs `work` in `storm`.
     async fn weather<T>(&mut self, storm: Storm, work: impl Future<Output = T>) -> T {
         self.seed += 1;
         match storm {
@@ -123,8 +124,8 @@ impl World {
         let mut work = std::pin::pin!(work);
         let mut cuts = 0;
         let done = loop {
-            // Quickly at first, while calls are in progress. Later also with pauses that are long
-            // enough for a new connection and a whole operation on it.
+            // The first cuts follow each other quickly, while calls are in progress. Later pauses
+            // may be long enough for a new connection and a whole operation on it.
             let most = if cuts < EARLY { 20 } else { 250 };
             let calm = Duration::from_millis(random.gen_range(5..most));
             tokio::select! {
@@ -153,7 +154,7 @@ impl World {
         self.cluster.postgres.sql(sql).await.expect("an answer").parse().expect("a number")
     }
 
-    /// Returns both storms, for operations that write this table.
+    /// Returns both storms for operations that write `table`.
     fn storms(table: &'static str) -> [Storm; 2] {
         [Storm::Terminated { table }, Storm::Cut]
     }
@@ -229,7 +230,7 @@ async fn registrations_and_logins_with_lost_connections() {
 #[tokio::test(flavor = "multi_thread")]
 async fn uses_and_ends_of_sessions_with_lost_connections() {
     let mut world = World::new().await;
-    // A use that is due to be recorded.
+    // Uses of a session that are due to be recorded.
     for storm in World::storms("session") {
         let aged = "UPDATE session SET last_used_at = last_used_at - 3600000";
         world.cluster.postgres.sql(aged).await.unwrap();
@@ -263,7 +264,7 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
                 loop {
                     match roamer.call::<Logout>(&v1::LogoutRequest::default(), Some(&token)).await {
                         CallOutcome::Ok(_) => return,
-                        // An earlier attempt had its effect without an answer.
+                        // An earlier attempt took effect without an answer.
                         CallOutcome::Refused(refused) if refused.status == UNAUTHORIZED => return,
                         CallOutcome::Refused(refused) => {
                             assert!(refused.is_temporary(), "{refused:?}")
@@ -450,7 +451,7 @@ async fn key_packages_with_lost_connections() {
             own.iter().all(|package| packages.contains(package)),
             "{storm:?}: a package was not uploaded"
         );
-        // A package whose answer was lost is issued to nobody, which is better than twice.
+        // A package in a lost answer reaches no client. This is better than to issue it twice.
         assert!(!own.is_empty(), "{storm:?}: no package was issued");
     }
 }
@@ -492,8 +493,8 @@ async fn hybrid_keys_with_lost_connections() {
     }
 }
 
-/// Returns X25519 ‖ ML-KEM-768: any point, and a zero matrix with a random seed, which is a valid
-/// key without a use.
+/// Returns a hybrid key, X25519 ‖ ML-KEM-768, of a random point, a zero matrix and a random seed.
+/// The server accepts this key, although its private key is unknown.
 fn hybrid_key() -> Bytes {
     let point = curve_point();
     let (matrix, seed) = ([0_u8; 1_152], rand::random::<[u8; 32]>());

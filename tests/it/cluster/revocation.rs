@@ -19,7 +19,8 @@ use tokio::task::JoinSet;
 use super::{client_at_each, until};
 
 const EDGES: usize = 3;
-/// The protocol says one second. This is for a busy machine; the measured time is printed.
+/// The maximum time until all edges refuse a revoked session. The protocol requires one second.
+/// This bound allows for a busy machine, and the measured time is printed.
 const WITHIN: Duration = Duration::from_secs(10);
 /// The configured maximum age of a cached session.
 const CACHED: Duration = Duration::from_secs(2);
@@ -96,8 +97,8 @@ impl World {
         }
     }
 
-    /// Waits until the session has ended at every edge, and checks that it stays so. Returns the
-    /// time.
+    /// Waits until every edge refuses the session, and checks that they refuse it from then on.
+    /// Returns the time of the waits.
     async fn dies(&self, token: &Bytes) -> Duration {
         let mut longest = Duration::ZERO;
         for edge in 0..EDGES {
@@ -153,7 +154,7 @@ async fn revoked_means_dead_everywhere_without_nats() {
         println!("without NATS ended everywhere within {longest:?}");
         assert!(longest < CACHED + WITHIN, "it took {longest:?}");
     }
-    // Waiting calls are not notified of the end of the session, and end all the same.
+    // Without NATS, waiting calls are not notified of the end of the session, but they end too.
     let token = world.session().await;
     let parked = world.park(&token).await;
     world.revoke(&token, false).await;

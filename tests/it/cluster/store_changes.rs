@@ -1,5 +1,6 @@
-//! The changes of the store's history of the chaos run, each with a few thousand messages: what was
-//! acknowledged in a history that the store still has is delivered, under traffic that never stops.
+//! Each change of the store's history in the chaos run, alone and with a few thousand messages.
+//! Messages that were acknowledged in a history that the store still has are delivered, while
+//! traffic continues.
 
 use qpq_test_services::history::Report;
 use qpq_tests::{
@@ -11,7 +12,7 @@ use qpq_tests::{
 const MESSAGES: u64 = 3_000;
 /// The number of messages before the change.
 const BEFORE: u64 = 600;
-/// The number of messages between the copy of the store and its end.
+/// The number of messages between the copy of the store and the end of its history.
 const LAG: u64 = 300;
 
 /// Changes the store's history during traffic. Returns the checked report.

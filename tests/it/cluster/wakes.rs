@@ -21,7 +21,8 @@ use super::until;
 
 const EDGES: usize = 3;
 const WAITERS: usize = 12;
-/// Far longer than the interval of polls, and far shorter than any other reason for a read.
+/// The time limit of an arrival: far longer than the interval of polls, and far shorter than the
+/// timeout of the call, which is the next reason for a read.
 const SOON: Duration = Duration::from_secs(25);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -44,7 +45,8 @@ async fn wakes_all_dropped() {
     all_arrive(&cluster, &accounts, "NATS is back").await;
 }
 
-/// Waits for each account at an edge, then sends it a message through another one.
+/// Starts a FetchWait of each account at an edge, then sends the account a message through another
+/// edge.
 async fn all_arrive(cluster: &Cluster, accounts: &[Account], when: &'static str) {
     let entry_points = cluster.entry_points();
     let mut waits = JoinSet::new();

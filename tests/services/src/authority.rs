@@ -13,7 +13,7 @@ use crate::process::{new_password, write_private};
 /// A certificate authority. Dropping it removes its file.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
-    /// The directory with its certificate.
+    /// The directory with the authority's certificate.
     dir: tempfile::TempDir,
 }
 
@@ -38,7 +38,7 @@ impl Authority {
         Ok(Self { issuer: Issuer::new(params, key), dir })
     }
 
-    /// Returns the path of its certificate, for clients to trust.
+    /// Returns the path of the authority's certificate, for clients to trust.
     pub fn file(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }

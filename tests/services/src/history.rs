@@ -1,6 +1,6 @@
 //! Records the calls of a run, and checks whether a correct inbox can produce that history.
 //!
-//! Each task of a test has a [`Recorder`] and records every call: its begin, and its answer if
+//! Each task of a test has a [`Recorder`] and records every call: its start, and its answer if
 //! there is one. A call without an answer may have taken effect. At the end, when all recorders are
 //! dropped, [`History::check`] compares the history with the guarantees of an inbox and returns
 //! each [`Violation`].
@@ -9,8 +9,8 @@
 //! its task is aborted.
 //!
 //! A store may go back in time: a standby is promoted, a backup is restored. The test records each
-//! such [`StoreChange`] and the store id of each read. A message that was acknowledged in a history
-//! of the store that ended, beyond the state that the next one began with, is lost with its
+//! such [`StoreChange`] and the store id of each read. The next history of the store begins with a
+//! state of an earlier one. A message that was acknowledged after that state is lost with its
 //! history: the report counts it, and it is no violation. All other guarantees hold in each
 //! history.
 //!
@@ -72,9 +72,10 @@ pub struct StoreChange {
     /// The new history.
     pub store: StoreId,
     pub kept: Kept,
-    /// The previous history ended after `from` and before `until`, and the new one began between
-    /// these times. The two are equal if no store ran at that time.
+    /// The time after which the previous history ended and the new one began.
     pub from: Moment,
+    /// The time before which the previous history ended and the new one began. Equal to `from` if
+    /// no store ran at that time.
     pub until: Moment,
 }
 
@@ -83,7 +84,8 @@ pub struct StoreChange {
 pub enum Kept {
     /// All acknowledged messages and all answered removals.
     Everything,
-    /// The messages up to these seqs, and none of other inboxes. Removals may be missing.
+    /// The messages of these inboxes up to these seqs, and no message of other inboxes. Removals of
+    /// these messages may be missing.
     UpTo(BTreeMap<Inbox, Seq>),
 }
 
@@ -126,7 +128,7 @@ impl History {
         Recorder { history: self.clone(), log: Log::of(party) }
     }
 
-    /// Records that the store has another history now. Changes are recorded in their order.
+    /// Records a change of the store's history. Must be called in the order of the changes.
     pub fn store_changed(&self, change: StoreChange) {
         self.0.changes.lock().push(change);
     }
@@ -178,7 +180,7 @@ impl Recorder {
         self.log.party
     }
 
-    /// Records the begin of an Enqueue, also of each retry with the same id.
+    /// Records the start of an Enqueue, also of each retry with the same id.
     pub fn sending(&mut self, inbox: Inbox, id: MessageId, tag: Tag, edge: Edge) -> Sending {
         let (begun, outcome) = (self.history.now(), Outcome::Unknown);
         Sending(self.log.send(Send { inbox, id, tag, edge, begun, ended: None, outcome }))
@@ -199,7 +201,7 @@ impl Recorder {
         (send.ended, send.outcome) = (Some(self.history.now()), outcome);
     }
 
-    /// Records the begin of a read.
+    /// Records the start of a read.
     pub fn reading(&mut self, inbox: Inbox) -> Reading {
         let begun = self.history.now();
         Reading(self.log.read(inbox, begun))
@@ -223,12 +225,12 @@ impl Recorder {
         self.log.show(reading.0, ended, Some(store), messages);
     }
 
-    /// Records the begin of an ack of these messages. For tests in which the store does not change.
+    /// Records the start of an ack of these messages. For tests in which the store does not change.
     pub fn acking(&mut self, inbox: Inbox, seqs: impl IntoIterator<Item = Seq>) -> Acking {
         Acking(self.log.ack(inbox, None, seqs))
     }
 
-    /// Records the begin of an ack of messages that were delivered with this store id.
+    /// Records the start of an ack of messages that were delivered with this store id.
     pub fn acking_in(
         &mut self,
         store: StoreId,
@@ -238,13 +240,14 @@ impl Recorder {
         Acking(self.log.ack(inbox, Some(store), seqs))
     }
 
-    /// Records the begin of an ack of all messages up to this seq, in all channels. For tests in
+    /// Records the start of an ack of all messages up to this seq, in all channels. For tests in
     /// which the store does not change.
     pub fn acking_through(&mut self, inbox: Inbox, seq: Seq) -> Acking {
         Acking(self.log.ack_through(inbox, None, seq))
     }
 
-    /// Records the begin of an ack of all messages up to one that was delivered with this store id.
+    /// Records the start of an ack of all messages up to `seq`, which was delivered with this store
+    /// id.
     pub fn acking_through_in(&mut self, store: StoreId, inbox: Inbox, seq: Seq) -> Acking {
         Acking(self.log.ack_through(inbox, Some(store), seq))
     }
@@ -264,7 +267,7 @@ impl Drop for Recorder {
     }
 }
 
-/// The records of one party, each kind in the order of its begin.
+/// The records of one party, each kind in the order in which the calls started.
 #[derive(Debug, Clone)]
 struct Log {
     party: Party,

@@ -6,7 +6,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use anyhow::Context as _;
 use rand::Rng as _;
 
-/// Below Linux's ports for outgoing connections, which could use the port of a stopped server.
+/// The ports to reserve. They are below Linux's ports for outgoing connections, which could use the
+/// port of a stopped server.
 const RANGE: std::ops::Range<u16> = 20_000..32_000;
 const MAX_ATTEMPTS: usize = 1_000;
 

@@ -65,7 +65,7 @@ impl Postgres {
     ) -> anyhow::Result<Self> {
         // Resolves links, because the other programs are in the same folder.
         let program = Program::Postgres.find()?.canonicalize()?;
-        // An immediate shutdown: no checkpoint, but it releases shared memory.
+        // SIGQUIT is an immediate shutdown: it writes no checkpoint, but releases shared memory.
         let home = Home::new("postgres", Signal::SIGQUIT)?;
         let run_as = RunAs::find()?;
         let (home, password) = tokio::task::spawn_blocking({
@@ -97,7 +97,7 @@ impl Postgres {
             ("port", &number),
             ("unix_socket_directories", ""),
             ("max_connections", "200"),
-            // In the data directory, so that it is removed together with it.
+            // Shared memory in files of the data directory is removed together with it.
             ("dynamic_shared_memory_type", "mmap"),
         ];
         for (name, value) in own.iter().chain(settings) {
@@ -143,7 +143,7 @@ impl Postgres {
         &self.programs
     }
 
-    /// Where the server lives.
+    /// Returns the temporary directory of the server.
     pub(crate) fn path(&self) -> &Path {
         self.service.path()
     }
@@ -159,9 +159,9 @@ impl Postgres {
         self.sql_in(DATABASE, sql).await
     }
 
-    /// As [`sql`](Self::sql), in another database.
+    /// Runs `sql` in another database, as [`sql`](Self::sql) does.
     pub async fn sql_in(&self, database: &str, sql: &str) -> anyhow::Result<String> {
-        // In the server's folder, or Debian's wrapper on the PATH.
+        // Without a program in the server's folder, Debian's wrapper on the PATH is used.
         let own = self.programs.join("psql");
         let output = tokio::process::Command::new(if own.is_file() { own } else { "psql".into() })
             .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", USER, "-d", database])
@@ -195,7 +195,7 @@ impl Postgres {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
             _ => {}
         }
-        // `pg_ctl start` waits for the eighth line, too.
+        // The eighth line is the state of the server. `pg_ctl start` waits for it too.
         self.service
             .start(|| async {
                 fs::read_to_string(&pid_file)

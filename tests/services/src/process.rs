@@ -1,5 +1,5 @@
-//! A server as a child process in its own directory. Both are removed when the test ends, however
-//! it ends.
+//! A server as a child process in its own directory. Both are removed when the test ends, also if
+//! the test is killed.
 //!
 //! A killed test cannot clean up. So each directory has a watchdog: a shell that reads a pipe of
 //! which this process has the other end. When the pipe ends, because the [`Service`] was dropped or
@@ -30,8 +30,8 @@ pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 /// The interval between two checks of a condition.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(4);
 
-/// Arguments: the directory, and the first signal to send. `find` ignores zombies, whose link it
-/// cannot read.
+/// The script of a watchdog. Its arguments are the directory and the first signal to send. `find`
+/// ignores zombies, whose link it cannot read.
 const WATCHDOG: &str = r#"
 trap '' HUP INT TERM
 cat >/dev/null
@@ -65,8 +65,8 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// Creates a directory. `last_signal` ends the server at the end: the fastest signal after
-    /// which nothing is left.
+    /// Creates a directory. Its watchdog ends the server with `last_signal`: the fastest signal
+    /// after which the server leaves no resources.
     pub(crate) fn new(name: &str, last_signal: Signal) -> anyhow::Result<Self> {
         let path = tempfile::Builder::new()
             .prefix(&format!("qpq-{name}-"))
@@ -82,7 +82,7 @@ impl Home {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            // A test runner kills the whole process group of a test.
+            // A test runner kills the process group of a test. The watchdog must survive it.
             .process_group(0)
             .spawn()
             .context("cannot start sh")?;
@@ -117,7 +117,7 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// Creates a server that each start runs as `command` in `home`. Its output goes to a file
+    /// Creates a server. Each start runs `command` in `home`. The output is written to a file
     /// there, for error messages.
     pub(crate) fn new(home: Home, mut command: Command) -> anyhow::Result<Self> {
         let log = OpenOptions::new().create(true).append(true).open(home.path().join("log"))?;

@@ -58,8 +58,8 @@ impl Redis {
         Self::launch(&new_password(), &[], &[], Some(authority)).await
     }
 
-    /// Starts a server or, by `arguments`, a Sentinel. Several may share a password, and use TLS
-    /// between them.
+    /// Starts a server, or a Sentinel if `arguments` contain [`SENTINEL`]. Several servers may
+    /// share a password and use TLS between them.
     pub(crate) async fn launch(
         password: &str,
         settings: &[(&str, &str)],
@@ -158,7 +158,7 @@ impl Redis {
         self.kill9().await?;
         fs::write(self.dump(), &snapshot.0)?;
         self.start_again().await?;
-        // The next start is empty again.
+        // Without the dump, the server is empty after its next start.
         fs::remove_file(self.dump())?;
         Ok(())
     }
@@ -176,7 +176,7 @@ impl Redis {
     ///
     /// The server is empty, unless its settings keep data.
     pub async fn start_again(&self) -> anyhow::Result<()> {
-        // While it loads data, it refuses the command.
+        // A server that is loading data refuses the command.
         self.service.start(|| async { self.command(["PING"]).await.is_ok() }).await
     }
 

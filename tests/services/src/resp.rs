@@ -89,7 +89,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Sends a command and returns its reply. An error reply is an error.
+    /// Sends a command and returns its reply. An error reply of Redis becomes an `Err`.
     pub async fn command<A: AsRef<[u8]>>(
         &mut self,
         parts: impl IntoIterator<Item = A>,
@@ -105,7 +105,7 @@ impl Connection {
     }
 }
 
-/// Returns an error with the server's own words.
+/// Returns an error with the error text of the server.
 fn describe(error: RedisError) -> anyhow::Error {
     match (error.code(), error.detail()) {
         (Some(code), detail) => {

@@ -13,7 +13,7 @@ use crate::{
     resp::Reply,
 };
 
-/// The Sentinel's name of the pair.
+/// The name of the pair in the Sentinel.
 const SERVICE: &str = "qpq";
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -64,7 +64,7 @@ impl RedisSentinel {
         self.wait_for("the Sentinel to know a connected replica", || async {
             let replicas = self.sentinel.command(["SENTINEL", "REPLICAS", SERVICE]).await?;
             Ok(replicas.array()?.first().is_some_and(|fields| {
-                // A replica that is down has further flags, and its last link status.
+                // A replica that is down has further flags, and keeps its last link status.
                 field(fields, "flags") == Some("slave")
                     && field(fields, "master-link-status") == Some("ok")
             }))
@@ -116,7 +116,7 @@ impl RedisSentinel {
     /// Swaps primary and replica, and waits until the new primary accepts writes.
     pub async fn fail_over(&self) -> anyhow::Result<()> {
         let old = self.primary_addr().await?;
-        // Refused while an earlier failover is in progress.
+        // The Sentinel refuses while an earlier failover is in progress.
         self.wait_for("the Sentinel to accept the failover", || async {
             Ok(self.sentinel.command(["SENTINEL", "FAILOVER", SERVICE]).await.is_ok())
         })
@@ -169,7 +169,7 @@ impl RedisSentinel {
     }
 }
 
-/// A value in a list of names and values.
+/// Returns the value of `name` in a list of names and values.
 fn field<'a>(fields: &'a Reply, name: &str) -> Option<&'a str> {
     let fields = fields.array().ok()?;
     let at = fields.iter().position(|field| field.text().ok() == Some(name))?;

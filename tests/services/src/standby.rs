@@ -1,7 +1,7 @@
 //! A Postgres that goes back in time: to the state of a standby, or to a copy of its data.
 //!
-//! The server with the earlier state takes the address of the other one, so any client that uses
-//! the address finds it there.
+//! The server with the earlier state takes the address of the other server, so the clients of that
+//! address reach it.
 
 use std::{fs, path::Path, process::Stdio};
 
@@ -14,7 +14,7 @@ use crate::{
     process::{Home, POLL_INTERVAL, TIMEOUT},
 };
 
-/// A server that follows another one. Dropping it stops it and removes its data.
+/// A server that replicates another one. Dropping it stops it and removes its data.
 #[derive(Debug)]
 pub struct Standby(Postgres);
 
@@ -26,12 +26,12 @@ pub struct Backup(Home);
 #[derive(Debug)]
 pub struct Replacement(Postgres);
 
-/// How a copy is started.
+/// The way in which a copy is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restore {
     /// As a point-in-time recovery: on another timeline.
     Recovered,
-    /// As if nothing had happened: on the same timeline.
+    /// As the original would start: on the same timeline.
     AsItIs,
 }
 
@@ -57,14 +57,14 @@ impl Postgres {
         self.is_primary().await
     }
 
-    /// Continues from a copy, which may be used again.
+    /// Stops the server and starts it with the data of a copy. The copy may be used again.
     pub async fn restore(&self, backup: &Backup, how: Restore) -> anyhow::Result<()> {
         let replacement = self.recover(backup, how).await?;
         self.stop().await?;
         self.replace_with(replacement).await
     }
 
-    /// Starts a server from a copy, which may be used again, on an address of its own.
+    /// Starts a server with the data of a copy on its own address. The copy may be used again.
     pub async fn recover(&self, backup: &Backup, how: Restore) -> anyhow::Result<Replacement> {
         let (owner, home) = (RunAs::find()?, Home::new("postgres", Signal::SIGQUIT)?);
         owner.give_ownership(home.path())?;
@@ -73,7 +73,7 @@ impl Postgres {
         cp.arg("-a").arg(backup.0.path().join("data")).arg(&data);
         tokio::task::spawn_blocking(move || run(cp)).await??;
         if how == Restore::Recovered {
-            // To the end of the log in the copy.
+            // Recovers to the end of the write-ahead log in the copy.
             let signal = data.join("recovery.signal");
             fs::write(&signal, "")?;
             owner.give_ownership(&signal)?;
@@ -160,8 +160,8 @@ impl Standby {
             Ok(())
         };
         let commits = async {
-            // Returns only if a commit fails, because one that waits does so until the standby
-            // continues.
+            // Ends only if a commit fails, because a commit that waits for the standby waits until
+            // the thaw.
             while Instant::now() < deadline {
                 primary.sql(COMMIT).await?;
             }

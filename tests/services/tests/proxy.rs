@@ -21,7 +21,7 @@ use tokio::{
 
 /// The time limit for data that must arrive.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The time to check that data does not arrive.
+/// The time for which a test checks that data does not arrive.
 const GLANCE: Duration = Duration::from_millis(100);
 
 fn seed(seed: u64) -> StdRng {
@@ -252,8 +252,8 @@ async fn udp_datagrams_are_forwarded_in_both_directions_for_each_client() {
     assert_ne!(got.from[0], got.from[1], "each has a port of its own");
 }
 
-/// Returns how often each of 400 numbers reached the target. The way back is blocked, so that only
-/// one direction uses random numbers.
+/// Returns the number of times that each of 400 datagrams reached the target. The way back is
+/// blocked, so that only one direction uses random numbers.
 async fn fates(random: StdRng) -> BTreeMap<u32, usize> {
     let (got, proxy, _target) = udp(random).await;
     let client = client_of(&proxy).await;

@@ -27,7 +27,7 @@ async fn listens(port: u16) -> bool {
     TcpStream::connect(("127.0.0.1", port)).await.is_ok()
 }
 
-/// Returns the temporary directory of the server on `port`, from its command line.
+/// Returns the temporary directory of the server whose configuration or pid file names `port`.
 fn home_of(port: u16) -> std::path::PathBuf {
     let temp = std::env::temp_dir().canonicalize().expect("a temporary directory");
     fs::read_dir(temp)
@@ -46,7 +46,7 @@ fn home_of(port: u16) -> std::path::PathBuf {
         .expect("a directory")
 }
 
-/// Returns the System V segment of a Postgres, which survives a kill.
+/// Returns the id of the shared memory (System V) of a Postgres, which survives a kill.
 fn segment_of(home: &std::path::Path) -> String {
     let file = fs::read_to_string(home.join("data/postmaster.pid")).expect("Postgres runs");
     let line = file.lines().nth(6).expect("a seventh line");

@@ -13,7 +13,7 @@ use super::{Declared, Flag, Sources, problem::Problem};
 
 /// The prefix of all variables.
 const PREFIX: &str = "QPQ_";
-/// The variable that names the file, unless a flag does.
+/// The variable that names the file if no flag names it.
 const FILE_VARIABLE: &str = "QPQ_CONFIG";
 
 /// The values of one origin.
@@ -175,7 +175,8 @@ fn refuse_unknown(
     }
 }
 
-/// Returns the most similar candidate: few edits away, or the same last part in another section.
+/// Returns the most similar candidate: one that differs by few letters, else one with the same last
+/// part in another section.
 fn nearest<'a>(given: &str, candidates: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
     let last = |path: &'a str| path.rsplit('.').next().expect("split gives at least one part");
     let near = candidates

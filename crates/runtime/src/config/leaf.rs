@@ -9,7 +9,7 @@ use secrecy::SecretString;
 
 /// A kind of value.
 pub trait Leaf: Sized {
-    /// Whether values must not appear in errors.
+    /// `true` if values of this kind must not appear in errors.
     const SECRET: bool = false;
 
     /// Returns the name of the kind, for the reference.

@@ -181,16 +181,16 @@ pub fn join(parent: &str, child: &str) -> String {
 
 /// Declares a section: a struct that implements [`Default`] and [`Node`].
 ///
-/// After the default there may be `unset: "the default in words"`, `variable: "ANOTHER_NAME"` and
+/// The default may be followed by `unset: "the default in words"`, `variable: "ANOTHER_NAME"` and
 /// `flag: "--name"`.
 ///
 /// ```
 /// qpq_runtime::section! {
-///     /// How much is kept.
+///     /// The storage.
 ///     pub struct Keeping {
-///         /// The most that is kept.
+///         /// The maximum size.
 ///         max_bytes: qpq_runtime::config::Size = qpq_runtime::config::Size(1 << 20);
-///         /// Where it is kept.
+///         /// The directory.
 ///         place: std::path::PathBuf = "data".into(), variable: "QPQ_PLACE", flag: "--place";
 ///     }
 /// }

@@ -7,12 +7,12 @@ use secrecy::SecretString;
 use super::*;
 
 crate::section! {
-    /// All of it.
+    /// All settings.
     struct Root {
-        /// Where to listen.
+        /// The address to listen on.
         listen: SocketAddr = "0.0.0.0:5001".parse().unwrap(),
             variable: "SHORT_LISTEN", flag: "--listen";
-        /// Who may enter.
+        /// The names of the guests.
         guests: Vec<String> = Vec::new();
         /// A part of it.
         tls: Tls = Tls::default();
@@ -26,19 +26,19 @@ crate::section! {
     struct Tls {
         /// The certificate.
         cert: Option<PathBuf> = None, unset: "server-cert.der in the data directory";
-        /// What opens the key.
+        /// The passphrase of the key.
         passphrase: SecretString = SecretString::default();
     }
 }
 
 crate::section! {
-    /// How much waits.
+    /// The limits of the queue.
     struct Queue {
-        /// The most that one message has.
+        /// The maximum size of a message.
         max_payload: Size = Size(1 << 20);
-        /// How long a message waits.
+        /// The maximum time that a message waits.
         ttl: Duration = Duration::from_secs(30 * 86_400);
-        /// Whether there is a queue.
+        /// Turns the queue on.
         enabled: bool = true;
     }
 }
@@ -253,7 +253,7 @@ fn a_refused_secret_is_not_in_the_error() {
 #[test]
 fn the_reference_lists_every_setting_with_its_default() {
     let page = markdown::<Root>();
-    let row = "| `listen` | address | `\"0.0.0.0:5001\"` | Where to listen. Also `--listen`, `SHORT_LISTEN`. |";
+    let row = "| `listen` | address | `\"0.0.0.0:5001\"` | The address to listen on. Also `--listen`, `SHORT_LISTEN`. |";
     assert!(page.contains(row), "{page}");
     assert!(page.contains("## `[queue]`\n\nAnother part.\n"), "{page}");
     assert!(

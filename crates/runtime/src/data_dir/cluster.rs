@@ -1,11 +1,12 @@
 //! The directory with the secrets that all edges of a cluster share. `qpq-admin init` creates it
-//! once; every edge has the same copy and only reads it.
+//! once, and every edge has the same copy. Edges only read it, except that an edge rotates
+//! `ticket-keys` if `cluster.rotate_ticket_keys` is set.
 //!
 //! | file | use | rotated |
 //! |---|---|---|
 //! | `opaque-setup.bin` | checks passwords | never: every account depends on it |
 //! | `delivery-key.bin` | signs delivery proofs | never: proofs are checked against it |
-//! | `ticket-keys` | TLS session tickets: previous, current and next key | `qpq-admin rotate-ticket-keys`, every 6 hours; edges reload it |
+//! | `ticket-keys` | TLS session tickets: previous, current and next key | `qpq-admin rotate-ticket-keys` every 6 hours, or a job of the edges; edges reload it |
 //! | `token-key` | Retry tokens: previous, current and next key | `qpq-admin rotate-token-key`; edges reload it |
 //! | `reset-key` | stateless resets | by replacing the file and restarting the edges one after the other |
 //! | `server-cert.der`, `server-key.der` | the certificate and its key, in DER or PEM | by replacing both; edges reload them |
@@ -72,7 +73,7 @@ pub struct ClusterDir(DataDir);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ClusterId([u8; 16]);
 
-/// The text is not 32 lower-case hexadecimal digits.
+/// The error for a text that is not 32 lower-case hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a cluster id has 32 hexadecimal digits, in lower case")]
 pub struct ParseClusterIdError;
@@ -135,8 +136,8 @@ impl ClusterDir {
 
     /// Returns the secret in `file`.
     pub fn secret(&self, file: SecretFile) -> Result<Zeroizing<Vec<u8>>, ClusterDirError> {
-        // Kubernetes mounts the files of a Secret readable for a group that the server's user is
-        // in.
+        // Access by the group is allowed: Kubernetes makes the files of a Secret readable for a
+        // group of the server's user.
         match self.0.read(file, OTHERS) {
             Ok(Some(secret)) => Ok(secret),
             Ok(None) => Err(ClusterDirError::Missing { path: self.file(file.name) }),

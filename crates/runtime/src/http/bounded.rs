@@ -27,7 +27,7 @@ use tokio::{
 /// The maximum number of connections, if the process has enough descriptors.
 const MAX_CONNECTIONS: usize = 64;
 
-/// Connections may use one of this number of descriptors.
+/// The divisor of the process's descriptor limit. Connections use at most the quotient.
 const SHARE_OF_DESCRIPTORS: u64 = 4;
 
 /// The maximum lifetime of a connection. Each scrape opens a new one.
@@ -73,7 +73,7 @@ impl Bounded {
     }
 }
 
-/// A share of the descriptors that the process may have.
+/// Returns the maximum number of connections: a share of the process's descriptor limit.
 fn max_connections() -> usize {
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
     let share = usize::try_from(descriptors / SHARE_OF_DESCRIPTORS).unwrap_or(usize::MAX);
@@ -105,7 +105,7 @@ impl Listener for Bounded {
 }
 
 impl BoundedConnection {
-    /// An error once the connection has to end.
+    /// Returns an error once the connection is evicted or has reached [`LIFETIME`].
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         if Pin::new(&mut self.evicted).poll(cx).is_ready() {
             return Poll::Ready(io::ErrorKind::ConnectionAborted.into());

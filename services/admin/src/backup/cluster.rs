@@ -1,5 +1,5 @@
-//! Backup and restore of a cluster: the database by the client programs of Postgres, and the shared
-//! directory. Redis and NATS have no data that a backup needs.
+//! Backup and restore of a cluster: of its database, with the client programs of Postgres, and of
+//! the shared directory. Redis and NATS have no data that a backup needs.
 //!
 //! A restore is one transaction, which creates the tables and begins another history. Therefore a
 //! killed restore leaves an empty database.

@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-/// The format that this version writes. There has been no other so far.
+/// The format that this version writes and reads.
 pub(super) const FORMAT: u32 = 1;
 
 pub(super) const MANIFEST: &str = "manifest.json";
@@ -30,7 +30,8 @@ pub(super) struct Manifest {
     pub(super) kind: StoreKind,
     /// The version of the program that wrote the backup.
     pub(super) qpq_version: String,
-    /// The time in UTC, as in 2026-11-28T13:45:00Z. The backup is of a commit at or after it.
+    /// The time in UTC, as in 2026-11-28T13:45:00Z. The backup has the state of a commit at or
+    /// after this time.
     pub(super) taken_at: String,
     /// The store id, in hexadecimal digits.
     pub(super) store_id: String,
@@ -47,7 +48,7 @@ pub(super) struct Part {
     /// The path within the backup.
     pub(super) name: String,
     pub(super) bytes: u64,
-    /// In hexadecimal digits.
+    /// The SHA-256 of the file in hexadecimal digits.
     pub(super) sha256: String,
 }
 

@@ -47,7 +47,7 @@ pub(crate) struct StoreArgs {
 
 /// The store of a command.
 pub(crate) enum Store {
-    /// A single node's data directory, with its configuration if that named the directory.
+    /// The data directory of a single node, and the configuration if it names the directory.
     Node(PathBuf, Option<Box<Config>>),
     Cluster(Box<ClusterSettings>),
 }

@@ -30,8 +30,8 @@ pub(super) async fn back_up(
         .await
         .context("the copy of the database cannot be used. The backup was removed")?;
     let mut parts = vec![target.measure(DATABASE_FILE)?];
-    // These files are copied after the database. They do not change, except for a renewed
-    // certificate, of which the newer one is preferable.
+    // These files are copied after the database. Only a renewed certificate may change meanwhile,
+    // and then the newer one is preferable.
     for name in SECRETS {
         let path = data_dir.join(name);
         ensure!(

@@ -50,7 +50,7 @@ impl Program {
         anyhow::Error::new(error).context(format!("{} cannot be started", self.name()))
     }
 
-    /// Runs `command` to its end. Fails if the command does.
+    /// Runs `command` to its end. Fails if the command fails.
     pub(super) async fn run(self, mut command: Command) -> anyhow::Result<Output> {
         let output = command.output().await.map_err(|error| self.not_started(error))?;
         self.check(output)

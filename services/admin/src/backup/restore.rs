@@ -215,7 +215,8 @@ async fn stage(from: &Path, manifest: &Manifest, data_dir: &Path) -> anyhow::Res
     }
     let history = begin_history(&stage, OldSessions::End).await?;
     let synced = || -> io::Result<()> {
-        // A store that was closed without an error has no log. The lock file belongs to the stage.
+        // A close without an error leaves no write-ahead log. The lock file is not part of the
+        // backup.
         let log = stage.join(format!("{DATABASE_FILE}-wal"));
         if fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
             return Err(io::Error::other(
@@ -306,7 +307,7 @@ fn place(data_dir: &Path) -> anyhow::Result<()> {
         fs::remove_dir(&stage)?;
         durable_file::sync(data_dir)?;
         fs::remove_file(data_dir.join(RESTORING_FILE))?;
-        // Temporary files of killed runs.
+        // Removes temporary files of killed runs.
         for entry in fs::read_dir(data_dir)? {
             let entry = entry?;
             if entry.file_name().to_string_lossy().starts_with(RESTORING_FILE) {

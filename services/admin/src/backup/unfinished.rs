@@ -51,7 +51,7 @@ pub(super) enum WriteError {
     Read { path: PathBuf, source: io::Error },
 }
 
-/// Returns the conversion of I/O errors on `path`.
+/// Returns a function that converts I/O errors on `path`.
 pub(super) fn write_failed(path: &Path) -> impl Fn(io::Error) -> WriteError + use<> {
     let path = path.to_owned();
     move |source| match source.kind() {

@@ -133,7 +133,7 @@ pub(super) fn write(dir: &Path, contents: &Contents) -> Result<Summary, InitErro
     verify(dir)
 }
 
-/// Writes a file unless it exists. An existing file must equal one that is copied.
+/// Writes a file unless it exists. An existing file must equal the file to copy.
 fn put(dir: &DataDir, file: &File) -> Result<(), InitError> {
     let path = dir.path().join(file.name);
     dir.add(file.name, &file.bytes)?;

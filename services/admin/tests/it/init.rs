@@ -1,4 +1,4 @@
-//! `init`: the files that it creates and copies, and that it overwrites none.
+//! `init` creates or copies all files of a cluster and overwrites none.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 

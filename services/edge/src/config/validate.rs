@@ -23,8 +23,8 @@ impl Settings for Config {
 }
 
 impl Config {
-    /// Returns the values that break a rule. Does not check that a cluster is given whole or not at
-    /// all, for programs that need only a part of it.
+    /// Returns the values that break a rule. Accepts a cluster with missing settings, because some
+    /// programs need only a part of them.
     pub fn broken_values(&self) -> Vec<Broken> {
         let mut broken = Vec::new();
         let mut must = |holds: bool, path, be: &str| {
@@ -64,8 +64,8 @@ impl Config {
         broken
     }
 
-    /// Checks that an edge has both of certificate and key, or neither. With one alone, an edge
-    /// would use the certificate of the shared directory.
+    /// Checks that the configuration of an edge names both certificate and key, or neither. With
+    /// one alone, an edge would use the certificate of the shared directory.
     fn half_named_certificate(&self) -> Option<Broken> {
         self.cluster_sections().secrets_dir()?;
         let path = match (&self.tls.cert, &self.tls.key) {

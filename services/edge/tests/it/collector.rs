@@ -1,4 +1,4 @@
-//! An OpenTelemetry collector that keeps all spans. Other collectors understand the same protocol.
+//! An OpenTelemetry collector that keeps all spans. Real collectors use the same protocol.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -100,7 +100,7 @@ impl Collector {
         self.spans.borrow().clone()
     }
 
-    /// Waits until `enough` is true of all spans, and returns them.
+    /// Waits until `enough` returns true for the received spans. Returns these spans.
     pub(crate) async fn until(&mut self, enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
         let arrived = timeout(HANGS, self.spans.wait_for(|spans| enough(spans))).await.is_ok();
         assert!(arrived, "the expected spans are not in {:#?}", self.spans());

@@ -127,7 +127,8 @@ async fn the_check_reads_the_named_files() {
     assert!(said.contains("delivery-key.bin is damaged"), "every problem is named: {said}");
 }
 
-/// Writes a certificate that expires this long after 1970, and its key. Returns their paths.
+/// Writes a certificate and its key. The certificate expires `not_after` after the start of 1970.
+/// Returns the paths of both files.
 fn write_certificate(data: &Data, not_after: Duration) -> [String; 2] {
     let key = rcgen::KeyPair::generate().unwrap();
     let mut params = rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap();

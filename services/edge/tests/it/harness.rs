@@ -27,7 +27,7 @@ use tokio::{
     time::timeout,
 };
 
-/// Ends a test that hangs. Far above what a busy machine needs.
+/// The time after which a waiting test fails, far above the time that a busy machine needs.
 pub(crate) const HANGS: Duration = Duration::from_secs(60);
 
 /// Returns the program without the environment of the test.

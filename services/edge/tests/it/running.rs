@@ -179,7 +179,7 @@ async fn renew(data: &Data, server: &ServerProcess, hang_up: impl Fn()) {
 }
 
 #[tokio::test]
-async fn sighup_reloads_what_can_change_and_names_the_rest() {
+async fn sighup_reloads_filter_and_certificate_and_names_other_changes() {
     let data = Data::new();
     let file = data.file("qpq.toml");
     let write = |text: &str| fs::write(&file, text).unwrap();

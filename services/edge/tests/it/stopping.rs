@@ -1,4 +1,4 @@
-//! The stop of the server: gentle, and with a reason for its clients.
+//! The stop of the server: calls in progress end, and connections are closed with a reason.
 
 use nix::sys::signal::Signal;
 use qpq_transport::client::Lost;

@@ -1,5 +1,5 @@
-//! Traces of calls at a collector: sent if configured, without data of accounts, and never a reason
-//! for a call to wait.
+//! Traces of calls at a collector. They are sent only if configured, contain no data of accounts,
+//! and delay no call.
 
 use std::fs;
 
@@ -16,14 +16,15 @@ use crate::{
     harness::{Data, HANGS, ServerProcess, health},
 };
 
-/// The id of no method.
+/// An id that no method has.
 const UNKNOWN: u16 = 0xfffe;
 
 async fn call(connection: &Connection, method: u16, payload: &'static [u8]) -> u8 {
     connection.call(method, Bytes::from_static(payload), 9, HANGS).await.unwrap().0
 }
 
-/// Calls a server, ends it immediately, and returns its spans: the rest is sent at its end.
+/// Calls a server and stops it immediately, which sends the remaining spans. Returns all spans and
+/// the log.
 async fn spans_of(variables: &[(&str, &str)]) -> (Vec<Span>, String) {
     let collector = Collector::start().await;
     let (data, url) = (Data::new(), collector.url());

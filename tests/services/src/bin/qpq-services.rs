@@ -1,4 +1,5 @@
-//! Starts Postgres, Redis and NATS for experiments, prints their URLs, and ends them when it ends.
+//! Starts Postgres, Redis and NATS for experiments and prints their URLs. The servers end when this
+//! program ends.
 
 use std::io::Write as _;
 

@@ -1,11 +1,11 @@
-//! Checks a history: finds violations of the guarantees of an inbox over all logs together. Mostly
-//! sorting, so a million messages take seconds.
+//! Checks a history: finds violations of the guarantees of an inbox over all logs together. Most of
+//! the work is sorting, so the check of a million messages takes seconds.
 //!
-//! A seq belongs to a history of the store. So deliveries and acknowledgements are compared by
-//! their [`Place`]: a seq in the branch of the store's history that gave it to a message. A read
-//! has the store id in its answer. An Enqueue has not: an answer to a call during a change belongs
-//! to any history that existed during the call, and counts for the one that explains the other
-//! records.
+//! One seq may belong to different messages in different histories of the store. Therefore
+//! deliveries and acknowledgements are compared by their [`Place`]: a seq together with the branch
+//! of the store's history that assigned it. The answer to a read contains the store id. The answer
+//! to an Enqueue does not: an acknowledgement during a change may belong to any history that
+//! existed during the call. The checker chooses the history that agrees with the other records.
 
 mod acks;
 
@@ -25,8 +25,8 @@ use super::{
 /// A violated guarantee. One violation fails a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Violation {
-    /// An acknowledged message that the last history of the store has, and that no read delivered
-    /// in it or in one that it began with, not even the last read.
+    /// An acknowledged message of the last history of the store that no read delivered, neither in
+    /// this history nor in an earlier history with the same message.
     Lost { inbox: Inbox, seq: Seq, id: MessageId, edge: Edge },
     /// A message delivered by a read that began after the answer to its ack.
     DeliveredAfterAck { inbox: Inbox, seq: Seq, reader: Party, acked: Moment, read_begun: Moment },
@@ -39,9 +39,9 @@ pub enum Violation {
     /// One message with two seqs: it is stored twice, or two edges disagree.
     TwoSeqs { inbox: Inbox, id: MessageId, seqs: [Seq; 2] },
     /// Messages out of order in one answer, or a message that a reader receives for the first time
-    /// after a later one.
+    /// after a message with a higher seq.
     OutOfOrder { inbox: Inbox, reader: Party, before: Seq, after: Seq },
-    /// A delivered message of which every attempt to send it was refused.
+    /// A delivered message although the server refused every attempt to send it.
     DeliveredThoughRefused { inbox: Inbox, seq: Seq, id: MessageId },
     /// A delivered message that was not sent to this inbox.
     Invented { inbox: Inbox, seq: Seq, tag: Tag },
@@ -50,7 +50,8 @@ pub enum Violation {
     /// A message that was lost with a history of the store, and was delivered in another one
     /// although it was not sent again.
     DeliveredThoughLost { inbox: Inbox, seq: Seq, id: MessageId, store: Option<StoreId> },
-    /// A read of messages with the id of a history that did not exist at any time of the read.
+    /// A read that returned messages and the store id of a history that did not exist during the
+    /// read.
     OtherStore { inbox: Inbox, reader: Party, store: Option<StoreId>, read_begun: Moment },
 }
 
@@ -70,12 +71,14 @@ pub struct Report {
     pub histories: usize,
     /// Acknowledgements beyond the state that the next history of the store began with.
     pub rolled_back: usize,
-    /// Those of them whose message was not delivered before.
+    /// The acknowledgements in `rolled_back` whose message no read delivered.
     pub lost_with_history: usize,
     pub violations: Vec<Violation>,
 }
 
 impl Report {
+    /// Asserts that there is no violation.
+    ///
     /// # Panics
     /// If there is a violation. The panic message contains the first ones.
     pub fn assert_clean(&self) {
@@ -131,11 +134,11 @@ struct Message {
     inbox: Inbox,
     id: MessageId,
     first_begun: Moment,
-    /// Whether an attempt may have taken effect.
+    /// `true` if an attempt may have taken effect.
     possible: bool,
     answered: bool,
     delivered: bool,
-    /// Whether it was delivered at a place that the last history of the store has.
+    /// `true` if the message was delivered at a place that the last history of the store has.
     delivered_at_last: bool,
 }
 
@@ -160,7 +163,7 @@ struct Acknowledged {
 #[derive(Default)]
 struct Messages {
     all: Vec<Message>,
-    /// In the order of their messages.
+    /// The attempts of all messages, sorted by message.
     attempts: Vec<Attempt>,
     by_id: HashMap<(Inbox, MessageId), usize>,
     by_tag: HashMap<(Inbox, Tag), usize>,
@@ -343,7 +346,8 @@ impl Check {
             }
         }
         sightings.sort_unstable();
-        // The first to end has the fewest places to choose from.
+        // The attempt that ended first has the fewest possible places, so its place is chosen
+        // first.
         doubtful.sort_by_key(|(ended, ..)| *ended);
         let in_doubt: HashSet<_> = doubtful.iter().map(|(_, message, ..)| *message).collect();
         let mut of_message: HashMap<usize, Vec<Place>> = HashMap::new();
@@ -365,10 +369,12 @@ impl Check {
         known
     }
 
-    /// Returns the place of an acknowledgement that was given during a change of the store: where
-    /// the message was seen, else where it was lost, if no other message was seen there, and the
-    /// message has no other seq there. If it was not lost, the last history has a gap, which is
-    /// reported.
+    /// Returns the most likely place of an acknowledgement during a change of the store.
+    ///
+    /// The candidates are, in this order: a place at which the message was seen, a free place that
+    /// the last history does not have, and any other free place. A place is free if no other
+    /// message was seen there and its history has no other seq of the message. If the second choice
+    /// is wrong, the seq of the message is a gap in the last history, which is reported.
     fn most_likely(
         &self,
         sightings: &[(Place, Option<usize>)],
@@ -389,19 +395,20 @@ impl Check {
         place.or(places.last().copied()).expect("the store had a history at any time")
     }
 
-    /// Returns whether a history has what is at both places.
+    /// Returns whether one history has the messages at both places.
     fn are_together(&self, one: &Place, other: &Place) -> bool {
         self.stores.has(one.branch, *other) || self.stores.has(other.branch, *one)
     }
 
-    /// Checks the seqs of each inbox: from 1, without gaps, one for each message and one message
-    /// for each.
+    /// Checks that the seqs of each inbox begin with 1 and have no gap, that each seq has one
+    /// message, and that each message has one seq.
     fn seqs(&mut self, acknowledged: &[Acknowledged]) {
         let mut sightings = self.deliveries.clone();
         sightings.extend(acknowledged.iter().map(|known| (known.place, Some(known.message))));
         sightings.sort_unstable();
         sightings.dedup();
-        // Of a history that ended, messages without an answer may be lost before they were seen.
+        // Gaps are checked only in the last history. An ended history may have lost messages
+        // without an answer before a read saw them.
         let there: Vec<_> = sightings
             .iter()
             .filter(|(place, _)| self.stores.survives(*place))

@@ -1,8 +1,8 @@
-//! The histories of the store in a run: which messages each of them has, and when it existed.
+//! The histories of the store in a run, with their messages and lifetimes.
 //!
-//! A history that lost something is a branch: its seqs up to those that it began with are the seqs
-//! of the history before, all others are its own. A history that lost nothing goes on with the seqs
-//! of the one before, in the same [`Branch`].
+//! A history that lost messages begins a new [`Branch`]. The seqs of the state that it began with
+//! belong to its parent branch, and all later seqs are its own. A history that lost nothing
+//! continues the branch of the previous history.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,7 +10,7 @@ use qpq_domain::{Seq, StoreId};
 
 use super::{Inbox, Kept, Moment, StoreChange};
 
-/// Histories of the store with the same messages.
+/// Consecutive histories of the store without a loss between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Branch(usize);
 
@@ -18,7 +18,7 @@ pub(super) struct Branch(usize);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Store(usize);
 
-/// A seq of an inbox in the branch that gave it to a message.
+/// A seq of an inbox, together with the branch that assigned it to a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Place {
     pub(super) inbox: Inbox,
@@ -47,7 +47,7 @@ struct Lifetime {
 
 #[derive(Debug)]
 struct BranchOf {
-    /// The branch that it began with, and the seqs up to which it has the messages of that.
+    /// The parent branch, and the last seq of each inbox in the state that this branch began with.
     parent: Option<(Branch, BTreeMap<Inbox, Seq>)>,
     from: Moment,
     until: Moment,
@@ -56,10 +56,12 @@ struct BranchOf {
 const ALWAYS: Moment = Moment(u64::MAX);
 
 impl Stores {
-    /// `first` is the store id of the only history, if the store did not change.
+    /// Creates the histories from the changes. `first` is the store id of the only history, if the
+    /// store did not change.
     ///
     /// # Panics
-    /// If a change continues an unknown history, or keeps everything of one that had ended before.
+    /// If a change continues an unknown history, or keeps everything of a history that had ended
+    /// before.
     pub(super) fn new(first: Option<StoreId>, changes: &[StoreChange]) -> Self {
         let first = changes.first().map(|change| change.continues).or(first);
         let start = Moment(0);
@@ -131,25 +133,25 @@ impl Stores {
         self.all[store.0].branch
     }
 
-    /// Returns whether a call in this time can have read from this history.
+    /// Returns whether a call between `begun` and `ended` can have read from this history.
     pub(super) fn existed(&self, store: Store, begun: Moment, ended: Option<Moment>) -> bool {
         let Lifetime { from, until, .. } = self.all[store.0];
         begun <= until && ended.is_none_or(|ended| ended >= from)
     }
 
-    /// Returns whether a call that ended at this time has certainly had its effect in this history,
-    /// if it had it in this history or a later one.
+    /// Returns whether a call that ended at `ended` certainly took effect in this history, provided
+    /// that it took effect in this history or a later one.
     pub(super) fn is_certain(&self, store: Store, ended: Moment) -> bool {
         ended < self.all[store.0].alone_until
     }
 
-    /// Returns whether a call in this time can have had its effect in this branch.
+    /// Returns whether a call between `begun` and `ended` can have taken effect in this branch.
     pub(super) fn may_reach(&self, branch: Branch, begun: Moment, ended: Option<Moment>) -> bool {
         let BranchOf { from, until, .. } = self.branches[branch.0];
         begun <= until && ended.is_none_or(|ended| ended >= from)
     }
 
-    /// Returns the places that a seq can mean in an answer to a call in this time.
+    /// Returns the possible places of a seq in the answer to a call between `begun` and `ended`.
     pub(super) fn places(
         &self,
         (inbox, seq): (Inbox, Seq),
@@ -171,7 +173,7 @@ impl Stores {
         Place { inbox, seq, branch }
     }
 
-    /// Returns whether a branch has what is at a place.
+    /// Returns whether `branch` has the message at `place`.
     pub(super) fn has(&self, branch: Branch, place: Place) -> bool {
         let mut branch = branch;
         while branch != place.branch {
@@ -180,16 +182,16 @@ impl Stores {
                 None => return false,
             }
         }
-        // A place is named by the oldest branch that has it.
+        // The branch of a place is the oldest branch that has its message.
         true
     }
 
-    /// Returns whether the last history has what is at a place.
+    /// Returns whether the last history has the message at `place`.
     pub(super) fn survives(&self, place: Place) -> bool {
         self.has(self.all.last().expect("there is a first one").branch, place)
     }
 
-    /// Returns the branch that a branch has this seq from, unless that is its own.
+    /// Returns the parent of `branch`, if `branch` shares this seq with it.
     fn shared_with(&self, branch: Branch, inbox: Inbox, seq: Seq) -> Option<Branch> {
         let (parent, seqs) = self.branches[branch.0].parent.as_ref()?;
         seqs.get(&inbox).is_some_and(|kept| seq <= *kept).then_some(*parent)

@@ -1,5 +1,5 @@
-//! One direction of one connection or flow, which decides the fate of its data. Without sockets and
-//! clock, so that the decisions of a seed can be tested.
+//! One direction of one connection or flow, which decides the fate of its data. This code uses no
+//! socket and no clock, so that tests can check the decisions of a seed.
 
 use std::time::Duration;
 

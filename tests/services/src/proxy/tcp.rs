@@ -108,7 +108,8 @@ async fn forward(
         biased;
         () = &mut cut => {
             reset([client])?;
-            // Not dropped while it connects, because the target would see an orderly end.
+            // The connection is completed first: if it were dropped while it connects, the target
+            // would see an orderly end.
             return reset([connecting.await?]);
         }
         connected = &mut connecting => match connected {

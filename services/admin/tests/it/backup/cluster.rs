@@ -1,4 +1,5 @@
-//! Backups of a cluster: the shared directory, and the database by the client programs of Postgres.
+//! Backups of a cluster: of the shared directory, and of the database with the client programs of
+//! Postgres.
 
 use std::fs;
 

@@ -100,7 +100,7 @@ async fn a_backup_of_a_store_in_use_is_restored_with_the_same_contents() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_under_load_contains_one_commit_with_all_earlier_messages() {
     let node = Node::new().await;
-    // The first account has devices.
+    // The second account, because the first one has devices.
     let inbox = node.content.identities().nth(1).unwrap();
     let read = ReadQuery { reader: Reader::single(inbox), view: View::All };
     let (stores, now) = (node.store.stores(), node.content.now());

@@ -53,7 +53,7 @@ async fn a_killed_backup_does_not_have_the_final_name_and_can_be_repeated() {
             killed += 1;
             assert!(!backup.exists());
         } else {
-            // The backup ended before the kill. The next run needs the same start.
+            // The backup ended before the kill. The next run must not find it.
             run(&["verify", text(&backup)]);
             fs::remove_dir_all(&backup).unwrap();
         }
@@ -107,7 +107,7 @@ async fn no_server_starts_after_a_killed_restore_until_it_is_repeated() {
     assert!(killed > 0);
 }
 
-/// Creates the states of a kill by hand, because most of them exist only for an instant.
+/// Creates the states after a kill by hand, because most of them exist only for an instant.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_with_replace_completes_after_a_kill_in_any_step() {
     let node = Node::new().await;

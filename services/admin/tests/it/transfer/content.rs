@@ -47,8 +47,8 @@ pub(crate) struct Content {
     random: StdRng,
 }
 
-/// Enqueues messages. A cluster dates what it accepts by the clock of Postgres, so these dates are
-/// left out.
+/// Enqueues messages. A cluster dates accepted messages by the clock of Postgres, so the date is
+/// removed from each outcome.
 async fn accept(stores: &Stores, messages: Vec<NewMessage>) -> Vec<Enqueued> {
     let mut outcomes = stores.inboxes.enqueue(Batch::new(messages)).await.unwrap();
     for outcome in &mut outcomes {
@@ -60,7 +60,7 @@ async fn accept(stores: &Stores, messages: Vec<NewMessage>) -> Vec<Enqueued> {
 }
 
 impl Content {
-    /// Registers accounts and runs random operations of them.
+    /// Registers accounts and runs random operations on them.
     pub(crate) async fn fill(stores: &Stores, amount: Amount, random: StdRng) -> Self {
         let now = UnixMillis(1_800_000_000_000);
         let (people, tokens, messages, packages) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -144,8 +144,9 @@ impl Content {
         stores.devices.revoke(self.people[0].1, REVOKED, self.now).await.unwrap();
     }
 
-    /// Reads out of order, so that a device is done with single messages. Comes last: a later read
-    /// would move the device's position past them.
+    /// Acknowledges messages out of order, so that there are acknowledged messages after the
+    /// position of a device. Must be the last operation: a later read would move the position past
+    /// them.
     async fn read_out_of_order(&mut self, stores: &Stores) {
         for channel in [1, 2] {
             let message = NewMessage {
@@ -162,7 +163,7 @@ impl Content {
         assert!(stores.inboxes.ack(read, ack, self.now).await.unwrap() > 0);
     }
 
-    /// Creates a group of all accounts, with a commit and a payload that its inboxes share.
+    /// Creates a group of all accounts and sends it a commit, whose payload the inboxes share.
     async fn group(&mut self, stores: &Stores) {
         let members = self.identities().skip(1).collect();
         let group = NewGroup {
@@ -177,7 +178,7 @@ impl Content {
         stores.groups.send(self.commit()).await.unwrap().unwrap();
     }
 
-    /// The commit of the group. A repeat has the same result.
+    /// Returns the commit of the group. A repeat has the same result.
     fn commit(&self) -> GroupMessage {
         let payload = Bytes::from_static(&[7; 2_000]);
         GroupMessage {
@@ -288,7 +289,7 @@ impl Content {
         self.packages.extend(packages.into_iter().map(|package| (person, package)));
     }
 
-    /// Stores jobs and claims one, whose run ends in a random way, or not.
+    /// Stores jobs and claims one. Its run ends with a random outcome or does not end.
     async fn work(&mut self, stores: &Stores) {
         let jobs = (0..3)
             .map(|_| NewJob {
@@ -430,8 +431,8 @@ impl Content {
                 async |stores: &Stores, id| stores.key_packages.stock(id, now).await.unwrap();
             let owners = [first[n], second[n]].map(PackageOwner::account);
             assert_eq!(stock(one, owners[0]).await, stock(two, owners[1]).await);
-            // A package that was handed out is refused, a stored one is ignored, an expired one
-            // is accepted again.
+            // An issued package is refused, a stored one is ignored, and an expired one is accepted
+            // again.
             for (_, package) in self.packages.iter().filter(|(owner, _)| *owner == n) {
                 let upload = async |stores: &Stores, id| {
                     let packages = vec![package.clone()];
@@ -453,7 +454,7 @@ impl Content {
     }
 
     async fn compare_jobs(&self, one: &Stores, two: &Stores) {
-        // Jobs that are due later are beyond this horizon, and so claimed too.
+        // With a horizon of zero, jobs that are due later are claimed too.
         let all = ClaimRequest {
             kind: JOB,
             limit: u32::MAX,

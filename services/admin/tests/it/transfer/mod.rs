@@ -1,5 +1,5 @@
-//! `migrate-to-cluster`: after a transfer the cluster's store returns the same as the node's, and a
-//! transfer may be interrupted at any point.
+//! `migrate-to-cluster`: after a transfer the store of the cluster returns the same results as the
+//! store of the node, and a transfer may be interrupted at any point.
 
 pub(crate) mod content;
 pub(crate) mod scene;
@@ -62,7 +62,7 @@ async fn an_interrupted_transfer_continues_without_losing_or_doubling_rows() {
     let mut scene = Scene::new(LARGE).await;
     let copy = scene.copy(&scene.node, "copy");
     let digests = scene.digests().await;
-    // The duration without interruption is the range of times to interrupt at.
+    // The transfer is interrupted at random times within its duration without interruption.
     let begun = Instant::now();
     assert_eq!(scene.transfer_node().code, Some(0));
     let whole = begun.elapsed();
@@ -88,8 +88,8 @@ async fn an_interrupted_transfer_continues_without_losing_or_doubling_rows() {
             child.wait().unwrap();
             kills += 1;
         }
-        // Without that table, either the transfer had not begun, or Postgres completed it after the
-        // kill.
+        // Without the table `import_message`, either the transfer had not begun, or Postgres
+        // completed it after the kill.
         let waiting = scene.postgres.sql("SELECT count(*) FROM import_message").await;
         if waiting.is_ok_and(|count| count != "0") {
             resumed += 1;

@@ -33,7 +33,7 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) async fn new(amount: Amount) -> Self {
         let seed = rand::random();
-        // To reproduce a failure.
+        // Printed so that a failure can be reproduced.
         io::stderr().write_all(format!("seed {seed}\n").as_bytes()).unwrap();
         let mut random = StdRng::seed_from_u64(seed);
         // A single node has the same secrets as a cluster, in addition to its database.

@@ -1,4 +1,4 @@
-//! When each message was acked, so that no later read may deliver it.
+//! The time at which each message was acked. No later read may deliver the message.
 
 use std::collections::HashMap;
 
@@ -13,7 +13,8 @@ use crate::history::{
 #[derive(Default)]
 pub(super) struct Acks {
     named: HashMap<(Branch, Inbox, Seq), Moment>,
-    /// In seq order, each with the earliest answer to an ack up to it or to a higher seq.
+    /// The acks of all messages up to a seq, in seq order, each with the time of the earliest
+    /// answer to an ack up to this seq or a higher one.
     through: HashMap<(Branch, Inbox), Vec<(Seq, Moment)>>,
 }
 
@@ -25,7 +26,7 @@ impl Acks {
                 let (Some(ended), Some(store)) = (ack.ended, stores.get(ack.store)) else {
                     continue;
                 };
-                // In another history than that of its messages, an ack removes nothing.
+                // An ack in another history than that of its messages removes nothing.
                 if !stores.is_certain(store, ended) {
                     continue;
                 }

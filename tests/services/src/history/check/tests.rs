@@ -251,7 +251,7 @@ fn seq_zero_is_reported() {
     assert_eq!(violations(&logs), [Violation::SeqZero { inbox }]);
 }
 
-/// Checks one reader of three messages. Each call has a begin, an end and the delivered seqs.
+/// Checks one reader of three messages. Each call has a start, an end and the delivered seqs.
 fn order_of(calls: &[(u64, u64, &[u64])]) -> Vec<Violation> {
     let inbox = Inbox(0);
     let mut sender = Log::of(Party(0));
@@ -278,7 +278,7 @@ fn order_is_checked_over_consecutive_calls() {
     assert_eq!(
         order_of(&[(1, 2, &[1, 2, 3]), (3, 4, &[2, 3])]),
         [],
-        "what was seen may come again"
+        "a delivered message may be delivered again"
     );
     let twice =
         Violation::OutOfOrder { inbox: Inbox(0), reader: Party(1), before: Seq(1), after: Seq(1) };
@@ -398,7 +398,7 @@ fn a_million_messages_are_checked() {
             sender.acknowledged(sending, Seq(seq));
             if seq % 100 == 0 {
                 let reading = reader.reading(Inbox(inbox));
-                // One of them all stays away.
+                // One message of all inboxes is never delivered.
                 let shown = (seq - 99..=seq).filter(|s| (inbox, *s) != (42, 4_242));
                 let tag = |s| Tag(u64::from(inbox) * EACH + s);
                 reader.delivered(reading, shown.map(|s| (Seq(s), tag(s))));

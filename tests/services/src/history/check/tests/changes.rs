@@ -18,7 +18,7 @@ fn judge(run: &Run) -> Report {
     check(&run.logs, &run.changes)
 }
 
-/// Returns what a checker finds that does not know of histories of the store.
+/// Returns the report of a check without store ids, as if the store had only one history.
 fn judge_without_stores(run: &Run) -> Report {
     let mut logs = run.logs.clone();
     for log in &mut logs {
@@ -78,7 +78,7 @@ proptest! {
     }
 
     #[test]
-    fn a_store_that_delivers_nothing_of_the_new_history_is_found(acts in acts_with_changes()) {
+    fn a_store_that_delivers_nothing_of_the_new_history_is_reported(acts in acts_with_changes()) {
         let mut run = run(&acts);
         let new = acked_at_last(&run);
         prop_assume!(!new.is_empty());
@@ -134,7 +134,7 @@ proptest! {
     }
 }
 
-/// One inbox and a change of its store after two of three messages.
+/// The records of one inbox, with a change of the store that keeps two of three messages.
 struct World {
     sender: Log,
     reader: Log,
@@ -142,7 +142,8 @@ struct World {
 }
 
 impl World {
-    /// Three messages are acknowledged, and the state after two of them is restored.
+    /// Creates a world in which three messages are acknowledged and the state after two of them is
+    /// restored.
     fn new() -> Self {
         let kept = Kept::UpTo(BTreeMap::from([(INBOX, Seq(2))]));
         let mut world = Self { sender: Log::of(Party(0)), reader: Log::of(Party(1)), kept };
@@ -238,7 +239,7 @@ fn a_change_that_keeps_everything_loses_nothing() {
 
 #[test]
 fn a_message_accepted_after_the_change_is_delivered_in_the_new_history() {
-    // Accepted before the change and delivered, lost with it, and accepted again.
+    // The message is accepted and delivered before the change, lost by it, and accepted again.
     let mut world = World::new();
     world.read(BEFORE, (10, 11), &[(1, 1), (2, 2), (3, 3)]);
     world.send(3, 3, (CHANGE + 1, CHANGE + 2));
@@ -258,7 +259,7 @@ fn a_message_may_have_another_seq_in_another_history() {
     let two = Violation::TwoSeqs { inbox: INBOX, id: id(3), seqs: [Seq(3), Seq(4)] };
     assert!(judge_without_stores(&run).violations.contains(&two), "the control");
 
-    // But not if the restored state has it.
+    // A message of the restored state keeps its seq.
     let mut world = World::new();
     world.send(2, 3, (CHANGE + 1, CHANGE + 2));
     world.read(AFTER, (CHANGE + 5, CHANGE + 6), &[(1, 1), (2, 2), (3, 2)]);
@@ -269,7 +270,7 @@ fn a_message_may_have_another_seq_in_another_history() {
 #[test]
 fn an_answer_during_the_change_counts_for_the_history_that_has_the_message() {
     let during = (CHANGE - 1, CHANGE + 1);
-    // Before the change: another message has the seq afterwards.
+    // The answer is from before the change, because another message has the seq afterwards.
     let mut world = World::new();
     world.send(4, 4, during);
     for (tag, seq) in [(5, 3), (6, 4)] {
@@ -280,7 +281,7 @@ fn an_answer_during_the_change_counts_for_the_history_that_has_the_message() {
     report.assert_clean();
     assert_eq!((report.rolled_back, report.lost_with_history), (2, 2));
 
-    // After it: it is delivered there.
+    // The answer is from after the change, because the message is delivered in the new history.
     let mut world = World::new();
     world.send(4, 3, during);
     world.read(AFTER, (CHANGE + 5, CHANGE + 6), &[(1, 1), (2, 2), (3, 4)]);
@@ -288,7 +289,7 @@ fn an_answer_during_the_change_counts_for_the_history_that_has_the_message() {
     report.assert_clean();
     assert_eq!((report.rolled_back, report.lost_with_history), (1, 1));
 
-    // Neither: it was lost after the change, which a later seq shows.
+    // The message was accepted after the change and lost, because the new history has a later seq.
     let mut world = World::new();
     world.send(4, 3, during);
     world.send(5, 4, (CHANGE + 1, CHANGE + 2));
@@ -300,7 +301,7 @@ fn an_answer_during_the_change_counts_for_the_history_that_has_the_message() {
 }
 
 #[test]
-fn a_removal_that_was_lost_may_show_its_message_again() {
+fn a_message_whose_removal_was_lost_may_be_delivered_again() {
     let mut world = World::new();
     world.read(BEFORE, (10, 11), &[(1, 1), (2, 2), (3, 3)]);
     world.ack(BEFORE, 3, 20);
@@ -313,7 +314,7 @@ fn a_removal_that_was_lost_may_show_its_message_again() {
         "the control: {without:?}"
     );
 
-    // But not after an ack in the same history, or if the change kept everything.
+    // A removal cannot be lost if the ack was in the same history or the change kept everything.
     let mut world = World::new();
     world.read(AFTER, (CHANGE + 3, CHANGE + 4), &[(1, 1), (2, 2)]);
     world.ack(AFTER, 1, CHANGE + 5);
@@ -335,7 +336,7 @@ fn is_delivered_after_ack(report: &Report, expected: u64) -> bool {
 }
 
 #[test]
-fn an_ack_that_was_answered_after_the_change_proves_nothing() {
+fn an_ack_answered_after_the_change_may_have_removed_nothing() {
     let mut world = World::new();
     world.kept = Kept::Everything;
     world.read(BEFORE, (10, 11), &[(1, 1), (2, 2), (3, 3)]);

@@ -1,5 +1,5 @@
-//! A correct inbox with random users, on a store that may go back in time. Their records are a
-//! history without violations.
+//! A correct inbox with random users, on a store that may go back in time. The records of the users
+//! are a history without violations.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,10 +10,11 @@ use crate::history::{Edge, Inbox, Kept, Log, Moment, Outcome, Party, Send, Store
 
 const INBOXES: u32 = 3;
 const READERS: u32 = 3;
-/// The party that sends all messages, and the party of the last read.
+/// The party that sends all messages.
 const SENDER: u32 = READERS;
+/// The party of the last read.
 const LAST_READER: u32 = READERS + 1;
-/// A time before the first call, for records that are too early.
+/// The approximate time of the first call. Earlier times are for records that are too early.
 pub(super) const START: u64 = 1_000;
 pub(super) const AFTER_ALL: u64 = 1_000_000;
 
@@ -36,22 +37,23 @@ pub(super) enum Act {
     Read { inbox: u32, reader: u32, limit: usize, drains: bool, answer: Answer },
     /// Acks delivered messages: all from the first, or every second one.
     Ack { inbox: u32, reader: u32, through: bool, answer: Answer },
-    /// Acks all messages that were delivered before the store changed. That removes nothing.
+    /// Acks all messages that were delivered before the store changed. This ack removes nothing.
     LateAck { inbox: u32, reader: u32 },
     /// Copies the store.
     Backup,
-    /// The store is replaced by one that has everything, or by the last copy.
+    /// Replaces the store by one that has everything, or by the last copy.
     Change { keeps_everything: bool },
 }
 
-/// An act, with the times from the begin of its call to its effect, and to its end.
+/// An act, the time from the start of its call to its effect, and the time from the effect to the
+/// end of the call.
 pub(super) type Timed = (Act, u64, u64);
 
 pub(super) fn acts() -> impl Strategy<Value = Vec<Timed>> {
     vec((call(), 0..45_u64, 0..45_u64), 1..120)
 }
 
-/// Acts with at least one change of the store that loses everything since the copy.
+/// Generates acts with at least one change of the store that loses everything since the copy.
 pub(super) fn acts_with_changes() -> impl Strategy<Value = Vec<Timed>> {
     let act = || {
         prop_oneof![
@@ -110,8 +112,9 @@ struct Model {
     sent: Vec<(Inbox, MessageId, Tag)>,
     content: Content,
     store: StoreId,
-    /// Messages delivered from this history of the store; the next field has those of the previous.
+    /// The messages that this history of the store has delivered.
     delivered: BTreeSet<(Inbox, Seq)>,
+    /// The messages that the previous history of the store has delivered.
     delivered_before: BTreeSet<(Inbox, Seq)>,
     store_before: StoreId,
     backup: (StoreId, Content),
@@ -135,7 +138,8 @@ pub(super) fn store_id(number: usize) -> StoreId {
     StoreId::new((number as u128).to_be_bytes())
 }
 
-/// Runs the acts one after the other, each within the time of its call. Calls overlap.
+/// Runs the acts one after the other. Each act takes effect within the time of its call, and calls
+/// overlap.
 pub(super) fn run(acts: &[Timed]) -> Run {
     let (store, content) = (store_id(0), Content::default());
     let mut model = Model {
