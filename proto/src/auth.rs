@@ -53,7 +53,7 @@ impl AuthKind {
 
 /// A marker for the required authentication. Sealed: only the types below implement it.
 pub trait Auth: sealed::Sealed + 'static {
-    /// The same as a value.
+    /// The kind that this type marks.
     const KIND: AuthKind;
 }
 

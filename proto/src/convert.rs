@@ -1,5 +1,5 @@
 //! Parsers from fields of requests to domain types. An error names the refused field and the
-//! reason. Handlers call them first and do not check the results again.
+//! reason. Handlers call these parsers first and do not check the results again.
 
 use std::num::NonZeroU32;
 
@@ -88,7 +88,7 @@ pub fn group_id(bytes: &[u8], field: &'static str) -> Result<GroupId, FieldError
     parse(bytes, field)
 }
 
-/// Parses an idempotency key: 16 bytes, or empty for `None`.
+/// Parses a message id, the idempotency key of a message: 16 bytes, or empty for `None`.
 pub fn message_id(bytes: &[u8], field: &'static str) -> Result<Option<MessageId>, FieldError> {
     optional(bytes, field)
 }

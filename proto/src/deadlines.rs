@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::v1::FetchWaitRequest;
 
-/// The time that FetchWait has in addition to the requested wait.
+/// The time limit of FetchWait in addition to the requested wait.
 const WAIT_GRACE: Duration = Duration::from_secs(5);
 
 /// The class of a method's time limit.
@@ -48,19 +48,19 @@ impl DeadlineClass {
 }
 
 /// A marker for the deadline class of a method with request `R`. The row of a method whose request
-/// names no time to wait cannot name [`Wait`].
+/// contains no time to wait cannot name [`Wait`].
 pub trait Deadline<R>: 'static {
-    /// The same as a value.
+    /// The class that this type marks.
     const CLASS: DeadlineClass;
 
-    /// Returns the time to wait in milliseconds as the request names it, 0 for the server's
-    /// default. `None` if the method does not wait.
+    /// Returns the requested time to wait in milliseconds, 0 for the server's default. `None` if
+    /// the method does not wait.
     fn requested_wait(request: &R) -> Option<u64>;
 }
 
-/// A request that names a time to wait.
+/// A request that contains a time to wait.
 pub trait Waits {
-    /// Returns that time in milliseconds, 0 for the server's default.
+    /// Returns the requested time to wait in milliseconds, 0 for the server's default.
     fn timeout_ms(&self) -> u64;
 }
 

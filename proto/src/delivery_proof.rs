@@ -1,5 +1,5 @@
-//! The bytes that a delivery proof signs. A delivery proof is the server's signed statement that it
-//! accepted a message. The server signs them, and the client verifies them with the key from
+//! The signed bytes of a delivery proof, which is the server's signed statement that it accepted a
+//! message. The server signs these bytes, and the client verifies the signature with the key from
 //! Health.
 
 use prost::Message;
@@ -10,13 +10,13 @@ use crate::v1::DeliveryProof;
 /// The prefix of the signed bytes, so that no signature for another purpose is valid as a proof.
 const CONTEXT: &[u8] = b"qpq/delivery/1";
 
-/// The version of the proofs described here.
+/// The version of the proofs that this module describes.
 pub const VERSION: u32 = 1;
 
 /// Returns the bytes that the server signs with Ed25519: `"qpq/delivery/1"` and the serialization
 /// of fields 1 to 7 in order. The signature in `proof` is ignored.
 pub fn signed_bytes(proof: &DeliveryProof) -> Vec<u8> {
-    // Prost writes fields in the order of their numbers and omits default values. That is the
+    // Prost writes fields in the order of their numbers and omits default values, which is the
     // canonical form.
     let unsigned = DeliveryProof { signature: Default::default(), ..proof.clone() };
     let mut bytes = CONTEXT.to_vec();

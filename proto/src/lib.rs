@@ -32,8 +32,8 @@ pub use status::Status;
 pub const ROTATION_PREFIX: [u8; 4] = *b"QPQR";
 
 /// The generated messages; the `.proto` files document them. `Debug` shows only whether a secret
-/// field is set. `bytes` fields are slices of the buffer that they were decoded from, and keep it
-/// alive.
+/// field is set. `bytes` fields are slices of the buffer that they were decoded from, and keep that
+/// buffer alive.
 pub mod v1 {
     #![allow(clippy::all, missing_docs, rustdoc::all, reason = "generated")]
     include!(concat!(env!("OUT_DIR"), "/qpq.v1.rs"));

@@ -3,9 +3,10 @@
 //! read the defaults from here.
 //!
 //! A budget is a token bucket with `burst` tokens when full and `refill` new tokens in each
-//! `every`. A call consumes one token; a call that does the work of many consumes as many, as its
-//! class says. The defaults are far above the calls of a person's clients and only stop floods;
-//! password guesses, registrations and KeyPackages of another account have tighter budgets.
+//! `every`. A call consumes one token. A call that does the work of many calls consumes as many
+//! tokens; the description of its class contains the rule. The defaults are far above the needs of
+//! a person's clients and only stop floods. Password guesses, registrations and KeyPackages of
+//! another account have tighter budgets.
 
 use std::time::Duration;
 
@@ -19,7 +20,8 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 pub enum LimitSubject {
     /// The caller's IP address (IPv6: its /64).
     Ip,
-    /// The username in the request. For logins only from addresses without an earlier login.
+    /// The username in the request. Logins count only from addresses that have not logged in with
+    /// it.
     Username,
     /// The username in the request together with the caller's IP address.
     UsernameAndIp,
@@ -52,7 +54,7 @@ pub struct LimitDefault {
     pub subject: LimitSubject,
     /// The maximum number of tokens.
     pub burst: u32,
-    /// The tokens that are added evenly in each `every`.
+    /// The number of tokens that are added, evenly, in each `every`.
     pub refill: u32,
     /// The time in which `refill` tokens are added.
     pub every: Duration,

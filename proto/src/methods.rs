@@ -328,7 +328,7 @@ mod tests {
         412, 413, 420, 421, 422, 423, 424, 500, 501, 510, 511, 520, 600, 601, 700, 701, 702, 710,
         750, 751, 752, 800, 801, 802, 900, 901, 902, 903, 904, 905, 950,
     ];
-    /// The ids of our extensions.
+    /// The ids of the extensions of this server.
     const EXTENSIONS: [u16; 8] = [104, 105, 206, 305, 414, 415, 425, 426];
 
     fn ids(rows: impl Iterator<Item = &'static MethodInfo>) -> Vec<u16> {

@@ -1,6 +1,7 @@
-//! Whether a client may repeat a call whose outcome is unknown, such as one whose connection was
-//! lost. A row of the method table names the policy. A call that the server refused without any
-//! effect (`RateLimited`, `Unavailable`) may be repeated under every policy.
+//! The retry policies: whether a client may repeat a call whose outcome is unknown, for example
+//! because its connection was lost. A row of the method table names the policy. A call that the
+//! server refused without any effect (`RateLimited`, `Unavailable`) may be repeated under every
+//! policy.
 
 use crate::v1::{
     BatchEnqueueRequest, EnqueueRequest, RelayBatchEnqueueRequest, RelayEnqueueRequest,
@@ -43,7 +44,7 @@ impl RetryPolicy {
 /// A marker for the retry policy of a method with request `R`. The row of a method whose request
 /// has no idempotency key cannot name [`ById`].
 pub trait Retry<R>: 'static {
-    /// The same as a value.
+    /// The policy that this type marks.
     const POLICY: RetryPolicy;
 
     /// Returns whether a call with this request may be repeated.
@@ -100,7 +101,8 @@ impl Identified for EnqueueRequest {
 
 impl Identified for BatchEnqueueRequest {
     fn has_ids(&self) -> bool {
-        // A repeated commit is refused as stale although the first one was accepted.
+        // A commit is not repeated automatically: the server recognises a repeat only for 7 days,
+        // and then refuses it as stale although the first one was accepted.
         let is_identified = if self.messages.is_empty() {
             !self.message_id.is_empty()
         } else {

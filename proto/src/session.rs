@@ -1,6 +1,6 @@
 //! The session token of a request, which is field 15 of every message that needs a session. The
-//! server reads it before it decodes the message; the client appends it after encoding. Neither
-//! depends on the message's type.
+//! server reads the token before it decodes the message, and the client appends it after encoding.
+//! Neither depends on the message's type.
 
 use bytes::BufMut;
 use prost::encoding::{
@@ -10,7 +10,7 @@ use prost::encoding::{
 /// The field number of `session_token` in all requests.
 pub const SESSION_TOKEN_FIELD: u32 = 15;
 
-/// The bytes are not a protobuf message, or their field 15 is not a byte string.
+/// The error for bytes that are not a protobuf message, or whose field 15 is not a byte string.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a well-formed request")]
 pub struct Malformed;
@@ -61,8 +61,8 @@ mod tests {
     use super::*;
     use crate::{methods::for_each_request, v1};
 
-    /// Decodes the bytes with one method's message and returns its token, `None` if they are
-    /// refused.
+    /// A function that decodes bytes as one method's message and returns its token, or `None` if
+    /// the bytes are refused.
     type Decode = fn(&[u8]) -> Option<Bytes>;
 
     macro_rules! decoders {
@@ -101,7 +101,8 @@ mod tests {
         Ok(accepted)
     }
 
-    /// An encoded field. Numbers from 16 are in no request, so every message skips them.
+    /// Generates an encoded field. No request has a field number above 15, so every message skips
+    /// those.
     fn field(numbers: std::ops::Range<u32>) -> impl Strategy<Value = Vec<u8>> {
         let value = proptest::collection::vec(any::<u8>(), 0..200);
         (numbers, 0..4, any::<u64>(), value).prop_map(|(number, shape, varint, value)| {

@@ -93,8 +93,8 @@ impl Status {
         }
     }
 
-    /// Returns whether the same request may succeed later. Methods that change state are safe to
-    /// repeat.
+    /// Returns whether the same request may succeed later. The method's retry policy determines
+    /// whether the client may repeat it.
     pub const fn is_retryable(self) -> bool {
         matches!(
             self,

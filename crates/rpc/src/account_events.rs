@@ -1,9 +1,10 @@
-//! Account events for calls in progress: sessions have ended, a KeyPackage was handed out.
+//! Account events for calls in progress: the account's sessions have ended, a KeyPackage was handed
+//! out, its devices have changed.
 //!
-//! A waiting FetchWait and a subscription listen by identity key; Logout and FetchKeyPackage
-//! publish. An event has no content: a listener reads the state again. So equal events may be
-//! merged, duplicated, or sent without a reason. Events published here are sent to the other edges
-//! too, and theirs are received here.
+//! A waiting FetchWait and a subscription listen by identity key; handlers such as Logout and
+//! FetchKeyPackage publish. An event has no content: a listener reads the state from the store. So
+//! equal events may be merged, duplicated, or sent without a reason. Events are exchanged with the
+//! other edges in both directions.
 
 use std::{
     array,
@@ -36,7 +37,7 @@ struct Topic {
     published: Notify,
 }
 
-/// Receives the events of one account that are published after its creation, until it is dropped.
+/// A receiver of the events of one account that are published between its creation and its drop.
 pub struct AccountEventListener {
     account_events: Arc<AccountEvents>,
     identity: IdentityKey,
@@ -45,12 +46,12 @@ pub struct AccountEventListener {
 }
 
 impl AccountEvents {
-    /// Creates listeners whose events `other_edges` carries to and from the other edges.
+    /// Creates the list of listeners, empty. `other_edges` exchanges events with the other edges.
     pub fn new(other_edges: Arc<dyn qpq_ports::AccountEvents>) -> Self {
         Self { topics: Mutex::default(), other_edges }
     }
 
-    /// Starts to listen to the events of `identity`.
+    /// Creates a listener for the events of `identity`.
     pub fn listen(self: &Arc<Self>, identity: &IdentityKey) -> AccountEventListener {
         let topic = Arc::clone(self.topics.lock().entry(*identity).or_default());
         let received = array::from_fn(|event| topic.counts[event].load(Ordering::Acquire));
@@ -68,7 +69,7 @@ impl AccountEvents {
         self.notify(identity, event);
     }
 
-    /// Receives the events of other edges, without end.
+    /// Receives the events of other edges. Never completes.
     pub(crate) async fn receive(&self) {
         let mut events = self.other_edges.listen();
         while let Some((identity, event)) = events.next().await {
@@ -78,8 +79,8 @@ impl AccountEvents {
 
     /// Sends an event to the listeners here. Costs one look-up if there are none.
     fn notify(&self, identity: &IdentityKey, event: AccountEvent) {
-        // Locked to the end, so that a listener that is dropped concurrently finds that only it and
-        // the map have the topic.
+        // Locked to the end: a listener that is dropped concurrently must count no reference to the
+        // topic but its own and the map's.
         let topics = self.topics.lock();
         let Some(topic) = topics.get(identity) else { return };
         topic.counts[event as usize].fetch_add(1, Ordering::Release);
@@ -94,7 +95,7 @@ impl fmt::Debug for AccountEvents {
 }
 
 impl AccountEventListener {
-    /// Returns the next event. Equal events since the last call are one. Cancel-safe.
+    /// Returns the next event. Equal events since the last call are merged. Cancel-safe.
     pub async fn next(&mut self) -> AccountEvent {
         loop {
             // Created before the counts are read, so that no event is missed in between.

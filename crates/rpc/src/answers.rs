@@ -1,12 +1,12 @@
 //! The memory for answers: the maximum for a connection, an account and the whole process.
 //!
 //! A client that sends requests and does not read keeps its answers in memory. So memory for a
-//! large answer is reserved before the answer is built, and returned when its last byte is freed:
-//! the reservation belongs to the payload (see [`Reservation::attach`]), wherever the transport
-//! keeps slices of it.
+//! large answer is reserved before the answer is built, and returned when its last byte is freed.
+//! The payload owns the reservation (see [`Reservation::attach`]), so it lasts while the transport
+//! keeps any slice of the payload.
 //!
 //! A page of messages is smaller while memory is short. If there is no space for the smallest page,
-//! the call waits for [`AnswerMemory::wait`], and is then refused.
+//! the call waits for at most [`AnswerMemory::wait`] and is then refused.
 
 use std::{
     collections::HashMap,
@@ -23,14 +23,14 @@ use tokio::{
 
 use crate::{Cx, Error, limits::SubjectKey};
 
-/// Reservations are counted in units of this many bytes.
+/// The unit of reservations, in bytes.
 const UNIT: usize = 1 << 10;
 
-/// A page takes at most one part in this many of the process's free memory, so that there is space
-/// for others.
+/// The divisor of the process's free memory that gives the maximum size of a page. The rest is for
+/// other calls.
 const FREE_DIVISOR: usize = 4;
 
-/// The number of subjects from which unused entries are removed.
+/// The number of subjects above which entries of subjects without answers are removed.
 const PRUNE_FROM: usize = 1_024;
 
 const USED: &str = "qpq_rpc_answer_bytes";
@@ -44,12 +44,12 @@ pub struct AnswerMemory {
     pub account: usize,
     /// The answers to one connection.
     pub connection: usize,
-    /// The time that a call waits for memory.
+    /// The maximum time that a call waits for memory.
     pub wait: Duration,
 }
 
 impl AnswerMemory {
-    /// The minimum of each limit: the largest answer.
+    /// The minimum of each limit: the size of the largest answer.
     pub const MIN: usize = qpq_wire::MAX_PAYLOAD as usize;
 }
 
@@ -64,7 +64,7 @@ impl Default for AnswerMemory {
     }
 }
 
-/// An amount of memory.
+/// A budget of memory, shared by its clones.
 #[derive(Clone, Debug)]
 pub(crate) struct Memory(Arc<Semaphore>);
 
@@ -78,12 +78,12 @@ impl Memory {
     }
 }
 
-/// The memory of the process and of the subjects that pay for answers. A connection has its own.
+/// The memory budgets of the process and of the subjects. Each connection owns a third one.
 #[derive(Debug)]
 pub(crate) struct Answers {
     limits: AnswerMemory,
     process: Memory,
-    /// The subjects that have answers now.
+    /// The budgets of the subjects that have answers now.
     subjects: Mutex<HashMap<SubjectKey, Weak<Semaphore>>>,
     used: metrics::Gauge,
 }
@@ -125,7 +125,7 @@ impl Answers {
     }
 
     /// Returns the size of the largest page, from `least` to `most` bytes, for which memory is
-    /// free. `least` if none is.
+    /// free. Returns `least` if less is free.
     pub(crate) fn page(&self, cx: Cx<'_>, subject: SubjectKey, least: usize, most: usize) -> usize {
         let free = self.process.free() / FREE_DIVISOR;
         let free = free.min(cx.conn.answer_memory().free()).min(self.of(subject).free());
@@ -141,8 +141,8 @@ impl Answers {
     ) -> Result<Reservation, Error> {
         let units = bytes.min(AnswerMemory::MIN).div_ceil(UNIT);
         // The client's own memory comes first: a call that waits for it has reserved none of the
-        // memory that others share. All calls wait in this order, so none waits for another in a
-        // circle.
+        // memory that others share. All calls reserve in this order, so they never wait for each
+        // other in a circle.
         let own = [Some(cx.conn.answer_memory().clone()), subject.map(|subject| self.of(subject))];
         let mut reservation =
             Reservation { permits: Vec::with_capacity(3), units: 0, used: self.used.clone() };
@@ -196,7 +196,8 @@ impl Reservation {
         self.used.decrement((surplus * UNIT) as f64);
     }
 
-    /// Returns the answer. The reservation ends when its last slice is dropped.
+    /// Returns the answer as bytes that own the reservation, which ends when the last slice is
+    /// dropped.
     pub(crate) fn attach(mut self, answer: Vec<u8>) -> Bytes {
         self.shrink(answer.len());
         Bytes::from_owner(Attached { answer, _reservation: self })

@@ -32,7 +32,7 @@ use crate::{
 
 /// The parts from which the embedder composes a server.
 pub struct Parts {
-    /// The ports.
+    /// The implementations of the ports.
     pub stores: Stores,
     /// The source of the time.
     pub clock: Arc<dyn Clock>,
@@ -57,7 +57,7 @@ impl fmt::Debug for Parts {
 pub struct Config {
     /// The server's own domain, which follows the `@` in its usernames. Lower case; may be empty.
     pub domain: String,
-    /// The version in Health.
+    /// The version in the answer to Health.
     pub version: String,
     pub sessions: SessionLifetimes,
     pub identity_proof: IdentityProof,
@@ -97,7 +97,7 @@ impl Default for Config {
     }
 }
 
-/// Whether a registration needs an identity proof. An existing proof is always checked.
+/// The requirement of an identity proof for a registration. A proof in a request is always checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum IdentityProof {
     #[default]
@@ -135,7 +135,7 @@ pub struct App {
     pub(crate) key_package_policy: key_package::Policy,
     started_at: UnixMillis,
     draining: CancellationToken,
-    /// The calls and subscriptions that still have to react to the drain.
+    /// The calls and subscriptions that have not reacted to the drain yet.
     drain_observers: TaskTracker,
     store_fails: AtomicBool,
 }
@@ -177,7 +177,8 @@ impl App {
         }
     }
 
-    /// Returns the drain signal for a call or a subscription, which drops it when it has reacted.
+    /// Returns the drain signal for a call or a subscription. Drop the signal after the reaction:
+    /// the drain waits for that.
     pub(crate) fn observe_drain(&self) -> DrainObserver {
         let draining = self.draining.clone();
         DrainObserver { draining, _reacts: self.drain_observers.token() }

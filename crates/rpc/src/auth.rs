@@ -1,14 +1,14 @@
 //! The callers of handlers, as types. Authentication has two steps:
 //!
-//! 1. [`Authenticate`] runs before the request is decoded and is cheap. It returns the principal,
+//! 1. [`Authenticate`] runs before the request is decoded, is cheap, and returns the principal,
 //!    whose budgets the call consumes.
 //! 2. [`Authorize`] runs on the decoded request and returns the caller that the handler receives.
-//!    It checks what depends on the request, such as the group that the caller must administer,
-//!    and what is expensive.
+//!    Checks that depend on the request belong here, for example whether the caller is an
+//!    administrator of the group in the request, and so do expensive checks.
 //!
-//! A method's row names a marker of `qpq_proto::auth`, the marker determines both types, and only
-//! this file creates them. A handler that takes a stronger caller than its row gives does not
-//! compile.
+//! The row of a method names a marker of `qpq_proto::auth`, which determines the types of principal
+//! and caller. Only this file creates their values. A handler with a stronger caller than that of
+//! its row does not compile.
 
 use std::{
     future::{Future, ready},
@@ -31,10 +31,11 @@ const TOUCH_INTERVAL: Duration = Duration::from_secs(10 * 60);
 /// The lifetimes of sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionLifetimes {
-    /// From the last use. A use is recorded every ten minutes, so a session can end that much
-    /// earlier.
+    /// The time from the last use to the end of the session. A use is recorded only if the last
+    /// record is ten minutes old, or a tenth of this time if that is shorter. So a session can end
+    /// that much earlier.
     pub idle: Duration,
-    /// From the login that created the session.
+    /// The time from the login to the end of the session.
     pub absolute: Duration,
 }
 
@@ -71,8 +72,8 @@ pub struct Caller {
     pub account: AccountId,
     /// The account's identity key.
     pub identity: IdentityKey,
-    /// The device that the session is bound to. The client named it at the login; whether it is
-    /// registered is checked where an inbox is read.
+    /// The device to which the session is bound. The client named it at the login. The device need
+    /// not be registered: a read of an inbox checks that.
     pub device: Option<DeviceId>,
     /// The key under which the session is stored.
     pub token: TokenHash,
@@ -94,14 +95,14 @@ pub struct FreshCaller(Caller);
 pub struct Admin(Caller);
 
 impl FreshCaller {
-    /// Returns the caller without its freshness.
+    /// Returns the caller as that of any session.
     pub fn caller(&self) -> &Caller {
         &self.0
     }
 }
 
 impl Admin {
-    /// Returns the caller without its rights.
+    /// Returns the caller as that of any session.
     pub fn caller(&self) -> &Caller {
         &self.0
     }
@@ -110,7 +111,7 @@ impl Admin {
 /// The result of authentication.
 pub trait Principal: Send {
     /// Returns the subject whose budgets the call consumes, in addition to those of the
-    /// connection's address. `None`: only the address pays.
+    /// connection's address. `None` if only the address has budgets.
     fn subject(&self) -> Option<Subject<'_>>;
 }
 
@@ -139,8 +140,8 @@ pub trait Authenticate: qpq_proto::Auth {
     ) -> impl Future<Output = Result<Self::Principal, Error>> + Send;
 }
 
-/// The second step: from the principal and the decoded request to the handler's caller. A refused
-/// request has consumed its budgets.
+/// The second step: from the principal and the decoded request to the handler's caller. A request
+/// that is refused here has consumed its budgets already.
 pub trait Authorize<R>: Authenticate {
     /// The caller that a handler receives.
     type Caller: Send;
@@ -211,8 +212,8 @@ allow_every_request! { Anonymous Session }
 impl<R: Sync> Authorize<R> for marker::Fresh {
     type Caller = FreshCaller;
 
-    /// Confirms the session in the store: the effects of such calls are permanent, so a cache that
-    /// has not received a revocation yet does not suffice.
+    /// Confirms the session in the store: the effects of such calls are permanent, and a cached
+    /// session may have been revoked.
     async fn authorize(cx: Cx<'_>, caller: Caller, _: &R) -> Result<FreshCaller, Error> {
         if cx.app.stores.sessions.confirm(&caller.token).await?.is_none() {
             return Err(Error::SessionExpired);
@@ -236,8 +237,8 @@ impl<R: Sync> Authorize<R> for marker::Admin {
     }
 }
 
-/// Checks that the caller's session has not ended. For calls that wait: they must not outlive their
-/// session.
+/// Checks that the caller's session has not ended. For calls that wait, which must not outlive
+/// their session.
 pub async fn recheck(cx: Cx<'_>, caller: &Caller) -> Result<(), Error> {
     let now = cx.app.clock.now();
     live_session(Cx { now, ..cx }, &caller.token).await.map(drop)
@@ -274,7 +275,8 @@ async fn caller(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
     })
 }
 
-/// Returns the session of `token`. Unknown, revoked and expired ones have the same error.
+/// Returns the session of `token`. Unknown, revoked and expired sessions have the same error, so
+/// that clients cannot distinguish them.
 async fn live_session(cx: Cx<'_>, token: &TokenHash) -> Result<Session, Error> {
     let Some(session) = cx.app.stores.sessions.find(token).await? else {
         cx.app.tokens.not_found(*token, cx.conn.ip(), cx.now);
@@ -286,8 +288,8 @@ async fn live_session(cx: Cx<'_>, token: &TokenHash) -> Result<Session, Error> {
     Ok(session)
 }
 
-/// Records the use of a session if the last record is old. A failure is only logged: a store that
-/// cannot write can still be read.
+/// Records the use of a session if the last record is old. A failure is only logged, because calls
+/// that only read succeed while the store cannot write.
 async fn touch(cx: Cx<'_>, token: &TokenHash, session: &Session) {
     let lifetimes = &cx.app.config.sessions;
     if !lifetimes.needs_touch(session, cx.now) {

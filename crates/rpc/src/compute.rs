@@ -1,11 +1,11 @@
 //! Limits concurrent computations: OPAQUE, the most expensive work that an unauthenticated client
 //! can trigger, and the checks of uploaded KeyPackages.
 //!
-//! A login costs 0.3 ms of a core. That is too short for a thread of its own: `spawn_blocking`
-//! would add two context switches and, in a flood, hundreds of threads that compete with the
-//! runtime's. It is too long for all workers of the runtime: in a flood other calls would wait. So
-//! the work is done on the calling worker, by at most half of the cores concurrently. Other calls
-//! wait in order; when too many wait, the next one is refused.
+//! A login costs 0.3 ms of a core. `spawn_blocking` would add two context switches to this short
+//! work and, in a flood, hundreds of threads that compete with the runtime's. Without a limit, a
+//! flood would occupy all workers of the runtime, and other calls would wait. So a computation runs
+//! on the worker of its call, and at most half of the cores compute concurrently. Further
+//! computations wait in order; when too many wait, the next one is refused.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -47,7 +47,7 @@ impl ComputeLimiter {
     }
 
     fn begin_waiting(&self) -> Result<Waiting<'_>, Error> {
-        // Counted before the comparison, so that no two calls take the last place.
+        // Counted before the comparison, so that two calls never get the same last place.
         let waiting = Waiting(&self.waiting);
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= self.max_waiting {
             return Err(Error::Overloaded);

@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 
 use crate::{answers::Memory, opaque::PendingLogin};
 
-/// The maximum number of unfinished logins on one connection. Another one removes the oldest.
+/// The maximum number of unfinished logins on one connection. A further login removes the oldest.
 const MAX_PENDING: usize = 4;
 
 /// The maximum time between OpaqueLoginStart and OpaqueLoginFinish.
@@ -24,7 +24,7 @@ const PENDING_LIFETIME: Duration = Duration::from_secs(60);
 
 /// The stream of a connection's events. The server opens it with the first event.
 pub trait Events: Send + Sync {
-    /// Queues one event. Returns false if the connection is closed or takes no more events.
+    /// Queues one event. Returns false if the connection is closed or accepts no more events.
     fn send(&self, event_type: u16, payload: Bytes) -> bool;
 }
 
@@ -41,7 +41,7 @@ struct State {
     session: Option<TokenHash>,
     pending: Vec<Pending>,
     subscription: Option<AbortHandle>,
-    /// The history of the messages that were peeked last.
+    /// The history of the store (its id) from which messages were peeked last.
     peeked_history: Option<StoreId>,
     closed: bool,
 }
@@ -52,7 +52,7 @@ struct Pending {
     started_at: UnixMillis,
 }
 
-/// A login between its two calls.
+/// A login between OpaqueLoginStart and OpaqueLoginFinish.
 #[derive(Debug)]
 pub(crate) struct UnfinishedLogin {
     pub(crate) opaque: PendingLogin,
@@ -140,8 +140,8 @@ impl ClientConnection {
         }
     }
 
-    /// Adds an unfinished login. It replaces one of the same username, and the oldest if there are
-    /// too many.
+    /// Adds an unfinished login. Removes one of the same username, and the oldest if there are too
+    /// many.
     pub(crate) fn start_login(&self, username: Username, login: UnfinishedLogin, now: UnixMillis) {
         let mut state = self.state.lock();
         let pending = &mut state.pending;
@@ -165,7 +165,7 @@ impl ClientConnection {
     }
 }
 
-/// A connection that the embedder drops without removing it has no subscription either.
+/// Ends the subscription also if the embedder drops the connection without `Rpc::disconnected`.
 impl Drop for ClientConnection {
     fn drop(&mut self) {
         self.close();

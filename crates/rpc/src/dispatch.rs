@@ -1,13 +1,14 @@
-//! From a method id to its handler: the table, and the steps of every call.
+//! The table that maps method ids to handlers, and the steps of every call.
 //!
 //! A call takes these steps: its size is checked ([`check_size`]) before its payload is read; then
-//! authenticate, take its budgets, decode, authorize ([`admit`]); then the handler. Up to the
-//! handler the method's standard deadline applies, for the handler its own.
+//! authenticate, take its budgets, decode, authorize ([`admit`]); then the handler. The steps
+//! before the handler have the method's standard deadline. The deadline of the handler is later by
+//! the wait that the request asks for.
 //!
 //! The table has the rows that `qpq_proto` marks as served. A row without a handler does not
-//! compile, nor does one whose handler takes a stronger caller. Each entry contains all steps of
-//! one method, so a call costs one indirection and one allocation: its future, which is all that a
-//! waiting FetchWait occupies.
+//! compile, nor does a row whose handler takes a stronger caller than the row provides. Each entry
+//! contains all steps of one method, so a call costs one indirection and one allocation: its
+//! future. A waiting FetchWait occupies only its future.
 
 use std::{
     future::Future,
@@ -49,13 +50,13 @@ pub struct Cx<'a> {
 }
 
 impl Cx<'_> {
-    /// Takes one call from the budget that `class` has for `subject`, if it has one.
+    /// Takes one call from the budget that `class` has for `subject`, if there is one.
     pub async fn limit(self, class: LimitClass, subject: Subject<'_>) -> Result<(), Error> {
         self.app.budgets.take(self, class, subject, 1).await
     }
 
     /// Takes `cost` from the budgets that `class` has for `subject` and for the connection's
-    /// address: for work in addition to the call, which is taken already.
+    /// address. `cost` is that of work in addition to the call, which was taken before.
     pub(crate) async fn charge(
         self,
         class: LimitClass,
@@ -67,18 +68,18 @@ impl Cx<'_> {
         }
         let budgets = &self.app.budgets;
         let address = Subject::Ip(self.conn.ip());
-        // The call is taken from the same budgets, so they are not full.
+        // After the call itself, a budget contains at most its burst minus one.
         let payable = budgets.payable(class, subject, cost);
-        // The subject first, so that a refused call of one subject does not count for others at its
-        // address.
+        // The budget of the subject first, so that a refused call of one subject does not count for
+        // others at its address.
         budgets.take(self, class, subject, payable).await?;
         budgets.take(self, class, address, budgets.payable(class, address, cost)).await?;
         self.app.debts.add(class, subject.key(), cost - payable, self.now);
         Ok(())
     }
 
-    /// Takes one call from the budgets of the address and of `subject`, from the latter also the
-    /// debt of its earlier calls.
+    /// Takes one call from the budgets of the address and of `subject`. From the latter, also takes
+    /// the debt of earlier calls.
     async fn charge_call(
         self,
         class: LimitClass,
@@ -114,8 +115,8 @@ pub trait Handler: Method<Auth: Authorize<<Self as Method>::Request>> {
         request: Self::Request,
     ) -> impl Future<Output = Handled<Self>> + Send;
 
-    /// Returns the maximum size of the answer, for methods whose answer is large and grows with
-    /// the request. That much memory is reserved before the handler is called.
+    /// Returns the maximum size of the answer in bytes, for methods whose answer is large and grows
+    /// with the request. That much memory is reserved before the handler is called.
     fn answer_bytes(_request: &Self::Request) -> usize {
         0
     }
@@ -125,7 +126,7 @@ pub trait Handler: Method<Auth: Authorize<<Self as Method>::Request>> {
 pub struct Response<R> {
     /// The response message.
     pub message: R,
-    /// Completed once the client has the whole answer, released otherwise.
+    /// The lease, which is completed once the client has the whole answer, and released otherwise.
     pub lease: Option<Box<dyn Lease>>,
     /// The memory for the response, if the handler reserved it.
     pub memory: Option<Reservation>,
@@ -176,8 +177,8 @@ fn call<'a, M: Handler>(cx: Cx<'a>, payload: Bytes) -> BoxFuture<'a, Result<Answ
     Box::pin(serve::<M>(cx, payload))
 }
 
-/// Checks the announced size of a request against its row, and an Enqueue against the configured
-/// payload.
+/// Checks the announced size of a request against its row, and that of an Enqueue against the
+/// configured maximum of payloads.
 pub(crate) fn check_size(app: &App, method: &MethodInfo, payload_len: u32) -> Result<(), Error> {
     if payload_len > method.largest_request.bytes() {
         return Err(Error::TooLarge);
@@ -209,9 +210,9 @@ pub(crate) fn requested_wait<M: Method>(app: &App, request: &M::Request) -> Dura
     timeout_ms.map_or(Duration::ZERO, |timeout_ms| app.config.delivery.wait(timeout_ms))
 }
 
-/// A request that may be executed.
+/// An authorized request.
 struct Admitted<M: Handler> {
-    /// The principal's budgets; `None` for an anonymous client.
+    /// The principal, which pays for the call; `None` for an anonymous client.
     payer: Option<SubjectKey>,
     caller: CallerOf<M>,
     request: M::Request,

@@ -1,9 +1,9 @@
 //! Every failure of a call: its meaning ([`Error`]), and one table with the client's status, code
 //! and message, and the level of the server's log. `docs/errors.md` is generated from the table.
 //!
-//! Handlers name the meaning and nothing else. The cause is part of the error and is only logged.
-//! The client receives the status, the code, the fixed message, and possibly the name of a field
-//! and a time to wait.
+//! Handlers choose only the meaning. The cause is part of the error and is only logged. The client
+//! receives the status, the code, the fixed message, and possibly the name of a field and a time to
+//! wait.
 
 use std::{error::Error as StdError, fmt, time::Duration};
 
@@ -95,7 +95,7 @@ errors! {
     /// A field has a wrong length or value.
     InvalidField(FieldError) => BadRequest "rpc.invalid_field" DEBUG
         "A field of the request has a wrong length or value.";
-    /// A budget is exhausted for this time.
+    /// A budget is exhausted. The value is the time until the call is allowed.
     RateLimited(Duration) => RateLimited "rpc.rate_limited" DEBUG
         "Too many calls. Wait and try again.";
     DeadlineExceeded => DeadlineExceeded "rpc.deadline" WARN
@@ -109,7 +109,7 @@ errors! {
     /// All memory for requests is in use.
     RequestsFull => Unavailable "rpc.requests_full" WARN
         "The server has no memory for another request now. Wait and try again.";
-    /// The client has the maximum of unread answers.
+    /// The unread answers of the client use the maximum of memory.
     UnreadAnswers => RateLimited "rpc.unread_answers" DEBUG
         "Earlier answers are not read yet. Read them and try again.";
     /// All memory for answers is in use.
@@ -159,7 +159,7 @@ errors! {
         "The account has devices. Register this one, and name the device that reads.";
     OtherDevice => Forbidden "delivery.other_device" DEBUG
         "The session belongs to another device. Read as that device.";
-    /// Answered once for each loss.
+    /// Returned once for each loss.
     PositionLost => Forbidden "delivery.position_lost" INFO
         "The device was away too long: messages that waited for it were removed. Read again.";
     NoSuchRecipient => NotFound "delivery.no_such_recipient" DEBUG
@@ -175,11 +175,11 @@ errors! {
         "A batch is one payload for many recipients or a list of messages, at most 1000, without repeated recipients.";
     BatchTooLarge => BadRequest "delivery.batch_too_large" DEBUG
         "The batch is larger than this server accepts; the payload counts for each recipient. Send it in parts.";
-    /// The group is in this epoch.
+    /// The value is the epoch of the group.
     StaleEpoch(u64) => Forbidden "delivery.stale_epoch" DEBUG
         "The group has another epoch. Fetch and apply its messages, then commit again.";
 
-    /// The reason is the check that failed.
+    /// The cause is the check that failed.
     InvalidPackage(RefusedField) => BadRequest "keys.invalid_package" DEBUG
         "The KeyPackage is malformed, expired, of another owner, or was handed out before.";
     KeyPackagesFull => RateLimited "keys.too_many" DEBUG
@@ -191,7 +191,6 @@ errors! {
     InvalidHybridSignature => BadRequest "keys.invalid_signature" DEBUG
         "The signature is not the identity key's over this hybrid key.";
 
-    /// There is no such group.
     GroupNotFound => NotFound "group.not_found" DEBUG
         "There is no such group.";
     NotGroupMember => Forbidden "group.not_member" DEBUG
@@ -233,7 +232,7 @@ impl Code {
         self.row().status
     }
 
-    /// Returns the code for clients and metrics. It never changes.
+    /// Returns the code for clients and metrics, which never changes.
     pub const fn as_str(self) -> &'static str {
         self.row().code
     }
@@ -248,8 +247,8 @@ impl Code {
         self.row().level
     }
 
-    /// Returns the time to wait for errors without their own. Every `RateLimited` and `Unavailable`
-    /// row has one.
+    /// Returns the time to wait before a retry, for errors that contain none. Every `RateLimited`
+    /// and `Unavailable` row has one.
     const fn default_wait(self) -> Option<Duration> {
         match self {
             Self::Conflict => Some(Duration::from_millis(50)),

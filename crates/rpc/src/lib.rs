@@ -1,14 +1,14 @@
 //! The server between the wire and the stores: authentication, limits, one handler per method, and
 //! all answers.
 //!
-//! It depends on neither QUIC nor a database. `services/edge` passes connections and requests to
-//! [`Rpc`], and the stores through `qpq_ports`. The method table of `qpq_proto` determines the
-//! [`Handler`] of each id. A call takes these steps:
+//! This crate depends on neither QUIC nor a database. `services/edge` passes connections and
+//! requests to [`Rpc`], and the stores through `qpq_ports`. The method table of `qpq_proto`
+//! determines the [`Handler`] of each id. A call takes these steps:
 //!
-//! row by id · authenticate · budgets · deadline · span · decode · authorize → handler → [`Answer`]
+//! find the row → authenticate → take budgets → decode → authorize → handle → [`Answer`]
 //!
-//! To add an RPC: its messages and its row in `proto`, then `impl Handler` in a file of its area
-//! under `handlers/`. Nothing is registered.
+//! To add an RPC, add its messages and its row in `proto`, and write `impl Handler` in a file of
+//! its area under `handlers/`. There is no registration.
 
 pub mod account_events;
 pub mod auth;

@@ -1,9 +1,9 @@
-//! Rate limits: the budgets that a call is taken from, and the consequences when counting fails.
+//! Rate limits: the budgets that calls consume, and the consequences when counting fails.
 //!
 //! The classes and their defaults are one table in `qpq_proto::limits`; the configuration overrides
 //! budgets by class and subject. The dispatcher takes the call from the budgets of the address and
-//! of the principal. A handler takes it from those of the username or the target, through
-//! [`Cx::limit`](crate::Cx::limit), as soon as it has parsed them.
+//! of the principal. A handler takes the call from the budgets of the username or the target,
+//! through [`Cx::limit`](crate::Cx::limit), as soon as it has parsed them.
 
 use std::{
     collections::HashMap,
@@ -22,7 +22,7 @@ use crate::{Cx, Error};
 /// The configured rate limits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RateLimits {
-    /// False: nothing is limited.
+    /// Whether calls are limited at all.
     pub enabled: bool,
     /// Budgets that replace those of the table, or are added to them.
     pub overrides: HashMap<(LimitClass, LimitSubject), Bucket>,
@@ -41,11 +41,11 @@ pub enum Subject<'a> {
     Ip(IpAddr),
     /// A username.
     Username(&'a Username),
-    /// A username, and the address that logs in by it.
+    /// A username, and the address of a login with it.
     UsernameAndIp(&'a Username, IpAddr),
     /// An account.
     Account(AccountId),
-    /// An account, and the identity key that it asks for.
+    /// An account, and the identity key whose KeyPackage it fetches.
     Target(AccountId, &'a IdentityKey),
     /// Another server, by its domain.
     Peer(&'a str),
@@ -78,13 +78,13 @@ impl Budgets {
         budgets.iter().find(|(of, _)| *of == per).map(|(_, bucket)| *bucket)
     }
 
-    /// Returns the part of `cost` that the budget of `subject` can ever pay after a call.
+    /// Returns the part of `cost` that a full budget of `subject` can pay in addition to one call.
     pub(crate) fn payable(&self, class: LimitClass, subject: Subject<'_>, cost: u32) -> u32 {
         let bucket = self.bucket(class, subject.kept_per());
         bucket.map_or(cost, |bucket| cost.min(bucket.burst.saturating_sub(1)))
     }
 
-    /// Takes `cost` from the budget that `class` has for `subject`, if it has one.
+    /// Takes `cost` from the budget that `class` has for `subject`, if there is one.
     pub(crate) async fn take(
         &self,
         cx: Cx<'_>,
@@ -122,22 +122,22 @@ fn known_address(cx: Cx<'_>, name: &Username) -> LimitKey {
 
 /// Takes one login from the budgets of `name`.
 ///
-/// The budget of the name alone counts only addresses without an earlier login by it: strangers
-/// who exhaust it do not lock the account's owner out, and those at one address exhaust at most
-/// their own budget of the name. The outcome depends on the name and the address, never on the
-/// existence of the account.
+/// The budget of the name alone counts only attempts from addresses that have not logged in with
+/// it. So strangers who exhaust it do not lock out the account's owner. Strangers at a single
+/// address exhaust first the budget of the name and that address. The outcome depends on the name
+/// and the address, never on the existence of the account.
 pub(crate) async fn take_login(cx: Cx<'_>, name: &Username) -> Result<(), Error> {
     cx.limit(LimitClass::Login, Subject::UsernameAndIp(name, cx.conn.ip())).await?;
     if cx.app.budgets.bucket(LimitClass::Login, LimitSubject::Username).is_none() {
         return Ok(());
     }
-    // A limiter that fails here could not count either.
+    // A failure refuses the login, because a limiter that fails here could not count it either.
     let is_known = cx.app.stores.limiter.remembers(known_address(cx, name), cx.now).await?;
     if is_known { Ok(()) } else { cx.limit(LimitClass::Login, Subject::Username(name)).await }
 }
 
-/// Remembers that the client's address has logged in by `name`. A failure is only logged: the
-/// address then counts as a stranger.
+/// Remembers that the client's address has logged in with `name`. A failure is only logged: the
+/// address then counts like that of a stranger.
 pub(crate) async fn remember_login(cx: Cx<'_>, name: &Username) {
     if !cx.app.budgets.enabled {
         return;
@@ -152,10 +152,11 @@ pub(crate) async fn remember_login(cx: Cx<'_>, name: &Username) {
     }
 }
 
-/// The costs that subjects have yet to pay, on this server. The next call of the class pays them.
+/// The costs that subjects have not paid yet, in this process. The next call of the class pays
+/// them.
 ///
-/// The cost of a read is known only after it, and a batch may cost more than its budget ever
-/// contains in addition to the call.
+/// The cost of a read is known only after the read, and a batch may cost more than a full budget
+/// contains.
 #[derive(Debug, Default)]
 pub(crate) struct Debts {
     subjects: Mutex<HashMap<(LimitClass, SubjectKey), Debt>>,
@@ -167,8 +168,8 @@ struct Debt {
     since: UnixMillis,
 }
 
-/// The number of debts from which old ones are removed: those that the budget would have paid by
-/// now.
+/// The number of debts above which those older than `DEBT_LIFETIME` are removed. A budget has
+/// usually refilled in that time.
 const MANY_DEBTS: usize = 1_024;
 const DEBT_LIFETIME: Duration = Duration::from_secs(60);
 
@@ -194,8 +195,8 @@ impl Debts {
     }
 }
 
-/// Returns whether calls of `class` are allowed while counting fails. Messages are; password
-/// guesses and registrations are not.
+/// Returns whether calls of `class` are allowed while counting fails. Logins, registrations and
+/// calls for recovery are not, all others are.
 const fn may_go_uncounted(class: LimitClass) -> bool {
     !matches!(class, LimitClass::Login | LimitClass::Register | LimitClass::Recovery)
 }
@@ -251,7 +252,8 @@ fn prefix(ip: IpAddr) -> Ipv6Addr {
     }
 }
 
-/// Returns the id after eight bytes that no client's address begins with (multicast, RFC 4291).
+/// Returns the id after eight bytes of 0xff. No client's address begins with them, because they are
+/// the prefix of multicast addresses (RFC 4291 §2.7).
 fn account(id: i64) -> [u8; 16] {
     let mut bytes = [0xff; 16];
     bytes[8..].copy_from_slice(&id.to_be_bytes());

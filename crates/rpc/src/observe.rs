@@ -8,9 +8,10 @@
 //! | `qpq_rpc_seconds{method}` | histogram | seconds | time from the complete request to its answer |
 //!
 //! The access log is the target `qpq::access`, with `method`, `code`, `us`, `bytes_in` and
-//! `bytes_out`. Ok and cancelled calls are logged at debug. Refusals are logged at info, a few of
-//! each code in ten seconds; `suppressed` counts those at debug since then. A failure of the server
-//! has a second event with the cause, at its own level and a limited rate too.
+//! `bytes_out`. Ok and cancelled calls are logged at debug. Of the refusals with one code, a few in
+//! ten seconds are logged at info and the others at debug. The field `suppressed` counts the latter
+//! since the last line at info. A second event of each refusal has the cause, with the level of the
+//! code if the first is at info, and at debug otherwise.
 //!
 //! Each metric handle is resolved once, so a call formats and allocates nothing here unless its
 //! line is logged.
@@ -27,29 +28,29 @@ use crate::{Answer, Code, Error, dispatch::Entry};
 const CALLS: &str = "qpq_rpc_calls_total";
 const SECONDS: &str = "qpq_rpc_seconds";
 
-/// The method label of calls to methods that are not served. The id is the client's choice, so it
-/// is no label.
+/// The method label of calls to methods that are not served. The id is no label, because a client
+/// could create any number of them.
 const UNKNOWN: &str = "unknown";
 
 /// Counts and logs calls.
 pub(crate) struct Observer {
-    /// By row; the last entry is for methods that are not served.
+    /// The metrics of each row of the table. The last entry is for methods that are not served.
     methods: Vec<MethodMetrics>,
     samples: Samples,
 }
 
-/// Selects the refusals that are logged: a few of each code.
+/// Selects the refusals that are logged at info: a few of each code.
 struct Samples(Vec<Mutex<Sample>>);
 
 #[derive(Default)]
 struct Sample {
     since: Option<Instant>,
     logged: u32,
-    /// The number since the last one that was logged.
+    /// The number of suppressed refusals since the last logged one.
     suppressed: u64,
 }
 
-/// The time in which at most [`MAX_LINES`] refusals of one code are logged.
+/// The time in which at most [`MAX_LINES`] refusals of one code are logged at info.
 const SAMPLE_TIME: Duration = Duration::from_secs(10);
 const MAX_LINES: u32 = 5;
 
@@ -58,8 +59,8 @@ impl Samples {
         Self(Code::ALL.iter().map(|_| Mutex::default()).collect())
     }
 
-    /// Returns whether a line of `code` is logged now: the number of suppressed lines since the
-    /// last one, or `None` to suppress this one too.
+    /// Returns the number of lines of `code` that were suppressed since the last one, if a line is
+    /// logged now. `None` if this line is suppressed too.
     fn take(&self, code: Code, now: Instant) -> Option<u64> {
         let mut sample = self.0[code as usize].lock();
         if sample.since.is_none_or(|since| now - since >= SAMPLE_TIME) {
@@ -77,11 +78,11 @@ impl Samples {
 struct MethodMetrics {
     name: &'static str,
     seconds: OnceLock<Histogram>,
-    /// By outcome, see [`CallOutcome::index`].
+    /// The counters by outcome, see [`CallOutcome::index`].
     calls: Vec<OnceLock<Counter>>,
 }
 
-/// The end of a call.
+/// The outcome of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CallOutcome {
     Ok,
@@ -128,8 +129,8 @@ impl Observer {
         Self { methods: named.map(MethodMetrics::new).collect(), samples: Samples::new() }
     }
 
-    /// Begins to observe a call of the method at `row`. Dropped without an end, the call counts as
-    /// cancelled.
+    /// Begins to observe a call of the method at `row`. A call whose observation is dropped before
+    /// its end counts as cancelled.
     pub(crate) fn begin(&self, row: Option<usize>, bytes_in: usize) -> Observation<'_> {
         let last = self.methods.len() - 1;
         let method = &self.methods[row.unwrap_or(last)];
@@ -169,7 +170,7 @@ impl Observation<'_> {
         self.method.count(outcome);
         self.method.seconds().record(elapsed.as_secs_f64());
         let (method, code) = (self.method.name, outcome.as_str());
-        // The JSON format writes a `u128` as text.
+        // Not the `u128` itself, which the JSON format writes as text.
         let us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
         let bytes_in = self.bytes_in;
         match sampled {

@@ -1,4 +1,5 @@
-//! The server for its embedder: connections and calls in, answers out.
+//! The interface of the server for its embedder, which passes connections and calls and receives
+//! answers.
 
 use std::{fmt, net::SocketAddr, sync::Arc};
 
@@ -14,7 +15,7 @@ use crate::{
     observe::Observer,
 };
 
-/// One server. All connections share it.
+/// The RPC server, which all connections share.
 #[derive(Debug)]
 pub struct Rpc {
     app: Arc<App>,
@@ -27,8 +28,8 @@ pub struct Answer {
     pub status: u8,
     /// The method's response message, or an `ErrorDetail`.
     pub payload: Bytes,
-    /// The lease of the messages in the payload. Completed once the client has the whole payload,
-    /// released if it is dropped before.
+    /// The lease of the messages in the payload. The lease is completed once the client has the
+    /// whole payload, and released if it is dropped before.
     pub lease: Option<Box<dyn Lease>>,
 }
 
@@ -53,7 +54,7 @@ impl Rpc {
         Arc::new(ClientConnection::new(addr, events, self.app.answers.new_connection()))
     }
 
-    /// Returns whether memory for answers is short, so that slow clients have less time.
+    /// Returns whether memory for answers is short. The embedder then gives slow clients less time.
     pub fn is_short_of_memory(&self) -> bool {
         self.app.answers.is_short()
     }
@@ -130,13 +131,13 @@ impl Rpc {
         self.app.drain();
     }
 
-    /// Completes once no call waits and every subscriber has received Draining. After
+    /// Completes once no call waits and every subscriber has received Draining. Call it after
     /// [`Rpc::drain`].
     pub async fn drained(&self) {
         self.app.drained().await;
     }
 
-    /// Waits for the tasks that calls have spawned. After the last connection is removed.
+    /// Waits for the tasks that calls have spawned. Call it after the last connection is removed.
     pub async fn closed(&self) {
         self.app.tasks.close();
         self.app.tasks.wait().await;
@@ -150,7 +151,7 @@ impl Rpc {
         outcome
     }
 
-    /// Receives the account events of other edges, without end. The embedder runs it while it
+    /// Receives the account events of other edges. Never completes: the embedder runs it while it
     /// serves.
     pub async fn receive_account_events(self: Arc<Self>) {
         self.app.account_events.receive().await;

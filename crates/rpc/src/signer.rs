@@ -52,7 +52,7 @@ impl DeliverySigner {
         Zeroizing::new(self.key.to_bytes())
     }
 
-    /// Returns the public key as in Health.
+    /// Returns the public key, which is part of the answer to Health.
     pub const fn public_key(&self) -> &[u8; 32] {
         &self.public
     }

@@ -1,13 +1,14 @@
 //! Limits guesses of session tokens: an address with too many unknown tokens is refused without a
 //! look-up in the store.
 //!
-//! Each edge counts separately, in bounded memory and without a store: the count must cost less
-//! than the look-up.
+//! Each edge counts separately, in bounded memory and without a store, because the count must cost
+//! less than the look-up.
 //!
 //! A token that the store does not have is remembered for [`UNKNOWN_LIFETIME`] and refused without
 //! the store. This cannot hide a session: a token is 32 random bytes that the client receives after
 //! the session was stored, so it is not used earlier, and the token of an ended session is never
-//! issued again. The lifetime is short because of stores that are restored.
+//! issued again. The lifetime is short, because a restored store may contain the session of an
+//! unknown token.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -31,13 +32,13 @@ const MAX_TOKENS: usize = 8_192;
 /// The maximum number of counted addresses.
 const MAX_ADDRESSES: usize = 65_536;
 
-/// The tolerance for sums of times, in milliseconds.
+/// The tolerance for rounding errors in sums of times, in milliseconds.
 const ROUNDING: f64 = 1_000.0;
 
 /// The unknown tokens by address, and recently used tokens.
 #[derive(Debug)]
 pub(crate) struct Tokens {
-    /// `None` if nothing is limited.
+    /// The budget of an address; `None` if guesses are not limited.
     bucket: Option<Bucket>,
     state: Mutex<State>,
 }
@@ -47,7 +48,7 @@ struct State {
     /// The time at which the budget of an address is full again, in milliseconds since the epoch.
     full_at: HashMap<[u8; 16], f64>,
     unknown: Unknown,
-    /// Tokens of sessions. They stay usable from an address that guesses.
+    /// The tokens of sessions, which stay usable from an address that guesses.
     valid: Generations,
 }
 
@@ -58,7 +59,7 @@ struct Unknown {
     since: UnixMillis,
 }
 
-/// A bounded set that removes its older half.
+/// A bounded set of two generations. When the young one is full, the old one is removed.
 #[derive(Debug, Default)]
 struct Generations {
     young: HashSet<TokenHash>,
@@ -70,8 +71,8 @@ impl Tokens {
         Self { bucket, state: Mutex::default() }
     }
 
-    /// Checks whether a token from `ip` may be looked up in the store. `is_bound`: it is the
-    /// connection's session.
+    /// Checks whether a token from `ip` may be looked up in the store. `is_bound` means that it is
+    /// the token of the connection's session.
     pub(crate) fn admit(
         &self,
         token: &TokenHash,
@@ -125,7 +126,8 @@ impl Tokens {
     }
 }
 
-/// Removes the addresses whose budget is full, and if too few are, the half with the fullest ones.
+/// Removes the addresses whose budget is full. If more than half of the maximum are left, also
+/// removes the half of them with the fullest budgets.
 fn make_space(full_at: &mut HashMap<[u8; 16], f64>, now: f64) {
     full_at.retain(|_, at| *at > now);
     if full_at.len() > MAX_ADDRESSES / 2 {

@@ -1,5 +1,5 @@
-//! The calls that wait for messages, by reader: a bounded number for each, and one read for all
-//! that wait for the same view.
+//! The calls that wait for messages, by reader: a bounded number for each reader, and one read for
+//! all calls that wait for the same view.
 //!
 //! A wake reaches the first waiting call, which reads. The next call reads only if messages were
 //! left. So a message costs one read for any number of waiting calls, and none if no call waits for
@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use qpq_ports::{ReadQuery, Reader, View, Wake, Wakes};
 use tokio::sync::{Notify, OwnedMutexGuard};
 
-/// The maximum number of waiting calls of one reader. Another call ends the oldest.
+/// The maximum number of waiting calls of one reader. A further call ends the oldest one.
 pub(crate) const MAX_WAITERS: usize = 8;
 
 /// All waiting calls of this process.
@@ -42,13 +42,13 @@ pub(crate) struct Waiter<'a> {
     waiters: &'a Waiters,
     reader: Reader,
     call: Arc<Call>,
-    /// Locked from this call's first turn on.
+    /// The lock of the shared wake, kept from this call's first turn on.
     turn: Option<OwnedMutexGuard<SharedWake>>,
 }
 
 impl Waiters {
-    /// Adds a call that waits for messages of `query`. It receives later wakes only, so the caller
-    /// reads once after this.
+    /// Adds a call that waits for messages of `query`. The call receives only later wakes, so the
+    /// caller must read once after this.
     pub(crate) fn join(&self, wakes: &dyn Wakes, query: &ReadQuery) -> Waiter<'_> {
         let reader = query.reader;
         let mut readers = self.readers.lock();
@@ -73,7 +73,7 @@ impl Waiters {
 }
 
 impl Waiter<'_> {
-    /// Completes when the call is to read, or to end.
+    /// Completes when the call must read or end.
     pub(crate) async fn next(&mut self) -> Turn {
         let call = &*self.call;
         tokio::select! {

@@ -1,9 +1,9 @@
 //! The decision on each connection attempt, and the counts of connections and handshakes that it is
 //! based on.
 //!
-//! The accept loop asks for a decision on every attempt of a flood. So a decision is cheap,
-//! allocates only for a new address, and never waits. Permits count connections and handshakes, and
-//! their drops count them out.
+//! In a flood, the accept loop needs a decision on every attempt. So a decision is cheap, allocates
+//! only for a new address, and never waits. A permit counts one connection or one handshake until
+//! it is dropped.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -28,8 +28,8 @@ pub(crate) struct Admission {
     handshakes: AtomicUsize,
     /// Handshakes of validated addresses, by network.
     handshakes_by_ip: Mutex<HashMap<IpAddr, usize>>,
-    /// Whether clients must prove their addresses: on from `retry_above` handshakes, off again from
-    /// half of that.
+    /// Whether clients must prove their addresses: on at `retry_above` handshakes, off at half of
+    /// that.
     is_under_pressure: AtomicBool,
     connections: Mutex<Connections>,
 }
@@ -114,9 +114,9 @@ pub(crate) struct ConnectionPermit {
 /// Counts one handshake until it is dropped.
 pub(crate) struct HandshakePermit {
     admission: Arc<Admission>,
-    /// The network that the handshake is counted for. `None` if the address is not validated: a
-    /// spoofed address must not use up the share of its owner. Those handshakes are few, since from
-    /// `retry_above` on every address is validated first.
+    /// The network to whose limit the handshake counts. `None` if the address is not validated,
+    /// because a spoofed address must not use up the limit of its owner. There are at most
+    /// `retry_above` such handshakes: above that, every address is validated first.
     counted_for: Option<IpAddr>,
 }
 
@@ -333,7 +333,7 @@ mod tests {
         );
     }
 
-    /// Half-open handshakes of two addresses, at a tenth of the default caps.
+    /// Tests half-open handshakes of two addresses, at a tenth of the default limits.
     #[test]
     fn half_open_handshakes_of_two_addresses_do_not_refuse_a_third() {
         let limits = TransportLimits {

@@ -20,7 +20,7 @@ pub(crate) fn from_file(path: &Path) -> Result<RootCertStore, String> {
 /// Reads the authorities that the operating system trusts.
 pub(crate) fn from_system() -> Result<RootCertStore, String> {
     let loaded = rustls_native_certs::load_native_certs();
-    // Single unusable certificates are ignored. It is an error if none is left.
+    // Single unusable certificates are ignored. Without a usable one, the result is an error.
     root_store(loaded.certs)
         .map_err(|reason| loaded.errors.first().map_or(reason, |error| error.to_string()))
 }

@@ -36,7 +36,8 @@ pub struct Certificates {
     cert: PathBuf,
     key: PathBuf,
     current: ArcSwap<Identity>,
-    /// Digest of the last read contents, usable or not, so that an unusable file is reported once.
+    /// The digest of the contents that were read last, usable or not. An unusable file is thus
+    /// reported once.
     last_read: Mutex<[u8; 32]>,
 }
 
@@ -95,8 +96,8 @@ impl Certificates {
     /// Reads the files, and replaces the identity if they have changed.
     ///
     /// # Errors
-    /// [`IdentityError`]. The old identity stays. The same unusable contents are an error once,
-    /// then `Unchanged`.
+    /// [`IdentityError`]. The old identity stays. The same unusable contents are an error the first
+    /// time, and `Unchanged` after that.
     pub fn reload(&self) -> Result<Reload, IdentityError> {
         let files = Files::read(&self.cert, &self.key)?;
         let mut last_read = self.last_read.lock();
@@ -112,8 +113,8 @@ impl Certificates {
 
     /// Reloads the files at every interval, forever. Failures are logged and counted.
     ///
-    /// Compares contents: Kubernetes replaces files under unchanged names. Runs as a task of the
-    /// caller.
+    /// Compares contents, because Kubernetes replaces files under unchanged names. The caller runs
+    /// it as a task.
     pub async fn watch(self: Arc<Self>, every: Duration) {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

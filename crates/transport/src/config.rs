@@ -10,13 +10,13 @@ use crate::{client_certificate::ClientAuth, service::Alpn};
 /// The default time limit for calls in flight during a drain.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Flow control: unread bytes of one stream.
+/// Flow control: the maximum of unread bytes of one stream.
 const STREAM_RECEIVE_WINDOW: u32 = 128 * 1024;
-/// Flow control: unread bytes of all streams of a connection.
+/// Flow control: the maximum of unread bytes of all streams of a connection.
 const RECEIVE_WINDOW: u32 = 1024 * 1024;
-/// Flow control: unacknowledged bytes sent on a connection.
+/// Flow control: the maximum of sent but unacknowledged bytes of a connection.
 const SEND_WINDOW: u64 = 1024 * 1024;
-/// Handshake bytes that are buffered out of order.
+/// The maximum number of handshake bytes that are buffered out of order.
 const CRYPTO_BUFFER: usize = 16 * 1024;
 
 /// The configuration of a [`Server`](crate::Server).
@@ -32,8 +32,9 @@ pub struct Config {
     pub limits: TransportLimits,
     /// The timeouts.
     pub timeouts: Timeouts,
-    /// The drain token of the process. While cancelled, new connections are refused and replies
-    /// are awaited until they are acknowledged. [`Server::drain`](crate::Server::drain) cancels it.
+    /// The drain token of the process. Once it is cancelled, new connections are refused, and the
+    /// server waits for the acknowledgement of every reply. [`Server::drain`](crate::Server::drain)
+    /// cancels it.
     pub draining: CancellationToken,
 }
 
@@ -52,34 +53,39 @@ impl Config {
     }
 }
 
-/// The limits of a server. Beyond a limit it refuses, and neither queues nor ignores.
+/// The limits of a server. Work beyond a limit is refused, not ignored and, except for
+/// `max_streams`, not queued.
 #[derive(Debug, Clone)]
 pub struct TransportLimits {
-    /// Connections, including those in their handshake. An idle one costs about 45 KiB. Default:
-    /// 16 384.
+    /// The maximum number of connections, including those in their handshake. An idle one costs
+    /// about 45 KiB. Default: 16 384.
     pub max_connections: usize,
-    /// Connections from one IP address. Choose more than the number of clients behind one address
-    /// of a NAT or a load balancer. Default: 1 024.
+    /// The maximum number of connections from one IP address. Choose more than the number of
+    /// clients behind one address of a NAT or a load balancer. Default: 1 024.
     pub max_connections_per_ip: usize,
-    /// Concurrent handshakes. Default: 2 048, which is about one second of work for one core.
+    /// The maximum number of concurrent handshakes. Default: 2 048, which is about one second of
+    /// work for one core.
     pub max_handshakes: usize,
-    /// Concurrent handshakes from one IP address that its client has proved. A share of
-    /// `max_handshakes`, so that half-open handshakes from a few addresses do not use up the limit
-    /// of all. Default: 256.
+    /// The maximum number of concurrent handshakes from one IP address that its client has proved.
+    /// A share of `max_handshakes`, so that half-open handshakes from a few addresses do not use up
+    /// the limit of all. Default: 256.
     pub max_handshakes_per_ip: usize,
     /// The number of concurrent handshakes from which clients must prove their address (Retry, one
     /// more round trip), until the number has halved. 0: always. Default: 256.
     pub retry_above: usize,
-    /// Calls in flight on one connection. A client that opens more waits. Default: 64, because each
-    /// permitted stream costs 83 bytes on every connection, used or not.
+    /// The maximum number of calls in flight on one connection. A client with that number waits
+    /// before its next call. Default: 64, because each permitted stream costs 83 bytes on every
+    /// connection, used or not.
     pub max_streams: u32,
-    /// Bytes of requests that are being received or executed. Requests up to 4 KiB are not counted.
-    /// Default: 256 MiB.
+    /// The maximum number of bytes of all requests that are being received or executed. Requests up
+    /// to 4 KiB are not counted. Default: 256 MiB.
     pub max_request_bytes: usize,
-    /// Bytes of the requests from one IP address, a share of `max_request_bytes`. Choose more if
-    /// many clients share an address, as behind a load balancer. Default: 64 MiB.
+    /// The maximum number of bytes of the requests from one IP address, a share of
+    /// `max_request_bytes`. Choose more if many clients share an address, as behind a load
+    /// balancer. Default: 64 MiB.
     pub max_request_bytes_per_ip: usize,
-    /// Bytes of the requests on one connection. Default: 16 MiB, four of the largest.
+    /// The maximum number of bytes of the requests on one connection. Default: 16 MiB, four of the
+    /// largest requests.
     pub max_request_bytes_per_connection: usize,
     /// The rate, in bytes per second over the whole reply, below which a client is too slow. The
     /// time for a reply is `stalled_reply` plus its length divided by this rate. Default: 8 KiB,
@@ -107,20 +113,24 @@ impl Default for TransportLimits {
 /// The time limits for a client.
 #[derive(Debug, Clone)]
 pub struct Timeouts {
-    /// For the handshake. Default: 5 s.
+    /// The time limit of the handshake. Default: 5 s.
     pub handshake: Duration,
-    /// For the handshake while at least `retry_above` are in progress. Default: 2 s.
+    /// The time limit of the handshake while at least `retry_above` handshakes are in progress.
+    /// Default: 2 s.
     pub handshake_under_pressure: Duration,
-    /// For any datagram. Then the connection is dropped without a notice. Default: 60 s.
+    /// The maximum time without a datagram from the client. Then the connection is dropped without
+    /// a notification. Default: 60 s.
     pub idle: Duration,
-    /// For the whole request, from its first byte. Default: 10 s.
+    /// The time limit of the whole request, from its first byte. Default: 10 s.
     pub request: Duration,
-    /// For any datagram while a reply with a [`DeliveryObserver`](crate::DeliveryObserver) is
-    /// unacknowledged. Then the reply is lost. Default: 10 s.
+    /// The maximum time without a datagram from the client while a reply with a
+    /// [`DeliveryObserver`](crate::DeliveryObserver) is unacknowledged. Then the reply is lost.
+    /// Default: 10 s.
     pub silent_peer: Duration,
-    /// For the client to accept any more of a reply, and for a whole reply in addition to the time
-    /// from `min_reply_rate`. Then the reply is reset, so that a client cannot pin memory by not
-    /// reading. Default: 30 s; a third of it while the service is short of memory.
+    /// The maximum time in which the client accepts no more of a reply; also part of the time limit
+    /// of the whole reply, see `min_reply_rate`. Then the reply is reset, so that a client cannot
+    /// occupy memory by not reading. Default: 30 s; a third of it while the service is short of
+    /// memory.
     pub stalled_reply: Duration,
 }
 
@@ -154,7 +164,7 @@ pub(crate) fn transport(limits: &TransportLimits, timeouts: &Timeouts) -> Arc<Tr
     Arc::new(transport)
 }
 
-/// Converts a timeout for quinn. One that is too long becomes the longest possible.
+/// Converts a timeout for quinn. A timeout that is too long becomes the longest possible one.
 pub(crate) fn idle_timeout(idle: Duration) -> IdleTimeout {
     IdleTimeout::try_from(idle).unwrap_or(IdleTimeout::from(VarInt::MAX))
 }

@@ -1,4 +1,4 @@
-//! One connection: its handshake, a task for each of its streams, and the notice of its end.
+//! One connection: its handshake, a task for each of its streams, and the notification of its end.
 
 use std::{pin::pin, sync::Arc};
 
@@ -20,8 +20,8 @@ use crate::{
 
 /// Serves a connection to its end.
 ///
-/// The state of the handshake is in a box that is freed after it: the task lives as long as its
-/// client, which may be silent for days.
+/// The state of the handshake is in a box, which is freed after the handshake. The task lives as
+/// long as its connection, which may be idle for days.
 pub(crate) fn serve<S: Service>(
     server: Arc<ServerContext<S>>,
     incoming: Incoming,
@@ -106,7 +106,7 @@ async fn serve_open<S: Service>(
 
 async fn accept_streams<S: Service>(connection: &Arc<ConnectionContext<S>>) {
     loop {
-        // At the bound no stream is accepted, so that the client waits.
+        // At the limit no stream is accepted, so that the client waits.
         let Ok(permit) = connection.stream_permits.acquire().await else { return };
         let Ok((send, recv)) = connection.quic.accept_bi().await else { return };
         permit.forget();
@@ -115,7 +115,7 @@ async fn accept_streams<S: Service>(connection: &Arc<ConnectionContext<S>>) {
     }
 }
 
-/// An open connection. Its drop notifies the service at any end of the task.
+/// An open connection. Its drop notifies the service, in whichever way the task ends.
 struct OpenConnection<S: Service> {
     context: Arc<ConnectionContext<S>>,
     events: EventSink,

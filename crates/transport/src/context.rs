@@ -1,7 +1,7 @@
 //! The state that the tasks of a server share, and the state that the tasks of a connection share.
 //!
-//! `server` spawns the tasks of `connection`, and `connection` those of `stream`. All three use the
-//! types of this module and none those of a caller.
+//! The module `server` spawns the tasks of `connection`, and `connection` those of `stream`. All
+//! three use the types of this module, so that no module depends on one that calls it.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ pub(crate) struct ServerContext<S> {
     pub(crate) draining: CancellationToken,
     /// The streams that are being served. A drain waits for them.
     pub(crate) streams: TaskTracker,
-    /// The accept loops, the connections and the writers of their events. They end when the
+    /// The accept loops, the connections and the writers of their events. All of them end when the
     /// endpoints are closed.
     pub(crate) connections: TaskTracker,
 }
@@ -44,7 +44,7 @@ pub(crate) struct ConnectionContext<S: Service> {
     pub(crate) stream_permits: Semaphore,
 }
 
-/// A stream that is being served. Its drop frees its permit at any end of its task.
+/// A stream that is being served. Its drop frees the permit, in whichever way its task ends.
 pub(crate) struct OpenStream<S: Service> {
     pub(crate) connection: Arc<ConnectionContext<S>>,
 }

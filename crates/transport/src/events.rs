@@ -12,9 +12,9 @@ use quinn::{SendStream, VarInt};
 use tokio::runtime::Handle;
 use tokio_util::task::TaskTracker;
 
-/// Capacity of the queue, in events.
+/// The capacity of the queue, in events.
 const QUEUE_CAPACITY: usize = 256;
-/// Capacity of the queue, in bytes. A single event may be larger.
+/// The capacity of the queue, in bytes. A single event may be larger.
 const QUEUE_CAPACITY_BYTES: usize = 1024 * 1024;
 
 /// Sends events to one connection. Cheap to clone. Does not keep the connection open.
@@ -26,7 +26,7 @@ pub struct EventSink {
 /// The events of one connection, shared by its sinks and its writer task.
 struct EventQueue {
     state: Mutex<State>,
-    /// Where the writer task is spawned: a sink may be used outside of the runtime.
+    /// The runtime on which the writer task is spawned, because a sink may be used outside of it.
     runtime: Handle,
     /// The owner of the writer task. Closing the endpoints ends the task.
     tasks: TaskTracker,

@@ -1,8 +1,8 @@
 //! A server's certificate chain and private key, read from files, or created if there are none.
 //!
 //! Files may be DER or PEM, with any name. A created certificate is self-signed with ECDSA P-256,
-//! which all QUIC stacks support. It does not expire, because clients trust its key by the
-//! [`Fingerprint`].
+//! which all QUIC stacks support. Such a certificate does not expire, because clients trust its key
+//! by the [`Fingerprint`].
 
 use std::{
     fmt, fs, io,
@@ -208,7 +208,7 @@ impl Files {
         Ok(Self { cert: read(cert)?, key: read(key)? })
     }
 
-    /// Returns a hash to compare contents with, so that the key is not kept in memory twice.
+    /// Returns a hash for comparing contents, so that the key is not in memory twice.
     pub(crate) fn digest(&self) -> [u8; 32] {
         let cert = Sha256::digest(&self.cert);
         Sha256::new().chain_update(cert).chain_update(&self.key).finalize().into()
@@ -272,14 +272,15 @@ fn create(cert: &Path, key: &Path, names: &[String]) -> Result<(), IdentityError
         if wants_pem(key) { pair.serialize_pem().into_bytes() } else { pair.serialize_der() };
     let cert_bytes =
         if wants_pem(cert) { certificate.pem().into_bytes() } else { certificate.der().to_vec() };
-    // Both are on disk before either has its name, so that a full disk leaves neither.
+    // Both drafts are on disk before either gets its name, so that a full disk leaves neither file.
     let key_draft = draft(key, &key_bytes, KEY_MODE)?;
     let cert_draft = draft(cert, &cert_bytes, CERT_MODE)?;
     publish(key_draft, key)?;
     publish(cert_draft, cert)
 }
 
-/// Writes a file that does not have its name yet, and creates its directory if there is none.
+/// Writes the draft of a file, which gets its name later, and creates the directory if there is
+/// none.
 fn draft(target: &Path, bytes: &[u8], mode: u32) -> Result<Draft, IdentityError> {
     fs::create_dir_all(durable_file::directory_of(target))
         .and_then(|()| Draft::with_contents(target, bytes, mode))

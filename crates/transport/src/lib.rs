@@ -1,15 +1,14 @@
 //! QUIC for qpq: the only crate that depends on quinn and rustls.
 //!
 //! On the server's side a [`Server`] accepts connections and turns each client-opened stream into
-//! one call of a [`Service`], which gives the calls their meaning. A request is checked by its
-//! header before its payload is buffered, a reply can be observed until it is delivered
-//! ([`DeliveryObserver`]), and a half-written reply that is dropped is reset, never ended cleanly.
-//! On the client's side a [`client::Dialer`] creates connections and a [`client::Connection`] makes
-//! calls.
+//! one call of a [`Service`], which implements the calls. A request is checked by its header before
+//! its payload is buffered, a reply can be observed until it is delivered ([`DeliveryObserver`]),
+//! and a half-written reply that is dropped is reset, never ended cleanly. On the client's side a
+//! [`client::Dialer`] creates connections and a [`client::Connection`] makes calls.
 //!
-//! To read next: [`Service`] for the contract, [`Config`] for the limits and their defaults,
-//! [`metric`] for the metrics, [`Certificates`] for the server's identity, [`ClusterKeys`] for the
-//! keys that the edges of a cluster share.
+//! See [`Service`] for the contract, [`Config`] for the limits and their defaults, [`metric`] for
+//! the metrics, [`Certificates`] for the server's identity, [`ClusterKeys`] for the keys that the
+//! edges of a cluster share.
 
 mod admission;
 mod authorities;

@@ -3,9 +3,10 @@
 //! A client may send many large requests before it has a session, and need not finish them. So the
 //! buffer of a request grows only within these limits, and counts until the call has ended. Beyond
 //! a limit the request is refused immediately: a request that waited would stop the flow of the
-//! others on its connection.
+//! other requests on its connection.
 //!
-//! Buffers are counted, not announced lengths: a client must send the bytes that it occupies.
+//! The sizes of buffers are counted, not announced lengths. So a client occupies only memory for
+//! bytes that it has sent.
 
 use std::{
     collections::HashMap,
@@ -25,8 +26,8 @@ use crate::{
     config::TransportLimits,
 };
 
-/// The size up to which a buffer is not counted. Each stream of a connection can have one, so small
-/// requests are never refused.
+/// The size in bytes up to which a buffer is not counted. Each stream of a connection can have one,
+/// so small requests are never refused.
 pub(crate) const UNCOUNTED: usize = 4096;
 
 /// The memory for the requests of a server.

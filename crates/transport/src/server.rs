@@ -1,7 +1,7 @@
 //! The listening end: binds sockets, accepts connections, drains.
 //!
-//! One task for each endpoint accepts. Each connection has a task (`connection`), and so has each
-//! of its streams (`stream`). The server's two task trackers count all of them, and
+//! One task for each endpoint accepts connections. Each connection has a task (`connection`), and
+//! so has each of its streams (`stream`). The server's two task trackers count all of them, and
 //! [`Server::abort`] waits for them.
 
 use std::{
@@ -41,15 +41,15 @@ use crate::{
 /// The time between two stateless resets.
 ///
 /// A reset is smaller than the packet that it answers and is sent only for ids that this edge has
-/// created, so the limit only has to keep a flood of old packets cheap. A restarted edge has
-/// thousands of clients to notify.
+/// created, so the limit only keeps a flood of old packets cheap. A restarted edge has thousands of
+/// clients to notify, so the limit is not lower.
 const MIN_RESET_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Application code and reason of the close that ends a drain.
 const CLOSE_CODE: VarInt = VarInt::from_u32(0);
 const CLOSE_REASON: &[u8] = b"server shutting down";
 
-/// The time limit for the close to reach the clients and for the last deliveries to be noted.
+/// The time limit for the close to reach the clients and for the last deliveries to be recorded.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The time that a drain leaves for replies written just before it began. Later replies are awaited
@@ -59,10 +59,11 @@ const LINGER: Duration = Duration::from_millis(250);
 /// The shortest time between two warnings about refused connections, for each reason.
 const WARNING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// First packets that wait for the accept loop, and the limits of their bytes, for each and for
-/// all.
+/// The maximum number of connection attempts that wait for the accept loop.
 const MAX_INCOMING: usize = 4096;
+/// The maximum number of bytes that are buffered for one waiting attempt.
 const INCOMING_BUFFER: u64 = 64 * 1024;
+/// The maximum number of bytes that are buffered for all waiting attempts.
 const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
 
 /// A running server.
@@ -204,8 +205,8 @@ impl<S: Service> Server<S> {
     /// Stops gracefully.
     ///
     /// Refuses new connections, notifies the service, and waits up to `deadline` for the calls in
-    /// flight, calls that begin meanwhile included. Then closes all connections with code 0 and the
-    /// reason `server shutting down`. A second drain closes immediately.
+    /// flight, including calls that begin in the meantime. Then closes all connections with code 0
+    /// and the reason `server shutting down`. A second drain closes immediately.
     pub async fn drain(&self, deadline: Duration) {
         if self.drain_started.swap(true, Ordering::Relaxed) {
             return self.abort().await;
@@ -286,7 +287,7 @@ fn client_authorities(auth: &ClientAuth) -> Result<Option<Arc<RootCertStore>>, B
 }
 
 fn endpoint_config(edge: Option<&ClusterEdge>, id_key: ConnectionIdKey) -> EndpointConfig {
-    // The default's reset key is random.
+    // The reset key of the default is random.
     let mut config = EndpointConfig::default();
     if let Some(edge) = edge {
         config.reset_key(Arc::new(edge.keys.reset.clone()));
@@ -350,7 +351,7 @@ fn retry(incoming: Incoming, metrics: &Metrics) {
     }
 }
 
-/// Warnings that connections are refused because a limit is reached, at a bounded rate.
+/// The warnings about refused connections, at a limited rate.
 #[derive(Default)]
 struct LimitWarnings {
     by_reason: [LimitWarning; LimitReached::ALL.len()],
@@ -364,7 +365,8 @@ struct LimitWarning {
 }
 
 impl LimitWarnings {
-    /// Logs a warning, unless one for this reason was logged lately. Returns whether it did.
+    /// Logs a warning, unless one for this reason was logged within [`WARNING_INTERVAL`]. Returns
+    /// whether it was logged.
     fn warn(&mut self, reason: LimitReached, admission: &Admission, now: Instant) -> bool {
         let Some((setting, value)) = reason.setting(admission.limits()) else { return false };
         let warning = &mut self.by_reason[reason as usize];

@@ -13,8 +13,8 @@ use crate::{client_certificate::ClientCertificate, events::EventSink};
 
 /// The service behind a [`Server`](crate::Server): one value for all connections.
 ///
-/// Only [`call`](Self::call) and [`draining`](Self::draining) may wait: the other methods run on
-/// the tasks of the connections.
+/// Only [`call`](Self::call) and [`draining`](Self::draining) may wait. The other methods run on
+/// the tasks of the connections and would delay them.
 pub trait Service: Send + Sync + 'static {
     /// The state of a connection while it is open: its session, its pending logins.
     type Connection: Send + Sync + 'static;
@@ -28,11 +28,12 @@ pub trait Service: Send + Sync + 'static {
 
     /// Checks the header of a request, before a byte of its payload is buffered.
     ///
-    /// # Errors The reply, if the payload need not be read, as for an unknown method.
+    /// # Errors
+    /// The reply, if the payload need not be read, as for an unknown method.
     fn admit(&self, conn: &Self::Connection, header: &RequestHeader) -> Result<(), Reply>;
 
-    /// Runs a call. The future is dropped, and the call so cancelled, when the client stops or
-    /// resets the stream or the connection ends.
+    /// Runs a call. The future is dropped, which cancels the call, when the client stops or resets
+    /// the stream or the connection ends.
     fn call(
         self: Arc<Self>,
         conn: Arc<Self::Connection>,

@@ -8,11 +8,12 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// The size of a socket's buffers. The kernel drops packets that do not fit, and its default of
-/// about 200 KiB is a few milliseconds of a busy edge.
+/// The size of a socket's buffers. The kernel drops packets that do not fit. Its default, about 200
+/// KiB, is full after a few milliseconds on a busy edge.
 const BUFFER: usize = 4 * 1024 * 1024;
 
-/// Maximum attempts to find a port that is free for IPv4 and IPv6, if any port will do.
+/// Maximum attempts to find a port that is free for IPv4 and IPv6, if the configuration allows any
+/// port.
 const MAX_ATTEMPTS: usize = 16;
 
 /// Binds a server's sockets.

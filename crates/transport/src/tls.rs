@@ -32,10 +32,10 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
 /// The parts of a server's side of the handshake.
 pub(crate) struct Server<'a> {
     pub(crate) certificates: Arc<dyn ResolvesServerCert>,
-    /// `None`: the keys of session tickets are random.
+    /// The encryption of session tickets; `None` for random keys.
     pub(crate) ticketer: Option<Arc<dyn ProducesTickets>>,
     pub(crate) alpn: &'a [Alpn],
-    /// The authorities for the certificates of clients. `None`: clients are not asked for one.
+    /// The authorities for the certificates of clients. `None` if clients are not asked for one.
     pub(crate) client_authorities: Option<Arc<RootCertStore>>,
 }
 
@@ -45,7 +45,8 @@ pub(crate) fn server(parts: Server<'_>) -> Result<QuicServerConfig, rustls::Erro
         .map_err(|_| rustls::Error::General("the provider lacks TLS13_AES_128_GCM_SHA256".into()))
 }
 
-/// Returns the TLS configuration of a server, with 0-RTT off: a replayed call would act twice.
+/// Returns the TLS configuration of a server, with 0-RTT off, because a replayed call would take
+/// effect twice.
 ///
 /// quinn's own constructor turns 0-RTT on. Stateless tickets also rule it out: rustls accepts early
 /// data only with stateful resumption.

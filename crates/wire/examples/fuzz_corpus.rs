@@ -1,7 +1,7 @@
 //! Writes the seed corpus of the fuzz targets: `cargo run -p qpq-wire --example fuzz_corpus --
 //! crates/wire/fuzz/corpus`.
 //!
-//! The seeds are frames as peers send them, and the shortest invalid ones.
+//! The seeds are frames that peers really send, and short invalid frames.
 
 use std::{env, fs, io, path::Path};
 

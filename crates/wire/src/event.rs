@@ -9,14 +9,14 @@ use crate::{FrameError, check_exact, check_payload_len, join, payload_len, split
 /// The header of an event frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EventHeader {
-    /// The type of the event. An open number: clients ignore unknown types.
+    /// The type of the event. Later versions add types, so clients ignore unknown ones.
     pub event_type: u16,
-    /// Length in bytes of the payload that follows.
+    /// The length of the payload that follows, in bytes.
     pub payload_len: u32,
 }
 
 impl EventHeader {
-    /// Length of the header in bytes.
+    /// The length of the header in bytes.
     pub const LEN: usize = 6;
 
     /// Encodes the header.
@@ -109,7 +109,8 @@ impl EventDecoder {
     /// Returns the next event, or `None` until all its bytes have been pushed.
     ///
     /// # Errors
-    /// [`FrameError::TooLarge`], also for each later call: the start of the next frame is unknown.
+    /// [`FrameError::TooLarge`], also for each later call, because the start of the next frame is
+    /// unknown.
     pub fn next_event(&mut self) -> Result<Option<EventFrame>, FrameError> {
         let Some(header) = self.buffer.first_chunk() else { return Ok(None) };
         let header = EventHeader::decode(header);

@@ -6,8 +6,8 @@
 //! header of fixed length with big-endian integers, and a payload whose length is in the header.
 //! `qpq-transport` reads and writes frames with these types; no other crate depends on the layout.
 //!
-//! Decoding a header never fails, because a request with too large a length is answered with its
-//! request id. The header's `check` refuses such a length before memory is allocated.
+//! Decoding a header never fails, because the answer to a request with too large a length contains
+//! its request id. The header's `check` refuses such a length before memory is allocated.
 //!
 //! | frame | layout | header |
 //! |---|---|---|

@@ -1,16 +1,15 @@
-//! The reasons for which a server refuses a request before it runs the call, or instead of its
-//! reply.
+//! The reasons why a server refuses a request, before the call runs or instead of its reply.
 
 /// The reason why a request is refused without a reply of its method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Refusal {
-    /// The announced payload is above [`MAX_PAYLOAD`](crate::MAX_PAYLOAD). Nothing of it was read.
+    /// The announced payload is above [`MAX_PAYLOAD`](crate::MAX_PAYLOAD). None of it was read.
     TooLarge,
     /// The stream ended inside the frame, or continued after it.
     Malformed,
     /// The request was not complete in time.
     Timeout,
-    /// The client's requests use all the memory that it may use.
+    /// The requests of the client use its maximum of memory.
     ClientMemory,
     /// The requests of all clients use all the memory for requests.
     ServerMemory,

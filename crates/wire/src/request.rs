@@ -1,4 +1,5 @@
-//! The request frame. It is alone on the client's half of a bidirectional stream, followed by FIN.
+//! The request frame, which is alone on the client's half of a bidirectional stream and followed by
+//! FIN.
 
 use bytes::Bytes;
 
@@ -7,16 +8,16 @@ use crate::{FrameError, check_exact, check_payload_len, join, payload_len, split
 /// The header of a request frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestHeader {
-    /// The id of the called method. An open number: later versions add methods.
+    /// The id of the called method. Later versions add methods.
     pub method_id: u16,
     /// The client's number for the call, returned in the response.
     pub request_id: u32,
-    /// Length in bytes of the payload that follows.
+    /// The length of the payload that follows, in bytes.
     pub payload_len: u32,
 }
 
 impl RequestHeader {
-    /// Length of the header in bytes.
+    /// The length of the header in bytes.
     pub const LEN: usize = 10;
 
     /// Encodes the header.

@@ -1,4 +1,5 @@
-//! The response frame. It is alone on the server's half of the request's stream, followed by FIN.
+//! The response frame, which is alone on the server's half of the request's stream and followed by
+//! FIN.
 
 use bytes::Bytes;
 
@@ -7,16 +8,17 @@ use crate::{FrameError, check_exact, check_payload_len, join, payload_len, split
 /// The header of a response frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResponseHeader {
-    /// The status of the call, 0 for Ok. An open number: `qpq-proto` defines the statuses.
+    /// The status of the call, 0 for Ok. `qpq-proto` defines the statuses; later versions may add
+    /// some.
     pub status: u8,
     /// The number from the request, with which the client checks that the response is for its call.
     pub request_id: u32,
-    /// Length in bytes of the payload that follows.
+    /// The length of the payload that follows, in bytes.
     pub payload_len: u32,
 }
 
 impl ResponseHeader {
-    /// Length of the header in bytes.
+    /// The length of the header in bytes.
     pub const LEN: usize = 9;
 
     /// Encodes the header.

@@ -22,7 +22,7 @@ fn size<'a, F: Future>(_: impl Fn(Cx<'a>, Bytes) -> F) -> usize {
     size_of::<F>()
 }
 
-/// A waiting FetchWait is the cost of an idle client in addition to its connection.
+/// An idle client costs its connection and the future of a waiting FetchWait.
 #[test]
 fn futures_are_small() {
     let sizes = [size(serve::<Health>), size(serve::<Enqueue>), size(serve::<FetchWait>)];
@@ -51,8 +51,8 @@ fn steps() -> Vec<&'static str> {
     STEPS.take()
 }
 
-/// A row for these tests: a call of a peer server. `destination` names the outcome of its
-/// authorization.
+/// The method of these tests: a call from a peer server. The request's `destination` selects the
+/// outcome of the authorization.
 enum Relay {}
 
 impl Method for Relay {

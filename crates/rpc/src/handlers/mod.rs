@@ -1,5 +1,5 @@
 //! One handler per method, in the file or directory of its area. `dispatch` finds a handler by the
-//! type of its method; nothing is registered here.
+//! type of its method, so there is no registration here.
 
 mod auth;
 mod delivery;

@@ -1,5 +1,5 @@
 //! Look-ups from a username to an identity key (500) and back (501). Both need a session and
-//! consume its account's budget, so that no client can read out the directory.
+//! consume its account's budget, so that no client can enumerate the accounts.
 
 use bytes::Bytes;
 use qpq_domain::Username;

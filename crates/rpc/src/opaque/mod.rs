@@ -2,8 +2,8 @@
 //! password to the server.
 //!
 //! [`OpaqueServer`] owns the deployment's long-term secrets and is the only code that uses
-//! `opaque-ke`. It checks the exact length of every message first, because the library's parsers
-//! accept trailing bytes. Its work for an unknown username is the same as for a known one (RFC 9807
+//! `opaque-ke`. The exact length of every message is checked first, because the library's parsers
+//! accept trailing bytes. The work for an unknown username is the same as for a known one (RFC 9807
 //! §6.3.2.2).
 
 use std::fmt;
@@ -77,8 +77,8 @@ pub enum InvalidSetup {
     SelfCheck,
 }
 
-/// The server's state between OpaqueLoginStart and OpaqueLoginFinish. With it an attacker could log
-/// in, so it stays in memory and is wiped when dropped.
+/// The server's state between OpaqueLoginStart and OpaqueLoginFinish. An attacker could log in with
+/// this state, so it stays in memory and is wiped when dropped.
 pub struct PendingLogin(Box<ServerLogin<QpqSuite>>);
 
 impl fmt::Debug for PendingLogin {
@@ -87,11 +87,12 @@ impl fmt::Debug for PendingLogin {
     }
 }
 
-/// The deployment's OPAQUE secrets, the same on all edges. They are permanent: without them no
-/// password works.
+/// The deployment's OPAQUE secrets, the same on all edges. They must never change: with other
+/// secrets no password works.
 pub struct OpaqueServer {
     setup: ServerSetup<QpqSuite>,
-    /// A valid record of no account, which is parsed for unknown usernames.
+    /// A valid record of no account, which is parsed for unknown usernames, as the stored one is
+    /// for a known username.
     dummy_record: [u8; len::RECORD],
 }
 
@@ -102,7 +103,8 @@ impl fmt::Debug for OpaqueServer {
 }
 
 impl OpaqueServer {
-    /// Generates new secrets. Accounts that were registered with others cannot log in with them.
+    /// Generates new secrets. Accounts that were registered with other secrets cannot log in with
+    /// these.
     pub fn generate(rng: &mut (impl RngCore + CryptoRng)) -> Self {
         Self::new(ServerSetup::new(rng))
     }
@@ -125,8 +127,8 @@ impl OpaqueServer {
 
     fn new(setup: ServerSetup<QpqSuite>) -> Self {
         let mut dummy_record = [0; len::RECORD];
-        // client_public_key 32 ‖ masking_key 64 ‖ envelope 96: with any valid point the whole is
-        // a valid record.
+        // client_public_key 32 ‖ masking_key 64 ‖ envelope 96: with any valid point, the record is
+        // valid.
         dummy_record[..32].copy_from_slice(&setup.keypair().public().serialize());
         Self { setup, dummy_record }
     }
@@ -165,8 +167,8 @@ impl OpaqueServer {
         self.start_login_in(ServerLoginParameters::default(), rng, username, record, ke1)
     }
 
-    /// Like [`OpaqueServer::start_login`], with the context and identities of the RFC's test
-    /// vectors; the protocol has none.
+    /// Like [`OpaqueServer::start_login`], with a context and identities, which the RFC's test
+    /// vectors have and this protocol does not.
     fn start_login_in(
         &self,
         parameters: ServerLoginParameters<'_, '_>,
@@ -188,7 +190,7 @@ impl OpaqueServer {
     }
 
     /// Checks the secrets by a registration and a login of an account that is never stored. Cheap,
-    /// as its client does not stretch the password.
+    /// because the client stretches the password as little as possible.
     pub fn self_check(&self, rng: &mut (impl RngCore + CryptoRng)) -> Result<(), InvalidSetup> {
         self.log_in_once(rng).ok_or(InvalidSetup::SelfCheck)
     }
@@ -224,7 +226,8 @@ impl PendingLogin {
         self.finish_in(ServerLoginParameters::default(), ke3).map(drop)
     }
 
-    /// Returns the shared session key. The protocol does not use it; its tokens are random.
+    /// Returns the shared session key. This protocol does not use the key: session tokens are
+    /// random.
     fn finish_in(
         self,
         parameters: ServerLoginParameters<'_, '_>,

@@ -82,8 +82,8 @@ struct Real {
     session_key: &'static str,
 }
 
-/// Runs a registration and a login of our server with the library's client, and compares every
-/// message.
+/// Runs a registration and a login between this server and the library's client, and compares every
+/// message with `vector`.
 fn play(vector: &Real) {
     let server = server(common::OPRF_SEED, common::SERVER_PRIVATE_KEY, common::SERVER_PUBLIC_KEY);
     let password = unhex(common::PASSWORD);
@@ -190,7 +190,7 @@ fn ke1() -> Vec<u8> {
 }
 
 #[test]
-fn a_known_and_an_unknown_user_take_the_same_randomness_and_room() {
+fn known_and_unknown_users_consume_equal_randomness_and_have_equal_lengths() {
     let server = OpaqueServer::generate(&mut OsRng);
     let mut known = Script(vec![9; 1024]);
     let mut unknown = Script(vec![9; 1024]);
@@ -258,7 +258,7 @@ fn the_identity_element_is_refused_in_place_of_every_point() {
 }
 
 #[test]
-fn a_setup_is_kept_whole_and_a_damaged_one_is_found_out() {
+fn a_setup_is_stored_completely_and_a_damaged_one_is_refused() {
     let server = OpaqueServer::generate(&mut OsRng);
     let stored = server.serialize();
     assert_eq!(stored.len(), len::SETUP);
@@ -278,7 +278,7 @@ fn a_setup_is_kept_whole_and_a_damaged_one_is_found_out() {
 }
 
 #[test]
-fn nothing_secret_is_shown() {
+fn debug_output_redacts_secrets() {
     let server = OpaqueServer::generate(&mut OsRng);
     let (_, pending) = server.start_login(&mut OsRng, &user(), None, &ke1()).expect("KE2");
     assert_eq!(format!("{server:?} {pending:?}"), "OpaqueServer(redacted) PendingLogin(redacted)");

@@ -1,6 +1,6 @@
-//! Test vectors of RFC 9807, Appendix C: the numbers, as the RFC prints them in hexadecimal. All
-//! are for the group ristretto255, hash SHA-512, context "OPAQUE-POC", credential identifier "1234"
-//! and no key stretching.
+//! Test vectors of RFC 9807, Appendix C, in hexadecimal as in the RFC. All are for the group
+//! ristretto255, hash SHA-512, context "OPAQUE-POC", credential identifier "1234" and no key
+//! stretching.
 
 /// The values that C.1.1 and C.1.2 share.
 pub(crate) mod common {

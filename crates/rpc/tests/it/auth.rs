@@ -64,7 +64,7 @@ async fn a_wrong_password_and_an_unknown_username_have_the_same_answer() {
     );
 }
 
-/// Records the store's calls in order.
+/// A port that records its calls in order.
 struct Counted {
     inner: Arc<dyn Accounts>,
     asked: Arc<Mutex<Vec<&'static str>>>,
@@ -93,8 +93,8 @@ impl Accounts for Counted {
     }
 }
 
-/// Attack 5. The tests of `OpaqueServer` show that the computation is the same, by the randomness
-/// that it uses.
+/// The store calls of a login must not reveal whether the account exists. The tests of
+/// `OpaqueServer` show the same for its computation.
 #[tokio::test]
 async fn a_login_makes_the_same_store_calls_whether_or_not_the_account_exists() {
     let asked = Arc::new(Mutex::new(Vec::new()));
@@ -141,7 +141,6 @@ async fn the_responses_to_starts_do_not_reveal_whether_a_name_is_taken() {
     }
 }
 
-/// Attack 6.
 #[tokio::test]
 async fn messages_of_a_wrong_length_are_malformed_and_change_nothing() {
     let server = Server::start().await;
@@ -198,7 +197,6 @@ async fn invalid_points_and_the_identity_are_malformed() {
     }
 }
 
-/// Attack 31.
 #[tokio::test]
 async fn names_are_equal_across_case_and_width_and_invalid_ones_are_refused() {
     let server = Server::start().await;
@@ -249,13 +247,12 @@ async fn a_registration_never_replaces_an_account() {
     }
     client.log_in("alice", "password").await.expect("the first record is unchanged");
     assert_eq!(code(client.log_in("alice", "other").await).0, Status::Unauthorized);
-    // Attack 1: another name with Alice's key.
+    // Another name with Alice's key.
     let refused = client.register("mallory", "password", &identity).await;
     assert_eq!(code(refused), (Status::Forbidden, "auth.identity_taken".into()));
     assert_eq!(code(client.log_in("mallory", "password").await).0, Status::Unauthorized);
 }
 
-/// Attack 2.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_concurrent_registrations_of_one_name_exactly_one_wins() {
     let server = Server::start().await;
@@ -313,7 +310,8 @@ async fn a_proof_is_always_checked_and_its_absence_refused_where_required() {
         let another_key = identity_proof(&SigningKey::generate(&mut OsRng), "Alice", &upload);
         let another_name = identity_proof(&signing, "bob", &upload);
         let another_upload = identity_proof(&signing, "Alice", &[0; 192]);
-        // A verifier that is not strict accepts S + L in place of S.
+        // S + L in place of S, with L the order of the group: a verifier that does not check S < L
+        // (RFC 8032 §5.1.7) accepts it.
         let mut malleable = proof.to_vec();
         add_group_order(&mut malleable[32..]);
         let bad = [
@@ -354,7 +352,6 @@ fn add_group_order(scalar: &mut [u8]) {
     }
 }
 
-/// Attack 3.
 #[tokio::test]
 async fn a_login_cannot_be_disturbed_from_another_connection() {
     let server = Server::start().await;
@@ -368,7 +365,6 @@ async fn a_login_cannot_be_disturbed_from_another_connection() {
     alice.call::<OpaqueLoginFinish>(started.finish()).await.expect("her login is unaffected");
 }
 
-/// Attack 4.
 #[tokio::test]
 async fn a_finalization_works_once_and_only_on_its_own_connection() {
     let server = Server::start().await;
@@ -435,7 +431,6 @@ async fn a_second_login_of_one_name_on_a_connection_replaces_the_first() {
     assert_eq!(code(client.call::<OpaqueLoginFinish>(lost.finish()).await).1, "auth.failed");
 }
 
-/// Attack 1.
 #[tokio::test]
 async fn a_session_is_never_bound_to_a_key_that_the_client_names() {
     let server = Server::start().await;
@@ -509,13 +504,13 @@ async fn new_usernames_that_look_like_another_are_refused() {
     ] {
         let refused = client.register(name, "password", &new_identity()).await;
         assert_eq!(code(refused), invalid, "{name:?}");
-        // Finish refuses it too.
+        // OpaqueRegisterFinish refuses the name, too.
         let upload = client.upload("alice", "password").await.expect("an upload");
         let request = registration(name, &upload, &new_identity());
         let refused = client.call::<OpaqueRegisterFinish>(request).await;
         assert_eq!(code(refused), invalid, "{name:?}");
     }
-    // One script, with the skeleton of a taken name: refused at Finish.
+    // A name in one script that looks like a taken name is refused by OpaqueRegisterFinish.
     let upload = client.upload("a1ice", "password").await.expect("an upload");
     let request = registration("a1ice", &upload, &new_identity());
     let refused = client.call::<OpaqueRegisterFinish>(request).await;

@@ -68,7 +68,7 @@ impl User {
         Self { token: session.expect("logged in").session_token, ..user }
     }
 
-    /// Returns the texts that wait, or why the read is refused.
+    /// Returns the texts in the inbox, or the refusal of the read.
     async fn waiting(&self) -> Result<Vec<String>, Refused> {
         let all = PeekRequest { all_channels: true, ..Default::default() };
         let page = self.ask::<methods::Peek>(all).await?.response;
@@ -146,7 +146,8 @@ async fn a_device_key_must_be_certified_by_the_identity_key() {
         let request = RegisterDeviceRequest { device_proof, ..good.clone() };
         refuse(request, "device.invalid_proof").await;
     }
-    // A point of small order, with which one signature is valid for everything; and wrong lengths.
+    // A point of small order, for which one signature is valid for every message, and keys of a
+    // wrong length.
     for device_key in [vec![0; 32], vec![7; 31], vec![7; 33], vec![]] {
         let request = RegisterDeviceRequest { device_key: device_key.into(), ..good.clone() };
         refuse(request, "device.invalid_key").await;
@@ -200,12 +201,12 @@ async fn each_device_reads_every_message_once() {
 }
 
 #[tokio::test]
-async fn a_read_is_that_of_the_sessions_device() {
+async fn a_session_reads_only_as_its_own_device() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let unbound = alice.elsewhere(&server).again().await;
     let bound = alice.on(&server, 2).await;
-    // Without registered devices everything is one stream.
+    // Without registered devices, all sessions read at one position.
     for session in [&unbound, &bound] {
         session.waiting().await.expect("the single reader");
     }
@@ -338,7 +339,7 @@ async fn each_device_has_packages_of_its_own_key() {
 }
 
 #[tokio::test]
-async fn without_devices_all_devices_is_the_account() {
+async fn all_devices_of_an_account_without_devices_returns_its_own_package() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let name = Username::parse(&alice.name).expect("a username");
@@ -371,7 +372,7 @@ async fn a_device_that_lost_its_position_is_informed_once() {
     }
     server.clock.advance(Duration::from_secs(31 * 86_400));
     let alice = alice.on(&server, 1).await;
-    // The clock is believed once something is stored at its time.
+    // The store must accept the jump of the clock before it removes old messages.
     server.believe_clock().await;
     while server.rpc.app().stores.maintenance.sweep(server.clock.now()).await.expect("sweep").rows
         > 0

@@ -47,8 +47,8 @@ async fn fill(user: &User, messages: usize, bytes: usize) {
     }
 }
 
-/// Returns the answer to a Peek. Keeping it is what the transport does for a client that does not
-/// read.
+/// Returns the answer to a Peek. The caller keeps it, as the transport does for a client that does
+/// not read.
 async fn unread(client: &Client) -> Answer {
     let method = <Peek as qpq_proto::Method>::INFO.id;
     client.raw(method, PeekRequest::default().encode_to_vec()).await
@@ -87,7 +87,7 @@ async fn unread_answers_of_one_account_are_bounded_and_other_accounts_can_read()
         );
         assert!(refused.retry_after.is_some());
     }
-    // Once they are read, the memory is free and nothing is lost.
+    // Once the answers are read, their memory is free, and no message is lost.
     kept.clear();
     assert_eq!(server.rpc.answer_bytes(), 0);
     assert_eq!(shown(&unread(&alice.client).await).payloads.len(), 4);
@@ -159,7 +159,7 @@ async fn a_process_without_memory_for_answers_refuses_reads_and_recovers() {
 }
 
 #[tokio::test]
-async fn a_message_above_the_maximum_that_is_accepted_now_can_be_read() {
+async fn a_stored_message_above_a_reduced_maximum_can_be_read() {
     let server = Server::with(|config| {
         little_memory(config);
         config.answers.process = 8 * MIB;
@@ -179,7 +179,7 @@ async fn a_message_above_the_maximum_that_is_accepted_now_can_be_read() {
         ttl: Duration::from_secs(60),
     };
     server.store.stores().inboxes.enqueue(Batch::new(vec![message])).await.expect("stored");
-    // A page has a quarter of the free memory, which is less than the message.
+    // A page gets a quarter of the free memory, which is less than the size of the message.
     let answer = unread(&alice.client).await;
     assert_eq!(shown(&answer).payloads.len(), 1);
     assert!(server.rpc.answer_bytes() >= 3 * MIB);
@@ -240,7 +240,7 @@ async fn guessed_tokens_of_one_address_are_limited_without_a_look_up() {
         },
     )
     .await;
-    // From the same address as the guesser.
+    // Alice has the same address as the guesser.
     let alice = server.user("alice").await;
     fetch(&alice.client, &alice.token).await.expect("a session");
     lookups.store(0, Ordering::SeqCst);
@@ -322,7 +322,7 @@ async fn guesses_from_many_addresses_are_bounded_and_do_not_lock_out_a_known_add
                 guesses += u32::from(stranger.start_login(name, "guess").await.is_ok());
             }
         }
-        // The owner's first login was one of the 60.
+        // The owner's first login has consumed one of the 60.
         assert_eq!(guesses, if name == "alice" { 59 } else { 60 });
     }
     server.connect_from(at(1)).log_in("alice", "password").await.expect("a known address");

@@ -26,7 +26,7 @@ fn keys(users: &[&User]) -> Vec<Bytes> {
     users.iter().map(|user| user.key()).collect()
 }
 
-/// Returns the creation of the group of these tests.
+/// Returns the request that creates the group of these tests.
 fn creation(members: &[&User]) -> CreateChannelRequest {
     CreateChannelRequest {
         member_keys: keys(members),
@@ -49,7 +49,7 @@ fn commit(payload: &'static [u8], expected_epoch: u64) -> BatchEnqueueRequest {
     BatchEnqueueRequest { commit: true, expected_epoch, ..to_members(payload) }
 }
 
-/// A commit for listed recipients.
+/// Returns a commit for listed recipients.
 fn listed(payload: &'static [u8], epoch: u64, recipients: &[&User]) -> BatchEnqueueRequest {
     BatchEnqueueRequest {
         to_members: false,
@@ -128,7 +128,7 @@ impl User {
     }
 }
 
-/// Starts a server with a group of alice, its admin, bob and carol.
+/// Starts a server with a group of three members: alice, who is its admin, bob and carol.
 async fn group() -> (Server, [User; 3]) {
     let server = Server::start().await;
     let users = [server.user("alice").await, server.user("bob").await, server.user("carol").await];

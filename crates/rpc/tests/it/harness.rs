@@ -1,5 +1,5 @@
-//! A complete server in a temporary directory, and clients that call its methods by type, as the
-//! real ones do.
+//! A complete server in a temporary directory, and clients that call its methods by type, as real
+//! clients do.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -37,7 +37,7 @@ use rand::rngs::OsRng;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
-/// The start time of every test: long after the epoch, so that a test can also go back.
+/// The start time of every test: long after the epoch, so that a test can also set the clock back.
 pub(crate) const START: UnixMillis = UnixMillis(1_800_000_000_000);
 
 /// The suite of the real client without key stretching, which the server does not observe.
@@ -131,7 +131,7 @@ impl Server {
         Client { rpc, conn }
     }
 
-    /// Makes the store believe the test's clock, however far it has jumped.
+    /// Makes the store accept the time of the test's clock after a jump of any length.
     pub(crate) async fn believe_clock(&self) {
         let now = self.clock.now();
         qpq_store_embedded::accept_clock(self.dir.path(), now).await.expect("accepted");
@@ -244,7 +244,7 @@ impl Client {
         }
     }
 
-    /// Returns an upload for `name` and `password`, after the first of the two calls.
+    /// Calls OpaqueRegisterStart and returns the upload for OpaqueRegisterFinish.
     pub(crate) async fn upload(&self, name: &str, password: &str) -> Result<Vec<u8>, Refused> {
         let started = ClientRegistration::<ClientSuite>::start(&mut OsRng, password.as_bytes())
             .expect("blinded");
@@ -272,7 +272,7 @@ impl Client {
         self.call::<OpaqueRegisterFinish>(registration(name, &upload, identity)).await.map(drop)
     }
 
-    /// Makes the first of a login's two calls.
+    /// Calls OpaqueLoginStart.
     pub(crate) async fn start_login(
         &self,
         name: &str,
@@ -298,7 +298,7 @@ impl Client {
     }
 }
 
-/// A login between its two calls.
+/// A login between OpaqueLoginStart and OpaqueLoginFinish.
 pub(crate) struct StartedLogin {
     state: ClientLogin<ClientSuite>,
     pub ke2: Bytes,
@@ -307,8 +307,8 @@ pub(crate) struct StartedLogin {
 }
 
 impl StartedLogin {
-    /// Returns the second request. With a wrong password or a simulated KE2 a real client stops;
-    /// this one sends an invalid finalization, as an attacker would.
+    /// Returns the request of OpaqueLoginFinish. After a wrong password or a simulated KE2, a real
+    /// client stops. This client sends an invalid finalization, as an attacker would.
     pub(crate) fn finish(self) -> OpaqueLoginFinishRequest {
         let ke2 = CredentialResponse::deserialize(&self.ke2).expect("KE2");
         let parameters = ClientLoginFinishParameters::default();
@@ -322,7 +322,7 @@ impl StartedLogin {
     }
 }
 
-/// Returns a registration's second request, without proof.
+/// Returns the request of OpaqueRegisterFinish, without an identity proof.
 pub(crate) fn registration(
     name: &str,
     upload: &[u8],

@@ -270,7 +270,8 @@ async fn the_cost_of_a_read_depends_on_its_page_and_is_paid_by_the_next_call() {
     let filled = BatchEnqueueRequest { messages: vec![to_alice; 1_000], ..Default::default() };
     alice.ok::<BatchEnqueue>(filled.clone()).await;
     alice.ok::<BatchEnqueue>(filled).await;
-    // 1, 11 and 11 of 22: the second read exhausts the budget.
+    // The first read takes 1 from the budget of 22, the second 11: itself and the page of the
+    // first. The third would take 11 of the 10 that are left.
     for _ in 0..2 {
         let page = alice.ok::<Peek>(PeekRequest::default()).await;
         assert_eq!((page.payloads.len(), page.more), (1_000, true));

@@ -169,7 +169,7 @@ fn every_call_is_counted_once_by_method_and_code() {
         client.raw(later.id, Bytes::new()).await;
         server.rpc.admit(&client.conn, 9999, 1).expect_err("unknown");
         server.rpc.refuse(&client.conn, Some(200), Refusal::Timeout);
-        // A client that resets a waiting call.
+        // The client resets a waiting call.
         let wait = client.call::<FetchWait>(FetchWaitRequest::default());
         assert!(wait.now_or_never().is_none());
     });
@@ -276,7 +276,6 @@ fn forms(secret: &[u8]) -> Vec<String> {
     [base64, hex, lists].into_iter().flatten().chain([secret.escape_ascii().to_string()]).collect()
 }
 
-/// Attack 8.
 #[test]
 fn no_token_key_name_or_address_is_in_any_log_line_or_label() {
     let (log, guard) = Log::capture("trace");

@@ -125,7 +125,7 @@ fn no_payload_makes_the_server_fail() {
     let (_server, alice) = runtime.block_on(async {
         let server = Server::start().await;
         let alice = server.user("alice").await;
-        // After a drain begins, no call waits.
+        // During a drain no call waits, so every call of this test ends immediately.
         server.rpc.drain();
         (server, alice)
     });
@@ -240,7 +240,7 @@ async fn the_answer_to_a_store_failure_has_its_meaning_and_not_its_cause() {
     assert_eq!(code(refused.map(|_| ())), (Status::Internal, "rpc.internal".into()));
 }
 
-/// Two valid points around a nonce.
+/// Returns a well-formed KE1: two valid points around a nonce.
 fn ke1() -> Bytes {
     let point = hex::decode("e2f2ae0a6abc4e71a884a961c500515f58e30b6aa582dd8db6a65945e08d2d76")
         .expect("hex");

@@ -89,7 +89,7 @@ async fn of_two_token_fields_the_last_counts_and_an_invalid_field_is_malformed()
     .encode_to_vec();
     append_session_token(&mut payload, &alice.token);
     assert_eq!(server.connect().raw(500, payload).await.status, Status::Ok.code());
-    // Field 15 as a number; a length beyond the end.
+    // Field 15 as a number, and field 15 with a length beyond the end.
     for payload in [&[0x78, 1][..], &[0x7a, 32, 1]] {
         let answer = alice.client.raw(500, Bytes::copy_from_slice(payload)).await;
         assert_eq!(Refused::new(&answer).code, "rpc.malformed");
@@ -213,7 +213,6 @@ async fn a_use_is_recorded_every_ten_minutes_and_a_failure_refuses_no_call() {
     }
 }
 
-/// Attack 7.
 #[tokio::test]
 async fn logout_ends_the_session_everywhere_and_only_that() {
     let server = Server::start().await;
@@ -239,7 +238,7 @@ async fn logout_of_all_ends_every_session_of_the_account_and_of_no_other() {
     for other in &others {
         other.log_in("alice", "password").await.expect("the right password");
     }
-    // By a token other than the connection's session, which ends too.
+    // The token is of another session than the connection's. Both sessions end.
     assert_eq!(logout(&others[0], true, &alice.token).await, Ok(3));
     for client in [&alice.client, &others[1]] {
         assert_eq!(code(probe(client, &[]).await), expired());

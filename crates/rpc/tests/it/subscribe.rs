@@ -331,7 +331,7 @@ async fn an_ended_session_receives_session_revoked_and_no_later_event() {
     assert_eq!(second_inbound.next_new().await, wake(Bytes::new(), 1));
     assert!(first_inbound.accepted.lock().is_empty());
 
-    // A slow client receives it later, and no event of the time in between.
+    // A slow client receives SessionRevoked later, and no event from the time in between.
     second_inbound.accepts.store(false, Ordering::SeqCst);
     second.ok::<methods::Logout>(LogoutRequest::default()).await;
     bob.again().await.send(&second, b"too late").await;
@@ -415,20 +415,20 @@ async fn key_packages_low_is_sent_below_ten_packages_at_most_once_a_minute() {
     subscribe(&bob).await;
     stock(&server, &bob, 11).await;
 
-    // Ten are enough.
+    // Ten packages are enough.
     take(&alice, &bob).await;
     bob.send(&bob, b"hello").await;
     assert_eq!(inbound.next_new().await, wake(Bytes::new(), 1));
-    // Nine are not.
+    // Nine packages are low.
     take(&alice, &bob).await;
     let Event::KeyPackagesLow(low) = inbound.next_new().await else { panic!("another event") };
     assert_eq!(low.available, 9);
-    // It was sent already.
+    // KeyPackagesLow was sent less than a minute ago.
     take(&alice, &bob).await;
     take(&alice, &bob).await;
     bob.send(&bob, b"hello").await;
     assert_eq!(inbound.next_new().await, wake(Bytes::new(), 2));
-    // A minute later it is sent again with the current number.
+    // A minute later, KeyPackagesLow is sent again with the current number.
     pass(Duration::from_secs(60)).await;
     let Event::KeyPackagesLow(low) = inbound.next_new().await else { panic!("another event") };
     assert_eq!(low.available, 7);
@@ -448,7 +448,8 @@ async fn a_registered_and_a_renamed_device_are_reported_to_the_account() {
             ..Default::default()
         };
         assert!(alice.ok::<methods::RegisterDevice>(device).await.success);
-        // Registration of the first device changes the reader of the inbox, which is a Wake.
+        // Registration of the first device changes the reader of the inbox, which also sends a
+        // Wake.
         while inbound.next().await != Event::DevicesChanged(DevicesChangedEvent {}) {}
     }
 }

@@ -1,4 +1,4 @@
-//! Calls with an account's token, whose answers arrive or are lost.
+//! Calls with an account's token. The test determines whether an answer arrives or is lost.
 
 use std::{fmt, future::Future, panic::Location, sync::Arc};
 
@@ -33,14 +33,14 @@ impl<R: fmt::Debug> fmt::Debug for OkAnswer<R> {
 }
 
 impl Server {
-    /// Returns the store id as in answers.
+    /// Returns the store id in the form that answers have.
     pub(crate) fn store_id(&self) -> Bytes {
         Bytes::copy_from_slice(self.rpc.app().stores.maintenance.store_id().as_bytes())
     }
 }
 
 impl User {
-    /// Returns the identity key as in requests.
+    /// Returns the identity key in the form that requests have.
     pub(crate) fn key(&self) -> Bytes {
         Bytes::copy_from_slice(self.identity.as_bytes())
     }
@@ -62,8 +62,8 @@ impl User {
         Self { token: session.session_token, ..self }
     }
 
-    /// Calls a method. Dropping the answer's lease is what the transport does when the connection
-    /// ends before the answer arrived.
+    /// Calls a method. To lose the answer, drop its lease, as the transport does when the
+    /// connection ends before the answer arrives.
     pub(crate) async fn ask<M: Method>(
         &self,
         request: M::Request,

@@ -1,4 +1,4 @@
-//! From a name to a key and back: 500 and 501.
+//! Look-ups of a key by its username (500) and of a username by its key (501).
 
 use bytes::Bytes;
 use qpq_proto::{
@@ -23,7 +23,7 @@ async fn identity(client: &Client, key: &[u8]) -> Result<ResolveIdentityResponse
 }
 
 #[tokio::test]
-async fn a_name_gives_the_key_and_the_key_the_canonical_name() {
+async fn a_username_resolves_to_its_key_and_the_key_to_the_canonical_username() {
     let server = Server::start().await;
     let alice = server.user("Alice").await;
     let bob = server.user("bob").await;
@@ -61,7 +61,7 @@ async fn unknown_usernames_and_keys_are_not_found() {
 }
 
 #[tokio::test]
-async fn what_is_no_name_or_key_is_a_bad_request() {
+async fn malformed_usernames_and_keys_are_bad_requests() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     for name in ["", "a b", "@example.org", "a/b"] {

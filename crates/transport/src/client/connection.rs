@@ -11,16 +11,16 @@ use tokio::time::timeout;
 use super::error::{CallError, Lost};
 use crate::fingerprint::Fingerprint;
 
-/// The code of resets. It carries no meaning.
+/// The code of all resets, which has no meaning.
 const NO_CODE: VarInt = VarInt::from_u32(0);
 
-/// The most memory reserved for a response before any of it has arrived.
+/// The maximum memory that is reserved for a response before its first byte arrives, in bytes.
 const FIRST_CHUNK: usize = 64 * 1024;
 
-/// The most bytes of events read in one step.
+/// The maximum number of bytes of events that are read in one step.
 const EVENT_CHUNK: usize = 64 * 1024;
 
-/// A connection to a server. Cheap to clone. It closes when the last clone is dropped.
+/// A connection to a server. Cheap to clone. Closes when the last clone is dropped.
 #[derive(Clone)]
 pub struct Connection {
     quic: quinn::Connection,
@@ -44,7 +44,7 @@ impl Connection {
     }
 
     /// Calls a method and returns the status and the payload of the response. Dropping the future
-    /// cancels the call, also on the server.
+    /// cancels the call on both sides.
     ///
     /// # Errors
     /// [`CallError`]. A response with another status than Ok is not an error here.
@@ -62,7 +62,8 @@ impl Connection {
     async fn exchange(&self, request: Request) -> Result<(u8, Bytes), CallError> {
         let header = request.header().map_err(CallError::TooLarge)?;
         let (send, mut recv) = self.quic.open_bi().await?;
-        // The drop of `recv` asks the server to stop; the drop of `send` alone would not reset it.
+        // The drop of `recv` asks the server to stop. The drop of `send` would end an incomplete
+        // request cleanly, so `RequestStream` resets it.
         let mut request_stream = RequestStream { send };
         let mut frame = [Bytes::copy_from_slice(&header.encode()), request.payload];
         match request_stream.send.write_all_chunks(&mut frame).await {
@@ -74,8 +75,9 @@ impl Connection {
         read_response(&mut recv, header.request_id).await
     }
 
-    /// Returns the server's events as type and payload. They arrive on one stream, which the server
-    /// opens with the first event. Ends with an error when the connection ends.
+    /// Returns the server's events as type and payload. All events arrive on one stream, which the
+    /// server opens with the first event. The returned stream ends with an error when the
+    /// connection ends.
     pub fn events(&self) -> impl Stream<Item = Result<(u16, Bytes), CallError>> + Send + use<> {
         let events = Events { quic: self.quic.clone(), recv: None, decoder: EventDecoder::new() };
         stream::try_unfold(events, |mut events| async {
@@ -83,12 +85,12 @@ impl Connection {
         })
     }
 
-    /// Waits until the connection has ended.
+    /// Waits until the connection has ended, and returns the reason.
     pub async fn closed(&self) -> Lost {
         self.quic.closed().await.into()
     }
 
-    /// Returns how the connection ended, if it has.
+    /// Returns the reason why the connection ended, or `None` while it is open.
     #[must_use]
     pub fn lost(&self) -> Option<Lost> {
         self.quic.close_reason().map(Into::into)

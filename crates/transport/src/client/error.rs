@@ -1,4 +1,4 @@
-//! The errors of connections and calls, by what a client can do next.
+//! The errors of connections and calls, divided by the next step of the client.
 
 use std::{io, net::SocketAddr};
 
@@ -63,7 +63,8 @@ pub enum ConnectError {
 /// The reason why a call has no response.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// No response came by the deadline. The call was cancelled, and may or may not have acted.
+    /// No response came by the deadline. The call was cancelled, and may or may not have taken
+    /// effect.
     #[error("the call was not answered in time")]
     TimedOut,
     /// The request, or the announced response, does not fit a frame.

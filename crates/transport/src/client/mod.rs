@@ -1,9 +1,9 @@
 //! The client's end: a [`Dialer`] creates connections, and a [`Connection`] makes calls and
 //! receives events.
 //!
-//! Each connection has its own UDP port. From the same port, a load balancer that routes by address
-//! would send a reconnecting client to the same server, even while that server drains. The caller
-//! reconnects and retries, as the errors tell it.
+//! Each connection has its own UDP port. A load balancer that routes by address would send a client
+//! that reconnects from the same port to the same server, even while that server drains. Reconnects
+//! and retries are the caller's task, and the errors contain the reasons.
 
 mod connection;
 mod error;
@@ -33,7 +33,8 @@ use trust::{ServerVerifier, TrustAnchors};
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Streams that the server may open. It opens one, for events; responses use the streams of calls.
+/// The maximum number of streams that the server may open. The server opens one, for events;
+/// responses use the streams of calls.
 const UNI_STREAMS: u32 = 4;
 
 /// Creates connections to servers.
@@ -85,8 +86,8 @@ impl Dialer {
 
     /// Connects from a new UDP port.
     ///
-    /// `server_name` is a DNS name or an IP address. It is sent in the handshake, and the
-    /// certificate is verified for it if [`Trust`] uses certificate authorities.
+    /// `server_name` is a DNS name or an IP address. The name is sent in the handshake, and the
+    /// certificate is verified for the name if [`Trust`] uses certificate authorities.
     ///
     /// # Errors
     /// [`ConnectError`].

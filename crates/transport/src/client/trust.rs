@@ -19,17 +19,18 @@ use crate::{authorities, fingerprint::Fingerprint, tls};
 /// The way in which a client authenticates a server.
 #[derive(Debug, Clone)]
 pub enum Trust {
-    /// By its key. Name, issuer and dates of the certificate are ignored. A fingerprint of the
-    /// whole certificate, as in earlier releases, is accepted too.
+    /// The server has this key. Name, issuer and dates of the certificate are ignored. A
+    /// fingerprint of the whole certificate, as in earlier releases, is accepted too.
     Pin(Fingerprint),
-    /// By either of two keys, while one replaces the other.
+    /// The server has either of two keys, while one replaces the other.
     PinEither([Fingerprint; 2]),
-    /// Not at all. The caller stores
+    /// Any server is trusted. The caller stores
     /// [`Connection::fingerprint`](super::Connection::fingerprint) and pins it from then on.
     FirstUse,
-    /// By the certificate authorities in a file, in PEM or DER.
+    /// A certificate authority in this file, in PEM or DER, has issued the server's certificate.
     CaFile(PathBuf),
-    /// By the certificate authorities that the operating system trusts.
+    /// A certificate authority that the operating system trusts has issued the server's
+    /// certificate.
     SystemRoots,
 }
 
@@ -58,7 +59,7 @@ pub(super) struct TrustAnchors {
 
 #[derive(Clone)]
 enum Check {
-    /// Not empty.
+    /// The fingerprints to accept, at least one.
     Pins(Vec<Fingerprint>),
     FirstUse,
     Authorities(Arc<WebPkiServerVerifier>),

@@ -7,8 +7,8 @@
 //! §21.11).
 //!
 //! So an id is `random 8 ‖ MAC 4`, with a MAC key that differs between edges. An edge answers only
-//! ids with a valid MAC, which belong to its own ended connections. It ignores all others: the
-//! connection continues at its edge once packets reach that edge again.
+//! ids with a valid MAC, which belong to its own ended connections. The edge ignores all other ids,
+//! so a connection continues once its packets reach its own edge again.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use quinn::{ConnectionId, ConnectionIdGenerator};
 use quinn_proto::InvalidCid;
 
 const RANDOM_LEN: usize = 8;
-/// An edge recognises one in 2³² ids of other edges as its own.
+/// The length of the MAC. An edge mistakes one in 2³² ids of other edges for its own.
 const MAC_LEN: usize = 4;
 const LEN: usize = RANDOM_LEN + MAC_LEN;
 
@@ -35,9 +35,10 @@ impl ConnectionIdKey {
         Self { key: Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &key)) }
     }
 
-    /// Derives the key from the reset key and the edge's name. The same after a restart.
+    /// Derives the key from the reset key and the edge's name. The key is the same after a restart.
     ///
-    /// Reset tokens are MACs of 12 bytes under the same key. The label here has another length.
+    /// Reset tokens are MACs of connection ids, which have 12 bytes, under the same key. The label
+    /// here has another length, so its MAC is never a reset token.
     pub(crate) fn derive(reset: &hmac::Key, edge: &str) -> Self {
         let label = [b"qpq connection ids v1 of ", edge.as_bytes()].concat();
         let key = hmac::sign(reset, &label);

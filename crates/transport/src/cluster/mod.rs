@@ -1,10 +1,10 @@
 //! The keys that all edges of a cluster share: for session tickets, Retry tokens and stateless
-//! resets. With them a client can move from one edge to another.
+//! resets. Shared keys allow a client to move from one edge to another.
 //!
 //! Ticket and token keys are [`KeyRing`]s, reloaded while the server runs when their files change.
-//! The reset key is not: clients already have the reset tokens of their open connections, which
-//! were derived from it, and ignore a reset under another key. To replace it, restart the edges one
-//! after the other.
+//! The reset key is not reloaded: clients have reset tokens for their open connections, which are
+//! derived from it, and ignore a reset that is derived from another key. To replace it, restart the
+//! edges one after the other.
 
 pub(crate) mod connection_ids;
 pub(crate) mod ring;
@@ -31,15 +31,15 @@ use ring::KeyRing;
 use tickets::Tickets;
 use tokens::Tokens;
 
-/// Length of the reset key, in bytes.
+/// The length of the reset key, in bytes.
 pub const RESET_KEY_LEN: usize = 32;
 
 /// The paths of the key files.
 #[derive(Debug, Clone)]
 pub struct ClusterKeyFiles {
-    /// The [`KeyRing`] of session tickets. Protect it like the certificate's key: with it an
-    /// attacker can impersonate the server to clients that resume, because tickets are readable on
-    /// the wire.
+    /// The [`KeyRing`] of session tickets. Protect the file like the certificate's key: tickets are
+    /// readable on the wire, so an attacker with the ring can impersonate the server to clients
+    /// that resume.
     pub tickets: PathBuf,
     /// The [`KeyRing`] of Retry tokens, with which a client proves its address.
     pub tokens: PathBuf,
@@ -53,7 +53,8 @@ pub struct ClusterKeys {
     pub(crate) tickets: Arc<Tickets>,
     pub(crate) tokens: Arc<Tokens>,
     pub(crate) reset: hmac::Key,
-    /// Digest of the last read rings, usable or not, so that unusable ones are reported once.
+    /// The digest of the rings that were read last, usable or not. Unusable rings are thus reported
+    /// once.
     last_read: Mutex<[u8; 32]>,
 }
 
@@ -123,8 +124,8 @@ impl ClusterKeys {
     /// Reads the rings, and replaces the keys if they have changed.
     ///
     /// # Errors
-    /// [`ClusterKeysError`]. The old keys stay. The same unusable contents are an error once, then
-    /// `Unchanged`.
+    /// [`ClusterKeysError`]. The old keys stay. The same unusable contents are an error the first
+    /// time, and `Unchanged` after that.
     pub fn reload(&self) -> Result<KeyReload, ClusterKeysError> {
         let rings = Rings::read(&self.files)?;
         let mut last_read = self.last_read.lock();

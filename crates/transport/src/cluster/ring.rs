@@ -1,9 +1,9 @@
 //! Three generations of a key, so that edges can rotate it at different times.
 //!
-//! Edges reload their files at different times. An edge with the new ring encrypts with a key that
-//! the others still have as `next`, and accepts values that they encrypted with a key that it has
-//! as `previous`. So an edge never refuses what another has encrypted, if the time between two
-//! rotations is longer than the slowest edge needs to reload.
+//! An edge with the new ring encrypts with a key that the other edges have as `next`. The other
+//! edges encrypt with a key that this edge has as `previous`. So an edge accepts every value that
+//! another edge has encrypted, if the time between two rotations is longer than the slowest edge
+//! needs to reload.
 
 use zeroize::Zeroizing;
 
@@ -62,7 +62,7 @@ impl KeyRing {
         bytes
     }
 
-    /// Returns the current key first, then the others by how often they are used.
+    /// Returns the keys by frequency of use: the current, the previous and the next one.
     pub(super) fn keys(&self) -> [&[u8; KEY_LEN]; 3] {
         [&self.current, &self.previous, &self.next]
     }
@@ -74,7 +74,7 @@ impl std::fmt::Debug for KeyRing {
     }
 }
 
-/// Returns whether all bytes are equal.
+/// Returns whether all bytes are equal, as in a file of zeros after a crash.
 pub(super) fn is_blank(key: &[u8]) -> bool {
     key.iter().all(|byte| Some(byte) == key.first())
 }

@@ -1,9 +1,9 @@
 //! TLS session tickets that every edge of the cluster issues and accepts.
 //!
 //! A ticket is `key id 8 ‖ nonce 12 ‖ ciphertext ‖ tag 16`, AES-256-GCM with the key id as
-//! associated data. This replaces the ticketer of rustls, whose keys cannot be set. No ticketer
-//! permits 0-RTT: rustls accepts early data only for sessions in its own memory, so a call cannot
-//! be replayed to another edge.
+//! associated data. `Tickets` replaces the ticketer of rustls, whose keys cannot be set. No
+//! ticketer permits 0-RTT: rustls accepts early data only for sessions in its own memory, so a call
+//! cannot be replayed to another edge.
 
 use arc_swap::ArcSwap;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
@@ -12,8 +12,8 @@ use sha2::{Digest, Sha256};
 
 use super::ring::KeyRing;
 
-/// The lifetime announced to clients. A ticket is accepted until the second rotation of the ring,
-/// so this is twice the documented time between rotations.
+/// The lifetime that is announced to clients. A ticket is accepted until the second rotation of the
+/// ring, so this is twice the documented time between rotations.
 const LIFETIME_SECONDS: u32 = 12 * 60 * 60;
 
 const ID_LEN: usize = 8;

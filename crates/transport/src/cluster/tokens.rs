@@ -1,8 +1,8 @@
 //! Retry tokens, with which a client proves its address, issued by one edge and accepted by all.
 //!
-//! quinn treats a token that it cannot open like a missing one. After a Retry that is fatal: such a
-//! server cannot repeat the original connection id, which the client verifies. So all three keys
-//! are tried.
+//! quinn treats a token that it cannot open like a missing one. After a Retry that is fatal:
+//! without the token, the server cannot repeat the original connection id, which the client
+//! verifies (RFC 9000 §7.3). So all three keys are tried.
 
 use std::sync::Arc;
 

@@ -16,14 +16,13 @@ use crate::{
 use reply::ReplyStream;
 use request::{Received, RequestStream};
 
-/// The code of resets and stops. All resets and stops have the same code: the reply contains the
-/// error.
+/// The code of all resets and stops, which has no meaning: the reply contains the error.
 const NO_CODE: VarInt = VarInt::from_u32(0);
 
 /// Serves one stream to its end.
 ///
-/// Not an `async fn`: that would reserve room for its arguments and again for the values built from
-/// them, and every waiting call is one of these futures.
+/// Not an `async fn`: its future would contain space for the arguments and again for the values
+/// built from them, and each waiting call occupies one of these futures.
 pub(crate) fn serve<S: Service>(
     stream: OpenStream<S>,
     send: SendStream,
@@ -61,7 +60,7 @@ async fn run<S: Service>(
 ) -> Option<Reply> {
     let service = Arc::clone(&connection.server.service);
     let state = Arc::clone(&connection.state);
-    // Boxed, so that reading and replying do not need the room of the largest call.
+    // Boxed, so that the future is not as large as the largest call while it reads and replies.
     let mut call = Box::pin(
         AssertUnwindSafe(async move { service.call(state, request).await }).catch_unwind(),
     );

@@ -17,7 +17,7 @@ use crate::{
     service::{DeliveryObserver, Reply, Service},
 };
 
-/// Replies of at least this size are watched until their memory is freed.
+/// The size in bytes from which a reply is watched until its memory is freed.
 const WATCHED_FROM: usize = 64 * 1024;
 
 /// The longest time between two checks of a client's pace.
@@ -193,8 +193,8 @@ impl<'a, S: Service> Pace<'a, S> {
         }
     }
 
-    /// Fails if the time for the whole reply is over. For a reply that is completely written,
-    /// whose progress is unknown.
+    /// Fails if the time for the whole reply is over. Used alone for a reply that is completely
+    /// written, because its further progress is unknown.
     fn check_whole(&self) -> Result<(), SendFailure> {
         if self.started.elapsed() < self.time_limits().whole {
             Ok(())
@@ -214,9 +214,9 @@ impl<'a, S: Service> Pace<'a, S> {
 /// The time limits of one reply.
 #[derive(Debug, PartialEq)]
 struct TimeLimits {
-    /// For the client to accept any more of the reply.
+    /// The maximum time in which the client accepts no more of the reply.
     stalled: Duration,
-    /// For the client to accept the whole reply.
+    /// The maximum time in which the client accepts the whole reply.
     whole: Duration,
 }
 
@@ -282,7 +282,7 @@ async fn notify<S: Service>(
 }
 
 /// Waits until the memory of a reset reply is freed, which happens once the client has acknowledged
-/// the reset. Closes the connection of a client that does not.
+/// the reset. Closes the connection of a client that does not acknowledge it.
 async fn freed<S: Service>(connection: &ConnectionContext<S>, memory: Weak<Bytes>) {
     let limit = connection.server.timeouts.silent_peer;
     let since = Instant::now();

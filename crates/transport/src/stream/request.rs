@@ -15,8 +15,8 @@ use crate::{
     service::{Reply, Service},
 };
 
-/// The most memory reserved for a payload before any of it has arrived. Later, at most as much
-/// again as has arrived.
+/// The maximum memory that is reserved for a payload before its first byte arrives, in bytes. After
+/// that, a buffer is at most twice as large as the bytes that have arrived.
 const FIRST_CHUNK: usize = UNCOUNTED;
 
 /// The outcome of reading a request.
@@ -55,7 +55,7 @@ impl From<ReadError> for Stop {
     }
 }
 
-/// Reads a request and has the service admit it by its header.
+/// Reads a request, and asks the service to admit it by its header.
 pub(super) async fn receive<S: Service>(
     connection: &ConnectionContext<S>,
     stream: &mut RequestStream,
@@ -174,8 +174,8 @@ impl RequestStream {
     }
 }
 
-/// Appends to a payload that will have `len` bytes. Complete, it has no spare capacity; before, at
-/// most as much again as has arrived.
+/// Appends to a payload that will have `len` bytes. The complete payload has no spare capacity. An
+/// incomplete one has at most as much spare capacity as bytes that have arrived.
 ///
 /// # Errors
 /// A refusal, if the memory for requests is in use.

@@ -1,4 +1,4 @@
-//! The limits of connections and handshakes, and how a refused client is notified.
+//! The limits of connections and handshakes, and the notification of a refused client.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -20,8 +20,8 @@ async fn try_connect(harness: &Harness) -> Result<Connection, ConnectError> {
     within(harness.dialer().connect(harness.addr(), "localhost")).await
 }
 
-/// Connects as soon as a permit is free: a closed connection is counted out shortly after the
-/// client has been notified.
+/// Retries until a permit is free: the server frees that of a closed connection shortly after it
+/// has notified the client.
 async fn connect_when_permitted(harness: &Harness) -> Connection {
     within(async {
         loop {

@@ -38,7 +38,7 @@ async fn events_arrive_in_order_on_one_stream() {
     let connection = harness.connect().await;
     let mut events = Box::pin(connection.events());
     for round in 0..3u8 {
-        // Several in a row, and again after the writer has become idle.
+        // Several events in a row, and again after the writer has become idle.
         for number in 0..10u8 {
             let call = connection.call(method::EVENT, vec![round, number].into(), 1, MINUTE);
             assert_eq!(within(call).await, Ok((status::OK, Bytes::new())));
@@ -108,7 +108,7 @@ async fn a_silent_server_is_lost() {
     let relay = crate::relay::Relay::to(harness.addr()).await;
     let connection = within(harness.dialer().connect(relay.addr, "localhost")).await.unwrap();
     relay.set_down(false);
-    // The shorter idle timeout of the two counts.
+    // Of the idle timeouts of client and server, the shorter one counts.
     let call = connection.call(method::PARK, "".into(), 1, MINUTE);
     assert_eq!(within(call).await, Err(CallError::Lost(Lost::TimedOut)));
 }
@@ -122,7 +122,7 @@ enum Violation {
     Events(Vec<u8>),
 }
 
-/// Starts a bare QUIC server and returns the outcome of a call to it.
+/// Starts a bare QUIC server. Returns the outcome of a call to it and the error of its events.
 async fn call_to(violation: Violation) -> (Result<(u8, Bytes), CallError>, Option<CallError>) {
     let pair = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let key = PrivateKeyDer::try_from(pair.signing_key.serialize_der()).unwrap();

@@ -83,7 +83,7 @@ struct Edge {
     harness: Harness,
 }
 
-/// Counts the verified certificates. A resumed session has none.
+/// Counts the verified certificates. A resumed handshake verifies none.
 #[derive(Debug)]
 struct CountingVerifier {
     verifier: Arc<WebPkiServerVerifier>,
@@ -310,10 +310,10 @@ async fn an_address_proved_to_one_edge_is_accepted_by_all() {
     assert!(!is_token_accepted(&one, &two).await);
 }
 
-/// Returns all datagrams that the server sends before it answers a probe, and so before everything
-/// that it received after.
+/// Returns all datagrams that the server sends before it answers a probe. They include every answer
+/// to datagrams that the server received before the probe.
 ///
-/// The probe has an unknown version, and any server answers it with Version Negotiation (RFC 9000
+/// The probe has an unknown version. Every server answers that with Version Negotiation (RFC 9000
 /// §6).
 async fn datagrams_until_probe(relay: &mut Relay) -> Vec<Vec<u8>> {
     let mut probe = vec![0; 1200];

@@ -107,7 +107,7 @@ async fn a_cancelled_call_notifies_no_observer() {
     assert_eq!(harness.reported(), [Report::Started(2)]);
 }
 
-/// Each read is progress, so only the time limit of the whole reply ends it.
+/// Each read is progress, so only the time limit of the whole reply applies.
 #[tokio::test]
 async fn a_client_that_reads_too_slowly_loses_only_that_answer() {
     let mut config = config();

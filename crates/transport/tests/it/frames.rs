@@ -110,7 +110,7 @@ async fn bytes_after_the_frame_are_malformed() {
     let mut bytes = frame(method::ECHO, 8, b"payload");
     bytes.push(0);
     assert_eq!(raw.exchange(&bytes).await, refused(8, "Malformed Some(1)"));
-    // Also immediately, without the end of the stream.
+    // The refusal does not wait for the end of the stream.
     let (send, recv) = raw.open(&bytes).await;
     assert_eq!(answer(recv).await, refused(8, "Malformed Some(1)"));
     assert_eq!(within(send.stopped()).await, Ok(Some(0u32.into())));
@@ -153,7 +153,8 @@ async fn a_reset_request_never_runs() {
     let mut harness = Harness::start();
     let raw = harness.raw().await;
     let (mut send, mut recv) = raw.open(&frame(method::ECHO, 11, b"")).await;
-    // The bytes have arrived when this is answered, because packets are processed in order.
+    // When this call is answered, the bytes above have arrived, because packets are processed in
+    // order.
     raw.exchange(&frame(method::ECHO, 12, b"")).await;
     send.reset(0u32.into()).unwrap();
     let ended = within(recv.read_to_end(100)).await;

@@ -38,7 +38,7 @@ impl Authority {
         self.directory.path().join("ca.der")
     }
 
-    /// Issues a certificate for `name`, after `change`.
+    /// Issues a certificate for `name`, with parameters that `change` may change.
     fn issue(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Arc<Identity> {
         let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
         change(&mut params);
@@ -64,7 +64,7 @@ fn dialer(harness: &Harness) -> Dialer {
 }
 
 /// Connects and makes a call. With TLS 1.3 the client's handshake ends before the server has
-/// verified the client's certificate, so the call is what fails.
+/// verified the client's certificate, so a refusal fails the call and not the connection attempt.
 async fn is_served(harness: &Harness, dialer: &Dialer) -> bool {
     let Ok(connection) = within(dialer.connect(harness.addr(), "localhost")).await else {
         return false;

@@ -1,5 +1,5 @@
-//! A UDP relay between one client and a server that can drop datagrams in either direction, switch
-//! to another server, and records what it forwards.
+//! A UDP relay between one client and a server. The relay records all datagrams, can drop those of
+//! either direction, and can switch to another server.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -83,13 +83,13 @@ impl Relay {
         while self.up.try_recv().is_ok() {}
     }
 
-    /// Sends to the server from the client's place.
+    /// Sends a datagram to the server, from the address of the forwarded ones.
     pub(crate) async fn send_up(&self, datagram: &[u8]) {
         let server = *self.sockets.server.lock();
         self.sockets.server_side.send_to(datagram, server).await.unwrap();
     }
 
-    /// Sends to the client as if the server had.
+    /// Sends a datagram to the client, as if the server had sent it.
     pub(crate) async fn send_down(&self, datagram: &[u8]) {
         let client = self.sockets.client.lock().expect("the client has sent something");
         self.sockets.client_side.send_to(datagram, client).await.unwrap();

@@ -14,7 +14,7 @@ use crate::{
 
 const MIB: usize = 1 << 20;
 
-/// 8 MiB for an address, of which 4 MiB for a connection.
+/// Returns a configuration with 8 MiB for an address, of which a connection may use 4 MiB.
 fn limited() -> Config {
     let mut config = config();
     config.limits.max_request_bytes_per_ip = 8 * MIB;
@@ -48,7 +48,8 @@ async fn unfinished_requests_of_a_connection_are_bounded_and_small_ones_answered
     let (mut unfinished, mut refusals) = (Vec::new(), 0);
     for id in 0..16 {
         let (send, recv) = send_half(&greedy, id).await;
-        // The server may refuse after the last of these bytes was sent, so the count decides.
+        // The server may refuse after the last of these bytes was sent. So the test counts refusals
+        // by the metric.
         let small = greedy.exchange(&frame(method::ECHO, 100, b"small")).await;
         assert_eq!(&small.payload[..], b"small");
         assert!(used() <= (4 * MIB) as f64, "{}", used());
@@ -64,7 +65,7 @@ async fn unfinished_requests_of_a_connection_are_bounded_and_small_ones_answered
     let refusals = recorder.count("qpq_transport_requests_refused_total why=client_memory");
     assert!(refusals >= 12, "{refusals}");
 
-    // Another connection of the address has memory of its own.
+    // Another connection from the same address has its own memory.
     let other = harness.connect().await;
     let payload = vec![7; MAX_PAYLOAD as usize];
     let call = other.call(method::ECHO, payload.clone().into(), 1, Duration::from_secs(60));

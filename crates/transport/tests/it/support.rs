@@ -29,7 +29,7 @@ pub(crate) mod method {
     pub(crate) const GATE: u16 = 3;
     /// Waits as `GATE` does, and reports the delivery of the answer.
     pub(crate) const OBSERVED: u16 = 4;
-    /// Answers with the number of bytes in the payload, and reports the delivery of the answer.
+    /// Answers with `n` bytes, where `n` is the payload as a `u32`, and reports the delivery.
     pub(crate) const BULK: u16 = 5;
     /// Panics.
     pub(crate) const PANIC: u16 = 6;
@@ -248,7 +248,7 @@ impl Harness {
         within(self.reports.recv()).await.expect("the service is running")
     }
 
-    /// Returns the reports that no one has waited for.
+    /// Returns the reports that the test has not waited for.
     pub(crate) fn reported(&mut self) -> Vec<Report> {
         std::iter::from_fn(|| self.reports.try_recv().ok()).collect()
     }

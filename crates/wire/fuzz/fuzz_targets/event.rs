@@ -1,5 +1,5 @@
-//! Arbitrary bytes decode to events or an error, the same for any piece size. The first byte is the
-//! piece size.
+//! Arbitrary bytes decode to events or an error, and the result is the same for any size of the
+//! pieces. The first byte of the input is that size.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

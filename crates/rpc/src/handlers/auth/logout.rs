@@ -12,8 +12,8 @@ use crate::{Caller, Cx, Error, Handled, Handler, account_events::AccountEvent};
 impl Handler for Logout {
     async fn handle(cx: Cx<'_>, caller: Caller, request: LogoutRequest) -> Handled<Self> {
         let (app, all) = (Arc::clone(cx.app), request.all_sessions);
-        // A task, so that a client cannot cancel the call between the commit and the account event
-        // and so keep its waiting calls.
+        // A task, because a client that cancels the call after the commit must not prevent the
+        // account event, which ends its waiting calls.
         let revocation = cx.app.tasks.spawn(async move {
             let sessions = &app.stores.sessions;
             let revoked = if all {

@@ -1,7 +1,7 @@
 //! Registration, login and logout (100 to 104).
 //!
-//! The response to a login does not reveal whether the username exists: both starts have the same
-//! form and cost, a finish without the right password has one error, and budgets depend on the
+//! A login does not reveal whether the username exists. OpaqueLoginStart has the same form and cost
+//! in both cases, OpaqueLoginFinish has one error for every failure, and budgets depend only on the
 //! username in the request.
 
 mod logout;
@@ -18,7 +18,8 @@ fn username(raw: &str) -> Result<Username, Error> {
     Username::parse(raw).map_err(|_| Error::InvalidUsername)
 }
 
-/// Parses the username of a new account. Older accounts may have names that this refuses.
+/// Parses the username of a new account. Accounts from before a stricter configuration may have
+/// names that are refused here.
 fn new_username(cx: Cx<'_>, raw: &str) -> Result<Username, Error> {
     let username = username(raw)?;
     username.check_new(cx.app.config.username_scripts).map_err(|_| Error::InvalidUsername)?;
@@ -29,7 +30,7 @@ fn exact(bytes: &[u8], len: usize, field: &'static str) -> Result<(), Error> {
     if bytes.len() == len { Ok(()) } else { Err(Error::MalformedOpaque(field)) }
 }
 
-/// Returns the meaning of an OPAQUE error for the client that sent `field`.
+/// Returns the conversion of OPAQUE errors in `field` to the errors of a call.
 fn refused(field: &'static str) -> impl Fn(OpaqueError) -> Error {
     move |error| match error {
         OpaqueError::Malformed => Error::MalformedOpaque(field),

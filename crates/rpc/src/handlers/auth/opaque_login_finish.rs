@@ -14,13 +14,13 @@ use super::{exact, refused, username};
 use crate::{Cx, Error, Handled, Handler, limits, opaque};
 
 impl Handler for OpaqueLoginFinish {
-    /// Consumes no budget of the username: the budgets bound the starts, and so the guesses. A
-    /// client that has started a login can finish it, also if others have exhausted those budgets.
+    /// Consumes no budget of the username: each guess needs an OpaqueLoginStart, which consumes it.
+    /// A client that has started a login can finish it even if others have exhausted that budget.
     ///
     /// The session is bound to the account's own key and to the device in the request. The device
     /// need not be registered yet, as its registration needs a session. The device gives the
-    /// session no right. Requests without `device_id` read as that device, and reads check that it
-    /// is registered.
+    /// session no additional right. Requests without `device_id` read as that device, and reads
+    /// check that it is registered.
     async fn handle(cx: Cx<'_>, (): (), request: OpaqueLoginFinishRequest) -> Handled<Self> {
         exact(&request.finalization, opaque::len::KE3, "finalization")?;
         let username = username(&request.username)?;

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{Caller, Cx, Handled, Handler};
 
-/// The maximum number of seqs of one Ack: an inbox contains as many messages by default.
+/// The maximum number of seqs of one Ack: the default maximum of messages in an inbox.
 const MAX_ACK_SEQS: usize = 10_000;
 
 impl Handler for methods::Ack {
@@ -25,9 +25,9 @@ impl Handler for methods::Ack {
         convert::at_most(request.seqs.len(), MAX_ACK_SEQS, "seqs")?;
         let up_to = Some(Seq(request.seq_up_to)).filter(|seq| *seq > Seq::ZERO);
         let seqs = request.seqs.iter().copied().map(Seq).collect();
-        // In another history these seqs may belong to other messages. The first ack of such seqs
-        // removes nothing; later ones do, as the client may have read the present history on
-        // another connection.
+        // If the store was restored since the peek (another history), these seqs may belong to
+        // other messages, so this ack removes nothing. Later acks do, because the client may have
+        // read the present history on another connection.
         let store_id = cx.conn.peeked_history();
         let ack = Ack { up_to, seqs, store_id };
         // An empty ack, from a client that acknowledges an empty page, needs no store.

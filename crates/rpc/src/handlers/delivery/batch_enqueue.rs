@@ -2,8 +2,8 @@
 //! message to all members are in `group_message`.
 //!
 //! A batch is stored in several calls of bounded size, so that no transaction is large and other
-//! calls are executed in between. Each result stands alone: if the store fails, the messages of
-//! earlier calls are accepted and all others have the store's error as their result. Nothing is
+//! calls are executed in between. Each message has its own result. If the store fails, the messages
+//! of earlier calls are accepted, and all others have the store's error as their result. Nothing is
 //! retried here, because a message without an id would be accepted twice.
 
 use std::collections::HashSet;
@@ -19,11 +19,11 @@ use super::{
 };
 use crate::{App, Caller, Cx, Error, Handled, Handler, error::Code};
 
-/// The number of signatures or digests, about a millisecond, after which the call yields to others
-/// on its worker.
+/// The number of signatures or digests after which a call yields to others on its worker. That work
+/// takes about a millisecond.
 pub(super) const STRIDE: usize = 32;
 
-/// The maximum size of one result: a proof of about 230 bytes, a seq, a code.
+/// The maximum size of one result in bytes: a proof of about 230 bytes, a seq, a code.
 const RESULT_BYTES: usize = 512;
 
 impl Handler for methods::BatchEnqueue {
@@ -62,7 +62,7 @@ impl Handler for methods::BatchEnqueue {
 /// The size of a batch for limits and budgets.
 struct Size {
     messages: usize,
-    /// The payload for each recipient, or the sum of the payloads.
+    /// The size of the payload times the number of recipients, or the sum of the payloads' sizes.
     bytes: u64,
 }
 
@@ -94,8 +94,8 @@ fn size(app: &App, request: &v1::BatchEnqueueRequest) -> Result<Size, Error> {
     Ok(Size { messages, bytes })
 }
 
-/// Parses the messages of either form of a batch, each with its own outcome. An invalid field that
-/// all messages share, in a fan-out all but the recipient, fails the whole batch.
+/// Parses the messages of either form of a batch, each with its own outcome. In a fan-out, all
+/// fields but the recipient are shared, and an invalid one fails the whole batch.
 async fn parse_batch(
     app: &App,
     sender: &IdentityKey,

@@ -17,8 +17,7 @@ use crate::{
 };
 
 impl Handler for methods::FetchWait {
-    // Not an `async fn`, whose future would contain the request and the caller twice while it
-    // waits.
+    // Not an `async fn`: its future would contain the request and the caller twice during the wait.
     fn handle(
         cx: Cx<'_>,
         caller: Caller,
@@ -51,10 +50,10 @@ impl Handler for methods::FetchWait {
 }
 
 /// Leases the messages of the view, or the first ones that arrive. `None` if none arrives by the
-/// deadline, the server drains, or the reader has begun too many later waiting calls.
+/// deadline, the server drains, or later waiting calls of the reader displace this one.
 ///
 /// Each reason to end the wait is subscribed to before the corresponding state is read, so none is
-/// missed. A waiting call occupies little more than these variables.
+/// missed. While it waits, the call occupies little more memory than these variables.
 async fn wait(
     cx: Cx<'_>,
     caller: &Caller,
@@ -67,7 +66,7 @@ async fn wait(
         return Ok(Some(leased));
     }
     let mut account_events = cx.app.account_events.listen(&caller.identity);
-    // The session was checked before, but no event reported a revocation since then.
+    // Covers a revocation between the first check of the session and `listen`.
     auth::recheck(cx, caller).await?;
     let drain = cx.app.observe_drain();
     loop {
@@ -80,7 +79,8 @@ async fn wait(
                     continue;
                 }
                 AccountEvent::KeyPackageTaken => continue,
-                // Another device may be the reader now: the read decides.
+                // The caller may need another device now to read the inbox. The next read checks
+                // that.
                 AccountEvent::DevicesChanged => {}
             },
             turn = waiter.next() => {

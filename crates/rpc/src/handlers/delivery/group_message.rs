@@ -15,10 +15,11 @@ use super::{
 };
 use crate::{App, Caller, Cx, Error, Subject};
 
-/// The code of a result whose message some members did not get.
+/// The code of an accepted message that some members did not receive.
 const PARTIAL: &str = "delivery.partial";
 
-/// Whether a BatchEnqueue is for a group: it then has one payload and is accepted as a whole.
+/// Returns whether a BatchEnqueue is for a group. Such a batch has one payload and is accepted or
+/// refused as a whole.
 pub(super) fn is_for_group(request: &v1::BatchEnqueueRequest) -> bool {
     request.commit
         || request.to_members
@@ -58,8 +59,9 @@ pub(super) async fn send(
     Ok(v1::BatchEnqueueResponse { seqs: Vec::new(), results: vec![result], epoch: sent.epoch })
 }
 
-/// Takes the payload of a message to all members from the sender's budgets. It is stored once, and
-/// the inboxes are taken once their number is known.
+/// Takes the payload of a message to all members from the sender's budgets. The payload counts
+/// once, because it is stored once. [`charge_members`] takes the inboxes when their number is
+/// known.
 pub(in crate::handlers) async fn charge_payload(
     cx: Cx<'_>,
     caller: &Caller,
@@ -68,8 +70,8 @@ pub(in crate::handlers) async fn charge_payload(
     charge(cx, caller.account, 1, bytes as u64).await
 }
 
-/// Makes the sender's next messages pay for the inboxes of a message to all members, of which one
-/// was taken with the call.
+/// Adds the inboxes of a message to all members to the debt that the sender's next call pays,
+/// except for the one inbox that was taken with the call.
 pub(in crate::handlers) fn charge_members(cx: Cx<'_>, caller: &Caller, recipients: u32) {
     let subject = Subject::Account(caller.account).key();
     cx.app.debts.add(LimitClass::Send, subject, recipients.saturating_sub(1), cx.now);
@@ -112,7 +114,7 @@ fn parse(
     })
 }
 
-/// Returns the recipients: all members, or those listed, none of them twice.
+/// Returns the recipients: all members, or the listed ones. Refuses a repeated one.
 fn recipients(
     request: &v1::BatchEnqueueRequest,
     max_batch_bytes: u64,

@@ -1,8 +1,8 @@
-//! The steps that sending one message and sending many have in common.
+//! The steps that Enqueue and BatchEnqueue share.
 //!
 //! A payload may be empty; the server does not interpret it. The delivery proof is signed after the
-//! commit, from the receipt that the store keeps. So the response to a repeated request has the
-//! first one's seq and proof.
+//! commit, from the receipt that the store keeps. So a repeated request receives the seq and the
+//! proof of the first one.
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -14,12 +14,12 @@ use sha2::{Digest as _, Sha256};
 use super::page;
 use crate::{App, Cx, Error, Subject};
 
-/// The bytes from which a call is taken from the budget of bytes. Smaller calls are bounded by
-/// their messages, so that they need no second budget.
+/// The size in bytes from which a call consumes the budget of bytes. The budget of messages
+/// suffices for smaller calls and saves them a second look-up.
 const COUNTED_BYTES: u64 = 16 << 10;
 
-/// Takes a call with `messages` and `bytes` from the sender's budgets. One message is taken with
-/// the call.
+/// Takes `messages` and `bytes` from the sender's budgets, except for the one message that was
+/// taken with the call.
 pub(super) async fn charge(
     cx: Cx<'_>,
     sender: AccountId,
@@ -68,7 +68,7 @@ pub(super) struct Accepted {
     pub(super) duplicate: bool,
 }
 
-/// Returns the response to the store's outcome.
+/// Converts the store's outcome to the response, and signs the delivery proof.
 pub(super) fn accepted(
     app: &App,
     recipient: &IdentityKey,

@@ -8,17 +8,17 @@ use qpq_wire::MAX_PAYLOAD as MAX_RESPONSE;
 
 use crate::{Caller, Cx, Error, Subject, answers::Reservation};
 
-/// The space for `more` and `store_id`.
+/// The space for `more` and `store_id` in an answer, in bytes.
 const OVERHEAD: usize = 32;
 
-/// The maximum cost of the envelopes of one answer.
+/// The maximum cost of the envelopes of one answer, in bytes.
 const MAX_PAGE: usize = MAX_RESPONSE as usize - OVERHEAD;
 
-/// The largest payload that can be read: alone in a page. Larger ones are refused, whatever the
-/// configuration allows.
+/// The maximum size of a payload: alone in a page, it fits an answer. A larger one could never be
+/// read, so it is refused even if the configuration allows it.
 pub(super) const MAX_PAYLOAD: usize = MAX_PAGE - ENVELOPE;
 
-/// The maximum size of an envelope without its payload.
+/// The maximum size of an envelope without its payload, in bytes.
 const ENVELOPE: usize = 64;
 
 /// The limit of a page, and the memory that is reserved for its answer.
@@ -27,8 +27,8 @@ pub(super) struct Space {
     pub(super) memory: Reservation,
 }
 
-/// Reserves space for as much of `wanted` as there is memory for, at least for the largest message
-/// that the server accepts.
+/// Reserves space for a page of up to `wanted`, as much as there is memory for, but at least for
+/// the largest message that the server accepts.
 pub(super) async fn space(cx: Cx<'_>, caller: &Caller, wanted: PageLimit) -> Result<Space, Error> {
     let largest_message = cx.app.config.delivery.max_payload.min(MAX_PAYLOAD) + ENVELOPE;
     let (least, most) = (largest_message + OVERHEAD, wanted.bytes + OVERHEAD);
@@ -38,7 +38,8 @@ pub(super) async fn space(cx: Cx<'_>, caller: &Caller, wanted: PageLimit) -> Res
     Ok(Space { limit: PageLimit { bytes: bytes - OVERHEAD, ..wanted }, memory })
 }
 
-/// Reserves space for a page whose first message is larger than the server accepts now.
+/// Reserves space for all of `wanted`: for a page whose first message is larger than the server
+/// accepts now, because the configured maximum was reduced.
 pub(super) async fn full_space(
     cx: Cx<'_>,
     caller: &Caller,
@@ -50,7 +51,7 @@ pub(super) async fn full_space(
 }
 
 impl Space {
-    /// Returns whether `page` fits. If it does, the surplus of memory is returned.
+    /// Returns whether `page` fits. If so, frees the surplus of memory.
     pub(super) fn fits(&mut self, page: &Page) -> bool {
         let bytes = page.envelopes.iter().map(qpq_ports::Envelope::cost).sum::<usize>() + OVERHEAD;
         let fits = bytes <= self.memory.bytes();
@@ -64,34 +65,36 @@ impl Space {
 /// The maximum number of messages of one answer.
 const MAX_MESSAGES: u32 = 1_000;
 
-/// The messages, and the bytes, that cost as much as one call.
+/// The number of messages that costs as much as one call.
 const MESSAGES_PER_CALL: usize = 100;
+/// The number of bytes that costs as much as one call.
 const BYTES_PER_CALL: usize = 256 << 10;
 
-/// Returns the limit of a page for `limit` of a request: 0 for as many messages as fit.
+/// Returns the limit of a page for the `limit` of a request, in which 0 means as many messages as
+/// fit.
 pub(super) fn limit(limit: u32) -> PageLimit {
     let messages = convert::limit(limit).map_or(MAX_MESSAGES, u32::from).min(MAX_MESSAGES);
     PageLimit { messages, bytes: MAX_PAGE }
 }
 
-/// Returns the cost of a page in addition to its call, in calls.
+/// Returns the cost of a page in calls, without the call itself.
 pub(super) fn cost(page: &Page) -> u32 {
     let bytes: usize = page.envelopes.iter().map(qpq_ports::Envelope::cost).sum();
     calls(page.envelopes.len())
         .saturating_add(u32::try_from(bytes / BYTES_PER_CALL).unwrap_or(u32::MAX))
 }
 
-/// Returns the cost of a number of messages in addition to their call, in calls.
+/// Returns the cost of a number of messages in calls, without the call itself.
 pub(super) fn calls(messages: usize) -> u32 {
     u32::try_from(messages / MESSAGES_PER_CALL).unwrap_or(u32::MAX)
 }
 
-/// Returns the store id as in an answer.
+/// Converts a store id for an answer.
 pub(super) fn store_id(id: &StoreId) -> Bytes {
     Bytes::copy_from_slice(id.as_bytes())
 }
 
-/// Returns the envelopes as in an answer. The payloads are shared, not copied.
+/// Converts the envelopes of a page for an answer. The payloads are shared, not copied.
 pub(super) fn envelopes(page: &Page) -> Vec<v1::Envelope> {
     let envelope = |envelope: &qpq_ports::Envelope| v1::Envelope {
         seq: envelope.seq.0,

@@ -1,4 +1,4 @@
-//! The steps that the four methods that read an inbox have in common.
+//! The steps that Fetch, FetchWait, Peek and Ack share.
 
 use bytes::Bytes;
 use qpq_domain::{DeviceId, IdentityKey};
@@ -17,7 +17,8 @@ pub(super) struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Returns the query for the caller's own inbox. An empty `recipient_key` is the caller's own.
+    /// Returns the query for the caller's own inbox. An empty `recipient_key` means the caller's
+    /// own key.
     pub(super) fn query(&self, caller: &Caller) -> Result<ReadQuery, Error> {
         let named: Option<IdentityKey> =
             convert::optional_identity_key(self.recipient_key, "recipient_key")?;
@@ -40,8 +41,8 @@ impl Target<'_> {
 
 /// Returns the error for a read that the store refused.
 ///
-/// The client of a device that lost its position is informed once, and its next read is of the new
-/// position. That of a device that was revoked meanwhile learns that its session has ended.
+/// A device that lost its position receives that error once, and its next read begins at the new
+/// position. A device that was revoked during the call receives the error of an ended session.
 pub(super) async fn refused(
     cx: Cx<'_>,
     caller: &Caller,
@@ -59,7 +60,8 @@ pub(super) async fn refused(
     prepared.err().unwrap_or_else(|| error.into())
 }
 
-/// Makes the caller's next call pay for the cost of this one in addition to the call.
+/// Adds the cost of this call, without the call itself, to the debt that the caller's next call
+/// pays.
 pub(super) fn owe(cx: Cx<'_>, caller: &Caller, cost: u32) {
     let subject = Subject::Account(caller.account).key();
     cx.app.debts.add(LimitClass::Receive, subject, cost, cx.now);
@@ -68,7 +70,7 @@ pub(super) fn owe(cx: Cx<'_>, caller: &Caller, cost: u32) {
 /// A lease, and the memory for the answer with its messages.
 pub(super) type Leased = (Box<dyn Lease>, Reservation);
 
-/// Leases the messages of the view for which there is memory. `None` if the view is empty.
+/// Leases the messages of the view, as many as there is memory for. `None` if the view is empty.
 pub(super) async fn lease(
     cx: Cx<'_>,
     caller: &Caller,

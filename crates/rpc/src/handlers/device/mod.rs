@@ -1,4 +1,4 @@
-//! Devices of the caller's account (700 to 702): each reads the inbox on a position of its own.
+//! Devices of the caller's account (700 to 702): each reads the inbox at its own position.
 
 mod list_devices;
 mod register_device;

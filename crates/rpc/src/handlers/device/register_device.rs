@@ -30,7 +30,8 @@ impl Handler for methods::RegisterDevice {
     }
 }
 
-/// Checks the device's key and the identity key's signature over it. `None` without a key.
+/// Returns the device's key and the identity key's signature over it, both checked. `None` if the
+/// request has no key.
 fn certified_key(
     identity: &IdentityKey,
     device: &DeviceId,

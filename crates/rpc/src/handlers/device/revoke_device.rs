@@ -11,8 +11,8 @@ impl Handler for methods::RevokeDevice {
     async fn handle(cx: Cx<'_>, caller: Caller, request: v1::RevokeDeviceRequest) -> Handled<Self> {
         let device = convert::required_device_id(&request.device_id, "device_id")?;
         let (app, now) = (Arc::clone(cx.app), cx.now);
-        // A task, so that a client cannot cancel the call between the commit and the account
-        // events, and so keep the waiting calls of the device.
+        // A task, because a client that cancels the call after the commit must not prevent the
+        // account events, which end the waiting calls of the device.
         let revocation = cx.app.tasks.spawn(async move {
             let revoked = app.stores.devices.revoke(caller.account, device, now).await;
             for event in [AccountEvent::SessionsEnded, AccountEvent::DevicesChanged] {
@@ -21,7 +21,7 @@ impl Handler for methods::RevokeDevice {
             revoked
         });
         match revocation.await.map_err(Error::internal)?? {
-            // The repeat of a revocation finds nothing.
+            // A repeated revocation finds nothing, and succeeds.
             DeviceRevocation::Revoked { .. } | DeviceRevocation::NotFound => {}
         }
         Ok(v1::RevokeDeviceResponse { success: true }.into())

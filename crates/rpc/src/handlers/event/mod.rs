@@ -1,11 +1,11 @@
 //! Subscribe (206): a task that sends events to the client, so that it need not poll.
 //!
 //! Events are hints. A Wake reports a new message without its content; the client then peeks and
-//! acks, or fetches. For a client that is slower than its inbox only the newest Wake of each
-//! channel is kept, for a bounded number of channels. A Wake may be repeated, or report a message
-//! that is removed meanwhile: a read without result costs less than a missed message. A connection
-//! has at most one subscription; a new one replaces it, and reports the messages in the inbox
-//! again.
+//! acks, or fetches. While a client receives events more slowly than messages arrive, only the
+//! newest Wake of each channel is kept, for a bounded number of channels. A Wake may be repeated,
+//! or report a message that was removed in the meantime: a read without a result costs less than a
+//! missed message. A connection has at most one subscription; a new one replaces it, and reports
+//! the messages in the inbox again.
 
 mod outbox;
 
@@ -31,16 +31,17 @@ use crate::{
     auth,
 };
 
-/// KeyPackagesLow is sent below this number of KeyPackages.
+/// The number of KeyPackages below which KeyPackagesLow is sent.
 const LOW_STOCK: u32 = 10;
 
 /// The minimum time between two KeyPackagesLow on one connection.
 const LOW_STOCK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The time to the next attempt when the client takes no more events or the store fails.
+/// The time to the next attempt when the client accepts no more events or the store fails.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// The time between two checks whether the session has expired. A revocation is an account event.
+/// The time between two checks whether the session has expired. A revocation is reported earlier,
+/// by an account event.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(10 * 60);
 
 /// The time over which the events of a drain are spread, so that not all clients reconnect
@@ -54,14 +55,14 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 /// messages.
 const LOOK_LIMIT: PageLimit = PageLimit { messages: 256, bytes: 256 << 10 };
 
-/// One message of any size.
+/// The limit for one message of any size.
 const FIRST_MESSAGE: PageLimit = PageLimit { messages: 1, bytes: 0 };
 
 impl Handler for methods::Subscribe {
     async fn handle(cx: Cx<'_>, caller: Caller, request: v1::SubscribeRequest) -> Handled<Self> {
         let view = if request.all_channels { View::All } else { View::Channel(ChannelId::DEFAULT) };
         let subscription = Box::new(Subscription::new(cx, caller, view));
-        // The subscription listens now. This check covers the time before.
+        // From now on the subscription receives revocations. This check covers earlier ones.
         auth::recheck(cx, &subscription.caller).await?;
         let task = cx.app.tasks.spawn(subscription.run());
         cx.conn.subscribe(task.abort_handle());
@@ -71,17 +72,17 @@ impl Handler for methods::Subscribe {
 
 struct Subscription {
     app: Arc<App>,
-    /// The connection owns the task, and aborts it when it closes.
+    /// A weak reference, because the connection owns the task, and aborts it when it closes.
     conn: Weak<ClientConnection>,
     caller: Caller,
     query: ReadQuery,
     wake: Box<dyn Wake>,
     account_events: AccountEventListener,
-    /// Kept until Draining is sent: the drain waits for that.
+    /// Dropped after Draining is sent: the drain waits for that.
     drain: Option<DrainObserver>,
     /// The highest seq that was reported.
     reported: Seq,
-    /// The latest time at which the connection is closed, once a drain has begun.
+    /// The latest time at which the connection is closed; `None` before a drain.
     closing_at: Option<Instant>,
     session_ended: bool,
     /// The earliest time for another KeyPackagesLow.
@@ -145,7 +146,7 @@ impl Subscription {
                 AccountEvent::KeyPackageTaken => self.due.count_packages = Some(self.low_allowed),
                 AccountEvent::DevicesChanged => {
                     self.outbox.push(Outgoing::DevicesChanged);
-                    // The session may read the inbox from now on, on another position.
+                    // The session may now read the inbox at another position.
                     self.reported = Seq::ZERO;
                     self.due.look = Some(Instant::now());
                 }
@@ -205,9 +206,10 @@ impl Subscription {
         };
         let page = match looked {
             Ok(page) => page,
-            // The session reads no inbox until its device is registered.
+            // The session cannot read the inbox until its device is registered.
             Err(ReadError::DeviceRequired) => return,
-            // A read answers the client that its device lost its position. This brings it to read.
+            // The client learns from a read that its device lost its position. A Wake causes that
+            // read.
             Err(ReadError::PositionLost) => {
                 let channel = ChannelId::DEFAULT;
                 self.outbox.push(Outgoing::Wake { channel, seq: Seq::ZERO });
@@ -246,7 +248,8 @@ impl Subscription {
         }
     }
 
-    /// Returns the KeyPackages that are left of the session's device.
+    /// Returns the remaining KeyPackages of the session's device, or of the account if the device
+    /// is not registered.
     async fn stock(&self) -> StoreResult<Stock> {
         let Caller { account, device, .. } = self.caller;
         let stores = &self.app.stores;
@@ -255,7 +258,7 @@ impl Subscription {
         stores.key_packages.stock(PackageOwner { account, device }, self.app.clock.now()).await
     }
 
-    /// Sends the events of the outbox until the client takes no more.
+    /// Sends the events of the outbox until the client accepts no more.
     fn flush(&mut self, conn: &ClientConnection, now: Instant) -> ControlFlow<()> {
         self.due.flush = None;
         while let Some(outgoing) = self.outbox.pop() {
@@ -277,8 +280,8 @@ impl Subscription {
 }
 
 impl Due {
-    /// Returns the time of the next action. `recheck` is planned until the session ends, and then
-    /// `flush`.
+    /// Returns the time of the next action. One is always planned: `recheck` until the session
+    /// ends, and then `flush`.
     fn next(&self, outbox_has_space: bool) -> Instant {
         // Without space, the next read waits for the flush that makes space for its events.
         let look = self.look.filter(|_| outbox_has_space);
@@ -295,7 +298,7 @@ async fn began(drain: Option<&DrainObserver>) {
     }
 }
 
-/// Returns whether an action is due, and unplans it.
+/// Returns whether an action is due. If so, removes it from the plan.
 fn take_due(due: &mut Option<Instant>, now: Instant) -> bool {
     due.take_if(|due| *due <= now).is_some()
 }

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 /// The maximum number of channels whose Wakes wait for the client.
 const MAX_WAKES: usize = 256;
 
-/// The only reason in SessionRevoked: the client learns no more, and logs in again.
+/// The reason in every SessionRevoked. The client need not know more to log in again.
 const SESSION_ENDED: &str = "session_ended";
 
 /// An event that waits for the client.
@@ -21,9 +21,9 @@ const SESSION_ENDED: &str = "session_ended";
 pub(super) enum Outgoing {
     /// The session has ended. Nothing is sent after it.
     SessionRevoked,
-    /// The edge drains, and closes the connection at this time at the latest.
+    /// The edge drains, and closes the connection at `closing_at` at the latest.
     Draining { closing_at: Instant },
-    /// This number of KeyPackages is left.
+    /// Only `available` KeyPackages are left.
     KeyPackagesLow { available: u32 },
     /// The devices of the account have changed.
     DevicesChanged,
@@ -31,7 +31,7 @@ pub(super) enum Outgoing {
     Wake { channel: ChannelId, seq: Seq },
 }
 
-/// The position of an event in the queue. Of two events with one position the newer is kept.
+/// The position of an event in the queue. Of two events with the same position, the newer is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Position {
     SessionRevoked,
@@ -53,7 +53,7 @@ impl Outbox {
         self.queue.len() < MAX_WAKES
     }
 
-    /// Adds an event, or returns one that could not be sent.
+    /// Adds a new event, or one that could not be sent and waits again.
     pub(super) fn push(&mut self, event: Outgoing) {
         let queued = self.queue.entry(event.position()).or_insert(event);
         *queued = match (*queued, event) {
@@ -131,7 +131,7 @@ mod tests {
         let mut outbox = Outbox::default();
         outbox.push(wake(1, 8));
         outbox.push(wake(1, 9));
-        // An event that could not be sent and is returned.
+        // An older event that could not be sent and is added again.
         outbox.push(wake(1, 8));
         assert_eq!(outbox.pop(), Some(wake(1, 9)));
         assert_eq!(outbox.pop(), None);

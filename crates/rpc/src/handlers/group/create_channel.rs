@@ -39,7 +39,7 @@ impl Handler for methods::CreateChannel {
     }
 }
 
-/// Returns the members: the caller and its peer, or the caller and those listed.
+/// Returns the members: the caller and its peer, or the caller and the listed accounts.
 fn members(caller: &Caller, request: &v1::CreateChannelRequest) -> Result<NewMembers, Error> {
     let refused = |field| FieldError::new(field, FieldReason::Combination);
     match convert::optional_identity_key(&request.peer_key, "peer_key")? {

@@ -10,11 +10,11 @@ use crate::{Caller, Cx, Error, Handled, Handler};
 /// The maximum number of members of one answer.
 const MAX_PAGE: u32 = 1_000;
 
-/// The maximum size of a member in the answer: a key, a username of up to 64 characters, and
-/// numbers.
+/// The maximum size of a member in the answer, in bytes: a key, a username of up to 64 characters,
+/// and numbers.
 const MEMBER_BYTES: usize = 32 + 64 * 4 + 32;
 
-/// The maximum size of the rest of the answer.
+/// The maximum size of the rest of the answer, in bytes.
 const METADATA_BYTES: usize = MAX_GROUP_NAME + MAX_GROUP_DESCRIPTION + MAX_GROUP_SETTINGS + 64;
 
 impl Handler for methods::ListGroupMembers {
@@ -47,7 +47,7 @@ fn limit(requested: u32) -> u32 {
     convert::limit(requested).map_or(MAX_PAGE, u32::from).min(MAX_PAGE)
 }
 
-/// Returns the place of the last member of the previous page: 8 bytes, big-endian.
+/// Parses a cursor: the place of the last member of the previous page, 8 bytes, big-endian.
 fn after(cursor: &[u8]) -> Result<u64, Error> {
     if cursor.is_empty() {
         return Ok(0);

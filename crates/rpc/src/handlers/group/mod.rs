@@ -1,5 +1,5 @@
-//! Groups (400, 410 to 415): the members, the metadata and the epoch of a channel. The store
-//! decides what a member may do.
+//! Groups (400, 410 to 415): the members, the metadata and the epoch of a channel. The store checks
+//! the rights of the caller.
 
 mod add_members;
 mod create_channel;

@@ -5,7 +5,7 @@ use qpq_proto::{convert, methods, v1};
 use super::hybrid;
 use crate::{Caller, Cx, Handled, Handler};
 
-/// The maximum size of one key in the answer, with a signature and their framing.
+/// The maximum size of one key in the answer with its signature and framing, in bytes.
 const KEY_BYTES: usize = hybrid::LEN + 64 + 16;
 
 impl Handler for methods::FetchHybridKeys {

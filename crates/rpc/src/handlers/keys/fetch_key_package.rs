@@ -7,7 +7,7 @@ use qpq_proto::{Method as _, convert, methods, v1};
 
 use crate::{Caller, Cx, Handled, Handler, Subject, account_events::AccountEvent};
 
-/// The maximum size of the package of one device in the answer.
+/// The maximum size of the package of one device in the answer, in bytes.
 const PACKAGE_BYTES: usize = (64 << 10) + 64;
 
 impl Handler for methods::FetchKeyPackage {
@@ -25,7 +25,7 @@ impl Handler for methods::FetchKeyPackage {
         let key_packages = &cx.app.stores.key_packages;
         if request.all_devices {
             let taken = key_packages.take_of_devices(&target, cx.now).await?;
-            // Without devices, the account itself has packages.
+            // An account without devices has packages of its own.
             if !taken.is_empty() {
                 return Ok(of_devices(cx, &target, taken).into());
             }

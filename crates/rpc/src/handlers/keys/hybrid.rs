@@ -1,7 +1,8 @@
 //! Hybrid public keys: X25519 (32 bytes) ‖ ML-KEM-768 encapsulation key (1184 bytes).
 //!
-//! The server does not use these keys. It refuses those with which a sender's part of the secret
-//! would be public or whose use would fail, so that senders can rely on fetched keys.
+//! The server does not use these keys, but checks them, so that senders can rely on fetched keys.
+//! An X25519 key of small order would make that part of a sender's secret public. The use of an
+//! invalid ML-KEM key would fail.
 
 use bytes::Bytes;
 use libcrux_ml_kem::mlkem768::{MlKem768PublicKey, validate_public_key};
@@ -85,8 +86,8 @@ mod tests {
 
     #[test]
     fn every_encoding_of_a_point_of_small_order_is_refused() {
-        // u = 0, 1, the two of order eight, -1, and p and p + 1, which are 0 and 1 again. The high
-        // bit is ignored.
+        // u = 0, 1, the two points of order eight, -1, and p and p + 1, which are other encodings
+        // of 0 and 1. The high bit is ignored.
         for u in [
             "0000000000000000000000000000000000000000000000000000000000000000",
             "0100000000000000000000000000000000000000000000000000000000000000",

@@ -17,7 +17,8 @@ use qpq_proto::convert;
 
 use crate::{Caller, Cx, Error};
 
-/// The devices of the caller's account, as far as they matter for its KeyPackages.
+/// The devices of the caller's account and the device of the session, which determine the owners of
+/// KeyPackages.
 struct OwnDevices {
     devices: Vec<Device>,
     of_session: Option<DeviceId>,
@@ -47,9 +48,9 @@ impl OwnDevices {
         iter::once(*identity.as_bytes()).chain(of_devices).collect()
     }
 
-    /// Returns the device that a package belongs to by its signature key; `None` for the account
-    /// itself. A package of the identity key, or one whose key the server cannot read, belongs to
-    /// the device that uploads it, unless that has a key of its own.
+    /// Returns the device that owns a package by its signature key; `None` for the account itself.
+    /// A package whose key the server cannot read belongs to the session's device. So does a
+    /// package of the identity key, unless that device has its own key.
     fn signed_by(&self, signature_key: Option<&[u8; 32]>) -> Option<DeviceId> {
         let has_key = |device: &&Device| {
             device.key.is_some_and(|certified| Some(certified.key.as_bytes()) == signature_key)
@@ -62,7 +63,8 @@ impl OwnDevices {
     }
 }
 
-/// Checks that an upload is for the caller's own identity key. An empty field is the caller's own.
+/// Checks that an upload is for the caller's own identity key. An empty field means the caller's
+/// own key.
 fn check_owner(caller: &Caller, identity_key: &[u8]) -> Result<(), Error> {
     match convert::optional_identity_key(identity_key, "identity_key")? {
         Some(named) if named != caller.identity => Err(Error::NotKeyOwner),

@@ -21,7 +21,7 @@ impl Handler for methods::UploadHybridKey {
     }
 }
 
-/// Returns the identity key's signature over the key, which is verified, if there is one.
+/// Verifies and returns the identity key's signature over the key. `None` if the request has none.
 fn signature(
     caller: &Caller,
     request: &v1::UploadHybridKeyRequest,

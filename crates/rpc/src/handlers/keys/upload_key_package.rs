@@ -12,8 +12,8 @@ use sha2::{Digest as _, Sha256};
 use super::{OwnDevices, check_owner};
 use crate::{App, Caller, Cx, Error, Handled, Handler, Subject};
 
-/// The number of KeyPackages, with two signatures and a hash each about a millisecond, after which
-/// the call yields to others on its worker.
+/// The number of KeyPackages after which the call yields to others on its worker. Their checks, two
+/// signatures and a hash each, take about a millisecond.
 const STRIDE: usize = 8;
 
 impl Handler for methods::UploadKeyPackage {
@@ -63,7 +63,7 @@ struct Uploaded<'a> {
     last_resort: bool,
 }
 
-/// The package was handed out before.
+/// The refusal of a package that was handed out before.
 #[derive(Debug, thiserror::Error)]
 #[error("the KeyPackage was handed out before")]
 struct HandedOut;
@@ -87,8 +87,8 @@ fn uploads<'a>(
     Ok(uploads)
 }
 
-/// Returns the fingerprints of the stored packages if the upload is large enough to profit: a
-/// client that repeats an upload repeats many packages.
+/// Returns the fingerprints of the stored packages, so that a repeated upload need not verify their
+/// signatures again. Empty for a small upload, for which the query would save little.
 async fn known(
     app: &App,
     owner: AccountId,
@@ -112,8 +112,8 @@ struct Checks<'a> {
 }
 
 impl Checks<'_> {
-    /// Checks every package; the error names the field of the first invalid one. The work is
-    /// limited and done in small steps, so that other calls are executed in between.
+    /// Checks every package. The error names the field of the first invalid one. The work passes a
+    /// limiter in small steps, so that other calls are executed in between.
     async fn all(&self, uploads: &[Uploaded<'_>]) -> Result<Vec<NewKeyPackage>, Error> {
         let mut packages = Vec::with_capacity(uploads.len());
         for some in uploads.chunks(STRIDE) {
@@ -137,7 +137,8 @@ impl Checks<'_> {
             key_package::verify_signatures(upload.bytes).map_err(rejected)?;
         }
         Ok(NewKeyPackage {
-            // The fingerprint of the KeyPackage itself: bare or wrapped, it is handed out once.
+            // The fingerprint of the KeyPackage without the MLSMessage around it, so that a package
+            // in both forms is handed out only once.
             fingerprint: checked.reference,
             bytes: upload.bytes.to_vec(),
             device: self.devices.signed_by(checked.signature_key.as_ref()),

@@ -176,7 +176,7 @@ async fn the_token_of_a_listed_message_is_ignored() {
         ..message(&alice, b"hello")
     };
     send(&alice, list(vec![with_token])).await;
-    // Alice sent it: the id is hers, not bob's.
+    // Alice is the sender, so the message id is one of hers, not of bob's.
     let hers = EnqueueRequest { message_id: message_id(1), ..message(&alice, b"hello") };
     assert!(alice.ok::<methods::Enqueue>(hers.clone()).await.duplicate);
     assert!(!bob.ok::<methods::Enqueue>(hers).await.duplicate);

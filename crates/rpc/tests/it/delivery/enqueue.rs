@@ -23,7 +23,7 @@ async fn enqueue(user: &User, request: EnqueueRequest) -> v1::EnqueueResponse {
     user.ok::<methods::Enqueue>(request).await
 }
 
-/// Asserts that the proof is signed by `server_key`.
+/// Returns whether the proof is signed by `server_key`.
 fn verifies(server_key: &IdentityKey, proof: &DeliveryProof) -> bool {
     let signature: [u8; 64] = proof.signature.as_ref().try_into().expect("64 bytes");
     server_key.verify(&delivery_proof::signed_bytes(proof), &signature).is_ok()
@@ -210,7 +210,7 @@ async fn a_repeated_message_id_returns_the_first_seq_and_proof() {
     alice.send(&bob, b"in between").await;
     server.clock.advance(Duration::from_secs(3));
 
-    // With any other fields, and on any connection.
+    // The other fields and the connection may differ.
     let other = EnqueueRequest {
         payload: "changed".into(),
         channel_id: CHANNEL,
@@ -253,7 +253,7 @@ async fn a_message_id_is_remembered_for_15_minutes_after_the_messages_removal() 
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let request = EnqueueRequest { message_id: message_id(1), ..message(&bob, b"hello") };
     let first = enqueue(&alice, request.clone()).await;
-    // While the message is queued.
+    // The first repeat is sent while the message is in the inbox.
     server.clock.advance(DAY);
     server
         .store

@@ -108,7 +108,7 @@ async fn a_ninth_waiting_call_of_a_reader_ends_the_oldest_empty() {
         timeout_ms: u64::MAX,
         ..Default::default()
     };
-    // For any view.
+    // The limit counts the calls for all channels.
     let channels = [CHANNEL, OTHER_CHANNEL, Bytes::new()];
     let mut waits = VecDeque::new();
     for n in 0..8 {
@@ -122,7 +122,7 @@ async fn a_ninth_waiting_call_of_a_reader_ends_the_oldest_empty() {
         let oldest = answered(waits.pop_front().expect("a wait")).await;
         assert!(oldest.response.payloads.is_empty());
     }
-    // The newest eight keep waiting, by turns of their channels.
+    // The newest eight still wait, for the three channels in turn.
     assert_eq!(waits.len(), 8);
     waiters.leased(15).await;
     for channel_id in &channels {
@@ -153,7 +153,7 @@ async fn a_message_costs_one_read_for_any_number_of_waiting_calls() {
         alice.ok::<methods::Enqueue>(elsewhere).await;
     }
     alice.send(&user, b"here").await;
-    // One of them has it, and the others keep waiting.
+    // One call receives the message, and the others still wait.
     let (first, _, rest) = futures_util::future::select_all(waits.drain(..)).await;
     let first = first.expect("no panic").expect("an answer");
     assert_eq!(bodies(&first.response.payloads), [b"here"]);
@@ -243,7 +243,7 @@ async fn a_call_cancelled_between_message_and_answer_loses_nothing() {
         let waiting = wait(user.elsewhere(&server));
         waiters.waited(round + 1).await;
         let seq = user.send(&user, b"one").await.seq;
-        // Between the wake and the answer, or after it.
+        // Cancel between the wake and the answer, or after the answer.
         for _ in 0..round % 5 {
             tokio::task::yield_now().await;
         }
@@ -275,7 +275,7 @@ async fn a_revoked_session_ends_its_waiting_calls_and_no_others() {
     assert_eq!(bodies(&answered(stays).await.arrived().await.payloads), [b"for who stays"]);
     waiters.subscribed(0).await;
 
-    // All sessions, revoked by another one than the waiting one.
+    // All sessions are revoked by a session other than that of the waiting call.
     let another =
         user.client.log_in("reader", "password").await.expect("the right password").session_token;
     let waiting = wait(other.elsewhere(&server));

@@ -13,7 +13,7 @@ use crate::{harness::User, user::OkAnswer};
 const CHANNEL: Bytes = Bytes::from_static(&[0xc1; 16]);
 const OTHER_CHANNEL: Bytes = Bytes::from_static(&[0xc2; 16]);
 
-/// Returns an idempotency key.
+/// Returns a message id.
 fn message_id(n: u8) -> Bytes {
     vec![n; 16].into()
 }

@@ -61,7 +61,7 @@ async fn messages_of_a_lost_fetch_are_delivered_again() {
     drop(first.lease);
     let second = fetch(&bob).await;
     assert_eq!(second.response, first.response);
-    // On another connection too.
+    // A read on another connection returns them, too.
     drop(second.lease);
     assert_eq!(fetch(&bob.elsewhere(&server)).await.arrived().await, first.response);
     assert!(fetch(&bob).await.response.payloads.is_empty());
@@ -73,7 +73,7 @@ async fn leased_messages_are_hidden_from_other_reads() {
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.send(&bob, b"one").await;
     let under_way = fetch(&bob).await;
-    // Later messages are hidden too, so that they do not overtake.
+    // Later messages are hidden too, so that they do not overtake leased ones.
     alice.send(&bob, b"two").await;
     let elsewhere = bob.elsewhere(&server);
     let nothing = fetch(&elsewhere).await;
@@ -188,7 +188,7 @@ async fn a_page_never_exceeds_one_answer() {
         let request = EnqueueRequest { payload: vec![7; 1 << 20].into(), ..message(&user, b"") };
         user.ok::<methods::Enqueue>(request).await;
     }
-    // For any limit. Every call of these tests asserts that its answer fits.
+    // This holds for any limit. `User::ask` asserts that each answer fits.
     for limit in [0, 5, u32::MAX] {
         let page = user.ok::<methods::Peek>(PeekRequest { limit, ..Default::default() }).await;
         assert_eq!((seqs(&page.payloads), page.more), (vec![1, 2, 3], true));

@@ -63,7 +63,8 @@ async fn the_last_resort_package_is_returned_when_no_other_is_left_and_stays() {
     }
     assert_eq!(stock(&alice).await, (0, true));
 
-    // A new one replaces it: here one without the extension, by the request's flag.
+    // A new last-resort package replaces it. This one has the request's flag instead of the
+    // extension.
     let by_flag = UploadKeyPackageRequest {
         package: once[1].clone(),
         last_resort: true,

@@ -78,7 +78,7 @@ async fn a_signature_is_verified_and_returned_with_its_key() {
     };
     let fetched = alice.ok::<methods::FetchHybridKeys>(many).await;
     assert_eq!(fetched.signatures, [Bytes::new(), signed(&alice)]);
-    // A key without a signature replaces the signature too.
+    // A new key without a signature also removes the old signature.
     upload(&alice, hybrid_key(3)).await;
     let one = FetchHybridKeyRequest { identity_key: alice.key(), ..Default::default() };
     assert!(bob.ok::<methods::FetchHybridKey>(one).await.signature.is_empty());

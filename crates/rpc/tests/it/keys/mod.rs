@@ -51,7 +51,8 @@ fn fetch_of(target: &User) -> v1::FetchKeyPackageRequest {
     v1::FetchKeyPackageRequest { identity_key: target.key(), ..Default::default() }
 }
 
-/// Fetches a package of `target`, and whether it is the last-resort one. `None` if there is none.
+/// Fetches a package of `target`. Returns the package and whether it is the last-resort one, or
+/// `None` if there is none.
 async fn take(user: &User, target: &User) -> Option<(Bytes, bool)> {
     let v1::FetchKeyPackageResponse { package, last_resort, .. } =
         user.ok::<methods::FetchKeyPackage>(fetch_of(target)).await;

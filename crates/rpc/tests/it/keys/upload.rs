@@ -74,7 +74,7 @@ async fn only_the_owner_uploads() {
     refused.assert(Status::Forbidden, "keys.not_owner");
     let request = UploadKeyPackageRequest { identity_key: "short".into(), ..one(&package) };
     mallory.refused::<methods::UploadKeyPackage>(request).await.assert_field("identity_key");
-    // Also another account's package under the own key.
+    // A package of another account is refused, too, when it is uploaded for the caller's own key.
     assert_invalid(&mallory, one(&packages(&server, &alice, 1)[0]), "package").await;
     assert_eq!((stock(&alice).await, stock(&mallory).await), ((0, false), (0, false)));
 }
@@ -84,7 +84,7 @@ async fn an_upload_of_a_stored_package_has_no_effect() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let package = packages(&server, &alice, 1).remove(0);
-    // Also twice in one call, and without its MLSMessage: it is one package.
+    // Copies in one call, and a copy without its MLSMessage, are the same package.
     assert_eq!(available(&alice, upload(&[package.clone(), package.clone()])).await, 1);
     assert_eq!(available(&alice, one(&package)).await, 1);
     assert_eq!(available(&alice, one(&bare(&package))).await, 1);
@@ -182,7 +182,7 @@ async fn a_package_with_any_flipped_bit_is_refused() {
 }
 
 #[test]
-fn no_bytes_are_stored_that_are_no_package() {
+fn bytes_that_are_not_a_package_are_refused() {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (_server, alice, package) = runtime.block_on(async {
