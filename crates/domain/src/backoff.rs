@@ -1,15 +1,15 @@
 //! The waits between retries: exponential with full jitter.
 //!
-//! All retries of the project use this one: of the client's connections and calls, of transactions,
-//! of commands that wait for a store. With full jitter, clients that failed together do not retry
-//! together.
+//! All retries of the project use this back-off: those of the client's connections and calls, of
+//! transactions, and of commands that wait for a store. With full jitter, clients that failed
+//! together do not retry together.
 
 use std::time::Duration;
 
 /// The bounds of the waits between retries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Backoff {
-    /// The longest wait after the first failure. It doubles with every further failure.
+    /// The longest wait after the first failure. Each further failure doubles the longest wait.
     pub base: Duration,
     /// The longest wait after any number of failures.
     pub cap: Duration,
@@ -23,7 +23,7 @@ impl Backoff {
     }
 
     /// Returns the wait after `failures` consecutive failures: uniform between zero and the longest
-    /// wait. Without a failure it is zero.
+    /// wait. Zero without a failure.
     ///
     /// `random` is uniform over all of `u64`. The caller passes it, so that tests are repeatable.
     #[must_use]

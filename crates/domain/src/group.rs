@@ -1,4 +1,4 @@
-//! Groups: the members of a channel, and the limits of the server's record of it.
+//! Groups: the members of a channel, and the limits of the server's record of a group.
 
 use crate::IdentityKey;
 
@@ -16,13 +16,13 @@ pub const MAX_GROUP_INFO: usize = 1 << 20;
 /// The rights of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
-    /// Sends, commits, and reads the list and the group info.
+    /// May send, commit, and read the list of members and the GroupInfo.
     Member,
-    /// Changes members and metadata too.
+    /// May in addition change the members and the metadata.
     Admin,
 }
 
-/// The two members of a direct group, whichever of them created it.
+/// The two members of a direct group, in an order that does not depend on the creator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Pair {
     /// The lesser key, then the greater one.
@@ -40,7 +40,7 @@ impl Pair {
         self.keys
     }
 
-    /// Returns the 64 bytes that are the same for both orders of the keys.
+    /// Returns the bytes of the two keys, the lesser one first.
     pub fn as_bytes(&self) -> [u8; 64] {
         let mut bytes = [0; 64];
         bytes[..32].copy_from_slice(self.keys[0].as_bytes());

@@ -12,8 +12,8 @@ use crate::{
 
 /// The identity key of an account.
 ///
-/// Any 32 bytes are a valid *address*: an unknown one is not found. Only some can be *registered*,
-/// see [`IdentityKey::check_registrable`].
+/// Any 32 bytes are a valid *address*: a look-up of an unknown key finds no account. Only keys that
+/// pass [`IdentityKey::check_registrable`] can be *registered*.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IdentityKey([u8; 32]);
 

@@ -1,7 +1,7 @@
 //! The sizes and lifetimes that clients can rely on, with their defaults.
 //!
-//! These limit a single message, inbox or KeyPackage. The limit classes of `proto` limit the rate
-//! of requests.
+//! These limits apply to a single message, inbox or KeyPackage. The limit classes of `proto` limit
+//! the rate of requests.
 
 use std::time::Duration;
 
@@ -25,14 +25,14 @@ pub struct DeliveryLimits {
     /// The largest BatchEnqueue, in bytes: the payload times the number of recipients, or the sum
     /// of the payloads.
     pub max_batch_bytes: u64,
-    /// The lifetime of a message without one.
+    /// The lifetime of a message whose request names none.
     pub default_ttl: Duration,
     /// The longest lifetime of a message. Longer ones are reduced to it.
     pub max_ttl: Duration,
     /// The time for which a message id is remembered after its message was removed.
     pub recent_ids: Duration,
-    /// The time after which a device that has not read, and whose messages fill more than half of
-    /// its inbox, loses its position.
+    /// The time without a read after which a device can lose its position. The device loses its
+    /// position only if its messages also fill more than half of the inbox.
     pub device_absence: Duration,
     /// The time that a FetchWait without a timeout waits.
     pub default_wait: Duration,
@@ -67,7 +67,7 @@ impl DeliveryLimits {
 
     /// Returns whether an inbox of `messages` and `bytes` limits each sender to its share.
     ///
-    /// An inbox does once it is more than half full.
+    /// The limit applies while the inbox is more than half full.
     pub const fn limits_senders(&self, messages: u64, bytes: u64) -> bool {
         self.sender_share > 1 && (messages > self.half_messages() || bytes > self.half_bytes())
     }
@@ -84,7 +84,7 @@ impl DeliveryLimits {
 
     /// Returns one sender's share, in messages, of an inbox that is more than half full.
     ///
-    /// At least one, or senders could never fill an inbox of few messages.
+    /// At least one: with a share of zero, a small inbox could never be filled.
     pub const fn sender_messages(&self) -> u64 {
         match self.max_messages / self.sender_share {
             0 => 1,
@@ -121,8 +121,8 @@ impl DeliveryLimits {
 pub struct KeyPackageLimits {
     /// The largest KeyPackage, in bytes.
     pub max_bytes: usize,
-    /// The maximum number of KeyPackages of a device, including the last-resort one. An account
-    /// without devices counts as one.
+    /// The maximum number of KeyPackages of a device, including the last-resort one. The
+    /// KeyPackages that the identity key signs have the same limit.
     pub max_count: u32,
 }
 

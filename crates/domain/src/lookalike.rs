@@ -38,7 +38,7 @@ impl Choice for UsernameScripts {
 pub struct Skeleton(Box<str>);
 
 impl Skeleton {
-    /// Returns the skeleton of a canonical username as a store has it.
+    /// Returns the skeleton of a username that is stored in canonical form.
     pub fn of(username: &str) -> Self {
         Self(skeleton(username).collect::<String>().into())
     }
@@ -50,14 +50,14 @@ impl Skeleton {
 }
 
 impl std::fmt::Debug for Skeleton {
-    /// Usernames are personal: logs do not contain them by accident.
+    /// Writes no part of the skeleton, because usernames are personal and must not appear in logs.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Skeleton(redacted)")
     }
 }
 
 impl Username {
-    /// Checks the rule for the name of a new account.
+    /// Checks that the name may be the name of a new account.
     pub fn check_new(&self, scripts: UsernameScripts) -> Result<(), InvalidUsername> {
         let name = self.as_str();
         if name.starts_with(is_combining_mark) || name.contains(is_invisible) {
@@ -73,7 +73,7 @@ impl Username {
         if name.check_restriction_level(level) { Ok(()) } else { Err(InvalidUsername::Scripts) }
     }
 
-    /// Returns whether the name can be displayed without a mark.
+    /// Returns whether the name can be displayed as it is, without a sign that it is a name.
     ///
     /// Such a name passes the strictest rule for new names and cannot be confused with `you`, the
     /// word that displays use for the reader's own account.
@@ -82,7 +82,7 @@ impl Username {
             && self.skeleton().as_str() != "you"
     }
 
-    /// Returns the skeleton, which no two new accounts share.
+    /// Returns the skeleton. A new account cannot have the skeleton of another account.
     pub fn skeleton(&self) -> Skeleton {
         Skeleton::of(self.as_str())
     }

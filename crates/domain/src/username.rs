@@ -25,13 +25,13 @@ pub enum InvalidUsername {
     #[error("a username has 1 to 64 characters")]
     Length,
     /// The name contains `@`, `:`, `/`, a space or a control character.
-    #[error("a username has no '@', ':', '/', space or control character")]
+    #[error("a username must not contain '@', ':', '/', spaces or control characters")]
     Forbidden,
     /// The name is not a PRECIS UsernameCaseMapped string.
     #[error("a username has only letters, digits and punctuation that RFC 8265 allows")]
     Precis,
     /// The new name begins with a combining mark or contains an invisible character.
-    #[error("a new username begins with no combining mark and contains nothing invisible")]
+    #[error("a new username must not begin with a combining mark or contain invisible characters")]
     Invisible,
     /// The new name mixes scripts, or contains characters that are no letters or digits.
     #[error("a new username has letters of one script, digits, '.', '-', '_' and apostrophes")]
@@ -47,7 +47,8 @@ impl Username {
     /// Accepts every name that has ever been accepted, so that its account can be found. The name
     /// of a new account must also pass [`Username::check_new`].
     pub fn parse(raw: &str) -> Result<Self, InvalidUsername> {
-        // No longer input can fold to 64 characters. The limit bounds the work for hostile input.
+        // Bounds the work for hostile input. Only artificial longer inputs fold to 64 characters,
+        // for example decomposed Hangul.
         if raw.is_empty() || raw.len() > 8 * Self::MAX_CHARS {
             return Err(InvalidUsername::Length);
         }
@@ -70,7 +71,7 @@ impl Username {
 
 /// Returns whether `raw` has only lower-case ASCII letters, digits, `.`, `-` and `_`.
 ///
-/// Such a name is canonical, and most names are such.
+/// Such a name is its own canonical form, so most names need no Unicode tables.
 fn is_canonical_ascii(raw: &str) -> bool {
     raw.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'))
 }
@@ -118,7 +119,7 @@ impl fmt::Display for Username {
 }
 
 impl fmt::Debug for Username {
-    /// Usernames are personal: logs do not contain them by accident.
+    /// Writes no part of the name, because usernames are personal and must not appear in logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Username(redacted)")
     }

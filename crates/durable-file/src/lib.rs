@@ -2,12 +2,13 @@
 //!
 //! All crates that store a file use this one: the server for its secrets, `qpq-admin` for backups,
 //! the client for its profile. A file is written under a temporary name in the directory of its
-//! target, synced, given the target's name in one step, and then the directory is synced. Without
-//! the first sync a crash may leave an empty file, without the second the old one.
+//! target, synced, and renamed to its target in one step. Then the directory is synced. Without the
+//! first sync, a crash may leave an empty file; without the second, the old file.
 //!
 //! A process that is killed leaves its temporary file, `TARGET.PID.NUMBER.new`. Nothing reads it,
-//! and a later write of the target removes it once it is an hour old. Its age decides, since the
-//! process of a younger one may still run, possibly on another machine with the same directory.
+//! and a later write of the target removes it once it is an hour old. A younger file stays, because
+//! the process that writes it may still run, possibly on another machine that uses the same
+//! directory.
 
 use std::{
     ffi::OsStr,
@@ -20,12 +21,12 @@ use std::{
     time::Duration,
 };
 
-/// The time after its last write from which on a temporary file is left over.
+/// The time since the last write from which on a temporary file counts as left over.
 const LEFT_OVER_AFTER: Duration = Duration::from_secs(60 * 60);
 
 /// Writes or replaces the file at `path`, with the permissions `mode`.
 ///
-/// If this fails, or the machine does, the file has the old contents or the new ones.
+/// After a failure or a crash, the file has either the old contents or the new ones.
 ///
 /// # Errors
 /// The error of the operating system. Unless the last sync of the directory failed, the file then
@@ -37,7 +38,7 @@ pub fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
 /// Creates the file at `path`, with the permissions `mode`, unless it exists.
 ///
 /// # Errors
-/// The error of the operating system. That the file exists is not an error.
+/// The error of the operating system. An existing file is not an error.
 pub fn create(path: &Path, contents: &[u8], mode: u32) -> io::Result<Created> {
     Draft::with_contents(path, contents, mode)?.create()
 }
@@ -77,7 +78,7 @@ pub enum Created {
     Exists,
 }
 
-/// A file that is being written under a temporary name. Dropping it removes it.
+/// A file that is being written under a temporary name. Dropping a draft removes the file.
 #[derive(Debug)]
 pub struct Draft {
     file: File,
@@ -86,7 +87,7 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Starts an empty file for `target`, with the permissions `mode`.
+    /// Creates an empty draft of `target`, with the permissions `mode`.
     ///
     /// # Errors
     /// The error of the operating system.
@@ -102,7 +103,7 @@ impl Draft {
         Ok(Self { file, path, target: target.to_owned() })
     }
 
-    /// Writes and syncs `contents` for `target`, with the permissions `mode`.
+    /// Creates a draft of `target` with these contents and the permissions `mode`, and syncs it.
     ///
     /// # Errors
     /// The error of the operating system.
@@ -113,7 +114,7 @@ impl Draft {
         Ok(draft)
     }
 
-    /// Gives the file its name, replacing the target if it exists.
+    /// Renames the file to its target, and replaces the target if it exists.
     ///
     /// # Errors
     /// The error of the operating system.
@@ -123,10 +124,10 @@ impl Draft {
         sync(directory_of(&self.target))
     }
 
-    /// Gives the file its name, unless the target exists.
+    /// Publishes the file under the name of its target, unless the target exists.
     ///
     /// # Errors
-    /// The error of the operating system. That the target exists is not an error.
+    /// The error of the operating system. An existing target is not an error.
     pub fn create(self) -> io::Result<Created> {
         self.file.sync_all()?;
         // Unlike a rename, a hard link does not replace an existing file, for example one that
@@ -159,7 +160,8 @@ impl Write for Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        // After a rename there is no file with this name. One that cannot be removed is harmless.
+        // After a rename, no file has this name. A temporary file that cannot be removed is
+        // harmless.
         let _ = fs::remove_file(&self.path);
     }
 }

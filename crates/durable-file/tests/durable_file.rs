@@ -154,7 +154,7 @@ fn a_process_killed_in_the_middle_leaves_the_old_file_and_the_next_write_succeed
     assert_eq!(fs::read(&path).unwrap(), b"new");
 }
 
-/// Moves the time of the last write of a file back.
+/// Moves the time of a file's last write back by `age`.
 fn set_age(path: &Path, age: Duration) {
     let file = fs::File::options().append(true).open(path).unwrap();
     let now = file.metadata().unwrap().modified().unwrap();

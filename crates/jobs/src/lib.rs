@@ -1,8 +1,9 @@
 //! Runs durable work after the answer: claims jobs from the port [`Jobs`](qpq_ports::Jobs), runs
 //! the [`Work`] of their kind, and records how each run ended.
 //!
-//! Every edge of a cluster runs the same [`Runner`]. Each job is claimed by one of them. The jobs
-//! of a killed edge run on another one after their lease, so work is safe to repeat.
+//! Every edge of a cluster runs the same [`Runner`]. Only one edge at a time has the claim on a
+//! job. The jobs of a killed edge run on another edge after their lease, so work must be safe to
+//! repeat.
 //!
 //! | file | content |
 //! |---|---|

@@ -22,7 +22,7 @@ const ENDS: [&str; 6] = ["done", "repeat", "retry", "dead", "released", "lost"];
 /// The values of `op`.
 const OPS: [&str; 5] = ["put", "claim", "renew", "finish", "stats"];
 
-/// Exposes the counters of runs of `kind` from zero on, so that an increase shows the first event.
+/// Exposes the counters of the runs of `kind` with zero, so that their first increase is visible.
 pub(crate) fn expose_runs(kind: JobKind) {
     for end in ENDS {
         metrics::counter!(RUNS, "kind" => kind.as_str(), "end" => end).increment(0);

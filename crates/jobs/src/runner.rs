@@ -1,8 +1,8 @@
 //! Claims jobs and runs them: one task per kind, and within it one future per claimed job.
 //!
-//! The runner owns all of them and stops in two steps. Once `draining` is cancelled, nothing more
-//! is claimed, and runs in progress may end. Runs that have not ended within the grace period are
-//! dropped, and their jobs are released in the store, for another edge to claim.
+//! The runner owns all tasks and stops in two steps. Once `draining` is cancelled, no further job
+//! is claimed, and runs in progress have a grace period in which they may end. Then the remaining
+//! runs are dropped, and their jobs are released in the store, for another edge to claim.
 
 use std::{
     collections::HashSet, fmt, future::Future, panic::AssertUnwindSafe, pin::pin, sync::Arc,
@@ -25,14 +25,14 @@ use crate::{Completion, Failure, Work, metric};
 const GRACE: Duration = Duration::from_secs(5);
 /// Interval between two counts of the jobs, for the metrics.
 const COUNT: Duration = Duration::from_secs(15);
-/// The last error of a job whose worker ended without a record, too often.
+/// The last error of a job that used up its attempts without a recorded result.
 const NEVER_ENDED: &str = "every attempt ended without a result: the server was killed, or the \
                            store could not record it";
 
 /// The last error of a job whose run panicked.
 const PANICKED: &str = "the run panicked. This is a bug; please report it with the log";
 
-/// Runs the jobs of some kinds on this server.
+/// The runner of this server's jobs, of all kinds that were added.
 pub struct Runner {
     jobs: Arc<dyn Jobs>,
     clock: Arc<dyn Clock>,
@@ -41,7 +41,7 @@ pub struct Runner {
     pub(crate) grace: Duration,
 }
 
-/// Announces new jobs of a kind on this server, so that they do not wait for the next poll.
+/// A handle that announces new jobs of a kind, so that they do not wait for the next poll.
 #[derive(Clone, Debug)]
 pub struct Wake(Arc<Notify>);
 
@@ -93,13 +93,13 @@ impl Runner {
             draining.run_until_cancelled(count(jobs, clock)).await;
         });
         while let Some(ended) = tasks.join_next().await {
-            // A panic of the runner itself, not of a run.
+            // Panics of runs are caught, so this is a panic of the runner itself.
             ended.expect("the worker of a kind of jobs ends");
         }
     }
 }
 
-/// Reports the number of jobs of each kind, over and over.
+/// Reports the number of jobs of each kind, once per [`COUNT`].
 async fn count(jobs: Arc<dyn Jobs>, clock: Arc<dyn Clock>) {
     let mut ticks = interval(COUNT);
     loop {
@@ -120,7 +120,7 @@ async fn count(jobs: Arc<dyn Jobs>, clock: Arc<dyn Clock>) {
     }
 }
 
-/// The jobs of one kind.
+/// The task that runs the jobs of one kind.
 struct Lane {
     jobs: Arc<dyn Jobs>,
     clock: Arc<dyn Clock>,
@@ -162,7 +162,7 @@ impl Lane {
         }
     }
 
-    /// Makes the jobs due again whose runs were dropped.
+    /// Releases the jobs whose runs were dropped, so that they are due again.
     async fn release(&self) {
         let claims = std::mem::take(&mut *self.claims.lock());
         tracing::info!(kind = %self.work.kind(), jobs = claims.len(), "unfinished jobs released");
@@ -175,7 +175,7 @@ impl Lane {
         }
     }
 
-    /// Stores the recurring job. Returns false if that failed and must be tried again.
+    /// Stores the recurring job. Returns false after a failure, so that the caller tries again.
     async fn put_recurring(&self) -> bool {
         let Some(job) = self.work.recurring() else { return true };
         match self.jobs.put(vec![job], self.clock.now()).await {
@@ -197,7 +197,8 @@ impl Lane {
             kind: self.work.kind(),
             limit: room,
             lease: policy.lease,
-            // A lease that is not over must not count as a wrong clock.
+            // A claimed job is due when its lease ends. If the lease were longer than the horizon,
+            // the job would count as written while the clock was wrong, and would be claimed again.
             horizon: policy.horizon.max(policy.lease),
         };
         match self.jobs.claim(request, self.clock.now()).await {
@@ -209,7 +210,7 @@ impl Lane {
         }
     }
 
-    /// Runs a claimed job to its end, renewing the claim meanwhile, and records the end.
+    /// Runs a claimed job, renews the claim during the run, and records the end.
     async fn run_one(&self, job: Job) {
         let begun = Instant::now();
         self.claims.lock().insert(job.claim);
@@ -240,8 +241,8 @@ impl Lane {
     /// Does the work of `job`. Returns `None` once the claim is lost.
     async fn outcome(&self, job: &Job) -> Option<Result<Completion, Failure>> {
         let max = self.work.policy().max_attempts;
-        // Attempts that fail are counted by `end_of`. These ended without a record, as those of a
-        // job that kills its server do.
+        // `end_of` ends a job whose last attempt fails. Here the last attempts ended without a
+        // record, for example because the job kills its server.
         if max.is_some_and(|max| job.attempt > max) {
             return Some(Err(Failure::Permanent(NEVER_ENDED.into())));
         }

@@ -34,11 +34,11 @@ impl Clock for TestClock {
 struct TestWork {
     policy: Policy,
     recurring: bool,
-    /// Payload and attempt of each run when it begins, and attempt 0 when it is dropped.
+    /// The payload and the attempt of each run that begins. Attempt 0 reports a dropped run.
     runs: mpsc::UnboundedSender<(String, u32)>,
 }
 
-/// Reports a run that is dropped before its end.
+/// A guard that reports a run that is dropped before its end.
 struct Dropped<'a>(&'a TestWork, &'a str);
 
 impl Drop for Dropped<'_> {
@@ -145,7 +145,7 @@ async fn open(dir: &Path) -> EmbeddedStore {
     EmbeddedStore::open(dir, StoreLimits::default()).await.expect("open")
 }
 
-/// Never polls, and retries immediately.
+/// Returns a policy that never polls and retries immediately.
 fn policy() -> Policy {
     Policy {
         poll: Duration::from_secs(3_600),
@@ -260,7 +260,8 @@ async fn a_wait_beyond_the_horizon_is_shortened() {
     let bench = Bench::new().await;
     let horizon = Duration::from_secs(30);
     let mut running = bench.run(Policy { horizon, ..policy() }, true);
-    // The work repeats after 60 s, and would be due immediately by the horizon.
+    // The work repeats after 60 s. A stored wait of 60 s would exceed the horizon of 30 s, so the
+    // job would count as due immediately.
     assert_eq!(running.next().await, ("repeats".to_owned(), 1));
     running.stop().await;
     let within = ClaimRequest { horizon, ..request(horizon) };

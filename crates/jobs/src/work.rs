@@ -17,11 +17,12 @@ pub trait Work: Send + Sync {
         Policy::default()
     }
 
-    /// The job of work that repeats without end. It needs a key, which keeps it single.
+    /// The job of work that repeats without end. The job must have a key, so that only one is
+    /// stored.
     ///
     /// Every server stores the job when it starts. A present job keeps its time, unless the new one
-    /// is due earlier. So the delay is zero for work that may run at every start of a server, and
-    /// the full period for other work.
+    /// is due earlier. Therefore the delay is zero for work that may run at every start of a
+    /// server, and the full period for other work.
     fn recurring(&self) -> Option<NewJob> {
         None
     }
@@ -48,7 +49,7 @@ pub enum Failure {
     /// The job runs again after the back-off of its [`Policy`], until its attempts are used up.
     #[error("{0}")]
     Temporary(Cow<'static, str>),
-    /// Repeating cannot help: the job is dead.
+    /// The job is dead, because a retry cannot succeed.
     #[error("{0}")]
     Permanent(Cow<'static, str>),
 }
@@ -62,23 +63,23 @@ impl Failure {
     }
 }
 
-/// The bounds by which the jobs of a kind are run.
+/// The bounds of claims, retries and attempts for the jobs of a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// Maximum number of jobs that one edge runs concurrently.
     pub concurrency: u32,
-    /// The duration of a claim. It is renewed while the work runs, so a job of a killed edge runs
-    /// again after at most this time.
+    /// The duration of a claim. The claim is renewed while the work runs, so a job of a killed edge
+    /// runs again after at most this time.
     pub lease: Duration,
     /// Interval between two claims when nothing on this edge announces a job.
     pub poll: Duration,
     /// Attempts after which a failing job is dead. `None`: the job is always retried.
     pub max_attempts: Option<u32>,
-    /// Maximum wait after the first failure. It doubles with each failure.
+    /// Maximum wait after the first failure. Each further failure doubles it, up to the cap.
     pub backoff_base: Duration,
     /// Maximum wait after any failure.
     pub backoff_cap: Duration,
-    /// The longest wait of a job of this kind; longer ones are shortened. A stored job that is due
+    /// The longest wait of a job of this kind; longer waits are shortened. A stored job that is due
     /// later was written while the store's clock was wrong, and runs immediately.
     pub horizon: Duration,
 }
@@ -100,9 +101,9 @@ impl Default for Policy {
 impl Policy {
     /// Returns the wait after the failure of `attempt`, which counts from 1.
     ///
-    /// The wait is between half of the doubled base and the whole of it, by `random`, which is
-    /// uniform over all of `u64`. At least half, so that a job that fails immediately does not run
-    /// again immediately.
+    /// The wait is uniform, by `random`, between half of the longest wait ([`Backoff::longest`])
+    /// and all of it. `random` is uniform over all of `u64`. The lower bound keeps a job that fails
+    /// immediately from running again immediately.
     pub(crate) fn backoff(&self, attempt: u32, random: u64) -> Duration {
         let backoff = Backoff::new(self.backoff_base, self.backoff_cap);
         (backoff.longest(attempt) + backoff.delay(attempt, random)) / 2

@@ -3,8 +3,8 @@
 use futures_util::stream::BoxStream;
 use qpq_domain::IdentityKey;
 
-/// A change of an account that calls in progress look up. It carries no state, so loss, duplication
-/// or delay only costs latency: the calls also check by themselves.
+/// A change of an account that matters to calls in progress. An event carries no state, and the
+/// calls also check by themselves, so loss, duplication or delay only costs latency.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AccountEvent {
     /// One or more sessions of the account were revoked.
@@ -22,7 +22,7 @@ impl AccountEvent {
 
 /// Publishes account events to the other edges of a deployment.
 pub trait AccountEvents: Send + Sync {
-    /// Publishes an event to every other edge, without waiting for it.
+    /// Publishes an event to every other edge, without waiting for the delivery.
     fn publish(&self, identity: &IdentityKey, event: AccountEvent);
 
     /// Returns the events that other edges publish from now on. In a deployment of one edge the

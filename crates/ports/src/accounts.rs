@@ -13,8 +13,8 @@ pub trait Accounts: Send + Sync {
     /// Inserts an account and its inbox. Never replaces one: a registered username or key stays
     /// taken.
     ///
-    /// A username whose skeleton (UTS 39) is that of another account is taken too. Accounts that
-    /// were registered before this rule stay, whatever their skeletons are.
+    /// A username with the skeleton (UTS 39) of another account is taken too. Accounts that were
+    /// registered before this rule keep their usernames, whatever their skeletons are.
     async fn register(&self, account: NewAccount) -> StoreResult<Registration>;
 
     /// Returns the account and the OPAQUE record of a username, for a login.
@@ -85,6 +85,6 @@ pub struct Account {
     pub username: Username,
     /// The identity key.
     pub identity: IdentityKey,
-    /// When it was registered.
+    /// The time of the registration.
     pub created_at: UnixMillis,
 }

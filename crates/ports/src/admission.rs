@@ -1,9 +1,10 @@
-//! Admission of messages that wait to be committed, bounded for all senders together and for each.
+//! Admission of messages into a backend's commit queue, bounded for each sender and for all senders
+//! together.
 //!
 //! A backend commits in the order in which calls were admitted. Without a bound for each sender,
 //! the large batches of one sender would fill the queue, and every other call would wait until most
-//! of them are committed. With it, the messages of one sender in the queue fit in one transaction,
-//! so a call of another sender waits for the transaction in progress and its own.
+//! of them are committed. With the bound, the messages of one sender in the queue fit in one
+//! transaction, so a call of another sender waits only for the transaction in progress and its own.
 
 use std::{
     collections::{HashMap, hash_map},
@@ -21,25 +22,25 @@ use tokio::{
 /// Maximum time that a call waits for admission, after which the store counts as unavailable.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes are counted in units of this many.
+/// The unit in which bytes are counted: 1 KiB.
 const UNIT: usize = 1 << 10;
 
-/// Maximum of all calls together: 64 MiB.
+/// The maximum of all calls together, in units: 64 MiB.
 const ALL: usize = 64 << 10;
 
-/// Maximum of one sender: 4 MiB, or 512 messages.
+/// The maximum of one sender, in units: 4 MiB, or 512 messages.
 const SENDER: usize = 4 << 10;
 
-/// The bytes that a message counts in its sender's share in addition to its payload: the cost of
-/// its row.
+/// The units that each message adds to the use of its sender's share, for the cost of its row: 8
+/// KiB. The payload counts in addition.
 const MESSAGE: usize = SENDER / 512;
 
-/// A call was not admitted in time.
+/// The error for a call that was not admitted in time.
 #[derive(Debug, thiserror::Error)]
 #[error("the queue of the store was full for {QUEUE_TIMEOUT:?}")]
 pub struct Busy;
 
-/// Admits calls. Cheap to clone.
+/// The admission of calls to one queue. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Admission {
     all: Arc<Semaphore>,
@@ -53,16 +54,16 @@ struct Sender {
     calls: usize,
 }
 
-/// The admission of one call, which ends when it is dropped.
+/// The admission of one call. Dropping the permit ends it.
 #[derive(Debug)]
 pub struct AdmissionPermit {
     _all: OwnedSemaphorePermit,
-    // In this order: the share is returned before its sender is removed.
+    // Fields are dropped in this order: the share is returned before its sender is removed.
     _share: Option<OwnedSemaphorePermit>,
     _call: Option<OneCall>,
 }
 
-/// Counts a call of a sender.
+/// A guard that counts one call of a sender.
 #[derive(Debug)]
 struct OneCall {
     senders: Arc<Mutex<HashMap<IdentityKey, Sender>>>,

@@ -1,12 +1,11 @@
-//! Work that is cheaper many items at a time: one queue, and workers that each take a batch from
-//! it.
+//! Batches of work that costs less for each item when many items are processed together. Workers
+//! take the batches from one queue.
 //!
 //! A backend commits the messages of many calls in one transaction, removes the pages of many reads
 //! in one statement, and looks up many inboxes in one query. While a worker is busy, the next items
-//! gather in the queue. The cost of an item falls with the size of its batch. An item is taken in
-//! the order in which it was sent, and a batch ends at its limit, so an item waits for the items
-//! before it and for no later ones. [`admission`](crate::admission) bounds the items of one sender
-//! in a queue.
+//! gather in the queue. The cost of an item falls with the size of its batch. Items are taken in
+//! the order in which they were sent, and a batch ends at its limit. Therefore an item waits only
+//! for earlier items. [`admission`](crate::admission) bounds the items of one sender in a queue.
 
 use std::{collections::VecDeque, fmt, mem, sync::Arc};
 
@@ -18,7 +17,7 @@ use tokio::{
 
 use crate::{StoreError, StoreResult};
 
-/// The batcher is closed, or its workers have ended.
+/// The error for an item sent to a batcher that is closed or has no worker left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the store is closed")]
 pub struct Closed;
@@ -43,7 +42,7 @@ pub trait BatchWorker: Send + 'static {
     /// An element of the queue.
     type Item: Send + 'static;
 
-    /// A batch that has reached either bound is complete.
+    /// The size of a complete batch. Reaching one of the two bounds is enough.
     const LIMIT: BatchSize;
 
     /// Returns the size of an item. By default an item counts as one and has no bytes.
@@ -158,7 +157,7 @@ impl<T> Queue<T> {
         self.filled.notify_waiters();
     }
 
-    /// Returns the items of the next batch; none when the queue is closed and empty.
+    /// Returns the items of the next batch; `None` when the queue is closed and empty.
     async fn next<W: BatchWorker<Item = T>>(&self) -> Option<Vec<T>> {
         loop {
             let filled = self.filled.notified();
@@ -202,7 +201,7 @@ enum Taken<T> {
     Closed,
 }
 
-/// Counts a worker that has not ended.
+/// A guard that counts its worker until the worker ends. The last one closes the queue.
 struct Presence<T>(Arc<Queue<T>>);
 
 impl<T> Drop for Presence<T> {
@@ -231,13 +230,13 @@ async fn work<W: BatchWorker>(mut worker: W, presence: Presence<W::Item>) {
 pub struct Call<I, A> {
     /// The request.
     pub item: I,
-    /// The receiver of the answer.
+    /// The sender of the answer.
     pub answer: Answer<A>,
 }
 
-/// The way back to a caller.
+/// The sender of the answer to a call.
 ///
-/// Dropped without an answer, it fails the call with [`Closed`].
+/// Dropping it without an answer fails the call with [`Closed`].
 #[derive(Debug)]
 pub struct Answer<A>(oneshot::Sender<A>);
 
@@ -269,7 +268,7 @@ mod tests {
     use super::*;
     use crate::admission::{Admission, AdmissionPermit};
 
-    /// Reports each batch, and processes it when the test permits.
+    /// A worker that reports each batch, and processes it when the test permits.
     struct Reporter {
         batches: mpsc::UnboundedSender<Vec<u32>>,
         permits: Arc<Semaphore>,
@@ -360,7 +359,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_second_worker_takes_what_the_first_leaves() {
+    async fn a_second_worker_takes_the_items_that_the_first_leaves() {
         let mut bench = Bench::new(2);
         (1..=6).for_each(|item| bench.send(item));
         let mut batches = [bench.batch().await, bench.batch().await];
@@ -384,7 +383,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_close_processes_what_waits_and_refuses_what_comes_later() {
+    async fn a_close_processes_waiting_items_and_refuses_later_ones() {
         let mut bench = Bench::busy().await;
         let waiting = bench.batcher.clone();
         let mut waiting = Box::pin(waiting.call(1));
@@ -403,7 +402,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn dropping_the_last_handle_processes_what_waits() {
+    async fn dropping_the_last_handle_processes_waiting_items() {
         let Bench { batcher, mut batches, permits, mut ended } = Bench::busy().await;
         let (answer, answered) = oneshot::channel();
         batcher.send(Call { item: 1, answer: Answer(answer) }).expect("open");
@@ -435,7 +434,7 @@ mod tests {
         }
     }
 
-    /// Takes 256 messages at a time, half of what one sender is admitted with.
+    /// A worker that takes 256 messages at a time, half of the admission of one sender.
     struct Transactions(mpsc::UnboundedSender<Vec<u8>>);
 
     impl BatchWorker for Transactions {
@@ -454,8 +453,8 @@ mod tests {
         }
     }
 
-    /// One sender sends large calls as fast as it is admitted. The call of another sender is in one
-    /// of the next three transactions: all that the first may have in the queue fits in two.
+    /// One sender sends large calls as fast as it is admitted. Its messages in the queue fit in two
+    /// transactions, so the call of another sender is in one of the next three.
     #[tokio::test(start_paused = true)]
     async fn a_call_waits_for_no_more_of_another_sender_than_its_share() {
         let (report, mut batches) = mpsc::unbounded_channel();

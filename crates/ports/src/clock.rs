@@ -2,7 +2,7 @@
 
 use qpq_domain::UnixMillis;
 
-/// Returns the time of day. Tests and simulations have their own.
+/// A source of the time. Tests and simulations have their own.
 pub trait Clock: Send + Sync + 'static {
     /// Returns the present instant.
     fn now(&self) -> UnixMillis;

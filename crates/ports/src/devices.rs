@@ -23,20 +23,21 @@ pub trait Devices: Send + Sync {
     /// A repeat with the same key binds the session, replaces the name, and changes nothing else.
     async fn register(&self, device: NewDevice) -> StoreResult<DeviceRegistration>;
 
-    /// Lets a device read from its new position on, after its client was informed by
-    /// [`ReadError::PositionLost`](crate::ReadError::PositionLost). Without such a device, or if it
-    /// did not lose its position, changes nothing.
+    /// Lets a device read from its new position on, after
+    /// [`ReadError::PositionLost`](crate::ReadError::PositionLost) informed its client of the loss.
+    /// Changes nothing if the account has no such device, or the device has not lost its position.
     async fn confirm_position(&self, account: AccountId, device: DeviceId) -> StoreResult<()>;
 
     /// Returns the devices of the account, in the order of their registration.
     async fn list(&self, account: AccountId) -> StoreResult<Vec<Device>>;
 
     /// Removes a device in one step: its position in the inbox, its KeyPackages, and the sessions
-    /// that are bound to it. Without such a device, changes nothing and returns
+    /// that are bound to it. If the account has no such device, changes nothing and returns
     /// [`DeviceRevocation::NotFound`].
     ///
-    /// The KeyPackages of the account itself, signed by its identity key, go with the last device
-    /// that has no key of its own. Its device key stays taken.
+    /// The KeyPackages that the identity key signs are removed with the last device that has no key
+    /// of its own. The key of a revoked device stays taken: only a device of the same account with
+    /// the same id can be registered with it.
     async fn revoke(
         &self,
         account: AccountId,
@@ -52,11 +53,11 @@ pub struct NewDevice {
     pub account: AccountId,
     /// The device's id.
     pub device: DeviceId,
-    /// A name for the owner of the account to read.
+    /// The name, for the owner of the account to read.
     pub name: String,
     /// The device's own key; `None` if it uses the identity key.
     pub key: Option<CertifiedKey>,
-    /// The session that registers it.
+    /// The session that registers the device.
     pub session: TokenHash,
     /// The instant of the call.
     pub now: UnixMillis,
@@ -86,14 +87,14 @@ pub enum DeviceRegistration {
     KeyTaken,
     /// The account has [`qpq_domain::MAX_DEVICES`] devices.
     Full,
-    /// An edge of the cluster runs a release without devices.
+    /// An edge of the cluster runs an older release, which does not know devices.
     OlderEdges,
 }
 
 /// The outcome of a revocation of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceRevocation {
-    /// The device does not exist any more.
+    /// The device was revoked.
     Revoked {
         /// The number of sessions that were ended.
         ended_sessions: u32,
@@ -111,9 +112,9 @@ pub struct Device {
     pub name: String,
     /// The device's own key; `None` if it uses the identity key.
     pub key: Option<CertifiedKey>,
-    /// When it was registered.
+    /// The time of the registration.
     pub registered_at: UnixMillis,
-    /// When it last read the inbox, with a precision of ten minutes; when it was registered, before
-    /// its first read.
+    /// The time of the device's last read of the inbox, with a precision of ten minutes. Before the
+    /// first read, the time of the registration.
     pub last_seen_at: UnixMillis,
 }

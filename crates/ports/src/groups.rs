@@ -85,7 +85,7 @@ pub trait Groups: Send + Sync {
     async fn send(&self, message: GroupMessage) -> StoreResult<Result<GroupSent, GroupRefusal>>;
 }
 
-/// Why a group refuses a call. Nothing was changed.
+/// The reason why a group refuses a call. Nothing was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GroupRefusal {
     /// There is no such group.
@@ -126,9 +126,9 @@ pub struct NewGroup {
 /// The members of a new group.
 #[derive(Clone, Debug)]
 pub enum NewMembers {
-    /// Exactly two, of which one is the creator.
+    /// Exactly two members, one of which is the creator.
     Direct(Pair),
-    /// The creator and these.
+    /// The creator and these accounts.
     Listed(Vec<IdentityKey>),
 }
 
@@ -179,7 +179,7 @@ pub struct GroupView {
     pub settings: Bytes,
     /// The version of the metadata. Increases with each change.
     pub version: u64,
-    /// Increases with each accepted commit.
+    /// The epoch. Increases with each accepted commit.
     pub epoch: u64,
 }
 
@@ -192,11 +192,12 @@ pub struct Member {
     pub username: String,
     /// The rights of the member.
     pub role: Role,
-    /// When the member was added.
+    /// The time at which the member was added.
     pub joined_at: UnixMillis,
 }
 
-/// The GroupInfo and the epoch, from which a device that lost its state joins again by itself.
+/// The GroupInfo and the epoch, with which a device that lost its state joins the group again by an
+/// external commit (RFC 9420 §12.4.3.2).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupInfo {
     /// The GroupInfo of the last commit that had one (RFC 9420 §12.4.3).
@@ -224,11 +225,11 @@ pub struct GroupMessage {
     pub payload_sha256: [u8; 32],
     /// The sender's id for the message, by which a repeat is recognised.
     pub message_id: Option<MessageId>,
-    /// How long the message is kept.
+    /// The lifetime of the message.
     pub ttl: Duration,
     /// The instant of the call.
     pub now: UnixMillis,
-    /// The commit that the message has.
+    /// The commit, if the message has one.
     pub commit: Option<Commit>,
 }
 
@@ -244,8 +245,8 @@ impl GroupMessage {
 pub enum GroupRecipients {
     /// The inboxes of these accounts, members or not. Each account is listed once.
     Listed(Vec<IdentityKey>),
-    /// The inboxes of all members. The sender's own only if it has another device than the one that
-    /// sends.
+    /// The inboxes of all members. The sender's own inbox is included only if the sender has
+    /// another device than the one that sends.
     Others,
     /// The inboxes of all members.
     All,
@@ -256,11 +257,11 @@ pub enum GroupRecipients {
 pub struct Commit {
     /// The epoch that the commit is for.
     pub expected_epoch: u64,
-    /// The GroupInfo of the epoch that it leads to.
+    /// The GroupInfo of the epoch after the commit.
     pub group_info: Option<Bytes>,
 }
 
-/// A message to a group that was accepted.
+/// The result of an accepted message to a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupSent {
     /// The epoch after the message.
@@ -272,6 +273,6 @@ pub struct GroupSent {
     /// For all members: the number of members that did not receive it, because their inboxes are
     /// full.
     pub skipped: u32,
-    /// Whether the message is a repeat of an accepted one.
+    /// `true` if the message is a repeat of an accepted one.
     pub is_repeat: bool,
 }

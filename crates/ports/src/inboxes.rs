@@ -26,7 +26,7 @@ pub const CALL_BYTES: usize = 1 << 20;
 /// Accepts, returns and removes messages.
 ///
 /// Reads and acks fail with [`ReadError::DeviceRequired`] if the inbox has registered devices and
-/// the reader is none of them. The check and the read are of one instant.
+/// the reader is none of them. The check and the read see the same state of the store.
 #[async_trait]
 pub trait Inboxes: Send + Sync {
     /// Accepts messages and returns one outcome for each, in their order. A message is durable when
@@ -75,7 +75,7 @@ pub trait Wake: Send + Sync {
     fn woken(&mut self) -> BoxFuture<'_, ()>;
 }
 
-/// Messages that are hidden from other reads. Dropping it releases them.
+/// Messages that are hidden from other reads. Dropping the lease releases them.
 #[async_trait]
 pub trait Lease: Send + Sync {
     /// Returns the messages.
@@ -84,9 +84,9 @@ pub trait Lease: Send + Sync {
     /// Frees the payloads of the page, once the caller has copied them. The rest of the page stays.
     fn free_payloads(&mut self);
 
-    /// Removes exactly the messages of the page for the reader, which has them. Durable when it
-    /// returns. A message that waits for no other reader is deleted, and its id is remembered from
-    /// `now` on, or from its expiry if that was earlier.
+    /// Removes exactly the messages of the page for the reader, which has received them. Durable
+    /// when it returns. A message that waits for no other reader is deleted. Its id is remembered
+    /// from `now` on, or from its expiry if that was earlier.
     ///
     /// Removes nothing
     /// - if the store has begun another history since the page was read: the seqs may then belong
@@ -135,7 +135,7 @@ pub struct NewMessage {
     pub message_id: Option<MessageId>,
     /// The instant of the call.
     pub now: UnixMillis,
-    /// How long the message is kept for its reader.
+    /// The lifetime of the message: the time for which it is kept for its readers.
     pub ttl: Duration,
 }
 
@@ -159,7 +159,8 @@ impl Page {
 pub enum Enqueued {
     /// The message is durable.
     Accepted(Receipt),
-    /// The sender's message id is known for this recipient. Has the receipt of the first message.
+    /// The sender has sent a message with this id to the recipient before. Has the receipt of that
+    /// message.
     Duplicate(Receipt),
     /// No account has the recipient's identity key.
     NoSuchRecipient,
@@ -179,11 +180,11 @@ pub struct Receipt {
     pub channel: ChannelId,
     /// SHA-256 of the payload.
     pub payload_sha256: [u8; 32],
-    /// When the message was accepted.
+    /// The time at which the message was accepted.
     pub enqueued_at: UnixMillis,
 }
 
-/// Why an inbox was not read.
+/// The reason why an inbox was not read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// The inbox has registered devices, and the reader is none of them.
@@ -199,11 +200,11 @@ pub enum ReadError {
     Store(#[from] StoreError),
 }
 
-/// One position in an inbox: that of a device, or of the account.
+/// A reader of an inbox: a device or the account itself, with a position of its own.
 ///
 /// Leases, acks and wakes belong to a reader. An inbox without registered devices has a single
-/// reader, and the stores read it for any named device. With registered devices, each of them is a
-/// reader, and there is no other ([`Devices`](crate::Devices)).
+/// reader, and every call reads on its position, whatever device the call names. With registered
+/// devices, each of them is a reader, and there is no other ([`Devices`](crate::Devices)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Reader {
     /// The account whose inbox is read.
@@ -219,16 +220,16 @@ impl Reader {
     }
 }
 
-/// The part of an inbox that a read returns messages of.
+/// The part of an inbox whose messages a read returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadQuery {
-    /// The reader whose position is read.
+    /// The reader.
     pub reader: Reader,
     /// The channels that are read.
     pub view: View,
 }
 
-/// The channels that a read returns messages of.
+/// The channels whose messages a read returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum View {
     /// One channel.
@@ -238,7 +239,7 @@ pub enum View {
 }
 
 impl View {
-    /// Whether a message can be in both views.
+    /// Returns whether a message can be in both views.
     pub fn overlaps(self, other: Self) -> bool {
         self == Self::All || other == Self::All || self == other
     }
@@ -258,9 +259,9 @@ pub struct PageLimit {
 pub struct Page {
     /// The history that the seqs belong to.
     pub store_id: StoreId,
-    /// In seq order.
+    /// The messages, in the order of their seqs.
     pub envelopes: Vec<Envelope>,
-    /// Whether the view has more visible messages after these.
+    /// `true` if the view has more visible messages after these.
     pub more: bool,
 }
 
@@ -273,7 +274,7 @@ pub struct Envelope {
     pub channel: ChannelId,
     /// The ciphertext.
     pub payload: bytes::Bytes,
-    /// When the message was accepted.
+    /// The time at which the message was accepted.
     pub enqueued_at: UnixMillis,
 }
 
@@ -285,7 +286,7 @@ impl Page {
 }
 
 impl Envelope {
-    /// Returns its maximum size in a response: the payload and 64 bytes of framing.
+    /// Returns the maximum size of the message in a response: the payload and 64 bytes of framing.
     pub fn cost(&self) -> usize {
         self.payload.len() + 64
     }
@@ -303,7 +304,7 @@ impl fmt::Debug for Envelope {
 /// The messages that an ack removes.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Ack {
-    /// All messages of the view up to this seq.
+    /// All messages of the view up to and including this seq.
     pub up_to: Option<Seq>,
     /// Single messages of the view, in addition.
     pub seqs: Vec<Seq>,
@@ -312,7 +313,7 @@ pub struct Ack {
 }
 
 impl Ack {
-    /// Whether the ack names no message.
+    /// Returns whether the ack names no message.
     pub fn is_empty(&self) -> bool {
         self.up_to.is_none() && self.seqs.is_empty()
     }

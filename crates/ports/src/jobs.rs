@@ -6,9 +6,10 @@
 //! job runs at least once, and one worker at a time has it. Work must therefore be safe to repeat.
 //!
 //! **Time.** All waits are durations, which the store adds to its own time: that of Postgres in a
-//! cluster, and the time that the clock guard believes on a single node. So a worker with a wrong
-//! clock cannot write a wrong instant. The store's clock may jump too: a job that is due later than
-//! its kind ever waits ([`ClaimRequest::horizon`]) was written by such a clock, and is due now.
+//! cluster, and the time that the clock guard accepts on a single node. Therefore a worker with a
+//! wrong clock cannot write a wrong instant. The store's clock may jump too: a job that is due
+//! later than the longest wait of its kind ([`ClaimRequest::horizon`]) was written by such a clock,
+//! and counts as due.
 
 use std::{borrow::Cow, fmt, time::Duration};
 
@@ -22,15 +23,16 @@ use crate::StoreResult;
 pub trait Jobs: Send + Sync {
     /// Stores jobs in a transaction of their own. Returns the number of new ones.
     ///
-    /// A job whose key is present already keeps its payload and becomes due earlier if the new one
-    /// is, never later. If the present job is claimed, it runs once more after that run, which may
-    /// have missed the cause of the new job.
+    /// If a job with the same key is present, the present job keeps its payload and becomes due at
+    /// the earlier of the two times. If the present job is claimed, it runs once more after the
+    /// present run, which may have missed the cause of the new job.
     ///
-    /// A transaction that is itself the cause of a job stores it by the backend's own means.
+    /// A backend that stores the cause of a job stores the job in that same transaction, by its own
+    /// means instead of this method.
     async fn put(&self, jobs: Vec<NewJob>, now: UnixMillis) -> StoreResult<u64>;
 
-    /// Claims jobs that are due at `now`, the longest due first. No other claim returns them before
-    /// the end of the lease, on any edge.
+    /// Claims jobs that are due at `now`, in the order in which they became due. No other claim
+    /// returns them before the end of the lease, on any edge.
     async fn claim(&self, request: ClaimRequest, now: UnixMillis) -> StoreResult<Vec<Job>>;
 
     /// Extends a claim until `now + lease`.
@@ -41,7 +43,7 @@ pub trait Jobs: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<ClaimState>;
 
-    /// Records how a claimed job ended. Changes nothing where the claim is lost.
+    /// Records the end of a claimed job's run. Changes nothing if the claim is lost.
     async fn finish(&self, claim: Claim, end: JobEnd, now: UnixMillis) -> StoreResult<ClaimState>;
 
     /// Counts the jobs of each kind at `now`, in the order of the kinds' names.
@@ -50,19 +52,19 @@ pub trait Jobs: Send + Sync {
     /// Returns the newest `limit` dead jobs, newest first.
     async fn dead(&self, limit: u32) -> StoreResult<Vec<DeadJob>>;
 
-    /// Revives a dead job: due at `now`, without failed attempts.
+    /// Makes a dead job due at `now`, with no attempts counted.
     async fn retry_dead(&self, job: JobId, now: UnixMillis) -> StoreResult<DeadChange>;
 
     /// Removes a dead job.
     async fn remove_dead(&self, job: JobId) -> StoreResult<DeadChange>;
 }
 
-/// The name of a kind of job, as in `sweep`: a constant of the worker that runs it.
+/// The name of a kind of job, for example `sweep`: a constant of the worker that runs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobKind(&'static str);
 
 impl JobKind {
-    /// Names a kind.
+    /// Creates the name of a kind.
     pub const fn new(name: &'static str) -> Self {
         Self(name)
     }
@@ -84,7 +86,8 @@ impl fmt::Display for JobKind {
 pub struct NewJob {
     /// The kind of worker that runs the job.
     pub kind: JobKind,
-    /// Unique among the jobs of a kind that are neither done nor dead. `None`: every job is new.
+    /// The key, which is unique among the jobs of a kind that are neither done nor dead. `None`:
+    /// the job is independent of all others.
     pub key: Option<Vec<u8>>,
     /// The worker's input, in its own encoding.
     pub payload: Vec<u8>,
@@ -150,7 +153,7 @@ pub struct Claim {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(pub i64);
 
-/// How the run of a claimed job ended.
+/// The end of a claimed job's run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JobEnd {
     /// The work is done: the job is removed.
@@ -164,23 +167,23 @@ pub enum JobEnd {
     RetryAfter {
         /// Time until the job is due again.
         wait: Duration,
-        /// Why the attempt failed.
+        /// The reason of the failure.
         error: Cow<'static, str>,
     },
-    /// The work did not end, for a reason that is not its own: the job is due again immediately,
-    /// and the attempt does not count.
+    /// The work was interrupted, for example because the server stops: the job is due again
+    /// immediately, and the attempt does not count.
     Released,
     /// The work can never succeed: the job is kept for the operator to see, and never runs again.
     Dead {
-        /// Why the last attempt failed.
+        /// The reason of the last failure.
         error: Cow<'static, str>,
     },
 }
 
-/// Whether a claim was still valid when it was used.
+/// The validity of a claim when it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClaimState {
-    /// No other worker has claimed the job.
+    /// The claim is valid: no other worker has claimed the job.
     Held,
     /// The lease had ended and another worker claimed the job, or the job was finished.
     Lost,
@@ -202,13 +205,13 @@ pub enum DeadChange {
 pub struct JobStats {
     /// The name of the kind.
     pub kind: String,
-    /// Neither claimed nor dead.
+    /// The number of jobs that are neither claimed nor dead.
     pub waiting: u64,
-    /// Claimed by a worker.
+    /// The number of jobs that a worker has claimed.
     pub claimed: u64,
-    /// Not retried any more, see [`JobEnd::Dead`].
+    /// The number of dead jobs, see [`JobEnd::Dead`].
     pub dead: u64,
-    /// The time since the oldest waiting job became due. Zero where none is due.
+    /// The time since the oldest waiting job became due. Zero if none is due.
     pub overdue: Duration,
 }
 
@@ -219,11 +222,11 @@ pub struct DeadJob {
     pub id: JobId,
     /// The name of the kind.
     pub kind: String,
-    /// The number of attempts before it died.
+    /// The number of attempts.
     pub attempts: u32,
     /// The time of the last attempt's end.
     pub died_at: UnixMillis,
-    /// The last error, in words of this program.
+    /// The last error, as worded by the worker.
     pub error: String,
 }
 

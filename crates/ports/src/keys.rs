@@ -1,5 +1,5 @@
-//! Public keys that others fetch to start a conversation: KeyPackages, each of which is taken once,
-//! and hybrid keys, which stay.
+//! Public keys that other accounts fetch to start a conversation: KeyPackages, each of which is
+//! taken once, and hybrid keys, which can be fetched any number of times.
 
 use std::collections::HashSet;
 
@@ -16,9 +16,9 @@ pub trait KeyPackages: Send + Sync {
     /// limits the packages of one device ([`qpq_domain::KeyPackageLimits`]).
     ///
     /// [`UploadMode::Replace`] first removes the stored packages of `owner`, the last-resort
-    /// package included. Removing and storing are one step: a concurrent [`take`](Self::take) gets
-    /// a package from before or after it, and an upload that is refused removes nothing. A removed
-    /// package that was not taken may be uploaded again.
+    /// package included. Removing and storing are one step: a concurrent [`take`](Self::take)
+    /// returns a package from before or after that step, and an upload that is refused removes
+    /// nothing. A removed package that was not taken may be uploaded again.
     async fn upload(
         &self,
         owner: PackageOwner,
@@ -27,9 +27,9 @@ pub trait KeyPackages: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Upload>;
 
-    /// Takes the oldest package of `target`, of any device, that is valid at `now` permanently: no
-    /// two calls get the same one. Without any, returns the last-resort package, which stays.
-    /// Returns `None` without either, or without such an account.
+    /// Permanently takes the oldest package of `target`, of any device, that is valid at `now`: no
+    /// two calls return the same one. If none is left, returns the last-resort package, which
+    /// stays. Returns `None` if there is neither, or no such account.
     async fn take(
         &self,
         target: &IdentityKey,
@@ -37,16 +37,16 @@ pub trait KeyPackages: Send + Sync {
     ) -> StoreResult<Option<TakenKeyPackage>>;
 
     /// Takes one package of each registered device of `target`, as [`take`](Self::take) does, in
-    /// one step. In the order of registration; empty without devices or without such an account. A
-    /// device without a key of its own has those of the account ([`PackageOwner::device`] is
-    /// `None`) in addition to its own.
+    /// one step. Returns them in the order of the registrations; none if there is no device or no
+    /// such account. A device without a key of its own may be served from the packages of the
+    /// account ([`PackageOwner::device`] is `None`) in addition to its own.
     async fn take_of_devices(
         &self,
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Vec<DevicePackage>>;
 
-    /// Returns the fingerprints of the packages that all devices of the account have stored now.
+    /// Returns the fingerprints of the packages that are stored for all devices of the account.
     async fn known(&self, account: AccountId) -> StoreResult<HashSet<[u8; 32]>>;
 
     /// Returns the number of packages that `owner` has left at `now`.
@@ -69,7 +69,7 @@ impl PackageOwner {
     }
 }
 
-/// How an upload treats packages that are stored already.
+/// The treatment of stored packages in an upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UploadMode {
     /// Keeps them.
@@ -81,18 +81,19 @@ pub enum UploadMode {
 /// A KeyPackage to be stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewKeyPackage {
-    /// Identifies the package in any wrapping: its reference (RFC 9420 §5.2) where that can be
-    /// computed.
+    /// The identifier of the package, which does not depend on its wrapping: the KeyPackageRef (RFC
+    /// 9420 §5.2) where that can be computed.
     pub fingerprint: [u8; 32],
-    /// As uploaded, byte for byte.
+    /// The package as uploaded, byte for byte.
     pub bytes: Vec<u8>,
     /// The device whose key signs it; `None` if the identity key does.
     pub device: Option<DeviceId>,
-    /// Whether it may be taken repeatedly, when no other is left.
+    /// `true` for the last-resort package, which is returned repeatedly while no other is left.
     pub last_resort: bool,
-    /// When its lifetime begins. It is neither counted nor taken earlier.
+    /// The start of the lifetime. Before it, the package is neither counted nor taken.
     pub not_before: UnixMillis,
-    /// When its lifetime ends. It is not taken later, and not forgotten earlier.
+    /// The end of the lifetime. After it, the package is not taken. Until then, the store remembers
+    /// a package that was taken.
     pub not_after: UnixMillis,
 }
 
@@ -110,18 +111,18 @@ pub enum Upload {
 /// A package that was taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TakenKeyPackage {
-    /// As uploaded, byte for byte.
+    /// The package as uploaded, byte for byte.
     pub bytes: Vec<u8>,
-    /// Whether it is the last-resort package, which other calls return too.
+    /// `true` for the last-resort package, which other calls return too.
     pub last_resort: bool,
 }
 
-/// A device, and the package of it that was taken.
+/// A device, and the package that was taken for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePackage {
     /// The device.
     pub device: DeviceId,
-    /// `None` if it has none.
+    /// The package; `None` if the device has none.
     pub package: Option<TakenKeyPackage>,
 }
 
@@ -130,7 +131,7 @@ pub struct DevicePackage {
 pub struct Stock {
     /// Packages that can be taken once each.
     pub available: u32,
-    /// Whether there is a last-resort package.
+    /// `true` if there is a last-resort package.
     pub has_last_resort: bool,
 }
 
@@ -140,7 +141,7 @@ pub trait HybridKeys: Send + Sync {
     /// Stores the owner's key in place of any earlier one.
     async fn put(&self, owner: AccountId, key: HybridKey) -> StoreResult<()>;
 
-    /// Returns the keys of `targets` in their order; `None` without a key or without such an
+    /// Returns the keys of `targets` in their order: `None` for a target that has no key or is no
     /// account.
     async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<HybridKey>>>;
 }

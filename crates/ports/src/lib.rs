@@ -98,15 +98,16 @@ pub trait Maintenance: Send + Sync {
     async fn check(&self) -> StoreResult<()>;
 
     /// Removes rows that have expired by `now`: messages, message ids, sessions, KeyPackages.
-    /// Removes at most one bounded batch of each, so that the caller can repeat it.
+    /// Removes at most one bounded batch of each, so that a call stays short. The caller repeats
+    /// it.
     ///
-    /// Moves devices to the newest message that have not read for
-    /// [`DeliveryLimits::device_absence`](qpq_domain::DeliveryLimits::device_absence) and whose
-    /// messages fill more than half of their inbox, by count or by bytes.
+    /// Moves a device to the newest message if it has not read for
+    /// [`DeliveryLimits::device_absence`](qpq_domain::DeliveryLimits::device_absence) and its
+    /// messages fill more than half of the inbox, by count or by bytes.
     async fn sweep(&self, now: UnixMillis) -> StoreResult<Swept>;
 
-    /// Returns the last known history of the store, without reading it. A page contains the exact
-    /// id for its seqs.
+    /// Returns the last known id of the store's history, without reading the store. A [`Page`]
+    /// contains the exact id for its seqs.
     fn store_id(&self) -> StoreId;
 
     /// Begins another history, after the store was replaced by an older copy of itself. In one
@@ -117,14 +118,15 @@ pub trait Maintenance: Send + Sync {
     /// - with [`OldSessions::End`] every session ends, since any of them may have been ended after
     ///   the copy was made.
     ///
-    /// Safe to repeat. Another process that uses the same store detects it with its next read.
+    /// Safe to repeat. Another process that uses the same store detects the new history with its
+    /// next read.
     async fn begin_history(&self, sessions: OldSessions) -> StoreResult<NewHistory>;
 }
 
-/// The sessions of a store that was replaced by an older copy of itself.
+/// The treatment of sessions when a store was replaced by an older copy of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OldSessions {
-    /// All of them end, and accounts log in again. A session that was revoked after the copy was
+    /// All sessions end, and accounts log in again. A session that was revoked after the copy was
     /// made stays revoked.
     End,
     /// Sessions of the copy stay valid, also those that were revoked after the copy was created.
@@ -134,9 +136,9 @@ pub enum OldSessions {
 /// The result of [`Maintenance::sweep`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Rows that were removed or changed.
+    /// The number of rows that were removed or changed.
     pub rows: u64,
-    /// The accounts of which a device was moved to the newest message.
+    /// The accounts whose devices were moved to the newest message.
     pub moved: Vec<IdentityKey>,
 }
 
@@ -145,8 +147,8 @@ pub struct Swept {
 pub struct NewHistory {
     /// The id of the new history.
     pub store_id: StoreId,
-    /// One-time KeyPackages removed.
+    /// The number of removed one-time KeyPackages.
     pub removed_packages: u64,
-    /// Sessions ended.
+    /// The number of ended sessions.
     pub ended_sessions: u64,
 }

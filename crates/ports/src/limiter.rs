@@ -10,8 +10,8 @@ use crate::StoreResult;
 /// Counts the calls, messages and bytes of callers.
 #[async_trait]
 pub trait RateLimiter: Send + Sync {
-    /// Takes `cost` tokens from the bucket under `key`, which is full when first seen. A cost above
-    /// the burst needs a full bucket and leaves a debt, so that the rate is kept.
+    /// Takes `cost` tokens from the bucket under `key`. A new bucket is full. A cost above the
+    /// burst needs a full bucket and leaves a debt, so that the rate is kept.
     async fn take(
         &self,
         key: LimitKey,
@@ -20,11 +20,11 @@ pub trait RateLimiter: Send + Sync {
         now: UnixMillis,
     ) -> StoreResult<Verdict>;
 
-    /// Remembers `key` for `lifetime`, in bounded memory. It may be forgotten earlier.
+    /// Remembers `key` for `lifetime`. The memory is bounded, so a key may be forgotten earlier.
     async fn remember(&self, key: LimitKey, lifetime: Duration, now: UnixMillis)
     -> StoreResult<()>;
 
-    /// Whether `key` is remembered.
+    /// Returns whether `key` is remembered.
     async fn remembers(&self, key: LimitKey, now: UnixMillis) -> StoreResult<bool>;
 }
 
@@ -53,7 +53,7 @@ pub struct Bucket {
     pub per_second: f64,
 }
 
-/// Whether the bucket had enough tokens.
+/// The outcome of taking tokens from a bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The tokens were taken.

@@ -1,15 +1,15 @@
-//! Sessions: which account a token belongs to, and since when.
+//! Sessions: the accounts that tokens log in, and the times of login, use and expiry.
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, DeviceId, IdentityKey, TokenHash, UnixMillis};
 
 use crate::StoreResult;
 
-/// Stores the sessions that a login has created and that have not ended. It gets hashes of tokens
-/// only.
+/// Stores the sessions that logins have created and that have not ended. Receives the hashes of
+/// tokens, never the tokens.
 ///
 /// The caller decides whether a session has expired, since it knows the configured lifetimes. A
-/// store only removes what [`Maintenance::sweep`](crate::Maintenance::sweep) removes.
+/// store removes expired sessions only in [`Maintenance::sweep`](crate::Maintenance::sweep).
 #[async_trait]
 pub trait Sessions: Send + Sync {
     /// Creates a session. Durable when it returns.
@@ -20,7 +20,7 @@ pub trait Sessions: Send + Sync {
     async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>>;
 
     /// Returns the session with this token without any cache, for operations that a revoked session
-    /// must not do even once.
+    /// must not perform even once.
     async fn confirm(&self, token: &TokenHash) -> StoreResult<Option<Session>>;
 
     /// Records that the session was used at `now`, and that it ends at `expires_at` unless it is
@@ -32,19 +32,19 @@ pub trait Sessions: Send + Sync {
         expires_at: UnixMillis,
     ) -> StoreResult<()>;
 
-    /// Ends one session; returns how many there were (0 or 1).
+    /// Ends one session. Returns the number of ended sessions: 0 or 1.
     async fn revoke(&self, token: &TokenHash) -> StoreResult<u32>;
 
-    /// Ends every session of the account; returns how many there were.
+    /// Ends every session of the account. Returns their number.
     async fn revoke_all(&self, account: AccountId) -> StoreResult<u32>;
 }
 
 /// A session to be created.
 #[derive(Clone, Debug)]
 pub struct NewSession {
-    /// SHA-256 of its token.
+    /// The SHA-256 of the token.
     pub token: TokenHash,
-    /// The rest of it.
+    /// The state of the session.
     pub session: Session,
 }
 
@@ -57,10 +57,11 @@ pub struct Session {
     pub identity: IdentityKey,
     /// The device that the session is bound to, if any.
     pub device: Option<DeviceId>,
-    /// When OPAQUE last succeeded. A session is fresh for a while from then on.
+    /// The time of the last login by OPAQUE. The session counts as fresh for a limited time from
+    /// then on.
     pub authenticated_at: UnixMillis,
-    /// When a call last used it, with the precision that the caller records.
+    /// The time of the last call of the session, with the precision that the caller records.
     pub last_used_at: UnixMillis,
-    /// When it ends unless it is used again.
+    /// The time at which the session ends unless it is used again.
     pub expires_at: UnixMillis,
 }

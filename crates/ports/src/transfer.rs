@@ -4,13 +4,14 @@
 //! store understands are kept. The numbers of accounts differ from store to store. Two stores are
 //! therefore compared by *canonical* rows, in which an account's identity key replaces its number,
 //! and by a [`Digest`] over them that does not depend on their order. Each store describes its own
-//! tables and generates its SQL from that; this module has the names and kinds that both share.
+//! tables and generates its SQL from the descriptions. This module has the names and types that all
+//! stores share.
 
 use std::fmt;
 
 use sha2::{Digest as _, Sha256};
 
-/// A table that is transferred. In the order of the transfer.
+/// A table that is transferred. The variants are in the order of the transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Table {
     /// Accounts.
@@ -31,7 +32,7 @@ pub enum Table {
     HybridKey,
     /// Devices, and their positions in the inboxes.
     Device,
-    /// Messages after the position of a device that the device has finished.
+    /// Messages after the position of a device that the device has already completed.
     DeviceDone,
     /// Device keys that are or were registered.
     DeviceKey,
@@ -113,7 +114,7 @@ impl Table {
         Self::Job,
     ];
 
-    /// Returns its name in the schemas.
+    /// Returns the name of the table in the schemas.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Account => "account",
@@ -318,7 +319,7 @@ fn list(columns: &[Column]) -> String {
 }
 
 impl Cell {
-    /// Returns its length in bytes.
+    /// Returns the length of the value in bytes.
     pub fn len(&self) -> usize {
         match self {
             Self::Nothing => 0,
@@ -328,12 +329,12 @@ impl Cell {
         }
     }
 
-    /// Whether it has no bytes.
+    /// Returns whether the value has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Adds it to a hash, so that different sequences of cells add different bytes.
+    /// Adds the value to a hash. Different sequences of values add different bytes.
     fn hash(&self, hash: &mut Sha256) {
         let number;
         let (tag, bytes): (u8, &[u8]) = match self {
@@ -351,15 +352,15 @@ impl Cell {
     }
 }
 
-/// Shows the length only, because the contents belong to the users.
+/// Writes only the length, because the contents belong to the accounts.
 impl fmt::Debug for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cell").field("bytes", &self.len()).finish_non_exhaustive()
     }
 }
 
-/// The number of rows, and the sum of their SHA-256 as 256-bit numbers: equal for the same rows in
-/// any order, different when a row is missing, doubled or changed.
+/// The number of rows, and the sum of their SHA-256 hashes as 256-bit numbers: equal for the same
+/// rows in any order, different when a row is missing, doubled or changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Digest {
     /// The number of rows.

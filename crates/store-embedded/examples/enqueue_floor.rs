@@ -171,7 +171,7 @@ async fn floor() {
         floor.print("bare inserts", &floor);
         for (what, ids) in [("enqueue", None), ("enqueue with message ids", Some(round * COUNT))] {
             enqueues(&stores, COUNT, INBOXES, ids).await.print(what, &floor);
-            // Restores the state at the begin of the round.
+            // Restores the state at the beginning of the round.
             empty(&stores, INBOXES).await;
         }
     }
@@ -182,8 +182,8 @@ async fn floor() {
 // The store
 // -----------------------------------------------------------------------------------------------
 
-/// Opens a store with this many accounts. Inserts them without the ports, because a million take
-/// long there.
+/// Opens a store with this number of accounts. Inserts them by SQL, because a million registrations
+/// through the ports would take long.
 async fn store_with(path: &Path, accounts: u64) -> EmbeddedStore {
     let delivery =
         DeliveryLimits { max_messages: u64::MAX, max_bytes: u64::MAX, ..DeliveryLimits::default() };
@@ -224,7 +224,7 @@ fn message(to: u64, id: Option<u64>) -> NewMessage {
     }
 }
 
-/// Returns the inbox of message `n`, pseudo-random.
+/// Returns the inbox for message `n`, pseudo-randomly.
 fn recipient(n: u64, inboxes: u64) -> u64 {
     n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31) % inboxes
 }
@@ -300,7 +300,7 @@ async fn depth() {
     let mut floors: Option<(Cost, Cost, Cost)> = None;
     let mut there = 0;
     for depth in [1, 10, 100, 1_000, 10_000] {
-        // Each with a payload of its own.
+        // Each message has a payload of its own, so that no payload is stored once for several.
         let filling: Vec<_> = (there..depth).map(|_| message(0, None)).collect();
         for part in filling.chunks(500) {
             stores.inboxes.enqueue(Batch::new(part.to_vec())).await.expect("enqueue");
@@ -322,7 +322,8 @@ async fn depth() {
         peek.print("  peek at one", p);
         enqueue.print("  enqueue", e);
         fetch.print("  fetch and complete one", f);
-        // Concurrent fetches of one inbox often find its message leased. Removes what they left.
+        // Concurrent fetches of one inbox often find its message leased and fetch nothing. Removes
+        // the messages that are left because of that.
         let page = PageLimit { messages: u32::MAX, bytes: usize::MAX };
         let left = stores.inboxes.peek(all(0), Seq::ZERO, page, NOW).await.expect("peek").envelopes;
         if let Some(last) =
@@ -341,7 +342,7 @@ async fn depth() {
 
 const GROUP: GroupId = GroupId::new([9; 16]);
 
-/// Opens a store with a group of this many members.
+/// Opens a store with a group of this number of members.
 async fn store_with_group(path: &Path, members: u64) -> EmbeddedStore {
     let store = store_with(path, members).await;
     let group = NewGroup {
@@ -395,7 +396,7 @@ async fn repeat<O: Future<Output = ()>>(
     println!("  {what:<34} {mean:>10.1?}, {longest:>10.1?} at most, {micros:>6.1} µs CPU each");
 }
 
-/// Acknowledges everything in all inboxes.
+/// Acknowledges all messages in all inboxes.
 async fn acks(stores: &Stores, inboxes: u64) {
     let port = Arc::clone(&stores.inboxes);
     measure(inboxes, move |n| {

@@ -1,4 +1,4 @@
-//! The last reads of devices, and the positions of those that are absent too long.
+//! The last reads of devices, and the positions of devices that are absent too long.
 //!
 //! The messages of a device that does not read stay queued until the inbox is full. So a sweep
 //! moves a device to the newest message if it has not read for a long time and its messages fill
@@ -22,7 +22,7 @@ use crate::{
     statement::{Done, Scope, Statement},
 };
 
-/// The precision with which it is recorded when a device has read.
+/// The precision of the recorded time of a device's last read.
 pub(crate) const SEEN_PRECISION: Duration = Duration::from_secs(10 * 60);
 
 /// Records that a device has read.
@@ -45,7 +45,7 @@ impl Statement for Seen {
     }
 }
 
-/// Lets a device read again that was moved.
+/// Lets a device that was moved read again.
 pub(crate) struct ConfirmPosition {
     pub(crate) account: AccountId,
     pub(crate) device: DeviceId,
@@ -67,9 +67,10 @@ impl Statement for ConfirmPosition {
     }
 }
 
-/// The condition for a device that is moved: it was last seen at ?1 or earlier, and a sweep has
-/// begun to move it, or it keeps more than ?3 messages or ?4 bytes that have not expired at ?2.
-/// They are counted only in an inbox with more messages or bytes than that.
+/// The condition for moving a device. The device was last seen at ?1 or earlier. In addition, a
+/// sweep has begun to move it, or more than ?3 messages or ?4 bytes that have not expired at ?2
+/// wait for it. Messages are counted only in an inbox that has more than ?3 messages or ?4 bytes in
+/// total.
 macro_rules! held_back {
     () => {
         "r.last_seen_at <= ?1 AND r.upto < i.last_seq
@@ -115,7 +116,7 @@ pub(crate) struct Absence {
 }
 
 impl Absence {
-    /// Returns a device that is to be moved, if there is one.
+    /// Returns a device that must be moved, if there is one.
     pub(crate) async fn find(
         &self,
         readers: &SqlitePool,
@@ -136,8 +137,8 @@ impl Absence {
 
 type Query<'q> = sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>;
 
-/// Moves a device by up to [`SWEEP_ROWS`] messages towards the newest one, if it is still to be
-/// moved.
+/// Moves a device by up to [`SWEEP_ROWS`] messages towards the newest one, if the condition for a
+/// move still holds.
 pub(crate) struct MoveAbsent {
     pub(crate) registration: RegistrationNumber,
     pub(crate) absence: Absence,

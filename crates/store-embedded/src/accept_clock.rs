@@ -12,7 +12,7 @@ use crate::{
     schema,
 };
 
-/// The change of an acceptance of the clock.
+/// The believed time before and after an acceptance of the clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Accepted {
     /// The time that was believed before. `None` if none was stored.

@@ -63,7 +63,7 @@ fn account(row: &SqliteRow) -> sqlx::Result<Account> {
     })
 }
 
-/// Inserts an account and its inbox, or finds the reason against it.
+/// Inserts an account and its inbox, or finds the reason for a refusal.
 struct Register(NewAccount);
 
 impl Statement for Register {
@@ -130,13 +130,13 @@ impl Register {
     }
 }
 
-/// Accounts in one transaction of [`fill_skeletons`].
+/// The number of accounts in one transaction of [`fill_skeletons`].
 const BATCH: i64 = 1_000;
 
-/// Computes the skeletons of accounts from before the schema had them.
+/// Computes the skeletons of accounts that were registered before the schema had skeletons.
 ///
-/// Each batch is committed, so that a killed start continues where it stopped. Of accounts with the
-/// same skeleton, the oldest keeps it and the others stay as lookalikes.
+/// Each batch is committed by itself, so after a kill the next start continues with the rest. Of
+/// accounts with the same skeleton, the oldest keeps it and the others stay as lookalikes.
 pub(crate) async fn fill_skeletons(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     loop {
         let unknown: Vec<(i64, String)> = sqlx::query_as(

@@ -1,11 +1,11 @@
 //! Copies of a database for a backup, checks of such a copy, and the exclusive use of a data
 //! directory that is being restored.
 //!
-//! SQLite creates the copy (`VACUUM INTO`), on a connection of its own: it shows one commit,
-//! whatever a server writes meanwhile, and contains no freed pages. Files copied one after the
-//! other from under a running server do not show one commit and are damaged. The copy reads in one
-//! transaction, so the server's write-ahead log is not truncated until the copy is complete;
-//! writers do not wait.
+//! SQLite creates the copy (`VACUUM INTO`), on a connection of its own. The copy shows the state of
+//! one commit, whatever a server writes meanwhile, and contains no freed pages. Files copied one
+//! after the other from under a running server do not show one commit and are damaged. The copy is
+//! read in one transaction, so the server's write-ahead log is not truncated until the copy is
+//! complete. Writers do not wait.
 
 use std::{
     fs::File,
@@ -28,10 +28,11 @@ use crate::{
     schema,
 };
 
-/// The time for which a copy waits for a lock. A running server has one for at most a checkpoint.
+/// The time for which a copy waits for a lock. A running server keeps a lock no longer than a
+/// checkpoint takes.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Maximum damages in one error.
+/// Maximum number of damages in one error.
 const MAX_NAMED_DAMAGES: usize = 5;
 
 /// The content of a database, and its schema.
@@ -40,13 +41,13 @@ pub struct Inspection {
     /// The number of the last migration.
     pub schema: i64,
     /// The id of the history that the seqs belong to, in hexadecimal digits. `None` in a database
-    /// of a release without it.
+    /// of a release that had no such id.
     pub store_id: Option<String>,
     /// Tables with their numbers of rows, in alphabetical order.
     pub rows: Vec<(String, u64)>,
 }
 
-/// Why a database cannot be copied, or a copy cannot be used.
+/// The reason why a database cannot be copied, or a copy cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
     #[error("{} holds no server's data: there is no {DATABASE_FILE} in it", .0.display())]
@@ -118,7 +119,7 @@ pub async fn copy_database(data_dir: &Path, to: &Path) -> Result<(), BackupError
     })
 }
 
-/// Checks every page, index, count and payload of the database file `path`, which nothing may be
+/// Checks every page, index, count and payload of the database file `path`, which no process may be
 /// using. Writes nothing.
 pub async fn inspect(path: &Path) -> Result<Inspection, BackupError> {
     let failed = |error: sqlx::Error| BackupError::Copied(open_failed(path, &error));
@@ -140,7 +141,7 @@ pub async fn inspect(path: &Path) -> Result<Inspection, BackupError> {
     let has_id = rows.iter().any(|(table, _)| table == "store");
     let store_id =
         if has_id { Some(store_id(&mut connection).await.map_err(failed)?) } else { None };
-    // Nothing was written.
+    // Nothing was written, so a failure loses nothing.
     let _ = connection.close().await;
     Ok(Inspection { schema, store_id, rows })
 }
@@ -171,8 +172,8 @@ async fn count(connection: &mut SqliteConnection) -> sqlx::Result<Vec<(String, u
 /// The rules of the schema that SQLite does not check, with a query for the number of rows that
 /// break each.
 ///
-/// Removed messages leave gaps in an inbox, so its seqs need not be contiguous. None is beyond the
-/// last one that was assigned, and the indexes prevent that one is used twice.
+/// Removed messages leave gaps in an inbox, so its seqs need not be contiguous. No seq is beyond
+/// the last one that was assigned, and the indexes prevent that a seq is used twice.
 const RULES: [(&str, &str); 4] = [
     (
         "inboxes with a message whose seq was never assigned",
@@ -249,7 +250,7 @@ async fn damages(connection: &mut SqliteConnection, schema: i64) -> sqlx::Result
     }
     let orphans = sqlx::query("PRAGMA foreign_key_check").fetch_all(&mut *connection).await?;
     if !orphans.is_empty() {
-        damages.push(format!("{} rows refer to rows that are not there", orphans.len()));
+        damages.push(format!("{} rows refer to rows that do not exist", orphans.len()));
     }
     let (rules, hashes): (&[_], _) = if schema < SHARED_PAYLOADS {
         (&RULES_OF_OWN, HASHES_OF_OWN)

@@ -1,11 +1,12 @@
 //! Trust in the clock of this machine: a single node has no other clock to compare it with.
 //!
 //! The store keeps the newest instant that it believes to have come. A clock that is more than
-//! [`JUMP`] ahead of it has jumped: no data is removed by such a clock. A clock that went back by
-//! more than [`STEP`] is not believed either: the times for which data is kept count from the
-//! believed instant. Meanwhile the believed time advances with the monotonic clock. A clock that is
-//! not believed is believed again when it returns, when an operator accepts it, or after it has
-//! advanced in step with the monotonic clock for [`JUMP`] of running time, restarts included.
+//! [`JUMP`] ahead of that instant has jumped, and no data is removed by such a clock. A clock that
+//! went back by more than [`STEP`] is not believed either: the times for which data is kept then
+//! count from the believed instant. While the clock is not believed, the believed time advances
+//! with the monotonic clock. The clock is believed again when it returns, when an operator accepts
+//! it, or after it has advanced in step with the monotonic clock for [`JUMP`] of running time,
+//! restarts included.
 //!
 //! The table `clock` stores all of this. Each sweep reads and writes it, so another process can
 //! accept the clock while the server runs.
@@ -45,9 +46,9 @@ pub(crate) struct Belief {
 /// A clock that is not believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Doubt {
-    /// The instant that it showed at the last check.
+    /// The instant that the clock showed at the last check.
     shown: UnixMillis,
-    /// The running time for which it has been in step with the monotonic clock.
+    /// The running time for which the clock has been in step with the monotonic clock.
     proved: Duration,
 }
 
@@ -64,7 +65,7 @@ pub(crate) struct ClockCheck {
 pub(crate) struct Bounds {
     /// Data that has not expired at this instant is kept.
     pub(crate) earliest: UnixMillis,
-    /// The instant from which a time to keep data counts.
+    /// The instant from which the times for keeping data count.
     pub(crate) latest: UnixMillis,
 }
 
@@ -75,7 +76,7 @@ pub(crate) struct ClockGuard(Arc<Mutex<State>>);
 #[derive(Debug)]
 struct State {
     belief: Option<Belief>,
-    /// When the belief was read or checked.
+    /// The instant at which the belief was read or checked.
     since: Instant,
     origin: Origin,
 }
@@ -90,7 +91,7 @@ enum Origin {
 }
 
 impl Belief {
-    /// Returns the belief in a clock that `now` was accepted of.
+    /// Returns the belief after the instant `now` was accepted.
     pub(crate) const fn accepted(now: UnixMillis) -> Self {
         Self { believed: now, doubt: None }
     }
@@ -100,7 +101,7 @@ impl Belief {
     }
 
     /// Returns the belief after a check of a clock that shows `now`. `ran` is the time since the
-    /// last check, unless the process was started since.
+    /// last check, or `None` if the process was started since then.
     fn check(before: Option<Self>, now: UnixMillis, ran: Option<Duration>) -> Self {
         let Some(Self { believed, doubt }) = before else {
             return Self::accepted(now);
@@ -181,8 +182,8 @@ impl ClockGuard {
         }
     }
 
-    /// Returns the time to plan by, if the clock shows `now`: the believed time while the clock is
-    /// not believed.
+    /// Returns the time for planning: `now`, which the clock shows, or the believed time while the
+    /// clock is not believed.
     pub(crate) fn believed(&self, now: UnixMillis) -> UnixMillis {
         let state = self.0.lock();
         let Some(belief) = state.belief else { return now };
@@ -200,7 +201,7 @@ impl ClockGuard {
         let stored = Belief::read(&mut *connection).await?;
         let ran = {
             let state = self.0.lock();
-            // Unknown if another process has accepted the clock meanwhile.
+            // The running time is unknown if another process has accepted the clock meanwhile.
             let is_own = state.origin == Origin::Check && state.belief == stored;
             is_own.then(|| state.since.elapsed())
         };
@@ -209,7 +210,7 @@ impl ClockGuard {
         Ok(ClockCheck { belief, shown: now })
     }
 
-    /// Uses the belief of a check that is committed, and logs whether it has changed.
+    /// Applies the belief of a committed check, and logs when the clock loses or regains trust.
     pub(crate) fn checked(&self, check: &ClockCheck) {
         let ClockCheck { belief, shown } = *check;
         let mut state = self.0.lock();
@@ -245,7 +246,7 @@ mod tests {
         Some(Belief::accepted(believed))
     }
 
-    /// Checks a clock every minute, which advances from `shown`.
+    /// Checks a clock that advances from `shown`, once each minute.
     fn run(mut belief: Belief, shown: UnixMillis, minutes: u32) -> Belief {
         for minute in 1..=minutes {
             belief = Belief::check(Some(belief), shown.plus(minute * MINUTE), Some(MINUTE));

@@ -1,9 +1,9 @@
 //! Damage to the database file: searched for at the start after an unclean end, and noticed while
 //! the store is used.
 //!
-//! The database contains a mark that only an end in good order sets. So after a crash, and in files
-//! that were copied while a server wrote them, which damages them, the next start checks every
-//! page.
+//! The database contains a mark that only an end in good order sets. The mark is absent after a
+//! crash, and in files that were copied while a server wrote them and may be damaged by that.
+//! Without the mark, the next start checks every page.
 
 use std::{
     path::Path,
@@ -22,15 +22,15 @@ use crate::{
     statement::{Done, Scope, Statement},
 };
 
-/// Maximum size of a database of which the start also compares indexes with their tables: seconds
-/// on any disk.
+/// Maximum size of a database whose indexes the start also compares with their tables. The
+/// comparison takes seconds on any disk.
 const MAX_BYTES_COMPARED: i64 = 256 << 20;
 
-/// Maximum size of a database of which the start checks the structure of every page. A larger one
-/// would delay the server for too long.
+/// Maximum size of a database whose pages the start checks for their structure. A larger one would
+/// delay the server for too long.
 const MAX_BYTES_CHECKED: i64 = 2 << 30;
 
-/// Whether a store is damaged.
+/// The known damage of a store, and the need for another check.
 #[derive(Debug)]
 pub(crate) struct Damage {
     /// [`corrupt_pages_met`] at the last check.
@@ -59,7 +59,7 @@ impl Damage {
         self.found.get().is_none() && self.checked_at.swap(met, Ordering::Relaxed) != met
     }
 
-    /// Notes the result of [`CheckStructure`].
+    /// Records the result of [`CheckStructure`].
     pub(crate) fn note(&self, checked: StoreResult<Option<String>>) -> StoreResult<()> {
         let found = match checked {
             Ok(found) => found,

@@ -1,5 +1,5 @@
-//! Devices in SQLite. A row is one registration, whose number is never used again, so a page of an
-//! earlier registration of the same device completes no message.
+//! Devices in SQLite. A row is one registration. Its number is never used again, so a page that was
+//! read by an earlier registration of the same device completes no message.
 
 use std::time::Duration;
 
@@ -80,7 +80,7 @@ fn certified_key(row: &SqliteRow) -> sqlx::Result<Option<CertifiedKey>> {
     Ok(Some(CertifiedKey { key, proof }))
 }
 
-/// Registers a device, or finds the reason against it.
+/// Registers a device, or finds the reason for a refusal.
 struct RegisterDevice {
     device: NewDevice,
 }
@@ -113,7 +113,7 @@ impl Statement for RegisterDevice {
         let effects = Effects {
             sessions_changed: is_bound.then_some(self.device.session).into_iter().collect(),
             readers_changed,
-            // The first device inherits, and the single reader is none any more.
+            // The first device inherits the messages, and the single reader may no longer read.
             wakes: readers_changed.map(|inbox| (inbox, View::All)).into_iter().collect(),
             ..Effects::default()
         };
@@ -126,14 +126,15 @@ const FIND: &str = "SELECT key, proof FROM device WHERE account = ?1 AND device 
 
 const RENAME: &str = "UPDATE device SET name = ?3 WHERE account = ?1 AND device = ?2";
 
-/// Whether the key ?3 is not for the device ?2 of the account ?1, and how many devices that has.
+/// Selects whether the key ?3 belongs to another device than ?2 of the account ?1 or to an account,
+/// and the number of the account's devices.
 const REFUSAL: &str = "
     SELECT EXISTS (SELECT 1 FROM device_key
                     WHERE key = ?3 AND (account <> ?1 OR device <> ?2))
            OR EXISTS (SELECT 1 FROM account WHERE identity = ?3) AS taken,
            (SELECT count(*) FROM device WHERE account = ?1) AS devices";
 
-/// The first device starts where the single reader is, a later one after the newest message.
+/// The first device starts at the beginning of the inbox, a later one after the newest message.
 const INSERT: &str = "
     INSERT INTO device (account, device, name, key, proof, registered_at, last_seen_at, upto)
     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6,
@@ -206,7 +207,7 @@ impl RegisterDevice {
         query.fetch_one(tx).await?.identity("identity")
     }
 
-    /// Binds the session to the device if it has none. Returns whether it had none.
+    /// Binds the session to the device if the session has none. Returns whether it was bound.
     async fn bind_session(&self, tx: &mut SqliteConnection) -> sqlx::Result<bool> {
         let NewDevice { account, session, .. } = &self.device;
         let query = sqlx::query(BIND_SESSION).bind(&session.as_bytes()[..]);
@@ -269,8 +270,8 @@ impl RevokeDevice {
         sqlx::query(sql).bind(self.account.0).bind(&self.device.as_bytes()[..])
     }
 
-    /// Removes the messages that waited for the device alone, unless it was the last one: then they
-    /// wait for the single reader.
+    /// Removes the messages that waited for the device alone, unless it was the last device: then
+    /// they wait for the single reader.
     async fn remove_unread(&self, tx: &mut SqliteConnection, after: Seq) -> sqlx::Result<()> {
         let inbox = self.account.0;
         let devices: i64 = sqlx::query_scalar("SELECT devices FROM inbox WHERE id = ?1")

@@ -1,4 +1,4 @@
-//! The data directory: its files, their permissions, and the lock that one process has.
+//! The data directory: its files, their permissions, and the lock of the process that uses it.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
@@ -11,7 +11,7 @@ use crate::{
     open_error::{OpenError, io_failed},
 };
 
-/// Creates the directory for its owner alone, if it is missing.
+/// Creates the directory, accessible to its owner alone, if it is missing.
 pub(crate) fn create(path: &Path) -> Result<(), OpenError> {
     DirBuilder::new()
         .recursive(true)
@@ -41,8 +41,8 @@ pub(crate) fn lock_any(data_dir: &Path) -> Result<File, OpenError> {
     }
 }
 
-/// Opens a file, and creates it for its owner alone if it is missing. SQLite gives its log the
-/// permissions of the database.
+/// Opens a file, and creates it, accessible to its owner alone, if it is missing. SQLite creates
+/// the log of a database with the permissions of the database.
 pub(crate) fn create_private_file(path: &Path) -> Result<File, OpenError> {
     OpenOptions::new()
         .read(true)

@@ -11,7 +11,7 @@ pub(crate) struct Effects {
     /// Sessions that were revoked, have expired, or were bound to a device.
     pub(crate) sessions_changed: Vec<TokenHash>,
     pub(crate) session_used: Option<SessionUse>,
-    /// The reader that has finished messages.
+    /// The reader that has completed messages.
     pub(crate) removed_from: Option<InboxReader>,
     /// The inbox with an added or removed reader.
     pub(crate) readers_changed: Option<IdentityKey>,

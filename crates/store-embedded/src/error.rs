@@ -9,7 +9,7 @@ use qpq_ports::StoreError;
 
 use crate::metrics as names;
 
-/// The primary result codes of SQLite that have a meaning here
+/// The primary result codes of SQLite that the store distinguishes
 /// (<https://www.sqlite.org/rescode.html>).
 mod code {
     pub(super) const PERM: i32 = 3;
@@ -21,7 +21,7 @@ mod code {
     pub(super) const NOTADB: i32 = 26;
 }
 
-/// The cause of a failure, as far as the store reacts to it.
+/// The cause of a failure, as far as the store distinguishes causes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ErrorKind {
     /// A rule of the schema refused a row. The store works.
@@ -58,7 +58,8 @@ impl ErrorKind {
         }
     }
 
-    /// Returns whether only the statement that failed is concerned, and its batch may commit.
+    /// Returns whether the failure concerns one statement alone, so that the rest of its batch may
+    /// commit.
     pub(crate) fn concerns_one_statement(self) -> bool {
         matches!(self, Self::Constraint | Self::BadRow)
     }

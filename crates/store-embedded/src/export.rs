@@ -39,11 +39,11 @@ const BATCH_BYTES: usize = 4 << 20;
 pub struct Export {
     connection: SqliteConnection,
     data_dir: PathBuf,
-    /// Prevents that a server starts.
+    /// Keeps a server from starting in the directory.
     _lock: File,
 }
 
-/// The reason why a data directory cannot be exported, and what to do.
+/// The reason why a data directory cannot be exported, with instructions for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     #[error(
@@ -85,7 +85,8 @@ impl Export {
         Ok(Self { connection, data_dir: data_dir.to_owned(), _lock: lock })
     }
 
-    /// Returns the text that was stored when the directory was transferred, if it was.
+    /// Returns the text that a transfer of the directory has stored in it; `None` without a
+    /// transfer.
     pub fn transferred(&self) -> Result<Option<String>, ExportError> {
         let path = self.data_dir.join(TRANSFERRED_FILE);
         match std::fs::read_to_string(&path) {
@@ -95,7 +96,7 @@ impl Export {
         }
     }
 
-    /// Returns a batch of the rows after the key `after`, or of the first ones. Empty at the end.
+    /// Returns a batch of the rows after the key `after`, or of the first rows. Empty at the end.
     pub async fn rows(
         &mut self,
         table: Table,

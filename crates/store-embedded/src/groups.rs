@@ -1,7 +1,7 @@
 //! Groups in SQLite: the members, the metadata and the epoch of a channel, and messages to members.
 //!
-//! A read is one snapshot. A change is a statement of the writer, which runs alone in its
-//! transaction, so the results of its checks stay true until its end.
+//! A read is one snapshot. A change is one statement of the only writer, so the results of its
+//! checks stay true until its end.
 
 mod change;
 pub(crate) mod send;
@@ -126,7 +126,7 @@ const INFO: &str = "
                     WHERE m.group_id = g.id AND m.account = ?2) AS is_member
       FROM mls_group g WHERE g.id = ?1";
 
-// ?1 group, ?2 the member before the first, ?3 maximum rows.
+// ?1 group, ?2 the last member of the previous page, ?3 maximum rows.
 const PAGE: &str = "
     SELECT m.id, a.identity, a.username, m.role, m.joined_at
       FROM group_member m INDEXED BY group_member_joined
@@ -138,7 +138,7 @@ pub(crate) fn statements() -> impl Iterator<Item = &'static str> {
     [COUNT, HEAD, VIEW, INFO, PAGE].into_iter().chain(change::STATEMENTS).chain(send::STATEMENTS)
 }
 
-/// A group as a call of an account finds it.
+/// The state of a group, and the role of the calling account in it.
 #[derive(Clone, Copy, Debug)]
 struct Head {
     epoch: u64,
@@ -148,7 +148,7 @@ struct Head {
 }
 
 impl Head {
-    /// `None` without such a group.
+    /// Returns the group; `None` if there is none with this id.
     async fn find(
         connection: &mut SqliteConnection,
         group: &GroupId,

@@ -10,7 +10,7 @@ use crate::{
     statement::{Done, Scope, Statement},
 };
 
-/// Stores another store id, removes all one-time KeyPackages and ends the sessions, if asked to.
+/// Stores another store id, removes all one-time KeyPackages, and ends all sessions if requested.
 pub(crate) struct BeginHistory(pub(crate) OldSessions);
 
 impl Statement for BeginHistory {
@@ -23,7 +23,7 @@ impl Statement for BeginHistory {
             .fetch_one(&mut *tx)
             .await?;
         let store_id = row.store_id("store_id")?;
-        // Any of them may have been taken after the copy was created.
+        // Any of these packages may have been taken after the copy was created.
         sqlx::query(
             "INSERT OR IGNORE INTO key_package_given (owner, fingerprint, not_after)
              SELECT owner, fingerprint, not_after FROM key_package WHERE last_resort = 0",

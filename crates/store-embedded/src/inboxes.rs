@@ -26,7 +26,7 @@ use crate::{
     store::EmbeddedStore,
 };
 
-/// The seqs of an ack from which on it is compared with the inbox before it is queued.
+/// The maximum number of seqs in an ack that is queued without a comparison with the inbox.
 const LONG_ACK: usize = 256;
 
 #[async_trait]
@@ -67,7 +67,8 @@ impl Inboxes for EmbeddedStore {
     async fn ack(&self, read: ReadQuery, ack: Ack, now: UnixMillis) -> Result<u32, ReadError> {
         let mut ack = normalized(ack);
         if ack.seqs.len() > LONG_ACK {
-            // A list can be much longer than the inbox. The writer does not search for all of it.
+            // A list can be much longer than the inbox, and the writer should search for queued
+            // seqs only.
             let queued = read::seqs(&self.readers, &read.reader.inbox).await?;
             ack.seqs.retain(|seq| queued.contains(seq));
         }
@@ -114,7 +115,8 @@ impl EmbeddedStore {
     ) -> Result<T, ReadError> {
         let Query { read, after, limit, now } = query;
         let in_progress = ReadInProgress::begin(&self.memory.leases, read.reader.inbox);
-        // Before the count is noted, so that the wait for a connection does not cost a second read.
+        // Acquired before the count is noted, so that a change during the wait for a connection
+        // does not cost a second read.
         let mut connection = self.readers.acquire().await.map_err(read_failed)?;
         loop {
             let (noted, store_id) = (in_progress.changes(), self.memory.history.id());
@@ -137,13 +139,13 @@ impl EmbeddedStore {
         }
     }
 
-    /// Records that a device has read, unless it has a short while ago.
+    /// Records that a device has read, unless a recent read of it is recorded already.
     async fn note_seen(&self, reader: SnapshotReader, now: UnixMillis) {
         let SnapshotReader::Device { registration, last_seen_at } = reader else { return };
         // With a clock that went back, the device would look absent.
         let at = self.memory.clock.bounds(now).latest;
         if at > last_seen_at.plus(SEEN_PRECISION) {
-            // The read has succeeded in any case. The next one tries this again.
+            // The read has succeeded in any case, and the next read records it instead.
             let _ = self.writer.run(Seen { registration, at }).await;
         }
     }
@@ -215,11 +217,11 @@ impl Lease for InboxLease {
 }
 
 /// Removes the messages of a lease for its reader, unless another history has begun. The lease ends
-/// with the statement.
+/// when the statement is dropped.
 struct Complete {
     leased: Leased,
     store_id: StoreId,
-    /// The instant at which messages that are not read keep the position of a device.
+    /// As [`Completion::kept_at`].
     kept_at: UnixMillis,
     removed_at: UnixMillis,
     recent_ids: Duration,
@@ -236,8 +238,8 @@ impl Statement for Complete {
             return Ok(Done::keep(()));
         }
         let Leased { guard, inbox, view, first, last, read_at } = &self.leased;
-        // The messages of the view between the first and the last one that had not expired when
-        // they were read: exactly those of the page.
+        // Exactly the messages of the page: those of the view between the first and the last one
+        // that had not expired when the page was read.
         let named = Named {
             inbox: *inbox,
             view: *view,
@@ -265,7 +267,7 @@ struct Acknowledge {
     read: ReadQuery,
     ack: Ack,
     now: UnixMillis,
-    /// As in [`Complete`].
+    /// As [`Completion::kept_at`].
     kept_at: UnixMillis,
     removed_at: UnixMillis,
     recent_ids: Duration,
@@ -332,8 +334,8 @@ impl Statement for Acknowledge {
 }
 
 impl Acknowledge {
-    /// Removes the messages after `position`. Returns the number of those that were newly removed
-    /// for the reader.
+    /// Removes the messages after `position` that the ack names. Returns the number of messages
+    /// that were newly removed for the reader.
     async fn remove(
         &self,
         tx: &mut SqliteConnection,

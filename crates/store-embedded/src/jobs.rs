@@ -1,6 +1,6 @@
 //! Jobs in SQLite. A claim moves `run_at` to the end of its lease, so the job of a worker that
-//! hangs becomes due again by itself. When the store is opened no worker is left, and every claim
-//! is released.
+//! hangs becomes due again by itself. No worker is left when the store is opened, so every claim is
+//! then released.
 //!
 //! `run_at` follows the time that the clock guard believes ([`ClockGuard::believed`]).
 
@@ -31,10 +31,10 @@ use crate::{
     store::EmbeddedStore,
 };
 
-/// The longest wait that is stored. A longer one would not fit an `i64` after it is added.
+/// The longest wait that is stored. The instant after a longer one might not fit an `i64`.
 const LONGEST_WAIT: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-/// Two ranges of the index: jobs that are due, and jobs beyond the horizon.
+/// Selects two ranges of the index: the jobs that are due, and those beyond the horizon.
 const DUE: &str = "
     SELECT id FROM (
         SELECT id, run_at, 0 AS astray FROM (
@@ -74,7 +74,7 @@ const RELEASE: &str = "
      WHERE id = ?1 AND claim = ?2";
 const DIE: &str = "
     UPDATE job SET died_at = ?3, claim = NULL, last_error = ?4 WHERE id = ?1 AND claim = ?2";
-/// The job that was put while the one that died was running.
+/// Inserts the job that was put while the dead one was running.
 const REPLACE_DEAD: &str = "
     INSERT INTO job (kind, key, payload, run_at)
     SELECT kind, key, payload, again_at FROM job WHERE id = ?1 AND again_at IS NOT NULL";
@@ -124,7 +124,7 @@ impl JobsOperator {
         Ok(Self { connection, clock, path })
     }
 
-    /// As [`Jobs::stats`].
+    /// Counts the jobs of each kind, as [`Jobs::stats`] does.
     pub async fn stats(&mut self, now: UnixMillis) -> Result<Vec<JobStats>, OpenError> {
         let query = sqlx::query(STATS).bind(millis(self.clock.believed(now)));
         let rows = query.fetch_all(&mut self.connection).await;
@@ -132,7 +132,7 @@ impl JobsOperator {
         found.map_err(|error| failed(&self.path, &error))
     }
 
-    /// As [`Jobs::dead`].
+    /// Returns the newest dead jobs, as [`Jobs::dead`] does.
     pub async fn dead(&mut self, limit: u32) -> Result<Vec<DeadJob>, OpenError> {
         let query = sqlx::query(DEAD).bind(i64::from(limit));
         let rows = query.fetch_all(&mut self.connection).await;
@@ -140,7 +140,7 @@ impl JobsOperator {
         found.map_err(|error| failed(&self.path, &error))
     }
 
-    /// As [`Jobs::retry_dead`].
+    /// Makes a dead job due, as [`Jobs::retry_dead`] does.
     pub async fn retry_dead(
         &mut self,
         job: JobId,
@@ -151,15 +151,15 @@ impl JobsOperator {
         changed.map_err(|error| failed(&self.path, &error))
     }
 
-    /// As [`Jobs::remove_dead`].
+    /// Removes a dead job, as [`Jobs::remove_dead`] does.
     pub async fn remove_dead(&mut self, job: JobId) -> Result<DeadChange, OpenError> {
         let changed = remove_dead(&mut self.connection, job).await;
         changed.map_err(|error| failed(&self.path, &error))
     }
 }
 
-/// Releases all claims: the workers that had them ended with the process before. A `run_at` of 0 is
-/// due since an unknown time.
+/// Releases all claims, because their workers ended with the previous process. A `run_at` of 0
+/// means that a job is due since an unknown time.
 pub(crate) async fn release_all(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     sqlx::query("UPDATE job SET run_at = 0, claim = NULL WHERE claim IS NOT NULL")
         .execute(connection)
@@ -428,7 +428,7 @@ async fn remove_dead(connection: &mut SqliteConnection, job: JobId) -> sqlx::Res
     Ok(if found { DeadChange::Changed } else { DeadChange::NotFound })
 }
 
-/// The instant `wait` after `now`, as a column.
+/// Returns the instant `wait` after `now`, as the value of a column.
 fn after(now: UnixMillis, wait: Duration) -> i64 {
     millis(now.plus(wait.min(LONGEST_WAIT)))
 }

@@ -1,9 +1,9 @@
 //! KeyPackages and hybrid keys in SQLite.
 //!
 //! A KeyPackage is deleted in the transaction that takes it, and its fingerprint is stored in
-//! another table until its lifetime ends. So each is taken once and cannot be uploaded again. Every
-//! statement decides by the caller's instant whether a package has expired, never by whether a
-//! sweep has removed it.
+//! another table until its lifetime ends. Therefore each is taken once and cannot be uploaded
+//! again. Takes and counts compare the lifetime of a package with the caller's instant, and never
+//! rely on a sweep to have removed an expired package.
 
 use std::collections::HashSet;
 
@@ -113,16 +113,16 @@ fn of_owner<'q>(sql: &'static str, owner: &'q PackageOwner) -> SqliteQuery<'q> {
     sqlx::query(sql).bind(owner.account.0).bind(device)
 }
 
-/// The condition for a package whose lifetime contains an instant. A release without the column did
-/// not store the beginning of the lifetime.
+/// The condition for a package whose lifetime contains an instant. A package that a release without
+/// the column `not_before` has stored is valid from the beginning of time.
 macro_rules! valid_at {
     ($now:literal) => {
         concat!("not_after >= ", $now, " AND coalesce(not_before, 0) <= ", $now)
     };
 }
 
-/// Counts the packages that the account ?1 has of the device ?2 at ?3. Reads at most the cap of
-/// short index entries.
+/// Counts the packages of the device ?2 of the account ?1 that are valid at ?3. Reads short index
+/// entries only, at most as many as the device may have packages.
 const STOCK: &str = concat!(
     "SELECT
         (SELECT count(*) FROM key_package INDEXED BY key_package_of_device
@@ -135,8 +135,8 @@ const STOCK: &str = concat!(
     ") AS last_resort"
 );
 
-/// The oldest package of the account with the identity ?1 that is valid at ?2: a last resort or
-/// not.
+/// The oldest package of the account with the identity ?1 that is valid at ?2, of the last-resort
+/// ones or of the others.
 macro_rules! oldest {
     ($last_resort:literal) => {
         concat!(
@@ -151,8 +151,8 @@ macro_rules! oldest {
     };
 }
 
-/// The same for the device with the registration number ?1, and for the account's packages if the
-/// device has no key of its own.
+/// As `oldest`, for the device with the registration number ?1. Includes the packages of the
+/// account itself if the device has no key of its own.
 macro_rules! oldest_of_device {
     ($last_resort:literal) => {
         concat!(
@@ -174,7 +174,7 @@ macro_rules! oldest_of_device {
     };
 }
 
-/// Two statements that select by the same condition.
+/// The two statements of a take, which select by the same condition.
 struct TakeStatements {
     /// Removes the oldest package that is not a last resort.
     one_time: &'static str,
@@ -336,7 +336,7 @@ impl UploadPackages {
     }
 }
 
-/// Removes the oldest package of an account and answers it, or the last-resort package.
+/// Removes and returns the oldest package of an account, or returns the last-resort package.
 struct TakePackage {
     target: IdentityKey,
     now: UnixMillis,
@@ -352,7 +352,7 @@ impl Statement for TakePackage {
     }
 }
 
-/// Removes the oldest package of each device of an account, as [`TakePackage`] does of the account.
+/// Takes a package of each device of an account, as [`TakePackage`] does of the account.
 struct TakePackageOfEachDevice {
     target: IdentityKey,
     now: UnixMillis,
@@ -392,7 +392,8 @@ async fn take<'q>(
         }
     }
     let Some(row) = taken else { return Ok(None) };
-    // The last-resort package too: after a newer one has replaced it, it may not be uploaded again.
+    // The last-resort package is recorded too: it may not be uploaded again after a newer one has
+    // replaced it.
     sqlx::query(
         "INSERT OR IGNORE INTO key_package_given (owner, fingerprint, not_after)
          VALUES (?1, ?2, ?3)",

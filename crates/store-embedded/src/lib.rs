@@ -4,18 +4,18 @@
 //! of `qpq_ports`:
 //! - One writer commits many calls in one transaction (`writer`). Reads run concurrently and see
 //!   the last commit (WAL).
-//! - An inbox is a range of one table. Triggers keep its head, so neither an enqueue nor a read
+//! - An inbox is a range of one table. Triggers update its head, so neither an enqueue nor a read
 //!   counts or scans (`migrations/0001_init.sql`, `messages`).
-//! - Leases, wakes, rate limits and the session cache are in memory (`memory`): this process is the
-//!   only one.
-//! - A parameter of LIMIT is written `+?`. SQLite plans with the value of a bare parameter there,
-//!   and compiles the statement again for each value.
+//! - Leases, wakes, rate limits and the session cache are in memory (`memory`), because no other
+//!   process uses the store.
+//! - A parameter of LIMIT is written `+?`. For a bare `?` there, SQLite plans with the value, and
+//!   compiles the statement again for each value.
 //!
 //! Modules import from rows above their own, or from their row without a circle:
 //!
 //! | modules | content |
 //! |---|---|
-//! | `metrics`, `error`, `row`, `reader`, `clock`, `effects`, `statement` | the vocabulary |
+//! | `metrics`, `error`, `row`, `reader`, `clock`, `effects`, `statement` | the types that other modules share |
 //! | `messages` | the SQL of the message tables |
 //! | `memory` | the state in memory, and the one place that applies the effects of a commit |
 //! | `files`, `directory`, `open_error`, `schema`, `tables` | the files and the schema |

@@ -1,8 +1,8 @@
 //! Maintenance: a commit that shows whether commits work, and the removal of expired rows.
 //!
 //! A disk without room for a message may still accept a commit of a few bytes, because the log
-//! keeps its length and is overwritten from its start. So after a batch has failed, the check
-//! commits more than that batch had.
+//! keeps its length and is overwritten from its start. Therefore, after a batch has failed, the
+//! check commits more bytes than that batch had.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ use crate::{
     store::EmbeddedStore,
 };
 
-/// Bytes that a few rows take in addition to their content: each changes pages of some indexes.
+/// The bytes that a few rows need in addition to their content, for the changed pages of indexes.
 const LOAD_MARGIN: usize = 64 << 10;
 
 #[async_trait]
@@ -44,7 +44,7 @@ impl Maintenance for EmbeddedStore {
 
     async fn sweep(&self, now: UnixMillis) -> StoreResult<Swept> {
         let clock = self.memory.clock.clone();
-        // First, because a clock that jumped must not remove anything.
+        // Runs first, because a clock that jumped must not remove anything.
         self.writer.run(CheckClock { clock, now }).await?;
         let bounds = self.memory.clock.bounds(now);
         let now = bounds.earliest;
@@ -72,7 +72,7 @@ impl Maintenance for EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Moves a device that is absent too long by one step, if there is one.
+    /// Moves a device that is absent too long by one step. Does nothing if there is none.
     async fn move_absent(&self, bounds: Bounds) -> StoreResult<Moved> {
         let absence = Absence { bounds, limits: self.limits.delivery };
         // Searched outside the writer: most sweeps find no device.
@@ -96,7 +96,7 @@ impl Statement for Beat {
     }
 }
 
-/// Updates the one row of the heartbeat table, and frees its load.
+/// Updates the one row of the heartbeat table, and removes the load of [`WriteLoad`].
 pub(crate) async fn beat(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     sqlx::query("UPDATE heartbeat SET beats = beats + 1, load = NULL")
         .execute(connection)
@@ -104,7 +104,7 @@ pub(crate) async fn beat(connection: &mut SqliteConnection) -> sqlx::Result<()> 
         .map(drop)
 }
 
-/// Commits a row that needs more room than a batch of `refused` bytes. The next beat frees it.
+/// Commits a row that needs more room than a batch of `refused` bytes. The next beat removes it.
 struct WriteLoad {
     refused: usize,
 }
@@ -164,7 +164,8 @@ impl Statement for SweepMessages {
     }
 }
 
-/// Forgets up to [`SWEEP_ROWS`] message ids whose time is over. Returns their number.
+/// Removes up to [`SWEEP_ROWS`] message ids that need not be remembered any more. Returns their
+/// number.
 struct SweepIds {
     now: UnixMillis,
 }

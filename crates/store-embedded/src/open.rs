@@ -1,5 +1,5 @@
-//! Opening of a data directory: it is created if missing, locked, migrated to the newest schema,
-//! and tested with one commit. Then the store is built.
+//! Opening of a data directory. The directory is created if it is missing, locked, migrated to the
+//! newest schema, and tested with one commit. Then the store is built.
 
 use qpq_domain::StoreLimits;
 use std::{path::Path, sync::Arc, time::Duration};
@@ -24,11 +24,11 @@ use crate::{
     writer::Writer,
 };
 
-/// Connections for reading. Each has a thread, which sleeps unless it reads.
+/// The connections for reading. Each has a thread, which sleeps unless it reads.
 const READERS: u32 = 4;
 
-/// Maximum rows that SQLite's thread reads ahead. A row can be a MiB, and a page of messages ends
-/// after four.
+/// Maximum rows that SQLite's thread reads ahead. A row can have 1 MiB, and a page of messages ends
+/// after 4 MiB.
 pub(crate) const ROWS_AHEAD: usize = 8;
 
 impl EmbeddedStore {
@@ -71,12 +71,12 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(Duration::from_secs(5))
-        // Up to 64 MiB of pages in memory, a log of 16 MiB before it is written back, and not much
-        // more afterwards.
+        // Up to 64 MiB of pages in memory. The log is written back from 16 MiB on, and a log that
+        // has grown beyond 64 MiB is then truncated to that.
         .pragma("cache_size", "-65536")
         .pragma("wal_autocheckpoint", "4096")
         .pragma("journal_size_limit", "67108864")
-        // Temporary tables of an insert.
+        // For the temporary tables of inserts.
         .pragma("temp_store", "memory")
         // All statements of the writer stay compiled. The inserts of messages alone are 66.
         .statement_cache_capacity(256)

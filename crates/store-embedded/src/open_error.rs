@@ -1,4 +1,4 @@
-//! The reasons why a data directory cannot be used, and what the operator can do.
+//! The reasons why a data directory cannot be used, with instructions for the operator.
 
 use std::{
     io,
@@ -7,7 +7,7 @@ use std::{
 
 use crate::{error::ErrorKind, files::TRANSFERRED_FILE};
 
-/// The reason why a data directory cannot be used, and what to do.
+/// The reason why a data directory cannot be used, with instructions for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(

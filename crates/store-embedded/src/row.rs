@@ -10,12 +10,12 @@ use sqlx::{Row as _, sqlite::SqliteRow};
 
 use crate::error::NeverWritten;
 
-/// Converts an instant. A later one than an `i64` can have becomes the latest.
+/// Converts an instant. An instant beyond the range of `i64` becomes `i64::MAX`.
 pub(crate) fn millis(at: UnixMillis) -> i64 {
     i64::try_from(at.0).unwrap_or(i64::MAX)
 }
 
-/// Converts a duration.
+/// Converts a duration to milliseconds.
 pub(crate) fn millis_of(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -1,4 +1,4 @@
-//! The schema: its migrations, and which program and version wrote a database.
+//! The schema: its migrations, and the check of the program and version that wrote a database.
 
 use std::path::Path;
 
@@ -19,14 +19,15 @@ pub(crate) async fn migrate(
     connection: &mut SqliteConnection,
     path: &Path,
 ) -> Result<(), OpenError> {
-    // `run` does the same behind a trait that hides from the compiler that the future is `Send`.
+    // `run` does the same, but takes the connection through a trait, from which the compiler cannot
+    // conclude that the future is `Send`.
     MIGRATIONS
         .run_direct(None, connection, false)
         .await
         .map_err(|error| migration_failed(path, &error))
 }
 
-/// Checks that the database is one of this program, with exactly its schema.
+/// Checks that the database is one of this program and has exactly the newest schema.
 pub(crate) async fn check_current(
     connection: &mut SqliteConnection,
     path: &Path,

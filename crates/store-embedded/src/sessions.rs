@@ -1,4 +1,4 @@
-//! Sessions in SQLite. Those in use are in memory too (`memory::SessionCache`).
+//! Sessions in SQLite. Sessions in use are also in memory (`memory::SessionCache`).
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, TokenHash, UnixMillis};
@@ -118,7 +118,7 @@ impl Statement for Touch {
     }
 }
 
-/// Ends one session. Returns the number of ended ones.
+/// Ends one session. Returns the number of ended sessions.
 struct Revoke(TokenHash);
 
 impl Statement for Revoke {

@@ -6,9 +6,8 @@ use crate::effects::Effects;
 
 /// A change of the store: its parameters and the SQL that they are for.
 ///
-/// A statement changes nothing in memory. [`Done::effects`] are the changes of memory that the
-/// writer applies once the transaction is committed. The value is dropped after that, or after the
-/// failure.
+/// A statement changes nothing in memory. The writer applies its [`Done::effects`] to the memory
+/// once the transaction is committed. Then, or after a failure, the writer drops the statement.
 pub(crate) trait Statement: Send + Sync + 'static {
     type Answer: Send + 'static;
 
@@ -17,19 +16,19 @@ pub(crate) trait Statement: Send + Sync + 'static {
 
     const SCOPE: Scope = Scope::Savepoint;
 
-    /// Returns approximately the memory of the statement while it waits.
+    /// Returns the approximate memory of the statement in the queue, in bytes.
     fn bytes(&self) -> usize {
         SMALL
     }
 
-    /// Runs in a transaction, which the writer begins and commits.
+    /// Runs the statement in a transaction, which the writer begins and commits.
     fn run(
         &self,
         tx: &mut SqliteConnection,
     ) -> impl Future<Output = sqlx::Result<Done<Self::Answer>>> + Send;
 }
 
-/// The memory of a statement with a few small parameters.
+/// The memory of a statement with a few small parameters, in bytes.
 pub(crate) const SMALL: usize = 256;
 
 /// The changes that the failure of a statement rolls back.
@@ -37,11 +36,11 @@ pub(crate) const SMALL: usize = 256;
 pub(crate) enum Scope {
     /// The changes of the statement, which runs in a savepoint.
     Savepoint,
-    /// The changes of its batch. For frequent statements that fail for no row: a savepoint costs
-    /// two round trips to SQLite's thread.
+    /// The changes of its batch. For frequent statements that never fail because of a row: they
+    /// save the two round trips to SQLite's thread that a savepoint costs.
     Batch,
     /// The changes of the statement, which has a transaction of its own. For statements that are
-    /// likely to fail with the whole transaction.
+    /// likely to fail with their whole transaction, which would fail the rest of a batch too.
     Alone,
 }
 
@@ -53,7 +52,7 @@ pub(crate) struct Done<T> {
     pub(crate) changes: Changes,
 }
 
-/// Whether the changes of a statement are committed.
+/// The decision of a statement to commit or to roll back its changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Changes {
     Keep,

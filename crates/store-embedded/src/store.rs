@@ -1,5 +1,5 @@
-//! The store: one struct that implements every port. Each area's file has the implementation of its
-//! port and the statements of it.
+//! The store: one struct that implements every port. The file of each area has the implementation
+//! of its port and the statements for it.
 
 use std::{fmt, sync::Arc};
 
@@ -15,7 +15,8 @@ use crate::{
 
 /// An open data directory, which implements the ports. Cheap to clone.
 ///
-/// After all clones are dropped, every answered change is kept; the next start reads the log.
+/// Dropping all clones without [`EmbeddedStore::close`] loses no answered change: the next start
+/// reads the log.
 #[derive(Clone)]
 pub struct EmbeddedStore {
     pub(crate) writer: Writer,
@@ -27,7 +28,7 @@ pub struct EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Returns the ports. They keep the directory open too.
+    /// Returns the ports. Like clones of the store, they keep the directory open.
     pub fn stores(&self) -> Stores {
         let store = Arc::new(self.clone());
         Stores {

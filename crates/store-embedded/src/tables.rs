@@ -1,7 +1,8 @@
 //! The description of every table of the schema.
 //!
 //! The column lists of the export and the canonical rows that verify a transfer are generated from
-//! it. A test compares it with the schema, so a new table or column needs an entry here.
+//! these descriptions. A test compares them with the schema, so a new table or column needs an
+//! entry here.
 
 use qpq_ports::transfer::Table;
 
@@ -13,7 +14,7 @@ pub(crate) struct TableDescription {
     columns: &'static [Column],
 }
 
-/// Whether a transfer to a cluster moves the rows of a table.
+/// The treatment of a table by a transfer to a cluster.
 #[derive(Clone, Copy, Debug)]
 enum Content {
     /// The rows are moved, in the order of the first `key` columns.
@@ -28,7 +29,7 @@ struct Column {
     role: Role,
 }
 
-/// The part of a column in moved and in canonical rows.
+/// The use of a column in moved rows and in canonical rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     /// In both.
@@ -40,15 +41,16 @@ enum Role {
     /// The number of an account. The canonical row has the account's identity key instead, because
     /// the numbers differ from store to store.
     Account,
-    /// As `Account`, and the rows of an account have an order, that of the named column. The
-    /// canonical row has the identity key and the position.
+    /// As `Account`, for rows whose order within an account is that of the named column. The
+    /// canonical row has the identity key and the position in that order.
     AccountInOrder(&'static str),
-    /// A number that only this store uses, and that orders the rows with one value of the named
-    /// column. The canonical row has the position.
+    /// A number that only this store uses. It orders the rows that have the same value in the named
+    /// column. The canonical row has the position in that order.
     OrderWithin(&'static str),
     /// A number that only this store uses. Not in canonical rows.
     RowNumber,
-    /// The key of a row that the cluster may have already. Rows with a key are not canonical.
+    /// The key of a row that the cluster may have already. Rows with a key are left out of the
+    /// canonical rows.
     UniqueKey,
     /// A value that follows from other columns. In neither.
     Derived,
@@ -68,7 +70,7 @@ const fn local(name: &'static str) -> Column {
     column(name, Role::Local)
 }
 
-/// The payload of a message, which others may share.
+/// The payload of a message, which other messages may share.
 const PAYLOAD: &str = "CASE WHEN t.payload_id IS NULL THEN t.payload \
                        ELSE (SELECT p.bytes FROM payload p WHERE p.id = t.payload_id) END";
 
@@ -174,7 +176,7 @@ static TABLES: &[TableDescription] = &[
         content: Content::Transferred { to: Table::Device, key: 1 },
         columns: &[
             column("id", Role::RowNumber),
-            // The order of their registration is the order in which they are listed.
+            // Devices are listed in the order of their registration.
             column("account", Role::AccountInOrder("id")),
             value("device"),
             value("name"),
@@ -215,7 +217,7 @@ static TABLES: &[TableDescription] = &[
         name: "group_member",
         content: Content::Transferred { to: Table::GroupMember, key: 1 },
         columns: &[
-            // The order in which they joined decides who follows the last admin.
+            // The order in which members joined decides which member follows the last admin.
             column("id", Role::OrderWithin("group_id")),
             value("group_id"),
             column("account", Role::Account),
@@ -296,7 +298,7 @@ impl TableDescription {
     /// Returns the description of a table that is moved.
     ///
     /// # Panics
-    /// If there is none, which a test excludes.
+    /// If the table has no description, which a test excludes.
     pub(crate) fn of(table: Table) -> &'static Self {
         let is_table = |description: &&Self| description.moved().is_some_and(|(to, _)| to == table);
         TABLES.iter().find(is_table).expect("a test finds a description of every moved table")

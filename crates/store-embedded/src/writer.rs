@@ -13,9 +13,9 @@
 //!   its caller alone, if the statement runs in a savepoint.
 //! - A failure of the store (full, I/O, corrupt) rolls the batch back and is returned to all of its
 //!   callers. The next batch uses a new connection, so the store works again as soon as the disk
-//!   does. The size of the batch is remembered until one of that size commits: a smaller one may
-//!   fit where the larger one did not.
-//! - A caller may stop waiting. Its call is committed all the same, or fails.
+//!   does. The size of the failed batch is remembered until a batch of at least that size commits,
+//!   because a smaller one may fit on a full disk.
+//! - The call of a caller that has stopped waiting is committed, or fails, like any other.
 
 use std::{
     fs::File,
@@ -48,7 +48,7 @@ use crate::{
 /// The memory of a waiting message without its payload.
 const MESSAGE_BYTES: usize = 256;
 
-/// Sends calls to the writer. Cheap to clone.
+/// A handle that sends calls to the writer. Cheap to clone.
 ///
 /// The task ends with [`Writer::close`], or after the last clone is dropped and the calls that wait
 /// are answered.
@@ -59,7 +59,8 @@ pub(crate) struct Writer {
     refused: Arc<RefusedBytes>,
 }
 
-/// The bytes of the largest batch that failed since one of that size was committed; 0 for none.
+/// The bytes of the largest batch that failed since a batch of at least that size was committed; 0
+/// for none.
 #[derive(Debug, Default)]
 struct RefusedBytes(AtomicUsize);
 
@@ -86,8 +87,8 @@ enum Item {
 }
 
 impl Writer {
-    /// Starts the writer on `connection`. `options` create another one after a failure. `lock` is
-    /// dropped after the connection is closed.
+    /// Starts the writer on `connection`. After a failure, `options` open another connection.
+    /// `lock` is dropped after the connection is closed.
     pub(crate) fn start(
         connection: SqliteConnection,
         options: SqliteConnectOptions,
@@ -107,8 +108,8 @@ impl Writer {
         Self { queue: Batcher::start([committer]), admission: Admission::default(), refused }
     }
 
-    /// Returns about the size that a commit must have to show that the last failed batch would
-    /// succeed now. `None` if no batch has failed.
+    /// Returns the approximate size of a commit that would show that the last failed batch can
+    /// succeed now. `None` if no batch has failed since such a commit.
     pub(crate) fn refused(&self) -> Option<usize> {
         self.refused.get()
     }
@@ -121,7 +122,7 @@ impl Writer {
         self.run_admitted(statement, permit.map_err(StoreError::unavailable)?).await
     }
 
-    /// As [`Writer::run`], for a statement that accepts a number of messages of `sender`.
+    /// Runs a statement that accepts a number of messages of `sender`, as [`Writer::run`] does.
     pub(crate) async fn run_from<S: Statement>(
         &self,
         sender: &IdentityKey,
@@ -177,7 +178,7 @@ trait QueuedStatement: Send {
     fn bytes(&self) -> usize;
     /// Runs the statement and keeps its result. Returns whether its changes are kept.
     fn run<'c>(&'c mut self, tx: &'c mut SqliteConnection) -> BoxFuture<'c, sqlx::Result<Changes>>;
-    /// Applies the effects and answers.
+    /// Applies the effects and answers the caller.
     fn committed(self: Box<Self>, memory: &Memory);
     fn failed(self: Box<Self>, error: StoreError);
 }
@@ -223,7 +224,7 @@ impl<S: Statement> QueuedStatement for Queued<S> {
     fn failed(self: Box<Self>, error: StoreError) {
         let Self { statement, answer, .. } = *self;
         drop(statement);
-        // As above.
+        // The caller may have stopped waiting.
         let _ = answer.send(Err(error));
     }
 }
@@ -282,7 +283,7 @@ impl Transaction {
     fn failed(self, error: &SharedError) {
         self.statements.into_iter().for_each(|statement| statement.failed(error.clone().into()));
         for call in self.calls {
-            // As above.
+            // The caller may have stopped waiting.
             let _ = call.answer.send(Err(error.clone().into()));
         }
     }
@@ -399,7 +400,7 @@ impl Committer {
         Ok(Results { failures, enqueued })
     }
 
-    /// Closes the connection in any state.
+    /// Closes the connection, whatever its state is.
     async fn disconnect(&mut self) {
         if let Some(mut connection) = self.connection.take() {
             // SQLite may have rolled back already, or the connection may be unusable. Closing it
@@ -410,8 +411,8 @@ impl Committer {
     }
 }
 
-/// Runs a statement in a savepoint. Returns a failure that concerns it alone; any other is an error
-/// of the transaction.
+/// Runs a statement in a savepoint. Returns a failure that concerns the statement alone. Any other
+/// failure is an error of the transaction.
 async fn in_savepoint(
     statement: &mut dyn QueuedStatement,
     connection: &mut SqliteConnection,
@@ -439,7 +440,8 @@ async fn execute(connection: &mut SqliteConnection, sql: &'static str) -> sqlx::
     sqlx::query(sql).execute(connection).await.map(drop)
 }
 
-/// Writes the log back into the database file, so that the file alone is complete.
+/// Marks the end as clean, and writes the log back into the database file, so that the file is
+/// complete without the log.
 async fn finish(connection: &mut SqliteConnection) {
     if let Err(error) = damage::mark_clean_end(connection).await {
         tracing::warn!(%error, "end was not marked as clean, the next start checks every page");

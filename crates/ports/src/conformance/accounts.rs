@@ -110,7 +110,7 @@ pub async fn a_lookalike_of_a_taken_username_is_taken(factory: &dyn Factory) {
         for (attempt, expected) in [
             (account("paypa1", 2, 2), Registration::UsernameTaken),
             (account("\u{440}\u{430}ypal", 2, 2), Registration::UsernameTaken),
-            // Both are taken: the name is named first.
+            // The username and the key are taken: the username is reported.
             (account("paypa1", 1, 1), Registration::UsernameTaken),
             (account("other", 1, 1), Registration::IdentityTaken),
             (first.clone(), Registration::Repeated(id)),

@@ -19,7 +19,7 @@ pub(super) const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 
 pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
-/// A page without limits.
+/// A limit that no page reaches.
 pub(super) const EVERYTHING: PageLimit = PageLimit { messages: u32::MAX, bytes: usize::MAX };
 
 pub(super) struct Bench {
@@ -95,7 +95,8 @@ impl Bench {
         got
     }
 
-    /// Returns why a read is refused, by each of the three ways to read.
+    /// Returns the errors of a lease, a peek and an ack of `read`. `None`: that operation
+    /// succeeded.
     pub(super) async fn refused(&self, read: ReadQuery, now: UnixMillis) -> [Option<ReadError>; 3] {
         let inboxes = &self.stores.inboxes;
         let ack = Ack { up_to: Some(Seq(1)), ..Ack::default() };
@@ -162,7 +163,7 @@ impl Bench {
     }
 }
 
-/// Creates an account from a name, a number for the key and one for the record.
+/// Creates an account from a name, a number for the key and a number for the record.
 pub(super) fn account(name: &str, key: u8, record: u8) -> NewAccount {
     NewAccount {
         username: Username::parse(name).expect("a username"),
@@ -172,7 +173,7 @@ pub(super) fn account(name: &str, key: u8, record: u8) -> NewAccount {
     }
 }
 
-/// Creates a message for the default channel, without an id, that lives for a day.
+/// Creates a message for the default channel, without an id and with a lifetime of a day.
 pub(super) fn message(from: Person, to: Person, text: &str) -> NewMessage {
     let payload = bytes::Bytes::copy_from_slice(text.as_bytes());
     let mut payload_sha256 = [0; 32];

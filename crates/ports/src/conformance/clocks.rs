@@ -14,7 +14,7 @@ use crate::{Enqueued, PackageOwner, Upload, UploadMode};
 const DAY: Duration = Duration::from_secs(86_400);
 
 impl Bench {
-    /// A bench whose backend has the time [`NOW`].
+    /// Creates a bench whose backend has the time [`NOW`].
     async fn at_noon(factory: &dyn Factory) -> Self {
         let bench = Self::new(factory).await;
         bench.backend.set_clock(NOW).await;
@@ -22,7 +22,7 @@ impl Bench {
     }
 }
 
-/// 100 days are beyond every time to live.
+/// Returns an instant 100 days ahead, which is beyond the lifetime of every message.
 fn ahead() -> UnixMillis {
     NOW.plus(100 * DAY)
 }

@@ -37,8 +37,8 @@ impl Bench {
         token
     }
 
-    /// Returns the device of a session, from both ways to look it up; `None` if the session has
-    /// ended.
+    /// Returns the device of a session, on which `find` and `confirm` must agree; `None` if the
+    /// session has ended.
     async fn bound(&self, token: TokenHash) -> Option<Option<u8>> {
         let sessions = &self.stores.sessions;
         let found = sessions.find(&token).await.expect("find");
@@ -165,7 +165,7 @@ pub async fn a_registration_binds_a_session_without_a_device(factory: &dyn Facto
     let free = bench.session(alice, 10, None).await;
     let bound = bench.session(alice, 11, Some(5)).await;
     let repeating = bench.session(alice, 12, None).await;
-    // Copies of the sessions are warm.
+    // Loads the sessions into the backend's cache.
     assert_eq!(bench.bound(free).await, Some(None));
     assert_eq!(bench.bound(bound).await, Some(Some(5)));
     assert_eq!(bench.bound(repeating).await, Some(None));

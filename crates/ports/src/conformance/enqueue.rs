@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{Batch, Enqueued, NewMessage, Page, Receipt};
 
-/// Without a limit for each sender: one sender may fill an inbox.
+/// Returns limits with which one sender may fill an inbox.
 fn unshared() -> DeliveryLimits {
     DeliveryLimits { sender_share: 1, ..DeliveryLimits::default() }
 }
@@ -48,7 +48,7 @@ pub async fn seqs_are_contiguous_under_concurrency(factory: &dyn Factory) {
     let mut taken = [BTreeSet::new(), BTreeSet::new()];
     for seen in tasks.join_all().await {
         for (seen, taken) in seen.into_iter().zip(&mut taken) {
-            assert!(seen.is_sorted(), "what one task sends in order gets rising seqs");
+            assert!(seen.is_sorted(), "the messages of one task have rising seqs");
             taken.extend(seen);
         }
     }
@@ -125,7 +125,8 @@ pub async fn messages_that_share_a_payload_are_stored_like_any_other(factory: &d
     let people = [bench.person(1).await, bench.person(2).await, bench.person(3).await];
     let [alice, bob, carol] = people;
     let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
-    // Large enough for any backend to store it once, and one that is not.
+    // A backend may store the large payload once for all its messages. The small one is too small
+    // for that.
     let (large, small) = (message(alice, alice, &"x".repeat(40_000)), message(alice, alice, "s"));
     let to =
         |message: &NewMessage, to: Person| NewMessage { recipient: to.identity, ..message.clone() };
@@ -204,11 +205,7 @@ pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) 
     let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let alice = bench.person(1).await;
     let sized = |n: usize| message(alice, alice, &"x".repeat(n));
-    assert_eq!(
-        bench.send(sized(101)).await,
-        Enqueued::QueueFull,
-        "more than there ever is room for"
-    );
+    assert_eq!(bench.send(sized(101)).await, Enqueued::QueueFull, "larger than the inbox");
     bench.deliver(sized(60)).await;
     assert_eq!(bench.send(sized(41)).await, Enqueued::QueueFull);
     bench.deliver(sized(40)).await;
@@ -242,8 +239,8 @@ pub async fn expired_messages_make_room(factory: &dyn Factory) {
     assert_eq!(texts(&bench.peek_at(all(alice), latest).await), ["stays", "first", "second"]);
 }
 
-/// Counted in calls, not in time: earlier calls are stored earlier, but those of one sender are
-/// never more than about one transaction.
+/// The wait of a message is counted in stored calls, not in time. Calls are stored in their order,
+/// but one sender never has more than about one transaction in the queue.
 pub async fn large_batches_of_one_sender_do_not_block_others(factory: &dyn Factory) {
     const GREEDY: usize = 24;
     const BETWEEN: usize = 8;

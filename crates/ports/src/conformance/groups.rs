@@ -40,7 +40,7 @@ fn direct(creator: Person, id: u8, other: Person) -> NewGroup {
     NewGroup { id: GroupId::new([id; 16]), members, ..new_group(creator, &[]) }
 }
 
-/// A message of `sender` to all other members, without a commit.
+/// Creates a message of `sender` to all other members, without a commit.
 fn to_others(sender: Person, text: &str) -> GroupMessage {
     let one = message(sender, sender, text);
     GroupMessage {
@@ -398,7 +398,7 @@ pub async fn a_list_of_members_is_read_page_by_page(factory: &dyn Factory) {
         let view = view.expect("a member");
         sizes.push(view.members.len());
         names.extend(view.members.into_iter().map(|member| member.username));
-        // A member who leaves between two pages shifts neither.
+        // A member who leaves between two pages does not shift the members of either page.
         if after == 0 {
             bench.remove(people[0], people[1]).await.expect("removed");
         }

@@ -1,5 +1,5 @@
 //! Rules of the store id: [`crate::Maintenance::begin_history`], and the leases, acks and
-//! KeyPackages that it ends.
+//! KeyPackages of earlier histories.
 
 use qpq_domain::{AccountId, Seq, UnixMillis};
 
@@ -92,7 +92,7 @@ async fn upload(stores: &Stores, owner: AccountId, n: u8, now: UnixMillis) -> Up
         .expect("upload")
 }
 
-/// Any of them may have been taken between the copy and its restoration.
+/// Any one-time package may have been taken between the copy and its restoration.
 pub async fn another_history_has_no_earlier_one_time_packages(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let (alice, bob) = (bench.person(1).await, bench.person(2).await);

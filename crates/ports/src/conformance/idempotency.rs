@@ -1,4 +1,4 @@
-//! Rules of message ids: which messages are repeats, and for how long.
+//! Rules of message ids: the recognition of repeats, and its duration.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{Batch, Enqueued, NewMessage, Receipt};
 
-/// How long ids are remembered by default.
+/// Returns the time for which ids are remembered by default.
 fn window() -> Duration {
     DeliveryLimits::default().recent_ids
 }

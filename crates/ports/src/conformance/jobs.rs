@@ -19,7 +19,7 @@ const OTHER: JobKind = JobKind::new("other");
 const HORIZON: Duration = Duration::from_secs(3_600);
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// A job that is due immediately.
+/// Creates a job that is due immediately.
 fn job(payload: &str) -> NewJob {
     NewJob { kind: MAIL, key: None, payload: payload.into(), delay: Duration::ZERO }
 }
@@ -194,7 +194,7 @@ pub async fn a_put_with_a_present_key_makes_the_job_due_earlier_and_never_later(
     assert_eq!(payloads(&[claimed]), ["every hour"]);
 }
 
-/// The run may have read the state before the cause of the second put was committed.
+/// The first run may have read the state before the cause of the second put was committed.
 pub async fn a_job_that_is_put_while_it_runs_runs_once_more(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let ends = [
@@ -223,7 +223,7 @@ pub async fn concurrent_puts_of_a_key_and_ends_lose_no_run(factory: &dyn Factory
     let order = std::sync::atomic::Ordering::SeqCst;
     let putting = async {
         for _ in 0..PUTS {
-            // The cause is there before its job is put.
+            // The cause is stored before its job is put.
             stored.fetch_add(1, order);
             put(&bench, keyed("relay")).await;
         }
@@ -311,7 +311,7 @@ pub async fn jobs_survive_a_crash(factory: &dyn Factory) {
     put(&bench, NewJob { delay: MINUTE, ..job("later") }).await;
     let claimed = claim(&bench, 1, NOW).await.remove(0);
     bench.crash().await;
-    // A backend waits for the end of the lease, or finds that no worker is left.
+    // After a crash, a backend waits for the end of the lease, or finds that no worker is left.
     let at = NOW.plus(2 * MINUTE);
     let again = claim(&bench, 9, at).await;
     assert_eq!(HashSet::from_iter(payloads(&again)), HashSet::from(["waiting", "later"]));
@@ -323,7 +323,7 @@ pub async fn jobs_survive_a_crash(factory: &dyn Factory) {
     assert!(claim(&bench, 9, at.plus(9 * MINUTE)).await.is_empty());
 }
 
-/// The edge with the wrong clock is one of several, or the clock jumped while the process ran.
+/// The caller is one edge of several, or its clock jumped while the process ran.
 pub async fn a_caller_with_a_wrong_clock_writes_right_waits(factory: &dyn Factory) {
     for wrong in [NOW.plus(100 * DAY), NOW.minus(100 * DAY)] {
         let bench = Bench::new(factory).await;
@@ -373,7 +373,7 @@ pub async fn a_store_clock_that_jumps_and_returns_hides_no_job(factory: &dyn Fac
             }
             let now = NOW.plus(2 * MINUTE);
             bench.backend.set_clock(now).await;
-            // The right wait again, neither longer nor shorter.
+            // With the right clock, a wait is neither longer nor shorter than the worker asked for.
             for _ in 0..2 {
                 let claimed = claim_one(&bench, now).await;
                 end(&bench, &claimed, JobEnd::RepeatAfter { wait: Duration::ZERO }, now).await;
@@ -397,7 +397,7 @@ pub async fn a_job_beyond_the_horizon_of_its_kind_is_due(factory: &dyn Factory) 
         HashSet::from_iter(payloads(&found)),
         HashSet::from(["due", "beyond", "after the end of time"])
     );
-    // A lease that ends beyond the horizon has ended.
+    // A lease that ends beyond the horizon counts as ended.
     for claimed in found {
         let forever = bench.stores.jobs.renew(claimed.claim, 2 * HORIZON, NOW).await;
         assert_eq!(forever.expect("renew"), ClaimState::Held);

@@ -15,7 +15,7 @@ use crate::{HybridKey, NewKeyPackage, PackageOwner, Stock, TakenKeyPackage, Uplo
 
 pub use self::devices::*;
 
-/// Creates the package with this number, valid for an hour.
+/// Creates the package with this number, valid from an hour before [`NOW`] to an hour after.
 fn package(n: u8) -> NewKeyPackage {
     NewKeyPackage {
         fingerprint: [n; 32],
@@ -292,7 +292,7 @@ pub async fn a_replacement_that_is_refused_removes_nothing(factory: &dyn Factory
     assert_eq!(bench.stock(alice).await, stock(1, true));
     assert_eq!(bench.take(alice).await, taken(2));
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
-    // The package was taken before, and a replacement removes it before it is stored again.
+    // A package that was taken is refused, although the replacement would remove it first.
     assert_eq!(bench.replace(alice, vec![last_resort(3)]).await, Upload::GivenOut(0));
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
 }

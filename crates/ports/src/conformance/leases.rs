@@ -1,4 +1,4 @@
-//! Rules of leases: which messages are hidden, visible again, and removed.
+//! Rules of leases: the messages that a lease hides, shows again, and removes.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -68,17 +68,13 @@ pub async fn a_view_stops_before_a_leased_message(factory: &dyn Factory) {
     assert_eq!(
         (seqs(stopped.page()), stopped.page().more),
         (vec![1], false),
-        "4 is visible to nobody, 3 to 1's"
+        "the view of all channels stops before 2"
     );
     assert_eq!(bench.lease(only(alice, 2), EVERYTHING).await.page(), &bench.nothing());
     assert_eq!(bench.lease(only(alice, 1), EVERYTHING).await.page(), &bench.nothing());
     drop(stopped);
     let first_channel = bench.lease(only(alice, 1), EVERYTHING).await;
-    assert_eq!(
-        seqs(first_channel.page()),
-        [1, 3],
-        "another channel's lease is in nobody's way here"
-    );
+    assert_eq!(seqs(first_channel.page()), [1, 3], "the leased message is in another channel");
     second.complete(NOW).await.expect("complete");
     assert_eq!(seqs(bench.lease(only(alice, 2), EVERYTHING).await.page()), [4]);
     assert_eq!(bench.lease(all(alice), EVERYTHING).await.page(), &bench.nothing());
@@ -93,7 +89,7 @@ pub async fn a_peek_stops_before_a_leased_message(factory: &dyn Factory) {
     assert_eq!(bench.peek(all(alice)).await, bench.nothing());
     let behind =
         bench.stores.inboxes.peek(all(alice), Seq(2), EVERYTHING, NOW).await.expect("peek");
-    assert_eq!(seqs(&behind), [3, 4, 5], "who asks for what is behind it gets that");
+    assert_eq!(seqs(&behind), [3, 4, 5], "a peek that begins after the leased messages");
     assert_eq!(seqs(&bench.peek(only(alice, 1)).await), [5]);
     drop(lease);
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3, 4, 5]);
@@ -148,8 +144,8 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
                     if round % 3 == 0 {
                         drop(lease);
                     } else {
-                        // Noted before the completion, because afterwards others may be quicker to
-                        // note theirs.
+                        // Recorded before the completion. After the completion, another reader
+                        // might record later messages first.
                         let new = seqs.iter().filter(|seq| completed.lock().insert(**seq)).count();
                         assert_eq!(new, seqs.len(), "{seqs:?} shown again after it was completed");
                         lease.complete(NOW).await.expect("complete");
@@ -170,13 +166,13 @@ pub async fn concurrent_readers_get_each_message_once_and_in_order(factory: &dyn
             .await
             .expect("enqueue");
     }
-    // A reader that waits is woken by the last completion, by any reader.
+    // The last completion, by any reader, wakes the readers that wait.
     tasks.join_all().await;
     assert_eq!(*completed.lock(), (1..=MESSAGES).collect());
     assert_eq!(bench.peek(all(alice)).await, bench.nothing());
 }
 
-/// Reads begin after an ack has returned, while others read continuously.
+/// Each read begins after an ack has returned, while another reader reads continuously.
 pub async fn acked_messages_are_not_returned_by_later_reads(factory: &dyn Factory) {
     const MESSAGES: usize = 150;
     let (bench, alice) = filled(factory, MESSAGES).await;

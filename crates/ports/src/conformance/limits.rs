@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{Bucket, LimitKey, Verdict};
 
-/// Ten immediately, two each second.
+/// Allows ten calls immediately, and two more each second.
 const BUCKET: Bucket = Bucket { burst: 10, per_second: 2.0 };
 
 fn key(n: u8) -> LimitKey {
@@ -74,11 +74,7 @@ pub async fn a_cost_above_the_burst_leaves_a_debt(factory: &dyn Factory) {
     assert_eq!(bench.spend(1, 1, NOW).await, Verdict::Allowed);
     assert_eq!(bench.spend(1, 30, NOW).await, retry(500), "it needs a full bucket");
     assert_eq!(bench.spend(1, 30, after(500)).await, Verdict::Allowed);
-    assert_eq!(
-        bench.spend(1, 1, after(500)).await,
-        retry(10_500),
-        "and 20 more than that are owed"
-    );
+    assert_eq!(bench.spend(1, 1, after(500)).await, retry(10_500), "with a debt of 20 tokens");
     assert_eq!(bench.spend(1, 1, after(11_000)).await, Verdict::Allowed);
 }
 

@@ -122,7 +122,8 @@ pub async fn a_sweep_changes_no_answer(factory: &dyn Factory) {
     assert_eq!(bench.deliver(expiring.at(now)).await.seq.0, 4);
 }
 
-/// More than one transaction removes, so that some of it is left when a message arrives.
+/// The inbox has more expired messages than one transaction removes, so some of them are left when
+/// a message arrives.
 pub async fn an_inbox_full_of_expired_messages_accepts_new_ones(factory: &dyn Factory) {
     const MANY: u64 = 600;
     let delivery =
@@ -134,7 +135,7 @@ pub async fn an_inbox_full_of_expired_messages_accepts_new_ones(factory: &dyn Fa
     bench.stores.inboxes.enqueue(Batch::new(brief)).await.expect("enqueue");
     assert_eq!(bench.send(message(alice, alice, "full")).await, Enqueued::QueueFull);
 
-    // Its id is forgotten by then, and may be used by another message.
+    // The id of the last message is forgotten by then, so another message may use it.
     let now = NOW.plus(60 * MINUTE);
     let mut fresh = vec![message(alice, alice, "last").with_id(1).at(now)];
     fresh.extend(vec![message(alice, alice, "fresh").at(now); 600]);

@@ -1,18 +1,18 @@
 //! The rules that every backend must follow, as tests: one function for each rule, with a backend
 //! of its own.
 //!
-//! The tests of a backend name a [`Factory`] and get a test for each rule:
+//! The tests of a backend pass a [`Factory`] to `conformance!`, which creates a test for each rule:
 //! ```ignore
 //! mod conformance {
 //!     qpq_ports::conformance!(crate::backend::Postgres::from_env());
 //! }
 //! ```
-//! A backend whose factory is expensive (it starts servers) gets one test for each area, whose
-//! rules share a factory:
+//! A backend with an expensive factory, for example one that starts servers, has one test for each
+//! area. The rules of an area share the factory:
 //! ```ignore
 //! qpq_ports::conformance!(together: crate::backend::Cluster::start());
 //! ```
-//! A rule about a race runs it many times. No rule waits for time to pass.
+//! A rule about a race repeats the race many times. No rule waits for time to pass.
 
 mod bench;
 
@@ -42,7 +42,7 @@ use crate::Stores;
 /// Creates backends.
 #[async_trait]
 pub trait Factory: Send + Sync {
-    /// Creates an empty backend with these limits, which no other test uses.
+    /// Creates an empty backend with these limits, for one test only.
     async fn fresh(
         &self,
         delivery: DeliveryLimits,
@@ -53,10 +53,10 @@ pub trait Factory: Send + Sync {
 /// A backend under test.
 #[async_trait]
 pub trait Backend: Send + Sync {
-    /// Returns its ports.
+    /// Returns the ports of the backend.
     fn stores(&self) -> Stores;
 
-    /// Loses everything that is not durable, as a killed process does, and starts again.
+    /// Discards everything that is not durable, as killing the process does, and starts again.
     async fn crash(&mut self);
 
     /// Sets the clock that the backend compares with the instants of its callers.
@@ -372,7 +372,7 @@ macro_rules! conformance_area {
         async fn $area() {
             let factory = $factory.await;
             $(
-                // A rule that fails is the last one named.
+                // In the output of a failed test, the last rule is the one that failed.
                 eprintln!(concat!("rule ", stringify!($rule)));
                 $crate::conformance::$area::$rule(&factory).await;
             )*

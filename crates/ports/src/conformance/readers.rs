@@ -27,7 +27,7 @@ async fn with_devices(factory: &dyn Factory, devices: &[u8]) -> (Bench, Person) 
     (bench, alice)
 }
 
-/// An inbox of at most this number of messages, without shares of senders.
+/// Returns limits of this number of messages in an inbox, without shares of senders.
 fn small(max_messages: u64) -> DeliveryLimits {
     DeliveryLimits { max_messages, sender_share: 1, ..DeliveryLimits::default() }
 }
@@ -131,7 +131,7 @@ pub async fn acks_out_of_order_are_remembered_for_each_device(factory: &dyn Fact
     assert_eq!(bench.waiting(one).await, ["a", "c", "e"]);
     assert_eq!(bench.ack(one, None, &[5]).await, 1);
     assert_eq!(bench.waiting(one).await, ["a", "c"]);
-    // No message but these two is left for any device: the inbox has room for four more.
+    // Only these two messages are left in the inbox: it has room for four more.
     for n in 0..4 {
         bench.deliver(message(alice, alice, &format!("g{n}"))).await;
     }
@@ -180,7 +180,7 @@ pub async fn a_page_of_a_revoked_registration_completes_nothing(factory: &dyn Fa
     assert_eq!(texts(lease.page()), ["a", "b"]);
     bench.revoke(alice, 2).await;
     bench.revoke(alice, 1).await;
-    // The device with the same id inherits, as the first one.
+    // The new device with the same id is the first device, so it inherits the messages.
     bench.device(alice, 2).await;
     lease.complete(NOW).await.expect("complete");
     assert_eq!(bench.drain(of_device(alice, 2)).await, ["a", "b"]);
@@ -252,8 +252,8 @@ pub async fn a_message_wakes_every_device(factory: &dyn Factory) {
     }
 }
 
-/// Each device receives all messages after some message, without a gap, independent of the time of
-/// its registration.
+/// At whatever time a device is registered, it receives all messages after some message, without a
+/// gap.
 pub async fn a_device_registered_during_sends_misses_nothing_afterwards(factory: &dyn Factory) {
     const MESSAGES: usize = 60;
     let bench = Bench::new(factory).await;
@@ -335,7 +335,8 @@ pub async fn a_revocation_of_the_last_device_during_sends_loses_nothing(factory:
     assert_eq!(acked, (1..=MESSAGES as u64).collect::<Vec<_>>(), "each once and in order");
 }
 
-/// Devices read concurrently by all ways, with releases: each receives each message once, in order.
+/// Devices lease, complete, release, peek and ack concurrently. Each receives each message once, in
+/// order.
 pub async fn concurrent_devices_get_each_message_once_and_in_order(factory: &dyn Factory) {
     const MESSAGES: u64 = 60;
     let (bench, alice) = with_devices(factory, &[1, 2, 3]).await;
@@ -378,7 +379,7 @@ pub async fn concurrent_devices_get_each_message_once_and_in_order(factory: &dyn
     }
 }
 
-/// The instant at which a device that was last seen at the start has been absent too long.
+/// Returns an instant at which a device that was last seen at [`NOW`] has been absent too long.
 fn long_after() -> qpq_domain::UnixMillis {
     NOW.plus(DeliveryLimits::default().device_absence).plus(MINUTE)
 }
@@ -399,7 +400,7 @@ pub async fn an_absent_device_that_holds_back_half_of_the_inbox_loses_its_positi
     }
     let later = long_after();
     bench.backend.set_clock(later).await;
-    // Device 1 has read meanwhile, device 2 never.
+    // Device 1 reads at this time. Device 2 has never read.
     let lease = bench.stores.inboxes.lease(of_device(alice, 1), EVERYTHING, later).await;
     let lease = lease.expect("lease");
     assert_eq!(texts(lease.page()), ["a", "b", "c", "d"]);
@@ -449,8 +450,8 @@ pub async fn a_device_keeps_its_position_while_it_reads_or_holds_back_little(
     for n in 0..3 {
         bench.deliver(message(alice, bob, &format!("m{n}")).living(2 * month)).await;
     }
-    // Messages for alice's device fill more than half of her inbox, but it has read a day ago.
-    // Those for bob's fill half of his.
+    // The messages for alice's device fill more than half of her inbox, but the device read a day
+    // ago. The messages for bob's device fill half of his inbox and no more.
     let day = Duration::from_secs(24 * 60 * 60);
     let seen = long_after().minus(day);
     bench.backend.set_clock(seen).await;

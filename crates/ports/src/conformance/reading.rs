@@ -8,7 +8,8 @@ use super::{
 };
 use crate::{PageLimit, ReadQuery, Reader};
 
-/// Five messages, the odd ones in the default channel and the even ones in channel 1.
+/// Registers an account with five messages, the odd ones in the default channel and the even ones
+/// in channel 1.
 async fn mixed(factory: &dyn Factory) -> (Bench, Person) {
     let bench = Bench::new(factory).await;
     let alice = bench.person(1).await;
@@ -54,7 +55,7 @@ pub async fn an_expired_message_is_never_shown(factory: &dyn Factory) {
     }
     let now = NOW.plus(2 * MINUTE);
     let one = bench.stores.inboxes.peek(all(alice), Seq::ZERO, first(1), now).await.expect("peek");
-    assert!(!one.more, "what has expired is not more");
+    assert!(!one.more, "expired messages do not count as more");
     assert_eq!(
         bench.ack_at(all(alice), Some(3), &[], now).await,
         1,
@@ -76,7 +77,7 @@ pub async fn a_page_ends_at_its_limits(factory: &dyn Factory) {
         (first(5), 5, true),
         (first(6), 6, false),
         (first(7), 6, false),
-        // Each costs 164 and up.
+        // The messages cost 164, 165 and so on.
         (PageLimit { messages: 9, bytes: 164 + 165 }, 2, true),
         (PageLimit { messages: 9, bytes: 164 + 165 - 1 }, 1, true),
         (PageLimit { messages: 1, bytes: usize::MAX }, 1, true),
@@ -125,7 +126,7 @@ pub async fn a_peek_continues_after_a_seq(factory: &dyn Factory) {
 pub async fn an_ack_removes_up_to_a_seq_of_its_view(factory: &dyn Factory) {
     let (bench, alice) = mixed(factory).await;
     assert_eq!(bench.ack(only(alice, 0), Some(4), &[]).await, 2);
-    assert_eq!(bench.ack(only(alice, 0), Some(4), &[]).await, 0, "again, to no effect");
+    assert_eq!(bench.ack(only(alice, 0), Some(4), &[]).await, 0, "a repeat removes nothing");
     assert_eq!(seqs(&bench.peek(all(alice)).await), [2, 4, 5]);
     assert_eq!(bench.ack(all(alice), Some(2), &[]).await, 1);
     assert_eq!(seqs(&bench.peek(all(alice)).await), [4, 5]);
@@ -169,8 +170,8 @@ pub async fn a_missing_inbox_is_empty(factory: &dyn Factory) {
     assert_eq!(bench.ack(all(nobody), Some(9), &[1]).await, 0);
 }
 
-/// Every operation of the inbox belongs to a reader. While no device is registered, a device that
-/// is named shares the position, the leases and the wakes of the single reader.
+/// Every operation of an inbox belongs to a reader. While no device is registered, a device that an
+/// operation names shares the position, the leases and the wakes of the single reader.
 pub async fn without_registered_devices_a_named_device_is_the_single_reader(factory: &dyn Factory) {
     let (bench, alice) = mixed(factory).await;
     let device = Some(DeviceId::new([7; 16]));

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{Batch, Enqueued, NewMessage};
 
-/// 16 messages: half is 8, a share is 2.
+/// Creates a backend whose inboxes have room for 16 messages: half is 8, a share is 2.
 async fn of_sixteen(factory: &dyn Factory) -> Bench {
     let limits = DeliveryLimits { max_messages: 16, ..DeliveryLimits::default() };
     Bench::with(factory, limits, KeyPackageLimits::default()).await
@@ -180,7 +180,7 @@ pub async fn removed_messages_return_their_share(factory: &dyn Factory) {
         (bench.person(1).await, bench.person(2).await, bench.person(3).await);
     send_numbered(&bench, stranger, bob, 0..9).await;
     assert_eq!(accepted(&send_numbered(&bench, friend, bob, 20..23).await), 2);
-    // 10 and 11 are the friend's.
+    // The messages 10 and 11 are from the friend.
     assert_eq!(bench.ack(all(bob), None, &[10]).await, 1);
     bench.crash().await;
     assert_eq!(accepted(&send_numbered(&bench, friend, bob, 30..33).await), 1);

@@ -12,8 +12,8 @@ use super::{
 };
 use crate::{Stores, Wake};
 
-/// Time after which a wait counts as a lost wake: no measure of speed, only an end for a test that
-/// would hang.
+/// The time after which a wait counts as a lost wake. It only ends a test that would hang, and
+/// measures no speed.
 const NEVER: Duration = Duration::from_secs(60);
 
 async fn woken(wake: &mut Box<dyn Wake>, by: &str) {
@@ -55,7 +55,7 @@ pub async fn a_message_wakes_the_readers_of_its_channel(factory: &dyn Factory) {
     let mut every = bench.stores.wakes.subscribe(&all(alice));
     for round in 0..30 {
         let n = round % 3;
-        // As a waiting call does: reads before it waits, and after each wake.
+        // Reads before the wait and after each wake, as a waiting call does.
         let read = only(alice, n);
         assert!(bench.peek(read).await.envelopes.is_empty());
         let sent = bench.deliver(message(alice, alice, "hello").in_channel(n)).await;
@@ -99,7 +99,7 @@ async fn fetch(stores: &Stores, person: Person) -> Vec<u64> {
             return seqs;
         }
         drop(lease);
-        woken(&mut wake, "what was read afterwards").await;
+        woken(&mut wake, "an enqueue or a release").await;
     }
 }
 

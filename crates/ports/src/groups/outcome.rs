@@ -1,5 +1,5 @@
 //! The result of a message to a group. Stores keep the encoded result of an accepted commit, to
-//! answer a repeat of it.
+//! answer a repeat of the commit.
 //!
 //! A transfer moves the bytes to a store of another kind and does not interpret them, so every
 //! store uses this encoding. Integers are big-endian.
@@ -8,13 +8,13 @@
 //! |---|---|
 //! | version | u8: 1 |
 //! | recipients | u8: 0 all members, 1 listed |
-//! | their number | u32 |
-//! | all members: the number of those that were skipped | u32 |
-//! | listed: when the first accepted message was | u64, milliseconds; 0 if none was |
-//! | listed: the SHA-256 of its payload | 32; zeros if none was |
-//! | listed: for each, the outcome | u8 and its fields, as follows |
-//! | 0: a message of the group with that instant and hash | u64: seq |
-//! | 1: another message | u64: seq, u64: instant, 32: SHA-256, u8: length of the channel, channel |
+//! | the number of recipients | u32 |
+//! | all members: the number of skipped members | u32 |
+//! | listed: the time of the first accepted message | u64, milliseconds; 0 if none was accepted |
+//! | listed: the SHA-256 of that message's payload | 32; zeros if none was accepted |
+//! | listed: for each recipient, the outcome | u8 and its fields, as follows |
+//! | 0: a message of the group with that time and hash | u64: seq |
+//! | 1: another message | u64: seq, u64: time, 32: SHA-256, u8: length of the channel, channel |
 //! | 2: no such recipient; 3: queue full; 4: sender share | |
 
 use qpq_domain::{ChannelId, Seq, UnixMillis};
@@ -60,10 +60,10 @@ impl GroupSent {
         }
     }
 
-    /// Decodes the result of a commit in `channel` that led to `epoch`, for its repeat. `None` if
-    /// the bytes are malformed.
+    /// Decodes the result of a commit in `channel` that led to `epoch`, for a repeat of the commit.
+    /// `None` if the bytes are malformed.
     ///
-    /// Recipients that have the message have it as [`Enqueued::Duplicate`].
+    /// The outcome of each recipient that has the message is [`Enqueued::Duplicate`].
     pub fn decode(bytes: &[u8], channel: ChannelId, epoch: u64) -> Option<Self> {
         let (recipients, outcomes, skipped) = match decode(bytes, channel)? {
             Outcome::Listed(outcomes) => (count(&outcomes), outcomes, 0),
@@ -82,7 +82,7 @@ fn count<T>(items: &[T]) -> u32 {
 enum Outcome {
     /// The outcomes of listed recipients.
     Listed(Vec<Enqueued>),
-    /// For a number of members, some of which were skipped.
+    /// The numbers of all members and of the skipped ones.
     Members { recipients: u32, skipped: u32 },
 }
 

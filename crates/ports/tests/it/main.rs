@@ -1,5 +1,5 @@
-//! A rule of the conformance suite that is not in the list of `conformance!` compiles and is never
-//! run. The compiler cannot find that.
+//! Checks that the list of `conformance!` contains every rule of the suite. A rule that is not in
+//! the list compiles but never runs, and the compiler does not report it.
 
 use std::{
     collections::BTreeSet,
@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Returns the files of a directory and of those in it.
+/// Returns the files of a directory and of its subdirectories.
 fn files(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).expect("the areas").map(|entry| entry.expect("an area"));
     let all = entries.map(|entry| entry.path());

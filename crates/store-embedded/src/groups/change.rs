@@ -15,8 +15,8 @@ use crate::{
 
 type Refusable<T> = Result<T, GroupRefusal>;
 
-/// The start of a statement: the table of the keys in ?1, which are 32 bytes each. SQLite binds no
-/// lists.
+/// The start of a statement. Splits the blob ?1 into a table of keys of 32 bytes each, because
+/// SQLite binds no lists.
 macro_rules! with_listed {
     ($statement:literal) => {
         concat!(
@@ -42,7 +42,7 @@ const ADD: &str = with_listed!(
       WHERE true ON CONFLICT DO NOTHING"
 );
 
-/// Gives the listed members of the group ?2 the role of an admin.
+/// Promotes the listed members of the group ?2 to admins.
 const PROMOTE_LISTED: &str = with_listed!(
     "UPDATE group_member SET role = 1
       WHERE group_id = ?2 AND role = 0
@@ -112,7 +112,7 @@ impl Statement for CreateGroup {
         if let Some(pair) = self.pair()
             && let Some(existing) = by_pair(tx, pair).await?
         {
-            // One of the two may have left the group.
+            // A member who has left the group is added again.
             add(tx, &existing, &self.keys(), Role::Member, *now).await?;
             return Ok(Done::keep(Ok(Creation::Existed(existing))));
         }
@@ -216,8 +216,8 @@ impl Statement for AddMembers {
     }
 }
 
-/// Returns the keys without repetitions, if each belongs to an account and they are not too many
-/// for a group.
+/// Returns the keys without repetitions. Refuses a key that belongs to no account, and more keys
+/// than a group may have members.
 async fn resolve(
     tx: &mut SqliteConnection,
     keys: &[IdentityKey],
@@ -235,7 +235,7 @@ async fn resolve(
 }
 
 /// Adds the accounts that are not members, and promotes the others if the role is admin. Returns
-/// the number of added ones.
+/// the number of added accounts.
 async fn add(
     tx: &mut SqliteConnection,
     group: &GroupId,
@@ -265,7 +265,7 @@ fn concatenated(keys: &[IdentityKey]) -> Vec<u8> {
     keys.iter().flat_map(|key| *key.as_bytes()).collect()
 }
 
-/// Removes a member, and the group with its last one.
+/// Removes a member, and with the last member the group.
 pub(super) struct RemoveMember {
     pub(super) group: GroupId,
     pub(super) actor: AccountId,
@@ -278,7 +278,7 @@ impl Statement for RemoveMember {
 
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Refusable<()>>> {
         let head = if self.is_of_actor(tx).await? {
-            // Also for an account that has left the group, so that the call can be repeated.
+            // An account that has left the group already may repeat the call.
             let head = Head::find(tx, &self.group, self.actor).await?;
             head.ok_or(GroupRefusal::NotFound)
         } else {
@@ -309,8 +309,8 @@ impl RemoveMember {
         Ok(account == Some(self.actor.0))
     }
 
-    /// Removes the group if it has no members. Otherwise makes its oldest member an admin if it has
-    /// none.
+    /// Removes the group if it has no members. Otherwise makes its oldest member an admin if there
+    /// is no admin.
     async fn after_removal(&self, tx: &mut SqliteConnection) -> sqlx::Result<()> {
         let group = &self.group.as_bytes()[..];
         let is_empty: bool = sqlx::query_scalar(IS_EMPTY).bind(group).fetch_one(&mut *tx).await?;

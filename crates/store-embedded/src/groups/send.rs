@@ -2,8 +2,8 @@
 //!
 //! A message to a group is one statement: it checks the membership and the epoch, accepts the
 //! message for each recipient, raises the epoch, and stores the GroupInfo. An accepted commit with
-//! a message id is remembered with its result for [`REMEMBERED`], so that a repeat gets that result
-//! and not a stale epoch.
+//! a message id is remembered with its result for [`REMEMBERED`], so that a repeat has that result
+//! instead of a stale epoch.
 
 use std::time::Duration;
 
@@ -20,12 +20,12 @@ use crate::{
     statement::{Done, SMALL, Statement},
 };
 
-/// The time for which an accepted commit is remembered: longer than any client that is still
-/// waiting for its answer repeats the call.
+/// The time for which an accepted commit is remembered. No client that still waits for the answer
+/// repeats the call after a longer time.
 const REMEMBERED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// The bytes that a message counts in the queue and in a transaction for each recipient: about the
-/// size of its row and index entries.
+/// The bytes that a message to a group counts in the queue and in a transaction for each recipient:
+/// about the size of its row and index entries.
 const RECIPIENT_BYTES: usize = 1 << 10;
 
 /// ?1 group, ?2 sender, ?3 message id, ?4 the instant after which a commit is remembered.
@@ -38,7 +38,7 @@ const ALL: &str = "
     SELECT a.identity FROM group_member m CROSS JOIN account a ON a.id = m.account
      WHERE m.group_id = ?1 ORDER BY m.account";
 
-/// The same, without the sender ?2 unless it has another device than ?3.
+/// As [`ALL`], without the sender ?2 unless the sender has another device than ?3.
 const OTHERS: &str = "
     SELECT a.identity FROM group_member m CROSS JOIN account a ON a.id = m.account
      WHERE m.group_id = ?1
@@ -49,7 +49,7 @@ const OTHERS: &str = "
 const RAISE_EPOCH: &str = "UPDATE mls_group SET epoch = ?2 WHERE id = ?1";
 const STORE_INFO: &str = "UPDATE mls_group SET epoch = ?2, group_info = ?3 WHERE id = ?1";
 
-/// Remembers a commit, in place of one with the same id that a sweep has yet to remove.
+/// Stores a commit, in place of an expired one with the same id that no sweep has removed yet.
 const REMEMBER: &str = "
     INSERT OR REPLACE INTO group_commit
         (group_id, account, message_id, epoch, committed_at, outcome)
@@ -66,7 +66,7 @@ pub(super) const STATEMENTS: [&str; 7] =
 /// Accepts a message to a group. Returns the outcome.
 pub(super) struct SendToGroup {
     pub(super) message: GroupMessage,
-    /// The number of recipients, or about that.
+    /// The approximate number of recipients.
     pub(super) recipients: usize,
     pub(super) limits: DeliveryLimits,
     pub(super) clock: ClockGuard,
@@ -190,7 +190,7 @@ impl SendToGroup {
     }
 }
 
-/// Forgets up to [`SWEEP_ROWS`] commits whose time is over. Returns their number.
+/// Removes up to [`SWEEP_ROWS`] commits that are older than [`REMEMBERED`]. Returns their number.
 pub(crate) struct SweepCommits {
     pub(crate) now: UnixMillis,
 }

@@ -12,8 +12,8 @@ use crate::row::Columns as _;
 
 /// The present store id. Cheap to clone.
 ///
-/// A statement that compares with it compares exactly: the id changes between two transactions of
-/// the writer.
+/// The id changes only between two transactions of the writer, so it stays the same while a
+/// statement runs.
 #[derive(Clone, Debug)]
 pub(crate) struct History(Arc<Mutex<StoreId>>);
 

@@ -1,7 +1,7 @@
 //! The leases, and the pages that reads may return because of them.
 //!
-//! A read takes its snapshot before it decides what to return. In between, another call may remove
-//! messages that are in the snapshot. So removals are counted while an inbox is read:
+//! A read takes its snapshot before it decides which messages it returns. In between, another call
+//! may remove messages that are in the snapshot. So removals are counted while an inbox is read:
 //!
 //! 1. The read registers itself ([`ReadInProgress`]) and notes the count.
 //! 2. The read takes its snapshot, which includes the reader's registration.
@@ -9,10 +9,10 @@
 //!    messages since, or a reader of the inbox was added or removed, the read begins again at step
 //!    1.
 //!
-//! A removal is counted after its commit and before its lease ends. So only a read with an older
-//! count can have removed messages in its snapshot, and that read begins again. Removals by one
-//! device do not affect reads of another: a message is deleted only when it waits for no other
-//! device.
+//! A removal is counted after its commit and before its lease ends. Therefore only a read that
+//! noted an older count can have removed messages in its snapshot, and that read begins again.
+//! Removals by one device do not affect reads of another: a message is deleted only when it waits
+//! for no other device.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -39,7 +39,7 @@ pub(crate) struct LeaseTable {
 #[derive(Debug, Default)]
 struct InboxState {
     reads_in_progress: usize,
-    /// Removals, and changes of the readers.
+    /// The count of removals and of changes of the readers.
     changes: ChangeCount,
     /// The count after the last change of the readers.
     readers_changed: ChangeCount,
@@ -55,7 +55,7 @@ struct ReaderState {
     leased: HashSet<Seq>,
 }
 
-/// The number of changes until an instant.
+/// The number of changes of an inbox up to some instant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ChangeCount(u64);
 
@@ -87,7 +87,7 @@ impl LeaseTable {
         if state.reads_in_progress > 0 {
             return;
         }
-        // No read has noted a count.
+        // No read compares with the counts of removals any more.
         state.readers.retain(|reader| !reader.leased.is_empty());
         if state.readers.is_empty() {
             shard.remove(inbox);
@@ -96,7 +96,7 @@ impl LeaseTable {
     }
 }
 
-/// A read that has not returned. The state of its inbox exists while it does.
+/// A read that has not returned. The state of its inbox exists until it is dropped.
 #[derive(Debug)]
 pub(crate) struct ReadInProgress<'t> {
     table: &'t Arc<LeaseTable>,
@@ -125,7 +125,7 @@ impl<'t> ReadInProgress<'t> {
         self.with_state(|state| state.page(noted, store_id, snapshot))
     }
 
-    /// As [`ReadInProgress::page`], and leases the messages of the page, if there are any.
+    /// Returns a page as [`ReadInProgress::page`] does, and leases its messages, if there are any.
     pub(crate) fn lease(
         &self,
         noted: ChangeCount,
@@ -165,11 +165,11 @@ impl InboxState {
         self.changes
     }
 
-    /// Returns the state of a reader. An inbox has few.
+    /// Returns the state of a reader, by a linear search because an inbox has few readers.
     fn reader(&mut self, registration: Option<RegistrationNumber>) -> &mut ReaderState {
         let known = self.readers.iter().position(|reader| reader.registration == registration);
         let index = known.unwrap_or_else(|| {
-            // Nearly always the only one, so there is room for one.
+            // Most inboxes have one reader, so no memory is reserved for others.
             self.readers.reserve_exact(1);
             let (removed, leased) = (ChangeCount::default(), HashSet::new());
             self.readers.push(ReaderState { registration, removed, leased });
@@ -198,9 +198,9 @@ impl InboxState {
     }
 }
 
-/// Hides leased messages from other reads until it is dropped, which releases them.
+/// A guard that hides leased messages from other reads until it is dropped, which releases them.
 ///
-/// Dropped after the messages were removed, it only ends the lease.
+/// If the messages were removed before, dropping the guard only ends the lease.
 #[derive(Debug)]
 pub(crate) struct LeaseGuard {
     table: Arc<LeaseTable>,

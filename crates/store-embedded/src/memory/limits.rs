@@ -17,7 +17,8 @@ const SHARD_CAPACITY: usize = 8_192;
 /// set back, and counts as full.
 const MAX_DEBT: f64 = 7.0 * 24.0 * 3_600_000.0;
 
-/// The instant at which a bucket is full or a memory expires, in milliseconds since the epoch.
+/// The instant at which a bucket is full or a remembered key expires, in milliseconds since the
+/// epoch.
 #[derive(Clone, Copy, Debug)]
 struct ExpiresAt(f64);
 
@@ -70,8 +71,8 @@ impl Limiter {
     }
 }
 
-/// Returns the instant at which the bucket is full again after `cost` is taken, or the time until
-/// there are enough tokens.
+/// Returns the instant at which the bucket is full again after `cost` is taken. Fails with the time
+/// until there are enough tokens.
 fn spend(bucket: Bucket, cost: u32, full_at: f64, now: f64) -> Result<f64, Duration> {
     if bucket.burst == 0 || bucket.per_second.is_nan() || bucket.per_second <= 0.0 {
         return Err(Duration::MAX);
@@ -81,7 +82,8 @@ fn spend(bucket: Bucket, cost: u32, full_at: f64, now: f64) -> Result<f64, Durat
     let needed = f64::from(cost.min(bucket.burst));
     let missing = (full_at - now) / millis_per_token;
     let lacking = missing + needed - f64::from(bucket.burst);
-    // Instants are whole milliseconds, so a fraction of one is no reason to refuse.
+    // Instants are whole milliseconds, so a lack of a fraction of a millisecond is a rounding
+    // error.
     if lacking * millis_per_token < 1e-3 {
         Ok(full_at + f64::from(cost) * millis_per_token)
     } else {

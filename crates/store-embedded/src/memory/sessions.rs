@@ -1,8 +1,9 @@
-//! The sessions in use, in memory: every call looks its session up, and few calls change one.
+//! The sessions in use, in memory, because every call looks its session up and few calls change
+//! one.
 //!
-//! The cache is exact, because this process is the only writer. A lookup could still cache a row
-//! that was revoked after the lookup had read it. So each change increments a generation, and a
-//! lookup caches nothing if the generation has changed since it began.
+//! The cache is exact, because this process is the only writer. A lookup must not cache a session
+//! that was revoked after the lookup had read its row. So each change increments a generation, and
+//! a lookup caches nothing if the generation has changed since it began.
 
 use moka::sync::Cache;
 use parking_lot::Mutex;
@@ -21,7 +22,7 @@ pub(crate) struct SessionCache {
     generation: Mutex<Generation>,
 }
 
-/// The number of changes until a point in time.
+/// The number of changes of sessions up to some instant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Generation(u64);
 
@@ -38,7 +39,7 @@ impl SessionCache {
         *self.generation.lock()
     }
 
-    /// Caches a session that was read, unless one has changed since `generation` was noted.
+    /// Caches a session that was read, unless any session has changed since `generation` was noted.
     pub(crate) fn insert(&self, token: TokenHash, session: Session, generation: Generation) {
         let current = self.generation.lock();
         if *current == generation {

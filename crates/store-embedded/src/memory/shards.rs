@@ -11,7 +11,7 @@ pub(super) const SHARDS: usize = 64;
 
 /// A map in [`SHARDS`] parts, each under its own lock.
 ///
-/// A random seed assigns keys to shards, so no client can choose keys that are all in one.
+/// A random seed assigns keys to shards, so no client can choose keys that are all in one shard.
 #[derive(Debug)]
 pub(super) struct Shards<K, V> {
     hasher: RandomState,

@@ -1,8 +1,8 @@
 //! The subscriptions to changes of an inbox. All of them are in this process, so a wake is one lock
 //! and one flag.
 //!
-//! A subscription is to an inbox, so a message wakes all of its readers. A completion by one device
-//! wakes the others too, whose next read then returns no message.
+//! A subscription is to an inbox, so a message wakes all readers of the inbox. A completion by one
+//! device wakes the other devices too. Their next read then returns no message.
 //!
 //! Each subscription stores a wake until it is awaited. The writer commits and then wakes; a read
 //! subscribes and then reads. So either the read sees the message, or the wake reaches its
@@ -41,7 +41,7 @@ impl WakeTable {
     pub(crate) fn subscribe(self: &Arc<Self>, inbox: IdentityKey, view: View) -> Box<dyn Wake> {
         let subscriber = Arc::new(Subscriber { view, woken: Notify::new() });
         let mut shard = self.subscribers.lock(&inbox);
-        // Nearly always the only one, so there is room for one.
+        // Most inboxes have one subscription, so no memory is reserved for others.
         let subscribers = shard.entry(inbox).or_insert_with(|| Vec::with_capacity(1));
         subscribers.push(Arc::clone(&subscriber));
         drop(shard);

@@ -1,18 +1,18 @@
-//! The acceptance of messages: many in one statement, and a few more statements for a message that
-//! the first one does not accept, to find out why.
+//! The acceptance of messages: one statement for many messages, and a few more for each message
+//! that the first statement leaves out, to find the reason.
 //!
-//! The first statement accepts nothing into an inbox that is more than half full. Those messages
-//! are handled one by one, because their senders are limited to a share of the inbox.
+//! The first statement accepts nothing into an inbox that is more than half full. Messages to such
+//! an inbox are handled one by one, because their senders are limited to a share of the inbox.
 //!
 //! A round trip to SQLite's thread costs more than an insert. So the writer passes the messages of
 //! all calls that wait, and they are inserted up to [`MAX_ROWS`] at a time. Each row contains the
-//! number of messages to its inbox before it in the same statement. If one of those is not
-//! accepted, a trigger leaves out the ones after it, because their seqs would not be the next. Each
-//! message that was left out for any reason is then handled by itself, in order; the reasons are
-//! looked up together (`left_out`).
+//! number of earlier messages to the same inbox in the statement, from which its seq follows. If
+//! one of these is not accepted, the seqs of the later ones are wrong, and a trigger leaves those
+//! messages out too. All messages that were left out are then handled one by one, in order. Their
+//! reasons are looked up together (`left_out`).
 //!
-//! A payload that several messages in a row share is stored once, in a row of its own, and they
-//! refer to it.
+//! A payload that several consecutive messages share is stored once, in a row of its own, and the
+//! messages refer to that row.
 
 mod runs;
 
@@ -37,14 +37,16 @@ use crate::{
 /// Maximum rows in one statement.
 pub(super) const MAX_ROWS: usize = 32;
 
-/// Expired messages removed for one message, in a transaction that has removed many already.
+/// The number of expired messages that are removed for one message in a transaction that has
+/// already removed many.
 const MIN_REMOVAL: i64 = 16;
 
-/// The statement for each number of rows, from zero.
+/// The insert statements, indexed by the number of rows.
 static INSERTS: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Own)).collect());
 
-/// The same, for rows that refer to one payload. Its number is the parameter after the rows.
+/// As [`INSERTS`], for rows that refer to one payload. The number of the payload is the parameter
+/// after the rows.
 static INSERTS_SHARED: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Shared)).collect());
 
@@ -63,7 +65,7 @@ enum Fill {
 /// A row is left out if the inbox does not exist or has no room, if the message id is known, or if
 /// the seq would not be the next.
 fn insert_sql(rows: usize, payloads: Payloads) -> String {
-    // Bare parameters only: sqlx does not count numbered ones before them.
+    // Only bare parameters, because sqlx does not count numbered parameters that precede bare ones.
     let (payload, payload_id) = match payloads {
         Payloads::Own => ("?", "NULL"),
         Payloads::Shared => ("x''", "?"),
@@ -102,7 +104,7 @@ const STORE_PAYLOAD: &str = "
     SELECT ?1, ?2 WHERE EXISTS (SELECT 1 FROM message WHERE payload_id = ?1)";
 
 /// Counts the messages of a sender in an inbox, up to a limit: ?1 inbox, ?2 sender, ?3 limit for
-/// each index, ?4 now. Each index has the messages that the other one lacks.
+/// each index, ?4 now. One index has the messages with a message id, the other one those without.
 const OF_SENDER: &str = "
     SELECT count(*) AS messages, coalesce(sum(size), 0) AS bytes
       FROM (SELECT size FROM (SELECT size FROM message
@@ -126,7 +128,7 @@ pub(super) fn statements() -> impl Iterator<Item = &'static str> {
         .chain([NEXT_ROW, NEXT_PAYLOAD, STORE_PAYLOAD, OF_SENDER, ALIVE])
 }
 
-/// Accepts messages. Answers their outcomes in order, and wakes the readers of those accepted.
+/// Accepts messages. Returns their outcomes in order, and wakes the readers of accepted ones.
 pub(crate) async fn all(
     connection: &mut SqliteConnection,
     messages: &[&NewMessage],
@@ -164,14 +166,14 @@ pub(crate) async fn all(
 
 type SqliteQuery<'q> = Query<'q, sqlx::Sqlite, SqliteArguments>;
 
-/// A message, and the bounds of the present for it.
+/// A message, and the bounds of the present at its instant.
 #[derive(Clone, Copy)]
 pub(super) struct Timed<'a> {
     pub(super) message: &'a NewMessage,
     pub(super) bounds: Bounds,
 }
 
-/// The messages to an inbox before a message in the same statement.
+/// The messages to the same inbox that precede a message in its statement.
 #[derive(Default)]
 struct Ahead {
     messages: i64,
@@ -218,7 +220,8 @@ struct Inserting<'a> {
     next_row: i64,
     /// The number of the payload that the messages refer to, if they share one.
     shared: Option<i64>,
-    /// Expired messages that this transaction may still remove beyond the necessary ones.
+    /// The number of expired messages that this transaction may still remove beyond the necessary
+    /// ones.
     removable: i64,
 }
 
@@ -234,8 +237,8 @@ impl Inserting<'_> {
         Ok(())
     }
 
-    /// Stores the payload that the messages share. After the messages, so that a payload of which
-    /// none was accepted is not written.
+    /// Stores the payload that the messages share. Runs after the inserts, so that the payload is
+    /// not written if no message was accepted.
     async fn end_run(&mut self, messages: &[Timed<'_>]) -> sqlx::Result<()> {
         let Some(id) = self.shared.take() else { return Ok(()) };
         sqlx::query(STORE_PAYLOAD)
@@ -249,7 +252,8 @@ impl Inserting<'_> {
     /// Handles at most [`MAX_ROWS`] messages of a run.
     async fn chunk(&mut self, messages: &[Timed<'_>]) -> sqlx::Result<Vec<Enqueued>> {
         let seqs = self.insert(messages, Fill::Half).await?;
-        // For the first message to an inbox, no other message of the chunk changes the reason.
+        // The reason for the first message to an inbox does not depend on other messages of the
+        // chunk.
         let is_first = |index: usize| {
             let recipient = &messages[index].message.recipient;
             !messages[..index].iter().any(|timed| timed.message.recipient == *recipient)
@@ -270,8 +274,8 @@ impl Inserting<'_> {
         Ok(outcomes)
     }
 
-    /// Inserts messages and returns the seqs of those accepted. Of the messages to one inbox, these
-    /// are the first ones.
+    /// Inserts messages and returns the seqs of the accepted ones. Of the messages to one inbox,
+    /// the accepted ones are the first.
     async fn insert(
         &mut self,
         messages: &[Timed<'_>],
@@ -310,7 +314,8 @@ impl Inserting<'_> {
         Ok(seqs)
     }
 
-    /// Returns the messages below which an inbox accepts one more, and the bytes up to which.
+    /// Returns the limits of an inbox that accepts a message: before the message, it has fewer
+    /// messages than the first number, and at most the second number of bytes.
     fn room(&self, fill: Fill) -> (u64, u64) {
         let limits = self.limits;
         match fill {
@@ -331,7 +336,7 @@ impl Inserting<'_> {
         self.explained(timed, reasons[0]).await
     }
 
-    /// Handles a message that was left out for a reason.
+    /// Handles a message that was left out, according to the reason.
     async fn explained(
         &mut self,
         timed: &Timed<'_>,
@@ -397,7 +402,7 @@ impl Inserting<'_> {
         Ok(self.insert(slice::from_ref(timed), fill).await?[0])
     }
 
-    /// Removes expired messages until the message fits, and some more while the transaction has
+    /// Removes expired messages until the message fits, and further ones while the transaction has
     /// removed few.
     async fn after_removal(&mut self, timed: &Timed<'_>, inbox: i64) -> sqlx::Result<Removed> {
         let Timed { message, bounds } = *timed;

@@ -1,4 +1,4 @@
-//! Why an insert left out a message, asked for several messages in one statement.
+//! The reasons why an insert left out messages, looked up for several messages in one statement.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -8,23 +8,23 @@ use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 use super::enqueue::{MAX_ROWS, Timed};
 use crate::row::{Columns as _, millis, millis_of};
 
-/// The statement for each number of messages, from zero.
+/// The statements, indexed by the number of messages.
 static WHY: LazyLock<Vec<String>> = LazyLock::new(|| (0..=MAX_ROWS).map(sql).collect());
 
-/// The inbox of a message that was left out. Such a message is known, or the inbox has no room, or
-/// an expired message has its id.
+/// The inbox of a message that was left out, and the reason: the message is known, the inbox has no
+/// room, or an expired message has the same id.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LeftOut {
     pub(super) inbox: i64,
     /// The messages and bytes of the inbox, including expired ones.
     pub(super) head: (u64, u64),
-    /// Whether there may be expired ones.
+    /// `true` if the inbox may have expired messages.
     pub(super) stale: bool,
     /// The receipt of the message with the same id, queued or removed.
     pub(super) known: Option<Receipt>,
 }
 
-/// Returns the statement. The row of a message whose recipient does not exist is missing.
+/// Returns the statement. A message whose recipient does not exist has no row in the result.
 fn sql(rows: usize) -> String {
     let values = vec!["(?, ?, ?, ?, ?)"; rows].join(", ");
     format!(
@@ -49,8 +49,8 @@ pub(super) fn statements() -> impl Iterator<Item = &'static str> {
     [WHY[1].as_str(), WHY[MAX_ROWS].as_str()].into_iter()
 }
 
-/// Returns why each message was left out, for at most [`MAX_ROWS`] messages; `None` if its
-/// recipient does not exist.
+/// Returns the reason why each message was left out, for at most [`MAX_ROWS`] messages; `None` if
+/// its recipient does not exist.
 pub(super) async fn why(
     connection: &mut SqliteConnection,
     messages: &[&Timed<'_>],

@@ -1,8 +1,8 @@
 //! The SQL of the message tables.
 //!
 //! A message is a row, found by its inbox and seq. The head of the inbox (last seq, count, bytes)
-//! is another row, which triggers keep. `enqueue` accepts messages, `read` takes snapshots,
-//! `position` records the messages that devices have finished, and `remove` deletes messages and
+//! is another row, which triggers update. `enqueue` accepts messages, `read` takes snapshots,
+//! `position` records the messages that devices have completed, and `remove` deletes messages and
 //! remembers their ids.
 //!
 //! An expired message counts as removed, whether or not a sweep has deleted it: it is not returned

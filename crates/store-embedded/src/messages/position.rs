@@ -1,9 +1,10 @@
-//! Positions of devices: the messages that a device has finished, and the removal of those that
+//! Positions of devices: the messages that a device has completed, and the removal of messages that
 //! wait for no device.
 //!
 //! A message waits for a device if its seq is above the position of the device (`device.upto`) and
-//! `device_done` has no row for both. Messages that are read in order move the position, which is
-//! one update for any number of them. Only messages that are read out of order have rows.
+//! `device_done` has no row for the message and the device. Messages that are read in order move
+//! the position, which is one update for any number of them. Only messages that are read out of
+//! order have rows.
 
 use std::time::Duration;
 
@@ -20,13 +21,13 @@ use crate::{
 pub(crate) struct Completion<'a> {
     pub(crate) registration: RegistrationNumber,
     pub(crate) named: Named<'a>,
-    /// The position does not pass other messages that have not expired at this instant.
+    /// The position does not pass other waiting messages that have not expired at this instant.
     pub(crate) kept_at: UnixMillis,
 }
 
 impl Completion<'_> {
-    /// Completes the messages that wait for the device. Returns their number; `None` if the
-    /// registration was revoked.
+    /// Completes the messages that wait for the device. Returns their number; 0 if the registration
+    /// was revoked.
     pub(crate) async fn run(
         &self,
         connection: &mut SqliteConnection,
@@ -75,7 +76,7 @@ impl Completion<'_> {
         query.execute(connection).await.map(drop)
     }
 
-    /// Returns the named messages from the lowest to the highest that waits.
+    /// Returns the named messages between the lowest and the highest one that waits.
     fn among(&self, waiting: &Waiting) -> Named<'_> {
         let seqs = match self.named.seqs {
             Seqs::Range { .. } => Seqs::Range { from: waiting.lowest, to: waiting.highest },
@@ -84,7 +85,7 @@ impl Completion<'_> {
         Named { seqs, ..self.named }
     }
 
-    /// Binds ?1 to ?8.
+    /// Binds ?1 to ?8, of which the first two are unused.
     fn bind<'q>(
         &self,
         query: SqliteQuery<'q>,
@@ -101,9 +102,9 @@ struct Waiting {
     count: u64,
     lowest: Seq,
     highest: Seq,
-    /// No other message up to the highest waits for the device.
+    /// `true` if no other message up to the highest waits for the device.
     is_in_order: bool,
-    /// All of them wait for another device too.
+    /// `true` if all of them also wait for one other device.
     is_kept: bool,
 }
 
@@ -118,7 +119,8 @@ macro_rules! waits {
     };
 }
 
-/// Describes the messages that wait. ?9 is the instant at which other messages have not expired.
+/// Selects the count, the bounds and the order of the messages that wait. ?9 is
+/// [`Completion::kept_at`].
 macro_rules! waiting {
     ($condition:literal) => {
         concat!(
@@ -146,7 +148,7 @@ macro_rules! waiting {
 }
 static WAITING: ForNamed<&str> = for_named!(waiting);
 
-/// Records that the device has finished the messages.
+/// Records that the device has completed the messages.
 macro_rules! done {
     ($condition:literal) => {
         concat!(

@@ -1,7 +1,7 @@
 //! Snapshots of an inbox: one statement each, with rows in seq order until the page is full.
 //!
-//! The first row also has the reader's position, so the check of the reader and the messages are of
-//! one instant.
+//! The first row also has the reader's position, so the check of the reader and the messages come
+//! from the same state of the inbox.
 
 use std::collections::HashSet;
 
@@ -16,10 +16,11 @@ use crate::{
     row::{Columns as _, millis, number},
 };
 
-/// The statement for a view. Of an inbox without messages for the reader, there is one row without
-/// a seq.
+/// The statement for a view. If no message waits for the reader, the result is one row without a
+/// seq.
 ///
-/// ?1 identity, ?2 the seq before the first, ?3 now, ?4 maximum rows, ?5 channel, ?6 device.
+/// ?1 identity, ?2 the seq after which the page begins, ?3 now, ?4 maximum rows, ?5 channel, ?6
+/// device.
 macro_rules! snapshot {
     ($index:literal, $channel:literal) => {
         concat!(
@@ -74,12 +75,12 @@ pub(crate) enum SnapshotReader {
     },
 }
 
-/// Why there is no snapshot.
+/// The reason why there is no snapshot.
 #[derive(Debug)]
 pub(crate) enum NoSnapshot {
     /// The inbox has devices, and the reader is none of them.
     DeviceRequired,
-    /// A sweep has moved the device, and its client has not confirmed that.
+    /// A sweep has moved the device, and its client has not confirmed the new position.
     PositionLost(SnapshotReader),
     Store(StoreError),
 }
@@ -151,7 +152,7 @@ pub(crate) async fn seqs(readers: &SqlitePool, inbox: &IdentityKey) -> StoreResu
     rows.iter().map(|row| row.seq("seq")).collect::<sqlx::Result<_>>().map_err(read_failed)
 }
 
-/// Returns the reader that a row is for, if it may read.
+/// Returns the reader of a row. Fails if that reader may not read.
 fn reader_of(row: &SqliteRow) -> Result<SnapshotReader, NoSnapshot> {
     if row.try_get::<i64, _>("devices")? == 0 {
         return Ok(SnapshotReader::Single);

@@ -1,7 +1,8 @@
-//! The removal of messages. Every removal deletes its selection, remembers the ids for a while, and
-//! counts the inboxes down, in one transaction: two statements with one condition, and a trigger.
+//! The removal of messages. Each removal remembers the ids of its selection for a while, deletes
+//! the messages, and updates the counts of the inboxes, in one transaction. The first two are
+//! statements with the same condition. The third is a trigger.
 //!
-//! Of an inbox with devices, a message is deleted once it waits for none of them (`position`).
+//! A message in an inbox with devices is deleted once it waits for none of them (`position`).
 
 use std::time::Duration;
 
@@ -11,10 +12,11 @@ use sqlx::{SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use crate::row::{millis, millis_of, number};
 
-/// Maximum rows that one statement of a sweep removes: an enqueue may have to wait for it.
+/// Maximum rows that one statement of a sweep removes. Small, because an enqueue may have to wait
+/// for the statement.
 pub(crate) const SWEEP_ROWS: i64 = 256;
 
-/// A removal of messages, and when it counts as done.
+/// A removal of messages, and the times of remembering their ids.
 pub(crate) struct Removal<'a> {
     pub(crate) selection: Selection<'a>,
     /// The ids are remembered from this instant, or from the expiry of the message if that is
@@ -31,9 +33,10 @@ pub(crate) enum Selection<'a> {
     Named(Named<'a>),
     /// Messages that wait for no device, of those that a device names.
     Unread(Named<'a>),
-    /// All messages of an inbox with devices after a seq up to another that wait for none of them.
+    /// Messages of an inbox with devices that wait for none of them, after one seq and up to
+    /// another.
     AllUnread { inbox: i64, after: Seq, to: Seq },
-    /// Expired messages of an inbox: up to `rows`, and the one with the message id of `conflict`.
+    /// Expired messages of an inbox: up to `rows`, and one with the message id of `conflict`.
     Expired { inbox: i64, rows: i64, conflict: &'a NewMessage },
     /// Up to `rows` expired messages of any inbox.
     AnyExpired { rows: i64 },
@@ -114,7 +117,7 @@ impl<'a> Named<'a> {
         format!("[{}]", seqs.join(","))
     }
 
-    /// Binds ?3 to ?7. `list` is the list of seqs.
+    /// Binds ?3 to ?7. `list` is the result of [`Named::list`].
     pub(super) fn bind<'q>(&'q self, query: SqliteQuery<'q>, list: &'q str) -> SqliteQuery<'q> {
         let channel = match &self.view {
             View::All => None,
@@ -178,7 +181,7 @@ macro_rules! unread {
     };
 }
 
-/// The two statements of a removal. A trigger on the second one counts the inbox down.
+/// The two statements of a removal. A trigger on the second one updates the counts of the inbox.
 ///
 /// ?1 is the instant of the removal and ?2 the time for which ids are remembered.
 struct Statements {
@@ -217,7 +220,7 @@ macro_rules! of_no_device {
 }
 static UNREAD: ForNamed<Statements> = for_named!(of_no_device);
 
-// ?3 inbox, ?4 the seq before the first, ?5 the last seq.
+// ?3 inbox, ?4 the seq after which the messages begin, ?5 the last seq.
 static ALL_UNREAD: Statements = statements!("inbox = ?3 AND seq > ?4 AND seq <= ?5", unread!());
 
 // ?3 inbox, ?4 rows, ?5 sender and ?6 message id of one more message. The index by channel has all
@@ -251,7 +254,7 @@ pub(super) fn statements() -> impl Iterator<Item = &'static str> {
         .chain([NEXT_EXPIRY, FORGET])
 }
 
-/// Stores when the next message of the inbox expires.
+/// Stores the earliest expiry of a message in the inbox.
 pub(super) async fn find_next_expiry(
     connection: &mut SqliteConnection,
     inbox: i64,
@@ -259,7 +262,8 @@ pub(super) async fn find_next_expiry(
     sqlx::query(NEXT_EXPIRY).bind(inbox).execute(connection).await.map(drop)
 }
 
-/// Forgets up to [`SWEEP_ROWS`] message ids whose time is over. Returns their number.
+/// Removes up to [`SWEEP_ROWS`] message ids that need not be remembered any more. Returns their
+/// number.
 pub(crate) async fn forget_ids(
     connection: &mut SqliteConnection,
     now: UnixMillis,

@@ -1,4 +1,5 @@
-//! The descriptions agree with the schema and with the transfer, and name the account of each row.
+//! Checks that the descriptions agree with the schema and with the transfer, and name the account
+//! of each row.
 
 use std::collections::BTreeSet;
 
@@ -153,7 +154,7 @@ async fn the_rows_of_one_account_are_erased_by_the_columns_that_name_it() {
             row.execute(&mut connection).await.unwrap_or_else(|error| panic!("{table}: {error}"));
         }
     }
-    // A table is described after those it refers to.
+    // A table is described after the tables that it refers to.
     for (table, owner) in owned.iter().rev() {
         let erase = format!("DELETE FROM {table} WHERE {owner} = 1");
         let erased = sqlx::query(AssertSqlSafe(erase)).execute(&mut connection).await;

@@ -36,7 +36,7 @@ impl Statement for SetBeats {
     }
 }
 
-/// Writes, and asks for a rollback of that.
+/// Writes, and lets the writer roll its changes back.
 struct Undone;
 
 impl Statement for Undone {
@@ -63,7 +63,7 @@ impl Statement for Refused {
     }
 }
 
-/// Writes, and then fails as a disk does.
+/// Writes, and then fails as with a broken disk.
 struct DiskFails;
 
 impl Statement for DiskFails {
@@ -134,7 +134,7 @@ async fn effects_are_applied_before_the_answer_and_without_a_waiting_caller() {
 }
 
 #[tokio::test]
-async fn a_closed_writer_has_answered_what_waited_and_unlocked_the_directory() {
+async fn a_closed_writer_has_answered_the_waiting_calls_and_unlocked_the_directory() {
     let (store, directory) = open().await;
     let writer = store.writer.clone();
     let mut waiting = Box::pin(writer.run(SetBeats(7)));
@@ -146,7 +146,7 @@ async fn a_closed_writer_has_answered_what_waited_and_unlocked_the_directory() {
     writer.close().await;
     let store =
         EmbeddedStore::open(directory.path(), StoreLimits::default()).await.expect("unlocked");
-    // The start has added one.
+    // Opening the store has added one beat.
     assert_eq!(beats(&store).await, 8);
     store.close().await;
 }

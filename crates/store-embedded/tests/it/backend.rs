@@ -1,6 +1,6 @@
 //! The embedded store as a backend of the conformance suite. Its crash is the end of its runtime:
-//! tasks, leases and caches are lost at any point, and nothing is closed. `kill` and `model` kill a
-//! process.
+//! tasks, leases and caches are lost at any point, and nothing is closed. `kill` and `histories`
+//! kill a process instead.
 
 use async_trait::async_trait;
 use qpq_domain::{DeliveryLimits, KeyPackageLimits, StoreLimits, UnixMillis};
@@ -52,7 +52,7 @@ impl Backend for Running {
     async fn set_clock(&self, now: UnixMillis) {
         let accepted = accept_clock(self.directory.path(), now).await;
         accepted.unwrap_or_else(|error| panic!("{error}"));
-        // Reads what was accepted. Nothing has expired at that instant.
+        // The sweep reads the accepted time. Nothing has expired at the instant 0.
         self.stores().maintenance.sweep(UnixMillis(0)).await.expect("a sweep");
     }
 }
@@ -82,8 +82,8 @@ impl Process {
     }
 
     pub(crate) async fn crash(self) {
-        // A runtime must not be dropped by a task. This waits for its end, because a dead process
-        // has no lock.
+        // A runtime must not be dropped by a task. The end of the runtime is awaited because it
+        // unlocks the directory, as the end of a process does.
         let runtime = self.runtime;
         tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");
     }

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 
 use crate::ops::{Machine, Op, START, key};
 
-/// The begin of an answer, because the test harness writes to the same output.
+/// The character before an answer. Distinguishes answers from the output of the test harness.
 const MARK: char = '\u{2}';
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -71,7 +71,7 @@ pub(crate) struct Burst {
     pub(crate) errors: Vec<String>,
 }
 
-/// The child process, as its parent uses it.
+/// The child process, for the use of its parent.
 pub(crate) struct Child {
     process: process::Child,
     commands: ChildStdin,
@@ -85,7 +85,7 @@ impl Child {
         Self::start(command)
     }
 
-    /// As [`Child::spawn`], from a shell that first runs `script` with a directory as `$1`.
+    /// Spawns a child from a shell that first runs `script` with a directory as `$1`.
     pub(crate) fn spawn_after(wrapper: &[&str], script: &str, directory: &Path) -> Self {
         let words = wrapper.iter().chain(&["sh", "-c"]);
         let mut words = words.copied();
@@ -99,8 +99,8 @@ impl Child {
         Self::start(command)
     }
 
-    /// As [`Child::spawn`], as a user without permissions. `binary` is a copy that this user can
-    /// read.
+    /// Spawns a child as a user without permissions. `binary` is a copy of this test binary that
+    /// the user can read.
     pub(crate) fn spawn_as_nobody(binary: &Path) -> Self {
         use std::os::unix::process::CommandExt as _;
         let mut command = process::Command::new(binary);

@@ -16,10 +16,10 @@ use crate::ops::{MINUTE, START, channel, key};
 
 const EVERYTHING: PageLimit = PageLimit { messages: u32::MAX, bytes: usize::MAX };
 
-/// The messages of one step of a sweep.
+/// The maximum number of messages in one step of a sweep.
 const STEP: u64 = 256;
 
-/// Opens a store.
+/// Opens a store in which a device is absent after an hour.
 async fn open(path: &Path) -> EmbeddedStore {
     let delivery = DeliveryLimits {
         max_messages: 1_000,

@@ -75,7 +75,7 @@ fn fill_and_free(
 #[test]
 fn files_that_may_not_grow_lose_nothing_and_the_store_recovers() {
     let directory = tempfile::tempdir().expect("a directory");
-    // The signal would end the process. The write fails if it is ignored.
+    // The signal would end the process. If it is ignored, the write fails.
     let child = Child::spawn_after(&[], "trap '' XFSZ", directory.path());
     fill_and_free(
         child,

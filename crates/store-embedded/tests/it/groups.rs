@@ -16,7 +16,8 @@ use crate::ops::{START, key};
 const GROUP: GroupId = GroupId::new([7; 16]);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Opens a store with a group of three, and returns the account of the first one too.
+/// Opens a store with a group of three members. Returns the store and the account of the first
+/// member.
 async fn with_group(path: &Path) -> (EmbeddedStore, AccountId) {
     let store = EmbeddedStore::open(path, StoreLimits::default()).await;
     let store = store.unwrap_or_else(|error| panic!("{error}"));

@@ -24,19 +24,20 @@ enum Step {
     Crash,
 }
 
-/// Four accounts of which three exist, three channels and that of a group, five ids: few enough
-/// that operations often concern the same one.
+/// Returns a strategy for operations. They have four accounts, of which three exist from the start,
+/// three channels and that of a group, and five ids: few enough that they often concern the same
+/// one.
 fn op() -> impl Strategy<Value = Op> {
     // Account 1 has devices from the start, so it is in more operations than the others.
     let account = || prop_oneof![3 => Just(1_u8), 4 => 1..=4_u8];
     let view = || prop::option::of(0..=GROUP);
     let slot = || 0..=2_u8;
     let device = || 1..=3_u8;
-    // Often none, as of accounts without devices.
+    // Often no device, as for accounts without devices.
     let reader = || prop::option::weighted(0.7, device());
     let seqs = || prop::collection::vec(0..=20_u64, 0..4);
     let id = || prop::option::of(1..=5_u8);
-    // Large ones are stored once if they are for several members.
+    // The large payloads may be stored once for several members.
     let size = || prop_oneof![3 => 0..=150_usize, 1 => 500..=700_usize];
     let message = (account(), account(), 0..=2_u8, id(), size(), 0..=20_u8).prop_map(
         |(from, to, channel, id, size, minutes)| Message { from, to, channel, id, size, minutes },
@@ -128,7 +129,7 @@ fn history(steps: usize, crashes: u32) -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, steps / 2..steps).prop_map(|steps| {
         let register = |n| Step::Do(Op::Register { name: n, key: n, record: 1 });
         let group = [Step::Do(Op::CreateGroup)];
-        // So that most histories have an inbox with two readers.
+        // Two devices, so that most histories have an inbox with two readers.
         let device = |device| {
             Step::Do(Op::RegisterDevice { owner: 1, device, name: 1, key: None, token: 1 })
         };
@@ -137,7 +138,7 @@ fn history(steps: usize, crashes: u32) -> impl Strategy<Value = Vec<Step>> {
     })
 }
 
-/// Executes histories.
+/// Executes the steps of a history.
 trait Driver {
     fn apply(&mut self, op: &Op, now: UnixMillis) -> String;
     fn crash(&mut self);
@@ -198,7 +199,7 @@ impl Driver for InProcess {
     fn crash(&mut self) {
         let (process, machine) = self.running.take().expect("running");
         self.runtime.block_on(process.crash());
-        // After the crash, so that the crash ends the leases.
+        // Dropped after the crash, so that the crash ends the leases.
         drop(machine);
         self.start();
     }

@@ -23,7 +23,7 @@ fn acknowledged_messages_survive_a_kill() {
         let mut child = Child::spawn();
         child.open(directory.path(), limits).expect("what the last process left");
         child.apply(&Op::Register { name: 1, key: 1, record: 1 }, START);
-        // At a different point in each round, always while most of the burst is in progress.
+        // Killed at a different point in each round, always while most of the burst is in progress.
         let most = usize::try_from(1 + round * 37).expect("small");
         let burst = child.burst(round * COUNT, COUNT, 300, most);
         child.kill();

@@ -36,7 +36,7 @@ struct Inbox {
     last_seq: u64,
     devices: Vec<Device>,
     queue: BTreeMap<u64, Queued>,
-    /// By sender and id: removed messages, and until when their ids are remembered.
+    /// Removed messages by sender and id, with the instant until which their ids are remembered.
     removed: HashMap<(u8, u8), (u64, Queued, UnixMillis)>,
 }
 
@@ -57,19 +57,19 @@ struct Device {
     key: Option<u8>,
     registered_at: UnixMillis,
     seen_at: UnixMillis,
-    /// The messages that wait for it.
+    /// The messages that wait for the device.
     waiting: BTreeSet<u64>,
     has_lost_position: bool,
 }
 
 struct Leased {
     inbox: u8,
-    /// The registration of the device that has the lease, if it is a device.
+    /// The registration of the device that has the lease; `None` for the single reader.
     registration: Option<u64>,
     seqs: Vec<u64>,
 }
 
-/// A group whose members stay.
+/// A group. Its members never change.
 #[derive(Default)]
 struct Group {
     epoch: u64,
@@ -79,7 +79,7 @@ struct Group {
 
 #[derive(Default)]
 struct Packages {
-    /// In order of upload.
+    /// The packages, in the order of their upload.
     stored: Vec<StoredPackage>,
     given_out: HashMap<u8, UnixMillis>,
 }
@@ -149,7 +149,7 @@ impl Inbox {
         }
     }
 
-    /// Completes messages for a reader. Returns the number of those that waited for it.
+    /// Completes messages for a reader. Returns the number of messages that waited for the reader.
     fn complete(&mut self, seqs: &[u64], registration: Option<u64>, now: UnixMillis) -> usize {
         let waiting = |seq: &&u64| self.waits_for(**seq, registration);
         let done: Vec<u64> = seqs.iter().filter(waiting).copied().collect();
@@ -394,7 +394,7 @@ impl Model {
             let hash = u8::try_from(q.size % 251).expect("small");
             receipt_text(what, seq, channel(q.channel).as_bytes(), hash, q.at.0)
         };
-        // A message without any time to live is accepted and expires immediately.
+        // A message with a lifetime of zero is accepted and expires immediately.
         inbox.expire(now);
         if let Some((seq, q)) = message.id.and_then(|id| inbox.known(message.from, id, now)) {
             return receipt("duplicate", seq, q);
@@ -584,7 +584,7 @@ impl Model {
         }
     }
 
-    /// Notes that a device has read, which an ack does not.
+    /// Notes that a device has read. An ack does not count as a read.
     fn note_seen(&mut self, op: &Op, now: UnixMillis) {
         if let Op::Lease { inbox, device, .. } | Op::Peek { inbox, device, .. } = op
             && let Some(inbox) = self.inboxes.get_mut(inbox)
@@ -630,7 +630,7 @@ impl Model {
         text
     }
 
-    /// Takes the oldest package of those that `is_of` selects.
+    /// Takes the oldest package that `is_of` selects by its device.
     fn take(
         &mut self,
         target: u8,

@@ -265,7 +265,7 @@ async fn damage_is_reported_when_a_statement_meets_it() {
     assert!(matches!(error, OpenError::Corrupt { .. }), "the next start refuses it: {error}");
 }
 
-/// The database is from before skeletons, and has two accounts with the same one.
+/// The database is from before skeletons, and has two accounts with the same skeleton.
 #[tokio::test]
 async fn accounts_from_before_skeletons_keep_their_names_and_reserve_their_skeletons() {
     let directory = tempfile::tempdir().expect("a directory");

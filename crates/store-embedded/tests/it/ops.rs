@@ -164,7 +164,7 @@ pub(crate) struct GroupSend {
     pub(crate) id: Option<u8>,
     pub(crate) size: usize,
     pub(crate) minutes: u8,
-    /// For a commit: the number of epochs by which the expected one is ahead.
+    /// For a commit: the number of epochs by which its expected epoch is ahead of the present one.
     pub(crate) ahead: Option<u64>,
 }
 
@@ -193,7 +193,7 @@ pub(crate) struct Package {
     pub(crate) minutes: u8,
 }
 
-/// Executes operations on a store. Its only state are the leases, which a crash ends.
+/// An executor of operations on a store. Its only state is the leases, which a crash ends.
 pub(crate) struct Machine {
     stores: Stores,
     leases: HashMap<u8, Box<dyn Lease>>,
@@ -217,7 +217,7 @@ fn read(inbox: u8, device: Option<u8>, view: Option<u8>) -> ReadQuery {
     ReadQuery { reader: Reader { inbox: key(inbox), device: device.map(device_id) }, view }
 }
 
-/// Returns why a read was refused.
+/// Returns the reason of a refused read as text.
 fn refusal(error: &ReadError) -> String {
     match error {
         ReadError::DeviceRequired => "device required".to_owned(),

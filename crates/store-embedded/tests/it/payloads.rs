@@ -63,7 +63,7 @@ async fn ack_all(stores: &Stores, inbox: IdentityKey) {
     stores.inboxes.ack(read, ack, START).await.expect("ack");
 }
 
-/// Executes a statement on the database and returns its number.
+/// Executes a statement on a database. Returns the number that the statement selects, or 0.
 async fn sql(database: &Path, statement: &str) -> i64 {
     let options = SqliteConnectOptions::new().filename(database);
     let mut connection = options.connect().await.expect("connect");
@@ -114,7 +114,8 @@ async fn a_payload_that_no_inbox_accepts_is_not_stored() {
     let repeated = send(&stores, fan_out(&payload, Some(1))).await;
     assert!(repeated.iter().all(|outcome| matches!(outcome, Enqueued::Duplicate(_))));
     assert_eq!(stored_payloads(directory.path()).await, 1);
-    // Into all inboxes but one, which is full.
+    // Fills one inbox with a message of its own, and the other five with messages that share a
+    // payload.
     let mut messages = fan_out(&payload, Some(2));
     send(&stores, messages.split_off(5)).await;
     send(&stores, messages).await;

@@ -78,7 +78,7 @@ pub async fn a_repeated_message_to_a_group_is_stored_once(factory: &dyn Factory)
     let again = bench.send_to_group(sent.clone()).await.expect("accepted");
     assert!(again.is_repeat);
     assert_eq!(bench.waiting(all(people[1])).await, ["hello"]);
-    // A member that was added since receives the repeat.
+    // A member that was added after the first call receives the repeat.
     let dave = bench.person(4).await;
     bench.add(people[0], &[dave]).await.expect("added");
     let again = bench.send_to_group(sent).await.expect("accepted");
@@ -151,7 +151,7 @@ pub async fn a_repeat_of_a_commit_that_won_has_its_result(factory: &dyn Factory)
     let first = bench.send_to_group(sent.clone()).await.expect("accepted");
     let all_members = commit(people[1], "two", 1).with_id(2);
     let second = bench.send_to_group(all_members.clone()).await.expect("accepted");
-    // Everything that it led to may be read and removed.
+    // The result stays available after the messages of the commits are read and removed.
     for person in &people {
         bench.drain(all(*person)).await;
     }

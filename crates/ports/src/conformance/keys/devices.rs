@@ -33,7 +33,8 @@ impl Bench {
         self.stores.key_packages.upload(owner, packages, mode, NOW).await.expect("upload")
     }
 
-    /// Takes a package of each device; returns the devices and the first bytes of the packages.
+    /// Takes a package of each device. Returns the devices, and of each package the first byte and
+    /// whether it is the last-resort one.
     async fn take_of_devices(&self, target: Person) -> Vec<(u8, Option<(u8, bool)>)> {
         let taken = self.stores.key_packages.take_of_devices(&target.identity, NOW).await;
         let entry = |entry: DevicePackage| {
@@ -57,7 +58,7 @@ pub async fn each_device_has_packages_of_its_own(factory: &dyn Factory) {
     assert_eq!(add(owned_by(alice, 1), vec![package_of(3, 1)]).await, Upload::Full);
     let resort = NewKeyPackage { last_resort: true, ..package_of(4, 2) };
     assert_eq!(add(owned_by(alice, 2), vec![resort, package_of(5, 2)]).await, stock(1, true));
-    // Counted for the device that uploads.
+    // An upload returns the stock of its owner, here of the account itself.
     assert_eq!(add(own(alice), vec![]).await, stock(0, false));
     assert_eq!(bench.take(alice).await, taken(1), "the oldest of all devices");
     let keys = &bench.stores.key_packages;
